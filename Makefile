@@ -1,0 +1,74 @@
+# make help is the index. Every job takes the flags of its script: make lora ARGS="--load_model base.pth --data_file mine.jsonl"
+SHELL := bash
+VENV ?= .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+KERNELS := $(VENV)/.kernels
+LOCKS := docker/locks/cu117.txt docker/locks/cu117-deepspeed.txt
+CLEAN_DEMO := out/demo
+.DEFAULT_GOAL := help
+.PHONY: help venv env kernels lora finetune pretrain convert merge generate demo test lint lock clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(READY)  ## make .venv: the documented stack from PyPI, every file checked by its hash
+
+	@$(MAKE) --silent kernels || echo 'Going on without the compiled kernel: correct, and slow.'
+
+$(READY): $(LOCKS) docker/venv.sh docker/install.sh pyproject.toml
+	docker/venv.sh $(VENV)
+	@touch $@
+
+env:  ## make the conda environment `rwkv` with the same packages
+	conda env update --file environment.yml
+	conda run --no-capture-output --name rwkv docker/install.sh python
+	conda run --no-capture-output --name rwkv python -c 'from rwkv.wkv import build; build.main()'
+	@echo 'Now: conda activate rwkv, then the scripts: python scripts/lora.py --help'
+
+kernels: $(KERNELS)  ## compile the WKV operator (seconds; nothing is compiled at run time)
+
+$(KERNELS): $(READY) $(wildcard cuda/*.h cuda/*.cpp) rwkv/wkv/build.py
+	$(PY) -c 'from rwkv.wkv import build; build.main()'
+	@touch $@
+
+lora: venv  ## LoRA tuning; with no ARGS the whole line on an example
+ifeq ($(strip $(ARGS)),)
+	@PY=$(PY) scripts/demo.sh
+else
+	@$(PY) scripts/lora.py $(ARGS)
+endif
+
+finetune pretrain convert generate: venv
+	@$(PY) scripts/$@.py $(ARGS)
+finetune:  ## tune all weights
+pretrain:  ## train a new model
+convert:  ## jsonl to binidx
+generate:  ## run a model: --ask, --prompt, or a chat
+
+merge: venv  ## merge an adapter into its base
+	@$(PY) scripts/merge_lora.py $(ARGS)
+
+demo: venv  ## the story from text to tuned model (what make lora does with no ARGS)
+	@PY=$(PY) scripts/demo.sh
+
+# An independent implementation that the tests compare with; never installed into our environment.
+$(VENV)/oracle/.ready: $(READY) tests/oracle.txt
+	rm -rf $(@D)
+	$(PY) -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps --target $(@D) -r tests/oracle.txt
+	@touch $@
+
+test: venv $(VENV)/oracle/.ready  ## the tests (ARGS goes to pytest)
+	$(PY) -m pytest $(ARGS)
+
+lint: $(READY)  ## ruff and shellcheck
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/shellcheck docker/*.sh scripts/*.sh .ci/run
+
+lock: $(READY)  ## pin again: pyproject.toml to docker/locks/
+	docker/lock.sh $(VENV)/bin/uv
+
+clean:  ## remove what was made, except your data and runs
+	rm -rf $(VENV) $(CLEAN_DEMO) rwkv/wkv/lib build ./*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

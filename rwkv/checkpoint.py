@@ -1,0 +1,189 @@
+"""Checkpoints: read and write .pth and .safetensors, take the sizes from the shapes, keep a manifest beside the weights.
+
+A file is never trusted to be what its name says: loading runs no code from it (weights only), and a missing, surplus or
+misshapen key is refused by its name.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from rwkv import __version__, lora
+from rwkv.errors import UserError
+from rwkv.files import sha256, whole, write_json
+from rwkv.model import RWKV, Sizes
+
+PathLike = str | Path
+
+
+def read_tensors(path: PathLike) -> dict[str, Tensor]:
+    """The tensors of a .pth or .safetensors file, on the CPU, in the dtypes they were stored in.
+
+    Raises:
+        UserError: no such file, or not a dictionary of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path}: not a checkpoint that can be loaded without running code from it ({_first_line(error)}). A checkpoint is a"
+            " dictionary of tensors, saved by torch.save or safetensors; the file may also be cut short."
+        ) from error
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(x, Tensor) for x in tensors.values()):
+        raise UserError(f"{path}: holds {type(tensors).__name__}, not a dictionary of tensors; give the model's state_dict")
+    return {key.removeprefix("_forward_module."): value for key, value in tensors.items()}  # DeepSpeed leaves this prefix
+
+
+def write_tensors(path: PathLike, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+    """Write the tensors and, beside them, `<path>.json`; each whole or not at all."""
+    path = Path(path)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    stack = {"rwkv-trainer": __version__, "torch": torch.__version__}
+    # The manifest first: weights without their alpha would be worse than a manifest without weights.
+    write_json(manifest_path(path), {**manifest, "stack": stack})
+    with whole(path) as temporary:
+        if path.suffix == ".safetensors":
+            safetensors.torch.save_file(tensors, temporary)
+        else:
+            torch.save({key: value.clone() for key, value in tensors.items()}, temporary)  # clone: no storage larger than its tensor
+
+
+def manifest_path(path: PathLike) -> Path:
+    """`<path>.json`."""
+    return Path(f"{path}.json")
+
+
+def read_manifest(path: PathLike) -> dict[str, Any]:
+    """What `<path>.json` says of the checkpoint; empty if there is none, as with upstream's files."""
+    try:
+        return json.loads(manifest_path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{manifest_path(path)}: not valid JSON ({error})") from error
+
+
+def sizes_of(tensors: Mapping[str, Tensor], path: PathLike) -> Sizes:
+    """The model's sizes from its tensors' shapes. Raises UserError if this is no RWKV-4 checkpoint."""
+    layers = {int(match[1]) for key in tensors if (match := re.match(r"blocks\.(\d+)\.", key))}
+    pre_ffn = "blocks.0.ffnPre.key.weight" in tensors
+    first_att = next((f"blocks.{layer}.att." for layer in sorted(layers) if f"blocks.{layer}.att.time_decay" in tensors), None)
+    wanted = ["emb.weight", "blocks.0.ffn.key.weight"]
+    missing = [key for key in wanted if key not in tensors or tensors[key].dim() != 2]
+    if missing or not layers or (first_att is None and not pre_ffn):
+        hint = "; it is a LoRA adapter: give its base, and the adapter with --lora" if any(".lora_" in key for key in tensors) else ""
+        raise UserError(f"{path}: not an RWKV-4 checkpoint (no {', '.join(missing) or 'blocks.*.att.time_decay'}){hint}")
+    if first_att is not None and tensors[f"{first_att}time_decay"].dim() != 1:
+        raise UserError(f"{path}: an RWKV of version 5 or later ({first_att}time_decay is not a vector); version 4 is supported")
+    vocab_size, n_embd = tensors["emb.weight"].shape
+    dim_att = n_embd if first_att is None else tensors[f"{first_att}time_decay"].shape[0]
+    return Sizes(max(layers) + 1, n_embd, vocab_size, dim_att, tensors["blocks.0.ffn.key.weight"].shape[0], pre_ffn)
+
+
+def load_model(path: PathLike, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32) -> RWKV:
+    """An RWKV-4 model from a checkpoint. Sizes come from the shapes; dtype None keeps the one it was stored in.
+
+    Raises:
+        UserError: not an RWKV-4 checkpoint; a missing, surplus or misshapen key, by name.
+    """
+    tensors = read_tensors(path)
+    model = RWKV(sizes_of(tensors, path)).to(dtype or tensors["emb.weight"].dtype)
+    _fill(model, tensors, {name: p.shape for name, p in model.named_parameters()}, path)
+    return model.to(device)
+
+
+def save_model(path: PathLike, model: RWKV, manifest: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
+    """Write all weights, in `dtype` if given, under upstream's names."""
+    tensors = {name: p.detach().to(dtype or p.dtype) for name, p in model.named_parameters()}
+    write_tensors(path, tensors, {"kind": "model", "version": "4", "sizes": vars(model.sizes), **manifest})
+
+
+def save_adapter(path: PathLike, model: RWKV, adapter: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+    """Write the adapter alone. `adapter`: r, alpha, parts, base, base_sha256."""
+    tensors = lora.adapter_state(model, adapter["parts"])
+    write_tensors(path, tensors, {"kind": "adapter", "version": "4", "sizes": vars(model.sizes), **adapter, **manifest})
+
+
+def inspect_adapter(path: PathLike, base: PathLike | None = None, alpha: float | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An adapter's tensors and what is known of it: r, parts, alpha, base, base_sha256.
+
+    r and the parts come from the tensors. alpha, base and its hash come from the manifest, or from the arguments where there is none.
+
+    Raises:
+        UserError: not an adapter; made for another base; alpha unknown, or not the one it was trained with.
+    """
+    tensors, manifest = read_tensors(path), read_manifest(path)
+    ranks = {value.shape[0] for key, value in tensors.items() if key.endswith(".lora_A")}
+    parts = [
+        part
+        for part, sign in {"att": r"\.att\.\w+\.lora_A$", "ffn": r"\.ffn\w*\.\w+\.lora_A$", "time": r"\.time_", "ln": r"\.ln[012]\."}.items()
+        if any(re.search(sign, key) for key in tensors)
+    ]
+    if len(ranks) > 1 or not parts or "emb.weight" in tensors:
+        raise UserError(f"{path}: not a LoRA adapter (its tensors are {', '.join(sorted(tensors)[:3])}, …)")
+    known = {"r": ranks.pop() if ranks else 1, "parts": parts, **{k: manifest[k] for k in ("alpha", "base", "base_sha256") if k in manifest}}
+    if alpha is not None and known.setdefault("alpha", alpha) != alpha:
+        raise UserError(f"{path}: trained with alpha {known['alpha']:g}, and alpha {alpha:g} was given; leave alpha out or give {known['alpha']:g}")
+    if "alpha" not in known:
+        raise UserError(f"{path}: its alpha is not known (there is no {manifest_path(path).name} beside it); give the one it was trained with")
+    if base is not None:
+        known["base"], expected = str(base), known.get("base_sha256")
+        known["base_sha256"] = sha256(base) if Path(base).is_file() else None
+        if expected and known["base_sha256"] != expected:
+            raise UserError(
+                f"{path}: an adapter for another base. It was trained on {manifest.get('base')} (SHA-256 {expected[:12]}…), and {base} is"
+                f" {str(known['base_sha256'])[:12]}…; give the base it was trained on"
+            )
+    return tensors, known
+
+
+def load_adapter(model: RWKV, path: PathLike, tensors: Mapping[str, Tensor], parts: list[str]) -> None:
+    """Copy an adapter's tensors into a model that lora.inject has prepared. Raises UserError naming a key that does not fit."""
+    shapes = {name: dict(model.named_parameters())[name].shape for name in lora.adapter_names(model, parts)}
+    _fill(model, tensors, shapes, path)
+
+
+def load_tuned(base: PathLike, adapter: PathLike, alpha: float | None = None, dtype: torch.dtype | None = torch.float32) -> RWKV:
+    """A base model with its adapter injected and not merged. Raises UserError as load_model and inspect_adapter do."""
+    tensors, known = inspect_adapter(adapter, base, alpha)
+    model = load_model(base, dtype=dtype)
+    lora.inject(model, known["parts"], known["r"], known["alpha"])
+    load_adapter(model, adapter, tensors, known["parts"])
+    return model
+
+
+def _fill(model: RWKV, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: PathLike) -> None:
+    """Copy tensors into the parameters named in `shapes`, all of them and no others."""
+    missing, surplus = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+    misshapen = [
+        f"{key} {list(tensors[key].shape)}, expected {list(shapes[key])}"
+        for key in sorted(shapes.keys() & tensors.keys())
+        if tensors[key].shape != shapes[key]
+    ]
+    complaints = [f"{word}: {_some(keys)}" for word, keys in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen)) if keys]
+    if complaints:
+        raise UserError(f"{path}: its keys do not fit. " + "; ".join(complaints))
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, value in tensors.items():
+            parameters[key].copy_(value)
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

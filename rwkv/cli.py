@@ -1,0 +1,62 @@
+"""The command line out of a dataclass, with errors as sentences."""
+
+import contextlib
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from rwkv.errors import UserError
+
+Config = TypeVar("Config")
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def parse(config: type[Config], description: str, argv: Sequence[str] | None = None) -> Config:
+    """Parse a command line (sys.argv by default) into the dataclass: --name value, --config file.yaml, --print_config.
+
+    A flag alone (`--lora`) means true, and dashes are as good as underscores. An unknown flag exits with status 2 and names the nearest one.
+    """
+    argv = _spelled_as_here(list(sys.argv[1:] if argv is None else argv), config)
+    parser = _Parser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="Read flags from a YAML file; the command line comes on top.")
+    parser.add_class_arguments(config)
+    values = vars(parser.parse_args(argv))
+    values.pop("config", None)
+    return config(**values)
+
+
+@contextlib.contextmanager
+def sentences() -> Iterator[None]:
+    """Print a UserError as one line on stderr and exit with status 1; Ctrl-C exits with 130. Other errors keep their traceback."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class _Parser(ArgumentParser):
+    def error(self, message, *args, **kwargs):
+        known = [option for action in self._actions for option in action.option_strings]
+        wrong = message.removeprefix("unrecognized arguments: ").split()[0] if message.startswith("unrecognized arguments: ") else ""
+        nearest = difflib.get_close_matches(wrong.split("=")[0], known, 1, 0.5) if wrong else []
+        super().error(message + (f"; did you mean {nearest[0]}?" if nearest else ""), *args, **kwargs)
+
+
+def _spelled_as_here(argv: list[str], config: type) -> list[str]:
+    """Upstream's spellings: `--output-prefix` is `--output_prefix`, and a switch alone (`--lora`) is `--lora=true`."""
+    fields = config.__dataclass_fields__
+    words = []
+    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
+        name, equals, value = word.partition("=")
+        field = fields.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
+        if field:
+            word = f"--{field.name}{equals}{value}"
+            if field.type is bool and not equals and after.startswith("--"):
+                word += "=true"
+        words.append(word)
+    return words

@@ -1,0 +1,198 @@
+"""The flags of the training scripts, as typed dataclasses: name, default, reason. Imports nothing of rwkv.
+
+Names, meanings and defaults are those of the upstream trainers (BlinkDL/RWKV-LM, Blealtan/RWKV-LM-LoRA), so that a command line
+that works there works here. Where we do otherwise, the docstring says so; it is also what --help prints.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class TrainConfig:
+    """Training."""
+
+    # what goes in and out
+    data_file: str = ""
+    """What to train on: a binidx prefix (P for P.bin and P.idx), or a .jsonl file, which is converted into proj_dir first."""
+    load_model: str = ""
+    """Checkpoint to start from (.pth or .safetensors). Sizes come from it."""
+    proj_dir: str = "out"
+    """Folder of the run: rwkv-N.pth after epoch N, metrics.jsonl, train_log.txt, loss.png."""
+    overwrite: bool = False
+    """Start over in a proj_dir that holds a run already. Without it such a folder is refused."""
+    data_type: Literal["binidx"] = "binidx"
+    """Kind of data_file. Upstream's other kinds (text read as characters, numpy, …) are not read; convert to binidx."""
+
+    # the model
+    vocab_size: int = 0
+    """Vocabulary V. 0: from load_model, else 65536 (World)."""
+    n_layer: int = 0
+    """Layers L. 0: from load_model, else 6."""
+    n_embd: int = 0
+    """Width D. 0: from load_model, else 512."""
+    dim_att: int = 0
+    """Channels of the time-mix. 0: from load_model, else n_embd."""
+    dim_ffn: int = 0
+    """Channels inside the channel-mix. 0: from load_model, else 4 n_embd."""
+    pre_ffn: Literal[0, 1] = 0
+    """1: block 0 has a channel-mix in the place of its time-mix. Taken from load_model if given."""
+
+    # how long
+    ctx_len: int = 1024
+    """Tokens in a sample. Any length."""
+    micro_bsz: int = 12
+    """Samples in a batch, per device."""
+    accumulate_grad_batches: int = 1
+    """Batches whose gradients are averaged into one optimizer step. The schedule counts optimizer steps (upstream's decays that many times too slowly)."""
+    epoch_steps: int = 1000
+    """Batches in an epoch."""
+    epoch_count: int = 500
+    """The run ends before this epoch (upstream's never ends by itself)."""
+    epoch_begin: int = 0
+    """Number of the first epoch, for going on from rwkv-N.pth with N + 1."""
+    epoch_save: int = 5
+    """Save after every so many epochs, and at the end."""
+    max_steps: int = 0
+    """End after this many optimizer steps. 0: epoch_count decides."""
+    magic_prime: int = 0
+    """Prime sampling: a prime p ≡ 2 (mod 3), at most tokens / ctx_len; every p samples see each of p contexts once.
+    -1: the largest that fits. 0: contexts begin at random places."""
+    my_pile_shift: int = 0
+    """Prime sampling: contexts begin this many tokens later."""
+    random_seed: int = -1
+    """-1: a new one each time; it is printed and stored."""
+
+    # the optimizer
+    lr_init: float = 6e-4
+    """Learning rate at the start. The embedding of a new model is uniform in ± lr_init."""
+    lr_final: float = 1e-5
+    """Learning rate at the end; in between it decays exponentially, or linearly if either is 0."""
+    warmup_steps: int = -1
+    """Optimizer steps over which the rate rises from a fifth of its value."""
+    my_pile_edecay: int = 0
+    """Epochs before the decay begins."""
+    my_exit_tokens: int = 0
+    """Cosine decay over this many tokens instead (negative: the mean of the cosine and the exponential decay); the run ends there."""
+    beta1: float = 0.9
+    """Adam's β₁."""
+    beta2: float = 0.99
+    """Adam's β₂."""
+    adam_eps: float = 1e-8
+    """Adam's ε."""
+    weight_decay: float = 0.0
+    """AdamW's decay of the matrices. 0: plain Adam."""
+    weight_decay_final: float = -1
+    """Decay at the end, reached exponentially. -1: constant."""
+    layerwise_lr: Literal[0, 1] = 1
+    """1: time_decay learns at twice the rate, time_first at three times."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient. 0: no limit."""
+
+    # the machine
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: a GPU if there is one."""
+    devices: int = 1
+    """How many GPUs, or processes on a CPU."""
+    num_nodes: int = 1
+    """How many machines."""
+    strategy: Literal["auto", "ddp"] = "auto"
+    """auto: one device alone, several by ddp."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on a GPU that has it, else fp32. bf16 and fp16 are autocast: weights and optimizer stay fp32."""
+    grad_cp: Literal[0, 1] = 0
+    """1: recompute each block in the backward pass. Less memory, a third more time."""
+
+    # watching
+    wandb: str = ""
+    """Weights & Biases project to log to. Without a key (wandb login) the run is logged offline."""
+
+
+@dataclass
+class LoRAConfig(TrainConfig):
+    """LoRA tuning."""
+
+    lora: bool = True
+    """Train an adapter and leave the model as it is."""
+    lora_load: str = ""
+    """Adapter to go on from. A file that is not there is an error (upstream passes over it silently)."""
+    lora_r: int = 8
+    """Rank of the adapter."""
+    lora_alpha: float = 32
+    """The adapter's output is scaled by lora_alpha / lora_r. Stored beside the adapter; merging reads it there."""
+    lora_dropout: float = 0.01
+    """Dropout on the adapter's input."""
+    lora_parts: str = "att,ln,time"
+    """What trains: adapters on att and ffn matrices; time parameters and block LayerNorms (ln) whole."""
+
+
+@dataclass
+class ConvertConfig:
+    """Conversion of jsonl to binidx."""
+
+    input: str = ""
+    """The jsonl files, separated by commas: one JSON object a line, its text under a key."""
+    output_prefix: str = ""
+    """P of P_text_document.bin and .idx. Left out: the input without .jsonl."""
+    jsonl_keys: str = "text"
+    """The key of the text."""
+    append_eod: bool = True
+    """End every document with token 0, as training expects. (Upstream's tool does so only if told.)"""
+    dtype: Literal["uint16", "int32"] = "uint16"
+    """uint16 holds every World id; int32 gives the bytes of upstream's tool, twice the size."""
+    tokenizer_type: Literal["RWKVTokenizer"] = "RWKVTokenizer"
+    """The World vocabulary, 65536 words."""
+    force: bool = False
+    """Replace output that exists."""
+
+
+@dataclass
+class MergeConfig:
+    """Merging an adapter into its base."""
+
+    adapter: str = ""
+    """The LoRA adapter (.pth); alpha and base are read from the .json beside it."""
+    output: str = ""
+    """The merged model."""
+    base: str = ""
+    """The base model. Left out: as the adapter's .json says."""
+    lora_alpha: float = 0
+    """Left out: as the adapter's .json says. Needed for adapters of upstream's trainer, which does not store it."""
+    check_tokens: int = 64
+    """Compare merged with base + adapter on this many random tokens (in fp32: needs 4 bytes per parameter). 0: do not."""
+    use_gpu: bool = False
+    """Compute on the GPU."""
+    force: bool = False
+    """Replace an output that exists."""
+
+
+@dataclass
+class GenerateConfig:
+    """Generation."""
+
+    model: str = ""
+    """Checkpoint to run."""
+    lora: str = ""
+    """LoRA adapter to put on it, not merged."""
+    lora_alpha: float = 0
+    """Left out: as the adapter's .json says."""
+    prompt: str = ""
+    """Text to continue. Without prompt and ask: an interactive chat."""
+    ask: str = ""
+    """Question to answer, in the World models' format: "User: …", blank line, "Assistant:"."""
+    max_tokens: int = 200
+    """Longest continuation or answer."""
+    temperature: float = 1.0
+    """Above 1 more varied, below 1 more certain, 0 always the likeliest token."""
+    top_p: float = 0.85
+    """Choose among the likeliest tokens that together have this probability."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token that was generated already."""
+    frequency_penalty: float = 0.0
+    """Taken off it once more for each time it was."""
+    penalty_decay: float = 0.996
+    """What a past occurrence counts for, per token since."""
+    seed: int = -1
+    """-1: different each time."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: a GPU if there is one."""

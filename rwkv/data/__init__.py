@@ -1,0 +1,1 @@
+"""From text to batches: jsonl → tokenizer → binidx → sampling → dataset; convert drives the first three."""

@@ -1,0 +1,55 @@
+"""Read documents from jsonl: one JSON object a line, the text under one key."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from rwkv.errors import UserError
+
+
+def documents(path: str | Path, key: str = "text") -> Iterator[tuple[str, int]]:
+    """Yield each document's text and the bytes read so far. Empty texts and blank lines are passed over.
+
+    A list of strings under the key is joined by blank lines, as lm_dataformat does.
+
+    Raises:
+        UserError: no such file, no document in it, or a bad line: not UTF-8, not JSON, not an object, no text under the key. Names file and line.
+    """
+    path, done, found = Path(path), 0, False
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    with file:
+        for number, line in enumerate(file, 1):
+            done += len(line)
+            if not line.strip():
+                continue
+            text = _text(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, key, f"{path}, line {number}")
+            if text:
+                found = True
+                yield text, done
+    if not found:
+        raise UserError(f'{path}: holds no document. Expected one JSON object a line, such as {{"{key}": "..."}}')
+
+
+def _text(line: bytes, key: str, where: str) -> str:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x}); save the file as UTF-8") from error
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error})") from error
+    if not isinstance(record, dict) or key not in record:
+        has = f"it has {', '.join(map(repr, list(record)[:5])) or 'nothing'}" if isinstance(record, dict) else f"it is a {type(record).__name__}"
+        raise UserError(f'{where}: no "{key}" ({has}); expected {{"{key}": "..."}}, or name another key with --jsonl-keys')
+    text = record[key]
+    if isinstance(text, list) and all(isinstance(x, str) for x in text):
+        text = "\n\n".join(text)
+    if not isinstance(text, str):
+        raise UserError(f'{where}: "{key}" is a {type(text).__name__}, not a string')
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: half of a surrogate pair ({text[error.start]!r}) in the text; it stands for no character") from error
+    return text

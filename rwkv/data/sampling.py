@@ -1,0 +1,50 @@
+"""Where in the token stream each sample begins: pure functions of (seed, epoch, index, rank), so that any run can be repeated."""
+
+import math
+
+import numpy as np
+
+
+def random_offset(seed: int, sample: int, size: int, ctx_len: int) -> int:
+    """A start for sample number `sample`, uniform over the starts in [0, size − ctx_len − 1) (upstream's stages 0 and 4).
+
+    Args:
+        sample: a number no other sample of the run has.
+        size: tokens in the stream; at least ctx_len + 2.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), sample]))
+    return int(generator.integers(0, size - ctx_len - 1))
+
+
+def prime_offset(number: int, prime: int, ctx_len: int, shift: int = 0) -> int:
+    """The start of sample `number` (from 1) in upstream's prime sampling: (f · number³ mod p) · ctx_len + shift, f = ⌊p (√5 − 1) / 2⌋.
+
+    p ≡ 2 (mod 3) makes cubing a bijection mod p, so p samples in a row visit every one of the p slots once.
+    """
+    factor = int(prime * ((math.sqrt(5) - 1) / 2))
+    return (factor * number**3 % prime) * ctx_len + shift
+
+
+def slots(size: int, ctx_len: int) -> int:
+    """Contexts that the stream holds end to end, each with the one token more that the last target needs."""
+    return (size - 1) // ctx_len
+
+
+def magic_prime(size: int, ctx_len: int) -> int:
+    """The largest prime p ≡ 2 (mod 3) with p ≤ slots; 0 if there is none (fewer than two slots)."""
+    return next((n for n in range(slots(size, ctx_len), 1, -1) if n % 3 == 2 and is_prime(n)), 0)
+
+
+def is_prime(n: int) -> bool:
+    """Miller-Rabin with the bases that decide every n below 3.3e24 (Sorenson and Webster 2015)."""
+    bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
+    if n < 2 or any(n % q == 0 for q in bases):
+        return n in bases
+    odd, twos = n - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    for base in bases:
+        x = pow(base, odd, n)
+        if x not in (1, n - 1) and all((x := x * x % n) != n - 1 for _ in range(twos - 1)):
+            return False
+    return True

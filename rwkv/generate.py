@@ -1,0 +1,111 @@
+"""Generation: the state is carried from token to token, so that the cost of a token does not grow with the text before it."""
+
+import codecs
+import collections
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rwkv.data.tokenizer import WorldTokenizer
+from rwkv.model import RWKV, BlockState
+
+_PREFILL = 256  # prompt tokens that go through the model at once
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0: the likeliest. Penalties as in ChatRWKV: presence + frequency · count,
+    where past occurrences fade by `penalty_decay` per token."""
+
+    temperature: float = 1.0
+    top_p: float = 0.85
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_decay: float = 0.996
+
+
+def choose(logits: Tensor, sampling: Sampling, counts: dict[int, float], generator: torch.Generator | None = None) -> int:
+    """The next token from logits [V], given how often each earlier one counts."""
+    logits = logits.float().clone()
+    for token, count in counts.items():
+        logits[token] -= sampling.presence_penalty + sampling.frequency_penalty * count
+    if sampling.temperature <= 0:
+        return int(logits.argmax())
+    probabilities, tokens = torch.softmax(logits / sampling.temperature, -1).sort(descending=True)
+    before = probabilities.cumsum(0) - probabilities
+    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)  # the likeliest always stays
+    probabilities[0] = probabilities[0].clamp_min(1e-38)
+    return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+class Session:
+    """A text that grows: the model's state after everything read and written so far.
+
+    Begins with EOD, as every document in training does.
+    """
+
+    def __init__(self, model: RWKV, tokenizer: WorldTokenizer):
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.state: list[BlockState] | None = None
+        self.logits = self._feed([tokenizer.eod])
+
+    def read(self, text: str) -> None:
+        """Take in a text."""
+        ids = self.tokenizer.encode(text)
+        if ids:
+            self.logits = self._feed(ids)
+
+    def write(
+        self, sampling: Sampling, max_tokens: int, stop: Sequence[str] = (), generator: torch.Generator | None = None
+    ) -> Iterator[str]:
+        """Generate up to max_tokens, until EOD or one of the stop texts; yields text as soon as its characters are whole.
+
+        Afterwards the session stands where the yielded text ends: what was generated of a stop text is taken back.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        hold = max((len(text) for text in stop), default=1) - 1  # characters that may yet turn out to begin a stop text
+        counts: dict[int, float] = {}
+        text, shown = "", 0
+        marks = collections.deque([(0, self.state, self.logits)], maxlen=hold + 8)  # (characters, state and logits there)
+        for _ in range(max_tokens):
+            token = choose(self.logits, sampling, counts, generator)
+            if token == self.tokenizer.eod:
+                break
+            counts = {t: c * sampling.penalty_decay for t, c in counts.items()}
+            counts[token] = counts.get(token, 0.0) + 1
+            text += decoder.decode(self.tokenizer.decode_bytes([token]))
+            found = [at for word in stop if (at := text.find(word, max(0, shown - hold))) >= 0]
+            if found:
+                self._rewind(marks, text, min(found))
+                text = text[: min(found)]
+                break
+            self.logits = self._feed([token])
+            marks.append((len(text), self.state, self.logits))
+            if len(text) - hold > shown:
+                yield text[shown : len(text) - hold]
+                shown = len(text) - hold
+        text += decoder.decode(b"", final=True)
+        if len(text) > shown:
+            yield text[shown:]
+
+    def _rewind(self, marks: collections.deque, text: str, end: int) -> None:
+        at, self.state, self.logits = next(mark for mark in reversed(marks) if mark[0] <= end)
+        self.read(text[at:end])
+
+    @torch.inference_mode()
+    def _feed(self, ids: Sequence[int]) -> Tensor:
+        """Advance the state by the ids; logits [V] after the last."""
+        device = self.model.emb.weight.device
+        for part in torch.tensor(ids, dtype=torch.long, device=device).split(_PREFILL):
+            hidden, self.state = self.model.hidden(part[None], self.state)
+        return self.model.head(hidden[0, -1])
+
+
+def question(text: str) -> str:
+    """A question in the World models' chat format, ready for the answer."""
+    return f"User: {text.strip()}\n\nAssistant:"
+
+
+STOP = ("\n\nUser:",)  # where a chat answer ends, if not with EOD

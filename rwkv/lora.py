@@ -1,0 +1,100 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) as surgery on any nn.Module: inject, choose what trains, adapter state, merge.
+
+             x ──► W ───────────────► + ──► y        y = W x + (α/r) · B A dropout(x)
+             └──► A [r, in] ► B [out, r] ─┘          W is frozen; B starts at zero, so the model is at first unchanged
+"""
+
+import math
+import re
+from collections.abc import Collection, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PARTS = ("att", "ffn", "time", "ln")
+
+# Which matrices get an adapter, and which other parameters are trained whole, by part. The names are BlinkDL's.
+_MATRICES = {"att": r"\.att\.(key|value|receptance)$", "ffn": r"\.(ffn|ffnPre)\.(key|receptance|value)$"}
+_WHOLE = {"time": r"\.(att|ffn|ffnPre)\.time_\w+$", "ln": r"\.ln[012]\.(weight|bias)$"}
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer without bias, plus a trainable product of rank r. Its weight keeps its name."""
+
+    def __init__(self, weight: nn.Parameter, r: int, alpha: float, dropout: float = 0.0):
+        super().__init__()
+        rows, columns = weight.shape
+        self.weight = weight
+        self.lora_A = nn.Parameter(torch.empty(r, columns, device=weight.device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(rows, r, device=weight.device, dtype=torch.float32))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.scale, self.dropout = alpha / r, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out]."""
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
+        return F.linear(x, self.weight) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """W + (α/r) B A in W's dtype; the product and the sum are formed in fp32."""
+        return (self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())).to(self.weight.dtype)
+
+
+def inject(model: nn.Module, parts: Collection[str], r: int, alpha: float, dropout: float = 0.0) -> list[str]:
+    """Give every linear layer of the parts `att` and `ffn` an adapter, in place; returns their names.
+
+    Raises:
+        ValueError: an unknown part, r < 1, or a model with none of these layers.
+    """
+    unknown = set(parts) - set(PARTS)
+    if unknown or not parts:
+        raise ValueError(f"LoRA parts are any of {', '.join(PARTS)}; got {', '.join(sorted(unknown)) or 'none'}")
+    if r < 1:
+        raise ValueError(f"LoRA rank r must be at least 1; it is {r}")
+    pattern = "|".join(_MATRICES[part] for part in parts if part in _MATRICES)
+    names = [name for name, module in model.named_modules() if pattern and isinstance(module, nn.Linear) and re.search(pattern, name)]
+    if pattern and not names:
+        raise ValueError(f"this model has no linear layer of the parts {', '.join(parts)}")
+    for name in names:
+        _replace(model, name, LoRALinear(model.get_submodule(name).weight, r, alpha, dropout))
+    return names
+
+
+def adapter_names(model: nn.Module, parts: Collection[str]) -> list[str]:
+    """The parameters that an adapter of these parts holds: lora_A and lora_B, `time_*` if `time`, block LayerNorms if `ln`."""
+    pattern = "|".join([r"\.lora_[AB]$", *(_WHOLE[part] for part in parts if part in _WHOLE)])
+    return [name for name, _ in model.named_parameters() if re.search(pattern, name)]
+
+
+def mark_trainable(model: nn.Module, parts: Collection[str]) -> None:
+    """Freeze everything but the adapter's parameters."""
+    chosen = set(adapter_names(model, parts))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+
+
+def adapter_state(model: nn.Module, parts: Collection[str]) -> dict[str, Tensor]:
+    """The adapter alone, under upstream's keys, e.g. `blocks.0.att.key.lora_A`."""
+    state = dict(model.named_parameters())
+    return {name: state[name].detach() for name in adapter_names(model, parts)}
+
+
+def merge(model: nn.Module) -> None:
+    """Turn every adapted layer back into a plain one, in place, its adapter added to its weight."""
+    for name, layer in list(_adapted(model)):
+        plain = nn.utils.skip_init(nn.Linear, layer.weight.shape[1], layer.weight.shape[0], bias=False)
+        plain.weight = nn.Parameter(layer.merged())
+        _replace(model, name, plain)
+
+
+def _adapted(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            yield name, module
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,1 @@
+"""Training through Lightning: schedule and optimizer as pure functions, the Lightning module, callbacks, and fit, which joins them."""

@@ -1,0 +1,240 @@
+"""One run of training, whatever it trains: check, load, train, save."""
+
+import dataclasses
+import logging
+import os
+import secrets
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from rwkv import checkpoint, lora
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.data import sampling
+from rwkv.data.binidx import Dataset
+from rwkv.data.convert import convert
+from rwkv.data.dataset import Contexts
+from rwkv.errors import UserError
+from rwkv.files import sha256
+from rwkv.model import RWKV, Sizes
+from rwkv.model.init import initialise
+from rwkv.train import schedule
+from rwkv.train.callbacks import Checkpoints, Metrics
+from rwkv.train.module import TrainingModule
+from rwkv.train.plot import plot
+
+_RUN_FILES = ("metrics.jsonl", "train_log.txt", "loss.png", "rwkv-*.pth", "rwkv-*.pth.json")
+_HASH_LIMIT = 4 << 30  # bytes of a dataset that are still hashed for the manifest: some seconds
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run made. Losses in nats per token: of the first step, before any update, and the mean over the last tenth."""
+
+    checkpoint: Path
+    steps: int
+    first_loss: float
+    last_loss: float
+
+
+def fit(config: TrainConfig) -> Result:
+    """Train as the config says. Everything that can be refused is refused before the first step.
+
+    Raises:
+        UserError: bad data, checkpoint, adapter, folder or flags.
+    """
+    _check_flags(config)
+    _quiet_lightning()
+    # Softmax tails and Adam's fading moments fill up with denormals, which a CPU multiplies ten times more slowly.
+    torch.set_flush_denormal(True)
+    if config.random_seed < 0:  # Lightning hands the seed to the other processes of a run in this variable
+        config = dataclasses.replace(config, random_seed=int(os.environ.get("PL_GLOBAL_SEED", secrets.randbits(31))))
+    seed = pl.seed_everything(config.random_seed)
+    model = _make_model(config)
+    adapter = _adapt(model, config)
+    folder = _make_folder(config)
+    data = _open_data(config, model.sizes, folder)
+    contexts = _contexts(config, data, seed)
+    _say(config, model, data, contexts)
+
+    save = _saver(config, folder, model, adapter, data)
+    metrics, checkpoints = Metrics(config, folder), Checkpoints(config, save)
+    trainer = _trainer(config, [metrics, checkpoints])
+    trainer.fit(TrainingModule(model, contexts, config))
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if trainer.global_rank == 0:
+        plot(folder / "metrics.jsonl", folder / "loss.png", f"{folder.name}: {'LoRA' if adapter else 'all weights'}, {trainer.global_step} steps")
+    tail = metrics.losses[-max(1, len(metrics.losses) // 10) :]
+    result = Result(folder / checkpoints.last, trainer.global_step, metrics.losses[0], sum(tail) / len(tail))
+    _print(f"done:  loss {result.first_loss:.3f} → {result.last_loss:.3f}; {result.checkpoint}, {folder / 'loss.png'}")
+    return result
+
+
+@rank_zero_only
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+def _check_flags(c: TrainConfig) -> None:
+    for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count", "epoch_save", "devices", "num_nodes"):
+        if getattr(c, name) < 1:
+            raise UserError(f"--{name} must be at least 1; it is {getattr(c, name)}")
+    if not c.data_file:
+        raise UserError("--data_file is missing: a binidx prefix, or a .jsonl file")
+    if c.epoch_steps % c.accumulate_grad_batches:
+        raise UserError(f"--epoch_steps {c.epoch_steps} must be a multiple of --accumulate_grad_batches {c.accumulate_grad_batches}")
+    if schedule.total_steps(c) < 1:
+        raise UserError(f"nothing to train: --epoch_begin {c.epoch_begin} is not before --epoch_count {c.epoch_count}, or the tokens are spent")
+    if isinstance(c, LoRAConfig) and c.lora and not c.load_model:
+        raise UserError("LoRA tunes a model that exists: give it with --load_model, or train one with scripts/pretrain.py first")
+
+
+def _make_model(c: TrainConfig) -> RWKV:
+    """From load_model, with flags that disagree refused; else new, by upstream's rules."""
+    given = {name: getattr(c, name) for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn") if getattr(c, name)}
+    if c.load_model:
+        model = checkpoint.load_model(c.load_model)
+        wrong = [f"--{name} {value}, and it has {getattr(model.sizes, name)}" for name, value in given.items() if value != getattr(model.sizes, name)]
+        if wrong:
+            raise UserError(f"{c.load_model}: {'; '.join(wrong)}. Sizes come from the checkpoint: leave these flags out")
+        model.grad_cp = bool(c.grad_cp)
+        return model
+    sizes = {"n_layer": 6, "n_embd": 512, "vocab_size": 65536} | given
+    sizes = {"dim_att": sizes["n_embd"], "dim_ffn": 4 * sizes["n_embd"]} | sizes
+    model = RWKV(Sizes(**sizes, pre_ffn=bool(c.pre_ffn)), bool(c.grad_cp))
+    initialise(model, emb_scale=c.lr_init)
+    return model
+
+
+def _adapt(model: RWKV, c: TrainConfig) -> dict[str, Any] | None:
+    """Inject LoRA if the run is one; what the adapter's manifest will say of it."""
+    if not (isinstance(c, LoRAConfig) and c.lora):
+        return None
+    parts = [part.strip() for part in c.lora_parts.split(",") if part.strip()]
+    try:
+        lora.inject(model, parts, c.lora_r, c.lora_alpha, c.lora_dropout)
+    except ValueError as error:
+        raise UserError(f"--lora_parts {c.lora_parts} --lora_r {c.lora_r}: {error}") from error
+    if c.lora_load:
+        tensors, known = checkpoint.inspect_adapter(c.lora_load, c.load_model, c.lora_alpha)
+        for flag, ours, theirs in (("lora_r", c.lora_r, known["r"]), ("lora_parts", sorted(parts), sorted(known["parts"]))):
+            if ours != theirs:
+                raise UserError(f"{c.lora_load}: trained with {flag} {theirs}, and this run has {ours}; give the same")
+        checkpoint.load_adapter(model, c.lora_load, tensors, parts)
+    lora.mark_trainable(model, parts)
+    base = {"base": c.load_model, "base_sha256": sha256(c.load_model)}
+    return {"r": c.lora_r, "alpha": c.lora_alpha, "parts": parts, **base}
+
+
+def _make_folder(c: TrainConfig) -> Path:
+    folder = Path(c.proj_dir)
+    if rank_zero_only.rank > 0:
+        return folder
+    old = sorted(path for pattern in _RUN_FILES for path in folder.glob(pattern))
+    inputs = {Path(path).resolve() for path in (c.load_model, getattr(c, "lora_load", "")) if path}
+    if old and not c.epoch_begin:
+        if not c.overwrite:
+            raise UserError(f"{folder} holds a run already ({old[0].name}, …); give another --proj_dir, or --overwrite to start over")
+        if used := [path for path in old if path.resolve() in inputs]:
+            raise UserError(f"--overwrite would delete {used[0]}, which this run starts from; give another --proj_dir")
+        for path in old:
+            path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _open_data(c: TrainConfig, sizes: Sizes, folder: Path) -> Dataset:
+    prefix = c.data_file
+    if prefix.endswith(".jsonl"):
+        if sizes.vocab_size < 65530:
+            raise UserError(f"{prefix}: would be tokenised for World (ids to 65529), and the model has {sizes.vocab_size} words; convert it for that model")
+        prefix = str(folder / "data_text_document")
+        if rank_zero_only.rank == 0:
+            convert([Path(c.data_file)], folder / "data", force=True)
+    data = Dataset(prefix)
+    can_hold = np.iinfo(data.tokens.dtype).max  # the pass over the file is only made where an id could be too large
+    largest = data.largest_id() if can_hold >= sizes.vocab_size else 0
+    if largest >= sizes.vocab_size:
+        raise UserError(
+            f"{data.prefix}.bin: token id {largest}, and the model has a vocabulary of {sizes.vocab_size}; the data was converted for another"
+            " tokenizer than the model's"
+        )
+    return data
+
+
+def _contexts(c: TrainConfig, data: Dataset, seed: int) -> Contexts:
+    size = len(data.tokens) - c.my_pile_shift
+    prime = sampling.magic_prime(size, c.ctx_len) if c.magic_prime < 0 else c.magic_prime
+    if c.magic_prime < 0 and not prime:
+        raise UserError(f"--magic_prime -1: {size} tokens hold no two contexts of {c.ctx_len}; leave it out, or lower --ctx_len")
+    return Contexts(data.tokens, c.ctx_len, c.epoch_steps * c.micro_bsz, seed, prime, c.my_pile_shift)
+
+
+def _quiet_lightning() -> None:
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+
+
+def _trainer(c: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
+    gpu = torch.cuda.is_available() and c.accelerator != "cpu"
+    precision = c.precision if c.precision != "auto" else "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    alone = c.devices * c.num_nodes == 1
+    return pl.Trainer(
+        accelerator="gpu" if gpu else "cpu" if c.accelerator == "auto" else c.accelerator,
+        devices=c.devices,
+        num_nodes=c.num_nodes,
+        strategy=None if alone and c.strategy == "auto" else "ddp",
+        precision={"fp32": 32, "tf32": 32, "bf16": "bf16", "fp16": 16}[precision],
+        max_steps=schedule.total_steps(c),
+        max_epochs=-1,
+        accumulate_grad_batches=c.accumulate_grad_batches,
+        gradient_clip_val=c.grad_clip or None,
+        callbacks=callbacks,
+        replace_sampler_ddp=False,  # the dataset shares out its samples over the ranks itself
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _saver(c: TrainConfig, folder: Path, model: RWKV, adapter: dict[str, Any] | None, data: Dataset) -> Callable[[str, int], None]:
+    raw = Path(f"{data.prefix}.bin")
+    fixed = {
+        "tokenizer": "World" if model.sizes.vocab_size == 65536 else None,
+        "data": str(data.prefix),
+        "data_sha256": sha256(raw) if raw.stat().st_size <= _HASH_LIMIT else None,
+        "flags": dataclasses.asdict(c),
+    }
+
+    def save(name: str, step: int) -> None:
+        if adapter:
+            checkpoint.save_adapter(folder / name, model, adapter, {"step": step, **fixed})
+        else:
+            checkpoint.save_model(folder / name, model, {"step": step, **fixed})
+
+    return save
+
+
+def _say(c: TrainConfig, model: RWKV, data: Dataset, contexts: Contexts) -> None:
+    s = model.sizes
+    every = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    what = "all trained" if trained == every else f"{trained / 1e6:.2f} million trained"
+    steps, per_step = schedule.total_steps(c), schedule.tokens_per_step(c)
+    order = f"prime sampling, p = {contexts.prime}" if contexts.prime else f"at random places, seed {contexts.seed}"
+    _print(
+        f"model: RWKV-4, L{s.n_layer} D{s.n_embd} V{s.vocab_size}, {every / 1e6:.2f} million parameters, {what}\n"
+        f"data:  {data.prefix}, {len(data):,} documents, {len(data.tokens):,} tokens\n"
+        f"run:   {steps:,} steps of {per_step:,} tokens ({order}); each token is seen about {steps * per_step / len(data.tokens):.2g} times"
+    )

@@ -1,0 +1,40 @@
+"""Parameter groups with layerwise learning rates, and Adam."""
+
+import torch
+from torch import nn
+
+from rwkv.config import TrainConfig
+
+
+def groups(model: nn.Module, c: TrainConfig) -> list[dict]:
+    """Parameter groups: `lr_scale` 2 for time_decay, 3 for time_first, 1 for the rest; matrices apart if they decay.
+
+    Frozen parameters are in none.
+    """
+    found: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = 1.0
+        if c.layerwise_lr:
+            scale = 2.0 if "time_decay" in name else 3.0 if "time_first" in name else 1.0
+        decays = c.weight_decay > 0 and scale == 1.0 and parameter.squeeze().dim() >= 2
+        found.setdefault((scale, decays), []).append((name, parameter))
+    return [
+        {"params": [p for _, p in named], "names": [name for name, _ in named], "lr_scale": scale, "weight_decay": 0.0, "decays": decays}
+        for (scale, decays), named in sorted(found.items())
+    ]
+
+
+def make(model: nn.Module, c: TrainConfig) -> torch.optim.Optimizer:
+    """Adam over the trainable parameters, AdamW where weight_decay > 0; the schedule sets rates and decays before every step."""
+    kind = torch.optim.AdamW if c.weight_decay > 0 else torch.optim.Adam
+    return kind(groups(model, c), lr=c.lr_init, betas=(c.beta1, c.beta2), eps=c.adam_eps)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rate: float, decay: float) -> None:
+    """Set every group's learning rate and weight decay for the step to come."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+        if group["decays"]:
+            group["weight_decay"] = decay

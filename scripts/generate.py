@@ -1,0 +1,72 @@
+"""Run an RWKV-4 World model: continue a prompt, answer a question, or chat.
+
+    python scripts/generate.py --model merged.pth --ask "What is RWKV?"
+    python scripts/generate.py --model base.pth --lora out/lora/rwkv-0.pth --prompt "Once upon a time" --temperature 0.8
+    python scripts/generate.py --model merged.pth                      # chat; /reset forgets, /quit or Ctrl-D ends
+"""
+
+import sys
+
+from rwkv.cli import parse, sentences
+from rwkv.config import GenerateConfig
+from rwkv.errors import UserError
+
+
+def main(config: GenerateConfig) -> None:
+    import torch
+
+    from rwkv import checkpoint
+    from rwkv.data.tokenizer import WorldTokenizer
+    from rwkv.generate import STOP, Sampling, Session, question
+
+    if not config.model:
+        raise UserError("--model is missing: the checkpoint to run")
+    if config.lora:
+        model = checkpoint.load_tuned(config.model, config.lora, config.lora_alpha or None)
+    else:
+        model = checkpoint.load_model(config.model)
+    if model.sizes.vocab_size < WorldTokenizer.vocab_size:
+        raise UserError(f"{config.model}: {model.sizes.vocab_size} words, not the World vocabulary of 65536; only World models can be run as text")
+    gpu = torch.cuda.is_available() and config.accelerator != "cpu"
+    if config.accelerator == "gpu" and not gpu:
+        raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or use --accelerator cpu")
+    model.to("cuda" if gpu else "cpu")
+    tokenizer, generator = WorldTokenizer(), torch.Generator(model.emb.weight.device)
+    generator.manual_seed(config.seed) if config.seed >= 0 else generator.seed()
+    sampling = Sampling(config.temperature, config.top_p, config.presence_penalty, config.frequency_penalty, config.penalty_decay)
+
+    def write(session: Session, stop: tuple[str, ...] = ()) -> None:
+        for text in session.write(sampling, config.max_tokens, stop, generator):
+            print(text, end="", flush=True)
+        print()
+
+    session = Session(model, tokenizer)
+    if config.prompt or config.ask:
+        session.read(config.prompt or question(config.ask))
+        if config.prompt:
+            print(config.prompt, end="")
+        write(session, () if config.prompt else STOP)
+        return
+    print("Chat. /reset forgets the conversation, /quit or Ctrl-D ends.", file=sys.stderr)
+    between = ""
+    while (line := _input()) is not None:
+        if line == "/reset":
+            session, between = Session(model, tokenizer), ""
+        elif line:
+            session.read(between + question(line))
+            print("Assistant:", end="")
+            write(session, STOP)
+            between = "\n\n"
+
+
+def _input() -> str | None:
+    try:
+        line = input("User: ").strip()
+    except EOFError:
+        return None
+    return None if line == "/quit" else line
+
+
+if __name__ == "__main__":
+    with sentences():
+        main(parse(GenerateConfig, __doc__))

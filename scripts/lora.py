@@ -1,0 +1,20 @@
+"""Tune an RWKV-4 model with LoRA: a small adapter is trained, the model stays as it is.
+
+    python scripts/lora.py --load_model base.pth --data_file mine.jsonl --proj_dir out/lora --lora_r 8 --lora_alpha 32 \\
+        --lr_init 1e-4 --lr_final 1e-4 --epoch_count 1 --epoch_steps 1000 --micro_bsz 1
+
+Then merge it (scripts/merge_lora.py --adapter out/lora/rwkv-0.pth --output merged.pth), or run it as it is
+(scripts/generate.py --model base.pth --lora out/lora/rwkv-0.pth).
+"""
+
+from rwkv.cli import parse, sentences
+from rwkv.config import LoRAConfig
+
+if __name__ == "__main__":
+    with sentences():
+        config = parse(LoRAConfig, __doc__)
+        from rwkv.train.fit import fit  # after parsing: --help need not wait for torch
+
+        result = fit(config)
+        print(f"merge: python scripts/merge_lora.py --adapter {result.checkpoint} --output merged.pth")
+        print(f"talk:  python scripts/generate.py --model {config.load_model} --lora {result.checkpoint}")

@@ -1,0 +1,16 @@
+"""Pretrain an RWKV-4 model from new weights (or go on from --load_model).
+
+    python scripts/pretrain.py --data_file text.jsonl --n_layer 12 --n_embd 768 --proj_dir out/base
+
+Text is a .jsonl file or a binidx made by scripts/convert.py. The run ends after --epoch_count epochs or --max_steps steps.
+"""
+
+from rwkv.cli import parse, sentences
+from rwkv.config import TrainConfig
+
+if __name__ == "__main__":
+    with sentences():
+        config = parse(TrainConfig, __doc__)
+        from rwkv.train.fit import fit  # after parsing: --help need not wait for torch
+
+        fit(config)
