@@ -1,13 +1,12 @@
-"""Make a pretraining corpus out of text that every machine with Python has: the docstrings of its standard library.
+"""Make a pretraining corpus out of text that every machine with this project has.
 
     python scripts/demo_corpus.py out/demo/corpus.jsonl
 
-One document per module: its docstrings, joined. This repository's own README files are added, for some Chinese. Real
-pretraining wants gigabytes; this is enough to see a loss fall.
+The docstrings of well-known modules of Python's standard library and of this project, one document a module, and this project's
+pages (English and Chinese), a few times over. Real pretraining wants gigabytes; this is enough to see a loss fall.
 """
 
 import ast
-import inspect
 import json
 import sys
 import sysconfig
@@ -18,35 +17,36 @@ from rwkv.cli import sentences
 from rwkv.errors import UserError
 from rwkv.files import whole
 
-_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__"}
+MODULES = """argparse collections/__init__ csv dataclasses datetime difflib functools heapq inspect json/__init__ logging/__init__
+    pathlib random shutil statistics string textwrap threading typing zipfile""".split()
+PAGES = ("README.md", "README.zh.md", "CONTRIBUTING.md")
+REPEATS = 4  # of the pages and our own docstrings, or their words would be too rare to learn
 
 
-def docstrings(source: str) -> Iterator[str]:
-    """Every docstring in a module's source, longer than a line of code."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text and len(text) > 40:
-                yield inspect.cleandoc(text)
+def docstrings(path: Path) -> str:
+    """Every docstring of a Python file that is longer than a few words, joined by blank lines."""
+    documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    texts = (ast.get_docstring(node) for node in nodes if isinstance(node, documented))
+    return "\n\n".join(text for text in texts if text and len(text) > 40)
 
 
 def corpus() -> Iterator[str]:
-    """One text per module, and the repository's own pages."""
-    library = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(library.rglob("*.py")):
-        if _SKIPPED.isdisjoint(path.relative_to(library).parts):
-            text = "\n\n".join(docstrings(path.read_text(encoding="utf-8", errors="replace")))
-            if text:
-                yield text
-    for path in sorted(Path(__file__).parents[1].glob("*.md")):
-        yield path.read_text(encoding="utf-8")
+    """The documents, in a fixed order."""
+    library, project = Path(sysconfig.get_path("stdlib")), Path(__file__).parents[1]
+    for module in MODULES:
+        if (path := library / f"{module}.py").is_file():
+            yield docstrings(path)
+    for _ in range(REPEATS):
+        yield from filter(None, map(docstrings, sorted((project / "rwkv").rglob("*.py"))))
+        yield from ((project / page).read_text(encoding="utf-8") for page in PAGES)
 
 
 if __name__ == "__main__":
     with sentences():
         if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-            raise UserError(f"usage: python scripts/demo_corpus.py OUTPUT.jsonl\n{__doc__}")
-        with whole(sys.argv[1]) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            texts = list(corpus())
-            file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+            raise UserError(f"one argument, the file to write.\n{__doc__}")
+        texts = list(corpus())
+        with whole(sys.argv[1]) as temporary:
+            temporary.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
         print(f"{sys.argv[1]}: {len(texts)} documents, {sum(map(len, texts)) / 1e6:.1f} million characters")

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The whole line as a story: from text to a tuned model that answers. `make lora` with no ARGS runs it; every step is a command you can type.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+py=${PY:-.venv/bin/python}
+out=${OUT:-out/demo}
+question="What is LoRA?"
+
+tell() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+run() { echo "\$ $*"; "$@"; }
+ask() { "$py" scripts/generate.py --model "$1" --ask "$question" --temperature 0 --max_tokens 40 | tr '\n' ' '; }
+loss() { "$py" -c 'import json, sys; print(*("%.2f" % json.loads(x)["loss"] for x in [*open(sys.argv[1])][:: -1 if sys.argv[2] == "last" else 1][:1]))' "$@"; }
+
+tell "1. Text to pretrain on: documentation that every machine with Python has"
+run "$py" scripts/demo_corpus.py "$out/corpus.jsonl"
+
+tell "2. Text to tokens: World vocabulary, binidx format"
+run "$py" scripts/convert.py --input "$out/corpus.jsonl" --force
+run "$py" scripts/convert.py --input data/example.jsonl --output-prefix "$out/example" --force
+
+tell "3. Pretraining: a model of 13 million parameters, from nothing"
+run "$py" scripts/pretrain.py --data_file "$out/corpus_text_document" --proj_dir "$out/base" --overwrite --n_layer 2 --n_embd 96 \
+  --ctx_len 128 --micro_bsz 3 --epoch_count 1 --epoch_steps 320 --lr_init 8e-3 --lr_final 2e-3 --magic_prime -1 --random_seed 1
+
+tell "4. LoRA: the base is frozen, an adapter learns the forty questions and answers of data/example.jsonl"
+run "$py" scripts/lora.py --load_model "$out/base/rwkv-0.pth" --data_file "$out/example_text_document" --proj_dir "$out/lora" --overwrite \
+  --lora_r 32 --lora_alpha 32 --lora_dropout 0 --lora_parts att,ffn,time,ln \
+  --ctx_len 64 --micro_bsz 2 --epoch_count 1 --epoch_steps 600 --lr_init 8e-3 --lr_final 3e-4 --random_seed 1
+
+tell "5. Merging: the adapter becomes part of the weights"
+run "$py" scripts/merge_lora.py --adapter "$out/lora/rwkv-0.pth" --output "$out/tuned.pth" --force
+
+tell "6. What came of it"
+before=$(ask "$out/base/rwkv-0.pth")
+after=$(ask "$out/tuned.pth")
+cat <<EOF
+made:    $out/tuned.pth, its base $out/base/rwkv-0.pth and its adapter $out/lora/rwkv-0.pth; curves in $out/*/loss.png
+loss:    pretraining $(loss "$out/base/metrics.jsonl" first) -> $(loss "$out/base/metrics.jsonl" last), LoRA $(loss "$out/lora/metrics.jsonl" first) -> $(loss "$out/lora/metrics.jsonl" last) nats per token
+before:  $question $before
+after:   $question $after
+yours:   make lora ARGS="--load_model YOUR_MODEL.pth --data_file YOUR_TEXT.jsonl --epoch_count 1 --micro_bsz 1 --lr_init 1e-4 --lr_final 1e-4"
+EOF
