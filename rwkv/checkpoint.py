@@ -5,7 +5,6 @@ misshapen key is refused by its name.
 """
 
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +35,7 @@ def read_tensors(path: PathLike) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # foreign bytes make the readers raise almost anything
         raise UserError(
             f"{path}: not a checkpoint that can be loaded without running code from it ({_first_line(error)}). A checkpoint is a"
             " dictionary of tensors, saved by torch.save or safetensors; the file may also be cut short."

@@ -51,7 +51,7 @@ def _spelled_as_here(argv: list[str], config: type) -> list[str]:
     """Upstream's spellings: `--output-prefix` is `--output_prefix`, and a switch alone (`--lora`) is `--lora=true`."""
     fields = config.__dataclass_fields__
     words = []
-    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, after in zip(argv, [*argv[1:], "--"], strict=False):
         name, equals, value = word.partition("=")
         field = fields.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
         if field:

@@ -1,0 +1,86 @@
+"""What the tests share: a tiny model, tiny data, the command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv import checkpoint
+from rwkv.data.binidx import writer
+from rwkv.model import RWKV, Sizes
+from rwkv.model.init import initialise
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture
+def make_model():
+    """A small model with every weight random, so that nothing is zero and no gradient hides."""
+
+    def make(seed: int = 0, **sizes) -> RWKV:
+        sizes = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, **sizes}
+        sizes = {"dim_att": sizes["n_embd"], "dim_ffn": 4 * sizes["n_embd"], **sizes}
+        torch.manual_seed(seed)
+        model = RWKV(Sizes(**sizes))
+        initialise(model, emb_scale=1e-2)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_base(make_model, tmp_path):
+    """A checkpoint of such a model."""
+
+    def make(name: str = "base.pth", **sizes) -> Path:
+        checkpoint.save_model(tmp_path / name, make_model(**sizes), {})
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def make_data(tmp_path):
+    """A binidx of random tokens below `vocab`."""
+
+    def make(tokens: int, vocab: int = 50, name: str = "data", seed: int = 0) -> str:
+        ids = torch.randint(vocab, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+        with writer(tmp_path / name) as out:
+            out.add(ids)
+        return str(tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    def write(*records, name: str = "text.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Run a script as a user does; a wrong exit status fails the test with what was printed."""
+
+    def run(name: str, *arguments, status: int = 0, stdin: str = "", environment: dict | None = None) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300, check=False)
+        assert done.returncode == status, f"{name} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run

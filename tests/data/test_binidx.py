@@ -1,0 +1,111 @@
+"""The binidx format against an independent reader, and what is refused on opening."""
+
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rwkv.data.binidx import Dataset, writer
+from rwkv.errors import UserError
+
+
+def independent_read(prefix):
+    """Parse both files with struct alone, from the format's description; check every field."""
+    raw, data = (prefix.with_name(prefix.name + suffix).read_bytes() for suffix in (".idx", ".bin"))
+    assert raw[:9] == b"MMIDIDX\0\0"
+    version, code, n_sizes, n_docs = struct.unpack_from("<QBQQ", raw, 9)
+    letter, width = {8: ("H", 2), 4: ("i", 4)}[code]
+    assert version == 1
+    assert n_docs == n_sizes + 1
+    assert len(raw) == 34 + 12 * n_sizes + 8 * n_docs
+    sizes = struct.unpack_from(f"<{n_sizes}i", raw, 34)
+    pointers = struct.unpack_from(f"<{n_sizes}q", raw, 34 + 4 * n_sizes)
+    assert struct.unpack_from(f"<{n_docs}q", raw, 34 + 12 * n_sizes) == tuple(range(n_docs))
+    documents = [list(struct.unpack_from(f"<{size}{letter}", data, at)) for size, at in zip(sizes, pointers, strict=True)]
+    assert sum(sizes) * width == len(data)
+    return documents
+
+
+@given(documents=st.lists(st.lists(st.integers(0, 65535), max_size=20), min_size=1), dtype=st.sampled_from(["uint16", "int32"]))
+def test_an_independent_reader_and_ours_read_what_was_written(tmp_path_factory, documents, dtype):
+    prefix = tmp_path_factory.mktemp("binidx") / "p"
+    with writer(prefix, dtype) as out:
+        for document in documents:
+            out.add(document)
+    assert independent_read(prefix) == documents
+    if any(documents):
+        ours = Dataset(prefix)
+        assert [ours.document(i).tolist() for i in range(len(ours))] == documents
+        assert ours.tokens.dtype == dtype
+        assert ours.largest_id() == max(map(max, filter(None, documents)))
+    else:
+        with pytest.raises(UserError, match="holds no tokens"):
+            Dataset(prefix)
+
+
+def test_bytes_are_the_documented_ones(tmp_path):
+    with writer(tmp_path / "p") as out:
+        out.add([1, 2])
+        out.add([65535])
+    assert (tmp_path / "p.bin").read_bytes().hex() == "01000200ffff"
+    expected = "4d4d49444944580000" + "0100000000000000" + "08" + "0200000000000000" + "0300000000000000" + "02000000" + "01000000"
+    expected += "0000000000000000" + "0400000000000000" + "0000000000000000" + "0100000000000000" + "0200000000000000"
+    assert (tmp_path / "p.idx").read_bytes().hex() == expected
+
+
+def test_nothing_is_left_when_writing_fails_and_the_old_files_stay(tmp_path):
+    with writer(tmp_path / "p") as out:
+        out.add([1, 2, 3])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail():
+        with writer(tmp_path / "p") as out:
+            out.add([4])
+            raise KeyboardInterrupt
+
+    pytest.raises(KeyboardInterrupt, fail)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_id_that_does_not_fit_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"document 1: token id 65536 does not fit uint16"), writer(tmp_path / "p") as out:
+        out.add([1, 65536])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_either_suffix_or_none_opens_the_pair(tmp_path):
+    with writer(tmp_path / "p") as out:
+        out.add([1])
+    for suffix in ("", ".bin", ".idx"):
+        assert len(Dataset(f"{tmp_path / 'p'}{suffix}").tokens) == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda bin, idx: idx.unlink(), r"p.idx: no such file"),
+        (lambda bin, idx: bin.unlink(), r"p.bin: no such file"),
+        (lambda bin, idx: idx.write_bytes(b"TNTIDX\0\0" + idx.read_bytes()), r"does not begin with MMIDIDX"),
+        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:20]), r"cut short inside its header"),
+        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:-1]), r"2 documents need 82"),
+        (lambda bin, idx: bin.write_bytes(bin.read_bytes()[:-1]), r"its index speaks of 3 tokens of 2 bytes \(6\)"),
+        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:9] + b"\2" + idx.read_bytes()[10:]), r"version 2 with dtype code 8"),
+        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:17] + b"\7" + idx.read_bytes()[18:]), r"version 1 with dtype code 7"),
+        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:42] + b"\2" + idx.read_bytes()[43:]), r"pointers do not follow"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_refused_by_what_is_wrong(tmp_path, damage, complaint):
+    with writer(tmp_path / "p") as out:
+        out.add([1, 2])
+        out.add([3])
+    damage(tmp_path / "p.bin", tmp_path / "p.idx")
+    with pytest.raises(UserError, match=complaint):
+        Dataset(tmp_path / "p")
+
+
+def test_tokens_are_mapped_not_read(tmp_path):
+    with writer(tmp_path / "p") as out:
+        out.add([1, 2])
+    assert isinstance(Dataset(tmp_path / "p").tokens, np.memmap)

@@ -1,0 +1,60 @@
+"""World ids against the tokenizer of the PyPI `rwkv` package, which lives in a folder of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rwkv.data.tokenizer import LARGEST_ID, VOCAB_SIZE, WorldTokenizer
+
+ORACLE = Path(sys.prefix) / "oracle"
+PROGRAM = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
+tokenizer = TRIE_TOKENIZER(sys.argv[1] + "/rwkv/rwkv_vocab_v20230424.txt")
+json.dump([tokenizer.encode(text) for text in json.load(sys.stdin)], sys.stdout)
+"""
+TEXTS = [
+    "Hello, world!", "  two spaces\n\n\ttab", "你好，世界。RWKV 是一种语言模型。", "🤖👩‍👩‍👧 emoji ﷽", "naïve café Ünï", "\x00\x01\x7f\u0080\uffff", "a" * 1000,
+    " " * 300, "def f(x):\n    return x ** 2\n", "日本語テキスト、한국어, العربية, Русский, ελληνικά", "User: 1+1=?\n\nAssistant: 2", "\r\n\r\n",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return WorldTokenizer()
+
+
+def test_ids_equal_the_independent_tokenizer(tokenizer, root):
+    assert ORACLE.is_dir(), "the oracle is installed by: make test"
+    texts = TEXTS + [json.loads(line)["text"] for line in (root / "data/example.jsonl").read_text(encoding="utf-8").splitlines()]
+    texts += [(root / page).read_text(encoding="utf-8") for page in ("README.md", "README.zh.md", "rwkv/checkpoint.py")]
+    # -I: the oracle's `rwkv` must not be ours
+    done = subprocess.run([sys.executable, "-I", "-c", PROGRAM, str(ORACLE)], input=json.dumps(texts), capture_output=True, text=True, check=True)
+    assert tokenizer.encode_batch(texts) == json.loads(done.stdout)
+
+
+@given(text=st.text(st.characters(blacklist_categories=["Cs"])))
+def test_any_text_comes_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(1 <= i <= LARGEST_ID for i in ids)
+
+
+def test_every_id_decodes_even_inside_a_character(tokenizer):
+    assert len(tokenizer.decode_bytes(range(1, LARGEST_ID + 1))) > 300_000  # the library's decoder panics on the first lone byte
+    half = "好".encode()[:2]
+    assert tokenizer.decode_bytes([half[0] + 1, half[1] + 1]) == half  # ids 1 … 256 are the bytes
+    assert tokenizer.decode([half[0] + 1]) == "\ufffd"
+
+
+def test_eod_and_unused_ids_are_no_text_and_others_are_refused(tokenizer):
+    assert tokenizer.decode_bytes([0, *range(LARGEST_ID + 1, VOCAB_SIZE)]) == b""
+    for wrong in (-1, VOCAB_SIZE):
+        with pytest.raises(ValueError, match="not a World token id"):
+            tokenizer.decode([wrong])

@@ -1,0 +1,87 @@
+"""RWKV-4 against transformers' implementation, and parallel against token by token."""
+
+import pytest
+import torch
+from transformers import RwkvConfig, RwkvForCausalLM
+from transformers.modeling_utils import no_init_weights
+
+from rwkv.model import RWKV
+
+RENAMED = {
+    "emb.": "rwkv.embeddings.", "ln_out.": "rwkv.ln_out.", "blocks.": "rwkv.blocks.", ".ln0.": ".pre_ln.", ".att.": ".attention.", ".ffn.": ".feed_forward.",
+    "time_mix_k": "time_mix_key", "time_mix_v": "time_mix_value", "time_mix_r": "time_mix_receptance",
+}  # fmt: skip
+
+
+def transformers_twin(model: RWKV) -> RwkvForCausalLM:
+    """The same weights in transformers' model."""
+    s = model.sizes
+    config = RwkvConfig(
+        vocab_size=s.vocab_size, hidden_size=s.n_embd, num_hidden_layers=s.n_layer, attention_hidden_size=s.dim_att,
+        intermediate_size=s.dim_ffn, rescale_every=0, tie_word_embeddings=False, use_cache=False,
+    )  # fmt: skip
+    with no_init_weights():  # its initialisation divides by n_layer − 1
+        twin = RwkvForCausalLM(config)
+    state = {}
+    for name, value in model.state_dict().items():
+        for ours, theirs in RENAMED.items():
+            name = name.replace(ours, theirs)
+        state[name] = value
+    twin.load_state_dict(state)
+    return twin.train()
+
+
+SIZES = [{}, {"n_layer": 1}, {"n_layer": 3, "n_embd": 24, "dim_att": 40, "dim_ffn": 52}, {"dim_att": 8, "dim_ffn": 20}]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_logits_and_gradients_equal_transformers(make_model, sizes):
+    model = make_model(**sizes)
+    twin = transformers_twin(model)
+    tokens = torch.randint(50, (3, 29), generator=torch.Generator().manual_seed(1))
+    ours, theirs = model(tokens)[0], twin(tokens).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # fp32, sums in another order
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    gradients = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        for a, b in RENAMED.items():
+            name = name.replace(a, b)
+        expected = gradients[name].grad.view_as(parameter)
+        # relative to the largest element: small ones are differences of large ones
+        assert float((parameter.grad - expected).abs().max()) <= 2e-5 * float(expected.abs().max().clamp_min(1)), name
+
+
+@pytest.mark.parametrize("sizes", [*SIZES, {"pre_ffn": True}, {"n_layer": 1, "pre_ffn": True}])
+def test_token_by_token_equals_parallel(make_model, sizes):
+    model = make_model(**sizes).eval()
+    tokens = torch.randint(50, (2, 37), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        parallel, last = model(tokens)
+        state, rows = None, []
+        for t in range(tokens.shape[1]):
+            logits, state = model(tokens[:, t : t + 1], state)
+            rows.append(logits)
+    torch.testing.assert_close(torch.cat(rows, 1), parallel, rtol=1e-5, atol=1e-5)  # fp32 matrix products of other shapes
+    for ours, theirs in zip(state, last, strict=True):
+        torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_gradient(make_model):
+    tokens = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for grad_cp in (False, True):
+        model = make_model()
+        model.grad_cp = grad_cp
+        model(tokens)[0].square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)  # the same operations
+
+
+def test_pre_ffn_replaces_the_time_mix_of_block_0(make_model):
+    names = dict(make_model(pre_ffn=True).named_parameters())
+    assert "blocks.0.ffnPre.key.weight" in names
+    assert "blocks.0.att.key.weight" not in names
+    assert "blocks.1.att.key.weight" in names

@@ -1,0 +1,190 @@
+"""Checkpoints go both ways with upstream's names; what does not fit is refused by name."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv import checkpoint, lora
+from rwkv.checkpoint import inspect_adapter, load_model, load_tuned, read_manifest, read_tensors, save_adapter, save_model
+from rwkv.errors import UserError
+from rwkv.files import sha256
+
+UPSTREAM_KEYS = {
+    "emb.weight": (50, 16), "head.weight": (50, 16), "ln_out.weight": (16,), "ln_out.bias": (16,), "blocks.0.ln0.weight": (16,), "blocks.0.ln0.bias": (16,),
+    **{f"blocks.{i}.{ln}.{x}": (16,) for i in (0, 1) for ln in ("ln1", "ln2") for x in ("weight", "bias")},
+    **{f"blocks.{i}.att.time_{x}": (24,) for i in (0, 1) for x in ("decay", "first")},
+    **{f"blocks.{i}.att.time_mix_{x}": (1, 1, 16) for i in (0, 1) for x in "kvr"},
+    **{f"blocks.{i}.att.{x}.weight": (24, 16) for i in (0, 1) for x in ("key", "value", "receptance")},
+    **{f"blocks.{i}.att.output.weight": (16, 24) for i in (0, 1)},
+    **{f"blocks.{i}.ffn.time_mix_{x}": (1, 1, 16) for i in (0, 1) for x in "kr"},
+    **{f"blocks.{i}.ffn.key.weight": (40, 16) for i in (0, 1)},
+    **{f"blocks.{i}.ffn.receptance.weight": (16, 16) for i in (0, 1)},
+    **{f"blocks.{i}.ffn.value.weight": (16, 40) for i in (0, 1)},
+}  # fmt: skip
+
+
+def upstream_tensors():
+    torch.manual_seed(0)
+    return {key: torch.randn(shape) for key, shape in UPSTREAM_KEYS.items()}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_upstreams_file_loads_and_ours_has_upstreams_keys(tmp_path, suffix):
+    theirs = upstream_tensors()
+    torch.save(theirs, tmp_path / "theirs.pth")
+    model = load_model(tmp_path / "theirs.pth")
+    assert (model.sizes.n_layer, model.sizes.dim_att, model.sizes.dim_ffn) == (2, 24, 40)
+    save_model(tmp_path / f"ours{suffix}", model, {"step": 7})
+    ours = read_tensors(tmp_path / f"ours{suffix}")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    manifest = read_manifest(tmp_path / f"ours{suffix}")
+    assert (manifest["kind"], manifest["version"], manifest["step"], manifest["sizes"]["dim_att"]) == ("model", "4", 7, 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_files_load_in_fp32_or_as_they_are(tmp_path, dtype):
+    torch.save({key: value.to(dtype) for key, value in upstream_tensors().items()}, tmp_path / "half.pth")
+    assert {p.dtype for p in load_model(tmp_path / "half.pth").parameters()} == {torch.float32}
+    assert {p.dtype for p in load_model(tmp_path / "half.pth", dtype=None).parameters()} == {dtype}
+
+
+def test_deepspeeds_prefix_is_taken_off(tmp_path):
+    torch.save({f"_forward_module.{key}": value for key, value in upstream_tensors().items()}, tmp_path / "p.pth")
+    assert load_model(tmp_path / "p.pth").sizes.n_layer == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t.pop("blocks.1.ln2.bias"), "missing: blocks.1.ln2.bias"),
+        (lambda t: t.update({"blocks.1.extra": torch.zeros(1)}), "surplus: blocks.1.extra"),
+        (lambda t: t.update({"head.weight": torch.zeros(49, 16)}), r"misshapen: head.weight \[49, 16\], expected \[50, 16\]"),
+        (lambda t: t.update({"blocks.1.ffn.key.weight": torch.zeros(44, 16)}), r"misshapen: blocks.1.ffn.key.weight \[44, 16\]"),
+        (lambda t: t.pop("emb.weight"), r"not an RWKV-4 checkpoint \(no emb.weight\)"),
+        (lambda t: t.update({"blocks.0.att.time_decay": torch.zeros(4, 6)}), "version 5 or later"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused_by_name(tmp_path, change, complaint):
+    tensors = upstream_tensors()
+    change(tensors)
+    torch.save(tensors, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match=f"bad.pth: .*{complaint}"):
+        load_model(tmp_path / "bad.pth")
+
+
+class Malicious:
+    def __reduce__(self):
+        return (Path.touch, (Path("ran"),))
+
+
+def test_no_code_runs_from_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"emb.weight": Malicious()}, "zip.pth")
+    Path("raw.pth").write_bytes(pickle.dumps(Malicious()))
+    for name in ("zip.pth", "raw.pth"):
+        with pytest.raises(UserError, match=f"{name}: not a checkpoint"):
+            load_model(name)
+    assert not Path("ran").exists()
+
+
+def test_files_that_are_no_tensor_dictionaries_are_refused(tmp_path):
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    torch.save({"model": {"emb.weight": torch.zeros(1)}}, tmp_path / "nested.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "text.safetensors").write_text("hello")
+    torch.save(upstream_tensors(), tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-1000])
+    for name in ("list.pth", "nested.pth", "text.pth", "empty.pth", "text.safetensors", "cut.pth", "none.pth"):
+        with pytest.raises(UserError, match=name):
+            load_model(tmp_path / name)
+
+
+def tuned(tmp_path, make_base, parts=("att", "time", "ln"), alpha=12):
+    """A base, an adapter on it with nothing zero, and the model that both make."""
+    base = make_base()
+    model = load_model(base).eval()
+    lora.inject(model, parts, 4, alpha)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name in lora.adapter_names(model, parts):
+            model.get_parameter(name).add_(torch.randn(model.get_parameter(name).shape) * 0.1)
+    known = {"r": 4, "alpha": alpha, "parts": list(parts), "base": str(base), "base_sha256": sha256(base)}
+    save_adapter(tmp_path / "adapter.pth", model, known, {})
+    return base, tmp_path / "adapter.pth", model
+
+
+@pytest.mark.parametrize("parts", [["att"], ["ffn", "ln"], ["att", "ffn", "time", "ln"], ["time"]])
+def test_an_adapter_comes_back_as_it_was(tmp_path, make_base, parts):
+    base, adapter, model = tuned(tmp_path, make_base, parts)
+    tokens = torch.arange(20)[None]
+    assert torch.equal(load_tuned(base, adapter).eval()(tokens)[0], model(tokens)[0])
+    manifest = read_manifest(adapter)
+    assert (manifest["kind"], manifest["r"], manifest["alpha"], manifest["parts"]) == ("adapter", 4, 12, parts)
+
+
+def test_an_adapter_for_another_base_is_refused(tmp_path, make_base):
+    _, adapter, _ = tuned(tmp_path, make_base)
+    other = make_base("other.pth", seed=5)
+    with pytest.raises(UserError, match=r"an adapter for another base. It was trained on .*base.pth"):
+        load_tuned(other, adapter)
+
+
+def test_an_upstream_adapter_needs_its_alpha_said(tmp_path, make_base):
+    base, adapter, model = tuned(tmp_path, make_base)
+    checkpoint.manifest_path(adapter).unlink()
+    with pytest.raises(UserError, match="its alpha is not known"):
+        load_tuned(base, adapter)
+    tokens = torch.arange(20)[None]
+    assert torch.equal(load_tuned(base, adapter, alpha=12).eval()(tokens)[0], model(tokens)[0])
+
+
+def test_another_alpha_than_the_trained_one_is_refused(tmp_path, make_base):
+    base, adapter, _ = tuned(tmp_path, make_base)
+    with pytest.raises(UserError, match="trained with alpha 12, and alpha 32 was given"):
+        load_tuned(base, adapter, alpha=32)
+
+
+def test_adapters_and_models_are_not_confused(tmp_path, make_base):
+    base, adapter, _ = tuned(tmp_path, make_base)
+    with pytest.raises(UserError, match="it is a LoRA adapter"):
+        load_model(adapter)
+    with pytest.raises(UserError, match="not a LoRA adapter"):
+        inspect_adapter(base)
+
+
+def test_an_adapter_of_other_sizes_is_refused_by_key(tmp_path, make_base):
+    _, adapter, _ = tuned(tmp_path, make_base)
+    checkpoint.manifest_path(adapter).unlink()
+    with pytest.raises(UserError, match=r"misshapen: blocks.0.att.key.lora_A \[4, 16\], expected \[4, 24\]"):
+        load_tuned(make_base("wide.pth", n_embd=24), adapter, alpha=12)
+    with pytest.raises(UserError, match="surplus: blocks.1"):
+        load_tuned(make_base("short.pth", n_layer=1), adapter, alpha=12)
+
+
+def test_a_crash_while_saving_keeps_the_old_checkpoint(tmp_path, make_base, make_model, monkeypatch):
+    base = make_base()
+    before = base.read_bytes()
+
+    def die(value, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(OSError, match="No space"):
+        save_model(base, make_model(seed=9), {})
+    assert base.read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_broken_manifest_is_named(tmp_path, make_base):
+    base = make_base()
+    checkpoint.manifest_path(base).write_text("{")
+    with pytest.raises(UserError, match="base.pth.json: not valid JSON"):
+        read_manifest(base)
+    checkpoint.manifest_path(base).write_text(json.dumps({"kind": "model"}))
+    assert read_manifest(base) == {"kind": "model"}

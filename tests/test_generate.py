@@ -1,0 +1,134 @@
+"""Generation carries its state; sampling does what its numbers say; stop texts are taken back."""
+
+import time
+
+import pytest
+import torch
+
+from rwkv.data.tokenizer import WorldTokenizer
+from rwkv.generate import Sampling, Session, choose, question
+
+GREEDY = Sampling(temperature=0)
+
+
+class Letters:
+    """A tokenizer of bytes, for a model with 257 words; 0 is EOD."""
+
+    eod = 0
+
+    def encode(self, text):
+        return [byte + 1 for byte in text.encode()]
+
+    def decode_bytes(self, ids):
+        return bytes(i - 1 for i in ids if i)
+
+
+class Script(torch.nn.Module):
+    """A "model" that writes a given text, whatever it reads: the next byte depends on how many tokens went through."""
+
+    def __init__(self, text: str, skip: int):
+        super().__init__()
+        self.ids, self.skip = [*Letters().encode(text), 0], skip
+        self.emb = torch.nn.Embedding(1, 1)
+        self.seen = []
+
+    def hidden(self, tokens, state):
+        count = (state or 0) + tokens.shape[1]
+        self.seen.append(tokens[0].tolist())
+        return torch.full((1, 1, 1), float(count)), count
+
+    def head(self, hidden):
+        logits = torch.zeros(257)
+        logits[self.ids[min(int(hidden) - self.skip, len(self.ids) - 1)]] = 10
+        return logits
+
+
+def test_greedy_text_equals_the_parallel_model(make_model):
+    model = make_model(vocab_size=257).eval()
+    session = Session(model, Letters())
+    session.read("abc")
+    text = "".join(session.write(GREEDY, 12))
+    ids = [0, *Letters().encode("abc")]
+    with torch.no_grad():
+        for _ in range(12):
+            ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
+            if ids[-1] == 0:
+                break
+    assert text == Letters().decode_bytes(ids[4:]).decode("utf-8", errors="replace")
+
+
+def test_each_token_goes_through_the_model_once():
+    model = Script("hello", skip=3)
+    session = Session(model, Letters())
+    session.read("ab")
+    assert "".join(session.write(GREEDY, 50)) == "hello"  # ends at EOD
+    assert [len(ids) for ids in model.seen] == [1, 2, 1, 1, 1, 1, 1]
+
+
+def test_cost_per_token_does_not_grow(make_model):
+    model = make_model(vocab_size=257)
+    session = Session(model, Letters())
+    tokens = []
+    hidden = model.hidden
+    model.hidden = lambda ids, state: tokens.append(ids.numel()) or hidden(ids, state)
+    started = time.process_time()
+    for _ in session.write(Sampling(), 400):
+        pass
+    assert set(tokens) == {1}  # never the text before
+    assert sum(x.numel() for block in session.state for x in block) == 2 * (16 + 3 * 16 + 16)  # nor a state that grows
+    assert time.process_time() - started < 60
+
+
+@pytest.mark.parametrize("text", ["Yes.\n\nUser: no", "你好。\n\nUser:", "a\n\nUse\n\nUser: x", "\n\nUser: x"])
+def test_a_stop_text_ends_the_answer_and_is_taken_back(text):
+    model = Script(text, skip=1)
+    session = Session(model, Letters())
+    answer = "".join(session.write(GREEDY, 100, stop=("\n\nUser:",)))
+    assert answer == text[: text.index("\n\nUser:")]
+    assert session.state == 1 + len(answer.encode())  # stands where the answer ends
+
+
+def test_text_streams_as_soon_as_characters_are_whole():
+    pieces = list(Session(Script("a好b", skip=1), Letters()).write(GREEDY, 50))
+    assert pieces == ["a", "好", "b"]
+
+
+def test_a_cut_character_is_shown_as_such():
+    assert "".join(Session(Script("好", skip=1), Letters()).write(GREEDY, 2)) == "\ufffd"
+
+
+def test_temperature_zero_takes_the_likeliest_and_penalties_push_it_away():
+    logits = torch.tensor([1.0, 3.0, 2.5])
+    assert choose(logits, GREEDY, {}) == 1
+    assert choose(logits, Sampling(0, presence_penalty=0.6), {1: 1.0}) == 2
+    assert choose(logits, Sampling(0, frequency_penalty=0.3), {1: 1.0}) == 1
+    assert choose(logits, Sampling(0, frequency_penalty=0.3), {1: 2.0}) == 2
+    assert logits.tolist() == [1.0, 3.0, 2.5]
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_it_and_temperature_shapes_the_rest():
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+    generator = torch.Generator().manual_seed(0)
+
+    def share(sampling, n=4000):
+        drawn = torch.tensor([choose(logits, sampling, {}, generator) for _ in range(n)])
+        return torch.bincount(drawn, minlength=4) / n
+
+    # 4000 draws: standard deviation at most 0.008
+    torch.testing.assert_close(share(Sampling(1.0, 0.7)), torch.tensor([0.625, 0.375, 0, 0]), rtol=0, atol=0.03)
+    torch.testing.assert_close(share(Sampling(1.0, 1.0)), torch.tensor([0.5, 0.3, 0.15, 0.05]), rtol=0, atol=0.03)
+    sharp = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
+    torch.testing.assert_close(share(Sampling(0.5, 1.0)), sharp / sharp.sum(), rtol=0, atol=0.03)
+    assert share(Sampling(1.0, 0.0))[0] == 1
+
+
+def test_the_same_seed_writes_the_same_text(make_model):
+    model = make_model(vocab_size=257)
+    texts = ["".join(Session(model, Letters()).write(Sampling(), 30, generator=torch.Generator().manual_seed(s))) for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_world_format_is_what_the_example_is_written_in(root):
+    line = (root / "data/example.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    assert question("What is RWKV?") in line.replace("\\n", "\n")
+    assert WorldTokenizer().eod == 0

@@ -1,0 +1,101 @@
+"""LoRA against peft, upstream's names and initialisation, and merging."""
+
+import math
+
+import peft
+import pytest
+import torch
+
+from rwkv import lora
+
+MATRICES = {"att": ["att.key", "att.value", "att.receptance"], "ffn": ["ffn.key", "ffn.receptance", "ffn.value"]}
+TOKENS = torch.randint(50, (2, 15), generator=torch.Generator().manual_seed(0))
+
+
+def randomise(model):
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+
+
+@pytest.mark.parametrize("parts", [["att"], ["ffn"], ["att", "ffn"], ["att", "ffn", "time", "ln"]])
+def test_exactly_upstreams_matrices_are_adapted(make_model, parts):
+    names = lora.inject(make_model(), parts, r=3, alpha=6)
+    assert sorted(names) == sorted(f"blocks.{i}.{m}" for i in (0, 1) for part in parts for m in MATRICES.get(part, []))
+
+
+def test_the_trainable_parameters_are_upstreams(make_model):
+    model = make_model()
+    lora.inject(model, ["att", "time", "ln"], 3, 6)
+    lora.mark_trainable(model, ["att", "time", "ln"])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    expected = {f"blocks.{i}.att.{m}.lora_{x}" for i in (0, 1) for m in ("key", "value", "receptance") for x in "AB"}
+    expected |= {f"blocks.{i}.att.time_{n}" for i in (0, 1) for n in ("decay", "first", "mix_k", "mix_v", "mix_r")}
+    expected |= {f"blocks.{i}.ffn.time_mix_{n}" for i in (0, 1) for n in "kr"}
+    expected |= {f"blocks.{i}.{ln}.{x}" for i, ln in ((0, "ln0"), (0, "ln1"), (0, "ln2"), (1, "ln1"), (1, "ln2")) for x in ("weight", "bias")}
+    assert trained == expected  # not emb, head, ln_out, att.output
+    assert set(lora.adapter_state(model, ["att", "time", "ln"])) == expected
+
+
+def test_an_adapter_starts_as_nothing_with_upstreams_initialisation(make_model):
+    model = make_model(n_embd=64)
+    before = model(TOKENS)[0]
+    lora.inject(model, ["att", "ffn"], 8, 32)
+    assert torch.equal(model(TOKENS)[0], before)
+    key = model.blocks[0].att.key
+    assert not key.lora_B.any()
+    bound = math.sqrt(6 / ((1 + 5) * 64))  # kaiming_uniform with a = √5
+    assert 0.8 * bound < float(key.lora_A.abs().max()) <= bound
+
+
+def test_outputs_and_gradients_equal_peft(make_model):
+    ours, theirs = make_model(), make_model()
+    lora.inject(ours, ["att", "ffn"], 4, 12)
+    lora.mark_trainable(ours, ["att", "ffn"])
+    randomise(ours)
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=r".*\.(att|ffn)\.(key|value|receptance)")
+    twin = peft.get_peft_model(theirs, config)
+    state = dict(twin.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if ".lora_" in name:
+            state[f"base_model.model.{name}.default.weight"].data.copy_(parameter.data)
+    ours(TOKENS)[0].square().sum().backward()
+    twin(TOKENS)[0].square().sum().backward()
+    for name, parameter in ours.named_parameters():
+        if ".lora_" in name:
+            torch.testing.assert_close(parameter.grad, state[f"base_model.model.{name}.default.weight"].grad, rtol=1e-4, atol=1e-3)  # fp32; gradients of 1e2 … 1e3
+        else:
+            assert parameter.grad is None, name
+
+
+def test_dropout_acts_in_training_only(make_model):
+    model = make_model()
+    lora.inject(model, ["att"], 4, 8, dropout=0.5)
+    randomise(model)
+    model.train()
+    assert not torch.equal(model(TOKENS)[0], model(TOKENS)[0])
+    model.eval()
+    assert torch.equal(model(TOKENS)[0], model(TOKENS)[0])
+
+
+@pytest.mark.parametrize("sizes", [{}, {"n_embd": 24, "dim_att": 40, "dim_ffn": 52}, {"pre_ffn": True}])
+def test_merged_equals_unmerged(make_model, sizes):
+    model = make_model(**sizes).eval()
+    keys = set(model.state_dict())
+    lora.inject(model, ["att", "ffn"], 4, 8)
+    randomise(model)
+    apart = model(TOKENS)[0]
+    lora.merge(model)
+    torch.testing.assert_close(model(TOKENS)[0], apart, rtol=1e-4, atol=1e-4)  # fp32: W + BA is rounded once
+    assert set(model.state_dict()) == keys
+
+
+def test_unknown_parts_and_ranks_are_refused(make_model):
+    with pytest.raises(ValueError, match="parts are any of att, ffn, time, ln; got emb"):
+        lora.inject(make_model(), ["att", "emb"], 4, 8)
+    with pytest.raises(ValueError, match="got none"):
+        lora.inject(make_model(), [], 4, 8)
+    with pytest.raises(ValueError, match="at least 1; it is 0"):
+        lora.inject(make_model(), ["att"], 0, 8)
+    with pytest.raises(ValueError, match="no linear layer"):
+        lora.inject(torch.nn.Linear(2, 2), ["att"], 4, 8)

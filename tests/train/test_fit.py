@@ -1,0 +1,195 @@
+"""A run leaves what it promises and refuses what it cannot do before the first step."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rwkv import checkpoint
+from rwkv.checkpoint import load_model, load_tuned, read_manifest, read_tensors
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.errors import UserError
+from rwkv.files import sha256
+from rwkv.train.fit import fit
+
+SMALL = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, "ctx_len": 8, "micro_bsz": 2, "epoch_steps": 4, "epoch_count": 3, "random_seed": 1, "accelerator": "cpu"}
+TUNE = {key: value for key, value in SMALL.items() if key not in ("n_layer", "n_embd", "vocab_size")}
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_the_readme_says(make_data, tmp_path):
+    data = make_data(200)
+    result = fit(TrainConfig(**SMALL, data_file=data, proj_dir=str(tmp_path / "run"), epoch_save=2))
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"rwkv-0.pth", "rwkv-0.pth.json", "rwkv-2.pth", "rwkv-2.pth.json", "metrics.jsonl", "train_log.txt", "loss.png"}
+    metrics = lines(tmp_path / "run")
+    assert [line["step"] for line in metrics] == list(range(1, 13))
+    assert [line["tokens"] for line in metrics] == [16 * i for i in range(1, 13)]
+    assert all(line["loss"] > 0 and line["lr"] > 0 and line["tokens_per_s"] > 0 and line["rss_peak_mib"] > 0 for line in metrics)
+    assert (result.steps, result.first_loss, result.checkpoint) == (12, metrics[0]["loss"], tmp_path / "run/rwkv-2.pth")
+    log = (tmp_path / "run/train_log.txt").read_text()
+    assert log.startswith("NEW RUN ")
+    assert len(re.findall(r"^\d \d\.\d{6} \d+\.\d{4} 0\.\d{8} \d{4}-\d\d-\d\d .* \d$", log, re.MULTILINE)) == 3  # upstream's format
+    assert (tmp_path / "run/loss.png").read_bytes().startswith(b"\x89PNG")
+    manifest = read_manifest(result.checkpoint)
+    assert (manifest["kind"], manifest["step"], manifest["data_sha256"]) == ("model", 12, sha256(f"{data}.bin"))
+    assert manifest["flags"]["random_seed"] == 1
+    assert load_model(result.checkpoint).sizes.n_layer == 2
+
+
+def test_a_run_that_ends_inside_an_epoch_saves_final(make_data, tmp_path):
+    result = fit(TrainConfig(**SMALL, data_file=make_data(200), proj_dir=str(tmp_path / "run"), max_steps=6))
+    assert result.steps == 6
+    assert result.checkpoint.name == "rwkv-final.pth"
+
+
+def test_the_same_seed_gives_the_same_bits(make_data, tmp_path):
+    data, weights = make_data(200), []
+    for i in range(2):
+        weights.append(read_tensors(fit(TrainConfig(**SMALL, data_file=data, proj_dir=str(tmp_path / f"{i}"))).checkpoint))
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_going_on_with_epoch_begin_continues_data_and_schedule(make_data, tmp_path):
+    data, folder = make_data(200), tmp_path / "run"
+    fit(TrainConfig(**SMALL | {"epoch_count": 2, "max_steps": 4}, data_file=data, proj_dir=str(folder), magic_prime=-1))
+    fit(TrainConfig(**TUNE | {"epoch_count": 2}, data_file=data, proj_dir=str(folder), magic_prime=-1, epoch_begin=1, load_model=str(folder / "rwkv-0.pth")))
+    whole = tmp_path / "whole"
+    fit(TrainConfig(**SMALL | {"epoch_count": 2}, data_file=data, proj_dir=str(whole), magic_prime=-1))
+    pieces, once = lines(folder), lines(whole)
+    assert [line["lr"] for line in pieces] == [line["lr"] for line in once]
+    assert pieces[4]["loss"] == pytest.approx(once[4]["loss"], rel=1e-6)  # the next batch on the same weights; then Adam's state is missing
+
+
+def test_lora_saves_only_the_adapter_and_leaves_the_base(make_base, make_data, tmp_path):
+    base = make_base()
+    before = base.read_bytes()
+    result = fit(LoRAConfig(**TUNE, load_model=str(base), data_file=make_data(200), proj_dir=str(tmp_path / "run"), lora_parts="att"))
+    assert base.read_bytes() == before
+    assert all(".att." in key and ".lora_" in key for key in read_tensors(result.checkpoint))
+    manifest = read_manifest(result.checkpoint)
+    assert (manifest["kind"], manifest["r"], manifest["alpha"], manifest["base"], manifest["base_sha256"]) == ("adapter", 8, 32, str(base), sha256(base))
+    assert load_tuned(base, result.checkpoint).sizes.n_layer == 2
+
+
+def test_lora_load_goes_on_from_the_adapter(make_base, make_data, tmp_path):
+    common = {**TUNE, "load_model": str(make_base()), "data_file": make_data(200), "lora_dropout": 0.0, "magic_prime": -1}
+    first = fit(LoRAConfig(**common, proj_dir=str(tmp_path / "a"), lr_init=1e-2))
+    again = fit(LoRAConfig(**common, proj_dir=str(tmp_path / "b"), lora_load=str(first.checkpoint), lr_init=0.0, lr_final=0.0, max_steps=1))
+    ours, theirs = read_tensors(again.checkpoint), read_tensors(first.checkpoint)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert any(value.any() for key, value in theirs.items() if key.endswith("lora_B"))
+
+
+def test_lora_off_tunes_all_weights(make_base, make_data, tmp_path):
+    result = fit(LoRAConfig(**TUNE, lora=False, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run")))
+    assert read_manifest(result.checkpoint)["kind"] == "model"
+
+
+def test_jsonl_is_converted_on_the_way(write_jsonl, tmp_path):
+    path = write_jsonl(*({"text": f"document number {i}"} for i in range(20)))
+    sizes = {"n_layer": 1, "n_embd": 8, "vocab_size": 65536}
+    result = fit(TrainConfig(**SMALL | sizes | {"max_steps": 2}, data_file=str(path), proj_dir=str(tmp_path / "run")))
+    assert read_manifest(result.checkpoint)["tokenizer"] == "World"
+    assert (tmp_path / "run/data_text_document.idx").exists()
+
+
+def test_pre_ffn_trains_and_comes_back(make_data, tmp_path):
+    result = fit(TrainConfig(**SMALL, pre_ffn=1, data_file=make_data(200), proj_dir=str(tmp_path / "run")))
+    assert load_model(result.checkpoint).sizes.pre_ffn
+
+
+def test_wandb_logs_offline_without_a_key(make_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HOME", str(tmp_path))  # no key of the machine's user
+    fit(TrainConfig(**SMALL, data_file=make_data(200), proj_dir=str(tmp_path / "run"), wandb="test"))
+    assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_two_processes_under_ddp_train_as_one_with_twice_the_batch(make_base, make_data, tmp_path, root):
+    base, data = make_base(), make_data(300)
+    common = ["--load_model", base, "--data_file", data, "--ctx_len", 8, "--epoch_steps", 6, "--epoch_count", 1, "--random_seed", 1, "--accelerator", "cpu"]
+    common += ["--magic_prime", -1, "--lr_init", 1e-3]
+    for name, extra in (("one", ["--micro_bsz", 4]), ("two", ["--micro_bsz", 2, "--devices", 2])):
+        command = [sys.executable, root / "scripts/finetune.py", *common, *extra, "--proj_dir", tmp_path / name]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+    one, two = (checkpoint.read_tensors(tmp_path / name / "rwkv-0.pth") for name in ("one", "two"))
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-5, msg=key)  # fp32 means in another order, through Adam
+    losses = [[line["loss"] for line in lines(tmp_path / name)] for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+REFUSED = [
+    ({"data_file": ""}, "--data_file is missing"),
+    ({"data_file": "nothing"}, r"nothing.idx: no such file"),
+    ({"ctx_len": 199}, r"holds 200 tokens, and one context of ctx_len 199 needs 201"),
+    ({"ctx_len": 0}, "--ctx_len must be at least 1"),
+    ({"vocab_size": 49}, r"token id 49, and the model has a vocabulary of 49"),
+    ({"accumulate_grad_batches": 3}, "--epoch_steps 4 must be a multiple of --accumulate_grad_batches 3"),
+    ({"epoch_begin": 3}, "nothing to train"),
+    ({"magic_prime": 7}, "the largest such is 23"),
+    ({"load_model": "none.pth"}, "none.pth: no such checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("flags", "complaint"), REFUSED)
+def test_what_cannot_be_trained_is_refused_and_leaves_nothing(make_data, tmp_path, flags, complaint):
+    data = make_data(200)
+    with pytest.raises(UserError, match=complaint):
+        fit(TrainConfig(**{**SMALL, "data_file": data, "proj_dir": str(tmp_path / "run"), **flags}))
+    assert not list((tmp_path / "run").glob("*"))
+
+
+LORA_REFUSED = [
+    ({"load_model": ""}, "LoRA tunes a model that exists"),
+    ({"lora_parts": "att,emb"}, "LoRA parts are any of"),
+    ({"lora_r": 0}, "at least 1"),
+    ({"lora_load": "none.pth"}, "none.pth: no such checkpoint"),
+    ({"n_embd": 32}, r"--n_embd 32, and it has 16. Sizes come from the checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("flags", "complaint"), LORA_REFUSED)
+def test_lora_refusals(make_base, make_data, tmp_path, flags, complaint):
+    base, data = make_base(), make_data(200)
+    with pytest.raises(UserError, match=complaint):
+        fit(LoRAConfig(**{**TUNE, "load_model": str(base), "data_file": data, "proj_dir": str(tmp_path / "run"), **flags}))
+
+
+def test_an_adapter_of_another_base_or_rank_is_refused_before_training(make_base, make_data, tmp_path):
+    base, data = make_base(), make_data(200)
+    common = {**TUNE, "data_file": data, "load_model": str(base)}
+    adapter = fit(LoRAConfig(**common, proj_dir=str(tmp_path / "a"))).checkpoint
+    other = make_base("other.pth", seed=3)
+    with pytest.raises(UserError, match="an adapter for another base"):
+        fit(LoRAConfig(**common | {"load_model": str(other)}, proj_dir=str(tmp_path / "b"), lora_load=str(adapter)))
+    with pytest.raises(UserError, match="trained with lora_r 8, and this run has 4"):
+        fit(LoRAConfig(**common, proj_dir=str(tmp_path / "b"), lora_load=str(adapter), lora_r=4))
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_finished_run_is_not_overwritten_unless_told(make_data, tmp_path):
+    flags = {**SMALL, "data_file": make_data(200), "proj_dir": str(tmp_path / "run"), "max_steps": 2}
+    fit(TrainConfig(**flags))
+    with pytest.raises(UserError, match="holds a run already"):
+        fit(TrainConfig(**flags))
+    fit(TrainConfig(**flags, overwrite=True))
+    assert len(lines(tmp_path / "run")) == 2
+    with pytest.raises(UserError, match="would delete .*rwkv-final.pth, which this run starts from"):
+        fit(TrainConfig(**flags, overwrite=True, load_model=str(tmp_path / "run/rwkv-final.pth")))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_base, make_data, tmp_path):
+    tensors = read_tensors(make_base())
+    tensors["head.weight"][0, 0] = float("nan")
+    torch.save(tensors, tmp_path / "nan.pth")
+    with pytest.raises(UserError, match=r"step 1: the loss is nan. Lower --lr_init"):
+        fit(TrainConfig(**TUNE, load_model=str(tmp_path / "nan.pth"), data_file=make_data(200), proj_dir=str(tmp_path / "run")))
