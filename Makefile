@@ -16,7 +16,7 @@ venv: $(READY)  ## make .venv: the documented stack from PyPI, every file checke
 
 	@$(MAKE) --silent kernels || echo 'Going on without the compiled kernel: correct, and slow.'
 
-$(READY): $(LOCKS) docker/venv.sh docker/install.sh pyproject.toml
+$(READY): $(LOCKS) docker/venv.sh docker/install.sh
 	docker/venv.sh $(VENV)
 	@touch $@
 

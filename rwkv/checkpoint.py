@@ -127,16 +127,29 @@ def inspect_adapter(path: PathLike, base: PathLike | None = None, alpha: float |
     ranks = {value.shape[0] for key, value in tensors.items() if key.endswith(".lora_A")}
     parts = [
         part
-        for part, sign in {"att": r"\.att\.\w+\.lora_A$", "ffn": r"\.ffn\w*\.\w+\.lora_A$", "time": r"\.time_", "ln": r"\.ln[012]\."}.items()
+        for part, sign in {
+            "att": r"\.att\.\w+\.lora_A$",
+            "ffn": r"\.ffn\w*\.\w+\.lora_A$",
+            "time": r"\.time_",
+            "ln": r"\.ln[012]\.",
+        }.items()
         if any(re.search(sign, key) for key in tensors)
     ]
     if len(ranks) > 1 or not parts or "emb.weight" in tensors:
         raise UserError(f"{path}: not a LoRA adapter (its tensors are {', '.join(sorted(tensors)[:3])}, …)")
-    known = {"r": ranks.pop() if ranks else 1, "parts": parts, **{k: manifest[k] for k in ("alpha", "base", "base_sha256") if k in manifest}}
+    known = {
+        "r": ranks.pop() if ranks else 1,
+        "parts": parts,
+        **{k: manifest[k] for k in ("alpha", "base", "base_sha256") if k in manifest},
+    }
     if alpha is not None and known.setdefault("alpha", alpha) != alpha:
-        raise UserError(f"{path}: trained with alpha {known['alpha']:g}, and alpha {alpha:g} was given; leave alpha out or give {known['alpha']:g}")
+        raise UserError(
+            f"{path}: trained with alpha {known['alpha']:g}, and alpha {alpha:g} was given; leave alpha out or give {known['alpha']:g}"
+        )
     if "alpha" not in known:
-        raise UserError(f"{path}: its alpha is not known (there is no {manifest_path(path).name} beside it); give the one it was trained with")
+        raise UserError(
+            f"{path}: its alpha is not known (there is no {manifest_path(path).name} beside it); give the one it was trained with"
+        )
     if base is not None:
         known["base"], expected = str(base), known.get("base_sha256")
         known["base_sha256"] = sha256(base) if Path(base).is_file() else None

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from rwkv.errors import UserError
 
@@ -20,7 +20,7 @@ def parse(config: type[Config], description: str, argv: Sequence[str] | None = N
     A flag alone (`--lora`) means true, and dashes are as good as underscores. An unknown flag exits with status 2 and names the nearest one.
     """
     argv = _spelled_as_here(list(sys.argv[1:] if argv is None else argv), config)
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_Help)
     parser.add_argument("--config", action="config", help="Read flags from a YAML file; the command line comes on top.")
     parser.add_class_arguments(config)
     values = vars(parser.parse_args(argv))
@@ -37,6 +37,11 @@ def sentences() -> Iterator[None]:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class _Help(DefaultHelpFormatter):
+    def _fill_text(self, text, width, indent):  # a script's docstring has lines of commands: kept as they are
+        return text.strip()
 
 
 class _Parser(ArgumentParser):

@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685) as surgery on any nn.Module: inject, choose what trains, adapter state, merge.
 
-             x ──► W ───────────────► + ──► y        y = W x + (α/r) · B A dropout(x)
-             └──► A [r, in] ► B [out, r] ─┘          W is frozen; B starts at zero, so the model is at first unchanged
+x ──► W ───────────────► + ──► y        y = W x + (α/r) · B A dropout(x)
+└──► A [r, in] ► B [out, r] ─┘          W is frozen; B starts at zero, so the model is at first unchanged
 """
 
 import math

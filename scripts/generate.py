@@ -1,8 +1,8 @@
 """Run an RWKV-4 World model: continue a prompt, answer a question, or chat.
 
-    python scripts/generate.py --model merged.pth --ask "What is RWKV?"
-    python scripts/generate.py --model base.pth --lora out/lora/rwkv-0.pth --prompt "Once upon a time" --temperature 0.8
-    python scripts/generate.py --model merged.pth                      # chat; /reset forgets, /quit or Ctrl-D ends
+python scripts/generate.py --model merged.pth --ask "What is RWKV?"
+python scripts/generate.py --model base.pth --lora out/lora/rwkv-0.pth --prompt "Once upon a time" --temperature 0.8
+python scripts/generate.py --model merged.pth                      # chat; /reset forgets, /quit or Ctrl-D ends
 """
 
 import sys
@@ -26,7 +26,9 @@ def main(config: GenerateConfig) -> None:
     else:
         model = checkpoint.load_model(config.model)
     if model.sizes.vocab_size < WorldTokenizer.vocab_size:
-        raise UserError(f"{config.model}: {model.sizes.vocab_size} words, not the World vocabulary of 65536; only World models can be run as text")
+        raise UserError(
+            f"{config.model}: {model.sizes.vocab_size} words, not the World vocabulary of 65536; only World models can be run as text"
+        )
     gpu = torch.cuda.is_available() and config.accelerator != "cpu"
     if config.accelerator == "gpu" and not gpu:
         raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or use --accelerator cpu")

@@ -53,7 +53,9 @@ def main(config: MergeConfig) -> None:
     print(f"merged: {config.output} ({str(stored).removeprefix('torch.')})")
     if apart is not None:
         difference = float((logits() - apart).abs().max())
-        print(f"check:  largest logit difference between merged and base + adapter {difference:.2e} (largest logit {float(apart.abs().max()):.2f})")
+        print(
+            f"check:  largest logit difference between merged and base + adapter {difference:.2e} (largest logit {float(apart.abs().max()):.2f})"
+        )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ def test_an_interruption_leaves_the_old_file_and_nothing_else(tmp_path, error):
             temporary.write_text("half")
             raise error
 
-    pytest.raises(error, fail)
+    with pytest.raises(error):
+        fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -32,7 +32,9 @@ def test_the_trainable_parameters_are_upstreams(make_model):
     expected = {f"blocks.{i}.att.{m}.lora_{x}" for i in (0, 1) for m in ("key", "value", "receptance") for x in "AB"}
     expected |= {f"blocks.{i}.att.time_{n}" for i in (0, 1) for n in ("decay", "first", "mix_k", "mix_v", "mix_r")}
     expected |= {f"blocks.{i}.ffn.time_mix_{n}" for i in (0, 1) for n in "kr"}
-    expected |= {f"blocks.{i}.{ln}.{x}" for i, ln in ((0, "ln0"), (0, "ln1"), (0, "ln2"), (1, "ln1"), (1, "ln2")) for x in ("weight", "bias")}
+    expected |= {
+        f"blocks.{i}.{ln}.{x}" for i, ln in ((0, "ln0"), (0, "ln1"), (0, "ln2"), (1, "ln1"), (1, "ln2")) for x in ("weight", "bias")
+    }
     assert trained == expected  # not emb, head, ln_out, att.output
     assert set(lora.adapter_state(model, ["att", "time", "ln"])) == expected
 
@@ -63,7 +65,9 @@ def test_outputs_and_gradients_equal_peft(make_model):
     twin(TOKENS)[0].square().sum().backward()
     for name, parameter in ours.named_parameters():
         if ".lora_" in name:
-            torch.testing.assert_close(parameter.grad, state[f"base_model.model.{name}.default.weight"].grad, rtol=1e-4, atol=1e-3)  # fp32; gradients of 1e2 … 1e3
+            torch.testing.assert_close(
+                parameter.grad, state[f"base_model.model.{name}.default.weight"].grad, rtol=1e-4, atol=1e-3
+            )  # fp32; gradients of 1e2 … 1e3
         else:
             assert parameter.grad is None, name
 

@@ -38,8 +38,10 @@ def convert(
     prefix = document_prefix(output_prefix, key)
     if not force and (there := [name for name in (f"{prefix}.bin", f"{prefix}.idx") if Path(name).exists()]):
         raise UserError(f"{' and '.join(there)} exist already; give --force to replace them, or another --output-prefix")
+    if missing := [str(path) for path in inputs if not path.is_file()]:
+        raise UserError(f"{', '.join(missing)}: no such file")
     tokenizer = WorldTokenizer()
-    total = sum(path.stat().st_size for path in inputs if path.is_file())
+    total = sum(path.stat().st_size for path in inputs)
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="convert", mininterval=0.5) as bar,
         binidx.writer(prefix, dtype) as out,

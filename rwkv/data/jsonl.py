@@ -17,7 +17,7 @@ def documents(path: str | Path, key: str = "text") -> Iterator[tuple[str, int]]:
     """
     path, done, found = Path(path), 0, False
     try:
-        file = open(path, "rb")
+        file = open(path, "rb")  # noqa: SIM115, closed below
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     with file:
@@ -37,11 +37,17 @@ def _text(line: bytes, key: str, where: str) -> str:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x}); save the file as UTF-8") from error
+        raise UserError(
+            f"{where}: not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x}); save the file as UTF-8"
+        ) from error
     except ValueError as error:
         raise UserError(f"{where}: not JSON ({error})") from error
     if not isinstance(record, dict) or key not in record:
-        has = f"it has {', '.join(map(repr, list(record)[:5])) or 'nothing'}" if isinstance(record, dict) else f"it is a {type(record).__name__}"
+        has = (
+            f"it has {', '.join(map(repr, list(record)[:5])) or 'nothing'}"
+            if isinstance(record, dict)
+            else f"it is a {type(record).__name__}"
+        )
         raise UserError(f'{where}: no "{key}" ({has}); expected {{"{key}": "..."}}, or name another key with --jsonl-keys')
     text = record[key]
     if isinstance(text, list) and all(isinstance(x, str) for x in text):

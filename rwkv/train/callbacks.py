@@ -35,7 +35,9 @@ class Metrics(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._tick = time.perf_counter()
-        self._bar = tqdm(total=schedule.total_steps(self.config), unit="step", desc="train", mininterval=0.5, disable=trainer.global_rank > 0)
+        self._bar = tqdm(
+            total=schedule.total_steps(self.config), unit="step", desc="train", mininterval=0.5, disable=trainer.global_rank > 0
+        )
         if trainer.global_rank == 0:
             self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, open for the length of the run
             self._log(f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{vars(self.config)}\n")

@@ -59,10 +59,14 @@ def fit(config: TrainConfig) -> Result:
     seed = pl.seed_everything(config.random_seed)
     model = _make_model(config)
     adapter = _adapt(model, config)
-    folder = _make_folder(config)
+    folder = Path(config.proj_dir)
+    old = _old_run(config, folder)
     data = _open_data(config, model.sizes, folder)
     contexts = _contexts(config, data, seed)
     _say(config, model, data, contexts)
+    for path in old:
+        path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
 
     save = _saver(config, folder, model, adapter, data)
     metrics, checkpoints = Metrics(config, folder), Checkpoints(config, save)
@@ -71,7 +75,11 @@ def fit(config: TrainConfig) -> Result:
     if trainer.interrupted:
         raise KeyboardInterrupt
     if trainer.global_rank == 0:
-        plot(folder / "metrics.jsonl", folder / "loss.png", f"{folder.name}: {'LoRA' if adapter else 'all weights'}, {trainer.global_step} steps")
+        plot(
+            folder / "metrics.jsonl",
+            folder / "loss.png",
+            f"{folder.name}: {'LoRA' if adapter else 'all weights'}, {trainer.global_step} steps",
+        )
     tail = metrics.losses[-max(1, len(metrics.losses) // 10) :]
     result = Result(folder / checkpoints.last, trainer.global_step, metrics.losses[0], sum(tail) / len(tail))
     _print(f"done:  loss {result.first_loss:.3f} → {result.last_loss:.3f}; {result.checkpoint}, {folder / 'loss.png'}")
@@ -92,7 +100,9 @@ def _check_flags(c: TrainConfig) -> None:
     if c.epoch_steps % c.accumulate_grad_batches:
         raise UserError(f"--epoch_steps {c.epoch_steps} must be a multiple of --accumulate_grad_batches {c.accumulate_grad_batches}")
     if schedule.total_steps(c) < 1:
-        raise UserError(f"nothing to train: --epoch_begin {c.epoch_begin} is not before --epoch_count {c.epoch_count}, or the tokens are spent")
+        raise UserError(
+            f"nothing to train: --epoch_begin {c.epoch_begin} is not before --epoch_count {c.epoch_count}, or the tokens are spent"
+        )
     if isinstance(c, LoRAConfig) and c.lora and not c.load_model:
         raise UserError("LoRA tunes a model that exists: give it with --load_model, or train one with scripts/pretrain.py first")
 
@@ -102,7 +112,11 @@ def _make_model(c: TrainConfig) -> RWKV:
     given = {name: getattr(c, name) for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn") if getattr(c, name)}
     if c.load_model:
         model = checkpoint.load_model(c.load_model)
-        wrong = [f"--{name} {value}, and it has {getattr(model.sizes, name)}" for name, value in given.items() if value != getattr(model.sizes, name)]
+        wrong = [
+            f"--{name} {value}, and it has {getattr(model.sizes, name)}"
+            for name, value in given.items()
+            if value != getattr(model.sizes, name)
+        ]
         if wrong:
             raise UserError(f"{c.load_model}: {'; '.join(wrong)}. Sizes come from the checkpoint: leave these flags out")
         model.grad_cp = bool(c.grad_cp)
@@ -134,28 +148,26 @@ def _adapt(model: RWKV, c: TrainConfig) -> dict[str, Any] | None:
     return {"r": c.lora_r, "alpha": c.lora_alpha, "parts": parts, **base}
 
 
-def _make_folder(c: TrainConfig) -> Path:
-    folder = Path(c.proj_dir)
-    if rank_zero_only.rank > 0:
-        return folder
+def _old_run(c: TrainConfig, folder: Path) -> list[Path]:
+    """Files of an earlier run that --overwrite gives up; they are deleted once nothing can be refused any more."""
+    if rank_zero_only.rank > 0 or c.epoch_begin:
+        return []
     old = sorted(path for pattern in _RUN_FILES for path in folder.glob(pattern))
+    if old and not c.overwrite:
+        raise UserError(f"{folder} holds a run already ({old[0].name}, …); give another --proj_dir, or --overwrite to start over")
     inputs = {Path(path).resolve() for path in (c.load_model, getattr(c, "lora_load", "")) if path}
-    if old and not c.epoch_begin:
-        if not c.overwrite:
-            raise UserError(f"{folder} holds a run already ({old[0].name}, …); give another --proj_dir, or --overwrite to start over")
-        if used := [path for path in old if path.resolve() in inputs]:
-            raise UserError(f"--overwrite would delete {used[0]}, which this run starts from; give another --proj_dir")
-        for path in old:
-            path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    if used := [path for path in old if path.resolve() in inputs]:
+        raise UserError(f"--overwrite would delete {used[0]}, which this run starts from; give another --proj_dir")
+    return old
 
 
 def _open_data(c: TrainConfig, sizes: Sizes, folder: Path) -> Dataset:
     prefix = c.data_file
     if prefix.endswith(".jsonl"):
         if sizes.vocab_size < 65530:
-            raise UserError(f"{prefix}: would be tokenised for World (ids to 65529), and the model has {sizes.vocab_size} words; convert it for that model")
+            raise UserError(
+                f"{prefix}: would be tokenised for World (ids to 65529), and the model has {sizes.vocab_size} words; convert it for that model"
+            )
         prefix = str(folder / "data_text_document")
         if rank_zero_only.rank == 0:
             convert([Path(c.data_file)], folder / "data", force=True)

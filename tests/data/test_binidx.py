@@ -65,7 +65,8 @@ def test_nothing_is_left_when_writing_fails_and_the_old_files_stay(tmp_path):
             out.add([4])
             raise KeyboardInterrupt
 
-    pytest.raises(KeyboardInterrupt, fail)
+    with pytest.raises(KeyboardInterrupt):
+        fail()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -35,7 +35,9 @@ def test_ids_equal_the_independent_tokenizer(tokenizer, root):
     texts = TEXTS + [json.loads(line)["text"] for line in (root / "data/example.jsonl").read_text(encoding="utf-8").splitlines()]
     texts += [(root / page).read_text(encoding="utf-8") for page in ("README.md", "README.zh.md", "rwkv/checkpoint.py")]
     # -I: the oracle's `rwkv` must not be ours
-    done = subprocess.run([sys.executable, "-I", "-c", PROGRAM, str(ORACLE)], input=json.dumps(texts), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", PROGRAM, str(ORACLE)], input=json.dumps(texts), capture_output=True, text=True, check=True
+    )
     assert tokenizer.encode_batch(texts) == json.loads(done.stdout)
 
 

@@ -15,7 +15,17 @@ from rwkv.errors import UserError
 from rwkv.files import sha256
 from rwkv.train.fit import fit
 
-SMALL = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, "ctx_len": 8, "micro_bsz": 2, "epoch_steps": 4, "epoch_count": 3, "random_seed": 1, "accelerator": "cpu"}
+SMALL = {
+    "n_layer": 2,
+    "n_embd": 16,
+    "vocab_size": 50,
+    "ctx_len": 8,
+    "micro_bsz": 2,
+    "epoch_steps": 4,
+    "epoch_count": 3,
+    "random_seed": 1,
+    "accelerator": "cpu",
+}
 TUNE = {key: value for key, value in SMALL.items() if key not in ("n_layer", "n_embd", "vocab_size")}
 
 
@@ -59,7 +69,16 @@ def test_the_same_seed_gives_the_same_bits(make_data, tmp_path):
 def test_going_on_with_epoch_begin_continues_data_and_schedule(make_data, tmp_path):
     data, folder = make_data(200), tmp_path / "run"
     fit(TrainConfig(**SMALL | {"epoch_count": 2, "max_steps": 4}, data_file=data, proj_dir=str(folder), magic_prime=-1))
-    fit(TrainConfig(**TUNE | {"epoch_count": 2}, data_file=data, proj_dir=str(folder), magic_prime=-1, epoch_begin=1, load_model=str(folder / "rwkv-0.pth")))
+    fit(
+        TrainConfig(
+            **TUNE | {"epoch_count": 2},
+            data_file=data,
+            proj_dir=str(folder),
+            magic_prime=-1,
+            epoch_begin=1,
+            load_model=str(folder / "rwkv-0.pth"),
+        )
+    )
     whole = tmp_path / "whole"
     fit(TrainConfig(**SMALL | {"epoch_count": 2}, data_file=data, proj_dir=str(whole), magic_prime=-1))
     pieces, once = lines(folder), lines(whole)
@@ -74,7 +93,13 @@ def test_lora_saves_only_the_adapter_and_leaves_the_base(make_base, make_data, t
     assert base.read_bytes() == before
     assert all(".att." in key and ".lora_" in key for key in read_tensors(result.checkpoint))
     manifest = read_manifest(result.checkpoint)
-    assert (manifest["kind"], manifest["r"], manifest["alpha"], manifest["base"], manifest["base_sha256"]) == ("adapter", 8, 32, str(base), sha256(base))
+    assert (manifest["kind"], manifest["r"], manifest["alpha"], manifest["base"], manifest["base_sha256"]) == (
+        "adapter",
+        8,
+        32,
+        str(base),
+        sha256(base),
+    )
     assert load_tuned(base, result.checkpoint).sizes.n_layer == 2
 
 
@@ -114,7 +139,22 @@ def test_wandb_logs_offline_without_a_key(make_data, tmp_path, monkeypatch):
 
 def test_two_processes_under_ddp_train_as_one_with_twice_the_batch(make_base, make_data, tmp_path, root):
     base, data = make_base(), make_data(300)
-    common = ["--load_model", base, "--data_file", data, "--ctx_len", 8, "--epoch_steps", 6, "--epoch_count", 1, "--random_seed", 1, "--accelerator", "cpu"]
+    common = [
+        "--load_model",
+        base,
+        "--data_file",
+        data,
+        "--ctx_len",
+        8,
+        "--epoch_steps",
+        6,
+        "--epoch_count",
+        1,
+        "--random_seed",
+        1,
+        "--accelerator",
+        "cpu",
+    ]
     common += ["--magic_prime", -1, "--lr_init", 1e-3]
     for name, extra in (("one", ["--micro_bsz", 4]), ("two", ["--micro_bsz", 2, "--devices", 2])):
         command = [sys.executable, root / "scripts/finetune.py", *common, *extra, "--proj_dir", tmp_path / name]
@@ -145,7 +185,7 @@ def test_what_cannot_be_trained_is_refused_and_leaves_nothing(make_data, tmp_pat
     data = make_data(200)
     with pytest.raises(UserError, match=complaint):
         fit(TrainConfig(**{**SMALL, "data_file": data, "proj_dir": str(tmp_path / "run"), **flags}))
-    assert not list((tmp_path / "run").glob("*"))
+    assert not (tmp_path / "run").exists()
 
 
 LORA_REFUSED = [
@@ -181,6 +221,9 @@ def test_a_finished_run_is_not_overwritten_unless_told(make_data, tmp_path):
     fit(TrainConfig(**flags))
     with pytest.raises(UserError, match="holds a run already"):
         fit(TrainConfig(**flags))
+    with pytest.raises(UserError, match="no such file"):
+        fit(TrainConfig(**flags | {"data_file": "nothing"}, overwrite=True))
+    assert len(lines(tmp_path / "run")) == 2  # what cannot start deletes nothing
     fit(TrainConfig(**flags, overwrite=True))
     assert len(lines(tmp_path / "run")) == 2
     with pytest.raises(UserError, match="would delete .*rwkv-final.pth, which this run starts from"):

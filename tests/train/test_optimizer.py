@@ -25,7 +25,9 @@ def test_layerwise_rates_can_be_left_out(make_model):
 
 def test_only_matrices_decay(make_model):
     for name, (_, decays) in scales(make_model(), weight_decay=0.1).items():
-        assert decays == (name in ("emb.weight", "head.weight") or name.endswith((".key.weight", ".value.weight", ".receptance.weight", ".output.weight")))
+        assert decays == (
+            name in ("emb.weight", "head.weight") or name.endswith((".key.weight", ".value.weight", ".receptance.weight", ".output.weight"))
+        )
 
 
 def test_frozen_parameters_are_left_out(make_model):

@@ -9,7 +9,18 @@ from rwkv.train.schedule import learning_rate, steps_per_epoch, tokens_per_step,
 
 
 def config(**flags) -> TrainConfig:
-    return TrainConfig(**{"epoch_steps": 10, "epoch_count": 10, "lr_init": 1e-3, "lr_final": 1e-5, "warmup_steps": 0, "ctx_len": 8, "micro_bsz": 2, **flags})
+    return TrainConfig(
+        **{
+            "epoch_steps": 10,
+            "epoch_count": 10,
+            "lr_init": 1e-3,
+            "lr_final": 1e-5,
+            "warmup_steps": 0,
+            "ctx_len": 8,
+            "micro_bsz": 2,
+            **flags,
+        }
+    )
 
 
 def test_exponential_decay_ends_at_lr_final():

@@ -65,7 +65,10 @@ def forward(p: dict, x: torch.Tensor, lora: tuple | None) -> torch.Tensor:
             num, den = torch.exp(-decay) * num + e * v[:, t], torch.exp(-decay) * den + e
         h = h + linear(f"{att}.output", torch.sigmoid(r) * torch.stack(out, 1))
         f = norm(f"blocks.{i}.ln2", h)
-        fk, fr = (linear(f"{ffn}.{m}", f * p[f"{ffn}.time_mix_{s}"] + shift(f) * (1 - p[f"{ffn}.time_mix_{s}"])) for m, s in (("key", "k"), ("receptance", "r")))
+        fk, fr = (
+            linear(f"{ffn}.{m}", f * p[f"{ffn}.time_mix_{s}"] + shift(f) * (1 - p[f"{ffn}.time_mix_{s}"]))
+            for m, s in (("key", "k"), ("receptance", "r"))
+        )
         h = h + torch.sigmoid(fr) * linear(f"{ffn}.value", F.relu(fk) ** 2)
     return norm("ln_out", h) @ p["head.weight"].T
 
@@ -79,8 +82,12 @@ def plain_trainer(p: dict, trained: list[str], stream: np.ndarray, steps: int, c
     wd = c.get("weight_decay", 0.0)
     decays = {key: wd > 0 and scale[key] == 1 and p[key].squeeze().ndim >= 2 for key in trained}
     groups = [
-        {"params": [p[key] for key in trained if (scale[key], decays[key]) == kind], "scale": kind[0], "weight_decay": wd if kind[1] else 0.0}
-        for kind in sorted(set((scale[key], decays[key]) for key in trained))
+        {
+            "params": [p[key] for key in trained if (scale[key], decays[key]) == kind],
+            "scale": kind[0],
+            "weight_decay": wd if kind[1] else 0.0,
+        }
+        for kind in sorted({(scale[key], decays[key]) for key in trained})
     ]
     adam = (torch.optim.AdamW if wd else torch.optim.Adam)(groups, lr=1.0, betas=(0.9, 0.99), eps=1e-8)
     losses, ctx, bsz, accumulate = [], c["ctx_len"], c["micro_bsz"], c.get("accumulate", 1)
@@ -136,14 +143,36 @@ def test_thirty_steps_of_full_tuning_follow_upstream(make_base, make_data, tmp_p
     base = make_base(n_layer=3, dim_att=24)
     ctx = 15
     data = make_data(ctx + 2 if one_sample else 500)
-    c = {"ctx_len": ctx, "micro_bsz": 2, "epoch_steps": 30, "epoch_count": 2, "lr_init": 5e-3, "lr_final": 5e-4, "prime": 0 if one_sample else 29, **extra}
+    c = {
+        "ctx_len": ctx,
+        "micro_bsz": 2,
+        "epoch_steps": 30,
+        "epoch_count": 2,
+        "lr_init": 5e-3,
+        "lr_final": 5e-4,
+        "prime": 0 if one_sample else 29,
+        **extra,
+    }
     accumulate = c.get("accumulate", 1)
     fit(
         TrainConfig(
-            load_model=str(base), data_file=data, proj_dir=str(tmp_path / "run"), ctx_len=ctx, micro_bsz=2, epoch_steps=30, epoch_count=2,
-            max_steps=30, lr_init=c["lr_init"], lr_final=c["lr_final"], magic_prime=c["prime"], accelerator="cpu", random_seed=0,
-            warmup_steps=c.get("warmup_steps", -1), weight_decay=c.get("weight_decay", 0.0), accumulate_grad_batches=accumulate,
-        )  # fmt: skip
+            load_model=str(base),
+            data_file=data,
+            proj_dir=str(tmp_path / "run"),
+            ctx_len=ctx,
+            micro_bsz=2,
+            epoch_steps=30,
+            epoch_count=2,
+            max_steps=30,
+            lr_init=c["lr_init"],
+            lr_final=c["lr_final"],
+            magic_prime=c["prime"],
+            accelerator="cpu",
+            random_seed=0,
+            warmup_steps=c.get("warmup_steps", -1),
+            weight_decay=c.get("weight_decay", 0.0),
+            accumulate_grad_batches=accumulate,
+        )
     )
     weights, losses = read_tensors(base), ours(tmp_path)
     assert len(losses) == 30
@@ -156,7 +185,16 @@ def test_thirty_steps_of_full_tuning_follow_upstream(make_base, make_data, tmp_p
 def test_twenty_steps_of_lora_follow_upstream(make_base, make_data, tmp_path, parts, lr_final, grad_cp):
     base, data, ctx = make_base(n_layer=2), make_data(500), 15
     flags = {"ctx_len": ctx, "micro_bsz": 2, "epoch_steps": 20, "epoch_count": 1, "lr_init": 5e-3, "lr_final": lr_final, "magic_prime": 29}
-    common = {"load_model": str(base), "data_file": data, "lora_r": 4, "lora_alpha": 16, "lora_dropout": 0.0, "lora_parts": parts, "accelerator": "cpu", "random_seed": 3}
+    common = {
+        "load_model": str(base),
+        "data_file": data,
+        "lora_r": 4,
+        "lora_alpha": 16,
+        "lora_dropout": 0.0,
+        "lora_parts": parts,
+        "accelerator": "cpu",
+        "random_seed": 3,
+    }
     # The adapter's first values are random: take them from a run that changes nothing, and go on from there.
     fit(LoRAConfig(**flags | {"lr_init": 0.0, "lr_final": 0.0}, **common, proj_dir=str(tmp_path / "start"), max_steps=1))
     start = tmp_path / "start/rwkv-final.pth"

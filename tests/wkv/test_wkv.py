@@ -17,7 +17,9 @@ def inputs(batch, length, channels, *, scale=1.0, state=True, reset=True, seed=0
 
     w, u = -torch.exp(normal(channels) * 2), normal(channels) * scale
     k, v = normal(batch, length, channels) * scale, normal(batch, length, channels)
-    first = torch.stack([normal(batch, channels), normal(batch, channels).abs() + 0.1, normal(batch, channels) * scale], 1) if state else None
+    first = (
+        torch.stack([normal(batch, channels), normal(batch, channels).abs() + 0.1, normal(batch, channels) * scale], 1) if state else None
+    )
     starts = torch.rand(batch, length, generator=g) < 0.2 if reset else None
     return w, u, k, v, first, starts
 
@@ -27,7 +29,11 @@ def outputs_and_gradients(impl, w, u, k, v, first, starts):
     y, last = wkv4(*leaves[:4], leaves[4] if first is not None else None, starts, impl=impl)
     # Both outputs matter, each element differently; sin keeps the weights bounded.
     (torch.sin(3 * y.float()).sum() + torch.sin(last[:, 0]).sum() + torch.cos(last[:, 1]).sum()).backward()
-    return {"y": y.detach(), "state": last.detach(), **dict(zip(("gw", "gu", "gk", "gv", "gstate"), (x.grad for x in leaves), strict=False))}
+    return {
+        "y": y.detach(),
+        "state": last.detach(),
+        **dict(zip(("gw", "gu", "gk", "gv", "gstate"), (x.grad for x in leaves), strict=False)),
+    }
 
 
 def naive(w, u, k, v):
@@ -78,7 +84,9 @@ def test_gradient_through_a_carried_state_is_exact():
 def test_compiled_unit_equals_reference(batch, length, channels, scale, state, reset, seed):
     arguments = inputs(batch, length, channels, scale=scale, state=state, reset=reset, seed=seed)
     in_fp64 = [x.double() if x is not None and x.is_floating_point() else x for x in arguments]
-    fast, slow, truth = (outputs_and_gradients(impl, *x) for impl, x in (("cpu", arguments), ("reference", arguments), ("reference", in_fp64)))
+    fast, slow, truth = (
+        outputs_and_gradients(impl, *x) for impl, x in (("cpu", arguments), ("reference", arguments), ("reference", in_fp64))
+    )
     for name in truth:
         inside = truth[name].abs() < 1e37  # the running maximum of an empty state is no number to compare
         exact = truth[name][inside]

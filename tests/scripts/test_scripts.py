@@ -1,0 +1,126 @@
+"""The scripts as a user runs them: the whole line in miniature, refusals with their exit status, help without waiting."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from rwkv.checkpoint import load_model, load_tuned, read_manifest, read_tensors
+
+TRAINING = ["--ctx_len", 8, "--micro_bsz", 2, "--epoch_count", 1, "--epoch_steps", 3, "--random_seed", 1, "--accelerator", "cpu"]
+SCRIPTS = ["convert", "finetune", "generate", "lora", "merge_lora", "pretrain"]
+
+
+def test_from_text_to_a_tuned_model_that_answers(script, write_jsonl, tmp_path):
+    text = write_jsonl(*({"text": f"User: {i}?\n\nAssistant: {i}."} for i in range(30)))
+    assert "30 documents" in script("convert.py", "--input", text).stdout
+    data = tmp_path / "text_text_document"
+    script("pretrain.py", "--data_file", data, "--n_layer", 1, "--n_embd", 8, "--proj_dir", "base", *TRAINING)
+    base = tmp_path / "base/rwkv-0.pth"
+    done = script(
+        "lora.py",
+        "--load_model",
+        base,
+        "--data_file",
+        text,
+        "--proj_dir",
+        "lora",
+        "--lora",
+        "--lora_r",
+        2,
+        "--lora_alpha",
+        8,
+        "--lr_init",
+        1e-2,
+        *TRAINING,
+    )
+    assert "loss" in done.stderr, "no progress bar"
+    adapter = tmp_path / "lora/rwkv-0.pth"
+    done = script("merge_lora.py", "--adapter", adapter, "--output", "merged.pth")
+    difference = float(re.search(r"largest logit difference .* (\S+) \(", done.stdout)[1])
+    assert difference < 1e-4  # fp32 rounding of logits of order 1
+    script("merge_lora.py", "8", base, adapter, "positional.pth")  # upstream's form
+    merged, positional = (read_tensors(tmp_path / f"{name}.pth") for name in ("merged", "positional"))
+    assert all(torch.equal(merged[key], positional[key]) for key in merged)
+    tokens = torch.arange(1, 20)[None]
+    torch.testing.assert_close(
+        load_model(tmp_path / "merged.pth")(tokens)[0], load_tuned(base, adapter)(tokens)[0], rtol=1e-4, atol=1e-4
+    )  # as above
+    asked = [
+        script("generate.py", "--model", *model, "--ask", "1?", "--temperature", 0, "--max_tokens", 5).stdout
+        for model in (["merged.pth"], [base, "--lora", adapter])
+    ]
+    assert asked[0] == asked[1]
+    chat = script("generate.py", "--model", "merged.pth", "--max_tokens", 3, stdin="hello\n\n/reset\nagain\n/quit\n")
+    assert chat.stdout.count("Assistant:") == 2
+    script("finetune.py", "--load_model", "merged.pth", "--data_file", data, "--proj_dir", "full", *TRAINING)
+    assert read_manifest(tmp_path / "full/rwkv-0.pth")["kind"] == "model"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_teaches(script, name):
+    text = script(f"{name}.py", "--help").stdout
+    assert f"python scripts/{name}.py" in text  # a command to start from
+    assert "--config" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "complaint"),
+    [
+        ("convert", ["--input", "none.jsonl"], "none.jsonl: no such file"),
+        ("convert", [], "--input is missing"),
+        ("pretrain", [], "--data_file is missing"),
+        ("finetune", ["--data_file", "x"], "--load_model FILE"),
+        ("lora", ["--data_file", "x"], "LoRA tunes a model that exists"),
+        ("merge_lora", [], "--adapter and --output are needed"),
+        ("generate", [], "--model is missing"),
+        ("generate", ["--model", "none.pth"], "none.pth: no such checkpoint"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(script, name, arguments, complaint):
+    done = script(f"{name}.py", *arguments, status=1)
+    assert done.stderr.startswith("error: ")
+    assert complaint in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_merging_keeps_the_stored_dtype_and_what_exists(script, make_base, tmp_path):
+    base = make_base()
+    half = {key: value.bfloat16() for key, value in read_tensors(base).items()}
+    torch.save(half, tmp_path / "half.pth")
+    adapter = {"blocks.0.att.key.lora_A": torch.randn(2, 16), "blocks.0.att.key.lora_B": torch.randn(16, 2)}
+    adapter |= {
+        f"blocks.{i}.att.{m}.lora_{x}": torch.zeros(2, 16) if x == "A" else torch.zeros(16, 2)
+        for i in (0, 1)
+        for m in ("key", "value", "receptance")
+        for x in "AB"
+    } | adapter
+    torch.save(adapter, tmp_path / "upstream.pth")
+    assert (
+        "its alpha is not known"
+        in script("merge_lora.py", "--adapter", "upstream.pth", "--base", "half.pth", "--output", "m.pth", status=1).stderr
+    )
+    assert "names its base" in script("merge_lora.py", "--adapter", "upstream.pth", "--output", "m.pth", status=1).stderr
+    script("merge_lora.py", "16", "half.pth", "upstream.pth", "m.pth")
+    merged = read_tensors(tmp_path / "m.pth")
+    # upstream: W += B @ A · (α / r)
+    expected = (
+        half["blocks.0.att.key.weight"].float() + 8 * adapter["blocks.0.att.key.lora_B"] @ adapter["blocks.0.att.key.lora_A"]
+    ).bfloat16()
+    assert torch.equal(merged["blocks.0.att.key.weight"], expected)
+    assert all(torch.equal(merged[key], half[key]) for key in half if key != "blocks.0.att.key.weight")
+    assert "m.pth exists already" in script("merge_lora.py", "16", "half.pth", "upstream.pth", "m.pth", status=1).stderr
+
+
+def test_generate_refuses_a_model_of_another_vocabulary(script, make_base):
+    assert "not the World vocabulary" in script("generate.py", "--model", make_base(), "--prompt", "x", status=1).stderr
+
+
+def test_the_demo_corpus_is_jsonl_with_both_languages(script, tmp_path):
+    script("demo_corpus.py", "corpus.jsonl")
+    texts = [json.loads(line)["text"] for line in (tmp_path / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(texts) > 50
+    assert any("argparse" in text for text in texts)
+    assert any("检查点" in text for text in texts)
+    assert script("demo_corpus.py", status=1).stderr.startswith("error: one argument")
