@@ -2,12 +2,14 @@
 
 import contextlib
 import difflib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from rwkv.config import NOT_SUPPORTED
 from rwkv.errors import UserError
 
 Config = TypeVar("Config")
@@ -20,6 +22,9 @@ def parse(config: type[Config], description: str, argv: Sequence[str] | None = N
     A flag alone (`--lora`) means true, and dashes are as good as underscores. An unknown flag exits with status 2 and names the nearest one.
     """
     argv = _spelled_as_here(list(sys.argv[1:] if argv is None else argv), config)
+    for word in argv:
+        if advice := NOT_SUPPORTED.get(word.partition("=")[0].removeprefix("--")) if word.startswith("--") else None:
+            raise UserError(f"{word}: a flag of the upstream trainers that is not supported here; {advice}")
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=_Help)
     parser.add_argument("--config", action="config", help="Read flags from a YAML file; the command line comes on top.")
     parser.add_class_arguments(config)
@@ -37,6 +42,9 @@ def sentences() -> Iterator[None]:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 class _Help(DefaultHelpFormatter):

@@ -6,7 +6,7 @@ import pytest
 
 from rwkv import config as flags
 from rwkv.cli import parse, sentences
-from rwkv.config import ConvertConfig, LoRAConfig, TrainConfig
+from rwkv.config import NOT_SUPPORTED, ConvertConfig, LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 
 
@@ -30,6 +30,13 @@ def test_upstream_spellings_work():
 
 def test_an_unknown_flag_names_the_nearest(capsys):
     assert "did you mean --n_layer?" in refused(["--n_layers", "3"], capsys)
+
+
+def test_upstream_flags_without_a_counterpart_are_refused_with_advice():
+    for name, advice in NOT_SUPPORTED.items():
+        assert not hasattr(LoRAConfig, name)
+        with pytest.raises(UserError, match=f"--{name}.*not supported here; {advice[:20]}"):
+            parse(LoRAConfig, "", [f"--{name}", "1"])
 
 
 def test_a_wrong_type_or_choice_is_refused_by_name(capsys):

@@ -16,11 +16,14 @@ from tqdm import tqdm
 
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
+from rwkv.files import whole
 from rwkv.train import schedule
 
 
 class Metrics(pl.Callback):
     """One line per optimizer step in metrics.jsonl, the progress bar, upstream's train_log.txt, wandb if asked for.
+
+    Steps count from the first epoch, so that a run with epoch_begin goes on in the same files; lines of later steps are dropped.
 
     Attributes:
         losses: of every step, averaged over devices and accumulated batches, nats per token.
@@ -39,6 +42,7 @@ class Metrics(pl.Callback):
             total=schedule.total_steps(self.config), unit="step", desc="train", mininterval=0.5, disable=trainer.global_rank > 0
         )
         if trainer.global_rank == 0:
+            _keep_steps(self.folder / "metrics.jsonl", schedule.first_step(self.config))
             self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, open for the length of the run
             self._log(f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{vars(self.config)}\n")
             if self.config.wandb:
@@ -60,7 +64,7 @@ class Metrics(pl.Callback):
             )
 
     def _report(self, module: pl.LightningModule, loss: float) -> None:
-        step, now = len(self.losses), time.perf_counter()
+        step, now = schedule.first_step(self.config) + len(self.losses), time.perf_counter()
         tokens = schedule.tokens_per_step(self.config)
         speed, self._tick = tokens / (now - self._tick), now
         group = module.optimizers().optimizer.param_groups[0]
@@ -71,7 +75,7 @@ class Metrics(pl.Callback):
         self._bar.set_postfix_str(f"loss {loss:.3f}, lr {line['lr']:.2e}, {speed:,.0f} tokens/s", refresh=False)
         self._bar.update()
         if self._wandb:
-            decay = schedule.weight_decay(self.config, step - 1)
+            decay = schedule.weight_decay(self.config, len(self.losses) - 1)
             self._wandb.log({"loss": loss, "lr": line["lr"], "wd": decay, "Gtokens": step * tokens / 1e9, "kt/s": speed / 1e3}, step=step)
 
     @rank_zero_only
@@ -94,7 +98,7 @@ class Metrics(pl.Callback):
 
 
 class Checkpoints(pl.Callback):
-    """Saves rwkv-N.pth after every epoch_save-th epoch and the last, rwkv-final.pth where the run ends inside an epoch.
+    """Saves rwkv-N.pth after every epoch_save-th epoch and the last, rwkv-final.pth where the run ends, or is interrupted, inside an epoch.
 
     `save(name, step)` writes one. Attribute `last`: the name written last.
     """
@@ -104,16 +108,29 @@ class Checkpoints(pl.Callback):
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        epoch, step, whole = trainer.current_epoch, trainer.global_step, schedule.steps_per_epoch(self.config)
+        epoch, step = trainer.current_epoch, trainer.global_step
         ends = step == schedule.total_steps(self.config)
-        if step == (epoch + 1) * whole and (epoch % self.config.epoch_save == 0 or ends):
+        if step == (epoch + 1) * schedule.steps_per_epoch(self.config) and (epoch % self.config.epoch_save == 0 or ends):
             self._write(f"rwkv-{self.config.epoch_begin + epoch}.pth", step)
         elif ends:
             self._write("rwkv-final.pth", step)
 
+    @rank_zero_only
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt) and trainer.global_step > 0:
+            self._write("rwkv-final.pth", trainer.global_step)
+
     def _write(self, name: str, step: int) -> None:
-        self._save(name, step)
+        self._save(name, schedule.first_step(self.config) + step)
         self.last = name
+
+
+def _keep_steps(metrics: Path, last: int) -> None:
+    """Drop the lines after step `last`, so that each step stands there once."""
+    if metrics.exists():
+        lines = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if json.loads(line)["step"] <= last]
+        with whole(metrics) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def _memory(device: torch.device) -> dict[str, int]:

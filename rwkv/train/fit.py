@@ -73,6 +73,7 @@ def fit(config: TrainConfig) -> Result:
     trainer = _trainer(config, [metrics, checkpoints])
     trainer.fit(TrainingModule(model, contexts, config))
     if trainer.interrupted:
+        _print(f"interrupted at step {trainer.global_step}" + (f"; {folder / checkpoints.last} is saved" if checkpoints.last else ""))
         raise KeyboardInterrupt
     if trainer.global_rank == 0:
         plot(

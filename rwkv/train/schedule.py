@@ -16,6 +16,11 @@ def steps_per_epoch(c: TrainConfig) -> int:
     return max(1, c.epoch_steps // c.accumulate_grad_batches)
 
 
+def first_step(c: TrainConfig) -> int:
+    """Optimizer steps that lie before this run, in the epochs before epoch_begin."""
+    return c.epoch_begin * steps_per_epoch(c)
+
+
 def tokens_per_step(c: TrainConfig) -> int:
     """Tokens in one optimizer step, over all devices and accumulated batches."""
     return c.num_nodes * c.devices * c.micro_bsz * c.accumulate_grad_batches * c.ctx_len
@@ -27,7 +32,7 @@ def total_steps(c: TrainConfig) -> int:
     if c.max_steps:
         ends.append(c.max_steps)
     if c.my_exit_tokens:
-        ends.append(math.ceil(abs(c.my_exit_tokens) / tokens_per_step(c)) - steps_per_epoch(c) * c.epoch_begin)
+        ends.append(math.ceil(abs(c.my_exit_tokens) / tokens_per_step(c)) - first_step(c))
     return max(0, min(ends))
 
 
@@ -45,7 +50,7 @@ def learning_rate(c: TrainConfig, run_step: int) -> float:
     Constant if lr_init equals lr_final; else lr_init (lr_final / lr_init)^q, or linear in q if either is 0, with q from 0 to 1 over the
     epochs; or a cosine over my_exit_tokens. Warm-up multiplies it by 0.2 + 0.8 · run_step / warmup_steps, also where it is constant.
     """
-    step = run_step + c.epoch_begin * steps_per_epoch(c)
+    step = run_step + first_step(c)
     rate = c.lr_init
     if c.lr_init != c.lr_final:
         q = _progress(c, step)
@@ -72,7 +77,7 @@ def weight_decay(c: TrainConfig, run_step: int) -> float:
     """The decay of optimizer step `run_step`: constant, or exponentially to weight_decay_final."""
     if c.weight_decay <= 0 or c.weight_decay_final <= 0:
         return max(0.0, c.weight_decay)
-    q = _progress(c, run_step + c.epoch_begin * steps_per_epoch(c))
+    q = _progress(c, run_step + first_step(c))
     return c.weight_decay * (c.weight_decay_final / c.weight_decay) ** q
 
 

@@ -2,8 +2,10 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -82,8 +84,44 @@ def test_going_on_with_epoch_begin_continues_data_and_schedule(make_data, tmp_pa
     whole = tmp_path / "whole"
     fit(TrainConfig(**SMALL | {"epoch_count": 2}, data_file=data, proj_dir=str(whole), magic_prime=-1))
     pieces, once = lines(folder), lines(whole)
+    assert [line["step"] for line in pieces] == list(range(1, 9))
+    assert read_manifest(folder / "rwkv-1.pth")["step"] == 8
     assert [line["lr"] for line in pieces] == [line["lr"] for line in once]
     assert pieces[4]["loss"] == pytest.approx(once[4]["loss"], rel=1e-6)  # the next batch on the same weights; then Adam's state is missing
+
+
+def test_going_back_drops_the_lines_of_later_steps(make_data, tmp_path):
+    data, folder = make_data(200), tmp_path / "run"
+    fit(TrainConfig(**SMALL, data_file=data, proj_dir=str(folder), epoch_save=1))
+    fit(TrainConfig(**TUNE, data_file=data, proj_dir=str(folder), epoch_begin=1, load_model=str(folder / "rwkv-0.pth"), max_steps=2))
+    assert [line["step"] for line in lines(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_ctrl_c_saves_and_ends_with_130(make_base, make_data, tmp_path, root):
+    flags = [
+        "--load_model",
+        make_base(),
+        "--data_file",
+        make_data(300),
+        "--proj_dir",
+        tmp_path / "run",
+        "--ctx_len",
+        8,
+        "--accelerator",
+        "cpu",
+    ]
+    command = [str(word) for word in (sys.executable, root / "scripts/finetune.py", *flags)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    until = time.monotonic() + 60
+    while not (tmp_path / "run/metrics.jsonl").exists() or not lines(tmp_path / "run"):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "rwkv-final.pth is saved" in said
+    assert read_manifest(tmp_path / "run/rwkv-final.pth")["step"] == len(lines(tmp_path / "run"))
+    assert load_model(tmp_path / "run/rwkv-final.pth").sizes.n_layer == 2
 
 
 def test_lora_saves_only_the_adapter_and_leaves_the_base(make_base, make_data, tmp_path):
