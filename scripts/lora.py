@@ -15,6 +15,4 @@ if __name__ == "__main__":
         config = parse(LoRAConfig, __doc__)
         from rwkv.train.fit import fit  # after parsing: --help need not wait for torch
 
-        result = fit(config)
-        print(f"merge: python scripts/merge_lora.py --adapter {result.checkpoint} --output merged.pth")
-        print(f"talk:  python scripts/generate.py --model {config.load_model} --lora {result.checkpoint}")
+        fit(config)

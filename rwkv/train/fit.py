@@ -84,6 +84,9 @@ def fit(config: TrainConfig) -> Result:
     tail = metrics.losses[-max(1, len(metrics.losses) // 10) :]
     result = Result(folder / checkpoints.last, trainer.global_step, metrics.losses[0], sum(tail) / len(tail))
     _print(f"done:  loss {result.first_loss:.3f} → {result.last_loss:.3f}; {result.checkpoint}, {folder / 'loss.png'}")
+    if adapter:
+        _print(f"merge: python scripts/merge_lora.py --adapter {result.checkpoint} --output merged.pth")
+        _print(f"talk:  python scripts/generate.py --model {config.load_model} --lora {result.checkpoint}")
     return result
 
 
@@ -104,6 +107,10 @@ def _check_flags(c: TrainConfig) -> None:
         raise UserError(
             f"nothing to train: --epoch_begin {c.epoch_begin} is not before --epoch_count {c.epoch_count}, or the tokens are spent"
         )
+    if c.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or leave the flag out to train on the CPU")
+    if c.accelerator != "cpu" and 0 < torch.cuda.device_count() < c.devices:
+        raise UserError(f"--devices {c.devices}: torch sees {torch.cuda.device_count()} GPUs")
     if isinstance(c, LoRAConfig) and c.lora and not c.load_model:
         raise UserError("LoRA tunes a model that exists: give it with --load_model, or train one with scripts/pretrain.py first")
 

@@ -168,6 +168,15 @@ def test_pre_ffn_trains_and_comes_back(make_data, tmp_path):
     assert load_model(result.checkpoint).sizes.pre_ffn
 
 
+def test_bf16_follows_fp32_and_keeps_fp32_weights(make_base, make_data, tmp_path):
+    common = {**TUNE, "load_model": str(make_base()), "data_file": make_data(200), "lr_init": 1e-3}
+    runs = {p: fit(TrainConfig(**common, proj_dir=str(tmp_path / p), precision=p)) for p in ("fp32", "bf16")}
+    losses = {p: [line["loss"] for line in lines(tmp_path / p)] for p in runs}
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)  # bf16 keeps 8 significant bits
+    assert losses["bf16"] != losses["fp32"]
+    assert {value.dtype for value in read_tensors(runs["bf16"].checkpoint).values()} == {torch.float32}
+
+
 def test_wandb_logs_offline_without_a_key(make_data, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("HOME", str(tmp_path))  # no key of the machine's user
@@ -215,6 +224,7 @@ REFUSED = [
     ({"epoch_begin": 3}, "nothing to train"),
     ({"magic_prime": 7}, "the largest such is 23"),
     ({"load_model": "none.pth"}, "none.pth: no such checkpoint"),
+    *([] if torch.cuda.is_available() else [({"accelerator": "gpu"}, "torch sees no GPU")]),
 ]
 
 
