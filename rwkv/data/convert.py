@@ -1,5 +1,6 @@
 """jsonl → tokens → binidx."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ def convert(
     tokenizer = WorldTokenizer()
     total = sum(path.stat().st_size for path in inputs)
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="convert", mininterval=0.5) as bar,
+        tqdm(total=total, unit="B", unit_scale=True, desc="convert", mininterval=0.5 if sys.stderr.isatty() else 15) as bar,
         binidx.writer(prefix, dtype) as out,
     ):
         for texts in _batches(inputs, key, bar):

@@ -4,6 +4,7 @@ import datetime
 import json
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,11 @@ class Metrics(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._tick = time.perf_counter()
         self._bar = tqdm(
-            total=schedule.total_steps(self.config), unit="step", desc="train", mininterval=0.5, disable=trainer.global_rank > 0
+            total=schedule.total_steps(self.config),
+            unit="step",
+            desc="train",
+            mininterval=0.5 if sys.stderr.isatty() else 15,
+            disable=trainer.global_rank > 0,
         )
         if trainer.global_rank == 0:
             _keep_steps(self.folder / "metrics.jsonl", schedule.first_step(self.config))
