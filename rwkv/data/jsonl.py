@@ -40,7 +40,7 @@ def _text(line: bytes, key: str, where: str) -> str:
         raise UserError(
             f"{where}: not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x}); save the file as UTF-8"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error})") from error
     if not isinstance(record, dict) or key not in record:
         has = (

@@ -47,6 +47,7 @@ def test_bytes_read_so_far_end_at_the_size_of_the_file(write_jsonl):
         (b'{"text": "\xff"}', "not UTF-8 \\(byte 11 of the line is 0xff\\)"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
         (b'{"text": "cut', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, complaint):
