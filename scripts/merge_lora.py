@@ -37,8 +37,8 @@ def main(config: MergeConfig) -> None:
     if not base:
         raise UserError(f"{config.adapter}: there is no .json beside it that names its base; give --base")
     device = "cuda" if config.use_gpu else "cpu"
-    model = checkpoint.load_tuned(base, config.adapter, config.lora_alpha or None, dtype=None).eval().to(device)
-    stored = model.head.weight.dtype
+    model = checkpoint.load_tuned(base, config.adapter, config.lora_alpha or None).eval().to(device)
+    stored = checkpoint.read_tensors(base)["emb.weight"].dtype
     tokens = torch.randint(model.sizes.vocab_size, (1, max(1, config.check_tokens)), generator=torch.Generator().manual_seed(0)).to(device)
 
     @torch.inference_mode()

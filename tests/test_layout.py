@@ -116,9 +116,7 @@ def tree() -> dict[str, str]:
 
 
 def tracked() -> list[str]:
-    done = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], capture_output=True, text=True, cwd=ROOT, check=True
-    )
+    done = subprocess.run(["git", "ls-files", "--cached"], capture_output=True, text=True, cwd=ROOT, check=True)
     return done.stdout.split()
 
 

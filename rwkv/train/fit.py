@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import re
 import secrets
 import warnings
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from rwkv.train.callbacks import Checkpoints, Metrics
 from rwkv.train.module import TrainingModule
 from rwkv.train.plot import plot
 
-_RUN_FILES = ("metrics.jsonl", "train_log.txt", "loss.png", "rwkv-*.pth", "rwkv-*.pth.json")
+_RUN_FILES = re.compile(r"metrics\.jsonl|train_log\.txt|loss\.png|rwkv-(\d+|final)\.pth(\.json)?")
 _HASH_LIMIT = 4 << 30  # bytes of a dataset that are still hashed for the manifest: some seconds
 
 
@@ -56,6 +57,7 @@ def fit(config: TrainConfig) -> Result:
     torch.set_flush_denormal(True)
     if config.random_seed < 0:  # Lightning hands the seed to the other processes of a run in this variable
         config = dataclasses.replace(config, random_seed=int(os.environ.get("PL_GLOBAL_SEED", secrets.randbits(31))))
+    config = dataclasses.replace(config, my_pile_shift=max(0, config.my_pile_shift))  # upstream writes 0 as -1
     seed = pl.seed_everything(config.random_seed)
     model = _make_model(config)
     adapter = _adapt(model, config)
@@ -107,6 +109,12 @@ def _check_flags(c: TrainConfig) -> None:
         raise UserError(
             f"nothing to train: --epoch_begin {c.epoch_begin} is not before --epoch_count {c.epoch_count}, or the tokens are spent"
         )
+    if c.epoch_begin and not c.load_model:
+        raise UserError(f"--epoch_begin {c.epoch_begin} goes on with a run: give its checkpoint with --load_model")
+    if isinstance(c, LoRAConfig) and c.lora and c.epoch_begin and not c.lora_load:
+        raise UserError(f"--epoch_begin {c.epoch_begin} goes on with a LoRA run: give its adapter with --lora_load")
+    if c.my_pile_shift < -1:
+        raise UserError(f"--my_pile_shift must be at least 0; it is {c.my_pile_shift}")
     if c.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or leave the flag out to train on the CPU")
     if c.accelerator != "cpu" and 0 < torch.cuda.device_count() < c.devices:
@@ -160,7 +168,7 @@ def _old_run(c: TrainConfig, folder: Path) -> list[Path]:
     """Files of an earlier run that --overwrite gives up; they are deleted once nothing can be refused any more."""
     if rank_zero_only.rank > 0 or c.epoch_begin:
         return []
-    old = sorted(path for pattern in _RUN_FILES for path in folder.glob(pattern))
+    old = sorted(path for path in folder.glob("*") if _RUN_FILES.fullmatch(path.name))
     if old and not c.overwrite:
         raise UserError(f"{folder} holds a run already ({old[0].name}, …); give another --proj_dir, or --overwrite to start over")
     inputs = {Path(path).resolve() for path in (c.load_model, getattr(c, "lora_load", "")) if path}
@@ -213,7 +221,7 @@ def _trainer(c: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
         accelerator="gpu" if gpu else "cpu" if c.accelerator == "auto" else c.accelerator,
         devices=c.devices,
         num_nodes=c.num_nodes,
-        strategy=None if alone and c.strategy == "auto" else "ddp",
+        strategy=None if alone and c.strategy == "auto" else "ddp_find_unused_parameters_false",
         precision={"fp32": 32, "tf32": 32, "bf16": "bf16", "fp16": 16}[precision],
         max_steps=schedule.total_steps(c),
         max_epochs=-1,

@@ -1,11 +1,12 @@
 """Autograd over the compiled CPU unit (torch.ops.rwkv.wkv4_*)."""
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
-from rwkv.wkv import build
+from rwkv.wkv import build, reference
 
 
 @functools.lru_cache(maxsize=1)
@@ -37,6 +38,8 @@ class _WKV4(torch.autograd.Function):
 
 def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `rwkv.wkv.wkv4`, on CPU tensors; arithmetic and saved tensors are fp32."""
+    if not math.isfinite(float(k.sum() + v.sum())):  # fast maths would hide a NaN; the loop passes it on
+        return reference.wkv4(w, u, k, v, state, reset)
     as_fp32 = [x.float().contiguous() for x in (w, u, k, v)]
     y, last = _WKV4.apply(*as_fp32, None if state is None else state.float().contiguous(), None if reset is None else reset.contiguous())
     return y.to(k.dtype), last

@@ -15,7 +15,7 @@ from rwkv.checkpoint import read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.train.fit import fit
 
-TOLERANCE = 1e-4
+TOLERANCE = 5e-6  # the promise is 1e-4; seen are some 1e-7, and without L2Wrap some 1e-5
 
 
 class L2Wrap(torch.autograd.Function):
@@ -30,7 +30,7 @@ class L2Wrap(torch.autograd.Function):
         maxx, ids = torch.max(y, -1, keepdim=True)
         gy = torch.zeros_like(y)
         gy.scatter_(-1, ids, maxx * (1e-4 / (y.shape[0] * y.shape[1])))
-        return grad_output, gy
+        return grad_output, gy * grad_output  # scaled with the loss, as ours; upstream does not scale it
 
 
 def forward(p: dict, x: torch.Tensor, lora: tuple | None) -> torch.Tensor:
@@ -115,7 +115,7 @@ def plain_trainer(p: dict, trained: list[str], stream: np.ndarray, steps: int, c
             batch = torch.tensor(np.stack(rows).astype(np.int64))
             logits = forward(p, batch[:, :-1], lora)
             loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), batch[:, 1:].reshape(-1))
-            L2Wrap.apply(loss, logits / accumulate).div(accumulate).backward()
+            L2Wrap.apply(loss, logits).div(accumulate).backward()
             mean += float(loss) / accumulate
         torch.nn.utils.clip_grad_norm_([p[key] for key in trained], 1.0)
         adam.step()

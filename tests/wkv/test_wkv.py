@@ -140,6 +140,14 @@ def test_bf16_in_bf16_out_with_fp32_inside():
     torch.testing.assert_close(y.float(), exact, rtol=2**-8, atol=1e-6)  # bf16 keeps 8 significant bits
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_hidden(bad):
+    w, u, k, v, _, _ = inputs(1, 5, 4, state=False, reset=False)
+    k[0, 2, 1] = bad
+    assert torch.equal(wkv4(w, u, k, v, impl="cpu")[0].isnan(), wkv4(w, u, k, v, impl="reference")[0].isnan())
+    assert wkv4(w, u, k, v, impl="cpu")[0].isnan().any()
+
+
 def test_empty_state_is_no_state():
     w, u, k, v, _, _ = inputs(2, 10, 4, state=False, reset=False)
     assert torch.equal(wkv4(w, u, k, v)[0], wkv4(w, u, k, v, empty_state(2, 4))[0])
