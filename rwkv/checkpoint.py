@@ -40,7 +40,11 @@ def read_tensors(path: PathLike) -> dict[str, Tensor]:
             f"{path}: not a checkpoint that can be loaded without running code from it ({_first_line(error)}). A checkpoint is a"
             " dictionary of tensors, saved by torch.save or safetensors; the file may also be cut short."
         ) from error
-    if not isinstance(tensors, dict) or not tensors or not all(isinstance(x, Tensor) for x in tensors.values()):
+    if (
+        not isinstance(tensors, dict)
+        or not tensors
+        or not all(isinstance(x, Tensor) and isinstance(key, str) for key, x in tensors.items())
+    ):
         raise UserError(f"{path}: holds {type(tensors).__name__}, not a dictionary of tensors; give the model's state_dict")
     return {key.removeprefix("_forward_module."): value for key, value in tensors.items()}  # DeepSpeed leaves this prefix
 
@@ -151,8 +155,12 @@ def inspect_adapter(path: PathLike, base: PathLike | None = None, alpha: float |
             f"{path}: its alpha is not known (there is no {manifest_path(path).name} beside it); give the one it was trained with"
         )
     if base is not None:
+        if not Path(base).is_file():
+            raise UserError(
+                f"{base}: no such base model (the adapter is {path}); paths are relative to this folder, give --base or the right one"
+            )
         known["base"], expected = str(base), known.get("base_sha256")
-        known["base_sha256"] = sha256(base) if Path(base).is_file() else None
+        known["base_sha256"] = sha256(base)
         if expected and known["base_sha256"] != expected:
             raise UserError(
                 f"{path}: an adapter for another base. It was trained on {manifest.get('base')} (SHA-256 {expected[:12]}…), and {base} is"

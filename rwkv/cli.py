@@ -35,11 +35,13 @@ def parse(config: type[Config], description: str, argv: Sequence[str] | None = N
 
 @contextlib.contextmanager
 def sentences() -> Iterator[None]:
-    """Print a UserError as one line on stderr and exit with status 1; Ctrl-C exits with 130. Other errors keep their traceback."""
+    """Print a UserError, or a path that cannot be used, as one line on stderr and exit with status 1; Ctrl-C exits with 130. Other errors keep their traceback."""
     try:
         yield
     except UserError as error:
         sys.exit(f"error: {error}")
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        sys.exit(f"error: {error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as `head` does

@@ -114,5 +114,12 @@ class Dataset:
 
     def largest_id(self) -> int:
         """The largest token id, by one pass over the file."""
+        return max(int(part.max()) for part in self._parts())
+
+    def smallest_id(self) -> int:
+        """The smallest token id, by one pass over the file."""
+        return min(int(part.min()) for part in self._parts())
+
+    def _parts(self) -> Iterator[np.ndarray]:
         step = 1 << 24
-        return max(int(self.tokens[i : i + step].max()) for i in range(0, len(self.tokens), step))
+        return (self.tokens[i : i + step] for i in range(0, len(self.tokens), step))

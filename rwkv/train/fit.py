@@ -98,6 +98,11 @@ def _print(text: str) -> None:
 
 
 def _check_flags(c: TrainConfig) -> None:
+    for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "max_steps", "epoch_begin", "grad_clip"):
+        if getattr(c, name) < 0:
+            raise UserError(f"--{name} must not be negative; it is {getattr(c, name)}")
+    if not 0 <= getattr(c, "lora_dropout", 0) < 1 or not (0 <= c.beta1 < 1 and 0 <= c.beta2 < 1):
+        raise UserError("--lora_dropout, --beta1 and --beta2 must be at least 0 and less than 1")
     for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count", "epoch_save", "devices", "num_nodes"):
         if getattr(c, name) < 1:
             raise UserError(f"--{name} must be at least 1; it is {getattr(c, name)}")
@@ -190,6 +195,10 @@ def _open_data(c: TrainConfig, sizes: Sizes, folder: Path) -> Dataset:
     data = Dataset(prefix)
     can_hold = np.iinfo(data.tokens.dtype).max  # the pass over the file is only made where an id could be too large
     largest = data.largest_id() if can_hold >= sizes.vocab_size else 0
+    if np.iinfo(data.tokens.dtype).min < 0:
+        lowest, largest = data.smallest_id(), data.largest_id()
+        if lowest < 0:
+            raise UserError(f"{data.prefix}.bin: token id {lowest} is negative; it is damaged or no token file, convert again")
     if largest >= sizes.vocab_size:
         raise UserError(
             f"{data.prefix}.bin: token id {largest}, and the model has a vocabulary of {sizes.vocab_size}; the data was converted for another"
@@ -260,9 +269,9 @@ def _say(c: TrainConfig, model: RWKV, data: Dataset, contexts: Contexts) -> None
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = "all trained" if trained == every else f"{trained / 1e6:.2f} million trained"
     steps, per_step = schedule.total_steps(c), schedule.tokens_per_step(c)
-    order = f"prime sampling, p = {contexts.prime}" if contexts.prime else f"at random places, seed {contexts.seed}"
+    order = f"prime sampling, p = {contexts.prime}" if contexts.prime else "at random places"
     _print(
         f"model: RWKV-4, L{s.n_layer} D{s.n_embd} V{s.vocab_size}, {every / 1e6:.2f} million parameters, {what}\n"
         f"data:  {data.prefix}, {len(data):,} documents, {len(data.tokens):,} tokens\n"
-        f"run:   {steps:,} steps of {per_step:,} tokens ({order}); each token is seen about {steps * per_step / len(data.tokens):.2g} times"
+        f"run:   {steps:,} steps of {per_step:,} tokens ({order}, seed {contexts.seed}); each token is seen about {steps * per_step / len(data.tokens):.2g} times"
     )

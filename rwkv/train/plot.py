@@ -19,7 +19,7 @@ def plot(metrics: Path, image: Path, title: str) -> None:
     axes = figure.subplots()
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
     axes.plot(steps[width - 1 :], smooth, color="tab:blue", linewidth=2, label=f"mean of {width}")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title.replace("$", r"\$"))
     axes.grid(alpha=0.3)
     right = axes.twinx()
     right.plot(steps, rates, color="tab:orange", linewidth=1, label="learning rate")
