@@ -54,13 +54,14 @@ def write_tensors(path: PathLike, tensors: Mapping[str, Tensor], manifest: Mappi
     path = Path(path)
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     stack = {"rwkv-trainer": __version__, "torch": torch.__version__}
-    # The manifest first: weights without their alpha would be worse than a manifest without weights.
-    write_json(manifest_path(path), {**manifest, "stack": stack})
     with whole(path) as temporary:
         if path.suffix == ".safetensors":
             safetensors.torch.save_file(tensors, temporary)
         else:
             torch.save({key: value.clone() for key, value in tensors.items()}, temporary)  # clone: no storage larger than its tensor
+        # A manifest never lies beside weights it does not describe: the old one goes first, the new one comes last.
+        manifest_path(path).unlink(missing_ok=True)
+    write_json(manifest_path(path), {**manifest, "stack": stack})
 
 
 def manifest_path(path: PathLike) -> Path:
@@ -71,11 +72,14 @@ def manifest_path(path: PathLike) -> Path:
 def read_manifest(path: PathLike) -> dict[str, Any]:
     """What `<path>.json` says of the checkpoint; empty if there is none, as with upstream's files."""
     try:
-        return json.loads(manifest_path(path).read_text(encoding="utf-8"))
+        manifest = json.loads(manifest_path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise UserError(f"{manifest_path(path)}: not valid JSON ({error})") from error
+    if not isinstance(manifest, dict):
+        raise UserError(f"{manifest_path(path)}: holds a {type(manifest).__name__}, not what is known of a checkpoint")
+    return manifest
 
 
 def sizes_of(tensors: Mapping[str, Tensor], path: PathLike) -> Sizes:
@@ -96,20 +100,22 @@ def sizes_of(tensors: Mapping[str, Tensor], path: PathLike) -> Sizes:
 
 
 def load_model(path: PathLike, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32) -> RWKV:
-    """An RWKV-4 model from a checkpoint. Sizes come from the shapes; dtype None keeps the one it was stored in.
+    """An RWKV-4 model from a checkpoint. Sizes come from the shapes; dtype None keeps the one each tensor was stored in.
 
     Raises:
         UserError: not an RWKV-4 checkpoint; a missing, surplus or misshapen key, by name.
     """
     tensors = read_tensors(path)
-    model = RWKV(sizes_of(tensors, path)).to(dtype or tensors["emb.weight"].dtype)
+    model = RWKV(sizes_of(tensors, path))
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtype or getattr(tensors.get(name), "dtype", parameter.dtype))
     _fill(model, tensors, {name: p.shape for name, p in model.named_parameters()}, path)
     return model.to(device)
 
 
-def save_model(path: PathLike, model: RWKV, manifest: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
-    """Write all weights, in `dtype` if given, under upstream's names."""
-    tensors = {name: p.detach().to(dtype or p.dtype) for name, p in model.named_parameters()}
+def save_model(path: PathLike, model: RWKV, manifest: Mapping[str, Any]) -> None:
+    """Write all weights under upstream's names."""
+    tensors = dict(model.named_parameters())
     write_tensors(path, tensors, {"kind": "model", "version": "4", "sizes": vars(model.sizes), **manifest})
 
 
@@ -122,7 +128,7 @@ def save_adapter(path: PathLike, model: RWKV, adapter: Mapping[str, Any], manife
 def inspect_adapter(path: PathLike, base: PathLike | None = None, alpha: float | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An adapter's tensors and what is known of it: r, parts, alpha, base, base_sha256.
 
-    r and the parts come from the tensors. alpha, base and its hash come from the manifest, or from the arguments where there is none.
+    r and the parts come from the tensors (r from the manifest if none is of rank r). alpha, base and its hash come from the manifest, or from the arguments where there is none.
 
     Raises:
         UserError: not an adapter; made for another base; alpha unknown, or not the one it was trained with.
@@ -142,7 +148,7 @@ def inspect_adapter(path: PathLike, base: PathLike | None = None, alpha: float |
     if len(ranks) > 1 or not parts or "emb.weight" in tensors:
         raise UserError(f"{path}: not a LoRA adapter (its tensors are {', '.join(sorted(tensors)[:3])}, …)")
     known = {
-        "r": ranks.pop() if ranks else 1,
+        "r": ranks.pop() if ranks else manifest.get("r", 1),
         "parts": parts,
         **{k: manifest[k] for k in ("alpha", "base", "base_sha256") if k in manifest},
     }
@@ -175,13 +181,18 @@ def load_adapter(model: RWKV, path: PathLike, tensors: Mapping[str, Tensor], par
     _fill(model, tensors, shapes, path)
 
 
-def load_tuned(base: PathLike, adapter: PathLike, alpha: float | None = None, dtype: torch.dtype | None = torch.float32) -> RWKV:
-    """A base model with its adapter injected and not merged. Raises UserError as load_model and inspect_adapter do."""
+def load_tuned(base: PathLike, adapter: PathLike, alpha: float | None = None) -> tuple[RWKV, dict[str, torch.dtype]]:
+    """A base model with its adapter injected and not merged, fp32, and the dtypes that the base is stored in.
+
+    Raises UserError as load_model and inspect_adapter do.
+    """
     tensors, known = inspect_adapter(adapter, base, alpha)
-    model = load_model(base, dtype=dtype)
+    model = load_model(base, dtype=None)
+    stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    model.float()
     lora.inject(model, known["parts"], known["r"], known["alpha"])
     load_adapter(model, adapter, tensors, known["parts"])
-    return model
+    return model, stored
 
 
 def _fill(model: RWKV, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: PathLike) -> None:

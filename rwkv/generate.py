@@ -82,7 +82,8 @@ class Session:
                 text = text[: min(found)]
                 break
             self.logits = self._feed([token])
-            marks.append((len(text), self.state, self.logits))
+            if len(text) > marks[-1][0] and not decoder.getstate()[0]:  # not inside a character
+                marks.append((len(text), self.state, self.logits))
             if len(text) - hold > shown:
                 yield text[shown : len(text) - hold]
                 shown = len(text) - hold

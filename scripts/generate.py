@@ -22,10 +22,10 @@ def main(config: GenerateConfig) -> None:
     if not config.model:
         raise UserError("--model is missing: the checkpoint to run")
     if config.lora:
-        model = checkpoint.load_tuned(config.model, config.lora, config.lora_alpha or None)
+        model, _ = checkpoint.load_tuned(config.model, config.lora, config.lora_alpha or None)
     else:
         model = checkpoint.load_model(config.model)
-    if model.sizes.vocab_size < WorldTokenizer.vocab_size:
+    if model.sizes.vocab_size != WorldTokenizer.vocab_size:
         raise UserError(
             f"{config.model}: {model.sizes.vocab_size} words, not the World vocabulary of 65536; only World models can be run as text"
         )
@@ -44,9 +44,9 @@ def main(config: GenerateConfig) -> None:
 
     session = Session(model, tokenizer)
     if config.prompt or config.ask:
-        session.read(config.prompt or question(config.ask))
+        session.read(_text(config.prompt or question(config.ask)))
         if config.prompt:
-            print(config.prompt, end="")
+            print(_text(config.prompt), end="")
         write(session, () if config.prompt else STOP)
         return
     print("Chat. /reset forgets the conversation, /quit or Ctrl-D ends.", file=sys.stderr)
@@ -61,9 +61,14 @@ def main(config: GenerateConfig) -> None:
             between = "\n\n"
 
 
+def _text(typed: str) -> str:
+    """What was typed, with bytes that are not UTF-8 as U+FFFD."""
+    return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def _input() -> str | None:
     try:
-        line = input("User: ").strip()
+        line = _text(input("User: ").strip())
     except EOFError:
         return None
     return None if line == "/quit" else line

@@ -3,7 +3,7 @@
     python scripts/merge_lora.py --adapter out/lora/rwkv-0.pth --output merged.pth
     python scripts/merge_lora.py [--use-gpu] 32 base.pth lora.pth merged.pth      # upstream's form: alpha, base, adapter, output
 
-The merged model has the base's dtype. An adapter made for another base is refused.
+The merged model has the base's dtypes. An adapter made for another base is refused.
 """
 
 import sys
@@ -16,11 +16,12 @@ from rwkv.errors import UserError
 
 def positional(argv: list[str]) -> list[str]:
     """Upstream's `[--use-gpu] alpha base adapter output` as flags; any other command line as it is."""
-    words = [word for word in argv if word != "--use-gpu"]
+    switches = [word for word in argv if word in ("--use-gpu", "--use_gpu", "--force")]
+    words = [word for word in argv if word not in switches]
     if len(words) != 4 or any(word.startswith("--") for word in words):
         return argv
     flags = zip(("--lora_alpha", "--base", "--adapter", "--output"), words, strict=True)
-    return [*(f"{flag}={word}" for flag, word in flags), *(["--use-gpu"] if "--use-gpu" in argv else [])]
+    return [*(f"{flag}={word}" for flag, word in flags), *switches]
 
 
 def main(config: MergeConfig) -> None:
@@ -37,8 +38,10 @@ def main(config: MergeConfig) -> None:
     if not base:
         raise UserError(f"{config.adapter}: there is no .json beside it that names its base; give --base")
     device = "cuda" if config.use_gpu else "cpu"
-    model = checkpoint.load_tuned(base, config.adapter, config.lora_alpha or None).eval().to(device)
-    stored = checkpoint.read_tensors(base)["emb.weight"].dtype
+    if config.use_gpu and not torch.cuda.is_available():
+        raise UserError("--use_gpu: torch sees no GPU; check nvidia-smi, or leave it out")
+    model, stored = checkpoint.load_tuned(base, config.adapter, config.lora_alpha or None)
+    model.eval().to(device)
     tokens = torch.randint(model.sizes.vocab_size, (1, max(1, config.check_tokens)), generator=torch.Generator().manual_seed(0)).to(device)
 
     @torch.inference_mode()
@@ -47,10 +50,12 @@ def main(config: MergeConfig) -> None:
 
     apart = logits() if config.check_tokens else None
     lora.merge(model)
-    model.to(stored)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(stored[name])
     origin = {key: manifest[key] for key in ("base", "base_sha256", "tokenizer", "data", "data_sha256") if key in manifest}
     checkpoint.save_model(config.output, model, {"merged_from": config.adapter, **origin})
-    print(f"merged: {config.output} ({str(stored).removeprefix('torch.')})")
+    dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in stored.values()})
+    print(f"merged: {config.output} ({', '.join(dtypes)})")
     if apart is not None:
         difference = float((logits() - apart).abs().max())
         print(

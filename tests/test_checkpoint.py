@@ -122,7 +122,7 @@ def tuned(tmp_path, make_base, parts=("att", "time", "ln"), alpha=12):
 def test_an_adapter_comes_back_as_it_was(tmp_path, make_base, parts):
     base, adapter, model = tuned(tmp_path, make_base, parts)
     tokens = torch.arange(20)[None]
-    assert torch.equal(load_tuned(base, adapter).eval()(tokens)[0], model(tokens)[0])
+    assert torch.equal(load_tuned(base, adapter)[0].eval()(tokens)[0], model(tokens)[0])
     manifest = read_manifest(adapter)
     assert (manifest["kind"], manifest["r"], manifest["alpha"], manifest["parts"]) == ("adapter", 4, 12, parts)
 
@@ -140,7 +140,7 @@ def test_an_upstream_adapter_needs_its_alpha_said(tmp_path, make_base):
     with pytest.raises(UserError, match="its alpha is not known"):
         load_tuned(base, adapter)
     tokens = torch.arange(20)[None]
-    assert torch.equal(load_tuned(base, adapter, alpha=12).eval()(tokens)[0], model(tokens)[0])
+    assert torch.equal(load_tuned(base, adapter, alpha=12)[0].eval()(tokens)[0], model(tokens)[0])
 
 
 def test_another_alpha_than_the_trained_one_is_refused(tmp_path, make_base):

@@ -27,21 +27,23 @@ class _HeadLoss(torch.autograd.Function):
             loss += total.log().sum()
             if not (want_x or want_weight):
                 continue
-            grad = logits.div_(total * count)  # softmax / N, then −1/N at the target and L2Wrap's pull at the largest logit
-            grad.scatter_add_(1, target, torch.full_like(top, -1 / count))
-            grad.scatter_add_(1, argmax, top * (L2WRAP / count))
+            grad = logits.div_(total)  # softmax, then −1 at the target and L2Wrap's pull at the largest logit; 1/N waits for backward,
+            grad.scatter_add_(1, target, torch.full_like(top, -1))  # as fp16 has no room for softmax/N
+            grad.scatter_add_(1, argmax, top * L2WRAP)
             grad = grad.to(weight.dtype)
             if want_x:
                 gx[rows] = (grad @ weight).to(x.dtype)
             if want_weight:
                 gweight.addmm_(grad.t(), x[rows].to(weight.dtype))
         ctx.save_for_backward(gx, gweight)
+        ctx.count = count
         return loss / count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale):
         gx, gweight = ctx.saved_tensors
+        scale = scale / ctx.count
         return None if gx is None else gx * scale, None if gweight is None else gweight * scale, None
 
 

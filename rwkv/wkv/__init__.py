@@ -39,7 +39,7 @@ def wkv4(
         k, v: [B, T, C] fp32, bf16 or fp16; any B, T ≥ 1, C.
         state: [B, 3, C] fp32, numerator, denominator and running maximum before the first token; None: an empty state.
         reset: [B, T] bool, True where a new document starts: the state is cleared before that token.
-        impl: "cpu" (compiled), "reference" (a loop over time), or "auto", the first usable one.
+        impl: "cpu" (compiled; input that is not finite goes to the loop, which passes NaN on), "reference" (a loop over time), or "auto", the first usable one.
 
     Returns:
         y [B, T, C] in k's dtype, and the state [B, 3, C] fp32 after the last token.

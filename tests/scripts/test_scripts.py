@@ -45,7 +45,7 @@ def test_from_text_to_a_tuned_model_that_answers(script, write_jsonl, tmp_path):
     assert all(torch.equal(merged[key], positional[key]) for key in merged)
     tokens = torch.arange(1, 20)[None]
     torch.testing.assert_close(
-        load_model(tmp_path / "merged.pth")(tokens)[0], load_tuned(base, adapter)(tokens)[0], rtol=1e-4, atol=1e-4
+        load_model(tmp_path / "merged.pth")(tokens)[0], load_tuned(base, adapter)[0](tokens)[0], rtol=1e-4, atol=1e-4
     )  # as above
     asked = [
         script("generate.py", "--model", *model, "--ask", "1?", "--temperature", 0, "--max_tokens", 5).stdout

@@ -138,7 +138,7 @@ def test_lora_saves_only_the_adapter_and_leaves_the_base(make_base, make_data, t
         str(base),
         sha256(base),
     )
-    assert load_tuned(base, result.checkpoint).sizes.n_layer == 2
+    assert load_tuned(base, result.checkpoint)[0].sizes.n_layer == 2
 
 
 def test_lora_load_goes_on_from_the_adapter(make_base, make_data, tmp_path):
