@@ -5,7 +5,7 @@ set -euo pipefail
 dir=${1:?usage: venv.sh DIR}
 cd "$(dirname "$0")/.."
 
-is_310() { "$1" -c 'import sys, venv; sys.exit(sys.version_info[:2] != (3, 10))' >/dev/null 2>&1; }
+is_310() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 10))' >/dev/null 2>&1; }
 find_python() {
   local candidate
   for candidate in ${PYTHON:+"$PYTHON"} python3.10 python3 python "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.10*/bin/python; do
@@ -17,7 +17,7 @@ find_python() {
     return
   fi
   cat >&2 <<'EOF'
-No Python 3.10 found on PATH, under ~/.pyenv or through uv. torch 1.13.1 and DeepSpeed 0.7.0 need it. Any one of these gives you one:
+No Python 3.10 with its venv module found on PATH, under ~/.pyenv or through uv. torch 1.13.1 and DeepSpeed 0.7.0 need it. Any one of these gives you one:
   Ubuntu 22.04:   sudo apt install python3.10 python3.10-venv
   Ubuntu 20.04:   sudo add-apt-repository ppa:deadsnakes/ppa && sudo apt install python3.10 python3.10-venv
   pyenv:          pyenv install 3.10
@@ -31,8 +31,5 @@ EOF
 python=$(find_python)
 echo "venv: Python 3.10 is $python; installing about 3.5 GB into $dir (one to five minutes)"
 rm -rf "$dir"
-if ! "$python" -m venv "$dir"; then
-  echo "This Python cannot make virtual environments. On Ubuntu or Debian: sudo apt install python3.10-venv" >&2
-  exit 1
-fi
+"$python" -m venv "$dir"
 docker/install.sh "$dir/bin/python"

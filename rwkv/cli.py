@@ -21,10 +21,7 @@ def parse(config: type[Config], description: str, argv: Sequence[str] | None = N
 
     A flag alone (`--lora`) means true, and dashes are as good as underscores. An unknown flag exits with status 2 and names the nearest one.
     """
-    argv = _spelled_as_here(list(sys.argv[1:] if argv is None else argv), config)
-    for word in argv:
-        if advice := NOT_SUPPORTED.get(word.partition("=")[0].removeprefix("--")) if word.startswith("--") else None:
-            raise UserError(f"{word}: a flag of the upstream trainers that is not supported here; {advice}")
+    argv = _without_unsupported(_spelled_as_here(list(sys.argv[1:] if argv is None else argv), config))
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=_Help)
     parser.add_argument("--config", action="config", help="Read flags from a YAML file; the command line comes on top.")
     parser.add_class_arguments(config)
@@ -60,6 +57,22 @@ class _Parser(ArgumentParser):
         wrong = message.removeprefix("unrecognized arguments: ").split()[0] if message.startswith("unrecognized arguments: ") else ""
         nearest = difflib.get_close_matches(wrong.split("=")[0], known, 1, 0.5) if wrong else []
         super().error(message + (f"; did you mean {nearest[0]}?" if nearest else ""), *args, **kwargs)
+
+
+def _without_unsupported(argv: list[str]) -> list[str]:
+    """Drop upstream's flags that we do not have where their value means "off"; refuse them otherwise."""
+    kept, rest = [], iter(enumerate(argv))
+    for i, word in rest:
+        name, equals, value = word.partition("=")
+        entry = NOT_SUPPORTED.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
+        if entry is None:
+            kept.append(word)
+            continue
+        if not equals and i + 1 < len(argv) and not argv[i + 1].startswith("--"):
+            _, value = next(rest)
+        if value != entry[0]:
+            raise UserError(f"{name} {value}: a flag of the upstream programs that is not supported here; {entry[1]}")
+    return kept
 
 
 def _spelled_as_here(argv: list[str], config: type) -> list[str]:

@@ -7,19 +7,29 @@ that works there works here. Where we do otherwise, the docstring says so; it is
 from dataclasses import dataclass
 from typing import Literal
 
-# Flags of the upstream trainers that are refused by name: a wrong guess at what was meant would be worse.
+# Flags of the upstream programs that have no counterpart here: (the value that means "off" there, what to do instead).
+# Off, they are passed over, as upstream's README commands carry them; else they are refused by name.
 NOT_SUPPORTED = {
-    "my_pile_stage": "give --magic_prime -1 for prime sampling, --load_model and --epoch_begin to go on, and the rates themselves",
-    "my_pile_version": "prime sampling takes any dataset: --magic_prime -1",
-    "my_random_steps": "leave it out",
-    "my_exit": "say where the run ends with --epoch_count or --max_steps",
-    "my_qa_mask": "leave it out: losses are not masked yet",
-    "my_sample_len": "leave it out: it belongs to image models",
-    "head_qk": "leave it out: models with a head_q and head_k are not supported",
-    "tiny_att_dim": "leave it out: models with tiny attention are not supported",
-    "dropout": "leave it out; LoRA has --lora_dropout",
-    "ds_bucket_mb": "leave it out: DeepSpeed strategies are not offered yet",
-    "load_partial": "leave it out: a checkpoint has to fit",
+    "my_pile_stage": ("0", "give --magic_prime -1 for prime sampling, --load_model and --epoch_begin to go on, and the rates themselves"),
+    "my_pile_version": ("1", "prime sampling takes any dataset: --magic_prime -1"),
+    "my_random_steps": ("0", "leave it out"),
+    "my_exit": ("99999999", "say where the run ends with --epoch_count or --max_steps"),
+    "my_qa_mask": ("0", "leave it out: losses are not masked yet"),
+    "my_sample_len": ("0", "leave it out: it belongs to image models"),
+    "head_qk": ("0", "leave it out: models with a head_q and head_k are not supported"),
+    "tiny_att_dim": ("0", "leave it out: models with tiny attention are not supported"),
+    "dropout": ("0", "leave it out; LoRA has --lora_dropout"),
+    "ds_bucket_mb": ("200", "leave it out: DeepSpeed strategies are not offered yet"),
+    "load_partial": ("0", "leave it out: a checkpoint has to fit"),
+    # the converter's
+    "dataset_impl": ("mmap", "leave it out: the memory-mapped format is the one that is read"),
+    "workers": ("1", "leave it out: the tokenizer uses all cores, and the bytes are the same for any number"),
+    "vocab": ("", "leave it out: the World vocabulary comes with the tokenizer"),
+    "vocab_file": ("", "leave it out: the World vocabulary comes with the tokenizer"),
+    "merge_file": ("", "leave it out: World has none"),
+    "num_docs": ("", "leave it out: the documents are counted on the way"),
+    "log_interval": ("100", "leave it out: there is a progress bar"),
+    "ftfy": ("false", "clean the text before: it is not supported yet"),
 }
 
 
@@ -74,7 +84,7 @@ class TrainConfig:
     """Prime sampling: a prime p ≡ 2 (mod 3), at most tokens / ctx_len; every p samples see each of p contexts once.
     -1: the largest that fits. 0: contexts begin at random places."""
     my_pile_shift: int = 0
-    """Prime sampling: contexts begin this many tokens later."""
+    """Prime sampling: contexts begin this many tokens later. -1: 0."""
     random_seed: int = -1
     """-1: a new one each time; it is printed and stored."""
 
@@ -84,7 +94,7 @@ class TrainConfig:
     lr_final: float = 1e-5
     """Learning rate at the end; in between it decays exponentially, or linearly if either is 0."""
     warmup_steps: int = -1
-    """Optimizer steps over which the rate rises from a fifth of its value."""
+    """Optimizer steps over which the rate rises from a fifth of its value, also where it is constant (the LoRA fork: only where it decays)."""
     my_pile_edecay: int = 0
     """Epochs before the decay begins."""
     my_exit_tokens: int = 0
@@ -111,8 +121,8 @@ class TrainConfig:
     """How many GPUs, or processes on a CPU."""
     num_nodes: int = 1
     """How many machines."""
-    strategy: Literal["auto", "ddp"] = "auto"
-    """auto: one device alone, several by ddp."""
+    strategy: str = "auto"
+    """auto: one device alone, several by ddp. ddp: also with one. DeepSpeed strategies are not offered yet."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that has it, else fp32. bf16 and fp16 are autocast: weights and optimizer stay fp32."""
     grad_cp: Literal[0, 1] = 0
@@ -129,6 +139,8 @@ class LoRAConfig(TrainConfig):
 
     lora: bool = True
     """Train an adapter and leave the model as it is."""
+    warmup_steps: int = 0
+    """As in training; the LoRA fork's default is 0."""
     lora_load: str = ""
     """Adapter to go on from. A file that is not there is an error (upstream passes over it silently)."""
     lora_r: int = 8

@@ -168,7 +168,7 @@ def test_an_adapter_of_other_sizes_is_refused_by_key(tmp_path, make_base):
 
 def test_a_crash_while_saving_keeps_the_old_checkpoint(tmp_path, make_base, make_model, monkeypatch):
     base = make_base()
-    before = base.read_bytes()
+    before, manifest = base.read_bytes(), read_manifest(base)
 
     def die(value, path):
         Path(path).write_bytes(b"half")
@@ -178,7 +178,15 @@ def test_a_crash_while_saving_keeps_the_old_checkpoint(tmp_path, make_base, make
     with pytest.raises(OSError, match="No space"):
         save_model(base, make_model(seed=9), {})
     assert base.read_bytes() == before
+    assert read_manifest(base) == manifest
     assert not list(tmp_path.glob(".*"))
+
+
+def test_stored_dtypes_are_kept_tensor_by_tensor(tmp_path):
+    mixed = {key: value.bfloat16() if value.dim() == 2 else value for key, value in upstream_tensors().items()}
+    torch.save(mixed, tmp_path / "mixed.pth")
+    loaded = load_model(tmp_path / "mixed.pth", dtype=None)
+    assert all(torch.equal(parameter, mixed[name]) for name, parameter in loaded.named_parameters())
 
 
 def test_a_broken_manifest_is_named(tmp_path, make_base):

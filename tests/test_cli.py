@@ -33,10 +33,18 @@ def test_an_unknown_flag_names_the_nearest(capsys):
 
 
 def test_upstream_flags_without_a_counterpart_are_refused_with_advice():
-    for name, advice in NOT_SUPPORTED.items():
+    for name, (off, advice) in NOT_SUPPORTED.items():
         assert not hasattr(LoRAConfig, name)
-        with pytest.raises(UserError, match=f"--{name}.*not supported here; {advice[:20]}"):
-            parse(LoRAConfig, "", [f"--{name}", "1"])
+        for argv in ([f"--{name}", "7"], [f"--{name}=7"], [f"--{name.replace('_', '-')}", "7"]):
+            with pytest.raises(UserError, match=f"--.* 7: .*not supported here; {advice[:20]}"):
+                parse(LoRAConfig, "", argv)
+        assert parse(LoRAConfig, "", ["--n_layer", "3", f"--{name}={off}", "--lora"]).n_layer == 3
+
+
+def test_upstreams_readme_command_is_read_as_meant():
+    line = "--load_model x --lora --lora_r 8 --head_qk 0 --pre_ffn 0 --my_pile_stage 0 --n_layer 24 --grad_cp 1 --my_pile_shift -1"
+    config = parse(LoRAConfig, "", line.split())
+    assert config == LoRAConfig(load_model="x", n_layer=24, grad_cp=1, my_pile_shift=-1)
 
 
 def test_a_wrong_type_or_choice_is_refused_by_name(capsys):
@@ -68,7 +76,8 @@ def test_upstream_defaults_are_kept():
         "weight_decay": 0, "weight_decay_final": -1, "layerwise_lr": 1, "magic_prime": 0, "my_pile_shift": 0, "my_pile_edecay": 0,
         "my_exit_tokens": 0, "lora_load": "", "lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.01, "lora_parts": "att,ln,time",
     }  # fmt: skip
-    ours = dataclasses.asdict(LoRAConfig())
+    ours = dataclasses.asdict(LoRAConfig()) | dataclasses.asdict(TrainConfig())
+    assert LoRAConfig().warmup_steps == 0  # the LoRA fork's
     assert {name: ours[name] for name in upstream} == upstream
 
 

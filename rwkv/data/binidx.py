@@ -112,14 +112,8 @@ class Dataset:
         """Tokens of document i."""
         return self.tokens[self._starts[i] : self._starts[i + 1]]
 
-    def largest_id(self) -> int:
-        """The largest token id, by one pass over the file."""
-        return max(int(part.max()) for part in self._parts())
-
-    def smallest_id(self) -> int:
-        """The smallest token id, by one pass over the file."""
-        return min(int(part.min()) for part in self._parts())
-
-    def _parts(self) -> Iterator[np.ndarray]:
+    def id_range(self) -> tuple[int, int]:
+        """The smallest and the largest token id, by one pass over the file."""
         step = 1 << 24
-        return (self.tokens[i : i + step] for i in range(0, len(self.tokens), step))
+        ranges = [(int(part.min()), int(part.max())) for part in (self.tokens[i : i + step] for i in range(0, len(self.tokens), step))]
+        return min(low for low, _ in ranges), max(high for _, high in ranges)

@@ -23,9 +23,11 @@ def documents(path: str | Path, key: str = "text") -> Iterator[tuple[str, int]]:
     with file:
         for number, line in enumerate(file, 1):
             done += len(line)
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
             if not line.strip():
                 continue
-            text = _text(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, key, f"{path}, line {number}")
+            text = _text(line, key, f"{path}, line {number}")
             if text:
                 found = True
                 yield text, done

@@ -63,9 +63,9 @@ class Metrics(pl.Callback):
         if trainer.global_rank == 0:
             self._report(module, loss)
         if not math.isfinite(loss):
+            step = schedule.first_step(self.config) + len(self.losses)
             raise UserError(
-                f"step {len(self.losses)}: the loss is {loss}. Lower --lr_init, or raise the precision; the checkpoints in {self.folder} are"
-                " from before it"
+                f"step {step}: the loss is {loss}. Lower --lr_init, or raise the precision, and go on from an earlier checkpoint in {self.folder}"
             )
 
     def _report(self, module: pl.LightningModule, loss: float) -> None:
@@ -73,7 +73,13 @@ class Metrics(pl.Callback):
         tokens = schedule.tokens_per_step(self.config)
         speed, self._tick = tokens / (now - self._tick), now
         group = module.optimizers().optimizer.param_groups[0]
-        line = {"step": step, "loss": loss, "lr": group["lr"] / group["lr_scale"], "tokens": step * tokens, "tokens_per_s": round(speed, 1)}
+        line = {
+            "step": step,
+            "loss": loss if math.isfinite(loss) else None,
+            "lr": group["lr"] / group["lr_scale"],
+            "tokens": step * tokens,
+            "tokens_per_s": round(speed, 1),
+        }
         line |= _memory(module.device)
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
@@ -133,7 +139,9 @@ class Checkpoints(pl.Callback):
 def _keep_steps(metrics: Path, last: int) -> None:
     """Drop the lines after step `last`, so that each step stands there once."""
     if metrics.exists():
-        lines = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if json.loads(line)["step"] <= last]
+        # A line without its end is what a crash or a full disk leaves.
+        whole_lines = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        lines = [line for line in whole_lines if json.loads(line)["step"] <= last]
         with whole(metrics) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
 

@@ -55,8 +55,8 @@ def fit(config: TrainConfig) -> Result:
     _quiet_lightning()
     # Softmax tails and Adam's fading moments fill up with denormals, which a CPU multiplies ten times more slowly.
     torch.set_flush_denormal(True)
-    if config.random_seed < 0:  # Lightning hands the seed to the other processes of a run in this variable
-        config = dataclasses.replace(config, random_seed=int(os.environ.get("PL_GLOBAL_SEED", secrets.randbits(31))))
+    if config.random_seed < 0:
+        config = dataclasses.replace(config, random_seed=_new_seed())
     config = dataclasses.replace(config, my_pile_shift=max(0, config.my_pile_shift))  # upstream writes 0 as -1
     seed = pl.seed_everything(config.random_seed)
     model = _make_model(config)
@@ -75,7 +75,10 @@ def fit(config: TrainConfig) -> Result:
     trainer = _trainer(config, [metrics, checkpoints])
     trainer.fit(TrainingModule(model, contexts, config))
     if trainer.interrupted:
-        _print(f"interrupted at step {trainer.global_step}" + (f"; {folder / checkpoints.last} is saved" if checkpoints.last else ""))
+        _print(
+            f"interrupted at step {schedule.first_step(config) + trainer.global_step}"
+            + (f"; {folder / checkpoints.last} is saved" if checkpoints.last else "")
+        )
         raise KeyboardInterrupt
     if trainer.global_rank == 0:
         plot(
@@ -90,6 +93,11 @@ def fit(config: TrainConfig) -> Result:
         _print(f"merge: python scripts/merge_lora.py --adapter {result.checkpoint} --output merged.pth")
         _print(f"talk:  python scripts/generate.py --model {config.load_model} --lora {result.checkpoint}")
     return result
+
+
+def _new_seed() -> int:
+    """A random one; in the other processes of a run the one that Lightning hands on."""
+    return int(os.environ.get("PL_GLOBAL_SEED") or 0) if rank_zero_only.rank > 0 else secrets.randbits(31)
 
 
 @rank_zero_only
@@ -122,6 +130,13 @@ def _check_flags(c: TrainConfig) -> None:
         raise UserError(f"--my_pile_shift must be at least 0; it is {c.my_pile_shift}")
     if c.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or leave the flag out to train on the CPU")
+    gpu = torch.cuda.is_available() and c.accelerator != "cpu"
+    if c.precision == "fp16" and not gpu:
+        raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+    if c.strategy.startswith("deepspeed"):
+        raise UserError(f"--strategy {c.strategy}: DeepSpeed strategies are not offered yet; leave it out, or give ddp for several devices")
+    if c.strategy not in ("auto", "ddp", "ddp_find_unused_parameters_false"):
+        raise UserError(f"--strategy {c.strategy} is not one of auto, ddp")
     if c.accelerator != "cpu" and 0 < torch.cuda.device_count() < c.devices:
         raise UserError(f"--devices {c.devices}: torch sees {torch.cuda.device_count()} GPUs")
     if isinstance(c, LoRAConfig) and c.lora and not c.load_model:
@@ -159,10 +174,12 @@ def _adapt(model: RWKV, c: TrainConfig) -> dict[str, Any] | None:
     except ValueError as error:
         raise UserError(f"--lora_parts {c.lora_parts} --lora_r {c.lora_r}: {error}") from error
     if c.lora_load:
-        tensors, known = checkpoint.inspect_adapter(c.lora_load, c.load_model, c.lora_alpha)
-        for flag, ours, theirs in (("lora_r", c.lora_r, known["r"]), ("lora_parts", sorted(parts), sorted(known["parts"]))):
-            if ours != theirs:
-                raise UserError(f"{c.lora_load}: trained with {flag} {theirs}, and this run has {ours}; give the same")
+        said = checkpoint.read_manifest(c.lora_load).get("alpha")  # upstream's adapters do not say it: the flag then does
+        tensors, known = checkpoint.inspect_adapter(c.lora_load, c.load_model, c.lora_alpha if said is None else None)
+        flags = {"lora_r": c.lora_r, "lora_alpha": c.lora_alpha, "lora_parts": ",".join(sorted(parts))}
+        for flag, theirs in zip(flags, (known["r"], known["alpha"], ",".join(sorted(known["parts"]))), strict=True):
+            if flags[flag] != theirs:
+                raise UserError(f"{c.lora_load}: trained with --{flag} {theirs}, and this run has {flags[flag]}; give the same")
         checkpoint.load_adapter(model, c.lora_load, tensors, parts)
     lora.mark_trainable(model, parts)
     base = {"base": c.load_model, "base_sha256": sha256(c.load_model)}
@@ -191,18 +208,18 @@ def _open_data(c: TrainConfig, sizes: Sizes, folder: Path) -> Dataset:
             )
         prefix = str(folder / "data_text_document")
         if rank_zero_only.rank == 0:
+            if Path(f"{prefix}.bin").exists() and not (c.overwrite or c.epoch_begin):
+                raise UserError(f"{prefix}.bin exists already; train on it with --data_file {prefix}, or give --overwrite to convert anew")
             convert([Path(c.data_file)], folder / "data", force=True)
     data = Dataset(prefix)
-    can_hold = np.iinfo(data.tokens.dtype).max  # the pass over the file is only made where an id could be too large
-    largest = data.largest_id() if can_hold >= sizes.vocab_size else 0
-    if np.iinfo(data.tokens.dtype).min < 0:
-        lowest, largest = data.smallest_id(), data.largest_id()
-        if lowest < 0:
-            raise UserError(f"{data.prefix}.bin: token id {lowest} is negative; it is damaged or no token file, convert again")
-    if largest >= sizes.vocab_size:
+    can_hold = np.iinfo(data.tokens.dtype)
+    if can_hold.min == 0 and can_hold.max < sizes.vocab_size:  # no id can be wrong: spares a pass over the file
+        return data
+    smallest, largest = data.id_range()
+    if smallest < 0 or largest >= sizes.vocab_size:
         raise UserError(
-            f"{data.prefix}.bin: token id {largest}, and the model has a vocabulary of {sizes.vocab_size}; the data was converted for another"
-            " tokenizer than the model's"
+            f"{data.prefix}.bin: token id {smallest if smallest < 0 else largest}, and the model has a vocabulary of {sizes.vocab_size}; the"
+            " data was converted for another tokenizer than the model's"
         )
     return data
 

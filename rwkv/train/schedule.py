@@ -67,7 +67,7 @@ def learning_rate(c: TrainConfig, run_step: int) -> float:
 
 
 def _cosine(c: TrainConfig, step: int) -> float:
-    warmup = max(0, c.warmup_steps) * tokens_per_step(c)
+    warmup = c.warmup_steps * tokens_per_step(c)
     q = _clamp((step * tokens_per_step(c) - warmup) / max(1, abs(c.my_exit_tokens) - warmup))
     floor = c.lr_final / c.lr_init if c.lr_init else 0.0
     return (0.5 + floor / 2) + (0.5 - floor / 2) * math.cos(math.pi * q)

@@ -23,7 +23,7 @@ def test_any_unicode_comes_back(tmp_path_factory, texts):
 
 def test_blank_lines_empty_texts_crlf_bom_and_a_missing_last_newline_do_no_harm(tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_bytes('\ufeff{"text": "a"}\r\n\r\n{"text": ""}\r\n{"text": "b"}'.encode())
+    path.write_bytes('\ufeff\r\n{"text": "a"}\r\n\r\n{"text": ""}\r\n{"text": "b"}'.encode())
     assert read(path) == ["a", "b"]
 
 

@@ -13,6 +13,7 @@ import torch
 from rwkv import checkpoint
 from rwkv.checkpoint import load_model, load_tuned, read_manifest, read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.data.binidx import writer
 from rwkv.errors import UserError
 from rwkv.files import sha256
 from rwkv.train.fit import fit
@@ -223,6 +224,12 @@ REFUSED = [
     ({"accumulate_grad_batches": 3}, "--epoch_steps 4 must be a multiple of --accumulate_grad_batches 3"),
     ({"epoch_begin": 3}, "nothing to train"),
     ({"magic_prime": 7}, "the largest such is 23"),
+    ({"strategy": "deepspeed_stage_2"}, "DeepSpeed strategies are not offered yet"),
+    ({"strategy": "magic"}, "not one of auto, ddp"),
+    ({"n_layer": -1}, "--n_layer must not be negative"),
+    ({"beta1": 1.0}, "less than 1"),
+    ({"my_pile_shift": -2}, "--my_pile_shift must be at least 0"),
+    ({"epoch_begin": 1}, "--epoch_begin 1 goes on with a run"),
     ({"load_model": "none.pth"}, "none.pth: no such checkpoint"),
     *([] if torch.cuda.is_available() else [({"accelerator": "gpu"}, "torch sees no GPU")]),
 ]
@@ -259,7 +266,9 @@ def test_an_adapter_of_another_base_or_rank_is_refused_before_training(make_base
     other = make_base("other.pth", seed=3)
     with pytest.raises(UserError, match="an adapter for another base"):
         fit(LoRAConfig(**common | {"load_model": str(other)}, proj_dir=str(tmp_path / "b"), lora_load=str(adapter)))
-    with pytest.raises(UserError, match="trained with lora_r 8, and this run has 4"):
+    with pytest.raises(UserError, match="trained with --lora_alpha 32, and this run has 16"):
+        fit(LoRAConfig(**common, proj_dir=str(tmp_path / "b"), lora_load=str(adapter), lora_alpha=16))
+    with pytest.raises(UserError, match="trained with --lora_r 8, and this run has 4"):
         fit(LoRAConfig(**common, proj_dir=str(tmp_path / "b"), lora_load=str(adapter), lora_r=4))
     assert not (tmp_path / "b").exists()
 
@@ -276,6 +285,43 @@ def test_a_finished_run_is_not_overwritten_unless_told(make_data, tmp_path):
     assert len(lines(tmp_path / "run")) == 2
     with pytest.raises(UserError, match="would delete .*rwkv-final.pth, which this run starts from"):
         fit(TrainConfig(**flags, overwrite=True, load_model=str(tmp_path / "run/rwkv-final.pth")))
+
+
+def test_overwriting_deletes_only_what_runs_write(make_base, make_data, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("rwkv-4-world.pth", "rwkv-init.pth", "rwkv-7.pth", "notes.txt"):
+        (folder / name).write_text("mine")
+    fit(TrainConfig(**SMALL | {"max_steps": 1}, data_file=make_data(200), proj_dir=str(folder), overwrite=True))
+    assert {"rwkv-4-world.pth", "rwkv-init.pth", "notes.txt"} <= {path.name for path in folder.iterdir()}
+    assert not (folder / "rwkv-7.pth").exists()
+
+
+def test_negative_ids_are_refused(tmp_path):
+    with writer(tmp_path / "d", "int32") as out:
+        out.add([1] * 100)
+    raw = bytearray((tmp_path / "d.bin").read_bytes())
+    raw[40:44] = b"\xff" * 4
+    (tmp_path / "d.bin").write_bytes(raw)
+    with pytest.raises(UserError, match="token id -1, and the model has a vocabulary of 50"):
+        fit(TrainConfig(**SMALL, data_file=str(tmp_path / "d"), proj_dir=str(tmp_path / "run")))
+
+
+def test_a_cut_line_of_metrics_is_dropped_on_going_on(make_data, tmp_path):
+    data, folder = make_data(200), tmp_path / "run"
+    fit(TrainConfig(**SMALL | {"epoch_count": 1}, data_file=data, proj_dir=str(folder)))
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    fit(
+        TrainConfig(**TUNE | {"epoch_count": 2}, data_file=data, proj_dir=str(folder), epoch_begin=1, load_model=str(folder / "rwkv-0.pth"))
+    )
+    assert [line["step"] for line in lines(folder)] == list(range(1, 9))
+
+
+def test_an_adapter_without_matrices_goes_on_as_well(make_base, make_data, tmp_path):
+    common = {**TUNE, "load_model": str(make_base()), "data_file": make_data(200), "lora_parts": "time,ln"}
+    first = fit(LoRAConfig(**common, proj_dir=str(tmp_path / "a")))
+    fit(LoRAConfig(**common, proj_dir=str(tmp_path / "b"), lora_load=str(first.checkpoint)))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(make_base, make_data, tmp_path):
