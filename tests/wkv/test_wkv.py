@@ -87,12 +87,19 @@ def test_compiled_unit_equals_reference(batch, length, channels, scale, state, r
     fast, slow, truth = (
         outputs_and_gradients(impl, *x) for impl, x in (("cpu", arguments), ("reference", arguments), ("reference", in_fp64))
     )
+    w, u, k, _, first, _ = arguments
+    largest = sum(float(x.abs().max()) for x in (w, u, k, *([first[:, 2]] if state else [])))
+    # An exponent x is rounded to a share 2^-24 of itself, which is 2^-24 |x| of e^x: with keys of ±80 that is most of the error.
+    share = 1e-5 + 4 * 2**-24 * largest
     for name in truth:
         inside = truth[name].abs() < 1e37  # the running maximum of an empty state is no number to compare
         exact = truth[name][inside]
         fast_error, slow_error = ((x[name][inside] - exact).abs().amax().item() if exact.numel() else 0.0 for x in (fast, slow))
-        # 1e-5 of the largest element, and no worse than twice the fp32 loop where keys of ±80 leave that few correct digits
-        assert fast_error <= 1e-5 * max(1.0, exact.abs().amax().item() if exact.numel() else 0.0) + 2 * slow_error, name
+        size = max(1.0, exact.abs().amax().item() if exact.numel() else 0.0)
+        if name == "gw":  # a sum over time of terms as large as the state, which cancel
+            size = max(size, length * truth["state"][:, :2].abs().amax().item())
+        # a share of the largest element, and twice what the fp32 loop itself is off
+        assert fast_error <= share * size + 2 * slow_error, name
 
 
 def test_long_sequences_agree():
