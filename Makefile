@@ -28,7 +28,7 @@ env:  ## make the conda environment `rwkv` with the same packages
 
 kernels: $(KERNELS)  ## compile the WKV operator (seconds; nothing is compiled at run time)
 
-$(KERNELS): $(READY) $(wildcard cuda/*.h cuda/*.cpp) rwkv/wkv/build.py
+$(KERNELS): $(READY) $(wildcard cuda/*.h cuda/*.cpp cuda/*.cu) rwkv/wkv/build.py rwkv/wkv/nvrtc.py
 	$(PY) -c 'from rwkv.wkv import build; build.main()'
 	@touch $@
 

@@ -1,50 +1,80 @@
-"""The compiled WKV unit against the reference loop and against its own exponentials, in one run.
+"""The CPU unit against the reference loop and against its own exponentials, in one run.
 
     python bench/wkv.py [B T C]
 
-Forward and backward in fp32. The floor is a loop that only does the same number of vectorised exponentials (2 forward, 3 backward
-per token and channel: one is recomputed).
+Forward and backward, by the operator (autograd included) and by the unit alone. The floor is a loop that only takes the same number
+of vectorised exponentials, by glibc's vector maths library and on the same threads (bench/exponentials.cpp); a second one is torch.exp.
 """
 
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from torch.utils import cpp_extension
 
-from rwkv.wkv import wkv4
+from rwkv.wkv import native, wkv4
+
+EXPONENTIALS = 4  # per token and channel: of the output and the update forward, of the update again and the output backward
 
 
-def seconds(run: Callable[[], object], least: float = 1.0) -> float:
-    """Best of repeated runs, over at least `least` seconds: other work on the machine only ever adds."""
-    run()
-    best, until = float("inf"), time.perf_counter() + least
-    while time.perf_counter() < until:
-        started = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - started)
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int = 60) -> dict[str, float]:
+    """Best milliseconds of each over rounds in which every one runs once: other work on the machine only ever adds, and to all."""
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(rounds):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            best[name] = min(best[name], (time.perf_counter() - started) * 1e3)
     return best
 
 
 def main(batch: int, length: int, channels: int) -> None:
     torch.manual_seed(0)
+    shape, count = (batch, length, channels), batch * length * channels
     w, u = -torch.exp(torch.randn(channels)), torch.randn(channels)
-    k, v = (torch.randn(batch, length, channels, requires_grad=True) for _ in range(2))
-    exponents = -torch.rand(batch * length * channels)
+    tensors = {dtype: [torch.randn(shape).to(dtype) for _ in range(3)] for dtype in (torch.float32, torch.bfloat16)}
+    x, y = -torch.rand(count), torch.empty(count)
+    with tempfile.TemporaryDirectory() as folder:
+        source, flags = str(Path(__file__).with_name("exponentials.cpp")), ["-O3", "-fopenmp", "-ffast-math", "-march=native"]
+        floor = cpp_extension.load("exponentials", [source], extra_cflags=flags, build_directory=folder)
 
-    def step(impl: str) -> None:
-        y, _ = wkv4(w, u, k, v, impl=impl)
-        y.backward(torch.ones_like(y))
+    def operator(dtype: torch.dtype, impl: str) -> None:
+        k, v, gy = tensors[dtype]
+        leaves = [z.detach().requires_grad_() for z in (w, u, k, v)]
+        torch.autograd.grad(wkv4(*leaves, impl=impl)[0], leaves, gy)
 
-    compiled, loop = seconds(lambda: step("cpu")), seconds(lambda: step("reference"))
-    floor = seconds(lambda: [torch.exp(exponents) for _ in range(5)])
-    count = batch * length * channels
-    print(f"B{batch} T{length} C{channels}, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(
-        f"compiled {compiled * 1e3:8.2f} ms   {5 * count / compiled / 1e9:.2f} G exponentials/s, {32 * count / compiled / 1e9:.1f} GB/s of k, v, y and gradients"
-    )
-    print(f"loop     {loop * 1e3:8.2f} ms   {loop / compiled:.0f} × compiled")
-    print(f"floor    {floor * 1e3:8.2f} ms   compiled is {compiled / floor:.1f} × its exponentials alone")
+    def unit(dtype: torch.dtype) -> None:
+        k, v, gy = tensors[dtype]
+        forward, backward = native.cpu_unit()
+        _, _, kept = forward(w, u, k, v, None, None)
+        backward(w, u, k, v, None, kept, gy, None)
+
+    runs = {
+        "operator fp32": lambda: operator(torch.float32, "cpu"),
+        "operator bf16": lambda: operator(torch.bfloat16, "cpu"),
+        "unit fp32": lambda: unit(torch.float32),
+        "unit bf16": lambda: unit(torch.bfloat16),
+        "floor": lambda: floor.exponentials(x, y, EXPONENTIALS),
+        "torch.exp": lambda: [torch.exp(x, out=y) for _ in range(EXPONENTIALS)],
+    }
+    operator(torch.float32, "cpu")
+    best = interleaved(runs)
+    loop = interleaved({"loop": lambda: operator(torch.float32, "reference")}, rounds=2)["loop"]
+    vectors = torch.ops.rwkv.cpu_vectors("")
+    print(f"B{batch} T{length} C{channels}, {torch.get_num_threads()} threads, {vectors}, torch {torch.__version__}")
+    for name, ms in best.items():
+        print(f"{name:14} {ms:8.3f} ms  {ms / best['floor']:6.2f} × floor")
+    moved = {"fp32": 4, "bf16": 2}
+    for name, size in moved.items():
+        ms = best[f"unit {name}"]
+        print(
+            f"unit {name}: {EXPONENTIALS * count / ms / 1e6:.2f} G exponentials/s, {8 * size * count / ms / 1e6:.1f} GB/s of k, v, y and their gradients"
+        )
+    print(f"loop fp32      {loop:8.1f} ms  {loop / best['operator fp32']:.0f} × operator fp32")
+    print(f"bf16 / fp32: operator {best['operator bf16'] / best['operator fp32']:.2f}, unit {best['unit bf16'] / best['unit fp32']:.2f}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("") for path in (ROOT / "rwk
 ROOMS = [
     ["rwkv/config", "rwkv/errors", "rwkv/files", "rwkv/__init__"],
     ["rwkv/cli"],
-    ["rwkv/wkv/build", "rwkv/wkv/reference"],
+    ["rwkv/wkv/nvrtc", "rwkv/wkv/reference"],
+    ["rwkv/wkv/build"],
     ["rwkv/wkv/native"],
     ["rwkv/wkv/__init__"],
     ["rwkv/model/v4"],

@@ -3,12 +3,23 @@
 import warnings
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from rwkv.wkv import native, reference
 from rwkv.wkv.reference import empty_state
 
 __all__ = ["empty_state", "wkv4"]
+
+
+def _cuda_refusal(k: Tensor) -> str | None:
+    if k.device.type != "cuda":
+        return f"k is on {k.device}, and this unit computes on NVIDIA GPUs"
+    if torch.version.hip:
+        return "torch is a ROCm build, and this unit is compiled for NVIDIA GPUs only"
+    if k.element_size() == 8:
+        return 'k is fp64 and this unit computes in fp32; use impl="reference"'
+    return native.device_refusal(k.device.index)
 
 
 def _cpu_refusal(k: Tensor) -> str | None:
@@ -21,7 +32,8 @@ def _cpu_refusal(k: Tensor) -> str | None:
 
 # Fastest first; `auto` takes the first that does not refuse.
 _IMPLEMENTATIONS: dict[str, tuple[Callable[[Tensor], str | None], Callable[..., tuple[Tensor, Tensor]]]] = {
-    "cpu": (_cpu_refusal, native.wkv4),
+    "cuda": (_cuda_refusal, native.wkv4_cuda),
+    "cpu": (_cpu_refusal, native.wkv4_cpu),
     "reference": (lambda k: None, reference.wkv4),
 }
 
@@ -39,7 +51,7 @@ def wkv4(
         k, v: [B, T, C] fp32, bf16 or fp16; any B, T ≥ 1, C.
         state: [B, 3, C] fp32, numerator, denominator and running maximum before the first token; None: an empty state.
         reset: [B, T] bool, True where a new document starts: the state is cleared before that token.
-        impl: "cpu" (compiled; input that is not finite goes to the loop, which passes NaN on), "reference" (a loop over time), or "auto", the first usable one.
+        impl: "cuda" and "cpu" (compiled), "reference" (a loop over time), or "auto", the first usable one in this order.
 
     Returns:
         y [B, T, C] in k's dtype, and the state [B, 3, C] fp32 after the last token.
@@ -68,7 +80,7 @@ def wkv4(
 
 
 def _slow(refusals: str) -> str:
-    return f"wkv4 runs as the reference loop, about a hundred times slower than a compiled unit, because each of those was refused:\n{refusals}"
+    return f"wkv4 runs as the reference loop, about a thousand times slower than a compiled unit, because each of those was refused:\n{refusals}"
 
 
 def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, reset: Tensor | None) -> None:
@@ -79,3 +91,8 @@ def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, res
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and list(tensor.shape) != shape:
             raise ValueError(f"{name} must be {shape} for k {list(k.shape)}; it is {list(tensor.shape)}")
+    for name, tensor in {"v": v, **{name: tensor for name, (tensor, _) in wanted.items()}}.items():
+        if tensor is not None and tensor.device != k.device:
+            raise ValueError(f"{name} is on {tensor.device} and k on {k.device}; put them on one device")
+    if reset is not None and reset.dtype != torch.bool:
+        raise ValueError(f"reset must be bool; it is {reset.dtype}")

@@ -1,73 +1,170 @@
-"""Compile the WKV units ahead of time (`make kernels`), and say whether what is there is current."""
+"""Compile the WKV units ahead of time (`make kernels`), and say whether what is there is current.
+
+In rwkv/wkv/lib/torch-<version>/: wkv4.so, the host extension with the CPU unit and the launcher; wkv4_sm_<arch>.cubin for every GPU
+architecture and wkv4_compute_<newest>.ptx, the CUDA unit; manifest.json, written last.
+"""
 
 import contextlib
 import hashlib
 import io
 import json
+import os
 import shutil
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from rwkv.files import whole, write_json
+from rwkv.wkv import nvrtc
 
 SOURCES = Path(__file__).parents[2] / "cuda"
-UNITS = ["wkv4_cpu.cpp"]
-# -ffast-math lets the compiler use libmvec and if-convert; it is not passed to the linker, where it would change the
-# process's treatment of denormals. -fopenmp likewise only compiles: the symbols come from the OpenMP that torch has loaded,
-# so that there is one pool of threads and not two.
-OPTIONS = ["-O3", "-ffast-math", "-fopenmp", "-std=c++17", "-Wno-unknown-pragmas"]
+# -fopenmp is for at::parallel_for; it is not passed to the linker: the symbols come from the OpenMP that torch has loaded, so that
+# there is one pool of threads and not two. Widths are chosen file by file and at run time, so nothing here names a processor.
+HOST_OPTIONS = ["-O3", "-fopenmp", "-std=c++17", "-Wno-psabi", "-Wno-unknown-pragmas"]
+DEVICE_OPTIONS = ["--std=c++17", "--ptxas-options=-v"]
+ARCHS_OF_CUDA_11 = [60, 70, 75, 80, 86]  # what torch 1.13.1 has code for; its NVRTC knows older ones that nobody trains on
+
+
+def folder() -> Path:
+    """Where the compiled units lie: one per torch version, as its ABI differs."""
+    return Path(__file__).parent / "lib" / f"torch-{torch.__version__}"
 
 
 def library() -> Path:
-    """Where the compiled CPU unit lies: one per torch version, as its ABI differs."""
-    return Path(__file__).parent / "lib" / f"torch-{torch.__version__}" / "wkv4_cpu.so"
+    """The host extension."""
+    return folder() / "wkv4.so"
 
 
 def source_hash() -> str:
-    """SHA-256 over the kernel's sources and compile options."""
-    digest = hashlib.sha256("\0".join(OPTIONS).encode())
-    for path in sorted(p for p in SOURCES.iterdir() if p.suffix in (".h", ".cpp")):
-        digest.update(path.name.encode() + path.read_bytes())
+    """SHA-256 over the kernels' sources and compile options."""
+    digest = hashlib.sha256("\0".join(HOST_OPTIONS + DEVICE_OPTIONS).encode())
+    for path in sorted(p for p in SOURCES.iterdir() if p.suffix in (".h", ".cpp", ".cu")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
-def refusal() -> str | None:
-    """Why the compiled unit cannot be loaded, as a sentence with a remedy; None if it can."""
-    path = library()
+def manifest() -> dict:
+    """What `make kernels` wrote down; empty if it has not run for this torch."""
     try:
-        built = json.loads(path.with_suffix(".json").read_text())["source_hash"]
+        return json.loads((folder() / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
+        return {}
+
+
+def refusal() -> str | None:
+    """Why the compiled units cannot be loaded, as a sentence with a remedy; None if they can."""
+    built = manifest().get("source_hash")
+    if built is None:
         return f"it is not compiled for torch {torch.__version__}; run: make kernels"
     if SOURCES.is_dir() and built != source_hash():
         return f"it was compiled from other sources (hash {built[:12]}, now {source_hash()[:12]}); run: make kernels"
     return None
 
 
-def build() -> Path:
-    """Compile with g++ and ninja, through torch's C++ extension builder. Raises SystemExit with a remedy if there is no compiler."""
-    with contextlib.redirect_stderr(io.StringIO()):  # it remarks that there is no CUDA toolkit; none is needed
-        from torch.utils import cpp_extension
+def device_code(capability: tuple[int, int]) -> Path:
+    """The file for a GPU of this compute capability: the cubin of the same major and the highest minor that is not above the GPU's;
+    else the PTX, if the GPU is newer than it.
 
+    Raises:
+        LookupError: none fits; the message says what there is and what to do.
+    """
+    major, minor = capability
+    files = manifest().get("device", {}).get("files", {})
+    archs = {int(name.split("_sm_")[1].split(".")[0]): name for name in files if name.endswith(".cubin")}
+    fitting = [arch for arch in archs if arch // 10 == major and arch % 10 <= minor]
+    if fitting:
+        return folder() / archs[max(fitting)]
+    for name in files:
+        if name.endswith(".ptx") and int(name.split("_compute_")[1].split(".")[0]) <= 10 * major + minor:
+            return folder() / name
+    if not archs:
+        raise LookupError(
+            "the CUDA unit is not compiled, as this environment has no NVRTC (torch is a CPU build); make one with torch's CUDA build"
+        )
+    have = ", ".join(f"{arch // 10}.{arch % 10}" for arch in sorted(archs))
+    raise LookupError(
+        f"the GPU has compute capability {major}.{minor} and the CUDA unit is compiled for {have}; take the stack that drives this GPU (README, Two stacks)"
+    )
+
+
+def build() -> None:
+    """Compile both units: the host's with g++ and ninja, the device's with NVRTC. Raises SystemExit with a remedy if there is no compiler."""
     if shutil.which("g++") is None and shutil.which("c++") is None:
         raise SystemExit(
             "make kernels: no C++ compiler found. Install one (Ubuntu, Debian: sudo apt install g++; conda: conda install gxx) and run"
-            " make kernels again. Without it training uses the reference loop, correct but a hundred times slower."
+            " make kernels again. Without it training uses the reference loop, correct but a thousand times slower."
         )
-    path = library()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder().mkdir(parents=True, exist_ok=True)
+    for old in folder().iterdir():  # the manifest too: a build that is broken off leaves none, which is to say nothing usable
+        old.unlink()
     before = time.time()
-    with tempfile.TemporaryDirectory() as folder:
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
+        device = pool.submit(_build_device, pool)
+        _build_host()
+        device = device.result()
+    write_json(
+        folder() / "manifest.json",
+        {
+            "source_hash": source_hash(),
+            "torch": torch.__version__,
+            "host": {"file": library().name, "options": HOST_OPTIONS},
+            "device": device,
+        },
+    )
+    made = (
+        f"NVRTC {device['compiler'].split()[-1]} for {', '.join(device['files'])}"
+        if device
+        else "no NVRTC in this environment: no CUDA unit"
+    )
+    print(f"kernels: {library()} and {made}; {time.time() - before:.0f} s" if device else f"kernels: {library()}; {made}")
+
+
+def _build_host() -> None:
+    with contextlib.redirect_stderr(io.StringIO()):  # it remarks that there is no CUDA toolkit; none is needed
+        from torch.utils import cpp_extension
+
+    with tempfile.TemporaryDirectory() as build_folder:
+        sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
         cpp_extension.load(
-            path.stem, [str(SOURCES / unit) for unit in UNITS], extra_cflags=OPTIONS, build_directory=folder, is_python_module=False
+            library().stem,
+            sources,
+            extra_cflags=HOST_OPTIONS,
+            extra_ldflags=["-ldl"],
+            build_directory=build_folder,
+            is_python_module=False,
         )
-        with whole(path) as temporary:
-            shutil.copyfile(Path(folder) / path.name, temporary)
-    write_json(path.with_suffix(".json"), {"source_hash": source_hash(), "torch": torch.__version__, "options": OPTIONS})
-    print(f"kernels: {path} compiled in {time.time() - before:.0f} s")
-    return path
+        with whole(library()) as temporary:
+            shutil.copyfile(Path(build_folder) / library().name, temporary)
+
+
+def _build_device(pool: ThreadPoolExecutor) -> dict:
+    path = nvrtc.library()
+    if path is None:
+        return {}
+    compiler = nvrtc.Compiler(path)
+    archs = ARCHS_OF_CUDA_11 if compiler.version.startswith("11.") else [arch for arch in compiler.archs if arch >= 75]
+    targets = [f"sm_{arch}" for arch in archs] + [f"compute_{archs[-1]}"]
+    files = dict(zip(targets, pool.map(lambda target: _compile(compiler, target), targets), strict=True))
+    return {
+        "compiler": f"NVRTC {compiler.version}",
+        "options": DEVICE_OPTIONS,
+        "files": dict(files.values()),
+    }
+
+
+def _compile(compiler: nvrtc.Compiler, target: str) -> tuple[str, dict]:
+    """Write the cubin or PTX for a target; its name, and the registers and spills of its kernels."""
+    options = DEVICE_OPTIONS if target.startswith("sm_") else DEVICE_OPTIONS[:1]
+    image, log = compiler.compile(SOURCES / "wkv4.cu", sorted(SOURCES.glob("wkv4*.h")), target, options)
+    if "warning" in log:
+        print(f"make kernels: {target}:\n{log}")
+    name = f"wkv4_{target}.{'cubin' if target.startswith('sm_') else 'ptx'}"
+    with whole(folder() / name) as temporary:
+        temporary.write_bytes(image)
+    return name, nvrtc.resources(log)
 
 
 def main() -> None:

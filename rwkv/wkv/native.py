@@ -1,17 +1,21 @@
-"""Autograd over the compiled CPU unit (torch.ops.rwkv.wkv4_*)."""
+"""Autograd over the compiled units (torch.ops.rwkv.*)."""
 
 import functools
-import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rwkv.wkv import build, reference
+from rwkv.wkv import build
+
+KEEP = 16  # tokens per kept state (cuda/wkv4_args.h)
+THREADS = 1 << 17  # that a GPU is given, if the sequence is long enough: its multiprocessors hold about as many
 
 
 @functools.lru_cache(maxsize=1)
 def refusal() -> str | None:
-    """Load the compiled unit once; why it cannot be used, or None."""
+    """Load the host extension once; why it cannot be used, or None."""
     reason = build.refusal()
     if reason is None:
         try:
@@ -21,10 +25,52 @@ def refusal() -> str | None:
     return reason
 
 
+@functools.cache
+def device_refusal(device: int) -> str | None:
+    """Load the CUDA unit for a GPU once; why it cannot be used there, or None."""
+    if reason := refusal():
+        return reason
+    try:
+        torch.ops.rwkv.cuda_load(device, str(build.device_code(torch.cuda.get_device_capability(device))))
+    except (LookupError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+def segment_length(batch: int, length: int, channels: int) -> int:
+    """Tokens that one GPU thread runs through: the sequence is split until about THREADS threads have work, but no finer than two
+    kept states, and not at all where a split would not at least quadruple the threads (it reads k and v a second time)."""
+    segments = THREADS // max(1, batch * channels)
+    tokens = length if segments < 4 else max(2 * KEEP, -(-length // segments))
+    return -(-tokens // KEEP) * KEEP
+
+
+class Unit(NamedTuple):
+    """A compiled unit: (w, u, k, v, state, reset) -> (y, state, kept), and (w, u, k, v, reset, kept, gy, gstate) -> gradients."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+def cpu_unit() -> Unit:
+    """Takes fp32 and bf16 on a CPU."""
+    return Unit(torch.ops.rwkv.wkv4_cpu_forward, torch.ops.rwkv.wkv4_cpu_backward)
+
+
+def cuda_unit(device: int, stream: Callable[[], int], segment: int) -> Unit:
+    """Takes fp32, bf16 and fp16 on a GPU. stream: the one to launch on, asked for at every launch."""
+    ops = torch.ops.rwkv
+    return Unit(
+        lambda *tensors: ops.wkv4_cuda_forward(*tensors, segment, device, stream()),
+        lambda *tensors: ops.wkv4_cuda_backward(*tensors, segment, device, stream()),
+    )
+
+
 class _WKV4(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w, u, k, v, state, reset):
-        y, last, kept = torch.ops.rwkv.wkv4_forward(w, u, k, v, state, reset)
+    def forward(ctx, unit, w, u, k, v, state, reset):
+        y, last, kept = unit.forward(w, u, k, v, state, reset)
+        ctx.unit = unit
         ctx.save_for_backward(w, u, k, v, reset, kept)
         return y, last
 
@@ -32,14 +78,28 @@ class _WKV4(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gy, glast):
         w, u, k, v, reset, kept = ctx.saved_tensors
-        gw, gu, gk, gv, gstate = torch.ops.rwkv.wkv4_backward(w, u, k, v, reset, kept, gy.contiguous(), glast.contiguous())
-        return gw, gu, gk, gv, gstate if ctx.needs_input_grad[4] else None, None
+        gw, gu, gk, gv, gstate = ctx.unit.backward(w, u, k, v, reset, kept, gy.contiguous(), glast.contiguous())
+        return None, gw, gu, gk, gv, gstate if ctx.needs_input_grad[5] else None, None
 
 
-def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """As `rwkv.wkv.wkv4`, on CPU tensors; arithmetic and saved tensors are fp32."""
-    as_fp32 = [x.float().contiguous() for x in (w, u, k, v)]
-    if not math.isfinite(sum(float(x.sum()) for x in as_fp32)):  # -ffast-math would hide a NaN; the loop passes it on
-        return reference.wkv4(w, u, k, v, state, reset)
-    y, last = _WKV4.apply(*as_fp32, None if state is None else state.float().contiguous(), None if reset is None else reset.contiguous())
+def run(unit: Unit, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `rwkv.wkv.wkv4`, by a unit; k's dtype is one that the unit takes."""
+    state = None if state is None else state.float().contiguous()
+    reset = None if reset is None else reset.contiguous()
+    return _WKV4.apply(unit, w.float().contiguous(), u.float().contiguous(), k.contiguous(), v.to(k.dtype).contiguous(), state, reset)
+
+
+def wkv4_cpu(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `rwkv.wkv.wkv4`, on CPU tensors; fp16 is converted to fp32 and back."""
+    taken = k if k.dtype in (torch.float32, torch.bfloat16) else k.float()
+    y, last = run(cpu_unit(), w, u, taken, v, state, reset)
     return y.to(k.dtype), last
+
+
+def wkv4_cuda(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, reset: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `rwkv.wkv.wkv4`, on tensors of one GPU, on its current stream."""
+    device = k.device.index
+    unit = cuda_unit(device, lambda: torch.cuda.current_stream(device).cuda_stream, segment_length(*k.shape))
+    return run(unit, w, u, k, v, state, reset)

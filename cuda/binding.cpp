@@ -1,0 +1,191 @@
+// The operator as torch sees it: torch.ops.rwkv.*. Checks, allocates, and hands the work to the CPU unit or to the launcher.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <string>
+#include <tuple>
+
+#include "launcher.h"
+#include "wkv4_args.h"
+#include "wkv4_cpu.h"
+
+namespace {
+
+#if TORCH_VERSION_MAJOR >= 2
+template <class T> using Optional = std::optional<T>;
+#else
+template <class T> using Optional = c10::optional<T>;
+#endif
+using at::Tensor;
+
+const Tensor* given(const Optional<Tensor>& x) { return x.has_value() && x->defined() ? &*x : nullptr; }
+const float* floats(const Tensor* x) { return x ? x->data_ptr<float>() : nullptr; }
+const bool* flags(const Tensor* x) { return x ? x->data_ptr<bool>() : nullptr; }
+
+void check(const Tensor& x, const char* name, const Tensor& like, at::ScalarType dtype, at::IntArrayRef sizes) {
+  TORCH_CHECK(x.sizes() == sizes && x.scalar_type() == dtype && x.device() == like.device() && x.is_contiguous(), "wkv4: ", name, " must be a contiguous ",
+              dtype, " tensor of sizes ", sizes, " on ", like.device(), "; it is ", x.scalar_type(), " ", x.sizes(), " on ", x.device());
+}
+
+void check_inputs(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor* state, const Tensor* reset) {
+  TORCH_CHECK(k.dim() == 3 && k.size(1) >= 1, "wkv4: k must be [B, T, C] with T at least 1; it is ", k.sizes());
+  const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
+  check(w, "w", k, at::kFloat, {C});
+  check(u, "u", k, at::kFloat, {C});
+  check(k, "k", k, k.scalar_type(), {B, T, C});
+  check(v, "v", k, k.scalar_type(), {B, T, C});
+  if (state) check(*state, "state", k, at::kFloat, {B, 3, C});
+  if (reset) check(*reset, "reset", k, at::kBool, {B, T});
+}
+
+void check_gradients(const Tensor& k, const Tensor& kept, int64_t keep, const Tensor& gy, const Tensor* gstate) {
+  const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
+  check(kept, "kept", k, at::kFloat, {B, (T + keep - 1) / keep, 3, C});
+  check(gy, "gy", k, k.scalar_type(), {B, T, C});
+  if (gstate) check(*gstate, "gstate", k, at::kFloat, {B, 3, C});
+}
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor>;                    // y, state, kept
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // of w, u, k, v, state
+
+// ---- CPU: threads share out (batch row) x (block of channels) ----
+
+// The widest vector unit that the processor has and that is not wider than asked for ("" asks for the widest).
+const Wkv4Loops* widest(const std::string& most) {
+#ifdef __x86_64__
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  if (avx512 && (most.empty() || most == wkv4_loops_avx512.name)) return &wkv4_loops_avx512;
+  if (avx2 && most != wkv4_loops_baseline.name) return &wkv4_loops_avx2;
+#endif
+  return &wkv4_loops_baseline;
+}
+const Wkv4Loops* loops = widest("");
+
+std::string cpu_vectors(const std::string& most) { return (loops = widest(most))->name; }
+
+int cpu_dtype(const Tensor& k) {
+  TORCH_CHECK(k.is_cpu() && (k.scalar_type() == at::kFloat || k.scalar_type() == at::kBFloat16), "wkv4's CPU unit takes fp32 or bf16 on a CPU; k is ",
+              k.scalar_type(), " on ", k.device());
+  return k.scalar_type() == at::kBFloat16;
+}
+
+template <class F>
+void each_block(int64_t B, int64_t C, const F& work) {
+  const int64_t block = loops->block, blocks = (C + block - 1) / block;
+  at::parallel_for(0, B * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t c = i % blocks * block;
+      work(i / blocks, c, std::min(block, C - c));
+    }
+  });
+}
+
+Outputs cpu_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& state, const Optional<Tensor>& reset) {
+  check_inputs(w, u, k, v, given(state), given(reset));
+  const int dtype = cpu_dtype(k);
+  const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
+  const auto fp32 = k.options().dtype(at::kFloat);
+  const Tensor y = at::empty_like(k), last = at::empty({B, 3, C}, fp32), kept = at::empty({B, (T + WKV_KEEP - 1) / WKV_KEEP, 3, C}, fp32);
+  const Wkv4Problem q{T, C, floats(&w), floats(&u), k.data_ptr(), v.data_ptr(), flags(given(reset)), floats(given(state)), kept.data_ptr<float>()};
+  const Wkv4Outputs out{y.data_ptr(), last.data_ptr<float>()};
+  each_block(B, C, [&](int64_t row, int64_t c, int64_t n) { loops->forward[dtype](q, out, row, c, n); });
+  return {y, last, kept};
+}
+
+Gradients cpu_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& reset, const Tensor& kept, const Tensor& gy,
+                       const Optional<Tensor>& gstate) {
+  check_inputs(w, u, k, v, nullptr, given(reset));
+  check_gradients(k, kept, WKV_KEEP, gy, given(gstate));
+  const int dtype = cpu_dtype(k);
+  const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
+  const auto fp32 = k.options().dtype(at::kFloat);
+  const Tensor gw = at::empty({B, C}, fp32), gu = at::empty({B, C}, fp32), gk = at::empty_like(k), gv = at::empty_like(v), gfirst = at::empty({B, 3, C}, fp32);
+  const Wkv4Problem q{T, C, floats(&w), floats(&u), k.data_ptr(), v.data_ptr(), flags(given(reset)), nullptr, kept.data_ptr<float>()};
+  const Wkv4Gradients grad{gy.data_ptr(), floats(given(gstate)), gw.data_ptr<float>(), gu.data_ptr<float>(), gk.data_ptr(), gv.data_ptr(), gfirst.data_ptr<float>()};
+  each_block(B, C, [&](int64_t row, int64_t c, int64_t n) { loops->backward[dtype](q, grad, row, c, n); });
+  return {gw.sum(0), gu.sum(0), gk, gv, gfirst};
+}
+
+// ---- CUDA: the launcher starts the kernels on torch's stream. Tensors are only pointers here, which lets tests run them on a CPU ----
+
+std::string cuda_dtype(const Tensor& k) {
+  switch (k.scalar_type()) {
+    case at::kFloat: return "fp32";
+    case at::kBFloat16: return "bf16";
+    case at::kHalf: return "fp16";
+    default: TORCH_CHECK(false, "wkv4's CUDA unit takes fp32, bf16 or fp16; k is ", k.scalar_type());
+  }
+}
+
+Wkv4Args cuda_args(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor* reset, const Tensor& kept, int64_t segment) {
+  TORCH_CHECK(segment >= WKV4_KEEP && segment % WKV4_KEEP == 0, "wkv4: a segment is a multiple of ", WKV4_KEEP, " tokens, not ", segment);
+  Wkv4Args args{};
+  args.B = k.size(0), args.T = k.size(1), args.C = k.size(2);
+  args.segment = segment, args.segments = (args.T + segment - 1) / segment;
+  args.w = floats(&w), args.u = floats(&u), args.k = k.data_ptr(), args.v = v.data_ptr(), args.reset = flags(reset), args.kept = kept.data_ptr<float>();
+  return args;
+}
+
+Outputs cuda_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& state, const Optional<Tensor>& reset,
+                     int64_t segment, int64_t device, int64_t stream) {
+  check_inputs(w, u, k, v, given(state), given(reset));
+  const std::string dtype = cuda_dtype(k);
+  const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
+  const auto fp32 = k.options().dtype(at::kFloat);
+  const Tensor y = at::empty_like(k), last = at::empty({B, 3, C}, fp32), kept = at::empty({B, (T + WKV4_KEEP - 1) / WKV4_KEEP, 3, C}, fp32);
+  Wkv4Args args = cuda_args(w, u, k, v, given(reset), kept, segment);
+  const Tensor cut = at::empty({B, int64_t(args.segments)}, k.options().dtype(at::kBool));
+  args.first = floats(given(state)), args.cut = cut.data_ptr<bool>(), args.y = y.data_ptr(), args.last = last.data_ptr<float>();
+  const auto launch = [&](const std::string& kernel, int64_t threads) { launcher::launch(device, reinterpret_cast<void*>(stream), kernel, threads, args); };
+  if (k.numel() == 0) return {y, last, kept};
+  if (args.segments > 1) {
+    launch("wkv4_summary_" + dtype, B * args.segments * C);
+    launch("wkv4_scan", B * C);
+  }
+  launch("wkv4_output_" + dtype, B * args.segments * C);
+  return {y, last, kept};
+}
+
+Gradients cuda_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& reset, const Tensor& kept,
+                        const Tensor& gy, const Optional<Tensor>& gstate, int64_t segment, int64_t device, int64_t stream) {
+  check_inputs(w, u, k, v, nullptr, given(reset));
+  check_gradients(k, kept, WKV4_KEEP, gy, given(gstate));
+  const std::string dtype = cuda_dtype(k);
+  const int64_t B = k.size(0), C = k.size(2);
+  const auto fp32 = k.options().dtype(at::kFloat);
+  Wkv4Args args = cuda_args(w, u, k, v, given(reset), kept, segment);
+  const int64_t rows = B * args.segments;
+  const Tensor gw = at::empty({rows, C}, fp32), gu = at::empty({rows, C}, fp32), gk = at::empty_like(k), gv = at::empty_like(v);
+  const Tensor gfirst = at::empty({B, 3, C}, fp32), carry = at::empty({rows, 3, C}, fp32);
+  args.gy = gy.data_ptr(), args.glast = floats(given(gstate)), args.carry = carry.data_ptr<float>();
+  args.gw = gw.data_ptr<float>(), args.gu = gu.data_ptr<float>(), args.gk = gk.data_ptr(), args.gv = gv.data_ptr(), args.gfirst = gfirst.data_ptr<float>();
+  const auto launch = [&](const std::string& kernel, int64_t threads) { launcher::launch(device, reinterpret_cast<void*>(stream), kernel, threads, args); };
+  if (k.numel() > 0) {
+    if (args.segments > 1) {
+      launch("wkv4_summary_gradient_" + dtype, rows * C);
+      launch("wkv4_scan_gradient", B * C);
+    }
+    launch("wkv4_gradient_" + dtype, rows * C);
+  }
+  return {gw.sum(0), gu.sum(0), gk, gv, gfirst};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(rwkv, library) {
+  const std::string inputs = "(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, Tensor? reset";
+  const std::string gradients = "(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? reset, Tensor kept, Tensor gy, Tensor? gstate";
+  const std::string to_outputs = ") -> (Tensor y, Tensor state, Tensor kept)", to_gradients = ") -> (Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate)";
+  const std::string where = ", int segment, int device, int stream";
+  library.def(("wkv4_cpu_forward" + inputs + to_outputs).c_str(), cpu_forward);
+  library.def(("wkv4_cpu_backward" + gradients + to_gradients).c_str(), cpu_backward);
+  library.def(("wkv4_cuda_forward" + inputs + where + to_outputs).c_str(), cuda_forward);
+  library.def(("wkv4_cuda_backward" + gradients + where + to_gradients).c_str(), cuda_backward);
+  library.def("cpu_vectors(str most) -> str", cpu_vectors);
+  library.def("cuda_load(int device, str path) -> ()", launcher::load);
+}

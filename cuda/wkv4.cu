@@ -1,0 +1,327 @@
+// The CUDA unit: kernels over (batch row) x (segment of time) x (channel), a thread each, channels next to each other.
+//
+// Forward: wkv4_summary lets every segment run from an empty state, wkv4_scan joins these summaries to every segment's true
+// incoming state, wkv4_output runs again from there and writes y and every 16th state. Backward: wkv4_summary_gradient,
+// wkv4_scan_gradient and wkv4_gradient are the same three for gradients, which run against time. With one segment only the
+// last of each three is launched. No thread's memory grows with T, nothing is added atomically.
+//
+// Compiled by NVRTC, with no header but these; tests compile it for the host as well.
+#include "wkv4_args.h"
+
+#ifdef __CUDACC_RTC__
+#define WKV_FN static __device__ __forceinline__
+#define WKV_KERNEL extern "C" __global__ void __launch_bounds__(WKV4_THREADS)
+typedef float wkv_float;
+WKV_FN float wkv_exp(float x) { return __expf(x); }  // x <= 0: its error, 2^-22 + |x| 2^-23 of e^x, vanishes beside the 1 of a pair
+WKV_FN float wkv_max(float x, float y) { return fmaxf(x, y); }
+WKV_FN float wkv_negative_magnitude(float x) { return -fabsf(x); }
+WKV_FN float wkv_divide(float x, float y) { return __fdividef(x, y); }
+WKV_FN float as_float(unsigned x) { return __uint_as_float(x); }
+WKV_FN float fp16_to_float(unsigned short x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
+WKV_FN unsigned short float_to_fp16(float x) { unsigned short y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+WKV_FN float multiply(float x, float y) { return __fmul_rn(x, y); }  // rounded by itself, never fused with an addition
+WKV_FN long long thread_index() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
+#if __CUDA_ARCH__ >= 800
+WKV_FN unsigned short float_to_bf16(float x) { unsigned short y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+#else
+WKV_FN unsigned short float_to_bf16(float x) {  // to the nearest, ties to even
+  const unsigned bits = __float_as_uint(x);
+  return x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fffu;
+}
+#endif
+#endif
+
+#include "wkv4.h"
+
+struct fp32 { float x; };
+struct bf16 { unsigned short bits; };
+struct fp16 { unsigned short bits; };
+
+WKV_FN float load(const fp32* p) { return p->x; }
+WKV_FN float load(const bf16* p) { return as_float((unsigned)p->bits << 16); }
+WKV_FN float load(const fp16* p) { return fp16_to_float(p->bits); }
+WKV_FN void store(fp32* p, float x) { p->x = x; }
+WKV_FN void store(bf16* p, float x) { p->bits = float_to_bf16(x); }
+WKV_FN void store(fp16* p, float x) { p->bits = float_to_fp16(x); }
+
+struct State { float a, b, p; };
+WKV_FN State empty_state() { return {0, 0, WKV_EMPTY}; }
+WKV_FN State load_state(const float* at, long long C) { return {at[0], at[C], at[2 * C]}; }
+WKV_FN void store_state(float* at, long long C, State s) { at[0] = s.a; at[C] = s.b; at[2 * C] = s.p; }
+
+// The tokens of one segment of one row, in one channel.
+struct Place { long long b, s, c, begin, end; };
+
+WKV_FN bool find(const Wkv4Args& q, Place& at) {
+  const long long i = thread_index();
+  const long long row = i / q.C;
+  at.c = i % q.C;
+  at.s = row % q.segments;
+  at.b = row / q.segments;
+  at.begin = at.s * q.segment;
+  at.end = at.s + 1 == q.segments ? q.T : at.begin + q.segment;
+  return at.b < q.B;
+}
+
+WKV_FN float* kept(const Wkv4Args& q, long long b, long long t, long long c) {  // the state before token t, a multiple of WKV4_KEEP
+  const long long states = (q.T + WKV4_KEEP - 1) / WKV4_KEEP;
+  return q.kept + (b * states + t / WKV4_KEEP) * 3 * q.C + c;
+}
+WKV_FN float* carry(const Wkv4Args& q, long long b, long long s, long long c) { return q.carry + (b * q.segments + s) * 3 * q.C + c; }
+
+// N tokens in registers, or the n that are left of the segment; bit i of `starts`: a document starts at token i.
+// PLAIN: all N are there and no document starts, which is nearly always so.
+struct Chunk {
+  int n;
+  unsigned starts;
+  long long at;  // of the first token's element
+};
+#define EACH_TOKEN _Pragma("unroll") for (int i = 0; i < N; i++) if (PLAIN || i < chunk.n)
+#define EACH_TOKEN_BACK _Pragma("unroll") for (int i = N - 1; i >= 0; i--) if (PLAIN || i < chunk.n)
+#define STARTS (!PLAIN && (chunk.starts >> i & 1u))
+#define FORWARD 8           // tokens at a time in the kernels that run with time: registers for two chunks
+#define BACKWARD WKV4_KEEP  // and in the one that runs against it: from one kept state to the next
+
+template <int N>
+WKV_FN Chunk find_chunk(const Wkv4Args& q, const Place& at, long long t) {
+  const long long left = at.end - t;
+  Chunk chunk = {left < N ? (int)left : N, 0, (at.b * q.T + t) * q.C + at.c};
+  if (q.reset)
+    for (int i = 0; i < chunk.n; i++) chunk.starts |= (unsigned)q.reset[at.b * q.T + t + i] << i;
+  return chunk;
+}
+template <int N> WKV_FN bool plain(const Chunk& chunk) { return chunk.n == N && !chunk.starts; }
+
+template <class E, bool PLAIN, int N>
+WKV_FN void load_tokens(const void* from, const Wkv4Args& q, const Chunk& chunk, float (&x)[N]) {
+  const E* p = (const E*)from + chunk.at;
+  EACH_TOKEN x[i] = load(p + i * q.C);
+}
+
+// ---- forward ----
+
+template <class E, bool PLAIN>
+WKV_FN void advance(const Wkv4Args& q, const Chunk& chunk, float w, State& s) {
+  constexpr int N = FORWARD;
+  float k[N], v[N];
+  load_tokens<E, PLAIN, N>(q.k, q, chunk, k);
+  load_tokens<E, PLAIN, N>(q.v, q, chunk, v);
+  EACH_TOKEN {
+    if (STARTS) s = empty_state();
+    wkv4_update(w, k[i], v[i], s.a, s.b, s.p);
+  }
+}
+// kept[the next segment's start] = the state that this segment leaves if it starts empty; cut.
+template <class E>
+WKV_FN void summary(const Wkv4Args& q) {
+  Place at;
+  if (!find(q, at) || at.s + 1 == q.segments) return;
+  const float w = q.w[at.c];
+  State s = empty_state();
+  unsigned starts = 0;
+  for (long long t = at.begin; t < at.end; t += FORWARD) {
+    const Chunk chunk = find_chunk<FORWARD>(q, at, t);
+    starts |= chunk.starts;
+    if (plain<FORWARD>(chunk)) advance<E, true>(q, chunk, w, s);
+    else advance<E, false>(q, chunk, w, s);
+  }
+  store_state(kept(q, at.b, at.end, at.c), q.C, s);
+  if (at.c == 0) q.cut[at.b * q.segments + at.s] = starts != 0;
+}
+
+#define TOGETHER 8  // segments whose summaries are read before the first is used
+
+// kept[every segment's start] becomes the segment's incoming state.
+WKV_FN void scan(const Wkv4Args& q) {
+  const long long i = thread_index(), b = i / q.C, c = i % q.C;
+  if (b >= q.B) return;
+  const float decay = multiply(q.w[c], (float)q.segment);
+  State run = q.first ? load_state(q.first + b * 3 * q.C + c, q.C) : empty_state();
+  store_state(kept(q, b, 0, c), q.C, run);
+  for (long long s = 1; s < q.segments; s += TOGETHER) {
+    State left[TOGETHER];
+    bool cut[TOGETHER];
+#pragma unroll
+    for (int j = 0; j < TOGETHER; j++)
+      if (s + j < q.segments) {
+        left[j] = load_state(kept(q, b, (s + j) * q.segment, c), q.C);
+        cut[j] = q.cut[b * q.segments + s + j - 1];
+      }
+#pragma unroll
+    for (int j = 0; j < TOGETHER; j++)
+      if (s + j < q.segments) {
+        if (cut[j]) run = left[j];
+        else wkv4_join(decay, left[j].a, left[j].b, left[j].p, run.a, run.b, run.p);
+        store_state(kept(q, b, (s + j) * q.segment, c), q.C, run);
+      }
+  }
+}
+
+template <class E, bool PLAIN>
+WKV_FN void write_outputs(const Wkv4Args& q, const Chunk& chunk, float w, float u, State& s) {
+  constexpr int N = FORWARD;
+  float k[N], v[N];
+  load_tokens<E, PLAIN, N>(q.k, q, chunk, k);
+  load_tokens<E, PLAIN, N>(q.v, q, chunk, v);
+  E* y = (E*)q.y + chunk.at;
+  EACH_TOKEN {
+    if (STARTS) s = empty_state();
+    store(y + i * q.C, wkv4_output(u, k[i], v[i], s.a, s.b, s.p));
+    wkv4_update(w, k[i], v[i], s.a, s.b, s.p);
+  }
+}
+template <class E>
+WKV_FN void output(const Wkv4Args& q) {
+  Place at;
+  if (!find(q, at)) return;
+  const float w = q.w[at.c], u = q.u[at.c];
+  State s = empty_state();
+  if (q.segments > 1) s = load_state(kept(q, at.b, at.begin, at.c), q.C);
+  else if (q.first) s = load_state(q.first + at.b * 3 * q.C + at.c, q.C);
+  for (long long t = at.begin; t < at.end; t += FORWARD) {
+    if (t % WKV4_KEEP == 0) store_state(kept(q, at.b, t, at.c), q.C, s);
+    const Chunk chunk = find_chunk<FORWARD>(q, at, t);
+    if (plain<FORWARD>(chunk)) write_outputs<E, true>(q, chunk, w, u, s);
+    else write_outputs<E, false>(q, chunk, w, u, s);
+  }
+  if (at.end == q.T) store_state(q.last + at.b * 3 * q.C + at.c, q.C, s);
+}
+
+// ---- backward ----
+
+// What a segment adds to dL/d(a, b) of its incoming state, and the factor by which dL/d(a, b) of its outgoing one arrives there.
+struct Through { float ga, gb, factor; };
+
+template <class E, bool PLAIN>
+WKV_FN void pass_through(const Wkv4Args& q, const Chunk& chunk, float w, float u, State& s, Through& to) {
+  constexpr int N = FORWARD;
+  float k[N], v[N], gy[N];
+  load_tokens<E, PLAIN, N>(q.k, q, chunk, k);
+  load_tokens<E, PLAIN, N>(q.v, q, chunk, v);
+  load_tokens<E, PLAIN, N>(q.gy, q, chunk, gy);
+  EACH_TOKEN {
+    if (STARTS) {
+      s = empty_state();
+      to.factor = 0;
+    }
+    const WkvOutputGradient g = wkv4_output_gradient(u, k[i], v[i], s.a, s.b, s.p, gy[i]);
+    to.ga += to.factor * g.e.past * g.num;
+    to.gb += to.factor * g.e.past * g.den;
+    to.factor *= wkv4_update(w, k[i], v[i], s.a, s.b, s.p).past;
+  }
+}
+template <class E>
+WKV_FN void summary_gradient(const Wkv4Args& q) {
+  Place at;
+  if (!find(q, at) || at.s == 0) return;
+  const float w = q.w[at.c], u = q.u[at.c];
+  State s = load_state(kept(q, at.b, at.begin, at.c), q.C);
+  Through to = {0, 0, 1};
+  for (long long t = at.begin; t < at.end && to.factor != 0; t += FORWARD) {
+    const Chunk chunk = find_chunk<FORWARD>(q, at, t);
+    if (plain<FORWARD>(chunk)) pass_through<E, true>(q, chunk, w, u, s, to);
+    else pass_through<E, false>(q, chunk, w, u, s, to);
+  }
+  if (at.end < q.T && to.factor != 0) {  // the factor that wkv4_scan had: rounding lets the product over the tokens drift away from it
+    const float past = kept(q, at.b, at.begin, at.c)[2 * q.C] + multiply(w, (float)q.segment);
+    to.factor = wkv_pair(past, kept(q, at.b, at.end, at.c)[2 * q.C]).past;
+  }
+  float* p = carry(q, at.b, at.s, at.c);
+  p[0] = to.ga;
+  p[q.C] = to.gb;
+  p[2 * q.C] = to.factor;
+}
+
+// carry[every segment][0, 1] becomes dL/d(a, b) of its outgoing state, at the scale of the next segment's incoming one.
+WKV_FN void scan_gradient(const Wkv4Args& q) {
+  const long long i = thread_index(), b = i / q.C, c = i % q.C;
+  if (b >= q.B) return;
+  float ga = q.glast ? q.glast[b * 3 * q.C + c] : 0, gb = q.glast ? q.glast[(b * 3 + 1) * q.C + c] : 0;
+  for (long long s = q.segments - 1; s >= 0; s -= TOGETHER) {
+    Through to[TOGETHER];
+#pragma unroll
+    for (int j = 0; j < TOGETHER; j++)
+      if (s - j > 0) {
+        const float* p = carry(q, b, s - j, c);
+        to[j] = {p[0], p[q.C], p[2 * q.C]};
+      }
+#pragma unroll
+    for (int j = 0; j < TOGETHER; j++)
+      if (s - j >= 0) {
+        float* p = carry(q, b, s - j, c);
+        p[0] = ga;
+        p[q.C] = gb;
+        ga = to[j].factor * ga + to[j].ga;
+        gb = to[j].factor * gb + to[j].gb;
+      }
+  }
+}
+
+struct Sums { float ga, gb, gw, gu; };
+
+template <class E, bool PLAIN>
+WKV_FN void write_gradients(const Wkv4Args& q, const Chunk& chunk, float w, float u, State s, const float* next, Sums& g) {
+  constexpr int N = BACKWARD;
+  float k[N], v[N], gy[N];
+  State before[N];
+  load_tokens<E, PLAIN, N>(q.k, q, chunk, k);
+  load_tokens<E, PLAIN, N>(q.v, q, chunk, v);
+  load_tokens<E, PLAIN, N>(q.gy, q, chunk, gy);
+  EACH_TOKEN {
+    if (STARTS) s = empty_state();
+    before[i] = s;
+    wkv4_update(w, k[i], v[i], s.a, s.b, s.p);
+  }
+  if (next) {
+    // The gradient has arrived for a state of scale *next. This run ends with the same state at scale s.p, which rounding may let differ.
+    const float drift = s.p - *next, factor = drift < 1 && drift > -1 ? wkv_exp(drift) : 1.0f;
+    g.ga *= factor;
+    g.gb *= factor;
+  }
+  E *gk = (E*)q.gk + chunk.at, *gv = (E*)q.gv + chunk.at;
+  EACH_TOKEN_BACK {
+    float to_k, to_v;
+    wkv4_backward(wkv_pair(before[i].p + w, k[i]), u, k[i], v[i], before[i].a, before[i].b, before[i].p, gy[i], g.ga, g.gb, g.gw, g.gu, to_k, to_v);
+    store(gk + i * q.C, to_k);
+    store(gv + i * q.C, to_v);
+    if (STARTS) g.ga = g.gb = 0;  // nothing before a document's start reaches it
+  }
+}
+template <class E>
+WKV_FN void gradient(const Wkv4Args& q) {
+  Place at;
+  if (!find(q, at)) return;
+  const float w = q.w[at.c], u = q.u[at.c];
+  Sums g = {0, 0, 0, 0};
+  if (q.segments > 1) {
+    const float* p = carry(q, at.b, at.s, at.c);
+    g.ga = p[0];
+    g.gb = p[q.C];
+  } else if (q.glast) {
+    g.ga = q.glast[at.b * 3 * q.C + at.c];
+    g.gb = q.glast[(at.b * 3 + 1) * q.C + at.c];
+  }
+  const float* next = at.end < q.T ? kept(q, at.b, at.end, at.c) + 2 * q.C : nullptr;  // only the segment's last chunk meets it
+  for (long long t = (at.end - 1) / BACKWARD * BACKWARD; t >= at.begin; t -= BACKWARD) {
+    const Chunk chunk = find_chunk<BACKWARD>(q, at, t);
+    const State s = load_state(kept(q, at.b, t, at.c), q.C);
+    if (plain<BACKWARD>(chunk)) write_gradients<E, true>(q, chunk, w, u, s, next, g);
+    else write_gradients<E, false>(q, chunk, w, u, s, next, g);
+    next = nullptr;
+  }
+  const long long row = at.b * q.segments + at.s;
+  q.gw[row * q.C + at.c] = g.gw;
+  q.gu[row * q.C + at.c] = g.gu;
+  if (at.s == 0) store_state(q.gfirst + at.b * 3 * q.C + at.c, q.C, {g.ga, g.gb, 0});
+}
+
+#define KERNELS_OF(E)                                                                     \
+  WKV_KERNEL wkv4_summary_##E(const Wkv4Args q) { summary<E>(q); }                         \
+  WKV_KERNEL wkv4_output_##E(const Wkv4Args q) { output<E>(q); }                           \
+  WKV_KERNEL wkv4_summary_gradient_##E(const Wkv4Args q) { summary_gradient<E>(q); }       \
+  WKV_KERNEL wkv4_gradient_##E(const Wkv4Args q) { gradient<E>(q); }
+KERNELS_OF(fp32)
+KERNELS_OF(bf16)
+KERNELS_OF(fp16)
+WKV_KERNEL wkv4_scan(const Wkv4Args q) { scan(q); }
+WKV_KERNEL wkv4_scan_gradient(const Wkv4Args q) { scan_gradient(q); }

@@ -1,0 +1,41 @@
+// What the CPU unit's loops (one file per vector width) are given and what they offer. No header of the C++ library may be
+// included here: its inline functions, compiled for a wide vector unit, could replace those that every processor runs.
+#pragma once
+#include <stdint.h>
+
+constexpr int64_t WKV_KEEP = 16;  // tokens per kept state
+
+struct Wkv4Problem {
+  int64_t T, C;
+  const float *w, *u;    // [C]
+  const void *k, *v;     // [B, T, C], fp32 or bf16
+  const bool* reset;     // [B, T] or null
+  const float* first;    // [B, 3, C], the incoming state, or null
+  float* kept;           // [B, ceil(T / WKV_KEEP), 3, C], the states before tokens 0, 16, 32, ...
+};
+
+struct Wkv4Outputs {
+  void* y;               // [B, T, C], of the type of k
+  float* last;           // [B, 3, C]
+};
+
+struct Wkv4Gradients {
+  const void* y;         // [B, T, C], of the type of k: the gradients of the two outputs
+  const float* last;     // [B, 3, C] or null
+  float *w, *u;          // [B, C], summed over the batch by the caller
+  void *k, *v;           // [B, T, C], of the type of k
+  float* first;          // [B, 3, C]
+};
+
+// Each runs channels [c, c + n) of batch row `row` over all of T; n is at most `block`.
+struct Wkv4Loops {
+  const char* name;
+  int64_t block;
+  void (*forward[2])(const Wkv4Problem&, const Wkv4Outputs&, int64_t row, int64_t c, int64_t n);     // fp32, bf16
+  void (*backward[2])(const Wkv4Problem&, const Wkv4Gradients&, int64_t row, int64_t c, int64_t n);  // fp32, bf16
+};
+
+extern const Wkv4Loops wkv4_loops_baseline;  // 16-byte vectors: what every processor of the architecture has
+#ifdef __x86_64__
+extern const Wkv4Loops wkv4_loops_avx2, wkv4_loops_avx512;
+#endif

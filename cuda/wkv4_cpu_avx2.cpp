@@ -1,0 +1,8 @@
+// The CPU unit's loops for AVX2 with FMA (Intel since 2013, AMD since 2015).
+#ifdef __x86_64__
+#pragma GCC target("arch=haswell")
+#define WKV_BYTES 32
+#define WKV_NAME "avx2"
+#define WKV_LOOPS wkv4_loops_avx2
+#include "wkv4_cpu_loops.h"
+#endif

@@ -1,0 +1,180 @@
+// The CPU unit's loops over time and channels, written once for vectors of WKV_BYTES bytes. A file per width (wkv4_cpu_*.cpp)
+// names its target, WKV_BYTES and WKV_LOOPS and includes this one.
+#include "wkv4_cpu.h"
+
+#define WKV_FN static inline __attribute__((always_inline))
+
+typedef float wkv_float __attribute__((vector_size(WKV_BYTES)));
+typedef int32_t wkv_int __attribute__((vector_size(WKV_BYTES)));
+typedef uint32_t wkv_bits __attribute__((vector_size(WKV_BYTES)));
+
+WKV_FN wkv_float wkv_max(wkv_float x, wkv_float y) { return x > y ? x : y; }
+WKV_FN wkv_float wkv_divide(wkv_float x, wkv_float y) { return x / y; }
+WKV_FN wkv_float wkv_negative_magnitude(wkv_float x) { return (wkv_float)((wkv_bits)x | 0x80000000u); }
+
+// e^x for x <= 0, to 1.5 units in the last place: x = n·ln2 + r with |r| <= ln2/2, a polynomial for e^r, n added to the exponent's
+// bits. Below e^-80 nothing survives beside the 1 of a pair. NaN stays NaN.
+WKV_FN wkv_float wkv_exp(wkv_float x) {
+  const wkv_float least = wkv_float{} - 80.0f;
+  x = least > x ? least : x;
+  const wkv_float rounded = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits now hold n
+  const wkv_float r = x - (rounded - 12582912.0f) * 0.693147181f;
+  wkv_float y = r * 0.00829022937f + 0.0418983884f;
+  y = y * r + 0.166676402f;
+  y = y * r + 0.499991447f;
+  y = y * r + 0.999999702f;
+  y = y * r + 1.0f;
+  return (wkv_float)((wkv_bits)y + ((wkv_bits)rounded << 23));
+}
+
+#include "wkv4.h"
+
+namespace {
+
+struct bf16 { uint16_t bits; };
+constexpr int LANES = WKV_BYTES / 4;
+constexpr int GROUPS = 2;                  // two chains of dependent operations, side by side
+constexpr int64_t BLOCK = GROUPS * LANES;  // channels whose state stays in registers while time runs
+
+
+// A block is two vectors, g = 0 and 1. In fp32 they are its first and its second half; in bf16 its even and its odd channels, which are
+// the low and the high halves of its 32-bit words, so that widening takes a shift or a mask. With n < BLOCK only the first n channels
+// are read or written.
+#define EACH_GROUP _Pragma("GCC unroll 2") for (int g = 0; g < GROUPS; g++)
+struct Block { wkv_float g[GROUPS]; };
+
+template <class X, class E> WKV_FN void read(X& x, const E* from, int64_t n) { __builtin_memcpy(&x, from, n * sizeof(E)); }
+template <class X, class E> WKV_FN void write(E* to, const X& x, int64_t n) { __builtin_memcpy(to, &x, n * sizeof(E)); }
+
+// fp32 tensors, in the order that goes with E.
+template <class E, bool FULL>
+WKV_FN Block load(const float* from, int64_t n) {
+  Block x = {};
+  if (FULL) EACH_GROUP read(x.g[g], from + g * LANES, LANES);
+  else read(x, from, n);
+  if (sizeof(E) == 4) return x;
+  EACH_GROUP x.g[g] = x.g[g] == x.g[g] ? x.g[g] : wkv_float{} + __builtin_nanf("");
+  wkv_int even;
+  for (int i = 0; i < LANES; i++) even[i] = 2 * i;
+  return {__builtin_shuffle(x.g[0], x.g[1], even), __builtin_shuffle(x.g[0], x.g[1], even + 1)};
+}
+template <class E, bool FULL>
+WKV_FN void store(float* to, Block x, int64_t n) {
+  if (sizeof(E) == 2) {
+    wkv_int zip;
+    for (int i = 0; i < LANES; i++) zip[i] = i / 2 + i % 2 * LANES;
+    x = {__builtin_shuffle(x.g[0], x.g[1], zip), __builtin_shuffle(x.g[0], x.g[1], zip + LANES / 2)};
+  }
+  if (FULL) EACH_GROUP write(to + g * LANES, x.g[g], LANES);
+  else write(to, x, n);
+}
+template <class E, bool FULL>
+WKV_FN Block load(const bf16* from, int64_t n) {
+  wkv_bits x = {};
+  read(x, from, FULL ? BLOCK : n);
+  return {(wkv_float)(x << 16), (wkv_float)(x & 0xffff0000u)};
+}
+// bf16 in the upper half, ties to even. NaN stays NaN, as no operation makes one with all bits set (and load admits none).
+WKV_FN wkv_bits nearest(wkv_float x) {
+  const wkv_bits bits = (wkv_bits)x;
+  return bits + 0x7fffu + (bits >> 16 & 1u);
+}
+template <class E, bool FULL>
+WKV_FN void store(bf16* to, const Block& x, int64_t n) {
+  write(to, nearest(x.g[0]) >> 16 | (nearest(x.g[1]) & 0xffff0000u), FULL ? BLOCK : n);
+}
+
+#define LOAD(from) load<E, FULL>(from, n)
+#define STORE(to, x) store<E, FULL>(to, x, n)
+#define AT(tensor, t) ((tensor) + (row * q.T + (t)) * q.C + c)
+#define PLANE(tensor, index, plane) ((tensor) + ((index) * 3 + (plane)) * q.C + c)
+
+struct State { Block a, b, p; };
+WKV_FN void clear(State& s) { EACH_GROUP { s.a.g[g] = s.b.g[g] = wkv_float{}; s.p.g[g] = wkv_float{} + WKV_EMPTY; } }
+
+template <class E, bool FULL>
+WKV_FN void forward(const Wkv4Problem& q, const Wkv4Outputs& out, int64_t row, int64_t c, int64_t n) {
+  const E *k_ = static_cast<const E*>(q.k), *v_ = static_cast<const E*>(q.v);
+  E* y_ = static_cast<E*>(out.y);
+  const int64_t chunks = (q.T + WKV_KEEP - 1) / WKV_KEEP;
+  const Block w = LOAD(q.w + c), u = LOAD(q.u + c);
+  State s;
+  clear(s);
+  if (q.first) s = {LOAD(PLANE(q.first, row, 0)), LOAD(PLANE(q.first, row, 1)), LOAD(PLANE(q.first, row, 2))};
+  for (int64_t chunk = 0; chunk < chunks; chunk++) {
+    STORE(PLANE(q.kept, row * chunks + chunk, 0), s.a);
+    STORE(PLANE(q.kept, row * chunks + chunk, 1), s.b);
+    STORE(PLANE(q.kept, row * chunks + chunk, 2), s.p);
+    const int64_t end = chunk + 1 == chunks ? q.T : (chunk + 1) * WKV_KEEP;
+    for (int64_t t = chunk * WKV_KEEP; t < end; t++) {
+      if (q.reset && q.reset[row * q.T + t]) clear(s);
+      const Block k = LOAD(AT(k_, t)), v = LOAD(AT(v_, t));
+      Block y;
+      EACH_GROUP {
+        y.g[g] = wkv4_output(u.g[g], k.g[g], v.g[g], s.a.g[g], s.b.g[g], s.p.g[g]);
+        wkv4_update(w.g[g], k.g[g], v.g[g], s.a.g[g], s.b.g[g], s.p.g[g]);
+      }
+      STORE(AT(y_, t), y);
+    }
+  }
+  STORE(PLANE(out.last, row, 0), s.a);
+  STORE(PLANE(out.last, row, 1), s.b);
+  STORE(PLANE(out.last, row, 2), s.p);
+}
+
+template <class E, bool FULL>
+WKV_FN void backward(const Wkv4Problem& q, const Wkv4Gradients& grad, int64_t row, int64_t c, int64_t n) {
+  const E *k_ = static_cast<const E*>(q.k), *v_ = static_cast<const E*>(q.v), *gy_ = static_cast<const E*>(grad.y);
+  E *gk_ = static_cast<E*>(grad.k), *gv_ = static_cast<E*>(grad.v);
+  const int64_t chunks = (q.T + WKV_KEEP - 1) / WKV_KEEP;
+  const Block w = LOAD(q.w + c), u = LOAD(q.u + c);
+  State before[WKV_KEEP];  // the tokens of one chunk, and the factors their updates had
+  WkvPair f[WKV_KEEP][GROUPS];
+  Block ga = {}, gb = {}, gw = {}, gu = {};
+  if (grad.last) {
+    ga = LOAD(PLANE(grad.last, row, 0));
+    gb = LOAD(PLANE(grad.last, row, 1));
+  }
+  for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
+    const int64_t begin = chunk * WKV_KEEP, length = q.T - begin < WKV_KEEP ? q.T - begin : WKV_KEEP;
+    const int64_t at = row * chunks + chunk;
+    State s = {LOAD(PLANE(q.kept, at, 0)), LOAD(PLANE(q.kept, at, 1)), LOAD(PLANE(q.kept, at, 2))};
+    for (int64_t i = 0; i < length; i++) {
+      if (q.reset && q.reset[row * q.T + begin + i]) clear(s);
+      before[i] = s;
+      const Block k = LOAD(AT(k_, begin + i)), v = LOAD(AT(v_, begin + i));
+      EACH_GROUP f[i][g] = wkv4_update(w.g[g], k.g[g], v.g[g], s.a.g[g], s.b.g[g], s.p.g[g]);
+    }
+    for (int64_t i = length - 1; i >= 0; i--) {
+      const Block k = LOAD(AT(k_, begin + i)), v = LOAD(AT(v_, begin + i)), gy = LOAD(AT(gy_, begin + i));
+      Block gk, gv;
+      EACH_GROUP
+        wkv4_backward(f[i][g], u.g[g], k.g[g], v.g[g], before[i].a.g[g], before[i].b.g[g], before[i].p.g[g], gy.g[g], ga.g[g], gb.g[g],
+                      gw.g[g], gu.g[g], gk.g[g], gv.g[g]);
+      STORE(AT(gk_, begin + i), gk);
+      STORE(AT(gv_, begin + i), gv);
+      if (q.reset && q.reset[row * q.T + begin + i]) ga = gb = {};  // nothing before a document's start reaches it
+    }
+  }
+  STORE(grad.w + row * q.C + c, gw);
+  STORE(grad.u + row * q.C + c, gu);
+  STORE(PLANE(grad.first, row, 0), ga);
+  STORE(PLANE(grad.first, row, 1), gb);
+  STORE(PLANE(grad.first, row, 2), (Block{}));
+}
+
+template <class E>
+void forward_any(const Wkv4Problem& q, const Wkv4Outputs& out, int64_t row, int64_t c, int64_t n) {
+  if (n == BLOCK) forward<E, true>(q, out, row, c, n);
+  else forward<E, false>(q, out, row, c, n);
+}
+
+template <class E>
+void backward_any(const Wkv4Problem& q, const Wkv4Gradients& grad, int64_t row, int64_t c, int64_t n) {
+  if (n == BLOCK) backward<E, true>(q, grad, row, c, n);
+  else backward<E, false>(q, grad, row, c, n);
+}
+
+}  // namespace
+
+const Wkv4Loops WKV_LOOPS = {WKV_NAME, BLOCK, {forward_any<float>, forward_any<bf16>}, {backward_any<float>, backward_any<bf16>}};

@@ -1,0 +1,132 @@
+"""The CUDA unit on a GPU: right to fp64, the same bits twice, on the stream and in the thread it is called from, memory as stated."""
+
+import pytest
+import torch
+from cases import assert_close, in_fp64, inputs, outputs_and_gradients
+
+from rwkv.wkv import native, reference, wkv4
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
+
+
+def on_gpu(arguments):
+    return [x if x is None else x.cuda() for x in arguments]
+
+
+def cuda(*arguments):
+    return wkv4(*arguments, impl="cuda")
+
+
+def test_auto_takes_the_cuda_unit(monkeypatch):
+    monkeypatch.setattr(reference, "wkv4", lambda *_: pytest.fail("auto fell back to the reference"))
+    wkv4(*on_gpu(inputs(1, 3, 2)))
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0, 80.0])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 15, 33), (3, 16, 768), (1, 33, 5), (2, 97, 130), (5, 300, 70), (1, 700, 768)])
+@pytest.mark.parametrize(("state", "reset"), [(False, False), (True, True)])
+def test_fp32_equals_fp64(shape, scale, state, reset):
+    arguments = inputs(*shape, scale=scale, state=state, reset=reset, seed=hash((shape, scale)) % 1000)
+    fast = outputs_and_gradients(cuda, *on_gpu(arguments))
+    slow = outputs_and_gradients(reference.wkv4, *arguments)
+    truth = outputs_and_gradients(reference.wkv4, *in_fp64(arguments))
+    assert_close({name: x.cpu() for name, x in fast.items()}, slow, truth, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_fp32(dtype):
+    w, u, k, v, first, starts = on_gpu(inputs(3, 200, 130))
+    rounded = [x.to(dtype) for x in (k, v)]
+    y, last = cuda(w, u, *rounded, first, starts)
+    exact, exact_last = cuda(w, u, *(x.float() for x in rounded), first, starts)
+    assert y.dtype == dtype
+    assert torch.equal(y, exact.to(dtype))  # the arithmetic is the same, only the last rounding is added
+    assert torch.equal(last, exact_last)
+    leaves = [x.clone().requires_grad_() for x in (w, u, *rounded, first)]
+    leaves32 = [x.float().clone().requires_grad_() for x in (w, u, *rounded, first)]
+    gy = torch.randn_like(k).to(dtype)
+    ours = torch.autograd.grad(cuda(*leaves, starts)[0], leaves, gy)
+    theirs = torch.autograd.grad(cuda(*leaves32, starts)[0], leaves32, gy.float())
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b.to(a.dtype))
+
+
+@pytest.mark.parametrize("segment", [16, 48, 1024])
+def test_any_split_in_time_gives_the_same(segment):
+    arguments = inputs(2, 500, 64)
+    moved = on_gpu(arguments)
+    assert native.device_refusal(0) is None
+    unit = native.cuda_unit(0, lambda: torch.cuda.current_stream().cuda_stream, segment)
+    fast = outputs_and_gradients(lambda *x: native.run(unit, *x), *moved)
+    slow = outputs_and_gradients(reference.wkv4, *arguments)
+    truth = outputs_and_gradients(reference.wkv4, *in_fp64(arguments))
+    assert_close({name: x.cpu() for name, x in fast.items()}, slow, truth, arguments)
+
+
+def test_long_sequences_agree_with_fp64():
+    arguments = inputs(1, 16384, 8, reset=False, state=False)
+    with torch.no_grad():
+        fast, _ = cuda(*on_gpu(arguments))
+        exact, _ = reference.wkv4(*(x.double().cuda() if x is not None else None for x in arguments))
+    torch.testing.assert_close(fast.double(), exact, rtol=1e-4, atol=1e-5)  # 16384 decays rounded to fp32
+
+
+def test_same_bits_twice():
+    arguments = on_gpu(inputs(4, 2048, 768))
+    first, second = (outputs_and_gradients(cuda, *arguments) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_is_not_finite_is_not_hidden():
+    w, u, k, v, _, _ = inputs(1, 50, 4, state=False, reset=False)
+    for bad in (float("nan"), float("inf")):
+        broken = k.clone()
+        broken[0, 20, 1] = bad
+        y = cuda(*on_gpu((w, u, broken, v)))[0].cpu()
+        assert torch.equal(y.isnan(), reference.wkv4(w, u, broken, v)[0].isnan())
+
+
+def test_work_is_ordered_on_the_callers_stream():
+    w, u, k, v, _, _ = on_gpu(inputs(2, 300, 256, state=False, reset=False))
+    expected = cuda(w, u, k, v)[0]
+    torch.cuda.synchronize()
+    side, late = torch.cuda.Stream(), torch.zeros_like(k)
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)  # a tenth of a second: work on another stream would run before k arrives
+        late.copy_(k)
+        y = cuda(w, u, late, v)[0]
+        assert not side.query()  # nothing waited
+    side.synchronize()
+    assert torch.equal(y, expected)
+
+
+def test_it_can_be_captured_in_a_graph():
+    w, u, k, v, _, _ = on_gpu(inputs(2, 300, 256, state=False, reset=False))
+    expected = cuda(w, u, k, v)[0]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = cuda(w, u, k, v)[0]
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("length", [4096, 16384])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_what_is_stated(dtype, length):
+    shape = (2, length, 1024)
+    w, u = (torch.randn(1024, device="cuda") for _ in range(2))
+    leaves = [-w.exp(), u, *(torch.randn(shape, device="cuda", dtype=dtype) for _ in range(2))]
+    leaves = [x.requires_grad_() for x in leaves]
+    gy = torch.randn(shape, device="cuda", dtype=dtype)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y, _ = cuda(*leaves)
+    numbers = leaves[2].numel()
+    # cuda/README.md: y, and 3/16 fp32 a number for the kept states; the rest is [B, segments, ...]
+    saved = torch.cuda.memory_allocated() - before
+    assert saved <= numbers * (y.element_size() + 4 * 3 / 16) * 1.02 + (1 << 20)
+    torch.autograd.grad(y, leaves, gy)
+    peak = torch.cuda.max_memory_allocated() - before
+    # then gk and gv, and 5 fp32 per channel and segment of at least 32 tokens
+    assert peak <= numbers * (3 * y.element_size() + 4 * 3 / 16 + 4 * 5 / 32) * 1.02 + (1 << 20)

@@ -1,0 +1,51 @@
+"""Inputs of the operator, and how far an implementation may be from the truth."""
+
+import torch
+
+
+def inputs(batch, length, channels, *, scale=1.0, state=True, reset=True, seed=0, dtype=torch.float32):
+    """w, u, k, v, state, reset: keys, bonuses and the state's maximum of size `scale`, decays from e^-6 to e^6 or so."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    w, u = -torch.exp(normal(channels) * 2), normal(channels) * scale
+    k, v = normal(batch, length, channels) * scale, normal(batch, length, channels)
+    first = (
+        torch.stack([normal(batch, channels), normal(batch, channels).abs() + 0.1, normal(batch, channels) * scale], 1) if state else None
+    )
+    starts = torch.rand(batch, length, generator=g) < 0.2 if reset else None
+    return w, u, k, v, first, starts
+
+
+def in_fp64(arguments):
+    return [x.double() if x is not None and x.is_floating_point() else x for x in arguments]
+
+
+def outputs_and_gradients(wkv4, w, u, k, v, first, starts):
+    """Every output and every gradient of a loss in which both outputs matter, each element differently."""
+    leaves = [x.clone().requires_grad_() for x in (w, u, k, v)] + ([first.clone().requires_grad_()] if first is not None else [])
+    y, last = wkv4(*leaves[:4], leaves[4] if first is not None else None, starts)
+    (torch.sin(3 * y.to(last.dtype)).sum() + torch.sin(last[:, 0]).sum() + torch.cos(last[:, 1]).sum()).backward()
+    gradients = dict(zip(("gw", "gu", "gk", "gv", "gstate"), (x.grad for x in leaves), strict=False))
+    return {"y": y.detach(), "state": last.detach(), **gradients}
+
+
+def assert_close(fast, slow, truth, arguments, share=1e-5):
+    """`fast` is within a share of the largest element of `truth` (fp64), and twice what the fp32 loop `slow` itself is off.
+
+    An exponent x is rounded to a share 2^-24 of itself, which is 2^-24 |x| of e^x: with keys of ±80 that is most of the error.
+    """
+    w, u, k, _, first, _ = arguments
+    length = k.shape[1]
+    largest = sum(float(x.abs().max()) for x in (w, u, k, *([first[:, 2]] if first is not None else [])))
+    for name in truth:
+        inside = truth[name].abs() < 1e37  # the running maximum of an empty state is no number to compare
+        exact = truth[name][inside].double()
+        fast_error, slow_error = ((x[name][inside].double() - exact).abs().amax().item() if exact.numel() else 0.0 for x in (fast, slow))
+        size = max(1.0, exact.abs().amax().item() if exact.numel() else 0.0)
+        if name == "gw":  # a sum over time of terms as large as the state, which cancel
+            size = 2 * max(size, length * truth["state"][:, :2].abs().amax().item())
+        allowed = (share + 4 * 2**-24 * largest) * size + 2 * slow_error
+        assert fast_error <= allowed, f"{name}: off by {fast_error}, allowed {allowed}"

@@ -1,0 +1,105 @@
+"""Runs the CUDA unit on a CPU, in a process of its own: the real launcher, with fake_driver.cpp in the driver's place.
+
+    python fake_gpu.py LIBRARY     then pickled requests on stdin, pickled answers on stdout
+
+A process of its own, so that a GPU's real driver and this one never meet.
+"""
+
+import ctypes
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+STREAM, DEVICE = 0x5EED, 3
+
+
+def build(folder: Path) -> Path:
+    """Compile the stand-in driver."""
+    library = folder / "libcuda.so.1"
+    command = [
+        "g++",
+        "-O1",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-Wno-maybe-uninitialized",
+    ]
+    source = Path(__file__).with_name("fake_driver.cpp")
+    subprocess.run([*command, f"-I{ROOT / 'cuda'}", "-Wl,-soname,libcuda.so.1", source, "-o", library], check=True)
+    return library
+
+
+class FakeGPU:
+    """The other end: `call(name, ...)` runs a function of Served there, and raises here what it raised."""
+
+    def __init__(self, library: Path):
+        self._process = subprocess.Popen([sys.executable, __file__, str(library)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+
+    def call(self, name: str, *arguments):
+        pickle.dump((name, arguments), self._process.stdin)
+        self._process.stdin.flush()
+        answer = pickle.load(self._process.stdout)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+
+class Served:
+    """What runs in the other process."""
+
+    def __init__(self, library: str):
+        self.driver = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)  # the launcher's dlopen("libcuda.so.1") finds it by its soname
+        self.driver.fake_calls.restype = ctypes.c_char_p
+        from rwkv.wkv import native  # after the stand-in, which the launcher then finds
+
+        assert native.refusal() is None, native.refusal()
+        self.native = native
+
+    def load(self, path):
+        import torch
+
+        torch.ops.rwkv.cuda_load(DEVICE, path)
+
+    def wkv4(self, segment, w, u, k, v, state, reset):
+        return self.native.run(self.native.cuda_unit(DEVICE, lambda: STREAM, segment), w, u, k, v, state, reset)
+
+    def outputs_and_gradients(self, segment, *inputs):
+        from cases import outputs_and_gradients
+
+        return outputs_and_gradients(lambda *x: self.wkv4(segment, *x), *inputs)
+
+    def calls(self):
+        return self.driver.fake_calls().decode().splitlines()
+
+    def fail(self, which, result):
+        self.driver.fake_failure(which.encode(), result)
+
+
+def main() -> None:
+    served, answers = Served(sys.argv[1]), sys.stdout.buffer
+    sys.stdout = sys.stderr
+    while True:
+        try:
+            name, arguments = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = getattr(served, name)(*arguments)
+        except Exception as error:
+            answer = RuntimeError(f"{type(error).__name__}: {error}")
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

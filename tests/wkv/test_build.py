@@ -1,0 +1,145 @@
+"""The units are compiled ahead of time, for every GPU of the stack, without a GPU, nvcc or a toolkit; what is missing or stale says what to run."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from rwkv.wkv import build, native, nvrtc
+
+COMPILER = nvrtc.Compiler(nvrtc.library())
+KERNELS = {f"wkv4_{what}_{dtype}" for what in ("summary", "output", "summary_gradient", "gradient") for dtype in ("fp32", "bf16", "fp16")}
+KERNELS |= {"wkv4_scan", "wkv4_scan_gradient"}
+ARCHS = sorted(int(name.split("_sm_")[1].split(".")[0]) for name in build.manifest()["device"]["files"] if "_sm_" in name)
+
+
+def test_the_compiler_is_the_one_of_torchs_cuda():
+    assert COMPILER.version.split(".")[0] == torch.version.cuda.split(".")[0]
+
+
+def test_every_arch_of_the_stack_is_there():
+    if COMPILER.version == "11.7":
+        assert ARCHS == [60, 70, 75, 80, 86]
+    else:
+        assert [arch for arch in COMPILER.archs if arch >= 75] == ARCHS
+        assert {75, 80, 86, 90, 100, 120} <= set(ARCHS)
+    assert f"wkv4_compute_{ARCHS[-1]}.ptx" in build.manifest()["device"]["files"]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_it_compiles_without_warnings_within_the_budget(arch):
+    _, log = COMPILER.compile(build.SOURCES / "wkv4.cu", sorted(build.SOURCES.glob("wkv4*.h")), f"sm_{arch}", build.DEVICE_OPTIONS)
+    assert "warning" not in log
+    assert "error" not in log
+    used = nvrtc.resources(log)
+    assert set(used) == KERNELS
+    for name, use in used.items():
+        # wkv4_gradient has 16 tokens and their states in registers, which leaves two blocks per multiprocessor
+        assert use["registers"] <= (255 if name.startswith("wkv4_gradient") else 128), name
+        # local memory: nothing but what the register allocator may spill, whatever T is
+        assert max(use["stack"], use["spill_stores"], use["spill_loads"]) <= 64, name
+    assert used == build.manifest()["device"]["files"][f"wkv4_sm_{arch}.cubin"]
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_cubin_holds_the_kernels_for_its_arch(arch):
+    path = build.folder() / f"wkv4_sm_{arch}.cubin"
+    text = subprocess.run(["readelf", "-h", "-s", "-W", path], capture_output=True, text=True, check=True).stdout
+    assert "NVIDIA CUDA architecture" in text
+    flags = int(re.search(r"Flags:\s+0x([0-9a-f]+)", text)[1], 16)
+    assert arch in (flags & 0xFF, flags >> 8 & 0xFF)  # CUDA 11 and 13 put it into different bytes
+    assert set(re.findall(r"FUNC\s+GLOBAL\s.*\s(\w+)$", text, re.MULTILINE)) == KERNELS
+
+
+def test_the_ptx_is_for_the_newest_arch():
+    text = (build.folder() / f"wkv4_compute_{ARCHS[-1]}.ptx").read_text()
+    assert f".target sm_{ARCHS[-1]}" in text
+    assert set(re.findall(r"\.visible \.entry (\w+)\(", text)) == KERNELS
+
+
+def test_the_manifest_says_how_it_was_made():
+    manifest = build.manifest()
+    assert manifest["source_hash"] == build.source_hash()
+    assert manifest["torch"] == torch.__version__
+    assert manifest["device"]["compiler"] == f"NVRTC {COMPILER.version}"
+    assert manifest["device"]["options"] == build.DEVICE_OPTIONS
+
+
+def test_source_that_does_not_compile_shows_the_compilers_words(tmp_path):
+    (tmp_path / "bad.cu").write_text("__global__ void f() { nonsense; }")
+    with pytest.raises(RuntimeError, match=r'bad.cu for sm_80:\nbad.cu\(1\): error: identifier "nonsense" is undefined'):
+        COMPILER.compile(tmp_path / "bad.cu", [], "sm_80", [])
+
+
+@pytest.fixture
+def compiled_for(tmp_path, monkeypatch):
+    """A folder whose manifest lists these files."""
+
+    def make(*names: str):
+        (tmp_path / "manifest.json").write_text(
+            json.dumps({"source_hash": build.source_hash(), "device": {"files": {name: {} for name in names}}})
+        )
+        monkeypatch.setattr(build, "folder", lambda: tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("capability", "file"),
+    [
+        ((6, 0), "wkv4_sm_60.cubin"),
+        ((6, 1), "wkv4_sm_60.cubin"),
+        ((7, 0), "wkv4_sm_70.cubin"),
+        ((7, 5), "wkv4_sm_75.cubin"),
+        ((8, 0), "wkv4_sm_80.cubin"),
+        ((8, 6), "wkv4_sm_86.cubin"),
+        ((8, 9), "wkv4_sm_86.cubin"),  # Ada runs code of sm_86
+        ((9, 0), "wkv4_compute_86.ptx"),
+        ((12, 0), "wkv4_compute_86.ptx"),
+    ],
+)
+def test_a_gpu_gets_the_code_that_fits_it(compiled_for, capability, file):
+    compiled_for(*(f"wkv4_sm_{arch}.cubin" for arch in (60, 70, 75, 80, 86)), "wkv4_compute_86.ptx")
+    assert build.device_code(capability).name == file
+
+
+def test_a_gpu_that_no_code_fits_is_told_what_there_is(compiled_for):
+    compiled_for("wkv4_sm_75.cubin", "wkv4_sm_120.cubin", "wkv4_compute_120.ptx")
+    with pytest.raises(LookupError, match="compute capability 6.1 and the CUDA unit is compiled for 7.5, 12.0; take the stack"):
+        build.device_code((6, 1))
+    compiled_for()
+    with pytest.raises(LookupError, match="no NVRTC"):
+        build.device_code((8, 0))
+
+
+def test_a_missing_or_stale_library_says_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "folder", lambda: tmp_path)
+    assert "make kernels" in build.refusal()
+    (tmp_path / "manifest.json").write_text('{"source_hash": "0123456789abcdef"}')
+    assert "compiled from other sources" in build.refusal()
+    (tmp_path / "manifest.json").write_text(f'{{"source_hash": "{build.source_hash()}"}}')
+    assert build.refusal() is None
+    assert "does not load" in native.refusal.__wrapped__()
+
+
+def test_a_build_that_is_broken_off_leaves_nothing_usable(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "folder", lambda: tmp_path)
+    (tmp_path / "manifest.json").write_text(f'{{"source_hash": "{build.source_hash()}"}}')
+
+    def stop():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "_build_host", stop)
+    monkeypatch.setattr(build, "_build_device", lambda pool: {})
+    with pytest.raises(KeyboardInterrupt):
+        build.build()
+    assert "make kernels" in build.refusal()
+
+
+def test_no_toolkit_is_asked_for():
+    for path in [*build.SOURCES.glob("*.[hc]*"), *build.SOURCES.parent.glob("rwkv/wkv/*.py")]:
+        assert not re.search(r"#include <cuda|CUDA_HOME|CUDAExtension|bin/nvcc", path.read_text(encoding="utf-8")), path

@@ -1,0 +1,189 @@
+"""The CUDA unit, executed on a CPU: the kernels' numbers, and what the launcher asks of the driver (fake_gpu.py)."""
+
+import pytest
+import torch
+from cases import assert_close, in_fp64, inputs, outputs_and_gradients
+from fake_gpu import DEVICE, STREAM, FakeGPU
+from fake_gpu import build as build_driver
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv.wkv import build, native, reference
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return build_driver(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture(scope="module")
+def image():
+    """Any compiled kernels: the driver's stand-in has its own."""
+    return str(next(build.folder().glob("*.cubin")))
+
+
+@pytest.fixture(scope="module")
+def gpu(library, image):
+    fake = FakeGPU(library)
+    fake.call("load", image)
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def fresh(library):
+    """One that has loaded nothing yet, and that a test may break."""
+    fake = FakeGPU(library)
+    yield fake
+    fake.close()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.sampled_from([1, 2, 5]),
+    length=st.sampled_from([1, 2, 15, 16, 17, 31, 33, 64, 97, 150]),
+    channels=st.sampled_from([1, 3, 33, 130]),
+    segment=st.sampled_from([16, 32, 64, 256]),
+    scale=st.sampled_from([0.1, 1.0, 10.0, 80.0]),
+    state=st.booleans(),
+    reset=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_kernels_equal_the_reference(gpu, batch, length, channels, segment, scale, state, reset, seed):
+    arguments = inputs(batch, length, channels, scale=scale, state=state, reset=reset, seed=seed)
+    fast = gpu.call("outputs_and_gradients", segment, *arguments)
+    slow = outputs_and_gradients(reference.wkv4, *arguments)
+    assert_close(fast, slow, outputs_and_gradients(reference.wkv4, *in_fp64(arguments)), arguments)
+
+
+def test_long_sequences_agree(gpu):
+    arguments = inputs(1, 4097, 3, reset=False)
+    fast, slow = gpu.call("outputs_and_gradients", 32, *arguments), outputs_and_gradients(reference.wkv4, *arguments)
+    for name in slow:
+        torch.testing.assert_close(fast[name], slow[name], rtol=1e-4, atol=1e-4, msg=name)  # gw sums 4097 terms in fp32, in another order
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_fp32(gpu, dtype):
+    w, u, k, v, first, starts = inputs(2, 70, 33)
+    k, v = k.to(dtype), v.to(dtype)
+    rounded = gpu.call("outputs_and_gradients", 32, w, u, k, v, first, starts)
+    exact = gpu.call("outputs_and_gradients", 32, w, u, k.float(), v.float(), first, starts)
+    assert torch.equal(rounded["y"], exact["y"].to(dtype))  # the arithmetic is the same, only the last rounding is added
+    assert torch.equal(rounded["state"], exact["state"])
+    assert rounded["gk"].dtype == dtype
+    for name in ("gk", "gv", "gw", "gu", "gstate"):  # whose loss saw the rounded y: 8 significant bits in bf16
+        torch.testing.assert_close(rounded[name].float(), exact[name], rtol=0.02, atol=0.02 * exact[name].abs().max().item(), msg=name)
+
+
+def test_pieces_with_carried_state_equal_the_whole(gpu):
+    w, u, k, v, first, starts = inputs(2, 100, 20)
+    whole, last = gpu.call("wkv4", 32, w, u, k, v, first, starts)
+    state, pieces = first, []
+    for k1, v1, r1 in zip(k.split(41, 1), v.split(41, 1), starts.split(41, 1), strict=True):
+        y, state = gpu.call("wkv4", 16, w, u, k1, v1, state, r1)
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)  # split elsewhere: other roundings
+    torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_bits_twice(gpu):
+    arguments = inputs(2, 100, 33)
+    first, second = (gpu.call("outputs_and_gradients", 32, *arguments) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_hidden(gpu, bad):
+    w, u, k, v, _, _ = inputs(1, 50, 4, state=False, reset=False)
+    k[0, 20, 1] = bad
+    y, _ = gpu.call("wkv4", 16, w, u, k, v, None, None)
+    assert torch.equal(y.isnan(), reference.wkv4(w, u, k, v)[0].isnan())
+
+
+def launches(calls):
+    return [call.split()[1:] for call in calls if call.startswith("cuLaunchKernel")]
+
+
+def test_the_driver_is_asked_once_per_device_and_kernel_and_the_context_is_given_back(fresh, image):
+    fresh.call("load", image)
+    fresh.call("load", image)
+    opening = ["cuInit 0", f"cuDeviceGet {DEVICE}", f"cuDevicePrimaryCtxRetain {100 + DEVICE}"]
+    assert fresh.call("calls") == [*opening, "cuCtxPushCurrent", "cuModuleLoadData ELF 1", "cuCtxPopCurrent"]
+    arguments = inputs(1, 20, 8, state=False, reset=False)
+    fresh.call("wkv4", 32, *arguments)
+    found = ["cuCtxPushCurrent", "cuModuleGetFunction wkv4_output_fp32", "cuCtxPopCurrent"]
+    launch = ["cuCtxPushCurrent", f"cuLaunchKernel wkv4_output_fp32 1 1 1 128 1 1 0 {STREAM:#x} 1 1", "cuCtxPopCurrent"]
+    assert fresh.call("calls") == found + launch
+    fresh.call("wkv4", 32, *arguments)
+    assert fresh.call("calls") == launch
+
+
+def test_kernels_are_launched_in_order_on_the_stream_with_enough_threads(gpu):
+    gpu.call("calls")
+    gpu.call("outputs_and_gradients", 32, *inputs(2, 100, 70))
+    names = ["wkv4_summary_fp32", "wkv4_scan", "wkv4_output_fp32", "wkv4_summary_gradient_fp32", "wkv4_scan_gradient", "wkv4_gradient_fp32"]
+    blocks = {True: -(-2 * 70 // 128), False: -(-2 * 4 * 70 // 128)}  # a thread per channel, or per channel and segment
+    grid = [[name, str(blocks["scan" in name]), *"1 1 128 1 1 0".split(), hex(STREAM), "1", "1"] for name in names]
+    assert launches(gpu.call("calls")) == grid
+
+
+def test_one_segment_needs_one_kernel_each_way(gpu):
+    gpu.call("calls")
+    gpu.call("outputs_and_gradients", 112, *inputs(2, 100, 70))
+    assert [name for name, *_ in launches(gpu.call("calls"))] == ["wkv4_output_fp32", "wkv4_gradient_fp32"]
+
+
+@pytest.mark.parametrize(
+    ("call", "result", "message"),
+    [
+        ("cuInit", 100, "cuInit: CUDA_ERROR_FAKE .a made-up error."),
+        ("cuDevicePrimaryCtxRetain", 2, "cuDevicePrimaryCtxRetain: CUDA_ERROR_FAKE"),
+        ("cuModuleLoadData", 209, "no code for this GPU: run make kernels"),
+        ("cuModuleLoadData", 222, "driver is older than the compiler of these kernels: update it"),
+    ],
+)
+def test_a_refusal_of_the_driver_says_which_call_and_what_to_do(fresh, image, call, result, message):
+    fresh.call("fail", call, result)
+    with pytest.raises(RuntimeError, match=message):
+        fresh.call("load", image)
+    fresh.call("fail", "nothing", 0)
+    fresh.call("calls")
+    fresh.call("load", image)  # nothing half-done is left behind
+    assert "cuModuleLoadData ELF 1" in fresh.call("calls")
+
+
+def test_a_failed_launch_is_an_error_and_gives_the_context_back(fresh, image):
+    fresh.call("load", image)
+    fresh.call("fail", "cuLaunchKernel wkv4_scan", 700)
+    with pytest.raises(RuntimeError, match="cuLaunchKernel wkv4_scan: CUDA_ERROR_FAKE.*CUDA_LAUNCH_BLOCKING=1"):
+        fresh.call("wkv4", 32, *inputs(1, 100, 8))
+    assert fresh.call("calls")[-1] == "cuCtxPopCurrent"
+
+
+def test_nothing_is_launched_before_the_kernels_are_loaded(fresh):
+    with pytest.raises(RuntimeError, match=f"no kernels are loaded for device {DEVICE}"):
+        fresh.call("wkv4", 32, *inputs(1, 10, 8))
+
+
+def test_a_file_that_is_not_there_says_what_to_run(fresh):
+    with pytest.raises(RuntimeError, match=r"none.cubin cannot be read; run: make kernels"):
+        fresh.call("load", "none.cubin")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
+def test_without_a_driver_it_says_so():
+    assert native.refusal() is None
+    with pytest.raises(RuntimeError, match="no NVIDIA driver found"):
+        torch.ops.rwkv.cuda_load(0, str(next(build.folder().glob("*.cubin"))))
+
+
+def test_segments_fill_a_gpu_and_no_more():
+    for batch in (1, 3, 16, 200):
+        for length in (1, 16, 100, 1024, 16384, 10**6):
+            for channels in (1, 768, 5120, 70000):
+                tokens = native.segment_length(batch, length, channels)
+                threads = batch * channels * -(-length // tokens)
+                assert tokens % native.KEEP == 0
+                assert threads <= max(native.THREADS, batch * channels)
+                assert tokens <= 2 * native.KEEP or tokens >= length or threads > native.THREADS / 2.5
