@@ -130,3 +130,24 @@ def test_memory_is_what_is_stated(dtype, length):
     peak = torch.cuda.max_memory_allocated() - before
     # then gk and gv, and 5 fp32 per channel and segment of at least 32 tokens
     assert peak <= numbers * (3 * y.element_size() + 4 * 3 / 16 + 4 * 5 / 32) * 1.02 + (1 << 20)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 48 << 30, reason="needs 40 GB of GPU memory"
+)
+def test_offsets_have_64_bits():
+    length, channels, tail = 1_100_000, 2048, 64  # 2.25 · 10^9 numbers
+    w, u, *_ = on_gpu(inputs(1, 1, channels, state=False, reset=False))
+    k, v = (torch.randn(1, length, channels, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    y, last = cuda(w, u, k, v)
+    _, before = cuda(w, u, k[:, :-tail].detach(), v[:, :-tail].detach())
+    k1, v1 = (x[:, -tail:].detach().clone().requires_grad_() for x in (k, v))
+    y1, last1 = cuda(w, u, k1, v1, before)
+    torch.testing.assert_close(y[:, -tail:], y1, rtol=2**-7, atol=2**-7)  # split elsewhere, then rounded to 8 bits
+    torch.testing.assert_close(last, last1, rtol=1e-4, atol=1e-4)
+    gy = torch.zeros_like(y)
+    gy[:, -tail:] = torch.randn(1, tail, channels, device="cuda", dtype=torch.bfloat16)
+    ours = torch.autograd.grad(y, (k, v), gy)
+    theirs = torch.autograd.grad(y1, (k1, v1), gy[:, -tail:].contiguous())
+    for whole, piece in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(whole[:, -tail:], piece, rtol=2**-6, atol=2**-6)

@@ -1,0 +1,66 @@
+"""Training on a GPU: the CPU's curve in fp32, falling losses in tf32, bf16 and fp16, and a model that both devices read alike."""
+
+import json
+
+import pytest
+import torch
+
+from rwkv import checkpoint
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.train.fit import fit
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
+
+RUN = {"ctx_len": 64, "micro_bsz": 2, "epoch_steps": 20, "epoch_count": 1, "random_seed": 1, "lr_init": 1e-3, "lr_final": 1e-3}
+MODEL = {"n_layer": 2, "n_embd": 64, "vocab_size": 300}
+
+
+@pytest.fixture
+def losses(make_data, tmp_path):
+    def run(config, name: str, **flags) -> list[float]:
+        folder = tmp_path / name
+        fit(config(**RUN, data_file=make_data(5000, 300), proj_dir=str(folder), **flags))
+        return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def test_full_tuning_in_fp32_follows_the_cpu(losses):
+    on = [losses(TrainConfig, device, precision="fp32", accelerator=device, **MODEL) for device in ("cpu", "gpu")]
+    assert on[0][-1] < on[0][0]
+    torch.testing.assert_close(*on, rtol=1e-4, atol=0)  # sums in another order, through 20 steps of Adam
+
+
+def test_lora_in_fp32_follows_the_cpu(losses, make_base):
+    base = str(make_base(**MODEL))
+    flags = {"load_model": base, "lora": True, "lora_r": 4, "lora_alpha": 8, "precision": "fp32"}
+    on = [losses(LoRAConfig, device, accelerator=device, **flags) for device in ("cpu", "gpu")]
+    assert on[0][-1] < on[0][0]
+    torch.testing.assert_close(*on, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+def test_lower_precisions_train(losses, precision):
+    exact = losses(TrainConfig, "fp32", precision="fp32", accelerator="gpu", **MODEL)
+    rounded = losses(TrainConfig, precision, precision=precision, accelerator="gpu", **MODEL)
+    assert rounded[-1] < rounded[0]
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)  # 8 significant bits in bf16, in every product
+
+
+def test_checkpointed_blocks_change_memory_and_nothing_else(losses):
+    kept, again = (losses(TrainConfig, f"grad_cp{n}", precision="fp32", accelerator="gpu", grad_cp=n, **MODEL) for n in (0, 1))
+    torch.testing.assert_close(kept, again, rtol=1e-6, atol=0)
+
+
+def test_a_state_is_carried_token_by_token_on_a_gpu(make_base):
+    model = checkpoint.load_model(make_base(**MODEL), device="cuda")
+    tokens = torch.randint(300, (2, 50), device="cuda")
+    with torch.no_grad():
+        whole, _ = model(tokens)
+        state, pieces = None, []
+        for t in range(50):
+            logits, state = model(tokens[:, t : t + 1], state)
+            pieces.append(logits)
+        on_cpu, _ = checkpoint.load_model(make_base(**MODEL))(tokens.cpu())
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole.cpu(), on_cpu, rtol=1e-4, atol=1e-4)
