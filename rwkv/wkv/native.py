@@ -39,7 +39,7 @@ class _WKV4(torch.autograd.Function):
 def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `rwkv.wkv.wkv4`, on CPU tensors; arithmetic and saved tensors are fp32."""
     as_fp32 = [x.float().contiguous() for x in (w, u, k, v)]
-    if not math.isfinite(sum(float(x.sum()) for x in as_fp32)):  # -ffast-math would hide a NaN; the loop passes it on
+    if not math.isfinite(sum(float(x.detach().sum()) for x in as_fp32)):  # -ffast-math would hide a NaN; the loop passes it on
         return reference.wkv4(w, u, k, v, state, reset)
     y, last = _WKV4.apply(*as_fp32, None if state is None else state.float().contiguous(), None if reset is None else reset.contiguous())
     return y.to(k.dtype), last
