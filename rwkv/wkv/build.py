@@ -1,8 +1,6 @@
 """Compile the WKV units ahead of time (`make kernels`), and say whether what is there is current."""
 
-import contextlib
 import hashlib
-import io
 import json
 import shutil
 import tempfile
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from rwkv import compat
 from rwkv.files import whole, write_json
 
 SOURCES = Path(__file__).parents[2] / "cuda"
@@ -48,9 +47,7 @@ def refusal() -> str | None:
 
 def build() -> Path:
     """Compile with g++ and ninja, through torch's C++ extension builder. Raises SystemExit with a remedy if there is no compiler."""
-    with contextlib.redirect_stderr(io.StringIO()):  # it remarks that there is no CUDA toolkit; none is needed
-        from torch.utils import cpp_extension
-
+    cpp_extension = compat.cpp_extension()
     if shutil.which("g++") is None and shutil.which("c++") is None:
         raise SystemExit(
             "make kernels: no C++ compiler found. Install one (Ubuntu, Debian: sudo apt install g++; conda: conda install gxx) and run"
