@@ -56,5 +56,7 @@ def test_the_extension_builder_makes_no_remarks():
 
 def test_no_other_module_asks_for_a_version(root):
     for path in sorted((root / "rwkv").rglob("*.py")):
-        asks = re.findall(r"version_info|importlib|ImportError|ModuleNotFoundError|__version__\S* *(?:[<>]|==|!=)", path.read_text(encoding="utf-8"))
+        asks = re.findall(
+            r"version_info|importlib|ImportError|ModuleNotFoundError|__version__\S* *(?:[<>]|==|!=)", path.read_text(encoding="utf-8")
+        )
         assert not asks or path.name == "compat.py", path

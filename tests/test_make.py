@@ -113,11 +113,17 @@ def test_a_wrong_python_is_refused_by_name(tmp_path, bare, stack, versions):
     assert f"PYTHON=/nowhere/python3 is not a working Python {versions} with" in done.stderr
 
 
-def test_a_python_of_another_version_is_refused(tmp_path, bare):
-    if sys.version_info[:2] == (3, 10):
-        pytest.skip("this Python suits both stacks")
-    done = venv(tmp_path, bare, "cu117", PYTHON=sys.executable)
-    assert f"PYTHON={sys.executable} is not a working Python 3.10" in done.stderr
+@pytest.mark.parametrize(("stack", "suits"), [("cu117", [10]), ("modern", [10, 11, 12, 13])])
+def test_each_stack_takes_its_pythons_and_no_others(tmp_path, bare, stack, suits):
+    python = tmp_path / "python"
+    for minor in range(8, 15):
+        python.write_text(
+            f'#!/usr/bin/env bash\nexec {sys.executable} -c "import sys; sys.version_info = (3, {minor}, 1); $2" "${{@:3}}"\n'
+        )
+        python.chmod(0o755)
+        done = venv(tmp_path, bare, stack, PYTHON=str(python))
+        assert (f"{stack} stack on {python}; installing" in done.stdout) == (minor in suits)
+        assert (f"{python} is not a working Python" in done.stderr) == (minor not in suits)
 
 
 FAKE = """#!/usr/bin/env bash
