@@ -70,7 +70,7 @@ def test_a_python_that_is_given_is_used_and_nothing_is_installed(tmp_path, targe
 
 
 def test_an_unknown_stack_is_refused_by_name(tmp_path):
-    done = make("venv", STACK="cu99", VENV=str(tmp_path / "venv"))
+    done = make("venv", STACK="cu99", VENV=str(tmp_path / "venv"), PY="")
     assert done.returncode != 0
     assert "STACK=cu99 is not one of cu117, modern" in done.stderr
 
