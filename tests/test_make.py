@@ -18,7 +18,7 @@ OURS = {"STACK": "cu117" if importlib.metadata.version("torch").startswith("1.")
 
 def make(*arguments, **variables):
     """Run make on the stack that the tests run in."""
-    own = {name: value for name, value in os.environ.items() if name not in ("PY", "STACK", "VENV")}
+    own = {name: value for name, value in os.environ.items() if name not in ("ARGS", "PY", "STACK", "VENV")}
     own |= {"MAKEFLAGS": "", "MAKELEVEL": ""} | (OURS if MADE else {"PY": sys.executable}) | variables
     return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, env=own)
 
