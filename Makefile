@@ -1,36 +1,43 @@
 # make help is the index. Every job takes the flags of its script: make lora ARGS="--load_model base.pth --data_file mine.jsonl"
+# STACK=modern works in .venv-modern, on the stack for newer GPUs. PY=/path/to/python works with that Python as it is, and installs nothing.
 SHELL := bash
-VENV ?= .venv
+STACK ?= cu117
+VENV ?= $(if $(filter cu117,$(STACK)),.venv,.venv-$(STACK))
+LOCKS := $(wildcard docker/locks/$(STACK).txt docker/locks/$(STACK)-deepspeed.txt)
+KERNELS := $(VENV)/.kernels
+ifdef PY
+.PHONY: $(KERNELS)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-KERNELS := $(VENV)/.kernels
-LOCKS := docker/locks/cu117.txt docker/locks/cu117-deepspeed.txt
+ORACLE := $(VENV)/oracle/.ready
+endif
 CLEAN_DEMO := out/demo
 .DEFAULT_GOAL := help
-.PHONY: help venv env kernels lora finetune pretrain convert merge generate demo test lint lock clean
+.PHONY: help venv env kernels lora finetune pretrain convert merge generate demo test test-gpu lint lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-venv: $(READY)  ## make .venv: the documented stack from PyPI, every file checked by its hash
-
+venv: $(READY)  ## make .venv: the documented stack from PyPI, every file checked by its hash; with STACK=modern .venv-modern
 	@$(MAKE) --silent kernels || echo 'Going on without the compiled kernel: correct, and slow.'
 
-$(READY): $(LOCKS) docker/venv.sh docker/install.sh
-	docker/venv.sh $(VENV)
+$(VENV)/.ready: $(LOCKS) docker/venv.sh docker/install.sh
+	docker/venv.sh $(VENV) $(STACK)
 	@touch $@
 
 env:  ## make the conda environment `rwkv` with the same packages
 	conda env update --file environment.yml
-	conda run --no-capture-output --name rwkv docker/install.sh python
+	conda run --no-capture-output --name rwkv docker/install.sh python cu117
 	conda run --no-capture-output --name rwkv python -c 'from rwkv.wkv import build; build.main()'
 	@echo 'Now: conda activate rwkv, then the scripts: python scripts/lora.py --help'
 
 kernels: $(KERNELS)  ## compile the WKV operator (seconds; nothing is compiled at run time)
 
-$(KERNELS): $(READY) $(wildcard cuda/*.h cuda/*.cpp cuda/*.cu) rwkv/wkv/build.py rwkv/wkv/nvrtc.py
+$(KERNELS): $(READY) $(wildcard cuda/*.h cuda/*.cpp cuda/*.cu) rwkv/wkv/build.py rwkv/wkv/nvrtc.py rwkv/compat.py
 	$(PY) -c 'from rwkv.wkv import build; build.main()'
-	@touch $@
+	$(if $(READY),@touch $@)
 
 lora: venv  ## LoRA tuning; with no ARGS the whole line on an example
 ifeq ($(strip $(ARGS)),)
@@ -53,22 +60,27 @@ demo: venv  ## the story from text to tuned model (what make lora does with no A
 	@PY=$(PY) scripts/demo.sh
 
 # An independent implementation that the tests compare with; never installed into our environment.
-$(VENV)/oracle/.ready: $(READY) tests/oracle.txt
+$(VENV)/oracle/.ready: $(VENV)/.ready tests/oracle.txt
 	rm -rf $(@D)
 	$(PY) -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps --target $(@D) -r tests/oracle.txt
 	@touch $@
 
-test: venv $(VENV)/oracle/.ready  ## the tests (ARGS goes to pytest)
+test: venv $(ORACLE)  ## the tests (ARGS goes to pytest)
 	$(PY) -m pytest $(ARGS)
 
-lint: $(READY)  ## ruff and shellcheck
+# On the stack that drives this GPU: make test-gpu STACK=modern, or PY=... where a Python has torch already.
+test-gpu: venv  ## what needs a GPU: its tests, then the CUDA unit's timings
+	$(PY) -m pytest -m gpu $(ARGS)
+	$(PY) bench/wkv_gpu.py
+
+lint: $(VENV)/.ready  ## ruff and shellcheck
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/shellcheck docker/*.sh scripts/*.sh .ci/run
 
-lock: $(READY)  ## pin again: pyproject.toml to docker/locks/
+lock: $(VENV)/.ready  ## pin again: pyproject.toml to docker/locks/
 	docker/lock.sh $(VENV)/bin/uv
 
 clean:  ## remove what was made, except your data and runs
-	rm -rf $(VENV) $(CLEAN_DEMO) rwkv/wkv/lib build ./*.egg-info
+	rm -rf $(VENV) .venv .venv-modern $(CLEAN_DEMO) rwkv/wkv/lib build ./*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

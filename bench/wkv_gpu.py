@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from rwkv import compat
 from rwkv.wkv import build, native, nvrtc, wkv4
 
 HERE = Path(__file__).parent
@@ -40,7 +41,7 @@ class Naive:
     def __init__(self, dtype: torch.dtype):
         torch.cuda.current_stream()  # torch's context is current from here on
         major, minor = torch.cuda.get_device_capability()
-        compiler = nvrtc.Compiler(nvrtc.library())
+        compiler = nvrtc.Compiler(compat.nvrtc())
         options = ["--std=c++17"] + (["-DBF16"] if dtype == torch.bfloat16 else [])
         image, _ = compiler.compile(HERE / "wkv4_naive.cu", [build.SOURCES / "wkv4.h"], f"sm_{major}{minor}", options)
         self._cuda = ctypes.CDLL("libcuda.so.1")

@@ -1,35 +1,42 @@
 #!/usr/bin/env bash
-# Make a virtual environment with the locked stack: venv.sh DIR
-# Python 3.10 is $PYTHON, or found on PATH, under pyenv, or through uv, in this order.
+# Make a virtual environment with a locked stack: venv.sh DIR STACK
+# Its Python is $PYTHON, or found on PATH, under pyenv, or through uv, in this order.
 set -euo pipefail
-dir=${1:?usage: venv.sh DIR}
+dir=${1:?usage: venv.sh DIR STACK}
+stack=${2:?usage: venv.sh DIR STACK}
 cd "$(dirname "$0")/.."
+case $stack in
+  cu117) versions=(3.10) wanted="Python 3.10" size=3.7 ;;
+  modern) versions=(3.12 3.13 3.11 3.10) wanted="Python 3.10 to 3.13" size=5.3 ;;
+  *) echo "STACK=$stack is not one of cu117, modern." >&2; exit 1 ;;
+esac
 
-is_310() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 10))' >/dev/null 2>&1; }
+fits() { "$1" -c 'import sys, venv, ensurepip; sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv[1:])' "${versions[@]}" >/dev/null 2>&1; }
 find_python() {
-  local candidate
-  for candidate in ${PYTHON:+"$PYTHON"} python3.10 python3 python "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.10*/bin/python; do
-    if is_310 "$candidate"; then echo "$candidate"; return; fi
-    if [ "$candidate" = "${PYTHON:-}" ]; then echo "PYTHON=$PYTHON is not a working Python 3.10 with the venv module." >&2; return 1; fi
+  local candidate root=${PYENV_ROOT:-$HOME/.pyenv}/versions candidates=(${PYTHON:+"$PYTHON"} "${versions[@]/#/python}" python3 python)
+  for version in "${versions[@]}"; do candidates+=("$root/$version"*/bin/python); done
+  for candidate in "${candidates[@]}"; do
+    if fits "$candidate"; then echo "$candidate"; return; fi
+    if [ "$candidate" = "${PYTHON:-}" ]; then echo "PYTHON=$PYTHON is not a working $wanted with the venv module." >&2; return 1; fi
   done
   if command -v uv >/dev/null; then
-    uv python find --system 3.10 2>/dev/null || { uv python install 3.10 >&2 && uv python find --system 3.10; }
+    uv python find --system "${versions[0]}" 2>/dev/null || { uv python install "${versions[0]}" >&2 && uv python find --system "${versions[0]}"; }
     return
   fi
-  cat >&2 <<'EOF'
-No Python 3.10 with its venv module found on PATH, under ~/.pyenv or through uv. torch 1.13.1 and DeepSpeed 0.7.0 need it. Any one of these gives you one:
+  cat >&2 <<EOF
+No $wanted with its venv module found on PATH, under ~/.pyenv or through uv. The $stack stack needs it. Any one of these gives you one:
   Ubuntu 22.04:   sudo apt install python3.10 python3.10-venv
   Ubuntu 20.04:   sudo add-apt-repository ppa:deadsnakes/ppa && sudo apt install python3.10 python3.10-venv
-  pyenv:          pyenv install 3.10
-  uv:             pip install uv          (make venv then fetches Python 3.10 through it)
-  conda:          make env                (instead of make venv)
-or say where it is: make venv PYTHON=/path/to/python3.10
+  pyenv:          pyenv install ${versions[0]}
+  uv:             pip install uv          (make venv then fetches Python ${versions[0]} through it)
+  conda:          make env                (instead of make venv; the cu117 stack)
+or say where it is: make venv PYTHON=/path/to/python${versions[0]} STACK=$stack
 EOF
   return 1
 }
 
 python=$(find_python)
-echo "venv: Python 3.10 is $python; installing about 3.5 GB into $dir (one to five minutes)"
+echo "venv: the $stack stack on $python; installing about $size GB into $dir (one to five minutes)"
 rm -rf "$dir"
 "$python" -m venv "$dir"
-docker/install.sh "$dir/bin/python"
+docker/install.sh "$dir/bin/python" "$stack"

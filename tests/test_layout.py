@@ -13,7 +13,7 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("") for path in (ROOT / "rwk
 
 # From the bottom up. A module imports only from rooms below its own, or from its own.
 ROOMS = [
-    ["rwkv/config", "rwkv/errors", "rwkv/files", "rwkv/__init__"],
+    ["rwkv/compat", "rwkv/config", "rwkv/errors", "rwkv/files", "rwkv/__init__"],
     ["rwkv/cli"],
     ["rwkv/wkv/nvrtc", "rwkv/wkv/reference"],
     ["rwkv/wkv/build"],

@@ -1,20 +1,26 @@
 """make is the index, and finds or asks for what it needs."""
 
+import importlib.metadata
 import os
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = "venv env lora finetune pretrain convert merge generate demo test lint lock clean".split()
+TARGETS = "venv env lora finetune pretrain convert merge generate demo test test-gpu lint lock clean".split()
+MADE = (Path(sys.prefix) / ".ready").exists()  # else these tests run in a Python that make does not look after
+OURS = {"STACK": "cu117" if importlib.metadata.version("torch").startswith("1.") else "modern", "VENV": sys.prefix}
 
 
-def make(*arguments, **keywords):
-    environment = {**os.environ, "MAKEFLAGS": "", "MAKELEVEL": ""}
-    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, env=environment, **keywords)
+def make(*arguments, **variables):
+    """Run make on the stack that the tests run in."""
+    own = {name: value for name, value in os.environ.items() if name not in ("ARGS", "PY", "STACK", "VENV")}
+    own |= {"MAKEFLAGS": "", "MAKELEVEL": ""} | (OURS if MADE else {"PY": sys.executable}) | variables
+    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, env=own)
 
 
 def test_help_is_the_index():
@@ -28,6 +34,7 @@ def test_every_make_target_of_the_readme_exists():
     assert set(re.findall(r"`make ([\w-]+)", (ROOT / "README.md").read_text(encoding="utf-8"))) <= set(listed)
 
 
+@pytest.mark.skipif(not MADE, reason="make did not make this Python")
 def test_a_second_make_venv_is_quick_and_silent():
     started = time.monotonic()
     done = make("venv")
@@ -41,6 +48,41 @@ def test_arguments_reach_the_script():
     assert "none.pth: no such checkpoint" in done.stderr
 
 
+JOBS = {name: f"scripts/{name}.py" for name in ("finetune", "pretrain", "convert", "generate")}
+JOBS |= {"lora": "scripts/demo_corpus.py", "demo": "scripts/demo_corpus.py", "merge": "scripts/merge_lora.py", "test": "-m pytest", "test-gpu": "-m pytest -m gpu"}
+
+
+@pytest.mark.parametrize("target", [*JOBS, "kernels"])
+@pytest.mark.parametrize("given", ["on the command line", "in the environment"])
+def test_a_python_that_is_given_is_used_and_nothing_is_installed(tmp_path, target, given):
+    python = tmp_path / "python"
+    python.write_text(f"#!/usr/bin/env bash\nset -f; echo $PYTHONPATH $* >>{tmp_path}/called\n")
+    python.chmod(0o755)
+    variables = {"VENV": str(tmp_path / "venv"), "OUT": str(tmp_path / "out")}
+    done = make(target, f"PY={python}", **variables) if given == "on the command line" else make(target, PY=str(python), **variables)
+    assert done.returncode == 0, done.stderr
+    first, *rest = (tmp_path / "called").read_text().splitlines()
+    assert first.startswith(str(ROOT))  # on PYTHONPATH, as this checkout is not installed there
+    assert "build.main()" in first
+    assert not rest if target == "kernels" else JOBS[target] in rest[0]
+    assert not any("pip" in line for line in rest)
+    assert not (tmp_path / "venv").exists()
+
+
+def test_an_unknown_stack_is_refused_by_name(tmp_path):
+    done = make("venv", STACK="cu99", VENV=str(tmp_path / "venv"), PY="")
+    assert done.returncode != 0
+    assert "STACK=cu99 is not one of cu117, modern" in done.stderr
+
+
+@pytest.mark.parametrize(("stack", "folder"), [("cu117", ".venv"), ("modern", ".venv-modern")])
+def test_each_stack_has_its_environment(stack, folder):
+    command = ["make", "--dry-run", "--always-make", "venv", f"STACK={stack}"]
+    clean = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=clean)
+    assert done.stdout.startswith(f"docker/venv.sh {folder} {stack}\n")
+
+
 @pytest.fixture
 def bare(tmp_path):
     """A PATH with the tools that a script needs and no Python at all."""
@@ -51,22 +93,37 @@ def bare(tmp_path):
     return folder
 
 
-def venv(tmp_path, path, **environment):
+def venv(tmp_path, path, stack, **environment):
     clean = {"PATH": str(path), "HOME": str(tmp_path), **environment}
-    return subprocess.run(["docker/venv.sh", str(tmp_path / "v")], cwd=ROOT, capture_output=True, text=True, env=clean, check=False)
+    return subprocess.run(["docker/venv.sh", str(tmp_path / "v"), stack], cwd=ROOT, capture_output=True, text=True, env=clean, check=False)
 
 
-def test_without_python_310_it_says_how_to_get_one(tmp_path, bare):
-    done = venv(tmp_path, bare)
+@pytest.mark.parametrize(("stack", "version"), [("cu117", "3.10"), ("modern", "3.12")])
+def test_without_python_it_says_how_to_get_one(tmp_path, bare, stack, version):
+    done = venv(tmp_path, bare, stack)
     assert done.returncode == 1
-    for way in ("apt install python3.10", "pyenv install 3.10", "pip install uv", "make env", "make venv PYTHON="):
+    for way in ("apt install python3.10", f"pyenv install {version}", "pip install uv", "make env", "make venv PYTHON="):
         assert way in done.stderr
 
 
-def test_a_wrong_python_is_refused_by_name(tmp_path, bare):
-    done = venv(tmp_path, bare, PYTHON="/nowhere/python3")
+@pytest.mark.parametrize(("stack", "versions"), [("cu117", "3.10"), ("modern", "3.10 to 3.13")])
+def test_a_wrong_python_is_refused_by_name(tmp_path, bare, stack, versions):
+    done = venv(tmp_path, bare, stack, PYTHON="/nowhere/python3")
     assert done.returncode == 1
-    assert "PYTHON=/nowhere/python3 is not a working Python 3.10" in done.stderr
+    assert f"PYTHON=/nowhere/python3 is not a working Python {versions} with" in done.stderr
+
+
+@pytest.mark.parametrize(("stack", "suits"), [("cu117", [10]), ("modern", [10, 11, 12, 13])])
+def test_each_stack_takes_its_pythons_and_no_others(tmp_path, bare, stack, suits):
+    python = tmp_path / "python"
+    for minor in range(8, 15):
+        python.write_text(
+            f'#!/usr/bin/env bash\nexec {sys.executable} -c "import sys; sys.version_info = (3, {minor}, 1); $2" "${{@:3}}"\n'
+        )
+        python.chmod(0o755)
+        done = venv(tmp_path, bare, stack, PYTHON=str(python))
+        assert (f"{stack} stack on {python}; installing" in done.stdout) == (minor in suits)
+        assert (f"{python} is not a working Python" in done.stderr) == (minor not in suits)
 
 
 FAKE = """#!/usr/bin/env bash
@@ -75,21 +132,26 @@ echo "found $0" >&2; exit 7
 """
 
 
-@pytest.mark.parametrize("place", ["bin/python3.10", "bin/python3", ".pyenv/versions/3.10.13/bin/python"])
-def test_python_310_is_found_on_path_and_under_pyenv(tmp_path, bare, place):
+@pytest.mark.parametrize(
+    ("stack", "place"),
+    [("cu117", place) for place in ("bin/python3.10", "bin/python3", ".pyenv/versions/3.10.13/bin/python")]
+    + [("modern", place) for place in ("bin/python3.13", "bin/python3.10", "bin/python3", ".pyenv/versions/3.11.7/bin/python")],
+)
+def test_python_is_found_on_path_and_under_pyenv(tmp_path, bare, stack, place):
     python = tmp_path / place
     python.parent.mkdir(parents=True, exist_ok=True)
     python.write_text(FAKE)
     python.chmod(0o755)
-    done = venv(tmp_path, bare)
+    done = venv(tmp_path, bare, stack)
     assert place.split("/")[-1] in done.stdout
     assert "found " in done.stderr
 
 
-def test_python_310_is_found_through_uv(tmp_path, bare):
+@pytest.mark.parametrize(("stack", "version"), [("cu117", "3.10"), ("modern", "3.12")])
+def test_python_is_found_through_uv(tmp_path, bare, stack, version):
     python = tmp_path / "uv-python"
     python.write_text(FAKE)
-    (bare / "uv").write_text(f'#!/usr/bin/env bash\n[ "$*" = "python find --system 3.10" ] && echo {python}\n')
+    (bare / "uv").write_text(f'#!/usr/bin/env bash\n[ "$*" = "python find --system {version}" ] && echo {python}\n')
     for path in (python, bare / "uv"):
         path.chmod(0o755)
-    assert f"found {python}" in venv(tmp_path, bare).stderr
+    assert f"found {python}" in venv(tmp_path, bare, stack).stderr

@@ -5,8 +5,9 @@ import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import rwkv_tokenizer
+from rwkv import compat
 
+rwkv_tokenizer = compat.rwkv_tokenizer()
 EOD = 0  # ends a document; stands for no text
 LARGEST_ID = 65529
 VOCAB_SIZE = 65536  # the rows that World checkpoints have

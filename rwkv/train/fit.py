@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from rwkv import checkpoint, lora
+from rwkv import checkpoint, compat, lora
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data import sampling
 from rwkv.data.binidx import Dataset
@@ -73,7 +73,7 @@ def fit(config: TrainConfig) -> Result:
     save = _saver(config, folder, model, adapter, data)
     metrics, checkpoints = Metrics(config, folder), Checkpoints(config, save)
     trainer = _trainer(config, [metrics, checkpoints])
-    trainer.fit(TrainingModule(model, contexts, config))
+    compat.fit(trainer, TrainingModule(model, contexts, config))
     if trainer.interrupted:
         _print(
             f"interrupted at step {schedule.first_step(config) + trainer.global_step}"
@@ -247,14 +247,12 @@ def _trainer(c: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
         accelerator="gpu" if gpu else "cpu" if c.accelerator == "auto" else c.accelerator,
         devices=c.devices,
         num_nodes=c.num_nodes,
-        strategy=None if alone and c.strategy == "auto" else "ddp_find_unused_parameters_false",
-        precision={"fp32": 32, "tf32": 32, "bf16": "bf16", "fp16": 16}[precision],
+        **compat.trainer_options(precision, alone and c.strategy == "auto"),
         max_steps=schedule.total_steps(c),
         max_epochs=-1,
         accumulate_grad_batches=c.accumulate_grad_batches,
         gradient_clip_val=c.grad_clip or None,
         callbacks=callbacks,
-        replace_sampler_ddp=False,  # the dataset shares out its samples over the ranks itself
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

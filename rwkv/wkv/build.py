@@ -4,9 +4,7 @@ In rwkv/wkv/lib/torch-<version>/: wkv4.so, the host extension with the CPU unit 
 architecture and wkv4_compute_<newest>.ptx, the CUDA unit; manifest.json, written last.
 """
 
-import contextlib
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from rwkv import compat
 from rwkv.files import whole, write_json
 from rwkv.wkv import nvrtc
 
@@ -25,7 +24,6 @@ SOURCES = Path(__file__).parents[2] / "cuda"
 # there is one pool of threads and not two. Widths are chosen file by file and at run time, so nothing here names a processor.
 HOST_OPTIONS = ["-O3", "-fopenmp", "-std=c++17", "-Wno-psabi", "-Wno-unknown-pragmas"]
 DEVICE_OPTIONS = ["--std=c++17", "--ptxas-options=-v"]
-ARCHS_OF_CUDA_11 = [60, 70, 75, 80, 86]  # what torch 1.13.1 has code for; its NVRTC knows older ones that nobody trains on
 
 
 def folder() -> Path:
@@ -123,9 +121,7 @@ def build() -> None:
 
 
 def _build_host() -> None:
-    with contextlib.redirect_stderr(io.StringIO()):  # it remarks that there is no CUDA toolkit; none is needed
-        from torch.utils import cpp_extension
-
+    cpp_extension = compat.cpp_extension()
     with tempfile.TemporaryDirectory() as build_folder:
         sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
         cpp_extension.load(
@@ -141,11 +137,11 @@ def _build_host() -> None:
 
 
 def _build_device(pool: ThreadPoolExecutor) -> dict:
-    path = nvrtc.library()
+    path = compat.nvrtc()
     if path is None:
         return {}
     compiler = nvrtc.Compiler(path)
-    archs = ARCHS_OF_CUDA_11 if compiler.version.startswith("11.") else [arch for arch in compiler.archs if arch >= 75]
+    archs = compat.gpu_archs(compiler.version, compiler.archs)
     targets = [f"sm_{arch}" for arch in archs] + [f"compute_{archs[-1]}"]
     files = dict(zip(targets, pool.map(lambda target: _compile(compiler, target), targets), strict=True))
     return {

@@ -1,25 +1,10 @@
 """NVRTC, the CUDA compiler that comes with torch's wheels: device code without nvcc, a toolkit or a GPU."""
 
 import ctypes
-import importlib.util
 import re
 from pathlib import Path
 
-import torch
-
 # cuda-python would bind these eight functions as well; its releases for CUDA 11.7 need Cython and a toolkit to build.
-
-
-def library() -> Path | None:
-    """The NVRTC of this environment, torch's own CUDA version first; None if no wheel of it is installed."""
-    spec = importlib.util.find_spec("nvidia")
-    places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
-    found = [
-        path for place in places for path in sorted(place.glob("*/lib/libnvrtc.so.*")) if re.fullmatch(r"libnvrtc\.so\.[\d.]+", path.name)
-    ]
-    major = (torch.version.cuda or "").split(".")[0]
-    ours = [path for path in found if path.parts[-3] in ("cuda_nvrtc", f"cu{major}")]
-    return next(iter(ours + found), None)
 
 
 class Compiler:

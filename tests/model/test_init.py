@@ -62,7 +62,7 @@ def test_narrow_matrices_have_gain_one_and_a_small_head_one_half():
 
 
 def test_embedding_is_uniform_in_the_learning_rate():
-    weight = fresh(V=5000, scale=6e-4).emb.weight
+    weight = fresh(V=5000, scale=6e-4).emb.weight.detach()
     assert float(weight.abs().max()) <= 6e-4
     assert float(weight.std()) == pytest.approx(6e-4 / math.sqrt(3), rel=0.02)  # of a uniform; 40 000 draws
 

@@ -36,6 +36,7 @@ def test_from_text_to_a_tuned_model_that_answers(script, write_jsonl, tmp_path):
         *TRAINING,
     )
     assert "loss" in done.stderr, "no progress bar"
+    assert not re.search("warn|deprecat", done.stderr, re.IGNORECASE), done.stderr
     adapter = tmp_path / "lora/rwkv-0.pth"
     done = script("merge_lora.py", "--adapter", adapter, "--output", "merged.pth")
     difference = float(re.search(r"largest logit difference .* (\S+) \(", done.stdout)[1])

@@ -116,7 +116,7 @@ def plain_trainer(p: dict, trained: list[str], stream: np.ndarray, steps: int, c
             logits = forward(p, batch[:, :-1], lora)
             loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), batch[:, 1:].reshape(-1))
             L2Wrap.apply(loss, logits).div(accumulate).backward()
-            mean += float(loss) / accumulate
+            mean += float(loss.detach()) / accumulate
         torch.nn.utils.clip_grad_norm_([p[key] for key in trained], 1.0)
         adam.step()
         losses.append(mean)

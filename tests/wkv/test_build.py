@@ -8,9 +8,10 @@ import subprocess
 import pytest
 import torch
 
+from rwkv import compat
 from rwkv.wkv import build, native, nvrtc
 
-COMPILER = nvrtc.Compiler(nvrtc.library())
+COMPILER = nvrtc.Compiler(compat.nvrtc())
 KERNELS = {f"wkv4_{what}_{dtype}" for what in ("summary", "output", "summary_gradient", "gradient") for dtype in ("fp32", "bf16", "fp16")}
 KERNELS |= {"wkv4_scan", "wkv4_scan_gradient"}
 ARCHS = sorted(int(name.split("_sm_")[1].split(".")[0]) for name in build.manifest()["device"]["files"] if "_sm_" in name)

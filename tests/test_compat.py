@@ -1,0 +1,62 @@
+"""What differs between the stacks is met in rwkv/compat.py, and seen nowhere else."""
+
+import re
+import signal
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import pytorch_lightning as pl
+
+from rwkv import compat
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])  # fp16 needs a GPU
+@pytest.mark.parametrize("alone", [True, False])
+def test_lightning_takes_the_options_without_a_warning(precision, alone):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=1 if alone else 2,
+            logger=False,
+            enable_checkpointing=False,
+            **compat.trainer_options(precision, alone),
+        )
+    assert ("bf16" in str(trainer.precision)) == (precision == "bf16")
+    assert trainer.world_size == (1 if alone else 2)
+
+
+def interrupted(module):
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        sys.exit(1)
+
+
+def test_ctrl_c_comes_back_and_can_be_pressed_again():
+    before = signal.getsignal(signal.SIGINT)
+    compat.fit(SimpleNamespace(fit=interrupted), None)  # as Lightning 2 ends
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_any_other_exit_is_an_exit():
+    with pytest.raises(SystemExit):
+        compat.fit(SimpleNamespace(fit=sys.exit), 3)
+
+
+def test_the_extension_builder_makes_no_remarks():
+    program = "from rwkv import compat; print(compat.cpp_extension().__name__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("torch.utils.cpp_extension\n", "")
+
+
+def test_no_other_module_asks_for_a_version(root):
+    for path in sorted((root / "rwkv").rglob("*.py")):
+        asks = re.findall(
+            r"version_info|importlib|ImportError|ModuleNotFoundError|__version__\S* *(?:[<>]|==|!=)", path.read_text(encoding="utf-8")
+        )
+        assert not asks or path.name == "compat.py", path
