@@ -70,7 +70,7 @@ test: venv $(ORACLE)  ## the tests (ARGS goes to pytest)
 
 # On the stack that drives this GPU: make test-gpu STACK=modern, or PY=... where a Python has torch already.
 test-gpu: venv  ## what needs a GPU: its tests, then the CUDA unit's timings
-	$(PY) -m pytest -m gpu $(ARGS)
+	$(PY) -m pytest tests/gpu -m gpu $(ARGS)
 	$(PY) bench/wkv_gpu.py
 
 lint: $(VENV)/.ready  ## ruff and shellcheck
