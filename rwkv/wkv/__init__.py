@@ -14,7 +14,7 @@ __all__ = ["empty_state", "wkv4"]
 
 def _cuda_refusal(k: Tensor) -> str | None:
     if k.device.type != "cuda":
-        return f"k is on {k.device}, and this unit computes on NVIDIA GPUs"
+        return f"k is on {k.device}, and this unit computes on NVIDIA GPUs; move the tensors to one"
     if torch.version.hip:
         return "torch is a ROCm build, and this unit is compiled for NVIDIA GPUs only"
     if k.element_size() == 8:
@@ -24,7 +24,7 @@ def _cuda_refusal(k: Tensor) -> str | None:
 
 def _cpu_refusal(k: Tensor) -> str | None:
     if k.device.type != "cpu":
-        return f"k is on {k.device}, and this unit computes on the CPU only"
+        return f"k is on {k.device}, and this unit computes on the CPU only; move the tensors there"
     if k.element_size() == 8:
         return 'k is fp64 and this unit computes in fp32; use impl="reference"'
     return native.refusal()

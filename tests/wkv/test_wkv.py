@@ -53,7 +53,7 @@ def test_gradient_through_a_carried_state_is_exact():
 @given(
     batch=st.sampled_from([1, 2, 5]),
     length=st.sampled_from([1, 2, 31, 32, 33, 64, 97]),
-    channels=st.sampled_from([1, 3, 16, 33, 64, 65, 130]),
+    channels=st.sampled_from([1, 3, 16, 33, 64, 65, 130, 768]),
     scale=st.sampled_from([0.1, 1.0, 10.0, 80.0]),
     state=st.booleans(),
     reset=st.booleans(),
