@@ -15,7 +15,7 @@ ORACLE := $(VENV)/oracle/.ready
 endif
 CLEAN_DEMO := out/demo
 .DEFAULT_GOAL := help
-.PHONY: help venv env kernels lora finetune pretrain convert merge generate demo test test-gpu lint lock clean
+.PHONY: help venv env kernels lora finetune pretrain convert merge generate doctor demo test test-gpu lint lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,12 +46,13 @@ else
 	@$(PY) scripts/lora.py $(ARGS)
 endif
 
-finetune pretrain convert generate: venv
+finetune pretrain convert generate doctor: venv
 	@$(PY) scripts/$@.py $(ARGS)
 finetune:  ## tune all weights
 pretrain:  ## train a new model
 convert:  ## jsonl to binidx
 generate:  ## run a model: --ask, --prompt, or a chat
+doctor:  ## what this machine can do, what is missing, how to mend it
 
 merge: venv  ## merge an adapter into its base
 	@$(PY) scripts/merge_lora.py $(ARGS)

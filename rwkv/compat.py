@@ -79,3 +79,18 @@ def gpu_archs(nvrtc_version: str, known: list[int]) -> list[int]:
     for Jetson only; CUDA 13 begins with Turing."""
     wanted = [60, 70, 75, 80, 86] if nvrtc_version.startswith("11.") else [arch for arch in known if arch >= 75]
     return [arch for arch in wanted if arch in known]
+
+
+def stack() -> str:
+    """The stack that this Python has, by its torch: the name of its lock in docker/locks/."""
+    return "cu117" if torch.__version__.startswith("1.") else "modern"
+
+
+def pythons() -> list[str]:
+    """Pythons that the stack is locked for."""
+    return ["3.10"] if stack() == "cu117" else ["3.10", "3.11", "3.12", "3.13"]
+
+
+DRIVERS = {"11": (450, 515), "12": (525, 525), "13": (580, 580)}
+"""For each major CUDA version the oldest NVIDIA driver that runs its later minor versions too, and the driver that 11.7, 12.0, 13.0 came
+with (CUDA Toolkit release notes)."""

@@ -223,3 +223,13 @@ class GenerateConfig:
     """-1: different each time."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: a GPU if there is one."""
+
+
+@dataclass
+class DoctorConfig:
+    """The doctor."""
+
+    folder: str = "."
+    """Where runs will write."""
+    json: bool = False
+    """Print the findings as JSON."""

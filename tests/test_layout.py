@@ -27,7 +27,7 @@ ROOMS = [
     ["rwkv/data/__init__"],
     ["rwkv/data/jsonl", "rwkv/data/tokenizer", "rwkv/data/binidx", "rwkv/data/sampling"],
     ["rwkv/data/convert", "rwkv/data/dataset"],
-    ["rwkv/generate", "rwkv/train/__init__"],
+    ["rwkv/doctor", "rwkv/generate", "rwkv/train/__init__"],
     ["rwkv/train/schedule", "rwkv/train/optimizer", "rwkv/train/plot"],
     ["rwkv/train/module"],
     ["rwkv/train/callbacks"],

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = "venv env lora finetune pretrain convert merge generate demo test test-gpu lint lock clean".split()
+TARGETS = "venv env lora finetune pretrain convert merge generate doctor demo test test-gpu lint lock clean".split()
 MADE = (Path(sys.prefix) / ".ready").exists()  # else these tests run in a Python that make does not look after
 OURS = {"STACK": "cu117" if importlib.metadata.version("torch").startswith("1.") else "modern", "VENV": sys.prefix}
 
@@ -48,7 +48,7 @@ def test_arguments_reach_the_script():
     assert "none.pth: no such checkpoint" in done.stderr
 
 
-JOBS = {name: f"scripts/{name}.py" for name in ("finetune", "pretrain", "convert", "generate")}
+JOBS = {name: f"scripts/{name}.py" for name in ("finetune", "pretrain", "convert", "generate", "doctor")}
 JOBS |= {
     "lora": "scripts/demo_corpus.py",
     "demo": "scripts/demo_corpus.py",

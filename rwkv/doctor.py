@@ -1,0 +1,264 @@
+"""What this machine and environment can do for training, each finding with its remedy."""
+
+import contextlib
+import importlib
+import importlib.metadata
+import io
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from packaging.markers import Marker
+
+from rwkv import compat
+from rwkv.wkv import build, native, reference, wkv4
+
+ROOT = Path(__file__).parents[1]
+GIB = 1 << 30
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. "fail": training will not run, or not as it should; "warn": it runs, slower or closer to a limit."""
+
+    name: str
+    status: Status
+    found: str
+    remedy: str = ""
+
+
+def examine(folder: str | Path = ".") -> Iterator[Finding]:
+    """Look at everything, one finding after another; `folder` is where runs will write. Nothing is changed or downloaded."""
+    for check in (_python, _torch, _packages, _gpus, _compilers, _kernels, _deepspeed, _shared_memory, _memory, _entropy):
+        yield from _guarded(check)
+    yield from _guarded(lambda: _disk(Path(folder)))
+    yield from _guarded(lambda: _writable(Path(folder)))
+
+
+def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    try:
+        yield from check()
+    except Exception as error:  # the doctor's own trouble is a finding too: the others are still of use
+        name = getattr(check, "__name__", "check").strip("_<>")
+        yield Finding(name, "warn", f"could not be looked at ({type(error).__name__}: {error})", "please report this")
+
+
+def _python() -> Iterator[Finding]:
+    found = f"{platform.python_version()}, {platform.system()} {platform.machine()}"
+    wanted = compat.pythons()
+    fits = ".".join(platform.python_version_tuple()[:2]) in wanted
+    yield Finding(
+        "Python", "ok" if fits else "warn", found, "" if fits else f"this stack is locked for Python {', '.join(wanted)}: make venv"
+    )
+
+
+def _torch() -> Iterator[Finding]:
+    cuda = torch.version.cuda
+    yield Finding(
+        "torch", "ok", f"{torch.__version__}, " + (f"CUDA {cuda}" if cuda else "a CPU build") + f", {torch.get_num_threads()} threads"
+    )
+
+
+def _packages() -> Iterator[Finding]:
+    """Versions against the stack's lock."""
+    stack = compat.stack()
+    wrong, count = [], 0
+    for name in (stack, f"{stack}-deepspeed"):
+        path = ROOT / "docker/locks" / f"{name}.txt"
+        if not path.exists():
+            yield Finding("packages", "warn", f"no {path.name} to compare with", "run from a checkout")
+            return
+        for package, version, marker in re.findall(
+            r"^([\w.-]+)===?([^\s;]+)(?: ; (.*))? \\$", path.read_text(encoding="utf-8"), re.MULTILINE
+        ):
+            if marker and not Marker(marker).evaluate():
+                continue
+            count += 1
+            try:
+                installed = importlib.metadata.version(package).split("+")[0]
+            except importlib.metadata.PackageNotFoundError:
+                installed = "none"
+            if installed != version:
+                wrong.append(f"{package} {installed} (locked {version})")
+    if not wrong:
+        yield Finding("packages", "ok", f"all {count} as locked for the stack {stack}")
+        return
+    more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+    yield Finding("packages", "warn", f"{', '.join(wrong[:4])}{more}", f"make venv STACK={stack} installs the locked ones")
+
+
+def _gpus() -> Iterator[Finding]:
+    driver = _driver()
+    if driver:
+        oldest, own = compat.DRIVERS.get((torch.version.cuda or "").split(".")[0], (0, 0))
+        major = int(driver.split(".")[0])
+        status: Status = "fail" if major < oldest else "warn" if major < own else "ok"
+        remedy = f"CUDA {torch.version.cuda} came with driver {own} and needs {oldest} at least: update it" if major < own else ""
+        yield Finding("driver", status, driver, remedy)
+    if not torch.cuda.is_available():
+        if not driver:
+            yield Finding("GPU", "ok", "no NVIDIA driver: training runs on the CPU")
+        elif torch.version.cuda is None:
+            yield Finding("GPU", "fail", "there is a driver, and torch is a CPU build", "make venv")
+        else:
+            yield Finding(
+                "GPU",
+                "fail",
+                "there is a driver, and torch sees no GPU",
+                "check nvidia-smi and CUDA_VISIBLE_DEVICES; in a container, --gpus all",
+            )
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, compute capability {properties.major}.{properties.minor}"
+        archs = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)]
+        drives = any(arch // 10 == properties.major and arch % 10 <= properties.minor for arch in archs)
+        remedy = f"torch {torch.__version__} has no code for it (it has {', '.join(map(str, archs))}): take the other stack (README)"
+        yield Finding(f"GPU {index}", "ok" if drives else "fail", found, "" if drives else remedy)
+
+
+def _driver() -> str:
+    """The NVIDIA driver's version; empty if there is none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ""
+    version = pynvml.nvmlSystemGetDriverVersion()
+    pynvml.nvmlShutdown()
+    return version if isinstance(version, str) else version.decode()
+
+
+def _compilers() -> Iterator[Finding]:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    built = build.refusal() is None
+    remedy = "" if compiler or built else "sudo apt install g++, then make kernels"
+    yield Finding(
+        "C++ compiler",
+        "ok" if compiler or built else "warn",
+        compiler or "none" + ("; the kernels are compiled already" if built else ""),
+        remedy,
+    )
+    nvrtc = compat.nvrtc()
+    yield Finding("NVRTC", "ok", f"{nvrtc.name}; nvcc is not needed" if nvrtc else "none: kernels for the CPU alone can be compiled")
+
+
+def _kernels() -> Iterator[Finding]:
+    """Each compiled unit of the WKV operator: whether it loads and computes what the reference does."""
+    reason = native.refusal()
+    if reason:
+        yield Finding(
+            "WKV on the CPU", "warn", reason.split("; run:")[0], "make kernels; until then training takes a thousand times longer"
+        )
+    else:
+        yield _right("WKV on the CPU", torch.device("cpu"), torch.ops.rwkv.cpu_vectors(""))
+    for index in range(torch.cuda.device_count()):
+        name = f"WKV on GPU {index}"
+        reason = native.device_refusal(index)
+        if reason:
+            yield Finding(name, "fail", reason.split("; run:")[0], "make kernels")
+        else:
+            yield _right(name, torch.device("cuda", index), build.device_code(torch.cuda.get_device_capability(index)).name)
+
+
+def _right(name: str, device: torch.device, found: str) -> Finding:
+    generator = torch.Generator().manual_seed(0)
+    w, u, k, v = (
+        -torch.rand(70, generator=generator),
+        *(torch.randn(shape, generator=generator) for shape in ((70,), (2, 100, 70), (2, 100, 70))),
+    )
+    results = []
+    for run, place in ((reference.wkv4, torch.device("cpu")), (wkv4, device)):
+        leaves = [x.to(place).requires_grad_() for x in (w, u, k, v)]
+        y, _ = run(*leaves)
+        results.append([x.cpu() for x in (y.detach(), *torch.autograd.grad(y.sin().sum(), leaves))])
+    error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*reversed(results), strict=True))
+    if error < 1e-4:  # sums over 200 tokens in fp32, in another order
+        return Finding(name, "ok", f"{found}, within {error:.0e} of the reference")
+    return Finding(name, "fail", f"{found}, off by {error:.0e}", "rm -r rwkv/wkv/lib and make kernels; if it stays, please report it")
+
+
+def _deepspeed() -> Iterator[Finding]:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            importlib.import_module("deepspeed")
+            ops = importlib.import_module("deepspeed.git_version_info").installed_ops
+    except Exception as error:  # whatever an import may raise: DeepSpeed is not needed to train
+        yield Finding("DeepSpeed", "warn", f"does not import ({type(error).__name__}: {error})", "make venv; training without it works")
+        return
+    compiled = [name for name, there in ops.items() if there]
+    yield Finding(
+        "DeepSpeed",
+        "ok",
+        f"{importlib.metadata.version('deepspeed')}, compiled ops: {', '.join(compiled) or 'none (torch has a fused Adam)'}",
+    )
+
+
+def _shared_memory() -> Iterator[Finding]:
+    path = Path("/dev/shm")
+    if not path.exists():
+        yield Finding("shared memory", "warn", "no /dev/shm", "data workers need it: mount a tmpfs there")
+        return
+    size = shutil.disk_usage(path).total
+    small = size < GIB
+    yield Finding(
+        "shared memory", "warn" if small else "ok", f"{size / GIB:.1f} GiB", "in a container: --ipc=host or --shm-size=8g" if small else ""
+    )
+
+
+def _memory() -> Iterator[Finding]:
+    values = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
+    total, free = (int(values[name]) * 1024 / GIB for name in ("MemTotal", "MemAvailable"))
+    low = free < 4
+    yield Finding(
+        "memory",
+        "warn" if low else "ok",
+        f"{free:.1f} of {total:.1f} GiB available",
+        "a 0.4b model takes 4 GiB to load: close something" if low else "",
+    )
+
+
+def _entropy() -> Iterator[Finding]:
+    path = Path("/proc/sys/kernel/random/entropy_avail")
+    if path.exists():
+        bits = int(path.read_text())
+        low = bits < 200
+        yield Finding("entropy", "warn" if low else "ok", f"{bits} bits", "seeding may wait: sudo apt install haveged" if low else "")
+
+
+def _disk(folder: Path) -> Iterator[Finding]:
+    free = shutil.disk_usage(folder).free / GIB
+    low = free < 10
+    yield Finding(
+        "disk", "warn" if low else "ok", f"{free:.0f} GiB free", "a checkpoint of a 1.5b model is 3 to 6 GiB: make room" if low else ""
+    )
+
+
+def _writable(folder: Path) -> Iterator[Finding]:
+    places = {
+        "run folder": folder,
+        "temporary files": Path(tempfile.gettempdir()),
+        "caches": Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")),
+    }
+    shut = [f"{what} ({place})" for what, place in places.items() if not _can_write(place)]
+    remedy = f"user {os.getuid()} must be able to write there: chown, another folder, or TMPDIR, XDG_CACHE_HOME"
+    yield Finding("writable", "fail" if shut else "ok", f"not: {', '.join(shut)}" if shut else ", ".join(places), remedy if shut else "")
+
+
+def _can_write(place: Path) -> bool:
+    while not place.exists():  # a folder that is still to be made
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return True
+    except OSError:
+        return False

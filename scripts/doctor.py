@@ -1,0 +1,41 @@
+"""Look at this machine and environment: what training can use, what is missing, and how to mend it.
+
+    python scripts/doctor.py
+    python scripts/doctor.py --json true > report.json      # for a bug report, or a machine
+
+Exit status 1 if something must be mended before training runs as it should. Useful without a GPU.
+"""
+
+import dataclasses
+import json
+import sys
+
+from rwkv.cli import parse, sentences
+from rwkv.config import DoctorConfig
+
+MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
+
+
+def main(config: DoctorConfig) -> int:
+    from rwkv.doctor import examine
+
+    findings = []
+    for finding in examine(config.folder):
+        findings.append(finding)
+        if not config.json:
+            print(
+                f"{MARKS[finding.status]}  {finding.name:15}  {finding.found}"
+                + (f"\n{'':23}-> {finding.remedy}" if finding.remedy else ""),
+                flush=True,
+            )
+    failed, warned = (sum(finding.status == status for finding in findings) for status in ("fail", "warn"))
+    if config.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2, ensure_ascii=False))
+    else:
+        print(f"\n{failed} to mend, {warned} to know of" if failed or warned else "\nnothing to mend")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    with sentences():
+        sys.exit(main(parse(DoctorConfig, __doc__)))

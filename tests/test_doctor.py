@@ -1,0 +1,130 @@
+"""The doctor finds what is wrong, says how to mend it, and is useful on a machine without a GPU."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rwkv import compat, doctor
+from rwkv.wkv import build, native
+
+
+def found(name, folder="."):
+    return next(finding for finding in doctor.examine(folder) if finding.name == name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_nothing_fails_on_a_machine_without_a_gpu(script):
+    done = script("doctor.py")
+    assert "FAIL" not in done.stdout
+    assert "training runs on the CPU" in done.stdout
+    assert "of the reference" in done.stdout
+
+
+def test_json_holds_every_finding(script, tmp_path):
+    findings = json.loads(script("doctor.py", "--json", "true", "--folder", tmp_path).stdout)
+    assert {"Python", "torch", "packages", "WKV on the CPU", "DeepSpeed", "disk", "writable"} <= {finding["name"] for finding in findings}
+    for finding in findings:
+        assert set(finding) == {"name", "status", "found", "remedy"}
+        assert (finding["status"] == "ok") == (finding["remedy"] == ""), finding  # what is not well has a remedy, and only that
+
+
+def test_the_exit_status_says_whether_something_must_be_mended(script, tmp_path):
+    closed = tmp_path / "closed"
+    closed.touch()  # a file where a folder is wanted: not even root can write into it
+    done = script("doctor.py", "--folder", closed, status=1)
+    assert "FAIL  writable" in done.stdout
+    assert "to mend" in done.stdout
+
+
+def test_kernels_that_are_missing_or_wrong_are_found(monkeypatch):
+    monkeypatch.setattr(native, "refusal", lambda: "it is not compiled for torch 0.0; run: make kernels")
+    finding = found("WKV on the CPU")
+    assert (finding.status, finding.found) == ("warn", "it is not compiled for torch 0.0")
+    assert "make kernels" in finding.remedy
+    monkeypatch.undo()
+    assert native.refusal() is None
+    assert doctor._right("x", torch.device("cpu"), "lib").status == "ok"
+    monkeypatch.setattr(doctor, "wkv4", lambda *inputs: (inputs[3] * inputs[0] + inputs[1] * inputs[2], None))
+    wrong = doctor._right("x", torch.device("cpu"), "lib")
+    assert wrong.status == "fail"
+    assert "off by" in wrong.found
+
+
+def test_a_package_that_is_not_as_locked_is_named(monkeypatch):
+    version = doctor.importlib.metadata.version
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.1" if name == "numpy" else version(name))
+    finding = found("packages")
+    assert finding.status == "warn"
+    assert "numpy 0.1 (locked" in finding.found
+    assert f"make venv STACK={compat.stack()}" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "status"),
+    [
+        ("525.60.13", "11.7", "ok"),
+        ("470.57", "11.7", "warn"),
+        ("418.40", "11.7", "fail"),
+        ("535.1", "13.0", "fail"),
+        ("580.159", "13.0", "ok"),
+    ],
+)
+def test_an_old_driver_is_found(monkeypatch, driver, cuda, status):
+    monkeypatch.setattr(doctor, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    findings = list(doctor._gpus())
+    assert findings[0].status == status
+    assert ("update it" in findings[0].remedy) == (status != "ok")
+
+
+def with_gpu(monkeypatch, capability, archs):
+    properties = SimpleNamespace(name="Some GPU", total_memory=24 << 30, major=capability[0], minor=capability[1])
+    monkeypatch.setattr(doctor, "_driver", lambda: "999.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: archs)
+    return list(doctor._gpus())[1]
+
+
+def test_a_gpu_that_torch_has_no_code_for_is_found(monkeypatch):
+    ampere = ["sm_37", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86"]
+    assert with_gpu(monkeypatch, (8, 9), ampere).status == "ok"  # Ada runs code for sm_86
+    hopper = with_gpu(monkeypatch, (9, 0), ampere)
+    assert hopper.status == "fail"
+    assert "take the other stack" in hopper.remedy
+    assert "24 GiB, compute capability 9.0" in hopper.found
+
+
+def test_a_driver_without_a_gpu_is_a_failure_with_a_remedy(monkeypatch):
+    monkeypatch.setattr(doctor, "_driver", lambda: "999.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [finding.status for finding in doctor._gpus()][-1] == "fail"
+    assert "nvidia-smi" in list(doctor._gpus())[-1].remedy
+
+
+def test_a_machine_without_a_compiler_is_told_what_to_install(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert "C++ compiler" in {finding.name for finding in doctor._compilers() if finding.status == "ok"}  # compiled already: nothing to do
+    monkeypatch.setattr(build, "refusal", lambda: "it is not compiled; run: make kernels")
+    assert "apt install g++" in next(finding for finding in doctor._compilers() if finding.name == "C++ compiler").remedy
+
+
+def test_little_room_is_found(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(total=64 << 20, free=1 << 30))
+    assert "--ipc=host" in found("shared memory").remedy
+    assert "make room" in found("disk").remedy
+
+
+def test_trouble_of_the_doctors_own_does_not_hide_the_rest(monkeypatch):
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: 1 / 0)
+    findings = list(doctor.examine())
+    assert "ZeroDivisionError" in findings[0].found
+    assert len(findings) > 10
+
+
+def test_it_writes_nothing(tmp_path):
+    list(doctor.examine(tmp_path))
+    assert list(tmp_path.iterdir()) == []
