@@ -53,6 +53,10 @@ class Stream:
         places = list(self._places(begin, end))
         return Piece(self.ids(begin, end), *(self._join([look(a, b) for a, b in places]) for look in (self._counts, self._starts)))
 
+    def anything_counts(self) -> bool:
+        """Whether any token counts, by reading up to the first that does."""
+        return any(self._counts(low, min(b, low + _CHUNK)).any() for a, b in self._spans.tolist() for low in range(a, b, _CHUNK))
+
     def document_starts(self) -> np.ndarray:
         """Where the documents of the whole stream start, ascending from 0, and last its length, int64: by one pass over the file."""
         found, done = [np.zeros(1, np.int64)], 0
