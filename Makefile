@@ -15,7 +15,7 @@ ORACLE := $(VENV)/oracle/.ready
 endif
 CLEAN_DEMO := out/demo
 .DEFAULT_GOAL := help
-.PHONY: help venv env kernels lora finetune pretrain convert merge generate demo test test-gpu lint lock clean
+.PHONY: help venv env kernels lora finetune pretrain convert inspect merge generate demo test test-gpu lint lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ finetune:  ## tune all weights
 pretrain:  ## train a new model
 convert:  ## jsonl to binidx
 generate:  ## run a model: --ask, --prompt, or a chat
+
+inspect: venv  ## look at a binidx before training on it
+	@$(PY) scripts/inspect_data.py $(ARGS)
 
 merge: venv  ## merge an adapter into its base
 	@$(PY) scripts/merge_lora.py $(ARGS)

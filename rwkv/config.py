@@ -200,6 +200,28 @@ class ConvertConfig:
 
 
 @dataclass
+class InspectConfig:
+    """A look at a binidx before training on it."""
+
+    data_file: str = ""
+    """The binidx: P for P.bin and P.idx; a mask beside it is looked at too."""
+    ctx_len: int = 1024
+    """Tokens in a sample: what an epoch is reckoned for, and what over-long documents are longer than."""
+    micro_bsz: int = 12
+    """Samples in a batch, likewise."""
+    verify: str = ""
+    """The jsonl files that it was made from, separated by commas: prove that every document decodes to its source, byte for byte."""
+    jsonl_keys: str = "text"
+    """The key of the text in those."""
+    samples: int = 3
+    """Documents to show decoded, spread evenly (World only)."""
+    png: str = ""
+    """Picture of the document lengths. Left out: P_lengths.png."""
+    json: bool = False
+    """Print the findings as JSON."""
+
+
+@dataclass
 class MergeConfig:
     """Merging an adapter into its base."""
 

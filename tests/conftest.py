@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -15,6 +16,8 @@ from rwkv.model import RWKV, Sizes
 from rwkv.model.init import initialise
 
 ROOT = Path(__file__).parents[1]
+hypothesis.settings.register_profile("files", deadline=None)  # a sync to a busy disk takes as long as it takes
+hypothesis.settings.load_profile("files")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ P_mask.bin, where P is without `_document`: a loss mask, one byte per token in t
 
 import bisect
 import contextlib
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -128,9 +129,18 @@ class Dataset:
 
     def id_range(self) -> tuple[int, int]:
         """The smallest and the largest token id, by one pass over the file."""
-        step = 1 << 24
-        ranges = [(int(part.min()), int(part.max())) for part in (self.tokens[i : i + step] for i in range(0, len(self.tokens), step))]
+        step, ranges = 1 << 24, []
+        for i in range(0, len(self.tokens), step):
+            part = self.tokens[i : i + step]
+            ranges.append((int(part.min()), int(part.max())))
+            self.release()
         return min(low for low, _ in ranges), max(high for _, high in ranges)
+
+    def release(self) -> None:
+        """Give back the memory of what was read so far; it is read again when it is asked for again."""
+        for mapped in (self.tokens, self.mask):
+            if mapped is not None:
+                mapped._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def mask_path(prefix: str | Path) -> Path:
