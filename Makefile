@@ -4,7 +4,7 @@ SHELL := bash
 STACK ?= cu117
 VENV ?= $(if $(filter cu117,$(STACK)),.venv,.venv-$(STACK))
 LOCKS := $(wildcard docker/locks/$(STACK).txt docker/locks/$(STACK)-deepspeed.txt)
-KERNELS := $(VENV)/.kernels
+KERNELS := rwkv/wkv/lib/.$(STACK)
 ifdef PY
 .PHONY: $(KERNELS)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -15,13 +15,13 @@ ORACLE := $(VENV)/oracle/.ready
 endif
 CLEAN_DEMO := out/demo
 .DEFAULT_GOAL := help
-.PHONY: help venv env kernels lora finetune pretrain convert merge generate doctor demo test test-gpu lint lock clean
+.PHONY: help venv env kernels lora finetune pretrain convert inspect merge generate doctor demo test test-gpu lint lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY)  ## make .venv: the documented stack from PyPI, every file checked by its hash; with STACK=modern .venv-modern
-	@$(MAKE) --silent kernels || echo 'Going on without the compiled kernel: correct, and slow.'
+	@$(MAKE) --silent $(KERNELS) || echo 'Going on without the compiled kernel: correct, and slow.'
 
 $(VENV)/.ready: $(LOCKS) docker/venv.sh docker/install.sh
 	docker/venv.sh $(VENV) $(STACK)
@@ -33,11 +33,12 @@ env:  ## make the conda environment `rwkv` with the same packages
 	conda run --no-capture-output --name rwkv python -c 'from rwkv.wkv import build; build.main()'
 	@echo 'Now: conda activate rwkv, then the scripts: python scripts/lora.py --help'
 
-kernels: $(KERNELS)  ## compile the WKV operator (seconds; nothing is compiled at run time)
+kernels: $(READY)  ## compile the WKV operator unless all of it is there, current, and loads
+	@$(PY) -c 'from rwkv.wkv import build; build.main()'
+	$(if $(READY),@touch $(KERNELS))
 
 $(KERNELS): $(READY) $(wildcard cuda/*.h cuda/*.cpp cuda/*.cu) rwkv/wkv/build.py rwkv/wkv/nvrtc.py rwkv/compat.py
-	$(PY) -c 'from rwkv.wkv import build; build.main()'
-	$(if $(READY),@touch $@)
+	@$(MAKE) --silent kernels
 
 lora: venv  ## LoRA tuning; with no ARGS the whole line on an example
 ifeq ($(strip $(ARGS)),)
@@ -53,6 +54,9 @@ pretrain:  ## train a new model
 convert:  ## jsonl to binidx
 generate:  ## run a model: --ask, --prompt, or a chat
 doctor:  ## what this machine can do, what is missing, how to mend it
+
+inspect: venv  ## look at a binidx before training on it
+	@$(PY) scripts/inspect_data.py $(ARGS)
 
 merge: venv  ## merge an adapter into its base
 	@$(PY) scripts/merge_lora.py $(ARGS)

@@ -62,7 +62,8 @@ def main(batch: int, length: int, channels: int) -> None:
     }
     operator(torch.float32, "cpu")
     best = interleaved(runs)
-    loop = interleaved({"loop": lambda: operator(torch.float32, "reference")}, rounds=2)["loop"]
+    pair = {"loop": lambda: operator(torch.float32, "reference"), "operator": lambda: operator(torch.float32, "cpu")}
+    loop = interleaved(pair, rounds=5)
     vectors = torch.ops.rwkv.cpu_vectors("")
     print(f"B{batch} T{length} C{channels}, {torch.get_num_threads()} threads, {vectors}, torch {torch.__version__}")
     for name, ms in best.items():
@@ -73,7 +74,7 @@ def main(batch: int, length: int, channels: int) -> None:
         print(
             f"unit {name}: {EXPONENTIALS * count / ms / 1e6:.2f} G exponentials/s, {8 * size * count / ms / 1e6:.1f} GB/s of k, v, y and their gradients"
         )
-    print(f"loop fp32      {loop:8.1f} ms  {loop / best['operator fp32']:.0f} × operator fp32")
+    print(f"loop fp32      {loop['loop']:8.1f} ms  {loop['loop'] / loop['operator']:.0f} × operator fp32")
     print(f"bf16 / fp32: operator {best['operator bf16'] / best['operator fp32']:.2f}, unit {best['unit bf16'] / best['unit fp32']:.2f}")
 
 

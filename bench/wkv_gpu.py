@@ -55,9 +55,9 @@ class Naive:
     def __call__(self, name: str, shape: tuple[int, int, int], *tensors: torch.Tensor) -> None:
         values = [ctypes.c_longlong(n) for n in shape] + [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
         parameters = (ctypes.c_void_p * len(values))(*(ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values))
-        blocks = -(-shape[0] * shape[2] // 128)
+        blocks = -(-shape[0] * shape[2] // 32)
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        self._check(self._cuda.cuLaunchKernel(self._functions[name], blocks, 1, 1, 128, 1, 1, 0, stream, parameters, None))
+        self._check(self._cuda.cuLaunchKernel(self._functions[name], blocks, 1, 1, 32, 1, 1, 0, stream, parameters, None))
 
     @staticmethod
     def _check(result: int) -> None:

@@ -22,7 +22,7 @@ using at::Tensor;
 
 const Tensor* given(const Optional<Tensor>& x) { return x.has_value() && x->defined() ? &*x : nullptr; }
 const float* floats(const Tensor* x) { return x ? x->data_ptr<float>() : nullptr; }
-const bool* flags(const Tensor* x) { return x ? x->data_ptr<bool>() : nullptr; }
+const uint8_t* flags(const Tensor* x) { return x ? static_cast<const uint8_t*>(x->data_ptr()) : nullptr; }  // a bool may hold any byte
 
 void check(const Tensor& x, const char* name, const Tensor& like, at::ScalarType dtype, at::IntArrayRef sizes) {
   TORCH_CHECK(x.sizes() == sizes && x.scalar_type() == dtype && x.device() == like.device() && x.is_contiguous(), "wkv4: ", name, " must be a contiguous ",
@@ -75,8 +75,8 @@ int cpu_dtype(const Tensor& k) {
 }
 
 template <class F>
-void each_block(int64_t B, int64_t C, const F& work) {
-  const int64_t block = loops->block, blocks = (C + block - 1) / block;
+void each_block(int64_t block, int64_t B, int64_t C, const F& work) {
+  const int64_t blocks = (C + block - 1) / block;
   at::parallel_for(0, B * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t c = i % blocks * block;
@@ -93,7 +93,8 @@ Outputs cpu_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Ten
   const Tensor y = at::empty_like(k), last = at::empty({B, 3, C}, fp32), kept = at::empty({B, (T + WKV_KEEP - 1) / WKV_KEEP, 3, C}, fp32);
   const Wkv4Problem q{T, C, floats(&w), floats(&u), k.data_ptr(), v.data_ptr(), flags(given(reset)), floats(given(state)), kept.data_ptr<float>()};
   const Wkv4Outputs out{y.data_ptr(), last.data_ptr<float>()};
-  each_block(B, C, [&](int64_t row, int64_t c, int64_t n) { loops->forward[dtype](q, out, row, c, n); });
+  const Wkv4Loops& chosen = *loops;
+  each_block(chosen.block, B, C, [&](int64_t row, int64_t c, int64_t n) { chosen.forward[dtype](q, out, row, c, n); });
   return {y, last, kept};
 }
 
@@ -107,7 +108,8 @@ Gradients cpu_backward(const Tensor& w, const Tensor& u, const Tensor& k, const 
   const Tensor gw = at::empty({B, C}, fp32), gu = at::empty({B, C}, fp32), gk = at::empty_like(k), gv = at::empty_like(v), gfirst = at::empty({B, 3, C}, fp32);
   const Wkv4Problem q{T, C, floats(&w), floats(&u), k.data_ptr(), v.data_ptr(), flags(given(reset)), nullptr, kept.data_ptr<float>()};
   const Wkv4Gradients grad{gy.data_ptr(), floats(given(gstate)), gw.data_ptr<float>(), gu.data_ptr<float>(), gk.data_ptr(), gv.data_ptr(), gfirst.data_ptr<float>()};
-  each_block(B, C, [&](int64_t row, int64_t c, int64_t n) { loops->backward[dtype](q, grad, row, c, n); });
+  const Wkv4Loops& chosen = *loops;
+  each_block(chosen.block, B, C, [&](int64_t row, int64_t c, int64_t n) { chosen.backward[dtype](q, grad, row, c, n); });
   return {gw.sum(0), gu.sum(0), gk, gv, gfirst};
 }
 

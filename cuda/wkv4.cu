@@ -87,7 +87,7 @@ WKV_FN Chunk find_chunk(const Wkv4Args& q, const Place& at, long long t) {
   const long long left = at.end - t;
   Chunk chunk = {left < N ? (int)left : N, 0, (at.b * q.T + t) * q.C + at.c};
   if (q.reset)
-    for (int i = 0; i < chunk.n; i++) chunk.starts |= (unsigned)q.reset[at.b * q.T + t + i] << i;
+    for (int i = 0; i < chunk.n; i++) chunk.starts |= (q.reset[at.b * q.T + t + i] != 0 ? 1u : 0u) << i;
   return chunk;
 }
 template <int N> WKV_FN bool plain(const Chunk& chunk) { return chunk.n == N && !chunk.starts; }
@@ -205,8 +205,10 @@ WKV_FN void pass_through(const Wkv4Args& q, const Chunk& chunk, float w, float u
       to.factor = 0;
     }
     const WkvOutputGradient g = wkv4_output_gradient(u, k[i], v[i], s.a, s.b, s.p, gy[i]);
-    to.ga += to.factor * g.e.past * g.num;
-    to.gb += to.factor * g.e.past * g.den;
+    if (to.factor != 0) {  // not 0 times what may be infinite: a later document is not to be seen here
+      to.ga += to.factor * g.e.past * g.num;
+      to.gb += to.factor * g.e.past * g.den;
+    }
     to.factor *= wkv4_update(w, k[i], v[i], s.a, s.b, s.p).past;
   }
 }
@@ -238,7 +240,7 @@ WKV_FN void scan_gradient(const Wkv4Args& q) {
   if (b >= q.B) return;
   float ga = q.glast ? q.glast[b * 3 * q.C + c] : 0, gb = q.glast ? q.glast[(b * 3 + 1) * q.C + c] : 0;
   for (long long s = q.segments - 1; s >= 0; s -= TOGETHER) {
-    Through to[TOGETHER];
+    Through to[TOGETHER] = {};  // nothing is read of segment 0, as nothing comes before it
 #pragma unroll
     for (int j = 0; j < TOGETHER; j++)
       if (s - j > 0) {
@@ -251,8 +253,8 @@ WKV_FN void scan_gradient(const Wkv4Args& q) {
         float* p = carry(q, b, s - j, c);
         p[0] = ga;
         p[q.C] = gb;
-        ga = to[j].factor * ga + to[j].ga;
-        gb = to[j].factor * gb + to[j].gb;
+        ga = to[j].factor != 0 ? to[j].factor * ga + to[j].ga : to[j].ga;
+        gb = to[j].factor != 0 ? to[j].factor * gb + to[j].gb : to[j].gb;
       }
   }
 }

@@ -4,7 +4,7 @@
 // every exponential <= 1. A document starts at (0, 0, WKV_EMPTY). Derivation, symbols and shapes: cuda/README.md.
 //
 // Before this file is included, a unit defines WKV_FN (how a function is declared), wkv_float (a float, or a vector of floats of
-// neighbouring channels) and wkv_exp(x) for x <= 0, wkv_max(x, y), wkv_negative_magnitude(x) = -|x|, wkv_divide(x, y) on it. It has
+// neighbouring channels) and wkv_exp(x) for x <= 1, wkv_max(x, y), wkv_negative_magnitude(x) = -|x|, wkv_divide(x, y) on it. It has
 // no include guard: the CPU unit includes it once per vector width, each in a namespace of its own.
 
 #define WKV_EMPTY (-1e38f)  // the running maximum of an empty state

@@ -9,7 +9,7 @@ struct Wkv4Args {
   long long segment, segments;  // tokens per segment, a multiple of WKV4_KEEP; segments = ceil(T / segment) run in parallel
   const float *w, *u;           // [C]
   const void *k, *v;            // [B, T, C]
-  const bool* reset;            // [B, T] or null
+  const unsigned char* reset;   // [B, T], not 0 where a document starts, or null
   const float* first;           // [B, 3, C], the incoming state, or null
   float* kept;                  // [B, ceil(T / WKV4_KEEP), 3, C], the states before tokens 0, 16, 32, ...
   bool* cut;                    // [B, segments]: a document starts inside this segment, so that nothing passes through it

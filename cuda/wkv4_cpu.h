@@ -9,7 +9,7 @@ struct Wkv4Problem {
   int64_t T, C;
   const float *w, *u;    // [C]
   const void *k, *v;     // [B, T, C], fp32 or bf16
-  const bool* reset;     // [B, T] or null
+  const uint8_t* reset;  // [B, T], not 0 where a document starts, or null
   const float* first;    // [B, 3, C], the incoming state, or null
   float* kept;           // [B, ceil(T / WKV_KEEP), 3, C], the states before tokens 0, 16, 32, ...
 };

@@ -12,11 +12,11 @@ WKV_FN wkv_float wkv_max(wkv_float x, wkv_float y) { return x > y ? x : y; }
 WKV_FN wkv_float wkv_divide(wkv_float x, wkv_float y) { return x / y; }
 WKV_FN wkv_float wkv_negative_magnitude(wkv_float x) { return (wkv_float)((wkv_bits)x | 0x80000000u); }
 
-// e^x for x <= 0, to 1.5 units in the last place: x = n·ln2 + r with |r| <= ln2/2, a polynomial for e^r, n added to the exponent's
-// bits. Below e^-80 nothing survives beside the 1 of a pair. NaN stays NaN.
-WKV_FN wkv_float wkv_exp(wkv_float x) {
-  const wkv_float least = wkv_float{} - 80.0f;
-  x = least > x ? least : x;
+// e^x for x <= 1, to 1.5 units in the last place: x = n·ln2 + r with |r| <= ln2/2, a polynomial for e^r, n added to the exponent's
+// bits. Below e^-87, where fp32's normal numbers end, it is 0. NaN stays NaN where its low 9 bits are 0 (see `tidy`).
+WKV_FN wkv_float wkv_exp(wkv_float given) {
+  const wkv_float least = wkv_float{} - 87.0f;
+  const wkv_float x = least > given ? least : given;
   const wkv_float rounded = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits now hold n
   const wkv_float r = x - (rounded - 12582912.0f) * 0.693147181f;
   wkv_float y = r * 0.00829022937f + 0.0418983884f;
@@ -24,7 +24,8 @@ WKV_FN wkv_float wkv_exp(wkv_float x) {
   y = y * r + 0.499991447f;
   y = y * r + 0.999999702f;
   y = y * r + 1.0f;
-  return (wkv_float)((wkv_bits)y + ((wkv_bits)rounded << 23));
+  const wkv_float power = (wkv_float)((wkv_bits)y + ((wkv_bits)rounded << 23));
+  return least > given ? wkv_float{} : power;
 }
 
 #include "wkv4.h"
@@ -46,6 +47,12 @@ struct Block { wkv_float g[GROUPS]; };
 template <class X, class E> WKV_FN void read(X& x, const E* from, int64_t n) { __builtin_memcpy(&x, from, n * sizeof(E)); }
 template <class X, class E> WKV_FN void write(E* to, const X& x, int64_t n) { __builtin_memcpy(to, &x, n * sizeof(E)); }
 
+// Every NaN becomes the usual one: its low bits would reach the exponent in wkv_exp, or overflow in `nearest`.
+WKV_FN Block tidy(Block x) {
+  EACH_GROUP x.g[g] = x.g[g] == x.g[g] ? x.g[g] : wkv_float{} + __builtin_nanf("");
+  return x;
+}
+
 // fp32 tensors, in the order that goes with E.
 template <class E, bool FULL>
 WKV_FN Block load(const float* from, int64_t n) {
@@ -53,7 +60,6 @@ WKV_FN Block load(const float* from, int64_t n) {
   if (FULL) EACH_GROUP read(x.g[g], from + g * LANES, LANES);
   else read(x, from, n);
   if (sizeof(E) == 4) return x;
-  EACH_GROUP x.g[g] = x.g[g] == x.g[g] ? x.g[g] : wkv_float{} + __builtin_nanf("");
   wkv_int even;
   for (int i = 0; i < LANES; i++) even[i] = 2 * i;
   return {__builtin_shuffle(x.g[0], x.g[1], even), __builtin_shuffle(x.g[0], x.g[1], even + 1)};
@@ -74,7 +80,7 @@ WKV_FN Block load(const bf16* from, int64_t n) {
   read(x, from, FULL ? BLOCK : n);
   return {(wkv_float)(x << 16), (wkv_float)(x & 0xffff0000u)};
 }
-// bf16 in the upper half, ties to even. NaN stays NaN, as no operation makes one with all bits set (and load admits none).
+// bf16 in the upper half, ties to even. NaN stays NaN, as no operation makes one with all bits set (and `tidy` admits none).
 WKV_FN wkv_bits nearest(wkv_float x) {
   const wkv_bits bits = (wkv_bits)x;
   return bits + 0x7fffu + (bits >> 16 & 1u);
@@ -97,10 +103,10 @@ WKV_FN void forward(const Wkv4Problem& q, const Wkv4Outputs& out, int64_t row, i
   const E *k_ = static_cast<const E*>(q.k), *v_ = static_cast<const E*>(q.v);
   E* y_ = static_cast<E*>(out.y);
   const int64_t chunks = (q.T + WKV_KEEP - 1) / WKV_KEEP;
-  const Block w = LOAD(q.w + c), u = LOAD(q.u + c);
+  const Block w = tidy(LOAD(q.w + c)), u = tidy(LOAD(q.u + c));
   State s;
   clear(s);
-  if (q.first) s = {LOAD(PLANE(q.first, row, 0)), LOAD(PLANE(q.first, row, 1)), LOAD(PLANE(q.first, row, 2))};
+  if (q.first) s = {tidy(LOAD(PLANE(q.first, row, 0))), tidy(LOAD(PLANE(q.first, row, 1))), tidy(LOAD(PLANE(q.first, row, 2)))};
   for (int64_t chunk = 0; chunk < chunks; chunk++) {
     STORE(PLANE(q.kept, row * chunks + chunk, 0), s.a);
     STORE(PLANE(q.kept, row * chunks + chunk, 1), s.b);
@@ -127,13 +133,13 @@ WKV_FN void backward(const Wkv4Problem& q, const Wkv4Gradients& grad, int64_t ro
   const E *k_ = static_cast<const E*>(q.k), *v_ = static_cast<const E*>(q.v), *gy_ = static_cast<const E*>(grad.y);
   E *gk_ = static_cast<E*>(grad.k), *gv_ = static_cast<E*>(grad.v);
   const int64_t chunks = (q.T + WKV_KEEP - 1) / WKV_KEEP;
-  const Block w = LOAD(q.w + c), u = LOAD(q.u + c);
+  const Block w = tidy(LOAD(q.w + c)), u = tidy(LOAD(q.u + c));
   State before[WKV_KEEP];  // the tokens of one chunk, and the factors their updates had
   WkvPair f[WKV_KEEP][GROUPS];
   Block ga = {}, gb = {}, gw = {}, gu = {};
   if (grad.last) {
-    ga = LOAD(PLANE(grad.last, row, 0));
-    gb = LOAD(PLANE(grad.last, row, 1));
+    ga = tidy(LOAD(PLANE(grad.last, row, 0)));
+    gb = tidy(LOAD(PLANE(grad.last, row, 1)));
   }
   for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
     const int64_t begin = chunk * WKV_KEEP, length = q.T - begin < WKV_KEEP ? q.T - begin : WKV_KEEP;

@@ -6,7 +6,9 @@ import importlib.metadata
 import importlib.util
 import io
 import logging
+import re
 import signal
+import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -65,13 +67,19 @@ def cpp_extension() -> ModuleType:
 
 
 def nvrtc() -> Path | None:
-    """The NVRTC that came with torch's CUDA wheels; None if there is none, as with a CPU build. NVIDIA's wheels for CUDA 11 and 12 have a folder
-    a library, those for CUDA 13 one for all."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = [Path(place) for place in spec.submodule_search_locations or []] if spec else []
+    """The NVRTC of torch's CUDA; None if there is none. It comes in wheels of NVIDIA's, those for CUDA 11 and 12 with a folder a library, those
+    for 13 with one for all, or inside torch's own wheel or conda package."""
     major = (torch.version.cuda or "").split(".")[0]
-    found = [path for folder in folders for pattern in (f"cu{major}", "cuda_nvrtc") for path in folder.glob(f"{pattern}/lib/libnvrtc.so.*")]
-    return next(iter(sorted(found)), None)
+    spec = importlib.util.find_spec("nvidia")
+    folders = [
+        Path(place) / part / "lib"
+        for place in (spec.submodule_search_locations or [] if spec else [])
+        for part in (f"cu{major}", "cuda_nvrtc")
+    ]
+    folders += [Path(torch.__path__[0]) / "lib", Path(sys.prefix) / "lib"]
+    # libnvrtc.so.11.2 is that of every 11.x since 11.2; torch's own wheels add a hash to the name
+    found = [path for folder in folders if major for path in sorted(folder.glob(f"libnvrtc[.-]*so.{major}*"))]
+    return next((path for path in found if not re.search("builtins|alt", path.name)), None)
 
 
 def gpu_archs(nvrtc_version: str, known: list[int]) -> list[int]:

@@ -14,7 +14,9 @@ NOT_SUPPORTED = {
     "my_pile_version": ("1", "prime sampling takes any dataset: --magic_prime -1"),
     "my_random_steps": ("0", "leave it out"),
     "my_exit": ("99999999", "say where the run ends with --epoch_count or --max_steps"),
-    "my_qa_mask": ("0", "leave it out: losses are not masked yet"),
+    "my_qa_mask": ("0", "give --chatml_mask 1, or a mask file beside the data: P_text_mask.bin"),
+    "seq_data": ("0", "it is --doc_training_seq 1"),
+    "seq_data_sep": ("0", "it is --doc_sep"),
     "my_sample_len": ("0", "leave it out: it belongs to image models"),
     "head_qk": ("0", "leave it out: models with a head_q and head_k are not supported"),
     "tiny_att_dim": ("0", "leave it out: models with tiny attention are not supported"),
@@ -87,6 +89,30 @@ class TrainConfig:
     """Prime sampling: contexts begin this many tokens later. -1: 0."""
     random_seed: int = -1
     """-1: a new one each time; it is printed and stored."""
+
+    # documents (m8than's modes) and masks
+    doc_reset: Literal[0, 1] = 0
+    """1: the state is cleared where a document starts, so that nothing of the document before reaches it; its first token is then no target.
+    0: the stream flows on, as upstream's does."""
+    doc_training: Literal[0, 1] = 0
+    """1: samples are whole documents in a new random order every pass, padded to ctx_len; padding does not count in the loss. Documents longer
+    than ctx_len + 1 tokens are left out, and counted when the run starts."""
+    doc_training_seq: Literal[0, 1] = 0
+    """1: as doc_training, but in the order of the file; every device takes its share of it."""
+    doc_sep: int = 0
+    """A document ends after this token too, not only where the index says (for doc_training and doc_reset). -1: the index alone."""
+    min_ctx_len: int = 0
+    """doc_training: documents join until a sample has this many tokens. 0: ctx_len / 4. ctx_len leaves the least padding."""
+    chatml_mask: Literal[0, 1] = 0
+    """1: only answers count in the loss: what follows tokens 50279 187, up to and with 50278 (ChatML added to the 20B vocabulary). A mask file
+    beside the data (P_text_mask.bin, a byte per token, 1 counts) is used without a flag."""
+    val_split: float = 0.0
+    """Share of the documents that is held out of training, the same ones in every run; their loss is val_loss in metrics.jsonl. Of a few long
+    documents it is the last share of the tokens. 0: none."""
+    val_every: int = 0
+    """Held-out loss after every so many optimizer steps, and always at the end of an epoch and of the run."""
+    val_samples: int = 256
+    """Samples that a held-out loss reads, evenly spread and the same each time. 0: all."""
 
     # the optimizer
     lr_init: float = 6e-4
@@ -171,6 +197,28 @@ class ConvertConfig:
     """The World vocabulary, 65536 words."""
     force: bool = False
     """Replace output that exists."""
+
+
+@dataclass
+class InspectConfig:
+    """A look at a binidx before training on it."""
+
+    data_file: str = ""
+    """The binidx: P for P.bin and P.idx; a mask beside it is looked at too."""
+    ctx_len: int = 1024
+    """Tokens in a sample: what an epoch is reckoned for, and what over-long documents are longer than."""
+    micro_bsz: int = 12
+    """Samples in a batch, likewise."""
+    verify: str = ""
+    """The jsonl files that it was made from, separated by commas: prove that every document decodes to its source, byte for byte."""
+    jsonl_keys: str = "text"
+    """The key of the text in those."""
+    samples: int = 3
+    """Documents to show decoded, spread evenly (World only)."""
+    png: str = ""
+    """Picture of the document lengths. Left out: P_lengths.png."""
+    json: bool = False
+    """Print the findings as JSON."""
 
 
 @dataclass

@@ -5,15 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from rwkv import checkpoint
-from rwkv.data.binidx import writer
+from rwkv.data.binidx import Dataset, mask_path, writer
+from rwkv.data.stream import Stream
 from rwkv.model import RWKV, Sizes
 from rwkv.model.init import initialise
 
 ROOT = Path(__file__).parents[1]
+hypothesis.settings.register_profile("files", deadline=None)  # a sync to a busy disk takes as long as it takes
+hypothesis.settings.load_profile("files")
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +63,22 @@ def make_data(tmp_path):
         with writer(tmp_path / name) as out:
             out.add(ids)
         return str(tmp_path / name)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_stream(tmp_path_factory):
+    """A stream over a binidx of these documents, with a mask if one is given."""
+
+    def make(documents, mask=None, dtype: str = "uint16", **options) -> Stream:
+        prefix = tmp_path_factory.mktemp("stream") / "d"
+        with writer(prefix, dtype) as out:
+            for document in documents:
+                out.add(list(document))
+        if mask is not None:
+            mask_path(prefix).write_bytes(bytes(mask))
+        return Stream(Dataset(prefix), **options)
 
     return make
 

@@ -25,16 +25,19 @@ ROOMS = [
     ["rwkv/lora"],
     ["rwkv/checkpoint"],
     ["rwkv/data/__init__"],
-    ["rwkv/data/jsonl", "rwkv/data/tokenizer", "rwkv/data/binidx", "rwkv/data/sampling"],
-    ["rwkv/data/convert", "rwkv/data/dataset"],
+    ["rwkv/data/jsonl", "rwkv/data/tokenizer", "rwkv/data/binidx", "rwkv/data/packing", "rwkv/data/sampling"],
+    ["rwkv/data/convert", "rwkv/data/stream"],
+    ["rwkv/data/dataset", "rwkv/data/histogram"],
+    ["rwkv/data/inspection"],
     ["rwkv/doctor", "rwkv/generate", "rwkv/train/__init__"],
     ["rwkv/train/schedule", "rwkv/train/optimizer", "rwkv/train/plot"],
-    ["rwkv/train/module"],
+    ["rwkv/train/module", "rwkv/train/samples"],
+    ["rwkv/train/validation"],
     ["rwkv/train/callbacks"],
     ["rwkv/train/fit"],
 ]
 FLOOR = {module: floor for floor, modules in enumerate(ROOMS) for module in modules}
-STREAM = ["jsonl", "tokenizer", "binidx", "sampling", "dataset"]  # and convert, which drives the first three
+STREAM = ["jsonl", "tokenizer", "binidx", "stream", "packing", "sampling", "dataset"]  # and convert, which drives the first three
 
 
 def imports(path: Path) -> set[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = "venv env lora finetune pretrain convert merge generate doctor demo test test-gpu lint lock clean".split()
+TARGETS = "venv env lora finetune pretrain convert inspect merge generate doctor demo test test-gpu lint lock clean".split()
 MADE = (Path(sys.prefix) / ".ready").exists()  # else these tests run in a Python that make does not look after
 OURS = {"STACK": "cu117" if importlib.metadata.version("torch").startswith("1.") else "modern", "VENV": sys.prefix}
 
@@ -53,6 +53,7 @@ JOBS |= {
     "lora": "scripts/demo_corpus.py",
     "demo": "scripts/demo_corpus.py",
     "merge": "scripts/merge_lora.py",
+    "inspect": "scripts/inspect_data.py",
     "test": "-m pytest",
     "test-gpu": "-m pytest tests/gpu -m gpu",
 }

@@ -2,9 +2,12 @@
 
 .bin: the tokens, little-endian. .idx, little-endian: `MMIDIDX\\0\\0`, u64 version 1, u8 dtype code, u64 number of documents n,
 u64 n + 1, i32 sizes[n] in tokens, i64 pointers[n] in bytes, i64 document_index[n + 1] = 0 … n.
+P_mask.bin, where P is without `_document`: a loss mask, one byte per token in the order of the .bin; 1 counts in the loss. Without it all count.
 """
 
+import bisect
 import contextlib
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -18,6 +21,8 @@ from rwkv.files import whole
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_FLOATS = {6: "float32", 7: "float64"}
+_CHUNK = 1 << 20  # entries of an index that are looked at at once
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
 
@@ -62,14 +67,15 @@ def _index(sizes: np.ndarray, dtype: np.dtype) -> bytes:
 
 
 class Dataset:
-    """A binidx opened for reading, memory-mapped.
+    """A binidx opened for reading. Tokens, mask and index are memory-mapped: opening one takes no memory that grows with it.
 
     Attributes:
-        tokens: all documents end to end, [N].
+        tokens: all documents end to end, [N], of the dtype that the index names.
+        mask: uint8 [N], 1 where a token counts in the loss; None: all count.
         sizes: tokens of each document, [n].
 
     Raises:
-        UserError: a file is missing, cut short, foreign, or the two do not belong together.
+        UserError: a file is missing, cut short, foreign, or they do not belong together.
     """
 
     def __init__(self, prefix: str | Path):
@@ -78,42 +84,119 @@ class Dataset:
         for path in (index, data):
             if not path.is_file():
                 raise UserError(f"{path}: no such file. A binidx is two files, .bin and .idx; make them with scripts/convert.py")
-        raw = index.read_bytes()
-        if raw[:9] != _MAGIC:
-            raise UserError(f"{index}: not a binidx index (it does not begin with MMIDIDX); make one with scripts/convert.py")
-        if len(raw) < _HEADER.size:
-            raise UserError(f"{index}: cut short inside its header ({len(raw)} bytes)")
-        _, version, code, count, boundaries = _HEADER.unpack_from(raw)
-        if version != 1 or code not in _DTYPES:
-            raise UserError(f"{index}: version {version} with dtype code {code}; version 1 with an integer dtype is supported")
-        expected = _HEADER.size + 12 * count + 8 * boundaries
-        if len(raw) != expected:
-            raise UserError(f"{index}: {len(raw)} bytes, and {count} documents need {expected}; it is damaged, convert again")
-        dtype = np.dtype(_DTYPES[code]).newbyteorder("<")
-        self.sizes = np.frombuffer(raw, "<i4", count, _HEADER.size)
-        pointers = np.frombuffer(raw, "<i8", count, _HEADER.size + 4 * count)
-        total = int(self.sizes.sum(dtype=np.int64))
-        self._starts = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)])
-        if (self.sizes < 0).any() or (pointers != self._starts[:-1] * dtype.itemsize).any():
-            raise UserError(f"{index}: its pointers do not follow from its sizes; it is damaged, convert again")
-        if data.stat().st_size != total * dtype.itemsize:
+        dtype, self.sizes, self._pointers = _read_index(index)
+        self._width = dtype.itemsize
+        self._total = int(self._pointers[-1]) // self._width + int(self.sizes[-1]) if len(self.sizes) else 0
+        if data.stat().st_size != self._total * self._width:
             raise UserError(
-                f"{data}: {data.stat().st_size} bytes, and its index speaks of {total} tokens of {dtype.itemsize} bytes"
-                f" ({total * dtype.itemsize}); the two do not belong together or one is cut short, convert again"
+                f"{data}: {data.stat().st_size} bytes, and its index speaks of {self._total} tokens of {self._width} bytes"
+                f" ({self._total * self._width}); the two do not belong together or one is cut short, convert again"
             )
-        if total == 0:
+        if self._total == 0:
             raise UserError(f"{data}: holds no tokens")
         self.tokens = np.memmap(data, dtype, "r")
+        self.mask = self._open_mask()
+
+    def _open_mask(self) -> np.ndarray | None:
+        path = mask_path(self.prefix)
+        if not path.exists():
+            return None
+        if path.stat().st_size != self._total:
+            raise UserError(
+                f"{path}: {path.stat().st_size} bytes, and {self.prefix}.bin holds {self._total} tokens; a mask has one byte per token."
+                " The two do not belong together or one is cut short: convert again, or move the mask away to let every token count"
+            )
+        return np.memmap(path, np.uint8, "r")
 
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def span(self, i: int) -> tuple[int, int]:
+        """Where document i begins and ends in `tokens`."""
+        begin = int(self._pointers[i]) // self._width
+        return begin, begin + int(self.sizes[i])
+
     def document(self, i: int) -> np.ndarray:
         """Tokens of document i."""
-        return self.tokens[self._starts[i] : self._starts[i + 1]]
+        begin, end = self.span(i)
+        return self.tokens[begin:end]
+
+    def starts(self, begin: int, end: int) -> np.ndarray:
+        """Where documents start in tokens[begin:end], ascending, int64; of empty documents and the one after them, several are equal."""
+        # not numpy's searchsorted: it would copy the whole index first, which is not aligned in its file
+        low, high = (bisect.bisect_left(self._pointers, at * self._width) for at in (begin, end))
+        return self._pointers[low:high] // self._width
 
     def id_range(self) -> tuple[int, int]:
         """The smallest and the largest token id, by one pass over the file."""
-        step = 1 << 24
-        ranges = [(int(part.min()), int(part.max())) for part in (self.tokens[i : i + step] for i in range(0, len(self.tokens), step))]
+        step, ranges = 1 << 24, []
+        for i in range(0, len(self.tokens), step):
+            part = self.tokens[i : i + step]
+            ranges.append((int(part.min()), int(part.max())))
+            self.release()
         return min(low for low, _ in ranges), max(high for _, high in ranges)
+
+    def release(self) -> None:
+        """Give back the memory of what was read so far; it is read again when it is asked for again."""
+        for mapped in (self.tokens, self.mask):
+            if mapped is not None:
+                mapped._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+def mask_path(prefix: str | Path) -> Path:
+    """The loss mask that belongs to a binidx: `P_text_mask.bin` to `P_text_document`."""
+    return Path(f"{str(prefix).removesuffix('_document')}_mask.bin")
+
+
+def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+    """dtype of the tokens, and size (tokens) and pointer (bytes) of every document, memory-mapped and checked against each other."""
+    length = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(_HEADER.size)
+    if head[:9] != _MAGIC:
+        raise UserError(f"{path}: not a binidx index (it does not begin with MMIDIDX); make one with scripts/convert.py")
+    if len(head) < _HEADER.size:
+        raise UserError(f"{path}: cut short inside its header ({length} bytes); convert again")
+    _, version, code, count, boundaries = _HEADER.unpack(head)
+    if version != 1 or code not in _DTYPES:
+        raise UserError(
+            f"{path}: version {version} with dtype code {code}{f' ({_FLOATS[code]})' if code in _FLOATS else ''};"
+            " version 1 with an integer dtype is supported, convert again"
+        )
+    expected = _HEADER.size + 12 * count + 8 * boundaries
+    if length != expected:
+        raise UserError(f"{path}: {length} bytes, and {count} documents need {expected}; it is damaged, convert again")
+    dtype = np.dtype(_DTYPES[code]).newbyteorder("<")
+    raw = np.memmap(path, np.uint8, "r") if count else np.zeros(_HEADER.size, np.uint8)
+    sizes = raw[_HEADER.size :][: 4 * count].view("<i4")
+    pointers = raw[_HEADER.size + 4 * count :][: 8 * count].view("<i8")
+    numbers = raw[_HEADER.size + 12 * count :].view("<i8")
+    _check_sizes(path, sizes, pointers, dtype.itemsize)
+    if count and not _counts_up(numbers, count):
+        raise UserError(
+            f"{path}: its document index is not 0 … {count}, one entry per document; files whose documents have several parts are not read,"
+            " convert again"
+        )
+    return dtype, sizes, pointers
+
+
+def _check_sizes(path: Path, sizes: np.ndarray, pointers: np.ndarray, width: int) -> None:
+    end = 0
+    for i in range(0, len(sizes), _CHUNK):
+        part = sizes[i : i + _CHUNK].astype(np.int64)
+        ends = end + np.cumsum(part) * width
+        wrong = np.flatnonzero((part < 0) | (pointers[i : i + _CHUNK] != ends - part * width))
+        if len(wrong):
+            first = int(wrong[0])
+            raise UserError(
+                f"{path}: its pointers do not follow from its sizes: document {i + first + 1} has size {part[first]} and pointer"
+                f" {pointers[i + first]}, and {(ends - part * width)[first]} was expected; it is damaged, convert again"
+            )
+        end = int(ends[-1])
+
+
+def _counts_up(numbers: np.ndarray, count: int) -> bool:
+    chunks = range(0, len(numbers), _CHUNK)
+    return len(numbers) == count + 1 and all(
+        (part == np.arange(i, i + len(part))).all() for i in chunks for part in [numbers[i : i + _CHUNK]]
+    )

@@ -1,27 +1,27 @@
-"""Contexts of a token stream as training samples."""
+"""Training samples out of a token stream: contexts of it, or whole documents."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rwkv.data import sampling
+from rwkv.data.packing import Packed, pack
+from rwkv.data.stream import Stream
 from rwkv.errors import UserError
 
 
 @dataclass
-class Contexts(torch.utils.data.Dataset):
-    """`samples` contexts per epoch and rank. An item is (x, y), each [ctx_len] int64, y being x one token later.
+class Samples(torch.utils.data.Dataset):
+    """`samples` samples per epoch and rank, each a pure function of (seed, epoch, index, rank, world_size).
 
-    As upstream's binidx mode, the stream is one: a context may begin inside a document and cross into the next. Set `epoch`
-    before each epoch. Prime sampling if `prime` > 0, uniformly random otherwise.
-
-    Raises:
-        UserError: fewer tokens than one context needs; a prime that prime sampling cannot use.
+    An item is (x, y), each [ctx_len] int64, y being x one token later; or (x, y, counts, reset) if the stream is masked, samples are
+    padded or `reset` is set: counts [ctx_len] bool, True where y counts in the loss; reset [ctx_len] bool, True where x starts a document.
+    With `reset`, what starts a document is no target, as nothing before it belongs to it. Set `epoch` before each epoch.
     """
 
-    tokens: np.ndarray
+    stream: Stream
     ctx_len: int
     samples: int
     seed: int = 0
@@ -30,9 +30,60 @@ class Contexts(torch.utils.data.Dataset):
     rank: int = 0
     world_size: int = 1
     epoch: int = 0
+    reset: bool = False
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def number(self, index: int) -> int:
+        """The number of sample `index` of this epoch and rank: no two samples of a run share one."""
+        return (self.epoch * self.samples + index) * self.world_size + self.rank
+
+    def window(self, number: int) -> tuple[int, int]:
+        """Where sample `number` begins and ends in the stream; at most ctx_len + 1 tokens."""
+        raise NotImplementedError
+
+    def in_order(self, i: int) -> tuple[int, int]:
+        """As `window`, of the i-th of `distinct` samples that go through the stream once."""
+        raise NotImplementedError
+
+    @property
+    def distinct(self) -> int:
+        """How many samples go through the stream once."""
+        raise NotImplementedError
+
+    @property
+    def plain(self) -> bool:
+        """Whether items are (x, y)."""
+        return not (self.reset or self.stream.masked)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return self.item(*self.window(self.number(index)))
+
+    def item(self, begin: int, end: int) -> tuple[Tensor, ...]:
+        """The sample of tokens [begin, end) of the stream."""
+        if self.plain:
+            window = torch.from_numpy(self.stream.ids(begin, end))
+            return window[:-1], window[1:]
+        piece, short = self.stream.read(begin, end), self.ctx_len + 1 - (end - begin)
+        ids, counts, starts = (torch.from_numpy(np.pad(part, (0, short))) for part in piece)
+        if self.reset:
+            counts &= ~starts
+        return ids[:-1], ids[1:], counts[1:], starts[:-1] if self.reset else torch.zeros_like(starts[:-1])
+
+
+@dataclass
+class Contexts(Samples):
+    """Contexts of the stream, wherever they begin: as in upstream's binidx mode, they cross from one document into the next.
+
+    Prime sampling if `prime` > 0, uniformly random otherwise.
+
+    Raises:
+        UserError: fewer tokens than one context needs; a prime that prime sampling cannot use.
+    """
 
     def __post_init__(self):
-        size = len(self.tokens)
+        size = len(self.stream)
         if size < self.ctx_len + 2:
             raise UserError(
                 f"the data holds {size} tokens, and one context of ctx_len {self.ctx_len} needs {self.ctx_len + 2}; give more text"
@@ -47,17 +98,87 @@ class Contexts(torch.utils.data.Dataset):
                     f" the largest such is {best or 'none: the data is too short for prime sampling'}"
                 )
 
-    def __len__(self) -> int:
-        return self.samples
-
     def offset(self, index: int) -> int:
-        """Where sample `index` of this epoch and rank begins. No two samples of a run share a number."""
-        number = (self.epoch * self.samples + index) * self.world_size + self.rank
-        if self.prime:
-            return sampling.prime_offset(1 + number, self.prime, self.ctx_len, self.shift)
-        return sampling.random_offset(self.seed, number, len(self.tokens), self.ctx_len)
+        """Where sample `index` of this epoch and rank begins."""
+        return self.window(self.number(index))[0]
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        begin = self.offset(index)
-        window = torch.from_numpy(self.tokens[begin : begin + self.ctx_len + 1].astype(np.int64))
-        return window[:-1], window[1:]
+    def window(self, number: int) -> tuple[int, int]:
+        if self.prime:
+            begin = sampling.prime_offset(1 + number, self.prime, self.ctx_len, self.shift)
+        else:
+            begin = sampling.random_offset(self.seed, number, len(self.stream), self.ctx_len)
+        return begin, begin + self.ctx_len + 1
+
+    def in_order(self, i: int) -> tuple[int, int]:
+        return i * self.ctx_len, (i + 1) * self.ctx_len + 1
+
+    @property
+    def distinct(self) -> int:
+        return sampling.slots(len(self.stream), self.ctx_len)
+
+
+@dataclass
+class Documents(Samples):
+    """Samples of whole documents, padded with token 0, which does not count.
+
+    Documents join until a sample has `enough` tokens; those longer than a context are left out. A pass goes through all samples once,
+    in their order if `sequential`, else in a new random order every time; ranks share it out.
+
+    Raises:
+        UserError: no document fits a context.
+    """
+
+    enough: int = 1
+    sequential: bool = False
+    packed: Packed = field(init=False)
+
+    def __post_init__(self):
+        self.packed = pack(self.stream.document_starts(), self.ctx_len, self.enough)
+        if not len(self.packed.windows):
+            raise UserError(
+                f"none of {self.packed.too_long + self.packed.too_short} documents has 2 to {self.ctx_len + 1} tokens, as --doc_training with"
+                f" --ctx_len {self.ctx_len} needs; give a larger --ctx_len, the right --doc_sep, or leave --doc_training out"
+            )
+
+    @property
+    def plain(self) -> bool:
+        return False
+
+    def window(self, number: int) -> tuple[int, int]:
+        turn, position = divmod(number, self.distinct)
+        return self.in_order(position if self.sequential else sampling.shuffled(self.seed, turn, position, self.distinct))
+
+    def in_order(self, i: int) -> tuple[int, int]:
+        begin, end = self.packed.windows[i].tolist()
+        return begin, end
+
+    @property
+    def distinct(self) -> int:
+        return len(self.packed.windows)
+
+
+@dataclass
+class HeldOut(torch.utils.data.Dataset):
+    """`count` samples spread evenly over those that go through a stream once, the same every time; all if there are fewer, or count is 0.
+
+    Ranks share them out; what does not share out evenly is left to the first ranks.
+    """
+
+    source: Samples
+    count: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def total(self) -> int:
+        """Samples over all ranks."""
+        return min(self.count or self.source.distinct, self.source.distinct)
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self.total, self.world_size))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        number = self.rank + index * self.world_size
+        if not 0 <= number < self.total:
+            raise IndexError(index)
+        return self.source.item(*self.source.in_order(sampling.spread(number, self.total, self.source.distinct)))

@@ -1,8 +1,11 @@
 """Where in the token stream each sample begins: pure functions of (seed, epoch, index, rank), so that any run can be repeated."""
 
+import hashlib
 import math
 
 import numpy as np
+
+_ROUNDS = 6  # of the Feistel network; four make it look random, small counts want more
 
 
 def random_offset(seed: int, sample: int, size: int, ctx_len: int) -> int:
@@ -23,6 +26,29 @@ def prime_offset(number: int, prime: int, ctx_len: int, shift: int = 0) -> int:
     """
     factor = int(prime * ((math.sqrt(5) - 1) / 2))
     return (factor * number**3 % prime) * ctx_len + shift
+
+
+def shuffled(seed: int, turn: int, position: int, count: int) -> int:
+    """Which of `count` things is at `position` in the order of turn `turn`: a permutation of 0 … count − 1, without holding it.
+
+    A Feistel network over the next power of four, walked until it lands below count (less than four steps on average).
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    key = hashlib.blake2b(f"{seed} {turn} {count}".encode(), digest_size=16).digest()
+    while True:
+        left, right = position >> half, position & low
+        for step in range(_ROUNDS):
+            mixed = hashlib.blake2b(right.to_bytes(8, "little"), digest_size=8, key=key, salt=bytes([step])).digest()
+            left, right = right, left ^ (int.from_bytes(mixed, "little") & low)
+        position = left << half | right
+        if position < count:
+            return position
+
+
+def spread(i: int, chosen: int, count: int) -> int:
+    """The i-th of `chosen` numbers spread evenly over 0 … count − 1."""
+    return i * count // chosen
 
 
 def slots(size: int, ctx_len: int) -> int:

@@ -16,8 +16,9 @@ class _HeadLoss(torch.autograd.Function):
         want_x, want_weight = ctx.needs_input_grad[:2]
         gx = torch.empty_like(x) if want_x else None
         gweight = torch.zeros_like(weight) if want_weight else None
-        for rows in torch.arange(count, device="cpu").split(max(1, CHUNK_BYTES // (4 * vocab))):
-            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        size = max(1, CHUNK_BYTES // (4 * vocab))
+        for begin in range(0, count, size):
+            rows = slice(begin, begin + size)
             logits = (x[rows] @ weight.t()).float()  # [n, V]
             target = targets[rows, None]
             top, argmax = logits.max(1, keepdim=True)  # [n, 1]
@@ -36,8 +37,8 @@ class _HeadLoss(torch.autograd.Function):
             if want_weight:
                 gweight.addmm_(grad.t(), x[rows].to(weight.dtype))
         ctx.save_for_backward(gx, gweight)
-        ctx.count = count
-        return loss / count
+        ctx.count = max(1, count)
+        return loss / ctx.count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -47,7 +48,7 @@ class _HeadLoss(torch.autograd.Function):
         return None if gx is None else gx * scale, None if gweight is None else gweight * scale, None
 
 
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor, counts: Tensor | None = None) -> Tensor:
     """Mean cross-entropy in nats of softmax(x Wᵀ) at the targets; its gradient carries L2Wrap.
 
     L2Wrap (BlinkDL) keeps the largest logit of each token from drifting: in the backward pass 1e-4 · max / N is added to the
@@ -58,8 +59,13 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         x: [..., D], what the head reads.
         weight: [V, D], the head. Gets no gradient if it is frozen.
         targets: [...] int64 in [0, V).
+        counts: [...] bool, the targets that the mean is over; the others cost nothing, get no gradient and are not in N. None: all.
 
     Returns:
-        A scalar, fp32.
+        A scalar, fp32; 0 without gradient where no target counts.
     """
-    return _HeadLoss.apply(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1))
+    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    if counts is not None:
+        counts = counts.reshape(-1)
+        x, targets = x[counts], targets[counts]
+    return _HeadLoss.apply(x, weight, targets)

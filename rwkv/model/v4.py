@@ -44,9 +44,10 @@ def _mix(size: int) -> nn.Parameter:
     return nn.Parameter(torch.full((1, 1, size), 0.5))
 
 
-def _shift(x: Tensor, last: Tensor) -> Tensor:
-    """Each token's predecessor [B, T, D]; the first one's is `last` [B, D]."""
-    return torch.cat([last.to(x.dtype)[:, None], x[:, :-1]], 1)
+def _shift(x: Tensor, last: Tensor, reset: Tensor | None) -> Tensor:
+    """Each token's predecessor [B, T, D]; the first one's is `last` [B, D], and zero where a document starts."""
+    before = torch.cat([last.to(x.dtype)[:, None], x[:, :-1]], 1)
+    return before if reset is None else before.masked_fill(reset[..., None], 0)
 
 
 class TimeMix(nn.Module):
@@ -60,14 +61,14 @@ class TimeMix(nn.Module):
         self.time_mix_k, self.time_mix_v, self.time_mix_r = _mix(D), _mix(D), _mix(D)
         self.key, self.value, self.receptance, self.output = _matrix(A, D), _matrix(A, D), _matrix(A, D), _matrix(D, A)
 
-    def forward(self, x: Tensor, shift: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, T, D], shift [B, D], state [B, 3, A] → y [B, T, D], state."""
-        before = _shift(x, shift)
+    def forward(self, x: Tensor, shift: Tensor, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, T, D], shift [B, D], state [B, 3, A], reset [B, T] → y [B, T, D], state."""
+        before = _shift(x, shift, reset)
         k = self.key(torch.lerp(before, x, self.time_mix_k))  # [B, T, A]
         v = self.value(torch.lerp(before, x, self.time_mix_v))
         r = self.receptance(torch.lerp(before, x, self.time_mix_r))
         # The decay stays fp32: exp(−exp(w)) is so near 1 that bf16 rounds it to 1.
-        y, state = wkv4(-torch.exp(self.time_decay.float()), self.time_first, k, v, state)
+        y, state = wkv4(-torch.exp(self.time_decay.float()), self.time_first, k, v, state, reset)
         return self.output(torch.sigmoid(r) * y), state
 
 
@@ -80,9 +81,9 @@ class ChannelMix(nn.Module):
         self.time_mix_k, self.time_mix_r = _mix(D), _mix(D)
         self.key, self.receptance, self.value = _matrix(F, D), _matrix(D, D), _matrix(D, F)
 
-    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
-        """x [B, T, D], shift [B, D] → [B, T, D]."""
-        before = _shift(x, shift)
+    def forward(self, x: Tensor, shift: Tensor, reset: Tensor | None = None) -> Tensor:
+        """x [B, T, D], shift [B, D], reset [B, T] → [B, T, D]."""
+        before = _shift(x, shift, reset)
         k = self.key(torch.lerp(before, x, self.time_mix_k))  # [B, T, F]
         r = self.receptance(torch.lerp(before, x, self.time_mix_r))
         return torch.sigmoid(r) * self.value(torch.relu(k).square())
@@ -103,18 +104,18 @@ class Block(nn.Module):
             self.att = TimeMix(sizes)
         self.ffn = ChannelMix(sizes)
 
-    def forward(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+    def forward(self, x: Tensor, state: BlockState, reset: Tensor | None = None) -> tuple[Tensor, BlockState]:
         """x [B, T, D] → [B, T, D] and the state after the last token."""
         if hasattr(self, "ln0"):
             x = self.ln0(x)
         a = self.ln1(x)
         if hasattr(self, "att"):
-            y, wkv = self.att(a, state.att_shift, state.wkv)
+            y, wkv = self.att(a, state.att_shift, state.wkv, reset)
         else:
-            y, wkv = self.ffnPre(a, state.att_shift), state.wkv
+            y, wkv = self.ffnPre(a, state.att_shift, reset), state.wkv
         x = x + y
         f = self.ln2(x)
-        x = x + self.ffn(f, state.ffn_shift)
+        x = x + self.ffn(f, state.ffn_shift, reset)
         return x, BlockState(a[:, -1], wkv, f[:, -1])
 
 
@@ -139,20 +140,25 @@ class RWKV(nn.Module):
         zeros = torch.zeros(batch, D, device=weight.device, dtype=weight.dtype)
         return [BlockState(zeros, empty_state(batch, A, weight.device), zeros) for _ in self.blocks]
 
-    def hidden(self, tokens: Tensor, state: list[BlockState] | None = None) -> tuple[Tensor, list[BlockState]]:
-        """tokens [B, T] of integers in [0, V) → what the head reads, [B, T, D], and the state after the last token."""
+    def hidden(self, tokens: Tensor, state: list[BlockState] | None = None, reset: Tensor | None = None) -> tuple[Tensor, list[BlockState]]:
+        """tokens [B, T] of integers in [0, V) → what the head reads, [B, T, D], and the state after the last token.
+
+        `reset` [B, T] bool: True where a document starts; nothing before that token reaches it or what follows.
+        """
         if state is None:
             state = self.initial_state(tokens.shape[0])
         x, after = self.emb(tokens), []
         for block, before in zip(self.blocks, state, strict=True):
             if self.grad_cp and torch.is_grad_enabled():
-                x, new = checkpoint(block, x, before, use_reentrant=False)
+                x, new = checkpoint(block, x, before, reset, use_reentrant=False)
             else:
-                x, new = block(x, before)
+                x, new = block(x, before, reset)
             after.append(new)
         return self.ln_out(x), after
 
-    def forward(self, tokens: Tensor, state: list[BlockState] | None = None) -> tuple[Tensor, list[BlockState]]:
-        """tokens [B, T] → logits [B, T, V] and the state after the last token, to be given back with the next tokens."""
-        x, state = self.hidden(tokens, state)
+    def forward(
+        self, tokens: Tensor, state: list[BlockState] | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, list[BlockState]]:
+        """tokens [B, T] → logits [B, T, V] and the state after the last token, to be given back with the next tokens. As `hidden`."""
+        x, state = self.hidden(tokens, state, reset)
         return self.head(x), state

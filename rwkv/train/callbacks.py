@@ -16,9 +16,11 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
 from rwkv.config import TrainConfig
+from rwkv.data.dataset import HeldOut
 from rwkv.errors import UserError
 from rwkv.files import whole
 from rwkv.train import schedule
+from rwkv.train.validation import held_out_loss
 
 
 class Metrics(pl.Callback):
@@ -28,12 +30,15 @@ class Metrics(pl.Callback):
 
     Attributes:
         losses: of every step, averaged over devices and accumulated batches, nats per token.
+        held_out_losses: after every val_every-th step, every epoch and the last step, if there are held-out samples.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path):
-        self.config, self.folder = config, folder
+    def __init__(self, config: TrainConfig, folder: Path, held_out: HeldOut | None = None):
+        self.config, self.folder, self._held_out = config, folder, held_out
         self.losses: list[float] = []
+        self.held_out_losses: list[float] = []
         self._batches: list[float] = []
+        self._targets = 0
         self._epoch: list[float] = []
         self._wandb: Any = None
 
@@ -55,27 +60,43 @@ class Metrics(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch, batch_idx: int) -> None:
         self._batches.append(float(trainer.strategy.reduce(module.loss, reduce_op="mean")))
+        self._targets += module.targets
         if trainer.global_step == len(self.losses):  # gradients are still being accumulated
             return
         loss, self._batches = sum(self._batches) / len(self._batches), []
         self.losses.append(loss)
         self._epoch.append(loss)
+        targets, self._targets = self._targets, 0
+        spent = time.perf_counter() - self._tick
+        extra = {} if module.data.plain else {"targets": targets}
+        if self._held_out is not None and math.isfinite(loss) and self._validates():
+            self.held_out_losses.append(held_out_loss(module, self._held_out, self.config.micro_bsz))
+            extra["val_loss"] = self.held_out_losses[-1]
         if trainer.global_rank == 0:
-            self._report(module, loss)
+            self._report(module, loss, spent, extra)
+        self._tick = time.perf_counter()
         if not math.isfinite(loss):
             step = schedule.first_step(self.config) + len(self.losses)
             raise UserError(
                 f"step {step}: the loss is {loss}. Lower --lr_init, or raise the precision, and go on from an earlier checkpoint in {self.folder}"
             )
 
-    def _report(self, module: pl.LightningModule, loss: float) -> None:
-        step, now = schedule.first_step(self.config) + len(self.losses), time.perf_counter()
+    def _validates(self) -> bool:
+        """Whether the held-out loss is due after this step."""
+        step = schedule.first_step(self.config) + len(self.losses)
+        every = self.config.val_every
+        ends = step % schedule.steps_per_epoch(self.config) == 0 or len(self.losses) == schedule.total_steps(self.config)
+        return ends or (every > 0 and step % every == 0)
+
+    def _report(self, module: pl.LightningModule, loss: float, seconds: float, extra: dict[str, Any]) -> None:
+        step = schedule.first_step(self.config) + len(self.losses)
         tokens = schedule.tokens_per_step(self.config)
-        speed, self._tick = tokens / (now - self._tick), now
+        speed = tokens / seconds
         group = module.optimizers().optimizer.param_groups[0]
         line = {
             "step": step,
             "loss": loss if math.isfinite(loss) else None,
+            **{key: value if math.isfinite(value) else None for key, value in extra.items()},
             "lr": group["lr"] / group["lr_scale"],
             "tokens": step * tokens,
             "tokens_per_s": round(speed, 1),
@@ -83,11 +104,14 @@ class Metrics(pl.Callback):
         line |= _memory(module.device)
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        self._bar.set_postfix_str(f"loss {loss:.3f}, lr {line['lr']:.2e}, {speed:,.0f} tokens/s", refresh=False)
+        held_out = f", held out {self.held_out_losses[-1]:.3f}" if self.held_out_losses else ""
+        self._bar.set_postfix_str(f"loss {loss:.3f}{held_out}, lr {line['lr']:.2e}, {speed:,.0f} tokens/s", refresh=False)
         self._bar.update()
         if self._wandb:
             decay = schedule.weight_decay(self.config, len(self.losses) - 1)
-            self._wandb.log({"loss": loss, "lr": line["lr"], "wd": decay, "Gtokens": step * tokens / 1e9, "kt/s": speed / 1e3}, step=step)
+            self._wandb.log(
+                {"loss": loss, **extra, "lr": line["lr"], "wd": decay, "Gtokens": step * tokens / 1e9, "kt/s": speed / 1e3}, step=step
+            )
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

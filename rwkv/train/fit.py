@@ -18,15 +18,14 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from rwkv import checkpoint, compat, lora
 from rwkv.config import LoRAConfig, TrainConfig
-from rwkv.data import sampling
 from rwkv.data.binidx import Dataset
 from rwkv.data.convert import convert
-from rwkv.data.dataset import Contexts
+from rwkv.data.dataset import Documents, HeldOut, Samples
 from rwkv.errors import UserError
 from rwkv.files import sha256
 from rwkv.model import RWKV, Sizes
 from rwkv.model.init import initialise
-from rwkv.train import schedule
+from rwkv.train import samples, schedule
 from rwkv.train.callbacks import Checkpoints, Metrics
 from rwkv.train.module import TrainingModule
 from rwkv.train.plot import plot
@@ -37,12 +36,13 @@ _HASH_LIMIT = 4 << 30  # bytes of a dataset that are still hashed for the manife
 
 @dataclass(frozen=True)
 class Result:
-    """What a run made. Losses in nats per token: of the first step, before any update, and the mean over the last tenth."""
+    """What a run made. Losses in nats per token: of the first step, before any update, the mean over the last tenth, and the last held-out one."""
 
     checkpoint: Path
     steps: int
     first_loss: float
     last_loss: float
+    val_loss: float | None = None
 
 
 def fit(config: TrainConfig) -> Result:
@@ -64,16 +64,16 @@ def fit(config: TrainConfig) -> Result:
     folder = Path(config.proj_dir)
     old = _old_run(config, folder)
     data = _open_data(config, model.sizes, folder)
-    contexts = _contexts(config, data, seed)
-    _say(config, model, data, contexts)
+    training, held_out = samples.make(config, data, seed)
+    _say(config, model, data, training, held_out)
     for path in old:
         path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
 
     save = _saver(config, folder, model, adapter, data)
-    metrics, checkpoints = Metrics(config, folder), Checkpoints(config, save)
+    metrics, checkpoints = Metrics(config, folder, held_out), Checkpoints(config, save)
     trainer = _trainer(config, [metrics, checkpoints])
-    compat.fit(trainer, TrainingModule(model, contexts, config))
+    compat.fit(trainer, TrainingModule(model, training, config))
     if trainer.interrupted:
         _print(
             f"interrupted at step {schedule.first_step(config) + trainer.global_step}"
@@ -87,8 +87,9 @@ def fit(config: TrainConfig) -> Result:
             f"{folder.name}: {'LoRA' if adapter else 'all weights'}, {trainer.global_step} steps",
         )
     tail = metrics.losses[-max(1, len(metrics.losses) // 10) :]
-    result = Result(folder / checkpoints.last, trainer.global_step, metrics.losses[0], sum(tail) / len(tail))
-    _print(f"done:  loss {result.first_loss:.3f} → {result.last_loss:.3f}; {result.checkpoint}, {folder / 'loss.png'}")
+    result = Result(folder / checkpoints.last, trainer.global_step, metrics.losses[0], sum(tail) / len(tail), *metrics.held_out_losses[-1:])
+    held = "" if result.val_loss is None else f", held out {result.val_loss:.3f}"
+    _print(f"done:  loss {result.first_loss:.3f} → {result.last_loss:.3f}{held}; {result.checkpoint}, {folder / 'loss.png'}")
     if adapter:
         _print(f"merge: python scripts/merge_lora.py --adapter {result.checkpoint} --output merged.pth")
         _print(f"talk:  python scripts/generate.py --model {config.load_model} --lora {result.checkpoint}")
@@ -128,6 +129,7 @@ def _check_flags(c: TrainConfig) -> None:
         raise UserError(f"--epoch_begin {c.epoch_begin} goes on with a LoRA run: give its adapter with --lora_load")
     if c.my_pile_shift < -1:
         raise UserError(f"--my_pile_shift must be at least 0; it is {c.my_pile_shift}")
+    samples.check(c)
     if c.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or leave the flag out to train on the CPU")
     gpu = torch.cuda.is_available() and c.accelerator != "cpu"
@@ -224,14 +226,6 @@ def _open_data(c: TrainConfig, sizes: Sizes, folder: Path) -> Dataset:
     return data
 
 
-def _contexts(c: TrainConfig, data: Dataset, seed: int) -> Contexts:
-    size = len(data.tokens) - c.my_pile_shift
-    prime = sampling.magic_prime(size, c.ctx_len) if c.magic_prime < 0 else c.magic_prime
-    if c.magic_prime < 0 and not prime:
-        raise UserError(f"--magic_prime -1: {size} tokens hold no two contexts of {c.ctx_len}; leave it out, or lower --ctx_len")
-    return Contexts(data.tokens, c.ctx_len, c.epoch_steps * c.micro_bsz, seed, prime, c.my_pile_shift)
-
-
 def _quiet_lightning() -> None:
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -278,15 +272,32 @@ def _saver(c: TrainConfig, folder: Path, model: RWKV, adapter: dict[str, Any] | 
     return save
 
 
-def _say(c: TrainConfig, model: RWKV, data: Dataset, contexts: Contexts) -> None:
+def _say(c: TrainConfig, model: RWKV, data: Dataset, training: Samples, held_out: HeldOut | None) -> None:
     s = model.sizes
     every = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = "all trained" if trained == every else f"{trained / 1e6:.2f} million trained"
     steps, per_step = schedule.total_steps(c), schedule.tokens_per_step(c)
-    order = f"prime sampling, p = {contexts.prime}" if contexts.prime else "at random places"
+    order, seen = _order(training), steps * per_step / len(training.stream)
+    if isinstance(training, Documents):  # samples are padded
+        seen = steps * per_step / c.ctx_len / training.distinct
+    masked = ", some masked" if training.stream.masked else ""
     _print(
         f"model: RWKV-4, L{s.n_layer} D{s.n_embd} V{s.vocab_size}, {every / 1e6:.2f} million parameters, {what}\n"
-        f"data:  {data.prefix}, {len(data):,} documents, {len(data.tokens):,} tokens\n"
-        f"run:   {steps:,} steps of {per_step:,} tokens ({order}, seed {contexts.seed}); each token is seen about {steps * per_step / len(data.tokens):.2g} times"
+        f"data:  {data.prefix}, {len(data):,} documents, {len(data.tokens):,} tokens{masked}\n"
+        + (
+            f"held:  {len(held_out.source.stream):,} tokens are held out; a loss reads {held_out.total:,} samples of them\n"
+            if held_out
+            else ""
+        )
+        + f"run:   {steps:,} steps of {per_step:,} tokens ({order}, seed {training.seed}); each token is seen about {seen:.2g} times"
     )
+
+
+def _order(training: Samples) -> str:
+    if isinstance(training, Documents):
+        packed = training.packed
+        left = packed.too_long + packed.too_short
+        order = "in order" if training.sequential else "shuffled"
+        return f"whole documents in {training.distinct:,} samples, {order}" + (f", {left:,} that do not fit left out" if left else "")
+    return f"prime sampling, p = {training.prime}" if training.prime else "at random places"

@@ -10,8 +10,9 @@ from rwkv.files import whole
 
 
 def plot(metrics: Path, image: Path, title: str) -> None:
-    """Draw the loss of every step, its running mean over a twentieth of the run, and the learning rate."""
+    """Draw the loss of every step, its running mean over a twentieth of the run, the learning rate, and the held-out loss where there is one."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    held_out = [(line["step"], line["val_loss"]) for line in lines if line.get("val_loss") is not None]
     steps, losses, rates = (np.array([line[key] for line in lines]) for key in ("step", "loss", "lr"))
     width = max(1, len(steps) // 20)
     smooth = np.convolve(losses, np.ones(width) / width, "valid")
@@ -19,6 +20,8 @@ def plot(metrics: Path, image: Path, title: str) -> None:
     axes = figure.subplots()
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
     axes.plot(steps[width - 1 :], smooth, color="tab:blue", linewidth=2, label=f"mean of {width}")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="tab:green", marker="o", markersize=4, linewidth=1.5, label="held out")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title.replace("$", r"\$"))
     axes.grid(alpha=0.3)
     right = axes.twinx()

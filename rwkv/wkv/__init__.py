@@ -17,7 +17,7 @@ def _cuda_refusal(k: Tensor) -> str | None:
         return f"k is on {k.device}, and this unit computes on NVIDIA GPUs; move the tensors to one"
     if torch.version.hip:
         return "torch is a ROCm build, and this unit is compiled for NVIDIA GPUs only"
-    if k.element_size() == 8:
+    if k.dtype == torch.float64:
         return 'k is fp64 and this unit computes in fp32; use impl="reference"'
     return native.device_refusal(k.device.index)
 
@@ -25,7 +25,7 @@ def _cuda_refusal(k: Tensor) -> str | None:
 def _cpu_refusal(k: Tensor) -> str | None:
     if k.device.type != "cpu":
         return f"k is on {k.device}, and this unit computes on the CPU only; move the tensors there"
-    if k.element_size() == 8:
+    if k.dtype == torch.float64:
         return 'k is fp64 and this unit computes in fp32; use impl="reference"'
     return native.refusal()
 
@@ -94,5 +94,10 @@ def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, res
     for name, tensor in {"v": v, **{name: tensor for name, (tensor, _) in wanted.items()}}.items():
         if tensor is not None and tensor.device != k.device:
             raise ValueError(f"{name} is on {tensor.device} and k on {k.device}; put them on one device")
+    floats = {"w": w, "u": u, "k": k, "v": v, "state": state}
+    if wrong := [f"{name} is {tensor.dtype}" for name, tensor in floats.items() if tensor is not None and not tensor.is_floating_point()]:
+        raise ValueError(f"w, u, k, v and state must be floating-point; {', '.join(wrong)}")
+    if v.dtype != k.dtype:
+        raise ValueError(f"k and v must be of one dtype; they are {k.dtype} and {v.dtype}")
     if reset is not None and reset.dtype != torch.bool:
         raise ValueError(f"reset must be bool; it is {reset.dtype}")

@@ -4,10 +4,13 @@ In rwkv/wkv/lib/torch-<version>/: wkv4.so, the host extension with the CPU unit 
 architecture and wkv4_compute_<newest>.ptx, the CUDA unit; manifest.json, written last.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +27,7 @@ SOURCES = Path(__file__).parents[2] / "cuda"
 # there is one pool of threads and not two. Widths are chosen file by file and at run time, so nothing here names a processor.
 HOST_OPTIONS = ["-O3", "-fopenmp", "-std=c++17", "-Wno-psabi", "-Wno-unknown-pragmas"]
 DEVICE_OPTIONS = ["--std=c++17", "--ptxas-options=-v"]
+NO_NVRTC = f"this environment has no NVRTC for torch's CUDA ({torch.version.cuda or 'none: a CPU build'})"
 
 
 def folder() -> Path:
@@ -45,20 +49,24 @@ def source_hash() -> str:
 
 
 def manifest() -> dict:
-    """What `make kernels` wrote down; empty if it has not run for this torch."""
+    """What `make kernels` wrote down; empty if it has not run to its end for this torch."""
     try:
         return json.loads((folder() / "manifest.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (OSError, ValueError):
         return {}
 
 
 def refusal() -> str | None:
     """Why the compiled units cannot be loaded, as a sentence with a remedy; None if they can."""
-    built = manifest().get("source_hash")
-    if built is None:
+    written = manifest()
+    if "source_hash" not in written:
         return f"it is not compiled for torch {torch.__version__}; run: make kernels"
-    if SOURCES.is_dir() and built != source_hash():
-        return f"it was compiled from other sources (hash {built[:12]}, now {source_hash()[:12]}); run: make kernels"
+    if SOURCES.is_dir() and written["source_hash"] != source_hash():
+        return f"it was compiled from other sources (hash {written['source_hash'][:12]}, now {source_hash()[:12]}); run: make kernels"
+    for name, size in written.get("sizes", {}).items():
+        path = folder() / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"{path} is {f'not of {size} bytes' if path.is_file() else 'gone'}; run: make kernels"
     return None
 
 
@@ -79,9 +87,7 @@ def device_code(capability: tuple[int, int]) -> Path:
         if name.endswith(".ptx") and int(name.split("_compute_")[1].split(".")[0]) <= 10 * major + minor:
             return folder() / name
     if not archs:
-        raise LookupError(
-            "the CUDA unit is not compiled, as this environment has no NVRTC (torch is a CPU build); make one with torch's CUDA build"
-        )
+        raise LookupError(f"the CUDA unit is not compiled, as {NO_NVRTC}; take an environment with both (make venv), then make kernels")
     have = ", ".join(f"{arch // 10}.{arch % 10}" for arch in sorted(archs))
     raise LookupError(
         f"the GPU has compute capability {major}.{minor} and the CUDA unit is compiled for {have}; take the stack that drives this GPU (README, Two stacks)"
@@ -96,32 +102,50 @@ def build() -> None:
             " make kernels again. Without it training uses the reference loop, correct but a thousand times slower."
         )
     folder().mkdir(parents=True, exist_ok=True)
-    for old in folder().iterdir():  # the manifest too: a build that is broken off leaves none, which is to say nothing usable
+    with open(folder() / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another build may be under way: wait for it, then there is nothing left to do
+        if not usable():
+            _build()
+
+
+def usable() -> bool:
+    """Whether everything is there, current, and loads in a new process."""
+    if refusal() is not None:
+        return False
+    loads = f"import torch; torch.ops.load_library({str(library())!r})"
+    return subprocess.run([sys.executable, "-c", loads], capture_output=True, check=False).returncode == 0
+
+
+def _build() -> None:
+    (folder() / "manifest.json").unlink(missing_ok=True)  # first: a build that is broken off leaves nothing that looks usable
+    for old in folder().glob("wkv4*"):
         old.unlink()
     before = time.time()
     with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
         device = pool.submit(_build_device, pool)
         _build_host()
         device = device.result()
-    write_json(
-        folder() / "manifest.json",
-        {
-            "source_hash": source_hash(),
-            "torch": torch.__version__,
-            "host": {"file": library().name, "options": HOST_OPTIONS},
-            "device": device,
-        },
-    )
-    made = (
-        f"NVRTC {device['compiler'].split()[-1]} for {', '.join(device['files'])}"
-        if device
-        else "no NVRTC in this environment: no CUDA unit"
-    )
-    print(f"kernels: {library()} and {made}; {time.time() - before:.0f} s" if device else f"kernels: {library()}; {made}")
+    written = {
+        "source_hash": source_hash(),
+        "torch": torch.__version__,
+        "sizes": {path.name: path.stat().st_size for path in sorted(folder().glob("wkv4*"))},
+        "host": {"file": library().name, "options": HOST_OPTIONS},
+        "device": device,
+    }
+    write_json(folder() / "manifest.json", written)
+    made = f"{device['compiler']} for {', '.join(device['files'])}" if device else f"no CUDA unit, as {NO_NVRTC}"
+    print(f"kernels: {library()}; {made}; {time.time() - before:.0f} s")
 
 
 def _build_host() -> None:
     cpp_extension = compat.cpp_extension()
+    # torch asks PATH for ninja; ours lies beside this Python, whose environment need not be activated
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    if any(" " in path for path in cpp_extension.include_paths()):
+        raise SystemExit(
+            f"make kernels: torch lies in {torch.__path__[0]}, and its compiler commands do not allow for a space in that path; move the"
+            " environment, for example with make venv VENV=/some/where"
+        )
     with tempfile.TemporaryDirectory() as build_folder:
         sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
         cpp_extension.load(
@@ -164,8 +188,8 @@ def _compile(compiler: nvrtc.Compiler, target: str) -> tuple[str, dict]:
 
 
 def main() -> None:
-    """Build unless what is there is current."""
-    if refusal() is None:
+    """Build unless everything is there, current and loads."""
+    if usable():
         print(f"kernels: {library()} is current")
     else:
         build()

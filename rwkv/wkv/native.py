@@ -1,6 +1,5 @@
 """Autograd over the compiled units (torch.ops.rwkv.*)."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,30 +9,39 @@ from torch import Tensor
 from rwkv.wkv import build
 
 KEEP = 16  # tokens per kept state (cuda/wkv4_args.h)
-THREADS = 1 << 17  # that a GPU is given, if the sequence is long enough: its multiprocessors hold about as many
+THREADS = (
+    1 << 17
+)  # that a GPU is given, if the sequence is long enough: tuned on an H100, where half or twice as many are up to 10 % slower
 
 
-@functools.lru_cache(maxsize=1)
+_loaded: set[int | str] = set()  # "host" and the GPUs whose kernels are loaded. Only success is remembered: what is refused may be mended
+
+
 def refusal() -> str | None:
     """Load the host extension once; why it cannot be used, or None."""
-    reason = build.refusal()
-    if reason is None:
-        try:
-            torch.ops.load_library(str(build.library()))
-        except OSError as error:
-            return f"it does not load ({error}); run: make kernels"
-    return reason
+    if "host" in _loaded:
+        return None
+    if reason := build.refusal():
+        return reason
+    try:
+        torch.ops.load_library(str(build.library()))
+    except OSError as error:
+        return f"it does not load ({error}); run: make kernels"
+    _loaded.add("host")
+    return None
 
 
-@functools.cache
 def device_refusal(device: int) -> str | None:
     """Load the CUDA unit for a GPU once; why it cannot be used there, or None."""
+    if device in _loaded:
+        return None
     if reason := refusal():
         return reason
     try:
         torch.ops.rwkv.cuda_load(device, str(build.device_code(torch.cuda.get_device_capability(device))))
     except (LookupError, RuntimeError) as error:
         return str(error)
+    _loaded.add(device)
     return None
 
 
@@ -71,6 +79,7 @@ class _WKV4(torch.autograd.Function):
     def forward(ctx, unit, w, u, k, v, state, reset):
         y, last, kept = unit.forward(w, u, k, v, state, reset)
         ctx.unit = unit
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(w, u, k, v, reset, kept)
         return y, last
 
@@ -78,7 +87,9 @@ class _WKV4(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gy, glast):
         w, u, k, v, reset, kept = ctx.saved_tensors
-        gw, gu, gk, gv, gstate = ctx.unit.backward(w, u, k, v, reset, kept, gy.contiguous(), glast.contiguous())
+        gy = torch.zeros_like(k) if gy is None else gy.contiguous()
+        glast = None if glast is None else glast.contiguous()
+        gw, gu, gk, gv, gstate = ctx.unit.backward(w, u, k, v, reset, kept, gy, glast)
         return None, gw, gu, gk, gv, gstate if ctx.needs_input_grad[5] else None, None
 
 
@@ -86,13 +97,13 @@ def run(unit: Unit, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | 
     """As `rwkv.wkv.wkv4`, by a unit; k's dtype is one that the unit takes."""
     state = None if state is None else state.float().contiguous()
     reset = None if reset is None else reset.contiguous()
-    return _WKV4.apply(unit, w.float().contiguous(), u.float().contiguous(), k.contiguous(), v.to(k.dtype).contiguous(), state, reset)
+    return _WKV4.apply(unit, w.float().contiguous(), u.float().contiguous(), k.contiguous(), v.contiguous(), state, reset)
 
 
 def wkv4_cpu(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `rwkv.wkv.wkv4`, on CPU tensors; fp16 is converted to fp32 and back."""
     taken = k if k.dtype in (torch.float32, torch.bfloat16) else k.float()
-    y, last = run(cpu_unit(), w, u, taken, v, state, reset)
+    y, last = run(cpu_unit(), w, u, taken, v.to(taken.dtype), state, reset)
     return y.to(k.dtype), last
 
 

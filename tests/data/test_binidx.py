@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rwkv.data import binidx
 from rwkv.data.binidx import Dataset, writer
 from rwkv.errors import UserError
 
@@ -41,6 +42,8 @@ def test_an_independent_reader_and_ours_read_what_was_written(tmp_path_factory, 
         assert ours.tokens.dtype == dtype
         ids = [i for document in documents for i in document]
         assert ours.id_range() == (min(ids), max(ids))
+        starts = np.cumsum([0, *map(len, documents[:-1])])
+        assert ours.starts(1, len(ids)).tolist() == [start for start in starts if 1 <= start < len(ids)]
     else:
         with pytest.raises(UserError, match="holds no tokens"):
             Dataset(prefix)
@@ -95,7 +98,14 @@ def test_either_suffix_or_none_opens_the_pair(tmp_path):
         (lambda bin, idx: bin.write_bytes(bin.read_bytes()[:-1]), r"its index speaks of 3 tokens of 2 bytes \(6\)"),
         (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:9] + b"\2" + idx.read_bytes()[10:]), r"version 2 with dtype code 8"),
         (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:17] + b"\7" + idx.read_bytes()[18:]), r"version 1 with dtype code 7"),
-        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:42] + b"\2" + idx.read_bytes()[43:]), r"pointers do not follow"),
+        (
+            lambda bin, idx: idx.write_bytes(idx.read_bytes()[:42] + b"\2" + idx.read_bytes()[43:]),
+            r"document 1 has size 2 and pointer 2, and 0 was expected",
+        ),
+        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:37] + b"\xff" + idx.read_bytes()[38:]), r"pointers do not follow .* size -"),
+        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:17] + b"\4" + idx.read_bytes()[18:]), r"pointers do not follow"),
+        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:-8] + b"\1" + idx.read_bytes()[-7:]), r"document index is not 0 … 2"),
+        (lambda bin, idx: bin.write_bytes(bin.read_bytes() + b"\0\0"), r"8 bytes, and its index speaks of 3 tokens"),
     ],
 )
 def test_a_damaged_or_foreign_file_is_refused_by_what_is_wrong(tmp_path, damage, complaint):
@@ -104,6 +114,31 @@ def test_a_damaged_or_foreign_file_is_refused_by_what_is_wrong(tmp_path, damage,
         out.add([3])
     damage(tmp_path / "p.bin", tmp_path / "p.idx")
     with pytest.raises(UserError, match=complaint):
+        Dataset(tmp_path / "p")
+
+
+@pytest.mark.parametrize(("prefix", "name"), [("p_text_document", "p_text_mask.bin"), ("p", "p_mask.bin")])
+def test_a_mask_beside_the_tokens_is_read_and_checked_for_its_length(tmp_path, prefix, name):
+    with writer(tmp_path / prefix, "int32") as out:
+        out.add([1, 2, 3])
+    assert Dataset(tmp_path / prefix).mask is None
+    (tmp_path / name).write_bytes(b"\0\1\1")
+    assert Dataset(tmp_path / prefix).mask.tolist() == [0, 1, 1]
+    (tmp_path / name).write_bytes(b"\0\1")
+    with pytest.raises(UserError, match=rf"{name}: 2 bytes, and .*{prefix}.bin holds 3 tokens.*convert again, or move the mask away"):
+        Dataset(tmp_path / prefix)
+
+
+def test_an_index_of_many_documents_is_checked_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(binidx, "_CHUNK", 4)
+    with writer(tmp_path / "p") as out:
+        for i in range(11):
+            out.add([i] * (i % 3))
+    assert [Dataset(tmp_path / "p").document(i).tolist() for i in range(11)] == [[i] * (i % 3) for i in range(11)]
+    raw = bytearray((tmp_path / "p.idx").read_bytes())
+    raw[34 + 4 * 9] ^= 1  # the size of document 10, so that the next pointer is the first that does not fit
+    (tmp_path / "p.idx").write_bytes(raw)
+    with pytest.raises(UserError, match="document 11 has size 1 and pointer 18, and 20 was"):
         Dataset(tmp_path / "p")
 
 

@@ -1,50 +1,182 @@
-"""Contexts are slices of the stream; no two samples of a run share a number; what is too short is refused."""
+"""Samples are stretches of the stream; each is a function of its number, and no two of a run share one; what cannot serve is refused."""
 
-import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Subset
 
-from rwkv.data.dataset import Contexts
+from rwkv.data.dataset import Contexts, Documents, HeldOut
 from rwkv.data.sampling import prime_offset
 from rwkv.errors import UserError
 
-STREAM = np.arange(1000, dtype=np.uint16)
+SIZES = [3, 12, 5, 30, 1, 9, 2, 11, 7]  # of documents
 
 
-def test_y_is_x_one_token_later():
-    data = Contexts(STREAM, 7, 20, seed=3)
+@pytest.fixture(scope="module")
+def stream(make_stream):
+    return make_stream([range(1000)])
+
+
+@pytest.fixture(scope="module")
+def documents():
+    """Ids that say where they are: 100 · document + position."""
+    return [[100 * (i + 1) + t for t in range(size)] for i, size in enumerate(SIZES)]
+
+
+def test_y_is_x_one_token_later(stream):
+    data = Contexts(stream, 7, 20, seed=3)
     for index in range(20):
         x, y = data[index]
         assert x.tolist() == list(range(x[0], x[0] + 7))
         assert y.tolist() == [i + 1 for i in x.tolist()]
 
 
-def test_prime_order_is_upstreams_across_epochs_and_ranks():
+def test_prime_order_is_upstreams_across_epochs_and_ranks(stream):
     # upstream: ii = 1 + epoch · samples_per_epoch + idx · world + rank, samples_per_epoch over all ranks
     samples, world = 6, 3
     for epoch in range(3):
         for rank in range(world):
-            data = Contexts(STREAM, 10, samples, prime=89, rank=rank, world_size=world, epoch=epoch)
+            data = Contexts(stream, 10, samples, prime=89, rank=rank, world_size=world, epoch=epoch)
             expected = [prime_offset(1 + epoch * samples * world + i * world + rank, 89, 10) for i in range(samples)]
             assert [data.offset(i) for i in range(samples)] == expected
 
 
 @pytest.mark.parametrize("prime", [0, 89])
-def test_ranks_share_out_what_one_process_would_see(prime):
-    alone = Contexts(STREAM, 10, 12, seed=5, prime=prime)
-    shared = [Contexts(STREAM, 10, 6, seed=5, prime=prime, rank=rank, world_size=2) for rank in (0, 1)]
+def test_ranks_share_out_what_one_process_would_see(stream, prime):
+    alone = Contexts(stream, 10, 12, seed=5, prime=prime)
+    shared = [Contexts(stream, 10, 6, seed=5, prime=prime, rank=rank, world_size=2) for rank in (0, 1)]
     for epoch in (0, 1):
         for data in (alone, *shared):
             data.epoch = epoch
         assert [alone.offset(i) for i in range(12)] == [shared[i % 2].offset(i // 2) for i in range(12)]
 
 
-def test_data_shorter_than_a_context_is_refused_with_numbers():
+def test_data_shorter_than_a_context_is_refused_with_numbers(make_stream):
     with pytest.raises(UserError, match=r"holds 9 tokens, and one context of ctx_len 8 needs 10; give more text, or --ctx_len 7 or less"):
-        Contexts(STREAM[:9], 8, 1)
-    Contexts(STREAM[:10], 8, 1)
+        Contexts(make_stream([range(9)]), 8, 1)
+    Contexts(make_stream([range(10)]), 8, 1)
 
 
 @pytest.mark.parametrize("prime", [97, 91, 101])  # 97 ≡ 1 (mod 3); 91 = 7 · 13; 101 > 99 slots
-def test_a_prime_that_cannot_serve_is_refused_with_one_that_can(prime):
+def test_a_prime_that_cannot_serve_is_refused_with_one_that_can(stream, prime):
     with pytest.raises(UserError, match=rf"magic_prime {prime} .* at most 99, .* the largest such is 89"):
-        Contexts(STREAM, 10, 1, prime=prime)
+        Contexts(stream, 10, 1, prime=prime)
+
+
+KINDS = {
+    "random": lambda stream, **flags: Contexts(stream, 10, **flags),
+    "prime": lambda stream, **flags: Contexts(stream, 10, prime=89, **flags),
+    "documents": lambda stream, **flags: Documents(stream, 12, enough=6, **flags),
+    "documents in order": lambda stream, **flags: Documents(stream, 12, enough=6, sequential=True, **flags),
+}
+
+
+@pytest.fixture(scope="module")
+def kinds(make_stream, stream):
+    many = make_stream([[i % 50 + 1] * (1 + i * 7 % 12) for i in range(150)])
+    return {name: (make, many if "documents" in name else stream) for name, make in KINDS.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(
+    seed=st.integers(0, 2**31),
+    world=st.integers(1, 4),
+    batch=st.integers(1, 3),
+    steps=st.integers(1, 5),
+    epoch=st.integers(0, 50),
+    stop=st.integers(0, 4),
+)
+def test_a_run_that_stopped_anywhere_goes_on_with_the_very_batches(kinds, kind, seed, world, batch, steps, epoch, stop):
+    make, stream = kinds[kind]
+    for rank in range(world):
+        flags = {"samples": steps * batch, "seed": seed, "rank": rank, "world_size": world}
+        whole, resumed = make(stream, **flags), make(stream, **flags)
+        for data in (whole, resumed):
+            _ = data[0]  # what was asked for before changes nothing
+            data.epoch = epoch
+        first = min(stop, steps - 1) * batch
+        never_stopped = list(DataLoader(whole, batch))[first // batch :]
+        gone_on = list(DataLoader(Subset(resumed, range(first, len(resumed))), batch))
+        assert len(never_stopped) == len(gone_on)
+        for ours, theirs in zip(gone_on, never_stopped, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(seed=st.integers(0, 2**31), world=st.integers(1, 5), samples=st.integers(1, 7), epochs=st.integers(1, 4))
+def test_no_two_ranks_epochs_or_steps_share_a_sample(kinds, kind, seed, world, samples, epochs):
+    make, stream = kinds[kind]
+    numbers, windows = [], []
+    for rank in range(world):
+        data = make(stream, samples=samples, seed=seed, rank=rank, world_size=world)
+        for epoch in range(epochs):
+            data.epoch = epoch
+            numbers += [data.number(i) for i in range(samples)]
+            windows += [data.window(data.number(i)) for i in range(samples)]
+    assert sorted(numbers) == list(range(epochs * samples * world))
+    if kind != "random":  # there distinct numbers may draw the same place, as upstream's do
+        for turn in range(0, len(numbers), period := 89 if kind == "prime" else data.distinct):
+            of_a_turn = [w for n, w in zip(numbers, windows, strict=True) if turn <= n < turn + period]
+            assert len(set(of_a_turn)) == len(of_a_turn)
+
+
+def test_resets_stand_at_document_starts_which_are_no_targets(make_stream, documents):
+    data = Contexts(make_stream(documents), 20, 30, seed=1, reset=True)
+    seen = 0
+    for i in range(30):
+        x, y, counts, reset = data[i]
+        assert reset.tolist() == [token % 100 == 0 for token in x.tolist()]
+        assert counts.tolist() == [token % 100 != 0 for token in y.tolist()]
+        seen += int(reset.sum())
+    assert seen > 30
+    plain = Contexts(make_stream(documents), 20, 30, seed=1)
+    assert all(torch.equal(a, b) for i in range(30) for a, b in zip(plain[i], data[i], strict=False))
+
+
+def test_masks_are_those_of_the_targets(make_stream, documents):
+    ids = [token for document in documents for token in document]
+    data = Contexts(make_stream(documents, mask=[token % 3 == 0 for token in ids]), 20, 30, seed=1)
+    for i in range(30):
+        _, y, counts, reset = data[i]
+        assert counts.tolist() == [token % 3 == 0 for token in y.tolist()]
+        assert not reset.any()
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_documents_come_whole_once_a_pass_and_padding_does_not_count(make_stream, documents, sequential, reset):
+    data = Documents(make_stream(documents), 12, 0, enough=6, sequential=sequential, reset=reset)
+    data.samples = 3 * data.distinct
+    passes = []
+    for turn in range(3):
+        seen = []
+        for i in range(data.distinct):
+            x, y, counts, starts = data[turn * data.distinct + i]
+            whole = [x[0].item(), *y.tolist()]
+            length = len(whole) - whole[::-1].index(next(token for token in reversed(whole) if token))
+            assert whole[length:] == [0] * (13 - length)
+            assert not counts[length - 1 :].any()
+            assert counts[: length - 1].tolist() == [not reset or token % 100 != 0 for token in whole[1:length]]
+            assert starts.tolist() == [reset and token % 100 == 0 and token > 0 for token in x.tolist()]
+            seen.append(tuple(whole[:length]))
+        passes.append(seen)
+        fitting = [document for document in documents if len(document) <= 13]
+        assert sorted(token for sample in seen for token in sample) == [token for document in fitting for token in document]
+    assert (passes[0] == passes[1] == sorted(passes[0])) == sequential
+    assert data.packed.too_long == 1
+
+
+def test_documents_that_do_not_fit_are_refused_with_numbers(make_stream, documents):
+    with pytest.raises(
+        UserError, match=r"none of 2 documents has 2 to 5 tokens.*--ctx_len 4 needs; give a larger --ctx_len, the right --doc_sep"
+    ):
+        Documents(make_stream([range(6), [1]]), 4, 1)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("count", [0, 5, 1000])
+def test_held_out_samples_are_spread_evenly_and_shared_out(stream, world, count):
+    source = Contexts(stream, 10, 1)
+    begins = sorted(int(x[0]) for rank in range(world) for x, _ in HeldOut(source, count, rank, world))
+    assert begins == [10 * i for i in (range(99) if count != 5 else (0, 19, 39, 59, 79))]

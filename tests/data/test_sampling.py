@@ -1,10 +1,12 @@
-"""Prime sampling is upstream's formula and visits every slot once; random sampling is repeatable and uniform."""
+"""Prime sampling is upstream's formula and visits every slot once; random sampling is repeatable and uniform; shuffling loses nothing."""
+
+import itertools
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv.data.sampling import is_prime, magic_prime, prime_offset, random_offset, slots
+from rwkv.data.sampling import is_prime, magic_prime, prime_offset, random_offset, shuffled, slots, spread
 
 
 def sieve(limit):
@@ -57,3 +59,28 @@ def test_random_offsets_are_spread_evenly():
         counts[random_offset(0, sample, 21, 10)] += 1
     assert min(counts) > 400  # 500 expected, standard deviation 21
     assert max(counts) < 600
+
+
+@given(seed=st.integers(0, 2**64), turn=st.integers(0, 2**40), count=st.integers(1, 300))
+def test_a_shuffled_turn_has_every_number_once(seed, turn, count):
+    assert sorted(shuffled(seed, turn, i, count) for i in range(count)) == list(range(count))
+
+
+def test_turns_and_seeds_shuffle_evenly():
+    places = [[0] * 7 for _ in range(7)]
+    for turn in range(2000):
+        for i in range(7):
+            places[i][shuffled(turn % 10, turn, i, 7)] += 1
+    for row in places:
+        assert min(row) > 210  # 286 expected, standard deviation 16
+        assert max(row) < 360
+    assert len({tuple(shuffled(0, turn, i, 50) for i in range(50)) for turn in range(100)}) == 100
+
+
+@given(count=st.integers(1, 10**6), data=st.data())
+def test_spread_numbers_are_distinct_and_even(count, data):
+    chosen = data.draw(st.integers(1, min(count, 500)))
+    found = [spread(i, chosen, count) for i in range(chosen)]
+    assert found[0] == 0
+    assert found[-1] < count
+    assert {b - a for a, b in itertools.pairwise(found)} <= {count // chosen, count // chosen + 1}

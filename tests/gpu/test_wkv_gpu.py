@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import assert_close, in_fp64, inputs, outputs_and_gradients
+from cases import assert_close, assert_half_is_rounded_fp32, in_fp64, inputs, outputs_and_gradients
 
 from rwkv.wkv import native, reference, wkv4
 
@@ -35,20 +35,7 @@ def test_fp32_equals_fp64(shape, scale, state, reset):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_fp32(dtype):
-    w, u, k, v, first, starts = on_gpu(inputs(3, 200, 130))
-    rounded = [x.to(dtype) for x in (k, v)]
-    y, last = cuda(w, u, *rounded, first, starts)
-    exact, exact_last = cuda(w, u, *(x.float() for x in rounded), first, starts)
-    assert y.dtype == dtype
-    assert torch.equal(y, exact.to(dtype))  # the arithmetic is the same, only the last rounding is added
-    assert torch.equal(last, exact_last)
-    leaves = [x.clone().requires_grad_() for x in (w, u, *rounded, first)]
-    leaves32 = [x.float().clone().requires_grad_() for x in (w, u, *rounded, first)]
-    gy = torch.randn_like(k).to(dtype)
-    ours = torch.autograd.grad(cuda(*leaves, starts)[0], leaves, gy)
-    theirs = torch.autograd.grad(cuda(*leaves32, starts)[0], leaves32, gy.float())
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a, b.to(a.dtype))
+    assert_half_is_rounded_fp32(cuda, dtype, on_gpu(inputs(3, 200, 130)))
 
 
 @pytest.mark.parametrize("segment", [16, 48, 1024])
@@ -133,7 +120,7 @@ def test_memory_is_what_is_stated(dtype, length):
 
 
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 48 << 30, reason="needs 40 GB of GPU memory"
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 48 << 30, reason="needs 48 GiB of GPU memory"
 )
 def test_offsets_have_64_bits():
     length, channels, tail = 1_100_000, 2048, 64  # 2.25 · 10^9 numbers

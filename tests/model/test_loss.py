@@ -67,3 +67,37 @@ def test_huge_logits_stay_finite():
     value.backward()
     assert torch.isfinite(value)
     assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("chunk_tokens", [2, 1000])
+def test_only_counted_targets_are_in_the_mean_and_in_l2wrap(monkeypatch, chunk_tokens):
+    monkeypatch.setattr(loss, "CHUNK_BYTES", chunk_tokens * 4 * 37)
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(3, 5, 8, requires_grad=True), (torch.randn(37, 8) * 3).requires_grad_(), torch.randint(37, (3, 5))
+    counts = torch.rand(3, 5) < 0.4
+    value = head_loss(x, weight, targets, counts)
+    gradients = torch.autograd.grad(value, (x, weight))
+    logits = x @ weight.t()
+    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(3, 5)
+    n = int(counts.sum())
+    torch.testing.assert_close(value, (each * counts).sum() / n, rtol=1e-5, atol=1e-6)  # fp32, sums in another order
+    wrap = 0.5e-4 * logits.max(-1).values.square()  # its derivative is L2Wrap's
+    expected = torch.autograd.grad(((each + wrap) * counts).sum() / n, (x, weight))
+    for ours, plain in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+    assert not gradients[0][~counts].any()
+
+
+def test_a_batch_without_a_counted_target_is_zero_and_moves_nothing():
+    x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(37, 8, requires_grad=True)
+    value = head_loss(x, weight, torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.bool))
+    value.backward()
+    assert float(value.detach()) == 0
+    assert not x.grad.any()
+    assert not weight.grad.any()
+
+
+def test_counting_every_target_changes_no_bit():
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(3, 5, 8), torch.randn(37, 8) * 3, torch.randint(37, (3, 5))
+    assert torch.equal(head_loss(x, weight, targets), head_loss(x, weight, targets, torch.ones(3, 5, dtype=torch.bool)))

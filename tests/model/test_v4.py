@@ -89,3 +89,44 @@ def test_pre_ffn_replaces_the_time_mix_of_block_0(make_model):
     assert "blocks.0.ffnPre.key.weight" in names
     assert "blocks.0.att.key.weight" not in names
     assert "blocks.1.att.key.weight" in names
+
+
+@pytest.mark.parametrize("sizes", [*SIZES, {"pre_ffn": True}])
+@pytest.mark.parametrize("grad_cp", [False, True])
+def test_packed_documents_give_the_logits_and_gradients_of_documents_run_alone(make_model, sizes, grad_cp):
+    lengths = [[5, 1, 9, 14], [29]]
+    tokens = torch.randint(50, (2, 29), generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(2, 29, 50, generator=torch.Generator().manual_seed(2))
+    reset = torch.zeros(2, 29, dtype=torch.bool)
+    reset[0, [0, 5, 6, 15]] = True
+    packed, alone = make_model(**sizes), make_model(**sizes)
+    packed.grad_cp = grad_cp
+    logits, state = packed(tokens, reset=reset)
+    (logits * weights).sum().backward()
+    for row, parts in enumerate(lengths):
+        begin = 0
+        for length in parts:
+            piece = slice(begin, begin + length)
+            single, last = alone(tokens[row : row + 1, piece])
+            torch.testing.assert_close(logits[row, piece], single[0], rtol=1e-5, atol=1e-5)  # fp32 matrix products of other shapes
+            (single[0] * weights[row, piece]).sum().backward()
+            begin += length
+        for ours, theirs in zip(state, last, strict=True):
+            torch.testing.assert_close([x[row] for x in ours], [x[0] for x in theirs], rtol=1e-5, atol=1e-5)
+    for (name, ours), theirs in zip(packed.named_parameters(), alone.parameters(), strict=True):
+        # relative to the largest element: small ones are differences of large ones
+        assert float((ours.grad - theirs.grad).abs().max()) <= 2e-5 * float(theirs.grad.abs().max().clamp_min(1)), name
+
+
+def test_no_gradient_crosses_a_document_start(make_model):
+    model = make_model()
+    tokens = torch.randint(50, (1, 12), generator=torch.Generator().manual_seed(1))
+    reset = torch.zeros(1, 12, dtype=torch.bool)
+    reset[0, 7] = True
+    inputs = []
+    model.emb.register_forward_hook(lambda module, arguments, output: inputs.append(output.requires_grad_()) or output)
+    for flags, crosses in ((None, True), (reset, False)):
+        logits, _ = model(tokens, reset=flags)
+        (gradient,) = torch.autograd.grad(logits[:, 7:].square().sum(), inputs[-1])
+        assert bool(gradient[:, :7].any()) == crosses
+        assert gradient[:, 7:].any()

@@ -9,7 +9,7 @@ import torch
 from rwkv.checkpoint import load_model, load_tuned, read_manifest, read_tensors
 
 TRAINING = ["--ctx_len", 8, "--micro_bsz", 2, "--epoch_count", 1, "--epoch_steps", 3, "--random_seed", 1, "--accelerator", "cpu"]
-SCRIPTS = ["convert", "finetune", "generate", "lora", "merge_lora", "pretrain"]
+SCRIPTS = ["convert", "finetune", "generate", "inspect_data", "lora", "merge_lora", "pretrain"]
 
 
 def test_from_text_to_a_tuned_model_that_answers(script, write_jsonl, tmp_path):
@@ -76,6 +76,8 @@ def test_help_teaches(script, name):
         ("finetune", ["--data_file", "x"], "--load_model FILE"),
         ("lora", ["--data_file", "x"], "LoRA tunes a model that exists"),
         ("merge_lora", [], "--adapter and --output are needed"),
+        ("inspect_data", [], "--data_file is missing"),
+        ("inspect_data", ["--data_file", "none"], "none.idx: no such file"),
         ("generate", [], "--model is missing"),
         ("generate", ["--model", "none.pth"], "none.pth: no such checkpoint"),
     ],
@@ -126,3 +128,17 @@ def test_the_demo_corpus_is_jsonl_with_both_languages(script, tmp_path):
     assert any("argparse" in text for text in texts)
     assert any("检查点" in text for text in texts)
     assert script("demo_corpus.py", status=1).stderr.startswith("error: one argument")
+
+
+def test_inspect_says_draws_proves_and_ends_with_1_on_a_problem(script, write_jsonl, tmp_path):
+    first, second = (write_jsonl(*({"text": f"{name} {i}"} for i in range(40)), name=f"{name}.jsonl") for name in ("a", "b"))
+    script("convert.py", "--input", f"{first},{second}", "--output-prefix", "both")
+    flags = ["--data_file", "both_text_document", "--ctx_len", 8]
+    done = script("inspect_data.py", *flags, "--verify", f"{first},{second}")
+    assert "all 80 documents decode to the source" in done.stdout
+    assert (tmp_path / "both_text_document_lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert not re.search("warn|deprecat", done.stderr, re.IGNORECASE), done.stderr
+    found = json.loads(script("inspect_data.py", *flags, "--verify", first, "--json", "--png", "x.png", status=1).stdout)
+    assert found["documents"] == 80
+    assert found["problems"] == ["the source has 40 documents and the data 80"]
+    assert (tmp_path / "x.png").exists()

@@ -49,3 +49,17 @@ def assert_close(fast, slow, truth, arguments, share=1e-5):
             size = 2 * max(size, length * truth["state"][:, :2].abs().amax().item())
         allowed = (share + 4 * 2**-24 * largest) * size + 2 * slow_error
         assert fast_error <= allowed, f"{name}: off by {fast_error}, allowed {allowed}"
+
+
+def assert_half_is_rounded_fp32(wkv4, dtype, arguments):
+    """In bf16 and fp16 the arithmetic is that of fp32 on the same numbers: outputs and gradients differ by the last rounding alone."""
+    w, u, k, v, first, starts = arguments
+    gy, gstate = torch.randn_like(k).to(dtype), torch.randn(k.shape[0], 3, k.shape[2], device=k.device)
+    results = []
+    for kind in (dtype, torch.float32):
+        leaves = [x.detach().clone().requires_grad_() for x in (w, u, k.to(dtype).to(kind), v.to(dtype).to(kind), first)]
+        y, last = wkv4(*leaves, starts)
+        assert (y.dtype, last.dtype) == (kind, torch.float32)
+        results.append([y.detach(), last.detach(), *torch.autograd.grad((y, last), leaves, (gy.to(kind), gstate))])
+    for name, half, full in zip(("y", "state", "gw", "gu", "gk", "gv", "gstate"), *results, strict=True):
+        assert torch.equal(half, full.to(half.dtype)), name

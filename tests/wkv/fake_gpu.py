@@ -73,10 +73,27 @@ class Served:
     def wkv4(self, segment, w, u, k, v, state, reset):
         return self.native.run(self.native.cuda_unit(DEVICE, lambda: STREAM, segment), w, u, k, v, state, reset)
 
+    def bytes(self, segment, w, u, k, v, state, reset):
+        """As wkv4, with the bytes of `reset` as they are: pickling a bool would make each 0 or 1."""
+        import torch
+
+        return self.wkv4(segment, w, u, k, v, state, reset.view(torch.bool))
+
     def outputs_and_gradients(self, segment, *inputs):
         from cases import outputs_and_gradients
 
         return outputs_and_gradients(lambda *x: self.wkv4(segment, *x), *inputs)
+
+    def half(self, segment, dtype, *inputs):
+        from cases import assert_half_is_rounded_fp32
+
+        assert_half_is_rounded_fp32(lambda *x: self.wkv4(segment, *x), dtype, inputs)
+
+    def gradients(self, segment, gy, gstate, w, u, k, v, state, reset):
+        """Of w, u, k, v, state, from either output or both; None is no gradient."""
+        unit = self.native.cuda_unit(DEVICE, lambda: STREAM, segment)
+        _, _, kept = unit.forward(w, u, k, v, state, reset)
+        return unit.backward(w, u, k, v, reset, kept, gy, gstate)
 
     def calls(self):
         return self.driver.fake_calls().decode().splitlines()

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_it_compiles_without_warnings_within_the_budget(arch):
     used = nvrtc.resources(log)
     assert set(used) == KERNELS
     for name, use in used.items():
-        # wkv4_gradient has 16 tokens and their states in registers, which leaves two blocks per multiprocessor
+        # wkv4_gradient has 16 tokens and their states in registers: it may have all that a thread can have
         assert use["registers"] <= (255 if name.startswith("wkv4_gradient") else 128), name
         # local memory: nothing but what the register allocator may spill, whatever T is
         assert max(use["stack"], use["spill_stores"], use["spill_loads"]) <= 64, name
@@ -119,12 +120,61 @@ def test_a_gpu_that_no_code_fits_is_told_what_there_is(compiled_for):
 
 def test_a_missing_or_stale_library_says_what_to_run(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "folder", lambda: tmp_path)
-    assert "make kernels" in build.refusal()
+    monkeypatch.setattr(native, "_loaded", set())
+    assert "not compiled" in build.refusal()
+    (tmp_path / "manifest.json").write_text('{"source_ha')  # what a full disk may leave
+    assert "not compiled" in build.refusal()
     (tmp_path / "manifest.json").write_text('{"source_hash": "0123456789abcdef"}')
     assert "compiled from other sources" in build.refusal()
-    (tmp_path / "manifest.json").write_text(f'{{"source_hash": "{build.source_hash()}"}}')
+    current = {"source_hash": build.source_hash(), "sizes": {"wkv4.so": 5}}
+    (tmp_path / "manifest.json").write_text(json.dumps(current))
+    assert "wkv4.so is gone; run: make kernels" in build.refusal()
+    (tmp_path / "wkv4.so").write_text("cut")
+    assert "wkv4.so is not of 5 bytes; run: make kernels" in build.refusal()
+    (tmp_path / "wkv4.so").write_text("wrong")
     assert build.refusal() is None
-    assert "does not load" in native.refusal.__wrapped__()
+    assert "does not load" in native.refusal()
+    assert not build.usable()
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """The compiled units in a folder that a test may break; building there counts and copies them again."""
+    true, builds = build.folder(), []
+
+    def copy():
+        builds.append(1)
+        shutil.copytree(true, tmp_path / "lib", dirs_exist_ok=True)
+
+    copy()
+    monkeypatch.setattr(build, "folder", lambda: tmp_path / "lib")
+    monkeypatch.setattr(build, "_build", copy)
+    builds.clear()
+    return builds
+
+
+def test_what_is_current_is_not_built_again(copied, capsys):
+    build.main()
+    assert copied == []
+    assert "is current" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken", ["wkv4.so", "manifest.json", f"wkv4_sm_{ARCHS[0]}.cubin", f"wkv4_compute_{ARCHS[-1]}.ptx"])
+def test_make_kernels_mends_what_it_is_said_to_mend(copied, broken):
+    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:100])):
+        damage(build.folder() / broken)
+        assert "run: make kernels" in build.refusal()
+        copied.clear()
+        build.main()
+        assert copied == [1]
+        assert build.refusal() is None
+
+
+def test_a_library_that_does_not_load_is_built_again(copied):
+    library = build.library()
+    library.write_bytes(b"?" * library.stat().st_size)
+    build.main()
+    assert copied == [1]
 
 
 def test_a_build_that_is_broken_off_leaves_nothing_usable(tmp_path, monkeypatch):
@@ -139,6 +189,42 @@ def test_a_build_that_is_broken_off_leaves_nothing_usable(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         build.build()
     assert "make kernels" in build.refusal()
+
+
+def test_two_builds_at_once_make_one(tmp_path):
+    """The second waits for the first and finds nothing left to do."""
+    program = f"""
+import pathlib, sys, time
+from rwkv.wkv import build
+folder = pathlib.Path({str(tmp_path)!r})
+build.folder = lambda: folder
+build.usable = lambda: (folder / "done").exists()
+def slow():
+    with open(folder / "builds", "a") as file: file.write("x")
+    time.sleep(1)
+    (folder / "done").touch()
+build._build = slow
+build.build()
+"""
+    both = [subprocess.Popen([sys.executable, "-c", program], cwd=build.SOURCES.parent) for _ in range(2)]
+    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    assert (tmp_path / "builds").read_text() == "x"
+
+
+def test_ninja_is_found_beside_python():
+    """The environment's own: it need not be activated, and the system need not have one."""
+    program = """
+from rwkv import compat
+from rwkv.wkv import build
+found = compat.cpp_extension()
+def stop(*_, **__): found.verify_ninja_availability(); print("found"); raise SystemExit
+found.load = stop
+build._build_host()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=build.SOURCES.parent, env={"PATH": "/nowhere"}, check=False
+    )
+    assert done.stdout == "found\n", done.stderr
 
 
 def test_no_toolkit_is_asked_for():

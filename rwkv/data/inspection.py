@@ -1,0 +1,268 @@
+"""What a binidx holds, and what is wrong with it: the look before GPU time is spent."""
+
+import codecs
+import hashlib
+import math
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm import tqdm
+
+from rwkv.data import histogram, sampling
+from rwkv.data.binidx import Dataset, mask_path
+from rwkv.data.tokenizer import EOD, LARGEST_ID, VOCAB_SIZE, WorldTokenizer
+
+LARGEST_20B = 50279  # with the ChatML tokens that were added to its 50277 words
+_PIECE = 1 << 22  # tokens, documents or hashes that are looked at at once
+_GUESSED_FROM = 200  # documents
+
+
+@dataclass
+class Inspection:
+    """What `inspect` found. Lengths are in tokens; `problems` should be mended before training, `remarks` may be meant so."""
+
+    prefix: str
+    dtype: str
+    documents: int
+    tokens: int
+    smallest_id: int = 0
+    largest_id: int = 0
+    vocabulary: str = ""  # World, 20B or unknown
+    with_eod: int = 0  # documents that end with token 0
+    empty: int = 0  # documents without a token but EOD
+    too_long: int = 0  # documents longer than ctx_len + 1
+    longest: int = 0
+    repeated: int = 0  # documents that equal an earlier one
+    repeated_examples: list[list[int]] = field(default_factory=list)  # pairs of document numbers, from 1
+    lengths: list[int] = field(default_factory=list)  # documents per bin of rwkv.data.histogram
+    counted: int | None = None  # tokens that the mask counts; None: no mask
+    uncounted_documents: int | None = None  # documents in which it counts none
+    ctx_len: int = 0
+    micro_bsz: int = 0
+    contexts: int = 0  # that the tokens hold end to end
+    steps: int = 0  # of micro_bsz contexts to see all of them once
+    magic_prime: int = 0
+    samples: list[str] = field(default_factory=list)
+    verified: int | None = None  # documents that decode to the source; None: not asked
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def inspect(data: Dataset, ctx_len: int, micro_bsz: int, samples: int = 3) -> Inspection:
+    """Look at every token once, in memory that does not grow with the data.
+
+    Args:
+        ctx_len, micro_bsz: what an epoch is reckoned for.
+        samples: documents to decode.
+    """
+    found = Inspection(str(data.prefix), str(data.tokens.dtype), len(data), len(data.tokens), ctx_len=ctx_len, micro_bsz=micro_bsz)
+    with tempfile.TemporaryFile() as spill, _bar(len(data.tokens), "inspect", "token") as bar:
+        hashes = np.memmap(spill, np.uint64, "w+", shape=len(data))
+        _walk(data, found, hashes, bar)
+        found.repeated, found.repeated_examples = _repeated(hashes)
+    found.vocabulary = _vocabulary(data, found)
+    if found.vocabulary == "World":
+        tokenizer = WorldTokenizer()
+        found.samples = [tokenizer.decode(_begin(data, i, 200)) for i in _spread(len(data), samples)]
+    found.contexts = sampling.slots(found.tokens, ctx_len)
+    found.steps = math.ceil(found.contexts / micro_bsz)
+    found.magic_prime = sampling.magic_prime(found.tokens, ctx_len)
+    _judge(found, data)
+    return found
+
+
+def verify(data: Dataset, texts: Iterable[tuple[str, int]], size: int, found: Inspection) -> None:
+    """Compare every document with the source's, byte for byte; adds a problem for the first that differs.
+
+    Args:
+        texts: the source's documents with the bytes read so far, as rwkv.data.jsonl.documents yields them.
+        size: bytes of the source.
+    """
+    if found.vocabulary != "World":
+        found.problems.append(f"cannot be verified: the ids are not those of the World vocabulary, but {found.vocabulary}")
+        return
+    tokenizer, number, before = WorldTokenizer(), 0, 0
+    with _bar(size, "verify", "B") as bar:
+        for text, done in texts:
+            bar.update(done - before)
+            before = done
+            if number == len(data):
+                found.problems.append(f"the source has more documents than the {number:,} of the data")
+                return
+            ids = data.document(number)
+            written = tokenizer.decode_bytes(ids.tolist())
+            if written != (expected := text.encode("utf-8")):
+                at = next((i for i, (a, b) in enumerate(zip(written, expected, strict=False)) if a != b), min(len(written), len(expected)))
+                found.problems.append(
+                    f"document {number + 1:,} is not the source's: at byte {at:,} of its text the source has {expected[at : at + 20]!r} and the data {written[at : at + 20]!r}"
+                )
+                return
+            number += 1
+    if number < len(data):
+        found.problems.append(f"the source has {number:,} documents and the data {len(data):,}")
+        return
+    found.verified = number
+
+
+def in_words(found: Inspection) -> str:
+    """The findings as lines for a terminal."""
+    share = found.tokens / max(1, found.documents)
+    lines = [
+        f"data:       {found.prefix}, {found.dtype}",
+        f"size:       {found.documents:,} documents, {found.tokens:,} tokens, {share:,.0f} a document, the longest {found.longest:,}",
+        f"vocabulary: by its ids {found.vocabulary} ({found.smallest_id} to {found.largest_id})",
+        f"EOD:        {found.with_eod:,} of {found.documents:,} documents end with token {EOD}",
+        f"duplicates: {found.repeated:,} documents equal an earlier one"
+        + "".join(f"; {b:,} equals {a:,}" for a, b in found.repeated_examples[:3]),
+        f"mask:       {_mask_in_words(found)}",
+        "lengths in tokens:",
+        histogram.bars(np.array(found.lengths)),
+        f"epoch:      {_epoch_in_words(found)}",
+    ]
+    lines += [f"sample:     {text!r}" for text in found.samples]
+    if found.verified is not None:
+        lines.append(f"verified:   all {found.verified:,} documents decode to the source, byte for byte")
+    lines += [f"remark:     {text}" for text in found.remarks]
+    lines += [f"PROBLEM:    {text}" for text in found.problems] or ["no problem found"]
+    return "\n".join(lines)
+
+
+def _mask_in_words(found: Inspection) -> str:
+    if found.counted is None:
+        return "none: every token counts in the loss"
+    return (
+        f"{found.counted:,} of {found.tokens:,} tokens count in the loss ({found.counted / found.tokens:.1%});"
+        f" none in {found.uncounted_documents:,} documents"
+    )
+
+
+def _epoch_in_words(found: Inspection) -> str:
+    if not found.contexts:
+        return f"none: {found.tokens:,} tokens are fewer than one context of {found.ctx_len}"
+    prime = f"--magic_prime {found.magic_prime} sees each of so many contexts once" if found.magic_prime else "too short for prime sampling"
+    return (
+        f"the data is {found.contexts:,} contexts of {found.ctx_len:,} tokens. With --micro_bsz {found.micro_bsz} on one device a step reads"
+        f" {found.micro_bsz} of them, so to read as many tokens as there are takes {found.steps:,} steps: --epoch_steps {found.steps} makes an"
+        f" epoch once through. {prime}"
+    )
+
+
+def _bar(total: int, what: str, unit: str) -> tqdm:
+    return tqdm(total=total, unit=unit, unit_scale=True, desc=what, mininterval=0.5 if sys.stderr.isatty() else 15, delay=0.5)
+
+
+def _walk(data: Dataset, found: Inspection, hashes: np.ndarray, bar: tqdm) -> None:
+    low, high, counted, wrong_mask = math.inf, -math.inf, 0, False
+    lengths, uncounted, read = np.zeros(histogram.BINS, np.int64), 0, 0
+    for first in range(0, len(data), _PIECE):
+        sizes = np.array(data.sizes[first : first + _PIECE], dtype=np.int64)
+        lengths += histogram.count(sizes)
+        found.too_long += int((sizes > found.ctx_len + 1).sum())
+        found.longest = max(found.longest, int(sizes.max()))
+    for i in range(len(data)):
+        begin, end = data.span(i)
+        digest, counts = hashlib.blake2b(digest_size=8), 0
+        for a in range(begin, end, _PIECE):
+            b = min(end, a + _PIECE)
+            ids = np.asarray(data.tokens[a:b])
+            digest.update(ids)
+            low, high = min(low, ids.min()), max(high, ids.max())
+            if data.mask is not None:
+                mask = np.asarray(data.mask[a:b])
+                counts += int(np.count_nonzero(mask))
+                wrong_mask = wrong_mask or bool(mask.max() > 1)
+            bar.update(b - a)
+            read += b - a
+            if read > _PIECE:
+                data.release()
+                read = 0
+        hashes[i] = int.from_bytes(digest.digest(), "little")
+        has_eod = end > begin and ids[-1] == EOD
+        found.with_eod += int(has_eod)
+        found.empty += int(end - begin - has_eod == 0)
+        counted, uncounted = counted + counts, uncounted + (counts == 0)
+    found.smallest_id, found.largest_id, found.lengths = int(low), int(high), lengths.tolist()
+    if data.mask is not None:
+        found.counted, found.uncounted_documents = counted, uncounted
+        if wrong_mask:
+            found.problems.append(f"{mask_path(data.prefix)}: holds bytes other than 0 and 1; convert again")
+
+
+def _repeated(hashes: np.ndarray) -> tuple[int, list[list[int]]]:
+    """How many hashes stood before already, and some of them with the first of their kind; a part of the hashes at a time is in memory."""
+    parts = max(1, len(hashes) // _PIECE)
+    repeated, examples = 0, []
+    for part in range(parts):
+        chosen = [i + np.flatnonzero(hashes[i : i + _PIECE] % parts == part) for i in range(0, len(hashes), _PIECE)]
+        places = np.concatenate(chosen)
+        _, firsts, inverse = np.unique(hashes[places], return_index=True, return_inverse=True)
+        again = np.flatnonzero(firsts[inverse] != np.arange(len(places)))
+        repeated += len(again)
+        examples += [[int(places[firsts[inverse[j]]]) + 1, int(places[j]) + 1] for j in again[:5]]
+    return repeated, sorted(examples, key=lambda pair: pair[1])[:5]
+
+
+def _vocabulary(data: Dataset, found: Inspection) -> str:
+    """World, 20B or unknown: by the range of the ids, and by whether documents read as World are UTF-8. 20B's line break is a lone byte there."""
+    if found.smallest_id < 0 or found.largest_id > LARGEST_ID:
+        return "unknown"
+    tokenizer, readable, read = WorldTokenizer(), 0, 0
+    for i in _spread(len(data), _GUESSED_FROM):
+        ids = _begin(data, i, 4096)
+        if ids:
+            read += 1
+            readable += _is_utf8(tokenizer.decode_bytes(ids))
+    if readable >= 0.9 * read:
+        return "World"
+    return "20B" if found.largest_id <= LARGEST_20B else "unknown"
+
+
+def _is_utf8(text: bytes) -> bool:
+    """A character that is cut at the end does not matter."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(text)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _begin(data: Dataset, i: int, length: int) -> list[int]:
+    begin, end = data.span(i)
+    return data.tokens[begin : min(end, begin + length)].tolist()
+
+
+def _spread(count: int, chosen: int) -> Iterator[int]:
+    chosen = min(chosen, count)
+    return (sampling.spread(i, chosen, count) for i in range(chosen))
+
+
+def _judge(found: Inspection, data: Dataset) -> None:
+    problems, remarks = found.problems, found.remarks
+    if found.smallest_id < 0 or found.largest_id >= VOCAB_SIZE:
+        wrong = found.smallest_id if found.smallest_id < 0 else found.largest_id
+        problems.append(f"token id {wrong} is in no vocabulary of RWKV-4 (World has {VOCAB_SIZE}); convert with the model's tokenizer")
+    elif found.vocabulary == "unknown":
+        problems.append(
+            "the ids are neither World's nor 20B's: read as either, most documents are no text; convert with the model's tokenizer"
+        )
+    if found.tokens < found.ctx_len + 2:
+        problems.append(
+            f"{found.tokens:,} tokens, and one context of {found.ctx_len} needs {found.ctx_len + 2}; give more text or a smaller --ctx_len"
+        )
+    if found.with_eod < found.documents:
+        problems.append(
+            f"{found.documents - found.with_eod:,} documents do not end with token {EOD}: they run into the next; convert with --append-eod"
+        )
+    if found.empty:
+        problems.append(f"{found.empty:,} documents are empty; take them out of the source")
+    if found.counted == 0:
+        problems.append(f"{mask_path(data.prefix)}: no token counts in the loss; convert again, or move it away to let all count")
+    if found.repeated:
+        remarks.append(f"{found.repeated / found.documents:.1%} of the documents repeat an earlier one: the model sees them more often")
+    if found.too_long:
+        remarks.append(f"{found.too_long:,} documents are longer than ctx_len {found.ctx_len} + 1: --doc_training would leave them out")
+    if found.uncounted_documents:
+        remarks.append(f"{found.uncounted_documents:,} documents have no token that counts in the loss")

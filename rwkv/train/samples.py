@@ -1,0 +1,60 @@
+"""The samples that a run's flags ask for: those it trains on, and those held out."""
+
+from rwkv.config import TrainConfig
+from rwkv.data import sampling
+from rwkv.data.binidx import Dataset
+from rwkv.data.dataset import Contexts, Documents, HeldOut, Samples
+from rwkv.data.stream import Stream, split
+from rwkv.errors import UserError
+
+
+def check(c: TrainConfig) -> None:
+    """Raises UserError for flags that do not go together."""
+    documents = c.doc_training or c.doc_training_seq
+    if documents and (c.magic_prime or c.my_pile_shift > 0):
+        raise UserError("--doc_training goes through the documents and --magic_prime through places of the stream: leave one of them out")
+    if c.min_ctx_len and not documents:
+        raise UserError(f"--min_ctx_len {c.min_ctx_len} is a matter of --doc_training 1; give that too, or leave it out")
+    if not 0 <= c.min_ctx_len <= c.ctx_len:
+        raise UserError(f"--min_ctx_len {c.min_ctx_len} must be 0 to --ctx_len {c.ctx_len}")
+    if c.doc_sep < -1:
+        raise UserError(f"--doc_sep {c.doc_sep} must be a token id, or -1 for none")
+    if not 0 <= c.val_split < 1:
+        raise UserError(f"--val_split {c.val_split} must be at least 0 and less than 1: the share of the documents to hold out")
+    if c.val_every < 0 or c.val_samples < 0:
+        raise UserError("--val_every and --val_samples must not be negative")
+    if c.val_every and not c.val_split:
+        raise UserError(f"--val_every {c.val_every} needs something held out: give --val_split too, such as 0.01")
+
+
+def make(c: TrainConfig, data: Dataset, seed: int) -> tuple[Samples, HeldOut | None]:
+    """Samples to train on, and held-out ones if val_split asks for them.
+
+    Raises:
+        UserError: data too short for a context on either side, a prime that cannot serve, no document that fits, no token that counts.
+    """
+    options = {"separator": c.doc_sep, "chatml": bool(c.chatml_mask)}
+    if not c.val_split:
+        return _source(c, Stream(data, **options), seed), None
+    train, held = (Stream(data, spans, **options) for spans in split(data, c.val_split, c.ctx_len))
+    return _source(c, train, seed), HeldOut(_source(c, held, seed, held_out=True), c.val_samples)
+
+
+def _source(c: TrainConfig, stream: Stream, seed: int, held_out: bool = False) -> Samples:
+    if stream.masked and not stream.anything_counts():
+        where = "held-out part" if held_out else "data"
+        raise UserError(
+            f"no token of the {where} counts in the loss: "
+            + ("--chatml_mask 1 finds no answer in it" if c.chatml_mask else "the mask beside the tokens is all 0")
+            + "; see what the data holds with scripts/inspect_data.py"
+        )
+    common = {"stream": stream, "ctx_len": c.ctx_len, "samples": c.epoch_steps * c.micro_bsz, "seed": seed, "reset": bool(c.doc_reset)}
+    if c.doc_training or c.doc_training_seq:
+        return Documents(**common, enough=c.min_ctx_len or max(1, c.ctx_len // 4), sequential=bool(c.doc_training_seq))
+    if held_out:
+        return Contexts(**common)
+    size = len(stream) - c.my_pile_shift
+    prime = sampling.magic_prime(size, c.ctx_len) if c.magic_prime < 0 else c.magic_prime
+    if c.magic_prime < 0 and not prime:
+        raise UserError(f"--magic_prime -1: {size} tokens hold no two contexts of {c.ctx_len}; leave it out, or lower --ctx_len")
+    return Contexts(**common, prime=prime, shift=c.my_pile_shift)

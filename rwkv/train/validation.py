@@ -1,0 +1,26 @@
+"""The loss on held-out samples."""
+
+import torch
+from torch.utils.data import DataLoader
+
+from rwkv.data.dataset import HeldOut
+from rwkv.train.module import TrainingModule
+
+
+@torch.no_grad()
+def held_out_loss(module: TrainingModule, samples: HeldOut, batch_size: int) -> float:
+    """Mean cross-entropy in nats over the counted targets of all samples, over all ranks, without dropout; nan where nothing counts.
+
+    Draws no random number, so that a run is the same with and without it.
+    """
+    samples.rank, samples.world_size = module.trainer.global_rank, module.trainer.world_size
+    training = module.model.training
+    module.model.eval()
+    total = torch.zeros(2, device=module.device, dtype=torch.float64)  # sum of losses, number of targets
+    with module.trainer.precision_plugin.forward_context():
+        for batch in DataLoader(samples, batch_size, generator=torch.Generator()):
+            loss, count = module.mean_loss([part.to(module.device) for part in batch])
+            total += torch.stack([loss.double() * count, count.double()])
+    module.model.train(training)
+    total = module.trainer.strategy.reduce(total, reduce_op="sum")
+    return float(total[0] / total[1])

@@ -1,0 +1,181 @@
+"""What is said of a binidx is what plain Python counts; what is wrong is a problem; a binidx that is not its source is found out."""
+
+import collections
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rwkv.data import histogram, inspection, jsonl
+from rwkv.data.binidx import Dataset, mask_path, writer
+from rwkv.data.convert import convert
+from rwkv.data.inspection import in_words, inspect, verify
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """Sets the size of pieces; the vocabulary is loaded once, not for every example."""
+    with pytest.MonkeyPatch.context() as patch:
+        tokenizer = inspection.WorldTokenizer()
+        patch.setattr(inspection, "WorldTokenizer", lambda: tokenizer)
+        yield lambda size: patch.setattr(inspection, "_PIECE", size)
+
+
+DOCUMENT = st.lists(st.integers(0, 300), max_size=12)
+
+
+@given(
+    documents=st.lists(DOCUMENT | st.sampled_from([[1, 2, 0], [0], [5] * 9]), min_size=1, max_size=30).filter(any),
+    piece=st.integers(1, 50),
+    data=st.data(),
+)
+def test_every_count_is_that_of_plain_python(tmp_path_factory, pieces, documents, piece, data):
+    pieces(piece)
+    prefix = tmp_path_factory.mktemp("inspect") / "p_text_document"
+    with writer(prefix) as out:
+        for document in documents:
+            out.add(document)
+    ids = [token for document in documents for token in document]
+    mask = data.draw(st.lists(st.integers(0, 1), min_size=len(ids), max_size=len(ids)))
+    mask_path(prefix).write_bytes(bytes(mask))
+    found = inspect(Dataset(prefix), ctx_len=6, micro_bsz=2)
+    assert (found.documents, found.tokens) == (len(documents), len(ids))
+    assert (found.smallest_id, found.largest_id) == (min(ids), max(ids))
+    assert found.with_eod == sum(document[-1:] == [0] for document in documents)
+    assert found.empty == sum(document in ([], [0]) for document in documents)
+    assert found.too_long == sum(len(document) > 7 for document in documents)
+    assert found.longest == max(map(len, documents))
+    firsts: dict = {}
+    again = [[firsts[tuple(d)], n] for n, d in enumerate(documents, 1) if firsts.setdefault(tuple(d), n) != n]
+    assert found.repeated == len(again)
+    assert all(pair in again for pair in found.repeated_examples)
+    assert bool(found.repeated_examples) == bool(again)
+    bins = collections.Counter(len(document).bit_length() for document in documents)
+    assert found.lengths == [bins[k] for k in range(histogram.BINS)]
+    assert found.counted == sum(mask)
+    numbers = [i for i, document in enumerate(documents) for _ in document]
+    assert found.uncounted_documents == len(documents) - len({n for n, m in zip(numbers, mask, strict=True) if m})
+    assert found.contexts == (len(ids) - 1) // 6
+    assert found.steps == -(-found.contexts // 2)
+
+
+def test_the_vocabulary_is_guessed_from_the_text(tmp_path, write_jsonl, root):
+    world = convert([root / "data/example.jsonl"], tmp_path / "world").prefix
+    assert inspect(Dataset(world), 64, 2).vocabulary == "World"
+    with writer(tmp_path / "neox") as out:  # line breaks are 187 in 20B, a byte that begins no character in World
+        for i in range(50):
+            out.add([1000 + i, 310, 187, 187, 2000 + i, 0])
+    assert inspect(Dataset(tmp_path / "neox"), 64, 2).vocabulary == "20B"
+    with writer(tmp_path / "other", "int32") as out:
+        out.add([1, 70000, 0] * 50)
+    found = inspect(Dataset(tmp_path / "other"), 64, 2)
+    assert found.vocabulary == "unknown"
+    assert "token id 70000 is in no vocabulary" in found.problems[0]
+
+
+def test_a_good_file_has_no_problem_and_shows_its_text(tmp_path, root):
+    found = inspect(Dataset(convert([root / "data/example.jsonl"], tmp_path / "p").prefix), 64, 2, samples=2)
+    assert found.problems == []
+    assert found.samples[0].startswith("User: ")
+    text = in_words(found)
+    assert "no problem found" in text
+    assert f"--epoch_steps {found.steps} makes an epoch once through" in text
+    assert f"--magic_prime {found.magic_prime}" in text
+    assert "█" in text
+
+
+PROBLEMS = [
+    ([[1, 2, 0]] * 5 + [[3, 4]], None, "1 documents do not end with token 0"),
+    ([[1, 2, 3, 4, 0]] * 4 + [[0]], None, "1 documents are empty"),
+    ([[1, 2, 0]], None, r"3 tokens, and one context of 10 needs 12"),
+    ([[1, 2, 3, 0]] * 5, [0] * 20, "no token counts in the loss"),
+    ([[1, 2, 3, 0]] * 5, [2] * 20, "bytes other than 0 and 1"),
+]
+
+
+@pytest.mark.parametrize(("documents", "mask", "complaint"), PROBLEMS)
+def test_what_is_wrong_is_a_problem(tmp_path, documents, mask, complaint):
+    with writer(tmp_path / "p") as out:
+        for document in documents:
+            out.add(document)
+    if mask:
+        mask_path(tmp_path / "p").write_bytes(bytes(mask))
+    found = inspect(Dataset(tmp_path / "p"), 10, 1)
+    assert len([problem for problem in found.problems if complaint in problem]) == 1, found.problems
+    assert f"PROBLEM:    {found.problems[0]}" in in_words(found)
+
+
+def verified(prefix, source):
+    data = Dataset(prefix)
+    found = inspect(data, 2, 1)
+    verify(data, jsonl.documents(source), source.stat().st_size, found)
+    return found
+
+
+TEXTS = ["first document", "zweites, mit Ümlaut", "第三"]
+
+
+@pytest.mark.parametrize("append_eod", [True, False])
+def test_a_binidx_is_proved_to_decode_to_its_source(write_jsonl, tmp_path, append_eod):
+    source = write_jsonl(*({"text": text} for text in [*TEXTS, "a\0b"]))
+    found = verified(convert([source], tmp_path / "p", append_eod=append_eod).prefix, source)
+    assert found.verified == 4
+
+
+@pytest.mark.parametrize(
+    ("texts", "complaint"),
+    [
+        (
+            [TEXTS[0], "zweites, mit Umlaut", TEXTS[2]],
+            "document 2 is not the source's: at byte 13 of its text the source has b'Umlaut' and the data b'\\xc3\\x9cmlaut'",
+        ),
+        (TEXTS[:2], "the source has 2 documents and the data 3"),
+        ([*TEXTS, "more"], "the source has more documents than the 3 of the data"),
+        ([TEXTS[0] + " and more", *TEXTS[1:]], "document 1 is not the source's: at byte 14"),
+    ],
+    ids=["another character", "fewer", "more", "longer"],
+)
+def test_a_binidx_that_is_not_its_source_is_found_out(write_jsonl, tmp_path, texts, complaint):
+    prefix = convert([write_jsonl(*({"text": text} for text in TEXTS))], tmp_path / "p").prefix
+    found = verified(prefix, write_jsonl(*({"text": text} for text in texts), name="other.jsonl"))
+    assert found.verified is None
+    assert any(complaint in problem for problem in found.problems), found.problems
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path, root):
+    """Ten times the documents and tokens: the peak of the process stays where it was."""
+    peaks = []
+    for name, count in (("small", 300), ("large", 3000)):
+        with writer(tmp_path / name) as out:
+            for i in range(count):
+                out.add(np.full(10_000, 1 + i % 200))
+        program = f"""
+import resource
+from rwkv.data.binidx import Dataset
+from rwkv.data import inspection
+inspection._PIECE = 1 << 20
+inspection.inspect(Dataset({str(tmp_path / name)!r}), 1024, 12)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+        done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] - peaks[0] < 20, peaks  # MiB; the large file is 54 MiB larger
+
+
+def test_lengths_are_drawn(tmp_path):
+    counts = histogram.count(np.array([0, 1, 2, 3, 4, 1000]))
+    assert [(histogram.label(k), int(counts[k])) for k in np.flatnonzero(counts)] == [
+        ("0", 1),
+        ("1", 1),
+        ("2–3", 2),
+        ("4–7", 1),
+        ("512–1,023", 1),
+    ]
+    lines = histogram.bars(counts).splitlines()
+    assert len(lines) == 11
+    assert lines[2].endswith("█" * 40)
+    histogram.draw(counts, tmp_path / "x.png", "x", 512)
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

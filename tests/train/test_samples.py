@@ -1,0 +1,177 @@
+"""What the flags for documents, masks and held-out data promise, in whole runs against plain computations."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rwkv.checkpoint import load_model, read_tensors
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.data.binidx import Dataset, mask_path, writer
+from rwkv.data.stream import Stream, split
+from rwkv.errors import UserError
+from rwkv.train import samples
+from rwkv.train.fit import fit
+
+CTX = 12
+FLAGS = {"ctx_len": CTX, "micro_bsz": 3, "epoch_steps": 4, "epoch_count": 2, "random_seed": 1, "accelerator": "cpu"}
+STILL = {"lr_init": 0.0, "lr_final": 0.0}
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """A binidx of 120 documents that end with 0, and a mask in which about half of the tokens count."""
+    generator = torch.Generator().manual_seed(5)
+    with writer(tmp_path / "d_text_document") as out:
+        for _ in range(120):
+            length = int(torch.randint(2, CTX + 1, (1,), generator=generator))
+            out.add([*torch.randint(1, 50, (length - 1,), generator=generator).tolist(), 0])
+        tokens = out.tokens
+    mask_path(tmp_path / "d_text_document").write_bytes(bytes(torch.randint(2, (tokens,), generator=generator).tolist()))
+    return str(tmp_path / "d_text_document")
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def plain_mean(model, items, reset: bool) -> tuple[float, int]:
+    """Mean cross-entropy over the counted targets, each document alone if reset: no operator knows of resets or masks here."""
+    total = count = 0
+    for x, y, counts, starts in items:
+        edges = [0, *(t for t in range(1, len(x)) if reset and starts[t]), len(x)]
+        for begin, end in itertools.pairwise(edges):
+            with torch.no_grad():
+                logits = model(x[None, begin:end])[0][0]
+            each = F.cross_entropy(logits, y[begin:end], reduction="none")
+            total += float(each[counts[begin:end]].double().sum())
+            count += int(counts[begin:end].sum())
+    return total / count, count
+
+
+@pytest.mark.parametrize("reset", [0, 1])
+@pytest.mark.parametrize("mode", [{}, {"doc_training": 1}, {"doc_training_seq": 1, "min_ctx_len": CTX}, {"magic_prime": -1}], ids=str)
+def test_the_loss_is_the_mean_over_counted_targets_of_documents_run_alone(make_base, documents, tmp_path, mode, reset):
+    base = make_base()
+    config = TrainConfig(
+        **FLAGS | STILL, **mode, doc_reset=reset, load_model=str(base), data_file=documents, proj_dir=str(tmp_path / "run"), max_steps=3
+    )
+    fit(config)
+    data, _ = samples.make(config, Dataset(documents), 1)
+    for step, line in enumerate(lines(tmp_path / "run")):
+        expected, count = plain_mean(load_model(base), [data[i] for i in range(3 * step, 3 * step + 3)], bool(reset))
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)  # fp32, sums in another order
+        assert line["targets"] == count
+
+
+def test_a_held_out_loss_is_that_of_the_held_out_documents(make_base, documents, tmp_path):
+    base = make_base()
+    config = TrainConfig(
+        **FLAGS | STILL,
+        load_model=str(base),
+        data_file=documents,
+        proj_dir=str(tmp_path / "run"),
+        val_split=0.2,
+        val_every=3,
+        val_samples=0,
+    )
+    result = fit(config)
+    data = Dataset(documents)
+    held = Stream(data, split(data, 0.2, CTX)[1])
+    contexts = [held.read(i, i + CTX + 1) for i in range(0, len(held) - CTX, CTX)]
+    items = [tuple(map(torch.from_numpy, (p.ids[:-1], p.ids[1:], p.counts[1:], p.starts[:-1]))) for p in contexts]
+    expected, _ = plain_mean(load_model(base), items, False)
+    found = {line["step"]: line["val_loss"] for line in lines(tmp_path / "run") if "val_loss" in line}
+    assert list(found) == [3, 4, 6, 8]  # every third, and the ends of epochs
+    assert list(found.values()) == pytest.approx([expected] * 4, rel=1e-5)
+    assert result.val_loss == found[8]
+
+
+def test_no_training_sample_holds_a_held_out_document(documents):
+    config = TrainConfig(**FLAGS, data_file=documents, val_split=0.2, doc_training=1)
+    training, held = samples.make(config, Dataset(documents), 1)
+    seen = [
+        {tuple(x.tolist()) for x, *_ in (source.item(*source.in_order(i)) for i in range(source.distinct))}
+        for source in (training, held.source)
+    ]
+    assert seen[0]
+    assert seen[1]
+    assert not seen[0] & seen[1]
+
+
+def test_watching_the_held_out_loss_changes_no_bit_of_a_run(make_base, documents, tmp_path):
+    common = {**FLAGS, "load_model": str(make_base()), "data_file": documents, "lora_dropout": 0.3, "val_split": 0.2}
+    runs = [fit(LoRAConfig(**common, proj_dir=str(tmp_path / f"{every}"), val_every=every)).checkpoint for every in (0, 1)]
+    once, often = map(read_tensors, runs)
+    assert all(torch.equal(once[key], often[key]) for key in once)
+
+
+def test_two_processes_weigh_their_counted_targets_as_one_with_twice_the_batch(make_base, documents, tmp_path, root):
+    base = make_base()
+    flags = {
+        "load_model": base,
+        "data_file": documents,
+        "doc_training": 1,
+        "doc_reset": 1,
+        "val_split": 0.2,
+        "val_every": 1,
+        "lr_init": 1e-3,
+    }
+    flags |= {"ctx_len": CTX, "epoch_steps": 5, "epoch_count": 1, "random_seed": 1, "accelerator": "cpu"}
+    common = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    for name, extra in (("one", ["--micro_bsz", 2]), ("two", ["--micro_bsz", 1, "--devices", 2])):
+        command = [sys.executable, root / "scripts/finetune.py", *common, *extra, "--proj_dir", tmp_path / name]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+    one, two = (lines(tmp_path / name) for name in ("one", "two"))
+    for key in ("loss", "val_loss", "targets"):
+        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-5), key
+    weights = [read_tensors(tmp_path / name / "rwkv-0.pth") for name in ("one", "two")]
+    for key in weights[0]:
+        torch.testing.assert_close(
+            weights[0][key], weights[1][key], rtol=1e-4, atol=1e-5, msg=key
+        )  # fp32 means in another order, through Adam
+
+
+def test_a_step_without_a_counted_target_moves_nothing_and_goes_on(make_base, documents, tmp_path):
+    tokens = len(Dataset(documents).tokens)
+    mask_path(documents).write_bytes(bytes(tokens - 1) + b"\1")
+    base = make_base()
+    result = fit(TrainConfig(**FLAGS, load_model=str(base), data_file=documents, proj_dir=str(tmp_path / "run"), max_steps=1))
+    assert [(line["loss"], line["targets"]) for line in lines(tmp_path / "run")] == [(0, 0)]
+    before, after = read_tensors(base), read_tensors(result.checkpoint)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+REFUSED = [
+    ({"doc_training": 1, "magic_prime": -1}, "leave one of them out"),
+    ({"min_ctx_len": 5}, "a matter of --doc_training 1"),
+    ({"doc_training": 1, "min_ctx_len": CTX + 1}, f"must be 0 to --ctx_len {CTX}"),
+    ({"doc_sep": -2}, "must be a token id, or -1"),
+    ({"val_split": 1.0}, "less than 1"),
+    ({"val_every": 5}, "needs something held out"),
+    ({"val_split": 0.5, "val_samples": -1}, "must not be negative"),
+    ({"val_split": 0.01}, "tokens would be held out"),
+    ({"chatml_mask": 1}, "--chatml_mask 1 finds no answer in it"),
+]
+
+
+@pytest.mark.parametrize(("flags", "complaint"), REFUSED)
+def test_flags_that_cannot_be_are_refused_before_the_first_step(documents, tmp_path, flags, complaint):
+    with pytest.raises(UserError, match=complaint):
+        fit(
+            TrainConfig(
+                **{**FLAGS, "n_layer": 1, "n_embd": 8, "vocab_size": 50, "data_file": documents, "proj_dir": str(tmp_path / "run"), **flags}
+            )
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mask_of_zeros_is_refused(documents, tmp_path):
+    mask_path(documents).write_bytes(bytes(len(Dataset(documents).tokens)))
+    with pytest.raises(UserError, match="no token of the data counts in the loss: the mask beside the tokens is all 0"):
+        samples.make(TrainConfig(**FLAGS, data_file=documents), Dataset(documents), 1)
