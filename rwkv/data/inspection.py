@@ -142,7 +142,11 @@ def _mask_in_words(found: Inspection) -> str:
 def _epoch_in_words(found: Inspection) -> str:
     if not found.contexts:
         return f"none: {found.tokens:,} tokens are fewer than one context of {found.ctx_len}"
-    prime = f"--magic_prime {found.magic_prime} sees each of so many contexts once" if found.magic_prime else "too short for prime sampling"
+    prime = (
+        f"--magic_prime {found.magic_prime} goes through {found.magic_prime:,} of them in so many samples, each once"
+        if found.magic_prime
+        else "too short for prime sampling"
+    )
     return (
         f"the data is {found.contexts:,} contexts of {found.ctx_len:,} tokens. With --micro_bsz {found.micro_bsz} on one device a step reads"
         f" {found.micro_bsz} of them, so to read as many tokens as there are takes {found.steps:,} steps: --epoch_steps {found.steps} makes an"
@@ -261,7 +265,9 @@ def _judge(found: Inspection, data: Dataset) -> None:
     if found.counted == 0:
         problems.append(f"{mask_path(data.prefix)}: no token counts in the loss; convert again, or move it away to let all count")
     if found.repeated:
-        remarks.append(f"{found.repeated / found.documents:.1%} of the documents repeat an earlier one: the model sees them more often")
+        remarks.append(
+            f"{found.repeated / found.documents:.1%} of the documents repeat an earlier one: the model sees them more often, and --val_split may hold out what it trains on"
+        )
     if found.too_long:
         remarks.append(f"{found.too_long:,} documents are longer than ctx_len {found.ctx_len} + 1: --doc_training would leave them out")
     if found.uncounted_documents:
