@@ -50,7 +50,7 @@ finetune pretrain convert generate: venv
 	@$(PY) scripts/$@.py $(ARGS)
 finetune:  ## tune all weights
 pretrain:  ## train a new model
-convert:  ## jsonl to binidx
+convert:  ## text and chats to binidx
 generate:  ## run a model: --ask, --prompt, or a chat
 
 merge: venv  ## merge an adapter into its base

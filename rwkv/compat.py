@@ -12,8 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
@@ -67,6 +65,8 @@ def cpp_extension() -> ModuleType:
 def nvrtc() -> Path | None:
     """The NVRTC that came with torch's CUDA wheels; None if there is none, as with a CPU build. NVIDIA's wheels for CUDA 11 and 12 have a folder
     a library, those for CUDA 13 one for all."""
+    import torch  # a second, and the converter needs none of it
+
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(place) for place in spec.submodule_search_locations or []] if spec else []
     major = (torch.version.cuda or "").split(".")[0]

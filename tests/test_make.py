@@ -49,7 +49,13 @@ def test_arguments_reach_the_script():
 
 
 JOBS = {name: f"scripts/{name}.py" for name in ("finetune", "pretrain", "convert", "generate")}
-JOBS |= {"lora": "scripts/demo_corpus.py", "demo": "scripts/demo_corpus.py", "merge": "scripts/merge_lora.py", "test": "-m pytest", "test-gpu": "-m pytest -m gpu"}
+JOBS |= {
+    "lora": "scripts/demo_corpus.py",
+    "demo": "scripts/demo_corpus.py",
+    "merge": "scripts/merge_lora.py",
+    "test": "-m pytest",
+    "test-gpu": "-m pytest -m gpu",
+}
 
 
 @pytest.mark.parametrize("target", [*JOBS, "kernels"])
