@@ -178,11 +178,13 @@ class ConvertConfig:
     """Chats, records with messages or conversations, become text by this: world ("User: …", blank line, "Assistant: …"), chatml, or a
     Jinja file; a loss mask is written to P_text_mask.bin. Left out: world, or chatml for HFTokenizer, if the first record is a chat."""
     on_error: Literal["stop", "skip"] = "stop"
-    """stop: a bad record ends the conversion, and nothing is written. skip: it is counted and written to P.rejects.jsonl."""
+    """stop: a bad record ends the conversion, and nothing is written. skip: it is counted and written to P.rejects.jsonl. A damaged or
+    truncated file stops it in any case."""
     workers: int = 0
     """Processes that tokenise; the bytes are the same for any number. 0: one for each core."""
     shard: str = ""
-    """i/n, from 0/n to n-1/n: convert only the i-th of n parts, each perhaps on another machine, all with the same input and prefix."""
+    """i/n, from 0/n to n-1/n: convert only the i-th of n parts, each perhaps on another machine, all with the same input and prefix. Of jsonl,
+    split lines, parquet and arrow every shard reads a part, other files go whole to one."""
     merge: bool = False
     """Join the finished shards of output_prefix into the files that one run would have made."""
     force: bool = False

@@ -32,10 +32,6 @@ class WorldTokenizer:
         """Ids of many texts, on all cores."""
         return self._library.encode_batch(texts)
 
-    def encode_each(self, texts: list[str]) -> list[list[int]]:
-        """Ids of many texts, on this core."""
-        return [self._library.encode(text) for text in texts]
-
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the ids: a token may end inside a character. EOD and the unused ids above 65529 are no bytes.
 
@@ -81,9 +77,9 @@ class HFTokenizer:
             raise UserError(f"{path}: has no token that ends a document ({', '.join(self._ENDS)})")
         self.name, self.eod, self.vocab_size = Path(path).name, ends[0], self._library.get_vocab_size()
 
-    def encode_each(self, texts: list[str]) -> list[list[int]]:
-        """Ids of many texts, on this core."""
-        return [self._library.encode(text).ids for text in texts]
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; nothing is added to it, whatever the file says of beginnings and ends."""
+        return self._library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids."""
