@@ -51,7 +51,7 @@ finetune pretrain convert generate doctor: venv
 	@$(PY) scripts/$@.py $(ARGS)
 finetune:  ## tune all weights
 pretrain:  ## train a new model
-convert:  ## jsonl to binidx
+convert:  ## text and chats to binidx
 generate:  ## run a model: --ask, --prompt, or a chat
 doctor:  ## what this machine can do, what is missing, how to mend it
 

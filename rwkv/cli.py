@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from rwkv.config import NOT_SUPPORTED
+from rwkv.config import ALIASES, LISTS, NOT_SUPPORTED, PASSED_OVER
 from rwkv.errors import UserError
 
 Config = TypeVar("Config")
@@ -64,27 +64,34 @@ def _without_unsupported(argv: list[str]) -> list[str]:
     kept, rest = [], iter(enumerate(argv))
     for i, word in rest:
         name, equals, value = word.partition("=")
-        entry = NOT_SUPPORTED.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
-        if entry is None:
+        flag = name.removeprefix("--").replace("-", "_") if name.startswith("--") else ""
+        entry = NOT_SUPPORTED.get(flag)
+        if entry is None and flag not in PASSED_OVER:
             kept.append(word)
             continue
         if not equals and i + 1 < len(argv) and not argv[i + 1].startswith("--"):
             _, value = next(rest)
-        if value != entry[0]:
+        if entry and value != entry[0]:
             raise UserError(f"{name} {value}: a flag of the upstream programs that is not supported here; {entry[1]}")
     return kept
 
 
 def _spelled_as_here(argv: list[str], config: type) -> list[str]:
-    """Upstream's spellings: `--output-prefix` is `--output_prefix`, and a switch alone (`--lora`) is `--lora=true`."""
+    """Upstream's spellings: `--output-prefix` is `--output_prefix`, a switch alone (`--lora`) is `--lora=true`, `--vocab` is `--vocab_file`,
+    and `--jsonl-keys a b` is `--jsonl_keys a,b`."""
     fields = config.__dataclass_fields__
-    words = []
+    words: list[str] = []
     for word, after in zip(argv, [*argv[1:], "--"], strict=False):
         name, equals, value = word.partition("=")
-        field = fields.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
+        flag = name.removeprefix("--").replace("-", "_") if name.startswith("--") else ""
+        field = fields.get(ALIASES.get(flag, flag))
         if field:
             word = f"--{field.name}{equals}{value}"
             if field.type is bool and not equals and after.startswith("--"):
                 word += "=true"
-        words.append(word)
+        listed = len(words) > 1 and words[-2].removeprefix("--") in LISTS and words[-2].startswith("--") and not word.startswith("-")
+        if listed:
+            words[-1] += f",{word}"
+        else:
+            words.append(word)
     return words

@@ -14,8 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
@@ -69,6 +67,8 @@ def cpp_extension() -> ModuleType:
 def nvrtc() -> Path | None:
     """The NVRTC of torch's CUDA; None if there is none. It comes in wheels of NVIDIA's, those for CUDA 11 and 12 with a folder a library, those
     for 13 with one for all, or inside torch's own wheel or conda package."""
+    import torch  # a second, and the converter needs none of it
+
     major = (torch.version.cuda or "").split(".")[0]
     spec = importlib.util.find_spec("nvidia")
     folders = [
@@ -91,7 +91,7 @@ def gpu_archs(nvrtc_version: str, known: list[int]) -> list[int]:
 
 def stack() -> str:
     """The stack that this Python has, by its torch: the name of its lock in docker/locks/."""
-    return "cu117" if torch.__version__.startswith("1.") else "modern"
+    return "cu117" if importlib.metadata.version("torch").startswith("1.") else "modern"
 
 
 def pythons() -> list[str]:

@@ -25,14 +25,12 @@ NOT_SUPPORTED = {
     "load_partial": ("0", "leave it out: a checkpoint has to fit"),
     # the converter's
     "dataset_impl": ("mmap", "leave it out: the memory-mapped format is the one that is read"),
-    "workers": ("1", "leave it out: the tokenizer uses all cores, and the bytes are the same for any number"),
-    "vocab": ("", "leave it out: the World vocabulary comes with the tokenizer"),
-    "vocab_file": ("", "leave it out: the World vocabulary comes with the tokenizer"),
-    "merge_file": ("", "leave it out: World has none"),
-    "num_docs": ("", "leave it out: the documents are counted on the way"),
-    "log_interval": ("100", "leave it out: there is a progress bar"),
-    "ftfy": ("false", "clean the text before: it is not supported yet"),
+    "merge_file": ("", "leave it out: neither World nor 20B has one"),
 }
+# Flags that are taken with any value, and change nothing: documents are counted on the way, and there is a progress bar.
+PASSED_OVER = ("num_docs", "log_interval")
+ALIASES = {"vocab": "vocab_file"}
+LISTS = ("jsonl_keys",)  # several words after the flag are as good as one with commas
 
 
 @dataclass
@@ -181,20 +179,40 @@ class LoRAConfig(TrainConfig):
 
 @dataclass
 class ConvertConfig:
-    """Conversion of jsonl to binidx."""
+    """Conversion to binidx."""
 
     input: str = ""
-    """The jsonl files, separated by commas: one JSON object a line, its text under a key."""
+    """What to convert: files, globs and folders, separated by commas. jsonl, json (an array), txt, csv, tsv, parquet, arrow, each also
+    with .gz or .zst; folders of the datasets library. A folder is read in the order of its files' names."""
     output_prefix: str = ""
-    """P of P_text_document.bin and .idx. Left out: the input without .jsonl."""
+    """P of P_text_document.bin and .idx. Left out: the input without its ending."""
     jsonl_keys: str = "text"
-    """The key of the text."""
+    """The key or column of the text. Several, separated by commas, make a pair of files each. (Upstream's tool always takes "text".)"""
     append_eod: bool = True
-    """End every document with token 0, as training expects. (Upstream's tool does so only if told.)"""
+    """End every document with the tokenizer's end-of-document token, as training expects. (Upstream's tool does so only if told.)"""
     dtype: Literal["uint16", "int32"] = "uint16"
-    """uint16 holds every World id; int32 gives the bytes of upstream's tool, twice the size."""
-    tokenizer_type: Literal["RWKVTokenizer"] = "RWKVTokenizer"
-    """The World vocabulary, 65536 words."""
+    """uint16 holds every World and 20B id; int32 gives the bytes of upstream's tool for World, twice the size."""
+    tokenizer_type: Literal["RWKVTokenizer", "HFTokenizer"] = "RWKVTokenizer"
+    """RWKVTokenizer: World, 65536 words. HFTokenizer: the tokenizer.json given as vocab_file, such as 20B_tokenizer.json."""
+    vocab_file: str = ""
+    """The tokenizer.json of HFTokenizer; also --vocab. World's vocabulary comes with the tokenizer and need not be given."""
+    split_lines: bool = False
+    """Every line of a txt file is a document. Without it the whole file is one, and has to fit into memory."""
+    ftfy: bool = False
+    """Repair broken Unicode (mojibake) with the ftfy library before tokenising."""
+    chat_template: str = ""
+    """Chats, records with messages or conversations, become text by this: world ("User: …", blank line, "Assistant: …"), chatml, or a
+    Jinja file; a loss mask is written to P_text_mask.bin. Left out: world, or chatml for HFTokenizer, if the first record is a chat."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """stop: a bad record ends the conversion, and nothing is written. skip: it is counted and written to P.rejects.jsonl. A damaged or
+    truncated file stops it in any case."""
+    workers: int = 0
+    """Processes that tokenise; the bytes are the same for any number. 0: one for each core."""
+    shard: str = ""
+    """i/n, from 0/n to n-1/n: convert only the i-th of n parts, each perhaps on another machine, all with the same input and prefix. Of jsonl,
+    split lines, parquet and arrow every shard reads a part, other files go whole to one."""
+    merge: bool = False
+    """Join the finished shards of output_prefix into the files that one run would have made."""
     force: bool = False
     """Replace output that exists."""
 

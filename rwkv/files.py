@@ -1,14 +1,20 @@
 """Files that appear whole or not at all, and their fingerprints."""
 
 import contextlib
+import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rwkv.errors import UserError
+
+_FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "your quota is used up", errno.EFBIG: "larger than a file may be here"}
 _UMASK = os.umask(0)  # can only be read by setting it: once, before there are threads
 os.umask(_UMASK)
 
@@ -17,22 +23,57 @@ os.umask(_UMASK)
 def whole(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on a clean exit it is synced to disk and renamed to `path`, on an exception removed.
 
-    A crash leaves at most a hidden `.tmp` file, never half a file under the final name.
+    A crash leaves at most a hidden `.tmp` file, never half a file under the final name; the next write of `path` removes it.
+
+    Raises:
+        UserError: the disk is full.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with together([path]) as (temporary,):
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes 0600; a dataset or checkpoint is not a secret
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def together(parts: Sequence[str | os.PathLike], marks: Sequence[str | os.PathLike] = ()) -> Iterator[list[Path]]:
+    """As `whole`, for files that are of use only together: yields a temporary path for each of parts and marks, in this order.
+
+    The marks, such as an index, make the parts valid: old ones go before the first part is renamed, new ones come after the last.
+    A part whose temporary the block has removed is not wanted: an old one goes.
+    """
+    targets = [Path(path) for path in (*parts, *marks)]
+    try:
+        with contextlib.ExitStack() as stack:
+            temporaries = [stack.enter_context(_temporary(path)) for path in targets]
+            yield temporaries
+            for temporary in filter(Path.exists, temporaries):
+                os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes 0600; a dataset or checkpoint is not a secret
+                _sync(temporary)
+            for mark in targets[len(parts) :]:
+                mark.unlink(missing_ok=True)
+            pairs = list(zip(temporaries, targets, strict=True))
+            for some in (pairs[: len(parts)], pairs[len(parts) :]):
+                for temporary, path in some:
+                    if temporary.exists():
+                        os.replace(temporary, path)
+                    else:
+                        path.unlink(missing_ok=True)
+                for folder in {path.parent for _, path in some}:
+                    _sync(folder)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise UserError(
+            f"{targets[0]}: {_FULL[error.errno]}; make room or write to another place, and run again. Nothing was written"
+        ) from error
+
+
+def abandoned(path: str | os.PathLike) -> list[Path]:
+    """Temporaries of `path` that nobody is writing: a run that was to make it has been killed."""
+    path, found = Path(path), []
+    for name in glob.glob(f".{glob.escape(path.name)}.????????.tmp", root_dir=path.parent):
+        with contextlib.suppress(OSError), open(path.parent / name, "rb") as file:  # a lock that is held is an OSError too
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found.append(path.parent / name)
+    return found
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -50,8 +91,28 @@ def sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A new empty file beside `path`, locked for as long as we live: what is not locked is left over from a killed run, and goes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in abandoned(path):
+        stale.unlink(missing_ok=True)
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with contextlib.suppress(OSError):  # a file system without locks: then nothing is ever taken for left over
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(handle).st_nlink:
+            break
+        os.close(handle)  # another run took it for left over before it was locked
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

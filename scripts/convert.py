@@ -1,12 +1,16 @@
-"""Convert jsonl to binidx, the format that training reads, with the World vocabulary.
+"""Convert text to binidx, the format that training reads.
 
-    python scripts/convert.py --input mine.jsonl                       # writes mine_text_document.bin and .idx
-    python scripts/convert.py --input a.jsonl,b.jsonl --output-prefix data/mine --dtype int32
+    python scripts/convert.py --input mine.jsonl                        # writes mine_text_document.bin and .idx beside it
+    python scripts/convert.py --input "data/*.jsonl.zst,more.parquet" --output-prefix out/all --jsonl-keys content
+    python scripts/convert.py --input chats.jsonl                       # {"messages": [...]}: also a loss mask, chats_text_mask.bin
+    python scripts/convert.py --input mine.jsonl --tokenizer-type HFTokenizer --vocab 20B_tokenizer.json
 
-Every line is one document: {"text": "..."}. A bad line stops the conversion, is named by file and number, and nothing is written.
+Every record is one document, such as the line {"text": "..."} of a jsonl file. A bad one stops the conversion, is named by file and number,
+and nothing is written; --on-error skip goes on without it. Nothing has its final name before it is whole. On several machines:
+
+    python scripts/convert.py --input big.jsonl --output-prefix out/big --shard 0/4        # and 1/4, 2/4, 3/4 on the others
+    python scripts/convert.py --output-prefix out/big --merge                              # when all have finished
 """
-
-from pathlib import Path
 
 from rwkv.cli import parse, sentences
 from rwkv.config import ConvertConfig
@@ -15,17 +19,21 @@ from rwkv.errors import UserError
 if __name__ == "__main__":
     with sentences():
         config = parse(ConvertConfig, __doc__)
-        inputs = [Path(path.strip()) for path in config.input.split(",") if path.strip()]
-        if not inputs:
-            raise UserError("--input is missing: one or more .jsonl files, separated by commas")
-        from rwkv.data.convert import convert
+        if config.merge:
+            if not config.output_prefix:
+                raise UserError("--merge wants the --output-prefix that the shards were made with")
+            from rwkv.data.shards import merge
 
-        done = convert(
-            inputs,
-            config.output_prefix or str(inputs[0]).removesuffix(".jsonl"),
-            key=config.jsonl_keys,
-            append_eod=config.append_eod,
-            dtype=config.dtype,
-            force=config.force,
-        )
-        print(f"{done.prefix}.bin and .idx: {done.documents:,} documents, {done.tokens:,} tokens. Train with --data_file {done.prefix}")
+            for prefix, documents, tokens in merge(config.output_prefix, config.force):
+                print(f"{prefix}.bin and .idx: {documents:,} documents, {tokens:,} tokens. Train with --data_file {prefix}")
+        else:
+            from rwkv.data.convert import convert
+
+            done = convert(config)
+            if done.rejects:
+                print(f"{done.rejects:,} bad records were skipped; see {done.rejects_file}")
+            for prefix, documents, tokens in done.pairs:
+                end = "" if config.shard else f" Train with --data_file {prefix}"
+                print(
+                    f"{prefix}.bin and .idx{', and a loss mask' if done.masked else ''}: {documents:,} documents, {tokens:,} tokens.{end}"
+                )

@@ -175,7 +175,7 @@ def test_a_crash_while_saving_keeps_the_old_checkpoint(tmp_path, make_base, make
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", die)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="base.pth: no space left on the device"):
         save_model(base, make_model(seed=9), {})
     assert base.read_bytes() == before
     assert read_manifest(base) == manifest

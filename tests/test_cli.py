@@ -47,6 +47,22 @@ def test_upstreams_readme_command_is_read_as_meant():
     assert config == LoRAConfig(load_model="x", n_layer=24, grad_cp=1, my_pile_shift=-1)
 
 
+def test_upstreams_converter_command_is_read_as_meant():
+    line = "--input ./sample.jsonl --output-prefix ./data/sample --vocab ./rwkv_vocab_v20230424.txt --dataset-impl mmap"
+    line += " --tokenizer-type RWKVTokenizer --append-eod --workers 4 --jsonl-keys text title --num-docs 10 --log-interval=5 --ftfy"
+    config = parse(ConvertConfig, "", line.split())
+    assert config == ConvertConfig(
+        input="./sample.jsonl",
+        output_prefix="./data/sample",
+        vocab_file="./rwkv_vocab_v20230424.txt",
+        workers=4,
+        jsonl_keys="text,title",
+        ftfy=True,
+    )
+    with pytest.raises(UserError, match="--dataset-impl lazy: a flag of the upstream programs that is not supported"):
+        parse(ConvertConfig, "", ["--dataset-impl", "lazy"])
+
+
 def test_a_wrong_type_or_choice_is_refused_by_name(capsys):
     assert "n_layer" in refused(["--n_layer", "many"], capsys)
     assert "grad_cp" in refused(["--grad_cp", "2"], capsys)

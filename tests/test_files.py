@@ -1,11 +1,16 @@
 """Files appear whole or not at all."""
 
+import errno
 import hashlib
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
-from rwkv.files import sha256, whole, write_json
+from rwkv.errors import UserError
+from rwkv.files import abandoned, sha256, together, whole, write_json
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
@@ -32,6 +37,46 @@ def test_an_interruption_leaves_the_old_file_and_nothing_else(tmp_path, error):
         fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_of_one_kind_appear_together_and_the_mark_last(tmp_path, monkeypatch):
+    for name in ("part", "gone", "mark"):
+        (tmp_path / name).write_text("old")
+    order = []
+    replace = os.replace
+    monkeypatch.setattr("os.replace", lambda old, new: (order.append((new.name, (tmp_path / "mark").exists())), replace(old, new)))
+    with together([tmp_path / "part", tmp_path / "gone"], [tmp_path / "mark"]) as (part, gone, mark):
+        part.write_text("new")
+        mark.write_text("new")
+        gone.unlink()
+    assert order == [("part", False), ("mark", False)]  # an old mark never lies beside a new part
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"part": "new", "mark": "new"}
+
+
+def test_what_a_killed_run_left_is_known_and_goes_and_what_is_being_written_stays(tmp_path):
+    path = tmp_path / "f"
+    program = f"import os; from rwkv.files import whole\nwith whole({str(path)!r}): os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", program], check=False)
+    (left,) = abandoned(path)
+    with whole(path) as mine:
+        assert not left.exists()
+        assert abandoned(path) == []
+        with whole(path) as other:  # another run at the same time
+            assert mine.exists()
+            other.write_text("other")
+        mine.write_text("mine")
+    assert [x.read_text() for x in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "no space left on the device"), (errno.EDQUOT, "quota"), (errno.EFBIG, "larger")]
+)
+def test_a_full_disk_is_an_error_in_words(tmp_path, number, words):
+    with pytest.raises(UserError, match=f"f: .*{words}.*; make room"), whole(tmp_path / "f"):
+        raise OSError(number, "")
+    with pytest.raises(OSError, match="other"), whole(tmp_path / "f"):
+        raise OSError(errno.EIO, "other")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_folders_are_made_and_permissions_are_ordinary(tmp_path):

@@ -1,1 +1,1 @@
-"""From text to batches: jsonl → tokenizer → binidx → sampling → dataset; convert drives the first three."""
+"""Files to tokens: jsonl, inputs, chat → tokenizer → binidx, driven by convert; tokens to batches: binidx → sampling → dataset."""

@@ -1,69 +1,166 @@
-"""jsonl → tokens → binidx."""
+"""Files of documents → tokens → binidx: on all cores, in order, whole or not at all."""
 
+import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from rwkv.data import binidx, jsonl
-from rwkv.data.tokenizer import WorldTokenizer
+from rwkv.config import ConvertConfig
+from rwkv.data import binidx, chat, inputs, shards
+from rwkv.data.encode import Encoded, Encoder
+from rwkv.data.inputs import Chunk, Source
+from rwkv.data.pool import Pool
+from rwkv.data.tokenizer import HFTokenizer, WorldTokenizer, same_vocabulary
 from rwkv.errors import UserError
 
-_BATCH = 1000  # documents tokenised at once
+_WORLD = "rwkv_vocab_v20230424.txt"
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion made."""
+    """What a conversion made.
 
-    prefix: str
-    documents: int
-    tokens: int
+    Attributes:
+        pairs: of each pair of files its prefix, documents and tokens.
+        masked: whether a loss mask lies beside each.
+        rejects: how many bad records were skipped, written to rejects_file.
+    """
+
+    pairs: list[tuple[str, int, int]]
+    masked: bool
+    rejects: int
+    rejects_file: Path
 
 
-def document_prefix(output_prefix: str | Path, key: str) -> str:
-    """Upstream's name for the pair of files: `P_text_document`."""
-    return f"{output_prefix}_{key}_document"
+def convert(config: ConvertConfig) -> Converted:
+    """Tokenise the input files into `P_<key>_document.bin` and `.idx` for each key, with `P_<key>_mask.bin` for chats.
 
-
-def convert(
-    inputs: list[Path], output_prefix: str | Path, *, key: str = "text", append_eod: bool = True, dtype: str = "uint16", force: bool = False
-) -> Converted:
-    """Tokenise jsonl files with the World vocabulary into `P_<key>_document.bin` and `.idx`.
+    The bytes do not depend on the number of workers.
 
     Raises:
-        UserError: a bad line (by file and number), or output that is there already and no `force`. Nothing is written then.
+        UserError: a bad record (by file and number), a damaged file, output that is there already and no `force`, a full disk. Nothing is
+            written then.
     """
-    prefix = document_prefix(output_prefix, key)
-    if not force and (there := [name for name in (f"{prefix}.bin", f"{prefix}.idx") if Path(name).exists()]):
-        raise UserError(f"{' and '.join(there)} exist already; give --force to replace them, or another --output-prefix")
-    if missing := [str(path) for path in inputs if not path.is_file()]:
-        raise UserError(f"{', '.join(missing)}: no such file")
-    tokenizer = WorldTokenizer()
-    total = sum(path.stat().st_size for path in inputs)
+    sources = inputs.find(config.input, config.split_lines)
+    if not sources:
+        raise UserError("--input is missing: one or more files, globs or folders, separated by commas")
+    keys = shards.keys(config.jsonl_keys)
+    shard = shards.parse(config.shard)
+    prefix = shards.prefix(config.output_prefix or default_prefix(config.input, sources), shard)
+    tokenizer = _tokenizer(config)
+    if config.dtype == "uint16" and tokenizer.vocab_size > 1 << 16:
+        raise UserError(f"{tokenizer.name} has {tokenizer.vocab_size} tokens, which uint16 does not hold; give --dtype int32")
+    encoder = Encoder(
+        tokenizer, keys, config.dtype, config.append_eod, config.ftfy, _template(config, sources, keys), config.on_error == "stop"
+    )
+    prefixes = [binidx.document_prefix(prefix, key) for key in keys]
+    rejects_path = Path(f"{prefix}.rejects.jsonl")
+    beside = [rejects_path, *([shards.manifest_path(prefix)] if shard else [])]
+    if not config.force:
+        binidx.refuse_existing(prefixes, encoder.template is not None, beside)
+
+    workers = config.workers or len(os.sched_getaffinity(0))
+    fields = [*keys, *(chat.FIELDS if encoder.template else ())]
+    feed = inputs.chunks(sources, fields, shard or (0, 1))
+    places = _Places()
+    count = 0
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="convert", mininterval=0.5 if sys.stderr.isatty() else 15) as bar,
-        binidx.writer(prefix, dtype) as out,
+        Pool(encoder, workers) as pool,
+        binidx.writers(prefixes, config.dtype, encoder.template is not None, beside) as (out, (rejects, *manifest)),
+        tqdm(
+            total=_bytes(sources, shard), unit="B", unit_scale=True, desc="convert", mininterval=0.5 if sys.stderr.isatty() else 15
+        ) as bar,
     ):
-        for texts in _batches(inputs, key, bar):
-            for ids in tokenizer.encode_batch(texts):
-                out.add([*ids, tokenizer.eod] if append_eod else ids)
-            bar.set_postfix_str(f"{len(out.sizes)} documents, {out.tokens} tokens")
-    return Converted(prefix, len(out.sizes), out.tokens)
+        with open(rejects, "w", encoding="utf-8") as rejected:
+            for chunk, encoded in pool.map(feed):
+                for number, wrong, record in encoded.rejects:
+                    place = places.of(chunk, number)
+                    if encoder.stop:
+                        raise UserError(f"{place}: {wrong}")
+                    line = {"place": place, "error": wrong, "record": record}
+                    rejected.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    count += 1
+                places.passed(chunk, encoded)
+                for one, *parts in zip(out, encoded.tokens, encoded.sizes, encoded.masks, strict=True):
+                    one.add_packed(*parts)
+                bar.update(chunk.size)
+                bar.set_postfix_str(f"{out[0].documents:,} documents, {sum(one.tokens for one in out):,} tokens", refresh=False)
+        pairs = [(name, one.documents, one.tokens) for name, one in zip(prefixes, out, strict=True)]
+        if not shard and (empty := [key for key, pair in zip(keys, pairs, strict=True) if not pair[1]]):
+            skipped = f" that can be read: {count} bad records were skipped" if count else ""
+            raise UserError(
+                f'{config.input}: holds no document{skipped}. Expected records such as {{"{empty[0]}": "..."}}, or another key with --jsonl-keys'
+            )
+        if not count:
+            rejects.unlink()
+        if shard:
+            manifest[0].write_text(json.dumps(shards.manifest(config, sources), indent=2) + "\n", encoding="utf-8")
+    return Converted(pairs, encoder.template is not None, count, rejects_path)
 
 
-def _batches(inputs: list[Path], key: str, bar: tqdm) -> Iterator[list[str]]:
-    texts: list[str] = []
-    for path in inputs:
-        before = 0
-        for text, done in jsonl.documents(path, key):
-            bar.update(done - before)
-            before = done
-            texts.append(text)
-            if len(texts) == _BATCH:
-                yield texts
-                texts = []
-    if texts:
-        yield texts
+def default_prefix(spec: str, sources: Sequence[Source]) -> str:
+    """The output beside the input: the folder's name, or that of the first file without its endings."""
+    path = next((Path(word) for word in (spec, spec.split(",")[0].strip()) if os.path.exists(word)), sources[0].path)
+    if path.is_dir():
+        return str(path if path.name else path.resolve())
+    while path.suffix.lower() in inputs.ENDINGS:
+        path = path.with_suffix("")
+    return str(path)
+
+
+def _tokenizer(config: ConvertConfig) -> WorldTokenizer | HFTokenizer:
+    if config.tokenizer_type == "HFTokenizer":
+        return HFTokenizer(config.vocab_file)
+    if config.vocab_file and not (
+        same_vocabulary(config.vocab_file) if Path(config.vocab_file).is_file() else Path(config.vocab_file).name == _WORLD
+    ):
+        raise UserError(
+            f"{config.vocab_file}: not the World vocabulary, which comes with the tokenizer and need not be given;"
+            " for a tokenizer.json give --tokenizer_type HFTokenizer"
+        )
+    return WorldTokenizer()
+
+
+def _template(config: ConvertConfig, sources: Sequence[Source], keys: Sequence[str]) -> chat.Template | None:
+    """The chat template that is asked for, or the usual one where the first record is a chat."""
+    if config.chat_template:
+        return chat.Template(config.chat_template)
+    usual = "world" if config.tokenizer_type == "RWKVTokenizer" else "chatml"
+    if set(keys) & set(chat.KEYS):
+        return chat.Template(usual)
+    if keys != ["text"]:
+        return None
+    for chunk in inputs.chunks(sources[:1], [*keys, *chat.KEYS]):
+        for _, record in inputs.records(chunk, inputs.lines_of(chunk), keys):
+            is_chat = isinstance(record, dict) and "text" not in record and any(record.get(key) for key in chat.KEYS)
+            return chat.Template(usual) if is_chat else None
+    return None
+
+
+def _bytes(sources: Sequence[Source], shard: tuple[int, int] | None) -> int:
+    total = sum(source.size for source in sources)
+    return total if shard is None else total * (shard[0] + 1) // shard[1] - total * shard[0] // shard[1]
+
+
+class _Places:
+    """Where records lie: counts the lines of the chunks that have passed."""
+
+    def __init__(self):
+        self._source: Source | None = None
+        self._start, self._lines = 0, 0
+
+    def of(self, chunk: Chunk, number: int) -> str:
+        self._enter(chunk)
+        return inputs.place(chunk, number, lambda: inputs.count_lines(chunk.source.path, self._start) + self._lines)
+
+    def passed(self, chunk: Chunk, encoded: Encoded) -> None:
+        self._enter(chunk)
+        self._lines += encoded.lines
+
+    def _enter(self, chunk: Chunk) -> None:
+        if chunk.source is not self._source:  # a shard may begin inside a file
+            self._source, self._lines, self._start = chunk.source, 0, chunk.span[0] if chunk.span else 0

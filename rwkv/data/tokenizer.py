@@ -1,4 +1,4 @@
-"""The World tokenizer: text to ids by greedy longest byte match, and back."""
+"""Text to ids: the World tokenizer, by greedy longest byte match and back, and any tokenizer.json, such as that of the 20B models."""
 
 import ast
 import functools
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rwkv import compat
+from rwkv.errors import UserError
 
 rwkv_tokenizer = compat.rwkv_tokenizer()
 EOD = 0  # ends a document; stands for no text
@@ -21,7 +22,7 @@ class WorldTokenizer:
     vocab_size = VOCAB_SIZE
 
     def __init__(self):
-        self._library = rwkv_tokenizer.RWKVTokenizer()
+        self._library = _world()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -51,11 +52,60 @@ class WorldTokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
+class HFTokenizer:
+    """A tokenizer.json of the `tokenizers` library; for the 20B models 20B_tokenizer.json of GPT-NeoX.
+
+    Raises:
+        UserError: no such file, not a tokenizer, or one without a token that ends a document.
+    """
+
+    _ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
+
+    def __init__(self, path: str | Path):
+        import tokenizers
+
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file. --tokenizer_type HFTokenizer wants a tokenizer.json as --vocab_file")
+        try:
+            self._library = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{path}: not a tokenizer.json ({error})") from error
+        self._library.no_padding()
+        self._library.no_truncation()
+        ends = [number for name in self._ENDS if (number := self._library.token_to_id(name)) is not None]
+        if not ends:
+            raise UserError(f"{path}: has no token that ends a document ({', '.join(self._ENDS)})")
+        self.name, self.eod, self.vocab_size = Path(path).name, ends[0], self._library.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; nothing is added to it, whatever the file says of beginnings and ends."""
+        return self._library.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids."""
+        return self._library.decode(list(ids), skip_special_tokens=False)
+
+
+def same_vocabulary(path: str | Path) -> bool:
+    """Whether a vocabulary file has the World models' tokens. Line ends may differ."""
+    ours, theirs = (Path(file).read_bytes().replace(b"\r\n", b"\n").rstrip() for file in (_vocabulary(), path))
+    return ours == theirs
+
+
+@functools.lru_cache(maxsize=1)
+def _world():
+    return rwkv_tokenizer.RWKVTokenizer()
+
+
+def _vocabulary() -> Path:
+    return Path(rwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
+
+
 @functools.lru_cache(maxsize=1)
 def _bytes_of_ids() -> list[bytes]:
     """Bytes by id, read from the vocabulary that comes with the library: lines of `id literal length`."""
     table = [b""] * VOCAB_SIZE
-    vocabulary = Path(rwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
+    vocabulary = _vocabulary()
     with open(vocabulary, encoding="utf-8") as lines:
         for line in lines:
             number, literal = line.split(" ", 1)

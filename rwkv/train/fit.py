@@ -17,7 +17,7 @@ import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from rwkv import checkpoint, compat, lora
-from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.config import ConvertConfig, LoRAConfig, TrainConfig
 from rwkv.data.binidx import Dataset
 from rwkv.data.convert import convert
 from rwkv.data.dataset import Documents, HeldOut, Samples
@@ -212,7 +212,7 @@ def _open_data(c: TrainConfig, sizes: Sizes, folder: Path) -> Dataset:
         if rank_zero_only.rank == 0:
             if Path(f"{prefix}.bin").exists() and not (c.overwrite or c.epoch_begin):
                 raise UserError(f"{prefix}.bin exists already; train on it with --data_file {prefix}, or give --overwrite to convert anew")
-            convert([Path(c.data_file)], folder / "data", force=True)
+            convert(ConvertConfig(input=c.data_file, output_prefix=str(folder / "data"), force=True))
     data = Dataset(prefix)
     can_hold = np.iinfo(data.tokens.dtype)
     if can_hold.min == 0 and can_hold.max < sizes.vocab_size:  # no id can be wrong: spares a pass over the file

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rwkv.config import ConvertConfig
 from rwkv.data import histogram, inspection, jsonl
 from rwkv.data.binidx import Dataset, mask_path, writer
 from rwkv.data.convert import convert
@@ -22,6 +23,11 @@ def pieces():
         tokenizer = inspection.WorldTokenizer()
         patch.setattr(inspection, "WorldTokenizer", lambda: tokenizer)
         yield lambda size: patch.setattr(inspection, "_PIECE", size)
+
+
+def converted(source, prefix, append_eod=True) -> str:
+    convert(ConvertConfig(input=str(source), output_prefix=str(prefix), append_eod=append_eod, workers=1))
+    return f"{prefix}_text_document"
 
 
 DOCUMENT = st.lists(st.integers(0, 300), max_size=12)
@@ -63,7 +69,7 @@ def test_every_count_is_that_of_plain_python(tmp_path_factory, pieces, documents
 
 
 def test_the_vocabulary_is_guessed_from_the_text(tmp_path, write_jsonl, root):
-    world = convert([root / "data/example.jsonl"], tmp_path / "world").prefix
+    world = converted(root / "data/example.jsonl", tmp_path / "world")
     assert inspect(Dataset(world), 64, 2).vocabulary == "World"
     with writer(tmp_path / "neox") as out:  # line breaks are 187 in 20B, a byte that begins no character in World
         for i in range(50):
@@ -77,7 +83,7 @@ def test_the_vocabulary_is_guessed_from_the_text(tmp_path, write_jsonl, root):
 
 
 def test_a_good_file_has_no_problem_and_shows_its_text(tmp_path, root):
-    found = inspect(Dataset(convert([root / "data/example.jsonl"], tmp_path / "p").prefix), 64, 2, samples=2)
+    found = inspect(Dataset(converted(root / "data/example.jsonl", tmp_path / "p")), 64, 2, samples=2)
     assert found.problems == []
     assert found.samples[0].startswith("User: ")
     text = in_words(found)
@@ -121,7 +127,7 @@ TEXTS = ["first document", "zweites, mit Ümlaut", "第三"]
 @pytest.mark.parametrize("append_eod", [True, False])
 def test_a_binidx_is_proved_to_decode_to_its_source(write_jsonl, tmp_path, append_eod):
     source = write_jsonl(*({"text": text} for text in [*TEXTS, "a\0b"]))
-    found = verified(convert([source], tmp_path / "p", append_eod=append_eod).prefix, source)
+    found = verified(converted(source, tmp_path / "p", append_eod), source)
     assert found.verified == 4
 
 
@@ -139,7 +145,7 @@ def test_a_binidx_is_proved_to_decode_to_its_source(write_jsonl, tmp_path, appen
     ids=["another character", "fewer", "more", "longer"],
 )
 def test_a_binidx_that_is_not_its_source_is_found_out(write_jsonl, tmp_path, texts, complaint):
-    prefix = convert([write_jsonl(*({"text": text} for text in TEXTS))], tmp_path / "p").prefix
+    prefix = converted(write_jsonl(*({"text": text} for text in TEXTS)), tmp_path / "p")
     found = verified(prefix, write_jsonl(*({"text": text} for text in texts), name="other.jsonl"))
     assert found.verified is None
     assert any(complaint in problem for problem in found.problems), found.problems

@@ -14,7 +14,9 @@ SCRIPTS = ["convert", "finetune", "generate", "inspect_data", "lora", "merge_lor
 
 def test_from_text_to_a_tuned_model_that_answers(script, write_jsonl, tmp_path):
     text = write_jsonl(*({"text": f"User: {i}?\n\nAssistant: {i}."} for i in range(30)))
-    assert "30 documents" in script("convert.py", "--input", text).stdout
+    done = script("convert.py", "--input", text)
+    assert "30 documents" in done.stdout
+    assert re.search(r"100%.*B/s, 30 documents, [\d,]+ tokens", done.stderr), "no progress bar"
     data = tmp_path / "text_text_document"
     script("pretrain.py", "--data_file", data, "--n_layer", 1, "--n_embd", 8, "--proj_dir", "base", *TRAINING)
     base = tmp_path / "base/rwkv-0.pth"
@@ -58,6 +60,19 @@ def test_from_text_to_a_tuned_model_that_answers(script, write_jsonl, tmp_path):
     assert chat.stdout.count("Assistant:") == 2
     script("finetune.py", "--load_model", "merged.pth", "--data_file", data, "--proj_dir", "full", *TRAINING)
     assert read_manifest(tmp_path / "full/rwkv-0.pth")["kind"] == "model"
+
+
+def test_upstreams_converter_command_works_as_it_is_and_shards_merge(script, write_jsonl, tmp_path):
+    write_jsonl(*({"text": f"{i}"} for i in range(30)), name="sample.jsonl")
+    script("convert.py", *"--input ./sample.jsonl --output-prefix ./data/sample --vocab ./rwkv_vocab_v20230424.txt --dataset-impl mmap"
+           " --tokenizer-type RWKVTokenizer --append-eod --workers 2".split())  # fmt: skip
+    shards = ["--input", "sample.jsonl", "--output-prefix", "parts/sample"]
+    for i in range(3):
+        script("convert.py", *shards, "--shard", f"{i}/3")
+    assert "parts/sample_text_document.bin and .idx: 30 documents" in script("convert.py", *shards, "--merge").stdout
+    for end in (".bin", ".idx"):
+        one, merged = (tmp_path / f"{folder}/sample_text_document{end}" for folder in ("data", "parts"))
+        assert one.read_bytes() == merged.read_bytes()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

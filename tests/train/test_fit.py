@@ -121,7 +121,8 @@ def test_ctrl_c_saves_and_ends_with_130(make_base, make_data, tmp_path, root):
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "rwkv-final.pth is saved" in said
-    assert read_manifest(tmp_path / "run/rwkv-final.pth")["step"] == len(lines(tmp_path / "run"))
+    # Ctrl-C may fall between a step and its line
+    assert read_manifest(tmp_path / "run/rwkv-final.pth")["step"] - len(lines(tmp_path / "run")) in (0, 1)
     assert load_model(tmp_path / "run/rwkv-final.pth").sizes.n_layer == 2
 
 

@@ -1,0 +1,93 @@
+"""Conversion on many machines: the names of the parts, what each was made of, and their merge."""
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rwkv.config import ConvertConfig
+from rwkv.data import binidx
+from rwkv.data.inputs import Source
+from rwkv.errors import UserError
+
+# What may differ between the machines.
+_LOCAL = {"input", "output_prefix", "shard", "workers", "force", "merge"}
+
+
+def parse(shard: str) -> tuple[int, int] | None:
+    """`i/n` with i from 0 as (i, n); None for no text."""
+    if not shard:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UserError(f"--shard {shard}: expected i/n with i from 0 to n - 1, such as 0/4")
+    return int(match[1]), int(match[2])
+
+
+def prefix(output_prefix: str, shard: tuple[int, int] | None) -> str:
+    """The prefix under which a shard writes: `P.00000-of-00004`."""
+    return f"{output_prefix}.{shard[0]:05d}-of-{shard[1]:05d}" if shard else output_prefix
+
+
+def keys(jsonl_keys: str) -> list[str]:
+    """The keys of a comma-separated list."""
+    return [key.strip() for key in jsonl_keys.split(",") if key.strip()]
+
+
+def manifest_path(shard_prefix: str) -> Path:
+    """Where a shard says what it was made of."""
+    return Path(f"{shard_prefix}.shard")
+
+
+def manifest(config: ConvertConfig, sources: Sequence[Source]) -> dict[str, Any]:
+    """What all shards of one conversion must agree in: flags, and the inputs by name and size."""
+    flags = {name: value for name, value in vars(config).items() if name not in _LOCAL}
+    return {"flags": flags, "inputs": [[source.path.name, source.size] for source in sources]}
+
+
+def merge(output_prefix: str, force: bool) -> list[tuple[str, int, int]]:
+    """Join finished shards into the files that one run would have made; the shards stay. Returns prefix, documents and tokens of each pair.
+
+    Raises:
+        UserError: no shards, one missing, shards of different conversions, or output that is there already and no `force`.
+    """
+    folder, name = Path(output_prefix).parent, Path(output_prefix).name
+    pattern = re.compile(re.escape(name) + r"\.(\d{5})-of-(\d{5})\.shard")
+    found = sorted((int(match[2]), int(match[1])) for path in folder.glob("*.shard") if (match := pattern.fullmatch(path.name)))
+    if not found:
+        raise UserError(f"{output_prefix}: no finished shard; make them with --shard 0/n, --shard 1/n, … and the same --output-prefix")
+    if len({count for count, _ in found}) > 1:
+        raise UserError(
+            f"{output_prefix}: shards of {' and of '.join(str(n) for n in sorted({n for n, _ in found}))} lie together; remove the old ones"
+        )
+    count = found[0][0]
+    if missing := sorted(set(range(count)) - {i for _, i in found}):
+        raise UserError(
+            f"{output_prefix}: shard {', '.join(f'{i}/{count}' for i in missing)} is missing; run it with --shard, then merge again"
+        )
+    parts = [prefix(output_prefix, (i, count)) for i in range(count)]
+    made = [json.loads(manifest_path(part).read_text(encoding="utf-8")) for part in parts]
+    for part, one in zip(parts, made, strict=True):
+        if one != made[0]:
+            what = "other flags" if one["flags"] != made[0]["flags"] else "other inputs"
+            raise UserError(f"{part}: was made with {what} than {parts[0]}; run it again")
+    names = keys(made[0]["flags"]["jsonl_keys"])
+    masked = binidx.mask_path(binidx.document_prefix(parts[0], names[0])).is_file()
+    rejects = Path(f"{output_prefix}.rejects.jsonl")
+    prefixes = [binidx.document_prefix(output_prefix, key) for key in names]
+    if not force:
+        binidx.refuse_existing(prefixes, masked, [rejects])
+    with binidx.writers(prefixes, made[0]["flags"]["dtype"], masked, [rejects]) as (out, (rejected,)):
+        for key, one in zip(names, out, strict=True):
+            for part in parts:
+                one.add_file(binidx.document_prefix(part, key))
+        with open(rejected, "wb") as target:
+            for part in parts:
+                if (path := Path(f"{part}.rejects.jsonl")).is_file():
+                    with open(path, "rb") as file:
+                        shutil.copyfileobj(file, target)
+        if not rejected.stat().st_size:
+            rejected.unlink()
+    return [(one, writer.documents, writer.tokens) for one, writer in zip(prefixes, out, strict=True)]
