@@ -34,8 +34,8 @@ print(sum(len(tokenizer.encode(json.loads(line)["text"])) for line in open(sys.a
 """
 LIBRARY = """
 import json, sys, time
-from rwkv.data.tokenizer import WorldTokenizer
-tokenizer, texts, tokens, seconds = WorldTokenizer(), [], 0, 0.0
+from rwkv import compat
+tokenizer, texts, tokens, seconds = compat.rwkv_tokenizer().RWKVTokenizer(), [], 0, 0.0
 def encode():
     global tokens, seconds
     started = time.perf_counter()

@@ -1,7 +1,7 @@
 """Look at this machine and environment: what training can use, what is missing, and how to mend it.
 
     python scripts/doctor.py
-    python scripts/doctor.py --json true > report.json      # for a bug report, or a machine
+    python scripts/doctor.py --json > report.json      # for a bug report, or a machine
 
 Exit status 1 if something must be mended before training runs as it should. Useful without a GPU.
 """

@@ -1,6 +1,5 @@
 """Chat records to text by a Jinja template, with what the assistant says marked: that is what counts in the loss."""
 
-import functools
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,7 +60,7 @@ class Template:
             self._template = environment.from_string(text)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{name}, line {error.lineno}: not a Jinja template ({error.message})") from error
-        if "generation" not in _tags(text):
+        if ("name", "generation") not in ((kind, value) for _, kind, value in environment.lex(text)):
             raise UserError(
                 f"{name}: marks nothing as the assistant's; put {{% generation %}} and {{% endgeneration %}} around what counts in the loss"
             )
@@ -117,11 +116,6 @@ class _Generation(jinja2.ext.Extension):
     def _marked(self, caller):
         mark = self.environment.generation_mark
         return f"{mark}{caller()}{mark}"
-
-
-@functools.cache
-def _tags(text: str) -> set[str]:
-    return {value for _, kind, value in jinja2.Environment().lex(text) if kind == "name"}
 
 
 def _raise(message: str) -> None:

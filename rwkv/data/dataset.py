@@ -1,5 +1,6 @@
 """Training samples out of a token stream: contexts of it, or whole documents."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +14,7 @@ from rwkv.errors import UserError
 
 
 @dataclass
-class Samples(torch.utils.data.Dataset):
+class Samples(torch.utils.data.Dataset, ABC):
     """`samples` samples per epoch and rank, each a pure function of (seed, epoch, index, rank, world_size).
 
     An item is (x, y), each [ctx_len] int64, y being x one token later; or (x, y, counts, reset) if the stream is masked, samples are
@@ -25,8 +26,6 @@ class Samples(torch.utils.data.Dataset):
     ctx_len: int
     samples: int
     seed: int = 0
-    prime: int = 0
-    shift: int = 0
     rank: int = 0
     world_size: int = 1
     epoch: int = 0
@@ -39,18 +38,18 @@ class Samples(torch.utils.data.Dataset):
         """The number of sample `index` of this epoch and rank: no two samples of a run share one."""
         return (self.epoch * self.samples + index) * self.world_size + self.rank
 
+    @abstractmethod
     def window(self, number: int) -> tuple[int, int]:
         """Where sample `number` begins and ends in the stream; at most ctx_len + 1 tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def in_order(self, i: int) -> tuple[int, int]:
         """As `window`, of the i-th of `distinct` samples that go through the stream once."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def distinct(self) -> int:
         """How many samples go through the stream once."""
-        raise NotImplementedError
 
     @property
     def plain(self) -> bool:
@@ -81,6 +80,9 @@ class Contexts(Samples):
     Raises:
         UserError: fewer tokens than one context needs; a prime that prime sampling cannot use.
     """
+
+    prime: int = 0
+    shift: int = 0
 
     def __post_init__(self):
         size = len(self.stream)

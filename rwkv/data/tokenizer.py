@@ -28,10 +28,6 @@ class WorldTokenizer:
         """Ids of a text."""
         return self._library.encode(text)
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of many texts, on all cores."""
-        return self._library.encode_batch(texts)
-
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the ids: a token may end inside a character. EOD and the unused ids above 65529 are no bytes.
 

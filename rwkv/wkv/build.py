@@ -56,6 +56,14 @@ def manifest() -> dict:
         return {}
 
 
+def stamp() -> int:
+    """When `make kernels` last ran to its end for this torch, in nanoseconds; 0 if never."""
+    try:
+        return (folder() / "manifest.json").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def refusal() -> str | None:
     """Why the compiled units cannot be loaded, as a sentence with a remedy; None if they can."""
     written = manifest()
@@ -90,7 +98,7 @@ def device_code(capability: tuple[int, int]) -> Path:
         raise LookupError(f"the CUDA unit is not compiled, as {NO_NVRTC}; take an environment with both (make venv), then make kernels")
     have = ", ".join(f"{arch // 10}.{arch % 10}" for arch in sorted(archs))
     raise LookupError(
-        f"the GPU has compute capability {major}.{minor} and the CUDA unit is compiled for {have}; take the stack that drives this GPU (README, Two stacks)"
+        f"the GPU has compute capability {major}.{minor} and the CUDA unit is compiled for {have}; take the stack that drives this GPU: make venv STACK=modern for newer ones, cu117 for older"
     )
 
 

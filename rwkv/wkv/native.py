@@ -1,5 +1,6 @@
 """Autograd over the compiled units (torch.ops.rwkv.*)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,31 +10,30 @@ from torch import Tensor
 from rwkv.wkv import build
 
 KEEP = 16  # tokens per kept state (cuda/wkv4_args.h)
-THREADS = (
-    1 << 17
-)  # that a GPU is given, if the sequence is long enough: tuned on an H100, where half or twice as many are up to 10 % slower
+THREADS = 1 << 17  # that a GPU is given, if the sequence is long enough (measured on an H100: LOG.md)
 
-
-_loaded: set[int | str] = set()  # "host" and the GPUs whose kernels are loaded. Only success is remembered: what is refused may be mended
+_devices: set[int] = set()  # GPUs whose kernels are loaded
 
 
 def refusal() -> str | None:
-    """Load the host extension once; why it cannot be used, or None."""
-    if "host" in _loaded:
-        return None
+    """Load the host extension once; why it cannot be used, or None. Asked anew when `make kernels` has run."""
+    return _refusal(build.stamp())
+
+
+@functools.lru_cache(maxsize=1)
+def _refusal(stamp: int) -> str | None:
     if reason := build.refusal():
         return reason
     try:
         torch.ops.load_library(str(build.library()))
     except OSError as error:
         return f"it does not load ({error}); run: make kernels"
-    _loaded.add("host")
     return None
 
 
 def device_refusal(device: int) -> str | None:
     """Load the CUDA unit for a GPU once; why it cannot be used there, or None."""
-    if device in _loaded:
+    if device in _devices:
         return None
     if reason := refusal():
         return reason
@@ -41,7 +41,7 @@ def device_refusal(device: int) -> str | None:
         torch.ops.rwkv.cuda_load(device, str(build.device_code(torch.cuda.get_device_capability(device))))
     except (LookupError, RuntimeError) as error:
         return str(error)
-    _loaded.add(device)
+    _devices.add(device)
     return None
 
 

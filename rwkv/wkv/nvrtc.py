@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # cuda-python would bind these eight functions as well; its releases for CUDA 11.7 need Cython and a toolkit to build.
@@ -42,7 +43,9 @@ class Compiler:
         )
         try:
             flags = [option.encode() for option in (f"--gpu-architecture={target}", *options)]
-            code = self._nvrtc.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags))
+            # NVRTC 11.7 leaves its thread in the C locale, where Python reads and writes ASCII: so it gets a thread of its own
+            with ThreadPoolExecutor(1) as thread:
+                code = thread.submit(self._nvrtc.nvrtcCompileProgram, program, len(flags), (ctypes.c_char_p * len(flags))(*flags)).result()
             log = self._text(program, "ProgramLog").rstrip(b"\0").decode()
             if code:
                 raise RuntimeError(f"NVRTC {self.version}, {source.name} for {target}:\n{log}")

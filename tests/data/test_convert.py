@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from rwkv.config import ConvertConfig
 from rwkv.data import convert as converting
-from rwkv.data import inputs
+from rwkv.data import formats, inputs
 from rwkv.data.binidx import Dataset
 from rwkv.data.convert import convert
 from rwkv.data.shards import merge
@@ -57,7 +57,7 @@ def names(folder):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(inputs, "_CHUNK", 50)
+    monkeypatch.setattr(formats, "CHUNK", 50)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from rwkv.data import inputs
+from rwkv.data import formats, inputs
 from rwkv.data.jsonl import BadRecord
 from rwkv.errors import UserError
 
@@ -72,7 +72,7 @@ def read(spec, shard=(0, 1), split_lines=True, keys=("text",)):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(inputs, "_CHUNK", 7)
+    monkeypatch.setattr(formats, "CHUNK", 7)
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -198,6 +198,6 @@ def test_a_line_is_read_by_the_chunk_in_which_it_begins(tmp_path, monkeypatch):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"\n".join(lines))
     for size in (1, 2, 13, 64, 1000):
-        monkeypatch.setattr(inputs, "_CHUNK", size)
+        monkeypatch.setattr(formats, "CHUNK", size)
         assert [line for chunk in inputs.chunks(inputs.find(str(path)), ["text"]) for line in inputs.lines_of(chunk)] == lines
     assert [inputs.count_lines(path, end) for end in (0, 1, 13, 14, path.stat().st_size)] == [0, 1, 1, 2, 6]

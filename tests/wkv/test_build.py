@@ -1,6 +1,7 @@
 """The units are compiled ahead of time, for every GPU of the stack, without a GPU, nvcc or a toolkit; what is missing or stale says what to run."""
 
 import json
+import locale
 import re
 import shutil
 import subprocess
@@ -77,6 +78,14 @@ def test_source_that_does_not_compile_shows_the_compilers_words(tmp_path):
         COMPILER.compile(tmp_path / "bad.cu", [], "sm_80", [])
 
 
+def test_compiling_leaves_the_locale_alone(tmp_path):
+    """NVRTC 11.7 sets its thread's to C, after which Python would read and write ASCII there."""
+    (tmp_path / "empty.cu").write_text("")
+    before = locale.getpreferredencoding(False)
+    COMPILER.compile(tmp_path / "empty.cu", [], f"sm_{ARCHS[0]}", [])
+    assert locale.getpreferredencoding(False) == before
+
+
 @pytest.fixture
 def compiled_for(tmp_path, monkeypatch):
     """A folder whose manifest lists these files."""
@@ -120,7 +129,6 @@ def test_a_gpu_that_no_code_fits_is_told_what_there_is(compiled_for):
 
 def test_a_missing_or_stale_library_says_what_to_run(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "folder", lambda: tmp_path)
-    monkeypatch.setattr(native, "_loaded", set())
     assert "not compiled" in build.refusal()
     (tmp_path / "manifest.json").write_text('{"source_ha')  # what a full disk may leave
     assert "not compiled" in build.refusal()
@@ -135,6 +143,17 @@ def test_a_missing_or_stale_library_says_what_to_run(tmp_path, monkeypatch):
     assert build.refusal() is None
     assert "does not load" in native.refusal()
     assert not build.usable()
+
+
+def test_what_was_refused_is_looked_at_again_when_make_kernels_has_run_and_not_before(copied, monkeypatch):
+    looked = []
+    monkeypatch.setattr(native.build, "refusal", lambda: looked.append(1) or "it is not compiled; run: make kernels")
+    for _ in range(3):
+        assert "make kernels" in native.refusal()
+    assert len(looked) <= 1
+    monkeypatch.undo()
+    (build.folder() / "manifest.json").touch()
+    assert native.refusal() is None
 
 
 @pytest.fixture
