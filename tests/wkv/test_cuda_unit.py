@@ -81,7 +81,7 @@ def test_an_error_does_not_grow_with_the_number_of_segments(gpu):
 
 def test_gradients_are_nearer_to_the_truth_than_the_loops(gpu):
     """Keys near 200 that decay slowly: the loop rounds the running maximum for every token, the scan once for every segment of 16."""
-    w, u, k, v, _, _ = inputs(1, 400, 33, state=False, reset=False)
+    _, u, k, v, _, _ = inputs(1, 400, 33, state=False, reset=False)
     arguments = -torch.linspace(0.01, 0.1, 33), u, k + 200, v, None, None
     fast = gpu.call("outputs_and_gradients", 16, *arguments)
     slow, truth = outputs_and_gradients(reference.wkv4, *arguments), outputs_and_gradients(reference.wkv4, *in_fp64(arguments))
