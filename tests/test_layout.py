@@ -32,8 +32,8 @@ ROOMS = [
     ["rwkv/data/convert", "rwkv/data/inspection"],
     ["rwkv/doctor", "rwkv/generate", "rwkv/train/__init__"],
     ["rwkv/train/schedule", "rwkv/train/optimizer", "rwkv/train/plot"],
-    ["rwkv/train/module", "rwkv/train/samples"],
-    ["rwkv/train/validation"],
+    ["rwkv/train/module", "rwkv/train/samples", "rwkv/train/start", "rwkv/train/trainer", "rwkv/train/words"],
+    ["rwkv/train/validation", "rwkv/train/checks"],
     ["rwkv/train/callbacks"],
     ["rwkv/train/fit"],
 ]

@@ -1,0 +1,47 @@
+"""Flags that cannot be trained with are refused, before anything is read."""
+
+import torch
+
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.errors import UserError
+from rwkv.train import samples, schedule
+
+
+def check(c: TrainConfig) -> None:
+    """Raises UserError for a flag that is out of range, missing, or does not go with another or with this machine."""
+    for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "max_steps", "epoch_begin", "grad_clip"):
+        if getattr(c, name) < 0:
+            raise UserError(f"--{name} must not be negative; it is {getattr(c, name)}")
+    if not 0 <= getattr(c, "lora_dropout", 0) < 1 or not (0 <= c.beta1 < 1 and 0 <= c.beta2 < 1):
+        raise UserError("--lora_dropout, --beta1 and --beta2 must be at least 0 and less than 1")
+    for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count", "epoch_save", "devices", "num_nodes"):
+        if getattr(c, name) < 1:
+            raise UserError(f"--{name} must be at least 1; it is {getattr(c, name)}")
+    if not c.data_file:
+        raise UserError("--data_file is missing: a binidx prefix, or a .jsonl file")
+    if c.epoch_steps % c.accumulate_grad_batches:
+        raise UserError(f"--epoch_steps {c.epoch_steps} must be a multiple of --accumulate_grad_batches {c.accumulate_grad_batches}")
+    if schedule.total_steps(c) < 1:
+        raise UserError(
+            f"nothing to train: --epoch_begin {c.epoch_begin} is not before --epoch_count {c.epoch_count}, or the tokens are spent"
+        )
+    if c.epoch_begin and not c.load_model:
+        raise UserError(f"--epoch_begin {c.epoch_begin} goes on with a run: give its checkpoint with --load_model")
+    if isinstance(c, LoRAConfig) and c.lora and c.epoch_begin and not c.lora_load:
+        raise UserError(f"--epoch_begin {c.epoch_begin} goes on with a LoRA run: give its adapter with --lora_load")
+    if c.my_pile_shift < -1:
+        raise UserError(f"--my_pile_shift must be at least 0; it is {c.my_pile_shift}")
+    samples.check(c)
+    if c.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or leave the flag out to train on the CPU")
+    gpu = torch.cuda.is_available() and c.accelerator != "cpu"
+    if c.precision == "fp16" and not gpu:
+        raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+    if c.strategy.startswith("deepspeed"):
+        raise UserError(f"--strategy {c.strategy}: DeepSpeed strategies are not offered yet; leave it out, or give ddp for several devices")
+    if c.strategy not in ("auto", "ddp", "ddp_find_unused_parameters_false"):
+        raise UserError(f"--strategy {c.strategy} is not one of auto, ddp")
+    if c.accelerator != "cpu" and 0 < torch.cuda.device_count() < c.devices:
+        raise UserError(f"--devices {c.devices}: torch sees {torch.cuda.device_count()} GPUs")
+    if isinstance(c, LoRAConfig) and c.lora and not c.load_model:
+        raise UserError("LoRA tunes a model that exists: give it with --load_model, or train one with scripts/pretrain.py first")

@@ -1,0 +1,47 @@
+"""What a run tells its user: what it starts with, in plain words."""
+
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from rwkv.config import TrainConfig
+from rwkv.data.binidx import Dataset
+from rwkv.data.dataset import Documents, HeldOut, Samples
+from rwkv.model import RWKV
+from rwkv.train import schedule
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print, on the first process of a run alone."""
+    print(text, flush=True)
+
+
+def introduce(c: TrainConfig, model: RWKV, data: Dataset, training: Samples, held_out: HeldOut | None) -> None:
+    """Say what is trained on what, for how long."""
+    s = model.sizes
+    every = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    what = "all trained" if trained == every else f"{trained / 1e6:.2f} million trained"
+    steps, per_step = schedule.total_steps(c), schedule.tokens_per_step(c)
+    order, seen = _order(training), steps * per_step / len(training.stream)
+    if isinstance(training, Documents):  # samples are padded
+        seen = steps * per_step / c.ctx_len / training.distinct
+    masked = ", some masked" if training.stream.masked else ""
+    say(
+        f"model: RWKV-4, L{s.n_layer} D{s.n_embd} V{s.vocab_size}, {every / 1e6:.2f} million parameters, {what}\n"
+        f"data:  {data.prefix}, {len(data):,} documents, {len(data.tokens):,} tokens{masked}\n"
+        + (
+            f"held:  {len(held_out.source.stream):,} tokens are held out; a loss reads {held_out.total:,} samples of them\n"
+            if held_out
+            else ""
+        )
+        + f"run:   {steps:,} steps of {per_step:,} tokens ({order}, seed {training.seed}); each token is seen about {seen:.2g} times"
+    )
+
+
+def _order(training: Samples) -> str:
+    if isinstance(training, Documents):
+        packed = training.packed
+        left = packed.too_long + packed.too_short
+        order = "in order" if training.sequential else "shuffled"
+        return f"whole documents in {training.distinct:,} samples, {order}" + (f", {left:,} that do not fit left out" if left else "")
+    return f"prime sampling, p = {training.prime}" if training.prime else "at random places"
