@@ -7,6 +7,7 @@
 #include <string>
 #include <tuple>
 
+#include "cpu_width.h"
 #include "launcher.h"
 #include "wkv4_args.h"
 #include "wkv4_cpu.h"
@@ -52,21 +53,13 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // of w, 
 
 // ---- CPU: threads share out (batch row) x (block of channels) ----
 
-// The widest vector unit that the processor has and that is not wider than asked for ("" asks for the widest).
-const Wkv4Loops* widest(const std::string& most) {
+const Wkv4Loops& loops() {
 #ifdef __x86_64__
-  __builtin_cpu_init();
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-  if (avx512 && (most.empty() || most == wkv4_loops_avx512.name)) return &wkv4_loops_avx512;
-  if (avx2 && most != wkv4_loops_baseline.name) return &wkv4_loops_avx2;
+  if (cpu_width() == Width::avx512) return wkv4_loops_avx512;
+  if (cpu_width() == Width::avx2) return wkv4_loops_avx2;
 #endif
-  return &wkv4_loops_baseline;
+  return wkv4_loops_baseline;
 }
-const Wkv4Loops* loops = widest("");
-
-std::string cpu_vectors(const std::string& most) { return (loops = widest(most))->name; }
 
 int cpu_dtype(const Tensor& k) {
   TORCH_CHECK(k.is_cpu() && (k.scalar_type() == at::kFloat || k.scalar_type() == at::kBFloat16), "wkv4's CPU unit takes fp32 or bf16 on a CPU; k is ",
@@ -93,7 +86,7 @@ Outputs cpu_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Ten
   const Tensor y = at::empty_like(k), last = at::empty({B, 3, C}, fp32), kept = at::empty({B, (T + WKV_KEEP - 1) / WKV_KEEP, 3, C}, fp32);
   const Wkv4Problem q{T, C, floats(&w), floats(&u), k.data_ptr(), v.data_ptr(), flags(given(reset)), floats(given(state)), kept.data_ptr<float>()};
   const Wkv4Outputs out{y.data_ptr(), last.data_ptr<float>()};
-  const Wkv4Loops& chosen = *loops;
+  const Wkv4Loops& chosen = loops();
   each_block(chosen.block, B, C, [&](int64_t row, int64_t c, int64_t n) { chosen.forward[dtype](q, out, row, c, n); });
   return {y, last, kept};
 }
@@ -108,7 +101,7 @@ Gradients cpu_backward(const Tensor& w, const Tensor& u, const Tensor& k, const 
   const Tensor gw = at::empty({B, C}, fp32), gu = at::empty({B, C}, fp32), gk = at::empty_like(k), gv = at::empty_like(v), gfirst = at::empty({B, 3, C}, fp32);
   const Wkv4Problem q{T, C, floats(&w), floats(&u), k.data_ptr(), v.data_ptr(), flags(given(reset)), nullptr, kept.data_ptr<float>()};
   const Wkv4Gradients grad{gy.data_ptr(), floats(given(gstate)), gw.data_ptr<float>(), gu.data_ptr<float>(), gk.data_ptr(), gv.data_ptr(), gfirst.data_ptr<float>()};
-  const Wkv4Loops& chosen = *loops;
+  const Wkv4Loops& chosen = loops();
   each_block(chosen.block, B, C, [&](int64_t row, int64_t c, int64_t n) { chosen.backward[dtype](q, grad, row, c, n); });
   return {gw.sum(0), gu.sum(0), gk, gv, gfirst};
 }
@@ -188,6 +181,6 @@ TORCH_LIBRARY(rwkv, library) {
   library.def(("wkv4_cpu_backward" + gradients + to_gradients).c_str(), cpu_backward);
   library.def(("wkv4_cuda_forward" + inputs + where + to_outputs).c_str(), cuda_forward);
   library.def(("wkv4_cuda_backward" + gradients + where + to_gradients).c_str(), cuda_backward);
-  library.def("cpu_vectors(str most) -> str", cpu_vectors);
+  library.def("cpu_vectors(str most) -> str", choose_cpu_width);
   library.def("cuda_load(int device, str path) -> ()", launcher::load);
 }

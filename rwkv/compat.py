@@ -1,6 +1,7 @@
 """What differs between the stacks: torch 1.13.1 with Lightning 1.9 (cu117), torch 2 with Lightning 2 (modern). No other module asks for a version."""
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -89,6 +90,19 @@ def gpu_archs(nvrtc_version: str, known: list[int]) -> list[int]:
     return [arch for arch in wanted if arch in known]
 
 
+def autocast_dtype(device: str) -> Any:
+    """The dtype that autocast computes in on devices of this type, None where it is off. torch 2.4 gave all devices one pair of functions and
+    warns of the old ones."""
+    import torch
+
+    if stack() == "cu117":
+        if device == "cpu":
+            return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+        return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+@functools.cache
 def stack() -> str:
     """The stack that this Python has, by its torch: the name of its lock in docker/locks/."""
     return "cu117" if importlib.metadata.version("torch").startswith("1.") else "modern"

@@ -2,6 +2,8 @@
 
 x ──► W ───────────────► + ──► y        y = W x + (α/r) · B A dropout(x)
 └──► A [r, in] ► B [out, r] ─┘          W is frozen; B starts at zero, so the model is at first unchanged
+
+An adapter keeps e·r bytes a token for the backward pass (e: 2 in bf16, 4 in fp32) beside what the model keeps anyway (rwkv/model/v4.py).
 """
 
 import math
@@ -9,8 +11,10 @@ import re
 from collections.abc import Collection, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rwkv.model import fused
+from rwkv.model.linear import Matrix, product, product_of_gradient, rows
 
 PARTS = ("att", "ffn", "time", "ln")
 
@@ -19,22 +23,60 @@ _MATRICES = {"att": r"\.att\.(key|value|receptance)$", "ffn": r"\.(ffn|ffnPre)\.
 _WHOLE = {"time": r"\.(att|ffn|ffnPre)\.time_\w+$", "ln": r"\.ln[012]\.(weight|bias)$"}
 
 
+class _Adapted(torch.autograd.Function):
+    # Kept for backward: x, or what its recipe needs, and A x, which has r numbers a token. Nothing for W's gradient, as W has none.
+    @staticmethod
+    def forward(ctx, x, weight, a, b, scale, dropout, again):
+        flat, dtype = rows(x), x.dtype
+        ctx.scale, ctx.dropout, ctx.again = scale, dropout, again.function if again else None
+        ctx.seed = int(torch.randint(1 << 31, ())) if dropout else 0  # of the CPU's generator: gradient checkpointing draws the same again
+        y = product(flat, weight.to(dtype))
+        low = _dropped(ctx, flat) @ a.to(dtype).t()  # [N, r]
+        y.addmm_(low, b.to(dtype).t(), alpha=scale)
+        ctx.save_for_backward(weight, a, b, low, *(again.parts if again else (x,)))
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        weight, a, b, low, *kept = ctx.saved_tensors
+        flat, dtype, gx, ga, gb = rows(g), g.dtype, None, None, None
+        glow = (flat @ b.to(dtype)).mul_(ctx.scale)  # [N, r]
+        if ctx.needs_input_grad[2]:
+            x = rows(ctx.again(*kept) if ctx.again else kept[0])
+            ga = (glow.t() @ _dropped(ctx, x)).to(a.dtype)
+        if ctx.needs_input_grad[3]:
+            gb = (flat.t() @ low).mul_(ctx.scale).to(b.dtype)
+        if ctx.needs_input_grad[0]:
+            gx = product_of_gradient(flat, weight.to(dtype))
+            if ctx.dropout:
+                fused.dropout_onto(gx, glow @ a.to(dtype), ctx.seed, ctx.dropout)
+            else:
+                gx.addmm_(glow, a.to(dtype))
+            gx = gx.view(*g.shape[:-1], -1)
+        return gx, None, ga, gb, None, None, None
+
+
+def _dropped(ctx, x: Tensor) -> Tensor:
+    return fused.dropout(x, ctx.seed, ctx.dropout) if ctx.dropout else x
+
+
 class LoRALinear(nn.Module):
     """A frozen linear layer without bias, plus a trainable product of rank r. Its weight keeps its name."""
 
     def __init__(self, weight: nn.Parameter, r: int, alpha: float, dropout: float = 0.0):
         super().__init__()
-        rows, columns = weight.shape
-        self.weight = weight
+        out, columns = weight.shape
+        self.weight = weight.requires_grad_(False)
         self.lora_A = nn.Parameter(torch.empty(r, columns, device=weight.device, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(rows, r, device=weight.device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(out, r, device=weight.device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.scale, self.dropout = alpha / r, dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] → [..., out]."""
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
-        return F.linear(x, self.weight) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
+    def forward(self, x: Tensor, again: fused.Recipe | None = None) -> Tensor:
+        """x [..., in] → [..., out] in x's compute dtype; `again`: how x is formed again for A's gradient."""
+        x = x.to(fused.compute_dtype(x))
+        return _Adapted.apply(x, self.weight, self.lora_A, self.lora_B, self.scale, self.dropout if self.training else 0.0, again)
 
     @torch.no_grad()
     def merged(self) -> Tensor:
@@ -75,6 +117,13 @@ def mark_trainable(model: nn.Module, parts: Collection[str]) -> None:
         parameter.requires_grad_(name in chosen)
 
 
+def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep everything that is frozen in this dtype, one tensor after the other."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
 def adapter_state(model: nn.Module, parts: Collection[str]) -> dict[str, Tensor]:
     """The adapter alone, under upstream's keys, e.g. `blocks.0.att.key.lora_A`."""
     state = dict(model.named_parameters())
@@ -84,7 +133,7 @@ def adapter_state(model: nn.Module, parts: Collection[str]) -> dict[str, Tensor]
 def merge(model: nn.Module) -> None:
     """Turn every adapted layer back into a plain one, in place, its adapter added to its weight."""
     for name, layer in list(_adapted(model)):
-        plain = nn.utils.skip_init(nn.Linear, layer.weight.shape[1], layer.weight.shape[0], bias=False)
+        plain = nn.utils.skip_init(Matrix, layer.weight.shape[1], layer.weight.shape[0], bias=False)
         plain.weight = nn.Parameter(layer.merged())
         _replace(model, name, plain)
 

@@ -3,12 +3,17 @@
 import torch
 from torch import Tensor
 
+from rwkv.model import fused
+from rwkv.model.linear import product, product_of_gradient, rows, weight_gradient
+
 L2WRAP = 1e-4  # upstream's factor
-CHUNK_BYTES = 64 << 20  # fp32 logits of one chunk: 256 tokens at V = 65536
+CHUNK_BYTES = 64 << 20  # of a chunk's logits in fp32: 256 tokens at V = 65536
+SLICE = 1 << 13  # words whose weight gradient is formed at a time
 
 
 class _HeadLoss(torch.autograd.Function):
-    # The gradients are formed in the forward pass, while a chunk's logits are at hand; backward only scales them.
+    # The gradients are formed in the forward pass, while a chunk's logits are at hand; backward only scales them: 1/N waits until then,
+    # as fp16 has no room for softmax/N.
     @staticmethod
     def forward(ctx, x, weight, targets):
         count, vocab = targets.numel(), weight.shape[0]
@@ -16,26 +21,19 @@ class _HeadLoss(torch.autograd.Function):
         want_x, want_weight = ctx.needs_input_grad[:2]
         gx = torch.empty_like(x) if want_x else None
         gweight = torch.zeros_like(weight) if want_weight else None
+        computed = weight.to(x.dtype)
         size = max(1, CHUNK_BYTES // (4 * vocab))
+        buffer = x.new_empty(min(size, count), vocab)
         for begin in range(0, count, size):
-            rows = slice(begin, begin + size)
-            logits = (x[rows] @ weight.t()).float()  # [n, V]
-            target = targets[rows, None]
-            top, argmax = logits.max(1, keepdim=True)  # [n, 1]
-            loss -= (logits.gather(1, target) - top).sum()
-            logits.sub_(top).exp_()
-            total = logits.sum(1, keepdim=True)
-            loss += total.log().sum()
-            if not (want_x or want_weight):
-                continue
-            grad = logits.div_(total)  # softmax, then −1 at the target and L2Wrap's pull at the largest logit; 1/N waits for backward,
-            grad.scatter_add_(1, target, torch.full_like(top, -1))  # as fp16 has no room for softmax/N
-            grad.scatter_add_(1, argmax, top * L2WRAP)
-            grad = grad.to(weight.dtype)
+            piece = x[begin : begin + size]
+            logits = product(piece, computed, out=buffer[: len(piece)])  # [n, V]
+            loss += fused.softmax_gradient(logits, targets[begin : begin + size], L2WRAP, want_x or want_weight)
             if want_x:
-                gx[rows] = (grad @ weight).to(x.dtype)
+                gx[begin : begin + size] = product_of_gradient(logits, computed)
             if want_weight:
-                gweight.addmm_(grad.t(), x[rows].to(weight.dtype))
+                for word in range(0, vocab, SLICE):
+                    part = slice(word, word + SLICE)
+                    gweight[part] += weight_gradient(logits[:, part], piece, computed[part])
         ctx.save_for_backward(gx, gweight)
         ctx.count = max(1, count)
         return loss / ctx.count
@@ -45,7 +43,8 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, scale):
         gx, gweight = ctx.saved_tensors
         scale = scale / ctx.count
-        return None if gx is None else gx * scale, None if gweight is None else gweight * scale, None
+        # In place: a second time, which would scale twice, autograd refuses.
+        return None if gx is None else gx.mul_(scale), None if gweight is None else gweight.mul_(scale), None
 
 
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -64,7 +63,7 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, counts: Tensor | None 
     Returns:
         A scalar, fp32; 0 without gradient where no target counts.
     """
-    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    x, targets = rows(x.to(fused.compute_dtype(x))), targets.reshape(-1)
     if counts is not None:
         counts = counts.reshape(-1)
         x, targets = x[counts], targets[counts]

@@ -2,6 +2,18 @@
 
 Glossary of shapes: B batch, T time (tokens), D n_embd, A dim_att, F dim_ffn, V vocab_size, L n_layer.
 Parameter names are those of BlinkDL's checkpoints, so that files go both ways.
+
+Kept for the backward pass, in bytes per token and block, where products are computed in e bytes a number (2 in bf16) and the residual stream
+has s (the embedding's: 2 if it is stored in bf16, else 4):
+
+    time-mix      s·D + 8    its input, and the statistics of ln1       channel-mix   s·D + 8    its input, and the statistics of ln2
+                  e·D        ln1's output: the recipe of k, v, r                      e·D        ln2's output, if ffn's matrices or mixes are trained
+                  e·4A       k, v, r, and WKV's output                                e·F        what is squared
+                  0.75 A     WKV's states before every 16th token                     e·2D       r, and what it gates
+
+The same whatever is trained: inputs of products are formed again (fused.Recipe). With grad_cp a block keeps s·D, its input, and one block at a
+time keeps the rest. Outside the blocks: s·D + 8 for ln_out, e·D for the gradient that head_loss has formed, and
+while it runs the logits of one chunk (loss.CHUNK_BYTES as fp32).
 """
 
 from dataclasses import dataclass
@@ -12,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
+from rwkv.model import fused
+from rwkv.model.linear import Matrix
 from rwkv.wkv import empty_state, wkv4
 
 
@@ -35,19 +49,21 @@ class BlockState(NamedTuple):
     ffn_shift: Tensor  # [B, D] the last input of the channel-mix
 
 
-def _matrix(rows: int, columns: int) -> nn.Linear:
+def _matrix(rows: int, columns: int) -> Matrix:
     # Memory without values: they come from a checkpoint or from rwkv.model.init, and a 14b model should not be filled twice.
-    return skip_init(nn.Linear, columns, rows, bias=False)
+    return skip_init(Matrix, columns, rows, bias=False)
 
 
 def _mix(size: int) -> nn.Parameter:
     return nn.Parameter(torch.full((1, 1, size), 0.5))
 
 
-def _shift(x: Tensor, last: Tensor, reset: Tensor | None) -> Tensor:
-    """Each token's predecessor [B, T, D]; the first one's is `last` [B, D], and zero where a document starts."""
-    before = torch.cat([last.to(x.dtype)[:, None], x[:, :-1]], 1)
-    return before if reset is None else before.masked_fill(reset[..., None], 0)
+class Norm(nn.LayerNorm):
+    """LayerNorm whose statistics are fp32."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, T, D] → its norm in the dtype that products are computed in, and x as it was, to go on with (see fused.norm)."""
+        return fused.norm(x, self.weight, self.bias, self.eps)
 
 
 class TimeMix(nn.Module):
@@ -63,13 +79,11 @@ class TimeMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, D], shift [B, D], state [B, 3, A], reset [B, T] → y [B, T, D], state."""
-        before = _shift(x, shift, reset)
-        k = self.key(torch.lerp(before, x, self.time_mix_k))  # [B, T, A]
-        v = self.value(torch.lerp(before, x, self.time_mix_v))
-        r = self.receptance(torch.lerp(before, x, self.time_mix_r))
+        k, v, r = fused.mix(x, shift, reset, [self.time_mix_k, self.time_mix_v, self.time_mix_r])
+        k, v, r = self.key(*k), self.value(*v), self.receptance(*r)  # [B, T, A]
         # The decay stays fp32: exp(−exp(w)) is so near 1 that bf16 rounds it to 1.
         y, state = wkv4(-torch.exp(self.time_decay.float()), self.time_first, k, v, state, reset)
-        return self.output(torch.sigmoid(r) * y), state
+        return self.output(*fused.gate(r, y)), state
 
 
 class ChannelMix(nn.Module):
@@ -81,12 +95,11 @@ class ChannelMix(nn.Module):
         self.time_mix_k, self.time_mix_r = _mix(D), _mix(D)
         self.key, self.receptance, self.value = _matrix(F, D), _matrix(D, D), _matrix(D, F)
 
-    def forward(self, x: Tensor, shift: Tensor, reset: Tensor | None = None) -> Tensor:
-        """x [B, T, D], shift [B, D], reset [B, T] → [B, T, D]."""
-        before = _shift(x, shift, reset)
-        k = self.key(torch.lerp(before, x, self.time_mix_k))  # [B, T, F]
-        r = self.receptance(torch.lerp(before, x, self.time_mix_r))
-        return torch.sigmoid(r) * self.value(torch.relu(k).square())
+    def forward(self, x: Tensor, past: Tensor, shift: Tensor, reset: Tensor | None = None) -> Tensor:
+        """x [B, T, D], past [B, T, D], shift [B, D], reset [B, T] → past + channel-mix(x) [B, T, D]."""
+        k, r = fused.mix(x, shift, reset, [self.time_mix_k, self.time_mix_r])
+        k, r = self.key(*k), self.receptance(*r)  # [B, T, F], [B, T, D]
+        return fused.gate_onto(past, r, self.value(*fused.relu2(k)))
 
 
 class Block(nn.Module):
@@ -96,8 +109,8 @@ class Block(nn.Module):
         super().__init__()
         D = sizes.n_embd
         if layer == 0:
-            self.ln0 = nn.LayerNorm(D)
-        self.ln1, self.ln2 = nn.LayerNorm(D), nn.LayerNorm(D)
+            self.ln0 = Norm(D)
+        self.ln1, self.ln2 = Norm(D), Norm(D)
         if layer == 0 and sizes.pre_ffn:
             self.ffnPre = ChannelMix(sizes)
         else:
@@ -107,16 +120,16 @@ class Block(nn.Module):
     def forward(self, x: Tensor, state: BlockState, reset: Tensor | None = None) -> tuple[Tensor, BlockState]:
         """x [B, T, D] → [B, T, D] and the state after the last token."""
         if hasattr(self, "ln0"):
-            x = self.ln0(x)
-        a = self.ln1(x)
+            x, _ = self.ln0(x)
+        a, x = self.ln1(x)
         if hasattr(self, "att"):
             y, wkv = self.att(a, state.att_shift, state.wkv, reset)
+            x = x + y
         else:
-            y, wkv = self.ffnPre(a, state.att_shift, reset), state.wkv
-        x = x + y
-        f = self.ln2(x)
-        x = x + self.ffn(f, state.ffn_shift, reset)
-        return x, BlockState(a[:, -1], wkv, f[:, -1])
+            x, wkv = self.ffnPre(a, x, state.att_shift, reset), state.wkv
+        f, x = self.ln2(x)
+        # clones: a view of the last token would keep the others
+        return self.ffn(f, x, state.ffn_shift, reset), BlockState(a[:, -1].clone(), wkv, f[:, -1].clone())
 
 
 class RWKV(nn.Module):
@@ -130,7 +143,7 @@ class RWKV(nn.Module):
         self.sizes, self.grad_cp = sizes, grad_cp
         self.emb = skip_init(nn.Embedding, sizes.vocab_size, sizes.n_embd)
         self.blocks = nn.ModuleList(Block(sizes, layer) for layer in range(sizes.n_layer))
-        self.ln_out = nn.LayerNorm(sizes.n_embd)
+        self.ln_out = Norm(sizes.n_embd)
         self.head = _matrix(sizes.vocab_size, sizes.n_embd)
 
     def initial_state(self, batch: int) -> list[BlockState]:
@@ -154,7 +167,7 @@ class RWKV(nn.Module):
             else:
                 x, new = block(x, before, reset)
             after.append(new)
-        return self.ln_out(x), after
+        return self.ln_out(x)[0], after
 
     def forward(
         self, tokens: Tensor, state: list[BlockState] | None = None, reset: Tensor | None = None

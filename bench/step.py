@@ -1,0 +1,303 @@
+"""One training step against transformers + peft, and against its own matrix products alone, in one run.
+
+    python bench/step.py [--sizes 12,768,65536] [--ctx_len 512] [--micro_bsz 1] [--rounds 5] [--kinds lora,full] [--precisions fp32,bf16] [--ours]
+
+Every contender is a process of its own, and they take turns, a step each: other work on the machine falls on all. Same random weights, same
+tokens, same targets; LoRA r 8 on att's key, value and receptance with dropout 0.01, or all weights; Adam. Printed: tokens/s by the best step,
+the median beside it, peak resident memory (of the steps, not of building the model), the loss of the first step.
+
+`products` is a loop of exactly the matrix products of our step, same shapes, dtype and library; `torch products` the same by torch's `@`.
+On a GPU also model FLOPs utilisation, against --peak_tflops, and NVML's memory.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from rwkv import lora
+from rwkv.model import RWKV, Sizes
+from rwkv.model.linear import product, product_of_gradient, weight_gradient
+from rwkv.model.loss import CHUNK_BYTES, head_loss
+
+PARTS, R, ALPHA, DROPOUT = ("key", "value", "receptance"), 8, 32, 0.01
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RENAMED = {
+    "emb.": "rwkv.embeddings.", "ln_out.": "rwkv.ln_out.", "blocks.": "rwkv.blocks.", ".ln0.": ".pre_ln.", ".att.": ".attention.", ".ffn.": ".feed_forward.",
+    "time_mix_k": "time_mix_key", "time_mix_v": "time_mix_value", "time_mix_r": "time_mix_receptance",
+}  # fmt: skip
+
+
+def build(c: argparse.Namespace, dtype: torch.dtype) -> RWKV:
+    """Random weights, the same for every contender, one tensor after the other and each at once in its dtype."""
+    layers, width, vocab = c.sizes
+    model = RWKV(Sizes(layers, width, vocab, width, 4 * width), bool(c.grad_cp))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            value = torch.empty(parameter.shape).normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+        elif "decay" in name:
+            value = torch.linspace(-5, 3, len(parameter))
+        else:
+            value = torch.full(parameter.shape, {"time_first": -1.2, "weight": 1.0, "bias": 0.0}.get(name.split(".")[-1], 0.5))
+        parameter.data = value.to(c.device, dtype)
+    return model
+
+
+def tokens(c: argparse.Namespace) -> torch.Tensor:
+    return torch.randint(c.sizes[2], (c.micro_bsz, c.ctx_len + 1), generator=torch.Generator().manual_seed(1)).to(c.device)
+
+
+def ours(c: argparse.Namespace):
+    """A step as rwkv.train makes it."""
+    dtype = DTYPES[c.precision]
+    ids = tokens(c)
+    if c.kind == "lora":
+        model = build(c, dtype)
+        lora.inject(model, ["att"], R, ALPHA, DROPOUT)
+        lora.mark_trainable(model, ["att"])
+    else:
+        model = build(c, torch.float32)  # fp32 masters, products in bf16
+    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> float:
+        with torch.autocast(c.device, dtype=torch.bfloat16, enabled=c.precision == "bf16"):
+            hidden, _ = model.hidden(ids[:, :-1])
+            loss = head_loss(hidden, model.head.weight, ids[:, 1:])
+        loss.backward()
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
+def theirs(c: argparse.Namespace):
+    """A step of transformers and peft: the model in `dtype`, its own loss."""
+    import peft
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # before transformers 5
+        from transformers.modeling_utils import no_init_weights
+
+    layers, width, vocab = c.sizes
+    with no_init_weights():
+        config = RwkvConfig(
+            vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, rescale_every=0, tie_word_embeddings=False, use_cache=False
+        )
+        model = RwkvForCausalLM(config)
+    source = dict(build(c, DTYPES[c.precision]).named_parameters())
+    names = dict(model.named_parameters())
+    for name in list(source):
+        value = source.pop(name)
+        for old, new in RENAMED.items():
+            name = name.replace(old, new)
+        names[name].data = value.data
+    if c.kind == "lora":
+        target = rf".*\.attention\.({'|'.join(PARTS)})"
+        model = peft.get_peft_model(model, peft.LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=target))
+    model.train()
+    ids = tokens(c)
+    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> float:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
+def shapes(c: argparse.Namespace) -> list[tuple[int, int, int, bool]]:
+    """(rows, out, in, whether its weight's gradient is formed) of every product of a forward pass; each has a gradient of its input too."""
+    layers, width, vocab = c.sizes
+    rows, full = c.micro_bsz * c.ctx_len, c.kind == "full"
+    matrices = [(width, width)] * 4 + [(4 * width, width), (width, width), (width, 4 * width)]
+    found = [(rows, out, inside, full) for _ in range(layers) for out, inside in matrices]
+    chunk = max(1, CHUNK_BYTES // (4 * vocab))
+    return found + [(min(chunk, rows - begin), vocab, width, full) for begin in range(0, rows, chunk)]
+
+
+def products(c: argparse.Namespace, plain: bool = False):
+    """Only the matrix products of our step."""
+    dtype, made = DTYPES[c.precision], {}
+    work = []
+    for index, (rows, out, inside, full) in enumerate(shapes(c)):
+        key = "head" if out == c.sizes[2] else index
+        weight = made.setdefault(key, torch.randn(out, inside, device=c.device).to(dtype))
+        work.append((torch.randn(rows, inside, device=c.device).to(dtype), torch.randn(rows, out, device=c.device).to(dtype), weight, full))
+    head = torch.empty(max(rows for rows, out, _, _ in shapes(c)), c.sizes[2], device=c.device, dtype=dtype)
+
+    def step() -> float:
+        for x, g, weight, full in work:
+            out = head[: len(x)] if weight.shape[0] == c.sizes[2] else None
+            if plain:
+                torch.mm(x, weight.t(), out=out) if out is not None else x @ weight.t()
+                g @ weight
+            else:
+                product(x, weight, out)
+                product_of_gradient(g, weight)
+            if full:
+                g.t() @ x if plain else weight_gradient(g, x, weight)
+        return float("nan")
+
+    return step
+
+
+MAKERS = {"ours": ours, "theirs": theirs, "products": products, "torch products": lambda c: products(c, plain=True)}
+
+
+def peak(c: argparse.Namespace) -> float:
+    """GB since the last `restart`."""
+    if c.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e9
+
+
+def restart(c: argparse.Namespace) -> None:
+    if c.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def worker(c: argparse.Namespace) -> None:
+    """Answer each line on stdin with a step's seconds, loss and the peak so far."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    torch.set_flush_denormal(True)
+    step = MAKERS[c.worker](c)
+    restart(c)
+    print("ready", file=answers, flush=True)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        loss = step()
+        if c.device == "cuda":
+            torch.cuda.synchronize()
+        print(json.dumps([time.perf_counter() - started, loss, peak(c), nvml()]), file=answers, flush=True)
+
+
+def nvml() -> float:
+    """GB that NVML sees in use on the first GPU; nan without one."""
+    if not torch.cuda.is_available():
+        return float("nan")
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used / 1e9
+
+
+class Contender:
+    """A worker process, and what it measured."""
+
+    def __init__(self, c: argparse.Namespace, name: str, kind: str, precision: str):
+        self.name, self.kind, self.precision, self.times, self.loss, self.memory = name, kind, precision, [], float("nan"), 0.0
+        arguments = ["--worker", name, "--kind", kind, "--precision", precision, "--sizes", ",".join(map(str, c.sizes))]
+        for flag in ("ctx_len", "micro_bsz", "grad_cp", "device"):
+            arguments += [f"--{flag}", str(getattr(c, flag))]
+        self.process = subprocess.Popen([sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._answer()
+
+    def _answer(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ({self.kind}, {self.precision}) ended with {self.process.wait()}")
+        return line
+
+    def step(self) -> None:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        seconds, loss, self.memory, self.nvml = json.loads(self._answer())
+        if not self.times:
+            self.loss = loss
+        self.times.append(seconds)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(c: argparse.Namespace) -> list[Contender]:
+    """Run every contender of the precisions and kinds asked for."""
+    done = []
+    for kind in c.kinds.split(","):
+        names = ["ours"] if c.ours else ["ours", "products", "torch products", "theirs"]
+        group = [Contender(c, name, kind, precision) for precision in c.precisions.split(",") for name in names]
+        for _ in range(c.rounds):
+            for contender in group:
+                contender.step()
+        for contender in group:
+            contender.close()
+        done += group
+    return done
+
+
+def table(c: argparse.Namespace, done: list[Contender]) -> None:
+    count = c.micro_bsz * c.ctx_len
+    layers, width, vocab = c.sizes
+    cores = f"{torch.get_num_threads()} threads" if c.device == "cpu" else torch.cuda.get_device_name()
+    print(
+        f"L{layers} D{width} V{vocab} T{c.ctx_len} B{c.micro_bsz}{' grad_cp' if c.grad_cp else ''}, {cores}, torch {torch.__version__}, {c.rounds} steps each"
+    )
+    print("kind  dtype  contender        tokens/s  (median)   s/step  GFLOP/s  peak GB  first loss")
+    found = {}
+    for x in done:
+        rest = x.times[1:] or x.times  # the first one warms up
+        best = min(rest)
+        found[x.kind, x.precision, x.name] = (count / best, x.memory, x.loss)
+        flops = sum(
+            2 * rows * out * inside * (3 if full else 2)
+            for rows, out, inside, full in shapes(argparse.Namespace(**{**vars(c), "kind": x.kind}))
+        )
+        gpu = f"  MFU {flops / best / c.peak_tflops / 1e10:.1f} %, NVML {x.nvml:.2f} GB" if c.device == "cuda" else ""
+        print(
+            f"{x.kind:5} {x.precision:6} {x.name:15} {count / best:9.1f} {count / statistics.median(rest):9.1f} {best:9.3f} {flops / best / 1e9:8.0f}"
+            f" {x.memory:8.2f}  {x.loss:.4f}{gpu}"
+        )
+    for kind, precision in dict.fromkeys((k, p) for k, p, name in found if name == "theirs"):
+        us, them, bare, torchs = (found[kind, precision, name] for name in ("ours", "theirs", "products", "torch products"))
+        print(
+            f"{kind} {precision}: {us[0] / them[0]:.1f} × theirs, {us[1] / them[1]:.2f} of its memory, losses differ by {abs(us[2] - them[2]):.1e};"
+            f" {100 * us[0] / bare[0]:.0f} % of its products' speed, {100 * us[0] / torchs[0]:.0f} % of torch's"
+        )
+    for kind in c.kinds.split(","):
+        us, them = found.get((kind, "bf16", "ours")), found.get((kind, "fp32", "theirs"))
+        if us and them:
+            print(f"{kind} bf16 against their default, fp32: {us[0] / them[0]:.1f} ×, {us[1] / them[1]:.2f} of its memory")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=lambda text: tuple(map(int, text.split(","))), default=(12, 768, 65536), help="L,D,V")
+    parser.add_argument("--ctx_len", type=int, default=512)
+    parser.add_argument("--micro_bsz", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--grad_cp", type=int, default=0)
+    parser.add_argument("--kinds", default="lora,full")
+    parser.add_argument("--precisions", default="fp32,bf16")
+    parser.add_argument("--ours", action="store_true", help="only ours")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--peak_tflops", type=float, default=989.0, help="of the GPU in bf16; the default is an H100's")
+    parser.add_argument("--worker", choices=MAKERS, help=argparse.SUPPRESS)
+    parser.add_argument("--kind", default="lora", help=argparse.SUPPRESS)
+    parser.add_argument("--precision", default="fp32", help=argparse.SUPPRESS)
+    c = parser.parse_args()
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    if c.worker:
+        worker(c)
+    else:
+        table(c, compare(c))
+
+
+if __name__ == "__main__":
+    main()

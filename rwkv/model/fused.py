@@ -1,0 +1,191 @@
+"""The elementwise parts of a block as single passes over memory: by the compiled unit, each with its gradient, else by the formulas of plain.py.
+
+What a product of matrices needs again for its weight's gradient is a Recipe of these operations, not a tensor of its own: inputs of products are
+never kept, they are formed anew from what is kept anyway. Parameters are used where they are passed in, in the forward pass of the module that
+owns them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv import compat
+from rwkv.model import plain
+from rwkv.wkv import native
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the input of a product is formed again in the backward pass: function(*parts). Not a tuple: DeepSpeed takes those apart."""
+
+    function: Callable[..., Tensor]
+    parts: tuple[Tensor | None, ...]
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What products of x are computed in: autocast's dtype where it is on, else x's own."""
+    return compat.autocast_dtype(x.device.type) or x.dtype
+
+
+def _unit(x: Tensor, *others: Tensor) -> Any:
+    """The compiled operations for tensors like these, or None."""
+    if x.device.type != "cpu" or any(t.dtype not in (torch.float32, torch.bfloat16) for t in (x, *others)):
+        return None
+    return torch.ops.rwkv if native.refusal() is None else None
+
+
+class _Norm(torch.autograd.Function):
+    # x comes out again: so the gradient that flows past the norm is added in the same pass.
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, dtype):
+        weight = weight.float()
+        y, stats = _unit(x).norm_forward(x, weight, bias.float(), eps, dtype)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, stats)
+        return y, x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gy, past):
+        x, weight, stats = ctx.saved_tensors
+        if gy is None:
+            return past, None, None, None, None
+        past = None if past is None else past.contiguous()
+        gx, gw, gb = _unit(x).norm_backward(gy.contiguous(), past, x, weight, stats, any(ctx.needs_input_grad[1:3]))
+        return gx, gw, gb, None, None
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """LayerNorm of x [..., D] with weight and bias [D], statistics in fp32, the result in x's compute dtype; and x, to be used from there on.
+
+    Keeps x and 8 bytes a token.
+    """
+    dtype = compute_dtype(x)
+    if _unit(x, weight) is None or (x.dtype, dtype) not in _STREAMS:
+        return plain.norm(x, weight, bias, eps, dtype), x
+    return _Norm.apply(x.contiguous(), weight, bias, eps, dtype)
+
+
+_STREAMS = {(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)}
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, last, reset, weights):
+        wanted = ctx.needs_input_grad[3]  # x is needed for the gradient of the weights alone
+        ctx.save_for_backward(x if wanted else None, last, reset, weights)
+        return tuple(_unit(x).mix_forward(x, last, reset, weights))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gy):
+        x, last, reset, weights = ctx.saved_tensors
+        gy = [g.contiguous() for g in gy]
+        gx, glast, gweights = _unit(gy[0]).mix_backward(gy, gy[0] if x is None else x, last, reset, weights, x is not None)
+        return gx, glast if ctx.needs_input_grad[1] else None, None, gweights
+
+
+def _mix_again(x: Tensor, last: Tensor, reset: Tensor | None, weights: Tensor) -> Tensor:
+    unit = _unit(x)
+    return (unit.mix_forward(x, last, reset, weights) if unit else plain.mix(x, last, reset, weights))[0]
+
+
+def mix(x: Tensor, last: Tensor, reset: Tensor | None, weights: list[Tensor]) -> list[tuple[Tensor, Recipe]]:
+    """Token shift: m·x + (1 − m)·(the token before) for each m of `weights`, up to three of D numbers each, with the recipe for it.
+
+    x [B, T, D]; `last` [B, D] is the token before the first; reset [B, T] bool or None: where it is True there is none before. Keeps x if a weight is trained.
+    """
+    stacked = torch.cat([m.reshape(1, -1) for m in weights])
+    last = last.to(x.dtype).contiguous()
+    if _unit(x):
+        x, stacked = x.contiguous(), stacked.float()
+        made = _Mix.apply(x, last, reset, stacked)
+    else:
+        made = plain.mix(x, last, reset, stacked)
+    x, last, rows = x.detach(), last.detach(), stacked.detach().split(1)
+    return [(y, Recipe(_mix_again, (x, last, reset, m))) for y, m in zip(made, rows, strict=True)]
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, r, v, past):
+        ctx.save_for_backward(r, v)
+        return _unit(r).gate_forward(past, r, v)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        r, v = ctx.saved_tensors
+        gr, gv = _unit(r).gate_backward(g.contiguous(), r, v)
+        return gr, gv, g if ctx.needs_input_grad[2] else None
+
+
+def _gate_again(r: Tensor, v: Tensor) -> Tensor:
+    unit = _unit(r)
+    return unit.gate_forward(None, r, v) if unit else plain.gate(r, v)
+
+
+def gate(r: Tensor, v: Tensor) -> tuple[Tensor, Recipe]:
+    """σ(r)·v of two tensors alike, with the recipe for it. Keeps r and v."""
+    y = _Gate.apply(r.contiguous(), v.contiguous(), None) if _unit(r, v) else plain.gate(r, v)
+    return y, Recipe(_gate_again, (r.detach(), v.detach()))
+
+
+def gate_onto(past: Tensor, r: Tensor, v: Tensor) -> Tensor:
+    """past + σ(r)·v, in past's dtype. Keeps r and v."""
+    if _unit(past, r, v) is None or (past.dtype, r.dtype) not in _STREAMS:
+        return plain.gate(r, v, past)
+    return _Gate.apply(r.contiguous(), v.contiguous(), past.contiguous())
+
+
+class _Relu2(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, k):
+        ctx.save_for_backward(k)
+        return _unit(k).relu2_forward(k)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (k,) = ctx.saved_tensors
+        return _unit(k).relu2_backward(g.contiguous(), k)
+
+
+def _relu2_again(k: Tensor) -> Tensor:
+    unit = _unit(k)
+    return unit.relu2_forward(k) if unit else plain.relu2(k)
+
+
+def relu2(k: Tensor) -> tuple[Tensor, Recipe]:
+    """max(k, 0)², with the recipe for it. Keeps k."""
+    return _Relu2.apply(k.contiguous()) if _unit(k) else plain.relu2(k), Recipe(_relu2_again, (k.detach(),))
+
+
+def dropout(x: Tensor, seed: int, p: float) -> Tensor:
+    """x / (1 − p), or 0 with probability p, by a hash of the element's number and the seed (plain.dropout): no mask is kept. No gradient."""
+    unit = _unit(x)
+    return unit.dropout(x.contiguous(), seed, p) if unit else plain.dropout(x, seed, p)
+
+
+def dropout_onto(y: Tensor, x: Tensor, seed: int, p: float) -> None:
+    """y += dropout(x), in place, on contiguous tensors alike. No gradient."""
+    unit = _unit(y)
+    if unit:
+        unit.dropout_add(y, x.contiguous(), seed, p)
+    else:
+        y += plain.dropout(x, seed, p)
+
+
+def softmax_gradient(logits: Tensor, targets: Tensor, pull: float, want: bool) -> Tensor:
+    """Σ over tokens of the cross-entropy of logits [N, V] at targets [N], fp32. With `want` the logits become its gradient, in place, with
+    pull · max added at each token's largest logit (the first of several)."""
+    if unit := _unit(logits):
+        top, total, at_target = unit.loss(logits, targets.contiguous(), pull, want).unbind(1)
+        return (total.log() + top - at_target).sum()
+    value, gradient = plain.softmax_gradient(logits, targets, pull)
+    if want:
+        logits.copy_(gradient)
+    return value

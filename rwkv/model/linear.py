@@ -1,0 +1,89 @@
+"""A linear layer without bias that keeps little, and its three matrix products by the faster of the libraries that torch brings.
+
+torch multiplies fp32 matrices on CPUs by MKL, which on processors that are not Intel's leaves most of their width unused; oneDNN, which torch has
+for convolutions, does not (LOG.md). Which of the two takes a product depends on its shape alone, so that a run repeats bit for bit.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from rwkv.model.fused import Recipe, compute_dtype
+
+SMALL = 1 << 20  # multiplications below which oneDNN's set-up costs more than it gains
+
+
+def _onednn(x: Tensor, weight_numbers: int) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.shape[0] > 1
+        and x.shape[0] * weight_numbers >= SMALL
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.to_dense() if x.is_mkldnn else x
+
+
+def product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """x Wᵀ: [N, in], [out, in] → [N, out]. `out` may be used for it, and need not be."""
+    if _onednn(x, weight.numel()):
+        return _dense(torch._C._nn.mkldnn_linear(x.to_mkldnn(), weight))
+    return torch.mm(x, weight.t()) if out is None else torch.mm(x, weight.t(), out=out)
+
+
+def product_of_gradient(g: Tensor, weight: Tensor) -> Tensor:
+    """g W, the gradient of x: [N, out], [out, in] → [N, in]."""
+    if _onednn(g, weight.numel()):
+        return _dense(torch.ops.aten.mkldnn_linear_backward_input([g.shape[0], weight.shape[1]], g.to_mkldnn(), weight))
+    return g @ weight
+
+
+def weight_gradient(g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """gᵀ x, the gradient of W: [N, out], [N, in] → [out, in], in g's dtype. Of `weight` only the shape matters."""
+    if _onednn(g, weight.numel()):
+        return _dense(torch.ops.aten.mkldnn_linear_backward_weights(g.to_mkldnn(), x.to_mkldnn(), weight, False)[0])
+    return g.t() @ x
+
+
+def rows(x: Tensor) -> Tensor:
+    """[..., D] → [N, D]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, again):
+        ctx.again = again.function if again else None
+        kept = (again.parts if again else (x,)) if ctx.needs_input_grad[1] else ()
+        ctx.save_for_backward(weight, *kept)
+        return product(rows(x), weight.to(x.dtype)).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        weight, *kept = ctx.saved_tensors
+        flat, gx, gw = rows(g), None, None
+        if ctx.needs_input_grad[0]:
+            gx = product_of_gradient(flat, weight.to(g.dtype)).view(*g.shape[:-1], -1)
+        if ctx.needs_input_grad[1]:
+            x = ctx.again(*kept) if ctx.again else kept[0]
+            gw = weight_gradient(flat, rows(x), weight).to(weight.dtype)
+        return gx, gw, None
+
+
+def linear(x: Tensor, weight: Tensor, again: Recipe | None = None) -> Tensor:
+    """x Wᵀ in x's compute dtype: [..., in] → [..., out].
+
+    Keeps what `again` forms x from, x itself without one, nothing of x where the weight is frozen.
+    """
+    return _Linear.apply(x.to(compute_dtype(x)), weight, again)
+
+
+class Matrix(nn.Linear):
+    """nn.Linear without bias, by `linear`."""
+
+    def forward(self, x: Tensor, again: Recipe | None = None) -> Tensor:
+        """x [..., in] → [..., out]; `again`: how x is formed again for the weight's gradient."""
+        return linear(x, self.weight, again)
