@@ -2,7 +2,7 @@
 
     python bench/wkv.py [B T C]
 
-Forward and backward, by the operator (autograd included) and by the unit alone. The floor is a loop that only takes the same number
+Forward and backward, by the operator (autograd included) and by the unit alone, in a process prepared as training is. The floor is a loop that only takes the same number
 of vectorised exponentials, by glibc's vector maths library and on the same threads (bench/exponentials.cpp); a second one is torch.exp.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
+from rwkv.train import cpu
 from rwkv.wkv import native, wkv4
 
 EXPONENTIALS = 4  # per token and channel: of the output and the update forward, of the update again and the output backward
@@ -32,6 +33,7 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int = 60) -> dict
 
 
 def main(batch: int, length: int, channels: int) -> None:
+    cpu.prepare()
     torch.manual_seed(0)
     shape, count = (batch, length, channels), batch * length * channels
     w, u = -torch.exp(torch.randn(channels)), torch.randn(channels)

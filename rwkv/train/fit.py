@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from rwkv import checkpoint, compat
@@ -19,7 +18,7 @@ from rwkv.data.binidx import Dataset
 from rwkv.errors import UserError
 from rwkv.files import sha256
 from rwkv.model import RWKV
-from rwkv.train import samples, schedule
+from rwkv.train import cpu, samples, schedule
 from rwkv.train.callbacks import Checkpoints, Metrics
 from rwkv.train.checks import check
 from rwkv.train.module import TrainingModule
@@ -51,8 +50,7 @@ def fit(config: TrainConfig) -> Result:
     """
     check(config)
     quiet_lightning()
-    # Softmax tails and Adam's fading moments fill up with denormals, which a CPU multiplies ten times more slowly.
-    torch.set_flush_denormal(True)
+    cpu.prepare()
     if config.random_seed < 0:
         config = dataclasses.replace(config, random_seed=_new_seed())
     config = dataclasses.replace(config, my_pile_shift=max(0, config.my_pile_shift))  # upstream writes 0 as -1
