@@ -13,9 +13,10 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 ORACLE := $(VENV)/oracle/.ready
 endif
+TOOLS := .venv-tools
 CLEAN_DEMO := out/demo
 .DEFAULT_GOAL := help
-.PHONY: help venv env kernels lora finetune pretrain convert inspect merge generate doctor demo test test-gpu lint lock clean
+.PHONY: help venv env tools image compose-env kernels lora finetune pretrain convert inspect merge generate doctor demo test test-gpu lint lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +33,18 @@ env:  ## make the conda environment `rwkv` with the same packages
 	conda run --no-capture-output --name rwkv docker/install.sh python cu117
 	conda run --no-capture-output --name rwkv python -c 'from rwkv.wkv import build; build.main()'
 	@echo 'Now: conda activate rwkv, then the scripts: python scripts/lora.py --help'
+
+tools: $(TOOLS)/.ready  ## make .venv-tools: what checks and describes the project from outside
+
+$(TOOLS)/.ready: docker/locks/tools.txt docker/tools.sh $(VENV)/.ready
+	docker/tools.sh $(TOOLS) $(VENV)/bin/python
+	@touch $@
+
+image:  ## build the container image of the stack; BASE_IMAGE=... builds on another base
+	docker/engine.sh docker/image.sh $(STACK)
+
+compose-env:  ## write .env for docker compose: user, stack, and whether there is a GPU
+	docker/compose_env.sh $(STACK)
 
 kernels: $(READY)  ## compile the WKV operator unless all of it is there, current, and loads
 	@$(PY) -c 'from rwkv.wkv import build; build.main()'
@@ -78,14 +91,16 @@ test-gpu: venv  ## what needs a GPU: its tests, then the CUDA unit's timings
 	$(PY) -m pytest tests/gpu -m gpu $(ARGS)
 	$(PY) bench/wkv_gpu.py
 
-lint: $(VENV)/.ready  ## ruff and shellcheck
+lint: $(VENV)/.ready $(TOOLS)/.ready  ## ruff, shellcheck, hadolint, and what compose makes of its files
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/shellcheck docker/*.sh scripts/*.sh .ci/run
+	$(TOOLS)/bin/hadolint docker/Dockerfile
+	for files in 'compose.yaml' 'compose.yaml --file compose.cpu.yaml'; do $(TOOLS)/bin/docker-compose --file $$files config --quiet || exit 1; done
 
 lock: $(VENV)/.ready  ## pin again: pyproject.toml to docker/locks/
 	docker/lock.sh $(VENV)/bin/uv
 
 clean:  ## remove what was made, except your data and runs
-	rm -rf $(VENV) .venv .venv-modern $(CLEAN_DEMO) rwkv/wkv/lib build ./*.egg-info
+	rm -rf $(VENV) .venv .venv-modern $(TOOLS) $(CLEAN_DEMO) rwkv/wkv/lib build ./*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

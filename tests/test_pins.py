@@ -11,7 +11,8 @@ import yaml
 from packaging.markers import Marker
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 
 
 STACKS = ("cu117", "modern")
@@ -19,25 +20,30 @@ HERE = "cu117" if importlib.metadata.version("torch").startswith("1.") else "mod
 
 
 def pins(stack: str) -> dict[str, str]:
-    wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"][stack] + PROJECT["optional-dependencies"]["dev"]
+    if stack == "tools":
+        wanted = PYPROJECT["dependency-groups"]["tools"]
+    else:
+        wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"][stack] + PROJECT["optional-dependencies"]["dev"]
     return dict(line.split("==") for line in wanted)
 
 
 def locked(stack: str) -> dict[str, str]:
     """What the locks of a stack install on this machine and Python."""
-    text = "".join((ROOT / f"docker/locks/{name}.txt").read_text() for name in (stack, f"{stack}-deepspeed"))
+    names = [stack] if stack == "tools" else [stack, f"{stack}-deepspeed"]
+    text = "".join((ROOT / f"docker/locks/{name}.txt").read_text() for name in names)
     entries = re.findall(r"^([\w.-]+)===?([^\s;]+)(?: ; (.*))? \\$", text, re.MULTILINE)
     assert len(entries) == len(re.findall(r"^\w", text, re.MULTILINE))
     return {name: version for name, version, marker in entries if not marker or Marker(marker).evaluate()}
 
 
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("stack", [*STACKS, "tools"])
 def test_every_pin_is_exact_and_locked(stack):
     assert pins(stack).items() <= locked(stack).items()
 
 
 def test_every_locked_file_has_a_hash():
     locks = [f"docker/locks/{stack}{part}.txt" for stack in STACKS for part in ("", "-deepspeed")]
+    locks.append("docker/locks/tools.txt")
     assert {path.name for path in (ROOT / "docker/locks").iterdir()} == {Path(name).name for name in locks}
     for name in [*locks, "tests/oracle.txt"]:
         entries = re.split(r"^(?=[\w.-]+==)", (ROOT / name).read_text(), flags=re.MULTILINE)[1:]

@@ -1,0 +1,122 @@
+"""The image's entry point refuses what cannot run, with a line on what is wrong and one on how to mend it. Beside stand-ins, on any machine."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+A100, H100, P100 = "NVIDIA A100-SXM4-40GB, 8.0", "NVIDIA H100 80GB HBM3, 9.0", "Tesla P100-PCIE-16GB, 6.0"
+CUBINS = {"cu117": (60, 70, 75, 80, 86), "modern": (75, 80, 86, 89, 90, 100, 120)}
+
+
+@pytest.fixture
+def enter(tmp_path):
+    """Run the entry point in a copy of the image's folder with a GPU, a size of shared memory, a user; its status, output and error."""
+
+    def run(*arguments, gpus=(A100,), driver="535.54.03", stack="cu117", shm_mib=8192, writable=True, **environment):
+        home = tmp_path / "opt"
+        shutil.rmtree(home, ignore_errors=True)
+        for folder in ("docker", "scripts", "out", "bin", "rwkv/wkv/lib/torch"):
+            (home / folder).mkdir(parents=True)
+        shutil.copy(ROOT / "docker/entrypoint.sh", home / "docker")
+        for arch in CUBINS[stack]:
+            (home / f"rwkv/wkv/lib/torch/wkv4_sm_{arch}.cubin").touch()
+        (home / "scripts/demo.sh").write_text('#!/bin/bash\necho "demo with $PY"\n')
+        (home / "scripts/generate.py").touch()
+        (home / "scripts/newer.py").touch()
+        stubs = {"python": 'echo "ran $*"', "stat": f"echo '{shm_mib} * 1048576'"}
+        if gpus:
+            rows = "; ".join(f"echo '{driver}, {gpu}'" for gpu in gpus)
+            stubs["nvidia-smi"] = f'[[ "$*" == *driver_version,name,compute_cap* ]] || exit 1\n{rows}'
+        if not writable:
+            stubs["mktemp"] = "exit 1"  # as root may write wherever it likes
+        for name, body in stubs.items():
+            (home / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        for path in [*(home / "bin").iterdir(), home / "scripts/demo.sh"]:
+            path.chmod(0o755)
+        clean = {"PATH": f"{home / 'bin'}:/usr/bin:/bin", "RWKV_STACK": stack, **environment}
+        command = ["bash", str(home / "docker/entrypoint.sh"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=clean, check=False)
+
+    if shutil.which("nvidia-smi", path="/usr/bin:/bin"):
+        pytest.skip("this machine has an nvidia-smi of its own where the stand-in must be missing")
+    return run
+
+
+def test_what_suits_runs_in_silence(enter):
+    ada = "NVIDIA GeForce RTX 4090, 8.9"  # runs the code for 8.6
+    for gpus, stack, driver in (((A100,), "cu117", "515.43.04"), ((ada, P100), "cu117", "535.1"), ((H100,), "modern", "580.65.06")):
+        done = enter("lora", "--x", "1", gpus=gpus, stack=stack, driver=driver)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "ran scripts/lora.py --x 1\n", "")
+
+
+def test_lora_without_flags_is_the_embedded_default(enter):
+    assert enter("lora").stdout == enter().stdout == "demo with python\n"
+    assert enter("lora", "--load_model", "a b").stdout == "ran scripts/lora.py --load_model a b\n"
+
+
+@pytest.mark.parametrize(
+    ("job", "command"),
+    [
+        (["generate", "--ask", "x"], "ran scripts/generate.py --ask x"),
+        (["inspect"], "ran scripts/inspect_data.py"),
+        (["merge", "--adapter", "a"], "ran scripts/merge_lora.py --adapter a"),
+        (["test", "tests/gpu"], "ran -m pytest tests/gpu"),
+        (["newer", "--flag"], "ran scripts/newer.py --flag"),
+        (["shell", "-c", "echo hello"], "hello"),
+        (["echo", "any other command"], "any other command"),
+    ],
+)
+def test_every_job_reaches_its_script(enter, job, command):
+    done = enter(*job)
+    assert (done.returncode, done.stdout, done.stderr) == (0, command + "\n", "")
+
+
+REFUSALS = {
+    "no GPU": ({"gpus": ()}, "no GPU is visible", ("--gpus all", "RWKV_DEVICE=cpu", "compose.cpu.yaml")),
+    "old driver": ({"driver": "470.182.03"}, "driver is 470.182.03, and CUDA 11.7 in this image came with 515", ("update the driver",)),
+    "old driver, modern": ({"gpus": [H100], "stack": "modern", "driver": "535.1"}, "came with 580", ("stack cu117, which needs 515",)),
+    "new GPU": ({"gpus": [H100]}, "H100 80GB HBM3 has compute capability 9.0, and the stack cu117", ("make image STACK=modern",)),
+    "second GPU": ({"gpus": [A100, H100]}, "H100 80GB HBM3 has compute capability 9.0", ("STACK=modern",)),
+    "old GPU": ({"gpus": [P100], "stack": "modern", "driver": "580.1"}, "6.0, and the stack modern has code for 75", ("STACK=cu117",)),
+    "older than the oldest": ({"gpus": ["Tesla K80, 3.7"]}, "3.7, and the stack cu117 has code for 60", ()),
+    "shm": ({"shm_mib": 64}, "/dev/shm) has 64 MiB", ("--ipc=host", "--shm-size")),
+    "not writable": ({"writable": False}, f"out is not writable by user {os.getuid()}", ("chown -R", "UID and GID")),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_cannot_run_is_refused_with_a_remedy(enter, case):
+    options, what, mends = REFUSALS[case]
+    done = enter("lora", **options)
+    assert (done.returncode, done.stdout) == (78, "")
+    first, mend, rest = done.stderr.splitlines()
+    assert first.startswith("error: ")
+    assert what in first
+    assert mend.startswith("  mend: ")
+    for word in mends:
+        assert word in mend
+    assert "RWKV_ANYWAY=1" in rest
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_variable_goes_on_anyway_and_still_says_what_is_wrong(enter, case):
+    options, what, _ = REFUSALS[case]
+    done = enter("lora", RWKV_ANYWAY="1", **options)
+    assert (done.returncode, done.stdout) == (0, "demo with python\n")
+    assert what in done.stderr
+
+
+def test_no_gpu_is_asked_for_where_none_is_needed(enter):
+    for job in (["lora", "--help"], ["inspect"], ["generate", "--accelerator", "cpu"]):
+        assert enter(*job, gpus=()).returncode == 0, job
+    assert enter("lora", gpus=(), RWKV_DEVICE="cpu").stdout == "demo with python\n"
+    assert enter("generate", gpus=()).returncode == 78
+
+
+def test_no_writing_is_asked_for_where_nothing_is_written(enter):
+    assert enter("generate", writable=False, shm_mib=64).returncode == 0
+    assert enter("merge", writable=False).returncode == 78
