@@ -66,6 +66,11 @@ class TrainConfig:
     # how long
     ctx_len: int = 1024
     """Tokens in a sample. Any length."""
+    tbptt_len: int = 0
+    """Go through a sample in pieces of so many tokens, the state carried from one to the next: memory for a piece, however long the sample.
+    The gradient ends at the pieces' borders (truncated backpropagation through time). 0: the sample as a whole."""
+    exact: bool = False
+    """With tbptt_len: the gradient of the whole sample, in the same memory. A third more time."""
     micro_bsz: int = 12
     """Samples in a batch, per device."""
     accumulate_grad_batches: int = 1

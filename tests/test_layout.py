@@ -34,7 +34,7 @@ ROOMS = [
     ["rwkv/data/encode", "rwkv/data/shards", "rwkv/data/dataset", "rwkv/data/histogram"],
     ["rwkv/data/convert", "rwkv/data/inspection"],
     ["rwkv/doctor", "rwkv/generate", "rwkv/train/__init__"],
-    ["rwkv/train/cpu", "rwkv/train/schedule", "rwkv/train/optimizer", "rwkv/train/plot"],
+    ["rwkv/train/cpu", "rwkv/train/schedule", "rwkv/train/optimizer", "rwkv/train/plot", "rwkv/train/pieces"],
     ["rwkv/train/module", "rwkv/train/samples", "rwkv/train/start", "rwkv/train/trainer", "rwkv/train/words"],
     ["rwkv/train/validation", "rwkv/train/checks"],
     ["rwkv/train/callbacks"],

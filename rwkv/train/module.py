@@ -11,7 +11,7 @@ from rwkv.config import TrainConfig
 from rwkv.data.dataset import Samples
 from rwkv.model import RWKV
 from rwkv.model.loss import head_loss
-from rwkv.train import optimizer, schedule
+from rwkv.train import optimizer, pieces, schedule
 
 
 class TrainingModule(pl.LightningModule):
@@ -46,8 +46,11 @@ class TrainingModule(pl.LightningModule):
     def mean_loss(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Mean loss over the counted targets of a batch, 0 if there is none, and how many they are."""
         x, y, counts, reset = (*batch, None, None)[:4]
-        hidden, _ = self.model.hidden(x, reset=reset if self.data.reset else None)
+        reset = reset if self.data.reset else None
         count = torch.tensor(y.numel(), device=y.device) if counts is None else counts.sum()
+        if 0 < self.config.tbptt_len < y.shape[1]:
+            return pieces.mean_loss(self.model, x, y, counts, reset, self.config.tbptt_len, self.config.exact), count
+        hidden, _ = self.model.hidden(x, reset=reset)
         return head_loss(hidden, self.model.head.weight, y, counts), count
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
