@@ -32,7 +32,9 @@ def check(c: TrainConfig) -> None:
     if c.my_pile_shift < -1:
         raise UserError(f"--my_pile_shift must be at least 0; it is {c.my_pile_shift}")
     if c.tbptt_len < 0 or (c.exact and not c.tbptt_len):
-        raise UserError("--tbptt_len must not be negative" if c.tbptt_len else "--exact is a matter of --tbptt_len: give the length of a piece too")
+        raise UserError(
+            "--tbptt_len must not be negative" if c.tbptt_len else "--exact is a matter of --tbptt_len: give the length of a piece too"
+        )
     samples.check(c)
     if c.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or leave the flag out to train on the CPU")

@@ -36,7 +36,9 @@ def assert_same(found, wanted):
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-6)
     for name, grad in wanted[1].items():
         # Sums in another order: fp32's rounding of the largest entries.
-        torch.testing.assert_close(found[1][name], grad, rtol=1e-5, atol=1e-5 * float(grad.abs().max()) + 1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[1][name], grad, rtol=1e-5, atol=1e-5 * float(grad.abs().max()) + 1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("length", [1, 5, 8, 22])
