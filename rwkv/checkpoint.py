@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rwkv import __version__, lora
 from rwkv.errors import UserError
-from rwkv.files import sha256, whole, write_json
+from rwkv.files import reserve, sha256, whole, write_json
 from rwkv.model import RWKV, Sizes
 
 PathLike = str | Path
@@ -58,10 +58,22 @@ def write_tensors(path: PathLike, tensors: Mapping[str, Tensor], manifest: Mappi
         if path.suffix == ".safetensors":
             safetensors.torch.save_file(tensors, temporary)
         else:
-            torch.save({key: value.clone() for key, value in tensors.items()}, temporary)  # clone: no storage larger than its tensor
+            save({key: value.clone() for key, value in tensors.items()}, temporary)  # clone: no storage larger than its tensor
         # A manifest never lies beside weights it does not describe: the old one goes first, the new one comes last.
         manifest_path(path).unlink(missing_ok=True)
     write_json(manifest_path(path), {**manifest, "stack": stack})
+
+
+def save(value: Any, path: Path) -> None:
+    """torch.save into a file that exists, its room set aside first: where the disk fills up, torch 1.13.1 takes the whole process down.
+
+    Raises:
+        OSError: there is no room.
+    """
+    with open(path, "r+b") as file:
+        reserve(file, _bytes(value))
+        torch.save(value, file)
+        file.truncate()
 
 
 def manifest_path(path: PathLike) -> Path:
@@ -210,6 +222,14 @@ def _fill(model: RWKV, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch
     with torch.no_grad():
         for key, value in tensors.items():
             parameters[key].copy_(value)
+
+
+def _bytes(value: Any) -> int:
+    """At least what a file of it takes."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size() + 1024  # its name, its header, its alignment
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return 1024 + sum(map(_bytes, inside)) if inside else 64
 
 
 def _some(keys: list[str]) -> str:

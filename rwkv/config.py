@@ -45,7 +45,9 @@ class TrainConfig:
     proj_dir: str = "out"
     """Folder of the run: rwkv-N.pth after epoch N, metrics.jsonl, train_log.txt, loss.png."""
     overwrite: bool = False
-    """Start over in a proj_dir that holds a run already. Without it such a folder is refused."""
+    """Start over in a proj_dir that holds a run already. Without it the run there goes on where it stopped, as if it never had."""
+    allow_changes: bool = False
+    """Go on in proj_dir with flags or data that make it another run. Without it they are refused, each with what it was."""
     data_type: Literal["binidx"] = "binidx"
     """Kind of data_file. Upstream's other kinds (text read as characters, numpy, …) are not read; convert to binidx."""
 
@@ -83,6 +85,9 @@ class TrainConfig:
     """Number of the first epoch, for going on from rwkv-N.pth with N + 1."""
     epoch_save: int = 5
     """Save after every so many epochs, and at the end."""
+    save_every: int = 0
+    """Save all that resuming needs after every so many optimizer steps, the last two of it kept in proj_dir/resume. 0: as often as takes 2 % of
+    the time. It is saved beside every rwkv-N.pth too, and on Ctrl-C and SIGTERM."""
     max_steps: int = 0
     """End after this many optimizer steps. 0: epoch_count decides."""
     magic_prime: int = 0

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rwkv.errors import UserError
 
@@ -74,6 +74,19 @@ def abandoned(path: str | os.PathLike) -> list[Path]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             found.append(path.parent / name)
     return found
+
+
+def reserve(file: BinaryIO, size: int) -> None:
+    """Set aside `size` bytes on the disk for an open file, where the file system can; a writer that copes badly with a full disk then meets none.
+
+    Raises:
+        OSError: there is no room.
+    """
+    try:
+        os.posix_fallocate(file.fileno(), 0, max(1, size))
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

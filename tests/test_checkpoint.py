@@ -170,8 +170,8 @@ def test_a_crash_while_saving_keeps_the_old_checkpoint(tmp_path, make_base, make
     base = make_base()
     before, manifest = base.read_bytes(), read_manifest(base)
 
-    def die(value, path):
-        Path(path).write_bytes(b"half")
+    def die(value, file):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", die)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,21 +13,17 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from rwkv import checkpoint, compat
 from rwkv.config import TrainConfig
-from rwkv.data.binidx import Dataset
-from rwkv.errors import UserError
-from rwkv.files import sha256
 from rwkv.model import RWKV
-from rwkv.train import cpu, samples, schedule
-from rwkv.train.callbacks import Checkpoints, Metrics
+from rwkv.train import cpu, manifest, resume, samples, schedule, store
 from rwkv.train.checks import check
+from rwkv.train.metrics import Metrics, keep_steps
 from rwkv.train.module import TrainingModule
 from rwkv.train.plot import plot
+from rwkv.train.saving import Saving, checkpoint_name
+from rwkv.train.signals import Signals
 from rwkv.train.start import adapt, make_model, open_data
-from rwkv.train.trainer import make_trainer, quiet_lightning
+from rwkv.train.trainer import make_trainer, precision_of, quiet_lightning
 from rwkv.train.words import introduce, say
-
-_RUN_FILES = re.compile(r"metrics\.jsonl|train_log\.txt|loss\.png|rwkv-(\d+|final)\.pth(\.json)?")
-_HASH_LIMIT = 4 << 30  # bytes of a dataset that are still hashed for the manifest: some seconds
 
 
 @dataclass(frozen=True)
@@ -51,56 +46,74 @@ def fit(config: TrainConfig) -> Result:
     check(config)
     quiet_lightning()
     cpu.prepare()
+    folder = Path(config.proj_dir)
+    before = resume.earlier(config, folder)
     if config.random_seed < 0:
-        config = dataclasses.replace(config, random_seed=_new_seed())
+        config = dataclasses.replace(config, random_seed=before["flags"]["random_seed"] if before else _new_seed())
     config = dataclasses.replace(config, my_pile_shift=max(0, config.my_pile_shift))  # upstream writes 0 as -1
     seed = pl.seed_everything(config.random_seed)
     model = make_model(config)
     adapter = adapt(model, config)
-    folder = Path(config.proj_dir)
-    old = _old_run(config, folder)
-    data = open_data(config, model.sizes, folder)
+    old = resume.outdated(config, folder, before)
+    data = open_data(config, model.sizes, folder, reuse=before is not None)
     training, held_out = samples.make(config, data, seed)
+    run = manifest.describe(config, precision_of(config), model.sizes, data)
     introduce(config, model, data, training, held_out)
-    for path in old:
-        path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
+    state = resume.find(config, folder, before, run)
+    if rank_zero_only.rank == 0:
+        for path in old:
+            path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest.write(folder, run)
 
-    save = _saver(config, folder, model, adapter, data)
-    metrics, checkpoints = Metrics(config, folder, held_out), Checkpoints(config, save)
-    trainer = make_trainer(config, [metrics, checkpoints])
-    compat.fit(trainer, TrainingModule(model, training, config))
+    metrics, signals = Metrics(config, folder, held_out), Signals()
+    saving = Saving(config, folder, state, run, _saver(folder, model, adapter, run), metrics)
+    trainer = make_trainer(config, [metrics, saving, signals])
+    module = TrainingModule(model, training, config, state and (state.step, state.samples))
+    del state  # its memory
+    compat.fit(trainer, module)
+    end = schedule.first_step(config) + schedule.total_steps(config)
     if trainer.interrupted:
-        say(
-            f"interrupted at step {schedule.first_step(config) + trainer.global_step}"
-            + (f"; {folder / checkpoints.last} is saved" if checkpoints.last else "")
-        )
+        say(f"ended at once, in step {module.step + 1}; the same command goes on from the last state in {store.folder_of(folder)}")
         raise KeyboardInterrupt
-    if trainer.global_rank == 0:
-        plot(
-            folder / "metrics.jsonl",
-            folder / "loss.png",
-            f"{folder.name}: {'LoRA' if adapter else 'all weights'}, {trainer.global_step} steps",
+    if module.step < end:
+        say(f"ended after step {module.step:,} of {end:,}; {folder / saving.last} is saved, and the same command goes on")
+        signals.exit()
+    return _finish(config, folder, trainer, module, metrics.lines, adapter)
+
+
+def _finish(
+    c: TrainConfig, folder: Path, trainer: pl.Trainer, module: TrainingModule, lines: list[dict[str, Any]], adapter: dict[str, Any] | None
+) -> Result:
+    steps = module.step - schedule.first_step(c)
+    if not trainer.global_step:
+        say(
+            f"nothing left to do: all {steps:,} steps are made. Give a larger --epoch_count or --max_steps to go on, --overwrite to start over"
         )
-    tail = metrics.losses[-max(1, len(metrics.losses) // 10) :]
-    result = Result(folder / checkpoints.last, trainer.global_step, metrics.losses[0], sum(tail) / len(tail), *metrics.held_out_losses[-1:])
+        lines = keep_steps(folder / "metrics.jsonl", module.step)
+    if trainer.global_rank == 0:
+        plot(folder / "metrics.jsonl", folder / "loss.png", f"{folder.name}: {'LoRA' if adapter else 'all weights'}, {steps} steps")
+    losses = [line["loss"] for line in lines]
+    held_out = [line["val_loss"] for line in lines if line.get("val_loss") is not None]
+    tail = losses[-max(1, len(losses) // 10) :]
+    result = Result(folder / checkpoint_name(c, module.step), steps, losses[0], sum(tail) / len(tail), *held_out[-1:])
     held = "" if result.val_loss is None else f", held out {result.val_loss:.3f}"
     say(f"done:  loss {result.first_loss:.3f} → {result.last_loss:.3f}{held}; {result.checkpoint}, {folder / 'loss.png'}")
     if adapter:
         say(f"merge: python scripts/merge_lora.py --adapter {result.checkpoint} --output merged.pth")
-        say(f"talk:  python scripts/generate.py --model {config.load_model} --lora {result.checkpoint}")
+        say(f"talk:  python scripts/generate.py --model {c.load_model} --lora {result.checkpoint}")
     return result
 
 
-def _saver(c: TrainConfig, folder: Path, model: RWKV, adapter: dict[str, Any] | None, data: Dataset) -> Callable[[str, int], None]:
-    raw = Path(f"{data.prefix}.bin")
+def _saver(folder: Path, model: RWKV, adapter: dict[str, Any] | None, run: dict[str, Any]) -> Callable[[str, int], None]:
     fixed = {
         "tokenizer": "World" if model.sizes.vocab_size == 65536 else None,
-        "data": str(data.prefix),
-        "data_sha256": sha256(raw) if raw.stat().st_size <= _HASH_LIMIT else None,
-        "flags": dataclasses.asdict(c),
+        "data": run["data"]["prefix"],
+        "data_sha256": run["data"]["sha256"],
+        "flags": run["flags"],
     }
 
+    @rank_zero_only
     def save(name: str, step: int) -> None:
         if adapter:
             checkpoint.save_adapter(folder / name, model, adapter, {"step": step, **fixed})
@@ -108,19 +121,6 @@ def _saver(c: TrainConfig, folder: Path, model: RWKV, adapter: dict[str, Any] | 
             checkpoint.save_model(folder / name, model, {"step": step, **fixed})
 
     return save
-
-
-def _old_run(c: TrainConfig, folder: Path) -> list[Path]:
-    """Files of an earlier run that --overwrite gives up; they are deleted once nothing can be refused any more."""
-    if rank_zero_only.rank > 0 or c.epoch_begin:
-        return []
-    old = sorted(path for path in folder.glob("*") if _RUN_FILES.fullmatch(path.name))
-    if old and not c.overwrite:
-        raise UserError(f"{folder} holds a run already ({old[0].name}, …); give another --proj_dir, or --overwrite to start over")
-    inputs = {Path(path).resolve() for path in (c.load_model, getattr(c, "lora_load", "")) if path}
-    if used := [path for path in old if path.resolve() in inputs]:
-        raise UserError(f"--overwrite would delete {used[0]}, which this run starts from; give another --proj_dir")
-    return old
 
 
 def _new_seed() -> int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from rwkv.config import TrainConfig
 from rwkv.data.dataset import Samples
@@ -17,29 +17,51 @@ from rwkv.train import optimizer, pieces, schedule
 class TrainingModule(pl.LightningModule):
     """Cross-entropy with L2Wrap on batches of (x, y) or (x, y, counts, reset), [B, T] each; rates are set before every optimizer step.
 
+    One epoch of Lightning's is all that this process runs; ours are counted in steps. What a batch holds depends on its number alone, so
+    that a run may begin at any step.
+
     Attributes:
+        begin: where this process begins: optimizer steps and samples (over all ranks) before it, from epoch 0. Rank 0's holds for all.
         loss: of the last batch, detached, not divided by the accumulation. Its mean over the ranks is the mean over the counted targets of all.
         targets: counted in the last batch, over all ranks.
+        stop: whether this process was asked to end; the run ends after a step before which any was.
     """
 
-    def __init__(self, model: RWKV, data: Samples, config: TrainConfig):
+    def __init__(self, model: RWKV, data: Samples, config: TrainConfig, begin: tuple[int, int] | None = None):
         super().__init__()
         self.model, self.data, self.config = model, data, config
-        self.loss, self.targets = torch.tensor(float("nan")), 0
+        self.begin = begin or (schedule.first_step(config), schedule.first_sample(config))
+        self.loss, self.targets, self.stop = torch.tensor(float("nan")), 0, False
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps made, from epoch 0."""
+        return self.begin[0] + self.trainer.global_step
+
+    @property
+    def samples(self) -> int:
+        """Samples taken, from epoch 0, over all ranks."""
+        return self.begin[1] + self.trainer.global_step * schedule.samples_per_step(self.config)
+
+    def setup(self, stage: str) -> None:
+        # Rank 0 alone has looked into the folder of the run.
+        self.begin, self.data.seed = self.trainer.strategy.broadcast((self.begin, self.data.seed))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return optimizer.make(self.model, self.config)
 
     def train_dataloader(self) -> DataLoader:
-        # A batch is a slice of a memory-mapped file: cheaper in this process than from a worker.
-        self.data.rank, self.data.world_size = self.trainer.global_rank, self.trainer.world_size
-        return DataLoader(self.data, self.config.micro_bsz, pin_memory=self.device.type == "cuda")
-
-    def on_train_epoch_start(self) -> None:
-        self.data.epoch = self.config.epoch_begin + self.trainer.current_epoch
+        c, trainer = self.config, self.trainer
+        self.data.rank, self.data.world_size = trainer.global_rank, trainer.world_size
+        steps = schedule.first_step(c) + schedule.total_steps(c) - self.begin[0]
+        first = -(-self.begin[1] // trainer.world_size)
+        here = range(first, first + max(0, steps) * c.accumulate_grad_batches * c.micro_bsz)
+        # A batch is a slice of a memory-mapped file: cheaper in this process than from a worker. The loader would take a seed from the
+        # run's random numbers, though it needs none.
+        return DataLoader(Subset(self.data, here), c.micro_bsz, pin_memory=self.device.type == "cuda", generator=torch.Generator())
 
     def on_train_batch_start(self, batch, batch_idx) -> None:
-        step = self.trainer.global_step
+        step = self.step - schedule.first_step(self.config)
         rate = schedule.learning_rate(self.config, step)
         optimizer.set_rates(self.optimizers().optimizer, rate, schedule.weight_decay(self.config, step))
 

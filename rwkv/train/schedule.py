@@ -16,14 +16,29 @@ def steps_per_epoch(c: TrainConfig) -> int:
     return max(1, c.epoch_steps // c.accumulate_grad_batches)
 
 
+def ends_epoch(c: TrainConfig, step: int) -> bool:
+    """Whether an epoch, or the run, ends with this optimizer step (from epoch 0)."""
+    return step % steps_per_epoch(c) == 0 or step == first_step(c) + total_steps(c)
+
+
 def first_step(c: TrainConfig) -> int:
     """Optimizer steps that lie before this run, in the epochs before epoch_begin."""
     return c.epoch_begin * steps_per_epoch(c)
 
 
+def first_sample(c: TrainConfig) -> int:
+    """Samples that lie before this run, over all devices."""
+    return c.epoch_begin * c.epoch_steps * c.num_nodes * c.devices * c.micro_bsz
+
+
+def samples_per_step(c: TrainConfig) -> int:
+    """Samples in one optimizer step, over all devices and accumulated batches."""
+    return c.num_nodes * c.devices * c.micro_bsz * c.accumulate_grad_batches
+
+
 def tokens_per_step(c: TrainConfig) -> int:
     """Tokens in one optimizer step, over all devices and accumulated batches."""
-    return c.num_nodes * c.devices * c.micro_bsz * c.accumulate_grad_batches * c.ctx_len
+    return samples_per_step(c) * c.ctx_len
 
 
 def total_steps(c: TrainConfig) -> int:

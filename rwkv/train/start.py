@@ -59,8 +59,8 @@ def adapt(model: RWKV, c: TrainConfig) -> dict[str, Any] | None:
     return {"r": c.lora_r, "alpha": c.lora_alpha, "parts": parts, **base}
 
 
-def open_data(c: TrainConfig, sizes: Sizes, folder: Path) -> Dataset:
-    """The binidx to train on; a .jsonl is converted into `folder` first. Ids outside the vocabulary are refused."""
+def open_data(c: TrainConfig, sizes: Sizes, folder: Path, reuse: bool = False) -> Dataset:
+    """The binidx to train on; a .jsonl is converted into `folder` first, unless `reuse` finds that done. Ids outside the vocabulary are refused."""
     prefix = c.data_file
     if prefix.endswith(".jsonl"):
         if sizes.vocab_size < 65530:
@@ -68,7 +68,7 @@ def open_data(c: TrainConfig, sizes: Sizes, folder: Path) -> Dataset:
                 f"{prefix}: would be tokenised for World (ids to 65529), and the model has {sizes.vocab_size} words; convert it for that model"
             )
         prefix = str(folder / "data_text_document")
-        if rank_zero_only.rank == 0:
+        if rank_zero_only.rank == 0 and not (reuse and Path(f"{prefix}.idx").exists()):
             if Path(f"{prefix}.bin").exists() and not (c.overwrite or c.epoch_begin):
                 raise UserError(f"{prefix}.bin exists already; train on it with --data_file {prefix}, or give --overwrite to convert anew")
             convert(ConvertConfig(input=c.data_file, output_prefix=str(folder / "data"), force=True))

@@ -8,20 +8,29 @@ import torch
 
 from rwkv import compat
 from rwkv.config import TrainConfig
-from rwkv.train import schedule
 
 
 def quiet_lightning() -> None:
     """Lightning's own talk is not for the user; what it warns of still is."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # A run that is finished already has an empty loader.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*|.*returned 0 length.*|.*across ranks is zero.*")
+
+
+def on_gpu(c: TrainConfig) -> bool:
+    """Whether the run is on a GPU."""
+    return torch.cuda.is_available() and c.accelerator != "cpu"
+
+
+def precision_of(c: TrainConfig) -> str:
+    """fp32, tf32, bf16 or fp16: what --precision auto comes to on this machine."""
+    return c.precision if c.precision != "auto" else "bf16" if on_gpu(c) and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def make_trainer(c: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
-    """A trainer that runs exactly the steps of the schedule; metrics, progress and checkpoints are the callbacks' business."""
-    gpu = torch.cuda.is_available() and c.accelerator != "cpu"
-    precision = c.precision if c.precision != "auto" else "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
+    """A trainer that runs the module's batches once; metrics, progress and checkpoints are the callbacks' business."""
+    gpu, precision = on_gpu(c), precision_of(c)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     alone = c.devices * c.num_nodes == 1
     return pl.Trainer(
@@ -29,8 +38,7 @@ def make_trainer(c: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
         devices=c.devices,
         num_nodes=c.num_nodes,
         **compat.trainer_options(precision, alone and c.strategy == "auto"),
-        max_steps=schedule.total_steps(c),
-        max_epochs=-1,
+        max_epochs=1,
         accumulate_grad_batches=c.accumulate_grad_batches,
         gradient_clip_val=c.grad_clip or None,
         callbacks=callbacks,

@@ -40,7 +40,8 @@ def test_a_run_leaves_what_the_readme_says(make_data, tmp_path):
     data = make_data(200)
     result = fit(TrainConfig(**SMALL, data_file=data, proj_dir=str(tmp_path / "run"), epoch_save=2))
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"rwkv-0.pth", "rwkv-0.pth.json", "rwkv-2.pth", "rwkv-2.pth.json", "metrics.jsonl", "train_log.txt", "loss.png"}
+    weights = {"rwkv-0.pth", "rwkv-0.pth.json", "rwkv-2.pth", "rwkv-2.pth.json"}
+    assert names == weights | {"metrics.jsonl", "train_log.txt", "loss.png", "run.json", "resume"}
     metrics = lines(tmp_path / "run")
     assert [line["step"] for line in metrics] == list(range(1, 13))
     assert [line["tokens"] for line in metrics] == [16 * i for i in range(1, 13)]
@@ -274,16 +275,19 @@ def test_an_adapter_of_another_base_or_rank_is_refused_before_training(make_base
     assert not (tmp_path / "b").exists()
 
 
-def test_a_finished_run_is_not_overwritten_unless_told(make_data, tmp_path):
+def test_a_finished_run_is_not_overwritten_unless_told(make_data, tmp_path, capsys):
     flags = {**SMALL, "data_file": make_data(200), "proj_dir": str(tmp_path / "run"), "max_steps": 2}
     fit(TrainConfig(**flags))
-    with pytest.raises(UserError, match="holds a run already"):
-        fit(TrainConfig(**flags))
+    weights = (tmp_path / "run/rwkv-final.pth").read_bytes()
+    assert fit(TrainConfig(**flags)).steps == 2
+    assert "nothing left to do: all 2 steps are made" in capsys.readouterr().out
     with pytest.raises(UserError, match="no such file"):
         fit(TrainConfig(**flags | {"data_file": "nothing"}, overwrite=True))
+    assert (tmp_path / "run/rwkv-final.pth").read_bytes() == weights
     assert len(lines(tmp_path / "run")) == 2  # what cannot start deletes nothing
-    fit(TrainConfig(**flags, overwrite=True))
+    fit(TrainConfig(**flags | {"random_seed": 2}, overwrite=True))
     assert len(lines(tmp_path / "run")) == 2
+    assert (tmp_path / "run/rwkv-final.pth").read_bytes() != weights
     with pytest.raises(UserError, match="would delete .*rwkv-final.pth, which this run starts from"):
         fit(TrainConfig(**flags, overwrite=True, load_model=str(tmp_path / "run/rwkv-final.pth")))
 

@@ -1,0 +1,165 @@
+"""What a run leaves behind of every step: metrics, progress bar, logs."""
+
+import datetime
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from tqdm import tqdm
+
+from rwkv.config import TrainConfig
+from rwkv.data.dataset import HeldOut
+from rwkv.errors import UserError
+from rwkv.files import whole
+from rwkv.train import schedule
+from rwkv.train.module import TrainingModule
+from rwkv.train.validation import held_out_loss
+
+
+class Metrics(pl.Callback):
+    """One line per optimizer step in metrics.jsonl, the progress bar, upstream's train_log.txt, wandb if asked for.
+
+    Steps count from epoch 0; a run that goes on adds to the lines it has, and lines of later steps are dropped.
+
+    Attributes:
+        lines: of metrics.jsonl, those of before included (on rank 0).
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path, held_out: HeldOut | None = None):
+        self.config, self.folder, self._held_out = config, folder, held_out
+        self.lines: list[dict[str, Any]] = []
+        self._batches: list[torch.Tensor] = []
+        self._targets = 0
+        self._file: Any = None
+        self._wandb: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        self._tick, self._last = time.perf_counter(), module.step
+        first = schedule.first_step(self.config)
+        self._bar = tqdm(
+            total=schedule.total_steps(self.config),
+            initial=module.step - first,
+            unit="step",
+            desc="train",
+            mininterval=0.5 if sys.stderr.isatty() else 15,
+            disable=trainer.global_rank > 0,
+        )
+        if trainer.global_rank == 0:
+            self.lines = keep_steps(self.folder / "metrics.jsonl", module.step)
+            self._file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, open for the length of the run
+            if module.step == first:
+                self._log(f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{vars(self.config)}\n")
+            if self.config.wandb:
+                self._wandb = _start_wandb(self.config, self.folder)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: TrainingModule, outputs, batch, batch_idx: int) -> None:
+        self._batches.append(module.loss.double())
+        self._targets += module.targets
+        if module.step == self._last:  # gradients are still being accumulated
+            return
+        self._last = module.step
+        mean, self._batches = torch.stack(self._batches).mean(), []
+        targets, self._targets = self._targets, 0
+        # The one number of a step that ranks wait for each other with; a stop that one of them was asked for rides along.
+        loss, stop = trainer.strategy.reduce(torch.stack([mean, mean.new_tensor(module.stop)]), reduce_op="mean").tolist()
+        trainer.should_stop = stop > 0
+        spent = time.perf_counter() - self._tick
+        line: dict[str, Any] = {"step": module.step, "loss": loss}
+        if not module.data.plain:
+            line["targets"] = targets
+        if self._held_out is not None and math.isfinite(loss) and self._validates(module.step):
+            line["val_loss"] = held_out_loss(module, self._held_out, self.config.micro_bsz)
+        if trainer.global_rank == 0:
+            self._report(module, line, spent)
+        self._tick = time.perf_counter()
+        if not math.isfinite(loss):
+            raise UserError(
+                f"step {module.step}: the loss is {loss}. Lower --lr_init, or raise the precision, and go on from an earlier checkpoint in {self.folder}"
+            )
+
+    def sync(self) -> None:
+        """Bring the lines to disk: a state that is saved must not be ahead of them."""
+        if self._file:
+            os.fsync(self._file.fileno())
+
+    def _validates(self, step: int) -> bool:
+        """Whether the held-out loss is due after this step."""
+        every = self.config.val_every
+        return schedule.ends_epoch(self.config, step) or (every > 0 and step % every == 0)
+
+    def _report(self, module: TrainingModule, line: dict[str, Any], seconds: float) -> None:
+        step, loss = line["step"], line["loss"]
+        speed = schedule.tokens_per_step(self.config) / seconds
+        group = module.optimizers().optimizer.param_groups[0]
+        line |= {
+            "lr": group["lr"] / group["lr_scale"],
+            "tokens": module.samples * self.config.ctx_len,
+            "tokens_per_s": round(speed, 1),
+            **_memory(module.device),
+        }
+        line = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
+        self.lines.append(line)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        held_out = next((f", held out {old['val_loss']:.3f}" for old in reversed(self.lines) if old.get("val_loss") is not None), "")
+        self._bar.set_postfix_str(f"loss {loss:.3f}{held_out}, lr {line['lr']:.2e}, {speed:,.0f} tokens/s", refresh=False)
+        self._bar.update()
+        if schedule.ends_epoch(self.config, step):
+            self._epoch(step)
+        if self._wandb:
+            decay = schedule.weight_decay(self.config, step - schedule.first_step(self.config) - 1)
+            known = {key: line[key] for key in ("loss", "lr", "targets", "val_loss") if key in line}
+            self._wandb.log(known | {"wd": decay, "Gtokens": line["tokens"] / 1e9, "kt/s": speed / 1e3}, step=step)
+
+    def _epoch(self, step: int) -> None:
+        """Upstream's line for the epoch that ends with this step."""
+        number = (step - 1) // schedule.steps_per_epoch(self.config)
+        begins = number * schedule.steps_per_epoch(self.config)
+        losses = [line["loss"] if line["loss"] is not None else math.nan for line in self.lines if line["step"] > begins]
+        mean = sum(losses) / len(losses)
+        rate = schedule.learning_rate(self.config, step - schedule.first_step(self.config) - 1)
+        since = number - self.config.epoch_begin
+        self._log(f"{number} {mean:.6f} {math.exp(min(mean, 700)):.4f} {rate:.8f} {datetime.datetime.now()} {since}\n")
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        for attribute, close in (("_bar", "close"), ("_file", "close"), ("_wandb", "finish")):
+            if getattr(self, attribute, None) is not None:
+                getattr(getattr(self, attribute), close)()
+
+    def _log(self, text: str) -> None:
+        with open(self.folder / "train_log.txt", "a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def keep_steps(metrics: Path, last: int) -> list[dict[str, Any]]:
+    """The lines up to step `last`; later ones are dropped from the file, so that each step stands there once."""
+    if not metrics.exists():
+        return []
+    # A line without its end is what a crash or a full disk leaves.
+    ended = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in ended if json.loads(line)["step"] <= last]
+    with whole(metrics) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+    return [json.loads(line) for line in kept]
+
+
+def _memory(device: torch.device) -> dict[str, int]:
+    """Largest memory so far, MiB: of this process, and what torch has allocated on its GPU."""
+    peak = {"rss_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    if device.type == "cuda":
+        peak["gpu_peak_mib"] = torch.cuda.max_memory_allocated(device) >> 20
+    return peak
+
+
+def _start_wandb(config: TrainConfig, folder: Path) -> Any:
+    import wandb  # a second to import: only where it is asked for
+
+    mode = None if wandb.api.api_key else "offline"
+    return wandb.init(project=config.wandb, dir=str(folder), config=vars(config), mode=mode, settings=wandb.Settings(silent=True))

@@ -1,0 +1,83 @@
+"""Whether a run goes on in its folder, starts over, or must not start there; and from which state."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from rwkv.config import TrainConfig
+from rwkv.errors import UserError
+from rwkv.train import manifest, schedule, store
+from rwkv.train.state import State
+from rwkv.train.words import say
+
+_RUN_FILES = re.compile(r"run\.json|metrics\.jsonl|train_log\.txt|loss\.png|rwkv-(\d+|final)\.pth(\.json)?")
+
+
+def earlier(c: TrainConfig, folder: Path) -> dict[str, Any] | None:
+    """The manifest of the run that this one goes on with; None for a new run, and on all ranks but the first.
+
+    A run with epoch_begin goes on from weights alone, unless it is the run in the folder.
+
+    Raises:
+        UserError: the folder holds a run that cannot be gone on with.
+    """
+    if rank_zero_only.rank > 0 or c.overwrite:
+        return None
+    before = manifest.read(folder)
+    if before and before["flags"]["epoch_begin"] == c.epoch_begin:
+        return before
+    old = _files(folder)
+    if old and not c.epoch_begin:
+        raise UserError(
+            f"{folder} holds a run already ({old[0].name}, …), and nothing to go on from but weights; give another --proj_dir, or --overwrite"
+            " to start over"
+        )
+    return None
+
+
+def outdated(c: TrainConfig, folder: Path, before: dict[str, Any] | None) -> list[Path]:
+    """Files of an earlier run that this one gives up: to be deleted once nothing can be refused any more."""
+    if rank_zero_only.rank > 0 or before:
+        return []
+    old = _files(folder) if c.overwrite else []
+    inputs = {Path(path).resolve() for path in (c.load_model, getattr(c, "lora_load", "")) if path}
+    if used := [path for path in old if path.resolve() in inputs]:
+        raise UserError(f"--overwrite would delete {used[0]}, which this run starts from; give another --proj_dir")
+    return old + sorted(store.folder_of(folder).glob("step-*"))
+
+
+def find(c: TrainConfig, folder: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> State | None:
+    """The state to go on from; None for a new run, or one that was ended before its first state.
+
+    Raises:
+        UserError: flags or data would make it another run, and `allow_changes` is not given.
+    """
+    if not before:
+        return None
+    changed = manifest.changes(before, now)
+    if changed and not c.allow_changes:
+        raise UserError(
+            f"{folder} holds a run with other flags or data. From then to now:\n  "
+            + "\n  ".join(changed)
+            + "\nGo on with what it had; or --allow_changes to go on with these, --overwrite to start over, another --proj_dir for another run"
+        )
+    state = store.newest(folder)
+    if changed:
+        now["changed"] = [*before.get("changed", []), {"after_step": state.step if state else 0, "changes": changed}]
+    step = state.step if state else schedule.first_step(c)
+    left = schedule.first_step(c) + schedule.total_steps(c) - step
+    say(f"goes on: {step:,} steps are made, {max(0, left):,} are left" + "".join(f"\n  changed: {line}" for line in changed))
+    old_end, new_end = before["flags"]["epoch_count"], c.epoch_count
+    if left > 0 and old_end != new_end:
+        rates = [schedule.learning_rate(x, step - schedule.first_step(c)) for x in (manifest.flags_of(before), c)]
+        if rates[0] != rates[1]:
+            say(
+                f"  the decay now ends with --epoch_count {new_end}, not {old_end}: the next rate is {rates[1]:.3g}, and would have been {rates[0]:.3g}"
+            )
+    return state
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if _RUN_FILES.fullmatch(path.name))

@@ -1,0 +1,83 @@
+"""When a run is saved: resumable states, and checkpoints under upstream's names; and that it goes on from a state."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from rwkv.config import TrainConfig
+from rwkv.train import schedule, state, store
+from rwkv.train.metrics import Metrics
+from rwkv.train.module import TrainingModule
+
+_SHARE = 0.02  # of the time that saving states may take, where --save_every does not say how often
+_SECONDS = 10  # the least between two states, likewise
+
+
+def checkpoint_name(c: TrainConfig, step: int) -> str:
+    """The checkpoint that is due after this step (from epoch 0); empty if none is."""
+    epoch, inside = divmod(step, schedule.steps_per_epoch(c))
+    ends = step == schedule.first_step(c) + schedule.total_steps(c)
+    if not inside and ((epoch - 1 - c.epoch_begin) % c.epoch_save == 0 or ends):
+        return f"rwkv-{epoch - 1}.pth"
+    return "rwkv-final.pth" if ends else ""
+
+
+class Saving(pl.Callback):
+    """Goes on from a state; saves states every so often, rwkv-N.pth after every epoch_save-th epoch and the last, rwkv-final.pth where the
+    run ends, or is interrupted, inside an epoch.
+
+    Args:
+        begin: the state to go on from, on rank 0; None for a new run.
+        run: the run's manifest, which goes into every state.
+        save: save(name, step) writes a checkpoint; called on every rank.
+
+    Attribute `last`: the name of the checkpoint written last.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        begin: state.State | None,
+        run: dict[str, Any],
+        save: Callable[[str, int], None],
+        metrics: Metrics,
+    ):
+        self.config, self.folder, self._begin, self._run, self._save, self._metrics = config, folder, begin, run, save, metrics
+        self._goes_on = begin is not None
+        self.last = ""
+
+    def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        if trainer.strategy.broadcast(self._goes_on):
+            state.restore(trainer, module, self._begin)
+        self._begin = None  # frees its memory
+        self._last = self._saved = module.step
+        self._next = module.step + (self.config.save_every or 10)
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: TrainingModule, outputs, batch, batch_idx: int) -> None:
+        c, step = self.config, module.step
+        if step == self._last:  # gradients are still being accumulated
+            return
+        self._last = step
+        # A checkpoint comes before the state of its step: a run killed between them makes it again.
+        if name := checkpoint_name(c, step) or ("rwkv-final.pth" if trainer.should_stop else ""):
+            self._save(name, step)
+            self.last = name
+        if name or step >= self._next:
+            started = time.perf_counter()
+            taken = state.capture(trainer, module, self._run)
+            if trainer.global_rank == 0:
+                self._metrics.sync()
+                store.write(self.folder, taken)
+            self._next = step + (c.save_every or self._interval(trainer, step, started))
+            self._saved, self._since = step, time.perf_counter()
+
+    def _interval(self, trainer: pl.Trainer, step: int, started: float) -> int:
+        """Steps until the next state, so that saving takes a small share of the time; the same on all ranks."""
+        a_step = (started - self._since) / max(1, step - self._saved)
+        a_save = time.perf_counter() - started
+        return trainer.strategy.broadcast(max(1, int(max(a_save / _SHARE, _SECONDS) / max(a_step, 1e-6))))
