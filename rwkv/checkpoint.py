@@ -6,7 +6,7 @@ misshapen key is refused by its name.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,16 +147,7 @@ def inspect_adapter(path: PathLike, base: PathLike | None = None, alpha: float |
     """
     tensors, manifest = read_tensors(path), read_manifest(path)
     ranks = {value.shape[0] for key, value in tensors.items() if key.endswith(".lora_A")}
-    parts = [
-        part
-        for part, sign in {
-            "att": r"\.att\.\w+\.lora_A$",
-            "ffn": r"\.ffn\w*\.\w+\.lora_A$",
-            "time": r"\.time_",
-            "ln": r"\.ln[012]\.",
-        }.items()
-        if any(re.search(sign, key) for key in tensors)
-    ]
+    parts = lora.parts_of(tensors)
     if len(ranks) > 1 or not parts or "emb.weight" in tensors:
         raise UserError(f"{path}: not a LoRA adapter (its tensors are {', '.join(sorted(tensors)[:3])}, …)")
     known = {
@@ -204,6 +195,28 @@ def load_tuned(base: PathLike, adapter: PathLike, alpha: float | None = None) ->
     model.float()
     lora.inject(model, known["parts"], known["r"], known["alpha"])
     load_adapter(model, adapter, tensors, known["parts"])
+    return model, stored
+
+
+def load_combined(
+    base: PathLike, adapters: Sequence[PathLike], weights: Sequence[float], alpha: float | None = None
+) -> tuple[RWKV, dict[str, torch.dtype]]:
+    """As load_tuned, with several adapters of one base at once, each by its weight (lora.combine).
+
+    Raises UserError as load_model and inspect_adapter do.
+    """
+    model = load_model(base, dtype=None)
+    stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    model.float()
+    found, parts, r = [], set(), 0
+    for path, weight in zip(adapters, weights, strict=True):
+        tensors, known = inspect_adapter(path, base, alpha)
+        found.append((tensors, known["alpha"] / known["r"], weight))
+        parts |= set(known["parts"])
+        r += known["r"]
+    combined = lora.combine(found, dict(model.named_parameters()))
+    lora.inject(model, parts, r, r)
+    load_adapter(model, " + ".join(map(str, adapters)), combined, list(parts))
     return model, stored
 
 

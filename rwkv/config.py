@@ -184,7 +184,8 @@ class LoRAConfig(TrainConfig):
     lora_dropout: float = 0.01
     """Dropout on the adapter's input."""
     lora_parts: str = "att,ln,time"
-    """What trains: adapters on att and ffn matrices; time parameters and block LayerNorms (ln) whole."""
+    """What trains, separated by commas: adapters on the matrices of att (key, value, receptance) and ffn (key, receptance, value), or on single
+    ones, such as att.output or ffn.key, in every block; time parameters (time) and block LayerNorms (ln) whole."""
 
 
 @dataclass
@@ -254,7 +255,9 @@ class MergeConfig:
     """Merging an adapter into its base."""
 
     adapter: str = ""
-    """The LoRA adapter (.pth); alpha and base are read from the .json beside it."""
+    """The LoRA adapter (.pth); alpha and base are read from the .json beside it. Several of one base, separated by commas, are added up."""
+    weights: str = ""
+    """How much each adapter counts, separated by commas, such as 0.7,0.3. Left out: 1 each."""
     output: str = ""
     """The merged model."""
     base: str = ""

@@ -8,7 +8,7 @@ An adapter keeps e·r bytes a token for the backward pass (e: 2 in bf16, 4 in fp
 
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from rwkv.model import fused
 from rwkv.model.linear import Matrix, product, product_of_gradient, rows
 
-PARTS = ("att", "ffn", "time", "ln")
-
-# Which matrices get an adapter, and which other parameters are trained whole, by part. The names are BlinkDL's.
-_MATRICES = {"att": r"\.att\.(key|value|receptance)$", "ffn": r"\.(ffn|ffnPre)\.(key|receptance|value)$"}
-_WHOLE = {"time": r"\.(att|ffn|ffnPre)\.time_\w+$", "ln": r"\.ln[012]\.(weight|bias)$"}
+# The names are BlinkDL's. A part of matrices is several layers of a block, and any one of a block's layers is a part too: att.output.
+_MATRICES = {"att": ("att.key", "att.value", "att.receptance"), "ffn": ("ffn.key", "ffn.receptance", "ffn.value")}
+_LAYERS = (*_MATRICES["att"], "att.output", *_MATRICES["ffn"])
+_WHOLE = {"time": r"\.(att|ffn|ffnPre)\.time_\w+$", "ln": r"\.ln[012]\.(weight|bias)$"}  # trained whole, without an adapter
+PARTS = ("att", "ffn", "time", "ln", *_LAYERS)
 
 
 class _Adapted(torch.autograd.Function):
@@ -85,7 +85,8 @@ class LoRALinear(nn.Module):
 
 
 def inject(model: nn.Module, parts: Collection[str], r: int, alpha: float, dropout: float = 0.0) -> list[str]:
-    """Give every linear layer of the parts `att` and `ffn` an adapter, in place; returns their names.
+    """Give every linear layer of the parts an adapter, in place; returns their names. att is key, value and receptance of every time-mix
+    (upstream leaves output out), ffn the three of every channel-mix; att.output and the like are single ones.
 
     Raises:
         ValueError: an unknown part, r < 1, or a model with none of these layers.
@@ -95,13 +96,60 @@ def inject(model: nn.Module, parts: Collection[str], r: int, alpha: float, dropo
         raise ValueError(f"LoRA parts are any of {', '.join(PARTS)}; got {', '.join(sorted(unknown)) or 'none'}")
     if r < 1:
         raise ValueError(f"LoRA rank r must be at least 1; it is {r}")
-    pattern = "|".join(_MATRICES[part] for part in parts if part in _MATRICES)
-    names = [name for name, module in model.named_modules() if pattern and isinstance(module, nn.Linear) and re.search(pattern, name)]
-    if pattern and not names:
+    wanted = {layer for part in parts for layer in _layers(part)}
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and _layer(name) in wanted]
+    if wanted and not names:
         raise ValueError(f"this model has no linear layer of the parts {', '.join(parts)}")
     for name in names:
         _replace(model, name, LoRALinear(model.get_submodule(name).weight, r, alpha, dropout))
     return names
+
+
+def _layers(part: str) -> tuple[str, ...]:
+    return () if part in _WHOLE else _MATRICES.get(part, (part,))
+
+
+def _layer(name: str) -> str:
+    return re.sub(r"^(.*\.)?(att|ffn)(Pre)?\.(\w+)$", r"\2.\4", name)
+
+
+def parts_of(names: Collection[str]) -> list[str]:
+    """The parts that an adapter has whose tensors bear these names; of parts that say the same the shortest (att for its three layers)."""
+    layers = {_layer(name[: -len(".lora_A")]) for name in names if name.endswith(".lora_A")}
+    whole = [part for part, pattern in _WHOLE.items() if any(re.search(pattern, name) for name in names)]
+    return _shortest(layers) + whole
+
+
+def same_parts(parts: Collection[str]) -> list[str]:
+    """The parts in the form of `parts_of`: in its order, the shortest names."""
+    return _shortest({layer for part in parts for layer in _layers(part)}) + [part for part in _WHOLE if part in parts]
+
+
+def _shortest(layers: set[str]) -> list[str]:
+    full = [part for part, its in _MATRICES.items() if layers >= set(its)]
+    return full + sorted(layers - {layer for part in full for layer in _MATRICES[part]})
+
+
+def combine(adapters: Sequence[tuple[Mapping[str, Tensor], float, float]], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Several adapters (tensors, scale α/r, weight) as one of the sum of their ranks, whose own scale is 1: W + Σ weight · scale · B A. What
+    they train whole moves from the base by Σ weight · (theirs − base)."""
+    made: dict[str, Tensor] = {}
+    ranks = [next((t.shape[0] for name, t in tensors.items() if name.endswith(".lora_A")), 0) for tensors, _, _ in adapters]
+    for name in sorted({name for tensors, _, _ in adapters for name in tensors}):
+        if not re.search(r"\.lora_[AB]$", name):
+            start = base[name].float()
+            made[name] = start + sum(weight * (tensors[name].float() - start) for tensors, _, weight in adapters if name in tensors)
+            continue
+        down = name.endswith("A")
+        size = next(t[name].shape[1 if down else 0] for t, _, _ in adapters if name in t)
+        blocks = [
+            tensors[name].float() * (1 if down else scale * weight)
+            if name in tensors
+            else torch.zeros((rank, size) if down else (size, rank))
+            for (tensors, scale, weight), rank in zip(adapters, ranks, strict=True)
+        ]
+        made[name] = torch.cat(blocks, 0 if down else 1)
+    return made
 
 
 def adapter_names(model: nn.Module, parts: Collection[str]) -> list[str]:

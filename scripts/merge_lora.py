@@ -1,6 +1,7 @@
 """Merge a LoRA adapter into its base, and prove it: prints the largest logit difference between merged and base + adapter.
 
     python scripts/merge_lora.py --adapter out/lora/rwkv-0.pth --output merged.pth
+    python scripts/merge_lora.py --adapter a.pth,b.pth --weights 0.7,0.3 --output both.pth
     python scripts/merge_lora.py [--use-gpu] 32 base.pth lora.pth merged.pth      # upstream's form: alpha, base, adapter, output
 
 The merged model has the base's dtypes. An adapter made for another base is refused.
@@ -24,6 +25,17 @@ def positional(argv: list[str]) -> list[str]:
     return [*(f"{flag}={word}" for flag, word in flags), *switches]
 
 
+def numbers(text: str, count: int) -> list[float]:
+    """The weights as they were typed, 1 each if none were."""
+    try:
+        found = [float(word) for word in text.split(",")] if text else [1.0] * count
+    except ValueError:
+        raise UserError(f"--weights {text}: numbers separated by commas, such as 0.7,0.3") from None
+    if len(found) != count:
+        raise UserError(f"--weights {text}: {len(found)} of them for {count} adapters; give one for each, or leave it out")
+    return found
+
+
 def main(config: MergeConfig) -> None:
     import torch
 
@@ -33,14 +45,16 @@ def main(config: MergeConfig) -> None:
         raise UserError("--adapter and --output are needed")
     if Path(config.output).exists() and not config.force:
         raise UserError(f"{config.output} exists already; give --force to replace it, or another --output")
-    manifest = checkpoint.read_manifest(config.adapter)
+    adapters = [path.strip() for path in config.adapter.split(",")]
+    weights = numbers(config.weights, len(adapters))
+    manifest = checkpoint.read_manifest(adapters[0])
     base = config.base or manifest.get("base")
     if not base:
-        raise UserError(f"{config.adapter}: there is no .json beside it that names its base; give --base")
+        raise UserError(f"{adapters[0]}: there is no .json beside it that names its base; give --base")
     device = "cuda" if config.use_gpu else "cpu"
     if config.use_gpu and not torch.cuda.is_available():
         raise UserError("--use_gpu: torch sees no GPU; check nvidia-smi, or leave it out")
-    model, stored = checkpoint.load_tuned(base, config.adapter, config.lora_alpha or None)
+    model, stored = checkpoint.load_combined(base, adapters, weights, config.lora_alpha or None)
     model.eval().to(device)
     tokens = torch.randint(model.sizes.vocab_size, (1, max(1, config.check_tokens)), generator=torch.Generator().manual_seed(0)).to(device)
 
@@ -53,7 +67,7 @@ def main(config: MergeConfig) -> None:
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(stored[name])
     origin = {key: manifest[key] for key in ("base", "base_sha256", "tokenizer", "data", "data_sha256") if key in manifest}
-    checkpoint.save_model(config.output, model, {"merged_from": config.adapter, **origin})
+    checkpoint.save_model(config.output, model, {"merged_from": dict(zip(adapters, weights, strict=True)), **origin})
     dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in stored.values()})
     print(f"merged: {config.output} ({', '.join(dtypes)})")
     if apart is not None:

@@ -24,6 +24,24 @@ def test_exactly_upstreams_matrices_are_adapted(make_model, parts):
     assert sorted(names) == sorted(f"blocks.{i}.{m}" for i in (0, 1) for part in parts for m in MATRICES.get(part, []))
 
 
+@pytest.mark.parametrize(
+    ("parts", "same"),
+    [
+        (["att.output"], ["att.output"]),
+        (["ffn.value", "att.key", "ln"], ["att.key", "ffn.value", "ln"]),
+        (["time", "att.receptance", "att.value", "att.key"], ["att", "time"]),
+        (["att", "att.output", "ffn.key"], ["att", "att.output", "ffn.key"]),
+    ],
+)
+def test_single_matrices_are_parts_and_an_adapter_knows_its_own(make_model, parts, same):
+    model = make_model(pre_ffn=True)
+    names = lora.inject(model, parts, 3, 6)
+    wanted = {m for part in parts if part not in ("time", "ln") for m in MATRICES.get(part, [part])}
+    assert {name.split(".", 2)[2].replace("ffnPre", "ffn") for name in names} == wanted
+    assert any("ffnPre" in name for name in names) == any(m.startswith("ffn") for m in wanted)
+    assert lora.parts_of(lora.adapter_state(model, parts)) == lora.same_parts(parts) == same
+
+
 def test_the_trainable_parameters_are_upstreams(make_model):
     model = make_model()
     lora.inject(model, ["att", "time", "ln"], 3, 6)
@@ -72,6 +90,37 @@ def test_outputs_and_gradients_equal_peft(make_model):
             assert parameter.grad is None, name
 
 
+def test_adapters_combined_by_weights_equal_pefts(make_model):
+    weights, adapters, twin = (0.7, -0.4), [], None
+    for i, (part, r, alpha) in enumerate((("att", 4, 12), ("ffn", 2, 8))):  # of different ranks, scales and layers
+        model, config = make_model(), peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=rf".*\.{part}\.(key|value|receptance)")
+        torch.manual_seed(i)
+        lora.inject(model, [part], r, alpha)
+        randomise(model)
+        adapters.append((lora.adapter_state(model, [part]), alpha / r, weights[i]))
+        if twin is None:
+            twin = peft.get_peft_model(make_model(), config, f"{i}")
+        else:
+            twin.add_adapter(f"{i}", config)
+        state = dict(twin.named_parameters())
+        for name, tensor in adapters[-1][0].items():
+            state[f"base_model.model.{name}.{i}.weight"].data.copy_(tensor * (weights[i] if "lora_B" in name else 1))
+    ours = make_model()
+    lora.inject(ours, ["att", "ffn"], 6, 6)
+    for name, tensor in lora.combine(adapters, dict(ours.named_parameters())).items():
+        dict(ours.named_parameters())[name].data.copy_(tensor)
+    twin.base_model.set_adapter(["0", "1"])  # both act
+    torch.testing.assert_close(ours(TOKENS)[0], twin(TOKENS)[0], rtol=1e-4, atol=1e-4)  # fp32, sums in another order
+
+
+def test_combined_adapters_move_what_they_train_whole_by_their_weights(make_model):
+    base = dict(make_model().named_parameters())
+    name = "blocks.0.ln1.weight"
+    theirs = [({name: base[name] + step}, 1.0, weight) for step, weight in ((1.0, 0.5), (-2.0, 0.25))]
+    torch.testing.assert_close(lora.combine(theirs, base)[name], base[name] + 0.5 - 0.5)
+    torch.testing.assert_close(lora.combine(theirs[:1], base)[name], base[name] + 0.5)
+
+
 def test_dropout_acts_in_training_only(make_model):
     model = make_model()
     lora.inject(model, ["att"], 4, 8, dropout=0.5)
@@ -95,7 +144,7 @@ def test_merged_equals_unmerged(make_model, sizes):
 
 
 def test_unknown_parts_and_ranks_are_refused(make_model):
-    with pytest.raises(ValueError, match="parts are any of att, ffn, time, ln; got emb"):
+    with pytest.raises(ValueError, match=r"parts are any of att, ffn, time, ln, att.key, .*; got emb"):
         lora.inject(make_model(), ["att", "emb"], 4, 8)
     with pytest.raises(ValueError, match="got none"):
         lora.inject(make_model(), [], 4, 8)

@@ -49,8 +49,8 @@ def adapt(model: RWKV, c: TrainConfig) -> dict[str, Any] | None:
     if c.lora_load:
         said = checkpoint.read_manifest(c.lora_load).get("alpha")  # upstream's adapters do not say it: the flag then does
         tensors, known = checkpoint.inspect_adapter(c.lora_load, c.load_model, c.lora_alpha if said is None else None)
-        flags = {"lora_r": c.lora_r, "lora_alpha": c.lora_alpha, "lora_parts": ",".join(sorted(parts))}
-        for flag, theirs in zip(flags, (known["r"], known["alpha"], ",".join(sorted(known["parts"]))), strict=True):
+        flags = {"lora_r": c.lora_r, "lora_alpha": c.lora_alpha, "lora_parts": ",".join(lora.same_parts(parts))}
+        for flag, theirs in zip(flags, (known["r"], known["alpha"], ",".join(known["parts"])), strict=True):
             if flags[flag] != theirs:
                 raise UserError(f"{c.lora_load}: trained with --{flag} {theirs}, and this run has {flags[flag]}; give the same")
         checkpoint.load_adapter(model, c.lora_load, tensors, parts)

@@ -47,6 +47,11 @@ def test_from_text_to_a_tuned_model_that_answers(script, write_jsonl, tmp_path):
     script("merge_lora.py", "--force", "8", base, adapter, "positional.pth")  # upstream's form
     merged, positional = (read_tensors(tmp_path / f"{name}.pth") for name in ("merged", "positional"))
     assert all(torch.equal(merged[key], positional[key]) for key in merged)
+    script("merge_lora.py", "--adapter", f"{adapter},{adapter}", "--weights", "0.25,0.75", "--output", "halves.pth")
+    halves = read_tensors(tmp_path / "halves.pth")
+    for key in merged:  # 0.25 BA + 0.75 BA, rounded once more
+        torch.testing.assert_close(halves[key], merged[key], rtol=1e-5, atol=1e-6)
+    script("merge_lora.py", "--adapter", adapter, "--weights", "1,2", "--output", "none.pth", status=1)
     tokens = torch.arange(1, 20)[None]
     torch.testing.assert_close(
         load_model(tmp_path / "merged.pth")(tokens)[0], load_tuned(base, adapter)[0](tokens)[0], rtol=1e-4, atol=1e-4
