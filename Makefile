@@ -16,7 +16,7 @@ endif
 TOOLS := .venv-tools
 CLEAN_DEMO := out/demo
 .DEFAULT_GOAL := help
-.PHONY: help venv env tools image compose-env kernels lora finetune pretrain convert inspect merge generate doctor demo test test-gpu lint lock clean
+.PHONY: help venv env tools image compose-env kernels lora finetune pretrain convert inspect merge generate doctor demo test test-gpu bench lint lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,6 +90,9 @@ test: venv $(ORACLE)  ## the tests (ARGS goes to pytest)
 test-gpu: venv  ## what needs a GPU: its tests, then the CUDA unit's timings
 	$(PY) -m pytest tests/gpu -m gpu $(ARGS)
 	$(PY) bench/wkv_gpu.py
+
+bench: venv  ## a training step against transformers + peft and against its own matrix products, as a table
+	@$(PY) bench/step.py $(ARGS)
 
 lint: $(VENV)/.ready $(TOOLS)/.ready  ## ruff, shellcheck, hadolint, and what compose makes of its files
 	$(VENV)/bin/ruff check .

@@ -23,8 +23,9 @@ import torch
 
 from rwkv import lora
 from rwkv.model import RWKV, Sizes
-from rwkv.model.linear import product, product_of_gradient, weight_gradient
-from rwkv.model.loss import CHUNK_BYTES, head_loss
+from rwkv.model.linear import needs_room, product, product_of_gradient, weight_gradient
+from rwkv.model.loss import CHUNK_BYTES, SLICE, head_loss
+from rwkv.train import cpu
 
 PARTS, R, ALPHA, DROPOUT = ("key", "value", "receptance"), 8, 32, 0.01
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -62,6 +63,7 @@ def ours(c: argparse.Namespace):
         model = build(c, dtype)
         lora.inject(model, ["att"], R, ALPHA, DROPOUT)
         lora.mark_trainable(model, ["att"])
+        lora.store_frozen(model, dtype)
     else:
         model = build(c, torch.float32)  # fp32 masters, products in bf16
     adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -145,8 +147,11 @@ def products(c: argparse.Namespace, plain: bool = False):
                 torch.mm(x, weight.t(), out=out) if out is not None else x @ weight.t()
                 g @ weight
             else:
-                product(x, weight, out)
-                product_of_gradient(g, weight)
+                size = SLICE if out is not None and needs_room(x, weight) else len(weight)
+                for begin in range(0, len(weight), size):
+                    part = slice(begin, begin + size)
+                    product(x, weight[part]) if out is None or size < len(weight) else torch.mm(x, weight.t(), out=out)
+                    product_of_gradient(g[:, part], weight[part])
             if full:
                 g.t() @ x if plain else weight_gradient(g, x, weight)
         return float("nan")
@@ -175,7 +180,10 @@ def restart(c: argparse.Namespace) -> None:
 def worker(c: argparse.Namespace) -> None:
     """Answer each line on stdin with a step's seconds, loss and the peak so far."""
     answers, sys.stdout = sys.stdout, sys.stderr
-    torch.set_flush_denormal(True)
+    if c.worker == "theirs":
+        torch.set_flush_denormal(True)
+    else:
+        cpu.prepare()
     step = MAKERS[c.worker](c)
     restart(c)
     print("ready", file=answers, flush=True)

@@ -158,7 +158,8 @@ class TrainConfig:
     strategy: str = "auto"
     """auto: one device alone, several by ddp. ddp: also with one. DeepSpeed strategies are not offered yet."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on a GPU that has it, else fp32. bf16 and fp16 are autocast: weights and optimizer stay fp32."""
+    """auto: bf16 on a GPU that has it, and on a CPU that multiplies it faster than fp32 (measured at the start); else fp32. In bf16 and fp16 products
+    are computed; trained weights and the optimizer stay fp32."""
     grad_cp: Literal[0, 1] = 0
     """1: recompute each block in the backward pass. Less memory, a third more time."""
 
@@ -183,6 +184,8 @@ class LoRAConfig(TrainConfig):
     """The adapter's output is scaled by lora_alpha / lora_r. Stored beside the adapter; merging reads it there."""
     lora_dropout: float = 0.01
     """Dropout on the adapter's input."""
+    lora_base: Literal["auto", "bf16", "fp32"] = "auto"
+    """What the frozen matrices are kept in. auto: bf16 where precision is bf16, as World models are stored, else fp32."""
     lora_parts: str = "att,ln,time"
     """What trains, separated by commas: adapters on the matrices of att (key, value, receptance) and ffn (key, receptance, value), or on single
     ones, such as att.output or ffn.key, in every block; time parameters (time) and block LayerNorms (ln) whole."""

@@ -166,10 +166,10 @@ def mark_trainable(model: nn.Module, parts: Collection[str]) -> None:
 
 
 def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep everything that is frozen in this dtype, one tensor after the other."""
+    """Keep the frozen matrices in this dtype and all else in fp32, one tensor after the other. Vectors are few, and decays are sensitive."""
     for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+        matrix = parameter.squeeze().dim() >= 2
+        parameter.data = parameter.data.to(dtype if matrix and not parameter.requires_grad else torch.float32)
 
 
 def adapter_state(model: nn.Module, parts: Collection[str]) -> dict[str, Tensor]:

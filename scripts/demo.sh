@@ -20,12 +20,12 @@ run "$py" scripts/convert.py --input data/example.jsonl --output-prefix "$out/ex
 
 tell "3. Pretraining: a model of 13 million parameters, from nothing"
 run "$py" scripts/pretrain.py --data_file "$out/corpus_text_document" --proj_dir "$out/base" --overwrite --n_layer 2 --n_embd 96 \
-  --ctx_len 128 --micro_bsz 3 --epoch_count 1 --epoch_steps 300 --lr_init 8e-3 --lr_final 2e-3 --magic_prime -1 --random_seed 1
+  --ctx_len 128 --micro_bsz 3 --epoch_count 1 --epoch_steps 300 --lr_init 8e-3 --lr_final 2e-3 --magic_prime -1 --random_seed 1 --precision fp32
 
 tell "4. LoRA: the base is frozen, an adapter learns the forty questions and answers of data/example.jsonl"
 run "$py" scripts/lora.py --load_model "$out/base/rwkv-0.pth" --data_file "$out/example_text_document" --proj_dir "$out/lora" --overwrite \
   --lora_r 48 --lora_alpha 48 --lora_dropout 0 --lora_parts att,ffn,time,ln \
-  --ctx_len 64 --micro_bsz 2 --epoch_count 1 --epoch_steps 750 --lr_init 8e-3 --lr_final 1e-3 --random_seed 2
+  --ctx_len 64 --micro_bsz 2 --epoch_count 1 --epoch_steps 750 --lr_init 8e-3 --lr_final 1e-3 --random_seed 2 --precision fp32
 
 tell "5. Merging: the adapter becomes part of the weights"
 run "$py" scripts/merge_lora.py --adapter "$out/lora/rwkv-0.pth" --output "$out/tuned.pth" --force

@@ -26,11 +26,16 @@ def _dense(x: Tensor) -> Tensor:
     return x.to_dense() if x.is_mkldnn else x
 
 
-def product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """x Wᵀ: [N, in], [out, in] → [N, out]. `out` may be used for it, and need not be."""
+def needs_room(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product with W takes room for W and for the result once more while it runs."""
+    return _onednn(x, weight.numel())
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ: [N, in], [out, in] → [N, out]."""
     if _onednn(x, weight.numel()):
         return _dense(torch._C._nn.mkldnn_linear(x.to_mkldnn(), weight))
-    return torch.mm(x, weight.t()) if out is None else torch.mm(x, weight.t(), out=out)
+    return x @ weight.t()
 
 
 def product_of_gradient(g: Tensor, weight: Tensor) -> Tensor:

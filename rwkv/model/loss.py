@@ -4,11 +4,30 @@ import torch
 from torch import Tensor
 
 from rwkv.model import fused
-from rwkv.model.linear import product, product_of_gradient, rows, weight_gradient
+from rwkv.model.linear import needs_room, product, product_of_gradient, rows, weight_gradient
 
 L2WRAP = 1e-4  # upstream's factor
 CHUNK_BYTES = 64 << 20  # of a chunk's logits in fp32: 256 tokens at V = 65536
-SLICE = 1 << 13  # words whose weight gradient is formed at a time
+SLICE = 1 << 13  # words at a time, where a product needs room of its own
+
+
+def _logits(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """x Wᵀ in `out` [n, V]."""
+    if not needs_room(x, weight):
+        return torch.mm(x, weight.t(), out=out)
+    for word in range(0, len(weight), SLICE):
+        out[:, word : word + SLICE] = product(x, weight[word : word + SLICE])
+    return out
+
+
+def _gradient(g: Tensor, weight: Tensor) -> Tensor:
+    """g W."""
+    if not needs_room(g, weight):
+        return g @ weight
+    total = product_of_gradient(g[:, :SLICE], weight[:SLICE])
+    for word in range(SLICE, len(weight), SLICE):
+        total += product_of_gradient(g[:, word : word + SLICE], weight[word : word + SLICE])
+    return total
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -26,10 +45,10 @@ class _HeadLoss(torch.autograd.Function):
         buffer = x.new_empty(min(size, count), vocab)
         for begin in range(0, count, size):
             piece = x[begin : begin + size]
-            logits = product(piece, computed, out=buffer[: len(piece)])  # [n, V]
+            logits = _logits(piece, computed, buffer[: len(piece)])  # [n, V]
             loss += fused.softmax_gradient(logits, targets[begin : begin + size], L2WRAP, want_x or want_weight)
             if want_x:
-                gx[begin : begin + size] = product_of_gradient(logits, computed)
+                gx[begin : begin + size] = _gradient(logits, computed)
             if want_weight:
                 for word in range(0, vocab, SLICE):
                     part = slice(word, word + SLICE)

@@ -51,13 +51,15 @@ def fit(config: TrainConfig) -> Result:
     if config.random_seed < 0:
         config = dataclasses.replace(config, random_seed=before["flags"]["random_seed"] if before else _new_seed())
     config = dataclasses.replace(config, my_pile_shift=max(0, config.my_pile_shift))  # upstream writes 0 as -1
+    known = before["precision"] if before and config.precision == "auto" else ""  # a measurement is not made anew
+    config = dataclasses.replace(config, precision=known or precision_of(config))
     seed = pl.seed_everything(config.random_seed)
     model = make_model(config)
     adapter = adapt(model, config)
     old = resume.outdated(config, folder, before)
     data = open_data(config, model.sizes, folder, reuse=before is not None)
     training, held_out = samples.make(config, data, seed)
-    run = manifest.describe(config, precision_of(config), model.sizes, data)
+    run = manifest.describe(config, config.precision, model.sizes, data)
     introduce(config, model, data, training, held_out)
     state = resume.find(config, folder, before, run)
     if rank_zero_only.rank == 0:

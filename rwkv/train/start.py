@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from rwkv import checkpoint, lora
@@ -20,7 +21,7 @@ def make_model(c: TrainConfig) -> RWKV:
     """From load_model, with flags that disagree refused; else new, by upstream's rules."""
     given = {name: getattr(c, name) for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn") if getattr(c, name)}
     if c.load_model:
-        model = checkpoint.load_model(c.load_model)
+        model = checkpoint.load_model(c.load_model, dtype=None if _frozen(c) == torch.bfloat16 else torch.float32)  # None: as it is stored
         wrong = [
             f"--{name} {value}, and it has {getattr(model.sizes, name)}"
             for name, value in given.items()
@@ -37,6 +38,14 @@ def make_model(c: TrainConfig) -> RWKV:
     return model
 
 
+def _frozen(c: TrainConfig) -> torch.dtype:
+    """What frozen weights are kept in."""
+    if not (isinstance(c, LoRAConfig) and c.lora):
+        return torch.float32
+    kept = c.precision if c.lora_base == "auto" else c.lora_base
+    return torch.bfloat16 if kept == "bf16" else torch.float32
+
+
 def adapt(model: RWKV, c: TrainConfig) -> dict[str, Any] | None:
     """Inject LoRA if the run is one; what the adapter's manifest will say of it."""
     if not (isinstance(c, LoRAConfig) and c.lora):
@@ -46,6 +55,8 @@ def adapt(model: RWKV, c: TrainConfig) -> dict[str, Any] | None:
         lora.inject(model, parts, c.lora_r, c.lora_alpha, c.lora_dropout)
     except ValueError as error:
         raise UserError(f"--lora_parts {c.lora_parts} --lora_r {c.lora_r}: {error}") from error
+    lora.mark_trainable(model, parts)
+    lora.store_frozen(model, _frozen(c))
     if c.lora_load:
         said = checkpoint.read_manifest(c.lora_load).get("alpha")  # upstream's adapters do not say it: the flag then does
         tensors, known = checkpoint.inspect_adapter(c.lora_load, c.load_model, c.lora_alpha if said is None else None)
@@ -54,7 +65,6 @@ def adapt(model: RWKV, c: TrainConfig) -> dict[str, Any] | None:
             if flags[flag] != theirs:
                 raise UserError(f"{c.lora_load}: trained with --{flag} {theirs}, and this run has {flags[flag]}; give the same")
         checkpoint.load_adapter(model, c.lora_load, tensors, parts)
-    lora.mark_trainable(model, parts)
     base = {"base": c.load_model, "base_sha256": sha256(c.load_model)}
     return {"r": c.lora_r, "alpha": c.lora_alpha, "parts": parts, **base}
 

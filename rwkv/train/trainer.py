@@ -8,6 +8,7 @@ import torch
 
 from rwkv import compat
 from rwkv.config import TrainConfig
+from rwkv.train import cpu
 
 
 def quiet_lightning() -> None:
@@ -25,7 +26,11 @@ def on_gpu(c: TrainConfig) -> bool:
 
 def precision_of(c: TrainConfig) -> str:
     """fp32, tf32, bf16 or fp16: what --precision auto comes to on this machine."""
-    return c.precision if c.precision != "auto" else "bf16" if on_gpu(c) and torch.cuda.is_bf16_supported() else "fp32"
+    if c.precision != "auto":
+        return c.precision
+    if on_gpu(c):
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return cpu.precision()
 
 
 def make_trainer(c: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:

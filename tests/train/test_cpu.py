@@ -5,6 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.train import cpu, trainer
 
 FAULTS = """
 import resource, torch
@@ -38,3 +42,25 @@ def test_a_step_takes_the_memory_that_the_step_before_freed():
     faults, denormal = faults_and_denormal(prepared=False)
     assert faults > 5000
     assert denormal > 0
+
+
+@pytest.mark.parametrize(("fp32", "bf16", "chosen"), [(2.0, 1.0, "bf16"), (1.0, 0.9, "fp32"), (1.0, 9.0, "fp32")])
+def test_auto_is_bf16_where_it_is_measured_to_be_faster(monkeypatch, fp32, bf16, chosen):
+    monkeypatch.delenv("RWKV_CPU_PRECISION")
+    monkeypatch.setattr(cpu, "_seconds", {torch.float32: fp32, torch.bfloat16: bf16}.get)
+    for config in (TrainConfig, LoRAConfig):
+        assert trainer.precision_of(config(accelerator="cpu")) == chosen
+        assert trainer.precision_of(config(accelerator="cpu", precision="tf32")) == "tf32"
+
+
+def test_processes_that_a_run_starts_take_its_answer(monkeypatch):
+    monkeypatch.delenv("RWKV_CPU_PRECISION")
+    answer = cpu.precision()
+    child = "from rwkv.train import cpu; cpu._seconds = None; print(cpu.precision())"  # it cannot measure
+    assert subprocess.run([sys.executable, "-c", child], check=True, capture_output=True, text=True).stdout.strip() == answer
+
+
+def test_the_measurement_draws_no_random_number():
+    before = torch.get_rng_state()
+    assert cpu._seconds.__wrapped__(torch.float32) > 0
+    assert torch.equal(torch.get_rng_state(), before)
