@@ -169,6 +169,7 @@ def test_frozen_matrices_are_kept_in_bf16_and_all_else_in_fp32(make_model):
         assert parameter.grad is None or parameter.grad.dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore:wkv4 runs as the reference loop")  # fp64, which the units do not take
 @pytest.mark.parametrize("grad_cp", [False, True])
 def test_gradients_are_those_of_the_mask_that_was_drawn(make_model, grad_cp):
     """With dropout: the gradient along a direction is the difference of two runs that draw the same."""
