@@ -16,7 +16,7 @@ endif
 TOOLS := .venv-tools
 CLEAN_DEMO := out/demo
 .DEFAULT_GOAL := help
-.PHONY: help venv env tools image compose-env kernels lora finetune pretrain convert inspect merge generate doctor demo test test-gpu bench lint lock clean
+.PHONY: help venv env tools image test-image compose-env kernels lora finetune pretrain convert inspect merge generate doctor demo test test-gpu bench lint lock pin licenses sbom clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,20 +28,22 @@ $(VENV)/.ready: $(LOCKS) docker/venv.sh docker/install.sh
 	docker/venv.sh $(VENV) $(STACK)
 	@touch $@
 
-env:  ## make the conda environment `rwkv` with the same packages
-	conda env update --file environment.yml
-	conda run --no-capture-output --name rwkv docker/install.sh python cu117
-	conda run --no-capture-output --name rwkv python -c 'from rwkv.wkv import build; build.main()'
-	@echo 'Now: conda activate rwkv, then the scripts: python scripts/lora.py --help'
+env:  ## make the conda environment `rwkv` with the same packages, by mamba, micromamba or conda
+	docker/env.sh
 
 tools: $(TOOLS)/.ready  ## make .venv-tools: what checks and describes the project from outside
 
-$(TOOLS)/.ready: docker/locks/tools.txt docker/tools.sh $(VENV)/.ready
-	docker/tools.sh $(TOOLS) $(VENV)/bin/python
+$(TOOLS)/.ready: docker/locks/tools.txt docker/tools.sh $(READY)
+	docker/tools.sh $(TOOLS) $(PY)
 	@touch $@
 
 image:  ## build the container image of the stack; BASE_IMAGE=... builds on another base
 	docker/engine.sh docker/image.sh $(STACK)
+
+# Where no engine can be had it says why, and that is no failure.
+test-image: venv $(TOOLS)/.ready  ## build the image and test it, inside and outside (ARGS goes to pytest)
+	@docker/engine.sh docker/test_image.sh $(STACK) $(PY) $(CURDIR)/$(TOOLS)/bin/docker-compose $(ARGS) || \
+	  { status=$$?; [ $$status = 75 ] && echo 'test-image: skipped, for the reason above'; }
 
 compose-env:  ## write .env for docker compose: user, stack, and whether there is a GPU
 	docker/compose_env.sh $(STACK)
@@ -94,15 +96,24 @@ test-gpu: venv  ## what needs a GPU: its tests, then the CUDA unit's timings
 bench: venv  ## a training step against transformers + peft and against its own matrix products, as a table
 	@$(PY) bench/step.py $(ARGS)
 
-lint: $(VENV)/.ready $(TOOLS)/.ready  ## ruff, shellcheck, hadolint, and what compose makes of its files
+lint: $(VENV)/.ready $(TOOLS)/.ready  ## ruff, shellcheck, hadolint; compose files and workflows
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/shellcheck docker/*.sh scripts/*.sh .ci/run
-	$(TOOLS)/bin/hadolint docker/Dockerfile
-	for files in 'compose.yaml' 'compose.yaml --file compose.cpu.yaml'; do $(TOOLS)/bin/docker-compose --file $$files config --quiet || exit 1; done
+	docker/lint.sh $(VENV) $(TOOLS)
 
 lock: $(VENV)/.ready  ## pin again: pyproject.toml to docker/locks/
 	docker/lock.sh $(VENV)/bin/uv
+
+pin:  ## pin actions to commits and the base image to its digest, as far as they can be looked up
+	docker/pin.sh
+
+licenses: venv $(TOOLS)/.ready  ## the licences of all packages of the stack, in build/licenses-STACK.md
+	@mkdir -p build
+	$(TOOLS)/bin/pip-licenses --python=$(PY) --from=mixed --with-system --with-urls --order=license --format=markdown --output-file=build/licenses-$(STACK).md
+
+sbom: venv $(TOOLS)/.ready  ## what is installed, as CycloneDX, in build/sbom-STACK.cdx.json
+	@mkdir -p build
+	$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml --output-file build/sbom-$(STACK).cdx.json $(PY)
 
 clean:  ## remove what was made, except your data and runs
 	rm -rf $(VENV) .venv .venv-modern $(TOOLS) $(CLEAN_DEMO) rwkv/wkv/lib build ./*.egg-info

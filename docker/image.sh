@@ -3,7 +3,7 @@
 set -euo pipefail
 stack=${1:?usage: image.sh STACK}
 cd "$(dirname "$0")/.."
-version=$(sed -nE 's/^version = "(.*)"/\1/p' pyproject.toml)
+version=$(sed -nE '0,/^version = /s/^version = "(.*)"/\1/p' pyproject.toml)
 revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
 arguments=(--build-arg "STACK=$stack" --build-arg "VERSION=$version" --build-arg "REVISION=$revision")
 if [ -n "${BASE_IMAGE:-}" ]; then arguments+=(--build-arg "BASE_IMAGE=$BASE_IMAGE"); fi

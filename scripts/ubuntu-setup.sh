@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# The documented Ubuntu steps, 20.04 and 22.04: packages, a look at the NVIDIA driver, conda. ubuntu-setup.sh [--dry-run] [--no-conda]
+# What is there already stays as it is, so it can be run again. --dry-run says what would be done, and does nothing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+dry="" conda=yes
+for argument; do
+  case $argument in
+    --dry-run) dry=yes ;;
+    --no-conda) conda= ;;
+    -h | --help) sed -n '2,3s/^# //p' "$0"; exit 0 ;;
+    *) echo "error: $argument is not one of --dry-run, --no-conda, --help" >&2; exit 2 ;;
+  esac
+done
+os=${OS_RELEASE:-/etc/os-release}
+# shellcheck source=/dev/null
+release=$(. "$os" && echo "${ID:-} ${VERSION_ID:-}")
+case $release in
+  "ubuntu 20.04" | "ubuntu 22.04") ;;
+  *) echo "error: these are the steps for Ubuntu 20.04 and 22.04, and this is ${release:-unknown}; elsewhere: make venv, or make env" >&2; exit 1 ;;
+esac
+
+sudo=""
+[ "$(id -u)" = 0 ] || sudo=sudo
+act() { if [ -n "$dry" ]; then echo "would run: $*"; else echo "+ $*"; "$@"; fi; }
+
+# haveged feeds the kernel's entropy; ninja and g++ compile the kernel for the CPU
+wanted=(haveged ninja-build python3-pip python-is-python3 g++ make git curl ca-certificates)
+[ "$release" = "ubuntu 20.04" ] || wanted+=(python3-venv)  # 20.04 brings Python 3.8, of no use here; conda brings 3.10
+missing=()
+for package in "${wanted[@]}"; do
+  [ "$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+  act $sudo apt-get update
+  act $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y "${missing[@]}"
+else
+  echo "ok: ${wanted[*]}"
+fi
+if command -v systemctl >/dev/null && [ -d /run/systemd/system ] && ! systemctl is-active --quiet haveged; then
+  act $sudo systemctl enable --now haveged
+fi
+
+# A driver is looked at and never installed: that is for you to choose, and may need a reboot.
+driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 || true)
+if [ -z "$driver" ]; then
+  if { command -v lspci >/dev/null && lspci -n 2>/dev/null | grep -qE ' 03[0-9]{2}: 10de:'; } || [ -e /proc/driver/nvidia ]; then
+    echo "hint: there is an NVIDIA GPU and no working driver: sudo ubuntu-drivers install (or apt-get install nvidia-driver-535), then reboot"
+  else
+    echo "ok: no NVIDIA GPU to be seen; training runs on the CPU"
+  fi
+elif [ "${driver%%.*}" -lt 515 ]; then
+  echo "hint: the NVIDIA driver is $driver, and CUDA 11.7 came with 515: sudo apt-get install nvidia-driver-535, then reboot"
+else
+  echo "ok: NVIDIA driver $driver"
+fi
+
+if [ -n "$conda" ]; then
+  found=
+  for tool in mamba micromamba conda; do
+    if command -v "$tool" >/dev/null; then found=$tool; break; fi
+  done
+  if [ -n "$found" ]; then
+    echo "ok: $found"
+  elif [ -x "$HOME/miniforge3/bin/conda" ]; then
+    echo "ok: $HOME/miniforge3 (not on PATH: source $HOME/miniforge3/bin/activate)"
+  else
+    installer=Miniforge3-Linux-$(uname -m).sh
+    act curl --fail --location --silent --show-error --output "/tmp/$installer" "https://github.com/conda-forge/miniforge/releases/latest/download/$installer"
+    act bash "/tmp/$installer" -b -p "$HOME/miniforge3"
+    echo "then: source $HOME/miniforge3/bin/activate"
+  fi
+fi
+echo "next: make env (conda), or make venv (Ubuntu 22.04); then make doctor"

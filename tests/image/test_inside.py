@@ -1,0 +1,102 @@
+"""What the image holds, seen from inside: docker compose run --rm test."""
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STACK = os.environ["RWKV_STACK"]
+ARCHS = {"cu117": [60, 70, 75, 80, 86], "modern": [75, 80, 86, 89, 90, 100, 120]}[STACK]  # README's word
+
+
+def test_the_versions_are_those_of_the_stack():
+    wanted = {
+        "cu117": {"torch": "1.13.1", "deepspeed": "0.7.0", "pytorch-lightning": "1.9.5"},
+        "modern": {"torch": "2.13.0", "deepspeed": "0.19.8", "pytorch-lightning": "2.6.6"},
+    }[STACK]
+    assert {name: importlib.metadata.version(name).split("+")[0] for name in wanted} == wanted
+    import torch
+
+    assert torch.version.cuda.split(".")[0] == {"cu117": "11", "modern": "13"}[STACK]
+    if STACK == "cu117":
+        assert sys.version_info[:2] == (3, 10)
+
+
+def test_the_packages_agree_with_each_other_and_with_the_lock():
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", "check"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "No broken requirements found.")
+    from rwkv.doctor import examine
+
+    assert {finding.name: finding.status for finding in examine("out")}["packages"] == "ok"
+
+
+def test_it_runs_as_nobody_in_particular():
+    assert os.getuid() != 0
+    assert os.access(ROOT / "out", os.W_OK)
+    assert os.access(ROOT / "models", os.W_OK)
+    for path in (ROOT, ROOT / "rwkv", ROOT / "scripts", ROOT / "docker/entrypoint.sh", Path(sys.prefix)):
+        assert not os.access(path, os.W_OK), path
+
+
+def test_there_is_no_compiler():
+    assert [name for name in ("cc", "gcc", "g++", "c++", "clang", "nvcc", "ld", "make") if shutil.which(name)] == []
+
+
+def test_the_kernels_are_there_for_every_gpu_of_the_stack_and_are_what_their_manifest_says():
+    import torch
+
+    from rwkv.wkv import build, native
+
+    assert build.refusal() is None  # sources, sizes, files
+    assert native.refusal() is None  # it loads
+    manifest = build.manifest()
+    assert manifest["torch"] == torch.__version__
+    files = manifest["device"]["files"]
+    cubins = sorted(int(re.search(r"_sm_(\d+)\.cubin", name).group(1)) for name in files if name.endswith(".cubin"))
+    assert set(ARCHS) <= set(cubins)
+    assert [name for name in files if name.endswith(".ptx")] == [f"wkv4_compute_{cubins[-1]}.ptx"]
+    for name in files:
+        content = (build.folder() / name).read_bytes()
+        assert content.startswith(b"\x7fELF" if name.endswith(".cubin") else b"//"), name
+
+
+def test_the_operator_computes_what_the_reference_does():
+    from rwkv.doctor import examine
+
+    findings = {finding.name: finding for finding in examine("out")}
+    assert findings["WKV on the CPU"].status == "ok", findings["WKV on the CPU"]
+    assert findings["DeepSpeed"].status == "ok", findings["DeepSpeed"]
+
+
+def test_the_doctor_finds_nothing_to_mend():
+    done = subprocess.run(
+        [sys.executable, "scripts/doctor.py", "--folder", "out", "--json", "true"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    findings = json.loads(done.stdout)
+    assert [finding for finding in findings if finding["status"] == "fail"] == []
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_deepspeed_reads_a_configuration_of_every_stage_and_refuses_a_wrong_one(stage, precision):
+    """DeepSpeed 0.7.0's configuration breaks on pydantic 2, while the package still imports."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}}
+    if precision != "fp32":
+        config[precision] = {"enabled": True}
+    read = DeepSpeedConfig(config)
+    assert read.zero_optimization_stage == stage
+    assert read.train_micro_batch_size_per_gpu == 4
+    with pytest.raises(AssertionError, match=r"train_batch_size|Check batch"):
+        DeepSpeedConfig({**config, "train_batch_size": 5})

@@ -1,0 +1,173 @@
+"""What the image does when it is run, seen from outside: make test-image."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+IMAGE = os.environ["RWKV_TEST_IMAGE"]
+FILES = ["compose.yaml", "compose.cpu.yaml", "tests/image/compose.engine.yaml"]
+SERVICES = sorted(yaml.safe_load((ROOT / "compose.yaml").read_text())["services"])
+ISOLATED = ("--network", "none", "--read-only", "--tmpfs", "/tmp:exec")
+
+
+def run(*command, **keywords):
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, cwd=ROOT, **keywords)
+
+
+def container(*arguments, options=()):
+    return run("docker", "run", "--rm", *ISOLATED, *options, IMAGE, *arguments)
+
+
+@pytest.fixture
+def compose(tmp_path):
+    """docker compose with these files, writing below tmp_path; `folder` is its out."""
+    folders = {name: tmp_path / name for name in ("models", "out")}
+    for folder in folders.values():
+        folder.mkdir()
+        shutil.chown(folder, 1000, 1000)
+    environment = {**os.environ, "STACK": IMAGE.split(":")[1], "MODELS": str(folders["models"]), "OUT": str(folders["out"])}
+
+    def call(*arguments, files=FILES):
+        return run(os.environ["COMPOSE"], *[part for name in files for part in ("--file", name)], *arguments, env=environment)
+
+    call.out = folders["out"]
+    return call
+
+
+def test_the_image_says_what_it_is():
+    config = json.loads(run("docker", "image", "inspect", IMAGE).stdout)[0]["Config"]
+    labels = config["Labels"]
+    assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
+    assert (
+        labels["org.opencontainers.image.version"]
+        == re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    )
+    assert re.fullmatch("[0-9a-f]{40}|unknown", labels["org.opencontainers.image.revision"])
+    assert labels["rwkv.stack"] == IMAGE.split(":")[1]
+    assert config["User"] == "1000:1000"
+    environment = dict(entry.split("=", 1) for entry in config["Env"])
+    assert (environment["NVIDIA_VISIBLE_DEVICES"], environment["NVIDIA_DRIVER_CAPABILITIES"]) == ("all", "compute,utility")
+    assert not [name for name in environment if re.search("proxy|token|secret|index_url", name, re.IGNORECASE)]
+
+
+def test_the_doctor_watches_its_health():
+    name = f"rwkv-health-{os.getpid()}"
+    try:
+        # 60 s between two looks are enough for a start under load
+        run(
+            "docker",
+            "run",
+            "--detach",
+            "--name",
+            name,
+            *ISOLATED,
+            "--health-interval",
+            "3s",
+            "--health-timeout",
+            "60s",
+            IMAGE,
+            "shell",
+            "-c",
+            "sleep 600",
+        )
+        for _ in range(120):
+            state = json.loads(run("docker", "inspect", "--format", "{{json .State.Health}}", name).stdout)
+            if state["Status"] != "starting":
+                break
+            time.sleep(1)
+        assert state["Status"] == "healthy", state
+        assert "writable" in state["Log"][0]["Output"]
+    finally:
+        run("docker", "rm", "--force", name)
+
+
+SMI = "#!/bin/bash\necho '%s'\n"
+REFUSALS = {
+    "no GPU": ((), None, "no GPU is visible"),
+    "old driver": ((), "470.182.03, NVIDIA A100, 8.0", "driver is 470.182.03"),
+    "GPU without code": ((), "590.1, Tesla K80, 3.7", "3.7, and the stack"),
+    "shm": (("-e", "RWKV_DEVICE=cpu", "--shm-size", "64m"), None, "/dev/shm) has 64 MiB"),
+    "not writable": (("-e", "RWKV_DEVICE=cpu", "--shm-size", "2g", "--user", "4321:4321"), None, "out is not writable by user 4321"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_the_entry_point_refuses_and_says_how_to_mend_it(tmp_path, case):
+    options, gpu, what = REFUSALS[case]
+    if gpu:
+        smi = tmp_path / "nvidia-smi"
+        smi.write_text(SMI % gpu)
+        smi.chmod(0o755)
+        options = (*options, "-v", f"{smi}:/usr/bin/nvidia-smi:ro")
+    done = container("lora", options=options)
+    assert done.returncode == 78, done.stderr
+    assert what in done.stderr
+    assert "mend: " in done.stderr
+    anyway = container("lora", "--load_model", "none.pth", "--data_file", "none", options=(*options, "-e", "RWKV_ANYWAY=1"))
+    assert "none.pth: no such checkpoint" in anyway.stderr  # the script was reached
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_every_service_answers_help(compose, service):
+    done = compose("run", "--rm", service, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in (done.stdout + done.stderr).lower()
+
+
+def test_a_gpu_is_reserved_where_it_is_used_and_nowhere_on_a_machine_without(compose):
+    def reserving(*files):
+        services = json.loads(compose("config", "--format", "json", files=files).stdout)["services"]
+        return {
+            name
+            for name, service in services.items()
+            if "devices" in service.get("deploy", {}).get("resources", {}).get("reservations", {})
+        }
+
+    assert reserving("compose.yaml") == set(SERVICES) - {"convert", "inspect"}
+    assert reserving(*FILES[:2]) == set()
+    if shutil.which("nvidia-container-runtime") is None:
+        asked = compose("run", "--rm", "doctor", files=["compose.yaml", "tests/image/compose.engine.yaml"])
+        assert "could not select device driver" in asked.stderr  # README's word for it
+        assert compose("run", "--rm", "doctor", files=FILES).returncode == 0
+
+
+def test_the_inside_is_as_it_should_be():
+    done = container("test", "tests/image", "-p", "no:cacheprovider", options=("-e", "RWKV_DEVICE=cpu", "--shm-size", "2g"))
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\[100%\]", done.stdout)
+
+
+def test_lora_alone_tells_the_whole_story_without_network_on_a_read_only_root(compose):
+    started = time.monotonic()
+    done = compose("run", "--rm", "lora")
+    print(f"the embedded default in the container: {time.monotonic() - started:.0f} s")
+    assert done.returncode == 0, done.stdout + done.stderr
+    answer = re.search(r"^after: +What is LoRA\? *(.*)$", done.stdout, re.MULTILINE)[1]
+    assert "LoRA" in answer
+    assert (compose.out / "demo/tuned.pth").stat().st_size > 10_000_000
+    assert {path.stat().st_uid for path in compose.out.rglob("*")} == {1000}
+    asked = compose(
+        "run",
+        "--rm",
+        "-T",
+        "generate",
+        "--model",
+        "out/demo/tuned.pth",
+        "--ask",
+        "What is LoRA?",
+        "--temperature",
+        "0",
+        "--max_tokens",
+        "40",
+    )
+    assert asked.returncode == 0, asked.stderr
+    assert " ".join(asked.stdout.split()) == " ".join(answer.split())

@@ -1,0 +1,115 @@
+"""Compose services, workflows and their pins agree with the rest of the project."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
+SCRIPTS = {"inspect_data": "inspect", "merge_lora": "merge"}
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+
+
+def test_every_job_is_a_service_and_every_service_a_job():
+    jobs = {SCRIPTS.get(path.stem, path.stem) for path in (ROOT / "scripts").glob("*.py")} - {"demo_corpus"}
+    assert set(COMPOSE["services"]) - {"shell", "test"} == jobs
+    for name, service in COMPOSE["services"].items():
+        assert service["entrypoint"][-2:] == ["docker/entrypoint.sh", name]
+
+
+def test_no_service_may_write_but_to_its_volumes():
+    for name, service in COMPOSE["services"].items():
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"]
+        assert [volume.split(":")[-1] == "ro" for volume in service["volumes"]] == [True, False, False]
+        assert service["user"] == "${UID:-1000}:${GID:-1000}"
+
+
+def entries(node: yaml.MappingNode) -> dict[str, yaml.Node]:
+    return {key.value: value for key, value in node.value}
+
+
+def test_the_cpu_file_takes_the_gpu_from_every_service_that_has_it():
+    reserving = {name for name, service in COMPOSE["services"].items() if "deploy" in service}
+    cpu = yaml.compose((ROOT / "compose.cpu.yaml").read_text())  # nodes: SafeLoader knows no !reset
+    services = {name: entries(service) for name, service in entries(entries(cpu)["services"]).items()}
+    assert set(services) == reserving
+    assert {service["deploy"].tag for service in services.values()} == {"!reset"}
+
+
+def steps(workflow: Path) -> list[dict]:
+    return [step for job in yaml.safe_load(workflow.read_text())["jobs"].values() for step in job["steps"]]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_ask_for_no_more_than_they_need(workflow):
+    content = yaml.safe_load(workflow.read_text())
+    assert content["permissions"] == {}
+    assert "pull_request_target" not in content[True]  # YAML's reading of `on`
+    for job in content["jobs"].values():
+        writes = {name for name, right in job["permissions"].items() if right == "write"}
+        assert writes <= ({"packages", "id-token"} if workflow.stem == "release" else set())
+        assert 0 < job["timeout-minutes"] <= 90
+        for step in job["steps"]:
+            assert "${{" not in step.get("run", ""), "values reach a script through its environment"
+            if "actions/checkout" in step.get("uses", ""):
+                assert step["with"]["persist-credentials"] is False
+
+
+def test_every_make_target_and_service_of_a_workflow_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    for workflow in WORKFLOWS:
+        for step in steps(workflow):
+            if command := re.match(r"make ((?:[a-z-]+ ?)+)", step.get("run", "")):
+                for target in command[1].split():
+                    assert re.search(rf"^{target}( [a-z ]+)?:", makefile, re.MULTILINE), target
+            if command := re.match(r"docker compose run --rm -T (\w+)", step.get("run", "")):
+                assert command[1] in COMPOSE["services"]
+
+
+@pytest.fixture
+def pinned(tmp_path):
+    """docker/pin.sh on a copy, where git and docker answer as the stand-ins do."""
+    for folder in ("docker", ".github"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "compose.yaml", tmp_path)
+    (tmp_path / "bin").mkdir()
+
+    def run(git: str, docker: str):
+        for name, body in (("git", git), ("docker", docker)):
+            (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+        environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        return subprocess.run(["bash", "docker/pin.sh"], cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
+
+    run.folder = tmp_path
+    return run
+
+
+def used(folder: Path) -> set[str]:
+    files = [*(folder / ".github").rglob("*.yml")]
+    return set(re.findall(r"uses: ([a-z-]+/.*)", "".join(path.read_text() for path in files)))
+
+
+def test_pin_writes_the_commit_of_a_tag_and_the_digest_of_the_base(pinned):
+    commit, digest = "a" * 40, "sha256:" + "b" * 64
+    git = f"printf '%s\\trefs/tags/x\\n%s\\trefs/tags/x^{{}}\\n' {'c' * 40} {commit}"  # annotated: the tag's own hash comes first
+    before = used(pinned.folder)
+    for _ in range(2):  # a second run finds what the first has written
+        assert pinned(git, f"echo {digest}").returncode == 0
+        assert used(pinned.folder) == {re.sub(r"@(?:[0-9a-f]{40} # )?(v\d+)", rf"@{commit} # \1", name) for name in before}
+        assert f"ARG BASE_IMAGE=ubuntu:22.04@{digest}\n" in (pinned.folder / "docker/Dockerfile").read_text()
+        assert f"${{BASE_IMAGE:-ubuntu:22.04@{digest}}}" in (pinned.folder / "compose.yaml").read_text()
+
+
+def test_pin_leaves_alone_what_it_cannot_look_up_and_says_so(pinned):
+    before = {path: path.read_text() for path in pinned.folder.rglob("*") if path.is_file() and path.parent.name != "bin"}
+    done = pinned("exit 128", "exit 1")
+    assert done.returncode == 1
+    assert done.stderr.count("could not be looked up") == len(used(ROOT)) + 1
+    assert {path: path.read_text() for path in before} == before
