@@ -242,11 +242,21 @@ class InspectConfig:
     micro_bsz: int = 12
     """Samples in a batch, likewise."""
     verify: str = ""
-    """The jsonl files that it was made from, separated by commas: prove that every document decodes to its source, byte for byte."""
+    """What it was made from, as given to the converter as input: prove that every document decodes to its source, byte for byte."""
     jsonl_keys: str = "text"
-    """The key of the text in those."""
+    """The key of the text in that; this and the next as in the conversion."""
+    split_lines: bool = False
+    """Every line of a txt file was a document."""
+    ftfy: bool = False
+    """Broken Unicode was repaired."""
+    chat_template: str = ""
+    """How chats became text. Left out: as the converter does without it."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """skip: bad records were left out."""
+    vocab_file: str = ""
+    """The tokenizer.json that the data was made with. Left out: World's vocabulary."""
     samples: int = 3
-    """Documents to show decoded, spread evenly (World only)."""
+    """Documents to show decoded, spread evenly (World, or with vocab_file)."""
     png: str = ""
     """Picture of the document lengths. Left out: P_lengths.png."""
     json: bool = False

@@ -12,28 +12,33 @@ import sys
 from pathlib import Path
 
 from rwkv.cli import parse, sentences
-from rwkv.config import InspectConfig
+from rwkv.config import ConvertConfig, InspectConfig
 from rwkv.errors import UserError
 
 
 def main(config: InspectConfig) -> int:
     import numpy as np
 
-    from rwkv.data import histogram, inspection, jsonl
+    from rwkv.data import histogram, inspection
     from rwkv.data.binidx import Dataset
+    from rwkv.data.convert import texts
+    from rwkv.data.tokenizer import HFTokenizer
 
     if not config.data_file:
         raise UserError("--data_file is missing: the binidx to look at, P for P.bin and P.idx")
     for name in ("ctx_len", "micro_bsz"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} must be at least 1; it is {getattr(config, name)}")
+    tokenizer = HFTokenizer(config.vocab_file) if config.vocab_file else None
     data = Dataset(config.data_file)
-    found = inspection.inspect(data, config.ctx_len, config.micro_bsz, max(0, config.samples))
-    if sources := [Path(path.strip()) for path in config.verify.split(",") if path.strip()]:
-        if missing := [str(path) for path in sources if not path.is_file()]:
-            raise UserError(f"{', '.join(missing)}: no such file")
-        texts = _after_each_other(jsonl.documents(path, config.jsonl_keys) for path in sources)
-        inspection.verify(data, texts, sum(path.stat().st_size for path in sources), found)
+    found = inspection.inspect(data, config.ctx_len, config.micro_bsz, max(0, config.samples), tokenizer)
+    if config.verify:
+        source = ConvertConfig(
+            input=config.verify,
+            tokenizer_type="HFTokenizer" if tokenizer else "RWKVTokenizer",
+            **{name: getattr(config, name) for name in ("jsonl_keys", "vocab_file", "split_lines", "ftfy", "chat_template", "on_error")},
+        )
+        inspection.verify(data, *texts(source), found, tokenizer)
     image = Path(config.png or f"{data.prefix}_lengths.png")
     histogram.draw(np.array(found.lengths), image, data.prefix.name, config.ctx_len)
     if config.json:
@@ -42,16 +47,6 @@ def main(config: InspectConfig) -> int:
         print(inspection.in_words(found))
         print(f"picture:    {image}")
     return 1 if found.problems else 0
-
-
-def _after_each_other(files):
-    """Documents of several files, with the bytes read so far over all of them."""
-    before = 0
-    for documents in files:
-        done = 0
-        for text, done in documents:
-            yield text, before + done
-        before += done
 
 
 if __name__ == "__main__":

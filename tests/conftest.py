@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import tokenizers
 import torch
 
 from rwkv import checkpoint
@@ -85,6 +86,20 @@ def make_stream(tmp_path_factory):
         return Stream(Dataset(prefix), **options)
 
     return make
+
+
+@pytest.fixture
+def byte_tokenizer(tmp_path):
+    """A tokenizer.json like that of the 20B models: NFC, byte-level BPE, <|endoftext|> = 0."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|endoftext|>": 0, **{letter: i for i, letter in enumerate(alphabet, 1)}, "He": 257, "ll": 258}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("H", "e"), ("l", "l")]))
+    made.normalizer = tokenizers.normalizers.NFC()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(["<|endoftext|>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json", {letter: i for i, letter in enumerate(alphabet, 1)}
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from rwkv.config import ConvertConfig
 from rwkv.data import binidx, chat, inputs, shards
-from rwkv.data.encode import Encoded, Encoder
+from rwkv.data.encode import Encoder
 from rwkv.data.inputs import Chunk, Source
+from rwkv.data.jsonl import BadRecord
 from rwkv.data.pool import Pool
 from rwkv.data.tokenizer import HFTokenizer, WorldTokenizer, same_vocabulary
 from rwkv.errors import UserError
@@ -51,12 +52,10 @@ def convert(config: ConvertConfig) -> Converted:
     keys = shards.keys(config.jsonl_keys)
     shard = shards.parse(config.shard)
     prefix = shards.prefix(config.output_prefix or default_prefix(config.input, sources), shard)
-    tokenizer = _tokenizer(config)
+    encoder = _encoder(config, sources, keys)
+    tokenizer = encoder.tokenizer
     if config.dtype == "uint16" and tokenizer.vocab_size > 1 << 16:
         raise UserError(f"{tokenizer.name} has {tokenizer.vocab_size} tokens, which uint16 does not hold; give --dtype int32")
-    encoder = Encoder(
-        tokenizer, keys, config.dtype, config.append_eod, config.ftfy, _template(config, sources, keys), config.on_error == "stop"
-    )
     prefixes = [binidx.document_prefix(prefix, key) for key in keys]
     rejects_path = Path(f"{prefix}.rejects.jsonl")
     beside = [rejects_path, *([shards.manifest_path(prefix)] if shard else [])]
@@ -84,7 +83,7 @@ def convert(config: ConvertConfig) -> Converted:
                     line = {"place": place, "error": wrong, "record": record}
                     rejected.write(json.dumps(line, ensure_ascii=False) + "\n")
                     count += 1
-                places.passed(chunk, encoded)
+                places.passed(chunk, encoded.lines)
                 for one, *parts in zip(out, encoded.tokens, encoded.sizes, encoded.masks, strict=True):
                     one.add_packed(*parts)
                 bar.update(chunk.size)
@@ -102,6 +101,35 @@ def convert(config: ConvertConfig) -> Converted:
     return Converted(pairs, encoder.template is not None, count, rejects_path)
 
 
+def texts(config: ConvertConfig) -> tuple[Iterator[tuple[str, int]], int]:
+    """The documents that `convert` would tokenise under the first key, each with the bytes of input read so far; and the bytes of all.
+
+    Raises:
+        UserError: as `convert`; while iterating, for a bad record unless they are skipped.
+    """
+    sources, keys = inputs.find(config.input, config.split_lines), shards.keys(config.jsonl_keys)[:1]
+    encoder = _encoder(config, sources, keys)
+
+    def read() -> Iterator[tuple[str, int]]:
+        done, places = 0, _Places()
+        for chunk in inputs.chunks(sources, [*keys, *(chat.FIELDS if encoder.template else ())]):
+            done, lines = done + chunk.size, inputs.lines_of(chunk)
+            for number, record in inputs.records(chunk, lines, keys):
+                try:
+                    if isinstance(record, BadRecord):
+                        raise record
+                    segments = encoder.segments(record, keys[0])
+                except BadRecord as error:
+                    if encoder.stop:
+                        raise UserError(f"{places.of(chunk, number)}: {error}") from error
+                    continue
+                if segments:
+                    yield "".join(text for text, _ in segments), done
+            places.passed(chunk, len(lines))
+
+    return read(), sum(source.size for source in sources)
+
+
 def default_prefix(spec: str, sources: Sequence[Source]) -> str:
     """The output beside the input: the folder's name, or that of the first file without its endings."""
     path = next((Path(word) for word in (spec, spec.split(",")[0].strip()) if os.path.exists(word)), sources[0].path)
@@ -110,6 +138,11 @@ def default_prefix(spec: str, sources: Sequence[Source]) -> str:
     while path.suffix.lower() in inputs.ENDINGS:
         path = path.with_suffix("")
     return str(path)
+
+
+def _encoder(config: ConvertConfig, sources: Sequence[Source], keys: Sequence[str]) -> Encoder:
+    template, stop = _template(config, sources, keys), config.on_error == "stop"
+    return Encoder(_tokenizer(config), keys, config.dtype, config.append_eod, config.ftfy, template, stop)
 
 
 def _tokenizer(config: ConvertConfig) -> WorldTokenizer | HFTokenizer:
@@ -157,9 +190,9 @@ class _Places:
         self._enter(chunk)
         return inputs.place(chunk, number, lambda: inputs.count_lines(chunk.source.path, self._start) + self._lines)
 
-    def passed(self, chunk: Chunk, encoded: Encoded) -> None:
+    def passed(self, chunk: Chunk, lines: int) -> None:
         self._enter(chunk)
-        self._lines += encoded.lines
+        self._lines += lines
 
     def _enter(self, chunk: Chunk) -> None:
         if chunk.source is not self._source:  # a shard may begin inside a file

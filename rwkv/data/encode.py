@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from rwkv.data import binidx, chat
 from rwkv.data.inputs import Chunk, lines_of, records
@@ -59,7 +60,7 @@ class Encoder:
             try:
                 if isinstance(record, BadRecord):
                     raise record
-                for one, segments in zip(packed, [self._segments(record, key) for key in self.keys], strict=True):
+                for one, segments in zip(packed, [self.segments(record, key) for key in self.keys], strict=True):
                     if segments:
                         self._add(one, segments)
             except BadRecord as error:
@@ -74,8 +75,8 @@ class Encoder:
             rejects,
         )
 
-    def _segments(self, record, key: str) -> list[tuple[str, bool]]:
-        """The text of a document in pieces with their mask: one piece, unless it is a chat."""
+    def segments(self, record: Any, key: str) -> list[tuple[str, bool]]:
+        """The text of a document in pieces with their mask: one piece, unless it is a chat; none if it is empty. Raises BadRecord."""
         if self.template and isinstance(record, dict) and (messages := chat.messages_of(record)):
             segments = self.template.segments(messages)
         else:

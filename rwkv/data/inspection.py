@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from rwkv.data import histogram, sampling
 from rwkv.data.binidx import Dataset, mask_path
-from rwkv.data.tokenizer import EOD, LARGEST_ID, VOCAB_SIZE, WorldTokenizer
+from rwkv.data.tokenizer import EOD, LARGEST_ID, VOCAB_SIZE, HFTokenizer, WorldTokenizer
 
 LARGEST_20B = 50279  # with the ChatML tokens that were added to its 50277 words
 _PIECE = 1 << 22  # tokens, documents or hashes that are looked at at once
@@ -51,12 +51,13 @@ class Inspection:
     remarks: list[str] = field(default_factory=list)
 
 
-def inspect(data: Dataset, ctx_len: int, micro_bsz: int, samples: int = 3) -> Inspection:
+def inspect(data: Dataset, ctx_len: int, micro_bsz: int, samples: int = 3, tokenizer: HFTokenizer | None = None) -> Inspection:
     """Look at every token once, in memory that does not grow with the data.
 
     Args:
         ctx_len, micro_bsz: what an epoch is reckoned for.
         samples: documents to decode.
+        tokenizer: what to decode ids with that are not World's.
     """
     found = Inspection(str(data.prefix), str(data.tokens.dtype), len(data), len(data.tokens), ctx_len=ctx_len, micro_bsz=micro_bsz)
     with tempfile.TemporaryFile() as spill, _bar(len(data.tokens), "inspect", "token") as bar:
@@ -64,9 +65,8 @@ def inspect(data: Dataset, ctx_len: int, micro_bsz: int, samples: int = 3) -> In
         _walk(data, found, hashes, bar)
         found.repeated, found.repeated_examples = _repeated(hashes)
     found.vocabulary = _vocabulary(data, found)
-    if found.vocabulary == "World":
-        tokenizer = WorldTokenizer()
-        found.samples = [tokenizer.decode(_begin(data, i, 200)) for i in _spread(len(data), samples)]
+    if known := tokenizer or (WorldTokenizer() if found.vocabulary == "World" else None):
+        found.samples = [known.decode(_begin(data, i, 200)) for i in _spread(len(data), samples)]
     found.contexts = sampling.slots(found.tokens, ctx_len)
     found.steps = math.ceil(found.contexts / micro_bsz)
     found.magic_prime = sampling.magic_prime(found.tokens, ctx_len)
@@ -74,17 +74,20 @@ def inspect(data: Dataset, ctx_len: int, micro_bsz: int, samples: int = 3) -> In
     return found
 
 
-def verify(data: Dataset, texts: Iterable[tuple[str, int]], size: int, found: Inspection) -> None:
+def verify(data: Dataset, texts: Iterable[tuple[str, int]], size: int, found: Inspection, tokenizer: HFTokenizer | None = None) -> None:
     """Compare every document with the source's, byte for byte; adds a problem for the first that differs.
 
     Args:
-        texts: the source's documents with the bytes read so far, as rwkv.data.jsonl.documents yields them.
+        texts: the source's documents with the bytes read so far, as rwkv.data.convert.texts yields them.
         size: bytes of the source.
+        tokenizer: what the data was made with, if it was not World's.
     """
-    if found.vocabulary != "World":
-        found.problems.append(f"cannot be verified: the ids are not those of the World vocabulary, but {found.vocabulary}")
+    if found.vocabulary != "World" and not tokenizer:
+        found.problems.append(
+            f"cannot be verified: the ids are not World's, but {found.vocabulary}; give the tokenizer.json as --vocab_file"
+        )
         return
-    tokenizer, number, before = WorldTokenizer(), 0, 0
+    known, number, before = tokenizer or WorldTokenizer(), 0, 0
     with _bar(size, "verify", "B") as bar:
         for text, done in texts:
             bar.update(done - before)
@@ -93,8 +96,8 @@ def verify(data: Dataset, texts: Iterable[tuple[str, int]], size: int, found: In
                 found.problems.append(f"the source has more documents than the {number:,} of the data")
                 return
             ids = data.document(number)
-            written = tokenizer.decode_bytes(ids.tolist())
-            if written != (expected := text.encode("utf-8")):
+            written = known.decode_bytes(ids.tolist())
+            if written != (expected := known.as_decoded(text).encode("utf-8")):
                 at = next((i for i, (a, b) in enumerate(zip(written, expected, strict=False)) if a != b), min(len(written), len(expected)))
                 found.problems.append(
                     f"document {number + 1:,} is not the source's: at byte {at:,} of its text the source has {expected[at : at + 20]!r} and the data {written[at : at + 20]!r}"

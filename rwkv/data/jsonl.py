@@ -1,48 +1,13 @@
-"""Read documents from jsonl: one JSON object a line, the text under one key."""
+"""A line of jsonl: one JSON object, the text under one key."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import orjson
 
-from rwkv.errors import UserError
-
 
 class BadRecord(ValueError):
     """What is wrong with one record; who knows its file and number adds them."""
-
-
-def documents(path: str | Path, key: str = "text") -> Iterator[tuple[str, int]]:
-    """Yield each document's text and the bytes read so far. Empty texts and blank lines are passed over.
-
-    A list of strings under the key is joined by blank lines, as lm_dataformat does.
-
-    Raises:
-        UserError: no such file, no document in it, or a bad line: not UTF-8, not JSON, not an object, no text under the key. Names file and line.
-    """
-    path, done, found = Path(path), 0, False
-    try:
-        file = open(path, "rb")  # noqa: SIM115, closed below
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    with file:
-        for number, line in enumerate(file, 1):
-            done += len(line)
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-            if not line.strip():
-                continue
-            try:
-                text = text_under(key, parse(line))
-            except BadRecord as error:
-                raise UserError(f"{path}, line {number}: {error}") from error
-            if text:
-                found = True
-                yield text, done
-    if not found:
-        raise UserError(f'{path}: holds no document. Expected one JSON object a line, such as {{"{key}": "..."}}')
 
 
 def parse(line: bytes) -> Any:

@@ -47,6 +47,10 @@ class WorldTokenizer:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def as_decoded(self, text: str) -> str:
+        """What the ids of a text decode to: itself."""
+        return text
+
 
 class HFTokenizer:
     """A tokenizer.json of the `tokenizers` library; for the 20B models 20B_tokenizer.json of GPT-NeoX.
@@ -77,9 +81,18 @@ class HFTokenizer:
         """Ids of a text; nothing is added to it, whatever the file says of beginnings and ends."""
         return self._library.encode(text, add_special_tokens=False).ids
 
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The text of the ids in UTF-8; an EOD at their end is no text."""
+        ids = list(ids)
+        return self.decode(ids[:-1] if ids and ids[-1] == self.eod else ids).encode("utf-8")
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids."""
         return self._library.decode(list(ids), skip_special_tokens=False)
+
+    def as_decoded(self, text: str) -> str:
+        """What the ids of a text decode to: itself after the tokenizer's normalisation (20B's is NFC)."""
+        return self._library.normalizer.normalize_str(text) if self._library.normalizer else text
 
 
 def same_vocabulary(path: str | Path) -> bool:

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -58,20 +57,6 @@ def names(folder):
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(formats, "CHUNK", 50)
-
-
-@pytest.fixture
-def byte_tokenizer(tmp_path):
-    """A tokenizer.json like that of the 20B models: NFC, byte-level BPE, <|endoftext|> = 0."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|endoftext|>": 0, **{letter: i for i, letter in enumerate(alphabet, 1)}, "He": 257, "ll": 258}
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("H", "e"), ("l", "l")]))
-    made.normalizer = tokenizers.normalizers.NFC()
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(["<|endoftext|>"])
-    made.save(str(tmp_path / "tokenizer.json"))
-    return tmp_path / "tokenizer.json", {letter: i for i, letter in enumerate(alphabet, 1)}
 
 
 @pytest.mark.parametrize(("dtype", "letter", "code"), [("uint16", "H", 8), ("int32", "i", 4)])

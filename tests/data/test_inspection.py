@@ -1,19 +1,24 @@
 """What is said of a binidx is what plain Python counts; what is wrong is a problem; a binidx that is not its source is found out."""
 
 import collections
+import gzip
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from rwkv.config import ConvertConfig
-from rwkv.data import histogram, inspection, jsonl
+from rwkv.data import histogram, inspection
 from rwkv.data.binidx import Dataset, mask_path, writer
-from rwkv.data.convert import convert
+from rwkv.data.convert import convert, texts
 from rwkv.data.inspection import in_words, inspect, verify
+from rwkv.data.tokenizer import HFTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +119,10 @@ def test_what_is_wrong_is_a_problem(tmp_path, documents, mask, complaint):
     assert f"PROBLEM:    {found.problems[0]}" in in_words(found)
 
 
-def verified(prefix, source):
+def verified(prefix, source, tokenizer=None, **flags):
     data = Dataset(prefix)
-    found = inspect(data, 2, 1)
-    verify(data, jsonl.documents(source), source.stat().st_size, found)
+    found = inspect(data, 2, 1, tokenizer=tokenizer)
+    verify(data, *texts(ConvertConfig(input=str(source), **flags)), found, tokenizer)
     return found
 
 
@@ -131,8 +136,33 @@ def test_a_binidx_is_proved_to_decode_to_its_source(write_jsonl, tmp_path, appen
     assert found.verified == 4
 
 
+def test_whatever_the_converter_takes_is_proved(write_jsonl, tmp_path):
+    chat = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "zwei 二"}]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.txt").write_text("ein Text\nin zwei Zeilen", encoding="utf-8")
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "c"}\n{"text": "d"}\n'))
+    parquet.write_table(pyarrow.table({"text": TEXTS}), folder / "c.parquet")
+    for source, count in ((folder, 6), (write_jsonl({"messages": chat}, {"conversations": chat}), 2)):
+        prefix = converted(source, tmp_path / "p")
+        assert verified(prefix, source).verified == count
+        for suffix in (".bin", ".idx"):
+            Path(f"{prefix}{suffix}").unlink()
+
+
+def test_a_binidx_of_another_tokenizer_is_proved_with_it(write_jsonl, tmp_path, byte_tokenizer):
+    source, vocabulary = write_jsonl({"text": "Hell\n"}, {"text": "e\u0301<|endoftext|>"}), str(byte_tokenizer[0])
+    flags = {"tokenizer_type": "HFTokenizer", "vocab_file": vocabulary}
+    convert(ConvertConfig(input=str(source), output_prefix=str(tmp_path / "p"), workers=1, **flags))
+    found = verified(tmp_path / "p_text_document", source, HFTokenizer(vocabulary), **flags)
+    assert (found.verified, found.samples[0]) == (2, "Hell\n<|endoftext|>")
+    other = write_jsonl({"text": "Hell\n"}, {"text": "e<|endoftext|>"}, name="other.jsonl")
+    found = verified(tmp_path / "p_text_document", other, HFTokenizer(vocabulary), **flags)
+    assert "document 2 is not the source's: at byte 0" in found.problems[-1]
+
+
 @pytest.mark.parametrize(
-    ("texts", "complaint"),
+    ("others", "complaint"),
     [
         (
             [TEXTS[0], "zweites, mit Umlaut", TEXTS[2]],
@@ -144,9 +174,9 @@ def test_a_binidx_is_proved_to_decode_to_its_source(write_jsonl, tmp_path, appen
     ],
     ids=["another character", "fewer", "more", "longer"],
 )
-def test_a_binidx_that_is_not_its_source_is_found_out(write_jsonl, tmp_path, texts, complaint):
+def test_a_binidx_that_is_not_its_source_is_found_out(write_jsonl, tmp_path, others, complaint):
     prefix = converted(write_jsonl(*({"text": text} for text in TEXTS)), tmp_path / "p")
-    found = verified(prefix, write_jsonl(*({"text": text} for text in texts), name="other.jsonl"))
+    found = verified(prefix, write_jsonl(*({"text": text} for text in others), name="other.jsonl"))
     assert found.verified is None
     assert any(complaint in problem for problem in found.problems), found.problems
 
