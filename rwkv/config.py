@@ -13,7 +13,6 @@ NOT_SUPPORTED = {
     "my_pile_stage": ("0", "give --magic_prime -1 for prime sampling, --load_model and --epoch_begin to go on, and the rates themselves"),
     "my_pile_version": ("1", "prime sampling takes any dataset: --magic_prime -1"),
     "my_random_steps": ("0", "leave it out"),
-    "my_exit": ("99999999", "say where the run ends with --epoch_count or --max_steps"),
     "my_qa_mask": ("0", "give --chatml_mask 1, or a mask file beside the data: P_text_mask.bin"),
     "seq_data": ("0", "it is --doc_training_seq 1"),
     "seq_data_sep": ("0", "it is --doc_sep"),
@@ -81,6 +80,8 @@ class TrainConfig:
     """Batches in an epoch."""
     epoch_count: int = 500
     """The run ends before this epoch (upstream's never ends by itself)."""
+    my_exit: int = 99999999
+    """The run ends after this epoch already, on the rates of a run to epoch_count."""
     epoch_begin: int = 0
     """Number of the first epoch, for going on from rwkv-N.pth with N + 1."""
     epoch_save: int = 5
@@ -148,6 +149,10 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest norm of the gradient. 0: no limit."""
 
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What to do when loss or gradient is no number (NaN, Inf). stop: end, and name the step, its batch and the last good state. skip: leave
+    the update of that step out, and end only after more than 20 in a row; it costs a wait for the GPU in every step."""
+
     # the machine
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: a GPU if there is one."""
@@ -159,7 +164,8 @@ class TrainConfig:
     """auto: one device alone, several by ddp. ddp: also with one. DeepSpeed strategies are not offered yet."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that has it, and on a CPU that multiplies it faster than fp32 (measured at the start); else fp32. In bf16 and fp16 products
-    are computed; trained weights and the optimizer stay fp32."""
+    are computed; trained weights and the optimizer stay fp32; fp16 scales its loss. What is
+    kept in which type is said at the start."""
     grad_cp: Literal[0, 1] = 0
     """1: recompute each block in the backward pass. Less memory, a third more time."""
 

@@ -35,9 +35,11 @@ ROOMS = [
     ["rwkv/data/convert", "rwkv/data/inspection"],
     ["rwkv/doctor", "rwkv/generate", "rwkv/train/__init__"],
     ["rwkv/train/cpu", "rwkv/train/schedule", "rwkv/train/optimizer", "rwkv/train/plot", "rwkv/train/pieces"],
-    ["rwkv/train/module", "rwkv/train/samples", "rwkv/train/start", "rwkv/train/trainer", "rwkv/train/words", "rwkv/train/manifest"],
+    ["rwkv/train/module", "rwkv/train/samples", "rwkv/train/start", "rwkv/train/trainer", "rwkv/train/manifest"],
+    ["rwkv/train/words"],
     ["rwkv/train/validation", "rwkv/train/checks", "rwkv/train/signals", "rwkv/train/state"],
-    ["rwkv/train/metrics", "rwkv/train/store"],
+    ["rwkv/train/store"],
+    ["rwkv/train/metrics"],
     ["rwkv/train/resume", "rwkv/train/saving"],
     ["rwkv/train/fit"],
 ]

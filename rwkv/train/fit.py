@@ -1,6 +1,7 @@
 """One run of training, whatever it trains: check, load, train, save."""
 
 import dataclasses
+import math
 import os
 import secrets
 from collections.abc import Callable
@@ -95,7 +96,7 @@ def _finish(
         lines = keep_steps(folder / "metrics.jsonl", module.step)
     if trainer.global_rank == 0:
         plot(folder / "metrics.jsonl", folder / "loss.png", f"{folder.name}: {'LoRA' if adapter else 'all weights'}, {steps} steps")
-    losses = [line["loss"] for line in lines]
+    losses = [line["loss"] for line in lines if line["loss"] is not None] or [math.nan]
     held_out = [line["val_loss"] for line in lines if line.get("val_loss") is not None]
     tail = losses[-max(1, len(losses) // 10) :]
     result = Result(folder / checkpoint_name(c, module.step), steps, losses[0], sum(tail) / len(tail), *held_out[-1:])

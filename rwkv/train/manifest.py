@@ -1,24 +1,33 @@
 """What a run was made from, in run.json: with it a run is repeated, and a run that goes on is held against what it was."""
 
 import dataclasses
+import importlib.metadata
+import importlib.util
 import json
+import platform
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
+from rwkv import compat
 from rwkv.config import TrainConfig
 from rwkv.data.binidx import Dataset
 from rwkv.errors import UserError
 from rwkv.files import sha256, write_json
 from rwkv.model import Sizes
 from rwkv.train import schedule
+from rwkv.wkv import build
 
+_ROOT = Path(__file__).parents[2]
+_GIT = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
 NAME = "run.json"
 _HASH_LIMIT = 4 << 30  # bytes of a dataset that are still hashed: some seconds
 
 # Flags that leave every step as it is: where a run ends, where files lie, how it is watched, what machine does it.
 _FREE = {
     *("proj_dir", "overwrite", "allow_changes", "random_seed", "load_model", "lora_load", "data_file"),  # the last three by their content
-    *("max_steps", "epoch_count", "epoch_save", "save_every", "val_every", "val_samples", "wandb"),
+    *("max_steps", "epoch_count", "my_exit", "epoch_save", "save_every", "val_every", "val_samples", "wandb", "on_nan"),
     *("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "pre_ffn"),  # these by the model's sizes
     *("strategy", "accelerator", "grad_cp", "precision"),
     *("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes", "epoch_steps"),  # these by what they come to
@@ -29,13 +38,36 @@ def describe(c: TrainConfig, precision: str, sizes: Sizes, data: Dataset) -> dic
     """The manifest of a run; `c` with the seed that is used."""
     raw = Path(f"{data.prefix}.bin")
     size = raw.stat().st_size
+    lock, kernel = _ROOT / "docker/locks" / f"{compat.stack()}.txt", build.folder() / "manifest.json"
     return {
         "flags": dataclasses.asdict(c),
+        "seed": c.random_seed,
+        "git": _revision(),
+        "stack": {"name": compat.stack(), "lock_sha256": sha256(lock) if lock.exists() else None, **_versions()},
+        "kernel": {"built": build.manifest(), "manifest_sha256": sha256(kernel)} if kernel.exists() else None,
         "precision": precision,
         "model": vars(sizes),
         "data": {"prefix": str(data.prefix), "bytes": size, "sha256": sha256(raw) if size <= _HASH_LIMIT else None},
         "base": {"path": c.load_model, "sha256": sha256(c.load_model)} if c.load_model else None,
     }
+
+
+def _revision() -> str | None:
+    """The commit of this program, with + if files differ from it; None where there is no git."""
+    found = (
+        [subprocess.run(["git", "-C", _ROOT, *words], capture_output=True, text=True, check=False) for words in _GIT]
+        if shutil.which("git")
+        else []
+    )
+    if not found or any(done.returncode for done in found):
+        return None
+    return found[0].stdout.strip() + ("+" if found[1].stdout else "")
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "pytorch-lightning", "deepspeed", "numpy")
+    found = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name.replace("-", "_"))}
+    return {"python": platform.python_version(), **found}
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -18,9 +18,12 @@ from rwkv.config import TrainConfig
 from rwkv.data.dataset import HeldOut
 from rwkv.errors import UserError
 from rwkv.files import whole
-from rwkv.train import schedule
+from rwkv.train import schedule, store
 from rwkv.train.module import TrainingModule
 from rwkv.train.validation import held_out_loss
+from rwkv.train.words import say
+
+_IN_A_ROW = 20  # steps that --on_nan skip leaves out before it gives up: the weights themselves are lost by then
 
 
 class Metrics(pl.Callback):
@@ -36,7 +39,7 @@ class Metrics(pl.Callback):
         self.config, self.folder, self._held_out = config, folder, held_out
         self.lines: list[dict[str, Any]] = []
         self._batches: list[torch.Tensor] = []
-        self._targets = 0
+        self._targets = self._skipped = 0
         self._file: Any = None
         self._wandb: Any = None
 
@@ -68,10 +71,11 @@ class Metrics(pl.Callback):
         mean, self._batches = torch.stack(self._batches).mean(), []
         targets, self._targets = self._targets, 0
         # The one number of a step that ranks wait for each other with; a stop that one of them was asked for rides along.
-        loss, stop = trainer.strategy.reduce(torch.stack([mean, mean.new_tensor(module.stop)]), reduce_op="mean").tolist()
+        norm = mean.new_tensor(math.nan) if module.grad_norm is None else module.grad_norm.to(mean)
+        loss, stop, norm = trainer.strategy.reduce(torch.stack([mean, mean.new_tensor(module.stop), norm]), reduce_op="mean").tolist()
         trainer.should_stop = stop > 0
         spent = time.perf_counter() - self._tick
-        line: dict[str, Any] = {"step": module.step, "loss": loss}
+        line: dict[str, Any] = {"step": module.step, "loss": loss} | ({} if module.grad_norm is None else {"grad_norm": norm})
         if not module.data.plain:
             line["targets"] = targets
         if self._held_out is not None and math.isfinite(loss) and self._validates(module.step):
@@ -79,10 +83,33 @@ class Metrics(pl.Callback):
         if trainer.global_rank == 0:
             self._report(module, line, spent)
         self._tick = time.perf_counter()
-        if not math.isfinite(loss):
-            raise UserError(
-                f"step {module.step}: the loss is {loss}. Lower --lr_init, or raise the precision, and go on from an earlier checkpoint in {self.folder}"
+        # In fp16 a gradient beyond the range is usual: the scaler then skips the step and takes a smaller scale.
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if math.isfinite(loss) and (scaled or module.grad_norm is None or math.isfinite(norm)):
+            self._skipped = 0
+        else:
+            self._not_finite(
+                module, "loss" if not math.isfinite(loss) else "norm of the gradient", loss if not math.isfinite(loss) else norm
             )
+
+    def _not_finite(self, module: TrainingModule, what: str, value: float) -> None:
+        """Pass over a step whose update was left out, if told to; else end the run, before anything of it is saved."""
+        count, self._skipped = schedule.samples_per_step(self.config), self._skipped + 1
+        samples = range(module.samples - count, module.samples)
+        places = ", ".join(f"{begin} to {end}" for begin, end in map(module.data.window, samples[:4])) + (", …" if count > 4 else "")
+        where = f"step {module.step}: the {what} is {value}, in the batch of samples {samples[0]} to {samples[-1]} (tokens {places} of the data)"
+        if self.config.on_nan == "skip" and self._skipped <= _IN_A_ROW:
+            say(f"warning: {where}; the step is left out")
+            return
+        saved = store.states(self.folder)
+        good = (
+            f"the last good state is {saved[0]}; go on from it with other flags by --allow_changes"
+            if saved
+            else "nothing was saved before it"
+        )
+        more = f"{self._skipped} steps in a row. " if self._skipped > 1 else ""
+        skip = "" if self.config.on_nan == "skip" else ", or leave such steps out with --on_nan skip"
+        raise UserError(f"{where}. {more}Lower --lr_init, or raise the precision{skip}; {good}")
 
     def sync(self) -> None:
         """Bring the lines to disk: a state that is saved must not be ahead of them."""
@@ -115,7 +142,7 @@ class Metrics(pl.Callback):
             self._epoch(step)
         if self._wandb:
             decay = schedule.weight_decay(self.config, step - schedule.first_step(self.config) - 1)
-            known = {key: line[key] for key in ("loss", "lr", "targets", "val_loss") if key in line}
+            known = {key: line[key] for key in ("loss", "lr", "grad_norm", "targets", "val_loss") if key in line}
             self._wandb.log(known | {"wd": decay, "Gtokens": line["tokens"] / 1e9, "kt/s": speed / 1e3}, step=step)
 
     def _epoch(self, step: int) -> None:

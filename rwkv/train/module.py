@@ -1,5 +1,6 @@
 """The Lightning module: batches in, one training step of an RWKV model, rates by the schedule."""
 
+import math
 from collections.abc import Sequence
 
 import pytorch_lightning as pl
@@ -24,6 +25,7 @@ class TrainingModule(pl.LightningModule):
         begin: where this process begins: optimizer steps and samples (over all ranks) before it, from epoch 0. Rank 0's holds for all.
         loss: of the last batch, detached, not divided by the accumulation. Its mean over the ranks is the mean over the counted targets of all.
         targets: counted in the last batch, over all ranks.
+        grad_norm: of the last optimizer step, before it was cut to grad_clip, over all ranks; None where the strategy keeps it to itself.
         stop: whether this process was asked to end; the run ends after a step before which any was.
     """
 
@@ -32,6 +34,9 @@ class TrainingModule(pl.LightningModule):
         self.model, self.data, self.config = model, data, config
         self.begin = begin or (schedule.first_step(config), schedule.first_sample(config))
         self.loss, self.targets, self.stop = torch.tensor(float("nan")), 0, False
+        self.grad_norm: Tensor | None = None
+        # Every rank reads frozen weights from the file: ddp need not send them, and gloo on torch 1.13.1 could not, were they bf16.
+        self._ddp_params_and_buffers_to_ignore = [name for name, p in self.named_parameters() if not p.requires_grad]
 
     @property
     def step(self) -> int:
@@ -64,6 +69,17 @@ class TrainingModule(pl.LightningModule):
         step = self.step - schedule.first_step(self.config)
         rate = schedule.learning_rate(self.config, step)
         optimizer.set_rates(self.optimizers().optimizer, rate, schedule.weight_decay(self.config, step))
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *arguments, **keywords) -> None:
+        # In place of Lightning's, which does the same and keeps the norm to itself.
+        gradients = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients:  # DeepSpeed holds and clips them
+            return
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(gradients, self.config.grad_clip or math.inf).detach()
+        # Gradients are averaged over the ranks by now: all see the same. Asking costs a wait for the device, so only where it is wanted.
+        if self.config.on_nan == "skip" and not torch.isfinite(self.grad_norm):
+            for parameter in gradients:
+                parameter.grad = None  # Adam passes over what has none: weights and moments stay as they are
 
     def mean_loss(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Mean loss over the counted targets of a batch, 0 if there is none, and how many they are."""

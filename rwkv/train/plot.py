@@ -12,10 +12,11 @@ from rwkv.files import whole
 def plot(metrics: Path, image: Path, title: str) -> None:
     """Draw the loss of every step, its running mean over a twentieth of the run, the learning rate, and the held-out loss where there is one."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line["loss"] is not None]  # steps that --on_nan skip left out
     held_out = [(line["step"], line["val_loss"]) for line in lines if line.get("val_loss") is not None]
     steps, losses, rates = (np.array([line[key] for line in lines]) for key in ("step", "loss", "lr"))
     width = max(1, len(steps) // 20)
-    smooth = np.convolve(losses, np.ones(width) / width, "valid")
+    smooth = np.convolve(losses, np.ones(width) / width, "valid") if lines else losses
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")

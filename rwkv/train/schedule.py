@@ -42,13 +42,24 @@ def tokens_per_step(c: TrainConfig) -> int:
 
 
 def total_steps(c: TrainConfig) -> int:
-    """Optimizer steps of the run, from its first: until epoch_count, max_steps or my_exit_tokens, whichever comes first."""
-    ends = [steps_per_epoch(c) * max(0, c.epoch_count - c.epoch_begin)]
+    """Optimizer steps of the run, from its first: until epoch_count, my_exit, max_steps or my_exit_tokens, whichever comes first."""
+    return max(0, min(_ends(c).values()))
+
+
+def ended_by(c: TrainConfig) -> str:
+    """The flag that ends the run."""
+    ends = _ends(c)
+    return min(ends, key=ends.__getitem__)
+
+
+def _ends(c: TrainConfig) -> dict[str, int]:
+    ends = {"epoch_count": steps_per_epoch(c) * max(0, c.epoch_count - c.epoch_begin)}
+    ends["my_exit"] = steps_per_epoch(c) * max(0, c.my_exit + 1 - c.epoch_begin)
     if c.max_steps:
-        ends.append(c.max_steps)
+        ends["max_steps"] = c.max_steps
     if c.my_exit_tokens:
-        ends.append(math.ceil(abs(c.my_exit_tokens) / tokens_per_step(c)) - first_step(c))
-    return max(0, min(ends))
+        ends["my_exit_tokens"] = math.ceil(abs(c.my_exit_tokens) / tokens_per_step(c)) - first_step(c)
+    return ends
 
 
 def _progress(c: TrainConfig, step: int) -> float:

@@ -7,6 +7,7 @@ from rwkv.data.binidx import Dataset
 from rwkv.data.dataset import Documents, HeldOut, Samples
 from rwkv.model import RWKV
 from rwkv.train import schedule
+from rwkv.train.trainer import precision_of
 
 
 @rank_zero_only
@@ -34,7 +35,36 @@ def introduce(c: TrainConfig, model: RWKV, data: Dataset, training: Samples, hel
             if held_out
             else ""
         )
-        + f"run:   {steps:,} steps of {per_step:,} tokens ({order}, seed {training.seed}); each token is seen about {seen:.2g} times"
+        + f"run:   {steps:,} steps of {per_step:,} tokens ({order}, seed {training.seed}); each token is seen about {seen:.2g} times\n"
+        + f"end:   {_end(c)}\n"
+        + f"types: {_types(c, model)}"
+    )
+
+
+def _end(c: TrainConfig) -> str:
+    """What an epoch is, and what ends the run where."""
+    per_epoch, last = schedule.steps_per_epoch(c), schedule.first_step(c) + schedule.total_steps(c)
+    flag, epoch = schedule.ended_by(c), -(-last // per_epoch) - 1
+    samples = per_epoch * schedule.samples_per_step(c)
+    batches = f"{c.epoch_steps:,} batches" + (f" of each of {c.devices * c.num_nodes} devices" if c.devices * c.num_nodes > 1 else "")
+    return (
+        f"an epoch is {batches}: {per_epoch:,} steps, {samples:,} samples, {samples * c.ctx_len:,} tokens, whatever the size of the data; the"
+        f" run ends {'after' if last % per_epoch == 0 else 'inside'} epoch {epoch}, with step {last:,}, by --{flag} {getattr(c, flag)}"
+    )
+
+
+def _types(c: TrainConfig, model: RWKV) -> str:
+    """What is kept and computed in which type."""
+    kept = {trains: sorted({str(p.dtype)[6:] for p in model.parameters() if p.requires_grad == trains}) for trains in (True, False)}
+    precision = precision_of(c)
+    products = {"tf32": "float32 by tf32 (10 bits)", "bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
+    read = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
+    trained = "/".join(kept[True])
+    return (
+        f"{precision}: trained weights {trained} (they are the master weights), gradients {trained}, Adam's moments {trained}"
+        + (f", frozen weights {'/'.join(kept[False])}" if kept[False] else "")
+        + f", matrix products {products}, WKV reads {read} and computes in float32, loss float32"
+        + (", scaled" if precision == "fp16" else "")
     )
 
 

@@ -13,9 +13,12 @@ import torch
 from rwkv import checkpoint
 from rwkv.checkpoint import load_model, load_tuned, read_manifest, read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
-from rwkv.data.binidx import writer
+from rwkv.data.binidx import Dataset, writer
+from rwkv.data.dataset import Contexts
+from rwkv.data.stream import Stream
 from rwkv.errors import UserError
 from rwkv.files import sha256
+from rwkv.train import store
 from rwkv.train.fit import fit
 
 SMALL = {
@@ -329,9 +332,86 @@ def test_an_adapter_without_matrices_goes_on_as_well(make_base, make_data, tmp_p
     fit(LoRAConfig(**common, proj_dir=str(tmp_path / "b"), lora_load=str(first.checkpoint)))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(make_base, make_data, tmp_path):
+def poisoned(make_base, tmp_path):
+    """A base whose word 49 is not a number, and data in which that word stands once."""
     tensors = read_tensors(make_base())
-    tensors["head.weight"][0, 0] = float("nan")
+    tensors["emb.weight"][49] = float("nan")
     torch.save(tensors, tmp_path / "nan.pth")
-    with pytest.raises(UserError, match=r"step 1: the loss is nan. Lower --lr_init"):
-        fit(TrainConfig(**TUNE, load_model=str(tmp_path / "nan.pth"), data_file=make_data(200), proj_dir=str(tmp_path / "run")))
+    with writer(tmp_path / "data") as out:
+        out.add([i % 40 for i in range(105)] + [49] + [i % 40 for i in range(94)])
+    return {**TUNE, "load_model": str(tmp_path / "nan.pth"), "data_file": str(tmp_path / "data"), "magic_prime": 23}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(make_base, make_data, tmp_path):
+    flags = poisoned(make_base, tmp_path)
+    with pytest.raises(UserError) as caught:
+        fit(TrainConfig(**flags, proj_dir=str(tmp_path / "run"), save_every=1))
+    said = re.fullmatch(
+        r"step (\d+): the loss is nan, in the batch of samples (\d+) to \d+ \(tokens (\d+) to (\d+), (\d+) to (\d+) of the data\)\. Lower --lr_init, .*"
+        r"--on_nan skip; the last good state is .*/step-(\d+)\.pt; go on .*",
+        str(caught.value),
+    )
+    step, sample, a, b, c, d, good = map(int, said.groups())
+    assert step > 1
+    assert (good, sample) == (step - 1, 2 * (step - 1))
+    assert a <= 105 < b or c <= 105 < d
+    assert lines(tmp_path / "run")[-1]["loss"] is None
+
+
+def test_on_nan_skip_leaves_out_that_step_alone(make_base, tmp_path):
+    flags = poisoned(make_base, tmp_path)
+    result = fit(TrainConfig(**flags, proj_dir=str(tmp_path / "run"), on_nan="skip"))
+    left_out = [line["step"] for line in lines(tmp_path / "run") if line["loss"] is None]
+    assert 0 < len(left_out) < result.steps == 12
+    weights, before = read_tensors(result.checkpoint), read_tensors(flags["load_model"])
+    assert all(value.isfinite().all() for name, value in weights.items() if name != "emb.weight")
+    assert not torch.equal(weights["head.weight"], before["head.weight"])
+    assert {int(moments["step"]) for moments in store.newest(tmp_path / "run").optimizer.values()} == {12 - len(left_out)}
+    tensors = read_tensors(flags["load_model"])
+    tensors["head.weight"][0, 0] = float("nan")
+    torch.save(tensors, tmp_path / "lost.pth")
+    with pytest.raises(UserError, match="step 21: .* 21 steps in a row"):
+        fit(
+            TrainConfig(
+                **flags | {"load_model": str(tmp_path / "lost.pth"), "epoch_steps": 30}, proj_dir=str(tmp_path / "b"), on_nan="skip"
+            )
+        )
+
+
+def test_the_norm_of_the_gradient_is_that_of_plain_torch(make_base, make_data, tmp_path):
+    base, data = make_base(), make_data(200)
+    fit(TrainConfig(**TUNE | {"max_steps": 1, "grad_clip": 0.01}, load_model=str(base), data_file=data, proj_dir=str(tmp_path / "run")))
+    model = load_model(base)
+    stream = Stream(Dataset(data))
+    x, y = zip(*(Contexts(stream, 8, 8, seed=1)[i] for i in range(2)), strict=True)
+    logits, _ = model(torch.stack(x))
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.stack(y).flatten()).backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert lines(tmp_path / "run")[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-3)  # L2Wrap's share is below that
+
+
+def test_my_exit_ends_after_its_epoch_on_the_rates_of_the_longer_run(make_data, tmp_path, capsys):
+    data = make_data(200)
+    assert fit(TrainConfig(**SMALL, data_file=data, proj_dir=str(tmp_path / "a"), my_exit=1)).checkpoint.name == "rwkv-1.pth"
+    assert "the run ends after epoch 1, with step 8, by --my_exit 1" in capsys.readouterr().out
+    fit(TrainConfig(**SMALL, data_file=data, proj_dir=str(tmp_path / "b")))
+    assert [x["lr"] for x in lines(tmp_path / "a")] == [x["lr"] for x in lines(tmp_path / "b")][:8]
+
+
+def test_a_run_says_its_types_and_what_it_was_made_from(make_base, make_data, tmp_path, capsys, monkeypatch):
+    base, data, secret = make_base(), make_data(200), "0123456789abcdef" * 2 + "01234567"
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    flags = TUNE | {"load_model": str(base), "data_file": data, "proj_dir": str(tmp_path / "run")}
+    fit(LoRAConfig(**flags, precision="bf16", wandb="test"))
+    said = capsys.readouterr().out
+    assert "bf16: trained weights float32 (they are the master weights), gradients float32, Adam's moments float32, frozen weights" in said
+    assert "matrix products bfloat16, WKV reads bfloat16 and computes in float32" in said
+    assert "an epoch is 4 batches: 4 steps, 8 samples, 64 tokens" in said
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert (run["base"]["sha256"], run["data"]["sha256"], run["seed"]) == (sha256(base), sha256(f"{data}.bin"), 1)
+    assert re.fullmatch(r"[0-9a-f]{40}\+?", run["git"] or "0" * 40)
+    assert run["stack"]["torch"] == torch.__version__.split("+")[0]
+    assert len(run["stack"]["lock_sha256"]) == 64
+    for path in (tmp_path / "run").rglob("*"):
+        assert not path.is_file() or secret.encode() not in path.read_bytes(), path

@@ -209,7 +209,7 @@ def test_a_signal_loses_no_step(number, status, make_base, make_data, tmp_path, 
 
 
 def test_two_ranks_with_dropout_go_on_bit_for_bit(make_base, make_data, tmp_path, root):
-    config = make("lora", make_base, make_data, devices=2, micro_bsz=1, epoch_steps=200, save_every=3)
+    config = make("lora", make_base, make_data, devices=2, micro_bsz=1, epoch_steps=200, save_every=3, precision="bf16")
     # One rank is told to end; both end after the same step.
     process = start_until(command(root, config, proj_dir=tmp_path / "run"), tmp_path / "run", 4)
     child = int(subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()[0])

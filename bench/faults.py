@@ -1,0 +1,113 @@
+"""Kill runs with -9 at random moments and go on with them: every loss must be that of a run that was never stopped, bit for bit.
+
+    python bench/faults.py --kills 20 --seed 1
+
+One run of LoRA (with dropout) and one of full tuning, both with accumulation and warm-up, are killed so many times each: while they start,
+between steps, inside them, and while they save. Exit status 1 if a loss, a rate or a weight differs.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from rwkv import checkpoint
+from rwkv.data.binidx import writer
+from rwkv.model import RWKV, Sizes
+from rwkv.model.init import initialise
+from rwkv.train import store
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+AT_MOST = 25  # steps that a run goes on before it is to be killed
+FLAGS = {
+    "ctx_len": 32,
+    "micro_bsz": 2,
+    "accumulate_grad_batches": 2,
+    "warmup_steps": 20,
+    "lr_init": 1e-3,
+    "lr_final": 1e-4,
+    "epoch_count": 1,
+}
+FLAGS |= {"random_seed": 1, "accelerator": "cpu", "save_every": 2}
+KINDS = {"LoRA": ("lora.py", {"lora_dropout": 0.1}), "full tuning": ("finetune.py", {})}
+
+
+def main() -> int:
+    """Kill, go on, compare; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="of each kind of run")
+    parser.add_argument("--seed", type=int, default=1, help="of the moments")
+    arguments = parser.parse_args()
+    moments, sound = random.Random(arguments.seed), True
+    steps = 50 * (arguments.kills + 1)  # more than can be made between kills
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        inputs = make_inputs(folder)
+        for kind, (script, flags) in KINDS.items():
+            given = FLAGS | flags | inputs | {"epoch_steps": 2 * steps}
+            argv = [sys.executable, str(SCRIPTS / script), *(str(word) for key, value in given.items() for word in (f"--{key}", value))]
+            whole, killed = folder / f"{script}-whole", folder / f"{script}-killed"
+            subprocess.run([*argv, "--proj_dir", whole], capture_output=True, check=True)
+            kills = [kill([*argv, "--proj_dir", str(killed)], killed, moments) for _ in range(arguments.kills)]
+            subprocess.run([*argv, "--proj_dir", killed], capture_output=True, check=True)
+            different = differences(killed, whole)
+            sound = sound and not different
+            print(f"{kind}: {len(kills)} kills at steps {', '.join(map(str, kills))}; {steps} steps,", different or "all equal", flush=True)
+    return 0 if sound else 1
+
+
+def make_inputs(folder: Path) -> dict[str, str]:
+    """A small base model and data."""
+    torch.manual_seed(0)
+    model = RWKV(Sizes(2, 32, 256, 32, 128))
+    initialise(model, emb_scale=1e-2)
+    checkpoint.save_model(folder / "base.pth", model, {})
+    with writer(folder / "data") as out:
+        out.add(torch.randint(256, (20000,)).tolist())
+    return {"load_model": str(folder / "base.pth"), "data_file": str(folder / "data")}
+
+
+def kill(argv: list[str], folder: Path, moments: random.Random) -> int:
+    """Start the run, or go on with it, and kill it after some further steps and up to a tenth of a second; the last step it wrote."""
+    saved = store.states(folder)
+    goal = (int(saved[0].stem.removeprefix("step-")) if saved else 0) + moments.randint(0, AT_MOST)
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    if moments.random() < 0.2:
+        time.sleep(moments.uniform(0, 5))  # while it starts
+    else:
+        while len(losses(folder)) < goal:
+            if process.poll() is not None:
+                raise SystemExit(f"a run ended by itself: {process.stderr.read().decode()}")
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.1))
+    process.kill()
+    process.communicate()
+    return len(losses(folder))
+
+
+def losses(folder: Path) -> list[str]:
+    """Step, loss and rate of every whole line of metrics.jsonl."""
+    metrics = folder / "metrics.jsonl"
+    text = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
+    found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [f"{line['step']} {line['loss']!r} {line['lr']!r}" for line in found]
+
+
+def differences(killed: Path, whole: Path) -> str:
+    """What differs between two finished runs; empty if nothing does."""
+    ours, theirs = losses(killed), losses(whole)
+    if ours != theirs:
+        return f"{sum(a != b for a, b in zip(ours, theirs, strict=False))} of {len(theirs)} lines differ, and there are {len(ours)}"
+    ours, theirs = (checkpoint.read_tensors(folder / "rwkv-0.pth") for folder in (killed, whole))
+    return ", ".join(name for name in theirs if not torch.equal(ours[name], theirs[name]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
