@@ -35,8 +35,6 @@ class TrainingModule(pl.LightningModule):
         self.begin = begin or (schedule.first_step(config), schedule.first_sample(config))
         self.loss, self.targets, self.stop = torch.tensor(float("nan")), 0, False
         self.grad_norm: Tensor | None = None
-        # Every rank reads frozen weights from the file: ddp need not send them, and gloo on torch 1.13.1 could not, were they bf16.
-        self._ddp_params_and_buffers_to_ignore = [name for name, p in self.named_parameters() if not p.requires_grad]
 
     @property
     def step(self) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from rwkv import checkpoint, lora
+from rwkv import checkpoint, compat, lora
 from rwkv.config import ConvertConfig, LoRAConfig, TrainConfig
 from rwkv.data.binidx import Dataset
 from rwkv.data.convert import convert
@@ -42,7 +42,10 @@ def _frozen(c: TrainConfig) -> torch.dtype:
     """What frozen weights are kept in."""
     if not (isinstance(c, LoRAConfig) and c.lora):
         return torch.float32
+    alone, gpu = c.devices * c.num_nodes == 1, torch.cuda.is_available() and c.accelerator != "cpu"
     kept = c.precision if c.lora_base == "auto" else c.lora_base
+    if not (alone or gpu or compat.gloo_sends_bf16()):
+        kept = "fp32"
     return torch.bfloat16 if kept == "bf16" else torch.float32
 
 
