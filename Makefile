@@ -16,7 +16,7 @@ endif
 TOOLS := .venv-tools
 CLEAN_DEMO := out/demo
 .DEFAULT_GOAL := help
-.PHONY: help venv env tools image test-image compose-env kernels lora finetune pretrain convert inspect merge generate doctor demo test test-gpu bench lint lock pin licenses sbom clean
+.PHONY: help venv env tools image test-image reproduce compose-env kernels lora finetune pretrain convert inspect merge generate doctor demo test test-gpu bench lint lock pin licenses sbom clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ image:  ## build the container image of the stack; BASE_IMAGE=... builds on anot
 test-image: venv $(TOOLS)/.ready  ## build the image and test it, inside and outside (ARGS goes to pytest)
 	@docker/engine.sh docker/test_image.sh $(STACK) $(PY) $(CURDIR)/$(TOOLS)/bin/docker-compose $(ARGS) || \
 	  { status=$$?; [ $$status = 75 ] && echo 'test-image: skipped, for the reason above'; }
+
+reproduce:  ## build the image twice, the second time without a cache, and compare packages and kernels
+	docker/engine.sh docker/reproduce.sh $(STACK)
 
 compose-env:  ## write .env for docker compose: user, stack, and whether there is a GPU
 	docker/compose_env.sh $(STACK)
@@ -96,7 +99,7 @@ test-gpu: venv  ## what needs a GPU: its tests, then the CUDA unit's timings
 bench: venv  ## a training step against transformers + peft and against its own matrix products, as a table
 	@$(PY) bench/step.py $(ARGS)
 
-lint: $(VENV)/.ready $(TOOLS)/.ready  ## ruff, shellcheck, hadolint; compose files and workflows
+lint: $(VENV)/.ready $(TOOLS)/.ready  ## ruff, mypy, shellcheck, hadolint; compose files and workflows
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	docker/lint.sh $(VENV) $(TOOLS)

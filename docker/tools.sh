@@ -2,7 +2,7 @@
 # Make the environment of the tools that check and describe the project from outside: tools.sh DIR PYTHON
 set -euo pipefail
 dir=${1:?usage: tools.sh DIR PYTHON}
-python=${2:?usage: tools.sh DIR PYTHON}
+python=$("${2:?usage: tools.sh DIR PYTHON}" -c 'import os, sys; print(os.path.realpath(sys.executable))')  # of a venv, the Python behind it
 cd "$(dirname "$0")/.."
 rm -rf "$dir"
 "$python" -m venv "$dir"
