@@ -10,7 +10,6 @@ from typing import Literal
 # Flags of the upstream programs that have no counterpart here: (the value that means "off" there, what to do instead).
 # Off, they are passed over, as upstream's README commands carry them; else they are refused by name.
 NOT_SUPPORTED = {
-    "my_pile_stage": ("0", "give --magic_prime -1 for prime sampling, --load_model and --epoch_begin to go on, and the rates themselves"),
     "my_pile_version": ("1", "prime sampling takes any dataset: --magic_prime -1"),
     "my_random_steps": ("0", "leave it out"),
     "my_qa_mask": ("0", "give --chatml_mask 1, or a mask file beside the data: P_text_mask.bin"),
@@ -96,6 +95,10 @@ class TrainConfig:
     -1: the largest that fits. 0: contexts begin at random places."""
     my_pile_shift: int = 0
     """Prime sampling: contexts begin this many tokens later. -1: 0."""
+    my_pile_stage: Literal[0, 1, 2, 3, 4] = 0
+    """Upstream's way to pretrain. 1: write new weights to rwkv-init.pth, and end. 2, 3: go on from the newest rwkv-N.pth of proj_dir, by prime
+    sampling, in epochs of 40320 samples, as many as the data holds; load_model, epoch_begin, epoch_steps, epoch_count and a magic_prime that
+    is not given are set so. 2: time_mix, time_decay and time_first at five times the rate. 4: as 3, at random places. 0: none of it."""
     random_seed: int = -1
     """-1: a new one each time; it is printed and stored."""
 

@@ -37,6 +37,7 @@ ROOMS = [
     ["rwkv/train/cpu", "rwkv/train/schedule", "rwkv/train/optimizer", "rwkv/train/plot", "rwkv/train/pieces"],
     ["rwkv/train/module", "rwkv/train/samples", "rwkv/train/start", "rwkv/train/trainer", "rwkv/train/manifest"],
     ["rwkv/train/words"],
+    ["rwkv/train/pile"],
     ["rwkv/train/validation", "rwkv/train/checks", "rwkv/train/signals", "rwkv/train/state"],
     ["rwkv/train/store"],
     ["rwkv/train/metrics"],

@@ -15,7 +15,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rwkv import checkpoint, compat
 from rwkv.config import TrainConfig
 from rwkv.model import RWKV
-from rwkv.train import cpu, manifest, resume, samples, schedule, store
+from rwkv.train import cpu, manifest, pile, resume, samples, schedule, store
 from rwkv.train.checks import check
 from rwkv.train.metrics import Metrics, keep_steps
 from rwkv.train.module import TrainingModule
@@ -44,10 +44,11 @@ def fit(config: TrainConfig) -> Result:
     Raises:
         UserError: bad data, checkpoint, adapter, folder or flags.
     """
+    folder = Path(config.proj_dir)
+    config = pile.apply(config, folder)
     check(config)
     quiet_lightning()
     cpu.prepare()
-    folder = Path(config.proj_dir)
     before = resume.earlier(config, folder)
     if config.random_seed < 0:
         config = dataclasses.replace(config, random_seed=before["flags"]["random_seed"] if before else _new_seed())
@@ -55,6 +56,8 @@ def fit(config: TrainConfig) -> Result:
     known = before["precision"] if before and config.precision == "auto" else ""  # a measurement is not made anew
     config = dataclasses.replace(config, precision=known or precision_of(config))
     seed = pl.seed_everything(config.random_seed)
+    if config.my_pile_stage == 1:
+        return Result(pile.write_initial(config, folder), 0, math.nan, math.nan)
     model = make_model(config)
     adapter = adapt(model, config)
     old = resume.outdated(config, folder, before)

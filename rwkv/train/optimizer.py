@@ -7,7 +7,8 @@ from rwkv.config import TrainConfig
 
 
 def groups(model: nn.Module, c: TrainConfig) -> list[dict]:
-    """Parameter groups: `lr_scale` 2 for time_decay, 3 for time_first, 1 for the rest; matrices apart if they decay.
+    """Parameter groups: `lr_scale` 2 for time_decay, 3 for time_first, 1 for the rest, in my_pile_stage 2 five for all
+    that is called time_; matrices apart if they decay.
 
     Frozen parameters are in none.
     """
@@ -18,6 +19,8 @@ def groups(model: nn.Module, c: TrainConfig) -> list[dict]:
         scale = 1.0
         if c.layerwise_lr:
             scale = 2.0 if "time_decay" in name else 3.0 if "time_first" in name else 1.0
+            if c.my_pile_stage == 2 and "time_" in name:
+                scale = 5.0
         decays = c.weight_decay > 0 and scale == 1.0 and parameter.squeeze().dim() >= 2
         found.setdefault((scale, decays), []).append((name, parameter))
     return [

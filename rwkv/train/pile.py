@@ -1,0 +1,96 @@
+"""Upstream's my_pile_stage: what the stages of a pretraining set by themselves.
+
+Stage 1 writes new weights; 2, 3 and 4 go on from the newest rwkv-N.pth of the folder, over epochs of 40320 samples, as often as they fit into
+the contexts of the data. Upstream's 2 and 3 sample by the prime, 4 at random places.
+"""
+
+import dataclasses
+import re
+import zipfile
+from pathlib import Path
+
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from rwkv import checkpoint
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.data import sampling
+from rwkv.data.binidx import Dataset
+from rwkv.errors import UserError
+from rwkv.train import manifest
+from rwkv.train.start import make_model
+from rwkv.train.words import say
+
+EPOCH = 40320  # samples: 8!, which most batch sizes divide
+_SET = ("load_model", "epoch_begin", "warmup_steps", "magic_prime", "epoch_steps", "epoch_count")
+
+
+def apply(c: TrainConfig, folder: Path) -> TrainConfig:
+    """The flags with what stage 2, 3 or 4 sets: load_model, epoch_begin, warmup_steps, magic_prime, epoch_steps, epoch_count.
+
+    A run of the same stage in the folder keeps what it had, so that it can go on.
+
+    Raises:
+        UserError: nothing to start from; a batch that 40320 cannot be divided by; data too short for an epoch.
+    """
+    if not c.my_pile_stage or not c.data_file:
+        return c
+    if isinstance(c, LoRAConfig) and c.lora:
+        raise UserError(f"--my_pile_stage {c.my_pile_stage} belongs to pretraining; leave it out for LoRA")
+    if c.my_pile_stage == 1:
+        return c
+    before = None if c.overwrite else manifest.read(folder)
+    if before and before["flags"].get("my_pile_stage") == c.my_pile_stage:
+        return dataclasses.replace(c, **{name: before["flags"][name] for name in _SET})
+    batch, size = c.num_nodes * c.devices * c.micro_bsz, len(Dataset(c.data_file).tokens) - max(0, c.my_pile_shift)
+    if EPOCH % batch:
+        near = sorted(
+            (n for n in range(1, EPOCH + 1) if EPOCH % n == 0 and n % (c.num_nodes * c.devices) == 0), key=lambda n: abs(n - batch)
+        )
+        fits = (
+            f"the nearest --micro_bsz is {near[0] // (c.num_nodes * c.devices)}"
+            if near
+            else f"no --micro_bsz fits {c.devices * c.num_nodes} devices"
+        )
+        raise UserError(f"--my_pile_stage {c.my_pile_stage}: its epochs of {EPOCH} samples cannot be divided by a batch of {batch}; {fits}")
+    prime = c.magic_prime if c.magic_prime > 0 else sampling.magic_prime(size, c.ctx_len)
+    if prime < EPOCH:
+        raise UserError(
+            f"--my_pile_stage {c.my_pile_stage}: its epochs have {EPOCH} samples, and {c.data_file} holds {max(0, sampling.slots(size, c.ctx_len))}"
+            f" contexts of {c.ctx_len}; leave the flag out and give --magic_prime -1 with --epoch_steps and --epoch_count"
+        )
+    number, weights = _newest(folder, only_init=c.overwrite)
+    if not weights:
+        raise UserError(f"--my_pile_stage {c.my_pile_stage}: no rwkv-init.pth or rwkv-N.pth in {folder}; make one with --my_pile_stage 1")
+    warmup = c.warmup_steps if c.warmup_steps >= 0 or number < 0 else 10 if c.my_pile_stage == 2 else 30
+    values = (str(weights), number + 1, warmup, 0 if c.my_pile_stage == 4 else prime, EPOCH // batch, prime // EPOCH)
+    return dataclasses.replace(c, **dict(zip(_SET, values, strict=True)))
+
+
+def write_initial(c: TrainConfig, folder: Path) -> Path:
+    """Stage 1: new weights in rwkv-init.pth, and their path. Raises UserError if there are some already."""
+    path = folder / "rwkv-init.pth"
+    if c.load_model:
+        raise UserError(f"--my_pile_stage 1 makes new weights; leave --load_model {c.load_model} out")
+    if path.exists() and not c.overwrite:
+        raise UserError(f"{path} exists already; go on with --my_pile_stage 2 or 3, or give --overwrite to make it anew")
+    model = make_model(c)
+    if rank_zero_only.rank == 0:
+        checkpoint.save_model(path, model, {"step": 0, "flags": dataclasses.asdict(c)})
+    say(
+        f"new weights: {path}, L{model.sizes.n_layer} D{model.sizes.n_embd} V{model.sizes.vocab_size}; train them with --my_pile_stage 2 or 3"
+    )
+    return path
+
+
+def _newest(folder: Path, only_init: bool) -> tuple[int, Path | None]:
+    """The number of the newest checkpoint that is not cut short, and its path; -1 stands for rwkv-init.pth."""
+    found = {
+        -1 if match[1] == "init" else int(match[1]): path
+        for path in folder.glob("*")
+        if (match := re.fullmatch(r"rwkv-(\d+|init)\.pth", path.name))
+    }
+    for number in sorted(found if not only_init else found.keys() & {-1}, reverse=True):
+        if zipfile.is_zipfile(found[number]):
+            return number, found[number]
+        say(f"warning: {found[number]} is cut short; the one before it is taken")
+    return -1, None
