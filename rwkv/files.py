@@ -26,7 +26,7 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
     A crash leaves at most a hidden `.tmp` file, never half a file under the final name; the next write of `path` removes it.
 
     Raises:
-        UserError: the disk is full.
+        UserError: the disk is full, or read-only.
     """
     with together([path]) as (temporary,):
         yield temporary
@@ -59,6 +59,8 @@ def together(parts: Sequence[str | os.PathLike], marks: Sequence[str | os.PathLi
                 for folder in {path.parent for _, path in some}:
                     _sync(folder)
     except OSError as error:
+        if error.errno == errno.EROFS:
+            raise UserError(f"{targets[0]}: this file system is read-only; write to another place, in the container to out/") from error
         if error.errno not in _FULL:
             raise
         raise UserError(

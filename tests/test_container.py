@@ -113,3 +113,30 @@ def test_pin_leaves_alone_what_it_cannot_look_up_and_says_so(pinned):
     assert done.returncode == 1
     assert done.stderr.count("could not be looked up") == len(used(ROOT)) + 1
     assert {path: path.read_text() for path in before} == before
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """docker/engine.sh where docker, id and grep are stand-ins."""
+
+    def run(docker: str, uid: str = "0", debian: str = "exit 0", command=("bash", "-c", "echo ran with $ENGINE")):
+        for name, body in (("docker", docker), ("id", f"echo {uid}"), ("grep", debian)):
+            (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+            (tmp_path / name).chmod(0o755)
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "DOCKER_WORK": str(tmp_path / "work")}
+        return subprocess.run([ROOT / "docker/engine.sh", *command], capture_output=True, text=True, env=environment, check=False)
+
+    return run
+
+
+def test_an_engine_that_runs_is_used(engine):
+    done = engine("echo 27.0.1")
+    assert (done.returncode, done.stdout) == (0, "ran with the machine's own Docker 27.0.1\n")
+
+
+@pytest.mark.parametrize(("options", "reason"), [({"uid": "1000"}, "needs root"), ({"debian": "exit 1"}, "made on Debian alone")])
+def test_without_an_engine_the_reason_is_given(engine, options, reason):
+    done = engine("exit 1", **options)
+    assert (done.returncode, done.stdout) == (75, "")
+    assert done.stderr.startswith("no container engine: docker is not there or not running")
+    assert reason in done.stderr

@@ -92,3 +92,12 @@ def test_sha256_is_that_of_the_bytes(tmp_path):
     data = b"x" * (5 << 20)
     (tmp_path / "f").write_bytes(data)
     assert sha256(tmp_path / "f") == hashlib.sha256(data).hexdigest()
+
+
+def test_a_read_only_file_system_is_named(tmp_path, monkeypatch):
+    def refuse(dir, **keywords):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    with pytest.raises(UserError, match="f: this file system is read-only; write to another place"), whole(tmp_path / "f"):
+        pass

@@ -139,6 +139,16 @@ def test_a_gpu_is_reserved_where_it_is_used_and_nowhere_on_a_machine_without(com
         assert compose("run", "--rm", "doctor", files=FILES).returncode == 0
 
 
+def test_data_are_read_and_what_is_made_of_them_goes_to_out(compose):
+    refused = compose("run", "--rm", "-T", "convert", "--input", "data/example.jsonl")
+    assert refused.returncode == 1
+    assert "this file system is read-only; write to another place" in refused.stderr
+    done = compose("run", "--rm", "-T", "convert", "--input", "data/example.jsonl", "--output-prefix", "out/example")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in compose.out.iterdir()} == {"example_text_document.bin", "example_text_document.idx"}
+    assert compose("run", "--rm", "-T", "inspect", "--data_file", "out/example_text_document").returncode == 0
+
+
 def test_the_inside_is_as_it_should_be():
     done = container("test", "tests/image", "-p", "no:cacheprovider", options=("-e", "RWKV_DEVICE=cpu", "--shm-size", "2g"))
     print(done.stdout)
