@@ -1,4 +1,4 @@
-"""The elementwise parts of a block as single passes over memory: by the compiled unit, each with its gradient, else by the formulas of plain.py.
+"""The elementwise parts of a block, each with its gradient: single passes over memory by the compiled unit on CPUs, torch's operations elsewhere.
 
 What a product of matrices needs again for its weight's gradient is a Recipe of these operations, not a tensor of its own: inputs of products are
 never kept, they are formed anew from what is kept anyway. Parameters are used where they are passed in, in the forward pass of the module that
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rwkv import compat
-from rwkv.model import plain
+from rwkv.model import eager, plain
 from rwkv.wkv import native
 
 
@@ -30,11 +30,15 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return compat.autocast_dtype(x.device.type) or x.dtype
 
 
-def _unit(x: Tensor, *others: Tensor) -> Any:
-    """The compiled operations for tensors like these, or None."""
-    if x.device.type != "cpu" or any(t.dtype not in (torch.float32, torch.bfloat16) for t in (x, *others)):
+def _unit(*tensors: Tensor) -> Any:
+    """The operations for tensors like these: compiled on a CPU, else by torch (eager.py); None for fp64, which plain.py and autograd compute."""
+    if any(t.dtype not in _DTYPES for t in tensors):
         return None
-    return torch.ops.rwkv if native.refusal() is None else None
+    compiled = all(t.device.type == "cpu" and t.dtype != torch.float16 for t in tensors) and native.refusal() is None
+    return torch.ops.rwkv if compiled else eager
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Norm(torch.autograd.Function):
@@ -64,12 +68,14 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, T
     Keeps x and 8 bytes a token.
     """
     dtype = compute_dtype(x)
-    if _unit(x, weight) is None or (x.dtype, dtype) not in _STREAMS:
+    if _unit(x, weight) is None or not _fits(x.dtype, dtype):
         return plain.norm(x, weight, bias, eps, dtype), x
     return _Norm.apply(x.contiguous(), weight, bias, eps, dtype)
 
 
-_STREAMS = {(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)}
+def _fits(stream: torch.dtype, inside: torch.dtype) -> bool:
+    """Whether a residual stream of this dtype goes with this one inside the blocks."""
+    return stream in (inside, torch.float32)
 
 
 class _Mix(torch.autograd.Function):
@@ -136,7 +142,7 @@ def gate(r: Tensor, v: Tensor) -> tuple[Tensor, Recipe]:
 
 def gate_onto(past: Tensor, r: Tensor, v: Tensor) -> Tensor:
     """past + σ(r)·v, in past's dtype. Keeps r and v."""
-    if _unit(past, r, v) is None or (past.dtype, r.dtype) not in _STREAMS:
+    if _unit(past, r, v) is None or not _fits(past.dtype, r.dtype):
         return plain.gate(r, v, past)
     return _Gate.apply(r.contiguous(), v.contiguous(), past.contiguous())
 
@@ -182,10 +188,5 @@ def dropout_onto(y: Tensor, x: Tensor, seed: int, p: float) -> None:
 def softmax_gradient(logits: Tensor, targets: Tensor, pull: float, want: bool) -> Tensor:
     """Σ over tokens of the cross-entropy of logits [N, V] at targets [N], fp32. With `want` the logits become its gradient, in place, with
     pull · max added at each token's largest logit (the first of several)."""
-    if unit := _unit(logits):
-        top, total, at_target = unit.loss(logits, targets.contiguous(), pull, want).unbind(1)
-        return (total.log() + top - at_target).sum()
-    value, gradient = plain.softmax_gradient(logits, targets, pull)
-    if want:
-        logits.copy_(gradient)
-    return value
+    top, total, at_target = (_unit(logits) or eager).loss(logits, targets.contiguous(), pull, want).unbind(1)
+    return (total.log() + top - at_target).sum()

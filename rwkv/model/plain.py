@@ -38,14 +38,15 @@ def relu2(k: Tensor) -> Tensor:
     return torch.relu(wide(k)).square().to(k.dtype)
 
 
-def softmax_gradient(logits: Tensor, targets: Tensor, pull: float) -> tuple[Tensor, Tensor]:
-    """Σ over tokens of the cross-entropy of logits [N, V] at targets [N]; softmax, less 1 at the target, plus pull · max at the largest logit."""
+def softmax(logits: Tensor, targets: Tensor, pull: float) -> tuple[Tensor, Tensor]:
+    """Per token of logits [N, V] the largest, Σ e^(logit − largest), and the one at the target [N], together [N, 3]; and the gradient of the
+    cross-entropy: softmax, less 1 at the target, plus pull · max at the largest logit."""
     gradient, targets = logits.to(wide(logits).dtype, copy=True), targets[:, None]
     top, argmax = gradient.max(1, keepdim=True)  # [N, 1]
     at_target = gradient.gather(1, targets)
     total = gradient.sub_(top).exp_().sum(1, keepdim=True)
     gradient.div_(total).scatter_add_(1, targets, torch.full_like(top, -1)).scatter_add_(1, argmax, top * pull)
-    return (total.log() + top - at_target).sum(), gradient
+    return torch.cat([top, total, at_target], 1), gradient
 
 
 def dropout(x: Tensor, seed: int, p: float) -> Tensor:
