@@ -126,8 +126,8 @@ def load_model(path: PathLike, device: torch.device | str = "cpu", dtype: torch.
 
 
 def save_model(path: PathLike, model: RWKV, manifest: Mapping[str, Any]) -> None:
-    """Write all weights under upstream's names."""
-    tensors = dict(model.named_parameters())
+    """Write all weights under upstream's names; of an adapted model those of its base."""
+    tensors = {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
     write_tensors(path, tensors, {"kind": "model", "version": "4", "sizes": vars(model.sizes), **manifest})
 
 

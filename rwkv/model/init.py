@@ -12,8 +12,13 @@ _ZERO = ("att.key", "att.receptance", "att.output", "ffn.value", "ffn.receptance
 
 
 @torch.no_grad()
-def initialise(model: RWKV, emb_scale: float) -> None:
-    """Fill every weight in place. `emb_scale`: the embedding is uniform in ±emb_scale; upstream takes the initial learning rate."""
+def initialise(model: RWKV, emb_scale: float, frozen: bool = False) -> None:
+    """Fill every weight in place.
+
+    Args:
+        emb_scale: the embedding is uniform in ±emb_scale; upstream takes the initial learning rate.
+        frozen: the matrices will not be trained: then none starts at zero, as no gradient would ever pass it.
+    """
     L = len(model.blocks)
     for layer, block in enumerate(model.blocks):
         depth = layer / (L - 1) if L > 1 else 0.0  # 0 in the first layer, 1 in the last
@@ -32,7 +37,7 @@ def initialise(model: RWKV, emb_scale: float) -> None:
         if name == "emb.weight":
             weight.uniform_(-emb_scale, emb_scale)
         elif weight.dim() == 2:
-            _matrix(name.removesuffix(".weight"), weight)
+            _matrix(name.removesuffix(".weight"), weight, frozen)
 
 
 def _position(mix: Tensor) -> Tensor:
@@ -52,10 +57,10 @@ def _time_mix(part: TimeMix, depth: float, height: float) -> None:
     part.time_mix_r.copy_(position ** (0.5 * height))
 
 
-def _matrix(name: str, weight: Tensor) -> None:
+def _matrix(name: str, weight: Tensor, frozen: bool) -> None:
     rows, columns = weight.shape
     gain = math.sqrt(rows / columns) if rows > columns else 1.0
-    if name.endswith(_ZERO):
+    if name.endswith(_ZERO) and not frozen:
         weight.zero_()
     else:
         nn.init.orthogonal_(weight, gain=gain * (0.5 if name == "head" else 1.0))

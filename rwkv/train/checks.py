@@ -47,5 +47,8 @@ def check(c: TrainConfig) -> None:
         raise UserError(f"--strategy {c.strategy} is not one of auto, ddp")
     if c.accelerator != "cpu" and 0 < torch.cuda.device_count() < c.devices:
         raise UserError(f"--devices {c.devices}: torch sees {torch.cuda.device_count()} GPUs")
-    if isinstance(c, LoRAConfig) and c.lora and not c.load_model:
-        raise UserError("LoRA tunes a model that exists: give it with --load_model, or train one with scripts/pretrain.py first")
+    if isinstance(c, LoRAConfig) and c.lora and not c.load_model and not (c.n_layer and c.n_embd):
+        raise UserError(
+            "LoRA tunes a model that exists: give it with --load_model, or train one with scripts/pretrain.py first. For a new, random base"
+            " that stays frozen give --n_layer and --n_embd"
+        )

@@ -22,7 +22,7 @@ from rwkv.train.module import TrainingModule
 from rwkv.train.plot import plot
 from rwkv.train.saving import Saving, checkpoint_name
 from rwkv.train.signals import Signals
-from rwkv.train.start import adapt, make_model, open_data
+from rwkv.train.start import adapt, keep_base, make_model, open_data
 from rwkv.train.trainer import make_trainer, precision_of, quiet_lightning
 from rwkv.train.words import introduce, say
 
@@ -59,7 +59,7 @@ def fit(config: TrainConfig) -> Result:
     if config.my_pile_stage == 1:
         return Result(pile.write_initial(config, folder), 0, math.nan, math.nan)
     model = make_model(config)
-    adapter = adapt(model, config)
+    adapter = adapt(model, config, folder)
     old = resume.outdated(config, folder, before)
     data = open_data(config, model.sizes, folder, reuse=before is not None)
     training, held_out = samples.make(config, data, seed)
@@ -71,6 +71,8 @@ def fit(config: TrainConfig) -> Result:
             path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         manifest.write(folder, run)
+        if adapter and not config.load_model:
+            keep_base(model, adapter, folder)
 
     metrics, signals = Metrics(config, folder, held_out), Signals()
     saving = Saving(config, folder, state, run, _saver(folder, model, adapter, run), metrics)
@@ -107,7 +109,7 @@ def _finish(
     say(f"done:  loss {result.first_loss:.3f} → {result.last_loss:.3f}{held}; {result.checkpoint}, {folder / 'loss.png'}")
     if adapter:
         say(f"merge: python scripts/merge_lora.py --adapter {result.checkpoint} --output merged.pth")
-        say(f"talk:  python scripts/generate.py --model {c.load_model} --lora {result.checkpoint}")
+        say(f"talk:  python scripts/generate.py --model {adapter['base']} --lora {result.checkpoint}")
     return result
 
 

@@ -12,7 +12,7 @@ from rwkv.train import manifest, schedule, store
 from rwkv.train.state import State
 from rwkv.train.words import say
 
-_RUN_FILES = re.compile(r"run\.json|metrics\.jsonl|train_log\.txt|loss\.png|rwkv-(\d+|final)\.pth(\.json)?")
+_RUN_FILES = re.compile(r"run\.json|metrics\.jsonl|train_log\.txt|loss\.png|rwkv-(\d+|final|base)\.pth(\.json)?")
 
 
 def earlier(c: TrainConfig, folder: Path) -> dict[str, Any] | None:

@@ -16,6 +16,8 @@ from rwkv.files import sha256
 from rwkv.model import RWKV, Sizes
 from rwkv.model.init import initialise
 
+NEW_BASE = "rwkv-base.pth"  # of LoRA on a new model
+
 
 def make_model(c: TrainConfig) -> RWKV:
     """From load_model, with flags that disagree refused; else new, by upstream's rules."""
@@ -34,7 +36,7 @@ def make_model(c: TrainConfig) -> RWKV:
     sizes = {"n_layer": 6, "n_embd": 512, "vocab_size": 65536} | given
     sizes = {"dim_att": sizes["n_embd"], "dim_ffn": 4 * sizes["n_embd"]} | sizes
     model = RWKV(Sizes(**sizes, pre_ffn=bool(c.pre_ffn)), bool(c.grad_cp))
-    initialise(model, emb_scale=c.lr_init)
+    initialise(model, emb_scale=c.lr_init, frozen=isinstance(c, LoRAConfig) and c.lora)
     return model
 
 
@@ -49,8 +51,9 @@ def _frozen(c: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if kept == "bf16" else torch.float32
 
 
-def adapt(model: RWKV, c: TrainConfig) -> dict[str, Any] | None:
-    """Inject LoRA if the run is one; what the adapter's manifest will say of it."""
+def adapt(model: RWKV, c: TrainConfig, folder: Path) -> dict[str, Any] | None:
+    """Inject LoRA if the run is one; what the adapter's manifest will say of it. A new model, which is then its base, is to be
+    found in `folder` (see `keep_base`)."""
     if not (isinstance(c, LoRAConfig) and c.lora):
         return None
     parts = [part.strip() for part in c.lora_parts.split(",") if part.strip()]
@@ -62,14 +65,22 @@ def adapt(model: RWKV, c: TrainConfig) -> dict[str, Any] | None:
     lora.store_frozen(model, _frozen(c))
     if c.lora_load:
         said = checkpoint.read_manifest(c.lora_load).get("alpha")  # upstream's adapters do not say it: the flag then does
-        tensors, known = checkpoint.inspect_adapter(c.lora_load, c.load_model, c.lora_alpha if said is None else None)
+        tensors, known = checkpoint.inspect_adapter(c.lora_load, c.load_model or None, c.lora_alpha if said is None else None)
         flags = {"lora_r": c.lora_r, "lora_alpha": c.lora_alpha, "lora_parts": ",".join(lora.same_parts(parts))}
         for flag, theirs in zip(flags, (known["r"], known["alpha"], ",".join(known["parts"])), strict=True):
             if flags[flag] != theirs:
                 raise UserError(f"{c.lora_load}: trained with --{flag} {theirs}, and this run has {flags[flag]}; give the same")
         checkpoint.load_adapter(model, c.lora_load, tensors, parts)
-    base = {"base": c.load_model, "base_sha256": sha256(c.load_model)}
+    base = {"base": c.load_model, "base_sha256": sha256(c.load_model)} if c.load_model else {"base": str(folder / NEW_BASE)}
     return {"r": c.lora_r, "alpha": c.lora_alpha, "parts": parts, **base}
+
+
+def keep_base(model: RWKV, adapter: dict[str, Any], folder: Path) -> None:
+    """Write the new model that LoRA was injected into, before it trains: without it the adapter is of no use."""
+    path = folder / NEW_BASE
+    if not path.exists():
+        checkpoint.save_model(path, model, {"step": 0})
+    adapter["base_sha256"] = sha256(path)
 
 
 def open_data(c: TrainConfig, sizes: Sizes, folder: Path, reuse: bool = False) -> Dataset:

@@ -147,6 +147,19 @@ def test_lora_saves_only_the_adapter_and_leaves_the_base(make_base, make_data, t
     assert load_tuned(base, result.checkpoint)[0].sizes.n_layer == 2
 
 
+def test_lora_from_scratch_keeps_its_base_and_no_tensor_of_it_is_dead(make_data, tmp_path):
+    folder = tmp_path / "run"
+    result = fit(LoRAConfig(**SMALL, data_file=make_data(200), proj_dir=str(folder), lora_parts="att,ffn", lr_init=1e-2, lr_final=1e-2))
+    base, adapter = read_tensors(folder / "rwkv-base.pth"), read_tensors(result.checkpoint)
+    assert read_manifest(result.checkpoint)["base_sha256"] == sha256(folder / "rwkv-base.pth")
+    assert not any("lora" in name for name in base)
+    # upstream initialises A and B of most layers to 0 here, and the frozen output matrix too: their gradient is 0 for ever
+    assert all(tensor.any() for name, tensor in adapter.items() if name.endswith("lora_A"))
+    moved = [name for name, tensor in adapter.items() if name.endswith("lora_B") and tensor.any()]
+    assert len(moved) == sum(name.endswith("lora_B") for name in adapter)
+    load_tuned(folder / "rwkv-base.pth", result.checkpoint)
+
+
 def test_lora_load_goes_on_from_the_adapter(make_base, make_data, tmp_path):
     common = {**TUNE, "load_model": str(make_base()), "data_file": make_data(200), "lora_dropout": 0.0, "magic_prime": -1}
     first = fit(LoRAConfig(**common, proj_dir=str(tmp_path / "a"), lr_init=1e-2))
