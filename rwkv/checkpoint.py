@@ -125,15 +125,17 @@ def load_model(path: PathLike, device: torch.device | str = "cpu", dtype: torch.
     return model.to(device)
 
 
-def save_model(path: PathLike, model: RWKV, manifest: Mapping[str, Any]) -> None:
-    """Write all weights under upstream's names; of an adapted model those of its base."""
-    tensors = {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
+def save_model(path: PathLike, model: RWKV, manifest: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write all weights under upstream's names; of an adapted model those of its base. `weights` where the model does not hold them itself."""
+    tensors = weights or {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
     write_tensors(path, tensors, {"kind": "model", "version": "4", "sizes": vars(model.sizes), **manifest})
 
 
-def save_adapter(path: PathLike, model: RWKV, adapter: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    """Write the adapter alone. `adapter`: r, alpha, parts, base, base_sha256."""
-    tensors = lora.adapter_state(model, adapter["parts"])
+def save_adapter(
+    path: PathLike, model: RWKV, adapter: Mapping[str, Any], manifest: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the adapter alone. `adapter`: r, alpha, parts, base, base_sha256. `weights` as in save_model."""
+    tensors = lora.adapter_state(model, adapter["parts"]) if weights is None else weights
     write_tensors(path, tensors, {"kind": "adapter", "version": "4", "sizes": vars(model.sizes), **adapter, **manifest})
 
 

@@ -5,8 +5,10 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import logging
+import os
 import re
 import signal
 import sys
@@ -17,20 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+    import torch
 
 
-def trainer_options(precision: str, alone: bool) -> dict[str, Any]:
-    """Arguments of pl.Trainer for fp32, tf32, bf16 or fp16, on one device alone or on several.
+def trainer_options(precision: str, strategy: Any) -> dict[str, Any]:
+    """Arguments of pl.Trainer for fp32, tf32, bf16 or fp16, and for a strategy; None: one device alone.
 
     Lightning 2 renamed precisions (with the old names it warns), the strategy that decides by itself, and the switch of the
     distributed sampler, which stays off: the dataset shares out its samples over the ranks itself.
     """
-    several = "ddp_find_unused_parameters_false"
     if importlib.metadata.version("pytorch-lightning").startswith("1."):
         names = {"fp32": 32, "tf32": 32, "bf16": "bf16", "fp16": 16}
-        return {"precision": names[precision], "strategy": None if alone else several, "replace_sampler_ddp": False}
+        return {"precision": names[precision], "strategy": strategy, "replace_sampler_ddp": False}
     names = {"fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-    return {"precision": names[precision], "strategy": "auto" if alone else several, "use_distributed_sampler": False}
+    return {"precision": names[precision], "strategy": strategy or "auto", "use_distributed_sampler": False}
 
 
 def gloo_sends_bf16() -> bool:
@@ -46,12 +48,70 @@ def fit(trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
     on_interrupt = signal.getsignal(signal.SIGINT)
     # Lightning 2.6 asks this of torch itself, and torch 2.13 answers every run with a FutureWarning.
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).*")
+    # DeepSpeed 0.19 calls by its old name what torch 2.13 renamed.
+    warnings.filterwarnings("ignore", r".*all_gather_into_tensor` is deprecated.*")
     try:
         trainer.fit(module)
     except SystemExit as end:
         if not isinstance(end.__context__, KeyboardInterrupt):
             raise
         signal.signal(signal.SIGINT, on_interrupt)
+
+
+def deepspeed_refusal(on_gpu: bool) -> str | None:
+    """Why DeepSpeed cannot train here, or None. Those before 0.9 set a CUDA device whatever they are told."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return "DeepSpeed is not installed; make venv brings it, and --strategy ddp trains on several devices without it"
+    version = importlib.metadata.version("deepspeed")
+    if not on_gpu and version.startswith(("0.7.", "0.8.")):
+        return f"DeepSpeed {version} trains on GPUs only; on a CPU give --strategy ddp, or take the modern stack (make venv STACK=modern)"
+    return None
+
+
+def import_deepspeed(on_gpu: bool) -> None:
+    """DeepSpeed's first import, without torch's remark on a CUDA toolkit that is not needed; on a CPU it then looks for no GPU, and compiles nothing."""
+    cpp_extension()
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    deepspeed = importlib.import_module("deepspeed")
+    if not on_gpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of g++ while the ranks wait; gloo does as well
+
+
+def forget_steps(optimizer: "torch.optim.Optimizer") -> None:
+    """Put the optimizer back to its first step. DeepSpeed 0.7.0 makes one with zero gradients to have its state allocated, which Adam's bias
+    correction would count: the first update would be a quarter too small. Newer ones make none."""
+    for group in optimizer.param_groups:
+        if "step" in group:  # DeepSpeed's FusedAdam
+            group["step"] = 0
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = state["step"] * 0
+
+
+def adam(groups: list[dict[str, Any]], decoupled: bool, fused: bool, **options: Any) -> "torch.optim.Optimizer":
+    """torch's Adam, or AdamW if decoupled: where all parameters are on GPUs fused, if this torch has that (1.13.1 has it for Adam alone), or over
+    lists of tensors (foreach); plain elsewhere and where it is not to be fused."""
+    import torch
+
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    if not fused or not all(parameter.is_cuda for group in groups for parameter in group["params"]):
+        return kind(groups, **options)
+    if "fused" not in inspect.signature(kind).parameters:
+        return kind(groups, foreach=True, **options)
+    made = kind(groups, fused=True, **options)
+    # It could unscale fp16's gradients itself, wherefore Lightning refuses to clip them, in bf16 too. Scaled they are unscaled before it.
+    made._step_supports_amp_scaling = False
+    return made
+
+
+def deepspeed_adam(offloaded: bool) -> Any:
+    """DeepSpeed's Adam for a GPU, or for the CPU if offloaded, where it was compiled when DeepSpeed was installed; else None."""
+    ops = importlib.import_module("deepspeed.git_version_info").installed_ops
+    if not ops.get("cpu_adam" if offloaded else "fused_adam"):
+        return None
+    adam = importlib.import_module("deepspeed.ops.adam")
+    return functools.partial(adam.DeepSpeedCPUAdam, adamw_mode=True) if offloaded else functools.partial(adam.FusedAdam, adam_w_mode=True)
 
 
 def rwkv_tokenizer() -> ModuleType:

@@ -19,7 +19,6 @@ NOT_SUPPORTED = {
     "head_qk": ("0", "leave it out: models with a head_q and head_k are not supported"),
     "tiny_att_dim": ("0", "leave it out: models with tiny attention are not supported"),
     "dropout": ("0", "leave it out; LoRA has --lora_dropout"),
-    "ds_bucket_mb": ("200", "leave it out: DeepSpeed strategies are not offered yet"),
     "load_partial": ("0", "leave it out: a checkpoint has to fit"),
     # the converter's
     "dataset_impl": ("mmap", "leave it out: the memory-mapped format is the one that is read"),
@@ -164,11 +163,16 @@ class TrainConfig:
     num_nodes: int = 1
     """How many machines."""
     strategy: str = "auto"
-    """auto: one device alone, several by ddp. ddp: also with one. DeepSpeed strategies are not offered yet."""
+    """auto: one device alone, several by ddp. ddp: also with one. deepspeed_stage_1, 2 and 3 share out the optimizer's state, also the gradients,
+    also the weights over the devices; with _offload behind it, optimizer (and in stage 3 weights) are on the CPU. All make the same steps."""
+    ds_bucket_mb: int = 200
+    """DeepSpeed: how much is sent at once, in millions of numbers. Less takes less memory."""
+    ds_config: str = ""
+    """DeepSpeed: a JSON file of further keys of its configuration, such as {"zero_optimization": {"sub_group_size": 100000000}}."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that has it, and on a CPU that multiplies it faster than fp32 (measured at the start); else fp32. In bf16 and fp16 products
-    are computed; trained weights and the optimizer stay fp32; fp16 scales its loss. What is
-    kept in which type is said at the start."""
+    are computed; trained weights and the optimizer stay fp32; fp16 scales its loss. Under DeepSpeed weights are bf16 or fp16 themselves, beside
+    fp32 ones of what trains in the optimizer; these are what is saved. What is kept in which type is said at the start."""
     grad_cp: Literal[0, 1] = 0
     """1: recompute each block in the backward pass. Less memory, a third more time."""
 

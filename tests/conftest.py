@@ -30,7 +30,7 @@ def root() -> Path:
     return ROOT
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model():
     """A small model with every weight random, so that nothing is zero and no gradient hides."""
 

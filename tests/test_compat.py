@@ -23,7 +23,7 @@ def test_lightning_takes_the_options_without_a_warning(precision, alone):
             devices=1 if alone else 2,
             logger=False,
             enable_checkpointing=False,
-            **compat.trainer_options(precision, alone),
+            **compat.trainer_options(precision, None if alone else "ddp_find_unused_parameters_false"),
         )
     assert ("bf16" in str(trainer.precision)) == (precision == "bf16")
     assert trainer.world_size == (1 if alone else 2)

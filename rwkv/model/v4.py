@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv.model import fused
 from rwkv.model.linear import Matrix
+from rwkv.model.loss import head_loss
 from rwkv.wkv import empty_state, wkv4
 
 
@@ -117,8 +118,9 @@ class Block(nn.Module):
             self.att = TimeMix(sizes)
         self.ffn = ChannelMix(sizes)
 
-    def forward(self, x: Tensor, state: BlockState, reset: Tensor | None = None) -> tuple[Tensor, BlockState]:
-        """x [B, T, D] → [B, T, D] and the state after the last token."""
+    def forward(self, x: Tensor, state: tuple[Tensor, ...], reset: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x [B, T, D] → [B, T, D] and the state after the last token. States are plain tuples, as DeepSpeed 0.7.0's hooks rebuild those and no others."""
+        state = BlockState(*state)
         if hasattr(self, "ln0"):
             x, _ = self.ln0(x)
         a, x = self.ln1(x)
@@ -129,7 +131,15 @@ class Block(nn.Module):
             x, wkv = self.ffnPre(a, x, state.att_shift, reset), state.wkv
         f, x = self.ln2(x)
         # clones: a view of the last token would keep the others
-        return self.ffn(f, x, state.ffn_shift, reset), BlockState(a[:, -1].clone(), wkv, f[:, -1].clone())
+        return self.ffn(f, x, state.ffn_shift, reset), (a[:, -1].clone(), wkv, f[:, -1].clone())
+
+
+class Head(Matrix):
+    """Logits, or at once their loss: whatever reads the head's weight goes through its forward, where ZeRO-3 fetches it."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
+        """x [..., D] → logits [..., V]; with targets the mean loss, as rwkv.model.loss.head_loss."""
+        return super().forward(x) if targets is None else head_loss(x, self.weight, targets, counts)
 
 
 class RWKV(nn.Module):
@@ -144,7 +154,7 @@ class RWKV(nn.Module):
         self.emb = skip_init(nn.Embedding, sizes.vocab_size, sizes.n_embd)
         self.blocks = nn.ModuleList(Block(sizes, layer) for layer in range(sizes.n_layer))
         self.ln_out = Norm(sizes.n_embd)
-        self.head = _matrix(sizes.vocab_size, sizes.n_embd)
+        self.head = skip_init(Head, sizes.n_embd, sizes.vocab_size, bias=False)
 
     def initial_state(self, batch: int) -> list[BlockState]:
         """The state of a document's start, one per block."""
@@ -163,10 +173,10 @@ class RWKV(nn.Module):
         x, after = self.emb(tokens), []
         for block, before in zip(self.blocks, state, strict=True):
             if self.grad_cp and torch.is_grad_enabled():
-                x, new = checkpoint(block, x, before, reset, use_reentrant=False)
+                x, new = checkpoint(block, x, tuple(before), reset, use_reentrant=False)
             else:
-                x, new = block(x, before, reset)
-            after.append(new)
+                x, new = block(x, tuple(before), reset)
+            after.append(BlockState(*new))
         return self.ln_out(x)[0], after
 
     def forward(

@@ -4,7 +4,7 @@ import torch
 
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
-from rwkv.train import samples, schedule
+from rwkv.train import samples, schedule, strategy
 
 
 def check(c: TrainConfig) -> None:
@@ -41,10 +41,7 @@ def check(c: TrainConfig) -> None:
     gpu = torch.cuda.is_available() and c.accelerator != "cpu"
     if c.precision == "fp16" and not gpu:
         raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
-    if c.strategy.startswith("deepspeed"):
-        raise UserError(f"--strategy {c.strategy}: DeepSpeed strategies are not offered yet; leave it out, or give ddp for several devices")
-    if c.strategy not in ("auto", "ddp", "ddp_find_unused_parameters_false"):
-        raise UserError(f"--strategy {c.strategy} is not one of auto, ddp")
+    strategy.check(c)
     if c.accelerator != "cpu" and 0 < torch.cuda.device_count() < c.devices:
         raise UserError(f"--devices {c.devices}: torch sees {torch.cuda.device_count()} GPUs")
     if isinstance(c, LoRAConfig) and c.lora and not c.load_model and not (c.n_layer and c.n_embd):

@@ -4,15 +4,16 @@ import dataclasses
 import math
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from torch import Tensor
 
-from rwkv import checkpoint, compat
+from rwkv import checkpoint, compat, lora
 from rwkv.config import TrainConfig
 from rwkv.model import RWKV
 from rwkv.train import cpu, manifest, pile, resume, samples, schedule, store
@@ -98,7 +99,8 @@ def _finish(
         say(
             f"nothing left to do: all {steps:,} steps are made. Give a larger --epoch_count or --max_steps to go on, --overwrite to start over"
         )
-        lines = keep_steps(folder / "metrics.jsonl", module.step)
+        lines = keep_steps(folder / "metrics.jsonl", module.step) if trainer.global_rank == 0 else []
+    lines = trainer.strategy.broadcast(lines)  # rank 0 has them
     if trainer.global_rank == 0:
         plot(folder / "metrics.jsonl", folder / "loss.png", f"{folder.name}: {'LoRA' if adapter else 'all weights'}, {steps} steps")
     losses = [line["loss"] for line in lines if line["loss"] is not None] or [math.nan]
@@ -113,7 +115,7 @@ def _finish(
     return result
 
 
-def _saver(folder: Path, model: RWKV, adapter: dict[str, Any] | None, run: dict[str, Any]) -> Callable[[str, int], None]:
+def _saver(folder: Path, model: RWKV, adapter: dict[str, Any] | None, run: dict[str, Any]) -> Callable[[str, int, Callable], None]:
     fixed = {
         "tokenizer": "World" if model.sizes.vocab_size == 65536 else None,
         "data": run["data"]["prefix"],
@@ -121,12 +123,15 @@ def _saver(folder: Path, model: RWKV, adapter: dict[str, Any] | None, run: dict[
         "flags": run["flags"],
     }
 
-    @rank_zero_only
-    def save(name: str, step: int) -> None:
+    def save(name: str, step: int, gather: Callable[[Iterable[str]], dict[str, Tensor]]) -> None:
+        named = dict(model.named_parameters())
+        weights = gather(lora.adapter_names(model, adapter["parts"]) if adapter else named)
+        if rank_zero_only.rank > 0:
+            return
         if adapter:
-            checkpoint.save_adapter(folder / name, model, adapter, {"step": step, **fixed})
+            checkpoint.save_adapter(folder / name, model, adapter, {"step": step, **fixed}, weights)
         else:
-            checkpoint.save_model(folder / name, model, {"step": step, **fixed})
+            checkpoint.save_model(folder / name, model, {"step": step, **fixed}, weights)
 
     return save
 

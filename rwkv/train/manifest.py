@@ -29,7 +29,7 @@ _FREE = {
     *("proj_dir", "overwrite", "allow_changes", "random_seed", "load_model", "lora_load", "data_file"),  # the last three by their content
     *("max_steps", "epoch_count", "my_exit", "epoch_save", "save_every", "val_every", "val_samples", "wandb", "on_nan"),
     *("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "pre_ffn"),  # these by the model's sizes
-    *("strategy", "accelerator", "grad_cp", "precision"),
+    *("strategy", "ds_bucket_mb", "ds_config", "accelerator", "grad_cp", "precision"),
     *("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes", "epoch_steps"),  # these by what they come to
 }
 

@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader, Subset
 from rwkv.config import TrainConfig
 from rwkv.data.dataset import Samples
 from rwkv.model import RWKV
-from rwkv.model.loss import head_loss
-from rwkv.train import optimizer, pieces, schedule
+from rwkv.train import optimizer, pieces, schedule, strategy
 
 
 class TrainingModule(pl.LightningModule):
@@ -70,9 +69,9 @@ class TrainingModule(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *arguments, **keywords) -> None:
         # In place of Lightning's, which does the same and keeps the norm to itself.
-        gradients = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients:  # DeepSpeed holds and clips them
+        if strategy.zero(self.config):  # DeepSpeed holds and clips them
             return
+        gradients = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.grad_norm = torch.nn.utils.clip_grad_norm_(gradients, self.config.grad_clip or math.inf).detach()
         # Gradients are averaged over the ranks by now: all see the same. Asking costs a wait for the device, so only where it is wanted.
         if self.config.on_nan == "skip" and not torch.isfinite(self.grad_norm):
@@ -87,7 +86,7 @@ class TrainingModule(pl.LightningModule):
         if 0 < self.config.tbptt_len < y.shape[1]:
             return pieces.mean_loss(self.model, x, y, counts, reset, self.config.tbptt_len, self.config.exact), count
         hidden, _ = self.model.hidden(x, reset=reset)
-        return head_loss(hidden, self.model.head.weight, y, counts), count
+        return self.model.head(hidden, y, counts), count
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         loss, count = self.mean_loss(batch)

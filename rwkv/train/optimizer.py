@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
+from rwkv import compat
 from rwkv.config import TrainConfig
+from rwkv.train import strategy
 
 
 def groups(model: nn.Module, c: TrainConfig) -> list[dict]:
@@ -21,7 +23,7 @@ def groups(model: nn.Module, c: TrainConfig) -> list[dict]:
             scale = 2.0 if "time_decay" in name else 3.0 if "time_first" in name else 1.0
             if c.my_pile_stage == 2 and "time_" in name:
                 scale = 5.0
-        decays = c.weight_decay > 0 and scale == 1.0 and parameter.squeeze().dim() >= 2
+        decays = c.weight_decay > 0 and scale == 1.0 and sum(size > 1 for size in strategy.shape(parameter)) >= 2
         found.setdefault((scale, decays), []).append((name, parameter))
     return [
         {"params": [p for _, p in named], "names": [name for name, _ in named], "lr_scale": scale, "weight_decay": 0.0, "decays": decays}
@@ -30,9 +32,15 @@ def groups(model: nn.Module, c: TrainConfig) -> list[dict]:
 
 
 def make(model: nn.Module, c: TrainConfig) -> torch.optim.Optimizer:
-    """Adam over the trainable parameters, AdamW where weight_decay > 0; the schedule sets rates and decays before every step."""
-    kind = torch.optim.AdamW if c.weight_decay > 0 else torch.optim.Adam
-    return kind(groups(model, c), lr=c.lr_init, betas=(c.beta1, c.beta2), eps=c.adam_eps)
+    """Adam over the trainable parameters, AdamW where weight_decay > 0; the schedule sets rates and decays before every step.
+
+    torch's, fused on a GPU; under DeepSpeed its own where it is compiled.
+    """
+    options = {"lr": c.lr_init, "betas": (c.beta1, c.beta2), "eps": c.adam_eps}
+    zero = strategy.zero(c)
+    if zero and (kind := compat.deepspeed_adam(zero.offload_optimizer)):
+        return kind(groups(model, c), **options)  # without a decay AdamW is Adam
+    return compat.adam(groups(model, c), c.weight_decay > 0, fused=not (zero and zero.offload_optimizer), **options)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rate: float, decay: float) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from rwkv.config import TrainConfig
-from rwkv.train import schedule, state, store
+from rwkv.train import schedule, sharded, state, store
 from rwkv.train.metrics import Metrics
 from rwkv.train.module import TrainingModule
 
@@ -32,7 +32,7 @@ class Saving(pl.Callback):
     Args:
         begin: the state to go on from, on rank 0; None for a new run.
         run: the run's manifest, which goes into every state.
-        save: save(name, step) writes a checkpoint; called on every rank.
+        save: save(name, step, gather) writes a checkpoint; called on every rank, and gather(names) puts parameters together on rank 0.
 
     Attribute `last`: the name of the checkpoint written last.
     """
@@ -43,7 +43,7 @@ class Saving(pl.Callback):
         folder: Path,
         begin: state.State | None,
         run: dict[str, Any],
-        save: Callable[[str, int], None],
+        save: Callable[[str, int, Callable], None],
         metrics: Metrics,
     ):
         self.config, self.folder, self._begin, self._run, self._save, self._metrics = config, folder, begin, run, save, metrics
@@ -65,7 +65,10 @@ class Saving(pl.Callback):
         self._last = step
         # A checkpoint comes before the state of its step: a run killed between them makes it again.
         if name := checkpoint_name(c, step) or ("rwkv-final.pth" if trainer.should_stop else ""):
-            self._save(name, step)
+            parameters = dict(module.model.named_parameters())
+            self._save(
+                name, step, lambda names: sharded.weights({n: parameters[n] for n in names}, module.optimizers().optimizer, module.device)
+            )
             self.last = name
         if name or step >= self._next:
             started = time.perf_counter()

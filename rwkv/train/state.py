@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rwkv.train import sharded
 from rwkv.train.module import TrainingModule
 
 FORMAT = 1  # of the file; a later one is refused by name
@@ -45,13 +46,14 @@ class State:
 
 def capture(trainer: pl.Trainer, module: TrainingModule, run: dict[str, Any]) -> State:
     """The run as it is now. Weights and optimizer state are not copied: write them before the next step. Rank 0's is complete."""
+    optimizer, trained = module.optimizers().optimizer, _trained(module)
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return State(
         step=module.step,
         samples=module.samples,
-        weights={name: parameter.detach() for name, parameter in _trained(module).items()},
-        optimizer=_optimizer_state(module),
-        scaler=scaler.state_dict() if scaler else {},
+        weights=sharded.weights(trained, optimizer, module.device),
+        optimizer=sharded.optimizer_state(trained, optimizer, module.device),
+        scaler=scaler.state_dict() if scaler else sharded.scaler(optimizer),
         rng=_gathered(_rng(module.device)),
         run=run,
     )
@@ -63,16 +65,8 @@ def restore(trainer: pl.Trainer, module: TrainingModule, state: State | None) ->
     Where there are more ranks than there were, the further ones keep their own random numbers.
     """
     state = _shared(state, module.device)
-    trained = _trained(module)
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(state.weights[name])
     optimizer = module.optimizers().optimizer
-    names = [name for group in optimizer.param_groups for name in group["names"]]
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict(
-        {"state": {i: state.optimizer[n] for i, n in enumerate(names) if n in state.optimizer}, "param_groups": groups}
-    )
+    sharded.put_back(_trained(module), optimizer, state.weights, state.optimizer, state.scaler)
     if state.scaler and getattr(trainer.precision_plugin, "scaler", None):
         trainer.precision_plugin.scaler.load_state_dict(state.scaler)
     if trainer.global_rank < len(state.rng):
@@ -81,12 +75,6 @@ def restore(trainer: pl.Trainer, module: TrainingModule, state: State | None) ->
 
 def _trained(module: TrainingModule) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in module.model.named_parameters() if parameter.requires_grad}
-
-
-def _optimizer_state(module: TrainingModule) -> dict[str, dict[str, Any]]:
-    optimizer = module.optimizers().optimizer
-    named = [pair for group in optimizer.param_groups for pair in zip(group["names"], group["params"], strict=True)]
-    return {name: dict(optimizer.state[parameter]) for name, parameter in named if parameter in optimizer.state}
 
 
 def _rng(device: torch.device) -> dict[str, Any]:

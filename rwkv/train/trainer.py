@@ -8,7 +8,7 @@ import torch
 
 from rwkv import compat
 from rwkv.config import TrainConfig
-from rwkv.train import cpu
+from rwkv.train import cpu, strategy
 
 
 def quiet_lightning() -> None:
@@ -17,6 +17,7 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # A run that is finished already has an empty loader.
     warnings.filterwarnings("ignore", ".*does not have many workers.*|.*returned 0 length.*|.*across ranks is zero.*")
+    warnings.filterwarnings("ignore", ".*DeepSpeed handles gradient clipping internally.*")  # as it should
 
 
 def on_gpu(c: TrainConfig) -> bool:
@@ -37,12 +38,11 @@ def make_trainer(c: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
     """A trainer that runs the module's batches once; metrics, progress and checkpoints are the callbacks' business."""
     gpu, precision = on_gpu(c), precision_of(c)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    alone = c.devices * c.num_nodes == 1
     return pl.Trainer(
         accelerator="gpu" if gpu else "cpu" if c.accelerator == "auto" else c.accelerator,
         devices=c.devices,
         num_nodes=c.num_nodes,
-        **compat.trainer_options(precision, alone and c.strategy == "auto"),
+        **compat.trainer_options(precision, strategy.make(c, gpu)),
         max_epochs=1,
         accumulate_grad_batches=c.accumulate_grad_batches,
         gradient_clip_val=c.grad_clip or None,

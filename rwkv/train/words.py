@@ -6,7 +6,7 @@ from rwkv.config import TrainConfig
 from rwkv.data.binidx import Dataset
 from rwkv.data.dataset import Documents, HeldOut, Samples
 from rwkv.model import RWKV
-from rwkv.train import schedule
+from rwkv.train import schedule, strategy
 from rwkv.train.trainer import precision_of
 
 
@@ -60,8 +60,12 @@ def _types(c: TrainConfig, model: RWKV) -> str:
     products = {"tf32": "float32 by tf32 (10 bits)", "bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
     read = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
     trained = "/".join(kept[True])
+    weights = f"trained weights {trained} (they are the master weights), gradients {trained}, Adam's moments {trained}"
+    if strategy.zero(c) and read != "float32":
+        kept[False] = kept[False] and [read]
+        weights = f"trained weights and gradients {read}, their master weights and Adam's moments float32 (DeepSpeed's way)"
     return (
-        f"{precision}: trained weights {trained} (they are the master weights), gradients {trained}, Adam's moments {trained}"
+        f"{precision}: {weights}"
         + (f", frozen weights {'/'.join(kept[False])}" if kept[False] else "")
         + f", matrix products {products}, WKV reads {read} and computes in float32, loss float32"
         + (", scaled" if precision == "fp16" else "")
