@@ -1,0 +1,202 @@
+"""One run on several machines: what each launcher is told, and two hosts, as network namespaces, that train as one process does."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+COMMAND = "-m torch.distributed.run --nnodes {} --node_rank {} --nproc_per_node {} --master_addr {} --master_port {} scripts/lora.py --lora_r 4 --num_nodes {} --devices {}"
+FLAGS = ["--", "scripts/lora.py", "--lora_r", "4"]
+
+
+def launch(root, *words, status=0, **environment) -> str:
+    """What launch.sh says it would run, or its error."""
+    kept = {name: os.environ[name] for name in ("HOME",) if name in os.environ} | {"PATH": os.environ["PATH"], "PY": "python"}
+    done = subprocess.run(
+        [str(word) for word in (root / "scripts/launch.sh", "--print", *words)],
+        capture_output=True,
+        text=True,
+        env=kept | environment,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    return done.stderr if status else done.stdout
+
+
+def command(nodes, node, devices, master, port=29500) -> str:
+    return "python " + COMMAND.format(nodes, node, devices, master, port, nodes, devices) + "\n"
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """Programs put in front of PATH."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def make(**programs) -> None:
+        for name, text in programs.items():
+            path = tmp_path / name.replace("_", "-")
+            path.write_text(f"#!/bin/sh\n{text}\n")
+            path.chmod(0o755)
+
+    return make
+
+
+def test_torchrun_on_each_machine(root):
+    words = ("--nodes", 3, "--node", 2, "--master", "10.0.0.1")
+    assert launch(root, *words, "--devices", 8, *FLAGS) == command(3, 2, 8, "10.0.0.1")
+
+
+def test_processes_are_as_many_as_gpus(root, commands):
+    commands(nvidia_smi="echo GPU 0; echo GPU 1")
+    words = ("--nodes", 1, "--node", 0, "--master", "localhost", "--port", 1234)
+    assert launch(root, *words, *FLAGS) == command(1, 0, 2, "localhost", 1234)
+
+
+def test_a_hostfile_reaches_every_machine(root, commands, tmp_path):
+    commands(reach='shift; exec sh -c "$*"')
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# the rack\nalpha slots=4\n\nbeta slots=4")
+    said = launch(root, "--hostfile", hosts, "--", "scripts/lora.py", "--lora_r", "4", SSH="reach")
+    assert said == command(2, 0, 4, "alpha") + command(2, 1, 4, "alpha")
+
+
+def test_slurm_is_recognised(root, commands):
+    commands(scontrol='test "$*" = "show hostnames node[7-8]" && printf "node7\\nnode8\\n"')
+    slurm = {"SLURM_NODEID": "1", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_GPUS_ON_NODE": "8"}
+    assert launch(root, *FLAGS, **slurm) == command(2, 1, 8, "node7")
+
+
+def test_kubeflow_is_recognised(root):
+    newer = {
+        "PET_NNODES": "2",
+        "PET_NODE_RANK": "1",
+        "PET_MASTER_ADDR": "job-master-0",
+        "PET_MASTER_PORT": "23456",
+        "PET_NPROC_PER_NODE": "4",
+    }
+    assert launch(root, *FLAGS, **newer) == command(2, 1, 4, "job-master-0", 23456)
+    older = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+    assert launch(root, "--devices", 1, *FLAGS, **older) == command(2, 0, 1, "job-master-0", 23456)
+
+
+def test_the_manifest_launches_flags_that_the_script_has(root):
+    job = yaml.safe_load((root / "docker/pytorchjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    for replica in job["spec"]["pytorchReplicaSpecs"].values():
+        container = replica["template"]["spec"]["containers"][0]
+        assert container["name"] == "pytorch"  # the operator looks for this name
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == int(job["spec"]["nprocPerNode"])
+        program, dashes, script, *flags = container["command"]
+        assert (root / program).stat().st_mode & 0o111
+        assert dashes == "--"
+        done = subprocess.run([sys.executable, root / script, *flags, "--print_config"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in replica["template"]["spec"]["volumes"]}
+
+
+REFUSED = [
+    ([], "nothing to launch"),
+    (["--", "x.py"], "give --nodes, --node and --master, or --hostfile"),
+    (["--nodes", "2", "--node", "2", "--master", "a", "--", "x.py"], "--node 2 of --nodes 2"),
+    (["--nods", "2"], "--nods is not a flag"),
+    (["--hostfile", "none", "--", "x.py"], "none: no such file"),
+]
+
+
+@pytest.mark.parametrize(("words", "complaint"), REFUSED)
+def test_what_cannot_be_launched_is_refused(root, words, complaint):
+    assert complaint in launch(root, *words, status=2)
+
+
+def test_a_hostfile_that_is_none_is_refused(root, tmp_path):
+    hosts = tmp_path / "hosts"
+    for text, complaint in (
+        ("a slots=0\n", "a line is 'address slots=N'"),
+        ("a slots=1\nb slots=2\n", "b has other slots"),
+        ("#\n", "names no machine"),
+    ):
+        hosts.write_text(text)
+        assert complaint in launch(root, "--hostfile", hosts, "--", "x.py", status=2)
+
+
+def _ip(*words) -> None:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    """Two hosts on one wire: network namespaces with nothing in common but it. Name to address."""
+    names = [f"rwkv{os.getpid()}{letter}" for letter in "ab"]
+    wires = [f"w{os.getpid()}{letter}" for letter in "ab"]
+    with contextlib.ExitStack() as stack:
+        try:
+            for name in names:
+                _ip("netns", "add", name)
+                stack.callback(subprocess.run, ["ip", "netns", "del", name], capture_output=True, check=False)
+            _ip("link", "add", wires[0], "type", "veth", "peer", "name", wires[1])
+            for i, (name, wire) in enumerate(zip(names, wires, strict=True)):
+                _ip("link", "set", wire, "netns", name, "name", "wire")
+                _ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "wire")
+                for link in ("lo", "wire"):
+                    _ip("-n", name, "link", "set", link, "up")
+        except (OSError, FileNotFoundError) as error:
+            pytest.skip(f"no network namespaces here: {error}")
+        yield {f"10.77.0.{i + 1}": name for i, name in enumerate(names)}
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def flags(make_base, make_data, tmp_path):
+    def make(folder: str, steps: int, *more) -> list[str]:
+        words = [
+            "--load_model",
+            make_base(),
+            "--data_file",
+            make_data(400),
+            "--proj_dir",
+            tmp_path / folder,
+            "--ctx_len",
+            8,
+            "--magic_prime",
+            -1,
+        ]
+        words += ["--epoch_count", 1, "--epoch_steps", steps, "--random_seed", 1, "--accelerator", "cpu", "--lr_init", 1e-2, *more]
+        return [str(word) for word in words]
+
+    return make
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    monkeypatch.setenv("PY", sys.executable)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "wire")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_two_hosts_of_a_hostfile_train_as_one_process(root, hosts, machine, commands, flags, script, tmp_path):
+    cases = "\n".join(f'{address}) exec ip netns exec {name} sh -c "$*";;' for address, name in hosts.items())
+    commands(reach=f"host=$1; shift; case $host in\n{cases}\nesac")
+    (tmp_path / "hosts").write_text("".join(f"{address} slots=1\n" for address in hosts))
+    script("finetune.py", *flags("one", 6, "--micro_bsz", 4))
+    done = subprocess.run(
+        [root / "scripts/launch.sh", "--hostfile", tmp_path / "hosts", "--", "scripts/finetune.py", *flags("two", 6, "--micro_bsz", 2)],
+        cwd=root,
+        env=os.environ | {"SSH": "reach"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)  # sums in another order
