@@ -40,32 +40,36 @@ def together(parts: Sequence[str | os.PathLike], marks: Sequence[str | os.PathLi
     A part whose temporary the block has removed is not wanted: an old one goes.
     """
     targets = [Path(path) for path in (*parts, *marks)]
+    with full_disk(targets[0], "Nothing was written"), contextlib.ExitStack() as stack:
+        temporaries = [stack.enter_context(_temporary(path)) for path in targets]
+        yield temporaries
+        for temporary in filter(Path.exists, temporaries):
+            os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes 0600; a dataset or checkpoint is not a secret
+            _sync(temporary)
+        for mark in targets[len(parts) :]:
+            mark.unlink(missing_ok=True)
+        pairs = list(zip(temporaries, targets, strict=True))
+        for some in (pairs[: len(parts)], pairs[len(parts) :]):
+            for temporary, path in some:
+                if temporary.exists():
+                    os.replace(temporary, path)
+                else:
+                    path.unlink(missing_ok=True)
+            for folder in {path.parent for _, path in some}:
+                _sync(folder)
+
+
+@contextlib.contextmanager
+def full_disk(path: str | os.PathLike, left: str) -> Iterator[None]:
+    """Turn the error of a full disk while `path` is written into a UserError, which ends with what is `left`."""
     try:
-        with contextlib.ExitStack() as stack:
-            temporaries = [stack.enter_context(_temporary(path)) for path in targets]
-            yield temporaries
-            for temporary in filter(Path.exists, temporaries):
-                os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes 0600; a dataset or checkpoint is not a secret
-                _sync(temporary)
-            for mark in targets[len(parts) :]:
-                mark.unlink(missing_ok=True)
-            pairs = list(zip(temporaries, targets, strict=True))
-            for some in (pairs[: len(parts)], pairs[len(parts) :]):
-                for temporary, path in some:
-                    if temporary.exists():
-                        os.replace(temporary, path)
-                    else:
-                        path.unlink(missing_ok=True)
-                for folder in {path.parent for _, path in some}:
-                    _sync(folder)
+        yield
     except OSError as error:
         if error.errno == errno.EROFS:
             raise UserError(f"{targets[0]}: this file system is read-only; write to another place, in the container to out/") from error
         if error.errno not in _FULL:
             raise
-        raise UserError(
-            f"{targets[0]}: {_FULL[error.errno]}; make room or write to another place, and run again. Nothing was written"
-        ) from error
+        raise UserError(f"{path}: {_FULL[error.errno]}; make room or write to another place, and run again. {left}") from error
 
 
 def abandoned(path: str | os.PathLike) -> list[Path]:

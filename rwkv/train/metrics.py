@@ -1,5 +1,6 @@
 """What a run leaves behind of every step: metrics, progress bar, logs."""
 
+import contextlib
 import datetime
 import json
 import math
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from rwkv.config import TrainConfig
 from rwkv.data.dataset import HeldOut
 from rwkv.errors import UserError
-from rwkv.files import whole
+from rwkv.files import full_disk, whole
 from rwkv.train import schedule, store
 from rwkv.train.module import TrainingModule
 from rwkv.train.validation import held_out_loss
@@ -40,6 +41,7 @@ class Metrics(pl.Callback):
         self.lines: list[dict[str, Any]] = []
         self._batches: list[torch.Tensor] = []
         self._targets = self._skipped = 0
+        self._bar: Any = None
         self._file: Any = None
         self._wandb: Any = None
 
@@ -133,8 +135,9 @@ class Metrics(pl.Callback):
         }
         line = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
         self.lines.append(line)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with full_disk(self.folder / "metrics.jsonl", "The run then goes on from its last state"):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         held_out = next((f", held out {old['val_loss']:.3f}" for old in reversed(self.lines) if old.get("val_loss") is not None), "")
         self._bar.set_postfix_str(f"loss {loss:.3f}{held_out}, lr {line['lr']:.2e}, {speed:,.0f} tokens/s", refresh=False)
         self._bar.update()
@@ -156,12 +159,21 @@ class Metrics(pl.Callback):
         self._log(f"{number} {mean:.6f} {math.exp(min(mean, 700)):.4f} {rate:.8f} {datetime.datetime.now()} {since}\n")
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()  # before the error is told: the bar would be drawn over it
+
+    def _close(self) -> None:
         for attribute, close in (("_bar", "close"), ("_file", "close"), ("_wandb", "finish")):
-            if getattr(self, attribute, None) is not None:
-                getattr(getattr(self, attribute), close)()
+            if (opened := getattr(self, attribute)) is not None:
+                setattr(self, attribute, None)
+                with contextlib.suppress(OSError):  # what a full disk left in the buffer has been told of
+                    getattr(opened, close)()
 
     def _log(self, text: str) -> None:
-        with open(self.folder / "train_log.txt", "a", encoding="utf-8") as file:
+        path = self.folder / "train_log.txt"
+        with full_disk(path, "The run then goes on from its last state"), open(path, "a", encoding="utf-8") as file:
             file.write(text)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -170,6 +171,18 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_state(make_base, make_data
     fit(config)
     fit(changed(config, proj_dir=str(tmp_path / "whole")))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_disk_that_is_full_for_the_metrics_is_an_error_in_words_below_the_bar(make_base, make_data, tmp_path, root):
+    config = make("all", make_base, make_data, proj_dir=str(tmp_path / "run"), epoch_steps=400)
+    limit = "import resource, runpy, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    argv = command(root, config, save_every=1000, epoch_save=1000)
+    done = subprocess.run([argv[0], "-c", limit, *argv[1:]], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert re.fullmatch(
+        r"error: .*/(metrics.jsonl|train_log.txt): larger than a file may be here; make room .*goes on from its last state", last
+    )
 
 
 def command(root, config, **flags):
