@@ -66,7 +66,7 @@ def full_disk(path: str | os.PathLike, left: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.EROFS:
-            raise UserError(f"{targets[0]}: this file system is read-only; write to another place, in the container to out/") from error
+            raise UserError(f"{path}: this file system is read-only; write to another place, in the container to out/") from error
         if error.errno not in _FULL:
             raise
         raise UserError(f"{path}: {_FULL[error.errno]}; make room or write to another place, and run again. {left}") from error
