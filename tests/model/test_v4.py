@@ -130,3 +130,27 @@ def test_no_gradient_crosses_a_document_start(make_model):
         (gradient,) = torch.autograd.grad(logits[:, 7:].square().sum(), inputs[-1])
         assert bool(gradient[:, :7].any()) == crosses
         assert gradient[:, 7:].any()
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_block_keeps_what_the_docstring_says(make_model, stored, autocast, trained):
+    D, A, F, B, T = 32, 48, 96, 2, 64
+    model = make_model(n_layer=3, n_embd=D, dim_att=A, dim_ffn=F)
+    for parameter in model.parameters():
+        parameter.requires_grad_(trained or parameter.dim() == 3)
+        if stored == torch.bfloat16 and parameter.dim() == 2:
+            parameter.data = parameter.data.to(stored)
+    s = 2 if stored == torch.bfloat16 else 4
+    e = 2 if autocast or stored == torch.bfloat16 else 4
+    found, own = {}, {p.data_ptr() for p in model.parameters()}
+    block, x = model.blocks[1], torch.randn(B, T, D).to(stored).requires_grad_()
+    state = model.initial_state(B)[1]
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: found.__setitem__(t.data_ptr(), t) or t, lambda t: t),
+    ):
+        block(x, state)
+    kept = sum(t.numel() * t.element_size() for at, t in found.items() if at not in own and t.numel() > B * T)
+    assert kept == B * T * (2 * (s * D + 8) + e * (2 * D + 4 * A + F + 2 * D) + 0.75 * A)
