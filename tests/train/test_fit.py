@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from rwkv import checkpoint
+from rwkv import checkpoint, lora
 from rwkv.checkpoint import load_model, load_tuned, read_manifest, read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import Dataset, writer
@@ -427,3 +427,26 @@ def test_a_run_says_its_types_and_what_it_was_made_from(make_base, make_data, tm
     assert len(run["stack"]["lock_sha256"]) == 64
     for path in (tmp_path / "run").rglob("*"):
         assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+
+
+def test_lora_on_a_base_kept_in_bf16_follows_the_one_in_fp32(make_base, make_data, tmp_path, monkeypatch):
+    stored, trained = [], []
+    keep = lora.store_frozen
+    monkeypatch.setattr(lora, "store_frozen", lambda model, dtype: (keep(model, dtype), stored.append(dtype), trained.append(model))[0])
+    common = {**TUNE, "load_model": str(make_base()), "data_file": make_data(200), "lora_dropout": 0.0, "lr_init": 1e-2}
+    flags = {
+        "fp32": {},
+        "bf16": {},
+        "whole": {"precision": "bf16", "lora_base": "fp32"},
+        "stored": {"precision": "fp32", "lora_base": "bf16"},
+    }
+    for name, given in flags.items():
+        fit(LoRAConfig(**common | {"precision": name} | given, proj_dir=str(tmp_path / name)))
+    assert stored == [torch.float32, torch.bfloat16, torch.float32, torch.bfloat16]
+    for dtype, model in zip(stored, trained, strict=True):
+        assert model.head.weight.dtype == dtype
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    losses = {name: [line["loss"] for line in lines(tmp_path / name)] for name in flags}
+    for name, curve in losses.items():
+        assert curve == pytest.approx(losses["fp32"], rel=0.02)  # bf16 keeps 8 significant bits
+        assert (curve == losses["fp32"]) == (name == "fp32")
