@@ -44,7 +44,7 @@ def describe(c: TrainConfig, precision: str, sizes: Sizes, data: Dataset) -> dic
         "seed": c.random_seed,
         "git": _revision(),
         "stack": {"name": compat.stack(), "lock_sha256": sha256(lock) if lock.exists() else None, **_versions()},
-        "kernel": {"built": build.manifest(), "manifest_sha256": sha256(kernel)} if kernel.exists() else None,
+        "kernel": {"source_sha256": build.manifest()["source_hash"], "manifest_sha256": sha256(kernel)} if kernel.exists() else None,
         "precision": precision,
         "model": vars(sizes),
         "data": {"prefix": str(data.prefix), "bytes": size, "sha256": sha256(raw) if size <= _HASH_LIMIT else None},
