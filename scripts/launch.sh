@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One run on several machines, each with a process per GPU. All have this folder, the data and the models under the same paths; --proj_dir lies where all
-# reach it, or at least where the first machine finds it again. After a machine was lost, the same command goes on from the last saved state.
+# reach it, or at least where the first machine finds it again. After a machine was lost, the same command goes on from the last saved state; the others'
+# processes end when they notice, torchrun of torch 1.13.1 up to five minutes later.
 #
 #   torchrun      On each machine, the first one's number is 0:
 #                   scripts/launch.sh --nodes 2 --node 0 --master 10.0.0.1 -- scripts/lora.py --strategy deepspeed_stage_2 ...

@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -200,3 +202,45 @@ def test_two_hosts_of_a_hostfile_train_as_one_process(root, hosts, machine, comm
     )
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)  # sums in another order
+
+
+def test_a_host_that_dies_ends_the_run_and_the_same_command_goes_on(root, hosts, machine, flags, tmp_path):
+    training = ["--", "scripts/finetune.py", *flags("run", 200, "--micro_bsz", 2, "--save_every", 10)]
+
+    def start() -> list[subprocess.Popen]:
+        def on(i: int, name: str) -> subprocess.Popen:
+            words = ["--nodes", 2, "--node", i, "--master", next(iter(hosts)), "--devices", 1, *training]
+            command = [str(word) for word in ("ip", "netns", "exec", name, root / "scripts/launch.sh", *words)]
+            said = open(tmp_path / f"{name}.txt", "a")  # noqa: SIM115, the process's for as long as it runs
+            return subprocess.Popen(command, cwd=root, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+
+        return [on(i, name) for i, name in enumerate(hosts.values())]
+
+    first, second = start()
+    until = time.monotonic() + 100
+    while not list((tmp_path / "run/resume").glob("step-*.pt")) and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(second.pid, signal.SIGKILL)
+    # Its rank may be in a session of its own: what is left in the namespace goes too, as a machine takes all with it.
+    left = subprocess.run(["ip", "netns", "pids", list(hosts.values())[1]], capture_output=True, text=True, check=True).stdout.split()
+    for process in map(int, left):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    until = time.monotonic() + 100
+    while "failed (exitcode: 1)" not in (tmp_path / f"{next(iter(hosts.values()))}.txt").read_text():
+        assert time.monotonic() < until, "the other host did not notice"
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGKILL)  # torchrun of torch 1.13.1 itself would wait five minutes for the lost one
+    for process in (first, second):
+        process.wait(10)
+    made = len(losses(tmp_path / "run"))
+    assert 0 < made < 200
+
+    ends = [process.wait(100) for process in start()]
+    assert ends == [0, 0], "".join((tmp_path / f"{name}.txt").read_text() for name in hosts.values())
+    assert "goes on:" in (tmp_path / f"{next(iter(hosts.values()))}.txt").read_text()
+    never = ["--nodes", "1", "--node", "0", "--master", "127.0.0.1", "--devices", "2"]
+    whole = ["--", "scripts/finetune.py", *flags("whole", 200, "--micro_bsz", 2)]
+    environment = {key: value for key, value in os.environ.items() if key != "GLOO_SOCKET_IFNAME"}
+    subprocess.run([root / "scripts/launch.sh", *never, *whole], cwd=root, env=environment, check=True, capture_output=True, timeout=100)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")  # bit for bit, on one machine that never stopped
