@@ -181,3 +181,8 @@ def pythons() -> list[str]:
 DRIVERS = {"11": (450, 515), "12": (525, 525), "13": (580, 580)}
 """For each major CUDA version the oldest NVIDIA driver that runs its later minor versions too, and the driver that 11.7, 12.0, 13.0 came
 with (CUDA Toolkit release notes)."""
+
+
+def storage(tensor: Any) -> Any:
+    """What holds a tensor's bytes: torch 2 calls it untyped, and warns where it is asked for as torch 1 does."""
+    return tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor.storage()

@@ -146,6 +146,9 @@ class TrainConfig:
     """AdamW's decay of the matrices. 0: plain Adam."""
     weight_decay_final: float = -1
     """Decay at the end, reached exponentially. -1: constant."""
+    optimizer: Literal["adam", "adafactor"] = "adam"
+    """adafactor: keeps a row and a column for each matrix instead of two numbers a weight (transformers' Adafactor, without momentum and with the
+    rates of the schedule; β₁, β₂ and ε are its own). For full tuning that does not fit; steps differ from Adam's."""
     layerwise_lr: Literal[0, 1] = 1
     """1: time_decay learns at twice the rate, time_first at three times."""
     grad_clip: float = 1.0
@@ -175,6 +178,10 @@ class TrainConfig:
     fp32 ones of what trains in the optimizer; these are what is saved. What is kept in which type is said at the start."""
     grad_cp: Literal[0, 1] = 0
     """1: recompute each block in the backward pass. Less memory, a third more time."""
+
+    auto: bool = False
+    """Choose micro_bsz, accumulate_grad_batches and grad_cp (on GPUs also the strategy) by predicted memory, so that the run fits; micro_bsz then is
+    the batch that is wanted, and steps stay the same. What is chosen is printed; scripts/estimate.py shows the prediction."""
 
     # watching
     wandb: str = ""
@@ -328,6 +335,62 @@ class GenerateConfig:
     """-1: different each time."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: a GPU if there is one."""
+
+
+@dataclass
+class EstimateConfig:
+    """How much memory a run takes."""
+
+    load_model: str = ""
+    """Checkpoint whose sizes count."""
+    model: str = ""
+    """A published size instead: 0.1b, 0.4b, 1.5b, 3b, 7b, 14b."""
+    n_layer: int = 0
+    """Layers L, if neither is given; so the next four. 0: 6."""
+    n_embd: int = 0
+    """Width D. 0: 512."""
+    vocab_size: int = 0
+    """Vocabulary V. 0: 65536."""
+    dim_att: int = 0
+    """Channels of the time-mix. 0: n_embd."""
+    dim_ffn: int = 0
+    """Channels inside the channel-mix. 0: 4 n_embd."""
+    method: Literal["lora", "full"] = "lora"
+    """LoRA, or all weights."""
+    lora_r: int = 8
+    """Rank of the adapter."""
+    lora_parts: str = "att,ln,time"
+    """What trains, as in training."""
+    lora_base: Literal["auto", "bf16", "fp32"] = "auto"
+    """What the frozen matrices are kept in, as in training."""
+    optimizer: Literal["adam", "adafactor"] = "adam"
+    """As in training."""
+    ctx_len: int = 1024
+    """Tokens in a sample."""
+    micro_bsz: int = 12
+    """Samples in a batch, per device."""
+    accumulate_grad_batches: int = 1
+    """Batches in a step."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
+    """What products are computed in."""
+    grad_cp: Literal[0, 1] = 0
+    """1: blocks are recomputed in the backward pass."""
+    strategy: str = "auto"
+    """As in training: auto, ddp, deepspeed_stage_1, 2 or 3, also with _offload."""
+    ds_bucket_mb: int = 200
+    """As in training."""
+    devices: int = 1
+    """Devices of a machine."""
+    num_nodes: int = 1
+    """Machines."""
+    accelerator: Literal["cpu", "gpu"] = "gpu"
+    """What the run will be on. cpu: device and host are the same memory."""
+    card: float = 0
+    """GB of a card (of this machine's memory with --accelerator cpu): what fits, the largest batch and context. 0: that of the GPU present."""
+    table: bool = False
+    """Print the table of README instead."""
+    json: bool = False
+    """Print for programs, in bytes."""
 
 
 @dataclass

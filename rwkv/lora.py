@@ -96,7 +96,7 @@ def inject(model: nn.Module, parts: Collection[str], r: int, alpha: float, dropo
         raise ValueError(f"LoRA parts are any of {', '.join(PARTS)}; got {', '.join(sorted(unknown)) or 'none'}")
     if r < 1:
         raise ValueError(f"LoRA rank r must be at least 1; it is {r}")
-    wanted = {layer for part in parts for layer in _layers(part)}
+    wanted = {layer for part in parts for layer in layers_of(part)}
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and _layer(name) in wanted]
     if wanted and not names:
         raise ValueError(f"this model has no linear layer of the parts {', '.join(parts)}")
@@ -105,7 +105,8 @@ def inject(model: nn.Module, parts: Collection[str], r: int, alpha: float, dropo
     return names
 
 
-def _layers(part: str) -> tuple[str, ...]:
+def layers_of(part: str) -> tuple[str, ...]:
+    """The layers of a block that a part gives adapters to, e.g. att.key; none for `time` and `ln`."""
     return () if part in _WHOLE else _MATRICES.get(part, (part,))
 
 
@@ -122,7 +123,7 @@ def parts_of(names: Collection[str]) -> list[str]:
 
 def same_parts(parts: Collection[str]) -> list[str]:
     """The parts in the form of `parts_of`: in its order, the shortest names."""
-    return _shortest({layer for part in parts for layer in _layers(part)}) + [part for part in _WHOLE if part in parts]
+    return _shortest({layer for part in parts for layer in layers_of(part)}) + [part for part in _WHOLE if part in parts]
 
 
 def _shortest(layers: set[str]) -> list[str]:

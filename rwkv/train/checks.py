@@ -42,6 +42,10 @@ def check(c: TrainConfig) -> None:
     if c.precision == "fp16" and not gpu:
         raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     strategy.check(c)
+    if c.optimizer == "adafactor" and strategy.zero(c):
+        raise UserError(
+            f"--optimizer adafactor with --strategy {c.strategy}: DeepSpeed strings the matrices out, and rows and columns are lost; leave one out"
+        )
     if c.accelerator != "cpu" and 0 < torch.cuda.device_count() < c.devices:
         raise UserError(f"--devices {c.devices}: torch sees {torch.cuda.device_count()} GPUs")
     if isinstance(c, LoRAConfig) and c.lora and not c.load_model and not (c.n_layer and c.n_embd):

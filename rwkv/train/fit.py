@@ -13,10 +13,10 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from rwkv import checkpoint, compat, lora
+from rwkv import checkpoint, compat, limits, lora
 from rwkv.config import TrainConfig
 from rwkv.model import RWKV
-from rwkv.train import cpu, manifest, pile, resume, samples, schedule, store
+from rwkv.train import budget, cpu, manifest, pile, resume, samples, schedule, store
 from rwkv.train.checks import check
 from rwkv.train.metrics import Metrics, keep_steps
 from rwkv.train.module import TrainingModule
@@ -24,7 +24,8 @@ from rwkv.train.plot import plot
 from rwkv.train.saving import Saving, checkpoint_name
 from rwkv.train.signals import Signals
 from rwkv.train.start import adapt, keep_base, make_model, open_data
-from rwkv.train.trainer import make_trainer, precision_of, quiet_lightning
+from rwkv.train.trainer import make_trainer, on_gpu, precision_of, quiet_lightning
+from rwkv.train.watch import Watch
 from rwkv.train.words import introduce, say
 
 
@@ -50,6 +51,7 @@ def fit(config: TrainConfig) -> Result:
     check(config)
     quiet_lightning()
     cpu.prepare()
+    resting = limits.rss()
     before = resume.earlier(config, folder)
     if config.random_seed < 0:
         config = dataclasses.replace(config, random_seed=before["flags"]["random_seed"] if before else _new_seed())
@@ -61,11 +63,20 @@ def fit(config: TrainConfig) -> Result:
         return Result(pile.write_initial(config, folder), 0, math.nan, math.nan)
     model = make_model(config)
     adapter = adapt(model, config, folder)
+    plan = budget.plan_of(config, model.sizes, on_gpu(config), config.precision)
+    if config.auto:
+        config, chosen = budget.choose(config, plan)
+        say(f"auto:  {chosen}")
+        model.grad_cp = bool(config.grad_cp)
+        plan = budget.plan_of(config, model.sizes, on_gpu(config), config.precision)
+    watch = Watch(plan, resting)
     old = resume.outdated(config, folder, before)
     data = open_data(config, model.sizes, folder, reuse=before is not None)
     training, held_out = samples.make(config, data, seed)
     run = manifest.describe(config, config.precision, model.sizes, data)
     introduce(config, model, data, training, held_out)
+    if (limit := budget.room(plan)) and watch.expected() > limit:
+        say(f"memory: {watch.expected() / 1e9:.2f} GB a device predicted, and {limit / 1e9:.2f} can be used. {budget.advice(plan, limit)}")
     state = resume.find(config, folder, before, run)
     if rank_zero_only.rank == 0:
         for path in old:
@@ -75,12 +86,13 @@ def fit(config: TrainConfig) -> Result:
         if adapter and not config.load_model:
             keep_base(model, adapter, folder)
 
-    metrics, signals = Metrics(config, folder, held_out), Signals()
+    metrics, signals = Metrics(config, folder, watch, held_out), Signals()
     saving = Saving(config, folder, state, run, _saver(folder, model, adapter, run), metrics)
-    trainer = make_trainer(config, [metrics, saving, signals])
+    trainer = make_trainer(config, [watch, metrics, saving, signals])
     module = TrainingModule(model, training, config, state and (state.step, state.samples))
     del state  # its memory
-    compat.fit(trainer, module)
+    with watch.explained():
+        compat.fit(trainer, module)
     end = schedule.first_step(config) + schedule.total_steps(config)
     if trainer.interrupted:
         say(f"ended at once, in step {module.step + 1}; the same command goes on from the last state in {store.folder_of(folder)}")
@@ -88,7 +100,10 @@ def fit(config: TrainConfig) -> Result:
     if module.step < end:
         say(f"ended after step {module.step:,} of {end:,}; {folder / saving.last} is saved, and the same command goes on")
         signals.exit()
-    return _finish(config, folder, trainer, module, metrics.lines, adapter)
+    result = _finish(config, folder, trainer, module, metrics.lines, adapter)
+    if watch.peak:
+        say(f"memory: {watch.words()}")
+    return result
 
 
 def _finish(

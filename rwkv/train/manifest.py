@@ -30,7 +30,7 @@ _FREE = {
     *("max_steps", "epoch_count", "my_exit", "epoch_save", "save_every", "val_every", "val_samples", "wandb", "on_nan"),
     *("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "pre_ffn"),  # these by the model's sizes
     *("strategy", "ds_bucket_mb", "ds_config", "accelerator", "grad_cp", "precision"),
-    *("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes", "epoch_steps"),  # these by what they come to
+    *("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes", "epoch_steps", "auto"),  # these by what they come to
 }
 
 

@@ -5,7 +5,6 @@ import datetime
 import json
 import math
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from rwkv.files import full_disk, whole
 from rwkv.train import schedule, store
 from rwkv.train.module import TrainingModule
 from rwkv.train.validation import held_out_loss
+from rwkv.train.watch import Watch
 from rwkv.train.words import say
 
 _IN_A_ROW = 20  # steps that --on_nan skip leaves out before it gives up: the weights themselves are lost by then
@@ -36,7 +36,8 @@ class Metrics(pl.Callback):
         lines: of metrics.jsonl, those of before included (on rank 0).
     """
 
-    def __init__(self, config: TrainConfig, folder: Path, held_out: HeldOut | None = None):
+    def __init__(self, config: TrainConfig, folder: Path, watch: Watch, held_out: HeldOut | None = None):
+        self._watch = watch
         self.config, self.folder, self._held_out = config, folder, held_out
         self.lines: list[dict[str, Any]] = []
         self._batches: list[torch.Tensor] = []
@@ -131,7 +132,7 @@ class Metrics(pl.Callback):
             "lr": group["lr"] / group["lr_scale"],
             "tokens": module.samples * self.config.ctx_len,
             "tokens_per_s": round(speed, 1),
-            **_memory(module.device),
+            **self._watch.line(),
         }
         line = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
         self.lines.append(line)
@@ -139,14 +140,18 @@ class Metrics(pl.Callback):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         held_out = next((f", held out {old['val_loss']:.3f}" for old in reversed(self.lines) if old.get("val_loss") is not None), "")
-        self._bar.set_postfix_str(f"loss {loss:.3f}{held_out}, lr {line['lr']:.2e}, {speed:,.0f} tokens/s", refresh=False)
+        self._bar.set_postfix_str(
+            f"loss {loss:.3f}{held_out}, lr {line['lr']:.2e}, {speed:,.0f} tokens/s, {self._watch.peak / 1e9:.2f} GB", refresh=False
+        )
         self._bar.update()
         if schedule.ends_epoch(self.config, step):
             self._epoch(step)
         if self._wandb:
             decay = schedule.weight_decay(self.config, step - schedule.first_step(self.config) - 1)
             known = {key: line[key] for key in ("loss", "lr", "grad_norm", "targets", "val_loss") if key in line}
-            self._wandb.log(known | {"wd": decay, "Gtokens": line["tokens"] / 1e9, "kt/s": speed / 1e3}, step=step)
+            self._wandb.log(
+                known | {"wd": decay, "Gtokens": line["tokens"] / 1e9, "kt/s": speed / 1e3} | _flat(self._watch.line()), step=step
+            )
 
     def _epoch(self, step: int) -> None:
         """Upstream's line for the epoch that ends with this step."""
@@ -189,12 +194,9 @@ def keep_steps(metrics: Path, last: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in kept]
 
 
-def _memory(device: torch.device) -> dict[str, int]:
-    """Largest memory so far, MiB: of this process, and what torch has allocated on its GPU."""
-    peak = {"rss_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
-    if device.type == "cuda":
-        peak["gpu_peak_mib"] = torch.cuda.max_memory_allocated(device) >> 20
-    return peak
+def _flat(memory: dict[str, Any]) -> dict[str, int]:
+    """wandb's panels: memory/forward and so on."""
+    return {f"memory/{name}": value for name, value in (memory | memory["peak_mib"]).items() if name != "peak_mib"}
 
 
 def _start_wandb(config: TrainConfig, folder: Path) -> Any:

@@ -34,6 +34,7 @@ class TrainingModule(pl.LightningModule):
         self.begin = begin or (schedule.first_step(config), schedule.first_sample(config))
         self.loss, self.targets, self.stop = torch.tensor(float("nan")), 0, False
         self.grad_norm: Tensor | None = None
+        self._let_go = 0  # the last step whose gradients are gone
 
     @property
     def step(self) -> int:
@@ -77,6 +78,13 @@ class TrainingModule(pl.LightningModule):
         if self.config.on_nan == "skip" and not torch.isfinite(self.grad_norm):
             for parameter in gradients:
                 parameter.grad = None  # Adam passes over what has none: weights and moments stay as they are
+
+    def on_train_batch_end(self, *_) -> None:
+        # Lightning lets gradients go after the next forward pass: they would stand beside all that it keeps.
+        if self.trainer.global_step != self._let_go:
+            self._let_go = self.trainer.global_step
+            for parameter in self.parameters():
+                parameter.grad = None
 
     def mean_loss(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Mean loss over the counted targets of a batch, 0 if there is none, and how many they are."""

@@ -32,15 +32,33 @@ def groups(model: nn.Module, c: TrainConfig) -> list[dict]:
 
 
 def make(model: nn.Module, c: TrainConfig) -> torch.optim.Optimizer:
-    """Adam over the trainable parameters, AdamW where weight_decay > 0; the schedule sets rates and decays before every step.
+    """Adam over the trainable parameters, AdamW where weight_decay > 0; the schedule sets rates and decays before every step. Or Adafactor
+    (Shazeer & Stern 2018, arXiv:1804.04235) by transformers.
 
-    torch's, fused on a GPU; under DeepSpeed its own where it is compiled.
+    Adam is torch's, fused on a GPU; under DeepSpeed its own where it is compiled.
     """
+    if c.optimizer == "adafactor":
+        return _adafactor(groups(model, c), c.lr_init)
     options = {"lr": c.lr_init, "betas": (c.beta1, c.beta2), "eps": c.adam_eps}
     zero = strategy.zero(c)
     if zero and (kind := compat.deepspeed_adam(zero.offload_optimizer)):
         return kind(groups(model, c), **options)  # without a decay AdamW is Adam
     return compat.adam(groups(model, c), c.weight_decay > 0, fused=not (zero and zero.offload_optimizer), **options)
+
+
+def _adafactor(groups: list[dict], rate: float) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor  # seconds to import: only where it is asked for
+
+    class WithClosure(Adafactor):
+        @torch.no_grad()
+        def step(self, closure=None):  # transformers' calls it without gradients, and Lightning's closure is the backward pass
+            with torch.enable_grad():
+                loss = None if closure is None else closure()
+            super().step()
+            return loss
+
+    # The schedule's rates as they are: neither relative to the step's number nor to the size of the weights.
+    return WithClosure(groups, lr=rate, relative_step=False, scale_parameter=False, warmup_init=False)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rate: float, decay: float) -> None:

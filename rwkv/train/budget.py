@@ -1,0 +1,82 @@
+"""A run's flags as a plan of its memory, and --auto: the flags that fit."""
+
+from dataclasses import replace
+
+from rwkv import limits, memory
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.errors import UserError
+from rwkv.model import Sizes
+
+ROOM = 0.92  # of the memory: what the allocator cannot use, and the prediction's error
+
+
+def plan_of(c: TrainConfig, sizes: Sizes, gpu: bool, precision: str) -> memory.Plan:
+    """What memory.estimate takes. Pieces in time (tbptt_len) are as long as a context that is held at once."""
+    adapts = isinstance(c, LoRAConfig) and c.lora
+    return memory.Plan(
+        sizes,
+        lora=adapts,
+        r=c.lora_r if adapts else 0,
+        parts=tuple(part.strip() for part in c.lora_parts.split(",") if part.strip()) if adapts else (),
+        ctx_len=min(c.ctx_len, c.tbptt_len or c.ctx_len),
+        micro_bsz=c.micro_bsz,
+        precision=precision,
+        grad_cp=bool(c.grad_cp),
+        base=c.lora_base if adapts else "auto",
+        optimizer=c.optimizer,
+        strategy=c.strategy,
+        devices=c.devices * c.num_nodes,
+        per_node=c.devices,
+        accumulate=c.accumulate_grad_batches,
+        ds_bucket_mb=c.ds_bucket_mb,
+        gpu=gpu,
+    )
+
+
+def room(plan: memory.Plan) -> int:
+    """Bytes that each device of this machine has for a run; 0 if nobody knows."""
+    found = limits.memory_of(plan.gpu)
+    return round(ROOM * (found if plan.gpu else found / max(1, plan.per_node)))
+
+
+def choose(c: TrainConfig, plan: memory.Plan) -> tuple[TrainConfig, str]:
+    """Flags whose run fits, and what was chosen, in words. The step stays the same: a smaller micro_bsz is accumulated as often as it takes.
+
+    Not recomputing comes before recomputing (a third more time), a large micro_bsz before a small one, and DeepSpeed's sharing out and
+    offload, where the run is on GPUs and does not fit without, last.
+
+    Raises:
+        UserError: nothing fits; what would, if anything.
+    """
+    limit = room(plan)
+    begin = replace(plan, grad_cp=False)
+    micros = [m for m in range(c.micro_bsz, 0, -1) if c.micro_bsz % m == 0]
+    strategies = [c.strategy]
+    if c.strategy == "auto" and plan.gpu and memory.offered(c.devices * c.num_nodes):
+        strategies += memory.offered(c.devices * c.num_nodes)
+    for strategy in strategies:
+        for grad_cp in (False, True):
+            for m in micros:
+                k = c.micro_bsz // m
+                plan = replace(begin, strategy=strategy, grad_cp=grad_cp, micro_bsz=m, accumulate=c.accumulate_grad_batches * k)
+                found = memory.estimate(plan)
+                if found.total <= limit:
+                    words = f"--micro_bsz {m} --accumulate_grad_batches {plan.accumulate} --grad_cp {int(grad_cp)} --strategy {strategy}"
+                    chosen = replace(
+                        c,
+                        micro_bsz=m,
+                        accumulate_grad_batches=plan.accumulate,
+                        epoch_steps=c.epoch_steps * k,
+                        grad_cp=int(grad_cp),
+                        strategy=strategy,
+                    )
+                    return chosen, f"{words}: {found.total / 1e9:.2f} of {limit / 1e9:.2f} GB"
+    raise UserError(f"--auto: nothing fits into {limit / 1e9:.2f} GB. {advice(plan, limit)}")
+
+
+def advice(plan: memory.Plan, limit: int) -> str:
+    """The cheapest change that would fit, as a sentence."""
+    found = memory.remedy(plan, limit)
+    if found is None:
+        return "No change of flags that is known would fit; take a smaller model, or a larger machine"
+    return f"The cheapest change that fits: {found[0]} ({memory.estimate(found[1]).total / 1e9:.2f} GB predicted)"

@@ -1,0 +1,84 @@
+"""How much memory a run will take, part by part, before it is started.
+
+    python scripts/estimate.py --model 7b --method lora --micro_bsz 4 --grad_cp 1 --card 24
+    python scripts/estimate.py --load_model base.pth --method full --strategy deepspeed_stage_2_offload --devices 4 --json
+
+What lies on a GPU, what on the host, the community guide's figure, what fits on a card, and the cheapest change by which the run would fit.
+"""
+
+import json
+
+from rwkv.cli import parse, sentences
+from rwkv.config import EstimateConfig
+from rwkv.errors import UserError
+
+
+def main(config: EstimateConfig) -> None:
+    from rwkv import memory
+
+    if config.table:
+        print(memory.table())
+        return
+    plan = make_plan(config)
+    found, card = memory.estimate(plan), config.card or present(config)
+    if config.json:
+        print(json.dumps(memory.as_dict(plan, found, card), indent=2))
+    else:
+        s = plan.sizes
+        print(
+            f"L{s.n_layer} D{s.n_embd} V{s.vocab_size}, {memory.total(s) / 1e6:,.0f} million parameters, {memory.trained(plan) / 1e6:,.2f} million trained\n"
+        )
+        print(memory.in_words(plan, found, card))
+
+
+def make_plan(c: EstimateConfig):
+    """The plan that the flags describe. Raises UserError."""
+    from rwkv import checkpoint, lora, memory
+
+    for name in ("ctx_len", "micro_bsz", "devices", "num_nodes", "accumulate_grad_batches", "lora_r", "ds_bucket_mb"):
+        if getattr(c, name) < 1:
+            raise UserError(f"--{name} must be at least 1; it is {getattr(c, name)}")
+    if c.model and c.model.lower() not in memory.MODELS:
+        raise UserError(f"--model {c.model} is not one of {', '.join(memory.MODELS)}; give --load_model, or --n_layer and --n_embd")
+    if c.strategy not in memory.STRATEGIES:
+        raise UserError(f"--strategy {c.strategy} is not one of {', '.join(memory.STRATEGIES)}")
+    parts = tuple(part.strip() for part in c.lora_parts.split(",") if part.strip())
+    if unknown := set(parts) - set(lora.PARTS):
+        raise UserError(f"--lora_parts {c.lora_parts}: {', '.join(sorted(unknown))} is not one of {', '.join(lora.PARTS)}")
+    if c.load_model:
+        sizes = checkpoint.sizes_of(checkpoint.read_tensors(c.load_model), c.load_model)
+    elif c.model:
+        sizes = memory.sizes_of(c.model)
+    else:
+        D = c.n_embd or 512
+        sizes = memory.Sizes(c.n_layer or 6, D, c.vocab_size or 65536, c.dim_att or D, c.dim_ffn or 4 * D)
+    return memory.Plan(
+        sizes,
+        lora=c.method == "lora",
+        r=c.lora_r,
+        parts=parts,
+        ctx_len=c.ctx_len,
+        micro_bsz=c.micro_bsz,
+        precision=c.precision,
+        grad_cp=bool(c.grad_cp),
+        base=c.lora_base,
+        optimizer=c.optimizer,
+        strategy=c.strategy,
+        devices=c.devices * c.num_nodes,
+        per_node=c.devices,
+        accumulate=c.accumulate_grad_batches,
+        ds_bucket_mb=c.ds_bucket_mb,
+        gpu=c.accelerator == "gpu",
+    )
+
+
+def present(c: EstimateConfig) -> float:
+    """GB of the GPU, or of the memory, that this machine has; 0 if it has no GPU."""
+    from rwkv.limits import memory_of
+
+    return memory_of(c.accelerator == "gpu") / 1e9
+
+
+if __name__ == "__main__":
+    with sentences():
+        main(parse(EstimateConfig, __doc__))
