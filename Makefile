@@ -16,7 +16,7 @@ endif
 TOOLS := .venv-tools
 CLEAN_DEMO := out/demo
 .DEFAULT_GOAL := help
-.PHONY: help venv env tools image test-image reproduce compose-env kernels lora finetune pretrain convert inspect merge generate doctor estimate demo test test-gpu bench lint lock pin licenses sbom clean
+.PHONY: help venv env tools image test-image reproduce compose-env kernels lora finetune pretrain convert inspect merge generate export doctor estimate demo test test-gpu bench lint lock pin licenses sbom clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,12 +65,13 @@ else
 	@$(PY) scripts/lora.py $(ARGS)
 endif
 
-finetune pretrain convert generate doctor estimate: venv
+finetune pretrain convert generate export doctor estimate: venv
 	@$(PY) scripts/$@.py $(ARGS)
 finetune:  ## tune all weights
 pretrain:  ## train a new model
 convert:  ## text and chats to binidx
 generate:  ## run a model: --ask, --prompt, or a chat
+export:  ## a model in a form that other programs read: safetensors, transformers, another dtype
 estimate:  ## how much memory a run takes, what fits on a card, the cheapest change that would fit
 doctor:  ## what this machine can do, what is missing, how to mend it
 

@@ -56,12 +56,17 @@ def write_tensors(path: PathLike, tensors: Mapping[str, Tensor], manifest: Mappi
     stack = {"rwkv-trainer": __version__, "torch": torch.__version__}
     with whole(path) as temporary:
         if path.suffix == ".safetensors":
-            safetensors.torch.save_file(tensors, temporary)
+            save_safetensors(tensors, temporary)
         else:
             save({key: value.clone() for key, value in tensors.items()}, temporary)  # clone: no storage larger than its tensor
         # A manifest never lies beside weights it does not describe: the old one goes first, the new one comes last.
         manifest_path(path).unlink(missing_ok=True)
     write_json(manifest_path(path), {**manifest, "stack": stack})
+
+
+def save_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """As transformers reads them. `path` is a temporary file's (rwkv.files.whole)."""
+    safetensors.torch.save_file(dict(tensors), path, metadata={"format": "pt"})
 
 
 def save(value: Any, path: Path) -> None:

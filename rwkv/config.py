@@ -338,6 +338,24 @@ class GenerateConfig:
 
 
 @dataclass
+class ExportConfig:
+    """A model in a form that other programs read."""
+
+    model: str = ""
+    """Checkpoint to export: a model, or an adapter merged into one."""
+    output: str = ""
+    """A .pth or .safetensors file, or a folder for transformers."""
+    dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"
+    """What the weights are stored in. keep: as they are."""
+    ctx_len: int = 1024
+    """Context length that config.json of transformers names; the model itself has none."""
+    check_tokens: int = 64
+    """Compare what was written with the model on so many random tokens (in fp32: needs 8 bytes a parameter). 0: do not."""
+    force: bool = False
+    """Replace an output that exists."""
+
+
+@dataclass
 class EstimateConfig:
     """How much memory a run takes."""
 

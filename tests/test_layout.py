@@ -35,7 +35,7 @@ ROOMS = [
     ["rwkv/data/inputs", "rwkv/data/chat", "rwkv/data/stream"],
     ["rwkv/data/encode", "rwkv/data/shards", "rwkv/data/dataset", "rwkv/data/histogram"],
     ["rwkv/data/convert", "rwkv/data/inspection"],
-    ["rwkv/doctor", "rwkv/generate", "rwkv/train/__init__"],
+    ["rwkv/doctor", "rwkv/export", "rwkv/generate", "rwkv/train/__init__"],
     ["rwkv/train/cpu", "rwkv/train/budget", "rwkv/train/schedule", "rwkv/train/strategy", "rwkv/train/plot", "rwkv/train/pieces"],
     ["rwkv/train/optimizer", "rwkv/train/sharded"],
     ["rwkv/train/module", "rwkv/train/samples", "rwkv/train/start", "rwkv/train/trainer", "rwkv/train/manifest"],

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = "venv env tools image test-image reproduce compose-env lora finetune pretrain convert inspect merge generate doctor estimate demo test test-gpu bench lint lock pin licenses sbom clean".split()
+TARGETS = "venv env tools image test-image reproduce compose-env lora finetune pretrain convert inspect merge generate export doctor estimate demo test test-gpu bench lint lock pin licenses sbom clean".split()
 # Else these tests run in a Python that make here does not look after: one of another checkout would be made anew, under whoever uses it.
 MADE = (Path(sys.prefix) / ".ready").exists() and ROOT in Path(sys.prefix).resolve().parents
 OURS = {"STACK": "cu117" if importlib.metadata.version("torch").startswith("1.") else "modern", "VENV": sys.prefix}
@@ -49,7 +49,7 @@ def test_arguments_reach_the_script():
     assert "none.pth: no such checkpoint" in done.stderr
 
 
-JOBS = {name: f"scripts/{name}.py" for name in ("finetune", "pretrain", "convert", "generate", "doctor", "estimate")}
+JOBS = {name: f"scripts/{name}.py" for name in ("finetune", "pretrain", "convert", "generate", "export", "doctor", "estimate")}
 JOBS |= {
     "lora": "scripts/demo_corpus.py",
     "demo": "scripts/demo_corpus.py",

@@ -131,7 +131,7 @@ def test_a_gpu_is_reserved_where_it_is_used_and_nowhere_on_a_machine_without(com
             if "devices" in service.get("deploy", {}).get("resources", {}).get("reservations", {})
         }
 
-    assert reserving("compose.yaml") == set(SERVICES) - {"convert", "inspect", "estimate"}
+    assert reserving("compose.yaml") == set(SERVICES) - {"convert", "inspect", "estimate", "export"}
     assert reserving(*FILES[:2]) == set()
     if shutil.which("nvidia-container-runtime") is None:
         asked = compose("run", "--rm", "doctor", files=["compose.yaml", "tests/image/compose.engine.yaml"])

@@ -9,7 +9,7 @@ import torch
 from rwkv.checkpoint import load_model, load_tuned, read_manifest, read_tensors
 
 TRAINING = ["--ctx_len", 8, "--micro_bsz", 2, "--epoch_count", 1, "--epoch_steps", 3, "--random_seed", 1, "--accelerator", "cpu"]
-SCRIPTS = ["convert", "finetune", "generate", "inspect_data", "lora", "merge_lora", "pretrain"]
+SCRIPTS = ["convert", "export", "finetune", "generate", "inspect_data", "lora", "merge_lora", "pretrain"]
 
 
 def test_from_text_to_a_tuned_model_that_answers(script, write_jsonl, tmp_path):

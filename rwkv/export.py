@@ -1,0 +1,90 @@
+"""A checkpoint in the forms that other programs read: one file in another dtype, or a folder of transformers' RwkvForCausalLM."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv import checkpoint
+from rwkv.errors import UserError
+from rwkv.model import RWKV, Sizes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# BlinkDL's names as transformers has them.
+_RENAMED = (
+    ("blocks.", "rwkv.blocks."),
+    ("emb.", "rwkv.embeddings."),
+    ("ln_out.", "rwkv.ln_out."),
+    (".ln0.", ".pre_ln."),
+    (".att.", ".attention."),
+    (".ffn.", ".feed_forward."),
+    ("time_mix_k", "time_mix_key"),
+    ("time_mix_v", "time_mix_value"),
+    ("time_mix_r", "time_mix_receptance"),
+)
+
+
+def tensors_of(model: RWKV, dtype: str) -> dict[str, Tensor]:
+    """All weights under BlinkDL's names in fp32, bf16 or fp16; `keep`: as they are.
+
+    Raises:
+        UserError: a weight that fp16 does not hold.
+    """
+    made = {name: p.detach() if dtype == "keep" else p.detach().to(DTYPES[dtype]) for name, p in model.named_parameters()}
+    if lost := [name for name, tensor in made.items() if not torch.isfinite(tensor).all()]:
+        raise UserError(f"{lost[0]} is not finite in {dtype}; give --dtype bf16 or fp32")
+    return made
+
+
+def transformers_config(sizes: Sizes, ctx_len: int, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of transformers' RwkvForCausalLM.
+
+    Raises:
+        UserError: a model that transformers does not know.
+    """
+    if sizes.pre_ffn:
+        raise UserError(
+            "transformers' RWKV has no channel-mix in the place of the first time-mix (--pre_ffn 1); export to .pth or .safetensors"
+        )
+    return {
+        "architectures": ["RwkvForCausalLM"],
+        "model_type": "rwkv",
+        "vocab_size": sizes.vocab_size,
+        "context_length": ctx_len,
+        "hidden_size": sizes.n_embd,
+        "num_hidden_layers": sizes.n_layer,
+        "attention_hidden_size": sizes.dim_att,
+        "intermediate_size": sizes.dim_ffn,
+        "layer_norm_epsilon": 1e-5,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def transformers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under transformers' names."""
+    made = {}
+    for name, tensor in tensors.items():
+        for ours, theirs in _RENAMED:
+            name = name.replace(ours, theirs)
+        made[name] = tensor
+    return made
+
+
+@torch.inference_mode()
+def difference(model: RWKV, output: Path, tokens: int) -> tuple[float, float]:
+    """The largest difference between the logits of the model and of what was written, on random tokens, both computed in fp32; and the
+    largest logit."""
+    ids = torch.randint(model.sizes.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    ours = model.float().eval()(ids)[0]
+    if output.is_dir():
+        from transformers import RwkvForCausalLM
+
+        theirs = RwkvForCausalLM.from_pretrained(output, torch_dtype=torch.float32).eval()(ids, use_cache=False).logits
+    else:
+        theirs = checkpoint.load_model(output).eval()(ids)[0]
+    return float((theirs - ours).abs().max()), float(ours.abs().max())
