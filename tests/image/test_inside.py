@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from rwkv.config import TrainConfig
+from rwkv.train.strategy import ZEROS, deepspeed_config
+
 ROOT = Path(__file__).parents[2]
 STACK = os.environ["RWKV_STACK"]
 ARCHS = {"cu117": [60, 70, 75, 80, 86], "modern": [75, 80, 86, 89, 90, 100, 120]}[STACK]  # README's word
@@ -86,17 +89,19 @@ def test_the_doctor_finds_nothing_to_mend():
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", sorted(ZEROS))
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_deepspeed_reads_a_configuration_of_every_stage_and_refuses_a_wrong_one(stage, precision):
+def test_deepspeed_reads_the_configuration_of_every_strategy_and_refuses_a_wrong_one(name, precision):
     """DeepSpeed 0.7.0's configuration breaks on pydantic 2, while the package still imports."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    config = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}}
-    if precision != "fp32":
+    config = deepspeed_config(TrainConfig(strategy=name, micro_bsz=4))
+    if precision != "fp32":  # as Lightning adds it
         config[precision] = {"enabled": True}
     read = DeepSpeedConfig(config)
-    assert read.zero_optimization_stage == stage
-    assert read.train_micro_batch_size_per_gpu == 4
+    assert read.zero_optimization_stage == ZEROS[name].stage
+    assert bool(read.zero_config.offload_optimizer) == ZEROS[name].offload_optimizer
+    assert bool(read.zero_config.offload_param) == ZEROS[name].offload_weights
+    assert (read.train_micro_batch_size_per_gpu, read.train_batch_size) == (4, 4)
     with pytest.raises(AssertionError, match=r"train_batch_size|Check batch"):
         DeepSpeedConfig({**config, "train_batch_size": 5})
