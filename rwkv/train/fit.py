@@ -16,7 +16,7 @@ from torch import Tensor
 from rwkv import checkpoint, compat, limits, lora
 from rwkv.config import TrainConfig
 from rwkv.model import RWKV
-from rwkv.train import budget, cpu, manifest, pile, resume, samples, schedule, store
+from rwkv.train import budget, cpu, manifest, pile, resume, samples, schedule, store, strategy
 from rwkv.train.checks import check
 from rwkv.train.metrics import Metrics, keep_steps
 from rwkv.train.module import TrainingModule
@@ -99,11 +99,22 @@ def fit(config: TrainConfig) -> Result:
         raise KeyboardInterrupt
     if module.step < end:
         say(f"ended after step {module.step:,} of {end:,}; {folder / saving.last} is saved, and the same command goes on")
+        strategy.part()
         signals.exit()
     result = _finish(config, folder, trainer, module, metrics.lines, adapter)
     if watch.peak:
         say(f"memory: {watch.words()}")
     return result
+
+
+def run(config: TrainConfig) -> None:
+    """`fit` as all that this process does: with the run ends its connection to the other processes.
+
+    Raises:
+        UserError: as fit.
+    """
+    fit(config)
+    strategy.part()
 
 
 def _finish(

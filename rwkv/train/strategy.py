@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
@@ -121,6 +122,14 @@ def make(c: TrainConfig, gpu: bool) -> "ZeroStrategy | str | None":
     if zero(c):
         return ZeroStrategy(deepspeed_config(c), gpu)
     return None if c.strategy == "auto" and c.devices * c.num_nodes == 1 else "ddp_find_unused_parameters_false"
+
+
+def part() -> None:
+    """Called by every process before it exits: they end their connection together. One that exits with it open may be aborted by the threads
+    that serve it ("terminate called without an active exception"), and a launcher then takes the run for failed."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def deepspeed_config(c: TrainConfig) -> dict[str, Any]:
