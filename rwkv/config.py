@@ -186,6 +186,8 @@ class TrainConfig:
     # watching
     wandb: str = ""
     """Weights & Biases project to log to. Without a key (wandb login) the run is logged offline."""
+    tensorboard: bool = False
+    """Write the figures of every step for TensorBoard too, in proj_dir/tensorboard: tensorboard --logdir out."""
 
 
 @dataclass

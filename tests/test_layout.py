@@ -36,7 +36,7 @@ ROOMS = [
     ["rwkv/data/encode", "rwkv/data/shards", "rwkv/data/dataset", "rwkv/data/histogram"],
     ["rwkv/data/convert", "rwkv/data/inspection"],
     ["rwkv/doctor", "rwkv/export", "rwkv/generate", "rwkv/train/__init__"],
-    ["rwkv/train/cpu", "rwkv/train/budget", "rwkv/train/schedule", "rwkv/train/strategy", "rwkv/train/plot", "rwkv/train/pieces"],
+    [f"rwkv/train/{name}" for name in ("cpu", "budget", "schedule", "strategy", "plot", "pieces", "dashboards")],
     ["rwkv/train/optimizer", "rwkv/train/sharded"],
     ["rwkv/train/module", "rwkv/train/samples", "rwkv/train/start", "rwkv/train/trainer", "rwkv/train/manifest"],
     ["rwkv/train/words"],

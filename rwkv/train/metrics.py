@@ -18,7 +18,7 @@ from rwkv.config import TrainConfig
 from rwkv.data.dataset import HeldOut
 from rwkv.errors import UserError
 from rwkv.files import full_disk, whole
-from rwkv.train import schedule, store
+from rwkv.train import dashboards, schedule, store
 from rwkv.train.module import TrainingModule
 from rwkv.train.validation import held_out_loss
 from rwkv.train.watch import Watch
@@ -28,7 +28,7 @@ _IN_A_ROW = 20  # steps that --on_nan skip leaves out before it gives up: the we
 
 
 class Metrics(pl.Callback):
-    """One line per optimizer step in metrics.jsonl, the progress bar, upstream's train_log.txt, wandb if asked for.
+    """One line per optimizer step in metrics.jsonl, the progress bar, upstream's train_log.txt, dashboards if asked for.
 
     Steps count from epoch 0; a run that goes on adds to the lines it has, and lines of later steps are dropped.
 
@@ -44,7 +44,7 @@ class Metrics(pl.Callback):
         self._targets = self._skipped = 0
         self._bar: Any = None
         self._file: Any = None
-        self._wandb: Any = None
+        self._dashboards: list[dashboards.Dashboard] = []
 
     def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         self._tick, self._last = time.perf_counter(), module.step
@@ -62,8 +62,8 @@ class Metrics(pl.Callback):
             self._file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, open for the length of the run
             if module.step == first:
                 self._log(f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{vars(self.config)}\n")
-            if self.config.wandb:
-                self._wandb = _start_wandb(self.config, self.folder)
+            with self._told_if_full("tensorboard"):
+                self._dashboards = dashboards.make(self.config, self.folder, module.step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: TrainingModule, outputs, batch, batch_idx: int) -> None:
         self._batches.append(module.loss.double())
@@ -118,6 +118,9 @@ class Metrics(pl.Callback):
         """Bring the lines to disk: a state that is saved must not be ahead of them."""
         if self._file:
             os.fsync(self._file.fileno())
+        with self._told_if_full("tensorboard"):
+            for dashboard in self._dashboards:
+                dashboard.sync()
 
     def _validates(self, step: int) -> bool:
         """Whether the held-out loss is due after this step."""
@@ -136,9 +139,13 @@ class Metrics(pl.Callback):
         }
         line = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
         self.lines.append(line)
-        with full_disk(self.folder / "metrics.jsonl", "The run then goes on from its last state"):
+        decay = schedule.weight_decay(self.config, step - schedule.first_step(self.config) - 1)
+        with self._told_if_full("metrics.jsonl"):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+        with self._told_if_full("tensorboard"):
+            for dashboard in self._dashboards:
+                dashboard.log(step, dashboards.figures(line, decay))
         held_out = next((f", held out {old['val_loss']:.3f}" for old in reversed(self.lines) if old.get("val_loss") is not None), "")
         self._bar.set_postfix_str(
             f"loss {loss:.3f}{held_out}, lr {line['lr']:.2e}, {speed:,.0f} tokens/s, {self._watch.peak / 1e9:.2f} GB", refresh=False
@@ -146,12 +153,6 @@ class Metrics(pl.Callback):
         self._bar.update()
         if schedule.ends_epoch(self.config, step):
             self._epoch(step)
-        if self._wandb:
-            decay = schedule.weight_decay(self.config, step - schedule.first_step(self.config) - 1)
-            known = {key: line[key] for key in ("loss", "lr", "grad_norm", "targets", "val_loss") if key in line}
-            self._wandb.log(
-                known | {"wd": decay, "Gtokens": line["tokens"] / 1e9, "kt/s": speed / 1e3} | _flat(self._watch.line()), step=step
-            )
 
     def _epoch(self, step: int) -> None:
         """Upstream's line for the epoch that ends with this step."""
@@ -170,16 +171,17 @@ class Metrics(pl.Callback):
         self._close()  # before the error is told: the bar would be drawn over it
 
     def _close(self) -> None:
-        for attribute, close in (("_bar", "close"), ("_file", "close"), ("_wandb", "finish")):
-            if (opened := getattr(self, attribute)) is not None:
-                setattr(self, attribute, None)
-                with contextlib.suppress(OSError):  # what a full disk left in the buffer has been told of
-                    getattr(opened, close)()
+        opened, self._bar, self._file, self._dashboards = (self._bar, self._file, *self._dashboards), None, None, []
+        for one in filter(None, opened):
+            with contextlib.suppress(OSError):  # what a full disk left in the buffer has been told of
+                one.close()
 
     def _log(self, text: str) -> None:
-        path = self.folder / "train_log.txt"
-        with full_disk(path, "The run then goes on from its last state"), open(path, "a", encoding="utf-8") as file:
+        with self._told_if_full("train_log.txt"), open(self.folder / "train_log.txt", "a", encoding="utf-8") as file:
             file.write(text)
+
+    def _told_if_full(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return full_disk(self.folder / name, "The run then goes on from its last state")
 
 
 def keep_steps(metrics: Path, last: int) -> list[dict[str, Any]]:
@@ -192,15 +194,3 @@ def keep_steps(metrics: Path, last: int) -> list[dict[str, Any]]:
     with whole(metrics) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
     return [json.loads(line) for line in kept]
-
-
-def _flat(memory: dict[str, Any]) -> dict[str, int]:
-    """wandb's panels: memory/forward and so on."""
-    return {f"memory/{name}": value for name, value in (memory | memory["peak_mib"]).items() if name != "peak_mib"}
-
-
-def _start_wandb(config: TrainConfig, folder: Path) -> Any:
-    import wandb  # a second to import: only where it is asked for
-
-    mode = None if wandb.api.api_key else "offline"
-    return wandb.init(project=config.wandb, dir=str(folder), config=vars(config), mode=mode, settings=wandb.Settings(silent=True))

@@ -8,7 +8,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
-from rwkv.train import manifest, schedule, store
+from rwkv.train import dashboards, manifest, schedule, store
 from rwkv.train.state import State
 from rwkv.train.words import say
 
@@ -45,7 +45,7 @@ def outdated(c: TrainConfig, folder: Path, before: dict[str, Any] | None) -> lis
     inputs = {Path(path).resolve() for path in (c.load_model, getattr(c, "lora_load", "")) if path}
     if used := [path for path in old if path.resolve() in inputs]:
         raise UserError(f"--overwrite would delete {used[0]}, which this run starts from; give another --proj_dir")
-    return old + sorted(store.folder_of(folder).glob("step-*"))
+    return old + sorted(store.folder_of(folder).glob("step-*")) + (dashboards.files(folder) if c.overwrite else [])
 
 
 def find(c: TrainConfig, folder: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> State | None:

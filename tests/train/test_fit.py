@@ -196,13 +196,6 @@ def test_bf16_follows_fp32_and_keeps_fp32_weights(make_base, make_data, tmp_path
     assert {value.dtype for value in read_tensors(runs["bf16"].checkpoint).values()} == {torch.float32}
 
 
-def test_wandb_logs_offline_without_a_key(make_data, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("HOME", str(tmp_path))  # no key of the machine's user
-    fit(TrainConfig(**SMALL, data_file=make_data(200), proj_dir=str(tmp_path / "run"), wandb="test"))
-    assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
-
-
 def test_two_processes_under_ddp_train_as_one_with_twice_the_batch(make_base, make_data, tmp_path, root):
     base, data = make_base(), make_data(300)
     common = [
