@@ -157,7 +157,7 @@ def inspect_adapter(path: PathLike, base: PathLike | None = None, alpha: float |
     parts = lora.parts_of(tensors)
     if len(ranks) > 1 or not parts or "emb.weight" in tensors:
         raise UserError(f"{path}: not a LoRA adapter (its tensors are {', '.join(sorted(tensors)[:3])}, …)")
-    known = {
+    known: dict[str, Any] = {
         "r": ranks.pop() if ranks else manifest.get("r", 1),
         "parts": parts,
         **{k: manifest[k] for k in ("alpha", "base", "base_sha256") if k in manifest},

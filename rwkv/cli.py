@@ -5,7 +5,7 @@ import difflib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
@@ -76,7 +76,7 @@ def _without_unsupported(argv: list[str]) -> list[str]:
     return kept
 
 
-def _spelled_as_here(argv: list[str], config: type) -> list[str]:
+def _spelled_as_here(argv: list[str], config: type[Any]) -> list[str]:
     """Upstream's spellings: `--output-prefix` is `--output_prefix`, a switch alone (`--lora`) is `--lora=true`, `--vocab` is `--vocab_file`,
     and `--jsonl-keys a b` is `--jsonl_keys a,b`."""
     fields = config.__dataclass_fields__

@@ -94,7 +94,7 @@ def adam(groups: list[dict[str, Any]], decoupled: bool, fused: bool, **options: 
     lists of tensors (foreach); plain elsewhere and where it is not to be fused."""
     import torch
 
-    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    kind: Any = torch.optim.AdamW if decoupled else torch.optim.Adam  # torch 1.13.1's stubs know neither foreach nor fused
     if not fused or not all(parameter.is_cuda for group in groups for parameter in group["params"]):
         return kind(groups, **options)
     if "fused" not in inspect.signature(kind).parameters:
@@ -164,7 +164,8 @@ def autocast_dtype(device: str) -> Any:
         if device == "cpu":
             return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
         return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    newer: Any = torch  # than the stubs of 1.13.1
+    return newer.get_autocast_dtype(device) if newer.is_autocast_enabled(device) else None
 
 
 @functools.cache

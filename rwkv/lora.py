@@ -101,7 +101,7 @@ def inject(model: nn.Module, parts: Collection[str], r: int, alpha: float, dropo
     if wanted and not names:
         raise ValueError(f"this model has no linear layer of the parts {', '.join(parts)}")
     for name in names:
-        _replace(model, name, LoRALinear(model.get_submodule(name).weight, r, alpha, dropout))
+        _replace(model, name, LoRALinear(model.get_parameter(f"{name}.weight"), r, alpha, dropout))
     return names
 
 

@@ -306,7 +306,8 @@ def largest(p: Plan, limit: int, what: str) -> int:
     unit = 16 if what == "ctx_len" else 1
 
     def fits(count: int) -> bool:
-        return estimate(replace(p, **{what: count * unit})).total <= limit
+        change: dict[str, Any] = {what: count * unit}
+        return estimate(replace(p, **change)).total <= limit
 
     if not fits(1):
         return 0
@@ -421,9 +422,7 @@ def table() -> str:
     for name in MODELS:
         plan = Plan(sizes_of(name), grad_cp=True)
         full = replace(plan, lora=False)
-        factored, spread = (
-            estimate(replace(full, **change)) for change in ({"optimizer": "adafactor"}, {"strategy": "deepspeed_stage_2_offload"})
-        )
+        factored, spread = estimate(replace(full, optimizer="adafactor")), estimate(replace(full, strategy="deepspeed_stage_2_offload"))
         cells = [f"{estimate(q).total / GB:.1f}" for q in (plan, full)] + [f"{factored.total / GB:.1f}"]
         cells.append(f"{spread.total / GB:.1f} ({math.ceil(spread.host_total / GB)})")
         rows.append(f"| {name} | {' | '.join(cells)} | {GUIDE.get(name, '')} |")

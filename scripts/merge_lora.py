@@ -9,6 +9,7 @@ The merged model has the base's dtypes. An adapter made for another base is refu
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from rwkv.cli import parse, sentences
 from rwkv.config import MergeConfig
@@ -66,7 +67,7 @@ def main(config: MergeConfig) -> None:
     lora.merge(model)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(stored[name])
-    origin = {key: manifest[key] for key in ("base", "base_sha256", "tokenizer", "data", "data_sha256") if key in manifest}
+    origin: dict[str, Any] = {key: manifest[key] for key in ("base", "base_sha256", "tokenizer", "data", "data_sha256") if key in manifest}
     checkpoint.save_model(config.output, model, {"merged_from": dict(zip(adapters, weights, strict=True)), **origin})
     dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in stored.values()})
     print(f"merged: {config.output} ({', '.join(dtypes)})")

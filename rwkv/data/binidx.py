@@ -12,7 +12,7 @@ import shutil
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -77,10 +77,10 @@ class Writer:
             for begin in range(0, self.documents, _BLOCK):
                 sizes = np.frombuffer(written.read(4 * min(_BLOCK, self.documents - begin)), "<i4").astype(np.int64)
                 ends = at + np.cumsum(sizes)
-                self._index.write((ends - sizes).astype("<i8") * self.dtype.itemsize)
+                self._index.write(((ends - sizes).astype("<i8") * self.dtype.itemsize).data)
                 at = int(ends[-1])
         for begin in range(0, self.documents + 1, _BLOCK):
-            self._index.write(np.arange(begin, min(begin + _BLOCK, self.documents + 1), dtype="<i8"))
+            self._index.write(np.arange(begin, min(begin + _BLOCK, self.documents + 1), dtype="<i8").data)
         self._index.seek(0)
         self._index.write(_HEADER.pack(_MAGIC, 1, _CODES[self.dtype], self.documents, self.documents + 1))
 
@@ -217,6 +217,7 @@ class Dataset:
 
     def release(self) -> None:
         """Give back the memory of what was read so far; it is read again when it is asked for again."""
+        mapped: Any  # numpy's stubs do not know _mmap
         for mapped in (self.tokens, self.mask):
             if mapped is not None:
                 mapped._mmap.madvise(mmap.MADV_DONTNEED)

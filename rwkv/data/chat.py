@@ -114,7 +114,8 @@ class _Generation(jinja2.ext.Extension):
         return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
 
     def _marked(self, caller):
-        mark = self.environment.generation_mark
+        environment: Any = self.environment
+        mark = environment.generation_mark
         return f"{mark}{caller()}{mark}"
 
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -204,7 +204,7 @@ def _slim(record: Any, fields: Sequence[str]) -> Any:
     return dict.fromkeys(record) if isinstance(record, dict) else record
 
 
-def _rows(batches: Iterator, number: int) -> Iterator[tuple[int, Any]]:
+def _rows(batches: Iterable, number: int) -> Iterator[tuple[int, Any]]:
     for batch in batches:
         for row in batch.to_pylist():
             number += 1

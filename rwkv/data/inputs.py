@@ -140,7 +140,7 @@ def lines_of(chunk: Chunk) -> list[bytes]:
         return []
     data = chunk.lines
     if data is None:
-        begin, end = chunk.span
+        begin, end = chunk.span or (0, chunk.size)
         with open(chunk.source.path, "rb") as file:
             if begin:  # a line that began before belongs to the chunk before
                 file.seek(begin - 1)

@@ -175,7 +175,7 @@ def _walk(data: Dataset, found: Inspection, hashes: np.ndarray, bar: tqdm) -> No
         for a in range(begin, end, _PIECE):
             b = min(end, a + _PIECE)
             ids = np.asarray(data.tokens[a:b])
-            digest.update(ids)
+            digest.update(ids.data)
             low, high = min(low, ids.min()), max(high, ids.max())
             if data.mask is not None:
                 mask = np.asarray(data.mask[a:b])

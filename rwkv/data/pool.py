@@ -22,7 +22,8 @@ class Pool:
     """A function on chunks in `workers` processes, or in this one if one is enough; results in the order of the chunks."""
 
     def __init__(self, function: Callable[[Any], Any], workers: int):
-        self._function, self._workers, self._pool = function, workers, None
+        self._function, self._workers = function, workers
+        self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Pool":
         if self._workers > 1:
@@ -72,8 +73,9 @@ def _start(function: Callable[[Any], Any]) -> None:
 
 def _end_with_parent() -> None:
     """A parent killed with -9 cannot end its workers."""
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+    if parent := multiprocessing.parent_process():
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def _call(chunk: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def _world():
 
 
 def _vocabulary() -> Path:
-    return Path(rwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
+    return Path(inspect.getfile(rwkv_tokenizer)).with_name("rwkv_vocab_v20230424.txt")
 
 
 @functools.lru_cache(maxsize=1)

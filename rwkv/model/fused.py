@@ -89,8 +89,8 @@ class _Mix(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gy):
         x, last, reset, weights = ctx.saved_tensors
-        gy = [g.contiguous() for g in gy]
-        gx, glast, gweights = _unit(gy[0]).mix_backward(gy, gy[0] if x is None else x, last, reset, weights, x is not None)
+        whole = [g.contiguous() for g in gy]
+        gx, glast, gweights = _unit(whole[0]).mix_backward(whole, whole[0] if x is None else x, last, reset, weights, x is not None)
         return gx, glast if ctx.needs_input_grad[1] else None, None, gweights
 
 

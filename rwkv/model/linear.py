@@ -34,7 +34,7 @@ def needs_room(x: Tensor, weight: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ: [N, in], [out, in] → [N, out]."""
     if _onednn(x, weight.numel()):
-        return _dense(torch._C._nn.mkldnn_linear(x.to_mkldnn(), weight))
+        return _dense(torch._C._nn.mkldnn_linear(x.to_mkldnn(), weight, None))
     return x @ weight.t()
 
 

@@ -47,9 +47,9 @@ class _HeadLoss(torch.autograd.Function):
             piece = x[begin : begin + size]
             logits = _logits(piece, computed, buffer[: len(piece)])  # [n, V]
             loss += fused.softmax_gradient(logits, targets[begin : begin + size], L2WRAP, want_x or want_weight)
-            if want_x:
+            if gx is not None:
                 gx[begin : begin + size] = _gradient(logits, computed)
-            if want_weight:
+            if gweight is not None:
                 for word in range(0, vocab, SLICE):
                     part = slice(word, word + SLICE)
                     gweight[part] += weight_gradient(logits[:, part], piece, computed[part])

@@ -62,7 +62,7 @@ def _mix(size: int) -> nn.Parameter:
 class Norm(nn.LayerNorm):
     """LayerNorm whose statistics are fp32."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # LayerNorm's is one
         """x [B, T, D] → its norm in the dtype that products are computed in, and x as it was, to go on with (see fused.norm)."""
         return fused.norm(x, self.weight, self.bias, self.eps)
 
@@ -137,7 +137,7 @@ class Block(nn.Module):
 class Head(Matrix):
     """Logits, or at once their loss: whatever reads the head's weight goes through its forward, where ZeRO-3 fetches it."""
 
-    def forward(self, x: Tensor, targets: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None = None, counts: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """x [..., D] → logits [..., V]; with targets the mean loss, as rwkv.model.loss.head_loss."""
         return super().forward(x) if targets is None else head_loss(x, self.weight, targets, counts)
 

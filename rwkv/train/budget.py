@@ -12,17 +12,17 @@ ROOM = 0.92  # of the memory: what the allocator cannot use, and the prediction'
 
 def plan_of(c: TrainConfig, sizes: Sizes, gpu: bool, precision: str) -> memory.Plan:
     """What memory.estimate takes. Pieces in time (tbptt_len) are as long as a context that is held at once."""
-    adapts = isinstance(c, LoRAConfig) and c.lora
+    adapter = c if isinstance(c, LoRAConfig) and c.lora else None
     return memory.Plan(
         sizes,
-        lora=adapts,
-        r=c.lora_r if adapts else 0,
-        parts=tuple(part.strip() for part in c.lora_parts.split(",") if part.strip()) if adapts else (),
+        lora=adapter is not None,
+        r=adapter.lora_r if adapter else 0,
+        parts=tuple(part.strip() for part in adapter.lora_parts.split(",") if part.strip()) if adapter else (),
         ctx_len=min(c.ctx_len, c.tbptt_len or c.ctx_len),
         micro_bsz=c.micro_bsz,
         precision=precision,
         grad_cp=bool(c.grad_cp),
-        base=c.lora_base if adapts else "auto",
+        base=adapter.lora_base if adapter else "auto",
         optimizer=c.optimizer,
         strategy=c.strategy,
         devices=c.devices * c.num_nodes,
@@ -67,7 +67,7 @@ def choose(c: TrainConfig, plan: memory.Plan) -> tuple[TrainConfig, str]:
                         micro_bsz=m,
                         accumulate_grad_batches=plan.accumulate,
                         epoch_steps=c.epoch_steps * k,
-                        grad_cp=int(grad_cp),
+                        grad_cp=1 if grad_cp else 0,
                         strategy=strategy,
                     )
                     return chosen, f"{words}: {found.total / 1e9:.2f} of {limit / 1e9:.2f} GB"

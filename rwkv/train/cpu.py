@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import time
+from typing import Literal
 
 import torch
 
@@ -25,12 +26,12 @@ def prepare() -> None:
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def precision() -> str:
+def precision() -> Literal["fp32", "bf16"]:
     """bf16 if this CPU multiplies matrices of it at least 1.3 times as fast as of fp32 (with AVX512-BF16 or AMX twice as fast, without far slower), else
     fp32. Measured once; processes that this one starts take its answer, as those of one run must agree."""
     if "RWKV_CPU_PRECISION" not in os.environ:
         os.environ["RWKV_CPU_PRECISION"] = "bf16" if 1.3 * _seconds(torch.bfloat16) <= _seconds(torch.float32) else "fp32"
-    return os.environ["RWKV_CPU_PRECISION"]
+    return "bf16" if os.environ["RWKV_CPU_PRECISION"] == "bf16" else "fp32"
 
 
 @functools.cache

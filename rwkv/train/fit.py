@@ -56,7 +56,7 @@ def fit(config: TrainConfig) -> Result:
     if config.random_seed < 0:
         config = dataclasses.replace(config, random_seed=before["flags"]["random_seed"] if before else _new_seed())
     config = dataclasses.replace(config, my_pile_shift=max(0, config.my_pile_shift))  # upstream writes 0 as -1
-    known = before["precision"] if before and config.precision == "auto" else ""  # a measurement is not made anew
+    known: Any = before["precision"] if before and config.precision == "auto" else ""  # a measurement is not made anew
     config = dataclasses.replace(config, precision=known or precision_of(config))
     seed = pl.seed_everything(config.random_seed)
     if config.my_pile_stage == 1:
@@ -89,7 +89,7 @@ def fit(config: TrainConfig) -> Result:
     metrics, signals = Metrics(config, folder, watch, held_out), Signals()
     saving = Saving(config, folder, state, run, _saver(folder, model, adapter, run), metrics)
     trainer = make_trainer(config, [watch, metrics, saving, signals])
-    module = TrainingModule(model, training, config, state and (state.step, state.samples))
+    module = TrainingModule(model, training, config, (state.step, state.samples) if state else None)
     del state  # its memory
     with watch.explained():
         compat.fit(trainer, module)

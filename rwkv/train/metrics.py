@@ -130,7 +130,7 @@ class Metrics(pl.Callback):
     def _report(self, module: TrainingModule, line: dict[str, Any], seconds: float) -> None:
         step, loss = line["step"], line["loss"]
         speed = schedule.tokens_per_step(self.config) / seconds
-        group = module.optimizers().optimizer.param_groups[0]
+        group = module.trainer.optimizers[0].param_groups[0]
         line |= {
             "lr": group["lr"] / group["lr_scale"],
             "tokens": module.samples * self.config.ctx_len,

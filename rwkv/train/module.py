@@ -28,6 +28,8 @@ class TrainingModule(pl.LightningModule):
         stop: whether this process was asked to end; the run ends after a step before which any was.
     """
 
+    device: torch.device  # Lightning's
+
     def __init__(self, model: RWKV, data: Samples, config: TrainConfig, begin: tuple[int, int] | None = None):
         super().__init__()
         self.model, self.data, self.config = model, data, config
@@ -66,7 +68,7 @@ class TrainingModule(pl.LightningModule):
     def on_train_batch_start(self, batch, batch_idx) -> None:
         step = self.step - schedule.first_step(self.config)
         rate = schedule.learning_rate(self.config, step)
-        optimizer.set_rates(self.optimizers().optimizer, rate, schedule.weight_decay(self.config, step))
+        optimizer.set_rates(self.trainer.optimizers[0], rate, schedule.weight_decay(self.config, step))
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *arguments, **keywords) -> None:
         # In place of Lightning's, which does the same and keeps the norm to itself.
@@ -88,7 +90,8 @@ class TrainingModule(pl.LightningModule):
 
     def mean_loss(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Mean loss over the counted targets of a batch, 0 if there is none, and how many they are."""
-        x, y, counts, reset = (*batch, None, None)[:4]
+        x, y = batch[:2]
+        counts, reset = batch[2:] if len(batch) > 2 else (None, None)
         reset = reset if self.data.reset else None
         count = torch.tensor(y.numel(), device=y.device) if counts is None else counts.sum()
         if 0 < self.config.tbptt_len < y.shape[1]:

@@ -39,8 +39,10 @@ class _Sequence:
         hidden, state = self.model.hidden(x, state, reset)
         return head_loss(hidden, self.model.head.weight, y, counts) * (y.numel() if counts is None else counts.sum()), state
 
-    def part(self, piece: slice) -> tuple[Tensor | None, ...]:
-        return tuple(tensor if tensor is None else tensor[:, piece].contiguous() for tensor in self.tensors)
+    def part(self, piece: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        x, y, *others = self.tensors
+        counts, reset = (None if tensor is None else tensor[:, piece].contiguous() for tensor in others)
+        return x[:, piece].contiguous(), y[:, piece].contiguous(), counts, reset
 
     def states(self) -> list[tuple[list[BlockState], Tensor]]:
         """The state before each piece, and that of the random numbers, which dropout draws from, so that it draws the same again."""
@@ -103,4 +105,5 @@ def _detached(state: list[BlockState]) -> list[BlockState]:
 def _add(grads: list[Tensor | None], found: tuple[Tensor | None, ...]) -> None:
     for i, grad in enumerate(found):
         if grad is not None:
-            grads[i] = grad if grads[i] is None else grads[i].add_(grad)
+            held = grads[i]
+            grads[i] = grad if held is None else held.add_(grad)

@@ -8,6 +8,7 @@ import dataclasses
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
@@ -63,7 +64,8 @@ def apply(c: TrainConfig, folder: Path) -> TrainConfig:
         raise UserError(f"--my_pile_stage {c.my_pile_stage}: no rwkv-init.pth or rwkv-N.pth in {folder}; make one with --my_pile_stage 1")
     warmup = c.warmup_steps if c.warmup_steps >= 0 or number < 0 else 10 if c.my_pile_stage == 2 else 30
     values = (str(weights), number + 1, warmup, 0 if c.my_pile_stage == 4 else prime, EPOCH // batch, prime // EPOCH)
-    return dataclasses.replace(c, **dict(zip(_SET, values, strict=True)))
+    changes: dict[str, Any] = dict(zip(_SET, values, strict=True))
+    return dataclasses.replace(c, **changes)
 
 
 def write_initial(c: TrainConfig, folder: Path) -> Path:

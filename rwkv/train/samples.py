@@ -1,5 +1,7 @@
 """The samples that a run's flags ask for: those it trains on, and those held out."""
 
+from typing import Any
+
 from rwkv.config import TrainConfig
 from rwkv.data import sampling
 from rwkv.data.binidx import Dataset
@@ -33,7 +35,7 @@ def make(c: TrainConfig, data: Dataset, seed: int) -> tuple[Samples, HeldOut | N
     Raises:
         UserError: data too short for a context on either side, a prime that cannot serve, no document that fits, no token that counts.
     """
-    options = {"separator": c.doc_sep, "chatml": bool(c.chatml_mask)}
+    options: dict[str, Any] = {"separator": c.doc_sep, "chatml": bool(c.chatml_mask)}
     if not c.val_split:
         return _source(c, Stream(data, **options), seed), None
     train, held = (Stream(data, spans, **options) for spans in split(data, c.val_split, c.ctx_len))
@@ -48,7 +50,13 @@ def _source(c: TrainConfig, stream: Stream, seed: int, held_out: bool = False) -
             + ("--chatml_mask 1 finds no answer in it" if c.chatml_mask else "the mask beside the tokens is all 0")
             + "; see what the data holds with scripts/inspect_data.py"
         )
-    common = {"stream": stream, "ctx_len": c.ctx_len, "samples": c.epoch_steps * c.micro_bsz, "seed": seed, "reset": bool(c.doc_reset)}
+    common: dict[str, Any] = {
+        "stream": stream,
+        "ctx_len": c.ctx_len,
+        "samples": c.epoch_steps * c.micro_bsz,
+        "seed": seed,
+        "reset": bool(c.doc_reset),
+    }
     if c.doc_training or c.doc_training_seq:
         return Documents(**common, enough=c.min_ctx_len or max(1, c.ctx_len // 4), sequential=bool(c.doc_training_seq))
     if held_out:

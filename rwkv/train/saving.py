@@ -67,7 +67,7 @@ class Saving(pl.Callback):
         if name := checkpoint_name(c, step) or ("rwkv-final.pth" if trainer.should_stop else ""):
             parameters = dict(module.model.named_parameters())
             self._save(
-                name, step, lambda names: sharded.weights({n: parameters[n] for n in names}, module.optimizers().optimizer, module.device)
+                name, step, lambda names: sharded.weights({n: parameters[n] for n in names}, module.trainer.optimizers[0], module.device)
             )
             self.last = name
         if name or step >= self._next:

@@ -4,6 +4,7 @@ import signal
 import sys
 import threading
 from types import FrameType
+from typing import Any
 
 import pytorch_lightning as pl
 
@@ -16,7 +17,7 @@ class Signals(pl.Callback):
 
     def __init__(self) -> None:
         self.received = 0
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         if threading.current_thread() is not threading.main_thread():  # only there can Python take signals
@@ -37,9 +38,9 @@ class Signals(pl.Callback):
 
     def _give_back(self) -> None:
         # Not to Lightning's handlers, which wait for a better moment: the second signal is in earnest.
-        defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        defaults: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
         for number in self._before:
-            signal.signal(number, defaults[signal.Signals(number)])
+            signal.signal(number, defaults[number])
         self._before = {}
 
     def exit(self) -> None:

@@ -46,7 +46,7 @@ class State:
 
 def capture(trainer: pl.Trainer, module: TrainingModule, run: dict[str, Any]) -> State:
     """The run as it is now. Weights and optimizer state are not copied: write them before the next step. Rank 0's is complete."""
-    optimizer, trained = module.optimizers().optimizer, _trained(module)
+    optimizer, trained = trainer.optimizers[0], _trained(module)
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return State(
         step=module.step,
@@ -65,7 +65,7 @@ def restore(trainer: pl.Trainer, module: TrainingModule, state: State | None) ->
     Where there are more ranks than there were, the further ones keep their own random numbers.
     """
     state = _shared(state, module.device)
-    optimizer = module.optimizers().optimizer
+    optimizer = trainer.optimizers[0]
     sharded.put_back(_trained(module), optimizer, state.weights, state.optimizer, state.scaler)
     if state.scaler and getattr(trainer.precision_plugin, "scaler", None):
         trainer.precision_plugin.scaler.load_state_dict(state.scaler)
@@ -79,7 +79,8 @@ def _trained(module: TrainingModule) -> dict[str, torch.nn.Parameter]:
 
 def _rng(device: torch.device) -> dict[str, Any]:
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    drawn: Any = np.random.get_state()
+    kind, keys, position, has_gauss, cached = drawn
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -131,10 +132,11 @@ def join(shell: Any, tensors: Sequence[Tensor]) -> Any:
 def _shared(state: State | None, device: torch.device) -> State:
     """Rank 0's state on every rank, on the CPU. Ranks need no file of their own, and tensors travel one at a time."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
+        assert state is not None
         return state
     first = dist.get_rank() == 0
     shell, tensors = split(vars(state)) if first else (None, [])
-    told = [shell, [(x.shape, x.dtype) for x in tensors]]
+    told: list[Any] = [shell, [(x.shape, x.dtype) for x in tensors]]
     dist.broadcast_object_list(told, src=0, device=device if device.type == "cuda" else None)
     for i, (shape, dtype) in enumerate(told[1]):
         tensor = tensors[i].to(device) if first else torch.empty(shape, dtype=dtype, device=device)

@@ -232,9 +232,10 @@ class ZeroStrategy(DeepSpeedStrategy):
             # Shared out one by one: the whole model is never on a GPU. The engine by itself would first move it there (0.7.0).
             deepspeed.zero.Init(module=self.lightning_module, config_dict_or_path=self.config, dtype=self._dtype())
         elif self._gpu:
-            self.lightning_module.to(self.root_device)  # as the engine will: torch's fused Adam asks for it beforehand
+            self._module.to(self.root_device)  # as the engine will: torch's fused Adam asks for it beforehand
         super().init_deepspeed()
-        compat.forget_steps(self.optimizers[0].optimizer)
+        engine: Any = self.optimizers[0]  # DeepSpeed's, around torch's
+        compat.forget_steps(engine.optimizer)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Lightning has divided the loss by the accumulated batches already; DeepSpeed would once more, and the gradient be as much too small."""
@@ -244,8 +245,12 @@ class ZeroStrategy(DeepSpeedStrategy):
         """As Lightning's; the module learns the norm that DeepSpeed clipped by."""
         done = super().optimizer_step(*args, **kwargs)
         norm = self.deepspeed_engine.get_global_grad_norm()
-        self.lightning_module.grad_norm = None if norm is None else torch.as_tensor(norm)
+        self._module.grad_norm = None if norm is None else torch.as_tensor(norm)
         return done
+
+    @property
+    def _module(self) -> Any:  # by the time that it is asked for it is there
+        return self.lightning_module
 
     def _dtype(self) -> torch.dtype:
         precision = str(self.precision_plugin.precision)

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from typing import Literal
 
 import pytorch_lightning as pl
 import torch
@@ -25,7 +26,7 @@ def on_gpu(c: TrainConfig) -> bool:
     return torch.cuda.is_available() and c.accelerator != "cpu"
 
 
-def precision_of(c: TrainConfig) -> str:
+def precision_of(c: TrainConfig) -> Literal["fp32", "tf32", "bf16", "fp16"]:
     """fp32, tf32, bf16 or fp16: what --precision auto comes to on this machine."""
     if c.precision != "auto":
         return c.precision

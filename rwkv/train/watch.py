@@ -34,7 +34,7 @@ class Watch(pl.Callback):
         return self.predicted.total + self._offset
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
-        self._device = module.device
+        self._device = trainer.strategy.root_device
         if trainer.global_step != self._stepped:
             self._stepped, self.peaks = trainer.global_step, dict.fromkeys(PHASES, 0)
         self._read()

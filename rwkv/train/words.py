@@ -4,7 +4,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from rwkv.config import TrainConfig
 from rwkv.data.binidx import Dataset
-from rwkv.data.dataset import Documents, HeldOut, Samples
+from rwkv.data.dataset import Contexts, Documents, HeldOut, Samples
 from rwkv.model import RWKV
 from rwkv.train import schedule, strategy
 from rwkv.train.trainer import precision_of
@@ -78,4 +78,5 @@ def _order(training: Samples) -> str:
         left = packed.too_long + packed.too_short
         order = "in order" if training.sequential else "shuffled"
         return f"whole documents in {training.distinct:,} samples, {order}" + (f", {left:,} that do not fit left out" if left else "")
-    return f"prime sampling, p = {training.prime}" if training.prime else "at random places"
+    prime = isinstance(training, Contexts) and training.prime
+    return f"prime sampling, p = {prime}" if prime else "at random places"

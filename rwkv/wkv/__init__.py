@@ -63,7 +63,7 @@ def wkv4(
     """
     _check(w, u, k, v, state, reset)
     if impl == "auto":
-        refusals = []
+        refusals: list[str] = []
         for name, (refusal, run) in _IMPLEMENTATIONS.items():
             reason = refusal(k)
             if reason is None:

@@ -130,9 +130,9 @@ def _build() -> None:
         old.unlink()
     before = time.time()
     with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
-        device = pool.submit(_build_device, pool)
+        compiled = pool.submit(_build_device, pool)
         _build_host()
-        device = device.result()
+        device = compiled.result()
     written = {
         "source_hash": source_hash(),
         "torch": torch.__version__,

@@ -70,12 +70,12 @@ def resources(log: str) -> dict[str, dict[str, int]]:
     """Per kernel what ptxas -v reports: registers per thread, and bytes of local memory (stack) and of spills."""
     kernels: dict[str, dict[str, int]] = {}
     for block in re.split(r"(?=Compiling entry function)", log)[1:]:
-        name = re.search(r"entry function '(\w+)'", block)[1]
+        name = re.findall(r"entry function '(\w+)'", block)[0]
         numbers = {
             "registers": r"Used (\d+) registers",
             "stack": r"(\d+) bytes stack frame",
             "spill_stores": r"(\d+) bytes spill stores",
             "spill_loads": r"(\d+) bytes spill loads",
         }
-        kernels[name] = {key: int(re.search(pattern, block)[1]) for key, pattern in numbers.items()}
+        kernels[name] = {key: int(re.findall(pattern, block)[0]) for key, pattern in numbers.items()}
     return kernels
