@@ -10,7 +10,7 @@ trap 'rm -rf "$new"' EXIT
 
 compile() {  # LOCK OPTION...
   if [ -z "${UPGRADE:-}" ]; then cat docker/locks/"$1"{,-deepspeed}.txt 2>/dev/null | sed -E 's/^([a-z0-9.-]+)===/\1==/' >"$new/$1.txt" || true; fi
-  "$uv" pip compile --quiet --python-version 3.10 --generate-hashes --no-header --no-annotate --no-emit-index-url "${@:2}" -o "$new/$1.txt"
+  "$uv" pip compile --quiet --python-version 3.10 --generate-hashes --no-header --annotation-style split --no-emit-index-url "${@:2}" -o "$new/$1.txt"
 }
 compile cu117 pyproject.toml --extra dev --extra cu117 --python-platform linux
 compile modern pyproject.toml --extra dev --extra modern --universal --fork-strategy fewest  # for every Python; markers say where they differ

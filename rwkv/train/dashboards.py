@@ -3,7 +3,7 @@
 import os
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rwkv.config import TrainConfig
 
@@ -41,7 +41,7 @@ class WandB:
     def __init__(self, c: TrainConfig, folder: Path):
         import wandb  # a second to import: only where it is asked for
 
-        mode = None if wandb.api.api_key else "offline"
+        mode: Literal["offline"] | None = None if wandb.api.api_key else "offline"
         self._run = wandb.init(project=c.wandb, dir=str(folder), config=vars(c), mode=mode, settings=wandb.Settings(silent=True))
 
     def log(self, step: int, figures: dict[str, float]) -> None:
