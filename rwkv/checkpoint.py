@@ -126,8 +126,17 @@ def load_model(path: PathLike, device: torch.device | str = "cpu", dtype: torch.
     model = RWKV(sizes_of(tensors, path))
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtype or getattr(tensors.get(name), "dtype", parameter.dtype))
-    _fill(model, tensors, {name: p.shape for name, p in model.named_parameters()}, path)
+    fill(model, tensors, path)
     return model.to(device)
+
+
+def fill(model: RWKV, tensors: Mapping[str, Tensor], path: PathLike, partial: bool = False) -> None:
+    """Copy a checkpoint's tensors into a model; one that is missing stays as it is if `partial`.
+
+    Raises:
+        UserError: a key that does not fit, by name.
+    """
+    _fill(model, tensors, {name: p.shape for name, p in model.named_parameters() if name in tensors or not partial}, path)
 
 
 def save_model(path: PathLike, model: RWKV, manifest: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> None:

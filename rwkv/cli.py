@@ -76,9 +76,17 @@ def _without_unsupported(argv: list[str]) -> list[str]:
     return kept
 
 
+_SWITCH = {"0": "false", "1": "true"}
+
+
+def _is_switch(fields: dict[str, Any], word: str) -> bool:
+    field = fields.get(word.removeprefix("--"))
+    return field is not None and field.type is bool
+
+
 def _spelled_as_here(argv: list[str], config: type[Any]) -> list[str]:
-    """Upstream's spellings: `--output-prefix` is `--output_prefix`, a switch alone (`--lora`) is `--lora=true`, `--vocab` is `--vocab_file`,
-    and `--jsonl-keys a b` is `--jsonl_keys a,b`."""
+    """Upstream's spellings: `--output-prefix` is `--output_prefix`, a switch alone (`--lora`) is `--lora=true`, and so are `--lora 1` and
+    `--lora=1`; `--vocab` is `--vocab_file`, and `--jsonl-keys a b` is `--jsonl_keys a,b`."""
     fields = config.__dataclass_fields__
     words: list[str] = []
     for word, after in zip(argv, [*argv[1:], "--"], strict=False):
@@ -86,9 +94,11 @@ def _spelled_as_here(argv: list[str], config: type[Any]) -> list[str]:
         flag = name.removeprefix("--").replace("-", "_") if name.startswith("--") else ""
         field = fields.get(ALIASES.get(flag, flag))
         if field:
+            if field.type is bool:
+                equals, value = ("=", _SWITCH.get(value, value)) if equals else ("=", "true") if after.startswith("--") else ("", "")
             word = f"--{field.name}{equals}{value}"
-            if field.type is bool and not equals and after.startswith("--"):
-                word += "=true"
+        elif words and not name.startswith("--") and _is_switch(fields, words[-1]):
+            word = _SWITCH.get(word, word)
         listed = len(words) > 1 and words[-2].removeprefix("--") in LISTS and words[-2].startswith("--") and not word.startswith("-")
         if listed:
             words[-1] += f",{word}"

@@ -10,23 +10,31 @@ from typing import Literal
 # Flags of the upstream programs that have no counterpart here: (the value that means "off" there, what to do instead).
 # Off, they are passed over, as upstream's README commands carry them; else they are refused by name.
 NOT_SUPPORTED = {
-    "my_pile_version": ("1", "prime sampling takes any dataset: --magic_prime -1"),
-    "my_random_steps": ("0", "leave it out"),
+    "my_pile_version": ("1", "it reads a list of datasets: convert them to one, and prime sampling takes it with --magic_prime -1"),
     "my_qa_mask": ("0", "give --chatml_mask 1, or a mask file beside the data: P_text_mask.bin"),
-    "seq_data": ("0", "it is --doc_training_seq 1"),
-    "seq_data_sep": ("0", "it is --doc_sep"),
-    "my_sample_len": ("0", "leave it out: it belongs to image models"),
+    "my_testing": ("", "it chooses experimental models: leave it out"),
     "head_qk": ("0", "leave it out: models with a head_q and head_k are not supported"),
     "tiny_att_dim": ("0", "leave it out: models with tiny attention are not supported"),
-    "dropout": ("0", "leave it out; LoRA has --lora_dropout"),
-    "load_partial": ("0", "leave it out: a checkpoint has to fit"),
+    "tiny_att_layer": ("-999", "leave it out: models with tiny attention are not supported"),
+    "my_sample_len": ("0", "it belongs to --data_type uint16: documents of a binidx and --doc_training 1 do the same"),
+    **{
+        name: (off, "leave it out: it belongs to image models")
+        for name, off in {
+            "my_img_version": "0", "my_img_size": "0", "my_img_bit": "0", "my_img_clip": "x", "my_img_clip_scale": "1", "my_img_l1_scale": "0",
+            "my_img_encoder": "x", "my_ffn_shift": "1", "my_att_shift": "1", "my_pos_emb": "0",
+        }.items()
+    },
     # the converter's
     "dataset_impl": ("mmap", "leave it out: the memory-mapped format is the one that is read"),
     "merge_file": ("", "leave it out: neither World nor 20B has one"),
-}
+}  # fmt: skip
 # Flags that are taken with any value, and change nothing: documents are counted on the way, and there is a progress bar.
-PASSED_OVER = ("num_docs", "log_interval")
-ALIASES = {"vocab": "vocab_file"}
+PASSED_OVER = ("num_docs", "log_interval", "enable_progress_bar")
+ALIASES = {
+    "vocab": "vocab_file",
+    "seq_data": "doc_training_seq",  # as m8than's README calls it
+    "seq_data_sep": "doc_sep",
+}
 LISTS = ("jsonl_keys",)  # several words after the flag are as good as one with commas
 
 
@@ -36,17 +44,20 @@ class TrainConfig:
 
     # what goes in and out
     data_file: str = ""
-    """What to train on: a binidx prefix (P for P.bin and P.idx), or a .jsonl file, which is converted into proj_dir first."""
+    """What to train on: a binidx prefix (P for P.bin and P.idx), or a .jsonl file, which is converted into proj_dir first; or as data_type says."""
     load_model: str = ""
     """Checkpoint to start from (.pth or .safetensors). Sizes come from it."""
+    load_partial: Literal[0, 1] = 0
+    """1: what load_model lacks begins new, such as the further layers of a larger n_layer, which at first pass on what they are given."""
     proj_dir: str = "out"
     """Folder of the run: rwkv-N.pth after epoch N, metrics.jsonl, train_log.txt, loss.png."""
     overwrite: bool = False
     """Start over in a proj_dir that holds a run already. Without it the run there goes on where it stopped, as if it never had."""
     allow_changes: bool = False
     """Go on in proj_dir with flags or data that make it another run. Without it they are refused, each with what it was."""
-    data_type: Literal["binidx"] = "binidx"
-    """Kind of data_file. Upstream's other kinds (text read as characters, numpy, …) are not read; convert to binidx."""
+    data_type: str = "binidx"
+    """Kind of data_file. numpy: a .npy of ids. utf-8, utf-16le: text whose characters are the tokens; vocab_size is how many there are, proj_dir/vocab.json
+    which. dummy: such a text of sums, without a file. All become a binidx in proj_dir first. (Upstream's default is utf-8.)"""
 
     # the model
     vocab_size: int = 0
@@ -94,8 +105,11 @@ class TrainConfig:
     -1: the largest that fits. 0: contexts begin at random places."""
     my_pile_shift: int = 0
     """Prime sampling: contexts begin this many tokens later. -1: 0."""
+    my_random_steps: int = 0
+    """Prime sampling: so many samples less one, over all devices, come from random places before it begins. (Upstream's name, though it counts samples.)"""
     my_pile_stage: Literal[0, 1, 2, 3, 4] = 0
-    """Upstream's way to pretrain. 1: write new weights to rwkv-init.pth, and end. 2, 3: go on from the newest rwkv-N.pth of proj_dir, by prime
+    """Upstream's way to pretrain. 1: write new weights to rwkv-init.pth, and end; with load_model those it has, vectors and vocabulary stretched to the
+    sizes given. 2, 3: go on from the newest rwkv-N.pth of proj_dir, by prime
     sampling, in epochs of 40320 samples, as many as the data holds; load_model, epoch_begin, epoch_steps, epoch_count and a magic_prime that
     is not given are set so. 2: time_mix, time_decay and time_first at five times the rate. 4: as 3, at random places. 0: none of it."""
     random_seed: int = -1
@@ -146,6 +160,8 @@ class TrainConfig:
     """AdamW's decay of the matrices. 0: plain Adam."""
     weight_decay_final: float = -1
     """Decay at the end, reached exponentially. -1: constant."""
+    dropout: float = 0.0
+    """Dropout of the embedding, and of the residual stream after every time-mix and channel-mix."""
     optimizer: Literal["adam", "adafactor"] = "adam"
     """adafactor: keeps a row and a column for each matrix instead of two numbers a weight (transformers' Adafactor, without momentum and with the
     rates of the schedule; β₁, β₂ and ε are its own). For full tuning that does not fit; steps differ from Adam's."""

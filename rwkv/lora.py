@@ -29,7 +29,7 @@ class _Adapted(torch.autograd.Function):
     def forward(ctx, x, weight, a, b, scale, dropout, again):
         flat, dtype = rows(x), x.dtype
         ctx.scale, ctx.dropout, ctx.again = scale, dropout, again.function if again else None
-        ctx.seed = int(torch.randint(1 << 31, ())) if dropout else 0  # of the CPU's generator: gradient checkpointing draws the same again
+        ctx.seed = fused.new_seed() if dropout else 0
         y = product(flat, weight.to(dtype))
         low = _dropped(ctx, flat) @ a.to(dtype).t()  # [N, r]
         y.addmm_(low, b.to(dtype).t(), alpha=scale)

@@ -10,7 +10,7 @@ import contextlib
 import mmap
 import shutil
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,7 @@ _CHUNK = 1 << 20  # entries of an index that are looked at at once
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 _LETTERS = {"uint16": "H", "int32": "i"}  # of struct
 _BLOCK = 1 << 16  # documents whose entries of the index are made at once
+_LONGEST = 1 << 30  # tokens of a document that comes as a stream: the index counts them in 32 bits
 
 
 class Writer:
@@ -43,6 +44,21 @@ class Writer:
             self.add_packed(pack(ids, self.dtype.name), np.array([len(ids)], "<i4").tobytes())
         except ValueError as error:
             raise UserError(f"document {self.documents + 1}: {error}") from error
+
+    def add_stream(self, blocks: Iterable[np.ndarray]) -> None:
+        """Append ids that come in blocks, each a row of integers, as one document (several of 2³⁰ tokens if it is longer). Raises UserError as add."""
+        limits, length = np.iinfo(self.dtype), 0
+        for block in blocks:
+            if len(block) and not limits.min <= block.min() <= block.max() <= limits.max:
+                raise UserError(f"token id {block.min() if block.min() < 0 else block.max()} does not fit {self.dtype}")
+            for part in np.split(block, range(_LONGEST - length, len(block), _LONGEST)):
+                self.add_packed(part.astype(self.dtype).tobytes(), b"")
+                length += len(part)
+                if length == _LONGEST:
+                    self.add_packed(b"", np.array([length], "<i4").tobytes())
+                    length = 0
+        if length:
+            self.add_packed(b"", np.array([length], "<i4").tobytes())
 
     def add_packed(self, tokens: bytes, sizes: bytes, mask: bytes = b"") -> None:
         """Append documents: their tokens end to end, as `pack` makes them, the tokens in each as little-endian int32, and the mask."""

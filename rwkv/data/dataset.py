@@ -75,7 +75,7 @@ class Samples(torch.utils.data.Dataset, ABC):
 class Contexts(Samples):
     """Contexts of the stream, wherever they begin: as in upstream's binidx mode, they cross from one document into the next.
 
-    Prime sampling if `prime` > 0, uniformly random otherwise.
+    Prime sampling if `prime` > 0, uniformly random otherwise; and so are the first `random_first` − 1 samples, before it begins.
 
     Raises:
         UserError: fewer tokens than one context needs; a prime that prime sampling cannot use.
@@ -83,6 +83,7 @@ class Contexts(Samples):
 
     prime: int = 0
     shift: int = 0
+    random_first: int = 0
 
     def __post_init__(self):
         size = len(self.stream)
@@ -105,8 +106,8 @@ class Contexts(Samples):
         return self.window(self.number(index))[0]
 
     def window(self, number: int) -> tuple[int, int]:
-        if self.prime:
-            begin = sampling.prime_offset(1 + number, self.prime, self.ctx_len, self.shift)
+        if self.prime and 1 + number >= self.random_first:
+            begin = sampling.prime_offset(1 + number - self.random_first, self.prime, self.ctx_len, self.shift)
         else:
             begin = sampling.random_offset(self.seed, number, len(self.stream), self.ctx_len)
         return begin, begin + self.ctx_len + 1

@@ -170,6 +170,28 @@ def relu2(k: Tensor) -> tuple[Tensor, Recipe]:
     return _Relu2.apply(k.contiguous()) if _unit(k) else plain.relu2(k), Recipe(_relu2_again, (k.detach(),))
 
 
+class _Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        ctx.seed, ctx.p = new_seed(), p
+        return dropout(x, ctx.seed, p)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return dropout(g, ctx.seed, ctx.p), None
+
+
+def drop(x: Tensor, p: float) -> Tensor:
+    """x / (1 − p), or 0 with probability p. Keeps nothing."""
+    return _Drop.apply(x, p)
+
+
+def new_seed() -> int:
+    """For dropout: of the CPU's generator, which gradient checkpointing puts back, so that it draws the same again."""
+    return int(torch.randint(1 << 31, ()))
+
+
 def dropout(x: Tensor, seed: int, p: float) -> Tensor:
     """x / (1 − p), or 0 with probability p, by a hash of the element's number and the seed (plain.dropout): no mask is kept. No gradient."""
     unit = _unit(x)

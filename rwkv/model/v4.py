@@ -118,8 +118,13 @@ class Block(nn.Module):
             self.att = TimeMix(sizes)
         self.ffn = ChannelMix(sizes)
 
-    def forward(self, x: Tensor, state: tuple[Tensor, ...], reset: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """x [B, T, D] → [B, T, D] and the state after the last token. States are plain tuples, as DeepSpeed 0.7.0's hooks rebuild those and no others."""
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, ...], reset: Tensor | None = None, dropout: float = 0.0
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x [B, T, D] → [B, T, D] and the state after the last token. `dropout` of what the time-mix and the channel-mix leave, as upstream's.
+
+        States are plain tuples, as DeepSpeed 0.7.0's hooks rebuild those and no others.
+        """
         state = BlockState(*state)
         if hasattr(self, "ln0"):
             x, _ = self.ln0(x)
@@ -129,9 +134,13 @@ class Block(nn.Module):
             x = x + y
         else:
             x, wkv = self.ffnPre(a, x, state.att_shift, reset), state.wkv
-        f, x = self.ln2(x)
+        f, x = self.ln2(_dropped(x, dropout))
         # clones: a view of the last token would keep the others
-        return self.ffn(f, x, state.ffn_shift, reset), (a[:, -1].clone(), wkv, f[:, -1].clone())
+        return _dropped(self.ffn(f, x, state.ffn_shift, reset), dropout), (a[:, -1].clone(), wkv, f[:, -1].clone())
+
+
+def _dropped(x: Tensor, p: float) -> Tensor:
+    return fused.drop(x, p) if p else x
 
 
 class Head(Matrix):
@@ -145,12 +154,13 @@ class Head(Matrix):
 class RWKV(nn.Module):
     """The language model. Matrices hold no values until rwkv.checkpoint or rwkv.model.init gives them some.
 
-    `grad_cp`: recompute each block in the backward pass and keep only its input.
+    `grad_cp`: recompute each block in the backward pass and keep only its input. `dropout`: in training, of the embedding and of the residual
+    stream after every mix (upstream's --dropout).
     """
 
-    def __init__(self, sizes: Sizes, grad_cp: bool = False):
+    def __init__(self, sizes: Sizes, grad_cp: bool = False, dropout: float = 0.0):
         super().__init__()
-        self.sizes, self.grad_cp = sizes, grad_cp
+        self.sizes, self.grad_cp, self.dropout = sizes, grad_cp, dropout
         self.emb = skip_init(nn.Embedding, sizes.vocab_size, sizes.n_embd)
         self.blocks = nn.ModuleList(Block(sizes, layer) for layer in range(sizes.n_layer))
         self.ln_out = Norm(sizes.n_embd)
@@ -170,12 +180,13 @@ class RWKV(nn.Module):
         """
         if state is None:
             state = self.initial_state(tokens.shape[0])
-        x, after = self.emb(tokens), []
+        dropout = self.dropout if self.training else 0.0
+        x, after = _dropped(self.emb(tokens), dropout), []
         for block, before in zip(self.blocks, state, strict=True):
             if self.grad_cp and torch.is_grad_enabled():
-                x, new = checkpoint(block, x, tuple(before), reset, use_reentrant=False)
+                x, new = checkpoint(block, x, tuple(before), reset, dropout, use_reentrant=False)
             else:
-                x, new = block(x, tuple(before), reset)
+                x, new = block(x, tuple(before), reset, dropout)
             after.append(BlockState(*new))
         return self.ln_out(x)[0], after
 

@@ -4,21 +4,21 @@ import torch
 
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
-from rwkv.train import samples, schedule, strategy
+from rwkv.train import samples, schedule, source, strategy
 
 
 def check(c: TrainConfig) -> None:
     """Raises UserError for a flag that is out of range, missing, or does not go with another or with this machine."""
-    for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "max_steps", "epoch_begin", "grad_clip"):
+    for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "max_steps", "epoch_begin", "grad_clip", "my_random_steps"):
         if getattr(c, name) < 0:
             raise UserError(f"--{name} must not be negative; it is {getattr(c, name)}")
-    if not 0 <= getattr(c, "lora_dropout", 0) < 1 or not (0 <= c.beta1 < 1 and 0 <= c.beta2 < 1):
-        raise UserError("--lora_dropout, --beta1 and --beta2 must be at least 0 and less than 1")
+    for name in ("lora_dropout", "dropout", "beta1", "beta2"):
+        if not 0 <= getattr(c, name, 0) < 1:
+            raise UserError(f"--{name} must be at least 0 and less than 1; it is {getattr(c, name)}")
     for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count", "epoch_save", "devices", "num_nodes"):
         if getattr(c, name) < 1:
             raise UserError(f"--{name} must be at least 1; it is {getattr(c, name)}")
-    if not c.data_file:
-        raise UserError("--data_file is missing: a binidx prefix, or a .jsonl file")
+    source.check(c)
     if c.epoch_steps % c.accumulate_grad_batches:
         raise UserError(f"--epoch_steps {c.epoch_steps} must be a multiple of --accumulate_grad_batches {c.accumulate_grad_batches}")
     if schedule.total_steps(c) < 1:
@@ -29,6 +29,8 @@ def check(c: TrainConfig) -> None:
         raise UserError(f"--epoch_begin {c.epoch_begin} goes on with a run: give its checkpoint with --load_model")
     if isinstance(c, LoRAConfig) and c.lora and c.epoch_begin and not c.lora_load:
         raise UserError(f"--epoch_begin {c.epoch_begin} goes on with a LoRA run: give its adapter with --lora_load")
+    if c.load_partial and (not c.load_model or (isinstance(c, LoRAConfig) and c.lora)):
+        raise UserError("--load_partial 1 fills in --load_model, in pretraining and full tuning; leave it out")
     if c.my_pile_shift < -1:
         raise UserError(f"--my_pile_shift must be at least 0; it is {c.my_pile_shift}")
     if c.tbptt_len < 0 or (c.exact and not c.tbptt_len):

@@ -1,6 +1,5 @@
 """The figures of every step on the dashboards that were asked for: Weights & Biases, TensorBoard."""
 
-import os
 import time
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -70,7 +69,8 @@ class TensorBoard:
 
         self._event, self._scalar = Event, scalar
         (folder / self.FOLDER).mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(folder / self.FOLDER / "events"), f".{os.getpid()}")
+        # Named by the second; numbered, as two may begin in one, and as TensorBoard reads files in the order of their names.
+        self._writer = EventsWriter(str(folder / self.FOLDER / "events"), f".{len(files(folder)):04}")
         # Whatever earlier files say of this step and later ones TensorBoard then drops.
         self._writer.write_event(Event(step=step + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
         self.sync()

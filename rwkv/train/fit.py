@@ -23,7 +23,8 @@ from rwkv.train.module import TrainingModule
 from rwkv.train.plot import plot
 from rwkv.train.saving import Saving, checkpoint_name
 from rwkv.train.signals import Signals
-from rwkv.train.start import adapt, keep_base, make_model, open_data
+from rwkv.train.source import open_data, with_vocabulary
+from rwkv.train.start import adapt, keep_base, make_model
 from rwkv.train.trainer import make_trainer, on_gpu, precision_of, quiet_lightning
 from rwkv.train.watch import Watch
 from rwkv.train.words import introduce, say
@@ -49,6 +50,7 @@ def fit(config: TrainConfig) -> Result:
     folder = Path(config.proj_dir)
     config = pile.apply(config, folder)
     check(config)
+    config = with_vocabulary(config)
     quiet_lightning()
     cpu.prepare()
     resting = limits.rss()

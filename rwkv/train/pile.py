@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from rwkv import checkpoint
@@ -17,6 +18,7 @@ from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data import sampling
 from rwkv.data.binidx import Dataset
 from rwkv.errors import UserError
+from rwkv.model import RWKV
 from rwkv.train import manifest
 from rwkv.train.start import make_model
 from rwkv.train.words import say
@@ -33,7 +35,7 @@ def apply(c: TrainConfig, folder: Path) -> TrainConfig:
     Raises:
         UserError: nothing to start from; a batch that 40320 cannot be divided by; data too short for an epoch.
     """
-    if not c.my_pile_stage or not c.data_file:
+    if not c.my_pile_stage or not c.data_file or c.data_type != "binidx":
         return c
     if isinstance(c, LoRAConfig) and c.lora:
         raise UserError(f"--my_pile_stage {c.my_pile_stage} belongs to pretraining; leave it out for LoRA")
@@ -71,17 +73,44 @@ def apply(c: TrainConfig, folder: Path) -> TrainConfig:
 def write_initial(c: TrainConfig, folder: Path) -> Path:
     """Stage 1: new weights in rwkv-init.pth, and their path. Raises UserError if there are some already."""
     path = folder / "rwkv-init.pth"
-    if c.load_model:
-        raise UserError(f"--my_pile_stage 1 makes new weights; leave --load_model {c.load_model} out")
     if path.exists() and not c.overwrite:
         raise UserError(f"{path} exists already; go on with --my_pile_stage 2 or 3, or give --overwrite to make it anew")
-    model = make_model(c)
+    model = make_model(dataclasses.replace(c, load_model=""))
+    if c.load_model:
+        _stretch_into(model, c.load_model)
     if rank_zero_only.rank == 0:
         checkpoint.save_model(path, model, {"step": 0, "flags": dataclasses.asdict(c)})
     say(
         f"new weights: {path}, L{model.sizes.n_layer} D{model.sizes.n_embd} V{model.sizes.vocab_size}; train them with --my_pile_stage 2 or 3"
     )
     return path
+
+
+@torch.no_grad()
+def _stretch_into(model: RWKV, path: str) -> None:
+    """Copy a checkpoint into a model of other sizes: where there are more or fewer rows, by linear interpolation between them.
+
+    Raises:
+        UserError: a tensor that the model has not, or whose rows have another length.
+    """
+    parameters = dict(model.named_parameters())
+    for name, tensor in checkpoint.read_tensors(path).items():
+        if name not in parameters:
+            raise UserError(f"{path}: {name} is not in a model of these sizes; give at least its --n_layer")
+        rows, target = _rows(tensor.float()), _rows(parameters[name])
+        if rows.shape[1:] != target.shape[1:]:
+            raise UserError(
+                f"{path}: {name} is {list(tensor.shape)}, and {list(parameters[name].shape)} is wanted; only vectors and the number of rows can be stretched"
+            )
+        place = torch.arange(len(target), dtype=torch.float64) * len(rows) / len(target)  # upstream's: row i of n at i·m/n of m
+        low = place.floor().long().clamp(max=len(rows) - 1)
+        part = (place - low).to(rows.dtype).clamp(max=1).view(-1, *[1] * (rows.dim() - 1))
+        target.copy_(torch.lerp(rows[low], rows[(low + 1).clamp(max=len(rows) - 1)], part))
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """A matrix as it is, anything of one row as that row's numbers."""
+    return tensor if tensor.squeeze().dim() > 1 else tensor.view(-1)
 
 
 def _newest(folder: Path, only_init: bool) -> tuple[int, Path | None]:

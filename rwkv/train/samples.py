@@ -15,6 +15,8 @@ def check(c: TrainConfig) -> None:
     documents = c.doc_training or c.doc_training_seq
     if documents and (c.magic_prime or c.my_pile_shift > 0):
         raise UserError("--doc_training goes through the documents and --magic_prime through places of the stream: leave one of them out")
+    if c.my_random_steps and not c.magic_prime:
+        raise UserError(f"--my_random_steps {c.my_random_steps} come before prime sampling: give --magic_prime too, or leave it out")
     if c.min_ctx_len and not documents:
         raise UserError(f"--min_ctx_len {c.min_ctx_len} is a matter of --doc_training 1; give that too, or leave it out")
     if not 0 <= c.min_ctx_len <= c.ctx_len:
@@ -65,4 +67,4 @@ def _source(c: TrainConfig, stream: Stream, seed: int, held_out: bool = False) -
     prime = sampling.magic_prime(size, c.ctx_len) if c.magic_prime < 0 else c.magic_prime
     if c.magic_prime < 0 and not prime:
         raise UserError(f"--magic_prime -1: {size} tokens hold no two contexts of {c.ctx_len}; leave it out, or lower --ctx_len")
-    return Contexts(**common, prime=prime, shift=c.my_pile_shift)
+    return Contexts(**common, prime=prime, shift=c.my_pile_shift, random_first=c.my_random_steps)

@@ -1,20 +1,19 @@
-"""What a run starts from: its model, its adapter, its data."""
+"""What a run starts from: its model, its adapter."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from rwkv import checkpoint, compat, lora
-from rwkv.config import ConvertConfig, LoRAConfig, TrainConfig
-from rwkv.data.binidx import Dataset
-from rwkv.data.convert import convert
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.data import foreign
 from rwkv.errors import UserError
 from rwkv.files import sha256
 from rwkv.model import RWKV, Sizes
 from rwkv.model.init import initialise
+from rwkv.train import strategy, trainer
 
 NEW_BASE = "rwkv-base.pth"  # of LoRA on a new model
 
@@ -22,6 +21,11 @@ NEW_BASE = "rwkv-base.pth"  # of LoRA on a new model
 def make_model(c: TrainConfig) -> RWKV:
     """From load_model, with flags that disagree refused; else new, by upstream's rules."""
     given = {name: getattr(c, name) for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn") if getattr(c, name)}
+    if c.load_model and c.load_partial:
+        tensors = checkpoint.read_tensors(c.load_model)
+        model = _new(c, replace(checkpoint.sizes_of(tensors, c.load_model), **given))
+        checkpoint.fill(model, tensors, c.load_model, partial=True)
+        return model
     if c.load_model:
         model = checkpoint.load_model(c.load_model, dtype=None if _frozen(c) == torch.bfloat16 else torch.float32)  # None: as it is stored
         wrong = [
@@ -29,13 +33,22 @@ def make_model(c: TrainConfig) -> RWKV:
             for name, value in given.items()
             if value != getattr(model.sizes, name)
         ]
+        if c.data_type in foreign.TEXTS and c.vocab_size != model.sizes.vocab_size:
+            raise UserError(
+                f"{c.load_model}: has a vocabulary of {model.sizes.vocab_size}, and --data_type {c.data_type} makes one of the text's"
+                f" {c.vocab_size} characters; convert the text for the model with scripts/convert.py"
+            )
         if wrong:
             raise UserError(f"{c.load_model}: {'; '.join(wrong)}. Sizes come from the checkpoint: leave these flags out")
-        model.grad_cp = bool(c.grad_cp)
+        model.grad_cp, model.dropout = bool(c.grad_cp), c.dropout
         return model
     sizes = {"n_layer": 6, "n_embd": 512, "vocab_size": 65536} | given
     sizes = {"dim_att": sizes["n_embd"], "dim_ffn": 4 * sizes["n_embd"]} | sizes
-    model = RWKV(Sizes(**sizes, pre_ffn=bool(c.pre_ffn)), bool(c.grad_cp))
+    return _new(c, Sizes(**sizes, pre_ffn=bool(c.pre_ffn)))
+
+
+def _new(c: TrainConfig, sizes: Sizes) -> RWKV:
+    model = RWKV(sizes, bool(c.grad_cp), c.dropout)
     initialise(model, emb_scale=c.lr_init, frozen=isinstance(c, LoRAConfig) and c.lora)
     return model
 
@@ -44,10 +57,14 @@ def _frozen(c: TrainConfig) -> torch.dtype:
     """What frozen weights are kept in."""
     if not (isinstance(c, LoRAConfig) and c.lora):
         return torch.float32
-    alone, gpu = c.devices * c.num_nodes == 1, torch.cuda.is_available() and c.accelerator != "cpu"
     kept = c.precision if c.lora_base == "auto" else c.lora_base
-    if not (alone or gpu or compat.gloo_sends_bf16()):
-        kept = "fp32"
+    if kept == "bf16" and not (strategy.alone(c) or trainer.on_gpu(c) or compat.gloo_sends_bf16()):
+        if c.lora_base == "bf16":
+            raise UserError(
+                "--lora_base bf16: processes on CPUs cannot send each other bf16 with this torch, as ddp does when it starts; leave it out, and the"
+                " base is kept in fp32, or take the modern stack (make venv STACK=modern)"
+            )
+        return torch.float32
     return torch.bfloat16 if kept == "bf16" else torch.float32
 
 
@@ -81,29 +98,3 @@ def keep_base(model: RWKV, adapter: dict[str, Any], folder: Path) -> None:
     if not path.exists():
         checkpoint.save_model(path, model, {"step": 0})
     adapter["base_sha256"] = sha256(path)
-
-
-def open_data(c: TrainConfig, sizes: Sizes, folder: Path, reuse: bool = False) -> Dataset:
-    """The binidx to train on; a .jsonl is converted into `folder` first, unless `reuse` finds that done. Ids outside the vocabulary are refused."""
-    prefix = c.data_file
-    if prefix.endswith(".jsonl"):
-        if sizes.vocab_size < 65530:
-            raise UserError(
-                f"{prefix}: would be tokenised for World (ids to 65529), and the model has {sizes.vocab_size} words; convert it for that model"
-            )
-        prefix = str(folder / "data_text_document")
-        if rank_zero_only.rank == 0 and not (reuse and Path(f"{prefix}.idx").exists()):
-            if Path(f"{prefix}.bin").exists() and not (c.overwrite or c.epoch_begin):
-                raise UserError(f"{prefix}.bin exists already; train on it with --data_file {prefix}, or give --overwrite to convert anew")
-            convert(ConvertConfig(input=c.data_file, output_prefix=str(folder / "data"), force=True))
-    data = Dataset(prefix)
-    can_hold = np.iinfo(data.tokens.dtype)
-    if can_hold.min == 0 and can_hold.max < sizes.vocab_size:  # no id can be wrong: spares a pass over the file
-        return data
-    smallest, largest = data.id_range()
-    if smallest < 0 or largest >= sizes.vocab_size:
-        raise UserError(
-            f"{data.prefix}.bin: token id {smallest if smallest < 0 else largest}, and the model has a vocabulary of {sizes.vocab_size}; the"
-            " data was converted for another tokenizer than the model's"
-        )
-    return data

@@ -121,7 +121,12 @@ def make(c: TrainConfig, gpu: bool) -> "ZeroStrategy | str | None":
     """What Lightning's trainer takes as strategy; None for one device alone."""
     if zero(c):
         return ZeroStrategy(deepspeed_config(c), gpu)
-    return None if c.strategy == "auto" and c.devices * c.num_nodes == 1 else "ddp_find_unused_parameters_false"
+    return None if alone(c) else "ddp_find_unused_parameters_false"
+
+
+def alone(c: TrainConfig) -> bool:
+    """Whether one process trains without any connection to others."""
+    return c.strategy == "auto" and c.devices * c.num_nodes == 1
 
 
 def part() -> None:

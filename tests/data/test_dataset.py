@@ -42,6 +42,13 @@ def test_prime_order_is_upstreams_across_epochs_and_ranks(stream):
             assert [data.offset(i) for i in range(samples)] == expected
 
 
+def test_random_places_come_before_the_primes(stream):
+    # upstream: at random where ii = 1, 2, … is less than my_random_steps, then the primes of ii − my_random_steps
+    data = Contexts(stream, 10, 12, seed=5, prime=89, random_first=4)
+    random = Contexts(stream, 10, 12, seed=5)
+    assert [data.offset(i) for i in range(12)] == [*map(random.offset, range(3)), *(prime_offset(i, 89, 10) for i in range(9))]
+
+
 @pytest.mark.parametrize("prime", [0, 89])
 def test_ranks_share_out_what_one_process_would_see(stream, prime):
     alone = Contexts(stream, 10, 12, seed=5, prime=prime)

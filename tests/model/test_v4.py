@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import RwkvConfig, RwkvForCausalLM
 
-from rwkv.model import RWKV
+from rwkv.model import RWKV, plain
 
 try:
     from transformers.initialization import no_init_weights
@@ -80,8 +80,39 @@ def test_gradient_checkpointing_changes_no_gradient(make_model):
         model.grad_cp = grad_cp
         model(tokens)[0].square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)  # the same operations
+    for kept, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(kept, recomputed, rtol=0, atol=0)  # the same operations
+
+
+@pytest.mark.parametrize("grad_cp", [False, True])
+@pytest.mark.parametrize("sizes", [{}, {"pre_ffn": True}], ids=str)
+def test_dropout_is_upstreams_of_the_embedding_and_of_the_stream_after_every_mix(make_model, grad_cp, sizes):
+    model, p = make_model(**sizes), 0.3
+    model.grad_cp, model.dropout = grad_cp, p
+    tokens = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(1))
+    without = model.eval()(tokens)[0].detach()  # not in evaluation
+    torch.manual_seed(3)
+    found = model.train()(tokens)[0]
+    found.square().sum().backward()
+    ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    torch.manual_seed(3)
+    drop = lambda x: plain.dropout(x, int(torch.randint(1 << 31, ())), p)  # noqa: E731
+    x, reset = drop(model.emb(tokens)), None
+    for block, state in zip(model.blocks, model.initial_state(2), strict=True):
+        x = block.ln0(x)[0] if hasattr(block, "ln0") else x
+        a, x = block.ln1(x)
+        x = drop(
+            x + block.att(a, state.att_shift, state.wkv, reset)[0] if hasattr(block, "att") else block.ffnPre(a, x, state.att_shift, reset)
+        )
+        f, x = block.ln2(x)
+        x = drop(block.ffn(f, x, state.ffn_shift, reset))
+    theirs = model.head(model.ln_out(x)[0])
+    theirs.square().sum().backward()
+    torch.testing.assert_close(found, theirs)
+    assert not torch.allclose(found, without, rtol=0.1)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad)  # the gradient of the mask by autograd
 
 
 def test_pre_ffn_replaces_the_time_mix_of_block_0(make_model):

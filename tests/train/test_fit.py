@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from rwkv import checkpoint, lora
+from rwkv import checkpoint, compat, lora
 from rwkv.checkpoint import load_model, load_tuned, read_manifest, read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import Dataset, writer
@@ -18,7 +18,7 @@ from rwkv.data.dataset import Contexts
 from rwkv.data.stream import Stream
 from rwkv.errors import UserError
 from rwkv.files import sha256
-from rwkv.train import store
+from rwkv.train import start, store
 from rwkv.train.fit import fit
 
 SMALL = {
@@ -420,6 +420,18 @@ def test_a_run_says_its_types_and_what_it_was_made_from(make_base, make_data, tm
     assert len(run["stack"]["lock_sha256"]) == 64
     for path in (tmp_path / "run").rglob("*"):
         assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+
+
+def test_a_base_in_bf16_that_processes_cannot_send_each_other_is_refused_if_it_was_asked_for(make_base, make_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(compat, "gloo_sends_bf16", lambda: False)  # as torch 1.13.1, on CPUs
+    flags = {**TUNE, "load_model": str(make_base()), "data_file": make_data(200), "proj_dir": str(tmp_path / "run"), "strategy": "ddp"}
+    with pytest.raises(UserError, match="--lora_base bf16: processes on CPUs cannot send each other bf16"):
+        fit(LoRAConfig(**flags, lora_base="bf16"))
+    assert not (tmp_path / "run").exists()
+    alone = LoRAConfig(**{**flags, "strategy": "auto"}, lora_base="bf16")
+    assert start.make_model(alone) is not None
+    model = start.make_model(LoRAConfig(**flags, precision="bf16"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # and this is said at the start, as `types:`
 
 
 def test_lora_on_a_base_kept_in_bf16_follows_the_one_in_fp32(make_base, make_data, tmp_path, monkeypatch):

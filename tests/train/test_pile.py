@@ -67,6 +67,55 @@ def test_a_stage_goes_on_exactly_and_from_upstreams_files(flags, tmp_path):
     assert pile.apply(TrainConfig(**flags | {"proj_dir": str(bare)}, my_pile_stage=4), bare).magic_prime == 0  # at random places
 
 
+def stretched(old, n):
+    """upstream's: number i of n stands at i · m/n of m, between two it is linear, from the last on it is the last."""
+    found = []
+    for i in range(n):
+        place = i / n * len(old)
+        low = math.floor(place)
+        found.append(old[-1] if place >= len(old) - 1 else old[low] * (1 - (place - low)) + old[low + 1] * (place - low))
+    return torch.stack(found)
+
+
+def test_stage_1_stretches_the_weights_of_load_model(flags, make_base, make_model, tmp_path):
+    base = make_base(n_embd=8)
+    fit(TrainConfig(**flags | {"vocab_size": 70, "n_layer": 3}, my_pile_stage=1, load_model=str(base)))
+    old, new = read_tensors(base), read_tensors(tmp_path / "run/rwkv-init.pth")
+    for name in ("emb.weight", "head.weight"):
+        torch.testing.assert_close(new[name], stretched(old[name], 70))
+    assert all(torch.equal(new[name], old[name]) for name in old if name not in ("emb.weight", "head.weight"))
+    assert not new["blocks.2.att.output.weight"].any()  # new, by upstream's rule
+    # vectors grow: of a model without matrices that would have to
+    grown = make_model(n_embd=8, vocab_size=50, dim_att=12)
+    vectors = {name: x for name, x in old.items() if "time_decay" in name or name == "ln_out.bias"}
+    torch.save(vectors, tmp_path / "vectors.pth")
+    pile._stretch_into(grown, str(tmp_path / "vectors.pth"))
+    torch.testing.assert_close(grown.blocks[1].att.time_decay.detach(), stretched(old["blocks.1.att.time_decay"], 12))
+    assert torch.equal(grown.ln_out.bias, old["ln_out.bias"])
+
+
+@pytest.mark.parametrize(("other", "complaint"), [({"n_layer": 1}, "blocks.1.* is not in a model"), ({"n_embd": 16}, "only vectors and")])
+def test_what_cannot_be_stretched_is_refused(flags, make_base, tmp_path, other, complaint):
+    with pytest.raises(UserError, match=complaint):
+        fit(TrainConfig(**flags | other, my_pile_stage=1, load_model=str(make_base(n_embd=8))))
+    assert not (tmp_path / "run/rwkv-init.pth").exists()
+
+
+def test_load_partial_begins_anew_what_the_checkpoint_lacks(flags, make_base, tmp_path):
+    base, still = make_base(n_embd=8), {"ctx_len": 8, "micro_bsz": 2, "epoch_steps": 1, "epoch_count": 1, "lr_init": 0.0, "lr_final": 0.0}
+    grown = {**flags, **still, "n_layer": 4, "n_embd": 0, "vocab_size": 0, "load_model": str(base), "load_partial": 1}
+    result = fit(TrainConfig(**grown))
+    old, new = read_tensors(base), read_tensors(result.checkpoint)
+    assert all(torch.equal(new[name], old[name]) for name in old)
+    assert {name.split(".")[1] for name in new.keys() - old.keys()} == {"2", "3"}
+    as_before = fit(TrainConfig(**grown | {"n_layer": 0, "load_partial": 0, "proj_dir": str(tmp_path / "before")}))
+    assert result.first_loss == pytest.approx(as_before.first_loss, rel=1e-6)  # new layers pass on what they are given
+    with pytest.raises(UserError, match="misshapen"):
+        fit(TrainConfig(**grown | {"n_embd": 16, "proj_dir": str(tmp_path / "wide")}))
+    with pytest.raises(UserError, match="--load_partial 1 fills in --load_model"):
+        fit(TrainConfig(**grown | {"load_model": "", "proj_dir": str(tmp_path / "none")}))
+
+
 def test_stage_2_learns_what_is_called_time_five_times_as_fast(make_model):
     found = {name: g["lr_scale"] for g in optimizer.groups(make_model(), TrainConfig(my_pile_stage=2)) for name in g["names"]}
     assert all(scale == (5 if "time_" in name else 1) for name, scale in found.items())

@@ -1,0 +1,84 @@
+"""What a run trains on: a binidx, or what becomes one in the folder of the run first."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from rwkv.config import ConvertConfig, TrainConfig
+from rwkv.data import foreign
+from rwkv.data.binidx import Dataset
+from rwkv.data.convert import convert
+from rwkv.errors import UserError
+from rwkv.model import Sizes
+
+_KINDS = ("binidx", "numpy", *foreign.TEXTS)
+_ELSE = {
+    "uint16": "rows of --my_sample_len ids: write each as a document of a binidx, and give --doc_training 1 with its length less 1 as --ctx_len",
+    "wds_img": "images: models of text alone are trained here",
+}
+
+
+def check(c: TrainConfig) -> None:
+    """Raises UserError for a kind of data that there is not, or where there is no file."""
+    if c.data_type not in _KINDS:
+        raise UserError(
+            f"--data_type {c.data_type} is not one of {', '.join(_KINDS)}; {_ELSE.get(c.data_type, 'convert it with scripts/convert.py')}"
+        )
+    if not c.data_file and c.data_type != "dummy":
+        raise UserError("--data_file is missing: a binidx prefix, or a .jsonl file")
+    if c.my_pile_stage and c.data_type != "binidx":
+        raise UserError(
+            f"--my_pile_stage {c.my_pile_stage} wants a binidx, and --data_type is {c.data_type}; convert it with scripts/convert.py"
+        )
+
+
+def with_vocabulary(c: TrainConfig) -> TrainConfig:
+    """The flags, with the size of its vocabulary where a text brings its own. Raises UserError if another was given."""
+    if c.data_type not in foreign.TEXTS:
+        return c
+    size = len(foreign.vocabulary(c.data_type, c.data_file))
+    if c.vocab_size not in (0, size):
+        raise UserError(
+            f"--vocab_size {c.vocab_size}, and {c.data_file or c.data_type} has {size} different characters; leave the flag out"
+        )
+    return replace(c, vocab_size=size)
+
+
+def open_data(c: TrainConfig, sizes: Sizes, folder: Path, reuse: bool = False) -> Dataset:
+    """The binidx to train on; anything else becomes one in `folder` first, unless `reuse` finds that done. Ids outside the vocabulary are refused."""
+    prefix = c.data_file
+    if make := _maker(c, sizes, folder):
+        prefix = str(folder / "data_text_document")
+        if rank_zero_only.rank == 0 and not (reuse and Path(f"{prefix}.idx").exists()):
+            if Path(f"{prefix}.bin").exists() and not (c.overwrite or c.epoch_begin):
+                raise UserError(f"{prefix}.bin exists already; train on it with --data_file {prefix}, or give --overwrite to convert anew")
+            make(prefix)
+    data = Dataset(prefix)
+    can_hold = np.iinfo(data.tokens.dtype)
+    if can_hold.min == 0 and can_hold.max < sizes.vocab_size:  # no id can be wrong: spares a pass over the file
+        return data
+    smallest, largest = data.id_range()
+    if smallest < 0 or largest >= sizes.vocab_size:
+        raise UserError(
+            f"{data.prefix}.bin: token id {smallest if smallest < 0 else largest}, and the model has a vocabulary of {sizes.vocab_size}; the"
+            " data was converted for another tokenizer than the model's"
+        )
+    return data
+
+
+def _maker(c: TrainConfig, sizes: Sizes, folder: Path) -> Callable[[str], object] | None:
+    """What makes a binidx of this prefix out of data_file; None if it is one."""
+    if c.data_type in foreign.TEXTS:
+        return lambda prefix: foreign.characters_to_binidx(c.data_type, c.data_file, prefix, folder / "vocab.json")
+    if c.data_type == "numpy":
+        return lambda prefix: foreign.array_to_binidx(c.data_file, prefix)
+    if not c.data_file.endswith(".jsonl"):
+        return None
+    if sizes.vocab_size < 65530:
+        raise UserError(
+            f"{c.data_file}: would be tokenised for World (ids to 65529), and the model has {sizes.vocab_size} words; convert it for that model"
+        )
+    return lambda prefix: convert(ConvertConfig(input=c.data_file, output_prefix=prefix.removesuffix("_text_document"), force=True))

@@ -1,0 +1,138 @@
+"""Upstream's commands as their READMEs and scripts give them: only paths, and the sizes of the models that they name, are other here.
+
+BlinkDL: the examples at the head of RWKV-v4neo/train.py, which the README sends its reader to. Blealtan, m8than: README. J: README of json2binidx.
+"""
+
+import os
+import re
+import shlex
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rwkv import compat
+from rwkv.checkpoint import read_manifest, read_tensors
+from rwkv.cli import parse
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.data.binidx import Dataset, writer
+from rwkv.errors import UserError
+from rwkv.train import strategy
+from rwkv.train.fit import fit
+
+LORA = """--load_model BASE --proj_dir OUT --data_file BINIDX --data_type binidx
+  --vocab_size 50277 --ctx_len 1024 --epoch_steps 1000 --epoch_count 1000 --epoch_begin 0 --epoch_save 5 --micro_bsz 2 ACCUMULATE
+  --n_layer 24 --n_embd 1024 --pre_ffn 0 --head_qk 0 --lr_init 1e-4 --lr_final 1e-4 --warmup_steps 0 --beta1 0.9 --beta2 0.999 --adam_eps 1e-8
+  --accelerator gpu --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 0
+  --lora --lora_r 8 --lora_alpha 16 --lora_dropout 0.01"""
+COMMANDS = {
+    "BlinkDL, dummy data": """--load_model "" --wandb "" --proj_dir "OUT" --data_file "" --data_type "dummy" --vocab_size 0
+        --ctx_len 128 --epoch_steps 1000 --epoch_count 20 --epoch_begin 0 --epoch_save 10
+        --micro_bsz 16 --n_layer 12 --n_embd 768 --pre_ffn 0 --head_qk 0
+        --lr_init 6e-4 --lr_final 1e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8
+        --accelerator gpu --devices 1 --precision bf16 --strategy ddp_find_unused_parameters_false --grad_cp 0""",
+    "BlinkDL, enwik8": """--load_model "" --wandb "" --proj_dir "OUT" --data_file "TEXT" --data_type "utf-8" --vocab_size 0
+        --ctx_len 512 --epoch_steps 5000 --epoch_count 500 --epoch_begin 0 --epoch_save 5
+        --micro_bsz 12 --n_layer 6 --n_embd 512 --pre_ffn 0 --head_qk 0
+        --lr_init 8e-4 --lr_final 1e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8
+        --accelerator gpu --devices 1 --precision bf16 --strategy ddp_find_unused_parameters_false --grad_cp 0""",
+    "BlinkDL, 1.5B on eight GPUs": """--load_model "BASE" --wandb "" --proj_dir "OUT" --data_file "NUMPY" --data_type "numpy" --vocab_size 50277
+        --ctx_len 1024 --epoch_steps 1000 --epoch_count 1000 --epoch_begin 0 --epoch_save 5
+        --micro_bsz 8 --n_layer 24 --n_embd 2048 --pre_ffn 0 --head_qk 0
+        --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.999 --adam_eps 1e-8
+        --accelerator gpu --devices 8 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 0""",
+    "BlinkDL, 1.5B on one": """--load_model "BASE" --wandb "" --proj_dir "OUT" --data_file "NUMPY" --data_type "numpy" --vocab_size 50277
+        --ctx_len 1024 --epoch_steps 200 --epoch_count 1000 --epoch_begin 0 --epoch_save 1
+        --micro_bsz 11 --n_layer 24 --n_embd 2048 --pre_ffn 0 --head_qk 0
+        --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.999 --adam_eps 1e-8
+        --accelerator gpu --devices 1 --precision fp16 --strategy deepspeed_stage_2_offload --grad_cp 1""",
+    "Blealtan": LORA.replace("ACCUMULATE", "--accumulate_grad_batches 4") + " --lora_parts=att,ffn,time,ln",
+    "Blealtan, going on": LORA.replace("ACCUMULATE", "--accumulate_grad_batches 4") + " --lora_load ADAPTER --lora_parts=att,ffn,time,ln",
+    "m8than": LORA.replace("ACCUMULATE", "") + " --lora_parts=att,ffn,time,ln --seq_data 1 --seq_data_sep 0",
+}
+SIZES = {"n_layer": 2, "n_embd": 16}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parted():
+    """ddp and DeepSpeed connect this process, with itself; and name the place in its environment."""
+    before = dict(os.environ)
+    yield
+    strategy.part()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """What the commands name, by the words that stand for it."""
+    folder = tmp_path_factory.mktemp("upstream")
+    ids = torch.randint(1, 50277, (15_000,), generator=torch.Generator().manual_seed(0)).tolist()
+    np.save(folder / "train.npy", np.array(ids, dtype="uint16"))  # as prepare-data.py does
+    with writer(folder / "d_text_document") as out:
+        for begin in range(0, len(ids), 600):
+            out.add([*ids[begin : begin + 600], 0])
+    (folder / "enwik8").write_text("All good people read good books. " * 200)
+    common = {"accelerator": "cpu", "precision": "fp32", "random_seed": 1, "ctx_len": 8, "micro_bsz": 1, "epoch_steps": 1, "epoch_count": 1}
+    common["data_file"] = str(folder / "d_text_document")
+    base = fit(TrainConfig(**common, **SIZES, vocab_size=50277, proj_dir=str(folder / "base"))).checkpoint
+    adapter = {"lora_parts": "att,ffn,time,ln", "lora_alpha": 16, "load_model": str(base), "proj_dir": str(folder / "adapter")}
+    adapter = fit(LoRAConfig(**common, **adapter)).checkpoint
+    return {
+        "BASE": base,
+        "ADAPTER": adapter,
+        "NUMPY": folder / "train.npy",
+        "BINIDX": folder / "d_text_document",
+        "TEXT": folder / "enwik8",
+    }
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_training_command_runs(name, paths, tmp_path):
+    line = COMMANDS[name]
+    for word, path in {**paths, "OUT": tmp_path / "out"}.items():
+        line = re.sub(rf"\b{word}\b", str(path), line)
+    words, kind = shlex.split(line), LoRAConfig if "--lora" in line else TrainConfig
+    config = parse(kind, "", words)
+    known = {"head_qk": None, "seq_data": "doc_training_seq", "seq_data_sep": "doc_sep"}
+    for word, value in zip(words, [*words[1:], ""], strict=True):
+        if word.startswith("--") and not value.startswith("--") and (field := known.get(word[2:], word[2:])) and "=" not in word:
+            assert getattr(config, field) == type(getattr(config, field))(value), word  # the flag means what it says
+    config = replace(config, **SIZES, devices=1, max_steps=1, random_seed=1)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--accelerator gpu: torch sees no GPU; check nvidia-smi, or leave the flag out"):
+            fit(config)
+        config = replace(config, accelerator="auto")
+    if refusal := compat.deepspeed_refusal(torch.cuda.is_available()) if "deepspeed" in config.strategy else None:
+        with pytest.raises(UserError, match="--strategy ddp"):
+            fit(replace(config, precision="fp32"))
+        assert "--strategy ddp" in refusal
+        config = replace(config, strategy="ddp")
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        with pytest.raises(UserError, match="fp16 needs a GPU; on a CPU use bf16 or fp32"):
+            fit(config)
+        config = replace(config, precision="bf16")
+    result = fit(config)
+    assert (result.steps, result.checkpoint.name) == (1, "rwkv-final.pth")
+    vocabulary = read_manifest(result.checkpoint)["sizes"]["vocab_size"]
+    assert result.first_loss == pytest.approx(np.log(vocabulary), rel=0.1)  # to a new model all words are alike
+    assert vocabulary == {"dummy": 13, "utf-8": 14}.get(config.data_type, 50277)
+    assert any(".lora_A" in key for key in read_tensors(result.checkpoint)) == (kind is LoRAConfig)
+
+
+def test_the_merging_command_runs(script, paths, tmp_path):
+    # README of RWKV-LM-LoRA: python3 merge_lora.py [--use-gpu] <lora_alpha> <base_model.pth> <lora_checkpoint.pth> <output.pth>
+    script("merge_lora.py", "16", paths["BASE"], paths["ADAPTER"], "output.pth")
+    assert read_tensors(tmp_path / "output.pth").keys() == read_tensors(paths["BASE"]).keys()
+    if not torch.cuda.is_available():
+        assert "no GPU" in script("merge_lora.py", "--use-gpu", "16", paths["BASE"], paths["ADAPTER"], "other.pth", status=1).stderr
+
+
+def test_the_converting_command_for_20b_runs(script, write_jsonl, byte_tokenizer, tmp_path):
+    path, ids = byte_tokenizer
+    path.rename(tmp_path / "20B_tokenizer.json")
+    write_jsonl({"text": "abc"}, {"text": "xyz"}, name="sample.jsonl")
+    script("convert.py", *"--input ./sample.jsonl --output-prefix ./data/sample --vocab ./20B_tokenizer.json --dataset-impl mmap"
+           " --tokenizer-type HFTokenizer --append-eod".split())  # fmt: skip
+    assert Dataset(tmp_path / "data/sample_text_document").tokens.tolist() == [*(ids[x] for x in "abc"), 0, *(ids[x] for x in "xyz"), 0]
