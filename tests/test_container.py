@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import rwkv
+
 ROOT = Path(__file__).parents[1]
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SCRIPTS = {"inspect_data": "inspect", "merge_lora": "merge"}
@@ -53,7 +55,7 @@ def test_workflows_ask_for_no_more_than_they_need(workflow):
     assert "pull_request_target" not in content[True]  # YAML's reading of `on`
     for job in content["jobs"].values():
         writes = {name for name, right in job["permissions"].items() if right == "write"}
-        assert writes <= ({"packages", "id-token"} if workflow.stem == "release" else set())
+        assert writes <= ({"packages"} if workflow.stem == "release" else set())
         assert 0 < job["timeout-minutes"] <= 90
         for step in job["steps"]:
             assert "${{" not in step.get("run", ""), "values reach a script through its environment"
@@ -70,6 +72,30 @@ def test_every_make_target_and_service_of_a_workflow_exists():
                     assert re.search(rf"^{target}( [a-z ]+)?:", makefile, re.MULTILINE), target
             if command := re.match(r"docker compose run --rm -T (\w+)", step.get("run", "")):
                 assert command[1] in COMPOSE["services"]
+
+
+def output(step: dict, folder: Path, **environment: str) -> tuple[int, str]:
+    """What a step of a workflow writes to GITHUB_OUTPUT, and its status; docker prints two tags."""
+    (folder / "docker").write_text("#!/bin/bash\nprintf 'a\\nb\\n'\n")
+    (folder / "docker").chmod(0o755)
+    written = folder / "output"
+    written.write_text("")
+    environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "GITHUB_OUTPUT": str(written)}
+    done = subprocess.run(["bash", "-eo", "pipefail", "-c", step["run"]], cwd=ROOT, env=environment, capture_output=True, check=False)
+    return done.returncode, written.read_text()
+
+
+def test_a_release_is_tagged_by_the_image_and_only_under_the_projects_own_version(tmp_path):
+    action = yaml.safe_load((ROOT / ".github/actions/image/action.yml").read_text())
+    project = next(step for step in action["runs"]["steps"] if step.get("id") == "project")
+    status, version = output(project, tmp_path)
+    assert (status, version) == (0, f"version={rwkv.__version__}\n")
+    tags = next(step for step in steps(ROOT / ".github/workflows/release.yml") if step.get("id") == "tags")
+    given = {"STACK": "cu117", "REGISTRY": "registry.example/someone", "VERSION": "1.2.3"}
+    prefix = "registry.example/someone/rwkv-trainer:"
+    wanted = f"host=registry.example\ntags<<END\n{prefix}a\n{prefix}b\nEND\n"
+    assert output(tags, tmp_path, **given, GITHUB_REF_NAME="v1.2.3") == (0, wanted)
+    assert output(tags, tmp_path, **given, GITHUB_REF_NAME="v1.2.4") == (1, "")
 
 
 @pytest.fixture
