@@ -9,9 +9,14 @@ workflows=(.github/workflows/*.yml)
 "$tools/bin/mypy" --python-executable "$venv/bin/python" --cache-dir=/dev/null rwkv scripts
 "$venv/bin/shellcheck" docker/*.sh scripts/*.sh .ci/run
 "$tools/bin/hadolint" docker/Dockerfile
-for files in compose.yaml "compose.yaml compose.cpu.yaml" "compose.yaml compose.cpu.yaml tests/image/compose.engine.yaml"; do
-  # shellcheck disable=SC2046,SC2086 # a word a file
-  "$tools/bin/docker-compose" $(printf -- '--file %s ' $files) config --quiet || { echo "docker compose refuses $files" >&2; exit 1; }
+settings=$(mktemp)
+trap 'rm -f "$settings"' EXIT
+for stack in cu117 modern; do
+  for files in compose.yaml compose.yaml:compose.cpu.yaml compose.yaml:tests/image/compose.engine.yaml compose.yaml:compose.cpu.yaml:tests/image/compose.engine.yaml; do
+    # as make compose-env writes it, with nothing of the caller's .env
+    printf '%s\n' "COMPOSE_FILE=$files" "STACK=$stack" UID=1234 GID=1234 >"$settings"
+    "$tools/bin/docker-compose" --env-file "$settings" config --quiet || { echo "docker compose refuses $files" >&2; exit 1; }
+  done
 done
 "$tools/bin/check-jsonschema" --quiet --builtin-schema vendor.compose-spec compose.yaml
 "$tools/bin/check-jsonschema" --quiet --builtin-schema vendor.github-workflows "${workflows[@]}"
