@@ -8,6 +8,8 @@ import os
 import platform
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -148,8 +150,23 @@ def _compilers() -> Iterator[Finding]:
         compiler or "none" + ("; the kernels are compiled already" if built else ""),
         remedy,
     )
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # as rwkv.wkv.build looks
+    ninja = _version(shutil.which("ninja", path=path), "(.+)")
+    missing = "none" + ("; the kernels are compiled already" if built else "")
+    yield Finding("ninja", "ok" if ninja or built else "warn", ninja or missing, "" if ninja or built else "make venv brings it")
     nvrtc = compat.nvrtc()
     yield Finding("NVRTC", "ok", f"{nvrtc.name}; nvcc is not needed" if nvrtc else "none: kernels for the CPU alone can be compiled")
+    nvcc, cuda = _version(shutil.which("nvcc"), r"release ([\d.]+)"), torch.version.cuda or "none"
+    serves = "DeepSpeed can compile its own CUDA ops" if nvcc == cuda else f"not needed; DeepSpeed's own CUDA ops would ask for {cuda}"
+    yield Finding("nvcc", "ok", f"{nvcc}, {serves}" if nvcc else "none: not needed")
+
+
+def _version(program: str | None, pattern: str) -> str:
+    """What a program says of itself; empty if there is none."""
+    if not program:
+        return ""
+    said = re.search(pattern, subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout)
+    return said[1] if said else "of an unknown version"
 
 
 def _kernels() -> Iterator[Finding]:

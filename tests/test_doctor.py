@@ -61,6 +61,23 @@ def test_a_package_that_is_not_as_locked_is_named(monkeypatch):
     assert f"make venv STACK={compat.stack()}" in finding.remedy
 
 
+def test_nvcc_and_ninja_are_looked_at_and_neither_is_needed(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor.sys, "executable", str(tmp_path / "python"))
+    assert (found("nvcc").status, found("nvcc").found) == ("ok", "none: not needed")
+    assert (found("ninja").status, found("ninja").found) == ("ok", "none; the kernels are compiled already")
+    monkeypatch.setattr(build, "refusal", lambda: "not there")
+    assert (found("ninja").status, found("ninja").remedy) == ("warn", "make venv brings it")
+    for name, says in (("nvcc", "Cuda compilation tools, release 11.7, V11.7.99"), ("ninja", "1.13.0")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{says}'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(torch.version, "cuda", "11.7")
+    assert found("nvcc").found == "11.7, DeepSpeed can compile its own CUDA ops"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert found("nvcc").found == "11.7, not needed; DeepSpeed's own CUDA ops would ask for 13.0"
+    assert found("ninja").found == "1.13.0"
+
+
 @pytest.mark.parametrize(
     ("driver", "cuda", "status"),
     [
@@ -106,7 +123,7 @@ def test_a_driver_without_a_gpu_is_a_failure_with_a_remedy(monkeypatch):
 
 
 def test_a_machine_without_a_compiler_is_told_what_to_install(monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name, path=None: None)
     assert "C++ compiler" in {finding.name for finding in doctor._compilers() if finding.status == "ok"}  # compiled already: nothing to do
     monkeypatch.setattr(build, "refusal", lambda: "it is not compiled; run: make kernels")
     assert "apt install g++" in next(finding for finding in doctor._compilers() if finding.name == "C++ compiler").remedy
