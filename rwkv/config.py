@@ -190,8 +190,9 @@ class TrainConfig:
     """DeepSpeed: a JSON file of further keys of its configuration, such as {"zero_optimization": {"sub_group_size": 100000000}}."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that has it, and on a CPU that multiplies it faster than fp32 (measured at the start); else fp32. In bf16 and fp16 products
-    are computed; trained weights and the optimizer stay fp32; fp16 scales its loss. Under DeepSpeed weights are bf16 or fp16 themselves, beside
-    fp32 ones of what trains in the optimizer; these are what is saved. What is kept in which type is said at the start."""
+    are computed; trained weights (their own master weights), gradients and Adam's moments are fp32, and so is the arithmetic of WKV and of the loss,
+    which fp16 scales. Under DeepSpeed weights and gradients are bf16 or fp16 themselves, beside fp32 weights of what trains in the optimizer; these are
+    what is saved. What is kept in which type is said at the start."""
     grad_cp: Literal[0, 1] = 0
     """1: recompute each block in the backward pass. Less memory, a third more time."""
 

@@ -1,5 +1,7 @@
 """What a run tells its user: what it starts with, in plain words."""
 
+import math
+
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from rwkv.config import TrainConfig
@@ -23,9 +25,7 @@ def introduce(c: TrainConfig, model: RWKV, data: Dataset, training: Samples, hel
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = "all trained" if trained == every else f"{trained / 1e6:.2f} million trained"
     steps, per_step = schedule.total_steps(c), schedule.tokens_per_step(c)
-    order, seen = _order(training), steps * per_step / len(training.stream)
-    if isinstance(training, Documents):  # samples are padded
-        seen = steps * per_step / c.ctx_len / training.distinct
+    samples = steps * schedule.samples_per_step(c)
     masked = ", some masked" if training.stream.masked else ""
     say(
         f"model: RWKV-4, L{s.n_layer} D{s.n_embd} V{s.vocab_size}, {every / 1e6:.2f} million parameters, {what}\n"
@@ -35,7 +35,8 @@ def introduce(c: TrainConfig, model: RWKV, data: Dataset, training: Samples, hel
             if held_out
             else ""
         )
-        + f"run:   {steps:,} steps of {per_step:,} tokens ({order}, seed {training.seed}); each token is seen about {seen:.2g} times\n"
+        + f"run:   {steps:,} steps of {per_step:,} tokens, {samples:,} samples in all ({_order(training)}, seed {training.seed})\n"
+        + f"seen:  {_seen(training, samples)}\n"
         + f"end:   {_end(c)}\n"
         + f"types: {_types(c, model)}"
     )
@@ -70,6 +71,20 @@ def _types(c: TrainConfig, model: RWKV) -> str:
         + f", matrix products {products}, WKV reads {read} and computes in float32, loss float32"
         + (", scaled" if precision == "fp16" else "")
     )
+
+
+def _seen(training: Samples, samples: int) -> str:
+    """How often so many samples show each document."""
+    if isinstance(training, Documents):
+        return (
+            f"each document that fits {samples / training.distinct:.2g} times; a pass of {training.distinct:,} samples takes every one once"
+        )
+    times = samples * training.ctx_len / len(training.stream)
+    if isinstance(training, Contexts) and training.prime:
+        return f"each document {times:.2g} times; {training.prime:,} samples in a row go through the data, and come to no place twice"
+    missed = math.exp(-times)  # of what is covered n · ctx_len / tokens times on average, by places that know nothing of each other
+    rest = f", so that about {missed:.0%} of the tokens are not seen at all" if missed >= 0.01 else ""
+    return f"each document {times:.2g} times on average; contexts begin at random places{rest}"
 
 
 def _order(training: Samples) -> str:
