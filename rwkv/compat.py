@@ -184,6 +184,11 @@ DRIVERS = {"11": (450, 515), "12": (525, 525), "13": (580, 580)}
 with (CUDA Toolkit release notes)."""
 
 
+def mapped() -> dict[str, bool]:
+    """What makes torch.load leave tensors in their file, in pages that are read when they are asked for and cost no memory of their own: torch 1 cannot."""
+    return {} if stack() == "cu117" else {"mmap": True}
+
+
 def storage(tensor: Any) -> Any:
     """What holds a tensor's bytes: torch 2 calls it untyped, and warns where it is asked for as torch 1 does."""
     return tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor.storage()

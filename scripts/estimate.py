@@ -34,6 +34,7 @@ def main(config: EstimateConfig) -> None:
 def make_plan(c: EstimateConfig):
     """The plan that the flags describe. Raises UserError."""
     from rwkv import checkpoint, lora, memory
+    from rwkv.train import budget
 
     for name in ("ctx_len", "micro_bsz", "devices", "num_nodes", "accumulate_grad_batches", "lora_r", "ds_bucket_mb"):
         if getattr(c, name) < 1:
@@ -42,8 +43,7 @@ def make_plan(c: EstimateConfig):
         raise UserError(f"--model {c.model} is not one of {', '.join(memory.MODELS)}; give --load_model, or --n_layer and --n_embd")
     if c.strategy not in memory.STRATEGIES:
         raise UserError(f"--strategy {c.strategy} is not one of {', '.join(memory.STRATEGIES)}")
-    parts = tuple(part.strip() for part in c.lora_parts.split(",") if part.strip())
-    if unknown := set(parts) - set(lora.PARTS):
+    if unknown := {part.strip() for part in c.lora_parts.split(",") if part.strip()} - set(lora.PARTS):
         raise UserError(f"--lora_parts {c.lora_parts}: {', '.join(sorted(unknown))} is not one of {', '.join(lora.PARTS)}")
     if c.load_model:
         sizes = checkpoint.sizes_of(checkpoint.read_tensors(c.load_model), c.load_model)
@@ -52,24 +52,7 @@ def make_plan(c: EstimateConfig):
     else:
         D = c.n_embd or 512
         sizes = memory.Sizes(c.n_layer or 6, D, c.vocab_size or 65536, c.dim_att or D, c.dim_ffn or 4 * D)
-    return memory.Plan(
-        sizes,
-        lora=c.method == "lora",
-        r=c.lora_r,
-        parts=parts,
-        ctx_len=c.ctx_len,
-        micro_bsz=c.micro_bsz,
-        precision=c.precision,
-        grad_cp=bool(c.grad_cp),
-        base=c.lora_base,
-        optimizer=c.optimizer,
-        strategy=c.strategy,
-        devices=c.devices * c.num_nodes,
-        per_node=c.devices,
-        accumulate=c.accumulate_grad_batches,
-        ds_bucket_mb=c.ds_bucket_mb,
-        gpu=c.accelerator == "gpu",
-    )
+    return budget.plan_of(c, sizes, c.accelerator == "gpu", c.precision)
 
 
 def present(c: EstimateConfig) -> float:

@@ -1,28 +1,30 @@
 """A run's flags as a plan of its memory, and --auto: the flags that fit."""
 
 from dataclasses import replace
+from typing import Any
 
 from rwkv import limits, memory
-from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.config import EstimateConfig, LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.model import Sizes
 
 ROOM = 0.92  # of the memory: what the allocator cannot use, and the prediction's error
 
 
-def plan_of(c: TrainConfig, sizes: Sizes, gpu: bool, precision: str) -> memory.Plan:
-    """What memory.estimate takes. Pieces in time (tbptt_len) are as long as a context that is held at once."""
-    adapter = c if isinstance(c, LoRAConfig) and c.lora else None
+def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision: str) -> memory.Plan:
+    """The flags of a run, or of an estimate, as memory.estimate takes them. Pieces in time (tbptt_len) are as long as a context that is held at once."""
+    lora: dict[str, Any] = {"lora": False}
+    if isinstance(c, LoRAConfig | EstimateConfig):
+        parts = tuple(part.strip() for part in c.lora_parts.split(",") if part.strip())
+        adapts = c.lora if isinstance(c, LoRAConfig) else c.method == "lora"
+        lora = {"lora": adapts, "r": c.lora_r, "parts": parts, "base": c.lora_base}
     return memory.Plan(
         sizes,
-        lora=adapter is not None,
-        r=adapter.lora_r if adapter else 0,
-        parts=tuple(part.strip() for part in adapter.lora_parts.split(",") if part.strip()) if adapter else (),
-        ctx_len=min(c.ctx_len, c.tbptt_len or c.ctx_len),
+        **lora,
+        ctx_len=min(c.ctx_len, getattr(c, "tbptt_len", 0) or c.ctx_len),
         micro_bsz=c.micro_bsz,
         precision=precision,
         grad_cp=bool(c.grad_cp),
-        base=adapter.lora_base if adapter else "auto",
         optimizer=c.optimizer,
         strategy=c.strategy,
         devices=c.devices * c.num_nodes,

@@ -2,10 +2,10 @@
 
 Stages 1 and 2 lay the parameters of a group end to end and give each rank one length of it, stage 3 cuts every parameter into as many pieces as there
 are ranks. Either way a rank has one piece of a parameter, in a flat fp32 tensor that stands for it in the optimizer. One parameter at a time is put
-together, so a rank needs room for the largest beside its share, and rank 0's main memory for all of them.
+together, also on the way back, so a rank needs room for the largest beside its share, and rank 0 main memory for all of them when they are saved.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,44 +102,48 @@ def scaler(optimizer: Any) -> dict[str, Any]:
     return {key: value for key, value in vars(optimizer.loss_scaler).items() if isinstance(value, int | float)}
 
 
+Take = Callable[[str], dict[str, Any]]
+"""Called on every rank, in the same order: the `weight` of this name, whole, and its optimizer state, if it has one."""
+
+
 @torch.no_grad()
-def put_back(
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: Any,
-    values: Mapping[str, Tensor],
-    states: Mapping[str, Mapping[str, Any]],
-    scale: Mapping[str, Any],
-) -> None:
-    """Put back what `weights`, `optimizer_state` and `scaler` gathered, also of another strategy. Called on every rank, with the whole of it."""
+def put_back(parameters: Mapping[str, nn.Parameter], optimizer: Any, take: Take, scale: Mapping[str, Any]) -> None:
+    """Put back what `weights`, `optimizer_state` and `scaler` gathered, also of another strategy, one parameter at a time. Called on every rank."""
     if not is_sharded(optimizer):
+        states = {}
         for name, parameter in parameters.items():
-            parameter.copy_(values[name])
+            state = take(name)
+            parameter.copy_(state.pop("weight"))
+            if state:  # copied: it may lie in a file
+                states[name] = {key: x.clone() if isinstance(x, Tensor) else x for key, x in state.items()}
         names = [name for group in optimizer.param_groups for name in group["names"]]
         groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict(
-            {"state": {i: dict(states[name]) for i, name in enumerate(names) if name in states}, "param_groups": groups}
-        )
+        optimizer.load_state_dict({"state": {i: states[name] for i, name in enumerate(names) if name in states}, "param_groups": groups})
         return
     if scale and scale.keys() == scaler(optimizer).keys():  # of another strategy's it begins anew
         vars(optimizer.loss_scaler).update(scale)
-    state, here = optimizer.optimizer.state, pieces(optimizer)
+    here = pieces(optimizer)
     for name, parameter in parameters.items():
-        piece = here[parameter]
-        _scatter(piece, piece.flat, values[name])
+        state, piece = take(name), here[parameter]
+        value = state.pop("weight")
+        _scatter(piece, piece.flat, value)
         if hasattr(parameter, "ds_tensor"):
-            parameter.ds_tensor[: piece.length].copy_(values[name].flatten()[piece.begin : piece.begin + piece.length])
+            parameter.ds_tensor[: piece.length].copy_(value.flatten()[piece.begin : piece.begin + piece.length])
         else:
-            parameter.copy_(values[name])
-        if name not in states:
-            continue
-        known = state[piece.flat]
-        for key in ("exp_avg", "exp_avg_sq"):
-            _scatter(piece, known.setdefault(key, torch.zeros_like(piece.flat)), states[name][key])
-        step = float(states[name]["step"])
-        if type(optimizer.optimizer).__module__.startswith("torch."):
-            known["step"] = torch.tensor(step, device=piece.flat.device if piece.group.get("fused") else "cpu")
-        else:
-            known["step"] = piece.group["step"] = int(step)
+            parameter.copy_(value)
+        if state:
+            _put_state_back(piece, optimizer.optimizer, state)
+
+
+def _put_state_back(piece: Piece, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    known = optimizer.state[piece.flat]
+    for key in ("exp_avg", "exp_avg_sq"):
+        _scatter(piece, known.setdefault(key, torch.zeros_like(piece.flat)), state[key])
+    step = float(state["step"])
+    if type(optimizer).__module__.startswith("torch."):
+        known["step"] = torch.tensor(step, device=piece.flat.device if piece.group.get("fused") else "cpu")
+    else:
+        known["step"] = piece.group["step"] = int(step)
 
 
 def _gather(piece: Piece, source: Tensor, size: torch.Size, device: torch.device) -> Tensor | None:

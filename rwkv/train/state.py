@@ -6,7 +6,7 @@ makes of it in memory. Both are called by every rank.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,13 +60,12 @@ def capture(trainer: pl.Trainer, module: TrainingModule, run: dict[str, Any]) ->
 
 
 def restore(trainer: pl.Trainer, module: TrainingModule, state: State | None) -> None:
-    """Put a state back, rank 0's into every rank; called once the strategy has set up model and optimizer.
+    """Put a state back, rank 0's into every rank, and use it up; called once the strategy has set up model and optimizer.
 
     Where there are more ranks than there were, the further ones keep their own random numbers.
     """
-    state = _shared(state, module.device)
-    optimizer = trainer.optimizers[0]
-    sharded.put_back(_trained(module), optimizer, state.weights, state.optimizer, state.scaler)
+    state, take = _shared(state, module.device)
+    sharded.put_back(_trained(module), trainer.optimizers[0], take, state.scaler)
     if state.scaler and getattr(trainer.precision_plugin, "scaler", None):
         trainer.precision_plugin.scaler.load_state_dict(state.scaler)
     if trainer.global_rank < len(state.rng):
@@ -129,18 +128,45 @@ def join(shell: Any, tensors: Sequence[Tensor]) -> Any:
     return [join(inside, tensors) for inside in shell] if isinstance(shell, list) else shell
 
 
-def _shared(state: State | None, device: torch.device) -> State:
-    """Rank 0's state on every rank, on the CPU. Ranks need no file of their own, and tensors travel one at a time."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        assert state is not None
-        return state
-    first = dist.get_rank() == 0
-    shell, tensors = split(vars(state)) if first else (None, [])
-    told: list[Any] = [shell, [(x.shape, x.dtype) for x in tensors]]
+def _shared(state: State | None, device: torch.device) -> tuple[State, sharded.Take]:
+    """Rank 0's state on every rank but for weights and optimizer, and what hands out those, one parameter at a time, and lets them go, so that no rank
+    holds more than one that it has no use for. Ranks need no file of their own."""
+
+    def mine(name: str) -> dict[str, Any]:
+        return {"weight": state.weights.pop(name), **state.optimizer.pop(name, {})} if state else {}
+
+    if state and (not dist.is_initialized() or dist.get_world_size() == 1):
+        return state, mine
+    told: list[Any] = [None]
+    if state:  # rank 0's
+        kept = {name: {"weight": weight, **state.optimizer.get(name, {})} for name, weight in state.weights.items()}
+        told = [
+            (replace(state, weights={}, optimizer={}), {name: {key: _Like.of(x) for key, x in of.items()} for name, of in kept.items()})
+        ]
+        del kept
     dist.broadcast_object_list(told, src=0, device=device if device.type == "cuda" else None)
-    for i, (shape, dtype) in enumerate(told[1]):
-        tensor = tensors[i].to(device) if first else torch.empty(shape, dtype=dtype, device=device)
-        dist.broadcast(tensor, src=0)
-        if not first:
-            tensors.append(tensor.cpu())
-    return State(**join(told[0], tensors))
+    rest, described = told[0]
+
+    def take(name: str) -> dict[str, Any]:
+        found = mine(name)
+        for key, like in described[name].items():
+            if isinstance(like, _Like):
+                found[key] = found[key].to(device) if state else torch.empty(like.shape, dtype=like.dtype, device=device)
+                dist.broadcast(found[key], src=0)
+            else:
+                found[key] = like
+        return found
+
+    return rest, take
+
+
+@dataclass(frozen=True)
+class _Like:
+    """What a tensor is like."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Any) -> Any:
+        return cls(x.shape, x.dtype) if isinstance(x, Tensor) else x

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv import checkpoint
+from rwkv import checkpoint, compat
 from rwkv.errors import UserError
 from rwkv.files import abandoned, whole
 from rwkv.train.state import FORMAT, State, join, split
@@ -72,7 +72,7 @@ def newest(run: Path) -> State | None:
 
 
 def read(path: Path) -> State:
-    """A state from its file. Runs no code from it.
+    """A state from its file, where it can be still lying in it. Runs no code from it.
 
     Raises:
         ValueError: not the bytes that were written: cut short, or a checksum that is wrong.
@@ -83,7 +83,7 @@ def read(path: Path) -> State:
             wrong = archive.testzip()
         if wrong:
             raise ValueError(f"{wrong} in it has another checksum than was written")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, **compat.mapped())
     except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(str(error).splitlines()[0]) from error
     if content["format"] != FORMAT:
