@@ -2,7 +2,7 @@
 
     python bench/faults.py --kills 20 --seed 1
 
-One run of LoRA (with dropout) and one of full tuning, both with accumulation and warm-up, are killed so many times each: while they start,
+One run of LoRA and one of full tuning, both with dropout, accumulation and warm-up, are killed so many times each: while they start,
 between steps, inside them, and while they save. Exit status 1 if a loss, a rate or a weight differs.
 """
 
@@ -36,7 +36,7 @@ FLAGS = {
     "epoch_count": 1,
 }
 FLAGS |= {"random_seed": 1, "accelerator": "cpu", "save_every": 2}
-KINDS = {"LoRA": ("lora.py", {"lora_dropout": 0.1}), "full tuning": ("finetune.py", {})}
+KINDS = {"LoRA": ("lora.py", {"lora_dropout": 0.1}), "full tuning": ("finetune.py", {"dropout": 0.1})}
 
 
 def main() -> int:
@@ -44,13 +44,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each kind of run")
     parser.add_argument("--seed", type=int, default=1, help="of the moments")
+    parser.add_argument("--kind", choices=KINDS, help="one kind alone")
     arguments = parser.parse_args()
     moments, sound = random.Random(arguments.seed), True
     steps = 50 * (arguments.kills + 1)  # more than can be made between kills
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         inputs = make_inputs(folder)
-        for kind, (script, flags) in KINDS.items():
+        for kind in [arguments.kind] if arguments.kind else KINDS:
+            script, flags = KINDS[kind]
             given = FLAGS | flags | inputs | {"epoch_steps": 2 * steps}
             argv = [sys.executable, str(SCRIPTS / script), *(str(word) for key, value in given.items() for word in (f"--{key}", value))]
             whole, killed = folder / f"{script}-whole", folder / f"{script}-killed"
