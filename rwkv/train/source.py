@@ -1,5 +1,6 @@
 """What a run trains on: a binidx, or what becomes one in the folder of the run first."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,11 @@ def open_data(c: TrainConfig, sizes: Sizes, folder: Path, reuse: bool = False) -
     if make := _maker(c, sizes, folder):
         prefix = str(folder / "data_text_document")
         if rank_zero_only.rank == 0 and not (reuse and Path(f"{prefix}.idx").exists()):
+            if c.devices * c.num_nodes > 1 and "LOCAL_RANK" in os.environ:  # each by itself would look for what only this one makes
+                raise UserError(
+                    f"{c.data_file or c.data_type}: a launcher has started all processes, and they cannot wait for it to become a binidx; make one"
+                    f" first, with scripts/convert.py or a run of one process, and give it as --data_file"
+                )
             if Path(f"{prefix}.bin").exists() and not (c.overwrite or c.epoch_begin):
                 raise UserError(f"{prefix}.bin exists already; train on it with --data_file {prefix}, or give --overwrite to convert anew")
             make(prefix)

@@ -79,6 +79,13 @@ def test_a_stream_longer_than_an_index_can_count_is_several_documents(tmp_path, 
     assert list(data.sizes) == [10, 10, 10, 10]
 
 
+def test_processes_that_a_launcher_started_want_a_binidx(tmp_path, write_jsonl, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # as torchrun sets it
+    with pytest.raises(UserError, match="text.jsonl: a launcher has started all processes.*scripts/convert.py"):
+        fit(TrainConfig(**FLAGS, devices=2, data_file=str(write_jsonl({"text": "x" * 99})), proj_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [

@@ -79,6 +79,8 @@ def plain_trainer(p: dict, trained: list[str], stream: np.ndarray, steps: int, c
     for key in trained:
         p[key].requires_grad_()
     scale = {key: 2.0 if "time_decay" in key else 3.0 if "time_first" in key else 1.0 for key in trained}
+    if c.get("stage") == 2:
+        scale = {key: 5.0 if "time_" in key else 1.0 for key in trained}
     wd = c.get("weight_decay", 0.0)
     decays = {key: wd > 0 and scale[key] == 1 and p[key].squeeze().ndim >= 2 for key in trained}
     groups = [
@@ -177,6 +179,21 @@ def test_thirty_steps_of_full_tuning_follow_upstream(make_base, make_data, tmp_p
     weights, losses = read_tensors(base), ours(tmp_path)
     assert len(losses) == 30
     agree(losses, weights, sorted(weights), np.fromfile(f"{data}.bin", "<u2"), c)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_thirty_steps_of_a_stage_follow_upstream(make_base, make_data, tmp_path, stage):
+    """Nothing is given but the data and rwkv-init.pth: an epoch of 40320 samples, the prime, and the rates follow from the stage."""
+    data, run = make_data(7 * 40400), tmp_path / "run"
+    base = make_base("base.pth", n_layer=3, dim_att=24)
+    run.mkdir()
+    (run / "rwkv-init.pth").write_bytes(base.read_bytes())
+    flags = {"ctx_len": 7, "micro_bsz": 8, "lr_init": 5e-3, "lr_final": 5e-4}
+    fit(TrainConfig(**flags, data_file=data, proj_dir=str(run), my_pile_stage=stage, max_steps=30, accelerator="cpu", random_seed=0))
+    prime = max(n for n in range(40320, 40400) if n % 3 == 2 and all(n % q for q in range(2, 202)))
+    c = {**flags, "epoch_steps": 40320 // 8, "epoch_count": 1, "prime": prime, "stage": stage}
+    p = read_tensors(base)
+    agree(ours(tmp_path), p, list(p), np.fromfile(f"{data}.bin", "<u2"), c)
 
 
 @pytest.mark.parametrize("parts", ["att,ln,time", "att,ffn,time,ln"])
