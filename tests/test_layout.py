@@ -43,6 +43,7 @@ ROOMS = [
     ["rwkv/train/pile"],
     ["rwkv/train/validation", "rwkv/train/watch", "rwkv/train/checks", "rwkv/train/signals", "rwkv/train/state"],
     ["rwkv/train/store"],
+    ["rwkv/train/finite"],
     ["rwkv/train/metrics"],
     ["rwkv/train/resume", "rwkv/train/saving"],
     ["rwkv/train/fit"],

@@ -16,15 +16,12 @@ from tqdm import tqdm
 
 from rwkv.config import TrainConfig
 from rwkv.data.dataset import HeldOut
-from rwkv.errors import UserError
 from rwkv.files import full_disk, whole
-from rwkv.train import dashboards, schedule, store
+from rwkv.train import dashboards, schedule
+from rwkv.train.finite import Finite
 from rwkv.train.module import TrainingModule
 from rwkv.train.validation import held_out_loss
 from rwkv.train.watch import Watch
-from rwkv.train.words import say
-
-_IN_A_ROW = 20  # steps that --on_nan skip leaves out before it gives up: the weights themselves are lost by then
 
 
 class Metrics(pl.Callback):
@@ -41,7 +38,7 @@ class Metrics(pl.Callback):
         self.config, self.folder, self._held_out = config, folder, held_out
         self.lines: list[dict[str, Any]] = []
         self._batches: list[torch.Tensor] = []
-        self._targets = self._skipped = 0
+        self._targets, self._finite = 0, Finite(config, folder)
         self._bar: Any = None
         self._file: Any = None
         self._dashboards: list[dashboards.Dashboard] = []
@@ -88,31 +85,7 @@ class Metrics(pl.Callback):
         self._tick = time.perf_counter()
         # In fp16 a gradient beyond the range is usual: the scaler then skips the step and takes a smaller scale.
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        if math.isfinite(loss) and (scaled or module.grad_norm is None or math.isfinite(norm)):
-            self._skipped = 0
-        else:
-            self._not_finite(
-                module, "loss" if not math.isfinite(loss) else "norm of the gradient", loss if not math.isfinite(loss) else norm
-            )
-
-    def _not_finite(self, module: TrainingModule, what: str, value: float) -> None:
-        """Pass over a step whose update was left out, if told to; else end the run, before anything of it is saved."""
-        count, self._skipped = schedule.samples_per_step(self.config), self._skipped + 1
-        samples = range(module.samples - count, module.samples)
-        places = ", ".join(f"{begin} to {end}" for begin, end in map(module.data.window, samples[:4])) + (", …" if count > 4 else "")
-        where = f"step {module.step}: the {what} is {value}, in the batch of samples {samples[0]} to {samples[-1]} (tokens {places} of the data)"
-        if self.config.on_nan == "skip" and self._skipped <= _IN_A_ROW:
-            say(f"warning: {where}; the step is left out")
-            return
-        saved = store.states(self.folder)
-        good = (
-            f"the last good state is {saved[0]}; go on from it with other flags by --allow_changes"
-            if saved
-            else "nothing was saved before it"
-        )
-        more = f"{self._skipped} steps in a row. " if self._skipped > 1 else ""
-        skip = "" if self.config.on_nan == "skip" else ", or leave such steps out with --on_nan skip"
-        raise UserError(f"{where}. {more}Lower --lr_init, or raise the precision{skip}; {good}")
+        self._finite.check(module, loss, None if scaled or module.grad_norm is None else norm)
 
     def sync(self) -> None:
         """Bring the lines to disk: a state that is saved must not be ahead of them."""
