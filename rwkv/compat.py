@@ -105,10 +105,26 @@ def adam(groups: list[dict[str, Any]], decoupled: bool, fused: bool, **options: 
     return made
 
 
+def deepspeed_ops() -> dict[str, str]:
+    """DeepSpeed's ops that were compiled when it was installed, each with why it does not load; empty if it does. cpu_adam wants libcurand, which
+    is in no wheel that torch asks for."""
+    import torch  # noqa: F401  # brings the libraries that they link to
+
+    reasons = {}
+    for name, compiled in importlib.import_module("deepspeed.git_version_info").installed_ops.items():
+        if compiled:
+            reasons[name] = ""
+            if name.endswith("_adam"):
+                try:
+                    importlib.import_module(f"deepspeed.ops.adam.{name}_op")
+                except ImportError as error:
+                    reasons[name] = str(error)
+    return reasons
+
+
 def deepspeed_adam(offloaded: bool) -> Any:
-    """DeepSpeed's Adam for a GPU, or for the CPU if offloaded, where it was compiled when DeepSpeed was installed; else None."""
-    ops = importlib.import_module("deepspeed.git_version_info").installed_ops
-    if not ops.get("cpu_adam" if offloaded else "fused_adam"):
+    """DeepSpeed's Adam for a GPU, or for the CPU if offloaded, where it was compiled when DeepSpeed was installed, and loads; else None."""
+    if deepspeed_ops().get("cpu_adam" if offloaded else "fused_adam", "not there"):
         return None
     adam = importlib.import_module("deepspeed.ops.adam")
     return functools.partial(adam.DeepSpeedCPUAdam, adamw_mode=True) if offloaded else functools.partial(adam.FusedAdam, adam_w_mode=True)

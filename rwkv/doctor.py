@@ -208,16 +208,17 @@ def _deepspeed() -> Iterator[Finding]:
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             importlib.import_module("deepspeed")
-            ops = importlib.import_module("deepspeed.git_version_info").installed_ops
+            ops = compat.deepspeed_ops()
     except Exception as error:  # whatever an import may raise: DeepSpeed is not needed to train
         yield Finding("DeepSpeed", "warn", f"does not import ({type(error).__name__}: {error})", "make venv; training without it works")
         return
-    compiled = [name for name, there in ops.items() if there]
-    yield Finding(
-        "DeepSpeed",
-        "ok",
-        f"{importlib.metadata.version('deepspeed')}, compiled ops: {', '.join(compiled) or 'none (torch has a fused Adam)'}",
-    )
+    found = f"{importlib.metadata.version('deepspeed')}, compiled ops: {', '.join(ops) or 'none (torch has a fused Adam)'}"
+    if broken := [f"{name} does not load ({reason})" for name, reason in ops.items() if reason]:
+        yield Finding(
+            "DeepSpeed", "warn", f"{found}; {', '.join(broken)}", "install that library of CUDA; torch's Adam does its work until then"
+        )
+    else:
+        yield Finding("DeepSpeed", "ok", found)
 
 
 def _shared_memory() -> Iterator[Finding]:

@@ -78,6 +78,25 @@ def test_nvcc_and_ninja_are_looked_at_and_neither_is_needed(monkeypatch, tmp_pat
     assert found("ninja").found == "1.13.0"
 
 
+def test_a_compiled_op_of_deepspeed_that_does_not_load_is_named_and_not_used(monkeypatch):
+    real, wanting = doctor.importlib.import_module, "libcurand.so.10: cannot open shared object file"
+
+    def stands_in(name, package=None):
+        if name == "deepspeed.git_version_info":
+            return SimpleNamespace(installed_ops={"cpu_adam": True, "fused_adam": True, "sparse_attn": False})
+        if name == "deepspeed.ops.adam.cpu_adam_op":  # as in an image whose base has no CUDA
+            raise ImportError(wanting)
+        return SimpleNamespace() if name == "deepspeed.ops.adam.fused_adam_op" else real(name, package)
+
+    monkeypatch.setattr(doctor.importlib, "import_module", stands_in)
+    assert compat.deepspeed_ops() == {"cpu_adam": wanting, "fused_adam": ""}
+    assert compat.deepspeed_adam(offloaded=True) is None
+    assert compat.deepspeed_adam(offloaded=False) is not None
+    finding = found("DeepSpeed")
+    assert finding.status == "warn"
+    assert f"cpu_adam does not load ({wanting})" in finding.found
+
+
 @pytest.mark.parametrize(
     ("driver", "cuda", "status"),
     [
