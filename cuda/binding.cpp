@@ -51,7 +51,7 @@ void check_gradients(const Tensor& k, const Tensor& kept, int64_t keep, const Te
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;                    // y, state, kept
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // of w, u, k, v, state
 
-// ---- CPU: threads share out (batch row) x (block of channels) ----
+// ---- CPU: threads share out (batch row) x (channels) ----
 
 const Wkv4Loops& loops() {
 #ifdef __x86_64__
@@ -67,13 +67,16 @@ int cpu_dtype(const Tensor& k) {
   return k.scalar_type() == at::kBFloat16;
 }
 
+// Every thread gets neighbouring channels, in whole blocks, of as few rows as can be.
 template <class F>
-void each_block(int64_t block, int64_t B, int64_t C, const F& work) {
+void each_stretch(int64_t block, int64_t B, int64_t C, const F& work) {
   const int64_t blocks = (C + block - 1) / block;
   at::parallel_for(0, B * blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t c = i % blocks * block;
-      work(i / blocks, c, std::min(block, C - c));
+    while (begin < end) {
+      const int64_t row = begin / blocks, next = std::min(end, (row + 1) * blocks);
+      const int64_t c = begin % blocks * block;
+      work(row, c, std::min(C, (next - row * blocks) * block) - c);
+      begin = next;
     }
   });
 }
@@ -87,7 +90,7 @@ Outputs cpu_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Ten
   const Wkv4Problem q{T, C, floats(&w), floats(&u), k.data_ptr(), v.data_ptr(), flags(given(reset)), floats(given(state)), kept.data_ptr<float>()};
   const Wkv4Outputs out{y.data_ptr(), last.data_ptr<float>()};
   const Wkv4Loops& chosen = loops();
-  each_block(chosen.block, B, C, [&](int64_t row, int64_t c, int64_t n) { chosen.forward[dtype](q, out, row, c, n); });
+  each_stretch(chosen.block, B, C, [&](int64_t row, int64_t c, int64_t n) { chosen.forward[dtype](q, out, row, c, n); });
   return {y, last, kept};
 }
 
@@ -102,7 +105,7 @@ Gradients cpu_backward(const Tensor& w, const Tensor& u, const Tensor& k, const 
   const Wkv4Problem q{T, C, floats(&w), floats(&u), k.data_ptr(), v.data_ptr(), flags(given(reset)), nullptr, kept.data_ptr<float>()};
   const Wkv4Gradients grad{gy.data_ptr(), floats(given(gstate)), gw.data_ptr<float>(), gu.data_ptr<float>(), gk.data_ptr(), gv.data_ptr(), gfirst.data_ptr<float>()};
   const Wkv4Loops& chosen = loops();
-  each_block(chosen.block, B, C, [&](int64_t row, int64_t c, int64_t n) { chosen.backward[dtype](q, grad, row, c, n); });
+  each_stretch(chosen.block, B, C, [&](int64_t row, int64_t c, int64_t n) { chosen.backward[dtype](q, grad, row, c, n); });
   return {gw.sum(0), gu.sum(0), gk, gv, gfirst};
 }
 

@@ -27,7 +27,7 @@ struct Wkv4Gradients {
   float* first;          // [B, 3, C]
 };
 
-// Each runs channels [c, c + n) of batch row `row` over all of T; n is at most `block`.
+// Each runs channels [c, c + n) of batch row `row` over all of T. Work is best shared out in multiples of `block` channels.
 struct Wkv4Loops {
   const char* name;
   int64_t block;

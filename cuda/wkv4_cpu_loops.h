@@ -6,108 +6,139 @@
 
 namespace {
 
+// Time runs in chunks of WKV_KEEP tokens, and inside a chunk channels in blocks: what a chunk touches lies on few pages, whatever T. (Block by
+// block over all of time, every token is on a page of its own, and the processor's own prefetching ends with the page.)
+// Between chunks a block's state is where the backward pass wants it, and gradients are where the caller does.
 #define AT(tensor, t) ((tensor) + (row * q.T + (t)) * q.C + c)
-// Brings a token's block of a tensor into the cache, to be written or only read. Tokens are C numbers apart, mostly on different pages, and
-// at the end of a page the processor's own prefetching ends. Outside of the tensor it does nothing.
-#define AHEAD 8  // tokens
-#define FETCH(tensor, t, to_write) \
-  for (int64_t line = 0; line < BLOCK * int64_t(sizeof(E)); line += 64) __builtin_prefetch((const char*)AT(tensor, t) + line, to_write)
 #define PLANE(tensor, index, plane) ((tensor) + ((index) * 3 + (plane)) * q.C + c)
+// Brings the same token of the block that comes `ahead` numbers later into the cache, to be written or only read.
+#define FETCH(tensor, t, to_write) \
+  for (int64_t line = 0; line < BLOCK * int64_t(sizeof(E)); line += 64) __builtin_prefetch((const char*)(AT(tensor, t) + ahead) + line, to_write)
 
 struct State { Block a, b, p; };
 WKV_FN void clear(State& s) { EACH_GROUP { s.a.g[g] = s.b.g[g] = wkv_float{}; s.p.g[g] = wkv_float{} + WKV_EMPTY; } }
 
+struct Chunk { int64_t index, begin, end; };  // its tokens
+WKV_FN Chunk chunk_at(int64_t index, int64_t T) { return {index, index * WKV_KEEP, (index + 1) * WKV_KEEP < T ? (index + 1) * WKV_KEEP : T}; }
+WKV_FN int64_t chunks_of(int64_t T) { return (T + WKV_KEEP - 1) / WKV_KEEP; }
+
 template <class E, bool FULL>
-WKV_FN void forward(const Wkv4Problem& q, const Wkv4Outputs& out, int64_t row, int64_t c, int64_t n) {
-  const E *k_ = static_cast<const E*>(q.k), *v_ = static_cast<const E*>(q.v);
-  E* y_ = static_cast<E*>(out.y);
-  const int64_t chunks = (q.T + WKV_KEEP - 1) / WKV_KEEP;
-  const Block w = tidy(LOAD(q.w + c)), u = tidy(LOAD(q.u + c));
+WKV_FN void start(const Wkv4Problem& q, int64_t row, int64_t c, int64_t n) {
   State s;
   clear(s);
   if (q.first) s = {tidy(LOAD(PLANE(q.first, row, 0))), tidy(LOAD(PLANE(q.first, row, 1))), tidy(LOAD(PLANE(q.first, row, 2)))};
-  for (int64_t chunk = 0; chunk < chunks; chunk++) {
-    STORE(PLANE(q.kept, row * chunks + chunk, 0), s.a);
-    STORE(PLANE(q.kept, row * chunks + chunk, 1), s.b);
-    STORE(PLANE(q.kept, row * chunks + chunk, 2), s.p);
-    const int64_t end = chunk + 1 == chunks ? q.T : (chunk + 1) * WKV_KEEP;
-    for (int64_t t = chunk * WKV_KEEP; t < end; t++) {
-      if (q.reset && q.reset[row * q.T + t]) clear(s);
-      FETCH(k_, t + AHEAD, 0);
-      FETCH(v_, t + AHEAD, 0);
-      FETCH(y_, t + AHEAD, 1);
-      const Block k = LOAD(AT(k_, t)), v = LOAD(AT(v_, t));
-      Block y;
-      EACH_GROUP {
-        y.g[g] = wkv4_output(u.g[g], k.g[g], v.g[g], s.a.g[g], s.b.g[g], s.p.g[g]);
-        wkv4_update(w.g[g], k.g[g], v.g[g], s.a.g[g], s.b.g[g], s.p.g[g]);
-      }
-      STORE(AT(y_, t), y);
-    }
-  }
-  STORE(PLANE(out.last, row, 0), s.a);
-  STORE(PLANE(out.last, row, 1), s.b);
-  STORE(PLANE(out.last, row, 2), s.p);
+  const int64_t at = row * chunks_of(q.T);
+  STORE(PLANE(q.kept, at, 0), s.a);
+  STORE(PLANE(q.kept, at, 1), s.b);
+  STORE(PLANE(q.kept, at, 2), s.p);
 }
 
 template <class E, bool FULL>
-WKV_FN void backward(const Wkv4Problem& q, const Wkv4Gradients& grad, int64_t row, int64_t c, int64_t n) {
-  const E *k_ = static_cast<const E*>(q.k), *v_ = static_cast<const E*>(q.v), *gy_ = static_cast<const E*>(grad.y);
-  E *gk_ = static_cast<E*>(grad.k), *gv_ = static_cast<E*>(grad.v);
-  const int64_t chunks = (q.T + WKV_KEEP - 1) / WKV_KEEP;
+WKV_FN void forward(const Wkv4Problem& q, const Wkv4Outputs& out, const Chunk& chunk, int64_t ahead, int64_t row, int64_t c, int64_t n) {
+  const E *k_ = static_cast<const E*>(q.k), *v_ = static_cast<const E*>(q.v);
+  E* y_ = static_cast<E*>(out.y);
   const Block w = tidy(LOAD(q.w + c)), u = tidy(LOAD(q.u + c));
-  State before[WKV_KEEP];  // the tokens of one chunk, and the factors their updates had
-  WkvPair f[WKV_KEEP][GROUPS];
-  Block ga = {}, gb = {}, gw = {}, gu = {};
+  const int64_t at = row * chunks_of(q.T) + chunk.index;
+  State s = {LOAD(PLANE(q.kept, at, 0)), LOAD(PLANE(q.kept, at, 1)), LOAD(PLANE(q.kept, at, 2))};
+  for (int64_t t = chunk.begin; t < chunk.end; t++) {
+    if (q.reset && q.reset[row * q.T + t]) clear(s);
+    FETCH(k_, t, 0);
+    FETCH(v_, t, 0);
+    FETCH(y_, t, 1);
+    const Block k = LOAD(AT(k_, t)), v = LOAD(AT(v_, t));
+    Block y;
+    EACH_GROUP {
+      y.g[g] = wkv4_output(u.g[g], k.g[g], v.g[g], s.a.g[g], s.b.g[g], s.p.g[g]);
+      wkv4_update(w.g[g], k.g[g], v.g[g], s.a.g[g], s.b.g[g], s.p.g[g]);
+    }
+    STORE(AT(y_, t), y);
+  }
+  float* to = chunk.end == q.T ? PLANE(out.last, row, 0) : PLANE(q.kept, at + 1, 0);
+  STORE(to, s.a);
+  STORE(to + q.C, s.b);
+  STORE(to + 2 * q.C, s.p);
+}
+
+template <class E, bool FULL>
+WKV_FN void start(const Wkv4Problem& q, const Wkv4Gradients& grad, int64_t row, int64_t c, int64_t n) {
+  Block ga = {}, gb = {};
   if (grad.last) {
     ga = tidy(LOAD(PLANE(grad.last, row, 0)));
     gb = tidy(LOAD(PLANE(grad.last, row, 1)));
   }
-  for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
-    const int64_t begin = chunk * WKV_KEEP, length = q.T - begin < WKV_KEEP ? q.T - begin : WKV_KEEP;
-    const int64_t at = row * chunks + chunk;
-    State s = {LOAD(PLANE(q.kept, at, 0)), LOAD(PLANE(q.kept, at, 1)), LOAD(PLANE(q.kept, at, 2))};
-    for (int64_t i = 0; i < length; i++) {
-      if (q.reset && q.reset[row * q.T + begin + i]) clear(s);
-      before[i] = s;
-      FETCH(gy_, begin + i, 0);
-      FETCH(gk_, begin + i, 1);
-      FETCH(gv_, begin + i, 1);
-      const Block k = LOAD(AT(k_, begin + i)), v = LOAD(AT(v_, begin + i));
-      EACH_GROUP f[i][g] = wkv4_update(w.g[g], k.g[g], v.g[g], s.a.g[g], s.b.g[g], s.p.g[g]);
-    }
-    for (int64_t i = length - 1; i >= 0; i--) {
-      FETCH(k_, begin + i - WKV_KEEP, 0);
-      FETCH(v_, begin + i - WKV_KEEP, 0);
-      const Block k = LOAD(AT(k_, begin + i)), v = LOAD(AT(v_, begin + i)), gy = LOAD(AT(gy_, begin + i));
-      Block gk, gv;
-      EACH_GROUP
-        wkv4_backward(f[i][g], u.g[g], k.g[g], v.g[g], before[i].a.g[g], before[i].b.g[g], before[i].p.g[g], gy.g[g], ga.g[g], gb.g[g],
-                      gw.g[g], gu.g[g], gk.g[g], gv.g[g]);
-      STORE(AT(gk_, begin + i), gk);
-      STORE(AT(gv_, begin + i), gv);
-      if (q.reset && q.reset[row * q.T + begin + i]) ga = gb = {};  // nothing before a document's start reaches it
-    }
-  }
-  STORE(grad.w + row * q.C + c, gw);
-  STORE(grad.u + row * q.C + c, gu);
   STORE(PLANE(grad.first, row, 0), ga);
   STORE(PLANE(grad.first, row, 1), gb);
   STORE(PLANE(grad.first, row, 2), (Block{}));
+  STORE(grad.w + row * q.C + c, (Block{}));
+  STORE(grad.u + row * q.C + c, (Block{}));
+}
+
+template <class E, bool FULL>
+WKV_FN void backward(const Wkv4Problem& q, const Wkv4Gradients& grad, const Chunk& chunk, int64_t ahead, int64_t row, int64_t c, int64_t n) {
+  const E *k_ = static_cast<const E*>(q.k), *v_ = static_cast<const E*>(q.v), *gy_ = static_cast<const E*>(grad.y);
+  E *gk_ = static_cast<E*>(grad.k), *gv_ = static_cast<E*>(grad.v);
+  const Block w = tidy(LOAD(q.w + c)), u = tidy(LOAD(q.u + c));
+  float *gw_ = grad.w + row * q.C + c, *gu_ = grad.u + row * q.C + c, *ga_ = PLANE(grad.first, row, 0), *gb_ = PLANE(grad.first, row, 1);
+  Block ga = LOAD(ga_), gb = LOAD(gb_), gw = LOAD(gw_), gu = LOAD(gu_);
+  State before[WKV_KEEP];  // the tokens of the chunk, and the factors their updates had
+  WkvPair f[WKV_KEEP][GROUPS];
+  const int64_t at = row * chunks_of(q.T) + chunk.index;
+  State s = {LOAD(PLANE(q.kept, at, 0)), LOAD(PLANE(q.kept, at, 1)), LOAD(PLANE(q.kept, at, 2))};
+  for (int64_t t = chunk.begin; t < chunk.end; t++) {
+    if (q.reset && q.reset[row * q.T + t]) clear(s);
+    const int64_t i = t - chunk.begin;
+    before[i] = s;
+    FETCH(k_, t, 0);
+    FETCH(v_, t, 0);
+    const Block k = LOAD(AT(k_, t)), v = LOAD(AT(v_, t));
+    EACH_GROUP f[i][g] = wkv4_update(w.g[g], k.g[g], v.g[g], s.a.g[g], s.b.g[g], s.p.g[g]);
+  }
+  for (int64_t t = chunk.end - 1; t >= chunk.begin; t--) {
+    const int64_t i = t - chunk.begin;
+    FETCH(gy_, t, 0);
+    FETCH(gk_, t, 1);
+    FETCH(gv_, t, 1);
+    const Block k = LOAD(AT(k_, t)), v = LOAD(AT(v_, t)), gy = LOAD(AT(gy_, t));
+    Block gk, gv;
+    EACH_GROUP
+      wkv4_backward(f[i][g], u.g[g], k.g[g], v.g[g], before[i].a.g[g], before[i].b.g[g], before[i].p.g[g], gy.g[g], ga.g[g], gb.g[g],
+                    gw.g[g], gu.g[g], gk.g[g], gv.g[g]);
+    STORE(AT(gk_, t), gk);
+    STORE(AT(gv_, t), gv);
+    if (q.reset && q.reset[row * q.T + t]) ga = gb = {};  // nothing before a document's start reaches it
+  }
+  STORE(ga_, ga);
+  STORE(gb_, gb);
+  STORE(gw_, gw);
+  STORE(gu_, gu);
+}
+
+// Calls WORK for each block of the channels [c, c + n); `left` of them are to be done.
+#define EACH_BLOCK(WORK, ...) \
+  for (int64_t at = c; at < c + n; at += BLOCK) { \
+    const int64_t left = c + n - at; \
+    if (left >= BLOCK) WORK<E, true>(__VA_ARGS__, row, at, BLOCK); \
+    else WORK<E, false>(__VA_ARGS__, row, at, left); \
+  }
+
+template <class E>
+void all_forward(const Wkv4Problem& q, const Wkv4Outputs& out, int64_t row, int64_t c, int64_t n) {
+  EACH_BLOCK(start, q)
+  for (int64_t index = 0; index < chunks_of(q.T); index++) {
+    const Chunk chunk = chunk_at(index, q.T);
+    EACH_BLOCK(forward, q, out, chunk, left > BLOCK ? BLOCK : WKV_KEEP * q.C + c - at)
+  }
 }
 
 template <class E>
-void forward_any(const Wkv4Problem& q, const Wkv4Outputs& out, int64_t row, int64_t c, int64_t n) {
-  if (n == BLOCK) forward<E, true>(q, out, row, c, n);
-  else forward<E, false>(q, out, row, c, n);
-}
-
-template <class E>
-void backward_any(const Wkv4Problem& q, const Wkv4Gradients& grad, int64_t row, int64_t c, int64_t n) {
-  if (n == BLOCK) backward<E, true>(q, grad, row, c, n);
-  else backward<E, false>(q, grad, row, c, n);
+void all_backward(const Wkv4Problem& q, const Wkv4Gradients& grad, int64_t row, int64_t c, int64_t n) {
+  EACH_BLOCK(start, q, grad)
+  for (int64_t index = chunks_of(q.T) - 1; index >= 0; index--) {
+    const Chunk chunk = chunk_at(index, q.T);
+    EACH_BLOCK(backward, q, grad, chunk, left > BLOCK ? BLOCK : c - at - WKV_KEEP * q.C)
+  }
 }
 
 }  // namespace
 
-const Wkv4Loops WKV_LOOPS = {WKV_NAME, BLOCK, {forward_any<float>, forward_any<bf16>}, {backward_any<float>, backward_any<bf16>}};
+const Wkv4Loops WKV_LOOPS = {WKV_NAME, BLOCK, {all_forward<float>, all_forward<bf16>}, {all_backward<float>, all_backward<bf16>}};

@@ -12,12 +12,18 @@ from rwkv.wkv import build
 KEEP = 16  # tokens per kept state (cuda/wkv4_args.h)
 THREADS = 1 << 17  # that a GPU is given, if the sequence is long enough (measured on an H100: LOG.md)
 
+_loaded = False  # the host extension
 _devices: set[int] = set()  # GPUs whose kernels are loaded
 
 
 def refusal() -> str | None:
-    """Load the host extension once; why it cannot be used, or None. Asked anew when `make kernels` has run."""
-    return _refusal(build.stamp())
+    """Load the host extension once; why it cannot be used, or None. A refusal is asked anew when `make kernels` has run."""
+    global _loaded
+    if not _loaded:  # every operator asks, and to look at a file costs as much as a tenth of one
+        reason = _refusal(build.stamp())
+        _loaded = reason is None
+        return reason
+    return None
 
 
 @functools.lru_cache(maxsize=1)

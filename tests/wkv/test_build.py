@@ -141,18 +141,26 @@ def test_a_missing_or_stale_library_says_what_to_run(tmp_path, monkeypatch):
     assert "wkv4.so is not of 5 bytes; run: make kernels" in build.refusal()
     (tmp_path / "wkv4.so").write_text("wrong")
     assert build.refusal() is None
+    monkeypatch.setattr(native, "_loaded", False)
     assert "does not load" in native.refusal()
     assert not build.usable()
 
 
 def test_what_was_refused_is_looked_at_again_when_make_kernels_has_run_and_not_before(copied, monkeypatch):
     looked = []
-    monkeypatch.setattr(native.build, "refusal", lambda: looked.append(1) or "it is not compiled; run: make kernels")
-    for _ in range(3):
-        assert "make kernels" in native.refusal()
+    monkeypatch.setattr(native, "_loaded", False)
+    with monkeypatch.context() as patch:
+        patch.setattr(native.build, "refusal", lambda: looked.append(1) or "it is not compiled; run: make kernels")
+        for _ in range(3):
+            assert "make kernels" in native.refusal()
     assert len(looked) <= 1
-    monkeypatch.undo()
     (build.folder() / "manifest.json").touch()
+    assert native.refusal() is None
+
+
+def test_what_is_loaded_is_not_looked_at_again(monkeypatch):
+    assert native.refusal() is None
+    monkeypatch.setattr(build, "stamp", lambda: pytest.fail("a file was looked at"))
     assert native.refusal() is None
 
 
