@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from rwkv.model.linear import product
+from rwkv.wkv import native
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
 _LARGEST = 32 << 20  # bytes: blocks above are mapped one by one in any case (glibc's HEAP_MAX_SIZE / 2)
@@ -24,6 +25,8 @@ def prepare() -> None:
     if mallopt:
         mallopt(_MMAP_THRESHOLD, _LARGEST)
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    if native.refusal() is None:
+        torch.ops.rwkv.cpu_memory()  # without it those blocks do not fit into the holes they left (cuda/cpu_memory.cpp)
 
 
 def precision() -> Literal["fp32", "bf16"]:

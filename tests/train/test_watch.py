@@ -43,14 +43,15 @@ def test_every_line_has_the_peak_of_each_phase(make_data, tmp_path):
         assert all(50 < value <= line["rss_peak_mib"] for value in line["peak_mib"].values())
 
 
-def test_a_run_takes_the_memory_that_was_predicted_and_what_its_allocator_keeps(make_data, tmp_path, root):
+@pytest.mark.parametrize("grad_cp", [0, 1])
+def test_a_run_takes_the_resident_memory_that_was_predicted(make_data, tmp_path, root, grad_cp):
     flags = MIDDLE | {"data_file": make_data(20000, vocab=8192), "proj_dir": tmp_path / "run", "accelerator": "cpu", "precision": "fp32"}
+    flags |= {"grad_cp": grad_cp}
     done = subprocess.run(command(root, "pretrain.py", flags), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     predicted, measured = map(float, re.search(r"memory: ([\d.]+) GB a device predicted, ([\d.]+) GB measured", done.stdout).groups())
-    # Resident memory is more than what tensors take (test_memory.py holds that within a tenth): libraries that the first step loads, and memory
-    # that glibc keeps after a phase and cannot use in the next. 0.16 GB here, 0.25 with grad_cp (LOG.md).
-    assert 0.95 * predicted < measured < predicted + 0.35, done.stdout
+    # What the allocator gives is held to a few per cent elsewhere (test_memory.py); here the process, its libraries and its heap come with it.
+    assert 0.9 * predicted < measured < 1.1 * predicted, done.stdout
 
 
 def test_out_of_memory_is_an_error_with_a_remedy(make_data, tmp_path, root):
