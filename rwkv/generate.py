@@ -35,8 +35,9 @@ def choose(logits: Tensor, sampling: Sampling, counts: dict[int, float], generat
         return int(logits.argmax())
     probabilities, tokens = torch.softmax(logits / sampling.temperature, -1).sort(descending=True)
     before = probabilities.cumsum(0) - probabilities
-    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)  # the likeliest always stays
-    probabilities[0] = probabilities[0].clamp_min(1e-38)
+    dropped = before >= sampling.top_p
+    dropped[0] = False  # the likeliest always stays
+    probabilities = probabilities.masked_fill(dropped, 0)
     return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 
 
