@@ -67,12 +67,12 @@ def test_blocks_fit_into_the_holes_that_their_like_left():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's; other C libraries keep memory by rules of their own")
 def test_a_step_takes_the_memory_that_the_step_before_freed():
-    # 18 MB in pages of 4 KiB are 4608 faults a step: seen were 0 in twenty steps, and 39,000 in a process not prepared.
+    # 18 MB in pages of 4 KiB are 4608 faults a step: seen were 0 in twenty steps, and 39,000 in a process not prepared, where glibc's rules, which
+    # adapt to what was freed before, mostly give memory back, and sometimes not: so of that process only the denormal is asked.
     faults, denormal = faults_and_denormal(prepared=True)
     assert faults < 500
     assert denormal == 0
-    faults, denormal = faults_and_denormal(prepared=False)
-    assert faults > 5000
+    _, denormal = faults_and_denormal(prepared=False)
     assert denormal > 0
 
 
