@@ -2,26 +2,20 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
-#include <torch/version.h>
 
 #include <string>
 #include <tuple>
 
 #include "cpu_width.h"
 #include "launcher.h"
+#include "optional.h"
 #include "wkv4_args.h"
 #include "wkv4_cpu.h"
 
 namespace {
 
-#if TORCH_VERSION_MAJOR >= 2
-template <class T> using Optional = std::optional<T>;
-#else
-template <class T> using Optional = c10::optional<T>;
-#endif
 using at::Tensor;
 
-const Tensor* given(const Optional<Tensor>& x) { return x.has_value() && x->defined() ? &*x : nullptr; }
 const float* floats(const Tensor* x) { return x ? x->data_ptr<float>() : nullptr; }
 const uint8_t* flags(const Tensor* x) { return x ? static_cast<const uint8_t*>(x->data_ptr()) : nullptr; }  // a bool may hold any byte
 

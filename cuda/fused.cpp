@@ -3,21 +3,16 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
-#include <torch/version.h>
 
 #include <tuple>
 #include <vector>
 
 #include "cpu_width.h"
 #include "fused_cpu.h"
+#include "optional.h"
 
 namespace {
 
-#if TORCH_VERSION_MAJOR >= 2
-template <class T> using Optional = std::optional<T>;
-#else
-template <class T> using Optional = c10::optional<T>;
-#endif
 using at::Tensor;
 
 constexpr int64_t SLICES = 16;      // of rows, for sums over them
@@ -31,7 +26,6 @@ const FusedLoops& loops() {
   return fused_loops_baseline;
 }
 
-const Tensor* given(const Optional<Tensor>& x) { return x.has_value() && x->defined() ? &*x : nullptr; }
 void* data(const Tensor* x) { return x ? x->data_ptr() : nullptr; }
 
 int dtype(const Tensor& x) {

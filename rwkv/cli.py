@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from rwkv.config import ALIASES, LISTS, NOT_SUPPORTED, PASSED_OVER
 from rwkv.errors import UserError
+from rwkv.upstream import ALIASES, LISTS, NOT_SUPPORTED, PASSED_OVER
 
 Config = TypeVar("Config")
 set_parsing_settings(docstring_parse_attribute_docstrings=True)

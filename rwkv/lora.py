@@ -23,6 +23,11 @@ _WHOLE = {"time": r"\.(att|ffn|ffnPre)\.time_\w+$", "ln": r"\.ln[012]\.(weight|b
 PARTS = ("att", "ffn", "time", "ln", *_LAYERS)
 
 
+def parts_in(flag: str) -> tuple[str, ...]:
+    """The names in a flag like att,ffn; whether they are of PARTS is not asked."""
+    return tuple(part.strip() for part in flag.split(",") if part.strip())
+
+
 class _Adapted(torch.autograd.Function):
     # Kept for backward: x, or what its recipe needs, and A x, which has r numbers a token. Nothing for W's gradient, as W has none.
     @staticmethod

@@ -14,21 +14,21 @@ from rwkv.errors import UserError
 
 
 def main(config: EstimateConfig) -> None:
-    from rwkv import memory
+    from rwkv import fitting, memory
 
     if config.table:
-        print(memory.table())
+        print(fitting.table())
         return
     plan = make_plan(config)
     found, card = memory.estimate(plan), config.card or present(config)
     if config.json:
-        print(json.dumps(memory.as_dict(plan, found, card), indent=2))
+        print(json.dumps(fitting.as_dict(plan, found, card), indent=2))
     else:
         s = plan.sizes
         print(
             f"L{s.n_layer} D{s.n_embd} V{s.vocab_size}, {memory.total(s) / 1e6:,.0f} million parameters, {memory.trained(plan) / 1e6:,.2f} million trained\n"
         )
-        print(memory.in_words(plan, found, card))
+        print(fitting.in_words(plan, found, card))
 
 
 def make_plan(c: EstimateConfig):
@@ -43,7 +43,7 @@ def make_plan(c: EstimateConfig):
         raise UserError(f"--model {c.model} is not one of {', '.join(memory.MODELS)}; give --load_model, or --n_layer and --n_embd")
     if c.strategy not in memory.STRATEGIES:
         raise UserError(f"--strategy {c.strategy} is not one of {', '.join(memory.STRATEGIES)}")
-    if unknown := {part.strip() for part in c.lora_parts.split(",") if part.strip()} - set(lora.PARTS):
+    if unknown := set(lora.parts_in(c.lora_parts)) - set(lora.PARTS):
         raise UserError(f"--lora_parts {c.lora_parts}: {', '.join(sorted(unknown))} is not one of {', '.join(lora.PARTS)}")
     if c.load_model:
         sizes = checkpoint.sizes_of(checkpoint.read_tensors(c.load_model), c.load_model)

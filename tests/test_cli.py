@@ -6,8 +6,9 @@ import pytest
 
 from rwkv import config as flags
 from rwkv.cli import parse, sentences
-from rwkv.config import NOT_SUPPORTED, ConvertConfig, LoRAConfig, TrainConfig
+from rwkv.config import ConvertConfig, LoRAConfig, TrainConfig
 from rwkv.errors import UserError
+from rwkv.upstream import NOT_SUPPORTED
 
 
 def refused(argv, capsys, config=LoRAConfig):

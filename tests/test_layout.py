@@ -13,7 +13,7 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("") for path in (ROOT / "rwk
 
 # From the bottom up. A module imports only from rooms below its own, or from its own.
 ROOMS = [
-    ["rwkv/compat", "rwkv/config", "rwkv/errors", "rwkv/__init__"],
+    ["rwkv/compat", "rwkv/config", "rwkv/upstream", "rwkv/errors", "rwkv/__init__"],
     ["rwkv/cli", "rwkv/files", "rwkv/limits"],
     ["rwkv/wkv/nvrtc", "rwkv/wkv/reference"],
     ["rwkv/wkv/build"],
@@ -29,6 +29,7 @@ ROOMS = [
     ["rwkv/model/init"],
     ["rwkv/lora"],
     ["rwkv/checkpoint", "rwkv/memory"],
+    ["rwkv/fitting"],
     ["rwkv/data/__init__"],
     ["rwkv/data/jsonl", "rwkv/data/tokenizer", "rwkv/data/binidx", "rwkv/data/packing", "rwkv/data/sampling", "rwkv/data/pool"],
     ["rwkv/data/formats"],

@@ -1,7 +1,5 @@
 """The prediction against the real model, torch's allocator, the ZeRO paper and DeepSpeed's own estimators."""
 
-import json
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -154,49 +152,6 @@ def test_deepspeed_s_own_estimators_agree():
         _, device, _ = stage_3(numbers, 0, 8, 1, cpu_offload=False, cpu_offload_params=False)
         ours = estimate(replace(plan, strategy="deepspeed_stage_3"))
         assert sum(ours.device[part] for part in STATES) == pytest.approx(device, rel=0.12)  # theirs has 18 bytes a number, the paper 16
-
-
-def test_the_largest_batch_and_context_are_the_largest():
-    plan = Plan(memory.sizes_of("1.5b"), grad_cp=True)
-    limit = 12 * memory.GB
-    for what, unit in (("micro_bsz", 1), ("ctx_len", 16)):
-        most = memory.largest(plan, limit, what)
-        assert estimate(replace(plan, **{what: most})).total <= limit < estimate(replace(plan, **{what: most + unit})).total
-    assert memory.largest(replace(plan, lora=False), limit, "micro_bsz") == 0
-
-
-@pytest.mark.parametrize("gpu", [False, True])
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_remedy_fits_and_is_the_first_that_does(gpu, method):
-    plan = Plan(memory.sizes_of("1.5b"), lora=method == "lora", micro_bsz=8, gpu=gpu)
-    for share in (0.9, 0.6, 0.4):
-        limit = round(estimate(plan).total * share)
-        words, changed = memory.remedy(plan, limit)
-        assert estimate(changed).total <= limit
-        before = [q for _, q in memory.changes(plan)]
-        assert all(estimate(q).total > limit for q in before[: before.index(changed)])
-        for flag, value in re.findall(r"--(\w+) (\w+)", words):
-            assert str(getattr(changed, {"accumulate_grad_batches": "accumulate"}.get(flag, flag))) in (value, {"1": "True"}.get(value))
-    assert memory.remedy(plan, 1000) is None
-
-
-def test_the_readme_s_table_is_the_program_s(root, script):
-    made = script("estimate.py", "--table").stdout.strip()
-    assert made == memory.table()
-    for name in ("README.md", "README.zh.md"):
-        text = (root / name).read_text(encoding="utf-8")
-        assert made.splitlines()[2:] == [line for line in text.splitlines() if re.match(r"\| [\d.]+b \|", line)], name
-
-
-def test_the_program_says_what_fits(script, make_base):
-    said = script("estimate.py", "--model", "7b", "--method", "full", "--card", 24).stdout
-    assert "no, on 24 GB" in said
-    assert "48 GB" in said
-    found = json.loads(script("estimate.py", "--load_model", make_base(), "--card", 24, "--micro_bsz", 2, "--json").stdout)
-    assert found["plan"]["sizes"]["n_embd"] == 16
-    assert found["fits"].startswith("yes")
-    assert found["device_total"] == sum(found["device"].values())
-    assert "--model 9b is not one of 0.1b" in script("estimate.py", "--model", "9b", status=1).stderr
 
 
 def test_estimating_needs_no_gpu_and_no_model_in_memory():

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from rwkv import limits, memory
+from rwkv import fitting, limits, lora, memory
 from rwkv.config import EstimateConfig, LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.model import Sizes
@@ -13,14 +13,13 @@ ROOM = 0.92  # of the memory: what the allocator cannot use, and the prediction'
 
 def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision: str) -> memory.Plan:
     """The flags of a run, or of an estimate, as memory.estimate takes them. Pieces in time (tbptt_len) are as long as a context that is held at once."""
-    lora: dict[str, Any] = {"lora": False}
+    adapter: dict[str, Any] = {"lora": False}
     if isinstance(c, LoRAConfig | EstimateConfig):
-        parts = tuple(part.strip() for part in c.lora_parts.split(",") if part.strip())
         adapts = c.lora if isinstance(c, LoRAConfig) else c.method == "lora"
-        lora = {"lora": adapts, "r": c.lora_r, "parts": parts, "base": c.lora_base}
+        adapter = {"lora": adapts, "r": c.lora_r, "parts": lora.parts_in(c.lora_parts), "base": c.lora_base}
     return memory.Plan(
         sizes,
-        **lora,
+        **adapter,
         ctx_len=min(c.ctx_len, getattr(c, "tbptt_len", 0) or c.ctx_len),
         micro_bsz=c.micro_bsz,
         precision=precision,
@@ -54,8 +53,8 @@ def choose(c: TrainConfig, plan: memory.Plan) -> tuple[TrainConfig, str]:
     begin = replace(plan, grad_cp=False)
     micros = [m for m in range(c.micro_bsz, 0, -1) if c.micro_bsz % m == 0]
     strategies = [c.strategy]
-    if c.strategy == "auto" and plan.gpu and memory.offered(c.devices * c.num_nodes):
-        strategies += memory.offered(c.devices * c.num_nodes)
+    if c.strategy == "auto" and plan.gpu:
+        strategies += fitting.offered(c.devices * c.num_nodes)
     for strategy in strategies:
         for grad_cp in (False, True):
             for m in micros:
@@ -78,7 +77,7 @@ def choose(c: TrainConfig, plan: memory.Plan) -> tuple[TrainConfig, str]:
 
 def advice(plan: memory.Plan, limit: int) -> str:
     """The cheapest change that would fit, as a sentence."""
-    found = memory.remedy(plan, limit)
+    found = fitting.remedy(plan, limit)
     if found is None:
         return "No change of flags that is known would fit; take a smaller model, or a larger machine"
     return f"The cheapest change that fits: {found[0]} ({memory.estimate(found[1]).total / 1e9:.2f} GB predicted)"

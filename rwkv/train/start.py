@@ -73,7 +73,7 @@ def adapt(model: RWKV, c: TrainConfig, folder: Path) -> dict[str, Any] | None:
     found in `folder` (see `keep_base`)."""
     if not (isinstance(c, LoRAConfig) and c.lora):
         return None
-    parts = [part.strip() for part in c.lora_parts.split(",") if part.strip()]
+    parts = list(lora.parts_in(c.lora_parts))
     try:
         lora.inject(model, parts, c.lora_r, c.lora_alpha, c.lora_dropout)
     except ValueError as error:

@@ -19,11 +19,11 @@ _devices: set[int] = set()  # GPUs whose kernels are loaded
 def refusal() -> str | None:
     """Load the host extension once; why it cannot be used, or None. A refusal is asked anew when `make kernels` has run."""
     global _loaded
-    if not _loaded:  # every operator asks, and to look at a file costs as much as a tenth of one
-        reason = _refusal(build.stamp())
-        _loaded = reason is None
-        return reason
-    return None
+    if _loaded:  # every operator asks, and to look at a file costs up to a tenth of one
+        return None
+    reason = _refusal(build.stamp())
+    _loaded = reason is None
+    return reason
 
 
 @functools.lru_cache(maxsize=1)

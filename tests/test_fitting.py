@@ -1,0 +1,53 @@
+"""What is said to fit does, what is said to be the largest is, and the table in README is the program's."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from rwkv import fitting, memory
+from rwkv.memory import Plan, estimate
+
+
+def test_the_largest_batch_and_context_are_the_largest():
+    plan = Plan(memory.sizes_of("1.5b"), grad_cp=True)
+    limit = 12 * memory.GB
+    for what, unit in (("micro_bsz", 1), ("ctx_len", 16)):
+        most = fitting.largest(plan, limit, what)
+        assert estimate(replace(plan, **{what: most})).total <= limit < estimate(replace(plan, **{what: most + unit})).total
+    assert fitting.largest(replace(plan, lora=False), limit, "micro_bsz") == 0
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_remedy_fits_and_is_the_first_that_does(gpu, method):
+    plan = Plan(memory.sizes_of("1.5b"), lora=method == "lora", micro_bsz=8, gpu=gpu)
+    for share in (0.9, 0.6, 0.4):
+        limit = round(estimate(plan).total * share)
+        words, changed = fitting.remedy(plan, limit)
+        assert estimate(changed).total <= limit
+        before = [q for _, q in fitting.changes(plan)]
+        assert all(estimate(q).total > limit for q in before[: before.index(changed)])
+        for flag, value in re.findall(r"--(\w+) (\w+)", words):
+            assert str(getattr(changed, {"accumulate_grad_batches": "accumulate"}.get(flag, flag))) in (value, {"1": "True"}.get(value))
+    assert fitting.remedy(plan, 1000) is None
+
+
+def test_the_readme_s_table_is_the_program_s(root, script):
+    made = script("estimate.py", "--table").stdout.strip()
+    assert made == fitting.table()
+    for name in ("README.md", "README.zh.md"):
+        text = (root / name).read_text(encoding="utf-8")
+        assert made.splitlines()[2:] == [line for line in text.splitlines() if re.match(r"\| [\d.]+b \|", line)], name
+
+
+def test_the_program_says_what_fits(script, make_base):
+    said = script("estimate.py", "--model", "7b", "--method", "full", "--card", 24).stdout
+    assert "no, on 24 GB" in said
+    assert "48 GB" in said
+    found = json.loads(script("estimate.py", "--load_model", make_base(), "--card", 24, "--micro_bsz", 2, "--json").stdout)
+    assert found["plan"]["sizes"]["n_embd"] == 16
+    assert found["fits"].startswith("yes")
+    assert found["device_total"] == sum(found["device"].values())
+    assert "--model 9b is not one of 0.1b" in script("estimate.py", "--model", "9b", status=1).stderr
