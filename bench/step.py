@@ -3,8 +3,10 @@
     python bench/step.py [--sizes 12,768,65536] [--ctx_len 512] [--micro_bsz 1] [--rounds 5] [--kinds lora,full] [--precisions fp32,bf16] [--ours]
 
 Every contender is a process of its own, and they take turns, a step each: other work on the machine falls on all. Same random weights, same
-tokens, same targets; LoRA r 8 on att's key, value and receptance with dropout 0.01, or all weights; Adam. Printed: tokens/s by the best step,
-the median beside it, peak resident memory (of the steps, not of building the model), the loss of the first step.
+tokens, same targets; LoRA r 8 on att's key, value and receptance with dropout 0.01, or all weights; Adam. Each side loads them from a file in the dtype
+of the run, as its users do: ours from the .pth, theirs by from_pretrained from the folder that scripts/export.py makes of it, with its defaults.
+Printed: tokens/s by the best step, the median beside it, peak resident memory of the steps after loading, what of it was there before any model (the
+libraries), the loss of the first step.
 
 `products` is a loop of exactly the matrix products of our step, same shapes, dtype and library; `torch products` the same by torch's `@`.
 On a GPU also model FLOPs utilisation, against --peak_tflops, and NVML's memory.
@@ -16,12 +18,14 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-from rwkv import lora
+from rwkv import checkpoint, export, lora
+from rwkv.files import write_json
 from rwkv.model import RWKV, Sizes
 from rwkv.model.linear import needs_room, product, product_of_gradient, weight_gradient
 from rwkv.model.loss import CHUNK_BYTES, SLICE, head_loss
@@ -29,16 +33,12 @@ from rwkv.train import cpu
 
 PARTS, R, ALPHA, DROPOUT = ("key", "value", "receptance"), 8, 32, 0.01
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RENAMED = {
-    "emb.": "rwkv.embeddings.", "ln_out.": "rwkv.ln_out.", "blocks.": "rwkv.blocks.", ".ln0.": ".pre_ln.", ".att.": ".attention.", ".ffn.": ".feed_forward.",
-    "time_mix_k": "time_mix_key", "time_mix_v": "time_mix_value", "time_mix_r": "time_mix_receptance",
-}  # fmt: skip
 
 
-def build(c: argparse.Namespace, dtype: torch.dtype) -> RWKV:
-    """Random weights, the same for every contender, one tensor after the other and each at once in its dtype."""
+def write(c: argparse.Namespace) -> None:
+    """Random weights in the dtype of the run, as c.folder/base.pth and for transformers as c.folder/hf."""
     layers, width, vocab = c.sizes
-    model = RWKV(Sizes(layers, width, vocab, width, 4 * width), bool(c.grad_cp))
+    model = RWKV(Sizes(layers, width, vocab, width, 4 * width))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
@@ -47,8 +47,13 @@ def build(c: argparse.Namespace, dtype: torch.dtype) -> RWKV:
             value = torch.linspace(-5, 3, len(parameter))
         else:
             value = torch.full(parameter.shape, {"time_first": -1.2, "weight": 1.0, "bias": 0.0}.get(name.split(".")[-1], 0.5))
-        parameter.data = value.to(c.device, dtype)
-    return model
+        parameter.data = value.to(DTYPES[c.precision])
+    folder = Path(c.folder)
+    checkpoint.save_model(folder / "base.pth", model, {})
+    if not c.ours:
+        (folder / "hf").mkdir()
+        checkpoint.save_safetensors(export.transformers_names(export.tensors_of(model, "keep")), folder / "hf" / "model.safetensors")
+        write_json(folder / "hf" / "config.json", export.transformers_config(model.sizes, c.ctx_len, DTYPES[c.precision]))
 
 
 def tokens(c: argparse.Namespace) -> torch.Tensor:
@@ -59,13 +64,13 @@ def ours(c: argparse.Namespace):
     """A step as rwkv.train makes it."""
     dtype = DTYPES[c.precision]
     ids = tokens(c)
+    c.libraries = resident(c)
+    model = checkpoint.load_model(Path(c.folder) / "base.pth", c.device, matrices=dtype if c.kind == "lora" else torch.float32)
+    model.grad_cp = bool(c.grad_cp)
     if c.kind == "lora":
-        model = build(c, dtype)
         lora.inject(model, ["att"], R, ALPHA, DROPOUT)
         lora.mark_trainable(model, ["att"])
         lora.store_frozen(model, dtype)
-    else:
-        model = build(c, torch.float32)  # fp32 masters, products in bf16
     adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> float:
@@ -83,31 +88,17 @@ def ours(c: argparse.Namespace):
 def theirs(c: argparse.Namespace):
     """A step of transformers and peft: the model in `dtype`, its own loss."""
     import peft
-    from transformers import RwkvConfig, RwkvForCausalLM
+    from transformers import RwkvForCausalLM
 
-    try:
-        from transformers.initialization import no_init_weights
-    except ImportError:  # before transformers 5
-        from transformers.modeling_utils import no_init_weights
-
-    layers, width, vocab = c.sizes
-    with no_init_weights():
-        config = RwkvConfig(
-            vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, rescale_every=0, tie_word_embeddings=False, use_cache=False
-        )
-        model = RwkvForCausalLM(config)
-    source = dict(build(c, DTYPES[c.precision]).named_parameters())
-    names = dict(model.named_parameters())
-    for name in list(source):
-        value = source.pop(name)
-        for old, new in RENAMED.items():
-            name = name.replace(old, new)
-        names[name].data = value.data
+    ids = tokens(c)
+    c.libraries = resident(c)
+    model = RwkvForCausalLM.from_pretrained(Path(c.folder) / "hf", torch_dtype=DTYPES[c.precision], rescale_every=0, use_cache=False).to(
+        c.device
+    )
     if c.kind == "lora":
         target = rf".*\.attention\.({'|'.join(PARTS)})"
         model = peft.get_peft_model(model, peft.LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=target))
     model.train()
-    ids = tokens(c)
     adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> float:
@@ -162,12 +153,17 @@ def products(c: argparse.Namespace, plain: bool = False):
 MAKERS = {"ours": ours, "theirs": theirs, "products": products, "torch products": lambda c: products(c, plain=True)}
 
 
+def resident(c: argparse.Namespace, key: str = "VmRSS") -> float:
+    """GB in use now; on a GPU by torch's allocator, which sees no libraries."""
+    if c.device == "cuda":
+        return torch.cuda.memory_allocated() / 1e9
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024 / 1e9
+
+
 def peak(c: argparse.Namespace) -> float:
     """GB since the last `restart`."""
-    if c.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024 / 1e9
+    return torch.cuda.max_memory_allocated() / 1e9 if c.device == "cuda" else resident(c, "VmHWM")
 
 
 def restart(c: argparse.Namespace) -> None:
@@ -180,13 +176,14 @@ def restart(c: argparse.Namespace) -> None:
 def worker(c: argparse.Namespace) -> None:
     """Answer each line on stdin with a step's seconds, loss and the peak so far."""
     answers, sys.stdout = sys.stdout, sys.stderr
+    c.libraries = float("nan")
     if c.worker == "theirs":
         torch.set_flush_denormal(True)
     else:
         cpu.prepare()
     step = MAKERS[c.worker](c)
     restart(c)
-    print("ready", file=answers, flush=True)
+    print(c.libraries, file=answers, flush=True)
     for _ in sys.stdin:
         started = time.perf_counter()
         loss = step()
@@ -211,10 +208,11 @@ class Contender:
     def __init__(self, c: argparse.Namespace, name: str, kind: str, precision: str):
         self.name, self.kind, self.precision, self.times, self.loss, self.memory = name, kind, precision, [], float("nan"), 0.0
         arguments = ["--worker", name, "--kind", kind, "--precision", precision, "--sizes", ",".join(map(str, c.sizes))]
+        arguments += ["--folder", str(Path(c.folder) / precision)]
         for flag in ("ctx_len", "micro_bsz", "grad_cp", "device"):
             arguments += [f"--{flag}", str(getattr(c, flag))]
         self.process = subprocess.Popen([sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._answer()
+        self.libraries = float(self._answer())
 
     def _answer(self) -> str:
         line = self.process.stdout.readline()
@@ -238,15 +236,21 @@ class Contender:
 def compare(c: argparse.Namespace) -> list[Contender]:
     """Run every contender of the precisions and kinds asked for."""
     done = []
-    for kind in c.kinds.split(","):
-        names = ["ours"] if c.ours else ["ours", "products", "torch products", "theirs"]
-        group = [Contender(c, name, kind, precision) for precision in c.precisions.split(",") for name in names]
-        for _ in range(c.rounds):
+    with tempfile.TemporaryDirectory() as c.folder:
+        for precision in c.precisions.split(","):
+            folder = Path(c.folder) / precision
+            folder.mkdir()
+            given = ["--sizes", ",".join(map(str, c.sizes)), "--ctx_len", str(c.ctx_len), "--precision", precision, "--folder", str(folder)]
+            subprocess.run([sys.executable, __file__, "--worker", "write", *given, *(["--ours"] if c.ours else [])], check=True)
+        for kind in c.kinds.split(","):
+            names = ["ours"] if c.ours else ["ours", "products", "torch products", "theirs"]
+            group = [Contender(c, name, kind, precision) for precision in c.precisions.split(",") for name in names]
+            for _ in range(c.rounds):
+                for contender in group:
+                    contender.step()
             for contender in group:
-                contender.step()
-        for contender in group:
-            contender.close()
-        done += group
+                contender.close()
+            done += group
     return done
 
 
@@ -257,12 +261,12 @@ def table(c: argparse.Namespace, done: list[Contender]) -> None:
     print(
         f"L{layers} D{width} V{vocab} T{c.ctx_len} B{c.micro_bsz}{' grad_cp' if c.grad_cp else ''}, {cores}, torch {torch.__version__}, {c.rounds} steps each"
     )
-    print("kind  dtype  contender        tokens/s  (median)   s/step  GFLOP/s  peak GB  first loss")
+    print("kind  dtype  contender        tokens/s  (median)   s/step  GFLOP/s  peak GB  libraries  first loss")
     found = {}
     for x in done:
         rest = x.times[1:] or x.times  # the first one warms up
         best = min(rest)
-        found[x.kind, x.precision, x.name] = (count / best, x.memory, x.loss)
+        found[x.kind, x.precision, x.name] = (count / best, x.memory, x.loss, x.memory - x.libraries)
         flops = sum(
             2 * rows * out * inside * (3 if full else 2)
             for rows, out, inside, full in shapes(argparse.Namespace(**{**vars(c), "kind": x.kind}))
@@ -270,13 +274,13 @@ def table(c: argparse.Namespace, done: list[Contender]) -> None:
         gpu = f"  MFU {flops / best / c.peak_tflops / 1e10:.1f} %, NVML {x.nvml:.2f} GB" if c.device == "cuda" else ""
         print(
             f"{x.kind:5} {x.precision:6} {x.name:15} {count / best:9.1f} {count / statistics.median(rest):9.1f} {best:9.3f} {flops / best / 1e9:8.0f}"
-            f" {x.memory:8.2f}  {x.loss:.4f}{gpu}"
+            f" {x.memory:8.2f} {x.libraries:10.2f}  {x.loss:.4f}{gpu}"
         )
     for kind, precision in dict.fromkeys((k, p) for k, p, name in found if name == "theirs"):
         us, them, bare, torchs = (found[kind, precision, name] for name in ("ours", "theirs", "products", "torch products"))
         print(
-            f"{kind} {precision}: {us[0] / them[0]:.1f} × theirs, {us[1] / them[1]:.2f} of its memory, losses differ by {abs(us[2] - them[2]):.1e};"
-            f" {100 * us[0] / bare[0]:.0f} % of its products' speed, {100 * us[0] / torchs[0]:.0f} % of torch's"
+            f"{kind} {precision}: {us[0] / them[0]:.1f} × theirs, {us[1] / them[1]:.2f} of its memory ({us[3] / them[3]:.2f} without libraries), losses differ"
+            f" by {abs(us[2] - them[2]):.1e}; {100 * us[0] / bare[0]:.0f} % of its products' speed, {100 * us[0] / torchs[0]:.0f} % of torch's"
         )
     for kind in c.kinds.split(","):
         us, them = found.get((kind, "bf16", "ours")), found.get((kind, "fp32", "theirs"))
@@ -296,12 +300,15 @@ def main() -> None:
     parser.add_argument("--ours", action="store_true", help="only ours")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peak_tflops", type=float, default=989.0, help="of the GPU in bf16; the default is an H100's")
-    parser.add_argument("--worker", choices=MAKERS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=[*MAKERS, "write"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--kind", default="lora", help=argparse.SUPPRESS)
     parser.add_argument("--precision", default="fp32", help=argparse.SUPPRESS)
     c = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    if c.worker:
+    if c.worker == "write":
+        write(c)
+    elif c.worker:
         worker(c)
     else:
         table(c, compare(c))

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rwkv import __version__, lora
+from rwkv import __version__, compat, lora, mapped
 from rwkv.errors import UserError
 from rwkv.files import reserve, sha256, whole, write_json
 from rwkv.model import RWKV, Sizes
@@ -23,7 +23,7 @@ PathLike = str | Path
 
 
 def read_tensors(path: PathLike) -> dict[str, Tensor]:
-    """The tensors of a .pth or .safetensors file, on the CPU, in the dtypes they were stored in.
+    """The tensors of a .pth or .safetensors file, on the CPU, in the dtypes they were stored in. They stay in the file, mapped (rwkv.mapped).
 
     Raises:
         UserError: no such file, or not a dictionary of tensors.
@@ -33,8 +33,8 @@ def read_tensors(path: PathLike) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such checkpoint")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+            return _aligned(safetensors.torch.load_file(path))  # mapped by that library
+        tensors = mapped.load(path)
     except Exception as error:  # foreign bytes make the readers raise almost anything
         raise UserError(
             f"{path}: not a checkpoint that can be loaded without running code from it ({_first_line(error)}). A checkpoint is a"
@@ -46,22 +46,40 @@ def read_tensors(path: PathLike) -> dict[str, Tensor]:
         or not all(isinstance(x, Tensor) and isinstance(key, str) for key, x in tensors.items())
     ):
         raise UserError(f"{path}: holds {type(tensors).__name__}, not a dictionary of tensors; give the model's state_dict")
-    return {key.removeprefix("_forward_module."): value for key, value in tensors.items()}  # DeepSpeed leaves this prefix
+    return _aligned({key.removeprefix("_forward_module."): value for key, value in tensors.items()})  # DeepSpeed leaves this prefix
+
+
+def _aligned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those that begin in their file where no number of their dtype may are copied."""
+    return {key: value.clone() if value.data_ptr() % value.element_size() else value for key, value in tensors.items()}
 
 
 def write_tensors(path: PathLike, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
     """Write the tensors and, beside them, `<path>.json`; each whole or not at all."""
     path = Path(path)
-    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    tensors = _compact(tensors)
     stack = {"rwkv-trainer": __version__, "torch": torch.__version__}
     with whole(path) as temporary:
         if path.suffix == ".safetensors":
             save_safetensors(tensors, temporary)
         else:
-            save({key: value.clone() for key, value in tensors.items()}, temporary)  # clone: no storage larger than its tensor
+            save(tensors, temporary)
         # A manifest never lies beside weights it does not describe: the old one goes first, the new one comes last.
         manifest_path(path).unlink(missing_ok=True)
     write_json(manifest_path(path), {**manifest, "stack": stack})
+
+
+def _compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each with memory of its own and no more than it needs: a file holds all of it, and once what is shared. Copied only where it must be."""
+    made, taken = {}, set()
+    for key, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        memory = compat.storage(value)
+        if memory.nbytes() != value.numel() * value.element_size() or memory.data_ptr() in taken:
+            value = value.clone()
+        taken.add(memory.data_ptr())
+        made[key] = value
+    return made
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -116,18 +134,46 @@ def sizes_of(tensors: Mapping[str, Tensor], path: PathLike) -> Sizes:
     return Sizes(max(layers) + 1, n_embd, vocab_size, dim_att, tensors["blocks.0.ffn.key.weight"].shape[0], pre_ffn)
 
 
-def load_model(path: PathLike, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32) -> RWKV:
+def load_model(
+    path: PathLike,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    matrices: torch.dtype | None = None,
+) -> RWKV:
     """An RWKV-4 model from a checkpoint. Sizes come from the shapes; dtype None keeps the one each tensor was stored in.
+
+    What stays on the CPU in its stored dtype stays in the file, mapped: training never writes it (rwkv.mapped). All else is made one tensor after the
+    other, and takes no second copy on the way.
+
+    Args:
+        matrices: the dtype of matrices, where it is another.
 
     Raises:
         UserError: not an RWKV-4 checkpoint; a missing, surplus or misshapen key, by name.
     """
+    return _load(path, device, dtype, matrices)[0]
+
+
+def _load(
+    path: PathLike, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32, matrices: torch.dtype | None = None
+) -> tuple[RWKV, dict[str, torch.dtype]]:
+    """As load_model, and the dtypes that are stored."""
     tensors = read_tensors(path)
+    pages, taken = mapped.Pages(path), set()
     model = RWKV(sizes_of(tensors, path))
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtype or getattr(tensors.get(name), "dtype", parameter.dtype))
-    fill(model, tensors, path)
-    return model.to(device)
+    parameters = dict(model.named_parameters())
+    _check_keys(tensors, {name: parameter.shape for name, parameter in parameters.items()}, path)
+    stored = {name: tensors[name].dtype for name in parameters}
+    for name, parameter in parameters.items():
+        source = tensors.pop(name).detach()
+        value = source.to(device, (matrices if lora.is_matrix(source) else None) or dtype).contiguous()
+        if compat.storage(value).data_ptr() in taken:  # two of one memory would train as one
+            value = value.clone()
+        taken.add(compat.storage(value).data_ptr())
+        parameter.data = value
+        if value.data_ptr() != source.data_ptr():
+            pages.drop(source)
+    return model, stored
 
 
 def fill(model: RWKV, tensors: Mapping[str, Tensor], path: PathLike, partial: bool = False) -> None:
@@ -206,9 +252,7 @@ def load_tuned(base: PathLike, adapter: PathLike, alpha: float | None = None) ->
     Raises UserError as load_model and inspect_adapter do.
     """
     tensors, known = inspect_adapter(adapter, base, alpha)
-    model = load_model(base, dtype=None)
-    stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    model.float()
+    model, stored = _load(base)
     lora.inject(model, known["parts"], known["r"], known["alpha"])
     load_adapter(model, adapter, tensors, known["parts"])
     return model, stored
@@ -221,9 +265,7 @@ def load_combined(
 
     Raises UserError as load_model and inspect_adapter do.
     """
-    model = load_model(base, dtype=None)
-    stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    model.float()
+    model, stored = _load(base)
     found, parts, r = [], set(), 0
     for path, weight in zip(adapters, weights, strict=True):
         tensors, known = inspect_adapter(path, base, alpha)
@@ -238,6 +280,15 @@ def load_combined(
 
 def _fill(model: RWKV, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: PathLike) -> None:
     """Copy tensors into the parameters named in `shapes`, all of them and no others."""
+    _check_keys(tensors, shapes, path)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, value in tensors.items():
+            parameters[key].copy_(value)
+
+
+def _check_keys(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: PathLike) -> None:
+    """Refuse tensors that are not those named in `shapes`, all of them and no others."""
     missing, surplus = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
     misshapen = [
         f"{key} {list(tensors[key].shape)}, expected {list(shapes[key])}"
@@ -247,10 +298,6 @@ def _fill(model: RWKV, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch
     complaints = [f"{word}: {_some(keys)}" for word, keys in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen)) if keys]
     if complaints:
         raise UserError(f"{path}: its keys do not fit. " + "; ".join(complaints))
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for key, value in tensors.items():
-            parameters[key].copy_(value)
 
 
 def _bytes(value: Any) -> int:

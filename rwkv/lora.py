@@ -174,8 +174,12 @@ def mark_trainable(model: nn.Module, parts: Collection[str]) -> None:
 def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Keep the frozen matrices in this dtype and all else in fp32, one tensor after the other. Vectors are few, and decays are sensitive."""
     for parameter in model.parameters():
-        matrix = parameter.squeeze().dim() >= 2
-        parameter.data = parameter.data.to(dtype if matrix and not parameter.requires_grad else torch.float32)
+        parameter.data = parameter.data.to(dtype if is_matrix(parameter) and not parameter.requires_grad else torch.float32)
+
+
+def is_matrix(weight: Tensor) -> bool:
+    """And not one of the vectors, some of which are stored as [1, 1, D]."""
+    return weight.squeeze().dim() >= 2
 
 
 def adapter_state(model: nn.Module, parts: Collection[str]) -> dict[str, Tensor]:
@@ -187,7 +191,7 @@ def adapter_state(model: nn.Module, parts: Collection[str]) -> dict[str, Tensor]
 def merge(model: nn.Module) -> None:
     """Turn every adapted layer back into a plain one, in place, its adapter added to its weight."""
     for name, layer in list(_adapted(model)):
-        plain = nn.utils.skip_init(Matrix, layer.weight.shape[1], layer.weight.shape[0], bias=False)
+        plain = Matrix(layer.weight.shape[1], layer.weight.shape[0], bias=False)
         plain.weight = nn.Parameter(layer.merged())
         _replace(model, name, plain)
 

@@ -21,18 +21,18 @@ def main(config: GenerateConfig) -> None:
 
     if not config.model:
         raise UserError("--model is missing: the checkpoint to run")
+    gpu = torch.cuda.is_available() and config.accelerator != "cpu"
+    if config.accelerator == "gpu" and not gpu:
+        raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or use --accelerator cpu")
     if config.lora:
         model, _ = checkpoint.load_tuned(config.model, config.lora, config.lora_alpha or None)
+        model.to("cuda" if gpu else "cpu")
     else:
-        model = checkpoint.load_model(config.model)
+        model = checkpoint.load_model(config.model, "cuda" if gpu else "cpu")
     if model.sizes.vocab_size != WorldTokenizer.vocab_size:
         raise UserError(
             f"{config.model}: {model.sizes.vocab_size} words, not the World vocabulary of 65536; only World models can be run as text"
         )
-    gpu = torch.cuda.is_available() and config.accelerator != "cpu"
-    if config.accelerator == "gpu" and not gpu:
-        raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or use --accelerator cpu")
-    model.to("cuda" if gpu else "cpu")
     tokenizer, generator = WorldTokenizer(), torch.Generator(model.emb.weight.device)
     generator.manual_seed(config.seed) if config.seed >= 0 else generator.seed()
     sampling = Sampling(config.temperature, config.top_p, config.presence_penalty, config.frequency_penalty, config.penalty_decay)

@@ -87,7 +87,11 @@ def linear(x: Tensor, weight: Tensor, again: Recipe | None = None) -> Tensor:
 
 
 class Matrix(nn.Linear):
-    """nn.Linear without bias, by `linear`."""
+    """nn.Linear without bias, by `linear`. At first its memory holds no values, and so costs nothing: they come from a checkpoint or from
+    rwkv.model.init, and a 14b model should not be filled twice."""
+
+    def reset_parameters(self) -> None:
+        """Nothing. (torch's skip_init would go through torch.compiler: 2 s and 150 MB.)"""
 
     def forward(self, x: Tensor, again: Recipe | None = None) -> Tensor:
         """x [..., in] → [..., out]; `again`: how x is formed again for the weight's gradient."""

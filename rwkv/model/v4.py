@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 from rwkv.model import fused
@@ -51,8 +50,7 @@ class BlockState(NamedTuple):
 
 
 def _matrix(rows: int, columns: int) -> Matrix:
-    # Memory without values: they come from a checkpoint or from rwkv.model.init, and a 14b model should not be filled twice.
-    return skip_init(Matrix, columns, rows, bias=False)
+    return Matrix(columns, rows, bias=False)
 
 
 def _mix(size: int) -> nn.Parameter:
@@ -161,10 +159,10 @@ class RWKV(nn.Module):
     def __init__(self, sizes: Sizes, grad_cp: bool = False, dropout: float = 0.0):
         super().__init__()
         self.sizes, self.grad_cp, self.dropout = sizes, grad_cp, dropout
-        self.emb = skip_init(nn.Embedding, sizes.vocab_size, sizes.n_embd)
+        self.emb = nn.Embedding.from_pretrained(torch.empty(sizes.vocab_size, sizes.n_embd), freeze=False)
         self.blocks = nn.ModuleList(Block(sizes, layer) for layer in range(sizes.n_layer))
         self.ln_out = Norm(sizes.n_embd)
-        self.head = skip_init(Head, sizes.n_embd, sizes.vocab_size, bias=False)
+        self.head = Head(sizes.n_embd, sizes.vocab_size, bias=False)
 
     def initial_state(self, batch: int) -> list[BlockState]:
         """The state of a document's start, one per block."""

@@ -27,7 +27,7 @@ def make_model(c: TrainConfig) -> RWKV:
         checkpoint.fill(model, tensors, c.load_model, partial=True)
         return model
     if c.load_model:
-        model = checkpoint.load_model(c.load_model, dtype=None if _frozen(c) == torch.bfloat16 else torch.float32)  # None: as it is stored
+        model = checkpoint.load_model(c.load_model, matrices=_frozen(c))
         wrong = [
             f"--{name} {value}, and it has {getattr(model.sizes, name)}"
             for name, value in given.items()

@@ -6,9 +6,7 @@ import re
 import zipfile
 from pathlib import Path
 
-import torch
-
-from rwkv import checkpoint, compat
+from rwkv import checkpoint, mapped
 from rwkv.errors import UserError
 from rwkv.files import abandoned, whole
 from rwkv.train.state import FORMAT, State, join, split
@@ -83,7 +81,7 @@ def read(path: Path) -> State:
             wrong = archive.testzip()
         if wrong:
             raise ValueError(f"{wrong} in it has another checksum than was written")
-        content = torch.load(path, map_location="cpu", weights_only=True, **compat.mapped())
+        content = mapped.load(path)
     except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(str(error).splitlines()[0]) from error
     if content["format"] != FORMAT:
