@@ -8,12 +8,14 @@ Arithmetic alone, in bytes. The rules, each held against the real model (tests/t
     activations  what `kept` says of every block, the inputs alone with grad_cp, and what lies outside the blocks
     logits       one chunk of them (rwkv.model.loss), the head in the dtype of the products
     workspace    what comes and goes inside a pass; for DeepSpeed its buckets and, in stage 3, the weights that are gathered
+    heap         on a CPU, what another phase freed: the C library keeps blocks of up to `HEAP` bytes, and larger ones do not fit into them
+    process      the libraries: on a CPU all that is resident of them once a step was made
 
 DeepSpeed's partition is that of the ZeRO paper (Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1): stage 1 shares out the optimizer, 2 also the
 gradients, 3 also the weights; offload moves them to the host. `e` is what products are computed in: 2 in bf16 and fp16, else 4.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rwkv.lora import layers_of
 from rwkv.model import Sizes
@@ -23,7 +25,9 @@ GB = 10**9
 MODELS = {"0.1b": (12, 768), "0.4b": (24, 1024), "1.5b": (24, 2048), "3b": (32, 2560), "7b": (32, 4096), "14b": (40, 5120)}
 """Layers and width of the published RWKV-4 models."""
 CONTEXT = 600 << 20  # CUDA context and libraries on a GPU, which torch's allocator does not see. Assumed: no GPU was at hand to measure it
-PROCESS = 330 << 20  # a process with torch and Lightning, before any model (LOG.md)
+PROCESS = 360 << 20  # a process with torch 1.13.1 and Lightning, with a first step, without a model (LOG.md)
+LOADED = 20 << 20  # of it comes with the first step: torch's code for it. 16 to 34 MiB were seen
+HEAP = 32 << 20  # bytes: glibc maps larger blocks one by one and gives them back (HEAP_MAX_SIZE / 2); others it keeps (train/cpu.py)
 STRATEGIES = (
     "auto",
     "ddp",
@@ -54,6 +58,7 @@ class Plan:
     accumulate: int = 1
     ds_bucket_mb: int = 200
     gpu: bool = True
+    process: int = PROCESS
 
     @property
     def e(self) -> int:
@@ -86,13 +91,35 @@ class Plan:
         return self.strategy.endswith("offload")
 
 
+Blocks = list[tuple[float, float]]
+"""Tensors: bytes of one, and how many."""
+Parts = dict[str, Blocks]
+
+
 @dataclass
 class Estimate:
-    """Bytes by part, on each device at its fullest moment and on a machine's host, and the peaks of the phases of a step."""
+    """Bytes by part: in each phase of a step, at its peak on each device, and on a machine's host.
 
-    device: dict[str, int]
+    Of a phase's parts all but `process` and `heap` are what torch's allocator holds.
+    """
+
+    phase_parts: dict[str, dict[str, int]]
     host: dict[str, int]
-    phases: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """The peaks on each device."""
+        return {name: sum(parts.values()) for name, parts in self.phase_parts.items()}
+
+    @property
+    def device(self) -> dict[str, int]:
+        """The parts at the fullest moment."""
+        return max(self.phase_parts.values(), key=lambda parts: sum(parts.values()))
+
+    @property
+    def tensors(self) -> dict[str, int]:
+        """The peaks of the phases, of torch's allocator alone."""
+        return {name: sum(parts.values()) - parts["process"] - parts.get("heap", 0) for name, parts in self.phase_parts.items()}
 
     @property
     def total(self) -> int:
@@ -152,7 +179,7 @@ def total(s: Sizes) -> int:
 
 
 def kept(p: Plan) -> float:
-    """Bytes a token and block that stay until the backward pass. The one place where this is stated; the reasons are in rwkv/model/v4.py."""
+    """Bytes a token and block that stay until the backward pass; the reasons are in rwkv/model/v4.py."""
     D, A, F, e = p.sizes.n_embd, p.sizes.dim_att, p.sizes.dim_ffn, p.e
     mixes = not p.lora or "time" in p.parts
     att, ffn = (
@@ -165,12 +192,18 @@ def kept(p: Plan) -> float:
     return (norms + 2) * e * D + (4 * e + 0.75) * A + e * F + 16 + low
 
 
-def outside(p: Plan) -> float:
-    """Bytes a token kept outside the blocks: ids, the inputs of ln0 and ln_out, the gradient that head_loss forms."""
-    D, e = p.sizes.n_embd, p.e
-    ln0 = not p.lora or "ln" in p.parts
+def _block(p: Plan) -> Blocks:
+    """What `kept` says, for all tokens: one tensor of F numbers a token, the rest of D."""
+    D, F, N = p.sizes.n_embd, p.sizes.dim_ffn, p.tokens
+    return [(p.e * F * N, 1), (p.e * D * N, (kept(p) - p.e * F) / (p.e * D))]
+
+
+def _outside(p: Plan) -> Blocks:
+    """Kept outside the blocks: ids, the inputs of ln0 and ln_out, the gradient that head_loss forms."""
+    D, N, e = p.sizes.n_embd, p.tokens, p.e
     first = (4 if not p.lora else p.frozen) * D + 8
-    return 16 + (first if ln0 else 0) + (e * D + 8) + e * D
+    ln0 = not p.lora or "ln" in p.parts or p.grad_cp
+    return [(first * N, ln0), (e * D * N, 2), (24 * N, 1)]
 
 
 def _per_node(p: Plan) -> int:
@@ -204,38 +237,49 @@ def estimate(p: Plan) -> Estimate:
         if zero == 3:
             host["weights"] = weights * _per_node(p)
             weights = 0.0
-    N = p.tokens
-    block = kept(p)
-    activations = ((e * s.n_embd * s.n_layer if p.grad_cp else block * s.n_layer) + outside(p)) * N
-    recomputed = block * N if p.grad_cp else 0.0
-    logits = _logits(p)
-    head = 0.0 if p.lora or zero else 4.0 * s.vocab_size * s.n_embd  # its gradient is formed in the forward pass
-    passing = _passing(p)
-    fixed = {"weights": weights, "optimizer": optimizer}
-    buckets = _buckets(p, numbers, learns)
-    held = gradients if p.accumulate > 1 or zero else 0.0
-    phases = {
-        "forward": {**fixed, "gradients": max(held, head), "activations": activations, "logits": logits, "workspace": buckets},
-        "backward": {**fixed, "gradients": max(held, head), "activations": activations + recomputed, "workspace": passing + buckets},
-        "end of backward": {
-            **fixed,
-            "gradients": gradients,
-            "activations": outside(p) * N + block * N,
-            "workspace": passing + buckets,
-        },
-        "optimizer": {**fixed, "gradients": gradients, "workspace": _stepping(p, learns) + buckets},
+    buckets: Blocks = [(_buckets(p, numbers, learns), 1)]
+    grown: Blocks = [(gradients, 1)] if zero else [(4.0, learns)]
+    if not (p.lora or zero):
+        grown = [(4.0 * rows * columns, 1) for _, rows, columns in matrices(s)] + [(4.0, sum(vectors(s).values()))]
+    head: Blocks = [] if p.lora else [((e if zero else 4.0) * s.vocab_size * s.n_embd, 1)]  # its gradient is formed in the forward pass
+    held = head + (grown if p.accumulate > 1 or zero >= 2 else [])
+    block, outer, passing = _block(p), _outside(p), _passing(p)
+    # With grad_cp the input of the first block is what ln0 keeps anyway.
+    inside = [(e * s.n_embd * p.tokens, s.n_layer - 1)] if p.grad_cp else [(size, count * s.n_layer) for size, count in block]
+    again = block if p.grad_cp else []
+    states: Parts = {"weights": [(weights, 1)], "gradients": [], "optimizer": [(optimizer, 1)], "activations": [], "logits": []}
+    phases: dict[str, Parts] = {
+        "forward": {**states, "gradients": held, "activations": inside + outer, "logits": _logits(p), "workspace": buckets},
+        "backward": {**states, "gradients": held, "activations": inside + outer + again, "workspace": passing + buckets},
+        "its end": {**states, "gradients": grown, "activations": outer + block, "workspace": passing + buckets},
+        "optimizer": {**states, "gradients": grown, "workspace": _stepping(p) + buckets},
     }
-    around = {"process": CONTEXT if p.gpu else PROCESS}
-    peaks = {name: round(sum((parts | around).values())) for name, parts in phases.items()}
-    peaks["backward"] = max(peaks["backward"], peaks.pop("end of backward"))
-    fullest = max(phases.values(), key=lambda parts: sum(parts.values()))
-    device = {"weights": 0, "gradients": 0, "optimizer": 0, "activations": 0, "logits": 0, "workspace": 0} | fullest | around
+    made = {name: {part: sum(size * count for size, count in blocks) for part, blocks in parts.items()} for name, parts in phases.items()}
+    if not p.gpu:
+        for name, left in _left_over(phases).items():
+            made[name]["heap"] = left
+    made["backward"] = max(made["backward"], made.pop("its end"), key=lambda parts: sum(parts.values()) - parts.get("heap", 0))
+    phase_parts = {name: _round(parts | {"process": CONTEXT if p.gpu else p.process}) for name, parts in made.items()}
     if p.gpu:
         loading = 4 * (numbers + adapters) * _per_node(p)  # a process reads the model before it goes to its GPU
-        host = {"process": PROCESS * _per_node(p), "loading": max(0.0, loading - sum(host.values()))} | host
+        host = {"process": p.process * _per_node(p), "loading": max(0.0, loading - sum(host.values()))} | host
     else:
+        device = Estimate(phase_parts, {}).device
         host = {name: host.get(name, 0) + value * _per_node(p) for name, value in device.items()}
-    return Estimate(_round(device), _round(host), peaks)
+    return Estimate(phase_parts, _round(host))
+
+
+def _left_over(phases: dict[str, Parts]) -> dict[str, float]:
+    """Bytes, in each phase, that the C library holds of what others freed. It keeps blocks of up to HEAP bytes; larger ones go where one fits into what
+    they left, and are mapped beside it otherwise."""
+    blocks = {name: [block for part in set(parts) - {"weights", "optimizer"} for block in parts[part]] for name, parts in phases.items()}
+    small = {name: sum(size * count for size, count in its if size <= HEAP) for name, its in blocks.items()}
+    left = {name: max(small.values()) - its for name, its in small.items()}
+    for name, its in blocks.items():
+        for size, count in sorted(its, reverse=True):
+            if size > HEAP:
+                left[name] -= size * min(count, left[name] // size)
+    return left
 
 
 def _round(parts: dict[str, float]) -> dict[str, int]:
@@ -251,39 +295,38 @@ def _optimizer(p: Plan, learns: int) -> float:
     return 4.0 * (sum(rows + columns for rows, columns in shapes) + rest)
 
 
-def _logits(p: Plan) -> float:
+def _logits(p: Plan) -> Blocks:
     s, e = p.sizes, p.e
     rows = min(max(1, CHUNK_BYTES // (4 * s.vocab_size)), p.tokens)
-    chunk = rows * s.vocab_size
-    head = 0 if (p.frozen if p.lora else 4) == e or p.stage else e * s.vocab_size * s.n_embd  # the head in the products' dtype
-    part = min(s.vocab_size, SLICE)
+    chunk, part = rows * s.vocab_size, min(s.vocab_size, SLICE)
+    blocks: Blocks = [(e * chunk, 1)]
+    if (p.frozen if p.lora else 4) != e and not p.stage:
+        blocks += [(e * s.vocab_size * s.n_embd, 1)]  # the head in the products' dtype
     if p.gpu:
-        room = 12 * chunk  # torch's operations: a copy in fp32, and two that come and go
-    else:
-        room = 8 * part * rows if e == 4 else 0  # oneDNN's result, in its own form and in torch's
-        room += 0 if p.lora else (4 if e == 4 else 6) * part * s.n_embd  # the head's gradient, a slice at a time
-    return e * chunk + head + room
+        return [*blocks, (4 * chunk, 3)]  # torch's operations: a copy in fp32, and two that come and go
+    if e == 4:
+        blocks += [(4 * part * rows, 2)]  # oneDNN's result, in its own form and in torch's
+    return (
+        blocks if p.lora else [*blocks, (e * part * s.n_embd, 1), (4 * part * s.n_embd, e == 2)]
+    )  # the head's gradient, a slice at a time
 
 
-def _passing(p: Plan) -> float:
+def _passing(p: Plan) -> Blocks:
     """What comes and goes in the backward pass of a block: gradients of its tensors, inputs formed again, and a weight's."""
-    D, F = p.sizes.n_embd, p.sizes.dim_ffn
-    tensors = p.e * (3 * D + (1 if p.lora else 2) * F)
-    if p.gpu and p.e == 2:
-        tensors += 8 * F  # fp32 inside the plain formulas
-    weight = 0 if p.lora else (p.e + 4) * D * F
-    return tensors * p.tokens + weight
+    D, F, N, e = p.sizes.n_embd, p.sizes.dim_ffn, p.tokens, p.e
+    blocks: Blocks = [(e * D * N, 3), (e * F * N, 1 if p.lora else 2)]
+    if p.gpu and e == 2:
+        blocks += [(4 * F * N, 2)]  # fp32 inside the plain formulas
+    return blocks if p.lora else [*blocks, (e * D * F, 1), (4 * D * F, 1)]
 
 
-def _stepping(p: Plan, learns: int) -> float:
-    """What an optimizer step takes for a while: Adam two tensors like the largest, Adafactor three."""
+def _stepping(p: Plan) -> Blocks:
+    """What an optimizer step takes for a while: two tensors like the largest."""
     if p.stage or p.gpu:  # fused
-        largest = 0
-    elif p.lora:
-        largest = max((p.r * max(shape) for shape in adapted(p)), default=0)
-    else:
-        largest = max(rows * columns for _, rows, columns in matrices(p.sizes))
-    return (2 if p.optimizer == "adam" else 3) * 4.0 * largest
+        return []
+    if p.lora:
+        return [(4.0 * max((p.r * max(shape) for shape in adapted(p)), default=0), 2)]
+    return [(4.0 * max(rows * columns for _, rows, columns in matrices(p.sizes)), 2)]
 
 
 def _buckets(p: Plan, numbers: int, learns: int) -> float:

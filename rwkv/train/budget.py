@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from rwkv import fitting, limits, lora, memory
+from rwkv import compat, fitting, limits, lora, memory
 from rwkv.config import EstimateConfig, LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.model import Sizes
@@ -31,6 +31,7 @@ def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision:
         accumulate=c.accumulate_grad_batches,
         ds_bucket_mb=c.ds_bucket_mb,
         gpu=gpu,
+        process=compat.process_bytes(),
     )
 
 

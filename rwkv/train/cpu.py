@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 
+from rwkv.memory import HEAP
 from rwkv.model.linear import product
 from rwkv.wkv import native
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
-_LARGEST = 32 << 20  # bytes: blocks above are mapped one by one in any case (glibc's HEAP_MAX_SIZE / 2)
 
 
 def prepare() -> None:
@@ -23,7 +23,7 @@ def prepare() -> None:
     # WKV operator's time a third (LOG.md).
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        mallopt(_MMAP_THRESHOLD, _LARGEST)
+        mallopt(_MMAP_THRESHOLD, HEAP)
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     if native.refusal() is None:
         torch.ops.rwkv.cpu_memory()  # without it those blocks do not fit into the holes they left (cuda/cpu_memory.cpp)

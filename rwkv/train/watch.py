@@ -26,7 +26,7 @@ class Watch(pl.Callback):
         """`resting`: resident bytes of this process before it had a model."""
         self.plan, self.predicted = plan, memory.estimate(plan)
         self.peaks, self.peak, self._stepped = dict.fromkeys(PHASES, 0), 0, -1
-        self._offset = resting - self.predicted.device["process"] if not plan.gpu else -memory.CONTEXT
+        self._offset = -memory.CONTEXT if plan.gpu else resting + memory.LOADED - plan.process
         self._device = torch.device("cpu")
 
     def expected(self) -> int:
