@@ -8,17 +8,16 @@ tensors; of what a forward pass keeps, and of the phases' peaks, the record that
 the peak of the process in the second, less what it had before there was a model.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 
 import torch
-from step import DTYPES, build, tokens
 from torch.profiler import ProfilerActivity, profile
 
 from rwkv import limits, lora, memory
 from rwkv.config import TrainConfig
+from rwkv.model import RWKV
 from rwkv.train import cpu, optimizer
 
 ROWS = (
@@ -28,6 +27,7 @@ ROWS = (
     "0.4b,full,bf16,0,512,adam", "0.4b,full,bf16,1,1024,adam", "0.4b,full,bf16,1,1024,adafactor",
     "1.5b,lora,bf16,0,512,adam", "1.5b,lora,bf16,1,512,adam", "1.5b,lora,bf16,1,1024,adam", "1.5b,full,bf16,1,512,adafactor",
 )  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TENSORS, PHASES = ("weights", "gradients", "optimizer", "kept"), ("forward", "backward", "optimizer")
 
 
@@ -43,38 +43,48 @@ def bytes_of(tensors) -> int:
     return sum(x.numel() * x.element_size() for x in tensors if torch.is_tensor(x))
 
 
-def measure(p: memory.Plan) -> dict:
-    """Bytes of the parts and phases of a step, as rwkv.train makes it."""
-    cpu.prepare()
-    resting, s = limits.rss(), p.sizes
-    c = argparse.Namespace(
-        sizes=(s.n_layer, s.n_embd, s.vocab_size), grad_cp=p.grad_cp, ctx_len=p.ctx_len, micro_bsz=p.micro_bsz, device="cpu"
-    )
-    model = build(c, DTYPES[p.precision] if p.lora else torch.float32)
-    if p.lora:
-        lora.inject(model, p.parts, p.r, 2 * p.r, 0.01)
-        lora.mark_trainable(model, p.parts)
-        lora.store_frozen(model, torch.bfloat16 if p.frozen == 2 else torch.float32)
-    made = optimizer.make(model, TrainConfig(optimizer=p.optimizer, lr_init=1e-5))
-    ids, loss, found = tokens(c), [], {"weights": bytes_of(model.parameters())}
+class Step:
+    """A training step of random weights, as rwkv.train makes it."""
 
-    def forward() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=p.precision == "bf16"):
-            loss.append(model.head(model.hidden(ids[:, :-1])[0], ids[:, 1:]))
+    def __init__(self, p: memory.Plan):
+        self.precision = p.precision
+        self.model = model = RWKV(p.sizes, p.grad_cp)
+        for parameter in model.parameters():  # one after the other, each at once in its dtype
+            dtype = DTYPES[p.precision] if p.lora and parameter.dim() == 2 else torch.float32
+            parameter.data = torch.empty(parameter.shape, dtype=dtype).normal_(0, parameter.shape[-1] ** -0.5)
+        if p.lora:
+            lora.inject(model, p.parts, p.r, 2 * p.r, 0.01)
+            lora.mark_trainable(model, p.parts)
+            lora.store_frozen(model, DTYPES["bf16" if p.frozen == 2 else "fp32"])
+        self.optimizer = optimizer.make(model, TrainConfig(optimizer=p.optimizer, lr_init=1e-5))
+        self.ids = torch.randint(p.sizes.vocab_size, (p.micro_bsz, p.ctx_len + 1))
 
-    def step(watched) -> None:
+    def __call__(self, watched=lambda name, work: work()) -> int:
+        """Make one; `watched` runs each phase. Returns the bytes of the gradients."""
+        loss = []
+
+        def forward() -> None:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+                loss.append(self.model.head(self.model.hidden(self.ids[:, :-1])[0], self.ids[:, 1:]))
+
         watched("forward", forward)
         watched("backward", lambda: loss.pop().backward())
-        found["gradients"] = bytes_of(x.grad for x in model.parameters())
-        watched("optimizer", made.step)
-        watched("end", lambda: made.zero_grad(set_to_none=True))
+        gradients = bytes_of(x.grad for x in self.model.parameters())
+        watched("optimizer", self.optimizer.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        return gradients
 
-    step(lambda name, work: work())
-    found["optimizer"] = bytes_of(x for state in made.state.values() for x in state.values())
+
+def measure(p: memory.Plan) -> dict:
+    """Bytes of the parts and phases of a step."""
+    cpu.prepare()
+    resting, step = limits.rss(), Step(p)
+    found = {"weights": bytes_of(step.model.parameters()), "gradients": step()}
+    found["optimizer"] = bytes_of(x for state in step.optimizer.state.values() for x in state.values())
     limits.rss_peak(restart=True)
-    step(lambda name, work: work())
+    step()
     found["resident"] = limits.rss_peak() - resting
-    now = begin = found["weights"] + found["optimizer"] + bytes_of([ids])
+    now = begin = found["weights"] + found["optimizer"] + bytes_of([step.ids])
     phases = {}
 
     def traced(name: str, work) -> None:
@@ -91,7 +101,7 @@ def measure(p: memory.Plan) -> dict:
             found["kept"] = now - begin
 
     step(traced)
-    return found | {"phases": phases, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return found | {"phases": phases}
 
 
 def main(rows: list[str]) -> None:

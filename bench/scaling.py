@@ -1,61 +1,112 @@
-"""Time and memory of a LoRA step against context length, batch and layers, and their plot.
+"""Time and memory of a LoRA step on a CPU against context length, batch and layers, and their plot.
 
-    python bench/scaling.py [PNG]
+    python bench/scaling.py [--png bench/scaling.png] [--width 512] [--most 16384] [--rounds 3]
 
-bf16, D512 V65536; from L6 T1024 B1 one of T, B, L is varied. A process per point; time is the best of three steps after one, memory the peak
-resident of the steps less that of a step of 64 tokens, which is the model and torch itself. Printed beside: the ratio to a straight line through
-the first point, in time per token and layer's work, and in memory per token.
+bf16, V65536; from L6 T1024 B1 one of T, B, L is varied. A process per point; time is the best of `rounds` steps after one, memory the peak of the
+steps less what the process had beforehand, model included. Printed beside: what a token costs (and, against L, a layer), and the exponent e of cost ~ x^e
+by least squares over the points, 1 where it is linear. A short look: --width 128 --most 2048 --rounds 1.
 """
 
 import argparse
+import json
+import math
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from step import Contender
+from memory import Step
+
+from rwkv import limits
+from rwkv.memory import Plan
+from rwkv.model import Sizes
+from rwkv.train import cpu
 
 VARIED = {"ctx_len": (512, 1024, 2048, 4096, 8192, 16384), "micro_bsz": (1, 2, 4, 8, 16), "layers": (3, 6, 12, 24)}
 NAMES = {"ctx_len": "context length T (tokens)", "micro_bsz": "batch B", "layers": "layers L"}
+COSTS = ("time of a step (s)", "memory of a step (GB)")
+START = {"ctx_len": 1024, "micro_bsz": 1, "layers": 6}
 
 
-def measure(ctx_len: int, micro_bsz: int, layers: int, rounds: int) -> tuple[float, float]:
-    """Seconds and peak GB of a step."""
-    c = argparse.Namespace(sizes=(layers, 512, 65536), ctx_len=ctx_len, micro_bsz=micro_bsz, grad_cp=0, device="cpu")
-    contender = Contender(c, "ours", "lora", "bf16")
+def worker(width: int, ctx_len: int, micro_bsz: int, layers: int, rounds: int) -> tuple[float, float]:
+    """Seconds and GB of a step, in this process."""
+    cpu.prepare()
+    plan = Plan(Sizes(layers, width, 65536, width, 4 * width), ctx_len=ctx_len, micro_bsz=micro_bsz, gpu=False)
+    step = Step(plan)
+    before, times = limits.rss(), []
+    limits.rss_peak(restart=True)
     for _ in range(1 + rounds):
-        contender.step()
-    contender.close()
-    return min(contender.times[1:]), contender.memory
+        begun = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - begun)
+    return min(times[1:]), (limits.rss_peak() - before) / 1e9
 
 
-def main(png: str) -> None:
-    figure, axes = plt.subplots(2, 3, figsize=(9, 5), layout="constrained" if hasattr(plt.Figure, "get_layout_engine") else None)
-    for column, (name, values) in enumerate(VARIED.items()):
-        points = []
-        for value in values:
-            at = {"ctx_len": 1024, "micro_bsz": 1, "layers": 6, name: value}
-            seconds, peak = measure(**at, rounds=3)
-            floor = measure(64, 1, at["layers"], rounds=1)[1]
-            points.append((seconds, peak - floor))
+def measure(width: int, rounds: int, at: dict[str, int]) -> list[float]:
+    """The same in a process of its own."""
+    numbers = [str(number) for number in (width, *at.values(), rounds)]
+    done = subprocess.run([sys.executable, __file__, "--worker", *numbers], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{at} ended with {done.returncode}")
+    return json.loads(done.stdout)
+
+
+def exponent(values: tuple[int, ...], costs: list[float]) -> float:
+    """e of the line cost ~ value^e that fits best, both on a logarithmic scale."""
+    x, y = ([math.log(number) for number in numbers] for numbers in (values, costs))
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--png", default=str(Path(__file__).with_suffix(".png")))
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--most", type=int, default=16384, help="tokens of the largest step")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--worker", type=int, nargs=5, help=argparse.SUPPRESS)
+    c = parser.parse_args()
+    if c.worker:
+        print(json.dumps(worker(*c.worker)))
+        return
+    figure, axes = plt.subplots(2, 3, figsize=(9, 5), constrained_layout=True)
+    known = {}
+    for column, (name, every) in enumerate(VARIED.items()):
+        points = [START | {name: value} for value in every]
+        points = [at for at in points if at["ctx_len"] * at["micro_bsz"] <= c.most]
+        values = tuple(at[name] for at in points)
+        for at in points:
+            key = tuple(at.values())
+            known[key] = known.get(key) or measure(c.width, c.rounds, at)
+            seconds, gigabytes = known[key]
             tokens = at["ctx_len"] * at["micro_bsz"]
             print(
                 f"T{at['ctx_len']:6} B{at['micro_bsz']:3} L{at['layers']:3}: {seconds:8.3f} s {1e3 * seconds / tokens:7.3f} ms/token"
-                f" {1e3 * (peak - floor):8.0f} MB {1e6 * (peak - floor) / tokens:7.1f} kB/token   (peak {peak:.2f} GB)",
+                f" {1e3 * gigabytes:8.0f} MB {1e6 * gigabytes / tokens:7.1f} kB/token",
                 flush=True,
             )
-        for row, (label, unit) in enumerate((("time of a step", "s"), ("memory beside the model", "GB"))):
+        for row, label in enumerate(COSTS):
+            costs = [known[tuple(at.values())][row] for at in points]
+            found = exponent(values, costs)
+            print(
+                f"{label} ~ {NAMES[name]}^{found:.2f}; the last is {costs[-1] / costs[0] / (values[-1] / values[0]):.2f} of a proportion to the first"
+            )
             axis = axes[row][column]
-            axis.plot(values, [point[row] for point in points], "o-")
-            axis.plot(values, [points[-1][row] * value / values[-1] for value in values], ":", color="gray", label="in proportion")
-            axis.set(xscale="log", yscale="log", xlabel=NAMES[name], ylabel=f"{label} ({unit})")
-            axis.set_xticks(values, [str(value) for value in values])
+            axis.plot(values, costs, "o-", label=f"~ x^{found:.2f}")
+            axis.plot(values, [costs[-1] * value / values[-1] for value in values], ":", color="gray", label="in proportion")
+            axis.set(xscale="log", yscale="log", xlabel=NAMES[name], ylabel=label)
+            axis.set_xticks(values)
+            axis.set_xticklabels([str(value) for value in values])
             axis.minorticks_off()
-    axes[0][0].legend()
-    figure.suptitle("LoRA step, bf16, D512 V65536, from L6 T1024 B1")
-    figure.savefig(png, dpi=80)
+            axis.legend()
+    figure.suptitle(f"LoRA step on a CPU, bf16, D{c.width} V65536, from L6 T1024 B1")
+    figure.savefig(c.png, dpi=80)
+    print(c.png)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:] or ["bench/scaling.png"])
+    main()
