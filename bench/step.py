@@ -4,9 +4,9 @@
 
 Every contender is a process of its own, and they take turns, a step each: other work on the machine falls on all. Same random weights, same
 tokens, same targets; LoRA r 8 on att's key, value and receptance with dropout 0.01, or all weights; Adam. Each side loads them from a file in the dtype
-of the run, as its users do: ours from the .pth, theirs by from_pretrained from the folder that scripts/export.py makes of it, with its defaults.
-Printed: tokens/s by the best step, the median beside it, peak resident memory of the steps after loading, what of it was there before any model (the
-libraries), the loss of the first step.
+of the run, as its users do, and from the disk, as after a reboot: ours from the .pth, theirs by from_pretrained, with its defaults, from the folder
+that scripts/export.py makes of it. Printed: tokens/s by the best step, the median beside it, peak resident memory of the steps after loading, what of
+it was there before any model (the libraries), the loss of the first step.
 
 `products` is a loop of exactly the matrix products of our step, same shapes, dtype and library; `torch products` the same by torch's `@`.
 On a GPU also model FLOPs utilisation, against --peak_tflops, and NVML's memory.
@@ -54,6 +54,13 @@ def write(c: argparse.Namespace) -> None:
         (folder / "hf").mkdir()
         checkpoint.save_safetensors(export.transformers_names(export.tensors_of(model, "keep")), folder / "hf" / "model.safetensors")
         write_json(folder / "hf" / "config.json", export.transformers_config(model.sizes, c.ctx_len, DTYPES[c.precision]))
+    for path in folder.rglob("*.*"):
+        if path.is_file():
+            with open(
+                path, "r+b"
+            ) as file:  # out of the page cache: a file that was just written lies there in larger pieces than one that was read
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def tokens(c: argparse.Namespace) -> torch.Tensor:
