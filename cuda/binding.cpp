@@ -35,9 +35,9 @@ void check_inputs(const Tensor& w, const Tensor& u, const Tensor& k, const Tenso
   if (reset) check(*reset, "reset", k, at::kBool, {B, T});
 }
 
-void check_gradients(const Tensor& k, const Tensor& kept, int64_t keep, const Tensor& gy, const Tensor* gstate) {
+void check_gradients(const Tensor& k, const Tensor& kept, int64_t states, const Tensor& gy, const Tensor* gstate) {
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
-  check(kept, "kept", k, at::kFloat, {B, (T + keep - 1) / keep, 3, C});
+  check(kept, "kept", k, at::kFloat, {B, states, 3, C});
   check(gy, "gy", k, k.scalar_type(), {B, T, C});
   if (gstate) check(*gstate, "gstate", k, at::kFloat, {B, 3, C});
 }
@@ -49,6 +49,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // of w, 
 
 const Wkv4Loops& loops() {
 #ifdef __x86_64__
+  if (cpu_width() == Width::avx512_bf16) return wkv4_loops_avx512_bf16;
   if (cpu_width() == Width::avx512) return wkv4_loops_avx512;
   if (cpu_width() == Width::avx2) return wkv4_loops_avx2;
 #endif
@@ -80,18 +81,19 @@ Outputs cpu_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Ten
   const int dtype = cpu_dtype(k);
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
   const auto fp32 = k.options().dtype(at::kFloat);
-  const Tensor y = at::empty_like(k), last = at::empty({B, 3, C}, fp32), kept = at::empty({B, (T + WKV_KEEP - 1) / WKV_KEEP, 3, C}, fp32);
+  const int64_t chunks = (T + WKV_KEEP - 1) / WKV_KEEP;
+  const Tensor y = at::empty_like(k), kept = at::empty({B, chunks + 1, 3, C}, fp32);
   const Wkv4Problem q{T, C, floats(&w), floats(&u), k.data_ptr(), v.data_ptr(), flags(given(reset)), floats(given(state)), kept.data_ptr<float>()};
-  const Wkv4Outputs out{y.data_ptr(), last.data_ptr<float>()};
+  const Wkv4Outputs out{y.data_ptr()};
   const Wkv4Loops& chosen = loops();
   each_stretch(chosen.block, B, C, [&](int64_t row, int64_t c, int64_t n) { chosen.forward[dtype](q, out, row, c, n); });
-  return {y, last, kept};
+  return {y, kept.select(1, chunks).clone(), kept};
 }
 
 Gradients cpu_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& reset, const Tensor& kept, const Tensor& gy,
                        const Optional<Tensor>& gstate) {
   check_inputs(w, u, k, v, nullptr, given(reset));
-  check_gradients(k, kept, WKV_KEEP, gy, given(gstate));
+  check_gradients(k, kept, (k.size(1) + WKV_KEEP - 1) / WKV_KEEP + 1, gy, given(gstate));
   const int dtype = cpu_dtype(k);
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
   const auto fp32 = k.options().dtype(at::kFloat);
@@ -146,7 +148,7 @@ Outputs cuda_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Te
 Gradients cuda_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& reset, const Tensor& kept,
                         const Tensor& gy, const Optional<Tensor>& gstate, int64_t segment, int64_t device, int64_t stream) {
   check_inputs(w, u, k, v, nullptr, given(reset));
-  check_gradients(k, kept, WKV4_KEEP, gy, given(gstate));
+  check_gradients(k, kept, (k.size(1) + WKV4_KEEP - 1) / WKV4_KEEP, gy, given(gstate));
   const std::string dtype = cuda_dtype(k);
   const int64_t B = k.size(0), C = k.size(2);
   const auto fp32 = k.options().dtype(at::kFloat);

@@ -2,22 +2,41 @@
 // bf16. Included once by each file that names its target and WKV_BYTES.
 #pragma once
 #include <stdint.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #define WKV_FN static inline __attribute__((always_inline))
 
 typedef float wkv_float __attribute__((vector_size(WKV_BYTES)));
 typedef int32_t wkv_int __attribute__((vector_size(WKV_BYTES)));
 typedef uint32_t wkv_bits __attribute__((vector_size(WKV_BYTES)));
+typedef int16_t wkv_shorts __attribute__((vector_size(WKV_BYTES)));
 
+// The second where one is NaN, as x > y ? x : y, which GCC does not always see to be one instruction.
+#ifdef __x86_64__
+#define WKV_PAIR(operation) (wkv_float) WKV_INTRINSIC(operation)((WKV_INTRINSIC_TYPE)x, (WKV_INTRINSIC_TYPE)y)
+#if WKV_BYTES == 64
+#define WKV_INTRINSIC(operation) _mm512_##operation##_ps
+#define WKV_INTRINSIC_TYPE __m512
+#elif WKV_BYTES == 32
+#define WKV_INTRINSIC(operation) _mm256_##operation##_ps
+#define WKV_INTRINSIC_TYPE __m256
+#else
+#define WKV_INTRINSIC(operation) _mm_##operation##_ps
+#define WKV_INTRINSIC_TYPE __m128
+#endif
+WKV_FN wkv_float wkv_max(wkv_float x, wkv_float y) { return WKV_PAIR(max); }
+WKV_FN wkv_float wkv_min(wkv_float x, wkv_float y) { return WKV_PAIR(min); }
+#else
 WKV_FN wkv_float wkv_max(wkv_float x, wkv_float y) { return x > y ? x : y; }
+WKV_FN wkv_float wkv_min(wkv_float x, wkv_float y) { return x < y ? x : y; }
+#endif
 WKV_FN wkv_float wkv_divide(wkv_float x, wkv_float y) { return x / y; }
 WKV_FN wkv_float wkv_negative_magnitude(wkv_float x) { return (wkv_float)((wkv_bits)x | 0x80000000u); }
 
-// e^x for x <= 1, to 1.5 units in the last place: x = n·ln2 + r with |r| <= ln2/2, a polynomial for e^r, n added to the exponent's
-// bits. Below e^-87, where fp32's normal numbers end, it is 0. NaN stays NaN where its low 9 bits are 0 (see `tidy`).
-WKV_FN wkv_float wkv_exp(wkv_float given) {
-  const wkv_float least = wkv_float{} - 87.0f;
-  const wkv_float x = least > given ? least : given;
+// e^x for x from -87 to 87, to 1.5 units in the last place: x = n·ln2 + r with |r| <= ln2/2, a polynomial for e^r, n added to the exponent's bits.
+WKV_FN wkv_float wkv_exp_in_range(wkv_float x) {
   const wkv_float rounded = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits now hold n
   const wkv_float r = x - (rounded - 12582912.0f) * 0.693147181f;
   wkv_float y = r * 0.00829022937f + 0.0418983884f;
@@ -25,8 +44,19 @@ WKV_FN wkv_float wkv_exp(wkv_float given) {
   y = y * r + 0.499991447f;
   y = y * r + 0.999999702f;
   y = y * r + 1.0f;
-  const wkv_float power = (wkv_float)((wkv_bits)y + ((wkv_bits)rounded << 23));
-  return least > given ? wkv_float{} : power;
+  return (wkv_float)((wkv_bits)y + ((wkv_bits)rounded << 23));
+}
+
+// e^x for x up to 87: below -87, where fp32's normal numbers end, it is 0. NaN stays NaN where its low 9 bits are 0 (see `tidy`).
+WKV_FN wkv_float wkv_exp(wkv_float x) {
+  const wkv_float least = wkv_float{} - 87.0f, power = wkv_exp_in_range(wkv_max(least, x));
+  return least > x ? wkv_float{} : power;
+}
+
+WKV_FN bool all(wkv_int x) {  // of the truth values of a comparison
+  int32_t found = -1;
+  for (int i = 0; i < WKV_BYTES / 4; i++) found &= x[i];
+  return found;
 }
 
 namespace {
@@ -79,14 +109,20 @@ WKV_FN Block load(const bf16* from, int64_t n) {
   read(x, from, FULL ? BLOCK : n);
   return {(wkv_float)(x << 16), (wkv_float)(x & 0xffff0000u)};
 }
-// bf16 in the upper half, ties to even. NaN stays NaN, as no operation makes one with all bits set (and `tidy` admits none).
+// bf16 in the upper half, ties to even. (The processor's own instruction, where it is used, takes denormal numbers for 0.) NaN stays NaN, as no operation makes one with all bits set (and `tidy` admits none).
 WKV_FN wkv_bits nearest(wkv_float x) {
   const wkv_bits bits = (wkv_bits)x;
   return bits + 0x7fffu + (bits >> 16 & 1u);
 }
 template <class E, bool FULL>
 WKV_FN void store(bf16* to, const Block& x, int64_t n) {
+#ifdef WKV_CONVERTS_BF16
+  wkv_shorts zip;
+  for (int i = 0; i < BLOCK; i++) zip[i] = i / 2 + i % 2 * LANES;
+  write(to, __builtin_shuffle((wkv_shorts)_mm512_cvtne2ps_pbh((__m512)x.g[1], (__m512)x.g[0]), zip), FULL ? BLOCK : n);
+#else
   write(to, nearest(x.g[0]) >> 16 | (nearest(x.g[1]) & 0xffff0000u), FULL ? BLOCK : n);
+#endif
 }
 
 #define LOAD(from) load<E, FULL>(from, n)

@@ -20,6 +20,7 @@ constexpr int64_t PIECE = 1 << 14;  // elements that a thread takes at a time; a
 
 const FusedLoops& loops() {
 #ifdef __x86_64__
+  if (cpu_width() == Width::avx512_bf16) return fused_loops_avx512_bf16;
   if (cpu_width() == Width::avx512) return fused_loops_avx512;
   if (cpu_width() == Width::avx2) return fused_loops_avx2;
 #endif

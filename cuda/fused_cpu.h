@@ -67,5 +67,5 @@ struct FusedLoops {
 
 extern const FusedLoops fused_loops_baseline;
 #ifdef __x86_64__
-extern const FusedLoops fused_loops_avx2, fused_loops_avx512;
+extern const FusedLoops fused_loops_avx2, fused_loops_avx512, fused_loops_avx512_bf16;
 #endif

@@ -242,7 +242,7 @@ template <class E> void loss(const FusedLoss& q, int64_t begin, int64_t end) {
     EACH_BLOCK(0, q.V)
       Block x = tidy(GET(x_ + c));
       if (!decltype(whole)::value) EACH_GROUP x.g[g] = numbers<O>(g) < uint32_t(n) ? x.g[g] : wkv_float{} - __builtin_inff();
-      EACH_GROUP best.g[g] = best.g[g] > x.g[g] ? best.g[g] : x.g[g];
+      EACH_GROUP best.g[g] = wkv_max(best.g[g], x.g[g]);
     END_BLOCK
     float top = best.g[0][0];
     EACH_GROUP for (int i = 0; i < LANES; i++) top = top > best.g[g][i] ? top : best.g[g][i];

@@ -65,3 +65,44 @@ WKV_FN void wkv4_backward(WkvPair f, wkv_float u, wkv_float k, wkv_float v, wkv_
   ga = f.past * ga + g.e.past * g.num;
   gb = f.past * gb + g.e.past * g.den;
 }
+
+// ---- A stretch of tokens on one scale ----
+// With `top` no smaller than the state's p and than every k of the stretch, the state stays (a, b) at e^top, and a token takes one
+// exponential, e = e^(k - top), where the steps above take two and look for a maximum at each. ew = e^w, eu = e^u, once for all tokens.
+
+// True if no e is so small that the sums lose anything by it: top - low + |u| <= 40, with low the smallest k. `sum` is over all k, so that
+// it is not finite if one of them is not. (A vector of ones and zeros where wkv_float is a vector.)
+WKV_FN auto wkv4_near(wkv_float u, wkv_float top, wkv_float low, wkv_float sum) {
+  return top - low - wkv_negative_magnitude(u) + sum * 0.0f <= wkv_float{} + 40.0f;
+}
+
+// (a, b) at e^from becomes (a, b) at e^to.
+WKV_FN void wkv4_rescale(wkv_float from, wkv_float to, wkv_float& a, wkv_float& b) {
+  const wkv_float factor = wkv_exp(from - to);
+  a *= factor;
+  b *= factor;
+}
+
+WKV_FN void wkv4_near_update(wkv_float ew, wkv_float e, wkv_float v, wkv_float& a, wkv_float& b) {
+  a = ew * a + e * v;
+  b = ew * b + e;
+}
+
+WKV_FN wkv_float wkv4_near_output(wkv_float eu, wkv_float e, wkv_float v, wkv_float a, wkv_float b) {
+  const wkv_float now = eu * e;
+  return wkv_divide(a + now * v, b + now);
+}
+
+// As wkv4_backward. `change`, summed over the stretch and times ew, is its share of gw.
+WKV_FN void wkv4_near_backward(wkv_float ew, wkv_float eu, wkv_float e, wkv_float v, wkv_float a, wkv_float b, wkv_float gy, wkv_float& ga,
+                               wkv_float& gb, wkv_float& change, wkv_float& gu, wkv_float& gk, wkv_float& gv) {
+  const wkv_float now = eu * e, scale = wkv_divide(wkv_float{} + 1.0f, b + now);
+  const wkv_float num = gy * scale, den = -(num * ((a + now * v) * scale));
+  const wkv_float bonus = now * (num * v + den);
+  change += ga * a + gb * b;
+  gu += bonus;
+  gk = bonus + e * (ga * v + gb);
+  gv = now * num + e * ga;
+  ga = ew * ga + num;
+  gb = ew * gb + den;
+}

@@ -11,12 +11,11 @@ struct Wkv4Problem {
   const void *k, *v;     // [B, T, C], fp32 or bf16
   const uint8_t* reset;  // [B, T], not 0 where a document starts, or null
   const float* first;    // [B, 3, C], the incoming state, or null
-  float* kept;           // [B, ceil(T / WKV_KEEP), 3, C], the states before tokens 0, 16, 32, ...
+  float* kept;           // [B, ceil(T / WKV_KEEP) + 1, 3, C], the states before tokens 0, 16, 32, ... and after the last
 };
 
 struct Wkv4Outputs {
   void* y;               // [B, T, C], of the type of k
-  float* last;           // [B, 3, C]
 };
 
 struct Wkv4Gradients {
@@ -37,5 +36,5 @@ struct Wkv4Loops {
 
 extern const Wkv4Loops wkv4_loops_baseline;  // 16-byte vectors: what every processor of the architecture has
 #ifdef __x86_64__
-extern const Wkv4Loops wkv4_loops_avx2, wkv4_loops_avx512;
+extern const Wkv4Loops wkv4_loops_avx2, wkv4_loops_avx512, wkv4_loops_avx512_bf16;
 #endif

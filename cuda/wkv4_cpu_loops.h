@@ -21,13 +21,35 @@ WKV_FN void clear(State& s) { EACH_GROUP { s.a.g[g] = s.b.g[g] = wkv_float{}; s.
 struct Chunk { int64_t index, begin, end; };  // its tokens
 WKV_FN Chunk chunk_at(int64_t index, int64_t T) { return {index, index * WKV_KEEP, (index + 1) * WKV_KEEP < T ? (index + 1) * WKV_KEEP : T}; }
 WKV_FN int64_t chunks_of(int64_t T) { return (T + WKV_KEEP - 1) / WKV_KEEP; }
+WKV_FN int64_t states_of(int64_t T) { return chunks_of(T) + 1; }
+
+// The largest of a chunk's keys and of the incoming p, and whether the whole chunk may run on that scale, in every channel of the block:
+// where they lie close together, and no document starts.
+struct Scale { Block top; bool near; };
+template <class E, bool FULL>
+WKV_FN Scale scale_of(const Wkv4Problem& q, const Chunk& chunk, const Block& u, const Block& p, int64_t row, int64_t c, int64_t n) {
+  Scale scale = {p, true};
+  Block low, sum = {};
+  EACH_GROUP low.g[g] = wkv_float{} - WKV_EMPTY;
+  for (int64_t t = chunk.begin; t < chunk.end; t++) {
+    if (q.reset && q.reset[row * q.T + t]) scale.near = false;
+    const Block k = LOAD(AT(static_cast<const E*>(q.k), t));
+    EACH_GROUP {
+      scale.top.g[g] = wkv_max(scale.top.g[g], k.g[g]);
+      low.g[g] = wkv_min(low.g[g], k.g[g]);
+      sum.g[g] += k.g[g];
+    }
+  }
+  EACH_GROUP if (!all(wkv4_near(u.g[g], scale.top.g[g], low.g[g], sum.g[g]))) scale.near = false;
+  return scale;
+}
 
 template <class E, bool FULL>
 WKV_FN void start(const Wkv4Problem& q, int64_t row, int64_t c, int64_t n) {
   State s;
   clear(s);
   if (q.first) s = {tidy(LOAD(PLANE(q.first, row, 0))), tidy(LOAD(PLANE(q.first, row, 1))), tidy(LOAD(PLANE(q.first, row, 2)))};
-  const int64_t at = row * chunks_of(q.T);
+  const int64_t at = row * states_of(q.T);
   STORE(PLANE(q.kept, at, 0), s.a);
   STORE(PLANE(q.kept, at, 1), s.b);
   STORE(PLANE(q.kept, at, 2), s.p);
@@ -38,25 +60,46 @@ WKV_FN void forward(const Wkv4Problem& q, const Wkv4Outputs& out, const Chunk& c
   const E *k_ = static_cast<const E*>(q.k), *v_ = static_cast<const E*>(q.v);
   E* y_ = static_cast<E*>(out.y);
   const Block w = tidy(LOAD(q.w + c)), u = tidy(LOAD(q.u + c));
-  const int64_t at = row * chunks_of(q.T) + chunk.index;
+  const int64_t at = row * states_of(q.T) + chunk.index;
   State s = {LOAD(PLANE(q.kept, at, 0)), LOAD(PLANE(q.kept, at, 1)), LOAD(PLANE(q.kept, at, 2))};
-  for (int64_t t = chunk.begin; t < chunk.end; t++) {
-    if (q.reset && q.reset[row * q.T + t]) clear(s);
-    FETCH(k_, t, 0);
-    FETCH(v_, t, 0);
-    FETCH(y_, t, 1);
-    const Block k = LOAD(AT(k_, t)), v = LOAD(AT(v_, t));
-    Block y;
+  const Scale scale = scale_of<E, FULL>(q, chunk, u, s.p, row, c, n);
+  if (scale.near) {
+    Block ew, eu, p = s.p;
     EACH_GROUP {
-      y.g[g] = wkv4_output(u.g[g], k.g[g], v.g[g], s.a.g[g], s.b.g[g], s.p.g[g]);
-      wkv4_update(w.g[g], k.g[g], v.g[g], s.a.g[g], s.b.g[g], s.p.g[g]);
+      ew.g[g] = wkv_exp(w.g[g]), eu.g[g] = wkv_exp(u.g[g]);
+      wkv4_rescale(s.p.g[g], scale.top.g[g], s.a.g[g], s.b.g[g]);
     }
-    STORE(AT(y_, t), y);
+    for (int64_t t = chunk.begin; t < chunk.end; t++) {
+      FETCH(k_, t, 0);
+      FETCH(v_, t, 0);
+      FETCH(y_, t, 1);
+      const Block k = LOAD(AT(k_, t)), v = LOAD(AT(v_, t));
+      Block y;
+      EACH_GROUP {
+        const wkv_float e = wkv_exp_in_range(k.g[g] - scale.top.g[g]);
+        y.g[g] = wkv4_near_output(eu.g[g], e, v.g[g], s.a.g[g], s.b.g[g]);
+        wkv4_near_update(ew.g[g], e, v.g[g], s.a.g[g], s.b.g[g]);
+        p.g[g] = wkv_max(p.g[g] + w.g[g], k.g[g]);
+      }
+      STORE(AT(y_, t), y);
+    }
+    EACH_GROUP wkv4_rescale(scale.top.g[g], p.g[g], s.a.g[g], s.b.g[g]);
+    s.p = p;
+  } else {
+    for (int64_t t = chunk.begin; t < chunk.end; t++) {
+      if (q.reset && q.reset[row * q.T + t]) clear(s);
+      const Block k = LOAD(AT(k_, t)), v = LOAD(AT(v_, t));
+      Block y;
+      EACH_GROUP {
+        y.g[g] = wkv4_output(u.g[g], k.g[g], v.g[g], s.a.g[g], s.b.g[g], s.p.g[g]);
+        wkv4_update(w.g[g], k.g[g], v.g[g], s.a.g[g], s.b.g[g], s.p.g[g]);
+      }
+      STORE(AT(y_, t), y);
+    }
   }
-  float* to = chunk.end == q.T ? PLANE(out.last, row, 0) : PLANE(q.kept, at + 1, 0);
-  STORE(to, s.a);
-  STORE(to + q.C, s.b);
-  STORE(to + 2 * q.C, s.p);
+  STORE(PLANE(q.kept, at + 1, 0), s.a);
+  STORE(PLANE(q.kept, at + 1, 1), s.b);
+  STORE(PLANE(q.kept, at + 1, 2), s.p);
 }
 
 template <class E, bool FULL>
@@ -80,32 +123,67 @@ WKV_FN void backward(const Wkv4Problem& q, const Wkv4Gradients& grad, const Chun
   const Block w = tidy(LOAD(q.w + c)), u = tidy(LOAD(q.u + c));
   float *gw_ = grad.w + row * q.C + c, *gu_ = grad.u + row * q.C + c, *ga_ = PLANE(grad.first, row, 0), *gb_ = PLANE(grad.first, row, 1);
   Block ga = LOAD(ga_), gb = LOAD(gb_), gw = LOAD(gw_), gu = LOAD(gu_);
-  State before[WKV_KEEP];  // the tokens of the chunk, and the factors their updates had
-  WkvPair f[WKV_KEEP][GROUPS];
-  const int64_t at = row * chunks_of(q.T) + chunk.index;
+  const int64_t at = row * states_of(q.T) + chunk.index;
   State s = {LOAD(PLANE(q.kept, at, 0)), LOAD(PLANE(q.kept, at, 1)), LOAD(PLANE(q.kept, at, 2))};
-  for (int64_t t = chunk.begin; t < chunk.end; t++) {
-    if (q.reset && q.reset[row * q.T + t]) clear(s);
-    const int64_t i = t - chunk.begin;
-    before[i] = s;
-    FETCH(k_, t, 0);
-    FETCH(v_, t, 0);
-    const Block k = LOAD(AT(k_, t)), v = LOAD(AT(v_, t));
-    EACH_GROUP f[i][g] = wkv4_update(w.g[g], k.g[g], v.g[g], s.a.g[g], s.b.g[g], s.p.g[g]);
-  }
-  for (int64_t t = chunk.end - 1; t >= chunk.begin; t--) {
-    const int64_t i = t - chunk.begin;
-    FETCH(gy_, t, 0);
-    FETCH(gk_, t, 1);
-    FETCH(gv_, t, 1);
-    const Block k = LOAD(AT(k_, t)), v = LOAD(AT(v_, t)), gy = LOAD(AT(gy_, t));
-    Block gk, gv;
-    EACH_GROUP
-      wkv4_backward(f[i][g], u.g[g], k.g[g], v.g[g], before[i].a.g[g], before[i].b.g[g], before[i].p.g[g], gy.g[g], ga.g[g], gb.g[g],
-                    gw.g[g], gu.g[g], gk.g[g], gv.g[g]);
-    STORE(AT(gk_, t), gk);
-    STORE(AT(gv_, t), gv);
-    if (q.reset && q.reset[row * q.T + t]) ga = gb = {};  // nothing before a document's start reaches it
+  const Scale scale = scale_of<E, FULL>(q, chunk, u, s.p, row, c, n);
+  if (scale.near) {
+    const Block start = s.p, end = LOAD(PLANE(q.kept, at + 1, 2));
+    Block ew, eu, change = {};
+    EACH_GROUP {
+      ew.g[g] = wkv_exp(w.g[g]), eu.g[g] = wkv_exp(u.g[g]);
+      wkv4_rescale(start.g[g], scale.top.g[g], s.a.g[g], s.b.g[g]);
+      wkv4_rescale(scale.top.g[g], end.g[g], ga.g[g], gb.g[g]);  // gradients of a and b have the opposite scale
+    }
+    struct { Block a, b, e; } before[WKV_KEEP];
+    for (int64_t t = chunk.begin; t < chunk.end; t++) {
+      const int64_t i = t - chunk.begin;
+      FETCH(k_, t, 0);
+      FETCH(v_, t, 0);
+      const Block k = LOAD(AT(k_, t)), v = LOAD(AT(v_, t));
+      before[i].a = s.a, before[i].b = s.b;
+      EACH_GROUP {
+        const wkv_float e = before[i].e.g[g] = wkv_exp_in_range(k.g[g] - scale.top.g[g]);
+        wkv4_near_update(ew.g[g], e, v.g[g], s.a.g[g], s.b.g[g]);
+      }
+    }
+    for (int64_t t = chunk.end - 1; t >= chunk.begin; t--) {
+      const int64_t i = t - chunk.begin;
+      FETCH(gy_, t, 0);
+      FETCH(gk_, t, 1);
+      FETCH(gv_, t, 1);
+      const Block v = LOAD(AT(v_, t)), gy = LOAD(AT(gy_, t));
+      Block gk, gv;
+      EACH_GROUP
+        wkv4_near_backward(ew.g[g], eu.g[g], before[i].e.g[g], v.g[g], before[i].a.g[g], before[i].b.g[g], gy.g[g], ga.g[g], gb.g[g],
+                           change.g[g], gu.g[g], gk.g[g], gv.g[g]);
+      STORE(AT(gk_, t), gk);
+      STORE(AT(gv_, t), gv);
+    }
+    EACH_GROUP {
+      gw.g[g] += ew.g[g] * change.g[g];
+      wkv4_rescale(start.g[g], scale.top.g[g], ga.g[g], gb.g[g]);
+    }
+  } else {
+    State before[WKV_KEEP];  // the tokens of the chunk, and the factors their updates had
+    WkvPair f[WKV_KEEP][GROUPS];
+    for (int64_t t = chunk.begin; t < chunk.end; t++) {
+      if (q.reset && q.reset[row * q.T + t]) clear(s);
+      const int64_t i = t - chunk.begin;
+      before[i] = s;
+      const Block k = LOAD(AT(k_, t)), v = LOAD(AT(v_, t));
+      EACH_GROUP f[i][g] = wkv4_update(w.g[g], k.g[g], v.g[g], s.a.g[g], s.b.g[g], s.p.g[g]);
+    }
+    for (int64_t t = chunk.end - 1; t >= chunk.begin; t--) {
+      const int64_t i = t - chunk.begin;
+      const Block k = LOAD(AT(k_, t)), v = LOAD(AT(v_, t)), gy = LOAD(AT(gy_, t));
+      Block gk, gv;
+      EACH_GROUP
+        wkv4_backward(f[i][g], u.g[g], k.g[g], v.g[g], before[i].a.g[g], before[i].b.g[g], before[i].p.g[g], gy.g[g], ga.g[g], gb.g[g],
+                      gw.g[g], gu.g[g], gk.g[g], gv.g[g]);
+      STORE(AT(gk_, t), gk);
+      STORE(AT(gv_, t), gv);
+      if (q.reset && q.reset[row * q.T + t]) ga = gb = {};  // nothing before a document's start reaches it
+    }
   }
   STORE(ga_, ga);
   STORE(gb_, gb);

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rwkv.model import eager, fused, plain
 
 STREAMS = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]  # residual stream, inside
-WIDTHS = st.sampled_from(["baseline", "avx2", "avx512", "torch"])  # the last: without the compiled unit
+WIDTHS = st.sampled_from(["baseline", "avx2", "avx512", "avx512_bf16", "torch"])  # the last: without the compiled unit
 SIZES = st.sampled_from([1, 3, 16, 31, 32, 33, 64, 100, 257])
 
 
@@ -126,7 +126,7 @@ def test_gates_and_squared_relu(stream, width, count, scale, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("width", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_dropout_draws_the_same_with_any_width_and_without_the_unit(dtype, width):
     take(width)
     x = normal((7, 5003), dtype, 0) + 5

@@ -65,7 +65,7 @@ def test_compiled_unit_equals_reference(batch, length, channels, scale, state, r
     assert_close(fast, slow, outputs_and_gradients(reference.wkv4, *in_fp64(arguments)), arguments)
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
 def vectors(request):
     """The CPU unit with vectors of this width, where the processor has them."""
     if torch.ops.rwkv.cpu_vectors(request.param) != request.param:
@@ -85,6 +85,20 @@ def test_every_vector_width_gives_the_same_numbers(vectors, shape):
 @pytest.mark.parametrize("shape", [(1, 5, 1), (2, 33, 31), (1, 40, 33), (2, 17, 96), (1, 20, 768)])
 def test_bf16_is_fp32_rounded_at_the_end(vectors, shape):
     assert_half_is_rounded_fp32(cpu, torch.bfloat16, inputs(*shape))
+
+
+def test_keys_far_apart_in_one_channel_change_nothing_in_the_others(vectors):
+    # A chunk runs on one scale unless a channel of its block forbids it: the same numbers either way.
+    for scale in (1.0, 4.0):
+        near = inputs(2, 50, 16, scale=scale, reset=False)
+        far = [x.clone() for x in near[:5]] + [None]
+        far[2][:, ::7, 3] = 80.0
+        far[2][:, 1::7, 3] = -80.0
+        others = [c for c in range(16) if c != 3]
+        apart = outputs_and_gradients(cpu, *far)
+        for name, ours in outputs_and_gradients(cpu, *near).items():
+            size = ours[..., others].abs().amax().item()
+            torch.testing.assert_close(ours[..., others], apart[name][..., others], rtol=0, atol=3e-5 * size, msg=name)  # rounded exponents
 
 
 def test_long_sequences_agree():
