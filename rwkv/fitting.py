@@ -58,10 +58,13 @@ def changes(p: Plan) -> Iterator[tuple[str, Plan]]:
     least = replace(recompute, micro_bsz=1, accumulate=p.accumulate * p.micro_bsz)
     half = replace(least, precision="bf16")
     tried += [half] if p.e == 4 else []
-    if p.gpu and not p.stage:
+    if p.gpu and not p.stage and p.optimizer == "adam":  # DeepSpeed takes no other
         tried += [replace(half, strategy=name) for name in offered(p.devices)]
     if not p.lora:
-        tried += [replace(half, optimizer="adafactor"), replace(half, lora=True)]
+        tried += [
+            replace(half, optimizer="adafactor", strategy="auto" if p.stage else p.strategy),
+            replace(half, lora=True, optimizer="adam"),
+        ]
     context = p.ctx_len // 2
     while context >= 64:
         tried.append(replace(half, ctx_len=context))

@@ -34,6 +34,14 @@ def test_the_remedy_fits_and_is_the_first_that_does(gpu, method):
     assert fitting.remedy(plan, 1000) is None
 
 
+@pytest.mark.parametrize(("strategy", "optimizer"), [("auto", "adam"), ("auto", "adafactor"), ("deepspeed_stage_2", "adam")])
+def test_no_change_puts_adafactor_under_deepspeed(strategy, optimizer):
+    plan = Plan(memory.sizes_of("1.5b"), lora=False, strategy=strategy, optimizer=optimizer)
+    changed = [q for _, q in fitting.changes(plan)]
+    assert any(q.optimizer == "adafactor" for q in changed)
+    assert not any(q.optimizer == "adafactor" and q.stage for q in changed)
+
+
 def test_the_readme_s_table_is_the_program_s(root, script):
     made = script("estimate.py", "--table").stdout.strip()
     assert made == fitting.table()

@@ -45,7 +45,7 @@ def choose(c: TrainConfig, plan: memory.Plan) -> tuple[TrainConfig, str]:
     """Flags whose run fits, and what was chosen, in words. The step stays the same: a smaller micro_bsz is accumulated as often as it takes.
 
     Not recomputing comes before recomputing (a third more time), a large micro_bsz before a small one, and DeepSpeed's sharing out and
-    offload, where the run is on GPUs and does not fit without, last.
+    offload, where the run is on GPUs and does not fit without, last; offload where the host has room for it.
 
     Raises:
         UserError: nothing fits; what would, if anything.
@@ -54,26 +54,44 @@ def choose(c: TrainConfig, plan: memory.Plan) -> tuple[TrainConfig, str]:
     begin = replace(plan, grad_cp=False)
     micros = [m for m in range(c.micro_bsz, 0, -1) if c.micro_bsz % m == 0]
     strategies = [c.strategy]
-    if c.strategy == "auto" and plan.gpu:
-        strategies += fitting.offered(c.devices * c.num_nodes)
-    for strategy in strategies:
+    if c.strategy == "auto" and plan.gpu and c.optimizer == "adam":
+        strategies += [name for name in fitting.offered(c.devices * c.num_nodes) if _can(replace(c, strategy=name))]
+    short = ""
+    for name in strategies:
         for grad_cp in (False, True):
             for m in micros:
                 k = c.micro_bsz // m
-                plan = replace(begin, strategy=strategy, grad_cp=grad_cp, micro_bsz=m, accumulate=c.accumulate_grad_batches * k)
+                plan = replace(begin, strategy=name, grad_cp=grad_cp, micro_bsz=m, accumulate=c.accumulate_grad_batches * k)
                 found = memory.estimate(plan)
-                if found.total <= limit:
-                    words = f"--micro_bsz {m} --accumulate_grad_batches {plan.accumulate} --grad_cp {int(grad_cp)} --strategy {strategy}"
+                words = f"--micro_bsz {m} --accumulate_grad_batches {plan.accumulate} --grad_cp {int(grad_cp)} --strategy {name}"
+                if found.total <= limit and plan.offload and found.host_total > (host := ROOM * limits.memory_of(gpu=False)):
+                    short = (
+                        short
+                        or f"{words} would fit there, but takes {found.host_total / 1e9:.1f} GB of the host, which has {host / 1e9:.1f}. "
+                    )
+                elif found.total <= limit:
                     chosen = replace(
                         c,
                         micro_bsz=m,
                         accumulate_grad_batches=plan.accumulate,
                         epoch_steps=c.epoch_steps * k,
                         grad_cp=1 if grad_cp else 0,
-                        strategy=strategy,
+                        strategy=name,
                     )
                     return chosen, f"{words}: {found.total / 1e9:.2f} of {limit / 1e9:.2f} GB"
-    raise UserError(f"--auto: nothing fits into {limit / 1e9:.2f} GB. {advice(plan, limit)}")
+    rest = "Take LoRA (scripts/lora.py), a shorter --ctx_len, or a smaller model" if short else advice(plan, limit)
+    raise UserError(f"--auto: nothing fits into {limit / 1e9:.2f} GB. {short}{rest}")
+
+
+def _can(c: TrainConfig) -> bool:
+    """Whether the flags go with their strategy, and it works here."""
+    from rwkv.train import strategy  # Lightning with it, for which an estimate would wait seconds
+
+    try:
+        strategy.check(c)
+    except UserError:
+        return False
+    return True
 
 
 def advice(plan: memory.Plan, limit: int) -> str:

@@ -235,6 +235,8 @@ class ZeroStrategy(DeepSpeedStrategy):
 
         if self.zero_stage_3:
             # Shared out one by one: the whole model is never on a GPU. The engine by itself would first move it there (0.7.0).
+            for parameter in self._module.parameters():  # the engine does that to a model that is not shared out yet
+                parameter.data = parameter.data.to(self._dtype())
             deepspeed.zero.Init(module=self.lightning_module, config_dict_or_path=self.config, dtype=self._dtype())
         elif self._gpu:
             self._module.to(self.root_device)  # as the engine will: torch's fused Adam asks for it beforehand
