@@ -3,19 +3,19 @@
     python bench/scaling.py [--png bench/scaling.png] [--width 512] [--most 16384] [--rounds 3]
 
 bf16, V65536; from L6 T1024 B1 one of T, B, L is varied. A process per point; time is the best of `rounds` steps after one, memory the peak of the
-steps less what the process had beforehand, model included. Printed beside: what a token costs (and, against L, a layer), and the exponent e of cost ~ x^e
-by least squares over the points, 1 where it is linear. A short look: --width 128 --most 2048 --rounds 1.
+steps less what the process had beforehand, model included. Printed beside: what a token costs, and the straight line a + b x that lies nearest, by
+relative errors, with the largest of those: small where the cost is linear. A short look: --width 128 --most 2048 --rounds 1.
 """
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -55,11 +55,11 @@ def measure(width: int, rounds: int, at: dict[str, int]) -> list[float]:
     return json.loads(done.stdout)
 
 
-def exponent(values: tuple[int, ...], costs: list[float]) -> float:
-    """e of the line cost ~ value^e that fits best, both on a logarithmic scale."""
-    x, y = ([math.log(number) for number in numbers] for numbers in (values, costs))
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+def line(values: tuple[int, ...], costs: list[float]) -> tuple[float, float, float]:
+    """a and b of cost = a + b · value by least squares of the relative errors, and the largest of those."""
+    x, y = np.array(values, float), np.array(costs)
+    a, b = np.linalg.lstsq(np.stack([1 / y, x / y], 1), np.ones(len(y)), rcond=None)[0]
+    return float(a), float(b), float(np.abs((a + b * x) / y - 1).max())
 
 
 def main() -> None:
@@ -91,13 +91,11 @@ def main() -> None:
             )
         for row, label in enumerate(COSTS):
             costs = [known[tuple(at.values())][row] for at in points]
-            found = exponent(values, costs)
-            print(
-                f"{label} ~ {NAMES[name]}^{found:.2f}; the last is {costs[-1] / costs[0] / (values[-1] / values[0]):.2f} of a proportion to the first"
-            )
+            a, b, off = line(values, costs)
+            print(f"{label} against {NAMES[name]}: {a:.3g} + {b:.3g} x, off by {off:.0%} at most")
             axis = axes[row][column]
-            axis.plot(values, costs, "o-", label=f"~ x^{found:.2f}")
-            axis.plot(values, [costs[-1] * value / values[-1] for value in values], ":", color="gray", label="in proportion")
+            axis.plot(values, costs, "o")
+            axis.plot(values, [a + b * value for value in values], "-", label=f"{a:.2g} + {b:.2g} x, ±{off:.0%}")
             axis.set(xscale="log", yscale="log", xlabel=NAMES[name], ylabel=label)
             axis.set_xticks(values)
             axis.set_xticklabels([str(value) for value in values])
