@@ -135,7 +135,9 @@ Outputs cuda_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Te
   Wkv4Args args = cuda_args(w, u, k, v, given(reset), kept, segment);
   const Tensor cut = at::empty({B, int64_t(args.segments)}, k.options().dtype(at::kBool));
   args.first = floats(given(state)), args.cut = cut.data_ptr<bool>(), args.y = y.data_ptr(), args.last = last.data_ptr<float>();
-  const auto launch = [&](const std::string& kernel, int64_t threads) { launcher::launch(device, reinterpret_cast<void*>(stream), kernel, threads, args); };
+  const auto launch = [&](const std::string& kernel, int64_t threads) {
+    launcher::launch(device, reinterpret_cast<void*>(stream), kernel, (threads + WKV4_THREADS - 1) / WKV4_THREADS, WKV4_THREADS, &args);
+  };
   if (k.numel() == 0) return {y, last, kept};
   if (args.segments > 1) {
     launch("wkv4_summary_" + dtype, B * args.segments * C);
@@ -158,7 +160,9 @@ Gradients cuda_backward(const Tensor& w, const Tensor& u, const Tensor& k, const
   const Tensor gfirst = at::empty({B, 3, C}, fp32), carry = at::empty({rows, 3, C}, fp32);
   args.gy = gy.data_ptr(), args.glast = floats(given(gstate)), args.carry = carry.data_ptr<float>();
   args.gw = gw.data_ptr<float>(), args.gu = gu.data_ptr<float>(), args.gk = gk.data_ptr(), args.gv = gv.data_ptr(), args.gfirst = gfirst.data_ptr<float>();
-  const auto launch = [&](const std::string& kernel, int64_t threads) { launcher::launch(device, reinterpret_cast<void*>(stream), kernel, threads, args); };
+  const auto launch = [&](const std::string& kernel, int64_t threads) {
+    launcher::launch(device, reinterpret_cast<void*>(stream), kernel, (threads + WKV4_THREADS - 1) / WKV4_THREADS, WKV4_THREADS, &args);
+  };
   if (k.numel() > 0) {
     if (args.segments > 1) {
       launch("wkv4_summary_gradient_" + dtype, rows * C);

@@ -145,7 +145,7 @@ Tensor gate_forward(const Optional<Tensor>& x, const Tensor& r, const Tensor& v)
   if (given(x)) check(*x, "x", x->scalar_type(), r.sizes());
   const Tensor& stream = given(x) ? *x : r;
   const Tensor y = at::empty_like(stream);
-  const FusedGate q{data(given(x)), r.data_ptr(), v.data_ptr(), y.data_ptr(), nullptr, nullptr, nullptr};
+  const FusedGate q{data(given(x)), r.data_ptr(), v.data_ptr(), y.data_ptr(), nullptr, nullptr, nullptr, 0, false};
   const auto run = loops().gate[pair(stream, r)];
   each(r.numel(), PIECE, [&](int64_t begin, int64_t end) { run(q, begin, end); });
   return y;
@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor> gate_backward(const Tensor& g, const Tensor& r, const
   like(v, "v", r);
   check(g, "g", g.scalar_type(), r.sizes());
   const Tensor gr = at::empty_like(r), gv = at::empty_like(v);
-  const FusedGate q{nullptr, r.data_ptr(), v.data_ptr(), nullptr, g.data_ptr(), gr.data_ptr(), gv.data_ptr()};
+  const FusedGate q{nullptr, r.data_ptr(), v.data_ptr(), nullptr, g.data_ptr(), gr.data_ptr(), gv.data_ptr(), 0, false};
   const auto run = loops().gate_gradient[pair(g, r)];
   each(r.numel(), PIECE, [&](int64_t begin, int64_t end) { run(q, begin, end); });
   return {gr, gv};
@@ -203,7 +203,7 @@ Tensor loss(const Tensor& logits, const Tensor& target, double pull, bool gradie
   const int64_t* t = target.data_ptr<int64_t>();
   for (int64_t i = 0; i < N; i++) TORCH_CHECK_INDEX(t[i] >= 0 && t[i] < V, "target ", t[i], " is not below the vocabulary of ", V);
   const Tensor stats = at::empty({N, 3}, logits.options().dtype(at::kFloat));
-  const FusedLoss q{V, logits.data_ptr(), t, stats.data_ptr<float>(), float(pull), gradient};
+  const FusedLoss q{V, logits.data_ptr(), reinterpret_cast<const long long*>(t), stats.data_ptr<float>(), float(pull), gradient, false};
   const auto run = loops().loss[dtype(logits)];
   each(N, 1, [&](int64_t begin, int64_t end) { run(q, begin, end); });
   return stats;

@@ -2,51 +2,10 @@
 #pragma once
 #include <stdint.h>
 
+#include "fused_args.h"
+
 // Pairs of dtypes, of the residual stream and of what is inside a block.
 enum FusedPair { FUSED_FP32, FUSED_BF16, FUSED_FP32_BF16 };
-
-struct FusedNorm {
-  int64_t D;
-  const void* x;           // [N, D], of the stream
-  const float *w, *b;      // [D]
-  float eps;
-  void* y;                 // [N, D], of the inside
-  float* stats;            // [N, 2]: mean, 1/σ
-  // The backward pass:
-  const void *gy, *past;   // [N, D] of the inside; of the stream, the gradient that flows past the norm, or null
-  void* gx;                // [N, D], of the stream
-  float *gw, *gb;          // [D], this range's share, or null
-};
-
-struct FusedMix {
-  int64_t T, D;
-  int count;               // mixes, at most 3
-  const void* x;           // [B, T, D]
-  const void* last;        // [B, D], the token before the first
-  const uint8_t* reset;    // [B, T], not 0 where a document starts, or null
-  const float* mix;        // [count, D]
-  void* y[3];              // [B, T, D] each
-  // The backward pass:
-  const void* gy[3];
-  void *gx, *glast;        // [B, T, D], [B, D]
-  float* gmix;             // [count, D], this range's share, or null
-};
-
-struct FusedGate {
-  const void *x, *r, *v;   // of the stream (or null), of the inside twice
-  void* y;                 // of the stream where x is given, else of the inside
-  const void* g;           // of y's dtype
-  void *gr, *gv;
-};
-
-struct FusedLoss {
-  int64_t V;
-  void* logits;            // [N, V], becomes the gradient
-  const int64_t* target;   // [N]
-  float* stats;            // [N, 3]: the largest logit, Σ e^(logit − largest), the logit at the target
-  float pull;              // L2Wrap's factor
-  bool gradient;
-};
 
 // Each runs rows or elements [begin, end).
 struct FusedLoops {

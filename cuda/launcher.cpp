@@ -102,7 +102,7 @@ void load(int64_t device, const std::string& path) {
   devices[device] = loaded;
 }
 
-void launch(int64_t device, void* stream, const std::string& kernel, int64_t threads, const Wkv4Args& args) {
+void launch(int64_t device, void* stream, const std::string& kernel, int64_t blocks, int threads, const void* args) {
   Context context;
   Function function;
   {
@@ -117,11 +117,10 @@ void launch(int64_t device, void* stream, const std::string& kernel, int64_t thr
     }
     function = known;
   }
-  const int64_t blocks = (threads + WKV4_THREADS - 1) / WKV4_THREADS;
   if (blocks > 0x7fffffff) throw std::runtime_error(kernel + ": " + std::to_string(blocks) + " blocks, and CUDA starts at most 2147483647; split the batch");
-  void* parameters[] = {const_cast<Wkv4Args*>(&args)};
+  void* parameters[] = {const_cast<void*>(args)};
   const Current current(context);
-  driver().check(driver().launch(function, unsigned(blocks), 1, 1, WKV4_THREADS, 1, 1, 0, stream, parameters, nullptr), "cuLaunchKernel " + kernel);
+  driver().check(driver().launch(function, unsigned(blocks), 1, 1, unsigned(threads), 1, 1, 0, stream, parameters, nullptr), "cuLaunchKernel " + kernel);
 }
 
 }  // namespace launcher

@@ -4,16 +4,14 @@
 #include <cstdint>
 #include <string>
 
-#include "wkv4_args.h"
-
 namespace launcher {
 
 // Load a cubin or PTX file for a device, once; later calls for the same device do nothing.
 // Throws std::runtime_error: no driver, a file that cannot be read, or what the driver says, with a remedy where there is one.
 void load(int64_t device, const std::string& path);
 
-// Run a kernel with at least this many threads on a stream of the device, in its primary context (torch's), whichever thread calls;
-// the caller's context is current again afterwards. Returns at once, as launches do. Throws std::runtime_error.
-void launch(int64_t device, void* stream, const std::string& kernel, int64_t threads, const Wkv4Args& args);
+// Run a kernel in `blocks` blocks of `threads` on a stream of the device, in its primary context (torch's), whichever thread calls; `args` is
+// what the kernel is called with. The caller's context is current again afterwards. Returns at once, as launches do. Throws std::runtime_error.
+void launch(int64_t device, void* stream, const std::string& kernel, int64_t blocks, int threads, const void* args);
 
 }  // namespace launcher

@@ -5,44 +5,13 @@
 // wkv4_scan_gradient and wkv4_gradient are the same three for gradients, which run against time. With one segment only the
 // last of each three is launched. No thread's memory grows with T, nothing is added atomically.
 //
-// Compiled by NVRTC, with no header but these; tests compile it for the host as well.
+// Compiled by NVRTC, as part of gpu.cu; tests compile it for the host as well.
+#include "device.h"
 #include "wkv4_args.h"
 
-#ifdef __CUDACC_RTC__
-#define WKV_FN static __device__ __forceinline__
-#define WKV_KERNEL extern "C" __global__ void __launch_bounds__(WKV4_THREADS)
-typedef float wkv_float;
-WKV_FN float wkv_exp(float x) { return __expf(x); }  // x <= 0: its error, 2^-22 + |x| 2^-23 of e^x, vanishes beside the 1 of a pair
-WKV_FN float wkv_max(float x, float y) { return fmaxf(x, y); }
-WKV_FN float wkv_negative_magnitude(float x) { return -fabsf(x); }
-WKV_FN float wkv_divide(float x, float y) { return __fdividef(x, y); }
-WKV_FN float as_float(unsigned x) { return __uint_as_float(x); }
-WKV_FN float fp16_to_float(unsigned short x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
-WKV_FN unsigned short float_to_fp16(float x) { unsigned short y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
-WKV_FN float multiply(float x, float y) { return __fmul_rn(x, y); }  // rounded by itself, never fused with an addition
-WKV_FN long long thread_index() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
-#if __CUDA_ARCH__ >= 800
-WKV_FN unsigned short float_to_bf16(float x) { unsigned short y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
-#else
-WKV_FN unsigned short float_to_bf16(float x) {  // to the nearest, ties to even
-  const unsigned bits = __float_as_uint(x);
-  return x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fffu;
-}
-#endif
-#endif
+namespace wkv {
 
 #include "wkv4.h"
-
-struct fp32 { float x; };
-struct bf16 { unsigned short bits; };
-struct fp16 { unsigned short bits; };
-
-WKV_FN float load(const fp32* p) { return p->x; }
-WKV_FN float load(const bf16* p) { return as_float((unsigned)p->bits << 16); }
-WKV_FN float load(const fp16* p) { return fp16_to_float(p->bits); }
-WKV_FN void store(fp32* p, float x) { p->x = x; }
-WKV_FN void store(bf16* p, float x) { p->bits = float_to_bf16(x); }
-WKV_FN void store(fp16* p, float x) { p->bits = float_to_fp16(x); }
 
 struct State { float a, b, p; };
 WKV_FN State empty_state() { return {0, 0, WKV_EMPTY}; }
@@ -317,13 +286,16 @@ WKV_FN void gradient(const Wkv4Args& q) {
   if (at.s == 0) store_state(q.gfirst + at.b * 3 * q.C + at.c, q.C, {g.ga, g.gb, 0});
 }
 
-#define KERNELS_OF(E)                                                                     \
-  WKV_KERNEL wkv4_summary_##E(const Wkv4Args q) { summary<E>(q); }                         \
-  WKV_KERNEL wkv4_output_##E(const Wkv4Args q) { output<E>(q); }                           \
-  WKV_KERNEL wkv4_summary_gradient_##E(const Wkv4Args q) { summary_gradient<E>(q); }       \
-  WKV_KERNEL wkv4_gradient_##E(const Wkv4Args q) { gradient<E>(q); }
+#define KERNELS_OF(E)                                                                               \
+  KERNEL(WKV4_THREADS) wkv4_summary_##E(const Wkv4Args q) { summary<E>(q); }                         \
+  KERNEL(WKV4_THREADS) wkv4_output_##E(const Wkv4Args q) { output<E>(q); }                           \
+  KERNEL(WKV4_THREADS) wkv4_summary_gradient_##E(const Wkv4Args q) { summary_gradient<E>(q); }       \
+  KERNEL(WKV4_THREADS) wkv4_gradient_##E(const Wkv4Args q) { gradient<E>(q); }
 KERNELS_OF(fp32)
 KERNELS_OF(bf16)
 KERNELS_OF(fp16)
-WKV_KERNEL wkv4_scan(const Wkv4Args q) { scan(q); }
-WKV_KERNEL wkv4_scan_gradient(const Wkv4Args q) { scan_gradient(q); }
+KERNEL(WKV4_THREADS) wkv4_scan(const Wkv4Args q) { scan(q); }
+KERNEL(WKV4_THREADS) wkv4_scan_gradient(const Wkv4Args q) { scan_gradient(q); }
+#undef KERNELS_OF
+
+}  // namespace wkv

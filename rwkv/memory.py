@@ -302,21 +302,17 @@ def _logits(p: Plan) -> Blocks:
     blocks: Blocks = [(e * chunk, 1)]
     if (p.frozen if p.lora else 4) != e and not p.stage:
         blocks += [(e * s.vocab_size * s.n_embd, 1)]  # the head in the products' dtype
-    if p.gpu:
-        return [*blocks, (4 * chunk, 3)]  # torch's operations: a copy in fp32, and two that come and go
-    if e == 4:
+    if e == 4 and not p.gpu:
         blocks += [(4 * part * rows, 2)]  # oneDNN's result, in its own form and in torch's
-    return (
-        blocks if p.lora else [*blocks, (e * part * s.n_embd, 1), (4 * part * s.n_embd, e == 2)]
-    )  # the head's gradient, a slice at a time
+    if not p.lora:
+        blocks += [(e * part * s.n_embd, 1), (4 * part * s.n_embd, e == 2 and not p.gpu)]  # the head's gradient, a slice at a time
+    return blocks
 
 
 def _passing(p: Plan) -> Blocks:
     """What comes and goes in the backward pass of a block: gradients of its tensors, inputs formed again, and a weight's."""
     D, F, N, e = p.sizes.n_embd, p.sizes.dim_ffn, p.tokens, p.e
     blocks: Blocks = [(e * D * N, 3), (e * F * N, 1 if p.lora else 2)]
-    if p.gpu and e == 2:
-        blocks += [(4 * F * N, 2)]  # fp32 inside the plain formulas
     return blocks if p.lora else [*blocks, (e * D * F, 1), (4 * D * F, 1)]
 
 

@@ -20,7 +20,7 @@ ROOMS = [
     ["rwkv/wkv/native"],
     ["rwkv/wkv/__init__"],
     ["rwkv/model/plain"],
-    ["rwkv/model/eager"],
+    ["rwkv/model/eager", "rwkv/model/gpu"],
     ["rwkv/model/fused"],
     ["rwkv/model/linear"],
     ["rwkv/model/loss"],

@@ -1,4 +1,4 @@
-"""The elementwise parts of a block, each with its gradient: single passes over memory by the compiled unit on CPUs, torch's operations elsewhere.
+"""The elementwise parts of a block, each with its gradient: single passes over memory by the compiled units, torch's operations without them.
 
 What a product of matrices needs again for its weight's gradient is a Recipe of these operations, not a tensor of its own: inputs of products are
 never kept, they are formed anew from what is kept anyway. Parameters are used where they are passed in, in the forward pass of the module that
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rwkv import compat
-from rwkv.model import eager, plain
+from rwkv.model import eager, gpu, plain
 from rwkv.wkv import native
 
 
@@ -31,9 +31,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _unit(*tensors: Tensor) -> Any:
-    """The operations for tensors like these: compiled on a CPU, else by torch (eager.py); None for fp64, which plain.py and autograd compute."""
+    """The operations for tensors like these: compiled on a CPU or an NVIDIA GPU, else by torch (eager.py); None for fp64, which plain.py and
+    autograd compute. Why a unit is refused wkv4 says, which stands or falls with it."""
     if any(t.dtype not in _DTYPES for t in tensors):
         return None
+    if all(t.is_cuda for t in tensors):
+        device = tensors[0].device.index
+        return gpu.unit(device) if native.device_refusal(device) is None else eager
     compiled = all(t.device.type == "cpu" and t.dtype != torch.float16 for t in tensors) and native.refusal() is None
     return torch.ops.rwkv if compiled else eager
 

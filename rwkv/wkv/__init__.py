@@ -15,8 +15,6 @@ __all__ = ["empty_state", "wkv4"]
 def _cuda_refusal(k: Tensor) -> str | None:
     if k.device.type != "cuda":
         return f"k is on {k.device}, and this unit computes on NVIDIA GPUs; move the tensors to one"
-    if torch.version.hip:
-        return "torch is a ROCm build, and this unit is compiled for NVIDIA GPUs only"
     if k.dtype == torch.float64:
         return 'k is fp64 and this unit computes in fp32; use impl="reference"'
     return native.device_refusal(k.device.index)

@@ -1,4 +1,4 @@
-"""Compile the WKV units ahead of time (`make kernels`), and say whether what is there is current.
+"""Compile the units of cuda/ ahead of time (`make kernels`), and say whether what is there is current.
 
 In rwkv/wkv/lib/torch-<version>/: wkv4.so, the host extension with the CPU unit and the launcher; wkv4_sm_<arch>.cubin for every GPU
 architecture and wkv4_compute_<newest>.ptx, the CUDA unit; manifest.json, written last.
@@ -38,6 +38,12 @@ def folder() -> Path:
 def library() -> Path:
     """The host extension."""
     return folder() / "wkv4.so"
+
+
+def device_sources() -> tuple[Path, list[Path]]:
+    """What NVRTC compiles, and what that includes."""
+    unit = SOURCES / "gpu.cu"
+    return unit, [path for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cu") and path != unit]
 
 
 def source_hash() -> str:
@@ -186,7 +192,7 @@ def _build_device(pool: ThreadPoolExecutor) -> dict:
 def _compile(compiler: nvrtc.Compiler, target: str) -> tuple[str, dict]:
     """Write the cubin or PTX for a target; its name, and the registers and spills of its kernels."""
     options = DEVICE_OPTIONS if target.startswith("sm_") else DEVICE_OPTIONS[:1]
-    image, log = compiler.compile(SOURCES / "wkv4.cu", sorted(SOURCES.glob("wkv4*.h")), target, options)
+    image, log = compiler.compile(*device_sources(), target, options)
     if "warning" in log:
         print(f"make kernels: {target}:\n{log}")
     name = f"wkv4_{target}.{'cubin' if target.startswith('sm_') else 'ptx'}"

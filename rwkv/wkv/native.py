@@ -38,16 +38,25 @@ def _refusal(stamp: int) -> str | None:
 
 
 def device_refusal(device: int) -> str | None:
-    """Load the CUDA unit for a GPU once; why it cannot be used there, or None."""
+    """Load the CUDA unit for a GPU once; why it cannot be used there, or None. A refusal is asked anew when `make kernels` has run."""
     if device in _devices:
         return None
+    reason = _device_refusal(device, build.stamp())
+    if reason is None:
+        _devices.add(device)
+    return reason
+
+
+@functools.lru_cache(maxsize=64)
+def _device_refusal(device: int, stamp: int) -> str | None:
+    if torch.version.hip:
+        return "torch is a ROCm build, and this unit is compiled for NVIDIA GPUs only"
     if reason := refusal():
         return reason
     try:
         torch.ops.rwkv.cuda_load(device, str(build.device_code(torch.cuda.get_device_capability(device))))
     except (LookupError, RuntimeError) as error:
         return str(error)
-    _devices.add(device)
     return None
 
 

@@ -29,6 +29,7 @@ def build(folder: Path) -> Path:
         "-Werror",
         "-Wno-unknown-pragmas",
         "-Wno-maybe-uninitialized",
+        "-fno-strict-aliasing",
     ]
     source = Path(__file__).with_name("fake_driver.cpp")
     subprocess.run([*command, f"-I{ROOT / 'cuda'}", "-Wl,-soname,libcuda.so.1", source, "-o", library], check=True)
@@ -94,6 +95,22 @@ class Served:
         unit = self.native.cuda_unit(DEVICE, lambda: STREAM, segment)
         _, _, kept = unit.forward(w, u, k, v, state, reset)
         return unit.backward(w, u, k, v, reset, kept, gy, gstate)
+
+    def fused(self, name, *arguments):
+        """A check of fused_cases.py, by the CUDA unit; None, or what all_gradients gives."""
+        import fused_cases
+
+        from rwkv.model import fused, gpu
+
+        unit = gpu.Unit(DEVICE, lambda: STREAM)
+        fused._unit = lambda *tensors: None if any(t.dtype not in fused._DTYPES for t in tensors) else unit
+        return getattr(fused_cases, name)(*arguments)
+
+    def operation(self, name, *arguments):
+        """One of rwkv.model.gpu."""
+        from rwkv.model import gpu
+
+        return getattr(gpu.Unit(DEVICE, lambda: STREAM), name)(*arguments)
 
     def calls(self):
         return self.driver.fake_calls().decode().splitlines()

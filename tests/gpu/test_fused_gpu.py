@@ -1,0 +1,136 @@
+"""The CUDA unit's fused operations on a GPU: right to fp64, equal to torch's, the same bits twice, nothing waited for, memory as stated."""
+
+import fused_cases as cases
+import pytest
+import torch
+from fused_cases import BF16, FP16, FP32, GPU_STREAMS, normal
+
+from rwkv.model import RWKV, Sizes, eager, fused, gpu
+from rwkv.model.init import initialise
+from rwkv.model.loss import head_loss
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
+
+
+def test_the_compiled_unit_and_not_its_absence_is_tested():
+    assert isinstance(fused._unit(torch.zeros(1, device="cuda")), gpu.Unit)
+
+
+@pytest.mark.parametrize("stream", GPU_STREAMS, ids=str)
+@pytest.mark.parametrize("channels", [10, 33, 768, 5120, 8200])
+def test_norm(stream, channels):
+    for rows in (1, 19, 1000):
+        cases.norm(stream, rows, channels, channels, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("channels", [1, 33, 768, 5120])
+@pytest.mark.parametrize("reset", [False, True])
+def test_mix(dtype, channels, reset):
+    for length in (1, 2, 17, 127):
+        for count in (1, 2, 3):
+            cases.mix(dtype, length, channels, count, reset, channels + length, "cuda")
+
+
+@pytest.mark.parametrize("stream", GPU_STREAMS, ids=str)
+def test_gates_and_squared_relu(stream):
+    for count in (1, 33, 4096):
+        for scale in (1, 30, 300):
+            cases.gates(stream, count, scale, count, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_dropout_draws_what_the_cpu_draws(dtype):
+    for count in (5003, 5000):
+        cases.dropout(dtype, count, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("words", [2, 33, 1000, 50277, 65536])
+def test_loss(dtype, words):
+    cases.loss(dtype, words, words, "cuda")
+
+
+def test_what_is_not_finite_is_not_hidden():
+    cases.not_finite("cuda")
+
+
+def test_the_same_bits_twice():
+    first, second = (cases.all_gradients("cuda", (4, 1024, 768)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_work_is_ordered_on_the_callers_stream():
+    k = normal((300, 256), FP32, 0).cuda()
+    expected = fused.relu2(k)[0]
+    torch.cuda.synchronize()
+    side, late = torch.cuda.Stream(), torch.zeros_like(k)
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+        late.copy_(k)
+        y = fused.relu2(late)[0]
+        assert not side.query()  # nothing waited
+    side.synchronize()
+    assert torch.equal(y, expected)
+
+
+@pytest.fixture
+def step():
+    """A training step, by the unit given, of a small model: its loss, its gradients, and what it kept for the backward pass."""
+
+    def run(unit, grad_cp=False, dtype=BF16):
+        model = RWKV(Sizes(2, 256, 1000, 256, 1024), grad_cp)
+        torch.manual_seed(0)
+        initialise(model, 1e-4)
+        model.cuda()
+        tokens = torch.randint(1000, (2, 257), generator=torch.Generator().manual_seed(1)).cuda()
+        before, fused._unit = fused._unit, unit
+        try:
+            torch.cuda.synchronize()
+            start = torch.cuda.memory_allocated()
+            with torch.autocast("cuda", dtype=dtype, enabled=dtype != FP32):
+                hidden, _ = model.hidden(tokens[:, :-1])
+                loss = head_loss(hidden, model.head.weight, tokens[:, 1:])
+            kept = torch.cuda.memory_allocated() - start
+            loss.backward()
+        finally:
+            fused._unit = before
+        return loss.detach(), [p.grad for p in model.parameters()], kept
+
+    return run
+
+
+@pytest.mark.parametrize("grad_cp", [False, True])
+def test_a_step_is_the_one_that_torchs_operations_make_and_keeps_no_more(step, grad_cp):
+    ours, theirs = step(fused._unit, grad_cp, FP32), step(lambda *_: eager, grad_cp, FP32)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=0)
+    for a, b in zip(ours[1], theirs[1], strict=True):
+        assert float((a - b).abs().max()) <= 1e-4 * float(b.abs().max().clamp_min(1e-3))
+    assert ours[2] <= theirs[2]
+
+
+def test_no_host_sync_inside_a_step(step):
+    step(fused._unit)  # kernels and libraries are loaded
+    model = RWKV(Sizes(2, 256, 1000, 256, 1024))
+    initialise(model, 1e-4)
+    model.cuda()
+    adam = torch.optim.Adam(model.parameters(), fused=True)
+    tokens = torch.randint(1000, (2, 257)).pin_memory()
+
+    def one():
+        ids = tokens.to("cuda", non_blocking=True)
+        with torch.autocast("cuda", dtype=BF16):
+            hidden, _ = model.hidden(ids[:, :-1])
+            loss = head_loss(hidden, model.head.weight, ids[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+
+    one()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,164 @@
+"""The fused operations against plain formulas of torch in fp64, values and gradients: for the CPU unit, the CUDA unit on a CPU, and on a GPU.
+
+Each check takes numbers only, so that another process may be asked for it by name (fake_gpu.py).
+"""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+
+from rwkv.model import fused, plain
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+STREAMS = [(FP32, FP32), (BF16, BF16), (FP32, BF16)]  # residual stream, inside
+GPU_STREAMS = [*STREAMS, (FP16, FP16), (FP32, FP16)]
+SIZES = st.sampled_from([1, 3, 16, 31, 32, 33, 64, 100, 257])
+NORM_SIZES = SIZES.filter(lambda c: c > 9)  # fewer cancel
+ROUNDING = {FP32: 2e-6, BF16: 2**-8, FP16: 2**-11}
+
+
+def normal(shape, dtype, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@contextlib.contextmanager
+def products_in(dtype):
+    """As under torch.autocast, on any device."""
+    before = fused.compute_dtype
+    fused.compute_dtype = lambda x: dtype
+    try:
+        yield
+    finally:
+        fused.compute_dtype = before
+
+
+def check(operation, formula, inputs, seed, device):
+    """`operation` on `inputs` against `formula` on the same numbers in fp64: outputs, and gradients of a random combination of them."""
+    generator = torch.Generator().manual_seed(seed)
+    ours = [x.to(device, copy=True).requires_grad_(x.is_floating_point()) if x is not None else None for x in inputs]
+    truth = [x.double().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
+    outputs, expected = operation(*ours), formula(*truth)
+    weights = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
+    torch.autograd.backward(outputs, [w.to(device) for w in weights])
+    torch.autograd.backward(expected, [w.double() for w in weights])
+    for y, e in zip(outputs, expected, strict=True):
+        close(y, e)
+    for x, e in zip(ours, truth, strict=True):
+        if x is not None and x.is_floating_point():
+            close(x.grad, e.grad)
+
+
+def close(x, truth):
+    """Within a rounding of what x is stored in: in bf16 and fp16 of its own size (or a hundredth of the largest), in fp32 of the largest or of the terms,
+    which are near 1, as sums may cancel."""
+    share, short = ROUNDING[x.dtype], x.dtype != FP32
+    assert x.shape == truth.shape
+    limit = share * torch.maximum(truth.abs(), truth.abs().max().clamp_min(1) * (1e-2 if short else 1))
+    off = (x.cpu().double() - truth).abs()
+    assert bool((off <= limit).all()), float((off - limit).max().detach())
+
+
+def norm(stream, rows, channels, seed, device="cpu"):
+    x = normal((2, rows, channels), stream[0], seed) * 3 + 1
+    w, b = normal(channels, FP32, seed + 1), normal(channels, FP32, seed + 2)
+
+    def ours(x, w, b):
+        with products_in(stream[1]):
+            y, past = fused.norm(x, w, b, 1e-5)
+        assert y.dtype == stream[1]
+        return y, past * 0.5
+
+    check(ours, lambda x, w, b: (F.layer_norm(x, (channels,), w, b, 1e-5), x * 0.5), [x, w, b], seed, device)
+
+
+def mix(dtype, length, channels, count, reset, seed, device="cpu"):
+    x, last = normal((2, length, channels), dtype, seed), normal((2, channels), dtype, seed + 1)
+    starts = normal((2, length), FP32, seed + 2) > 0.5 if reset else None
+    weights = [torch.rand(1, 1, channels, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)]
+    recipes, there = [], starts.to(device) if reset else None
+
+    def ours(x, last, *weights):
+        made = fused.mix(x, last, there, list(weights))
+        recipes.extend(made)
+        return tuple(y for y, _ in made)
+
+    def formula(x, last, *weights):
+        before = torch.stack([last if t == 0 else x[:, t - 1] for t in range(length)], 1)
+        if starts is not None:
+            before = before * ~starts[..., None]
+        return tuple(x * m + before * (1 - m) for m in weights)
+
+    check(ours, formula, [x, last, *weights], seed, device)
+    for y, recipe in recipes:
+        assert torch.equal(recipe.function(*recipe.parts), y)  # formed again, it is the same
+
+
+def gates(stream, count, scale, seed, device="cpu"):
+    r, v, past = (
+        normal((3, count), stream[1], seed) * scale,
+        normal((3, count), stream[1], seed + 1),
+        normal((3, count), stream[0], seed + 2),
+    )
+    check(lambda r, v: (fused.gate(r, v)[0],), lambda r, v: (torch.sigmoid(r) * v,), [r, v], seed, device)
+    check(lambda p, r, v: (fused.gate_onto(p, r, v),), lambda p, r, v: (p + torch.sigmoid(r) * v,), [past, r, v], seed, device)
+    check(lambda k: (fused.relu2(k)[0],), lambda k: (torch.relu(k).square(),), [v], seed, device)
+    for made, recipe in (fused.gate(r.to(device), v.to(device)), fused.relu2(v.to(device))):
+        assert torch.equal(recipe.function(*recipe.parts), made)
+
+
+def dropout(dtype, count, device="cpu"):
+    """The numbers dropped are plain.dropout's, whoever drops them."""
+    x = normal((7, count), dtype, 0) + 5
+    for seed, p in ((0, 0.01), (12345, 0.5), (2**31 - 1, 0.9)):
+        y, expected = fused.dropout(x.to(device), seed, p).cpu(), plain.dropout(x, seed, p)
+        assert torch.equal(y == 0, expected == 0)
+        tolerance = {"rtol": 2 * ROUNDING[dtype], "atol": 0}
+        torch.testing.assert_close(y, expected, **tolerance)
+        onto = torch.ones_like(x, device=device)
+        fused.dropout_onto(onto, x.to(device), seed, p)
+        torch.testing.assert_close(onto.cpu(), 1 + expected, **tolerance)
+
+
+def loss(dtype, words, seed, device="cpu"):
+    logits, targets = normal((5, words), dtype, seed) * 4, torch.randint(words, (5,), generator=torch.Generator().manual_seed(seed))
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="sum")
+    expected.backward()
+    top = logits.double().max(1, keepdim=True)
+    gradient = exact.grad.scatter_add(1, (logits == top.values).int().argmax(1, keepdim=True), top.values * 1e-4)  # the first of several
+    kept = logits.to(device, copy=True)
+    close(fused.softmax_gradient(kept, targets.to(device), 1e-4, False).view(1), expected.detach().view(1))
+    assert torch.equal(kept.cpu(), logits)
+    fused.softmax_gradient(kept, targets.to(device), 1e-4, True)
+    close(kept, gradient)
+
+
+def not_finite(device="cpu"):
+    """NaN and Inf come out where they go in; rows and tokens beside them do not see them."""
+    for bad in (float("nan"), float("inf")):
+        x, ones, zeros = normal((2, 5, 64), FP32, 0), torch.ones(64, device=device), torch.zeros(64, device=device)
+        x[1, 2, 7] = bad
+        x = x.to(device)
+        rows = fused.norm(x, ones, zeros, 1e-5)[0].isnan().cpu()
+        assert rows[1, 2].all()
+        assert rows.sum() == 64
+        ((y, _),) = fused.mix(x, torch.zeros(2, 64, device=device), None, [ones * 0.5])
+        assert (~y.isfinite()).nonzero().tolist() == [[1, 2, 7], [1, 3, 7]]
+        assert not fused.relu2(x)[0].isfinite().all()
+        for column in (0, 7):
+            logits = normal((3, 64), FP32, 1)
+            logits[1, column] = bad
+            assert not fused.softmax_gradient(logits.to(device), torch.tensor([1, 2, 3], device=device), 0.0, True).isfinite()
+
+
+def all_gradients(device="cpu", shape=(3, 41, 96)):
+    """Of a few operations one after the other, to be compared bit for bit."""
+    channels = shape[-1]
+    x, m = normal(shape, FP32, 0).to(device).requires_grad_(), torch.full((1, 1, channels), 0.3, device=device, requires_grad=True)
+    w, b = torch.ones(channels, device=device, requires_grad=True), torch.zeros(channels, device=device, requires_grad=True)
+    y, past = fused.norm(x, w, b, 1e-5)
+    ((mixed, _),) = fused.mix(y, torch.zeros(shape[0], channels, device=device), None, [m])
+    (mixed.square().sum() + past.sum()).backward()
+    return [x.grad, w.grad, b.grad, m.grad]
