@@ -184,4 +184,4 @@ def test_a_block_keeps_what_the_docstring_says(make_model, stored, autocast, tra
     ):
         block(x, state)
     kept = sum(t.numel() * t.element_size() for at, t in found.items() if at not in own and t.numel() > B * T)
-    assert kept == B * T * (2 * (s * D + 8) + e * (2 * D + 4 * A + F + 2 * D) + 0.75 * A)
+    assert kept == B * T * (2 * (s * D + 8) + e * (2 * D + 4 * A + F + 2 * D) + 0.75 * A) + B * 12 * A
