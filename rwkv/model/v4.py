@@ -9,11 +9,11 @@ has s (the embedding's: 2 if it is stored in bf16, else 4):
     time-mix      s·D + 8    its input, and the statistics of ln1       channel-mix   s·D + 8    its input, and the statistics of ln2
                   e·D        ln1's output: the recipe of k, v, r                      e·D        ln2's output, if ffn's matrices or mixes are trained
                   e·4A       k, v, r, and WKV's output                                e·F        what is squared
-                   0.75 A     WKV's states before every 16th token                       e·2D       r, and what it gates
+                  0.75 A     WKV's states before every 16th token                     e·2D       r, and what it gates
 
 On a CPU WKV keeps its last state too, 12 A bytes a row. The same whatever is trained: inputs of products are formed again (fused.Recipe). With
-grad_cp a block keeps s·D, its input, and one block at a time keeps the rest. Outside the blocks: s·D + 8 for ln_out, e·D for the gradient that head_loss has formed, and
-while it runs the logits of one chunk (loss.CHUNK_BYTES as fp32).
+grad_cp a block keeps s·D, its input, and one block at a time keeps the rest. Outside the blocks: s·D + 8 for ln_out, e·D for the gradient that
+head_loss has formed, and while it runs the logits of one chunk (loss.CHUNK_BYTES as fp32).
 """
 
 from dataclasses import dataclass

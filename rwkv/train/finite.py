@@ -18,8 +18,9 @@ class Finite:
     def __init__(self, config: TrainConfig, folder: Path):
         self.config, self.folder, self._skipped = config, folder, 0
 
-    def check(self, module: TrainingModule, loss: float, norm: float | None) -> None:
-        """Look at a step that was made; norm: that of its gradient, None if it does not matter. What --on_nan skip has left out is passed over.
+    def check(self, module: TrainingModule, step: int, samples: int, loss: float, norm: float | None) -> None:
+        """Look at a step that was made, `samples` over all ranks with it; norm: that of its gradient, None if it does not matter. What --on_nan skip
+        has left out is passed over.
 
         Raises:
             UserError: one of them is no number; by step, batch and last good state. Nothing of the step has been saved.
@@ -29,7 +30,7 @@ class Finite:
             self._skipped = 0
             return
         self._skipped += 1
-        where = self._where(module, *wrong[0])
+        where = self._where(module, step, samples, *wrong[0])
         if self.config.on_nan == "skip" and self._skipped <= IN_A_ROW:
             say(f"warning: {where}; the step is left out")
             return
@@ -43,8 +44,8 @@ class Finite:
         skip = "" if self.config.on_nan == "skip" else ", or leave such steps out with --on_nan skip"
         raise UserError(f"{where}. {more}Lower --lr_init, or raise the precision{skip}; {good}")
 
-    def _where(self, module: TrainingModule, what: str, value: float) -> str:
+    def _where(self, module: TrainingModule, step: int, end: int, what: str, value: float) -> str:
         count = schedule.samples_per_step(self.config)
-        samples = range(module.samples - count, module.samples)
+        samples = range(end - count, end)
         places = ", ".join(f"{begin} to {end}" for begin, end in map(module.data.window, samples[:4])) + (", …" if count > 4 else "")
-        return f"step {module.step}: the {what} is {value}, in the batch of samples {samples[0]} to {samples[-1]} (tokens {places} of the data)"
+        return f"step {step}: the {what} is {value}, in the batch of samples {samples[0]} to {samples[-1]} (tokens {places} of the data)"

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,35 @@ from rwkv.train.validation import held_out_loss
 from rwkv.train.watch import Watch
 
 
+def waits_one_step(device: torch.device) -> bool:
+    """Whether a step's numbers are read after the next one."""
+    return device.type == "cuda"
+
+
+class Late:
+    """Numbers on their way from a device; asking for them does not hold up what was launched since."""
+
+    def __init__(self, numbers: torch.Tensor):
+        self._numbers, self._arrived = numbers.to("cpu", non_blocking=True), None
+        if numbers.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(numbers.device))
+
+    def read(self) -> list[float]:
+        """Wait until they are there."""
+        if self._arrived:
+            self._arrived.synchronize()
+        return self._numbers.tolist()
+
+
+@dataclass(frozen=True)
+class _Step:
+    line: dict[str, Any]  # of metrics.jsonl, as far as it needs no number of the device
+    samples: int  # with this step, over all ranks
+    has_norm: bool
+    numbers: Late
+
+
 class Metrics(pl.Callback):
     """One line per optimizer step in metrics.jsonl, the progress bar, upstream's train_log.txt, dashboards if asked for.
 
@@ -38,7 +68,8 @@ class Metrics(pl.Callback):
         self.config, self.folder, self._held_out = config, folder, held_out
         self.lines: list[dict[str, Any]] = []
         self._batches: list[torch.Tensor] = []
-        self._targets, self._finite = 0, Finite(config, folder)
+        self._finite = Finite(config, folder)
+        self._unread: list[_Step] = []
         self._bar: Any = None
         self._file: Any = None
         self._dashboards: list[dashboards.Dashboard] = []
@@ -63,29 +94,56 @@ class Metrics(pl.Callback):
                 self._dashboards = dashboards.make(self.config, self.folder, module.step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: TrainingModule, outputs, batch, batch_idx: int) -> None:
-        self._batches.append(module.loss.double())
-        self._targets += module.targets
+        counted = module.loss.new_zeros(()) if module.data.plain else module.targets
+        self._batches.append(torch.stack([module.loss.double(), counted.double()]))
         if module.step == self._last:  # gradients are still being accumulated
             return
         self._last = module.step
-        mean, self._batches = torch.stack(self._batches).mean(), []
-        targets, self._targets = self._targets, 0
-        # The one number of a step that ranks wait for each other with; a stop that one of them was asked for rides along.
-        norm = mean.new_tensor(math.nan) if module.grad_norm is None else module.grad_norm.to(mean)
-        loss, stop, norm = trainer.strategy.reduce(torch.stack([mean, mean.new_tensor(module.stop), norm]), reduce_op="mean").tolist()
-        trainer.should_stop = stop > 0
-        spent = time.perf_counter() - self._tick
-        line: dict[str, Any] = {"step": module.step, "loss": loss} | ({} if module.grad_norm is None else {"grad_norm": norm})
-        if not module.data.plain:
-            line["targets"] = targets
-        if self._held_out is not None and math.isfinite(loss) and self._validates(module.step):
-            line["val_loss"] = held_out_loss(module, self._held_out, self.config.micro_bsz)
-        if trainer.global_rank == 0:
-            self._report(module, line, spent)
+        batches, self._batches = torch.stack(self._batches), []
+        mean = batches[:, 0].mean()
+        # The numbers of a step that ranks wait for each other with; a stop that one of them was asked for rides along.
+        norm = mean.new_full((), math.nan) if module.grad_norm is None else module.grad_norm.to(mean)
+        numbers = torch.stack([mean, mean.new_full((), module.stop), norm, batches[:, 1].sum()])
+        group = trainer.optimizers[0].param_groups[0]
+        line = {
+            "step": module.step,
+            "lr": group["lr"] / group["lr_scale"],
+            "tokens": module.samples * self.config.ctx_len,
+            "tokens_per_s": round(schedule.tokens_per_step(self.config) / (time.perf_counter() - self._tick), 1),
+            **self._watch.line(),
+        }
         self._tick = time.perf_counter()
+        self._unread.append(
+            _Step(line, module.samples, module.grad_norm is not None, Late(trainer.strategy.reduce(numbers, reduce_op="mean")))
+        )
+        if not waits_one_step(module.device) or schedule.ends_epoch(self.config, module.step) or self._validates(module.step):
+            self.read(trainer, module)
+        elif len(self._unread) > 1:
+            self._read(trainer, module, self._unread.pop(0))
+
+    def read(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        """Read what has not been read yet: on a GPU a step's numbers are read after the next one is launched, so that it never waits for work.
+
+        Raises:
+            UserError: one of them is no number (Finite). What is saved has been read before.
+        """
+        while self._unread:
+            self._read(trainer, module, self._unread.pop(0))
+
+    def _read(self, trainer: pl.Trainer, module: TrainingModule, made: "_Step") -> None:
+        loss, stop, norm, targets = made.numbers.read()
+        trainer.should_stop = stop > 0
+        line: dict[str, Any] = {"step": made.line["step"], "loss": loss} | ({"grad_norm": norm} if made.has_norm else {})
+        if not module.data.plain:
+            line["targets"] = round(targets)
+        if self._held_out is not None and math.isfinite(loss) and self._validates(line["step"]):
+            line["val_loss"] = held_out_loss(module, self._held_out, self.config.micro_bsz)
+            self._tick = time.perf_counter()
+        if trainer.global_rank == 0:
+            self._report(line | made.line)
         # In fp16 a gradient beyond the range is usual: the scaler then skips the step and takes a smaller scale.
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        self._finite.check(module, loss, None if scaled or module.grad_norm is None else norm)
+        self._finite.check(module, line["step"], made.samples, loss, norm if made.has_norm and not scaled else None)
 
     def sync(self) -> None:
         """Bring the lines to disk: a state that is saved must not be ahead of them."""
@@ -100,16 +158,8 @@ class Metrics(pl.Callback):
         every = self.config.val_every
         return schedule.ends_epoch(self.config, step) or (every > 0 and step % every == 0)
 
-    def _report(self, module: TrainingModule, line: dict[str, Any], seconds: float) -> None:
-        step, loss = line["step"], line["loss"]
-        speed = schedule.tokens_per_step(self.config) / seconds
-        group = module.trainer.optimizers[0].param_groups[0]
-        line |= {
-            "lr": group["lr"] / group["lr_scale"],
-            "tokens": module.samples * self.config.ctx_len,
-            "tokens_per_s": round(speed, 1),
-            **self._watch.line(),
-        }
+    def _report(self, line: dict[str, Any]) -> None:
+        step, loss, speed = line["step"], line["loss"], line["tokens_per_s"]
         line = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
         self.lines.append(line)
         decay = schedule.weight_decay(self.config, step - schedule.first_step(self.config) - 1)

@@ -23,7 +23,7 @@ class TrainingModule(pl.LightningModule):
     Attributes:
         begin: where this process begins: optimizer steps and samples (over all ranks) before it, from epoch 0. Rank 0's holds for all.
         loss: of the last batch, detached, not divided by the accumulation. Its mean over the ranks is the mean over the counted targets of all.
-        targets: counted in the last batch, over all ranks.
+        targets: counted in the last batch, over all ranks; a tensor of one number, as nothing in a step waits for the device.
         grad_norm: of the last optimizer step, before it was cut to grad_clip, over all ranks; None where the strategy keeps it to itself.
         stop: whether this process was asked to end; the run ends after a step before which any was.
     """
@@ -34,7 +34,7 @@ class TrainingModule(pl.LightningModule):
         super().__init__()
         self.model, self.data, self.config = model, data, config
         self.begin = begin or (schedule.first_step(config), schedule.first_sample(config))
-        self.loss, self.targets, self.stop = torch.tensor(float("nan")), 0, False
+        self.loss, self.targets, self.stop = torch.tensor(float("nan")), torch.tensor(0), False
         self.grad_norm: Tensor | None = None
         self._let_go = 0  # the last step whose gradients are gone
 
@@ -93,7 +93,7 @@ class TrainingModule(pl.LightningModule):
         x, y = batch[:2]
         counts, reset = batch[2:] if len(batch) > 2 else (None, None)
         reset = reset if self.data.reset else None
-        count = torch.tensor(y.numel(), device=y.device) if counts is None else counts.sum()
+        count = torch.full((), y.numel(), device=y.device) if counts is None else counts.sum()
         if 0 < self.config.tbptt_len < y.shape[1]:
             return pieces.mean_loss(self.model, x, y, counts, reset, self.config.tbptt_len, self.config.exact), count
         hidden, _ = self.model.hidden(x, reset=reset)
@@ -104,7 +104,7 @@ class TrainingModule(pl.LightningModule):
         if not self.data.plain:
             # Ranks count differently many targets, and their gradients are averaged: each weighs as much as it counts.
             average = self.trainer.strategy.reduce(count.float(), reduce_op="mean")
-            self.targets = round(float(average) * self.trainer.world_size)
+            self.targets = average * self.trainer.world_size
             loss = loss * (count / average.clamp_min(1e-6))
         self.loss = loss.detach()
         return loss

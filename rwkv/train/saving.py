@@ -63,6 +63,8 @@ class Saving(pl.Callback):
         if step == self._last:  # gradients are still being accumulated
             return
         self._last = step
+        if checkpoint_name(c, step) or step >= self._next or trainer.should_stop:
+            self._metrics.read(trainer, module)  # nothing of a step that went wrong is saved
         # A checkpoint comes before the state of its step: a run killed between them makes it again.
         if name := checkpoint_name(c, step) or ("rwkv-final.pth" if trainer.should_stop else ""):
             parameters = dict(module.model.named_parameters())

@@ -18,7 +18,7 @@ from rwkv.data.dataset import Contexts
 from rwkv.data.stream import Stream
 from rwkv.errors import UserError
 from rwkv.files import sha256
-from rwkv.train import start, store
+from rwkv.train import metrics, start, store
 from rwkv.train.fit import fit
 
 SMALL = {
@@ -361,6 +361,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(make_base, 
     assert (good, sample) == (step - 1, 2 * (step - 1))
     assert a <= 105 < b or c <= 105 < d
     assert lines(tmp_path / "run")[-1]["loss"] is None
+
+
+def test_numbers_read_a_step_late_are_the_same_and_what_is_wrong_is_named_the_same(make_base, make_data, tmp_path, monkeypatch):
+    """On a GPU a step's numbers are read after the next one is launched; here a CPU is told to do so."""
+    flags, data = poisoned(make_base, tmp_path), make_data(500)
+    read, found, said = [], [], []
+    whole = metrics.Metrics._read
+
+    def noted(self, trainer, module, made):
+        read.append(module.step - made.line["step"])
+        whole(self, trainer, module, made)
+
+    monkeypatch.setattr(metrics.Metrics, "_read", noted)
+    for late in (False, True):
+        monkeypatch.setattr(metrics, "waits_one_step", lambda device, late=late: late)
+        read.clear()
+        fit(TrainConfig(**SMALL | {"epoch_count": 2}, data_file=data, proj_dir=str(tmp_path / f"run{late}")))
+        assert set(read) == ({0, 1} if late else {0})
+        timed = ("tokens_per_s", "peak_mib", "rss_peak_mib")
+        found.append([{key: value for key, value in line.items() if key not in timed} for line in lines(tmp_path / f"run{late}")])
+        with pytest.raises(UserError) as caught:
+            fit(TrainConfig(**flags, proj_dir=str(tmp_path / f"nan{late}"), save_every=1000))
+        said.append(str(caught.value))
+        assert lines(tmp_path / f"nan{late}")[-1]["loss"] is None
+        assert not list((tmp_path / f"nan{late}").glob("rwkv-*.pth"))
+    assert found[0] == found[1]
+    assert said[0] == said[1]
 
 
 def test_on_nan_skip_leaves_out_that_step_alone(make_base, tmp_path):

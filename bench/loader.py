@@ -1,0 +1,89 @@
+"""The loader's tokens/s against what a step can take: never the bottleneck, as a ratio.
+
+    python bench/loader.py [--ctx_len 1024] [--micro_bsz 8] [--tokens 50000000] [--peak_tflops 989]
+
+Batches as training takes them (DataLoader over a memory-mapped binidx, in this process), by prime sampling, at random, by documents with resets and
+masked. What a step can take at most: a GPU that spends all of --peak_tflops (the default is an H100's in bf16) on 6 operations a weight and token
+of full tuning, the lightest step there is being 0.1b's; no step reaches that. On a GPU batches are pinned, and the copy is timed beside.
+"""
+
+import argparse
+import itertools
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from rwkv import memory
+from rwkv.data import sampling
+from rwkv.data.binidx import Dataset, writer
+from rwkv.data.dataset import Contexts, Documents
+from rwkv.data.stream import Stream
+
+SECONDS = 2.0  # of each
+
+
+def make(prefix: Path, tokens: int) -> Stream:
+    random, left = np.random.default_rng(0), tokens
+    with writer(prefix) as out:
+        while left > 0:
+            length = min(left, int(random.integers(100, 1500)))
+            out.add(random.integers(1, 60000, length).tolist())
+            left -= length
+    return Stream(Dataset(str(prefix)))
+
+
+def rate(samples, batch: int, gpu: bool) -> float:
+    """Tokens/s of batches, moved to the GPU if there is one."""
+    loader = iter(DataLoader(samples, batch, pin_memory=gpu, generator=torch.Generator()))
+    next(loader)
+    started, taken = time.perf_counter(), 0
+    for parts in itertools.takewhile(lambda _: time.perf_counter() - started < SECONDS, loader):
+        if gpu:
+            parts = [part.to("cuda", non_blocking=True) for part in parts]
+        taken += parts[0].numel()
+    if gpu:
+        torch.cuda.synchronize()
+    return taken / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ctx_len", type=int, default=1024)
+    parser.add_argument("--micro_bsz", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=50_000_000)
+    parser.add_argument("--peak_tflops", type=float, default=989.0)
+    c = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    need = {name: c.peak_tflops * 1e12 / (6 * memory.total(memory.sizes_of(name))) for name in memory.MODELS}
+    with tempfile.TemporaryDirectory() as folder:
+        stream = make(Path(folder) / "data", c.tokens)
+        common = {"stream": stream, "ctx_len": c.ctx_len, "samples": 1 << 30}
+        prime = sampling.magic_prime(len(stream), c.ctx_len)
+        kinds = {
+            "prime": Contexts(**common, prime=prime),
+            "random": Contexts(**common),
+            "random, resets": Contexts(**common, reset=True),
+            "documents, resets": Documents(**common, reset=True, enough=c.ctx_len // 4),
+        }
+        print(
+            f"T{c.ctx_len} B{c.micro_bsz}, {len(stream):,} tokens, {'pinned and copied to the GPU' if gpu else 'on a CPU'}, torch {torch.__version__}"
+        )
+        print("sampling            tokens/s   ms/batch   × what 0.1b can take   × 1.5b   × 14b")
+        for name, samples in kinds.items():
+            found = rate(samples, c.micro_bsz, gpu)
+            times = [found / need[model] for model in ("0.1b", "1.5b", "14b")]
+            print(
+                f"{name:18} {found:10,.0f} {1e3 * c.micro_bsz * c.ctx_len / found:10.3f} {times[0]:22.1f} {times[1]:8.0f} {times[2]:7.0f}"
+            )
+        print(
+            f"what {c.peak_tflops:.0f} TFLOP/s can take at most, tokens/s: "
+            + ", ".join(f"{name} {value:,.0f}" for name, value in need.items())
+        )
+
+
+if __name__ == "__main__":
+    main()
