@@ -240,7 +240,7 @@ def estimate(p: Plan) -> Estimate:
     buckets: Blocks = [(_buckets(p, numbers, learns), 1)]
     grown: Blocks = [(gradients, 1)] if zero else [(4.0, learns)]
     if not (p.lora or zero):
-        grown = [(4.0 * rows * columns, 1) for _, rows, columns in matrices(s)] + [(4.0, sum(vectors(s).values()))]
+        grown = [(4.0, sum(vectors(s).values())), *((4.0 * rows * columns, 1) for _, rows, columns in matrices(s))]
     head: Blocks = [] if p.lora else [((e if zero else 4.0) * s.vocab_size * s.n_embd, 1)]  # its gradient is formed in the forward pass
     held = head + (grown if p.accumulate > 1 or zero >= 2 else [])
     block, outer, passing = _block(p), _outside(p), _passing(p)
