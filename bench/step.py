@@ -72,7 +72,8 @@ def ours(c: argparse.Namespace):
     dtype = DTYPES[c.precision]
     ids = tokens(c)
     c.libraries = resident(c)
-    model = checkpoint.load_model(Path(c.folder) / "base.pth", c.device, matrices=dtype if c.kind == "lora" else torch.float32)
+    adapts = c.kind == "lora"
+    model = checkpoint.load_model(Path(c.folder) / "base.pth", c.device, matrices=dtype if adapts else torch.float32, by_rows=adapts)
     model.grad_cp = bool(c.grad_cp)
     if c.kind == "lora":
         lora.inject(model, ["att"], R, ALPHA, DROPOUT)

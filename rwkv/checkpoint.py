@@ -139,6 +139,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.float32,
     matrices: torch.dtype | None = None,
+    by_rows: bool = False,
 ) -> RWKV:
     """An RWKV-4 model from a checkpoint. Sizes come from the shapes; dtype None keeps the one each tensor was stored in.
 
@@ -147,15 +148,20 @@ def load_model(
 
     Args:
         matrices: the dtype of matrices, where it is another.
+        by_rows: of the embedding only rows will be read, of the words that occur, as in LoRA, which does not train it.
 
     Raises:
         UserError: not an RWKV-4 checkpoint; a missing, surplus or misshapen key, by name.
     """
-    return _load(path, device, dtype, matrices)[0]
+    return _load(path, device, dtype, matrices, by_rows)[0]
 
 
 def _load(
-    path: PathLike, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32, matrices: torch.dtype | None = None
+    path: PathLike,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    matrices: torch.dtype | None = None,
+    by_rows: bool = False,
 ) -> tuple[RWKV, dict[str, torch.dtype]]:
     """As load_model, and the dtypes that are stored."""
     tensors = read_tensors(path)
@@ -173,6 +179,8 @@ def _load(
         parameter.data = value
         if value.data_ptr() != source.data_ptr():
             pages.drop(source)
+    if by_rows:
+        pages.scattered(model.emb.weight)
     return model, stored
 
 

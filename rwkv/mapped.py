@@ -55,12 +55,19 @@ class Pages:
 
     def drop(self, tensor: Tensor) -> None:
         """Give back the memory behind a tensor that lies in them, which is contiguous and will not be read soon. What was written to it is lost."""
+        self._advise(tensor, mmap.MADV_DONTNEED)
+
+    def scattered(self, tensor: Tensor) -> None:
+        """Of a tensor that lies in them rows are read here and there: the system need not read what lies around them."""
+        self._advise(tensor, mmap.MADV_RANDOM)
+
+    def _advise(self, tensor: Tensor, advice: int) -> None:
         if tensor.device.type == "cpu" and self.hold(tensor):
             page = mmap.PAGESIZE
             begin = -(-tensor.data_ptr() // page) * page  # whole pages: the others have neighbours
             size = (tensor.data_ptr() + _bytes(tensor)) // page * page - begin
             if size > 0:
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), advice)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -8,7 +8,7 @@ from rwkv.model.linear import needs_room, product, product_of_gradient, rows, we
 
 L2WRAP = 1e-4  # upstream's factor
 CHUNK_BYTES = 64 << 20  # of a chunk's logits in fp32: 256 tokens at V = 65536
-SLICE = 1 << 13  # words at a time, where a product needs room of its own
+SLICE = 1 << 11  # words at a time, where a product needs room of its own: 8192 take 30 MB more at 256 tokens and are no faster (LOG.md)
 
 
 def _logits(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def make_model(c: TrainConfig) -> RWKV:
         checkpoint.fill(model, tensors, c.load_model, partial=True)
         return model
     if c.load_model:
-        model = checkpoint.load_model(c.load_model, matrices=_frozen(c))
+        model = checkpoint.load_model(c.load_model, matrices=_frozen(c), by_rows=isinstance(c, LoRAConfig) and c.lora)
         wrong = [
             f"--{name} {value}, and it has {getattr(model.sizes, name)}"
             for name, value in given.items()
