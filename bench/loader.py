@@ -2,8 +2,8 @@
 
     python bench/loader.py [--ctx_len 1024] [--micro_bsz 8] [--tokens 50000000] [--peak_tflops 989]
 
-Batches as training takes them (DataLoader over a memory-mapped binidx, in this process), by prime sampling, at random, by documents with resets and
-masked. What a step can take at most: a GPU that spends all of --peak_tflops (the default is an H100's in bf16) on 6 operations a weight and token
+Batches as training takes them (DataLoader over a memory-mapped binidx, in this process), by prime sampling, at random, and with resets at random and by
+documents. What a step can take at most: a GPU that spends all of --peak_tflops (the default is an H100's in bf16) on 6 operations a weight and token
 of full tuning, the lightest step there is being 0.1b's; no step reaches that. On a GPU batches are pinned, and the copy is timed beside.
 """
 

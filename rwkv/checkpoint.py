@@ -153,23 +153,11 @@ def load_model(
     Raises:
         UserError: not an RWKV-4 checkpoint; a missing, surplus or misshapen key, by name.
     """
-    return _load(path, device, dtype, matrices, by_rows)[0]
-
-
-def _load(
-    path: PathLike,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = torch.float32,
-    matrices: torch.dtype | None = None,
-    by_rows: bool = False,
-) -> tuple[RWKV, dict[str, torch.dtype]]:
-    """As load_model, and the dtypes that are stored."""
     tensors = read_tensors(path)
     pages, taken = mapped.Pages(path), set()
     model = RWKV(sizes_of(tensors, path))
     parameters = dict(model.named_parameters())
     _check_keys(tensors, {name: parameter.shape for name, parameter in parameters.items()}, path)
-    stored = {name: tensors[name].dtype for name in parameters}
     for name, parameter in parameters.items():
         source = tensors.pop(name).detach()
         value = source.to(device, (matrices if lora.is_matrix(source) else None) or dtype).contiguous()
@@ -181,7 +169,12 @@ def _load(
             pages.drop(source)
     if by_rows:
         pages.scattered(model.emb.weight)
-    return model, stored
+    return model
+
+
+def _dtypes(path: PathLike) -> dict[str, torch.dtype]:
+    """What the tensors of a checkpoint are stored in."""
+    return {name: tensor.dtype for name, tensor in read_tensors(path).items()}
 
 
 def fill(model: RWKV, tensors: Mapping[str, Tensor], path: PathLike, partial: bool = False) -> None:
@@ -260,10 +253,10 @@ def load_tuned(base: PathLike, adapter: PathLike, alpha: float | None = None) ->
     Raises UserError as load_model and inspect_adapter do.
     """
     tensors, known = inspect_adapter(adapter, base, alpha)
-    model, stored = _load(base)
+    model = load_model(base)
     lora.inject(model, known["parts"], known["r"], known["alpha"])
     load_adapter(model, adapter, tensors, known["parts"])
-    return model, stored
+    return model, _dtypes(base)
 
 
 def load_combined(
@@ -273,7 +266,7 @@ def load_combined(
 
     Raises UserError as load_model and inspect_adapter do.
     """
-    model, stored = _load(base)
+    model = load_model(base)
     found, parts, r = [], set(), 0
     for path, weight in zip(adapters, weights, strict=True):
         tensors, known = inspect_adapter(path, base, alpha)
@@ -283,7 +276,7 @@ def load_combined(
     combined = lora.combine(found, dict(model.named_parameters()))
     lora.inject(model, parts, r, r)
     load_adapter(model, " + ".join(map(str, adapters)), combined, list(parts))
-    return model, stored
+    return model, _dtypes(base)
 
 
 def _fill(model: RWKV, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: PathLike) -> None:

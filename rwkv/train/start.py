@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -27,7 +27,7 @@ def make_model(c: TrainConfig) -> RWKV:
         checkpoint.fill(model, tensors, c.load_model, partial=True)
         return model
     if c.load_model:
-        model = checkpoint.load_model(c.load_model, matrices=_frozen(c), by_rows=isinstance(c, LoRAConfig) and c.lora)
+        model = checkpoint.load_model(c.load_model, matrices=_frozen(c), by_rows=_adapts(c))
         wrong = [
             f"--{name} {value}, and it has {getattr(model.sizes, name)}"
             for name, value in given.items()
@@ -49,13 +49,18 @@ def make_model(c: TrainConfig) -> RWKV:
 
 def _new(c: TrainConfig, sizes: Sizes) -> RWKV:
     model = RWKV(sizes, bool(c.grad_cp), c.dropout)
-    initialise(model, emb_scale=c.lr_init, frozen=isinstance(c, LoRAConfig) and c.lora)
+    initialise(model, emb_scale=c.lr_init, frozen=_adapts(c))
     return model
+
+
+def _adapts(c: TrainConfig) -> TypeGuard[LoRAConfig]:
+    """Whether the run trains an adapter."""
+    return isinstance(c, LoRAConfig) and c.lora
 
 
 def _frozen(c: TrainConfig) -> torch.dtype:
     """What frozen weights are kept in."""
-    if not (isinstance(c, LoRAConfig) and c.lora):
+    if not _adapts(c):
         return torch.float32
     kept = c.precision if c.lora_base == "auto" else c.lora_base
     if kept == "bf16" and not (strategy.alone(c) or trainer.on_gpu(c) or compat.gloo_sends_bf16()):
@@ -71,7 +76,7 @@ def _frozen(c: TrainConfig) -> torch.dtype:
 def adapt(model: RWKV, c: TrainConfig, folder: Path) -> dict[str, Any] | None:
     """Inject LoRA if the run is one; what the adapter's manifest will say of it. A new model, which is then its base, is to be
     found in `folder` (see `keep_base`)."""
-    if not (isinstance(c, LoRAConfig) and c.lora):
+    if not _adapts(c):
         return None
     parts = list(lora.parts_in(c.lora_parts))
     try:
