@@ -2,6 +2,7 @@
 # Run a command with a Docker engine: engine.sh COMMAND...
 # The machine's own where there is one. Else, as root on Debian, a private one that ends with the command: own data, own socket, no bridge, no
 # firewall rules, and a substitute base image out of Debian's packages, as no registry has to be reachable. Else: status 75 and the reason.
+# Of a private one's data the newest image of each stack and 16 GB of build cache stay, for the next build; DOCKER_WORK says where.
 # The command sees ENGINE (what it is, in words), ENGINE_OPTIONS (for docker build and run) and, where it is a substitute, BASE_IMAGE.
 set -euo pipefail
 [ $# -gt 0 ] || { echo "usage: engine.sh COMMAND..." >&2; exit 2; }
@@ -15,6 +16,14 @@ fi
 [ "$(id -u)" = 0 ] || refuse "docker is not there or not running, and a private one needs root"
 grep -qs '^ID=debian' /etc/os-release || refuse "docker is not there or not running, and a private one is made on Debian alone"
 
+mkdir -p "$work/config"
+exec 9>"$work/lock"
+flock 9  # one at a time: they share their data
+# Building modern's image, the larger, takes 18 GB at its height, cu117's 14.
+free=$(df --output=avail --block-size=1G "$work" | tail -n 1)
+there=$(du --summarize --block-size=1G "$work" | cut -f 1)
+[ $((free + there)) -ge 20 ] || refuse "building an image takes 20 GB in $work, where $((free)) are free: make room, or name another folder by DOCKER_WORK"
+
 packages=()
 for tool in dockerd:docker.io docker:docker.io debootstrap:debootstrap; do
   [ -x "/usr/bin/${tool%:*}" ] || [ -x "/usr/sbin/${tool%:*}" ] || packages+=("${tool#*:}")
@@ -24,16 +33,21 @@ if [ ${#packages[@]} -gt 0 ]; then
     refuse "apt-get install ${packages[*]} failed, and docker is not there or not running"
 fi
 
-mkdir -p "$work/config"
-exec 9>"$work/lock"
-flock 9  # one at a time: they share their data
 export PATH=/usr/bin:/usr/sbin:$PATH DOCKER_HOST=unix://$work/docker.sock DOCKER_CONFIG=$work/config DOCKER_BUILDKIT=1
 # No bridge, so a build reaches the network through the host's; a run that should reach none says --network none.
 export ENGINE_OPTIONS="--network=host"
 dockerd --data-root "$work/data" --exec-root "$work/exec" --pidfile "$work/docker.pid" --host "$DOCKER_HOST" --storage-driver=overlay2 \
   --bridge=none --iptables=false --ip6tables=false --ip-forward=false --ip-masq=false >"$work/dockerd.log" 2>&1 9>&- &
 engine=$!
+trim() {
+  local kept
+  kept=$(docker images --no-trunc --quiet --filter 'reference=rwkv-trainer:cu117' --filter 'reference=rwkv-trainer:modern' --filter "reference=${BASE_IMAGE:-none}")
+  docker images --no-trunc --quiet | sort -u | grep -vxF "$kept" | xargs --no-run-if-empty docker rmi --force
+  docker builder prune --force --keep-storage 16GB
+  docker volume prune --force
+}
 stop() {
+  trim >/dev/null 2>&1 || true
   kill "$engine" 2>/dev/null || true
   wait "$engine" 2>/dev/null || true
   umount "$work/exec/netns/default" 2>/dev/null || true

@@ -6,8 +6,8 @@ dir=${1:?usage: venv.sh DIR STACK}
 stack=${2:?usage: venv.sh DIR STACK}
 cd "$(dirname "$0")/.."
 case $stack in
-  cu117) versions=(3.10) wanted="Python 3.10" size=3.7 ;;
-  modern) versions=(3.12 3.13 3.11 3.10) wanted="Python 3.10 to 3.13" size=5.3 ;;
+  cu117) versions=(3.10) wanted="Python 3.10" size=3.9 need=6 ;;
+  modern) versions=(3.12 3.13 3.11 3.10) wanted="Python 3.10 to 3.13" size=5.4 need=9 ;;
   *) echo "STACK=$stack is not one of cu117, modern." >&2; exit 1 ;;
 esac
 
@@ -36,6 +36,14 @@ EOF
 }
 
 python=$(find_python)
+# What is downloaded stays beside what is installed until the end. Where df is not there nobody can tell, and nothing is refused.
+{ read -r _ && read -r _ _ _ free _; } < <(df -Pk "$(dirname "$dir")" 2>/dev/null) || free=
+if [ -n "$free" ]; then
+  if [ -e "$dir" ]; then free=$((free + $(du -sk "$dir" | cut -f 1))); fi
+  if [ $((free >> 20)) -lt "$need" ]; then
+    echo "The $stack stack takes $size GB in $dir, $need GB with what is downloaded until it is installed; there is room for $((free >> 20)) GB." >&2; exit 1
+  fi
+fi
 echo "venv: the $stack stack on $python; installing about $size GB into $dir (one to five minutes)"
 rm -rf "$dir"
 "$python" -m venv "$dir"

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -153,6 +154,21 @@ def test_python_is_found_on_path_and_under_pyenv(tmp_path, bare, stack, place):
     done = venv(tmp_path, bare, stack)
     assert place.split("/")[-1] in done.stdout
     assert "found " in done.stderr
+
+
+def test_an_environment_that_would_not_fit_is_refused_and_the_old_one_stays(tmp_path, bare):
+    (bare / "python3.10").write_text(FAKE)
+    (bare / "df").write_text("#!/usr/bin/env bash\necho Filesystem; echo /dev/vda 99999999 0 5242880 97% /\n")
+    for tool in ("python3.10", "df"):
+        (bare / tool).chmod(0o755)
+    for tool in ("du", "cut"):
+        (bare / tool).symlink_to(shutil.which(tool))
+    (tmp_path / "v").mkdir()
+    done = venv(tmp_path, bare, "cu117")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("The cu117 stack takes 3.9 GB in ")
+    assert done.stderr.endswith(", 6 GB with what is downloaded until it is installed; there is room for 5 GB.\n")
+    assert (tmp_path / "v").is_dir()
 
 
 @pytest.mark.parametrize(("stack", "version"), [("cu117", "3.10"), ("modern", "3.12")])
