@@ -25,7 +25,7 @@ GB = 10**9
 MODELS = {"0.1b": (12, 768), "0.4b": (24, 1024), "1.5b": (24, 2048), "3b": (32, 2560), "7b": (32, 4096), "14b": (40, 5120)}
 """Layers and width of the published RWKV-4 models."""
 CONTEXT = 600 << 20  # CUDA context and libraries on a GPU, which torch's allocator does not see. Assumed: no GPU was at hand to measure it
-PROCESS = 360 << 20  # a process with torch 1.13.1 and Lightning, with a first step, without a model (LOG.md)
+PROCESS = 290 << 20  # a process with torch 1.13.1 and Lightning, with a first step, without a model (LOG.md)
 LOADED = 20 << 20  # of it comes with the first step: torch's code for it. 16 to 34 MiB were seen
 HEAP = 32 << 20  # bytes: glibc maps larger blocks one by one and gives them back (HEAP_MAX_SIZE / 2); others it keeps (train/cpu.py)
 STRATEGIES = (

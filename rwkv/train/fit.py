@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from rwkv import checkpoint, compat, limits, lora
@@ -18,6 +16,7 @@ from rwkv.config import TrainConfig
 from rwkv.model import RWKV
 from rwkv.train import budget, cpu, manifest, pile, resume, samples, schedule, store, strategy
 from rwkv.train.checks import check
+from rwkv.train.lightning import pl, rank_zero_only
 from rwkv.train.metrics import Metrics, keep_steps
 from rwkv.train.module import TrainingModule
 from rwkv.train.plot import plot

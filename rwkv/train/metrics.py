@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
@@ -20,6 +19,7 @@ from rwkv.data.dataset import HeldOut
 from rwkv.files import full_disk, whole
 from rwkv.train import dashboards, schedule
 from rwkv.train.finite import Finite
+from rwkv.train.lightning import pl
 from rwkv.train.module import TrainingModule
 from rwkv.train.validation import held_out_loss
 from rwkv.train.watch import Watch

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
@@ -12,6 +11,7 @@ from rwkv.config import TrainConfig
 from rwkv.data.dataset import Samples
 from rwkv.model import RWKV
 from rwkv.train import optimizer, pieces, schedule, strategy
+from rwkv.train.lightning import pl
 
 
 class TrainingModule(pl.LightningModule):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from rwkv import checkpoint
 from rwkv.config import LoRAConfig, TrainConfig
@@ -20,6 +19,7 @@ from rwkv.data.binidx import Dataset
 from rwkv.errors import UserError
 from rwkv.model import RWKV
 from rwkv.train import manifest
+from rwkv.train.lightning import rank_zero_only
 from rwkv.train.start import make_model
 from rwkv.train.words import say
 

@@ -1,16 +1,20 @@
 """loss.png: the loss and the learning rate of a run, from its metrics.jsonl."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from rwkv.files import whole
 
 
 def plot(metrics: Path, image: Path, title: str) -> None:
     """Draw the loss of every step, its running mean over a twentieth of the run, the learning rate, and the held-out loss where there is one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*smallest subnormal.*")  # numpy asks what they are, and training has none
+        from matplotlib.figure import Figure  # 25 MB: only when a run has ended
+
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if line["loss"] is not None]  # steps that --on_nan skip left out
     held_out = [(line["step"], line["val_loss"]) for line in lines if line.get("val_loss") is not None]

@@ -4,11 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
-
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
 from rwkv.train import dashboards, manifest, schedule, store
+from rwkv.train.lightning import rank_zero_only
 from rwkv.train.state import State
 from rwkv.train.words import say
 

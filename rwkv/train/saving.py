@@ -5,10 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
-
 from rwkv.config import TrainConfig
 from rwkv.train import schedule, sharded, state, store
+from rwkv.train.lightning import pl
 from rwkv.train.metrics import Metrics
 from rwkv.train.module import TrainingModule
 

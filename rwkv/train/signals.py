@@ -6,8 +6,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-import pytorch_lightning as pl
-
+from rwkv.train.lightning import pl
 from rwkv.train.module import TrainingModule
 from rwkv.train.words import say
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from rwkv.config import ConvertConfig, TrainConfig
 from rwkv.data import foreign
@@ -14,6 +13,7 @@ from rwkv.data.binidx import Dataset
 from rwkv.data.convert import convert
 from rwkv.errors import UserError
 from rwkv.model import Sizes
+from rwkv.train.lightning import rank_zero_only
 
 _KINDS = ("binidx", "numpy", *foreign.TEXTS)
 _ELSE = {

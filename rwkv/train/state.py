@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rwkv.train import sharded
+from rwkv.train.lightning import pl
 from rwkv.train.module import TrainingModule
 
 FORMAT = 1  # of the file; a later one is refused by name

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 from rwkv import compat
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
+from rwkv.train.lightning import DeepSpeedStrategy
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ import logging
 import warnings
 from typing import Literal
 
-import pytorch_lightning as pl
 import torch
 
 from rwkv import compat
 from rwkv.config import TrainConfig
 from rwkv.train import cpu, strategy
+from rwkv.train.lightning import pl
 
 
 def quiet_lightning() -> None:

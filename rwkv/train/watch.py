@@ -3,12 +3,12 @@
 import contextlib
 from collections.abc import Iterator
 
-import pytorch_lightning as pl
 import torch
 
 from rwkv import limits, memory
 from rwkv.errors import UserError
 from rwkv.train import budget
+from rwkv.train.lightning import pl
 
 PHASES = ("forward", "backward", "optimizer")
 

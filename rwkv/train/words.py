@@ -2,13 +2,12 @@
 
 import math
 
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
-
 from rwkv.config import TrainConfig
 from rwkv.data.binidx import Dataset
 from rwkv.data.dataset import Contexts, Documents, HeldOut, Samples
 from rwkv.model import RWKV
 from rwkv.train import schedule, strategy
+from rwkv.train.lightning import rank_zero_only
 from rwkv.train.trainer import precision_of
 
 
