@@ -3,9 +3,10 @@
 // torch asks posix_memalign for blocks aligned to 64 bytes. glibc before 2.38 looks there for a hole of the size, the alignment and a header, which is
 // more than the hole that it then leaves: a training step, which takes the same sizes again and again, found none of its own holes and grew by a third
 // (LOG.md). malloc fits exactly, so here the alignment is part of the size.
+#include "cpu_memory.h"
+
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
-#include <torch/library.h>
 #include <torch/version.h>
 
 #include <cstdint>
@@ -47,11 +48,9 @@ struct Memory final : c10::Allocator {
   }
 };
 
-void use_memory() {
+}  // namespace
+
+void use_cpu_memory() {
   static Memory memory;
   c10::SetCPUAllocator(&memory, 1);  // above torch's own. What was allocated before is freed as it was allocated.
 }
-
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(rwkv, library) { library.def("cpu_memory() -> ()", use_memory); }

@@ -1,19 +1,15 @@
 // The fused operations as torch sees them: torch.ops.rwkv.norm_*, mix_*, gate_*, relu2_*, dropout_*, loss. Checks, allocates, shares out rows over
 // the threads. Sums over rows are formed in slices whose number does not depend on the threads, so that they give the same bits with any.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
-#include <tuple>
-#include <vector>
+#include <algorithm>
 
 #include "cpu_width.h"
 #include "fused_cpu.h"
-#include "optional.h"
+#include "operations.h"
 
+namespace cpu {
 namespace {
-
-using at::Tensor;
 
 constexpr int64_t SLICES = 16;      // of rows, for sums over them
 constexpr int64_t PIECE = 1 << 14;  // elements that a thread takes at a time; a multiple of every block
@@ -60,6 +56,8 @@ template <class F> void each_slice(int64_t rows, const F& work) {
   });
 }
 
+}  // namespace
+
 // ---- LayerNorm ----
 
 std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const Tensor& w, const Tensor& b, double eps, at::ScalarType inside) {
@@ -67,7 +65,7 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const Tensor& w, const 
   const int64_t D = x.size(-1), N = D ? x.numel() / D : 0;
   check(w, "w", at::kFloat, {D});
   check(b, "b", at::kFloat, {D});
-  const Tensor y = at::empty_like(x, x.options().dtype(inside)), stats = at::empty({N, 2}, x.options().dtype(at::kFloat));
+  const Tensor y = x.new_empty(x.sizes(), x.options().dtype(inside)), stats = x.new_empty({N, 2}, x.options().dtype(at::kFloat));
   FusedNorm q{};
   q.D = D, q.x = x.data_ptr(), q.w = w.data_ptr<float>(), q.b = b.data_ptr<float>(), q.eps = float(eps), q.y = y.data_ptr(), q.stats = stats.data_ptr<float>();
   const auto run = loops().norm[pair(x, y)];
@@ -83,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& gy, const Optiona
   check(stats, "stats", at::kFloat, {N, 2});
   if (given(past)) like(*past, "past", x);
   const auto fp32 = x.options().dtype(at::kFloat);
-  const Tensor gx = at::empty_like(x), gw = affine ? at::zeros({2, SLICES, D}, fp32) : Tensor();
+  const Tensor gx = x.new_empty(x.sizes()), gw = affine ? x.new_zeros({2, SLICES, D}, fp32) : Tensor();
   FusedNorm q{};
   q.D = D, q.x = x.data_ptr(), q.w = w.data_ptr<float>(), q.stats = stats.data_ptr<float>(), q.gy = gy.data_ptr(), q.past = data(given(past)), q.gx = gx.data_ptr();
   const auto run = loops().norm_gradient[pair(x, gy)];
@@ -99,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& gy, const Optiona
 
 // ---- token shift and mixing ----
 
-FusedMix mix_of(const Tensor& x, const Tensor& last, const Tensor* reset, const Tensor& mix) {
+static FusedMix mix_of(const Tensor& x, const Tensor& last, const Tensor* reset, const Tensor& mix) {
   TORCH_CHECK(x.dim() == 3 && x.is_contiguous(), "x must be contiguous [B, T, D]; it is ", x.sizes());
   TORCH_CHECK(mix.dim() == 2 && mix.size(0) >= 1 && mix.size(0) <= 3, "mix must be [1 to 3, D]; it is ", mix.sizes());
   const int64_t B = x.size(0), T = x.size(1), D = x.size(2);
@@ -115,7 +113,7 @@ FusedMix mix_of(const Tensor& x, const Tensor& last, const Tensor* reset, const 
 std::vector<Tensor> mix_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& reset, const Tensor& mix) {
   FusedMix q = mix_of(x, last, given(reset), mix);
   std::vector<Tensor> y;
-  for (int i = 0; i < q.count; i++) y.push_back(at::empty_like(x)), q.y[i] = y.back().data_ptr();
+  for (int i = 0; i < q.count; i++) y.push_back(x.new_empty(x.sizes())), q.y[i] = y.back().data_ptr();
   const auto run = loops().mix[dtype(x)];
   each(x.size(0) * q.T, rows_at_once(q.D), [&](int64_t begin, int64_t end) { run(q, begin, end); });
   return y;
@@ -125,8 +123,8 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward(at::TensorList gy, const Tensor&
   FusedMix q = mix_of(x, last, given(reset), mix);
   TORCH_CHECK(int(gy.size()) == q.count, "as many gradients as mixes");
   for (int i = 0; i < q.count; i++) like(gy[i], "gy", x), q.gy[i] = gy[i].data_ptr();
-  const Tensor gx = at::empty_like(x), glast = at::empty_like(last);
-  const Tensor gmix = want_mix ? at::zeros({SLICES, q.count, q.D}, x.options().dtype(at::kFloat)) : Tensor();
+  const Tensor gx = x.new_empty(x.sizes()), glast = last.new_empty(last.sizes());
+  const Tensor gmix = want_mix ? x.new_zeros({SLICES, q.count, q.D}, x.options().dtype(at::kFloat)) : Tensor();
   q.gx = gx.data_ptr(), q.glast = glast.data_ptr();
   const auto run = loops().mix_gradient[dtype(x)];
   each_slice(x.size(0) * q.T, [&](int64_t slice, int64_t begin, int64_t end) {
@@ -144,8 +142,8 @@ Tensor gate_forward(const Optional<Tensor>& x, const Tensor& r, const Tensor& v)
   like(v, "v", r);
   if (given(x)) check(*x, "x", x->scalar_type(), r.sizes());
   const Tensor& stream = given(x) ? *x : r;
-  const Tensor y = at::empty_like(stream);
-  const FusedGate q{data(given(x)), r.data_ptr(), v.data_ptr(), y.data_ptr(), nullptr, nullptr, nullptr, 0, false};
+  const Tensor y = stream.new_empty(stream.sizes());
+  const FusedGate q{data(given(x)), r.data_ptr(), v.data_ptr(), y.data_ptr(), nullptr, nullptr, nullptr};
   const auto run = loops().gate[pair(stream, r)];
   each(r.numel(), PIECE, [&](int64_t begin, int64_t end) { run(q, begin, end); });
   return y;
@@ -155,8 +153,8 @@ std::tuple<Tensor, Tensor> gate_backward(const Tensor& g, const Tensor& r, const
   contiguous(r, "r");
   like(v, "v", r);
   check(g, "g", g.scalar_type(), r.sizes());
-  const Tensor gr = at::empty_like(r), gv = at::empty_like(v);
-  const FusedGate q{nullptr, r.data_ptr(), v.data_ptr(), nullptr, g.data_ptr(), gr.data_ptr(), gv.data_ptr(), 0, false};
+  const Tensor gr = r.new_empty(r.sizes()), gv = v.new_empty(v.sizes());
+  const FusedGate q{nullptr, r.data_ptr(), v.data_ptr(), nullptr, g.data_ptr(), gr.data_ptr(), gv.data_ptr()};
   const auto run = loops().gate_gradient[pair(g, r)];
   each(r.numel(), PIECE, [&](int64_t begin, int64_t end) { run(q, begin, end); });
   return {gr, gv};
@@ -164,7 +162,7 @@ std::tuple<Tensor, Tensor> gate_backward(const Tensor& g, const Tensor& r, const
 
 Tensor relu2_forward(const Tensor& k) {
   contiguous(k, "k");
-  const Tensor y = at::empty_like(k);
+  const Tensor y = k.new_empty(k.sizes());
   const auto run = loops().relu2[dtype(k)];
   each(k.numel(), PIECE, [&](int64_t begin, int64_t end) { run(k.data_ptr(), y.data_ptr(), begin, end); });
   return y;
@@ -173,13 +171,13 @@ Tensor relu2_forward(const Tensor& k) {
 Tensor relu2_backward(const Tensor& g, const Tensor& k) {
   contiguous(k, "k");
   like(g, "g", k);
-  const Tensor gk = at::empty_like(k);
+  const Tensor gk = k.new_empty(k.sizes());
   const auto run = loops().relu2_gradient[dtype(k)];
   each(k.numel(), PIECE, [&](int64_t begin, int64_t end) { run(g.data_ptr(), k.data_ptr(), gk.data_ptr(), begin, end); });
   return gk;
 }
 
-void drop(const Tensor& x, const Tensor& y, bool add, int64_t seed, double p) {
+static void drop(const Tensor& x, const Tensor& y, bool add, int64_t seed, double p) {
   contiguous(x, "x");
   like(y, "y", x);
   TORCH_CHECK(p >= 0 && p < 1, "p must be at least 0 and less than 1; it is ", p);
@@ -188,7 +186,7 @@ void drop(const Tensor& x, const Tensor& y, bool add, int64_t seed, double p) {
   each(x.numel(), PIECE, [&](int64_t begin, int64_t end) { run(x.data_ptr(), y.data_ptr(), add, uint32_t(seed), below, float(1 / (1 - p)), begin, end); });
 }
 Tensor dropout(const Tensor& x, int64_t seed, double p) {
-  const Tensor y = at::empty_like(x);
+  const Tensor y = x.new_empty(x.sizes());
   drop(x, y, false, seed, p);
   return y;
 }
@@ -202,25 +200,11 @@ Tensor loss(const Tensor& logits, const Tensor& target, double pull, bool gradie
   check(target, "target", at::kLong, {N});
   const int64_t* t = target.data_ptr<int64_t>();
   for (int64_t i = 0; i < N; i++) TORCH_CHECK_INDEX(t[i] >= 0 && t[i] < V, "target ", t[i], " is not below the vocabulary of ", V);
-  const Tensor stats = at::empty({N, 3}, logits.options().dtype(at::kFloat));
-  const FusedLoss q{V, logits.data_ptr(), reinterpret_cast<const long long*>(t), stats.data_ptr<float>(), float(pull), gradient, false};
+  const Tensor stats = logits.new_empty({N, 3}, logits.options().dtype(at::kFloat));
+  const FusedLoss q{V, logits.data_ptr(), reinterpret_cast<const long long*>(t), stats.data_ptr<float>(), float(pull), gradient};
   const auto run = loops().loss[dtype(logits)];
   each(N, 1, [&](int64_t begin, int64_t end) { run(q, begin, end); });
   return stats;
 }
 
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(rwkv, library) {
-  library.def("norm_forward(Tensor x, Tensor w, Tensor b, float eps, ScalarType inside) -> (Tensor y, Tensor stats)", norm_forward);
-  library.def("norm_backward(Tensor gy, Tensor? past, Tensor x, Tensor w, Tensor stats, bool affine) -> (Tensor gx, Tensor gw, Tensor gb)", norm_backward);
-  library.def("mix_forward(Tensor x, Tensor last, Tensor? reset, Tensor mix) -> Tensor[]", mix_forward);
-  library.def("mix_backward(Tensor[] gy, Tensor x, Tensor last, Tensor? reset, Tensor mix, bool want_mix) -> (Tensor gx, Tensor glast, Tensor gmix)", mix_backward);
-  library.def("gate_forward(Tensor? x, Tensor r, Tensor v) -> Tensor", gate_forward);
-  library.def("gate_backward(Tensor g, Tensor r, Tensor v) -> (Tensor gr, Tensor gv)", gate_backward);
-  library.def("relu2_forward(Tensor k) -> Tensor", relu2_forward);
-  library.def("relu2_backward(Tensor g, Tensor k) -> Tensor", relu2_backward);
-  library.def("dropout(Tensor x, int seed, float p) -> Tensor", dropout);
-  library.def("dropout_add(Tensor(a!) y, Tensor x, int seed, float p) -> ()", dropout_add);
-  library.def("loss(Tensor(a!) logits, Tensor target, float pull, bool gradient) -> Tensor", loss);
-}
+}  // namespace cpu

@@ -1,5 +1,5 @@
 // The CUDA unit's fused operations: what fused_cpu_loops.h is on CPUs. A thread takes FUSED_WIDTH neighbouring numbers at a time, 16 bytes to an access,
-// or one by one where a tensor does not allow it. Arithmetic is in fp32 whatever the tensors are.
+// or one by one where a tensor does not allow it (the kernels named _any). Arithmetic is in fp32 whatever the tensors are.
 //
 // norm       a block per row, which stays in registers up to 8192 channels. Sums within a row go lane by lane, then warp by warp
 // norm_sums  the gradients of w and b: a thread per 8 channels and slice of rows
@@ -72,16 +72,36 @@ WKV_FN void put_wide(fp32* p, Eight x) {
   put_words(p + 4, high);
 }
 
-// W numbers from a place of a tensor. W is FUSED_WIDTH where every tensor's rows are multiples of it and begin at multiples of 16 bytes, else 1.
-template <class E, int W> WKV_FN Numbers<W> get(const void* from, long long at) {
-  const E* p = (const E*)from + at;
-  if constexpr (W == 1) return {{load(p)}};
-  else return get_wide(p);
+// How a tensor's numbers are read and written, W of them from a place on: FUSED_WIDTH where every tensor's rows are multiples of it and begin at
+// multiples of 16 bytes. Else one by one, and of whatever dtype: one kernel for all of them, as each takes time to compile for every architecture.
+template <class E> struct Wide {
+  static constexpr int W = FUSED_WIDTH;
+  WKV_MEMBER float one(const void* from, long long at) const { return load((const E*)from + at); }
+  WKV_MEMBER Numbers<W> get(const void* from, long long at) const { return get_wide((const E*)from + at); }
+  WKV_MEMBER void put(void* to, long long at, Numbers<W> x) const { put_wide((E*)to + at, x); }
+};
+struct Any {
+  static constexpr int W = 1;
+  int dtype;
+  WKV_MEMBER float one(const void* from, long long at) const {
+    if (dtype == DTYPE_FP32) return load((const fp32*)from + at);
+    if (dtype == DTYPE_BF16) return load((const bf16*)from + at);
+    return load((const fp16*)from + at);
+  }
+  WKV_MEMBER Numbers<W> get(const void* from, long long at) const { return {{one(from, at)}}; }
+  WKV_MEMBER void put(void* to, long long at, Numbers<W> x) const {
+    if (dtype == DTYPE_FP32) store((fp32*)to + at, x.x[0]);
+    else if (dtype == DTYPE_BF16) store((bf16*)to + at, x.x[0]);
+    else store((fp16*)to + at, x.x[0]);
+  }
+};
+template <int W> WKV_FN Numbers<W> floats(const float* from, long long at) {
+  if constexpr (W == 1) return {{from[at]}};
+  else return get_wide((const fp32*)from + at);
 }
-template <class E, int W> WKV_FN void put(void* to, long long at, Numbers<W> x) {
-  E* p = (E*)to + at;
-  if constexpr (W == 1) store(p, x.x[0]);
-  else put_wide(p, x);
+template <int W> WKV_FN void put_floats(float* to, long long at, Numbers<W> x) {
+  if constexpr (W == 1) to[at] = x.x[0];
+  else put_wide((fp32*)to + at, x);
 }
 
 // ---- over the threads of a block ----
@@ -102,28 +122,33 @@ template <class How, class V> WKV_FN V together(V x) {  // the same for every th
   return x;
 }
 
-// ---- LayerNorm: a block is as wide as a row, so a thread's first W numbers are in most models all it has, and stay in registers ----
+// ---- LayerNorm: a block is as wide as a row, so a thread's first W numbers are in most models all it has, and stay in registers.
+// Loops over the rest are not unrolled: they would only take longer to compile ----
 
-template <class X, class Y, int W> WKV_FN void norm(const FusedNorm& q) {
+template <class X, class Y> WKV_FN void norm(const FusedNorm& q, X stream, Y inside) {
+  constexpr int W = X::W;
   const long long row = block_number(), at = row * q.D, mine = (long long)thread_number() * W, step = (long long)block_size() * W;
   Numbers<W> held = {};
   float sum = 0, squares = 0;
-  if (mine < q.D) held = get<X, W>(q.x, at + mine);
+  if (mine < q.D) held = stream.get(q.x, at + mine);
+#pragma unroll 1
   for (long long c = mine; c < q.D; c += step) {
-    const Numbers<W> x = c == mine ? held : get<X, W>(q.x, at + c);
+    const Numbers<W> x = c == mine ? held : stream.get(q.x, at + c);
     EACH sum += x.x[i];
   }
   const float mean = together<Add>(sum) / q.D;
+#pragma unroll 1
   for (long long c = mine; c < q.D; c += step) {
-    const Numbers<W> x = c == mine ? held : get<X, W>(q.x, at + c);
+    const Numbers<W> x = c == mine ? held : stream.get(q.x, at + c);
     EACH squares += (x.x[i] - mean) * (x.x[i] - mean);
   }
   const float scale = 1.0f / square_root(together<Add>(squares) / q.D + q.eps);
+#pragma unroll 1
   for (long long c = mine; c < q.D; c += step) {
-    const Numbers<W> w = get<fp32, W>(q.w, c), b = get<fp32, W>(q.b, c);
-    Numbers<W> x = c == mine ? held : get<X, W>(q.x, at + c);
+    const Numbers<W> w = floats<W>(q.w, c), b = floats<W>(q.b, c);
+    Numbers<W> x = c == mine ? held : stream.get(q.x, at + c);
     EACH x.x[i] = (x.x[i] - mean) * scale * w.x[i] + b.x[i];
-    put<Y, W>(q.y, at + c, x);
+    inside.put(q.y, at + c, x);
   }
   if (thread_number() == 0) {
     q.stats[2 * row] = mean;
@@ -131,13 +156,14 @@ template <class X, class Y, int W> WKV_FN void norm(const FusedNorm& q) {
   }
 }
 
-template <class X, class Y, int W> WKV_FN void norm_gradient(const FusedNorm& q) {
+template <class X, class Y> WKV_FN void norm_gradient(const FusedNorm& q, X stream, Y inside) {
+  constexpr int W = X::W;
   const long long row = block_number(), at = row * q.D, mine = (long long)thread_number() * W, step = (long long)block_size() * W;
   const float mean = q.stats[2 * row], scale = q.stats[2 * row + 1];
   struct Both { Numbers<W> normal, g; };  // x as normalised, and its gradient
   const auto read = [&](long long c) {
-    const Numbers<W> w = get<fp32, W>(q.w, c);
-    Both x = {get<X, W>(q.x, at + c), get<Y, W>(q.gy, at + c)};
+    const Numbers<W> w = floats<W>(q.w, c);
+    Both x = {stream.get(q.x, at + c), inside.get(q.gy, at + c)};
     EACH x.normal.x[i] = (x.normal.x[i] - mean) * scale;
     EACH x.g.x[i] *= w.x[i];
     return x;
@@ -145,6 +171,7 @@ template <class X, class Y, int W> WKV_FN void norm_gradient(const FusedNorm& q)
   Both held = {};
   float sum = 0, product = 0;
   if (mine < q.D) held = read(mine);
+#pragma unroll 1
   for (long long c = mine; c < q.D; c += step) {
     const Both x = c == mine ? held : read(c);
     EACH sum += x.g.x[i];
@@ -152,16 +179,18 @@ template <class X, class Y, int W> WKV_FN void norm_gradient(const FusedNorm& q)
   }
   sum = together<Add>(sum) / q.D;
   product = together<Add>(product) / q.D;
+#pragma unroll 1
   for (long long c = mine; c < q.D; c += step) {
     const Both x = c == mine ? held : read(c);
     Numbers<W> gx = {};
-    if (q.past) gx = get<X, W>(q.past, at + c);
+    if (q.past) gx = stream.get(q.past, at + c);
     EACH gx.x[i] += fused_norm_gradient(x.g.x[i], 1.0f, x.normal.x[i], scale, sum, product);
-    put<X, W>(q.gx, at + c, gx);
+    stream.put(q.gx, at + c, gx);
   }
 }
 
-template <class X, class Y, int W> WKV_FN void norm_sums(const FusedNorm& q) {
+template <class X, class Y> WKV_FN void norm_sums(const FusedNorm& q, X stream, Y inside) {
+  constexpr int W = X::W;
   const long long groups = q.D / W, slice = thread_index() / groups, c = thread_index() % groups * W;
   const long long begin = slice * q.slice, end = begin + q.slice < q.N ? begin + q.slice : q.N;
   if (begin >= q.N) return;
@@ -169,12 +198,12 @@ template <class X, class Y, int W> WKV_FN void norm_sums(const FusedNorm& q) {
 #pragma unroll 2
   for (long long row = begin; row < end; row++) {
     const float mean = q.stats[2 * row], scale = q.stats[2 * row + 1];
-    const Numbers<W> x = get<X, W>(q.x, row * q.D + c), gy = get<Y, W>(q.gy, row * q.D + c);
+    const Numbers<W> x = stream.get(q.x, row * q.D + c), gy = inside.get(q.gy, row * q.D + c);
     EACH gw.x[i] += gy.x[i] * ((x.x[i] - mean) * scale);
     EACH gb.x[i] += gy.x[i];
   }
-  put<fp32, W>(q.gw, slice * q.D + c, gw);
-  put<fp32, W>(q.gb, slice * q.D + c, gb);
+  put_floats<W>(q.gw, slice * q.D + c, gw);
+  put_floats<W>(q.gb, slice * q.D + c, gb);
 }
 
 // ---- token shift and mixing ----
@@ -191,64 +220,66 @@ template <int W> WKV_FN bool find(const FusedMix& q, Stretch& at) {
   at.end = at.begin + q.slice < q.T ? at.begin + q.slice : q.T;
   return at.b < q.B;
 }
-template <class E, int W> WKV_FN Numbers<W> token(const FusedMix& q, const void* of, const Stretch& at, long long t) {
-  return get<E, W>(of, (at.b * q.T + t) * q.D + at.c);
+template <class E> WKV_FN Numbers<E::W> token(const FusedMix& q, E numbers, const void* of, const Stretch& at, long long t) {
+  return numbers.get(of, (at.b * q.T + t) * q.D + at.c);
 }
-template <class E, int W> WKV_FN Numbers<W> before(const FusedMix& q, const Stretch& at, long long t) {  // the token before t, wherever documents start
-  return t ? token<E, W>(q, q.x, at, t - 1) : get<E, W>(q.last, at.b * q.D + at.c);
+template <class E> WKV_FN Numbers<E::W> before(const FusedMix& q, E numbers, const Stretch& at, long long t) {  // the token before t, wherever documents start
+  return t ? token(q, numbers, q.x, at, t - 1) : numbers.get(q.last, at.b * q.D + at.c);
 }
 WKV_FN bool starts(const FusedMix& q, const Stretch& at, long long t) { return q.reset && q.reset[at.b * q.T + t]; }
 
-template <class E, int W> WKV_FN void mix(const FusedMix& q) {
+template <class E> WKV_FN void mix(const FusedMix& q, E numbers) {
+  constexpr int W = E::W;
   Stretch at;
   if (!find<W>(q, at)) return;
   Numbers<W> mixes[3];
-  EACH_MIX mixes[m] = get<fp32, W>(q.mix, m * q.D + at.c);
-  Numbers<W> past = before<E, W>(q, at, at.begin);
+  EACH_MIX mixes[m] = floats<W>(q.mix, m * q.D + at.c);
+  Numbers<W> past = before(q, numbers, at, at.begin);
 #pragma unroll 2
   for (long long t = at.begin; t < at.end; t++) {
     if (starts(q, at, t)) past = {};
-    const Numbers<W> x = token<E, W>(q, q.x, at, t);
+    const Numbers<W> x = token(q, numbers, q.x, at, t);
     EACH_MIX {
       Numbers<W> y;
       EACH y.x[i] = fused_mix(past.x[i], x.x[i], mixes[m].x[i]);
-      put<E, W>(q.y[m], (at.b * q.T + t) * q.D + at.c, y);
+      numbers.put(q.y[m], (at.b * q.T + t) * q.D + at.c, y);
     }
     past = x;
   }
 }
 
-template <class E, int W> WKV_FN void mix_gradient(const FusedMix& q) {
+template <class E> WKV_FN void mix_gradient(const FusedMix& q, E numbers) {
+  constexpr int W = E::W;
   Stretch at;
   if (!find<W>(q, at)) return;
   Numbers<W> mixes[3], sums[3] = {}, onward = {}, x = {};  // onward: the gradient of token t by the token after it
-  EACH_MIX mixes[m] = get<fp32, W>(q.mix, m * q.D + at.c);
+  EACH_MIX mixes[m] = floats<W>(q.mix, m * q.D + at.c);
   if (at.end < q.T && !starts(q, at, at.end)) EACH_MIX {
-    const Numbers<W> gy = token<E, W>(q, q.gy[m], at, at.end);
+    const Numbers<W> gy = token(q, numbers, q.gy[m], at, at.end);
     EACH onward.x[i] += (1.0f - mixes[m].x[i]) * gy.x[i];
   }
-  if (q.gmix) x = token<E, W>(q, q.x, at, at.end - 1);
+  if (q.gmix) x = token(q, numbers, q.x, at, at.end - 1);
 #pragma unroll 1
   for (long long t = at.end - 1; t >= at.begin; t--) {
     const bool first = starts(q, at, t);
     Numbers<W> gx = onward, past = {}, change = {};
     onward = {};
     if (q.gmix) {
-      past = before<E, W>(q, at, t);
+      past = before(q, numbers, at, t);
       EACH change.x[i] = x.x[i] - (first ? 0.0f : past.x[i]);
     }
     EACH_MIX {
-      const Numbers<W> gy = token<E, W>(q, q.gy[m], at, t);
+      const Numbers<W> gy = token(q, numbers, q.gy[m], at, t);
       EACH gx.x[i] += mixes[m].x[i] * gy.x[i];
       if (!first) EACH onward.x[i] += (1.0f - mixes[m].x[i]) * gy.x[i];
       EACH sums[m].x[i] += gy.x[i] * change.x[i];
     }
-    put<E, W>(q.gx, (at.b * q.T + t) * q.D + at.c, gx);
+    numbers.put(q.gx, (at.b * q.T + t) * q.D + at.c, gx);
     x = past;
   }
-  if (at.begin == 0) put<E, W>(q.glast, at.b * q.D + at.c, onward);
+  if (at.begin == 0) numbers.put(q.glast, at.b * q.D + at.c, onward);
   const long long parts = (q.T + q.slice - 1) / q.slice;
-  if (q.gmix) EACH_MIX put<fp32, W>(q.gmix, ((at.b * parts + at.part) * q.count + m) * q.D + at.c, sums[m]);
+  if (q.gmix) EACH_MIX put_floats<W>(q.gmix, ((at.b * parts + at.part) * q.count + m) * q.D + at.c, sums[m]);
 }
 
 // ---- element by element ----
@@ -259,64 +290,70 @@ template <int W, class F> WKV_FN void elements(long long N, const F& work) {
   if (at < N) work(at);
 }
 
-template <class X, class Y, int W> WKV_FN void gate(const FusedGate& q) {
+template <class X, class Y> WKV_FN void gate(const FusedGate& q, X stream, Y inside) {
+  constexpr int W = X::W;
   elements<W>(q.N, [&](long long at) {
-    const Numbers<W> r = get<Y, W>(q.r, at), v = get<Y, W>(q.v, at);
+    const Numbers<W> r = inside.get(q.r, at), v = inside.get(q.v, at);
     Numbers<W> y = {};
-    if (q.x) y = get<X, W>(q.x, at);
+    if (q.x) y = stream.get(q.x, at);
     EACH y.x[i] += fused_gate(r.x[i], v.x[i]);
-    if (q.x) put<X, W>(q.y, at, y);
-    else put<Y, W>(q.y, at, y);
+    if (q.x) stream.put(q.y, at, y);
+    else inside.put(q.y, at, y);
   });
 }
-template <class X, class Y, int W> WKV_FN void gate_gradient(const FusedGate& q) {
+template <class X, class Y> WKV_FN void gate_gradient(const FusedGate& q, X stream, Y inside) {
+  constexpr int W = X::W;
   elements<W>(q.N, [&](long long at) {
-    const Numbers<W> r = get<Y, W>(q.r, at), v = get<Y, W>(q.v, at), g = get<X, W>(q.g, at);
+    const Numbers<W> r = inside.get(q.r, at), v = inside.get(q.v, at), g = stream.get(q.g, at);
     Numbers<W> gr, gv;
     EACH fused_gate_gradient(g.x[i], r.x[i], v.x[i], gr.x[i], gv.x[i]);
-    put<Y, W>(q.gr, at, gr);
-    put<Y, W>(q.gv, at, gv);
+    inside.put(q.gr, at, gr);
+    inside.put(q.gv, at, gv);
   });
 }
 
-template <class E, int W> WKV_FN void relu2(const FusedEach& q) {
+template <class E> WKV_FN void relu2(const FusedEach& q, E numbers) {
+  constexpr int W = E::W;
   elements<W>(q.N, [&](long long at) {
-    Numbers<W> k = get<E, W>(q.k, at);
+    Numbers<W> k = numbers.get(q.k, at);
     EACH k.x[i] = fused_relu2(k.x[i]);
-    put<E, W>(q.y, at, k);
+    numbers.put(q.y, at, k);
   });
 }
-template <class E, int W> WKV_FN void relu2_gradient(const FusedEach& q) {
+template <class E> WKV_FN void relu2_gradient(const FusedEach& q, E numbers) {
+  constexpr int W = E::W;
   elements<W>(q.N, [&](long long at) {
-    const Numbers<W> g = get<E, W>(q.g, at);
-    Numbers<W> k = get<E, W>(q.k, at);
+    const Numbers<W> g = numbers.get(q.g, at);
+    Numbers<W> k = numbers.get(q.k, at);
     EACH k.x[i] = fused_relu2_gradient(g.x[i], k.x[i]);
-    put<E, W>(q.y, at, k);
+    numbers.put(q.y, at, k);
   });
 }
-template <class E, int W> WKV_FN void dropout(const FusedEach& q) {
+template <class E> WKV_FN void dropout(const FusedEach& q, E numbers) {
+  constexpr int W = E::W;
   elements<W>(q.N, [&](long long at) {
-    const Numbers<W> x = get<E, W>(q.k, at);
+    const Numbers<W> x = numbers.get(q.k, at);
     Numbers<W> y = {};
-    if (q.add) y = get<E, W>(q.y, at);
+    if (q.add) y = numbers.get(q.y, at);
     EACH y.x[i] += fused_hash((unsigned)(at + i), q.seed) < q.below ? 0.0f : x.x[i] * q.scale;
-    put<E, W>(q.y, at, y);
+    numbers.put(q.y, at, y);
   });
 }
 
 // ---- loss ----
 
-template <class E, int W> WKV_FN void loss(const FusedLoss& q) {
+template <class E> WKV_FN void loss(const FusedLoss& q, E numbers) {
+  constexpr int W = E::W;
   const long long step = (long long)block_size() * W;
   const float infinity = as_float(0x7f800000u);
   const long long row = block_number(), at = row * q.V, target = q.target[row], mine = (long long)thread_number() * W;
   const bool valid = target >= 0 && target < q.V;  // nothing can be raised here: a target outside makes the loss NaN
-  const float at_target = valid ? load((const E*)q.logits + at + target) : as_float(0x7fc00000u);
+  const float at_target = valid ? numbers.one(q.logits, at + target) : as_float(0x7fc00000u);
   // This thread's largest logit, the first place that has it, and the sum of e^(logit − largest).
   float best = -infinity, sum = 0;
   long long first = q.V;
   for (long long c = mine; c < q.V; c += step) {
-    const Numbers<W> x = get<E, W>(q.logits, at + c);
+    const Numbers<W> x = numbers.get(q.logits, at + c);
     float most = best;
     EACH if (x.x[i] > most) {
       most = x.x[i];
@@ -337,37 +374,40 @@ template <class E, int W> WKV_FN void loss(const FusedLoss& q) {
   if (!q.gradient) return;
   // softmax, then −1 at the target and L2Wrap's pull at the largest logit, each added before it is rounded
   for (long long c = mine; c < q.V; c += step) {
-    Numbers<W> x = get<E, W>(q.logits, at + c);
+    Numbers<W> x = numbers.get(q.logits, at + c);
     EACH {
       x.x[i] = wkv_exp(x.x[i] - top) * share;
       if (c + i == target) x.x[i] -= 1.0f;
       if (c + i == first) x.x[i] += top * q.pull;
     }
-    put<E, W>(q.logits, at + c, x);
+    numbers.put(q.logits, at + c, x);
   }
 }
 
 // ---- kernels, by dtype or by the dtypes of stream and inside ----
 
-#define RUN(function, ...) (q.wide ? function<__VA_ARGS__, FUSED_WIDTH>(q) : function<__VA_ARGS__, 1>(q))
-#define OF_TWO(X, Y, name)                                                                              \
-  KERNEL(FUSED_ROW_THREADS) fused_norm_##name(const FusedNorm q) { RUN(norm, X, Y); }                       \
-  KERNEL(FUSED_ROW_THREADS) fused_norm_gradient_##name(const FusedNorm q) { RUN(norm_gradient, X, Y); }     \
-  KERNEL(FUSED_THREADS) fused_norm_sums_##name(const FusedNorm q) { RUN(norm_sums, X, Y); }             \
-  KERNEL(FUSED_THREADS) fused_gate_##name(const FusedGate q) { RUN(gate, X, Y); }                       \
-  KERNEL(FUSED_THREADS) fused_gate_gradient_##name(const FusedGate q) { RUN(gate_gradient, X, Y); }
-#define OF_ONE(E)                                                                                       \
-  OF_TWO(E, E, E)                                                                                       \
-  KERNEL(FUSED_THREADS) fused_mix_##E(const FusedMix q) { RUN(mix, E); }                                \
-  KERNEL(FUSED_THREADS, 4) fused_mix_gradient_##E(const FusedMix q) { RUN(mix_gradient, E); }           \
-  KERNEL(FUSED_THREADS) fused_relu2_##E(const FusedEach q) { RUN(relu2, E); }                           \
-  KERNEL(FUSED_THREADS) fused_relu2_gradient_##E(const FusedEach q) { RUN(relu2_gradient, E); }         \
-  KERNEL(FUSED_THREADS) fused_dropout_##E(const FusedEach q) { RUN(dropout, E); }                       \
-  KERNEL(FUSED_ROW_THREADS) fused_loss_##E(const FusedLoss q) { RUN(loss, E); }
-OF_ONE(fp32)
-OF_ONE(bf16)
-OF_ONE(fp16)
-OF_TWO(fp32, bf16, fp32_bf16)
-OF_TWO(fp32, fp16, fp32_fp16)
+#define OF_TWO(name, X, Y)                                                                                          \
+  KERNEL(FUSED_ROW_THREADS) fused_norm_##name(const FusedNorm q) { norm(q, X, Y); }                                 \
+  KERNEL(FUSED_ROW_THREADS) fused_norm_gradient_##name(const FusedNorm q) { norm_gradient(q, X, Y); }               \
+  KERNEL(FUSED_THREADS) fused_norm_sums_##name(const FusedNorm q) { norm_sums(q, X, Y); }                           \
+  KERNEL(FUSED_THREADS) fused_gate_##name(const FusedGate q) { gate(q, X, Y); }                                     \
+  KERNEL(FUSED_THREADS) fused_gate_gradient_##name(const FusedGate q) { gate_gradient(q, X, Y); }
+#define OF_ONE(name, E)                                                                                             \
+  KERNEL(FUSED_THREADS) fused_mix_##name(const FusedMix q) { mix(q, E); }                                           \
+  KERNEL(FUSED_THREADS, 4) fused_mix_gradient_##name(const FusedMix q) { mix_gradient(q, E); }                      \
+  KERNEL(FUSED_THREADS) fused_relu2_##name(const FusedEach q) { relu2(q, E); }                                      \
+  KERNEL(FUSED_THREADS) fused_relu2_gradient_##name(const FusedEach q) { relu2_gradient(q, E); }                    \
+  KERNEL(FUSED_THREADS) fused_dropout_##name(const FusedEach q) { dropout(q, E); }                                  \
+  KERNEL(FUSED_ROW_THREADS) fused_loss_##name(const FusedLoss q) { loss(q, E); }
+OF_TWO(fp32, Wide<fp32>{}, Wide<fp32>{})
+OF_TWO(bf16, Wide<bf16>{}, Wide<bf16>{})
+OF_TWO(fp16, Wide<fp16>{}, Wide<fp16>{})
+OF_TWO(fp32_bf16, Wide<fp32>{}, Wide<bf16>{})
+OF_TWO(fp32_fp16, Wide<fp32>{}, Wide<fp16>{})
+OF_TWO(any, Any{q.stream}, Any{q.inside})
+OF_ONE(fp32, Wide<fp32>{})
+OF_ONE(bf16, Wide<bf16>{})
+OF_ONE(fp16, Wide<fp16>{})
+OF_ONE(any, Any{q.dtype})
 
 }  // namespace fused

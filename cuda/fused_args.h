@@ -7,6 +7,8 @@
 #define FUSED_ROW_THREADS 1024  // at most, where a block takes a row: a multiple of 32, no more than the row can use
 #define FUSED_WIDTH 8           // neighbouring numbers that a GPU's thread takes at a time
 
+enum FusedDtype { DTYPE_FP32, DTYPE_BF16, DTYPE_FP16 };
+
 struct FusedNorm {
   long long D;
   const void* x;           // [N, D], of the stream
@@ -19,7 +21,7 @@ struct FusedNorm {
   void* gx;                // [N, D], of the stream
   float *gw, *gb;          // [D], this range's share, or null; for kernels [slices, D]
   long long N, slice;      // rows in all, and rows that share a sum
-  bool wide;               // rows are read and written 16 bytes at a time
+  int stream, inside;      // dtypes, for kernels that take any
 };
 
 struct FusedMix {
@@ -35,7 +37,7 @@ struct FusedMix {
   void *gx, *glast;            // [B, T, D], [B, D]
   float* gmix;                 // [count, D], this range's share, or null; for kernels [B, slices of T, count, D]
   long long B, slice;          // tokens that a thread runs through
-  bool wide;
+  int dtype;
 };
 
 struct FusedGate {
@@ -44,7 +46,7 @@ struct FusedGate {
   const void* g;           // of y's dtype
   void *gr, *gv;
   long long N;             // numbers in all
-  bool wide;
+  int stream, inside;
 };
 
 struct FusedLoss {
@@ -54,7 +56,7 @@ struct FusedLoss {
   float* stats;            // [N, 3]: the largest logit, Σ e^(logit − largest), the logit at the target
   float pull;              // L2Wrap's factor
   bool gradient;
-  bool wide;
+  int dtype;
 };
 
 // Of kernels alone: squared ReLU (y of k), its gradient (y of g and k), and dropout (y of k).
@@ -65,5 +67,5 @@ struct FusedEach {
   bool add;                // dropout is added to y
   unsigned seed, below;
   float scale;
-  bool wide;
+  int dtype;
 };

@@ -9,7 +9,6 @@ enum FusedPair { FUSED_FP32, FUSED_BF16, FUSED_FP32_BF16 };
 
 // Each runs rows or elements [begin, end).
 struct FusedLoops {
-  const char* name;
   int64_t block;  // elements; ranges of elements begin at multiples of it
   void (*norm[3])(const FusedNorm&, int64_t begin, int64_t end);
   void (*norm_gradient[3])(const FusedNorm&, int64_t begin, int64_t end);

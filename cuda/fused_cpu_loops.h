@@ -1,4 +1,4 @@
-// The fused operations' loops over rows and channels, written once for vectors of WKV_BYTES bytes; see fused_cpu.h.
+// The fused operations' loops over rows and channels, written once for vectors of WKV_BYTES bytes; see fused_cpu.h and cpu_*.cpp.
 #include "fused_cpu.h"
 #include "cpu_block.h"
 
@@ -281,5 +281,5 @@ template <class E> void loss(const FusedLoss& q, int64_t begin, int64_t end) {
 
 #define THREE(f) {f<float, float>, f<bf16, bf16>, f<float, bf16>}
 #define TWO(f) {f<float>, f<bf16>}
-const FusedLoops FUSED_LOOPS = {WKV_NAME, BLOCK, THREE(norm), THREE(norm_gradient), TWO(mix), TWO(mix_gradient), THREE(gate), THREE(gate_gradient),
-                                TWO(relu2), TWO(relu2_gradient), TWO(dropout), TWO(loss)};
+const FusedLoops LOOPS(fused) = {BLOCK,      THREE(norm),         THREE(norm_gradient), TWO(mix),     TWO(mix_gradient), THREE(gate), THREE(gate_gradient),
+                                 TWO(relu2), TWO(relu2_gradient), TWO(dropout),         TWO(loss)};

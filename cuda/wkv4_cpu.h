@@ -28,7 +28,6 @@ struct Wkv4Gradients {
 
 // Each runs channels [c, c + n) of batch row `row` over all of T. Work is best shared out in multiples of `block` channels.
 struct Wkv4Loops {
-  const char* name;
   int64_t block;
   void (*forward[2])(const Wkv4Problem&, const Wkv4Outputs&, int64_t row, int64_t c, int64_t n);     // fp32, bf16
   void (*backward[2])(const Wkv4Problem&, const Wkv4Gradients&, int64_t row, int64_t c, int64_t n);  // fp32, bf16

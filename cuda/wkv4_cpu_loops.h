@@ -1,5 +1,5 @@
-// The CPU unit's loops over time and channels, written once for vectors of WKV_BYTES bytes. A file per width (wkv4_cpu_*.cpp)
-// names its target, WKV_BYTES and WKV_LOOPS and includes this one.
+// The CPU unit's loops over time and channels, written once for vectors of WKV_BYTES bytes. A file per width (cpu_*.cpp)
+// names its target, WKV_BYTES and LOOPS and includes this one.
 #include "wkv4_cpu.h"
 #include "cpu_block.h"
 #include "wkv4.h"
@@ -192,7 +192,7 @@ WKV_FN void backward(const Wkv4Problem& q, const Wkv4Gradients& grad, const Chun
 }
 
 // Calls WORK for each block of the channels [c, c + n); `left` of them are to be done.
-#define EACH_BLOCK(WORK, ...) \
+#define IN_BLOCKS(WORK, ...) \
   for (int64_t at = c; at < c + n; at += BLOCK) { \
     const int64_t left = c + n - at; \
     if (left >= BLOCK) WORK<E, true>(__VA_ARGS__, row, at, BLOCK); \
@@ -201,22 +201,22 @@ WKV_FN void backward(const Wkv4Problem& q, const Wkv4Gradients& grad, const Chun
 
 template <class E>
 void all_forward(const Wkv4Problem& q, const Wkv4Outputs& out, int64_t row, int64_t c, int64_t n) {
-  EACH_BLOCK(start, q)
+  IN_BLOCKS(start, q)
   for (int64_t index = 0; index < chunks_of(q.T); index++) {
     const Chunk chunk = chunk_at(index, q.T);
-    EACH_BLOCK(forward, q, out, chunk, left > BLOCK ? BLOCK : WKV_KEEP * q.C + c - at)
+    IN_BLOCKS(forward, q, out, chunk, left > BLOCK ? BLOCK : WKV_KEEP * q.C + c - at)
   }
 }
 
 template <class E>
 void all_backward(const Wkv4Problem& q, const Wkv4Gradients& grad, int64_t row, int64_t c, int64_t n) {
-  EACH_BLOCK(start, q, grad)
+  IN_BLOCKS(start, q, grad)
   for (int64_t index = chunks_of(q.T) - 1; index >= 0; index--) {
     const Chunk chunk = chunk_at(index, q.T);
-    EACH_BLOCK(backward, q, grad, chunk, left > BLOCK ? BLOCK : c - at - WKV_KEEP * q.C)
+    IN_BLOCKS(backward, q, grad, chunk, left > BLOCK ? BLOCK : c - at - WKV_KEEP * q.C)
   }
 }
 
 }  // namespace
 
-const Wkv4Loops WKV_LOOPS = {WKV_NAME, BLOCK, {all_forward<float>, all_forward<bf16>}, {all_backward<float>, all_backward<bf16>}};
+const Wkv4Loops LOOPS(wkv4) = {BLOCK, {all_forward<float>, all_forward<bf16>}, {all_backward<float>, all_backward<bf16>}};

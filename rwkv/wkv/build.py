@@ -135,8 +135,8 @@ def _build() -> None:
     for old in folder().glob("wkv4*"):
         old.unlink()
     before = time.time()
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
-        compiled = pool.submit(_build_device, pool)
+    with ThreadPoolExecutor(1) as beside:
+        compiled = beside.submit(_build_device)
         _build_host()
         device = compiled.result()
     written = {
@@ -174,18 +174,19 @@ def _build_host() -> None:
             shutil.copyfile(Path(build_folder) / library().name, temporary)
 
 
-def _build_device(pool: ThreadPoolExecutor) -> dict:
+def _build_device() -> dict:
     path = compat.nvrtc()
     if path is None:
         return {}
     compiler = nvrtc.Compiler(path)
     archs = compat.gpu_archs(compiler.version, compiler.archs)
-    targets = [f"sm_{arch}" for arch in archs] + [f"compute_{archs[-1]}"]
-    files = dict(zip(targets, pool.map(lambda target: _compile(compiler, target), targets), strict=True))
+    targets = [f"sm_{arch}" for arch in reversed(archs)] + [f"compute_{archs[-1]}"]  # what takes longest first
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        files = pool.map(lambda target: _compile(compiler, target), targets)
     return {
         "compiler": f"NVRTC {compiler.version}",
         "options": DEVICE_OPTIONS,
-        "files": dict(files.values()),
+        "files": dict(files),
     }
 
 

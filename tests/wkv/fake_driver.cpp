@@ -99,7 +99,7 @@ template <class Args> static Kernel kernel(void (*function)(Args), bool barriers
   FUSED_OF_TWO(E), FUSED(fused_mix_##E), FUSED(fused_mix_gradient_##E), FUSED(fused_relu2_##E), FUSED(fused_relu2_gradient_##E), \
       FUSED(fused_dropout_##E), FUSED_ROW(fused_loss_##E)
 static const std::map<std::string, Kernel> kernels = {WKV_OF(fp32), WKV_OF(bf16), WKV_OF(fp16), WKV(wkv4_scan), WKV(wkv4_scan_gradient),
-                                                      FUSED_OF(fp32), FUSED_OF(bf16), FUSED_OF(fp16), FUSED_OF_TWO(fp32_bf16), FUSED_OF_TWO(fp32_fp16)};
+                                                      FUSED_OF(fp32), FUSED_OF(bf16), FUSED_OF(fp16), FUSED_OF(any), FUSED_OF_TWO(fp32_bf16), FUSED_OF_TWO(fp32_fp16)};
 
 static std::ostringstream record;
 static std::string answer, failing;

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from rwkv.wkv import build, native, nvrtc
 COMPILER = nvrtc.Compiler(compat.nvrtc())
 KERNELS = {f"wkv4_{what}_{dtype}" for what in ("summary", "output", "summary_gradient", "gradient") for dtype in ("fp32", "bf16", "fp16")}
 KERNELS |= {"wkv4_scan", "wkv4_scan_gradient"}
-ONE, TWO = ("fp32", "bf16", "fp16"), ("fp32", "bf16", "fp16", "fp32_bf16", "fp32_fp16")  # dtypes; of stream and inside
+ONE, TWO = ("fp32", "bf16", "fp16", "any"), ("fp32", "bf16", "fp16", "fp32_bf16", "fp32_fp16", "any")  # dtypes; of stream and inside
 KERNELS |= {f"fused_{what}_{dtype}" for what in ("mix", "mix_gradient", "relu2", "relu2_gradient", "dropout", "loss") for dtype in ONE}
 KERNELS |= {f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums", "gate", "gate_gradient") for dtype in TWO}
 ARCHS = sorted(int(name.split("_sm_")[1].split(".")[0]) for name in build.manifest()["device"]["files"] if "_sm_" in name)
@@ -46,7 +47,7 @@ def test_it_compiles_without_warnings_within_the_budget(arch):
         # wkv4_gradient has 16 tokens and their states in registers: it may have all that a thread can have. A block that is as wide as a row
         # has up to 1024 threads, of 64 each; what goes element by element leaves room for all that an SM can run, or nearly so
         rows, small = (
-            ("fused_norm_fp", "fused_norm_bf", "fused_norm_gradient", "fused_loss"),
+            ("fused_norm_fp", "fused_norm_bf", "fused_norm_any", "fused_norm_gradient", "fused_loss"),
             ("fused_gate", "fused_relu2", "fused_dropout"),
         )
         most = 255 if name.startswith("wkv4_gradient") else 64 if name.startswith(rows) else 48 if name.startswith(small) else 128
@@ -222,10 +223,24 @@ def test_a_build_that_is_broken_off_leaves_nothing_usable(tmp_path, monkeypatch)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(build, "_build_host", stop)
-    monkeypatch.setattr(build, "_build_device", lambda pool: {})
+    monkeypatch.setattr(build, "_build_device", lambda: {})
     with pytest.raises(KeyboardInterrupt):
         build.build()
     assert "make kernels" in build.refusal()
+
+
+def test_as_many_targets_are_compiled_at_a_time_as_there_are_cores(monkeypatch):
+    begun, two = [], threading.Barrier(2)
+
+    def compiled(_, target):
+        begun.append(target)
+        if len(begun) <= 2:
+            two.wait(timeout=30)  # raises if no second one begins
+        return target, {}
+
+    monkeypatch.setattr(build, "_compile", compiled)
+    monkeypatch.setattr(build.os, "cpu_count", lambda: 2)
+    assert list(build._build_device()["files"]) == [*(f"sm_{arch}" for arch in reversed(ARCHS)), f"compute_{ARCHS[-1]}"]
 
 
 def test_two_builds_at_once_make_one(tmp_path):

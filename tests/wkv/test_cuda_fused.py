@@ -111,6 +111,18 @@ def test_a_row_gets_a_block_as_wide_as_it_is(gpu):
         assert launch[5] == str(threads), channels
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_whole_vectors_get_the_kernel_of_their_dtypes_and_other_rows_that_of_any(gpu, dtype):
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    pair = "fp32" if dtype == FP32 else f"fp32_{name}"
+    for channels, one, two in ((64, name, pair), (60, "any", "any")):
+        gpu.call("calls")
+        gpu.call("operation", "relu2_forward", torch.ones(channels, dtype=dtype))
+        gpu.call("operation", "norm_forward", torch.ones(1, channels), torch.ones(channels), torch.zeros(channels), 1e-5, dtype)
+        launches = [call.split()[1] for call in gpu.call("calls") if call.startswith("cuLaunchKernel")]
+        assert launches == [f"fused_relu2_{one}", f"fused_norm_{two}"]
+
+
 def test_nothing_is_launched_for_nothing(gpu):
     gpu.call("calls")
     assert gpu.call("operation", "relu2_forward", torch.zeros(0, 8)).shape == (0, 8)

@@ -8,7 +8,7 @@
 #pragma GCC target("arch=skylake-avx512")
 #endif
 #define WKV_BYTES 64
-#define WKV_NAME "avx512_bf16"
-#define WKV_LOOPS wkv4_loops_avx512_bf16
+#define LOOPS(operations) operations##_loops_avx512_bf16
 #include "wkv4_cpu_loops.h"
+#include "fused_cpu_loops.h"
 #endif

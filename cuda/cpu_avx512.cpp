@@ -2,7 +2,7 @@
 #ifdef __x86_64__
 #pragma GCC target("arch=skylake-avx512")
 #define WKV_BYTES 64
-#define WKV_NAME "avx512"
-#define WKV_LOOPS wkv4_loops_avx512
+#define LOOPS(operations) operations##_loops_avx512
 #include "wkv4_cpu_loops.h"
+#include "fused_cpu_loops.h"
 #endif

@@ -2,7 +2,7 @@
 #ifdef __x86_64__
 #pragma GCC target("arch=haswell")
 #define WKV_BYTES 32
-#define WKV_NAME "avx2"
-#define WKV_LOOPS wkv4_loops_avx2
+#define LOOPS(operations) operations##_loops_avx2
 #include "wkv4_cpu_loops.h"
+#include "fused_cpu_loops.h"
 #endif
