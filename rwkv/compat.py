@@ -97,20 +97,100 @@ def forget_steps(optimizer: "torch.optim.Optimizer") -> None:
             state["step"] = state["step"] * 0
 
 
-def adam(groups: list[dict[str, Any]], decoupled: bool, fused: bool, **options: Any) -> "torch.optim.Optimizer":
-    """torch's Adam, or AdamW if decoupled: where all parameters are on GPUs fused, if this torch has that (1.13.1 has it for Adam alone), or over
-    lists of tensors (foreach); plain elsewhere and where it is not to be fused."""
+def adam(groups: list[dict[str, Any]], decoupled: bool, fused: bool, deepspeed: bool, **options: Any) -> "torch.optim.Optimizer":
+    """torch's Adam, or AdamW if decoupled: where all parameters are on GPUs fused, plain elsewhere and where it is not to be fused.
+
+    A fused one has an attribute found_inf: None, or a tensor of one fp32 number; a step that finds 1 there changes neither weights nor its own state,
+    and the host need not know. For DeepSpeed, which asks for its class, it is torch's own; 1.13.1 has no fused AdamW: over lists of tensors (foreach).
+    """
     import torch
 
     kind: Any = torch.optim.AdamW if decoupled else torch.optim.Adam  # torch 1.13.1's stubs know neither foreach nor fused
-    if not fused or not all(parameter.is_cuda for group in groups for parameter in group["params"]):
+    if not (fused and _on_gpus(groups)):
         return kind(groups, **options)
-    if "fused" not in inspect.signature(kind).parameters:
+    if stack() == "cu117" and not deepspeed:
+        made = _fused_adam()(groups, decoupled, fused=True, **options)
+    elif "fused" not in inspect.signature(kind).parameters:
         return kind(groups, foreach=True, **options)
-    made = kind(groups, fused=True, **options)
+    else:
+        made = kind(groups, fused=True, **options)
+    made.found_inf = None
     # It could unscale fp16's gradients itself, wherefore Lightning refuses to clip them, in bf16 too. Scaled they are unscaled before it.
     made._step_supports_amp_scaling = False
     return made
+
+
+def _on_gpus(groups: list[dict[str, Any]]) -> bool:
+    return all(parameter.is_cuda for group in groups for parameter in group["params"])
+
+
+@functools.cache
+def _fused_adam() -> Any:
+    """torch 1.13.1's fused Adam with what it lacks: decoupled decay, and found_inf from anybody but a GradScaler."""
+    import torch
+
+    class Adam(torch.optim.Adam):
+        found_inf: torch.Tensor | None = None
+
+        def __init__(self, groups: list[dict[str, Any]], decoupled: bool, **options: Any):
+            super().__init__(groups, **options)
+            self.decoupled = decoupled
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()  # in which found_inf may be set
+            decays = [group["weight_decay"] for group in self.param_groups]
+            if self.decoupled:
+                for group in self.param_groups:
+                    self._decay(group)
+            try:
+                super().step(grad_scaler=None if self.found_inf is None else self)
+            finally:
+                for group, decay in zip(self.param_groups, decays, strict=True):
+                    group["weight_decay"] = decay
+            return loss
+
+        def _decay(self, group: dict[str, Any]) -> None:
+            factor = group["lr"] * group["weight_decay"]
+            group["weight_decay"] = 0.0  # it is no part of the gradient
+            for parameter in group["params"]:
+                if factor and parameter.grad is not None:
+                    parameter.mul_(1 - factor if self.found_inf is None else 1 - factor * (1 - self.found_inf))
+
+        # What Adam asks a GradScaler for. Gradients are unscaled by now.
+        def _get_scale_async(self) -> torch.Tensor:
+            return torch.ones_like(self.found_inf)
+
+        def _check_inf_per_device(self, _: Any) -> dict[torch.device, torch.Tensor]:
+            return {self.found_inf.device: self.found_inf}
+
+    return Adam
+
+
+@functools.cache
+def grad_scaler() -> Any:
+    """torch's class GradScaler, but an optimizer with found_inf (see `adam`) leaves out a step with gradients beyond fp16's range by itself: torch's asks
+    before every step whether there are any, and the host waits."""
+    import torch
+
+    newer: Any = torch  # than the stubs of 1.13.1
+    base: Any = torch.cuda.amp.GradScaler if stack() == "cu117" else newer.amp.GradScaler
+
+    class GradScaler(base):
+        def _maybe_opt_step(self, optimizer: Any, state: Any, *arguments: Any, **keywords: Any) -> Any:
+            if not hasattr(optimizer, "found_inf"):
+                return super()._maybe_opt_step(optimizer, state, *arguments, **keywords)
+            given, found = optimizer.found_inf, sum(state["found_inf_per_device"].values()).reshape(())
+            optimizer.found_inf = found if given is None else torch.maximum(given, found)
+            try:
+                return optimizer.step(*arguments, **keywords)
+            finally:
+                optimizer.found_inf = given
+
+    return GradScaler
 
 
 def deepspeed_ops() -> dict[str, str]:

@@ -142,7 +142,7 @@ class TrainConfig:
 
     on_nan: Literal["stop", "skip"] = "stop"
     """What to do when loss or gradient is no number (NaN, Inf). stop: end, and name the step, its batch and the last good state. skip: leave
-    the update of that step out, and end only after more than 20 in a row; it costs a wait for the GPU in every step."""
+    the update of that step out, and end only after more than 20 in a row; with Adafactor it costs a wait for the GPU in every step."""
 
     # the machine
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"

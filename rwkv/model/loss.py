@@ -66,6 +66,14 @@ class _HeadLoss(torch.autograd.Function):
         return None if gx is None else gx.mul_(scale), None if gweight is None else gweight.mul_(scale), None
 
 
+def _places(counts: Tensor, device: torch.device) -> Tensor:
+    """Where counts [N] is True, on the device; from main memory to a GPU the host does not wait."""
+    places = counts.nonzero().squeeze(1)
+    if device.type == "cuda" and not places.is_cuda:
+        places = places.pin_memory()
+    return places.to(device, non_blocking=True)
+
+
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, counts: Tensor | None = None) -> Tensor:
     """Mean cross-entropy in nats of softmax(x Wᵀ) at the targets; its gradient carries L2Wrap.
 
@@ -77,13 +85,14 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, counts: Tensor | None 
         x: [..., D], what the head reads.
         weight: [V, D], the head. Gets no gradient if it is frozen.
         targets: [...] int64 in [0, V).
-        counts: [...] bool, the targets that the mean is over; the others cost nothing, get no gradient and are not in N. None: all.
+        counts: [...] bool, the targets that the mean is over; the others cost nothing, get no gradient and are not in N. None: all. For x on a
+            GPU they had better stay in main memory: how many rows there are to compute the host has to know, and asking a GPU waits for it.
 
     Returns:
         A scalar, fp32; 0 without gradient where no target counts.
     """
     x, targets = rows(x.to(fused.compute_dtype(x))), targets.reshape(-1)
     if counts is not None:
-        counts = counts.reshape(-1)
-        x, targets = x[counts], targets[counts]
+        places = _places(counts.reshape(-1), x.device)
+        x, targets = x.index_select(0, places), targets.index_select(0, places)
     return _HeadLoss.apply(x, weight, targets)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from rwkv.config import TrainConfig
 from rwkv.data.dataset import HeldOut
 from rwkv.files import full_disk, whole
-from rwkv.train import dashboards, schedule
+from rwkv.train import dashboards, schedule, strategy
 from rwkv.train.finite import Finite
 from rwkv.train.lightning import pl
 from rwkv.train.module import TrainingModule
@@ -113,9 +113,7 @@ class Metrics(pl.Callback):
             **self._watch.line(),
         }
         self._tick = time.perf_counter()
-        self._unread.append(
-            _Step(line, module.samples, module.grad_norm is not None, Late(trainer.strategy.reduce(numbers, reduce_op="mean")))
-        )
+        self._unread.append(_Step(line, module.samples, module.grad_norm is not None, Late(strategy.mean(numbers))))
         if not waits_one_step(module.device) or schedule.ends_epoch(self.config, module.step) or self._validates(module.step):
             self.read(trainer, module)
         elif len(self._unread) > 1:

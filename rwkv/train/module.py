@@ -12,6 +12,7 @@ from rwkv.data.dataset import Samples
 from rwkv.model import RWKV
 from rwkv.train import optimizer, pieces, schedule, strategy
 from rwkv.train.lightning import pl
+from rwkv.train.optimizer import leave_out_unless_finite
 
 
 class TrainingModule(pl.LightningModule):
@@ -52,6 +53,10 @@ class TrainingModule(pl.LightningModule):
         # Rank 0 alone has looked into the folder of the run.
         self.begin, self.data.seed = self.trainer.strategy.broadcast((self.begin, self.data.seed))
 
+    def transfer_batch_to_device(self, batch: Sequence[Tensor], device: torch.device, dataloader_idx: int) -> list[Tensor]:
+        # All but counts, which say how many rows the head computes: the host has to know.
+        return [part if i == 2 else part.to(device, non_blocking=True) for i, part in enumerate(batch)]
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return optimizer.make(self.model, self.config)
 
@@ -76,10 +81,9 @@ class TrainingModule(pl.LightningModule):
             return
         gradients = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.grad_norm = torch.nn.utils.clip_grad_norm_(gradients, self.config.grad_clip or math.inf).detach()
-        # Gradients are averaged over the ranks by now: all see the same. Asking costs a wait for the device, so only where it is wanted.
-        if self.config.on_nan == "skip" and not torch.isfinite(self.grad_norm):
-            for parameter in gradients:
-                parameter.grad = None  # Adam passes over what has none: weights and moments stay as they are
+        # Gradients are averaged over the ranks by now: all see the same.
+        if self.config.on_nan == "skip":
+            leave_out_unless_finite(optimizer, gradients, self.grad_norm)
 
     def on_train_batch_end(self, *_) -> None:
         # Lightning lets gradients go after the next forward pass: they would stand beside all that it keeps.
@@ -88,12 +92,12 @@ class TrainingModule(pl.LightningModule):
             for parameter in self.parameters():
                 parameter.grad = None
 
-    def mean_loss(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean loss over the counted targets of a batch, 0 if there is none, and how many they are."""
+    def mean_loss(self, batch: Sequence[Tensor]) -> tuple[Tensor, int]:
+        """Mean loss over the counted targets of a batch (as transfer_batch_to_device makes it), 0 if there is none, and how many they are."""
         x, y = batch[:2]
         counts, reset = batch[2:] if len(batch) > 2 else (None, None)
         reset = reset if self.data.reset else None
-        count = torch.full((), y.numel(), device=y.device) if counts is None else counts.sum()
+        count = y.numel() if counts is None else int(counts.sum())
         if 0 < self.config.tbptt_len < y.shape[1]:
             return pieces.mean_loss(self.model, x, y, counts, reset, self.config.tbptt_len, self.config.exact), count
         hidden, _ = self.model.hidden(x, reset=reset)
@@ -103,8 +107,9 @@ class TrainingModule(pl.LightningModule):
         loss, count = self.mean_loss(batch)
         if not self.data.plain:
             # Ranks count differently many targets, and their gradients are averaged: each weighs as much as it counts.
-            average = self.trainer.strategy.reduce(count.float(), reduce_op="mean")
+            mine = loss.detach().new_full((), count)
+            average = strategy.mean(mine)
             self.targets = average * self.trainer.world_size
-            loss = loss * (count / average.clamp_min(1e-6))
+            loss = loss * (mine / average.clamp_min(1e-6))
         self.loss = loss.detach()
         return loss

@@ -43,7 +43,8 @@ def make(model: nn.Module, c: TrainConfig) -> torch.optim.Optimizer:
     zero = strategy.zero(c)
     if zero and (kind := compat.deepspeed_adam(zero.offload_optimizer)):
         return kind(groups(model, c), **options)  # without a decay AdamW is Adam
-    return compat.adam(groups(model, c), c.weight_decay > 0, fused=not (zero and zero.offload_optimizer), **options)
+    fused = not (zero and zero.offload_optimizer)
+    return compat.adam(groups(model, c), c.weight_decay > 0, fused, deepspeed=bool(zero), **options)
 
 
 def _adafactor(groups: list[dict], rate: float) -> torch.optim.Optimizer:
@@ -59,6 +60,18 @@ def _adafactor(groups: list[dict], rate: float) -> torch.optim.Optimizer:
 
     # The schedule's rates as they are: neither relative to the step's number nor to the size of the weights.
     return WithClosure(groups, lr=rate, relative_step=False, scale_parameter=False, warmup_init=False)
+
+
+def leave_out_unless_finite(made: torch.optim.Optimizer, parameters: list[nn.Parameter], norm: torch.Tensor) -> None:
+    """Let the coming step of an optimizer be none, weights and its state as they are, if the norm of the gradient of `parameters` is no finite number.
+
+    Adam on a GPU decides there; for others the host asks, which waits for the device.
+    """
+    if hasattr(made, "found_inf"):
+        made.found_inf = (~torch.isfinite(norm)).float()
+    elif not torch.isfinite(norm):
+        for parameter in parameters:
+            parameter.grad = None  # what has none is passed over
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rate: float, decay: float) -> None:

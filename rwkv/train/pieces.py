@@ -17,7 +17,7 @@ from rwkv.model.v4 import BlockState
 
 
 def mean_loss(model: RWKV, x: Tensor, y: Tensor, counts: Tensor | None, reset: Tensor | None, length: int, exact: bool) -> Tensor:
-    """`head_loss` of a batch, [B, T] each, in pieces of `length` tokens: the mean over all of them, 0 if no target counts.
+    """`head_loss` of a batch, [B, T] each, in pieces of `length` tokens: the mean over all of them, 0 if no target counts; `counts` as there.
 
     Its value is that of the whole sequence in any case, its gradient if `exact`. The gradients are formed at once, as head_loss forms its
     own, and the backward pass only scales them.
@@ -31,13 +31,13 @@ class _Sequence:
         self.model, self.tensors = model, (x, y, counts, reset)
         self.pieces = [slice(begin, begin + length) for begin in range(0, x.shape[1], length)]
         self.start = model.initial_state(x.shape[0])
-        self.count = max(1, y.numel() if counts is None else int(counts.sum()))
+        self.count = max(1, _counted(y, counts))
 
     def loss(self, piece: slice, state: list[BlockState]) -> tuple[Tensor, list[BlockState]]:
         """The sum over the piece's targets, and the state after it."""
         x, y, counts, reset = self.part(piece)
         hidden, state = self.model.hidden(x, state, reset)
-        return head_loss(hidden, self.model.head.weight, y, counts) * (y.numel() if counts is None else counts.sum()), state
+        return head_loss(hidden, self.model.head.weight, y, counts) * _counted(y, counts), state
 
     def part(self, piece: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         x, y, *others = self.tensors
@@ -96,6 +96,10 @@ def _backwards(sequence: _Sequence, trained: tuple[nn.Parameter, ...], grads: li
         onward = found[len(trained) :]
         yield loss.detach()
     torch.set_rng_state(random)
+
+
+def _counted(y: Tensor, counts: Tensor | None) -> int:
+    return y.numel() if counts is None else int(counts.sum())
 
 
 def _detached(state: list[BlockState]) -> list[BlockState]:

@@ -110,14 +110,16 @@ Take = Callable[[str], dict[str, Any]]
 def put_back(parameters: Mapping[str, nn.Parameter], optimizer: Any, take: Take, scale: Mapping[str, Any]) -> None:
     """Put back what `weights`, `optimizer_state` and `scaler` gathered, also of another strategy, one parameter at a time. Called on every rank."""
     if not is_sharded(optimizer):
-        states = {}
+        states, groups = {}, optimizer.state_dict()["param_groups"]
+        fused = {name for group in groups if group.get("fused") for name in group["names"]}
         for name, parameter in parameters.items():
             state = take(name)
             parameter.copy_(state.pop("weight"))
             if state:  # copied: it may lie in a file
                 states[name] = {key: x.clone() if isinstance(x, Tensor) else x for key, x in state.items()}
+                if isinstance(step := states[name].get("step"), Tensor):  # torch 1.13.1 leaves it where it was
+                    states[name]["step"] = step.to(parameter.device if name in fused else "cpu")
         names = [name for group in optimizer.param_groups for name in group["names"]]
-        groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": {i: states[name] for i, name in enumerate(names) if name in states}, "param_groups": groups})
         return
     if scale and scale.keys() == scaler(optimizer).keys():  # of another strategy's it begins anew

@@ -129,6 +129,15 @@ def alone(c: TrainConfig) -> bool:
     return c.strategy == "auto" and c.devices * c.num_nodes == 1
 
 
+def mean(x: Tensor) -> Tensor:
+    """Of all ranks' x. Lightning's reduce begins with a barrier, for which NCCL has the host wait for the GPU; this does not wait."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
 def part() -> None:
     """Called by every process before it exits: they end their connection together. One that exits with it open may be aborted by the threads
     that serve it ("terminate called without an active exception"), and a launcher then takes the run for failed."""
@@ -252,7 +261,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         """As Lightning's; the module learns the norm that DeepSpeed clipped by."""
         done = super().optimizer_step(*args, **kwargs)
         norm = self.deepspeed_engine.get_global_grad_norm()
-        self._module.grad_norm = None if norm is None else torch.as_tensor(norm)
+        # A number goes to the GPU with the kernel that fills a tensor; to copy one there would wait.
+        self._module.grad_norm = norm if norm is None or isinstance(norm, Tensor) else torch.full((), float(norm), device=self.root_device)
         return done
 
     @property

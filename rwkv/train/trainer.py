@@ -39,7 +39,7 @@ def make_trainer(c: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
     """A trainer that runs the module's batches once; metrics, progress and checkpoints are the callbacks' business."""
     gpu, precision = on_gpu(c), precision_of(c)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator="gpu" if gpu else "cpu" if c.accelerator == "auto" else c.accelerator,
         devices=c.devices,
         num_nodes=c.num_nodes,
@@ -53,3 +53,6 @@ def make_trainer(c: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    if gpu and getattr(trainer.precision_plugin, "scaler", None):
+        trainer.precision_plugin.scaler = compat.grad_scaler()()
+    return trainer

@@ -1,9 +1,12 @@
 """The loss on held-out samples."""
 
+import math
+
 import torch
 from torch.utils.data import DataLoader
 
 from rwkv.data.dataset import HeldOut
+from rwkv.train import strategy
 from rwkv.train.module import TrainingModule
 
 
@@ -19,8 +22,8 @@ def held_out_loss(module: TrainingModule, samples: HeldOut, batch_size: int) -> 
     total = torch.zeros(2, device=module.device, dtype=torch.float64)  # sum of losses, number of targets
     with module.trainer.precision_plugin.forward_context():
         for batch in DataLoader(samples, batch_size, generator=torch.Generator()):
-            loss, count = module.mean_loss([part.to(module.device) for part in batch])
-            total += torch.stack([loss.double() * count, count.double()])
+            loss, count = module.mean_loss(module.transfer_batch_to_device(batch, module.device, 0))
+            total += torch.stack([loss.double() * count, total.new_full((), count)])
     module.model.train(training)
-    total = module.trainer.strategy.reduce(total, reduce_op="sum")
-    return float(total[0] / total[1])
+    loss, targets = strategy.mean(total).tolist()
+    return loss / targets if targets else math.nan

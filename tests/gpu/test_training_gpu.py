@@ -7,7 +7,10 @@ import torch
 
 from rwkv import checkpoint
 from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.data.binidx import mask_path
 from rwkv.train.fit import fit
+from rwkv.train.module import TrainingModule
+from tests.train.test_asked import FIRST, LAST, WAYS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 
@@ -64,3 +67,38 @@ def test_a_state_is_carried_token_by_token_on_a_gpu(make_base):
         on_cpu, _ = checkpoint.load_model(make_base(**MODEL))(tokens.cpu())
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole.cpu(), on_cpu, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("way", [*WAYS, "fp16"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_no_step_waits_for_the_gpu(monkeypatch, make_base, make_data, tmp_path, way, method, masked):
+    """torch raises where its own code waits, from the beginning of step FIRST to that of step LAST, which is saved."""
+    steps = []
+
+    def begins(self, batch, batch_idx, begin=TrainingModule.on_train_batch_start):
+        steps.append(self.step)
+        torch.cuda.set_sync_debug_mode("error" if FIRST <= self.step < LAST else "default")
+        begin(self, batch, batch_idx)
+
+    monkeypatch.setattr(TrainingModule, "on_train_batch_start", begins)
+    flags = RUN | {
+        "ctx_len": 1024,
+        "micro_bsz": 4,
+        "epoch_steps": 100,
+        "max_steps": LAST + 1,
+        "accelerator": "gpu",
+    }  # tokens enough for a sorting kernel
+    flags |= {"precision": "fp16"} if way == "fp16" else {"precision": "fp32"} | WAYS[way]
+    flags |= {"tbptt_len": 300} if "tbptt_len" in flags else {}
+    config, model = TrainConfig, MODEL
+    if method == "lora":
+        config, model = LoRAConfig, {"load_model": str(make_base(**MODEL)), "lora_dropout": 0.1}
+    data = make_data(50000, 300)
+    if masked:
+        mask_path(data).write_bytes(bytes(i % 3 > 0 for i in range(50000)))
+    try:
+        fit(config(**flags, **model, data_file=data, proj_dir=str(tmp_path / "run")))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert set(range(FIRST, LAST)) < set(steps)

@@ -1,9 +1,12 @@
 """Layerwise rates and what decays."""
 
+import pytest
 import torch
 
+from rwkv import compat
 from rwkv.config import TrainConfig
-from rwkv.train import optimizer
+from rwkv.train import optimizer, sharded
+from tests.train import fused_adam
 
 
 def scales(model, **flags):
@@ -45,3 +48,38 @@ def test_rates_and_decays_reach_their_groups(make_model):
             assert group["lr"] == 1e-3 * group["lr_scale"]
             assert group["weight_decay"] == (decay / 2 if group["decays"] else 0)
             assert (group["betas"], group["eps"]) == ((0.9, 0.99), 1e-8)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_gradients_beyond_fp16s_range_leave_a_step_out_on_the_device(make_model, monkeypatch, decay):
+    """As torch's GradScaler calls it, which itself scales on GPUs only."""
+    fused_adam.on_a_cpu(monkeypatch)
+    model = make_model()
+    made, scaler = optimizer.make(model, TrainConfig(weight_decay=decay)), compat.grad_scaler()(enabled=False)
+    optimizer.set_rates(made, 1e-3, decay)
+    before = [p.detach().clone() for p in model.parameters()]
+    for found, steps in ((0.0, 1), (1.0, 1), (0.0, 2)):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, float("inf") if found else 1.0)
+        scaler._maybe_opt_step(made, {"found_inf_per_device": {torch.device("cpu"): torch.tensor([found])}})
+        same = [torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+        assert all(same) if found else not any(same)
+        assert {int(state["step"]) for state in made.state.values()} == {steps}
+        before = [p.detach().clone() for p in model.parameters()]
+    assert made.found_inf is None
+
+
+@pytest.mark.parametrize(("fused", "place"), [(True, "meta"), (False, "cpu")])
+def test_a_saved_step_goes_where_the_optimizer_counts(fused, place):
+    """On a GPU's side where Adam is fused. The device `meta` stands for a GPU."""
+    parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    made = torch.optim.Adam([{"params": [parameter], "names": ["p"]}])
+    made.param_groups[0]["fused"] = fused
+    sharded.put_back(
+        {"p": parameter},
+        made,
+        lambda name: {"weight": torch.zeros(3), "step": torch.tensor(4.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)},
+        {},
+    )
+    assert made.state[parameter]["step"].device.type == place
+    assert made.state[parameter]["exp_avg"].device.type == "meta"

@@ -1,0 +1,155 @@
+"""Nothing between two steps makes the host wait for a GPU: seen on a CPU whose tensors are taken for a GPU's (asked.py)."""
+
+import json
+
+import pytest
+import torch
+
+from rwkv import compat
+from rwkv.checkpoint import read_tensors
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.data.binidx import mask_path
+from rwkv.model.loss import head_loss
+from rwkv.train import metrics
+from rwkv.train.fit import fit
+from rwkv.train.module import TrainingModule
+from tests.train import fused_adam
+from tests.train.asked import Asked, Device
+from tests.train.test_fit import SMALL, TUNE, lines, poisoned
+
+FIRST, LAST = 2, 5  # steps that nothing may wait in; the last ends the run, and saves it
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Runs train on it: model and batches are its own, and it is armed from the beginning of step FIRST to the beginning of step LAST."""
+    made = Device()
+
+    def fit_on_it(trainer, module, fit=compat.fit):
+        made.place(list(module.parameters()))
+        with made:
+            fit(trainer, module)
+
+    def begins(self, batch, batch_idx, begin=TrainingModule.on_train_batch_start):
+        made.armed = FIRST <= self.step < LAST
+        begin(self, batch, batch_idx)
+
+    def transferred(self, batch, device, dataloader_idx, transfer=TrainingModule.transfer_batch_to_device):
+        moved = transfer(self, batch, device, dataloader_idx)
+        made.place([new for i, new in enumerate(moved) if i != 2])  # that on a GPU counts stays behind is for tests/gpu to see
+        return moved
+
+    def read(self, read=metrics.Late.read):
+        with made.disarmed():  # a step later: tests/train/test_fit.py
+            return read(self)
+
+    monkeypatch.setattr(compat, "fit", fit_on_it)
+    monkeypatch.setattr(TrainingModule, "on_train_batch_start", begins)
+    monkeypatch.setattr(TrainingModule, "transfer_batch_to_device", transferred)
+    monkeypatch.setattr(metrics.Late, "read", read)
+    monkeypatch.setattr(metrics, "waits_one_step", lambda device: True)
+    fused_adam.on_a_cpu(monkeypatch)
+    return made
+
+
+WAYS = {
+    "plain": {},
+    "reset": {"doc_reset": 1},
+    "grad_cp": {"grad_cp": 1},
+    "pieces": {"tbptt_len": 3},
+    "exact pieces": {"tbptt_len": 3, "exact": True},
+    "accumulated": {"accumulate_grad_batches": 2, "epoch_steps": 200},
+    "decay": {"weight_decay": 0.1},
+    "skip": {"on_nan": "skip"},
+    "skip with decay": {"on_nan": "skip", "weight_decay": 0.1},
+    "bf16": {"precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_no_step_waits(device, make_base, make_data, tmp_path, way, method, masked):
+    config, flags = TrainConfig, SMALL
+    if method == "lora":
+        config, flags = LoRAConfig, TUNE | {"load_model": str(make_base()), "lora_dropout": 0.1}
+    data = make_data(500)
+    if masked:
+        mask_path(data).write_bytes(bytes(i % 3 > 0 for i in range(500)))
+    flags = flags | {"epoch_steps": 100, "epoch_count": 1, "max_steps": LAST + 1} | WAYS[way]
+    fit(config(**flags, data_file=data, proj_dir=str(tmp_path / "run")))
+    assert device.seen > 100 * (LAST - FIRST)  # a step of this model has some 300 operations
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, LAST + 2))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_step_that_is_left_out_on_the_device_is_the_one_that_the_host_leaves_out(make_base, tmp_path, monkeypatch, decay):
+    flags = poisoned(make_base, tmp_path) | {"on_nan": "skip", "weight_decay": decay}
+    made = []
+    for name in ("host", "device"):
+        if name == "device":
+            monkeypatch.setattr(metrics, "waits_one_step", lambda device: True)
+            fused_adam.on_a_cpu(monkeypatch)
+        result = fit(TrainConfig(**flags, proj_dir=str(tmp_path / name)))
+        assert any(line["loss"] is None for line in lines(tmp_path / name))
+        made.append((lines(tmp_path / name), read_tensors(result.checkpoint)))
+    (host, weights), (device, same) = made
+    for one, other in zip(host, device, strict=True):
+        assert (one["loss"] is None) == (other["loss"] is None)
+        assert one["loss"] is None or other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    for key, value in weights.items():
+        torch.testing.assert_close(same[key], value, rtol=1e-4, atol=1e-6, equal_nan=True)  # Adam by another order of the same operations
+
+
+def asks(how):
+    return pytest.param(how, id=how.__name__)
+
+
+def item(x):
+    return x.sum().item()
+
+
+def truth(x):
+    return bool(x.sum() > 0)
+
+
+def mask(x):
+    return x[x > 0]
+
+
+def nonzero(x):
+    return x.nonzero()
+
+
+def tolist(x):
+    return x.tolist()
+
+
+def to_cpu(x):
+    return x.cpu()
+
+
+def numpy(x):
+    return x.numpy()
+
+
+def set_by_mask(x):
+    x[x > 0] = x[x > 0]
+
+
+def masked_loss(x):
+    return head_loss(x, torch.ones(5, 3), torch.zeros(2, dtype=torch.long), x[:, 0] > 0)
+
+
+@pytest.mark.parametrize("how", [asks(f) for f in (item, truth, mask, nonzero, tolist, to_cpu, numpy, set_by_mask, masked_loss)])
+def test_asking_is_seen(how):
+    x, device = torch.ones(2, 3), Device()
+    device.place(x)
+    with device:
+        how(torch.ones(2, 3))  # the host's own
+        how(x)  # not armed
+        device.armed = True
+        how(torch.ones(2, 3))
+        with pytest.raises(Asked):
+            how(x * 1)
+    assert json.dumps(x.tolist()) == "[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]"
