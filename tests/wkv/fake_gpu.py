@@ -6,6 +6,7 @@ A process of its own, so that a GPU's real driver and this one never meet.
 """
 
 import ctypes
+import os
 import pickle
 import subprocess
 import sys
@@ -40,7 +41,10 @@ class FakeGPU:
     """The other end: `call(name, ...)` runs a function of Served there, and raises here what it raised."""
 
     def __init__(self, library: Path):
-        self._process = subprocess.Popen([sys.executable, __file__, str(library)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+        here = {**os.environ, "PYTHONPATH": str(ROOT)}  # the sources that the kernels are compiled from, wherever rwkv is installed from
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(library)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=here
+        )
 
     def call(self, name: str, *arguments):
         pickle.dump((name, arguments), self._process.stdin)
