@@ -49,6 +49,7 @@ def test_a_frozen_layer_keeps_nothing_but_its_weight():
 
 def test_a_trained_layer_keeps_the_recipe_of_its_input_in_the_inputs_place():
     layer, k = Matrix(8, 16, bias=False), torch.randn(2, 5, 8, requires_grad=True)
+    torch.nn.init.normal_(layer.weight)  # a Matrix holds whatever lay in its memory, NaN too
     x, recipe = fused.relu2(k)
     found = {t.data_ptr() for t in kept(lambda: layer(x, recipe))}
     assert found == {layer.weight.data_ptr(), k.data_ptr()}
