@@ -124,7 +124,6 @@ def _on_gpus(groups: list[dict[str, Any]]) -> bool:
     return all(parameter.is_cuda for group in groups for parameter in group["params"])
 
 
-@functools.cache
 def _fused_adam() -> Any:
     """torch 1.13.1's fused Adam with what it lacks: decoupled decay, and found_inf from anybody but a GradScaler."""
     import torch
@@ -170,7 +169,6 @@ def _fused_adam() -> Any:
     return Adam
 
 
-@functools.cache
 def grad_scaler() -> Any:
     """torch's class GradScaler, but an optimizer with found_inf (see `adam`) leaves out a step with gradients beyond fp16's range by itself: torch's asks
     before every step whether there are any, and the host waits."""
