@@ -129,7 +129,7 @@ def _fused_adam() -> Any:
     import torch
 
     class Adam(torch.optim.Adam):
-        found_inf: torch.Tensor | None = None
+        found_inf: Any = None  # or a tensor of one number
 
         def __init__(self, groups: list[dict[str, Any]], decoupled: bool, **options: Any):
             super().__init__(groups, **options)
@@ -146,7 +146,7 @@ def _fused_adam() -> Any:
                 for group in self.param_groups:
                     self._decay(group)
             try:
-                super().step(grad_scaler=None if self.found_inf is None else self)
+                super().step(grad_scaler=None if self.found_inf is None else self)  # type: ignore[call-arg]  # not in its stubs
             finally:
                 for group, decay in zip(self.param_groups, decays, strict=True):
                     group["weight_decay"] = decay
