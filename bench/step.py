@@ -25,11 +25,12 @@ from pathlib import Path
 import torch
 
 from rwkv import checkpoint, export, lora
+from rwkv.config import TrainConfig
 from rwkv.files import write_json
 from rwkv.model import RWKV, Sizes
 from rwkv.model.linear import needs_room, product, product_of_gradient, weight_gradient
 from rwkv.model.loss import CHUNK_BYTES, SLICE, head_loss
-from rwkv.train import cpu
+from rwkv.train import cpu, optimizer
 
 PARTS, R, ALPHA, DROPOUT = ("key", "value", "receptance"), 8, 32, 0.01
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -79,7 +80,7 @@ def ours(c: argparse.Namespace):
         lora.inject(model, ["att"], R, ALPHA, DROPOUT)
         lora.mark_trainable(model, ["att"])
         lora.store_frozen(model, dtype)
-    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    adam = optimizer.make(model, TrainConfig(lr_init=1e-4))
 
     def step() -> float:
         with torch.autocast(c.device, dtype=torch.bfloat16, enabled=c.precision == "bf16"):

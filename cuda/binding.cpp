@@ -37,6 +37,8 @@ TORCH_LIBRARY(rwkv, library) {
   fused("dropout", "Tensor x, int seed, float p", "Tensor", cpu::dropout, gpu::dropout);
   fused("dropout_add", "Tensor(a!) y, Tensor x, int seed, float p", "()", cpu::dropout_add, gpu::dropout_add);
   fused("loss", "Tensor(a!) logits, Tensor target, float pull, bool gradient", "Tensor", cpu::loss, gpu::loss);
+  library.def("adam(Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, float step, float rate, float beta1, float beta2, float eps, float decay, bool decoupled,"
+              " float clip) -> ()", cpu::adam);
   library.def("cpu_vectors(str most) -> str", choose_cpu_width);
   library.def("cpu_memory() -> ()", use_cpu_memory);
   library.def("cuda_load(int device, str path) -> ()", launcher::load);

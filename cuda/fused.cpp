@@ -1,8 +1,9 @@
-// The fused operations as torch sees them: torch.ops.rwkv.norm_*, mix_*, gate_*, relu2_*, dropout_*, loss. Checks, allocates, shares out rows over
+// The fused operations as torch sees them: torch.ops.rwkv.norm_*, mix_*, gate_*, relu2_*, dropout_*, loss, adam. Checks, allocates, shares out rows over
 // the threads. Sums over rows are formed in slices whose number does not depend on the threads, so that they give the same bits with any.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "cpu_width.h"
 #include "fused_cpu.h"
@@ -205,6 +206,20 @@ Tensor loss(const Tensor& logits, const Tensor& target, double pull, bool gradie
   const auto run = loops().loss[dtype(logits)];
   each(N, 1, [&](int64_t begin, int64_t end) { run(q, begin, end); });
   return stats;
+}
+
+// ---- Adam ----
+
+void adam(const Tensor& p, const Tensor& g, const Tensor& m, const Tensor& v, double step, double rate, double beta1, double beta2, double eps, double decay,
+          bool decoupled, double clip) {
+  const std::pair<const Tensor*, const char*> all[] = {{&p, "the weight"}, {&g, "the gradient"}, {&m, "exp_avg"}, {&v, "exp_avg_sq"}};
+  for (const auto& x : all) check(*x.first, x.second, at::kFloat, p.sizes());
+  TORCH_CHECK(step >= 1, "steps of Adam count from 1; this is ", step);
+  const FusedAdam q{p.data_ptr<float>(), m.data_ptr<float>(), v.data_ptr<float>(), g.data_ptr<float>(), float(clip), decoupled ? 0.0f : float(decay),
+                    decoupled ? float(1 - rate * decay) : 1.0f, float(1 - beta1), float(beta2), float(1 - beta2),
+                    float(rate / (1 - std::pow(beta1, step))), float(std::sqrt(1 - std::pow(beta2, step))), float(eps)};
+  const auto run = loops().adam;
+  each(p.numel(), PIECE, [&](int64_t begin, int64_t end) { run(q, begin, end); });
 }
 
 }  // namespace cpu

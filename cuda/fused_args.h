@@ -59,6 +59,14 @@ struct FusedLoss {
   int dtype;
 };
 
+// Of loops alone. At step t: rate = lr / (1 − β₁^t), root = √(1 − β₂^t), take1 = 1 − β₁, keep2 = β₂, take2 = 1 − β₂, and of a decay d keep = 1 − lr·d (AdamW; else 1)
+// or l2 = d (Adam; else 0). clip: what the gradient is multiplied by.
+struct FusedAdam {
+  float *p, *m, *v;        // weights and moments, updated
+  const float* g;
+  float clip, l2, keep, take1, keep2, take2, rate, root, eps;
+};
+
 // Of kernels alone: squared ReLU (y of k), its gradient (y of g and k), and dropout (y of k).
 struct FusedEach {
   long long N;

@@ -21,6 +21,7 @@ struct FusedLoops {
   // y = dropout(x), or y += dropout(x)
   void (*dropout[2])(const void* x, void* y, bool add, uint32_t seed, uint32_t below, float scale, int64_t begin, int64_t end);
   void (*loss[2])(const FusedLoss&, int64_t begin, int64_t end);
+  void (*adam)(const FusedAdam&, int64_t begin, int64_t end);
 };
 
 extern const FusedLoops fused_loops_baseline;

@@ -277,9 +277,11 @@ template <class E> void loss(const FusedLoss& q, int64_t begin, int64_t end) {
   }
 }
 
+#include "adam_cpu_loops.h"
+
 }  // namespace
 
 #define THREE(f) {f<float, float>, f<bf16, bf16>, f<float, bf16>}
 #define TWO(f) {f<float>, f<bf16>}
 const FusedLoops LOOPS(fused) = {BLOCK,      THREE(norm),         THREE(norm_gradient), TWO(mix),     TWO(mix_gradient), THREE(gate), THREE(gate_gradient),
-                                 TWO(relu2), TWO(relu2_gradient), TWO(dropout),         TWO(loss)};
+                                 TWO(relu2), TWO(relu2_gradient), TWO(dropout),         TWO(loss),    adam};

@@ -36,6 +36,8 @@ Tensor relu2_backward(const Tensor& g, const Tensor& k);
 Tensor dropout(const Tensor& x, int64_t seed, double p);
 void dropout_add(const Tensor& y, const Tensor& x, int64_t seed, double p);
 Tensor loss(const Tensor& logits, const Tensor& target, double pull, bool gradient);
+void adam(const Tensor& p, const Tensor& g, const Tensor& m, const Tensor& v, double step, double rate, double beta1, double beta2, double eps, double decay,
+          bool decoupled, double clip);  // on CPUs alone
 
 }  // namespace cpu
 

@@ -106,7 +106,7 @@ def adam(groups: list[dict[str, Any]], decoupled: bool, fused: bool, deepspeed: 
     import torch
 
     kind: Any = torch.optim.AdamW if decoupled else torch.optim.Adam  # torch 1.13.1's stubs know neither foreach nor fused
-    if not (fused and _on_gpus(groups)):
+    if not (fused and on_gpus(groups)):
         return kind(groups, **options)
     if stack() == "cu117" and not deepspeed:
         made = _fused_adam()(groups, decoupled, fused=True, **options)
@@ -120,7 +120,8 @@ def adam(groups: list[dict[str, Any]], decoupled: bool, fused: bool, deepspeed: 
     return made
 
 
-def _on_gpus(groups: list[dict[str, Any]]) -> bool:
+def on_gpus(groups: list[dict[str, Any]]) -> bool:
+    """Whether all parameters of an optimizer's groups are."""
     return all(parameter.is_cuda for group in groups for parameter in group["params"])
 
 

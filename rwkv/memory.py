@@ -317,8 +317,8 @@ def _passing(p: Plan) -> Blocks:
 
 
 def _stepping(p: Plan) -> Blocks:
-    """What an optimizer step takes for a while: two tensors like the largest."""
-    if p.stage or p.gpu:  # fused
+    """What an optimizer step takes for a while: two tensors like the largest; nothing where Adam is one pass."""
+    if p.stage or p.gpu or p.optimizer == "adam":
         return []
     if p.lora:
         return [(4.0 * max((p.r * max(shape) for shape in adapted(p)), default=0), 2)]

@@ -13,6 +13,7 @@ from rwkv.memory import Plan, estimate
 from rwkv.model import RWKV, Sizes, eager, fused
 from rwkv.model.init import initialise
 from rwkv.model.loss import head_loss
+from rwkv.train.adam import OnePass
 
 SMALL = Sizes(3, 48, 100, 32, 80)
 
@@ -82,7 +83,7 @@ def test_what_a_block_keeps_is_what_autograd_keeps(gpu, precision, parts, monkey
 def peaks(p: Plan) -> dict[str, int]:
     """Bytes of torch's CPU allocator at the fullest moment of each phase of the second step, weights and optimizer included."""
     model = build(p)
-    adam = torch.optim.Adam([x for x in model.parameters() if x.requires_grad])
+    adam = OnePass([{"params": [x for x in model.parameters() if x.requires_grad]}], False)
     now, found, loss = sum(x.numel() * x.element_size() for x in model.parameters()), {}, []
 
     def run(name, work):

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Subset
 from rwkv.config import TrainConfig
 from rwkv.data.dataset import Samples
 from rwkv.model import RWKV
-from rwkv.train import optimizer, pieces, schedule, strategy
+from rwkv.train import adam, optimizer, pieces, schedule, strategy
 from rwkv.train.lightning import pl
 from rwkv.train.optimizer import leave_out_unless_finite
 
@@ -80,7 +80,11 @@ class TrainingModule(pl.LightningModule):
         if strategy.zero(self.config):  # DeepSpeed holds and clips them
             return
         gradients = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(gradients, self.config.grad_clip or math.inf).detach()
+        if isinstance(made := self.trainer.optimizers[0], adam.OnePass):
+            self.grad_norm = adam.norm([p.grad for p in gradients])
+            made.clip = float(torch.clamp((self.config.grad_clip or math.inf) / (self.grad_norm + 1e-6), max=1))
+        else:
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(gradients, self.config.grad_clip or math.inf).detach()
         # Gradients are averaged over the ranks by now: all see the same.
         if self.config.on_nan == "skip":
             leave_out_unless_finite(optimizer, gradients, self.grad_norm)

@@ -5,7 +5,7 @@ from torch import nn
 
 from rwkv import compat
 from rwkv.config import TrainConfig
-from rwkv.train import strategy
+from rwkv.train import adam, strategy
 
 
 def groups(model: nn.Module, c: TrainConfig) -> list[dict]:
@@ -35,7 +35,7 @@ def make(model: nn.Module, c: TrainConfig) -> torch.optim.Optimizer:
     """Adam over the trainable parameters, AdamW where weight_decay > 0; the schedule sets rates and decays before every step. Or Adafactor
     (Shazeer & Stern 2018, arXiv:1804.04235) by transformers.
 
-    Adam is torch's, fused on a GPU; under DeepSpeed its own where it is compiled.
+    Adam is torch's, fused on a GPU, on a CPU in one pass by the compiled unit; under DeepSpeed its own where it is compiled.
     """
     if c.optimizer == "adafactor":
         return _adafactor(groups(model, c), c.lr_init)
@@ -43,6 +43,8 @@ def make(model: nn.Module, c: TrainConfig) -> torch.optim.Optimizer:
     zero = strategy.zero(c)
     if zero and (kind := compat.deepspeed_adam(zero.offload_optimizer)):
         return kind(groups(model, c), **options)  # without a decay AdamW is Adam
+    if not zero and adam.takes(found := groups(model, c)):
+        return adam.OnePass(found, c.weight_decay > 0, **options)
     fused = not (zero and zero.offload_optimizer)
     return compat.adam(groups(model, c), c.weight_decay > 0, fused, deepspeed=bool(zero), **options)
 

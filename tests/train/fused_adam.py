@@ -7,7 +7,7 @@ from rwkv import compat
 
 def on_a_cpu(monkeypatch) -> None:
     """Runs on a CPU take the optimizer that runs on a GPU take. torch 2.13's kernel is on CPUs too; in the place of 1.13.1's stands its formula."""
-    monkeypatch.setattr(compat, "_on_gpus", lambda groups: True)
+    monkeypatch.setattr(compat, "on_gpus", lambda groups: True)
     if compat.stack() != "cu117":
         return
     monkeypatch.setattr(torch, "_fused_adam_", _fused_adam)

@@ -40,9 +40,8 @@ def test_frozen_parameters_are_left_out(make_model):
 
 
 def test_rates_and_decays_reach_their_groups(make_model):
-    for decay, kind in ((0.0, torch.optim.Adam), (0.1, torch.optim.AdamW)):
+    for decay in (0.0, 0.1):
         made = optimizer.make(make_model(), TrainConfig(weight_decay=decay))
-        assert type(made) is kind
         optimizer.set_rates(made, 1e-3, decay / 2)
         for group in made.param_groups:
             assert group["lr"] == 1e-3 * group["lr_scale"]

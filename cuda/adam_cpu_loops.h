@@ -1,0 +1,32 @@
+// One step of Adam (Kingma & Ba 2015, arXiv:1412.6980) or AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), in one pass over weights p, gradients g and
+// moments m, v; see FusedAdam. Included by fused_cpu_loops.h.
+//
+//   p₁ = keep·p        g₁ = clip·g + l2·p₁        m' = m + (1 − β₁)(g₁ − m)        v' = β₂·v + (1 − β₂)·g₁²
+//   p' = p₁ − rate·m' / (√v' / root + ε)
+
+#ifdef __x86_64__
+WKV_FN wkv_float wkv_sqrt(wkv_float x) { return (wkv_float)WKV_INTRINSIC(sqrt)((WKV_INTRINSIC_TYPE)x); }
+#else
+WKV_FN wkv_float wkv_sqrt(wkv_float x) {
+  for (int i = 0; i < LANES; i++) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
+#endif
+
+void adam(const FusedAdam& q, int64_t begin, int64_t end) {
+  using O = float;
+  EACH_BLOCK(begin, end)
+    Block p = GET(q.p + c), m = GET(q.m + c), v = GET(q.v + c);
+    const Block g_ = GET(q.g + c);
+    EACH_GROUP {
+      p.g[g] *= q.keep;
+      const wkv_float g1 = g_.g[g] * q.clip + p.g[g] * q.l2;
+      m.g[g] += (g1 - m.g[g]) * q.take1;
+      v.g[g] = v.g[g] * q.keep2 + g1 * g1 * q.take2;
+      p.g[g] -= m.g[g] * q.rate / (wkv_sqrt(v.g[g]) / q.root + q.eps);
+    }
+    PUT(q.p + c, p);
+    PUT(q.m + c, m);
+    PUT(q.v + c, v);
+  END_BLOCK
+}
