@@ -1,5 +1,5 @@
 """Training through Lightning: schedule and optimizer as pure functions, the Lightning module, callbacks, and fit, which joins them."""
 
-from rwkv import compat
+from rwkv import unused
 
-compat.leave_out_compiler()  # before Lightning and the first optimizer
+unused.leave_out_compiler()  # before Lightning and the first optimizer

@@ -5,10 +5,10 @@ torchmetrics, which it imports, would import transformers, matplotlib and with t
 
 import logging
 
-from rwkv import compat
+from rwkv import unused
 
 logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)  # it would remark that triton is not there
-with compat.absent("transformers", "matplotlib", "triton", "wandb"):
+with unused.absent("transformers", "matplotlib", "triton", "wandb"):
     import pytorch_lightning as pl
     from pytorch_lightning.strategies import DeepSpeedStrategy
     from pytorch_lightning.utilities.rank_zero import rank_zero_only
