@@ -81,6 +81,7 @@ def measure(p: memory.Plan) -> dict:
     resting, step = limits.rss(), Step(p)
     found = {"weights": bytes_of(step.model.parameters()), "gradients": step()}
     found["optimizer"] = bytes_of(x for state in step.optimizer.state.values() for x in state.values())
+    cpu.settle()
     limits.rss_peak(restart=True)
     step()
     found["resident"] = limits.rss_peak() - resting

@@ -80,7 +80,7 @@ def ours(c: argparse.Namespace):
         lora.inject(model, ["att"], R, ALPHA, DROPOUT)
         lora.mark_trainable(model, ["att"])
         lora.store_frozen(model, dtype)
-    adam = optimizer.make(model, TrainConfig(lr_init=1e-4))
+    adam, settled = optimizer.make(model, TrainConfig(lr_init=1e-4)), []
 
     def step() -> float:
         with torch.autocast(c.device, dtype=torch.bfloat16, enabled=c.precision == "bf16"):
@@ -89,6 +89,8 @@ def ours(c: argparse.Namespace):
         loss.backward()
         adam.step()
         adam.zero_grad(set_to_none=True)
+        if not settled and c.device == "cpu":
+            settled.append(cpu.settle())
         return float(loss.detach())
 
     return step
@@ -120,29 +122,34 @@ def theirs(c: argparse.Namespace):
     return step
 
 
-def shapes(c: argparse.Namespace) -> list[tuple[int, int, int, bool]]:
-    """(rows, out, in, whether its weight's gradient is formed) of every product of a forward pass; each has a gradient of its input too."""
+def shapes(c: argparse.Namespace) -> list[tuple[int, int, int, bool, bool]]:
+    """(rows, out, in, whether its weight's gradient is formed, whether it is formed again) of every product of a forward pass; each has a gradient
+    of its input too."""
     layers, width, vocab = c.sizes
     rows, full = c.micro_bsz * c.ctx_len, c.kind == "full"
     matrices = [(width, width)] * 4 + [(4 * width, width), (width, width), (width, 4 * width)]
-    found = [(rows, out, inside, full) for _ in range(layers) for out, inside in matrices]
+    found = [(rows, out, inside, full, bool(c.grad_cp)) for _ in range(layers) for out, inside in matrices]
     chunk = max(1, CHUNK_BYTES // (4 * vocab))
-    return found + [(min(chunk, rows - begin), vocab, width, full) for begin in range(0, rows, chunk)]
+    return found + [(min(chunk, rows - begin), vocab, width, full, False) for begin in range(0, rows, chunk)]
 
 
 def products(c: argparse.Namespace, plain: bool = False):
     """Only the matrix products of our step."""
     dtype, made = DTYPES[c.precision], {}
     work = []
-    for index, (rows, out, inside, full) in enumerate(shapes(c)):
+    for index, (rows, out, inside, full, again) in enumerate(shapes(c)):
         key = "head" if out == c.sizes[2] else index
         weight = made.setdefault(key, torch.randn(out, inside, device=c.device).to(dtype))
-        work.append((torch.randn(rows, inside, device=c.device).to(dtype), torch.randn(rows, out, device=c.device).to(dtype), weight, full))
-    head = torch.empty(max(rows for rows, out, _, _ in shapes(c)), c.sizes[2], device=c.device, dtype=dtype)
+        work.append(
+            (torch.randn(rows, inside, device=c.device).to(dtype), torch.randn(rows, out, device=c.device).to(dtype), weight, full, again)
+        )
+    head = torch.empty(max(rows for rows, *_ in shapes(c)), c.sizes[2], device=c.device, dtype=dtype)
 
     def step() -> float:
-        for x, g, weight, full in work:
+        for x, g, weight, full, again in work:
             out = head[: len(x)] if weight.shape[0] == c.sizes[2] else None
+            if again:
+                x @ weight.t() if plain else product(x, weight)
             if plain:
                 torch.mm(x, weight.t(), out=out) if out is not None else x @ weight.t()
                 g @ weight
@@ -277,8 +284,8 @@ def table(c: argparse.Namespace, done: list[Contender]) -> None:
         best = min(rest)
         found[x.kind, x.precision, x.name] = (count / best, x.memory, x.loss, x.memory - x.libraries)
         flops = sum(
-            2 * rows * out * inside * (3 if full else 2)
-            for rows, out, inside, full in shapes(argparse.Namespace(**{**vars(c), "kind": x.kind}))
+            2 * rows * out * inside * (2 + full + again)
+            for rows, out, inside, full, again in shapes(argparse.Namespace(**{**vars(c), "kind": x.kind}))
         )
         gpu = f"  MFU {flops / best / c.peak_tflops / 1e10:.1f} %, NVML {x.nvml:.2f} GB" if c.device == "cuda" else ""
         print(

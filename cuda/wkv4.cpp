@@ -13,6 +13,8 @@
 namespace {
 
 const float* floats(const Tensor* x) { return x ? x->data_ptr<float>() : nullptr; }
+// [rows, C] added up over the rows; one row is its own sum.
+Tensor over_rows(const Tensor& x) { return x.size(0) == 1 ? x.select(0, 0) : x.sum(0); }
 const uint8_t* flags(const Tensor* x) { return x ? static_cast<const uint8_t*>(x->data_ptr()) : nullptr; }  // a bool may hold any byte
 
 void check(const Tensor& x, const char* name, const Tensor& like, at::ScalarType dtype, at::IntArrayRef sizes) {
@@ -97,7 +99,7 @@ Gradients cpu::wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, 
   const Wkv4Gradients grad{gy.data_ptr(), floats(given(gstate)), gw.data_ptr<float>(), gu.data_ptr<float>(), gk.data_ptr(), gv.data_ptr(), gfirst.data_ptr<float>()};
   const Wkv4Loops& chosen = loops();
   each_stretch(chosen.block, B, C, [&](int64_t row, int64_t c, int64_t n) { chosen.backward[dtype](q, grad, row, c, n); });
-  return {gw.sum(0), gu.sum(0), gk, gv, gfirst};
+  return {over_rows(gw), over_rows(gu), gk, gv, gfirst};
 }
 
 // ---- CUDA: the launcher starts the kernels on torch's stream. Tensors are only pointers here, which lets tests run them on a CPU ----
@@ -169,5 +171,5 @@ Gradients gpu::wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, 
     }
     launch("wkv4_gradient_" + dtype, rows * C);
   }
-  return {gw.sum(0), gu.sum(0), gk, gv, gfirst};
+  return {over_rows(gw), over_rows(gu), gk, gv, gfirst};
 }

@@ -8,7 +8,7 @@ Arithmetic alone, in bytes. The rules, each held against the real model (tests/t
     activations  what `kept` says of every block, the inputs alone with grad_cp, and what lies outside the blocks
     logits       one chunk of them (rwkv.model.loss), the head in the dtype of the products
     workspace    what comes and goes inside a pass; for DeepSpeed its buckets and, in stage 3, the weights that are gathered
-    heap         on a CPU, what another phase freed: the C library keeps blocks of up to `HEAP` bytes, and larger ones do not fit into them
+    heap         on a CPU, what another phase freed: the C library keeps blocks below `HEAP` bytes, and larger ones do not fit into them
     process      the libraries: on a CPU all that is resident of them once a step was made
 
 DeepSpeed's partition is that of the ZeRO paper (Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1): stage 1 shares out the optimizer, 2 also the
@@ -27,7 +27,7 @@ MODELS = {"0.1b": (12, 768), "0.4b": (24, 1024), "1.5b": (24, 2048), "3b": (32, 
 CONTEXT = 600 << 20  # CUDA context and libraries on a GPU, which torch's allocator does not see. Assumed: no GPU was at hand to measure it
 PROCESS = 290 << 20  # a process with torch 1.13.1 and Lightning, with a first step, without a model (LOG.md)
 LOADED = 20 << 20  # of it comes with the first step: torch's code for it. 16 to 34 MiB were seen
-HEAP = 32 << 20  # bytes: glibc maps larger blocks one by one and gives them back (HEAP_MAX_SIZE / 2); others it keeps (train/cpu.py)
+HEAP = 32 << 20  # bytes: glibc maps blocks of so many or more and gives them back (HEAP_MAX_SIZE / 2); smaller ones it keeps (train/cpu.py)
 STRATEGIES = (
     "auto",
     "ddp",
@@ -270,14 +270,14 @@ def estimate(p: Plan) -> Estimate:
 
 
 def _left_over(phases: dict[str, Parts]) -> dict[str, float]:
-    """Bytes, in each phase, that the C library holds of what others freed. It keeps blocks of up to HEAP bytes; larger ones go where one fits into what
+    """Bytes, in each phase, that the C library holds of what others freed. It keeps blocks below HEAP bytes; larger ones go where one fits into what
     they left, and are mapped beside it otherwise."""
     blocks = {name: [block for part in set(parts) - {"weights", "optimizer"} for block in parts[part]] for name, parts in phases.items()}
-    small = {name: sum(size * count for size, count in its if size <= HEAP) for name, its in blocks.items()}
+    small = {name: sum(size * count for size, count in its if size < HEAP) for name, its in blocks.items()}
     left = {name: max(small.values()) - its for name, its in small.items()}
     for name, its in blocks.items():
         for size, count in sorted(its, reverse=True):
-            if size > HEAP:
+            if size >= HEAP:
                 left[name] -= size * min(count, left[name] // size)
     return left
 

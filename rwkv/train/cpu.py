@@ -29,6 +29,14 @@ def prepare() -> None:
         torch.ops.rwkv.cpu_memory()  # without it those blocks do not fit into the holes they left (cuda/cpu_memory.cpp)
 
 
+def settle() -> None:
+    """Call once, after the first step and when its gradients are gone: what glibc holds of freed memory goes back to the system. The optimizer's moments are made in
+    the first step, in the holes that its other blocks left, which those fit into no more (LOG.md). A block that is taken again pays its page faults once."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
+
+
 def precision() -> Literal["fp32", "bf16"]:
     """bf16 if this CPU multiplies matrices of it at least 1.3 times as fast as of fp32 (with AVX512-BF16 or AMX twice as fast, without far slower), else
     fp32. Measured once; processes that this one starts take its answer, as those of one run must agree."""

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Subset
 from rwkv.config import TrainConfig
 from rwkv.data.dataset import Samples
 from rwkv.model import RWKV
-from rwkv.train import adam, optimizer, pieces, schedule, strategy
+from rwkv.train import adam, cpu, optimizer, pieces, schedule, strategy
 from rwkv.train.lightning import pl
 from rwkv.train.optimizer import leave_out_unless_finite
 
@@ -92,9 +92,11 @@ class TrainingModule(pl.LightningModule):
     def on_train_batch_end(self, *_) -> None:
         # Lightning lets gradients go after the next forward pass: they would stand beside all that it keeps.
         if self.trainer.global_step != self._let_go:
-            self._let_go = self.trainer.global_step
+            first, self._let_go = not self._let_go, self.trainer.global_step
             for parameter in self.parameters():
                 parameter.grad = None
+            if first and self.device.type == "cpu":
+                cpu.settle()
 
     def mean_loss(self, batch: Sequence[Tensor]) -> tuple[Tensor, int]:
         """Mean loss over the counted targets of a batch (as transfer_batch_to_device makes it), 0 if there is none, and how many they are."""

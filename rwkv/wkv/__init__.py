@@ -85,13 +85,14 @@ def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, res
     if k.dim() != 3 or v.shape != k.shape or k.shape[1] < 1:
         raise ValueError(f"k and v must be [B, T, C] with T ≥ 1 and alike; they are {list(k.shape)} and {list(v.shape)}")
     batch, length, channels = k.shape
-    wanted = {"w": (w, [channels]), "u": (u, [channels]), "state": (state, [batch, 3, channels]), "reset": (reset, [batch, length])}
-    for name, (tensor, shape) in wanted.items():
-        if tensor is not None and list(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {shape} for k {list(k.shape)}; it is {list(tensor.shape)}")
-    for name, tensor in {"v": v, **{name: tensor for name, (tensor, _) in wanted.items()}}.items():
-        if tensor is not None and tensor.device != k.device:
-            raise ValueError(f"{name} is on {tensor.device} and k on {k.device}; put them on one device")
+    device, shapes = k.device, {"v": k.shape, "w": (channels,), "u": (channels,), "state": (batch, 3, channels), "reset": (batch, length)}
+    for name, tensor in {"v": v, "w": w, "u": u, "state": state, "reset": reset}.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shapes[name]:
+            raise ValueError(f"{name} must be {list(shapes[name])} for k {list(k.shape)}; it is {list(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and k on {device}; put them on one device")
     floats = {"w": w, "u": u, "k": k, "v": v, "state": state}
     if wrong := [f"{name} is {tensor.dtype}" for name, tensor in floats.items() if tensor is not None and not tensor.is_floating_point()]:
         raise ValueError(f"w, u, k, v and state must be floating-point; {', '.join(wrong)}")

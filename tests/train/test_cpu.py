@@ -9,6 +9,7 @@ import torch
 
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.train import cpu, trainer
+from rwkv.train.fit import fit
 from rwkv.wkv import native
 
 FAULTS = """
@@ -74,6 +75,39 @@ def test_a_step_takes_the_memory_that_the_step_before_freed():
     assert denormal == 0
     _, denormal = faults_and_denormal(prepared=False)
     assert denormal > 0
+
+
+HELD = """
+import torch
+from rwkv import limits
+from rwkv.train import cpu
+cpu.prepare()
+start, kept = limits.rss(), []
+around = []
+for _ in range(8):  # 16 MB that go, with a page that stays behind each
+    around.append(torch.ones(4 << 20))
+    kept.append(torch.ones(1 << 10))
+del around
+held = limits.rss() - start
+cpu.settle()
+print(held >> 20, limits.rss() - start >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's; other C libraries keep memory by rules of their own")
+def test_what_a_prepared_process_keeps_goes_back_when_it_settles():
+    out = subprocess.run([sys.executable, "-c", HELD], check=True, capture_output=True, text=True).stdout
+    held, left = map(int, out.split())
+    assert held > 100
+    assert left < 32
+
+
+def test_a_run_settles_once_after_its_first_step(make_data, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(cpu, "settle", lambda: calls.append(None))
+    flags = {"ctx_len": 8, "micro_bsz": 2, "epoch_steps": 3, "epoch_count": 1, "random_seed": 1, "accelerator": "cpu", "precision": "fp32"}
+    fit(TrainConfig(**flags, n_layer=1, n_embd=8, vocab_size=50, data_file=make_data(200), proj_dir=str(tmp_path / "run")))
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(("fp32", "bf16", "chosen"), [(2.0, 1.0, "bf16"), (1.0, 0.9, "fp32"), (1.0, 9.0, "fp32")])
