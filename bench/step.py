@@ -1,6 +1,6 @@
 """One training step against transformers + peft, and against its own matrix products alone, in one run.
 
-    python bench/step.py [--sizes 12,768,65536] [--ctx_len 512] [--micro_bsz 1] [--rounds 5] [--kinds lora,full] [--precisions fp32,bf16] [--ours]
+    python bench/step.py [--sizes 12,768,65536] [--ctx_len 512] [--micro_bsz 1] [--rounds 5] [--let_go 0] [--kinds lora,full] [--precisions fp32,bf16] [--ours]
 
 Every contender is a process of its own, and they take turns, a step each: other work on the machine falls on all. Same random weights, same
 tokens, same targets; LoRA r 8 on att's key, value and receptance with dropout 0.01, or all weights; Adam. Each side loads them from a file in the dtype
@@ -8,7 +8,11 @@ of the run, as its users do, and from the disk, as after a reboot: ours from the
 that scripts/export.py makes of it. Printed: tokens/s by the best step, the median beside it, peak resident memory of the steps after loading, what of
 it was there before any model (the libraries), the loss of the first step.
 
-`products` is a loop of exactly the matrix products of our step, same shapes, dtype and library; `torch products` the same by torch's `@`.
+Each step's loss is held until the next has one, as in a loop that says `loss = model(...)`; with --let_go it is let go before, as by Lightning. On a CPU that
+makes a third of theirs' memory, as glibc then finds no room between what is held.
+
+`products` is a loop of exactly the matrix products of our step, same shapes, dtype and library; `torch products` the same by torch's `@`, in a process
+that is not prepared for training, as theirs.
 On a GPU also model FLOPs utilisation, against --peak_tflops, and NVML's memory.
 """
 
@@ -80,9 +84,11 @@ def ours(c: argparse.Namespace):
         lora.inject(model, ["att"], R, ALPHA, DROPOUT)
         lora.mark_trainable(model, ["att"])
         lora.store_frozen(model, dtype)
-    adam, settled = optimizer.make(model, TrainConfig(lr_init=1e-4)), []
+    adam, settled, loss = optimizer.make(model, TrainConfig(lr_init=1e-4)), [], None
 
     def step() -> float:
+        nonlocal loss
+        loss = None if c.let_go else loss
         with torch.autocast(c.device, dtype=torch.bfloat16, enabled=c.precision == "bf16"):
             hidden, _ = model.hidden(ids[:, :-1])
             loss = head_loss(hidden, model.head.weight, ids[:, 1:])
@@ -110,9 +116,11 @@ def theirs(c: argparse.Namespace):
         target = rf".*\.attention\.({'|'.join(PARTS)})"
         model = peft.get_peft_model(model, peft.LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=target))
     model.train()
-    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    adam, loss = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4), None
 
     def step() -> float:
+        nonlocal loss
+        loss = None if c.let_go else loss
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         adam.step()
@@ -160,7 +168,7 @@ def products(c: argparse.Namespace, plain: bool = False):
                     product(x, weight[part]) if out is None or size < len(weight) else torch.mm(x, weight.t(), out=out)
                     product_of_gradient(g[:, part], weight[part])
             if full:
-                g.t() @ x if plain else weight_gradient(g, x, weight)
+                g.t() @ x if plain else weight_gradient(g, x)
         return float("nan")
 
     return step
@@ -193,7 +201,7 @@ def worker(c: argparse.Namespace) -> None:
     """Answer each line on stdin with a step's seconds, loss and the peak so far."""
     answers, sys.stdout = sys.stdout, sys.stderr
     c.libraries = float("nan")
-    if c.worker == "theirs":
+    if c.worker in ("theirs", "torch products"):
         torch.set_flush_denormal(True)
     else:
         cpu.prepare()
@@ -225,7 +233,7 @@ class Contender:
         self.name, self.kind, self.precision, self.times, self.loss, self.memory = name, kind, precision, [], float("nan"), 0.0
         arguments = ["--worker", name, "--kind", kind, "--precision", precision, "--sizes", ",".join(map(str, c.sizes))]
         arguments += ["--folder", str(Path(c.folder) / precision)]
-        for flag in ("ctx_len", "micro_bsz", "grad_cp", "device"):
+        for flag in ("ctx_len", "micro_bsz", "grad_cp", "let_go", "device"):
             arguments += [f"--{flag}", str(getattr(c, flag))]
         self.process = subprocess.Popen([sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.libraries = float(self._answer())
@@ -275,7 +283,7 @@ def table(c: argparse.Namespace, done: list[Contender]) -> None:
     layers, width, vocab = c.sizes
     cores = f"{torch.get_num_threads()} threads" if c.device == "cpu" else torch.cuda.get_device_name()
     print(
-        f"L{layers} D{width} V{vocab} T{c.ctx_len} B{c.micro_bsz}{' grad_cp' if c.grad_cp else ''}, {cores}, torch {torch.__version__}, {c.rounds} steps each"
+        f"L{layers} D{width} V{vocab} T{c.ctx_len} B{c.micro_bsz}{' grad_cp' if c.grad_cp else ''}{' let_go' if c.let_go else ''}, {cores}, torch {torch.__version__}, {c.rounds} steps each"
     )
     print("kind  dtype  contender        tokens/s  (median)   s/step  GFLOP/s  peak GB  libraries  first loss")
     found = {}
@@ -311,6 +319,7 @@ def main() -> None:
     parser.add_argument("--micro_bsz", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--grad_cp", type=int, default=0)
+    parser.add_argument("--let_go", type=int, default=0, help="1: no loss is held until the next step")
     parser.add_argument("--kinds", default="lora,full")
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--ours", action="store_true", help="only ours")

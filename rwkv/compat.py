@@ -41,6 +41,32 @@ def process_bytes() -> int:
     return (290 if stack() == "cu117" else 555) << 20
 
 
+def wake_mkl() -> None:
+    """To be called before the first product of matrices on a CPU. MKL 2020.0, which torch 1.13.1 has inside, multiplies fp32 at a third of the speed of
+    processors that are not Intel's unless this variable names AVX2 for them (LOG.md); later ones do not know it, and do better."""
+    if stack() == "cu117" and _avx2_but_not_intel():
+        os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
+
+
+def _avx2_but_not_intel() -> bool:
+    try:
+        cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+    except OSError:
+        return False
+    return "GenuineIntel" not in cpu and {"avx2", "fma"} <= set(cpu.split())
+
+
+def onednn_product() -> Any:
+    """(x [N, in], W [out, in]) → x Wᵀ in fp32 on CPUs by oneDNN, from tensors as they lie and into one; None where `@` is not behind it, or it wants them
+    in a layout of its own (torch 1). It is that of torch's compiler."""
+    import torch
+
+    if stack() == "cu117" or not torch.backends.mkldnn.is_available():
+        return None
+    linear = torch.ops.mkldnn._linear_pointwise
+    return lambda x, weight: linear(x, weight, None, "none", [], "")
+
+
 def gloo_sends_bf16() -> bool:
     """Whether processes on CPUs can send each other bf16, as ddp does with all weights when it starts: torch 1.13.1 answers "Invalid scalar type"."""
     return stack() != "cu117"

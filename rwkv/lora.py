@@ -36,7 +36,7 @@ class _Adapted(torch.autograd.Function):
         ctx.scale, ctx.dropout, ctx.again = scale, dropout, again.function if again else None
         ctx.seed = fused.new_seed() if dropout else 0
         y = product(flat, weight.to(dtype))
-        low = _dropped(ctx, flat) @ a.to(dtype).t()  # [N, r]
+        low = product(_dropped(ctx, flat), a.to(dtype))  # [N, r]
         y.addmm_(low, b.to(dtype).t(), alpha=scale)
         ctx.save_for_backward(weight, a, b, low, *(again.parts if again else (x,)))
         return y.view(*x.shape[:-1], -1)
@@ -46,12 +46,12 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx, g):
         weight, a, b, low, *kept = ctx.saved_tensors
         flat, dtype, gx, ga, gb = rows(g), g.dtype, None, None, None
-        glow = (flat @ b.to(dtype)).mul_(ctx.scale)  # [N, r]
+        glow = product_of_gradient(flat, b.to(dtype)).mul_(ctx.scale)  # [N, r]
         if ctx.needs_input_grad[2]:
             x = rows(ctx.again(*kept) if ctx.again else kept[0])
             ga = (glow.t() @ _dropped(ctx, x)).to(a.dtype)
         if ctx.needs_input_grad[3]:
-            gb = (flat.t() @ low).mul_(ctx.scale).to(b.dtype)
+            gb = (low.t() @ flat).mul_(ctx.scale).t().to(b.dtype)  # [r, out] first: its long side lies in memory as the library wants it
         if ctx.needs_input_grad[0]:
             gx = product_of_gradient(flat, weight.to(dtype))
             if ctx.dropout:

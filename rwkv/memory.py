@@ -303,7 +303,7 @@ def _logits(p: Plan) -> Blocks:
     if (p.frozen if p.lora else 4) != e and not p.stage:
         blocks += [(e * s.vocab_size * s.n_embd, 1)]  # the head in the products' dtype
     if e == 4 and not p.gpu:
-        blocks += [(4 * part * rows, 2)]  # oneDNN's result, in its own form and in torch's
+        blocks += [(4 * part * rows, 1)]  # oneDNN's result, where it takes the product
     if not p.lora:
         blocks += [(e * part * s.n_embd, 1), (4 * part * s.n_embd, e == 2 and not p.gpu)]  # the head's gradient, a slice at a time
     return blocks

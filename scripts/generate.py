@@ -15,10 +15,11 @@ from rwkv.errors import UserError
 def main(config: GenerateConfig) -> None:
     import torch
 
-    from rwkv import checkpoint
+    from rwkv import checkpoint, compat
     from rwkv.data.tokenizer import WorldTokenizer
     from rwkv.generate import STOP, Sampling, Session, question
 
+    compat.wake_mkl()
     if not config.model:
         raise UserError("--model is missing: the checkpoint to run")
     gpu = torch.cuda.is_available() and config.accelerator != "cpu"

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 import torch
 
-from rwkv import checkpoint
+from rwkv import checkpoint, compat
 from rwkv.data.binidx import Dataset, mask_path, writer
 from rwkv.data.stream import Stream
 from rwkv.model import RWKV, Sizes
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 os.environ["RWKV_CPU_PRECISION"] = (
     "fp32"  # whatever this processor is fast at: tests compare numbers in fp32, and ask for bf16 where they mean it
 )
+compat.wake_mkl()  # as training does: runs in this process and in others are compared bit for bit
 hypothesis.settings.register_profile("files", deadline=None)  # a sync to a busy disk takes as long as it takes
 hypothesis.settings.load_profile("files")
 

@@ -1,10 +1,12 @@
 """What differs between the stacks is met in rwkv/compat.py, and seen nowhere else."""
 
+import os
 import re
 import signal
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +54,31 @@ def test_the_extension_builder_makes_no_remarks():
     program = "from rwkv import compat; print(compat.cpp_extension().__name__)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("torch.utils.cpp_extension\n", "")
+
+
+AMD, INTEL = (
+    f"processor : 0\nvendor_id : {vendor}\nflags : fpu fma avx2\n\nprocessor : 1\n" for vendor in ("AuthenticAMD", "GenuineIntel")
+)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "wakes"),
+    [(AMD, True), (INTEL, False), (AMD.replace("avx2", "sse2"), False), (None, False)],
+    ids=["amd", "intel", "old", "unknown"],
+)
+def test_mkl_of_torch_1_is_told_of_avx2_where_it_would_not_look(cpu, wakes, monkeypatch):
+    def text(*_, **__):
+        if cpu is None:
+            raise FileNotFoundError
+        return cpu
+
+    monkeypatch.delenv("MKL_DEBUG_CPU_TYPE", raising=False)
+    monkeypatch.setattr(Path, "read_text", text)
+    compat.wake_mkl()
+    assert os.environ.get("MKL_DEBUG_CPU_TYPE") == ("5" if wakes and compat.stack() == "cu117" else None)
+    monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "4")  # the user's word
+    compat.wake_mkl()
+    assert os.environ["MKL_DEBUG_CPU_TYPE"] == "4"
 
 
 def test_no_other_module_asks_for_a_version(root):

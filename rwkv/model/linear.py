@@ -1,54 +1,43 @@
 """A linear layer without bias that keeps little, and its three matrix products by the faster of the libraries that torch brings.
 
-torch multiplies fp32 matrices on CPUs by MKL, which on processors that are not Intel's leaves most of their width unused; oneDNN, which torch has
-for convolutions, does not (LOG.md). Which of the two takes a product depends on its shape alone, so that a run repeats bit for bit.
+torch multiplies fp32 matrices on CPUs by MKL, which on processors that are not Intel's leaves part of their width unused; where torch can hand them to
+oneDNN as they lie, that does not (LOG.md). Which of the two takes a product depends on its shape alone, so that a run repeats bit for bit.
 """
 
 import torch
 from torch import Tensor, nn
 
+from rwkv import compat
 from rwkv.model.fused import Recipe, compute_dtype
 
 SMALL = 1 << 20  # multiplications below which oneDNN's set-up costs more than it gains
 
-
-def _onednn(x: Tensor, weight_numbers: int) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.shape[0] > 1
-        and x.shape[0] * weight_numbers >= SMALL
-        and torch.backends.mkldnn.is_available()
-    )
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x.to_dense() if x.is_mkldnn else x
+_onednn = compat.onednn_product()
 
 
 def needs_room(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product with W takes room for W and for the result once more while it runs."""
-    return _onednn(x, weight.numel())
+    """Whether oneDNN takes a product with W, and so room for W and for the result once more while it runs: it copies W into a layout of its own."""
+    return (
+        _onednn is not None
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.shape[0] > 1
+        and x.shape[0] * weight.numel() >= SMALL
+    )
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ: [N, in], [out, in] → [N, out]."""
-    if _onednn(x, weight.numel()):
-        return _dense(torch._C._nn.mkldnn_linear(x.to_mkldnn(), weight, None))
-    return x @ weight.t()
+    return _onednn(x, weight) if needs_room(x, weight) else x @ weight.t()
 
 
 def product_of_gradient(g: Tensor, weight: Tensor) -> Tensor:
     """g W, the gradient of x: [N, out], [out, in] → [N, in]."""
-    if _onednn(g, weight.numel()):
-        return _dense(torch.ops.aten.mkldnn_linear_backward_input([g.shape[0], weight.shape[1]], g.to_mkldnn(), weight))
-    return g @ weight
+    return _onednn(g, weight.t()) if needs_room(g, weight) else g @ weight
 
 
-def weight_gradient(g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """gᵀ x, the gradient of W: [N, out], [N, in] → [out, in], in g's dtype. Of `weight` only the shape matters."""
-    if _onednn(g, weight.numel()):
-        return _dense(torch.ops.aten.mkldnn_linear_backward_weights(g.to_mkldnn(), x.to_mkldnn(), weight, False)[0])
+def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
+    """gᵀ x, the gradient of W: [N, out], [N, in] → [out, in], in g's dtype."""
     return g.t() @ x
 
 
@@ -74,7 +63,7 @@ class _Linear(torch.autograd.Function):
             gx = product_of_gradient(flat, weight.to(g.dtype)).view(*g.shape[:-1], -1)
         if ctx.needs_input_grad[1]:
             x = ctx.again(*kept) if ctx.again else kept[0]
-            gw = weight_gradient(flat, rows(x), weight).to(weight.dtype)
+            gw = weight_gradient(flat, rows(x)).to(weight.dtype)
         return gx, gw, None
 
 

@@ -52,7 +52,7 @@ class _HeadLoss(torch.autograd.Function):
             if gweight is not None:
                 for word in range(0, vocab, SLICE):
                     part = slice(word, word + SLICE)
-                    gweight[part] += weight_gradient(logits[:, part], piece, computed[part])
+                    gweight[part] += weight_gradient(logits[:, part], piece)
         ctx.save_for_backward(gx, gweight)
         ctx.count = max(1, count)
         return loss / ctx.count

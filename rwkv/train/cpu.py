@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from rwkv import compat
 from rwkv.memory import HEAP
 from rwkv.model.linear import product
 from rwkv.wkv import native
@@ -19,6 +20,7 @@ def prepare() -> None:
     """Call once, before training. What a C library other than glibc does with freed memory stays as it is."""
     # Softmax tails and Adam's fading moments fill up with denormals, which a CPU multiplies ten times more slowly.
     torch.set_flush_denormal(True)
+    compat.wake_mkl()
     # Every step frees and takes the same tensors again. glibc gives their memory back in between, and each page costs a fault: of the
     # WKV operator's time a third (LOG.md).
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -41,6 +43,7 @@ def precision() -> Literal["fp32", "bf16"]:
     """bf16 if this CPU multiplies matrices of it at least 1.3 times as fast as of fp32 (with AVX512-BF16 or AMX twice as fast, without far slower), else
     fp32. Measured once; processes that this one starts take its answer, as those of one run must agree."""
     if "RWKV_CPU_PRECISION" not in os.environ:
+        compat.wake_mkl()
         os.environ["RWKV_CPU_PRECISION"] = "bf16" if 1.3 * _seconds(torch.bfloat16) <= _seconds(torch.float32) else "fp32"
     return "bf16" if os.environ["RWKV_CPU_PRECISION"] == "bf16" else "fp32"
 

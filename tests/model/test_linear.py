@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from rwkv.model import fused
 from rwkv.model.linear import Matrix, linear
 
-SHAPES = [(1, 3, 5), (7, 33, 65), (40, 200, 300), (300, 512, 96)]  # rows, out, in: small ones and ones that oneDNN takes
+SHAPES = [(1, 3, 5), (7, 33, 65), (40, 200, 300), (300, 512, 96)]  # rows, out, in: small ones and ones for oneDNN
 
 
 @pytest.mark.parametrize("shape", SHAPES)
