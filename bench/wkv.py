@@ -19,7 +19,9 @@ from torch.utils import cpp_extension
 from rwkv.train import cpu
 from rwkv.wkv import native, wkv4
 
-EXPONENTIALS = 2.5  # per token and channel: one forward, one backward, and four a chunk of 16 tokens each way (cuda/wkv4.h, "on one scale")
+EXPONENTIALS = (
+    2.5  # per token and channel: one forward, one backward, and four a chunk of 16 tokens each way (cuda/wkv4.h, "needs no scale")
+)
 STEPWISE = (
     4  # what the recurrence takes if every step finds its own maximum: of output and update forward, of update again and output backward
 )
@@ -47,15 +49,14 @@ def main(batch: int, length: int, channels: int) -> None:
     shape, count = (batch, length, channels), batch * length * channels
     w, u = -torch.exp(torch.randn(channels)), torch.randn(channels)
     tensors = {dtype: [torch.randn(shape).to(dtype) for _ in range(3)] for dtype in (torch.float32, torch.bfloat16)}
+    leaves = {dtype: [z.detach().requires_grad_() for z in (w, u, k, v)] for dtype, (k, v, _) in tensors.items()}
     x, y = -torch.rand(count), torch.empty(count)
     with tempfile.TemporaryDirectory() as folder:
         source, flags = str(Path(__file__).with_name("exponentials.cpp")), ["-O3", "-fopenmp", "-ffast-math", "-march=native"]
         floor = cpp_extension.load("exponentials", [source], extra_cflags=flags, build_directory=folder)
 
     def operator(dtype: torch.dtype, impl: str) -> None:
-        k, v, gy = tensors[dtype]
-        leaves = [z.detach().requires_grad_() for z in (w, u, k, v)]
-        torch.autograd.grad(wkv4(*leaves, impl=impl)[0], leaves, gy)
+        torch.autograd.grad(wkv4(*leaves[dtype], impl=impl)[0], leaves[dtype], tensors[dtype][2])
 
     def unit(dtype: torch.dtype) -> None:
         k, v, gy = tensors[dtype]

@@ -32,6 +32,8 @@ WKV_FN wkv_float wkv_min(wkv_float x, wkv_float y) { return WKV_PAIR(min); }
 WKV_FN wkv_float wkv_max(wkv_float x, wkv_float y) { return x > y ? x : y; }
 WKV_FN wkv_float wkv_min(wkv_float x, wkv_float y) { return x < y ? x : y; }
 #endif
+// As unsigned integers: of floats without their sign the larger, and NaN above all.
+WKV_FN wkv_bits wkv_max_bits(wkv_bits x, wkv_bits y) { return x > y ? x : y; }
 WKV_FN wkv_float wkv_divide(wkv_float x, wkv_float y) { return x / y; }
 WKV_FN wkv_float wkv_negative_magnitude(wkv_float x) { return (wkv_float)((wkv_bits)x | 0x80000000u); }
 

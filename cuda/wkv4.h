@@ -4,7 +4,7 @@
 // every exponential <= 1. A document starts at (0, 0, WKV_EMPTY). Derivation, symbols and shapes: cuda/README.md.
 //
 // Before this file is included, a unit defines WKV_FN (how a function is declared), wkv_float (a float, or a vector of floats of
-// neighbouring channels) and wkv_exp(x) for x <= 1, wkv_max(x, y), wkv_negative_magnitude(x) = -|x|, wkv_divide(x, y) on it. It has
+// neighbouring channels) and wkv_exp(x) for x <= 1 (where no scale is used for x <= WKV_SMALL), wkv_max(x, y), wkv_negative_magnitude(x) = -|x|, wkv_divide(x, y) on it. It has
 // no include guard: the CPU unit includes it once per vector width, each in a namespace of its own.
 
 #define WKV_EMPTY (-1e38f)  // the running maximum of an empty state
@@ -66,15 +66,11 @@ WKV_FN void wkv4_backward(WkvPair f, wkv_float u, wkv_float k, wkv_float v, wkv_
   gb = f.past * gb + g.e.past * g.den;
 }
 
-// ---- A stretch of tokens on one scale ----
-// With `top` no smaller than the state's p and than every k of the stretch, the state stays (a, b) at e^top, and a token takes one
-// exponential, e = e^(k - top), where the steps above take two and look for a maximum at each. ew = e^w, eu = e^u, once for all tokens.
+// ---- A stretch of tokens that needs no scale ----
+// Where all keys are small numbers, the state is (a, b) itself, at e^0: a token takes one exponential, e = e^k, where the steps above take two and look
+// for a maximum at each. Small: |k| + |u| <= WKV_SMALL for every k, and the incoming p no larger than WKV_SMALL. ew = e^w and eu = e^u, once for all tokens.
 
-// True if no e is so small that the sums lose anything by it: top - low + |u| <= 40, with low the smallest k. `sum` is over all k, so that
-// it is not finite if one of them is not. (A vector of ones and zeros where wkv_float is a vector.)
-WKV_FN auto wkv4_near(wkv_float u, wkv_float top, wkv_float low, wkv_float sum) {
-  return top - low - wkv_negative_magnitude(u) + sum * 0.0f <= wkv_float{} + 40.0f;
-}
+#define WKV_SMALL 60.0f  // e^60 times a number of any reasonable size lies inside fp32's range, and so does its inverse
 
 // (a, b) at e^from becomes (a, b) at e^to.
 WKV_FN void wkv4_rescale(wkv_float from, wkv_float to, wkv_float& a, wkv_float& b) {
@@ -83,26 +79,25 @@ WKV_FN void wkv4_rescale(wkv_float from, wkv_float to, wkv_float& a, wkv_float& 
   b *= factor;
 }
 
-WKV_FN void wkv4_near_update(wkv_float ew, wkv_float e, wkv_float v, wkv_float& a, wkv_float& b) {
+WKV_FN void wkv4_small_update(wkv_float ew, wkv_float e, wkv_float v, wkv_float& a, wkv_float& b) {
   a = ew * a + e * v;
   b = ew * b + e;
 }
 
-WKV_FN wkv_float wkv4_near_output(wkv_float eu, wkv_float e, wkv_float v, wkv_float a, wkv_float b) {
+WKV_FN wkv_float wkv4_small_output(wkv_float eu, wkv_float e, wkv_float v, wkv_float a, wkv_float b) {
   const wkv_float now = eu * e;
   return wkv_divide(a + now * v, b + now);
 }
 
-// As wkv4_backward. `change`, summed over the stretch and times ew, is its share of gw.
-WKV_FN void wkv4_near_backward(wkv_float ew, wkv_float eu, wkv_float e, wkv_float v, wkv_float a, wkv_float b, wkv_float gy, wkv_float& ga,
-                               wkv_float& gb, wkv_float& change, wkv_float& gu, wkv_float& gk, wkv_float& gv) {
-  const wkv_float now = eu * e, scale = wkv_divide(wkv_float{} + 1.0f, b + now);
-  const wkv_float num = gy * scale, den = -(num * ((a + now * v) * scale));
-  const wkv_float bonus = now * (num * v + den);
-  change += ga * a + gb * b;
-  gu += bonus;
-  gk = bonus + e * (ga * v + gb);
-  gv = now * num + e * ga;
+// As wkv4_backward. `w` and `u`, summed over the stretch and times ew and eu, are its shares of gw and gu.
+WKV_FN void wkv4_small_backward(wkv_float ew, wkv_float eu, wkv_float e, wkv_float v, wkv_float a, wkv_float b, wkv_float gy, wkv_float& ga,
+                                wkv_float& gb, wkv_float& w, wkv_float& u, wkv_float& gk, wkv_float& gv) {
+  const wkv_float now = eu * e, scale = wkv_divide(wkv_float{} + 1.0f, b + now), num = gy * scale, den = num * ((a + now * v) * scale);
+  const wkv_float through = eu * num + ga;  // of e·v, by y and by the state
+  w += ga * a + gb * b;
+  u += e * (num * v - den);
+  gk = e * (through * v + (gb - eu * den));
+  gv = e * through;
   ga = ew * ga + num;
-  gb = ew * gb + den;
+  gb = ew * gb - den;
 }

@@ -23,25 +23,20 @@ WKV_FN Chunk chunk_at(int64_t index, int64_t T) { return {index, index * WKV_KEE
 WKV_FN int64_t chunks_of(int64_t T) { return (T + WKV_KEEP - 1) / WKV_KEEP; }
 WKV_FN int64_t states_of(int64_t T) { return chunks_of(T) + 1; }
 
-// The largest of a chunk's keys and of the incoming p, and whether the whole chunk may run on that scale, in every channel of the block:
-// where they lie close together, and no document starts.
-struct Scale { Block top; bool near; };
+// Whether a chunk needs no scale, in any channel of the block (wkv4.h): its keys are small, and no document starts.
 template <class E, bool FULL>
-WKV_FN Scale scale_of(const Wkv4Problem& q, const Chunk& chunk, const Block& u, const Block& p, int64_t row, int64_t c, int64_t n) {
-  Scale scale = {p, true};
-  Block low, sum = {};
-  EACH_GROUP low.g[g] = wkv_float{} - WKV_EMPTY;
+WKV_FN bool small(const Wkv4Problem& q, const Chunk& chunk, const Block& u, const Block& p, int64_t row, int64_t c, int64_t n) {
+  if (q.reset)
+    for (int64_t t = chunk.begin; t < chunk.end; t++)
+      if (q.reset[row * q.T + t]) return false;
+  struct { wkv_bits g[GROUPS]; } largest = {};
   for (int64_t t = chunk.begin; t < chunk.end; t++) {
-    if (q.reset && q.reset[row * q.T + t]) scale.near = false;
     const Block k = LOAD(AT(static_cast<const E*>(q.k), t));
-    EACH_GROUP {
-      scale.top.g[g] = wkv_max(scale.top.g[g], k.g[g]);
-      low.g[g] = wkv_min(low.g[g], k.g[g]);
-      sum.g[g] += k.g[g];
-    }
+    EACH_GROUP largest.g[g] = wkv_max_bits(largest.g[g], (wkv_bits)k.g[g] & 0x7fffffffu);
   }
-  EACH_GROUP if (!all(wkv4_near(u.g[g], scale.top.g[g], low.g[g], sum.g[g]))) scale.near = false;
-  return scale;
+  bool found = true;
+  EACH_GROUP found = all((wkv_float)largest.g[g] - wkv_negative_magnitude(u.g[g]) <= wkv_float{} + WKV_SMALL) & all(p.g[g] <= wkv_float{} + WKV_SMALL) & found;
+  return found;
 }
 
 template <class E, bool FULL>
@@ -62,12 +57,11 @@ WKV_FN void forward(const Wkv4Problem& q, const Wkv4Outputs& out, const Chunk& c
   const Block w = tidy(LOAD(q.w + c)), u = tidy(LOAD(q.u + c));
   const int64_t at = row * states_of(q.T) + chunk.index;
   State s = {LOAD(PLANE(q.kept, at, 0)), LOAD(PLANE(q.kept, at, 1)), LOAD(PLANE(q.kept, at, 2))};
-  const Scale scale = scale_of<E, FULL>(q, chunk, u, s.p, row, c, n);
-  if (scale.near) {
+  if (small<E, FULL>(q, chunk, u, s.p, row, c, n)) {
     Block ew, eu, p = s.p;
     EACH_GROUP {
       ew.g[g] = wkv_exp(w.g[g]), eu.g[g] = wkv_exp(u.g[g]);
-      wkv4_rescale(s.p.g[g], scale.top.g[g], s.a.g[g], s.b.g[g]);
+      wkv4_rescale(s.p.g[g], wkv_float{}, s.a.g[g], s.b.g[g]);
     }
     for (int64_t t = chunk.begin; t < chunk.end; t++) {
       FETCH(k_, t, 0);
@@ -76,14 +70,14 @@ WKV_FN void forward(const Wkv4Problem& q, const Wkv4Outputs& out, const Chunk& c
       const Block k = LOAD(AT(k_, t)), v = LOAD(AT(v_, t));
       Block y;
       EACH_GROUP {
-        const wkv_float e = wkv_exp_in_range(k.g[g] - scale.top.g[g]);
-        y.g[g] = wkv4_near_output(eu.g[g], e, v.g[g], s.a.g[g], s.b.g[g]);
-        wkv4_near_update(ew.g[g], e, v.g[g], s.a.g[g], s.b.g[g]);
+        const wkv_float e = wkv_exp_in_range(k.g[g]);
+        y.g[g] = wkv4_small_output(eu.g[g], e, v.g[g], s.a.g[g], s.b.g[g]);
+        wkv4_small_update(ew.g[g], e, v.g[g], s.a.g[g], s.b.g[g]);
         p.g[g] = wkv_max(p.g[g] + w.g[g], k.g[g]);
       }
       STORE(AT(y_, t), y);
     }
-    EACH_GROUP wkv4_rescale(scale.top.g[g], p.g[g], s.a.g[g], s.b.g[g]);
+    EACH_GROUP wkv4_rescale(wkv_float{}, p.g[g], s.a.g[g], s.b.g[g]);
     s.p = p;
   } else {
     for (int64_t t = chunk.begin; t < chunk.end; t++) {
@@ -125,14 +119,13 @@ WKV_FN void backward(const Wkv4Problem& q, const Wkv4Gradients& grad, const Chun
   Block ga = LOAD(ga_), gb = LOAD(gb_), gw = LOAD(gw_), gu = LOAD(gu_);
   const int64_t at = row * states_of(q.T) + chunk.index;
   State s = {LOAD(PLANE(q.kept, at, 0)), LOAD(PLANE(q.kept, at, 1)), LOAD(PLANE(q.kept, at, 2))};
-  const Scale scale = scale_of<E, FULL>(q, chunk, u, s.p, row, c, n);
-  if (scale.near) {
+  if (small<E, FULL>(q, chunk, u, s.p, row, c, n)) {
     const Block start = s.p, end = LOAD(PLANE(q.kept, at + 1, 2));
-    Block ew, eu, change = {};
+    Block ew, eu, sum_w = {}, sum_u = {};
     EACH_GROUP {
       ew.g[g] = wkv_exp(w.g[g]), eu.g[g] = wkv_exp(u.g[g]);
-      wkv4_rescale(start.g[g], scale.top.g[g], s.a.g[g], s.b.g[g]);
-      wkv4_rescale(scale.top.g[g], end.g[g], ga.g[g], gb.g[g]);  // gradients of a and b have the opposite scale
+      wkv4_rescale(start.g[g], wkv_float{}, s.a.g[g], s.b.g[g]);
+      wkv4_rescale(wkv_float{}, end.g[g], ga.g[g], gb.g[g]);  // gradients of a and b have the opposite scale
     }
     struct { Block a, b, e; } before[WKV_KEEP];
     for (int64_t t = chunk.begin; t < chunk.end; t++) {
@@ -142,8 +135,8 @@ WKV_FN void backward(const Wkv4Problem& q, const Wkv4Gradients& grad, const Chun
       const Block k = LOAD(AT(k_, t)), v = LOAD(AT(v_, t));
       before[i].a = s.a, before[i].b = s.b;
       EACH_GROUP {
-        const wkv_float e = before[i].e.g[g] = wkv_exp_in_range(k.g[g] - scale.top.g[g]);
-        wkv4_near_update(ew.g[g], e, v.g[g], s.a.g[g], s.b.g[g]);
+        const wkv_float e = before[i].e.g[g] = wkv_exp_in_range(k.g[g]);
+        wkv4_small_update(ew.g[g], e, v.g[g], s.a.g[g], s.b.g[g]);
       }
     }
     for (int64_t t = chunk.end - 1; t >= chunk.begin; t--) {
@@ -154,14 +147,15 @@ WKV_FN void backward(const Wkv4Problem& q, const Wkv4Gradients& grad, const Chun
       const Block v = LOAD(AT(v_, t)), gy = LOAD(AT(gy_, t));
       Block gk, gv;
       EACH_GROUP
-        wkv4_near_backward(ew.g[g], eu.g[g], before[i].e.g[g], v.g[g], before[i].a.g[g], before[i].b.g[g], gy.g[g], ga.g[g], gb.g[g],
-                           change.g[g], gu.g[g], gk.g[g], gv.g[g]);
+        wkv4_small_backward(ew.g[g], eu.g[g], before[i].e.g[g], v.g[g], before[i].a.g[g], before[i].b.g[g], gy.g[g], ga.g[g], gb.g[g],
+                            sum_w.g[g], sum_u.g[g], gk.g[g], gv.g[g]);
       STORE(AT(gk_, t), gk);
       STORE(AT(gv_, t), gv);
     }
     EACH_GROUP {
-      gw.g[g] += ew.g[g] * change.g[g];
-      wkv4_rescale(start.g[g], scale.top.g[g], ga.g[g], gb.g[g]);
+      gw.g[g] += ew.g[g] * sum_w.g[g];
+      gu.g[g] += eu.g[g] * sum_u.g[g];
+      wkv4_rescale(start.g[g], wkv_float{}, ga.g[g], gb.g[g]);
     }
   } else {
     State before[WKV_KEEP];  // the tokens of the chunk, and the factors their updates had

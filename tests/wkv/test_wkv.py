@@ -101,6 +101,23 @@ def test_keys_far_apart_in_one_channel_change_nothing_in_the_others(vectors):
             torch.testing.assert_close(ours[..., others], apart[name][..., others], rtol=0, atol=3e-5 * size, msg=name)  # rounded exponents
 
 
+@pytest.mark.parametrize("size", [20.0, 58.0, 59.5, 61.0, 100.0])
+def test_keys_around_the_size_up_to_which_they_need_no_scale(vectors, size):
+    w, u, k, v, first, _ = inputs(2, 50, 40, reset=False)
+    u, first[:, 2] = u.clamp(-1, 1), torch.where(first[:, 2] > 0, size, -size)
+    for keys in (k.sign() * size, torch.full_like(k, size), torch.full_like(k, -size), k):  # k alone: a state far from small keys
+        arguments = (w, u, keys, v, first, None)
+        fast, slow = outputs_and_gradients(cpu, *arguments), outputs_and_gradients(reference.wkv4, *arguments)
+        assert_close(fast, slow, outputs_and_gradients(reference.wkv4, *in_fp64(arguments)), arguments)
+
+
+def test_gradients_of_gradients_are_refused():
+    k = torch.randn(1, 3, 4, requires_grad=True)
+    y, _ = cpu(-torch.ones(4), torch.ones(4), k, k)
+    with pytest.raises(RuntimeError, match='impl="reference" has them'):
+        torch.autograd.grad(y.sum(), k, create_graph=True)
+
+
 def test_long_sequences_agree():
     arguments = inputs(1, 4097, 3, reset=False)
     fast, slow = outputs_and_gradients(cpu, *arguments), outputs_and_gradients(reference.wkv4, *arguments)
