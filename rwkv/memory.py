@@ -181,15 +181,8 @@ def total(s: Sizes) -> int:
 def kept(p: Plan) -> float:
     """Bytes a token and block that stay until the backward pass; the reasons are in rwkv/model/v4.py."""
     D, A, F, e = p.sizes.n_embd, p.sizes.dim_att, p.sizes.dim_ffn, p.e
-    mixes = not p.lora or "time" in p.parts
-    att, ffn = (
-        ("att" in {layer[:3] for layer in p.layers - {"att.output"}}, bool({"ffn.key", "ffn.receptance"} & p.layers))
-        if p.lora
-        else (True, True)
-    )
     low = sum(p.r * e for _ in adapted(p)) / p.sizes.n_layer
-    norms = 2 + (mixes or att) + (mixes or ffn)  # their inputs, and their outputs, which the recipes of products need
-    return (norms + 2) * e * D + (4 * e + 0.75) * A + e * F + 16 + low
+    return e * (4 * D + F) + (3 * e + 0.75) * A + 16 + low
 
 
 def _block(p: Plan) -> Blocks:

@@ -1,10 +1,11 @@
 """The elementwise parts of a block, each with its gradient: single passes over memory by the compiled units, torch's operations without them.
 
-What a product of matrices needs again for its weight's gradient is a Recipe of these operations, not a tensor of its own: inputs of products are
-never kept, they are formed anew from what is kept anyway. Parameters are used where they are passed in, in the forward pass of the module that
+What an operation needs again for a gradient is a Recipe of these operations wherever it can be formed from what is kept anyway: inputs of products, outputs
+of norms and of WKV are never kept. Parameters are used where they are passed in, in the forward pass of the module that
 owns them.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,19 @@ from rwkv.wkv import native
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the input of a product is formed again in the backward pass: function(*parts). Not a tuple: DeepSpeed takes those apart."""
+    """How a tensor is formed again in the backward pass: function(*parts). Not a tuple: DeepSpeed takes those apart."""
 
     function: Callable[..., Tensor]
     parts: tuple[Tensor | None, ...]
+
+
+def itself(x: Tensor) -> Recipe:
+    """The recipe of what is kept as it is."""
+    return Recipe(_itself, (x.detach(),))
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -66,15 +76,25 @@ class _Norm(torch.autograd.Function):
         return gx, gw, gb, None, None
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """LayerNorm of x [..., D] with weight and bias [D], statistics in fp32, the result in x's compute dtype; and x, to be used from there on.
+def _norm_again(eps: float, dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    unit = _unit(x, weight)
+    return unit.norm_forward(x, weight, bias, eps, dtype)[0] if unit and _fits(x.dtype, dtype) else plain.norm(x, weight, bias, eps, dtype)
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Recipe]:
+    """LayerNorm of x [..., D] with weight and bias [D], statistics in fp32, the result in x's compute dtype; x, to be used from there on; and the
+    recipe of the result.
 
     Keeps x and 8 bytes a token.
     """
     dtype = compute_dtype(x)
+    # copies of the parameters: ZeRO-3 has them here, and perhaps not where the recipe is followed
+    again = Recipe(
+        functools.partial(_norm_again, eps, dtype), (x.detach(), *(t.detach().to(plain.wide(t).dtype, copy=True) for t in (weight, bias)))
+    )
     if _unit(x, weight) is None or not _fits(x.dtype, dtype):
-        return plain.norm(x, weight, bias, eps, dtype), x
-    return _Norm.apply(x.contiguous(), weight, bias, eps, dtype)
+        return plain.norm(x, weight, bias, eps, dtype), x, again
+    return *_Norm.apply(x.contiguous(), weight, bias, eps, dtype), again
 
 
 def _fits(stream: torch.dtype, inside: torch.dtype) -> bool:
@@ -84,71 +104,79 @@ def _fits(stream: torch.dtype, inside: torch.dtype) -> bool:
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, last, reset, weights):
+    def forward(ctx, x, last, reset, weights, again):
         wanted = ctx.needs_input_grad[3]  # x is needed for the gradient of the weights alone
-        ctx.save_for_backward(x if wanted else None, last, reset, weights)
+        ctx.again = again.function if wanted else None
+        ctx.save_for_backward(last, reset, weights, *(again.parts if wanted else ()))
         return tuple(_unit(x).mix_forward(x, last, reset, weights))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gy):
-        x, last, reset, weights = ctx.saved_tensors
+        last, reset, weights, *kept = ctx.saved_tensors
         whole = [g.contiguous() for g in gy]
-        gx, glast, gweights = _unit(whole[0]).mix_backward(whole, whole[0] if x is None else x, last, reset, weights, x is not None)
-        return gx, glast if ctx.needs_input_grad[1] else None, None, gweights
+        x = ctx.again(*kept) if ctx.again else whole[0]
+        gx, glast, gweights = _unit(whole[0]).mix_backward(whole, x, last, reset, weights, ctx.again is not None)
+        return gx, glast if ctx.needs_input_grad[1] else None, None, gweights, None
 
 
-def _mix_again(x: Tensor, last: Tensor, reset: Tensor | None, weights: Tensor) -> Tensor:
+def _mix_again(again: Callable[..., Tensor], last: Tensor, reset: Tensor | None, weights: Tensor, *parts: Tensor) -> Tensor:
+    x = again(*parts)
     unit = _unit(x)
     return (unit.mix_forward(x, last, reset, weights) if unit else plain.mix(x, last, reset, weights))[0]
 
 
-def mix(x: Tensor, last: Tensor, reset: Tensor | None, weights: list[Tensor]) -> list[tuple[Tensor, Recipe]]:
+def mix(x: Tensor, last: Tensor, reset: Tensor | None, weights: list[Tensor], again: Recipe | None = None) -> list[tuple[Tensor, Recipe]]:
     """Token shift: m·x + (1 − m)·(the token before) for each m of `weights`, up to three of D numbers each, with the recipe for it.
 
-    x [B, T, D]; `last` [B, D] is the token before the first; reset [B, T] bool or None: where it is True there is none before. Keeps x if a weight is trained.
+    x [B, T, D]; `last` [B, D] is the token before the first; reset [B, T] bool or None: where it is True there is none before. Keeps what `again` forms x
+    from, x without one.
     """
     stacked = torch.cat([m.reshape(1, -1) for m in weights])
     last = last.to(x.dtype).contiguous()
+    x = x.contiguous() if _unit(x) else x
+    again = again or itself(x)
     if _unit(x):
-        x, stacked = x.contiguous(), stacked.float()
-        made = _Mix.apply(x, last, reset, stacked)
+        stacked = stacked.float()
+        made = _Mix.apply(x, last, reset, stacked, again)
     else:
         made = plain.mix(x, last, reset, stacked)
-    x, last, rows = x.detach(), last.detach(), stacked.detach().split(1)
-    return [(y, Recipe(_mix_again, (x, last, reset, m))) for y, m in zip(made, rows, strict=True)]
+    function, rows = functools.partial(_mix_again, again.function), stacked.detach().split(1)
+    return [(y, Recipe(function, (last.detach(), reset, m, *again.parts))) for y, m in zip(made, rows, strict=True)]
 
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, r, v, past):
-        ctx.save_for_backward(r, v)
+    def forward(ctx, r, v, past, again):
+        ctx.again = again.function
+        ctx.save_for_backward(r, *again.parts)
         return _unit(r).gate_forward(past, r, v)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        r, v = ctx.saved_tensors
-        gr, gv = _unit(r).gate_backward(g.contiguous(), r, v)
-        return gr, gv, g if ctx.needs_input_grad[2] else None
+        r, *kept = ctx.saved_tensors
+        gr, gv = _unit(r).gate_backward(g.contiguous(), r, ctx.again(*kept).contiguous())
+        return gr, gv, g if ctx.needs_input_grad[2] else None, None
 
 
-def _gate_again(r: Tensor, v: Tensor) -> Tensor:
-    unit = _unit(r)
-    return unit.gate_forward(None, r, v) if unit else plain.gate(r, v)
+def _gate_again(again: Callable[..., Tensor], r: Tensor, *parts: Tensor) -> Tensor:
+    v, unit = again(*parts), _unit(r)
+    return unit.gate_forward(None, r, v.contiguous()) if unit else plain.gate(r, v)
 
 
-def gate(r: Tensor, v: Tensor) -> tuple[Tensor, Recipe]:
-    """σ(r)·v of two tensors alike, with the recipe for it. Keeps r and v."""
-    y = _Gate.apply(r.contiguous(), v.contiguous(), None) if _unit(r, v) else plain.gate(r, v)
-    return y, Recipe(_gate_again, (r.detach(), v.detach()))
+def gate(r: Tensor, v: Tensor, again: Recipe | None = None) -> tuple[Tensor, Recipe]:
+    """σ(r)·v of two tensors alike, with the recipe for it. Keeps r and what `again` forms v from, v without one."""
+    again = again or itself(v)
+    y = _Gate.apply(r.contiguous(), v.contiguous(), None, again) if _unit(r, v) else plain.gate(r, v)
+    return y, Recipe(functools.partial(_gate_again, again.function), (r.detach(), *again.parts))
 
 
 def gate_onto(past: Tensor, r: Tensor, v: Tensor) -> Tensor:
     """past + σ(r)·v, in past's dtype. Keeps r and v."""
     if _unit(past, r, v) is None or not _fits(past.dtype, r.dtype):
         return plain.gate(r, v, past)
-    return _Gate.apply(r.contiguous(), v.contiguous(), past.contiguous())
+    return _Gate.apply(r.contiguous(), v.contiguous(), past.contiguous(), itself(v))
 
 
 class _Relu2(torch.autograd.Function):

@@ -7,13 +7,12 @@ Kept for the backward pass, in bytes per token and block, where products are com
 has s (the embedding's: 2 if it is stored in bf16, else 4):
 
     time-mix      s·D + 8    its input, and the statistics of ln1       channel-mix   s·D + 8    its input, and the statistics of ln2
-                  e·D        ln1's output: the recipe of k, v, r                      e·D        ln2's output, if ffn's matrices or mixes are trained
-                  e·4A       k, v, r, and WKV's output                                e·F        what is squared
+                  e·3A       k, v, r                                                  e·F        what is squared
                   0.75 A     WKV's states before every 16th token                     e·2D       r, and what it gates
 
-On a CPU WKV keeps its last state too, 12 A bytes a row. The same whatever is trained: inputs of products are formed again (fused.Recipe). With
-grad_cp a block keeps s·D, its input, and one block at a time keeps the rest. Outside the blocks: s·D + 8 for ln_out, e·D for the gradient that
-head_loss has formed, and while it runs the logits of one chunk (loss.CHUNK_BYTES as fp32).
+WKV keeps its first state too, and on a CPU its last, 12 A bytes a row each. The same whatever is trained: outputs of norms and of WKV and inputs of products are formed again
+(fused.Recipe). With grad_cp a block keeps s·D, its input, and one block at a time keeps the rest. Outside the blocks: s·D + 8 for ln_out, e·D for the
+gradient that head_loss has formed, and while it runs the logits of one chunk (loss.CHUNK_BYTES as fp32).
 """
 
 from dataclasses import dataclass
@@ -60,8 +59,8 @@ def _mix(size: int) -> nn.Parameter:
 class Norm(nn.LayerNorm):
     """LayerNorm whose statistics are fp32."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # LayerNorm's is one
-        """x [B, T, D] → its norm in the dtype that products are computed in, and x as it was, to go on with (see fused.norm)."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, fused.Recipe]:  # type: ignore[override]  # LayerNorm's is one
+        """x [B, T, D] → its norm in the dtype that products are computed in; x as it was, to go on with; the norm's recipe (see fused.norm)."""
         return fused.norm(x, self.weight, self.bias, self.eps)
 
 
@@ -76,13 +75,21 @@ class TimeMix(nn.Module):
         self.time_mix_k, self.time_mix_v, self.time_mix_r = _mix(D), _mix(D), _mix(D)
         self.key, self.value, self.receptance, self.output = _matrix(A, D), _matrix(A, D), _matrix(A, D), _matrix(D, A)
 
-    def forward(self, x: Tensor, shift: Tensor, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x [B, T, D], shift [B, D], state [B, 3, A], reset [B, T] → y [B, T, D], state."""
-        k, v, r = fused.mix(x, shift, reset, [self.time_mix_k, self.time_mix_v, self.time_mix_r])
-        k, v, r = self.key(*k), self.value(*v), self.receptance(*r)  # [B, T, A]
+    def forward(
+        self, x: Tensor, shift: Tensor, state: Tensor, reset: Tensor | None = None, again: fused.Recipe | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, T, D] and its recipe, shift [B, D], state [B, 3, A], reset [B, T] → y [B, T, D], state."""
+        mixed = fused.mix(x, shift, reset, [self.time_mix_k, self.time_mix_v, self.time_mix_r], again)
+        k, v, r = (layer(*one) for layer, one in zip((self.key, self.value, self.receptance), mixed, strict=True))  # [B, T, A]
         # The decay stays fp32: exp(−exp(w)) is so near 1 that bf16 rounds it to 1.
-        y, state = wkv4(-torch.exp(self.time_decay.float()), self.time_first, k, v, state, reset)
-        return self.output(*fused.gate(r, y)), state
+        inputs = -torch.exp(self.time_decay.float()), self.time_first, k, v, state, reset
+        y, state = wkv4(*inputs)
+        recipe = fused.Recipe(_wkv_again, tuple(None if t is None else t.detach() for t in inputs))
+        return self.output(*fused.gate(r, y, recipe)), state
+
+
+def _wkv_again(*inputs: Tensor) -> Tensor:
+    return wkv4(*inputs)[0]
 
 
 class ChannelMix(nn.Module):
@@ -94,9 +101,9 @@ class ChannelMix(nn.Module):
         self.time_mix_k, self.time_mix_r = _mix(D), _mix(D)
         self.key, self.receptance, self.value = _matrix(F, D), _matrix(D, D), _matrix(D, F)
 
-    def forward(self, x: Tensor, past: Tensor, shift: Tensor, reset: Tensor | None = None) -> Tensor:
-        """x [B, T, D], past [B, T, D], shift [B, D], reset [B, T] → past + channel-mix(x) [B, T, D]."""
-        k, r = fused.mix(x, shift, reset, [self.time_mix_k, self.time_mix_r])
+    def forward(self, x: Tensor, past: Tensor, shift: Tensor, reset: Tensor | None = None, again: fused.Recipe | None = None) -> Tensor:
+        """x [B, T, D] and its recipe, past [B, T, D], shift [B, D], reset [B, T] → past + channel-mix(x) [B, T, D]."""
+        k, r = fused.mix(x, shift, reset, [self.time_mix_k, self.time_mix_r], again)
         k, r = self.key(*k), self.receptance(*r)  # [B, T, F], [B, T, D]
         return fused.gate_onto(past, r, self.value(*fused.relu2(k)))
 
@@ -125,16 +132,16 @@ class Block(nn.Module):
         """
         state = BlockState(*state)
         if hasattr(self, "ln0"):
-            x, _ = self.ln0(x)
-        a, x = self.ln1(x)
+            x = self.ln0(x)[0]
+        a, x, again = self.ln1(x)
         if hasattr(self, "att"):
-            y, wkv = self.att(a, state.att_shift, state.wkv, reset)
+            y, wkv = self.att(a, state.att_shift, state.wkv, reset, again)
             x = x + y
         else:
-            x, wkv = self.ffnPre(a, x, state.att_shift, reset), state.wkv
-        f, x = self.ln2(_dropped(x, dropout))
+            x, wkv = self.ffnPre(a, x, state.att_shift, reset, again), state.wkv
+        f, x, again = self.ln2(_dropped(x, dropout))
         # clones: a view of the last token would keep the others
-        return _dropped(self.ffn(f, x, state.ffn_shift, reset), dropout), (a[:, -1].clone(), wkv, f[:, -1].clone())
+        return _dropped(self.ffn(f, x, state.ffn_shift, reset, again), dropout), (a[:, -1].clone(), wkv, f[:, -1].clone())
 
 
 def _dropped(x: Tensor, p: float) -> Tensor:

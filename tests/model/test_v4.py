@@ -101,11 +101,11 @@ def test_dropout_is_upstreams_of_the_embedding_and_of_the_stream_after_every_mix
     x, reset = drop(model.emb(tokens)), None
     for block, state in zip(model.blocks, model.initial_state(2), strict=True):
         x = block.ln0(x)[0] if hasattr(block, "ln0") else x
-        a, x = block.ln1(x)
+        a, x, _ = block.ln1(x)
         x = drop(
             x + block.att(a, state.att_shift, state.wkv, reset)[0] if hasattr(block, "att") else block.ffnPre(a, x, state.att_shift, reset)
         )
-        f, x = block.ln2(x)
+        f, x, _ = block.ln2(x)
         x = drop(block.ffn(f, x, state.ffn_shift, reset))
     theirs = model.head(model.ln_out(x)[0])
     theirs.square().sum().backward()
@@ -184,4 +184,4 @@ def test_a_block_keeps_what_the_docstring_says(make_model, stored, autocast, tra
     ):
         block(x, state)
     kept = sum(t.numel() * t.element_size() for at, t in found.items() if at not in own and t.numel() > B * T)
-    assert kept == B * T * (2 * (s * D + 8) + e * (2 * D + 4 * A + F + 2 * D) + 0.75 * A) + B * 12 * A
+    assert kept == B * T * (2 * (s * D + 8) + e * (3 * A + F + 2 * D) + 0.75 * A) + B * 24 * A
