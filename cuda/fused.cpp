@@ -204,7 +204,7 @@ Tensor loss(const Tensor& logits, const Tensor& target, double pull, bool gradie
   const Tensor stats = logits.new_empty({N, 3}, logits.options().dtype(at::kFloat));
   const FusedLoss q{V, logits.data_ptr(), reinterpret_cast<const long long*>(t), stats.data_ptr<float>(), float(pull), gradient};
   const auto run = loops().loss[dtype(logits)];
-  each(N, 1, [&](int64_t begin, int64_t end) { run(q, begin, end); });
+  each(N, 1, [&](int64_t begin, int64_t end) { run(q, stats.new_empty({V + loops().block}).data_ptr<float>(), begin, end); });
   return stats;
 }
 

@@ -20,7 +20,7 @@ struct FusedLoops {
   void (*relu2_gradient[2])(const void* g, const void* k, void* gk, int64_t begin, int64_t end);
   // y = dropout(x), or y += dropout(x)
   void (*dropout[2])(const void* x, void* y, bool add, uint32_t seed, uint32_t below, float scale, int64_t begin, int64_t end);
-  void (*loss[2])(const FusedLoss&, int64_t begin, int64_t end);
+  void (*loss[2])(const FusedLoss&, float* powers, int64_t begin, int64_t end);  // powers: room for a row, rounded up to `block`
   void (*adam)(const FusedAdam&, int64_t begin, int64_t end);
 };
 

@@ -233,7 +233,20 @@ WKV_FN float one(const bf16* x) {
   return y;
 }
 
-template <class E> void loss(const FusedLoss& q, int64_t begin, int64_t end) {
+// The first place of the row's largest number, or -1 if it is NaN.
+template <class E> WKV_FN int64_t place_of(float top, const E* x_, int64_t V) {
+  using O = E;
+  for (int64_t c = 0; c < V; c += BLOCK) {
+    const int64_t n = V - c < BLOCK ? V - c : BLOCK;
+    const Block x = n == BLOCK ? load<O, true>(x_ + c, n) : load<O, false>(x_ + c, n);
+    if (all((x.g[0] != top) & (x.g[1] != top))) continue;
+    for (int64_t i = c; i < c + n; i++)
+      if (one(x_ + i) == top) return i;
+  }
+  return -1;
+}
+
+template <class E> void loss(const FusedLoss& q, float* powers, int64_t begin, int64_t end) {
   using O = E;
   for (int64_t row = begin; row < end; row++) {
     E* x_ = static_cast<E*>(q.logits) + row * q.V;
@@ -250,7 +263,10 @@ template <class E> void loss(const FusedLoss& q, int64_t begin, int64_t end) {
       Block x = tidy(GET(x_ + c));
       EACH_GROUP x.g[g] = wkv_exp(x.g[g] - top);
       x = ONLY(x);
-      EACH_GROUP sum.g[g] += x.g[g];
+      EACH_GROUP {
+        sum.g[g] += x.g[g];
+        write(powers + c + g * LANES, x.g[g], LANES);  // in the order of a block, all of it
+      }
     END_BLOCK
     const float all = total(sum), share = 1.0f / all;
     float* stats = q.stats + 3 * row;
@@ -258,11 +274,13 @@ template <class E> void loss(const FusedLoss& q, int64_t begin, int64_t end) {
     stats[1] = all;
     stats[2] = one(x_ + q.target[row]);
     if (!q.gradient) continue;
-    int64_t first = -1;  // of the largest
-    for (int64_t c = 0; c < q.V && first < 0; c++) first = one(x_ + c) == top ? c : -1;
+    const int64_t first = place_of(top, x_, q.V);
     EACH_BLOCK(0, q.V)
-      Block x = tidy(GET(x_ + c));
-      EACH_GROUP x.g[g] = wkv_exp(x.g[g] - top) * share;
+      Block x;
+      EACH_GROUP {
+        read(x.g[g], powers + c + g * LANES, LANES);
+        x.g[g] *= share;
+      }
       PUT(x_ + c, x);
     END_BLOCK
     // softmax, then −1 at the target and L2Wrap's pull at the largest logit, each added before it is rounded
