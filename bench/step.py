@@ -309,7 +309,9 @@ def table(c: argparse.Namespace, done: list[Contender]) -> None:
     for kind in c.kinds.split(","):
         us, them = found.get((kind, "bf16", "ours")), found.get((kind, "fp32", "theirs"))
         if us and them:
-            print(f"{kind} bf16 against their default, fp32: {us[0] / them[0]:.1f} ×, {us[1] / them[1]:.2f} of its memory, losses differ by {abs(us[2] - them[2]):.1e}")
+            print(
+                f"{kind} bf16 against their default, fp32: {us[0] / them[0]:.1f} ×, {us[1] / them[1]:.2f} of its memory, losses differ by {abs(us[2] - them[2]):.1e}"
+            )
 
 
 def main() -> None:

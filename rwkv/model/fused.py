@@ -88,13 +88,15 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, T
     Keeps x and 8 bytes a token.
     """
     dtype = compute_dtype(x)
-    # copies of the parameters: ZeRO-3 has them here, and perhaps not where the recipe is followed
-    again = Recipe(
-        functools.partial(_norm_again, eps, dtype), (x.detach(), *(t.detach().to(plain.wide(t).dtype, copy=True) for t in (weight, bias)))
-    )
     if _unit(x, weight) is None or not _fits(x.dtype, dtype):
-        return plain.norm(x, weight, bias, eps, dtype), x, again
-    return *_Norm.apply(x.contiguous(), weight, bias, eps, dtype), again
+        y = plain.norm(x, weight, bias, eps, dtype)
+    else:
+        y, x = _Norm.apply(x.contiguous(), weight, bias, eps, dtype)
+    if not torch.is_grad_enabled():  # nothing will be formed again
+        return y, x, itself(y)
+    # copies of the parameters: ZeRO-3 has them here, and perhaps not where the recipe is followed
+    copies = (plain.wide(t.detach()).clone() for t in (weight, bias))
+    return y, x, Recipe(functools.partial(_norm_again, eps, dtype), (x.detach(), *copies))
 
 
 def _fits(stream: torch.dtype, inside: torch.dtype) -> bool:
