@@ -100,7 +100,7 @@ class _WKV4(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gy, glast):
-        if torch.is_grad_enabled():  # once_differentiable would say so too, for a twentieth of the operator's time on a CPU
+        if torch.is_grad_enabled():  # once_differentiable would say so too, and takes longer
             raise RuntimeError('wkv4: a compiled unit has no gradients of gradients (create_graph=True); impl="reference" has them')
         w, u, k, v, reset, kept = ctx.saved_tensors
         gy = torch.zeros_like(k) if gy is None else gy.contiguous()
