@@ -9,7 +9,7 @@ that scripts/export.py makes of it. Printed: tokens/s by the best step, the medi
 it was there before any model (the libraries), the loss of the first step.
 
 Each step's loss is held until the next has one, as in a loop that says `loss = model(...)`; with --let_go it is let go before, as by Lightning. On a CPU that
-makes a third of theirs' memory, as glibc then finds no room between what is held.
+makes up to two fifths of theirs' memory, as glibc then finds no room between what is held.
 
 `products` is a loop of exactly the matrix products of our step, same shapes, dtype and library; `torch products` the same by torch's `@`, in a process
 that is not prepared for training, as theirs.
