@@ -184,7 +184,7 @@ WKV_FN void pass_through(const Wkv4Args& q, const Chunk& chunk, float w, float u
 template <class E>
 WKV_FN void summary_gradient(const Wkv4Args& q) {
   Place at;
-  if (!find(q, at) || at.s == 0) return;
+  if (!find(q, at)) return;
   const float w = q.w[at.c], u = q.u[at.c];
   State s = load_state(kept(q, at.b, at.begin, at.c), q.C);
   Through to = {0, 0, 1};
@@ -203,16 +203,17 @@ WKV_FN void summary_gradient(const Wkv4Args& q) {
   p[2 * q.C] = to.factor;
 }
 
-// carry[every segment][0, 1] becomes dL/d(a, b) of its outgoing state, at the scale of the next segment's incoming one.
+// carry[every segment][0, 1] becomes dL/d(a, b) of its outgoing state, at the scale of the next segment's incoming one; gfirst is that of the
+// first segment's incoming state, free of the drift inside segments that wkv4_gradient corrects for where they end.
 WKV_FN void scan_gradient(const Wkv4Args& q) {
   const long long i = thread_index(), b = i / q.C, c = i % q.C;
   if (b >= q.B) return;
   float ga = q.glast ? q.glast[b * 3 * q.C + c] : 0, gb = q.glast ? q.glast[(b * 3 + 1) * q.C + c] : 0;
   for (long long s = q.segments - 1; s >= 0; s -= TOGETHER) {
-    Through to[TOGETHER] = {};  // nothing is read of segment 0, as nothing comes before it
+    Through to[TOGETHER] = {};
 #pragma unroll
     for (int j = 0; j < TOGETHER; j++)
-      if (s - j > 0) {
+      if (s - j >= 0) {
         const float* p = carry(q, b, s - j, c);
         to[j] = {p[0], p[q.C], p[2 * q.C]};
       }
@@ -226,6 +227,7 @@ WKV_FN void scan_gradient(const Wkv4Args& q) {
         gb = to[j].factor != 0 ? to[j].factor * gb + to[j].gb : to[j].gb;
       }
   }
+  store_state(q.gfirst + b * 3 * q.C + c, q.C, {ga, gb, 0});
 }
 
 struct Sums { float ga, gb, gw, gu; };
@@ -283,7 +285,7 @@ WKV_FN void gradient(const Wkv4Args& q) {
   const long long row = at.b * q.segments + at.s;
   q.gw[row * q.C + at.c] = g.gw;
   q.gu[row * q.C + at.c] = g.gu;
-  if (at.s == 0) store_state(q.gfirst + at.b * 3 * q.C + at.c, q.C, {g.ga, g.gb, 0});
+  if (q.segments == 1) store_state(q.gfirst + row * 3 * q.C + at.c, q.C, {g.ga, g.gb, 0});
 }
 
 #define KERNELS_OF(E)                                                                               \
