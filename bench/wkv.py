@@ -4,7 +4,8 @@
 
 Forward and backward, by the operator (autograd included) and by the unit alone, in a process prepared as training is. The floor is a loop that only takes the same number
 of vectorised exponentials, by glibc's vector maths library and on the same threads (bench/exponentials.cpp); the stepwise floor is what the same loop
-takes for the exponentials of the recurrence done step by step, torch.exp what torch takes for those.
+takes for the exponentials of the recurrence done step by step, torch.exp what torch takes for those. "library fp32" is the unit's own loops with that library's
+e^k in place of the inlined polynomial (bench/library_exp.cpp; processors with AVX-512): to be set beside "unit fp32".
 """
 
 import sys
@@ -17,7 +18,7 @@ import torch
 from torch.utils import cpp_extension
 
 from rwkv.train import cpu
-from rwkv.wkv import native, wkv4
+from rwkv.wkv import build, native, wkv4
 
 EXPONENTIALS = (
     2.5  # per token and channel: one forward, one backward, and four a chunk of 16 tokens each way (cuda/wkv4.h, "needs no scale")
@@ -43,6 +44,31 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int = 30, row: in
     return best, first
 
 
+def by_library(folder: str, w: torch.Tensor, u: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gy: torch.Tensor) -> Callable[[], None]:
+    """Forward and backward by bench/library_exp.cpp, whose numbers are compared with the unit's once."""
+    sources = [str(Path(__file__).with_name(name)) for name in ("library_exp.cpp", "library_exp_binding.cpp")]
+    loops = cpp_extension.load("library_exp", sources, extra_cflags=build.HOST_OPTIONS, extra_ldflags=["-lmvec"], build_directory=folder)
+    unit = native.cpu_unit()
+    y, _, kept = unit.forward(w, u, k, v, None, None)
+    expected = [y, *unit.backward(w, u, k, v, None, kept, gy, None)]
+    rows = torch.empty(len(k), *w.shape)
+    found = [
+        torch.empty_like(y),
+        rows,
+        rows.clone(),
+        *(torch.empty_like(x) for x in expected[3:]),
+    ]  # y, gw and gu of every row, gk, gv, gstate
+
+    def run() -> None:
+        loops.forward(w, u, k, v, kept, found[0])
+        loops.backward(w, u, k, v, kept, gy, *found[1:])
+
+    run()
+    sums = [x.sum(0) for x in found[1:3]]
+    torch.testing.assert_close([found[0], *sums, *found[3:]], expected, rtol=1e-4, atol=1e-4)  # another e^x, and sums over all of time
+    return run
+
+
 def main(batch: int, length: int, channels: int) -> None:
     cpu.prepare()
     torch.manual_seed(0)
@@ -54,6 +80,8 @@ def main(batch: int, length: int, channels: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, flags = str(Path(__file__).with_name("exponentials.cpp")), ["-O3", "-fopenmp", "-ffast-math", "-march=native"]
         floor = cpp_extension.load("exponentials", [source], extra_cflags=flags, build_directory=folder)
+        vectors = torch.ops.rwkv.cpu_vectors("") if native.refusal() is None else ""
+        library = by_library(folder, w, u, *tensors[torch.float32]) if vectors.startswith("avx512") else None
 
     def operator(dtype: torch.dtype, impl: str) -> None:
         torch.autograd.grad(wkv4(*leaves[dtype], impl=impl)[0], leaves[dtype], tensors[dtype][2])
@@ -69,6 +97,7 @@ def main(batch: int, length: int, channels: int) -> None:
         "operator bf16": lambda: operator(torch.bfloat16, "cpu"),
         "unit fp32": lambda: unit(torch.float32),
         "unit bf16": lambda: unit(torch.bfloat16),
+        **({"library fp32": library} if library else {}),  # its vectors are those of AVX-512
         "floor": lambda: floor.exponentials(x[: count // 2], y, int(2 * EXPONENTIALS)),
         "stepwise floor": lambda: floor.exponentials(x, y, STEPWISE),
         "torch.exp": lambda: [torch.exp(x, out=y) for _ in range(STEPWISE)],
@@ -77,7 +106,6 @@ def main(batch: int, length: int, channels: int) -> None:
     best, first = interleaved(runs)
     pair = {"loop": lambda: operator(torch.float32, "reference"), "operator": lambda: operator(torch.float32, "cpu")}
     loop, _ = interleaved(pair, rounds=5, row=1)
-    vectors = torch.ops.rwkv.cpu_vectors("")
     print(f"B{batch} T{length} C{channels}, {torch.get_num_threads()} threads, {vectors}, torch {torch.__version__}")
     for name, ms in best.items():
         print(f"{name:14} {ms:8.3f} ms  {ms / best['floor']:6.2f} × floor; with cold caches {first[name] / first['floor']:.2f} ×")
