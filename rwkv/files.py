@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their fingerprints."""
+"""Files that appear atomically, locks that one process at a time holds, and fingerprints."""
 
 import contextlib
 import errno
@@ -7,8 +7,12 @@ import glob
 import hashlib
 import json
 import os
+import shlex
+import socket
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +21,89 @@ from rwkv.errors import UserError
 _FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "your quota is used up", errno.EFBIG: "larger than a file may be here"}
 _UMASK = os.umask(0)  # can only be read by setting it: once, before there are threads
 os.umask(_UMASK)
+_HELD: set[int] = set()  # descriptors of the locks that this process holds
+os.register_at_fork(after_in_child=lambda: [os.close(_HELD.pop()) for _ in list(_HELD)])  # a lock ends with the process that took it
+
+
+@contextlib.contextmanager
+def exclusive(path: str | os.PathLike, what: str | os.PathLike, advice: str = "choose another one") -> Iterator[None]:
+    """Hold the lock file `path` for as long as the block runs, so that one process at a time uses what it protects.
+
+    The lock is the kernel's (flock): it ends with the process however that ends, and a file that a killed process left is no obstacle. On a clean
+    end the file is removed, with the folders that were made for it alone. Where the file system cannot lock, this is said and the block runs.
+
+    Args:
+        path: the lock file. It contains host, process id, command and start time of its holder.
+        what: what it protects, as the user named it: a folder, an output.
+        advice: what the user can do besides waiting.
+
+    Raises:
+        UserError: another process holds it (which one is said), or no file can be written there.
+    """
+    path = Path(path)
+    made = [folder for folder in path.parents if not os.path.exists(folder)]
+    try:
+        with full_disk(path, "Nothing was written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, locked = _locked(path, what, advice)
+    except OSError as error:
+        _remove_empty(made)
+        raise UserError(f"{what}: cannot be written to ({error.strerror}: {error.filename or path}); {advice}") from error
+    _HELD.add(handle)
+    try:
+        if not locked:
+            print(f"warning: {what}: this file system has no locks; take care that no other process uses it", file=sys.stderr, flush=True)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the folder may have been moved or replaced
+            if os.path.samestat(os.stat(path), os.fstat(handle)):
+                path.unlink()
+        _HELD.discard(handle)
+        os.close(handle)
+        _remove_empty(made)
+
+
+def _locked(path: Path, what: str | os.PathLike, advice: str) -> tuple[int, bool]:
+    """An open descriptor of the lock file with our name in it, and whether it is locked. Raises UserError if another process holds the lock."""
+    while True:
+        handle, locked = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                holder = _holder(handle)
+                os.close(handle)
+                raise UserError(f"{what}: in use by {holder}. Wait until it ends or stop it; or {advice}") from error
+            locked = False
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(handle)):
+                break
+        os.close(handle)  # its last holder removed it before we locked it
+    here = {"host": socket.gethostname(), "pid": os.getpid(), "command": shlex.join(sys.argv), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(here).encode(), 0)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle, locked
+
+
+def _holder(handle: int) -> str:
+    """Who wrote its name into a lock file, in words."""
+    try:
+        found = json.loads(os.pread(handle, 1 << 16, 0))
+        words = f"process {found['pid']} on {found['host']} since {found['since']} ({found['command']})"
+    except (OSError, ValueError, KeyError, TypeError):  # it has locked it this moment
+        return "another process"
+    return "".join(letter if letter.isprintable() else "?" for letter in words)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, the innermost first, as far as they are empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Files appear whole or not at all."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from rwkv.errors import UserError
-from rwkv.files import abandoned, sha256, together, whole, write_json
+from rwkv.files import abandoned, exclusive, sha256, together, whole, write_json
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
@@ -101,3 +102,107 @@ def test_a_read_only_file_system_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.mkstemp", refuse)
     with pytest.raises(UserError, match="f: this file system is read-only; write to another place"), whole(tmp_path / "f"):
         pass
+
+
+def holder(path, before=""):
+    """Another process that holds the lock `path`, having run the statement `before`."""
+    program = f"""
+import os, time
+from rwkv.files import exclusive
+with exclusive({str(path)!r}, "x"):
+    {before}
+    print(flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program, "--flag", "a b"], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout.readline() == b"\n"
+    return process
+
+
+def test_a_lock_is_held_by_one_process_which_is_named_and_a_killed_one_is_no_obstacle(tmp_path):
+    path = tmp_path / "a/b/.lock"
+    process = holder(path, "if os.fork() == 0: time.sleep(60)")
+    try:
+        with pytest.raises(UserError, match=rf"out: in use by process {process.pid} on .* \(-c --flag 'a b'\)\. .*; or choose another --proj_dir"):
+            with exclusive(path, "out", "choose another --proj_dir"):
+                raise AssertionError
+        process.kill()
+        process.wait()
+        with exclusive(path, "out"):  # though its child lives
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+            with pytest.raises(UserError, match=f"in use by process {os.getpid()}"), exclusive(path, "out"):
+                pass
+        assert not path.exists()
+    finally:
+        os.killpg(process.pid, 9)
+        process.stdout.close()
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_a_lock_leaves_nothing_behind_but_what_the_block_made(tmp_path, error):
+    def use(keep):
+        with exclusive(tmp_path / "a/b/.lock", "a"):
+            if keep:
+                (tmp_path / "a/kept").touch()
+            if error:
+                raise error
+
+    for keep in (False, True):
+        if error:
+            with pytest.raises(error):
+                use(keep)
+        else:
+            use(keep)
+        assert [path.name for path in tmp_path.rglob("*")] == (["a", "kept"] if keep else [])
+
+
+def test_a_lock_whose_folder_was_moved_does_not_remove_that_of_another_process(tmp_path):
+    with exclusive(tmp_path / "run/.lock", "run"):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        process = holder(tmp_path / "run/.lock")
+    try:
+        assert (tmp_path / "run/.lock").exists()
+        with pytest.raises(UserError, match="in use"), exclusive(tmp_path / "run/.lock", "run"):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_many_processes_after_one_lock_never_hold_it_at_the_same_time(tmp_path):
+    program = f"""
+import os, time
+from rwkv.errors import UserError
+from rwkv.files import exclusive
+until = time.monotonic() + 1.5
+while time.monotonic() < until:
+    try:
+        with exclusive({str(tmp_path / "x/.lock")!r}, "x"):
+            handle = os.open({str(tmp_path / "held")!r}, os.O_CREAT | os.O_EXCL)
+            os.close(handle)
+            os.unlink({str(tmp_path / "held")!r})
+    except UserError:
+        pass
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [process.communicate()[1] for process in processes] == [""] * 4
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with exclusive(tmp_path / ".lock", "out"):
+        assert "out: this file system has no locks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file/.lock", "n" * 300 + "/.lock", "folder"])
+def test_where_no_lock_can_be_written_is_an_error_in_words(tmp_path, place):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="out: cannot be written to .*; choose another"), exclusive(tmp_path / place, "out"):
+        pass
+    assert sorted(tmp_path.rglob("*")) == before

@@ -43,9 +43,16 @@ class Result:
 def fit(config: TrainConfig) -> Result:
     """Train as the config says. Everything that can be refused is refused before the first step.
 
+    The folder of the run belongs to this process, and the ranks that it starts, until it returns.
+
     Raises:
-        UserError: bad data, checkpoint, adapter, folder or flags.
+        UserError: bad data, checkpoint, adapter or flags; a folder that cannot be used, or that another process uses.
     """
+    with resume.owned(Path(config.proj_dir)):
+        return _fit(config)
+
+
+def _fit(config: TrainConfig) -> Result:
     folder = Path(config.proj_dir)
     config = pile.apply(config, folder)
     check(config)

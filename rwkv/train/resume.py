@@ -1,17 +1,26 @@
 """Whether a run goes on in its folder, starts over, or must not start there; and from which state."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
 
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
+from rwkv.files import exclusive
 from rwkv.train import dashboards, manifest, schedule, store
 from rwkv.train.lightning import rank_zero_only
 from rwkv.train.state import State
 from rwkv.train.words import say
 
 _RUN_FILES = re.compile(r"run\.json|metrics\.jsonl|train_log\.txt|loss\.png|rwkv-(\d+|final|base)\.pth(\.json)?")
+
+
+def owned(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """The lock on a run's folder, held by rank 0 for as long as the block runs. Raises UserError if another process holds it."""
+    if rank_zero_only.rank > 0:
+        return contextlib.nullcontext()
+    return exclusive(folder / ".lock", folder, "choose another --proj_dir")
 
 
 def earlier(c: TrainConfig, folder: Path) -> dict[str, Any] | None:

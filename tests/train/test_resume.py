@@ -221,6 +221,26 @@ def test_a_signal_loses_no_step(number, status, make_base, make_data, tmp_path, 
     assert not list((tmp_path / "run").rglob(".*.tmp"))
 
 
+@pytest.mark.parametrize("kind", ["lora", "all"])
+def test_a_second_process_in_the_folder_of_a_run_is_refused_and_nothing_is_lost(kind, make_base, make_data, tmp_path, root):
+    config = make(kind, make_base, make_data, proj_dir=str(tmp_path / "run"), epoch_steps=400, save_every=5)
+    process = start_until(command(root, config), tmp_path / "run", 8)
+    try:
+        for flags in ({}, {"overwrite": True}, {"allow_changes": True, "lr_init": 1e-4}):
+            done = subprocess.run(command(root, config, **flags), capture_output=True, text=True, timeout=120, check=False)
+            assert done.returncode == 1
+            assert re.match(rf"error: .*/run: in use by process {process.pid} on .*; or choose another --proj_dir\n$", done.stderr), done.stderr
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    made = lines(tmp_path / "run")[-1]["step"]
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, made + 1))
+    fit(changed(config, max_steps=made + 5))  # what the killed process left is no obstacle
+    fit(changed(config, proj_dir=str(tmp_path / "whole"), max_steps=made + 5))
+    assert_same_run(tmp_path / "run", tmp_path / "whole", "rwkv-final.pth")
+    assert not (tmp_path / "run/.lock").exists()
+
+
 def test_two_ranks_with_dropout_go_on_bit_for_bit(make_base, make_data, tmp_path, root):
     config = make("lora", make_base, make_data, devices=2, micro_bsz=1, epoch_steps=200, save_every=3, precision="bf16")
     # One rank is told to end; both end after the same step.
