@@ -79,7 +79,12 @@ def _locked(path: Path, what: str | os.PathLike, advice: str) -> tuple[int, bool
             if os.path.samestat(os.stat(path), os.fstat(handle)):
                 break
         os.close(handle)  # its last holder removed it before we locked it
-    here = {"host": socket.gethostname(), "pid": os.getpid(), "command": shlex.join(sys.argv), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+    here = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "command": shlex.join(sys.argv),
+        "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
+    }
     try:
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(here).encode(), 0)

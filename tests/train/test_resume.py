@@ -229,7 +229,9 @@ def test_a_second_process_in_the_folder_of_a_run_is_refused_and_nothing_is_lost(
         for flags in ({}, {"overwrite": True}, {"allow_changes": True, "lr_init": 1e-4}):
             done = subprocess.run(command(root, config, **flags), capture_output=True, text=True, timeout=120, check=False)
             assert done.returncode == 1
-            assert re.match(rf"error: .*/run: in use by process {process.pid} on .*; or choose another --proj_dir\n$", done.stderr), done.stderr
+            assert re.match(rf"error: .*/run: in use by process {process.pid} on .*; or choose another --proj_dir\n$", done.stderr), (
+                done.stderr
+            )
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
