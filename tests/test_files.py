@@ -123,11 +123,13 @@ def test_a_lock_is_held_by_one_process_which_is_named_and_a_killed_one_is_no_obs
     path = tmp_path / "a/b/.lock"
     process = holder(path, "if os.fork() == 0: time.sleep(60)")
     try:
-        with pytest.raises(
-            UserError, match=rf"out: in use by process {process.pid} on .* \(-c --flag 'a b'\)\. .*; or choose another --proj_dir"
+        with (
+            pytest.raises(
+                UserError, match=rf"out: in use by process {process.pid} on .* \(-c --flag 'a b'\)\. .*; or choose another --proj_dir"
+            ),
+            exclusive(path, "out", "choose another --proj_dir"),
         ):
-            with exclusive(path, "out", "choose another --proj_dir"):
-                raise AssertionError
+            raise AssertionError
         process.kill()
         process.wait()
         with exclusive(path, "out"):  # though its child lives
