@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rwkv.data.roles import fold
 from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.model import RWKV, BlockState
 
@@ -105,9 +106,37 @@ class Session:
         return self.model.head(hidden[0, -1])
 
 
+class Chat:
+    """A conversation in the World models' chat format: the model reads exactly the tokens that the converter makes of the same messages.
+
+    Attributes:
+        session: the text so far; it ends with a blank line, as a turn does, whenever no answer is being generated.
+    """
+
+    def __init__(self, session: Session):
+        self.session = session
+
+    def ask(self, text: str, sampling: Sampling, max_tokens: int, generator: torch.Generator | None = None) -> Iterator[str]:
+        """Generate the answer to a message; yields it without whitespace around it. If the caller stops early, what was yielded is the answer."""
+        session = self.session
+        session.read(question(text))
+        begin, answer, held = (session.state, session.logits), "", ""
+        try:
+            for part in session.write(sampling, max_tokens, STOP, generator):
+                part = held + part if answer else part.lstrip()
+                shown = part.rstrip()
+                held = part[len(shown) :]
+                if shown:
+                    answer += shown
+                    yield shown
+        finally:  # whatever the model wrote after the answer, one blank line separates turns, in the tokens that training has for it
+            session.state, session.logits = begin
+            session.read(f" {answer}\n\n" if answer else "\n\n")
+
+
 def question(text: str) -> str:
-    """A question in the World models' chat format, ready for the answer."""
-    return f"User: {text.strip()}\n\nAssistant:"
+    """A message to a World model, ready for the answer: blank lines end turns, so those inside it become line breaks, as in training data."""
+    return f"User: {fold(text)}\n\nAssistant:"
 
 
 STOP = ("\n\nUser:",)  # where a chat answer ends, if not with EOD

@@ -17,7 +17,7 @@ def main(config: GenerateConfig) -> None:
 
     from rwkv import checkpoint, compat
     from rwkv.data.tokenizer import WorldTokenizer
-    from rwkv.generate import STOP, Sampling, Session, question
+    from rwkv.generate import STOP, Chat, Sampling, Session, question
 
     compat.wake_mkl()
     if not config.model:
@@ -51,15 +51,15 @@ def main(config: GenerateConfig) -> None:
         write(session, () if config.prompt else STOP)
         return
     print("Chat. /reset forgets the conversation, /quit or Ctrl-D ends.", file=sys.stderr)
-    between = ""
+    chat = Chat(session)
     while (line := _input()) is not None:
         if line == "/reset":
-            session, between = Session(model, tokenizer), ""
+            chat = Chat(Session(model, tokenizer))
         elif line:
-            session.read(between + question(line))
-            print("Assistant:", end="")
-            write(session, STOP)
-            between = "\n\n"
+            print("Assistant:", end=" ", flush=True)
+            for text in chat.ask(line, sampling, config.max_tokens, generator):
+                print(text, end="", flush=True)
+            print()
 
 
 def _text(typed: str) -> str:

@@ -5,8 +5,11 @@ import time
 import pytest
 import torch
 
+from rwkv.config import ConvertConfig
+from rwkv.data.binidx import Dataset
+from rwkv.data.convert import convert
 from rwkv.data.tokenizer import WorldTokenizer
-from rwkv.generate import Sampling, Session, choose, question
+from rwkv.generate import Chat, Sampling, Session, choose, question
 
 GREEDY = Sampling(temperature=0)
 
@@ -95,6 +98,47 @@ def test_text_streams_as_soon_as_characters_are_whole():
 
 def test_a_cut_character_is_shown_as_such():
     assert "".join(Session(Script("好", skip=1), Letters()).write(GREEDY, 2)) == "\ufffd"
+
+
+class Answers(torch.nn.Module):
+    """A "model" whose state is the ids that it has read, and which writes the given answers, each after its "Assistant:"."""
+
+    def __init__(self, *answers: str):
+        super().__init__()
+        self.answers, self.tokenizer = answers, WorldTokenizer()
+        self.emb = torch.nn.Embedding(1, 1)
+
+    def hidden(self, tokens, state):
+        self.state = [*(state or []), *tokens[0].tolist()]
+        return torch.zeros(1, 1, 1), self.state
+
+    def head(self, hidden):
+        before, _, now = self.tokenizer.decode_bytes(self.state).decode().rpartition("Assistant:")
+        text = self.answers[before.count("Assistant:") % len(self.answers)]
+        ids = [*self.tokenizer.encode(text), 0, 0]
+        logits = torch.zeros(65536)
+        logits[ids[len(self.tokenizer.encode(now))] if text.startswith(now) else 0] = 10
+        return logits
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\n\n\n", "\n\nUser: and then", " \n\n"])
+def test_a_chat_reads_the_tokens_that_the_converter_makes(tmp_path, write_jsonl, end):
+    # one separator in both: a chat used to read four line breaks after an answer, which no training data has
+    said = [("What is\r\n\r\nthis? ", "Blue.\nSky"), ("你好", "你好！"), ("\n1+1?", "2")]
+    session = Session(Answers(*(f" {answer}{end}" for _, answer in said)), WorldTokenizer())
+    chat = Chat(session)
+    shown = ["".join(chat.ask(text, GREEDY, 50)) for text, _ in said]
+    assert shown == [answer for _, answer in said]
+    messages = [{"role": role, "content": text} for turn in said for role, text in zip(("user", "assistant"), turn, strict=True)]
+    data = Dataset(convert(ConvertConfig(input=str(write_jsonl({"messages": messages})), workers=1)).pairs[0][0])
+    assert session.state == [0, *data.document(0).tolist()[:-1]]
+
+
+def test_an_answer_that_is_stopped_is_a_turn_all_the_same():
+    session = Session(Answers(" one two three four"), WorldTokenizer())
+    part = next(answer := Chat(session).ask("count", GREEDY, 50))
+    answer.close()  # Ctrl-C
+    assert session.tokenizer.decode_bytes(session.state).decode() == f"User: count\n\nAssistant: {part}\n\n"
 
 
 def test_temperature_zero_takes_the_likeliest_and_penalties_push_it_away():

@@ -31,7 +31,7 @@ ROOMS = [
     ["rwkv/checkpoint", "rwkv/memory"],
     ["rwkv/fitting"],
     ["rwkv/data/__init__"],
-    ["rwkv/data/jsonl", "rwkv/data/tokenizer", "rwkv/data/binidx", "rwkv/data/packing", "rwkv/data/sampling", "rwkv/data/pool"],
+    ["rwkv/data/jsonl", "rwkv/data/roles", "rwkv/data/tokenizer", "rwkv/data/binidx", "rwkv/data/packing", "rwkv/data/sampling", "rwkv/data/pool"],
     ["rwkv/data/formats"],
     ["rwkv/data/inputs", "rwkv/data/chat", "rwkv/data/stream"],
     ["rwkv/data/encode", "rwkv/data/shards", "rwkv/data/dataset", "rwkv/data/histogram", "rwkv/data/foreign"],
@@ -52,6 +52,7 @@ ROOMS = [
 ]
 FLOOR = {module: floor for floor, modules in enumerate(ROOMS) for module in modules}
 STREAM = [
+    "roles",
     "jsonl",
     "formats",
     "inputs",

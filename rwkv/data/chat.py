@@ -10,6 +10,7 @@ import jinja2.ext
 import jinja2.sandbox
 
 from rwkv.data.jsonl import BadRecord, encodable
+from rwkv.data.roles import fold
 from rwkv.errors import UserError
 
 KEYS = ("messages", "conversations")
@@ -19,8 +20,8 @@ _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "
 # World models answer after "Assistant:", and a blank line ends what anyone says.
 WORLD = (
     "{% for message in messages %}"
-    '{% if message.role == "assistant" %}Assistant:{% generation %} {{ message.content | trim }}\n\n{% endgeneration %}'
-    '{% else %}{{ message.role | capitalize }}: {{ message.content | trim }}{{ "\n\n" }}{% endif %}'
+    '{% if message.role == "assistant" %}Assistant:{% generation %} {{ message.content | fold }}\n\n{% endgeneration %}'
+    '{% else %}{{ message.role | capitalize }}: {{ message.content | fold }}{{ "\n\n" }}{% endif %}'
     "{% endfor %}"
 )
 CHATML = (
@@ -48,6 +49,7 @@ class Template:
             extensions=[_Generation, "jinja2.ext.loopcontrols"], trim_blocks=True, lstrip_blocks=True
         )  # as transformers has it
         environment.globals["raise_exception"] = _raise
+        environment.filters["fold"] = fold
         environment.extend(generation_mark=self._mark)
         if built_in := {"world": WORLD, "chatml": CHATML}.get(name):
             text = built_in

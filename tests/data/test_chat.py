@@ -32,7 +32,7 @@ def test_world_by_hand():
     segments = Template("world").segments
     assert segments(messages_of(OPENAI)) == [("System: Be brief.\n\nUser: 1+1?\n\nAssistant:", False), (" 2\n\n", True)]
     assert segments(messages_of(SHAREGPT)) == [
-        ("User: Hi\n\nAssistant:", False), (" Yo\n\nman\n\n", True), ("User: Bye\n\nAssistant:", False), (" 好\n\n", True)
+        ("User: Hi\n\nAssistant:", False), (" Yo\nman\n\n", True), ("User: Bye\n\nAssistant:", False), (" 好\n\n", True)
     ]  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def test_the_mask_lies_beside_the_tokens(tmp_path, write_jsonl, workers):
     assert shown == [
         (" 2\n\n", "System: Be brief.\n\nUser: 1+1?\n\nAssistant:"),
         ("plain", ""),
-        (" Yo\n\nman\n\n 好\n\n", "User: Hi\n\nAssistant:User: Bye\n\nAssistant:"),
+        (" Yo\nman\n\n 好\n\n", "User: Hi\n\nAssistant:User: Bye\n\nAssistant:"),
     ]
 
 
