@@ -43,7 +43,7 @@ ROOMS = [
     ["rwkv/data/formats"],
     ["rwkv/data/inputs", "rwkv/data/chat", "rwkv/data/stream"],
     ["rwkv/data/encode", "rwkv/data/shards", "rwkv/data/dataset", "rwkv/data/histogram", "rwkv/data/foreign"],
-    ["rwkv/data/convert", "rwkv/data/inspection"],
+    ["rwkv/data/batches", "rwkv/data/convert", "rwkv/data/inspection"],
     ["rwkv/doctor", "rwkv/export", "rwkv/generate", "rwkv/train/__init__"],
     ["rwkv/train/lightning"],
     [f"rwkv/train/{name}" for name in ("cpu", "schedule", "strategy", "plot", "pieces", "dashboards", "adam")],
@@ -75,6 +75,7 @@ STREAM = [
     "packing",
     "sampling",
     "dataset",
+    "batches",
 ]
 
 
@@ -119,9 +120,10 @@ def test_data_goes_right_only():
         for imported in imports(ROOT / f"rwkv/data/{name}.py"):
             if imported.startswith("rwkv/data/"):
                 assert STREAM.index(Path(imported).name) < position
-    for name in ("dataset", "sampling"):  # reading knows nothing of the way the data were made
+    for name in ("batches", "dataset", "sampling"):  # reading knows nothing of the way the data were made
         assert {Path(x).name for x in imports(ROOT / f"rwkv/data/{name}.py") if "/data/" in x} <= {
             "binidx",
+            "dataset",
             "packing",
             "sampling",
             "stream",

@@ -164,7 +164,8 @@ class Documents(Samples):
 class HeldOut(torch.utils.data.Dataset):
     """`count` samples spread evenly over those that go through a stream once, the same every time; all if there are fewer, or count is 0.
 
-    Ranks share them out; what does not share out evenly is left to the first ranks.
+    They are sharded over the ranks, each of which gets equally many, as under ZeRO-3 every forward pass is a collective operation. Where their number
+    is no multiple of world_size, items are (x, y, counts, reset) also of a plain source, and the last of some ranks is padding: its counts are False.
     """
 
     source: Samples
@@ -178,10 +179,15 @@ class HeldOut(torch.utils.data.Dataset):
         return min(self.count or self.source.distinct, self.source.distinct)
 
     def __len__(self) -> int:
-        return len(range(self.rank, self.total, self.world_size))
+        return -(-self.total // self.world_size)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        number = self.rank + index * self.world_size
-        if not 0 <= number < self.total:
+        if not 0 <= index < len(self):
             raise IndexError(index)
-        return self.source.item(*self.source.in_order(sampling.spread(number, self.total, self.source.distinct)))
+        number = self.rank + index * self.world_size
+        item = self.source.item(*self.source.in_order(sampling.spread(min(number, self.total - 1), self.total, self.source.distinct)))
+        if self.total % self.world_size == 0:
+            return item
+        x, y, *rest = item
+        counts, reset = rest or (torch.ones_like(y, dtype=torch.bool), torch.zeros_like(x, dtype=torch.bool))
+        return x, y, counts & (number < self.total), reset

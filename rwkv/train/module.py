@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from rwkv.config import TrainConfig
+from rwkv.data.batches import Batches
 from rwkv.data.dataset import Samples
 from rwkv.model import RWKV
 from rwkv.train import adam, cpu, optimizer, pieces, schedule, strategy
@@ -16,15 +17,20 @@ from rwkv.train.optimizer import leave_out_unless_finite
 
 
 class TrainingModule(pl.LightningModule):
-    """Cross-entropy with L2Wrap on batches of (x, y) or (x, y, counts, reset), [B, T] each; rates are set before every optimizer step.
+    """Cross-entropy with L2Wrap on `Batches`; rates are set before every optimizer step.
+
+    The loss of an optimizer step is the sum over the targets of its global batch (all micro-batches of all ranks) divided by their number,
+    however many of them each micro-batch and each rank has; so is the gradient.
 
     One epoch of Lightning's is all that this process runs; ours are counted in steps. What a batch holds depends on its number alone, so
     that a run may begin at any step.
 
     Attributes:
         begin: where this process begins: optimizer steps and samples (over all ranks) before it, from epoch 0. Rank 0's holds for all.
-        loss: of the last batch, detached, not divided by the accumulation. Its mean over the ranks is the mean over the counted targets of all.
-        targets: counted in the last batch, over all ranks; a tensor of one number, as nothing in a step waits for the device.
+        loss: of the last micro-batch, detached, a scalar: its share of the step's loss, scaled such that the mean over the micro-batches of
+            all ranks is the step's loss.
+        targets: of the last micro-batch, times the number of ranks, a scalar: the sum over a step's micro-batches, averaged over the ranks, is
+            the number of targets in the step. On the device, as nothing in a step waits for it.
         grad_norm: of the last optimizer step, before it was cut to grad_clip, over all ranks; None where the strategy keeps it to itself.
         stop: whether this process was asked to end; the run ends after a step before which any was.
     """
@@ -37,6 +43,7 @@ class TrainingModule(pl.LightningModule):
         self.begin = begin or (schedule.first_step(config), schedule.first_sample(config))
         self.loss, self.targets, self.stop = torch.tensor(float("nan")), torch.tensor(0), False
         self.grad_norm: Tensor | None = None
+        self._targets: Tensor | float = 1.0  # in a rank's micro-batches of the optimizer step, averaged over the ranks
         self._let_go = 0  # the last step whose gradients are gone
 
     @property
@@ -54,8 +61,8 @@ class TrainingModule(pl.LightningModule):
         self.begin, self.data.seed = self.trainer.strategy.broadcast((self.begin, self.data.seed))
 
     def transfer_batch_to_device(self, batch: Sequence[Tensor], device: torch.device, dataloader_idx: int) -> list[Tensor]:
-        # All but counts, which say how many rows the head computes: the host has to know.
-        return [part if i == 2 else part.to(device, non_blocking=True) for i, part in enumerate(batch)]
+        # All but counts, which say how many rows the head computes, and their sum: the host has to know.
+        return [part.to(device, non_blocking=True) if i in (0, 1, 3) else part for i, part in enumerate(batch)]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return optimizer.make(self.model, self.config)
@@ -65,10 +72,10 @@ class TrainingModule(pl.LightningModule):
         self.data.rank, self.data.world_size = trainer.global_rank, trainer.world_size
         steps = schedule.first_step(c) + schedule.total_steps(c) - self.begin[0]
         first = -(-self.begin[1] // trainer.world_size)
-        here = range(first, first + max(0, steps) * c.accumulate_grad_batches * c.micro_bsz)
+        batches = Batches(self.data, first, max(0, steps), c.micro_bsz, c.accumulate_grad_batches)
         # A batch is a slice of a memory-mapped file: cheaper in this process than from a worker. The loader would take a seed from the
         # run's random numbers, though it needs none.
-        return DataLoader(Subset(self.data, here), c.micro_bsz, pin_memory=self.device.type == "cuda", generator=torch.Generator())
+        return DataLoader(batches, batch_size=None, pin_memory=self.device.type == "cuda", generator=torch.Generator())
 
     def on_train_batch_start(self, batch, batch_idx) -> None:
         step = self.step - schedule.first_step(self.config)
@@ -99,9 +106,13 @@ class TrainingModule(pl.LightningModule):
                 cpu.settle()
 
     def mean_loss(self, batch: Sequence[Tensor]) -> tuple[Tensor, int]:
-        """Mean loss over the counted targets of a batch (as transfer_batch_to_device makes it), 0 if there is none, and how many they are."""
+        """Mean loss over the targets of a batch that contribute to it, a scalar, and how many they are; 0 if there is none.
+
+        Args:
+            batch: x, y, and where not every target contributes counts and reset, [B, T] each, as transfer_batch_to_device makes it.
+        """
         x, y = batch[:2]
-        counts, reset = batch[2:] if len(batch) > 2 else (None, None)
+        counts, reset = batch[2:4] if len(batch) > 2 else (None, None)
         reset = reset if self.data.reset else None
         count = y.numel() if counts is None else int(counts.sum())
         if 0 < self.config.tbptt_len < y.shape[1]:
@@ -112,10 +123,18 @@ class TrainingModule(pl.LightningModule):
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         loss, count = self.mean_loss(batch)
         if not self.data.plain:
-            # Ranks count differently many targets, and their gradients are averaged: each weighs as much as it counts.
-            mine = loss.detach().new_full((), count)
-            average = strategy.mean(mine)
-            self.targets = average * self.trainer.world_size
-            loss = loss * (mine / average.clamp_min(1e-6))
+            # Lightning divides each loss by the number of micro-batches, and gradients are averaged over the ranks: as if every micro-batch had as
+            # many targets as the others. Each is to weigh as much as it has.
+            accumulate, world_size = self.config.accumulate_grad_batches, self.trainer.world_size
+            if batch_idx % accumulate == 0:
+                self._targets = self._mean_targets(int(batch[4]), loss.device)
+            loss = loss * (count * accumulate / self._targets)
+            self.targets = loss.detach().new_full((), count * world_size, dtype=torch.float64)
         self.loss = loss.detach()
         return loss
+
+    def _mean_targets(self, mine: int, device: torch.device) -> Tensor | float:
+        """Of the ranks' numbers of targets, at least 1e-6; where there are several ranks an fp32 scalar on the device."""
+        if self.trainer.world_size == 1:
+            return max(mine, 1e-6)
+        return strategy.mean(torch.full((), mine, device=device, dtype=torch.float64)).clamp_min(1e-6).float()
