@@ -89,9 +89,24 @@ def trained(root, *arguments):
 @pytest.mark.parametrize(("way", "val_samples"), [("masked with resets", 7), ("padded", 0)])
 def test_two_processes_make_the_steps_of_one_and_read_the_same_validation_set(make_base, masked, tmp_path, root, way, val_samples):
     """Also where a validation set of an odd number of samples leaves one rank with more batches than the other."""
-    flags = FLAGS | WAYS[way] | {"load_model": make_base(), "data_file": masked, "val_split": 0.3, "val_every": 1, "val_samples": val_samples}
+    flags = (
+        FLAGS | WAYS[way] | {"load_model": make_base(), "data_file": masked, "val_split": 0.3, "val_every": 1, "val_samples": val_samples}
+    )
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
     fit(TrainConfig(**flags | {"load_model": str(flags["load_model"])}, micro_bsz=4, epoch_steps=STEPS, proj_dir=str(tmp_path / "one")))
-    trained(root, *words, "--micro_bsz", 1, "--accumulate_grad_batches", 2, "--epoch_steps", 2 * STEPS, "--devices", 2, "--proj_dir", tmp_path / "two")
+    trained(
+        root,
+        *words,
+        "--micro_bsz",
+        1,
+        "--accumulate_grad_batches",
+        2,
+        "--epoch_steps",
+        2 * STEPS,
+        "--devices",
+        2,
+        "--proj_dir",
+        tmp_path / "two",
+    )
     assert all(line["val_loss"] > 0 for line in lines(tmp_path / "one"))
     same(tmp_path / "one", tmp_path / "two")
