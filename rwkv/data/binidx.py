@@ -2,13 +2,13 @@
 
 .bin: the tokens, little-endian. .idx, little-endian: `MMIDIDX\\0\\0`, u64 version 1, u8 dtype code, u64 number of documents n,
 u64 n + 1, i32 sizes[n] in tokens, i64 pointers[n] in bytes, i64 document_index[n + 1] = 0 … n.
-P_mask.bin, where P is without `_document`: a loss mask, one byte per token in the order of the .bin; 1 counts in the loss. Without it all count.
+P_mask.bin, where P is without `_document`: a loss mask, one byte per token in the order of the .bin; 1 contributes to the loss. Without it all do.
+P.json: what it was made from (rwkv.data.provenance); files of other programs have none.
 """
 
 import bisect
 import contextlib
 import mmap
-import shutil
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from rwkv.errors import UserError
 from rwkv.files import abandoned, together
 
+MANIFEST = "rwkv binidx"  # marks the manifest of a binidx (rwkv.data.provenance)
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
@@ -33,10 +34,17 @@ _LONGEST = 1 << 30  # tokens of a document that comes as a stream: the index cou
 class Writer:
     """Documents to a binidx; made by `writers`."""
 
-    def __init__(self, index: BinaryIO, data: BinaryIO, mask: BinaryIO | None, dtype: str):
+    def __init__(self, index: BinaryIO, data: BinaryIO, mask: BinaryIO | None, manifest: Path, dtype: str):
         self._index, self._data, self._mask, self.dtype = index, data, mask, np.dtype(dtype)
         self._index.write(bytes(_HEADER.size))
         self.documents = self.tokens = 0
+        self._counted = 0
+        self.manifest = manifest  # write P.json here; without it an old one is removed
+
+    @property
+    def counted(self) -> int | None:
+        """Tokens that contribute to the loss; None: there is no mask."""
+        return self._counted if self._mask else None
 
     def add(self, ids: Sequence[int]) -> None:
         """Append one document. Raises UserError if an id does not fit the dtype."""
@@ -66,6 +74,7 @@ class Writer:
         self._index.write(sizes)
         if self._mask:
             self._mask.write(mask)
+            self._counted += mask.count(1)
         self.documents += len(sizes) // 4
         self.tokens += len(tokens) // self.dtype.itemsize
 
@@ -80,7 +89,9 @@ class Writer:
         for target, path in ((self._data, Path(f"{prefix}.bin")), (self._mask, mask_path(prefix))):
             if target:
                 with open(path, "rb") as file:
-                    shutil.copyfileobj(file, target, 1 << 20)
+                    while block := file.read(1 << 22):
+                        target.write(block)
+                        self._counted += block.count(1) if target is self._mask else 0
         self.documents += count
         self.tokens += Path(f"{prefix}.bin").stat().st_size // self.dtype.itemsize
 
@@ -120,7 +131,7 @@ def mask_path(prefix: str | Path) -> Path:
     return Path(f"{str(prefix).removesuffix('_document')}_mask.bin")
 
 
-def refuse_existing(prefixes: Sequence[str | Path], mask: bool = False, beside: Sequence[Path] = ()) -> None:
+def refuse_existing(prefixes: Sequence[str | Path], beside: Sequence[Path] = ()) -> None:
     """Raise UserError if `writers` of the same arguments would replace files.
 
     Tokens without an index, beside what is left of a run that was killed between the two, are nobody's data and do not count.
@@ -129,9 +140,17 @@ def refuse_existing(prefixes: Sequence[str | Path], mask: bool = False, beside: 
         index = Path(f"{prefix}.idx")
         if not index.exists() and abandoned(index):
             continue
-        paths = [Path(f"{prefix}.bin"), index, *([mask_path(prefix)] if mask else []), *beside]
+        manifest = Path(f"{prefix}.json")
+        paths = [Path(f"{prefix}.bin"), index, mask_path(prefix), *beside, *([] if _is_manifest(manifest) else [manifest])]
         if there := [str(path) for path in paths if path.exists()]:
             raise UserError(f"{' and '.join(there)} exist already; give --force to replace them, or another --output-prefix")
+
+
+def _is_manifest(path: Path) -> bool:
+    """Whether a file is a manifest of ours, which is of no use without its data."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return MANIFEST.encode() in file.read(100)
+    return False
 
 
 @contextlib.contextmanager
@@ -140,16 +159,21 @@ def writers(
 ) -> Iterator[tuple[list[Writer], list[Path]]]:
     """Write several binidx, each with a loss mask if `mask`; all appear when the block ends without an exception, none otherwise.
 
+    Tokens, mask, manifest and index are one set: a mask or manifest of an earlier conversion that this one does not write is removed.
     The files `beside` appear with them; second in what is yielded are their temporary paths, and one that the block removes is not wanted.
     """
-    parts = [Path(f"{prefix}.bin") for prefix in prefixes] + [mask_path(prefix) for prefix in prefixes if mask] + list(beside)
-    # The index makes a pair: it never lies beside tokens that it does not describe.
+    n = len(prefixes)
+    parts = [Path(f"{prefix}.bin") for prefix in prefixes] + [mask_path(prefix) for prefix in prefixes]
+    parts += [*(Path(f"{prefix}.json") for prefix in prefixes), *beside]
+    # The index makes a pair: it is never beside tokens that it does not describe.
     with together(parts, [Path(f"{prefix}.idx") for prefix in prefixes]) as temporaries, contextlib.ExitStack() as stack:
+        masks, manifests = temporaries[n : 2 * n], temporaries[2 * n : 3 * n]
+        for unwanted in [*manifests, *([] if mask else masks)]:
+            unwanted.unlink()
         open_ = lambda paths: [stack.enter_context(open(path, "wb")) for path in paths]  # noqa: E731
-        n = len(prefixes)
-        data, masks, indices = open_(temporaries[:n]), open_(temporaries[n : 2 * n]) if mask else [None] * n, open_(temporaries[-n:])
-        made = [Writer(*files, dtype) for files in zip(indices, data, masks, strict=True)]
-        yield made, temporaries[len(parts) - len(beside) : len(parts)]
+        files = zip(open_(temporaries[-n:]), open_(temporaries[:n]), open_(masks) if mask else [None] * n, manifests, strict=True)
+        made = [Writer(*some, dtype) for some in files]
+        yield made, temporaries[3 * n : len(parts)]
         for one in made:
             one.finish()
 

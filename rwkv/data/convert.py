@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rwkv.config import ConvertConfig
-from rwkv.data import binidx, chat, inputs, shards
+from rwkv.data import binidx, chat, inputs, provenance, shards
 from rwkv.data.encode import Encoder
 from rwkv.data.inputs import Chunk, Source
 from rwkv.data.jsonl import BadRecord
@@ -60,7 +60,7 @@ def convert(config: ConvertConfig) -> Converted:
     rejects_path = Path(f"{prefix}.rejects.jsonl")
     beside = [rejects_path, *([shards.manifest_path(prefix)] if shard else [])]
     if not config.force:
-        binidx.refuse_existing(prefixes, encoder.template is not None, beside)
+        binidx.refuse_existing(prefixes, beside)
 
     workers = config.workers or len(os.sched_getaffinity(0))
     fields = [*keys, *(chat.FIELDS if encoder.template else ())]
@@ -96,6 +96,9 @@ def convert(config: ConvertConfig) -> Converted:
             )
         if not count:
             rejects.unlink()
+        described = provenance.describe(provenance.tokenizer_of(tokenizer, config.vocab_file), sources, provenance.flags_of(config))
+        for one in out:
+            provenance.write(one.manifest, described, one.documents, one.tokens, one.counted)
         if shard:
             manifest[0].write_text(json.dumps(shards.manifest(config, sources), indent=2) + "\n", encoding="utf-8")
     return Converted(pairs, encoder.template is not None, count, rejects_path)

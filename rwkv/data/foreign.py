@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv.data import binidx
+from rwkv.data import binidx, provenance
+from rwkv.data.formats import Source
 from rwkv.errors import UserError
 from rwkv.files import write_json
 
@@ -30,6 +31,8 @@ def characters_to_binidx(kind: str, path: str, prefix: str, vocabulary_file: Pat
     codes = _codes(known)
     with binidx.writer(prefix, _dtype(len(known))) as out:
         out.add_stream(np.searchsorted(codes, _codes(block)) for block in _text(kind, path))
+        tokenizer = {"name": "characters", "vocab_size": len(known), "eod": None, "sha256": None}
+        _describe(out, tokenizer, path if kind != "dummy" else "", kind)
 
 
 def array_to_binidx(path: str, prefix: str) -> None:
@@ -43,6 +46,14 @@ def array_to_binidx(path: str, prefix: str) -> None:
     blocks = [slice(begin, begin + _BLOCK) for begin in range(0, len(ids), _BLOCK)]
     with binidx.writer(prefix, _dtype(1 + max(int(ids[block].max()) for block in blocks))) as out:
         out.add_stream(np.array(ids[block]) for block in blocks)
+        _describe(out, None, path, "numpy")
+
+
+def _describe(out: binidx.Writer, tokenizer: dict | None, path: str, kind: str) -> None:
+    stat = Path(path).stat() if path else None
+    sources = [Source(Path(path), kind, "", stat.st_size, stat.st_mtime_ns)] if stat else []
+    described = provenance.describe(tokenizer, sources, {"data_type": kind})
+    provenance.write(out.manifest, described, out.documents, out.tokens, out.counted)
 
 
 def _text(kind: str, path: str) -> Iterator[str]:

@@ -26,6 +26,7 @@ class Source:
     kind: str
     compression: str
     size: int
+    mtime_ns: int = 0
 
 
 class opened:

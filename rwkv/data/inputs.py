@@ -3,6 +3,7 @@
 A chunk is what one worker takes at a time. Of a plain file of lines it is a range of bytes, which the worker reads itself.
 """
 
+import dataclasses
 import glob
 import json
 import os
@@ -184,7 +185,8 @@ def _attempt(read: Callable[[bytes], Any], data: bytes) -> Any:
 
 def _is_input(path: Path, root: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-    return not hidden and not path.name.endswith(".rejects.jsonl") and path.is_file() and _kind(path)[0] is not None
+    ours = path.name.endswith(".rejects.jsonl") or (path.suffix == ".json" and path.with_suffix(".idx").exists())  # a converter's
+    return not hidden and not ours and path.is_file() and _kind(path)[0] is not None
 
 
 def _kind(path: Path) -> tuple[str | None, str]:
@@ -198,10 +200,11 @@ def _source(path: Path, split_lines: bool) -> Source:
     kind, compression = _kind(path)
     if kind is None:
         raise UserError(f"{path}: of no known kind; the name must end in {', '.join(_KINDS)}, with or without .gz or .zst")
-    source = Source(path, kind, compression, path.stat().st_size)
+    stat = path.stat()
+    source = Source(path, kind, compression, stat.st_size, stat.st_mtime_ns)
     if kind == "json" and _first_byte(source) == b"{":  # many a .json holds jsonl
         kind = "jsonl"
-    return Source(path, "lines" if kind == "txt" and split_lines else kind, compression, source.size)
+    return dataclasses.replace(source, kind="lines" if kind == "txt" and split_lines else kind)
 
 
 def _first_byte(source: Source) -> bytes:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from rwkv.data import histogram, sampling
+from rwkv.data import histogram, provenance, sampling
 from rwkv.data.binidx import Dataset, mask_path
 from rwkv.data.tokenizer import EOD, LARGEST_ID, VOCAB_SIZE, HFTokenizer, WorldTokenizer
+from rwkv.errors import UserError
 
 LARGEST_20B = 50279  # with the ChatML tokens that were added to its 50277 words
 _PIECE = 1 << 22  # tokens, documents or hashes that are looked at at once
@@ -47,6 +48,7 @@ class Inspection:
     magic_prime: int = 0
     samples: list[str] = field(default_factory=list)
     verified: int | None = None  # documents that decode to the source; None: not asked
+    manifest: dict | None = None  # what it was made from; None: unknown
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
@@ -65,6 +67,7 @@ def inspect(data: Dataset, ctx_len: int, micro_bsz: int, samples: int = 3, token
         _walk(data, found, hashes, bar)
         found.repeated, found.repeated_examples = _repeated(hashes)
     found.vocabulary = _vocabulary(data, found)
+    found.manifest = _manifest(data, found)
     if known := tokenizer or (WorldTokenizer() if found.vocabulary == "World" else None):
         found.samples = [known.decode(_begin(data, i, 200)) for i in _spread(len(data), samples)]
     found.contexts = sampling.slots(found.tokens, ctx_len)
@@ -116,6 +119,7 @@ def in_words(found: Inspection) -> str:
     lines = [
         f"data:       {found.prefix}, {found.dtype}",
         f"size:       {found.documents:,} documents, {found.tokens:,} tokens, {share:,.0f} a document, the longest {found.longest:,}",
+        f"made from:  {provenance.in_words(found.manifest)}",
         f"vocabulary: by its ids {found.vocabulary} ({found.smallest_id} to {found.largest_id})",
         f"EOD:        {found.with_eod:,} of {found.documents:,} documents end with token {EOD}",
         f"duplicates: {found.repeated:,} documents equal an earlier one"
@@ -225,6 +229,14 @@ def _vocabulary(data: Dataset, found: Inspection) -> str:
     if readable >= 0.9 * read:
         return "World"
     return "20B" if found.largest_id <= LARGEST_20B else "unknown"
+
+
+def _manifest(data: Dataset, found: Inspection) -> dict | None:
+    try:
+        return provenance.of(data)
+    except UserError as error:
+        found.problems.append(str(error))
+        return None
 
 
 def _is_utf8(text: bytes) -> bool:

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rwkv.config import ConvertConfig
-from rwkv.data import binidx
+from rwkv.data import binidx, provenance
 from rwkv.data.inputs import Source
 from rwkv.errors import UserError
-
-# What may differ between the machines.
-_LOCAL = {"input", "output_prefix", "shard", "workers", "force", "merge"}
 
 
 def parse(shard: str) -> tuple[int, int] | None:
@@ -43,8 +40,7 @@ def manifest_path(shard_prefix: str) -> Path:
 
 def manifest(config: ConvertConfig, sources: Sequence[Source]) -> dict[str, Any]:
     """What all shards of one conversion must agree in: flags, and the inputs by name and size."""
-    flags = {name: value for name, value in vars(config).items() if name not in _LOCAL}
-    return {"flags": flags, "inputs": [[source.path.name, source.size] for source in sources]}
+    return {"flags": provenance.flags_of(config), "inputs": [[source.path.name, source.size] for source in sources]}
 
 
 def merge(output_prefix: str, force: bool) -> list[tuple[str, int, int]]:
@@ -78,11 +74,13 @@ def merge(output_prefix: str, force: bool) -> list[tuple[str, int, int]]:
     rejects = Path(f"{output_prefix}.rejects.jsonl")
     prefixes = [binidx.document_prefix(output_prefix, key) for key in names]
     if not force:
-        binidx.refuse_existing(prefixes, masked, [rejects])
+        binidx.refuse_existing(prefixes, [rejects])
     with binidx.writers(prefixes, made[0]["flags"]["dtype"], masked, [rejects]) as (out, (rejected,)):
         for key, one in zip(names, out, strict=True):
             for part in parts:
                 one.add_file(binidx.document_prefix(part, key))
+            if described := provenance.read(binidx.document_prefix(parts[0], key)):  # older shards have none
+                provenance.write(one.manifest, described, one.documents, one.tokens, one.counted)
         with open(rejected, "wb") as target:
             for part in parts:
                 if (path := Path(f"{part}.rejects.jsonl")).is_file():

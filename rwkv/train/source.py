@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rwkv.config import ConvertConfig, TrainConfig
-from rwkv.data import foreign
+from rwkv.data import foreign, provenance
 from rwkv.data.binidx import Dataset
 from rwkv.data.convert import convert
 from rwkv.errors import UserError
@@ -63,6 +63,7 @@ def open_data(c: TrainConfig, sizes: Sizes, folder: Path, reuse: bool = False) -
                 raise UserError(f"{prefix}.bin exists already; train on it with --data_file {prefix}, or give --overwrite to convert anew")
             make(prefix)
     data = Dataset(prefix)
+    provenance.check_vocabulary(data, sizes.vocab_size, bool(c.load_model))
     can_hold = np.iinfo(data.tokens.dtype)
     if can_hold.min == 0 and can_hold.max < sizes.vocab_size:  # no id can be wrong: spares a pass over the file
         return data

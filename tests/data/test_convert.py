@@ -69,7 +69,7 @@ def test_world_has_upstreams_bytes(write_jsonl, tmp_path, dtype, letter, code, a
     prefix = str(tmp_path / "new/out_text_document")
     assert done.pairs == [(prefix, 4, sum(map(len, expected)))]
     assert pair(prefix) == upstream_bytes(expected, letter, code)
-    assert names(tmp_path / "new") == ["out_text_document.bin", "out_text_document.idx"]
+    assert names(tmp_path / "new") == ["out_text_document.bin", "out_text_document.idx", "out_text_document.json"]
 
 
 def test_20b_has_upstreams_bytes(write_jsonl, tmp_path, byte_tokenizer):
@@ -132,7 +132,7 @@ def test_any_number_of_workers_and_shards_make_the_same_bytes(tmp_path, small_ch
         done = run(tmp_path / "in", tmp_path / f"w{workers}", workers=workers, **flags)
         assert done.rejects == 2
     expected = everything(tmp_path, "w1")
-    assert len(expected) == 5
+    assert len(expected) == 7
     assert everything(tmp_path, "w2") == everything(tmp_path, "w3") == expected
     for n in (2, 5):
         for i in range(n):
@@ -271,7 +271,7 @@ def test_killed_at_any_moment_it_leaves_nothing_wrong_and_the_next_run_succeeds(
     subprocess.run(command, capture_output=True, check=True)
     whole = time.monotonic() - started
     digest = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()}
-    assert sorted(digest) == ["p_text_document.bin", "p_text_document.idx", "p_text_mask.bin"]
+    assert sorted(digest) == ["p_text_document.bin", "p_text_document.idx", "p_text_document.json", "p_text_mask.bin"]
     killed = 0
     draw = random.Random(4)
     for moment in [draw.uniform(0.2, 0.95) for _ in range(20)]:
@@ -315,4 +315,4 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     assert visible == ["text.jsonl", "text_text_document.bin"]
     assert len(names(tmp_path)) > 2
     run(text, tmp_path / "text")
-    assert names(tmp_path) == ["text.jsonl", "text_text_document.bin", "text_text_document.idx"]
+    assert names(tmp_path) == ["text.jsonl", "text_text_document.bin", "text_text_document.idx", "text_text_document.json"]
