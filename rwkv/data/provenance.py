@@ -96,7 +96,9 @@ def read(prefix: str | Path) -> dict[str, Any] | None:
     if not isinstance(found, dict) or found.get("kind") != MANIFEST:
         return None
     if found.get("format") != FORMAT:
-        raise UserError(f"{path}: a manifest of version {found.get('format')!r}, and this program reads version {FORMAT}; update the program")
+        raise UserError(
+            f"{path}: a manifest of version {found.get('format')!r}, and this program reads version {FORMAT}; update the program"
+        )
     tokenizer = found.get("tokenizer")
     valid = (
         all(isinstance(found.get(name), int) for name in ("documents", "tokens"))
@@ -108,7 +110,9 @@ def read(prefix: str | Path) -> dict[str, Any] | None:
         and (tokenizer is None or (isinstance(tokenizer.get("name"), str) and isinstance(tokenizer.get("vocab_size"), int)))
     )
     if not valid:
-        raise UserError(f"{path}: the manifest of the data is corrupt (an entry is missing or of another type); convert again, or remove it")
+        raise UserError(
+            f"{path}: the manifest of the data is corrupt (an entry is missing or of another type); convert again, or remove it"
+        )
     return found
 
 

@@ -65,7 +65,9 @@ def test_other_data_is_refused_by_a_world_model(write_jsonl, tmp_path, byte_toke
     prefix = made(text, tmp_path / "p", tokenizer_type="HFTokenizer", vocab_file=str(byte_tokenizer[0]))
     assert provenance.read(prefix)["tokenizer"]["sha256"] == hashlib.sha256(byte_tokenizer[0].read_bytes()).hexdigest()
     for load_model in ("base.pth", ""):
-        with pytest.raises(UserError, match=r"tokenised with tokenizer.json .* World models.* Convert the text again, without --tokenizer_type"):
+        with pytest.raises(
+            UserError, match=r"tokenised with tokenizer.json .* World models.* Convert the text again, without --tokenizer_type"
+        ):
             train_on(prefix, 65536, load_model)
     with pytest.raises(UserError, match=r"tokenised with tokenizer.json"):
         train_on(prefix, 50277)
