@@ -17,9 +17,8 @@ from rwkv.model import RWKV
 from rwkv.train import budget, cpu, manifest, pile, resume, samples, schedule, store, strategy
 from rwkv.train.checks import check
 from rwkv.train.lightning import pl, rank_zero_only
-from rwkv.train.metrics import Metrics, keep_steps
+from rwkv.train.metrics import Metrics
 from rwkv.train.module import TrainingModule
-from rwkv.train.plot import plot
 from rwkv.train.saving import Saving, checkpoint_name
 from rwkv.train.signals import Signals
 from rwkv.train.source import open_data, with_vocabulary
@@ -109,7 +108,7 @@ def _fit(config: TrainConfig) -> Result:
         say(f"ended after step {module.step:,} of {end:,}; {folder / saving.last} is saved, and the same command goes on")
         strategy.part()
         signals.exit()
-    result = _finish(config, folder, trainer, module, metrics.lines, adapter)
+    result = _finish(config, folder, trainer, module, metrics, adapter)
     if watch.peak:
         say(f"memory: {watch.words()}")
     return result
@@ -126,21 +125,18 @@ def run(config: TrainConfig) -> None:
 
 
 def _finish(
-    c: TrainConfig, folder: Path, trainer: pl.Trainer, module: TrainingModule, lines: list[dict[str, Any]], adapter: dict[str, Any] | None
+    c: TrainConfig, folder: Path, trainer: pl.Trainer, module: TrainingModule, metrics: Metrics, adapter: dict[str, Any] | None
 ) -> Result:
     steps = module.step - schedule.first_step(c)
     if not trainer.global_step:
-        say(
-            f"nothing left to do: all {steps:,} steps are made. Give a larger --epoch_count or --max_steps to go on, --overwrite to start over"
-        )
-        lines = keep_steps(folder / "metrics.jsonl", module.step) if trainer.global_rank == 0 else []
-    lines = trainer.strategy.broadcast(lines)  # rank 0 has them
+        say(f"nothing left to do: all {steps:,} steps are done. Give a larger --epoch_count or --max_steps to continue, --overwrite to start over")
+        if trainer.global_rank == 0:
+            metrics.load(module.step)
     if trainer.global_rank == 0:
-        plot(folder / "metrics.jsonl", folder / "loss.png", f"{folder.name}: {'LoRA' if adapter else 'all weights'}, {steps} steps")
-    losses = [line["loss"] for line in lines if line["loss"] is not None] or [math.nan]
-    held_out = [line["val_loss"] for line in lines if line.get("val_loss") is not None]
-    tail = losses[-max(1, len(losses) // 10) :]
-    result = Result(folder / checkpoint_name(c, module.step), steps, losses[0], sum(tail) / len(tail), *held_out[-1:])
+        metrics.picture(final=True)
+    curve = metrics.curve
+    losses = trainer.strategy.broadcast((curve.first_loss, curve.loss.tail(0.1), curve.val_loss))  # rank 0's
+    result = Result(folder / checkpoint_name(c, module.step), steps, *losses)
     held = "" if result.val_loss is None else f", held out {result.val_loss:.3f}"
     say(f"done:  loss {result.first_loss:.3f} → {result.last_loss:.3f}{held}; {result.checkpoint}, {folder / 'loss.png'}")
     if adapter:

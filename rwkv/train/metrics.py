@@ -1,28 +1,32 @@
-"""What a run leaves behind of every step: metrics, progress bar, logs."""
+"""What a run records of every step: metrics.jsonl, train_log.txt, progress, dashboards, loss.png."""
 
 import contextlib
 import datetime
 import json
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from rwkv.config import TrainConfig
 from rwkv.data.dataset import HeldOut
-from rwkv.files import full_disk, whole
-from rwkv.train import dashboards, schedule, strategy
+from rwkv.files import full_disk
+from rwkv.train import dashboards, history, schedule, strategy
+from rwkv.train.curve import Curve
 from rwkv.train.finite import Finite
 from rwkv.train.lightning import pl
 from rwkv.train.module import TrainingModule
+from rwkv.train.plot import plot
+from rwkv.train.progress import Progress
 from rwkv.train.validation import held_out_loss
 from rwkv.train.watch import Watch
+from rwkv.train.words import say
+
+_PICTURE = (60, 50)  # seconds between two pictures of a run, at least; and as many times as long as one takes to draw
 
 
 def waits_one_step(device: torch.device) -> bool:
@@ -55,43 +59,48 @@ class _Step:
 
 
 class Metrics(pl.Callback):
-    """One line per optimizer step in metrics.jsonl, the progress bar, upstream's train_log.txt, dashboards if asked for.
+    """One line per optimizer step in metrics.jsonl, the progress, upstream's train_log.txt, dashboards if asked for, and loss.png.
 
-    Steps count from epoch 0; a run that goes on adds to the lines it has, and lines of later steps are dropped.
+    Steps count from epoch 0; a run that is resumed appends to its lines, and lines of later steps are dropped. What is kept in memory, and what a
+    step costs, does not depend on how many there were.
 
     Attributes:
-        lines: of metrics.jsonl, those of before included (on rank 0).
+        curve: what all lines add up to, those before this start included (on rank 0).
     """
 
     def __init__(self, config: TrainConfig, folder: Path, watch: Watch, held_out: HeldOut | None = None):
         self._watch = watch
         self.config, self.folder, self._held_out = config, folder, held_out
-        self.lines: list[dict[str, Any]] = []
+        self.curve = Curve()
         self._batches: list[torch.Tensor] = []
         self._finite = Finite(config, folder)
         self._unread: list[_Step] = []
-        self._bar: Any = None
+        self._progress: Progress | None = None
         self._file: Any = None
         self._dashboards: list[dashboards.Dashboard] = []
+        self._next_picture = time.monotonic() + _PICTURE[0]
 
     def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         self._tick, self._last = time.perf_counter(), module.step
         first = schedule.first_step(self.config)
-        self._bar = tqdm(
-            total=schedule.total_steps(self.config),
-            initial=module.step - first,
-            unit="step",
-            desc="train",
-            mininterval=0.5 if sys.stderr.isatty() else 15,
-            disable=trainer.global_rank > 0,
-        )
         if trainer.global_rank == 0:
-            self.lines = keep_steps(self.folder / "metrics.jsonl", module.step)
-            self._file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, open for the length of the run
+            self.load(module.step)
+            with self._told_if_full(history.NAME):
+                self._file = open(self.folder / history.NAME, "a", encoding="utf-8")  # noqa: SIM115, open for the length of the run
             if module.step == first:
                 self._log(f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{vars(self.config)}\n")
             with self._told_if_full("tensorboard"):
                 self._dashboards = dashboards.make(self.config, self.folder, module.step)
+        self._progress = Progress(schedule.total_steps(self.config), module.step - first, quiet=trainer.global_rank > 0)
+
+    def load(self, last: int) -> None:
+        """Read what an earlier start has recorded up to step `last`; what was recorded of later steps is dropped."""
+        self.curve = Curve()
+        with self._told_if_full(history.NAME):
+            history.keep_steps(self.folder / history.NAME, last, schedule.first_step(self.config), self._add)
+
+    def _add(self, line: dict[str, Any]) -> None:
+        self.curve.add(line, (line["step"] - 1) // schedule.steps_per_epoch(self.config))
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: TrainingModule, outputs, batch, batch_idx: int) -> None:
         counted = module.loss.new_zeros(()) if module.data.plain else module.targets
@@ -157,33 +166,51 @@ class Metrics(pl.Callback):
         return schedule.ends_epoch(self.config, step) or (every > 0 and step % every == 0)
 
     def _report(self, line: dict[str, Any]) -> None:
-        step, loss, speed = line["step"], line["loss"], line["tokens_per_s"]
+        step, speed = line["step"], line["tokens_per_s"]
         line = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
-        self.lines.append(line)
+        self._add(line)
         decay = schedule.weight_decay(self.config, step - schedule.first_step(self.config) - 1)
-        with self._told_if_full("metrics.jsonl"):
+        with self._told_if_full(history.NAME):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         with self._told_if_full("tensorboard"):
             for dashboard in self._dashboards:
                 dashboard.log(step, dashboards.figures(line, decay))
-        held_out = next((f", held out {old['val_loss']:.3f}" for old in reversed(self.lines) if old.get("val_loss") is not None), "")
-        self._bar.set_postfix_str(
-            f"loss {loss:.3f}{held_out}, lr {line['lr']:.2e}, {speed:,.0f} tokens/s, {self._watch.peak / 1e9:.2f} GB", refresh=False
-        )
-        self._bar.update()
+        figures = [] if self.curve.val_loss is None else [f"val {self.curve.val_loss:.3f}"]
+        figures += [f"{speed:,.0f} tokens/s", f"lr {line['lr']:.2e}", f"{self._watch.peak / 1e9:.2f} GB"]
+        if self._progress:
+            self._progress.step(line["loss"], figures)
         if schedule.ends_epoch(self.config, step):
             self._epoch(step)
 
     def _epoch(self, step: int) -> None:
         """Upstream's line for the epoch that ends with this step."""
         number = (step - 1) // schedule.steps_per_epoch(self.config)
-        begins = number * schedule.steps_per_epoch(self.config)
-        losses = [line["loss"] if line["loss"] is not None else math.nan for line in self.lines if line["step"] > begins]
-        mean = sum(losses) / len(losses)
+        mean = self.curve.epoch_mean()
         rate = schedule.learning_rate(self.config, step - schedule.first_step(self.config) - 1)
         since = number - self.config.epoch_begin
         self._log(f"{number} {mean:.6f} {math.exp(min(mean, 700)):.4f} {rate:.8f} {datetime.datetime.now()} {since}\n")
+
+    def picture(self, final: bool = False) -> None:
+        """Draw loss.png (rank 0). During a run it is drawn so rarely that it takes a small share of the time, and a picture that cannot be drawn does
+        not end it.
+
+        Raises:
+            UserError: the disk is full, and it is `final`.
+        """
+        started = time.monotonic()
+        if not final and started < self._next_picture:
+            return
+        what = "LoRA" if getattr(self.config, "lora", False) else "all weights"
+        steps = self.curve.last - schedule.first_step(self.config)
+        try:
+            plot(self.curve, self.folder / "loss.png", f"{self.folder.name}: {what}, {steps:,} step{'s' * (steps != 1)}")
+        except Exception as error:
+            if final:
+                raise
+            say(f"warning: {self.folder / 'loss.png'} cannot be drawn ({error}); the run continues")
+        now = time.monotonic()
+        self._next_picture = now + max(_PICTURE[0], _PICTURE[1] * (now - started))
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         self._close()
@@ -192,7 +219,7 @@ class Metrics(pl.Callback):
         self._close()  # before the error is told: the bar would be drawn over it
 
     def _close(self) -> None:
-        opened, self._bar, self._file, self._dashboards = (self._bar, self._file, *self._dashboards), None, None, []
+        opened, self._progress, self._file, self._dashboards = (self._progress, self._file, *self._dashboards), None, None, []
         for one in filter(None, opened):
             with contextlib.suppress(OSError):  # what a full disk left in the buffer has been told of
                 one.close()
@@ -202,16 +229,5 @@ class Metrics(pl.Callback):
             file.write(text)
 
     def _told_if_full(self, name: str) -> contextlib.AbstractContextManager[None]:
-        return full_disk(self.folder / name, "The run then goes on from its last state")
+        return full_disk(self.folder / name, "The run then continues from its last state")
 
-
-def keep_steps(metrics: Path, last: int) -> list[dict[str, Any]]:
-    """The lines up to step `last`; later ones are dropped from the file, so that each step stands there once."""
-    if not metrics.exists():
-        return []
-    # A line without its end is what a crash or a full disk leaves.
-    ended = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in ended if json.loads(line)["step"] <= last]
-    with whole(metrics) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
-    return [json.loads(line) for line in kept]

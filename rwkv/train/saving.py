@@ -77,6 +77,7 @@ class Saving(pl.Callback):
             if trainer.global_rank == 0:
                 self._metrics.sync()
                 store.write(self.folder, taken)
+                self._metrics.picture()
             self._next = step + (c.save_every or self._interval(trainer, step, started))
             self._saved, self._since = step, time.perf_counter()
 

@@ -288,7 +288,7 @@ def test_a_finished_run_is_not_overwritten_unless_told(make_data, tmp_path, caps
     fit(TrainConfig(**flags))
     weights = (tmp_path / "run/rwkv-final.pth").read_bytes()
     assert fit(TrainConfig(**flags)).steps == 2
-    assert "nothing left to do: all 2 steps are made" in capsys.readouterr().out
+    assert "nothing left to do: all 2 steps are done" in capsys.readouterr().out
     with pytest.raises(UserError, match="no such file"):
         fit(TrainConfig(**flags | {"data_file": "nothing"}, overwrite=True))
     assert (tmp_path / "run/rwkv-final.pth").read_bytes() == weights

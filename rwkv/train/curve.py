@@ -1,0 +1,124 @@
+"""The curves of a run in constant memory: however many steps there are, a few thousand averages of them are kept."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+CAPACITY = 4096  # averages of a series; below that every value is kept as it is
+
+
+class Series:
+    """Values by step. Once there are `capacity` averages, neighbours are merged two by two, and each then stands for twice as many values.
+
+    Attributes:
+        steps: the last step that each average includes.
+        means, lows, highs, counts: of the values in it.
+        rates: the learning rate at that step.
+    """
+
+    def __init__(self, capacity: int = CAPACITY):
+        self.capacity = capacity
+        self.steps: list[int] = []
+        self.means: list[float] = []
+        self.lows: list[float] = []
+        self.highs: list[float] = []
+        self.counts: list[int] = []
+        self.rates: list[float] = []
+        self._width = 1  # values in an average that is complete
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def width(self) -> int:
+        """Values in an average."""
+        return self._width
+
+    def add(self, step: int, value: float, rate: float = 0.0) -> None:
+        """Add the next value; amortised constant time."""
+        if self.steps and (count := self.counts[-1] + 1) <= self._width:
+            self.steps[-1], self.counts[-1], self.rates[-1] = step, count, rate
+            self.means[-1] += (value - self.means[-1]) / count
+            if value < self.lows[-1]:
+                self.lows[-1] = value
+            elif value > self.highs[-1]:
+                self.highs[-1] = value
+            return
+        if len(self.steps) == self.capacity:
+            self._halve()
+            self.add(step, value, rate)  # there may be space in the last average now
+            return
+        self.steps.append(step)
+        self.means.append(value)
+        self.lows.append(value)
+        self.highs.append(value)
+        self.counts.append(1)
+        self.rates.append(rate)
+
+    def _halve(self) -> None:
+        counts, means = self.counts, self.means
+        sums = [count * mean for count, mean in zip(counts, means, strict=True)]
+        self.counts = [sum(counts[i : i + 2]) for i in range(0, len(counts), 2)]
+        self.means = [sum(sums[2 * i : 2 * i + 2]) / count for i, count in enumerate(self.counts)]
+        last = [min(i + 1, len(counts) - 1) for i in range(0, len(counts), 2)]
+        self.steps, self.rates = [self.steps[i] for i in last], [self.rates[i] for i in last]
+        self.lows = [min(self.lows[i : i + 2]) for i in range(0, len(self.lows), 2)]
+        self.highs = [max(self.highs[i : i + 2]) for i in range(0, len(self.highs), 2)]
+        self._width *= 2
+
+    def tail(self, share: float) -> float:
+        """The mean of the last `share` of the values, at least one of them; NaN without values. Exact up to `capacity` values."""
+        wanted = left = max(1, int(sum(self.counts) * share))
+        total = 0.0
+        for count, mean in zip(reversed(self.counts), reversed(self.means), strict=True):
+            taken = min(left, count)
+            total, left = total + taken * mean, left - taken
+            if not left:
+                return total / wanted
+        return math.nan
+
+
+@dataclass
+class Curve:
+    """What a run's lines of metrics.jsonl add up to.
+
+    Attributes:
+        loss, validation: by step; steps without a finite loss are omitted.
+        first_loss: of the first step, NaN without one.
+        val_loss: the newest validation loss, None without one.
+        best: step and value of the lowest validation loss.
+        last: the newest step.
+        count: lines.
+    """
+
+    loss: Series = field(default_factory=Series)
+    validation: Series = field(default_factory=Series)
+    first_loss: float = math.nan
+    val_loss: float | None = None
+    best: tuple[int, float] | None = None
+    last: int = 0
+    count: int = 0
+    _epoch: int = -1
+    _sum: float = 0.0
+    _values: int = 0
+
+    def add(self, line: dict[str, Any], epoch: int) -> None:
+        """Add a line of metrics.jsonl, which belongs to this epoch; constant time."""
+        step, loss, val_loss = line["step"], line["loss"], line.get("val_loss")
+        self.last, self.count = step, self.count + 1
+        if epoch != self._epoch:
+            self._epoch, self._sum, self._values = epoch, 0.0, 0
+        if loss is not None:
+            if not self.loss.steps:
+                self.first_loss = loss
+            self._sum, self._values = self._sum + loss, self._values + 1
+            self.loss.add(step, loss, line["lr"])
+        if val_loss is not None:
+            self.val_loss = val_loss
+            self.validation.add(step, val_loss)
+            if self.best is None or val_loss < self.best[1]:
+                self.best = (step, val_loss)
+
+    def epoch_mean(self) -> float:
+        """The mean loss of the newest epoch so far; NaN if no step of it had a finite one."""
+        return self._sum / self._values if self._values else math.nan

@@ -1,0 +1,49 @@
+"""A title in any script is drawn without a warning and without boxes, whatever fonts are installed."""
+
+import struct
+import warnings
+
+import pytest
+
+from rwkv import pictures
+
+
+def drawn(tmp_path, text):
+    """The title as it is drawn, once it is drawn."""
+    figure, axes = pictures.new()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pictures.set_title(axes, text)
+        pictures.save(figure, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    return axes.get_title(), axes.title.get_fontfamily()
+
+
+@pytest.mark.parametrize("text", ["我的小说/输出: LoRA", "小説", "소설", "ελληνικά $x^2$ \\frac", "a\nb\tc", "😀 run", "\ue000\U000f0000", "", "नमस्ते"])
+def test_a_title_never_warns_and_has_no_boxes(tmp_path, text):
+    shown, families = drawn(tmp_path, text)
+    assert "\n" not in shown
+    covered = pictures._fonts(frozenset(shown))[1]
+    assert set(shown) <= covered
+    assert families[0] == "DejaVu Sans"
+
+
+def test_what_the_font_has_stays_as_it_is(tmp_path):
+    assert drawn(tmp_path, r"out\run $1 {x} é ж: LoRA, 60 steps")[0] == r"out\run $1 {x} é ж: LoRA, 60 steps"
+
+
+def test_an_installed_font_with_the_characters_is_found_and_used(tmp_path, monkeypatch):
+    """Fonts that are installed differ by machine: here DejaVu's own serif font stands for one that has a character that the first lacks."""
+    has, lacking = pictures._has, frozenset("ж")
+    monkeypatch.setattr(pictures, "_has", lambda path: has(path) - lacking if path.endswith("/DejaVuSans.ttf") else has(path))
+    pictures._fonts.cache_clear()
+    shown, families = drawn(tmp_path, "ж 1")
+    pictures._fonts.cache_clear()
+    assert shown == "ж 1"
+    assert len(families) == 2
+    assert families[1] != "DejaVu Sans"
+
+
+def test_pictures_are_of_the_size_that_was_asked_for(tmp_path):
+    drawn(tmp_path, "x")
+    assert struct.unpack(">II", (tmp_path / "x.png").read_bytes()[16:24]) == (960, 540)
