@@ -19,7 +19,9 @@ def drawn(tmp_path, text):
     return axes.get_title(), axes.title.get_fontfamily()
 
 
-@pytest.mark.parametrize("text", ["我的小说/输出: LoRA", "小説", "소설", "ελληνικά $x^2$ \\frac", "a\nb\tc", "😀 run", "\ue000\U000f0000", "", "नमस्ते"])
+@pytest.mark.parametrize(
+    "text", ["我的小说/输出: LoRA", "小説", "소설", "ελληνικά $x^2$ \\frac", "a\nb\tc", "😀 run", "\ue000\U000f0000", "", "नमस्ते"]
+)
 def test_a_title_never_warns_and_has_no_boxes(tmp_path, text):
     shown, families = drawn(tmp_path, text)
     assert "\n" not in shown

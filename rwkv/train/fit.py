@@ -129,7 +129,9 @@ def _finish(
 ) -> Result:
     steps = module.step - schedule.first_step(c)
     if not trainer.global_step:
-        say(f"nothing left to do: all {steps:,} steps are done. Give a larger --epoch_count or --max_steps to continue, --overwrite to start over")
+        say(
+            f"nothing left to do: all {steps:,} steps are done. Give a larger --epoch_count or --max_steps to continue, --overwrite to start over"
+        )
         if trainer.global_rank == 0:
             metrics.load(module.step)
     if trainer.global_rank == 0:

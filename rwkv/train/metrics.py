@@ -230,4 +230,3 @@ class Metrics(pl.Callback):
 
     def _told_if_full(self, name: str) -> contextlib.AbstractContextManager[None]:
         return full_disk(self.folder / name, "The run then continues from its last state")
-

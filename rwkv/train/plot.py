@@ -38,14 +38,21 @@ def plot(curve: Curve, image: Path, title: str) -> None:
     if curve.best:
         few = len(curve.validation) <= _FEW
         axes.plot(
-            curve.validation.steps, curve.validation.means, color="tab:green", marker="o" if few else "", markersize=4, label="validation loss"
+            curve.validation.steps,
+            curve.validation.means,
+            color="tab:green",
+            marker="o" if few else "",
+            markersize=4,
+            label="validation loss",
         )
         best, name = curve.best, "best validation loss"
     elif len(mean):
         at = int(np.argmin(mean))
         best, name = (int(steps[len(steps) - len(mean) + at]), float(mean[at])), "lowest mean" if window > 1 else "lowest loss"
     if curve.best or len(mean):
-        axes.plot(*best, linestyle="", marker="*", markersize=11, color="tab:red", label=f"{name}: {best[1]:.3f}, step {best[0]:,}", zorder=5)
+        axes.plot(
+            *best, linestyle="", marker="*", markersize=11, color="tab:red", label=f"{name}: {best[1]:.3f}, step {best[0]:,}", zorder=5
+        )
     _limit(axes, curve)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     pictures.set_title(axes, title)

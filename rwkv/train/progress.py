@@ -60,7 +60,11 @@ class Progress:
         self._told, self._estimated = now, self._estimated or left is not None
         rest = "" if left is None or self._done >= self._total else f", {duration(left)} left"
         share = f"{self._done / max(1, self._total):.0%}"
-        print(f"{time.strftime('%H:%M:%S')} step {self._done:,} of {self._total:,} ({share}): {', '.join(figures)}{rest}", file=self._file, flush=True)
+        print(
+            f"{time.strftime('%H:%M:%S')} step {self._done:,} of {self._total:,} ({share}): {', '.join(figures)}{rest}",
+            file=self._file,
+            flush=True,
+        )
 
     def _left(self, now: float) -> float | None:
         """Seconds that the rest will take, by the steps of this process but its first; None while they are too few."""

@@ -109,7 +109,16 @@ def test_memory_does_not_depend_on_the_number_of_lines(tmp_path):
 
 @pytest.mark.parametrize("wrong", ["garbage", "NULs", "not UTF-8", "without loss"])
 def test_a_run_with_such_a_file_resumes_and_draws(make_data, tmp_path, capsys, wrong):
-    flags = {"n_layer": 1, "n_embd": 8, "vocab_size": 50, "ctx_len": 8, "micro_bsz": 1, "epoch_steps": 4, "epoch_count": 2, "random_seed": 1}
+    flags = {
+        "n_layer": 1,
+        "n_embd": 8,
+        "vocab_size": 50,
+        "ctx_len": 8,
+        "micro_bsz": 1,
+        "epoch_steps": 4,
+        "epoch_count": 2,
+        "random_seed": 1,
+    }
     config = TrainConfig(**flags, accelerator="cpu", data_file=make_data(200), proj_dir=str(tmp_path / "run"))
     fit(TrainConfig(**vars(config) | {"max_steps": 5}))
     path = tmp_path / "run/metrics.jsonl"
@@ -135,7 +144,16 @@ def test_a_step_reads_no_file_and_keeps_no_line(make_data, tmp_path, monkeypatch
         sizes.append(sum(len(x) for x in vars(self).values() if isinstance(x, list | dict)))
 
     monkeypatch.setattr(metrics.Metrics, "_report", noted)
-    flags = {"n_layer": 1, "n_embd": 8, "vocab_size": 50, "ctx_len": 4, "micro_bsz": 1, "epoch_steps": 150, "epoch_count": 1, "random_seed": 1}
+    flags = {
+        "n_layer": 1,
+        "n_embd": 8,
+        "vocab_size": 50,
+        "ctx_len": 4,
+        "micro_bsz": 1,
+        "epoch_steps": 150,
+        "epoch_count": 1,
+        "random_seed": 1,
+    }
     fit(TrainConfig(**flags, accelerator="cpu", data_file=make_data(200), proj_dir=str(tmp_path / "run")))
     assert len(sizes) == 150
     assert max(sizes) <= sizes[0]
