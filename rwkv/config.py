@@ -387,9 +387,9 @@ class EstimateConfig:
     ds_bucket_mb: int = 200
     """As in training."""
     devices: int = 1
-    """Devices of a machine."""
+    """Devices in each machine."""
     num_nodes: int = 1
-    """Machines."""
+    """How many machines."""
     accelerator: Literal["cpu", "gpu"] = "gpu"
     """What the run will be on. cpu: device and host are the same memory."""
     card: float = 0
@@ -408,3 +408,29 @@ class DoctorConfig:
     """Where runs will write."""
     json: bool = False
     """Print the findings as JSON."""
+
+
+GROUPS = {
+    "Essential": (
+        "load_model", "data_file", "proj_dir", "epoch_steps", "epoch_count", "lr_init", "lr_final",
+        "input", "output_prefix", "adapter", "base", "model", "output", "prompt", "ask", "card", "method",
+    ),
+    "Length of the run and batch": (
+        "ctx_len", "micro_bsz", "accumulate_grad_batches", "max_steps", "tbptt_len", "exact", "epoch_begin", "my_exit",
+    ),
+    "LoRA": ("lora", "lora_r", "lora_alpha", "lora_dropout", "lora_parts", "lora_load", "lora_base"),
+    "Data": (
+        "data_type", "doc_reset", "doc_training", "doc_training_seq", "doc_sep", "min_ctx_len", "chatml_mask", "val_split", "val_file", "val_every",
+        "val_samples", "magic_prime", "my_pile_shift", "my_random_steps", "random_seed",
+    ),
+    "Schedule and optimizer": (
+        "warmup_steps", "my_exit_tokens", "my_pile_edecay", "optimizer", "beta1", "beta2", "adam_eps", "weight_decay", "weight_decay_final", "dropout",
+        "layerwise_lr", "grad_clip", "on_nan",
+    ),
+    "Saving and continuing": ("epoch_save", "save_every", "overwrite", "allow_changes"),
+    "Machine": ("accelerator", "devices", "num_nodes", "strategy", "precision", "grad_cp", "auto", "ds_bucket_mb", "ds_config"),
+    "Model": ("vocab_size", "n_layer", "n_embd", "dim_att", "dim_ffn", "load_partial"),
+    "Logging": ("wandb", "tensorboard"),
+    "Compatibility with the upstream trainers": ("my_pile_stage", "pre_ffn"),
+}  # fmt: skip
+"""Headings of --help, in this order, and the flags under each; a program lists those that it has."""

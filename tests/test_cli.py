@@ -1,12 +1,14 @@
 """The command line out of the dataclasses: upstream's spellings, nearest names, types."""
 
 import dataclasses
+import errno
+import re
 
 import pytest
 
 from rwkv import config as flags
-from rwkv.cli import parse, sentences
-from rwkv.config import ConvertConfig, LoRAConfig, TrainConfig
+from rwkv.cli import parse, printable, sentences
+from rwkv.config import ConvertConfig, GenerateConfig, LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.upstream import NOT_SUPPORTED
 
@@ -16,6 +18,10 @@ def refused(argv, capsys, config=LoRAConfig):
         parse(config, "", argv)
     assert exit_.value.code == 2
     return capsys.readouterr().err
+
+
+CONFIGS = [c for c in vars(flags).values() if dataclasses.is_dataclass(c)]
+NAMES = {field.name for config in CONFIGS for field in dataclasses.fields(config)}
 
 
 def test_defaults_are_the_dataclass():
@@ -34,12 +40,14 @@ def test_an_unknown_flag_names_the_nearest(capsys):
 
 
 def test_upstream_flags_without_a_counterpart_are_refused_with_advice():
-    for name, (off, advice) in NOT_SUPPORTED.items():
+    for name, entry in NOT_SUPPORTED.items():
         assert not hasattr(LoRAConfig, name)
         for argv in ([f"--{name}", "7"], [f"--{name}=7"], [f"--{name.replace('_', '-')}", "7"]):
-            with pytest.raises(UserError, match=f"--.* 7: .*not supported here; {advice[:20]}"):
+            with pytest.raises(UserError, match=f"--.* 7: .*not supported here; {re.escape(entry.advice[:20])}"):
                 parse(LoRAConfig, "", argv)
-        assert parse(LoRAConfig, "", ["--n_layer", "3", f"--{name}={off}", "--lora"]).n_layer == 3
+        for off in entry.off:
+            assert parse(LoRAConfig, "", ["--n_layer", "3", f"--{name}={off}", "--lora"]).n_layer == 3
+            assert parse(LoRAConfig, "", ["--n_layer", "3", f"--{name}", off, "--lora"]).n_layer == 3
 
 
 def test_upstreams_readme_command_is_read_as_meant():
@@ -75,7 +83,7 @@ def test_a_config_file_is_read_and_the_command_line_comes_on_top(tmp_path):
     assert (config.n_layer, config.n_embd) == (3, 64)
 
 
-@pytest.mark.parametrize("config", [c for c in vars(flags).values() if dataclasses.is_dataclass(c)])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_help_explains_every_flag(config, capsys):
     with pytest.raises(SystemExit):
         parse(config, "", ["--help"])
@@ -102,3 +110,200 @@ def test_a_user_error_is_one_line_without_a_traceback():
     with pytest.raises(SystemExit) as exit_, sentences():
         raise UserError("what, where, what to do")
     assert exit_.value.code == "error: what, where, what to do"
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("--peft lora", "--peft lora: a flag of RWKV-PEFT .*; LoRA is what scripts/lora.py trains: leave it out"),
+        ("--peft bone", "--peft bone: .* only LoRA exists here"),
+        ("--quant nf4", "--quant nf4: a flag of RWKV-PEFT .*--lora_base bf16"),
+        ("--my_testing x070", "--my_testing x070: .* it selects RWKV-7, and this project trains RWKV-4 only"),
+        ("--my_testing x052a", "it selects RWKV-5"),
+        ("--train_type infctx", "--train_type infctx: .* use --tbptt_len"),
+        ("--train_type state", "trains the initial state of RWKV-5 to 7"),
+        ("--train_stage 3", "--train_stage 3: a flag of RWKV-7's trainer .* --my_pile_stage 1, 2 and 3"),
+        ("--head_chunk 4096", "RWKV-7's trainer"),
+        ("--kernel @rwkv3", "RWKV-7's trainer"),
+        ("--op cuda", "--op cuda: a flag of RWKV-PEFT .* chosen automatically"),
+        ("--loss_mask pad", "padding never contributes to the loss"),
+        ("--loss_mask qa", "scripts/convert.py: it writes a loss mask"),
+        ("--dataload pad", "use --doc_training 1"),
+        ("--lora_config {\"lora_r\":32}", "give its entries as flags: --lora_load, --lora_r"),
+        ("--train_parts time ln", "--train_parts time ln: .* use --lora_parts"),
+        ("--fused_kernel", "--fused_kernel: a flag of RWKV-PEFT"),
+        ("--head_size_a 128", "RWKV-4 has no heads"),
+        ("--gradient_clip_val 1", "use --grad_clip"),
+        ("--per_device_train_batch_size 4", "use --micro_bsz"),
+        ("--lora_rank 8", "use --lora_r"),
+    ],
+)
+def test_a_flag_of_another_trainer_is_answered_in_one_line_with_what_it_is(line, answer):
+    # https://github.com/Joluck/RWKV-PEFT, https://github.com/BlinkDL/RWKV-LM (RWKV-v5, RWKV-v7/train_temp), https://github.com/Blealtan/RWKV-LM-LoRA
+    with pytest.raises(UserError, match=answer) as error:
+        parse(LoRAConfig, "", line.split())
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", NOT_SUPPORTED)
+def test_the_flags_that_an_answer_names_exist(name):
+    entry = NOT_SUPPORTED[name]
+    for advice in (entry.advice, *entry.values.values()):
+        assert set(re.findall(r"--(\w+)", advice)) <= NAMES, advice
+
+
+def test_all_mistakes_of_a_command_line_are_told_at_once(capsys):
+    lines = refused(["--n_layers", "3", "--micro_bsz", "two", "--peft", "lora", "--lora_r", "8"], capsys).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["error"] * 3
+    assert "usage" not in "".join(lines)
+
+
+@pytest.mark.parametrize("flag", ["--quark", "--lora_a", "--top_kk", "--loss", "--vocabulary_hash", "--emb_dim", "--beta3", "--head_scale"])
+def test_a_name_that_is_not_close_is_not_guessed(flag, capsys):
+    assert "did you mean" not in refused([flag, "1"], capsys)
+
+
+def test_a_flag_of_another_program_of_ours_names_it(capsys):
+    assert "not a flag of this program, but of scripts/generate.py" in refused(["--ask", "x"], capsys)
+    assert "but of scripts/lora.py" in refused(["--lora_r", "8"], capsys, TrainConfig)
+    assert "but of scripts/merge_lora.py" in refused(["--adapter", "a.pth"], capsys, GenerateConfig)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        # a script with CRLF, or with a space behind the backslash: https://github.com/community-scripts/ProxmoxVE/issues/14362
+        (["\r"], r"sed -i 's/\\r\$//' SCRIPT"),
+        (["--n_layer", "3", "\r"], "argument 3 after --n_layer 3: there is a carriage return"),
+        (["--overwrite", "\r"], "carriage return"),
+        (["--proj_dir", "\r"], "--proj_dir: instead of a value there is a carriage return"),
+        (["--proj_dir= "], "--proj_dir: instead of a value there is a blank"),
+        (["--n_layer", "3", " ", "--foo"], "there is a blank: .* a space follows"),
+        (["--overwrite", "\\"], "lone backslash"),
+        (["--overwrite", "\\ "], "lone backslash"),
+        (["\t"], "there is a blank"),
+        ([""], "there is an empty argument"),
+        (["--overwrite", ""], "there is an empty argument"),
+        (["--peft", "lora", "\r"], "carriage return"),
+        (["--load_model", "my", "model.pth"], "unexpected argument model.pth after --load_model my: .*needs quotes"),
+        (["\u2013lora_r", "8"], "not the ASCII .*; type --lora_r"),
+        (["-lora_r", "8"], "two dashes: --lora_r"),
+        (["lora_r=8"], "two dashes: --lora_r=8"),
+        (["--LORA_R", "8"], "lower case: --lora_r"),
+        (["--n_layer"], "--n_layer: needs a value, a whole number"),
+        (["--precision", "--lora"], "--precision: needs a value: auto, fp32"),
+    ],
+)
+def test_an_argument_that_no_flag_takes_is_explained_in_one_line(argv, says, capsys):
+    message = refused(argv, capsys)
+    assert re.search(says, message), message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_carriage_return_at_the_end_of_a_value_is_removed_and_told(capsys):
+    assert parse(LoRAConfig, "", ["--proj_dir", "out\r", "--n_layer", "3\r", "--overwrite\r"]) == LoRAConfig(
+        proj_dir="out", n_layer=3, overwrite=True
+    )
+    assert capsys.readouterr().err.count("Windows line endings (CRLF)") == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--n_layer", "two"], "--n_layer: expected a whole number, such as 8 or 1000; got two"),
+        (["--n_layer", "1e3"], "--n_layer: expected a whole number"),
+        (["--n_layer", ""], "--n_layer: expected a whole number, such as 8 or 1000; got an empty value"),
+        (["--lr_init", "1,5"], "--lr_init: expected a number, such as 0.01 or 1e-4; got 1,5"),
+        (["--lr_init", "nan"], "--lr_init: expected a finite number"),
+        (["--precision", "16"], "--precision: expected one of auto, fp32, tf32, bf16, fp16; got 16"),
+        (["--grad_cp", "2"], "--grad_cp: expected 0 or 1; got 2"),
+        (["--overwrite=maybe"], "--overwrite: expected true or false; got maybe"),
+    ],
+)
+def test_a_value_of_another_type_is_explained_in_words(argv, says, capsys):
+    message = refused(argv, capsys)
+    assert message.startswith(f"error: {says}")
+    assert len(message.splitlines()) == 1
+
+
+def test_switches_are_read_in_both_spellings_and_choices_in_any_case():
+    for yes, no in (("1", "0"), ("true", "false"), ("True", "False"), ("yes", "no"), ("on", "off")):
+        for flag in ("--grad_cp", "--auto"):
+            assert [bool(getattr(parse(LoRAConfig, "", [flag, value]), flag[2:])) for value in (yes, no)] == [True, False]
+    assert parse(LoRAConfig, "", ["--precision", "BF16", "--lr_init=1E-4"]) == LoRAConfig(precision="bf16", lr_init=1e-4)
+
+
+@pytest.mark.parametrize("text", ["null", "007", "[a", "1: 2", "{x}", "yes", "~", "a=b", "# c", " ", "-5 degrees", "--- a", "é\n你好"])
+def test_a_text_is_taken_as_it_is(text):
+    assert parse(GenerateConfig, "", ["--prompt", text]).prompt == text
+    assert parse(GenerateConfig, "", [f"--prompt={text}"]).prompt == text
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"n_layers: 3\n", "c.yaml: unknown flag n_layers: did you mean --n_layer?"),
+        (b"n_layer: two\n", "c.yaml: n_layer: expected a whole number, such as 8 or 1000; got two"),
+        (b"n_layer: {a: 1}\n", "c.yaml: n_layer: expected one value, not a mapping"),
+        (b"peft: lora\n", "c.yaml: peft lora: a flag of RWKV-PEFT"),
+        ("n_layer: 3\n".encode("utf-16"), "c.yaml: not UTF-8 but UTF-16; save it as UTF-8"),
+        (b"proj_dir: \xb5\xc8\n", "c.yaml: not UTF-8"),
+        (b"a: [\n", "c.yaml, line 2: not YAML"),
+        (b"- n_layer\n", "c.yaml: expected lines such as"),
+        (None, "c.yaml: No such file or directory"),
+    ],
+)
+def test_a_config_file_that_cannot_be_used_says_why(content, says, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "c.yaml").write_bytes(content)
+    try:
+        parse(LoRAConfig, "", ["--config", str(tmp_path / "c.yaml")])
+    except UserError as error:
+        message = str(error)
+    except SystemExit:
+        message = capsys.readouterr().err
+    assert says in message
+
+
+def test_a_printed_config_is_read_again(tmp_path, capsys):
+    argv = ["--proj_dir", "007", "--lr_init", "1e-4", "--overwrite", "--wandb", "", "--precision", "bf16", "--lora_parts", "att,ffn"]
+    with pytest.raises(SystemExit):
+        parse(LoRAConfig, "", [*argv, "--print_config"])
+    (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
+    assert parse(LoRAConfig, "", ["--config", str(tmp_path / "c.yaml")]) == parse(LoRAConfig, "", argv)
+
+
+def test_the_help_begins_with_what_a_newcomer_needs(capsys):
+    with pytest.raises(SystemExit):
+        parse(LoRAConfig, "", ["--help"])
+    text = capsys.readouterr().out
+    headings = re.findall(r"^(\w.*):$", text, re.MULTILINE)
+    assert headings[:2] == ["options", "Essential"]
+    essential = text.split("Essential:")[1].split("\n\n")[0]
+    assert re.findall(r"^  --(\w+)", essential, re.MULTILINE)[:5] == ["load_model", "data_file", "proj_dir", "epoch_steps", "epoch_count"]
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (FileNotFoundError("shared library missing"), "error: shared library missing"),
+        (FileNotFoundError(), "error: FileNotFoundError"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "data"), "error: data: Is a directory; give a file"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 999), f"error: {'x' * 300}: File name too long; use a shorter name"),
+        (PermissionError(errno.EACCES, "Permission denied", b"a"), "error: a: Permission denied; change its permissions, or use another file or folder"),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device; free some space, .*"),
+        (OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"), "error: a -> b: Invalid cross-device link"),
+        (MemoryError(), "error: out of memory on the host; .*"),
+    ],
+)
+def test_what_the_operating_system_refuses_is_a_sentence(error, says):
+    with pytest.raises(SystemExit) as exit_, sentences():
+        raise error
+    assert re.fullmatch(says, exit_.value.code)
+
+
+def test_a_name_cannot_send_commands_to_the_terminal():
+    with pytest.raises(SystemExit) as exit_, sentences():
+        raise UserError("bad\x1b]0;owned\x07\x9b31m name")
+    assert exit_.value.code == r"error: bad\x1b]0;owned\x07\x9b31m name"
+    assert printable("好\n\té") == "好\n\té"

@@ -1,0 +1,279 @@
+"""Reading a command line: every argument is either understood as its flag means it, or refused with what it is and what to do."""
+
+import dataclasses
+import difflib
+import itertools
+import math
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+from rwkv import config as flags
+from rwkv.errors import UserError
+from rwkv.upstream import ALIASES, IGNORED, LISTS, NOT_SUPPORTED
+
+PROGRAMS = {
+    "TrainConfig": "scripts/finetune.py and scripts/pretrain.py",
+    "LoRAConfig": "scripts/lora.py",
+    "ConvertConfig": "scripts/convert.py",
+    "InspectConfig": "scripts/inspect_data.py",
+    "MergeConfig": "scripts/merge_lora.py",
+    "GenerateConfig": "scripts/generate.py",
+    "ExportConfig": "scripts/export.py",
+    "EstimateConfig": "scripts/estimate.py",
+    "DoctorConfig": "scripts/doctor.py",
+}
+"""The programs that take the flags of each dataclass."""
+_TEXTS = ("prompt", "ask")  # their values may be blank, or begin with dashes
+_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+_DASHES = "-–—−‐‑"
+_FLAG = re.compile(r"--[A-Za-z][\w-]*(=|$)")
+_CLOSE = 0.85  # similarity from which a name is offered as the one that was meant
+
+
+class UsageError(UserError):
+    """A command line that cannot be understood: one line for each mistake. Scripts exit with status 2."""
+
+
+def read(argv: Sequence[str], config: type[Any], passed: Sequence[str] = ()) -> list[str]:
+    """The arguments as `--name=value`, names and values as the dataclass has them; a YAML file given with --config comes first.
+
+    Understood are also upstream's spellings: `--output-prefix` is `--output_prefix`, a switch alone (`--lora`) is true, `--grad_cp true` is
+    `--grad_cp 1`, `--vocab` is `--vocab_file`, `--jsonl-keys a b` is `--jsonl_keys a,b`. Flags in `passed` are returned as they are.
+
+    Raises:
+        UserError: flags of the upstream programs that have no counterpart here, and with a value that is not their "off".
+        UsageError: everything else that is not understood.
+    """
+    reader = _Reader(config, passed)
+    reader.read([_unwound(argument) for argument in argv])
+    if reader.wrong or reader.foreign:
+        raise (UsageError if reader.wrong else UserError)("\nerror: ".join([*reader.wrong, *reader.foreign]))
+    return [*reader.configured, *reader.found]
+
+
+def convert(field: "dataclasses.Field[Any]", text: str) -> str:
+    """The value of a flag, spelled as the parser reads it.
+
+    Raises:
+        ValueError: with what was expected.
+    """
+    kind, word = field.type, text.strip().lower()
+    if kind is str:
+        return text
+    if kind is bool:
+        if word in _TRUE + _FALSE:
+            return "true" if word in _TRUE else "false"
+        raise ValueError("true or false")
+    if get_origin(kind) is Literal:
+        choices = {str(choice): choice for choice in get_args(kind)}
+        if set(choices) == {"0", "1"} and word in _TRUE + _FALSE:
+            return "1" if word in _TRUE else "0"
+        found = next((name for name in choices if name.lower() == word), None)
+        if found is None:
+            raise ValueError(f"{'0 or 1' if set(choices) == {'0', '1'} else 'one of ' + ', '.join(choices)}")
+        return found
+    if kind is int:
+        try:
+            return str(int(text))
+        except ValueError:
+            raise ValueError("a whole number, such as 8 or 1000") from None
+    try:
+        number = float(text)
+    except ValueError:
+        raise ValueError("a number, such as 0.01 or 1e-4") from None
+    if not math.isfinite(number):
+        raise ValueError("a finite number, such as 0.01 or 1e-4")
+    return repr(number)
+
+
+class _Reader:
+    def __init__(self, config: type[Any], passed: Sequence[str]):
+        self.fields = {field.name: field for field in dataclasses.fields(config)}
+        self.config, self.passed = config, {flag.removeprefix("--") for flag in passed}
+        self.found: list[str] = []
+        self.configured: list[str] = []
+        self.wrong: list[str] = []
+        self.foreign: list[str] = []
+
+    def read(self, argv: list[str]) -> None:
+        """Sort the arguments into what was found and what is wrong."""
+        position = 0
+        while position < len(argv):
+            argument = argv[position]
+            position += 1
+            if not _FLAG.match(argument):
+                self.wrong.append(self.stray(argument, argv[: position - 1]))
+                if _blank(argument):  # the shell ended the command here: all else follows from it
+                    self.wrong, self.foreign = self.wrong[-1:], []
+                    return
+                if argument[0] in _DASHES:  # meant as a flag
+                    position += len(_leading(_values(argv, position)))
+                continue
+            name, equals, value = argument.partition("=")
+            flag, following = _spelled(name), _values(argv, position)
+            field = self.fields.get(ALIASES.get(flag, flag))
+            if flag == "config":
+                position += not equals
+                self.file(value if equals else "".join(argv[position - 1 : position]))
+            elif field is None and flag in self.passed:
+                self.found.append(argument)
+            elif field is None:
+                taken = [] if equals else _leading(following)
+                self.unknown(name, flag, value if equals else " ".join(taken))
+                position += len(taken)
+            elif equals:
+                self.take(name, field, value)
+            elif field.type is bool:
+                switched = bool(following) and following[0].strip().lower() in _TRUE + _FALSE
+                self.take(name, field, following[0] if switched else "true")
+                position += switched
+            elif field.name in LISTS and (words := _leading(following)):
+                self.take(name, field, ",".join(words))
+                position += len(words)
+            elif position < len(argv) and (following or (field.name in _TEXTS and not self.known(argv[position]))):
+                self.take(name, field, argv[position])
+                position += 1
+            else:
+                self.wrong.append(f"{name}: needs a value{_example(field)}")
+
+    def take(self, name: str, field: "dataclasses.Field[Any]", value: str, where: str = "") -> None:
+        """Note the value of a flag of ours, if it is one."""
+        if value and _blank(value) and (field.name not in _TEXTS or value.strip(" ") in ("\r", "\\")):
+            self.wrong.append(f"{where}{name}: instead of a value {_why_blank(value)}")
+            return
+        try:
+            (self.configured if where else self.found).append(f"--{field.name}={convert(field, value)}")
+        except ValueError as error:
+            self.wrong.append(f"{where}{name}: expected {error}; got {value or 'an empty value'}")
+
+    def unknown(self, name: str, flag: str, value: str, where: str = "") -> None:
+        """Answer a flag that is not one of this program: whose it is, or which one was meant."""
+        lowered = flag.lower()
+        near = difflib.get_close_matches(lowered, self.fields, 1, _CLOSE)
+        entry = NOT_SUPPORTED.get(flag) or NOT_SUPPORTED.get(lowered)
+        others = [program for kind, program in PROGRAMS.items() if flag in getattr(flags, kind).__dataclass_fields__]
+        if flag in IGNORED or (entry and value in entry.off):
+            return
+        if lowered in self.fields:
+            self.wrong.append(f"{where}{name}: flags are lower case: --{lowered}")
+        elif others and not (entry and (issubclass(self.config, flags.TrainConfig) or self.known(entry.advice))):
+            self.wrong.append(f"{where}{name}: not a flag of this program, but of {' and '.join(others[:1])}")
+        elif entry:
+            answer = entry.answer(name, value)
+            elsewhere = [word for word in re.findall(r"--\w+", entry.advice) if word.removeprefix("--") not in self.fields]
+            self.foreign.append(where + answer + (" (in the training scripts)" if elsewhere else ""))
+        else:
+            hint = f"did you mean --{near[0]}?" if near else f"see {Path(sys.argv[0]).name} --help"
+            self.wrong.append(f"{where}unknown flag {name}: {hint}")
+
+    def known(self, text: str) -> bool:
+        """Whether the text begins with, or names, a flag of this program."""
+        return any(word.replace("-", "_") in self.fields for word in re.findall(r"--([A-Za-z][\w-]*)", text))
+
+    def stray(self, argument: str, before: list[str]) -> str:
+        """Why an argument that no flag takes is there."""
+        after = f" after {' '.join(before[-2:])}" if before else ""
+        if _blank(argument):
+            return f"argument {len(before) + 1}{after}: {_why_blank(argument)}"
+        if argument.lstrip("-")[:1] in tuple(_DASHES):
+            return f'{argument}: the dash is not the ASCII "-" (copied from a web page?); type --{argument.lstrip(_DASHES)}'
+        if argument.startswith("-") and _spelled(argument.lstrip("-").split("=")[0]) in self.fields:
+            return f"{argument}: flags begin with two dashes: --{argument.lstrip('-')}"
+        if argument.split("=")[0] in self.fields:
+            return f"{argument}: flags begin with two dashes: --{argument}"
+        if argument.startswith("#"):
+            return f"{argument}{after}: a comment cannot follow the \"\\\" that continues a line; remove it from the script"
+        return f"unexpected argument {argument}{after}: every value needs its flag before it, and one with spaces needs quotes, such as \"my data.jsonl\""
+
+    def file(self, path: str) -> None:
+        """Take the flags of a YAML file."""
+        for key, value in _yaml(path).items():
+            name, where = f"--{_spelled(str(key))}", f"{path}: "
+            field = self.fields.get(ALIASES.get(name[2:], name[2:]))
+            if isinstance(value, list) and not any(isinstance(word, list | dict) for word in value):
+                value = ",".join(value)
+            if not isinstance(value, str):
+                self.wrong.append(f"{where}{key}: expected one value, not a {'list' if isinstance(value, list) else 'mapping'}")
+            elif field is None:
+                self.unknown(str(key), name[2:], value, where)
+            elif value not in ("null", "~"):
+                self.take(str(key), field, value, where)
+
+
+def _spelled(name: str) -> str:
+    return name.removeprefix("--").replace("-", "_")
+
+
+def _values(argv: list[str], position: int) -> list[str]:
+    """The arguments from position up to the next flag."""
+    end = next((i for i in range(position, len(argv)) if _FLAG.match(argv[i])), len(argv))
+    return argv[position:end]
+
+
+def _leading(words: list[str]) -> list[str]:
+    """The words up to one that is blank."""
+    return list(itertools.takewhile(lambda word: not word or not _blank(word), words))
+
+
+def _blank(argument: str) -> bool:
+    return not argument.strip() or argument.strip() == "\\"
+
+
+def _unwound(argument: str) -> str:
+    """Without the carriage return that a script with CRLF line endings leaves at the end of each line."""
+    if len(argument) > 1 and argument.endswith("\r") and argument.strip():
+        print(
+            f"note: a carriage return was removed from the end of {argument.strip()}: the script has Windows line endings (CRLF);"
+            " save it with Unix ones: sed -i 's/\\r$//' SCRIPT",
+            file=sys.stderr,
+        )
+        return argument.rstrip("\r")
+    return argument
+
+
+def _why_blank(argument: str) -> str:
+    if "\r" in argument:
+        return (
+            "there is a carriage return: the script has Windows line endings (CRLF), so the command ends here and its other lines are lost;"
+            " save it with Unix line endings: sed -i 's/\\r$//' SCRIPT"
+        )
+    if not argument:
+        return 'there is an empty argument: is a variable of the script empty, or a pair of quotes ("") left over? Remove it'
+    return (
+        f'there is a {"lone backslash" if chr(92) in argument else "blank"}: in the script a space follows the "\\" at the end of a line, so the command ends here and its other lines are lost;'
+        " remove trailing spaces (and carriage returns): sed -i 's/[[:space:]]*$//' SCRIPT"
+    )
+
+
+def _example(field: "dataclasses.Field[Any]") -> str:
+    if get_origin(field.type) is Literal:
+        return f": {', '.join(map(str, get_args(field.type)))}"
+    return {int: ", a whole number", float: ", a number"}.get(field.type, "")  # type: ignore[call-overload, no-any-return]
+
+
+def _yaml(path: str) -> dict[Any, Any]:
+    """The keys and values of a YAML file, as text."""
+    if not path or _blank(path):
+        raise UserError("--config: needs a value, a YAML file")
+    try:
+        content = Path(path).read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        seems = "UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") or content[1:2] == b"\0" else "another encoding"
+        raise UserError(f"--config {path}: not UTF-8 but {seems}; save it as UTF-8") from None
+    try:
+        found = yaml.load(text, yaml.BaseLoader) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"--config {path}{line}: not YAML ({getattr(error, 'problem', None) or 'a character that YAML does not allow'})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"--config {path}: expected lines such as \"n_layer: 12\"")
+    return found
