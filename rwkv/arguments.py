@@ -187,8 +187,8 @@ class _Reader:
         if argument.split("=")[0] in self.fields:
             return f"{argument}: flags begin with two dashes: --{argument}"
         if argument.startswith("#"):
-            return f"{argument}{after}: a comment cannot follow the \"\\\" that continues a line; remove it from the script"
-        return f"unexpected argument {argument}{after}: every value needs its flag before it, and one with spaces needs quotes, such as \"my data.jsonl\""
+            return f'{argument}{after}: a comment cannot follow the "\\" that continues a line; remove it from the script'
+        return f'unexpected argument {argument}{after}: every value needs its flag before it, and one with spaces needs quotes, such as "my data.jsonl"'
 
     def file(self, path: str) -> None:
         """Take the flags of a YAML file."""
@@ -273,7 +273,9 @@ def _yaml(path: str) -> dict[Any, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"--config {path}{line}: not YAML ({getattr(error, 'problem', None) or 'a character that YAML does not allow'})") from None
+        raise UserError(
+            f"--config {path}{line}: not YAML ({getattr(error, 'problem', None) or 'a character that YAML does not allow'})"
+        ) from None
     if not isinstance(found, dict):
-        raise UserError(f"--config {path}: expected lines such as \"n_layer: 12\"")
+        raise UserError(f'--config {path}: expected lines such as "n_layer: 12"')
     return found
