@@ -1,0 +1,57 @@
+"""Commands that are printed for the user to paste, in the form that fits how this process was started.
+
+The Makefile says so in RWKV_MAKE (`make`, with the variables that chose the Python), compose.yaml and the image's entry point in RWKV_CONTAINER
+(`docker compose run --rm`, or the entry point itself). Otherwise a command is this Python and the script.
+"""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+_SCRIPTS = {"inspect": "inspect_data", "merge": "merge_lora"}
+
+
+def flags(*arguments: object) -> str:
+    """Arguments as a shell reads them back, quoted where they need it: `--data_file 'a b'`."""
+    return shlex.join(map(str, arguments))
+
+
+def command(job: str, *arguments: object) -> str:
+    """The command that runs a job (`lora`, `merge`, `generate`, …: a make target, a compose service or a script) with these arguments.
+
+    Pasted into a shell in the same folder it does what it says, whatever characters the arguments contain.
+    """
+    if prefix := os.environ.get("RWKV_MAKE"):
+        return f"{prefix} {job} {_make_variable('ARGS', flags(*arguments))}" if arguments else f"{prefix} {job}"
+    if prefix := os.environ.get("RWKV_CONTAINER"):
+        return f"{prefix} {flags(job, *arguments)}"
+    return flags(_short(sys.executable), _short(ROOT / "scripts" / f"{_SCRIPTS.get(job, job)}.py"), *arguments)
+
+
+def target(name: str) -> str:
+    """A make target that works on the environment in use, such as `make kernels`."""
+    if prefix := os.environ.get("RWKV_MAKE"):
+        return f"{prefix} {name}"
+    stack = {ROOT / ".venv": "", ROOT / ".venv-modern": " STACK=modern"}.get(Path(sys.prefix))
+    return f"make {name}" + (f" PY={shlex.quote(sys.executable)}" if stack is None else stack)
+
+
+def output(name: str) -> str:
+    """Where a printed command may write a file: in a container the only writable folder for results is out/."""
+    return f"out/{name}" if os.environ.get("RWKV_CONTAINER") else name
+
+
+def _short(path: str | Path) -> str:
+    """Relative to the current folder where it is inside, absolute otherwise."""
+    absolute = os.path.abspath(path)
+    inside = os.path.relpath(absolute)
+    return absolute if inside.startswith(os.pardir) else inside
+
+
+def _make_variable(name: str, value: str) -> str:
+    value = value.replace("$", "$$")  # make expands it once
+    if any(letter in value for letter in '"\\`$!'):
+        return f"{name}={shlex.quote(value)}"
+    return f'{name}="{value}"'
