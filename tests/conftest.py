@@ -1,12 +1,17 @@
 """What the tests share: a tiny model, tiny data, the command line."""
 
 import json
+import locale
 import os
+import random
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -16,14 +21,56 @@ from rwkv.data.binidx import Dataset, mask_path, writer
 from rwkv.data.stream import Stream
 from rwkv.model import RWKV, Sizes
 from rwkv.model.init import initialise
+from rwkv.train.process import denormals_are_flushed
 
 ROOT = Path(__file__).parents[1]
 os.environ["RWKV_CPU_PRECISION"] = (
     "fp32"  # whatever this processor is fast at: tests compare numbers in fp32, and ask for bf16 where they mean it
 )
 compat.wake_mkl()  # as training does: runs in this process and in others are compared bit for bit
-hypothesis.settings.register_profile("files", deadline=None)  # a sync to a busy disk takes as long as it takes
-hypothesis.settings.load_profile("files")
+# No deadline: a sync to a busy disk takes as long as it takes. Derandomized: the same examples in every run.
+hypothesis.settings.register_profile("rwkv", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("rwkv")
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+def process_state() -> dict[str, object]:
+    """Process-wide settings that a test could leave changed for those after it."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    return {
+        "environment": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
+        "working directory": os.getcwd(),
+        "umask": umask,
+        "locale": locale.setlocale(locale.LC_ALL),
+        "limits": {name: resource.getrlimit(getattr(resource, name)) for name in ("RLIMIT_AS", "RLIMIT_FSIZE", "RLIMIT_NOFILE")},
+        "signal handlers": {number.name: signal.getsignal(number) for number in HANDLED},
+        "sys.path": list(sys.path),
+        "torch threads": torch.get_num_threads(),
+        "torch default dtype": torch.get_default_dtype(),
+        "torch grad mode": torch.is_grad_enabled(),
+        "torch deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "torch matmul precision": torch.get_float32_matmul_precision(),
+        "flushing of denormals": denormals_are_flushed(),
+        "process group": torch.distributed.is_initialized(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_process_as_it_was():
+    """Fails a test that leaves process-wide state changed. Random generators start every test from the same seed: no test depends on its predecessors."""
+    before = process_state()
+    generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    random.setstate(generators[0])
+    np.random.set_state(generators[1])
+    torch.set_rng_state(generators[2])
+    after = process_state()
+    changed = {name: f"{before[name]} -> {after[name]}" for name in before if before[name] != after[name]}
+    assert not changed, f"the test leaves changed: {changed}"
 
 
 @pytest.fixture(scope="session")

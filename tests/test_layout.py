@@ -48,7 +48,7 @@ ROOMS = [
     ["rwkv/data/batches", "rwkv/data/convert", "rwkv/data/inspection"],
     ["rwkv/doctor", "rwkv/export", "rwkv/generate", "rwkv/train/__init__"],
     ["rwkv/train/lightning"],
-    ["rwkv/train/curve"],
+    ["rwkv/train/curve", "rwkv/train/process"],
     [f"rwkv/train/{name}" for name in ("cpu", "schedule", "strategy", "plot", "pieces", "dashboards", "adam")],
     ["rwkv/train/budget", "rwkv/train/optimizer", "rwkv/train/sharded", "rwkv/train/trainer"],
     ["rwkv/train/module", "rwkv/train/samples", "rwkv/train/source", "rwkv/train/start", "rwkv/train/manifest"],

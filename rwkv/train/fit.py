@@ -14,7 +14,7 @@ from torch import Tensor
 from rwkv import checkpoint, compat, limits, lora
 from rwkv.config import TrainConfig
 from rwkv.model import RWKV
-from rwkv.train import budget, cpu, manifest, pile, resume, samples, schedule, store, strategy
+from rwkv.train import budget, cpu, manifest, pile, process, resume, samples, schedule, store, strategy
 from rwkv.train.checks import check
 from rwkv.train.lightning import pl, rank_zero_only
 from rwkv.train.metrics import Metrics
@@ -39,6 +39,7 @@ class Result:
     val_loss: float | None = None
 
 
+@process.restored()
 def fit(config: TrainConfig) -> Result:
     """Train as the config says. Everything that can be refused is refused before the first step.
 
@@ -111,17 +112,8 @@ def _fit(config: TrainConfig) -> Result:
     result = _finish(config, folder, trainer, module, metrics, adapter)
     if watch.peak:
         say(f"memory: {watch.words()}")
-    return result
-
-
-def run(config: TrainConfig) -> None:
-    """`fit` as all that this process does: with the run ends its connection to the other processes.
-
-    Raises:
-        UserError: as fit.
-    """
-    fit(config)
     strategy.part()
+    return result
 
 
 def _finish(
