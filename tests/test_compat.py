@@ -72,7 +72,9 @@ def test_mkl_of_torch_1_is_told_of_avx2_where_it_would_not_look(cpu, wakes, monk
             raise FileNotFoundError
         return cpu
 
-    monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "")  # recorded, so that what wake_mkl sets is undone; deleting an absent variable records nothing
+    monkeypatch.setenv(
+        "MKL_DEBUG_CPU_TYPE", ""
+    )  # recorded, so that what wake_mkl sets is undone; deleting an absent variable records nothing
     monkeypatch.delenv("MKL_DEBUG_CPU_TYPE")
     monkeypatch.setattr(Path, "read_text", text)
     compat.wake_mkl()
