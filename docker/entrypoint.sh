@@ -7,8 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 stack=${RWKV_STACK:-cu117}
 case $stack in
-  cu117) cuda=11.7 driver_needed=515 ;;
-  *) cuda=13.0 driver_needed=580 ;;
+  cu117) cuda_major=11 ;;
+  *) cuda_major=13 ;;
 esac
 
 refuse() {  # WHAT MEND
@@ -25,7 +25,7 @@ refuse() {  # WHAT MEND
 gpu_is_wanted() { [ "${RWKV_DEVICE:-gpu}" != cpu ] && [[ " $* " != *" --accelerator cpu "* && " $* " != *" --accelerator=cpu "* ]]; }
 
 check_gpu() {
-  local seen driver name capability mend other=modern archs
+  local seen driver name capability mend other=modern archs oldest own cuda
   if ! command -v nvidia-smi >/dev/null || ! seen=$(nvidia-smi --query-gpu=driver_version,name,compute_cap --format=csv,noheader 2>/dev/null) || [ -z "$seen" ]; then
     # a driver too old to know compute_cap still tells its version
     if ! command -v nvidia-smi >/dev/null || ! seen=$(nvidia-smi --query-gpu=driver_version,name --format=csv,noheader 2>/dev/null) || [ -z "$seen" ]; then
@@ -35,10 +35,13 @@ check_gpu() {
     fi
   fi
   archs=$(find rwkv/wkv/lib -name 'wkv4_sm_*.cubin' 2>/dev/null | sed -E 's/.*_sm_([0-9]+)\.cubin/\1/' | sort -n | tr '\n' ' ')
+  drivers "$cuda_major"
   while IFS=, read -r driver name capability; do
     driver=${driver// /} name=${name# } capability=${capability// /}
-    if [ "${driver%%.*}" -lt "$driver_needed" ]; then
-      refuse "the NVIDIA driver is $driver, and CUDA $cuda in this image came with $driver_needed" "update the driver of the host to $driver_needed or later$([ "$stack" = cu117 ] || echo ", or take the image of the stack cu117, which needs 515")"
+    if [ "${driver%%.*}" -lt "$oldest" ]; then
+      refuse "the NVIDIA driver is $driver, and CUDA $cuda in this image needs $oldest at least" "update the driver of the host to $own or later$([ "$stack" = cu117 ] || { drivers 11; echo ", or use the image of the stack cu117, which needs $oldest"; })"
+    elif [ "${driver%%.*}" -lt "$own" ]; then
+      echo "warning: the NVIDIA driver is $driver, and CUDA $cuda in this image came with $own: it runs, but update the driver of the host if you can" >&2
     fi
     [[ "$capability" =~ ^[0-9]+\.[0-9]$ ]] || continue
     if ! has_code "$capability" "$archs"; then
@@ -51,6 +54,11 @@ check_gpu() {
       refuse "$name has compute capability $capability, and the stack $stack has code for ${archs:-none }only" "$mend"
     fi
   done <<<"$seen"
+}
+
+drivers() {  # MAJOR VERSION OF CUDA: sets oldest, the oldest driver that runs it, own, the driver that the stack's CUDA came with, and cuda, that CUDA
+  local major
+  while read -r major oldest own cuda; do [ "$major" != "$1" ] || return 0; done <rwkv/drivers.txt
 }
 
 has_code() {  # CAPABILITY ARCHS: code runs on GPUs of the same major version and the same or a later minor one

@@ -94,8 +94,8 @@ def deepspeed_refusal(on_gpu: bool) -> str | None:
     """Why DeepSpeed cannot train here, or None. Those before 0.9 set a CUDA device whatever they are told."""
     if importlib.util.find_spec("deepspeed") is None:
         return "DeepSpeed is not installed; make venv brings it, and --strategy ddp trains on several devices without it"
-    version = importlib.metadata.version("deepspeed")
-    if not on_gpu and version.startswith(("0.7.", "0.8.")):
+    if not on_gpu and old_deepspeed():
+        version = importlib.metadata.version("deepspeed")
         return f"DeepSpeed {version} trains on GPUs only; on a CPU give --strategy ddp, or take the modern stack (make venv STACK=modern)"
     return None
 
@@ -106,8 +106,26 @@ def import_deepspeed(on_gpu: bool) -> None:
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     deepspeed = importlib.import_module("deepspeed")
-    if not on_gpu:
+    if old_deepspeed():
+        importlib.import_module("rwkv.deepspeed07").correct()
+    elif not on_gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of g++ while the ranks wait; gloo does as well
+
+
+def old_deepspeed() -> bool:
+    """Whether DeepSpeed is the documented stack's, 0.7.0, or about as old."""
+    return importlib.metadata.version("deepspeed").startswith(("0.7.", "0.8."))
+
+
+def deepspeed_options() -> dict[str, Any]:
+    """Keys of DeepSpeed's configuration that its version needs. The throughput timer would wait for the GPU twice in each micro-batch."""
+    return {} if old_deepspeed() else {"timers": {"throughput": {"enabled": False}}}
+
+
+def zero3_recomputes_reentrantly() -> bool:
+    """Whether gradient checkpointing under ZeRO-3 needs torch's reentrant form. Under DeepSpeed 0.7.0 the other one's recomputation, which runs inside the
+    backward pass of a block's last operation, partitions the block's weights again before their gradients arrive."""
+    return old_deepspeed()
 
 
 def forget_steps(optimizer: "torch.optim.Optimizer") -> None:
@@ -147,6 +165,12 @@ def adam(groups: list[dict[str, Any]], decoupled: bool, fused: bool, deepspeed: 
 def on_gpus(groups: list[dict[str, Any]]) -> bool:
     """Whether all parameters of an optimizer's groups are."""
     return all(parameter.is_cuda for group in groups for parameter in group["params"])
+
+
+def like_step(number: "torch.Tensor") -> "torch.Tensor":
+    """A tensor of one number in the shape that fused Adam's `step` has. It subtracts found_inf from the steps, torch 1.13.1 with a kernel for each parameter
+    where their shapes differ."""
+    return number.reshape(1 if stack() == "cu117" else ())
 
 
 def _fused_adam() -> Any:
@@ -206,7 +230,7 @@ def grad_scaler() -> Any:
         def _maybe_opt_step(self, optimizer: Any, state: Any, *arguments: Any, **keywords: Any) -> Any:
             if not hasattr(optimizer, "found_inf"):
                 return super()._maybe_opt_step(optimizer, state, *arguments, **keywords)
-            given, found = optimizer.found_inf, sum(state["found_inf_per_device"].values()).reshape(())
+            given, found = optimizer.found_inf, like_step(sum(state["found_inf_per_device"].values()))
             optimizer.found_inf = found if given is None else torch.maximum(given, found)
             try:
                 return optimizer.step(*arguments, **keywords)
@@ -306,9 +330,10 @@ def pythons() -> list[str]:
     return ["3.10"] if stack() == "cu117" else ["3.10", "3.11", "3.12", "3.13"]
 
 
-DRIVERS = {"11": (450, 515), "12": (525, 525), "13": (580, 580)}
-"""For each major CUDA version the oldest NVIDIA driver that runs its later minor versions too, and the driver that 11.7, 12.0, 13.0 came
-with (CUDA Toolkit release notes)."""
+def drivers() -> dict[str, tuple[int, int]]:
+    """For each major CUDA version the oldest NVIDIA driver that runs its later minor versions too, and the driver that our version of it came with."""
+    lines = Path(__file__).with_name("drivers.txt").read_text(encoding="utf-8").splitlines()
+    return {major: (int(oldest), int(own)) for major, oldest, own, _ in (line.split() for line in lines if not line.startswith("#"))}
 
 
 def load_mapped(path: Path) -> Any:

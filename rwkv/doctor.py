@@ -100,7 +100,7 @@ def _packages() -> Iterator[Finding]:
 def _gpus() -> Iterator[Finding]:
     driver = _driver()
     if driver:
-        oldest, own = compat.DRIVERS.get((torch.version.cuda or "").split(".")[0], (0, 0))
+        oldest, own = compat.drivers().get((torch.version.cuda or "").split(".")[0], (0, 0))
         major = int(driver.split(".")[0])
         status: Status = "fail" if major < oldest else "warn" if major < own else "ok"
         remedy = f"CUDA {torch.version.cuda} came with driver {own} and needs {oldest} at least: update it" if major < own else ""

@@ -297,8 +297,8 @@ def _logits(p: Plan) -> Blocks:
         blocks += [(e * s.vocab_size * s.n_embd, 1)]  # the head in the products' dtype
     if e == 4 and not p.gpu:
         blocks += [(4 * part * rows, 1)]  # oneDNN's result, where it takes the product
-    if not p.lora:
-        blocks += [(e * part * s.n_embd, 1), (4 * part * s.n_embd, e == 2 and not p.gpu)]  # the head's gradient, a slice at a time
+    if not (p.lora or p.stage) and e == 2:  # a chunk's share of the head's gradient, which is fp32, in the products' dtype; a CPU converts it first
+        blocks += [(e * s.vocab_size * s.n_embd, 1), (4 * s.vocab_size * s.n_embd, not p.gpu)]
     return blocks
 
 
@@ -322,7 +322,7 @@ def _buckets(p: Plan, numbers: int, learns: int) -> float:
     if not p.stage:
         ddp = p.devices > 1 or p.strategy.startswith("ddp")
         return 4.0 * learns if ddp else 0.0
-    bucket = p.ds_bucket_mb * 10**6 * p.e
+    bucket = min(p.ds_bucket_mb * 10**6, learns) * p.e  # as ZeroStrategy makes it
     sent = 2 * bucket if p.stage >= 2 else bucket  # two, while one is sent
     gathered = min(numbers, LIVE) * p.e if p.stage == 3 else 0
-    return min(sent, 2 * p.e * max(learns, 1)) + gathered
+    return sent + gathered

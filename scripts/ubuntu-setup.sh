@@ -42,6 +42,7 @@ if command -v systemctl >/dev/null && [ -d /run/systemd/system ] && ! systemctl 
 fi
 
 # A driver is looked at and never installed: that is for you to choose, and may need a reboot.
+while read -r major oldest own cuda; do [ "$major" != 11 ] || break; done <rwkv/drivers.txt
 driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 || true)
 if [ -z "$driver" ]; then
   if { command -v lspci >/dev/null && lspci -n 2>/dev/null | grep -qE ' 03[0-9]{2}: 10de:'; } || [ -e /proc/driver/nvidia ]; then
@@ -49,8 +50,8 @@ if [ -z "$driver" ]; then
   else
     echo "ok: no NVIDIA GPU to be seen; training runs on the CPU"
   fi
-elif [ "${driver%%.*}" -lt 515 ]; then
-  echo "hint: the NVIDIA driver is $driver, and CUDA 11.7 came with 515: sudo apt-get install nvidia-driver-535, then reboot"
+elif [ "${driver%%.*}" -lt "$own" ]; then
+  echo "hint: the NVIDIA driver is $driver, and CUDA $cuda came with $own and needs $oldest at least: sudo apt-get install nvidia-driver-535, then reboot"
 else
   echo "ok: NVIDIA driver $driver"
 fi

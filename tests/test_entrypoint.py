@@ -6,6 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+
+from rwkv import doctor
 
 ROOT = Path(__file__).parents[1]
 A100, H100, P100 = "NVIDIA A100-SXM4-40GB, 8.0", "NVIDIA H100 80GB HBM3, 9.0", "Tesla P100-PCIE-16GB, 6.0"
@@ -22,6 +25,7 @@ def enter(tmp_path):
         for folder in ("docker", "scripts", "out", "bin", "rwkv/wkv/lib/torch"):
             (home / folder).mkdir(parents=True)
         shutil.copy(ROOT / "docker/entrypoint.sh", home / "docker")
+        shutil.copy(ROOT / "rwkv/drivers.txt", home / "rwkv")
         for arch in CUBINS[stack]:
             (home / f"rwkv/wkv/lib/torch/wkv4_sm_{arch}.cubin").touch()
         (home / "scripts/demo.sh").write_text('#!/bin/bash\necho "demo with $PY"\n')
@@ -77,8 +81,8 @@ def test_every_job_reaches_its_script(enter, job, command):
 
 REFUSALS = {
     "no GPU": ({"gpus": ()}, "no GPU is visible", ("--gpus all", "RWKV_DEVICE=cpu", "compose.cpu.yaml")),
-    "old driver": ({"driver": "470.182.03"}, "driver is 470.182.03, and CUDA 11.7 in this image came with 515", ("update the driver",)),
-    "old driver, modern": ({"gpus": [H100], "stack": "modern", "driver": "535.1"}, "came with 580", ("stack cu117, which needs 515",)),
+    "old driver": ({"driver": "440.33.01"}, "driver is 440.33.01, and CUDA 11.7 in this image needs 450", ("update the driver", "515")),
+    "old driver, modern": ({"gpus": [H100], "stack": "modern", "driver": "535.1"}, "needs 580", ("stack cu117, which needs 450",)),
     "new GPU": ({"gpus": [H100]}, "H100 80GB HBM3 has compute capability 9.0, and the stack cu117", ("make image STACK=modern",)),
     "second GPU": ({"gpus": [A100, H100]}, "H100 80GB HBM3 has compute capability 9.0", ("STACK=modern",)),
     "old GPU": ({"gpus": [P100], "stack": "modern", "driver": "580.1"}, "6.0, and the stack modern has code for 75", ("STACK=cu117",)),
@@ -100,6 +104,15 @@ def test_what_cannot_run_is_refused_with_a_remedy(enter, case):
     for word in mends:
         assert word in mend
     assert "RWKV_ANYWAY=1" in rest
+
+
+@pytest.mark.parametrize(("stack", "driver"), [("cu117", driver) for driver in ("449", "450", "470.182.03", "514.9", "515")] + [("modern", "579"), ("modern", "580")])
+def test_entry_point_and_doctor_have_one_rule_for_drivers(enter, monkeypatch, stack, driver):
+    monkeypatch.setattr(doctor, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.version, "cuda", {"cu117": "11.7", "modern": "13.0"}[stack])
+    status = next(doctor._gpus()).status
+    done = enter("lora", stack=stack, driver=driver)
+    assert (done.returncode, done.stderr.partition(":")[0]) == {"ok": (0, ""), "warn": (0, "warning"), "fail": (78, "error")}[status]
 
 
 @pytest.mark.parametrize("case", REFUSALS)

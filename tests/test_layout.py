@@ -13,6 +13,7 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("") for path in (ROOT / "rwk
 
 # From the bottom up. A module imports only from rooms below its own, or from its own.
 ROOMS = [
+    ["rwkv/deepspeed07"],
     ["rwkv/compat", "rwkv/config", "rwkv/upstream", "rwkv/errors", "rwkv/__init__"],
     ["rwkv/arguments", "rwkv/commands"],
     ["rwkv/cli", "rwkv/files", "rwkv/limits", "rwkv/mapped", "rwkv/unused"],

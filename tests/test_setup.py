@@ -107,7 +107,7 @@ def test_what_is_missing_is_installed_and_nothing_else(machine):
     assert done.returncode == 0, done.stderr
     installs = [line for line in done.called if line.startswith("apt-get install")]
     assert installs == ["apt-get install -y haveged"]
-    assert "driver is 470.1, and CUDA 11.7 came with 515" in done.stdout
+    assert "driver is 470.1, and CUDA 11.7 came with 515 and needs 450 at least" in done.stdout
 
 
 def test_an_old_or_missing_driver_is_a_hint_and_not_an_error(machine):

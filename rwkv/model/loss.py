@@ -8,7 +8,7 @@ from rwkv.model.linear import needs_room, product, product_of_gradient, rows, we
 
 L2WRAP = 1e-4  # upstream's factor
 CHUNK_BYTES = 64 << 20  # of a chunk's logits in fp32: 256 tokens at V = 65536
-SLICE = 1 << 11  # words at a time, where a product needs room of its own: 8192 take 30 MB more at 256 tokens and are no faster (LOG.md)
+SLICE = 1 << 11  # tokens of the vocabulary at a time, where oneDNN takes a product and copies: 8192 take 30 MB more and are no faster (LOG.md)
 
 
 def _logits(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
@@ -28,6 +28,14 @@ def _gradient(g: Tensor, weight: Tensor) -> Tensor:
     for word in range(SLICE, len(weight), SLICE):
         total += product_of_gradient(g[:, word : word + SLICE], weight[word : word + SLICE])
     return total
+
+
+def _add_weight_gradient(total: Tensor, g: Tensor, x: Tensor) -> None:
+    """total += gᵀ x, in one kernel or two however many tokens there are. In one dtype nothing is allocated."""
+    if total.dtype == g.dtype:
+        total.addmm_(g.t(), x)
+    else:
+        total += weight_gradient(g, x)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -50,9 +58,7 @@ class _HeadLoss(torch.autograd.Function):
             if gx is not None:
                 gx[begin : begin + size] = _gradient(logits, computed)
             if gweight is not None:
-                for word in range(0, vocab, SLICE):
-                    part = slice(word, word + SLICE)
-                    gweight[part] += weight_gradient(logits[:, part], piece)
+                _add_weight_gradient(gweight, logits, piece)
         ctx.save_for_backward(gx, gweight)
         ctx.count = max(1, count)
         return loss / ctx.count

@@ -144,6 +144,23 @@ class Block(nn.Module):
         return _dropped(self.ffn(f, x, state.ffn_shift, reset, again), dropout), (a[:, -1].clone(), wkv, f[:, -1].clone())
 
 
+def _checkpoint(block: Block, x: Tensor, state: tuple[Tensor, ...], reset: Tensor | None, dropout: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return checkpoint(block, x, state, reset, dropout, use_reentrant=False)
+
+
+def _checkpoint_reentrantly(
+    block: Block, x: Tensor, state: tuple[Tensor, ...], reset: Tensor | None, dropout: float
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def flat(x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:  # this form sees gradients of tensors alone, not of those in a tuple
+        y, after = block(x, state, reset, dropout)
+        return y, *after
+
+    if not x.requires_grad:  # of a frozen embedding: this form computes gradients only where an input asks for one
+        x = x.detach().requires_grad_()
+    y, *after = checkpoint(flat, x, *state, use_reentrant=True)
+    return y, tuple(after)
+
+
 def _dropped(x: Tensor, p: float) -> Tensor:
     return fused.drop(x, p) if p else x
 
@@ -161,35 +178,42 @@ class RWKV(nn.Module):
 
     `grad_cp`: recompute each block in the backward pass and keep only its input. `dropout`: in training, of the embedding and of the residual
     stream after every mix (upstream's --dropout).
+
+    Attributes:
+        reentrant: recompute in torch's reentrant form: the recomputed block's backward pass is one of its own, within the hooks around the block.
     """
 
     def __init__(self, sizes: Sizes, grad_cp: bool = False, dropout: float = 0.0):
         super().__init__()
         self.sizes, self.grad_cp, self.dropout = sizes, grad_cp, dropout
+        self.reentrant = False
         self.emb = nn.Embedding.from_pretrained(torch.empty(sizes.vocab_size, sizes.n_embd), freeze=False)
         self.blocks = nn.ModuleList(Block(sizes, layer) for layer in range(sizes.n_layer))
         self.ln_out = Norm(sizes.n_embd)
         self.head = Head(sizes.n_embd, sizes.vocab_size, bias=False)
 
-    def initial_state(self, batch: int) -> list[BlockState]:
-        """The state of a document's start, one per block."""
+    def initial_state(self, batch: int, like: Tensor | None = None) -> list[BlockState]:
+        """The state of a document's start, one per block, on the device and in the dtype of `like`; None: of the embedding, which must not be partitioned
+        over ranks then."""
         D, A = self.sizes.n_embd, self.sizes.dim_att
-        weight = self.emb.weight
-        zeros = torch.zeros(batch, D, device=weight.device, dtype=weight.dtype)
-        return [BlockState(zeros, empty_state(batch, A, weight.device), zeros) for _ in self.blocks]
+        like = self.emb.weight if like is None else like
+        zeros = torch.zeros(batch, D, device=like.device, dtype=like.dtype)
+        return [BlockState(zeros, empty_state(batch, A, like.device), zeros) for _ in self.blocks]
 
     def hidden(self, tokens: Tensor, state: list[BlockState] | None = None, reset: Tensor | None = None) -> tuple[Tensor, list[BlockState]]:
         """tokens [B, T] of integers in [0, V) → what the head reads, [B, T, D], and the state after the last token.
 
         `reset` [B, T] bool: True where a document starts; nothing before that token reaches it or what follows.
         """
-        if state is None:
-            state = self.initial_state(tokens.shape[0])
         dropout = self.dropout if self.training else 0.0
-        x, after = _dropped(self.emb(tokens), dropout), []
+        x, after = self.emb(tokens), []
+        if state is None:  # from the embedding's output: its weight, read here, ZeRO-3 would keep gathered for all of the pass
+            state = self.initial_state(tokens.shape[0], x)
+        x = _dropped(x, dropout)
         for block, before in zip(self.blocks, state, strict=True):
             if self.grad_cp and torch.is_grad_enabled():
-                x, new = checkpoint(block, x, tuple(before), reset, dropout, use_reentrant=False)
+                recompute = _checkpoint_reentrantly if self.reentrant else _checkpoint
+                x, new = recompute(block, x, tuple(before), reset, dropout)
             else:
                 x, new = block(x, tuple(before), reset, dropout)
             after.append(BlockState(*new))

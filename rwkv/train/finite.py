@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
-from rwkv.train import schedule, store
+from rwkv.train import schedule, store, strategy
 from rwkv.train.module import TrainingModule
 from rwkv.train.words import say
 
@@ -41,7 +41,7 @@ class Finite:
             else "nothing was saved before it"
         )
         more = f"{self._skipped} steps in a row. " if self._skipped > 1 else ""
-        skip = "" if self.config.on_nan == "skip" else ", or leave such steps out with --on_nan skip"
+        skip = "" if self.config.on_nan == "skip" or strategy.zero(self.config) else ", or leave such steps out with --on_nan skip"
         raise UserError(f"{where}. {more}Lower --lr_init, or raise the precision{skip}; {good}")
 
     def _where(self, module: TrainingModule, step: int, end: int, what: str, value: float) -> str:

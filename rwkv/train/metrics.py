@@ -15,7 +15,7 @@ import torch
 from rwkv.config import TrainConfig
 from rwkv.data.dataset import HeldOut
 from rwkv.files import full_disk
-from rwkv.train import dashboards, history, schedule, strategy
+from rwkv.train import dashboards, history, schedule, sharded, strategy
 from rwkv.train.curve import Curve
 from rwkv.train.finite import Finite
 from rwkv.train.lightning import pl
@@ -149,7 +149,7 @@ class Metrics(pl.Callback):
         if trainer.global_rank == 0:
             self._report(line | made.line)
         # In fp16 a gradient beyond the range is usual: the scaler then skips the step and takes a smaller scale.
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None or bool(sharded.scaler(trainer.optimizers[0]))
         self._finite.check(module, line["step"], made.samples, loss, norm if made.has_norm and not scaled else None)
 
     def sync(self) -> None:

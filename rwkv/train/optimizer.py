@@ -70,7 +70,7 @@ def leave_out_unless_finite(made: torch.optim.Optimizer, parameters: list[nn.Par
     Adam on a GPU decides there; for others the host asks, which waits for the device.
     """
     if hasattr(made, "found_inf"):
-        made.found_inf = (~torch.isfinite(norm)).float()
+        made.found_inf = compat.like_step((~torch.isfinite(norm)).float())
     elif not torch.isfinite(norm):
         for parameter in parameters:
             parameter.grad = None  # what has none is passed over

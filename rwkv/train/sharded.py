@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rwkv import compat
 from rwkv.train.strategy import shape
 
 
@@ -118,7 +119,7 @@ def put_back(parameters: Mapping[str, nn.Parameter], optimizer: Any, take: Take,
             if state:  # copied: it may lie in a file
                 states[name] = {key: x.clone() if isinstance(x, Tensor) else x for key, x in state.items()}
                 if isinstance(step := states[name].get("step"), Tensor):  # torch 1.13.1 leaves it where it was
-                    states[name]["step"] = step.to(parameter.device if name in fused else "cpu")
+                    states[name]["step"] = compat.like_step(step.to(parameter.device)) if name in fused else step.to("cpu").reshape(())
         names = [name for group in optimizer.param_groups for name in group["names"]]
         optimizer.load_state_dict({"state": {i: states[name] for i, name in enumerate(names) if name in states}, "param_groups": groups})
         return
@@ -143,7 +144,7 @@ def _put_state_back(piece: Piece, optimizer: torch.optim.Optimizer, state: Mappi
         _scatter(piece, known.setdefault(key, torch.zeros_like(piece.flat)), state[key])
     step = float(state["step"])
     if type(optimizer).__module__.startswith("torch."):
-        known["step"] = torch.tensor(step, device=piece.flat.device if piece.group.get("fused") else "cpu")
+        known["step"] = compat.like_step(torch.tensor(step, device=piece.flat.device)) if piece.group.get("fused") else torch.tensor(step)
     else:
         known["step"] = piece.group["step"] = int(step)
 

@@ -3,8 +3,10 @@
 Each makes the same steps from the same batches (tests/train/test_strategies.py). DeepSpeed is imported only where one of its stages is asked for.
 """
 
+import contextlib
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +159,7 @@ def deepspeed_config(c: TrainConfig) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's Adam does where DeepSpeed's is not compiled
         "train_micro_batch_size_per_gpu": c.micro_bsz,
+        **compat.deepspeed_options(),
         "zero_optimization": {
             "stage": kind.stage,
             "allgather_bucket_size": bucket,
@@ -238,29 +241,59 @@ class ZeroStrategy(DeepSpeedStrategy):
             self.set_world_ranks()
             self._init_deepspeed_distributed()
 
+    def model_sharded_context(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing: the model exists already, and init_deepspeed partitions it. Lightning's would wrap the constructors of all modules, which 0.7.0 does not
+        undo where one is inherited."""
+        return contextlib.nullcontext()
+
     def init_deepspeed(self) -> None:
         """Weights to where DeepSpeed wants them, the engine, and an optimizer that has made no step."""
         import deepspeed
 
+        self._fit_buckets()
         if self.zero_stage_3:
-            # Shared out one by one: the whole model is never on a GPU. The engine by itself would first move it there (0.7.0).
-            for parameter in self._module.parameters():  # the engine does that to a model that is not shared out yet
+            self._module.model.reentrant = compat.zero3_recomputes_reentrantly()
+            # Partitioned one by one: the whole model is never on a GPU. The engine by itself would first move it there (0.7.0).
+            for parameter in self._module.parameters():  # the engine does that to a model that is not partitioned yet
                 parameter.data = parameter.data.to(self._dtype())
             deepspeed.zero.Init(module=self.lightning_module, config_dict_or_path=self.config, dtype=self._dtype())
-        elif self._gpu:
-            self._module.to(self.root_device)  # as the engine will: torch's fused Adam asks for it beforehand
+        if self._gpu:
+            # As the engine will: torch's fused Adam needs its parameters on the GPU when it is made. Under stage 3 they are empty by now.
+            self._module.to(self.root_device)
         super().init_deepspeed()
         engine: Any = self.optimizers[0]  # DeepSpeed's, around torch's
         compat.forget_steps(engine.optimizer)
+
+    def _fit_buckets(self) -> None:
+        """Buckets no larger than all gradients together: DeepSpeed allocates them whole (memory._buckets reckons so)."""
+        zero: Any = self.config["zero_optimization"]  # type: ignore[index]  # a dict since __init__
+        trained = sum(shape(parameter).numel() for parameter in self._module.parameters() if parameter.requires_grad)
+        for key in ("allgather_bucket_size", "reduce_bucket_size"):
+            zero[key] = min(zero[key], max(1, trained))
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Lightning has divided the loss by the accumulated batches already; DeepSpeed would once more, and the gradient be as much too small."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As Lightning's; the module learns the norm that DeepSpeed clipped by."""
-        done = super().optimizer_step(*args, **kwargs)
-        norm = self.deepspeed_engine.get_global_grad_norm()
+        """As Lightning's; the module learns the norm that DeepSpeed clipped by, inf where a gradient was NaN or infinite and the step was skipped.
+
+        Raises:
+            UserError: gradients overflow fp16 at the smallest loss scale.
+        """
+        engine = self.deepspeed_engine
+        skipped = engine.skipped_steps
+        try:
+            done = super().optimizer_step(*args, **kwargs)
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise UserError(
+                "--precision fp16: the gradients overflow at the smallest loss scale. Give --precision bf16 or fp32, or a lower --lr_init"
+            ) from error
+        norm = engine.get_global_grad_norm()
+        if engine.skipped_steps > skipped:  # 0.7.0 leaves the norm of the step before
+            norm = math.inf
         # A number goes to the GPU with the kernel that fills a tensor; to copy one there would wait.
         self._module.grad_norm = norm if norm is None or isinstance(norm, Tensor) else torch.full((), float(norm), device=self.root_device)
         return done

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rwkv.model import loss
+from rwkv.model import linear, loss
 from rwkv.model.loss import head_loss
 
 
@@ -101,3 +102,29 @@ def test_counting_every_target_changes_no_bit():
     torch.manual_seed(0)
     x, weight, targets = torch.randn(3, 5, 8), torch.randn(37, 8) * 3, torch.randint(37, (3, 5))
     assert torch.equal(head_loss(x, weight, targets), head_loss(x, weight, targets, torch.ones(3, 5, dtype=torch.bool)))
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_larger_vocabulary_takes_no_more_kernels(monkeypatch, dtype):
+    """Where no library copies what it multiplies, as on GPUs, each product of a chunk is one kernel."""
+    monkeypatch.setattr(loss, "needs_room", lambda *_: False)
+    monkeypatch.setattr(linear, "needs_room", lambda *_: False)
+
+    def calls(vocab: int) -> int:
+        monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 4 * vocab)  # four tokens
+        x, weight = torch.randn(8, 6, dtype=dtype, requires_grad=True), torch.randn(vocab, 6, requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16), Calls() as mode:
+            head_loss(x, weight, torch.arange(8))
+        return mode.count
+
+    assert calls(8 * loss.SLICE) == calls(10)

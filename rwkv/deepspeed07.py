@@ -1,0 +1,61 @@
+"""Corrections to DeepSpeed 0.7.0, applied at run time by compat.import_deepspeed; its files stay as they are. Newer versions need none of them."""
+
+import functools
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def correct() -> None:
+    """Apply all corrections, once in a process. DeepSpeed must be importable; no engine may have been made yet."""
+    _flatten_without_compiling()
+    _reduce_in_the_gradients_dtype()
+    _accept_our_types_in_hooks()
+    _do_not_time_throughput()
+
+
+def _flatten_without_compiling() -> None:
+    """Its engine and its ZeRO optimizers compile a C++ extension when they are made, which takes g++, ninja and Python.h, that is two functions of torch's."""
+    loaded = SimpleNamespace(flatten=torch._utils._flatten_dense_tensors, unflatten=torch._utils._unflatten_dense_tensors)
+    importlib.import_module("deepspeed.ops.op_builder").UtilsBuilder.load = lambda *_, **__: loaded
+
+
+def _reduce_in_the_gradients_dtype() -> None:
+    """Stage 1, and stage 2 without reduce_scatter, reduce gradients in fp16 whatever they are: small ones become 0 and large ones inf."""
+    zero = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2").DeepSpeedZeroOptimizer
+    reduce_bucket, reduce_tensor = zero.allreduce_bucket, zero.gradient_reduction_w_predivide
+
+    def allreduce_bucket(self: Any, bucket: list[torch.Tensor], communication_data_type: Any = None, **options: Any) -> torch.Tensor:
+        return reduce_bucket(self, bucket, communication_data_type or _communicated(self, bucket[0]), **options)
+
+    def gradient_reduction_w_predivide(self: Any, tensor: torch.Tensor) -> torch.Tensor:
+        configured, self.communication_data_type = self.communication_data_type, _communicated(self, tensor)
+        try:
+            return reduce_tensor(self, tensor)
+        finally:
+            self.communication_data_type = configured
+
+    zero.allreduce_bucket, zero.gradient_reduction_w_predivide = allreduce_bucket, gradient_reduction_w_predivide
+
+
+def _communicated(optimizer: Any, gradient: torch.Tensor) -> torch.dtype:
+    """The dtype to reduce a gradient in: its own, or what communication_data_type asks for. fp16 is the default there, so it does not count as asked for."""
+    configured = getattr(optimizer, "communication_data_type", torch.float16)
+    return gradient.dtype if configured == torch.float16 else configured
+
+
+def _accept_our_types_in_hooks() -> None:
+    """Stage 3 logs a warning for every object that is no tensor, each time one enters or leaves a module. Ours (fused.Recipe) hold detached tensors, for
+    which there is no hook to register."""
+    offload = importlib.import_module("deepspeed.runtime.zero.parameter_offload")
+    builtin = offload.is_builtin_type
+    offload.is_builtin_type = lambda value: type(value).__module__.startswith("rwkv.") or builtin(value)
+
+
+def _do_not_time_throughput() -> None:
+    """Its throughput timer waits for the GPU twice in each micro-batch."""
+    timer = importlib.import_module("deepspeed.utils.timer").ThroughputTimer
+    timer.start = timer.stop = lambda *_, **__: None

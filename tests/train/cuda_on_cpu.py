@@ -1,0 +1,169 @@
+"""A stand-in for a GPU and for NCCL, with which DeepSpeed 0.7.0 trains on a CPU. DeepSpeed's, Lightning's and the project's own code are the real ones.
+
+Tensors stay on the CPU: streams and events do nothing, the current CUDA device is the CPU. Collectives are gloo's, with what NCCL has and gloo has not.
+For a process of its own (ranks.py), as nothing is put back; or for all processes of a command, by PYTHONPATH (stand_in/sitecustomize.py).
+"""
+
+import contextlib
+import types
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rwkv import compat
+
+CPU = torch.device("cpu")
+
+
+def install() -> None:
+    """Make runs with `--accelerator cpu` take DeepSpeed's and our own code for GPUs."""
+    _cuda()
+    _nccl()
+    compat.deepspeed_refusal = lambda on_gpu: None
+    compat.import_deepspeed(on_gpu=True)
+    _deepspeed()
+    _lightning()
+
+
+class _Stream:
+    """torch.cuda.Stream and Event: all that was launched is done."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_stream(self, *_: Any) -> None: ...
+
+    wait_event = record = synchronize = wait_stream
+
+    def query(self) -> bool:
+        return True
+
+
+class Waits:
+    """How often the host waited for all of the GPU."""
+
+    count = 0
+
+
+def _synchronize(*_: Any) -> None:
+    Waits.count += 1
+
+
+def _cuda() -> None:
+    cuda: Any = torch.cuda
+    cuda.Stream = cuda.Event = _Stream
+    cuda.current_stream = cuda.default_stream = lambda *_: _Stream()
+    cuda.stream = lambda _: contextlib.nullcontext()
+    cuda.current_device = lambda: CPU
+    cuda.set_device = cuda.empty_cache = cuda.reset_peak_memory_stats = lambda *_: None
+    cuda.synchronize = _synchronize
+    cuda.memory_stats = lambda *_: {"num_alloc_retries": 0}
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        setattr(cuda, name, lambda *_: 0)
+    cuda.FloatTensor, cuda.ByteTensor = torch.FloatTensor, torch.ByteTensor
+    tensor: Any = Tensor
+    tensor.cuda = lambda self, *_, **__: self
+    tensor.pin_memory = lambda self, *_: self
+    tensor.record_stream = lambda *_: None
+    for name in ("empty", "zeros"):  # a CPU build of torch pins nothing
+        setattr(torch, name, _unpinned(getattr(torch, name)))
+
+
+def _unpinned(make: Any) -> Any:
+    return lambda *size, pin_memory=False, **options: make(*size, **options)
+
+
+class _Done:
+    def wait(self) -> None: ...
+
+
+def _nccl() -> None:
+    """Sums in 16 bits are rounded once, as two ranks' are by NCCL; gloo has no bf16."""
+    for name in ("broadcast", "all_reduce", "reduce"):
+        setattr(dist, name, _in_place(getattr(dist, name)))
+    gather, reduce = dist.all_gather, dist.all_reduce
+
+    def all_gather(tensor_list: list[Tensor], tensor: Tensor, group: Any = None, async_op: bool = False) -> _Done:
+        whole = [torch.empty_like(part, dtype=_sendable(part.dtype)) for part in tensor_list]
+        gather(whole, tensor.to(_sendable(tensor.dtype)).contiguous(), group=group)
+        for part, value in zip(tensor_list, whole, strict=True):
+            part.copy_(value)
+        return _Done()
+
+    def all_gather_base(output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False) -> _Done:
+        return all_gather(list(output_tensor.chunk(dist.get_world_size(group))), input_tensor, group)
+
+    def reduce_scatter_base(output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> _Done:
+        whole = input.clone()
+        reduce(whole, op=op, group=group)
+        output.copy_(whole.chunk(dist.get_world_size(group))[dist.get_rank(group)])
+        return _Done()
+
+    module: Any = dist
+    module.all_gather = all_gather
+    module.distributed_c10d._all_gather_base = module._all_gather_base = all_gather_base
+    module._reduce_scatter_base = reduce_scatter_base
+
+
+def _sendable(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _in_place(collective: Any) -> Any:
+    def send(tensor: Tensor, *arguments: Any, async_op: bool = False, **options: Any) -> _Done:
+        value = tensor.to(_sendable(tensor.dtype))
+        collective(value, *arguments, **options)
+        if value is not tensor:
+            tensor.detach().copy_(value)  # a weight, when training begins
+        return _Done()
+
+    return send
+
+
+class _Torch(types.ModuleType):
+    """torch, with the CPU for every device."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def device(*_: Any) -> torch.device:
+        return CPU
+
+    @staticmethod
+    def tensor(value: Any, *, device: Any = None, **options: Any) -> Tensor:
+        return torch.tensor(value, **options)
+
+
+def _deepspeed() -> None:
+    from deepspeed.runtime import engine
+    from deepspeed.runtime.zero import partition_parameters, stage_1_and_2, utils
+
+    partition_parameters.torch = utils.torch = _Torch("torch")
+
+    def set_distributed_vars(self: Any, _: Any) -> None:
+        self.device, self.world_size, self.global_rank = CPU, dist.get_world_size(), dist.get_rank()
+
+    engine.DeepSpeedEngine._set_distributed_vars = set_distributed_vars
+
+    def split_by_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:  # DeepSpeed's goes by the names of CUDA tensors' types
+        found: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            found.setdefault(tensor.dtype, []).append(tensor)
+        return list(found.values())
+
+    stage_1_and_2.split_half_float_double = split_by_dtype
+
+
+def _lightning() -> None:
+    import pytorch_lightning.strategies.deepspeed as lightning
+    from pytorch_lightning.accelerators.cpu import CPUAccelerator
+
+    from rwkv.train import strategy
+
+    lightning.CUDAAccelerator = CPUAccelerator
+    make = strategy.make
+    strategy.make = lambda config, gpu: make(config, True)
+    strategy.ZeroStrategy.root_device = property(lambda self: CPU)
+    strategy.ZeroStrategy._get_process_group_backend = lambda self: "gloo"
