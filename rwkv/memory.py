@@ -297,7 +297,9 @@ def _logits(p: Plan) -> Blocks:
         blocks += [(e * s.vocab_size * s.n_embd, 1)]  # the head in the products' dtype
     if e == 4 and not p.gpu:
         blocks += [(4 * part * rows, 1)]  # oneDNN's result, where it takes the product
-    if not (p.lora or p.stage) and e == 2:  # a chunk's share of the head's gradient, which is fp32, in the products' dtype; a CPU converts it first
+    if (
+        not (p.lora or p.stage) and e == 2
+    ):  # a chunk's share of the head's gradient, which is fp32, in the products' dtype; a CPU converts it first
         blocks += [(e * s.vocab_size * s.n_embd, 1), (4 * s.vocab_size * s.n_embd, not p.gpu)]
     return blocks
 

@@ -106,7 +106,10 @@ def test_what_cannot_run_is_refused_with_a_remedy(enter, case):
     assert "RWKV_ANYWAY=1" in rest
 
 
-@pytest.mark.parametrize(("stack", "driver"), [("cu117", driver) for driver in ("449", "450", "470.182.03", "514.9", "515")] + [("modern", "579"), ("modern", "580")])
+@pytest.mark.parametrize(
+    ("stack", "driver"),
+    [("cu117", driver) for driver in ("449", "450", "470.182.03", "514.9", "515")] + [("modern", "579"), ("modern", "580")],
+)
 def test_entry_point_and_doctor_have_one_rule_for_drivers(enter, monkeypatch, stack, driver):
     monkeypatch.setattr(doctor, "_driver", lambda: driver)
     monkeypatch.setattr(torch.version, "cuda", {"cu117": "11.7", "modern": "13.0"}[stack])

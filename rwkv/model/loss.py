@@ -8,7 +8,9 @@ from rwkv.model.linear import needs_room, product, product_of_gradient, rows, we
 
 L2WRAP = 1e-4  # upstream's factor
 CHUNK_BYTES = 64 << 20  # of a chunk's logits in fp32: 256 tokens at V = 65536
-SLICE = 1 << 11  # tokens of the vocabulary at a time, where oneDNN takes a product and copies: 8192 take 30 MB more and are no faster (LOG.md)
+SLICE = (
+    1 << 11
+)  # tokens of the vocabulary at a time, where oneDNN takes a product and copies: 8192 take 30 MB more and are no faster (LOG.md)
 
 
 def _logits(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:

@@ -144,7 +144,9 @@ class Block(nn.Module):
         return _dropped(self.ffn(f, x, state.ffn_shift, reset, again), dropout), (a[:, -1].clone(), wkv, f[:, -1].clone())
 
 
-def _checkpoint(block: Block, x: Tensor, state: tuple[Tensor, ...], reset: Tensor | None, dropout: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _checkpoint(
+    block: Block, x: Tensor, state: tuple[Tensor, ...], reset: Tensor | None, dropout: float
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     return checkpoint(block, x, state, reset, dropout, use_reentrant=False)
 
 
