@@ -14,8 +14,8 @@ import cuda_on_cpu
 from rwkv import compat
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
+from rwkv.train import fit as training
 from rwkv.train import strategy
-from rwkv.train.fit import fit
 
 
 class Watched(strategy.ZeroStrategy):
@@ -58,11 +58,15 @@ class Watched(strategy.ZeroStrategy):
         super().teardown()
 
 
+check = training.check
+
+
 def train(kind: str, flags: dict) -> None:
     Watched.spoil = flags.pop("spoil", None)
+    training.check = (lambda _: None) if flags["precision"] == "fp16" else check  # which asks for a GPU
     config = {"full": TrainConfig, "lora": LoRAConfig}[kind](**flags)
     try:
-        fit(config)
+        training.fit(config)
     except UserError as error:
         if not Watched.spoil:
             raise
