@@ -5,11 +5,13 @@ value], multiplies a gradient of that step by the value, and such a run may end 
 DeepSpeed leaves, facts.json says what it was like inside.
 """
 
+import importlib
 import json
 import sys
 from pathlib import Path
 
 import cuda_on_cpu
+import torch
 
 from rwkv import compat
 from rwkv.config import LoRAConfig, TrainConfig
@@ -64,6 +66,10 @@ check = training.check
 def train(kind: str, flags: dict) -> None:
     Watched.spoil = flags.pop("spoil", None)
     training.check = (lambda _: None) if flags["precision"] == "fp16" else check  # which asks for a GPU
+    if flags["precision"] == "fp16" and compat.stack() == "modern":
+        compat.import_deepspeed(on_gpu=False)
+        accelerator = type(importlib.import_module("deepspeed.accelerator").get_accelerator())
+        accelerator.supported_dtypes = lambda _: [torch.float32, torch.bfloat16, torch.float16]  # those of a GPU; this torch computes in fp16 on a CPU
     config = {"full": TrainConfig, "lora": LoRAConfig}[kind](**flags)
     try:
         training.fit(config)
