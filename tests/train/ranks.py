@@ -69,7 +69,11 @@ def train(kind: str, flags: dict) -> None:
     if flags["precision"] == "fp16" and compat.stack() == "modern":
         compat.import_deepspeed(on_gpu=False)
         accelerator = type(importlib.import_module("deepspeed.accelerator").get_accelerator())
-        accelerator.supported_dtypes = lambda _: [torch.float32, torch.bfloat16, torch.float16]  # those of a GPU; this torch computes in fp16 on a CPU
+        accelerator.supported_dtypes = lambda _: [
+            torch.float32,
+            torch.bfloat16,
+            torch.float16,
+        ]  # those of a GPU; this torch computes in fp16 on a CPU
     config = {"full": TrainConfig, "lora": LoRAConfig}[kind](**flags)
     try:
         training.fit(config)
