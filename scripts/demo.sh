@@ -9,7 +9,7 @@ question="What is LoRA?"
 tell() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 run() { echo "\$ $*"; "$@"; }
 ask() { "$py" scripts/generate.py --model "$1" --ask "$question" --temperature 0 --max_tokens 40 | tr '\n' ' '; }
-loss() { "$py" -c 'import json, sys; print(*("%.2f" % json.loads(x)["loss"] for x in [*open(sys.argv[1])][:: -1 if sys.argv[2] == "last" else 1][:1]))' "$@"; }
+loss() { "$py" -c 'import json, sys; x = [json.loads(line)["loss"] for line in open(sys.argv[1])]; n = max(1, len(x) // 10); print("%.2f" % (x[0] if sys.argv[2] == "first" else sum(x[-n:]) / n))' "$@"; }  # as `done:` does: the first step, the mean of the last tenth
 
 tell "1. Text to pretrain on: documentation that every machine with Python has"
 run "$py" scripts/demo_corpus.py "$out/corpus.jsonl"

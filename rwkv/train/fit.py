@@ -25,7 +25,7 @@ from rwkv.train.source import open_data, with_vocabulary
 from rwkv.train.start import adapt, keep_base, make_model
 from rwkv.train.trainer import make_trainer, on_gpu, precision_of, quiet_lightning
 from rwkv.train.watch import Watch
-from rwkv.train.words import introduce, say
+from rwkv.train.words import introduce, say, types
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _fit(config: TrainConfig) -> Result:
     old = resume.outdated(config, folder, before)
     data = open_data(config, model.sizes, folder, reuse=before is not None)
     training, held_out = samples.make(config, data, seed)
-    run = manifest.describe(config, config.precision, model.sizes, data)
+    run = manifest.describe(config, config.precision, model.sizes, data) | {"types": types(config, model)}
     introduce(config, model, data, training, held_out)
     if (limit := budget.room(plan)) and watch.expected() > limit:
         say(f"memory: {watch.expected() / 1e9:.2f} GB a device predicted, and {limit / 1e9:.2f} can be used. {budget.advice(plan, limit)}")
@@ -94,8 +94,9 @@ def _fit(config: TrainConfig) -> Result:
         if adapter and not config.load_model:
             keep_base(model, adapter, folder)
 
-    metrics, signals = Metrics(config, folder, watch, held_out), Signals()
+    metrics = Metrics(config, folder, watch, held_out)
     saving = Saving(config, folder, state, run, _saver(folder, model, adapter, run), metrics)
+    signals = Signals(saving.unsaved)
     trainer = make_trainer(config, [watch, metrics, saving, signals])
     module = TrainingModule(model, training, config, (state.step, state.samples) if state else None)
     del state  # its memory
@@ -103,10 +104,14 @@ def _fit(config: TrainConfig) -> Result:
         compat.fit(trainer, module)
     end = schedule.first_step(config) + schedule.total_steps(config)
     if trainer.interrupted:
-        say(f"ended at once, in step {module.step + 1}; the same command goes on from the last state in {store.folder_of(folder)}")
+        say(
+            f"stopped in step {module.step + 1:,} without saving. Run the same command to continue from the last state in {store.folder_of(folder)}"
+        )
         raise KeyboardInterrupt
     if module.step < end:
-        say(f"ended after step {module.step:,} of {end:,}; {folder / saving.last} is saved, and the same command goes on")
+        if rank_zero_only.rank == 0:
+            metrics.picture(now=True)
+        say(f"stopped at step {module.step:,} of {end:,} and saved ({folder / saving.last}). Run the same command to continue")
         strategy.part()
         signals.exit()
     result = _finish(config, folder, trainer, module, metrics, adapter)
@@ -127,12 +132,15 @@ def _finish(
         if trainer.global_rank == 0:
             metrics.load(module.step)
     if trainer.global_rank == 0:
-        metrics.picture(final=True)
+        metrics.picture(now=True, must=True)
     curve = metrics.curve
     losses = trainer.strategy.broadcast((curve.first_loss, curve.loss.tail(0.1), curve.val_loss))  # rank 0's
     result = Result(folder / checkpoint_name(c, module.step), steps, *losses)
-    held = "" if result.val_loss is None else f", held out {result.val_loss:.3f}"
-    say(f"done:  loss {result.first_loss:.3f} → {result.last_loss:.3f}{held}; {result.checkpoint}, {folder / 'loss.png'}")
+    validation = "" if result.val_loss is None else f", validation loss {result.val_loss:.3f}"
+    say(
+        f"done:  loss {result.first_loss:.3f} (first step) → {result.last_loss:.3f} (mean of the last 10%){validation};"
+        f" {result.checkpoint}, {folder / 'loss.png'}"
+    )
     if adapter:
         say(f"merge: python scripts/merge_lora.py --adapter {result.checkpoint} --output merged.pth")
         say(f"talk:  python scripts/generate.py --model {adapter['base']} --lora {result.checkpoint}")

@@ -191,26 +191,25 @@ class Metrics(pl.Callback):
         since = number - self.config.epoch_begin
         self._log(f"{number} {mean:.6f} {math.exp(min(mean, 700)):.4f} {rate:.8f} {datetime.datetime.now()} {since}\n")
 
-    def picture(self, final: bool = False) -> None:
-        """Draw loss.png (rank 0). During a run it is drawn so rarely that it takes a small share of the time, and a picture that cannot be drawn does
-        not end it.
+    def picture(self, now: bool = False, must: bool = False) -> None:
+        """Draw loss.png (rank 0): `now`, or, during a run, so rarely that it takes a small share of the time.
 
         Raises:
-            UserError: the disk is full, and it is `final`.
+            UserError: the disk is full, if it `must` be drawn; else a picture that cannot be drawn is a warning.
         """
         started = time.monotonic()
-        if not final and started < self._next_picture:
+        if not now and started < self._next_picture:
             return
         what = "LoRA" if getattr(self.config, "lora", False) else "all weights"
         steps = self.curve.last - schedule.first_step(self.config)
         try:
             plot(self.curve, self.folder / "loss.png", f"{self.folder.name}: {what}, {steps:,} step{'s' * (steps != 1)}")
         except Exception as error:
-            if final:
+            if must:
                 raise
-            say(f"warning: {self.folder / 'loss.png'} cannot be drawn ({error}); the run continues")
-        now = time.monotonic()
-        self._next_picture = now + max(_PICTURE[0], _PICTURE[1] * (now - started))
+            say(f"warning: {self.folder / 'loss.png'} cannot be drawn: {error}")
+        drawn = time.monotonic()
+        self._next_picture = drawn + max(_PICTURE[0], _PICTURE[1] * (drawn - started))
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         self._close()

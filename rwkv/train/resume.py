@@ -76,15 +76,21 @@ def find(c: TrainConfig, folder: Path, before: dict[str, Any] | None, now: dict[
         now["changed"] = [*before.get("changed", []), {"after_step": state.step if state else 0, "changes": changed}]
     step = state.step if state else schedule.first_step(c)
     left = schedule.first_step(c) + schedule.total_steps(c) - step
-    say(f"goes on: {step:,} steps are made, {max(0, left):,} are left" + "".join(f"\n  changed: {line}" for line in changed))
-    old_end, new_end = before["flags"]["epoch_count"], c.epoch_count
-    if left > 0 and old_end != new_end:
-        rates = [schedule.learning_rate(x, step - schedule.first_step(c)) for x in (manifest.flags_of(before), c)]
-        if rates[0] != rates[1]:
-            say(
-                f"  the decay now ends with --epoch_count {new_end}, not {old_end}: the next rate is {rates[1]:.3g}, and would have been {rates[0]:.3g}"
-            )
+    say(f"continuing from step {step:,}: {max(0, left):,} steps left" + "".join(f"\n  changed: {line}" for line in changed))
+    if left > 0:
+        _say_rates(manifest.flags_of(before), c, step)
     return state
+
+
+def _say_rates(old: TrainConfig, new: TrainConfig, step: int) -> None:
+    """What a new end of the run makes of the learning rate at the next step, if anything."""
+    then, now = (schedule.learning_rate(x, step - schedule.first_step(new)) for x in (old, new))
+    if old.epoch_count != new.epoch_count and then != now:
+        falls = f" and then {'falls' if new.lr_final < new.lr_init else 'rises'} until epoch {new.epoch_count}"
+        say(
+            f"note: --epoch_count changed from {old.epoch_count} to {new.epoch_count}, so the learning rate jumps from {then:.3g} to {now:.3g} now{falls}."
+            " For a constant rate use --lr_init = --lr_final"
+        )
 
 
 def _files(folder: Path) -> list[Path]:

@@ -47,15 +47,20 @@ class Saving(pl.Callback):
     ):
         self.config, self.folder, self._begin, self._run, self._save, self._metrics = config, folder, begin, run, save, metrics
         self._goes_on = begin is not None
+        self._module: TrainingModule | None = None
         self.last = ""
 
     def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         if trainer.strategy.broadcast(self._goes_on):
             state.restore(trainer, module, self._begin)
-        self._begin = None  # frees its memory
+        self._begin, self._module = None, module  # frees the state's memory
         self._last = self._saved = module.step
         self._next = module.step + (self.config.save_every or 10)
         self._since = time.perf_counter()
+
+    def unsaved(self) -> int:
+        """Steps since the last state, with the one that is being made."""
+        return self._module.step + 1 - self._saved if self._module else 0
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: TrainingModule, outputs, batch, batch_idx: int) -> None:
         c, step = self.config, module.step

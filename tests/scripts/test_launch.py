@@ -238,7 +238,7 @@ def test_a_host_that_dies_ends_the_run_and_the_same_command_goes_on(root, hosts,
 
     ends = [process.wait(100) for process in start()]
     assert ends == [0, 0], "".join((tmp_path / f"{name}.txt").read_text() for name in hosts.values())
-    assert "goes on:" in (tmp_path / f"{next(iter(hosts.values()))}.txt").read_text()
+    assert "continuing from step" in (tmp_path / f"{next(iter(hosts.values()))}.txt").read_text()
     never = ["--nodes", "1", "--node", "0", "--master", "127.0.0.1", "--devices", "2"]
     whole = ["--", "scripts/finetune.py", *flags("whole", 200, "--micro_bsz", 2)]
     environment = {key: value for key, value in os.environ.items() if key != "GLOO_SOCKET_IFNAME"}

@@ -68,7 +68,7 @@ def test_a_disk_that_is_full_for_tensorboard_ends_the_run_in_words(make_data, tm
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(EventsWriter, "flush", full)
-    with pytest.raises(UserError, match="tensorboard: no space left on the device; .*goes on from its last state"):
+    with pytest.raises(UserError, match="tensorboard: no space left on the device; .*continues from its last state"):
         fit(TrainConfig(**FLAGS, data_file=make_data(200), proj_dir=str(tmp_path / "run"), tensorboard=True))
 
 

@@ -124,7 +124,7 @@ def test_ctrl_c_saves_and_ends_with_130(make_base, make_data, tmp_path, root):
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "rwkv-final.pth is saved" in said
+    assert re.search(r"stopped at step \d+ of 500,000 and saved \(.*rwkv-final.pth\). Run the same command to continue", said)
     # Ctrl-C may fall between a step and its line
     assert read_manifest(tmp_path / "run/rwkv-final.pth")["step"] - len(lines(tmp_path / "run")) in (0, 1)
     assert load_model(tmp_path / "run/rwkv-final.pth").sizes.n_layer == 2
@@ -425,7 +425,7 @@ def test_the_norm_of_the_gradient_is_that_of_plain_torch(make_base, make_data, t
 def test_my_exit_ends_after_its_epoch_on_the_rates_of_the_longer_run(make_data, tmp_path, capsys):
     data = make_data(200)
     assert fit(TrainConfig(**SMALL, data_file=data, proj_dir=str(tmp_path / "a"), my_exit=1)).checkpoint.name == "rwkv-1.pth"
-    assert "the run ends after epoch 1, with step 8, by --my_exit 1" in capsys.readouterr().out
+    assert "length: 8 steps of 16 tokens (--my_exit 1), epochs 0 to 1." in capsys.readouterr().out
     fit(TrainConfig(**SMALL, data_file=data, proj_dir=str(tmp_path / "b")))
     assert [x["lr"] for x in lines(tmp_path / "a")] == [x["lr"] for x in lines(tmp_path / "b")][:8]
 
@@ -437,10 +437,12 @@ def test_a_run_says_its_types_and_what_it_was_made_from(make_base, make_data, tm
     flags = TUNE | {"load_model": str(base), "data_file": data, "proj_dir": str(tmp_path / "run")}
     fit(LoRAConfig(**flags, precision="bf16", wandb="test"))
     said = capsys.readouterr().out
-    assert "bf16: trained weights float32 (they are the master weights), gradients float32, Adam's moments float32, frozen weights" in said
-    assert "matrix products bfloat16, WKV reads bfloat16 and computes in float32" in said
-    assert "an epoch is 4 batches: 4 steps, 8 samples, 64 tokens" in said
+    assert "precision: bf16, frozen weights kept in bfloat16/float32 (all types: run.json)" in said
+    assert "One epoch here = 4 steps = 64 tokens (set by --epoch_steps, not by your data; your data is 200 tokens)" in said
     run = json.loads((tmp_path / "run/run.json").read_text())
+    types = run["types"]
+    assert "bf16: trained weights float32 (they are the master weights), gradients float32, Adam's moments float32, frozen weights" in types
+    assert "matrix products bfloat16, WKV reads bfloat16 and computes in float32" in types
     assert (run["base"]["sha256"], run["data"]["sha256"], run["seed"]) == (sha256(base), sha256(f"{data}.bin"), 1)
     assert re.fullmatch(r"[0-9a-f]{40}\+?", run["git"] or "0" * 40)
     assert run["stack"]["torch"] == torch.__version__.split("+")[0]
@@ -458,7 +460,7 @@ def test_a_base_in_bf16_that_processes_cannot_send_each_other_is_refused_if_it_w
     alone = LoRAConfig(**{**flags, "strategy": "auto"}, lora_base="bf16")
     assert start.make_model(alone) is not None
     model = start.make_model(LoRAConfig(**flags, precision="bf16"))
-    assert {p.dtype for p in model.parameters()} == {torch.float32}  # and this is said at the start, as `types:`
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # and this is said at the start, as `precision:`
 
 
 def test_lora_on_a_base_kept_in_bf16_follows_the_one_in_fp32(make_base, make_data, tmp_path, monkeypatch):

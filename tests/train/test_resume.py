@@ -88,7 +88,9 @@ def test_more_epochs_go_on_where_fewer_ended(make_data, tmp_path, capsys):
     fit(changed(config, epoch_count=1))
     fit(config)
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 13))
-    assert "the decay now ends with --epoch_count 3, not 1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "continuing from step 4: 8 steps left" in said
+    assert "--epoch_count changed from 1 to 3, so the learning rate jumps from" in said
     assert {path.name for path in (tmp_path / "run").glob("*.pth")} == {"rwkv-0.pth", "rwkv-2.pth"}
 
 
@@ -112,7 +114,7 @@ def test_a_damaged_newest_state_falls_back_loudly_to_the_one_before(damage, make
     fit(config)
     said = capsys.readouterr().out
     assert f"{newest} is damaged" in said
-    assert "goes on: 3 steps are made" in said
+    assert "continuing from step 3: " in said
     fit(changed(config, proj_dir=str(tmp_path / "whole")))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     for path in store.states(tmp_path / "run"):
@@ -181,7 +183,7 @@ def test_a_disk_that_is_full_for_the_metrics_is_an_error_in_words_below_the_bar(
     assert done.returncode == 1
     last = done.stderr.rstrip().splitlines()[-1]
     assert re.fullmatch(
-        r"error: .*/(metrics.jsonl|train_log.txt): larger than a file may be here; make room .*goes on from its last state", last
+        r"error: .*/(metrics.jsonl|train_log.txt): larger than a file may be here; make room .*continues from its last state", last
     )
 
 
@@ -213,7 +215,7 @@ def test_a_signal_loses_no_step(number, status, make_base, make_data, tmp_path, 
     made = lines(tmp_path / "run")[-1]["step"]
     assert made < 600
     if number != signal.SIGKILL:
-        assert f"ended after step {made} of 600" in said
+        assert f"stopped at step {made} of 600 and saved" in said
         assert store.newest(tmp_path / "run").step == made == read_manifest(tmp_path / "run/rwkv-final.pth")["step"]
     fit(changed(config, max_steps=made + 5))
     fit(changed(config, proj_dir=str(tmp_path / "whole"), max_steps=made + 5))

@@ -33,11 +33,11 @@ def test_how_often_each_document_is_seen_is_what_is_counted(data, flags, count):
         seen[begin + 1 : end] += 1  # targets
         seen[begin] += bool(flags.get("doc_training"))
     of_documents = [seen[begin:end].mean() for begin, end in itertools.pairwise(Stream(data).document_starts())]
-    said = words._seen(training, count)
-    times = float(re.search(r"([\d.]+) times", said)[1])
+    said = words._coverage(training, count)
+    times = float(re.search(r"([\d.]+) pass", said)[1])
     assert times == pytest.approx(np.mean(of_documents), rel=0.1)  # of 300 documents that are alike; two digits
     if not flags:
-        missed = re.search(r"about (\d+)% of the tokens are not seen", said)
+        missed = re.search(r"about (\d+)% of it is never used", said)
         assert (int(missed[1]) if missed else 0) == pytest.approx(100 * np.mean(seen == 0), abs=4)
     elif "magic_prime" in flags:
         assert seen.max() <= np.ceil(count / training.prime)
