@@ -1,16 +1,16 @@
 """Checkpoints: read and write .pth and .safetensors, take the sizes from the shapes, keep a manifest beside the weights.
 
-A file is never trusted to be what its name says: loading runs no code from it (weights only), and a missing, surplus or
-misshapen key is refused by its name.
+A file is never trusted to be what its name says: nothing in it is executed (rwkv.weights), what it is instead of a checkpoint is said, and a missing,
+surplus or misshapen key is refused by its name.
 """
 
-import json
+import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -18,39 +18,25 @@ from rwkv import __version__, compat, lora, mapped
 from rwkv.errors import UserError
 from rwkv.files import reserve, sha256, whole, write_json
 from rwkv.model import RWKV, Sizes
+from rwkv.weights import kinds, peft_adapter, reading, safetensors_file
+from rwkv.weights import manifest as manifests
 
 PathLike = str | Path
+_CHUNK = 1 << 20  # numbers looked at together
+
+manifest_path, read_manifest = manifests.path_of, manifests.read
+save_safetensors = safetensors_file.save
 
 
 def read_tensors(path: PathLike) -> dict[str, Tensor]:
-    """The tensors of a .pth or .safetensors file, on the CPU, in the dtypes they were stored in. They stay in the file, mapped (rwkv.mapped).
+    """The tensors of a .pth or .safetensors file, on the CPU, in the dtypes they were stored in, under BlinkDL's names. They stay in the file, mapped
+    (rwkv.mapped). Nothing in the file is executed (rwkv.weights).
 
     Raises:
-        UserError: no such file, or not a dictionary of tensors.
+        UserError: no such file, or not a dictionary of floating-point tensors; the message says what it is.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
-    try:
-        if path.suffix == ".safetensors":
-            return _aligned(safetensors.torch.load_file(path))  # mapped by that library
-        tensors = mapped.load(path)
-    except Exception as error:  # foreign bytes make the readers raise almost anything
-        raise UserError(
-            f"{path}: not a checkpoint that can be loaded without running code from it ({_first_line(error)}). A checkpoint is a"
-            " dictionary of tensors, saved by torch.save or safetensors; the file may also be cut short."
-        ) from error
-    if (
-        not isinstance(tensors, dict)
-        or not tensors
-        or not all(isinstance(x, Tensor) and isinstance(key, str) for key, x in tensors.items())
-    ):
-        raise UserError(f"{path}: holds {type(tensors).__name__}, not a dictionary of tensors; give the model's state_dict")
-    return _aligned({key.removeprefix("_forward_module."): value for key, value in tensors.items()})  # DeepSpeed leaves this prefix
-
-
-def _aligned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those that begin in their file where no number of their dtype may are copied."""
+    tensors = reading.tensors_of(path)
+    # Those that begin in their file where no number of their dtype may are copied.
     return {key: value.clone() if value.data_ptr() % value.element_size() else value for key, value in tensors.items()}
 
 
@@ -61,7 +47,7 @@ def write_tensors(path: PathLike, tensors: Mapping[str, Tensor], manifest: Mappi
     stack = {"rwkv-trainer": __version__, "torch": torch.__version__}
     with whole(path) as temporary:
         if path.suffix == ".safetensors":
-            save_safetensors(tensors, temporary)
+            safetensors_file.save(tensors, temporary)
         else:
             save(tensors, temporary)
         # A manifest never lies beside weights it does not describe: the old one goes first, the new one comes last.
@@ -82,11 +68,6 @@ def _compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return made
 
 
-def save_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """As transformers reads them. `path` is a temporary file's (rwkv.files.whole)."""
-    safetensors.torch.save_file(dict(tensors), path, metadata={"format": "pt"})
-
-
 def save(value: Any, path: Path) -> None:
     """torch.save into a file that exists, its room set aside first: where the disk fills up, torch 1.13.1 takes the whole process down.
 
@@ -99,39 +80,65 @@ def save(value: Any, path: Path) -> None:
         file.truncate()
 
 
-def manifest_path(path: PathLike) -> Path:
-    """`<path>.json`."""
-    return Path(f"{path}.json")
-
-
-def read_manifest(path: PathLike) -> dict[str, Any]:
-    """What `<path>.json` says of the checkpoint; empty if there is none, as with upstream's files."""
-    try:
-        manifest = json.loads(manifest_path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{manifest_path(path)}: not valid JSON ({error})") from error
-    if not isinstance(manifest, dict):
-        raise UserError(f"{manifest_path(path)}: holds a {type(manifest).__name__}, not what is known of a checkpoint")
-    return manifest
-
-
 def sizes_of(tensors: Mapping[str, Tensor], path: PathLike) -> Sizes:
-    """The model's sizes from its tensors' shapes. Raises UserError if this is no RWKV-4 checkpoint."""
-    layers = {int(match[1]) for key in tensors if (match := re.match(r"blocks\.(\d+)\.", key))}
+    """The model's sizes from its tensors' shapes. Raises UserError, with what it is instead, if this is no RWKV-4 checkpoint."""
+    if kind := kinds.other_than_model(tensors):
+        raise UserError(f"{path}: {kind}")
+    layers = {int(match[1]) for key in tensors if (match := re.match(r"blocks\.(\d{1,9})\.", key))}
     pre_ffn = "blocks.0.ffnPre.key.weight" in tensors
     first_att = next((f"blocks.{layer}.att." for layer in sorted(layers) if f"blocks.{layer}.att.time_decay" in tensors), None)
     wanted = ["emb.weight", "blocks.0.ffn.key.weight"]
     missing = [key for key in wanted if key not in tensors or tensors[key].dim() != 2]
     if missing or not layers or (first_att is None and not pre_ffn):
-        hint = "; it is a LoRA adapter: give its base, and the adapter with --lora" if any(".lora_" in key for key in tensors) else ""
-        raise UserError(f"{path}: not an RWKV-4 checkpoint (no {', '.join(missing) or 'blocks.*.att.time_decay'}){hint}")
-    if first_att is not None and tensors[f"{first_att}time_decay"].dim() != 1:
-        raise UserError(f"{path}: an RWKV of version 5 or later ({first_att}time_decay is not a vector); version 4 is supported")
+        lacks = ", ".join(missing) or "blocks.*.att.time_decay"
+        raise UserError(f"{path}: not an RWKV-4 checkpoint (no {lacks}); its tensors are {_some(sorted(tensors), 3)}")
+    if max(layers) >= len(layers):
+        absent = next(layer for layer in range(len(layers)) if layer not in layers)
+        raise UserError(f"{path}: its keys do not fit. It has block {max(layers)}, and no block {absent}")
     vocab_size, n_embd = tensors["emb.weight"].shape
     dim_att = n_embd if first_att is None else tensors[f"{first_att}time_decay"].shape[0]
-    return Sizes(max(layers) + 1, n_embd, vocab_size, dim_att, tensors["blocks.0.ffn.key.weight"].shape[0], pre_ffn)
+    sizes = Sizes(max(layers) + 1, n_embd, vocab_size, dim_att, tensors["blocks.0.ffn.key.weight"].shape[0], pre_ffn)
+    if not all(vars(sizes)[name] for name in ("n_embd", "vocab_size", "dim_att", "dim_ffn")):
+        raise UserError(f"{path}: not an RWKV-4 checkpoint (a tensor without elements)")
+    return sizes
+
+
+def check_shapes(tensors: Mapping[str, Tensor], sizes: Sizes, path: PathLike) -> None:
+    """Compare a checkpoint with the model of these sizes, without making that model. Raises UserError naming keys that do not fit."""
+    _check_keys(tensors, _shapes(sizes), path)
+
+
+def _shapes(sizes: Sizes) -> dict[str, torch.Size]:
+    """The shape of every parameter. Taken from a model of two layers whose sizes are different primes, each of which then stands for one of these."""
+    small = Sizes(min(sizes.n_layer, 2), 3, 5, 7, 11, sizes.pre_ffn)
+    meaning = {1: 1, 3: sizes.n_embd, 5: sizes.vocab_size, 7: sizes.dim_att, 11: sizes.dim_ffn}
+    made = {}
+    for name, parameter in RWKV(small).named_parameters():
+        shape = torch.Size(meaning[n] for n in parameter.shape)
+        for layer in range(1, sizes.n_layer) if name.startswith("blocks.1.") else (None,):
+            made[name if layer is None else name.replace("blocks.1.", f"blocks.{layer}.", 1)] = shape
+    return made
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: PathLike, pages: mapped.Pages | None = None) -> None:
+    """Look for NaN and Inf, reading every number once. Memory that is in the `pages` of a mapped file is given back as it is read.
+
+    Raises:
+        UserError: some number is NaN or Inf, by key.
+    """
+    for key, tensor in tensors.items():
+        flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().contiguous().view(-1)
+        for chunk in flat.split(_CHUNK):
+            # The sum of finite numbers may overflow; then each is asked.
+            if not torch.isfinite(chunk.sum(dtype=torch.float32)) and not torch.isfinite(chunk).all():
+                what = "NaN" if torch.isnan(chunk).any() else "Inf"
+                raise UserError(
+                    f"{path}: {key} contains {what}: its training diverged, or the file is corrupt. Give an earlier checkpoint, or download it again"
+                )
+            if pages:
+                pages.drop(chunk)
+    if pages:
+        pages.drop_all(tensors.values())
 
 
 def load_model(
@@ -151,13 +158,15 @@ def load_model(
         by_rows: of the embedding only rows will be read, of the words that occur, as in LoRA, which does not train it.
 
     Raises:
-        UserError: not an RWKV-4 checkpoint; a missing, surplus or misshapen key, by name.
+        UserError: not an RWKV-4 checkpoint; a missing, surplus or misshapen key, or one with NaN or Inf, by name.
     """
     tensors = read_tensors(path)
     pages, taken = mapped.Pages(path), set()
-    model = RWKV(sizes_of(tensors, path))
+    sizes = sizes_of(tensors, path)
+    check_shapes(tensors, sizes, path)
+    check_finite(tensors, path, pages)
+    model = RWKV(sizes)
     parameters = dict(model.named_parameters())
-    _check_keys(tensors, {name: parameter.shape for name, parameter in parameters.items()}, path)
     for name, parameter in parameters.items():
         source = tensors.pop(name).detach()
         value = source.to(device, (matrices if lora.is_matrix(source) else None) or dtype).contiguous()
@@ -181,8 +190,9 @@ def fill(model: RWKV, tensors: Mapping[str, Tensor], path: PathLike, partial: bo
     """Copy a checkpoint's tensors into a model; one that is missing stays as it is if `partial`.
 
     Raises:
-        UserError: a key that does not fit, by name.
+        UserError: a key that does not fit, or has NaN or Inf, by name.
     """
+    check_finite(tensors, path)
     _fill(model, tensors, {name: p.shape for name, p in model.named_parameters() if name in tensors or not partial}, path)
 
 
@@ -200,40 +210,72 @@ def save_adapter(
     write_tensors(path, tensors, {"kind": "adapter", "version": "4", "sizes": vars(model.sizes), **adapter, **manifest})
 
 
-def inspect_adapter(path: PathLike, base: PathLike | None = None, alpha: float | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An adapter's tensors and what is known of it: r, parts, alpha, base, base_sha256.
-
-    r and the parts come from the tensors (r from the manifest if none is of rank r). alpha, base and its hash come from the manifest, or from the arguments where there is none.
+def adapter_manifest(path: PathLike) -> dict[str, Any]:
+    """What is known of an adapter beside its tensors: of ours `<path>.json`, of peft's r and alpha from its adapter_config.json; empty if there is neither.
 
     Raises:
-        UserError: not an adapter; made for another base; alpha unknown, or not the one it was trained with.
+        UserError: a value in it that an adapter cannot have.
     """
-    tensors, manifest = read_tensors(path), read_manifest(path)
-    ranks = {value.shape[0] for key, value in tensors.items() if key.endswith(".lora_A")}
+    if config := peft_adapter.config_of(Path(path)):
+        return manifests.check_adapter(peft_adapter.described(config), config, lora.PARTS)
+    return manifests.check_adapter(manifests.read(path), manifests.path_of(path), lora.PARTS)
+
+
+def find_base(path: PathLike) -> Path | None:
+    """The base model that the manifest of an adapter names, where it is now; None if it names none, or none is found (`rwkv.weights.manifest.find_base`)."""
+    return manifests.find_base(adapter_manifest(path), path)
+
+
+def inspect_adapter(path: PathLike, base: PathLike | None = None, alpha: float | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An adapter's tensors and what is known of it: r, parts, alpha, base, base_sha256. Nothing of the base but its hash is read.
+
+    r and the parts come from the tensors (r from the manifest if none is of rank r). alpha, base and its hash come from the manifest, or from the
+    arguments where there is none. `path` may also be a folder of peft's, or the file in it.
+
+    Raises:
+        UserError: not an adapter; NaN or Inf in it; made for another base; alpha unknown, or not the one it was trained with.
+    """
+    file, manifest = peft_adapter.file_of(Path(path)), adapter_manifest(path)
+    tensors = read_tensors(file)
+    if kind := kinds.other_than_adapter(tensors):
+        raise UserError(f"{path}: {kind}")
+    ranks = {value.shape[0] if value.dim() else 0 for key, value in tensors.items() if key.endswith(".lora_A")}
+    foreign = lora.foreign_layers(tensors)
     parts = lora.parts_of(tensors)
-    if len(ranks) > 1 or not parts or "emb.weight" in tensors:
-        raise UserError(f"{path}: not a LoRA adapter (its tensors are {', '.join(sorted(tensors)[:3])}, …)")
+    if foreign:
+        raise UserError(
+            f"{path}: adapts {_some(foreign)}, which has no adapter here (any of {', '.join(lora.layers())} may have one); merge it with the"
+            " program that wrote it, and give the merged model"
+        )
+    if len(ranks) > 1:
+        raise UserError(f"{path}: its layers have different ranks ({', '.join(map(str, sorted(ranks)))}), and one for all is supported")
+    if not parts:
+        raise UserError(f"{path}: not a LoRA adapter (its tensors are {_some(sorted(tensors), 3)})")
+    check_finite(tensors, path)
     known: dict[str, Any] = {
         "r": ranks.pop() if ranks else manifest.get("r", 1),
         "parts": parts,
         **{k: manifest[k] for k in ("alpha", "base", "base_sha256") if k in manifest},
     }
+    if known["r"] < 1 or known["r"] != manifest.get("r", known["r"]):
+        raise UserError(f"{path}: of rank {known['r']}, and {manifests.path_of(path).name} says {manifest.get('r')}: it belongs to another file")
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise UserError(f"{path}: alpha {alpha} was given; it is a number above 0, the one that the adapter was trained with")
     if alpha is not None and known.setdefault("alpha", alpha) != alpha:
         raise UserError(
-            f"{path}: trained with alpha {known['alpha']:g}, and alpha {alpha:g} was given; leave alpha out or give {known['alpha']:g}"
+            f"{path}: trained with alpha {known['alpha']:g}, and alpha {alpha:g} was given; omit alpha, or give {known['alpha']:g}"
         )
     if "alpha" not in known:
         raise UserError(
-            f"{path}: its alpha is not known (there is no {manifest_path(path).name} beside it); give the one it was trained with"
+            f"{path}: its alpha is not known (there is no {manifests.path_of(path).name} beside it that says it); give the one it was trained with"
+            " by --lora_alpha"
         )
     if base is not None:
-        if not Path(base).is_file():
-            raise UserError(
-                f"{base}: no such base model (the adapter is {path}); paths are relative to this folder, give --base or the right one"
-            )
+        if not os.path.isfile(base):
+            raise UserError(f"{base}: no such base model (the adapter is {path}); give the file that it was trained on")
         known["base"], expected = str(base), known.get("base_sha256")
         known["base_sha256"] = sha256(base)
-        if expected and known["base_sha256"] != expected:
+        if expected and known["base_sha256"] != expected.lower():
             raise UserError(
                 f"{path}: an adapter for another base. It was trained on {manifest.get('base')} (SHA-256 {expected[:12]}…), and {base} is"
                 f" {str(known['base_sha256'])[:12]}…; give the base it was trained on"
@@ -266,17 +308,32 @@ def load_combined(
 
     Raises UserError as load_model and inspect_adapter do.
     """
-    model = load_model(base)
     found, parts, r = [], set(), 0
-    for path, weight in zip(adapters, weights, strict=True):
+    for path, weight in zip(adapters, weights, strict=True):  # before the base is read: their manifests say which it must be
         tensors, known = inspect_adapter(path, base, alpha)
         found.append((tensors, known["alpha"] / known["r"], weight))
         parts |= set(known["parts"])
         r += known["r"]
+    model = load_model(base)
+    for (tensors, _, _), path in zip(found, adapters, strict=True):
+        _check_adapter_keys(model, tensors, path)
     combined = lora.combine(found, dict(model.named_parameters()))
     lora.inject(model, parts, r, r)
     load_adapter(model, " + ".join(map(str, adapters)), combined, list(parts))
     return model, _dtypes(base)
+
+
+def _check_adapter_keys(model: RWKV, tensors: Mapping[str, Tensor], path: PathLike) -> None:
+    """Compare an adapter's shapes with the model's layers. Raises UserError naming keys that do not fit."""
+    parameters, shapes = dict(model.named_parameters()), {}
+    for key, value in tensors.items():
+        name, _, half = key.rpartition(".lora_")
+        weight = parameters.get(f"{name}.weight" if half else key)
+        if weight is not None:
+            r = value.shape[0 if half == "A" else -1] if value.dim() else 0
+            shapes[key] = torch.Size((r, weight.shape[1]) if half == "A" else (weight.shape[0], r)) if half else weight.shape
+    absent = {f"{key[:-1]}{other}" for key in tensors if key.endswith((".lora_A", ".lora_B")) for other in "AB"} - tensors.keys()
+    _check_keys(tensors, {**shapes, **{key: torch.Size() for key in absent}}, path)
 
 
 def _fill(model: RWKV, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: PathLike) -> None:
@@ -309,9 +366,6 @@ def _bytes(value: Any) -> int:
     return 1024 + sum(map(_bytes, inside)) if inside else 64
 
 
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _some(keys: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(key[:200] for key in keys[:most])
+    return shown + (f" and {len(keys) - most} more" if len(keys) > most else "")

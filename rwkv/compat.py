@@ -13,7 +13,6 @@ import re
 import signal
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -336,44 +335,11 @@ def drivers() -> dict[str, tuple[int, int]]:
     return {major: (int(oldest), int(own)) for major, oldest, own, _ in (line.split() for line in lines if not line.startswith("#"))}
 
 
-def load_mapped(path: Path) -> Any:
-    """torch.load on CPUs, without running code, of a file whose tensors are stored as they are, uncompressed: they stay in it, mapped copy-on-write.
-    torch 1 has no such mode, so its unpickler gets an archive that hands out pieces of the mapped file."""
-    import torch
-
-    if stack() == "cu117":
-        return torch.serialization._load(_MappedArchive(path), "cpu", torch._weights_only_unpickler, encoding="utf-8")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-class _MappedArchive:
-    """What torch 1.13.1's unpickler asks of a file, of torch.save's zip archive: whole records, and tensors of bytes, which are not copied."""
-
-    def __init__(self, path: Path):
-        import torch
-
-        self._file: Any = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
-        with zipfile.ZipFile(path) as archive:
-            self._records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
-
-    def get_record(self, name: str) -> bytes:
-        return bytes(self.get_storage_from_record(name).numpy())
-
-    def get_storage_from_record(self, name: str, size: int | None = None, _: Any = None) -> Any:
-        import torch
-
-        if name not in self._records:
-            raise RuntimeError(f"it has no {name}")
-        record = self._records[name]
-        size = record.file_size if size is None else size
-        # before a record's bytes: a header of 30, which ends with the lengths of what follows, a name and further fields
-        lengths = bytes(self._file[record.header_offset + i] for i in range(26, 30))
-        begin = record.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-        if size > record.file_size or begin + size > self._file.nbytes():
-            raise RuntimeError(f"its {name} is cut short")
-        return torch.empty(0, dtype=torch.uint8).set_(self._file[begin : begin + size])
-
-
 def storage(tensor: Any) -> Any:
     """What holds a tensor's bytes: torch 2 calls it untyped, and warns where it is asked for as torch 1 does."""
     return tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor.storage()
+
+
+def untyped_storage(tensor: Any) -> Any:
+    """A tensor's storage as bytes, which torch 1 has behind the typed one."""
+    return tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor.storage().untyped()

@@ -9,22 +9,9 @@ from torch import Tensor
 from rwkv import checkpoint
 from rwkv.errors import UserError
 from rwkv.model import RWKV, Sizes
+from rwkv.weights.kinds import TRANSFORMERS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# BlinkDL's names as transformers has them.
-_RENAMED = (
-    ("blocks.", "rwkv.blocks."),
-    ("emb.", "rwkv.embeddings."),
-    ("ln_out.", "rwkv.ln_out."),
-    (".ln0.", ".pre_ln."),
-    (".att.", ".attention."),
-    (".ffn.", ".feed_forward."),
-    ("time_mix_k", "time_mix_key"),
-    ("time_mix_v", "time_mix_value"),
-    ("time_mix_r", "time_mix_receptance"),
-)
-
 
 def tensors_of(model: RWKV, dtype: str) -> dict[str, Tensor]:
     """All weights under BlinkDL's names in fp32, bf16 or fp16; `keep`: as they are.
@@ -69,7 +56,7 @@ def transformers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under transformers' names."""
     made = {}
     for name, tensor in tensors.items():
-        for ours, theirs in _RENAMED:
+        for ours, theirs in TRANSFORMERS:
             name = name.replace(ours, theirs)
         made[name] = tensor
     return made

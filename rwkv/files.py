@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import socket
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -228,3 +229,40 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def regular(path: str | os.PathLike, what: str = "file") -> Iterator[BinaryIO]:
+    """Open a regular file for reading. A FIFO, a device or a directory is refused without being opened, so that nothing can block.
+
+    Raises:
+        UserError: it does not exist, cannot be read, or is not a regular file; `what` names what was expected.
+    """
+    try:
+        found = os.stat(path)
+        if stat.S_ISDIR(found.st_mode):
+            raise UserError(f"{path}: a folder, not a {what}")
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path}: a device or pipe, not a {what}; give a regular file")
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # what replaces it meanwhile cannot block either
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: {_unreadable(error, what)}") from error
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise UserError(f"{path}: a device or pipe, not a {what}; give a regular file")
+        yield file
+
+
+def _unreadable(error: Exception, what: str) -> str:
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOENT, errno.ENOTDIR):
+        return f"no such {what}"
+    if number in (errno.EACCES, errno.EPERM):
+        return f"no permission to read this {what}; give yourself read access (chmod, chown), or run as its owner"
+    if number == errno.ENAMETOOLONG:
+        return f"no {what}: the name is longer than a file name can be"
+    if number == errno.ELOOP:
+        return f"no such {what}: its symbolic links form a loop"
+    return f"no {what} can have this name ({error})" if number is None else f"cannot be read ({os.strerror(number)})"

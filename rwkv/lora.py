@@ -110,6 +110,16 @@ def inject(model: nn.Module, parts: Collection[str], r: int, alpha: float, dropo
     return names
 
 
+def layers() -> tuple[str, ...]:
+    """The layers of a block that can have an adapter."""
+    return _LAYERS
+
+
+def foreign_layers(names: Collection[str]) -> list[str]:
+    """Of an adapter with tensors of these names the layers that cannot have one here, such as head or att.gate."""
+    return sorted({layer for name in names if re.search(r"\.lora_[AB]$", name) and (layer := _layer(name[: -len(".lora_A")])) not in _LAYERS})
+
+
 def layers_of(part: str) -> tuple[str, ...]:
     """The layers of a block that a part gives adapters to, e.g. att.key; none for `time` and `ln`."""
     return () if part in _WHOLE else _MATRICES.get(part, (part,))

@@ -8,32 +8,10 @@ its tensors alone; what overwrites or cuts it in place changes them, or ends the
 import ctypes
 import mmap
 import os
-import zipfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
-
-from rwkv import compat
-
-
-def load(path: Path) -> Any:
-    """torch.load of what is on CPUs, without running code from the file, its tensors left in it where they lie there as in memory: not in a file
-    of torch before 1.6, and not compressed. Raises what torch.load does, which may be almost anything."""
-    if _lies_as_in_memory(path):
-        return compat.load_mapped(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _lies_as_in_memory(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-    except zipfile.BadZipFile:
-        return False
-    # torch refuses TorchScript, which has constants.pkl, in words of its own
-    return all(x.compress_type == zipfile.ZIP_STORED and not x.filename.endswith("/constants.pkl") for x in records)
 
 
 class Pages:
@@ -57,6 +35,14 @@ class Pages:
         """Give back the memory behind a tensor that lies in them, which is contiguous and will not be read soon. What was written to it is lost."""
         self._advise(tensor, mmap.MADV_DONTNEED)
 
+    def drop_all(self, tensors: Iterable[Tensor]) -> None:
+        """As `drop`, for all that one mapping of the file holds between the first and the last of these tensors, the pages that they share as well."""
+        ours = [(tensor.data_ptr(), tensor.data_ptr() + _bytes(tensor)) for tensor in tensors if self.hold(tensor)]
+        if ours:
+            begin, end = min(begin for begin, _ in ours), max(end for _, end in ours)
+            if any(low <= begin and end <= high for low, high in self._ranges):
+                _advise(begin // mmap.PAGESIZE * mmap.PAGESIZE, end, mmap.MADV_DONTNEED)
+
     def scattered(self, tensor: Tensor) -> None:
         """Of a tensor that lies in them rows are read here and there: the system need not read what lies around them."""
         self._advise(tensor, mmap.MADV_RANDOM)
@@ -65,9 +51,12 @@ class Pages:
         if tensor.device.type == "cpu" and self.hold(tensor):
             page = mmap.PAGESIZE
             begin = -(-tensor.data_ptr() // page) * page  # whole pages: the others have neighbours
-            size = (tensor.data_ptr() + _bytes(tensor)) // page * page - begin
-            if size > 0:
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), advice)
+            _advise(begin, (tensor.data_ptr() + _bytes(tensor)) // page * page, advice)
+
+
+def _advise(begin: int, end: int, advice: int) -> None:
+    if end > begin:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -1,16 +1,15 @@
 """The resumable states of a run, on disk: each whole or not at all, the last two kept, the newest that is sound taken."""
 
 import json
-import pickle
 import re
-import zipfile
 from pathlib import Path
 
-from rwkv import checkpoint, mapped
+from rwkv import checkpoint
 from rwkv.errors import UserError
 from rwkv.files import abandoned, whole
 from rwkv.train.state import FORMAT, State, join, split
 from rwkv.train.words import say
+from rwkv.weights import pth
 
 KEPT = 2
 
@@ -73,17 +72,10 @@ def read(path: Path) -> State:
     """A state from its file, where it can be still lying in it. Runs no code from it.
 
     Raises:
-        ValueError: not the bytes that were written: cut short, or a checksum that is wrong.
+        FileFormatError: not the bytes that were written: truncated, or a checksum that is wrong.
         UserError: written by a later version.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch writes a CRC-32 of every tensor, and does not look at it
-            wrong = archive.testzip()
-        if wrong:
-            raise ValueError(f"{wrong} in it has another checksum than was written")
-        content = mapped.load(path)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+    content = pth.load(path, verify=True)  # with torch's CRC-32 of every tensor
     if content["format"] != FORMAT:
         raise UserError(f"{path}: written by a later version of this program; go on with that one")
     return State(**join(json.loads(content["text"]), content["tensors"]))

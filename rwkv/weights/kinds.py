@@ -1,0 +1,146 @@
+"""What a dictionary of tensors is, by its names and shapes: the version of an RWKV model, an adapter, a tuned state, a model of another kind."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from rwkv.errors import printable
+
+# Words that wrappers put in front of every name: DataParallel, DeepSpeed, torch.compile, FSDP, Lightning modules, peft.
+_WRAPPERS = r"(?:module|model|net|network|rwkv|transformer|backbone|base_model|_forward_module|_orig_mod|_fsdp_wrapped_module)"
+_PREFIX = re.compile(rf"^(?:{_WRAPPERS}\.)+(?=(?:emb|head|ln_out|blocks|embeddings)\.)")
+_INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PEFT = re.compile(r"\.lora_([AB])(?:\.(?!weight$)\w+)?\.weight$")
+
+TRANSFORMERS = (
+    ("blocks.", "rwkv.blocks."),
+    ("emb.", "rwkv.embeddings."),
+    ("ln_out.", "rwkv.ln_out."),
+    (".ln0.", ".pre_ln."),
+    (".att.", ".attention."),
+    (".ffn.", ".feed_forward."),
+    ("time_mix_k", "time_mix_key"),
+    ("time_mix_v", "time_mix_value"),
+    ("time_mix_r", "time_mix_receptance"),
+)
+"""BlinkDL's names and transformers' names of RWKV-4, as parts to be replaced in this order."""
+
+
+def upstream_name(name: str) -> str:
+    """BlinkDL's name of a tensor that a wrapper, peft or transformers has given another: `module.blocks.0.…`, `….lora_A.default.weight`,
+    `rwkv.blocks.0.attention.…`."""
+    name = _PREFIX.sub("", _INSIDE.sub("", name))
+    name = _PEFT.sub(r".lora_\1", name)
+    if re.match(r"(?:blocks\.\d+\.(?:attention|feed_forward|pre_ln)|embeddings)\.", name):
+        for ours, theirs in TRANSFORMERS:
+            name = name.replace(theirs.removeprefix("rwkv."), ours)
+    return name
+
+
+def other_than_model(tensors: Mapping[str, Tensor]) -> str | None:
+    """If the tensors are recognised, and not as those of an RWKV-4 model: a sentence that says what they are and what to do; else None."""
+    if any(".lora_" in name for name in tensors):
+        if "emb.weight" in tensors:
+            return "a model together with a LoRA adapter that is not merged; merge it with the program that wrote it, or give its base model"
+        return (
+            "a LoRA adapter, not a whole model. Give the model that it was trained on; where a program takes no adapter beside it, merge"
+            " the two first with scripts/merge_lora.py, and give the merged model"
+        )
+    return _part_of_model(tensors) or _version(tensors) or _other_model(tensors)
+
+
+def other_than_adapter(tensors: Mapping[str, Tensor]) -> str | None:
+    """If the tensors are not those of a LoRA adapter: a sentence that says what they are, as far as it is known, and what to do; else None."""
+    if found := _part_of_model(tensors):
+        return found
+    if any(name in tensors for name in ("emb.weight", "head.weight")):
+        version = _version(tensors) or "a whole model"
+        return f"not a LoRA adapter but {version}. An adapter has only lora_A and lora_B, and some vectors"
+    unknown = [name for name in tensors if not re.search(r"\.lora_[AB]$|\.(att|ffn|ffnPre)\.time_\w+$|\.ln[012]\.(weight|bias)$", name)]
+    if unknown:
+        return f"not a LoRA adapter ({_some(unknown)} is not part of one)" if len(unknown) < len(tensors) else _nothing_known(tensors)
+    return None
+
+
+def _has(tensors: Iterable[str], pattern: str) -> bool:
+    return any(re.search(pattern, name) for name in tensors)
+
+
+def _part_of_model(tensors: Mapping[str, Tensor]) -> str | None:
+    if _has(tensors, r"\.(bone|disha|miss)$"):
+        return (
+            "an adapter of Bone, DiSHA or MiSS (RWKV-PEFT), which is not LoRA and cannot be used here. Merge it with RWKV-PEFT, and give the"
+            " merged model"
+        )
+    if _has(tensors, r"\.init_lora_[AB]$"):
+        return "the initial matrices of PiSSA (RWKV-PEFT), which are not an adapter. Merge the adapter with RWKV-PEFT, and give the merged model"
+    if _has(tensors, r"lora_magnitude_vector"):
+        return "a DoRA adapter (it has lora_magnitude_vector), which is not plain LoRA. Merge it with peft (merge_and_unload), and give the merged model"
+    if _has(tensors, r"\.(hada_w1_[ab]|lokr_w1|oft_r|vera_lambda_[bd]|ia3_l|lora_embedding_[AB]|lora_E)\b"):
+        return "an adapter of another kind than LoRA on matrices. Merge it with the program that wrote it, and give the merged model"
+    if tensors and all(re.search(r"\.(time_state|ts_state)$", name) for name in tensors):
+        return (
+            "a tuned state (state tuning: only time_state), which is neither a model nor a LoRA adapter. RWKV-4 has none; use it with the RWKV-5, 6 or"
+            " 7 model that it was trained for, in a program that loads states"
+        )
+    return None
+
+
+def _version(tensors: Mapping[str, Tensor]) -> str | None:
+    """An RWKV of another version than 4, or of 4 with parts that are not supported."""
+    train = "; RWKV-4 models can be used here"
+    layer = r"^blocks\.\d+\."
+    tests = (
+        (rf"{layer}ffn\.enn\.", 'RWKV-8 ("Heron", a research version)'),
+        (rf"{layer}qkv\.", "RWKV-7b (DEA attention, a research version)"),
+        (rf"{layer}ffn\.s_emb", "RWKV-7a (DeepEmbed)"),
+        (rf"{layer}att\.(r_k|k_k|x_r|w0)$", "RWKV-7 (x070)"),
+        (rf"{layer}att\.time_maa_rkvw_w1$", "an experimental version of RWKV-6 (x060b or x060c)"),
+        (rf"{layer}att\.gate_w1$", "an experimental version of RWKV-6 (x060a)"),
+        (rf"{layer}att\.time_maa", "RWKV-6 (x060)"),
+    )
+    for pattern, name in tests:
+        if _has(tensors, pattern):
+            return f"an {name} model{train}" if name[0] == "R" else f"{name}{train}"
+    decay = next((tensor for name, tensor in tensors.items() if re.search(rf"{layer}att\.time_decay$", name)), None)
+    if _has(tensors, rf"{layer}att\.gate\.weight$"):
+        later = decay is not None and decay.dim() >= 2 and decay.shape[1] > 1
+        return f"an RWKV-5.{2 if later else 1} model{train}"
+    if _has(tensors, rf"{layer}att\.ln_x\."):
+        return f"an RWKV-5.0 model{train}"
+    if decay is not None and decay.dim() != 1:
+        return f"an RWKV model of version 5 or later (att.time_decay is not a vector){train}"
+    if _has(tensors, r"^head_[qk]\.weight$|\.tiny_"):
+        return "an RWKV-4 model with head_q and head_k or with tiny attention, which are not supported"
+    if _has(tensors, rf"{layer}att\.time_(w|ww|alpha|beta|gamma|curve)$"):
+        return f"an RWKV model of a version before 4{train}"
+    return None
+
+
+def _other_model(tensors: Mapping[str, Tensor]) -> str | None:
+    names = list(tensors)
+    if _has(names, r"\.weight_(mx|rx|my|ry)$|\.weight_scale|_(mx|rx|my|ry)$"):
+        return "a model quantised to 8 bits for inference (PyPI rwkv's fp16i8). Give the .pth that it was converted from"
+    if _has(names, r"\.(qweight|qzeros|g_idx|absmax|quant_map|scales|SCB|weight_format)$|quant_state"):
+        return "a quantised model (GPTQ, AWQ or bitsandbytes). Give the original, in fp32, bf16 or fp16"
+    if _has(names, r"^(model\.)?layers\.\d+\.attn\.(r_proj|x_r|time_decay)") or _has(names, r"^rwkv7\."):
+        return "an RWKV-7 or RWKV-6 model with the tensor names of flash-linear-attention or transformers; RWKV-4 models can be used here"
+    if _has(names, r"^(token_embd|blk\.\d+\.)"):
+        return "a model with the tensor names of GGUF (llama.cpp). Give the .pth that it was converted from"
+    if _has(names, r"layers\.\d+\.(self_attn|mixer|attention)\.|^(transformer\.)?h\.\d+\.|^gpt_neox\.|encoder\.layer\.\d+|^(unet|vae|first_stage_model|cond_stage_model)\."):
+        return f"a model of another architecture, not RWKV (its tensors are {_some(names)})"
+    if names and all(tensor.numel() == 0 for tensor in tensors.values()):
+        return (
+            "a checkpoint whose weights are in other files (its tensors are empty: DeepSpeed's ZeRO stage 3). Collect them with the zero_to_fp32.py that"
+            " is beside it, and give what it writes"
+        )
+    return None
+
+
+def _nothing_known(tensors: Mapping[str, Tensor]) -> str:
+    return _other_model(tensors) or f"not a LoRA adapter (its tensors are {_some(list(tensors))})"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(printable(name)[:100] for name in sorted(names)[:3]) + (", …" if len(names) > 3 else "")

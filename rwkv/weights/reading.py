@@ -1,0 +1,137 @@
+"""A model's or an adapter's tensors from a file, whatever wrote it: recognised by content, refused by what it is, under BlinkDL's names."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from rwkv.errors import FileFormatError, UserError, printable
+from rwkv.files import regular
+from rwkv.weights import kinds, pth, recognise
+from rwkv.weights.archive import MAGIC
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights", "params")  # keys that training programs put a state_dict under
+_HEADER = 100_000_000  # bytes that the header of a safetensors file may have
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def tensors_of(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The floating-point tensors of a file of torch.save or safetensors, on the CPU, in the dtypes they are stored in, mapped where they can be.
+
+    A dictionary inside another (`state_dict`, `model`, `module`) is taken out of it, and names get the form that BlinkDL's files have (`kinds.upstream_name`).
+
+    Raises:
+        UserError: anything else, by what it is and with what to do.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        raise UserError(f"{path}: {recognise.folder(path)}")
+    with regular(path, "checkpoint") as file:
+        head = os.pread(file.fileno(), 9, 0)
+        if is_safetensors(file):
+            found: Any = _safetensors(path, file)
+        elif head.startswith((MAGIC, b"\x80")):
+            try:
+                found = pth.load(path)
+            except FileFormatError as error:
+                raise UserError(f"{path}: {recognise.reason(error)}") from error
+        else:
+            raise UserError(f"{path}: {recognise.content(file)}")
+    return _floating(_renamed(_unwrapped(found, path), path), path)
+
+
+def is_safetensors(file: BinaryIO) -> bool:
+    """Whether an open file begins like one of safetensors: the size of a header, and the header's brace."""
+    head = os.pread(file.fileno(), 9, 0)
+    return len(head) == 9 and head[8:] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _HEADER
+
+
+def _safetensors(path: Path, file: BinaryIO) -> dict[str, Tensor]:
+    size, header = os.fstat(file.fileno()).st_size, int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
+    if 8 + header > size:
+        raise UserError(f"{path}: truncated: it has {size:,} bytes, and its header alone needs {8 + header:,}. Download or copy it again")
+    try:
+        entries = json.loads(os.pread(file.fileno(), header, 8))
+        stored = {name: (entry["dtype"], int(entry["data_offsets"][1])) for name, entry in entries.items() if name != "__metadata__"}
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not a valid safetensors file: its header is corrupt") from error
+    needed = 8 + header + max((end for _, end in stored.values()), default=0)
+    if needed > size:
+        raise UserError(f"{path}: truncated: it has {size:,} bytes of {needed:,}. Download or copy it again")
+    if strange := next((name for name, (dtype, _) in stored.items() if dtype not in _DTYPES), None):
+        raise UserError(f"{path}: {_cannot(strange, str(stored[strange][0]), list(stored))}")
+    try:
+        return safetensors.torch.load_file(path)  # mapped by that library
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, KeyError, OverflowError) as error:
+        raise UserError(f"{path}: not a valid safetensors file ({_first_line(error)})") from error
+
+
+def _unwrapped(value: Any, path: Path) -> dict[str, Tensor]:
+    for _ in range(4):
+        if not isinstance(value, dict):
+            break
+        if {"format", "tensors", "text"} <= value.keys():
+            raise UserError(f"{path}: the resume state of a run, not a model; give the run's newest rwkv-N.pth")
+        if value.keys() & {"_strategy", "_version", "_rescale_layer"}:
+            raise UserError(
+                f"{path}: converted for inference by the PyPI package rwkv (its matrices are transposed and rescaled); give the .pth that it was"
+                " converted from"
+            )
+        if value and all(isinstance(x, Tensor) for x in value.values()):
+            break
+        inside = next((value[key] for key in _WRAPPERS if isinstance(value.get(key), dict) and value[key]), None)
+        if inside is None:
+            break
+        value = inside
+    if isinstance(value, dict):
+        if value.keys() >= {"state", "param_groups"} or value.keys() & {"optimizer_state_dict", "base_optimizer_state", "optimizer"}:
+            raise UserError(f"{path}: the state of an optimizer, not a model (its keys are {_some(value)}); give the weights of the same run")
+        if not value:
+            raise UserError(f"{path}: an empty dictionary, not a model; give the model's state_dict")
+    if isinstance(value, list) and value and all(isinstance(x, Tensor) for x in value):
+        raise UserError(f"{path}: a list of {len(value)} tensors, such as an inference state, not a model; give the model's state_dict")
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: contains a {type(value).__name__}, not a dictionary of tensors; give the model's state_dict")
+    for name, x in value.items():
+        if not isinstance(name, str) or not isinstance(x, Tensor):
+            kind = type(x).__name__
+            raise UserError(f"{path}: its entry {str(name)[:100]!r} is a {kind}, not a tensor; give the model's state_dict alone")
+    return value
+
+
+def _renamed(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    made: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        ours = kinds.upstream_name(name)
+        if ours in made:
+            raise UserError(f"{path}: has {ours[:200]} twice, once as {name[:200]}; which one is meant cannot be told")
+        made[ours] = tensor
+    return made
+
+
+def _floating(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise UserError(f"{path}: {_cannot(name, str(tensor.dtype).removeprefix('torch.'), list(tensors))}")
+    return tensors
+
+
+def _cannot(name: str, dtype: str, names: list[str]) -> str:
+    bits = "8" in dtype or "4" in dtype
+    kind = "quantised for inference" if bits else "not a checkpoint of a model"
+    if any(x.endswith(("_mx", "_rx", "_my", "_ry")) for x in names):
+        kind = "quantised to 8 bits for inference (PyPI rwkv's fp16i8)"
+    return f"{kind}: {printable(name)[:200]} is {dtype}; give the original, in float32, bfloat16 or float16"
+
+
+def _some(value: dict) -> str:
+    return ", ".join(printable(key)[:50] for key in list(value)[:4])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
