@@ -235,10 +235,10 @@ def inspect_adapter(path: PathLike, base: PathLike | None = None, alpha: float |
     Raises:
         UserError: not an adapter; NaN or Inf in it; made for another base; alpha unknown, or not the one it was trained with.
     """
-    file, manifest = peft_adapter.file_of(Path(path)), adapter_manifest(path)
-    tensors = read_tensors(file)
+    tensors = read_tensors(peft_adapter.file_of(Path(path)))
     if kind := kinds.other_than_adapter(tensors):
         raise UserError(f"{path}: {kind}")
+    manifest = adapter_manifest(path)
     ranks = {value.shape[0] if value.dim() else 0 for key, value in tensors.items() if key.endswith(".lora_A")}
     foreign = lora.foreign_layers(tensors)
     parts = lora.parts_of(tensors)
@@ -258,7 +258,9 @@ def inspect_adapter(path: PathLike, base: PathLike | None = None, alpha: float |
         **{k: manifest[k] for k in ("alpha", "base", "base_sha256") if k in manifest},
     }
     if known["r"] < 1 or known["r"] != manifest.get("r", known["r"]):
-        raise UserError(f"{path}: of rank {known['r']}, and {manifests.path_of(path).name} says {manifest.get('r')}: it belongs to another file")
+        raise UserError(
+            f"{path}: of rank {known['r']}, and {manifests.path_of(path).name} says {manifest.get('r')}: it belongs to another file"
+        )
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise UserError(f"{path}: alpha {alpha} was given; it is a number above 0, the one that the adapter was trained with")
     if alpha is not None and known.setdefault("alpha", alpha) != alpha:

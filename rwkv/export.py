@@ -13,6 +13,7 @@ from rwkv.weights.kinds import TRANSFORMERS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+
 def tensors_of(model: RWKV, dtype: str) -> dict[str, Tensor]:
     """All weights under BlinkDL's names in fp32, bf16 or fp16; `keep`: as they are.
 

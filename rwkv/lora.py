@@ -117,7 +117,9 @@ def layers() -> tuple[str, ...]:
 
 def foreign_layers(names: Collection[str]) -> list[str]:
     """Of an adapter with tensors of these names the layers that cannot have one here, such as head or att.gate."""
-    return sorted({layer for name in names if re.search(r"\.lora_[AB]$", name) and (layer := _layer(name[: -len(".lora_A")])) not in _LAYERS})
+    return sorted(
+        {layer for name in names if re.search(r"\.lora_[AB]$", name) and (layer := _layer(name[: -len(".lora_A")])) not in _LAYERS}
+    )
 
 
 def layers_of(part: str) -> tuple[str, ...]:

@@ -17,13 +17,10 @@ ROOMS = [
     ["rwkv/compat", "rwkv/config", "rwkv/upstream", "rwkv/errors", "rwkv/__init__"],
     ["rwkv/arguments", "rwkv/commands"],
     ["rwkv/cli", "rwkv/files", "rwkv/limits", "rwkv/mapped", "rwkv/unused"],
-<<<<<<< HEAD
     ["rwkv/pictures"],
-=======
     ["rwkv/weights/__init__", "rwkv/weights/archive", "rwkv/weights/unpickle"],
     ["rwkv/weights/pth", "rwkv/weights/recognise", "rwkv/weights/kinds", "rwkv/weights/manifest", "rwkv/weights/safetensors_file"],
     ["rwkv/weights/reading", "rwkv/weights/peft_adapter"],
->>>>>>> 499861c (Checkpoints are read by our own allow-list reader: nothing in a file can run on any torch; files are recognised by content)
     ["rwkv/wkv/nvrtc", "rwkv/wkv/reference"],
     ["rwkv/wkv/build"],
     ["rwkv/wkv/native"],

@@ -157,7 +157,9 @@ class Archive:
             inflated += full if method == _DEFLATED else 0
             records[short] = Record(start, stored, full, method == _DEFLATED, crc)
         if inflated > max(_INFLATED[0], _INFLATED[1] * self.size):
-            raise FileFormatError(f"its compressed records state {inflated:,} bytes, far more than a file of {self.size:,} bytes should hold")
+            raise FileFormatError(
+                f"its compressed records state {inflated:,} bytes, far more than a file of {self.size:,} bytes should hold"
+            )
         return records
 
     def _start(self, offset: int, name: bytes, flags: int, method: int, stored: int, full: int) -> int:
@@ -165,9 +167,7 @@ class Archive:
         header = self._at(offset, 30)
         flags_here, method_here, stored_here, full_here, n, extra = struct.unpack("<4x2x2H8x2I2H", header)
         later = bool(flags_here & _SIZES_FOLLOW)
-        sizes_agree = all(
-            here in (value, 0xFFFFFFFF) or (later and not here) for here, value in ((stored_here, stored), (full_here, full))
-        )
+        sizes_agree = all(here in (value, 0xFFFFFFFF) or (later and not here) for here, value in ((stored_here, stored), (full_here, full)))
         same = (flags_here, method_here, n) == (flags, method, len(name)) and self._at(offset + 30, n) == name
         if not header.startswith(_LOCAL) or not same or not sizes_agree:
             raise FileFormatError("its directory disagrees with its records")

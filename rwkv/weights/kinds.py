@@ -42,7 +42,9 @@ def other_than_model(tensors: Mapping[str, Tensor]) -> str | None:
     """If the tensors are recognised, and not as those of an RWKV-4 model: a sentence that says what they are and what to do; else None."""
     if any(".lora_" in name for name in tensors):
         if "emb.weight" in tensors:
-            return "a model together with a LoRA adapter that is not merged; merge it with the program that wrote it, or give its base model"
+            return (
+                "a model together with a LoRA adapter that is not merged; merge it with the program that wrote it, or give its base model"
+            )
         return (
             "a LoRA adapter, not a whole model. Give the model that it was trained on; where a program takes no adapter beside it, merge"
             " the two first with scripts/merge_lora.py, and give the merged model"
@@ -128,7 +130,10 @@ def _other_model(tensors: Mapping[str, Tensor]) -> str | None:
         return "an RWKV-7 or RWKV-6 model with the tensor names of flash-linear-attention or transformers; RWKV-4 models can be used here"
     if _has(names, r"^(token_embd|blk\.\d+\.)"):
         return "a model with the tensor names of GGUF (llama.cpp). Give the .pth that it was converted from"
-    if _has(names, r"layers\.\d+\.(self_attn|mixer|attention)\.|^(transformer\.)?h\.\d+\.|^gpt_neox\.|encoder\.layer\.\d+|^(unet|vae|first_stage_model|cond_stage_model)\."):
+    if _has(
+        names,
+        r"layers\.\d+\.(self_attn|mixer|attention)\.|^(transformer\.)?h\.\d+\.|^gpt_neox\.|encoder\.layer\.\d+|^(unet|vae|first_stage_model|cond_stage_model)\.",
+    ):
         return f"a model of another architecture, not RWKV (its tensors are {_some(names)})"
     if names and all(tensor.numel() == 0 for tensor in tensors.values()):
         return (

@@ -79,14 +79,18 @@ def check_adapter(manifest: dict[str, Any], where: PathLike, parts: Iterable[str
     if "r" in manifest and not (type(manifest["r"]) is int and 0 < manifest["r"] <= _RANK):
         raise wrong("r", "a positive integer")
     known = set(parts)
-    if "parts" in manifest and not (isinstance(manifest["parts"], list) and all(isinstance(x, str) and x in known for x in manifest["parts"])):
+    if "parts" in manifest and not (
+        isinstance(manifest["parts"], list) and all(isinstance(x, str) and x in known for x in manifest["parts"])
+    ):
         raise wrong("parts", f"a list of {', '.join(sorted(known))}")
     for key in ("base", "base_sha256"):
         if manifest.get(key, "") is None:  # known to be unknown
             manifest = {k: v for k, v in manifest.items() if k != key}
     if "base" in manifest and not _is_path(manifest["base"]):
         raise wrong("base", "the path of a file")
-    if "base_sha256" in manifest and not (isinstance(manifest["base_sha256"], str) and re.fullmatch("[0-9a-fA-F]{64}", manifest["base_sha256"])):
+    if "base_sha256" in manifest and not (
+        isinstance(manifest["base_sha256"], str) and re.fullmatch("[0-9a-fA-F]{64}", manifest["base_sha256"])
+    ):
         raise wrong("base_sha256", "a SHA-256 of 64 hexadecimal digits")
     return manifest
 

@@ -38,7 +38,9 @@ def described(config: Path) -> dict[str, Any]:
     found = read_json(config)
     kind = found.get("peft_type")
     if kind != "LORA":
-        raise UserError(f"{config}: describes an adapter of the type {_shown(kind)}, and only LORA can be used; merge it with peft, and give the merged model")
+        raise UserError(
+            f"{config}: describes an adapter of the type {_shown(kind)}, and only LORA can be used; merge it with peft, and give the merged model"
+        )
     initial = found.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower().startswith(("pissa", "olora", "corda", "loftq")):
         raise UserError(
@@ -60,7 +62,9 @@ def described(config: Path) -> dict[str, Any]:
         "alora_invocation_tokens": "activated LoRA",
     }.items():
         if found.get(key):
-            raise UserError(f"{config}: has {key} ({meaning}), which is not supported here; merge it with peft (merge_and_unload), and give the merged model")
+            raise UserError(
+                f"{config}: has {key} ({meaning}), which is not supported here; merge it with peft (merge_and_unload), and give the merged model"
+            )
     if found.get("bias", "none") != "none":
         raise UserError(f"{config}: trains biases (bias is {_shown(found['bias'])}), and RWKV's matrices have none")
     r, alpha = found.get("r"), found.get("lora_alpha")

@@ -194,4 +194,3 @@ def _tensor(spec: TensorSpec, where: str, storage: Callable[[StorageSpec], Any])
     if not elements:
         return torch.empty(spec.shape, dtype=dtype)
     return torch.empty(0, dtype=dtype).set_(bytes_of_it, spec.offset, spec.shape, spec.stride)
-

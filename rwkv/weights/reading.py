@@ -90,7 +90,9 @@ def _unwrapped(value: Any, path: Path) -> dict[str, Tensor]:
         value = inside
     if isinstance(value, dict):
         if value.keys() >= {"state", "param_groups"} or value.keys() & {"optimizer_state_dict", "base_optimizer_state", "optimizer"}:
-            raise UserError(f"{path}: the state of an optimizer, not a model (its keys are {_some(value)}); give the weights of the same run")
+            raise UserError(
+                f"{path}: the state of an optimizer, not a model (its keys are {_some(value)}); give the weights of the same run"
+            )
         if not value:
             raise UserError(f"{path}: an empty dictionary, not a model; give the model's state_dict")
     if isinstance(value, list) and value and all(isinstance(x, Tensor) for x in value):

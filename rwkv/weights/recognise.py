@@ -62,7 +62,11 @@ def content(file: BinaryIO) -> str:
     if head[4:8] == b"TFL3":
         return "a TensorFlow Lite model, not a checkpoint of RWKV"
     text = _text(head)
-    return "not a checkpoint: its content is neither of torch.save nor of safetensors, and is not recognised" if text is None else _of_text(text, size)
+    return (
+        "not a checkpoint: its content is neither of torch.save nor of safetensors, and is not recognised"
+        if text is None
+        else _of_text(text, size)
+    )
 
 
 def _text(head: bytes) -> str | None:

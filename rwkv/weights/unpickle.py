@@ -127,7 +127,13 @@ def _parameter(data: Any, *_: Any) -> TensorSpec:
 
 
 def _with_type(function: Any, kind: Any, arguments: Any, _state: Any) -> TensorSpec:
-    if type(function) is not _Name or function.call is None or type(kind) is not _Name or kind.call is not None or type(arguments) is not tuple:
+    if (
+        type(function) is not _Name
+        or function.call is None
+        or type(kind) is not _Name
+        or kind.call is not None
+        or type(arguments) is not tuple
+    ):
         raise FileFormatError("it has a tensor of an unknown kind")
     return _parameter(function.call(*arguments))
 

@@ -167,7 +167,9 @@ def tar(folder: Path) -> Path:
     return path
 
 
-def tensor(shape: tuple, stride: tuple, count: int, storage: str = "FloatStorage", function: str = "_rebuild_tensor_v2", more: bytes = b"") -> bytes:
+def tensor(
+    shape: tuple, stride: tuple, count: int, storage: str = "FloatStorage", function: str = "_rebuild_tensor_v2", more: bytes = b""
+) -> bytes:
     """The instructions that push a tensor over a storage `0`."""
     return (
         f"ctorch._utils\n{function}\n((X\x07\x00\x00\x00storagectorch\n{storage}\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu".encode()

@@ -1,5 +1,6 @@
 """No file can execute anything while it is read, whatever the version of torch: https://github.com/advisories/GHSA-53q9-r3pm-6pq6 (CVE-2025-32434)."""
 
+import contextlib
 import os
 import pickle
 import struct
@@ -115,7 +116,14 @@ def test_a_file_without_permission_is_said_to_be_so(folder, monkeypatch):
 
 def test_all_that_torch_saves_of_plain_data_and_tensors_is_read():
     value = {
-        "tensors": [torch.randn(3, 4), torch.randn(4, 3).t(), torch.arange(3), torch.tensor(True), torch.empty(0, 3), torch.tensor(2.5).double()],
+        "tensors": [
+            torch.randn(3, 4),
+            torch.randn(4, 3).t(),
+            torch.arange(3),
+            torch.tensor(True),
+            torch.empty(0, 3),
+            torch.tensor(2.5).double(),
+        ],
         "parameter": torch.nn.Parameter(torch.randn(2)),
         "numbers": (1, -1, 1 << 40, -(1 << 70), 1.5, float("inf"), True, None),
         "text": "é" * 300,
@@ -134,8 +142,10 @@ def test_all_that_torch_saves_of_plain_data_and_tensors_is_read():
             found = pth.load("x.pth", verify=True)
             assert found.keys() == value.keys()
             for ours, theirs in zip(found["tensors"], value["tensors"], strict=True):
-                assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-            assert torch.equal(found["weight"], linear.weight) and torch.equal(found["module"]["bias"], linear.bias)
+                assert ours.dtype == theirs.dtype
+                assert torch.equal(ours, theirs)
+            assert torch.equal(found["weight"], linear.weight)
+            assert torch.equal(found["module"]["bias"], linear.bias)
             plain = ("numbers", "text", "dtype", 3)
             assert [found[key] for key in plain] == [value[key] for key in plain]
             assert tuple(found["size"]) == (2, 3)
@@ -254,10 +264,8 @@ def test_damaged_files_are_refused_or_read_but_nothing_else():
             for flip in (0x01, 0x80, 0xFF):
                 bad = bytearray(good)
                 bad[place] ^= flip
-                try:
+                with contextlib.suppress(FileFormatError):
                     pth.load(written(bytes(bad)))
-                except FileFormatError:
-                    pass
 
 
 def test_a_pickle_that_torch_did_not_write_is_refused():
