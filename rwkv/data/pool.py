@@ -1,45 +1,69 @@
-"""Work shared out to processes in order, with a bounded number of pieces under way."""
+"""A function on chunks in worker processes: results in the order of the chunks, a bounded number in memory, and no hang if a worker is killed."""
 
 import collections
+import contextlib
 import itertools
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
+from concurrent.futures import Future
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from rwkv.errors import UserError
 
-_AHEAD = 4  # chunks per worker that are under way at once; they bound the memory
-_function: Callable[[Any], Any]
+_AHEAD = 4  # chunks per worker that are waiting, being worked on or done; they bound the memory
+_ADVICE = "give fewer --workers, or smaller documents"
+_KILLED = f"a worker process was killed, most likely because memory ran out; {_ADVICE}"
 
 
 class Pool:
-    """A function on chunks in `workers` processes, or in this one if one is enough; results in the order of the chunks."""
+    """A function on chunks in `workers` processes, or in this one if one is enough; results in the order of the chunks.
+
+    Each worker has a pipe of its own, and a thread here that sends it one chunk and waits for the result. Only the worker has the other end
+    of that pipe, so that its death ends the waiting at any moment, also in the middle of a result.
+    """
 
     def __init__(self, function: Callable[[Any], Any], workers: int):
         self._function, self._workers = function, workers
-        self._pool: ProcessPoolExecutor | None = None
+        self._processes: list[BaseProcess] = []
+        self._pipes: list[Connection] = []
+        self._threads: list[threading.Thread] = []
+        self._tasks: queue.SimpleQueue[tuple[Any, Future] | None] = queue.SimpleQueue()
+        self._ok = True
 
     def __enter__(self) -> "Pool":
         if self._workers > 1:
-            # fork, as torch's DataLoader does: the vocabulary is there at once, and once in memory
-            context = multiprocessing.get_context("fork")
-            self._pool = ProcessPoolExecutor(self._workers, context, _start, (self._function,))
-            self._pool.submit(int)  # now, before other threads start
+            try:
+                self._start()
+            except BaseException:
+                self._kill()
+                raise
         return self
 
-    def __exit__(self, *_):
-        if self._pool:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+    def __exit__(self, kind, *_):
+        for _ in self._threads:
+            self._tasks.put(None)
+        if kind is None and self._ok:
+            for thread in self._threads:
+                thread.join()
+            for pipe in self._pipes:
+                pipe.close()  # a worker ends when its pipe does
+            for process in self._processes:
+                process.join(5)
+        self._kill()
 
     def map(self, chunks: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        """Each chunk with what it became. A UserError in reading comes after the results of what was read before it."""
-        if not self._pool:
+        """Each chunk with its result. A UserError in reading the chunks is raised after the results of those that were read before it.
+
+        Raises:
+            UserError: a worker was killed.
+        """
+        if not self._processes:
             for chunk in chunks:
                 yield chunk, self._function(chunk)
             return
@@ -49,26 +73,96 @@ class Pool:
             while True:
                 try:
                     for chunk in itertools.islice(feed, _AHEAD * self._workers - len(waiting)):
-                        waiting.append((chunk, self._pool.submit(_call, chunk)))
+                        future: Future = Future()
+                        waiting.append((chunk, future))
+                        self._tasks.put((chunk, future))
                 except UserError as error:
                     feed, failure = iter(()), error
                 if not waiting:
                     break
                 chunk, future = waiting.popleft()
                 yield chunk, future.result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker was ended from outside, most likely for want of memory; give fewer --workers, or smaller documents"
-            ) from error
+        except BaseException:
+            self._ok = False
+            raise
         if failure:
             raise failure
 
+    def _start(self) -> None:
+        # fork, as torch's DataLoader does: the vocabulary is there immediately, and once in memory. All of them before a thread starts.
+        context = multiprocessing.get_context("fork")
+        for _ in range(self._workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(self._function, theirs, [*self._pipes, ours]), daemon=True)
+            self._pipes.append(ours)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+        for process, pipe in zip(self._processes, self._pipes, strict=True):
+            thread = threading.Thread(target=self._serve, args=(process, pipe), daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
-def _start(function: Callable[[Any], Any]) -> None:
-    global _function
-    _function = function
+    def _serve(self, process: BaseProcess, pipe: Connection) -> None:
+        while task := self._tasks.get():
+            chunk, future = task
+            try:
+                pipe.send(chunk)
+                ok, result = pipe.recv()
+            except (EOFError, OSError):
+                future.set_exception(UserError(_KILLED))
+                self._fail()
+                return
+            except Exception as error:  # a chunk or result that cannot be pickled
+                future.set_exception(error)
+                continue
+            future.set_result(result) if ok else future.set_exception(result)
+
+    def _fail(self) -> None:
+        """A worker is dead: nothing that waits for one may wait for ever."""
+        self._ok = False
+        for process in self._processes:
+            process.kill()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if task := self._tasks.get_nowait():
+                    task[1].set_exception(UserError(_KILLED))
+        for _ in self._threads:  # those that were taken out above, if the pool is ending
+            self._tasks.put(None)
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+            process.join(10)
+        for thread in self._threads:  # what they wait for ends with the processes
+            thread.join(10)
+        for pipe in self._pipes:
+            pipe.close()
+
+
+def _work(function: Callable[[Any], Any], pipe: Connection, others: list[Connection]) -> None:
+    for other in others:  # inherited: with them open, a pipe would not end with the process that it belongs to
+        other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            chunk = pipe.recv()
+            try:
+                answer = True, function(chunk)
+            except MemoryError:
+                answer = False, UserError(f"memory ran out; {_ADVICE}")
+            except Exception as error:
+                answer = False, error
+            except BaseException as error:  # a panic of a Rust library, which cannot be pickled
+                answer = False, RuntimeError(f"{type(error).__name__}: {error}")
+            try:
+                pipe.send(answer)
+            except (AttributeError, TypeError, ValueError) as error:  # cannot be pickled
+                pipe.send((False, RuntimeError(f"{type(error).__name__}: {error}")))
+    os._exit(0)
 
 
 def _end_with_parent() -> None:
@@ -76,7 +170,3 @@ def _end_with_parent() -> None:
     if parent := multiprocessing.parent_process():
         wait([parent.sentinel])
         os._exit(1)
-
-
-def _call(chunk: Any) -> Any:
-    return _function(chunk)

@@ -253,7 +253,7 @@ def test_a_full_disk_is_an_error_in_words(write_jsonl, tmp_path):
 
 def test_a_worker_that_dies_is_an_error_in_words(write_jsonl, tmp_path, monkeypatch):
     monkeypatch.setattr(converting.Encoder, "__call__", lambda self, chunk: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(UserError, match="a worker was ended from outside, most likely for want of memory"):
+    with pytest.raises(UserError, match="a worker process was killed, most likely because memory ran out"):
         run(write_jsonl({"text": "a"}), tmp_path / "out", workers=2)
     assert names(tmp_path) == ["text.jsonl"]
 
