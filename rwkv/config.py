@@ -206,7 +206,16 @@ class ConvertConfig:
 
     input: str = ""
     """What to convert: files, globs and folders, separated by commas. jsonl, json (an array), txt, csv, tsv, parquet, arrow, each also
-    with .gz or .zst; folders of the datasets library. A folder is read in the order of its files' names."""
+    with .gz or .zst; folders of the datasets library and of the Hub; - or a pipe with input_format. A folder is read in the natural order of
+    its files' names: ch2 before ch10, 第二章 before 第十章."""
+    input_format: Literal["", "jsonl", "json", "txt", "csv", "tsv", "parquet", "arrow"] = ""
+    """Format of the files that input names, where their names do not tell, such as a pipe. Compression is recognised."""
+    split: str = ""
+    """Which splits of a data set to take: train, validation, test or another name, several separated by commas, or all. Left out: train."""
+    encoding: str = ""
+    """Encoding of text files that are not UTF-8, such as gb18030 (also for GBK), big5, shift_jis, utf-16. Files that are UTF-8 are read as such."""
+    max_record_mb: int = 1024
+    """Largest record (line, element, row, text file) in MiB; a larger one is an error. It has to fit into memory several times."""
     output_prefix: str = ""
     """P of P_text_document.bin and .idx. Left out: the input without its ending."""
     jsonl_keys: str = "text"
@@ -221,6 +230,8 @@ class ConvertConfig:
     """The tokenizer.json of HFTokenizer; also --vocab. World's vocabulary comes with the tokenizer and need not be given."""
     split_lines: bool = False
     """Every line of a txt file is a document. Without it the whole file is one, and has to fit into memory."""
+    keep_crlf: bool = False
+    r"""Keep the line ends of Windows (\r\n) in txt files. Without it they become \n, as models write it."""
     ftfy: bool = False
     """Repair broken Unicode (mojibake) with the ftfy library before tokenising."""
     chat_template: str = ""

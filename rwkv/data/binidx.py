@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from rwkv import files
 from rwkv.errors import UserError
 from rwkv.files import abandoned, together
 
@@ -129,6 +130,19 @@ def document_prefix(output_prefix: str | Path, key: str) -> str:
 def mask_path(prefix: str | Path) -> Path:
     """Where the loss mask of a binidx lies: `P_<key>_mask.bin` beside `P_<key>_document.bin`, one byte a token, 1 = counts in the loss."""
     return Path(f"{str(prefix).removesuffix('_document')}_mask.bin")
+
+
+@contextlib.contextmanager
+def exclusive(output_prefix: str | Path, prefixes: Sequence[str | Path]) -> Iterator[None]:
+    """Keep other processes from writing these binidx, or others under the same output prefix, as long as the block runs.
+
+    Raises:
+        UserError: another process is writing one of them.
+    """
+    with contextlib.ExitStack() as stack:
+        for prefix in dict.fromkeys(map(Path, [output_prefix, *prefixes])):
+            stack.enter_context(files.exclusive(prefix.with_name(f".{prefix.name}.lock"), prefix, "choose another --output-prefix"))
+        yield
 
 
 def refuse_existing(prefixes: Sequence[str | Path], beside: Sequence[Path] = ()) -> None:

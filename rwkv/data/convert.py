@@ -1,18 +1,20 @@
-"""Files of documents → tokens → binidx: on all cores, in order, whole or not at all."""
+"""Files of documents → tokens → binidx: on all cores, in order, written atomically."""
 
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from rwkv.config import ConvertConfig
-from rwkv.data import binidx, chat, inputs, provenance, shards
+from rwkv.data import binidx, chat, encodings, inputs, provenance, shards, sources
 from rwkv.data.encode import Encoder
-from rwkv.data.inputs import Chunk, Source
+from rwkv.data.formats import Source
+from rwkv.data.inputs import Chunk
 from rwkv.data.jsonl import BadRecord
 from rwkv.data.pool import Pool
 from rwkv.data.tokenizer import HFTokenizer, WorldTokenizer, same_vocabulary
@@ -46,13 +48,47 @@ def convert(config: ConvertConfig) -> Converted:
         UserError: a bad record (by file and number), a damaged file, output that is there already and no `force`, a full disk. Nothing is
             written then.
     """
-    sources = inputs.find(config.input, config.split_lines)
-    if not sources:
-        raise UserError("--input is missing: one or more files, globs or folders, separated by commas")
+    found = find(config)
     keys = shards.keys(config.jsonl_keys)
     shard = shards.parse(config.shard)
-    prefix = shards.prefix(config.output_prefix or default_prefix(config.input, sources), shard)
-    encoder = _encoder(config, sources, keys)
+    prefix = shards.prefix(config.output_prefix or default_prefix(config.input, found.sources), shard)
+    with binidx.exclusive(prefix, [binidx.document_prefix(prefix, key) for key in keys]), _explained(found.sources):
+        return _convert(config, found, keys, shard, prefix)
+
+
+def find(config: ConvertConfig) -> sources.Found:
+    """The files that a conversion reads. Raises UserError if there are none, or a flag about them is wrong."""
+    if not config.input.strip():
+        raise UserError("--input is missing: one or more files, globs or folders, separated by commas")
+    if config.max_record_mb < 1:
+        raise UserError(f"--max_record_mb {config.max_record_mb}: must be at least 1")
+    found = sources.find(config.input, config.split_lines, config.split, config.encoding, config.input_format)
+    if not found.sources:
+        raise UserError(f"--input {config.input}: names no file")
+    found.sources = [
+        replace(one, keep_crlf=config.keep_crlf, max_record=config.max_record_mb << 20) for one in found.sources
+    ]
+    return found
+
+
+@contextlib.contextmanager
+def _explained(some: Sequence[Source]) -> Iterator[None]:
+    """Add to the error of a conversion what explains it: a file that was changed meanwhile, an encoding."""
+    try:
+        yield
+    except UserError as error:
+        sources.check_unchanged(some)
+        message = str(error)
+        failed = next((one for one in some if message.startswith((f"{one.path}, ", f"{one.path}:"))), None)
+        if failed and ": not UTF-8 (" in message:
+            raise UserError(message + encodings.advice(failed, some)) from error
+        raise
+
+
+def _convert(
+    config: ConvertConfig, found: sources.Found, keys: Sequence[str], shard: tuple[int, int] | None, prefix: str
+) -> Converted:
+    encoder = _encoder(config, found.sources, keys)
     tokenizer = encoder.tokenizer
     if config.dtype == "uint16" and tokenizer.vocab_size > 1 << 16:
         raise UserError(f"{tokenizer.name} has {tokenizer.vocab_size} tokens, which uint16 does not hold; give --dtype int32")
@@ -62,19 +98,22 @@ def convert(config: ConvertConfig) -> Converted:
     if not config.force:
         binidx.refuse_existing(prefixes, beside)
 
+    for note in found.notes:
+        print(note, file=sys.stderr, flush=True)
     workers = config.workers or len(os.sched_getaffinity(0))
     fields = [*keys, *(chat.FIELDS if encoder.template else ())]
-    feed = inputs.chunks(sources, fields, shard or (0, 1))
+    feed = inputs.chunks(found.sources, fields, shard or (0, 1))
     places = _Places()
     count = 0
     with (
         Pool(encoder, workers) as pool,
         binidx.writers(prefixes, config.dtype, encoder.template is not None, beside) as (out, (rejects, *manifest)),
         tqdm(
-            total=_bytes(sources, shard), unit="B", unit_scale=True, desc="convert", mininterval=0.5 if sys.stderr.isatty() else 15
+            total=_bytes(found.sources, shard), unit="B", unit_scale=True, desc="convert", mininterval=0.5 if sys.stderr.isatty() else 15
         ) as bar,
     ):
-        with open(rejects, "w", encoding="utf-8") as rejected:
+        # halves of surrogate pairs become the escapes of JSON
+        with open(rejects, "w", encoding="utf-8", errors="backslashreplace") as rejected:
             for chunk, encoded in pool.map(feed):
                 for number, wrong, record in encoded.rejects:
                     place = places.of(chunk, number)
@@ -96,11 +135,13 @@ def convert(config: ConvertConfig) -> Converted:
             )
         if not count:
             rejects.unlink()
-        described = provenance.describe(provenance.tokenizer_of(tokenizer, config.vocab_file), sources, provenance.flags_of(config))
+        tokenizer_entry = provenance.tokenizer_of(tokenizer, config.vocab_file)
+        described = provenance.describe(tokenizer_entry, found.sources, provenance.flags_of(config), sources.splits_of(found))
+        sources.check_unchanged(found.sources)
         for one in out:
             provenance.write(one.manifest, described, one.documents, one.tokens, one.counted)
         if shard:
-            manifest[0].write_text(json.dumps(shards.manifest(config, sources), indent=2) + "\n", encoding="utf-8")
+            manifest[0].write_text(json.dumps(shards.manifest(config, found.sources), indent=2) + "\n", encoding="utf-8")
     return Converted(pairs, encoder.template is not None, count, rejects_path)
 
 
@@ -110,12 +151,12 @@ def texts(config: ConvertConfig) -> tuple[Iterator[tuple[str, int]], int]:
     Raises:
         UserError: as `convert`; while iterating, for a bad record unless they are skipped.
     """
-    sources, keys = inputs.find(config.input, config.split_lines), shards.keys(config.jsonl_keys)[:1]
-    encoder = _encoder(config, sources, keys)
+    some, keys = find(config).sources, shards.keys(config.jsonl_keys)[:1]
+    encoder = _encoder(config, some, keys)
 
     def read() -> Iterator[tuple[str, int]]:
         done, places = 0, _Places()
-        for chunk in inputs.chunks(sources, [*keys, *(chat.FIELDS if encoder.template else ())]):
+        for chunk in inputs.chunks(some, [*keys, *(chat.FIELDS if encoder.template else ())]):
             done, lines = done + chunk.size, inputs.lines_of(chunk)
             for number, record in inputs.records(chunk, lines, keys):
                 try:
@@ -130,21 +171,24 @@ def texts(config: ConvertConfig) -> tuple[Iterator[tuple[str, int]], int]:
                     yield "".join(text for text, _ in segments), done
             places.passed(chunk, len(lines))
 
-    return read(), sum(source.size for source in sources)
+    return read(), sum(source.size for source in some)
 
 
-def default_prefix(spec: str, sources: Sequence[Source]) -> str:
-    """The output beside the input: the folder's name, or that of the first file without its endings."""
-    path = next((Path(word) for word in (spec, spec.split(",")[0].strip()) if os.path.exists(word)), sources[0].path)
+def default_prefix(spec: str, some: Sequence[Source]) -> str:
+    """The output beside the input: the folder's name, or that of the first file without its endings. Raises UserError for a pipe."""
+    first = Path(os.path.expanduser(sources.words(spec)[0]))
+    path = first if first.exists() else some[0].path
     if path.is_dir():
         return str(path if path.name else path.resolve())
-    while path.suffix.lower() in inputs.ENDINGS:
+    if some[0].spool:
+        raise UserError(f"{path}: a pipe has no folder for the output; name one with --output_prefix")
+    while path.suffix.lower() in sources.ENDINGS:
         path = path.with_suffix("")
     return str(path)
 
 
-def _encoder(config: ConvertConfig, sources: Sequence[Source], keys: Sequence[str]) -> Encoder:
-    template, stop = _template(config, sources, keys), config.on_error == "stop"
+def _encoder(config: ConvertConfig, some: Sequence[Source], keys: Sequence[str]) -> Encoder:
+    template, stop = _template(config, some, keys), config.on_error == "stop"
     return Encoder(_tokenizer(config), keys, config.dtype, config.append_eod, config.ftfy, template, stop)
 
 
@@ -161,7 +205,7 @@ def _tokenizer(config: ConvertConfig) -> WorldTokenizer | HFTokenizer:
     return WorldTokenizer()
 
 
-def _template(config: ConvertConfig, sources: Sequence[Source], keys: Sequence[str]) -> chat.Template | None:
+def _template(config: ConvertConfig, some: Sequence[Source], keys: Sequence[str]) -> chat.Template | None:
     """The chat template that is asked for, or the usual one where the first record is a chat."""
     if config.chat_template:
         return chat.Template(config.chat_template)
@@ -170,15 +214,15 @@ def _template(config: ConvertConfig, sources: Sequence[Source], keys: Sequence[s
         return chat.Template(usual)
     if keys != ["text"]:
         return None
-    for chunk in inputs.chunks(sources[:1], [*keys, *chat.KEYS]):
+    for chunk in inputs.chunks(some[:1], [*keys, *chat.KEYS]):
         for _, record in inputs.records(chunk, inputs.lines_of(chunk), keys):
             is_chat = isinstance(record, dict) and "text" not in record and any(record.get(key) for key in chat.KEYS)
             return chat.Template(usual) if is_chat else None
     return None
 
 
-def _bytes(sources: Sequence[Source], shard: tuple[int, int] | None) -> int:
-    total = sum(source.size for source in sources)
+def _bytes(some: Sequence[Source], shard: tuple[int, int] | None) -> int:
+    total = sum(source.size for source in some)
     return total if shard is None else total * (shard[0] + 1) // shard[1] - total * shard[0] // shard[1]
 
 
@@ -191,7 +235,7 @@ class _Places:
 
     def of(self, chunk: Chunk, number: int) -> str:
         self._enter(chunk)
-        return inputs.place(chunk, number, lambda: inputs.count_lines(chunk.source.path, self._start) + self._lines)
+        return inputs.place(chunk, number, lambda: inputs.count_lines(chunk.source.stored, self._start) + self._lines)
 
     def passed(self, chunk: Chunk, lines: int) -> None:
         self._enter(chunk)

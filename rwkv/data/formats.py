@@ -1,7 +1,9 @@
-"""How each format is read: a file to batches of records, or of lines, in order and in bounded memory. Damage is told by file and place."""
+"""How each format is read: a file to batches of records, or of lines, in order and in bounded memory. Corrupt files are named with the place."""
 
+import contextlib
 import csv
 import io
+import itertools
 import json
 import shutil
 import sys
@@ -9,52 +11,120 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
-from rwkv.data.jsonl import BadRecord
+from rwkv.data import transcode
+from rwkv.data.jsonl import DECODER, BadRecord
 from rwkv.errors import UserError
 
 CHUNK = 1 << 20  # bytes of text that a worker takes at a time
 BOM = b"\xef\xbb\xbf"
+TEXT = {"jsonl", "json", "lines", "txt", "csv"}  # kinds that are text in some encoding
+MAX_RECORD = 1 << 30
+_EXPANDED = 1 << 26  # bytes of rows that are turned into Python objects together
+_DEEPEST = 100  # levels of nesting that a record may have
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file to convert. kind: jsonl, json, lines (of text), txt (one document), csv, parquet, arrow. compression: gzip, zstd or none."""
+    """A file to convert.
+
+    Attributes:
+        path: as the user knows it.
+        kind: jsonl, json, lines (of text), txt (one document), csv, parquet, arrow.
+        compression: gzip, zstd or none.
+        size: bytes as stored.
+        delimiter: of csv.
+        encoding: of text; "" is UTF-8.
+        keep_crlf: leave the line ends of Windows in txt as they are.
+        max_record: bytes of the largest record that is read.
+        identity: device, inode, size and time of change (ns) when it was found; none: not to be compared.
+        spool: where the bytes are, if not under path, which may be a pipe.
+    """
 
     path: Path
     kind: str
     compression: str
     size: int
-    mtime_ns: int = 0
+    delimiter: str = ","
+    encoding: str = ""
+    keep_crlf: bool = False
+    max_record: int = MAX_RECORD
+    identity: tuple[int, int, int, int] | None = None
+    spool: str = ""
+
+    @property
+    def mtime_ns(self) -> int:
+        """When it was changed, ns since 1970; 0 if not known."""
+        return self.identity[3] if self.identity else 0
+
+    @property
+    def stored(self) -> str | Path:
+        """Where the bytes are."""
+        return self.spool or self.path
+
+    @property
+    def plain(self) -> bool:
+        """Whether the bytes are UTF-8 as they are stored, so that a part of the file can be read without the rest."""
+        return not self.compression and not self.encoding
+
+    def too_large(self, where: str) -> NoReturn:
+        """Raise UserError for a record over max_record."""
+        size = f"{self.max_record >> 20:,} MiB" if self.max_record >> 20 else f"{self.max_record:,} bytes"
+        raise UserError(
+            f"{self.path}, {where}: a record of more than {size}; if it is meant so and fits into memory, raise --max_record_mb"
+        )
 
 
 class opened:
-    """(the decompressed bytes of a source, how many bytes of the file have been read so far), with damage as a UserError."""
+    """(the decompressed bytes of a source, in UTF-8 if it is text, how many bytes of the file have been read so far); corruption is a UserError."""
 
     def __init__(self, source: Source):
         self._source = source
 
     def __enter__(self) -> tuple[BinaryIO, Callable[[], int]]:
-        self._raw = open(self._source.path, "rb")
-        if not self._source.compression:
-            return self._raw, self._raw.tell
-        import pyarrow  # a fifth of a second, and plain jsonl needs none of it
+        self._raw = open(self._source.stored, "rb")
+        file: Any = self._raw
+        if self._source.compression:
+            import pyarrow  # a fifth of a second, and plain jsonl needs none of it
 
-        # not Python's gzip or zstandard: the second takes a file that is cut short for a whole one
-        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(self._raw, "r"), self._source.compression)
-        return io.BufferedReader(stream, 1 << 18), self._raw.tell
+            # not Python's gzip or zstandard: the second takes a file that is cut short for a whole one
+            stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(self._raw, "r"), self._source.compression)
+            file = io.BufferedReader(stream, 1 << 18)
+        if self._source.encoding:
+            file = io.BufferedReader(transcode.Transcoded(file, self._source.encoding), 1 << 18)
+        return file, self._raw.tell
 
     def __exit__(self, kind, error, _):
         self._raw.close()
         if isinstance(error, OSError) and not error.errno:  # pyarrow's
-            raise UserError(f"{self._source.path}: damaged or cut short ({error})") from error
+            raise UserError(f"{self._source.path}: corrupt or cut short ({error})") from error
+
+
+def read_line(source: Source, file: BinaryIO, where: str) -> bytes:
+    """The next line of a file. Raises UserError if it is longer than a record may be."""
+    line = file.readline(source.max_record + 1)
+    return source.too_large(where) if len(line) > source.max_record else line
+
+
+def is_json_line(head: bytes) -> bool:
+    """Whether the beginning of a file is a whole JSON value on a line, and more lines follow it."""
+    line, newline, rest = head.partition(b"\n")
+    if not newline or not rest.strip():
+        return False
+    try:
+        DECODER.decode(line.decode("utf-8", "replace").strip())
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _lines(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[int, int]) -> Iterator[tuple[dict, None]]:
-    first = True
+    first, count = True, 0
     while data := file.read(CHUNK):
-        data += file.readline()
+        # A chunk ends with a line. Where it is, only counts if there is no end in sight.
+        data += read_line(source, file, f"after line {count + data.count(10)}")
+        count += data.count(10)
         yield {"lines": data.removeprefix(BOM) if first else data}, None
         first = False
 
@@ -65,7 +135,7 @@ def _array(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[
     By the standard library: ijson puts `?` for half of a surrogate pair and stops at NaN and at long numbers.
     """
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    decode, buffer, at, number, ended = json.JSONDecoder().raw_decode, "", 0, 0, False
+    decode, buffer, at, number, ended = DECODER.raw_decode, "", 0, 0, False
 
     def expect(characters: str) -> str:
         """The next character that is no space, which must be one of these."""
@@ -82,6 +152,39 @@ def _array(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[
             raise UserError(f"{source.path}: after element {number} there is {buffer[at]!r}, expected {' or '.join(characters)}")
         return buffer[at]
 
+    def more() -> bool:
+        """Read on; whether there was anything."""
+        nonlocal buffer, at
+        if len(buffer) - at > source.max_record:
+            source.too_large(f"element {number + 1}")
+        block = text.read(max(CHUNK, len(buffer) - at))
+        buffer, at = buffer[at:] + block, 0
+        return bool(block)
+
+    def skip() -> None:
+        """Pass an element that is nested too deeply for the decoder: to the bracket that closes its first."""
+        nonlocal at
+        depth, in_string, i = 0, False, at
+        while True:
+            while i >= len(buffer):
+                i -= at
+                if not more():
+                    raise UserError(f"{source.path}, element {number + 1}: not JSON (nested too deeply, and cut short)")
+            letter = buffer[i]
+            if in_string:
+                i += letter == "\\"
+                in_string = letter != '"'
+            elif letter == '"':
+                in_string = True
+            elif letter in "[{":
+                depth += 1
+            elif letter in "]}":
+                depth -= 1
+            i += 1
+            if not depth:
+                at = i
+                return
+
     def rows() -> Iterator[tuple[int, Any]]:
         nonlocal buffer, at, number, ended
         expect("[")
@@ -90,17 +193,22 @@ def _array(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[
             at += 1
         while not ended:
             expect("")
+            element: Any
             try:
-                element, at = decode(buffer, at)
+                element, end = decode(buffer, at)
+                if end == len(buffer) and more():  # a number may go on
+                    continue
+                at += end - at
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(buffer) - 64
-                more = text.read(max(CHUNK, len(buffer) - at)) if cut else ""
-                if not more:
+                if not cut or not more():
                     raise UserError(f"{source.path}, element {number + 1}: not JSON ({error.msg})") from error
-                buffer, at = buffer[at:] + more, 0
                 continue
-            except RecursionError as error:
-                raise UserError(f"{source.path}, element {number + 1}: not JSON (nested too deeply)") from error
+            except RecursionError:
+                skip()
+                element = BadRecord("nested too deeply")
+            if not isinstance(element, BadRecord) and length(element, _DEEPEST) is None:
+                element = BadRecord(f"nested too deeply (more than {_DEEPEST} levels)")
             number += 1
             yield number, _slim(element, fields)
             ended = expect(",]") == "]"
@@ -109,37 +217,64 @@ def _array(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[
             raise UserError(f"{source.path}: something follows the array, after element {number}; one array a file")
 
     try:
-        for batch in _batches(rows()):
+        for batch in _batches(source, rows()):
             yield {"rows": batch}, None
     except UnicodeDecodeError as error:
-        raise UserError(f"{source.path}, after element {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        raise UserError(f"{source.path}, after element {number}: {_not_in(source)} ({error.reason})") from error
+
+
+def _not_in(source: Source) -> str:
+    return f"not {source.encoding}" if source.encoding else "not UTF-8"
 
 
 def _csv(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[int, int]) -> Iterator[tuple[dict, None]]:
-    csv.field_size_limit(sys.maxsize)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    reader = csv.reader(text, delimiter="\t" if ".tsv" in source.path.suffixes else ",", strict=True)
     line = 1
+
+    def lines() -> Iterator[str]:
+        size = 0  # of a record, which may have several lines
+        while some := text.readline(source.max_record + 1):
+            size = size + len(some) if record == line else len(some)
+            if size > source.max_record:
+                source.too_large(f"line {line}")
+            yield some
+
+    record = 0  # the line where the record begins that the reader is in
+    limit = csv.field_size_limit(sys.maxsize)  # lines are limited above
     try:
+        feed = lines()
+        first = next(feed, "")
+        reader = csv.reader(itertools.chain([first] if first else [], feed), delimiter=_delimiter(source, first, fields), strict=True)
         header = next(reader, [])
         _some(source, header, fields)
 
         def rows() -> Iterator[tuple[int, Any]]:
-            nonlocal line
-            line = reader.line_num + 1
+            nonlocal line, record
+            line = record = reader.line_num + 1
             for row in reader:
                 if len(row) == len(header):
                     yield line, _slim(dict(zip(header, row, strict=True)), fields)
                 elif row:
                     yield line, BadRecord(f"{len(row)} fields, and the header has {len(header)}")
-                line = reader.line_num + 1
+                line = record = reader.line_num + 1
 
-        for batch in _batches(rows()):
+        for batch in _batches(source, rows()):
             yield {"rows": batch}, None
     except csv.Error as error:
         raise UserError(f"{source.path}, line {line}: not CSV ({error})") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{source.path}, line {line} or after: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        raise UserError(f"{source.path}, line {line} or after: {_not_in(source)} ({error.reason})") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _delimiter(source: Source, header: str, fields: Sequence[str]) -> str:
+    """The delimiter that the name says, unless the header has the column only with another one that spreadsheets write."""
+    for delimiter in dict.fromkeys((source.delimiter, "\t", ";", ",")):
+        with contextlib.suppress(csv.Error, StopIteration):
+            if set(fields) & set(next(csv.reader([header], delimiter=delimiter))):
+                return delimiter
+    return source.delimiter
 
 
 def _parquet(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[int, int]) -> Iterator[tuple[dict, int]]:
@@ -153,24 +288,32 @@ def _parquet(source: Source, file: BinaryIO, fields: Sequence[str], begins: tupl
         try:
             table = parquet.ParquetFile(file)
             columns = _some(source, table.schema_arrow.names, fields)
+            table = parquet.ParquetFile(file, read_dictionary=_repeating(table, columns))
             count, number = table.num_row_groups, 0
             for group in range(count):
                 at, end = (source.size * i // count for i in (group, group + 1))
                 if begins[0] <= at < begins[1]:
                     batches = table.iter_batches(256, row_groups=[group], columns=columns)
-                    for rows, share in _shares(_batches(_rows(batches, number)), end - at):
+                    for rows, share in _shares(_batches(source, _rows(batches, number)), end - at):
                         yield {"rows": rows}, share
                 number += table.metadata.row_group(group).num_rows
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-            raise UserError(f"{source.path}: not parquet, or damaged ({error})") from error
+            raise UserError(f"{source.path}: not parquet, or corrupt ({error})") from error
+
+
+def _repeating(table: Any, columns: Sequence[str]) -> list[str]:
+    """The columns to read with their dictionaries as they are stored: one long text in many rows is then once in memory."""
+    leaves = [table.schema.column(i) for i in range(len(table.schema))]
+    return [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.path.split(".")[0] in columns]
 
 
 def _arrow(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[int, int]) -> Iterator[tuple[dict, int | None]]:
     import pyarrow
 
-    try:
-        mapped = file if source.compression else pyarrow.memory_map(str(source.path))
-        with pyarrow.ipc.open_stream(mapped) as reader:
+    with contextlib.ExitStack() as stack:
+        try:
+            mapped = file if source.compression else stack.enter_context(pyarrow.memory_map(str(source.stored)))
+            reader = stack.enter_context(pyarrow.ipc.open_stream(mapped))
             columns, number, before = _some(source, reader.schema.names, fields), 0, 0
             while True:
                 at = 0 if source.compression else before
@@ -180,11 +323,15 @@ def _arrow(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[
                     break
                 before = 0 if source.compression else mapped.tell()
                 if begins[0] <= at < begins[1]:
-                    for rows, share in _shares(_batches(_rows([batch.select(columns)], number)), before - at):
+                    batch = batch.select(columns)
+                    batch.validate(full=True)  # offsets that lead out of the file would be followed
+                    for rows, share in _shares(_batches(source, _rows([batch], number)), before - at):
                         yield {"rows": rows}, None if source.compression else share
                 number += batch.num_rows
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{source.path}: not an arrow stream, as save_to_disk writes it, or damaged ({error})") from error
+        except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise UserError(f"{source.path}: not an arrow stream, as save_to_disk writes it, or corrupt ({error})") from error
 
 
 # (source, file, fields, range of bytes in which the records begin) -> (the chunk's field, bytes of the file that it stands for; None: as read)
@@ -206,18 +353,38 @@ def _slim(record: Any, fields: Sequence[str]) -> Any:
 
 
 def _rows(batches: Iterable, number: int) -> Iterator[tuple[int, Any]]:
+    """Rows by number, some at a time: a dictionary's one long text may be in all of them. One that cannot be read is a BadRecord."""
     for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
+        step = max(1, min(256, _EXPANDED // max(1, batch.nbytes)))
+        for first in range(0, batch.num_rows, step):
+            part = batch.slice(first, step)
+            try:
+                rows = part.to_pylist()
+            except Exception:  # such as a time out of range, or bytes that are not UTF-8
+                rows = [_row(part.slice(i, 1)) for i in range(part.num_rows)]
+            for row in rows:
+                number += 1
+                yield number, row
 
 
-def _batches(rows: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
+def _row(part: Any) -> Any:
+    try:
+        return part.to_pylist()[0]
+    except Exception as error:
+        return BadRecord(f"cannot be read ({type(error).__name__}: {error})")
+
+
+def _batches(source: Source, rows: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
     """Rows by about a chunk of text. A BadRecord among them goes through as it is."""
     some, size = [], 0
-    for row in rows:
-        some.append(row)
-        size += _length(row[1])
+    for number, row in rows:
+        long = length(row, _DEEPEST)
+        if long is None:
+            row, long = BadRecord(f"nested too deeply (more than {_DEEPEST} levels)"), 0
+        if long > source.max_record:
+            source.too_large(f"row {number}")
+        some.append((number, row))
+        size += long
         if size >= CHUNK or len(some) == 1 << 14:
             yield some
             some, size = [], 0
@@ -225,12 +392,22 @@ def _batches(rows: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]
         yield some
 
 
-def _length(value: Any) -> int:
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(_length, value.values()))
-    return sum(map(_length, value)) if isinstance(value, list) else 0
+def length(value: Any, deepest: int) -> int | None:
+    """Characters in a record; None if it is nested more than `deepest` levels. Not recursive: records may be nested as deeply as they like."""
+    total, level, depth = 0, [value], 0
+    while level:
+        below: list[Any] = []
+        for one in level:
+            if isinstance(one, str | bytes):
+                total += len(one)
+            elif isinstance(one, dict):
+                below += one.values()
+            elif isinstance(one, list):
+                below += one
+        level, depth = below, depth + 1
+        if depth > deepest + 1:
+            return None
+    return total
 
 
 def _shares(parts: Iterator, size: int) -> Iterator[tuple[Any, int]]:

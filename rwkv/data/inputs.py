@@ -1,35 +1,19 @@
-"""Which files there are, and their records in chunks, in order: jsonl, json, txt, csv, tsv, parquet, arrow, `datasets` folders; .gz, .zst.
+"""The records of files in chunks, in order: jsonl, json, txt, csv, tsv, parquet, arrow; .gz, .zst.
 
 A chunk is what one worker takes at a time. Of a plain file of lines it is a range of bytes, which the worker reads itself.
 """
 
-import dataclasses
-import glob
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rwkv.data import formats
-from rwkv.data.formats import BOM, READERS, Source, opened
+from rwkv.data.formats import BOM, READERS, Source, opened, read_line
 from rwkv.data.jsonl import BadRecord, parse, utf8
 from rwkv.errors import UserError
 
-_KINDS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".txt": "txt",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
 _SPLIT = {"jsonl", "lines", "parquet", "arrow"}  # kinds of which a shard can take a part without reading the rest
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-ENDINGS = {*_KINDS, *_COMPRESSIONS}
 
 
 @dataclass(frozen=True)
@@ -52,33 +36,6 @@ class Chunk:
     files: list[Source] | None = None
 
 
-def find(spec: str, split_lines: bool = False) -> list[Source]:
-    """The files that a comma-separated list of files, globs and folders names, in its order; those of a glob or folder sorted by name.
-
-    Raises:
-        UserError: something that is not there, of no known kind, or a folder or glob without a file of a known kind.
-    """
-    sources: list[Source] = []
-    for word in [spec] if os.path.exists(spec) else spec.split(","):
-        if not (word := word.strip()):
-            continue
-        path = Path(word)
-        if path.is_dir():
-            found = _dataset(path) or [x for x in sorted(path.rglob("*")) if _is_input(x, path)]
-            complaint = f"{path}: a folder without a file that can be converted ({', '.join(_KINDS)}, also with .gz or .zst)"
-        elif path.is_file():
-            found, complaint = [path], ""
-        else:
-            found = (
-                [x for x in map(Path, sorted(glob.glob(word, recursive=True))) if _is_input(x, x.parent)] if glob.has_magic(word) else []
-            )
-            complaint = f"{word}: no such file" if not glob.has_magic(word) else f"{word}: matches no file that can be converted"
-        if not found:
-            raise UserError(complaint)
-        sources += [_source(x, split_lines) for x in found]
-    return sources
-
-
 def chunks(sources: Sequence[Source], fields: Sequence[str], shard: tuple[int, int] = (0, 1)) -> Iterator[Chunk]:
     """Every record of the sources that the shard (i of n) owns, in order.
 
@@ -97,7 +54,7 @@ def chunks(sources: Sequence[Source], fields: Sequence[str], shard: tuple[int, i
     for source in sources:
         begins = max(low - start, 0), max(high - start, 0)  # the shard's records begin in this range of the file's bytes
         start += source.size
-        splits = source.kind in _SPLIT and not source.compression
+        splits = source.kind in _SPLIT and source.plain
         if not (begins[0] < source.size and begins[1] > 0 if splits else begins[0] == 0 < begins[1]):
             continue
         if small and (source.kind != "txt" or len(small) == 1000 or sum(one.size for one in small) >= formats.CHUNK):
@@ -127,12 +84,17 @@ def records(chunk: Chunk, lines: Sequence[bytes], keys: Sequence[str]) -> Iterat
     if chunk.files is not None:
         for number, source in enumerate(chunk.files):
             with opened(source) as (file, _):
-                yield number, _attempt(lambda data: dict.fromkeys(keys, utf8(data)), file.read().removeprefix(BOM))
+                data = file.read(source.max_record + 1)
+            if len(data) > source.max_record:
+                source.too_large("the whole file (--split_lines makes every line a document)")
+            if source.plain and len(data) < source.size:
+                raise UserError(f"{source.path}: became shorter while it was read; convert again when nothing writes to it")
+            yield number, _attempt(source, lambda data: dict.fromkeys(keys, _text(source, data)), data.removeprefix(BOM))
         return
     read = parse if chunk.source.kind == "jsonl" else lambda line: dict.fromkeys(keys, utf8(line.removesuffix(b"\r")))
     for number, line in enumerate(lines):
         if line and not line.isspace():
-            yield number, _attempt(read, line)
+            yield number, _attempt(chunk.source, read, line)
 
 
 def lines_of(chunk: Chunk) -> list[bytes]:
@@ -142,13 +104,17 @@ def lines_of(chunk: Chunk) -> list[bytes]:
     data = chunk.lines
     if data is None:
         begin, end = chunk.span or (0, chunk.size)
-        with open(chunk.source.path, "rb") as file:
+        source = chunk.source
+        with open(source.stored, "rb") as file:
+            file.seek(max(begin - 1, 0))
+            data = file.read(end - begin)
+            if len(data) < end - begin:
+                raise UserError(f"{source.path}: became shorter while it was read; convert again when nothing writes to it")
             if begin:  # a line that began before belongs to the chunk before
-                file.seek(begin - 1)
-                begin += len(file.readline()) - 1
-            data = file.read(max(end - begin, 0))
+                _, newline, data = data.partition(b"\n")
+                data += file.read(1) if newline else b""
             if data and not data.endswith(b"\n"):
-                data += file.readline()
+                data += read_line(source, file, f"before byte {end:,}")
             if begin == 0:
                 data = data.removeprefix(BOM)
     lines = data.split(b"\n")
@@ -167,7 +133,7 @@ def place(chunk: Chunk, number: int, lines_before: Callable[[], int]) -> str:
     return f"{chunk.source.path}, line {lines_before() + number + 1}"
 
 
-def count_lines(path: Path, end: int) -> int:
+def count_lines(path: str | Path, end: int) -> int:
     """Lines of a file that begin before this byte."""
     count, last = 0, b"\n"
     with open(path, "rb") as file:
@@ -176,58 +142,21 @@ def count_lines(path: Path, end: int) -> int:
     return count + (last != b"\n")
 
 
-def _attempt(read: Callable[[bytes], Any], data: bytes) -> Any:
+def _attempt(source: Source, read: Callable[[bytes], Any], data: bytes) -> Any:
     try:
         return read(data)
     except BadRecord as error:
+        if source.encoding and str(error).startswith("not UTF-8"):  # it was, and what is wrong in it is marked
+            return BadRecord(f"not {source.encoding}")
         return error
 
 
-def _is_input(path: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-    ours = path.name.endswith(".rejects.jsonl") or (path.suffix == ".json" and path.with_suffix(".idx").exists())  # a converter's
-    return not hidden and not ours and path.is_file() and _kind(path)[0] is not None
-
-
-def _kind(path: Path) -> tuple[str | None, str]:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    compression = _COMPRESSIONS.get(suffixes[-1], "") if suffixes else ""
-    rest = suffixes[:-1] if compression else suffixes
-    return _KINDS.get(rest[-1]) if rest else None, compression
-
-
-def _source(path: Path, split_lines: bool) -> Source:
-    kind, compression = _kind(path)
-    if kind is None:
-        raise UserError(f"{path}: of no known kind; the name must end in {', '.join(_KINDS)}, with or without .gz or .zst")
-    stat = path.stat()
-    source = Source(path, kind, compression, stat.st_size, stat.st_mtime_ns)
-    if kind == "json" and _first_byte(source) == b"{":  # many a .json holds jsonl
-        kind = "jsonl"
-    return dataclasses.replace(source, kind="lines" if kind == "txt" and split_lines else kind)
-
-
-def _first_byte(source: Source) -> bytes:
-    with opened(source) as (file, _):
-        return file.read(1 << 12).removeprefix(BOM).lstrip()[:1]
-
-
-def _dataset(folder: Path) -> list[Path]:
-    """The arrow files of a folder that datasets' save_to_disk made, of all its splits; empty if it is no such folder."""
-    splits = folder / "dataset_dict.json"
-    if splits.is_file():
-        return [file for split in _json(splits).get("splits", []) for file in _dataset(folder / split)]
-    state = folder / "state.json"
-    if not state.is_file():
-        return []
-    return [folder / entry["filename"] for entry in _json(state).get("_data_files", [])]
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); the datasets folder is damaged") from error
+def _text(source: Source, data: bytes) -> str:
+    """The text of a txt file, with \\n as line ends unless they are to stay."""
+    text = utf8(data)
+    if source.keep_crlf or "\r" not in text:
+        return text
+    return text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")
 
 
 def _reading(source: Source, reader: Callable, fields: Sequence[str], begins: tuple[int, int]) -> Iterator[Chunk]:

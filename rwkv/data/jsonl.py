@@ -1,6 +1,8 @@
 """A line of jsonl: one JSON object, the text under one key."""
 
 import json
+import math
+import re
 from typing import Any
 
 import orjson
@@ -8,6 +10,13 @@ import orjson
 
 class BadRecord(ValueError):
     """What is wrong with one record; who knows its file and number adds them."""
+
+
+def _integer(digits: str) -> float:
+    return int(digits) if len(digits) < 4000 else math.inf  # Python refuses longer ones, which mean nothing in a text
+
+
+DECODER = json.JSONDecoder(parse_int=_integer)
 
 
 def parse(line: bytes) -> Any:
@@ -18,9 +27,66 @@ def parse(line: bytes) -> Any:
         pass  # the standard library takes more, such as NaN and numbers of any size, and says better what is wrong
     text = utf8(line)
     try:
-        return json.loads(text)
+        return DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise BadRecord(f"not JSON: {_reason(text, error)}") from error
     except (ValueError, RecursionError) as error:
-        raise BadRecord(f"not JSON ({error})") from error
+        raise BadRecord("not JSON: nested too deeply" if isinstance(error, RecursionError) else f"not JSON: {error}") from error
+
+
+_ONE_A_LINE = "a .jsonl file has one object per line"
+
+
+def _reason(text: str, error: json.JSONDecodeError) -> str:
+    """What is wrong with a line, and what to do."""
+    stripped, at, msg = text.strip(), error.pos, error.msg
+    after, before = text[at : at + 1], text[:at].rstrip()[-1:]
+    if not stripped.strip("\0"):
+        return f"{len(stripped):,} NUL bytes, as a crash or a full disk leaves them; remove the line"
+    for begin, what in _FOREIGN:
+        if stripped.startswith(begin):
+            return what
+    if "\r" in stripped and "\n" not in stripped and msg in ("Extra data", "Expecting value"):
+        return r"the lines end with a carriage return alone; convert it: tr '\r' '\n' < old > new"
+    if msg == "Extra data" and text[at:].strip() == ",":
+        return f"there is a comma after the closing {before}; {_ONE_A_LINE} and no commas between lines"
+    if msg == "Extra data":
+        return f"there is more after the first value, at column {at + 1}: {text[at : at + 20]!r}; {_ONE_A_LINE}"
+    if stripped in ("[", "]", "],", "[{", "}]"):
+        return f"part of a JSON array over several lines; {_ONE_A_LINE}: name the file .json, or give --input_format json"
+    if stripped.startswith("[") and at >= len(text.rstrip()):
+        return f"the begin of a JSON array; {_ONE_A_LINE}: name the file .json, or give --input_format json"
+    if stripped in ("{", "}", "},") or (at >= len(text.rstrip()) and not msg.startswith("Unterminated")):
+        return f"the value does not end on this line; {_ONE_A_LINE}: write each on one line, such as with `jq -c . old > new`, or make a .json array"
+    if after == "'" or (before == "'" and "'" in stripped):
+        return f"single quotes at column {at + 1}; JSON needs \"double quotes\""
+    if msg.startswith("Invalid control character"):
+        return rf"a tab or another control character inside a string, at column {at + 1}; write \t, or \u and its code"
+    if msg.startswith("Unterminated string"):
+        return f"the string that begins at column {at + 1} does not end on this line; cut short, or a line break inside it, which must be written \\n"
+    if (after in "}]" and before == ",") or msg.startswith("Illegal trailing comma"):
+        return f"a comma before the closing {text[at:].lstrip(',').lstrip()[:1] or after}, at column {at + 1}; remove it"
+    if word := re.match(r"(None|True|False|undefined)\b", text[at:]):
+        return f"{word[1]} at column {at + 1}; JSON writes null, true, false"
+    if msg.startswith("Expecting ',' delimiter"):
+        return f"unexpected text after a value, at column {at + 1}: {text[at : at + 20]!r}; a \" inside a string must be written \\\""
+    if re.match(r"[^\W\d]\w*\s*:", text[at:]) and msg.startswith("Expecting property name"):
+        return f"a name without quotes at column {at + 1}; JSON needs \"double quotes\" around names"
+    return f"{msg[0].lower()}{msg[1:]} at column {at + 1}"
+
+
+_FOREIGN = (
+    ("version https://git-lfs", "a Git LFS pointer, not the file itself; run git lfs pull"),
+    ("<!DOCTYPE", "a web page, not JSON; download the file itself"),
+    ("<!doctype", "a web page, not JSON; download the file itself"),
+    ("<html", "a web page, not JSON; download the file itself"),
+)
+
+
+_MAGIC = (
+    (b"\x1f\x8b", "compressed by gzip; let the name end in .gz"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd; let the name end in .zst"),
+)
 
 
 def utf8(line: bytes) -> str:
@@ -28,7 +94,8 @@ def utf8(line: bytes) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadRecord(f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x}); save the file as UTF-8") from error
+        magic = next((what for begin, what in _MAGIC if line.startswith(begin)), "")
+        raise BadRecord(magic or f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x})") from error
 
 
 def text_under(key: str, record: Any) -> str:

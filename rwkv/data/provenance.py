@@ -44,7 +44,7 @@ def describe(
                 "path": str(source.path),
                 "size": source.size,
                 "mtime_ns": source.mtime_ns,
-                "sha256": sha256(source.path) if hashed else None,
+                "sha256": sha256(source.stored) if hashed else None,
             }
             for source in sources
         ],

@@ -9,7 +9,7 @@ from typing import Any
 
 from rwkv.config import ConvertConfig
 from rwkv.data import binidx, provenance
-from rwkv.data.inputs import Source
+from rwkv.data.formats import Source
 from rwkv.errors import UserError
 
 
@@ -73,9 +73,16 @@ def merge(output_prefix: str, force: bool) -> list[tuple[str, int, int]]:
     masked = binidx.mask_path(binidx.document_prefix(parts[0], names[0])).is_file()
     rejects = Path(f"{output_prefix}.rejects.jsonl")
     prefixes = [binidx.document_prefix(output_prefix, key) for key in names]
+    with binidx.exclusive(output_prefix, prefixes):
+        return _merge(parts, made[0]["flags"]["dtype"], names, prefixes, masked, rejects, force)
+
+
+def _merge(
+    parts: Sequence[str], dtype: str, names: Sequence[str], prefixes: Sequence[str], masked: bool, rejects: Path, force: bool
+) -> list[tuple[str, int, int]]:
     if not force:
         binidx.refuse_existing(prefixes, [rejects])
-    with binidx.writers(prefixes, made[0]["flags"]["dtype"], masked, [rejects]) as (out, (rejected,)):
+    with binidx.writers(prefixes, dtype, masked, [rejects]) as (out, (rejected,)):
         for key, one in zip(names, out, strict=True):
             for part in parts:
                 one.add_file(binidx.document_prefix(part, key))

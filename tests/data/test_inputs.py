@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from rwkv.data import formats, inputs
+from rwkv.data import formats, inputs, sources
 from rwkv.data.jsonl import BadRecord
 from rwkv.errors import UserError
 
@@ -63,9 +63,9 @@ KINDS = {
 COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
 
 
-def read(spec, shard=(0, 1), split_lines=True, keys=("text",)):
+def read(spec, shard=(0, 1), split_lines=True, keys=("text",), **flags):
     found = []
-    for chunk in inputs.chunks(inputs.find(str(spec), split_lines), keys, shard):
+    for chunk in inputs.chunks(sources.find(str(spec), split_lines, **flags).sources, keys, shard):
         found += [record for _, record in inputs.records(chunk, inputs.lines_of(chunk), keys)]
     return [record if isinstance(record, BadRecord) else record[keys[0]] for record in found]
 
@@ -115,7 +115,9 @@ def test_a_datasets_folder_is_read_by_its_state(tmp_path):
     save_to_disk(tmp_path / "two/train", ["a", "b", "c"])
     save_to_disk(tmp_path / "two/test", ["d", "e", "f"])
     (tmp_path / "two/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    assert read(tmp_path / "two") == ["a", "b", "c", "d", "e", "f"]
+    assert read(tmp_path / "two") == ["a", "b", "c"]
+    assert read(tmp_path / "two", split="test") == ["d", "e", "f"]
+    assert read(tmp_path / "two", split="all") == ["a", "b", "c", "d", "e", "f"]
     assert read(tmp_path / "two/test") == ["d", "e", "f"]
 
 
@@ -160,18 +162,18 @@ def test_json_of_any_kind_around_the_text(tmp_path):
         ("x.csv", b'id,text\n1,a\n2,"b', r"x.csv, line 3: not CSV \(unexpected end of data"),
         ("x.csv", b"id,txt\n1,a\n", r"x.csv: no column \"text\" \(it has 'id', 'txt'\)"),
         ("x.csv", b"id,text\n1,\xff\n", r"x.csv, line 1 or after: not UTF-8"),
-        ("x.parquet", b"PAR1 not really", r"x.parquet: not parquet, or damaged"),
-        ("x.parquet", as_parquet(["a"])[:-20], r"x.parquet: not parquet, or damaged"),
+        ("x.parquet", b"PAR1 not really", r"x.parquet: not parquet, or corrupt"),
+        ("x.parquet", as_parquet(["a"])[:-20], r"x.parquet: not parquet, or corrupt"),
         ("x.arrow", as_jsonl(["a"]), r"x.arrow: not an arrow stream"),
-        ("x.jsonl.gz", gzip.compress(as_jsonl(["a"] * 99))[:-9], r"x.jsonl.gz: damaged or cut short"),
-        ("x.jsonl.zst", zstd(as_jsonl(["a"] * 99))[:-9], r"x.jsonl.zst: damaged or cut short"),
-        ("x.jsonl.gz", b"plain", r"x.jsonl.gz: damaged or cut short"),
-        ("x.txt.gz", gzip.compress(b"a" * 99)[:-9], r"x.txt.gz: damaged or cut short"),
+        ("x.jsonl.gz", gzip.compress(as_jsonl(["a"] * 99))[:-9], r"x.jsonl.gz: corrupt or cut short"),
+        ("x.jsonl.zst", zstd(as_jsonl(["a"] * 99))[:-9], r"x.jsonl.zst: corrupt or cut short"),
+        ("x.jsonl.gz", b"plain", r"x.jsonl.gz: corrupt or cut short"),
+        ("x.txt.gz", gzip.compress(b"a" * 99)[:-9], r"x.txt.gz: corrupt or cut short"),
         ("x.md", b"", r"x.md: of no known kind; the name must end in .jsonl"),
         ("sub/x.md", b"", r"a folder without a file that can be converted"),
     ],
 )
-def test_what_is_damaged_is_named(tmp_path, name, data, complaint):
+def test_what_is_corrupt_is_named(tmp_path, name, data, complaint):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=complaint):
@@ -181,7 +183,7 @@ def test_what_is_damaged_is_named(tmp_path, name, data, complaint):
 @pytest.mark.parametrize(("spec", "complaint"), [("none.jsonl", "none.jsonl: no such file"), ("no*.jsonl", "matches no file")])
 def test_what_is_missing_is_named(spec, complaint):
     with pytest.raises(UserError, match=complaint):
-        inputs.find(spec)
+        sources.find(spec)
 
 
 def test_bad_rows_stay_in_their_place(tmp_path):
@@ -189,7 +191,7 @@ def test_bad_rows_stay_in_their_place(tmp_path):
     a, two, c, four = read(tmp_path / "x.csv")
     assert (a, c) == ("a", "c\nc")
     assert (str(two), str(four)) == ("1 fields, and the header has 2", "3 fields, and the header has 2")
-    numbers = [number for chunk in inputs.chunks(inputs.find(str(tmp_path / "x.csv")), ["text"]) for number, _ in chunk.rows]
+    numbers = [number for chunk in inputs.chunks(sources.find(str(tmp_path / "x.csv")).sources, ["text"]) for number, _ in chunk.rows]
     assert numbers == [2, 3, 4, 6]
 
 
@@ -199,5 +201,5 @@ def test_a_line_is_read_by_the_chunk_in_which_it_begins(tmp_path, monkeypatch):
     path.write_bytes(b"\n".join(lines))
     for size in (1, 2, 13, 64, 1000):
         monkeypatch.setattr(formats, "CHUNK", size)
-        assert [line for chunk in inputs.chunks(inputs.find(str(path)), ["text"]) for line in inputs.lines_of(chunk)] == lines
+        assert [line for chunk in inputs.chunks(sources.find(str(path)).sources, ["text"]) for line in inputs.lines_of(chunk)] == lines
     assert [inputs.count_lines(path, end) for end in (0, 1, 13, 14, path.stat().st_size)] == [0, 1, 1, 2, 6]
