@@ -65,9 +65,7 @@ def find(config: ConvertConfig) -> sources.Found:
     found = sources.find(config.input, config.split_lines, config.split, config.encoding, config.input_format)
     if not found.sources:
         raise UserError(f"--input {config.input}: names no file")
-    found.sources = [
-        replace(one, keep_crlf=config.keep_crlf, max_record=config.max_record_mb << 20) for one in found.sources
-    ]
+    found.sources = [replace(one, keep_crlf=config.keep_crlf, max_record=config.max_record_mb << 20) for one in found.sources]
     return found
 
 
@@ -85,9 +83,7 @@ def _explained(some: Sequence[Source]) -> Iterator[None]:
         raise
 
 
-def _convert(
-    config: ConvertConfig, found: sources.Found, keys: Sequence[str], shard: tuple[int, int] | None, prefix: str
-) -> Converted:
+def _convert(config: ConvertConfig, found: sources.Found, keys: Sequence[str], shard: tuple[int, int] | None, prefix: str) -> Converted:
     encoder = _encoder(config, found.sources, keys)
     tokenizer = encoder.tokenizer
     if config.dtype == "uint16" and tokenizer.vocab_size > 1 << 16:

@@ -9,7 +9,15 @@ from rwkv.errors import UserError
 
 _LOOK = 1 << 16  # bytes that are enough to see what a file is
 _MANY = 2000  # files that are looked at to count those that are not UTF-8
-_NAMES = {"gb18030": "GBK", "big5": "Big5", "shift_jis": "Shift-JIS", "euc_jp": "EUC-JP", "euc_kr": "EUC-KR", "utf-16": "UTF-16", "cp1252": "Windows-1252"}
+_NAMES = {
+    "gb18030": "GBK",
+    "big5": "Big5",
+    "shift_jis": "Shift-JIS",
+    "euc_jp": "EUC-JP",
+    "euc_kr": "EUC-KR",
+    "utf-16": "UTF-16",
+    "cp1252": "Windows-1252",
+}
 
 
 def check(encoding: str) -> None:
@@ -21,7 +29,9 @@ def check(encoding: str) -> None:
         if not info._is_text_encoding or "a" not in info.decode(info.encode("a")[0])[0]:
             raise LookupError
     except (LookupError, ValueError, UnicodeError, TypeError) as error:
-        raise UserError(f"--encoding {encoding}: no such text encoding; for example gb18030 (also for GBK), big5, shift_jis, utf-16, cp1252") from error
+        raise UserError(
+            f"--encoding {encoding}: no such text encoding; for example gb18030 (also for GBK), big5, shift_jis, utf-16, cp1252"
+        ) from error
 
 
 def same_as_utf8(encoding: str) -> bool:
@@ -108,7 +118,12 @@ def _usual(letter: str, encoding: str) -> float:
     if "\uac00" <= letter <= "\ud7a3":
         return 1 if encoding == "euc_kr" else 0
     if "\u4e00" <= letter <= "\u9fff":
-        common = {"gb18030": 0xB0 <= lead <= 0xD7, "big5": 0xA4 <= lead <= 0xC6, "shift_jis": 0x88 <= lead <= 0x97, "euc_jp": 0xB0 <= lead <= 0xCF}
+        common = {
+            "gb18030": 0xB0 <= lead <= 0xD7,
+            "big5": 0xA4 <= lead <= 0xC6,
+            "shift_jis": 0x88 <= lead <= 0x97,
+            "euc_jp": 0xB0 <= lead <= 0xCF,
+        }
         if encoding == "gb18030":
             return 1 if common["gb18030"] and len(raw := letter.encode("gb18030")) == 2 and raw[1] >= 0xA1 else 0.1
         return 0.9 if common.get(encoding, False) else 0.1

@@ -45,7 +45,9 @@ def array_to_binidx(path: str, prefix: str) -> None:
     if not isinstance(ids, np.ndarray):
         names = ", ".join(ids.files[:5])
         ids.close()
-        raise UserError(f"{path}: an .npz archive with {names or 'nothing'} in it, whatever its name; save the one array of ids with numpy.save")
+        raise UserError(
+            f"{path}: an .npz archive with {names or 'nothing'} in it, whatever its name; save the one array of ids with numpy.save"
+        )
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or not len(ids):
         raise UserError(f"{path}: holds {ids.dtype} {list(ids.shape)}, and token ids are one row of integers")
     blocks = [slice(begin, begin + _BLOCK) for begin in range(0, len(ids), _BLOCK)]
@@ -56,7 +58,9 @@ def array_to_binidx(path: str, prefix: str) -> None:
 
 def _describe(out: binidx.Writer, tokenizer: dict | None, path: str, kind: str) -> None:
     stat = Path(path).stat() if path else None
-    sources = [Source(Path(path), kind, "", stat.st_size, identity=(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))] if stat else []
+    sources = (
+        [Source(Path(path), kind, "", stat.st_size, identity=(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))] if stat else []
+    )
     described = provenance.describe(tokenizer, sources, {"data_type": kind})
     provenance.write(out.manifest, described, out.documents, out.tokens, out.counted)
 

@@ -59,7 +59,7 @@ def _reason(text: str, error: json.JSONDecodeError) -> str:
     if stripped in ("{", "}", "},") or (at >= len(text.rstrip()) and not msg.startswith("Unterminated")):
         return f"the value does not end on this line; {_ONE_A_LINE}: write each on one line, such as with `jq -c . old > new`, or make a .json array"
     if after == "'" or (before == "'" and "'" in stripped):
-        return f"single quotes at column {at + 1}; JSON needs \"double quotes\""
+        return f'single quotes at column {at + 1}; JSON needs "double quotes"'
     if msg.startswith("Invalid control character"):
         return rf"a tab or another control character inside a string, at column {at + 1}; write \t, or \u and its code"
     if msg.startswith("Unterminated string"):
@@ -69,9 +69,9 @@ def _reason(text: str, error: json.JSONDecodeError) -> str:
     if word := re.match(r"(None|True|False|undefined)\b", text[at:]):
         return f"{word[1]} at column {at + 1}; JSON writes null, true, false"
     if msg.startswith("Expecting ',' delimiter"):
-        return f"unexpected text after a value, at column {at + 1}: {text[at : at + 20]!r}; a \" inside a string must be written \\\""
+        return f'unexpected text after a value, at column {at + 1}: {text[at : at + 20]!r}; a " inside a string must be written \\"'
     if re.match(r"[^\W\d]\w*\s*:", text[at:]) and msg.startswith("Expecting property name"):
-        return f"a name without quotes at column {at + 1}; JSON needs \"double quotes\" around names"
+        return f'a name without quotes at column {at + 1}; JSON needs "double quotes" around names'
     return f"{msg[0].lower()}{msg[1:]} at column {at + 1}"
 
 

@@ -119,7 +119,9 @@ def check_unchanged(sources: Sequence[Source]) -> None:
         try:
             now = _identity(os.stat(source.path))
         except OSError as error:
-            raise UserError(f"{source.path}: was removed while it was read ({error.strerror}); convert again when it is complete") from error
+            raise UserError(
+                f"{source.path}: was removed while it was read ({error.strerror}); convert again when it is complete"
+            ) from error
         if now != source.identity:
             sizes = f" ({source.size:,} bytes at the start, {now[2]:,} at the end)" if now[2] != source.size else ""
             what = "replaced by another file" if now[:2] != source.identity[:2] else "changed"
@@ -224,7 +226,9 @@ def _source(path: Path, split_lines: bool, input_format: str) -> Source:
                 raise UserError(f"{path}: a pipe has no name that says what it contains; {advice}")
             raise UserError(f"{path}: of no known kind; the name must end in {', '.join(KINDS)}, with or without .gz or .zst, or {advice}")
         spool = _spooled(path) if pipe else ""
-        source = Source(path, kind, compression, os.stat(spool or path).st_size, delimiter=delimiter, identity=_identity(status), spool=spool)
+        source = Source(
+            path, kind, compression, os.stat(spool or path).st_size, delimiter=delimiter, identity=_identity(status), spool=spool
+        )
         with open(spool or path, "rb") as file:
             head = file.read(4)
     except FileNotFoundError as error:

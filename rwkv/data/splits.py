@@ -39,7 +39,11 @@ def choose(names: Sequence[str], asked: Sequence[str], where: Path) -> list[str]
     if "all" in asked:
         return list(names)
     if asked:
-        return [name for name in names if name.casefold() in asked or (family(name) and family(name) in map(family, asked) and name.casefold() in _FAMILY)]
+        return [
+            name
+            for name in names
+            if name.casefold() in asked or (family(name) and family(name) in map(family, asked) and name.casefold() in _FAMILY)
+        ]
     if "train" in names:
         return ["train"]
     training = [name for name in names if family(name) == "train"] or (list(names) if len(names) == 1 else [])
@@ -103,7 +107,11 @@ def _described(paths: Sequence[Path], root: Path) -> tuple[dict[str, list[Path]]
             for entry in (config["data_files"] if isinstance(config["data_files"], list) else [])
             if isinstance(entry, dict)
         ]
-        patterns = [(str(entry["split"]), one) for entry in entries for one in ([entry["path"]] if isinstance(entry["path"], str) else entry["path"])]
+        patterns = [
+            (str(entry["split"]), one)
+            for entry in entries
+            for one in ([entry["path"]] if isinstance(entry["path"], str) else entry["path"])
+        ]
         found: dict[str, list[Path]] = {}
         for name, pattern in patterns:
             some = set(root.glob(pattern))
@@ -144,7 +152,9 @@ def _files(folder: Path) -> list[Path]:
 def _inside(name: Any, where: Path, ending: str) -> str:
     """A name out of a downloaded file. Raises UserError if it could be anything but a file or folder beside that."""
     if not isinstance(name, str) or not name or name in (".", "..") or any(x in name for x in "/\\\0") or not name.endswith(ending):
-        raise UserError(f"{where}: names {name!r}, which is not {f'an {ending} file' if ending else 'a folder'} beside it; the datasets folder is not valid")
+        raise UserError(
+            f"{where}: names {name!r}, which is not {f'an {ending} file' if ending else 'a folder'} beside it; the datasets folder is not valid"
+        )
     return name
 
 
