@@ -106,7 +106,7 @@ def _score(data: bytes, encoding: str) -> float:
 
 def _usual(letter: str, encoding: str) -> float:
     if encoding == "cp1252":  # letters of European languages, in words; little else has single bytes above ASCII
-        return 0.6 if letter.isalpha() and letter < "\u0180" or letter in "‘’“”–—…«»°€£" else 0
+        return 0.6 if (letter.isalpha() and letter < "\u0180") or letter in "‘’“”–—…«»°€£" else 0
     try:
         lead = letter.encode(encoding)[0]
     except UnicodeEncodeError:

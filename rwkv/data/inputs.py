@@ -3,6 +3,7 @@
 A chunk is what one worker takes at a time. Of a plain file of lines it is a range of bytes, which the worker reads itself.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ def records(chunk: Chunk, lines: Sequence[bytes], keys: Sequence[str]) -> Iterat
                 source.too_large("the whole file (--split_lines makes every line a document)")
             if source.plain and len(data) < source.size:
                 raise UserError(f"{source.path}: became shorter while it was read; convert again when nothing writes to it")
-            yield number, _attempt(source, lambda data: dict.fromkeys(keys, _text(source, data)), data.removeprefix(BOM))
+            yield number, _attempt(source, functools.partial(_document, source, keys), data.removeprefix(BOM))
         return
     read = parse if chunk.source.kind == "jsonl" else lambda line: dict.fromkeys(keys, utf8(line.removesuffix(b"\r")))
     for number, line in enumerate(lines):
@@ -151,12 +152,12 @@ def _attempt(source: Source, read: Callable[[bytes], Any], data: bytes) -> Any:
         return error
 
 
-def _text(source: Source, data: bytes) -> str:
-    """The text of a txt file, with \\n as line ends unless they are to stay."""
+def _document(source: Source, keys: Sequence[str], data: bytes) -> dict[str, str]:
+    """The record of a txt file, with \\n as line ends unless they are to stay."""
     text = utf8(data)
-    if source.keep_crlf or "\r" not in text:
-        return text
-    return text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")
+    if not source.keep_crlf and "\r" in text:
+        text = text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")
+    return dict.fromkeys(keys, text)
 
 
 def _reading(source: Source, reader: Callable, fields: Sequence[str], begins: tuple[int, int]) -> Iterator[Chunk]:
