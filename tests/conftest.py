@@ -24,9 +24,6 @@ from rwkv.model.init import initialise
 from rwkv.train.process import denormals_are_flushed
 
 ROOT = Path(__file__).parents[1]
-os.environ["RWKV_CPU_PRECISION"] = (
-    "fp32"  # whatever this processor is fast at: tests compare numbers in fp32, and ask for bf16 where they mean it
-)
 compat.wake_mkl()  # as training does: runs in this process and in others are compared bit for bit
 # No deadline: a sync to a busy disk takes as long as it takes. Derandomized: the same examples in every run.
 hypothesis.settings.register_profile("rwkv", deadline=None, derandomize=True)

@@ -57,7 +57,7 @@ ROOMS = [
     ["rwkv/train/lightning"],
     ["rwkv/train/curve", "rwkv/train/process"],
     [f"rwkv/train/{name}" for name in ("cpu", "schedule", "strategy", "plot", "pieces", "dashboards", "adam")],
-    ["rwkv/train/budget", "rwkv/train/optimizer", "rwkv/train/sharded", "rwkv/train/trainer"],
+    ["rwkv/train/budget", "rwkv/train/optimizer", "rwkv/train/ranks", "rwkv/train/sharded", "rwkv/train/trainer"],
     ["rwkv/train/module", "rwkv/train/samples", "rwkv/train/source", "rwkv/train/start", "rwkv/train/manifest"],
     ["rwkv/train/words"],
     ["rwkv/train/pile"],

@@ -1,18 +1,16 @@
-"""How this process computes on a CPU: without denormals, keeping the memory that it frees, and in bf16 where that is faster."""
+"""How this process computes on a CPU: without denormals, keeping the memory that it frees, and in bf16 where the processor multiplies it."""
 
 import ctypes
-import functools
-import os
-import time
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from rwkv import compat
 from rwkv.memory import HEAP
-from rwkv.model.linear import product
 from rwkv.wkv import native
 
+_BF16 = {"avx512_bf16", "amx_bf16"}  # CPU flags
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
@@ -40,22 +38,15 @@ def settle() -> None:
 
 
 def precision() -> Literal["fp32", "bf16"]:
-    """bf16 if this CPU multiplies matrices of it at least 1.3 times as fast as of fp32 (with AVX512-BF16 or AMX twice as fast, without far slower), else
-    fp32. Measured once; processes that this one starts take its answer, as those of one run must agree."""
-    if "RWKV_CPU_PRECISION" not in os.environ:
-        compat.wake_mkl()
-        os.environ["RWKV_CPU_PRECISION"] = "bf16" if 1.3 * _seconds(torch.bfloat16) <= _seconds(torch.float32) else "fp32"
-    return "bf16" if os.environ["RWKV_CPU_PRECISION"] == "bf16" else "fp32"
+    """bf16 on a processor that has instructions to multiply it (AVX512-BF16, AMX), which takes about half of the time of fp32; without them it takes
+    far longer. By these alone, not by a measurement: the same command makes the same numbers whatever else the machine does."""
+    return "bf16" if _BF16 & _features() else "fp32"
 
 
-@functools.cache
-def _seconds(dtype: torch.dtype) -> float:
-    """The best of some products of the size that training has."""
-    generator = torch.Generator()  # of its own: a run draws the same numbers with and without a measurement
-    x, weight = (torch.randn(size, 512, generator=generator).to(dtype) for size in (256, 1024))
-    times = []
-    for _ in range(6):
-        started = time.perf_counter()
-        product(x, weight)
-        times.append(time.perf_counter() - started)
-    return min(times)
+def _features() -> set[str]:
+    """Flags of the first processor, as the kernel names them; empty where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
+    return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())

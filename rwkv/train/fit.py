@@ -2,16 +2,18 @@
 
 import dataclasses
 import math
-import os
+import random
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from rwkv import checkpoint, compat, limits, lora
+from rwkv import checkpoint, compat, limits, lora, memory
 from rwkv.config import TrainConfig
 from rwkv.model import RWKV
 from rwkv.train import budget, cpu, manifest, pile, process, resume, samples, schedule, store, strategy
@@ -19,11 +21,12 @@ from rwkv.train.checks import check
 from rwkv.train.lightning import pl, rank_zero_only
 from rwkv.train.metrics import Metrics
 from rwkv.train.module import TrainingModule
+from rwkv.train.ranks import Ranks, facts
 from rwkv.train.saving import Saving, checkpoint_name
 from rwkv.train.signals import Signals
 from rwkv.train.source import open_data, with_vocabulary
 from rwkv.train.start import adapt, keep_base, make_model
-from rwkv.train.trainer import make_trainer, on_gpu, precision_of, quiet_lightning
+from rwkv.train.trainer import make_trainer, on_gpu, precision_of, quiet_lightning, slow_on_gpu
 from rwkv.train.watch import Watch
 from rwkv.train.words import introduce, say, types
 
@@ -53,28 +56,23 @@ def fit(config: TrainConfig) -> Result:
 
 
 def _fit(config: TrainConfig) -> Result:
-    folder = Path(config.proj_dir)
-    config = pile.apply(config, folder)
+    folder, ranks = Path(config.proj_dir), Ranks()
+    config = ranks.decide("pile", config, lambda c: pile.apply(c, folder))
     check(config)
     config = with_vocabulary(config)
     quiet_lightning()
     cpu.prepare()
     resting = limits.rss()
     before = resume.earlier(config, folder)
-    if config.random_seed < 0:
-        config = dataclasses.replace(config, random_seed=before["flags"]["random_seed"] if before else _new_seed())
-    config = dataclasses.replace(config, my_pile_shift=max(0, config.my_pile_shift))  # upstream writes 0 as -1
-    known: Any = before["precision"] if before and config.precision == "auto" else ""  # a measurement is not made anew
-    config = dataclasses.replace(config, precision=known or precision_of(config))
-    seed = pl.seed_everything(config.random_seed)
+    config = ranks.decide("auto", config, lambda c: _resolved(c, before))
+    seed = _seeded(config.random_seed)
     if config.my_pile_stage == 1:
         return Result(pile.write_initial(config, folder), 0, math.nan, math.nan)
     model = make_model(config)
     adapter = adapt(model, config, folder)
     plan = budget.plan_of(config, model.sizes, on_gpu(config), config.precision)
     if config.auto:
-        config, chosen = budget.choose(config, plan)
-        say(f"auto:  {chosen}")
+        config = ranks.decide("memory", config, lambda c: _fitted(c, plan))
         model.grad_cp = bool(config.grad_cp)
         plan = budget.plan_of(config, model.sizes, on_gpu(config), config.precision)
     watch = Watch(plan, resting)
@@ -98,9 +96,10 @@ def _fit(config: TrainConfig) -> Result:
     saving = Saving(config, folder, state, run, _saver(folder, model, adapter, run), metrics)
     signals = Signals(saving.unsaved)
     trainer = make_trainer(config, [watch, metrics, saving, signals])
-    module = TrainingModule(model, training, config, (state.step, state.samples) if state else None)
+    begin = (state.step, state.samples) if state else None
+    module = TrainingModule(model, training, config, begin, facts(config, run, model))
     del state  # its memory
-    with watch.explained():
+    with ranks.told(), watch.explained():
         compat.fit(trainer, module)
     end = schedule.first_step(config) + schedule.total_steps(config)
     if trainer.interrupted:
@@ -168,6 +167,28 @@ def _saver(folder: Path, model: RWKV, adapter: dict[str, Any] | None, run: dict[
     return save
 
 
-def _new_seed() -> int:
-    """A random one; in the other processes of a run the one that Lightning hands on."""
-    return int(os.environ.get("PL_GLOBAL_SEED") or 0) if rank_zero_only.rank > 0 else secrets.randbits(31)
+def _resolved(c: TrainConfig, before: dict[str, Any] | None) -> TrainConfig:
+    """The flags with the seed and the precision that are left to the program: those of the run that is resumed, if any."""
+    seed, precision = c.random_seed, c.precision
+    if seed < 0:
+        seed = before["flags"]["random_seed"] if before else secrets.randbits(31)
+    if precision == "auto":
+        precision = before["precision"] if before else precision_of(c)
+        if not before and (note := slow_on_gpu(c, precision)):
+            say(note)
+    return dataclasses.replace(c, random_seed=seed, precision=precision, my_pile_shift=max(0, c.my_pile_shift))  # upstream writes 0 as -1
+
+
+def _fitted(c: TrainConfig, plan: memory.Plan) -> TrainConfig:
+    """The flags with what --auto chooses."""
+    c, chosen = budget.choose(c, plan)
+    say(f"auto:  {chosen}")
+    return c
+
+
+def _seeded(seed: int) -> int:
+    """Seed the generators that a new model's weights come from, on all ranks alike."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return seed

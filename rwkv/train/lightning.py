@@ -4,6 +4,7 @@ torchmetrics, which it imports, would import transformers, matplotlib and with t
 """
 
 import logging
+import os
 
 from rwkv import unused
 
@@ -12,5 +13,9 @@ with unused.absent("transformers", "matplotlib", "triton", "wandb"):
     import pytorch_lightning as pl
     from pytorch_lightning.strategies import DeepSpeedStrategy
     from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+if "RANK" not in os.environ and (os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0") != "0":
+    # Until it is connected Lightning knows the rank within this machine alone, and there would be a rank 0 on every machine.
+    rank_zero_only.rank = max(1, rank_zero_only.rank)
 
 __all__ = ["DeepSpeedStrategy", "pl", "rank_zero_only"]

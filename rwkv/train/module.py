@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from rwkv.config import TrainConfig
 from rwkv.data.batches import Batches
 from rwkv.data.dataset import Samples
 from rwkv.model import RWKV
-from rwkv.train import adam, cpu, optimizer, pieces, schedule, strategy
+from rwkv.train import adam, cpu, optimizer, pieces, ranks, schedule, strategy
 from rwkv.train.lightning import pl
 from rwkv.train.optimizer import leave_out_unless_finite
 
@@ -37,9 +38,12 @@ class TrainingModule(pl.LightningModule):
 
     device: torch.device  # Lightning's
 
-    def __init__(self, model: RWKV, data: Samples, config: TrainConfig, begin: tuple[int, int] | None = None):
+    def __init__(
+        self, model: RWKV, data: Samples, config: TrainConfig, begin: tuple[int, int] | None = None, facts: dict[str, Any] | None = None
+    ):
+        """`facts`: what has to be the same on all ranks (ranks.facts)."""
         super().__init__()
-        self.model, self.data, self.config = model, data, config
+        self.model, self.data, self.config, self._facts = model, data, config, facts or {}
         self.begin = begin or (schedule.first_step(config), schedule.first_sample(config))
         self.loss, self.targets, self.stop = torch.tensor(float("nan")), torch.tensor(0), False
         self.grad_norm: Tensor | None = None
@@ -57,8 +61,11 @@ class TrainingModule(pl.LightningModule):
         return self.begin[1] + self.trainer.global_step * schedule.samples_per_step(self.config)
 
     def setup(self, stage: str) -> None:
+        ranks.compare(self._facts)
         # Rank 0 alone has looked into the folder of the run.
         self.begin, self.data.seed = self.trainer.strategy.broadcast((self.begin, self.data.seed))
+        # From here on random numbers are for dropout, whose masks differ between ranks; a state that is restored brings its own.
+        torch.manual_seed(self.data.seed + self.trainer.global_rank)
 
     def transfer_batch_to_device(self, batch: Sequence[Tensor], device: torch.device, dataloader_idx: int) -> list[Tensor]:
         # All but counts, which say how many rows the head computes, and their sum: the host has to know.

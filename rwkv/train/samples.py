@@ -23,6 +23,8 @@ def check(c: TrainConfig) -> None:
         raise UserError(f"--min_ctx_len {c.min_ctx_len} must be 0 to --ctx_len {c.ctx_len}")
     if c.doc_sep < -1:
         raise UserError(f"--doc_sep {c.doc_sep} must be a token id, or -1 for none")
+    if c.random_seed >= 1 << 32:
+        raise UserError(f"--random_seed {c.random_seed} must be less than {1 << 32}, or -1 for a random one")
     if not 0 <= c.val_split < 1:
         raise UserError(f"--val_split {c.val_split} must be at least 0 and less than 1: the share of the documents to hold out")
     if c.val_every < 0 or c.val_samples < 0:

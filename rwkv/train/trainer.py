@@ -27,12 +27,29 @@ def on_gpu(c: TrainConfig) -> bool:
 
 
 def precision_of(c: TrainConfig) -> Literal["fp32", "tf32", "bf16", "fp16"]:
-    """fp32, tf32, bf16 or fp16: what --precision auto comes to on this machine."""
+    """fp32, tf32, bf16 or fp16: what --precision auto comes to on this machine, by the features of its processors."""
     if c.precision != "auto":
         return c.precision
     if on_gpu(c):
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        # torch ≥ 2.4's is_bf16_supported() is True where bf16 is emulated.
+        return "bf16" if all(major >= 8 for major, _ in _capabilities()) else "fp32"
     return cpu.precision()
+
+
+def slow_on_gpu(c: TrainConfig, precision: str) -> str:
+    """What to tell of `precision`, which was chosen, where a GPU would be faster with another; empty where it would not."""
+    if precision != "fp32" or not on_gpu(c) or min(_capabilities()) < (7, 0):  # Volta has the first tensor cores
+        return ""
+    i = _capabilities().index(min(_capabilities()))
+    return (
+        f"note:  {torch.cuda.get_device_name(i)} does not multiply bf16, so --precision auto is fp32; --precision fp16 would be several times"
+        " faster there, with less range: large activations may overflow"
+    )
+
+
+def _capabilities() -> list[tuple[int, int]]:
+    """Compute capability of every visible GPU."""
+    return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
 
 
 def make_trainer(c: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:

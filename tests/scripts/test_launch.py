@@ -173,7 +173,8 @@ def flags(make_base, make_data, tmp_path):
             "--magic_prime",
             -1,
         ]
-        words += ["--epoch_count", 1, "--epoch_steps", steps, "--random_seed", 1, "--accelerator", "cpu", "--lr_init", 1e-2, *more]
+        words += ["--epoch_count", 1, "--epoch_steps", steps, "--random_seed", 1, "--accelerator", "cpu", "--lr_init", 1e-2]
+        words += ["--precision", "fp32", *more]
         return [str(word) for word in words]
 
     return make

@@ -3,9 +3,9 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-import torch
 
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.train import cpu, trainer
@@ -110,23 +110,24 @@ def test_a_run_settles_once_after_its_first_step(make_data, tmp_path, monkeypatc
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize(("fp32", "bf16", "chosen"), [(2.0, 1.0, "bf16"), (1.0, 0.9, "fp32"), (1.0, 9.0, "fp32")])
-def test_auto_is_bf16_where_it_is_measured_to_be_faster(monkeypatch, fp32, bf16, chosen):
-    monkeypatch.delenv("RWKV_CPU_PRECISION")
-    monkeypatch.setattr(cpu, "_seconds", {torch.float32: fp32, torch.bfloat16: bf16}.get)
+ZEN_3, ZEN_4, SKYLAKE = "fpu avx avx2 fma", "fpu avx2 fma avx512f avx512_bf16", "fpu avx2 fma avx512f avx512bw avx512dq avx512vl"
+SAPPHIRE_RAPIDS = f"{SKYLAKE} avx512_bf16 amx_bf16 amx_tile"
+PROCESSORS = [(ZEN_3, "fp32"), (SKYLAKE, "fp32"), (ZEN_4, "bf16"), (SAPPHIRE_RAPIDS, "bf16"), ("fpu amx_bf16", "bf16")]
+
+
+@pytest.mark.parametrize(("flags", "chosen"), PROCESSORS)
+def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch, flags, chosen):
+    text = f"processor\t: 0\nmodel name\t: avx512_bf16\nflags\t\t: {flags}\nbugs\t\t: amx_bf16\n\nprocessor\t: 1\nflags\t\t: avx512_bf16\n"
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: text if str(path) == "/proc/cpuinfo" else read(path, **how))
     for config in (TrainConfig, LoRAConfig):
         assert trainer.precision_of(config(accelerator="cpu")) == chosen
         assert trainer.precision_of(config(accelerator="cpu", precision="tf32")) == "tf32"
 
 
-def test_processes_that_a_run_starts_take_its_answer(monkeypatch):
-    monkeypatch.delenv("RWKV_CPU_PRECISION")
-    answer = cpu.precision()
-    child = "from rwkv.train import cpu; cpu._seconds = None; print(cpu.precision())"  # it cannot measure
-    assert subprocess.run([sys.executable, "-c", child], check=True, capture_output=True, text=True).stdout.strip() == answer
+def test_auto_is_fp32_where_the_processor_does_not_say_what_it_can(monkeypatch):
+    def refused(*_, **__):
+        raise FileNotFoundError("/proc/cpuinfo")
 
-
-def test_the_measurement_draws_no_random_number():
-    before = torch.get_rng_state()
-    assert cpu._seconds.__wrapped__(torch.float32) > 0
-    assert torch.equal(torch.get_rng_state(), before)
+    monkeypatch.setattr(Path, "read_text", refused)
+    assert cpu.precision() == "fp32"

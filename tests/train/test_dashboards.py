@@ -14,7 +14,7 @@ from rwkv.train import store
 from rwkv.train.fit import fit
 
 FLAGS = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, "ctx_len": 8, "micro_bsz": 2, "epoch_steps": 6, "epoch_count": 1, "random_seed": 1}
-FLAGS |= {"accelerator": "cpu", "val_split": 0.2, "val_every": 2}
+FLAGS |= {"accelerator": "cpu", "precision": "fp32", "val_split": 0.2, "val_every": 2}
 
 
 def events(path):

@@ -31,6 +31,7 @@ SMALL = {
     "epoch_count": 3,
     "random_seed": 1,
     "accelerator": "cpu",
+    "precision": "fp32",
 }
 TUNE = {key: value for key, value in SMALL.items() if key not in ("n_layer", "n_embd", "vocab_size")}
 
@@ -189,7 +190,7 @@ def test_pre_ffn_trains_and_comes_back(make_data, tmp_path):
 
 def test_bf16_follows_fp32_and_keeps_fp32_weights(make_base, make_data, tmp_path):
     common = {**TUNE, "load_model": str(make_base()), "data_file": make_data(200), "lr_init": 1e-3}
-    runs = {p: fit(TrainConfig(**common, proj_dir=str(tmp_path / p), precision=p)) for p in ("fp32", "bf16")}
+    runs = {p: fit(TrainConfig(**common | {"precision": p}, proj_dir=str(tmp_path / p))) for p in ("fp32", "bf16")}
     losses = {p: [line["loss"] for line in lines(tmp_path / p)] for p in runs}
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)  # bf16 keeps 8 significant bits
     assert losses["bf16"] != losses["fp32"]
@@ -435,7 +436,7 @@ def test_a_run_says_its_types_and_what_it_was_made_from(make_base, make_data, tm
     monkeypatch.setenv("WANDB_API_KEY", secret)
     monkeypatch.setenv("WANDB_MODE", "offline")
     flags = TUNE | {"load_model": str(base), "data_file": data, "proj_dir": str(tmp_path / "run")}
-    fit(LoRAConfig(**flags, precision="bf16", wandb="test"))
+    fit(LoRAConfig(**flags | {"precision": "bf16"}, wandb="test"))
     said = capsys.readouterr().out
     assert "precision: bf16, frozen weights kept in bfloat16/float32 (all types: run.json)" in said
     assert "One epoch here = 4 steps = 64 tokens (set by --epoch_steps, not by your data; your data is 200 tokens)" in said
@@ -459,7 +460,7 @@ def test_a_base_in_bf16_that_processes_cannot_send_each_other_is_refused_if_it_w
     assert not (tmp_path / "run").exists()
     alone = LoRAConfig(**{**flags, "strategy": "auto"}, lora_base="bf16")
     assert start.make_model(alone) is not None
-    model = start.make_model(LoRAConfig(**flags, precision="bf16"))
+    model = start.make_model(LoRAConfig(**flags | {"precision": "bf16"}))
     assert {p.dtype for p in model.parameters()} == {torch.float32}  # and this is said at the start, as `precision:`
 
 

@@ -18,6 +18,7 @@ FLAGS = {
     "micro_bsz": 4032,
     "random_seed": 1,
     "accelerator": "cpu",
+    "precision": "fp32",
     "n_layer": 2,
     "n_embd": 8,
     "vocab_size": 50,

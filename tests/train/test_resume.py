@@ -22,6 +22,7 @@ from rwkv.train import store
 from rwkv.train.fit import fit
 
 FLAGS = {"ctx_len": 8, "micro_bsz": 2, "epoch_steps": 4, "epoch_count": 3, "random_seed": 1, "accelerator": "cpu", "lr_init": 1e-3}
+FLAGS |= {"precision": "fp32"}
 NEW = {"n_layer": 2, "n_embd": 16, "vocab_size": 50}
 
 

@@ -19,6 +19,7 @@ from rwkv.train.fit import fit
 
 CTX = 12
 FLAGS = {"ctx_len": CTX, "micro_bsz": 3, "epoch_steps": 4, "epoch_count": 2, "random_seed": 1, "accelerator": "cpu"}
+FLAGS |= {"precision": "fp32"}
 STILL = {"lr_init": 0.0, "lr_final": 0.0}
 
 
@@ -121,7 +122,7 @@ def test_two_processes_weigh_their_counted_targets_as_one_with_twice_the_batch(m
         "val_every": 1,
         "lr_init": 1e-3,
     }
-    flags |= {"ctx_len": CTX, "epoch_steps": 5, "epoch_count": 1, "random_seed": 1, "accelerator": "cpu"}
+    flags |= {"ctx_len": CTX, "epoch_steps": 5, "epoch_count": 1, "random_seed": 1, "accelerator": "cpu", "precision": "fp32"}
     common = [word for name, value in flags.items() for word in (f"--{name}", value)]
     for name, extra in (("one", ["--micro_bsz", 2]), ("two", ["--micro_bsz", 1, "--devices", 2])):
         command = [sys.executable, root / "scripts/finetune.py", *common, *extra, "--proj_dir", tmp_path / name]

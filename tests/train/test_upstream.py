@@ -170,6 +170,7 @@ def test_thirty_steps_of_full_tuning_follow_upstream(make_base, make_data, tmp_p
             lr_final=c["lr_final"],
             magic_prime=c["prime"],
             accelerator="cpu",
+            precision="fp32",
             random_seed=0,
             warmup_steps=c.get("warmup_steps", -1),
             weight_decay=c.get("weight_decay", 0.0),
@@ -189,7 +190,8 @@ def test_thirty_steps_of_a_stage_follow_upstream(make_base, make_data, tmp_path,
     run.mkdir()
     (run / "rwkv-init.pth").write_bytes(base.read_bytes())
     flags = {"ctx_len": 7, "micro_bsz": 8, "lr_init": 5e-3, "lr_final": 5e-4}
-    fit(TrainConfig(**flags, data_file=data, proj_dir=str(run), my_pile_stage=stage, max_steps=30, accelerator="cpu", random_seed=0))
+    machine = {"accelerator": "cpu", "precision": "fp32", "random_seed": 0}
+    fit(TrainConfig(**flags, **machine, data_file=data, proj_dir=str(run), my_pile_stage=stage, max_steps=30))
     prime = max(n for n in range(40320, 40400) if n % 3 == 2 and all(n % q for q in range(2, 202)))
     c = {**flags, "epoch_steps": 40320 // 8, "epoch_count": 1, "prime": prime, "stage": stage}
     p = read_tensors(base)
@@ -210,6 +212,7 @@ def test_twenty_steps_of_lora_follow_upstream(make_base, make_data, tmp_path, pa
         "lora_dropout": 0.0,
         "lora_parts": parts,
         "accelerator": "cpu",
+        "precision": "fp32",
         "random_seed": 3,
     }
     # The adapter's first values are random: take them from a run that changes nothing, and go on from there.
