@@ -122,6 +122,8 @@ def compare(mine: dict[str, Any]) -> None:
         if wrong := [f"{key}: {theirs.get(key)}, rank 0: {value}" for key, value in everyone[0].items() if theirs.get(key) != value]:
             strategy.part()
             raise UserError(
-                f"rank {rank} would train something else than rank 0. " + "; ".join(wrong) + ". Start every rank with the same command, the same"
+                f"rank {rank} would train something else than rank 0. "
+                + "; ".join(wrong)
+                + ". Start every rank with the same command, the same"
                 " versions and the same files; where a flag is auto, give its value (such as --precision fp32)"
             )
