@@ -7,11 +7,22 @@ LOCKS := $(wildcard docker/locks/$(STACK).txt docker/locks/$(STACK)-deepspeed.tx
 KERNELS := rwkv/wkv/lib/.$(STACK)
 ifdef PY
 .PHONY: $(KERNELS)
-export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+SAY := make PY=$(PY)
 else
+SAY := make$(if $(filter cu117,$(STACK)),, STACK=$(STACK))$(if $(filter command environment,$(firstword $(origin VENV))), VENV=$(VENV))
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 ORACLE := $(VENV)/oracle/.ready
+endif
+# This checkout's code, wherever the environment was made; a job also learns how it was started, and prints commands that fit (rwkv/commands.py).
+CODE = PYTHONPATH='$(CURDIR)'$${PYTHONPATH:+:$$PYTHONPATH}
+JOB = $(CODE) RWKV_MAKE='$(SAY)' $(if $(findstring w,$(firstword -$(MAKEFLAGS))),RWKV_MAKE_FOLDER='$(CURDIR)') PY=$(PY)
+# A misspelt variable, such as ARG="--load_model ...", would be ignored and another job run.
+VARIABLES := ARGS PY STACK VENV TOOLS CLEAN_DEMO OUT PYTHON PYENV_ROOT CONDA BASE_IMAGE BUILT ENGINE ENGINE_OPTIONS NO_CACHE UPGRADE DOCKER_WORK LOG \
+  SHELL MAKEFLAGS MAKEOVERRIDES MAKEFILES CURDIR COMPOSE_% CUDA_% NCCL_% GLOO_% OMP_% MKL_% RWKV_% WANDB_% HF_% TORCH_% PYTORCH_% PIP_% UV_% %_PROXY %_proxy
+UNKNOWN := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v)))
+ifneq ($(UNKNOWN),)
+$(error $(firstword $(UNKNOWN)) is not a variable of this Makefile; flags of a job are given as ARGS="--name value ...", environment variables before make: NAME=value make ...)
 endif
 TOOLS := .venv-tools
 CLEAN_DEMO := out/demo
@@ -52,7 +63,7 @@ compose-env:  ## write .env for docker compose: user, stack, and whether there i
 	docker/compose_env.sh $(STACK)
 
 kernels: $(READY)  ## compile the WKV operator unless all of it is there, current, and loads
-	@$(PY) -c 'from rwkv.wkv import build; build.main()'
+	@$(JOB) $(PY) -c 'from rwkv.wkv import build; build.main()'
 	$(if $(READY),@touch $(KERNELS))
 
 $(KERNELS): $(READY) $(wildcard cuda/*.h cuda/*.cpp cuda/*.cu) rwkv/wkv/build.py rwkv/wkv/nvrtc.py rwkv/compat.py
@@ -60,13 +71,13 @@ $(KERNELS): $(READY) $(wildcard cuda/*.h cuda/*.cpp cuda/*.cu) rwkv/wkv/build.py
 
 lora: venv  ## LoRA tuning; with no ARGS the whole line on an example
 ifeq ($(strip $(ARGS)),)
-	@PY=$(PY) scripts/demo.sh
+	@$(JOB) scripts/demo.sh
 else
-	@$(PY) scripts/lora.py $(ARGS)
+	@$(JOB) $(PY) scripts/lora.py $(ARGS)
 endif
 
 finetune pretrain convert generate export doctor estimate: venv
-	@$(PY) scripts/$@.py $(ARGS)
+	@$(JOB) $(PY) scripts/$@.py $(ARGS)
 finetune:  ## tune all weights
 pretrain:  ## train a new model
 convert:  ## text and chats to binidx
@@ -76,13 +87,13 @@ estimate:  ## how much memory a run takes, what fits on a card, the cheapest cha
 doctor:  ## what this machine can do, what is missing, how to mend it
 
 inspect: venv  ## look at a binidx before training on it
-	@$(PY) scripts/inspect_data.py $(ARGS)
+	@$(JOB) $(PY) scripts/inspect_data.py $(ARGS)
 
 merge: venv  ## merge an adapter into its base
-	@$(PY) scripts/merge_lora.py $(ARGS)
+	@$(JOB) $(PY) scripts/merge_lora.py $(ARGS)
 
 demo: venv  ## the story from text to tuned model (what make lora does with no ARGS)
-	@PY=$(PY) scripts/demo.sh
+	@$(JOB) scripts/demo.sh
 
 # An independent implementation that the tests compare with; never installed into our environment.
 $(VENV)/oracle/.ready: $(VENV)/.ready tests/oracle.txt
@@ -91,15 +102,15 @@ $(VENV)/oracle/.ready: $(VENV)/.ready tests/oracle.txt
 	@touch $@
 
 test: venv $(ORACLE)  ## the tests (ARGS goes to pytest)
-	$(PY) -m pytest $(ARGS)
+	$(CODE) $(PY) -m pytest $(ARGS)
 
 # On the stack that drives this GPU: make test-gpu STACK=modern, or PY=... where a Python has torch already.
 test-gpu: venv  ## what needs a GPU: its tests, then the CUDA unit's timings
-	$(PY) -m pytest tests/gpu -m gpu $(ARGS)
-	$(PY) bench/wkv_gpu.py
+	$(CODE) $(PY) -m pytest tests/gpu -m gpu $(ARGS)
+	$(CODE) $(PY) bench/wkv_gpu.py
 
 bench: venv  ## a training step against transformers + peft and against its own matrix products, as a table
-	@$(PY) bench/step.py $(ARGS)
+	@$(CODE) $(PY) bench/step.py $(ARGS)
 
 lint: $(VENV)/.ready $(TOOLS)/.ready  ## ruff, mypy, shellcheck, hadolint; compose files and workflows
 	$(VENV)/bin/ruff check .

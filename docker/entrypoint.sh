@@ -84,6 +84,7 @@ check_writable() {  # FOLDER...
   done
 }
 
+export RWKV_CONTAINER=${RWKV_CONTAINER:-docker/entrypoint.sh}  # how printed commands begin; compose.yaml sets its own
 job=${1:-lora}
 shift || true
 python=${PYTHON:-python}

@@ -1,6 +1,6 @@
 """Commands that are printed for the user to paste, in the form that fits how this process was started.
 
-The Makefile says so in RWKV_MAKE (`make`, with the variables that chose the Python), compose.yaml and the image's entry point in RWKV_CONTAINER
+The Makefile says so in RWKV_MAKE (`make`, with the variables that chose the Python) and RWKV_MAKE_FOLDER (for make -C), compose.yaml and the image's entry point in RWKV_CONTAINER
 (`docker compose run --rm`, or the entry point itself). Otherwise a command is this Python and the script.
 """
 
@@ -23,7 +23,7 @@ def command(job: str, *arguments: object) -> str:
 
     Pasted into a shell in the same folder it does what it says, whatever characters the arguments contain.
     """
-    if prefix := os.environ.get("RWKV_MAKE"):
+    if prefix := _make():
         return f"{prefix} {job} {_make_variable('ARGS', flags(*arguments))}" if arguments else f"{prefix} {job}"
     if prefix := os.environ.get("RWKV_CONTAINER"):
         return f"{prefix} {flags(job, *arguments)}"
@@ -32,8 +32,10 @@ def command(job: str, *arguments: object) -> str:
 
 def target(name: str) -> str:
     """A make target that works on the environment in use, such as `make kernels`."""
-    if prefix := os.environ.get("RWKV_MAKE"):
+    if prefix := _make():
         return f"{prefix} {name}"
+    if os.environ.get("RWKV_CONTAINER"):
+        return f"make image, outside the container, which runs make {name}"
     stack = {ROOT / ".venv": "", ROOT / ".venv-modern": " STACK=modern"}.get(Path(sys.prefix))
     return f"make {name}" + (f" PY={shlex.quote(sys.executable)}" if stack is None else stack)
 
@@ -41,6 +43,13 @@ def target(name: str) -> str:
 def output(name: str) -> str:
     """Where a printed command may write a file: in a container the only writable folder for results is out/."""
     return f"out/{name}" if os.environ.get("RWKV_CONTAINER") else name
+
+
+def _make() -> str:
+    """`make` with the variables it was given; with -C where it was started from another folder; empty if this is no make job."""
+    words = os.environ.get("RWKV_MAKE", "")
+    folder = os.environ.get("RWKV_MAKE_FOLDER")
+    return words.replace("make", f"make -C {shlex.quote(folder)}", 1) if words and folder else words
 
 
 def _short(path: str | Path) -> str:

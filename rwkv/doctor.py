@@ -20,6 +20,7 @@ import torch
 from packaging.markers import Marker
 
 from rwkv import compat
+from rwkv.commands import target
 from rwkv.wkv import build, native, reference, wkv4
 
 ROOT = Path(__file__).parents[1]
@@ -143,7 +144,7 @@ def _driver() -> str:
 def _compilers() -> Iterator[Finding]:
     compiler = shutil.which("g++") or shutil.which("c++")
     built = build.refusal() is None
-    remedy = "" if compiler or built else "sudo apt install g++, then make kernels"
+    remedy = "" if compiler or built else f"sudo apt install g++, then {target('kernels')}"
     yield Finding(
         "C++ compiler",
         "ok" if compiler or built else "warn",
@@ -174,7 +175,7 @@ def _kernels() -> Iterator[Finding]:
     reason = native.refusal()
     if reason:
         yield Finding(
-            "WKV on the CPU", "warn", reason.split("; run:")[0], "make kernels; until then training takes a thousand times longer"
+            "WKV on the CPU", "warn", reason.split("; run:")[0], f"{target('kernels')}; until then training takes a thousand times longer"
         )
     else:
         yield _right("WKV on the CPU", torch.device("cpu"), torch.ops.rwkv.cpu_vectors(""))
@@ -182,7 +183,7 @@ def _kernels() -> Iterator[Finding]:
         name = f"WKV on GPU {index}"
         reason = native.device_refusal(index)
         if reason:
-            yield Finding(name, "fail", reason.split("; run:")[0], "make kernels")
+            yield Finding(name, "fail", reason.split("; run:")[0], target("kernels"))
         else:
             yield _right(name, torch.device("cuda", index), build.device_code(torch.cuda.get_device_capability(index)).name)
 
@@ -201,7 +202,7 @@ def _right(name: str, device: torch.device, found: str) -> Finding:
     error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*reversed(results), strict=True))
     if error < 1e-4:  # sums over 200 tokens in fp32, in another order
         return Finding(name, "ok", f"{found}, within {error:.0e} of the reference")
-    return Finding(name, "fail", f"{found}, off by {error:.0e}", "rm -r rwkv/wkv/lib and make kernels; if it stays, please report it")
+    return Finding(name, "fail", f"{found}, off by {error:.0e}", f"rm -r rwkv/wkv/lib and {target('kernels')}; if it stays, please report it")
 
 
 def _deepspeed() -> Iterator[Finding]:

@@ -6,10 +6,19 @@ py=${PY:-.venv/bin/python}
 out=${OUT:-out/demo}
 question="What is LoRA?"
 
-tell() { printf '\n\033[1m%s\033[0m\n' "$*"; }
-run() { echo "\$ $*"; "$@"; }
+bold='' plain=''
+if [ -t 1 ] && [ -z "${NO_COLOR:-}" ]; then bold=$'\033[1m' plain=$'\033[0m'; fi
+tell() { printf '\n%s%s%s\n' "$bold" "$*" "$plain"; }
+run() { printf '$%s\n' "$(printf ' %q' "$@")"; "$@"; }
 ask() { "$py" scripts/generate.py --model "$1" --ask "$question" --temperature 0 --max_tokens 40 | tr '\n' ' '; }
-loss() { "$py" -c 'import json, sys; x = [json.loads(line)["loss"] for line in open(sys.argv[1])]; n = max(1, len(x) // 10); print("%.2f" % (x[0] if sys.argv[2] == "first" else sum(x[-n:]) / n))' "$@"; }  # as `done:` does: the first step, the mean of the last tenth
+loss() {  # of the first step, and the mean of the last tenth, as the run itself reports them
+  "$py" - "$1" <<'END'
+import json, sys
+losses = [json.loads(line)["loss"] for line in open(sys.argv[1])]
+tail = losses[-max(1, len(losses) // 10):]
+print(f"{losses[0]:.2f} -> {sum(tail) / len(tail):.2f}")
+END
+}
 
 tell "1. Text to pretrain on: documentation that every machine with Python has"
 run "$py" scripts/demo_corpus.py "$out/corpus.jsonl"
@@ -35,8 +44,9 @@ before=$(ask "$out/base/rwkv-0.pth")
 after=$(ask "$out/tuned.pth")
 cat <<EOF
 made:    $out/tuned.pth, its base $out/base/rwkv-0.pth and its adapter $out/lora/rwkv-0.pth; curves in $out/*/loss.png
-loss:    pretraining $(loss "$out/base/metrics.jsonl" first) -> $(loss "$out/base/metrics.jsonl" last), LoRA $(loss "$out/lora/metrics.jsonl" first) -> $(loss "$out/lora/metrics.jsonl" last) nats per token
+loss:    pretraining $(loss "$out/base/metrics.jsonl"), LoRA $(loss "$out/lora/metrics.jsonl") nats per token
 before:  $question $before
 after:   $question $after
-yours:   make lora ARGS="--load_model YOUR_MODEL.pth --data_file YOUR_TEXT.jsonl --epoch_count 1 --micro_bsz 1 --lr_init 1e-4 --lr_final 1e-4"
+yours:   $("$py" -c 'import sys; from rwkv.commands import command; print(command("lora", *sys.argv[1:]))' \
+  --load_model YOUR_MODEL.pth --data_file YOUR_TEXT.jsonl --epoch_count 1 --micro_bsz 1 --lr_init 1e-4 --lr_final 1e-4)
 EOF

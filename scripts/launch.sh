@@ -40,10 +40,11 @@ if [[ $hostfile ]]; then
   hosts=() slots=()
   while read -r host rest || [[ $host ]]; do
     [[ -z $host || $host == \#* ]] && continue
+    [[ $host =~ ^[A-Za-z0-9_][A-Za-z0-9_.:%@-]*$ ]] || refuse "--hostfile $hostfile: $host is not a machine's name or address"
     [[ -z $rest || $rest =~ ^slots=([1-9][0-9]*)[[:space:]]*$ ]] || refuse "--hostfile $hostfile: a line is 'address slots=N'; this one is '$host $rest'"
     hosts+=("$host") slots+=("${BASH_REMATCH[1]:-}")
     [[ $rest ]] || slots[-1]=''
-    [[ ${slots[-1]} == "${slots[0]}" ]] || refuse "--hostfile $hostfile: $host has other slots than ${hosts[0]}; ranks are shared out evenly, give all the same"
+    [[ ${slots[-1]} == "${slots[0]}" ]] || refuse "--hostfile $hostfile: $host has other slots than ${hosts[0]}; every machine runs the same number of processes, give all the same"
   done <"$hostfile"
   ((${#hosts[@]})) || refuse "--hostfile $hostfile: names no machine"
   carried=()
@@ -58,7 +59,7 @@ if [[ $hostfile ]]; then
       ${count:+--devices "$count"} ${print:+--print} -- "$@")
     # -tt: the terminal's end reaches what was started there. The words pass one more shell, hence %q.
     # shellcheck disable=SC2086
-    ${SSH:-ssh -tt -o BatchMode=yes} "${hosts[$i]}" "cd $(printf %q "$PWD") && exec $(printf '%q ' "${command[@]}")" </dev/null &
+    ${SSH:-ssh -tt -o BatchMode=yes --} "${hosts[$i]}" "cd $(printf %q "$PWD") && exec $(printf '%q ' "${command[@]}")" </dev/null &
     started+=($!)
     [[ $print ]] && wait $!
   done

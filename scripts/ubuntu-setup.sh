@@ -67,8 +67,18 @@ if [ -n "$conda" ]; then
     echo "ok: $HOME/miniforge3 (not on PATH: source $HOME/miniforge3/bin/activate)"
   else
     installer=Miniforge3-Linux-$(uname -m).sh
-    act curl --fail --location --silent --show-error --output "/tmp/$installer" "https://github.com/conda-forge/miniforge/releases/latest/download/$installer"
-    act bash "/tmp/$installer" -b -p "$HOME/miniforge3"
+    source=https://github.com/conda-forge/miniforge/releases/latest/download/$installer
+    folder=/tmp/miniforge.XXXXXX  # a new one that nobody else can write to
+    [ -n "$dry" ] || folder=$(mktemp -d "$folder")
+    fetch() { act curl --proto =https --fail --location --silent --show-error --output "$folder/$1" "$source$2"; }
+    fetch "$installer" ""
+    fetch sha256 .sha256
+    if [ -z "$dry" ] && ! echo "$(cut -d ' ' -f 1 "$folder/sha256")  $folder/$installer" | sha256sum --check --quiet; then
+      echo "error: $source is not the file that its SHA-256 belongs to; nothing was installed, run this again" >&2
+      exit 1
+    fi
+    act bash "$folder/$installer" -b -p "$HOME/miniforge3"
+    act rm -r "$folder"
     echo "then: source $HOME/miniforge3/bin/activate"
   fi
 fi

@@ -50,6 +50,17 @@ def test_arguments_reach_the_script():
     assert "none.pth: no such checkpoint" in done.stderr
 
 
+@pytest.mark.parametrize("word", ["ARG=--load_model x", "args=--load_model x", "load_model=x.pth", "STAK=modern"])
+def test_a_misspelt_variable_is_refused_instead_of_running_another_job(word):
+    done = make("lora", word)
+    assert done.returncode == 2
+    assert f"{word.split('=')[0]} is not a variable of this Makefile; flags of a job are given as ARGS=" in done.stderr
+
+
+def test_environment_variables_may_be_given_to_make():
+    assert make("help", "CUDA_VISIBLE_DEVICES=1", "OMP_NUM_THREADS=2").returncode == 0
+
+
 JOBS = {name: f"scripts/{name}.py" for name in ("finetune", "pretrain", "convert", "generate", "export", "doctor", "estimate")}
 JOBS |= {
     "lora": "scripts/demo_corpus.py",
@@ -76,6 +87,44 @@ def test_a_python_that_is_given_is_used_and_nothing_is_installed(tmp_path, targe
     assert not rest if target == "kernels" else JOBS[target] in rest[0]
     assert not any("pip" in line for line in rest)
     assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize(("folder", "says"), [([], "make PY={} / "), (["-C", str(ROOT)], "make PY={} / " + str(ROOT))])
+def test_a_job_learns_how_it_was_started(tmp_path, folder, says):
+    python = tmp_path / "python"
+    python.write_text(f"#!/usr/bin/env bash\nset -f; echo $PYTHONPATH $RWKV_MAKE / $RWKV_MAKE_FOLDER >>{tmp_path}/called\n")
+    python.chmod(0o755)
+    assert make(*folder, "merge", f"PY={python}", ARGS="x").returncode == 0
+    last = (tmp_path / "called").read_text().splitlines()[-1]
+    assert last.startswith(str(ROOT))
+    assert last.split(" ", 1)[1].strip() == says.format(python).strip()
+
+
+def test_a_checkout_that_was_moved_or_copied_runs_its_own_code(tmp_path):
+    # the environment's editable install names the folder it was made in
+    for name in ("Makefile", "rwkv", "scripts", "cuda"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / "copy here" / name, ignore=shutil.ignore_patterns("lib", "__pycache__"))
+        else:
+            (tmp_path / "copy here").mkdir()
+            shutil.copy(source, tmp_path / "copy here" / name)
+    (tmp_path / "copy here/scripts/doctor.py").write_text("import rwkv; print(rwkv.__file__)")
+    done = subprocess.run(
+        ["make", "--dry-run", "doctor", f"PY={sys.executable}"], cwd=tmp_path / "copy here", capture_output=True, text=True, check=True
+    )
+    line = done.stdout.splitlines()[-1]
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path / "copy here", capture_output=True, text=True, check=True)
+    assert done.stdout == f"{tmp_path}/copy here/rwkv/__init__.py\n"
+
+
+def test_the_demo_writes_no_escape_codes_into_a_file(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/usr/bin/env bash\necho 1\n")
+    python.chmod(0o755)
+    done = make("demo", f"PY={python}", OUT=str(tmp_path / "a b"))
+    assert "\033" not in done.stdout
+    assert f"scripts/demo_corpus.py {tmp_path}/a\\ b/corpus.jsonl" in done.stdout  # a command that can be pasted
 
 
 def test_an_unknown_stack_is_refused_by_name(tmp_path):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rwkv import checkpoint, compat, limits, lora, memory
+from rwkv.commands import command, output
 from rwkv.config import TrainConfig
 from rwkv.model import RWKV
 from rwkv.train import budget, cpu, manifest, pile, process, resume, samples, schedule, store, strategy
@@ -141,8 +142,8 @@ def _finish(
         f" {result.checkpoint}, {folder / 'loss.png'}"
     )
     if adapter:
-        say(f"merge: python scripts/merge_lora.py --adapter {result.checkpoint} --output merged.pth")
-        say(f"talk:  python scripts/generate.py --model {adapter['base']} --lora {result.checkpoint}")
+        say(f"merge: {command('merge', '--adapter', result.checkpoint, '--output', output('merged.pth'))}")
+        say(f"talk:  {command('generate', '--model', adapter['base'], '--lora', result.checkpoint)}")
     return result
 
 

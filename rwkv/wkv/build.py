@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from rwkv import compat
+from rwkv.commands import target
 from rwkv.files import whole, write_json
 from rwkv.wkv import nvrtc
 
@@ -74,13 +75,13 @@ def refusal() -> str | None:
     """Why the compiled units cannot be loaded, as a sentence with a remedy; None if they can."""
     written = manifest()
     if "source_hash" not in written:
-        return f"it is not compiled for torch {torch.__version__}; run: make kernels"
+        return f"it is not compiled for torch {torch.__version__}; run: {target('kernels')}"
     if SOURCES.is_dir() and written["source_hash"] != source_hash():
-        return f"it was compiled from other sources (hash {written['source_hash'][:12]}, now {source_hash()[:12]}); run: make kernels"
+        return f"it was compiled from other sources (hash {written['source_hash'][:12]}, now {source_hash()[:12]}); run: {target('kernels')}"
     for name, size in written.get("sizes", {}).items():
         path = folder() / name
         if not path.is_file() or path.stat().st_size != size:
-            return f"{path} is {f'not of {size} bytes' if path.is_file() else 'gone'}; run: make kernels"
+            return f"{path} is {f'not of {size} bytes' if path.is_file() else 'gone'}; run: {target('kernels')}"
     return None
 
 

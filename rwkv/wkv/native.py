@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv.commands import target
 from rwkv.wkv import build
 
 KEEP = 16  # tokens per kept state (cuda/wkv4_args.h)
@@ -33,7 +34,7 @@ def _refusal(stamp: int) -> str | None:
     try:
         torch.ops.load_library(str(build.library()))
     except OSError as error:
-        return f"it does not load ({error}); run: make kernels"
+        return f"it does not load ({error}); run: {target('kernels')}"
     return None
 
 

@@ -122,6 +122,7 @@ def test_a_hostfile_that_is_none_is_refused(root, tmp_path):
         ("a slots=0\n", "a line is 'address slots=N'"),
         ("a slots=1\nb slots=2\n", "b has other slots"),
         ("#\n", "names no machine"),
+        ("-oProxyCommand=x slots=1\n", "-oProxyCommand=x is not a machine's name or address"),  # or ssh takes it as an option
     ):
         hosts.write_text(text)
         assert complaint in launch(root, "--hostfile", hosts, "--", "x.py", status=2)

@@ -1,0 +1,75 @@
+"""Printed commands do what they say when they are pasted, in every way in."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rwkv.commands import command, flags, output, target
+
+ROOT = Path(__file__).parents[1]
+NAMES = ["plain", "a b%20c", "模型 数据", "a 'b' \"c\" 模型 $HOME `x` $(y) #1 !2 100%;&|<>*?[a](b){c}\\n~"]
+
+
+@pytest.fixture(params=["python", "make", "make -C"])
+def way(request, monkeypatch):
+    """How the process that prints was started, and the folder in which its user pastes."""
+    for name in ("RWKV_MAKE", "RWKV_MAKE_FOLDER", "RWKV_CONTAINER"):
+        monkeypatch.delenv(name, raising=False)
+    if request.param != "python":
+        monkeypatch.setenv("RWKV_MAKE", f"make PY={sys.executable}")
+    if request.param == "make -C":
+        monkeypatch.setenv("RWKV_MAKE_FOLDER", str(ROOT))
+        return Path("/")
+    return ROOT
+
+
+def paste(line: str, folder: Path) -> subprocess.CompletedProcess:
+    clean = {name: value for name, value in os.environ.items() if name not in ("ARGS", "PY", "STACK", "VENV", "MAKEFLAGS", "MAKELEVEL")}
+    return subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True, check=False, env=clean | {"PYTHONPATH": str(ROOT)})
+
+
+def test_a_printed_command_reaches_the_program_as_it_is(way, tmp_path, monkeypatch):
+    # https://github.com/josStorer/RWKV-Runner/issues/108
+    monkeypatch.chdir(ROOT)
+    done = paste(command("doctor", "--config", tmp_path / f"{NAMES[-1]}.yaml"), way)
+    assert f"error: --config {tmp_path / NAMES[-1]}.yaml: No such file or directory" in done.stderr
+
+
+def test_a_printed_command_runs(tmp_path, monkeypatch):
+    for name in ("RWKV_MAKE", "RWKV_CONTAINER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"{NAMES[1]}.jsonl").write_text('{"text": "hello"}\n')
+    done = paste(command("convert", "--output_prefix", f"{NAMES[2]}", "--input", f"{NAMES[1]}.jsonl"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / f"{NAMES[2]}_text_document.idx").is_file()
+
+
+def test_in_a_container_commands_are_services_and_write_where_it_is_allowed(monkeypatch):
+    monkeypatch.delenv("RWKV_MAKE", raising=False)
+    monkeypatch.setenv("RWKV_CONTAINER", "docker compose run --rm")
+    assert command("merge", "--adapter", "out/a b.pth") == "docker compose run --rm merge --adapter 'out/a b.pth'"
+    assert output("merged.pth") == "out/merged.pth"
+    assert "RWKV_CONTAINER: docker compose run --rm\n" in (ROOT / "compose.yaml").read_text(encoding="utf-8")
+
+
+def test_flags_are_quoted_as_a_shell_reads_them():
+    assert flags("--data_file", "plain") == "--data_file plain"
+    assert all(shlex.split(flags("--data_file", name)) == ["--data_file", name] for name in NAMES)
+
+
+def test_a_remedy_names_the_target_for_this_python(monkeypatch):
+    for name in ("RWKV_MAKE", "RWKV_CONTAINER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "prefix", str(ROOT / ".venv"))
+    assert target("kernels") == "make kernels"
+    monkeypatch.setattr(sys, "prefix", str(ROOT / ".venv-modern"))
+    assert target("kernels") == "make kernels STACK=modern"
+    monkeypatch.setattr(sys, "prefix", "/usr")
+    assert target("kernels") == f"make kernels PY={sys.executable}"
+    monkeypatch.setenv("RWKV_MAKE", "make STACK=modern")
+    assert target("kernels") == "make STACK=modern kernels"
