@@ -202,7 +202,9 @@ def _right(name: str, device: torch.device, found: str) -> Finding:
     error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*reversed(results), strict=True))
     if error < 1e-4:  # sums over 200 tokens in fp32, in another order
         return Finding(name, "ok", f"{found}, within {error:.0e} of the reference")
-    return Finding(name, "fail", f"{found}, off by {error:.0e}", f"rm -r rwkv/wkv/lib and {target('kernels')}; if it stays, please report it")
+    return Finding(
+        name, "fail", f"{found}, off by {error:.0e}", f"rm -r rwkv/wkv/lib and {target('kernels')}; if it stays, please report it"
+    )
 
 
 def _deepspeed() -> Iterator[Finding]:

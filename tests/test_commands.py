@@ -29,7 +29,9 @@ def way(request, monkeypatch):
 
 def paste(line: str, folder: Path) -> subprocess.CompletedProcess:
     clean = {name: value for name, value in os.environ.items() if name not in ("ARGS", "PY", "STACK", "VENV", "MAKEFLAGS", "MAKELEVEL")}
-    return subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True, check=False, env=clean | {"PYTHONPATH": str(ROOT)})
+    return subprocess.run(
+        ["bash", "-c", line], cwd=folder, capture_output=True, text=True, check=False, env=clean | {"PYTHONPATH": str(ROOT)}
+    )
 
 
 def test_a_printed_command_reaches_the_program_as_it_is(way, tmp_path, monkeypatch):

@@ -77,7 +77,9 @@ def refusal() -> str | None:
     if "source_hash" not in written:
         return f"it is not compiled for torch {torch.__version__}; run: {target('kernels')}"
     if SOURCES.is_dir() and written["source_hash"] != source_hash():
-        return f"it was compiled from other sources (hash {written['source_hash'][:12]}, now {source_hash()[:12]}); run: {target('kernels')}"
+        return (
+            f"it was compiled from other sources (hash {written['source_hash'][:12]}, now {source_hash()[:12]}); run: {target('kernels')}"
+        )
     for name, size in written.get("sizes", {}).items():
         path = folder() / name
         if not path.is_file() or path.stat().st_size != size:
