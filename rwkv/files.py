@@ -3,10 +3,10 @@
 import contextlib
 import errno
 import fcntl
-import glob
 import hashlib
 import json
 import os
+import re
 import shlex
 import socket
 import stat
@@ -168,11 +168,39 @@ def full_disk(path: str | os.PathLike, left: str) -> Iterator[None]:
 def abandoned(path: str | os.PathLike) -> list[Path]:
     """Temporaries of `path` that nobody is writing: a run that was to make it has been killed."""
     path, found = Path(path), []
-    for name in glob.glob(f".{glob.escape(path.name)}.????????.tmp", root_dir=path.parent):
-        with contextlib.suppress(OSError), open(path.parent / name, "rb") as file:  # a lock that is held is an OSError too
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            found.append(path.parent / name)
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.\w{{8}}(?:\.(\w+-\d+-\d+))?\.tmp")
+    for name in os.listdir(path.parent) if path.parent.is_dir() else ():
+        if not (match := pattern.fullmatch(name)):
+            continue
+        with contextlib.suppress(FileNotFoundError, PermissionError), open(path.parent / name, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found.append(path.parent / name)
+            except OSError as error:
+                # held; or a file system without locks, where the name tells the process
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) and match[1] and _has_ended(match[1]):
+                    found.append(path.parent / name)
     return found
+
+
+def _owner() -> str:
+    """This process in a file's name: host, process id and the time at which it started, since ids are given again."""
+    host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+    return f"{host}-{os.getpid()}-{_started(os.getpid())}"
+
+
+def _started(pid: int) -> int:
+    """When a process of this machine started, in ticks since boot; 0 if there is no such process."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _has_ended(owner: str) -> bool:
+    """Whether the process that a name tells was on this host, and is there no more."""
+    host, pid, started = owner.split("-")
+    return host == _owner().split("-")[0] and _started(int(pid)) != int(started)
 
 
 def reserve(file: BinaryIO, size: int) -> None:
@@ -211,8 +239,13 @@ def _temporary(path: Path) -> Iterator[Path]:
         stale.unlink(missing_ok=True)
     while True:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with contextlib.suppress(OSError):  # a file system without locks: then nothing is ever taken for left over
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks: the name tells who writes it
+                owned = f"{name.removesuffix('.tmp')}.{_owner()}.tmp"
+                os.rename(name, owned)
+                name = owned
         if os.fstat(handle).st_nlink:
             break
         os.close(handle)  # another run took it for left over before it was locked

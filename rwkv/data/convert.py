@@ -74,7 +74,7 @@ def _explained(some: Sequence[Source]) -> Iterator[None]:
     """Add to the error of a conversion what explains it: a file that was changed meanwhile, an encoding."""
     try:
         yield
-    except UserError as error:
+    except Exception as error:
         sources.check_unchanged(some)
         message = str(error)
         failed = next((one for one in some if message.startswith((f"{one.path}, ", f"{one.path}:"))), None)

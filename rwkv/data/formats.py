@@ -312,7 +312,9 @@ def _arrow(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[
 
     with contextlib.ExitStack() as stack:
         try:
-            mapped = file if source.compression else stack.enter_context(pyarrow.memory_map(str(source.stored)))
+            mapped = (
+                file if source.compression else stack.enter_context(pyarrow.OSFile(str(source.stored)))
+            )  # not mapped: a file that is cut short would end us
             reader = stack.enter_context(pyarrow.ipc.open_stream(mapped))
             columns, number, before = _some(source, reader.schema.names, fields), 0, 0
             while True:
