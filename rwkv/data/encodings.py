@@ -26,8 +26,9 @@ def check(encoding: str) -> None:
         return
     try:
         info = codecs.lookup(encoding)
-        if not info._is_text_encoding or "a" not in info.decode(info.encode("a")[0])[0]:
+        if not info._is_text_encoding:
             raise LookupError
+        codecs.getincrementaldecoder(encoding)("rwkv.mark").decode("a".encode(encoding))
     except (LookupError, ValueError, UnicodeError, TypeError) as error:
         raise UserError(
             f"--encoding {encoding}: no such text encoding; for example gb18030 (also for GBK), big5, shift_jis, utf-16, cp1252"
@@ -99,7 +100,7 @@ def _score(data: bytes, encoding: str) -> float:
     except UnicodeDecodeError:
         return -1
     letters = [letter for letter in text if letter > "\x7f"]
-    if not letters:
+    if not letters or (encoding == "euc_kr" and len(letters) < 8):
         return 0
     return sum(_usual(letter, encoding) for letter in letters) / len(letters)
 
@@ -116,7 +117,7 @@ def _usual(letter: str, encoding: str) -> float:
     if "\u3040" <= letter <= "\u30ff":
         return 1.2 if encoding in ("shift_jis", "euc_jp") else 0.1
     if "\uac00" <= letter <= "\ud7a3":
-        return 1 if encoding == "euc_kr" else 0
+        return 1.05 if encoding == "euc_kr" else 0  # the same bytes are common Chinese characters in GBK, but Chinese has others too
     if "\u4e00" <= letter <= "\u9fff":
         common = {
             "gb18030": 0xB0 <= lead <= 0xD7,

@@ -32,6 +32,8 @@ class Inspection:
     smallest_id: int = 0
     largest_id: int = 0
     vocabulary: str = ""  # World, 20B or unknown
+    crlf: int = 0  # of `looked_at` documents, those with the line ends of Windows; only known for World
+    looked_at: int = 0
     with_eod: int = 0  # documents that end with token 0
     empty: int = 0  # documents without a token but EOD
     too_long: int = 0  # documents longer than ctx_len + 1
@@ -225,9 +227,13 @@ def _vocabulary(data: Dataset, found: Inspection) -> str:
         ids = _begin(data, i, 4096)
         if ids:
             read += 1
-            readable += _is_utf8(tokenizer.decode_bytes(ids))
+            text = tokenizer.decode_bytes(ids)
+            readable += _is_utf8(text)
+            found.crlf += b"\r\n" in text
+    found.looked_at = read
     if readable >= 0.9 * read:
         return "World"
+    found.crlf = 0
     return "20B" if found.largest_id <= LARGEST_20B else "unknown"
 
 
@@ -282,6 +288,11 @@ def _judge(found: Inspection, data: Dataset) -> None:
     if found.repeated:
         remarks.append(
             f"{found.repeated / found.documents:.1%} of the documents repeat an earlier one: the model sees them more often, and --val_split may hold out what it trains on"
+        )
+    if found.crlf:
+        remarks.append(
+            f"{found.crlf:,} of {found.looked_at:,} documents looked at have Windows line ends (CRLF), which the model will learn to write; convert"
+            " txt without --keep_crlf, or replace them in the source"
         )
     if found.too_long:
         remarks.append(f"{found.too_long:,} documents are longer than ctx_len {found.ctx_len} + 1: --doc_training would leave them out")

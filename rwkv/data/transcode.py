@@ -4,6 +4,8 @@ import codecs
 import io
 from typing import BinaryIO
 
+BLOCK = 1 << 18  # bytes that are decoded together
+
 
 class Transcoded(io.RawIOBase):
     """A file in another encoding as a stream of UTF-8. What is not valid in the encoding becomes a byte sequence that is not valid UTF-8, so
@@ -17,7 +19,7 @@ class Transcoded(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         while not self._left and not self._ended:
-            block = self._file.read(1 << 18)
+            block = self._file.read(BLOCK)
             self._ended = not block
             self._left = self._decoder.decode(block, final=self._ended).encode("utf-8", "surrogatepass")
         size = min(len(buffer), len(self._left))
