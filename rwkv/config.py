@@ -234,9 +234,27 @@ class ConvertConfig:
     r"""Keep the line ends of Windows (\r\n) in txt files. Without it they become \n, as models write it."""
     ftfy: bool = False
     """Repair broken Unicode (mojibake) with the ftfy library before tokenising."""
+    format: Literal[
+        "auto",
+        "text",
+        "messages",
+        "moss",
+        "alpaca",
+        "dolly",
+        "firefly",
+        "prompt_completion",
+        "prompt_response",
+        "query_response",
+        "question_answer",
+    ] = "auto"
+    """What the records are. auto: told by their keys, conversations if the first records are. text: text under jsonl_keys, whatever else there is.
+    messages: lists of {role, content} or {from, value}. alpaca (BELLE): instruction, input, output. The others likewise, by the keys of the name."""
     chat_template: str = ""
-    """Chats, records with messages or conversations, become text by this: world ("User: …", blank line, "Assistant: …"), chatml, or a
-    Jinja file; a loss mask is written to P_text_mask.bin. Left out: world, or chatml for HFTokenizer, if the first record is a chat."""
+    """Conversations become text by this: world ("User: …", blank line, "Assistant: …"; blank lines inside a message become line breaks), chatml,
+    or a Jinja file; a loss mask is written to P_text_mask.bin. Default: world, or chatml for HFTokenizer, if the records are conversations."""
+    mask: Literal["auto", "answers", "none"] = "auto"
+    """What contributes to the loss. auto: answers of conversations, and all of plain text. answers: also in plain text only what follows
+    "Assistant:", "Answer:", "Response:" and the like at the start of a turn. none: everything; no mask is written."""
     on_error: Literal["stop", "skip"] = "stop"
     """stop: a bad record ends the conversion, and nothing is written. skip: it is counted and written to P.rejects.jsonl. A damaged or
     truncated file stops it in any case."""
@@ -269,8 +287,12 @@ class InspectConfig:
     """Every line of a txt file was a document."""
     ftfy: bool = False
     """Broken Unicode was repaired."""
+    format: str = "auto"
+    """What the records of that are; this and the next two as in the conversion."""
     chat_template: str = ""
-    """How chats became text. Left out: as the converter does without it."""
+    """How conversations became text."""
+    mask: str = "auto"
+    """What contributes to the loss."""
     on_error: Literal["stop", "skip"] = "stop"
     """skip: bad records were left out."""
     vocab_file: str = ""

@@ -2,7 +2,8 @@
 
     python scripts/convert.py --input mine.jsonl                        # writes mine_text_document.bin and .idx beside it
     python scripts/convert.py --input "data/*.jsonl.zst,more.parquet" --output-prefix out/all --jsonl-keys content
-    python scripts/convert.py --input chats.jsonl                       # {"messages": [...]}: also a loss mask, chats_text_mask.bin
+    python scripts/convert.py --input chats.jsonl                       # messages, ShareGPT, alpaca, …: also a loss mask, chats_text_mask.bin
+    python scripts/convert.py --input mine.jsonl --mask answers         # texts "User: …", blank line, "Assistant: …": only answers are trained on
     python scripts/convert.py --input mine.jsonl --tokenizer-type HFTokenizer --vocab 20B_tokenizer.json
 
 Every record is one document, such as the line {"text": "..."} of a jsonl file. A bad one stops the conversion, is named by file and number,
@@ -32,6 +33,8 @@ if __name__ == "__main__":
             done = convert(config)
             if done.rejects:
                 print(f"{done.rejects:,} bad records were skipped; see {done.rejects_file}")
+            for line in done.report:
+                print(line)
             for prefix, documents, tokens in done.pairs:
                 end = "" if config.shard else f" Train with --data_file {prefix}"
                 print(

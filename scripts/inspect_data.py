@@ -36,7 +36,10 @@ def main(config: InspectConfig) -> int:
         source = ConvertConfig(
             input=config.verify,
             tokenizer_type="HFTokenizer" if tokenizer else "RWKVTokenizer",
-            **{name: getattr(config, name) for name in ("jsonl_keys", "vocab_file", "split_lines", "ftfy", "chat_template", "on_error")},
+            **{
+                name: getattr(config, name)
+                for name in ("jsonl_keys", "vocab_file", "split_lines", "ftfy", "format", "chat_template", "mask", "on_error")
+            },
         )
         inspection.verify(data, *texts(source), found, tokenizer)
     image = Path(config.png or f"{data.prefix}_lengths.png")

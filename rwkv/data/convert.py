@@ -4,14 +4,16 @@ import contextlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from rwkv.config import ConvertConfig
-from rwkv.data import binidx, chat, encodings, inputs, provenance, shards, sources
+from rwkv.data import binidx, encodings, inputs, provenance, report, shapes, shards, sources
+from rwkv.data.detection import template_for
 from rwkv.data.encode import Encoder
 from rwkv.data.formats import Source
 from rwkv.data.inputs import Chunk
@@ -31,12 +33,20 @@ class Converted:
         pairs: of each pair of files its prefix, documents and tokens.
         masked: whether a loss mask lies beside each.
         rejects: how many bad records were skipped, written to rejects_file.
+        counts: what was in the records, as rwkv.data.report describes it.
     """
 
     pairs: list[tuple[str, int, int]]
     masked: bool
     rejects: int
     rejects_file: Path
+    counts: Counter = field(default_factory=Counter)
+
+    @property
+    def report(self) -> list[str]:
+        """What was in the records, in sentences: roles, tokens that contribute to the loss, what was skipped, warnings."""
+        documents, tokens = (sum(pair[i] for pair in self.pairs) for i in (1, 2))
+        return report.lines(self.counts, documents, tokens, self.masked)
 
 
 def convert(config: ConvertConfig) -> Converted:
@@ -97,13 +107,14 @@ def _convert(config: ConvertConfig, found: sources.Found, keys: Sequence[str], s
     for note in found.notes:
         print(note, file=sys.stderr, flush=True)
     workers = config.workers or len(os.sched_getaffinity(0))
-    fields = [*keys, *(chat.FIELDS if encoder.template else ())]
+    fields = [*keys, *(shapes.FIELDS if encoder.template else ())]
     feed = inputs.chunks(found.sources, fields, shard or (0, 1))
     places = _Places()
     count = 0
+    counts: Counter = Counter()
     with (
         Pool(encoder, workers) as pool,
-        binidx.writers(prefixes, config.dtype, encoder.template is not None, beside) as (out, (rejects, *manifest)),
+        binidx.writers(prefixes, config.dtype, encoder.masked, beside) as (out, (rejects, *manifest)),
         tqdm(
             total=_bytes(found.sources, shard), unit="B", unit_scale=True, desc="convert", mininterval=0.5 if sys.stderr.isatty() else 15
         ) as bar,
@@ -119,6 +130,7 @@ def _convert(config: ConvertConfig, found: sources.Found, keys: Sequence[str], s
                     rejected.write(json.dumps(line, ensure_ascii=False) + "\n")
                     count += 1
                 places.passed(chunk, encoded.lines)
+                counts.update(encoded.counts)
                 for one, *parts in zip(out, encoded.tokens, encoded.sizes, encoded.masks, strict=True):
                     one.add_packed(*parts)
                 bar.update(chunk.size)
@@ -126,19 +138,27 @@ def _convert(config: ConvertConfig, found: sources.Found, keys: Sequence[str], s
         pairs = [(name, one.documents, one.tokens) for name, one in zip(prefixes, out, strict=True)]
         if not shard and (empty := [key for key, pair in zip(keys, pairs, strict=True) if not pair[1]]):
             skipped = f" that can be read: {count} bad records were skipped" if count else ""
+            blank = "".join(f". Skipped {key[1]}: {number}" for key, number in counts.items() if key[0] == "skipped")
             raise UserError(
-                f'{config.input}: holds no document{skipped}. Expected records such as {{"{empty[0]}": "..."}}, or another key with --jsonl-keys'
+                f'{config.input}: holds no document{skipped}. Expected records such as {{"{empty[0]}": "..."}}, or another key with --jsonl-keys{blank}'
             )
+        if (
+            config.mask == "answers"
+            and not shard
+            and not counts["role", "assistant"]
+            and counts["plain", ""] == sum(pair[1] for pair in pairs)
+        ):
+            raise UserError(f"--mask answers: no document of {config.input} has turns such as User: and Assistant:; leave the flag out")
         if not count:
             rejects.unlink()
         tokenizer_entry = provenance.tokenizer_of(tokenizer, config.vocab_file)
         described = provenance.describe(tokenizer_entry, found.sources, provenance.flags_of(config), sources.splits_of(found))
         sources.check_unchanged(found.sources)
         for one in out:
-            provenance.write(one.manifest, described, one.documents, one.tokens, one.counted)
+            provenance.write(one.manifest, {**described, "contents": report.summary(counts)}, one.documents, one.tokens, one.counted)
         if shard:
             manifest[0].write_text(json.dumps(shards.manifest(config, found.sources), indent=2) + "\n", encoding="utf-8")
-    return Converted(pairs, encoder.template is not None, count, rejects_path)
+    return Converted(pairs, encoder.masked, count, rejects_path, counts)
 
 
 def texts(config: ConvertConfig) -> tuple[Iterator[tuple[str, int]], int]:
@@ -152,7 +172,7 @@ def texts(config: ConvertConfig) -> tuple[Iterator[tuple[str, int]], int]:
 
     def read() -> Iterator[tuple[str, int]]:
         done, places = 0, _Places()
-        for chunk in inputs.chunks(some, [*keys, *(chat.FIELDS if encoder.template else ())]):
+        for chunk in inputs.chunks(some, [*keys, *(shapes.FIELDS if encoder.template else ())]):
             done, lines = done + chunk.size, inputs.lines_of(chunk)
             for number, record in inputs.records(chunk, lines, keys):
                 try:
@@ -184,8 +204,8 @@ def default_prefix(spec: str, some: Sequence[Source]) -> str:
 
 
 def _encoder(config: ConvertConfig, some: Sequence[Source], keys: Sequence[str]) -> Encoder:
-    template, stop = _template(config, some, keys), config.on_error == "stop"
-    return Encoder(_tokenizer(config), keys, config.dtype, config.append_eod, config.ftfy, template, stop)
+    template, stop = template_for(config, some, keys), config.on_error == "stop"
+    return Encoder(_tokenizer(config), keys, config.dtype, config.append_eod, config.ftfy, template, stop, config.format, config.mask)
 
 
 def _tokenizer(config: ConvertConfig) -> WorldTokenizer | HFTokenizer:
@@ -199,22 +219,6 @@ def _tokenizer(config: ConvertConfig) -> WorldTokenizer | HFTokenizer:
             " for a tokenizer.json give --tokenizer_type HFTokenizer"
         )
     return WorldTokenizer()
-
-
-def _template(config: ConvertConfig, some: Sequence[Source], keys: Sequence[str]) -> chat.Template | None:
-    """The chat template that is asked for, or the usual one where the first record is a chat."""
-    if config.chat_template:
-        return chat.Template(config.chat_template)
-    usual = "world" if config.tokenizer_type == "RWKVTokenizer" else "chatml"
-    if set(keys) & set(chat.KEYS):
-        return chat.Template(usual)
-    if keys != ["text"]:
-        return None
-    for chunk in inputs.chunks(some[:1], [*keys, *chat.KEYS]):
-        for _, record in inputs.records(chunk, inputs.lines_of(chunk), keys):
-            is_chat = isinstance(record, dict) and "text" not in record and any(record.get(key) for key in chat.KEYS)
-            return chat.Template(usual) if is_chat else None
-    return None
 
 
 def _bytes(some: Sequence[Source], shard: tuple[int, int] | None) -> int:

@@ -1,13 +1,16 @@
 """A chunk of records to packed tokens: what one worker does."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rwkv.data import binidx, chat
+from rwkv.data import binidx, shapes, turns
 from rwkv.data.inputs import Chunk, lines_of, records
 from rwkv.data.jsonl import BadRecord, text_under
+from rwkv.data.messages import Conversation
+from rwkv.data.template import Template
 from rwkv.data.tokenizer import HFTokenizer, WorldTokenizer
 from rwkv.errors import UserError
 
@@ -20,6 +23,7 @@ class Encoded:
         lines: how many lines the chunk has, if it has such.
         tokens, sizes, masks: per key, as binidx.Writer.add_packed takes them.
         rejects: (number in the chunk or source, what is wrong, the record as far as it can be shown).
+        counts: what it contained, as rwkv.data.report describes it.
     """
 
     tokens: list[bytes]
@@ -27,6 +31,7 @@ class Encoded:
     masks: list[bytes]
     lines: int
     rejects: list[tuple[int, str, str]]
+    counts: Counter = field(default_factory=Counter)
 
 
 @dataclass
@@ -35,8 +40,10 @@ class Encoder:
 
     Attributes:
         keys: the fields whose texts make the pairs of files.
-        template: with one, `messages` and `conversations` records become text by it, and every token gets a mask.
+        template: with one, records that are conversations become text by it.
         stop: give up a chunk at its first bad record.
+        kind: what the records are: one of shapes.FORMATS.
+        mask: auto: a mask if there is a template; answers: always, and of plain text only the answers contribute; none: no mask.
     """
 
     tokenizer: WorldTokenizer | HFTokenizer
@@ -44,11 +51,18 @@ class Encoder:
     dtype: str
     append_eod: bool = True
     ftfy: bool = False
-    template: chat.Template | None = None
+    template: Template | None = None
     stop: bool = True
+    kind: str = "auto"
+    mask: str = "auto"
+
+    @property
+    def masked(self) -> bool:
+        """Whether every token gets a mask."""
+        return self.mask == "answers" or (self.mask == "auto" and self.template is not None)
 
     def __call__(self, chunk: Chunk) -> Encoded:
-        """Tokens of the chunk's documents. Empty texts are passed over, each under its own key.
+        """Tokens of the chunk's documents. Blank texts and empty conversations are skipped and counted, each under its own key.
 
         Raises:
             UserError: a token id that the dtype does not hold.
@@ -56,13 +70,16 @@ class Encoder:
         lines = lines_of(chunk)
         packed = [_Packed() for _ in self.keys]
         rejects = []
+        counts: Counter = Counter()
         for number, record in records(chunk, lines, self.keys):
             try:
                 if isinstance(record, BadRecord):
                     raise record
-                for one, segments in zip(packed, [self.segments(record, key) for key in self.keys], strict=True):
+                found: Counter = Counter()
+                for one, segments in zip(packed, [self.segments(record, key, found) for key in self.keys], strict=True):
                     if segments:
-                        self._add(one, segments)
+                        self._add(one, segments, found)
+                counts.update(found)
             except BadRecord as error:
                 rejects.append((number, str(error), _shown(lines[number] if lines else record)))
                 if self.stop:
@@ -73,33 +90,84 @@ class Encoder:
             [b"".join(one.masks) for one in packed],
             len(lines),
             rejects,
+            counts,
         )
 
-    def segments(self, record: Any, key: str) -> list[tuple[str, bool]]:
-        """The text of a document in pieces with their mask: one piece, unless it is a chat; none if it is empty. Raises BadRecord."""
-        if self.template and isinstance(record, dict) and (messages := chat.messages_of(record)):
-            segments = self.template.segments(messages)
-        else:
+    def segments(self, record: Any, key: str, counts: Counter | None = None) -> list[tuple[str, bool]]:
+        """The text of a document in consecutive segments, each with whether it contributes to the loss; none if there is nothing in it.
+
+        Args:
+            counts: gets what the record was.
+
+        Raises:
+            BadRecord: a record that cannot be converted, for whatever reason.
+        """
+        counts = Counter() if counts is None else counts
+        try:
+            return self._segments(record, key, counts)
+        except (BadRecord, UserError, MemoryError):
+            raise
+        except Exception as error:
+            raise BadRecord(f"cannot be converted ({type(error).__name__}: {error})") from error
+
+    def _segments(self, record: Any, key: str, counts: Counter) -> list[tuple[str, bool]]:
+        if self.template and isinstance(record, dict) and (conversation := shapes.conversation(record, self.kind)):
+            if conversation.skipped:
+                counts["skipped", conversation.skipped] += 1
+                return []
+            found = self.template.segments(self._repaired(conversation))
+            if not found:
+                counts["skipped", "conversations that the chat template makes no text of"] += 1
+                return []
+            for message in conversation.messages:
+                counts["role", message.role] += 1
+                counts["name", message.role, message.name[:40]] += 1
+            counts["shape", conversation.shape] += 1
+            counts.update(("remark", remark) for remark in conversation.remarks)
+            return found
+        try:
             text = text_under(key, record)
-            segments = [(text, True)] if text else []
+        except BadRecord as error:
+            if self.template is None and self.kind == "auto" and key == "text" and isinstance(record, dict) and shapes.conversation(record):
+                raise BadRecord(f"{error}; it is a conversation among texts: give --chat_template world to convert both") from error
+            raise
+        if not text or text.isspace():
+            counts["skipped", "blank texts"] += 1
+            return []
         if self.ftfy:
-            import ftfy
+            text = _repair(text)
+        counts["shape", "text"] += 1
+        if self.mask != "answers":
+            return [(text, True)]
+        if segments := turns.segments(text):
+            return segments
+        counts["plain", ""] += 1
+        return [(text, True)]
 
-            segments = [(ftfy.fix_text(text), counts) for text, counts in segments]
-        return segments
+    def _repaired(self, conversation: Conversation) -> Conversation:
+        if self.ftfy:
+            for message in conversation.messages:
+                message.content, message.reasoning = _repair(message.content), _repair(message.reasoning)
+        return conversation
 
-    def _add(self, packed: "_Packed", segments: list[tuple[str, bool]]) -> None:
+    def _add(self, packed: "_Packed", segments: list[tuple[str, bool]], counts: Counter) -> None:
         """One document at a time: its ids are gone before the next come, and stay in the processor's cache (a third of the time)."""
         ids: list[int] = []
-        for text, counts in segments:
+        trained = 0
+        for text, counts_in_loss in segments:
             some = self.tokenizer.encode(text)
             ids = ids + some if ids else some
-            if self.template:
-                packed.masks.append(bytes([counts]) * len(some))
+            trained += counts_in_loss * len(some)
+            if self.masked:
+                packed.masks.append(bytes([counts_in_loss]) * len(some))
         if self.append_eod:
             ids.append(self.tokenizer.eod)
-            if self.template:
+            trained += segments[-1][1]
+            if self.masked:
                 packed.masks.append(bytes([segments[-1][1]]))
+        if self.masked:
+            counts["trained", ""] += trained
+            counts["untrained", ""] += not trained
         try:
             packed.tokens.append(binidx.pack(ids, self.dtype))
         except ValueError as error:
@@ -114,6 +182,12 @@ class _Packed:
     tokens: list[bytes] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     masks: list[bytes] = field(default_factory=list)
+
+
+def _repair(text: str) -> str:
+    import ftfy
+
+    return ftfy.fix_text(text)
 
 
 def _shown(record) -> str:

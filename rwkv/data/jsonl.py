@@ -19,15 +19,32 @@ def _integer(digits: str) -> float:
 DECODER = json.JSONDecoder(parse_int=_integer)
 
 
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these members, for object_pairs_hook. Raises BadRecord if a key occurs twice: only one of the values could be used."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise BadRecord(f"the key {encodable(twice)[:40]!r} occurs twice in one object; remove one of them")
+    return found
+
+
+_UNIQUE = json.JSONDecoder(parse_int=_integer, object_pairs_hook=unique)
+
+
 def parse(line: bytes) -> Any:
     """The JSON value on a line. Raises BadRecord if it is not UTF-8 or not JSON."""
     try:
-        return orjson.loads(line)
+        value = orjson.loads(line)
+        if _colons(line) <= _keys(value):
+            return value
     except orjson.JSONDecodeError:
         pass  # the standard library takes more, such as NaN and numbers of any size, and says better what is wrong
     text = utf8(line)
     try:
-        return DECODER.decode(text)
+        return _UNIQUE.decode(text)
+    except BadRecord:
+        raise
     except json.JSONDecodeError as error:
         raise BadRecord(f"not JSON: {_reason(text, error)}") from error
     except (ValueError, RecursionError) as error:
@@ -87,6 +104,24 @@ _MAGIC = (
     (b"\x1f\x8b", "compressed by gzip; let the name end in .gz"),
     (b"\x28\xb5\x2f\xfd", "compressed by zstd; let the name end in .zst"),
 )
+
+
+def _colons(line: bytes) -> int:
+    """At least as many as there are keys, as a rule exactly: quotes before colons, without those inside strings."""
+    return sum(line.count(end) - line.count(b"\\" + end) for end in (b'":', b'" :'))
+
+
+def _keys(value: Any) -> int:
+    """How many keys the objects in a JSON value have."""
+    count, waiting = 0, [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            count += len(value)
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return count
 
 
 def utf8(line: bytes) -> str:

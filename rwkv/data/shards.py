@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv.config import ConvertConfig
-from rwkv.data import binidx, provenance
+from rwkv.data import binidx, provenance, report
 from rwkv.data.formats import Source
 from rwkv.errors import UserError
 
@@ -86,8 +86,10 @@ def _merge(
         for key, one in zip(names, out, strict=True):
             for part in parts:
                 one.add_file(binidx.document_prefix(part, key))
-            if described := provenance.read(binidx.document_prefix(parts[0], key)):  # older shards have none
-                provenance.write(one.manifest, described, one.documents, one.tokens, one.counted)
+            described = [provenance.read(binidx.document_prefix(part, key)) for part in parts]
+            if described[0]:  # older shards have none
+                contents = report.added([other.get("contents") for other in described if other])
+                provenance.write(one.manifest, {**described[0], "contents": contents}, one.documents, one.tokens, one.counted)
         with open(rejected, "wb") as target:
             for part in parts:
                 if (path := Path(f"{part}.rejects.jsonl")).is_file():

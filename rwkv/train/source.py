@@ -88,4 +88,10 @@ def _maker(c: TrainConfig, sizes: Sizes, folder: Path) -> Callable[[str], object
         raise UserError(
             f"{c.data_file}: would be tokenised for World (ids to 65529), and the model has {sizes.vocab_size} words; convert it for that model"
         )
-    return lambda prefix: convert(ConvertConfig(input=c.data_file, output_prefix=prefix.removesuffix("_text_document"), force=True))
+    return lambda prefix: _converted(c.data_file, prefix)
+
+
+def _converted(path: str, prefix: str) -> None:
+    done = convert(ConvertConfig(input=path, output_prefix=prefix.removesuffix("_text_document"), force=True))
+    for line in done.report:
+        print(line, flush=True)

@@ -15,11 +15,9 @@ from rwkv.data import formats, inputs, sources
 from rwkv.data.jsonl import BadRecord
 from rwkv.errors import UserError
 
-TEXT = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1, max_size=40)
-NO_NUL = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), min_size=1)  # csv of Python 3.10 refuses NUL
-ONE_LINE = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\n\r"), min_size=1).filter(
-    lambda x: not x.encode().isspace()
-)
+TEXT = st.text(st.characters(blacklist_categories=["Cs"]), max_size=40).filter(str.strip)  # blank texts are skipped
+NO_NUL = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0")).filter(str.strip)  # csv of Python 3.10 refuses NUL
+ONE_LINE = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\n\r"), min_size=1).filter(str.strip)
 
 
 def as_jsonl(texts):
