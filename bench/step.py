@@ -213,17 +213,15 @@ def worker(c: argparse.Namespace) -> None:
         loss = step()
         if c.device == "cuda":
             torch.cuda.synchronize()
-        print(json.dumps([time.perf_counter() - started, loss, peak(c), nvml()]), file=answers, flush=True)
+        print(json.dumps([time.perf_counter() - started, loss, peak(c), used()]), file=answers, flush=True)
 
 
-def nvml() -> float:
-    """GB that NVML sees in use on the first GPU; nan without one."""
+def used() -> float:
+    """GB in use on the GPU, by anybody; nan without one."""
     if not torch.cuda.is_available():
         return float("nan")
-    import pynvml
-
-    pynvml.nvmlInit()
-    return pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used / 1e9
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 1e9
 
 
 class Contender:
@@ -247,7 +245,7 @@ class Contender:
     def step(self) -> None:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        seconds, loss, self.memory, self.nvml = json.loads(self._answer())
+        seconds, loss, self.memory, self.used = json.loads(self._answer())
         if not self.times:
             self.loss = loss
         self.times.append(seconds)
@@ -295,7 +293,7 @@ def table(c: argparse.Namespace, done: list[Contender]) -> None:
             2 * rows * out * inside * (2 + full + again)
             for rows, out, inside, full, again in shapes(argparse.Namespace(**{**vars(c), "kind": x.kind}))
         )
-        gpu = f"  MFU {flops / best / c.peak_tflops / 1e10:.1f} %, NVML {x.nvml:.2f} GB" if c.device == "cuda" else ""
+        gpu = f"  MFU {flops / best / c.peak_tflops / 1e10:.1f} %, {x.used:.2f} GB in use" if c.device == "cuda" else ""
         print(
             f"{x.kind:5} {x.precision:6} {x.name:15} {count / best:9.1f} {count / statistics.median(rest):9.1f} {best:9.3f} {flops / best / 1e9:8.0f}"
             f" {x.memory:8.2f} {x.libraries:10.2f}  {x.loss:.4f}{gpu}"

@@ -37,7 +37,7 @@ def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision:
 
 def room(plan: memory.Plan) -> int:
     """Bytes that each device of this machine has for a run; 0 if nobody knows."""
-    found = limits.memory_of(plan.gpu)
+    found = limits.memory_of(plan.gpu, plan.per_node)
     return round(ROOM * (found if plan.gpu else found / max(1, plan.per_node)))
 
 
@@ -47,10 +47,14 @@ def choose(c: TrainConfig, plan: memory.Plan) -> tuple[TrainConfig, str]:
     Not recomputing comes before recomputing (a third more time), a large micro_bsz before a small one, and DeepSpeed's sharing out and
     offload, where the run is on GPUs and does not fit without, last; offload where the host has room for it.
 
+    Where the memory is unknown the flags stay as they are.
+
     Raises:
         UserError: nothing fits; what would, if anything.
     """
     limit = room(plan)
+    if not limit:
+        return c, "the memory of this device is unknown; flags stay as given"
     begin = replace(plan, grad_cp=False)
     micros = [m for m in range(c.micro_bsz, 0, -1) if c.micro_bsz % m == 0]
     strategies = [c.strategy]

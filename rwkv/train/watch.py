@@ -14,7 +14,7 @@ PHASES = ("forward", "backward", "optimizer")
 
 
 class Watch(pl.Callback):
-    """Peaks in bytes: of torch's allocator on a GPU (what NVML says of the whole GPU beside it), else of this process's resident memory.
+    """Peaks in bytes: of torch's allocator on a GPU (what is in use on the whole GPU beside it), else of this process's resident memory.
 
     Attributes:
         peaks: of the phases of the last step, accumulated batches together. Where the kernel does not let the peak begin anew
@@ -53,7 +53,7 @@ class Watch(pl.Callback):
         found: dict[str, int | dict[str, int]] = {"peak_mib": {name: value >> 20 for name, value in self.peaks.items()}}
         if self._device.type == "cuda":
             found |= {"rss_peak_mib": limits.rss_peak() >> 20, "gpu_peak_mib": self.peak >> 20}
-            return found | {"nvml_mib": limits.gpu_memory(self._device.index or 0)[1] >> 20}
+            return found | {"gpu_used_mib": limits.gpu_used(self._device.index or 0) >> 20}
         return found | {"rss_peak_mib": self.peak >> 20}
 
     def words(self) -> str:
@@ -71,10 +71,10 @@ class Watch(pl.Callback):
             limit = budget.room(self.plan)
             self.peak = max(self.peak, self._read())
             # What it was refused at is less than there is: others use the machine too.
-            usable = min(limit, self.peak) if self.peak and self.peak < self.expected() else limit
+            usable = min(limit or self.peak, self.peak) if self.peak and (self.peak < self.expected() or not limit) else limit
             raise UserError(
                 f"out of memory. {self.expected() / 1e9:.2f} GB were predicted on each device and {self.peak / 1e9:.2f} GB were in use when no more"
-                f" could be had, of {limit / budget.ROOM / 1e9:.2f} GB. {budget.advice(self.plan, usable - self._offset)}"
+                f" could be had{f', of {limit / budget.ROOM / 1e9:.2f} GB' if limit else ''}. {budget.advice(self.plan, usable - self._offset)}"
             ) from error
 
     def _note(self, phase: str) -> None:

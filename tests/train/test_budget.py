@@ -30,7 +30,7 @@ def begin(monkeypatch, make_data, tmp_path):
 
     def run(kind, memory: int, *words: str, host: int = HOST):
         monkeypatch.setattr(fit, "on_gpu", lambda c: True)
-        monkeypatch.setattr(limits, "memory_of", lambda gpu: memory if gpu else host)
+        monkeypatch.setattr(limits, "memory_of", lambda gpu, devices=1: memory if gpu else host)
         monkeypatch.setattr(compat, "deepspeed_refusal", lambda on_gpu: None)
 
         def make_trainer(config, callbacks):
@@ -109,7 +109,7 @@ def test_auto_leaves_out_what_this_machine_or_another_flag_refuses(begin, monkey
 
 def test_on_a_gpu_too_out_of_memory_is_an_error_with_a_remedy(monkeypatch):
     total, used = 24 * 10**9, 23 * 10**9
-    monkeypatch.setattr(limits, "memory_of", lambda gpu: total)
+    monkeypatch.setattr(limits, "memory_of", lambda gpu, devices=1: total)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: used)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     wanted = plan(sizes=sizes_of("1.5b"), ctx_len=1024, micro_bsz=1)
@@ -121,3 +121,18 @@ def test_on_a_gpu_too_out_of_memory_is_an_error_with_a_remedy(monkeypatch):
     assert "of 24.00 GB. The cheapest change that fits: --grad_cp 1, --strategy deepspeed_stage_2_offload (" in str(told.value)
     with pytest.raises(RuntimeError, match="shapes"), watch.explained():  # another error stays what it is
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_where_the_memory_is_unknown_nothing_is_reckoned_with_zero(begin, capsys, monkeypatch):
+    config = begin(TrainConfig, 0, "--grad_cp", "1")
+    assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp, config.strategy) == (4, 1, 1, "auto")
+    said = capsys.readouterr().out
+    assert "auto:  the memory of this device is unknown; flags stay as given" in said
+    assert "can be used" not in said
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10**9)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    watch = Watch(plan(sizes=sizes_of("1.5b"), ctx_len=1024, micro_bsz=1), 0)
+    watch._device = torch.device("cuda")
+    with pytest.raises(UserError, match=r"1\.00 GB were in use when no more could be had\. ") as told, watch.explained():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert "0.00 GB" not in str(told.value)

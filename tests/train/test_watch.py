@@ -98,7 +98,7 @@ def test_auto_keeps_the_step_and_fits(make_base, make_data, tmp_path, monkeypatc
     fit(LoRAConfig(**flags, proj_dir=str(tmp_path / "plain")))
     plan = budget.plan_of(LoRAConfig(**flags), Sizes(2, 16, 50, 16, 64), False, "fp32")
     halved = budget.memory.estimate(budget.replace(plan, micro_bsz=2, accumulate=2)).total
-    monkeypatch.setattr(limits, "memory_of", lambda gpu: (halved + 1) / budget.ROOM)
+    monkeypatch.setattr(limits, "memory_of", lambda gpu, devices=1: (halved + 1) / budget.ROOM)
     capsys.readouterr()
     fit(LoRAConfig(**flags, proj_dir=str(tmp_path / "auto"), auto=True))
     assert "auto:  --micro_bsz 2 --accumulate_grad_batches 2 --grad_cp 0" in capsys.readouterr().out
@@ -108,7 +108,7 @@ def test_auto_keeps_the_step_and_fits(make_base, make_data, tmp_path, monkeypatc
 
 
 def test_auto_says_so_where_nothing_fits(make_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(limits, "memory_of", lambda gpu: 1 << 20)
+    monkeypatch.setattr(limits, "memory_of", lambda gpu, devices=1: 1 << 20)
     with pytest.raises(UserError, match=r"--auto: nothing fits into 0\.00 GB"):
         fit(TrainConfig(**FLAGS, n_layer=2, n_embd=16, vocab_size=50, data_file=make_data(200), proj_dir=str(tmp_path / "run"), auto=True))
 
