@@ -5,7 +5,6 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-
 _UNLIMITED = 1 << 62
 
 
