@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from rwkv.data import transcode
-from rwkv.data.jsonl import DECODER, BadRecord
+from rwkv.data.jsonl import DECODER, BadRecord, repeated
 from rwkv.errors import UserError
 
 CHUNK = 1 << 20  # bytes of text that a worker takes at a time
@@ -198,6 +198,7 @@ def _array(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[
                 element, end = decode(buffer, at)
                 if end == len(buffer) and more():  # a number may go on
                     continue
+                element = repeated(buffer[at:end], element) or element
                 at += end - at
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(buffer) - 64
@@ -246,7 +247,8 @@ def _csv(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[in
         first = next(feed, "")
         reader = csv.reader(itertools.chain([first] if first else [], feed), delimiter=_delimiter(source, first, fields), strict=True)
         header = next(reader, [])
-        _some(source, header, fields)
+        if twice := next((name for name in _some(source, header, fields) if header.count(name) > 1), None):
+            raise UserError(f"{source.path}: two columns are named {twice!r}; rename one of them")
 
         def rows() -> Iterator[tuple[int, Any]]:
             nonlocal line, record

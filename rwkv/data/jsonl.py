@@ -106,6 +106,17 @@ _MAGIC = (
 )
 
 
+def repeated(text: str, value: Any) -> BadRecord | None:
+    """The complaint about a key that occurs twice in an object of a JSON text, which has been decoded to value; None if there is none."""
+    if _colons(text.encode("utf-8", "surrogatepass")) <= _keys(value):
+        return None
+    try:
+        _UNIQUE.decode(text)
+    except BadRecord as error:
+        return error
+    return None
+
+
 def _colons(line: bytes) -> int:
     """At least as many as there are keys, as a rule exactly: quotes before colons, without those inside strings."""
     return sum(line.count(end) - line.count(b"\\" + end) for end in (b'":', b'" :'))

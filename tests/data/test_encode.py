@@ -167,6 +167,15 @@ def test_a_key_that_occurs_twice_is_refused(tmp_path):
         path.write_text(f'{{"text": "ok"}}\n{line}\n')
         with pytest.raises(UserError, match="line 2: the key '.*' occurs twice in one object"):
             run(path)
+    array = tmp_path / "x.json"
+    array.write_text('[{"text": "ok"}, {"text": "a", "text": "b"}, {"text": "ok"}]')
+    with pytest.raises(UserError, match="element 2: the key 'text' occurs twice"):
+        run(array)
+    assert (done := run(array, on_error="skip")).rejects == 1
+    assert done.pairs[0][1] == 2
+    (tmp_path / "x.csv").write_text("text,id,text\na,1,b\n")
+    with pytest.raises(UserError, match="two columns are named 'text'"):
+        run(tmp_path / "x.csv")
     path.write_text(json.dumps({"text": 'a "text": b, \\"text\\": c', "x": [{"k": 1}, {"k": 2}]}))
     assert run(path).pairs[0][1] == 1
 
