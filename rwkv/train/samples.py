@@ -3,7 +3,7 @@
 from typing import Any
 
 from rwkv.config import TrainConfig
-from rwkv.data import sampling
+from rwkv.data import provenance, sampling
 from rwkv.data.binidx import Dataset
 from rwkv.data.dataset import Contexts, Documents, HeldOut, Samples
 from rwkv.data.stream import Stream, split
@@ -41,17 +41,26 @@ def make(c: TrainConfig, data: Dataset, seed: int) -> tuple[Samples, HeldOut | N
     """
     options: dict[str, Any] = {"separator": c.doc_sep, "chatml": bool(c.chatml_mask)}
     if not c.val_split:
-        return _source(c, Stream(data, **options), seed), None
+        return _source(c, data, Stream(data, **options), seed), None
     train, held = (Stream(data, spans, **options) for spans in split(data, c.val_split, c.ctx_len))
-    return _source(c, train, seed), HeldOut(_source(c, held, seed, held_out=True), c.val_samples)
+    return _source(c, data, train, seed), HeldOut(_source(c, data, held, seed, held_out=True), c.val_samples)
 
 
-def _source(c: TrainConfig, stream: Stream, seed: int, held_out: bool = False) -> Samples:
+def _roles(data: Dataset) -> str:
+    """Which roles the messages of the data have, if its manifest says so and none is the assistant."""
+    contents = (provenance.read(data.prefix) or {}).get("contents")
+    roles = contents.get("roles") if isinstance(contents, dict) else None
+    if not isinstance(roles, dict) or not roles or "assistant" in roles:
+        return ""
+    return f", no message has the role assistant (found: {', '.join(f'{role} {number}' for role, number in roles.items())})"
+
+
+def _source(c: TrainConfig, data: Dataset, stream: Stream, seed: int, held_out: bool = False) -> Samples:
     if stream.masked and not stream.anything_counts():
         where = "held-out part" if held_out else "data"
         raise UserError(
             f"no token of the {where} counts in the loss: "
-            + ("--chatml_mask 1 finds no answer in it" if c.chatml_mask else "the mask beside the tokens is all 0")
+            + ("--chatml_mask 1 finds no answer in it" if c.chatml_mask else f"the mask beside the tokens is all 0{_roles(data)}")
             + "; see what the data holds with scripts/inspect_data.py"
         )
     common: dict[str, Any] = {

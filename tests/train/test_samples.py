@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from rwkv.checkpoint import load_model, read_tensors
-from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.config import ConvertConfig, LoRAConfig, TrainConfig
 from rwkv.data.binidx import Dataset, mask_path, writer
+from rwkv.data.convert import convert
 from rwkv.data.stream import Stream, split
 from rwkv.errors import UserError
 from rwkv.train import samples
@@ -176,3 +177,10 @@ def test_a_mask_of_zeros_is_refused(documents, tmp_path):
     mask_path(documents).write_bytes(bytes(len(Dataset(documents).tokens)))
     with pytest.raises(UserError, match="no token of the data counts in the loss: the mask beside the tokens is all 0"):
         samples.make(TrainConfig(**FLAGS, data_file=documents), Dataset(documents), 1)
+
+
+def test_a_mask_of_zeros_is_explained_by_the_roles_of_the_data(write_jsonl):
+    questions = write_jsonl(*({"messages": [{"role": "用户", "content": f"what is {i}?"}]} for i in range(9)))
+    prefix = convert(ConvertConfig(input=str(questions), workers=1)).pairs[0][0]
+    with pytest.raises(UserError, match=r"all 0, no message has the role assistant \(found: user 9\)"):
+        samples.make(TrainConfig(**FLAGS, data_file=prefix), Dataset(prefix), 1)
