@@ -68,12 +68,15 @@ class Source:
         """Whether the bytes are UTF-8 as they are stored, so that a part of the file can be read without the rest."""
         return not self.compression and not self.encoding
 
-    def too_large(self, where: str) -> NoReturn:
-        """Raise UserError for a record over max_record."""
+    @property
+    def too_large(self) -> BadRecord:
+        """What is wrong with a record over max_record."""
         size = f"{self.max_record >> 20:,} MiB" if self.max_record >> 20 else f"{self.max_record:,} bytes"
-        raise UserError(
-            f"{self.path}, {where}: a record of more than {size}; if it is meant so and fits into memory, raise --max_record_mb"
-        )
+        return BadRecord(f"a record of more than {size}; if it is meant so and fits into memory, raise --max_record_mb")
+
+    def refuse_size(self, where: str) -> NoReturn:
+        """Raise UserError for a record over max_record that was not read to its end."""
+        raise UserError(f"{self.path}, {where}: {self.too_large}")
 
 
 class opened:
@@ -104,7 +107,7 @@ class opened:
 def read_line(source: Source, file: BinaryIO, where: str) -> bytes:
     """The next line of a file. Raises UserError if it is longer than a record may be."""
     line = file.readline(source.max_record + 1)
-    return source.too_large(where) if len(line) > source.max_record else line
+    return source.refuse_size(where) if len(line) > source.max_record else line
 
 
 def is_json_line(head: bytes) -> bool:
@@ -156,7 +159,7 @@ def _array(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[
         """Read on; whether there was anything."""
         nonlocal buffer, at
         if len(buffer) - at > source.max_record:
-            source.too_large(f"element {number + 1}")
+            source.refuse_size(f"element {number + 1}")
         block = text.read(max(CHUNK, len(buffer) - at))
         buffer, at = buffer[at:] + block, 0
         return bool(block)
@@ -237,7 +240,7 @@ def _csv(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[in
         while some := text.readline(source.max_record + 1):
             size = size + len(some) if record == line else len(some)
             if size > source.max_record:
-                source.too_large(f"line {line}")
+                source.refuse_size(f"line {line}")
             yield some
 
     record = 0  # the line where the record begins that the reader is in
@@ -386,7 +389,7 @@ def _batches(source: Source, rows: Iterator[tuple[int, Any]]) -> Iterator[list[t
         if long is None:
             row, long = BadRecord(f"nested too deeply (more than {_DEEPEST} levels)"), 0
         if long > source.max_record:
-            source.too_large(f"row {number}")
+            row, long = source.too_large, 0
         some.append((number, row))
         size += long
         if size >= CHUNK or len(some) == 1 << 14:

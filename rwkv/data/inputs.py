@@ -87,14 +87,16 @@ def records(chunk: Chunk, lines: Sequence[bytes], keys: Sequence[str]) -> Iterat
             with opened(source) as (file, _):
                 data = file.read(source.max_record + 1)
             if len(data) > source.max_record:
-                source.too_large("the whole file (--split_lines makes every line a document)")
+                source.refuse_size("the whole file (--split_lines makes every line a document)")
             if source.plain and len(data) < source.size:
                 raise UserError(f"{source.path}: became shorter while it was read; convert again when nothing writes to it")
             yield number, _attempt(source, functools.partial(_document, source, keys), data.removeprefix(BOM))
         return
     read = parse if chunk.source.kind == "jsonl" else lambda line: dict.fromkeys(keys, utf8(line.removesuffix(b"\r")))
     for number, line in enumerate(lines):
-        if line and not line.isspace():
+        if len(line) > chunk.source.max_record:
+            yield number, chunk.source.too_large
+        elif line and not line.isspace():
             yield number, _attempt(chunk.source, read, line)
 
 
