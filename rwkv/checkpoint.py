@@ -291,13 +291,15 @@ def load_adapter(model: RWKV, path: PathLike, tensors: Mapping[str, Tensor], par
     _fill(model, tensors, shapes, path)
 
 
-def load_tuned(base: PathLike, adapter: PathLike, alpha: float | None = None) -> tuple[RWKV, dict[str, torch.dtype]]:
-    """A base model with its adapter injected and not merged, fp32, and the dtypes that the base is stored in.
+def load_tuned(
+    base: PathLike, adapter: PathLike, alpha: float | None = None, matrices: torch.dtype | None = None
+) -> tuple[RWKV, dict[str, torch.dtype]]:
+    """A base model with its adapter injected and not merged, fp32 (its matrices in another dtype if given), and the dtypes that the base is stored in.
 
     Raises UserError as load_model and inspect_adapter do.
     """
     tensors, known = inspect_adapter(adapter, base, alpha)
-    model = load_model(base)
+    model = load_model(base, matrices=matrices)
     lora.inject(model, known["parts"], known["r"], known["alpha"])
     load_adapter(model, adapter, tensors, known["parts"])
     return model, _dtypes(base)

@@ -338,23 +338,26 @@ class GenerateConfig:
     lora_alpha: float = 0
     """Left out: as the adapter's .json says."""
     prompt: str = ""
-    """Text to continue. Without prompt and ask: an interactive chat."""
+    """Text to continue. Without --prompt and --ask: an interactive chat."""
     ask: str = ""
     """Question to answer, in the World models' format: "User: …", blank line, "Assistant:"."""
     max_tokens: int = 200
-    """Longest continuation or answer."""
+    """Most tokens of a continuation or an answer; an answer that is cut off by it is marked."""
     temperature: float = 1.0
-    """Above 1 more varied, below 1 more certain, 0 always the likeliest token."""
+    """Above 1 more varied, below 1 more certain, 0: always the likeliest token."""
     top_p: float = 0.85
-    """Choose among the likeliest tokens that together have this probability."""
+    """Sample from the likeliest tokens that together have this probability, more than 0 and at most 1."""
     presence_penalty: float = 0.0
-    """Taken off the logit of every token that was generated already."""
+    """Subtracted from the logit of every token that was generated before."""
     frequency_penalty: float = 0.0
-    """Taken off it once more for each time it was."""
+    """Subtracted from it for each time that it was generated."""
     penalty_decay: float = 0.996
-    """What a past occurrence counts for, per token since."""
+    """How fast penalties fade: each further token multiplies the count of earlier ones by this, from 0 to 1."""
     seed: int = -1
     """-1: different each time."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What the matrices are kept in and multiplied in. auto: on a GPU as they are stored, which is half the memory of fp32 for most models; on a CPU
+    fp32."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: a GPU if there is one."""
 

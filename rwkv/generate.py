@@ -2,7 +2,8 @@
 
 import codecs
 import collections
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from rwkv.data.roles import fold
 from rwkv.data.tokenizer import WorldTokenizer
+from rwkv.errors import UserError
 from rwkv.model import RWKV, BlockState
 
 _PREFILL = 256  # prompt tokens that go through the model at once
@@ -42,14 +44,36 @@ def choose(logits: Tensor, sampling: Sampling, counts: dict[int, float], generat
     return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 
 
+def matrices_dtype(asked: str, stored: torch.dtype, gpu: bool) -> torch.dtype | None:
+    """What a model's matrices are kept and multiplied in, for --dtype `asked` and a checkpoint whose matrices are `stored`; None: fp32.
+
+    Raises:
+        UserError: this device does not multiply in it.
+    """
+    bf16 = not gpu or torch.cuda.get_device_capability()[0] >= 8
+    if asked == "auto":
+        return stored if gpu and (stored == torch.float16 or (stored == torch.bfloat16 and bf16)) else None
+    if asked == "fp16" and not gpu:
+        raise UserError("--dtype fp16 needs a GPU; on a CPU use bf16 or fp32")
+    if asked == "bf16" and not bf16:
+        raise UserError("--dtype bf16 needs a GPU of compute capability 8.0 or later (Ampere); use fp16 or fp32")
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(asked)
+
+
 class Session:
     """A text that grows: the model's state after everything read and written so far.
 
     Begins with EOD, as every document in training does.
+
+    Attributes:
+        ended: why `write` ended last: "eod", "stop" (a stop text), "length" (max_tokens) or "cancelled".
+        dtype: what products are computed in, where it is not the weights' own.
     """
 
-    def __init__(self, model: RWKV, tokenizer: WorldTokenizer):
+    def __init__(self, model: RWKV, tokenizer: WorldTokenizer, dtype: torch.dtype | None = None):
+        self.dtype = dtype
         self.model, self.tokenizer = model.eval(), tokenizer
+        self.ended = ""
         self.state: list[BlockState] | None = None
         self.logits = self._feed([tokenizer.eod])
 
@@ -60,7 +84,12 @@ class Session:
             self.logits = self._feed(ids)
 
     def write(
-        self, sampling: Sampling, max_tokens: int, stop: Sequence[str] = (), generator: torch.Generator | None = None
+        self,
+        sampling: Sampling,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        generator: torch.Generator | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> Iterator[str]:
         """Generate up to max_tokens, until EOD or one of the stop texts; yields text as soon as its characters are whole.
 
@@ -70,16 +99,22 @@ class Session:
         hold = max((len(text) for text in stop), default=1) - 1  # characters that may yet turn out to begin a stop text
         counts: dict[int, float] = {}
         text, shown = "", 0
+        self.ended = "length"
         marks = collections.deque([(0, self.state, self.logits)], maxlen=hold + 8)  # (characters, state and logits there)
         for _ in range(max_tokens):
+            if cancelled():
+                self.ended = "cancelled"
+                break
             token = choose(self.logits, sampling, counts, generator)
             if token == self.tokenizer.eod:
+                self.ended = "eod"
                 break
             counts = {t: c * sampling.penalty_decay for t, c in counts.items()}
             counts[token] = counts.get(token, 0.0) + 1
             text += decoder.decode(self.tokenizer.decode_bytes([token]))
             found = [at for word in stop if (at := text.find(word, max(0, shown - hold))) >= 0]
             if found:
+                self.ended = "stop"
                 self._rewind(marks, text, min(found))
                 text = text[: min(found)]
                 break
@@ -101,9 +136,13 @@ class Session:
     def _feed(self, ids: Sequence[int]) -> Tensor:
         """Advance the state by the ids; logits [V] after the last."""
         device = self.model.emb.weight.device
-        for part in torch.tensor(ids, dtype=torch.long, device=device).split(_PREFILL):
-            hidden, self.state = self.model.hidden(part[None], self.state)
-        return self.model.head(hidden[0, -1])
+        with torch.autocast(device.type, self.dtype) if self.dtype else contextlib.nullcontext():
+            for part in torch.tensor(ids, dtype=torch.long, device=device).split(_PREFILL):
+                hidden, self.state = self.model.hidden(part[None], self.state)
+            logits = self.model.head(hidden[0, -1]).float()
+        if not logits.isfinite().all():
+            raise UserError("the model's logits are NaN or Inf; use --dtype fp32, and if they still are, the checkpoint is corrupt")
+        return logits
 
 
 class Chat:
@@ -116,13 +155,20 @@ class Chat:
     def __init__(self, session: Session):
         self.session = session
 
-    def ask(self, text: str, sampling: Sampling, max_tokens: int, generator: torch.Generator | None = None) -> Iterator[str]:
+    def ask(
+        self,
+        text: str,
+        sampling: Sampling,
+        max_tokens: int,
+        generator: torch.Generator | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Iterator[str]:
         """Generate the answer to a message; yields it without whitespace around it. If the caller stops early, what was yielded is the answer."""
         session = self.session
         session.read(question(text))
         begin, answer, held = (session.state, session.logits), "", ""
         try:
-            for part in session.write(sampling, max_tokens, STOP, generator):
+            for part in session.write(sampling, max_tokens, STOP, generator, cancelled):
                 part = held + part if answer else part.lstrip()
                 shown = part.rstrip()
                 held = part[len(shown) :]

@@ -64,6 +64,7 @@ ROOMS = [
     ["rwkv/data/encode", "rwkv/data/shards", "rwkv/data/dataset", "rwkv/data/histogram", "rwkv/data/foreign"],
     ["rwkv/data/batches", "rwkv/data/convert", "rwkv/data/inspection"],
     ["rwkv/doctor", "rwkv/export", "rwkv/generate", "rwkv/train/__init__"],
+    ["rwkv/terminal"],
     ["rwkv/train/lightning"],
     ["rwkv/train/curve", "rwkv/train/process"],
     [f"rwkv/train/{name}" for name in ("cpu", "schedule", "strategy", "plot", "pieces", "dashboards", "adam")],

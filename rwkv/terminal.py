@@ -1,0 +1,194 @@
+"""A chat in a terminal: line editing and history, commands, Ctrl-C that stops an answer and not the chat."""
+
+import contextlib
+import math
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import FrameType
+
+import torch
+
+from rwkv.errors import UserError
+from rwkv.generate import Chat, Sampling, Session
+
+try:
+    import termios
+except ImportError:  # not a POSIX system
+    termios = None  # type: ignore[assignment]
+
+HELP = """/help               this list
+/exit, /quit        end the chat, as Ctrl-D does
+/retry              answer the last message again
+/reset              forget the conversation
+/temperature X      0: always the likeliest token; larger: more varied
+Ctrl-C stops an answer; twice at the prompt it ends the chat. Pasted lines are one message.
+A message that begins with / is sent with a space before it."""
+_TWICE = 5  # seconds within which a second Ctrl-C ends the chat
+_PASTE = 0.05  # seconds within which further lines belong to a paste
+
+
+def cut_note(max_tokens: int) -> str:
+    """What is printed after an answer that ended only because of --max_tokens."""
+    return f"[cut off at --max_tokens {max_tokens}]"
+
+
+class Conversation:
+    """A chat that reads messages from stdin and prints answers to stdout; what is said about it goes to stderr."""
+
+    def __init__(self, begin: Callable[[], Session], sampling: Sampling, max_tokens: int, generator: torch.Generator | None = None):
+        self.begin, self.sampling, self.max_tokens, self.generator = begin, sampling, max_tokens, generator
+        self.chat = Chat(begin())
+        self.last: tuple[str, tuple] | None = None  # the last message, and the session's state before it
+        self.interactive = sys.stdin.isatty()
+
+    def run(self) -> None:
+        """Converse until /exit or the end of stdin."""
+        if self.interactive:
+            _edit_lines()
+            _say("Chat. /help lists the commands, Ctrl-C stops an answer, /exit or Ctrl-D ends.")
+        while (message := self.read()) is not None:
+            if message.startswith("/"):
+                if not self.obey(*message.split(maxsplit=1)):
+                    return
+            elif message.strip():
+                session = self.chat.session
+                self.last = message, (session.state, session.logits)
+                self.answer(message)
+
+    def read(self) -> str | None:
+        """The next message; None at the end of the chat."""
+        if not self.interactive:
+            line = sys.stdin.readline()
+            return _text(line.rstrip("\n")) if line else None
+        interrupted = -math.inf
+        while True:
+            try:
+                lines = [input("User: ")]
+                while select.select([sys.stdin], [], [], _PASTE)[0]:
+                    lines.append(input())
+                return _text("\n".join(lines))
+            except EOFError:
+                print()
+                return None
+            except KeyboardInterrupt:
+                print()
+                if time.monotonic() - interrupted < _TWICE:
+                    return None
+                interrupted = time.monotonic()
+                _say("[Ctrl-C again, or /exit, ends the chat]")
+
+    def obey(self, command: str, argument: str = "") -> bool:
+        """Carry out a command; False if it ends the chat."""
+        argument = argument.strip()
+        if command in ("/exit", "/quit"):
+            return False
+        if command == "/help":
+            _say(HELP)
+        elif command == "/reset":
+            self.chat, self.last = Chat(self.begin()), None
+            _say("[the conversation is forgotten]")
+        elif command == "/retry":
+            if self.last is None:
+                _say("[/retry: there is no message yet]")
+            else:
+                message, (self.chat.session.state, self.chat.session.logits) = self.last
+                self.answer(message)
+        elif command == "/temperature":
+            self.temperature(argument)
+        else:
+            _say(f"[unknown command {command}: /help lists the commands; to send it as a message, put a space before it]")
+        return True
+
+    def temperature(self, text: str) -> None:
+        """Set the temperature, or say what it is."""
+        try:
+            value = float(text) if text else self.sampling.temperature
+        except ValueError:
+            value = math.nan
+        if not 0 <= value < math.inf:
+            _say(f"[/temperature: expected a number from 0, such as 0.8; got {text}]")
+            return
+        self.sampling = replace(self.sampling, temperature=value)
+        _say(f"[temperature {value:g}]")
+
+    def answer(self, message: str) -> None:
+        """Print the answer as it is generated, until it is complete or Ctrl-C."""
+        print("Assistant:", end=" ", flush=True)
+        with _quiet(self.interactive) as stopped:
+            for text in self.chat.ask(message, self.sampling, self.max_tokens, self.generator, stopped):
+                print(text, end="", flush=True)
+        print(flush=True)
+        if stopped():
+            _say("[stopped]")
+        elif self.chat.session.ended == "length":
+            _say(cut_note(self.max_tokens))
+
+
+@contextlib.contextmanager
+def _quiet(interactive: bool) -> Iterator[Callable[[], bool]]:
+    """While an answer is printed what is typed is not echoed into it: it appears at the next prompt. Yields whether Ctrl-C was pressed."""
+    pressed: list[int] = []
+    if not interactive:
+        yield lambda: False
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)  # through the code below, which gives the terminal its echo back
+
+    handlers = {signal.SIGINT: stop, signal.SIGTERM: end, signal.SIGHUP: end}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    modes = termios.tcgetattr(sys.stdin) if termios else None
+    try:
+        if termios and modes:
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, [*modes[:3], modes[3] & ~termios.ECHO, *modes[4:]])
+        yield lambda: bool(pressed)
+    finally:
+        if termios and modes:
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _edit_lines() -> None:
+    """Arrow keys, history and pasted lines as one message, where Python has GNU readline."""
+    with contextlib.suppress(ImportError):
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # Python switches it off
+
+
+def _text(typed: str) -> str:
+    """What was typed, with bytes that are not UTF-8 as U+FFFD."""
+    return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def check_sampling(sampling: Sampling, max_tokens: int, seed: int) -> None:
+    """Refuse sampling flags that mean nothing.
+
+    Raises:
+        UserError: by flag, with its range.
+    """
+    for name, value, valid, expected in (
+        ("temperature", sampling.temperature, sampling.temperature >= 0, "0 (always the likeliest token) or more"),
+        ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "more than 0 and at most 1"),
+        ("penalty_decay", sampling.penalty_decay, 0 <= sampling.penalty_decay <= 1, "from 0 to 1"),
+        ("presence_penalty", sampling.presence_penalty, abs(sampling.presence_penalty) <= 100, "from -100 to 100, usually 0 to 2"),
+        ("frequency_penalty", sampling.frequency_penalty, abs(sampling.frequency_penalty) <= 100, "from -100 to 100, usually 0 to 2"),
+        ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
+        ("seed", seed, -1 <= seed < 1 << 63, "-1 (another each time), or from 0 to 2^63 - 1"),
+    ):
+        if not valid:
+            raise UserError(f"--{name} {value}: it must be {expected}")

@@ -1,0 +1,178 @@
+"""A chat as its user has it: in a terminal (a pty) with a model that writes a known text, and from a pipe."""
+
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rwkv.errors import UserError
+from rwkv.generate import Sampling
+from rwkv.terminal import check_sampling
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = """
+import sys, time, torch
+from rwkv.generate import Sampling, Session
+from rwkv.terminal import Conversation
+class Letters:
+    eod = 0
+    def encode(self, text): return [byte + 1 for byte in text.encode()]
+    def decode_bytes(self, ids): return bytes(i - 1 for i in ids if i)
+class Echo(torch.nn.Module):  # answers with the message in capitals; "long" without end
+    def __init__(self):
+        super().__init__()
+        self.emb = torch.nn.Embedding(1, 1)
+    def hidden(self, tokens, state):
+        return torch.zeros(1, 1, 1), (state or ()) + tuple(tokens[0].tolist())
+    def head(self, hidden):
+        text = Letters().decode_bytes(session.state).decode(errors="replace")
+        question, _, answer = text[text.rindex("User: ") + 6 :].partition("\\n\\nAssistant:") if "User: " in text else ("", "", "")
+        want = " " + (question.upper() if "long" not in question else "very " * 10**4)
+        time.sleep(0.01 if "long" in question else 0)
+        logits = torch.zeros(257)
+        logits[(Letters().encode(want[len(answer)]) if len(answer) < len(want) else [0])[0]] = 9
+        return logits
+class Loose(Session):
+    def __init__(self, *a):
+        global session
+        session = self
+        self.state = None
+        super().__init__(*a)
+print("ready", file=sys.stderr)
+Conversation(lambda: Loose(Echo(), Letters()), Sampling(temperature=0), int(sys.argv[1])).run()
+print("ended", file=sys.stderr)
+"""
+
+
+class Terminal:
+    """A process in a pseudo-terminal: type, and wait for what appears."""
+
+    def __init__(self, max_tokens: int):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "LC_ALL": "C.UTF-8"}
+        self.pid, self.fd = pty.fork()
+        if not self.pid:
+            os.execve(sys.executable, [sys.executable, "-c", PROGRAM, str(max_tokens)], environment)
+        self.shown = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def wait(self, text: str, seconds: float = 60) -> str:
+        """What has appeared since the last wait, up to the text."""
+        end = time.monotonic() + seconds
+        while text not in self.shown:
+            assert time.monotonic() < end, f"{text!r} did not appear in {self.shown!r}"
+            if select.select([self.fd], [], [], 0.1)[0]:
+                try:
+                    self.shown += os.read(self.fd, 4096).decode(errors="replace").replace("\r", "")
+                except OSError:  # the process has ended
+                    assert text in self.shown, f"{text!r} did not appear in {self.shown!r}"
+        before, self.shown = self.shown.split(text, 1)
+        return before
+
+
+@pytest.fixture
+def terminal():
+    started = []
+
+    def start(max_tokens: int = 1000) -> Terminal:
+        started.append(Terminal(max_tokens))
+        started[-1].wait("User: ")
+        return started[-1]
+
+    yield start
+    for one in started:
+        os.close(one.fd)
+        os.waitpid(one.pid, 0)
+
+
+def test_a_chat_edits_lines_remembers_them_and_obeys(terminal):
+    chat = terminal()
+    chat.type("hxllo\x1b[D\x1b[D\x1b[D\x7fe\n")  # three to the left, delete, e
+    chat.wait("Assistant: HELLO\n")
+    chat.wait("User: ")
+    chat.type("\x1b[A\n")  # the last line again
+    chat.wait("Assistant: HELLO\n")
+    chat.wait("User: ")
+    chat.type("/retry\n")
+    chat.wait("Assistant: HELLO\n")
+    chat.wait("User: ")
+    for command, says in (
+        ("/help", "/temperature X"),
+        ("/temperature 0.0", "[temperature 0]"),
+        ("/temperature hot", "[/temperature: expected a number from 0, such as 0.8; got hot]"),
+        ("/nonsense x", "[unknown command /nonsense: /help lists the commands"),
+        ("/reset", "[the conversation is forgotten]"),
+        ("/retry", "[/retry: there is no message yet]"),
+    ):
+        chat.type(f"{command}\n")
+        chat.wait(says)
+        chat.wait("User: ")
+    chat.type(" /x\n")
+    chat.wait("Assistant: /X\n")
+    chat.wait("User: ")
+    chat.type("\x1b[200~one\ntwo\x1b[201~\n")  # pasted: https://invisible-island.net/xterm/ctlseqs/ctlseqs.html, bracketed paste
+    chat.wait("Assistant: ONE\nTWO\n")
+    chat.wait("User: ")
+    chat.type("/exit\n")
+    chat.wait("ended")
+
+
+def test_ctrl_c_stops_an_answer_and_twice_at_the_prompt_the_chat(terminal):
+    chat = terminal(10**6)
+    chat.type("long\n")
+    chat.wait("very very")
+    chat.type("next")  # typed ahead: not echoed into the answer
+    chat.wait("very very")
+    chat.type("\x03")
+    assert "next" not in chat.wait("[stopped]")
+    chat.wait("User: ")
+    chat.type("hello\n")
+    chat.wait("HELLO\n")
+    chat.wait("User: ")
+    chat.type("half a line\x03")
+    chat.wait("[Ctrl-C again, or /exit, ends the chat]")
+    chat.wait("User: ")
+    chat.type("\x03")
+    chat.wait("ended")
+
+
+def test_an_answer_that_is_cut_off_is_marked(terminal):
+    chat = terminal(4)
+    chat.type("hello\n")
+    chat.wait("Assistant: HEL\n[cut off at --max_tokens 4]")
+
+
+def test_from_a_pipe_only_answers_are_printed():
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "100"],
+        input="hello\n\n/reset\nyou\n/exit\nnot read\n",
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    assert done.stdout == "Assistant: HELLO\nAssistant: YOU\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "max_tokens", "seed", "says"),
+    [
+        ({"top_p": 7}, 1, 0, "--top_p 7: it must be more than 0 and at most 1"),
+        ({"top_p": 0.0}, 1, 0, "--top_p 0.0"),
+        ({"temperature": -1}, 1, 0, "--temperature -1: it must be 0"),
+        ({"penalty_decay": 1.5}, 1, 0, "--penalty_decay 1.5: it must be from 0 to 1"),
+        ({"presence_penalty": 1e9}, 1, 0, "--presence_penalty"),
+        ({}, 0, 0, "--max_tokens 0: it must be at least 1"),
+        ({}, 1, -2, "--seed -2"),
+        ({}, 1, 1 << 64, "--seed"),
+    ],
+)
+def test_sampling_flags_that_mean_nothing_are_refused(flags, max_tokens, seed, says):
+    with pytest.raises(UserError, match=says):
+        check_sampling(Sampling(**flags), max_tokens, seed)
