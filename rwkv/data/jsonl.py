@@ -152,7 +152,9 @@ def text_under(key: str, record: Any) -> str:
             if isinstance(record, dict)
             else f"it is a {type(record).__name__}"
         )
-        raise BadRecord(f'no "{key}" ({has}); expected {{"{key}": "..."}}, or name another key with --jsonl-keys')
+        raise BadRecord(
+            f'no "{key}" ({has}); expected {{"{key}": "..."}}, messages, or a pair such as instruction and output; or name another key with --jsonl-keys'
+        )
     text = record[key]
     if isinstance(text, list) and all(isinstance(x, str) for x in text):
         text = "\n\n".join(text)

@@ -9,7 +9,7 @@ from rwkv.data import roles
 from rwkv.data.jsonl import BadRecord, encodable
 
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
-_ROLE, _CONTENT = ("role", "from", "speaker"), ("content", "value", "text")
+_ROLE, _CONTENT = ("role", "from", "speaker"), ("content", "value", "text", "message", "utterance")
 _FLAGS = ("weight", "train", "loss")
 _SPANS = ("train_detail", "training_detail")
 _THINKING = ("thinking", "reasoning", "think")

@@ -10,6 +10,7 @@ from rwkv.data.messages import Conversation, Message, json_or_text, one_of
 
 MESSAGES = ("messages", "conversations")  # also as names for --jsonl_keys
 _LISTS = ("conversation", "dialogue", "dialog", "dialogs", "chat")  # only if a list is under it
+_ANY_LIST = (*MESSAGES, *_LISTS)
 _QUESTIONS = ("instruction", "prompt", "query", "question", "problem", "user", "human", "q", "问题", "指令", "提问", "问")
 _CONTEXTS = ("input", "context", "输入")
 _ANSWERS = (
@@ -70,8 +71,13 @@ def conversation(record: Mapping[str, Any], kind: str = "auto") -> Conversation 
             " answers, as messages or prompt and response, or name what to use with --format"
         )
     found = _messages(fields, kind) or _moss(fields, kind) or _pair(every, kind)
-    if found is None and "text" not in fields and not set(MESSAGES).isdisjoint(every) and kind in ("auto", "messages"):
-        found = Conversation([], "messages")  # null
+    if (
+        found is None
+        and kind in ("auto", "messages")
+        and "text" not in fields
+        and any(every.get(key, 0) in (None, []) for key in _ANY_LIST[:3])
+    ):
+        found = Conversation([], "messages")
     if found is None:
         if kind != "auto":
             raise BadRecord(f"--format {kind} expects {_expected(kind)}, and it has {', '.join(map(repr, list(record)[:8])) or 'nothing'}")
@@ -99,7 +105,7 @@ def _messages(fields: Mapping[str, Any], kind: str) -> Conversation | None:
     if kind not in ("auto", "messages"):
         return None
     key = next((key for key in MESSAGES if key in fields), None) or next((key for key in _LISTS if isinstance(fields.get(key), list)), None)
-    if key is None:
+    if key is None or fields[key] == []:
         return None
     found = Conversation(messages.read(fields[key], key), "messages")
     if kind == "auto":
@@ -228,7 +234,7 @@ def _moss(fields: Mapping[str, Any], kind: str) -> Conversation | None:
 
 def _with_system(found: Conversation, fields: Mapping[str, Any]) -> Conversation:
     key, system = one_of(fields, (*_SYSTEM, "prefix") if found.shape == "moss" else _SYSTEM)
-    if not key or not isinstance(system, str) or not system.strip() or not found.messages:
+    if not key or not found.messages or not (system := _string(fields, key)).strip():
         return found
     first = found.messages[0]
     if first.role != roles.SYSTEM:

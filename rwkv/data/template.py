@@ -51,6 +51,7 @@ class Template:
         self._mark = secrets.token_hex(16)  # a separator that no text can hold by chance; it never reaches the output
         environment = Sandbox(extensions=[_Generation, "jinja2.ext.loopcontrols"], trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise
+        environment.filters["tojson"] = _tojson
         environment.filters["fold"] = lambda value: roles.fold(str(value))
         environment.extend(generation_mark=self._mark)
         try:
@@ -164,6 +165,11 @@ def _reason(error: Exception) -> str:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+    """As in transformers: Jinja's own escapes what HTML needs escaped."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _Generation(jinja2.ext.Extension):

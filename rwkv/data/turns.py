@@ -13,7 +13,6 @@ _KINDS = {  # labels that are used together; any other known role is of the firs
     "names": "bob alice",  # RWKV-4-Raven
 }
 _KIND = {name: kind for kind, names in _KINDS.items() for name in names.split()}
-_SPEAKERS = {"bob": roles.USER, "alice": roles.ASSISTANT}
 
 
 def segments(text: str) -> list[tuple[str, bool]] | None:
@@ -49,7 +48,7 @@ def _turns(text: str, blank_line: bool) -> list[tuple[str, int, int]]:
         elif blank_line and not re.search(r"\n[ \t\r]*\n\Z", before):
             continue
         name = roles.plain(match[1])
-        role = _SPEAKERS.get(name) or roles.role_of(name)
+        role = roles.role_of(name)
         if role is None or role == roles.CALL:
             continue
         if role in (roles.USER, roles.ASSISTANT):

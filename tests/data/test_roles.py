@@ -17,7 +17,7 @@ from rwkv.data import roles
         ),
         (
             "assistant",
-            "assistant Assistant ASSISTANT gpt GPT chatgpt GPT-4 bing bard model AI bot Chatbot 助手 答 机器人 <|MOSS|> 智能助手 AI助手",
+            "assistant Assistant ASSISTANT gpt GPT chatgpt GPT-4 gpt-3.5-turbo bing bard model AI bot Chatbot 助手 答 机器人 <|MOSS|> 智能助手 AI助手",
         ),
         ("system", "system System SYSTEM developer 系统 <|system|>"),
         ("tool", "tool Tool function observation Observation ipython tool-response 工具"),

@@ -35,6 +35,8 @@ SHAPES = [
     ({"messages": '[{"role": "user", "content": "q"}]'}, "messages", turns("q")),  # a column of csv
     ({"conversations": [{"from": "human", "value": "q"}], "system": "s"}, "messages", [("system", "s", ""), *turns("q")]),
     ({"messages": None}, "messages", []),
+    ({"conversation": [], "id": 1}, "messages", []),
+    ({"conversations": [], "question": "q", "answer": "a"}, "question_answer", turns("q", "a")),
     ({"instruction": "q", "output": None}, "alpaca", turns("q", "")),
 ]  # fmt: skip
 
@@ -88,6 +90,7 @@ def test_moss():
         {"output": "a"},
         {"question": None, "answer": None},
         {"chat": "a"},
+        {"messages": [], "text": "a"},
     ],
 )
 def test_what_is_no_conversation(record):
@@ -125,6 +128,7 @@ def test_tools_are_kept():
         ({"instruction": "q", "output": 3}, '"output" is a int'),
         ({"instruction": "q", "output": "a", "history": [["1"]]}, '"history" is not a list of'),
         ({"messages": [{"role": "system", "content": "s"}], "system": "other"}, 'a system message and another text under "system"'),
+        ({"messages": [{"role": "user", "content": "q"}], "system": ["s"]}, '"system" is a list'),
         ({"conversations": "hi"}, '"conversations" is not a list of messages'),
     ],
 )
