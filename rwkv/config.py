@@ -385,9 +385,9 @@ class EstimateConfig:
     """How much memory a run takes."""
 
     load_model: str = ""
-    """Checkpoint whose sizes count."""
+    """Checkpoint to read the model's sizes from."""
     model: str = ""
-    """A published size instead: 0.1b, 0.4b, 1.5b, 3b, 7b, 14b."""
+    """Or a published size: 0.1b, 0.4b, 1.5b, 3b, 7b, 14b."""
     n_layer: int = 0
     """Layers L, if neither is given; so the next four. 0: 6."""
     n_embd: int = 0
@@ -428,12 +428,13 @@ class EstimateConfig:
     """How many machines."""
     accelerator: Literal["cpu", "gpu"] = "gpu"
     """What the run will be on. cpu: device and host are the same memory."""
-    card: float = 0
-    """GB of a card (of this machine's memory with --accelerator cpu): what fits, the largest batch and context. 0: that of the GPU present."""
+    card: str = ""
+    """A GPU, as GB (24) or by name ("RTX 4090", "A100 80GB"): what fits on it, the largest batch and context. Left out: the GPU of this machine. With
+    --accelerator cpu: GB of memory."""
     table: bool = False
-    """Print the table of README instead."""
+    """Print README's table of all published sizes instead."""
     json: bool = False
-    """Print for programs, in bytes."""
+    """Print JSON, in bytes."""
 
 
 @dataclass

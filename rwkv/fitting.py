@@ -91,11 +91,15 @@ def in_words(p: Plan, found: Estimate, card: float = 0) -> str:
     """Tables of the parts, in GB, and what fits on a card of `card` GB."""
     lines = [f"{'GB':<13}{'device':>9}{'host':>9}"]
     for name in dict.fromkeys([*found.device, *found.host]):
-        lines.append(f"{name:<13}{found.device.get(name, 0) / GB:>9.2f}{found.host.get(name, 0) / GB:>9.2f}")
+        row = f"{found.device.get(name, 0) / GB:>9.2f}{found.host.get(name, 0) / GB:>9.2f}"
+        if row.split() != ["0.00", "0.00"]:
+            lines.append(f"{name:<13}{row}")
     lines.append(f"{'total':<13}{found.total / GB:>9.2f}{found.host_total / GB:>9.2f}")
     lines.append("peaks:       " + ", ".join(f"{name} {value / GB:.2f}" for name, value in found.phases.items()))
-    if guide := guide_of(p.sizes):
-        lines.append(f"the guide:   {guide} GB, for full tuning")
+    guide = guide_of(p.sizes)
+    if guide and not p.lora:
+        more = "; more is computed here, as trained weights and Adam's moments are fp32" if found.total > guide * GB else ""
+        lines.append(f"guide:       the community's guide says {guide} GB for tuning all weights{more}")
     if card:
         lines += [f"{name + ':':<13}{value}" for name, value in on_card(p, card).items()]
     return "\n".join(lines)
@@ -109,17 +113,25 @@ def guide_of(s: Sizes) -> int | None:
 def on_card(p: Plan, card: float) -> dict[str, Any]:
     """Whether the plan fits on a card of `card` GB, the largest batch and context on it, and the cheapest change where it does not."""
     limit = round(card * GB)
-    fits = estimate(p).total <= limit
+    found = estimate(p)
+
+    def most(what: str, other: str) -> str:
+        count, fixed = largest(p, limit, what), f"{other} {getattr(p, other)}"
+        return f"at most {count:,} at {fixed}" if count else f"none fits at {fixed}"
+
     answer: dict[str, Any] = {
-        "fits": f"{'yes' if fits else 'no'}, on {card:g} GB",
-        "micro_bsz": f"at most {largest(p, limit, 'micro_bsz')} at ctx_len {p.ctx_len}",
-        "ctx_len": f"at most {largest(p, limit, 'ctx_len')} at micro_bsz {p.micro_bsz}",
+        "fits": f"yes, on {card:g} GB" if found.total <= limit else f"no, on {card:g} GB: it needs {found.total / GB:.1f}",
+        "micro_bsz": most("micro_bsz", "ctx_len"),
+        "ctx_len": most("ctx_len", "micro_bsz"),
     }
-    if not fits:
-        found = remedy(p, limit)
-        answer["to fit"] = (
-            f"{found[0]}: {estimate(found[1]).total / GB:.2f} GB" if found else "no change that is known here does; take a smaller model"
-        )
+    if found.total > limit:
+        change = remedy(p, limit)
+        if change:
+            less = estimate(change[1])
+            host = "" if not p.gpu else f" on the card, and {less.host_total / GB:.1f} GB of the machine's memory"
+            answer["to fit"] = f"{change[0]}: {less.total / GB:.1f} GB{host}"
+        else:
+            answer["to fit"] = "no known change makes it fit; use a smaller model"
     return answer
 
 

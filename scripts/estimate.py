@@ -1,9 +1,9 @@
-"""How much memory a run will take, part by part, before it is started.
+"""How much memory a run will take, by part, before it is started.
 
-    python scripts/estimate.py --model 7b --method lora --micro_bsz 4 --grad_cp 1 --card 24
+    python scripts/estimate.py --model 7b --method lora --micro_bsz 4 --grad_cp 1 --card "RTX 4090"
     python scripts/estimate.py --load_model base.pth --method full --strategy deepspeed_stage_2_offload --devices 4 --json
 
-What lies on a GPU, what on the host, the community guide's figure, what fits on a card, and the cheapest change by which the run would fit.
+Prints what is on a GPU and on the host, the community guide's figure, what fits on a card, and the cheapest change that would make the run fit.
 """
 
 import json
@@ -15,12 +15,13 @@ from rwkv.errors import UserError
 
 def main(config: EstimateConfig) -> None:
     from rwkv import fitting, memory
+    from rwkv.cards import memory_of_card
 
     if config.table:
         print(fitting.table())
         return
     plan = make_plan(config)
-    found, card = memory.estimate(plan), config.card or present(config)
+    found, card = memory.estimate(plan), memory_of_card(config.card) or present(config)
     if config.json:
         print(json.dumps(fitting.as_dict(plan, found, card), indent=2))
     else:

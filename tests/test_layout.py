@@ -15,7 +15,7 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("") for path in (ROOT / "rwk
 ROOMS = [
     ["rwkv/deepspeed07"],
     ["rwkv/compat", "rwkv/config", "rwkv/upstream", "rwkv/errors", "rwkv/__init__"],
-    ["rwkv/arguments", "rwkv/commands"],
+    ["rwkv/arguments", "rwkv/cards", "rwkv/commands"],
     ["rwkv/cli", "rwkv/files", "rwkv/limits", "rwkv/mapped", "rwkv/unused"],
     ["rwkv/pictures"],
     ["rwkv/weights/__init__", "rwkv/weights/archive", "rwkv/weights/unpickle"],
