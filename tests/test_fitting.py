@@ -57,7 +57,9 @@ def test_the_program_says_what_fits(script, make_base):
     assert not [line for line in said.splitlines() if line.endswith("0.00     0.00")]
     said = script("estimate.py", "--model", "3b", "--method", "full", "--grad_cp", 1, "--micro_bsz", 1, "--card", "RTX 4090").stdout
     # what is on the host is part of what a change costs
-    assert re.search(r"to fit: +--strategy deepspeed_stage_2_offload: 8\.\d GB on the card, and \d\d\.\d GB of the machine's memory", said), said
+    assert re.search(
+        r"to fit: +--strategy deepspeed_stage_2_offload: 8\.\d GB on the card, and \d\d\.\d GB of the machine's memory", said
+    ), said
     assert "micro_bsz:   none fits at ctx_len 1024" in said
     assert "got 24GB" in script("estimate.py", "--model", "3b", "--card", "24GB", status=1).stderr
     found = json.loads(script("estimate.py", "--load_model", make_base(), "--card", 24, "--micro_bsz", 2, "--json").stdout)
