@@ -155,6 +155,8 @@ class Encoder:
         ids: list[int] = []
         trained = 0
         for text, counts_in_loss in segments:
+            if self.tokenizer.name == WorldTokenizer.name and (ends := sum(map(text.count, _ENDS))):
+                counts["warning", _ENDS_ARE_TEXT] += ends
             some = self.tokenizer.encode(text)
             ids = ids + some if ids else some
             trained += counts_in_loss * len(some)
@@ -173,6 +175,13 @@ class Encoder:
         except ValueError as error:
             raise UserError(str(error)) from error
         packed.sizes.append(len(ids))
+
+
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>")  # of other models
+_ENDS_ARE_TEXT = (
+    "<|endoftext|> and the like in the texts, which World's tokenizer reads as ordinary text and not as the end of a document; split the"
+    " documents there, or remove it"
+)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from rwkv.data import transcode
-from rwkv.data.jsonl import DECODER, BadRecord, repeated
+from rwkv.data.jsonl import DECODER, BadRecord, hint, repeated
 from rwkv.errors import UserError
 
 CHUNK = 1 << 20  # bytes of text that a worker takes at a time
@@ -204,9 +204,10 @@ def _array(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[
                 element = repeated(buffer[at:end], element) or element
                 at += end - at
             except json.JSONDecodeError as error:
+                reason = hint(buffer, error.pos, error.msg)
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(buffer) - 64
                 if not cut or not more():
-                    raise UserError(f"{source.path}, element {number + 1}: not JSON ({error.msg})") from error
+                    raise UserError(f"{source.path}, element {number + 1}: not JSON ({reason or error.msg})") from error
                 continue
             except RecursionError:
                 skip()

@@ -57,7 +57,7 @@ _ONE_A_LINE = "a .jsonl file has one object per line"
 def _reason(text: str, error: json.JSONDecodeError) -> str:
     """What is wrong with a line, and what to do."""
     stripped, at, msg = text.strip(), error.pos, error.msg
-    after, before = text[at : at + 1], text[:at].rstrip()[-1:]
+    before = text[:at].rstrip()[-1:]
     if not stripped.strip("\0"):
         return f"{len(stripped):,} NUL bytes, as a crash or a full disk leaves them; remove the line"
     for begin, what in _FOREIGN:
@@ -75,21 +75,29 @@ def _reason(text: str, error: json.JSONDecodeError) -> str:
         return f"the begin of a JSON array; {_ONE_A_LINE}: name the file .json, or give --input_format json"
     if stripped in ("{", "}", "},") or (at >= len(text.rstrip()) and not msg.startswith("Unterminated")):
         return f"the value does not end on this line; {_ONE_A_LINE}: write each on one line, such as with `jq -c . old > new`, or make a .json array"
-    if after == "'" or (before == "'" and "'" in stripped):
-        return f'single quotes at column {at + 1}; JSON needs "double quotes"'
-    if msg.startswith("Invalid control character"):
-        return rf"a tab or another control character inside a string, at column {at + 1}; write \t, or \u and its code"
+    if found := hint(text, at, msg):
+        return f"{found}, at column {at + 1}"
     if msg.startswith("Unterminated string"):
         return f"the string that begins at column {at + 1} does not end on this line; cut short, or a line break inside it, which must be written \\n"
-    if (after in "}]" and before == ",") or msg.startswith("Illegal trailing comma"):
-        return f"a comma before the closing {text[at:].lstrip(',').lstrip()[:1] or after}, at column {at + 1}; remove it"
-    if word := re.match(r"(None|True|False|undefined)\b", text[at:]):
-        return f"{word[1]} at column {at + 1}; JSON writes null, true, false"
-    if msg.startswith("Expecting ',' delimiter"):
-        return f'unexpected text after a value, at column {at + 1}: {text[at : at + 20]!r}; a " inside a string must be written \\"'
-    if re.match(r"[^\W\d]\w*\s*:", text[at:]) and msg.startswith("Expecting property name"):
-        return f'a name without quotes at column {at + 1}; JSON needs "double quotes" around names'
     return f"{msg[0].lower()}{msg[1:]} at column {at + 1}"
+
+
+def hint(text: str, at: int, msg: str) -> str:
+    """What usually is meant where the json module complains with msg at a position; "" if nothing is known of it."""
+    after, before = text[at : at + 1], text[:at].rstrip()[-1:]
+    if after == "'" or (before == "'" and "'" in text):
+        return 'single quotes; JSON needs "double quotes"'
+    if msg.startswith("Invalid control character"):
+        return r"a tab or another control character inside a string; write \t, or \u and its code"
+    if (after and after in "}]" and before == ",") or msg.startswith("Illegal trailing comma"):
+        return f"a comma before the closing {text[at:].lstrip(',').lstrip()[:1]}; remove it"
+    if word := re.match(r"(None|True|False|undefined)\b", text[at:]):
+        return f"{word[1]}; JSON writes null, true, false"
+    if re.match(r"[^\W\d]\w*\s*:", text[at:]) and msg.startswith("Expecting property name"):
+        return 'a name without quotes; JSON needs "double quotes" around names'
+    if msg.startswith("Expecting ',' delimiter"):
+        return f'unexpected text after a value: {text[at : at + 20]!r}; a " inside a string must be written \\"'
+    return ""
 
 
 _FOREIGN = (

@@ -1,7 +1,7 @@
 """What a conversion contained, for the user: shapes of records, roles, tokens that contribute to the loss, and what was skipped.
 
 A Counter of what was seen is summed over the workers. Its keys are pairs: ("shape", name) documents of that shape; ("role", role) messages;
-("name", role, name) messages by the data's own name of the role; ("skipped", why) records; ("remark", sentence) records; ("plain", "")
+("name", role, name) messages by the data's own name of the role; ("skipped", why) records; ("remark", sentence) records; ("warning", sentence) occurrences; ("plain", "")
 documents without turns where only answers contribute; ("trained", "") tokens; ("untrained", "") documents without such a token.
 """
 
@@ -34,6 +34,7 @@ def lines(counts: Counter, documents: int, tokens: int, masked: bool) -> list[st
         found.append(f"note: documents without turns such as User: and Assistant:, which contribute to the loss as a whole: {plain:,}")
     found += [f"note: {remark}: {number:,}" for remark, number in _of(counts, "remark").items()]
     found += [f"note: skipped {why}: {number:,}" for why, number in _of(counts, "skipped").items()]
+    found += [f"warning: {warning}: {number:,}" for warning, number in _of(counts, "warning").items()]
     if masked and documents and counts["untrained", ""] >= _APPRECIABLE * documents:
         found.append(f"warning: {_untrained(counts, documents)}")
     return found
