@@ -63,6 +63,7 @@ ROOMS = [
     ["rwkv/data/detection"],
     ["rwkv/data/encode", "rwkv/data/shards", "rwkv/data/dataset", "rwkv/data/histogram", "rwkv/data/foreign"],
     ["rwkv/data/batches", "rwkv/data/convert", "rwkv/data/inspection"],
+    ["rwkv/data/apart"],
     ["rwkv/doctor", "rwkv/export", "rwkv/generate", "rwkv/train/__init__"],
     ["rwkv/terminal"],
     ["rwkv/train/lightning"],

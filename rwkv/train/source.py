@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from rwkv.config import ConvertConfig, TrainConfig
-from rwkv.data import foreign, provenance
+from rwkv.data import apart, foreign, provenance
 from rwkv.data.binidx import Dataset
-from rwkv.data.convert import convert
 from rwkv.errors import UserError
 from rwkv.model import Sizes
 from rwkv.train.lightning import rank_zero_only
@@ -92,6 +91,5 @@ def _maker(c: TrainConfig, sizes: Sizes, folder: Path) -> Callable[[str], object
 
 
 def _converted(path: str, prefix: str) -> None:
-    done = convert(ConvertConfig(input=path, output_prefix=prefix.removesuffix("_text_document"), force=True))
-    for line in done.report:
+    for line in apart.convert(ConvertConfig(input=path, output_prefix=prefix.removesuffix("_text_document"), force=True)):
         print(line, flush=True)
