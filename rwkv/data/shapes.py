@@ -82,6 +82,8 @@ def conversation(record: Mapping[str, Any], kind: str = "auto") -> Conversation 
         if kind != "auto":
             raise BadRecord(f"--format {kind} expects {_expected(kind)}, and it has {', '.join(map(repr, list(record)[:8])) or 'nothing'}")
         return None
+    while found.messages and found.messages[-1].role == roles.USER and found.messages[-1].empty:
+        found.messages.pop()  # nothing was asked, and nothing answers it
     if media := next((key for key in _MEDIA if fields.get(key)), None):
         raise BadRecord(f'it has "{media}"; only text can be trained on')
     if fields.get("kto_tag", fields.get("label")) is False:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rwkv.config import ConvertConfig
+from rwkv.data import sandbox
 from rwkv.data.binidx import Dataset
 from rwkv.data.convert import convert, texts
 from rwkv.data.tokenizer import WorldTokenizer
@@ -154,6 +155,21 @@ def test_any_record_that_cannot_be_converted_is_refused_by_line_or_skipped(tmp_p
             run(one, chat_template=str(template))
     done = run(path, chat_template=str(template), on_error="skip")
     assert (done.rejects, done.pairs[0][1]) == (4, 1)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_template_that_does_not_end_for_one_record_costs_that_record(tmp_path, write_jsonl, monkeypatch, workers):
+    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.content == 'loop' %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    path = write_jsonl(CHAT, {"messages": [{"role": "user", "content": "loop"}]}, CHAT)
+    done = run(path, chat_template=str(template), on_error="skip", workers=workers)
+    assert (done.rejects, done.pairs[0][1]) == (1, 2)
+    assert "line 2" in done.rejects_file.read_text()
+    assert "has not ended after 0.2 seconds" in done.rejects_file.read_text()
 
 
 def test_a_key_that_occurs_twice_is_refused(tmp_path):

@@ -35,6 +35,7 @@ SHAPES = [
     ({"messages": '[{"role": "user", "content": "q"}]'}, "messages", turns("q")),  # a column of csv
     ({"conversations": [{"from": "human", "value": "q"}], "system": "s"}, "messages", [("system", "s", ""), *turns("q")]),
     ({"messages": None}, "messages", []),
+    ({"messages": [{"role": "user", "content": "q"}, {"role": "gpt", "content": "a"}, {"role": "user", "content": ""}]}, "messages", turns("q", "a")),
     ({"conversation": [], "id": 1}, "messages", []),
     ({"conversations": [], "question": "q", "answer": "a"}, "question_answer", turns("q", "a")),
     ({"instruction": "q", "output": None}, "alpaca", turns("q", "")),
