@@ -1,5 +1,6 @@
 """The command line out of the dataclasses: upstream's spellings, nearest names, types."""
 
+import ast
 import dataclasses
 import errno
 import re
@@ -310,3 +311,31 @@ def test_a_name_cannot_send_commands_to_the_terminal():
         raise UserError("bad\x1b]0;owned\x07\x9b31m name")
     assert exit_.value.code == r"error: bad\x1b]0;owned\x07\x9b31m name"
     assert printable("好\n\té") == "好\n\té"
+
+
+OTHERS = {"--config", "--help", "--flag"} | {
+    # of other programs: nvidia-smi, git, nvcc, docker
+    "--version", "--porcelain", "--untracked_files", "--std", "--ptxas_options", "--gpu_architecture", "--ipc", "--shm_size", "--gpus",
+}  # fmt: skip
+LATER = {"--val_file", "--my_sample_len"}
+
+
+def messages(path):
+    """The texts of a module that may be printed: all but its docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documented = ast.Module, ast.ClassDef, ast.FunctionDef
+    docstrings = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented) and isinstance(node.body[0], ast.Expr)}
+    strings = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    return [node.value for node in strings if id(node) not in docstrings]
+
+
+def test_the_flags_that_messages_name_exist(root):
+    training = {field.name for config in (LoRAConfig, TrainConfig) for field in dataclasses.fields(config)}
+    for path in [*(root / "rwkv").rglob("*.py"), *(root / "scripts").glob("*.py")]:
+        if path.name in ("upstream.py", "config.py", "arguments.py"):  # which name those of other trainers
+            continue
+        known = training if path.parent.name == "train" and path.name != "fit.py" else NAMES  # fit prints commands of other programs
+        for text in messages(path):
+            named = {flag.replace("-", "_").replace("__", "--", 1) for flag in re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", text)}
+            unknown = {flag for flag in named if flag[2:] not in known} - OTHERS - LATER
+            assert not unknown, f"{path.relative_to(root)}: {text}"
