@@ -1,7 +1,7 @@
 """The flags of the training scripts, as typed dataclasses: name, default, reason. Imports nothing of rwkv.
 
 Names, meanings and defaults are those of the upstream trainers (BlinkDL/RWKV-LM, Blealtan/RWKV-LM-LoRA), so that a command line
-that works there works here. Where we do otherwise, the docstring says so; it is also what --help prints.
+that works there works here. Differences are stated in the docstrings, which --help prints.
 """
 
 from dataclasses import dataclass
@@ -16,18 +16,19 @@ class TrainConfig:
     data_file: str = ""
     """What to train on: a binidx prefix (P for P.bin and P.idx), or a .jsonl file, which is converted into proj_dir first; or as data_type says."""
     load_model: str = ""
-    """Checkpoint to start from (.pth or .safetensors). Sizes come from it."""
+    """Checkpoint to start from (.pth or .safetensors). The model's sizes are read from it."""
     load_partial: Literal[0, 1] = 0
-    """1: what load_model lacks begins new, such as the further layers of a larger n_layer, which at first pass on what they are given."""
+    """1: layers and tensors that are missing in load_model are created; further layers start as the identity."""
     proj_dir: str = "out"
-    """Folder of the run: rwkv-N.pth after epoch N, metrics.jsonl, train_log.txt, loss.png."""
+    """Folder of the run: checkpoints rwkv-N.pth after epoch N, metrics.jsonl, train_log.txt, loss.png."""
     overwrite: bool = False
-    """Start over in a proj_dir that holds a run already. Without it the run there goes on where it stopped, as if it never had."""
+    """Start over in a proj_dir that contains a run. Without it that run continues where it stopped."""
     allow_changes: bool = False
-    """Go on in proj_dir with flags or data that make it another run. Without it they are refused, each with what it was."""
+    """Continue the run in proj_dir although flags or data have changed. Without it each change is refused, with what it was."""
     data_type: str = "binidx"
-    """Kind of data_file. numpy: a .npy of ids. utf-8, utf-16le: text whose characters are the tokens; vocab_size is how many there are, proj_dir/vocab.json
-    which. dummy: such a text of sums, without a file. All become a binidx in proj_dir first. (Upstream's default is utf-8.)"""
+    """Kind of data_file; .jsonl files and binidx need no flag. numpy: a .npy file of token ids. utf-8, utf-16le: text with characters as tokens;
+    vocab_size is their number, proj_dir/vocab.json lists them. dummy: generated sums, without a file. All are converted to a binidx in proj_dir
+    first. (Upstream's default is utf-8.)"""
 
     # the model
     vocab_size: int = 0
@@ -39,73 +40,75 @@ class TrainConfig:
     dim_att: int = 0
     """Channels of the time-mix. 0: from load_model, else n_embd."""
     dim_ffn: int = 0
-    """Channels inside the channel-mix. 0: from load_model, else 4 n_embd."""
+    """Hidden channels of the channel-mix. 0: from load_model, else 4 n_embd."""
     pre_ffn: Literal[0, 1] = 0
-    """1: block 0 has a channel-mix in the place of its time-mix. Taken from load_model if given."""
+    """1: block 0 has a channel-mix instead of a time-mix. Read from load_model if given."""
 
     # how long
     ctx_len: int = 1024
-    """Tokens in a sample. Any length."""
+    """Tokens in a sample (context length). There is no limit."""
     tbptt_len: int = 0
-    """Go through a sample in pieces of so many tokens, the state carried from one to the next: memory for a piece, however long the sample.
-    The gradient ends at the pieces' borders (truncated backpropagation through time). 0: the sample as a whole."""
+    """Process a sample in chunks of this many tokens, with the state carried from one to the next: memory for one chunk, however long the sample. The
+    gradient stops at chunk borders (truncated backpropagation through time). 0: the whole sample at once."""
     exact: bool = False
-    """With tbptt_len: the gradient of the whole sample, in the same memory. A third more time."""
+    """With tbptt_len: the exact gradient of the whole sample, in the same memory. Takes a third more time."""
     micro_bsz: int = 12
-    """Samples in a batch, per device."""
+    """Samples in a batch, per device (micro-batch size)."""
     accumulate_grad_batches: int = 1
-    """Batches whose gradients are averaged into one optimizer step. The schedule counts optimizer steps (upstream's decays that many times too slowly)."""
+    """Batches whose gradients are accumulated for one optimizer step. The schedule counts optimizer steps (upstream's counts batches, so its rate
+    decays that many times too slowly)."""
     epoch_steps: int = 1000
-    """Batches in an epoch."""
+    """Batches in an epoch, whatever the size of the data."""
     epoch_count: int = 500
-    """The run ends before this epoch (upstream's never ends by itself)."""
+    """Number of epochs, numbered from 0 (upstream's trainer never ends by itself)."""
     my_exit: int = 99999999
-    """The run ends after this epoch already, on the rates of a run to epoch_count."""
+    """Stop after epoch N, but keep the learning-rate schedule of the full run."""
     epoch_begin: int = 0
-    """Number of the first epoch, for going on from rwkv-N.pth with N + 1."""
+    """Number of the first epoch: N + 1 to continue from rwkv-N.pth."""
     epoch_save: int = 5
-    """Save after every so many epochs, and at the end."""
+    """Save a checkpoint after every N epochs, and at the end."""
     save_every: int = 0
-    """Save all that resuming needs after every so many optimizer steps, the last two of it kept in proj_dir/resume. 0: as often as takes 2 % of
-    the time. It is saved beside every rwkv-N.pth too, and on Ctrl-C and SIGTERM."""
+    """Save the training state (all that continuing needs) after every N optimizer steps; the last two are kept in proj_dir/resume. 0: automatic, so
+    that saving costs about 2% of the time. It is also saved with every rwkv-N.pth, and on Ctrl-C and SIGTERM."""
     max_steps: int = 0
-    """End after this many optimizer steps. 0: epoch_count decides."""
+    """Stop after this many optimizer steps. 0: epoch_count decides."""
     magic_prime: int = 0
-    """Prime sampling: a prime p ≡ 2 (mod 3), at most tokens / ctx_len; every p samples see each of p contexts once.
-    -1: the largest that fits. 0: contexts begin at random places."""
+    """Prime sampling: a prime p ≡ 2 (mod 3), at most tokens / ctx_len; every p samples use each of p contexts once. -1: the largest possible, which
+    uses all of the data. 0: contexts begin at random positions."""
     my_pile_shift: int = 0
     """Prime sampling: contexts begin this many tokens later. -1: 0."""
     my_random_steps: int = 0
-    """Prime sampling: so many samples less one, over all devices, come from random places before it begins. (Upstream's name, though it counts samples.)"""
+    """Prime sampling: N - 1 samples, over all devices, come from random positions before it begins. (Upstream's name, though it counts samples.)"""
     my_pile_stage: Literal[0, 1, 2, 3, 4] = 0
-    """Upstream's way to pretrain. 1: write new weights to rwkv-init.pth, and end; with load_model those it has, vectors and vocabulary stretched to the
-    sizes given. 2, 3: go on from the newest rwkv-N.pth of proj_dir, by prime
-    sampling, in epochs of 40320 samples, as many as the data holds; load_model, epoch_begin, epoch_steps, epoch_count and a magic_prime that
-    is not given are set so. 2: time_mix, time_decay and time_first at five times the rate. 4: as 3, at random places. 0: none of it."""
+    """Upstream's procedure for pretraining. 1: write new weights to rwkv-init.pth and end; with load_model its weights, with vectors and vocabulary
+    resized to the sizes given. 2, 3: continue from the newest rwkv-N.pth of proj_dir by prime sampling, in epochs of 40320 samples, as many as the
+    data has; load_model, epoch_begin, epoch_steps, epoch_count and a magic_prime that is not given are set accordingly. 2: time_mix, time_decay and
+    time_first at five times the learning rate. 4: as 3, at random positions. 0: off."""
     random_seed: int = -1
     """-1: a new one each time; it is printed and stored."""
 
     # documents (m8than's modes) and masks
     doc_reset: Literal[0, 1] = 0
-    """1: the state is cleared where a document starts, so that nothing of the document before reaches it; its first token is then no target.
-    0: the stream flows on, as upstream's does."""
+    """1: the state is reset at the start of each document, so that no document influences the next; its first token is then no target. 0: one
+    continuous stream, as upstream."""
     doc_training: Literal[0, 1] = 0
-    """1: samples are whole documents in a new random order every pass, padded to ctx_len; padding does not count in the loss. Documents longer
-    than ctx_len + 1 tokens are left out, and counted when the run starts."""
+    """1: samples are whole documents, in a new random order each pass, padded to ctx_len; padding does not contribute to the loss. Documents longer
+    than ctx_len + 1 tokens are skipped, and counted at the start."""
     doc_training_seq: Literal[0, 1] = 0
-    """1: as doc_training, but in the order of the file; every device takes its share of it."""
+    """1: as doc_training, but in the order of the file, sharded over the devices."""
     doc_sep: int = 0
-    """A document ends after this token too, not only where the index says (for doc_training and doc_reset). -1: the index alone."""
+    """A document also ends after this token, not only where the index says so (for doc_training and doc_reset). -1: only the index."""
     min_ctx_len: int = 0
-    """doc_training: documents join until a sample has this many tokens. 0: ctx_len / 4. ctx_len leaves the least padding."""
+    """doc_training: documents are joined until a sample has this many tokens. 0: ctx_len / 4. ctx_len gives the least padding."""
     chatml_mask: Literal[0, 1] = 0
-    """1: only answers count in the loss: what follows tokens 50279 187, up to and with 50278 (ChatML added to the 20B vocabulary). A mask file
-    beside the data (P_text_mask.bin, a byte per token, 1 counts) is used without a flag."""
+    """1: only answers contribute to the loss: what follows tokens 50279 187, up to and including 50278 (ChatML added to the 20B vocabulary). For chats
+    with the World vocabulary convert them instead: the mask file beside the data (P_text_mask.bin, one byte a token, 1 contributes) is used without
+    a flag."""
     val_split: float = 0.0
-    """Share of the documents that is held out of training, the same ones in every run; their loss is val_loss in metrics.jsonl. Of a few long
+    """Share of the documents used for validation and not for training, the same ones in every run; their loss is val_loss in metrics.jsonl. Of a few long
     documents it is the last share of the tokens. 0: none."""
     val_every: int = 0
-    """Held-out loss after every so many optimizer steps, and always at the end of an epoch and of the run."""
+    """Validation loss after every N optimizer steps. It is always computed at the end of an epoch and of the run."""
     val_samples: int = 256
     """Samples that a held-out loss reads, evenly spread and the same each time. 0: all."""
 
@@ -113,13 +116,13 @@ class TrainConfig:
     lr_init: float = 6e-4
     """Learning rate at the start. The embedding of a new model is uniform in ± lr_init."""
     lr_final: float = 1e-5
-    """Learning rate at the end; in between it decays exponentially, or linearly if either is 0."""
+    """Learning rate at the end: exponential decay from lr_init, linear if either is 0."""
     warmup_steps: int = -1
-    """Optimizer steps over which the rate rises from a fifth of its value, also where it is constant (the LoRA fork: only where it decays)."""
+    """Optimizer steps of warm-up: the rate rises from a fifth of its value, also where it is constant (the LoRA fork: only where it decays)."""
     my_pile_edecay: int = 0
     """Epochs before the decay begins."""
     my_exit_tokens: int = 0
-    """Cosine decay over this many tokens instead (negative: the mean of the cosine and the exponential decay); the run ends there."""
+    """Cosine decay over this many tokens instead (negative: the mean of cosine and exponential decay); the run ends there."""
     beta1: float = 0.9
     """Adam's β₁."""
     beta2: float = 0.99
@@ -127,22 +130,22 @@ class TrainConfig:
     adam_eps: float = 1e-8
     """Adam's ε."""
     weight_decay: float = 0.0
-    """AdamW's decay of the matrices. 0: plain Adam."""
+    """AdamW's weight decay, of matrices only. 0: plain Adam."""
     weight_decay_final: float = -1
-    """Decay at the end, reached exponentially. -1: constant."""
+    """Weight decay at the end, reached exponentially. -1: constant."""
     dropout: float = 0.0
     """Dropout of the embedding, and of the residual stream after every time-mix and channel-mix."""
     optimizer: Literal["adam", "adafactor"] = "adam"
-    """adafactor: keeps a row and a column for each matrix instead of two numbers a weight (transformers' Adafactor, without momentum and with the
-    rates of the schedule; β₁, β₂ and ε are its own). For full tuning that does not fit; steps differ from Adam's."""
+    """adafactor: stores a row and a column for each matrix instead of two moments for each weight (transformers' Adafactor, without momentum, with the
+    learning rates of the schedule; β₁, β₂ and ε are its own). For full tuning that does not fit otherwise; its steps differ from Adam's."""
     layerwise_lr: Literal[0, 1] = 1
-    """1: time_decay learns at twice the rate, time_first at three times."""
+    """1: time_decay is trained at twice the learning rate, time_first at three times."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient. 0: no limit."""
+    """Largest norm of the gradient. 0: no clipping."""
 
     on_nan: Literal["stop", "skip"] = "stop"
-    """What to do when loss or gradient is no number (NaN, Inf). stop: end, and name the step, its batch and the last good state. skip: leave
-    the update of that step out, and end only after more than 20 in a row; with Adafactor it costs a wait for the GPU in every step."""
+    """When loss or gradient is NaN or Inf: stop ends the run and names the step, its batch and the last good state; skip omits the update of that step,
+    and ends after more than 20 in a row (with Adafactor it waits for the GPU in every step)."""
 
     # the machine
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -152,29 +155,30 @@ class TrainConfig:
     num_nodes: int = 1
     """How many machines."""
     strategy: str = "auto"
-    """auto: one device alone, several by ddp. ddp: also with one. deepspeed_stage_1, 2 and 3 share out the optimizer's state, also the gradients,
-    also the weights over the devices; with _offload behind it, optimizer (and in stage 3 weights) are on the CPU. All make the same steps."""
+    """auto: a single device without one, several with ddp. ddp: also with one. deepspeed_stage_1, 2 and 3 shard the optimizer's state, also the
+    gradients, also the weights over the devices; with _offload, the optimizer (in stage 3 also weights) is on the CPU. All make the same steps."""
     ds_bucket_mb: int = 200
-    """DeepSpeed: how much is sent at once, in millions of numbers. Less takes less memory."""
+    """DeepSpeed: size of a communication bucket, in millions of elements. Smaller takes less memory."""
     ds_config: str = ""
-    """DeepSpeed: a JSON file of further keys of its configuration, such as {"zero_optimization": {"sub_group_size": 100000000}}."""
+    """DeepSpeed: a JSON file with further keys of its configuration, such as {"zero_optimization": {"sub_group_size": 100000000}}."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that has it, and on a CPU that multiplies it faster than fp32 (measured at the start); else fp32. In bf16 and fp16 products
     are computed; trained weights (their own master weights), gradients and Adam's moments are fp32, and so is the arithmetic of WKV and of the loss,
     which fp16 scales. Under DeepSpeed weights and gradients are bf16 or fp16 themselves, beside fp32 weights of what trains in the optimizer; these are
     what is saved. What is kept in which type is said at the start."""
     grad_cp: Literal[0, 1] = 0
-    """1: recompute each block in the backward pass. Less memory, a third more time."""
+    """1: gradient checkpointing: recompute each block in the backward pass. Less memory, a third more time."""
 
     auto: bool = False
-    """Choose micro_bsz, accumulate_grad_batches and grad_cp (on GPUs also the strategy) by predicted memory, so that the run fits; micro_bsz then is
-    the batch that is wanted, and steps stay the same. What is chosen is printed; scripts/estimate.py shows the prediction."""
+    """Choose micro_bsz, accumulate_grad_batches and grad_cp (on GPUs also the strategy) by predicted memory, so that the run fits; micro_bsz is then
+    the batch size wanted, and steps stay the same. The choice is printed; scripts/estimate.py shows the prediction."""
 
     # watching
     wandb: str = ""
     """Weights & Biases project to log to. Without a key (wandb login) the run is logged offline."""
     tensorboard: bool = False
-    """Write the figures of every step for TensorBoard too, in proj_dir/tensorboard: tensorboard --logdir out."""
+    """Also write the metrics of every step for TensorBoard, to proj_dir/tensorboard. To look at them: pip install tensorboard; tensorboard --logdir
+    out."""
 
 
 @dataclass
@@ -182,11 +186,11 @@ class LoRAConfig(TrainConfig):
     """LoRA tuning."""
 
     lora: bool = True
-    """Train an adapter and leave the model as it is."""
+    """Train an adapter; the model itself stays unchanged."""
     warmup_steps: int = 0
     """As in training; the LoRA fork's default is 0."""
     lora_load: str = ""
-    """Adapter to go on from. A file that is not there is an error (upstream passes over it silently)."""
+    """Adapter to continue from. A missing file is an error (upstream ignores it silently)."""
     lora_r: int = 8
     """Rank of the adapter."""
     lora_alpha: float = 32
@@ -194,7 +198,7 @@ class LoRAConfig(TrainConfig):
     lora_dropout: float = 0.01
     """Dropout on the adapter's input."""
     lora_base: Literal["auto", "bf16", "fp32"] = "auto"
-    """What the frozen matrices are kept in. auto: bf16 where precision is bf16, as World models are stored, else fp32."""
+    """Data type of the frozen matrices. auto: bf16 where precision is bf16, as World models are stored, else fp32."""
     lora_parts: str = "att,ln,time"
     """What trains, separated by commas: adapters on the matrices of att (key, value, receptance) and ffn (key, receptance, value), or on single
     ones, such as att.output or ffn.key, in every block; time parameters (time) and block LayerNorms (ln) whole."""
@@ -211,13 +215,13 @@ class ConvertConfig:
     input_format: Literal["", "jsonl", "json", "txt", "csv", "tsv", "parquet", "arrow"] = ""
     """Format of the files that input names, where their names do not tell, such as a pipe. Compression is recognised."""
     split: str = ""
-    """Which splits of a data set to take: train, validation, test or another name, several separated by commas, or all. Left out: train."""
+    """Which splits of a data set to take: train, validation, test or another name, several separated by commas, or all. Omitted: train."""
     encoding: str = ""
     """Encoding of text files that are not UTF-8, such as gb18030 (also for GBK), big5, shift_jis, utf-16. Files that are UTF-8 are read as such."""
     max_record_mb: int = 1024
     """Largest record (line, element, row, text file) in MiB; a larger one is an error. It has to fit into memory several times."""
     output_prefix: str = ""
-    """P of P_text_document.bin and .idx. Left out: the input without its ending."""
+    """P of P_text_document.bin and .idx. Omitted: the input without its ending."""
     jsonl_keys: str = "text"
     """The key or column of the text. Several, separated by commas, make a pair of files each. (Upstream's tool always takes "text".)"""
     append_eod: bool = True
@@ -294,13 +298,13 @@ class InspectConfig:
     mask: str = "auto"
     """What contributes to the loss."""
     on_error: Literal["stop", "skip"] = "stop"
-    """skip: bad records were left out."""
+    """skip: bad records were skipped."""
     vocab_file: str = ""
-    """The tokenizer.json that the data was made with. Left out: World's vocabulary."""
+    """The tokenizer.json that the data was made with. Omitted: World's vocabulary."""
     samples: int = 3
     """Documents to show decoded, spread evenly (World, or with vocab_file)."""
     png: str = ""
-    """Picture of the document lengths. Left out: P_lengths.png."""
+    """Picture of the document lengths. Omitted: P_lengths.png."""
     json: bool = False
     """Print the findings as JSON."""
 
@@ -310,21 +314,21 @@ class MergeConfig:
     """Merging an adapter into its base."""
 
     adapter: str = ""
-    """The LoRA adapter (.pth); alpha and base are read from the .json beside it. Several of one base, separated by commas, are added up."""
+    """The LoRA adapter (.pth); alpha and base are read from the .json beside it. Several for one base, separated by commas, are added."""
     weights: str = ""
-    """How much each adapter counts, separated by commas, such as 0.7,0.3. Left out: 1 each."""
+    """Weight of each adapter, separated by commas, such as 0.7,0.3. Omitted: 1 each."""
     output: str = ""
     """The merged model."""
     base: str = ""
-    """The base model. Left out: as the adapter's .json says."""
+    """The base model. Omitted: as the adapter's .json says."""
     lora_alpha: float = 0
-    """Left out: as the adapter's .json says. Needed for adapters of upstream's trainer, which does not store it."""
+    """Omitted: as the adapter's .json says. Needed for adapters of upstream's trainer, which does not store it."""
     check_tokens: int = 64
-    """Compare merged with base + adapter on this many random tokens (in fp32: needs 4 bytes per parameter). 0: do not."""
+    """Compare merged with base + adapter on this many random tokens (in fp32: needs 4 bytes per parameter). 0: no check."""
     use_gpu: bool = False
     """Compute on the GPU."""
     force: bool = False
-    """Replace an output that exists."""
+    """Replace existing output."""
 
 
 @dataclass
@@ -336,7 +340,7 @@ class GenerateConfig:
     lora: str = ""
     """LoRA adapter to put on it, not merged."""
     lora_alpha: float = 0
-    """Left out: as the adapter's .json says."""
+    """Omitted: as the adapter's .json says."""
     prompt: str = ""
     """Text to continue. Without --prompt and --ask: an interactive chat."""
     ask: str = ""
@@ -367,17 +371,17 @@ class ExportConfig:
     """A model in a form that other programs read."""
 
     model: str = ""
-    """Checkpoint to export: a model, or an adapter merged into one."""
+    """Checkpoint to export: a model; merge an adapter first (scripts/merge_lora.py)."""
     output: str = ""
     """A .pth or .safetensors file, or a folder for transformers."""
     dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"
-    """What the weights are stored in. keep: as they are."""
+    """Data type of the weights. keep: as they are."""
     ctx_len: int = 1024
-    """Context length that config.json of transformers names; the model itself has none."""
+    """Context length for config.json of transformers; the model itself has no limit."""
     check_tokens: int = 64
-    """Compare what was written with the model on so many random tokens (in fp32: needs 8 bytes a parameter). 0: do not."""
+    """Compare the output with the model on this many random tokens (in fp32: needs 8 bytes per parameter). 0: no check."""
     force: bool = False
-    """Replace an output that exists."""
+    """Replace existing output."""
 
 
 @dataclass
@@ -429,7 +433,7 @@ class EstimateConfig:
     accelerator: Literal["cpu", "gpu"] = "gpu"
     """What the run will be on. cpu: device and host are the same memory."""
     card: str = ""
-    """A GPU, as GB (24) or by name ("RTX 4090", "A100 80GB"): what fits on it, the largest batch and context. Left out: the GPU of this machine. With
+    """A GPU, as GB (24) or by name ("RTX 4090", "A100 80GB"): what fits on it, the largest batch and context. Omitted: the GPU of this machine. With
     --accelerator cpu: GB of memory."""
     table: bool = False
     """Print README's table of all published sizes instead."""
