@@ -107,6 +107,8 @@ class TrainConfig:
     val_split: float = 0.0
     """Share of the documents used for validation and not for training, the same ones in every run; their loss is val_loss in metrics.jsonl. Of a few long
     documents it is the last share of the tokens. 0: none."""
+    val_file: str = ""
+    """A binidx prefix of its own as the validation set, in place of val_split. Masks and the document flags hold for it as for data_file."""
     val_every: int = 0
     """Validation loss after every N optimizer steps. It is always computed at the end of an epoch and of the run."""
     val_samples: int = 256
@@ -162,8 +164,8 @@ class TrainConfig:
     ds_config: str = ""
     """DeepSpeed: a JSON file with further keys of its configuration, such as {"zero_optimization": {"sub_group_size": 100000000}}."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on a GPU that has it, and on a CPU that multiplies it faster than fp32 (measured at the start); else fp32. In bf16 and fp16 products
-    are computed; trained weights (their own master weights), gradients and Adam's moments are fp32, and so is the arithmetic of WKV and of the loss,
+    """auto: bf16 where all GPUs multiply it (Ampere and later), or the CPU does (AVX512-BF16, AMX); else fp32. In bf16 and fp16 products are computed;
+    trained weights (their own master weights), gradients and Adam's moments are fp32, and so is the arithmetic of WKV and of the loss,
     which fp16 scales. Under DeepSpeed weights and gradients are bf16 or fp16 themselves, beside fp32 weights of what trains in the optimizer; these are
     what is saved. What is kept in which type is said at the start."""
     grad_cp: Literal[0, 1] = 0

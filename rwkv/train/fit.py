@@ -25,7 +25,7 @@ from rwkv.train.module import TrainingModule
 from rwkv.train.ranks import Ranks, facts
 from rwkv.train.saving import Saving, checkpoint_name
 from rwkv.train.signals import Signals
-from rwkv.train.source import open_data, with_vocabulary
+from rwkv.train.source import open_data, open_validation, with_vocabulary
 from rwkv.train.start import adapt, keep_base, make_model
 from rwkv.train.trainer import make_trainer, on_gpu, precision_of, quiet_lightning, slow_on_gpu
 from rwkv.train.watch import Watch
@@ -79,8 +79,9 @@ def _fit(config: TrainConfig) -> Result:
     watch = Watch(plan, resting)
     old = resume.outdated(config, folder, before)
     data = open_data(config, model.sizes, folder, reuse=before is not None)
-    training, held_out = samples.make(config, data, seed)
-    run = manifest.describe(config, config.precision, model.sizes, data) | {"types": types(config, model)}
+    validation = open_validation(config, model.sizes)
+    training, held_out = samples.make(config, data, seed, validation)
+    run = manifest.describe(config, config.precision, model.sizes, data, validation) | {"types": types(config, model)}
     introduce(config, model, data, training, held_out)
     if (limit := budget.room(plan)) and watch.expected() > limit:
         say(f"memory: {watch.expected() / 1e9:.2f} GB a device predicted, and {limit / 1e9:.2f} can be used. {budget.advice(plan, limit)}")

@@ -26,7 +26,7 @@ _HASH_LIMIT = 4 << 30  # bytes of a dataset that are still hashed: some seconds
 
 # Flags that leave every step as it is: where a run ends, where files lie, how it is watched, what machine does it.
 _FREE = {
-    *("proj_dir", "overwrite", "allow_changes", "random_seed", "load_model", "lora_load", "data_file"),  # the last three by their content
+    *("proj_dir", "overwrite", "allow_changes", "random_seed", "load_model", "lora_load", "data_file", "val_file"),  # the last four by their content
     *("max_steps", "epoch_count", "my_exit", "epoch_save", "save_every", "val_every", "val_samples", "wandb", "tensorboard", "on_nan"),
     *("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "pre_ffn"),  # these by the model's sizes
     *("strategy", "ds_bucket_mb", "ds_config", "accelerator", "grad_cp", "precision"),
@@ -34,10 +34,8 @@ _FREE = {
 }
 
 
-def describe(c: TrainConfig, precision: str, sizes: Sizes, data: Dataset) -> dict[str, Any]:
+def describe(c: TrainConfig, precision: str, sizes: Sizes, data: Dataset, validation: Dataset | None = None) -> dict[str, Any]:
     """The manifest of a run; `c` with the seed that is used."""
-    raw = Path(f"{data.prefix}.bin")
-    size = raw.stat().st_size
     lock, kernel = _ROOT / "docker/locks" / f"{compat.stack()}.txt", build.folder() / "manifest.json"
     return {
         "flags": dataclasses.asdict(c),
@@ -47,9 +45,16 @@ def describe(c: TrainConfig, precision: str, sizes: Sizes, data: Dataset) -> dic
         "kernel": {"source_sha256": build.manifest()["source_hash"], "manifest_sha256": sha256(kernel)} if kernel.exists() else None,
         "precision": precision,
         "model": vars(sizes),
-        "data": {"prefix": str(data.prefix), "bytes": size, "sha256": sha256(raw) if size <= _HASH_LIMIT else None},
+        "data": _content(data),
+        "validation": _content(validation) if validation else None,
         "base": {"path": c.load_model, "sha256": sha256(c.load_model)} if c.load_model else None,
     }
+
+
+def _content(data: Dataset) -> dict[str, Any]:
+    raw = Path(f"{data.prefix}.bin")
+    size = raw.stat().st_size
+    return {"prefix": str(data.prefix), "bytes": size, "sha256": sha256(raw) if size <= _HASH_LIMIT else None}
 
 
 def _revision() -> str | None:
@@ -111,4 +116,6 @@ def _essence(run: dict[str, Any]) -> dict[str, Any]:
         "--precision": run["precision"],
         "data (SHA-256, bytes)": (run["data"]["sha256"], run["data"]["bytes"]),
         "base model (SHA-256)": (run["base"] or {}).get("sha256"),
+        # A validation set changes no step: it may be added to a run, or left out; another one would make its losses incomparable.
+        **({"validation set (SHA-256, bytes)": (found["sha256"], found["bytes"])} if (found := run.get("validation")) else {}),
     }

@@ -29,17 +29,32 @@ def check(c: TrainConfig) -> None:
         raise UserError(f"--val_split {c.val_split} must be at least 0 and less than 1: the share of the documents to hold out")
     if c.val_every < 0 or c.val_samples < 0:
         raise UserError("--val_every and --val_samples must not be negative")
-    if c.val_every and not c.val_split:
-        raise UserError(f"--val_every {c.val_every} needs something held out: give --val_split too, such as 0.01")
+    if c.val_file and c.val_split:
+        raise UserError(f"--val_file {c.val_file} and --val_split {c.val_split} both give the validation set; leave one of them out")
+    if c.val_file.endswith((".jsonl", ".json", ".txt")) or (c.val_file and c.data_type not in ("binidx", "numpy")):
+        raise UserError(
+            f"--val_file {c.val_file} must be a binidx of the same tokens as --data_file: convert it first, with"
+            f" python scripts/convert.py --input {c.val_file} --output-prefix PREFIX, and give PREFIX_text_document"
+            if c.data_type in ("binidx", "numpy")
+            else f"--val_file {c.val_file}: --data_type {c.data_type} makes tokens of its own; take the validation set from it by --val_split"
+        )
+    if c.val_every and not (c.val_split or c.val_file):
+        raise UserError(f"--val_every {c.val_every} needs a validation set: give --val_file, or --val_split, such as 0.01")
 
 
-def make(c: TrainConfig, data: Dataset, seed: int) -> tuple[Samples, HeldOut | None]:
-    """Samples to train on, and held-out ones if val_split asks for them.
+def make(c: TrainConfig, data: Dataset, seed: int, validation: Dataset | None = None) -> tuple[Samples, HeldOut | None]:
+    """Samples to train on, and those of the validation set: of `validation`, or held out of `data` if val_split asks for them.
 
     Raises:
         UserError: data too short for a context on either side, a prime that cannot serve, no document that fits, no token that counts.
     """
     options: dict[str, Any] = {"separator": c.doc_sep, "chatml": bool(c.chatml_mask)}
+    if validation is not None:
+        try:
+            held_out = HeldOut(_source(c, Stream(validation, **options), seed, held_out=True), c.val_samples)
+        except UserError as error:
+            raise UserError(f"--val_file {c.val_file}: {error}") from error
+        return _source(c, Stream(data, **options), seed), held_out
     if not c.val_split:
         return _source(c, data, Stream(data, **options), seed), None
     train, held = (Stream(data, spans, **options) for spans in split(data, c.val_split, c.ctx_len))
@@ -57,7 +72,7 @@ def _roles(data: Dataset) -> str:
 
 def _source(c: TrainConfig, data: Dataset, stream: Stream, seed: int, held_out: bool = False) -> Samples:
     if stream.masked and not stream.anything_counts():
-        where = "held-out part" if held_out else "data"
+        where = "validation set" if held_out else "data"
         raise UserError(
             f"no token of the {where} counts in the loss: "
             + ("--chatml_mask 1 finds no answer in it" if c.chatml_mask else f"the mask beside the tokens is all 0{_roles(data)}")

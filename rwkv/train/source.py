@@ -61,7 +61,21 @@ def open_data(c: TrainConfig, sizes: Sizes, folder: Path, reuse: bool = False) -
             if Path(f"{prefix}.bin").exists() and not (c.overwrite or c.epoch_begin):
                 raise UserError(f"{prefix}.bin exists already; train on it with --data_file {prefix}, or give --overwrite to convert anew")
             make(prefix)
-    data = Dataset(prefix)
+    return _checked(Dataset(prefix), c, sizes)
+
+
+def open_validation(c: TrainConfig, sizes: Sizes) -> Dataset | None:
+    """The binidx of --val_file; None without one. Ids outside the vocabulary are refused."""
+    if not c.val_file:
+        return None
+    data = Dataset(c.val_file)
+    if os.path.samefile(f"{data.prefix}.bin", f"{c.data_file}.bin" if os.path.exists(f"{c.data_file}.bin") else os.devnull):
+        raise UserError(f"--val_file {c.val_file} is --data_file: its loss would be that of training; give other data, or --val_split 0.01")
+    return _checked(data, c, sizes)
+
+
+def _checked(data: Dataset, c: TrainConfig, sizes: Sizes) -> Dataset:
+    """The data, whose ids are in the model's vocabulary. Raises UserError if one is not."""
     provenance.check_vocabulary(data, sizes.vocab_size, bool(c.load_model))
     can_hold = np.iinfo(data.tokens.dtype)
     if can_hold.min == 0 and can_hold.max < sizes.vocab_size:  # no id can be wrong: spares a pass over the file

@@ -82,7 +82,7 @@ def introduce(c: TrainConfig, model: RWKV, data: Dataset, training: Samples, hel
     samples = schedule.total_steps(c) * schedule.samples_per_step(c)
     masked = ", part of them masked out of the loss" if training.stream.masked else ""
     validation = (
-        f"validation: {len(held_out.source.stream):,} tokens that are not trained on; the validation loss is that of {held_out.total:,} samples\n"
+        f"validation: {f'{c.val_file}, ' if c.val_file else ''}{len(held_out.source.stream):,} tokens that are not trained on; the validation loss is that of {held_out.total:,} samples\n"
         if held_out
         else ""
     )

@@ -15,6 +15,7 @@ from rwkv.data.binidx import Dataset, mask_path, writer
 from rwkv.data.convert import convert
 from rwkv.data.stream import Stream, split
 from rwkv.errors import UserError
+from rwkv.files import sha256
 from rwkv.train import samples
 from rwkv.train.fit import fit
 
@@ -93,6 +94,63 @@ def test_a_held_out_loss_is_that_of_the_held_out_documents(make_base, documents,
     assert result.val_loss == found[8]
 
 
+@pytest.fixture
+def other(tmp_path, documents):
+    """Further documents as a validation set, their mask another."""
+    generator = torch.Generator().manual_seed(6)
+    with writer(tmp_path / "v_text_document") as out:
+        for length in range(2, CTX + 2):
+            out.add([*torch.randint(1, 50, (length - 1,), generator=generator).tolist(), 0])
+        tokens = out.tokens
+    mask_path(tmp_path / "v_text_document").write_bytes(bytes(i % 3 == 0 for i in range(tokens)))
+    return str(tmp_path / "v_text_document")
+
+
+@pytest.mark.parametrize("mode", [{}, {"doc_training": 1, "doc_reset": 1}], ids=str)
+def test_a_validation_file_is_read_as_the_data_are_and_changes_no_step(make_base, documents, other, tmp_path, mode):
+    base = make_base()
+    flags = FLAGS | mode | {"load_model": str(base), "data_file": documents, "val_samples": 0}
+    config = TrainConfig(**flags | STILL, val_file=other, val_every=3, proj_dir=str(tmp_path / "run"))
+    result = fit(config)
+    _, held_out = samples.make(config, Dataset(documents), 1, Dataset(other))
+    expected, _ = plain_mean(load_model(base), [held_out[i] for i in range(len(held_out))], bool(mode))
+    found = {line["step"]: line["val_loss"] for line in lines(tmp_path / "run") if "val_loss" in line}
+    assert list(found) == [3, 4, 6, 8]
+    assert list(found.values()) == pytest.approx([expected] * 4, rel=1e-5)
+    assert result.val_loss == found[8]
+    assert json.loads((tmp_path / "run/run.json").read_text())["validation"]["sha256"] == sha256(f"{other}.bin")
+    runs = [fit(TrainConfig(**flags, val_file=path, proj_dir=str(tmp_path / f"{path[-5:]}-"))) for path in ("", other)]
+    without, given = (read_tensors(run.checkpoint) for run in runs)
+    assert all(torch.equal(without[key], given[key]) for key in without)
+
+
+def test_another_validation_file_is_seen_when_a_run_is_resumed(make_base, documents, other, tmp_path):
+    flags = FLAGS | {"load_model": str(make_base()), "data_file": documents, "proj_dir": str(tmp_path / "run"), "val_file": other}
+    fit(TrainConfig(**flags, max_steps=2))
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in tmp_path.glob("v_text_document*"):
+        (moved / path.name).write_bytes(path.read_bytes())
+    flags["val_file"] = str(moved / "v_text_document")
+    fit(TrainConfig(**flags, max_steps=4))  # the same in another place
+    ids = (moved / "v_text_document.bin").read_bytes()
+    (moved / "v_text_document.bin").write_bytes(ids[:-4] + b"\1\0\0\0")
+    with pytest.raises(UserError, match="validation set"):
+        fit(TrainConfig(**flags, max_steps=6))
+    fit(TrainConfig(**flags | {"val_file": ""}, max_steps=6))  # no step depends on it
+
+
+def test_a_validation_file_that_cannot_serve_is_refused(make_base, documents, make_data, tmp_path):
+    flags = FLAGS | {"load_model": str(make_base()), "data_file": documents, "proj_dir": str(tmp_path / "run")}
+    with pytest.raises(UserError, match="is --data_file: its loss would be that of training"):
+        fit(TrainConfig(**flags, val_file=documents))
+    with pytest.raises(UserError, match=r"--val_file .*short: the data holds 9 tokens"):
+        fit(TrainConfig(**flags, val_file=make_data(9, name="short")))
+    with pytest.raises(UserError, match=r"large\.bin: token id \d+, and the model has a vocabulary of 50"):
+        fit(TrainConfig(**flags, val_file=make_data(90, vocab=900, name="large")))
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_training_sample_holds_a_held_out_document(documents):
     config = TrainConfig(**FLAGS, data_file=documents, val_split=0.2, doc_training=1)
     training, held = samples.make(config, Dataset(documents), 1)
@@ -155,7 +213,11 @@ REFUSED = [
     ({"doc_training": 1, "min_ctx_len": CTX + 1}, f"must be 0 to --ctx_len {CTX}"),
     ({"doc_sep": -2}, "must be a token id, or -1"),
     ({"val_split": 1.0}, "less than 1"),
-    ({"val_every": 5}, "needs something held out"),
+    ({"val_every": 5}, "needs a validation set: give --val_file, or --val_split"),
+    ({"val_file": "v", "val_split": 0.5}, "both give the validation set"),
+    ({"val_file": "v.jsonl"}, r"must be a binidx.* scripts/convert.py --input v.jsonl --output-prefix PREFIX"),
+    ({"val_file": "v", "data_type": "utf-8"}, "makes tokens of its own"),
+    ({"val_file": "none"}, "none"),
     ({"val_split": 0.5, "val_samples": -1}, "must not be negative"),
     ({"val_split": 0.01}, "tokens would be held out"),
     ({"chatml_mask": 1}, "--chatml_mask 1 finds no answer in it"),
