@@ -26,7 +26,16 @@ _HASH_LIMIT = 4 << 30  # bytes of a dataset that are still hashed: some seconds
 
 # Flags that leave every step as it is: where a run ends, where files lie, how it is watched, what machine does it.
 _FREE = {
-    *("proj_dir", "overwrite", "allow_changes", "random_seed", "load_model", "lora_load", "data_file", "val_file"),  # the last four by their content
+    *(
+        "proj_dir",
+        "overwrite",
+        "allow_changes",
+        "random_seed",
+        "load_model",
+        "lora_load",
+        "data_file",
+        "val_file",
+    ),  # the last four by their content
     *("max_steps", "epoch_count", "my_exit", "epoch_save", "save_every", "val_every", "val_samples", "wandb", "tensorboard", "on_nan"),
     *("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "pre_ffn"),  # these by the model's sizes
     *("strategy", "ds_bucket_mb", "ds_config", "accelerator", "grad_cp", "precision"),
