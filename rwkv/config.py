@@ -288,7 +288,7 @@ class InspectConfig:
     verify: str = ""
     """What it was made from, as given to the converter as input: prove that every document decodes to its source, byte for byte."""
     jsonl_keys: str = "text"
-    """The key of the text in that; this and the next as in the conversion."""
+    """The key of the text in that. This and the next flags are only needed where no manifest beside the data says how it was converted."""
     split_lines: bool = False
     """Every line of a txt file was a document."""
     ftfy: bool = False
@@ -302,7 +302,7 @@ class InspectConfig:
     on_error: Literal["stop", "skip"] = "stop"
     """skip: bad records were skipped."""
     vocab_file: str = ""
-    """The tokenizer.json that the data was made with. Omitted: World's vocabulary."""
+    """The tokenizer.json that the data was made with. Omitted: as the manifest says, or World's vocabulary."""
     samples: int = 3
     """Documents to show decoded, spread evenly (World, or with vocab_file)."""
     png: str = ""

@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 
 from rwkv.cli import parse, sentences
-from rwkv.config import ConvertConfig, InspectConfig
+from rwkv.config import InspectConfig
 from rwkv.errors import UserError
 
 
 def main(config: InspectConfig) -> int:
     import numpy as np
 
-    from rwkv.data import histogram, inspection
+    from rwkv.data import histogram, inspection, provenance
     from rwkv.data.binidx import Dataset
     from rwkv.data.convert import texts
     from rwkv.data.tokenizer import HFTokenizer
@@ -29,18 +29,15 @@ def main(config: InspectConfig) -> int:
     for name in ("ctx_len", "micro_bsz"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} must be at least 1; it is {getattr(config, name)}")
-    tokenizer = HFTokenizer(config.vocab_file) if config.vocab_file else None
     data = Dataset(config.data_file)
+    vocab_file = config.vocab_file or provenance.vocabulary_file(data)
+    tokenizer = HFTokenizer(vocab_file) if vocab_file else None
     found = inspection.inspect(data, config.ctx_len, config.micro_bsz, max(0, config.samples), tokenizer)
     if config.verify:
-        source = ConvertConfig(
-            input=config.verify,
-            tokenizer_type="HFTokenizer" if tokenizer else "RWKVTokenizer",
-            **{
-                name: getattr(config, name)
-                for name in ("jsonl_keys", "vocab_file", "split_lines", "ftfy", "format", "chat_template", "mask", "on_error")
-            },
-        )
+        names = ("jsonl_keys", "split_lines", "ftfy", "format", "chat_template", "mask", "on_error")
+        given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(InspectConfig, name)}
+        given |= {"vocab_file": vocab_file, "tokenizer_type": "HFTokenizer" if tokenizer else "RWKVTokenizer"}
+        source = provenance.conversion(found.manifest, config.verify, given)
         inspection.verify(data, *texts(source), found, tokenizer)
     image = Path(config.png or f"{data.prefix}_lengths.png")
     histogram.draw(np.array(found.lengths), image, data.prefix.name, config.ctx_len)

@@ -100,6 +100,12 @@ def _convert(config: ConvertConfig, found: sources.Found, keys: Sequence[str], s
         raise UserError(f"{tokenizer.name} has {tokenizer.vocab_size} tokens, which uint16 does not hold; give --dtype int32")
     prefixes = [binidx.document_prefix(prefix, key) for key in keys]
     rejects_path = Path(f"{prefix}.rejects.jsonl")
+    outputs = [Path(f"{name}{end}") for name in prefixes for end in (".bin", ".idx", ".json")] + [rejects_path]
+    existing = [os.stat(path) for path in outputs if path.exists()]
+    if same := next(
+        (one.path for one in found.sources if existing and any(os.path.samestat(os.stat(one.stored), x) for x in existing)), None
+    ):
+        raise UserError(f"{same}: the conversion would write over what it reads; give another --output-prefix")
     beside = [rejects_path, *([shards.manifest_path(prefix)] if shard else [])]
     if not config.force:
         binidx.refuse_existing(prefixes, beside)
@@ -154,8 +160,10 @@ def _convert(config: ConvertConfig, found: sources.Found, keys: Sequence[str], s
         tokenizer_entry = provenance.tokenizer_of(tokenizer, config.vocab_file)
         described = provenance.describe(tokenizer_entry, found.sources, provenance.flags_of(config), sources.splits_of(found))
         sources.check_unchanged(found.sources)
-        for one in out:
-            provenance.write(one.manifest, {**described, "contents": report.summary(counts)}, one.documents, one.tokens, one.counted)
+        for key, one in zip(keys, out, strict=True):
+            provenance.write(
+                one.manifest, {**described, "key": key, "contents": report.summary(counts)}, one.documents, one.tokens, one.counted
+            )
         if shard:
             manifest[0].write_text(json.dumps(shards.manifest(config, found.sources), indent=2) + "\n", encoding="utf-8")
     return Converted(pairs, encoder.masked, count, rejects_path, counts)

@@ -65,7 +65,11 @@ class Pool:
         """
         if not self._processes:
             for chunk in chunks:
-                yield chunk, self._function(chunk)
+                try:
+                    result = self._function(chunk)
+                except MemoryError as error:
+                    raise UserError(f"memory ran out; {_ADVICE}") from error
+                yield chunk, result
             return
         waiting: collections.deque[tuple[Any, Future]] = collections.deque()
         feed, failure = iter(chunks), None

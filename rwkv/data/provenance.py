@@ -116,6 +116,25 @@ def read(prefix: str | Path) -> dict[str, Any] | None:
     return found
 
 
+def vocabulary_file(data: Dataset) -> str:
+    """The tokenizer.json that the data was made with, if it is where it was and has not changed; else ""."""
+    try:
+        found = of(data)
+    except UserError:  # told by whoever wants the manifest
+        return ""
+    digest = ((found or {}).get("tokenizer") or {}).get("sha256")
+    path = (found or {}).get("flags", {}).get("vocab_file")
+    return path if digest and isinstance(path, str) and Path(path).is_file() and sha256(path) == digest else ""
+
+
+def conversion(found: Mapping[str, Any] | None, source: str, given: Mapping[str, Any]) -> ConvertConfig:
+    """How to convert `source` as the data was: flags out of its manifest, if it has one, and on top those that are given."""
+    known = {name: value for name, value in (found or {}).get("flags", {}).items() if name in ConvertConfig.__dataclass_fields__}
+    if found and isinstance(found.get("key"), str):
+        known["jsonl_keys"] = found["key"]
+    return ConvertConfig(**{**known, **given, "input": source})
+
+
 def check_vocabulary(data: Dataset, rows: int, pretrained: bool) -> None:
     """Compare the tokenizer of the data with the vocabulary of a model.
 

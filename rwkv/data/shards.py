@@ -64,7 +64,7 @@ def merge(output_prefix: str, force: bool) -> list[tuple[str, int, int]]:
             f"{output_prefix}: shard {', '.join(f'{i}/{count}' for i in missing)} is missing; run it with --shard, then merge again"
         )
     parts = [prefix(output_prefix, (i, count)) for i in range(count)]
-    made = [json.loads(manifest_path(part).read_text(encoding="utf-8")) for part in parts]
+    made = [_read(manifest_path(part)) for part in parts]
     for part, one in zip(parts, made, strict=True):
         if one != made[0]:
             what = "other flags" if one["flags"] != made[0]["flags"] else "other inputs"
@@ -75,6 +75,16 @@ def merge(output_prefix: str, force: bool) -> list[tuple[str, int, int]]:
     prefixes = [binidx.document_prefix(output_prefix, key) for key in names]
     with binidx.exclusive(output_prefix, prefixes):
         return _merge(parts, made[0]["flags"]["dtype"], names, prefixes, masked, rejects, force)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+        if isinstance(found["flags"]["jsonl_keys"], str) and found["flags"]["dtype"] in ("uint16", "int32") and "inputs" in found:
+            return found
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{path}: is corrupt; run this shard again")
 
 
 def _merge(

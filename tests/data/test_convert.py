@@ -158,6 +158,9 @@ def test_shards_that_do_not_belong_together_are_refused(write_jsonl, tmp_path):
     merge(out, False)
     with pytest.raises(UserError, match=r"exist already; give --force"):
         merge(out, False)
+    (tmp_path / "out.00001-of-00002.shard").write_text("[]")
+    with pytest.raises(UserError, match=r"out.00001-of-00002.shard: is corrupt; run this shard again"):
+        merge(out, True)
     run(text, out, shard="0/3")
     with pytest.raises(UserError, match=r"shards of 2 and of 3 lie together"):
         merge(out, True)
@@ -202,6 +205,14 @@ def test_existing_output_is_kept_unless_forced(write_jsonl, tmp_path):
     Path(f"{prefix}.idx").unlink()
     with pytest.raises(UserError, match=r"out_text_document.bin exist already"):  # not ours to judge
         run(new, tmp_path / "out")
+
+
+def test_the_input_is_not_written_over(tmp_path):
+    source = tmp_path / "p_text_document.json"
+    source.write_text('[{"text": "a"}]')
+    with pytest.raises(UserError, match=r"p_text_document.json: the conversion would write over what it reads"):
+        run(source, tmp_path / "p", force=True)
+    assert source.read_text() == '[{"text": "a"}]'
 
 
 def test_nothing_to_convert_is_refused(tmp_path):

@@ -103,6 +103,24 @@ def test_a_manifest_of_other_data_is_refused(write_jsonl, tmp_path):
         train_on(prefix, 65536)
 
 
+def test_verifying_needs_no_flags_of_the_conversion_again(script, write_jsonl, tmp_path, byte_tokenizer):
+    """inspect --verify takes them from the manifest: keys, encoding, split, lines, tokenizer."""
+    (tmp_path / "in").mkdir()
+    write_jsonl({"title": "donâ€™t", "text": "b"}, {"no": 1}, name="in/train.jsonl")
+    write_jsonl({"title": "c", "text": "d"}, name="in/test.jsonl")
+    (tmp_path / "in/train.txt").write_bytes("天地玄黄，宇宙洪荒。\n日月盈昃".encode("gbk"))
+    flags = {"jsonl_keys": "text,title", "on_error": "skip", "split_lines": True, "encoding": "gbk", "ftfy": True, "split": "train"}
+    made(tmp_path / "in", tmp_path / "p", **flags)
+    for key in ("text", "title"):
+        printed = script("inspect_data.py", "--data_file", f"p_{key}_document", "--verify", tmp_path / "in", "--ctx_len", 2).stdout
+        assert "verified:   all 3 documents" in printed
+        assert "splits: train (omitted: test)" in printed
+    made(tmp_path / "in/test.jsonl", tmp_path / "q", tokenizer_type="HFTokenizer", vocab_file=str(byte_tokenizer[0]))
+    arguments = ("--data_file", "q_text_document", "--verify", tmp_path / "in/test.jsonl", "--ctx_len", 1, "--json")
+    found = json.loads(script("inspect_data.py", *arguments, status=1).stdout)  # too short for a context; nothing else
+    assert (found["verified"], found["samples"], len(found["problems"])) == (1, ["d<|endoftext|>"], 1)
+
+
 def test_files_of_an_earlier_conversion_do_not_stay(write_jsonl, tmp_path):
     prefix = made(write_jsonl(CHAT), tmp_path / "p")
     assert mask_path(prefix).exists()
