@@ -171,9 +171,15 @@ def combine(adapters: Sequence[tuple[Mapping[str, Tensor], float, float]], base:
 
 
 def adapter_names(model: nn.Module, parts: Collection[str]) -> list[str]:
-    """The parameters that an adapter of these parts holds: lora_A and lora_B, `time_*` if `time`, block LayerNorms if `ln`."""
-    pattern = "|".join([r"\.lora_[AB]$", *(_WHOLE[part] for part in parts if part in _WHOLE)])
-    return [name for name, _ in model.named_parameters() if re.search(pattern, name)]
+    """The parameters that an adapter of these parts holds: lora_A and lora_B of their layers, `time_*` if `time`, block LayerNorms if `ln`."""
+    layers = {layer for part in parts for layer in layers_of(part)}
+    whole = [_WHOLE[part] for part in parts if part in _WHOLE]
+
+    def belongs(name: str) -> bool:
+        layer, adapted, _ = name.rpartition(".lora_")
+        return _layer(layer) in layers if adapted else any(re.search(pattern, name) for pattern in whole)
+
+    return [name for name, _ in model.named_parameters() if belongs(name)]
 
 
 def mark_trainable(model: nn.Module, parts: Collection[str]) -> None:

@@ -1,11 +1,11 @@
 """What becomes of a run whose loss or gradient is no number."""
 
 import math
-from pathlib import Path
 
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
 from rwkv.train import schedule, store, strategy
+from rwkv.train.home import Home
 from rwkv.train.module import TrainingModule
 from rwkv.train.words import say
 
@@ -15,8 +15,8 @@ IN_A_ROW = 20  # steps that --on_nan skip leaves out before it gives up: the wei
 class Finite:
     """Watches over the steps of a run, on every rank alike."""
 
-    def __init__(self, config: TrainConfig, folder: Path):
-        self.config, self.folder, self._skipped = config, folder, 0
+    def __init__(self, config: TrainConfig, home: Home):
+        self.config, self._home, self._skipped = config, home, 0
 
     def check(self, module: TrainingModule, step: int, samples: int, loss: float, norm: float | None) -> None:
         """Look at a step that was made, `samples` over all ranks with it; norm: that of its gradient, None if it does not matter. What --on_nan skip
@@ -34,7 +34,7 @@ class Finite:
         if self.config.on_nan == "skip" and self._skipped <= IN_A_ROW:
             say(f"warning: {where}; the step is left out")
             return
-        saved = store.states(self.folder)
+        saved = store.states(self._home.now())
         good = (
             f"the last good state is {saved[0]}; go on from it with other flags by --allow_changes"
             if saved

@@ -17,8 +17,9 @@ from rwkv import checkpoint, compat, limits, lora, memory
 from rwkv.commands import command, output
 from rwkv.config import TrainConfig
 from rwkv.model import RWKV
-from rwkv.train import budget, cpu, manifest, pile, process, resume, samples, schedule, store, strategy
+from rwkv.train import budget, cpu, manifest, peers, pile, process, resume, samples, schedule, store, strategy
 from rwkv.train.checks import check
+from rwkv.train.home import Home
 from rwkv.train.lightning import pl, rank_zero_only
 from rwkv.train.metrics import Metrics
 from rwkv.train.module import TrainingModule
@@ -52,11 +53,13 @@ def fit(config: TrainConfig) -> Result:
     Raises:
         UserError: bad data, checkpoint, adapter or flags; a folder that cannot be used, or that another process uses.
     """
-    with resume.owned(Path(config.proj_dir)):
-        return _fit(config)
+    peers.end_with_parent()
+    folder = Path(config.proj_dir)
+    with resume.owned(folder), Home(folder) as home:
+        return _fit(config, home)
 
 
-def _fit(config: TrainConfig) -> Result:
+def _fit(config: TrainConfig, home: Home) -> Result:
     folder, ranks = Path(config.proj_dir), Ranks()
     config = ranks.decide("pile", config, lambda c: pile.apply(c, folder))
     check(config)
@@ -69,7 +72,8 @@ def _fit(config: TrainConfig) -> Result:
     seed = _seeded(config.random_seed)
     if config.my_pile_stage == 1:
         return Result(pile.write_initial(config, folder), 0, math.nan, math.nan)
-    model = make_model(config)
+    base = resume.kept_base(config, folder, before)
+    model = make_model(config, base)
     adapter = adapt(model, config, folder)
     plan = budget.plan_of(config, model.sizes, on_gpu(config), config.precision)
     if config.auto:
@@ -82,6 +86,9 @@ def _fit(config: TrainConfig) -> Result:
     validation = open_validation(config, model.sizes)
     training, held_out = samples.make(config, data, seed, validation)
     run = manifest.describe(config, config.precision, model.sizes, data, validation) | {"types": types(config, model)}
+    if base and before and adapter:
+        run["base"] = keep_base(model, adapter, folder, base)
+        before = before | {"base": before["base"] or run["base"]}  # earlier versions did not record it
     introduce(config, model, data, training, held_out)
     if (limit := budget.room(plan)) and watch.expected() > limit:
         say(f"memory: {watch.expected() / 1e9:.2f} GB a device predicted, and {limit / 1e9:.2f} can be used. {budget.advice(plan, limit)}")
@@ -91,18 +98,20 @@ def _fit(config: TrainConfig) -> Result:
             path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         manifest.write(folder, run)
-        if adapter and not config.load_model:
-            keep_base(model, adapter, folder)
+        if adapter and not config.load_model and not base:
+            run["base"] = keep_base(model, adapter, folder, base)
+            manifest.write(folder, run)
 
-    metrics = Metrics(config, folder, watch, held_out)
-    saving = Saving(config, folder, state, run, _saver(folder, model, adapter, run), metrics)
+    metrics = Metrics(config, home, watch, held_out)
+    saving = Saving(config, home, state, run, _saver(home, model, adapter, run), metrics)
     signals = Signals(saving.unsaved)
     trainer = make_trainer(config, [watch, metrics, saving, signals])
     begin = (state.step, state.samples) if state else None
     module = TrainingModule(model, training, config, begin, facts(config, run, model))
     del state  # its memory
-    with ranks.told(), watch.explained():
+    with ranks.told(), peers.starting(), watch.explained(), peers.explained(config.devices * config.num_nodes):
         compat.fit(trainer, module)
+    folder = home.now()
     end = schedule.first_step(config) + schedule.total_steps(config)
     if trainer.interrupted:
         say(
@@ -148,7 +157,7 @@ def _finish(
     return result
 
 
-def _saver(folder: Path, model: RWKV, adapter: dict[str, Any] | None, run: dict[str, Any]) -> Callable[[str, int, Callable], None]:
+def _saver(home: Home, model: RWKV, adapter: dict[str, Any] | None, run: dict[str, Any]) -> Callable[[str, int, Callable], None]:
     fixed = {
         "tokenizer": "World" if model.sizes.vocab_size == 65536 else None,
         "data": run["data"]["prefix"],
@@ -162,9 +171,9 @@ def _saver(folder: Path, model: RWKV, adapter: dict[str, Any] | None, run: dict[
         if rank_zero_only.rank > 0:
             return
         if adapter:
-            checkpoint.save_adapter(folder / name, model, adapter, {"step": step, **fixed}, weights)
+            checkpoint.save_adapter(home.now() / name, model, adapter, {"step": step, **fixed}, weights)
         else:
-            checkpoint.save_model(folder / name, model, {"step": step, **fixed}, weights)
+            checkpoint.save_model(home.now() / name, model, {"step": step, **fixed}, weights)
 
     return save
 

@@ -7,7 +7,6 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from rwkv.files import full_disk
 from rwkv.train import dashboards, history, schedule, sharded, strategy
 from rwkv.train.curve import Curve
 from rwkv.train.finite import Finite
+from rwkv.train.home import Home
 from rwkv.train.lightning import pl
 from rwkv.train.module import TrainingModule
 from rwkv.train.plot import plot
@@ -68,12 +68,12 @@ class Metrics(pl.Callback):
         curve: what all lines add up to, those before this start included (on rank 0).
     """
 
-    def __init__(self, config: TrainConfig, folder: Path, watch: Watch, held_out: HeldOut | None = None):
+    def __init__(self, config: TrainConfig, home: Home, watch: Watch, held_out: HeldOut | None = None):
         self._watch = watch
-        self.config, self.folder, self._held_out = config, folder, held_out
+        self.config, self._home, self._held_out = config, home, held_out
         self.curve = Curve()
         self._batches: list[torch.Tensor] = []
-        self._finite = Finite(config, folder)
+        self._finite = Finite(config, home)
         self._unread: list[_Step] = []
         self._progress: Progress | None = None
         self._file: Any = None
@@ -86,18 +86,18 @@ class Metrics(pl.Callback):
         if trainer.global_rank == 0:
             self.load(module.step)
             with self._told_if_full(history.NAME):
-                self._file = open(self.folder / history.NAME, "a", encoding="utf-8")  # noqa: SIM115, open for the length of the run
+                self._file = open(self._home.now() / history.NAME, "a", encoding="utf-8")  # noqa: SIM115, open for the length of the run
             if module.step == first:
                 self._log(f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{vars(self.config)}\n")
             with self._told_if_full("tensorboard"):
-                self._dashboards = dashboards.make(self.config, self.folder, module.step)
+                self._dashboards = dashboards.make(self.config, self._home.now(), module.step)
         self._progress = Progress(schedule.total_steps(self.config), module.step - first, quiet=trainer.global_rank > 0)
 
     def load(self, last: int) -> None:
         """Read what an earlier start has recorded up to step `last`; what was recorded of later steps is dropped."""
         self.curve = Curve()
         with self._told_if_full(history.NAME):
-            history.keep_steps(self.folder / history.NAME, last, schedule.first_step(self.config), self._add)
+            history.keep_steps(self._home.now() / history.NAME, last, schedule.first_step(self.config), self._add)
 
     def _add(self, line: dict[str, Any]) -> None:
         self.curve.add(line, (line["step"] - 1) // schedule.steps_per_epoch(self.config))
@@ -203,11 +203,11 @@ class Metrics(pl.Callback):
         what = "LoRA" if getattr(self.config, "lora", False) else "all weights"
         steps = self.curve.last - schedule.first_step(self.config)
         try:
-            plot(self.curve, self.folder / "loss.png", f"{self.folder.name}: {what}, {steps:,} step{'s' * (steps != 1)}")
+            plot(self.curve, self._home.now() / "loss.png", f"{self._home.now().name}: {what}, {steps:,} step{'s' * (steps != 1)}")
         except Exception as error:
             if must:
                 raise
-            say(f"warning: {self.folder / 'loss.png'} cannot be drawn: {error}")
+            say(f"warning: {self._home.now() / 'loss.png'} cannot be drawn: {error}")
         drawn = time.monotonic()
         self._next_picture = drawn + max(_PICTURE[0], _PICTURE[1] * (drawn - started))
 
@@ -224,8 +224,8 @@ class Metrics(pl.Callback):
                 one.close()
 
     def _log(self, text: str) -> None:
-        with self._told_if_full("train_log.txt"), open(self.folder / "train_log.txt", "a", encoding="utf-8") as file:
+        with self._told_if_full("train_log.txt"), open(self._home.now() / "train_log.txt", "a", encoding="utf-8") as file:
             file.write(text)
 
     def _told_if_full(self, name: str) -> contextlib.AbstractContextManager[None]:
-        return full_disk(self.folder / name, "The run then continues from its last state")
+        return full_disk(self._home.now() / name, "The run then continues from its last state")

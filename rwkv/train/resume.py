@@ -10,6 +10,7 @@ from rwkv.errors import UserError
 from rwkv.files import exclusive
 from rwkv.train import dashboards, manifest, schedule, store
 from rwkv.train.lightning import rank_zero_only
+from rwkv.train.start import NEW_BASE
 from rwkv.train.state import State
 from rwkv.train.words import say
 
@@ -43,6 +44,24 @@ def earlier(c: TrainConfig, folder: Path) -> dict[str, Any] | None:
             " to start over"
         )
     return None
+
+
+def kept_base(c: TrainConfig, folder: Path, before: dict[str, Any] | None) -> Path | None:
+    """The new base of a LoRA run that an earlier start of it wrote; None for a new run, or one that has a load_model.
+
+    Raises:
+        UserError: it is gone, and the run has trained on it.
+    """
+    path = folder / NEW_BASE
+    if c.load_model or c.overwrite or not getattr(c, "lora", False):
+        return None
+    if rank_zero_only.rank > 0:  # it does not know whether the run is a new one, and gets rank 0's weights in any case
+        return path if path.is_file() else None
+    if not before or not store.states(folder):  # nothing has been trained on it
+        return None
+    if not path.is_file():
+        raise UserError(f"{path}: missing; the adapter of this run is trained on it. Put it back, or give --overwrite to start over")
+    return path
 
 
 def outdated(c: TrainConfig, folder: Path, before: dict[str, Any] | None) -> list[Path]:

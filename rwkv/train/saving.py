@@ -2,11 +2,11 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rwkv.config import TrainConfig
 from rwkv.train import schedule, sharded, state, store
+from rwkv.train.home import Home
 from rwkv.train.lightning import pl
 from rwkv.train.metrics import Metrics
 from rwkv.train.module import TrainingModule
@@ -39,13 +39,13 @@ class Saving(pl.Callback):
     def __init__(
         self,
         config: TrainConfig,
-        folder: Path,
+        home: Home,
         begin: state.State | None,
         run: dict[str, Any],
         save: Callable[[str, int, Callable], None],
         metrics: Metrics,
     ):
-        self.config, self.folder, self._begin, self._run, self._save, self._metrics = config, folder, begin, run, save, metrics
+        self.config, self._home, self._begin, self._run, self._save, self._metrics = config, home, begin, run, save, metrics
         self._goes_on = begin is not None
         self._module: TrainingModule | None = None
         self.last = ""
@@ -81,7 +81,7 @@ class Saving(pl.Callback):
             taken = state.capture(trainer, module, self._run)
             if trainer.global_rank == 0:
                 self._metrics.sync()
-                store.write(self.folder, taken)
+                store.write(self._home.now(), taken)
                 self._metrics.picture()
             self._next = step + (c.save_every or self._interval(trainer, step, started))
             self._saved, self._since = step, time.perf_counter()

@@ -1,5 +1,7 @@
 """What a run starts from: its model, its adapter."""
 
+import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -18,8 +20,8 @@ from rwkv.train import strategy, trainer
 NEW_BASE = "rwkv-base.pth"  # of LoRA on a new model
 
 
-def make_model(c: TrainConfig) -> RWKV:
-    """From load_model, with flags that disagree refused; else new, by upstream's rules."""
+def make_model(c: TrainConfig, base: Path | None = None) -> RWKV:
+    """From load_model, with flags that disagree refused; else new, by upstream's rules. `base`: the new model that an earlier start of this run wrote."""
     given = {name: getattr(c, name) for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn") if getattr(c, name)}
     if c.load_model and c.load_partial:
         tensors = checkpoint.read_tensors(c.load_model)
@@ -40,6 +42,10 @@ def make_model(c: TrainConfig) -> RWKV:
             )
         if wrong:
             raise UserError(f"{c.load_model}: {'; '.join(wrong)}. Sizes come from the checkpoint: leave these flags out")
+        model.grad_cp, model.dropout = bool(c.grad_cp), c.dropout
+        return model
+    if base:  # initialising it again would depend on the machine: LAPACK's threads, MKL's version
+        model = checkpoint.load_model(base, matrices=_frozen(c), by_rows=True)
         model.grad_cp, model.dropout = bool(c.grad_cp), c.dropout
         return model
     sizes = {"n_layer": 6, "n_embd": 512, "vocab_size": 65536} | given
@@ -88,18 +94,39 @@ def adapt(model: RWKV, c: TrainConfig, folder: Path) -> dict[str, Any] | None:
     if c.lora_load:
         said = checkpoint.read_manifest(c.lora_load).get("alpha")  # upstream's adapters do not say it: the flag then does
         tensors, known = checkpoint.inspect_adapter(c.lora_load, c.load_model or None, c.lora_alpha if said is None else None)
-        flags = {"lora_r": c.lora_r, "lora_alpha": c.lora_alpha, "lora_parts": ",".join(lora.same_parts(parts))}
-        for flag, theirs in zip(flags, (known["r"], known["alpha"], ",".join(known["parts"])), strict=True):
-            if flags[flag] != theirs:
-                raise UserError(f"{c.lora_load}: trained with --{flag} {theirs}, and this run has {flags[flag]}; give the same")
-        checkpoint.load_adapter(model, c.lora_load, tensors, parts)
+        _compare(c, known)
+        checkpoint.load_adapter(model, c.lora_load, tensors, known["parts"])  # what it lacks begins as the base has it, as upstream
     base = {"base": c.load_model, "base_sha256": sha256(c.load_model)} if c.load_model else {"base": str(folder / NEW_BASE)}
     return {"r": c.lora_r, "alpha": c.lora_alpha, "parts": parts, **base}
 
 
-def keep_base(model: RWKV, adapter: dict[str, Any], folder: Path) -> None:
-    """Write the new model that LoRA was injected into, before it trains: without it the adapter is of no use."""
+def _compare(c: LoRAConfig, known: dict[str, Any]) -> None:
+    """Raises UserError unless the run can continue from an adapter of which this is known."""
+    theirs, ours = known["parts"], lora.same_parts(lora.parts_in(c.lora_parts))
+    merge = f"merge it into its base and train a new one: scripts/merge_lora.py --adapter {shlex.quote(c.lora_load)}"
+    matrices = any(map(lora.layers_of, theirs))  # without them rank and alpha do not matter
+    if matrices and known["r"] != c.lora_r:
+        raise UserError(
+            f"{c.lora_load}: this adapter has rank {known['r']}, and --lora_r is {c.lora_r}; a rank cannot be changed. Give --lora_r {known['r']}, or {merge}"
+        )
+    if matrices and known["alpha"] != c.lora_alpha:
+        raise UserError(
+            f"{c.lora_load}: this adapter was trained with alpha {known['alpha']:g}, and --lora_alpha is {c.lora_alpha:g}, which would scale it by"
+            f" {c.lora_alpha / known['alpha'] if known['alpha'] else math.inf:g}. Give --lora_alpha {known['alpha']:g}, or {merge}"
+        )
+    has, takes = ({layer for part in parts for layer in lora.layers_of(part) or (part,)} for parts in (theirs, ours))
+    if more := has - takes:
+        raise UserError(
+            f"{c.lora_load}: this adapter has parts that --lora_parts {c.lora_parts} does not have ({', '.join(sorted(more))}), and would lose them. Give"
+            f" --lora_parts {','.join(theirs)} or more, or {merge}"
+        )
+
+
+def keep_base(model: RWKV, adapter: dict[str, Any], folder: Path, kept: Path | None) -> dict[str, Any]:
+    """Write the new model that LoRA was injected into, before it trains, unless an earlier start of the run has `kept` it: without it the adapter is of
+    no use. What run.json says of it."""
     path = folder / NEW_BASE
-    if not path.exists():
+    if not kept:
         checkpoint.save_model(path, model, {"step": 0})
     adapter["base_sha256"] = sha256(path)
+    return {"path": str(path), "sha256": adapter["base_sha256"]}

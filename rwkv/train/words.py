@@ -163,4 +163,6 @@ def _coverage(training: Samples, samples: int) -> str:
 
 
 def _passes(times: float) -> str:
+    if times >= 100:
+        return f"{times:,.0f} passes over"
     return f"{times:.2g} passes over" if times >= 1.5 or times < 0.995 else "1 pass over" if times < 1.05 else f"{times:.1f} passes over"

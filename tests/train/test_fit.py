@@ -277,9 +277,9 @@ def test_an_adapter_of_another_base_or_rank_is_refused_before_training(make_base
     other = make_base("other.pth", seed=3)
     with pytest.raises(UserError, match="an adapter for another base"):
         fit(LoRAConfig(**common | {"load_model": str(other)}, proj_dir=str(tmp_path / "b"), lora_load=str(adapter)))
-    with pytest.raises(UserError, match="trained with --lora_alpha 32, and this run has 16"):
+    with pytest.raises(UserError, match="was trained with alpha 32, and --lora_alpha is 16"):
         fit(LoRAConfig(**common, proj_dir=str(tmp_path / "b"), lora_load=str(adapter), lora_alpha=16))
-    with pytest.raises(UserError, match="trained with --lora_r 8, and this run has 4"):
+    with pytest.raises(UserError, match="has rank 8, and --lora_r is 4"):
         fit(LoRAConfig(**common, proj_dir=str(tmp_path / "b"), lora_load=str(adapter), lora_r=4))
     assert not (tmp_path / "b").exists()
 

@@ -135,3 +135,14 @@ def test_what_a_stage_cannot_do_is_refused(flags, other, complaint):
         fit(TrainConfig(**flags | other, my_pile_stage=3))
     with pytest.raises(UserError, match="belongs to pretraining"):
         fit(LoRAConfig(**flags | other, my_pile_stage=3))
+
+
+def test_finetune_finds_the_checkpoint_of_a_stage_in_the_folder(flags, script, tmp_path):
+    """As upstream: --load_model is not needed, and the newest rwkv-N.pth is taken."""
+    fit(TrainConfig(**flags, my_pile_stage=1))
+    words = [str(word) for key, value in (flags | {"max_steps": 1}).items() for word in (f"--{key}", value)]
+    script("finetune.py", *words, "--my_pile_stage", "3")
+    run = json.loads((tmp_path / "run/run.json").read_text())["flags"]
+    assert run["load_model"].endswith("rwkv-init.pth")
+    done = script("finetune.py", *words, status=1)
+    assert "tuning needs a model to start from" in done.stderr

@@ -1,0 +1,58 @@
+"""The processes of one run: none outlives the one that started it, and the end of one ends the others with a message."""
+
+import contextlib
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+
+from rwkv.errors import UserError
+
+_STARTED_BY = "RWKV_STARTED_BY"  # in the environment of the ranks that rank 0 starts: its process id
+_SET_PDEATHSIG = 1  # of prctl(2)
+# Of gloo, NCCL and torch's store, when a peer is gone.
+_SIGNS = (
+    *("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Socket Timeout", "Timed out waiting"),
+    *("NCCL communicator was aborted", "remote process exited", "ncclRemoteError", "Socket closed", "failed to connect"),
+)
+
+
+def end_with_parent() -> None:
+    """In a rank that rank 0 has started: end as soon as rank 0 does, however it ends; without it a rank would wait for the others, and keep a GPU's memory,
+    until a collective's time is over."""
+    parent = os.environ.get(_STARTED_BY)
+    if not parent or "LOCAL_RANK" not in os.environ:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(parent):  # it ended before
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Ranks that are started in the block know who started them (`end_with_parent`)."""
+    before = os.environ.get(_STARTED_BY)
+    os.environ[_STARTED_BY] = str(os.getpid())
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_STARTED_BY]
+        else:
+            os.environ[_STARTED_BY] = before
+
+
+@contextlib.contextmanager
+def explained(ranks: int) -> Iterator[None]:
+    """Of several ranks: an error that comes of another one's end becomes a UserError."""
+    try:
+        yield
+    except Exception as error:  # torch's RuntimeError; Lightning may have put it into one of its own
+        text = str(error)
+        if ranks < 2 or isinstance(error, UserError) or not any(sign in text for sign in _SIGNS):
+            raise
+        line = next(line for line in text.splitlines() if any(sign in line for sign in _SIGNS)).strip()
+        raise UserError(
+            f"another process of this run has ended or cannot be reached ({line[:200]}). See its own message; if it has none, it was killed, perhaps for"
+            " memory (dmesg tells). Run the same command to continue from the last saved state"
+        ) from error
