@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from rwkv.files import whole
+from rwkv import pictures
 
 BINS = 33  # 0, then [2^(k−1), 2^k) for k = 1 … 32: lengths are 32 bits in the index
 _WIDTH = 40  # of the longest bar, in characters
@@ -32,18 +31,33 @@ def bars(counts: np.ndarray) -> str:
 
 
 def draw(counts: np.ndarray, image: Path, title: str, ctx_len: int) -> None:
-    """The same as a PNG, with a line at ctx_len."""
-    filled = np.flatnonzero(counts)
-    rows = np.arange(filled[0], filled[-1] + 1)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.bar(rows, counts[rows], width=0.9, color="tab:blue")
+    """The same as a PNG, with the count on every bar and a line at ctx_len. Where counts differ by a factor of more than 50 their axis is logarithmic, so
+    that no bar is too small to be seen.
+
+    Raises:
+        UserError: the disk is full, or read-only.
+    """
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    filled, place = np.flatnonzero(counts), float(np.log2(max(1, ctx_len)) + 0.5)  # 2^k is the left edge of bin k + 1
+    first, last = min(int(filled[0]), round(place)), max(int(filled[-1]), round(place))
+    rows = np.arange(first, last + 1)
+    figure, axes = pictures.new()
+    bars = axes.bar(rows, counts[rows], width=0.9, color="tab:blue")
+    axes.bar_label(bars, [f"{int(n):,}" if n else "" for n in counts[rows]], fontsize="small", padding=2)
     axes.set_xticks(rows, [label(int(k)) for k in rows], rotation=45, ha="right")
-    place = np.log2(max(1, ctx_len)) + 0.5  # in bins: 2^k is the left edge of bin k + 1
-    if rows[0] <= place <= rows[-1] + 1:
-        axes.axvline(place, color="tab:orange", label=f"ctx_len {ctx_len}")
-        axes.legend()
-    axes.set(xlabel="tokens in a document", ylabel="documents", title=title.replace("$", r"\$"))
+    axes.set_xlim(first - 0.7, last + 0.7)
+    axes.axvline(place, color="tab:orange", linewidth=2, label=f"ctx_len {ctx_len:,}")
+    if counts.max() > 50 * counts[filled].min():
+        axes.set_yscale("log")
+        axes.set_ylim(0.7, counts.max() * 2.5)
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        axes.set_ylim(0, counts.max() * 1.12)
+    axes.yaxis.set_major_formatter(FuncFormatter(pictures.counted))
+    axes.set(xlabel="tokens in a document", ylabel="documents")
+    pictures.set_title(axes, title)
     axes.grid(alpha=0.3, axis="y")
-    with whole(image) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside upper right", frameon=False)
+    pictures.save(figure, image)
