@@ -71,19 +71,21 @@ class Encoder:
         packed = [_Packed() for _ in self.keys]
         rejects = []
         counts: Counter = Counter()
+        seen: list[tuple] = []  # to be counted: a list is faster than a Counter for each record
         for number, record in records(chunk, lines, self.keys):
+            known = len(seen)
             try:
                 if isinstance(record, BadRecord):
                     raise record
-                found: Counter = Counter()
-                for one, segments in zip(packed, [self.segments(record, key, found) for key in self.keys], strict=True):
+                for one, segments in zip(packed, [self.segments(record, key, seen) for key in self.keys], strict=True):
                     if segments:
-                        self._add(one, segments, found)
-                counts.update(found)
+                        self._add(one, segments, counts)
             except BadRecord as error:
+                del seen[known:]
                 rejects.append((number, str(error), _shown(lines[number] if lines else record)))
                 if self.stop:
                     break
+        counts.update(seen)
         return Encoded(
             [b"".join(one.tokens) for one in packed],
             [binidx.pack(one.sizes, "int32") for one in packed],
@@ -93,37 +95,35 @@ class Encoder:
             counts,
         )
 
-    def segments(self, record: Any, key: str, counts: Counter | None = None) -> list[tuple[str, bool]]:
+    def segments(self, record: Any, key: str, seen: list[tuple] | None = None) -> list[tuple[str, bool]]:
         """The text of a document in consecutive segments, each with whether it contributes to the loss; none if there is nothing in it.
 
         Args:
-            counts: gets what the record was.
+            seen: gets what the record was, as keys of rwkv.data.report's counts.
 
         Raises:
             BadRecord: a record that cannot be converted, for whatever reason.
         """
-        counts = Counter() if counts is None else counts
         try:
-            return self._segments(record, key, counts)
+            return self._segments(record, key, [] if seen is None else seen)
         except (BadRecord, UserError, MemoryError):
             raise
         except Exception as error:
             raise BadRecord(f"cannot be converted ({type(error).__name__}: {error})") from error
 
-    def _segments(self, record: Any, key: str, counts: Counter) -> list[tuple[str, bool]]:
+    def _segments(self, record: Any, key: str, seen: list[tuple]) -> list[tuple[str, bool]]:
         if self.template and isinstance(record, dict) and (conversation := shapes.conversation(record, self.kind)):
-            if conversation.skipped:
-                counts["skipped", conversation.skipped] += 1
+            if why := conversation.skipped:
+                seen.append(("skipped", why))
                 return []
             found = self.template.segments(self._repaired(conversation))
             if not found:
-                counts["skipped", "conversations that the chat template makes no text of"] += 1
+                seen.append(("skipped", "conversations that the chat template makes no text of"))
                 return []
             for message in conversation.messages:
-                counts["role", message.role] += 1
-                counts["name", message.role, message.name[:40]] += 1
-            counts["shape", conversation.shape] += 1
-            counts.update(("remark", remark) for remark in conversation.remarks)
+                seen += [("role", message.role), ("name", message.role, message.name[:40])]
+            seen.append(("shape", conversation.shape))
+            seen += [("remark", remark) for remark in conversation.remarks]
             return found
         try:
             text = text_under(key, record)
@@ -132,16 +132,16 @@ class Encoder:
                 raise BadRecord(f"{error}; it is a conversation among texts: give --chat_template world to convert both") from error
             raise
         if not text or text.isspace():
-            counts["skipped", "blank texts"] += 1
+            seen.append(("skipped", "blank texts"))
             return []
         if self.ftfy:
             text = _repair(text)
-        counts["shape", "text"] += 1
+        seen.append(("shape", "text"))
         if self.mask != "answers":
             return [(text, True)]
         if segments := turns.segments(text):
             return segments
-        counts["plain", ""] += 1
+        seen.append(("plain", ""))
         return [(text, True)]
 
     def _repaired(self, conversation: Conversation) -> Conversation:
@@ -153,21 +153,21 @@ class Encoder:
     def _add(self, packed: "_Packed", segments: list[tuple[str, bool]], counts: Counter) -> None:
         """One document at a time: its ids are gone before the next come, and stay in the processor's cache (a third of the time)."""
         ids: list[int] = []
-        trained = 0
-        for text, counts_in_loss in segments:
-            if self.tokenizer.name == WorldTokenizer.name and (ends := sum(map(text.count, _ENDS))):
+        trained, masked, world = 0, self.masked, self.tokenizer.name == WorldTokenizer.name
+        for text, trains in segments:
+            if world and "<|e" in text and (ends := sum(map(text.count, _ENDS))):
                 counts["warning", _ENDS_ARE_TEXT] += ends
             some = self.tokenizer.encode(text)
             ids = ids + some if ids else some
-            trained += counts_in_loss * len(some)
-            if self.masked:
-                packed.masks.append(bytes([counts_in_loss]) * len(some))
+            if masked:
+                trained += trains * len(some)
+                packed.masks.append(bytes([trains]) * len(some))
         if self.append_eod:
             ids.append(self.tokenizer.eod)
-            trained += segments[-1][1]
-            if self.masked:
+        if masked:
+            if self.append_eod:
+                trained += segments[-1][1]
                 packed.masks.append(bytes([segments[-1][1]]))
-        if self.masked:
             counts["trained", ""] += trained
             counts["untrained", ""] += not trained
         try:

@@ -119,7 +119,10 @@ def without_nulls(value: Any) -> Any:
 
 def one_of(mapping: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
     """The first of the names that is present and not null, with its value; ("", None) if none is."""
-    return next(((name, mapping[name]) for name in names if mapping.get(name) is not None), ("", None))
+    for name in names:
+        if (value := mapping.get(name)) is not None:
+            return name, value
+    return "", None
 
 
 def _messages(entry: Any, where: str) -> Iterator[Message]:

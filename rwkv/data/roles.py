@@ -1,5 +1,6 @@
 """Who speaks in a chat: the names that data sets give to the roles, and how the text of one turn is normalised."""
 
+import functools
 import re
 import unicodedata
 
@@ -29,6 +30,7 @@ _SHOWN = {
 }
 
 
+@functools.lru_cache(1024)
 def role_of(name: str) -> str | None:
     """The role that a name means (USER, ASSISTANT, SYSTEM, TOOL or CALL), in any case and punctuation; None if it is unknown."""
     name = plain(name)
@@ -51,7 +53,8 @@ def fold(text: str) -> str:
 
     A blank line ends a turn, so there can be none inside one, not even in code. Upstream's chat templates do the same.
     """
-    return re.sub(r"\n{2,}", "\n", newlines(text)).strip()
+    text = newlines(text)
+    return (re.sub(r"\n{2,}", "\n", text) if "\n\n" in text else text).strip()
 
 
 def newlines(text: str) -> str:

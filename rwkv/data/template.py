@@ -15,20 +15,6 @@ from rwkv.data.messages import Conversation, Message
 from rwkv.data.sandbox import Sandbox, TooMuch, bounded
 from rwkv.errors import UserError
 
-# World models answer after "Assistant:", and a blank line ends a turn.
-WORLD = (
-    "{% for message in messages %}{{ message.role | capitalize }}:"
-    '{% if message.marked %}{% generation %} {{ message.content | fold }}{{ "\n\n" }}{% endgeneration %}'
-    '{% else %} {{ message.content | fold }}{{ "\n\n" }}{% endif %}'
-    "{% endfor %}"
-)
-CHATML = (
-    '{% for message in messages %}<|im_start|>{{ message.role }}{{ "\n" }}'
-    "{% if message.marked %}{% generation %}{{ message.content | trim }}<|im_end|>{% endgeneration %}"
-    '{% else %}{{ message.content | trim }}<|im_end|>{% endif %}{{ "\n" }}'
-    "{% endfor %}"
-)
-_BUILT_IN = {"world": WORLD, "chatml": CHATML}
 _MARKS = re.compile(r"<\|im_(?:start|end)\|>")
 _LARGEST = 1 << 26  # characters of a rendered conversation
 
@@ -44,10 +30,13 @@ class Template:
     """
 
     def __init__(self, name: str):
-        self._load(name, _BUILT_IN.get(name) or _read(name))
+        self._built_in = _BUILT_IN.get(name)
+        self._name, self._text = name, "" if self._built_in else _read(name)
+        self._gets: set[str] = set()
+        if not self._built_in:
+            self._compile(name, self._text)
 
-    def _load(self, name: str, text: str) -> None:
-        self._name, self._text, self._built_in = name, text, name in _BUILT_IN
+    def _compile(self, name: str, text: str) -> None:
         self._mark = secrets.token_hex(16)  # a separator that no text can hold by chance; it never reaches the output
         environment = Sandbox(extensions=[_Generation, "jinja2.ext.loopcontrols"], trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise
@@ -73,7 +62,10 @@ class Template:
         return self._name, self._text
 
     def __setstate__(self, state: tuple[str, str]) -> None:
-        self._load(*state)
+        self._name, self._text = state
+        self._built_in, self._gets = _BUILT_IN.get(self._name), set()
+        if not self._built_in:
+            self._compile(*state)
 
     def segments(self, conversation: Conversation) -> list[tuple[str, bool]]:
         """The text of a conversation in consecutive segments, each with whether it contributes to the loss.
@@ -83,14 +75,12 @@ class Template:
         """
         messages = _with_tools(conversation) if conversation.tools and "tools" not in self._gets else conversation.messages
         given = [self._shown(message) for message in messages]
-        if self._name == "chatml" and (found := next(filter(None, (_MARKS.search(one["content"]) for one in given)), None)):
-            raise BadRecord(f"a message contains {found[0]}, which separates messages in chatml")
+        if self._built_in:
+            turns = [self._built_in(message.role, shown["content"]) for message, shown in zip(messages, given, strict=True)]
+            return _joined(messages, turns)
         try:
-            if self._built_in:
-                text = self._template.render(messages=given)
-            else:
-                with bounded():
-                    text = self._template.render(messages=given, tools=conversation.tools or None)
+            with bounded():
+                text = self._template.render(messages=given, tools=conversation.tools or None)
         except jinja2.TemplateError as error:
             raise BadRecord(f"the chat template refuses it ({_reason(error)})") from error
         except Exception as error:
@@ -104,11 +94,11 @@ class Template:
 
     def _trained(self, messages: list[Message], blocks: int) -> list[bool]:
         """For each generation block whether it contributes."""
-        if not self._built_in and any(message.train for message in messages if message.role != roles.ASSISTANT):
+        if any(message.train for message in messages if message.role != roles.ASSISTANT):
             raise BadRecord(
                 "a message of another role than assistant is to be trained on, which only the templates world and chatml can do"
             )
-        flags = [message.train is not False for message in messages if _marked(message)]
+        flags = [message.train is not False for message in messages if message.role == roles.ASSISTANT]
         if all(flags):
             return [True] * blocks
         if len(flags) != blocks:
@@ -129,14 +119,12 @@ class Template:
         parts += [content] if content.strip() else []
         parts += [f"<tool_call>\n{call if isinstance(call, str) else _json(call)}\n</tool_call>" for call in calls]
         shown["content"] = roles.newlines("\n".join(parts) if reasoning or calls else content)
-        if self._built_in:
-            shown["marked"] = _marked(message)
         return shown
 
 
 def _with_tools(conversation: Conversation) -> list[Message]:
     """The messages, with the tools at the end of the system message."""
-    lines = [tool if isinstance(tool, str) else _json(tool) for tool in conversation.tools]
+    lines = [encodable(tool) if isinstance(tool, str) else _json(tool) for tool in conversation.tools]
     text = "\n".join(["<tools>", *lines, "</tools>"])
     first, *rest = conversation.messages
     if first.role == roles.SYSTEM:
@@ -144,8 +132,32 @@ def _with_tools(conversation: Conversation) -> list[Message]:
     return [Message(roles.SYSTEM, text), first, *rest]
 
 
-def _marked(message: Message) -> bool:
-    return message.role == roles.ASSISTANT or bool(message.train)
+def _world(role: str, content: str) -> tuple[str, str, str]:
+    """A turn of World models: what comes before the message, the message with what ends it, and what comes after. A blank line ends a turn."""
+    return f"{role.capitalize()}:", f" {roles.fold(content)}\n\n", ""
+
+
+def _chatml(role: str, content: str) -> tuple[str, str, str]:
+    """The same for ChatML."""
+    if found := _MARKS.search(content):
+        raise BadRecord(f"a message contains {found[0]}, which separates messages in chatml")
+    return f"<|im_start|>{role}\n", f"{content.strip()}<|im_end|>", "\n"
+
+
+_BUILT_IN = {"world": _world, "chatml": _chatml}
+
+
+def _joined(messages: list[Message], turns: list[tuple[str, str, str]]) -> list[tuple[str, bool]]:
+    """Segments of the turns. What the assistant says is one of its own also where it does not contribute: generation tokenises it so."""
+    found, context = [], ""
+    for message, (before, text, after) in zip(messages, turns, strict=True):
+        context += before
+        if message.role == roles.ASSISTANT or message.train:
+            found += [(context, False), (text, message.train is not False)]
+            context = after
+        else:
+            context += text + after
+    return [*found, (context, False)] if context else found
 
 
 def _read(name: str) -> str:
@@ -164,7 +176,7 @@ def _reason(error: Exception) -> str:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return encodable(json.dumps(value, ensure_ascii=False))
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:

@@ -108,6 +108,18 @@ def test_calls_are_trained_on_and_results_are_not():
     assert marked(record | {"system": "Be brief."}).startswith('System: Be brief.\n<tools>\n{"name": "count"}\n</tools>\n\nUser:')
 
 
+@pytest.mark.parametrize("template", ["world", "chatml"])
+def test_half_a_surrogate_pair_in_a_call_or_a_tool_is_a_bad_record(template):
+    call = {"function": {"name": "f", "arguments": {"x": "\ud800"}}}
+    for record in (
+        chat(("user", "q"), ("assistant", {"content": None, "tool_calls": [call]})),
+        chat(("user", "q"), ("assistant", "a")) | {"tools": [call]},
+        chat(("user", "q"), ("assistant", "a")) | {"tools": ["\ud800"]},
+    ):
+        with pytest.raises(BadRecord, match="half of a surrogate pair"):
+            segments(template, record)
+
+
 def test_weights_are_in_the_mask():
     record = chat(
         ("user", "a"),
