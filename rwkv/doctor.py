@@ -215,7 +215,7 @@ def _deepspeed() -> Iterator[Finding]:
     except Exception as error:  # whatever an import may raise: DeepSpeed is not needed to train
         yield Finding("DeepSpeed", "warn", f"does not import ({type(error).__name__}: {error})", "make venv; training without it works")
         return
-    found = f"{importlib.metadata.version('deepspeed')}, compiled ops: {', '.join(ops) or 'none (torch has a fused Adam)'}"
+    found = f"{importlib.metadata.version('deepspeed')}, compiled ops: {', '.join(ops) or 'none (torch has a fused Adam)'}; no compiler is needed to train with it"
     if broken := [f"{name} does not load ({reason})" for name, reason in ops.items() if reason]:
         yield Finding(
             "DeepSpeed", "warn", f"{found}; {', '.join(broken)}", "install that library of CUDA; torch's Adam does its work until then"

@@ -247,7 +247,19 @@ class ZeroStrategy(DeepSpeedStrategy):
         return contextlib.nullcontext()
 
     def init_deepspeed(self) -> None:
-        """Weights to where DeepSpeed wants them, the engine, and an optimizer that has made no step."""
+        """Weights to where DeepSpeed wants them, the engine, and an optimizer that has made no step.
+
+        Raises:
+            UserError: DeepSpeed refuses what --ds_config says.
+        """
+        try:
+            self._init_deepspeed()
+        except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
+            if not (path := self._module.config.ds_config):
+                raise
+            raise UserError(f"--ds_config {path}: DeepSpeed refuses it ({str(error) or type(error).__name__})") from error
+
+    def _init_deepspeed(self) -> None:
         import deepspeed
 
         self._fit_buckets()

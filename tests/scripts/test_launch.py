@@ -3,7 +3,10 @@
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from rwkv import compat
 
 COMMAND = "-m torch.distributed.run --nnodes {} --node_rank {} --nproc_per_node {} --master_addr {} --master_port {} scripts/lora.py --lora_r 4 --num_nodes {} --devices {}"
 FLAGS = ["--", "scripts/lora.py", "--lora_r", "4"]
@@ -100,6 +105,40 @@ def test_the_manifest_launches_flags_that_the_script_has(root):
         assert done.returncode == 0, done.stderr
         mounted = {mount["name"] for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in replica["template"]["spec"]["volumes"]}
+
+
+def test_the_manifests_command_trains_without_a_compiler(root, make_base, make_data, tmp_path):
+    """In a PATH like the image's: nothing of the environment's bin but `python`, no ninja, no g++. (Shorter, with two processes for the node's GPUs.)"""
+    job = yaml.safe_load((root / "docker/pytorchjob.yaml").read_text())
+    container = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "env", "dirname", "wc"):
+        (tools / name).symlink_to(shutil.which(name))
+    (tools / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (tools / "python").chmod(0o755)
+    files = {"base.pth": make_base(), "data_text_document": make_data(400), "out": tmp_path / "out"}
+    words = [re.sub("/run-files/(.*)", lambda found: str(files[found[1]]), word) for word in container["command"]]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {variable["name"]: variable["value"] for variable in container["env"]}
+    environment |= {
+        "PET_NNODES": "1",
+        "PET_NODE_RANK": "0",
+        "PET_MASTER_ADDR": "127.0.0.1",
+        "PET_MASTER_PORT": str(port),
+        "PET_NPROC_PER_NODE": "2",
+    }
+    environment |= {"PATH": str(tools), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(tmp_path / "compiled")}
+    environment |= {"RWKV_CPU_PRECISION": "fp32", "PYTHONDONTWRITEBYTECODE": "1"}
+    if compat.stack() == "cu117":  # whose DeepSpeed trains on GPUs only
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, (root, root / "tests/train", root / "tests/train/stand_in")))
+    shorter = ["--ctx_len=8", "--epoch_steps=2", "--magic_prime=-1", "--accelerator=cpu"]
+    done = subprocess.run([*words, *shorter], cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(losses(tmp_path / "out")) == 2
+    assert not (tmp_path / "compiled").exists()
 
 
 REFUSED = [

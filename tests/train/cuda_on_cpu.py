@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 def install() -> None:
     """Make runs with `--accelerator cpu` take DeepSpeed's and our own code for GPUs."""
     _cuda()
+    _fp16()
     _nccl()
     compat.deepspeed_refusal = lambda on_gpu: None
     compat.import_deepspeed(on_gpu=True)
@@ -72,6 +73,34 @@ def _cuda() -> None:
 
 def _unpinned(make: Any) -> Any:
     return lambda *size, pin_memory=False, **options: make(*size, **options)
+
+
+_LIBRARY = torch.library.Library("aten", "IMPL")
+
+
+def _fp16() -> None:
+    """Matrix products and relu in fp16, which this torch has on GPUs alone; products are summed in fp32 and rounded once, as there. Those in other dtypes are
+    addmm's, which is as it was."""
+
+    def mm(a: Tensor, b: Tensor) -> Tensor:
+        half = a.dtype == torch.float16
+        a, b = (a.float(), b.float()) if half else (a, b)
+        product = torch.addmm(a.new_zeros(()), a, b, beta=0)
+        return product.half() if half else product
+
+    def mm_out(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+        return out.copy_(mm(a, b))
+
+    def addmm_(total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+        if total.dtype == torch.float16:
+            return total.copy_(torch.addmm(total.float(), a.float(), b.float(), beta=beta, alpha=alpha))
+        return total.copy_(torch.addmm(total, a, b, beta=beta, alpha=alpha))
+
+    def relu(x: Tensor) -> Tensor:
+        return x * (x > 0)
+
+    for name, function in (("mm", mm), ("mm.out", mm_out), ("addmm_", addmm_), ("relu", relu)):
+        _LIBRARY.impl(name, function, "CPU")
 
 
 class _Done:

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import cuda_on_cpu
-import torch
 
 from rwkv import compat
 from rwkv.config import LoRAConfig, TrainConfig
@@ -54,7 +53,7 @@ class Watched(strategy.ZeroStrategy):
         return super().backward(*arguments, **keywords)
 
     def teardown(self) -> None:
-        if self.is_global_zero:
+        if self.is_global_zero and hasattr(self, "facts"):
             self.facts["timed"] = self.deepspeed_engine.tput_timer.total_step_count
             (Path(self.lightning_module.config.proj_dir) / "facts.json").write_text(json.dumps(self.facts))
         super().teardown()
@@ -69,11 +68,7 @@ def train(kind: str, flags: dict) -> None:
     if flags["precision"] == "fp16" and compat.stack() == "modern":
         compat.import_deepspeed(on_gpu=False)
         accelerator = type(importlib.import_module("deepspeed.accelerator").get_accelerator())
-        accelerator.supported_dtypes = lambda _: [
-            torch.float32,
-            torch.bfloat16,
-            torch.float16,
-        ]  # those of a GPU; this torch computes in fp16 on a CPU
+        accelerator.is_fp16_supported = lambda _: True  # as a GPU; this torch computes in fp16 on a CPU
     config = {"full": TrainConfig, "lora": LoRAConfig}[kind](**flags)
     try:
         training.fit(config)

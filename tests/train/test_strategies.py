@@ -4,7 +4,9 @@ All runs of two processes share one pair of processes (ranks.py). DeepSpeed 0.7.
 """
 
 import json
+import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv import checkpoint
+from rwkv import checkpoint, compat
 from rwkv.checkpoint import read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import writer
@@ -67,6 +69,16 @@ CHANGED = [  # the strategy of the first three steps, and that of the others; "o
     ]
     if {before, after} <= {"one", *STRATEGIES}
 ]
+SPOILED = {  # a gradient of the third step is multiplied
+    "nan in fp32, stage 2": ("deepspeed_stage_2", "full", "fp32", math.nan),
+    "nan in fp32, stage 3": ("deepspeed_stage_3", "lora", "fp32", math.nan),
+    "inf in bf16, stage 1": ("deepspeed_stage_1", "full", "bf16", math.inf),
+    "inf in bf16, stage 3 offload": ("deepspeed_stage_3_offload", "full", "bf16", math.inf),
+    "inf in fp16, stage 1": ("deepspeed_stage_1", "full", "fp16", math.inf),
+    "inf in fp16, stage 2 offload": ("deepspeed_stage_2_offload", "lora", "fp16", math.inf),
+    "inf in fp16, stage 3": ("deepspeed_stage_3", "full", "fp16", math.inf),
+}
+SOLO = {"deepspeed_stage_1": "full", "deepspeed_stage_2_offload": "lora", "deepspeed_stage_3": "full"}  # DeepSpeed on one GPU
 LOW = [name for name in ("deepspeed_stage_1", "deepspeed_stage_2_offload", "deepspeed_stage_3") if name in STRATEGIES]  # in bf16
 
 
@@ -127,7 +139,14 @@ def runs(tmp_path_factory, make_model) -> Path:
                 alone(kind, halves[name].pop(0))
         paired += [[kind, half] for name, both in halves.items() for half in (both[:1] if name.split(", ")[1] == "then one" else both)]
         ends += [(kind, both[1]) for name, both in halves.items() if name.split(", ")[1] == "then one"]
-    together(folder, paired)
+    for name, (which, kind, precision, value) in SPOILED.items():
+        case = {"full": CLIPPED, "lora": LORA}[kind] | {"micro_bsz": 2, "precision": precision, "spoil": [3, value]}
+        paired.append([kind, flags(name, {**case, **spread(which, folder)})])
+    solo = [
+        [kind, flags(f"{name}, one process", {**ALONE["clipped" if kind == "full" else "lora"][1], **spread(name, folder), "devices": 1})]
+        for name, kind in SOLO.items()
+    ]
+    together(folder, paired, solo)
     for kind, end in ends:
         alone(kind, end)
     return folder
@@ -139,26 +158,29 @@ def spread(name: str, folder: Path) -> dict:
     return {"devices": 2, "strategy": name, **deepspeed}
 
 
-def together(folder: Path, trainings: list) -> None:
-    """Run trainings in two processes."""
-    (folder / "trainings.json").write_text(json.dumps(trainings))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(folder / "trainings.json")]
+def together(folder: Path, paired: list, solo: list) -> None:
+    """Run trainings in two processes, and at the same time others in one. None of them finds a compiler, or anything else, by PATH."""
+    (folder / "nothing").mkdir()
     ranks = []
-    for rank in range(2):
-        with open(folder / f"rank{rank}.txt", "w") as said:
-            environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT))
+    for name, trainings, count in (("paired", paired, 2), ("solo", solo, 1)):
+        (folder / f"{name}.json").write_text(json.dumps(trainings))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        common |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        common |= {"PATH": str(folder / "nothing"), "TORCH_EXTENSIONS_DIR": str(folder / "compiled")}
+        command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(folder / f"{name}.json")]
+        for rank in range(count):
+            with open(folder / f"{name}{rank}.txt", "w") as said:
+                environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                ranks.append(subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT))
     try:
-        ends = [rank.wait(300) for rank in ranks]
+        ends = [rank.wait(400) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert ends == [0, 0], "\n".join((folder / f"rank{rank}.txt").read_text()[-3000:] for rank in range(2))
+    assert ends == [0, 0, 0], "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("*[01].txt")))
 
 
 def lines(run: Path) -> list[dict]:
@@ -191,6 +213,56 @@ def test_a_run_goes_on_under_another_strategy(runs, before, after, kind):
     assert column(run) == pytest.approx(column(alone), rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("name", SOLO)
+def test_deepspeed_alone_makes_the_steps_of_a_plain_run(runs, name):
+    run, plain = runs / f"{name}, one process", runs / ("clipped" if SOLO[name] == "full" else "lora")
+    assert len(column(run)) == STEPS
+    for key in ("loss", "grad_norm"):
+        assert column(run, key) == pytest.approx(column(plain, key), rel=TOLERANCE), key
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_a_gradient_that_is_not_finite_ends_a_run_but_in_fp16(runs, case):
+    """In fp16 it is how the loss scale is found: such a step is skipped. Nowhere else may a step be skipped without a word."""
+    norms = [line["grad_norm"] for line in lines(runs / case)]  # what is not finite is None there
+    if " fp16" in case:
+        assert norms[2] is None
+        assert len(norms) == STEPS
+        assert all(norms[3:])
+        assert not (runs / case / "error.txt").exists()
+    else:
+        assert norms[2:] == [None]
+        said = (runs / case / "error.txt").read_text()
+        assert re.match(r"step 3: the norm of the gradient is (nan|inf)", said)
+        assert "--on_nan skip" not in said  # DeepSpeed has none
+
+
+def facts(run: Path) -> dict:
+    return json.loads((run / "facts.json").read_text())
+
+
+def test_deepspeed_compiles_nothing(runs):
+    """https://github.com/BlinkDL/RWKV-LM/issues/158, https://github.com/deepspeedai/DeepSpeed/issues/1687: ninja, g++ or Python.h is missing at run time."""
+    assert not (runs / "compiled").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "ddp"])
+def test_deepspeed_takes_no_more_than_it_needs(runs, name):
+    full, lora = facts(runs / f"{name}, full"), facts(runs / f"{name}, lora with gradient checkpointing")
+    trained = sum(value.numel() for value in read_tensors(runs / "base.pth").values())
+    assert full["bucket"] == trained  # --ds_bucket_mb 1 is a million
+    assert lora["bucket"] < full["bucket"] / 5
+    assert full["gathered"] == lora["gathered"] == 0  # ZeRO-3 keeps no weight gathered for a whole pass
+    assert full["timed"] == lora["timed"] == 0  # its timers would wait for the GPU
+    if compat.stack() == "cu117":  # which takes its code for GPUs: there when torch's fused Adam asks
+        assert full["moved"][0] == "cpu"
+
+
+def test_deepspeed_does_not_flood_the_log(runs):
+    said = (runs / "paired0.txt").read_text()
+    assert said.count("unknown inputs or outputs") <= 1
+
+
 def test_accumulation_makes_the_steps_of_one_batch(runs):
     assert column(runs / "accumulated") == pytest.approx(column(runs / "scaled"), rel=TOLERANCE)
 
@@ -209,8 +281,8 @@ def test_deepspeed_in_bf16_follows_and_saves_fp32(runs, name, kind, alone):
     run = runs / f"{name}, {kind}, bf16"
     assert column(run) == pytest.approx(column(runs / alone), rel=0.02)
     assert column(run) != column(runs / alone)
-    facts = json.loads((run / "facts.json").read_text())
-    assert (facts["weights"], facts["masters"]) == (["torch.bfloat16"], ["torch.float32"])
+    inside = facts(run)
+    assert (inside["weights"], inside["masters"]) == (["torch.bfloat16"], ["torch.float32"])
     saved = read_tensors(run / "rwkv-0.pth")
     assert {value.dtype for value in saved.values()} == {torch.float32}
     # of the masters: digits that the weights, in bf16, have not. (Where there are thousands of numbers, not all happen to be round.)
