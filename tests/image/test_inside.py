@@ -105,3 +105,14 @@ def test_deepspeed_reads_the_configuration_of_every_strategy_and_refuses_a_wrong
     assert (read.train_micro_batch_size_per_gpu, read.train_batch_size) == (4, 4)
     with pytest.raises(AssertionError, match=r"train_batch_size|Check batch"):
         DeepSpeedConfig({**config, "train_batch_size": 5})
+
+
+@pytest.mark.skipif(STACK != "cu117", reason="newer DeepSpeeds have no such extension")
+def test_deepspeeds_engine_needs_no_compiler():
+    """DeepSpeed 0.7.0 compiles an extension when its engine is made. Whole runs: tests/train/test_strategies.py."""
+    from rwkv import compat
+
+    compat.import_deepspeed(on_gpu=True)
+    from deepspeed.ops.op_builder import UtilsBuilder
+
+    assert UtilsBuilder().load().flatten

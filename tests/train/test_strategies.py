@@ -78,7 +78,11 @@ SPOILED = {  # a gradient of the third step is multiplied
     "inf in fp16, stage 2 offload": ("deepspeed_stage_2_offload", "lora", "fp16", math.inf),
     "inf in fp16, stage 3": ("deepspeed_stage_3", "full", "fp16", math.inf),
 }
-SOLO = {"deepspeed_stage_1": "full", "deepspeed_stage_2_offload": "lora", "deepspeed_stage_3": "full"}  # DeepSpeed on one GPU
+SOLO = {  # DeepSpeed on one GPU
+    "deepspeed_stage_1": ("full", {}),
+    "deepspeed_stage_2_offload": ("lora", {}),
+    "deepspeed_stage_3": ("full", {"grad_cp": 1, "ds_config": ""}),  # small weights stay gathered, as is the default
+}
 LOW = [name for name in ("deepspeed_stage_1", "deepspeed_stage_2_offload", "deepspeed_stage_3") if name in STRATEGIES]  # in bf16
 
 
@@ -142,10 +146,10 @@ def runs(tmp_path_factory, make_model) -> Path:
     for name, (which, kind, precision, value) in SPOILED.items():
         case = {"full": CLIPPED, "lora": LORA}[kind] | {"micro_bsz": 2, "precision": precision, "spoil": [3, value]}
         paired.append([kind, flags(name, {**case, **spread(which, folder)})])
-    solo = [
-        [kind, flags(f"{name}, one process", {**ALONE["clipped" if kind == "full" else "lora"][1], **spread(name, folder), "devices": 1})]
-        for name, kind in SOLO.items()
-    ]
+    solo = []
+    for name, (kind, own) in SOLO.items():
+        case = ALONE["clipped" if kind == "full" else "lora"][1] | spread(name, folder) | {"devices": 1} | own
+        solo.append([kind, flags(f"{name}, one process", case)])
     together(folder, paired, solo)
     for kind, end in ends:
         alone(kind, end)
@@ -215,7 +219,7 @@ def test_a_run_goes_on_under_another_strategy(runs, before, after, kind):
 
 @pytest.mark.parametrize("name", SOLO)
 def test_deepspeed_alone_makes_the_steps_of_a_plain_run(runs, name):
-    run, plain = runs / f"{name}, one process", runs / ("clipped" if SOLO[name] == "full" else "lora")
+    run, plain = runs / f"{name}, one process", runs / ("clipped" if SOLO[name][0] == "full" else "lora")
     assert len(column(run)) == STEPS
     for key in ("loss", "grad_norm"):
         assert column(run, key) == pytest.approx(column(plain, key), rel=TOLERANCE), key
