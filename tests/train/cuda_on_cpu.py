@@ -75,32 +75,24 @@ def _unpinned(make: Any) -> Any:
     return lambda *size, pin_memory=False, **options: make(*size, **options)
 
 
-_LIBRARY = torch.library.Library("aten", "IMPL")
-
-
 def _fp16() -> None:
-    """Matrix products and relu in fp16, which this torch has on GPUs alone; products are summed in fp32 and rounded once, as there. Those in other dtypes are
-    addmm's, which is as it was."""
+    """What our model computes in fp16 by operations that this torch has for fp16 on GPUs alone: in fp32 and rounded once, as products are there."""
+    module, tensor = torch, Tensor
+    module.mm, module.relu = _widened(torch.mm), _widened(torch.relu)  # type: ignore[assignment]
+    tensor.__matmul__, tensor.addmm_ = _widened(Tensor.__matmul__), _widened(Tensor.addmm_)  # type: ignore[assignment]
 
-    def mm(a: Tensor, b: Tensor) -> Tensor:
-        half = a.dtype == torch.float16
-        a, b = (a.float(), b.float()) if half else (a, b)
-        product = torch.addmm(a.new_zeros(()), a, b, beta=0)
-        return product.half() if half else product
 
-    def mm_out(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
-        return out.copy_(mm(a, b))
+def _widened(operation: Any) -> Any:
+    """With fp32 copies of fp16 arguments; the result goes to `out`, or for addmm_ into its tensor."""
 
-    def addmm_(total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-        if total.dtype == torch.float16:
-            return total.copy_(torch.addmm(total.float(), a.float(), b.float(), beta=beta, alpha=alpha))
-        return total.copy_(torch.addmm(total, a, b, beta=beta, alpha=alpha))
+    def run(*arguments: Any, out: Tensor | None = None, **options: Any) -> Tensor:
+        if not any(isinstance(x, Tensor) and x.dtype == torch.float16 for x in arguments):
+            return operation(*arguments, **options) if out is None else operation(*arguments, out=out, **options)
+        result = operation(*(x.float() if isinstance(x, Tensor) else x for x in arguments), **options).half()
+        place = arguments[0] if operation.__name__ == "addmm_" else out
+        return result if place is None else place.copy_(result)
 
-    def relu(x: Tensor) -> Tensor:
-        return x * (x > 0)
-
-    for name, function in (("mm", mm), ("mm.out", mm_out), ("addmm_", addmm_), ("relu", relu)):
-        _LIBRARY.impl(name, function, "CPU")
+    return run
 
 
 class _Done:

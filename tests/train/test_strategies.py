@@ -180,7 +180,7 @@ def together(folder: Path, paired: list, solo: list) -> None:
                 environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 ranks.append(subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT))
     try:
-        ends = [rank.wait(400) for rank in ranks]
+        ends = [rank.wait(600) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
