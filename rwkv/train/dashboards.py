@@ -1,10 +1,20 @@
 """The figures of every step on the dashboards that were asked for: Weights & Biases, TensorBoard."""
 
+import contextlib
+import io
+import os
+import secrets
+import shlex
+import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from rwkv.config import TrainConfig
+from rwkv.train import schedule
+from rwkv.train.words import say
 
 
 class Dashboard(Protocol):
@@ -22,7 +32,9 @@ class Dashboard(Protocol):
 
 def make(c: TrainConfig, folder: Path, step: int) -> list[Dashboard]:
     """Those that the flags ask for, of a run in `folder` that has made `step` steps."""
-    return ([WandB(c, folder)] if c.wandb else []) + ([TensorBoard(folder, step)] if c.tensorboard else [])
+    return ([WandB(c, folder, new=step == schedule.first_step(c))] if c.wandb else []) + (
+        [TensorBoard(folder, step)] if c.tensorboard else []
+    )
 
 
 def figures(line: dict[str, Any], weight_decay: float) -> dict[str, float]:
@@ -35,13 +47,52 @@ def figures(line: dict[str, Any], weight_decay: float) -> dict[str, float]:
 
 
 class WandB:
-    """A run of Weights & Biases: online with a key, else offline in the run's folder."""
+    """A run of Weights & Biases: online with a key and a network, else offline in the run's folder, which is then said.
 
-    def __init__(self, c: TrainConfig, folder: Path):
+    It bears the name of the folder, and keeps its id there, so that a run that is resumed is the same one.
+    """
+
+    SECONDS = 20  # that the server may take to answer
+
+    def __init__(self, c: TrainConfig, folder: Path, new: bool):
         import wandb  # a second to import: only where it is asked for
 
-        mode: Literal["offline"] | None = None if wandb.api.api_key else "offline"
-        self._run = wandb.init(project=c.wandb, dir=str(folder), config=vars(c), mode=mode, settings=wandb.Settings(silent=True))
+        with contextlib.redirect_stderr(io.StringIO()):  # a remark on a setting that nobody has set
+            key, server = wandb.api.api_key, wandb.Settings().base_url
+        chosen = os.environ.get("WANDB_MODE", "online" if key else "offline")  # the user's, in any case
+        reason = "" if key else "there is no key: run `wandb login`"
+        if chosen == "online" and not self._answers(server):
+            chosen, reason = "offline", f"{server} does not answer"
+        place = folder / "wandb" / "run-id.txt"
+        if new or not place.exists():
+            place.parent.mkdir(exist_ok=True)
+            place.write_text(secrets.token_hex(4), encoding="utf-8")
+        options: dict[str, Any] = {"project": c.wandb, "dir": str(folder), "config": vars(c), "name": folder.resolve().name}
+        options |= {"id": place.read_text(encoding="utf-8").strip(), "mode": chosen}
+        options["settings"] = wandb.Settings(silent=True, init_timeout=3 * self.SECONDS)
+        try:
+            self._run = wandb.init(**options, resume="allow" if chosen == "online" else None)
+        except wandb.errors.Error as error:
+            if chosen != "online":
+                raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._run = wandb.init(**options | {"mode": "offline"})
+        if self._run.offline:
+            sync = shlex.join([sys.executable, "-m", "wandb", "sync", str(Path(self._run.dir).parent)])
+            say(f"wandb: offline{' (' + reason + ')' if reason else ''}. Upload the run later with: {sync}")
+        else:
+            say(f"wandb: {self._run.url}")
+
+    @classmethod
+    def _answers(cls, server: str) -> bool:
+        """Whether there is a server, through a proxy if the environment names one; wandb itself would try for minutes."""
+        try:
+            with urllib.request.urlopen(server, timeout=cls.SECONDS):
+                return True
+        except urllib.error.HTTPError:
+            return True
+        except (OSError, ValueError):
+            return False
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         self._run.log(figures, step=step)

@@ -56,6 +56,8 @@ def plot(curve: Curve, image: Path, title: str) -> None:
     _limit(axes, curve)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     pictures.set_title(axes, title)
+    if len(steps) < 2:
+        axes.set_xlim(curve.last - 1, curve.last + 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(pictures.counted))
     axes.grid(alpha=0.3)

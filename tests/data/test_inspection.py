@@ -4,6 +4,7 @@ import collections
 import gzip
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from rwkv import pictures
 from rwkv.config import ConvertConfig
 from rwkv.data import histogram, inspection
 from rwkv.data.binidx import Dataset, mask_path, writer
@@ -215,3 +217,23 @@ def test_lengths_are_drawn(tmp_path):
     assert lines[2].endswith("█" * 40)
     histogram.draw(counts, tmp_path / "x.png", "x", 512)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("lengths", [[3], [5, 900], [100] * 5000 + [20000], [1] * 3], ids=["one", "two", "many and one", "equal"])
+@pytest.mark.parametrize("title", ["data", "小说 $x$"])
+def test_the_picture_shows_ctx_len_and_the_count_of_every_bar(tmp_path, monkeypatch, lengths, title):
+    drawn = []
+    monkeypatch.setattr(pictures, "save", lambda figure, image: (drawn.append(figure), figure.savefig(image, dpi=50))[0])
+    counts = histogram.count(np.array(lengths))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        histogram.draw(counts, tmp_path / "x.png", title, 4096)
+    axes = drawn[0].axes[0]
+    shown = {text.get_text() for text in axes.texts} - {""}
+    assert shown == {f"{n:,}" for n in counts if n}
+    low, high = axes.get_xlim()
+    assert low < axes.lines[0].get_xdata()[0] == 12.5 < high  # 2^12 is the left edge of bin 13
+    assert drawn[0].legends[0].get_texts()[0].get_text() == "ctx_len 4,096"
+    assert axes.get_yscale() == ("log" if len(lengths) > 5000 else "linear")
+    bottom, top = axes.get_ylim()
+    assert all(bottom < bar.get_height() < top for bar in axes.patches if bar.get_height())

@@ -1,7 +1,10 @@
 """wandb and TensorBoard show the figures of metrics.jsonl, every step once, also of a run that was stopped."""
 
 import json
+import os
+import socket
 import struct
+import time
 
 import pytest
 from tensorboardX.crc32c import crc32c
@@ -10,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
-from rwkv.train import store
+from rwkv.train import dashboards, store
 from rwkv.train.fit import fit
 
 FLAGS = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, "ctx_len": 8, "micro_bsz": 2, "epoch_steps": 6, "epoch_count": 1, "random_seed": 1}
@@ -72,8 +75,42 @@ def test_a_disk_that_is_full_for_tensorboard_ends_the_run_in_words(make_data, tm
         fit(TrainConfig(**FLAGS, data_file=make_data(200), proj_dir=str(tmp_path / "run"), tensorboard=True))
 
 
-def test_wandb_logs_offline_without_a_key(make_data, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("HOME", str(tmp_path))  # no key of the machine's user
-    fit(TrainConfig(**FLAGS, data_file=make_data(200), proj_dir=str(tmp_path / "run"), wandb="test"))
+@pytest.fixture
+def without_key(monkeypatch, tmp_path):
+    """Neither a key of the machine's user nor what the environment says of wandb."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_wandb_logs_offline_without_a_key_and_says_how_to_upload(make_data, tmp_path, without_key, capfd):
+    config = {**FLAGS, "data_file": make_data(200), "proj_dir": str(tmp_path / "a run"), "wandb": "test"}
+    fit(TrainConfig(**config, max_steps=2))
+    fit(TrainConfig(**config))
+    made = sorted((tmp_path / "a run/wandb").glob("offline-run-*/*.wandb"))
+    assert len(made) == 2
+    assert len({path.name for path in made}) == 1  # a resumed run is the same one
+    said = capfd.readouterr()
+    assert "wandb: offline (there is no key: run `wandb login`). Upload the run later with: " in said.out
+    assert f"-m wandb sync '{made[0].parent}'" in said.out
+    assert "WARNING" not in said.out + said.err
+    fit(TrainConfig(**config, overwrite=True))
+    assert len({path.name for path in (tmp_path / "a run/wandb").glob("offline-run-*/*.wandb")}) == 2
+
+
+def test_wandb_without_a_network_goes_offline_soon(make_data, tmp_path, without_key, monkeypatch, capfd):
+    with socket.socket() as unused:  # a port that nobody listens on
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+        started = time.monotonic()
+        fit(TrainConfig(**FLAGS, data_file=make_data(200), proj_dir=str(tmp_path / "run"), wandb="test"))
+    assert time.monotonic() - started < 60
+    assert "does not answer). Upload the run later with: " in capfd.readouterr().out
     assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_server_that_keeps_silent_does_not_hold_up_the_run(monkeypatch):
+    monkeypatch.setattr(dashboards.WandB, "SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert not dashboards.WandB._answers(f"http://127.0.0.1:{silent.getsockname()[1]}")
