@@ -21,6 +21,8 @@ CHUNK = 1 << 20  # bytes of text that a worker takes at a time
 BOM = b"\xef\xbb\xbf"
 TEXT = {"jsonl", "json", "lines", "txt", "csv"}  # kinds that are text in some encoding
 MAX_RECORD = 1 << 30
+_BATCH = 1 << 28  # bytes that a batch of parquet rows may have
+_DICTIONARY_PAGE = 2
 _EXPANDED = 1 << 26  # bytes of rows that are turned into Python objects together
 _DEEPEST = 100  # levels of nesting that a record may have
 
@@ -294,12 +296,14 @@ def _parquet(source: Source, file: BinaryIO, fields: Sequence[str], begins: tupl
         try:
             table = parquet.ParquetFile(file)
             columns = _some(source, table.schema_arrow.names, fields)
-            table = parquet.ParquetFile(file, read_dictionary=_repeating(table, columns))
+            size, kept = _batch(table, file, columns)
+            if kept:
+                table = parquet.ParquetFile(file, read_dictionary=kept)
             count, number = table.num_row_groups, 0
             for group in range(count):
                 at, end = (source.size * i // count for i in (group, group + 1))
                 if begins[0] <= at < begins[1]:
-                    batches = table.iter_batches(256, row_groups=[group], columns=columns)
+                    batches = table.iter_batches(size, row_groups=[group], columns=columns)
                     for rows, share in _shares(_batches(source, _rows(batches, number)), end - at):
                         yield {"rows": rows}, share
                 number += table.metadata.row_group(group).num_rows
@@ -307,10 +311,38 @@ def _parquet(source: Source, file: BinaryIO, fields: Sequence[str], begins: tupl
             raise UserError(f"{source.path}: not parquet, or corrupt ({error})") from error
 
 
-def _repeating(table: Any, columns: Sequence[str]) -> list[str]:
-    """The columns to read with their dictionaries as they are stored: one long text in many rows is then once in memory."""
-    leaves = [table.schema.column(i) for i in range(len(table.schema))]
-    return [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.path.split(".")[0] in columns]
+def _batch(table: Any, file: BinaryIO, columns: Sequence[str]) -> tuple[int, list[str]]:
+    """Rows to read together, at most 256, and the columns to leave as dictionaries, so that a batch is of bounded size: a text that is stored
+    once may be in every row, and as often as it likes in one row of lists."""
+    rows, kept = 256, set()
+    for group in range(table.num_row_groups):
+        metadata = table.metadata.row_group(group)
+        for column in map(metadata.column, range(metadata.num_columns)):
+            if column.physical_type == "BYTE_ARRAY" and column.path_in_schema.split(".")[0] in columns and metadata.num_rows:
+                a_row = _longest(file, column) * max(1, column.num_values // metadata.num_rows)
+                if a_row > _BATCH // 4:
+                    kept.add(column.path_in_schema)
+                else:
+                    rows = min(rows, max(1, _BATCH // max(1, a_row)))
+    return rows, sorted(kept)
+
+
+def _longest(file: BinaryIO, column: Any) -> int:
+    """Bytes that a text of a parquet column may have and be stored once for many rows: the size of its dictionary, as the page's header says."""
+    if any(encoding.startswith("DELTA_BYTE_ARRAY") for encoding in column.encodings):
+        return column.total_uncompressed_size
+    file.seek(column.dictionary_page_offset or column.data_page_offset)
+    head, at, fields = file.read(32), 0, []
+    for _ in range(2):  # type and size, the first fields of the header, in Thrift's compact protocol
+        if head[at : at + 1] != b"\x15":
+            return column.total_uncompressed_size
+        at, number, shift = at + 1, 0, 0
+        while at < len(head):
+            number, shift, at = number | (head[at] & 127) << shift, shift + 7, at + 1
+            if head[at - 1] < 128:
+                break
+        fields.append(number >> 1)
+    return fields[1] if fields[0] == _DICTIONARY_PAGE else 0
 
 
 def _arrow(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[int, int]) -> Iterator[tuple[dict, int | None]]:
