@@ -163,6 +163,8 @@ def _message(name: str, content: Any, entry: Mapping[str, Any], where: str) -> M
         else:
             message.reasoning = f"{message.reasoning}\n{reasoning}".strip() if message.reasoning else encodable(reasoning)
     message.calls = _calls(entry, where)
+    if roles.plain(name) == "function" and isinstance(called := json_or_text(text or ""), dict) and set(called) == {"name", "arguments"}:
+        role = roles.CALL  # LLaMA-Factory's name for a call; OpenAI's for a result
     if role == roles.CALL:
         message.role, calls = roles.ASSISTANT, json_or_text(text or "")
         message.calls += [call(item, where) for item in (calls if isinstance(calls, list) else [text or ""]) if item]

@@ -10,17 +10,18 @@ USER, ASSISTANT, SYSTEM, TOOL, CALL = "user", "assistant", "system", "tool", "fu
 _NAMES = {
     USER: "user human bob prompter person customer client student questioner asker inquirer query question q prompt instruction input"
     " 用户 用戶 使用者 人类 人類 人 问 問 问题 問題 提问 提問 提问者 客户 客戶 顾客 学生 指令 输入"
-    " ユーザー ユーザ 人間 質問 사용자 인간 질문 usuario utilisateur utente benutzer nutzer пользователь человек вопрос",
+    " ユーザー ユーザ 人間 質問 사용자 인간 질문 usuario utilisateur utente benutzer nutzer пользователь человек вопрос"
+    " usuário utilizador użytkownik kullanıcı người_dùng pengguna المستخدم उपयोगकर्ता",
     ASSISTANT: "assistant alice openai bing bard gemini claude copilot grok llama mistral vicuna qwen chatglm deepseek kimi moss rwkv"
     " model language_model llm ai bot chatbot robot agent chat_assistant ai_assistant answer a response reply output completion"
     " 助手 助理 智能助手 人工智能助手 ai助手 ai_助手 小助手 人工智能 机器人 機器人 聊天机器人 模型 答 答案 回答 回复 回覆 答复 客服 输出"
-    " アシスタント ボット 어시스턴트 챗봇 답변 답 asistente assistente assistent ассистент помощник ответ бот",
+    " アシスタント ボット 어시스턴트 챗봇 답변 답 asistente assistente assistent ассистент помощник ответ бот"
+    " asystent asistan asisten trợ_lý المساعد सहायक ia ki ии",
     SYSTEM: "system developer system_prompt sys 系统 系統 系统提示 系统提示词 系统消息 系统指令 システム 시스템 sistema système systeme система",
     TOOL: "tool function observation ipython tool_response tool_responses tool_result tool_results tool_output function_response"
     " function_result function_output 工具 函数 函數 观察 觀察 观察结果 工具结果 工具返回 工具响应",
     CALL: "function_call tool_call tool_calls function_calls 工具调用 函数调用",
 }
-_ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
 _SHOWN = {
     USER: "user, human, 用户",
     ASSISTANT: "assistant, gpt, bot, 助手",
@@ -46,6 +47,9 @@ def plain(name: str) -> str:
     """A role's name without case and punctuation: `<|User|>:`, `[Human]` and `Function-Call` give user, human and function_call."""
     name = unicodedata.normalize("NFKC", name).casefold()
     return re.sub(r"[\s_-]+", "_", name.strip("<>|[](){}【】「」:*# \t\r\n"))
+
+
+_ROLES = {plain(name): role for role, names in _NAMES.items() for name in names.split()}
 
 
 def fold(text: str) -> str:

@@ -60,6 +60,10 @@ def test_tool_calls_of_openai_and_sharegpt():
     ):
         (message,) = messages.read([entry], "messages")
         assert (message.role, message.content, message.calls, message.empty) == ("assistant", "", [call], False), entry
+    (message,) = messages.read([{"role": "function", "content": '{"name": "f", "arguments": {"x": 1}}'}], "messages")  # LLaMA-Factory
+    assert (message.role, message.calls) == ("assistant", [call])
+    (message,) = messages.read([{"role": "function", "name": "f", "content": '{"sum": 2}'}], "messages")  # OpenAI
+    assert (message.role, message.content) == ("tool", '{"sum": 2}')
     assert messages.read([{"from": "function_call", "value": "f(1)"}], "messages")[0].calls == ["f(1)"]
 
 

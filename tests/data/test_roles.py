@@ -13,11 +13,11 @@ from rwkv.data import roles
         # https://github.com/axolotl-ai-cloud/axolotl/issues/752: role names differ between data sets
         (
             "user",
-            "user User USER human Human prompter questioner 用户 用戶 问 人类 <|user|> [Human] <|Human|>: 用户： customer instruction Ｕｓｅｒ",
+            "user User USER human Human prompter questioner 用户 用戶 问 人类 <|user|> [Human] <|Human|>: 用户： customer instruction Ｕｓｅｒ Пользователь Người_dùng Usuário ユーザー",
         ),
         (
             "assistant",
-            "assistant Assistant ASSISTANT gpt GPT chatgpt GPT-4 gpt-3.5-turbo bing bard model AI bot Chatbot 助手 答 机器人 <|MOSS|> 智能助手 AI助手",
+            "assistant Assistant ASSISTANT gpt GPT chatgpt GPT-4 gpt-3.5-turbo bing bard model AI bot Chatbot 助手 答 机器人 <|MOSS|> 智能助手 AI助手 IA Ассистент Trợ_lý",
         ),
         ("system", "system System SYSTEM developer 系统 <|system|>"),
         ("tool", "tool Tool function observation Observation ipython tool-response 工具"),
