@@ -9,6 +9,7 @@ import torch
 from rwkv.checkpoint import load_model, load_tuned, read_manifest, read_tensors
 
 TRAINING = ["--ctx_len", 8, "--micro_bsz", 2, "--epoch_count", 1, "--epoch_steps", 3, "--random_seed", 1, "--accelerator", "cpu"]
+TRAINING += ["--precision", "fp32"]
 SCRIPTS = ["convert", "export", "finetune", "generate", "inspect_data", "lora", "merge_lora", "pretrain"]
 
 

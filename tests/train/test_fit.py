@@ -215,7 +215,7 @@ def test_two_processes_under_ddp_train_as_one_with_twice_the_batch(make_base, ma
         "--accelerator",
         "cpu",
     ]
-    common += ["--magic_prime", -1, "--lr_init", 1e-3]
+    common += ["--precision", "fp32", "--magic_prime", -1, "--lr_init", 1e-3]
     for name, extra in (("one", ["--micro_bsz", 4]), ("two", ["--micro_bsz", 2, "--devices", 2])):
         command = [sys.executable, root / "scripts/finetune.py", *common, *extra, "--proj_dir", tmp_path / name]
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, check=False)

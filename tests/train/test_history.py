@@ -119,7 +119,7 @@ def test_a_run_with_such_a_file_resumes_and_draws(make_data, tmp_path, capsys, w
         "epoch_count": 2,
         "random_seed": 1,
     }
-    config = TrainConfig(**flags, accelerator="cpu", data_file=make_data(200), proj_dir=str(tmp_path / "run"))
+    config = TrainConfig(**flags, accelerator="cpu", precision="fp32", data_file=make_data(200), proj_dir=str(tmp_path / "run"))
     fit(TrainConfig(**vars(config) | {"max_steps": 5}))
     path = tmp_path / "run/metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -154,7 +154,7 @@ def test_a_step_reads_no_file_and_keeps_no_line(make_data, tmp_path, monkeypatch
         "epoch_count": 1,
         "random_seed": 1,
     }
-    fit(TrainConfig(**flags, accelerator="cpu", data_file=make_data(200), proj_dir=str(tmp_path / "run")))
+    fit(TrainConfig(**flags, accelerator="cpu", precision="fp32", data_file=make_data(200), proj_dir=str(tmp_path / "run")))
     assert len(sizes) == 150
     assert max(sizes) <= sizes[0]
     assert not reads

@@ -21,6 +21,7 @@ FLAGS = {
     "epoch_count": 1,
     "random_seed": 1,
     "accelerator": "cpu",
+    "precision": "fp32",
     "save_every": 100000,
 }
 
