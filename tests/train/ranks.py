@@ -54,7 +54,8 @@ class Watched(strategy.ZeroStrategy):
 
     def teardown(self) -> None:
         if self.is_global_zero and hasattr(self, "facts"):
-            self.facts["timed"] = self.deepspeed_engine.tput_timer.total_step_count
+            timer = self.deepspeed_engine.tput_timer
+            self.facts["timed"] = timer.total_step_count if hasattr(timer, "total_step_count") else timer.global_step_count
             (Path(self.lightning_module.config.proj_dir) / "facts.json").write_text(json.dumps(self.facts))
         super().teardown()
 

@@ -150,6 +150,9 @@ def runs(tmp_path_factory, make_model) -> Path:
     for name, (kind, own) in SOLO.items():
         case = ALONE["clipped" if kind == "full" else "lora"][1] | spread(name, folder) | {"devices": 1} | own
         solo.append([kind, flags(f"{name}, one process", case)])
+    (folder / "wrong.json").write_text(json.dumps({"zero_optimization": {"sub_group_size": "many"}}))
+    wrong = {"strategy": "deepspeed_stage_3", "ds_config": str(folder / "wrong.json"), "spoil": [0, 1.0]}
+    solo.append(["full", flags("refused", {"micro_bsz": 4, **wrong})])
     together(folder, paired, solo)
     for kind, end in ends:
         alone(kind, end)
@@ -239,6 +242,12 @@ def test_a_gradient_that_is_not_finite_ends_a_run_but_in_fp16(runs, case):
         said = (runs / case / "error.txt").read_text()
         assert re.match(r"step 3: the norm of the gradient is (nan|inf)", said)
         assert "--on_nan skip" not in said  # DeepSpeed has none
+
+
+def test_a_configuration_that_deepspeed_refuses_is_no_traceback(runs):
+    said = (runs / "refused/error.txt").read_text()
+    assert said.startswith(f"--ds_config {runs / 'wrong.json'}: DeepSpeed refuses it (")
+    assert "sub_group_size" in said
 
 
 def facts(run: Path) -> dict:
