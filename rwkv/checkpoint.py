@@ -7,7 +7,7 @@ surplus or misshapen key is refused by its name.
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,30 @@ def read_tensors(path: PathLike) -> dict[str, Tensor]:
     return {key: value.clone() if value.data_ptr() % value.element_size() else value for key, value in tensors.items()}
 
 
-def write_tensors(path: PathLike, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
-    """Write the tensors and, beside them, `<path>.json`; each whole or not at all."""
+ENDINGS = (".pth", ".safetensors", ".pt", ".bin", "")
+"""What a file of weights may be called; .safetensors is written as such, all others as torch.save does."""
+
+
+def check_output(path: PathLike, endings: Sequence[str] = ENDINGS) -> Path:
+    """The path of a file of weights to be written. Raises UserError if its ending promises another format than it would have, or the path is a folder."""
+    path = Path(path)
+    ending = path.suffix if re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) else ""  # v1.5 ends in no ending
+    if ending not in endings:
+        known = ", ".join(x for x in endings if x)
+        raise UserError(f"{path}: files that end in {ending} are not written; end the name in {known}" + (", or in nothing" * ("" in endings)))
+    if os.path.isdir(path):
+        raise UserError(f"{path}: a folder; give the name of a file")
+    return path
+
+
+def write_tensors(
+    path: PathLike, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], check: Callable[[Path], None] | None = None
+) -> None:
+    """Write the tensors and, beside them, `<path>.json`; each atomically.
+
+    Args:
+        check: is called with the complete temporary file before it gets its name; if it raises, nothing is written.
+    """
     path = Path(path)
     tensors = _compact(tensors)
     stack = {"rwkv-trainer": __version__, "torch": torch.__version__}
@@ -50,9 +72,24 @@ def write_tensors(path: PathLike, tensors: Mapping[str, Tensor], manifest: Mappi
             safetensors_file.save(tensors, temporary)
         else:
             save(tensors, temporary)
-        # A manifest never lies beside weights it does not describe: the old one goes first, the new one comes last.
+        del tensors  # their memory, if nobody else has them
+        if check:
+            check(temporary)
+        # A manifest is never beside weights that it does not describe: the old one is deleted first, the new one written last.
         manifest_path(path).unlink(missing_ok=True)
-    write_json(manifest_path(path), {**manifest, "stack": stack})
+    write_json(manifest_path(path), {**_portable(manifest, path), "stack": stack})
+
+
+def _portable(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A manifest without absolute paths, which say nothing on another machine and too much about this one: relative to the manifest's folder, as `base`
+    always is."""
+
+    def moved(key: str, value: Any) -> Any:
+        if isinstance(value, str) and value and (key == "base" or os.path.isabs(value)):
+            return manifests.portable(value, path)
+        return {k: moved(k, x) for k, x in value.items()} if isinstance(value, dict) else value
+
+    return {key: moved(key, value) for key, value in manifest.items()}
 
 
 def _compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -196,10 +233,17 @@ def fill(model: RWKV, tensors: Mapping[str, Tensor], path: PathLike, partial: bo
     _fill(model, tensors, {name: p.shape for name, p in model.named_parameters() if name in tensors or not partial}, path)
 
 
-def save_model(path: PathLike, model: RWKV, manifest: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> None:
-    """Write all weights under upstream's names; of an adapted model those of its base. `weights` where the model does not hold them itself."""
+def save_model(
+    path: PathLike,
+    model: RWKV,
+    manifest: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Write all weights under upstream's names; of an adapted model those of its base. `weights` where the model does not hold them itself. `check` as in
+    write_tensors."""
     tensors = weights or {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
-    write_tensors(path, tensors, {"kind": "model", "version": "4", "sizes": vars(model.sizes), **manifest})
+    write_tensors(path, tensors, {"kind": "model", "version": "4", "sizes": vars(model.sizes), **manifest}, check)
 
 
 def save_adapter(
@@ -331,11 +375,13 @@ def _check_adapter_keys(model: RWKV, tensors: Mapping[str, Tensor], path: PathLi
     """Compare an adapter's shapes with the model's layers. Raises UserError naming keys that do not fit."""
     parameters, shapes = dict(model.named_parameters()), {}
     for key, value in tensors.items():
-        name, _, half = key.rpartition(".lora_")
-        weight = parameters.get(f"{name}.weight" if half else key)
-        if weight is not None:
+        name, adapts, half = key.rpartition(".lora_")
+        weight = parameters.get(f"{name}.weight" if adapts else key)
+        if weight is not None and adapts:
             r = value.shape[0 if half == "A" else -1] if value.dim() else 0
-            shapes[key] = torch.Size((r, weight.shape[1]) if half == "A" else (weight.shape[0], r)) if half else weight.shape
+            shapes[key] = torch.Size((r, weight.shape[1]) if half == "A" else (weight.shape[0], r))
+        elif weight is not None:
+            shapes[key] = weight.shape
     absent = {f"{key[:-1]}{other}" for key in tensors if key.endswith((".lora_A", ".lora_B")) for other in "AB"} - tensors.keys()
     _check_keys(tensors, {**shapes, **{key: torch.Size() for key in absent}}, path)
 

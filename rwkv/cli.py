@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 
 from rwkv import arguments
 from rwkv.config import GROUPS
-from rwkv.errors import UserError
+from rwkv.errors import UserError, printable
 
 Config = TypeVar("Config")
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -84,11 +83,6 @@ def in_words(error: OSError) -> str:
     what = error.strerror or " ".join(str(error).split()) or type(error).__name__
     remedy = _REMEDIES.get(error.errno or 0)
     return ": ".join(filter(None, [files[:300], what])) + (f"; {remedy}" if remedy else "")
-
-
-def printable(text: str) -> str:
-    """The text with control characters escaped, so that names from a file cannot send commands to the terminal."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
 
 
 def _end(message: str) -> NoReturn:

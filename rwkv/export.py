@@ -1,5 +1,7 @@
 """A checkpoint in the forms that other programs read: one file in another dtype, or a folder of transformers' RwkvForCausalLM."""
 
+import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +66,29 @@ def transformers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def difference(model: RWKV, output: Path, tokens: int) -> tuple[float, float]:
-    """The largest difference between the logits of the model and of what was written, on random tokens, both computed in fp32; and the
-    largest logit."""
+def difference(model: RWKV, file: Path, tokens: int, config: Path | None = None) -> tuple[float, float]:
+    """The largest difference between the logits of the model and of the file that was written, on random tokens, both computed in fp32; and the largest
+    logit. With `config`, a config.json, the file is read by transformers.
+
+    Raises:
+        UserError: some logit is NaN or Inf, so that nothing is proved.
+    """
     ids = torch.randint(model.sizes.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     ours = model.float().eval()(ids)[0]
-    if output.is_dir():
-        from transformers import RwkvForCausalLM
-
-        theirs = RwkvForCausalLM.from_pretrained(output, torch_dtype=torch.float32).eval()(ids, use_cache=False).logits
+    if config:
+        theirs = _by_transformers(file, config)(ids, use_cache=False).logits
     else:
-        theirs = checkpoint.load_model(output).eval()(ids)[0]
-    return float((theirs - ours).abs().max()), float(ours.abs().max())
+        theirs = checkpoint.load_model(file).eval()(ids)[0]
+    found = float((theirs - ours).abs().max()), float(ours.abs().max())
+    if not all(map(math.isfinite, found)):
+        raise UserError("the logits of the model, or of what would be written, are NaN or Inf, so that nothing can be proved; nothing is written")
+    return found
+
+
+def _by_transformers(file: Path, config: Path) -> Any:
+    from transformers import RwkvForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:  # under the names that it looks for
+        (Path(folder) / "model.safetensors").symlink_to(file.resolve())
+        (Path(folder) / "config.json").symlink_to(config.resolve())
+        return RwkvForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()

@@ -6,41 +6,61 @@
 The ending of the output says which: .pth (ChatRWKV, rwkv.cpp and the PyPI package rwkv read it), .safetensors, or a folder.
 """
 
+import json
+import os
+import shutil
 from pathlib import Path
 
 from rwkv.cli import parse, sentences
 from rwkv.config import ExportConfig
-from rwkv.errors import UserError
+from rwkv.errors import UserError, printable
 
 
 def main(config: ExportConfig) -> None:
     from rwkv import checkpoint, export
-    from rwkv.files import whole, write_json
+    from rwkv.files import together
 
     if not config.model or not config.output:
         raise UserError("--model and --output are needed")
     output = Path(config.output)
-    written = output if output.suffix in (".pth", ".safetensors") else output / "model.safetensors"
-    if written.exists() and not config.force:
+    folder = config.output.endswith("/") or (os.path.isdir(output) and output.suffix not in (".pth", ".safetensors"))
+    if not folder:
+        checkpoint.check_output(output, (".pth", ".safetensors", ""))
+    written = output if output.suffix in (".pth", ".safetensors") and not folder else output / "model.safetensors"
+    if os.path.lexists(written) and not config.force:
         raise UserError(f"{written} exists already; give --force to replace it, or another --output")
     model = checkpoint.load_model(config.model, dtype=None)
     tensors = export.tensors_of(model, config.dtype)
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
     origin = {
-        "exported_from": config.model,
+        "exported_from": os.path.abspath(config.model),
         **{k: v for k, v in checkpoint.read_manifest(config.model).items() if k in ("tokenizer", "step")},
     }
+    found: tuple[float, float] | None = None
+
+    def prove(file: Path, described: Path | None = None) -> None:
+        nonlocal found
+        if config.check_tokens:
+            found = export.difference(model, file, config.check_tokens, described)
+
     if written is output:
-        checkpoint.write_tensors(output, tensors, {"kind": "model", "version": "4", "sizes": vars(model.sizes), **origin})
+        checkpoint.write_tensors(output, tensors, {"kind": "model", "version": "4", "sizes": vars(model.sizes), **origin}, prove)
     else:
-        described = export.transformers_config(model.sizes, config.ctx_len, tensors["head.weight"].dtype)
+        settings = export.transformers_config(model.sizes, config.ctx_len, tensors["head.weight"].dtype)
+        made = not output.exists()
         output.mkdir(parents=True, exist_ok=True)
-        with whole(written) as temporary:
-            checkpoint.save_safetensors(export.transformers_names(tensors), temporary)
-        write_json(output / "config.json", described)
-    print(f"exported: {output} ({', '.join(sorted({str(t.dtype).removeprefix('torch.') for t in tensors.values()}))})")
-    if config.check_tokens:
-        apart, largest = export.difference(model, output, config.check_tokens)
-        print(f"check:    largest logit difference from {config.model} {apart:.2e} (largest logit {largest:.2f})")
+        try:
+            with together([written, output / "config.json"]) as (weights, described):
+                checkpoint.save_safetensors(export.transformers_names(tensors), weights)
+                described.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+                prove(weights, described)
+        except BaseException:
+            if made:
+                shutil.rmtree(output)
+            raise
+    print(printable(f"exported: {output} ({', '.join(dtypes)})"))
+    if found:
+        print(printable(f"check:    largest logit difference from {config.model} {found[0]:.2e} (largest logit {found[1]:.2f})"))
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def test_lora_saves_only_the_adapter_and_leaves_the_base(make_base, make_data, t
         "adapter",
         8,
         32,
-        str(base),
+        "../base.pth",  # from its own folder
         sha256(base),
     )
     assert load_tuned(base, result.checkpoint)[0].sizes.n_layer == 2
