@@ -93,8 +93,9 @@ def _stretch_into(model: RWKV, path: str) -> None:
     Raises:
         UserError: a tensor that the model has not, or whose rows have another length.
     """
-    parameters = dict(model.named_parameters())
-    for name, tensor in checkpoint.read_tensors(path).items():
+    parameters, tensors = dict(model.named_parameters()), checkpoint.read_tensors(path)
+    checkpoint.check_finite(tensors, path)
+    for name, tensor in tensors.items():
         if name not in parameters:
             raise UserError(f"{path}: {name} is not in a model of these sizes; give at least its --n_layer")
         rows, target = _rows(tensor.float()), _rows(parameters[name])

@@ -92,7 +92,7 @@ def adapt(model: RWKV, c: TrainConfig, folder: Path) -> dict[str, Any] | None:
     lora.mark_trainable(model, parts)
     lora.store_frozen(model, _frozen(c))
     if c.lora_load:
-        said = checkpoint.read_manifest(c.lora_load).get("alpha")  # upstream's adapters do not say it: the flag then does
+        said = checkpoint.adapter_manifest(c.lora_load).get("alpha")  # upstream's adapters do not say it: the flag then does
         tensors, known = checkpoint.inspect_adapter(c.lora_load, c.load_model or None, c.lora_alpha if said is None else None)
         _compare(c, known)
         checkpoint.load_adapter(model, c.lora_load, tensors, known["parts"])  # what it lacks begins as the base has it, as upstream

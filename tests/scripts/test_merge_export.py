@@ -1,0 +1,107 @@
+"""Merging and exporting write nothing that they cannot prove, and nothing under a name that promises something else."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv import lora
+from rwkv.checkpoint import load_model, read_manifest, read_tensors, save_adapter, save_model
+from rwkv.config import ExportConfig, MergeConfig
+from rwkv.errors import UserError
+from rwkv.files import sha256
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def main(name: str):
+    """The main function of a script."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture
+def tuned(tmp_path, make_model):
+    """Makes a base of a dtype, and an adapter on it whose B is not zero."""
+
+    def make(dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
+        model = make_model().to(dtype)
+        save_model(tmp_path / "base.pth", model, {})
+        lora.inject(model, ["att"], 4, 8)
+        with torch.no_grad():
+            for name in lora.adapter_names(model, ["att"]):
+                model.get_parameter(name).normal_(generator=torch.Generator().manual_seed(0))
+        known = {"r": 4, "alpha": 8, "parts": ["att"], "base": str(tmp_path / "base.pth"), "base_sha256": sha256(tmp_path / "base.pth")}
+        save_adapter(tmp_path / "run/adapter.pth", model, known, {"tokenizer": "World"})
+        return tmp_path / "base.pth", tmp_path / "run/adapter.pth"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weights", "tokens"), [(torch.float32, "1e38", 8), (torch.float32, "1e38", 0), (torch.float16, "1e5", 0), (torch.float16, "1e5", 8)]
+)
+def test_a_merge_that_is_not_finite_writes_nothing(tuned, tmp_path, dtype, weights, tokens):
+    _, adapter = tuned(dtype)
+    output = tmp_path / "merged.pth"
+    with pytest.raises(UserError, match="NaN or Inf"):
+        main("merge_lora")(MergeConfig(adapter=str(adapter), output=str(output), weights=weights, check_tokens=tokens))
+    assert not list(tmp_path.glob("*merged*"))
+
+
+def test_a_failed_merge_keeps_what_was_there(tuned, tmp_path):
+    base, adapter = tuned()
+    save_model(tmp_path / "merged.pth", load_model(base), {"step": 1})
+    before = (tmp_path / "merged.pth").read_bytes()
+    with pytest.raises(UserError, match="NaN or Inf"):
+        main("merge_lora")(MergeConfig(adapter=str(adapter), output=str(tmp_path / "merged.pth"), weights="1e38", force=True))
+    assert (tmp_path / "merged.pth").read_bytes() == before
+    assert read_manifest(tmp_path / "merged.pth")["step"] == 1
+
+
+@pytest.mark.parametrize("weights", ["nan", "inf", "1,", "x"])
+def test_weights_are_finite_numbers(tuned, tmp_path, weights):
+    _, adapter = tuned()
+    with pytest.raises(UserError, match="--weights"):
+        main("merge_lora")(MergeConfig(adapter=str(adapter), output=str(tmp_path / "merged.pth"), weights=weights))
+
+
+def test_the_merged_model_keeps_the_bases_dtype_and_names_no_place_of_this_machine(tuned, tmp_path, capsys):
+    _, adapter = tuned(torch.bfloat16)
+    main("merge_lora")(MergeConfig(adapter=str(adapter), output=str(tmp_path / "out/merged.safetensors")))
+    assert "largest logit difference between merged and base + adapter" in capsys.readouterr().out
+    assert {tensor.dtype for tensor in read_tensors(tmp_path / "out/merged.safetensors").values()} == {torch.bfloat16}
+    manifest = read_manifest(tmp_path / "out/merged.safetensors")
+    assert (manifest["base"], manifest["merged_from"]) == ("../base.pth", {"../run/adapter.pth": 1.0})
+    assert str(tmp_path) not in json.dumps(manifest)
+
+
+def test_an_adapter_whose_base_is_gone_says_so(tuned, tmp_path):
+    base, adapter = tuned()
+    base.unlink()
+    with pytest.raises(UserError, match=r"its base \.\./base.pth, which the .json beside it names, is not there; give --base"):
+        main("merge_lora")(MergeConfig(adapter=str(adapter), output=str(tmp_path / "merged.pth")))
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model.onnx", "model.bin", "model.st", "model.PTH"])
+def test_an_export_is_refused_where_its_ending_promises_another_format(tuned, tmp_path, name):
+    base, _ = tuned()
+    with pytest.raises(UserError, match=rf"{name}: files that end in .* are not written; end the name in .pth, .safetensors, or in nothing"):
+        main("export")(ExportConfig(model=str(base), output=str(tmp_path / name)))
+    assert not (tmp_path / name).exists()
+
+
+def test_an_export_whose_proof_fails_writes_nothing(tuned, tmp_path, make_model):
+    model = make_model()
+    with torch.no_grad():
+        model.head.weight.fill_(3e38)  # finite, and its logits are not
+    save_model(tmp_path / "large.pth", model, {})
+    for name in ("x.pth", "x.safetensors", "hf-v1.5"):
+        with pytest.raises(UserError, match="nothing can be proved; nothing is written"):
+            main("export")(ExportConfig(model=str(tmp_path / "large.pth"), output=str(tmp_path / name)))
+        assert not (tmp_path / name).exists()
+        assert not list(tmp_path.glob(".*"))

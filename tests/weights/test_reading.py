@@ -1,0 +1,375 @@
+"""Files that people give by mistake are recognised by their content, and answered with what to do, in models' and adapters' places alike."""
+
+import io
+import json
+import os
+import pickle
+import tarfile
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from rwkv import checkpoint
+from rwkv.checkpoint import inspect_adapter, load_model, read_tensors
+from rwkv.errors import UserError
+
+
+def block(**shapes) -> dict[str, torch.Tensor]:
+    """Tensors of one block beside an embedding."""
+    named = {"emb.weight": (50, 16), **{f"blocks.0.{name.replace('__', '.')}": shape for name, shape in shapes.items()}}
+    return {name: torch.zeros(shape) for name, shape in named.items()}
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 3063070000\n"
+CONTENTS = {
+    "git-lfs": (LFS, r"a git-lfs pointer of \d+ bytes.*3,063,070,000 bytes.*git lfs pull"),
+    "git-lfs with CRLF and a BOM": (b"\xef\xbb\xbf" + LFS.replace(b"\n", b"\r\n"), "git lfs pull"),
+    "HTML": (b"<!DOCTYPE html>\n<html><title>Hugging Face</title>", r"a web page \(HTML\).*Download it again"),
+    "html after blanks": (b"\n\n  <html lang='zh'>\xe4\xbd\xa0", "a web page"),
+    "XML": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML text, probably a server's error.*AccessDenied"),
+    "JSON": (b'{"error": "Repository not found"}', "a JSON text, not a model.*Repository not found"),
+    "index": (b'{"metadata": {}, "weight_map": {"a": "b"}}', "the index of a model in several files"),
+    "config.json": (b'{"architectures": ["RwkvForCausalLM"], "model_type": "rwkv"}', "the settings of a transformers model"),
+    "adapter_config.json": (b'{"peft_type": "LORA", "r": 8}', "the settings of a peft adapter"),
+    "text": (b"Once upon a time", 'a text, not a model: "Once upon a time'),
+    "text in UTF-16": ("hello world".encode("utf-16"), "a text, not a model"),
+    "text with escapes": (b"\x1b[31mred\x1b[0m", "not a model"),
+    "empty": (b"", "empty. Download it again"),
+    "zeros": (bytes(5000), "a download that is not complete"),
+    "GGUF": (b"GGUF\x03\0\0\0" + bytes(100), r"a GGUF file \(llama.cpp\)"),
+    "GGML": ((0x67676D66).to_bytes(4, "little") + bytes(100), r"a GGML file \(rwkv.cpp\)"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(100), "compressed with gzip. Unpack"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(100), "compressed with zstd. Unpack"),
+    "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(100), "a 7z archive. Unpack"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
+    "ONNX": (b"\x08\x07\x12\x07pytorch\x1a\x051.13" + bytes(100), "an ONNX model"),
+    "parquet": (b"PAR1" + bytes(100), "a parquet file: data"),
+    "random": (bytes([0xDE, 0xAD, 0xBE, 0xEF]) * 100, "not a checkpoint: its content is neither"),
+    "a pickle": (pickle.dumps({"a": 1}, 4), "not one that torch.save wrote"),
+}
+
+
+def numpy_file() -> bytes:
+    made = io.BytesIO()
+    np.save(made, np.zeros(3))
+    return made.getvalue()
+
+
+def numpy_archive() -> bytes:
+    made = io.BytesIO()
+    np.savez(made, a=np.zeros(3))
+    return made.getvalue()
+
+
+def zip_of(*names: str) -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as file:
+        for name in names:
+            file.writestr(name, b"x")
+    return made.getvalue()
+
+
+def tar_of() -> bytes:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as file:
+        file.addfile(tarfile.TarInfo("model.pth"))
+    return made.getvalue()
+
+
+CONTENTS |= {
+    "numpy": (numpy_file(), "a numpy array"),
+    "numpy archive": (numpy_archive(), r"a numpy archive \(.npz\)"),
+    "zip": (zip_of("a/model.pth"), "a zip archive. Unpack it, and give a/model.pth from it"),
+    "zip of something": (zip_of("readme.txt"), "a zip archive, but not one that torch.save wrote"),
+    "tar": (tar_of(), "a tar archive. Unpack it first"),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+@pytest.mark.parametrize("ending", [".pth", ".safetensors", ".bin"])
+def test_what_is_not_a_checkpoint_is_recognised_by_its_content(tmp_path, name, ending):
+    content, message = CONTENTS[name]
+    path = tmp_path / f"x{ending}"
+    path.write_bytes(content)
+    for read in (load_model, inspect_adapter):
+        with pytest.raises(UserError, match=rf"x{ending}: .*{message}") as error:
+            read(path)
+        assert "\x1b" not in str(error.value)
+
+
+class Whole:
+    """An object that is pickled by the name of its class."""
+
+
+def quantised() -> dict:
+    return {**block(att__key__weight=(16, 16)), "blocks.0.att.key.weight": torch.zeros(16, 16, dtype=torch.uint8), "blocks.0.att.key.weight_mx": torch.zeros(16)}
+
+
+ATT = {"att__time_decay": (16,), "ffn__key__weight": (64, 16)}
+VALUES = {
+    "list": ([torch.zeros(2), torch.zeros(2)], "a list of 2 tensors, such as an inference state"),
+    "tensor": (torch.zeros(2), "contains a Tensor, not a dictionary of tensors"),
+    "empty": ({}, "an empty dictionary"),
+    "a number among tensors": ({"emb.weight": torch.zeros(2, 2), "step": 3}, "its entry 'step' is a int, not a tensor"),
+    "numbers as keys": ({0: torch.zeros(2)}, "its entry '0' is a Tensor"),
+    "optimizer": ({"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4}]}, "the state of an optimizer"),
+    "DeepSpeed's optimizer": ({"optimizer_state_dict": {"loss_scaler": None}, "ds_version": "0.7.0"}, "the state of an optimizer"),
+    "resume state": ({"format": 1, "tensors": [torch.zeros(2)], "text": "{}"}, "the resume state of a run"),
+    "PyPI rwkv": ({"_strategy": "cpu fp32", "_version": 0.7, "_rescale_layer": 0, "emb.weight": torch.zeros(2, 2)}, "converted for inference by the PyPI package rwkv"),
+    "numpy inside": ({"emb.weight": np.zeros((2, 2))}, "a file with numpy arrays in it"),
+    "a whole model": ({"model": torch.nn.Linear(2, 2)}, "a whole model object, which is code"),
+    "settings": ({"args": __import__("argparse").Namespace(a=1)}, "a training checkpoint with settings beside the weights"),
+    "int8": ({**block(**ATT), "emb.weight": torch.zeros(50, 16, dtype=torch.int8)}, "quantised for inference: emb.weight is int8"),
+    "fp16i8": (quantised(), r"quantised to 8 bits for inference \(PyPI rwkv's fp16i8\): blocks.0.att.key.weight is uint8"),
+    "bool": ({**block(**ATT), "emb.weight": torch.zeros(50, 16, dtype=torch.bool)}, "emb.weight is bool"),
+    "int64": ({**block(**ATT), "emb.weight": torch.zeros(50, 16, dtype=torch.int64)}, "emb.weight is int64"),
+    "complex": ({**block(**ATT), "emb.weight": torch.zeros(50, 16, dtype=torch.complex64)}, "emb.weight is complex64"),
+    "sparse": ({**block(**ATT), "emb.weight": torch.zeros(50, 16).to_sparse()}, "emb.weight is sparse"),
+    "meta": ({**block(**ATT), "emb.weight": torch.zeros(50, 16, device="meta")}, "emb.weight is on the meta device"),
+    "quantised by torch": ({"emb.weight": torch.quantize_per_tensor(torch.zeros(2, 2), 1.0, 0, torch.qint8)}, "emb.weight is quantised"),
+    "expanded": ({**block(**ATT), "emb.weight": torch.zeros(1, 1).expand(1 << 20, 1 << 20)}, "emb.weight of shape .* has 1,099,511,627,776 elements"),
+    "ZeRO-3": ({name: torch.zeros(0) for name in block(**ATT)}, r"its weights|ZeRO stage 3|not an RWKV-4"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", VALUES)
+def test_what_torch_saved_and_is_no_model_is_recognised(tmp_path, name):
+    value, message = VALUES[name]
+    torch.save(value, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=f"x.pth: .*({message})"):
+        load_model(tmp_path / "x.pth")
+    with pytest.raises(UserError, match="x.pth: "):
+        inspect_adapter(tmp_path / "x.pth", alpha=1.0)
+
+
+VERSIONS = {
+    "RWKV-8": block(ffn__enn__weight=(50, 16), att__r_k=(2, 8)),
+    "RWKV-7b": block(qkv__qq__weight=(16, 16), ffn__s_emb__weight=(50, 16), att__r_k=(2, 8)),
+    "RWKV-7a": block(ffn__s_emb__weight=(50, 16), att__r_k=(2, 8)),
+    r"RWKV-7 \(x070\)": block(att__r_k=(2, 8), att__x_r=(1, 1, 16)),
+    r"RWKV-6 \(x060b or x060c\)": block(att__time_maa_x=(1, 1, 16), att__time_maa_rkvw_w1=(16, 4)),
+    r"RWKV-6 \(x060a\)": block(att__time_maa_x=(1, 1, 16), att__gate_w1=(16, 4)),
+    r"RWKV-6 \(x060\)": block(att__time_maa_x=(1, 1, 16), att__gate__weight=(16, 16)),
+    "RWKV-5.2": block(att__gate__weight=(16, 16), att__time_decay=(2, 8), att__ln_x__weight=(16,)),
+    "RWKV-5.1 ": block(att__gate__weight=(16, 16), att__time_decay=(2,), att__ln_x__weight=(16,)),
+    "RWKV-5.1 model": block(att__gate__weight=(16, 16), att__time_decay=(2, 1), att__ln_x__weight=(16,)),
+    "RWKV-5.0": block(att__time_decay=(2,), att__ln_x__weight=(16,), ffn__key__weight=(64, 16)),
+    "a tuned state": {"blocks.0.att.time_state": torch.zeros(2, 8, 8), "blocks.1.att.time_state": torch.zeros(2, 8, 8)},
+    "Bone, DiSHA": {"blocks.0.att.key.bone": torch.zeros(4, 16)},
+    "DiSHA or MiSS": {"blocks.0.att.key.disha": torch.zeros(4, 16)},
+    "initial matrices of PiSSA": {"model.blocks.0.att.key.init_lora_A": torch.zeros(4, 16)},
+    "DoRA": {"base_model.model.blocks.0.att.key.lora_magnitude_vector.weight": torch.zeros(16)},
+    "flash-linear-attention": {"model.layers.0.attn.r_proj.weight": torch.zeros(16, 16)},
+    "names of GGUF": {"blk.0.attn_norm.weight": torch.zeros(16)},
+    "another architecture": {"model.layers.0.self_attn.q_proj.weight": torch.zeros(16, 16)},
+    "another architecture, ": {"transformer.h.0.attn.c_attn.weight": torch.zeros(16, 16)},
+    "quantised model": {"blocks.0.att.key.qweight": torch.zeros(16, 16)},
+}
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_other_models_and_adapters_are_called_by_their_names(tmp_path, name, ending):
+    path = tmp_path / f"x{ending}"
+    torch.save(VERSIONS[name], path) if ending == ".pth" else safetensors.torch.save_file(VERSIONS[name], path)
+    for read in (load_model, lambda path: inspect_adapter(path, alpha=8.0), lambda path: checkpoint.sizes_of(read_tensors(path), path)):
+        with pytest.raises(UserError, match=f"x{ending}: .*{name}"):
+            read(path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_forward_module.", "_orig_mod.", "module._orig_mod.", "model.module.", "rwkv.", "_fsdp_wrapped_module."])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "module", "model_state_dict"])
+def test_wrappers_are_taken_off(tmp_path, make_model, prefix, wrapper):
+    weights = {name: parameter.detach() for name, parameter in make_model().named_parameters()}
+    named = OrderedDict((prefix + name, tensor) for name, tensor in weights.items())
+    torch.save({wrapper: named, "epoch": 3, "optimizer": {"state": {}, "param_groups": []}} if wrapper else named, tmp_path / "x.pth")
+    found = load_model(tmp_path / "x.pth")
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in found.named_parameters())
+
+
+def test_two_names_that_become_one_are_refused(tmp_path, make_model):
+    weights = {name: parameter.detach() for name, parameter in make_model().named_parameters()}
+    torch.save({**weights, "module.emb.weight": weights["emb.weight"] + 1}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="has emb.weight twice"):
+        load_model(tmp_path / "x.pth")
+
+
+def test_a_transformers_model_of_rwkv4_is_read_and_its_folder_says_which_file(script, make_base, tmp_path):
+    base = make_base()
+    script("export.py", "--model", base, "--output", "hf", "--check_tokens", 0)
+    expected = read_tensors(base)
+    tensors = safetensors.torch.load_file(tmp_path / "hf/model.safetensors")
+    torch.save(tensors, tmp_path / "hf/pytorch_model.bin")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        found = read_tensors(tmp_path / "hf" / name)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        load_model(tmp_path / "hf" / name)
+    with pytest.raises(UserError, match=r"hf: a transformers folder; give the file in it: .*hf/model.safetensors"):
+        load_model(tmp_path / "hf")
+    (tmp_path / "hf/model.safetensors").rename(tmp_path / "hf/model.safetensors.index.json")
+    with pytest.raises(UserError, match="with a model in several files"):
+        load_model(tmp_path / "hf")
+
+
+def test_folders_are_recognised(tmp_path):
+    (tmp_path / "ds").mkdir()
+    (tmp_path / "ds/zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/rwkv-3.pth").touch()
+    for folder, message in {"ds": "DeepSpeed", "run": "give a file in it, such as .*rwkv-3.pth", ".": "a folder"}.items():
+        with pytest.raises(UserError, match=message):
+            load_model(tmp_path / folder)
+
+
+def test_safetensors_is_read_by_content_and_refused_when_corrupt(tmp_path, make_model):
+    weights = {name: parameter.detach() for name, parameter in make_model().named_parameters()}
+    safetensors.torch.save_file(weights, tmp_path / "x.pth")
+    assert read_tensors(tmp_path / "x.pth").keys() == weights.keys()
+    data = (tmp_path / "x.pth").read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    path = tmp_path / "y.safetensors"
+    for content, message in {
+        data[:-100]: rf"truncated: it has {len(data) - 100:,} bytes of {len(data):,}",
+        data[:50]: "truncated",
+        data[:8] + b"{" * header + data[8 + header :]: "header is corrupt",
+        data[:8] + b"[" + data[9:]: "not a checkpoint|text",
+        data.replace(b'"F32"', b'"I32"', 1): "is I32",
+        data.replace(b'"F32"', b'"F8"  '[:5], 1): "corrupt|is F8",
+        data[:8] + b'{"a":' + b"[" * (header - 6) + b"}" + data[8 + header :]: "header is corrupt",
+        data[:8] + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,8]}}'.ljust(header) + data[8 + header :]: "not a valid safetensors file",
+    }.items():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"y.safetensors: .*({message})"):
+            load_model(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nan_and_inf_are_found_wherever_they_are(tmp_path, make_model, value, dtype):
+    weights = {name: parameter.detach().to(dtype) for name, parameter in make_model().named_parameters()}
+    for key, place in (("emb.weight", (0, 0)), ("head.weight", (49, 15)), ("blocks.1.ln2.bias", (3,))):
+        bad = {**weights, key: weights[key].clone()}
+        bad[key][place] = value
+        torch.save(bad, tmp_path / "x.pth")
+        with pytest.raises(UserError, match=rf"x.pth: {key} contains {'NaN' if value != value else 'Inf'}"):
+            load_model(tmp_path / "x.pth")
+
+
+def test_large_finite_numbers_are_not_taken_for_inf(tmp_path, make_model):
+    weights = {name: parameter.detach() for name, parameter in make_model().named_parameters()}
+    weights["head.weight"] = torch.full((50, 16), 3e38)
+    torch.save(weights, tmp_path / "x.pth")
+    load_model(tmp_path / "x.pth")
+
+
+def test_a_block_far_away_is_refused_fast(tmp_path, make_model):
+    weights = {name: parameter.detach() for name, parameter in make_model().named_parameters()}
+    torch.save({**weights, "blocks.999999.ln1.weight": torch.zeros(16)}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="It has block 999999, and no block 2"):
+        load_model(tmp_path / "x.pth")
+    many = {f"blocks.{i}.ln1.weight": torch.zeros(1) for i in range(5000)}
+    torch.save({**many, **weights}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="missing: blocks.10.att.key.weight"):
+        load_model(tmp_path / "x.pth")
+
+
+def peft_tensors(model, names=("att.key", "ffn.value"), form="base_model.model.{}.lora_{}.weight"):
+    generator = torch.Generator().manual_seed(3)
+    made = {}
+    for layer in range(len(model.blocks)):
+        for name in names:
+            out, columns = model.get_parameter(f"blocks.{layer}.{name}.weight").shape
+            for half, shape in (("A", (4, columns)), ("B", (out, 4))):
+                made[form.format(f"blocks.{layer}.{name}", half)] = torch.randn(shape, generator=generator) * 0.1
+    return made
+
+
+def peft_folder(folder: Path, tensors, ending=".safetensors", **settings) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / f"adapter_model{ending}"
+    safetensors.torch.save_file(tensors, path) if ending == ".safetensors" else torch.save(tensors, path)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "RWKV/x", **settings}))
+    return folder
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+@pytest.mark.parametrize("form", ["base_model.model.{}.lora_{}.weight", "base_model.model.{}.lora_{}.default.weight", "base_model.model.model.{}.lora_{}.weight"])
+def test_a_peft_adapter_is_read_as_ours(tmp_path, make_base, make_model, ending, form):
+    base, model = make_base(), make_model()
+    tensors = peft_tensors(model, form=form)
+    folder = peft_folder(tmp_path / "pf", tensors, ending)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        for layer in range(2):
+            for name in ("att.key", "ffn.value"):
+                a, b = (tensors[form.format(f"blocks.{layer}.{name}", half)] for half in "AB")
+                model.get_parameter(f"blocks.{layer}.{name}.weight").add_(2 * b @ a)
+        expected = model.eval()(tokens)[0]
+        for path in (folder, folder / f"adapter_model{ending}"):
+            tuned, _ = checkpoint.load_tuned(base, path)
+            torch.testing.assert_close(tuned.eval()(tokens)[0], expected, rtol=1e-4, atol=1e-5)  # fp32, sums in another order
+    with pytest.raises(UserError, match="a folder with a peft adapter, not a model"):
+        load_model(folder)
+
+
+def test_the_scale_of_rank_stabilised_lora_is_pefts(tmp_path, make_model):
+    folder = peft_folder(tmp_path / "pf", peft_tensors(make_model()), use_rslora=True)
+    assert inspect_adapter(folder)[1]["alpha"] / 4 == 8 / 4**0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "IA3"}, "of the type 'IA3', and only LORA"),
+        ({"peft_type": ["x"]}, "of the type list"),
+        ({"use_dora": True}, "has use_dora"),
+        ({"rank_pattern": {"att.key": 8}}, "has rank_pattern"),
+        ({"modules_to_save": ["head"]}, "has modules_to_save"),
+        ({"init_lora_weights": "pissa_niter_4"}, "begun with init_lora_weights 'pissa_niter_4'"),
+        ({"bias": "all"}, "trains biases"),
+        ({"r": "4"}, "its r is '4', not a positive integer"),
+        ({"r": 8}, "of rank 4"),
+        ({"lora_alpha": None}, "its lora_alpha is None"),
+        ({"lora_alpha": float("nan")}, "its lora_alpha is nan"),
+    ],
+)
+def test_what_a_peft_adapter_has_and_ours_has_not_is_named(tmp_path, make_model, settings, message):
+    folder = peft_folder(tmp_path / "pf", peft_tensors(make_model()), **settings)
+    with pytest.raises(UserError, match=message):
+        inspect_adapter(folder)
+
+
+def test_a_layer_that_has_no_adapter_here_is_named(tmp_path, make_model):
+    tensors = peft_tensors(make_model())
+    tensors |= {"base_model.model.head.lora_A.weight": torch.zeros(4, 16), "base_model.model.head.lora_B.weight": torch.zeros(50, 4)}
+    with pytest.raises(UserError, match="head.lora_A is not part of one|adapts head, which has no adapter here"):
+        inspect_adapter(peft_folder(tmp_path / "pf", tensors))
+    (tmp_path / "pf/adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="neither adapter_model.safetensors nor adapter_model.bin"):
+        inspect_adapter(tmp_path / "pf")
+
+
+def test_names_with_control_characters_are_printed_escaped(tmp_path):
+    torch.save({**block(**ATT), "\x1b[31mevil\x9b\u202e": torch.zeros(2)}, tmp_path / "x.pth")
+    with pytest.raises(UserError) as error:
+        load_model(tmp_path / "x.pth")
+    assert not set("\x1b\x9b\u202e") & set(str(error.value))
+    assert "evil" in str(error.value)
+
+
+def test_a_file_that_may_not_be_read_is_said_to_be_so(tmp_path, make_base, monkeypatch):
+    base = make_base()
+
+    def denied(path, *arguments, **keywords):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "open", denied)  # root may read everything
+    with pytest.raises(UserError, match="base.pth: no permission to read"):
+        load_model(base)

@@ -1,0 +1,78 @@
+"""Our writer of safetensors: the library's bytes, and through a file that is open and locked already."""
+
+import fcntl
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+
+from rwkv import checkpoint
+from rwkv.errors import UserError
+from rwkv.files import abandoned, whole
+from rwkv.weights import safetensors_file
+
+TENSORS = {
+    "b": torch.randn(3, 5),
+    "a": torch.randn(7).bfloat16(),
+    "é": torch.tensor(2.5),
+    "empty": torch.empty(0, 4),
+    "double": torch.randn(2).double(),
+    "half": torch.randn(3, 1).half(),
+    "bytes": torch.arange(5, dtype=torch.uint8),
+    "bool": torch.tensor([True, False]),
+}
+
+
+def test_the_bytes_are_the_librarys(tmp_path):
+    (tmp_path / "x").touch()
+    safetensors_file.save(TENSORS, tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == safetensors.torch.save(TENSORS, metadata={"format": "pt"})
+
+
+def test_the_temporary_file_stays_locked_while_it_is_written(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with whole(path) as temporary:
+        before = os.stat(temporary).st_ino
+        safetensors_file.save(TENSORS, temporary)
+        assert os.stat(temporary).st_ino == before
+        with open(temporary, "rb") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert not abandoned(path)  # so that no other writer deletes it
+    assert safetensors.torch.load_file(path).keys() == TENSORS.keys()
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pth"])
+def test_a_full_disk_is_an_error_in_words_and_keeps_the_old_file(tmp_path, make_model, ending, root):
+    path = tmp_path / f"x{ending}"
+    checkpoint.save_model(path, make_model(), {})
+    before = path.read_bytes()
+    program = f"""
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from rwkv import checkpoint
+model = checkpoint.load_model({str(path)!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, {resource.RLIM_INFINITY}))
+try:
+    checkpoint.save_model({str(path)!r}, model, {{}})
+except checkpoint.UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert "larger than a file may be here" in done.stdout
+    assert path.read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "x.onnx", "x.safetensor", "x.PTH", "x.zip"])
+def test_an_ending_that_promises_another_format_is_refused(name):
+    with pytest.raises(UserError, match="files that end in"):
+        checkpoint.check_output(name)
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "x", "rwkv-v1.5", "out.d/x"])
+def test_other_endings_are_taken(name):
+    assert str(checkpoint.check_output(name)) == name
