@@ -40,6 +40,8 @@ def upstream_name(name: str) -> str:
 
 def other_than_model(tensors: Mapping[str, Tensor]) -> str | None:
     """If the tensors are recognised, and not as those of an RWKV-4 model: a sentence that says what they are and what to do; else None."""
+    if part := _part_of_model(tensors):
+        return part
     if any(".lora_" in name for name in tensors):
         if "emb.weight" in tensors:
             return (
@@ -49,7 +51,7 @@ def other_than_model(tensors: Mapping[str, Tensor]) -> str | None:
             "a LoRA adapter, not a whole model. Give the model that it was trained on; where a program takes no adapter beside it, merge"
             " the two first with scripts/merge_lora.py, and give the merged model"
         )
-    return _part_of_model(tensors) or _version(tensors) or _other_model(tensors)
+    return _version(tensors) or _other_model(tensors)
 
 
 def other_than_adapter(tensors: Mapping[str, Tensor]) -> str | None:

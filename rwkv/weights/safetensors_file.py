@@ -10,9 +10,9 @@ from torch import Tensor
 
 from rwkv.files import reserve
 
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+_NAMES = {  # in the library's order
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32",
+    torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
 }  # fmt: skip
 
 
@@ -22,7 +22,8 @@ def save(tensors: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         OSError: the disk is full.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    rank = {dtype: place for place, dtype in enumerate(_NAMES)}
+    order = sorted(tensors, key=lambda name: (-rank[tensors[name].dtype], name))
     entries, end = {}, 0
     for name in order:
         tensor = tensors[name]
