@@ -50,7 +50,9 @@ def check_output(path: PathLike, endings: Sequence[str] = ENDINGS) -> Path:
     ending = path.suffix if re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) else ""  # v1.5 ends in no ending
     if ending not in endings:
         known = ", ".join(x for x in endings if x)
-        raise UserError(f"{path}: files that end in {ending} are not written; end the name in {known}" + (", or in nothing" * ("" in endings)))
+        raise UserError(
+            f"{path}: files that end in {ending} are not written; end the name in {known}" + (", or in nothing" * ("" in endings))
+        )
     if os.path.isdir(path):
         raise UserError(f"{path}: a folder; give the name of a file")
     return path

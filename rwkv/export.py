@@ -81,7 +81,9 @@ def difference(model: RWKV, file: Path, tokens: int, config: Path | None = None)
         theirs = checkpoint.load_model(file).eval()(ids)[0]
     found = float((theirs - ours).abs().max()), float(ours.abs().max())
     if not all(map(math.isfinite, found)):
-        raise UserError("the logits of the model, or of what would be written, are NaN or Inf, so that nothing can be proved; nothing is written")
+        raise UserError(
+            "the logits of the model, or of what would be written, are NaN or Inf, so that nothing can be proved; nothing is written"
+        )
     return found
 
 

@@ -71,7 +71,9 @@ def check_adapter(manifest: dict[str, Any], where: PathLike, parts: Iterable[str
         return UserError(f"{where}: its {key} is {shown}, not {wanted}. Fix it there, or delete the file and give the value by flags")
 
     if "kind" in manifest and manifest["kind"] != "adapter":
-        raise UserError(f"{where}: its kind is {str(manifest['kind'])[:80]!r}: the file that it describes is not a LoRA adapter; give an adapter")
+        raise UserError(
+            f"{where}: its kind is {str(manifest['kind'])[:80]!r}: the file that it describes is not a LoRA adapter; give an adapter"
+        )
     if "version" in manifest and manifest["version"] != "4":
         raise wrong("version", '"4", the RWKV version that can be used here')
     if "alpha" in manifest and not (is_number(manifest["alpha"]) and 0 < manifest["alpha"] <= _ALPHA):

@@ -43,7 +43,8 @@ def tuned(tmp_path, make_model):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "weights", "tokens"), [(torch.float32, "1e38", 8), (torch.float32, "1e38", 0), (torch.float16, "1e5", 0), (torch.float16, "1e5", 8)]
+    ("dtype", "weights", "tokens"),
+    [(torch.float32, "1e38", 8), (torch.float32, "1e38", 0), (torch.float16, "1e5", 0), (torch.float16, "1e5", 8)],
 )
 def test_a_merge_that_is_not_finite_writes_nothing(tuned, tmp_path, dtype, weights, tokens):
     _, adapter = tuned(dtype)
@@ -90,7 +91,9 @@ def test_an_adapter_whose_base_is_gone_says_so(tuned, tmp_path):
 @pytest.mark.parametrize("name", ["model.gguf", "model.onnx", "model.bin", "model.st", "model.PTH"])
 def test_an_export_is_refused_where_its_ending_promises_another_format(tuned, tmp_path, name):
     base, _ = tuned()
-    with pytest.raises(UserError, match=rf"{name}: files that end in .* are not written; end the name in .pth, .safetensors, or in nothing"):
+    with pytest.raises(
+        UserError, match=rf"{name}: files that end in .* are not written; end the name in .pth, .safetensors, or in nothing"
+    ):
         main("export")(ExportConfig(model=str(base), output=str(tmp_path / name)))
     assert not (tmp_path / name).exists()
 

@@ -53,7 +53,19 @@ def test_a_value_of_the_wrong_type_or_size_is_named(tuned, key, value):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"3", b"[]", b'"x"', b"null", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000, b'{"alpha": ' + b"1" * 10_000 + b"}", b"{}" + b" " * (17 << 20)],
+    [
+        b"",
+        b"{",
+        b"3",
+        b"[]",
+        b'"x"',
+        b"null",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"alpha": ' + b"1" * 10_000 + b"}",
+        b"{}" + b" " * (17 << 20),
+    ],
     ids=range(11),
 )
 def test_what_is_no_manifest_is_said_to_be_so(tuned, content):
@@ -121,7 +133,11 @@ def test_a_base_is_compared_before_it_is_read(tuned, tmp_path, monkeypatch):
 
 
 def test_manifests_have_no_absolute_paths(tmp_path, make_model):
-    given = {"flags": {"load_model": str(tmp_path / "base.pth"), "lr_init": 1e-4, "data_file": "data/x"}, "data": str(tmp_path / "data"), "step": 3}
+    given = {
+        "flags": {"load_model": str(tmp_path / "base.pth"), "lr_init": 1e-4, "data_file": "data/x"},
+        "data": str(tmp_path / "data"),
+        "step": 3,
+    }
     checkpoint.save_model(tmp_path / "run/x.pth", make_model(), given)
     assert str(tmp_path) not in Path(tmp_path / "run/x.pth.json").read_text()
     found = read_manifest(tmp_path / "run/x.pth")

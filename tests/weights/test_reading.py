@@ -107,7 +107,11 @@ class Whole:
 
 
 def quantised() -> dict:
-    return {**block(att__key__weight=(16, 16)), "blocks.0.att.key.weight": torch.zeros(16, 16, dtype=torch.uint8), "blocks.0.att.key.weight_mx": torch.zeros(16)}
+    return {
+        **block(att__key__weight=(16, 16)),
+        "blocks.0.att.key.weight": torch.zeros(16, 16, dtype=torch.uint8),
+        "blocks.0.att.key.weight_mx": torch.zeros(16),
+    }
 
 
 ATT = {"att__time_decay": (16,), "ffn__key__weight": (64, 16)}
@@ -120,7 +124,10 @@ VALUES = {
     "optimizer": ({"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4}]}, "the state of an optimizer"),
     "DeepSpeed's optimizer": ({"optimizer_state_dict": {"loss_scaler": None}, "ds_version": "0.7.0"}, "the state of an optimizer"),
     "resume state": ({"format": 1, "tensors": [torch.zeros(2)], "text": "{}"}, "the resume state of a run"),
-    "PyPI rwkv": ({"_strategy": "cpu fp32", "_version": 0.7, "_rescale_layer": 0, "emb.weight": torch.zeros(2, 2)}, "converted for inference by the PyPI package rwkv"),
+    "PyPI rwkv": (
+        {"_strategy": "cpu fp32", "_version": 0.7, "_rescale_layer": 0, "emb.weight": torch.zeros(2, 2)},
+        "converted for inference by the PyPI package rwkv",
+    ),
     "numpy inside": ({"emb.weight": np.zeros((2, 2))}, "a file with numpy arrays in it"),
     "a whole model": ({"model": torch.nn.Linear(2, 2)}, "a whole model object, which is code"),
     "settings": ({"args": __import__("argparse").Namespace(a=1)}, "a training checkpoint with settings beside the weights"),
@@ -132,7 +139,10 @@ VALUES = {
     "sparse": ({**block(**ATT), "emb.weight": torch.zeros(50, 16).to_sparse()}, "emb.weight is sparse"),
     "meta": ({**block(**ATT), "emb.weight": torch.zeros(50, 16, device="meta")}, "emb.weight is on the meta device"),
     "quantised by torch": ({"emb.weight": torch.quantize_per_tensor(torch.zeros(2, 2), 1.0, 0, torch.qint8)}, "emb.weight is quantised"),
-    "expanded": ({**block(**ATT), "emb.weight": torch.zeros(1, 1).expand(1 << 20, 1 << 20)}, "emb.weight of shape .* has 1,099,511,627,776 elements"),
+    "expanded": (
+        {**block(**ATT), "emb.weight": torch.zeros(1, 1).expand(1 << 20, 1 << 20)},
+        "emb.weight of shape .* has 1,099,511,627,776 elements",
+    ),
     "ZeRO-3": ({name: torch.zeros(0) for name in block(**ATT)}, r"its weights|ZeRO stage 3|not an RWKV-4"),
 }
 
@@ -183,7 +193,10 @@ def test_other_models_and_adapters_are_called_by_their_names(tmp_path, name, end
             read(path)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "model.", "_forward_module.", "_orig_mod.", "module._orig_mod.", "model.module.", "rwkv.", "_fsdp_wrapped_module."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "model.", "_forward_module.", "_orig_mod.", "module._orig_mod.", "model.module.", "rwkv.", "_fsdp_wrapped_module."],
+)
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "module", "model_state_dict"])
 def test_wrappers_are_taken_off(tmp_path, make_model, prefix, wrapper):
     weights = {name: parameter.detach() for name, parameter in make_model().named_parameters()}
@@ -243,7 +256,9 @@ def test_safetensors_is_read_by_content_and_refused_when_corrupt(tmp_path, make_
         data.replace(b'"F32"', b'"I32"', 1): "is I32",
         data.replace(b'"F32"', b'"F8"  '[:5], 1): "corrupt|is F8",
         data[:8] + b'{"a":' + b"[" * (header - 6) + b"}" + data[8 + header :]: "header is corrupt",
-        data[:8] + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,8]}}'.ljust(header) + data[8 + header :]: "not a valid safetensors file",
+        data[:8]
+        + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,8]}}'.ljust(header)
+        + data[8 + header :]: "not a valid safetensors file",
     }.items():
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"y.safetensors: .*({message})"):
@@ -295,12 +310,16 @@ def peft_folder(folder: Path, tensors, ending=".safetensors", **settings) -> Pat
     folder.mkdir(exist_ok=True)
     path = folder / f"adapter_model{ending}"
     safetensors.torch.save_file(tensors, path) if ending == ".safetensors" else torch.save(tensors, path)
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "RWKV/x", **settings}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "RWKV/x", **settings})
+    )
     return folder
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".bin"])
-@pytest.mark.parametrize("form", ["base_model.model.{}.lora_{}.weight", "base_model.model.{}.lora_{}.default.weight", "base_model.model.model.{}.lora_{}.weight"])
+@pytest.mark.parametrize(
+    "form", ["base_model.model.{}.lora_{}.weight", "base_model.model.{}.lora_{}.default.weight", "base_model.model.model.{}.lora_{}.weight"]
+)
 def test_a_peft_adapter_is_read_as_ours(tmp_path, make_base, make_model, ending, form):
     base, model = make_base(), make_model()
     tensors = peft_tensors(model, form=form)
