@@ -45,7 +45,7 @@ class Converted:
     @property
     def report(self) -> list[str]:
         """What was in the records, in sentences: roles, tokens that contribute to the loss, what was skipped, warnings."""
-        documents, tokens = (sum(pair[i] for pair in self.pairs) for i in (1, 2))
+        documents, tokens = sum(pair[1] for pair in self.pairs), sum(pair[2] for pair in self.pairs)
         return report.lines(self.counts, documents, tokens, self.masked)
 
 

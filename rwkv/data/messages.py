@@ -185,7 +185,8 @@ def _text(content: Any, where: str) -> tuple[str | None, str]:
         return content and encodable(content), ""
     if not isinstance(content, list):
         raise BadRecord(f"{where} has no text: its content is a {type(content).__name__}")
-    texts, reasoning = [], []
+    texts: list[str] = []
+    reasoning: list[str] = []
     for part in content:
         if isinstance(part, str):
             texts.append(part)

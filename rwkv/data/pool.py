@@ -46,7 +46,7 @@ class Pool:
         return self
 
     def __exit__(self, kind, *_):
-        for _ in self._threads:
+        for _thread in self._threads:
             self._tasks.put(None)
         if kind is None and self._ok:
             for thread in self._threads:
@@ -97,7 +97,7 @@ class Pool:
         context = multiprocessing.get_context("fork")
         for _ in range(self._workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(self._function, theirs, [*self._pipes, ours]), daemon=True)
+            process: BaseProcess = context.Process(target=_work, args=(self._function, theirs, [*self._pipes, ours]), daemon=True)
             self._pipes.append(ours)
             process.start()
             theirs.close()

@@ -66,7 +66,8 @@ def find(spec: str, split_lines: bool = False, split: str = "", encoding: str = 
     if input_format and input_format not in FORMATS:
         raise UserError(f"--input_format {input_format}: expected one of {', '.join(FORMATS)}")
     encodings.check(encoding)
-    found, asked, known, direct = Found(), splits.parse(split), set(), False
+    found, asked, direct = Found(), splits.parse(split), False
+    known: set[str] = set()
     for word in words(spec):
         path = Path(os.path.expanduser(word)) if not os.path.exists(word) else Path(word)
         if path.is_dir():
@@ -114,7 +115,7 @@ def words(spec: str) -> list[str]:
 def check_unchanged(sources: Sequence[Source]) -> None:
     """Raise UserError if a source was changed, replaced or removed since it was found: what was read is then a mixture."""
     for source in sources:
-        if source.spool:
+        if source.spool or not source.identity:
             continue
         try:
             now = _identity(os.stat(source.path))
