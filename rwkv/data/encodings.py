@@ -79,10 +79,7 @@ def guess(data: bytes) -> str:
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     if b"\0" in data:
-        even, odd = data[::2].count(0), data[1::2].count(0)
-        if max(even, odd) > 0.2 * len(data) / 2 and min(even, odd) < 0.1 * max(even, odd):
-            return "utf-16-le" if odd > even else "utf-16-be"
-        return ""
+        return utf_16_without_mark(data, 0.2)
     if len(data.decode("utf-8", "ignore").encode()) > 0.8 * len(data) and not data.isascii():
         multi = sum(byte >= 0x80 for byte in data)
         kept = sum(byte >= 0x80 for byte in data.decode("utf-8", "ignore").encode())
@@ -91,6 +88,18 @@ def guess(data: bytes) -> str:
     scores = {name: _score(data, name) for name in ("gb18030", "big5", "shift_jis", "euc_jp", "euc_kr", "cp1252")}
     best = max(scores, key=lambda name: scores[name])
     return best if scores[best] > 0.5 else ""
+
+
+def utf_16_without_mark(data: bytes, least: float) -> str:
+    """utf-16-le or utf-16-be if bytes look like that without a mark at the beginning; else "".
+
+    Args:
+        least: share of its characters that are in Latin letters, so that every other byte is 0; such text is valid UTF-8 too.
+    """
+    even, odd = data[::2].count(0), data[1::2].count(0)
+    if max(even, odd) > least * len(data) / 2 and min(even, odd) < 0.1 * max(even, odd):
+        return "utf-16-le" if odd > even else "utf-16-be"
+    return ""
 
 
 def _score(data: bytes, encoding: str) -> float:

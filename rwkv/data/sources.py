@@ -81,7 +81,7 @@ def find(spec: str, split_lines: bool = False, split: str = "", encoding: str = 
             paths, direct = [path], True
         if len(paths) > 1:
             found.notes.append(f"order: {order.in_words(paths)}")
-        found.sources += [_source(x, split_lines, input_format if paths == [path] else "") for x in paths]
+        found.sources += [_source(x, split_lines, input_format if paths == [path] else "", encoding) for x in paths]
     if asked and known and not found.used:
         raise UserError(f"--split {split}: no such split; there {'is' if len(known) == 1 else 'are'} {', '.join(sorted(known))}")
     if asked and asked != ["all"] and not known:
@@ -212,7 +212,7 @@ def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _source(path: Path, split_lines: bool, input_format: str) -> Source:
+def _source(path: Path, split_lines: bool, input_format: str, encoding: str) -> Source:
     try:
         status = os.stat(path)
         kind, compression, delimiter = kind_of(path)
@@ -231,13 +231,15 @@ def _source(path: Path, split_lines: bool, input_format: str) -> Source:
             path, kind, compression, os.stat(spool or path).st_size, delimiter=delimiter, identity=_identity(status), spool=spool
         )
         with open(spool or path, "rb") as file:
-            head = file.read(4)
+            head = file.read(1 << 12)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except PermissionError as error:
         raise UserError(f"{path}: no permission to read it") from error
     if input_format:
         source = dataclasses.replace(source, compression=next((name for magic, name in _MAGIC.items() if head.startswith(magic)), ""))
+    if len(head) >= 32 and kind in formats.TEXT and not encoding and (name := encodings.utf_16_without_mark(head, 0.7)):
+        raise UserError(f"{path}: not UTF-8, with a 0 in every other byte; it looks like UTF-16. Give --encoding {name}")
     if kind in ("json", "jsonl") and (read_as := _lines_or_array(source)):
         kind = read_as
     return dataclasses.replace(source, kind="lines" if kind == "txt" and split_lines else kind)

@@ -72,6 +72,17 @@ def test_utf_16_is_named(tmp_path, kind):
         converted(tmp_path / f"x.{kind}", tmp_path / "p")
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_a_mark_is_not_taken_for_utf_8(tmp_path, kind, encoding):
+    """English in UTF-16 is valid UTF-8, with a NUL after every letter."""
+    texts = ["It was the best of times"] if kind == "txt" else ["It was the best of times", "it was the worst of times"]
+    (tmp_path / f"x.{kind}").write_bytes(stored(kind, texts, encoding))
+    with pytest.raises(UserError, match=rf"x.{kind}: not UTF-8.* it looks like UTF-16. Give --encoding {encoding}"):
+        converted(tmp_path / f"x.{kind}", tmp_path / "p", on_error="skip")
+    assert converted(tmp_path / f"x.{kind}", tmp_path / "p", encoding=encoding) == texts
+
+
 @pytest.mark.parametrize("encoding", ["gbk", "gb18030", "big5", "shift_jis", "utf-16", "utf-32", "euc_jp"])
 @pytest.mark.parametrize("compressed", [False, True])
 def test_characters_at_the_borders_of_chunks_are_whole(tmp_path, monkeypatch, encoding, compressed):
