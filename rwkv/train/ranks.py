@@ -100,8 +100,8 @@ def facts(c: TrainConfig, run: dict[str, Any], model: nn.Module) -> dict[str, An
     """What has to be the same on all ranks, by name, out of a run's flags, its manifest and its model: JSON values."""
     weights = [[name, list(strategy.shape(p)), str(p.dtype), p.requires_grad] for name, p in model.named_parameters()]
     found = {f"--{name}": value for name, value in dataclasses.asdict(c).items() if name not in _OWN}
-    found |= {key: value for key, value in run.items() if key in ("model", "precision", "adapter")}
-    for key in ("data", "validation", "base"):
+    found |= {"model": run["model"], "precision": run["precision"]}
+    for key in ("data", "validation", *(["base"] if c.load_model else []), *(["adapter"] if getattr(c, "lora_load", "") else [])):
         found[key] = {name: value for name, value in (run.get(key) or {}).items() if name not in ("prefix", "path")}
     found["torch"] = run["stack"].get("torch")
     found["weights' shapes and types"] = hashlib.sha256(json.dumps(weights).encode()).hexdigest()

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rwkv.config import TrainConfig
+from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.train import ranks, store
 from rwkv.train.lightning import rank_zero_only
 
@@ -93,6 +93,18 @@ def test_ranks_that_came_to_different_settings_end_with_a_message(train, tmp_pat
     assert said.count("error: rank 1 would train something else than rank 0. --precision: bf16, rank 0: fp32") == 2, said
     assert "give its value (such as --precision fp32)" in said
     assert not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text()
+
+
+def test_what_only_rank_zero_knows_is_not_compared():
+    c = LoRAConfig(data_file="d", n_layer=1, n_embd=8)
+    run = {"model": {}, "precision": "fp32", "stack": {"torch": "2"}, "data": {"prefix": "d", "sha256": "1"}, "base": None}
+    mine = ranks.facts(c, run, torch.nn.Linear(2, 2))
+    kept = run | {"base": {"path": "run/rwkv-base.pth", "sha256": "2"}, "data": {"prefix": "elsewhere/d", "sha256": "1"}}
+    assert ranks.facts(dataclasses.replace(c, data_file="elsewhere/d", random_seed=3), kept, torch.nn.Linear(2, 2)) == mine
+    given = dataclasses.replace(c, load_model="base.pth")
+    found = [ranks.facts(given, run | {"base": {"path": "base.pth", "sha256": x}}, torch.nn.Linear(2, 2)) for x in "23"]
+    assert found[0] != found[1]
+    assert ranks.facts(c, run, torch.nn.Linear(2, 2).bfloat16()) != mine
 
 
 def test_what_rank_zero_changed_is_told_and_no_more(monkeypatch):
