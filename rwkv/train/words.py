@@ -11,6 +11,7 @@ from tqdm import tqdm
 from rwkv.config import TrainConfig
 from rwkv.data.binidx import Dataset
 from rwkv.data.dataset import Contexts, Documents, HeldOut, Samples
+from rwkv.errors import printable
 from rwkv.model import RWKV
 from rwkv.train import schedule, strategy
 from rwkv.train.lightning import rank_zero_only
@@ -55,9 +56,9 @@ def silence(descriptor: int) -> None:
 
 @rank_zero_only
 def say(text: str) -> None:
-    """Print a line, above a progress bar, on the first process of a run alone. A reader that has gone away does not matter."""
+    """Print a line, above a progress bar, on the first process of a run alone; control characters are escaped. A reader that has gone away does not matter."""
     with tqdm.external_write_mode(file=sys.stdout, nolock=True):
-        print(text, file=Unfailing(sys.stdout), flush=True)
+        print(printable(text), file=Unfailing(sys.stdout), flush=True)
 
 
 def duration(seconds: float) -> str:
