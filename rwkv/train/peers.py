@@ -44,15 +44,22 @@ def starting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(ranks: int) -> Iterator[None]:
-    """Of several ranks: an error that comes of another one's end becomes a UserError."""
+    """Of several ranks: an error that comes of another one's end becomes a UserError, and a UserError that Lightning has replaced is raised again."""
     try:
         yield
-    except Exception as error:  # torch's RuntimeError; Lightning may have put it into one of its own
-        text = str(error)
-        if ranks < 2 or isinstance(error, UserError) or not any(sign in text for sign in _SIGNS):
+    except Exception as error:
+        if ranks < 2 or isinstance(error, UserError):
             raise
-        line = next(line for line in text.splitlines() if any(sign in line for sign in _SIGNS)).strip()
+        chain: list[BaseException] = [error]
+        while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
+            chain.append(inner)
+        for inner in chain:
+            if isinstance(inner, UserError):
+                raise inner from None
+        lines = [line.strip() for line in str(error).splitlines() if any(sign in line for sign in _SIGNS)]
+        if not lines:
+            raise
         raise UserError(
-            f"another process of this run has ended or cannot be reached ({line[:200]}). See its own message; if it has none, it was killed, perhaps for"
+            f"another process of this run has ended or cannot be reached ({lines[0][:200]}). See its own message; if it has none, it was killed, perhaps for"
             " memory (dmesg tells). Run the same command to continue from the last saved state"
         ) from error

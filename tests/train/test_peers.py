@@ -1,6 +1,7 @@
 """No process of a run outlives the others for long, and the end of one is said by the others."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,6 +67,18 @@ def test_a_killed_rank_ends_the_others_with_a_message(two_ranks, tmp_path):
     assert two_ranks.returncode == 1
     assert "error: another process of this run has ended or cannot be reached" in said
     assert "Traceback" not in said
+
+
+def test_a_full_disk_of_a_run_of_two_ranks_is_an_error_in_one_line(make_base, make_data, tmp_path, root):
+    flags = FLAGS | {"load_model": make_base(), "data_file": make_data(300), "proj_dir": tmp_path / "run"}
+    words = [str(root / "scripts/finetune.py"), *(str(word) for key, value in flags.items() for word in (f"--{key}", value))]
+    limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    done = subprocess.run([sys.executable, "-c", limit, *words], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert re.search(r"^error: .*: larger than a file may be here; .*run again", done.stderr, re.M), (
+        done.stderr
+    )
+    assert "Traceback" not in done.stderr
 
 
 def test_only_errors_of_the_connection_are_taken_for_it():
