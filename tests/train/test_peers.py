@@ -75,9 +75,7 @@ def test_a_full_disk_of_a_run_of_two_ranks_is_an_error_in_one_line(make_base, ma
     limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     done = subprocess.run([sys.executable, "-c", limit, *words], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
-    assert re.search(r"^error: .*: larger than a file may be here; .*run again", done.stderr, re.M), (
-        done.stderr
-    )
+    assert re.search(r"^error: .*: larger than a file may be here; .*run again", done.stderr, re.M), done.stderr
     assert "Traceback" not in done.stderr
 
 
