@@ -257,7 +257,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
             if not (path := self._module.config.ds_config):
                 raise
-            raise UserError(f"--ds_config {path}: DeepSpeed refuses it ({str(error) or type(error).__name__})") from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"--ds_config {path}: DeepSpeed refuses it ({reason})") from error
 
     def _init_deepspeed(self) -> None:
         import deepspeed
