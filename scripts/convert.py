@@ -14,6 +14,7 @@ and nothing is written; --on-error skip goes on without it. Nothing has its fina
 """
 
 from rwkv.cli import parse, sentences
+from rwkv.commands import flags
 from rwkv.config import ConvertConfig
 from rwkv.errors import UserError
 
@@ -26,7 +27,7 @@ if __name__ == "__main__":
             from rwkv.data.shards import merge
 
             for prefix, documents, tokens in merge(config.output_prefix, config.force):
-                print(f"{prefix}.bin and .idx: {documents:,} documents, {tokens:,} tokens. Train with --data_file {prefix}")
+                print(f"{prefix}.bin and .idx: {documents:,} documents, {tokens:,} tokens. Train with {flags('--data_file', prefix)}")
         else:
             from rwkv.data.convert import convert
 
@@ -36,7 +37,7 @@ if __name__ == "__main__":
             for line in done.report:
                 print(line)
             for prefix, documents, tokens in done.pairs:
-                end = "" if config.shard else f" Train with --data_file {prefix}"
+                end = "" if config.shard else f" Train with {flags('--data_file', prefix)}"
                 print(
                     f"{prefix}.bin and .idx{', and a loss mask' if done.masked else ''}: {documents:,} documents, {tokens:,} tokens.{end}"
                 )

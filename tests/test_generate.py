@@ -5,11 +5,13 @@ import time
 import pytest
 import torch
 
+from rwkv import checkpoint
 from rwkv.config import ConvertConfig
 from rwkv.data.binidx import Dataset
 from rwkv.data.convert import convert
 from rwkv.data.tokenizer import WorldTokenizer
-from rwkv.generate import Chat, Sampling, Session, choose, question
+from rwkv.errors import UserError
+from rwkv.generate import Chat, Sampling, Session, choose, matrices_dtype, question
 
 GREEDY = Sampling(temperature=0)
 
@@ -180,3 +182,26 @@ def test_the_world_format_is_what_the_example_is_written_in(root):
     line = (root / "data/example.jsonl").read_text(encoding="utf-8").splitlines()[0]
     assert question("What is RWKV?") in line.replace("\\n", "\n")
     assert WorldTokenizer().eod == 0
+
+
+def test_matrices_are_kept_as_they_are_stored_where_the_device_multiplies_them(make_base):
+    assert matrices_dtype("auto", torch.bfloat16, gpu=False) is None
+    assert matrices_dtype("bf16", torch.float32, gpu=False) is torch.bfloat16
+    with pytest.raises(UserError, match="--dtype fp16 needs a GPU"):
+        matrices_dtype("fp16", torch.float16, gpu=False)
+    base = make_base(vocab_size=257)
+    full, half = (checkpoint.load_model(base, matrices=dtype) for dtype in (None, torch.bfloat16))
+    assert {half.emb.weight.dtype, half.blocks[0].att.key.weight.dtype} == {torch.bfloat16}
+    assert half.blocks[0].att.time_decay.dtype == torch.float32
+    one, other = Session(full, Letters()), Session(half, Letters(), torch.bfloat16)
+    one.read("hello")
+    other.read("hello")
+    assert other.logits.dtype == torch.float32
+    torch.testing.assert_close(one.logits, other.logits, rtol=0.05, atol=0.05)  # eight bits, two layers
+
+
+def test_logits_that_are_nan_are_refused(make_model):
+    model = make_model(vocab_size=257)
+    torch.nn.init.constant_(model.head.weight, torch.nan)
+    with pytest.raises(UserError, match="NaN or Inf; use --dtype fp32"):
+        Session(model, Letters())

@@ -38,6 +38,10 @@ def check(c: TrainConfig) -> None:
             "--tbptt_len must not be negative" if c.tbptt_len else "--exact is a matter of --tbptt_len: give the length of a piece too"
         )
     samples.check(c)
+    if (
+        c.my_pile_stage == 1
+    ):  # which writes new weights and trains nothing: upstream's demo-training-prepare.sh names a device and a strategy all the same
+        return
     if c.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or leave the flag out to train on the CPU")
     gpu = torch.cuda.is_available() and c.accelerator != "cpu"

@@ -31,6 +31,13 @@ def flags(make_data, tmp_path):
     return FLAGS | {"data_file": make_data(81000), "proj_dir": str(tmp_path / "run")}
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_stage_1_takes_the_flags_of_the_training_that_follows(flags, tmp_path, precision):
+    # as RWKV-LM's demo-training-prepare.sh types it: nothing is trained, so that neither DeepSpeed nor a GPU is needed
+    fit(TrainConfig(**flags | {"strategy": "deepspeed_stage_2", "precision": precision, "accelerator": "gpu"}, my_pile_stage=1))
+    assert (tmp_path / "run/rwkv-init.pth").is_file()
+
+
 def test_the_stages_in_a_row(flags, tmp_path):
     fit(TrainConfig(**flags, my_pile_stage=1))
     new = read_tensors(tmp_path / "run/rwkv-init.pth")
