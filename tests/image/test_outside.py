@@ -121,7 +121,7 @@ def test_data_are_read_and_what_is_made_of_them_goes_to_out(compose):
     assert "this file system is read-only; write to another place" in refused.stderr
     done = compose("run", "--rm", "-T", "convert", "--input", "data/example.jsonl", "--output-prefix", "out/example")
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in compose.out.iterdir()} == {"example_text_document.bin", "example_text_document.idx"}
+    assert {path.name for path in compose.out.iterdir()} == {f"example_text_document.{end}" for end in ("bin", "idx", "json")}
     assert compose("run", "--rm", "-T", "inspect", "--data_file", "out/example_text_document").returncode == 0
 
 
