@@ -69,16 +69,18 @@ ROOMS = [
     ["rwkv/train/lightning"],
     ["rwkv/train/curve", "rwkv/train/process", "rwkv/train/peers"],
     [f"rwkv/train/{name}" for name in ("cpu", "schedule", "strategy", "plot", "pieces", "adam")],
-    ["rwkv/train/budget", "rwkv/train/optimizer", "rwkv/train/ranks", "rwkv/train/sharded", "rwkv/train/trainer"],
-    ["rwkv/train/module", "rwkv/train/samples", "rwkv/train/source", "rwkv/train/start", "rwkv/train/manifest"],
+    [
+        *("rwkv/train/budget", "rwkv/train/optimizer", "rwkv/train/ranks", "rwkv/train/sharded", "rwkv/train/trainer"),
+        *("rwkv/train/manifest", "rwkv/train/unchanged"),
+    ],
+    ["rwkv/train/module", "rwkv/train/samples", "rwkv/train/source", "rwkv/train/start"],
     ["rwkv/train/words"],
-    ["rwkv/train/pile"],
     ["rwkv/train/validation", "rwkv/train/watch", "rwkv/train/checks", "rwkv/train/signals", "rwkv/train/state"],
     ["rwkv/train/history", "rwkv/train/progress", "rwkv/train/home", "rwkv/train/dashboards"],
     ["rwkv/train/store"],
-    ["rwkv/train/finite"],
+    ["rwkv/train/finite", "rwkv/train/folder"],
     ["rwkv/train/metrics"],
-    ["rwkv/train/resume", "rwkv/train/saving"],
+    ["rwkv/train/resume", "rwkv/train/pile", "rwkv/train/saving"],
     ["rwkv/train/fit"],
 ]
 FLOOR = {module: floor for floor, modules in enumerate(ROOMS) for module in modules}

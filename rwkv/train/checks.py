@@ -1,23 +1,51 @@
 """Flags that cannot be trained with are refused, before anything is read."""
 
+import dataclasses
+import math
+
 import torch
 
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.train import samples, schedule, source, strategy
 
+_AT_LEAST: dict[float, tuple[str, ...]] = {
+    1: ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count", "epoch_save", "devices", "num_nodes", "ds_bucket_mb", "lora_r"),
+    0: (
+        *("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "tbptt_len", "max_steps", "epoch_begin", "save_every", "my_exit"),
+        *("my_random_steps", "min_ctx_len", "val_every", "val_samples", "my_pile_edecay"),
+        *("lr_init", "lr_final", "weight_decay", "grad_clip", "adam_eps"),
+    ),
+    -1: ("warmup_steps", "magic_prime", "my_pile_shift", "random_seed", "weight_decay_final"),
+}  # fmt: skip
+_LARGEST = 1 << 62  # of whole numbers: products of two are still exact where they are used
 
-def check(c: TrainConfig) -> None:
-    """Raises UserError for a flag that is out of range, missing, or does not go with another or with this machine."""
-    for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "max_steps", "epoch_begin", "grad_clip", "my_random_steps"):
-        if getattr(c, name) < 0:
-            raise UserError(f"--{name} must not be negative; it is {getattr(c, name)}")
-    for name in ("lora_dropout", "dropout", "beta1", "beta2"):
+
+def numbers(c: TrainConfig) -> None:
+    """Raises UserError for a numeric flag that is out of range, NaN or infinite. Comes first: everything else calculates with them."""
+    for field in dataclasses.fields(c):
+        value = getattr(c, field.name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value) or abs(value) > (_LARGEST if isinstance(value, int) else math.inf):
+            raise UserError(f"--{field.name} {value}: not a number that can be used here")
+    for low, names in _AT_LEAST.items():
+        for name in names:
+            value = getattr(c, name, low)
+            if value < low:
+                words = "must not be negative" if low == 0 else f"must be at least {max(low, 0) if name == 'my_pile_shift' else low}"
+                raise UserError(f"--{name} {words}; it is {value}")
+    for name in ("lora_dropout", "dropout", "beta1", "beta2", "val_split"):
         if not 0 <= getattr(c, name, 0) < 1:
             raise UserError(f"--{name} must be at least 0 and less than 1; it is {getattr(c, name)}")
-    for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count", "epoch_save", "devices", "num_nodes"):
-        if getattr(c, name) < 1:
-            raise UserError(f"--{name} must be at least 1; it is {getattr(c, name)}")
+    if not getattr(c, "lora_alpha", 1) > 0:
+        raise UserError(f"--lora_alpha must be greater than 0; it is {getattr(c, 'lora_alpha', 0)}")
+    if c.random_seed >= 1 << 32:
+        raise UserError(f"--random_seed must be less than 2^32, or -1 for a new one; it is {c.random_seed}")
+
+
+def check(c: TrainConfig) -> None:
+    """Raises UserError for a flag that is missing, or does not go with another or with this machine. Comes after `numbers`."""
     source.check(c)
     if c.epoch_steps % c.accumulate_grad_batches:
         raise UserError(f"--epoch_steps {c.epoch_steps} must be a multiple of --accumulate_grad_batches {c.accumulate_grad_batches}")
@@ -31,12 +59,8 @@ def check(c: TrainConfig) -> None:
         raise UserError(f"--epoch_begin {c.epoch_begin} goes on with a LoRA run: give its adapter with --lora_load")
     if c.load_partial and (not c.load_model or (isinstance(c, LoRAConfig) and c.lora)):
         raise UserError("--load_partial 1 fills in --load_model, in pretraining and full tuning; leave it out")
-    if c.my_pile_shift < -1:
-        raise UserError(f"--my_pile_shift must be at least 0; it is {c.my_pile_shift}")
-    if c.tbptt_len < 0 or (c.exact and not c.tbptt_len):
-        raise UserError(
-            "--tbptt_len must not be negative" if c.tbptt_len else "--exact is a matter of --tbptt_len: give the length of a piece too"
-        )
+    if c.exact and not c.tbptt_len:
+        raise UserError("--exact applies to --tbptt_len only: give the length of a chunk with it too")
     samples.check(c)
     if (
         c.my_pile_stage == 1

@@ -16,19 +16,21 @@ from torch import Tensor
 from rwkv import checkpoint, compat, limits, lora, memory
 from rwkv.commands import command, output
 from rwkv.config import TrainConfig
+from rwkv.files import sha256
 from rwkv.model import RWKV
 from rwkv.train import budget, cpu, manifest, peers, pile, process, resume, samples, schedule, store, strategy
-from rwkv.train.checks import check
+from rwkv.train.checks import check, numbers
 from rwkv.train.home import Home
 from rwkv.train.lightning import pl, rank_zero_only
 from rwkv.train.metrics import Metrics
 from rwkv.train.module import TrainingModule
 from rwkv.train.ranks import Ranks, facts
-from rwkv.train.saving import Saving, checkpoint_name
+from rwkv.train.saving import Restoring, Saving, checkpoint_name, complete
 from rwkv.train.signals import Signals
-from rwkv.train.source import open_data, open_validation, with_vocabulary
+from rwkv.train.source import describe, open_data, open_validation, with_vocabulary
 from rwkv.train.start import adapt, keep_base, make_model
 from rwkv.train.trainer import make_trainer, on_gpu, precision_of, quiet_lightning, slow_on_gpu
+from rwkv.train.unchanged import Unchanged, frozen_in
 from rwkv.train.watch import Watch
 from rwkv.train.words import introduce, say, types
 
@@ -53,6 +55,7 @@ def fit(config: TrainConfig) -> Result:
     Raises:
         UserError: bad data, checkpoint, adapter or flags; a folder that cannot be used, or that another process uses.
     """
+    numbers(config)
     peers.end_with_parent()
     folder = Path(config.proj_dir)
     with resume.owned(folder), Home(folder) as home:
@@ -82,34 +85,43 @@ def _fit(config: TrainConfig, home: Home) -> Result:
         plan = budget.plan_of(config, model.sizes, on_gpu(config), config.precision)
     watch = Watch(plan, resting)
     old = resume.outdated(config, folder, before)
-    data = open_data(config, model.sizes, folder, reuse=before is not None)
-    validation = open_validation(config, model.sizes)
-    training, held_out = samples.make(config, data, seed, validation)
-    run = manifest.describe(config, config.precision, model.sizes, data, validation) | {"types": types(config, model)}
+    source = describe(config, folder)
+    run = manifest.describe(config, config.precision, model.sizes, source) | {"types": types(config, model)}
     if base and before and adapter:
         run["base"] = keep_base(model, adapter, folder, base)
         before = before | {"base": before["base"] or run["base"]}  # earlier versions did not record it
+    elif before and not (config.load_model or before["flags"].get("load_model")):
+        before = before | {"base": None}  # killed before its first state: the new base is made again
+    resume.check_source(config, folder, before, run)
+    data = open_data(config, model.sizes, folder, source)
+    validation = open_validation(config, model.sizes)
+    run |= {"data": manifest.data_of(data), "validation": manifest.data_of(validation) if validation else None}
+    training, held_out = samples.make(config, data, seed, validation)
     introduce(config, model, data, training, held_out)
     if (limit := budget.room(plan)) and watch.expected() > limit:
         say(f"memory: {watch.expected() / 1e9:.2f} GB a device predicted, and {limit / 1e9:.2f} can be used. {budget.advice(plan, limit)}")
-    state = resume.find(config, folder, before, run)
+    state = resume.find(config, folder, before, run, {name: p for name, p in model.named_parameters() if p.requires_grad})
     if rank_zero_only.rank == 0:
-        for path in old:
-            path.unlink()
+        resume.delete(folder, old, data.prefix)
         folder.mkdir(parents=True, exist_ok=True)
-        manifest.write(folder, run)
+        if not before:
+            manifest.write(folder, run)
         if adapter and not config.load_model and not base:
             run["base"] = keep_base(model, adapter, folder, base)
-            manifest.write(folder, run)
+            if not before:
+                manifest.write(folder, run)
+    save = _saver(home, model, adapter, run)
+    if state:
+        complete(config, folder, state, save)
 
-    metrics = Metrics(config, home, watch, held_out)
-    saving = Saving(config, home, state, run, _saver(home, model, adapter, run), metrics)
+    metrics, inputs = Metrics(config, home, watch, held_out), _watched(model, run)
+    saving = Saving(config, home, run, save, metrics, inputs)
     signals = Signals(saving.unsaved)
-    trainer = make_trainer(config, [watch, metrics, saving, signals])
+    trainer = make_trainer(config, [watch, Restoring(home, state, run), metrics, saving, signals])
     begin = (state.step, state.samples) if state else None
     module = TrainingModule(model, training, config, begin, facts(config, run, model))
     del state  # its memory
-    with ranks.told(), peers.starting(), watch.explained(), peers.explained(config.devices * config.num_nodes):
+    with ranks.told(), peers.starting(), watch.explained(), peers.explained(config.devices * config.num_nodes), inputs.explained():
         compat.fit(trainer, module)
     folder = home.now()
     end = schedule.first_step(config) + schedule.total_steps(config)
@@ -129,6 +141,18 @@ def _fit(config: TrainConfig, home: Home) -> Result:
         say(f"memory: {watch.words()}")
     strategy.part()
     return result
+
+
+def _watched(model: RWKV, run: dict[str, Any]) -> Unchanged:
+    """The files that steps read, on rank 0: base model and data, as `run`, the manifest, identifies them."""
+    inputs = Unchanged()
+    if rank_zero_only.rank == 0:
+        if base := run["base"]:
+            inputs.watch(Path(base["path"]), base["sha256"], sha256, frozen_in(model, base["path"]))
+        for data in filter(None, (run["data"], run["validation"])):
+            for path, known in manifest.data_files(data):
+                inputs.watch(path, known)
+    return inputs
 
 
 def _finish(

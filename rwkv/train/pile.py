@@ -18,7 +18,8 @@ from rwkv.data import sampling
 from rwkv.data.binidx import Dataset
 from rwkv.errors import UserError
 from rwkv.model import RWKV
-from rwkv.train import manifest
+from rwkv.train import folder as folders
+from rwkv.train import manifest, store
 from rwkv.train.lightning import rank_zero_only
 from rwkv.train.start import make_model
 from rwkv.train.words import say
@@ -30,7 +31,7 @@ _SET = ("load_model", "epoch_begin", "warmup_steps", "magic_prime", "epoch_steps
 def apply(c: TrainConfig, folder: Path) -> TrainConfig:
     """The flags with what stage 2, 3 or 4 sets: load_model, epoch_begin, warmup_steps, magic_prime, epoch_steps, epoch_count.
 
-    A run of the same stage in the folder keeps what it had, so that it can go on.
+    A run of the same stage in the folder keeps what it had, so that it can be resumed; without a state it continues from its newest checkpoint.
 
     Raises:
         UserError: nothing to start from; a batch that 40320 cannot be divided by; data too short for an epoch.
@@ -43,7 +44,10 @@ def apply(c: TrainConfig, folder: Path) -> TrainConfig:
         return c
     before = None if c.overwrite else manifest.read(folder)
     if before and before["flags"].get("my_pile_stage") == c.my_pile_stage:
-        return dataclasses.replace(c, **{name: before["flags"][name] for name in _SET})
+        lost = "" if store.states(folder) else folders.progress(folder, before)
+        if not lost:
+            return dataclasses.replace(c, **{name: before["flags"][name] for name in _SET if name in before["flags"]})
+        say(f"{folder} contains {lost}: the run continues from its newest checkpoint, with a new optimizer")
     batch, size = c.num_nodes * c.devices * c.micro_bsz, len(Dataset(c.data_file).tokens) - max(0, c.my_pile_shift)
     if EPOCH % batch:
         near = sorted(

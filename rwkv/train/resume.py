@@ -1,20 +1,24 @@
-"""Whether a run goes on in its folder, starts over, or must not start there; and from which state."""
+"""Whether a run continues in its folder, starts over, or must not start there; and from which state."""
 
 import contextlib
-import re
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
 from rwkv.files import exclusive
-from rwkv.train import dashboards, manifest, schedule, store
+from rwkv.train import folder as folders
+from rwkv.train import manifest, schedule, source, store
 from rwkv.train.lightning import rank_zero_only
 from rwkv.train.start import NEW_BASE
 from rwkv.train.state import State
 from rwkv.train.words import say
 
-_RUN_FILES = re.compile(r"run\.json|metrics\.jsonl|train_log\.txt|loss\.png|rwkv-(\d+|final|base)\.pth(\.json)?")
+_SHAPING = ("trained:", "model:", "--lora_r:", "--lora_parts:", "--optimizer:")  # changes that tensors of a state depend on
 
 
 def owned(folder: Path) -> contextlib.AbstractContextManager[None]:
@@ -25,24 +29,25 @@ def owned(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def earlier(c: TrainConfig, folder: Path) -> dict[str, Any] | None:
-    """The manifest of the run that this one goes on with; None for a new run, and on all ranks but the first.
+    """The manifest of the run that this one continues; None for a new run, and on all ranks but the first.
 
-    A run with epoch_begin goes on from weights alone, unless it is the run in the folder.
+    A run with epoch_begin continues from weights alone, unless it is the run in the folder.
 
     Raises:
-        UserError: the folder holds a run that cannot be gone on with.
+        UserError: the folder contains a run that cannot be continued.
     """
-    if rank_zero_only.rank > 0 or c.overwrite:
+    if rank_zero_only.rank > 0:
         return None
-    before = manifest.read(folder)
+    folders.check_places(folder)
+    before = None if c.overwrite else manifest.read(folder)
     if before and before["flags"]["epoch_begin"] == c.epoch_begin:
         return before
-    old = _files(folder)
-    if old and not c.epoch_begin:
+    if not c.overwrite and not c.epoch_begin and (old := folders.run_files(folder)):
         raise UserError(
-            f"{folder} holds a run already ({old[0].name}, …), and nothing to go on from but weights; give another --proj_dir, or --overwrite"
-            " to start over"
+            f"{folder} contains files of an earlier run ({folders.names(folder, old)}) but no {manifest.NAME}, so the run cannot be resumed."
+            f" Choose one: {folders.how_to_continue(c, folder)}"
         )
+    folders.check_kept(c, folder)
     return None
 
 
@@ -68,31 +73,58 @@ def outdated(c: TrainConfig, folder: Path, before: dict[str, Any] | None) -> lis
     """Files of an earlier run that this one gives up: to be deleted once nothing can be refused any more."""
     if rank_zero_only.rank > 0 or before:
         return []
-    old = _files(folder) if c.overwrite else []
+    old = folders.written(folder) if c.overwrite else store.leftovers(folder)
     inputs = {Path(path).resolve() for path in (c.load_model, getattr(c, "lora_load", "")) if path}
     if used := [path for path in old if path.resolve() in inputs]:
-        raise UserError(f"--overwrite would delete {used[0]}, which this run starts from; give another --proj_dir")
-    return old + sorted(store.folder_of(folder).glob("step-*")) + (dashboards.files(folder) if c.overwrite else [])
+        raise UserError(f"--overwrite would delete {used[0]}, which this run starts from; choose another --proj_dir")
+    return old
 
 
-def find(c: TrainConfig, folder: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> State | None:
-    """The state to go on from; None for a new run, or one that was ended before its first state.
+def delete(folder: Path, old: list[Path], used: Path) -> None:
+    """Delete `outdated` files, and say which; of them not those of the data that is `used`."""
+    kept = {path.resolve() for path in source.files_of(str(used))}
+    going = [path for path in old if path.resolve() not in kept]
+    for path in going:
+        path.unlink()
+    if going:
+        say(f"deleted: {folders.names(folder, going)} (of the earlier run in {folder})")
+
+
+def check_source(c: TrainConfig, folder: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
+    """Raises UserError if data_file is not what the run before was made from, and `allow_changes` is not given: before it is converted."""
+    if before and not c.allow_changes and any(line.startswith("data file") for line in manifest.changes(before, now)):
+        refuse_changes(folder, manifest.changes(before, now))
+
+
+def find(
+    c: TrainConfig, folder: Path, before: dict[str, Any] | None, now: dict[str, Any], trained: Mapping[str, torch.nn.Parameter]
+) -> State | None:
+    """The state to continue from; None for a new run, or one that ended before its first state. Completes `now`, the manifest, from `before`.
+
+    Args:
+        trained: the parameters that this run trains, by name.
 
     Raises:
-        UserError: flags or data would make it another run, and `allow_changes` is not given.
+        UserError: flags or data would make it another run, and `allow_changes` is not given, or the state cannot serve them; no valid state.
     """
+    now["id"] = secrets.token_hex(8)
     if not before:
         return None
+    now["id"] = before.get("id", now["id"])
     changed = manifest.changes(before, now)
     if changed and not c.allow_changes:
-        raise UserError(
-            f"{folder} holds a run with other flags or data. From then to now:\n  "
-            + "\n  ".join(changed)
-            + "\nGo on with what it had; or --allow_changes to go on with these, --overwrite to start over, another --proj_dir for another run"
-        )
+        refuse_changes(folder, changed)
     state = store.newest(folder)
+    if state is None and (found := folders.progress(folder, before)):
+        raise UserError(f"{folder} contains {found}, so the run cannot be resumed. Choose one: {folders.how_to_continue(c, folder)}")
+    if state:
+        _check_serves(c, folder, state, now, trained, changed)
+        now["state_saved"] = True
+    now["changed"] = before.get("changed", [])
     if changed:
-        now["changed"] = [*before.get("changed", []), {"after_step": state.step if state else 0, "changes": changed}]
+        now["changed"] = [*now["changed"], {"after_step": state.step if state else 0, "changes": changed}]
+    elif not now["changed"]:
+        del now["changed"]
     step = state.step if state else schedule.first_step(c)
     left = schedule.first_step(c) + schedule.total_steps(c) - step
     say(f"continuing from step {step:,}: {max(0, left):,} steps left" + "".join(f"\n  changed: {line}" for line in changed))
@@ -112,5 +144,42 @@ def _say_rates(old: TrainConfig, new: TrainConfig, step: int) -> None:
         )
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*") if _RUN_FILES.fullmatch(path.name))
+def refuse_changes(folder: Path, changed: list[str]) -> None:
+    """Raises UserError: these changes would make the run in the folder another one."""
+    raise UserError(
+        f"{folder} contains a run with other flags or data (then → now):\n  "
+        + "\n  ".join(changed)
+        + "\nChoose one: use the old values; --allow_changes, to continue with the new ones; --overwrite, to start over; another --proj_dir, for"
+        " another run"
+    )
+
+
+def _check_serves(
+    c: TrainConfig, folder: Path, state: State, now: dict[str, Any], trained: Mapping[str, torch.nn.Parameter], changed: list[str]
+) -> None:
+    """Raises UserError if a state is another run's, or if its tensors are not those that this run trains."""
+    path = store.folder_of(folder) / f"step-{state.step}.pt"
+    if state.run.get("id", now["id"]) != now["id"]:
+        raise UserError(f"{path}: a training state of another run; move it away, and run again to continue from a state of this run")
+    shapes = {name: list(parameter.shape) for name, parameter in trained.items()}
+    stored = {name: list(weight.shape) for name, weight in state.weights.items()}
+    wrong = [
+        *(f"it has no {name}" for name in shapes.keys() - stored.keys()),
+        *(f"it has {name}, which this run does not train" for name in stored.keys() - shapes.keys()),
+        *(f"{name} is {stored[name]}, not {shapes[name]}" for name in shapes.keys() & stored.keys() if shapes[name] != stored[name]),
+    ]
+    kinds = {"adam" if "exp_avg" in moments else "adafactor" for moments in state.optimizer.values() if moments}
+    if kinds - {c.optimizer}:
+        wrong.insert(0, f"it was saved with --optimizer {kinds.pop()}, and this run has {c.optimizer}")
+    if not wrong:
+        return
+    causes = [line for line in changed if line.startswith(_SHAPING)]
+    if not causes:
+        raise UserError(
+            f"{path}: not a training state of this run ({sorted(wrong)[0]}); move it away, and run again to continue from another"
+        )
+    raise UserError(
+        "--allow_changes: the training state cannot be used with\n  "
+        + "\n  ".join(causes)
+        + f"\n({path}: {sorted(wrong)[0]}.) Use the old values, or start a new run from a checkpoint of this one in another --proj_dir"
+    )

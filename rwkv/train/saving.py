@@ -1,15 +1,19 @@
-"""When a run is saved: resumable states, and checkpoints under upstream's names; and that it goes on from a state."""
+"""When a run is saved: resumable states, and checkpoints under upstream's names; and how it continues from a state."""
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from rwkv import checkpoint
 from rwkv.config import TrainConfig
-from rwkv.train import schedule, sharded, state, store
+from rwkv.train import manifest, schedule, sharded, state, store
 from rwkv.train.home import Home
 from rwkv.train.lightning import pl
 from rwkv.train.metrics import Metrics
 from rwkv.train.module import TrainingModule
+from rwkv.train.unchanged import Unchanged
+from rwkv.train.words import say
 
 _SHARE = 0.02  # of the time that saving states may take, where --save_every does not say how often
 _SECONDS = 10  # the least between two states, likewise
@@ -24,14 +28,42 @@ def checkpoint_name(c: TrainConfig, step: int) -> str:
     return "rwkv-final.pth" if ends else ""
 
 
-class Saving(pl.Callback):
-    """Goes on from a state; saves states every so often, rwkv-N.pth after every epoch_save-th epoch and the last, rwkv-final.pth where the
-    run ends, or is interrupted, inside an epoch.
+def complete(c: TrainConfig, folder: Path, begin: state.State, save: Callable[[str, int, Callable], None]) -> None:
+    """Write the checkpoint that is due after the step of a state, if it is missing: the run ended before it was written, or it was deleted."""
+    name = checkpoint_name(c, begin.step)
+    if name and not ((folder / name).exists() and checkpoint.read_manifest(folder / name).get("step") == begin.step):
+        save(name, begin.step, lambda names: {one: begin.weights[one] for one in names})
+        say(f"{folder / name} was missing; it is written again from the training state of step {begin.step:,}")
+
+
+class Restoring(pl.Callback):
+    """Puts the run into the state to continue from, then writes its manifest: until the state is taken the old one holds.
 
     Args:
-        begin: the state to go on from, on rank 0; None for a new run.
+        begin: the state, on rank 0; None for a new run.
+        run: the run's manifest.
+    """
+
+    def __init__(self, home: Home, begin: state.State | None, run: dict[str, Any]):
+        self._home, self._begin, self._run = home, begin, run
+        self._continues = begin is not None
+
+    def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        if trainer.strategy.broadcast(self._continues):
+            state.restore(trainer, module, self._begin)
+        self._begin = None  # frees its memory
+        if trainer.global_rank == 0:
+            manifest.write(self._home.now(), self._run)
+
+
+class Saving(pl.Callback):
+    """Saves states every so often, rwkv-N.pth after every epoch_save-th epoch and the last, rwkv-final.pth where the run ends, or is
+    interrupted, inside an epoch.
+
+    Args:
         run: the run's manifest, which goes into every state.
         save: save(name, step, gather) writes a checkpoint; called on every rank, and gather(names) puts parameters together on rank 0.
+        inputs: the files that the run reads; if one was changed, nothing more is saved.
 
     Attribute `last`: the name of the checkpoint written last.
     """
@@ -40,20 +72,17 @@ class Saving(pl.Callback):
         self,
         config: TrainConfig,
         home: Home,
-        begin: state.State | None,
         run: dict[str, Any],
         save: Callable[[str, int, Callable], None],
         metrics: Metrics,
+        inputs: Unchanged,
     ):
-        self.config, self._home, self._begin, self._run, self._save, self._metrics = config, home, begin, run, save, metrics
-        self._goes_on = begin is not None
+        self.config, self._home, self._run, self._save, self._metrics, self._inputs = config, home, run, save, metrics, inputs
         self._module: TrainingModule | None = None
         self.last = ""
 
     def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
-        if trainer.strategy.broadcast(self._goes_on):
-            state.restore(trainer, module, self._begin)
-        self._begin, self._module = None, module  # frees the state's memory
+        self._module = module
         self._last = self._saved = module.step
         self._next = module.step + (self.config.save_every or 10)
         self._since = time.perf_counter()
@@ -69,22 +98,27 @@ class Saving(pl.Callback):
         self._last = step
         if checkpoint_name(c, step) or step >= self._next or trainer.should_stop:
             self._metrics.read(trainer, module)  # nothing of a step that went wrong is saved
-        # A checkpoint comes before the state of its step: a run killed between them makes it again.
-        if name := checkpoint_name(c, step) or ("rwkv-final.pth" if trainer.should_stop else ""):
+        name = checkpoint_name(c, step) or ("rwkv-final.pth" if trainer.should_stop else "")
+        # A state comes before the checkpoint of its step: from it `complete` writes that of a run that was killed between them.
+        if name or step >= self._next:
+            started = time.perf_counter()
+            self._inputs.check()
+            taken = state.capture(trainer, module, self._run)
+            if trainer.global_rank == 0:
+                self._metrics.sync()
+                store.write(self._home.now(), taken)
+                if not self._run.get("state_saved"):
+                    self._run["state_saved"] = True
+                    manifest.write(self._home.now(), self._run)
+                self._metrics.picture()
+            self._next = step + (c.save_every or self._interval(trainer, step, started))
+            self._saved, self._since = step, time.perf_counter()
+        if name:
             parameters = dict(module.model.named_parameters())
             self._save(
                 name, step, lambda names: sharded.weights({n: parameters[n] for n in names}, module.trainer.optimizers[0], module.device)
             )
             self.last = name
-        if name or step >= self._next:
-            started = time.perf_counter()
-            taken = state.capture(trainer, module, self._run)
-            if trainer.global_rank == 0:
-                self._metrics.sync()
-                store.write(self._home.now(), taken)
-                self._metrics.picture()
-            self._next = step + (c.save_every or self._interval(trainer, step, started))
-            self._saved, self._since = step, time.perf_counter()
 
     def _interval(self, trainer: pl.Trainer, step: int, started: float) -> int:
         """Steps until the next state, so that saving takes a small share of the time; the same on all ranks."""

@@ -139,5 +139,5 @@ def test_a_run_in_exact_pieces_is_the_run_of_the_whole(make_data, make_base, tmp
 
 
 def test_exact_without_pieces_is_refused(make_data):
-    with pytest.raises(UserError, match="--exact is a matter of --tbptt_len"):
+    with pytest.raises(UserError, match="--exact applies to --tbptt_len only"):
         fit(TrainConfig(**SMALL, data_file=make_data(200), exact=True))
