@@ -79,19 +79,7 @@ def write_tensors(
             check(temporary)
         # A manifest is never beside weights that it does not describe: the old one is deleted first, the new one written last.
         manifest_path(path).unlink(missing_ok=True)
-    write_json(manifest_path(path), {**_portable(manifest, path), "stack": stack})
-
-
-def _portable(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """A manifest without absolute paths, which say nothing on another machine and too much about this one: relative to the manifest's folder, as `base`
-    always is."""
-
-    def moved(key: str, value: Any) -> Any:
-        if isinstance(value, str) and value and (key == "base" or os.path.isabs(value)):
-            return manifests.portable(value, path)
-        return {k: moved(k, x) for k, x in value.items()} if isinstance(value, dict) else value
-
-    return {key: moved(key, value) for key, value in manifest.items()}
+    write_json(manifest_path(path), {**manifests.without_absolute_paths(manifest, path), "stack": stack})
 
 
 def _compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -153,7 +141,7 @@ def _shapes(sizes: Sizes) -> dict[str, torch.Size]:
     meaning = {1: 1, 3: sizes.n_embd, 5: sizes.vocab_size, 7: sizes.dim_att, 11: sizes.dim_ffn}
     made = {}
     for name, parameter in RWKV(small).named_parameters():
-        shape = torch.Size(meaning[n] for n in parameter.shape)
+        shape = torch.Size([meaning[n] for n in parameter.shape])
         for layer in range(1, sizes.n_layer) if name.startswith("blocks.1.") else (None,):
             made[name if layer is None else name.replace("blocks.1.", f"blocks.{layer}.", 1)] = shape
     return made
@@ -375,13 +363,14 @@ def load_combined(
 
 def _check_adapter_keys(model: RWKV, tensors: Mapping[str, Tensor], path: PathLike) -> None:
     """Compare an adapter's shapes with the model's layers. Raises UserError naming keys that do not fit."""
-    parameters, shapes = dict(model.named_parameters()), {}
+    parameters = dict(model.named_parameters())
+    shapes: dict[str, torch.Size] = {}
     for key, value in tensors.items():
         name, adapts, half = key.rpartition(".lora_")
         weight = parameters.get(f"{name}.weight" if adapts else key)
         if weight is not None and adapts:
             r = value.shape[0 if half == "A" else -1] if value.dim() else 0
-            shapes[key] = torch.Size((r, weight.shape[1]) if half == "A" else (weight.shape[0], r))
+            shapes[key] = torch.Size([r, weight.shape[1]] if half == "A" else [weight.shape[0], r])
         elif weight is not None:
             shapes[key] = weight.shape
     absent = {f"{key[:-1]}{other}" for key in tensors if key.endswith((".lora_A", ".lora_B")) for other in "AB"} - tensors.keys()

@@ -85,7 +85,7 @@ def main(config: MergeConfig) -> None:
                 f"{config.adapter}: {name} of the merged model is NaN or Inf in {str(stored[name]).removeprefix('torch.')}; nothing is written. Its alpha"
                 " or --weights are too large, or the base's dtype cannot hold the sum"
             )
-    found = {}
+    found: dict[str, float] = {}
 
     def prove(_: Path) -> None:
         if apart is not None:

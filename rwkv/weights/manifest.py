@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,18 @@ def portable(base: PathLike, beside: PathLike) -> str:
     """The path of a base for the manifest beside a file: relative to that file's folder, so that both may be moved and nothing is said about this machine."""
     base, folder = Path(base), Path(beside).parent
     return os.path.relpath(base.parent.resolve() / base.name, folder.resolve())
+
+
+def without_absolute_paths(manifest: Mapping[str, Any], beside: PathLike) -> dict[str, Any]:
+    """A manifest whose absolute paths, which say nothing on another machine and too much about this one, are relative to the manifest's folder, as `base`
+    always is."""
+
+    def moved(key: str, value: Any) -> Any:
+        if isinstance(value, str) and value and (key == "base" or os.path.isabs(value)):
+            return portable(value, beside)
+        return {k: moved(k, x) for k, x in value.items()} if isinstance(value, dict) else value
+
+    return {key: moved(key, value) for key, value in manifest.items()}
 
 
 def find_base(manifest: dict[str, Any], adapter: PathLike) -> Path | None:

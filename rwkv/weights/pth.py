@@ -161,6 +161,7 @@ def _filled(shell: Any, storage: Callable[[StorageSpec], Any]) -> Any:
                 return made[id(value)]
             if depth > _DEPTH:
                 raise FileFormatError(f"{where[:100]} is nested more than {_DEPTH} deep")
+            inside: Any
             if isinstance(value, dict):
                 inside = made[id(value)] = {}
                 inside.update({key: fill(x, f"{where}.{key}" if where else str(key), depth + 1) for key, x in value.items()})
