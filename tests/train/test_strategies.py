@@ -80,6 +80,7 @@ SPOILED = {  # a gradient of the third step is multiplied
 }
 SOLO = {  # DeepSpeed on one GPU
     "deepspeed_stage_1": ("full", {}),
+    "deepspeed_stage_2": ("full", {"ds_config": "all_reduce.json"}),
     "deepspeed_stage_2_offload": ("lora", {}),
     "deepspeed_stage_3": ("full", {"grad_cp": 1, "ds_config": ""}),  # small weights stay gathered, as is the default
 }
@@ -148,8 +149,10 @@ def runs(tmp_path_factory, make_model) -> Path:
         paired.append([kind, flags(name, {**case, **spread(which, folder)})])
     solo = []
     for name, (kind, own) in SOLO.items():
+        own = {key: value and str(folder / value) if key == "ds_config" else value for key, value in own.items()}
         case = ALONE["clipped" if kind == "full" else "lora"][1] | spread(name, folder) | {"devices": 1} | own
         solo.append([kind, flags(f"{name}, one process", case)])
+    (folder / "all_reduce.json").write_text(json.dumps({"zero_optimization": {"reduce_scatter": False}}))
     (folder / "wrong.json").write_text(json.dumps({"zero_optimization": {"sub_group_size": "many"}}))
     wrong = {"strategy": "deepspeed_stage_3", "ds_config": str(folder / "wrong.json"), "spoil": [0, 1.0]}
     solo.append(["full", flags("refused", {"micro_bsz": 4, **wrong})])
