@@ -203,6 +203,14 @@ def test_a_chat_among_texts_is_refused_unless_a_template_is_asked_for(write_json
     assert run(path, chat_template="world").masked
 
 
+def test_texts_and_chats_in_files_of_their_own(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "in/b.txt").write_text("b")
+    (tmp_path / "in/c.json").write_text(json.dumps([{"id": 1, "question": "q", "answer": "c"}]))
+    assert marked(run(tmp_path / "in")) == ["⟦a∎⟧", "⟦b∎⟧", "User: q\n\nAssistant:⟦ c\n\n∎⟧"]
+
+
 def test_questions_and_answers_are_not_taken_apart_unless_told(write_jsonl):
     path = write_jsonl({"instruction": "q", "input": "", "output": "a"})
     for keys in ("instruction,output", "instruction"):
