@@ -126,7 +126,7 @@ def _wrong(run: Any) -> str:
         if key not in run["flags"]:
             return f'"flags" has no "{key}"'
     for key, value in run["flags"].items():
-        if key in fields and not isinstance(value, (int, float) if isinstance(fields[key], float) else type(fields[key])):
+        if key in fields and not isinstance(value, _kind_of(fields[key])):
             return f'"flags": "{key}" is {value!r:.40}'
     if not all(isinstance(entry, dict) and "changes" in entry for entry in _listed(run)):
         return '"changed" is not a list of changes'
@@ -135,6 +135,11 @@ def _wrong(run: Any) -> str:
     except (ArithmeticError, TypeError, ValueError, KeyError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def _kind_of(default: Any) -> Any:
+    """The type of a flag's value, by its default; a flag of floats may have a whole one."""
+    return int | float if isinstance(default, int | float) and not isinstance(default, bool) else type(default)
 
 
 def _listed(run: dict[str, Any]) -> list[Any]:

@@ -425,3 +425,9 @@ def test_the_manifest_is_replaced_only_after_the_state_was_taken(make_base, make
     with pytest.raises(RuntimeError, match="no memory"):
         fit(changed(config, allow_changes=True, lr_init=0.1))
     assert content(tmp_path / "run") == before
+
+
+def test_a_flag_of_floats_may_have_been_given_a_fraction(make_base, make_data, tmp_path):
+    config = LoRAConfig(**FLAGS, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run"), lora_alpha=16.5)
+    fit(changed(config, max_steps=1, weight_decay=0.01, weight_decay_final=0.001))
+    assert fit(changed(config, max_steps=2, weight_decay=0.01, weight_decay_final=0.001)).steps == 2
