@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,8 @@ def read(path: Path) -> State:
         CorruptState: not the bytes that were written, or not a state.
         UserError: the file cannot be read, or was written by a later version.
     """
-    if path.is_dir():
-        raise CorruptState("a folder, not a file")
+    if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would block
+        raise CorruptState("a folder, pipe or device, not a file")
     try:
         with open(path, "rb") as file:
             file.read(1)
