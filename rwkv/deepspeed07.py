@@ -1,7 +1,6 @@
 """Corrections to DeepSpeed 0.7.0, applied at run time by compat.import_deepspeed; its files stay as they are. Newer versions need none of them."""
 
 import functools
-import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,13 +18,16 @@ def correct() -> None:
 
 def _flatten_without_compiling() -> None:
     """Its engine and its ZeRO optimizers compile a C++ extension when they are made, which takes g++, ninja and Python.h, that is two functions of torch's."""
+    from deepspeed.ops.op_builder import UtilsBuilder
+
     loaded = SimpleNamespace(flatten=torch._utils._flatten_dense_tensors, unflatten=torch._utils._unflatten_dense_tensors)
-    importlib.import_module("deepspeed.ops.op_builder").UtilsBuilder.load = lambda *_, **__: loaded
+    UtilsBuilder.load = lambda *_, **__: loaded
 
 
 def _reduce_in_the_gradients_dtype() -> None:
     """Stage 1, and stage 2 without reduce_scatter, reduce gradients in fp16 whatever they are: small ones become 0 and large ones inf."""
-    zero = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2").DeepSpeedZeroOptimizer
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as zero
+
     reduce_bucket, reduce_tensor = zero.allreduce_bucket, zero.gradient_reduction_w_predivide
 
     def allreduce_bucket(self: Any, bucket: list[torch.Tensor], communication_data_type: Any = None, **options: Any) -> torch.Tensor:
@@ -50,12 +52,14 @@ def _communicated(optimizer: Any, gradient: torch.Tensor) -> torch.dtype:
 def _accept_our_types_in_hooks() -> None:
     """Stage 3 logs a warning for every object that is no tensor, each time one enters or leaves a module. Ours (fused.Recipe) hold detached tensors, for
     which there is no hook to register."""
-    offload = importlib.import_module("deepspeed.runtime.zero.parameter_offload")
+    from deepspeed.runtime.zero import parameter_offload as offload
+
     builtin = offload.is_builtin_type
     offload.is_builtin_type = lambda value: type(value).__module__.startswith("rwkv.") or builtin(value)
 
 
 def _do_not_time_throughput() -> None:
     """Its throughput timer waits for the GPU twice in each micro-batch."""
-    timer = importlib.import_module("deepspeed.utils.timer").ThroughputTimer
-    timer.start = timer.stop = lambda *_, **__: None
+    from deepspeed.utils.timer import ThroughputTimer
+
+    ThroughputTimer.start = ThroughputTimer.stop = lambda *_, **__: None
