@@ -22,8 +22,12 @@ _LIKELY = re.compile(
 def new(width: float = 8, height: float = 4.5) -> "tuple[Figure, Axes]":
     """A figure of this size in inches, and its axes."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*smallest subnormal.*")  # numpy asks what they are, and training has none
+        warnings.filterwarnings("ignore", ".*smallest subnormal.*")
+        import numpy.ma
         from matplotlib.figure import Figure  # 25 MB: only where there is a picture
+
+        for kind in (numpy.float32, numpy.float64):  # numpy asks once what the smallest numbers are, and training flushes them to 0
+            numpy.finfo(kind)
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()

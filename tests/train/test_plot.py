@@ -2,6 +2,8 @@
 
 import math
 import random
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -71,3 +73,23 @@ def test_the_best_value_is_marked(drawn):
 def test_any_title_is_drawn_without_a_warning(drawn, title):
     (left, _), _ = drawn(3, float, title=title)
     assert "\n" not in left.get_title()
+
+
+def test_flushed_denormals_make_no_warning(root, tmp_path):
+    """numpy warns of them once a process, when it is first asked for the smallest numbers; training has them flushed."""
+    program = """
+import warnings
+warnings.simplefilter("error")
+import sys
+from pathlib import Path
+import torch
+from rwkv.train.curve import Curve
+from rwkv.train.plot import plot
+torch.set_flush_denormal(True)
+curve = Curve()
+curve.add({"step": 1, "loss": 2.0, "lr": 1e-4}, 0)
+plot(curve, Path(sys.argv[1]), "x")
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "x.png")]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
