@@ -37,12 +37,12 @@ def draw(counts: np.ndarray, image: Path, title: str, ctx_len: int) -> None:
     Raises:
         UserError: the disk is full, or read-only.
     """
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     filled, place = np.flatnonzero(counts), float(np.log2(max(1, ctx_len)) + 0.5)  # 2^k is the left edge of bin k + 1
     first, last = min(int(filled[0]), round(place)), max(int(filled[-1]), round(place))
     rows = np.arange(first, last + 1)
     figure, axes = pictures.new()
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     bars = axes.bar(rows, counts[rows], width=0.9, color="tab:blue")
     axes.bar_label(bars, [f"{int(n):,}" if n else "" for n in counts[rows]], fontsize="small", padding=2)
     axes.set_xticks(rows, [label(int(k)) for k in rows], rotation=45, ha="right")

@@ -24,9 +24,9 @@ def plot(curve: Curve, image: Path, title: str) -> None:
     Raises:
         UserError: the disk is full, or read-only.
     """
+    figure, axes = pictures.new()
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    figure, axes = pictures.new()
     loss, steps = curve.loss, np.array(curve.loss.steps)
     mean, window = _moving_mean(loss)
     if window > 1:
