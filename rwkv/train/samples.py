@@ -51,10 +51,10 @@ def make(c: TrainConfig, data: Dataset, seed: int, validation: Dataset | None = 
     options: dict[str, Any] = {"separator": c.doc_sep, "chatml": bool(c.chatml_mask)}
     if validation is not None:
         try:
-            held_out = HeldOut(_source(c, Stream(validation, **options), seed, held_out=True), c.val_samples)
+            held_out = HeldOut(_source(c, validation, Stream(validation, **options), seed, held_out=True), c.val_samples)
         except UserError as error:
             raise UserError(f"--val_file {c.val_file}: {error}") from error
-        return _source(c, Stream(data, **options), seed), held_out
+        return _source(c, data, Stream(data, **options), seed), held_out
     if not c.val_split:
         return _source(c, data, Stream(data, **options), seed), None
     train, held = (Stream(data, spans, **options) for spans in split(data, c.val_split, c.ctx_len))
