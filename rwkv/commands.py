@@ -25,8 +25,8 @@ def command(job: str, *arguments: object) -> str:
     """
     if prefix := _make():
         return f"{prefix} {job} {_make_variable('ARGS', flags(*arguments))}" if arguments else f"{prefix} {job}"
-    if prefix := os.environ.get("RWKV_CONTAINER"):
-        return f"{prefix} {flags(job, *arguments)}"
+    if service := os.environ.get("RWKV_CONTAINER"):
+        return f"{service} {flags(job, *arguments)}"
     return flags(_short(sys.executable), _short(ROOT / "scripts" / f"{_SCRIPTS.get(job, job)}.py"), *arguments)
 
 

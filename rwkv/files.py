@@ -24,7 +24,14 @@ _UMASK = os.umask(0)  # can only be read by setting it: once, before there are t
 os.umask(_UMASK)
 _HASHED = 4 << 30  # bytes of a file that `fingerprint` reads in full: some seconds
 _HELD: set[int] = set()  # descriptors of the locks that this process holds
-os.register_at_fork(after_in_child=lambda: [os.close(_HELD.pop()) for _ in list(_HELD)])  # a lock ends with the process that took it
+
+
+def _release_inherited_locks() -> None:
+    while _HELD:
+        os.close(_HELD.pop())
+
+
+os.register_at_fork(after_in_child=_release_inherited_locks)  # a lock ends with the process that took it
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import math
 import select
 import signal
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,11 +15,6 @@ import torch
 
 from rwkv.errors import UserError
 from rwkv.generate import Chat, Sampling, Session
-
-try:
-    import termios
-except ImportError:  # not a POSIX system
-    termios = None  # type: ignore[assignment]
 
 HELP = """/help               this list
 /exit, /quit        end the chat, as Ctrl-D does
@@ -146,14 +142,12 @@ def _quiet(interactive: bool) -> Iterator[Callable[[], bool]]:
 
     handlers = {signal.SIGINT: stop, signal.SIGTERM: end, signal.SIGHUP: end}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    modes = termios.tcgetattr(sys.stdin) if termios else None
+    modes = termios.tcgetattr(sys.stdin)
     try:
-        if termios and modes:
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, [*modes[:3], modes[3] & ~termios.ECHO, *modes[4:]])
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, [*modes[:3], modes[3] & ~termios.ECHO, *modes[4:]])
         yield lambda: bool(pressed)
     finally:
-        if termios and modes:
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
         for number, handler in before.items():
             signal.signal(number, handler)
 

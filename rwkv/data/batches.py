@@ -34,7 +34,7 @@ class Batches(torch.utils.data.Dataset):
         if not 0 <= index < len(self):
             raise IndexError(index)
         if self.samples.plain:
-            return self._read(index)
+            return [*self._read(index)]
         if index not in self._window:
             begin = index - index % self.accumulate
             self._window = {i: self._read(i) for i in range(begin, begin + self.accumulate)}

@@ -156,8 +156,8 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What would make the steps to come others than those of the run before, a line each."""
     old, new = _essence(before), _essence(now)
     found = [f"{key}: {_short(old[key])} → {_short(new[key])}" for key in old if key in new and old[key] != new[key]]
-    sources = [run.get("source") for run in (before, now)]
-    if all(sources) and sources[0]["sha256"] != sources[1]["sha256"]:
+    sources = [run["source"] for run in (before, now) if run.get("source")]
+    if len(sources) == 2 and sources[0]["sha256"] != sources[1]["sha256"]:
         found.insert(0, "data file: " + " → ".join(f"{one['path']} (SHA-256 {one['sha256'][:16]}…)" for one in sources))
     return found
 

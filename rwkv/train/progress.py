@@ -4,7 +4,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
@@ -22,7 +22,7 @@ class Progress:
     def __init__(self, total: int, done: int, quiet: bool = False):
         self._total, self._done, self._first, self._quiet = total, done, done, quiet
         self._losses: deque[float] = deque(maxlen=_WINDOW)
-        self._file: TextIO = Unfailing(sys.stderr)
+        self._file = Unfailing(sys.stderr)
         self._bar: Any = None
         self._begun = self._told = 0.0
         self._estimated = False

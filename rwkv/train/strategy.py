@@ -7,7 +7,7 @@ import contextlib
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,10 +241,11 @@ class ZeroStrategy(DeepSpeedStrategy):
             self.set_world_ranks()
             self._init_deepspeed_distributed()
 
-    def model_sharded_context(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
         """Nothing: the model exists already, and init_deepspeed partitions it. Lightning's would wrap the constructors of all modules, which 0.7.0 does not
         undo where one is inherited."""
-        return contextlib.nullcontext()
+        yield
 
     def init_deepspeed(self) -> None:
         """Weights to where DeepSpeed wants them, the engine, and an optimizer that has made no step.

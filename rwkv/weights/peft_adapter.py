@@ -70,7 +70,7 @@ def described(config: Path) -> dict[str, Any]:
     r, alpha = found.get("r"), found.get("lora_alpha")
     if type(r) is not int or r < 1:
         raise UserError(f"{config}: its r is {_shown(r)}, not a positive integer")
-    if not is_number(alpha):
+    if alpha is None or not is_number(alpha):
         raise UserError(f"{config}: its lora_alpha is {_shown(alpha)}, not a number")
     return {"r": r, "alpha": alpha * math.sqrt(r) if found.get("use_rslora") else alpha}
 
