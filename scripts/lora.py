@@ -13,6 +13,6 @@ from rwkv.config import LoRAConfig
 if __name__ == "__main__":
     with sentences():
         config = parse(LoRAConfig, __doc__)
-        from rwkv.train.fit import fit  # after parsing: --help need not wait for torch
+        from rwkv.train.fit import run  # after parsing: --help need not wait for torch
 
-        fit(config)
+        run(config)

@@ -11,6 +11,6 @@ from rwkv.config import TrainConfig
 if __name__ == "__main__":
     with sentences():
         config = parse(TrainConfig, __doc__)
-        from rwkv.train.fit import fit  # after parsing: --help need not wait for torch
+        from rwkv.train.fit import run  # after parsing: --help need not wait for torch
 
-        fit(config)
+        run(config)

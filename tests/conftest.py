@@ -42,14 +42,15 @@ def process_state() -> dict[str, object]:
         "locale": locale.setlocale(locale.LC_ALL),
         "limits": {name: resource.getrlimit(getattr(resource, name)) for name in ("RLIMIT_AS", "RLIMIT_FSIZE", "RLIMIT_NOFILE")},
         "signal handlers": {number.name: signal.getsignal(number) for number in HANDLED},
-        "sys.path": list(sys.path),
+        "sys.path": [path for path in sys.path if "site-packages" not in path],  # packages add to it when they are imported
         "torch threads": torch.get_num_threads(),
         "torch default dtype": torch.get_default_dtype(),
         "torch grad mode": torch.is_grad_enabled(),
         "torch deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "torch matmul precision": torch.get_float32_matmul_precision(),
         "flushing of denormals": denormals_are_flushed(),
-        "process group": torch.distributed.is_initialized(),
+        # DeepSpeed's groups of processes cannot be made again in one process, so theirs stays.
+        "process group": torch.distributed.is_initialized() and "deepspeed" not in sys.modules,
     }
 
 

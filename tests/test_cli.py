@@ -317,7 +317,8 @@ OTHERS = {"--config", "--help", "--flag"} | {
     # of other programs: nvidia-smi, git, nvcc, docker
     "--version", "--porcelain", "--untracked_files", "--std", "--ptxas_options", "--gpu_architecture", "--ipc", "--shm_size", "--gpus",
 }  # fmt: skip
-LATER = {"--val_file", "--my_sample_len"}
+UPSTREAMS = {"--my_sample_len"}
+ADVISING = {"fit.py", "source.py", "start.py"}  # print commands of other programs of ours
 
 
 def messages(path):
@@ -334,8 +335,8 @@ def test_the_flags_that_messages_name_exist(root):
     for path in [*(root / "rwkv").rglob("*.py"), *(root / "scripts").glob("*.py")]:
         if path.name in ("upstream.py", "config.py", "arguments.py"):  # which name those of other trainers
             continue
-        known = training if path.parent.name == "train" and path.name != "fit.py" else NAMES  # fit prints commands of other programs
+        known = training if path.parent.name == "train" and path.name not in ADVISING else NAMES
         for text in messages(path):
             named = {flag.replace("-", "_").replace("__", "--", 1) for flag in re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", text)}
-            unknown = {flag for flag in named if flag[2:] not in known} - OTHERS - LATER
+            unknown = {flag for flag in named if flag[2:] not in known} - OTHERS - UPSTREAMS
             assert not unknown, f"{path.relative_to(root)}: {text}"

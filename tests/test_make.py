@@ -47,7 +47,7 @@ def test_a_second_make_venv_is_quick_and_silent():
 def test_arguments_reach_the_script():
     done = make("lora", "ARGS=--load_model none.pth --data_file none")
     assert done.returncode != 0
-    assert "none.pth: no such checkpoint" in done.stderr
+    assert "none: no such data" in done.stderr
 
 
 @pytest.mark.parametrize("word", ["ARG=--load_model x", "args=--load_model x", "load_model=x.pth", "STAK=modern"])

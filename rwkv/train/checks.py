@@ -46,6 +46,11 @@ def numbers(c: TrainConfig) -> None:
 
 def check(c: TrainConfig) -> None:
     """Raises UserError for a flag that is missing, or does not go with another or with this machine. Comes after `numbers`."""
+    if isinstance(c, LoRAConfig) and c.lora and not c.load_model and not (c.n_layer and c.n_embd):
+        raise UserError(
+            "LoRA tunes a model that exists: give it with --load_model, or train one with scripts/pretrain.py first. For a new, random base"
+            " that stays frozen give --n_layer and --n_embd"
+        )
     source.check(c)
     if c.epoch_steps % c.accumulate_grad_batches:
         raise UserError(f"--epoch_steps {c.epoch_steps} must be a multiple of --accumulate_grad_batches {c.accumulate_grad_batches}")
@@ -78,8 +83,3 @@ def check(c: TrainConfig) -> None:
         )
     if c.accelerator != "cpu" and 0 < torch.cuda.device_count() < c.devices:
         raise UserError(f"--devices {c.devices}: torch sees {torch.cuda.device_count()} GPUs")
-    if isinstance(c, LoRAConfig) and c.lora and not c.load_model and not (c.n_layer and c.n_embd):
-        raise UserError(
-            "LoRA tunes a model that exists: give it with --load_model, or train one with scripts/pretrain.py first. For a new, random base"
-            " that stays frozen give --n_layer and --n_embd"
-        )

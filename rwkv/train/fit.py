@@ -139,8 +139,15 @@ def _fit(config: TrainConfig, home: Home) -> Result:
     result = _finish(config, folder, trainer, module, metrics, adapter)
     if watch.peak:
         say(f"memory: {watch.words()}")
-    strategy.part()
+    if not strategy.zero(config):  # DeepSpeed holds groups of processes for as long as this process lives
+        strategy.part()
     return result
+
+
+def run(config: TrainConfig) -> None:
+    """`fit` as all that this process does: with the run ends its connection to the other processes. Raises UserError as fit."""
+    fit(config)
+    strategy.part()
 
 
 def _watched(model: RWKV, run: dict[str, Any]) -> Unchanged:

@@ -21,9 +21,13 @@ def test_products_and_gradients_equal_torchs(shape, dtype):
     y, expected = linear(*ours), F.linear(*truth)
     y.backward(g.to(dtype))
     expected.backward(g.to(dtype).double())
+    theirs = [t.detach().requires_grad_() for t in ours]
+    own = F.linear(*theirs)
+    own.backward(g.to(dtype))
     share = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float64: 1e-14}[dtype]
-    for a, b in ((y, expected), (ours[0].grad, truth[0].grad), (ours[1].grad, truth[1].grad)):
-        assert bool((a.double() - b).abs().max() <= share * b.abs().max())
+    # torch 1.13.1 rounds partial sums to bf16 on processors without AVX-512: no further from the truth than twice what its own product is.
+    for a, b, t in ((y, expected, own), (ours[0].grad, truth[0].grad, theirs[0].grad), (ours[1].grad, truth[1].grad, theirs[1].grad)):
+        assert bool((a.double() - b).abs().max() <= share * b.abs().max() + 2 * (t.double() - b).abs().max())
 
 
 def test_products_repeat_bit_for_bit():
