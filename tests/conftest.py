@@ -29,6 +29,8 @@ compat.wake_mkl()  # as training does: runs in this process and in others are co
 hypothesis.settings.register_profile("rwkv", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("rwkv")
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background; tests of Ctrl-C need it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def process_state() -> dict[str, object]:
