@@ -318,7 +318,7 @@ OTHERS = {"--config", "--help", "--flag"} | {
     "--version", "--porcelain", "--untracked_files", "--std", "--ptxas_options", "--gpu_architecture", "--ipc", "--shm_size", "--gpus",
 }  # fmt: skip
 UPSTREAMS = {"--my_sample_len"}
-ADVISING = {"fit.py", "source.py", "start.py"}  # print commands of other programs of ours
+ADVISING = {"fit.py", "samples.py", "source.py", "start.py"}  # print commands of other programs of ours
 
 
 def messages(path):

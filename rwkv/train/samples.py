@@ -34,7 +34,7 @@ def check(c: TrainConfig) -> None:
     if c.val_file.endswith((".jsonl", ".json", ".txt")) or (c.val_file and c.data_type not in ("binidx", "numpy")):
         raise UserError(
             f"--val_file {c.val_file} must be a binidx of the same tokens as --data_file: convert it first, with"
-            f" scripts/convert.py, and give the prefix of what that writes"
+            f" python scripts/convert.py --input {c.val_file} --output-prefix PREFIX, and give PREFIX_text_document"
             if c.data_type in ("binidx", "numpy")
             else f"--val_file {c.val_file}: --data_type {c.data_type} makes tokens of its own; take the validation set from it by --val_split"
         )
