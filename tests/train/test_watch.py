@@ -141,4 +141,4 @@ def test_adafactor_under_deepspeed_is_refused(make_data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(strategy, "check", lambda c: None)  # which refuses DeepSpeed on this machine already
     with pytest.raises(UserError, match="--optimizer adafactor with --strategy deepspeed_stage_2"):
-        checks.check(TrainConfig(**FLAGS, data_file="x", optimizer="adafactor", strategy="deepspeed_stage_2"))
+        checks.check(TrainConfig(**FLAGS, data_file=make_data(200), optimizer="adafactor", strategy="deepspeed_stage_2"))
