@@ -105,13 +105,14 @@ def peaks(p: Plan) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("grad_cp", [False, True], ids=["", "grad_cp"])
+# Every pair of two values occurs; bf16 is slow on processors without instructions for it.
+@pytest.mark.parametrize(
+    ("kind", "precision", "grad_cp"), [("lora", "fp32", False), ("full", "fp32", True), ("full", "bf16", False), ("lora", "bf16", True)]
+)
 def test_peak_of_a_step_is_predicted_within_a_tenth(kind, precision, grad_cp):
-    plan = Plan(
-        Sizes(8, 256, 2048, 256, 1024), lora=kind == "lora", precision=precision, grad_cp=grad_cp, ctx_len=512, micro_bsz=2, gpu=False
-    )
+    layers, width, batch = (8, 256, 2) if precision == "fp32" else (4, 128, 1)
+    sizes = Sizes(layers, width, 2048, width, 4 * width)
+    plan = Plan(sizes, lora=kind == "lora", precision=precision, grad_cp=grad_cp, ctx_len=512, micro_bsz=batch, gpu=False)
     measured, predicted = peaks(plan), estimate(plan).tensors
     assert max(measured.values()) == pytest.approx(max(predicted.values()), rel=0.1)
     assert {name: measured[name] / value for name, value in predicted.items()} == {
