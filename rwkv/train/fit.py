@@ -139,7 +139,7 @@ def _fit(config: TrainConfig, home: Home) -> Result:
     result = _finish(config, folder, trainer, module, metrics, adapter)
     if watch.peak:
         say(f"memory: {watch.words()}")
-    if not strategy.zero(config):  # DeepSpeed holds groups of processes for as long as this process lives
+    if not strategy.deepspeed_was_used():
         strategy.part()
     return result
 

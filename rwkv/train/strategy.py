@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,12 @@ def mean(x: Tensor) -> Tensor:
     total = x.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+def deepspeed_was_used() -> bool:
+    """Whether a run of this process used DeepSpeed. It keeps its process groups for as long as the process lives, and fails once they are destroyed."""
+    comm = sys.modules.get("deepspeed.comm.comm")
+    return getattr(comm, "cdb", None) is not None
 
 
 def part() -> None:

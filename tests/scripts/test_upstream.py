@@ -60,7 +60,8 @@ def parted():
     """ddp and DeepSpeed connect this process, with itself; and name the place in its environment."""
     before = dict(os.environ)
     yield
-    strategy.part()
+    if not strategy.deepspeed_was_used():
+        strategy.part()
     os.environ.clear()
     os.environ.update(before)
 
