@@ -101,7 +101,9 @@ def converter(source: Path) -> float:
 
 def library(source: Path) -> tuple[int, float]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", LIBRARY, str(source)], check=True, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", LIBRARY, str(source)], check=True, capture_output=True, text=True, env=environment
+    )
     tokens, seconds = done.stdout.split()
     return int(tokens), float(seconds)
 
@@ -156,7 +158,9 @@ def memory(folder: Path) -> None:
             peak, largest = max(peak, sum(sizes)), max(largest, *sizes)
             time.sleep(0.05)
         assert child.returncode == 0
-        print(f"{size:5.0f} MB of text: at most {peak:.0f} MiB resident in all processes together, {largest:.0f} MiB in one")
+        print(
+            f"{size:5.0f} MB of text: at most {peak:.0f} MiB resident in all processes together, {largest:.0f} MiB in one"
+        )
 
 
 if __name__ == "__main__":

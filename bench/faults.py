@@ -54,14 +54,22 @@ def main() -> int:
         for kind in [arguments.kind] if arguments.kind else KINDS:
             script, flags = KINDS[kind]
             given = FLAGS | flags | inputs | {"epoch_steps": 2 * steps}
-            argv = [sys.executable, str(SCRIPTS / script), *(str(word) for key, value in given.items() for word in (f"--{key}", value))]
+            argv = [
+                sys.executable,
+                str(SCRIPTS / script),
+                *(str(word) for key, value in given.items() for word in (f"--{key}", value)),
+            ]
             whole, killed = folder / f"{script}-whole", folder / f"{script}-killed"
             subprocess.run([*argv, "--proj_dir", whole], capture_output=True, check=True)
             kills = [kill([*argv, "--proj_dir", str(killed)], killed, moments) for _ in range(arguments.kills)]
             subprocess.run([*argv, "--proj_dir", killed], capture_output=True, check=True)
             different = differences(killed, whole)
             sound = sound and not different
-            print(f"{kind}: {len(kills)} kills at steps {', '.join(map(str, kills))}; {steps} steps,", different or "all equal", flush=True)
+            print(
+                f"{kind}: {len(kills)} kills at steps {', '.join(map(str, kills))}; {steps} steps,",
+                different or "all equal",
+                flush=True,
+            )
     return 0 if sound else 1
 
 

@@ -35,7 +35,13 @@ def plan_of(row: str) -> memory.Plan:
     model, method, precision, grad_cp, ctx_len, kind = row.split(",")
     sizes = memory.sizes_of(model)
     return memory.Plan(
-        sizes, method == "lora", precision=precision, grad_cp=grad_cp == "1", ctx_len=int(ctx_len), optimizer=kind, gpu=False
+        sizes,
+        method == "lora",
+        precision=precision,
+        grad_cp=grad_cp == "1",
+        ctx_len=int(ctx_len),
+        optimizer=kind,
+        gpu=False,
     )
 
 
@@ -94,7 +100,9 @@ def measure(p: memory.Plan) -> dict:
             work()
         events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
         top = now
-        for event in sorted(events, key=lambda event: event.start_ns() if hasattr(event, "start_ns") else event.start_us()):
+        for event in sorted(
+            events, key=lambda event: event.start_ns() if hasattr(event, "start_ns") else event.start_us()
+        ):
             now += event.nbytes()
             top = max(top, now)
         phases[name] = top
@@ -121,7 +129,11 @@ def main(rows: list[str]) -> None:
         measured = [found[name] for name in TENSORS] + [found["phases"][name] for name in PHASES]
         predicted += [max(ahead.tensors.values()), ahead.total - p.process + memory.LOADED]
         measured += [max(found["phases"].values()), found["resident"]]
-        print(f"{row:34}" + "".join(f"{x / 1e9:10.3f} {y / max(1, x):5.0%} " for x, y in zip(predicted, measured, strict=True)), flush=True)
+        print(
+            f"{row:34}"
+            + "".join(f"{x / 1e9:10.3f} {y / max(1, x):5.0%} " for x, y in zip(predicted, measured, strict=True)),
+            flush=True,
+        )
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
 
 

@@ -49,7 +49,9 @@ def worker(width: int, ctx_len: int, micro_bsz: int, layers: int, rounds: int) -
 def measure(width: int, rounds: int, at: dict[str, int]) -> list[float]:
     """The same in a process of its own."""
     numbers = [str(number) for number in (width, *at.values(), rounds)]
-    done = subprocess.run([sys.executable, __file__, "--worker", *numbers], stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, "--worker", *numbers], stdout=subprocess.PIPE, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(f"{at} ended with {done.returncode}")
     return json.loads(done.stdout)

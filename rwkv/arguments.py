@@ -165,7 +165,9 @@ class _Reader:
             self.wrong.append(f"{where}{name}: not a flag of this program, but of {' and '.join(others[:1])}")
         elif entry:
             answer = entry.answer(name, value)
-            elsewhere = [word for word in re.findall(r"--\w+", entry.advice) if word.removeprefix("--") not in self.fields]
+            elsewhere = [
+                word for word in re.findall(r"--\w+", entry.advice) if word.removeprefix("--") not in self.fields
+            ]
             self.foreign.append(where + answer + (" (in the training scripts)" if elsewhere else ""))
         else:
             hint = f"did you mean --{near[0]}?" if near else f"see {Path(sys.argv[0]).name} --help"
@@ -187,7 +189,9 @@ class _Reader:
         if argument.split("=")[0] in self.fields:
             return f"{argument}: flags begin with two dashes: --{argument}"
         if argument.startswith("#"):
-            return f'{argument}{after}: a comment cannot follow the "\\" that continues a line; remove it from the script'
+            return (
+                f'{argument}{after}: a comment cannot follow the "\\" that continues a line; remove it from the script'
+            )
         return f'unexpected argument {argument}{after}: every value needs its flag before it, and one with spaces needs quotes, such as "my data.jsonl"'
 
     def file(self, path: str) -> None:
@@ -198,7 +202,9 @@ class _Reader:
             if isinstance(value, list) and not any(isinstance(word, list | dict) for word in value):
                 value = ",".join(value)
             if not isinstance(value, str):
-                self.wrong.append(f"{where}{key}: expected one value, not a {'list' if isinstance(value, list) else 'mapping'}")
+                self.wrong.append(
+                    f"{where}{key}: expected one value, not a {'list' if isinstance(value, list) else 'mapping'}"
+                )
             elif field is None:
                 self.unknown(str(key), name[2:], value, where)
             elif value not in ("null", "~"):

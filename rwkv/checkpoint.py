@@ -51,7 +51,8 @@ def check_output(path: PathLike, endings: Sequence[str] = ENDINGS) -> Path:
     if ending not in endings:
         known = ", ".join(x for x in endings if x)
         raise UserError(
-            f"{path}: files that end in {ending} are not written; end the name in {known}" + (", or in nothing" * ("" in endings))
+            f"{path}: files that end in {ending} are not written; end the name in {known}"
+            + (", or in nothing" * ("" in endings))
         )
     if os.path.isdir(path):
         raise UserError(f"{path}: a folder; give the name of a file")
@@ -59,7 +60,10 @@ def check_output(path: PathLike, endings: Sequence[str] = ENDINGS) -> Path:
 
 
 def write_tensors(
-    path: PathLike, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], check: Callable[[Path], None] | None = None
+    path: PathLike,
+    tensors: Mapping[str, Tensor],
+    manifest: Mapping[str, Any],
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the tensors and, beside them, `<path>.json`; each atomically.
 
@@ -113,7 +117,9 @@ def sizes_of(tensors: Mapping[str, Tensor], path: PathLike) -> Sizes:
         raise UserError(f"{path}: {kind}")
     layers = {int(match[1]) for key in tensors if (match := re.match(r"blocks\.(\d{1,9})\.", key))}
     pre_ffn = "blocks.0.ffnPre.key.weight" in tensors
-    first_att = next((f"blocks.{layer}.att." for layer in sorted(layers) if f"blocks.{layer}.att.time_decay" in tensors), None)
+    first_att = next(
+        (f"blocks.{layer}.att." for layer in sorted(layers) if f"blocks.{layer}.att.time_decay" in tensors), None
+    )
     wanted = ["emb.weight", "blocks.0.ffn.key.weight"]
     missing = [key for key in wanted if key not in tensors or tensors[key].dim() != 2]
     if missing or not layers or (first_att is None and not pre_ffn):
@@ -220,7 +226,9 @@ def fill(model: RWKV, tensors: Mapping[str, Tensor], path: PathLike, partial: bo
         UserError: a key that does not fit, or has NaN or Inf, by name.
     """
     check_finite(tensors, path)
-    _fill(model, tensors, {name: p.shape for name, p in model.named_parameters() if name in tensors or not partial}, path)
+    _fill(
+        model, tensors, {name: p.shape for name, p in model.named_parameters() if name in tensors or not partial}, path
+    )
 
 
 def save_model(
@@ -237,7 +245,11 @@ def save_model(
 
 
 def save_adapter(
-    path: PathLike, model: RWKV, adapter: Mapping[str, Any], manifest: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None
+    path: PathLike,
+    model: RWKV,
+    adapter: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapter alone. `adapter`: r, alpha, parts, base, base_sha256. `weights` as in save_model."""
     tensors = lora.adapter_state(model, adapter["parts"]) if weights is None else weights
@@ -260,7 +272,9 @@ def find_base(path: PathLike) -> Path | None:
     return manifests.find_base(adapter_manifest(path), path)
 
 
-def inspect_adapter(path: PathLike, base: PathLike | None = None, alpha: float | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def inspect_adapter(
+    path: PathLike, base: PathLike | None = None, alpha: float | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An adapter's tensors and what is known of it: r, parts, alpha, base, base_sha256. Nothing of the base but its hash is read.
 
     r and the parts come from the tensors (r from the manifest if none is of rank r). alpha, base and its hash come from the manifest, or from the
@@ -282,7 +296,9 @@ def inspect_adapter(path: PathLike, base: PathLike | None = None, alpha: float |
             " program that wrote it, and give the merged model"
         )
     if len(ranks) > 1:
-        raise UserError(f"{path}: its layers have different ranks ({', '.join(map(str, sorted(ranks)))}), and one for all is supported")
+        raise UserError(
+            f"{path}: its layers have different ranks ({', '.join(map(str, sorted(ranks)))}), and one for all is supported"
+        )
     if not parts:
         raise UserError(f"{path}: not a LoRA adapter (its tensors are {_some(sorted(tensors), 3)})")
     check_finite(tensors, path)
@@ -296,7 +312,9 @@ def inspect_adapter(path: PathLike, base: PathLike | None = None, alpha: float |
             f"{path}: of rank {known['r']}, and {manifests.path_of(path).name} says {manifest.get('r')}: it belongs to another file"
         )
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-        raise UserError(f"{path}: alpha {alpha} was given; it is a number above 0, the one that the adapter was trained with")
+        raise UserError(
+            f"{path}: alpha {alpha} was given; it is a number above 0, the one that the adapter was trained with"
+        )
     if alpha is not None and known.setdefault("alpha", alpha) != alpha:
         raise UserError(
             f"{path}: trained with alpha {known['alpha']:g}, and alpha {alpha:g} was given; omit alpha, or give {known['alpha']:g}"
@@ -347,7 +365,9 @@ def load_combined(
     Raises UserError as load_model and inspect_adapter do.
     """
     found, parts, r = [], set(), 0
-    for path, weight in zip(adapters, weights, strict=True):  # before the base is read: their manifests say which it must be
+    for path, weight in zip(
+        adapters, weights, strict=True
+    ):  # before the base is read: their manifests say which it must be
         tensors, known = inspect_adapter(path, base, alpha)
         found.append((tensors, known["alpha"] / known["r"], weight))
         parts |= set(known["parts"])
@@ -373,7 +393,9 @@ def _check_adapter_keys(model: RWKV, tensors: Mapping[str, Tensor], path: PathLi
             shapes[key] = torch.Size([r, weight.shape[1]] if half == "A" else [weight.shape[0], r])
         elif weight is not None:
             shapes[key] = weight.shape
-    absent = {f"{key[:-1]}{other}" for key in tensors if key.endswith((".lora_A", ".lora_B")) for other in "AB"} - tensors.keys()
+    absent = {
+        f"{key[:-1]}{other}" for key in tensors if key.endswith((".lora_A", ".lora_B")) for other in "AB"
+    } - tensors.keys()
     _check_keys(tensors, {**shapes, **{key: torch.Size() for key in absent}}, path)
 
 
@@ -394,7 +416,11 @@ def _check_keys(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size],
         for key in sorted(shapes.keys() & tensors.keys())
         if tensors[key].shape != shapes[key]
     ]
-    complaints = [f"{word}: {_some(keys)}" for word, keys in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen)) if keys]
+    complaints = [
+        f"{word}: {_some(keys)}"
+        for word, keys in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen))
+        if keys
+    ]
     if complaints:
         raise UserError(f"{path}: its keys do not fit. " + "; ".join(complaints))
 

@@ -27,15 +27,21 @@ def parse(config: type[Config], description: str, argv: Sequence[str] | None = N
         UserError: flags of the upstream programs that are not supported here.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(description=description, usage="%(prog)s [--flag value ...]", allow_abbrev=False, formatter_class=_Help)
-    parser.add_argument("--config", action="config", help="Read flags from a YAML file; those of the command line take precedence.")
+    parser = _Parser(
+        description=description, usage="%(prog)s [--flag value ...]", allow_abbrev=False, formatter_class=_Help
+    )
+    parser.add_argument(
+        "--config", action="config", help="Read flags from a YAML file; those of the command line take precedence."
+    )
     parser.add_class_arguments(config)
     _group(parser)
     if {"-h", "--help"} & set(argv):
         argv = ["--help"]
     else:
         try:
-            argv = arguments.read(argv, config, [option for action in parser._actions for option in action.option_strings])
+            argv = arguments.read(
+                argv, config, [option for action in parser._actions for option in action.option_strings]
+            )
         except arguments.UsageError as error:
             parser.error(str(error))
     values = vars(parser.parse_args(argv))
@@ -61,7 +67,9 @@ def sentences() -> Iterator[None]:
     except OSError as error:
         _end(in_words(error))
     except MemoryError as error:
-        _end(f"out of memory on the host{f' ({error})' if str(error) else ''}; close other programs, or use a smaller model or input")
+        _end(
+            f"out of memory on the host{f' ({error})' if str(error) else ''}; close other programs, or use a smaller model or input"
+        )
 
 
 _REMEDIES = {
@@ -79,7 +87,9 @@ _REMEDIES = {
 
 def in_words(error: OSError) -> str:
     """One line: the file or files, what the operating system says of them, and what to do."""
-    files = " -> ".join(os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes))
+    files = " -> ".join(
+        os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)
+    )
     what = error.strerror or " ".join(str(error).split()) or type(error).__name__
     remedy = _REMEDIES.get(error.errno or 0)
     return ": ".join(filter(None, [files[:300], what])) + (f"; {remedy}" if remedy else "")
@@ -104,7 +114,9 @@ def _group(parser: ArgumentParser) -> None:
 
 
 class _Help(DefaultHelpFormatter):
-    def _fill_text(self, text: str, width: int, indent: str) -> str:  # a script's docstring has lines of commands: kept as they are
+    def _fill_text(
+        self, text: str, width: int, indent: str
+    ) -> str:  # a script's docstring has lines of commands: kept as they are
         return text.strip()
 
 

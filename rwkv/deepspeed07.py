@@ -20,7 +20,9 @@ def _flatten_without_compiling() -> None:
     """Its engine and its ZeRO optimizers compile a C++ extension when they are made, which takes g++, ninja and Python.h, that is two functions of torch's."""
     from deepspeed.ops.op_builder import UtilsBuilder
 
-    loaded = SimpleNamespace(flatten=torch._utils._flatten_dense_tensors, unflatten=torch._utils._unflatten_dense_tensors)
+    loaded = SimpleNamespace(
+        flatten=torch._utils._flatten_dense_tensors, unflatten=torch._utils._unflatten_dense_tensors
+    )
     UtilsBuilder.load = lambda *_, **__: loaded
 
 
@@ -30,7 +32,9 @@ def _reduce_in_the_gradients_dtype() -> None:
 
     reduce_bucket, reduce_tensor = zero.allreduce_bucket, zero.gradient_reduction_w_predivide
 
-    def allreduce_bucket(self: Any, bucket: list[torch.Tensor], communication_data_type: Any = None, **options: Any) -> torch.Tensor:
+    def allreduce_bucket(
+        self: Any, bucket: list[torch.Tensor], communication_data_type: Any = None, **options: Any
+    ) -> torch.Tensor:
         return reduce_bucket(self, bucket, communication_data_type or _communicated(self, bucket[0]), **options)
 
     def gradient_reduction_w_predivide(self: Any, tensor: torch.Tensor) -> torch.Tensor:

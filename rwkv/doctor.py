@@ -40,7 +40,18 @@ class Finding:
 
 def examine(folder: str | Path = ".") -> Iterator[Finding]:
     """Look at everything, one finding after another; `folder` is where runs will write. Nothing is changed or downloaded."""
-    for check in (_python, _torch, _packages, _gpus, _compilers, _kernels, _deepspeed, _shared_memory, _memory, _entropy):
+    for check in (
+        _python,
+        _torch,
+        _packages,
+        _gpus,
+        _compilers,
+        _kernels,
+        _deepspeed,
+        _shared_memory,
+        _memory,
+        _entropy,
+    ):
         yield from _guarded(check)
     yield from _guarded(lambda: _disk(Path(folder)))
     yield from _guarded(lambda: _writable(Path(folder)))
@@ -59,14 +70,19 @@ def _python() -> Iterator[Finding]:
     wanted = compat.pythons()
     fits = ".".join(platform.python_version_tuple()[:2]) in wanted
     yield Finding(
-        "Python", "ok" if fits else "warn", found, "" if fits else f"this stack is locked for Python {', '.join(wanted)}: make venv"
+        "Python",
+        "ok" if fits else "warn",
+        found,
+        "" if fits else f"this stack is locked for Python {', '.join(wanted)}: make venv",
     )
 
 
 def _torch() -> Iterator[Finding]:
     cuda = torch.version.cuda
     yield Finding(
-        "torch", "ok", f"{torch.__version__}, " + (f"CUDA {cuda}" if cuda else "a CPU build") + f", {torch.get_num_threads()} threads"
+        "torch",
+        "ok",
+        f"{torch.__version__}, " + (f"CUDA {cuda}" if cuda else "a CPU build") + f", {torch.get_num_threads()} threads",
     )
 
 
@@ -95,7 +111,9 @@ def _packages() -> Iterator[Finding]:
         yield Finding("packages", "ok", f"all {count} as locked for the stack {stack}")
         return
     more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-    yield Finding("packages", "warn", f"{', '.join(wrong[:4])}{more}", f"make venv STACK={stack} installs the locked ones")
+    yield Finding(
+        "packages", "warn", f"{', '.join(wrong[:4])}{more}", f"make venv STACK={stack} installs the locked ones"
+    )
 
 
 def _gpus() -> Iterator[Finding]:
@@ -104,7 +122,11 @@ def _gpus() -> Iterator[Finding]:
         oldest, own = compat.drivers().get((torch.version.cuda or "").split(".")[0], (0, 0))
         major = int(driver.split(".")[0])
         status: Status = "fail" if major < oldest else "warn" if major < own else "ok"
-        remedy = f"CUDA {torch.version.cuda} came with driver {own} and needs {oldest} at least: update it" if major < own else ""
+        remedy = (
+            f"CUDA {torch.version.cuda} came with driver {own} and needs {oldest} at least: update it"
+            if major < own
+            else ""
+        )
         yield Finding("driver", status, driver, remedy)
     if not torch.cuda.is_available():
         if not driver:
@@ -154,11 +176,21 @@ def _compilers() -> Iterator[Finding]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # as rwkv.wkv.build looks
     ninja = _version(shutil.which("ninja", path=path), "(.+)")
     missing = "none" + ("; the kernels are compiled already" if built else "")
-    yield Finding("ninja", "ok" if ninja or built else "warn", ninja or missing, "" if ninja or built else "make venv brings it")
+    yield Finding(
+        "ninja", "ok" if ninja or built else "warn", ninja or missing, "" if ninja or built else "make venv brings it"
+    )
     nvrtc = compat.nvrtc()
-    yield Finding("NVRTC", "ok", f"{nvrtc.name}; nvcc is not needed" if nvrtc else "none: kernels for the CPU alone can be compiled")
+    yield Finding(
+        "NVRTC",
+        "ok",
+        f"{nvrtc.name}; nvcc is not needed" if nvrtc else "none: kernels for the CPU alone can be compiled",
+    )
     nvcc, cuda = _version(shutil.which("nvcc"), r"release ([\d.]+)"), torch.version.cuda or "none"
-    serves = "DeepSpeed can compile its own CUDA ops" if nvcc == cuda else f"not needed; DeepSpeed's own CUDA ops would ask for {cuda}"
+    serves = (
+        "DeepSpeed can compile its own CUDA ops"
+        if nvcc == cuda
+        else f"not needed; DeepSpeed's own CUDA ops would ask for {cuda}"
+    )
     yield Finding("nvcc", "ok", f"{nvcc}, {serves}" if nvcc else "none: not needed")
 
 
@@ -166,7 +198,9 @@ def _version(program: str | None, pattern: str) -> str:
     """What a program says of itself; empty if there is none."""
     if not program:
         return ""
-    said = re.search(pattern, subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout)
+    said = re.search(
+        pattern, subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    )
     return said[1] if said else "of an unknown version"
 
 
@@ -175,7 +209,10 @@ def _kernels() -> Iterator[Finding]:
     reason = native.refusal()
     if reason:
         yield Finding(
-            "WKV on the CPU", "warn", reason.split("; run:")[0], f"{target('kernels')}; until then training takes a thousand times longer"
+            "WKV on the CPU",
+            "warn",
+            reason.split("; run:")[0],
+            f"{target('kernels')}; until then training takes a thousand times longer",
         )
     else:
         yield _right("WKV on the CPU", torch.device("cpu"), torch.ops.rwkv.cpu_vectors(""))
@@ -185,7 +222,9 @@ def _kernels() -> Iterator[Finding]:
         if reason:
             yield Finding(name, "fail", reason.split("; run:")[0], target("kernels"))
         else:
-            yield _right(name, torch.device("cuda", index), build.device_code(torch.cuda.get_device_capability(index)).name)
+            yield _right(
+                name, torch.device("cuda", index), build.device_code(torch.cuda.get_device_capability(index)).name
+            )
 
 
 def _right(name: str, device: torch.device, found: str) -> Finding:
@@ -203,7 +242,10 @@ def _right(name: str, device: torch.device, found: str) -> Finding:
     if error < 1e-4:  # sums over 200 tokens in fp32, in another order
         return Finding(name, "ok", f"{found}, within {error:.0e} of the reference")
     return Finding(
-        name, "fail", f"{found}, off by {error:.0e}", f"rm -r rwkv/wkv/lib and {target('kernels')}; if it stays, please report it"
+        name,
+        "fail",
+        f"{found}, off by {error:.0e}",
+        f"rm -r rwkv/wkv/lib and {target('kernels')}; if it stays, please report it",
     )
 
 
@@ -213,12 +255,20 @@ def _deepspeed() -> Iterator[Finding]:
             importlib.import_module("deepspeed")
             ops = compat.deepspeed_ops()
     except Exception as error:  # whatever an import may raise: DeepSpeed is not needed to train
-        yield Finding("DeepSpeed", "warn", f"does not import ({type(error).__name__}: {error})", "make venv; training without it works")
+        yield Finding(
+            "DeepSpeed",
+            "warn",
+            f"does not import ({type(error).__name__}: {error})",
+            "make venv; training without it works",
+        )
         return
     found = f"{importlib.metadata.version('deepspeed')}, compiled ops: {', '.join(ops) or 'none (torch has a fused Adam)'}; no compiler is needed to train with it"
     if broken := [f"{name} does not load ({reason})" for name, reason in ops.items() if reason]:
         yield Finding(
-            "DeepSpeed", "warn", f"{found}; {', '.join(broken)}", "install that library of CUDA; torch's Adam does its work until then"
+            "DeepSpeed",
+            "warn",
+            f"{found}; {', '.join(broken)}",
+            "install that library of CUDA; torch's Adam does its work until then",
         )
     else:
         yield Finding("DeepSpeed", "ok", found)
@@ -232,7 +282,10 @@ def _shared_memory() -> Iterator[Finding]:
     size = shutil.disk_usage(path).total
     small = size < GIB
     yield Finding(
-        "shared memory", "warn" if small else "ok", f"{size / GIB:.1f} GiB", "in a container: --ipc=host or --shm-size=8g" if small else ""
+        "shared memory",
+        "warn" if small else "ok",
+        f"{size / GIB:.1f} GiB",
+        "in a container: --ipc=host or --shm-size=8g" if small else "",
     )
 
 
@@ -253,14 +306,22 @@ def _entropy() -> Iterator[Finding]:
     if path.exists():
         bits = int(path.read_text())
         low = bits < 200
-        yield Finding("entropy", "warn" if low else "ok", f"{bits} bits", "seeding may wait: sudo apt install haveged" if low else "")
+        yield Finding(
+            "entropy",
+            "warn" if low else "ok",
+            f"{bits} bits",
+            "seeding may wait: sudo apt install haveged" if low else "",
+        )
 
 
 def _disk(folder: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(folder).free / GIB
     low = free < 10
     yield Finding(
-        "disk", "warn" if low else "ok", f"{free:.0f} GiB free", "a checkpoint of a 1.5b model is 3 to 6 GiB: make room" if low else ""
+        "disk",
+        "warn" if low else "ok",
+        f"{free:.0f} GiB free",
+        "a checkpoint of a 1.5b model is 3 to 6 GiB: make room" if low else "",
     )
 
 
@@ -272,7 +333,12 @@ def _writable(folder: Path) -> Iterator[Finding]:
     }
     shut = [f"{what} ({place})" for what, place in places.items() if not _can_write(place)]
     remedy = f"user {os.getuid()} must be able to write there: chown, another folder, or TMPDIR, XDG_CACHE_HOME"
-    yield Finding("writable", "fail" if shut else "ok", f"not: {', '.join(shut)}" if shut else ", ".join(places), remedy if shut else "")
+    yield Finding(
+        "writable",
+        "fail" if shut else "ok",
+        f"not: {', '.join(shut)}" if shut else ", ".join(places),
+        remedy if shut else "",
+    )
 
 
 def _can_write(place: Path) -> bool:

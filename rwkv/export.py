@@ -22,7 +22,9 @@ def tensors_of(model: RWKV, dtype: str) -> dict[str, Tensor]:
     Raises:
         UserError: a weight that fp16 does not hold.
     """
-    made = {name: p.detach() if dtype == "keep" else p.detach().to(DTYPES[dtype]) for name, p in model.named_parameters()}
+    made = {
+        name: p.detach() if dtype == "keep" else p.detach().to(DTYPES[dtype]) for name, p in model.named_parameters()
+    }
     if lost := [name for name, tensor in made.items() if not torch.isfinite(tensor).all()]:
         raise UserError(f"{lost[0]} is not finite in {dtype}; give --dtype bf16 or fp32")
     return made

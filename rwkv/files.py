@@ -19,7 +19,11 @@ from typing import Any, BinaryIO
 
 from rwkv.errors import UserError
 
-_FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "your quota is used up", errno.EFBIG: "larger than a file may be here"}
+_FULL = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "your quota is used up",
+    errno.EFBIG: "larger than a file may be here",
+}
 _UMASK = os.umask(0)  # can only be read by setting it: once, before there are threads
 os.umask(_UMASK)
 _HASHED = 4 << 30  # bytes of a file that `fingerprint` reads in full: some seconds
@@ -57,11 +61,17 @@ def exclusive(path: str | os.PathLike, what: str | os.PathLike, advice: str = "c
             handle, locked = _locked(path, what, advice)
     except OSError as error:
         _remove_empty(made)
-        raise UserError(f"{what}: cannot be written to ({error.strerror}: {error.filename or path}); {advice}") from error
+        raise UserError(
+            f"{what}: cannot be written to ({error.strerror}: {error.filename or path}); {advice}"
+        ) from error
     _HELD.add(handle)
     try:
         if not locked:
-            print(f"warning: {what}: this file system has no locks; take care that no other process uses it", file=sys.stderr, flush=True)
+            print(
+                f"warning: {what}: this file system has no locks; take care that no other process uses it",
+                file=sys.stderr,
+                flush=True,
+            )
         yield
     finally:
         with contextlib.suppress(OSError):  # the folder may have been moved or replaced
@@ -167,10 +177,14 @@ def full_disk(path: str | os.PathLike, left: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.EROFS:
-            raise UserError(f"{path}: this file system is read-only; write to another place, in the container to out/") from error
+            raise UserError(
+                f"{path}: this file system is read-only; write to another place, in the container to out/"
+            ) from error
         if error.errno not in _FULL:
             raise
-        raise UserError(f"{path}: {_FULL[error.errno]}; make room or write to another place, and run again. {left}") from error
+        raise UserError(
+            f"{path}: {_FULL[error.errno]}; make room or write to another place, and run again. {left}"
+        ) from error
 
 
 def abandoned(path: str | os.PathLike) -> list[Path]:
@@ -263,7 +277,10 @@ def _temporary(path: Path) -> Iterator[Path]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks: the name tells who writes it
+            if error.errno not in (
+                errno.EWOULDBLOCK,
+                errno.EACCES,
+            ):  # a file system without locks: the name tells who writes it
                 owned = f"{name.removesuffix('.tmp')}.{_owner()}.tmp"
                 os.rename(name, owned)
                 name = owned
@@ -298,7 +315,9 @@ def regular(path: str | os.PathLike, what: str = "file") -> Iterator[BinaryIO]:
             raise UserError(f"{path}: a folder, not a {what}")
         if not stat.S_ISREG(found.st_mode):
             raise UserError(f"{path}: a device or pipe, not a {what}; give a regular file")
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # what replaces it meanwhile cannot block either
+        handle = os.open(
+            path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        )  # what replaces it meanwhile cannot block either
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise

@@ -98,7 +98,11 @@ def in_words(p: Plan, found: Estimate, card: float = 0) -> str:
     lines.append("peaks:       " + ", ".join(f"{name} {value / GB:.2f}" for name, value in found.phases.items()))
     guide = guide_of(p.sizes)
     if guide and not p.lora:
-        more = "; more is computed here, as trained weights and Adam's moments are fp32" if found.total > guide * GB else ""
+        more = (
+            "; more is computed here, as trained weights and Adam's moments are fp32"
+            if found.total > guide * GB
+            else ""
+        )
         lines.append(f"guide:       the community's guide says {guide} GB for tuning all weights{more}")
     if card:
         lines += [f"{name + ':':<13}{value}" for name, value in on_card(p, card).items()]
@@ -120,7 +124,9 @@ def on_card(p: Plan, card: float) -> dict[str, Any]:
         return f"at most {count:,} at {fixed}" if count else f"none fits at {fixed}"
 
     answer: dict[str, Any] = {
-        "fits": f"yes, on {card:g} GB" if found.total <= limit else f"no, on {card:g} GB: it needs {found.total / GB:.1f}",
+        "fits": f"yes, on {card:g} GB"
+        if found.total <= limit
+        else f"no, on {card:g} GB: it needs {found.total / GB:.1f}",
         "micro_bsz": most("micro_bsz", "ctx_len"),
         "ctx_len": most("ctx_len", "micro_bsz"),
     }
@@ -137,18 +143,30 @@ def on_card(p: Plan, card: float) -> dict[str, Any]:
 
 def as_dict(p: Plan, found: Estimate, card: float = 0) -> dict[str, Any]:
     """The same for programs, in bytes."""
-    answer = {"plan": asdict(p), "device": found.device, "host": found.host, "phases": found.phases, "device_total": found.total}
+    answer = {
+        "plan": asdict(p),
+        "device": found.device,
+        "host": found.host,
+        "phases": found.phases,
+        "device_total": found.total,
+    }
     answer |= {"host_total": found.host_total, "guide_gb": guide_of(p.sizes)}
     return answer | ({"card_gb": card, **on_card(p, card)} if card else {})
 
 
 def table() -> str:
     """README's table: GB a GPU at ctx_len 1024, micro_bsz 1, bf16 with --grad_cp 1, one GPU; and beside it the guide's."""
-    rows = ["| model | LoRA | full | full, Adafactor | full, ZeRO-2 offload (host) | guide |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| model | LoRA | full | full, Adafactor | full, ZeRO-2 offload (host) | guide |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in MODELS:
         plan = Plan(sizes_of(name), grad_cp=True)
         full = replace(plan, lora=False)
-        factored, spread = estimate(replace(full, optimizer="adafactor")), estimate(replace(full, strategy="deepspeed_stage_2_offload"))
+        factored, spread = (
+            estimate(replace(full, optimizer="adafactor")),
+            estimate(replace(full, strategy="deepspeed_stage_2_offload")),
+        )
         cells = [f"{estimate(q).total / GB:.1f}" for q in (plan, full)] + [f"{factored.total / GB:.1f}"]
         cells.append(f"{spread.total / GB:.1f} ({math.ceil(spread.host_total / GB)})")
         rows.append(f"| {name} | {' | '.join(cells)} | {GUIDE.get(name, '')} |")

@@ -29,7 +29,9 @@ class Sampling:
     penalty_decay: float = 0.996
 
 
-def choose(logits: Tensor, sampling: Sampling, counts: dict[int, float], generator: torch.Generator | None = None) -> int:
+def choose(
+    logits: Tensor, sampling: Sampling, counts: dict[int, float], generator: torch.Generator | None = None
+) -> int:
     """The next token from logits [V], given how often each earlier one counts."""
     logits = logits.float().clone()
     for token, count in counts.items():
@@ -100,7 +102,9 @@ class Session:
         counts: dict[int, float] = {}
         text, shown = "", 0
         self.ended = "length"
-        marks = collections.deque([(0, self.state, self.logits)], maxlen=hold + 8)  # (characters, state and logits there)
+        marks = collections.deque(
+            [(0, self.state, self.logits)], maxlen=hold + 8
+        )  # (characters, state and logits there)
         for _ in range(max_tokens):
             if cancelled():
                 self.ended = "cancelled"
@@ -141,7 +145,9 @@ class Session:
                 hidden, self.state = self.model.hidden(part[None], self.state)
             logits = self.model.head(hidden[0, -1]).float()
         if not logits.isfinite().all():
-            raise UserError("the model's logits are NaN or Inf; use --dtype fp32, and if they still are, the checkpoint is corrupt")
+            raise UserError(
+                "the model's logits are NaN or Inf; use --dtype fp32, and if they still are, the checkpoint is corrupt"
+            )
         return logits
 
 

@@ -21,7 +21,9 @@ def memory_of(gpu: bool, devices: int = 1) -> int:
     for i in range(max(1, min(devices, torch.cuda.device_count()))):
         properties = torch.cuda.get_device_properties(i)  # makes no CUDA context, which would take memory itself
         shared = getattr(properties, "is_integrated", 0)  # with the host
-        found.append(min(int(properties.total_memory), memory_of(gpu=False)) if shared else int(properties.total_memory))
+        found.append(
+            min(int(properties.total_memory), memory_of(gpu=False)) if shared else int(properties.total_memory)
+        )
     return min(found)
 
 

@@ -19,7 +19,10 @@ from rwkv.model.linear import Matrix, product, product_of_gradient, rows
 # The names are BlinkDL's. A part of matrices is several layers of a block, and any one of a block's layers is a part too: att.output.
 _MATRICES = {"att": ("att.key", "att.value", "att.receptance"), "ffn": ("ffn.key", "ffn.receptance", "ffn.value")}
 _LAYERS = (*_MATRICES["att"], "att.output", *_MATRICES["ffn"])
-_WHOLE = {"time": r"\.(att|ffn|ffnPre)\.time_\w+$", "ln": r"\.ln[012]\.(weight|bias)$"}  # trained whole, without an adapter
+_WHOLE = {
+    "time": r"\.(att|ffn|ffnPre)\.time_\w+$",
+    "ln": r"\.ln[012]\.(weight|bias)$",
+}  # trained whole, without an adapter
 PARTS = ("att", "ffn", "time", "ln", *_LAYERS)
 
 
@@ -51,7 +54,9 @@ class _Adapted(torch.autograd.Function):
             x = rows(ctx.again(*kept) if ctx.again else kept[0])
             ga = (glow.t() @ _dropped(ctx, x)).to(a.dtype)
         if ctx.needs_input_grad[3]:
-            gb = (low.t() @ flat).mul_(ctx.scale).t().to(b.dtype)  # [r, out] first: its long side lies in memory as the library wants it
+            gb = (
+                (low.t() @ flat).mul_(ctx.scale).t().to(b.dtype)
+            )  # [r, out] first: its long side lies in memory as the library wants it
         if ctx.needs_input_grad[0]:
             gx = product_of_gradient(flat, weight.to(dtype))
             if ctx.dropout:
@@ -81,7 +86,9 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor, again: fused.Recipe | None = None) -> Tensor:
         """x [..., in] → [..., out] in x's compute dtype; `again`: how x is formed again for A's gradient."""
         x = x.to(fused.compute_dtype(x))
-        return _Adapted.apply(x, self.weight, self.lora_A, self.lora_B, self.scale, self.dropout if self.training else 0.0, again)
+        return _Adapted.apply(
+            x, self.weight, self.lora_A, self.lora_B, self.scale, self.dropout if self.training else 0.0, again
+        )
 
     @torch.no_grad()
     def merged(self) -> Tensor:
@@ -118,7 +125,11 @@ def layers() -> tuple[str, ...]:
 def foreign_layers(names: Collection[str]) -> list[str]:
     """Of an adapter with tensors of these names the layers that cannot have one here, such as head or att.gate."""
     return sorted(
-        {layer for name in names if re.search(r"\.lora_[AB]$", name) and (layer := _layer(name[: -len(".lora_A")])) not in _LAYERS}
+        {
+            layer
+            for name in names
+            if re.search(r"\.lora_[AB]$", name) and (layer := _layer(name[: -len(".lora_A")])) not in _LAYERS
+        }
     )
 
 
@@ -140,7 +151,9 @@ def parts_of(names: Collection[str]) -> list[str]:
 
 def same_parts(parts: Collection[str]) -> list[str]:
     """The parts in the form of `parts_of`: in its order, the shortest names."""
-    return _shortest({layer for part in parts for layer in layers_of(part)}) + [part for part in _WHOLE if part in parts]
+    return _shortest({layer for part in parts for layer in layers_of(part)}) + [
+        part for part in _WHOLE if part in parts
+    ]
 
 
 def _shortest(layers: set[str]) -> list[str]:
@@ -148,15 +161,21 @@ def _shortest(layers: set[str]) -> list[str]:
     return full + sorted(layers - {layer for part in full for layer in _MATRICES[part]})
 
 
-def combine(adapters: Sequence[tuple[Mapping[str, Tensor], float, float]], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def combine(
+    adapters: Sequence[tuple[Mapping[str, Tensor], float, float]], base: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Several adapters (tensors, scale α/r, weight) as one of the sum of their ranks, whose own scale is 1: W + Σ weight · scale · B A. What
     they train whole moves from the base by Σ weight · (theirs − base)."""
     made: dict[str, Tensor] = {}
-    ranks = [next((t.shape[0] for name, t in tensors.items() if name.endswith(".lora_A")), 0) for tensors, _, _ in adapters]
+    ranks = [
+        next((t.shape[0] for name, t in tensors.items() if name.endswith(".lora_A")), 0) for tensors, _, _ in adapters
+    ]
     for name in sorted({name for tensors, _, _ in adapters for name in tensors}):
         if not re.search(r"\.lora_[AB]$", name):
             start = base[name].float()
-            made[name] = start + sum(weight * (tensors[name].float() - start) for tensors, _, weight in adapters if name in tensors)
+            made[name] = start + sum(
+                weight * (tensors[name].float() - start) for tensors, _, weight in adapters if name in tensors
+            )
             continue
         down = name.endswith("A")
         size = next(t[name].shape[1 if down else 0] for t, _, _ in adapters if name in t)
@@ -192,7 +211,9 @@ def mark_trainable(model: nn.Module, parts: Collection[str]) -> None:
 def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Keep the frozen matrices in this dtype and all else in fp32, one tensor after the other. Vectors are few, and decays are sensitive."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype if is_matrix(parameter) and not parameter.requires_grad else torch.float32)
+        parameter.data = parameter.data.to(
+            dtype if is_matrix(parameter) and not parameter.requires_grad else torch.float32
+        )
 
 
 def is_matrix(weight: Tensor) -> bool:

@@ -22,12 +22,23 @@ from rwkv.model import Sizes
 from rwkv.model.loss import CHUNK_BYTES, SLICE
 
 GB = 10**9
-MODELS = {"0.1b": (12, 768), "0.4b": (24, 1024), "1.5b": (24, 2048), "3b": (32, 2560), "7b": (32, 4096), "14b": (40, 5120)}
+MODELS = {
+    "0.1b": (12, 768),
+    "0.4b": (24, 1024),
+    "1.5b": (24, 2048),
+    "3b": (32, 2560),
+    "7b": (32, 4096),
+    "14b": (40, 5120),
+}
 """Layers and width of the published RWKV-4 models."""
-CONTEXT = 600 << 20  # CUDA context and libraries on a GPU, which torch's allocator does not see. Assumed: no GPU was at hand to measure it
+CONTEXT = (
+    600 << 20
+)  # CUDA context and libraries on a GPU, which torch's allocator does not see. Assumed: no GPU was at hand to measure it
 PROCESS = 290 << 20  # a process with torch 1.13.1 and Lightning, with a first step, without a model (LOG.md)
 LOADED = 20 << 20  # of it comes with the first step: torch's code for it. 16 to 34 MiB were seen
-HEAP = 32 << 20  # bytes: glibc maps blocks of so many or more and gives them back (HEAP_MAX_SIZE / 2); smaller ones it keeps (train/cpu.py)
+HEAP = (
+    32 << 20
+)  # bytes: glibc maps blocks of so many or more and gives them back (HEAP_MAX_SIZE / 2); smaller ones it keeps (train/cpu.py)
 STRATEGIES = (
     "auto",
     "ddp",
@@ -119,7 +130,10 @@ class Estimate:
     @property
     def tensors(self) -> dict[str, int]:
         """The peaks of the phases, of torch's allocator alone."""
-        return {name: sum(parts.values()) - parts["process"] - parts.get("heap", 0) for name, parts in self.phase_parts.items()}
+        return {
+            name: sum(parts.values()) - parts["process"] - parts.get("heap", 0)
+            for name, parts in self.phase_parts.items()
+        }
 
     @property
     def total(self) -> int:
@@ -145,7 +159,9 @@ def matrices(s: Sizes) -> list[tuple[str, int, int]]:
     for layer in range(s.n_layer):
         mixes = ("ffnPre", "ffn") if layer == 0 and s.pre_ffn else ("ffn",)
         found += [
-            (f"{mix}.{name}", *shape) for mix in mixes for name, shape in (("key", (F, D)), ("receptance", (D, D)), ("value", (D, F)))
+            (f"{mix}.{name}", *shape)
+            for mix in mixes
+            for name, shape in (("key", (F, D)), ("receptance", (D, D)), ("value", (D, F)))
         ]
         if "ffnPre" not in mixes:
             found += [(f"att.{name}", A, D) for name in ("key", "value", "receptance")] + [("att.output", D, A)]
@@ -162,7 +178,9 @@ def vectors(s: Sizes) -> dict[str, int]:
 def adapted(p: Plan) -> list[tuple[int, int]]:
     """Rows and columns of every matrix that gets an adapter."""
     wanted = p.layers
-    return [(rows, columns) for name, rows, columns in matrices(p.sizes) if p.lora and name.replace("Pre", "") in wanted]
+    return [
+        (rows, columns) for name, rows, columns in matrices(p.sizes) if p.lora and name.replace("Pre", "") in wanted
+    ]
 
 
 def trained(p: Plan) -> int:
@@ -170,7 +188,9 @@ def trained(p: Plan) -> int:
     if not p.lora:
         return total(p.sizes)
     small = vectors(p.sizes)
-    return sum(p.r * (rows + columns) for rows, columns in adapted(p)) + sum(small[part] for part in p.parts if part in small)
+    return sum(p.r * (rows + columns) for rows, columns in adapted(p)) + sum(
+        small[part] for part in p.parts if part in small
+    )
 
 
 def total(s: Sizes) -> int:
@@ -234,24 +254,52 @@ def estimate(p: Plan) -> Estimate:
     grown: Blocks = [(gradients, 1)] if zero else [(4.0, learns)]
     if not (p.lora or zero):
         grown = [(4.0, sum(vectors(s).values())), *((4.0 * rows * columns, 1) for _, rows, columns in matrices(s))]
-    head: Blocks = [] if p.lora else [((e if zero else 4.0) * s.vocab_size * s.n_embd, 1)]  # its gradient is formed in the forward pass
+    head: Blocks = (
+        [] if p.lora else [((e if zero else 4.0) * s.vocab_size * s.n_embd, 1)]
+    )  # its gradient is formed in the forward pass
     held = head + (grown if p.accumulate > 1 or zero >= 2 else [])
     block, outer, passing = _block(p), _outside(p), _passing(p)
     # With grad_cp the input of the first block is what ln0 keeps anyway.
-    inside = [(e * s.n_embd * p.tokens, s.n_layer - 1)] if p.grad_cp else [(size, count * s.n_layer) for size, count in block]
+    inside = (
+        [(e * s.n_embd * p.tokens, s.n_layer - 1)]
+        if p.grad_cp
+        else [(size, count * s.n_layer) for size, count in block]
+    )
     again = block if p.grad_cp else []
-    states: Parts = {"weights": [(weights, 1)], "gradients": [], "optimizer": [(optimizer, 1)], "activations": [], "logits": []}
+    states: Parts = {
+        "weights": [(weights, 1)],
+        "gradients": [],
+        "optimizer": [(optimizer, 1)],
+        "activations": [],
+        "logits": [],
+    }
     phases: dict[str, Parts] = {
-        "forward": {**states, "gradients": held, "activations": inside + outer, "logits": _logits(p), "workspace": buckets},
-        "backward": {**states, "gradients": held, "activations": inside + outer + again, "workspace": passing + buckets},
+        "forward": {
+            **states,
+            "gradients": held,
+            "activations": inside + outer,
+            "logits": _logits(p),
+            "workspace": buckets,
+        },
+        "backward": {
+            **states,
+            "gradients": held,
+            "activations": inside + outer + again,
+            "workspace": passing + buckets,
+        },
         "its end": {**states, "gradients": grown, "activations": outer + block, "workspace": passing + buckets},
         "optimizer": {**states, "gradients": grown, "workspace": _stepping(p) + buckets},
     }
-    made = {name: {part: sum(size * count for size, count in blocks) for part, blocks in parts.items()} for name, parts in phases.items()}
+    made = {
+        name: {part: sum(size * count for size, count in blocks) for part, blocks in parts.items()}
+        for name, parts in phases.items()
+    }
     if not p.gpu:
         for name, left in _left_over(phases).items():
             made[name]["heap"] = left
-    made["backward"] = max(made["backward"], made.pop("its end"), key=lambda parts: sum(parts.values()) - parts.get("heap", 0))
+    made["backward"] = max(
+        made["backward"], made.pop("its end"), key=lambda parts: sum(parts.values()) - parts.get("heap", 0)
+    )
     phase_parts = {name: _round(parts | {"process": CONTEXT if p.gpu else p.process}) for name, parts in made.items()}
     if p.gpu:
         loading = 4 * (numbers + adapters) * _per_node(p)  # a process reads the model before it goes to its GPU
@@ -265,7 +313,10 @@ def estimate(p: Plan) -> Estimate:
 def _left_over(phases: dict[str, Parts]) -> dict[str, float]:
     """Bytes, in each phase, that the C library holds of what others freed. It keeps blocks below HEAP bytes; larger ones go where one fits into what
     they left, and are mapped beside it otherwise."""
-    blocks = {name: [block for part in set(parts) - {"weights", "optimizer"} for block in parts[part]] for name, parts in phases.items()}
+    blocks = {
+        name: [block for part in set(parts) - {"weights", "optimizer"} for block in parts[part]]
+        for name, parts in phases.items()
+    }
     small = {name: sum(size * count for size, count in its if size < HEAP) for name, its in blocks.items()}
     left = {name: max(small.values()) - its for name, its in small.items()}
     for name, its in blocks.items():

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 # Fonts whose names match are looked at first: they have the scripts that matplotlib's own font lacks.
 _LIKELY = re.compile(
-    r"CJK|Han|Hei|Ming|Song|Kai|Fang|Gothic|Mincho|WenQuanYi|YaHei|PingFang|Hiragino|Fallback|Nanum|Malgun|Unicode|Unifont|Noto", re.I
+    r"CJK|Han|Hei|Ming|Song|Kai|Fang|Gothic|Mincho|WenQuanYi|YaHei|PingFang|Hiragino|Fallback|Nanum|Malgun|Unicode|Unifont|Noto",
+    re.I,
 )
 
 
@@ -26,7 +27,10 @@ def new(width: float = 8, height: float = 4.5) -> "tuple[Figure, Axes]":
         import numpy.ma
         from matplotlib.figure import Figure  # 25 MB: only where there is a picture
 
-        for kind in (numpy.float32, numpy.float64):  # numpy asks once what the smallest numbers are, and training flushes them to 0
+        for kind in (
+            numpy.float32,
+            numpy.float64,
+        ):  # numpy asks once what the smallest numbers are, and training flushes them to 0
             numpy.finfo(kind)
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -45,7 +49,9 @@ def save(figure: "Figure", image: Path) -> None:
 
 def set_title(axes: "Axes", text: str) -> None:
     """A title in whatever script it is: in a font that has its characters; what no installed font has is omitted, without warnings or boxes."""
-    text = "".join(" " if unicodedata.category(x).startswith(("C", "Z")) else x for x in unicodedata.normalize("NFC", text))
+    text = "".join(
+        " " if unicodedata.category(x).startswith(("C", "Z")) else x for x in unicodedata.normalize("NFC", text)
+    )
     families, covered = _fonts(frozenset(text))
     shown = re.sub(r"\s+", " ", re.sub("\0+", "…", "".join(x if x in covered else "\0" for x in text))).strip()
     axes.set_title(shown, fontfamily=families, parse_math=False)
@@ -63,7 +69,10 @@ def _fonts(characters: frozenset[str]) -> tuple[list[str], frozenset[str]]:
 
     own = font_manager.FontProperties(family="DejaVu Sans")
     families, covered = ["DejaVu Sans"], characters & _has(font_manager.findfont(own))
-    fonts = sorted(font_manager.fontManager.ttflist, key=lambda font: (not _LIKELY.search(font.name), font.weight != 400, font.name))
+    fonts = sorted(
+        font_manager.fontManager.ttflist,
+        key=lambda font: (not _LIKELY.search(font.name), font.weight != 400, font.name),
+    )
     for font in fonts if characters - covered else []:
         if font.name not in families and (found := (characters - covered) & _has(font.fname)):
             families.append(font.name)

@@ -35,7 +35,13 @@ def cut_note(max_tokens: int) -> str:
 class Conversation:
     """A chat that reads messages from stdin and prints answers to stdout; what is said about it goes to stderr."""
 
-    def __init__(self, begin: Callable[[], Session], sampling: Sampling, max_tokens: int, generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        begin: Callable[[], Session],
+        sampling: Sampling,
+        max_tokens: int,
+        generator: torch.Generator | None = None,
+    ):
         self.begin, self.sampling, self.max_tokens, self.generator = begin, sampling, max_tokens, generator
         self.chat = Chat(begin())
         self.last: tuple[str, tuple] | None = None  # the last message, and the session's state before it
@@ -96,7 +102,9 @@ class Conversation:
         elif command == "/temperature":
             self.temperature(argument)
         else:
-            _say(f"[unknown command {command}: /help lists the commands; to send it as a message, put a space before it]")
+            _say(
+                f"[unknown command {command}: /help lists the commands; to send it as a message, put a space before it]"
+            )
         return True
 
     def temperature(self, text: str) -> None:
@@ -179,8 +187,18 @@ def check_sampling(sampling: Sampling, max_tokens: int, seed: int) -> None:
         ("temperature", sampling.temperature, sampling.temperature >= 0, "0 (always the likeliest token) or more"),
         ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "more than 0 and at most 1"),
         ("penalty_decay", sampling.penalty_decay, 0 <= sampling.penalty_decay <= 1, "from 0 to 1"),
-        ("presence_penalty", sampling.presence_penalty, abs(sampling.presence_penalty) <= 100, "from -100 to 100, usually 0 to 2"),
-        ("frequency_penalty", sampling.frequency_penalty, abs(sampling.frequency_penalty) <= 100, "from -100 to 100, usually 0 to 2"),
+        (
+            "presence_penalty",
+            sampling.presence_penalty,
+            abs(sampling.presence_penalty) <= 100,
+            "from -100 to 100, usually 0 to 2",
+        ),
+        (
+            "frequency_penalty",
+            sampling.frequency_penalty,
+            abs(sampling.frequency_penalty) <= 100,
+            "from -100 to 100, usually 0 to 2",
+        ),
         ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
         ("seed", seed, -1 <= seed < 1 << 63, "-1 (another each time), or from 0 to 2^63 - 1"),
     ):

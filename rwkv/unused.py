@@ -46,7 +46,9 @@ def absent(*packages: str) -> Iterator[None]:
 class _Compiler(ModuleType):
     """torch._dynamo with the names that are asked of it where nothing is compiled. Asked for any other it becomes the real one."""
 
-    OptimizedModule = type("OptimizedModule", (), {})  # what torch.compile makes; Lightning asks of every model whether it is one
+    OptimizedModule = type(
+        "OptimizedModule", (), {}
+    )  # what torch.compile makes; Lightning asks of every model whether it is one
     __path__: Any = []  # it is a package
 
     @staticmethod

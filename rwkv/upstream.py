@@ -36,7 +36,9 @@ _IMAGES = {
     "my_img_version": "0", "my_img_size": "0", "my_img_bit": "0", "my_img_clip": "x", "my_img_clip_scale": "1", "my_img_l1_scale": "0",
     "my_img_encoder": "x", "my_ffn_shift": "1", "my_att_shift": "1", "my_pos_emb": "0",
 }  # fmt: skip
-_NO_QUANTISATION = "the base model is not quantised: leave it out, and use --lora_base bf16 to keep it in half the memory of fp32"
+_NO_QUANTISATION = (
+    "the base model is not quantised: leave it out, and use --lora_base bf16 to keep it in half the memory of fp32"
+)
 _ADAPTERS = "LoRA is the only adapter here: leave it out"
 
 NOT_SUPPORTED = {

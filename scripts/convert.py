@@ -27,7 +27,9 @@ if __name__ == "__main__":
             from rwkv.data.shards import merge
 
             for prefix, documents, tokens in merge(config.output_prefix, config.force):
-                print(f"{prefix}.bin and .idx: {documents:,} documents, {tokens:,} tokens. Train with {flags('--data_file', prefix)}")
+                print(
+                    f"{prefix}.bin and .idx: {documents:,} documents, {tokens:,} tokens. Train with {flags('--data_file', prefix)}"
+                )
         else:
             from rwkv.data.convert import convert
 

@@ -48,5 +48,7 @@ if __name__ == "__main__":
             raise UserError(f"one argument, the file to write.\n{__doc__}")
         texts = list(corpus())
         with whole(sys.argv[1]) as temporary:
-            temporary.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+            temporary.write_text(
+                "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8"
+            )
         print(f"{sys.argv[1]}: {len(texts)} documents, {sum(map(len, texts)) / 1e6:.1f} million characters")

@@ -41,11 +41,15 @@ def make_plan(c: EstimateConfig):
         if getattr(c, name) < 1:
             raise UserError(f"--{name} must be at least 1; it is {getattr(c, name)}")
     if c.model and c.model.lower() not in memory.MODELS:
-        raise UserError(f"--model {c.model} is not one of {', '.join(memory.MODELS)}; give --load_model, or --n_layer and --n_embd")
+        raise UserError(
+            f"--model {c.model} is not one of {', '.join(memory.MODELS)}; give --load_model, or --n_layer and --n_embd"
+        )
     if c.strategy not in memory.STRATEGIES:
         raise UserError(f"--strategy {c.strategy} is not one of {', '.join(memory.STRATEGIES)}")
     if unknown := set(lora.parts_in(c.lora_parts)) - set(lora.PARTS):
-        raise UserError(f"--lora_parts {c.lora_parts}: {', '.join(sorted(unknown))} is not one of {', '.join(lora.PARTS)}")
+        raise UserError(
+            f"--lora_parts {c.lora_parts}: {', '.join(sorted(unknown))} is not one of {', '.join(lora.PARTS)}"
+        )
     if c.load_model:
         sizes = checkpoint.sizes_of(checkpoint.read_tensors(c.load_model), c.load_model)
     elif c.model:

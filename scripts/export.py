@@ -44,7 +44,9 @@ def main(config: ExportConfig) -> None:
             found = export.difference(model, file, config.check_tokens, described)
 
     if written is output:
-        checkpoint.write_tensors(output, tensors, {"kind": "model", "version": "4", "sizes": vars(model.sizes), **origin}, prove)
+        checkpoint.write_tensors(
+            output, tensors, {"kind": "model", "version": "4", "sizes": vars(model.sizes), **origin}, prove
+        )
     else:
         settings = export.transformers_config(model.sizes, config.ctx_len, tensors["head.weight"].dtype)
         made = not output.exists()
@@ -60,7 +62,11 @@ def main(config: ExportConfig) -> None:
             raise
     print(printable(f"exported: {output} ({', '.join(dtypes)})"))
     if found:
-        print(printable(f"check:    largest logit difference from {config.model} {found[0]:.2e} (largest logit {found[1]:.2f})"))
+        print(
+            printable(
+                f"check:    largest logit difference from {config.model} {found[0]:.2e} (largest logit {found[1]:.2f})"
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -23,16 +23,22 @@ def main(config: GenerateConfig) -> None:
     if not config.model:
         raise UserError("--model is missing: the checkpoint to run")
     if config.prompt and config.ask:
-        raise UserError("--prompt continues a text and --ask answers a question: give one of them, or neither for a chat")
+        raise UserError(
+            "--prompt continues a text and --ask answers a question: give one of them, or neither for a chat"
+        )
     if config.lora_alpha and not config.lora:
         raise UserError("--lora_alpha belongs to an adapter: give it with --lora, or leave it out")
-    sampling = Sampling(config.temperature, config.top_p, config.presence_penalty, config.frequency_penalty, config.penalty_decay)
+    sampling = Sampling(
+        config.temperature, config.top_p, config.presence_penalty, config.frequency_penalty, config.penalty_decay
+    )
     check_sampling(sampling, config.max_tokens, config.seed)
     compat.wake_mkl()
     gpu = torch.cuda.is_available() and config.accelerator != "cpu"
     if config.accelerator == "gpu" and not gpu:
         raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or use --accelerator cpu")
-    dtype = matrices_dtype(config.dtype, checkpoint.read_tensors(config.model).get("head.weight", torch.empty(0)).dtype, gpu)
+    dtype = matrices_dtype(
+        config.dtype, checkpoint.read_tensors(config.model).get("head.weight", torch.empty(0)).dtype, gpu
+    )
     if config.lora:
         model, _ = checkpoint.load_tuned(config.model, config.lora, config.lora_alpha or None, matrices=dtype)
         model.to("cuda" if gpu else "cpu")

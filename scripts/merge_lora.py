@@ -37,7 +37,9 @@ def numbers(text: str, count: int) -> list[float]:
     if not all(map(math.isfinite, found)):
         raise UserError(f"--weights {text}: numbers separated by commas, such as 0.7,0.3; NaN and Inf are none")
     if len(found) != count:
-        raise UserError(f"--weights {text}: {len(found)} of them for {count} adapters; give one for each, or leave it out")
+        raise UserError(
+            f"--weights {text}: {len(found)} of them for {count} adapters; give one for each, or leave it out"
+        )
     return found
 
 
@@ -52,12 +54,18 @@ def main(config: MergeConfig) -> None:
     checkpoint.check_output(config.output)
     if os.path.lexists(config.output) and not config.force:
         raise UserError(f"{config.output} exists already; give --force to replace it, or another --output")
-    adapters = [config.adapter] if os.path.exists(config.adapter) else [path.strip() for path in config.adapter.split(",") if path.strip()]
+    adapters = (
+        [config.adapter]
+        if os.path.exists(config.adapter)
+        else [path.strip() for path in config.adapter.split(",") if path.strip()]
+    )
     weights = numbers(config.weights, len(adapters))
     manifest = checkpoint.adapter_manifest(adapters[0])
     base = config.base or checkpoint.find_base(adapters[0])
     if not base and manifest.get("base"):
-        raise UserError(f"{adapters[0]}: its base {manifest['base']}, which the .json beside it names, is not there; give --base")
+        raise UserError(
+            f"{adapters[0]}: its base {manifest['base']}, which the .json beside it names, is not there; give --base"
+        )
     if not base:
         raise UserError(f"{adapters[0]}: there is no .json beside it that names its base; give --base")
     device = "cuda" if config.use_gpu else "cpu"
@@ -65,7 +73,9 @@ def main(config: MergeConfig) -> None:
         raise UserError("--use_gpu: torch sees no GPU; check nvidia-smi, or leave it out")
     model, stored = checkpoint.load_combined(base, adapters, weights, config.lora_alpha or None)
     model.eval().to(device)
-    tokens = torch.randint(model.sizes.vocab_size, (1, max(1, config.check_tokens)), generator=torch.Generator().manual_seed(0)).to(device)
+    tokens = torch.randint(
+        model.sizes.vocab_size, (1, max(1, config.check_tokens)), generator=torch.Generator().manual_seed(0)
+    ).to(device)
 
     @torch.inference_mode()
     def logits() -> torch.Tensor:
@@ -93,7 +103,9 @@ def main(config: MergeConfig) -> None:
             if not math.isfinite(found["difference"]):
                 raise UserError(f"{config.output}: the logits of the merged model are NaN or Inf; nothing is written")
 
-    origin: dict[str, Any] = {key: manifest[key] for key in ("base_sha256", "tokenizer", "data", "data_sha256") if key in manifest}
+    origin: dict[str, Any] = {
+        key: manifest[key] for key in ("base_sha256", "tokenizer", "data", "data_sha256") if key in manifest
+    }
     sources = {manifests.portable(path, config.output): weight for path, weight in zip(adapters, weights, strict=True)}
     checkpoint.save_model(config.output, model, {"merged_from": sources, "base": str(base), **origin}, check=prove)
     dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in stored.values()})

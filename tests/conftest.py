@@ -29,7 +29,9 @@ compat.wake_mkl()  # as training does: runs in this process and in others are co
 hypothesis.settings.register_profile("rwkv", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("rwkv")
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background; tests of Ctrl-C need it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as a shell starts what runs in the background; tests of Ctrl-C need it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -42,9 +44,13 @@ def process_state() -> dict[str, object]:
         "working directory": os.getcwd(),
         "umask": umask,
         "locale": locale.setlocale(locale.LC_ALL),
-        "limits": {name: resource.getrlimit(getattr(resource, name)) for name in ("RLIMIT_AS", "RLIMIT_FSIZE", "RLIMIT_NOFILE")},
+        "limits": {
+            name: resource.getrlimit(getattr(resource, name)) for name in ("RLIMIT_AS", "RLIMIT_FSIZE", "RLIMIT_NOFILE")
+        },
         "signal handlers": {number.name: signal.getsignal(number) for number in HANDLED},
-        "sys.path": [path for path in sys.path if "site-packages" not in path],  # packages add to it when they are imported
+        "sys.path": [
+            path for path in sys.path if "site-packages" not in path
+        ],  # packages add to it when they are imported
         "torch threads": torch.get_num_threads(),
         "torch default dtype": torch.get_default_dtype(),
         "torch grad mode": torch.is_grad_enabled(),
@@ -164,9 +170,20 @@ def write_jsonl(tmp_path):
 def script(tmp_path):
     """Run a script as a user does; a wrong exit status fails the test with what was printed."""
 
-    def run(name: str, *arguments, status: int = 0, stdin: str = "", environment: dict | None = None) -> subprocess.CompletedProcess:
+    def run(
+        name: str, *arguments, status: int = 0, stdin: str = "", environment: dict | None = None
+    ) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300, check=False)
+        done = subprocess.run(
+            command,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            timeout=300,
+            check=False,
+        )
         assert done.returncode == status, f"{name} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 

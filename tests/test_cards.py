@@ -20,5 +20,8 @@ def test_a_card_is_known_by_its_memory_or_its_name(text, memory):
 
 @pytest.mark.parametrize("text", ["24GB", "24 GB", "9999", "RTX 9999", "-3", "nan", "inf", "big"])
 def test_anything_else_is_explained(text):
-    with pytest.raises(UserError, match=f'--card: expected a number of GB, such as 24, or a card\'s name, such as "RTX 4090"; got {text}'):
+    with pytest.raises(
+        UserError,
+        match=f'--card: expected a number of GB, such as 24, or a card\'s name, such as "RTX 4090"; got {text}',
+    ):
         memory_of_card(text)

@@ -31,7 +31,9 @@ def test_defaults_are_the_dataclass():
 
 def test_upstream_spellings_work():
     # as in the upstream READMEs: switches alone, dashes in the converter
-    assert parse(LoRAConfig, "", ["--lora", "--lora_r", "4", "--grad_cp", "1"]) == LoRAConfig(lora=True, lora_r=4, grad_cp=1)
+    assert parse(LoRAConfig, "", ["--lora", "--lora_r", "4", "--grad_cp", "1"]) == LoRAConfig(
+        lora=True, lora_r=4, grad_cp=1
+    )
     assert parse(ConvertConfig, "", ["--output-prefix", "x", "--append-eod", "--jsonl-keys=body"]).jsonl_keys == "body"
     assert parse(LoRAConfig, "", ["--lr_init", "1e-4", "--lora=false"]) == LoRAConfig(lr_init=1e-4, lora=False)
 
@@ -159,7 +161,9 @@ def test_all_mistakes_of_a_command_line_are_told_at_once(capsys):
     assert "usage" not in "".join(lines)
 
 
-@pytest.mark.parametrize("flag", ["--quark", "--lora_a", "--top_kk", "--loss", "--vocabulary_hash", "--emb_dim", "--beta3", "--head_scale"])
+@pytest.mark.parametrize(
+    "flag", ["--quark", "--lora_a", "--top_kk", "--loss", "--vocabulary_hash", "--emb_dim", "--beta3", "--head_scale"]
+)
 def test_a_name_that_is_not_close_is_not_guessed(flag, capsys):
     assert "did you mean" not in refused([flag, "1"], capsys)
 
@@ -230,11 +234,18 @@ def test_a_value_of_another_type_is_explained_in_words(argv, says, capsys):
 def test_switches_are_read_in_both_spellings_and_choices_in_any_case():
     for yes, no in (("1", "0"), ("true", "false"), ("True", "False"), ("yes", "no"), ("on", "off")):
         for flag in ("--grad_cp", "--auto"):
-            assert [bool(getattr(parse(LoRAConfig, "", [flag, value]), flag[2:])) for value in (yes, no)] == [True, False]
-    assert parse(LoRAConfig, "", ["--precision", "BF16", "--lr_init=1E-4"]) == LoRAConfig(precision="bf16", lr_init=1e-4)
+            assert [bool(getattr(parse(LoRAConfig, "", [flag, value]), flag[2:])) for value in (yes, no)] == [
+                True,
+                False,
+            ]
+    assert parse(LoRAConfig, "", ["--precision", "BF16", "--lr_init=1E-4"]) == LoRAConfig(
+        precision="bf16", lr_init=1e-4
+    )
 
 
-@pytest.mark.parametrize("text", ["null", "007", "[a", "1: 2", "{x}", "yes", "~", "a=b", "# c", " ", "-5 degrees", "--- a", "é\n你好"])
+@pytest.mark.parametrize(
+    "text", ["null", "007", "[a", "1: 2", "{x}", "yes", "~", "a=b", "# c", " ", "-5 degrees", "--- a", "é\n你好"]
+)
 def test_a_text_is_taken_as_it_is(text):
     assert parse(GenerateConfig, "", ["--prompt", text]).prompt == text
     assert parse(GenerateConfig, "", [f"--prompt={text}"]).prompt == text
@@ -267,7 +278,19 @@ def test_a_config_file_that_cannot_be_used_says_why(content, says, tmp_path, cap
 
 
 def test_a_printed_config_is_read_again(tmp_path, capsys):
-    argv = ["--proj_dir", "007", "--lr_init", "1e-4", "--overwrite", "--wandb", "", "--precision", "bf16", "--lora_parts", "att,ffn"]
+    argv = [
+        "--proj_dir",
+        "007",
+        "--lr_init",
+        "1e-4",
+        "--overwrite",
+        "--wandb",
+        "",
+        "--precision",
+        "bf16",
+        "--lora_parts",
+        "att,ffn",
+    ]
     with pytest.raises(SystemExit):
         parse(LoRAConfig, "", [*argv, "--print_config"])
     (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
@@ -281,7 +304,13 @@ def test_the_help_begins_with_what_a_newcomer_needs(capsys):
     headings = re.findall(r"^(\w.*):$", text, re.MULTILINE)
     assert headings[:2] == ["options", "Essential"]
     essential = text.split("Essential:")[1].split("\n\n")[0]
-    assert re.findall(r"^  --(\w+)", essential, re.MULTILINE)[:5] == ["load_model", "data_file", "proj_dir", "epoch_steps", "epoch_count"]
+    assert re.findall(r"^  --(\w+)", essential, re.MULTILINE)[:5] == [
+        "load_model",
+        "data_file",
+        "proj_dir",
+        "epoch_steps",
+        "epoch_count",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -290,7 +319,10 @@ def test_the_help_begins_with_what_a_newcomer_needs(capsys):
         (FileNotFoundError("shared library missing"), "error: shared library missing"),
         (FileNotFoundError(), "error: FileNotFoundError"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "data"), "error: data: Is a directory; give a file"),
-        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 999), f"error: {'x' * 300}: File name too long; use a shorter name"),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "x" * 999),
+            f"error: {'x' * 300}: File name too long; use a shorter name",
+        ),
         (
             PermissionError(errno.EACCES, "Permission denied", b"a"),
             "error: a: Permission denied; change its permissions, or use another file or folder",
@@ -325,7 +357,11 @@ def messages(path):
     """The texts of a module that may be printed: all but its docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     documented = ast.Module, ast.ClassDef, ast.FunctionDef
-    docstrings = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented) and isinstance(node.body[0], ast.Expr)}
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and isinstance(node.body[0], ast.Expr)
+    }
     strings = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
     return [node.value for node in strings if id(node) not in docstrings]
 
@@ -337,6 +373,9 @@ def test_the_flags_that_messages_name_exist(root):
             continue
         known = training if path.parent.name == "train" and path.name not in ADVISING else NAMES
         for text in messages(path):
-            named = {flag.replace("-", "_").replace("__", "--", 1) for flag in re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", text)}
+            named = {
+                flag.replace("-", "_").replace("__", "--", 1)
+                for flag in re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", text)
+            }
             unknown = {flag for flag in named if flag[2:] not in known} - OTHERS - UPSTREAMS
             assert not unknown, f"{path.relative_to(root)}: {text}"

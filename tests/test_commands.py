@@ -28,9 +28,18 @@ def way(request, monkeypatch):
 
 
 def paste(line: str, folder: Path) -> subprocess.CompletedProcess:
-    clean = {name: value for name, value in os.environ.items() if name not in ("ARGS", "PY", "STACK", "VENV", "MAKEFLAGS", "MAKELEVEL")}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("ARGS", "PY", "STACK", "VENV", "MAKEFLAGS", "MAKELEVEL")
+    }
     return subprocess.run(
-        ["bash", "-c", line], cwd=folder, capture_output=True, text=True, check=False, env=clean | {"PYTHONPATH": str(ROOT)}
+        ["bash", "-c", line],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=clean | {"PYTHONPATH": str(ROOT)},
     )
 
 

@@ -24,10 +24,14 @@ def test_nothing_fails_on_a_machine_without_a_gpu(script):
 
 def test_json_holds_every_finding(script, tmp_path):
     findings = json.loads(script("doctor.py", "--json", "true", "--folder", tmp_path).stdout)
-    assert {"Python", "torch", "packages", "WKV on the CPU", "DeepSpeed", "disk", "writable"} <= {finding["name"] for finding in findings}
+    assert {"Python", "torch", "packages", "WKV on the CPU", "DeepSpeed", "disk", "writable"} <= {
+        finding["name"] for finding in findings
+    }
     for finding in findings:
         assert set(finding) == {"name", "status", "found", "remedy"}
-        assert (finding["status"] == "ok") == (finding["remedy"] == ""), finding  # what is not well has a remedy, and only that
+        assert (finding["status"] == "ok") == (finding["remedy"] == ""), (
+            finding
+        )  # what is not well has a remedy, and only that
 
 
 def test_the_exit_status_says_whether_something_must_be_mended(script, tmp_path):
@@ -143,9 +147,13 @@ def test_a_driver_without_a_gpu_is_a_failure_with_a_remedy(monkeypatch):
 
 def test_a_machine_without_a_compiler_is_told_what_to_install(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name, path=None: None)
-    assert "C++ compiler" in {finding.name for finding in doctor._compilers() if finding.status == "ok"}  # compiled already: nothing to do
+    assert "C++ compiler" in {
+        finding.name for finding in doctor._compilers() if finding.status == "ok"
+    }  # compiled already: nothing to do
     monkeypatch.setattr(build, "refusal", lambda: "it is not compiled; run: make kernels")
-    assert "apt install g++" in next(finding for finding in doctor._compilers() if finding.name == "C++ compiler").remedy
+    assert (
+        "apt install g++" in next(finding for finding in doctor._compilers() if finding.name == "C++ compiler").remedy
+    )
 
 
 def test_little_room_is_found(monkeypatch):

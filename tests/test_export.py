@@ -20,9 +20,13 @@ def test_transformers_reads_the_folder(script, make_base, tmp_path):
     theirs = RwkvForCausalLM.from_pretrained(tmp_path / "hf").eval()
     with torch.no_grad():
         logits = theirs(TOKENS, use_cache=False).logits
-        torch.testing.assert_close(logits, load_model(base).eval()(TOKENS)[0], rtol=1e-4, atol=1e-4)  # fp32, sums in another order
+        torch.testing.assert_close(
+            logits, load_model(base).eval()(TOKENS)[0], rtol=1e-4, atol=1e-4
+        )  # fp32, sums in another order
     assert (theirs.config.attention_hidden_size, theirs.config.intermediate_size) == (24, 40)
-    assert "hf/model.safetensors exists already" in script("export.py", "--model", base, "--output", "hf", status=1).stderr
+    assert (
+        "hf/model.safetensors exists already" in script("export.py", "--model", base, "--output", "hf", status=1).stderr
+    )
 
 
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
@@ -54,4 +58,6 @@ def test_what_transformers_does_not_know_is_refused(script, make_base, tmp_path)
 
 def test_exporting_imports_no_other_program():
     program = "import sys; from rwkv import export; print('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
+    )

@@ -45,7 +45,9 @@ def test_files_of_one_kind_appear_together_and_the_mark_last(tmp_path, monkeypat
         (tmp_path / name).write_text("old")
     order = []
     replace = os.replace
-    monkeypatch.setattr("os.replace", lambda old, new: (order.append((new.name, (tmp_path / "mark").exists())), replace(old, new)))
+    monkeypatch.setattr(
+        "os.replace", lambda old, new: (order.append((new.name, (tmp_path / "mark").exists())), replace(old, new))
+    )
     with together([tmp_path / "part", tmp_path / "gone"], [tmp_path / "mark"]) as (part, gone, mark):
         part.write_text("new")
         mark.write_text("new")
@@ -70,7 +72,8 @@ def test_what_a_killed_run_left_is_known_and_goes_and_what_is_being_written_stay
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(errno.ENOSPC, "no space left on the device"), (errno.EDQUOT, "quota"), (errno.EFBIG, "larger")]
+    ("number", "words"),
+    [(errno.ENOSPC, "no space left on the device"), (errno.EDQUOT, "quota"), (errno.EFBIG, "larger")],
 )
 def test_a_full_disk_is_an_error_in_words(tmp_path, number, words):
     with pytest.raises(UserError, match=f"f: .*{words}.*; make room"), whole(tmp_path / "f"):
@@ -100,7 +103,10 @@ def test_a_read_only_file_system_is_named(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
 
     monkeypatch.setattr("tempfile.mkstemp", refuse)
-    with pytest.raises(UserError, match="f: this file system is read-only; write to another place"), whole(tmp_path / "f"):
+    with (
+        pytest.raises(UserError, match="f: this file system is read-only; write to another place"),
+        whole(tmp_path / "f"),
+    ):
         pass
 
 
@@ -114,7 +120,9 @@ with exclusive({str(path)!r}, "x"):
     print(flush=True)
     time.sleep(60)
 """
-    process = subprocess.Popen([sys.executable, "-c", program, "--flag", "a b"], stdout=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "--flag", "a b"], stdout=subprocess.PIPE, start_new_session=True
+    )
     assert process.stdout.readline() == b"\n"
     return process
 
@@ -125,7 +133,8 @@ def test_a_lock_is_held_by_one_process_which_is_named_and_a_killed_one_is_no_obs
     try:
         with (
             pytest.raises(
-                UserError, match=rf"out: in use by process {process.pid} on .* \(-c --flag 'a b'\)\. .*; or choose another --proj_dir"
+                UserError,
+                match=rf"out: in use by process {process.pid} on .* \(-c --flag 'a b'\)\. .*; or choose another --proj_dir",
             ),
             exclusive(path, "out", "choose another --proj_dir"),
         ):
@@ -207,6 +216,9 @@ def test_where_no_lock_can_be_written_is_an_error_in_words(tmp_path, place):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match="out: cannot be written to .*; choose another"), exclusive(tmp_path / place, "out"):
+    with (
+        pytest.raises(UserError, match="out: cannot be written to .*; choose another"),
+        exclusive(tmp_path / place, "out"),
+    ):
         pass
     assert sorted(tmp_path.rglob("*")) == before

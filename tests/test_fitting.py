@@ -15,7 +15,11 @@ def test_the_largest_batch_and_context_are_the_largest():
     limit = 12 * memory.GB
     for what, unit in (("micro_bsz", 1), ("ctx_len", 16)):
         most = fitting.largest(plan, limit, what)
-        assert estimate(replace(plan, **{what: most})).total <= limit < estimate(replace(plan, **{what: most + unit})).total
+        assert (
+            estimate(replace(plan, **{what: most})).total
+            <= limit
+            < estimate(replace(plan, **{what: most + unit})).total
+        )
     assert fitting.largest(replace(plan, lora=False), limit, "micro_bsz") == 0
 
 
@@ -30,11 +34,16 @@ def test_the_remedy_fits_and_is_the_first_that_does(gpu, method):
         before = [q for _, q in fitting.changes(plan)]
         assert all(estimate(q).total > limit for q in before[: before.index(changed)])
         for flag, value in re.findall(r"--(\w+) (\w+)", words):
-            assert str(getattr(changed, {"accumulate_grad_batches": "accumulate"}.get(flag, flag))) in (value, {"1": "True"}.get(value))
+            assert str(getattr(changed, {"accumulate_grad_batches": "accumulate"}.get(flag, flag))) in (
+                value,
+                {"1": "True"}.get(value),
+            )
     assert fitting.remedy(plan, 1000) is None
 
 
-@pytest.mark.parametrize(("strategy", "optimizer"), [("auto", "adam"), ("auto", "adafactor"), ("deepspeed_stage_2", "adam")])
+@pytest.mark.parametrize(
+    ("strategy", "optimizer"), [("auto", "adam"), ("auto", "adafactor"), ("deepspeed_stage_2", "adam")]
+)
 def test_no_change_puts_adafactor_under_deepspeed(strategy, optimizer):
     plan = Plan(memory.sizes_of("1.5b"), lora=False, strategy=strategy, optimizer=optimizer)
     changed = [q for _, q in fitting.changes(plan)]
@@ -55,14 +64,19 @@ def test_the_program_says_what_fits(script, make_base):
     assert "no, on 24 GB" in said
     assert "48 GB" in said
     assert not [line for line in said.splitlines() if line.endswith("0.00     0.00")]
-    said = script("estimate.py", "--model", "3b", "--method", "full", "--grad_cp", 1, "--micro_bsz", 1, "--card", "RTX 4090").stdout
+    said = script(
+        "estimate.py", "--model", "3b", "--method", "full", "--grad_cp", 1, "--micro_bsz", 1, "--card", "RTX 4090"
+    ).stdout
     # what is on the host is part of what a change costs
     assert re.search(
-        r"to fit: +--strategy deepspeed_stage_2_offload: 8\.\d GB on the card, and \d\d\.\d GB of the machine's memory", said
+        r"to fit: +--strategy deepspeed_stage_2_offload: 8\.\d GB on the card, and \d\d\.\d GB of the machine's memory",
+        said,
     ), said
     assert "micro_bsz:   none fits at ctx_len 1024" in said
     assert "got 24GB" in script("estimate.py", "--model", "3b", "--card", "24GB", status=1).stderr
-    found = json.loads(script("estimate.py", "--load_model", make_base(), "--card", 24, "--micro_bsz", 2, "--json").stdout)
+    found = json.loads(
+        script("estimate.py", "--load_model", make_base(), "--card", 24, "--micro_bsz", 2, "--json").stdout
+    )
     assert found["plan"]["sizes"]["n_embd"] == 16
     assert found["fits"].startswith("yes")
     assert found["device_total"] == sum(found["device"].values())

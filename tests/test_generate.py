@@ -131,7 +131,9 @@ def test_a_chat_reads_the_tokens_that_the_converter_makes(tmp_path, write_jsonl,
     chat = Chat(session)
     shown = ["".join(chat.ask(text, GREEDY, 50)) for text, _ in said]
     assert shown == [answer for _, answer in said]
-    messages = [{"role": role, "content": text} for turn in said for role, text in zip(("user", "assistant"), turn, strict=True)]
+    messages = [
+        {"role": role, "content": text} for turn in said for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
     data = Dataset(convert(ConvertConfig(input=str(write_jsonl({"messages": messages})), workers=1)).pairs[0][0])
     assert session.state == [0, *data.document(0).tolist()[:-1]]
 
@@ -174,7 +176,10 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it_and_temperature_shapes_the_
 
 def test_the_same_seed_writes_the_same_text(make_model):
     model = make_model(vocab_size=257)
-    texts = ["".join(Session(model, Letters()).write(Sampling(), 30, generator=torch.Generator().manual_seed(s))) for s in (1, 1, 2)]
+    texts = [
+        "".join(Session(model, Letters()).write(Sampling(), 30, generator=torch.Generator().manual_seed(s)))
+        for s in (1, 1, 2)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 

@@ -19,7 +19,13 @@ ROOMS = [
     ["rwkv/cli", "rwkv/files", "rwkv/limits", "rwkv/mapped", "rwkv/unused"],
     ["rwkv/pictures"],
     ["rwkv/weights/__init__", "rwkv/weights/archive", "rwkv/weights/unpickle"],
-    ["rwkv/weights/pth", "rwkv/weights/recognise", "rwkv/weights/kinds", "rwkv/weights/manifest", "rwkv/weights/safetensors_file"],
+    [
+        "rwkv/weights/pth",
+        "rwkv/weights/recognise",
+        "rwkv/weights/kinds",
+        "rwkv/weights/manifest",
+        "rwkv/weights/safetensors_file",
+    ],
     ["rwkv/weights/reading", "rwkv/weights/peft_adapter"],
     ["rwkv/wkv/nvrtc", "rwkv/wkv/reference"],
     ["rwkv/wkv/build"],
@@ -219,7 +225,9 @@ def test_everything_that_exists_is_in_the_readme_tree():
     for path in tracked():
         if path in unlisted or path.endswith("/__init__.py"):
             continue
-        covered = path in entries or any(entry.endswith("/") and path.startswith(entry) and entries[entry] for entry in entries)
+        covered = path in entries or any(
+            entry.endswith("/") and path.startswith(entry) and entries[entry] for entry in entries
+        )
         assert covered, f"{path} is not in the README's tree"
 
 
@@ -227,7 +235,9 @@ def test_files_have_one_job_and_nothing_is_large():
     for path in tracked():
         assert (ROOT / path).stat().st_size < 1_000_000, path
     for module in MODULES:
-        assert ast.get_docstring(ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))), f"{module} does not say what it is for"
+        assert ast.get_docstring(ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))), (
+            f"{module} does not say what it is for"
+        )
 
 
 def test_public_functions_are_documented():
@@ -240,5 +250,7 @@ def test_public_functions_are_documented():
 def test_the_two_readmes_speak_of_the_same_things():
     english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
     for pattern in (r"^    (make [^#\n]*?) *(?:#.*)?$", r"`(make \w+)`", r"`(scripts/\w+\.\w+)`", r"\]\(([\w/.]+)\)"):
-        ours, theirs = (set(re.findall(pattern, text, re.MULTILINE)) - {"README.md", "README.zh.md"} for text in (english, chinese))
+        ours, theirs = (
+            set(re.findall(pattern, text, re.MULTILINE)) - {"README.md", "README.zh.md"} for text in (english, chinese)
+        )
         assert ours == theirs, pattern

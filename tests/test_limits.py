@@ -23,7 +23,9 @@ def cgroups(tmp_path):
                 (point / group).mkdir(parents=True, exist_ok=True)
                 (point / group / {1: "memory.limit_in_bytes", 2: "memory.max"}[version]).write_text(f"{limit}\n")
             system = {1: "cgroup cgroup rw,memory", 2: "cgroup2 cgroup2 rw,nsdelegate"}[version]
-            mounts.append(f"3{i} 1 0:3{i} {root} {str(point).replace(' ', chr(92) + '040')} rw,nosuid shared:9 - {system}")
+            mounts.append(
+                f"3{i} 1 0:3{i} {root} {str(point).replace(' ', chr(92) + '040')} rw,nosuid shared:9 - {system}"
+            )
             groups.append({1: f"7:cpu,cpuacct:/elsewhere\n4:memory:{path}", 2: f"0::{path}"}[version])
         (tmp_path / "cgroup").write_text("\n".join(groups) + "\n")
         (tmp_path / "mountinfo").write_text("\n".join(mounts) + "\n")
@@ -36,7 +38,10 @@ NONE = 1 << 62
 CASES = {
     "a job of Slurm or systemd": ([(2, "/", "/a/b/c", {"a": "max", "a/b": 500 * MIB, "a/b/c": "max"})], 500 * MIB),
     "the lowest holds": ([(2, "/", "/a/b", {"a": 300 * MIB, "a/b": 400 * MIB})], 300 * MIB),
-    "version 1": ([(1, "/", "/slurm/job_1/step_0", {"slurm/job_1": 200 * MIB, "slurm/job_1/step_0": 0x7FFFFFFFFFFFF000})], 200 * MIB),
+    "version 1": (
+        [(1, "/", "/slurm/job_1/step_0", {"slurm/job_1": 200 * MIB, "slurm/job_1/step_0": 0x7FFFFFFFFFFFF000})],
+        200 * MIB,
+    ),
     "both versions": ([(2, "/", "/a", {"a": 900 * MIB}), (1, "/", "/b", {"b": 800 * MIB})], 800 * MIB),
     "a container with a namespace": ([(2, "/", "/", {".": 700 * MIB})], 700 * MIB),
     "a container without one": ([(2, "/docker/1f", "/docker/1f/x", {".": 600 * MIB, "x": "max"})], 600 * MIB),
@@ -64,7 +69,9 @@ def test_a_gpu_s_memory_is_that_of_the_devices_that_torch_sees(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(sizes))
     monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=sizes[i] * 10**9, is_integrated=shared[i])
+        torch.cuda,
+        "get_device_properties",
+        lambda i: SimpleNamespace(total_memory=sizes[i] * 10**9, is_integrated=shared[i]),
     )
     monkeypatch.setattr(limits, "_physical", lambda: 70 * 10**9)
     monkeypatch.setattr(limits, "_cgroup", lambda: 60 * 10**9)

@@ -51,7 +51,9 @@ def test_the_trainable_parameters_are_upstreams(make_model):
     expected |= {f"blocks.{i}.att.time_{n}" for i in (0, 1) for n in ("decay", "first", "mix_k", "mix_v", "mix_r")}
     expected |= {f"blocks.{i}.ffn.time_mix_{n}" for i in (0, 1) for n in "kr"}
     expected |= {
-        f"blocks.{i}.{ln}.{x}" for i, ln in ((0, "ln0"), (0, "ln1"), (0, "ln2"), (1, "ln1"), (1, "ln2")) for x in ("weight", "bias")
+        f"blocks.{i}.{ln}.{x}"
+        for i, ln in ((0, "ln0"), (0, "ln1"), (0, "ln2"), (1, "ln1"), (1, "ln2"))
+        for x in ("weight", "bias")
     }
     assert trained == expected  # not emb, head, ln_out, att.output
     assert set(lora.adapter_state(model, ["att", "time", "ln"])) == expected
@@ -93,7 +95,10 @@ def test_outputs_and_gradients_equal_peft(make_model):
 def test_adapters_combined_by_weights_equal_pefts(make_model):
     weights, adapters, twin = (0.7, -0.4), [], None
     for i, (part, r, alpha) in enumerate((("att", 4, 12), ("ffn", 2, 8))):  # of different ranks, scales and layers
-        model, config = make_model(), peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=rf".*\.{part}\.(key|value|receptance)")
+        model, config = (
+            make_model(),
+            peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=rf".*\.{part}\.(key|value|receptance)"),
+        )
         torch.manual_seed(i)
         lora.inject(model, [part], r, alpha)
         randomise(model)

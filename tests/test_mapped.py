@@ -83,7 +83,11 @@ def test_training_never_writes_the_file(tmp_path, make_model, suffix):
         adam.step()
     assert sha256(path) == before
     stored = read_tensors(path)
-    assert all(not torch.equal(parameter, stored[name]) for name, parameter in model.named_parameters() if parameter.grad.abs().sum() > 0)
+    assert all(
+        not torch.equal(parameter, stored[name])
+        for name, parameter in model.named_parameters()
+        if parameter.grad.abs().sum() > 0
+    )
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -115,8 +119,20 @@ def other_forms(folder, tensors):
     safetensors.torch.save_file(tensors, folder / "now.safetensors")
     header = (folder / "now.safetensors").read_bytes()
     size = int.from_bytes(header[:8], "little") + 3  # blanks may follow it, and the tensors then begin anywhere
-    (folder / "unaligned.safetensors").write_bytes(size.to_bytes(8, "little") + header[8 : 5 + size] + b"   " + header[5 + size :])
-    return [folder / name for name in ("now.pth", "old.pth", "unaligned.pth", "compressed.pth", "now.safetensors", "unaligned.safetensors")]
+    (folder / "unaligned.safetensors").write_bytes(
+        size.to_bytes(8, "little") + header[8 : 5 + size] + b"   " + header[5 + size :]
+    )
+    return [
+        folder / name
+        for name in (
+            "now.pth",
+            "old.pth",
+            "unaligned.pth",
+            "compressed.pth",
+            "now.safetensors",
+            "unaligned.safetensors",
+        )
+    ]
 
 
 def test_however_a_file_lies_its_numbers_are_the_same(tmp_path):
@@ -130,7 +146,9 @@ def test_however_a_file_lies_its_numbers_are_the_same(tmp_path):
     for path in other_forms(tmp_path, tensors):
         found = read_tensors(path)
         assert found.keys() == tensors.keys(), path
-        assert all(torch.equal(found[key], value) and found[key].dtype == value.dtype for key, value in tensors.items()), path
+        assert all(
+            torch.equal(found[key], value) and found[key].dtype == value.dtype for key, value in tensors.items()
+        ), path
         assert all(value.data_ptr() % value.element_size() == 0 for value in found.values()), path
 
 
@@ -152,5 +170,7 @@ def test_what_a_file_holds_as_a_view_is_saved_without_the_rest(tmp_path, make_mo
     torch.save(tensors, tmp_path / "views.pth")
     model = load_model(tmp_path / "views.pth")
     save_model(tmp_path / "again.pth", model, {})
-    assert all(torch.equal(value, tensors[name]) for name, value in checkpoint.read_tensors(tmp_path / "again.pth").items())
+    assert all(
+        torch.equal(value, tensors[name]) for name, value in checkpoint.read_tensors(tmp_path / "again.pth").items()
+    )
     assert (tmp_path / "again.pth").stat().st_size < (tmp_path / "views.pth").stat().st_size - 900 * 16 * 4

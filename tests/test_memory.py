@@ -36,7 +36,14 @@ def forward(p: Plan, model: RWKV) -> torch.Tensor:
         return head_loss(model.hidden(ids[:, :-1])[0], model.head.weight, ids[:, 1:])
 
 
-PARTS = [("att",), ("ffn",), ("att", "ln", "time"), ("att", "ffn", "ln", "time"), ("att.output", "ffn.value"), ("ffn.key", "ln")]
+PARTS = [
+    ("att",),
+    ("ffn",),
+    ("att", "ln", "time"),
+    ("att", "ffn", "ln", "time"),
+    ("att.output", "ffn.value"),
+    ("ffn.key", "ln"),
+]
 
 
 @pytest.mark.parametrize("parts", [(), *PARTS], ids=",".join)
@@ -110,7 +117,13 @@ def peaks(p: Plan) -> dict[str, int]:
 @pytest.mark.parametrize("grad_cp", [False, True], ids=["", "grad_cp"])
 def test_peak_of_a_step_is_predicted_within_a_tenth(kind, precision, grad_cp):
     plan = Plan(
-        Sizes(8, 256, 2048, 256, 1024), lora=kind == "lora", precision=precision, grad_cp=grad_cp, ctx_len=512, micro_bsz=2, gpu=False
+        Sizes(8, 256, 2048, 256, 1024),
+        lora=kind == "lora",
+        precision=precision,
+        grad_cp=grad_cp,
+        ctx_len=512,
+        micro_bsz=2,
+        gpu=False,
     )
     measured, predicted = peaks(plan), estimate(plan).tensors
     assert max(measured.values()) == pytest.approx(max(predicted.values()), rel=0.1)
@@ -122,9 +135,13 @@ def test_peak_of_a_step_is_predicted_within_a_tenth(kind, precision, grad_cp):
 @pytest.mark.parametrize(("name", "method"), [("0.1b", "full"), ("1.5b", "lora")])
 def test_a_published_size_is_predicted_from_few_of_its_layers(name, method, monkeypatch):
     """The widths of the published model. What a layer adds is measured, and with it the whole: bench/memory.py measures all layers, in minutes."""
-    monkeypatch.setattr(sys.modules[__name__], "initialise", lambda model, rate: [x.data.fill_(0.01) for x in model.parameters()])
+    monkeypatch.setattr(
+        sys.modules[__name__], "initialise", lambda model, rate: [x.data.fill_(0.01) for x in model.parameters()]
+    )
     # In the precision that this processor trains in: bf16 takes minutes where it has no instructions for it.
-    plan = Plan(memory.sizes_of(name), method == "lora", precision=cpu.precision(), ctx_len=256, grad_cp=True, gpu=False)
+    plan = Plan(
+        memory.sizes_of(name), method == "lora", precision=cpu.precision(), ctx_len=256, grad_cp=True, gpu=False
+    )
     counts = (2, 4) if method == "lora" else (1, 2)
     few, more = (peaks(replace(plan, sizes=replace(plan.sizes, n_layer=n))) for n in counts)
     for phase, predicted in estimate(plan).tensors.items():

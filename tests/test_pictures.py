@@ -20,7 +20,18 @@ def drawn(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "text", ["我的小说/输出: LoRA", "小説", "소설", "ελληνικά $x^2$ \\frac", "a\nb\tc", "😀 run", "\ue000\U000f0000", "", "नमस्ते"]
+    "text",
+    [
+        "我的小说/输出: LoRA",
+        "小説",
+        "소설",
+        "ελληνικά $x^2$ \\frac",
+        "a\nb\tc",
+        "😀 run",
+        "\ue000\U000f0000",
+        "",
+        "नमस्ते",
+    ],
 )
 def test_a_title_never_warns_and_has_no_boxes(tmp_path, text):
     shown, families = drawn(tmp_path, text)
@@ -37,7 +48,9 @@ def test_what_the_font_has_stays_as_it_is(tmp_path):
 def test_an_installed_font_with_the_characters_is_found_and_used(tmp_path, monkeypatch):
     """Fonts that are installed differ by machine: here DejaVu's own serif font stands for one that has a character that the first lacks."""
     has, lacking = pictures._has, frozenset("ж")
-    monkeypatch.setattr(pictures, "_has", lambda path: has(path) - lacking if path.endswith("/DejaVuSans.ttf") else has(path))
+    monkeypatch.setattr(
+        pictures, "_has", lambda path: has(path) - lacking if path.endswith("/DejaVuSans.ttf") else has(path)
+    )
     pictures._fonts.cache_clear()
     shown, families = drawn(tmp_path, "ж 1")
     pictures._fonts.cache_clear()

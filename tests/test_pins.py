@@ -24,7 +24,9 @@ def pins(stack: str) -> dict[str, str]:
     if stack == "tools":
         wanted = PYPROJECT["dependency-groups"]["tools"]
     else:
-        wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"][stack] + PROJECT["optional-dependencies"]["dev"]
+        wanted = (
+            PROJECT["dependencies"] + PROJECT["optional-dependencies"][stack] + PROJECT["optional-dependencies"]["dev"]
+        )
     return dict(line.split("==") for line in wanted)
 
 
@@ -42,10 +44,15 @@ def wanted_by(stack: str) -> dict[tuple[str, str], set[str]]:
     names = [stack] if stack == "tools" else [stack, f"{stack}-deepspeed"]
     text = "".join((ROOT / f"docker/locks/{name}.txt").read_text() for name in names)
     entries = re.findall(
-        r"^([\w.-]+)===?([^\s;]+)[^\n]*\n(?: +--hash=\S+(?: \\)?\n)+ +# via((?:\n? +(?:#   )?\S+(?: \(\S+\))?)+)", text, re.MULTILINE
+        r"^([\w.-]+)===?([^\s;]+)[^\n]*\n(?: +--hash=\S+(?: \\)?\n)+ +# via((?:\n? +(?:#   )?\S+(?: \(\S+\))?)+)",
+        text,
+        re.MULTILINE,
     )
     assert len(entries) == len(re.findall(r"^\w", text, re.MULTILINE))
-    return {(name, version): set(re.findall(r"([\w.-]+)(?: \(\S+\))?$", via, re.MULTILINE)) for name, version, via in entries}
+    return {
+        (name, version): set(re.findall(r"([\w.-]+)(?: \(\S+\))?$", via, re.MULTILINE))
+        for name, version, via in entries
+    }
 
 
 @pytest.mark.parametrize("stack", [*STACKS, "tools"])
@@ -100,7 +107,9 @@ def test_the_stacks_are_the_documented_ones():
     assert modern.items() <= pins("modern").items()
     for page in ("README.md", "README.zh.md"):
         text = (ROOT / page).read_text(encoding="utf-8").lower()
-        assert all(f"{name} {version}" in text for stack in (documented, modern) for name, version in stack.items()), page
+        assert all(f"{name} {version}" in text for stack in (documented, modern) for name, version in stack.items()), (
+            page
+        )
 
 
 def test_a_local_build_does_not_pass_for_a_locked_version():

@@ -16,7 +16,9 @@ def machine(tmp_path):
     folder = tmp_path / "bin"
     folder.mkdir()
     for tool in ENOUGH:
-        (folder / tool).symlink_to(subprocess.run(["which", tool], capture_output=True, text=True, check=True).stdout.strip())
+        (folder / tool).symlink_to(
+            subprocess.run(["which", tool], capture_output=True, text=True, check=True).stdout.strip()
+        )
 
     def run(*command, tools=(), release="ubuntu 22.04", **bodies):
         for tool in [*tools, *bodies]:
@@ -80,7 +82,9 @@ ALL = {"dpkg-query": "echo -n installed", "nvidia-smi": "echo 535.54.03"}
 
 @pytest.mark.parametrize("release", ["ubuntu 20.04", "ubuntu 22.04"])
 def test_a_bare_ubuntu_gets_the_documented_packages_and_conda(machine, release):
-    done = machine("scripts/ubuntu-setup.sh", "--dry-run", tools=["apt-get", "sudo", "curl"], release=release, **NOTHING)
+    done = machine(
+        "scripts/ubuntu-setup.sh", "--dry-run", tools=["apt-get", "sudo", "curl"], release=release, **NOTHING
+    )
     assert done.returncode == 0, done.stderr
     install = next(line for line in done.stdout.splitlines() if "apt-get install" in line)
     assert set(DOCUMENTED) <= set(install.split())
@@ -111,7 +115,12 @@ def test_what_is_missing_is_installed_and_nothing_else(machine):
 
 
 def test_an_old_or_missing_driver_is_a_hint_and_not_an_error(machine):
-    done = machine("scripts/ubuntu-setup.sh", "--no-conda", lspci='echo "01:00.0 0302: 10de:20b0"', **{**ALL, "nvidia-smi": "exit 9"})
+    done = machine(
+        "scripts/ubuntu-setup.sh",
+        "--no-conda",
+        lspci='echo "01:00.0 0302: 10de:20b0"',
+        **{**ALL, "nvidia-smi": "exit 9"},
+    )
     assert done.returncode == 0
     assert "NVIDIA GPU and no working driver" in done.stdout
 

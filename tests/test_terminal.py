@@ -116,7 +116,9 @@ def test_a_chat_edits_lines_remembers_them_and_obeys(terminal):
     chat.type(" /x\n")
     chat.wait("Assistant: /X\n")
     chat.wait("User: ")
-    chat.type("\x1b[200~one\ntwo\x1b[201~\n")  # pasted: https://invisible-island.net/xterm/ctlseqs/ctlseqs.html, bracketed paste
+    chat.type(
+        "\x1b[200~one\ntwo\x1b[201~\n"
+    )  # pasted: https://invisible-island.net/xterm/ctlseqs/ctlseqs.html, bracketed paste
     chat.wait("Assistant: ONE\nTWO\n")
     chat.wait("User: ")
     chat.type("/exit\n")

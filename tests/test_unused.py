@@ -58,7 +58,9 @@ needs_compiler = pytest.mark.skipif(compat.stack() == "cu117", reason="torch 1.1
 
 
 @needs_compiler
-@pytest.mark.parametrize("way", ["", "import torch._dynamo.config", "from torch._dynamo.utils import counters", "torch._dynamo.reset()"])
+@pytest.mark.parametrize(
+    "way", ["", "import torch._dynamo.config", "from torch._dynamo.utils import counters", "torch._dynamo.reset()"]
+)
 def test_who_compiles_gets_the_compiler_that_was_left_out(way):
     out = run(f"""{STEP}
 {way}

@@ -141,7 +141,9 @@ def exclusive(output_prefix: str | Path, prefixes: Sequence[str | Path]) -> Iter
     """
     with contextlib.ExitStack() as stack:
         for prefix in dict.fromkeys(map(Path, [output_prefix, *prefixes])):
-            stack.enter_context(files.exclusive(prefix.with_name(f".{prefix.name}.lock"), prefix, "choose another --output-prefix"))
+            stack.enter_context(
+                files.exclusive(prefix.with_name(f".{prefix.name}.lock"), prefix, "choose another --output-prefix")
+            )
         yield
 
 
@@ -155,9 +157,17 @@ def refuse_existing(prefixes: Sequence[str | Path], beside: Sequence[Path] = ())
         if not index.exists() and abandoned(index):
             continue
         manifest = Path(f"{prefix}.json")
-        paths = [Path(f"{prefix}.bin"), index, mask_path(prefix), *beside, *([] if _is_manifest(manifest) else [manifest])]
+        paths = [
+            Path(f"{prefix}.bin"),
+            index,
+            mask_path(prefix),
+            *beside,
+            *([] if _is_manifest(manifest) else [manifest]),
+        ]
         if there := [str(path) for path in paths if path.exists()]:
-            raise UserError(f"{' and '.join(there)} exist already; give --force to replace them, or another --output-prefix")
+            raise UserError(
+                f"{' and '.join(there)} exist already; give --force to replace them, or another --output-prefix"
+            )
 
 
 def _is_manifest(path: Path) -> bool:
@@ -180,12 +190,21 @@ def writers(
     parts = [Path(f"{prefix}.bin") for prefix in prefixes] + [mask_path(prefix) for prefix in prefixes]
     parts += [*(Path(f"{prefix}.json") for prefix in prefixes), *beside]
     # The index makes a pair: it is never beside tokens that it does not describe.
-    with together(parts, [Path(f"{prefix}.idx") for prefix in prefixes]) as temporaries, contextlib.ExitStack() as stack:
+    with (
+        together(parts, [Path(f"{prefix}.idx") for prefix in prefixes]) as temporaries,
+        contextlib.ExitStack() as stack,
+    ):
         masks, manifests = temporaries[n : 2 * n], temporaries[2 * n : 3 * n]
         for unwanted in [*manifests, *([] if mask else masks)]:
             unwanted.unlink()
         open_ = lambda paths: [stack.enter_context(open(path, "wb")) for path in paths]  # noqa: E731
-        files = zip(open_(temporaries[-n:]), open_(temporaries[:n]), open_(masks) if mask else [None] * n, manifests, strict=True)
+        files = zip(
+            open_(temporaries[-n:]),
+            open_(temporaries[:n]),
+            open_(masks) if mask else [None] * n,
+            manifests,
+            strict=True,
+        )
         made = [Writer(*some, dtype) for some in files]
         yield made, temporaries[3 * n : len(parts)]
         for one in made:
@@ -216,7 +235,9 @@ class Dataset:
         index, data = Path(f"{self.prefix}.idx"), Path(f"{self.prefix}.bin")
         for path in (index, data):
             if not path.is_file():
-                raise UserError(f"{path}: no such file. A binidx is two files, .bin and .idx; make them with scripts/convert.py")
+                raise UserError(
+                    f"{path}: no such file. A binidx is two files, .bin and .idx; make them with scripts/convert.py"
+                )
         dtype, self.sizes, self._pointers = _read_index(index)
         self._width = dtype.itemsize
         self._total = int(self._pointers[-1]) // self._width + int(self.sizes[-1]) if len(self.sizes) else 0
@@ -283,7 +304,9 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
     with open(path, "rb") as file:
         head = file.read(_HEADER.size)
     if head[:9] != _MAGIC:
-        raise UserError(f"{path}: not a binidx index (it does not begin with MMIDIDX); make one with scripts/convert.py")
+        raise UserError(
+            f"{path}: not a binidx index (it does not begin with MMIDIDX); make one with scripts/convert.py"
+        )
     if len(head) < _HEADER.size:
         raise UserError(f"{path}: cut short inside its header ({length} bytes); convert again")
     _, version, code, count, boundaries = _HEADER.unpack(head)

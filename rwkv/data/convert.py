@@ -75,7 +75,9 @@ def find(config: ConvertConfig) -> sources.Found:
     found = sources.find(config.input, config.split_lines, config.split, config.encoding, config.input_format)
     if not found.sources:
         raise UserError(f"--input {config.input}: names no file")
-    found.sources = [replace(one, keep_crlf=config.keep_crlf, max_record=config.max_record_mb << 20) for one in found.sources]
+    found.sources = [
+        replace(one, keep_crlf=config.keep_crlf, max_record=config.max_record_mb << 20) for one in found.sources
+    ]
     return found
 
 
@@ -93,17 +95,26 @@ def _explained(some: Sequence[Source]) -> Iterator[None]:
         raise
 
 
-def _convert(config: ConvertConfig, found: sources.Found, keys: Sequence[str], shard: tuple[int, int] | None, prefix: str) -> Converted:
+def _convert(
+    config: ConvertConfig, found: sources.Found, keys: Sequence[str], shard: tuple[int, int] | None, prefix: str
+) -> Converted:
     encoder = _encoder(config, found.sources, keys)
     tokenizer = encoder.tokenizer
     if config.dtype == "uint16" and tokenizer.vocab_size > 1 << 16:
-        raise UserError(f"{tokenizer.name} has {tokenizer.vocab_size} tokens, which uint16 does not hold; give --dtype int32")
+        raise UserError(
+            f"{tokenizer.name} has {tokenizer.vocab_size} tokens, which uint16 does not hold; give --dtype int32"
+        )
     prefixes = [binidx.document_prefix(prefix, key) for key in keys]
     rejects_path = Path(f"{prefix}.rejects.jsonl")
     outputs = [Path(f"{name}{end}") for name in prefixes for end in (".bin", ".idx", ".json")] + [rejects_path]
     existing = [os.stat(path) for path in outputs if path.exists()]
     if same := next(
-        (one.path for one in found.sources if existing and any(os.path.samestat(os.stat(one.stored), x) for x in existing)), None
+        (
+            one.path
+            for one in found.sources
+            if existing and any(os.path.samestat(os.stat(one.stored), x) for x in existing)
+        ),
+        None,
     ):
         raise UserError(f"{same}: the conversion would write over what it reads; give another --output-prefix")
     beside = [rejects_path, *([shards.manifest_path(prefix)] if shard else [])]
@@ -122,7 +133,11 @@ def _convert(config: ConvertConfig, found: sources.Found, keys: Sequence[str], s
         Pool(encoder, workers) as pool,
         binidx.writers(prefixes, config.dtype, encoder.masked, beside) as (out, (rejects, *manifest)),
         tqdm(
-            total=_bytes(found.sources, shard), unit="B", unit_scale=True, desc="convert", mininterval=0.5 if sys.stderr.isatty() else 15
+            total=_bytes(found.sources, shard),
+            unit="B",
+            unit_scale=True,
+            desc="convert",
+            mininterval=0.5 if sys.stderr.isatty() else 15,
         ) as bar,
     ):
         # halves of surrogate pairs become the escapes of JSON
@@ -140,7 +155,9 @@ def _convert(config: ConvertConfig, found: sources.Found, keys: Sequence[str], s
                 for one, *parts in zip(out, encoded.tokens, encoded.sizes, encoded.masks, strict=True):
                     one.add_packed(*parts)
                 bar.update(chunk.size)
-                bar.set_postfix_str(f"{out[0].documents:,} documents, {sum(one.tokens for one in out):,} tokens", refresh=False)
+                bar.set_postfix_str(
+                    f"{out[0].documents:,} documents, {sum(one.tokens for one in out):,} tokens", refresh=False
+                )
         pairs = [(name, one.documents, one.tokens) for name, one in zip(prefixes, out, strict=True)]
         if not shard and (empty := [key for key, pair in zip(keys, pairs, strict=True) if not pair[1]]):
             skipped = f" that can be read: {count} bad records were skipped" if count else ""
@@ -154,18 +171,28 @@ def _convert(config: ConvertConfig, found: sources.Found, keys: Sequence[str], s
             and not counts["role", "assistant"]
             and counts["plain", ""] == sum(pair[1] for pair in pairs)
         ):
-            raise UserError(f"--mask answers: no document of {config.input} has turns such as User: and Assistant:; leave the flag out")
+            raise UserError(
+                f"--mask answers: no document of {config.input} has turns such as User: and Assistant:; leave the flag out"
+            )
         if not count:
             rejects.unlink()
         tokenizer_entry = provenance.tokenizer_of(tokenizer, config.vocab_file)
-        described = provenance.describe(tokenizer_entry, found.sources, provenance.flags_of(config), sources.splits_of(found))
+        described = provenance.describe(
+            tokenizer_entry, found.sources, provenance.flags_of(config), sources.splits_of(found)
+        )
         sources.check_unchanged(found.sources)
         for key, one in zip(keys, out, strict=True):
             provenance.write(
-                one.manifest, {**described, "key": key, "contents": report.summary(counts)}, one.documents, one.tokens, one.counted
+                one.manifest,
+                {**described, "key": key, "contents": report.summary(counts)},
+                one.documents,
+                one.tokens,
+                one.counted,
             )
         if shard:
-            manifest[0].write_text(json.dumps(shards.manifest(config, found.sources), indent=2) + "\n", encoding="utf-8")
+            manifest[0].write_text(
+                json.dumps(shards.manifest(config, found.sources), indent=2) + "\n", encoding="utf-8"
+            )
     return Converted(pairs, encoder.masked, count, rejects_path, counts)
 
 
@@ -213,14 +240,26 @@ def default_prefix(spec: str, some: Sequence[Source]) -> str:
 
 def _encoder(config: ConvertConfig, some: Sequence[Source], keys: Sequence[str]) -> Encoder:
     template, stop = template_for(config, some, keys), config.on_error == "stop"
-    return Encoder(_tokenizer(config), keys, config.dtype, config.append_eod, config.ftfy, template, stop, config.format, config.mask)
+    return Encoder(
+        _tokenizer(config),
+        keys,
+        config.dtype,
+        config.append_eod,
+        config.ftfy,
+        template,
+        stop,
+        config.format,
+        config.mask,
+    )
 
 
 def _tokenizer(config: ConvertConfig) -> WorldTokenizer | HFTokenizer:
     if config.tokenizer_type == "HFTokenizer":
         return HFTokenizer(config.vocab_file)
     if config.vocab_file and not (
-        same_vocabulary(config.vocab_file) if Path(config.vocab_file).is_file() else Path(config.vocab_file).name == _WORLD
+        same_vocabulary(config.vocab_file)
+        if Path(config.vocab_file).is_file()
+        else Path(config.vocab_file).name == _WORLD
     ):
         raise UserError(
             f"{config.vocab_file}: not the World vocabulary, which comes with the tokenizer and need not be given;"

@@ -149,7 +149,9 @@ class Documents(Samples):
 
     def window(self, number: int) -> tuple[int, int]:
         turn, position = divmod(number, self.distinct)
-        return self.in_order(position if self.sequential else sampling.shuffled(self.seed, turn, position, self.distinct))
+        return self.in_order(
+            position if self.sequential else sampling.shuffled(self.seed, turn, position, self.distinct)
+        )
 
     def in_order(self, i: int) -> tuple[int, int]:
         begin, end = self.packed.windows[i].tolist()
@@ -185,7 +187,9 @@ class HeldOut(torch.utils.data.Dataset):
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = self.rank + index * self.world_size
-        item = self.source.item(*self.source.in_order(sampling.spread(min(number, self.total - 1), self.total, self.source.distinct)))
+        item = self.source.item(
+            *self.source.in_order(sampling.spread(min(number, self.total - 1), self.total, self.source.distinct))
+        )
         if self.total % self.world_size == 0:
             return item
         x, y, *rest = item

@@ -128,8 +128,16 @@ class Encoder:
         try:
             text = text_under(key, record)
         except BadRecord as error:
-            if self.template is None and self.kind == "auto" and key == "text" and isinstance(record, dict) and shapes.conversation(record):
-                raise BadRecord(f"{error}; it is a conversation among texts: give --chat_template world to convert both") from error
+            if (
+                self.template is None
+                and self.kind == "auto"
+                and key == "text"
+                and isinstance(record, dict)
+                and shapes.conversation(record)
+            ):
+                raise BadRecord(
+                    f"{error}; it is a conversation among texts: give --chat_template world to convert both"
+                ) from error
             raise
         if not text or text.isspace():
             seen.append(("skipped", "blank texts"))

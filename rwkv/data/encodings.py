@@ -126,7 +126,9 @@ def _usual(letter: str, encoding: str) -> float:
     if "\u3040" <= letter <= "\u30ff":
         return 1.2 if encoding in ("shift_jis", "euc_jp") else 0.1
     if "\uac00" <= letter <= "\ud7a3":
-        return 1.05 if encoding == "euc_kr" else 0  # the same bytes are common Chinese characters in GBK, but Chinese has others too
+        return (
+            1.05 if encoding == "euc_kr" else 0
+        )  # the same bytes are common Chinese characters in GBK, but Chinese has others too
     if "\u4e00" <= letter <= "\u9fff":
         common = {
             "gb18030": 0xB0 <= lead <= 0xD7,

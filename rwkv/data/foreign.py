@@ -59,7 +59,13 @@ def array_to_binidx(path: str, prefix: str) -> None:
 def _describe(out: binidx.Writer, tokenizer: dict | None, path: str, kind: str) -> None:
     stat = Path(path).stat() if path else None
     sources = (
-        [Source(Path(path), kind, "", stat.st_size, identity=(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))] if stat else []
+        [
+            Source(
+                Path(path), kind, "", stat.st_size, identity=(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            )
+        ]
+        if stat
+        else []
     )
     described = provenance.describe(tokenizer, sources, {"data_type": kind})
     provenance.write(out.manifest, described, out.documents, out.tokens, out.counted)
@@ -78,7 +84,9 @@ def _text(kind: str, path: str) -> Iterator[str]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not {kind} ({error}); give its --data_type, or convert it with scripts/convert.py") from error
+        raise UserError(
+            f"{path}: is not {kind} ({error}); give its --data_type, or convert it with scripts/convert.py"
+        ) from error
 
 
 def _codes(text: str) -> np.ndarray:

@@ -124,7 +124,9 @@ def is_json_line(head: bytes) -> bool:
     return True
 
 
-def _lines(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[int, int]) -> Iterator[tuple[dict, None]]:
+def _lines(
+    source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[int, int]
+) -> Iterator[tuple[dict, None]]:
     first, count = True, 0
     while data := file.read(CHUNK):
         # A chunk ends with a line. Where it is, only counts if there is no end in sight.
@@ -134,7 +136,9 @@ def _lines(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[
         first = False
 
 
-def _array(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[int, int]) -> Iterator[tuple[dict, None]]:
+def _array(
+    source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[int, int]
+) -> Iterator[tuple[dict, None]]:
     """A JSON array, element by element. The buffer holds a block or the longest element, whichever is longer.
 
     By the standard library: ijson puts `?` for half of a surrogate pair and stops at NaN and at long numbers.
@@ -154,7 +158,9 @@ def _array(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[
             if not buffer:
                 raise UserError(f"{source.path}: cut short after element {number}; the array does not end")
         if characters and buffer[at] not in characters:
-            raise UserError(f"{source.path}: after element {number} there is {buffer[at]!r}, expected {' or '.join(characters)}")
+            raise UserError(
+                f"{source.path}: after element {number} there is {buffer[at]!r}, expected {' or '.join(characters)}"
+            )
         return buffer[at]
 
     def more() -> bool:
@@ -251,7 +257,9 @@ def _csv(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[in
     try:
         feed = lines()
         first = next(feed, "")
-        reader = csv.reader(itertools.chain([first] if first else [], feed), delimiter=_delimiter(source, first, fields), strict=True)
+        reader = csv.reader(
+            itertools.chain([first] if first else [], feed), delimiter=_delimiter(source, first, fields), strict=True
+        )
         header = next(reader, [])
         if twice := next((name for name in _some(source, header, fields) if header.count(name) > 1), None):
             raise UserError(f"{source.path}: two columns are named {twice!r}; rename one of them")
@@ -285,7 +293,9 @@ def _delimiter(source: Source, header: str, fields: Sequence[str]) -> str:
     return source.delimiter
 
 
-def _parquet(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[int, int]) -> Iterator[tuple[dict, int]]:
+def _parquet(
+    source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[int, int]
+) -> Iterator[tuple[dict, int]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -318,7 +328,11 @@ def _batch(table: Any, file: BinaryIO, columns: Sequence[str]) -> tuple[int, lis
     for group in range(table.num_row_groups):
         metadata = table.metadata.row_group(group)
         for column in map(metadata.column, range(metadata.num_columns)):
-            if column.physical_type == "BYTE_ARRAY" and column.path_in_schema.split(".")[0] in columns and metadata.num_rows:
+            if (
+                column.physical_type == "BYTE_ARRAY"
+                and column.path_in_schema.split(".")[0] in columns
+                and metadata.num_rows
+            ):
                 a_row = _longest(file, column) * max(1, column.num_values // metadata.num_rows)
                 if a_row > _BATCH // 4:
                     kept.add(column.path_in_schema)
@@ -345,7 +359,9 @@ def _longest(file: BinaryIO, column: Any) -> int:
     return fields[1] if fields[0] == _DICTIONARY_PAGE else 0
 
 
-def _arrow(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[int, int]) -> Iterator[tuple[dict, int | None]]:
+def _arrow(
+    source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[int, int]
+) -> Iterator[tuple[dict, int | None]]:
     import pyarrow
 
     with contextlib.ExitStack() as stack:
@@ -371,7 +387,9 @@ def _arrow(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[
         except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise
-            raise UserError(f"{source.path}: not an arrow stream, as save_to_disk writes it, or corrupt ({error})") from error
+            raise UserError(
+                f"{source.path}: not an arrow stream, as save_to_disk writes it, or corrupt ({error})"
+            ) from error
 
 
 # (source, file, fields, range of bytes in which the records begin) -> (the chunk's field, bytes of the file that it stands for; None: as read)

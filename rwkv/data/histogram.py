@@ -26,7 +26,8 @@ def bars(counts: np.ndarray) -> str:
     rows = range(int(filled[0]), int(filled[-1]) + 1)
     left, right = max(len(label(k)) for k in rows), len(f"{int(counts.max()):,}")
     return "\n".join(
-        f"  {label(k):>{left}}  {int(counts[k]):>{right},}  {'█' * -(-int(counts[k]) * _WIDTH // int(counts.max()))}" for k in rows
+        f"  {label(k):>{left}}  {int(counts[k]):>{right},}  {'█' * -(-int(counts[k]) * _WIDTH // int(counts.max()))}"
+        for k in rows
     )
 
 

@@ -53,7 +53,10 @@ def chunks(sources: Sequence[Source], fields: Sequence[str], shard: tuple[int, i
     small: list[Source] = []
     start = 0
     for source in sources:
-        begins = max(low - start, 0), max(high - start, 0)  # the shard's records begin in this range of the file's bytes
+        begins = (
+            max(low - start, 0),
+            max(high - start, 0),
+        )  # the shard's records begin in this range of the file's bytes
         start += source.size
         splits = source.kind in _SPLIT and source.plain
         if not (begins[0] < source.size and begins[1] > 0 if splits else begins[0] == 0 < begins[1]):
@@ -89,7 +92,9 @@ def records(chunk: Chunk, lines: Sequence[bytes], keys: Sequence[str]) -> Iterat
             if len(data) > source.max_record:
                 source.refuse_size("the whole file (--split_lines makes every line a document)")
             if source.plain and len(data) < source.size:
-                raise UserError(f"{source.path}: became shorter while it was read; convert again when nothing writes to it")
+                raise UserError(
+                    f"{source.path}: became shorter while it was read; convert again when nothing writes to it"
+                )
             yield number, _attempt(source, functools.partial(_document, source, keys), data.removeprefix(BOM))
         return
     read = parse if chunk.source.kind == "jsonl" else lambda line: dict.fromkeys(keys, utf8(line.removesuffix(b"\r")))
@@ -112,7 +117,9 @@ def lines_of(chunk: Chunk) -> list[bytes]:
             file.seek(max(begin - 1, 0))
             data = file.read(end - begin)
             if len(data) < end - begin:
-                raise UserError(f"{source.path}: became shorter while it was read; convert again when nothing writes to it")
+                raise UserError(
+                    f"{source.path}: became shorter while it was read; convert again when nothing writes to it"
+                )
             if begin:  # a line that began before belongs to the chunk before
                 _, newline, data = data.partition(b"\n")
                 data += file.read(1) if newline else b""

@@ -55,7 +55,9 @@ class Inspection:
     remarks: list[str] = field(default_factory=list)
 
 
-def inspect(data: Dataset, ctx_len: int, micro_bsz: int, samples: int = 3, tokenizer: HFTokenizer | None = None) -> Inspection:
+def inspect(
+    data: Dataset, ctx_len: int, micro_bsz: int, samples: int = 3, tokenizer: HFTokenizer | None = None
+) -> Inspection:
     """Look at every token once, in memory that does not grow with the data.
 
     Args:
@@ -63,7 +65,9 @@ def inspect(data: Dataset, ctx_len: int, micro_bsz: int, samples: int = 3, token
         samples: documents to decode.
         tokenizer: what to decode ids with that are not World's.
     """
-    found = Inspection(str(data.prefix), str(data.tokens.dtype), len(data), len(data.tokens), ctx_len=ctx_len, micro_bsz=micro_bsz)
+    found = Inspection(
+        str(data.prefix), str(data.tokens.dtype), len(data), len(data.tokens), ctx_len=ctx_len, micro_bsz=micro_bsz
+    )
     with tempfile.TemporaryFile() as spill, _bar(len(data.tokens), "inspect", "token") as bar:
         hashes = np.memmap(spill, np.uint64, "w+", shape=len(data))
         _walk(data, found, hashes, bar)
@@ -79,7 +83,9 @@ def inspect(data: Dataset, ctx_len: int, micro_bsz: int, samples: int = 3, token
     return found
 
 
-def verify(data: Dataset, texts: Iterable[tuple[str, int]], size: int, found: Inspection, tokenizer: HFTokenizer | None = None) -> None:
+def verify(
+    data: Dataset, texts: Iterable[tuple[str, int]], size: int, found: Inspection, tokenizer: HFTokenizer | None = None
+) -> None:
     """Compare every document with the source's, byte for byte; adds a problem for the first that differs.
 
     Args:
@@ -103,7 +109,10 @@ def verify(data: Dataset, texts: Iterable[tuple[str, int]], size: int, found: In
             ids = data.document(number)
             written = known.decode_bytes(ids.tolist())
             if written != (expected := known.as_decoded(text).encode("utf-8")):
-                at = next((i for i, (a, b) in enumerate(zip(written, expected, strict=False)) if a != b), min(len(written), len(expected)))
+                at = next(
+                    (i for i, (a, b) in enumerate(zip(written, expected, strict=False)) if a != b),
+                    min(len(written), len(expected)),
+                )
                 found.problems.append(
                     f"document {number + 1:,} is not the source's: at byte {at:,} of its text the source has {expected[at : at + 20]!r} and the data {written[at : at + 20]!r}"
                 )
@@ -164,7 +173,9 @@ def _epoch_in_words(found: Inspection) -> str:
 
 
 def _bar(total: int, what: str, unit: str) -> tqdm:
-    return tqdm(total=total, unit=unit, unit_scale=True, desc=what, mininterval=0.5 if sys.stderr.isatty() else 15, delay=0.5)
+    return tqdm(
+        total=total, unit=unit, unit_scale=True, desc=what, mininterval=0.5 if sys.stderr.isatty() else 15, delay=0.5
+    )
 
 
 def _walk(data: Dataset, found: Inspection, hashes: np.ndarray, bar: tqdm) -> None:
@@ -268,7 +279,9 @@ def _judge(found: Inspection, data: Dataset) -> None:
     problems, remarks = found.problems, found.remarks
     if found.smallest_id < 0 or found.largest_id >= VOCAB_SIZE:
         wrong = found.smallest_id if found.smallest_id < 0 else found.largest_id
-        problems.append(f"token id {wrong} is in no vocabulary of RWKV-4 (World has {VOCAB_SIZE}); convert with the model's tokenizer")
+        problems.append(
+            f"token id {wrong} is in no vocabulary of RWKV-4 (World has {VOCAB_SIZE}); convert with the model's tokenizer"
+        )
     elif found.vocabulary == "unknown":
         problems.append(
             "the ids are neither World's nor 20B's: read as either, most documents are no text; convert with the model's tokenizer"
@@ -284,7 +297,9 @@ def _judge(found: Inspection, data: Dataset) -> None:
     if found.empty:
         problems.append(f"{found.empty:,} documents are empty; take them out of the source")
     if found.counted == 0:
-        problems.append(f"{mask_path(data.prefix)}: no token counts in the loss; convert again, or move it away to let all count")
+        problems.append(
+            f"{mask_path(data.prefix)}: no token counts in the loss; convert again, or move it away to let all count"
+        )
     if found.repeated:
         remarks.append(
             f"{found.repeated / found.documents:.1%} of the documents repeat an earlier one: the model sees them more often, and --val_split may hold out what it trains on"
@@ -295,6 +310,8 @@ def _judge(found: Inspection, data: Dataset) -> None:
             " txt without --keep_crlf, or replace them in the source"
         )
     if found.too_long:
-        remarks.append(f"{found.too_long:,} documents are longer than ctx_len {found.ctx_len} + 1: --doc_training would leave them out")
+        remarks.append(
+            f"{found.too_long:,} documents are longer than ctx_len {found.ctx_len} + 1: --doc_training would leave them out"
+        )
     if found.uncounted_documents:
         remarks.append(f"{found.uncounted_documents:,} documents have no token that counts in the loss")

@@ -48,7 +48,9 @@ def parse(line: bytes) -> Any:
     except json.JSONDecodeError as error:
         raise BadRecord(f"not JSON: {_reason(text, error)}") from error
     except (ValueError, RecursionError) as error:
-        raise BadRecord("not JSON: nested too deeply" if isinstance(error, RecursionError) else f"not JSON: {error}") from error
+        raise BadRecord(
+            "not JSON: nested too deeply" if isinstance(error, RecursionError) else f"not JSON: {error}"
+        ) from error
 
 
 _ONE_A_LINE = "a .jsonl file has one object per line"
@@ -70,7 +72,9 @@ def _reason(text: str, error: json.JSONDecodeError) -> str:
     if msg == "Extra data":
         return f"there is more after the first value, at column {at + 1}: {text[at : at + 20]!r}; {_ONE_A_LINE}"
     if stripped in ("[", "]", "],", "[{", "}]"):
-        return f"part of a JSON array over several lines; {_ONE_A_LINE}: name the file .json, or give --input_format json"
+        return (
+            f"part of a JSON array over several lines; {_ONE_A_LINE}: name the file .json, or give --input_format json"
+        )
     if stripped.startswith("[") and at >= len(text.rstrip()):
         return f"the begin of a JSON array; {_ONE_A_LINE}: name the file .json, or give --input_format json"
     if stripped in ("{", "}", "},") or (at >= len(text.rstrip()) and not msg.startswith("Unterminated")):
@@ -148,7 +152,9 @@ def utf8(line: bytes) -> str:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         magic = next((what for begin, what in _MAGIC if line.startswith(begin)), "")
-        raise BadRecord(magic or f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x})") from error
+        raise BadRecord(
+            magic or f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x})"
+        ) from error
 
 
 def text_under(key: str, record: Any) -> str:
@@ -175,5 +181,7 @@ def encodable(text: str) -> str:
     try:
         text.isascii() or text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadRecord(f"half of a surrogate pair ({text[error.start]!r}) in the text; it stands for no character") from error
+        raise BadRecord(
+            f"half of a surrogate pair ({text[error.start]!r}) in the text; it stands for no character"
+        ) from error
     return text

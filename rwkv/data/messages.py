@@ -141,7 +141,11 @@ def _messages(entry: Any, where: str) -> Iterator[Message]:
 
 def _by_role(entry: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """(role, text) of an object that has a role's name for each key, such as {"human": …, "assistant": …}; none if it has another key."""
-    named = [(role, key, value) for key, value in entry.items() if value is not None and (role := roles.role_of(key)) is not None]
+    named = [
+        (role, key, value)
+        for key, value in entry.items()
+        if value is not None and (role := roles.role_of(key)) is not None
+    ]
     if len(named) < sum(value is not None for value in entry.values()):
         return []
     return [(key, value) for role, key, value in sorted(named, key=lambda item: _ORDER.index(item[0]))]
@@ -159,11 +163,19 @@ def _message(name: str, content: Any, entry: Mapping[str, Any], where: str) -> M
     if reasoning and reasoning.strip():
         if text and text.lstrip().startswith("<think>"):
             if reasoning.strip() not in text:
-                raise BadRecord(f'{where} has reasoning in its text (<think>) and other reasoning under "{key}"; keep one of them')
+                raise BadRecord(
+                    f'{where} has reasoning in its text (<think>) and other reasoning under "{key}"; keep one of them'
+                )
         else:
-            message.reasoning = f"{message.reasoning}\n{reasoning}".strip() if message.reasoning else encodable(reasoning)
+            message.reasoning = (
+                f"{message.reasoning}\n{reasoning}".strip() if message.reasoning else encodable(reasoning)
+            )
     message.calls = _calls(entry, where)
-    if roles.plain(name) == "function" and isinstance(called := json_or_text(text or ""), dict) and set(called) == {"name", "arguments"}:
+    if (
+        roles.plain(name) == "function"
+        and isinstance(called := json_or_text(text or ""), dict)
+        and set(called) == {"name", "arguments"}
+    ):
         role = roles.CALL  # LLaMA-Factory's name for a call; OpenAI's for a result
     if role == roles.CALL:
         message.role, calls = roles.ASSISTANT, json_or_text(text or "")
@@ -220,7 +232,9 @@ def _calls(entry: Mapping[str, Any], where: str) -> list[Any]:
 
 def _train(entry: Mapping[str, Any], role: str, where: str) -> bool | None:
     if spans := next((key for key in _SPANS if entry.get(key)), None):
-        raise BadRecord(f'{where} has "{spans}", a loss mask inside a message, which is not supported; split the message, or remove it')
+        raise BadRecord(
+            f'{where} has "{spans}", a loss mask inside a message, which is not supported; split the message, or remove it'
+        )
     found = None
     for key in _FLAGS:
         value = entry.get(key)
@@ -230,7 +244,9 @@ def _train(entry: Mapping[str, Any], role: str, where: str) -> bool | None:
             raise BadRecord(f'{where} has "{key}": {repr(value)[:40]}; only 0 and 1 (false and true) are supported')
         if value == 0:
             return False
-        if role in (roles.ASSISTANT, roles.CALL) or key != "weight":  # a weight of 1 is what OpenAI's format has where nothing is meant
+        if (
+            role in (roles.ASSISTANT, roles.CALL) or key != "weight"
+        ):  # a weight of 1 is what OpenAI's format has where nothing is meant
             found = True
     return found
 

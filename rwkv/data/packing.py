@@ -30,7 +30,10 @@ def pack(starts: np.ndarray, ctx_len: int, enough: int) -> Packed:
         ctx_len: positions of a context. A sample holds one token more at most: the last is only a target.
         enough: tokens of a sample that takes no further document; at most ctx_len.
     """
-    edges, limit = array("q", starts.astype(np.int64).tobytes()), ctx_len + 1  # an array's items are read faster than numpy's
+    edges, limit = (
+        array("q", starts.astype(np.int64).tobytes()),
+        ctx_len + 1,
+    )  # an array's items are read faster than numpy's
     windows, too_long, too_short, i, last = array("q"), 0, 0, 0, len(starts) - 1
     while i < last:
         begin = edges[i]

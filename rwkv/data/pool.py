@@ -97,7 +97,9 @@ class Pool:
         context = multiprocessing.get_context("fork")
         for _ in range(self._workers):
             ours, theirs = context.Pipe()
-            process: BaseProcess = context.Process(target=_work, args=(self._function, theirs, [*self._pipes, ours]), daemon=True)
+            process: BaseProcess = context.Process(
+                target=_work, args=(self._function, theirs, [*self._pipes, ours]), daemon=True
+            )
             self._pipes.append(ours)
             process.start()
             theirs.close()

@@ -29,7 +29,10 @@ def flags_of(config: ConvertConfig) -> dict[str, Any]:
 
 
 def describe(
-    tokenizer: Mapping[str, Any] | None, sources: Sequence[Source], flags: Mapping[str, Any], splits: Mapping[str, Any] | None = None
+    tokenizer: Mapping[str, Any] | None,
+    sources: Sequence[Source],
+    flags: Mapping[str, Any],
+    splits: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The part of a manifest that is known without the tokens. `splits`: which splits of a dataset were used, and which omitted."""
     hashed = sum(source.size for source in sources) <= _HASHED
@@ -92,7 +95,9 @@ def read(prefix: str | Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: the manifest of the data is corrupt ({error}); convert again, or remove it") from error
+        raise UserError(
+            f"{path}: the manifest of the data is corrupt ({error}); convert again, or remove it"
+        ) from error
     if not isinstance(found, dict) or found.get("kind") != MANIFEST:
         return None
     if found.get("format") != FORMAT:
@@ -107,7 +112,10 @@ def read(prefix: str | Path) -> dict[str, Any] | None:
         and isinstance(found.get("sources"), list)
         and all(isinstance(source, dict) and isinstance(source.get("path"), str) for source in found["sources"])
         and (tokenizer is None or isinstance(tokenizer, dict))
-        and (tokenizer is None or (isinstance(tokenizer.get("name"), str) and isinstance(tokenizer.get("vocab_size"), int)))
+        and (
+            tokenizer is None
+            or (isinstance(tokenizer.get("name"), str) and isinstance(tokenizer.get("vocab_size"), int))
+        )
     )
     if not valid:
         raise UserError(
@@ -129,7 +137,11 @@ def vocabulary_file(data: Dataset) -> str:
 
 def conversion(found: Mapping[str, Any] | None, source: str, given: Mapping[str, Any]) -> ConvertConfig:
     """How to convert `source` as the data was: flags out of its manifest, if it has one, and on top those that are given."""
-    known = {name: value for name, value in (found or {}).get("flags", {}).items() if name in ConvertConfig.__dataclass_fields__}
+    known = {
+        name: value
+        for name, value in (found or {}).get("flags", {}).items()
+        if name in ConvertConfig.__dataclass_fields__
+    }
     if found and isinstance(found.get("key"), str):
         known["jsonl_keys"] = found["key"]
     return ConvertConfig(**{**known, **given, "input": source})
@@ -158,7 +170,10 @@ def check_vocabulary(data: Dataset, rows: int, pretrained: bool) -> None:
     if rows == VOCAB_SIZE:
         model, how = "the vocabulary of World models", "without --tokenizer_type"
     else:
-        model, how = f"a vocabulary of {rows:,}", "with --tokenizer_type HFTokenizer --vocab_file and the model's tokenizer.json"
+        model, how = (
+            f"a vocabulary of {rows:,}",
+            "with --tokenizer_type HFTokenizer --vocab_file and the model's tokenizer.json",
+        )
     raise UserError(
         f"{data.prefix}: was tokenised with {name} ({entries:,} tokens), and the model has {model}: its ids mean other tokens there."
         f" Convert the text again, {how}, or train a model that has this tokenizer. (If they belong together, remove {path_of(data.prefix)})"
@@ -171,8 +186,12 @@ def in_words(found: Mapping[str, Any] | None) -> str:
         return "no manifest: not written by this converter, tokenizer unknown"
     tokenizer, sources = found["tokenizer"], found["sources"]
     by = f"tokenizer {tokenizer['name']} ({tokenizer['vocab_size']:,} tokens)" if tokenizer else "tokenizer unknown"
-    names = ", ".join(source["path"] for source in sources[:3]) + (f" and {len(sources) - 3:,} more" if len(sources) > 3 else "")
-    return f"{by}, from {names or 'no file'}" + (f"; splits: {splits_in_words(found['splits'])}" if found.get("splits") else "")
+    names = ", ".join(source["path"] for source in sources[:3]) + (
+        f" and {len(sources) - 3:,} more" if len(sources) > 3 else ""
+    )
+    return f"{by}, from {names or 'no file'}" + (
+        f"; splits: {splits_in_words(found['splits'])}" if found.get("splits") else ""
+    )
 
 
 def splits_in_words(splits: Mapping[str, Any]) -> str:

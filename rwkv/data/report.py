@@ -25,13 +25,17 @@ def lines(counts: Counter, documents: int, tokens: int, masked: bool) -> list[st
     if masked or set(shapes) - {"text"}:
         found.append(f"records:  {_listed(shapes)}")
     if spoken := _of(counts, "role"):
-        found.append("roles:    " + ", ".join(f"{role} {number:,}{_named(counts, role)}" for role, number in spoken.items()))
+        found.append(
+            "roles:    " + ", ".join(f"{role} {number:,}{_named(counts, role)}" for role, number in spoken.items())
+        )
     if masked:
         trained, untrained = counts["trained", ""], counts["untrained", ""]
         share = f"{trained:,} of {tokens:,} tokens ({trained / max(1, tokens):.0%}) contribute to the loss"
         found.append(f"loss:     {share}; {untrained:,} of {documents:,} documents have none")
     if plain := counts["plain", ""]:
-        found.append(f"note: documents without turns such as User: and Assistant:, which contribute to the loss as a whole: {plain:,}")
+        found.append(
+            f"note: documents without turns such as User: and Assistant:, which contribute to the loss as a whole: {plain:,}"
+        )
     found += [f"note: {remark}: {number:,}" for remark, number in _of(counts, "remark").items()]
     found += [f"note: skipped {why}: {number:,}" for why, number in _of(counts, "skipped").items()]
     found += [f"warning: {warning}: {number:,}" for warning, number in _of(counts, "warning").items()]

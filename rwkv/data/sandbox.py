@@ -27,7 +27,9 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call_binop(self, context, operator, left, right):
         """`left operator right`. Raises TooMuch if an integer would be of more than _BITS bits."""
         if isinstance(left, int) and isinstance(right, int):
-            bits = max(1, left.bit_length()) * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
+            bits = (
+                max(1, left.bit_length()) * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
+            )
             if bits > _BITS:
                 raise TooMuch(f"it computes with a number of {bits} bits")
         return super().call_binop(context, operator, left, right)

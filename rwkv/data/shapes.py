@@ -11,7 +11,20 @@ from rwkv.data.messages import Conversation, Message, json_or_text, one_of
 MESSAGES = ("messages", "conversations")  # also as names for --jsonl_keys
 _LISTS = ("conversation", "dialogue", "dialog", "dialogs", "chat")  # only if a list is under it
 _ANY_LIST = (*MESSAGES, *_LISTS)
-_QUESTIONS = ("instruction", "prompt", "query", "question", "problem", "user", "human", "q", "问题", "指令", "提问", "问")
+_QUESTIONS = (
+    "instruction",
+    "prompt",
+    "query",
+    "question",
+    "problem",
+    "user",
+    "human",
+    "q",
+    "问题",
+    "指令",
+    "提问",
+    "问",
+)
 _CONTEXTS = ("input", "context", "输入")
 _ANSWERS = (
     "output",
@@ -47,7 +60,11 @@ PAIRS = {
 FORMATS = ("auto", "text", "messages", "moss", *PAIRS)
 
 _NAMES = (*MESSAGES, *_LISTS, *_QUESTIONS, *_CONTEXTS, *_ANSWERS, *_SYSTEM, *_REASONING, *_MEDIA, *_OTHER)
-FIELDS = tuple(dict.fromkeys(form for name in _NAMES for form in (name, name.capitalize(), name.title(), name.upper(), "Complex_CoT")))
+FIELDS = tuple(
+    dict.fromkeys(
+        form for name in _NAMES for form in (name, name.capitalize(), name.title(), name.upper(), "Complex_CoT")
+    )
+)
 
 _TURNS = re.compile(r"(?:\A|\n)[ \t]*(Human|User|Assistant|Bot)[ \t]*[:：]", re.IGNORECASE)
 _MOSS = re.compile(r"(?:<\|(Human|Inner Thoughts|Commands|Results|MOSS)\|>|\[(Human|MOSS)\])[ \t]*[:：]")
@@ -80,7 +97,9 @@ def conversation(record: Mapping[str, Any], kind: str = "auto") -> Conversation 
         found = Conversation([], "messages")
     if found is None:
         if kind != "auto":
-            raise BadRecord(f"--format {kind} expects {_expected(kind)}, and it has {', '.join(map(repr, list(record)[:8])) or 'nothing'}")
+            raise BadRecord(
+                f"--format {kind} expects {_expected(kind)}, and it has {', '.join(map(repr, list(record)[:8])) or 'nothing'}"
+            )
         return None
     while found.messages and found.messages[-1].role == roles.USER and found.messages[-1].empty:
         found.messages.pop()  # nothing was asked, and nothing answers it
@@ -100,18 +119,28 @@ def _expected(kind: str) -> str:
     if kind in PAIRS:
         question, context, answer = PAIRS[kind]
         return f'"{question}" and "{answer}"' + (f' (and perhaps "{context}")' if context else "")
-    return 'a list under "messages" or "conversations"' if kind == "messages" else '"chat" with "turn_1", …, or "plain_text"'
+    return (
+        'a list under "messages" or "conversations"'
+        if kind == "messages"
+        else '"chat" with "turn_1", …, or "plain_text"'
+    )
 
 
 def _messages(fields: Mapping[str, Any], kind: str) -> Conversation | None:
     if kind not in ("auto", "messages"):
         return None
-    key = next((key for key in MESSAGES if key in fields), None) or next((key for key in _LISTS if isinstance(fields.get(key), list)), None)
+    key = next((key for key in MESSAGES if key in fields), None) or next(
+        (key for key in _LISTS if isinstance(fields.get(key), list)), None
+    )
     if key is None or fields[key] == []:
         return None
     found = Conversation(messages.read(fields[key], key), "messages")
     if kind == "auto":
-        others = [other for other in ("text", *(key for pair in PAIRS.values() for key in (pair[0], pair[2]))) if other in fields]
+        others = [
+            other
+            for other in ("text", *(key for pair in PAIRS.values() for key in (pair[0], pair[2])))
+            if other in fields
+        ]
         if others:
             found.remarks.append(f'records with "{key}" and also "{others[0]}", of which "{key}" was converted')
     return found
@@ -171,10 +200,18 @@ def _turns(fields: Mapping[str, Any], question: str, context: str, answer: str) 
 def _asked(text: str) -> list[Message]:
     """The turns inside a question that ends with "Assistant:", as BELLE's multi-turn data and prepared prompts do; none in others."""
     marks = list(_TURNS.finditer(text))
-    if len(marks) < 2 or marks[0].start() or roles.role_of(marks[-1][1]) != roles.ASSISTANT or text[marks[-1].end() :].strip():
+    if (
+        len(marks) < 2
+        or marks[0].start()
+        or roles.role_of(marks[-1][1]) != roles.ASSISTANT
+        or text[marks[-1].end() :].strip()
+    ):
         return []
     ends = [mark.start() for mark in marks[1:]]
-    return [Message(roles.role_of(mark[1]) or "", text[mark.end() : end], mark[1]) for mark, end in zip(marks, ends, strict=False)]
+    return [
+        Message(roles.role_of(mark[1]) or "", text[mark.end() : end], mark[1])
+        for mark, end in zip(marks, ends, strict=False)
+    ]
 
 
 def _history(fields: Mapping[str, Any]) -> list[list[Message]]:
@@ -189,7 +226,10 @@ def _history(fields: Mapping[str, Any]) -> list[list[Message]]:
     if all(isinstance(pair, list) for pair in history):
         if any(len(pair) != 2 or not all(isinstance(text, str) for text in pair) for pair in history):
             raise BadRecord('"history" is not a list of [question, answer] pairs')
-        return [[Message(roles.USER, encodable(asked)), Message(roles.ASSISTANT, encodable(said))] for asked, said in history]
+        return [
+            [Message(roles.USER, encodable(asked)), Message(roles.ASSISTANT, encodable(said))]
+            for asked, said in history
+        ]
     return [messages.read(history, "history")]
 
 

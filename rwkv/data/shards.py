@@ -51,9 +51,13 @@ def merge(output_prefix: str, force: bool) -> list[tuple[str, int, int]]:
     """
     folder, name = Path(output_prefix).parent, Path(output_prefix).name
     pattern = re.compile(re.escape(name) + r"\.(\d{5})-of-(\d{5})\.shard")
-    found = sorted((int(match[2]), int(match[1])) for path in folder.glob("*.shard") if (match := pattern.fullmatch(path.name)))
+    found = sorted(
+        (int(match[2]), int(match[1])) for path in folder.glob("*.shard") if (match := pattern.fullmatch(path.name))
+    )
     if not found:
-        raise UserError(f"{output_prefix}: no finished shard; make them with --shard 0/n, --shard 1/n, … and the same --output-prefix")
+        raise UserError(
+            f"{output_prefix}: no finished shard; make them with --shard 0/n, --shard 1/n, … and the same --output-prefix"
+        )
     if len({count for count, _ in found}) > 1:
         raise UserError(
             f"{output_prefix}: shards of {' and of '.join(str(n) for n in sorted({n for n, _ in found}))} lie together; remove the old ones"
@@ -80,7 +84,11 @@ def merge(output_prefix: str, force: bool) -> list[tuple[str, int, int]]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
-        if isinstance(found["flags"]["jsonl_keys"], str) and found["flags"]["dtype"] in ("uint16", "int32") and "inputs" in found:
+        if (
+            isinstance(found["flags"]["jsonl_keys"], str)
+            and found["flags"]["dtype"] in ("uint16", "int32")
+            and "inputs" in found
+        ):
             return found
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
@@ -88,7 +96,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _merge(
-    parts: Sequence[str], dtype: str, names: Sequence[str], prefixes: Sequence[str], masked: bool, rejects: Path, force: bool
+    parts: Sequence[str],
+    dtype: str,
+    names: Sequence[str],
+    prefixes: Sequence[str],
+    masked: bool,
+    rejects: Path,
+    force: bool,
 ) -> list[tuple[str, int, int]]:
     if not force:
         binidx.refuse_existing(prefixes, [rejects])
@@ -99,7 +113,9 @@ def _merge(
             described = [provenance.read(binidx.document_prefix(part, key)) for part in parts]
             if described[0]:  # older shards have none
                 contents = report.added([other.get("contents") for other in described if other])
-                provenance.write(one.manifest, {**described[0], "contents": contents}, one.documents, one.tokens, one.counted)
+                provenance.write(
+                    one.manifest, {**described[0], "contents": contents}, one.documents, one.tokens, one.counted
+                )
         with open(rejected, "wb") as target:
             for part in parts:
                 if (path := Path(f"{part}.rejects.jsonl")).is_file():

@@ -30,7 +30,12 @@ _TABS = {".tsv", ".tab"}
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 ENDINGS = {*KINDS, *_COMPRESSIONS}
-_DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of the datasets library; no records
+_DESCRIPTIONS = {
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+}  # of the datasets library; no records
 
 
 @dataclass
@@ -76,18 +81,24 @@ def find(spec: str, split_lines: bool = False, split: str = "", encoding: str = 
             paths = [x for x in map(Path, glob.iglob(str(path), recursive=True)) if _is_input(x, x.parent)]
             if not paths:
                 raise UserError(f"{word}: matches no file that can be converted")
-            paths = _chosen(order.natural(paths), Path(os.path.commonpath([x.parent for x in paths])), asked, found, known)
+            paths = _chosen(
+                order.natural(paths), Path(os.path.commonpath([x.parent for x in paths])), asked, found, known
+            )
         else:
             paths, direct = [path], True
         if len(paths) > 1:
             found.notes.append(f"order: {order.in_words(paths)}")
         found.sources += [_source(x, split_lines, input_format if paths == [path] else "", encoding) for x in paths]
     if asked and known and not found.used:
-        raise UserError(f"--split {split}: no such split; there {'is' if len(known) == 1 else 'are'} {', '.join(sorted(known))}")
+        raise UserError(
+            f"--split {split}: no such split; there {'is' if len(known) == 1 else 'are'} {', '.join(sorted(known))}"
+        )
     if asked and asked != ["all"] and not known:
         raise UserError(f"--split {split}: {spec} has no splits; leave the flag out")
     if input_format and found.sources and not direct:
-        raise UserError(f"--input_format {input_format}: is for files that are named themselves, and {spec} is a folder or glob")
+        raise UserError(
+            f"--input_format {input_format}: is for files that are named themselves, and {spec} is a folder or glob"
+        )
     if found.omitted:
         found.notes.append(
             f"splits: {', '.join(found.used)} used; {', '.join(found.omitted)} omitted (--split NAME or --split all takes them; a"
@@ -146,7 +157,9 @@ def _folder(folder: Path, asked: Sequence[str], found: Found, known: set[str]) -
         elif not path.name.startswith(".") and not ours(path):
             other.append(path)
     if not paths:
-        raise UserError(f"{folder}: a folder without a file that can be converted ({', '.join(KINDS)}, also with .gz or .zst)")
+        raise UserError(
+            f"{folder}: a folder without a file that can be converted ({', '.join(KINDS)}, also with .gz or .zst)"
+        )
     if other:
         found.notes.append(f"skipped: {order.in_words(order.natural(other))}: of no kind that can be converted")
     return _chosen(order.natural(paths), folder, asked, found, known)
@@ -156,7 +169,9 @@ def _walk(folder: Path) -> Iterator[Path]:
     """All files below a folder, through links to folders too; hidden folders are passed over."""
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); change its permissions, or name the files without it")
+        raise UserError(
+            f"{error.filename}: cannot be read ({error.strerror}); change its permissions, or name the files without it"
+        )
 
     seen = set()
     for at, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
@@ -192,7 +207,9 @@ def _chosen(paths: list[Path], root: Path, asked: Sequence[str], found: Found, k
     return chosen
 
 
-def _of_splits(by_split: Mapping[str, list[Path]], root: Path, asked: Sequence[str], found: Found, known: set[str]) -> list[Path]:
+def _of_splits(
+    by_split: Mapping[str, list[Path]], root: Path, asked: Sequence[str], found: Found, known: set[str]
+) -> list[Path]:
     known.update(by_split)
     names = splits.choose(list(by_split), asked, root)
     found.used += [name for name in names if name not in found.used]
@@ -216,7 +233,9 @@ def _source(path: Path, split_lines: bool, input_format: str, encoding: str) -> 
     try:
         status = os.stat(path)
         kind, compression, delimiter = kind_of(path)
-        pipe = stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode) or str(path).startswith(("/dev/", "/proc/"))
+        pipe = (
+            stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode) or str(path).startswith(("/dev/", "/proc/"))
+        )
         if not pipe and not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path}: neither a file nor a pipe")
         if input_format:
@@ -225,10 +244,18 @@ def _source(path: Path, split_lines: bool, input_format: str, encoding: str) -> 
             advice = "say what it contains with --input_format jsonl (or " + ", ".join(FORMATS[1:]) + ")"
             if pipe:
                 raise UserError(f"{path}: a pipe has no name that says what it contains; {advice}")
-            raise UserError(f"{path}: of no known kind; the name must end in {', '.join(KINDS)}, with or without .gz or .zst, or {advice}")
+            raise UserError(
+                f"{path}: of no known kind; the name must end in {', '.join(KINDS)}, with or without .gz or .zst, or {advice}"
+            )
         spool = _spooled(path) if pipe else ""
         source = Source(
-            path, kind, compression, os.stat(spool or path).st_size, delimiter=delimiter, identity=_identity(status), spool=spool
+            path,
+            kind,
+            compression,
+            os.stat(spool or path).st_size,
+            delimiter=delimiter,
+            identity=_identity(status),
+            spool=spool,
         )
         with open(spool or path, "rb") as file:
             head = file.read(1 << 12)
@@ -237,9 +264,13 @@ def _source(path: Path, split_lines: bool, input_format: str, encoding: str) -> 
     except PermissionError as error:
         raise UserError(f"{path}: no permission to read it") from error
     if input_format:
-        source = dataclasses.replace(source, compression=next((name for magic, name in _MAGIC.items() if head.startswith(magic)), ""))
+        source = dataclasses.replace(
+            source, compression=next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
+        )
     if len(head) >= 32 and kind in formats.TEXT and not encoding and (name := encodings.utf_16_without_mark(head, 0.7)):
-        raise UserError(f"{path}: not UTF-8, with a 0 in every other byte; it looks like UTF-16. Give --encoding {name}")
+        raise UserError(
+            f"{path}: not UTF-8, with a 0 in every other byte; it looks like UTF-16. Give --encoding {name}"
+        )
     if kind in ("json", "jsonl") and (read_as := _lines_or_array(source)):
         kind = read_as
     return dataclasses.replace(source, kind="lines" if kind == "txt" and split_lines else kind)
@@ -277,14 +308,20 @@ def _with_encoding(found: Found, encoding: str) -> list[Source]:
     """The sources with the encoding that was asked for, but those that are UTF-8 as they are. Raises UserError if no source is text."""
     text = [source for source in found.sources if source.kind in formats.TEXT]
     if not text:
-        raise UserError(f"--encoding {encoding}: parquet and arrow files have an encoding of their own; leave the flag out")
+        raise UserError(
+            f"--encoding {encoding}: parquet and arrow files have an encoding of their own; leave the flag out"
+        )
     utf8 = {source.path for source in text if encodings.is_utf8_text(source, encoding)}
     if utf8 and len(utf8) < len(text):
-        found.notes.append(f"encoding: {len(text) - len(utf8):,} files read as {encoding}, {len(utf8):,} are UTF-8 and read as such")
+        found.notes.append(
+            f"encoding: {len(text) - len(utf8):,} files read as {encoding}, {len(utf8):,} are UTF-8 and read as such"
+        )
     elif utf8 and not encodings.same_as_utf8(encoding):
         found.notes.append(f"encoding: the text is UTF-8 and read as such, not as {encoding}")
     return [
-        dataclasses.replace(source, encoding=encoding) if source.kind in formats.TEXT and source.path not in utf8 else source
+        dataclasses.replace(source, encoding=encoding)
+        if source.kind in formats.TEXT and source.path not in utf8
+        else source
         for source in found.sources
     ]
 

@@ -42,7 +42,8 @@ def choose(names: Sequence[str], asked: Sequence[str], where: Path) -> list[str]
         return [
             name
             for name in names
-            if name.casefold() in asked or (family(name) and family(name) in map(family, asked) and name.casefold() in _FAMILY)
+            if name.casefold() in asked
+            or (family(name) and family(name) in map(family, asked) and name.casefold() in _FAMILY)
         ]
     if "train" in names:
         return ["train"]
@@ -151,7 +152,13 @@ def _files(folder: Path) -> list[Path]:
 
 def _inside(name: Any, where: Path, ending: str) -> str:
     """A name out of a downloaded file. Raises UserError if it could be anything but a file or folder beside that."""
-    if not isinstance(name, str) or not name or name in (".", "..") or any(x in name for x in "/\\\0") or not name.endswith(ending):
+    if (
+        not isinstance(name, str)
+        or not name
+        or name in (".", "..")
+        or any(x in name for x in "/\\\0")
+        or not name.endswith(ending)
+    ):
         raise UserError(
             f"{where}: names {name!r}, which is not {f'an {ending} file' if ending else 'a folder'} beside it; the datasets folder is not valid"
         )

@@ -8,7 +8,11 @@ import numpy as np
 from rwkv.data.binidx import Dataset
 from rwkv.errors import UserError
 
-CHATML = (50279, 187, 50278)  # m8than's additions to the 20B vocabulary: opens an answer, followed by a line break, and closes it
+CHATML = (
+    50279,
+    187,
+    50278,
+)  # m8than's additions to the 20B vocabulary: opens an answer, followed by a line break, and closes it
 _LOOK_BACK = 1 << 16  # tokens before a context that are searched for the opener of the answer it begins in
 _CHUNK = 1 << 22
 
@@ -51,11 +55,18 @@ class Stream:
     def read(self, begin: int, end: int) -> Piece:
         """Tokens [begin, end) of the stream, which of them count, and which start a document."""
         places = list(self._places(begin, end))
-        return Piece(self.ids(begin, end), *(self._join([look(a, b) for a, b in places]) for look in (self._counts, self._starts)))
+        return Piece(
+            self.ids(begin, end),
+            *(self._join([look(a, b) for a, b in places]) for look in (self._counts, self._starts)),
+        )
 
     def anything_counts(self) -> bool:
         """Whether any token counts, by reading up to the first that does."""
-        return any(self._counts(low, min(b, low + _CHUNK)).any() for a, b in self._spans.tolist() for low in range(a, b, _CHUNK))
+        return any(
+            self._counts(low, min(b, low + _CHUNK)).any()
+            for a, b in self._spans.tolist()
+            for low in range(a, b, _CHUNK)
+        )
 
     def document_starts(self) -> np.ndarray:
         """Where the documents of the whole stream start, ascending from 0, and last its length, int64: by one pass over the file."""

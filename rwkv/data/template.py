@@ -56,7 +56,9 @@ class Template:
                 f"{name}: marks nothing as the assistant's; put {{% generation %}} and {{% endgeneration %}} around what contributes to the loss"
             )
         known = {value for kind, value in words if kind in ("name", "string")}
-        self._gets = {field for field in ("tools", "tool_calls", "reasoning_content") if any(field in value for value in known)}
+        self._gets = {
+            field for field in ("tools", "tool_calls", "reasoning_content") if any(field in value for value in known)
+        }
 
     def __getstate__(self) -> tuple[str, str]:
         return self._name, self._text
@@ -73,10 +75,14 @@ class Template:
         Raises:
             BadRecord: the template refuses it, fails, or does not end.
         """
-        messages = _with_tools(conversation) if conversation.tools and "tools" not in self._gets else conversation.messages
+        messages = (
+            _with_tools(conversation) if conversation.tools and "tools" not in self._gets else conversation.messages
+        )
         given = [self._shown(message) for message in messages]
         if self._built_in:
-            turns = [self._built_in(message.role, shown["content"]) for message, shown in zip(messages, given, strict=True)]
+            turns = [
+                self._built_in(message.role, shown["content"]) for message, shown in zip(messages, given, strict=True)
+            ]
             return _joined(messages, turns)
         try:
             with bounded():
@@ -113,7 +119,9 @@ class Template:
         if reasoning and "reasoning_content" in self._gets:
             shown["reasoning_content"], reasoning = reasoning, ""
         if calls and "tool_calls" in self._gets:
-            shown["tool_calls"] = [{"type": "function", "function": call} if isinstance(call, dict) else call for call in calls]
+            shown["tool_calls"] = [
+                {"type": "function", "function": call} if isinstance(call, dict) else call for call in calls
+            ]
             calls = []
         parts = [f"<think>{reasoning.strip()}</think>"] if reasoning else []
         parts += [content] if content.strip() else []
@@ -167,7 +175,9 @@ def _read(name: str) -> str:
             raise OSError("not a file")
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"--chat_template {name}: cannot be read ({error}); give world, chatml, or a Jinja file") from error
+        raise UserError(
+            f"--chat_template {name}: cannot be read ({error}); give world, chatml, or a Jinja file"
+        ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -179,7 +189,9 @@ def _json(value: Any) -> str:
     return encodable(json.dumps(value, ensure_ascii=False))
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     """As in transformers: Jinja's own escapes what HTML needs escaped."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

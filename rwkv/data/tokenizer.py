@@ -66,7 +66,9 @@ class HFTokenizer:
         import tokenizers
 
         if not Path(path).is_file():
-            raise UserError(f"{path}: no such file. --tokenizer_type HFTokenizer wants a tokenizer.json as --vocab_file")
+            raise UserError(
+                f"{path}: no such file. --tokenizer_type HFTokenizer wants a tokenizer.json as --vocab_file"
+            )
         try:
             self._library = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
@@ -123,6 +125,8 @@ def _bytes_of_ids() -> list[bytes]:
             token = ast.literal_eval(literal)
             token = token.encode("utf-8") if isinstance(token, str) else token
             if len(token) != int(length):
-                raise ValueError(f"{vocabulary}: id {number} is {len(token)} bytes long, and the line says {int(length)}")
+                raise ValueError(
+                    f"{vocabulary}: id {number} is {len(token)} bytes long, and the line says {int(length)}"
+                )
             table[int(number)] = token
     return table

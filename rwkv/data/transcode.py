@@ -12,7 +12,12 @@ class Transcoded(io.RawIOBase):
     that the record with it is found to be bad, and no other."""
 
     def __init__(self, file: BinaryIO, encoding: str):
-        self._file, self._decoder, self._left, self._ended = file, codecs.getincrementaldecoder(encoding)("rwkv.mark"), b"", False
+        self._file, self._decoder, self._left, self._ended = (
+            file,
+            codecs.getincrementaldecoder(encoding)("rwkv.mark"),
+            b"",
+            False,
+        )
 
     def readable(self) -> bool:
         return True

@@ -78,7 +78,11 @@ class _Norm(torch.autograd.Function):
 
 def _norm_again(eps: float, dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     unit = _unit(x, weight)
-    return unit.norm_forward(x, weight, bias, eps, dtype)[0] if unit and _fits(x.dtype, dtype) else plain.norm(x, weight, bias, eps, dtype)
+    return (
+        unit.norm_forward(x, weight, bias, eps, dtype)[0]
+        if unit and _fits(x.dtype, dtype)
+        else plain.norm(x, weight, bias, eps, dtype)
+    )
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Recipe]:
@@ -122,13 +126,17 @@ class _Mix(torch.autograd.Function):
         return gx, glast if ctx.needs_input_grad[1] else None, None, gweights, None
 
 
-def _mix_again(again: Callable[..., Tensor], last: Tensor, reset: Tensor | None, weights: Tensor, *parts: Tensor) -> Tensor:
+def _mix_again(
+    again: Callable[..., Tensor], last: Tensor, reset: Tensor | None, weights: Tensor, *parts: Tensor
+) -> Tensor:
     x = again(*parts)
     unit = _unit(x)
     return (unit.mix_forward(x, last, reset, weights) if unit else plain.mix(x, last, reset, weights))[0]
 
 
-def mix(x: Tensor, last: Tensor, reset: Tensor | None, weights: list[Tensor], again: Recipe | None = None) -> list[tuple[Tensor, Recipe]]:
+def mix(
+    x: Tensor, last: Tensor, reset: Tensor | None, weights: list[Tensor], again: Recipe | None = None
+) -> list[tuple[Tensor, Recipe]]:
     """Token shift: m·x + (1 − m)·(the token before) for each m of `weights`, up to three of D numbers each, with the recipe for it.
 
     x [B, T, D]; `last` [B, D] is the token before the first; reset [B, T] bool or None: where it is True there is none before. Keeps what `again` forms x

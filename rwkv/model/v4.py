@@ -80,7 +80,9 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, D] and its recipe, shift [B, D], state [B, 3, A], reset [B, T] → y [B, T, D], state."""
         mixed = fused.mix(x, shift, reset, [self.time_mix_k, self.time_mix_v, self.time_mix_r], again)
-        k, v, r = (layer(*one) for layer, one in zip((self.key, self.value, self.receptance), mixed, strict=True))  # [B, T, A]
+        k, v, r = (
+            layer(*one) for layer, one in zip((self.key, self.value, self.receptance), mixed, strict=True)
+        )  # [B, T, A]
         # The decay stays fp32: exp(−exp(w)) is so near 1 that bf16 rounds it to 1.
         inputs = -torch.exp(self.time_decay.float()), self.time_first, k, v, state, reset
         y, state = wkv4(*inputs)
@@ -101,7 +103,9 @@ class ChannelMix(nn.Module):
         self.time_mix_k, self.time_mix_r = _mix(D), _mix(D)
         self.key, self.receptance, self.value = _matrix(F, D), _matrix(D, D), _matrix(D, F)
 
-    def forward(self, x: Tensor, past: Tensor, shift: Tensor, reset: Tensor | None = None, again: fused.Recipe | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, past: Tensor, shift: Tensor, reset: Tensor | None = None, again: fused.Recipe | None = None
+    ) -> Tensor:
         """x [B, T, D] and its recipe, past [B, T, D], shift [B, D], reset [B, T] → past + channel-mix(x) [B, T, D]."""
         k, r = fused.mix(x, shift, reset, [self.time_mix_k, self.time_mix_r], again)
         k, r = self.key(*k), self.receptance(*r)  # [B, T, F], [B, T, D]
@@ -141,7 +145,11 @@ class Block(nn.Module):
             x, wkv = self.ffnPre(a, x, state.att_shift, reset, again), state.wkv
         f, x, again = self.ln2(_dropped(x, dropout))
         # clones: a view of the last token would keep the others
-        return _dropped(self.ffn(f, x, state.ffn_shift, reset, again), dropout), (a[:, -1].clone(), wkv, f[:, -1].clone())
+        return _dropped(self.ffn(f, x, state.ffn_shift, reset, again), dropout), (
+            a[:, -1].clone(),
+            wkv,
+            f[:, -1].clone(),
+        )
 
 
 def _checkpoint(
@@ -153,7 +161,9 @@ def _checkpoint(
 def _checkpoint_reentrantly(
     block: Block, x: Tensor, state: tuple[Tensor, ...], reset: Tensor | None, dropout: float
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    def flat(x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:  # this form sees gradients of tensors alone, not of those in a tuple
+    def flat(
+        x: Tensor, *state: Tensor
+    ) -> tuple[Tensor, ...]:  # this form sees gradients of tensors alone, not of those in a tuple
         y, after = block(x, state, reset, dropout)
         return y, *after
 
@@ -202,14 +212,18 @@ class RWKV(nn.Module):
         zeros = torch.zeros(batch, D, device=like.device, dtype=like.dtype)
         return [BlockState(zeros, empty_state(batch, A, like.device), zeros) for _ in self.blocks]
 
-    def hidden(self, tokens: Tensor, state: list[BlockState] | None = None, reset: Tensor | None = None) -> tuple[Tensor, list[BlockState]]:
+    def hidden(
+        self, tokens: Tensor, state: list[BlockState] | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, list[BlockState]]:
         """tokens [B, T] of integers in [0, V) → what the head reads, [B, T, D], and the state after the last token.
 
         `reset` [B, T] bool: True where a document starts; nothing before that token reaches it or what follows.
         """
         dropout = self.dropout if self.training else 0.0
         x, after = self.emb(tokens), []
-        if state is None:  # from the embedding's output: its weight, read here, ZeRO-3 would keep gathered for all of the pass
+        if (
+            state is None
+        ):  # from the embedding's output: its weight, read here, ZeRO-3 would keep gathered for all of the pass
             state = self.initial_state(tokens.shape[0], x)
         x = _dropped(x, dropout)
         for block, before in zip(self.blocks, state, strict=True):

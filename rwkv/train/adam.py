@@ -54,7 +54,15 @@ class OnePass(torch.optim.Adam):
             state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         state["step"] += 1
         moments = state["exp_avg"], state["exp_avg_sq"]
-        rates = float(state["step"]), group["lr"], *group["betas"], group["eps"], group["weight_decay"], self.decoupled, self.clip
+        rates = (
+            float(state["step"]),
+            group["lr"],
+            *group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            self.decoupled,
+            self.clip,
+        )
         torch.ops.rwkv.adam(p, gradient.contiguous(), *moments, *rates)
 
 

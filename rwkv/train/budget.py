@@ -65,10 +65,16 @@ def choose(c: TrainConfig, plan: memory.Plan) -> tuple[TrainConfig, str]:
         for grad_cp in (False, True):
             for m in micros:
                 k = c.micro_bsz // m
-                plan = replace(begin, strategy=name, grad_cp=grad_cp, micro_bsz=m, accumulate=c.accumulate_grad_batches * k)
+                plan = replace(
+                    begin, strategy=name, grad_cp=grad_cp, micro_bsz=m, accumulate=c.accumulate_grad_batches * k
+                )
                 found = memory.estimate(plan)
                 words = f"--micro_bsz {m} --accumulate_grad_batches {plan.accumulate} --grad_cp {int(grad_cp)} --strategy {name}"
-                if found.total <= limit and plan.offload and found.host_total > (host := ROOM * limits.memory_of(gpu=False)):
+                if (
+                    found.total <= limit
+                    and plan.offload
+                    and found.host_total > (host := ROOM * limits.memory_of(gpu=False))
+                ):
                     short = (
                         short
                         or f"{words} would fit there, but takes {found.host_total / 1e9:.1f} GB of the host, which has {host / 1e9:.1f}. "

@@ -33,7 +33,11 @@ def numbers(c: TrainConfig) -> None:
         for name in names:
             value = getattr(c, name, low)
             if value < low:
-                words = "must not be negative" if low == 0 else f"must be at least {max(low, 0) if name == 'my_pile_shift' else low}"
+                words = (
+                    "must not be negative"
+                    if low == 0
+                    else f"must be at least {max(low, 0) if name == 'my_pile_shift' else low}"
+                )
                 raise UserError(f"--{name} {words}; it is {value}")
     for name in ("lora_dropout", "dropout", "beta1", "beta2", "val_split"):
         if not 0 <= getattr(c, name, 0) < 1:
@@ -53,7 +57,9 @@ def check(c: TrainConfig) -> None:
         )
     source.check(c)
     if c.epoch_steps % c.accumulate_grad_batches:
-        raise UserError(f"--epoch_steps {c.epoch_steps} must be a multiple of --accumulate_grad_batches {c.accumulate_grad_batches}")
+        raise UserError(
+            f"--epoch_steps {c.epoch_steps} must be a multiple of --accumulate_grad_batches {c.accumulate_grad_batches}"
+        )
     if schedule.total_steps(c) < 1:
         raise UserError(
             f"nothing to train: --epoch_begin {c.epoch_begin} is not before --epoch_count {c.epoch_count}, or the tokens are spent"
@@ -72,7 +78,9 @@ def check(c: TrainConfig) -> None:
     ):  # which writes new weights and trains nothing: upstream's demo-training-prepare.sh names a device and a strategy all the same
         return
     if c.accelerator == "gpu" and not torch.cuda.is_available():
-        raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or leave the flag out to train on the CPU")
+        raise UserError(
+            "--accelerator gpu: torch sees no GPU; check nvidia-smi, or leave the flag out to train on the CPU"
+        )
     gpu = torch.cuda.is_available() and c.accelerator != "cpu"
     if c.precision == "fp16" and not gpu:
         raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")

@@ -67,7 +67,12 @@ class WandB:
         if new or not place.exists():
             place.parent.mkdir(exist_ok=True)
             place.write_text(secrets.token_hex(4), encoding="utf-8")
-        options: dict[str, Any] = {"project": c.wandb, "dir": str(folder), "config": vars(c), "name": folder.resolve().name}
+        options: dict[str, Any] = {
+            "project": c.wandb,
+            "dir": str(folder),
+            "config": vars(c),
+            "name": folder.resolve().name,
+        }
         options |= {"id": place.read_text(encoding="utf-8").strip(), "mode": chosen}
         options["settings"] = wandb.Settings(silent=True, init_timeout=3 * self.SECONDS)
         try:
@@ -111,7 +116,10 @@ class TensorBoard:
     not written when a state is saved.
     """
 
-    FOLDER, SECONDS = "tensorboard", 10  # SECONDS: between two times that what is written is brought to disk, to be looked at
+    FOLDER, SECONDS = (
+        "tensorboard",
+        10,
+    )  # SECONDS: between two times that what is written is brought to disk, to be looked at
 
     def __init__(self, folder: Path, step: int):
         from tensorboardX.event_file_writer import EventsWriter
@@ -123,7 +131,9 @@ class TensorBoard:
         # Named by the second; numbered, as two may begin in one, and as TensorBoard reads files in the order of their names.
         self._writer = EventsWriter(str(folder / self.FOLDER / "events"), f".{len(files(folder)):04}")
         # Whatever earlier files say of this step and later ones TensorBoard then drops.
-        self._writer.write_event(Event(step=step + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
+        self._writer.write_event(
+            Event(step=step + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
+        )
         self.sync()
 
     def log(self, step: int, figures: dict[str, float]) -> None:

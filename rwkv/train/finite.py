@@ -25,7 +25,11 @@ class Finite:
         Raises:
             UserError: one of them is no number; by step, batch and last good state. Nothing of the step has been saved.
         """
-        wrong = [(what, x) for what, x in (("loss", loss), ("norm of the gradient", norm)) if x is not None and not math.isfinite(x)]
+        wrong = [
+            (what, x)
+            for what, x in (("loss", loss), ("norm of the gradient", norm))
+            if x is not None and not math.isfinite(x)
+        ]
         if not wrong:
             self._skipped = 0
             return
@@ -41,11 +45,17 @@ class Finite:
             else "nothing was saved before it"
         )
         more = f"{self._skipped} steps in a row. " if self._skipped > 1 else ""
-        skip = "" if self.config.on_nan == "skip" or strategy.zero(self.config) else ", or leave such steps out with --on_nan skip"
+        skip = (
+            ""
+            if self.config.on_nan == "skip" or strategy.zero(self.config)
+            else ", or leave such steps out with --on_nan skip"
+        )
         raise UserError(f"{where}. {more}Lower --lr_init, or raise the precision{skip}; {good}")
 
     def _where(self, module: TrainingModule, step: int, end: int, what: str, value: float) -> str:
         count = schedule.samples_per_step(self.config)
         samples = range(end - count, end)
-        places = ", ".join(f"{begin} to {end}" for begin, end in map(module.data.window, samples[:4])) + (", …" if count > 4 else "")
+        places = ", ".join(f"{begin} to {end}" for begin, end in map(module.data.window, samples[:4])) + (
+            ", …" if count > 4 else ""
+        )
         return f"step {step}: the {what} is {value}, in the batch of samples {samples[0]} to {samples[-1]} (tokens {places} of the data)"

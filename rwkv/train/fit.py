@@ -99,8 +99,12 @@ def _fit(config: TrainConfig, home: Home) -> Result:
     training, held_out = samples.make(config, data, seed, validation)
     introduce(config, model, data, training, held_out)
     if (limit := budget.room(plan)) and watch.expected() > limit:
-        say(f"memory: {watch.expected() / 1e9:.2f} GB a device predicted, and {limit / 1e9:.2f} can be used. {budget.advice(plan, limit)}")
-    state = resume.find(config, folder, before, run, {name: p for name, p in model.named_parameters() if p.requires_grad})
+        say(
+            f"memory: {watch.expected() / 1e9:.2f} GB a device predicted, and {limit / 1e9:.2f} can be used. {budget.advice(plan, limit)}"
+        )
+    state = resume.find(
+        config, folder, before, run, {name: p for name, p in model.named_parameters() if p.requires_grad}
+    )
     if rank_zero_only.rank == 0:
         resume.delete(folder, old, data.prefix)
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +125,13 @@ def _fit(config: TrainConfig, home: Home) -> Result:
     begin = (state.step, state.samples) if state else None
     module = TrainingModule(model, training, config, begin, facts(config, run, model))
     del state  # its memory
-    with ranks.told(), peers.starting(), watch.explained(), peers.explained(config.devices * config.num_nodes), inputs.explained():
+    with (
+        ranks.told(),
+        peers.starting(),
+        watch.explained(),
+        peers.explained(config.devices * config.num_nodes),
+        inputs.explained(),
+    ):
         compat.fit(trainer, module)
     folder = home.now()
     end = schedule.first_step(config) + schedule.total_steps(config)
@@ -133,7 +143,9 @@ def _fit(config: TrainConfig, home: Home) -> Result:
     if module.step < end:
         if rank_zero_only.rank == 0:
             metrics.picture(now=True)
-        say(f"stopped at step {module.step:,} of {end:,} and saved ({folder / saving.last}). Run the same command to continue")
+        say(
+            f"stopped at step {module.step:,} of {end:,} and saved ({folder / saving.last}). Run the same command to continue"
+        )
         strategy.part()
         signals.exit()
     result = _finish(config, folder, trainer, module, metrics, adapter)
@@ -163,7 +175,12 @@ def _watched(model: RWKV, run: dict[str, Any]) -> Unchanged:
 
 
 def _finish(
-    c: TrainConfig, folder: Path, trainer: pl.Trainer, module: TrainingModule, metrics: Metrics, adapter: dict[str, Any] | None
+    c: TrainConfig,
+    folder: Path,
+    trainer: pl.Trainer,
+    module: TrainingModule,
+    metrics: Metrics,
+    adapter: dict[str, Any] | None,
 ) -> Result:
     steps = module.step - schedule.first_step(c)
     if not trainer.global_step:
@@ -188,7 +205,9 @@ def _finish(
     return result
 
 
-def _saver(home: Home, model: RWKV, adapter: dict[str, Any] | None, run: dict[str, Any]) -> Callable[[str, int, Callable], None]:
+def _saver(
+    home: Home, model: RWKV, adapter: dict[str, Any] | None, run: dict[str, Any]
+) -> Callable[[str, int, Callable], None]:
     fixed = {
         "tokenizer": "World" if model.sizes.vocab_size == 65536 else None,
         "data": run["data"]["prefix"],
@@ -218,7 +237,9 @@ def _resolved(c: TrainConfig, before: dict[str, Any] | None) -> TrainConfig:
         precision = before["precision"] if before else precision_of(c)
         if not before and (note := slow_on_gpu(c, precision)):
             say(note)
-    return dataclasses.replace(c, random_seed=seed, precision=precision, my_pile_shift=max(0, c.my_pile_shift))  # upstream writes 0 as -1
+    return dataclasses.replace(
+        c, random_seed=seed, precision=precision, my_pile_shift=max(0, c.my_pile_shift)
+    )  # upstream writes 0 as -1
 
 
 def _fitted(c: TrainConfig, plan: memory.Plan) -> TrainConfig:

@@ -43,7 +43,9 @@ def checkpoints(folder: Path) -> list[Saved]:
 
 def run_files(folder: Path) -> list[Path]:
     """What has the name of a run's file, whoever wrote it, and training states."""
-    named = [path for path in _glob(folder) if path.name in _FILES or _CHECKPOINT.fullmatch(path.name.removesuffix(".json"))]
+    named = [
+        path for path in _glob(folder) if path.name in _FILES or _CHECKPOINT.fullmatch(path.name.removesuffix(".json"))
+    ]
     return [*named, *store.states(folder)]
 
 
@@ -74,10 +76,14 @@ def check_places(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, and --proj_dir is a folder; choose another name")
     if store.folder_of(folder).exists() and not store.folder_of(folder).is_dir():
-        raise UserError(f"{store.folder_of(folder)}: must be a folder, as training states are saved in it; move this file away")
+        raise UserError(
+            f"{store.folder_of(folder)}: must be a folder, as training states are saved in it; move this file away"
+        )
     for path in _glob(folder):
         if path.is_dir() and (path.name in _FILES or _CHECKPOINT.fullmatch(path.name.removesuffix(".json"))):
-            raise UserError(f"{path}: is a folder, and the run writes a file of this name; move it away, or choose another --proj_dir")
+            raise UserError(
+                f"{path}: is a folder, and the run writes a file of this name; move it away, or choose another --proj_dir"
+            )
 
 
 def check_kept(c: TrainConfig, folder: Path) -> None:
@@ -88,7 +94,9 @@ def check_kept(c: TrainConfig, folder: Path) -> None:
         final = saved.number < 0
         ends = schedule.first_step(c) + schedule.total_steps(c)
         last = -(-ends // schedule.steps_per_epoch(c)) - 1
-        due = c.epoch_begin <= saved.number <= last and ((saved.number - c.epoch_begin) % c.epoch_save == 0 or saved.number == last)
+        due = c.epoch_begin <= saved.number <= last and (
+            (saved.number - c.epoch_begin) % c.epoch_save == 0 or saved.number == last
+        )
         if final or due:
             raise UserError(
                 f"{saved.path}: this run would replace it, and this program did not write it; move it away, or choose another --proj_dir"
@@ -119,7 +127,9 @@ def how_to_continue(c: TrainConfig, folder: Path) -> str:
         path = shlex.quote(str(newest.path))
         adapter = newest.manifest.get("kind", "adapter" if isinstance(c, LoRAConfig) and c.lora else "") == "adapter"
         base = c.load_model or newest.manifest.get("base")
-        load = f"--load_model {shlex.quote(str(base))} --lora_load {path}" if adapter and base else f"--load_model {path}"
+        load = (
+            f"--load_model {shlex.quote(str(base))} --lora_load {path}" if adapter and base else f"--load_model {path}"
+        )
         if newest.number < 0:
             ways.append(f"to continue from {newest.path.name} with a new optimizer: {load} and another --proj_dir")
         else:

@@ -21,10 +21,19 @@ def parse(raw: bytes) -> dict[str, Any] | None:
         line = orjson.loads(raw)
     except ValueError:
         return None
-    if not isinstance(line, dict) or type(line.get("step")) is not int or line["step"] < 1 or not {"loss", "lr"} <= line.keys():
+    if (
+        not isinstance(line, dict)
+        or type(line.get("step")) is not int
+        or line["step"] < 1
+        or not {"loss", "lr"} <= line.keys()
+    ):
         return None
     loss, val_loss = line["loss"], line.get("val_loss")  # null: NaN or Inf
-    return line if _number(line["lr"]) and (loss is None or _number(loss)) and (val_loss is None or _number(val_loss)) else None
+    return (
+        line
+        if _number(line["lr"]) and (loss is None or _number(loss)) and (val_loss is None or _number(val_loss))
+        else None
+    )
 
 
 def _number(value: Any) -> bool:
@@ -66,13 +75,17 @@ def keep_steps(path: Path, last: int, begin: int, add: Callable[[dict[str, Any]]
             with open(temporary, "wb") as file:
                 _copy(path, file.write, last)
             os.replace(path, aside)
-        say(f"warning: {path}: {wrong:,} invalid or repeated lines were dropped; the file as it was is now {aside.name}")
+        say(
+            f"warning: {path}: {wrong:,} invalid or repeated lines were dropped; the file as it was is now {aside.name}"
+        )
     elif path.exists() and end < path.stat().st_size:
         with open(path, "r+b") as file:
             file.truncate(end)
             os.fsync(file.fileno())
     if missing := last - begin - kept:
-        say(f"warning: {path} has no line for {missing:,} of the {last - begin:,} steps made so far; the run itself is not affected")
+        say(
+            f"warning: {path} has no line for {missing:,} of the {last - begin:,} steps made so far; the run itself is not affected"
+        )
 
 
 def _copy(path: Path, write: Callable[[bytes], Any], last: int) -> None:

@@ -41,7 +41,9 @@ class Home:
             return self._folder
         moved = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
         if not mine.st_nlink or not moved.is_dir():
-            raise UserError(f"{self._folder} was deleted while the run was writing to it, with all that was saved; run again to start over")
+            raise UserError(
+                f"{self._folder} was deleted while the run was writing to it, with all that was saved; run again to start over"
+            )
         say(f"note: {self._folder} is now {moved}; the run continues there. Give --proj_dir {moved} to resume it later")
         self._folder = moved
         return moved

@@ -27,10 +27,28 @@ NAME = "run.json"
 _FREE = {
     *("proj_dir", "overwrite", "allow_changes", "random_seed"),
     *("load_model", "lora_load", "data_file", "data_type", "val_file"),  # these by their content
-    *("max_steps", "epoch_count", "my_exit", "epoch_save", "save_every", "val_every", "val_samples", "wandb", "tensorboard", "on_nan"),
+    *(
+        "max_steps",
+        "epoch_count",
+        "my_exit",
+        "epoch_save",
+        "save_every",
+        "val_every",
+        "val_samples",
+        "wandb",
+        "tensorboard",
+        "on_nan",
+    ),
     *("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "pre_ffn"),  # these by the model's sizes
     *("strategy", "ds_bucket_mb", "ds_config", "accelerator", "grad_cp", "precision"),
-    *("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes", "epoch_steps", "auto"),  # these by what they come to
+    *(
+        "micro_bsz",
+        "accumulate_grad_batches",
+        "devices",
+        "num_nodes",
+        "epoch_steps",
+        "auto",
+    ),  # these by what they come to
 }
 
 
@@ -43,7 +61,9 @@ def describe(c: TrainConfig, precision: str, sizes: Sizes, source: dict[str, Any
         "seed": c.random_seed,
         "git": _revision(),
         "stack": {"name": compat.stack(), "lock_sha256": sha256(lock) if lock.exists() else None, **_versions()},
-        "kernel": {"source_sha256": build.manifest()["source_hash"], "manifest_sha256": sha256(kernel)} if kernel.exists() else None,
+        "kernel": {"source_sha256": build.manifest()["source_hash"], "manifest_sha256": sha256(kernel)}
+        if kernel.exists()
+        else None,
         "precision": precision,
         "model": vars(sizes),
         "base": {"path": c.load_model, "sha256": sha256(c.load_model)} if c.load_model else None,
@@ -85,7 +105,9 @@ def _revision() -> str | None:
 
 def _versions() -> dict[str, str]:
     packages = ("torch", "pytorch-lightning", "deepspeed", "numpy")
-    found = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name.replace("-", "_"))}
+    found = {
+        name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name.replace("-", "_"))
+    }
     return {"python": platform.python_version(), **found}
 
 
@@ -103,9 +125,13 @@ def read(folder: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); choose another --proj_dir") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); choose another --proj_dir, or --overwrite to start over") from error
+        raise UserError(
+            f"{path}: not valid JSON ({error}); choose another --proj_dir, or --overwrite to start over"
+        ) from error
     if wrong := _wrong(run):
-        raise UserError(f"{path}: not the manifest of a run ({wrong}); choose another --proj_dir, or --overwrite to start over")
+        raise UserError(
+            f"{path}: not the manifest of a run ({wrong}); choose another --proj_dir, or --overwrite to start over"
+        )
     return run
 
 
@@ -113,7 +139,14 @@ def _wrong(run: Any) -> str:
     """What is wrong with a manifest; empty if nothing is."""
     if not isinstance(run, dict):
         return f"it contains a {type(run).__name__}"
-    for key, kind in {"flags": dict, "model": dict, "data": dict, "precision": str, "base": dict | None, "adapter": dict | None}.items():
+    for key, kind in {
+        "flags": dict,
+        "model": dict,
+        "data": dict,
+        "precision": str,
+        "base": dict | None,
+        "adapter": dict | None,
+    }.items():
         if key not in run and key != "adapter":
             return f'"{key}" is missing'
         if not isinstance(run.get(key), kind):
@@ -169,13 +202,17 @@ def _short(value: Any) -> str:
 def flags_of(run: dict[str, Any]) -> TrainConfig:
     """The training flags of a run."""
     flags = run["flags"]
-    return TrainConfig(**{field.name: flags[field.name] for field in dataclasses.fields(TrainConfig) if field.name in flags})
+    return TrainConfig(
+        **{field.name: flags[field.name] for field in dataclasses.fields(TrainConfig) if field.name in flags}
+    )
 
 
 def _essence(run: dict[str, Any]) -> dict[str, Any]:
     flags, c = run["flags"], flags_of(run)
     lora = bool(flags.get("lora"))
-    kept = {f"--{key}": value for key, value in flags.items() if key not in _FREE and (lora or not key.startswith("lora"))}
+    kept = {
+        f"--{key}": value for key, value in flags.items() if key not in _FREE and (lora or not key.startswith("lora"))
+    }
     found = {
         "trained": "an adapter" if lora else "all weights",
         "model": run["model"],
@@ -186,7 +223,11 @@ def _essence(run: dict[str, Any]) -> dict[str, Any]:
         "--precision": run["precision"],
         "base model (SHA-256)": (run["base"] or {}).get("sha256"),
         # A validation set changes no step: it may be added to a run, or left out; another one would make its losses incomparable.
-        **({"validation set (SHA-256, bytes)": (held["sha256"], held["bytes"])} if (held := run.get("validation")) else {}),
+        **(
+            {"validation set (SHA-256, bytes)": (held["sha256"], held["bytes"])}
+            if (held := run.get("validation"))
+            else {}
+        ),
     }
     if "adapter" in run:
         found["--lora_load (SHA-256)"] = (run["adapter"] or {}).get("sha256")

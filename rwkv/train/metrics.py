@@ -123,7 +123,11 @@ class Metrics(pl.Callback):
         }
         self._tick = time.perf_counter()
         self._unread.append(_Step(line, module.samples, module.grad_norm is not None, Late(strategy.mean(numbers))))
-        if not waits_one_step(module.device) or schedule.ends_epoch(self.config, module.step) or self._validates(module.step):
+        if (
+            not waits_one_step(module.device)
+            or schedule.ends_epoch(self.config, module.step)
+            or self._validates(module.step)
+        ):
             self.read(trainer, module)
         elif len(self._unread) > 1:
             self._read(trainer, module, self._unread.pop(0))
@@ -140,7 +144,9 @@ class Metrics(pl.Callback):
     def _read(self, trainer: pl.Trainer, module: TrainingModule, made: "_Step") -> None:
         loss, stop, norm, targets = made.numbers.read()
         trainer.should_stop = stop > 0
-        line: dict[str, Any] = {"step": made.line["step"], "loss": loss} | ({"grad_norm": norm} if made.has_norm else {})
+        line: dict[str, Any] = {"step": made.line["step"], "loss": loss} | (
+            {"grad_norm": norm} if made.has_norm else {}
+        )
         if not module.data.plain:
             line["targets"] = round(targets)
         if self._held_out is not None and math.isfinite(loss) and self._validates(line["step"]):
@@ -149,7 +155,9 @@ class Metrics(pl.Callback):
         if trainer.global_rank == 0:
             self._report(line | made.line)
         # In fp16 a gradient beyond the range is usual: the scaler then skips the step and takes a smaller scale.
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None or bool(sharded.scaler(trainer.optimizers[0]))
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None or bool(
+            sharded.scaler(trainer.optimizers[0])
+        )
         self._finite.check(module, line["step"], made.samples, loss, norm if made.has_norm and not scaled else None)
 
     def sync(self) -> None:
@@ -167,7 +175,9 @@ class Metrics(pl.Callback):
 
     def _report(self, line: dict[str, Any]) -> None:
         step, speed = line["step"], line["tokens_per_s"]
-        line = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
+        line = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
+        }
         self._add(line)
         decay = schedule.weight_decay(self.config, step - schedule.first_step(self.config) - 1)
         with self._told_if_full(history.NAME):
@@ -203,7 +213,11 @@ class Metrics(pl.Callback):
         what = "LoRA" if getattr(self.config, "lora", False) else "all weights"
         steps = self.curve.last - schedule.first_step(self.config)
         try:
-            plot(self.curve, self._home.now() / "loss.png", f"{self._home.now().name}: {what}, {steps:,} step{'s' * (steps != 1)}")
+            plot(
+                self.curve,
+                self._home.now() / "loss.png",
+                f"{self._home.now().name}: {what}, {steps:,} step{'s' * (steps != 1)}",
+            )
         except Exception as error:
             if must:
                 raise
@@ -218,13 +232,21 @@ class Metrics(pl.Callback):
         self._close()  # before the error is told: the bar would be drawn over it
 
     def _close(self) -> None:
-        opened, self._progress, self._file, self._dashboards = (self._progress, self._file, *self._dashboards), None, None, []
+        opened, self._progress, self._file, self._dashboards = (
+            (self._progress, self._file, *self._dashboards),
+            None,
+            None,
+            [],
+        )
         for one in filter(None, opened):
             with contextlib.suppress(OSError):  # what a full disk left in the buffer has been told of
                 one.close()
 
     def _log(self, text: str) -> None:
-        with self._told_if_full("train_log.txt"), open(self._home.now() / "train_log.txt", "a", encoding="utf-8") as file:
+        with (
+            self._told_if_full("train_log.txt"),
+            open(self._home.now() / "train_log.txt", "a", encoding="utf-8") as file,
+        ):
             file.write(text)
 
     def _told_if_full(self, name: str) -> contextlib.AbstractContextManager[None]:

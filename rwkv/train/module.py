@@ -39,7 +39,12 @@ class TrainingModule(pl.LightningModule):
     device: torch.device  # Lightning's
 
     def __init__(
-        self, model: RWKV, data: Samples, config: TrainConfig, begin: tuple[int, int] | None = None, facts: dict[str, Any] | None = None
+        self,
+        model: RWKV,
+        data: Samples,
+        config: TrainConfig,
+        begin: tuple[int, int] | None = None,
+        facts: dict[str, Any] | None = None,
     ):
         """`facts`: what has to be the same on all ranks (ranks.facts)."""
         super().__init__()
@@ -67,7 +72,9 @@ class TrainingModule(pl.LightningModule):
         # From here on random numbers are for dropout, whose masks differ between ranks; a state that is restored brings its own.
         torch.manual_seed(self.data.seed + self.trainer.global_rank)
 
-    def transfer_batch_to_device(self, batch: Sequence[Tensor], device: torch.device, dataloader_idx: int) -> list[Tensor]:
+    def transfer_batch_to_device(
+        self, batch: Sequence[Tensor], device: torch.device, dataloader_idx: int
+    ) -> list[Tensor]:
         # All but counts, which say how many rows the head computes, and their sum: the host has to know.
         return [part.to(device, non_blocking=True) if i in (0, 1, 3) else part for i, part in enumerate(batch)]
 

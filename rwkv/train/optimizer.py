@@ -26,7 +26,13 @@ def groups(model: nn.Module, c: TrainConfig) -> list[dict]:
         decays = c.weight_decay > 0 and scale == 1.0 and sum(size > 1 for size in strategy.shape(parameter)) >= 2
         found.setdefault((scale, decays), []).append((name, parameter))
     return [
-        {"params": [p for _, p in named], "names": [name for name, _ in named], "lr_scale": scale, "weight_decay": 0.0, "decays": decays}
+        {
+            "params": [p for _, p in named],
+            "names": [name for name, _ in named],
+            "lr_scale": scale,
+            "weight_decay": 0.0,
+            "decays": decays,
+        }
         for (scale, decays), named in sorted(found.items())
     ]
 
@@ -54,7 +60,9 @@ def _adafactor(groups: list[dict], rate: float) -> torch.optim.Optimizer:
 
     class WithClosure(Adafactor):
         @torch.no_grad()
-        def step(self, closure=None):  # transformers' calls it without gradients, and Lightning's closure is the backward pass
+        def step(
+            self, closure=None
+        ):  # transformers' calls it without gradients, and Lightning's closure is the backward pass
             with torch.enable_grad():
                 loss = None if closure is None else closure()
             super().step()

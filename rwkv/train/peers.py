@@ -12,8 +12,21 @@ _STARTED_BY = "RWKV_STARTED_BY"  # in the environment of the ranks that rank 0 s
 _SET_PDEATHSIG = 1  # of prctl(2)
 # Of gloo, NCCL and torch's store, when a peer is gone.
 _SIGNS = (
-    *("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Socket Timeout", "Timed out waiting"),
-    *("NCCL communicator was aborted", "remote process exited", "ncclRemoteError", "Socket closed", "failed to connect"),
+    *(
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Connection refused",
+        "Broken pipe",
+        "Socket Timeout",
+        "Timed out waiting",
+    ),
+    *(
+        "NCCL communicator was aborted",
+        "remote process exited",
+        "ncclRemoteError",
+        "Socket closed",
+        "failed to connect",
+    ),
 )
 
 

@@ -16,7 +16,9 @@ from rwkv.model.loss import head_loss
 from rwkv.model.v4 import BlockState
 
 
-def mean_loss(model: RWKV, x: Tensor, y: Tensor, counts: Tensor | None, reset: Tensor | None, length: int, exact: bool) -> Tensor:
+def mean_loss(
+    model: RWKV, x: Tensor, y: Tensor, counts: Tensor | None, reset: Tensor | None, length: int, exact: bool
+) -> Tensor:
     """`head_loss` of a batch, [B, T] each, in pieces of `length` tokens: the mean over all of them, 0 if no target counts; `counts` as there.
 
     Its value is that of the whole sequence in any case, its gradient if `exact`. The gradients are formed at once, as head_loss forms its
@@ -58,7 +60,9 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sequence, exact, *trained):
         ctx.count, ctx.grads = sequence.count, [None] * len(trained)
-        losses = _backwards(sequence, trained, ctx.grads) if exact and trained else _forwards(sequence, trained, ctx.grads)
+        losses = (
+            _backwards(sequence, trained, ctx.grads) if exact and trained else _forwards(sequence, trained, ctx.grads)
+        )
         return sum(losses) / ctx.count
 
     @staticmethod
@@ -91,7 +95,9 @@ def _backwards(sequence: _Sequence, trained: tuple[nn.Parameter, ...], grads: li
         if onward:
             ends += zip((part for block in after for part in block), onward, strict=True)
         ends = [(end, grad) for end, grad in ends if end.requires_grad and grad is not None]
-        found = torch.autograd.grad([end for end, _ in ends], [*trained, *leaves], [grad for _, grad in ends], allow_unused=True)
+        found = torch.autograd.grad(
+            [end for end, _ in ends], [*trained, *leaves], [grad for _, grad in ends], allow_unused=True
+        )
         _add(grads, found[: len(trained)])
         onward = found[len(trained) :]
         yield loss.detach()

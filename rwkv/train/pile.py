@@ -51,14 +51,17 @@ def apply(c: TrainConfig, folder: Path) -> TrainConfig:
     batch, size = c.num_nodes * c.devices * c.micro_bsz, len(Dataset(c.data_file).tokens) - max(0, c.my_pile_shift)
     if EPOCH % batch:
         near = sorted(
-            (n for n in range(1, EPOCH + 1) if EPOCH % n == 0 and n % (c.num_nodes * c.devices) == 0), key=lambda n: abs(n - batch)
+            (n for n in range(1, EPOCH + 1) if EPOCH % n == 0 and n % (c.num_nodes * c.devices) == 0),
+            key=lambda n: abs(n - batch),
         )
         fits = (
             f"the nearest --micro_bsz is {near[0] // (c.num_nodes * c.devices)}"
             if near
             else f"no --micro_bsz fits {c.devices * c.num_nodes} devices"
         )
-        raise UserError(f"--my_pile_stage {c.my_pile_stage}: its epochs of {EPOCH} samples cannot be divided by a batch of {batch}; {fits}")
+        raise UserError(
+            f"--my_pile_stage {c.my_pile_stage}: its epochs of {EPOCH} samples cannot be divided by a batch of {batch}; {fits}"
+        )
     prime = c.magic_prime if c.magic_prime > 0 else sampling.magic_prime(size, c.ctx_len)
     if prime < EPOCH:
         raise UserError(
@@ -67,7 +70,9 @@ def apply(c: TrainConfig, folder: Path) -> TrainConfig:
         )
     number, weights = _newest(folder, only_init=c.overwrite)
     if not weights:
-        raise UserError(f"--my_pile_stage {c.my_pile_stage}: no rwkv-init.pth or rwkv-N.pth in {folder}; make one with --my_pile_stage 1")
+        raise UserError(
+            f"--my_pile_stage {c.my_pile_stage}: no rwkv-init.pth or rwkv-N.pth in {folder}; make one with --my_pile_stage 1"
+        )
     warmup = c.warmup_steps if c.warmup_steps >= 0 or number < 0 else 10 if c.my_pile_stage == 2 else 30
     values = (str(weights), number + 1, warmup, 0 if c.my_pile_stage == 4 else prime, EPOCH // batch, prime // EPOCH)
     changes: dict[str, Any] = dict(zip(_SET, values, strict=True))
@@ -78,7 +83,9 @@ def write_initial(c: TrainConfig, folder: Path) -> Path:
     """Stage 1: new weights in rwkv-init.pth, and their path. Raises UserError if there are some already."""
     path = folder / "rwkv-init.pth"
     if path.exists() and not c.overwrite:
-        raise UserError(f"{path} exists already; go on with --my_pile_stage 2 or 3, or give --overwrite to make it anew")
+        raise UserError(
+            f"{path} exists already; go on with --my_pile_stage 2 or 3, or give --overwrite to make it anew"
+        )
     model = make_model(dataclasses.replace(c, load_model=""))
     if c.load_model:
         _stretch_into(model, c.load_model)
@@ -107,7 +114,9 @@ def _stretch_into(model: RWKV, path: str) -> None:
             raise UserError(
                 f"{path}: {name} is {list(tensor.shape)}, and {list(parameters[name].shape)} is wanted; only vectors and the number of rows can be stretched"
             )
-        place = torch.arange(len(target), dtype=torch.float64) * len(rows) / len(target)  # upstream's: row i of n at i·m/n of m
+        place = (
+            torch.arange(len(target), dtype=torch.float64) * len(rows) / len(target)
+        )  # upstream's: row i of n at i·m/n of m
         low = place.floor().long().clamp(max=len(rows) - 1)
         part = (place - low).to(rows.dtype).clamp(max=1).view(-1, *[1] * (rows.dim() - 1))
         target.copy_(torch.lerp(rows[low], rows[(low + 1).clamp(max=len(rows) - 1)], part))

@@ -32,7 +32,9 @@ def plot(curve: Curve, image: Path, title: str) -> None:
     if window > 1:
         axes.fill_between(steps, loss.lows, loss.highs, color="tab:blue", alpha=0.2, linewidth=0)
         axes.plot(steps, loss.means, color="tab:blue", alpha=0.35, linewidth=1, label="loss of a step")
-        axes.plot(steps[len(steps) - len(mean) :], mean, color="tab:blue", linewidth=2, label=f"mean of {window:,} steps")
+        axes.plot(
+            steps[len(steps) - len(mean) :], mean, color="tab:blue", linewidth=2, label=f"mean of {window:,} steps"
+        )
     else:
         axes.plot(steps, loss.means, color="tab:blue", marker="o", markersize=3, linewidth=1.5, label="loss of a step")
     if curve.best:
@@ -48,10 +50,19 @@ def plot(curve: Curve, image: Path, title: str) -> None:
         best, name = curve.best, "best validation loss"
     elif len(mean):
         at = int(np.argmin(mean))
-        best, name = (int(steps[len(steps) - len(mean) + at]), float(mean[at])), "lowest mean" if window > 1 else "lowest loss"
+        best, name = (
+            (int(steps[len(steps) - len(mean) + at]), float(mean[at])),
+            "lowest mean" if window > 1 else "lowest loss",
+        )
     if curve.best or len(mean):
         axes.plot(
-            *best, linestyle="", marker="*", markersize=11, color="tab:red", label=f"{name}: {best[1]:.3f}, step {best[0]:,}", zorder=5
+            *best,
+            linestyle="",
+            marker="*",
+            markersize=11,
+            color="tab:red",
+            label=f"{name}: {best[1]:.3f}, step {best[0]:,}",
+            zorder=5,
         )
     _limit(axes, curve)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
@@ -68,7 +79,9 @@ def plot(curve: Curve, image: Path, title: str) -> None:
     right.set_ylim(0, max([*loss.rates, 0.0]) * 1.1 or 1)
     axes.set_zorder(right.get_zorder() + 1)  # the loss in front of the rate
     axes.patch.set_visible(False)
-    figure.legend(handles=[*axes.lines, *right.lines], loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    figure.legend(
+        handles=[*axes.lines, *right.lines], loc="outside lower center", ncols=3, frameon=False, fontsize="small"
+    )
     pictures.save(figure, image)
 
 
@@ -90,7 +103,11 @@ def _limit(axes: "Axes", curve: Curve) -> None:
         return
     low, high = np.quantile(rest, [0.0, 0.995])
     if curve.best:
-        after = [x for step, x in zip(curve.validation.steps, curve.validation.means, strict=True) if step >= curve.loss.steps[-len(rest)]]
+        after = [
+            x
+            for step, x in zip(curve.validation.steps, curve.validation.means, strict=True)
+            if step >= curve.loss.steps[-len(rest)]
+        ]
         low, high = min([low, *after]), max([high, *after])
     space = (high - low) * 0.08 or 0.05 * max(1e-3, abs(high))
     if max(curve.loss.highs) - low > _DWARFED * (high - low + 2 * space):

@@ -12,7 +12,10 @@ from rwkv.train.words import Unfailing, duration
 
 LINE_SECONDS = 60  # between two lines where there is no terminal
 _BAR = 12  # cells that the bar keeps before a figure is shown beside it
-_MEASURED = (10, 3)  # seconds and steps after which the time of the run is estimated; the first step, which is slower, is not counted
+_MEASURED = (
+    10,
+    3,
+)  # seconds and steps after which the time of the run is estimated; the first step, which is slower, is not counted
 _WINDOW = 50  # steps of the running mean
 
 
@@ -28,7 +31,9 @@ class Progress:
         self._estimated = False
         if not quiet and sys.stderr.isatty():
             look = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-            self._bar = tqdm(total=total, initial=done, file=self._file, dynamic_ncols=True, bar_format=look, mininterval=0.5)
+            self._bar = tqdm(
+                total=total, initial=done, file=self._file, dynamic_ncols=True, bar_format=look, mininterval=0.5
+            )
 
     def step(self, loss: float | None, figures: list[str]) -> None:
         """A step has been made; loss: None if it was not finite. `figures`: what to show beside the running mean of the loss, most important first."""

@@ -28,7 +28,18 @@ _RUNS = itertools.count()  # of this process
 
 # Flags that may differ between ranks: where files are (compared by content), what only rank 0 does, what is compared by what it came to.
 _OWN = {
-    *("proj_dir", "data_file", "val_file", "load_model", "lora_load", "ds_config", "wandb", "tensorboard", "overwrite", "allow_changes"),
+    *(
+        "proj_dir",
+        "data_file",
+        "val_file",
+        "load_model",
+        "lora_load",
+        "ds_config",
+        "wandb",
+        "tensorboard",
+        "overwrite",
+        "allow_changes",
+    ),
     *("accelerator", "auto", "random_seed"),
 }
 
@@ -61,7 +72,9 @@ class Ranks:
         made = decision(c)
         if self._first:
             before = dataclasses.asdict(c)
-            self._decided[name] = {key: value for key, value in dataclasses.asdict(made).items() if value != before[key]}
+            self._decided[name] = {
+                key: value for key, value in dataclasses.asdict(made).items() if value != before[key]
+            }
             if self._store:
                 self._store.set(name, json.dumps(self._decided[name]))
         return made
@@ -92,7 +105,13 @@ def _store() -> Any:
     """torchrun's key-value store, which its processes reach before they are connected; None without one."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_WAIT, wait_for_workers=False)
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=_WAIT,
+        wait_for_workers=False,
+    )
     return dist.PrefixStore(f"rwkv/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_RUNS)}/", store)
 
 
@@ -101,7 +120,12 @@ def facts(c: TrainConfig, run: dict[str, Any], model: nn.Module) -> dict[str, An
     weights = [[name, list(strategy.shape(p)), str(p.dtype), p.requires_grad] for name, p in model.named_parameters()]
     found = {f"--{name}": value for name, value in dataclasses.asdict(c).items() if name not in _OWN}
     found |= {"model": run["model"], "precision": run["precision"]}
-    for key in ("data", "validation", *(["base"] if c.load_model else []), *(["adapter"] if getattr(c, "lora_load", "") else [])):
+    for key in (
+        "data",
+        "validation",
+        *(["base"] if c.load_model else []),
+        *(["adapter"] if getattr(c, "lora_load", "") else []),
+    ):
         found[key] = {name: value for name, value in (run.get(key) or {}).items() if name not in ("prefix", "path")}
     found["torch"] = run["stack"].get("torch")
     found["weights' shapes and types"] = hashlib.sha256(json.dumps(weights).encode()).hexdigest()
@@ -119,7 +143,11 @@ def compare(mine: dict[str, Any]) -> None:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     for rank, theirs in enumerate(everyone):
-        if wrong := [f"{key}: {theirs.get(key)}, rank 0: {value}" for key, value in everyone[0].items() if theirs.get(key) != value]:
+        if wrong := [
+            f"{key}: {theirs.get(key)}, rank 0: {value}"
+            for key, value in everyone[0].items()
+            if theirs.get(key) != value
+        ]:
             strategy.part()
             raise UserError(
                 f"rank {rank} would train something else than rank 0. "

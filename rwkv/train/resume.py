@@ -18,7 +18,13 @@ from rwkv.train.start import NEW_BASE
 from rwkv.train.state import State
 from rwkv.train.words import say
 
-_SHAPING = ("trained:", "model:", "--lora_r:", "--lora_parts:", "--optimizer:")  # changes that tensors of a state depend on
+_SHAPING = (
+    "trained:",
+    "model:",
+    "--lora_r:",
+    "--lora_parts:",
+    "--optimizer:",
+)  # changes that tensors of a state depend on
 
 
 def owned(folder: Path) -> contextlib.AbstractContextManager[None]:
@@ -65,7 +71,9 @@ def kept_base(c: TrainConfig, folder: Path, before: dict[str, Any] | None) -> Pa
     if not before or not store.states(folder):  # nothing has been trained on it
         return None
     if not path.is_file():
-        raise UserError(f"{path}: missing; the adapter of this run is trained on it. Put it back, or give --overwrite to start over")
+        raise UserError(
+            f"{path}: missing; the adapter of this run is trained on it. Put it back, or give --overwrite to start over"
+        )
     return path
 
 
@@ -97,7 +105,11 @@ def check_source(c: TrainConfig, folder: Path, before: dict[str, Any] | None, no
 
 
 def find(
-    c: TrainConfig, folder: Path, before: dict[str, Any] | None, now: dict[str, Any], trained: Mapping[str, torch.nn.Parameter]
+    c: TrainConfig,
+    folder: Path,
+    before: dict[str, Any] | None,
+    now: dict[str, Any],
+    trained: Mapping[str, torch.nn.Parameter],
 ) -> State | None:
     """The state to continue from; None for a new run, or one that ended before its first state. Completes `now`, the manifest, from `before`.
 
@@ -116,7 +128,9 @@ def find(
         refuse_changes(folder, changed)
     state = store.newest(folder)
     if state is None and (found := folders.progress(folder, before)):
-        raise UserError(f"{folder} contains {found}, so the run cannot be resumed. Choose one: {folders.how_to_continue(c, folder)}")
+        raise UserError(
+            f"{folder} contains {found}, so the run cannot be resumed. Choose one: {folders.how_to_continue(c, folder)}"
+        )
     if state:
         _check_serves(c, folder, state, now, trained, changed)
         now["state_saved"] = True
@@ -127,7 +141,10 @@ def find(
         del now["changed"]
     step = state.step if state else schedule.first_step(c)
     left = schedule.first_step(c) + schedule.total_steps(c) - step
-    say(f"continuing from step {step:,}: {max(0, left):,} steps left" + "".join(f"\n  changed: {line}" for line in changed))
+    say(
+        f"continuing from step {step:,}: {max(0, left):,} steps left"
+        + "".join(f"\n  changed: {line}" for line in changed)
+    )
     if left > 0:
         _say_rates(manifest.flags_of(before), c, step)
     return state
@@ -155,18 +172,29 @@ def refuse_changes(folder: Path, changed: list[str]) -> None:
 
 
 def _check_serves(
-    c: TrainConfig, folder: Path, state: State, now: dict[str, Any], trained: Mapping[str, torch.nn.Parameter], changed: list[str]
+    c: TrainConfig,
+    folder: Path,
+    state: State,
+    now: dict[str, Any],
+    trained: Mapping[str, torch.nn.Parameter],
+    changed: list[str],
 ) -> None:
     """Raises UserError if a state is another run's, or if its tensors are not those that this run trains."""
     path = store.folder_of(folder) / f"step-{state.step}.pt"
     if state.run.get("id", now["id"]) != now["id"]:
-        raise UserError(f"{path}: a training state of another run; move it away, and run again to continue from a state of this run")
+        raise UserError(
+            f"{path}: a training state of another run; move it away, and run again to continue from a state of this run"
+        )
     shapes = {name: list(parameter.shape) for name, parameter in trained.items()}
     stored = {name: list(weight.shape) for name, weight in state.weights.items()}
     wrong = [
         *(f"it has no {name}" for name in shapes.keys() - stored.keys()),
         *(f"it has {name}, which this run does not train" for name in stored.keys() - shapes.keys()),
-        *(f"{name} is {stored[name]}, not {shapes[name]}" for name in shapes.keys() & stored.keys() if shapes[name] != stored[name]),
+        *(
+            f"{name} is {stored[name]}, not {shapes[name]}"
+            for name in shapes.keys() & stored.keys()
+            if shapes[name] != stored[name]
+        ),
     ]
     kinds = {"adam" if "exp_avg" in moments else "adafactor" for moments in state.optimizer.values() if moments}
     if kinds - {c.optimizer}:

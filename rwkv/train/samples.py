@@ -14,11 +14,17 @@ def check(c: TrainConfig) -> None:
     """Raises UserError for flags that do not go together."""
     documents = c.doc_training or c.doc_training_seq
     if documents and (c.magic_prime or c.my_pile_shift > 0):
-        raise UserError("--doc_training goes through the documents and --magic_prime through places of the stream: leave one of them out")
+        raise UserError(
+            "--doc_training goes through the documents and --magic_prime through places of the stream: leave one of them out"
+        )
     if c.my_random_steps and not c.magic_prime:
-        raise UserError(f"--my_random_steps {c.my_random_steps} come before prime sampling: give --magic_prime too, or leave it out")
+        raise UserError(
+            f"--my_random_steps {c.my_random_steps} come before prime sampling: give --magic_prime too, or leave it out"
+        )
     if c.min_ctx_len and not documents:
-        raise UserError(f"--min_ctx_len {c.min_ctx_len} is a matter of --doc_training 1; give that too, or leave it out")
+        raise UserError(
+            f"--min_ctx_len {c.min_ctx_len} is a matter of --doc_training 1; give that too, or leave it out"
+        )
     if not 0 <= c.min_ctx_len <= c.ctx_len:
         raise UserError(f"--min_ctx_len {c.min_ctx_len} must be 0 to --ctx_len {c.ctx_len}")
     if c.doc_sep < -1:
@@ -26,11 +32,15 @@ def check(c: TrainConfig) -> None:
     if c.random_seed >= 1 << 32:
         raise UserError(f"--random_seed {c.random_seed} must be less than {1 << 32}, or -1 for a random one")
     if not 0 <= c.val_split < 1:
-        raise UserError(f"--val_split {c.val_split} must be at least 0 and less than 1: the share of the documents to hold out")
+        raise UserError(
+            f"--val_split {c.val_split} must be at least 0 and less than 1: the share of the documents to hold out"
+        )
     if c.val_every < 0 or c.val_samples < 0:
         raise UserError("--val_every and --val_samples must not be negative")
     if c.val_file and c.val_split:
-        raise UserError(f"--val_file {c.val_file} and --val_split {c.val_split} both give the validation set; leave one of them out")
+        raise UserError(
+            f"--val_file {c.val_file} and --val_split {c.val_split} both give the validation set; leave one of them out"
+        )
     if c.val_file.endswith((".jsonl", ".json", ".txt")) or (c.val_file and c.data_type not in ("binidx", "numpy")):
         raise UserError(
             f"--val_file {c.val_file} must be a binidx of the same tokens as --data_file: convert it first, with"
@@ -39,7 +49,9 @@ def check(c: TrainConfig) -> None:
             else f"--val_file {c.val_file}: --data_type {c.data_type} makes tokens of its own; take the validation set from it by --val_split"
         )
     if c.val_every and not (c.val_split or c.val_file):
-        raise UserError(f"--val_every {c.val_every} needs a validation set: give --val_file, or --val_split, such as 0.01")
+        raise UserError(
+            f"--val_every {c.val_every} needs a validation set: give --val_file, or --val_split, such as 0.01"
+        )
 
 
 def make(c: TrainConfig, data: Dataset, seed: int, validation: Dataset | None = None) -> tuple[Samples, HeldOut | None]:
@@ -51,7 +63,9 @@ def make(c: TrainConfig, data: Dataset, seed: int, validation: Dataset | None = 
     options: dict[str, Any] = {"separator": c.doc_sep, "chatml": bool(c.chatml_mask)}
     if validation is not None:
         try:
-            held_out = HeldOut(_source(c, validation, Stream(validation, **options), seed, held_out=True), c.val_samples)
+            held_out = HeldOut(
+                _source(c, validation, Stream(validation, **options), seed, held_out=True), c.val_samples
+            )
         except UserError as error:
             raise UserError(f"--val_file {c.val_file}: {error}") from error
         return _source(c, data, Stream(data, **options), seed), held_out
@@ -75,7 +89,11 @@ def _source(c: TrainConfig, data: Dataset, stream: Stream, seed: int, held_out: 
         where = "validation set" if held_out else "data"
         raise UserError(
             f"no token of the {where} counts in the loss: "
-            + ("--chatml_mask 1 finds no answer in it" if c.chatml_mask else f"the mask beside the tokens is all 0{_roles(data)}")
+            + (
+                "--chatml_mask 1 finds no answer in it"
+                if c.chatml_mask
+                else f"the mask beside the tokens is all 0{_roles(data)}"
+            )
             + "; see what the data holds with scripts/inspect_data.py"
         )
     common: dict[str, Any] = {
@@ -92,5 +110,7 @@ def _source(c: TrainConfig, data: Dataset, stream: Stream, seed: int, held_out: 
     size = len(stream) - c.my_pile_shift
     prime = sampling.magic_prime(size, c.ctx_len) if c.magic_prime < 0 else c.magic_prime
     if c.magic_prime < 0 and not prime:
-        raise UserError(f"--magic_prime -1: {size} tokens hold no two contexts of {c.ctx_len}; leave it out, or lower --ctx_len")
+        raise UserError(
+            f"--magic_prime -1: {size} tokens hold no two contexts of {c.ctx_len}; leave it out, or lower --ctx_len"
+        )
     return Contexts(**common, prime=prime, shift=c.my_pile_shift, random_first=c.my_random_steps)

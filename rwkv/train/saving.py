@@ -77,7 +77,14 @@ class Saving(pl.Callback):
         metrics: Metrics,
         inputs: Unchanged,
     ):
-        self.config, self._home, self._run, self._save, self._metrics, self._inputs = config, home, run, save, metrics, inputs
+        self.config, self._home, self._run, self._save, self._metrics, self._inputs = (
+            config,
+            home,
+            run,
+            save,
+            metrics,
+            inputs,
+        )
         self._module: TrainingModule | None = None
         self.last = ""
 
@@ -116,7 +123,11 @@ class Saving(pl.Callback):
         if name:
             parameters = dict(module.model.named_parameters())
             self._save(
-                name, step, lambda names: sharded.weights({n: parameters[n] for n in names}, module.trainer.optimizers[0], module.device)
+                name,
+                step,
+                lambda names: sharded.weights(
+                    {n: parameters[n] for n in names}, module.trainer.optimizers[0], module.device
+                ),
             )
             self.last = name
 

@@ -38,7 +38,9 @@ def pieces(optimizer: Any) -> dict[nn.Parameter, Piece]:
     rank = dist.get_rank()
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3
         groups, found = optimizer.optimizer.param_groups, {}
-        for i, (parameters, flat) in enumerate(zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)):
+        for i, (parameters, flat) in enumerate(
+            zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
+        ):
             at = 0
             for parameter in parameters:
                 share, group = parameter.ds_tensor.ds_numel, groups[optimizer.sub_group_to_group_id[i]]
@@ -78,7 +80,9 @@ def weights(parameters: Mapping[str, nn.Parameter], optimizer: Any, device: torc
     return found
 
 
-def optimizer_state(parameters: Mapping[str, nn.Parameter], optimizer: Any, device: torch.device) -> dict[str, dict[str, Any]]:
+def optimizer_state(
+    parameters: Mapping[str, nn.Parameter], optimizer: Any, device: torch.device
+) -> dict[str, dict[str, Any]]:
     """Adam's `step`, `exp_avg` and `exp_avg_sq` of every parameter that trains, by name. Called on every rank; all of it on rank 0."""
     if not is_sharded(optimizer):
         state = optimizer.state
@@ -90,7 +94,9 @@ def optimizer_state(parameters: Mapping[str, nn.Parameter], optimizer: Any, devi
             continue
         moments = {key: _gather(piece, known[key], shape(parameter), device) for key in ("exp_avg", "exp_avg_sq")}
         if dist.get_rank() == 0:
-            step = known["step"] if "step" in known else piece.group["step"]  # DeepSpeed's FusedAdam counts for the group
+            step = (
+                known["step"] if "step" in known else piece.group["step"]
+            )  # DeepSpeed's FusedAdam counts for the group
             # A tensor each: those that share one would each count it on.
             found[name] = {"step": torch.tensor(float(step)), **moments}
     return found
@@ -119,9 +125,13 @@ def put_back(parameters: Mapping[str, nn.Parameter], optimizer: Any, take: Take,
             if state:  # copied: it may lie in a file
                 states[name] = {key: x.clone() if isinstance(x, Tensor) else x for key, x in state.items()}
                 if isinstance(step := states[name].get("step"), Tensor):  # torch 1.13.1 leaves it where it was
-                    states[name]["step"] = compat.like_step(step.to(parameter.device)) if name in fused else step.to("cpu").reshape(())
+                    states[name]["step"] = (
+                        compat.like_step(step.to(parameter.device)) if name in fused else step.to("cpu").reshape(())
+                    )
         names = [name for group in optimizer.param_groups for name in group["names"]]
-        optimizer.load_state_dict({"state": {i: states[name] for i, name in enumerate(names) if name in states}, "param_groups": groups})
+        optimizer.load_state_dict(
+            {"state": {i: states[name] for i, name in enumerate(names) if name in states}, "param_groups": groups}
+        )
         return
     if scale and scale.keys() == scaler(optimizer).keys():  # of another strategy's it begins anew
         vars(optimizer.loss_scaler).update(scale)
@@ -144,7 +154,11 @@ def _put_state_back(piece: Piece, optimizer: torch.optim.Optimizer, state: Mappi
         _scatter(piece, known.setdefault(key, torch.zeros_like(piece.flat)), state[key])
     step = float(state["step"])
     if type(optimizer).__module__.startswith("torch."):
-        known["step"] = compat.like_step(torch.tensor(step, device=piece.flat.device)) if piece.group.get("fused") else torch.tensor(step)
+        known["step"] = (
+            compat.like_step(torch.tensor(step, device=piece.flat.device))
+            if piece.group.get("fused")
+            else torch.tensor(step)
+        )
     else:
         known["step"] = piece.group["step"] = int(step)
 

@@ -40,7 +40,9 @@ class Signals(pl.Callback):
             return
         self._module, self._terminals = module, [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         for number in SIGNALS:
-            if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:  # nohup: the run outlives its terminal
+            if (
+                number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN
+            ):  # nohup: the run outlives its terminal
                 continue
             self._before[number] = signal.signal(number, self._take)
 

@@ -109,7 +109,9 @@ def describe(c: TrainConfig, folder: Path) -> dict[str, Any] | None:
             if os.path.exists(c.data_file) and not os.path.isfile(c.data_file):
                 raise UserError(f"{c.data_file}: not a regular file; convert it first with scripts/convert.py")
             paths = [one.path for one in sources.find(c.data_file).sources]
-        files = [{"path": str(path), "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns} for path in paths]
+        files = [
+            {"path": str(path), "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns} for path in paths
+        ]
         digests = [fingerprint(path) for path in paths]
     except (OSError, UserError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{c.data_file}: ")
@@ -156,13 +158,17 @@ def open_data(c: TrainConfig, sizes: Sizes, folder: Path, source: dict[str, Any]
         prefix = _place(folder, source)
         make = _maker(c, sizes, folder)
         if rank_zero_only.rank == 0 and not Path(f"{prefix}.idx").exists():
-            if c.devices * c.num_nodes > 1 and "LOCAL_RANK" in os.environ:  # each by itself would look for what only this one makes
+            if (
+                c.devices * c.num_nodes > 1 and "LOCAL_RANK" in os.environ
+            ):  # each by itself would look for what only this one makes
                 raise UserError(
                     f"{c.data_file or c.data_type}: a launcher has started all processes, and they cannot wait for it to become a binidx; make one"
                     f" first, with scripts/convert.py or a run of one process, and give it as --data_file"
                 )
             try:
-                write_json(f"{prefix}{_RECORD}", source)  # first: a killed conversion then leaves what is known to be ours
+                write_json(
+                    f"{prefix}{_RECORD}", source
+                )  # first: a killed conversion then leaves what is known to be ours
                 make(prefix)
             except BaseException:
                 for path in files_of(prefix):
@@ -176,8 +182,12 @@ def open_validation(c: TrainConfig, sizes: Sizes) -> Dataset | None:
     if not c.val_file:
         return None
     data = Dataset(c.val_file)
-    if os.path.samefile(f"{data.prefix}.bin", f"{c.data_file}.bin" if os.path.exists(f"{c.data_file}.bin") else os.devnull):
-        raise UserError(f"--val_file {c.val_file} is --data_file: its loss would be that of training; give other data, or --val_split 0.01")
+    if os.path.samefile(
+        f"{data.prefix}.bin", f"{c.data_file}.bin" if os.path.exists(f"{c.data_file}.bin") else os.devnull
+    ):
+        raise UserError(
+            f"--val_file {c.val_file} is --data_file: its loss would be that of training; give other data, or --val_split 0.01"
+        )
     return _checked(data, c, sizes)
 
 
@@ -207,7 +217,9 @@ def _place(folder: Path, source: dict[str, Any]) -> str:
         for path in [path for prefix in copies(folder) for path in files_of(prefix)]:
             path.unlink()
     prefix = str(folder / f"data{_DOCUMENTS}")
-    return str(folder / f"data-{source['sha256'].removeprefix('blocks:')[:8]}{_DOCUMENTS}") if files_of(prefix) else prefix
+    return (
+        str(folder / f"data-{source['sha256'].removeprefix('blocks:')[:8]}{_DOCUMENTS}") if files_of(prefix) else prefix
+    )
 
 
 def _kind(c: TrainConfig) -> str:

@@ -22,7 +22,9 @@ NEW_BASE = "rwkv-base.pth"  # of LoRA on a new model
 
 def make_model(c: TrainConfig, base: Path | None = None) -> RWKV:
     """From load_model, with flags that disagree refused; else new, by upstream's rules. `base`: the new model that an earlier start of this run wrote."""
-    given = {name: getattr(c, name) for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn") if getattr(c, name)}
+    given = {
+        name: getattr(c, name) for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn") if getattr(c, name)
+    }
     if c.load_model and c.load_partial:
         tensors = checkpoint.read_tensors(c.load_model)
         model = _new(c, replace(checkpoint.sizes_of(tensors, c.load_model), **given))
@@ -41,7 +43,9 @@ def make_model(c: TrainConfig, base: Path | None = None) -> RWKV:
                 f" {c.vocab_size} characters; convert the text for the model with scripts/convert.py"
             )
         if wrong:
-            raise UserError(f"{c.load_model}: {'; '.join(wrong)}. Sizes come from the checkpoint: leave these flags out")
+            raise UserError(
+                f"{c.load_model}: {'; '.join(wrong)}. Sizes come from the checkpoint: leave these flags out"
+            )
         model.grad_cp, model.dropout = bool(c.grad_cp), c.dropout
         return model
     if base:  # initialising it again would depend on the machine: LAPACK's threads, MKL's version
@@ -92,11 +96,21 @@ def adapt(model: RWKV, c: TrainConfig, folder: Path) -> dict[str, Any] | None:
     lora.mark_trainable(model, parts)
     lora.store_frozen(model, _frozen(c))
     if c.lora_load:
-        said = checkpoint.adapter_manifest(c.lora_load).get("alpha")  # upstream's adapters do not say it: the flag then does
-        tensors, known = checkpoint.inspect_adapter(c.lora_load, c.load_model or None, c.lora_alpha if said is None else None)
+        said = checkpoint.adapter_manifest(c.lora_load).get(
+            "alpha"
+        )  # upstream's adapters do not say it: the flag then does
+        tensors, known = checkpoint.inspect_adapter(
+            c.lora_load, c.load_model or None, c.lora_alpha if said is None else None
+        )
         _compare(c, known)
-        checkpoint.load_adapter(model, c.lora_load, tensors, known["parts"])  # what it lacks begins as the base has it, as upstream
-    base = {"base": c.load_model, "base_sha256": sha256(c.load_model)} if c.load_model else {"base": str(folder / NEW_BASE)}
+        checkpoint.load_adapter(
+            model, c.lora_load, tensors, known["parts"]
+        )  # what it lacks begins as the base has it, as upstream
+    base = (
+        {"base": c.load_model, "base_sha256": sha256(c.load_model)}
+        if c.load_model
+        else {"base": str(folder / NEW_BASE)}
+    )
     return {"r": c.lora_r, "alpha": c.lora_alpha, "parts": parts, **base}
 
 

@@ -124,7 +124,11 @@ def split(value: Any) -> tuple[Any, list[Tensor]]:
 def join(shell: Any, tensors: Sequence[Tensor]) -> Any:
     """What `split` took apart."""
     if isinstance(shell, dict):
-        return tensors[shell["tensor"]] if shell.keys() == {"tensor"} else {key: join(inside, tensors) for key, inside in shell.items()}
+        return (
+            tensors[shell["tensor"]]
+            if shell.keys() == {"tensor"}
+            else {key: join(inside, tensors) for key, inside in shell.items()}
+        )
     return [join(inside, tensors) for inside in shell] if isinstance(shell, list) else shell
 
 
@@ -141,7 +145,10 @@ def _shared(state: State | None, device: torch.device) -> tuple[State, sharded.T
     if state:  # rank 0's
         kept = {name: {"weight": weight, **state.optimizer.get(name, {})} for name, weight in state.weights.items()}
         told = [
-            (replace(state, weights={}, optimizer={}), {name: {key: _Like.of(x) for key, x in of.items()} for name, of in kept.items()})
+            (
+                replace(state, weights={}, optimizer={}),
+                {name: {key: _Like.of(x) for key, x in of.items()} for name, of in kept.items()},
+            )
         ]
         del kept
     dist.broadcast_object_list(told, src=0, device=device if device.type == "cuda" else None)
@@ -151,7 +158,9 @@ def _shared(state: State | None, device: torch.device) -> tuple[State, sharded.T
         found = mine(name)
         for key, like in described[name].items():
             if isinstance(like, _Like):
-                found[key] = found[key].to(device) if state else torch.empty(like.shape, dtype=like.dtype, device=device)
+                found[key] = (
+                    found[key].to(device) if state else torch.empty(like.shape, dtype=like.dtype, device=device)
+                )
                 dist.broadcast(found[key], src=0)
             else:
                 found[key] = like

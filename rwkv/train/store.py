@@ -29,7 +29,11 @@ def folder_of(run: Path) -> Path:
 
 def states(run: Path) -> list[Path]:
     """The states of a run, newest first."""
-    found = [(int(match[1]), path) for path in folder_of(run).glob("step-*.pt") if (match := re.fullmatch(r"step-(\d+)\.pt", path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in folder_of(run).glob("step-*.pt")
+        if (match := re.fullmatch(r"step-(\d+)\.pt", path.name))
+    ]
     return [path for _, path in sorted(found, reverse=True)]
 
 
@@ -89,14 +93,22 @@ def read(path: Path) -> State:
         with open(path, "rb") as file:
             file.read(1)
     except OSError as error:
-        raise UserError(f"{path}: this training state cannot be read ({error.strerror}); make it readable and run again") from error
+        raise UserError(
+            f"{path}: this training state cannot be read ({error.strerror}); make it readable and run again"
+        ) from error
     try:
         content = pth.load(path, verify=True)  # with torch's CRC-32 of every tensor
     except (UserError, MemoryError):
         raise
     except Exception as error:  # corrupt bytes raise almost anything
-        if (isinstance(error, OSError) and error.errno in _TRANSIENT) or "memory" in str(error) or "alloc" in str(error):
-            raise UserError(f"{path}: this training state cannot be read ({error}); it may be valid: run again") from error
+        if (
+            (isinstance(error, OSError) and error.errno in _TRANSIENT)
+            or "memory" in str(error)
+            or "alloc" in str(error)
+        ):
+            raise UserError(
+                f"{path}: this training state cannot be read ({error}); it may be valid: run again"
+            ) from error
         raise CorruptState((str(error).splitlines() or [type(error).__name__])[0]) from error
     return _state(content, path)
 

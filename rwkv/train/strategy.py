@@ -95,7 +95,8 @@ def check(c: TrainConfig) -> None:
     if c.strategy not in known:
         nearest = difflib.get_close_matches(c.strategy, known, 1, 0.5)
         raise UserError(
-            f"--strategy {c.strategy} is not one of auto, ddp, {', '.join(ZEROS)}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+            f"--strategy {c.strategy} is not one of auto, ddp, {', '.join(ZEROS)}"
+            + (f"; did you mean {nearest[0]}?" if nearest else "")
         )
     if c.ds_bucket_mb < 1:
         raise UserError(f"--ds_bucket_mb must be at least 1; it is {c.ds_bucket_mb}")
@@ -106,9 +107,13 @@ def check(c: TrainConfig) -> None:
             )
         return
     if ZEROS[c.strategy].stage == 3 and c.tbptt_len:
-        raise UserError(f"--tbptt_len needs every weight at hand, and --strategy {c.strategy} has shared them out; give deepspeed_stage_2")
+        raise UserError(
+            f"--tbptt_len needs every weight at hand, and --strategy {c.strategy} has shared them out; give deepspeed_stage_2"
+        )
     if c.on_nan == "skip":
-        raise UserError(f"--on_nan skip: --strategy {c.strategy} leaves no step out, but for fp16's own; leave the flag out, or give ddp")
+        raise UserError(
+            f"--on_nan skip: --strategy {c.strategy} leaves no step out, but for fp16's own; leave the flag out, or give ddp"
+        )
     if reason := compat.deepspeed_refusal(on_gpu=torch.cuda.is_available() and c.accelerator != "cpu"):
         raise UserError(f"--strategy {c.strategy}: {reason}")
     deepspeed_config(c)
@@ -198,7 +203,9 @@ def _check_keys(given: Mapping[str, Any], place: str, path: str) -> None:
             raise UserError(f"--ds_config {path}: {name} is set by {_FLAGS[name]}; leave it out there")
         if key not in _KEYS[place]:
             nearest = difflib.get_close_matches(key, _KEYS[place], 1, 0.0)[0]
-            raise UserError(f"--ds_config {path}: DeepSpeed has no key {name} that could be set here; the nearest is {nearest}")
+            raise UserError(
+                f"--ds_config {path}: DeepSpeed has no key {name} that could be set here; the nearest is {nearest}"
+            )
         if name in _KEYS:
             if not isinstance(value, dict):
                 raise UserError(f"--ds_config {path}: {name} is an object of keys; it is {json.dumps(value)}")
@@ -309,7 +316,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         if engine.skipped_steps > skipped:  # 0.7.0 leaves the norm of the step before
             norm = math.inf
         # A number goes to the GPU with the kernel that fills a tensor; to copy one there would wait.
-        self._module.grad_norm = norm if norm is None or isinstance(norm, Tensor) else torch.full((), float(norm), device=self.root_device)
+        self._module.grad_norm = (
+            norm if norm is None or isinstance(norm, Tensor) else torch.full((), float(norm), device=self.root_device)
+        )
         return done
 
     @property
@@ -318,4 +327,10 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def _dtype(self) -> torch.dtype:
         precision = str(self.precision_plugin.precision)
-        return torch.bfloat16 if precision.startswith("bf16") else torch.float16 if precision.startswith("16") else torch.float32
+        return (
+            torch.bfloat16
+            if precision.startswith("bf16")
+            else torch.float16
+            if precision.startswith("16")
+            else torch.float32
+        )

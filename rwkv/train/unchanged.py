@@ -31,7 +31,13 @@ class Unchanged:
     def __init__(self) -> None:
         self._files: list[_File] = []
 
-    def watch(self, path: Path, known: str, content: Callable[[str], str] = fingerprint, mapped: Callable[[], bool] = lambda: True) -> None:
+    def watch(
+        self,
+        path: Path,
+        known: str,
+        content: Callable[[str], str] = fingerprint,
+        mapped: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Watch a file.
 
         Args:
@@ -61,7 +67,12 @@ class Unchanged:
         """Tells an error of the block by its cause, if a file was changed; ends the watch."""
         try:
             yield
-        except (ArithmeticError, LookupError, RuntimeError, ValueError):  # such as an id that the vocabulary does not have
+        except (
+            ArithmeticError,
+            LookupError,
+            RuntimeError,
+            ValueError,
+        ):  # such as an id that the vocabulary does not have
             self.check()
             raise
         finally:

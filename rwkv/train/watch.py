@@ -71,7 +71,11 @@ class Watch(pl.Callback):
             limit = budget.room(self.plan)
             self.peak = max(self.peak, self._read())
             # What it was refused at is less than there is: others use the machine too.
-            usable = min(limit or self.peak, self.peak) if self.peak and (self.peak < self.expected() or not limit) else limit
+            usable = (
+                min(limit or self.peak, self.peak)
+                if self.peak and (self.peak < self.expected() or not limit)
+                else limit
+            )
             raise UserError(
                 f"out of memory. {self.expected() / 1e9:.2f} GB were predicted on each device and {self.peak / 1e9:.2f} GB were in use when no more"
                 f" could be had{f', of {limit / budget.ROOM / 1e9:.2f} GB' if limit else ''}. {budget.advice(self.plan, usable - self._offset)}"

@@ -119,12 +119,19 @@ def _many(number: int, what: str) -> str:
 def _precision(c: TrainConfig, model: RWKV) -> str:
     """The precision, and what the weights are kept in; `types` has the rest."""
     frozen = sorted({str(p.dtype)[6:] for p in model.parameters() if not p.requires_grad})
-    return f"{precision_of(c)}" + (f", frozen weights kept in {'/'.join(frozen)}" if frozen else "") + " (all types: run.json)"
+    return (
+        f"{precision_of(c)}"
+        + (f", frozen weights kept in {'/'.join(frozen)}" if frozen else "")
+        + " (all types: run.json)"
+    )
 
 
 def types(c: TrainConfig, model: RWKV) -> str:
     """What is kept and computed in which type, for run.json."""
-    kept = {trains: sorted({str(p.dtype)[6:] for p in model.parameters() if p.requires_grad == trains}) for trains in (True, False)}
+    kept = {
+        trains: sorted({str(p.dtype)[6:] for p in model.parameters() if p.requires_grad == trains})
+        for trains in (True, False)
+    }
     precision = precision_of(c)
     products = {"tf32": "float32 by tf32 (10 bits)", "bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
     read = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
@@ -132,7 +139,9 @@ def types(c: TrainConfig, model: RWKV) -> str:
     weights = f"trained weights {trained} (they are the master weights), gradients {trained}, Adam's moments {trained}"
     if strategy.zero(c) and read != "float32":
         kept[False] = kept[False] and [read]
-        weights = f"trained weights and gradients {read}, their master weights and Adam's moments float32 (DeepSpeed's way)"
+        weights = (
+            f"trained weights and gradients {read}, their master weights and Adam's moments float32 (DeepSpeed's way)"
+        )
     return (
         f"{precision}: {weights}"
         + (f", frozen weights {'/'.join(kept[False])}" if kept[False] else "")
@@ -158,12 +167,24 @@ def _coverage(training: Samples, samples: int) -> str:
             f"{_passes(times)} the data, by prime sampling (p = {training.prime}): no position is used twice within"
             f" {_many(training.prime, 'sample')}"
         )
-    missed = math.exp(-times)  # of what is covered n · ctx_len / tokens times on average, by positions that are independent of each other
-    rest = f": about {missed:.0%} of it is never used. Use --magic_prime -1 or --doc_training 1 to use all of it" if missed >= 0.01 else ""
+    missed = math.exp(
+        -times
+    )  # of what is covered n · ctx_len / tokens times on average, by positions that are independent of each other
+    rest = (
+        f": about {missed:.0%} of it is never used. Use --magic_prime -1 or --doc_training 1 to use all of it"
+        if missed >= 0.01
+        else ""
+    )
     return f"{_passes(times)} the data, at random positions{rest}"
 
 
 def _passes(times: float) -> str:
     if times >= 100:
         return f"{times:,.0f} passes over"
-    return f"{times:.2g} passes over" if times >= 1.5 or times < 0.995 else "1 pass over" if times < 1.05 else f"{times:.1f} passes over"
+    return (
+        f"{times:.2g} passes over"
+        if times >= 1.5 or times < 0.995
+        else "1 pass over"
+        if times < 1.05
+        else f"{times:.1f} passes over"
+    )

@@ -13,12 +13,17 @@ from typing import BinaryIO, NamedTuple
 from rwkv.errors import FileFormatError
 
 MAGIC = b"PK\x03\x04"
-_RECORDS = re.compile(r"data\.pkl|data/\w+|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id")
+_RECORDS = re.compile(
+    r"data\.pkl|data/\w+|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id"
+)
 _END, _END64, _LOCATOR, _CENTRAL, _LOCAL = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07", b"PK\x01\x02", MAGIC
 _ENCRYPTED = 1 << 0 | 1 << 6 | 1 << 13  # a record, strongly, and its headers too
 _SIZES_FOLLOW = 1 << 3  # the local header has no sizes
 _STORED, _DEFLATED = 0, 8
-_INFLATED = 64 << 20, 50  # bytes that compressed records may have together: so many, or so many times the file's, whichever is more
+_INFLATED = (
+    64 << 20,
+    50,
+)  # bytes that compressed records may have together: so many, or so many times the file's, whichever is more
 
 
 class Record(NamedTuple):
@@ -71,7 +76,9 @@ class Archive:
             except zlib.error as error:
                 raise FileFormatError(f"its record {name} cannot be decompressed ({error})") from error
             if len(found) != record.size or not inflater.eof:
-                raise FileFormatError(f"its record {name} does not decompress to the {record.size:,} bytes that the directory states")
+                raise FileFormatError(
+                    f"its record {name} does not decompress to the {record.size:,} bytes that the directory states"
+                )
         if zlib.crc32(found) != record.crc:
             raise FileFormatError(f"its record {name} has another checksum than was written")
         return found
@@ -133,7 +140,9 @@ class Archive:
             fixed = directory[at : at + 46]
             if len(fixed) < 46 or not fixed.startswith(_CENTRAL):
                 raise FileFormatError("its directory is corrupt")
-            flags, method, crc, stored, full, n, extra, comment, disk, offset = struct.unpack("<4x4x2H4x3I3HH6xI", fixed)
+            flags, method, crc, stored, full, n, extra, comment, disk, offset = struct.unpack(
+                "<4x4x2H4x3I3HH6xI", fixed
+            )
             name, more = directory[at + 46 : at + 46 + n], directory[at + 46 + n : at + 46 + n + extra]
             at += 46 + n + extra + comment
             if at > size:
@@ -152,7 +161,9 @@ class Archive:
             if offset < past or start + stored > begin or (not past and offset):
                 raise FileFormatError("its records overlap, or there is something in front of them")
             if method not in (_STORED, _DEFLATED) or (method == _STORED and stored != full):
-                raise FileFormatError(f"its record {short} is compressed in a way, or to a size, that torch.save does not write")
+                raise FileFormatError(
+                    f"its record {short} is compressed in a way, or to a size, that torch.save does not write"
+                )
             past = start + stored
             inflated += full if method == _DEFLATED else 0
             records[short] = Record(start, stored, full, method == _DEFLATED, crc)
@@ -167,7 +178,10 @@ class Archive:
         header = self._at(offset, 30)
         flags_here, method_here, stored_here, full_here, n, extra = struct.unpack("<4x2x2H8x2I2H", header)
         later = bool(flags_here & _SIZES_FOLLOW)
-        sizes_agree = all(here in (value, 0xFFFFFFFF) or (later and not here) for here, value in ((stored_here, stored), (full_here, full)))
+        sizes_agree = all(
+            here in (value, 0xFFFFFFFF) or (later and not here)
+            for here, value in ((stored_here, stored), (full_here, full))
+        )
         same = (flags_here, method_here, n) == (flags, method, len(name)) and self._at(offset + 30, n) == name
         if not header.startswith(_LOCAL) or not same or not sizes_agree:
             raise FileFormatError("its directory disagrees with its records")
@@ -198,14 +212,18 @@ def _names(raw: list[bytes]) -> list[str]:
     """The records' names without the folder that they are all in."""
     names = [name.decode("utf-8", "replace") for name in raw]
     if any(re.search(r"(^|/)(constants\.pkl|code/)", name) for name in names):
-        raise NotPlain("a TorchScript program (torch.jit.save), which is code. Give the state_dict that it was made from", names)
+        raise NotPlain(
+            "a TorchScript program (torch.jit.save), which is code. Give the state_dict that it was made from", names
+        )
     tops = {name.partition("/")[0] for name in names}
     short = [name.partition("/")[2] for name in names]
     if "data.pkl" not in short:
         raise NotPlain("a zip archive, but not one that torch.save wrote (it has no data.pkl)", names)
     strange = [name for name, rest in zip(names, short, strict=True) if not _RECORDS.fullmatch(rest)]
     if len(tops) > 1 or strange:
-        raise NotPlain(f"a zip archive with {(strange or sorted(tops))[0]!r} in it, which torch.save does not write", names)
+        raise NotPlain(
+            f"a zip archive with {(strange or sorted(tops))[0]!r} in it, which torch.save does not write", names
+        )
     if len(set(short)) < len(short):
         raise FileFormatError("it has two records of one name")
     return short

@@ -8,7 +8,9 @@ from torch import Tensor
 from rwkv.errors import printable
 
 # Words that wrappers put in front of every name: DataParallel, DeepSpeed, torch.compile, FSDP, Lightning modules, peft.
-_WRAPPERS = r"(?:module|model|net|network|rwkv|transformer|backbone|base_model|_forward_module|_orig_mod|_fsdp_wrapped_module)"
+_WRAPPERS = (
+    r"(?:module|model|net|network|rwkv|transformer|backbone|base_model|_forward_module|_orig_mod|_fsdp_wrapped_module)"
+)
 _PREFIX = re.compile(rf"^(?:{_WRAPPERS}\.)+(?=(?:emb|head|ln_out|blocks|embeddings)\.)")
 _INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PEFT = re.compile(r"\.lora_([AB])(?:\.(?!weight$)\w+)?\.weight$")
@@ -44,9 +46,7 @@ def other_than_model(tensors: Mapping[str, Tensor]) -> str | None:
         return part
     if any(".lora_" in name for name in tensors):
         if "emb.weight" in tensors:
-            return (
-                "a model together with a LoRA adapter that is not merged; merge it with the program that wrote it, or give its base model"
-            )
+            return "a model together with a LoRA adapter that is not merged; merge it with the program that wrote it, or give its base model"
         return (
             "a LoRA adapter, not a whole model. Give the model that it was trained on; where a program takes no adapter beside it, merge"
             " the two first with scripts/merge_lora.py, and give the merged model"
@@ -61,9 +61,17 @@ def other_than_adapter(tensors: Mapping[str, Tensor]) -> str | None:
     if any(name in tensors for name in ("emb.weight", "head.weight")):
         version = _version(tensors) or "a whole model"
         return f"not a LoRA adapter but {version}. An adapter has only lora_A and lora_B, and some vectors"
-    unknown = [name for name in tensors if not re.search(r"\.lora_[AB]$|\.(att|ffn|ffnPre)\.time_\w+$|\.ln[012]\.(weight|bias)$", name)]
+    unknown = [
+        name
+        for name in tensors
+        if not re.search(r"\.lora_[AB]$|\.(att|ffn|ffnPre)\.time_\w+$|\.ln[012]\.(weight|bias)$", name)
+    ]
     if unknown:
-        return f"not a LoRA adapter ({_some(unknown)} is not part of one)" if len(unknown) < len(tensors) else _nothing_known(tensors)
+        return (
+            f"not a LoRA adapter ({_some(unknown)} is not part of one)"
+            if len(unknown) < len(tensors)
+            else _nothing_known(tensors)
+        )
     return None
 
 
@@ -125,7 +133,9 @@ def _version(tensors: Mapping[str, Tensor]) -> str | None:
 def _other_model(tensors: Mapping[str, Tensor]) -> str | None:
     names = list(tensors)
     if _has(names, r"\.weight_(mx|rx|my|ry)$|\.weight_scale|_(mx|rx|my|ry)$"):
-        return "a model quantised to 8 bits for inference (PyPI rwkv's fp16i8). Give the .pth that it was converted from"
+        return (
+            "a model quantised to 8 bits for inference (PyPI rwkv's fp16i8). Give the .pth that it was converted from"
+        )
     if _has(names, r"\.(qweight|qzeros|g_idx|absmax|quant_map|scales|SCB|weight_format)$|quant_state"):
         return "a quantised model (GPTQ, AWQ or bitsandbytes). Give the original, in fp32, bf16 or fp16"
     if _has(names, r"^(model\.)?layers\.\d+\.attn\.(r_proj|x_r|time_decay)") or _has(names, r"^rwkv7\."):

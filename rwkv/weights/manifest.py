@@ -37,20 +37,32 @@ def read_json(path: Path) -> dict[str, Any]:
     with regular(path, "manifest") as file:
         data = file.read(_LARGEST + 1)
     if len(data) > _LARGEST:
-        raise UserError(f"{path}: larger than {_LARGEST >> 20} MiB, which no manifest is; delete it, or give the right one")
+        raise UserError(
+            f"{path}: larger than {_LARGEST >> 20} MiB, which no manifest is; delete it, or give the right one"
+        )
     try:
         found = json.loads(data.decode("utf-8-sig"))
     except RecursionError as error:
         raise UserError(f"{path}: not a manifest: its arrays or objects are nested too deeply") from error
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}). Fix it, or delete it and give what it says by flags") from error
+        raise UserError(
+            f"{path}: not valid JSON ({error}). Fix it, or delete it and give what it says by flags"
+        ) from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: contains a JSON {_kind(found)}, not an object that describes a checkpoint")
     return found
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "object", list: "array", str: "string", bool: "Boolean", int: "number", float: "number", type(None): "null"}
+    names = {
+        dict: "object",
+        list: "array",
+        str: "string",
+        bool: "Boolean",
+        int: "number",
+        float: "number",
+        type(None): "null",
+    }
     return names.get(type(value), type(value).__name__)
 
 
@@ -68,7 +80,9 @@ def check_adapter(manifest: dict[str, Any], where: PathLike, parts: Iterable[str
     def wrong(key: str, wanted: str) -> UserError:
         value = manifest[key]
         shown = _kind(value) if isinstance(value, dict | list) else repr(value)[:80]
-        return UserError(f"{where}: its {key} is {shown}, not {wanted}. Fix it there, or delete the file and give the value by flags")
+        return UserError(
+            f"{where}: its {key} is {shown}, not {wanted}. Fix it there, or delete the file and give the value by flags"
+        )
 
     if "kind" in manifest and manifest["kind"] != "adapter":
         raise UserError(

@@ -98,7 +98,9 @@ def _legacy(file: BinaryIO) -> Any:
             spec = wanted[key]
             if data[at : at + 8] != struct.pack("<q", spec.count):
                 short = at + 8 > size
-                raise FileFormatError("it is truncated" if short else f"its storage {key} has another size than its tensors state")
+                raise FileFormatError(
+                    "it is truncated" if short else f"its storage {key} has another size than its tensors state"
+                )
             places[key] = at + 8
             at += 8 + spec.nbytes
     if at > size:
@@ -143,7 +145,9 @@ def _truncated(file: BinaryIO, error: FileFormatError) -> FileFormatError:
     except FileFormatError:
         return error
     needed = sum(spec.nbytes for spec in {spec.key: spec for spec in reader.storages}.values())
-    return FileFormatError(f"it is truncated: it has {size:,} bytes, and its tensors alone need {needed:,}. Download or copy it again")
+    return FileFormatError(
+        f"it is truncated: it has {size:,} bytes, and its tensors alone need {needed:,}. Download or copy it again"
+    )
 
 
 def _filled(shell: Any, storage: Callable[[StorageSpec], Any]) -> Any:
@@ -164,7 +168,9 @@ def _filled(shell: Any, storage: Callable[[StorageSpec], Any]) -> Any:
             inside: Any
             if isinstance(value, dict):
                 inside = made[id(value)] = {}
-                inside.update({key: fill(x, f"{where}.{key}" if where else str(key), depth + 1) for key, x in value.items()})
+                inside.update(
+                    {key: fill(x, f"{where}.{key}" if where else str(key), depth + 1) for key, x in value.items()}
+                )
             elif kind is list:
                 inside = made[id(value)] = []
                 inside.extend([fill(x, f"{where}[{i}]", depth + 1) for i, x in enumerate(value)])

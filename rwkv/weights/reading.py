@@ -15,7 +15,14 @@ from rwkv.files import regular
 from rwkv.weights import kinds, pth, recognise
 from rwkv.weights.archive import MAGIC
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights", "params")  # keys that training programs put a state_dict under
+_WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "weights",
+    "params",
+)  # keys that training programs put a state_dict under
 _HEADER = 100_000_000  # bytes that the header of a safetensors file may have
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -54,10 +61,16 @@ def is_safetensors(file: BinaryIO) -> bool:
 def _safetensors(path: Path, file: BinaryIO) -> dict[str, Tensor]:
     size, header = os.fstat(file.fileno()).st_size, int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
     if 8 + header > size:
-        raise UserError(f"{path}: truncated: it has {size:,} bytes, and its header alone needs {8 + header:,}. Download or copy it again")
+        raise UserError(
+            f"{path}: truncated: it has {size:,} bytes, and its header alone needs {8 + header:,}. Download or copy it again"
+        )
     try:
         entries = json.loads(os.pread(file.fileno(), header, 8))
-        stored = {name: (entry["dtype"], int(entry["data_offsets"][1])) for name, entry in entries.items() if name != "__metadata__"}
+        stored = {
+            name: (entry["dtype"], int(entry["data_offsets"][1]))
+            for name, entry in entries.items()
+            if name != "__metadata__"
+        }
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a valid safetensors file: its header is corrupt") from error
     needed = 8 + header + max((end for _, end in stored.values()), default=0)
@@ -89,20 +102,30 @@ def _unwrapped(value: Any, path: Path) -> dict[str, Tensor]:
             break
         value = inside
     if isinstance(value, dict):
-        if value.keys() >= {"state", "param_groups"} or value.keys() & {"optimizer_state_dict", "base_optimizer_state", "optimizer"}:
+        if value.keys() >= {"state", "param_groups"} or value.keys() & {
+            "optimizer_state_dict",
+            "base_optimizer_state",
+            "optimizer",
+        }:
             raise UserError(
                 f"{path}: the state of an optimizer, not a model (its keys are {_some(value)}); give the weights of the same run"
             )
         if not value:
             raise UserError(f"{path}: an empty dictionary, not a model; give the model's state_dict")
     if isinstance(value, list) and value and all(isinstance(x, Tensor) for x in value):
-        raise UserError(f"{path}: a list of {len(value)} tensors, such as an inference state, not a model; give the model's state_dict")
+        raise UserError(
+            f"{path}: a list of {len(value)} tensors, such as an inference state, not a model; give the model's state_dict"
+        )
     if not isinstance(value, dict):
-        raise UserError(f"{path}: contains a {type(value).__name__}, not a dictionary of tensors; give the model's state_dict")
+        raise UserError(
+            f"{path}: contains a {type(value).__name__}, not a dictionary of tensors; give the model's state_dict"
+        )
     for name, x in value.items():
         if not isinstance(name, str) or not isinstance(x, Tensor):
             kind = type(x).__name__
-            raise UserError(f"{path}: its entry {str(name)[:100]!r} is a {kind}, not a tensor; give the model's state_dict alone")
+            raise UserError(
+                f"{path}: its entry {str(name)[:100]!r} is a {kind}, not a tensor; give the model's state_dict alone"
+            )
     return value
 
 

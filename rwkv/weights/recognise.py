@@ -11,7 +11,10 @@ from rwkv.weights.unpickle import Forbidden
 
 _AGAIN = "Download it again"
 _MAGIC = (
-    (b"GGUF", "a GGUF file (llama.cpp), which is made for inference. Give the .pth or .safetensors that it was converted from"),
+    (
+        b"GGUF",
+        "a GGUF file (llama.cpp), which is made for inference. Give the .pth or .safetensors that it was converted from",
+    ),
     (b"fmgg", "a GGML file (rwkv.cpp), which is made for inference. Give the .pth that it was converted from"),
     (b"lmgg", "a GGML file, which is made for inference. Give the .pth that it was converted from"),
     (b"tjgg", "a GGML file (GGJT), which is made for inference. Give the .pth that it was converted from"),
@@ -129,7 +132,10 @@ def folder(path: Path) -> str:
         )
     if files := [name for name in ("model.safetensors", "pytorch_model.bin") if name in names]:
         return f"a transformers folder; give the file in it: {path / files[0]}"
-    if any(re.fullmatch(r"(zero_pp_rank|bf16_zero_pp_rank|mp_rank)_.*\.pt", name) for name in names) or "zero_to_fp32.py" in names:
+    if (
+        any(re.fullmatch(r"(zero_pp_rank|bf16_zero_pp_rank|mp_rank)_.*\.pt", name) for name in names)
+        or "zero_to_fp32.py" in names
+    ):
         return "a training state of DeepSpeed. Convert it with the zero_to_fp32.py in it, and give what it writes"
     found = sorted(name for name in names if name.endswith((".pth", ".safetensors", ".bin", ".pt")))
     if found:
@@ -141,7 +147,9 @@ def reason(error: FileFormatError) -> str:
     """What a file is that begins like one of torch.save, and why it is not read."""
     if isinstance(error, Forbidden):
         kind = next((text for pattern, text in _PICKLED if re.match(pattern, error.name)), "")
-        return f"{kind} ({error})" if kind else f"not a checkpoint of tensors alone: {error}. Give the model's state_dict"
+        return (
+            f"{kind} ({error})" if kind else f"not a checkpoint of tensors alone: {error}. Give the model's state_dict"
+        )
     if isinstance(error, NotPlain):
         names = error.names
         if "TorchScript" in str(error):

@@ -29,7 +29,9 @@ def save(tensors: Mapping[str, Tensor], path: Path) -> None:
         tensor = tensors[name]
         begin, end = end, end + tensor.numel() * tensor.element_size()
         entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
+    header = json.dumps(
+        {"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":"), ensure_ascii=False
+    ).encode()
     header += b" " * (-len(header) % 8)
     with open(path, "r+b") as file:
         reserve(file, 8 + len(header) + end)

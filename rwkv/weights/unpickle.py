@@ -33,7 +33,9 @@ class Forbidden(FileFormatError):
 
     def __init__(self, name: str):
         self.name = name
-        super().__init__(f"it contains {printable(name)!s:.200}, which is neither a tensor nor plain data, and is not loaded")
+        super().__init__(
+            f"it contains {printable(name)!s:.200}, which is neither a tensor nor plain data, and is not loaded"
+        )
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,18 @@ class DType:
 
 
 def _integers(value: Any, what: str) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple) or len(value) > 64 or not all(type(x) is int and 0 <= x < _MOST for x in value):
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) > 64
+        or not all(type(x) is int and 0 <= x < _MOST for x in value)
+    ):
         raise FileFormatError(f"it has a tensor with an impossible {what}")
     return tuple(value)
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, _grad: Any = None, _hooks: Any = None, metadata: Any = None) -> TensorSpec:
+def _tensor(
+    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any = None, _hooks: Any = None, metadata: Any = None
+) -> TensorSpec:
     if type(storage) is not StorageSpec:
         raise FileFormatError("it has a tensor without a storage")
     return _in_storage(storage, storage.dtype or "uint8", offset, size, stride, metadata)
@@ -116,7 +124,9 @@ def _in_storage(storage: StorageSpec, dtype: str, offset: Any, size: Any, stride
         raise FileFormatError("it has a tensor with more strides than dimensions, or fewer")
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if all(shape) else offset - 1
     if (last + 1) * ITEM_BYTES[dtype] > storage.nbytes:
-        raise FileFormatError(f"it has a tensor of shape {list(shape)} that does not fit into its storage of {storage.nbytes:,} bytes")
+        raise FileFormatError(
+            f"it has a tensor of shape {list(shape)} that does not fit into its storage of {storage.nbytes:,} bytes"
+        )
     return TensorSpec(storage, dtype, offset, shape, strides, "a conjugate or negative view" if metadata else "")
 
 
@@ -189,7 +199,9 @@ _NAMES: dict[str, Any] = {
     "torch._utils._rebuild_sparse_tensor": _Name("_rebuild_sparse_tensor", _unusable("sparse")),
     "torch._utils._rebuild_sparse_csr_tensor": _Name("_rebuild_sparse_csr_tensor", _unusable("sparse")),
     "torch._utils._rebuild_nested_tensor": _Name("_rebuild_nested_tensor", _unusable("nested")),
-    "torch._utils._rebuild_meta_tensor_no_storage": _Name("_rebuild_meta_tensor_no_storage", _unusable("on the meta device, without data")),
+    "torch._utils._rebuild_meta_tensor_no_storage": _Name(
+        "_rebuild_meta_tensor_no_storage", _unusable("on the meta device, without data")
+    ),
     "torch.per_tensor_affine": "per_tensor_affine",
     "torch.per_channel_affine": "per_channel_affine",
     "torch.storage.UntypedStorage": _StorageType(""),
@@ -252,12 +264,23 @@ class Unpickler:
             while (code := self._take(1)[0]) != ord("."):
                 operation = _OPERATIONS.get(code)
                 if operation is None:
-                    raise FileFormatError(f"its pickle has an instruction that torch.save does not write (0x{code:02x})")
+                    raise FileFormatError(
+                        f"its pickle has an instruction that torch.save does not write (0x{code:02x})"
+                    )
                 operation(self)
             if self._marks or len(self._stack) != 1:
                 raise FileFormatError("its pickle is corrupt")
             return self._stack.pop()
-        except (IndexError, KeyError, TypeError, AttributeError, UnicodeError, struct.error, OverflowError, RecursionError) as error:
+        except (
+            IndexError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            UnicodeError,
+            struct.error,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise FileFormatError("its pickle is corrupt") from error
 
     def _take(self, size: int) -> bytes:

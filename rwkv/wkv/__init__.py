@@ -37,7 +37,14 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[[Tensor], str | None], Callable[..., 
 
 
 def wkv4(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, reset: Tensor | None = None, *, impl: str = "auto"
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None = None,
+    reset: Tensor | None = None,
+    *,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The RWKV-4 attention-free mixing over time (Peng et al. 2023, arXiv:2305.13048, eq. 14), in max-shifted fp32:
 
@@ -83,9 +90,14 @@ def _slow(refusals: str) -> str:
 
 def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, reset: Tensor | None) -> None:
     if k.dim() != 3 or v.shape != k.shape or k.shape[1] < 1:
-        raise ValueError(f"k and v must be [B, T, C] with T ≥ 1 and alike; they are {list(k.shape)} and {list(v.shape)}")
+        raise ValueError(
+            f"k and v must be [B, T, C] with T ≥ 1 and alike; they are {list(k.shape)} and {list(v.shape)}"
+        )
     batch, length, channels = k.shape
-    device, shapes = k.device, {"v": k.shape, "w": (channels,), "u": (channels,), "state": (batch, 3, channels), "reset": (batch, length)}
+    device, shapes = (
+        k.device,
+        {"v": k.shape, "w": (channels,), "u": (channels,), "state": (batch, 3, channels), "reset": (batch, length)},
+    )
     for name, tensor in {"v": v, "w": w, "u": u, "state": state, "reset": reset}.items():
         if tensor is None:
             continue
@@ -94,7 +106,11 @@ def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, res
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} and k on {device}; put them on one device")
     floats = {"w": w, "u": u, "k": k, "v": v, "state": state}
-    if wrong := [f"{name} is {tensor.dtype}" for name, tensor in floats.items() if tensor is not None and not tensor.is_floating_point()]:
+    if wrong := [
+        f"{name} is {tensor.dtype}"
+        for name, tensor in floats.items()
+        if tensor is not None and not tensor.is_floating_point()
+    ]:
         raise ValueError(f"w, u, k, v and state must be floating-point; {', '.join(wrong)}")
     if v.dtype != k.dtype:
         raise ValueError(f"k and v must be of one dtype; they are {k.dtype} and {v.dtype}")

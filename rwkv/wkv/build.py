@@ -77,9 +77,7 @@ def refusal() -> str | None:
     if "source_hash" not in written:
         return f"it is not compiled for torch {torch.__version__}; run: {target('kernels')}"
     if SOURCES.is_dir() and written["source_hash"] != source_hash():
-        return (
-            f"it was compiled from other sources (hash {written['source_hash'][:12]}, now {source_hash()[:12]}); run: {target('kernels')}"
-        )
+        return f"it was compiled from other sources (hash {written['source_hash'][:12]}, now {source_hash()[:12]}); run: {target('kernels')}"
     for name, size in written.get("sizes", {}).items():
         path = folder() / name
         if not path.is_file() or path.stat().st_size != size:
@@ -104,7 +102,9 @@ def device_code(capability: tuple[int, int]) -> Path:
         if name.endswith(".ptx") and int(name.split("_compute_")[1].split(".")[0]) <= 10 * major + minor:
             return folder() / name
     if not archs:
-        raise LookupError(f"the CUDA unit is not compiled, as {NO_NVRTC}; take an environment with both (make venv), then make kernels")
+        raise LookupError(
+            f"the CUDA unit is not compiled, as {NO_NVRTC}; take an environment with both (make venv), then make kernels"
+        )
     have = ", ".join(f"{arch // 10}.{arch % 10}" for arch in sorted(archs))
     raise LookupError(
         f"the GPU has compute capability {major}.{minor} and the CUDA unit is compiled for {have}; take the stack that drives this GPU: make venv STACK=modern for newer ones, cu117 for older"
@@ -120,7 +120,9 @@ def build() -> None:
         )
     folder().mkdir(parents=True, exist_ok=True)
     with open(folder() / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another build may be under way: wait for it, then there is nothing left to do
+        fcntl.flock(
+            lock, fcntl.LOCK_EX
+        )  # another build may be under way: wait for it, then there is nothing left to do
         if not usable():
             _build()
 
@@ -134,7 +136,9 @@ def usable() -> bool:
 
 
 def _build() -> None:
-    (folder() / "manifest.json").unlink(missing_ok=True)  # first: a build that is broken off leaves nothing that looks usable
+    (folder() / "manifest.json").unlink(
+        missing_ok=True
+    )  # first: a build that is broken off leaves nothing that looks usable
     for old in folder().glob("wkv4*"):
         old.unlink()
     before = time.time()

@@ -102,7 +102,9 @@ class _WKV4(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gy, glast):
         if torch.is_grad_enabled():  # once_differentiable would say so too, and takes longer
-            raise RuntimeError('wkv4: a compiled unit has no gradients of gradients (create_graph=True); impl="reference" has them')
+            raise RuntimeError(
+                'wkv4: a compiled unit has no gradients of gradients (create_graph=True); impl="reference" has them'
+            )
         w, u, k, v, reset, kept = ctx.saved_tensors
         gy = torch.zeros_like(k) if gy is None else gy.contiguous()
         glast = None if glast is None else glast.contiguous()
@@ -110,14 +112,20 @@ class _WKV4(torch.autograd.Function):
         return None, gw, gu, gk, gv, gstate if ctx.needs_input_grad[5] else None, None
 
 
-def run(unit: Unit, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+def run(
+    unit: Unit, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """As `rwkv.wkv.wkv4`, by a unit; k's dtype is one that the unit takes."""
     state = None if state is None else state.float().contiguous()
     reset = None if reset is None else reset.contiguous()
-    return _WKV4.apply(unit, w.float().contiguous(), u.float().contiguous(), k.contiguous(), v.contiguous(), state, reset)
+    return _WKV4.apply(
+        unit, w.float().contiguous(), u.float().contiguous(), k.contiguous(), v.contiguous(), state, reset
+    )
 
 
-def wkv4_cpu(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def wkv4_cpu(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, reset: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """As `rwkv.wkv.wkv4`, on CPU tensors; fp16 is converted to fp32 and back."""
     if k.dtype != torch.float16:
         return run(cpu_unit(), w, u, k, v, state, reset)

@@ -39,13 +39,21 @@ class Compiler:
         texts, names = [path.read_bytes() for path in headers], [path.name.encode() for path in headers]
         array = ctypes.c_char_p * len(headers)
         self._call(
-            "CreateProgram", ctypes.byref(program), source.read_bytes(), source.name.encode(), len(headers), array(*texts), array(*names)
+            "CreateProgram",
+            ctypes.byref(program),
+            source.read_bytes(),
+            source.name.encode(),
+            len(headers),
+            array(*texts),
+            array(*names),
         )
         try:
             flags = [option.encode() for option in (f"--gpu-architecture={target}", *options)]
             # NVRTC 11.7 leaves its thread in the C locale, where Python reads and writes ASCII: so it gets a thread of its own
             with ThreadPoolExecutor(1) as thread:
-                code = thread.submit(self._nvrtc.nvrtcCompileProgram, program, len(flags), (ctypes.c_char_p * len(flags))(*flags)).result()
+                code = thread.submit(
+                    self._nvrtc.nvrtcCompileProgram, program, len(flags), (ctypes.c_char_p * len(flags))(*flags)
+                ).result()
             log = self._text(program, "ProgramLog").rstrip(b"\0").decode()
             if code:
                 raise RuntimeError(f"NVRTC {self.version}, {source.name} for {target}:\n{log}")

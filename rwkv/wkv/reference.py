@@ -6,12 +6,16 @@ from torch import Tensor
 EMPTY = -1e38  # the running maximum of an empty state
 
 
-def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def wkv4(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, reset: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """As `rwkv.wkv.wkv4`; computes in fp32, or in fp64 where k is fp64 (for gradcheck)."""
     compute = torch.float64 if k.dtype == torch.float64 else torch.float32
     dtype, (batch, length, channels) = k.dtype, k.shape
     w, u, k, v = (x.to(compute) for x in (w, u, k, v))
-    a, b, p = empty_state(batch, channels, k.device, compute).unbind(1) if state is None else state.to(compute).unbind(1)  # [B, C] each
+    a, b, p = (
+        empty_state(batch, channels, k.device, compute).unbind(1) if state is None else state.to(compute).unbind(1)
+    )  # [B, C] each
     outputs = []
     for t in range(length):
         if reset is not None:
@@ -28,7 +32,9 @@ def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None
     return torch.stack(outputs, 1).to(dtype), torch.stack([a, b, p], 1)
 
 
-def empty_state(batch: int, channels: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+def empty_state(
+    batch: int, channels: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The state of a document's start, [B, 3, C]: numerator 0, denominator 0, running maximum -1e38."""
     state = torch.zeros(batch, 3, channels, device=device, dtype=dtype)
     state[:, 2] = EMPTY

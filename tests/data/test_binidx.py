@@ -24,12 +24,17 @@ def independent_read(prefix):
     sizes = struct.unpack_from(f"<{n_sizes}i", raw, 34)
     pointers = struct.unpack_from(f"<{n_sizes}q", raw, 34 + 4 * n_sizes)
     assert struct.unpack_from(f"<{n_docs}q", raw, 34 + 12 * n_sizes) == tuple(range(n_docs))
-    documents = [list(struct.unpack_from(f"<{size}{letter}", data, at)) for size, at in zip(sizes, pointers, strict=True)]
+    documents = [
+        list(struct.unpack_from(f"<{size}{letter}", data, at)) for size, at in zip(sizes, pointers, strict=True)
+    ]
     assert sum(sizes) * width == len(data)
     return documents
 
 
-@given(documents=st.lists(st.lists(st.integers(0, 65535), max_size=20), min_size=1), dtype=st.sampled_from(["uint16", "int32"]))
+@given(
+    documents=st.lists(st.lists(st.integers(0, 65535), max_size=20), min_size=1),
+    dtype=st.sampled_from(["uint16", "int32"]),
+)
 def test_an_independent_reader_and_ours_read_what_was_written(tmp_path_factory, documents, dtype):
     prefix = tmp_path_factory.mktemp("binidx") / "p"
     with writer(prefix, dtype) as out:
@@ -54,7 +59,15 @@ def test_bytes_are_the_documented_ones(tmp_path):
         out.add([1, 2])
         out.add([65535])
     assert (tmp_path / "p.bin").read_bytes().hex() == "01000200ffff"
-    expected = "4d4d49444944580000" + "0100000000000000" + "08" + "0200000000000000" + "0300000000000000" + "02000000" + "01000000"
+    expected = (
+        "4d4d49444944580000"
+        + "0100000000000000"
+        + "08"
+        + "0200000000000000"
+        + "0300000000000000"
+        + "02000000"
+        + "01000000"
+    )
     expected += "0000000000000000" + "0400000000000000" + "0000000000000000" + "0100000000000000" + "0200000000000000"
     assert (tmp_path / "p.idx").read_bytes().hex() == expected
 
@@ -75,7 +88,10 @@ def test_nothing_is_left_when_writing_fails_and_the_old_files_stay(tmp_path):
 
 
 def test_an_id_that_does_not_fit_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"document 1: token id 65536 does not fit uint16"), writer(tmp_path / "p") as out:
+    with (
+        pytest.raises(UserError, match=r"document 1: token id 65536 does not fit uint16"),
+        writer(tmp_path / "p") as out,
+    ):
         out.add([1, 65536])
     assert list(tmp_path.iterdir()) == []
 
@@ -96,15 +112,30 @@ def test_either_suffix_or_none_opens_the_pair(tmp_path):
         (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:20]), r"cut short inside its header"),
         (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:-1]), r"2 documents need 82"),
         (lambda bin, idx: bin.write_bytes(bin.read_bytes()[:-1]), r"its index speaks of 3 tokens of 2 bytes \(6\)"),
-        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:9] + b"\2" + idx.read_bytes()[10:]), r"version 2 with dtype code 8"),
-        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:17] + b"\7" + idx.read_bytes()[18:]), r"version 1 with dtype code 7"),
+        (
+            lambda bin, idx: idx.write_bytes(idx.read_bytes()[:9] + b"\2" + idx.read_bytes()[10:]),
+            r"version 2 with dtype code 8",
+        ),
+        (
+            lambda bin, idx: idx.write_bytes(idx.read_bytes()[:17] + b"\7" + idx.read_bytes()[18:]),
+            r"version 1 with dtype code 7",
+        ),
         (
             lambda bin, idx: idx.write_bytes(idx.read_bytes()[:42] + b"\2" + idx.read_bytes()[43:]),
             r"document 1 has size 2 and pointer 2, and 0 was expected",
         ),
-        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:37] + b"\xff" + idx.read_bytes()[38:]), r"pointers do not follow .* size -"),
-        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:17] + b"\4" + idx.read_bytes()[18:]), r"pointers do not follow"),
-        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:-8] + b"\1" + idx.read_bytes()[-7:]), r"document index is not 0 … 2"),
+        (
+            lambda bin, idx: idx.write_bytes(idx.read_bytes()[:37] + b"\xff" + idx.read_bytes()[38:]),
+            r"pointers do not follow .* size -",
+        ),
+        (
+            lambda bin, idx: idx.write_bytes(idx.read_bytes()[:17] + b"\4" + idx.read_bytes()[18:]),
+            r"pointers do not follow",
+        ),
+        (
+            lambda bin, idx: idx.write_bytes(idx.read_bytes()[:-8] + b"\1" + idx.read_bytes()[-7:]),
+            r"document index is not 0 … 2",
+        ),
         (lambda bin, idx: bin.write_bytes(bin.read_bytes() + b"\0\0"), r"8 bytes, and its index speaks of 3 tokens"),
     ],
 )
@@ -125,7 +156,9 @@ def test_a_mask_beside_the_tokens_is_read_and_checked_for_its_length(tmp_path, p
     (tmp_path / name).write_bytes(b"\0\1\1")
     assert Dataset(tmp_path / prefix).mask.tolist() == [0, 1, 1]
     (tmp_path / name).write_bytes(b"\0\1")
-    with pytest.raises(UserError, match=rf"{name}: 2 bytes, and .*{prefix}.bin holds 3 tokens.*convert again, or move the mask away"):
+    with pytest.raises(
+        UserError, match=rf"{name}: 2 bytes, and .*{prefix}.bin holds 3 tokens.*convert again, or move the mask away"
+    ):
         Dataset(tmp_path / prefix)
 
 

@@ -120,9 +120,11 @@ def make_inputs(folder):
 
 
 def everything(folder, prefix):
-    return {path.name.removeprefix(prefix): path.read_bytes() for path in folder.iterdir() if path.name.startswith(f"{prefix}_")} | {
-        "rejects": (folder / f"{prefix}.rejects.jsonl").read_text().replace(prefix, "")
-    }
+    return {
+        path.name.removeprefix(prefix): path.read_bytes()
+        for path in folder.iterdir()
+        if path.name.startswith(f"{prefix}_")
+    } | {"rejects": (folder / f"{prefix}.rejects.jsonl").read_text().replace(prefix, "")}
 
 
 def test_any_number_of_workers_and_shards_make_the_same_bytes(tmp_path, small_chunks):
@@ -152,7 +154,9 @@ def test_shards_that_do_not_belong_together_are_refused(write_jsonl, tmp_path):
     with pytest.raises(UserError, match=r"shard 1/2 is missing"):
         merge(out, False)
     run(text, out, shard="1/2", append_eod=False)
-    with pytest.raises(UserError, match=r"out.00001-of-00002: was made with other flags than .*out.00000-of-00002; run it again"):
+    with pytest.raises(
+        UserError, match=r"out.00001-of-00002: was made with other flags than .*out.00000-of-00002; run it again"
+    ):
         merge(out, False)
     run(text, out, shard="1/2", force=True)
     merge(out, False)
@@ -185,7 +189,11 @@ def test_skipped_records_are_counted_and_written(tmp_path, small_chunks):
     done = run(tmp_path / "in", tmp_path / "out", on_error="skip", workers=2)
     assert (done.rejects, done.pairs[0][1]) == (2, 299)
     first, second = map(json.loads, done.rejects_file.read_text().splitlines())
-    assert first == {"place": f"{tmp_path}/in/a.jsonl, line 71", "error": '"text" is a int, not a string', "record": '{"text": 3}'}
+    assert first == {
+        "place": f"{tmp_path}/in/a.jsonl, line 71",
+        "error": '"text" is a int, not a string',
+        "record": '{"text": 3}',
+    }
     assert second["place"] == f"{tmp_path}/in/b.json, element 51"
     data = Dataset(tmp_path / "out_text_document")
     assert WorldTokenizer().decode(data.document(70)) == texts[71]
@@ -231,13 +239,21 @@ def test_ftfy_repairs_what_it_is_asked_to(write_jsonl, tmp_path):
     text = write_jsonl({"text": "donâ€™t"})
     run(text, tmp_path / "as_it_is", append_eod=False)
     run(text, tmp_path / "repaired", append_eod=False, ftfy=True)
-    as_it_is, repaired = (WorldTokenizer().decode(Dataset(tmp_path / f"{name}_text_document").tokens) for name in ("as_it_is", "repaired"))
+    as_it_is, repaired = (
+        WorldTokenizer().decode(Dataset(tmp_path / f"{name}_text_document").tokens) for name in ("as_it_is", "repaired")
+    )
     assert (as_it_is, repaired) == ("donâ€™t", "don't")
 
 
 @pytest.mark.parametrize(
     ("spec", "prefix"),
-    [("x/mine.jsonl", "x/mine"), ("x/mine.json.gz", "x/mine"), ("x/v1.5.txt.zst", "x/v1.5"), ("x", "x"), ("x/*.json.gz", "x/mine")],
+    [
+        ("x/mine.jsonl", "x/mine"),
+        ("x/mine.json.gz", "x/mine"),
+        ("x/v1.5.txt.zst", "x/v1.5"),
+        ("x", "x"),
+        ("x/*.json.gz", "x/mine"),
+    ],
 )
 def test_output_lies_beside_the_input(tmp_path, monkeypatch, spec, prefix):
     monkeypatch.chdir(tmp_path)
@@ -273,7 +289,8 @@ def test_killed_at_any_moment_it_leaves_nothing_wrong_and_the_next_run_succeeds(
     """Twenty runs killed with -9, from before the start to about the end; a survivor has finished and is right."""
     text = tmp_path / "in.jsonl"
     chats = [
-        {"messages": [{"role": "user", "content": f"{i} " * 50}, {"role": "assistant", "content": f"{i}?" * 400}]} for i in range(1500)
+        {"messages": [{"role": "user", "content": f"{i} " * 50}, {"role": "assistant", "content": f"{i}?" * 400}]}
+        for i in range(1500)
     ]
     text.write_text("".join(json.dumps(record) + "\n" for record in chats))
     out = tmp_path / "out"
@@ -305,7 +322,9 @@ def test_killed_at_any_moment_it_leaves_nothing_wrong_and_the_next_run_succeeds(
     assert killed >= 5  # on a machine whose speed varies
     complete = (out / "p_text_document.idx").exists()
     subprocess.run([*command, *(["--force"] if complete else [])], capture_output=True, check=True)
-    assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()} == digest  # nor are temporaries left
+    assert {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()
+    } == digest  # nor are temporaries left
 
 
 def test_killed_between_the_renames_the_next_run_succeeds(write_jsonl, tmp_path, monkeypatch):
@@ -326,4 +345,9 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     assert visible == ["text.jsonl", "text_text_document.bin"]
     assert len(names(tmp_path)) > 2
     run(text, tmp_path / "text")
-    assert names(tmp_path) == ["text.jsonl", "text_text_document.bin", "text_text_document.idx", "text_text_document.json"]
+    assert names(tmp_path) == [
+        "text.jsonl",
+        "text_text_document.bin",
+        "text_text_document.idx",
+        "text_text_document.json",
+    ]

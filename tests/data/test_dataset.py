@@ -46,7 +46,10 @@ def test_random_places_come_before_the_primes(stream):
     # upstream: at random where ii = 1, 2, … is less than my_random_steps, then the primes of ii − my_random_steps
     data = Contexts(stream, 10, 12, seed=5, prime=89, random_first=4)
     random = Contexts(stream, 10, 12, seed=5)
-    assert [data.offset(i) for i in range(12)] == [*map(random.offset, range(3)), *(prime_offset(i, 89, 10) for i in range(9))]
+    assert [data.offset(i) for i in range(12)] == [
+        *map(random.offset, range(3)),
+        *(prime_offset(i, 89, 10) for i in range(9)),
+    ]
 
 
 @pytest.mark.parametrize("prime", [0, 89])
@@ -60,7 +63,10 @@ def test_ranks_share_out_what_one_process_would_see(stream, prime):
 
 
 def test_data_shorter_than_a_context_is_refused_with_numbers(make_stream):
-    with pytest.raises(UserError, match=r"holds 9 tokens, and one context of ctx_len 8 needs 10; give more text, or --ctx_len 7 or less"):
+    with pytest.raises(
+        UserError,
+        match=r"holds 9 tokens, and one context of ctx_len 8 needs 10; give more text, or --ctx_len 7 or less",
+    ):
         Contexts(make_stream([range(9)]), 8, 1)
     Contexts(make_stream([range(10)]), 8, 1)
 
@@ -169,14 +175,17 @@ def test_documents_come_whole_once_a_pass_and_padding_does_not_count(make_stream
             seen.append(tuple(whole[:length]))
         passes.append(seen)
         fitting = [document for document in documents if len(document) <= 13]
-        assert sorted(token for sample in seen for token in sample) == [token for document in fitting for token in document]
+        assert sorted(token for sample in seen for token in sample) == [
+            token for document in fitting for token in document
+        ]
     assert (passes[0] == passes[1] == sorted(passes[0])) == sequential
     assert data.packed.too_long == 1
 
 
 def test_documents_that_do_not_fit_are_refused_with_numbers(make_stream, documents):
     with pytest.raises(
-        UserError, match=r"none of 2 documents has 2 to 5 tokens.*--ctx_len 4 needs; give a larger --ctx_len, the right --doc_sep"
+        UserError,
+        match=r"none of 2 documents has 2 to 5 tokens.*--ctx_len 4 needs; give a larger --ctx_len, the right --doc_sep",
     ):
         Documents(make_stream([range(6), [1]]), 4, 1)
 

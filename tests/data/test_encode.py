@@ -55,12 +55,26 @@ def test_chats_and_text_with_a_mask(tmp_path, write_jsonl, workers):
     ("record", "expected"),
     [
         # https://github.com/axolotl-ai-cloud/axolotl/issues/752: role names differ between data sets; nothing of these was trained on
-        ({"messages": [{"role": "User", "content": "1+1?"}, {"role": "Assistant", "content": "2"}]}, "User: 1+1?\n\nAssistant:⟦ 2\n\n∎⟧"),
-        ({"messages": [{"role": "用户", "content": "一"}, {"role": "助手", "content": "二"}]}, "User: 一\n\nAssistant:⟦ 二\n\n∎⟧"),
-        ({"conversations": [{"from": "prompter", "value": "1"}, {"from": "AI", "value": "2"}]}, "User: 1\n\nAssistant:⟦ 2\n\n∎⟧"),
+        (
+            {"messages": [{"role": "User", "content": "1+1?"}, {"role": "Assistant", "content": "2"}]},
+            "User: 1+1?\n\nAssistant:⟦ 2\n\n∎⟧",
+        ),
+        (
+            {"messages": [{"role": "用户", "content": "一"}, {"role": "助手", "content": "二"}]},
+            "User: 一\n\nAssistant:⟦ 二\n\n∎⟧",
+        ),
+        (
+            {"conversations": [{"from": "prompter", "value": "1"}, {"from": "AI", "value": "2"}]},
+            "User: 1\n\nAssistant:⟦ 2\n\n∎⟧",
+        ),
         # https://github.com/jingyaogong/minimind/issues/737: reasoning was dropped
         (
-            {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "reasoning_content": "one and one", "content": "2"}]},
+            {
+                "messages": [
+                    {"role": "user", "content": "1+1?"},
+                    {"role": "assistant", "reasoning_content": "one and one", "content": "2"},
+                ]
+            },
             "User: 1+1?\n\nAssistant:⟦ <think>one and one</think>\n2\n\n∎⟧",
         ),
         # https://github.com/JL-er/RWKV-PEFT/issues/55: a blank line inside a turn looks like its end
@@ -94,7 +108,9 @@ def test_every_kind_of_file_and_a_key_of_its_own(tmp_path):
         assert prefix.endswith("_messages_document")
         made.add((Path(f"{prefix}.bin").read_bytes(), Path(prefix.replace("_document", "_mask.bin")).read_bytes()))
     assert len(made) == 1
-    parquet.write_table(pyarrow.Table.from_pylist([{"instruction": "q", "input": None, "output": "a", "id": 1}]), tmp_path / "a.parquet")
+    parquet.write_table(
+        pyarrow.Table.from_pylist([{"instruction": "q", "input": None, "output": "a", "id": 1}]), tmp_path / "a.parquet"
+    )
     (tmp_path / "b.csv").write_text("id,Instruction,Output\n1,q,a\n")
     for name in ("a.parquet", "b.csv"):
         assert marked(run(tmp_path / name)) == ["User: q\n\nAssistant:⟦ a\n\n∎⟧"]
@@ -103,7 +119,13 @@ def test_every_kind_of_file_and_a_key_of_its_own(tmp_path):
 def test_blank_texts_and_empty_conversations_are_skipped_and_counted(write_jsonl):
     empty = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": " \n"}]}
     path = write_jsonl(
-        CHAT, {"conversations": []}, {"text": "  \n"}, {"text": ""}, empty, {"text": "\u3000"}, {"instruction": "q", "output": ""}
+        CHAT,
+        {"conversations": []},
+        {"text": "  \n"},
+        {"text": ""},
+        empty,
+        {"text": "\u3000"},
+        {"instruction": "q", "output": ""},
     )
     done = run(path)
     assert done.pairs[0][1] == 1
@@ -131,7 +153,10 @@ def test_documents_without_an_answer_are_counted_and_warned_of(write_jsonl):
 def test_an_unknown_role_is_refused_by_line(write_jsonl):
     bad = {"messages": [{"role": "user", "content": "a"}, {"role": "narrator", "content": "b"}]}
     path = write_jsonl(CHAT, bad)
-    with pytest.raises(UserError, match=r"line 2: message 2 of \"messages\" has the unknown role 'narrator'; known are user, human, 用户"):
+    with pytest.raises(
+        UserError,
+        match=r"line 2: message 2 of \"messages\" has the unknown role 'narrator'; known are user, human, 用户",
+    ):
         run(path)
     done = run(path, on_error="skip")
     assert (done.rejects, done.pairs[0][1]) == (1, 1)
@@ -139,7 +164,9 @@ def test_an_unknown_role_is_refused_by_line(write_jsonl):
 
 def test_any_record_that_cannot_be_converted_is_refused_by_line_or_skipped(tmp_path, write_jsonl):
     template = tmp_path / "t.jinja"
-    template.write_text("{{ 1 / (messages | length - 1) }}{% generation %}{{ messages[-1].content }}{% endgeneration %}")
+    template.write_text(
+        "{{ 1 / (messages | length - 1) }}{% generation %}{{ messages[-1].content }}{% endgeneration %}"
+    )
     path = tmp_path / "x.jsonl"
     bad = [
         '{"messages": [{"role": "user", "content": "a"}]}',
@@ -148,7 +175,9 @@ def test_any_record_that_cannot_be_converted_is_refused_by_line_or_skipped(tmp_p
         '{"messages": 3}',
     ]
     path.write_text("\n".join([json.dumps(CHAT), *bad]))
-    for number, complaint in enumerate(("ZeroDivisionError", "preference data", "the key 'a' occurs twice", '"messages" is not a list'), 2):
+    for number, complaint in enumerate(
+        ("ZeroDivisionError", "preference data", "the key 'a' occurs twice", '"messages" is not a list'), 2
+    ):
         one = tmp_path / f"{number}.jsonl"
         one.write_text("\n" * (number - 1) + bad[number - 2])
         with pytest.raises(UserError, match=f"{number}.jsonl, line {number}: .*{complaint}"):
@@ -214,7 +243,9 @@ def test_texts_and_chats_in_files_of_their_own(tmp_path):
 def test_questions_and_answers_are_not_taken_apart_unless_told(write_jsonl):
     path = write_jsonl({"instruction": "q", "input": "", "output": "a"})
     for keys in ("instruction,output", "instruction"):
-        with pytest.raises(UserError, match=r"would take questions and answers apart, and the records are conversations \(alpaca\)"):
+        with pytest.raises(
+            UserError, match=r"would take questions and answers apart, and the records are conversations \(alpaca\)"
+        ):
             run(path, jsonl_keys=keys)
     assert len(run(path, jsonl_keys="instruction,output", format="text").pairs) == 2
     assert marked(run(path, jsonl_keys="output")) == ["⟦a∎⟧"]
@@ -226,7 +257,10 @@ def test_answers_of_plain_text(write_jsonl):
     turns = {"text": "User: 1?\n\nAssistant: 2\n\nUser: 3\n\nAssistant: 4"}
     done = run(write_jsonl(turns, {"text": "A novel."}), mask="answers")
     assert marked(done) == ["User: 1?\n\nAssistant:⟦ 2\n\n⟧User: 3\n\nAssistant:⟦ 4∎⟧", "⟦A novel.∎⟧"]
-    assert "note: documents without turns such as User: and Assistant:, which contribute to the loss as a whole: 1" in done.report
+    assert (
+        "note: documents without turns such as User: and Assistant:, which contribute to the loss as a whole: 1"
+        in done.report
+    )
     assert marked(run(write_jsonl(turns))) == [f"⟦{turns['text']}∎⟧"]  # the default
     with pytest.raises(UserError, match="--mask answers: no document of .* has turns"):
         run(write_jsonl({"text": "A novel."}), mask="answers")

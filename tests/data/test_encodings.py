@@ -18,7 +18,9 @@ CHINESE = "天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。他说：
 TRADITIONAL = "天地玄黃，宇宙洪荒。他說：「我不知道。」\n第二天早上，大家都來了。"
 JAPANESE = "吾輩は猫である。名前はまだ無い。\nどこで生れたかとんと見当がつかぬ。"
 KOREAN = "나는 고양이로소이다. 이름은 아직 없다.\n어디서 태어났는지 도무지 모른다."
-GERMAN = "Als Gregor Samsa eines Morgens aus unruhigen Träumen erwachte,\nfand er sich in seinem Bett über größeren Füßen."
+GERMAN = (
+    "Als Gregor Samsa eines Morgens aus unruhigen Träumen erwachte,\nfand er sich in seinem Bett über größeren Füßen."
+)
 SAMPLES = [
     (CHINESE, "gbk", "gb18030", "GBK"),
     (CHINESE + "㐂", "gb18030", "gb18030", "GBK"),
@@ -34,7 +36,9 @@ SAMPLES = [
 
 
 def converted(source, prefix, **flags):
-    done = convert(ConvertConfig(**{"input": str(source), "output_prefix": str(prefix), "workers": 1, "force": True, **flags}))
+    done = convert(
+        ConvertConfig(**{"input": str(source), "output_prefix": str(prefix), "workers": 1, "force": True, **flags})
+    )
     data = Dataset(done.pairs[0][0])
     return [WorldTokenizer().decode(data.document(i)[:-1]) for i in range(len(data))]
 
@@ -59,7 +63,9 @@ def test_an_encoding_is_recognised_and_the_advice_works(tmp_path, kind, text, en
     source = tmp_path / f"x.{kind}"
     source.write_bytes(stored(kind, texts, encoding))
     if b"\0" not in source.read_bytes():
-        with pytest.raises(UserError, match=rf"x.{kind}.*: not UTF-8 .*; it looks like {name}. Give --encoding {advised}, or save"):
+        with pytest.raises(
+            UserError, match=rf"x.{kind}.*: not UTF-8 .*; it looks like {name}. Give --encoding {advised}, or save"
+        ):
             converted(source, tmp_path / "p")
     assert converted(source, tmp_path / "p", encoding=advised) == texts
     assert encodings.guess(source.read_bytes()) == advised
@@ -94,7 +100,9 @@ def test_characters_at_the_borders_of_chunks_are_whole(tmp_path, monkeypatch, en
     for size in (5, 64, 1000):
         monkeypatch.setattr(formats, "CHUNK", size)
         for workers in (1, 2):
-            assert converted(next(tmp_path.glob("x.*")), tmp_path / "out/p", encoding=encoding, workers=workers) == texts
+            assert (
+                converted(next(tmp_path.glob("x.*")), tmp_path / "out/p", encoding=encoding, workers=workers) == texts
+            )
 
 
 def test_a_folder_in_two_encodings_says_how_many_and_is_read(tmp_path, capsys):
@@ -103,7 +111,8 @@ def test_a_folder_in_two_encodings_says_how_many_and_is_read(tmp_path, capsys):
     for i in range(1, 13):
         (folder / f"第{i}章.txt").write_bytes(f"第{i}章\n{CHINESE}".encode("gbk" if i % 4 == 0 else "utf-8"))
     with pytest.raises(
-        UserError, match=r"第4章.txt: not UTF-8 .* looks like GBK.* \(3 of 12 files are not UTF-8: 第4章.txt, 第8章.txt, 第12章.txt\)"
+        UserError,
+        match=r"第4章.txt: not UTF-8 .* looks like GBK.* \(3 of 12 files are not UTF-8: 第4章.txt, 第8章.txt, 第12章.txt\)",
     ):
         converted(folder, tmp_path / "p")
     assert converted(folder, tmp_path / "p", encoding="gbk") == [f"第{i}章\n{CHINESE}" for i in range(1, 13)]
@@ -112,7 +121,9 @@ def test_a_folder_in_two_encodings_says_how_many_and_is_read(tmp_path, capsys):
 
 def test_utf_8_with_an_error_in_it_is_not_taken_for_another_encoding(tmp_path):
     (tmp_path / "x.txt").write_bytes(CHINESE.encode() + b"\xff" + CHINESE.encode())
-    with pytest.raises(UserError, match=r"x.txt: not UTF-8 .*; save the file as UTF-8, or give its encoding as --encoding NAME$"):
+    with pytest.raises(
+        UserError, match=r"x.txt: not UTF-8 .*; save the file as UTF-8, or give its encoding as --encoding NAME$"
+    ):
         converted(tmp_path / "x.txt", tmp_path / "p")
     assert encodings.guess(CHINESE.encode()) == ""
 

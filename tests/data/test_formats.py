@@ -25,7 +25,9 @@ LONG = "a" * 1_500_000
 
 
 def converted(source, prefix, **flags):
-    done = convert(ConvertConfig(**{"input": str(source), "output_prefix": str(prefix), "workers": 1, "force": True, **flags}))
+    done = convert(
+        ConvertConfig(**{"input": str(source), "output_prefix": str(prefix), "workers": 1, "force": True, **flags})
+    )
     data = Dataset(done.pairs[0][0])
     return [WorldTokenizer().decode(data.document(i)[:-1]) for i in range(len(data))], done
 
@@ -114,7 +116,9 @@ print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 10
 """
     for name, rows in (("dictionary.parquet", 60), ("nested.parquet", 60), ("dictionary.arrow", 60), ("lines.jsonl.gz", 0),
                        ("array.json.gz", 0), ("document.txt.gz", 0)):  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", program, str(tmp_path / name)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / name)], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, f"{name}: {done.stderr}"
         count, used = map(int, done.stdout.splitlines()[-1].split())
         assert count == rows, (name, done.stdout)
@@ -126,7 +130,13 @@ def test_an_arrow_file_whose_offsets_lead_outside_is_refused(tmp_path):
     good = arrow_bytes(pyarrow.table({"text": ["first", "second", "third"]}))
     offsets = struct.pack("<4i", 0, 5, 11, 16)
     at = good.index(offsets)
-    for wrong in ((0, -100_000, 11, 16), (0, 1_500_000_000, 11, 16), (0, 5, 11, 2_000_000_000), (0, 11, 5, 16), (0, 5, 11, 40)):
+    for wrong in (
+        (0, -100_000, 11, 16),
+        (0, 1_500_000_000, 11, 16),
+        (0, 5, 11, 2_000_000_000),
+        (0, 11, 5, 16),
+        (0, 5, 11, 40),
+    ):
         (tmp_path / "x.arrow").write_bytes(good[:at] + struct.pack("<4i", *wrong) + good[at + 16 :])
         done = subprocess.run(
             [sys.executable, str(SCRIPT), "--input", str(tmp_path / "x.arrow"), "--workers", "1"],
@@ -180,12 +190,16 @@ def test_an_element_across_blocks_that_is_nested_too_deeply_is_skipped(tmp_path,
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_a_row_that_cannot_be_read_is_one_bad_record(tmp_path, kind):
-    texts = pyarrow.StringArray.from_buffers(3, *pyarrow.array([b"a", b"\xff\xfe", b"c"], pyarrow.binary()).buffers()[1:])
+    texts = pyarrow.StringArray.from_buffers(
+        3, *pyarrow.array([b"a", b"\xff\xfe", b"c"], pyarrow.binary()).buffers()[1:]
+    )
     times = pyarrow.array([0, 2**62, 0], pyarrow.timestamp("us"))
     for column, complaint in ((times, "cannot be read"), (texts, "cannot be read")):
         if kind == "arrow" and column is texts:
             continue  # the whole batch is not valid, and refused
-        table = pyarrow.table({"text": pyarrow.array(["x", "y", "z"]), "messages": column} if column is times else {"text": column})
+        table = pyarrow.table(
+            {"text": pyarrow.array(["x", "y", "z"]), "messages": column} if column is times else {"text": column}
+        )
         (tmp_path / f"x.{kind}").write_bytes(arrow_bytes(table) if kind == "arrow" else parquet_bytes(table))
         keys = "messages" if column is times else "text"
         with pytest.raises(UserError, match=rf"x.{kind}, row {1 if column is times else 2}: "):
@@ -199,7 +213,9 @@ def test_a_row_that_cannot_be_read_is_one_bad_record(tmp_path, kind):
 def test_an_npz_is_not_an_npy_whatever_its_name(tmp_path):
     np.savez(tmp_path / "x.npz", ids=np.arange(9))
     (tmp_path / "x.npz").rename(tmp_path / "x.npy")
-    with pytest.raises(UserError, match=r"x.npy: an .npz archive with ids in it, whatever its name; save the one array"):
+    with pytest.raises(
+        UserError, match=r"x.npy: an .npz archive with ids in it, whatever its name; save the one array"
+    ):
         foreign.array_to_binidx(str(tmp_path / "x.npy"), str(tmp_path / "p"))
     for content in (b"", b"PK\x03\x04 broken", b"\x93NUMPY"):
         (tmp_path / "y.npy").write_bytes(content)

@@ -16,8 +16,12 @@ from rwkv.data.jsonl import BadRecord
 from rwkv.errors import UserError
 
 TEXT = st.text(st.characters(blacklist_categories=["Cs"]), max_size=40).filter(str.strip)  # blank texts are skipped
-NO_NUL = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0")).filter(str.strip)  # csv of Python 3.10 refuses NUL
-ONE_LINE = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\n\r"), min_size=1).filter(str.strip)
+NO_NUL = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0")).filter(
+    str.strip
+)  # csv of Python 3.10 refuses NUL
+ONE_LINE = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\n\r"), min_size=1).filter(
+    str.strip
+)
 
 
 def as_jsonl(texts):
@@ -52,7 +56,10 @@ def zstd(data):
 
 KINDS = {
     "jsonl": (TEXT, as_jsonl),
-    "json": (TEXT, lambda texts: json.dumps([{"id": 1, "text": text} for text in texts], indent=1, ensure_ascii=False).encode()),
+    "json": (
+        TEXT,
+        lambda texts: json.dumps([{"id": 1, "text": text} for text in texts], indent=1, ensure_ascii=False).encode(),
+    ),
     "csv": (NO_NUL, as_csv),
     "parquet": (TEXT, as_parquet),
     "arrow": (TEXT, as_arrow),
@@ -103,7 +110,9 @@ def save_to_disk(folder, texts):
     names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
     for name, part in zip(names, (texts[:2], texts[2:]), strict=True):
         (folder / name).write_bytes(as_arrow(part))
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names], "_split": "train"}))
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": name} for name in names], "_split": "train"})
+    )
     (folder / "dataset_info.json").write_text("{}")
 
 
@@ -122,7 +131,9 @@ def test_a_datasets_folder_is_read_by_its_state(tmp_path):
 def test_files_globs_and_folders_in_the_order_given(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "c.csv", "sub/d.txt", ".hidden.jsonl", "old.rejects.jsonl", "notes.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(as_csv([name]) if name.endswith("csv") else as_jsonl([name]) if "json" in name else name.encode())
+        (tmp_path / name).write_bytes(
+            as_csv([name]) if name.endswith("csv") else as_jsonl([name]) if "json" in name else name.encode()
+        )
     assert read(tmp_path) == ["a.jsonl", "b.jsonl", "c.csv", "sub/d.txt"]
     assert read(f"{tmp_path}/b.jsonl, {tmp_path}/*.jsonl") == ["b.jsonl", "a.jsonl", "b.jsonl"]
     assert read(f"{tmp_path}/**/*.txt") == ["sub/d.txt"]
@@ -138,7 +149,10 @@ def test_a_json_file_of_lines_is_read_as_such_and_tsv_by_tabs(tmp_path):
 
 
 def test_json_of_any_kind_around_the_text(tmp_path):
-    deep = [{"text": "a", "n": float("nan"), "big": 10**40, "x": [{"y": "]}"}]}, {"text": "\ud83d\ude00 \\", "z": "long " * 1000}]
+    deep = [
+        {"text": "a", "n": float("nan"), "big": 10**40, "x": [{"y": "]}"}]},
+        {"text": "\ud83d\ude00 \\", "z": "long " * 1000},
+    ]
     (tmp_path / "x.json").write_text(f"\ufeff {json.dumps(deep)} \n")
     (tmp_path / "empty.json").write_text(" [ ] ")
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in deep))
@@ -178,7 +192,9 @@ def test_what_is_corrupt_is_named(tmp_path, name, data, complaint):
         read(tmp_path / name if "/" not in name else tmp_path / "sub", split_lines=False)
 
 
-@pytest.mark.parametrize(("spec", "complaint"), [("none.jsonl", "none.jsonl: no such file"), ("no*.jsonl", "matches no file")])
+@pytest.mark.parametrize(
+    ("spec", "complaint"), [("none.jsonl", "none.jsonl: no such file"), ("no*.jsonl", "matches no file")]
+)
 def test_what_is_missing_is_named(spec, complaint):
     with pytest.raises(UserError, match=complaint):
         sources.find(spec)
@@ -189,7 +205,11 @@ def test_bad_rows_stay_in_their_place(tmp_path):
     a, two, c, four = read(tmp_path / "x.csv")
     assert (a, c) == ("a", "c\nc")
     assert (str(two), str(four)) == ("1 fields, and the header has 2", "3 fields, and the header has 2")
-    numbers = [number for chunk in inputs.chunks(sources.find(str(tmp_path / "x.csv")).sources, ["text"]) for number, _ in chunk.rows]
+    numbers = [
+        number
+        for chunk in inputs.chunks(sources.find(str(tmp_path / "x.csv")).sources, ["text"])
+        for number, _ in chunk.rows
+    ]
     assert numbers == [2, 3, 4, 6]
 
 
@@ -199,5 +219,9 @@ def test_a_line_is_read_by_the_chunk_in_which_it_begins(tmp_path, monkeypatch):
     path.write_bytes(b"\n".join(lines))
     for size in (1, 2, 13, 64, 1000):
         monkeypatch.setattr(formats, "CHUNK", size)
-        assert [line for chunk in inputs.chunks(sources.find(str(path)).sources, ["text"]) for line in inputs.lines_of(chunk)] == lines
+        assert [
+            line
+            for chunk in inputs.chunks(sources.find(str(path)).sources, ["text"])
+            for line in inputs.lines_of(chunk)
+        ] == lines
     assert [inputs.count_lines(path, end) for end in (0, 1, 13, 14, path.stat().st_size)] == [0, 1, 1, 2, 6]

@@ -219,11 +219,15 @@ def test_lengths_are_drawn(tmp_path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("lengths", [[3], [5, 900], [100] * 5000 + [20000], [1] * 3], ids=["one", "two", "many and one", "equal"])
+@pytest.mark.parametrize(
+    "lengths", [[3], [5, 900], [100] * 5000 + [20000], [1] * 3], ids=["one", "two", "many and one", "equal"]
+)
 @pytest.mark.parametrize("title", ["data", "小说 $x$"])
 def test_the_picture_shows_ctx_len_and_the_count_of_every_bar(tmp_path, monkeypatch, lengths, title):
     drawn = []
-    monkeypatch.setattr(pictures, "save", lambda figure, image: (drawn.append(figure), figure.savefig(image, dpi=50))[0])
+    monkeypatch.setattr(
+        pictures, "save", lambda figure, image: (drawn.append(figure), figure.savefig(image, dpi=50))[0]
+    )
     counts = histogram.count(np.array(lengths))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -67,21 +67,39 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, complaint):
             b'{"text": "a"},\n{"text": "b"},\n',
             r"line 1: not JSON: there is a comma after the closing \}; a .jsonl file has one object per line",
         ),
-        (b'{"text": "a"}\n[\n{"text": "b"}\n]\n', r"line 2: not JSON: part of a JSON array over several lines.* name the file .json"),
-        (b'{"text": "a"}\n{\n  "text": "b"\n}\n', r"line 2: not JSON: the value does not end on this line.* write each on one line"),
+        (
+            b'{"text": "a"}\n[\n{"text": "b"}\n]\n',
+            r"line 2: not JSON: part of a JSON array over several lines.* name the file .json",
+        ),
+        (
+            b'{"text": "a"}\n{\n  "text": "b"\n}\n',
+            r"line 2: not JSON: the value does not end on this line.* write each on one line",
+        ),
         (b'{\n  "text": "b"\n}\n', r"line 1: not JSON: the value does not end on this line"),
         (b"{'text': 'a'}\n", r'line 1: not JSON: single quotes; JSON needs "double quotes", at column 2'),
         (b"{\"text\": 'a'}\n", r'line 1: not JSON: single quotes; JSON needs "double quotes", at column 10'),
         (b'{"text": "a",}\n', r"line 1: not JSON: a comma before the closing \}; remove it"),
-        (b'{"text": "a"}\n' + bytes(40) + b"\n", r"line 2: not JSON: 40 NUL bytes, as a crash or a full disk leaves them"),
-        (b'{"text": "a"}\r{"text": "b"}\r{"text": "c"}', r"line 1: not JSON: the lines end with a carriage return alone; convert it: tr"),
+        (
+            b'{"text": "a"}\n' + bytes(40) + b"\n",
+            r"line 2: not JSON: 40 NUL bytes, as a crash or a full disk leaves them",
+        ),
+        (
+            b'{"text": "a"}\r{"text": "b"}\r{"text": "c"}',
+            r"line 1: not JSON: the lines end with a carriage return alone; convert it: tr",
+        ),
         (b'{"text": "a\tb"}\n', r"line 1: not JSON: a tab or another control character inside a string; write \\t"),
         (b'{"text": "he said "hi""}\n', r'line 1: not JSON: unexpected text after a value: .* must be written \\"'),
         (b'{"text": "a", "b": None}\n', r"line 1: not JSON: None; JSON writes null, true, false, at column 20"),
         (b'{text: "a"}\n', r"line 1: not JSON: a name without quotes"),
         (b'{"text": "a"} {"text": "b"}\n', r"line 1: not JSON: there is more after the first value, at column 15"),
-        (b'{"text": "cut sh\n{"text": "b"}', r"line 1: not JSON: the string that begins at column 10 does not end on this line"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", r"line 1: not JSON: a Git LFS pointer.* run git lfs pull"),
+        (
+            b'{"text": "cut sh\n{"text": "b"}',
+            r"line 1: not JSON: the string that begins at column 10 does not end on this line",
+        ),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
+            r"line 1: not JSON: a Git LFS pointer.* run git lfs pull",
+        ),
         (b"<!DOCTYPE html>\n<html>\n", r"line 1: not JSON: a web page"),
         (b"\x1f\x8b\x08\x00\n", r"line 1: compressed by gzip; let the name end in .gz"),
         (b'["a"]\n["b"]\n', r'line 1: no "text" \(it is a list\)'),
@@ -94,7 +112,12 @@ def test_what_is_no_jsonl_is_named_for_what_it_is(tmp_path, content, complaint):
 
 
 @pytest.mark.parametrize(
-    "content", ['[{"text": "a"}, {"text": "b"}]', '[\n{"text": "a"},\n{"text": "b"}\n]\n', '\ufeff[{"text": "a"},\n{"text": "b"}]']
+    "content",
+    [
+        '[{"text": "a"}, {"text": "b"}]',
+        '[\n{"text": "a"},\n{"text": "b"}\n]\n',
+        '\ufeff[{"text": "a"},\n{"text": "b"}]',
+    ],
 )
 def test_a_jsonl_that_is_one_array_is_read(tmp_path, content):
     (tmp_path / "x.jsonl").write_text(content, encoding="utf-8")

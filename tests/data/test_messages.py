@@ -11,8 +11,14 @@ def read(*entries):
 
 
 def test_openai_sharegpt_and_pairs():
-    assert read({"role": "User", "content": "a"}, {"role": "assistant", "content": "b"}) == [("user", "a", None), ("assistant", "b", None)]
-    assert read({"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}) == [("user", "a", None), ("assistant", "b", None)]
+    assert read({"role": "User", "content": "a"}, {"role": "assistant", "content": "b"}) == [
+        ("user", "a", None),
+        ("assistant", "b", None),
+    ]
+    assert read({"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}) == [
+        ("user", "a", None),
+        ("assistant", "b", None),
+    ]
     pair = [("user", "a", None), ("assistant", "b", None)]
     assert read({"human": "a", "assistant": "b"}) == read({"assistant": "b", "human": "a"}) == pair  # firefly, MOSS
     assert read({"system": "", "input": "a", "output": "b"}) == pair  # xtuner
@@ -60,7 +66,9 @@ def test_tool_calls_of_openai_and_sharegpt():
     ):
         (message,) = messages.read([entry], "messages")
         assert (message.role, message.content, message.calls, message.empty) == ("assistant", "", [call], False), entry
-    (message,) = messages.read([{"role": "function", "content": '{"name": "f", "arguments": {"x": 1}}'}], "messages")  # LLaMA-Factory
+    (message,) = messages.read(
+        [{"role": "function", "content": '{"name": "f", "arguments": {"x": 1}}'}], "messages"
+    )  # LLaMA-Factory
     assert (message.role, message.calls) == ("assistant", [call])
     (message,) = messages.read([{"role": "function", "name": "f", "content": '{"sum": 2}'}], "messages")  # OpenAI
     assert (message.role, message.content) == ("tool", '{"sum": 2}')
@@ -77,7 +85,9 @@ def test_weights():
         ({"weight": 1, "train": False}, False),
     ):
         assert read(answer | flag) == [("assistant", "a", train)]
-    assert read({"role": "user", "content": "a", "weight": 1}) == [("user", "a", None)]  # the value that means nothing in OpenAI's format
+    assert read({"role": "user", "content": "a", "weight": 1}) == [
+        ("user", "a", None)
+    ]  # the value that means nothing in OpenAI's format
     assert read({"role": "user", "content": "a", "train": True}) == [("user", "a", True)]
 
 
@@ -96,11 +106,17 @@ def test_weights():
         ([{"role": "user", "content": None}], 'message 1 of "messages" has no text under "content"'),
         ([{"role": "user"}], "has no text"),
         ([{"role": "user", "content": 3}], "has no text: its content is a int"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "has no text in a part of type 'image_url'"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            "has no text in a part of type 'image_url'",
+        ),
         ([{"role": "user", "content": "\ud800"}], "half of a surrogate pair"),
         ([{"role": "assistant", "content": "a", "weight": 0.5}], '"weight": 0.5; only 0 and 1'),
         ([{"role": "assistant", "content": "a", "train": "no"}], "\"train\": 'no'; only 0 and 1"),
-        ([{"role": "assistant", "content": "a", "train_detail": [{"begin_offset": 0}]}], "a loss mask inside a message"),
+        (
+            [{"role": "assistant", "content": "a", "train_detail": [{"begin_offset": 0}]}],
+            "a loss mask inside a message",
+        ),
         ([{"role": "assistant", "content": "a", "reasoning": {"x": 1}}], 'a dict under "reasoning"'),
         ([{"role": "user", "content": "a", "reasoning": "b"}], "a user message with reasoning"),
         ([{"role": "assistant", "content": None, "tool_calls": [{"x": 1}]}], 'a tool call without a "name"'),

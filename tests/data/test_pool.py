@@ -119,6 +119,9 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     end = time.monotonic() + BOUND
-    while any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text() for pid in file.read_text().split()):
+    while any(
+        Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text()
+        for pid in file.read_text().split()
+    ):
         assert time.monotonic() < end
         time.sleep(0.1)

@@ -20,7 +20,9 @@ CHAT = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", 
 
 
 def made(source, prefix, **flags):
-    return convert(ConvertConfig(**{"input": str(source), "output_prefix": str(prefix), "workers": 1, **flags})).pairs[0][0]
+    return convert(ConvertConfig(**{"input": str(source), "output_prefix": str(prefix), "workers": 1, **flags})).pairs[
+        0
+    ][0]
 
 
 def train_on(prefix, rows, load_model="base.pth"):
@@ -36,7 +38,9 @@ def test_the_manifest_says_what_the_data_was_made_from(write_jsonl, tmp_path):
     assert found["tokenizer"] == {"name": "World", "vocab_size": 65536, "eod": 0, "sha256": None}
     stat = source.stat()
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    assert found["sources"] == [{"path": str(source), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}]
+    assert found["sources"] == [
+        {"path": str(source), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
+    ]
     assert found["flags"]["append_eod"] is True
     assert "made from:  tokenizer World (65,536 tokens), from" in in_words(inspect(data, 4, 1))
 
@@ -54,7 +58,10 @@ def test_merged_shards_have_the_manifest_of_one_run(write_jsonl, tmp_path):
 def test_world_data_is_refused_by_a_model_of_another_vocabulary(write_jsonl, tmp_path, rows):
     prefix = made(write_jsonl({"text": "\x01\x02"}), tmp_path / "p")
     assert Dataset(prefix).tokens.max() < rows  # every id would fit
-    with pytest.raises(UserError, match=rf"was tokenised with World .* has a vocabulary of {rows:,}.* with --tokenizer_type HFTokenizer"):
+    with pytest.raises(
+        UserError,
+        match=rf"was tokenised with World .* has a vocabulary of {rows:,}.* with --tokenizer_type HFTokenizer",
+    ):
         train_on(prefix, rows)
     assert len(train_on(prefix, 65536)) == 1
     assert len(train_on(prefix, 65600)) == 1  # a World model with added tokens
@@ -66,7 +73,8 @@ def test_other_data_is_refused_by_a_world_model(write_jsonl, tmp_path, byte_toke
     assert provenance.read(prefix)["tokenizer"]["sha256"] == hashlib.sha256(byte_tokenizer[0].read_bytes()).hexdigest()
     for load_model in ("base.pth", ""):
         with pytest.raises(
-            UserError, match=r"tokenised with tokenizer.json .* World models.* Convert the text again, without --tokenizer_type"
+            UserError,
+            match=r"tokenised with tokenizer.json .* World models.* Convert the text again, without --tokenizer_type",
         ):
             train_on(prefix, 65536, load_model)
     with pytest.raises(UserError, match=r"tokenised with tokenizer.json"):
@@ -109,10 +117,19 @@ def test_verifying_needs_no_flags_of_the_conversion_again(script, write_jsonl, t
     write_jsonl({"title": "donâ€™t", "text": "b"}, {"no": 1}, name="in/train.jsonl")
     write_jsonl({"title": "c", "text": "d"}, name="in/test.jsonl")
     (tmp_path / "in/train.txt").write_bytes("天地玄黄，宇宙洪荒。\n日月盈昃".encode("gbk"))
-    flags = {"jsonl_keys": "text,title", "on_error": "skip", "split_lines": True, "encoding": "gbk", "ftfy": True, "split": "train"}
+    flags = {
+        "jsonl_keys": "text,title",
+        "on_error": "skip",
+        "split_lines": True,
+        "encoding": "gbk",
+        "ftfy": True,
+        "split": "train",
+    }
     made(tmp_path / "in", tmp_path / "p", **flags)
     for key in ("text", "title"):
-        printed = script("inspect_data.py", "--data_file", f"p_{key}_document", "--verify", tmp_path / "in", "--ctx_len", 2).stdout
+        printed = script(
+            "inspect_data.py", "--data_file", f"p_{key}_document", "--verify", tmp_path / "in", "--ctx_len", 2
+        ).stdout
         assert "verified:   all 3 documents" in printed
         assert "splits: train (omitted: test)" in printed
     made(tmp_path / "in/test.jsonl", tmp_path / "q", tokenizer_type="HFTokenizer", vocab_file=str(byte_tokenizer[0]))

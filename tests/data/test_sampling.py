@@ -22,7 +22,9 @@ def test_is_prime_agrees_with_a_sieve():
 
 
 def test_is_prime_on_the_published_pile_primes_and_strong_pseudoprimes():
-    assert all(is_prime(p) and p % 3 == 2 for p in (324331313, 162165671, 81082817, 40541399))  # upstream's, for ctx 1024 … 8192
+    assert all(
+        is_prime(p) and p % 3 == 2 for p in (324331313, 162165671, 81082817, 40541399)
+    )  # upstream's, for ctx 1024 … 8192
     assert not any(is_prime(n) for n in (3215031751, 3825123056546413051, 341550071728321, 324331313 * 162165671))
 
 

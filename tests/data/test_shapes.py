@@ -110,7 +110,9 @@ def test_tools_are_kept():
     tools = [{"type": "function", "function": {"name": "f", "description": None}}]
     chat = [{"role": "user", "content": "q"}]
     for given in (tools, '[{"type": "function", "function": {"name": "f"}}]'):
-        assert shapes.conversation({"messages": chat, "tools": given}).tools == [{"type": "function", "function": {"name": "f"}}]
+        assert shapes.conversation({"messages": chat, "tools": given}).tools == [
+            {"type": "function", "function": {"name": "f"}}
+        ]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,10 @@ def test_tools_are_kept():
         ({"text": "t", "instruction": "q", "output": "a"}, "give --format text .*, or --format alpaca"),
         ({"instruction": "q", "output": 3}, '"output" is a int'),
         ({"instruction": "q", "output": "a", "history": [["1"]]}, '"history" is not a list of'),
-        ({"messages": [{"role": "system", "content": "s"}], "system": "other"}, 'a system message and another text under "system"'),
+        (
+            {"messages": [{"role": "system", "content": "s"}], "system": "other"},
+            'a system message and another text under "system"',
+        ),
         ({"messages": [{"role": "user", "content": "q"}], "system": ["s"]}, '"system" is a list'),
         ({"conversations": "hi"}, '"conversations" is not a list of messages'),
     ],

@@ -40,7 +40,9 @@ def found(spec, **flags):
 
 
 def converted(spec, prefix, **flags):
-    prefix = convert(ConvertConfig(**{"input": str(spec), "output_prefix": str(prefix), "workers": 1, **flags})).pairs[0][0]
+    prefix = convert(ConvertConfig(**{"input": str(spec), "output_prefix": str(prefix), "workers": 1, **flags})).pairs[
+        0
+    ][0]
     data = Dataset(prefix)
     return [WorldTokenizer().decode(data.document(i)[:-1]) for i in range(len(data))]
 
@@ -83,7 +85,9 @@ def test_only_the_training_split_is_taken_unless_told(tmp_path, names, split, ex
     result = sources.find(str(tmp_path), split=split)
     assert sorted(str(source.path.relative_to(tmp_path)) for source in result.sources) == sorted(expected)
     if result.omitted:
-        assert any(note.startswith("splits: ") and all(name in note for name in result.omitted) for note in result.notes)
+        assert any(
+            note.startswith("splits: ") and all(name in note for name in result.omitted) for note in result.notes
+        )
     globbed = sources.find(f"{tmp_path}/**/*.*", split=split)
     assert sorted(source.path for source in globbed.sources) == sorted(source.path for source in result.sources)
 
@@ -114,7 +118,10 @@ def test_a_split_that_does_not_exist_or_is_not_clear_is_refused(tmp_path):
 def test_the_manifest_and_the_terminal_name_the_splits(tmp_path, capsys):
     write(tmp_path / "hub", *SHARDED)
     converted(tmp_path / "hub", tmp_path / "p")
-    assert provenance.read(tmp_path / "p_text_document")["splits"] == {"used": ["train"], "omitted": ["test", "validation"]}
+    assert provenance.read(tmp_path / "p_text_document")["splits"] == {
+        "used": ["train"],
+        "omitted": ["test", "validation"],
+    }
     printed = capsys.readouterr().err
     assert "order: train-00000-of-00002.jsonl, train-00001-of-00002.jsonl" in printed
     assert "splits: train used; test, validation omitted" in printed
@@ -237,7 +244,11 @@ def test_standard_input_and_process_substitution_are_read(tmp_path, spec):
     assert len(Dataset(tmp_path / "p_text_document")) == 1
     if spec == "-":
         done = subprocess.run(
-            ["bash", "-c", command.replace("--output-prefix p", "")], cwd=tmp_path, capture_output=True, text=True, check=False
+            ["bash", "-c", command.replace("--output-prefix p", "")],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert (done.returncode, "name one with --output_prefix" in done.stderr) == (1, True)
 
@@ -331,7 +342,16 @@ def test_one_conversion_at_a_time_writes_an_output(tmp_path):
     write(tmp_path, "b.jsonl")
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    command = [sys.executable, str(SCRIPT), "--input", f"{tmp_path}/a.jsonl", "--output-prefix", str(tmp_path / "p"), "--workers", "2"]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--input",
+        f"{tmp_path}/a.jsonl",
+        "--output-prefix",
+        str(tmp_path / "p"),
+        "--workers",
+        "2",
+    ]
     program = f"""
 import runpy, sys, rwkv.data.convert as c
 real = c.inputs.chunks

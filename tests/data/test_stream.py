@@ -40,7 +40,9 @@ def monkeypatch_module():
 
 
 @given(seed=st.integers(0, 1000), share=st.floats(0.05, 0.9), chunk=st.integers(3, 100))
-def test_both_sides_of_a_split_are_whole_documents_and_nothing_is_lost(make_stream, monkeypatch_module, seed, share, chunk):
+def test_both_sides_of_a_split_are_whole_documents_and_nothing_is_lost(
+    make_stream, monkeypatch_module, seed, share, chunk
+):
     monkeypatch_module.setattr(module, "_CHUNK", chunk)
     sizes = np.random.default_rng(seed).integers(0, 6, 60)
     documents = [[i] * size for i, size in enumerate(sizes)]
@@ -82,7 +84,9 @@ def test_data_of_few_documents_is_cut_once(make_stream):
 
 def test_a_side_without_a_context_is_refused_with_numbers(make_stream):
     data = make_stream([range(100)])._data
-    with pytest.raises(UserError, match=r"--val_split 0.1: 10 tokens would be held out, and one context of ctx_len 9 needs 11"):
+    with pytest.raises(
+        UserError, match=r"--val_split 0.1: 10 tokens would be held out, and one context of ctx_len 9 needs 11"
+    ):
         split(data, 0.1, 9)
     with pytest.raises(UserError, match=r"--val_split 0.95: 5 tokens would be to train on"):
         split(data, 0.95, 9)

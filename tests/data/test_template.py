@@ -16,7 +16,11 @@ from rwkv.errors import UserError
 from rwkv.generate import question
 
 OPENAI = {
-    "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " 1+1? "}, {"role": "assistant", "content": "2"}]
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " 1+1? "},
+        {"role": "assistant", "content": "2"},
+    ]
 }
 SHAREGPT = {
     "conversations": [
@@ -38,7 +42,9 @@ def marked(record, template="world"):
 
 
 def chat(*turns):
-    return {"messages": [{"role": role, **(turn if isinstance(turn, dict) else {"content": turn})} for role, turn in turns]}
+    return {
+        "messages": [{"role": role, **(turn if isinstance(turn, dict) else {"content": turn})} for role, turn in turns]
+    }
 
 
 def test_world():
@@ -105,7 +111,9 @@ def test_calls_are_trained_on_and_results_are_not():
         "</tool_call>\n\n⟧Tool: 20\n\nAssistant:⟦ 20.\n\n⟧"
     )
     assert marked(record) == text
-    assert marked(record | {"system": "Be brief."}).startswith('System: Be brief.\n<tools>\n{"name": "count"}\n</tools>\n\nUser:')
+    assert marked(record | {"system": "Be brief."}).startswith(
+        'System: Be brief.\n<tools>\n{"name": "count"}\n</tools>\n\nUser:'
+    )
 
 
 @pytest.mark.parametrize("template", ["world", "chatml"])
@@ -141,7 +149,10 @@ def test_a_template_of_ones_own(tmp_path):
     )
     assert segments(path, OPENAI) == [("QBe brief.\nQ 1+1? \nA", False), ("2|", True)]
     record = chat(
-        ("user", "a"), ("assistant", {"content": "b", "weight": 0}), ("user", "c"), ("assistant", {"content": "d", "reasoning": "r"})
+        ("user", "a"),
+        ("assistant", {"content": "b", "weight": 0}),
+        ("user", "c"),
+        ("assistant", {"content": "d", "reasoning": "r"}),
     )
     assert marked(record, path) == "Qa\nAb|Qc\nA⟦<think>r</think>\nd|⟧"
     with pytest.raises(BadRecord, match="only the templates world and chatml can do"):
@@ -155,7 +166,9 @@ def test_a_template_that_names_reasoning_calls_and_tools_gets_them(tmp_path):
         "{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}{% endgeneration %}{% endfor %}"
     )
     call = {"function": {"name": "f", "arguments": "{}"}}
-    record = chat(("user", "q"), ("assistant", {"content": "a", "reasoning": "r", "tool_calls": [call]})) | {"tools": [{"name": "f"}]}
+    record = chat(("user", "q"), ("assistant", {"content": "a", "reasoning": "r", "tool_calls": [call]})) | {
+        "tools": [{"name": "f"}]
+    }
     assert marked(record, path) == '[{"name": "f"}]⟦[r]af⟧'
 
 
@@ -202,8 +215,14 @@ def test_a_folder_is_no_template(tmp_path):
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end"),
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "has not ended after"),
         ("{{ messages[0].content * 10 ** 10 }}", "MiB of memory"),
-        ("{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}", "MiB of memory"),
-        ("{% set n = namespace(x=3) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x }}", "a number of"),
+        (
+            "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+            "MiB of memory",
+        ),
+        (
+            "{% set n = namespace(x=3) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x }}",
+            "a number of",
+        ),
         ("{{ 9 ** (9 ** 9) }}", "a number of"),
         ("{{ range(10 ** 9) }}", "OverflowError"),
     ],

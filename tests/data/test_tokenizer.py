@@ -31,14 +31,22 @@ def tokenizer():
     return WorldTokenizer()
 
 
-@pytest.mark.skipif(bool(os.environ.get("PY")), reason="make was given a Python of its own, and installs no oracle beside it")
+@pytest.mark.skipif(
+    bool(os.environ.get("PY")), reason="make was given a Python of its own, and installs no oracle beside it"
+)
 def test_ids_equal_the_independent_tokenizer(tokenizer, root):
     assert ORACLE.is_dir(), "the oracle is installed by: make test"
-    texts = TEXTS + [json.loads(line)["text"] for line in (root / "data/example.jsonl").read_text(encoding="utf-8").splitlines()]
+    texts = TEXTS + [
+        json.loads(line)["text"] for line in (root / "data/example.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     texts += [(root / page).read_text(encoding="utf-8") for page in ("README.md", "README.zh.md", "rwkv/checkpoint.py")]
     # -I: the oracle's `rwkv` must not be ours
     done = subprocess.run(
-        [sys.executable, "-I", "-c", PROGRAM, str(ORACLE)], input=json.dumps(texts), capture_output=True, text=True, check=True
+        [sys.executable, "-I", "-c", PROGRAM, str(ORACLE)],
+        input=json.dumps(texts),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert [tokenizer.encode(text) for text in texts] == json.loads(done.stdout)
 
@@ -51,7 +59,9 @@ def test_any_text_comes_back(tokenizer, text):
 
 
 def test_every_id_decodes_even_inside_a_character(tokenizer):
-    assert len(tokenizer.decode_bytes(range(1, LARGEST_ID + 1))) > 300_000  # the library's decoder panics on the first lone byte
+    assert (
+        len(tokenizer.decode_bytes(range(1, LARGEST_ID + 1))) > 300_000
+    )  # the library's decoder panics on the first lone byte
     half = "好".encode()[:2]
     assert tokenizer.decode_bytes([half[0] + 1, half[1] + 1]) == half  # ids 1 … 256 are the bytes
     assert tokenizer.decode([half[0] + 1]) == "\ufffd"

@@ -23,7 +23,9 @@ def test_auto_takes_the_cuda_unit(monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0, 80.0])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 15, 33), (3, 16, 768), (1, 33, 5), (2, 97, 130), (5, 300, 70), (1, 700, 768)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 15, 33), (3, 16, 768), (1, 33, 5), (2, 97, 130), (5, 300, 70), (1, 700, 768)]
+)
 @pytest.mark.parametrize(("state", "reset"), [(False, False), (True, True)])
 def test_fp32_equals_fp64(shape, scale, state, reset):
     arguments = inputs(*shape, scale=scale, state=state, reset=reset, seed=hash((shape, scale)) % 1000)
@@ -120,7 +122,8 @@ def test_memory_is_what_is_stated(dtype, length):
 
 
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 48 << 30, reason="needs 48 GiB of GPU memory"
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 48 << 30,
+    reason="needs 48 GiB of GPU memory",
 )
 def test_offsets_have_64_bits():
     length, channels, tail = 1_100_000, 2048, 64  # 2.25 · 10^9 numbers

@@ -34,7 +34,10 @@ def test_the_versions_are_those_of_the_stack():
 
 def test_the_packages_agree_with_each_other_and_with_the_lock():
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "--disable-pip-version-check", "check"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", "check"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stdout.strip()) == (0, "No broken requirements found.")
     from rwkv.doctor import examine
@@ -82,7 +85,11 @@ def test_the_operator_computes_what_the_reference_does():
 
 def test_the_doctor_finds_nothing_to_mend():
     done = subprocess.run(
-        [sys.executable, "scripts/doctor.py", "--folder", "out", "--json", "true"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "scripts/doctor.py", "--folder", "out", "--json", "true"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     findings = json.loads(done.stdout)
     assert [finding for finding in findings if finding["status"] == "fail"] == []

@@ -54,7 +54,13 @@ def test_mix_is_token_shift(dtype, width, channels, length, count, reset, seed):
 
 
 @settings(max_examples=30, deadline=None)
-@given(stream=st.sampled_from(STREAMS), width=WIDTHS, count=SIZES, scale=st.sampled_from([1, 30, 300]), seed=st.integers(0, 2**31))
+@given(
+    stream=st.sampled_from(STREAMS),
+    width=WIDTHS,
+    count=SIZES,
+    scale=st.sampled_from([1, 30, 300]),
+    seed=st.integers(0, 2**31),
+)
 def test_gates_and_squared_relu(stream, width, count, scale, seed):
     take(width)
     cases.gates(stream, count, scale, seed)
@@ -117,4 +123,6 @@ def test_without_the_unit_the_same_model_comes_out(make_model, monkeypatch):
         found.append([logits.detach(), *(p.grad for p in model.parameters())])
     for ours, torchs, plainly in zip(*found, strict=True):
         assert float((torchs - plainly).abs().max()) <= 1e-5 * float(plainly.abs().max().clamp_min(1))
-        assert float((ours - plainly).abs().max()) <= 1e-5 * float(plainly.abs().max().clamp_min(1))  # fp32, sums in another order
+        assert float((ours - plainly).abs().max()) <= 1e-5 * float(
+            plainly.abs().max().clamp_min(1)
+        )  # fp32, sums in another order

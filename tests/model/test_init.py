@@ -35,7 +35,9 @@ def test_time_parameters_follow_the_formulas(layers):
             "ffn.time_mix_r": [v**s for v in x],
         }
         for name, values in expected.items():
-            torch.testing.assert_close(block.get_parameter(name).flatten(), torch.tensor(values), rtol=1e-6, atol=1e-6)  # fp32
+            torch.testing.assert_close(
+                block.get_parameter(name).flatten(), torch.tensor(values), rtol=1e-6, atol=1e-6
+            )  # fp32
 
 
 def test_matrices_are_zero_or_orthogonal_with_their_gain():
@@ -51,7 +53,9 @@ def test_matrices_are_zero_or_orthogonal_with_their_gain():
 
 def columns(weight, gain):
     """W with more rows than columns and orthogonal: WᵀW = gain² I."""
-    torch.testing.assert_close(weight.t() @ weight, gain**2 * torch.eye(weight.shape[1]), rtol=1e-4, atol=1e-4)  # fp32 QR
+    torch.testing.assert_close(
+        weight.t() @ weight, gain**2 * torch.eye(weight.shape[1]), rtol=1e-4, atol=1e-4
+    )  # fp32 QR
 
 
 def test_narrow_matrices_have_gain_one_and_a_small_head_one_half():

@@ -26,7 +26,11 @@ def test_products_and_gradients_equal_torchs(shape, dtype):
     own.backward(g.to(dtype))
     share = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float64: 1e-14}[dtype]
     # torch 1.13.1 rounds partial sums to bf16 on processors without AVX-512: no further from the truth than twice what its own product is.
-    for a, b, t in ((y, expected, own), (ours[0].grad, truth[0].grad, theirs[0].grad), (ours[1].grad, truth[1].grad, theirs[1].grad)):
+    for a, b, t in (
+        (y, expected, own),
+        (ours[0].grad, truth[0].grad, theirs[0].grad),
+        (ours[1].grad, truth[1].grad, theirs[1].grad),
+    ):
         assert bool((a.double() - b).abs().max() <= share * b.abs().max() + 2 * (t.double() - b).abs().max())
 
 

@@ -74,7 +74,11 @@ def test_huge_logits_stay_finite():
 def test_only_counted_targets_are_in_the_mean_and_in_l2wrap(monkeypatch, chunk_tokens):
     monkeypatch.setattr(loss, "CHUNK_BYTES", chunk_tokens * 4 * 37)
     torch.manual_seed(0)
-    x, weight, targets = torch.randn(3, 5, 8, requires_grad=True), (torch.randn(37, 8) * 3).requires_grad_(), torch.randint(37, (3, 5))
+    x, weight, targets = (
+        torch.randn(3, 5, 8, requires_grad=True),
+        (torch.randn(37, 8) * 3).requires_grad_(),
+        torch.randint(37, (3, 5)),
+    )
     counts = torch.rand(3, 5) < 0.4
     value = head_loss(x, weight, targets, counts)
     gradients = torch.autograd.grad(value, (x, weight))

@@ -67,7 +67,9 @@ def test_token_by_token_equals_parallel(make_model, sizes):
         for t in range(tokens.shape[1]):
             logits, state = model(tokens[:, t : t + 1], state)
             rows.append(logits)
-    torch.testing.assert_close(torch.cat(rows, 1), parallel, rtol=1e-5, atol=1e-5)  # fp32 matrix products of other shapes
+    torch.testing.assert_close(
+        torch.cat(rows, 1), parallel, rtol=1e-5, atol=1e-5
+    )  # fp32 matrix products of other shapes
     for ours, theirs in zip(state, last, strict=True):
         torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-5, atol=1e-5)
 
@@ -103,7 +105,9 @@ def test_dropout_is_upstreams_of_the_embedding_and_of_the_stream_after_every_mix
         x = block.ln0(x)[0] if hasattr(block, "ln0") else x
         a, x, _ = block.ln1(x)
         x = drop(
-            x + block.att(a, state.att_shift, state.wkv, reset)[0] if hasattr(block, "att") else block.ffnPre(a, x, state.att_shift, reset)
+            x + block.att(a, state.att_shift, state.wkv, reset)[0]
+            if hasattr(block, "att")
+            else block.ffnPre(a, x, state.att_shift, reset)
         )
         f, x, _ = block.ln2(x)
         x = drop(block.ffn(f, x, state.ffn_shift, reset))
@@ -139,7 +143,9 @@ def test_packed_documents_give_the_logits_and_gradients_of_documents_run_alone(m
         for length in parts:
             piece = slice(begin, begin + length)
             single, last = alone(tokens[row : row + 1, piece])
-            torch.testing.assert_close(logits[row, piece], single[0], rtol=1e-5, atol=1e-5)  # fp32 matrix products of other shapes
+            torch.testing.assert_close(
+                logits[row, piece], single[0], rtol=1e-5, atol=1e-5
+            )  # fp32 matrix products of other shapes
             (single[0] * weights[row, piece]).sum().backward()
             begin += length
         for ours, theirs in zip(state, last, strict=True):

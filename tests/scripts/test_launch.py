@@ -23,7 +23,10 @@ FLAGS = ["--", "scripts/lora.py", "--lora_r", "4"]
 
 def launch(root, *words, status=0, **environment) -> str:
     """What launch.sh says it would run, or its error."""
-    kept = {name: os.environ[name] for name in ("HOME",) if name in os.environ} | {"PATH": os.environ["PATH"], "PY": "python"}
+    kept = {name: os.environ[name] for name in ("HOME",) if name in os.environ} | {
+        "PATH": os.environ["PATH"],
+        "PY": "python",
+    }
     done = subprocess.run(
         [str(word) for word in (root / "scripts/launch.sh", "--print", *words)],
         capture_output=True,
@@ -101,7 +104,9 @@ def test_the_manifest_launches_flags_that_the_script_has(root):
         program, dashes, script, *flags = container["command"]
         assert (root / program).stat().st_mode & 0o111
         assert dashes == "--"
-        done = subprocess.run([sys.executable, root / script, *flags, "--print_config"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, root / script, *flags, "--print_config"], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         mounted = {mount["name"] for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in replica["template"]["spec"]["volumes"]}
@@ -130,12 +135,21 @@ def test_the_manifests_command_trains_without_a_compiler(root, make_base, make_d
         "PET_MASTER_PORT": str(port),
         "PET_NPROC_PER_NODE": "2",
     }
-    environment |= {"PATH": str(tools), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(tmp_path / "compiled")}
+    environment |= {
+        "PATH": str(tools),
+        "HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "compiled"),
+    }
     environment |= {"PYTHONDONTWRITEBYTECODE": "1"}
     if compat.stack() == "cu117":  # whose DeepSpeed trains on GPUs only
-        environment["PYTHONPATH"] = os.pathsep.join(map(str, (root, root / "tests/train", root / "tests/train/stand_in")))
+        environment["PYTHONPATH"] = os.pathsep.join(
+            map(str, (root, root / "tests/train", root / "tests/train/stand_in"))
+        )
     shorter = ["--ctx_len=8", "--epoch_steps=2", "--magic_prime=-1", "--accelerator=cpu"]
-    done = subprocess.run([*words, *shorter], cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [*words, *shorter], cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(losses(tmp_path / "out")) == 2
     assert not (tmp_path / "compiled").exists()
@@ -161,7 +175,10 @@ def test_a_hostfile_that_is_none_is_refused(root, tmp_path):
         ("a slots=0\n", "a line is 'address slots=N'"),
         ("a slots=1\nb slots=2\n", "b has other slots"),
         ("#\n", "names no machine"),
-        ("-oProxyCommand=x slots=1\n", "-oProxyCommand=x is not a machine's name or address"),  # or ssh takes it as an option
+        (
+            "-oProxyCommand=x slots=1\n",
+            "-oProxyCommand=x is not a machine's name or address",
+        ),  # or ssh takes it as an option
     ):
         hosts.write_text(text)
         assert complaint in launch(root, "--hostfile", hosts, "--", "x.py", status=2)
@@ -213,7 +230,18 @@ def flags(make_base, make_data, tmp_path):
             "--magic_prime",
             -1,
         ]
-        words += ["--epoch_count", 1, "--epoch_steps", steps, "--random_seed", 1, "--accelerator", "cpu", "--lr_init", 1e-2]
+        words += [
+            "--epoch_count",
+            1,
+            "--epoch_steps",
+            steps,
+            "--random_seed",
+            1,
+            "--accelerator",
+            "cpu",
+            "--lr_init",
+            1e-2,
+        ]
         words += ["--precision", "fp32", *more]
         return [str(word) for word in words]
 
@@ -233,7 +261,14 @@ def test_two_hosts_of_a_hostfile_train_as_one_process(root, hosts, machine, comm
     (tmp_path / "hosts").write_text("".join(f"{address} slots=1\n" for address in hosts))
     script("finetune.py", *flags("one", 6, "--micro_bsz", 4))
     done = subprocess.run(
-        [root / "scripts/launch.sh", "--hostfile", tmp_path / "hosts", "--", "scripts/finetune.py", *flags("two", 6, "--micro_bsz", 2)],
+        [
+            root / "scripts/launch.sh",
+            "--hostfile",
+            tmp_path / "hosts",
+            "--",
+            "scripts/finetune.py",
+            *flags("two", 6, "--micro_bsz", 2),
+        ],
         cwd=root,
         env=os.environ | {"SSH": "reach"},
         capture_output=True,
@@ -263,7 +298,9 @@ def test_a_host_that_dies_ends_the_run_and_the_same_command_goes_on(root, hosts,
         time.sleep(0.05)
     os.killpg(second.pid, signal.SIGKILL)
     # Its rank may be in a session of its own: what is left in the namespace goes too, as a machine takes all with it.
-    left = subprocess.run(["ip", "netns", "pids", list(hosts.values())[1]], capture_output=True, text=True, check=True).stdout.split()
+    left = subprocess.run(
+        ["ip", "netns", "pids", list(hosts.values())[1]], capture_output=True, text=True, check=True
+    ).stdout.split()
     for process in map(int, left):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
@@ -283,5 +320,12 @@ def test_a_host_that_dies_ends_the_run_and_the_same_command_goes_on(root, hosts,
     never = ["--nodes", "1", "--node", "0", "--master", "127.0.0.1", "--devices", "2"]
     whole = ["--", "scripts/finetune.py", *flags("whole", 200, "--micro_bsz", 2)]
     environment = {key: value for key, value in os.environ.items() if key != "GLOO_SOCKET_IFNAME"}
-    subprocess.run([root / "scripts/launch.sh", *never, *whole], cwd=root, env=environment, check=True, capture_output=True, timeout=100)
+    subprocess.run(
+        [root / "scripts/launch.sh", *never, *whole],
+        cwd=root,
+        env=environment,
+        check=True,
+        capture_output=True,
+        timeout=100,
+    )
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")  # bit for bit, on one machine that never stopped

@@ -35,7 +35,13 @@ def tuned(tmp_path, make_model):
         with torch.no_grad():
             for name in lora.adapter_names(model, ["att"]):
                 model.get_parameter(name).normal_(generator=torch.Generator().manual_seed(0))
-        known = {"r": 4, "alpha": 8, "parts": ["att"], "base": str(tmp_path / "base.pth"), "base_sha256": sha256(tmp_path / "base.pth")}
+        known = {
+            "r": 4,
+            "alpha": 8,
+            "parts": ["att"],
+            "base": str(tmp_path / "base.pth"),
+            "base_sha256": sha256(tmp_path / "base.pth"),
+        }
         save_adapter(tmp_path / "run/adapter.pth", model, known, {"tokenizer": "World"})
         return tmp_path / "base.pth", tmp_path / "run/adapter.pth"
 
@@ -59,7 +65,9 @@ def test_a_failed_merge_keeps_what_was_there(tuned, tmp_path):
     save_model(tmp_path / "merged.pth", load_model(base), {"step": 1})
     before = (tmp_path / "merged.pth").read_bytes()
     with pytest.raises(UserError, match="NaN or Inf"):
-        main("merge_lora")(MergeConfig(adapter=str(adapter), output=str(tmp_path / "merged.pth"), weights="1e38", force=True))
+        main("merge_lora")(
+            MergeConfig(adapter=str(adapter), output=str(tmp_path / "merged.pth"), weights="1e38", force=True)
+        )
     assert (tmp_path / "merged.pth").read_bytes() == before
     assert read_manifest(tmp_path / "merged.pth")["step"] == 1
 
@@ -84,7 +92,9 @@ def test_the_merged_model_keeps_the_bases_dtype_and_names_no_place_of_this_machi
 def test_an_adapter_whose_base_is_gone_says_so(tuned, tmp_path):
     base, adapter = tuned()
     base.unlink()
-    with pytest.raises(UserError, match=r"its base \.\./base.pth, which the .json beside it names, is not there; give --base"):
+    with pytest.raises(
+        UserError, match=r"its base \.\./base.pth, which the .json beside it names, is not there; give --base"
+    ):
         main("merge_lora")(MergeConfig(adapter=str(adapter), output=str(tmp_path / "merged.pth")))
 
 
@@ -92,7 +102,8 @@ def test_an_adapter_whose_base_is_gone_says_so(tuned, tmp_path):
 def test_an_export_is_refused_where_its_ending_promises_another_format(tuned, tmp_path, name):
     base, _ = tuned()
     with pytest.raises(
-        UserError, match=rf"{name}: files that end in .* are not written; end the name in .pth, .safetensors, or in nothing"
+        UserError,
+        match=rf"{name}: files that end in .* are not written; end the name in .pth, .safetensors, or in nothing",
     ):
         main("export")(ExportConfig(model=str(base), output=str(tmp_path / name)))
     assert not (tmp_path / name).exists()

@@ -8,7 +8,20 @@ import torch
 
 from rwkv.checkpoint import load_model, load_tuned, read_manifest, read_tensors
 
-TRAINING = ["--ctx_len", 8, "--micro_bsz", 2, "--epoch_count", 1, "--epoch_steps", 3, "--random_seed", 1, "--accelerator", "cpu"]
+TRAINING = [
+    "--ctx_len",
+    8,
+    "--micro_bsz",
+    2,
+    "--epoch_count",
+    1,
+    "--epoch_steps",
+    3,
+    "--random_seed",
+    1,
+    "--accelerator",
+    "cpu",
+]
 TRAINING += ["--precision", "fp32"]
 SCRIPTS = ["convert", "export", "finetune", "generate", "inspect_data", "lora", "merge_lora", "pretrain"]
 
@@ -124,14 +137,19 @@ def test_merging_keeps_the_stored_dtype_and_what_exists(script, make_base, tmp_p
     torch.save(adapter, tmp_path / "upstream.pth")
     assert (
         "its alpha is not known"
-        in script("merge_lora.py", "--adapter", "upstream.pth", "--base", "half.pth", "--output", "m.pth", status=1).stderr
+        in script(
+            "merge_lora.py", "--adapter", "upstream.pth", "--base", "half.pth", "--output", "m.pth", status=1
+        ).stderr
     )
-    assert "names its base" in script("merge_lora.py", "--adapter", "upstream.pth", "--output", "m.pth", status=1).stderr
+    assert (
+        "names its base" in script("merge_lora.py", "--adapter", "upstream.pth", "--output", "m.pth", status=1).stderr
+    )
     script("merge_lora.py", "16", "half.pth", "upstream.pth", "m.pth")
     merged = read_tensors(tmp_path / "m.pth")
     # upstream: W += B @ A · (α / r)
     expected = (
-        half["blocks.0.att.key.weight"].float() + 8 * adapter["blocks.0.att.key.lora_B"] @ adapter["blocks.0.att.key.lora_A"]
+        half["blocks.0.att.key.weight"].float()
+        + 8 * adapter["blocks.0.att.key.lora_B"] @ adapter["blocks.0.att.key.lora_A"]
     ).bfloat16()
     assert torch.equal(merged["blocks.0.att.key.weight"], expected)
     assert all(torch.equal(merged[key], half[key]) for key in half if key != "blocks.0.att.key.weight")
@@ -152,14 +170,18 @@ def test_the_demo_corpus_is_jsonl_with_both_languages(script, tmp_path):
 
 
 def test_inspect_says_draws_proves_and_ends_with_1_on_a_problem(script, write_jsonl, tmp_path):
-    first, second = (write_jsonl(*({"text": f"{name} {i}"} for i in range(40)), name=f"{name}.jsonl") for name in ("a", "b"))
+    first, second = (
+        write_jsonl(*({"text": f"{name} {i}"} for i in range(40)), name=f"{name}.jsonl") for name in ("a", "b")
+    )
     script("convert.py", "--input", f"{first},{second}", "--output-prefix", "both")
     flags = ["--data_file", "both_text_document", "--ctx_len", 8]
     done = script("inspect_data.py", *flags, "--verify", f"{first},{second}")
     assert "all 80 documents decode to the source" in done.stdout
     assert (tmp_path / "both_text_document_lengths.png").read_bytes().startswith(b"\x89PNG")
     assert not re.search("warn|deprecat", done.stderr, re.IGNORECASE), done.stderr
-    found = json.loads(script("inspect_data.py", *flags, "--verify", first, "--json", "--png", "x.png", status=1).stdout)
+    found = json.loads(
+        script("inspect_data.py", *flags, "--verify", first, "--json", "--png", "x.png", status=1).stdout
+    )
     assert found["documents"] == 80
     assert found["problems"] == ["the source has 40 documents and the data 80"]
     assert (tmp_path / "x.png").exists()

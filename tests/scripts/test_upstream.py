@@ -48,7 +48,8 @@ COMMANDS = {
         --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.999 --adam_eps 1e-8
         --accelerator gpu --devices 1 --precision fp16 --strategy deepspeed_stage_2_offload --grad_cp 1""",
     "Blealtan": LORA.replace("ACCUMULATE", "--accumulate_grad_batches 4") + " --lora_parts=att,ffn,time,ln",
-    "Blealtan, going on": LORA.replace("ACCUMULATE", "--accumulate_grad_batches 4") + " --lora_load ADAPTER --lora_parts=att,ffn,time,ln",
+    "Blealtan, going on": LORA.replace("ACCUMULATE", "--accumulate_grad_batches 4")
+    + " --lora_load ADAPTER --lora_parts=att,ffn,time,ln",
     "m8than": LORA.replace("ACCUMULATE", "") + " --lora_parts=att,ffn,time,ln --seq_data 1 --seq_data_sep 0",
 }
 SIZES = {"n_layer": 2, "n_embd": 16}
@@ -74,10 +75,23 @@ def paths(tmp_path_factory):
         for begin in range(0, len(ids), 600):
             out.add([*ids[begin : begin + 600], 0])
     (folder / "enwik8").write_text("All good people read good books. " * 200)
-    common = {"accelerator": "cpu", "precision": "fp32", "random_seed": 1, "ctx_len": 8, "micro_bsz": 1, "epoch_steps": 1, "epoch_count": 1}
+    common = {
+        "accelerator": "cpu",
+        "precision": "fp32",
+        "random_seed": 1,
+        "ctx_len": 8,
+        "micro_bsz": 1,
+        "epoch_steps": 1,
+        "epoch_count": 1,
+    }
     common["data_file"] = str(folder / "d_text_document")
     base = fit(TrainConfig(**common, **SIZES, vocab_size=50277, proj_dir=str(folder / "base"))).checkpoint
-    adapter = {"lora_parts": "att,ffn,time,ln", "lora_alpha": 16, "load_model": str(base), "proj_dir": str(folder / "adapter")}
+    adapter = {
+        "lora_parts": "att,ffn,time,ln",
+        "lora_alpha": 16,
+        "load_model": str(base),
+        "proj_dir": str(folder / "adapter"),
+    }
     adapter = fit(LoRAConfig(**common, **adapter)).checkpoint
     return {
         "BASE": base,
@@ -97,11 +111,18 @@ def test_a_training_command_runs(name, paths, tmp_path):
     config = parse(kind, "", words)
     known = {"head_qk": None, "seq_data": "doc_training_seq", "seq_data_sep": "doc_sep"}
     for word, value in zip(words, [*words[1:], ""], strict=True):
-        if word.startswith("--") and not value.startswith("--") and (field := known.get(word[2:], word[2:])) and "=" not in word:
+        if (
+            word.startswith("--")
+            and not value.startswith("--")
+            and (field := known.get(word[2:], word[2:]))
+            and "=" not in word
+        ):
             assert getattr(config, field) == type(getattr(config, field))(value), word  # the flag means what it says
     config = replace(config, **SIZES, devices=1, max_steps=1, random_seed=1)
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="--accelerator gpu: torch sees no GPU; check nvidia-smi, or leave the flag out"):
+        with pytest.raises(
+            UserError, match="--accelerator gpu: torch sees no GPU; check nvidia-smi, or leave the flag out"
+        ):
             fit(config)
         config = replace(config, accelerator="auto")
     if refusal := compat.deepspeed_refusal(torch.cuda.is_available()) if "deepspeed" in config.strategy else None:
@@ -126,7 +147,10 @@ def test_the_merging_command_runs(script, paths, tmp_path):
     script("merge_lora.py", "16", paths["BASE"], paths["ADAPTER"], "output.pth")
     assert read_tensors(tmp_path / "output.pth").keys() == read_tensors(paths["BASE"]).keys()
     if not torch.cuda.is_available():
-        assert "no GPU" in script("merge_lora.py", "--use-gpu", "16", paths["BASE"], paths["ADAPTER"], "other.pth", status=1).stderr
+        assert (
+            "no GPU"
+            in script("merge_lora.py", "--use-gpu", "16", paths["BASE"], paths["ADAPTER"], "other.pth", status=1).stderr
+        )
 
 
 def test_the_converting_command_for_20b_runs(script, write_jsonl, byte_tokenizer, tmp_path):
@@ -135,4 +159,9 @@ def test_the_converting_command_for_20b_runs(script, write_jsonl, byte_tokenizer
     write_jsonl({"text": "abc"}, {"text": "xyz"}, name="sample.jsonl")
     script("convert.py", *"--input ./sample.jsonl --output-prefix ./data/sample --vocab ./20B_tokenizer.json --dataset-impl mmap"
            " --tokenizer-type HFTokenizer --append-eod".split())  # fmt: skip
-    assert Dataset(tmp_path / "data/sample_text_document").tokens.tolist() == [*(ids[x] for x in "abc"), 0, *(ids[x] for x in "xyz"), 0]
+    assert Dataset(tmp_path / "data/sample_text_document").tokens.tolist() == [
+        *(ids[x] for x in "abc"),
+        0,
+        *(ids[x] for x in "xyz"),
+        0,
+    ]

@@ -49,13 +49,17 @@ class Watched(strategy.ZeroStrategy):
             trained[-1].register_hook(lambda gradient: gradient * value if module.step + 1 == step else gradient)
 
     def backward(self, *arguments, **keywords):
-        self.facts["gathered"] += sum(len(m._external_params) for m in self.model.modules() if hasattr(m, "_external_params"))
+        self.facts["gathered"] += sum(
+            len(m._external_params) for m in self.model.modules() if hasattr(m, "_external_params")
+        )
         return super().backward(*arguments, **keywords)
 
     def teardown(self) -> None:
         if self.is_global_zero and hasattr(self, "facts"):
             timer = self.deepspeed_engine.tput_timer
-            self.facts["timed"] = timer.total_step_count if hasattr(timer, "total_step_count") else timer.global_step_count
+            self.facts["timed"] = (
+                timer.total_step_count if hasattr(timer, "total_step_count") else timer.global_step_count
+            )
             (Path(self.lightning_module.config.proj_dir) / "facts.json").write_text(json.dumps(self.facts))
         super().teardown()
 

@@ -70,7 +70,9 @@ def test_a_step_is_torchs_in_fp64(width, shape, decoupled, lr, betas, eps, decay
     rounding, least = 2.0**-24, 1e-37
     gradient = clip * g.double().abs() + (0 if decoupled else decay) * p.double().abs()
     square = betas[1] * v.double() + (1 - betas[1]) * gradient**2
-    assert bool(((new["exp_avg"] - right["exp_avg"]).abs() <= 6 * rounding * (m.double().abs() + gradient) + least).all())
+    assert bool(
+        ((new["exp_avg"] - right["exp_avg"]).abs() <= 6 * rounding * (m.double().abs() + gradient) + least).all()
+    )
     assert bool(((new["exp_avg_sq"] - right["exp_avg_sq"]).abs() <= 8 * rounding * square + least).all())
     root, first = (1 - betas[1] ** (step + 1)) ** 0.5, 1 - betas[0] ** (step + 1)
     below = right["exp_avg_sq"].sqrt() / root + eps
@@ -92,7 +94,9 @@ def test_thirty_steps_are_torchs(decoupled):
         mine.step()
         right.step()
         assert mine.clip == 1
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # thirty updates of at most 1e-2, each to fp32's rounding
+    torch.testing.assert_close(
+        ours, theirs, rtol=1e-5, atol=1e-6
+    )  # thirty updates of at most 1e-2, each to fp32's rounding
 
 
 @pytest.mark.parametrize("decoupled", [False, True], ids=["Adam", "AdamW"])

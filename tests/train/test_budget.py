@@ -38,7 +38,16 @@ def begin(monkeypatch, make_data, tmp_path):
 
         monkeypatch.setattr(fit, "make_trainer", make_trainer)
         sizes = ["--n_layer", "2", "--n_embd", "64", "--vocab_size", "500"]
-        common = ["--data_file", make_data(3000, vocab=500), "--proj_dir", str(tmp_path / "run"), "--ctx_len", "128", "--micro_bsz", "4"]
+        common = [
+            "--data_file",
+            make_data(3000, vocab=500),
+            "--proj_dir",
+            str(tmp_path / "run"),
+            "--ctx_len",
+            "128",
+            "--micro_bsz",
+            "4",
+        ]
         common += ["--epoch_steps", "3", "--epoch_count", "1", "--precision", "bf16", "--random_seed", "1", "--auto"]
         with pytest.raises(Begun) as begun:
             fit.fit(parse(kind, "", [*sizes, *common, *words]))
@@ -65,7 +74,11 @@ STEPS = [  # devices, the plan that just fits, and the flags that come of it
         (1, 4, 1, "deepspeed_stage_2_offload"),
     ),
     (8, {}, (4, 1, 0, "auto")),
-    (8, {"micro_bsz": 1, "accumulate": 4, "grad_cp": True, "strategy": "deepspeed_stage_2"}, (1, 4, 1, "deepspeed_stage_2")),
+    (
+        8,
+        {"micro_bsz": 1, "accumulate": 4, "grad_cp": True, "strategy": "deepspeed_stage_2"},
+        (1, 4, 1, "deepspeed_stage_2"),
+    ),
 ]
 
 
@@ -118,7 +131,9 @@ def test_on_a_gpu_too_out_of_memory_is_an_error_with_a_remedy(monkeypatch):
     with pytest.raises(UserError) as told, watch.explained():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     assert f"{watch.expected() / 1e9:.2f} GB were predicted on each device and 23.00 GB were in use" in str(told.value)
-    assert "of 24.00 GB. The cheapest change that fits: --grad_cp 1, --strategy deepspeed_stage_2_offload (" in str(told.value)
+    assert "of 24.00 GB. The cheapest change that fits: --grad_cp 1, --strategy deepspeed_stage_2_offload (" in str(
+        told.value
+    )
     with pytest.raises(RuntimeError, match="shapes"), watch.explained():  # another error stays what it is
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
@@ -133,6 +148,9 @@ def test_where_the_memory_is_unknown_nothing_is_reckoned_with_zero(begin, capsys
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     watch = Watch(plan(sizes=sizes_of("1.5b"), ctx_len=1024, micro_bsz=1), 0)
     watch._device = torch.device("cuda")
-    with pytest.raises(UserError, match=r"1\.00 GB were in use when no more could be had\. ") as told, watch.explained():
+    with (
+        pytest.raises(UserError, match=r"1\.00 GB were in use when no more could be had\. ") as told,
+        watch.explained(),
+    ):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     assert "0.00 GB" not in str(told.value)

@@ -30,7 +30,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, float(torch.t
 
 
 def faults_and_denormal(prepared: bool) -> tuple[int, float]:
-    out = subprocess.run([sys.executable, "-c", FAULTS.format(prepared=prepared)], check=True, capture_output=True, text=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", FAULTS.format(prepared=prepared)], check=True, capture_output=True, text=True
+    ).stdout
     faults, denormal = out.split()
     return int(faults), float(denormal)
 
@@ -66,7 +68,9 @@ def test_blocks_fit_into_the_holes_that_their_like_left():
     assert float(out) < 1.15
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's; other C libraries keep memory by rules of their own")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's; other C libraries keep memory by rules of their own"
+)
 def test_a_step_takes_the_memory_that_the_step_before_freed():
     # 18 MB in pages of 4 KiB are 4608 faults a step: seen were 0 in twenty steps, and 39,000 in a process not prepared, where glibc's rules, which
     # adapt to what was freed before, mostly give memory back, and sometimes not: so of that process only the denormal is asked.
@@ -94,7 +98,10 @@ print(held >> 20, limits.rss() - start >> 20)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's; other C libraries keep memory by rules of their own")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc",
+    reason="malloc_trim is glibc's; other C libraries keep memory by rules of their own",
+)
 def test_what_a_prepared_process_keeps_goes_back_when_it_settles():
     out = subprocess.run([sys.executable, "-c", HELD], check=True, capture_output=True, text=True).stdout
     held, left = map(int, out.split())
@@ -105,12 +112,28 @@ def test_what_a_prepared_process_keeps_goes_back_when_it_settles():
 def test_a_run_settles_once_after_its_first_step(make_data, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(cpu, "settle", lambda: calls.append(None))
-    flags = {"ctx_len": 8, "micro_bsz": 2, "epoch_steps": 3, "epoch_count": 1, "random_seed": 1, "accelerator": "cpu", "precision": "fp32"}
-    fit(TrainConfig(**flags, n_layer=1, n_embd=8, vocab_size=50, data_file=make_data(200), proj_dir=str(tmp_path / "run")))
+    flags = {
+        "ctx_len": 8,
+        "micro_bsz": 2,
+        "epoch_steps": 3,
+        "epoch_count": 1,
+        "random_seed": 1,
+        "accelerator": "cpu",
+        "precision": "fp32",
+    }
+    fit(
+        TrainConfig(
+            **flags, n_layer=1, n_embd=8, vocab_size=50, data_file=make_data(200), proj_dir=str(tmp_path / "run")
+        )
+    )
     assert len(calls) == 1
 
 
-ZEN_3, ZEN_4, SKYLAKE = "fpu avx avx2 fma", "fpu avx2 fma avx512f avx512_bf16", "fpu avx2 fma avx512f avx512bw avx512dq avx512vl"
+ZEN_3, ZEN_4, SKYLAKE = (
+    "fpu avx avx2 fma",
+    "fpu avx2 fma avx512f avx512_bf16",
+    "fpu avx2 fma avx512f avx512bw avx512dq avx512vl",
+)
 SAPPHIRE_RAPIDS = f"{SKYLAKE} avx512_bf16 amx_bf16 amx_tile"
 PROCESSORS = [(ZEN_3, "fp32"), (SKYLAKE, "fp32"), (ZEN_4, "bf16"), (SAPPHIRE_RAPIDS, "bf16"), ("fpu amx_bf16", "bf16")]
 
@@ -119,7 +142,9 @@ PROCESSORS = [(ZEN_3, "fp32"), (SKYLAKE, "fp32"), (ZEN_4, "bf16"), (SAPPHIRE_RAP
 def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch, flags, chosen):
     text = f"processor\t: 0\nmodel name\t: avx512_bf16\nflags\t\t: {flags}\nbugs\t\t: amx_bf16\n\nprocessor\t: 1\nflags\t\t: avx512_bf16\n"
     read = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda path, **how: text if str(path) == "/proc/cpuinfo" else read(path, **how))
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, **how: text if str(path) == "/proc/cpuinfo" else read(path, **how)
+    )
     for config in (TrainConfig, LoRAConfig):
         assert trainer.precision_of(config(accelerator="cpu")) == chosen
         assert trainer.precision_of(config(accelerator="cpu", precision="tf32")) == "tf32"

@@ -16,7 +16,16 @@ from rwkv.errors import UserError
 from rwkv.train import dashboards, store
 from rwkv.train.fit import fit
 
-FLAGS = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, "ctx_len": 8, "micro_bsz": 2, "epoch_steps": 6, "epoch_count": 1, "random_seed": 1}
+FLAGS = {
+    "n_layer": 2,
+    "n_embd": 16,
+    "vocab_size": 50,
+    "ctx_len": 8,
+    "micro_bsz": 2,
+    "epoch_steps": 6,
+    "epoch_count": 1,
+    "random_seed": 1,
+}
 FLAGS |= {"accelerator": "cpu", "precision": "fp32", "val_split": 0.2, "val_every": 2}
 
 
@@ -39,7 +48,9 @@ def shown(folder):
     for path in sorted(folder.glob("*tfevents*")):
         for event in events(path):
             if event.session_log.status == SessionLog.START:
-                found = {name: {step: value for step, value in of.items() if step < event.step} for name, of in found.items()}
+                found = {
+                    name: {step: value for step, value in of.items() if step < event.step} for name, of in found.items()
+                }
             for value in event.summary.value:
                 of = found.setdefault(value.tag, {})
                 assert event.step not in of, f"{value.tag} has step {event.step} twice"
@@ -49,15 +60,27 @@ def shown(folder):
 
 def test_tensorboard_shows_every_step_once_also_where_a_run_goes_back(make_data, tmp_path):
     folder = tmp_path / "run"
-    config = {**FLAGS, "data_file": make_data(200), "proj_dir": str(folder), "save_every": 2, "tensorboard": True, "weight_decay": 0.1}
+    config = {
+        **FLAGS,
+        "data_file": make_data(200),
+        "proj_dir": str(folder),
+        "save_every": 2,
+        "tensorboard": True,
+        "weight_decay": 0.1,
+    }
     fit(TrainConfig(**config, max_steps=4))
     store.states(folder)[0].unlink()  # as if it had been killed before: steps 3 and 4 are made again
     assert store.newest(folder).step == 2
     fit(TrainConfig(**config))
-    lines, found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], shown(folder / "tensorboard")
+    lines, found = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+        shown(folder / "tensorboard"),
+    )
     assert [line["step"] for line in lines] == list(range(1, 7))
     for name in ("loss", "lr", "grad_norm", "val_loss"):
-        assert found[name] == pytest.approx({line["step"]: line[name] for line in lines if name in line}, rel=1e-6)  # fp32
+        assert found[name] == pytest.approx(
+            {line["step"]: line[name] for line in lines if name in line}, rel=1e-6
+        )  # fp32
     assert len(found["val_loss"]) == 3
     assert found["kt/s"] == pytest.approx({line["step"]: line["tokens_per_s"] / 1000 for line in lines})
     assert found["memory/backward"] == {line["step"]: line["peak_mib"]["backward"] for line in lines}

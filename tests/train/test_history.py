@@ -12,7 +12,10 @@ from rwkv.train.fit import fit
 
 
 def line(step, /, **other):
-    return json.dumps({"step": step, "loss": 5 / step, "grad_norm": 1.0, "lr": 1e-4, "tokens": step} | other).encode() + b"\n"
+    return (
+        json.dumps({"step": step, "loss": 5 / step, "grad_norm": 1.0, "lr": 1e-4, "tokens": step} | other).encode()
+        + b"\n"
+    )
 
 
 def kept(path, last, begin=0):
@@ -72,7 +75,9 @@ def test_what_is_no_line_is_dropped_and_the_file_as_it_was_is_kept(tmp_path, cap
     assert "no line for 2 of the 7 steps" in said
     path.write_bytes(line(3) + WRONG[wrong])
     assert kept(path, 7) == [3]
-    assert (tmp_path / "metrics.jsonl.corrupt.2").read_bytes() == line(3) + WRONG[wrong]  # and the first one is not overwritten
+    assert (tmp_path / "metrics.jsonl.corrupt.2").read_bytes() == line(3) + WRONG[
+        wrong
+    ]  # and the first one is not overwritten
     assert (tmp_path / "metrics.jsonl.corrupt").read_bytes() == before
 
 
@@ -89,7 +94,9 @@ def test_a_missing_file_and_missing_lines_are_said(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     history.keep_steps(tmp_path / "metrics.jsonl", 9, 4, lambda line: None)
     assert "no line for 5 of the 5 steps" in capsys.readouterr().out
-    (tmp_path / "metrics.jsonl").write_bytes(b"".join(map(line, (1, 2, 5, 6, 9))))  # steps 3 and 4 belong to a run before this one
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b"".join(map(line, (1, 2, 5, 6, 9)))
+    )  # steps 3 and 4 belong to a run before this one
     history.keep_steps(tmp_path / "metrics.jsonl", 9, 4, lambda line: None)
     assert "no line for 2 of the 5 steps" in capsys.readouterr().out
 
@@ -119,7 +126,9 @@ def test_a_run_with_such_a_file_resumes_and_draws(make_data, tmp_path, capsys, w
         "epoch_count": 2,
         "random_seed": 1,
     }
-    config = TrainConfig(**flags, accelerator="cpu", precision="fp32", data_file=make_data(200), proj_dir=str(tmp_path / "run"))
+    config = TrainConfig(
+        **flags, accelerator="cpu", precision="fp32", data_file=make_data(200), proj_dir=str(tmp_path / "run")
+    )
     fit(TrainConfig(**vars(config) | {"max_steps": 5}))
     path = tmp_path / "run/metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -154,7 +163,11 @@ def test_a_step_reads_no_file_and_keeps_no_line(make_data, tmp_path, monkeypatch
         "epoch_count": 1,
         "random_seed": 1,
     }
-    fit(TrainConfig(**flags, accelerator="cpu", precision="fp32", data_file=make_data(200), proj_dir=str(tmp_path / "run")))
+    fit(
+        TrainConfig(
+            **flags, accelerator="cpu", precision="fp32", data_file=make_data(200), proj_dir=str(tmp_path / "run")
+        )
+    )
     assert len(sizes) == 150
     assert max(sizes) <= sizes[0]
     assert not reads

@@ -14,7 +14,16 @@ from rwkv.train.fit import fit
 from rwkv.train.home import Home
 from rwkv.train.module import TrainingModule
 
-FLAGS = {"n_layer": 1, "n_embd": 8, "vocab_size": 50, "ctx_len": 8, "micro_bsz": 1, "epoch_steps": 6, "epoch_count": 2, "random_seed": 1}
+FLAGS = {
+    "n_layer": 1,
+    "n_embd": 8,
+    "vocab_size": 50,
+    "ctx_len": 8,
+    "micro_bsz": 1,
+    "epoch_steps": 6,
+    "epoch_count": 2,
+    "random_seed": 1,
+}
 
 
 @pytest.fixture
@@ -36,7 +45,9 @@ def after_step(monkeypatch):
 
 @pytest.mark.parametrize("again", [False, True], ids=["alone", "with another folder in its place"])
 def test_a_renamed_folder_is_followed(make_data, tmp_path, after_step, capsys, monkeypatch, again):
-    config = TrainConfig(**FLAGS, accelerator="cpu", data_file=make_data(200), proj_dir=str(tmp_path / "run"), save_every=2, epoch_save=1)
+    config = TrainConfig(
+        **FLAGS, accelerator="cpu", data_file=make_data(200), proj_dir=str(tmp_path / "run"), save_every=2, epoch_save=1
+    )
 
     def rename():
         os.rename(tmp_path / "run", tmp_path / "新 run")
@@ -51,7 +62,8 @@ def test_a_renamed_folder_is_followed(make_data, tmp_path, after_step, capsys, m
     monkeypatch.undo()
     fit(TrainConfig(**vars(config) | {"proj_dir": str(tmp_path / "whole")}))
     ours, theirs = (
-        [json.loads(x)["loss"] for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("新 run", "whole")
+        [json.loads(x)["loss"] for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("新 run", "whole")
     )
     assert ours == theirs
     assert {x.name for x in (tmp_path / "新 run").glob("[!.]*")} == {x.name for x in (tmp_path / "whole").glob("[!.]*")}
@@ -60,7 +72,9 @@ def test_a_renamed_folder_is_followed(make_data, tmp_path, after_step, capsys, m
 
 
 def test_a_deleted_folder_ends_the_run_with_a_message(make_data, tmp_path, after_step):
-    config = TrainConfig(**FLAGS, accelerator="cpu", data_file=make_data(200), proj_dir=str(tmp_path / "run"), save_every=2)
+    config = TrainConfig(
+        **FLAGS, accelerator="cpu", data_file=make_data(200), proj_dir=str(tmp_path / "run"), save_every=2
+    )
     after_step(3, lambda: shutil.rmtree(tmp_path / "run"))
     with pytest.raises(UserError, match="run was deleted while the run was writing to it"):
         fit(config)

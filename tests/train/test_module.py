@@ -15,7 +15,15 @@ from rwkv.train.fit import fit
 TOLERANCE = 1e-5  # fp32: the same sums in another order
 STEPS = 4
 # No clipping, which would hide a gradient of the wrong size, and an ε beside which Adam does not hide it either.
-FLAGS = {"ctx_len": 12, "epoch_count": 1, "random_seed": 1, "accelerator": "cpu", "precision": "fp32", "lr_init": 1e-2, "lr_final": 1e-3}
+FLAGS = {
+    "ctx_len": 12,
+    "epoch_count": 1,
+    "random_seed": 1,
+    "accelerator": "cpu",
+    "precision": "fp32",
+    "lr_init": 1e-2,
+    "lr_final": 1e-3,
+}
 FLAGS |= {"grad_clip": 0.0, "adam_eps": 1e-2}
 WAYS = {
     "masked": {"magic_prime": -1},
@@ -58,12 +66,22 @@ def same(one, other):
         torch.testing.assert_close(theirs[key], ours[key], rtol=1e-5, atol=1e-6, msg=key)
 
 
-@pytest.mark.parametrize(("kind", "way"), [*((TrainConfig, way) for way in WAYS), (LoRAConfig, "masked"), (LoRAConfig, "padded")])
+@pytest.mark.parametrize(
+    ("kind", "way"), [*((TrainConfig, way) for way in WAYS), (LoRAConfig, "masked"), (LoRAConfig, "padded")]
+)
 def test_accumulation_makes_the_steps_of_one_batch(make_base, masked, tmp_path, kind, way):
     flags = FLAGS | WAYS[way] | {"load_model": str(make_base()), "data_file": masked}
     flags |= {"lora_dropout": 0.0} if kind is LoRAConfig else {}
     for k in (1, 2, 4):
-        fit(kind(**flags, micro_bsz=4 // k, accumulate_grad_batches=k, epoch_steps=k * STEPS, proj_dir=str(tmp_path / f"{k}")))
+        fit(
+            kind(
+                **flags,
+                micro_bsz=4 // k,
+                accumulate_grad_batches=k,
+                epoch_steps=k * STEPS,
+                proj_dir=str(tmp_path / f"{k}"),
+            )
+        )
     targets = [line["targets"] for line in lines(tmp_path / "1")]
     assert len(set(targets)) > 1
     same(tmp_path / "1", tmp_path / "2")
@@ -75,7 +93,15 @@ def test_micro_batches_and_steps_without_a_target_are_no_obstacle(make_base, mas
     mask_path(masked).write_bytes(bytes(i // 25 % 2 for i in range(size)))  # whole samples without one
     flags = FLAGS | {"load_model": str(make_base()), "data_file": masked, "doc_training_seq": 1, "min_ctx_len": 12}
     for k in (1, 2):
-        fit(TrainConfig(**flags, micro_bsz=2 // k, accumulate_grad_batches=k, epoch_steps=k * STEPS, proj_dir=str(tmp_path / f"{k}")))
+        fit(
+            TrainConfig(
+                **flags,
+                micro_bsz=2 // k,
+                accumulate_grad_batches=k,
+                epoch_steps=k * STEPS,
+                proj_dir=str(tmp_path / f"{k}"),
+            )
+        )
     assert {line["targets"] > 0 for line in lines(tmp_path / "1")} == {True, False}
     same(tmp_path / "1", tmp_path / "2")
 
@@ -87,13 +113,24 @@ def trained(root, *arguments):
 
 
 @pytest.mark.parametrize(("way", "val_samples"), [("masked with resets", 7), ("padded", 0)])
-def test_two_processes_make_the_steps_of_one_and_read_the_same_validation_set(make_base, masked, tmp_path, root, way, val_samples):
+def test_two_processes_make_the_steps_of_one_and_read_the_same_validation_set(
+    make_base, masked, tmp_path, root, way, val_samples
+):
     """Also where a validation set of an odd number of samples leaves one rank with more batches than the other."""
     flags = (
-        FLAGS | WAYS[way] | {"load_model": make_base(), "data_file": masked, "val_split": 0.3, "val_every": 1, "val_samples": val_samples}
+        FLAGS
+        | WAYS[way]
+        | {"load_model": make_base(), "data_file": masked, "val_split": 0.3, "val_every": 1, "val_samples": val_samples}
     )
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    fit(TrainConfig(**flags | {"load_model": str(flags["load_model"])}, micro_bsz=4, epoch_steps=STEPS, proj_dir=str(tmp_path / "one")))
+    fit(
+        TrainConfig(
+            **flags | {"load_model": str(flags["load_model"])},
+            micro_bsz=4,
+            epoch_steps=STEPS,
+            proj_dir=str(tmp_path / "one"),
+        )
+    )
     trained(
         root,
         *words,

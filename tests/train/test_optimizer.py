@@ -10,7 +10,9 @@ from tests.train import fused_adam
 
 
 def scales(model, **flags):
-    return {name: (g["lr_scale"], g["decays"]) for g in optimizer.groups(model, TrainConfig(**flags)) for name in g["names"]}
+    return {
+        name: (g["lr_scale"], g["decays"]) for g in optimizer.groups(model, TrainConfig(**flags)) for name in g["names"]
+    }
 
 
 def test_layerwise_rates_are_upstreams(make_model):
@@ -29,7 +31,8 @@ def test_layerwise_rates_can_be_left_out(make_model):
 def test_only_matrices_decay(make_model):
     for name, (_, decays) in scales(make_model(), weight_decay=0.1).items():
         assert decays == (
-            name in ("emb.weight", "head.weight") or name.endswith((".key.weight", ".value.weight", ".receptance.weight", ".output.weight"))
+            name in ("emb.weight", "head.weight")
+            or name.endswith((".key.weight", ".value.weight", ".receptance.weight", ".output.weight"))
         )
 
 
@@ -81,7 +84,12 @@ def test_a_saved_step_goes_where_the_optimizer_counts(fused, place):
     sharded.put_back(
         {"p": parameter},
         made,
-        lambda name: {"weight": torch.zeros(3), "step": torch.tensor(4.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)},
+        lambda name: {
+            "weight": torch.zeros(3),
+            "step": torch.tensor(4.0),
+            "exp_avg": torch.zeros(3),
+            "exp_avg_sq": torch.zeros(3),
+        },
         {},
     )
     assert made.state[parameter]["step"].device.type == place

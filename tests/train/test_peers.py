@@ -13,7 +13,15 @@ import pytest
 from rwkv.errors import UserError
 from rwkv.train import peers
 
-FLAGS = {"ctx_len": 4, "micro_bsz": 1, "epoch_steps": 100000, "epoch_count": 1, "random_seed": 1, "accelerator": "cpu", "devices": 2}
+FLAGS = {
+    "ctx_len": 4,
+    "micro_bsz": 1,
+    "epoch_steps": 100000,
+    "epoch_count": 1,
+    "random_seed": 1,
+    "accelerator": "cpu",
+    "devices": 2,
+}
 
 
 def alive(pid):
@@ -41,8 +49,14 @@ def wait_until(what, seconds=90):
 def two_ranks(make_base, make_data, tmp_path, root):
     """A run of two processes, and what it writes."""
     flags = FLAGS | {"load_model": make_base(), "data_file": make_data(300), "proj_dir": tmp_path / "run"}
-    command = [sys.executable, root / "scripts/finetune.py", *(word for key, value in flags.items() for word in (f"--{key}", value))]
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        root / "scripts/finetune.py",
+        *(word for key, value in flags.items() for word in (f"--{key}", value)),
+    ]
+    process = subprocess.Popen(
+        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     yield process
     for pid in [*children(process.pid), process.pid]:
         if alive(pid):
@@ -54,14 +68,18 @@ def two_ranks(make_base, make_data, tmp_path, root):
 def test_a_killed_parent_leaves_no_rank_behind(two_ranks, tmp_path, training):
     child = wait_until(lambda: children(two_ranks.pid))[0]
     if training:
-        wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists() and (tmp_path / "run/metrics.jsonl").stat().st_size > 1000)
+        wait_until(
+            lambda: (tmp_path / "run/metrics.jsonl").exists() and (tmp_path / "run/metrics.jsonl").stat().st_size > 1000
+        )
     two_ranks.kill()
     two_ranks.wait()
     wait_until(lambda: not alive(child), 60)
 
 
 def test_a_killed_rank_ends_the_others_with_a_message(two_ranks, tmp_path):
-    wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists() and (tmp_path / "run/metrics.jsonl").stat().st_size > 1000)
+    wait_until(
+        lambda: (tmp_path / "run/metrics.jsonl").exists() and (tmp_path / "run/metrics.jsonl").stat().st_size > 1000
+    )
     os.kill(children(two_ranks.pid)[0], signal.SIGKILL)
     said, _ = two_ranks.communicate(timeout=60)
     assert two_ranks.returncode == 1
@@ -71,9 +89,14 @@ def test_a_killed_rank_ends_the_others_with_a_message(two_ranks, tmp_path):
 
 def test_a_full_disk_of_a_run_of_two_ranks_is_an_error_in_one_line(make_base, make_data, tmp_path, root):
     flags = FLAGS | {"load_model": make_base(), "data_file": make_data(300), "proj_dir": tmp_path / "run"}
-    words = [str(root / "scripts/finetune.py"), *(str(word) for key, value in flags.items() for word in (f"--{key}", value))]
+    words = [
+        str(root / "scripts/finetune.py"),
+        *(str(word) for key, value in flags.items() for word in (f"--{key}", value)),
+    ]
     limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    done = subprocess.run([sys.executable, "-c", limit, *words], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", limit, *words], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 1
     assert re.search(r"^error: .*: larger than a file may be here; .*run again", done.stderr, re.M), done.stderr
     assert "Traceback" not in done.stderr

@@ -37,7 +37,11 @@ def assert_same(found, wanted):
     for name, grad in wanted[1].items():
         # Sums in another order: fp32's rounding of the largest entries.
         torch.testing.assert_close(
-            found[1][name], grad, rtol=1e-5, atol=1e-5 * float(grad.abs().max()) + 1e-9, msg=lambda m, n=name: f"{n}: {m}"
+            found[1][name],
+            grad,
+            rtol=1e-5,
+            atol=1e-5 * float(grad.abs().max()) + 1e-9,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
@@ -66,14 +70,23 @@ def test_truncated_gradients_end_at_the_borders(make_model):
             if state:
                 state = [type(block)(*(part.detach() for part in block)) for block in state]
             hidden, state = model.hidden(x[:, i : i + 5], state, reset[:, i : i + 5].contiguous())
-            total = total + head_loss(hidden, model.head.weight, y[:, i : i + 5], counts[:, i : i + 5]) * counts[:, i : i + 5].sum()
+            total = (
+                total
+                + head_loss(hidden, model.head.weight, y[:, i : i + 5], counts[:, i : i + 5])
+                * counts[:, i : i + 5].sum()
+            )
         return total / counts.sum()
 
-    found, wanted = gradients(model, lambda: pieces.mean_loss(model, x, y, counts, reset, 5, exact=False)), gradients(model, plain_loop)
+    found, wanted = (
+        gradients(model, lambda: pieces.mean_loss(model, x, y, counts, reset, 5, exact=False)),
+        gradients(model, plain_loop),
+    )
     assert_same(found, wanted)
     exact = gradients(model, lambda: whole(model, x, y, counts, reset))
     torch.testing.assert_close(found[0], exact[0], rtol=1e-5, atol=1e-6)
-    assert float((found[1]["blocks.0.att.key.weight"] - exact[1]["blocks.0.att.key.weight"]).abs().max()) > 1e-4  # the two ways do differ
+    assert (
+        float((found[1]["blocks.0.att.key.weight"] - exact[1]["blocks.0.att.key.weight"]).abs().max()) > 1e-4
+    )  # the two ways do differ
 
 
 def test_dropout_is_the_same_when_a_piece_is_computed_again(make_model):
@@ -88,7 +101,9 @@ def test_dropout_is_the_same_when_a_piece_is_computed_again(make_model):
         return found, torch.rand(1)
 
     (truncated, after), (exact, after_exact) = run(False), run(True)
-    torch.testing.assert_close(truncated[0], exact[0], rtol=1e-5, atol=1e-6)  # the value knows only the forward pass: the same masks
+    torch.testing.assert_close(
+        truncated[0], exact[0], rtol=1e-5, atol=1e-6
+    )  # the value knows only the forward pass: the same masks
     assert torch.equal(after, after_exact)
 
 
@@ -121,7 +136,9 @@ print(peak(8192) - first)
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_memory_is_that_of_a_piece(exact):
-    grown = float(subprocess.run([sys.executable, "-c", MEMORY, str(exact)], check=True, capture_output=True, text=True).stdout)
+    grown = float(
+        subprocess.run([sys.executable, "-c", MEMORY, str(exact)], check=True, capture_output=True, text=True).stdout
+    )
     # In MiB. Seen were 4; the whole takes 135 there.
     assert grown < 15
 

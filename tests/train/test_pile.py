@@ -34,7 +34,11 @@ def flags(make_data, tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_stage_1_takes_the_flags_of_the_training_that_follows(flags, tmp_path, precision):
     # as RWKV-LM's demo-training-prepare.sh types it: nothing is trained, so that neither DeepSpeed nor a GPU is needed
-    fit(TrainConfig(**flags | {"strategy": "deepspeed_stage_2", "precision": precision, "accelerator": "gpu"}, my_pile_stage=1))
+    fit(
+        TrainConfig(
+            **flags | {"strategy": "deepspeed_stage_2", "precision": precision, "accelerator": "gpu"}, my_pile_stage=1
+        )
+    )
     assert (tmp_path / "run/rwkv-init.pth").is_file()
 
 
@@ -72,7 +76,9 @@ def test_a_stage_goes_on_exactly_and_from_upstreams_files(flags, tmp_path):
     for stage, warmup in ((2, 10), (3, 30)):
         found = pile.apply(TrainConfig(**flags | {"proj_dir": str(bare)}, my_pile_stage=stage), bare)
         assert (found.load_model, found.epoch_begin, found.warmup_steps) == (str(bare / "rwkv-0.pth"), 1, warmup)
-    assert pile.apply(TrainConfig(**flags | {"proj_dir": str(bare)}, my_pile_stage=4), bare).magic_prime == 0  # at random places
+    assert (
+        pile.apply(TrainConfig(**flags | {"proj_dir": str(bare)}, my_pile_stage=4), bare).magic_prime == 0
+    )  # at random places
 
 
 def stretched(old, n):
@@ -81,7 +87,9 @@ def stretched(old, n):
     for i in range(n):
         place = i / n * len(old)
         low = math.floor(place)
-        found.append(old[-1] if place >= len(old) - 1 else old[low] * (1 - (place - low)) + old[low + 1] * (place - low))
+        found.append(
+            old[-1] if place >= len(old) - 1 else old[low] * (1 - (place - low)) + old[low + 1] * (place - low)
+        )
     return torch.stack(found)
 
 
@@ -102,7 +110,9 @@ def test_stage_1_stretches_the_weights_of_load_model(flags, make_base, make_mode
     assert torch.equal(grown.ln_out.bias, old["ln_out.bias"])
 
 
-@pytest.mark.parametrize(("other", "complaint"), [({"n_layer": 1}, "blocks.1.* is not in a model"), ({"n_embd": 16}, "only vectors and")])
+@pytest.mark.parametrize(
+    ("other", "complaint"), [({"n_layer": 1}, "blocks.1.* is not in a model"), ({"n_embd": 16}, "only vectors and")]
+)
 def test_what_cannot_be_stretched_is_refused(flags, make_base, tmp_path, other, complaint):
     with pytest.raises(UserError, match=complaint):
         fit(TrainConfig(**flags | other, my_pile_stage=1, load_model=str(make_base(n_embd=8))))
@@ -110,7 +120,10 @@ def test_what_cannot_be_stretched_is_refused(flags, make_base, tmp_path, other, 
 
 
 def test_load_partial_begins_anew_what_the_checkpoint_lacks(flags, make_base, tmp_path):
-    base, still = make_base(n_embd=8), {"ctx_len": 8, "micro_bsz": 2, "epoch_steps": 1, "epoch_count": 1, "lr_init": 0.0, "lr_final": 0.0}
+    base, still = (
+        make_base(n_embd=8),
+        {"ctx_len": 8, "micro_bsz": 2, "epoch_steps": 1, "epoch_count": 1, "lr_init": 0.0, "lr_final": 0.0},
+    )
     grown = {**flags, **still, "n_layer": 4, "n_embd": 0, "vocab_size": 0, "load_model": str(base), "load_partial": 1}
     result = fit(TrainConfig(**grown))
     old, new = read_tensors(base), read_tensors(result.checkpoint)
@@ -125,7 +138,9 @@ def test_load_partial_begins_anew_what_the_checkpoint_lacks(flags, make_base, tm
 
 
 def test_stage_2_learns_what_is_called_time_five_times_as_fast(make_model):
-    found = {name: g["lr_scale"] for g in optimizer.groups(make_model(), TrainConfig(my_pile_stage=2)) for name in g["names"]}
+    found = {
+        name: g["lr_scale"] for g in optimizer.groups(make_model(), TrainConfig(my_pile_stage=2)) for name in g["names"]
+    }
     assert all(scale == (5 if "time_" in name else 1) for name, scale in found.items())
 
 

@@ -17,7 +17,9 @@ from rwkv.train.plot import plot
 def drawn(tmp_path, monkeypatch):
     """Draws a run of so many steps; its two axes, and the legend as text."""
     figures = []
-    monkeypatch.setattr(pictures, "save", lambda figure, image: (figures.append(figure), figure.savefig(image, dpi=50))[0])
+    monkeypatch.setattr(
+        pictures, "save", lambda figure, image: (figures.append(figure), figure.savefig(image, dpi=50))[0]
+    )
 
     def draw(count, loss, validation=None, title="run: LoRA"):
         curve = Curve()

@@ -55,7 +55,12 @@ def test_a_finite_running_mean_is_shown(clock, monkeypatch):
     shown = Progress(4, 0)
     for loss in (1.0, None, 3.0, 5.0):
         steps(shown, clock, 1, 100, loss)
-    assert [re.search(r"loss ([\d.]+)", line)[1] for line in log.getvalue().splitlines()] == ["1.000", "1.000", "2.000", "3.000"]
+    assert [re.search(r"loss ([\d.]+)", line)[1] for line in log.getvalue().splitlines()] == [
+        "1.000",
+        "1.000",
+        "2.000",
+        "3.000",
+    ]
 
 
 def test_another_rank_prints_nothing(clock, monkeypatch):
@@ -89,7 +94,16 @@ def test_the_bar_fits_the_terminal(clock, monkeypatch, columns):
     assert "time: about 1 h 39 min left" in said
 
 
-DURATIONS = {0.2: "1 s", 40: "40 s", 59.7: "1 min", 61: "1 min", 1500: "25 min", 3599: "1 h", 12000: "3 h 20 min", 7200: "2 h"}
+DURATIONS = {
+    0.2: "1 s",
+    40: "40 s",
+    59.7: "1 min",
+    61: "1 min",
+    1500: "25 min",
+    3599: "1 h",
+    12000: "3 h 20 min",
+    7200: "2 h",
+}
 DURATIONS |= {47 * 3600: "47 h", 49 * 3600: "2 days 1 h", 72 * 3600: "3 days"}
 
 

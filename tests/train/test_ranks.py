@@ -34,19 +34,41 @@ def port() -> int:
 def train(make_base, make_data, tmp_path, root):
     """Start LoRA on two processes in a folder of the run; which rank has bf16, how they are started, further flags."""
     (tmp_path / "train.py").write_text(PROGRAM)
-    flags = {"load_model": make_base(), "data_file": make_data(300), "ctx_len": 8, "micro_bsz": 1, "epoch_count": 1, "epoch_steps": 6}
+    flags = {
+        "load_model": make_base(),
+        "data_file": make_data(300),
+        "ctx_len": 8,
+        "micro_bsz": 1,
+        "epoch_count": 1,
+        "epoch_steps": 6,
+    }
     flags |= {"accelerator": "cpu", "devices": 2, "lora_dropout": 0.2, "lr_init": 1e-2}
     common = {**os.environ, "PYTHONPATH": str(root), "SCRIPT": str(root / "scripts/lora.py"), "OMP_NUM_THREADS": "1"}
 
     def run(folder: str, bf16: int, *starter, status: int = 0, ranks=("",), **more) -> str:
-        words = [str(word) for name, value in {**flags, "proj_dir": tmp_path / folder, **more}.items() for word in (f"--{name}", value)]
+        words = [
+            str(word)
+            for name, value in {**flags, "proj_dir": tmp_path / folder, **more}.items()
+            for word in (f"--{name}", value)
+        ]
         command = [sys.executable, *starter, str(tmp_path / "train.py"), *words]
         environment = {**common, "BF16": str(bf16), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port())}
         started = []
         for rank in ranks:
-            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"} if rank else {}
+            own = (
+                {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+                if rank
+                else {}
+            )
             started.append(
-                subprocess.Popen(command, env=environment | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+                subprocess.Popen(
+                    command,
+                    env=environment | own,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    cwd=tmp_path,
+                )
             )
         said = []
         for process in started:
@@ -59,7 +81,11 @@ def train(make_base, make_data, tmp_path, root):
 
 def decided(folder) -> tuple[str, int, list[float]]:
     run = json.loads((folder / "run.json").read_text())
-    return run["precision"], run["seed"], [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return (
+        run["precision"],
+        run["seed"],
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()],
+    )
 
 
 STARTERS = {
@@ -90,17 +116,30 @@ def test_ranks_that_came_to_different_settings_end_with_a_message(train, tmp_pat
     # Another launcher, which offers no store: each rank decides by itself.
     said = train("run", 1, status=1, ranks=("0", "1"), random_seed=1)
     assert "Traceback" not in said
-    assert said.count("error: rank 1 would train something else than rank 0. --precision: bf16, rank 0: fp32") == 2, said
+    assert said.count("error: rank 1 would train something else than rank 0. --precision: bf16, rank 0: fp32") == 2, (
+        said
+    )
     assert "give its value (such as --precision fp32)" in said
     assert not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text()
 
 
 def test_what_only_rank_zero_knows_is_not_compared():
     c = LoRAConfig(data_file="d", n_layer=1, n_embd=8)
-    run = {"model": {}, "precision": "fp32", "stack": {"torch": "2"}, "data": {"prefix": "d", "sha256": "1"}, "base": None}
+    run = {
+        "model": {},
+        "precision": "fp32",
+        "stack": {"torch": "2"},
+        "data": {"prefix": "d", "sha256": "1"},
+        "base": None,
+    }
     mine = ranks.facts(c, run, torch.nn.Linear(2, 2))
-    kept = run | {"base": {"path": "run/rwkv-base.pth", "sha256": "2"}, "data": {"prefix": "elsewhere/d", "sha256": "1"}}
-    assert ranks.facts(dataclasses.replace(c, data_file="elsewhere/d", random_seed=3), kept, torch.nn.Linear(2, 2)) == mine
+    kept = run | {
+        "base": {"path": "run/rwkv-base.pth", "sha256": "2"},
+        "data": {"prefix": "elsewhere/d", "sha256": "1"},
+    }
+    assert (
+        ranks.facts(dataclasses.replace(c, data_file="elsewhere/d", random_seed=3), kept, torch.nn.Linear(2, 2)) == mine
+    )
     given = dataclasses.replace(c, load_model="base.pth")
     found = [ranks.facts(given, run | {"base": {"path": "base.pth", "sha256": x}}, torch.nn.Linear(2, 2)) for x in "23"]
     assert found[0] != found[1]
@@ -119,7 +158,9 @@ def test_what_rank_zero_changed_is_told_and_no_more(monkeypatch):
     with first.told():
         monkeypatch.setattr(rank_zero_only, "rank", 1)
         second = ranks.Ranks()
-        theirs = second.decide("auto", TrainConfig(proj_dir="there", micro_bsz=8), lambda c: pytest.fail("rank 1 decided"))
+        theirs = second.decide(
+            "auto", TrainConfig(proj_dir="there", micro_bsz=8), lambda c: pytest.fail("rank 1 decided")
+        )
         assert theirs == dataclasses.replace(ours, proj_dir="there")
         assert second.decide("something else", theirs, lambda c: c) == theirs  # by itself, where nothing was told
     assert ranks._DECIDED not in os.environ
@@ -127,7 +168,11 @@ def test_what_rank_zero_changed_is_told_and_no_more(monkeypatch):
 
 def test_a_store_carries_what_rank_zero_decided(monkeypatch):
     store = dist.TCPStore("127.0.0.1", number := port(), is_master=True, wait_for_workers=False)
-    for name, value in {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(number)}.items():
+    for name, value in {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(number),
+    }.items():
         monkeypatch.setenv(name, value)
     runs = iter((0, 0, 1, 1))
     monkeypatch.setattr(ranks, "_RUNS", runs)  # each process counts its own
@@ -135,5 +180,7 @@ def test_a_store_carries_what_rank_zero_decided(monkeypatch):
         monkeypatch.setattr(rank_zero_only, "rank", 0)
         ranks.Ranks().decide("auto", TrainConfig(), lambda c, p=precision: dataclasses.replace(c, precision=p))
         monkeypatch.setattr(rank_zero_only, "rank", 1)
-        assert ranks.Ranks().decide("auto", TrainConfig(), lambda c: pytest.fail("rank 1 decided")).precision == precision
+        assert (
+            ranks.Ranks().decide("auto", TrainConfig(), lambda c: pytest.fail("rank 1 decided")).precision == precision
+        )
     del store

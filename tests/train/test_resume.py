@@ -21,7 +21,15 @@ from rwkv.errors import UserError
 from rwkv.train import store
 from rwkv.train.fit import fit
 
-FLAGS = {"ctx_len": 8, "micro_bsz": 2, "epoch_steps": 4, "epoch_count": 3, "random_seed": 1, "accelerator": "cpu", "lr_init": 1e-3}
+FLAGS = {
+    "ctx_len": 8,
+    "micro_bsz": 2,
+    "epoch_steps": 4,
+    "epoch_count": 3,
+    "random_seed": 1,
+    "accelerator": "cpu",
+    "lr_init": 1e-3,
+}
 FLAGS |= {"precision": "fp32"}
 NEW = {"n_layer": 2, "n_embd": 16, "vocab_size": 50}
 
@@ -51,7 +59,9 @@ def make(kind, make_base, make_data, **flags):
         "warmup_steps": 3,
         **flags,
     }
-    return LoRAConfig(**{"lora_dropout": 0.2, **common}) if kind == "lora" else TrainConfig(**{"dropout": 0.1, **common})
+    return (
+        LoRAConfig(**{"lora_dropout": 0.2, **common}) if kind == "lora" else TrainConfig(**{"dropout": 0.1, **common})
+    )
 
 
 def changed(config, **flags):
@@ -121,7 +131,9 @@ def test_a_damaged_newest_state_falls_back_loudly_to_the_one_before(damage, make
     for path in store.states(tmp_path / "run"):
         damage(path)
     for _ in range(2):  # however often it is started, as a job that is restarted on failure
-        with pytest.raises(UserError, match=r"only corrupt training states \(resume/step-.*--load_model .*rwkv-2.pth --epoch_begin 3"):
+        with pytest.raises(
+            UserError, match=r"only corrupt training states \(resume/step-.*--load_model .*rwkv-2.pth --epoch_begin 3"
+        ):
             fit(config)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
@@ -142,7 +154,9 @@ def test_flags_and_data_that_change_the_run_are_refused_with_what_they_were(make
     assert {path: path.read_bytes() for path in before} == before
     shutil.copy(tmp_path / "data.bin", tmp_path / "moved.bin")
     shutil.copy(tmp_path / "data.idx", tmp_path / "moved.idx")
-    fit(changed(config, data_file=str(tmp_path / "moved"), val_every=0, max_steps=3))  # the same bytes elsewhere are the same data
+    fit(
+        changed(config, data_file=str(tmp_path / "moved"), val_every=0, max_steps=3)
+    )  # the same bytes elsewhere are the same data
     fit(changed(config, lr_init=0.1, allow_changes=True, max_steps=4))
     run = json.loads((tmp_path / "run/run.json").read_text())
     assert run["changed"] == [{"after_step": 3, "changes": ["--lr_init: 0.001 → 0.1"]}]
@@ -156,7 +170,9 @@ def test_the_same_batch_in_other_pieces_goes_on_with_the_same_data(make_base, ma
     fit(changed(config, proj_dir=str(tmp_path / "run"), **pieces))
     ours, theirs = losses(tmp_path / "run"), losses(tmp_path / "whole")
     assert [line[2:] for line in ours] == [line[2:] for line in theirs]
-    assert [line[1] for line in ours] == pytest.approx([line[1] for line in theirs], rel=1e-5)  # fp32 sums in another order
+    assert [line[1] for line in ours] == pytest.approx(
+        [line[1] for line in theirs], rel=1e-5
+    )  # fp32 sums in another order
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_last_state(make_base, make_data, tmp_path, monkeypatch):
@@ -187,14 +203,19 @@ def test_a_disk_that_is_full_for_the_metrics_is_an_error_in_words_below_the_bar(
     assert done.returncode == 1
     last = done.stderr.rstrip().splitlines()[-1]
     assert re.fullmatch(
-        r"error: .*/(metrics.jsonl|train_log.txt): larger than a file may be here; make room .*continues from its last state", last
+        r"error: .*/(metrics.jsonl|train_log.txt): larger than a file may be here; make room .*continues from its last state",
+        last,
     )
 
 
 def command(root, config, **flags):
     given = {key: value for key, value in {**vars(config), **flags}.items() if value != getattr(type(config)(), key)}
     script = "lora.py" if isinstance(config, LoRAConfig) else "finetune.py"
-    return [sys.executable, str(root / "scripts" / script), *(str(word) for key, value in given.items() for word in (f"--{key}", value))]
+    return [
+        sys.executable,
+        str(root / "scripts" / script),
+        *(str(word) for key, value in given.items() for word in (f"--{key}", value)),
+    ]
 
 
 def start_until(argv, folder, step):
@@ -228,16 +249,20 @@ def test_a_signal_loses_no_step(number, status, make_base, make_data, tmp_path, 
 
 
 @pytest.mark.parametrize("kind", ["lora", "all"])
-def test_a_second_process_in_the_folder_of_a_run_is_refused_and_nothing_is_lost(kind, make_base, make_data, tmp_path, root):
+def test_a_second_process_in_the_folder_of_a_run_is_refused_and_nothing_is_lost(
+    kind, make_base, make_data, tmp_path, root
+):
     config = make(kind, make_base, make_data, proj_dir=str(tmp_path / "run"), epoch_steps=400, save_every=5)
     process = start_until(command(root, config), tmp_path / "run", 8)
     try:
         for flags in ({}, {"overwrite": True}, {"allow_changes": True, "lr_init": 1e-4}):
-            done = subprocess.run(command(root, config, **flags), capture_output=True, text=True, timeout=120, check=False)
-            assert done.returncode == 1
-            assert re.match(rf"error: .*/run: in use by process {process.pid} on .*; or choose another --proj_dir\n$", done.stderr), (
-                done.stderr
+            done = subprocess.run(
+                command(root, config, **flags), capture_output=True, text=True, timeout=120, check=False
             )
+            assert done.returncode == 1
+            assert re.match(
+                rf"error: .*/run: in use by process {process.pid} on .*; or choose another --proj_dir\n$", done.stderr
+            ), done.stderr
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -253,7 +278,9 @@ def test_two_ranks_with_dropout_go_on_bit_for_bit(make_base, make_data, tmp_path
     config = make("lora", make_base, make_data, devices=2, micro_bsz=1, epoch_steps=200, save_every=3, precision="bf16")
     # One rank is told to end; both end after the same step.
     process = start_until(command(root, config, proj_dir=tmp_path / "run"), tmp_path / "run", 4)
-    child = int(subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()[0])
+    child = int(
+        subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()[0]
+    )
     os.kill(child, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors

@@ -34,7 +34,9 @@ def documents(tmp_path):
             length = int(torch.randint(2, CTX + 1, (1,), generator=generator))
             out.add([*torch.randint(1, 50, (length - 1,), generator=generator).tolist(), 0])
         tokens = out.tokens
-    mask_path(tmp_path / "d_text_document").write_bytes(bytes(torch.randint(2, (tokens,), generator=generator).tolist()))
+    mask_path(tmp_path / "d_text_document").write_bytes(
+        bytes(torch.randint(2, (tokens,), generator=generator).tolist())
+    )
     return str(tmp_path / "d_text_document")
 
 
@@ -57,11 +59,19 @@ def plain_mean(model, items, reset: bool) -> tuple[float, int]:
 
 
 @pytest.mark.parametrize("reset", [0, 1])
-@pytest.mark.parametrize("mode", [{}, {"doc_training": 1}, {"doc_training_seq": 1, "min_ctx_len": CTX}, {"magic_prime": -1}], ids=str)
+@pytest.mark.parametrize(
+    "mode", [{}, {"doc_training": 1}, {"doc_training_seq": 1, "min_ctx_len": CTX}, {"magic_prime": -1}], ids=str
+)
 def test_the_loss_is_the_mean_over_counted_targets_of_documents_run_alone(make_base, documents, tmp_path, mode, reset):
     base = make_base()
     config = TrainConfig(
-        **FLAGS | STILL, **mode, doc_reset=reset, load_model=str(base), data_file=documents, proj_dir=str(tmp_path / "run"), max_steps=3
+        **FLAGS | STILL,
+        **mode,
+        doc_reset=reset,
+        load_model=str(base),
+        data_file=documents,
+        proj_dir=str(tmp_path / "run"),
+        max_steps=3,
     )
     fit(config)
     data, _ = samples.make(config, Dataset(documents), 1)
@@ -125,7 +135,12 @@ def test_a_validation_file_is_read_as_the_data_are_and_changes_no_step(make_base
 
 
 def test_another_validation_file_is_seen_when_a_run_is_resumed(make_base, documents, other, tmp_path):
-    flags = FLAGS | {"load_model": str(make_base()), "data_file": documents, "proj_dir": str(tmp_path / "run"), "val_file": other}
+    flags = FLAGS | {
+        "load_model": str(make_base()),
+        "data_file": documents,
+        "proj_dir": str(tmp_path / "run"),
+        "val_file": other,
+    }
     fit(TrainConfig(**flags, max_steps=2))
     moved = tmp_path / "moved"
     moved.mkdir()
@@ -165,7 +180,9 @@ def test_no_training_sample_holds_a_held_out_document(documents):
 
 def test_watching_the_held_out_loss_changes_no_bit_of_a_run(make_base, documents, tmp_path):
     common = {**FLAGS, "load_model": str(make_base()), "data_file": documents, "lora_dropout": 0.3, "val_split": 0.2}
-    runs = [fit(LoRAConfig(**common, proj_dir=str(tmp_path / f"{every}"), val_every=every)).checkpoint for every in (0, 1)]
+    runs = [
+        fit(LoRAConfig(**common, proj_dir=str(tmp_path / f"{every}"), val_every=every)).checkpoint for every in (0, 1)
+    ]
     once, often = map(read_tensors, runs)
     assert all(torch.equal(once[key], often[key]) for key in once)
 
@@ -181,7 +198,14 @@ def test_two_processes_weigh_their_counted_targets_as_one_with_twice_the_batch(m
         "val_every": 1,
         "lr_init": 1e-3,
     }
-    flags |= {"ctx_len": CTX, "epoch_steps": 5, "epoch_count": 1, "random_seed": 1, "accelerator": "cpu", "precision": "fp32"}
+    flags |= {
+        "ctx_len": CTX,
+        "epoch_steps": 5,
+        "epoch_count": 1,
+        "random_seed": 1,
+        "accelerator": "cpu",
+        "precision": "fp32",
+    }
     common = [word for name, value in flags.items() for word in (f"--{name}", value)]
     for name, extra in (("one", ["--micro_bsz", 2]), ("two", ["--micro_bsz", 1, "--devices", 2])):
         command = [sys.executable, root / "scripts/finetune.py", *common, *extra, "--proj_dir", tmp_path / name]
@@ -201,7 +225,9 @@ def test_a_step_without_a_counted_target_moves_nothing_and_goes_on(make_base, do
     tokens = len(Dataset(documents).tokens)
     mask_path(documents).write_bytes(bytes(tokens - 1) + b"\1")
     base = make_base()
-    result = fit(TrainConfig(**FLAGS, load_model=str(base), data_file=documents, proj_dir=str(tmp_path / "run"), max_steps=1))
+    result = fit(
+        TrainConfig(**FLAGS, load_model=str(base), data_file=documents, proj_dir=str(tmp_path / "run"), max_steps=1)
+    )
     assert [(line["loss"], line["targets"]) for line in lines(tmp_path / "run")] == [(0, 0)]
     before, after = read_tensors(base), read_tensors(result.checkpoint)
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -229,7 +255,15 @@ def test_flags_that_cannot_be_are_refused_before_the_first_step(documents, tmp_p
     with pytest.raises(UserError, match=complaint):
         fit(
             TrainConfig(
-                **{**FLAGS, "n_layer": 1, "n_embd": 8, "vocab_size": 50, "data_file": documents, "proj_dir": str(tmp_path / "run"), **flags}
+                **{
+                    **FLAGS,
+                    "n_layer": 1,
+                    "n_embd": 8,
+                    "vocab_size": 50,
+                    "data_file": documents,
+                    "proj_dir": str(tmp_path / "run"),
+                    **flags,
+                }
             )
         )
     assert not (tmp_path / "run").exists()

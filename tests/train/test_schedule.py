@@ -67,7 +67,9 @@ def test_cosine_over_tokens():
 
 def test_the_default_warmup_of_minus_one_shifts_the_cosine_too():
     q = (50 * 16 + 16) / (1600 + 16)
-    assert learning_rate(config(my_exit_tokens=1600, warmup_steps=-1), 50) == pytest.approx(1e-3 * (0.505 + 0.495 * math.cos(math.pi * q)))
+    assert learning_rate(config(my_exit_tokens=1600, warmup_steps=-1), 50) == pytest.approx(
+        1e-3 * (0.505 + 0.495 * math.cos(math.pi * q))
+    )
 
 
 def test_accumulation_does_not_slow_the_decay():

@@ -47,7 +47,9 @@ def is_saved(folder):
     return store.newest(folder).step == last
 
 
-@pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)]
+)
 def test_a_second_signal_within_two_seconds_is_the_same(arguments, tmp_path, root, numbers):
     command = [sys.executable, str(root / "scripts/finetune.py"), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -81,7 +83,9 @@ def test_a_terminal_that_is_closed_leaves_a_saved_run(arguments, tmp_path, root)
         fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
 
     command = [sys.executable, str(root / "scripts/finetune.py"), *arguments]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=attach, pass_fds=[theirs])
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=attach, pass_fds=[theirs]
+    )
     os.close(theirs)
     os.set_blocking(ours, False)
     until = time.monotonic() + 120
@@ -99,7 +103,9 @@ def test_a_terminal_that_is_closed_leaves_a_saved_run(arguments, tmp_path, root)
 
 def test_nohup_outlives_a_hangup(arguments, tmp_path, root):
     command = ["nohup", sys.executable, str(root / "scripts/finetune.py"), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
+    )
     wait_for_steps(process, tmp_path / "run")
     process.send_signal(signal.SIGHUP)
     made = len((tmp_path / "run/metrics.jsonl").read_text().splitlines())
@@ -149,9 +155,13 @@ while True:
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGHUP, -signal.SIGHUP), (signal.SIGINT, -2)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGHUP, -signal.SIGHUP), (signal.SIGINT, -2)]
+)
 def test_a_later_signal_stops_without_saving(root, number, status):
-    process = subprocess.Popen([sys.executable, "-c", LATER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=root)
+    process = subprocess.Popen(
+        [sys.executable, "-c", LATER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=root
+    )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     time.sleep(0.1)

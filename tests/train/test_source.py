@@ -37,7 +37,9 @@ def test_the_characters_of_a_text_are_its_tokens(kind, tmp_path):
     fit(TrainConfig(**flags, max_steps=1))
     read = text.replace("\r\n", "\n")  # as Python reads text, upstream's way
     words = sorted(set(read))
-    assert json.loads((tmp_path / "run/vocab.json").read_text(encoding="utf-8")) == {str(i): word for i, word in enumerate(words)}
+    assert json.loads((tmp_path / "run/vocab.json").read_text(encoding="utf-8")) == {
+        str(i): word for i, word in enumerate(words)
+    }
     data = Dataset(tmp_path / "run/data_text_document")
     assert [words[i] for i in data.tokens] == list(read)
     assert len(data) == 1
@@ -46,7 +48,10 @@ def test_the_characters_of_a_text_are_its_tokens(kind, tmp_path):
     assert read_manifest(result.checkpoint)["sizes"]["vocab_size"] == len(words)
     other = {**flags, "proj_dir": str(tmp_path / "other"), "load_model": str(result.checkpoint)}
     (tmp_path / "t.txt").write_bytes("other".encode(kind))
-    with pytest.raises(UserError, match=f"has a vocabulary of {len(words)}, and --data_type {kind} makes one of the text's 5 characters"):
+    with pytest.raises(
+        UserError,
+        match=f"has a vocabulary of {len(words)}, and --data_type {kind} makes one of the text's 5 characters",
+    ):
         fit(TrainConfig(**{**other, "n_layer": 0, "n_embd": 0}))
 
 
@@ -87,7 +92,11 @@ def test_a_stream_longer_than_an_index_can_count_is_several_documents(tmp_path, 
 def test_processes_that_a_launcher_started_want_a_binidx(tmp_path, write_jsonl, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")  # as torchrun sets it
     with pytest.raises(UserError, match="text.jsonl: a launcher has started all processes.*scripts/convert.py"):
-        fit(TrainConfig(**FLAGS, devices=2, data_file=str(write_jsonl({"text": "x" * 99})), proj_dir=str(tmp_path / "run")))
+        fit(
+            TrainConfig(
+                **FLAGS, devices=2, data_file=str(write_jsonl({"text": "x" * 99})), proj_dir=str(tmp_path / "run")
+            )
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -113,7 +122,9 @@ def test_what_cannot_be_read_is_refused(tmp_path, flags, complaint):
     assert not (tmp_path / "run").exists()
     np.save(tmp_path / "two.npy", np.zeros((2, 2)))
     with pytest.raises(UserError, match=r"holds float64 \[2, 2\]"):
-        fit(TrainConfig(**FLAGS, data_type="numpy", data_file=str(tmp_path / "two.npy"), proj_dir=str(tmp_path / "run")))
+        fit(
+            TrainConfig(**FLAGS, data_type="numpy", data_file=str(tmp_path / "two.npy"), proj_dir=str(tmp_path / "run"))
+        )
 
 
 NO_BINIDX = [
@@ -124,7 +135,11 @@ NO_BINIDX = [
     ),
     ("r.jsonl.gz", {}, r"a .jsonl.gz file. Convert it first: .* --output_prefix \S*/r; "),
     ("R.PARQUET", {}, "a .parquet file. Convert it first"),
-    ("a b.json", {}, "a .json file. .*--input '.*a b.json' --output_prefix '.*a b'; then give --data_file '.*a b_text_document'"),
+    (
+        "a b.json",
+        {},
+        "a .json file. .*--input '.*a b.json' --output_prefix '.*a b'; then give --data_file '.*a b_text_document'",
+    ),
     ("ids.npy", {}, "a NumPy file: give --data_type numpy"),
     ("corpus", {}, "a file that is no binidx"),
     ("folder/", {}, "a folder. Convert it first: .*--output_prefix \\S*folder; "),
@@ -148,7 +163,9 @@ def test_what_is_no_binidx_is_told_what_it_is_and_how_to_convert_it(name, binidx
 
 @pytest.mark.parametrize("kind", ["jsonl", "sft", "JSON"])
 def test_the_kinds_of_other_trainers_are_answered(kind, tmp_path):
-    with pytest.raises(UserError, match=f"--data_type {kind}: leave the flag out; a .jsonl file is recognised by its name"):
+    with pytest.raises(
+        UserError, match=f"--data_type {kind}: leave the flag out; a .jsonl file is recognised by its name"
+    ):
         fit(TrainConfig(**FLAGS, data_type=kind, data_file="mine.jsonl", proj_dir=str(tmp_path / "run")))
 
 
@@ -193,7 +210,9 @@ def broken(path):
     return str(path)
 
 
-@pytest.mark.parametrize("change", [other_file, edited, edited_in_place_with_size_and_time, broken], ids=lambda x: x.__name__)
+@pytest.mark.parametrize(
+    "change", [other_file, edited, edited_in_place_with_size_and_time, broken], ids=lambda x: x.__name__
+)
 def test_a_source_that_is_not_what_the_run_was_made_from_is_refused(change, tmp_path):
     path, folder = tmp_path / "a.jsonl", tmp_path / "run"
     config = TrainConfig(**JSONL, data_file=jsonl(path, "document"), proj_dir=str(folder))
@@ -201,7 +220,8 @@ def test_a_source_that_is_not_what_the_run_was_made_from_is_refused(change, tmp_
     original, before = path.read_bytes(), content(folder)
     config = changed(config, data_file=change(path), max_steps=2)
     with pytest.raises(
-        UserError, match=rf"data file: {path} \(SHA-256 [0-9a-f]{{16}}…\) → {config.data_file} \(SHA-256 [0-9a-f]{{16}}…\)\nChoose one"
+        UserError,
+        match=rf"data file: {path} \(SHA-256 [0-9a-f]{{16}}…\) → {config.data_file} \(SHA-256 [0-9a-f]{{16}}…\)\nChoose one",
     ):
         fit(config)
     assert content(folder) == before
@@ -228,7 +248,9 @@ def test_a_source_that_was_deleted_is_refused_and_its_copy_used_if_allowed(tmp_p
     config = TrainConfig(**JSONL, data_file=jsonl(path, "document"), proj_dir=str(folder))
     fit(config)
     (tmp_path / "copied.jsonl").write_bytes(path.read_bytes())
-    fit(changed(config, max_steps=2, data_file=str(tmp_path / "copied.jsonl")))  # the same bytes elsewhere are the same data
+    fit(
+        changed(config, max_steps=2, data_file=str(tmp_path / "copied.jsonl"))
+    )  # the same bytes elsewhere are the same data
     with pytest.raises(UserError, match="gone.jsonl: no such file"):
         fit(changed(config, max_steps=3, data_file=str(tmp_path / "gone.jsonl"), allow_changes=True))
     (tmp_path / "copied.jsonl").unlink()
@@ -237,7 +259,9 @@ def test_a_source_that_was_deleted_is_refused_and_its_copy_used_if_allowed(tmp_p
         fit(config)
     capsys.readouterr()
     fit(changed(config, allow_changes=True))
-    assert re.search("changed: data file .*copied.jsonl: present → missing; the copy .* is used", capsys.readouterr().out)
+    assert re.search(
+        "changed: data file .*copied.jsonl: present → missing; the copy .* is used", capsys.readouterr().out
+    )
     assert len(losses(folder)) == 3
     fit(changed(config, data_file=str(folder / "data_text_document"), max_steps=4))
     assert len(losses(folder)) == 4

@@ -14,7 +14,15 @@ from rwkv.files import sha256
 from rwkv.train import start
 from rwkv.train.fit import fit
 
-TUNE = {"ctx_len": 8, "micro_bsz": 2, "epoch_steps": 4, "epoch_count": 2, "random_seed": 1, "accelerator": "cpu", "lr_init": 1e-2}
+TUNE = {
+    "ctx_len": 8,
+    "micro_bsz": 2,
+    "epoch_steps": 4,
+    "epoch_count": 2,
+    "random_seed": 1,
+    "accelerator": "cpu",
+    "lr_init": 1e-2,
+}
 NEW = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, "lora_parts": "att,ffn"}
 
 
@@ -63,7 +71,9 @@ def test_a_base_that_was_replaced_or_is_missing_is_refused(config, tmp_path, mak
         path.unlink()
     else:
         checkpoint.save_model(path, make_model(seed=7), {})
-    with pytest.raises(UserError, match=r"base model \(SHA-256\)" if wrong == "replaced" else "rwkv-base.pth: missing; .* Put it back"):
+    with pytest.raises(
+        UserError, match=r"base model \(SHA-256\)" if wrong == "replaced" else "rwkv-base.pth: missing; .* Put it back"
+    ):
         fit(config)
     path.write_bytes(kept)
     assert fit(config).steps == 8
@@ -74,7 +84,9 @@ def test_a_run_that_did_not_record_its_base_resumes(config, tmp_path):
     run = json.loads((tmp_path / "run/run.json").read_text())
     (tmp_path / "run/run.json").write_text(json.dumps(run | {"base": None}))
     assert fit(config).steps == 8
-    assert json.loads((tmp_path / "run/run.json").read_text())["base"]["sha256"] == sha256(tmp_path / "run/rwkv-base.pth")
+    assert json.loads((tmp_path / "run/run.json").read_text())["base"]["sha256"] == sha256(
+        tmp_path / "run/rwkv-base.pth"
+    )
 
 
 @pytest.fixture
@@ -90,7 +102,13 @@ def tuned(make_base, make_data, tmp_path):
 
 @pytest.mark.parametrize(
     ("fewer", "more"),
-    [("att", "att,ffn,time,ln"), ("time,ln", "att,time,ln"), ("att.key", "att,ln"), ("ffn,ln", "att,ffn,ln"), ("att", "att")],
+    [
+        ("att", "att,ffn,time,ln"),
+        ("time,ln", "att,time,ln"),
+        ("att.key", "att,ln"),
+        ("ffn,ln", "att,ffn,ln"),
+        ("att", "att"),
+    ],
 )
 def test_an_adapter_with_fewer_parts_is_continued_and_the_rest_starts_from_the_base(tuned, fewer, more):
     common, make = tuned
@@ -112,7 +130,11 @@ REFUSED = [
         {"lora_parts": "att,ln"},
         r"parts that --lora_parts att,ln does not have \(ffn.key, .*time\).* Give --lora_parts att,ffn,time or",
     ),
-    ({"lora_r": 8}, {"lora_r": 4}, "has rank 8, and --lora_r is 4; a rank cannot be changed. Give --lora_r 8, or merge it .*merge_lora.py"),
+    (
+        {"lora_r": 8},
+        {"lora_r": 4},
+        "has rank 8, and --lora_r is 4; a rank cannot be changed. Give --lora_r 8, or merge it .*merge_lora.py",
+    ),
     (
         {"lora_alpha": 32},
         {"lora_alpha": 16},

@@ -44,7 +44,9 @@ def test_an_unknown_strategy_names_the_nearest():
 
 def test_without_deepspeed_its_strategies_say_so_and_the_others_need_it_not(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else find(name, *rest)
+    )
     with pytest.raises(UserError, match="DeepSpeed is not installed; make venv brings it, and --strategy ddp"):
         strategy.check(config(strategy="deepspeed_stage_1"))
     strategy.check(config(strategy="ddp"))
@@ -77,12 +79,17 @@ def test_stages_offload_and_buckets_reach_deepspeed(able):
 def test_the_configuration_that_we_make_passes_deepspeeds_own_check(able):
     settings = importlib.import_module("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
     for name in strategy.ZEROS:
-        settings(**strategy.deepspeed_config(config(strategy=name))["zero_optimization"])  # unknown keys are errors to it, here alone
+        settings(
+            **strategy.deepspeed_config(config(strategy=name))["zero_optimization"]
+        )  # unknown keys are errors to it, here alone
 
 
 def test_keys_of_a_file_come_on_top_and_beside(able, ds_config):
     path = ds_config(
-        {"wall_clock_breakdown": True, "zero_optimization": {"overlap_comm": False, "offload_optimizer": {"pin_memory": True}}}
+        {
+            "wall_clock_breakdown": True,
+            "zero_optimization": {"overlap_comm": False, "offload_optimizer": {"pin_memory": True}},
+        }
     )
     made = strategy.deepspeed_config(config(strategy="deepspeed_stage_2_offload", ds_config=path))
     assert made["wall_clock_breakdown"]
@@ -91,9 +98,15 @@ def test_keys_of_a_file_come_on_top_and_beside(able, ds_config):
 
 
 WRONG = [
-    ({"wall_clock_breakdwn": True}, "no key wall_clock_breakdwn that could be set here; the nearest is wall_clock_breakdown"),
+    (
+        {"wall_clock_breakdwn": True},
+        "no key wall_clock_breakdwn that could be set here; the nearest is wall_clock_breakdown",
+    ),
     ({"zero_optimization": {"overlap_com": True}}, "no key zero_optimization.overlap_com .*nearest is overlap_comm"),
-    ({"zero_optimization": {"offload_param": {"pinned": 1}}}, "zero_optimization.offload_param.pinned .*nearest is pin_memory"),
+    (
+        {"zero_optimization": {"offload_param": {"pinned": 1}}},
+        "zero_optimization.offload_param.pinned .*nearest is pin_memory",
+    ),
     ({"train_batch_size": 8}, "train_batch_size is set by --micro_bsz, --devices"),
     ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage is set by --strategy"),
     ({"zero_optimization": 3}, "zero_optimization is an object of keys; it is 3"),
@@ -138,7 +151,9 @@ def test_every_key_that_may_be_set_is_one_that_this_deepspeed_reads():
                      "runtime.swap_tensor.constants", "profiling.constants")
     )  # fmt: skip
     unread = {key for key in strategy._KEYS[""] if not re.search(f"[\"']{key}[\"']", sources)}
-    assert unread <= ({"zero_force_ds_cpu_optimizer"} if compat.stack() == "cu117" else set())  # 0.7.0 forces nothing, and passes over it
+    assert unread <= (
+        {"zero_force_ds_cpu_optimizer"} if compat.stack() == "cu117" else set()
+    )  # 0.7.0 forces nothing, and passes over it
 
 
 class Counted(torch.optim.Adam):
@@ -172,7 +187,9 @@ def test_the_optimizer_is_torchs_where_deepspeeds_is_not_compiled(make_model, de
     for name in ("auto", "deepspeed_stage_2", "deepspeed_stage_2_offload"):
         made = optimizer.make(make_model(), config(strategy=name, weight_decay=decay))
         compiled = name != "auto" and ops.get("cpu_adam" if "offload" in name else "fused_adam")
-        assert type(made).__module__.startswith("deepspeed." if compiled else "torch." if name != "auto" else "rwkv.train.adam")
+        assert type(made).__module__.startswith(
+            "deepspeed." if compiled else "torch." if name != "auto" else "rwkv.train.adam"
+        )
 
 
 def test_on_a_gpu_adam_is_fused_or_over_lists(make_model, monkeypatch):

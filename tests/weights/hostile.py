@@ -109,7 +109,10 @@ def archive(pickled: bytes, records: dict[str, bytes] | None = None, top: str = 
 
 def legacy(pickled: bytes, place: int) -> bytes:
     """A file as of torch before 1.6 with this pickle as one of its five."""
-    parts = [pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True}, {}, [])]
+    parts = [
+        pickle.dumps(x, 2)
+        for x in (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True}, {}, [])
+    ]
     parts[place] = pickled
     return b"".join(parts)
 
@@ -162,13 +165,23 @@ def tar(folder: Path) -> Path:
         for name in ("pickle", "tensors", "storages"):
             member = tarfile.TarInfo(name)
             if name == "storages":
-                member.type, member.linkname, member.mode, member.mtime = tarfile.LNKTYPE, str(folder / "victim"), 0o4777, 0
+                member.type, member.linkname, member.mode, member.mtime = (
+                    tarfile.LNKTYPE,
+                    str(folder / "victim"),
+                    0o4777,
+                    0,
+                )
             file.addfile(member)
     return path
 
 
 def tensor(
-    shape: tuple, stride: tuple, count: int, storage: str = "FloatStorage", function: str = "_rebuild_tensor_v2", more: bytes = b""
+    shape: tuple,
+    stride: tuple,
+    count: int,
+    storage: str = "FloatStorage",
+    function: str = "_rebuild_tensor_v2",
+    more: bytes = b"",
 ) -> bytes:
     """The instructions that push a tensor over a storage `0`."""
     return (

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from rwkv import checkpoint, lora
-from rwkv.checkpoint import find_base, inspect_adapter, load_combined, load_model, load_tuned, read_manifest, save_adapter
+from rwkv.checkpoint import (
+    find_base,
+    inspect_adapter,
+    load_combined,
+    load_model,
+    load_tuned,
+    read_manifest,
+    save_adapter,
+)
 from rwkv.errors import UserError, printable
 from rwkv.files import sha256
 
@@ -141,7 +149,10 @@ def test_manifests_have_no_absolute_paths(tmp_path, make_model):
     checkpoint.save_model(tmp_path / "run/x.pth", make_model(), given)
     assert str(tmp_path) not in Path(tmp_path / "run/x.pth.json").read_text()
     found = read_manifest(tmp_path / "run/x.pth")
-    assert (found["flags"], found["data"]) == ({"load_model": "../base.pth", "lr_init": 1e-4, "data_file": "data/x"}, "../data")
+    assert (found["flags"], found["data"]) == (
+        {"load_model": "../base.pth", "lr_init": 1e-4, "data_file": "data/x"},
+        "../data",
+    )
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), -2.0])

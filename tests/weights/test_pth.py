@@ -196,7 +196,9 @@ def test_a_tensor_that_is_not_in_the_file_is_refused(name):
 def test_containers_within_themselves_are_no_danger():
     begin = time.monotonic()
     pth.load(written(hostile.archive(b"\x80\x02]q\x00(" + b"h\x00" * 10 + b"e.")))  # a list of ten times itself
-    levels = [b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) for i in range(40)]  # each twice the one before
+    levels = [
+        b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) for i in range(40)
+    ]  # each twice the one before
     pth.load(written(hostile.archive(b"\x80\x02]q\x000" + b"0".join(levels) + b".")))
     refused(written(hostile.archive(b"\x80\x02]" + b"\x85" * 100_000 + b".")))
     refused(written(hostile.archive(b"\x80\x02}]" + b"\x85" * 100_000 + b"Ns.")))  # as a key of a dictionary
@@ -230,7 +232,14 @@ def test_the_archive_must_be_as_torch_writes_it():
     }.items():
         Path("x.pth").write_bytes(content)
         assert refused(Path("x.pth")), name
-    for strange in ("good/code/__torch__.py", "good/constants.pkl", "good/x", "other/data/1", "../x", "good/data/../../x"):
+    for strange in (
+        "good/code/__torch__.py",
+        "good/constants.pkl",
+        "good/x",
+        "other/data/1",
+        "../x",
+        "good/data/../../x",
+    ):
         with zipfile.ZipFile("x.pth", "w") as file:
             for name, content in {**records, strange: b""}.items():
                 file.writestr(name, content)

@@ -31,10 +31,16 @@ CONTENTS = {
     "git-lfs with CRLF and a BOM": (b"\xef\xbb\xbf" + LFS.replace(b"\n", b"\r\n"), "git lfs pull"),
     "HTML": (b"<!DOCTYPE html>\n<html><title>Hugging Face</title>", r"a web page \(HTML\).*Download it again"),
     "html after blanks": (b"\n\n  <html lang='zh'>\xe4\xbd\xa0", "a web page"),
-    "XML": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML text, probably a server's error.*AccessDenied"),
+    "XML": (
+        b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+        "an XML text, probably a server's error.*AccessDenied",
+    ),
     "JSON": (b'{"error": "Repository not found"}', "a JSON text, not a model.*Repository not found"),
     "index": (b'{"metadata": {}, "weight_map": {"a": "b"}}', "the index of a model in several files"),
-    "config.json": (b'{"architectures": ["RwkvForCausalLM"], "model_type": "rwkv"}', "the settings of a transformers model"),
+    "config.json": (
+        b'{"architectures": ["RwkvForCausalLM"], "model_type": "rwkv"}',
+        "the settings of a transformers model",
+    ),
     "adapter_config.json": (b'{"peft_type": "LORA", "r": 8}', "the settings of a peft adapter"),
     "text": (b"Once upon a time", 'a text, not a model: "Once upon a time'),
     "text in UTF-16": ("hello world".encode("utf-16"), "a text, not a model"),
@@ -121,8 +127,14 @@ VALUES = {
     "empty": ({}, "an empty dictionary"),
     "a number among tensors": ({"emb.weight": torch.zeros(2, 2), "step": 3}, "its entry 'step' is a int, not a tensor"),
     "numbers as keys": ({0: torch.zeros(2)}, "its entry '0' is a Tensor"),
-    "optimizer": ({"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4}]}, "the state of an optimizer"),
-    "DeepSpeed's optimizer": ({"optimizer_state_dict": {"loss_scaler": None}, "ds_version": "0.7.0"}, "the state of an optimizer"),
+    "optimizer": (
+        {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4}]},
+        "the state of an optimizer",
+    ),
+    "DeepSpeed's optimizer": (
+        {"optimizer_state_dict": {"loss_scaler": None}, "ds_version": "0.7.0"},
+        "the state of an optimizer",
+    ),
     "resume state": ({"format": 1, "tensors": [torch.zeros(2)], "text": "{}"}, "the resume state of a run"),
     "PyPI rwkv": (
         {"_strategy": "cpu fp32", "_version": 0.7, "_rescale_layer": 0, "emb.weight": torch.zeros(2, 2)},
@@ -130,15 +142,27 @@ VALUES = {
     ),
     "numpy inside": ({"emb.weight": np.zeros((2, 2))}, "a file with numpy arrays in it"),
     "a whole model": ({"model": torch.nn.Linear(2, 2)}, "a whole model object, which is code"),
-    "settings": ({"args": __import__("argparse").Namespace(a=1)}, "a training checkpoint with settings beside the weights"),
-    "int8": ({**block(**ATT), "emb.weight": torch.zeros(50, 16, dtype=torch.int8)}, "quantised for inference: emb.weight is int8"),
-    "fp16i8": (quantised(), r"quantised to 8 bits for inference \(PyPI rwkv's fp16i8\): blocks.0.att.key.weight is uint8"),
+    "settings": (
+        {"args": __import__("argparse").Namespace(a=1)},
+        "a training checkpoint with settings beside the weights",
+    ),
+    "int8": (
+        {**block(**ATT), "emb.weight": torch.zeros(50, 16, dtype=torch.int8)},
+        "quantised for inference: emb.weight is int8",
+    ),
+    "fp16i8": (
+        quantised(),
+        r"quantised to 8 bits for inference \(PyPI rwkv's fp16i8\): blocks.0.att.key.weight is uint8",
+    ),
     "bool": ({**block(**ATT), "emb.weight": torch.zeros(50, 16, dtype=torch.bool)}, "emb.weight is bool"),
     "int64": ({**block(**ATT), "emb.weight": torch.zeros(50, 16, dtype=torch.int64)}, "emb.weight is int64"),
     "complex": ({**block(**ATT), "emb.weight": torch.zeros(50, 16, dtype=torch.complex64)}, "emb.weight is complex64"),
     "sparse": ({**block(**ATT), "emb.weight": torch.zeros(50, 16).to_sparse()}, "emb.weight is sparse"),
     "meta": ({**block(**ATT), "emb.weight": torch.zeros(50, 16, device="meta")}, "emb.weight is on the meta device"),
-    "quantised by torch": ({"emb.weight": torch.quantize_per_tensor(torch.zeros(2, 2), 1.0, 0, torch.qint8)}, "emb.weight is quantised"),
+    "quantised by torch": (
+        {"emb.weight": torch.quantize_per_tensor(torch.zeros(2, 2), 1.0, 0, torch.qint8)},
+        "emb.weight is quantised",
+    ),
     "expanded": (
         {**block(**ATT), "emb.weight": torch.zeros(1, 1).expand(1 << 20, 1 << 20)},
         "emb.weight of shape .* has 1,099,511,627,776 elements",
@@ -188,20 +212,36 @@ VERSIONS = {
 def test_other_models_and_adapters_are_called_by_their_names(tmp_path, name, ending):
     path = tmp_path / f"x{ending}"
     torch.save(VERSIONS[name], path) if ending == ".pth" else safetensors.torch.save_file(VERSIONS[name], path)
-    for read in (load_model, lambda path: inspect_adapter(path, alpha=8.0), lambda path: checkpoint.sizes_of(read_tensors(path), path)):
+    for read in (
+        load_model,
+        lambda path: inspect_adapter(path, alpha=8.0),
+        lambda path: checkpoint.sizes_of(read_tensors(path), path),
+    ):
         with pytest.raises(UserError, match=f"x{ending}: .*{name}"):
             read(path)
 
 
 @pytest.mark.parametrize(
     "prefix",
-    ["module.", "model.", "_forward_module.", "_orig_mod.", "module._orig_mod.", "model.module.", "rwkv.", "_fsdp_wrapped_module."],
+    [
+        "module.",
+        "model.",
+        "_forward_module.",
+        "_orig_mod.",
+        "module._orig_mod.",
+        "model.module.",
+        "rwkv.",
+        "_fsdp_wrapped_module.",
+    ],
 )
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "module", "model_state_dict"])
 def test_wrappers_are_taken_off(tmp_path, make_model, prefix, wrapper):
     weights = {name: parameter.detach() for name, parameter in make_model().named_parameters()}
     named = OrderedDict((prefix + name, tensor) for name, tensor in weights.items())
-    torch.save({wrapper: named, "epoch": 3, "optimizer": {"state": {}, "param_groups": []}} if wrapper else named, tmp_path / "x.pth")
+    torch.save(
+        {wrapper: named, "epoch": 3, "optimizer": {"state": {}, "param_groups": []}} if wrapper else named,
+        tmp_path / "x.pth",
+    )
     found = load_model(tmp_path / "x.pth")
     assert all(torch.equal(parameter, weights[name]) for name, parameter in found.named_parameters())
 
@@ -236,7 +276,11 @@ def test_folders_are_recognised(tmp_path):
     (tmp_path / "ds/zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/rwkv-3.pth").touch()
-    for folder, message in {"ds": "DeepSpeed", "run": "give a file in it, such as .*rwkv-3.pth", ".": "a folder"}.items():
+    for folder, message in {
+        "ds": "DeepSpeed",
+        "run": "give a file in it, such as .*rwkv-3.pth",
+        ".": "a folder",
+    }.items():
         with pytest.raises(UserError, match=message):
             load_model(tmp_path / folder)
 
@@ -318,7 +362,12 @@ def peft_folder(folder: Path, tensors, ending=".safetensors", **settings) -> Pat
 
 @pytest.mark.parametrize("ending", [".safetensors", ".bin"])
 @pytest.mark.parametrize(
-    "form", ["base_model.model.{}.lora_{}.weight", "base_model.model.{}.lora_{}.default.weight", "base_model.model.model.{}.lora_{}.weight"]
+    "form",
+    [
+        "base_model.model.{}.lora_{}.weight",
+        "base_model.model.{}.lora_{}.default.weight",
+        "base_model.model.model.{}.lora_{}.weight",
+    ],
 )
 def test_a_peft_adapter_is_read_as_ours(tmp_path, make_base, make_model, ending, form):
     base, model = make_base(), make_model()
@@ -333,7 +382,9 @@ def test_a_peft_adapter_is_read_as_ours(tmp_path, make_base, make_model, ending,
         expected = model.eval()(tokens)[0]
         for path in (folder, folder / f"adapter_model{ending}"):
             tuned, _ = checkpoint.load_tuned(base, path)
-            torch.testing.assert_close(tuned.eval()(tokens)[0], expected, rtol=1e-4, atol=1e-5)  # fp32, sums in another order
+            torch.testing.assert_close(
+                tuned.eval()(tokens)[0], expected, rtol=1e-4, atol=1e-5
+            )  # fp32, sums in another order
     with pytest.raises(UserError, match="a folder with a peft adapter, not a model"):
         load_model(folder)
 
@@ -367,7 +418,10 @@ def test_what_a_peft_adapter_has_and_ours_has_not_is_named(tmp_path, make_model,
 
 def test_a_layer_that_has_no_adapter_here_is_named(tmp_path, make_model):
     tensors = peft_tensors(make_model())
-    tensors |= {"base_model.model.head.lora_A.weight": torch.zeros(4, 16), "base_model.model.head.lora_B.weight": torch.zeros(50, 4)}
+    tensors |= {
+        "base_model.model.head.lora_A.weight": torch.zeros(4, 16),
+        "base_model.model.head.lora_B.weight": torch.zeros(50, 4),
+    }
     with pytest.raises(UserError, match="head.lora_A is not part of one|adapts head, which has no adapter here"):
         inspect_adapter(peft_folder(tmp_path / "pf", tensors))
     (tmp_path / "pf/adapter_model.safetensors").unlink()

@@ -13,7 +13,9 @@ def inputs(batch, length, channels, *, scale=1.0, state=True, reset=True, seed=0
     w, u = -torch.exp(normal(channels) * 2), normal(channels) * scale
     k, v = normal(batch, length, channels) * scale, normal(batch, length, channels)
     first = (
-        torch.stack([normal(batch, channels), normal(batch, channels).abs() + 0.1, normal(batch, channels) * scale], 1) if state else None
+        torch.stack([normal(batch, channels), normal(batch, channels).abs() + 0.1, normal(batch, channels) * scale], 1)
+        if state
+        else None
     )
     starts = torch.rand(batch, length, generator=g) < 0.2 if reset else None
     return w, u, k, v, first, starts
@@ -39,7 +41,9 @@ def outputs_and_gradients(wkv4, w, u, k, v, first, starts):
 
     The state's numerator and denominator are given as multiples of the exact e^p, as which of two states' p is rounded is nobody's error.
     """
-    leaves = [x.clone().requires_grad_() for x in (w, u, k, v)] + ([first.clone().requires_grad_()] if first is not None else [])
+    leaves = [x.clone().requires_grad_() for x in (w, u, k, v)] + (
+        [first.clone().requires_grad_()] if first is not None else []
+    )
     y, last = wkv4(*leaves[:4], leaves[4] if first is not None else None, starts)
     scale = torch.exp(last[:, 2].detach().double() - running_maximum(w, k, first, starts))[:, None]
     state = last[:, :2].double() * scale
@@ -80,7 +84,9 @@ def assert_half_is_rounded_fp32(wkv4, dtype, arguments):
     gy, gstate = torch.randn_like(k).to(dtype), torch.randn(k.shape[0], 3, k.shape[2], device=k.device)
     results = []
     for kind in (dtype, torch.float32):
-        leaves = [x.detach().clone().requires_grad_() for x in (w, u, k.to(dtype).to(kind), v.to(dtype).to(kind), first)]
+        leaves = [
+            x.detach().clone().requires_grad_() for x in (w, u, k.to(dtype).to(kind), v.to(dtype).to(kind), first)
+        ]
         y, last = wkv4(*leaves, starts)
         assert (y.dtype, last.dtype) == (kind, torch.float32)
         results.append([y.detach(), last.detach(), *torch.autograd.grad((y, last), leaves, (gy.to(kind), gstate))])

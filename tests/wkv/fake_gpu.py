@@ -41,7 +41,10 @@ class FakeGPU:
     """The other end: `call(name, ...)` runs a function of Served there, and raises here what it raised."""
 
     def __init__(self, library: Path):
-        here = {**os.environ, "PYTHONPATH": str(ROOT)}  # the sources that the kernels are compiled from, wherever rwkv is installed from
+        here = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+        }  # the sources that the kernels are compiled from, wherever rwkv is installed from
         self._process = subprocess.Popen(
             [sys.executable, __file__, str(library)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=here
         )
@@ -63,7 +66,9 @@ class Served:
     """What runs in the other process."""
 
     def __init__(self, library: str):
-        self.driver = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)  # the launcher's dlopen("libcuda.so.1") finds it by its soname
+        self.driver = ctypes.CDLL(
+            library, mode=ctypes.RTLD_GLOBAL
+        )  # the launcher's dlopen("libcuda.so.1") finds it by its soname
         self.driver.fake_calls.restype = ctypes.c_char_p
         from rwkv.wkv import native  # after the stand-in, which the launcher then finds
 

@@ -103,7 +103,13 @@ def gates(stream, count, scale, seed, device="cpu"):
         normal((3, count), stream[0], seed + 2),
     )
     check(lambda r, v: (fused.gate(r, v)[0],), lambda r, v: (torch.sigmoid(r) * v,), [r, v], seed, device)
-    check(lambda p, r, v: (fused.gate_onto(p, r, v),), lambda p, r, v: (p + torch.sigmoid(r) * v,), [past, r, v], seed, device)
+    check(
+        lambda p, r, v: (fused.gate_onto(p, r, v),),
+        lambda p, r, v: (p + torch.sigmoid(r) * v,),
+        [past, r, v],
+        seed,
+        device,
+    )
     check(lambda k: (fused.relu2(k)[0],), lambda k: (torch.relu(k).square(),), [v], seed, device)
     for made, recipe in (fused.gate(r.to(device), v.to(device)), fused.relu2(v.to(device))):
         assert torch.equal(recipe.function(*recipe.parts), made)
@@ -123,12 +129,17 @@ def dropout(dtype, count, device="cpu"):
 
 
 def loss(dtype, words, seed, device="cpu"):
-    logits, targets = normal((5, words), dtype, seed) * 4, torch.randint(words, (5,), generator=torch.Generator().manual_seed(seed))
+    logits, targets = (
+        normal((5, words), dtype, seed) * 4,
+        torch.randint(words, (5,), generator=torch.Generator().manual_seed(seed)),
+    )
     exact = logits.double().requires_grad_()
     expected = F.cross_entropy(exact, targets, reduction="sum")
     expected.backward()
     top = logits.double().max(1, keepdim=True)
-    gradient = exact.grad.scatter_add(1, (logits == top.values).int().argmax(1, keepdim=True), top.values * 1e-4)  # the first of several
+    gradient = exact.grad.scatter_add(
+        1, (logits == top.values).int().argmax(1, keepdim=True), top.values * 1e-4
+    )  # the first of several
     kept = logits.to(device, copy=True)
     close(fused.softmax_gradient(kept, targets.to(device), 1e-4, False).view(1), expected.detach().view(1))
     assert torch.equal(kept.cpu(), logits)
@@ -151,14 +162,22 @@ def not_finite(device="cpu"):
         for column in (0, 7):
             logits = normal((3, 64), FP32, 1)
             logits[1, column] = bad
-            assert not fused.softmax_gradient(logits.to(device), torch.tensor([1, 2, 3], device=device), 0.0, True).isfinite()
+            assert not fused.softmax_gradient(
+                logits.to(device), torch.tensor([1, 2, 3], device=device), 0.0, True
+            ).isfinite()
 
 
 def all_gradients(device="cpu", shape=(3, 41, 96)):
     """Of a few operations one after the other, to be compared bit for bit."""
     channels = shape[-1]
-    x, m = normal(shape, FP32, 0).to(device).requires_grad_(), torch.full((1, 1, channels), 0.3, device=device, requires_grad=True)
-    w, b = torch.ones(channels, device=device, requires_grad=True), torch.zeros(channels, device=device, requires_grad=True)
+    x, m = (
+        normal(shape, FP32, 0).to(device).requires_grad_(),
+        torch.full((1, 1, channels), 0.3, device=device, requires_grad=True),
+    )
+    w, b = (
+        torch.ones(channels, device=device, requires_grad=True),
+        torch.zeros(channels, device=device, requires_grad=True),
+    )
     y, past, _ = fused.norm(x, w, b, 1e-5)
     ((mixed, _),) = fused.mix(y, torch.zeros(shape[0], channels, device=device), None, [m])
     (mixed.square().sum() + past.sum()).backward()

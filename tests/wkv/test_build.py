@@ -15,12 +15,27 @@ from rwkv import compat
 from rwkv.wkv import build, native, nvrtc
 
 COMPILER = nvrtc.Compiler(compat.nvrtc())
-KERNELS = {f"wkv4_{what}_{dtype}" for what in ("summary", "output", "summary_gradient", "gradient") for dtype in ("fp32", "bf16", "fp16")}
+KERNELS = {
+    f"wkv4_{what}_{dtype}"
+    for what in ("summary", "output", "summary_gradient", "gradient")
+    for dtype in ("fp32", "bf16", "fp16")
+}
 KERNELS |= {"wkv4_scan", "wkv4_scan_gradient"}
-ONE, TWO = ("fp32", "bf16", "fp16", "any"), ("fp32", "bf16", "fp16", "fp32_bf16", "fp32_fp16", "any")  # dtypes; of stream and inside
-KERNELS |= {f"fused_{what}_{dtype}" for what in ("mix", "mix_gradient", "relu2", "relu2_gradient", "dropout", "loss") for dtype in ONE}
-KERNELS |= {f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums", "gate", "gate_gradient") for dtype in TWO}
-ARCHS = sorted(int(name.split("_sm_")[1].split(".")[0]) for name in build.manifest()["device"]["files"] if "_sm_" in name)
+ONE, TWO = (
+    ("fp32", "bf16", "fp16", "any"),
+    ("fp32", "bf16", "fp16", "fp32_bf16", "fp32_fp16", "any"),
+)  # dtypes; of stream and inside
+KERNELS |= {
+    f"fused_{what}_{dtype}"
+    for what in ("mix", "mix_gradient", "relu2", "relu2_gradient", "dropout", "loss")
+    for dtype in ONE
+}
+KERNELS |= {
+    f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums", "gate", "gate_gradient") for dtype in TWO
+}
+ARCHS = sorted(
+    int(name.split("_sm_")[1].split(".")[0]) for name in build.manifest()["device"]["files"] if "_sm_" in name
+)
 
 
 def test_the_compiler_is_the_one_of_torchs_cuda():
@@ -50,7 +65,15 @@ def test_it_compiles_without_warnings_within_the_budget(arch):
             ("fused_norm_fp", "fused_norm_bf", "fused_norm_any", "fused_norm_gradient", "fused_loss"),
             ("fused_gate", "fused_relu2", "fused_dropout"),
         )
-        most = 255 if name.startswith("wkv4_gradient") else 64 if name.startswith(rows) else 48 if name.startswith(small) else 128
+        most = (
+            255
+            if name.startswith("wkv4_gradient")
+            else 64
+            if name.startswith(rows)
+            else 48
+            if name.startswith(small)
+            else 128
+        )
         assert use["registers"] <= most, name
         # local memory: nothing but what the register allocator may spill, whatever T is (72 bytes in wkv4_gradient on sm_120)
         assert max(use["stack"], use["spill_stores"], use["spill_loads"]) <= 80, name
@@ -84,7 +107,9 @@ def test_the_manifest_says_how_it_was_made():
 
 def test_source_that_does_not_compile_shows_the_compilers_words(tmp_path):
     (tmp_path / "bad.cu").write_text("__global__ void f() { nonsense; }")
-    with pytest.raises(RuntimeError, match=r'bad.cu for sm_80:\nbad.cu\(1\): error: identifier "nonsense" is undefined'):
+    with pytest.raises(
+        RuntimeError, match=r'bad.cu for sm_80:\nbad.cu\(1\): error: identifier "nonsense" is undefined'
+    ):
         COMPILER.compile(tmp_path / "bad.cu", [], "sm_80", [])
 
 
@@ -130,7 +155,9 @@ def test_a_gpu_gets_the_code_that_fits_it(compiled_for, capability, file):
 
 def test_a_gpu_that_no_code_fits_is_told_what_there_is(compiled_for):
     compiled_for("wkv4_sm_75.cubin", "wkv4_sm_120.cubin", "wkv4_compute_120.ptx")
-    with pytest.raises(LookupError, match="compute capability 6.1 and the CUDA unit is compiled for 7.5, 12.0; take the stack"):
+    with pytest.raises(
+        LookupError, match="compute capability 6.1 and the CUDA unit is compiled for 7.5, 12.0; take the stack"
+    ):
         build.device_code((6, 1))
     compiled_for()
     with pytest.raises(LookupError, match="no NVRTC"):
@@ -159,7 +186,9 @@ def test_a_missing_or_stale_library_says_what_to_run(tmp_path, monkeypatch):
 def test_what_was_refused_is_looked_at_again_when_make_kernels_has_run_and_not_before(copied, monkeypatch):
     looked = []
     monkeypatch.setattr(native, "_loaded", False)
-    monkeypatch.setattr(native.torch.ops, "load_library", lambda path: None)  # a second copy in one process would be refused by torch
+    monkeypatch.setattr(
+        native.torch.ops, "load_library", lambda path: None
+    )  # a second copy in one process would be refused by torch
     with monkeypatch.context() as patch:
         patch.setattr(native.build, "refusal", lambda: looked.append(1) or "it is not compiled; run: make kernels")
         for _ in range(3):
@@ -197,7 +226,9 @@ def test_what_is_current_is_not_built_again(copied, capsys):
     assert "is current" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("broken", ["wkv4.so", "manifest.json", f"wkv4_sm_{ARCHS[0]}.cubin", f"wkv4_compute_{ARCHS[-1]}.ptx"])
+@pytest.mark.parametrize(
+    "broken", ["wkv4.so", "manifest.json", f"wkv4_sm_{ARCHS[0]}.cubin", f"wkv4_compute_{ARCHS[-1]}.ptx"]
+)
 def test_make_kernels_mends_what_it_is_said_to_mend(copied, broken):
     for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:100])):
         damage(build.folder() / broken)
@@ -274,7 +305,12 @@ found.load = stop
 build._build_host()
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=build.SOURCES.parent, env={"PATH": "/nowhere"}, check=False
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=build.SOURCES.parent,
+        env={"PATH": "/nowhere"},
+        check=False,
     )
     assert done.stdout == "found\n", done.stderr
 

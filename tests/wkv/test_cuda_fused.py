@@ -69,7 +69,9 @@ def test_minus_infinity_is_a_probability_of_zero(gpu):
     logits[:, :5] = logits[1, 8:16] = -float("inf")  # also all eight of a thread
     stats = gpu.call("operation", "loss", logits, targets, 0.0, False)
     loss = stats[:, 1].log() + stats[:, 0] - stats[:, 2]
-    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, targets, reduction="none"), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(
+        loss, torch.nn.functional.cross_entropy(logits, targets, reduction="none"), rtol=2e-6, atol=2e-6
+    )
 
 
 def test_a_target_outside_the_vocabulary_makes_the_loss_nan_and_reads_nothing(gpu):
@@ -81,7 +83,9 @@ def test_a_target_outside_the_vocabulary_makes_the_loss_nan_and_reads_nothing(gp
 def test_tensors_that_begin_anywhere_are_taken_number_by_number(gpu):
     """Whole rows of a larger tensor that begin at no multiple of 16 bytes."""
     whole = normal((3, 8), torch.bfloat16, 0).flatten()
-    k = whole[1:17].view(2, 8)  # pickling moves tensors with their storage, so this one begins 2 bytes behind a boundary
+    k = whole[1:17].view(
+        2, 8
+    )  # pickling moves tensors with their storage, so this one begins 2 bytes behind a boundary
     assert torch.equal(gpu.call("operation", "relu2_forward", k), torch.relu(k.float()).square().bfloat16())
 
 
@@ -98,7 +102,13 @@ def test_each_operation_is_one_launch_on_the_stream_and_sums_one_more(gpu, affin
     gpu.call("calls")
     gpu.call("operation", "norm_backward", x, None, x, w, stats, affine)
     launches = [call.split()[1:] for call in gpu.call("calls") if call.startswith("cuLaunchKernel")]
-    rows = ["fused_norm_gradient_fp32", *"100 1 1 32 1 1 0".split(), hex(STREAM), "1", "1"]  # a warp, of which 8 threads have work
+    rows = [
+        "fused_norm_gradient_fp32",
+        *"100 1 1 32 1 1 0".split(),
+        hex(STREAM),
+        "1",
+        "1",
+    ]  # a warp, of which 8 threads have work
     sums = ["fused_norm_sums_fp32", *"1 1 1 128 1 1 0".split(), hex(STREAM), "1", "1"]
     assert launches == [rows, sums][: 1 + affine]
 
@@ -106,7 +116,15 @@ def test_each_operation_is_one_launch_on_the_stream_and_sums_one_more(gpu, affin
 def test_a_row_gets_a_block_as_wide_as_it_is(gpu):
     for channels, threads in ((768, 96), (5120, 640), (8192, 1024), (20480, 1024), (33, 64)):
         gpu.call("calls")
-        gpu.call("operation", "norm_forward", torch.ones(1, channels), torch.ones(channels), torch.zeros(channels), 1e-5, FP32)
+        gpu.call(
+            "operation",
+            "norm_forward",
+            torch.ones(1, channels),
+            torch.ones(channels),
+            torch.zeros(channels),
+            1e-5,
+            FP32,
+        )
         (launch,) = [call.split() for call in gpu.call("calls") if call.startswith("cuLaunchKernel")]
         assert launch[5] == str(threads), channels
 
@@ -118,7 +136,15 @@ def test_whole_vectors_get_the_kernel_of_their_dtypes_and_other_rows_that_of_any
     for channels, one, two in ((64, name, pair), (60, "any", "any")):
         gpu.call("calls")
         gpu.call("operation", "relu2_forward", torch.ones(channels, dtype=dtype))
-        gpu.call("operation", "norm_forward", torch.ones(1, channels), torch.ones(channels), torch.zeros(channels), 1e-5, dtype)
+        gpu.call(
+            "operation",
+            "norm_forward",
+            torch.ones(1, channels),
+            torch.ones(channels),
+            torch.zeros(channels),
+            1e-5,
+            dtype,
+        )
         launches = [call.split()[1] for call in gpu.call("calls") if call.startswith("cuLaunchKernel")]
         assert launches == [f"fused_relu2_{one}", f"fused_norm_{two}"]
 
@@ -134,9 +160,17 @@ def test_nothing_is_launched_for_nothing(gpu):
     ("name", "arguments", "message"),
     [
         ("relu2_forward", (torch.zeros(2, 2, dtype=torch.float64),), "takes fp32, bf16 or fp16"),
-        ("relu2_backward", (torch.zeros(2, 3), torch.zeros(2, 2)), "g must be a contiguous Float tensor of sizes .2, 2."),
+        (
+            "relu2_backward",
+            (torch.zeros(2, 3), torch.zeros(2, 2)),
+            "g must be a contiguous Float tensor of sizes .2, 2.",
+        ),
         ("norm_forward", (torch.zeros(2, 3), torch.zeros(2), torch.zeros(3), 1e-5, FP32), "w must be"),
-        ("norm_forward", (torch.zeros(2, 3).bfloat16(), torch.zeros(3), torch.zeros(3), 1e-5, FP32), "stream in bf16 goes with bf16"),
+        (
+            "norm_forward",
+            (torch.zeros(2, 3).bfloat16(), torch.zeros(3), torch.zeros(3), 1e-5, FP32),
+            "stream in bf16 goes with bf16",
+        ),
         ("mix_forward", (torch.zeros(2, 3), torch.zeros(3), None, torch.zeros(1, 3)), "x must be contiguous .B, T, D."),
         ("loss", (torch.zeros(2, 3), torch.zeros(3, dtype=torch.long), 0.0, False), "target must be"),
         ("dropout", (torch.zeros(3), 0, 1.0), "p must be at least 0 and less than 1"),

@@ -60,7 +60,9 @@ def test_long_sequences_agree(gpu):
     arguments = inputs(1, 4097, 3, reset=False)
     fast, slow = gpu.call("outputs_and_gradients", 32, *arguments), outputs_and_gradients(reference.wkv4, *arguments)
     for name in slow:
-        torch.testing.assert_close(fast[name], slow[name], rtol=1e-4, atol=1e-4, msg=name)  # gw sums 4097 terms in fp32, in another order
+        torch.testing.assert_close(
+            fast[name], slow[name], rtol=1e-4, atol=1e-4, msg=name
+        )  # gw sums 4097 terms in fp32, in another order
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -82,7 +84,9 @@ def test_an_error_does_not_grow_with_the_number_of_segments(gpu):
     w, k[:, 5] = -torch.linspace(0.01, 0.1, 33), torch.linspace(150.0, 250.0, 33)
     fast = gpu.call("gradients", 16, torch.ones_like(k), None, w, u, k, v, None, None)[3]
     truth = gradients_of_the_sum(*in_fp64((w, u, k, v)))[3]
-    assert (fast - truth).abs().max() <= 2e-6 * truth.abs().max()  # were it corrected for that rounding at every segment: 1e-3
+    assert (
+        fast - truth
+    ).abs().max() <= 2e-6 * truth.abs().max()  # were it corrected for that rounding at every segment: 1e-3
 
 
 def test_gradients_are_nearer_to_the_truth_than_the_loops(gpu):
@@ -112,12 +116,18 @@ def test_a_gradient_may_come_from_either_output_alone(gpu):
     arguments = inputs(2, 70, 33)
     gy, gstate = torch.randn(2, 70, 33), torch.randn(2, 3, 33)
     both = gpu.call("gradients", 32, gy, gstate, *arguments)
-    apart = [gpu.call("gradients", 32, gy, None, *arguments), gpu.call("gradients", 32, torch.zeros_like(gy), gstate, *arguments)]
+    apart = [
+        gpu.call("gradients", 32, gy, None, *arguments),
+        gpu.call("gradients", 32, torch.zeros_like(gy), gstate, *arguments),
+    ]
     for whole, first, second in zip(both, *apart, strict=True):  # a gradient is linear in those it comes from
         torch.testing.assert_close(first + second, whole, rtol=1e-4, atol=1e-5)
     for one_segment in (32, 128):
         with_zeros = gpu.call("gradients", one_segment, gy, torch.zeros_like(gstate), *arguments)
-        assert all(torch.equal(a, b) for a, b in zip(gpu.call("gradients", one_segment, gy, None, *arguments), with_zeros, strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(gpu.call("gradients", one_segment, gy, None, *arguments), with_zeros, strict=True)
+        )
 
 
 def test_no_gradient_of_a_document_reaches_the_one_before(gpu):
@@ -186,7 +196,14 @@ def test_the_driver_is_asked_once_per_device_and_kernel_and_the_context_is_given
 def test_kernels_are_launched_in_order_on_the_stream_with_enough_threads(gpu):
     gpu.call("calls")
     gpu.call("outputs_and_gradients", 32, *inputs(2, 100, 70))
-    names = ["wkv4_summary_fp32", "wkv4_scan", "wkv4_output_fp32", "wkv4_summary_gradient_fp32", "wkv4_scan_gradient", "wkv4_gradient_fp32"]
+    names = [
+        "wkv4_summary_fp32",
+        "wkv4_scan",
+        "wkv4_output_fp32",
+        "wkv4_summary_gradient_fp32",
+        "wkv4_scan_gradient",
+        "wkv4_gradient_fp32",
+    ]
     blocks = {True: -(-2 * 70 // 128), False: -(-2 * 4 * 70 // 128)}  # a thread per channel, or per channel and segment
     grid = [[name, str(blocks["scan" in name]), *"1 1 128 1 1 0".split(), hex(STREAM), "1", "1"] for name in names]
     assert launches(gpu.call("calls")) == grid

@@ -27,7 +27,9 @@ def naive(w, u, k, v):
 
 def test_reference_is_the_formula():
     w, u, k, v, _, _ = inputs(2, 9, 5, state=False, reset=False, dtype=torch.float64)
-    torch.testing.assert_close(reference.wkv4(w, u, k, v)[0], naive(w, u, k, v), rtol=1e-12, atol=1e-12)  # fp64 rounding
+    torch.testing.assert_close(
+        reference.wkv4(w, u, k, v)[0], naive(w, u, k, v), rtol=1e-12, atol=1e-12
+    )  # fp64 rounding
 
 
 def test_reference_gradients_are_the_finite_differences():
@@ -36,7 +38,9 @@ def test_reference_gradients_are_the_finite_differences():
     def y(w, u, k, v, a, b):
         return reference.wkv4(w, u, k, v, torch.stack([a, b, first[:, 2]], 1), starts)[0]
 
-    assert torch.autograd.gradcheck(y, [x.requires_grad_() for x in (w, u, k, v, first[:, 0].clone(), first[:, 1].clone())])
+    assert torch.autograd.gradcheck(
+        y, [x.requires_grad_() for x in (w, u, k, v, first[:, 0].clone(), first[:, 1].clone())]
+    )
 
 
 def test_gradient_through_a_carried_state_is_exact():
@@ -98,14 +102,21 @@ def test_keys_far_apart_in_one_channel_change_nothing_in_the_others(vectors):
         apart = outputs_and_gradients(cpu, *far)
         for name, ours in outputs_and_gradients(cpu, *near).items():
             size = ours[..., others].abs().amax().item()
-            torch.testing.assert_close(ours[..., others], apart[name][..., others], rtol=0, atol=3e-5 * size, msg=name)  # rounded exponents
+            torch.testing.assert_close(
+                ours[..., others], apart[name][..., others], rtol=0, atol=3e-5 * size, msg=name
+            )  # rounded exponents
 
 
 @pytest.mark.parametrize("size", [20.0, 58.0, 59.5, 61.0, 100.0])
 def test_keys_around_the_size_up_to_which_they_need_no_scale(vectors, size):
     w, u, k, v, first, _ = inputs(2, 50, 40, reset=False)
     u, first[:, 2] = u.clamp(-1, 1), torch.where(first[:, 2] > 0, size, -size)
-    for keys in (k.sign() * size, torch.full_like(k, size), torch.full_like(k, -size), k):  # k alone: a state far from small keys
+    for keys in (
+        k.sign() * size,
+        torch.full_like(k, size),
+        torch.full_like(k, -size),
+        k,
+    ):  # k alone: a state far from small keys
         arguments = (w, u, keys, v, first, None)
         fast, slow = outputs_and_gradients(cpu, *arguments), outputs_and_gradients(reference.wkv4, *arguments)
         assert_close(fast, slow, outputs_and_gradients(reference.wkv4, *in_fp64(arguments)), arguments)
@@ -122,7 +133,9 @@ def test_long_sequences_agree():
     arguments = inputs(1, 4097, 3, reset=False)
     fast, slow = outputs_and_gradients(cpu, *arguments), outputs_and_gradients(reference.wkv4, *arguments)
     for name in slow:
-        torch.testing.assert_close(fast[name], slow[name], rtol=1e-4, atol=1e-4, msg=name)  # gw sums 4097 terms in fp32, in another order
+        torch.testing.assert_close(
+            fast[name], slow[name], rtol=1e-4, atol=1e-4, msg=name
+        )  # gw sums 4097 terms in fp32, in another order
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
@@ -204,7 +217,9 @@ def test_a_gradient_may_come_from_either_output_alone():
         gradients = []
         for impl in ("cpu", "reference"):
             leaves = [x.clone().requires_grad_() for x in arguments[:5]]
-            gradients.append(torch.autograd.grad(pick(*wkv4(*leaves, arguments[5], impl=impl)), leaves, allow_unused=True))
+            gradients.append(
+                torch.autograd.grad(pick(*wkv4(*leaves, arguments[5], impl=impl)), leaves, allow_unused=True)
+            )
         for ours, theirs in zip(*gradients, strict=True):
             torch.testing.assert_close(
                 ours, torch.zeros_like(ours) if theirs is None else theirs, rtol=1e-4, atol=1e-5
