@@ -4,7 +4,7 @@ SHELL := bash
 STACK ?= cu117
 VENV ?= $(if $(filter cu117,$(STACK)),.venv,.venv-$(STACK))
 LOCKS := $(wildcard docker/locks/$(STACK).txt docker/locks/$(STACK)-deepspeed.txt)
-KERNELS := rwkv/wkv/lib/.$(STACK)
+KERNELS := rwkv/kernels/lib/.$(STACK)
 ifdef PY
 .PHONY: $(KERNELS)
 SAY := make PY=$(PY)
@@ -66,7 +66,7 @@ kernels: $(READY)  ## compile the WKV operator unless all of it is there, curren
 	@$(JOB) $(PY) -c 'from rwkv.wkv import build; build.main()'
 	$(if $(READY),@touch $(KERNELS))
 
-$(KERNELS): $(READY) $(wildcard cuda/*.h cuda/*.cpp cuda/*.cu) rwkv/wkv/build.py rwkv/wkv/nvrtc.py rwkv/compat.py
+$(KERNELS): $(READY) $(wildcard cuda/*.h cuda/*.cpp cuda/*.cu) rwkv/kernels/build.py rwkv/kernels/nvrtc.py rwkv/compat.py
 	@$(MAKE) --silent kernels
 
 lora: venv  ## LoRA tuning; with no ARGS the whole line on an example
@@ -132,5 +132,5 @@ sbom: venv $(TOOLS)/.ready  ## what is installed, as CycloneDX, in build/sbom-ST
 	$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml --output-file build/sbom-$(STACK).cdx.json $(PY)
 
 clean:  ## remove what was made, except your data and runs
-	rm -rf $(VENV) .venv .venv-modern $(TOOLS) $(CLEAN_DEMO) rwkv/wkv/lib build ./*.egg-info
+	rm -rf $(VENV) .venv .venv-modern $(TOOLS) $(CLEAN_DEMO) rwkv/kernels/lib build ./*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

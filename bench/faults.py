@@ -20,9 +20,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from rwkv import checkpoint
 from rwkv.data.binidx import writer
-from rwkv.model import RWKV, Sizes
-from rwkv.model.init import initialise
-from rwkv.train import store
+from rwkv.models import RWKV, Sizes
+from rwkv.models.init import initialise
+from rwkv.train.resume import state_files
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 AT_MOST = 25  # steps that a run goes on before it is to be killed
@@ -86,7 +86,7 @@ def make_inputs(folder: Path) -> dict[str, str]:
 
 def kill(argv: list[str], folder: Path, moments: random.Random) -> int:
     """Start the run, or go on with it, and kill it after some further steps and up to a tenth of a second; the last step it wrote."""
-    saved = store.states(folder)
+    saved = state_files.states(folder)
     goal = (int(saved[0].stem.removeprefix("step-")) if saved else 0) + moments.randint(0, AT_MOST)
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if moments.random() < 0.2:

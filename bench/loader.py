@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from rwkv import memory
-from rwkv.data import sampling
+from rwkv.data import offsets
 from rwkv.data.binidx import Dataset, writer
 from rwkv.data.dataset import Contexts, Documents
-from rwkv.data.stream import Stream
+from rwkv.data.token_stream import Stream
+from rwkv.memory import estimate
 
 SECONDS = 2.0  # of each
 
@@ -58,11 +58,11 @@ def main() -> None:
     parser.add_argument("--peak_tflops", type=float, default=989.0)
     c = parser.parse_args()
     gpu = torch.cuda.is_available()
-    need = {name: c.peak_tflops * 1e12 / (6 * memory.total(memory.sizes_of(name))) for name in memory.MODELS}
+    need = {name: c.peak_tflops * 1e12 / (6 * estimate.total(estimate.sizes_of(name))) for name in estimate.MODELS}
     with tempfile.TemporaryDirectory() as folder:
         stream = make(Path(folder) / "data", c.tokens)
         common = {"stream": stream, "ctx_len": c.ctx_len, "samples": 1 << 30}
-        prime = sampling.magic_prime(len(stream), c.ctx_len)
+        prime = offsets.magic_prime(len(stream), c.ctx_len)
         kinds = {
             "prime": Contexts(**common, prime=prime),
             "random": Contexts(**common),

@@ -1,4 +1,4 @@
-"""What a training step on a CPU takes against what rwkv.memory predicts, part by part, for the published sizes.
+"""What a training step on a CPU takes against what rwkv.memory.estimate predicts, part by part, for the published sizes.
 
     python bench/memory.py [MODEL,METHOD,PRECISION,GRAD_CP,CTX_LEN,OPTIMIZER ...]
 
@@ -15,10 +15,12 @@ import sys
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from rwkv import limits, lora, memory
+from rwkv.adapters import lora
 from rwkv.config import TrainConfig
-from rwkv.model import RWKV
-from rwkv.train import cpu, optimizer
+from rwkv.memory import estimate, machine
+from rwkv.models import RWKV
+from rwkv.train.loop import optimizer
+from rwkv.train.runtime import cpu
 
 ROWS = (
     "0.1b,lora,fp32,0,1024,adam", "0.1b,lora,bf16,0,1024,adam", "0.1b,lora,bf16,1,1024,adam",
@@ -31,10 +33,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TENSORS, PHASES = ("weights", "gradients", "optimizer", "kept"), ("forward", "backward", "optimizer")
 
 
-def plan_of(row: str) -> memory.Plan:
+def plan_of(row: str) -> estimate.Plan:
     model, method, precision, grad_cp, ctx_len, kind = row.split(",")
-    sizes = memory.sizes_of(model)
-    return memory.Plan(
+    sizes = estimate.sizes_of(model)
+    return estimate.Plan(
         sizes,
         method == "lora",
         precision=precision,
@@ -52,7 +54,7 @@ def bytes_of(tensors) -> int:
 class Step:
     """A training step of random weights, as rwkv.train makes it."""
 
-    def __init__(self, p: memory.Plan):
+    def __init__(self, p: estimate.Plan):
         self.precision = p.precision
         self.model = model = RWKV(p.sizes, p.grad_cp)
         for parameter in model.parameters():  # one after the other, each at once in its dtype
@@ -81,16 +83,16 @@ class Step:
         return gradients
 
 
-def measure(p: memory.Plan) -> dict:
+def measure(p: estimate.Plan) -> dict:
     """Bytes of the parts and phases of a step."""
     cpu.prepare()
-    resting, step = limits.rss(), Step(p)
+    resting, step = machine.rss(), Step(p)
     found = {"weights": bytes_of(step.model.parameters()), "gradients": step()}
     found["optimizer"] = bytes_of(x for state in step.optimizer.state.values() for x in state.values())
     cpu.settle()
-    limits.rss_peak(restart=True)
+    machine.rss_peak(restart=True)
     step()
-    found["resident"] = limits.rss_peak() - resting
+    found["resident"] = machine.rss_peak() - resting
     now = begin = found["weights"] + found["optimizer"] + bytes_of([step.ids])
     phases = {}
 
@@ -122,12 +124,12 @@ def main(rows: list[str]) -> None:
             print(f"{row:34}  ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
             continue
         found, p = json.loads(done.stdout.splitlines()[-1]), plan_of(row)
-        ahead = memory.estimate(p)
+        ahead = estimate.estimate(p)
         first, last = ahead.phase_parts["forward"], ahead.phase_parts["optimizer"]
         predicted = [first["weights"], last["gradients"], first["optimizer"], first["activations"] + first["gradients"]]
         predicted += [ahead.tensors[name] for name in PHASES]
         measured = [found[name] for name in TENSORS] + [found["phases"][name] for name in PHASES]
-        predicted += [max(ahead.tensors.values()), ahead.total - p.process + memory.LOADED]
+        predicted += [max(ahead.tensors.values()), ahead.total - p.process + estimate.LOADED]
         measured += [max(found["phases"].values()), found["resident"]]
         print(
             f"{row:34}"

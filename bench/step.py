@@ -28,13 +28,15 @@ from pathlib import Path
 
 import torch
 
-from rwkv import checkpoint, export, lora
+from rwkv import checkpoint, export
+from rwkv.adapters import lora
 from rwkv.config import TrainConfig
 from rwkv.files import write_json
-from rwkv.model import RWKV, Sizes
-from rwkv.model.linear import needs_room, product, product_of_gradient, weight_gradient
-from rwkv.model.loss import CHUNK_BYTES, SLICE, head_loss
-from rwkv.train import cpu, optimizer
+from rwkv.kernels.head_loss import CHUNK_BYTES, SLICE, head_loss
+from rwkv.kernels.linear import needs_room, product, product_of_gradient, weight_gradient
+from rwkv.models import RWKV, Sizes
+from rwkv.train.loop import optimizer
+from rwkv.train.runtime import cpu
 
 PARTS, R, ALPHA, DROPOUT = ("key", "value", "receptance"), 8, 32, 0.01
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from rwkv.train import cpu
-from rwkv.wkv import build, native, wkv4
+from rwkv.kernels import build
+from rwkv.train.runtime import cpu
+from rwkv.wkv import native, wkv4
 
 EXPONENTIALS = 2.5  # per token and channel: one forward, one backward, and four a chunk of 16 tokens each way (cuda/wkv4.h, "needs no scale")
 STEPWISE = 4  # what the recurrence takes if every step finds its own maximum: of output and update forward, of update again and output backward

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from rwkv import compat
-from rwkv.wkv import build, native, nvrtc, wkv4
+from rwkv.kernels import build, nvrtc
+from rwkv.wkv import native, wkv4
 
 HERE = Path(__file__).parent
 

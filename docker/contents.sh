@@ -7,4 +7,4 @@ docker run --rm --network none --entrypoint bash "$image" -c '
   dpkg-query --show | sort
   python -m pip --disable-pip-version-check list --format freeze | sort
   python -c "from rwkv.wkv import build; print(\"sources\", build.manifest()[\"source_hash\"])"
-  cd rwkv/wkv/lib && sha256sum */*.cubin */*.ptx */*.so'
+  cd rwkv/kernels/lib && sha256sum */*.cubin */*.ptx */*.so'

@@ -14,7 +14,7 @@ import yaml
 
 from rwkv import config as flags
 from rwkv.errors import UserError
-from rwkv.upstream import ALIASES, IGNORED, LISTS, NOT_SUPPORTED
+from rwkv.legacy_flags import ALIASES, IGNORED, LISTS, NOT_SUPPORTED
 
 PROGRAMS = {
     "TrainConfig": "scripts/finetune.py and scripts/pretrain.py",

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv import __version__, compat, lora, mapped
+from rwkv import __version__, compat, mapped_tensors
+from rwkv.adapters import lora
 from rwkv.errors import UserError
 from rwkv.files import reserve, sha256, whole, write_json
-from rwkv.model import RWKV, Sizes
+from rwkv.models import RWKV, Sizes
 from rwkv.weights import kinds, peft_adapter, reading, safetensors_file
 from rwkv.weights import manifest as manifests
 
@@ -30,7 +31,7 @@ save_safetensors = safetensors_file.save
 
 def read_tensors(path: PathLike) -> dict[str, Tensor]:
     """The tensors of a .pth or .safetensors file, on the CPU, in the dtypes they were stored in, under BlinkDL's names. They stay in the file, mapped
-    (rwkv.mapped). Nothing in the file is executed (rwkv.weights).
+    (rwkv.mapped_tensors). Nothing in the file is executed (rwkv.weights).
 
     Raises:
         UserError: no such file, or not a dictionary of floating-point tensors; the message says what it is.
@@ -153,7 +154,7 @@ def _shapes(sizes: Sizes) -> dict[str, torch.Size]:
     return made
 
 
-def check_finite(tensors: Mapping[str, Tensor], path: PathLike, pages: mapped.Pages | None = None) -> None:
+def check_finite(tensors: Mapping[str, Tensor], path: PathLike, pages: mapped_tensors.Pages | None = None) -> None:
     """Look for NaN and Inf, reading every number once. Memory that is in the `pages` of a mapped file is given back as it is read.
 
     Raises:
@@ -183,7 +184,7 @@ def load_model(
 ) -> RWKV:
     """An RWKV-4 model from a checkpoint. Sizes come from the shapes; dtype None keeps the one each tensor was stored in.
 
-    What stays on the CPU in its stored dtype stays in the file, mapped: training never writes it (rwkv.mapped). All else is made one tensor after the
+    What stays on the CPU in its stored dtype stays in the file, mapped: training never writes it (rwkv.mapped_tensors). All else is made one tensor after the
     other, and takes no second copy on the way.
 
     Args:
@@ -194,7 +195,7 @@ def load_model(
         UserError: not an RWKV-4 checkpoint; a missing, surplus or misshapen key, or one with NaN or Inf, by name.
     """
     tensors = read_tensors(path)
-    pages, taken = mapped.Pages(path), set()
+    pages, taken = mapped_tensors.Pages(path), set()
     sizes = sizes_of(tensors, path)
     check_shapes(tensors, sizes, path)
     check_finite(tensors, path, pages)

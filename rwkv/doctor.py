@@ -21,7 +21,8 @@ from packaging.markers import Marker
 
 from rwkv import compat
 from rwkv.commands import target
-from rwkv.wkv import build, native, reference, wkv4
+from rwkv.kernels import build
+from rwkv.wkv import native, reference, wkv4
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
@@ -173,7 +174,9 @@ def _compilers() -> Iterator[Finding]:
         compiler or "none" + ("; the kernels are compiled already" if built else ""),
         remedy,
     )
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # as rwkv.wkv.build looks
+    path = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    )  # as rwkv.kernels.build looks
     ninja = _version(shutil.which("ninja", path=path), "(.+)")
     missing = "none" + ("; the kernels are compiled already" if built else "")
     yield Finding(
@@ -245,7 +248,7 @@ def _right(name: str, device: torch.device, found: str) -> Finding:
         name,
         "fail",
         f"{found}, off by {error:.0e}",
-        f"rm -r rwkv/wkv/lib and {target('kernels')}; if it stays, please report it",
+        f"rm -r rwkv/kernels/lib and {target('kernels')}; if it stays, please report it",
     )
 
 

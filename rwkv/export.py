@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rwkv import checkpoint
 from rwkv.errors import UserError
-from rwkv.model import RWKV, Sizes
+from rwkv.models import RWKV, Sizes
 from rwkv.weights.kinds import TRANSFORMERS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

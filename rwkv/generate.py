@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rwkv.data.roles import fold
+from rwkv.data.convert.roles import fold
 from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError
-from rwkv.model import RWKV, BlockState
+from rwkv.models import RWKV, BlockState
 
 _PREFILL = 256  # prompt tokens that go through the model at once
 

@@ -24,14 +24,14 @@ if __name__ == "__main__":
         if config.merge:
             if not config.output_prefix:
                 raise UserError("--merge wants the --output-prefix that the shards were made with")
-            from rwkv.data.shards import merge
+            from rwkv.data.convert.shards import merge
 
             for prefix, documents, tokens in merge(config.output_prefix, config.force):
                 print(
                     f"{prefix}.bin and .idx: {documents:,} documents, {tokens:,} tokens. Train with {flags('--data_file', prefix)}"
                 )
         else:
-            from rwkv.data.convert import convert
+            from rwkv.data.convert.pipeline import convert
 
             done = convert(config)
             if done.rejects:

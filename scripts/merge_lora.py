@@ -46,7 +46,8 @@ def numbers(text: str, count: int) -> list[float]:
 def main(config: MergeConfig) -> None:
     import torch
 
-    from rwkv import checkpoint, lora
+    from rwkv import checkpoint
+    from rwkv.adapters import lora
     from rwkv.weights import manifest as manifests
 
     if not config.adapter or not config.output:

@@ -18,10 +18,10 @@ import torch
 
 from rwkv import checkpoint, compat
 from rwkv.data.binidx import Dataset, mask_path, writer
-from rwkv.data.stream import Stream
-from rwkv.model import RWKV, Sizes
-from rwkv.model.init import initialise
-from rwkv.train.process import denormals_are_flushed
+from rwkv.data.token_stream import Stream
+from rwkv.models import RWKV, Sizes
+from rwkv.models.init import initialise
+from rwkv.train.runtime.process import denormals_are_flushed
 
 ROOT = Path(__file__).parents[1]
 compat.wake_mkl()  # as training does: runs in this process and in others are compared bit for bit

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv import checkpoint, lora
+from rwkv import checkpoint
+from rwkv.adapters import lora
 from rwkv.checkpoint import (
     inspect_adapter,
     load_model,

@@ -11,7 +11,7 @@ from rwkv import config as flags
 from rwkv.cli import parse, printable, sentences
 from rwkv.config import ConvertConfig, GenerateConfig, LoRAConfig, TrainConfig
 from rwkv.errors import UserError
-from rwkv.upstream import NOT_SUPPORTED
+from rwkv.legacy_flags import NOT_SUPPORTED
 
 
 def refused(argv, capsys, config=LoRAConfig):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from rwkv import compat, doctor
-from rwkv.wkv import build, native
+from rwkv.kernels import build
+from rwkv.wkv import native
 
 
 def found(name, folder="."):

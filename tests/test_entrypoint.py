@@ -22,12 +22,12 @@ def enter(tmp_path):
     def run(*arguments, gpus=(A100,), driver="535.54.03", stack="cu117", shm_mib=8192, writable=True, **environment):
         home = tmp_path / "opt"
         shutil.rmtree(home, ignore_errors=True)
-        for folder in ("docker", "scripts", "out", "bin", "rwkv/wkv/lib/torch"):
+        for folder in ("docker", "scripts", "out", "bin", "rwkv/kernels/lib/torch"):
             (home / folder).mkdir(parents=True)
         shutil.copy(ROOT / "docker/entrypoint.sh", home / "docker")
         shutil.copy(ROOT / "rwkv/drivers.txt", home / "rwkv")
         for arch in CUBINS[stack]:
-            (home / f"rwkv/wkv/lib/torch/wkv4_sm_{arch}.cubin").touch()
+            (home / f"rwkv/kernels/lib/torch/wkv4_sm_{arch}.cubin").touch()
         (home / "scripts/demo.sh").write_text('#!/bin/bash\necho "demo with $PY"\n')
         (home / "scripts/generate.py").touch()
         (home / "scripts/newer.py").touch()

@@ -8,7 +8,7 @@ import torch
 from rwkv import checkpoint
 from rwkv.config import ConvertConfig
 from rwkv.data.binidx import Dataset
-from rwkv.data.convert import convert
+from rwkv.data.convert.pipeline import convert
 from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError
 from rwkv.generate import Chat, Sampling, Session, choose, matrices_dtype, question

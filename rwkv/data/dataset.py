@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv.data import sampling
+from rwkv.data import offsets
 from rwkv.data.packing import Packed, pack
-from rwkv.data.stream import Stream
+from rwkv.data.token_stream import Stream
 from rwkv.errors import UserError
 
 
@@ -93,9 +93,9 @@ class Contexts(Samples):
                 + (f", or --ctx_len {size - 2} or less" if size > 2 else "")
             )
         if self.prime:
-            slots = sampling.slots(size - self.shift, self.ctx_len)
-            best = sampling.magic_prime(size - self.shift, self.ctx_len)
-            if self.prime > slots or self.prime % 3 != 2 or not sampling.is_prime(self.prime):
+            slots = offsets.slots(size - self.shift, self.ctx_len)
+            best = offsets.magic_prime(size - self.shift, self.ctx_len)
+            if self.prime > slots or self.prime % 3 != 2 or not offsets.is_prime(self.prime):
                 raise UserError(
                     f"magic_prime {self.prime} must be a prime, leave 2 when divided by 3, and be at most {slots}, the contexts in the data;"
                     f" the largest such is {best or 'none: the data is too short for prime sampling'}"
@@ -107,9 +107,9 @@ class Contexts(Samples):
 
     def window(self, number: int) -> tuple[int, int]:
         if self.prime and 1 + number >= self.random_first:
-            begin = sampling.prime_offset(1 + number - self.random_first, self.prime, self.ctx_len, self.shift)
+            begin = offsets.prime_offset(1 + number - self.random_first, self.prime, self.ctx_len, self.shift)
         else:
-            begin = sampling.random_offset(self.seed, number, len(self.stream), self.ctx_len)
+            begin = offsets.random_offset(self.seed, number, len(self.stream), self.ctx_len)
         return begin, begin + self.ctx_len + 1
 
     def in_order(self, i: int) -> tuple[int, int]:
@@ -117,7 +117,7 @@ class Contexts(Samples):
 
     @property
     def distinct(self) -> int:
-        return sampling.slots(len(self.stream), self.ctx_len)
+        return offsets.slots(len(self.stream), self.ctx_len)
 
 
 @dataclass
@@ -150,7 +150,7 @@ class Documents(Samples):
     def window(self, number: int) -> tuple[int, int]:
         turn, position = divmod(number, self.distinct)
         return self.in_order(
-            position if self.sequential else sampling.shuffled(self.seed, turn, position, self.distinct)
+            position if self.sequential else offsets.shuffled(self.seed, turn, position, self.distinct)
         )
 
     def in_order(self, i: int) -> tuple[int, int]:
@@ -188,7 +188,7 @@ class HeldOut(torch.utils.data.Dataset):
             raise IndexError(index)
         number = self.rank + index * self.world_size
         item = self.source.item(
-            *self.source.in_order(sampling.spread(min(number, self.total - 1), self.total, self.source.distinct))
+            *self.source.in_order(offsets.spread(min(number, self.total - 1), self.total, self.source.distinct))
         )
         if self.total % self.world_size == 0:
             return item

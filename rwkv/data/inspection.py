@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from rwkv.data import histogram, provenance, sampling
+from rwkv.data import histogram, offsets
 from rwkv.data.binidx import Dataset, mask_path
+from rwkv.data.convert import provenance
 from rwkv.data.tokenizer import EOD, LARGEST_ID, VOCAB_SIZE, HFTokenizer, WorldTokenizer
 from rwkv.errors import UserError
 
@@ -76,9 +77,9 @@ def inspect(
     found.manifest = _manifest(data, found)
     if known := tokenizer or (WorldTokenizer() if found.vocabulary == "World" else None):
         found.samples = [known.decode(_begin(data, i, 200)) for i in _spread(len(data), samples)]
-    found.contexts = sampling.slots(found.tokens, ctx_len)
+    found.contexts = offsets.slots(found.tokens, ctx_len)
     found.steps = math.ceil(found.contexts / micro_bsz)
-    found.magic_prime = sampling.magic_prime(found.tokens, ctx_len)
+    found.magic_prime = offsets.magic_prime(found.tokens, ctx_len)
     _judge(found, data)
     return found
 
@@ -89,7 +90,7 @@ def verify(
     """Compare every document with the source's, byte for byte; adds a problem for the first that differs.
 
     Args:
-        texts: the source's documents with the bytes read so far, as rwkv.data.convert.texts yields them.
+        texts: the source's documents with the bytes read so far, as rwkv.data.convert.pipeline.texts yields them.
         size: bytes of the source.
         tokenizer: what the data was made with, if it was not World's.
     """
@@ -272,7 +273,7 @@ def _begin(data: Dataset, i: int, length: int) -> list[int]:
 
 def _spread(count: int, chosen: int) -> Iterator[int]:
     chosen = min(chosen, count)
-    return (sampling.spread(i, chosen, count) for i in range(chosen))
+    return (offsets.spread(i, chosen, count) for i in range(chosen))
 
 
 def _judge(found: Inspection, data: Dataset) -> None:

@@ -7,7 +7,9 @@ import torch
 
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
-from rwkv.train import samples, schedule, source, strategy
+from rwkv.train import data_source, samples
+from rwkv.train.loop import schedule
+from rwkv.train.runtime import strategy
 
 _AT_LEAST: dict[float, tuple[str, ...]] = {
     1: ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count", "epoch_save", "devices", "num_nodes", "ds_bucket_mb", "lora_r"),
@@ -55,7 +57,7 @@ def check(c: TrainConfig) -> None:
             "LoRA tunes a model that exists: give it with --load_model, or train one with scripts/pretrain.py first. For a new, random base"
             " that stays frozen give --n_layer and --n_embd"
         )
-    source.check(c)
+    data_source.check(c)
     if c.epoch_steps % c.accumulate_grad_batches:
         raise UserError(
             f"--epoch_steps {c.epoch_steps} must be a multiple of --accumulate_grad_batches {c.accumulate_grad_batches}"

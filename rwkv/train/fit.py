@@ -13,26 +13,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv import checkpoint, compat, limits, lora, memory
+from rwkv import checkpoint, compat
+from rwkv.adapters import lora
 from rwkv.commands import command, output
 from rwkv.config import TrainConfig
 from rwkv.files import sha256
-from rwkv.model import RWKV
-from rwkv.train import budget, cpu, manifest, peers, pile, process, resume, samples, schedule, store, strategy
+from rwkv.memory import estimate, machine
+from rwkv.models import RWKV
+from rwkv.train import budget, samples, stages
+from rwkv.train.callbacks.checkpointing import Restoring, Saving, checkpoint_name, complete
+from rwkv.train.callbacks.memory import Watch
+from rwkv.train.callbacks.metrics import Metrics
+from rwkv.train.callbacks.signals import Signals
 from rwkv.train.checks import check, numbers
-from rwkv.train.home import Home
-from rwkv.train.lightning import pl, rank_zero_only
-from rwkv.train.metrics import Metrics
-from rwkv.train.module import TrainingModule
-from rwkv.train.ranks import Ranks, facts
-from rwkv.train.saving import Restoring, Saving, checkpoint_name, complete
-from rwkv.train.signals import Signals
-from rwkv.train.source import describe, open_data, open_validation, with_vocabulary
-from rwkv.train.start import adapt, keep_base, make_model
-from rwkv.train.trainer import make_trainer, on_gpu, precision_of, quiet_lightning, slow_on_gpu
-from rwkv.train.unchanged import Unchanged, frozen_in
-from rwkv.train.watch import Watch
-from rwkv.train.words import introduce, say, types
+from rwkv.train.console import say
+from rwkv.train.data_source import describe, open_data, open_validation, with_vocabulary
+from rwkv.train.loop import schedule
+from rwkv.train.loop.module import TrainingModule
+from rwkv.train.report import introduce, types
+from rwkv.train.resume import resume_or_start, run_manifest, state_files
+from rwkv.train.resume.home import Home
+from rwkv.train.resume.unchanged import Unchanged, frozen_in
+from rwkv.train.runtime import cpu, peers, process, strategy
+from rwkv.train.runtime.lightning import pl, rank_zero_only
+from rwkv.train.runtime.ranks import Ranks, facts
+from rwkv.train.runtime.trainer import make_trainer, on_gpu, precision_of, quiet_lightning, slow_on_gpu
+from rwkv.train.setup import adapt, keep_base, make_model
 
 
 @dataclass(frozen=True)
@@ -58,24 +64,24 @@ def fit(config: TrainConfig) -> Result:
     numbers(config)
     peers.end_with_parent()
     folder = Path(config.proj_dir)
-    with resume.owned(folder), Home(folder) as home:
+    with resume_or_start.owned(folder), Home(folder) as home:
         return _fit(config, home)
 
 
 def _fit(config: TrainConfig, home: Home) -> Result:
     folder, ranks = Path(config.proj_dir), Ranks()
-    config = ranks.decide("pile", config, lambda c: pile.apply(c, folder))
+    config = ranks.decide("pile", config, lambda c: stages.apply(c, folder))
     check(config)
     config = with_vocabulary(config)
     quiet_lightning()
     cpu.prepare()
-    resting = limits.rss()
-    before = resume.earlier(config, folder)
+    resting = machine.rss()
+    before = resume_or_start.earlier(config, folder)
     config = ranks.decide("auto", config, lambda c: _resolved(c, before))
     seed = _seeded(config.random_seed)
     if config.my_pile_stage == 1:
-        return Result(pile.write_initial(config, folder), 0, math.nan, math.nan)
-    base = resume.kept_base(config, folder, before)
+        return Result(stages.write_initial(config, folder), 0, math.nan, math.nan)
+    base = resume_or_start.kept_base(config, folder, before)
     model = make_model(config, base)
     adapter = adapt(model, config, folder)
     plan = budget.plan_of(config, model.sizes, on_gpu(config), config.precision)
@@ -84,36 +90,36 @@ def _fit(config: TrainConfig, home: Home) -> Result:
         model.grad_cp = bool(config.grad_cp)
         plan = budget.plan_of(config, model.sizes, on_gpu(config), config.precision)
     watch = Watch(plan, resting)
-    old = resume.outdated(config, folder, before)
+    old = resume_or_start.outdated(config, folder, before)
     source = describe(config, folder)
-    run = manifest.describe(config, config.precision, model.sizes, source) | {"types": types(config, model)}
+    run = run_manifest.describe(config, config.precision, model.sizes, source) | {"types": types(config, model)}
     if base and before and adapter:
         run["base"] = keep_base(model, adapter, folder, base)
         before = before | {"base": before["base"] or run["base"]}  # earlier versions did not record it
     elif before and not (config.load_model or before["flags"].get("load_model")):
         before = before | {"base": None}  # killed before its first state: the new base is made again
-    resume.check_source(config, folder, before, run)
+    resume_or_start.check_source(config, folder, before, run)
     data = open_data(config, model.sizes, folder, source)
     validation = open_validation(config, model.sizes)
-    run |= {"data": manifest.data_of(data), "validation": manifest.data_of(validation) if validation else None}
+    run |= {"data": run_manifest.data_of(data), "validation": run_manifest.data_of(validation) if validation else None}
     training, held_out = samples.make(config, data, seed, validation)
     introduce(config, model, data, training, held_out)
     if (limit := budget.room(plan)) and watch.expected() > limit:
         say(
             f"memory: {watch.expected() / 1e9:.2f} GB a device predicted, and {limit / 1e9:.2f} can be used. {budget.advice(plan, limit)}"
         )
-    state = resume.find(
+    state = resume_or_start.find(
         config, folder, before, run, {name: p for name, p in model.named_parameters() if p.requires_grad}
     )
     if rank_zero_only.rank == 0:
-        resume.delete(folder, old, data.prefix)
+        resume_or_start.delete(folder, old, data.prefix)
         folder.mkdir(parents=True, exist_ok=True)
         if not before:
-            manifest.write(folder, run)
+            run_manifest.write(folder, run)
         if adapter and not config.load_model and not base:
             run["base"] = keep_base(model, adapter, folder, base)
             if not before:
-                manifest.write(folder, run)
+                run_manifest.write(folder, run)
     save = _saver(home, model, adapter, run)
     if state:
         complete(config, folder, state, save)
@@ -137,7 +143,7 @@ def _fit(config: TrainConfig, home: Home) -> Result:
     end = schedule.first_step(config) + schedule.total_steps(config)
     if trainer.interrupted:
         say(
-            f"stopped in step {module.step + 1:,} without saving. Run the same command to continue from the last state in {store.folder_of(folder)}"
+            f"stopped in step {module.step + 1:,} without saving. Run the same command to continue from the last state in {state_files.folder_of(folder)}"
         )
         raise KeyboardInterrupt
     if module.step < end:
@@ -169,7 +175,7 @@ def _watched(model: RWKV, run: dict[str, Any]) -> Unchanged:
         if base := run["base"]:
             inputs.watch(Path(base["path"]), base["sha256"], sha256, frozen_in(model, base["path"]))
         for data in filter(None, (run["data"], run["validation"])):
-            for path, known in manifest.data_files(data):
+            for path, known in run_manifest.data_files(data):
                 inputs.watch(path, known)
     return inputs
 
@@ -242,7 +248,7 @@ def _resolved(c: TrainConfig, before: dict[str, Any] | None) -> TrainConfig:
     )  # upstream writes 0 as -1
 
 
-def _fitted(c: TrainConfig, plan: memory.Plan) -> TrainConfig:
+def _fitted(c: TrainConfig, plan: estimate.Plan) -> TrainConfig:
     """The flags with what --auto chooses."""
     c, chosen = budget.choose(c, plan)
     say(f"auto:  {chosen}")

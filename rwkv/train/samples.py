@@ -3,10 +3,11 @@
 from typing import Any
 
 from rwkv.config import TrainConfig
-from rwkv.data import provenance, sampling
+from rwkv.data import offsets
 from rwkv.data.binidx import Dataset
+from rwkv.data.convert import provenance
 from rwkv.data.dataset import Contexts, Documents, HeldOut, Samples
-from rwkv.data.stream import Stream, split
+from rwkv.data.token_stream import Stream, split
 from rwkv.errors import UserError
 
 
@@ -108,7 +109,7 @@ def _source(c: TrainConfig, data: Dataset, stream: Stream, seed: int, held_out: 
     if held_out:
         return Contexts(**common)
     size = len(stream) - c.my_pile_shift
-    prime = sampling.magic_prime(size, c.ctx_len) if c.magic_prime < 0 else c.magic_prime
+    prime = offsets.magic_prime(size, c.ctx_len) if c.magic_prime < 0 else c.magic_prime
     if c.magic_prime < 0 and not prime:
         raise UserError(
             f"--magic_prime -1: {size} tokens hold no two contexts of {c.ctx_len}; leave it out, or lower --ctx_len"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rwkv.commands import target
-from rwkv.wkv import build
+from rwkv.kernels import build
 
 KEEP = 16  # tokens per kept state (cuda/wkv4_args.h)
 THREADS = 1 << 17  # that a GPU is given, if the sequence is long enough (measured on an H100: LOG.md)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Subset
 
 from rwkv.data.dataset import Contexts, Documents, HeldOut
-from rwkv.data.sampling import prime_offset
+from rwkv.data.offsets import prime_offset
 from rwkv.errors import UserError
 
 SIZES = [3, 12, 5, 30, 1, 9, 2, 11, 7]  # of documents

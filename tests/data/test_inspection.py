@@ -18,7 +18,7 @@ from rwkv import pictures
 from rwkv.config import ConvertConfig
 from rwkv.data import histogram, inspection
 from rwkv.data.binidx import Dataset, mask_path, writer
-from rwkv.data.convert import convert, texts
+from rwkv.data.convert.pipeline import convert, texts
 from rwkv.data.inspection import in_words, inspect, verify
 from rwkv.data.tokenizer import HFTokenizer
 

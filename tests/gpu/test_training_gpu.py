@@ -9,7 +9,7 @@ from rwkv import checkpoint
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import mask_path
 from rwkv.train.fit import fit
-from rwkv.train.module import TrainingModule
+from rwkv.train.loop.module import TrainingModule
 from tests.train.test_asked import FIRST, LAST, WAYS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rwkv.config import TrainConfig
-from rwkv.train.strategy import ZEROS, deepspeed_config
+from rwkv.train.runtime.strategy import ZEROS, deepspeed_config
 
 ROOT = Path(__file__).parents[2]
 STACK = os.environ["RWKV_STACK"]
@@ -60,7 +60,8 @@ def test_there_is_no_compiler():
 def test_the_kernels_are_there_for_every_gpu_of_the_stack_and_are_what_their_manifest_says():
     import torch
 
-    from rwkv.wkv import build, native
+    from rwkv.kernels import build
+    from rwkv.wkv import native
 
     assert build.refusal() is None  # sources, sizes, files
     assert native.refusal() is None  # it loads

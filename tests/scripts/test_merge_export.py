@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv import lora
+from rwkv.adapters import lora
 from rwkv.checkpoint import load_model, read_manifest, read_tensors, save_adapter, save_model
 from rwkv.config import ExportConfig, MergeConfig
 from rwkv.errors import UserError

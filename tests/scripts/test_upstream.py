@@ -18,8 +18,8 @@ from rwkv.cli import parse
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import Dataset, writer
 from rwkv.errors import UserError
-from rwkv.train import strategy
 from rwkv.train.fit import fit
+from rwkv.train.runtime import strategy
 
 LORA = """--load_model BASE --proj_dir OUT --data_file BINIDX --data_type binidx
   --vocab_size 50277 --ctx_len 1024 --epoch_steps 1000 --epoch_count 1000 --epoch_begin 0 --epoch_save 5 --micro_bsz 2 ACCUMULATE

@@ -187,7 +187,7 @@ def _lightning() -> None:
     import pytorch_lightning.strategies.deepspeed as lightning
     from pytorch_lightning.accelerators.cpu import CPUAccelerator
 
-    from rwkv.train import strategy
+    from rwkv.train.runtime import strategy
 
     lightning.CUDAAccelerator = CPUAccelerator
     make = strategy.make

@@ -16,7 +16,7 @@ from rwkv import compat
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.train import fit as training
-from rwkv.train import strategy
+from rwkv.train.runtime import strategy
 
 
 class Watched(strategy.ZeroStrategy):

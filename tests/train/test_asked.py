@@ -9,10 +9,10 @@ from rwkv import compat
 from rwkv.checkpoint import read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import mask_path
-from rwkv.model.loss import head_loss
-from rwkv.train import metrics
+from rwkv.kernels.head_loss import head_loss
+from rwkv.train.callbacks import metrics
 from rwkv.train.fit import fit
-from rwkv.train.module import TrainingModule
+from rwkv.train.loop.module import TrainingModule
 from tests.train import fused_adam
 from tests.train.asked import Asked, Device
 from tests.train.test_fit import SMALL, TUNE, lines, poisoned

@@ -6,14 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rwkv import compat, limits
+from rwkv import compat
 from rwkv.cli import parse
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
-from rwkv.memory import Plan, estimate, sizes_of
-from rwkv.model import Sizes
+from rwkv.memory import machine
+from rwkv.memory.estimate import Plan, estimate, sizes_of
+from rwkv.models import Sizes
 from rwkv.train import budget
-from rwkv.train.watch import Watch
+from rwkv.train.callbacks.memory import Watch
 
 SIZES = Sizes(2, 64, 500, 64, 256)
 HOST = 64 * 10**9
@@ -30,7 +31,7 @@ def begin(monkeypatch, make_data, tmp_path):
 
     def run(kind, memory: int, *words: str, host: int = HOST):
         monkeypatch.setattr(fit, "on_gpu", lambda c: True)
-        monkeypatch.setattr(limits, "memory_of", lambda gpu, devices=1: memory if gpu else host)
+        monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: memory if gpu else host)
         monkeypatch.setattr(compat, "deepspeed_refusal", lambda on_gpu: None)
 
         def make_trainer(config, callbacks):
@@ -122,7 +123,7 @@ def test_auto_leaves_out_what_this_machine_or_another_flag_refuses(begin, monkey
 
 def test_on_a_gpu_too_out_of_memory_is_an_error_with_a_remedy(monkeypatch):
     total, used = 24 * 10**9, 23 * 10**9
-    monkeypatch.setattr(limits, "memory_of", lambda gpu, devices=1: total)
+    monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: total)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: used)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     wanted = plan(sizes=sizes_of("1.5b"), ctx_len=1024, micro_bsz=1)

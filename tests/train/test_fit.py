@@ -10,16 +10,19 @@ import time
 import pytest
 import torch
 
-from rwkv import checkpoint, compat, lora
+from rwkv import checkpoint, compat
+from rwkv.adapters import lora
 from rwkv.checkpoint import load_model, load_tuned, read_manifest, read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import Dataset, writer
 from rwkv.data.dataset import Contexts
-from rwkv.data.stream import Stream
+from rwkv.data.token_stream import Stream
 from rwkv.errors import UserError
 from rwkv.files import sha256
-from rwkv.train import metrics, start, store
+from rwkv.train import setup
+from rwkv.train.callbacks import metrics
 from rwkv.train.fit import fit
+from rwkv.train.resume import state_files
 
 SMALL = {
     "n_layer": 2,
@@ -461,7 +464,7 @@ def test_on_nan_skip_leaves_out_that_step_alone(make_base, tmp_path):
     weights, before = read_tensors(result.checkpoint), read_tensors(flags["load_model"])
     assert all(value.isfinite().all() for name, value in weights.items() if name != "emb.weight")
     assert not torch.equal(weights["head.weight"], before["head.weight"])
-    assert {int(moments["step"]) for moments in store.newest(tmp_path / "run").optimizer.values()} == {
+    assert {int(moments["step"]) for moments in state_files.newest(tmp_path / "run").optimizer.values()} == {
         12 - len(left_out)
     }
     tensors = read_tensors(flags["load_model"])
@@ -550,8 +553,8 @@ def test_a_base_in_bf16_that_processes_cannot_send_each_other_is_refused_if_it_w
         fit(LoRAConfig(**flags, lora_base="bf16"))
     assert not (tmp_path / "run").exists()
     alone = LoRAConfig(**{**flags, "strategy": "auto"}, lora_base="bf16")
-    assert start.make_model(alone) is not None
-    model = start.make_model(LoRAConfig(**flags | {"precision": "bf16"}))
+    assert setup.make_model(alone) is not None
+    model = setup.make_model(LoRAConfig(**flags | {"precision": "bf16"}))
     assert {p.dtype for p in model.parameters()} == {torch.float32}  # and this is said at the start, as `precision:`
 
 

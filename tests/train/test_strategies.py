@@ -19,8 +19,8 @@ from rwkv import checkpoint, compat
 from rwkv.checkpoint import read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import writer
-from rwkv.train import strategy
 from rwkv.train.fit import fit
+from rwkv.train.runtime import strategy
 
 STRATEGIES = ["ddp", *(name for name in strategy.ZEROS if name != "deepspeed")]
 TOLERANCE = 1e-5  # fp32: sums run in another order; seen are 2e-7

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv import checkpoint, lora
+from rwkv import checkpoint
+from rwkv.adapters import lora
 from rwkv.checkpoint import (
     find_base,
     inspect_adapter,

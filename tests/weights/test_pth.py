@@ -15,7 +15,7 @@ import torch
 
 from rwkv import checkpoint
 from rwkv.errors import FileFormatError, UserError
-from rwkv.train import store
+from rwkv.train.resume import state_files
 from rwkv.weights import pth
 
 READERS = {
@@ -23,7 +23,7 @@ READERS = {
     "model": checkpoint.load_model,
     "tensors": checkpoint.read_tensors,
     "adapter": checkpoint.inspect_adapter,
-    "state": store.read,
+    "state": state_files.read,
 }
 
 
@@ -41,7 +41,7 @@ def refused(path: Path, read=pth.load) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(
-            ValueError if read is store.read else (FileFormatError, UserError)
+            ValueError if read is state_files.read else (FileFormatError, UserError)
         ) as error:  # a state's reader has an error of its own
             read(path)
     assert not Path(hostile.MARKER).exists(), path

@@ -109,15 +109,16 @@ class Served:
         """A check of fused_cases.py, by the CUDA unit; None, or what all_gradients gives."""
         import fused_cases
 
-        from rwkv.model import fused, gpu
+        from rwkv.kernels import gpu
+        from rwkv.kernels.elementwise import native as fused
 
         unit = gpu.Unit(DEVICE, lambda: STREAM)
         fused._unit = lambda *tensors: None if any(t.dtype not in fused._DTYPES for t in tensors) else unit
         return getattr(fused_cases, name)(*arguments)
 
     def operation(self, name, *arguments):
-        """One of rwkv.model.gpu."""
-        from rwkv.model import gpu
+        """One of rwkv.kernels.gpu."""
+        from rwkv.kernels import gpu
 
         return getattr(gpu.Unit(DEVICE, lambda: STREAM), name)(*arguments)
 

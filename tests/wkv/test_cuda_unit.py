@@ -8,7 +8,8 @@ from fake_gpu import build as build_driver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv.wkv import build, native, reference
+from rwkv.kernels import build
+from rwkv.wkv import native, reference
 
 
 @pytest.fixture(scope="module")

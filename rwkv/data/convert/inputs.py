@@ -1,0 +1,179 @@
+"""The records of files in chunks, in order: jsonl, json, txt, csv, tsv, parquet, arrow; .gz, .zst.
+
+A chunk is what one worker takes at a time. Of a plain file of lines it is a range of bytes, which the worker reads itself.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rwkv.data.convert import formats
+from rwkv.data.convert.formats import BOM, READERS, Source, opened, read_line
+from rwkv.data.convert.jsonl import BadRecord, parse, utf8
+from rwkv.errors import UserError
+
+_SPLIT = {"jsonl", "lines", "parquet", "arrow"}  # kinds of which a shard can take a part without reading the rest
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some records of a source, numbered from 0 as they come. One of the fields after `size` says where they are.
+
+    Attributes:
+        size: bytes of the source that it stands for.
+        span: first byte, and the byte before which the last line begins.
+        lines: lines out of a compressed file.
+        rows: records with their numbers in the source; what is wrong, in the place of one that cannot be read.
+        files: text files, each one document.
+    """
+
+    source: Source
+    size: int
+    span: tuple[int, int] | None = None
+    lines: bytes | None = None
+    rows: list[tuple[int, Any]] | None = None
+    files: list[Source] | None = None
+
+
+def chunks(sources: Sequence[Source], fields: Sequence[str], shard: tuple[int, int] = (0, 1)) -> Iterator[Chunk]:
+    """Every record of the sources that the shard (i of n) owns, in order.
+
+    A record belongs to the shard in whose part of the bytes of all sources it begins; where that cannot be known without reading (json, csv,
+    compressed files), the whole file does. `fields` are the only columns read of parquet and arrow; any that is there will do.
+
+    Raises:
+        UserError: a file that is damaged, or lacks all the fields.
+    """
+    total = sum(source.size for source in sources)
+    low, high = (total * part // shard[1] for part in (shard[0], shard[0] + 1))
+    if shard[0] + 1 == shard[1]:
+        high = total + 1  # empty files at the end
+    small: list[Source] = []
+    start = 0
+    for source in sources:
+        begins = (
+            max(low - start, 0),
+            max(high - start, 0),
+        )  # the shard's records begin in this range of the file's bytes
+        start += source.size
+        splits = source.kind in _SPLIT and source.plain
+        if not (begins[0] < source.size and begins[1] > 0 if splits else begins[0] == 0 < begins[1]):
+            continue
+        if small and (source.kind != "txt" or len(small) == 1000 or sum(one.size for one in small) >= formats.CHUNK):
+            yield Chunk(small[0], sum(one.size for one in small), files=small)
+            small = []
+        if source.kind == "txt":
+            small.append(source)
+        elif splits and source.kind in ("jsonl", "lines"):
+            for at in range(begins[0], min(begins[1], source.size), formats.CHUNK):
+                end = min(at + formats.CHUNK, begins[1], source.size)
+                yield Chunk(source, end - at, span=(at, end))
+        else:
+            yield from _reading(source, READERS[source.kind], fields, begins if splits else (0, source.size + 1))
+    if small:
+        yield Chunk(small[0], sum(one.size for one in small), files=small)
+
+
+def records(chunk: Chunk, lines: Sequence[bytes], keys: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    """The chunk's records by number: dicts, or the BadRecord in the place of one that cannot be read. Blank lines are passed over.
+
+    A text file or line of text is a record with the text under every key. Rows carry the number that they have in the source, others count
+    from 0 in the chunk.
+    """
+    if chunk.rows is not None:
+        yield from chunk.rows
+        return
+    if chunk.files is not None:
+        for number, source in enumerate(chunk.files):
+            with opened(source) as (file, _):
+                data = file.read(source.max_record + 1)
+            if len(data) > source.max_record:
+                source.refuse_size("the whole file (--split_lines makes every line a document)")
+            if source.plain and len(data) < source.size:
+                raise UserError(
+                    f"{source.path}: became shorter while it was read; convert again when nothing writes to it"
+                )
+            yield number, _attempt(source, functools.partial(_document, source, keys), data.removeprefix(BOM))
+        return
+    read = parse if chunk.source.kind == "jsonl" else lambda line: dict.fromkeys(keys, utf8(line.removesuffix(b"\r")))
+    for number, line in enumerate(lines):
+        if len(line) > chunk.source.max_record:
+            yield number, chunk.source.too_large
+        elif line and not line.isspace():
+            yield number, _attempt(chunk.source, read, line)
+
+
+def lines_of(chunk: Chunk) -> list[bytes]:
+    """The lines of a chunk, without their \\n; none if it is made of other records."""
+    if chunk.rows is not None or chunk.files is not None:
+        return []
+    data = chunk.lines
+    if data is None:
+        begin, end = chunk.span or (0, chunk.size)
+        source = chunk.source
+        with open(source.stored, "rb") as file:
+            file.seek(max(begin - 1, 0))
+            data = file.read(end - begin)
+            if len(data) < end - begin:
+                raise UserError(
+                    f"{source.path}: became shorter while it was read; convert again when nothing writes to it"
+                )
+            if begin:  # a line that began before belongs to the chunk before
+                _, newline, data = data.partition(b"\n")
+                data += file.read(1) if newline else b""
+            if data and not data.endswith(b"\n"):
+                data += read_line(source, file, f"before byte {end:,}")
+            if begin == 0:
+                data = data.removeprefix(BOM)
+    lines = data.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def place(chunk: Chunk, number: int, lines_before: Callable[[], int]) -> str:
+    """Where a user finds the record of this number. `lines_before`: how many lines of the source come before the chunk."""
+    if chunk.files is not None:
+        return str(chunk.files[number].path)
+    if chunk.rows is not None:
+        unit = {"json": "element", "csv": "line"}.get(chunk.source.kind, "row")
+        return f"{chunk.source.path}, {unit} {number}"
+    return f"{chunk.source.path}, line {lines_before() + number + 1}"
+
+
+def count_lines(path: str | Path, end: int) -> int:
+    """Lines of a file that begin before this byte."""
+    count, last = 0, b"\n"
+    with open(path, "rb") as file:
+        while end > 0 and (block := file.read(min(end, 1 << 24))):
+            count, last, end = count + block.count(b"\n"), block[-1:], end - len(block)
+    return count + (last != b"\n")
+
+
+def _attempt(source: Source, read: Callable[[bytes], Any], data: bytes) -> Any:
+    try:
+        return read(data)
+    except BadRecord as error:
+        if source.encoding and str(error).startswith("not UTF-8"):  # it was, and what is wrong in it is marked
+            return BadRecord(f"not {source.encoding}")
+        return error
+
+
+def _document(source: Source, keys: Sequence[str], data: bytes) -> dict[str, str]:
+    """The record of a txt file, with \\n as line ends unless they are to stay."""
+    text = utf8(data)
+    if not source.keep_crlf and "\r" in text:
+        text = text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")
+    return dict.fromkeys(keys, text)
+
+
+def _reading(source: Source, reader: Callable, fields: Sequence[str], begins: tuple[int, int]) -> Iterator[Chunk]:
+    """The chunks of a file that only one process can read."""
+    with opened(source) as (file, tell):
+        before = 0
+        for found, size in reader(source, file, fields, begins):
+            taken = tell() - before if size is None else size
+            before += taken
+            yield Chunk(source, taken, **found)

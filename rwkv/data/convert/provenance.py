@@ -1,0 +1,200 @@
+"""What a binidx was made from: `P.json` beside P.bin and P.idx names its tokenizer, its source files and the converter's flags."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rwkv.config import ConvertConfig
+from rwkv.data.binidx import MANIFEST, Dataset
+from rwkv.data.convert.formats import Source
+from rwkv.data.tokenizer import LARGEST_ID, VOCAB_SIZE, HFTokenizer, WorldTokenizer
+from rwkv.errors import UserError
+from rwkv.files import sha256
+
+FORMAT = 1
+# Flags that do not change what is written.
+LOCAL = {"input", "output_prefix", "shard", "workers", "force", "merge"}
+_HASHED = 1 << 30  # sources of at most so many bytes together are hashed: a second or two
+
+
+def path_of(prefix: str | Path) -> Path:
+    """The manifest of the binidx with this prefix."""
+    return Path(f"{prefix}.json")
+
+
+def flags_of(config: ConvertConfig) -> dict[str, Any]:
+    """The converter's flags that decide what is written."""
+    return {name: value for name, value in vars(config).items() if name not in LOCAL}
+
+
+def describe(
+    tokenizer: Mapping[str, Any] | None,
+    sources: Sequence[Source],
+    flags: Mapping[str, Any],
+    splits: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The part of a manifest that is known without the tokens. `splits`: which splits of a dataset were used, and which omitted."""
+    hashed = sum(source.size for source in sources) <= _HASHED
+    return {
+        "kind": MANIFEST,
+        "format": FORMAT,
+        "tokenizer": tokenizer,
+        "flags": dict(flags),
+        "splits": dict(splits) if splits else None,
+        "sources": [
+            {
+                "path": str(source.path),
+                "size": source.size,
+                "mtime_ns": source.mtime_ns,
+                "sha256": sha256(source.stored) if hashed else None,
+            }
+            for source in sources
+        ],
+    }
+
+
+def tokenizer_of(tokenizer: WorldTokenizer | HFTokenizer, vocab_file: str = "") -> dict[str, Any]:
+    """A tokenizer's entry: name, number of tokens, end-of-document id, and the SHA-256 of the vocabulary file if one was given."""
+    given = vocab_file if isinstance(tokenizer, HFTokenizer) else ""
+    return {
+        "name": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod,
+        "sha256": sha256(given) if given else None,
+    }
+
+
+def write(path: Path, described: Mapping[str, Any], documents: int, tokens: int, counted: int | None) -> None:
+    """Write a manifest. `counted`: tokens that contribute to the loss; None: there is no mask."""
+    whole = {**described, "documents": documents, "tokens": tokens, "counted": counted}
+    path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+
+
+def of(data: Dataset) -> dict[str, Any] | None:
+    """The manifest of a binidx; None if there is none, as with files of upstream's tool.
+
+    Raises:
+        UserError: it is corrupt, or describes other data.
+    """
+    path = path_of(data.prefix)
+    found = read(data.prefix)
+    if found and (found["documents"], found["tokens"]) != (len(data), len(data.tokens)):
+        raise UserError(
+            f"{path}: describes {found['documents']:,} documents with {found['tokens']:,} tokens, and {data.prefix}.bin contains"
+            f" {len(data):,} with {len(data.tokens):,}; it was left by another conversion: convert again, or remove it"
+        )
+    return found
+
+
+def read(prefix: str | Path) -> dict[str, Any] | None:
+    """The manifest under a prefix; None if there is none, or a JSON file that is no manifest. Raises UserError if it is corrupt."""
+    path = path_of(prefix)
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: the manifest of the data is corrupt ({error}); convert again, or remove it"
+        ) from error
+    if not isinstance(found, dict) or found.get("kind") != MANIFEST:
+        return None
+    if found.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: a manifest of version {found.get('format')!r}, and this program reads version {FORMAT}; update the program"
+        )
+    tokenizer = found.get("tokenizer")
+    valid = (
+        all(isinstance(found.get(name), int) for name in ("documents", "tokens"))
+        and isinstance(found.get("counted"), int | None)
+        and isinstance(found.get("flags"), dict)
+        and isinstance(found.get("sources"), list)
+        and all(isinstance(source, dict) and isinstance(source.get("path"), str) for source in found["sources"])
+        and (tokenizer is None or isinstance(tokenizer, dict))
+        and (
+            tokenizer is None
+            or (isinstance(tokenizer.get("name"), str) and isinstance(tokenizer.get("vocab_size"), int))
+        )
+    )
+    if not valid:
+        raise UserError(
+            f"{path}: the manifest of the data is corrupt (an entry is missing or of another type); convert again, or remove it"
+        )
+    return found
+
+
+def vocabulary_file(data: Dataset) -> str:
+    """The tokenizer.json that the data was made with, if it is where it was and has not changed; else ""."""
+    try:
+        found = of(data)
+    except UserError:  # told by whoever wants the manifest
+        return ""
+    digest = ((found or {}).get("tokenizer") or {}).get("sha256")
+    path = (found or {}).get("flags", {}).get("vocab_file")
+    return path if digest and isinstance(path, str) and Path(path).is_file() and sha256(path) == digest else ""
+
+
+def conversion(found: Mapping[str, Any] | None, source: str, given: Mapping[str, Any]) -> ConvertConfig:
+    """How to convert `source` as the data was: flags out of its manifest, if it has one, and on top those that are given."""
+    known = {
+        name: value
+        for name, value in (found or {}).get("flags", {}).items()
+        if name in ConvertConfig.__dataclass_fields__
+    }
+    if found and isinstance(found.get("key"), str):
+        known["jsonl_keys"] = found["key"]
+    return ConvertConfig(**{**known, **given, "input": source})
+
+
+def check_vocabulary(data: Dataset, rows: int, pretrained: bool) -> None:
+    """Compare the tokenizer of the data with the vocabulary of a model.
+
+    Args:
+        rows: size of the model's vocabulary.
+        pretrained: the model's weights come from a checkpoint. A new model may have more rows than the tokenizer has tokens.
+
+    Raises:
+        UserError: the data was tokenised for another vocabulary, even if every id happens to be below `rows`.
+    """
+    found = of(data)
+    if not found or not (tokenizer := found["tokenizer"]):
+        return
+    name, entries = tokenizer["name"], tokenizer["vocab_size"]
+    if name == WorldTokenizer.name:
+        fits = rows > LARGEST_ID
+    else:  # models pad their vocabulary to a multiple of up to 512, or lack a few tokens that were added
+        fits = entries * 0.99 <= rows and (rows <= -(-entries // 512) * 512 or not (pretrained or rows == VOCAB_SIZE))
+    if fits:
+        return
+    if rows == VOCAB_SIZE:
+        model, how = "the vocabulary of World models", "without --tokenizer_type"
+    else:
+        model, how = (
+            f"a vocabulary of {rows:,}",
+            "with --tokenizer_type HFTokenizer --vocab_file and the model's tokenizer.json",
+        )
+    raise UserError(
+        f"{data.prefix}: was tokenised with {name} ({entries:,} tokens), and the model has {model}: its ids mean other tokens there."
+        f" Convert the text again, {how}, or train a model that has this tokenizer. (If they belong together, remove {path_of(data.prefix)})"
+    )
+
+
+def in_words(found: Mapping[str, Any] | None) -> str:
+    """A line for a terminal."""
+    if not found:
+        return "no manifest: not written by this converter, tokenizer unknown"
+    tokenizer, sources = found["tokenizer"], found["sources"]
+    by = f"tokenizer {tokenizer['name']} ({tokenizer['vocab_size']:,} tokens)" if tokenizer else "tokenizer unknown"
+    names = ", ".join(source["path"] for source in sources[:3]) + (
+        f" and {len(sources) - 3:,} more" if len(sources) > 3 else ""
+    )
+    return f"{by}, from {names or 'no file'}" + (
+        f"; splits: {splits_in_words(found['splits'])}" if found.get("splits") else ""
+    )
+
+
+def splits_in_words(splits: Mapping[str, Any]) -> str:
+    """Which splits were used, and which omitted."""
+    omitted = ", ".join(splits.get("omitted", []))
+    return ", ".join(splits.get("used", [])) + (f" (omitted: {omitted})" if omitted else "")

@@ -1,0 +1,31 @@
+"""The fused operations by the CUDA unit, with the interface of torch.ops.rwkv's on a CPU: launched on a stream, nothing waits for it.
+
+What they are and keep: cuda/fused.h, rwkv/kernels/elementwise/native.py.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+OPERATIONS = ("norm_forward", "norm_backward", "mix_forward", "mix_backward", "gate_forward", "gate_backward", "relu2_forward",
+              "relu2_backward", "dropout", "dropout_add", "loss")  # fmt: skip
+
+
+class Unit:
+    """The operations on tensors of one GPU, fp32, bf16 and fp16. stream: the one to launch on, asked for at every launch."""
+
+    def __init__(self, device: int, stream: Callable[[], int]):
+        for name in OPERATIONS:
+            setattr(self, name, self._bound(getattr(torch.ops.rwkv, f"cuda_{name}"), device, stream))
+
+    @staticmethod
+    def _bound(operation: Callable[..., Any], device: int, stream: Callable[[], int]) -> Callable[..., Any]:
+        return lambda *arguments: operation(*arguments, device, stream())
+
+
+@functools.lru_cache
+def unit(device: int) -> Unit:
+    """That of a GPU whose kernels are loaded (native.device_refusal), on torch's current stream."""
+    return Unit(device, lambda: torch.cuda.current_stream(device).cuda_stream)

@@ -1,0 +1,381 @@
+"""What a run keeps in memory, part by part, before it runs.
+
+Arithmetic alone, in bytes. The rules, each held against the real model (tests/test_memory.py):
+
+    weights      4 bytes a number (autocast keeps masters), 2 where the matrices that LoRA freezes are kept in bf16; `e` under DeepSpeed
+    gradients    4 a trained number, let go after the step; `e` under DeepSpeed; DDP has its buckets once more
+    optimizer    Adam 8 a trained number, 12 under DeepSpeed (with its fp32 master); Adafactor a row and a column for each matrix
+    activations  what `kept` says of every block, the inputs alone with grad_cp, and what lies outside the blocks
+    logits       one chunk of them (rwkv.kernels.head_loss), the head in the dtype of the products
+    workspace    what comes and goes inside a pass; for DeepSpeed its buckets and, in stage 3, the weights that are gathered
+    heap         on a CPU, what another phase freed: the C library keeps blocks below `HEAP` bytes, and larger ones do not fit into them
+    process      the libraries: on a CPU all that is resident of them once a step was made
+
+DeepSpeed's partition is that of the ZeRO paper (Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1): stage 1 shares out the optimizer, 2 also the
+gradients, 3 also the weights; offload moves them to the host. `e` is what products are computed in: 2 in bf16 and fp16, else 4.
+"""
+
+from dataclasses import dataclass
+
+from rwkv.adapters.lora import layers_of
+from rwkv.kernels.head_loss import CHUNK_BYTES, SLICE
+from rwkv.models import Sizes
+
+GB = 10**9
+MODELS = {
+    "0.1b": (12, 768),
+    "0.4b": (24, 1024),
+    "1.5b": (24, 2048),
+    "3b": (32, 2560),
+    "7b": (32, 4096),
+    "14b": (40, 5120),
+}
+"""Layers and width of the published RWKV-4 models."""
+CONTEXT = (
+    600 << 20
+)  # CUDA context and libraries on a GPU, which torch's allocator does not see. Assumed: no GPU was at hand to measure it
+PROCESS = 290 << 20  # a process with torch 1.13.1 and Lightning, with a first step, without a model (LOG.md)
+LOADED = 20 << 20  # of it comes with the first step: torch's code for it. 16 to 34 MiB were seen
+HEAP = (
+    32 << 20
+)  # bytes: glibc maps blocks of so many or more and gives them back (HEAP_MAX_SIZE / 2); smaller ones it keeps (train/cpu.py)
+STRATEGIES = (
+    "auto",
+    "ddp",
+    "ddp_find_unused_parameters_false",
+    "deepspeed",
+    *(f"deepspeed_stage_{n}{o}" for n in (1, 2, 3) for o in ("", "_offload")),
+)
+LIVE = 10**9  # numbers that ZeRO-3 keeps gathered (stage3_max_live_parameters)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, as far as memory goes. `devices`: over all machines; `gpu`: whether they are GPUs; `per_node`: processes on a machine."""
+
+    sizes: Sizes
+    lora: bool = True
+    r: int = 8
+    parts: tuple[str, ...] = ("att", "ln", "time")
+    ctx_len: int = 1024
+    micro_bsz: int = 1
+    precision: str = "bf16"
+    grad_cp: bool = False
+    base: str = "auto"
+    optimizer: str = "adam"
+    strategy: str = "auto"
+    devices: int = 1
+    per_node: int = 1
+    accumulate: int = 1
+    ds_bucket_mb: int = 200
+    gpu: bool = True
+    process: int = PROCESS
+
+    @property
+    def e(self) -> int:
+        """Bytes of a number that products are computed in."""
+        return 2 if self.precision in ("bf16", "fp16") else 4
+
+    @property
+    def frozen(self) -> int:
+        """Bytes of a number of a frozen matrix."""
+        return 2 if (self.precision if self.base == "auto" else self.base) == "bf16" else 4
+
+    @property
+    def layers(self) -> set[str]:
+        """Matrices of a block that have adapters."""
+        return {layer for part in self.parts for layer in layers_of(part)}
+
+    @property
+    def tokens(self) -> int:
+        """In a batch of one device."""
+        return self.ctx_len * self.micro_bsz
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO; 0 without DeepSpeed."""
+        return 0 if not self.strategy.startswith("deepspeed") else int((self.strategy + "_2").split("stage_")[-1][0])
+
+    @property
+    def offload(self) -> bool:
+        """Whether optimizer (and in stage 3 weights) are on the host."""
+        return self.strategy.endswith("offload")
+
+
+Blocks = list[tuple[float, float]]
+"""Tensors: bytes of one, and how many."""
+Parts = dict[str, Blocks]
+
+
+@dataclass
+class Estimate:
+    """Bytes by part: in each phase of a step, at its peak on each device, and on a machine's host.
+
+    Of a phase's parts all but `process` and `heap` are what torch's allocator holds.
+    """
+
+    phase_parts: dict[str, dict[str, int]]
+    host: dict[str, int]
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """The peaks on each device."""
+        return {name: sum(parts.values()) for name, parts in self.phase_parts.items()}
+
+    @property
+    def device(self) -> dict[str, int]:
+        """The parts at the fullest moment."""
+        return max(self.phase_parts.values(), key=lambda parts: sum(parts.values()))
+
+    @property
+    def tensors(self) -> dict[str, int]:
+        """The peaks of the phases, of torch's allocator alone."""
+        return {
+            name: sum(parts.values()) - parts["process"] - parts.get("heap", 0)
+            for name, parts in self.phase_parts.items()
+        }
+
+    @property
+    def total(self) -> int:
+        """Per device."""
+        return sum(self.device.values())
+
+    @property
+    def host_total(self) -> int:
+        """On each machine."""
+        return sum(self.host.values())
+
+
+def sizes_of(name: str) -> Sizes:
+    """A published model, e.g. "1.5b", with World's vocabulary. Raises KeyError."""
+    layers, width = MODELS[name.lower()]
+    return Sizes(layers, width, 65536, width, 4 * width)
+
+
+def matrices(s: Sizes) -> list[tuple[str, int, int]]:
+    """Name, rows and columns of every matrix of the model."""
+    D, A, F = s.n_embd, s.dim_att, s.dim_ffn
+    found = [("emb", s.vocab_size, D), ("head", s.vocab_size, D)]
+    for layer in range(s.n_layer):
+        mixes = ("ffnPre", "ffn") if layer == 0 and s.pre_ffn else ("ffn",)
+        found += [
+            (f"{mix}.{name}", *shape)
+            for mix in mixes
+            for name, shape in (("key", (F, D)), ("receptance", (D, D)), ("value", (D, F)))
+        ]
+        if "ffnPre" not in mixes:
+            found += [(f"att.{name}", A, D) for name in ("key", "value", "receptance")] + [("att.output", D, A)]
+    return found
+
+
+def vectors(s: Sizes) -> dict[str, int]:
+    """Numbers of all vectors: `time` parameters, block LayerNorms `ln`, `ln_out`."""
+    D, A, L = s.n_embd, s.dim_att, s.n_layer
+    att = L - bool(s.pre_ffn)
+    return {"time": att * (2 * A + 3 * D) + (2 * L - att) * 2 * D, "ln": 4 * D * L + 2 * D, "ln_out": 2 * D}
+
+
+def adapted(p: Plan) -> list[tuple[int, int]]:
+    """Rows and columns of every matrix that gets an adapter."""
+    wanted = p.layers
+    return [
+        (rows, columns) for name, rows, columns in matrices(p.sizes) if p.lora and name.replace("Pre", "") in wanted
+    ]
+
+
+def trained(p: Plan) -> int:
+    """Trained numbers."""
+    if not p.lora:
+        return total(p.sizes)
+    small = vectors(p.sizes)
+    return sum(p.r * (rows + columns) for rows, columns in adapted(p)) + sum(
+        small[part] for part in p.parts if part in small
+    )
+
+
+def total(s: Sizes) -> int:
+    """Numbers of the model, without adapters."""
+    return sum(rows * columns for _, rows, columns in matrices(s)) + sum(vectors(s).values())
+
+
+def kept(p: Plan) -> float:
+    """Bytes a token and block that stay until the backward pass; the reasons are in rwkv/models/v4.py."""
+    D, A, F, e = p.sizes.n_embd, p.sizes.dim_att, p.sizes.dim_ffn, p.e
+    low = sum(p.r * e for _ in adapted(p)) / p.sizes.n_layer
+    return e * (4 * D + F) + (3 * e + 0.75) * A + 16 + low
+
+
+def _block(p: Plan) -> Blocks:
+    """What `kept` says, for all tokens: one tensor of F numbers a token, the rest of D."""
+    D, F, N = p.sizes.n_embd, p.sizes.dim_ffn, p.tokens
+    return [(p.e * F * N, 1), (p.e * D * N, (kept(p) - p.e * F) / (p.e * D))]
+
+
+def _outside(p: Plan) -> Blocks:
+    """Kept outside the blocks: ids, the inputs of ln0 and ln_out, the gradient that head_loss forms."""
+    D, N, e = p.sizes.n_embd, p.tokens, p.e
+    first = (4 if not p.lora else p.frozen) * D + 8
+    ln0 = not p.lora or "ln" in p.parts or p.grad_cp
+    return [(first * N, ln0), (e * D * N, 2), (24 * N, 1)]
+
+
+def _per_node(p: Plan) -> int:
+    return max(1, min(p.devices, p.per_node))
+
+
+def estimate(p: Plan) -> Estimate:
+    """What the run takes on a device and on a host."""
+    s, e, n = p.sizes, p.e, p.devices
+    numbers, learns = total(s), trained(p)
+    adapters = sum(p.r * (rows + columns) for rows, columns in adapted(p))
+    zero, share = p.stage, n if p.stage else 1
+    if zero:
+        weights = e * (numbers + adapters) / (share if zero == 3 else 1)
+        gradients = e * learns / (share if zero >= 2 else 1)
+    elif p.lora:
+        whole = sum(rows * columns for _, rows, columns in matrices(s))
+        weights = p.frozen * whole + 4 * (numbers - whole + adapters)
+        gradients = 4.0 * learns
+    else:
+        weights, gradients = 4.0 * numbers, 4.0 * learns
+    optimizer = _optimizer(p, learns) / share
+    if zero:
+        optimizer += 4 * learns / share  # the fp32 master
+    host: dict[str, float] = {}
+    if p.offload:
+        host["optimizer"] = (optimizer + 4 * learns / share) * _per_node(p)  # gradients arrive in fp32
+        optimizer = 0.0
+        if zero >= 2:
+            gradients = 0.0
+        if zero == 3:
+            host["weights"] = weights * _per_node(p)
+            weights = 0.0
+    buckets: Blocks = [(_buckets(p, numbers, learns), 1)]
+    grown: Blocks = [(gradients, 1)] if zero else [(4.0, learns)]
+    if not (p.lora or zero):
+        grown = [(4.0, sum(vectors(s).values())), *((4.0 * rows * columns, 1) for _, rows, columns in matrices(s))]
+    head: Blocks = (
+        [] if p.lora else [((e if zero else 4.0) * s.vocab_size * s.n_embd, 1)]
+    )  # its gradient is formed in the forward pass
+    held = head + (grown if p.accumulate > 1 or zero >= 2 else [])
+    block, outer, passing = _block(p), _outside(p), _passing(p)
+    # With grad_cp the input of the first block is what ln0 keeps anyway.
+    inside = (
+        [(e * s.n_embd * p.tokens, s.n_layer - 1)]
+        if p.grad_cp
+        else [(size, count * s.n_layer) for size, count in block]
+    )
+    again = block if p.grad_cp else []
+    states: Parts = {
+        "weights": [(weights, 1)],
+        "gradients": [],
+        "optimizer": [(optimizer, 1)],
+        "activations": [],
+        "logits": [],
+    }
+    phases: dict[str, Parts] = {
+        "forward": {
+            **states,
+            "gradients": held,
+            "activations": inside + outer,
+            "logits": _logits(p),
+            "workspace": buckets,
+        },
+        "backward": {
+            **states,
+            "gradients": held,
+            "activations": inside + outer + again,
+            "workspace": passing + buckets,
+        },
+        "its end": {**states, "gradients": grown, "activations": outer + block, "workspace": passing + buckets},
+        "optimizer": {**states, "gradients": grown, "workspace": _stepping(p) + buckets},
+    }
+    made = {
+        name: {part: sum(size * count for size, count in blocks) for part, blocks in parts.items()}
+        for name, parts in phases.items()
+    }
+    if not p.gpu:
+        for name, left in _left_over(phases).items():
+            made[name]["heap"] = left
+    made["backward"] = max(
+        made["backward"], made.pop("its end"), key=lambda parts: sum(parts.values()) - parts.get("heap", 0)
+    )
+    phase_parts = {name: _round(parts | {"process": CONTEXT if p.gpu else p.process}) for name, parts in made.items()}
+    if p.gpu:
+        loading = 4 * (numbers + adapters) * _per_node(p)  # a process reads the model before it goes to its GPU
+        host = {"process": p.process * _per_node(p), "loading": max(0.0, loading - sum(host.values()))} | host
+    else:
+        device = Estimate(phase_parts, {}).device
+        host = {name: host.get(name, 0) + value * _per_node(p) for name, value in device.items()}
+    return Estimate(phase_parts, _round(host))
+
+
+def _left_over(phases: dict[str, Parts]) -> dict[str, float]:
+    """Bytes, in each phase, that the C library holds of what others freed. It keeps blocks below HEAP bytes; larger ones go where one fits into what
+    they left, and are mapped beside it otherwise."""
+    blocks = {
+        name: [block for part in set(parts) - {"weights", "optimizer"} for block in parts[part]]
+        for name, parts in phases.items()
+    }
+    small = {name: sum(size * count for size, count in its if size < HEAP) for name, its in blocks.items()}
+    left = {name: max(small.values()) - its for name, its in small.items()}
+    for name, its in blocks.items():
+        for size, count in sorted(its, reverse=True):
+            if size >= HEAP:
+                left[name] -= size * min(count, left[name] // size)
+    return left
+
+
+def _round(parts: dict[str, float]) -> dict[str, int]:
+    return {name: round(value) for name, value in parts.items()}
+
+
+def _optimizer(p: Plan, learns: int) -> float:
+    if p.optimizer == "adam":
+        return 8.0 * learns
+    shapes = [(p.r, columns) for _, columns in adapted(p)] + [(rows, p.r) for rows, _ in adapted(p)]
+    shapes = shapes if p.lora else [(rows, columns) for _, rows, columns in matrices(p.sizes)]
+    rest = learns - sum(rows * columns for rows, columns in shapes)
+    return 4.0 * (sum(rows + columns for rows, columns in shapes) + rest)
+
+
+def _logits(p: Plan) -> Blocks:
+    s, e = p.sizes, p.e
+    rows = min(max(1, CHUNK_BYTES // (4 * s.vocab_size)), p.tokens)
+    chunk, part = rows * s.vocab_size, min(s.vocab_size, SLICE)
+    blocks: Blocks = [(e * chunk, 1)]
+    if (p.frozen if p.lora else 4) != e and not p.stage:
+        blocks += [(e * s.vocab_size * s.n_embd, 1)]  # the head in the products' dtype
+    if e == 4 and not p.gpu:
+        blocks += [(4 * part * rows, 1)]  # oneDNN's result, where it takes the product
+    if (
+        not (p.lora or p.stage) and e == 2
+    ):  # a chunk's share of the head's gradient, which is fp32, in the products' dtype; a CPU converts it first
+        blocks += [(e * s.vocab_size * s.n_embd, 1), (4 * s.vocab_size * s.n_embd, not p.gpu)]
+    return blocks
+
+
+def _passing(p: Plan) -> Blocks:
+    """What comes and goes in the backward pass of a block: gradients of its tensors, inputs formed again, and a weight's."""
+    D, F, N, e = p.sizes.n_embd, p.sizes.dim_ffn, p.tokens, p.e
+    blocks: Blocks = [(e * D * N, 3), (e * F * N, 1 if p.lora else 2)]
+    return blocks if p.lora else [*blocks, (e * D * F, 1), (4 * D * F, 1)]
+
+
+def _stepping(p: Plan) -> Blocks:
+    """What an optimizer step takes for a while: two tensors like the largest; nothing where Adam is one pass."""
+    if p.stage or p.gpu or p.optimizer == "adam":
+        return []
+    if p.lora:
+        return [(4.0 * max((p.r * max(shape) for shape in adapted(p)), default=0), 2)]
+    return [(4.0 * max(rows * columns for _, rows, columns in matrices(p.sizes)), 2)]
+
+
+def _buckets(p: Plan, numbers: int, learns: int) -> float:
+    if not p.stage:
+        ddp = p.devices > 1 or p.strategy.startswith("ddp")
+        return 4.0 * learns if ddp else 0.0
+    bucket = min(p.ds_bucket_mb * 10**6, learns) * p.e  # as ZeroStrategy makes it
+    sent = 2 * bucket if p.stage >= 2 else bucket  # two, while one is sent
+    gathered = min(numbers, LIVE) * p.e if p.stage == 3 else 0
+    return sent + gathered

@@ -1,0 +1,198 @@
+"""What is in the folder of a run: which files this program wrote there, and what they say of the progress of a run."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rwkv import checkpoint
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.errors import UserError
+from rwkv.train import data_source
+from rwkv.train.callbacks import dashboards
+from rwkv.train.loop import schedule
+from rwkv.train.resume import run_manifest, state_files
+
+_FILES = ("run.json", "metrics.jsonl", "train_log.txt", "loss.png")
+_CHECKPOINT = re.compile(r"rwkv-(\d+|final|base)\.pth")
+_CORRUPT = "metrics.jsonl.corrupt"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint in the folder: its path, N of rwkv-N.pth (-1 for rwkv-final.pth), its manifest (empty if this program did not write it)."""
+
+    path: Path
+    number: int
+    manifest: dict[str, Any]
+
+    @property
+    def ours(self) -> bool:
+        """Whether this program wrote it."""
+        return bool(self.manifest)
+
+
+def checkpoints(folder: Path) -> list[Saved]:
+    """rwkv-N.pth by number, after rwkv-final.pth if there is one."""
+    found = []
+    for path in _glob(folder):
+        if (match := _CHECKPOINT.fullmatch(path.name)) and match[1] != "base":
+            found.append(Saved(path, -1 if match[1] == "final" else int(match[1]), _manifest(path)))
+    return sorted(found, key=lambda saved: saved.number)
+
+
+def run_files(folder: Path) -> list[Path]:
+    """What has the name of a run's file, whoever wrote it, and training states."""
+    named = [
+        path for path in _glob(folder) if path.name in _FILES or _CHECKPOINT.fullmatch(path.name.removesuffix(".json"))
+    ]
+    return [*named, *state_files.states(folder)]
+
+
+def written(folder: Path) -> list[Path]:
+    """What this program wrote for the run in this folder, as far as that is certain: the rest may be upstream's, or the user's."""
+    here = {path.name: path for path in _glob(folder)}
+    found = [here[run_manifest.NAME]] if run_manifest.NAME in here else []
+    if found or _has_steps(here.get("metrics.jsonl")):
+        found += [here[name] for name in here if name in ("metrics.jsonl", "loss.png") or name.startswith(_CORRUPT)]
+        found += dashboards.files(folder)
+    if "train_log.txt" in here and "'allow_changes':" in "".join(_beginning(here["train_log.txt"]).splitlines()[1:2]):
+        found.append(here["train_log.txt"])  # its first run has a flag that upstream's has not
+    for name, path in here.items():
+        if _CHECKPOINT.fullmatch(name.removesuffix(".json")) and _manifest(path.with_name(name.removesuffix(".json"))):
+            found.append(path)
+    for prefix in data_source.copies(folder):
+        found += data_source.files_of(prefix)
+    return found + state_files.leftovers(folder)
+
+
+def names(folder: Path, paths: Iterable[Path]) -> str:
+    """Paths relative to the folder, for a message."""
+    return ", ".join(sorted(str(path.relative_to(folder)) for path in paths)) or "nothing"
+
+
+def check_places(folder: Path) -> None:
+    """Raises UserError for a folder or file in the place of what a run writes."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, and --proj_dir is a folder; choose another name")
+    if state_files.folder_of(folder).exists() and not state_files.folder_of(folder).is_dir():
+        raise UserError(
+            f"{state_files.folder_of(folder)}: must be a folder, as training states are saved in it; move this file away"
+        )
+    for path in _glob(folder):
+        if path.is_dir() and (path.name in _FILES or _CHECKPOINT.fullmatch(path.name.removesuffix(".json"))):
+            raise UserError(
+                f"{path}: is a folder, and the run writes a file of this name; move it away, or choose another --proj_dir"
+            )
+
+
+def check_kept(c: TrainConfig, folder: Path) -> None:
+    """Raises UserError if the checkpoints of a new run would replace one that this program did not write."""
+    for saved in checkpoints(folder):
+        if saved.ours:
+            continue
+        final = saved.number < 0
+        ends = schedule.first_step(c) + schedule.total_steps(c)
+        last = -(-ends // schedule.steps_per_epoch(c)) - 1
+        due = c.epoch_begin <= saved.number <= last and (
+            (saved.number - c.epoch_begin) % c.epoch_save == 0 or saved.number == last
+        )
+        if final or due:
+            raise UserError(
+                f"{saved.path}: this run would replace it, and this program did not write it; move it away, or choose another --proj_dir"
+            )
+
+
+def progress(folder: Path, before: dict[str, Any]) -> str:
+    """What shows that the run of manifest `before` saved a training state at some time, in words; empty if nothing does."""
+    c = run_manifest.flags_of(before)
+    first = schedule.first_step(c)
+    if left := [path for path in state_files.leftovers(folder) if path.suffix != ".tmp"]:
+        return f"only corrupt training states ({names(folder, left)})"
+    if made := [saved.path for saved in checkpoints(folder) if _step(saved, c) > first]:
+        return f"checkpoints ({names(folder, made)}) but no training state"
+    if before.get("state_saved"):
+        return "a run whose training states were deleted"
+    if (last := _last_step(folder / "metrics.jsonl")) > first + (c.save_every or 10):
+        return f"the metrics of {last:,} steps but no training state"
+    return ""
+
+
+def how_to_continue(c: TrainConfig, folder: Path) -> str:
+    """What the user can do where a folder has no state to continue from; ends with a full stop."""
+    found = checkpoints(folder)
+    ways = []
+    if found:
+        newest = found[-1]
+        path = shlex.quote(str(newest.path))
+        adapter = newest.manifest.get("kind", "adapter" if isinstance(c, LoRAConfig) and c.lora else "") == "adapter"
+        base = c.load_model or newest.manifest.get("base")
+        load = (
+            f"--load_model {shlex.quote(str(base))} --lora_load {path}" if adapter and base else f"--load_model {path}"
+        )
+        if newest.number < 0:
+            ways.append(f"to continue from {newest.path.name} with a new optimizer: {load} and another --proj_dir")
+        else:
+            begin = newest.number + 1
+            more = f" --epoch_count {begin + 1} (or more)" if c.epoch_count <= begin else ""
+            ways.append(f"to continue from {newest.path.name} with a new optimizer: {load} --epoch_begin {begin}{more}")
+    ways.append(f"to start over at step 0: --overwrite, which deletes {names(folder, written(folder))}")
+    ways.append("or choose another --proj_dir")
+    return "; ".join(ways) + "."
+
+
+def _glob(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*")) if folder.is_dir() else []
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest beside a checkpoint if this program wrote it; else empty."""
+    try:
+        found = json.loads(checkpoint.manifest_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    stack = found.get("stack") if isinstance(found, dict) else None
+    return found if isinstance(stack, dict) and "rwkv-trainer" in stack else {}
+
+
+def _step(saved: Saved, c: TrainConfig) -> int:
+    """The step after which a checkpoint was made; of one without a manifest by its number."""
+    step = saved.manifest.get("step")
+    return step if isinstance(step, int) else (saved.number + 1) * schedule.steps_per_epoch(c)
+
+
+def _has_steps(metrics: Path | None) -> bool:
+    return metrics is not None and _steps(_beginning(metrics)) != []
+
+
+def _last_step(metrics: Path) -> int:
+    """The last step in metrics.jsonl; 0 if there is none."""
+    try:
+        with open(metrics, "rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - (1 << 16)))
+            found = _steps(file.read().decode("utf-8", errors="replace"))
+    except OSError:
+        return 0
+    return found[-1] if found else 0
+
+
+def _steps(text: str) -> list[int]:
+    """The steps of the lines that can be read."""
+    found = []
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            found.append(value["step"])
+    return found
+
+
+def _beginning(path: Path) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read(1 << 14)

@@ -1,0 +1,69 @@
+"""A conversion in another process does and says what it would in this one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rwkv.config import ConvertConfig
+from rwkv.data.binidx import Dataset
+from rwkv.data.convert import isolated
+from rwkv.data.convert.pipeline import convert
+from rwkv.errors import UserError
+
+CHAT = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}
+
+
+def test_it_writes_the_same_files_and_reports_the_same(write_jsonl, tmp_path):
+    source = write_jsonl(*[CHAT] * 20)
+    here = convert(ConvertConfig(input=str(source), output_prefix=str(tmp_path / "here"), workers=2))
+    report = isolated.convert(ConvertConfig(input=str(source), output_prefix=str(tmp_path / "there"), workers=2))
+    assert report == here.report
+    for end in ("document.bin", "document.idx", "document.json", "mask.bin"):
+        assert (tmp_path / f"there_text_{end}").read_bytes() == (tmp_path / f"here_text_{end}").read_bytes()
+
+
+def test_errors_come_back_as_they_are(write_jsonl, tmp_path):
+    config = ConvertConfig(input=str(write_jsonl({"text": "a"}, {"text": 3})), output_prefix=str(tmp_path / "p"))
+    with pytest.raises(UserError, match=r"text.jsonl, line 2: \"text\" is a int, not a string$"):
+        isolated.convert(config)
+
+
+def test_it_does_not_fork_a_process_that_has_threads(write_jsonl, tmp_path):
+    """Training's process has run torch by then: no process may be forked from it that does not become another program immediately."""
+    program = f"""
+import os, torch
+torch.rand(300, 300) @ torch.rand(300, 300)
+os.register_at_fork(before=lambda: print("forked"))
+from rwkv.config import ConvertConfig
+from rwkv.data import apart
+apart.convert(ConvertConfig(input={str(write_jsonl({"text": "a"}))!r}, output_prefix={str(tmp_path / "p")!r}, workers=3))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert len(Dataset(tmp_path / "p_text_document")) == 1
+
+
+def test_it_ends_with_the_process_that_started_it(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    program = f"""
+from rwkv.config import ConvertConfig
+from rwkv.data import apart
+apart.convert(ConvertConfig(input={str(pipe)!r}, input_format="jsonl", output_prefix={str(tmp_path / "p")!r}))
+"""
+    process = subprocess.Popen([sys.executable, "-c", program])
+    with open(pipe, "wb", 0) as held:  # the conversion waits for more
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        end, ended = time.monotonic() + 30, False
+        while not ended and time.monotonic() < end:
+            try:
+                held.write(b" ")
+                time.sleep(0.05)
+            except BrokenPipeError:  # nobody reads any more
+                ended = True
+        assert ended

@@ -1,0 +1,154 @@
+"""Every converted binidx says what it was made from, and a model of another vocabulary is refused."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from rwkv.config import ConvertConfig, TrainConfig
+from rwkv.data.binidx import Dataset, mask_path
+from rwkv.data.convert import provenance
+from rwkv.data.convert.pipeline import convert
+from rwkv.data.convert.shards import merge
+from rwkv.data.inspection import in_words, inspect
+from rwkv.errors import UserError
+from rwkv.models import Sizes
+from rwkv.train.data_source import open_data
+
+CHAT = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}
+
+
+def made(source, prefix, **flags):
+    return convert(ConvertConfig(**{"input": str(source), "output_prefix": str(prefix), "workers": 1, **flags})).pairs[
+        0
+    ][0]
+
+
+def train_on(prefix, rows, load_model="base.pth"):
+    return open_data(TrainConfig(data_file=prefix, load_model=load_model), Sizes(1, 8, rows, 8, 32), Path("unused"))
+
+
+def test_the_manifest_says_what_the_data_was_made_from(write_jsonl, tmp_path):
+    source = write_jsonl(CHAT, CHAT)
+    prefix = made(source, tmp_path / "p")
+    data, found = Dataset(prefix), json.loads(Path(f"{prefix}.json").read_bytes())
+    assert found == provenance.of(data)
+    assert (found["documents"], found["tokens"], found["counted"]) == (2, len(data.tokens), int(data.mask.sum()))
+    assert found["tokenizer"] == {"name": "World", "vocab_size": 65536, "eod": 0, "sha256": None}
+    stat = source.stat()
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    assert found["sources"] == [
+        {"path": str(source), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
+    ]
+    assert found["flags"]["append_eod"] is True
+    assert "made from:  tokenizer World (65,536 tokens), from" in in_words(inspect(data, 4, 1))
+
+
+def test_merged_shards_have_the_manifest_of_one_run(write_jsonl, tmp_path):
+    source = write_jsonl(*[CHAT] * 9)
+    whole = provenance.read(made(source, tmp_path / "whole"))
+    for i in range(2):
+        made(source, tmp_path / "parts", shard=f"{i}/2")
+    merge(str(tmp_path / "parts"), False)
+    assert provenance.read(tmp_path / "parts_text_document") == whole
+
+
+@pytest.mark.parametrize("rows", [50277, 50304, 260])
+def test_world_data_is_refused_by_a_model_of_another_vocabulary(write_jsonl, tmp_path, rows):
+    prefix = made(write_jsonl({"text": "\x01\x02"}), tmp_path / "p")
+    assert Dataset(prefix).tokens.max() < rows  # every id would fit
+    with pytest.raises(
+        UserError,
+        match=rf"was tokenised with World .* has a vocabulary of {rows:,}.* with --tokenizer_type HFTokenizer",
+    ):
+        train_on(prefix, rows)
+    assert len(train_on(prefix, 65536)) == 1
+    assert len(train_on(prefix, 65600)) == 1  # a World model with added tokens
+
+
+def test_other_data_is_refused_by_a_world_model(write_jsonl, tmp_path, byte_tokenizer):
+    text = write_jsonl({"text": "Hell"})
+    prefix = made(text, tmp_path / "p", tokenizer_type="HFTokenizer", vocab_file=str(byte_tokenizer[0]))
+    assert provenance.read(prefix)["tokenizer"]["sha256"] == hashlib.sha256(byte_tokenizer[0].read_bytes()).hexdigest()
+    for load_model in ("base.pth", ""):
+        with pytest.raises(
+            UserError,
+            match=r"tokenised with tokenizer.json .* World models.* Convert the text again, without --tokenizer_type",
+        ):
+            train_on(prefix, 65536, load_model)
+    with pytest.raises(UserError, match=r"tokenised with tokenizer.json"):
+        train_on(prefix, 50277)
+    for rows, load_model in ((259, "base.pth"), (320, "base.pth"), (5000, "")):  # padded; new
+        assert len(train_on(prefix, rows, load_model)) == 1
+    Path(f"{prefix}.json").unlink()  # as upstream's tool leaves it
+    assert len(train_on(prefix, 65536)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"{", "is corrupt"),
+        (b'{"kind": "rwkv binidx", "format": 1}', "is corrupt"),
+        (b'{"kind": "rwkv binidx", "format": 9}', "a manifest of version 9"),
+        (b"[" * 100_000, "is corrupt"),
+    ],
+)
+def test_a_corrupt_manifest_is_refused_in_words(write_jsonl, tmp_path, content, complaint):
+    prefix = made(write_jsonl({"text": "a"}), tmp_path / "p")
+    Path(f"{prefix}.json").write_bytes(content)
+    with pytest.raises(UserError, match=complaint):
+        train_on(prefix, 65536)
+    assert any(complaint in problem for problem in inspect(Dataset(prefix), 4, 1).problems)
+
+
+def test_a_manifest_of_other_data_is_refused(write_jsonl, tmp_path):
+    prefix = made(write_jsonl({"text": "a"}), tmp_path / "p")
+    other = made(write_jsonl({"text": "a"}, {"text": "b"}), tmp_path / "q")
+    for end in (".bin", ".idx"):
+        Path(f"{prefix}{end}").write_bytes(Path(f"{other}{end}").read_bytes())
+    with pytest.raises(UserError, match=r"p_text_document.json: describes 1 documents .* contains 2"):
+        train_on(prefix, 65536)
+
+
+def test_verifying_needs_no_flags_of_the_conversion_again(script, write_jsonl, tmp_path, byte_tokenizer):
+    """inspect --verify takes them from the manifest: keys, encoding, split, lines, tokenizer."""
+    (tmp_path / "in").mkdir()
+    write_jsonl({"title": "donâ€™t", "text": "b"}, {"no": 1}, name="in/train.jsonl")
+    write_jsonl({"title": "c", "text": "d"}, name="in/test.jsonl")
+    (tmp_path / "in/train.txt").write_bytes("天地玄黄，宇宙洪荒。\n日月盈昃".encode("gbk"))
+    flags = {
+        "jsonl_keys": "text,title",
+        "on_error": "skip",
+        "split_lines": True,
+        "encoding": "gbk",
+        "ftfy": True,
+        "split": "train",
+    }
+    made(tmp_path / "in", tmp_path / "p", **flags)
+    for key in ("text", "title"):
+        printed = script(
+            "inspect_data.py", "--data_file", f"p_{key}_document", "--verify", tmp_path / "in", "--ctx_len", 2
+        ).stdout
+        assert "verified:   all 3 documents" in printed
+        assert "splits: train (omitted: test)" in printed
+    made(tmp_path / "in/test.jsonl", tmp_path / "q", tokenizer_type="HFTokenizer", vocab_file=str(byte_tokenizer[0]))
+    arguments = ("--data_file", "q_text_document", "--verify", tmp_path / "in/test.jsonl", "--ctx_len", 1, "--json")
+    found = json.loads(script("inspect_data.py", *arguments, status=1).stdout)  # too short for a context; nothing else
+    assert (found["verified"], found["samples"], len(found["problems"])) == (1, ["d<|endoftext|>"], 1)
+
+
+def test_files_of_an_earlier_conversion_do_not_stay(write_jsonl, tmp_path):
+    prefix = made(write_jsonl(CHAT), tmp_path / "p")
+    assert mask_path(prefix).exists()
+    made(write_jsonl({"text": "a"}), tmp_path / "p", force=True)
+    assert not mask_path(prefix).exists()
+    assert Dataset(prefix).mask is None
+    assert provenance.of(Dataset(prefix))["counted"] is None
+
+
+def test_a_folder_is_converted_again_without_what_the_converter_wrote(write_jsonl, tmp_path):
+    write_jsonl({"text": "a"})
+    for _ in range(2):
+        prefix = made(tmp_path, tmp_path / "p", force=True)
+    assert [Path(source["path"]).name for source in provenance.read(prefix)["sources"]] == ["text.jsonl"]

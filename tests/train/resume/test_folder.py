@@ -1,0 +1,476 @@
+"""A run never starts over silently where there is something to lose, and deletes and replaces only what this program wrote."""
+
+import contextlib
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+from rwkv.checkpoint import read_manifest, read_tensors
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.errors import UserError
+from rwkv.train.fit import fit
+from rwkv.train.resume import state_files
+
+FLAGS = {
+    "ctx_len": 8,
+    "micro_bsz": 2,
+    "epoch_steps": 4,
+    "epoch_count": 3,
+    "epoch_save": 1,
+    "random_seed": 1,
+    "accelerator": "cpu",
+}
+NEW = {"n_layer": 1, "n_embd": 8, "vocab_size": 50}
+
+
+def changed(config, **flags):
+    return type(config)(**{**vars(config), **flags})
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that ended, as its config and its folder; to be copied."""
+    from rwkv.data.binidx import writer
+
+    folder = tmp_path_factory.mktemp("finished")
+    with writer(folder / "data") as out:
+        out.add([i * i % 50 for i in range(200)])
+    config = TrainConfig(**FLAGS | NEW, data_file=str(folder / "data"), proj_dir=str(folder / "run"))
+    fit(config)
+    return config, folder / "run"
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    config, folder = finished
+    shutil.copytree(folder, tmp_path / "run")
+    return changed(config, proj_dir=str(tmp_path / "run")), tmp_path / "run"
+
+
+def spoil(state):
+    content = torch.load(state)
+    shutil.rmtree(state) if state.is_dir() else state.unlink()
+    return content
+
+
+def later(state):
+    content = torch.load(state)
+    torch.save({**content, "format": content["format"] + 1}, state)
+
+
+def no_state(run):
+    shutil.rmtree(run / "resume")
+
+
+def corrupt_states(run):
+    for state in state_files.states(run):
+        state.write_bytes(state.read_bytes()[:5000])
+
+
+def empty_folder(run):
+    no_state(run)
+    (run / "resume").mkdir()
+
+
+def no_checkpoints_either(run):
+    no_state(run)
+    for path in run.glob("rwkv-*"):
+        path.unlink()
+
+
+def a_file(run):
+    no_state(run)
+    (run / "resume").touch()
+
+
+def later_versions(run):
+    for state in state_files.states(run):
+        later(state)
+
+
+def no_manifest(run):
+    (run / "run.json").unlink()
+
+
+def states_alone(run):
+    for path in run.iterdir():
+        if path.is_file():
+            path.unlink()
+
+
+LOST = [
+    (
+        no_state,
+        r"checkpoints \(rwkv-0.pth, rwkv-1.pth, rwkv-2.pth\) but no training state.*--load_model .*/rwkv-2.pth --epoch_begin 3 --epoch_count 4",
+    ),
+    (empty_folder, "but no training state.*--epoch_begin 3"),
+    (
+        corrupt_states,
+        r"only corrupt training states \(resume/step-12.pt.corrupt, resume/step-8.pt.corrupt\).*--epoch_begin 3",
+    ),
+    (
+        no_checkpoints_either,
+        "a run whose training states were deleted.*--overwrite, which deletes loss.png, metrics.jsonl, run.json",
+    ),
+    (a_file, "run/resume: must be a folder"),
+    (later_versions, "step-12.pt: written by a later version of this program"),
+    (no_manifest, r"but no run.json.*--load_model .*/rwkv-2.pth --epoch_begin 3"),
+    (states_alone, "but no run.json"),
+]
+
+
+@pytest.mark.parametrize(("lose", "words"), LOST, ids=lambda x: getattr(x, "__name__", ""))
+def test_a_run_without_a_usable_state_never_starts_over_by_itself(lose, words, run):
+    config, folder = run
+    lose(folder)
+    before = content(folder)
+    for _ in range(2):  # as a job that is restarted on failure
+        with pytest.raises(UserError, match=words):
+            fit(config)
+    assert sorted(content(folder).values()) == sorted(before.values())  # a corrupt state may have been renamed
+    if "--epoch_begin 3" in words:  # the advice
+        weights = read_tensors(folder / "rwkv-2.pth")
+        fit(
+            changed(
+                config,
+                n_layer=0,
+                n_embd=0,
+                vocab_size=0,
+                load_model=str(folder / "rwkv-2.pth"),
+                epoch_begin=3,
+                epoch_count=4,
+                lr_init=0,
+                lr_final=0,
+            )
+        )
+        assert all(torch.equal(value, weights[name]) for name, value in read_tensors(folder / "rwkv-3.pth").items())
+    if "deletes" in words:
+        fit(changed(config, overwrite=True, max_steps=1))
+        assert read_manifest(folder / "rwkv-final.pth")["step"] == 1
+
+
+def test_a_run_that_was_killed_before_its_first_state_starts_again(run):
+    config, folder = run
+    whole = [line["loss"] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+    no_checkpoints_either(folder)
+    manifest = json.loads((folder / "run.json").read_text())
+    del manifest["state_saved"]
+    (folder / "run.json").write_text(json.dumps(manifest))
+    kept = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(kept[:7]))
+    fit(config)
+    assert [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == whole
+    no_checkpoints_either(folder)
+    manifest["flags"]["save_every"] = 6  # there would have been a state
+    (folder / "run.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="the metrics of 12 steps but no training state"):
+        fit(config)
+
+
+@pytest.mark.parametrize("due", ["rwkv-2.pth", "rwkv-1.pth"])
+def test_a_checkpoint_that_is_due_and_missing_is_written_again_from_the_state(due, run, capsys):
+    config, folder = run
+    if due == "rwkv-1.pth":  # killed between the state and the checkpoint of its step
+        (folder / "resume/step-12.pt").unlink()
+    weights = read_tensors(folder / due)
+    for path in (folder / due, folder / f"{due}.json"):
+        path.unlink()
+    result = fit(config)
+    assert f"{folder / due} was missing; it is written again" in capsys.readouterr().out
+    assert result.checkpoint.exists()
+    assert all(torch.equal(value, weights[name]) for name, value in read_tensors(folder / due).items())
+
+
+def folder_in_its_place(path):
+    path.unlink()
+    path.mkdir()
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def another_file(path):
+    torch.save({"emb.weight": torch.zeros(2)}, path)
+
+
+def without_a_part(path):
+    content = torch.load(path)
+    text = json.loads(content["text"])
+    del text["rng"]
+    torch.save({**content, "text": json.dumps(text)}, path)
+
+
+def wrong_type(path):
+    content = torch.load(path)
+    torch.save({**content, "text": json.dumps({**json.loads(content["text"]), "weights": {"emb.weight": 3}})}, path)
+
+
+def no_tensors(path):
+    torch.save({**torch.load(path), "tensors": []}, path)
+
+
+def nothing_in_it(path):
+    torch.save({}, path)
+
+
+def directory_bits(path):
+    raw = bytearray(path.read_bytes())
+    raw[-30:] = bytes(x ^ 8 for x in raw[-30:])
+    path.write_bytes(raw)
+
+
+DAMAGE = [
+    folder_in_its_place,
+    empty,
+    another_file,
+    without_a_part,
+    wrong_type,
+    no_tensors,
+    nothing_in_it,
+    directory_bits,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda x: x.__name__)
+def test_whatever_is_wrong_with_the_newest_state_the_one_before_is_used(damage, run, capsys):
+    _config, folder = run
+    damage(folder / "resume/step-12.pt")
+    state = state_files.newest(folder)
+    assert state.step == 8
+    assert f"{folder}/resume/step-12.pt is corrupt" in capsys.readouterr().out
+    assert (folder / "resume/step-12.pt.corrupt").exists()
+
+
+def test_every_byte_of_a_state_may_be_wrong(run):
+    """Of all bits some are looked at by no reader; a state is then either as it was or not taken."""
+    _, folder = run
+    path = folder / "resume/step-12.pt"
+    good = path.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    places = [
+        *torch.randint(len(good), (150,), generator=generator).tolist(),
+        *range(len(good) - 40, len(good)),
+        *range(40),
+    ]
+    for place in places:
+        raw = bytearray(good)
+        raw[place] ^= 1 << place % 8
+        path.write_bytes(raw)
+        with contextlib.suppress(state_files.CorruptState, UserError):
+            assert state_files.read(path).step == 12
+
+
+def test_a_state_of_another_run_is_refused_and_nothing_is_changed(run, tmp_path):
+    config, folder = run
+    fit(changed(config, proj_dir=str(tmp_path / "other"), random_seed=2))
+    shutil.copy(tmp_path / "other/resume/step-12.pt", folder / "resume/step-20.pt")
+    before = content(folder)
+    with pytest.raises(UserError, match="step-12.pt: a training state of another run"):
+        fit(config)
+    assert content(folder) == before
+
+
+def test_a_state_that_cannot_be_read_is_not_called_corrupt(run, monkeypatch):
+    _, folder = run
+
+    def refuse(path, *arguments, **keywords):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(UserError, match="step-12.pt: this training state cannot be read .Permission denied"):
+        state_files.newest(folder)
+    monkeypatch.undo()
+    assert len(state_files.states(folder)) == 2
+
+
+MANIFESTS = [
+    (b"3", "it contains a int"),
+    (b"[]", "it contains a list"),
+    (b"null", "it contains a NoneType"),
+    (b'{"flags": {}}', '"model" is missing'),
+    (b"", "not valid JSON"),
+    (b"\xff\xfe{}", "not valid JSON"),
+    (b"[" * 100_000, "not valid JSON"),
+]
+
+
+@pytest.mark.parametrize(("raw", "words"), MANIFESTS, ids=lambda x: str(x)[:20])
+def test_a_manifest_that_is_none_is_an_error_in_words(raw, words, run):
+    config, folder = run
+    (folder / "run.json").write_bytes(raw)
+    with pytest.raises(UserError, match=f"run.json: .*{words}.*; choose another --proj_dir, or --overwrite"):
+        fit(config)
+    fit(changed(config, overwrite=True, max_steps=1))
+
+
+def test_a_manifest_with_anything_missing_or_of_another_type_is_refused_in_words_or_serves(run):
+    _config, folder = run
+    good = json.loads((folder / "run.json").read_text())
+    spoiled = []
+    for key in good:
+        spoiled += [
+            {k: v for k, v in good.items() if k != key},
+            *({**good, key: value} for value in (None, 3, "x", [], {})),
+        ]
+        if isinstance(good[key], dict):
+            for inner in good[key]:
+                spoiled.append({**good, key: {k: v for k, v in good[key].items() if k != inner}})
+                spoiled += [{**good, key: {**good[key], inner: value}} for value in (None, "x", [1], {"a": 1}, -1, 0)]
+    from rwkv.train.resume import run_manifest
+
+    for run_json in spoiled:
+        (folder / "run.json").write_text(json.dumps(run_json))
+        try:
+            read = run_manifest.read(folder)
+        except UserError:
+            continue
+        run_manifest.changes(read, good)
+        run_manifest.changes(good, read)
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "train_log.txt", "loss.png", "run.json", "rwkv-0.pth", "rwkv-final.pth"]
+)
+def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_written(name, finished, tmp_path):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    for flags in ({}, {"overwrite": True}):
+        with pytest.raises(UserError, match=f"{name}: is a folder"):
+            fit(changed(finished[0], proj_dir=str(tmp_path / "run"), **flags))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
+@pytest.fixture
+def upstreams(tmp_path):
+    """A folder as upstream's trainer leaves it, with a note of the user."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("rwkv-0.pth", "rwkv-35.pth", "rwkv-38.pth", "rwkv-final.pth"):
+        (folder / name).write_bytes(b"upstream's")
+    (folder / "train_log.txt").write_text(
+        "NEW RUN 2023-05-01-10-00-00\n{'load_model': '', 'wandb': '', 'proj_dir': 'out'}\n0 2.1 8.1 0.0001 2023-05-01 0\n"
+    )
+    (folder / "notes.txt").write_text("mine")
+    return folder
+
+
+def test_overwrite_deletes_only_what_this_program_wrote_and_lists_it(upstreams, finished, capsys):
+    config = changed(finished[0], proj_dir=str(upstreams), load_model="", epoch_count=2)
+    before = content(upstreams)
+    with pytest.raises(
+        UserError,
+        match=r"rwkv-38.pth.*--load_model .*out/rwkv-38.pth --epoch_begin 39.*--overwrite, which deletes nothing",
+    ):
+        fit(config)
+    with pytest.raises(
+        UserError, match=r"rwkv-final.pth: this run would replace it, and this program did not write it"
+    ):
+        fit(changed(config, overwrite=True))
+    (upstreams / "rwkv-final.pth").unlink()
+    with pytest.raises(UserError, match=r"rwkv-0.pth: this run would replace it"):
+        fit(changed(config, overwrite=True))
+    (upstreams / "rwkv-0.pth").unlink()
+    fit(changed(config, overwrite=True))
+    capsys.readouterr()
+    fit(changed(config, overwrite=True, epoch_count=1))  # and what that run wrote goes
+    said = re.search("deleted: (.*) .of the earlier run", capsys.readouterr().out)[1].split(", ")
+    assert {
+        "run.json",
+        "metrics.jsonl",
+        "loss.png",
+        "rwkv-0.pth",
+        "rwkv-0.pth.json",
+        "rwkv-1.pth",
+        "rwkv-1.pth.json",
+        "resume/step-8.pt",
+    } <= set(said)
+    assert not (upstreams / "rwkv-1.pth").exists()
+    after = {str(path): raw for path, raw in content(upstreams).items()}
+    assert {"rwkv-35.pth", "rwkv-38.pth", "notes.txt"} <= after.keys()
+    for path, raw in before.items():
+        if str(path) in ("rwkv-35.pth", "rwkv-38.pth", "notes.txt"):
+            assert after[str(path)] == raw
+        elif str(path) == "train_log.txt":
+            assert after["train_log.txt"].startswith(raw)
+
+
+def test_a_lora_run_is_told_how_to_continue_from_its_adapter(make_base, make_data, tmp_path):
+    base = make_base()
+    config = LoRAConfig(**FLAGS, load_model=str(base), data_file=make_data(200), proj_dir=str(tmp_path / "a b"))
+    fit(changed(config, epoch_count=1))
+    no_state(tmp_path / "a b")
+    with pytest.raises(
+        UserError, match=rf"--load_model {base} --lora_load '{tmp_path}/a b/rwkv-0.pth' --epoch_begin 1"
+    ):
+        fit(config)
+    fit(changed(config, lora_load=str(tmp_path / "a b/rwkv-0.pth"), epoch_begin=1))
+
+
+def test_lora_load_in_the_folder_of_a_run_is_compared_by_content(make_base, make_data, tmp_path):
+    config = LoRAConfig(**FLAGS, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run"))
+    other = fit(changed(config, proj_dir=str(tmp_path / "other"), max_steps=1)).checkpoint
+    fit(changed(config, max_steps=1))
+    before = content(tmp_path / "run")
+    with pytest.raises(UserError, match=r"--lora_load \(SHA-256\): none → [0-9a-f]{64}"):
+        fit(changed(config, lora_load=str(other)))
+    assert content(tmp_path / "run") == before
+    began = changed(config, proj_dir=str(tmp_path / "began"), lora_load=str(other))
+    fit(changed(began, max_steps=1))
+    shutil.copy(other, tmp_path / "same.pth")
+    shutil.copy(f"{other}.json", tmp_path / "same.pth.json")
+    fit(changed(began, max_steps=2, lora_load=str(tmp_path / "same.pth")))  # the same adapter under another name
+    with pytest.raises(UserError, match=r"--lora_load \(SHA-256\): [0-9a-f]{64} → none"):
+        fit(changed(began, lora_load=""))
+
+
+UNSERVED = [
+    ({"lora_r": 4}, "--lora_r: 8 → 4"),
+    ({"lora_parts": "att,ffn,time,ln"}, "--lora_parts: att,ln,time → att,ffn,time,ln"),
+    ({"lora_parts": "att"}, "--lora_parts: att,ln,time → att"),
+    ({"optimizer": "adafactor"}, "--optimizer: adam → adafactor"),
+    ({"lora": False}, "trained: an adapter → all weights"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), UNSERVED, ids=str)
+def test_allow_changes_refuses_what_the_state_cannot_serve_and_changes_nothing(
+    flags, words, make_base, make_data, tmp_path
+):
+    config = LoRAConfig(**FLAGS, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run"))
+    fit(changed(config, max_steps=2))
+    before = content(tmp_path / "run")
+    with pytest.raises(
+        UserError, match=rf"(?s)--allow_changes: the training state cannot be used with\n  {words}.*another --proj_dir"
+    ):
+        fit(changed(config, allow_changes=True, **flags))
+    assert content(tmp_path / "run") == before
+    fit(changed(config, max_steps=3))  # the original command
+
+
+def test_the_manifest_is_replaced_only_after_the_state_was_taken(make_base, make_data, tmp_path, monkeypatch):
+    config = LoRAConfig(**FLAGS, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run"))
+    fit(changed(config, max_steps=2))
+    before = content(tmp_path / "run")
+
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("rwkv.train.runtime.zero.put_back", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        fit(changed(config, allow_changes=True, lr_init=0.1))
+    assert content(tmp_path / "run") == before
+
+
+def test_a_flag_of_floats_may_have_been_given_a_fraction(make_base, make_data, tmp_path):
+    config = LoRAConfig(
+        **FLAGS, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run"), lora_alpha=16.5
+    )
+    fit(changed(config, max_steps=1, weight_decay=0.01, weight_decay_final=0.001))
+    assert fit(changed(config, max_steps=2, weight_decay=0.01, weight_decay_final=0.001)).steps == 2
