@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from rwkv.kernels import build
+from rwkv.kernels import build, load
 from rwkv.train.runtime import cpu
 from rwkv.wkv import native, wkv4
 
@@ -82,7 +82,7 @@ def main(batch: int, length: int, channels: int) -> None:
             ["-O3", "-fopenmp", "-ffast-math", "-march=native"],
         )
         floor = cpp_extension.load("exponentials", [source], extra_cflags=flags, build_directory=folder)
-        vectors = torch.ops.rwkv.cpu_vectors("") if native.refusal() is None else ""
+        vectors = torch.ops.rwkv.cpu_vectors("") if load.why_unavailable() is None else ""
         library = by_library(folder, w, u, *tensors[torch.float32]) if vectors.startswith("avx512") else None
 
     def operator(dtype: torch.dtype, impl: str) -> None:

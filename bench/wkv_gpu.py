@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from rwkv import compat
-from rwkv.kernels import build, nvrtc
+from rwkv.kernels import build, load, nvrtc
 from rwkv.wkv import native, wkv4
 
 HERE = Path(__file__).parent
@@ -99,7 +99,7 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, naive: Naive, speed
     unit = native.cuda_unit(
         k.device.index, lambda: torch.cuda.current_stream().cuda_stream, native.segment_length(*shape)
     )
-    assert native.device_refusal(k.device.index) is None, native.device_refusal(k.device.index)
+    assert load.why_unavailable_on(k.device.index) is None, load.why_unavailable_on(k.device.index)
     y, _, kept = unit.forward(w, u, k, v, None, None)
     gradients = unit.backward(w, u, k, v, None, kept, gy, None)
     result = {"B": batch, "T": length, "C": channels, "dtype": str(dtype).removeprefix("torch.")}

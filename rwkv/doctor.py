@@ -21,8 +21,8 @@ from packaging.markers import Marker
 
 from rwkv import compat
 from rwkv.commands import target
-from rwkv.kernels import build
-from rwkv.wkv import native, reference, wkv4
+from rwkv.kernels import build, load
+from rwkv.wkv import reference, wkv4
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
@@ -166,7 +166,7 @@ def _driver() -> str:
 
 def _compilers() -> Iterator[Finding]:
     compiler = shutil.which("g++") or shutil.which("c++")
-    built = build.refusal() is None
+    built = build.why_unavailable() is None
     remedy = "" if compiler or built else f"sudo apt install g++, then {target('kernels')}"
     yield Finding(
         "C++ compiler",
@@ -209,7 +209,7 @@ def _version(program: str | None, pattern: str) -> str:
 
 def _kernels() -> Iterator[Finding]:
     """Each compiled unit of the WKV operator: whether it loads and computes what the reference does."""
-    reason = native.refusal()
+    reason = load.why_unavailable()
     if reason:
         yield Finding(
             "WKV on the CPU",
@@ -221,7 +221,7 @@ def _kernels() -> Iterator[Finding]:
         yield _right("WKV on the CPU", torch.device("cpu"), torch.ops.rwkv.cpu_vectors(""))
     for index in range(torch.cuda.device_count()):
         name = f"WKV on GPU {index}"
-        reason = native.device_refusal(index)
+        reason = load.why_unavailable_on(index)
         if reason:
             yield Finding(name, "fail", reason.split("; run:")[0], target("kernels"))
         else:

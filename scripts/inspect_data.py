@@ -19,9 +19,8 @@ from rwkv.errors import UserError
 def main(config: InspectConfig) -> int:
     import numpy as np
 
-    from rwkv.data import histogram, inspection
+    from rwkv.data import histogram, inspection, provenance
     from rwkv.data.binidx import Dataset
-    from rwkv.data.convert import provenance
     from rwkv.data.convert.pipeline import texts
     from rwkv.data.tokenizer import HFTokenizer
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from rwkv import compat, doctor
-from rwkv.kernels import build
-from rwkv.wkv import native
+from rwkv.kernels import build, load
 
 
 def found(name, folder="."):
@@ -44,12 +43,12 @@ def test_the_exit_status_says_whether_something_must_be_mended(script, tmp_path)
 
 
 def test_kernels_that_are_missing_or_wrong_are_found(monkeypatch):
-    monkeypatch.setattr(native, "refusal", lambda: "it is not compiled for torch 0.0; run: make kernels")
+    monkeypatch.setattr(load, "why_unavailable", lambda: "it is not compiled for torch 0.0; run: make kernels")
     finding = found("WKV on the CPU")
     assert (finding.status, finding.found) == ("warn", "it is not compiled for torch 0.0")
     assert "make kernels" in finding.remedy
     monkeypatch.undo()
-    assert native.refusal() is None
+    assert load.why_unavailable() is None
     assert doctor._right("x", torch.device("cpu"), "lib").status == "ok"
     monkeypatch.setattr(doctor, "wkv4", lambda *inputs: (inputs[3] * inputs[0] + inputs[1] * inputs[2], None))
     wrong = doctor._right("x", torch.device("cpu"), "lib")
@@ -71,7 +70,7 @@ def test_nvcc_and_ninja_are_looked_at_and_neither_is_needed(monkeypatch, tmp_pat
     monkeypatch.setattr(doctor.sys, "executable", str(tmp_path / "python"))
     assert (found("nvcc").status, found("nvcc").found) == ("ok", "none: not needed")
     assert (found("ninja").status, found("ninja").found) == ("ok", "none; the kernels are compiled already")
-    monkeypatch.setattr(build, "refusal", lambda: "not there")
+    monkeypatch.setattr(build, "why_unavailable", lambda: "not there")
     assert (found("ninja").status, found("ninja").remedy) == ("warn", "make venv brings it")
     for name, says in (("nvcc", "Cuda compilation tools, release 11.7, V11.7.99"), ("ninja", "1.13.0")):
         (tmp_path / name).write_text(f"#!/bin/sh\necho '{says}'\n")
@@ -151,7 +150,7 @@ def test_a_machine_without_a_compiler_is_told_what_to_install(monkeypatch):
     assert "C++ compiler" in {
         finding.name for finding in doctor._compilers() if finding.status == "ok"
     }  # compiled already: nothing to do
-    monkeypatch.setattr(build, "refusal", lambda: "it is not compiled; run: make kernels")
+    monkeypatch.setattr(build, "why_unavailable", lambda: "it is not compiled; run: make kernels")
     assert (
         "apt install g++" in next(finding for finding in doctor._compilers() if finding.name == "C++ compiler").remedy
     )

@@ -3,7 +3,7 @@
 .bin: the tokens, little-endian. .idx, little-endian: `MMIDIDX\\0\\0`, u64 version 1, u8 dtype code, u64 number of documents n,
 u64 n + 1, i32 sizes[n] in tokens, i64 pointers[n] in bytes, i64 document_index[n + 1] = 0 … n.
 P_mask.bin, where P is without `_document`: a loss mask, one byte per token in the order of the .bin; 1 contributes to the loss. Without it all do.
-P.json: what it was made from (rwkv.data.convert.provenance); files of other programs have none.
+P.json: what it was made from (rwkv.data.provenance); files of other programs have none.
 """
 
 import bisect
@@ -20,7 +20,7 @@ from rwkv import files
 from rwkv.errors import UserError
 from rwkv.files import abandoned, together
 
-MANIFEST = "rwkv binidx"  # marks the manifest of a binidx (rwkv.data.convert.provenance)
+MANIFEST = "rwkv binidx"  # marks the manifest of a binidx (rwkv.data.provenance)
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from rwkv.data import histogram, offsets
+from rwkv.data import histogram, offsets, provenance
 from rwkv.data.binidx import Dataset, mask_path
-from rwkv.data.convert import provenance
 from rwkv.data.tokenizer import EOD, LARGEST_ID, VOCAB_SIZE, HFTokenizer, WorldTokenizer
 from rwkv.errors import UserError
 

@@ -71,7 +71,7 @@ def stamp() -> int:
         return 0
 
 
-def refusal() -> str | None:
+def why_unavailable() -> str | None:
     """Why the compiled units cannot be loaded, as a sentence with a remedy; None if they can."""
     written = manifest()
     if "source_hash" not in written:
@@ -129,7 +129,7 @@ def build() -> None:
 
 def usable() -> bool:
     """Whether everything is there, current, and loads in a new process."""
-    if refusal() is not None:
+    if why_unavailable() is not None:
         return False
     loads = f"import torch; torch.ops.load_library({str(library())!r})"
     return subprocess.run([sys.executable, "-c", loads], capture_output=True, check=False).returncode == 0

@@ -27,5 +27,5 @@ class Unit:
 
 @functools.lru_cache
 def unit(device: int) -> Unit:
-    """That of a GPU whose kernels are loaded (native.device_refusal), on torch's current stream."""
+    """That of a GPU whose kernels are loaded (load.why_unavailable_on), on torch's current stream."""
     return Unit(device, lambda: torch.cuda.current_stream(device).cuda_stream)

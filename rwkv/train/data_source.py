@@ -16,9 +16,9 @@ import numpy as np
 
 from rwkv import commands
 from rwkv.config import ConvertConfig, TrainConfig
-from rwkv.data import char_level
+from rwkv.data import provenance
 from rwkv.data.binidx import Dataset, mask_path
-from rwkv.data.convert import isolated, provenance, sources
+from rwkv.data.convert import char_level, isolated, sources
 from rwkv.errors import UserError
 from rwkv.files import fingerprint, write_json
 from rwkv.models import Sizes

@@ -20,7 +20,7 @@ from rwkv.config import TrainConfig
 from rwkv.files import sha256
 from rwkv.memory import estimate, machine
 from rwkv.models import RWKV
-from rwkv.train import budget, samples, stages
+from rwkv.train import budget, resume_or_start, samples, stages
 from rwkv.train.callbacks.checkpointing import Restoring, Saving, checkpoint_name, complete
 from rwkv.train.callbacks.memory import Watch
 from rwkv.train.callbacks.metrics import Metrics
@@ -31,7 +31,7 @@ from rwkv.train.data_source import describe, open_data, open_validation, with_vo
 from rwkv.train.loop import schedule
 from rwkv.train.loop.module import TrainingModule
 from rwkv.train.report import introduce, types
-from rwkv.train.resume import resume_or_start, run_manifest, state_files
+from rwkv.train.resume import run_manifest, state_files
 from rwkv.train.resume.home import Home
 from rwkv.train.resume.unchanged import Unchanged, frozen_in
 from rwkv.train.runtime import cpu, peers, process, strategy

@@ -3,9 +3,8 @@
 from typing import Any
 
 from rwkv.config import TrainConfig
-from rwkv.data import offsets
+from rwkv.data import offsets, provenance
 from rwkv.data.binidx import Dataset
-from rwkv.data.convert import provenance
 from rwkv.data.dataset import Contexts, Documents, HeldOut, Samples
 from rwkv.data.token_stream import Stream, split
 from rwkv.errors import UserError

@@ -11,7 +11,7 @@ import torch
 from rwkv import checkpoint, compat
 from rwkv.adapters import lora
 from rwkv.config import LoRAConfig, TrainConfig
-from rwkv.data import char_level
+from rwkv.data.convert import char_level
 from rwkv.errors import UserError
 from rwkv.files import sha256
 from rwkv.models import RWKV, Sizes

@@ -18,8 +18,8 @@ from rwkv.data import offsets
 from rwkv.data.binidx import Dataset
 from rwkv.errors import UserError
 from rwkv.models import RWKV
+from rwkv.train import folder as folders
 from rwkv.train.console import say
-from rwkv.train.resume import folder as folders
 from rwkv.train.resume import run_manifest, state_files
 from rwkv.train.runtime.lightning import rank_zero_only
 from rwkv.train.setup import make_model

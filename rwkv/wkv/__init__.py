@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rwkv.kernels import load
 from rwkv.wkv import native, reference
 from rwkv.wkv.reference import empty_state
 
@@ -17,7 +18,7 @@ def _cuda_refusal(k: Tensor) -> str | None:
         return f"k is on {k.device}, and this unit computes on NVIDIA GPUs; move the tensors to one"
     if k.dtype == torch.float64:
         return 'k is fp64 and this unit computes in fp32; use impl="reference"'
-    return native.device_refusal(k.device.index)
+    return load.why_unavailable_on(k.device.index)
 
 
 def _cpu_refusal(k: Tensor) -> str | None:
@@ -25,7 +26,7 @@ def _cpu_refusal(k: Tensor) -> str | None:
         return f"k is on {k.device}, and this unit computes on the CPU only; move the tensors there"
     if k.dtype == torch.float64:
         return 'k is fp64 and this unit computes in fp32; use impl="reference"'
-    return native.refusal()
+    return load.why_unavailable()
 
 
 # Fastest first; `auto` takes the first that does not refuse.

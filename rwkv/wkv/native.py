@@ -1,64 +1,13 @@
 """Autograd over the compiled units (torch.ops.rwkv.*)."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rwkv.commands import target
-from rwkv.kernels import build
-
 KEEP = 16  # tokens per kept state (cuda/wkv4_args.h)
 THREADS = 1 << 17  # that a GPU is given, if the sequence is long enough (measured on an H100: LOG.md)
-
-_loaded = False  # the host extension
-_devices: set[int] = set()  # GPUs whose kernels are loaded
-
-
-def refusal() -> str | None:
-    """Load the host extension once; why it cannot be used, or None. A refusal is asked anew when `make kernels` has run."""
-    global _loaded
-    if _loaded:  # every operator asks, and to look at a file costs up to a tenth of one
-        return None
-    reason = _refusal(build.stamp())
-    _loaded = reason is None
-    return reason
-
-
-@functools.lru_cache(maxsize=1)
-def _refusal(stamp: int) -> str | None:
-    if reason := build.refusal():
-        return reason
-    try:
-        torch.ops.load_library(str(build.library()))
-    except OSError as error:
-        return f"it does not load ({error}); run: {target('kernels')}"
-    return None
-
-
-def device_refusal(device: int) -> str | None:
-    """Load the CUDA unit for a GPU once; why it cannot be used there, or None. A refusal is asked anew when `make kernels` has run."""
-    if device in _devices:
-        return None
-    reason = _device_refusal(device, build.stamp())
-    if reason is None:
-        _devices.add(device)
-    return reason
-
-
-@functools.lru_cache(maxsize=64)
-def _device_refusal(device: int, stamp: int) -> str | None:
-    if torch.version.hip:
-        return "torch is a ROCm build, and this unit is compiled for NVIDIA GPUs only"
-    if reason := refusal():
-        return reason
-    try:
-        torch.ops.rwkv.cuda_load(device, str(build.device_code(torch.cuda.get_device_capability(device))))
-    except (LookupError, RuntimeError) as error:
-        return str(error)
-    return None
 
 
 def segment_length(batch: int, length: int, channels: int) -> int:

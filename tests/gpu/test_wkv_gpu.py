@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import assert_close, assert_half_is_rounded_fp32, in_fp64, inputs, outputs_and_gradients
 
+from rwkv.kernels import load
 from rwkv.wkv import native, reference, wkv4
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
@@ -44,7 +45,7 @@ def test_half_precision_is_rounded_fp32(dtype):
 def test_any_split_in_time_gives_the_same(segment):
     arguments = inputs(2, 500, 64)
     moved = on_gpu(arguments)
-    assert native.device_refusal(0) is None
+    assert load.why_unavailable_on(0) is None
     unit = native.cuda_unit(0, lambda: torch.cuda.current_stream().cuda_stream, segment)
     fast = outputs_and_gradients(lambda *x: native.run(unit, *x), *moved)
     slow = outputs_and_gradients(reference.wkv4, *arguments)

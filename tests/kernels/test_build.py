@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rwkv import compat
-from rwkv.kernels import build, nvrtc
+from rwkv.kernels import build, load, nvrtc
 from rwkv.wkv import native
 
 COMPILER = nvrtc.Compiler(compat.nvrtc())
@@ -167,20 +167,20 @@ def test_a_gpu_that_no_code_fits_is_told_what_there_is(compiled_for):
 
 def test_a_missing_or_stale_library_says_what_to_run(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "folder", lambda: tmp_path)
-    assert "not compiled" in build.refusal()
+    assert "not compiled" in build.why_unavailable()
     (tmp_path / "manifest.json").write_text('{"source_ha')  # what a full disk may leave
-    assert "not compiled" in build.refusal()
+    assert "not compiled" in build.why_unavailable()
     (tmp_path / "manifest.json").write_text('{"source_hash": "0123456789abcdef"}')
-    assert "compiled from other sources" in build.refusal()
+    assert "compiled from other sources" in build.why_unavailable()
     current = {"source_hash": build.source_hash(), "sizes": {"wkv4.so": 5}}
     (tmp_path / "manifest.json").write_text(json.dumps(current))
-    assert "wkv4.so is gone; run: make kernels" in build.refusal()
+    assert "wkv4.so is gone; run: make kernels" in build.why_unavailable()
     (tmp_path / "wkv4.so").write_text("cut")
-    assert "wkv4.so is not of 5 bytes; run: make kernels" in build.refusal()
+    assert "wkv4.so is not of 5 bytes; run: make kernels" in build.why_unavailable()
     (tmp_path / "wkv4.so").write_text("wrong")
-    assert build.refusal() is None
+    assert build.why_unavailable() is None
     monkeypatch.setattr(native, "_loaded", False)
-    assert "does not load" in native.refusal()
+    assert "does not load" in load.why_unavailable()
     assert not build.usable()
 
 
@@ -191,18 +191,20 @@ def test_what_was_refused_is_looked_at_again_when_make_kernels_has_run_and_not_b
         native.torch.ops, "load_library", lambda path: None
     )  # a second copy in one process would be refused by torch
     with monkeypatch.context() as patch:
-        patch.setattr(native.build, "refusal", lambda: looked.append(1) or "it is not compiled; run: make kernels")
+        patch.setattr(
+            load.build, "why_unavailable", lambda: looked.append(1) or "it is not compiled; run: make kernels"
+        )
         for _ in range(3):
-            assert "make kernels" in native.refusal()
+            assert "make kernels" in load.why_unavailable()
     assert len(looked) <= 1
     (build.folder() / "manifest.json").touch()
-    assert native.refusal() is None
+    assert load.why_unavailable() is None
 
 
 def test_what_is_loaded_is_not_looked_at_again(monkeypatch):
-    assert native.refusal() is None
+    assert load.why_unavailable() is None
     monkeypatch.setattr(build, "stamp", lambda: pytest.fail("a file was looked at"))
-    assert native.refusal() is None
+    assert load.why_unavailable() is None
 
 
 @pytest.fixture
@@ -233,11 +235,11 @@ def test_what_is_current_is_not_built_again(copied, capsys):
 def test_make_kernels_mends_what_it_is_said_to_mend(copied, broken):
     for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:100])):
         damage(build.folder() / broken)
-        assert "run: make kernels" in build.refusal()
+        assert "run: make kernels" in build.why_unavailable()
         copied.clear()
         build.main()
         assert copied == [1]
-        assert build.refusal() is None
+        assert build.why_unavailable() is None
 
 
 def test_a_library_that_does_not_load_is_built_again(copied):
@@ -258,7 +260,7 @@ def test_a_build_that_is_broken_off_leaves_nothing_usable(tmp_path, monkeypatch)
     monkeypatch.setattr(build, "_build_device", lambda: {})
     with pytest.raises(KeyboardInterrupt):
         build.build()
-    assert "make kernels" in build.refusal()
+    assert "make kernels" in build.why_unavailable()
 
 
 def test_as_many_targets_are_compiled_at_a_time_as_there_are_cores(monkeypatch):

@@ -70,9 +70,10 @@ class Served:
             library, mode=ctypes.RTLD_GLOBAL
         )  # the launcher's dlopen("libcuda.so.1") finds it by its soname
         self.driver.fake_calls.restype = ctypes.c_char_p
+        from rwkv.kernels import load
         from rwkv.wkv import native  # after the stand-in, which the launcher then finds
 
-        assert native.refusal() is None, native.refusal()
+        assert load.why_unavailable() is None, load.why_unavailable()
         self.native = native
 
     def load(self, path):

@@ -8,7 +8,7 @@ from fake_gpu import build as build_driver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv.kernels import build
+from rwkv.kernels import build, load
 from rwkv.wkv import native, reference
 
 
@@ -255,7 +255,7 @@ def test_a_file_that_is_not_there_says_what_to_run(fresh):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
 def test_without_a_driver_it_says_so():
-    assert native.refusal() is None
+    assert load.why_unavailable() is None
     with pytest.raises(RuntimeError, match="no NVIDIA driver found"):
         torch.ops.rwkv.cuda_load(0, str(next(build.folder().glob("*.cubin"))))
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv import wkv
-from rwkv.wkv import empty_state, native, reference, wkv4
+from rwkv.kernels import load
+from rwkv.wkv import empty_state, reference, wkv4
 
 cpu = functools.partial(wkv4, impl="cpu")
 
@@ -282,7 +283,7 @@ def test_auto_takes_the_compiled_unit(monkeypatch):
 
 
 def test_auto_says_why_it_is_slow(monkeypatch):
-    monkeypatch.setattr(native, "refusal", lambda: "it is not compiled for torch 0.0; run: make kernels")
+    monkeypatch.setattr(load, "why_unavailable", lambda: "it is not compiled for torch 0.0; run: make kernels")
     with pytest.warns(UserWarning, match=r"refused(?s:.)*cpu: it is not compiled for torch 0.0; run: make kernels"):
         y, _ = wkv4(*inputs(1, 3, 2)[:4])
     assert y.shape == (1, 3, 2)

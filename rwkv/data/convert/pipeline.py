@@ -12,8 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rwkv.config import ConvertConfig
-from rwkv.data import binidx
-from rwkv.data.convert import encodings, inputs, provenance, report, shapes, shards, sources
+from rwkv.data import binidx, provenance
+from rwkv.data.convert import encodings, inputs, report, shapes, shards, sources
 from rwkv.data.convert.detection import template_for
 from rwkv.data.convert.encode import Encoder
 from rwkv.data.convert.formats import Source

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rwkv.config import ConvertConfig
-from rwkv.data import binidx
-from rwkv.data.convert import provenance, report
+from rwkv.data import binidx, provenance
+from rwkv.data.convert import report
 from rwkv.data.convert.formats import Source
 from rwkv.errors import UserError
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from rwkv import compat
-from rwkv.kernels import gpu
+from rwkv.kernels import gpu, load
 from rwkv.kernels.elementwise import eager, reference
-from rwkv.wkv import native
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,10 @@ def _unit(*tensors: Tensor) -> Any:
         return None
     if all(t.is_cuda for t in tensors):
         device = tensors[0].device.index
-        return gpu.unit(device) if native.device_refusal(device) is None else eager
-    compiled = all(t.device.type == "cpu" and t.dtype != torch.float16 for t in tensors) and native.refusal() is None
+        return gpu.unit(device) if load.why_unavailable_on(device) is None else eager
+    compiled = (
+        all(t.device.type == "cpu" and t.dtype != torch.float16 for t in tensors) and load.why_unavailable() is None
+    )
     return torch.ops.rwkv if compiled else eager
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rwkv import compat
-from rwkv.wkv import native
+from rwkv.kernels import load
 
 
 def takes(groups: list[dict]) -> bool:
@@ -16,7 +16,7 @@ def takes(groups: list[dict]) -> bool:
         return False
     parameters = [p for group in groups for p in group["params"]]
     fit = all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
-    return fit and native.refusal() is None
+    return fit and load.why_unavailable() is None
 
 
 class OnePass(torch.optim.Adam):

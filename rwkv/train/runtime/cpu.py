@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 
 from rwkv import compat
+from rwkv.kernels import load
 from rwkv.memory.estimate import HEAP
-from rwkv.wkv import native
 
 _BF16 = {"avx512_bf16", "amx_bf16"}  # CPU flags
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
@@ -25,7 +25,7 @@ def prepare() -> None:
     if mallopt:
         mallopt(_MMAP_THRESHOLD, HEAP)
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-    if native.refusal() is None:
+    if load.why_unavailable() is None:
         torch.ops.rwkv.cpu_memory()  # without it those blocks do not fit into the holes they left (cuda/cpu_memory.cpp)
 
 

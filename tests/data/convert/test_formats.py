@@ -14,9 +14,8 @@ import pytest
 from pyarrow import parquet
 
 from rwkv.config import ConvertConfig
-from rwkv.data import char_level
 from rwkv.data.binidx import Dataset
-from rwkv.data.convert import formats
+from rwkv.data.convert import char_level, formats
 from rwkv.data.convert.pipeline import convert
 from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError

@@ -15,8 +15,9 @@ import pyarrow
 import pytest
 
 from rwkv.config import ConvertConfig
+from rwkv.data import provenance
 from rwkv.data.binidx import Dataset
-from rwkv.data.convert import inputs, provenance, sources
+from rwkv.data.convert import inputs, sources
 from rwkv.data.convert.pipeline import convert
 from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv.config import TrainConfig
+from rwkv.kernels import load
 from rwkv.train.loop import adam, optimizer
-from rwkv.wkv import native
 
 WIDTHS = st.sampled_from(["baseline", "avx2", "avx512", "avx512_bf16"])
 SHAPES = st.sampled_from([(), (1,), (3,), (31,), (32, 1), (1, 1, 33), (5, 13), (257,), (130, 131), (0,)])
@@ -18,7 +18,7 @@ SHAPES = st.sampled_from([(), (1,), (3,), (31,), (32, 1), (1, 1, 33), (5, 13), (
 @pytest.fixture(autouse=True)
 def unit():
     """The compiled unit is there; whatever width a test took, the widest is back after it."""
-    assert native.refusal() is None
+    assert load.why_unavailable() is None
     yield
     torch.ops.rwkv.cpu_vectors("")
 
@@ -169,5 +169,5 @@ def test_it_is_taken_where_the_unit_is_compiled_and_fits(make_model, monkeypatch
         made = optimizer.make(make_model(), TrainConfig(weight_decay=decay))
         assert (type(made), made.decoupled) == (adam.OnePass, decoupled)
     assert type(optimizer.make(make_model().bfloat16(), TrainConfig())) is torch.optim.Adam
-    monkeypatch.setattr(adam.native, "refusal", lambda: "not compiled")
+    monkeypatch.setattr(adam.load, "why_unavailable", lambda: "not compiled")
     assert type(optimizer.make(make_model(), TrainConfig())) is torch.optim.Adam

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.kernels import load
 from rwkv.train.fit import fit
 from rwkv.train.runtime import cpu, trainer
-from rwkv.wkv import native
 
 FAULTS = """
 import resource, torch
@@ -61,7 +61,7 @@ print((limits.rss() - start) / (40 * (3 << 20)))
 """
 
 
-@pytest.mark.skipif(native.refusal() is not None, reason="the host extension is not built")
+@pytest.mark.skipif(load.why_unavailable() is not None, reason="the host extension is not built")
 def test_blocks_fit_into_the_holes_that_their_like_left():
     # By torch's own allocator, on glibc before 2.38, 2.1 times what is held.
     out = subprocess.run([sys.executable, "-c", HOLES], check=True, capture_output=True, text=True).stdout

@@ -3,11 +3,10 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rwkv.config import ConvertConfig
 from rwkv.data.binidx import MANIFEST, Dataset
-from rwkv.data.convert.formats import Source
 from rwkv.data.tokenizer import LARGEST_ID, VOCAB_SIZE, HFTokenizer, WorldTokenizer
 from rwkv.errors import UserError
 from rwkv.files import sha256
@@ -16,6 +15,22 @@ FORMAT = 1
 # Flags that do not change what is written.
 LOCAL = {"input", "output_prefix", "shard", "workers", "force", "merge"}
 _HASHED = 1 << 30  # sources of at most so many bytes together are hashed: a second or two
+
+
+class SourceFile(Protocol):
+    """What is recorded of a file that was converted (rwkv.data.convert.formats.Source)."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def mtime_ns(self) -> int: ...
+
+    @property
+    def stored(self) -> str | Path: ...
 
 
 def path_of(prefix: str | Path) -> Path:
@@ -30,7 +45,7 @@ def flags_of(config: ConvertConfig) -> dict[str, Any]:
 
 def describe(
     tokenizer: Mapping[str, Any] | None,
-    sources: Sequence[Source],
+    sources: Sequence[SourceFile],
     flags: Mapping[str, Any],
     splits: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:

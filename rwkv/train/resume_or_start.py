@@ -12,9 +12,9 @@ from rwkv.config import TrainConfig
 from rwkv.errors import UserError
 from rwkv.files import exclusive
 from rwkv.train import data_source
+from rwkv.train import folder as folders
 from rwkv.train.console import say
 from rwkv.train.loop import schedule
-from rwkv.train.resume import folder as folders
 from rwkv.train.resume import run_manifest, state_files
 from rwkv.train.resume.run_state import State
 from rwkv.train.runtime.lightning import rank_zero_only

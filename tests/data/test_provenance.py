@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from rwkv.config import ConvertConfig, TrainConfig
+from rwkv.data import provenance
 from rwkv.data.binidx import Dataset, mask_path
-from rwkv.data.convert import provenance
 from rwkv.data.convert.pipeline import convert
 from rwkv.data.convert.shards import merge
 from rwkv.data.inspection import in_words, inspect
