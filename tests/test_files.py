@@ -129,8 +129,9 @@ with exclusive({str(path)!r}, "x"):
 
 def test_a_lock_is_held_by_one_process_which_is_named_and_a_killed_one_is_no_obstacle(tmp_path):
     path = tmp_path / "a/b/.lock"
-    process = holder(path, "if os.fork() == 0: time.sleep(60)")
+    process = holder(path, "if os.fork() == 0: print(flush=True); time.sleep(60)")
     try:
+        assert process.stdout.readline() == b"\n"  # parent and child have both begun
         with (
             pytest.raises(
                 UserError,

@@ -23,7 +23,7 @@ def why_unavailable() -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def _why_unavailable(stamp: int) -> str | None:
-    if reason := build.refusal():
+    if reason := build.why_unavailable():
         return reason
     try:
         torch.ops.load_library(str(build.library()))

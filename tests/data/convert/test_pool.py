@@ -12,6 +12,7 @@ import pytest
 from rwkv.data.convert.pool import Pool
 from rwkv.errors import UserError
 
+EARLIER: dict[str, list[int]] = {"children": []}
 BOUND = 30  # seconds on a loaded machine; what is tested for would last for ever
 
 
@@ -23,8 +24,15 @@ def large(x):
     return bytes(4_000_000)  # more than a pipe holds: a worker is in the middle of sending it most of the time
 
 
+@pytest.fixture(autouse=True)
+def _earlier_children(monkeypatch):
+    """Other tests may have left helper processes, such as multiprocessing's resource tracker."""
+    monkeypatch.setitem(EARLIER, "children", [])
+    EARLIER["children"] = children()
+
+
 def children():
-    """The processes that this one started and that live."""
+    """The processes that this one started since the test began and that live."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -33,7 +41,7 @@ def children():
             continue
         if int(fields[1]) == os.getpid() and fields[0] != "Z":
             found.append(int(path.parent.name))
-    return found
+    return sorted(set(found) - set(EARLIER["children"]))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
