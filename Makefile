@@ -63,7 +63,7 @@ compose-env:  ## write .env for docker compose: user, stack, and whether there i
 	docker/compose_env.sh $(STACK)
 
 kernels: $(READY)  ## compile the WKV operator unless all of it is there, current, and loads
-	@$(JOB) $(PY) -c 'from rwkv.wkv import build; build.main()'
+	@$(JOB) $(PY) -c 'from rwkv.kernels import build; build.main()'
 	$(if $(READY),@touch $(KERNELS))
 
 $(KERNELS): $(READY) $(wildcard cuda/*.h cuda/*.cpp cuda/*.cu) rwkv/kernels/build.py rwkv/kernels/nvrtc.py rwkv/compat.py

@@ -20,5 +20,5 @@ else
   run=("$tool" run --no-capture-output --name rwkv)
 fi
 "${run[@]}" docker/install.sh python cu117
-"${run[@]}" python -c 'from rwkv.wkv import build; build.main()'
+"${run[@]}" python -c 'from rwkv.kernels import build; build.main()'
 echo "Now: $(basename "$tool") activate rwkv, then the scripts: python scripts/lora.py --help"

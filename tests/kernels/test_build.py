@@ -179,14 +179,14 @@ def test_a_missing_or_stale_library_says_what_to_run(tmp_path, monkeypatch):
     assert "wkv4.so is not of 5 bytes; run: make kernels" in build.why_unavailable()
     (tmp_path / "wkv4.so").write_text("wrong")
     assert build.why_unavailable() is None
-    monkeypatch.setattr(native, "_loaded", False)
+    monkeypatch.setattr(load, "_loaded", False)
     assert "does not load" in load.why_unavailable()
     assert not build.usable()
 
 
 def test_what_was_refused_is_looked_at_again_when_make_kernels_has_run_and_not_before(copied, monkeypatch):
     looked = []
-    monkeypatch.setattr(native, "_loaded", False)
+    monkeypatch.setattr(load, "_loaded", False)
     monkeypatch.setattr(
         native.torch.ops, "load_library", lambda path: None
     )  # a second copy in one process would be refused by torch
