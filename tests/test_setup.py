@@ -52,7 +52,7 @@ def test_make_env_takes_the_tool_that_is_there(machine, there, used, first, run)
     assert done.returncode == 0, done.stderr
     made = [line for line in done.called if " env list" not in line]
     assert made[:2] == [used + first, f"{used}{run} docker/install.sh python cu117"]
-    assert made[2].startswith(f"{used}{run} python -c from rwkv.wkv import build")
+    assert made[2].startswith(f"{used}{run} python -c from rwkv.kernels import build")
     assert f"{used} activate rwkv" in done.stdout
 
 

@@ -281,7 +281,7 @@ def test_two_builds_at_once_make_one(tmp_path):
     """The second waits for the first and finds nothing left to do."""
     program = f"""
 import pathlib, sys, time
-from rwkv.wkv import build
+from rwkv.kernels import build
 folder = pathlib.Path({str(tmp_path)!r})
 build.folder = lambda: folder
 build.usable = lambda: (folder / "done").exists()
@@ -301,7 +301,7 @@ def test_ninja_is_found_beside_python():
     """The environment's own: it need not be activated, and the system need not have one."""
     program = """
 from rwkv import compat
-from rwkv.wkv import build
+from rwkv.kernels import build
 found = compat.cpp_extension()
 def stop(*_, **__): found.verify_ninja_availability(); print("found"); raise SystemExit
 found.load = stop

@@ -193,6 +193,6 @@ def test_deepspeed_s_own_estimators_agree():
 
 
 def test_estimating_needs_no_gpu_and_no_model_in_memory():
-    program = "from rwkv import limits, memory as m; [m.estimate(m.Plan(m.sizes_of('14b'), lora=x)) for x in (True, False)]; print(limits.rss_peak())"
+    program = "from rwkv.memory import estimate as m, machine; [m.estimate(m.Plan(m.sizes_of('14b'), lora=x)) for x in (True, False)]; print(machine.rss_peak())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 1 << 30

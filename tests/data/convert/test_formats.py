@@ -100,7 +100,7 @@ def test_small_files_of_much_do_not_fill_the_memory(tmp_path):
 import resource, sys
 from pathlib import Path
 import pyarrow, pyarrow.parquet
-from rwkv.data import inputs, sources
+from rwkv.data.convert import inputs, sources
 from rwkv.errors import UserError
 from dataclasses import replace
 path = sys.argv[1]

@@ -39,8 +39,8 @@ import os, torch
 torch.rand(300, 300) @ torch.rand(300, 300)
 os.register_at_fork(before=lambda: print("forked"))
 from rwkv.config import ConvertConfig
-from rwkv.data import apart
-apart.convert(ConvertConfig(input={str(write_jsonl({"text": "a"}))!r}, output_prefix={str(tmp_path / "p")!r}, workers=3))
+from rwkv.data.convert import isolated
+isolated.convert(ConvertConfig(input={str(write_jsonl({"text": "a"}))!r}, output_prefix={str(tmp_path / "p")!r}, workers=3))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == ""
@@ -52,8 +52,8 @@ def test_it_ends_with_the_process_that_started_it(tmp_path):
     os.mkfifo(pipe)
     program = f"""
 from rwkv.config import ConvertConfig
-from rwkv.data import apart
-apart.convert(ConvertConfig(input={str(pipe)!r}, input_format="jsonl", output_prefix={str(tmp_path / "p")!r}))
+from rwkv.data.convert import isolated
+isolated.convert(ConvertConfig(input={str(pipe)!r}, input_format="jsonl", output_prefix={str(tmp_path / "p")!r}))
 """
     process = subprocess.Popen([sys.executable, "-c", program])
     with open(pipe, "wb", 0) as held:  # the conversion waits for more

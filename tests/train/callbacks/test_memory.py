@@ -100,8 +100,8 @@ def test_out_of_memory_is_an_error_with_a_remedy(make_data, tmp_path, root):
 import resource, runpy, sys
 sys.argv = {words[1:]!r}
 import rwkv.train.fit
-from rwkv import limits
-resource.setrlimit(resource.RLIMIT_AS, [limits._status("VmSize") + (1500 << 20)] * 2)
+from rwkv.memory import machine
+resource.setrlimit(resource.RLIMIT_AS, [machine._status("VmSize") + (1500 << 20)] * 2)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)

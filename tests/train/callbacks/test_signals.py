@@ -145,7 +145,7 @@ def test_a_whole_group_under_make_is_signalled_and_the_run_is_saved(arguments, t
 LATER = """
 import signal, sys, time
 from types import SimpleNamespace
-from rwkv.train import signals
+from rwkv.train.callbacks import signals
 signals.SAME = 0.2
 taken = signals.Signals(lambda: 7)
 taken.on_train_start(None, SimpleNamespace(stop=False))

@@ -122,12 +122,12 @@ import resource, sys, torch
 torch.set_num_threads(1)
 from rwkv.models import RWKV, Sizes
 from rwkv.models.init import initialise
-from rwkv.train import cpu, pieces
+from rwkv.train.loop import tbptt
 model = RWKV(Sizes(2, 64, 500, 64, 256))
 initialise(model, 1e-4)
 def peak(length):
     x = torch.randint(500, (1, length))
-    pieces.mean_loss(model, x, x, None, None, 128, exact=sys.argv[1] == "True").backward()
+    tbptt.mean_loss(model, x, x, None, None, 128, exact=sys.argv[1] == "True").backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 first = peak(512)
 print(peak(8192) - first)

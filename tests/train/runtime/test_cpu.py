@@ -14,7 +14,7 @@ from rwkv.train.runtime import cpu, trainer
 
 FAULTS = """
 import resource, torch
-from rwkv.train import cpu
+from rwkv.train.runtime import cpu
 if {prepared}:
     cpu.prepare()
 def step():
@@ -39,8 +39,8 @@ def faults_and_denormal(prepared: bool) -> tuple[int, float]:
 
 HOLES = """
 import torch
-from rwkv import limits
-from rwkv.train import cpu
+from rwkv.memory import machine as limits
+from rwkv.train.runtime import cpu
 early = torch.ones(1 << 20)  # of torch's own allocator, and freed after it was replaced
 cpu.prepare()
 del early
@@ -83,8 +83,8 @@ def test_a_step_takes_the_memory_that_the_step_before_freed():
 
 HELD = """
 import torch
-from rwkv import limits
-from rwkv.train import cpu
+from rwkv.memory import machine as limits
+from rwkv.train.runtime import cpu
 cpu.prepare()
 start, kept = limits.rss(), []
 around = []

@@ -19,7 +19,7 @@ from rwkv.train.runtime.lightning import rank_zero_only
 # One rank's processor multiplies bf16, the other's does not.
 PROGRAM = """
 import os, runpy
-from rwkv.train import cpu
+from rwkv.train.runtime import cpu
 cpu._features = lambda: {"amx_bf16"} if os.environ.get("LOCAL_RANK", "0") == os.environ["BF16"] else set()
 runpy.run_path(os.environ["SCRIPT"], run_name="__main__")
 """
