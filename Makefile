@@ -3,7 +3,7 @@
 SHELL := bash
 STACK ?= cu117
 VENV ?= $(if $(filter cu117,$(STACK)),.venv,.venv-$(STACK))
-LOCKS := $(wildcard docker/locks/$(STACK).txt docker/locks/$(STACK)-deepspeed.txt)
+LOCKS := $(wildcard env/locks/$(STACK).txt env/locks/$(STACK)-deepspeed.txt)
 KERNELS := rwkv/kernels/lib/.$(STACK)
 ifdef PY
 .PHONY: $(KERNELS)
@@ -35,17 +35,17 @@ help:  ## this list
 venv: $(READY)  ## make .venv: the documented stack from PyPI, every file checked by its hash; with STACK=modern .venv-modern
 	@$(MAKE) --silent $(KERNELS) || echo 'Going on without the compiled kernel: correct, and slow.'
 
-$(VENV)/.ready: $(LOCKS) docker/venv.sh docker/install.sh
-	docker/venv.sh $(VENV) $(STACK)
+$(VENV)/.ready: $(LOCKS) env/venv.sh env/install.sh
+	env/venv.sh $(VENV) $(STACK)
 	@touch $@
 
 env:  ## make the conda environment `rwkv` with the same packages, by mamba, micromamba or conda
-	docker/env.sh
+	env/conda.sh
 
 tools: $(TOOLS)/.ready  ## make .venv-tools: what checks and describes the project from outside
 
-$(TOOLS)/.ready: docker/locks/tools.txt docker/tools.sh $(READY)
-	docker/tools.sh $(TOOLS) $(PY)
+$(TOOLS)/.ready: env/locks/tools.txt env/tools.sh $(READY)
+	env/tools.sh $(TOOLS) $(PY)
 	@touch $@
 
 image:  ## build the container image of the stack; BASE_IMAGE=... builds on another base
@@ -115,13 +115,13 @@ bench: venv  ## a training step against transformers + peft and against its own 
 lint: $(VENV)/.ready $(TOOLS)/.ready  ## ruff, mypy, shellcheck, hadolint; compose files and workflows
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	docker/lint.sh $(VENV) $(TOOLS)
+	env/lint.sh $(VENV) $(TOOLS)
 
-lock: $(VENV)/.ready  ## pin again: pyproject.toml to docker/locks/
-	docker/lock.sh $(VENV)/bin/uv
+lock: $(VENV)/.ready  ## pin again: pyproject.toml to env/locks/
+	env/lock.sh $(VENV)/bin/uv
 
 pin:  ## pin actions to commits and the base image to its digest, as far as they can be looked up
-	docker/pin.sh
+	env/pin.sh
 
 licenses: venv $(TOOLS)/.ready  ## the licences of all packages of the stack, in build/licenses-STACK.md
 	@mkdir -p build

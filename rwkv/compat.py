@@ -332,7 +332,7 @@ def autocast_dtype(device: str) -> Any:
 
 @functools.cache
 def stack() -> str:
-    """The stack that this Python has, by its torch: the name of its lock in docker/locks/."""
+    """The stack that this Python has, by its torch: the name of its lock in env/locks/."""
     return "cu117" if importlib.metadata.version("torch").startswith("1.") else "modern"
 
 

@@ -92,7 +92,7 @@ def _packages() -> Iterator[Finding]:
     stack = compat.stack()
     wrong, count = [], 0
     for name in (stack, f"{stack}-deepspeed"):
-        path = ROOT / "docker/locks" / f"{name}.txt"
+        path = ROOT / "env/locks" / f"{name}.txt"
         if not path.exists():
             yield Finding("packages", "warn", f"no {path.name} to compare with", "run from a checkout")
             return

@@ -24,6 +24,8 @@ from rwkv.models.init import initialise
 from rwkv.train.runtime.process import denormals_are_flushed
 
 ROOT = Path(__file__).parents[1]
+for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # set by `make test`; tests run make themselves
+    os.environ.pop(_name, None)
 compat.wake_mkl()  # as training does: runs in this process and in others are compared bit for bit
 # No deadline: a sync to a busy disk takes as long as it takes. Derandomized: the same examples in every run.
 hypothesis.settings.register_profile("rwkv", deadline=None, derandomize=True)

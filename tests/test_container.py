@@ -102,8 +102,8 @@ def test_a_release_is_tagged_by_the_image_and_only_under_the_projects_own_versio
 
 @pytest.fixture
 def pinned(tmp_path):
-    """docker/pin.sh on a copy, where git and docker answer as the stand-ins do."""
-    for folder in ("docker", ".github"):
+    """env/pin.sh on a copy, where git and docker answer as the stand-ins do."""
+    for folder in ("docker", "env", ".github"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     shutil.copy(ROOT / "compose.yaml", tmp_path)
     (tmp_path / "bin").mkdir()
@@ -114,7 +114,7 @@ def pinned(tmp_path):
             (tmp_path / "bin" / name).chmod(0o755)
         environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
         return subprocess.run(
-            ["bash", "docker/pin.sh"], cwd=tmp_path, capture_output=True, text=True, env=environment, check=False
+            ["bash", "env/pin.sh"], cwd=tmp_path, capture_output=True, text=True, env=environment, check=False
         )
 
     run.folder = tmp_path

@@ -151,7 +151,7 @@ def test_each_stack_has_its_environment(stack, folder):
     command = ["make", "--dry-run", "--always-make", "venv", f"STACK={stack}"]
     clean = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=clean)
-    assert done.stdout.startswith(f"docker/venv.sh {folder} {stack}\n")
+    assert done.stdout.startswith(f"env/venv.sh {folder} {stack}\n")
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def bare(tmp_path):
 def venv(tmp_path, path, stack, **environment):
     clean = {"PATH": str(path), "HOME": str(tmp_path), **environment}
     return subprocess.run(
-        ["docker/venv.sh", str(tmp_path / "v"), stack], cwd=ROOT, capture_output=True, text=True, env=clean, check=False
+        ["env/venv.sh", str(tmp_path / "v"), stack], cwd=ROOT, capture_output=True, text=True, env=clean, check=False
     )
 
 

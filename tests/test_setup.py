@@ -48,28 +48,28 @@ UPDATE = " env update --name rwkv --file environment.yml"
     ],
 )
 def test_make_env_takes_the_tool_that_is_there(machine, there, used, first, run):
-    done = machine("docker/env.sh", tools=there)
+    done = machine("env/conda.sh", tools=there)
     assert done.returncode == 0, done.stderr
     made = [line for line in done.called if " env list" not in line]
-    assert made[:2] == [used + first, f"{used}{run} docker/install.sh python cu117"]
+    assert made[:2] == [used + first, f"{used}{run} env/install.sh python cu117"]
     assert made[2].startswith(f"{used}{run} python -c from rwkv.kernels import build")
     assert f"{used} activate rwkv" in done.stdout
 
 
 def test_make_env_updates_what_micromamba_made(machine):
-    done = machine("docker/env.sh", micromamba="""[ "$1" != env ] || echo '  "/home/me/micromamba/envs/rwkv"'""")
+    done = machine("env/conda.sh", micromamba="""[ "$1" != env ] || echo '  "/home/me/micromamba/envs/rwkv"'""")
     assert done.called[1] == "micromamba update --yes --name rwkv --file environment.yml"
 
 
 def test_make_env_stops_where_a_step_fails(machine):
-    done = machine("docker/env.sh", conda='[ "$1" != run ]')
+    done = machine("env/conda.sh", conda='[ "$1" != run ]')
     assert done.returncode == 1
     assert len(done.called) == 2
     assert "activate" not in done.stdout
 
 
 def test_without_conda_make_env_says_how_to_get_it(machine):
-    done = machine("docker/env.sh")
+    done = machine("env/conda.sh")
     assert done.returncode == 1
     assert "no mamba, micromamba or conda" in done.stderr
     assert "scripts/ubuntu-setup.sh" in done.stderr

@@ -54,7 +54,7 @@ _FREE = {
 
 def describe(c: TrainConfig, precision: str, sizes: Sizes, source: dict[str, Any] | None) -> dict[str, Any]:
     """The manifest of a run without its data (see `data_of`); `c` with the seed that is used. `source`: what data_file is (rwkv.train.data_source)."""
-    lock, kernel = _ROOT / "docker/locks" / f"{compat.stack()}.txt", build.folder() / "manifest.json"
+    lock, kernel = _ROOT / "env/locks" / f"{compat.stack()}.txt", build.folder() / "manifest.json"
     adapter = getattr(c, "lora_load", "")
     return {
         "flags": dataclasses.asdict(c),

@@ -47,4 +47,4 @@ fi
 echo "venv: the $stack stack on $python; installing about $size GB into $dir (one to five minutes)"
 rm -rf "$dir"
 "$python" -m venv "$dir"
-docker/install.sh "$dir/bin/python" "$stack"
+env/install.sh "$dir/bin/python" "$stack"

