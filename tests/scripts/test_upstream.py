@@ -53,6 +53,7 @@ COMMANDS = {
     "m8than": LORA.replace("ACCUMULATE", "") + " --lora_parts=att,ffn,time,ln --seq_data 1 --seq_data_sep 0",
 }
 SIZES = {"n_layer": 2, "n_embd": 16}
+SHORT = 64  # tokens of a context where the command has more: seconds instead of minutes without bf16 instructions
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,8 +73,8 @@ def paths(tmp_path_factory):
     ids = torch.randint(1, 50277, (15_000,), generator=torch.Generator().manual_seed(0)).tolist()
     np.save(folder / "train.npy", np.array(ids, dtype="uint16"))  # as prepare-data.py does
     with writer(folder / "d_text_document") as out:
-        for begin in range(0, len(ids), 600):
-            out.add([*ids[begin : begin + 600], 0])
+        for begin in range(0, len(ids), 60):
+            out.add([*ids[begin : begin + 60], 0])
     (folder / "enwik8").write_text("All good people read good books. " * 200)
     common = {
         "accelerator": "cpu",
@@ -118,7 +119,7 @@ def test_a_training_command_runs(name, paths, tmp_path):
             and "=" not in word
         ):
             assert getattr(config, field) == type(getattr(config, field))(value), word  # the flag means what it says
-    config = replace(config, **SIZES, devices=1, max_steps=1, random_seed=1)
+    config = replace(config, **SIZES, devices=1, max_steps=1, random_seed=1, ctx_len=min(config.ctx_len, SHORT))
     if not torch.cuda.is_available():
         with pytest.raises(
             UserError, match="--accelerator gpu: torch sees no GPU; check nvidia-smi, or leave the flag out"
