@@ -31,10 +31,11 @@ compat.wake_mkl()  # as training does: runs in this process and in others are co
 hypothesis.settings.register_profile("rwkv", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("rwkv")
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as a shell starts what runs in the background; tests of Ctrl-C need it
+# A shell starts what runs in the background with SIGINT ignored, and nohup does so with SIGHUP; the tests of signals need both.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def process_state() -> dict[str, object]:
