@@ -15,7 +15,7 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("") for path in (ROOT / "rwk
 # Packages and modules from the bottom up; a line imports only from the lines above it.
 LAYERS = [
     "rwkv rwkv.commands rwkv.compat rwkv.config rwkv.errors rwkv.legacy_flags rwkv.mapped_tensors rwkv.deepspeed07",
-    "rwkv.arguments rwkv.cards rwkv.files rwkv.unused",
+    "rwkv.arguments rwkv.cards rwkv.files",
     "rwkv.cli rwkv.kernels rwkv.pictures rwkv.weights",
     "rwkv.adapters rwkv.data rwkv.wkv",
     "rwkv.data.convert rwkv.doctor rwkv.models",
