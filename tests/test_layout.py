@@ -16,7 +16,7 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("") for path in (ROOT / "rwk
 LAYERS = [
     "rwkv rwkv.commands rwkv.compat rwkv.config rwkv.errors rwkv.legacy_flags rwkv.mapped_tensors rwkv.deepspeed07",
     "rwkv.arguments rwkv.cards rwkv.files",
-    "rwkv.cli rwkv.kernels rwkv.pictures rwkv.weights",
+    "rwkv.cli rwkv.kernels rwkv.plots rwkv.weights",
     "rwkv.adapters rwkv.data rwkv.wkv",
     "rwkv.data.convert rwkv.doctor rwkv.models",
     "rwkv.checkpoint rwkv.generate rwkv.memory rwkv.train",

@@ -227,7 +227,7 @@ class Dataset:
         sizes: tokens of each document, [n].
 
     Raises:
-        UserError: a file is missing, cut short, foreign, or they do not belong together.
+        UserError: a file is missing, truncated, of another format, or they do not belong together.
     """
 
     def __init__(self, prefix: str | Path):
@@ -244,7 +244,7 @@ class Dataset:
         if data.stat().st_size != self._total * self._width:
             raise UserError(
                 f"{data}: {data.stat().st_size} bytes, and its index speaks of {self._total} tokens of {self._width} bytes"
-                f" ({self._total * self._width}); the two do not belong together or one is cut short, convert again"
+                f" ({self._total * self._width}); the two do not belong together or one is truncated, convert again"
             )
         if self._total == 0:
             raise UserError(f"{data}: holds no tokens")
@@ -258,7 +258,7 @@ class Dataset:
         if path.stat().st_size != self._total:
             raise UserError(
                 f"{path}: {path.stat().st_size} bytes, and {self.prefix}.bin holds {self._total} tokens; a mask has one byte per token."
-                " The two do not belong together or one is cut short: convert again, or move the mask away to let every token count"
+                " The two do not belong together or one is truncated: convert again, or move the mask away to let every token count"
             )
         return np.memmap(path, np.uint8, "r")
 
@@ -308,7 +308,7 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
             f"{path}: not a binidx index (it does not begin with MMIDIDX); make one with scripts/convert.py"
         )
     if len(head) < _HEADER.size:
-        raise UserError(f"{path}: cut short inside its header ({length} bytes); convert again")
+        raise UserError(f"{path}: truncated inside its header ({length} bytes); convert again")
     _, version, code, count, boundaries = _HEADER.unpack(head)
     if version != 1 or code not in _DTYPES:
         raise UserError(

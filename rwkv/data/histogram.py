@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv import pictures
+from rwkv import plots
 
 BINS = 33  # 0, then [2^(k−1), 2^k) for k = 1 … 32: lengths are 32 bits in the index
 _WIDTH = 40  # of the longest bar, in characters
@@ -41,7 +41,7 @@ def draw(counts: np.ndarray, image: Path, title: str, ctx_len: int) -> None:
     filled, place = np.flatnonzero(counts), float(np.log2(max(1, ctx_len)) + 0.5)  # 2^k is the left edge of bin k + 1
     first, last = min(int(filled[0]), round(place)), max(int(filled[-1]), round(place))
     rows = np.arange(first, last + 1)
-    figure, axes = pictures.new()
+    figure, axes = plots.new()
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     bars = axes.bar(rows, counts[rows], width=0.9, color="tab:blue")
@@ -55,10 +55,10 @@ def draw(counts: np.ndarray, image: Path, title: str, ctx_len: int) -> None:
     else:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.set_ylim(0, counts.max() * 1.12)
-    axes.yaxis.set_major_formatter(FuncFormatter(pictures.counted))
+    axes.yaxis.set_major_formatter(FuncFormatter(plots.counted))
     axes.set(xlabel="tokens in a document", ylabel="documents")
-    pictures.set_title(axes, title)
+    plots.set_title(axes, title)
     axes.grid(alpha=0.3, axis="y")
     axes.set_axisbelow(True)
     figure.legend(loc="outside upper right", frameon=False)
-    pictures.save(figure, image)
+    plots.save(figure, image)

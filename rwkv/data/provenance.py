@@ -18,7 +18,7 @@ _HASHED = 1 << 30  # sources of at most so many bytes together are hashed: a sec
 
 
 class SourceFile(Protocol):
-    """What is recorded of a file that was converted (rwkv.data.convert.formats.Source)."""
+    """What is recorded of a file that was converted (rwkv.data.convert.source_file.Source)."""
 
     @property
     def path(self) -> Path: ...

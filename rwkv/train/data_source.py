@@ -18,7 +18,7 @@ from rwkv import commands
 from rwkv.config import ConvertConfig, TrainConfig
 from rwkv.data import provenance
 from rwkv.data.binidx import Dataset, mask_path
-from rwkv.data.convert import char_level, isolated, sources
+from rwkv.data.convert import char_level, in_subprocess, sources
 from rwkv.errors import UserError
 from rwkv.files import fingerprint, write_json
 from rwkv.models import Sizes
@@ -242,5 +242,7 @@ def _maker(c: TrainConfig, sizes: Sizes, folder: Path) -> Callable[[str], object
 
 
 def _converted(path: str, prefix: str) -> None:
-    for line in isolated.convert(ConvertConfig(input=path, output_prefix=prefix.removesuffix(_DOCUMENTS), force=True)):
+    for line in in_subprocess.convert(
+        ConvertConfig(input=path, output_prefix=prefix.removesuffix(_DOCUMENTS), force=True)
+    ):
         print(line, flush=True)

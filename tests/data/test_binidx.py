@@ -109,7 +109,7 @@ def test_either_suffix_or_none_opens_the_pair(tmp_path):
         (lambda bin, idx: idx.unlink(), r"p.idx: no such file"),
         (lambda bin, idx: bin.unlink(), r"p.bin: no such file"),
         (lambda bin, idx: idx.write_bytes(b"TNTIDX\0\0" + idx.read_bytes()), r"does not begin with MMIDIDX"),
-        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:20]), r"cut short inside its header"),
+        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:20]), r"truncated inside its header"),
         (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:-1]), r"2 documents need 82"),
         (lambda bin, idx: bin.write_bytes(bin.read_bytes()[:-1]), r"its index speaks of 3 tokens of 2 bytes \(6\)"),
         (

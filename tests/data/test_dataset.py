@@ -1,12 +1,13 @@
 """Samples are stretches of the stream; each is a function of its number, and no two of a run share one; what cannot serve is refused."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Subset
 
-from rwkv.data.dataset import Contexts, Documents, HeldOut
+from rwkv.data.dataset import Contexts, Documents, HeldOut, pack
 from rwkv.data.offsets import prime_offset
 from rwkv.errors import UserError
 
@@ -200,3 +201,36 @@ def test_held_out_samples_are_spread_evenly_and_shared_out(stream, world, count)
     assert all(len(item) == 2 or (item[2].all() and not item[3].any()) for item in items)
     begins = sorted(int(item[0][0]) for item in items)
     assert begins == [10 * i for i in (range(99) if count != 5 else (0, 19, 39, 59, 79))]
+
+
+def as_starts(sizes):
+    return np.cumsum([0, *sizes]).astype(np.int64)
+
+
+@given(sizes=st.lists(st.integers(1, 30)), ctx_len=st.integers(1, 20), data=st.data())
+def test_pack_keeps_documents_whole_and_within_ctx_len(sizes, ctx_len, data):
+    enough = data.draw(st.integers(1, ctx_len))
+    edges = as_starts(sizes).tolist()
+    packed = pack(as_starts(sizes), ctx_len, enough)
+    covered = set()
+    for begin, end in packed.windows.tolist():
+        assert begin in edges
+        assert end in edges
+        assert 2 <= end - begin <= ctx_len + 1
+        inside = [edge for edge in edges if begin < edge < end]
+        assert all(edge - begin < enough for edge in inside), "took a document more than it needed"
+        after = [edge for edge in edges if edge > end]
+        if end - begin < enough and after:
+            assert after[0] - begin > ctx_len + 1, "stopped too early"
+        assert not covered & set(range(begin, end))
+        covered |= set(range(begin, end))
+    left = [size for size, begin in zip(sizes, edges, strict=False) if begin not in covered]
+    assert packed.too_long == sum(size > ctx_len + 1 for size in sizes)
+    assert sorted(left) == sorted([size for size in sizes if size > ctx_len + 1] + [1] * packed.too_short)
+
+
+def test_pack_example():
+    # 2 + 3 reach 5; 4 alone, as 20 does not fit beside it; 20 is skipped; 5 is enough by itself; 1 holds no target
+    packed = pack(as_starts([2, 3, 4, 20, 5, 1]), ctx_len=10, enough=5)
+    assert packed.windows.tolist() == [[0, 5], [5, 9], [29, 34]]
+    assert (packed.too_long, packed.too_short) == (1, 1)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from rwkv import pictures
+from rwkv import plots
 from rwkv.config import ConvertConfig
 from rwkv.data import histogram, inspection
 from rwkv.data.binidx import Dataset, mask_path, writer
@@ -226,7 +226,7 @@ def test_lengths_are_drawn(tmp_path):
 def test_the_picture_shows_ctx_len_and_the_count_of_every_bar(tmp_path, monkeypatch, lengths, title):
     drawn = []
     monkeypatch.setattr(
-        pictures, "save", lambda figure, image: (drawn.append(figure), figure.savefig(image, dpi=50))[0]
+        plots, "save", lambda figure, image: (drawn.append(figure), figure.savefig(image, dpi=50))[0]
     )
     counts = histogram.count(np.array(lengths))
     with warnings.catch_warnings():

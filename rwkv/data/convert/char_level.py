@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from rwkv.data import binidx, provenance
-from rwkv.data.convert.formats import Source
+from rwkv.data.convert.source_file import Source
 from rwkv.errors import UserError
 from rwkv.files import write_json
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rwkv.data import binidx
-from rwkv.data.convert import shapes, turns
+from rwkv.data.convert import plain_chat, schemas
 from rwkv.data.convert.inputs import Chunk, lines_of, records
 from rwkv.data.convert.jsonl import BadRecord, text_under
 from rwkv.data.convert.messages import Conversation
@@ -43,7 +43,7 @@ class Encoder:
         keys: the fields whose texts make the pairs of files.
         template: with one, records that are conversations become text by it.
         stop: give up a chunk at its first bad record.
-        kind: what the records are: one of shapes.FORMATS.
+        kind: what the records are: one of schemas.FORMATS.
         mask: auto: a mask if there is a template; answers: always, and of plain text only the answers contribute; none: no mask.
     """
 
@@ -113,7 +113,7 @@ class Encoder:
             raise BadRecord(f"cannot be converted ({type(error).__name__}: {error})") from error
 
     def _segments(self, record: Any, key: str, seen: list[tuple]) -> list[tuple[str, bool]]:
-        if self.template and isinstance(record, dict) and (conversation := shapes.conversation(record, self.kind)):
+        if self.template and isinstance(record, dict) and (conversation := schemas.conversation(record, self.kind)):
             if why := conversation.skipped:
                 seen.append(("skipped", why))
                 return []
@@ -134,7 +134,7 @@ class Encoder:
                 and self.kind == "auto"
                 and key == "text"
                 and isinstance(record, dict)
-                and shapes.conversation(record)
+                and schemas.conversation(record)
             ):
                 raise BadRecord(
                     f"{error}; it is a conversation among texts: give --chat_template world to convert both"
@@ -148,7 +148,7 @@ class Encoder:
         seen.append(("shape", "text"))
         if self.mask != "answers":
             return [(text, True)]
-        if segments := turns.segments(text):
+        if segments := plain_chat.segments(text):
             return segments
         seen.append(("plain", ""))
         return [(text, True)]

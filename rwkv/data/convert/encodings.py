@@ -4,7 +4,7 @@ import codecs
 import shlex
 from collections.abc import Sequence
 
-from rwkv.data.convert.formats import TEXT, Source, opened
+from rwkv.data.convert.source_file import TEXT, Source, open_source
 from rwkv.errors import UserError
 
 _LOOK = 1 << 16  # bytes that are enough to see what a file is
@@ -56,7 +56,7 @@ def is_utf8_text(source: Source, encoding: str) -> bool:
 def look(source: Source) -> bytes:
     """The beginning of a text file as it is stored, from the first byte that is not ASCII if it is far; empty if the file is corrupt."""
     try:
-        with opened(source) as (file, _):
+        with open_source(source) as (file, _):
             head = file.read(_LOOK)
             while head.isascii() and (more := file.read(_LOOK)):
                 head = more

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rwkv.data.convert import formats
-from rwkv.data.convert.formats import BOM, READERS, Source, opened, read_line
+from rwkv.data.convert import columnar_readers, source_file, text_readers
 from rwkv.data.convert.jsonl import BadRecord, parse, utf8
+from rwkv.data.convert.source_file import BOM, Source, open_source, read_line
 from rwkv.errors import UserError
 
+# (source, file, fields, range of bytes in which the records begin) -> iterator of (the Chunk's field,
+# bytes of the file it accounts for; None: as many as were read)
+_READERS = {**text_readers.READERS, **columnar_readers.READERS}
 _SPLIT = {"jsonl", "lines", "parquet", "arrow"}  # kinds of which a shard can take a part without reading the rest
 
 
@@ -61,17 +64,19 @@ def chunks(sources: Sequence[Source], fields: Sequence[str], shard: tuple[int, i
         splits = source.kind in _SPLIT and source.plain
         if not (begins[0] < source.size and begins[1] > 0 if splits else begins[0] == 0 < begins[1]):
             continue
-        if small and (source.kind != "txt" or len(small) == 1000 or sum(one.size for one in small) >= formats.CHUNK):
+        if small and (
+            source.kind != "txt" or len(small) == 1000 or sum(one.size for one in small) >= source_file.CHUNK
+        ):
             yield Chunk(small[0], sum(one.size for one in small), files=small)
             small = []
         if source.kind == "txt":
             small.append(source)
         elif splits and source.kind in ("jsonl", "lines"):
-            for at in range(begins[0], min(begins[1], source.size), formats.CHUNK):
-                end = min(at + formats.CHUNK, begins[1], source.size)
+            for at in range(begins[0], min(begins[1], source.size), source_file.CHUNK):
+                end = min(at + source_file.CHUNK, begins[1], source.size)
                 yield Chunk(source, end - at, span=(at, end))
         else:
-            yield from _reading(source, READERS[source.kind], fields, begins if splits else (0, source.size + 1))
+            yield from _reading(source, _READERS[source.kind], fields, begins if splits else (0, source.size + 1))
     if small:
         yield Chunk(small[0], sum(one.size for one in small), files=small)
 
@@ -87,7 +92,7 @@ def records(chunk: Chunk, lines: Sequence[bytes], keys: Sequence[str]) -> Iterat
         return
     if chunk.files is not None:
         for number, source in enumerate(chunk.files):
-            with opened(source) as (file, _):
+            with open_source(source) as (file, _):
                 data = file.read(source.max_record + 1)
             if len(data) > source.max_record:
                 source.refuse_size("the whole file (--split_lines makes every line a document)")
@@ -171,7 +176,7 @@ def _document(source: Source, keys: Sequence[str], data: bytes) -> dict[str, str
 
 def _reading(source: Source, reader: Callable, fields: Sequence[str], begins: tuple[int, int]) -> Iterator[Chunk]:
     """The chunks of a file that only one process can read."""
-    with opened(source) as (file, tell):
+    with open_source(source) as (file, tell):
         before = 0
         for found, size in reader(source, file, fields, begins):
             taken = tell() - before if size is None else size

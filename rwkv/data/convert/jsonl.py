@@ -82,7 +82,7 @@ def _reason(text: str, error: json.JSONDecodeError) -> str:
     if found := hint(text, at, msg):
         return f"{found}, at column {at + 1}"
     if msg.startswith("Unterminated string"):
-        return f"the string that begins at column {at + 1} does not end on this line; cut short, or a line break inside it, which must be written \\n"
+        return f"the string that begins at column {at + 1} does not end on this line; truncated, or a line break inside it, which must be written \\n"
     return f"{msg[0].lower()}{msg[1:]} at column {at + 1}"
 
 

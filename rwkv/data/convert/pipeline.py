@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from rwkv.config import ConvertConfig
 from rwkv.data import binidx, provenance
-from rwkv.data.convert import encodings, inputs, report, shapes, shards, sources
+from rwkv.data.convert import encodings, inputs, report, schemas, shards, sources
 from rwkv.data.convert.detection import template_for
 from rwkv.data.convert.encode import Encoder
-from rwkv.data.convert.formats import Source
 from rwkv.data.convert.inputs import Chunk
 from rwkv.data.convert.jsonl import BadRecord
 from rwkv.data.convert.pool import Pool
+from rwkv.data.convert.source_file import Source
 from rwkv.data.tokenizer import HFTokenizer, WorldTokenizer, same_vocabulary
 from rwkv.errors import UserError
 
@@ -125,7 +125,7 @@ def _convert(
     for note in found.notes:
         print(note, file=sys.stderr, flush=True)
     workers = config.workers or len(os.sched_getaffinity(0))
-    fields = [*keys, *(shapes.FIELDS if encoder.template else ())]
+    fields = [*keys, *(schemas.FIELDS if encoder.template else ())]
     feed = inputs.chunks(found.sources, fields, shard or (0, 1))
     places = _Places()
     count = 0
@@ -208,7 +208,7 @@ def texts(config: ConvertConfig) -> tuple[Iterator[tuple[str, int]], int]:
 
     def read() -> Iterator[tuple[str, int]]:
         done, places = 0, _Places()
-        for chunk in inputs.chunks(some, [*keys, *(shapes.FIELDS if encoder.template else ())]):
+        for chunk in inputs.chunks(some, [*keys, *(schemas.FIELDS if encoder.template else ())]):
             done, lines = done + chunk.size, inputs.lines_of(chunk)
             for number, record in inputs.records(chunk, lines, keys):
                 try:

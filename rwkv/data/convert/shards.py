@@ -10,7 +10,7 @@ from typing import Any
 from rwkv.config import ConvertConfig
 from rwkv.data import binidx, provenance
 from rwkv.data.convert import report
-from rwkv.data.convert.formats import Source
+from rwkv.data.convert.source_file import Source
 from rwkv.errors import UserError
 
 

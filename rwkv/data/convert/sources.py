@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rwkv.data.convert import encodings, formats, order, splits
-from rwkv.data.convert.formats import BOM, Source, opened
+from rwkv.data.convert import encodings, natural_order, source_file, splits, text_readers
+from rwkv.data.convert.source_file import BOM, Source, open_source
 from rwkv.errors import UserError
 from rwkv.files import full_disk
 
@@ -82,12 +82,12 @@ def find(spec: str, split_lines: bool = False, split: str = "", encoding: str = 
             if not paths:
                 raise UserError(f"{word}: matches no file that can be converted")
             paths = _chosen(
-                order.natural(paths), Path(os.path.commonpath([x.parent for x in paths])), asked, found, known
+                natural_order.natural(paths), Path(os.path.commonpath([x.parent for x in paths])), asked, found, known
             )
         else:
             paths, direct = [path], True
         if len(paths) > 1:
-            found.notes.append(f"order: {order.in_words(paths)}")
+            found.notes.append(f"order: {natural_order.in_words(paths)}")
         found.sources += [_source(x, split_lines, input_format if paths == [path] else "", encoding) for x in paths]
     if asked and known and not found.used:
         raise UserError(
@@ -161,8 +161,10 @@ def _folder(folder: Path, asked: Sequence[str], found: Found, known: set[str]) -
             f"{folder}: a folder without a file that can be converted ({', '.join(KINDS)}, also with .gz or .zst)"
         )
     if other:
-        found.notes.append(f"skipped: {order.in_words(order.natural(other))}: of no kind that can be converted")
-    return _chosen(order.natural(paths), folder, asked, found, known)
+        found.notes.append(
+            f"skipped: {natural_order.in_words(natural_order.natural(other))}: of no kind that can be converted"
+        )
+    return _chosen(natural_order.natural(paths), folder, asked, found, known)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -201,9 +203,9 @@ def _chosen(paths: list[Path], root: Path, asked: Sequence[str], found: Found, k
         return paths
     chosen = _of_splits(by_split, root, asked, found, known)
     if asked == ["all"]:
-        return order.natural([*chosen, *rest])
+        return natural_order.natural([*chosen, *rest])
     if rest:
-        found.notes.append(f"skipped: {order.in_words(rest)}: of no split (--split all takes them)")
+        found.notes.append(f"skipped: {natural_order.in_words(rest)}: of no split (--split all takes them)")
     return chosen
 
 
@@ -267,7 +269,12 @@ def _source(path: Path, split_lines: bool, input_format: str, encoding: str) -> 
         source = dataclasses.replace(
             source, compression=next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
         )
-    if len(head) >= 32 and kind in formats.TEXT and not encoding and (name := encodings.utf_16_without_mark(head, 0.7)):
+    if (
+        len(head) >= 32
+        and kind in source_file.TEXT
+        and not encoding
+        and (name := encodings.utf_16_without_mark(head, 0.7))
+    ):
         raise UserError(
             f"{path}: not UTF-8, with a 0 in every other byte; it looks like UTF-16. Give --encoding {name}"
         )
@@ -295,18 +302,18 @@ def _temporary_folder() -> str:
 def _lines_or_array(source: Source) -> str:
     """jsonl or json by what a file begins with: many a .json contains lines, and many a .jsonl an array. "": as it is named."""
     try:
-        with opened(source) as (file, _):
+        with open_source(source) as (file, _):
             head = file.read(1 << 16).removeprefix(BOM).lstrip()
     except UserError:
         return ""  # corrupt: reading it will say so
     if head[:1] == b"{":
         return "jsonl"
-    return "json" if head[:1] == b"[" and not formats.is_json_line(head) else ""
+    return "json" if head[:1] == b"[" and not text_readers.is_json_line(head) else ""
 
 
 def _with_encoding(found: Found, encoding: str) -> list[Source]:
     """The sources with the encoding that was asked for, but those that are UTF-8 as they are. Raises UserError if no source is text."""
-    text = [source for source in found.sources if source.kind in formats.TEXT]
+    text = [source for source in found.sources if source.kind in source_file.TEXT]
     if not text:
         raise UserError(
             f"--encoding {encoding}: parquet and arrow files have an encoding of their own; leave the flag out"
@@ -320,7 +327,7 @@ def _with_encoding(found: Found, encoding: str) -> list[Source]:
         found.notes.append(f"encoding: the text is UTF-8 and read as such, not as {encoding}")
     return [
         dataclasses.replace(source, encoding=encoding)
-        if source.kind in formats.TEXT and source.path not in utf8
+        if source.kind in source_file.TEXT and source.path not in utf8
         else source
         for source in found.sources
     ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkv.data.convert import order
+from rwkv.data.convert import natural_order
 from rwkv.errors import UserError
 
 _FAMILIES = {
@@ -76,7 +76,7 @@ def of_files(paths: Sequence[Path], root: Path) -> tuple[dict[str, list[Path]], 
             return {}, list(paths)  # stories whose titles have such words
     if not families & {"validation", "test"}:
         return {}, list(paths)
-    return found, order.natural(rest)
+    return found, natural_order.natural(rest)
 
 
 def _split_of(path: Path) -> tuple[str, bool]:

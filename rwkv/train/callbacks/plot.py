@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rwkv import pictures
+from rwkv import plots
 from rwkv.train.callbacks.curve import Curve, Series
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def plot(curve: Curve, image: Path, title: str) -> None:
     Raises:
         UserError: the disk is full, or read-only.
     """
-    figure, axes = pictures.new()
+    figure, axes = plots.new()
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     loss, steps = curve.loss, np.array(curve.loss.steps)
@@ -66,11 +66,11 @@ def plot(curve: Curve, image: Path, title: str) -> None:
         )
     _limit(axes, curve)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    pictures.set_title(axes, title)
+    plots.set_title(axes, title)
     if len(steps) < 2:
         axes.set_xlim(curve.last - 1, curve.last + 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(pictures.counted))
+    axes.xaxis.set_major_formatter(FuncFormatter(plots.counted))
     axes.grid(alpha=0.3)
     right = axes.twinx()
     right.plot(steps, loss.rates, color="tab:orange", linewidth=1, label="learning rate")
@@ -82,7 +82,7 @@ def plot(curve: Curve, image: Path, title: str) -> None:
     figure.legend(
         handles=[*axes.lines, *right.lines], loc="outside lower center", ncols=3, frameon=False, fontsize="small"
     )
-    pictures.save(figure, image)
+    plots.save(figure, image)
 
 
 def _moving_mean(loss: Series) -> tuple[np.ndarray, int]:

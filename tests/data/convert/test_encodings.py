@@ -8,7 +8,7 @@ import pytest
 
 from rwkv.config import ConvertConfig
 from rwkv.data.binidx import Dataset
-from rwkv.data.convert import encodings, formats, transcode
+from rwkv.data.convert import encodings, source_file
 from rwkv.data.convert.pipeline import convert
 from rwkv.data.inspection import inspect
 from rwkv.data.tokenizer import WorldTokenizer
@@ -96,9 +96,9 @@ def test_characters_at_the_borders_of_chunks_are_whole(tmp_path, monkeypatch, en
     texts = [text[i:] + "x" * (i % 3) for i in range(20)]
     content = stored("jsonl", texts, encoding)
     (tmp_path / f"x.jsonl{'.gz' * compressed}").write_bytes(gzip.compress(content) if compressed else content)
-    monkeypatch.setattr(transcode, "BLOCK", 7)
+    monkeypatch.setattr(source_file, "DECODE_BLOCK", 7)
     for size in (5, 64, 1000):
-        monkeypatch.setattr(formats, "CHUNK", size)
+        monkeypatch.setattr(source_file, "CHUNK", size)
         for workers in (1, 2):
             assert (
                 converted(next(tmp_path.glob("x.*")), tmp_path / "out/p", encoding=encoding, workers=workers) == texts

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from rwkv.data.convert import formats, inputs, sources
+from rwkv.data.convert import inputs, source_file, sources
 from rwkv.data.convert.jsonl import BadRecord
 from rwkv.errors import UserError
 
@@ -77,7 +77,7 @@ def read(spec, shard=(0, 1), split_lines=True, keys=("text",), **flags):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(formats, "CHUNK", 7)
+    monkeypatch.setattr(source_file, "CHUNK", 7)
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -165,22 +165,22 @@ def test_json_of_any_kind_around_the_text(tmp_path):
     [
         ("x.json", b'[{"text": "a"}, {"text": "b"', r"x.json, element 2: not JSON"),
         ("x.json", b'[{"text": "a"}, {"text": nope}]' + b" " * 200, r"x.json, element 2: not JSON \(Expecting value"),
-        ("x.json", b'[{"text": "a"}', r"x.json: cut short after element 1"),
+        ("x.json", b'[{"text": "a"}', r"x.json: truncated after element 1"),
         ("x.json", b'[{"text": "a"} {"text": "b"}]', r"x.json: after element 1 there is '\{'"),
         ("x.json", b'[{"text": "a"}]\n[{"text": "b"}]', r"x.json: something follows the array, after element 1"),
         ("x.json", b'[{"text": "\xff"}]', r"x.json, after element 0: not UTF-8"),
         ("x.json", b"[" * 100_000, r"x.json, element 1: not JSON \(nested too deeply"),
-        ("x.json", b"", r"x.json: cut short after element 0"),
+        ("x.json", b"", r"x.json: truncated after element 0"),
         ("x.csv", b'id,text\n1,a\n2,"b', r"x.csv, line 3: not CSV \(unexpected end of data"),
         ("x.csv", b"id,txt\n1,a\n", r"x.csv: no column \"text\" \(it has 'id', 'txt'\)"),
         ("x.csv", b"id,text\n1,\xff\n", r"x.csv, line 1 or after: not UTF-8"),
         ("x.parquet", b"PAR1 not really", r"x.parquet: not parquet, or corrupt"),
         ("x.parquet", as_parquet(["a"])[:-20], r"x.parquet: not parquet, or corrupt"),
         ("x.arrow", as_jsonl(["a"]), r"x.arrow: not an arrow stream"),
-        ("x.jsonl.gz", gzip.compress(as_jsonl(["a"] * 99))[:-9], r"x.jsonl.gz: corrupt or cut short"),
-        ("x.jsonl.zst", zstd(as_jsonl(["a"] * 99))[:-9], r"x.jsonl.zst: corrupt or cut short"),
-        ("x.jsonl.gz", b"plain", r"x.jsonl.gz: corrupt or cut short"),
-        ("x.txt.gz", gzip.compress(b"a" * 99)[:-9], r"x.txt.gz: corrupt or cut short"),
+        ("x.jsonl.gz", gzip.compress(as_jsonl(["a"] * 99))[:-9], r"x.jsonl.gz: corrupt or truncated"),
+        ("x.jsonl.zst", zstd(as_jsonl(["a"] * 99))[:-9], r"x.jsonl.zst: corrupt or truncated"),
+        ("x.jsonl.gz", b"plain", r"x.jsonl.gz: corrupt or truncated"),
+        ("x.txt.gz", gzip.compress(b"a" * 99)[:-9], r"x.txt.gz: corrupt or truncated"),
         ("x.md", b"", r"x.md: of no known kind; the name must end in .jsonl"),
         ("sub/x.md", b"", r"a folder without a file that can be converted"),
     ],
@@ -218,7 +218,7 @@ def test_a_line_is_read_by_the_chunk_in_which_it_begins(tmp_path, monkeypatch):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"\n".join(lines))
     for size in (1, 2, 13, 64, 1000):
-        monkeypatch.setattr(formats, "CHUNK", size)
+        monkeypatch.setattr(source_file, "CHUNK", size)
         assert [
             line
             for chunk in inputs.chunks(sources.find(str(path)).sources, ["text"])

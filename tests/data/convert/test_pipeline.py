@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from rwkv.config import ConvertConfig
 from rwkv.data.binidx import Dataset
-from rwkv.data.convert import formats, inputs
+from rwkv.data.convert import inputs, source_file
 from rwkv.data.convert import pipeline as converting
 from rwkv.data.convert.pipeline import convert
 from rwkv.data.convert.shards import merge
@@ -56,7 +56,7 @@ def names(folder):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(formats, "CHUNK", 50)
+    monkeypatch.setattr(source_file, "CHUNK", 50)
 
 
 @pytest.mark.parametrize(("dtype", "letter", "code"), [("uint16", "H", 8), ("int32", "i", 4)])

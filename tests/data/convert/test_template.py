@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rwkv.data.convert import roles, sandbox
 from rwkv.data.convert.jsonl import BadRecord
-from rwkv.data.convert.shapes import conversation
+from rwkv.data.convert.schemas import conversation
 from rwkv.data.convert.template import Template
 from rwkv.errors import UserError
 from rwkv.generate import question

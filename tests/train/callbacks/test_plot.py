@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from rwkv import pictures
+from rwkv import plots
 from rwkv.train.callbacks.curve import Curve
 from rwkv.train.callbacks.plot import plot
 
@@ -18,7 +18,7 @@ def drawn(tmp_path, monkeypatch):
     """Draws a run of so many steps; its two axes, and the legend as text."""
     figures = []
     monkeypatch.setattr(
-        pictures, "save", lambda figure, image: (figures.append(figure), figure.savefig(image, dpi=50))[0]
+        plots, "save", lambda figure, image: (figures.append(figure), figure.savefig(image, dpi=50))[0]
     )
 
     def draw(count, loss, validation=None, title="run: LoRA"):

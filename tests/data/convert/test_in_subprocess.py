@@ -10,7 +10,7 @@ import pytest
 
 from rwkv.config import ConvertConfig
 from rwkv.data.binidx import Dataset
-from rwkv.data.convert import isolated
+from rwkv.data.convert import in_subprocess
 from rwkv.data.convert.pipeline import convert
 from rwkv.errors import UserError
 
@@ -20,7 +20,7 @@ CHAT = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", 
 def test_it_writes_the_same_files_and_reports_the_same(write_jsonl, tmp_path):
     source = write_jsonl(*[CHAT] * 20)
     here = convert(ConvertConfig(input=str(source), output_prefix=str(tmp_path / "here"), workers=2))
-    report = isolated.convert(ConvertConfig(input=str(source), output_prefix=str(tmp_path / "there"), workers=2))
+    report = in_subprocess.convert(ConvertConfig(input=str(source), output_prefix=str(tmp_path / "there"), workers=2))
     assert report == here.report
     for end in ("document.bin", "document.idx", "document.json", "mask.bin"):
         assert (tmp_path / f"there_text_{end}").read_bytes() == (tmp_path / f"here_text_{end}").read_bytes()
@@ -29,7 +29,7 @@ def test_it_writes_the_same_files_and_reports_the_same(write_jsonl, tmp_path):
 def test_errors_come_back_as_they_are(write_jsonl, tmp_path):
     config = ConvertConfig(input=str(write_jsonl({"text": "a"}, {"text": 3})), output_prefix=str(tmp_path / "p"))
     with pytest.raises(UserError, match=r"text.jsonl, line 2: \"text\" is a int, not a string$"):
-        isolated.convert(config)
+        in_subprocess.convert(config)
 
 
 def test_it_does_not_fork_a_process_that_has_threads(write_jsonl, tmp_path):
@@ -39,8 +39,8 @@ import os, torch
 torch.rand(300, 300) @ torch.rand(300, 300)
 os.register_at_fork(before=lambda: print("forked"))
 from rwkv.config import ConvertConfig
-from rwkv.data.convert import isolated
-isolated.convert(ConvertConfig(input={str(write_jsonl({"text": "a"}))!r}, output_prefix={str(tmp_path / "p")!r}, workers=3))
+from rwkv.data.convert import in_subprocess
+in_subprocess.convert(ConvertConfig(input={str(write_jsonl({"text": "a"}))!r}, output_prefix={str(tmp_path / "p")!r}, workers=3))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == ""
@@ -52,8 +52,8 @@ def test_it_ends_with_the_process_that_started_it(tmp_path):
     os.mkfifo(pipe)
     program = f"""
 from rwkv.config import ConvertConfig
-from rwkv.data.convert import isolated
-isolated.convert(ConvertConfig(input={str(pipe)!r}, input_format="jsonl", output_prefix={str(tmp_path / "p")!r}))
+from rwkv.data.convert import in_subprocess
+in_subprocess.convert(ConvertConfig(input={str(pipe)!r}, input_format="jsonl", output_prefix={str(tmp_path / "p")!r}))
 """
     process = subprocess.Popen([sys.executable, "-c", program])
     with open(pipe, "wb", 0) as held:  # the conversion waits for more

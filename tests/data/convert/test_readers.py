@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from rwkv.config import ConvertConfig
 from rwkv.data.binidx import Dataset
-from rwkv.data.convert import char_level, formats
+from rwkv.data.convert import char_level, source_file
 from rwkv.data.convert.pipeline import convert
 from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError
@@ -183,7 +183,7 @@ def test_a_bad_element_is_one_bad_record(tmp_path, kind, element, workers):
 def test_an_element_across_blocks_that_is_nested_too_deeply_is_skipped(tmp_path, monkeypatch):
     (tmp_path / "x.json").write_text(f'[{{"text": "a"}}, {{"x": "[{{\\"", "text": {nested(20_000)}}}, {{"text": "b"}}]')
     for size in (3, 17, 1000):
-        monkeypatch.setattr(formats, "CHUNK", size)
+        monkeypatch.setattr(source_file, "CHUNK", size)
         texts, done = converted(tmp_path / "x.json", tmp_path / "p", on_error="skip")
         assert (texts, done.rejects) == (["a", "b"], 1)
 

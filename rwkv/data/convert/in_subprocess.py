@@ -12,7 +12,7 @@ from pathlib import Path
 from rwkv.config import ConvertConfig
 from rwkv.errors import UserError
 
-_PROGRAM = "from rwkv.data.convert.isolated import _main; _main()"
+_PROGRAM = "from rwkv.data.convert.in_subprocess import _main; _main()"
 _ROOT = str(Path(__file__).parents[3])
 _PR_SET_PDEATHSIG = 1
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from rwkv.data.convert import shapes
+from rwkv.data.convert import schemas
 from rwkv.data.convert.jsonl import BadRecord
 
 
 def read(record, kind="auto"):
-    found = shapes.conversation(record, kind)
+    found = schemas.conversation(record, kind)
     return found and (found.shape, [(one.role, one.content, one.reasoning) for one in found.messages])
 
 
@@ -60,7 +60,7 @@ def test_moss():
         "Commands": "<|Commands|>: None<eoc>\n",
         "Tool Responses": "<|Results|>: None<eor>\n",
     }
-    found = shapes.conversation({"meta_instruction": "s", "num_turns": 2, "chat": {"turn_2": plain, "turn_1": turn}})
+    found = schemas.conversation({"meta_instruction": "s", "num_turns": 2, "chat": {"turn_2": plain, "turn_1": turn}})
     shown = [(one.role, one.content, one.reasoning, one.calls) for one in found.messages]
     assert (found.shape, shown) == (
         "moss",
@@ -95,7 +95,7 @@ def test_moss():
     ],
 )
 def test_what_is_no_conversation(record):
-    assert shapes.conversation(record) is None
+    assert schemas.conversation(record) is None
 
 
 def test_only_the_completion_of_a_conversational_prompt_is_trained_on():
@@ -103,14 +103,14 @@ def test_only_the_completion_of_a_conversational_prompt_is_trained_on():
         "prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "1"}],
         "completion": [{"role": "assistant", "content": "a"}],
     }
-    assert [one.train for one in shapes.conversation(record).messages] == [False, False, None]
+    assert [one.train for one in schemas.conversation(record).messages] == [False, False, None]
 
 
 def test_tools_are_kept():
     tools = [{"type": "function", "function": {"name": "f", "description": None}}]
     chat = [{"role": "user", "content": "q"}]
     for given in (tools, '[{"type": "function", "function": {"name": "f"}}]'):
-        assert shapes.conversation({"messages": chat, "tools": given}).tools == [
+        assert schemas.conversation({"messages": chat, "tools": given}).tools == [
             {"type": "function", "function": {"name": "f"}}
         ]
 
@@ -140,18 +140,18 @@ def test_tools_are_kept():
 )
 def test_what_would_be_trained_wrongly_is_refused(record, complaint):
     with pytest.raises(BadRecord, match=complaint):
-        shapes.conversation(record)
+        schemas.conversation(record)
 
 
 def test_a_kind_that_is_asked_for():
     both = {"text": "t", "question": "q", "answer": "a", "response": "b", "chosen": 1, "rejected": 2}
     assert read(both, "question_answer") == ("question_answer", turns("q", "a"))
     with pytest.raises(BadRecord, match='--format alpaca expects "instruction" and "output".*, and it has \'text\''):
-        shapes.conversation({"text": "t"}, "alpaca")
+        schemas.conversation({"text": "t"}, "alpaca")
     with pytest.raises(BadRecord, match="--format messages expects a list"):
-        shapes.conversation({"text": "t"}, "messages")
+        schemas.conversation({"text": "t"}, "messages")
 
 
 def test_messages_beside_a_text_are_used_and_it_is_said():
-    found = shapes.conversation({"text": "t", "messages": [{"role": "user", "content": "q"}]})
+    found = schemas.conversation({"text": "t", "messages": [{"role": "user", "content": "q"}]})
     assert found.remarks == ['records with "messages" and also "text", of which "messages" was converted']

@@ -2,12 +2,12 @@
 
 import pytest
 
-from rwkv.data.convert import turns
+from rwkv.data.convert import plain_chat
 
 
 def marked(text):
     """The text with ⟦ ⟧ around what contributes to the loss."""
-    found = turns.segments(text)
+    found = plain_chat.segments(text)
     if found is None:
         return None
     assert "".join(part for part, _ in found) == text

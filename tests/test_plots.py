@@ -5,16 +5,16 @@ import warnings
 
 import pytest
 
-from rwkv import pictures
+from rwkv import plots
 
 
 def drawn(tmp_path, text):
     """The title as it is drawn, once it is drawn."""
-    figure, axes = pictures.new()
+    figure, axes = plots.new()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pictures.set_title(axes, text)
-        pictures.save(figure, tmp_path / "x.png")
+        plots.set_title(axes, text)
+        plots.save(figure, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     return axes.get_title(), axes.title.get_fontfamily()
 
@@ -36,7 +36,7 @@ def drawn(tmp_path, text):
 def test_a_title_never_warns_and_has_no_boxes(tmp_path, text):
     shown, families = drawn(tmp_path, text)
     assert "\n" not in shown
-    covered = pictures._fonts(frozenset(shown))[1]
+    covered = plots._fonts(frozenset(shown))[1]
     assert set(shown) <= covered
     assert families[0] == "DejaVu Sans"
 
@@ -47,13 +47,13 @@ def test_what_the_font_has_stays_as_it_is(tmp_path):
 
 def test_an_installed_font_with_the_characters_is_found_and_used(tmp_path, monkeypatch):
     """Fonts that are installed differ by machine: here DejaVu's own serif font stands for one that has a character that the first lacks."""
-    has, lacking = pictures._has, frozenset("ж")
+    has, lacking = plots._has, frozenset("ж")
     monkeypatch.setattr(
-        pictures, "_has", lambda path: has(path) - lacking if path.endswith("/DejaVuSans.ttf") else has(path)
+        plots, "_has", lambda path: has(path) - lacking if path.endswith("/DejaVuSans.ttf") else has(path)
     )
-    pictures._fonts.cache_clear()
+    plots._fonts.cache_clear()
     shown, families = drawn(tmp_path, "ж 1")
-    pictures._fonts.cache_clear()
+    plots._fonts.cache_clear()
     assert shown == "ж 1"
     assert len(families) == 2
     assert families[1] != "DejaVu Sans"
