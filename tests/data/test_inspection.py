@@ -225,9 +225,7 @@ def test_lengths_are_drawn(tmp_path):
 @pytest.mark.parametrize("title", ["data", "小说 $x$"])
 def test_the_picture_shows_ctx_len_and_the_count_of_every_bar(tmp_path, monkeypatch, lengths, title):
     drawn = []
-    monkeypatch.setattr(
-        plots, "save", lambda figure, image: (drawn.append(figure), figure.savefig(image, dpi=50))[0]
-    )
+    monkeypatch.setattr(plots, "save", lambda figure, image: (drawn.append(figure), figure.savefig(image, dpi=50))[0])
     counts = histogram.count(np.array(lengths))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -17,9 +17,7 @@ from rwkv.train.callbacks.plot import plot
 def drawn(tmp_path, monkeypatch):
     """Draws a run of so many steps; its two axes, and the legend as text."""
     figures = []
-    monkeypatch.setattr(
-        plots, "save", lambda figure, image: (figures.append(figure), figure.savefig(image, dpi=50))[0]
-    )
+    monkeypatch.setattr(plots, "save", lambda figure, image: (figures.append(figure), figure.savefig(image, dpi=50))[0])
 
     def draw(count, loss, validation=None, title="run: LoRA"):
         curve = Curve()
