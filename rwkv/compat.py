@@ -36,13 +36,13 @@ def trainer_options(precision: str, strategy: Any) -> dict[str, Any]:
 
 
 def process_bytes() -> int:
-    """Resident memory of a training process that has made a step, without its model: the libraries (LOG.md)."""
+    """Resident memory of a training process that has made a step, without its model: the libraries."""
     return (290 if stack() == "cu117" else 555) << 20
 
 
 def wake_mkl() -> None:
     """To be called before the first product of matrices on a CPU. MKL 2020.0, which torch 1.13.1 has inside, multiplies fp32 at a third of the speed of
-    processors that are not Intel's unless this variable names AVX2 for them (LOG.md); later ones do not know it, and do better."""
+    processors that are not Intel's unless this variable names AVX2 for them (docs/decisions/001); later ones do not know it, and do better."""
     if stack() == "cu117" and _avx2_but_not_intel():
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
 

@@ -438,7 +438,7 @@ class EstimateConfig:
     """A GPU, as GB (24) or by name ("RTX 4090", "A100 80GB"): what fits on it, the largest batch and context. Omitted: the GPU of this machine. With
     --accelerator cpu: GB of memory."""
     table: bool = False
-    """Print README's table of all published sizes instead."""
+    """Print the README's table of all published sizes instead."""
     json: bool = False
     """Print JSON, in bytes."""
 

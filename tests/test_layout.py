@@ -2,7 +2,6 @@
 
 import ast
 import graphlib
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,12 +119,3 @@ def test_public_functions_are_documented():
         for node in ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{module}: {node.name}"
-
-
-def test_the_two_readmes_speak_of_the_same_things():
-    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
-    for pattern in (r"^    (make [^#\n]*?) *(?:#.*)?$", r"`(make \w+)`", r"`(scripts/\w+\.\w+)`", r"\]\(([\w/.]+)\)"):
-        ours, theirs = (
-            set(re.findall(pattern, text, re.MULTILINE)) - {"README.md", "README.zh.md"} for text in (english, chinese)
-        )
-        assert ours == theirs, pattern

@@ -10,7 +10,7 @@ L2WRAP = 1e-4  # upstream's factor
 CHUNK_BYTES = 64 << 20  # of a chunk's logits in fp32: 256 tokens at V = 65536
 SLICE = (
     1 << 11
-)  # tokens of the vocabulary at a time, where oneDNN takes a product and copies: 8192 take 30 MB more and are no faster (LOG.md)
+)  # tokens of the vocabulary at a time, where oneDNN takes a product and copies: 8192 take 30 MB more and are no faster (docs/decisions/002)
 
 
 def _logits(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:

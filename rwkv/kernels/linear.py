@@ -1,7 +1,7 @@
 """A linear layer without bias that keeps little, and its three matrix products by the faster of the libraries that torch brings.
 
 torch multiplies fp32 matrices on CPUs by MKL, which on processors that are not Intel's leaves part of their width unused; where torch can hand them to
-oneDNN as they lie, that does not (LOG.md). Which of the two takes a product depends on its shape alone, so that a run repeats bit for bit.
+oneDNN as they lie, that does not (docs/decisions/001). Which of the two takes a product depends on its shape alone, so that a run repeats bit for bit.
 """
 
 import torch

@@ -34,7 +34,7 @@ MODELS = {
 CONTEXT = (
     600 << 20
 )  # CUDA context and libraries on a GPU, which torch's allocator does not see. Assumed: no GPU was at hand to measure it
-PROCESS = 290 << 20  # a process with torch 1.13.1 and Lightning, with a first step, without a model (LOG.md)
+PROCESS = 290 << 20  # a process with torch 1.13.1 and Lightning, with a first step, without a model
 LOADED = 20 << 20  # of it comes with the first step: torch's code for it. 16 to 34 MiB were seen
 HEAP = (
     32 << 20

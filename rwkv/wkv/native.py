@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 KEEP = 16  # tokens per kept state (cuda/wkv4_args.h)
-THREADS = 1 << 17  # that a GPU is given, if the sequence is long enough (measured on an H100: LOG.md)
+THREADS = 1 << 17  # that a GPU is given, if the sequence is long enough (measured on an H100: docs/results.md)
 
 
 def segment_length(batch: int, length: int, channels: int) -> int:

@@ -20,7 +20,7 @@ def prepare() -> None:
     torch.set_flush_denormal(True)
     compat.wake_mkl()
     # Every step frees and takes the same tensors again. glibc gives their memory back in between, and each page costs a fault: of the
-    # WKV operator's time a third (LOG.md).
+    # WKV operator's time a third (docs/decisions/011).
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(_MMAP_THRESHOLD, HEAP)
@@ -31,7 +31,7 @@ def prepare() -> None:
 
 def settle() -> None:
     """Call once, after the first step and when its gradients are gone: what glibc holds of freed memory goes back to the system. The optimizer's moments are made in
-    the first step, in the holes that its other blocks left, which those fit into no more (LOG.md). A block that is taken again pays its page faults once."""
+    the first step, in the holes that its other blocks left, which those fit into no more (docs/decisions/011). A block that is taken again pays its page faults once."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)
