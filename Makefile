@@ -35,7 +35,7 @@ help:  ## this list
 venv: $(READY)  ## make .venv: the documented stack from PyPI, every file checked by its hash; with STACK=modern .venv-modern
 	@$(MAKE) --silent $(KERNELS) || echo 'Going on without the compiled kernel: correct, and slow.'
 
-$(VENV)/.ready: $(LOCKS) env/venv.sh env/install.sh
+$(VENV)/.ready: $(LOCKS) env/venv.sh env/install.sh env/uv.sh env/locks/uv.txt
 	env/venv.sh $(VENV) $(STACK)
 	@touch $@
 

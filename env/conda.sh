@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the conda environment `rwkv`, or bring it up to date, with mamba, micromamba or conda, whichever is there; then the kernels.
+# Create or update the conda environment `rwkv` with mamba, micromamba or conda, whichever is installed; then compile the kernels.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 for tool in ${CONDA:-mamba micromamba conda}; do
@@ -8,11 +8,11 @@ for tool in ${CONDA:-mamba micromamba conda}; do
 done
 if [ -z "${tool:-}" ]; then
   echo "error: no mamba, micromamba or conda on PATH" >&2
-  echo "  mend: scripts/ubuntu-setup.sh installs conda (Miniforge) on Ubuntu; CONDA=/path/to/it says where one is; make venv needs none" >&2
+  echo "  fix: run scripts/ubuntu-setup.sh (Ubuntu) to install Miniforge, pass CONDA=/path/to/conda, or use make venv, which needs no conda" >&2
   exit 1
 fi
 run=("$tool" run --name rwkv)
-if [ "$(basename "$tool")" = micromamba ]; then  # it updates only what exists, and asks
+if [ "$(basename "$tool")" = micromamba ]; then  # its update fails if there is no environment, and it asks for confirmation
   there=$("$tool" env list --json | grep -cE '/rwkv"' || true)
   "$tool" "$([ "$there" -gt 0 ] && echo update || echo create)" --yes --name rwkv --file environment.yml
 else

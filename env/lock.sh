@@ -18,8 +18,9 @@ compile tools --group tools --universal --fork-strategy fewest
 # To pip, 2.13.0+cpu is 2.13.0 and better: a wheel of that name in the user's find-links would be taken, and its hash refused. Not with `===`.
 sed -i -E 's/^([a-z0-9.-]+)==/\1===/' "$new/modern.txt"
 
-for lock in cu117 cu117-deepspeed modern modern-deepspeed tools; do echo "# Made by 'make lock' from pyproject.toml; do not edit." >"env/locks/$lock.txt"; done
+for lock in cu117 cu117-deepspeed modern modern-deepspeed tools uv; do echo "# Made by 'make lock' from pyproject.toml; do not edit." >"env/locks/$lock.txt"; done
 for stack in cu117 modern; do
   awk -v lock="env/locks/$stack" '/^[a-z]/ { to = lock (/^deepspeed=/ ? "-deepspeed.txt" : ".txt") } to { print >>to }' "$new/$stack.txt"
 done
 awk '/^[a-z]/ { on = 1 } on' "$new/tools.txt" >>env/locks/tools.txt
+awk '/^[a-z]/ { on = /^uv==/ } on' "$new/cu117.txt" >>env/locks/uv.txt  # what env/uv.sh installs first

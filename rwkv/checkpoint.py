@@ -73,7 +73,7 @@ def write_tensors(
     """
     path = Path(path)
     tensors = _compact(tensors)
-    stack = {"rwkv-trainer": __version__, "torch": torch.__version__}
+    stack = {"rwkv-training": __version__, "torch": torch.__version__}
     with whole(path) as temporary:
         if path.suffix == ".safetensors":
             safetensors_file.save(tensors, temporary)

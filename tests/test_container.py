@@ -94,7 +94,7 @@ def test_a_release_is_tagged_by_the_image_and_only_under_the_projects_own_versio
     assert (status, version) == (0, f"version={rwkv.__version__}\n")
     tags = next(step for step in steps(ROOT / ".github/workflows/release.yml") if step.get("id") == "tags")
     given = {"STACK": "cu117", "REGISTRY": "registry.example/someone", "VERSION": "1.2.3"}
-    prefix = "registry.example/someone/rwkv-trainer:"
+    prefix = "registry.example/someone/rwkv-training:"
     wanted = f"host=registry.example\ntags<<END\n{prefix}a\n{prefix}b\nEND\n"
     assert output(tags, tmp_path, **given, GITHUB_REF_NAME="v1.2.3") == (0, wanted)
     assert output(tags, tmp_path, **given, GITHUB_REF_NAME="v1.2.4") == (1, "")

@@ -241,8 +241,8 @@ def test_an_environment_that_would_not_fit_is_refused_and_the_old_one_stays(tmp_
     (tmp_path / "v").mkdir()
     done = venv(tmp_path, bare, "cu117")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("The cu117 stack takes 3.9 GB in ")
-    assert done.stderr.endswith(", 6 GB with what is downloaded until it is installed; there is room for 5 GB.\n")
+    assert done.stderr.startswith("Not enough disk space: the cu117 stack needs 6 GB ")
+    assert done.stderr.endswith(" (3.9 GB afterwards); 5 GB are free.\n")
     assert (tmp_path / "v").is_dir()
 
 

@@ -58,9 +58,9 @@ def wanted_by(stack: str) -> dict[tuple[str, str], set[str]]:
 @pytest.mark.parametrize("stack", [*STACKS, "tools"])
 def test_the_lock_was_made_from_these_pins_and_no_others(stack):
     asked = wanted_by(stack)
-    ours = {name: version for (name, version), by in asked.items() if "rwkv-trainer" in by}
+    ours = {name: version for (name, version), by in asked.items() if "rwkv-training" in by}
     assert ours == pins(stack)
-    assert set().union(*asked.values()) <= {name for name, _ in asked} | {"rwkv-trainer"}
+    assert set().union(*asked.values()) <= {name for name, _ in asked} | {"rwkv-training"}
 
 
 @pytest.mark.skipif(bool(os.environ.get("PY")), reason="make was given a Python of its own")
@@ -84,7 +84,7 @@ def test_the_lock_holds_what_its_packages_ask_for_and_nothing_else():
 
 def test_every_locked_file_has_a_hash():
     locks = [f"env/locks/{stack}{part}.txt" for stack in STACKS for part in ("", "-deepspeed")]
-    locks.append("env/locks/tools.txt")
+    locks += ["env/locks/tools.txt", "env/locks/uv.txt"]
     npm = {"env/locks/package.json", "env/locks/package-lock.json"}  # integrity in place of hashes
     assert {path.name for path in (ROOT / "env/locks").iterdir()} == {Path(name).name for name in [*locks, *npm]}
     for name in [*locks, "tests/oracle.txt"]:

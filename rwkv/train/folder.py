@@ -155,7 +155,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     stack = found.get("stack") if isinstance(found, dict) else None
-    return found if isinstance(stack, dict) and "rwkv-trainer" in stack else {}
+    return found if isinstance(stack, dict) and {"rwkv-training", "rwkv-trainer"} & stack.keys() else {}  # the latter is the old name
 
 
 def _step(saved: Saved, c: TrainConfig) -> int:
