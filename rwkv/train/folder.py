@@ -155,7 +155,9 @@ def _manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     stack = found.get("stack") if isinstance(found, dict) else None
-    return found if isinstance(stack, dict) and {"rwkv-training", "rwkv-trainer"} & stack.keys() else {}  # the latter is the old name
+    return (
+        found if isinstance(stack, dict) and {"rwkv-training", "rwkv-trainer"} & stack.keys() else {}
+    )  # the latter is the old name
 
 
 def _step(saved: Saved, c: TrainConfig) -> int:
