@@ -20,8 +20,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from rwkv import checkpoint
 from rwkv.data.binidx import writer
-from rwkv.models import RWKV, Sizes
-from rwkv.models.init import initialise
+from rwkv.models import RWKV
+from rwkv.models.v4 import Sizes
 from rwkv.train.resume import state_files
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -77,7 +77,7 @@ def make_inputs(folder: Path) -> dict[str, str]:
     """A small base model and data."""
     torch.manual_seed(0)
     model = RWKV(Sizes(2, 32, 256, 32, 128))
-    initialise(model, emb_scale=1e-2)
+    model.initialise(emb_scale=1e-2)
     checkpoint.save_model(folder / "base.pth", model, {})
     with writer(folder / "data") as out:
         out.add(torch.randint(256, (20000,)).tolist())

@@ -22,6 +22,7 @@ from rwkv.data.binidx import Dataset, writer
 from rwkv.data.dataset import Contexts, Documents
 from rwkv.data.token_stream import Stream
 from rwkv.memory import estimate
+from rwkv.models.version import DEFAULT
 
 SECONDS = 2.0  # of each
 
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--peak_tflops", type=float, default=989.0)
     c = parser.parse_args()
     gpu = torch.cuda.is_available()
-    need = {name: c.peak_tflops * 1e12 / (6 * estimate.total(estimate.sizes_of(name))) for name in estimate.MODELS}
+    need = {name: c.peak_tflops * 1e12 / (6 * estimate.total(sizes)) for name, sizes in DEFAULT.PUBLISHED.items()}
     with tempfile.TemporaryDirectory() as folder:
         stream = make(Path(folder) / "data", c.tokens)
         common = {"stream": stream, "ctx_len": c.ctx_len, "samples": 1 << 30}

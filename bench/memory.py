@@ -19,6 +19,7 @@ from rwkv.adapters import lora
 from rwkv.config import TrainConfig
 from rwkv.memory import estimate, machine
 from rwkv.models import RWKV
+from rwkv.models.version import published
 from rwkv.train.loop import optimizer
 from rwkv.train.runtime import cpu
 
@@ -35,7 +36,7 @@ TENSORS, PHASES = ("weights", "gradients", "optimizer", "kept"), ("forward", "ba
 
 def plan_of(row: str) -> estimate.Plan:
     model, method, precision, grad_cp, ctx_len, kind = row.split(",")
-    sizes = estimate.sizes_of(model)
+    sizes = published(model)
     return estimate.Plan(
         sizes,
         method == "lora",

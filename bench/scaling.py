@@ -23,7 +23,7 @@ from memory import Step
 
 from rwkv.memory import machine
 from rwkv.memory.estimate import Plan
-from rwkv.models import Sizes
+from rwkv.models.v4 import Sizes
 from rwkv.train.runtime import cpu
 
 VARIED = {"ctx_len": (512, 1024, 2048, 4096, 8192, 16384), "micro_bsz": (1, 2, 4, 8, 16), "layers": (3, 6, 12, 24)}

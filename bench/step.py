@@ -34,7 +34,8 @@ from rwkv.config import TrainConfig
 from rwkv.files import write_json
 from rwkv.kernels.head_loss import CHUNK_BYTES, SLICE, head_loss
 from rwkv.kernels.linear import needs_room, product, product_of_gradient, weight_gradient
-from rwkv.models import RWKV, Sizes
+from rwkv.models import RWKV
+from rwkv.models.v4 import Sizes
 from rwkv.train.loop import optimizer
 from rwkv.train.runtime import cpu
 
@@ -64,9 +65,7 @@ def write(c: argparse.Namespace) -> None:
         checkpoint.save_safetensors(
             export.transformers_names(export.tensors_of(model, "keep")), folder / "hf" / "model.safetensors"
         )
-        write_json(
-            folder / "hf" / "config.json", export.transformers_config(model.sizes, c.ctx_len, DTYPES[c.precision])
-        )
+        write_json(folder / "hf" / "config.json", export.transformers_config(model, c.ctx_len, DTYPES[c.precision]))
     for path in folder.rglob("*.*"):
         if path.is_file():
             with (

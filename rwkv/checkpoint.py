@@ -18,7 +18,8 @@ from rwkv import __version__, compat, mapped_tensors
 from rwkv.adapters import lora
 from rwkv.errors import UserError
 from rwkv.files import reserve, sha256, whole, write_json
-from rwkv.models import RWKV, Sizes
+from rwkv.models import RWKV, Sizes, version
+from rwkv.models.rwkv import shapes
 from rwkv.weights import kinds, peft_adapter, reading, safetensors_file
 from rwkv.weights import manifest as manifests
 
@@ -113,45 +114,18 @@ def save(value: Any, path: Path) -> None:
 
 
 def sizes_of(tensors: Mapping[str, Tensor], path: PathLike) -> Sizes:
-    """The model's sizes from its tensors' shapes. Raises UserError, with what it is instead, if this is no RWKV-4 checkpoint."""
+    """The model's sizes from its tensors' shapes. Raises UserError that says what it is instead, if it is no model that can be used."""
     if kind := kinds.other_than_model(tensors):
         raise UserError(f"{path}: {kind}")
-    layers = {int(match[1]) for key in tensors if (match := re.match(r"blocks\.(\d{1,9})\.", key))}
-    pre_ffn = "blocks.0.ffnPre.key.weight" in tensors
-    first_att = next(
-        (f"blocks.{layer}.att." for layer in sorted(layers) if f"blocks.{layer}.att.time_decay" in tensors), None
-    )
-    wanted = ["emb.weight", "blocks.0.ffn.key.weight"]
-    missing = [key for key in wanted if key not in tensors or tensors[key].dim() != 2]
-    if missing or not layers or (first_att is None and not pre_ffn):
-        lacks = ", ".join(missing) or "blocks.*.att.time_decay"
-        raise UserError(f"{path}: not an RWKV-4 checkpoint (no {lacks}); its tensors are {_some(sorted(tensors), 3)}")
-    if max(layers) >= len(layers):
-        absent = next(layer for layer in range(len(layers)) if layer not in layers)
-        raise UserError(f"{path}: its keys do not fit. It has block {max(layers)}, and no block {absent}")
-    vocab_size, n_embd = tensors["emb.weight"].shape
-    dim_att = n_embd if first_att is None else tensors[f"{first_att}time_decay"].shape[0]
-    sizes = Sizes(max(layers) + 1, n_embd, vocab_size, dim_att, tensors["blocks.0.ffn.key.weight"].shape[0], pre_ffn)
-    if not all(vars(sizes)[name] for name in ("n_embd", "vocab_size", "dim_att", "dim_ffn")):
-        raise UserError(f"{path}: not an RWKV-4 checkpoint (a tensor without elements)")
-    return sizes
+    try:
+        return version.detect({name: tensor.shape for name, tensor in tensors.items()})[1]
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; its tensors are {_some(sorted(tensors), 3)}") from None
 
 
 def check_shapes(tensors: Mapping[str, Tensor], sizes: Sizes, path: PathLike) -> None:
-    """Compare a checkpoint with the model of these sizes, without making that model. Raises UserError naming keys that do not fit."""
-    _check_keys(tensors, _shapes(sizes), path)
-
-
-def _shapes(sizes: Sizes) -> dict[str, torch.Size]:
-    """The shape of every parameter. Taken from a model of two layers whose sizes are different primes, each of which then stands for one of these."""
-    small = Sizes(min(sizes.n_layer, 2), 3, 5, 7, 11, sizes.pre_ffn)
-    meaning = {1: 1, 3: sizes.n_embd, 5: sizes.vocab_size, 7: sizes.dim_att, 11: sizes.dim_ffn}
-    made = {}
-    for name, parameter in RWKV(small).named_parameters():
-        shape = torch.Size([meaning[n] for n in parameter.shape])
-        for layer in range(1, sizes.n_layer) if name.startswith("blocks.1.") else (None,):
-            made[name if layer is None else name.replace("blocks.1.", f"blocks.{layer}.", 1)] = shape
-    return made
+    """Compare a checkpoint with the model of these sizes, without building it. Raises UserError naming keys that do not fit."""
+    _check_keys(tensors, shapes(sizes), path)
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: PathLike, pages: mapped_tensors.Pages | None = None) -> None:
@@ -242,7 +216,7 @@ def save_model(
     """Write all weights under upstream's names; of an adapted model those of its base. `weights` where the model does not hold them itself. `check` as in
     write_tensors."""
     tensors = weights or {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
-    write_tensors(path, tensors, {"kind": "model", "version": "4", "sizes": vars(model.sizes), **manifest}, check)
+    write_tensors(path, tensors, {"kind": "model", **describe(model), **manifest}, check)
 
 
 def save_adapter(
@@ -254,7 +228,12 @@ def save_adapter(
 ) -> None:
     """Write the adapter alone. `adapter`: r, alpha, parts, base, base_sha256. `weights` as in save_model."""
     tensors = lora.adapter_state(model, adapter["parts"]) if weights is None else weights
-    write_tensors(path, tensors, {"kind": "adapter", "version": "4", "sizes": vars(model.sizes), **adapter, **manifest})
+    write_tensors(path, tensors, {"kind": "adapter", **describe(model), **adapter, **manifest})
+
+
+def describe(model: RWKV) -> dict[str, Any]:
+    """What a manifest states about any file of a model: its version and sizes."""
+    return {"version": model.version.NAME, "sizes": vars(model.sizes)}
 
 
 def adapter_manifest(path: PathLike) -> dict[str, Any]:
@@ -263,9 +242,10 @@ def adapter_manifest(path: PathLike) -> dict[str, Any]:
     Raises:
         UserError: a value in it that an adapter cannot have.
     """
+    parts = version.DEFAULT.PARTS.names
     if config := peft_adapter.config_of(Path(path)):
-        return manifests.check_adapter(peft_adapter.described(config), config, lora.PARTS)
-    return manifests.check_adapter(manifests.read(path), manifests.path_of(path), lora.PARTS)
+        return manifests.check_adapter(peft_adapter.described(config), config, parts)
+    return manifests.check_adapter(manifests.read(path), manifests.path_of(path), parts)
 
 
 def find_base(path: PathLike) -> Path | None:
@@ -289,11 +269,11 @@ def inspect_adapter(
         raise UserError(f"{path}: {kind}")
     manifest = adapter_manifest(path)
     ranks = {value.shape[0] if value.dim() else 0 for key, value in tensors.items() if key.endswith(".lora_A")}
-    foreign = lora.foreign_layers(tensors)
-    parts = lora.parts_of(tensors)
+    of_version = version.VERSIONS[manifest.get("version", version.DEFAULT.NAME)].PARTS
+    foreign, parts = of_version.foreign(tensors), of_version.of_adapter(tensors)
     if foreign:
         raise UserError(
-            f"{path}: adapts {_some(foreign)}, which has no adapter here (any of {', '.join(lora.layers())} may have one); merge it with the"
+            f"{path}: adapts {_some(foreign)}, which has no adapter here (any of {', '.join(of_version.layers)} may have one); merge it with the"
             " program that wrote it, and give the merged model"
         )
     if len(ranks) > 1:

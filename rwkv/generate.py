@@ -12,7 +12,7 @@ from torch import Tensor
 from rwkv.data.convert.roles import fold
 from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError
-from rwkv.models import RWKV, BlockState
+from rwkv.models import RWKV, State
 
 _PREFILL = 256  # prompt tokens that go through the model at once
 
@@ -76,7 +76,7 @@ class Session:
         self.dtype = dtype
         self.model, self.tokenizer = model.eval(), tokenizer
         self.ended = ""
-        self.state: list[BlockState] | None = None
+        self.state: State | None = None
         self.logits = self._feed([tokenizer.eod])
 
     def read(self, text: str) -> None:

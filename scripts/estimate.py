@@ -37,28 +37,28 @@ def make_plan(c: EstimateConfig):
     from rwkv import checkpoint
     from rwkv.adapters import lora
     from rwkv.memory import estimate
+    from rwkv.models import version
     from rwkv.train import budget
 
     for name in ("ctx_len", "micro_bsz", "devices", "num_nodes", "accumulate_grad_batches", "lora_r", "ds_bucket_mb"):
         if getattr(c, name) < 1:
             raise UserError(f"--{name} must be at least 1; it is {getattr(c, name)}")
-    if c.model and c.model.lower() not in estimate.MODELS:
+    if c.model and c.model.lower() not in version.DEFAULT.PUBLISHED:
         raise UserError(
-            f"--model {c.model} is not one of {', '.join(estimate.MODELS)}; give --load_model, or --n_layer and --n_embd"
+            f"--model {c.model} is not one of {', '.join(version.DEFAULT.PUBLISHED)}; give --load_model, or --n_layer and --n_embd"
         )
     if c.strategy not in estimate.STRATEGIES:
         raise UserError(f"--strategy {c.strategy} is not one of {', '.join(estimate.STRATEGIES)}")
-    if unknown := set(lora.parts_in(c.lora_parts)) - set(lora.PARTS):
+    if unknown := set(lora.parts_in(c.lora_parts)) - set(version.DEFAULT.PARTS.names):
         raise UserError(
-            f"--lora_parts {c.lora_parts}: {', '.join(sorted(unknown))} is not one of {', '.join(lora.PARTS)}"
+            f"--lora_parts {c.lora_parts}: {', '.join(sorted(unknown))} is not one of {', '.join(version.DEFAULT.PARTS.names)}"
         )
     if c.load_model:
         sizes = checkpoint.sizes_of(checkpoint.read_tensors(c.load_model), c.load_model)
     elif c.model:
-        sizes = estimate.sizes_of(c.model)
+        sizes = version.published(c.model)
     else:
-        D = c.n_embd or 512
-        sizes = estimate.Sizes(c.n_layer or 6, D, c.vocab_size or 65536, c.dim_att or D, c.dim_ffn or 4 * D)
+        sizes = version.DEFAULT.Sizes(**version.sizes_given(c))
     return budget.plan_of(c, sizes, c.accelerator == "gpu", c.precision)
 
 

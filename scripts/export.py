@@ -44,11 +44,9 @@ def main(config: ExportConfig) -> None:
             found = export.difference(model, file, config.check_tokens, described)
 
     if written is output:
-        checkpoint.write_tensors(
-            output, tensors, {"kind": "model", "version": "4", "sizes": vars(model.sizes), **origin}, prove
-        )
+        checkpoint.write_tensors(output, tensors, {"kind": "model", **checkpoint.describe(model), **origin}, prove)
     else:
-        settings = export.transformers_config(model.sizes, config.ctx_len, tensors["head.weight"].dtype)
+        settings = export.transformers_config(model, config.ctx_len, tensors["head.weight"].dtype)
         made = not output.exists()
         output.mkdir(parents=True, exist_ok=True)
         try:

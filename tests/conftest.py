@@ -19,8 +19,8 @@ import torch
 from rwkv import checkpoint, compat
 from rwkv.data.binidx import Dataset, mask_path, writer
 from rwkv.data.token_stream import Stream
-from rwkv.models import RWKV, Sizes
-from rwkv.models.init import initialise
+from rwkv.models import RWKV
+from rwkv.models.v4 import Sizes
 from rwkv.train.runtime.process import denormals_are_flushed
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +96,7 @@ def make_model():
         sizes = {"dim_att": sizes["n_embd"], "dim_ffn": 4 * sizes["n_embd"], **sizes}
         torch.manual_seed(seed)
         model = RWKV(Sizes(**sizes))
-        initialise(model, emb_scale=1e-2)
+        model.initialise(emb_scale=1e-2)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.2)

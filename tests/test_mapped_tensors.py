@@ -13,7 +13,8 @@ import torch
 from rwkv import checkpoint, mapped_tensors
 from rwkv.checkpoint import load_model, read_tensors, save_model
 from rwkv.files import sha256
-from rwkv.models import RWKV, Sizes
+from rwkv.models import RWKV
+from rwkv.models.v4 import Sizes
 
 SUFFIXES = [".pth", ".safetensors"]
 MEASURE = """

@@ -1,9 +1,10 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685) as surgery on any nn.Module: inject, choose what trains, adapter state, merge.
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) on a model's linear layers: inject, freeze, save, combine, merge.
 
 x ──► W ───────────────► + ──► y        y = W x + (α/r) · B A dropout(x)
-└──► A [r, in] ► B [out, r] ─┘          W is frozen; B starts at zero, so the model is at first unchanged
+└──► A [r, in] ► B [out, r] ─┘          W is frozen; B starts at zero, so the model is unchanged at first
 
-An adapter keeps e·r bytes a token for the backward pass (e: 2 in bf16, 4 in fp32) beside what the model keeps anyway (rwkv/models/v4.py).
+An adapter saves e·r bytes per token for the backward pass (e: 2 in bf16, 4 in fp32) beside what the model saves.
+Which layers a model has is in the file of its version (PARTS).
 """
 
 import math
@@ -13,54 +14,45 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from rwkv.adapters.parts import layer_of
 from rwkv.kernels.elementwise import native
 from rwkv.kernels.linear import Matrix, product, product_of_gradient, rows
-
-# The names are BlinkDL's. A part of matrices is several layers of a block, and any one of a block's layers is a part too: att.output.
-_MATRICES = {"att": ("att.key", "att.value", "att.receptance"), "ffn": ("ffn.key", "ffn.receptance", "ffn.value")}
-_LAYERS = (*_MATRICES["att"], "att.output", *_MATRICES["ffn"])
-_WHOLE = {
-    "time": r"\.(att|ffn|ffnPre)\.time_\w+$",
-    "ln": r"\.ln[012]\.(weight|bias)$",
-}  # trained whole, without an adapter
-PARTS = ("att", "ffn", "time", "ln", *_LAYERS)
+from rwkv.models import RWKV
 
 
 def parts_in(flag: str) -> tuple[str, ...]:
-    """The names in a flag like att,ffn; whether they are of PARTS is not asked."""
+    """The names in a flag like att,ffn, valid or not."""
     return tuple(part.strip() for part in flag.split(",") if part.strip())
 
 
 class _Adapted(torch.autograd.Function):
-    # Kept for backward: x, or what its recipe needs, and A x, which has r numbers a token. Nothing for W's gradient, as W has none.
+    # Saved: x, or what recomputes it, and A x, which has r elements per token. Nothing for W's gradient, as W is frozen.
     @staticmethod
     def forward(ctx, x, weight, a, b, scale, dropout, again):
         flat, dtype = rows(x), x.dtype
-        ctx.scale, ctx.dropout, ctx.again = scale, dropout, again.function if again else None
+        ctx.scale, ctx.dropout, ctx.again = scale, dropout, again.function
         ctx.seed = native.new_seed() if dropout else 0
         y = product(flat, weight.to(dtype))
         low = product(_dropped(ctx, flat), a.to(dtype))  # [N, r]
         y.addmm_(low, b.to(dtype).t(), alpha=scale)
-        ctx.save_for_backward(weight, a, b, low, *(again.parts if again else (x,)))
+        ctx.save_for_backward(weight, a, b, low, *again.inputs)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        weight, a, b, low, *kept = ctx.saved_tensors
+        weight, a, b, low, *inputs = ctx.saved_tensors
         flat, dtype, gx, ga, gb = rows(g), g.dtype, None, None, None
         glow = product_of_gradient(flat, b.to(dtype)).mul_(ctx.scale)  # [N, r]
         if ctx.needs_input_grad[2]:
-            x = rows(ctx.again(*kept) if ctx.again else kept[0])
+            x = rows(ctx.again(*inputs))
             ga = (glow.t() @ _dropped(ctx, x)).to(a.dtype)
         if ctx.needs_input_grad[3]:
-            gb = (
-                (low.t() @ flat).mul_(ctx.scale).t().to(b.dtype)
-            )  # [r, out] first: its long side lies in memory as the library wants it
+            gb = (low.t() @ flat).mul_(ctx.scale).t().to(b.dtype)  # computed as [r, out]: the faster layout
         if ctx.needs_input_grad[0]:
             gx = product_of_gradient(flat, weight.to(dtype))
             if ctx.dropout:
-                native.dropout_onto(gx, glow @ a.to(dtype), ctx.seed, ctx.dropout)
+                native.dropout_add_(gx, glow @ a.to(dtype), ctx.seed, ctx.dropout)
             else:
                 gx.addmm_(glow, a.to(dtype))
             gx = gx.view(*g.shape[:-1], -1)
@@ -72,7 +64,7 @@ def _dropped(ctx, x: Tensor) -> Tensor:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer without bias, plus a trainable product of rank r. Its weight keeps its name."""
+    """A frozen linear layer without bias, plus a trainable product of rank r. The weight keeps its name."""
 
     def __init__(self, weight: nn.Parameter, r: int, alpha: float, dropout: float = 0.0):
         super().__init__()
@@ -83,33 +75,34 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.scale, self.dropout = alpha / r, dropout
 
-    def forward(self, x: Tensor, again: native.Recipe | None = None) -> Tensor:
-        """x [..., in] → [..., out] in x's compute dtype; `again`: how x is formed again for A's gradient."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out] in x's compute dtype."""
         x = x.to(native.compute_dtype(x))
-        return _Adapted.apply(
-            x, self.weight, self.lora_A, self.lora_B, self.scale, self.dropout if self.training else 0.0, again
-        )
+        p = self.dropout if self.training else 0.0
+        return _Adapted.apply(x, self.weight, self.lora_A, self.lora_B, self.scale, p, native.recompute_of(x))
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """W + (α/r) B A in W's dtype; the product and the sum are formed in fp32."""
+        """W + (α/r) B A in W's dtype, computed in fp32."""
         return (self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())).to(self.weight.dtype)
 
 
-def inject(model: nn.Module, parts: Collection[str], r: int, alpha: float, dropout: float = 0.0) -> list[str]:
-    """Give every linear layer of the parts an adapter, in place; returns their names. att is key, value and receptance of every time-mix
-    (upstream leaves output out), ffn the three of every channel-mix; att.output and the like are single ones.
+def inject(model: RWKV, parts: Collection[str], r: int, alpha: float, dropout: float = 0.0) -> list[str]:
+    """Give every linear layer of the parts an adapter, in place; returns their names. For RWKV-4 `att` is key, value and
+    receptance of every time-mix (without output, as upstream), `ffn` all of every channel-mix.
 
     Raises:
         ValueError: an unknown part, r < 1, or a model with none of these layers.
     """
-    unknown = set(parts) - set(PARTS)
+    known = model.version.PARTS
+    unknown = set(parts) - set(known.names)
     if unknown or not parts:
-        raise ValueError(f"LoRA parts are any of {', '.join(PARTS)}; got {', '.join(sorted(unknown)) or 'none'}")
+        raise ValueError(f"LoRA parts are any of {', '.join(known.names)}; got {', '.join(sorted(unknown)) or 'none'}")
     if r < 1:
         raise ValueError(f"LoRA rank r must be at least 1; it is {r}")
-    wanted = {layer for part in parts for layer in layers_of(part)}
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and _layer(name) in wanted]
+    wanted = {layer for part in parts for layer in known.layers_of(part)}
+    modules = list(model.named_modules())
+    names = [name for name, module in modules if isinstance(module, nn.Linear) and layer_of(name) in wanted]
     if wanted and not names:
         raise ValueError(f"this model has no linear layer of the parts {', '.join(parts)}")
     for name in names:
@@ -117,55 +110,11 @@ def inject(model: nn.Module, parts: Collection[str], r: int, alpha: float, dropo
     return names
 
 
-def layers() -> tuple[str, ...]:
-    """The layers of a block that can have an adapter."""
-    return _LAYERS
-
-
-def foreign_layers(names: Collection[str]) -> list[str]:
-    """Of an adapter with tensors of these names the layers that cannot have one here, such as head or att.gate."""
-    return sorted(
-        {
-            layer
-            for name in names
-            if re.search(r"\.lora_[AB]$", name) and (layer := _layer(name[: -len(".lora_A")])) not in _LAYERS
-        }
-    )
-
-
-def layers_of(part: str) -> tuple[str, ...]:
-    """The layers of a block that a part gives adapters to, e.g. att.key; none for `time` and `ln`."""
-    return () if part in _WHOLE else _MATRICES.get(part, (part,))
-
-
-def _layer(name: str) -> str:
-    return re.sub(r"^(.*\.)?(att|ffn)(Pre)?\.(\w+)$", r"\2.\4", name)
-
-
-def parts_of(names: Collection[str]) -> list[str]:
-    """The parts that an adapter has whose tensors bear these names; of parts that say the same the shortest (att for its three layers)."""
-    layers = {_layer(name[: -len(".lora_A")]) for name in names if name.endswith(".lora_A")}
-    whole = [part for part, pattern in _WHOLE.items() if any(re.search(pattern, name) for name in names)]
-    return _shortest(layers) + whole
-
-
-def same_parts(parts: Collection[str]) -> list[str]:
-    """The parts in the form of `parts_of`: in its order, the shortest names."""
-    return _shortest({layer for part in parts for layer in layers_of(part)}) + [
-        part for part in _WHOLE if part in parts
-    ]
-
-
-def _shortest(layers: set[str]) -> list[str]:
-    full = [part for part, its in _MATRICES.items() if layers >= set(its)]
-    return full + sorted(layers - {layer for part in full for layer in _MATRICES[part]})
-
-
 def combine(
     adapters: Sequence[tuple[Mapping[str, Tensor], float, float]], base: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Several adapters (tensors, scale α/r, weight) as one of the sum of their ranks, whose own scale is 1: W + Σ weight · scale · B A. What
-    they train whole moves from the base by Σ weight · (theirs − base)."""
+    """Several adapters (tensors, scale α/r, weight) as one whose rank is the sum of theirs and whose scale is 1:
+    W + Σ weight · scale · B A. Tensors trained whole become base + Σ weight · (theirs − base)."""
     made: dict[str, Tensor] = {}
     ranks = [
         next((t.shape[0] for name, t in tensors.items() if name.endswith(".lora_A")), 0) for tensors, _, _ in adapters
@@ -189,19 +138,19 @@ def combine(
     return made
 
 
-def adapter_names(model: nn.Module, parts: Collection[str]) -> list[str]:
-    """The parameters that an adapter of these parts holds: lora_A and lora_B of their layers, `time_*` if `time`, block LayerNorms if `ln`."""
-    layers = {layer for part in parts for layer in layers_of(part)}
-    whole = [_WHOLE[part] for part in parts if part in _WHOLE]
+def adapter_names(model: RWKV, parts: Collection[str]) -> list[str]:
+    """The parameters in an adapter of these parts: lora_A and lora_B of their layers, and tensors trained whole."""
+    known = model.version.PARTS
+    layers = {layer for part in parts for layer in known.layers_of(part)}
 
     def belongs(name: str) -> bool:
         layer, adapted, _ = name.rpartition(".lora_")
-        return _layer(layer) in layers if adapted else any(re.search(pattern, name) for pattern in whole)
+        return layer_of(layer) in layers if adapted else known.trained_whole(name, parts)
 
     return [name for name, _ in model.named_parameters() if belongs(name)]
 
 
-def mark_trainable(model: nn.Module, parts: Collection[str]) -> None:
+def mark_trainable(model: RWKV, parts: Collection[str]) -> None:
     """Freeze everything but the adapter's parameters."""
     chosen = set(adapter_names(model, parts))
     for name, parameter in model.named_parameters():
@@ -209,7 +158,8 @@ def mark_trainable(model: nn.Module, parts: Collection[str]) -> None:
 
 
 def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the frozen matrices in this dtype and all else in fp32, one tensor after the other. Vectors are few, and decays are sensitive."""
+    """Convert the frozen matrices to this dtype and all else to fp32, in place, one tensor after the other. Vectors are few, and
+    decays are sensitive."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(
             dtype if is_matrix(parameter) and not parameter.requires_grad else torch.float32
@@ -217,11 +167,11 @@ def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def is_matrix(weight: Tensor) -> bool:
-    """And not one of the vectors, some of which are stored as [1, 1, D]."""
+    """Whether a parameter is a matrix, and not a vector, some of which are stored as [1, 1, D]."""
     return weight.squeeze().dim() >= 2
 
 
-def adapter_state(model: nn.Module, parts: Collection[str]) -> dict[str, Tensor]:
+def adapter_state(model: RWKV, parts: Collection[str]) -> dict[str, Tensor]:
     """The adapter alone, under upstream's keys, e.g. `blocks.0.att.key.lora_A`."""
     state = dict(model.named_parameters())
     return {name: state[name].detach() for name in adapter_names(model, parts)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv import compat
-from rwkv.kernels.elementwise.native import Recipe, compute_dtype
+from rwkv.kernels.elementwise.native import compute_dtype, recompute_of
 
 SMALL = 1 << 20  # multiplications below which oneDNN's set-up costs more than it gains
 
@@ -49,39 +49,39 @@ def rows(x: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, again):
-        ctx.again = again.function if again else None
-        kept = (again.parts if again else (x,)) if ctx.needs_input_grad[1] else ()
-        ctx.save_for_backward(weight, *kept)
+        trained = ctx.needs_input_grad[1]
+        ctx.again = again.function
+        ctx.save_for_backward(weight, *(again.inputs if trained else ()))
         return product(rows(x), weight.to(x.dtype)).view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        weight, *kept = ctx.saved_tensors
+        weight, *inputs = ctx.saved_tensors
         flat, gx, gw = rows(g), None, None
         if ctx.needs_input_grad[0]:
             gx = product_of_gradient(flat, weight.to(g.dtype)).view(*g.shape[:-1], -1)
         if ctx.needs_input_grad[1]:
-            x = ctx.again(*kept) if ctx.again else kept[0]
-            gw = weight_gradient(flat, rows(x)).to(weight.dtype)
+            gw = weight_gradient(flat, rows(ctx.again(*inputs))).to(weight.dtype)
         return gx, gw, None
 
 
-def linear(x: Tensor, weight: Tensor, again: Recipe | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ in x's compute dtype: [..., in] → [..., out].
 
-    Keeps what `again` forms x from, x itself without one, nothing of x where the weight is frozen.
+    Saves x or what recomputes it (rwkv.kernels.elementwise.native); nothing of x where the weight is frozen.
     """
-    return _Linear.apply(x.to(compute_dtype(x)), weight, again)
+    x = x.to(compute_dtype(x))
+    return _Linear.apply(x, weight, recompute_of(x))
 
 
 class Matrix(nn.Linear):
-    """nn.Linear without bias, by `linear`. At first its memory holds no values, and so costs nothing: they come from a checkpoint or from
-    rwkv.models.init, and a 14b model should not be filled twice."""
+    """nn.Linear without bias, by `linear`. Its weight is uninitialised memory until a checkpoint or RWKV.initialise fills
+    it: a 14b model should not be filled twice."""
 
     def reset_parameters(self) -> None:
-        """Nothing. (torch's skip_init would go through torch.compiler: 2 s and 150 MB.)"""
+        """Nothing. (torch's skip_init imports torch.compiler: 2 s and 150 MB.)"""
 
-    def forward(self, x: Tensor, again: Recipe | None = None) -> Tensor:
-        """x [..., in] → [..., out]; `again`: how x is formed again for the weight's gradient."""
-        return linear(x, self.weight, again)
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out]."""
+        return linear(x, self.weight)

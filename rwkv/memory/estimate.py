@@ -17,20 +17,15 @@ gradients, 3 also the weights; offload moves them to the host. `e` is what produ
 
 from dataclasses import dataclass
 
-from rwkv.adapters.lora import layers_of
+import torch
+
+from rwkv.adapters.parts import layer_of
 from rwkv.kernels.head_loss import CHUNK_BYTES, SLICE
 from rwkv.models import Sizes
+from rwkv.models.rwkv import shapes
+from rwkv.models.version import version_of
 
 GB = 10**9
-MODELS = {
-    "0.1b": (12, 768),
-    "0.4b": (24, 1024),
-    "1.5b": (24, 2048),
-    "3b": (32, 2560),
-    "7b": (32, 4096),
-    "14b": (40, 5120),
-}
-"""Layers and width of the published RWKV-4 models."""
 CONTEXT = (
     600 << 20
 )  # CUDA context and libraries on a GPU, which torch's allocator does not see. Assumed: no GPU was at hand to measure it
@@ -84,7 +79,7 @@ class Plan:
     @property
     def layers(self) -> set[str]:
         """Matrices of a block that have adapters."""
-        return {layer for part in self.parts for layer in layers_of(part)}
+        return {layer for part in self.parts for layer in version_of(self.sizes).PARTS.layers_of(part)}
 
     @property
     def tokens(self) -> int:
@@ -146,69 +141,40 @@ class Estimate:
         return sum(self.host.values())
 
 
-def sizes_of(name: str) -> Sizes:
-    """A published model, e.g. "1.5b", with World's vocabulary. Raises KeyError."""
-    layers, width = MODELS[name.lower()]
-    return Sizes(layers, width, 65536, width, 4 * width)
+def matrices(s: Sizes) -> dict[str, torch.Size]:
+    """The shape of every matrix of the model, by its module's name."""
+    return {name.removesuffix(".weight"): shape for name, shape in shapes(s).items() if len(shape) == 2}
 
 
-def matrices(s: Sizes) -> list[tuple[str, int, int]]:
-    """Name, rows and columns of every matrix of the model."""
-    D, A, F = s.n_embd, s.dim_att, s.dim_ffn
-    found = [("emb", s.vocab_size, D), ("head", s.vocab_size, D)]
-    for layer in range(s.n_layer):
-        mixes = ("ffnPre", "ffn") if layer == 0 and s.pre_ffn else ("ffn",)
-        found += [
-            (f"{mix}.{name}", *shape)
-            for mix in mixes
-            for name, shape in (("key", (F, D)), ("receptance", (D, D)), ("value", (D, F)))
-        ]
-        if "ffnPre" not in mixes:
-            found += [(f"att.{name}", A, D) for name in ("key", "value", "receptance")] + [("att.output", D, A)]
-    return found
-
-
-def vectors(s: Sizes) -> dict[str, int]:
-    """Numbers of all vectors: `time` parameters, block LayerNorms `ln`, `ln_out`."""
-    D, A, L = s.n_embd, s.dim_att, s.n_layer
-    att = L - bool(s.pre_ffn)
-    return {"time": att * (2 * A + 3 * D) + (2 * L - att) * 2 * D, "ln": 4 * D * L + 2 * D, "ln_out": 2 * D}
-
-
-def adapted(p: Plan) -> list[tuple[int, int]]:
-    """Rows and columns of every matrix that gets an adapter."""
+def adapted(p: Plan) -> list[torch.Size]:
+    """The shape of every matrix that gets an adapter."""
     wanted = p.layers
-    return [
-        (rows, columns) for name, rows, columns in matrices(p.sizes) if p.lora and name.replace("Pre", "") in wanted
-    ]
+    return [shape for name, shape in matrices(p.sizes).items() if p.lora and layer_of(name) in wanted]
 
 
 def trained(p: Plan) -> int:
-    """Trained numbers."""
+    """The number of trained elements."""
     if not p.lora:
         return total(p.sizes)
-    small = vectors(p.sizes)
-    return sum(p.r * (rows + columns) for rows, columns in adapted(p)) + sum(
-        small[part] for part in p.parts if part in small
-    )
+    parts = version_of(p.sizes).PARTS
+    whole = sum(shape.numel() for name, shape in shapes(p.sizes).items() if parts.trained_whole(name, p.parts))
+    return whole + sum(p.r * (rows + columns) for rows, columns in adapted(p))
 
 
 def total(s: Sizes) -> int:
-    """Numbers of the model, without adapters."""
-    return sum(rows * columns for _, rows, columns in matrices(s)) + sum(vectors(s).values())
+    """The number of elements of the model, without adapters."""
+    return sum(shape.numel() for shape in shapes(s).values())
 
 
-def kept(p: Plan) -> float:
-    """Bytes a token and block that stay until the backward pass; the reasons are in rwkv/models/v4.py."""
-    D, A, F, e = p.sizes.n_embd, p.sizes.dim_att, p.sizes.dim_ffn, p.e
-    low = sum(p.r * e for _ in adapted(p)) / p.sizes.n_layer
-    return e * (4 * D + F) + (3 * e + 0.75) * A + 16 + low
+def saved_bytes(p: Plan) -> float:
+    """Bytes per token and block that stay until the backward pass: those of the version, and of adapters r elements each."""
+    return version_of(p.sizes).saved_bytes(p.sizes, p.e) + len(adapted(p)) * p.r * p.e / p.sizes.n_layer
 
 
 def _block(p: Plan) -> Blocks:
     """What `kept` says, for all tokens: one tensor of F numbers a token, the rest of D."""
     D, F, N = p.sizes.n_embd, p.sizes.dim_ffn, p.tokens
-    return [(p.e * F * N, 1), (p.e * D * N, (kept(p) - p.e * F) / (p.e * D))]
+    return [(p.e * F * N, 1), (p.e * D * N, (saved_bytes(p) - p.e * F) / (p.e * D))]
 
 
 def _outside(p: Plan) -> Blocks:
@@ -233,7 +199,7 @@ def estimate(p: Plan) -> Estimate:
         weights = e * (numbers + adapters) / (share if zero == 3 else 1)
         gradients = e * learns / (share if zero >= 2 else 1)
     elif p.lora:
-        whole = sum(rows * columns for _, rows, columns in matrices(s))
+        whole = sum(shape.numel() for shape in matrices(s).values())
         weights = p.frozen * whole + 4 * (numbers - whole + adapters)
         gradients = 4.0 * learns
     else:
@@ -253,7 +219,7 @@ def estimate(p: Plan) -> Estimate:
     buckets: Blocks = [(_buckets(p, numbers, learns), 1)]
     grown: Blocks = [(gradients, 1)] if zero else [(4.0, learns)]
     if not (p.lora or zero):
-        grown = [(4.0, sum(vectors(s).values())), *((4.0 * rows * columns, 1) for _, rows, columns in matrices(s))]
+        grown = [(4.0 * shape.numel(), 1) for shape in shapes(s).values()]
     head: Blocks = (
         [] if p.lora else [((e if zero else 4.0) * s.vocab_size * s.n_embd, 1)]
     )  # its gradient is formed in the forward pass
@@ -333,10 +299,12 @@ def _round(parts: dict[str, float]) -> dict[str, int]:
 def _optimizer(p: Plan, learns: int) -> float:
     if p.optimizer == "adam":
         return 8.0 * learns
-    shapes = [(p.r, columns) for _, columns in adapted(p)] + [(rows, p.r) for rows, _ in adapted(p)]
-    shapes = shapes if p.lora else [(rows, columns) for _, rows, columns in matrices(p.sizes)]
-    rest = learns - sum(rows * columns for rows, columns in shapes)
-    return 4.0 * (sum(rows + columns for rows, columns in shapes) + rest)
+    if p.lora:
+        found = [torch.Size(shape) for rows, columns in adapted(p) for shape in ((p.r, columns), (rows, p.r))]
+    else:
+        found = list(matrices(p.sizes).values())
+    rest = learns - sum(shape.numel() for shape in found)
+    return 4.0 * (sum(map(sum, found)) + rest)
 
 
 def _logits(p: Plan) -> Blocks:
@@ -368,7 +336,7 @@ def _stepping(p: Plan) -> Blocks:
         return []
     if p.lora:
         return [(4.0 * max((p.r * max(shape) for shape in adapted(p)), default=0), 2)]
-    return [(4.0 * max(rows * columns for _, rows, columns in matrices(p.sizes)), 2)]
+    return [(4.0 * max(shape.numel() for shape in matrices(p.sizes).values()), 2)]
 
 
 def _buckets(p: Plan, numbers: int, learns: int) -> float:

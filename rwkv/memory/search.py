@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from rwkv.memory.estimate import GB, MODELS, Estimate, Plan, estimate, sizes_of
+from rwkv.memory.estimate import GB, Estimate, Plan, estimate
 from rwkv.models import Sizes
+from rwkv.models.version import DEFAULT, published
 
 GUIDE = {"1.5b": 15, "3b": 24, "7b": 48, "14b": 80}
 """GB that the community's guide says full tuning takes, by size; less than half of it with LoRA and DeepSpeed."""
@@ -111,7 +112,7 @@ def in_words(p: Plan, found: Estimate, card: float = 0) -> str:
 
 def guide_of(s: Sizes) -> int | None:
     """The guide's GB for a published size, or None."""
-    return next((gb for name, gb in GUIDE.items() if MODELS[name] == (s.n_layer, s.n_embd)), None)
+    return next((gb for name, gb in GUIDE.items() if DEFAULT.PUBLISHED[name] == s), None)
 
 
 def on_card(p: Plan, card: float) -> dict[str, Any]:
@@ -160,8 +161,8 @@ def table() -> str:
         "| model | LoRA | full | full, Adafactor | full, ZeRO-2 offload (host) | guide |",
         "|---|---|---|---|---|---|",
     ]
-    for name in MODELS:
-        plan = Plan(sizes_of(name), grad_cp=True)
+    for name in DEFAULT.PUBLISHED:
+        plan = Plan(published(name), grad_cp=True)
         full = replace(plan, lora=False)
         factored, spread = (
             estimate(replace(full, optimizer="adafactor")),

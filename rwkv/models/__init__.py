@@ -1,5 +1,7 @@
-"""RWKV models. RWKV is the model of the only version there is so far, RWKV-4."""
+"""RWKV models: the language model (rwkv.py), and one file for each version (v4.py)."""
 
-from rwkv.models.v4 import RWKV, BlockState, Sizes
+from rwkv.models.rwkv import RWKV
+from rwkv.models.state import State
+from rwkv.models.version import Sizes
 
-__all__ = ["RWKV", "BlockState", "Sizes"]
+__all__ = ["RWKV", "Sizes", "State"]

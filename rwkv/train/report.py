@@ -26,7 +26,7 @@ def introduce(c: TrainConfig, model: RWKV, data: Dataset, training: Samples, hel
         else ""
     )
     say(
-        f"model: RWKV-4, L{s.n_layer} D{s.n_embd} V{s.vocab_size}, {every / 1e6:.2f} million parameters, {what}\n"
+        f"model: RWKV-{model.version.NAME}, L{s.n_layer} D{s.n_embd} V{s.vocab_size}, {every / 1e6:.2f} million parameters, {what}\n"
         f"data: {data.prefix}, {len(data):,} documents, {len(data.tokens):,} tokens{masked}\n"
         + validation
         + f"length: {_length(c, len(data.tokens))}\n"

@@ -14,8 +14,7 @@ from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.convert import char_level
 from rwkv.errors import UserError
 from rwkv.files import sha256
-from rwkv.models import RWKV, Sizes
-from rwkv.models.init import initialise
+from rwkv.models import RWKV, Sizes, version
 from rwkv.train.runtime import strategy, trainer
 
 NEW_BASE = "rwkv-base.pth"  # of LoRA on a new model
@@ -23,9 +22,7 @@ NEW_BASE = "rwkv-base.pth"  # of LoRA on a new model
 
 def make_model(c: TrainConfig, base: Path | None = None) -> RWKV:
     """From load_model, with flags that disagree refused; else new, by upstream's rules. `base`: the new model that an earlier start of this run wrote."""
-    given = {
-        name: getattr(c, name) for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn") if getattr(c, name)
-    }
+    given = version.sizes_given(c)
     if c.load_model and c.load_partial:
         tensors = checkpoint.read_tensors(c.load_model)
         model = _new(c, replace(checkpoint.sizes_of(tensors, c.load_model), **given))
@@ -53,14 +50,12 @@ def make_model(c: TrainConfig, base: Path | None = None) -> RWKV:
         model = checkpoint.load_model(base, matrices=_frozen(c), by_rows=True)
         model.grad_cp, model.dropout = bool(c.grad_cp), c.dropout
         return model
-    sizes = {"n_layer": 6, "n_embd": 512, "vocab_size": 65536} | given
-    sizes = {"dim_att": sizes["n_embd"], "dim_ffn": 4 * sizes["n_embd"]} | sizes
-    return _new(c, Sizes(**sizes, pre_ffn=bool(c.pre_ffn)))
+    return _new(c, version.DEFAULT.Sizes(**given))
 
 
 def _new(c: TrainConfig, sizes: Sizes) -> RWKV:
     model = RWKV(sizes, bool(c.grad_cp), c.dropout)
-    initialise(model, emb_scale=c.lr_init, frozen=_adapts(c))
+    model.initialise(emb_scale=c.lr_init, frozen=_adapts(c))
     return model
 
 
@@ -103,7 +98,7 @@ def adapt(model: RWKV, c: TrainConfig, folder: Path) -> dict[str, Any] | None:
         tensors, known = checkpoint.inspect_adapter(
             c.lora_load, c.load_model or None, c.lora_alpha if said is None else None
         )
-        _compare(c, known)
+        _compare(model, c, known)
         checkpoint.load_adapter(
             model, c.lora_load, tensors, known["parts"]
         )  # what it lacks begins as the base has it, as upstream
@@ -115,11 +110,12 @@ def adapt(model: RWKV, c: TrainConfig, folder: Path) -> dict[str, Any] | None:
     return {"r": c.lora_r, "alpha": c.lora_alpha, "parts": parts, **base}
 
 
-def _compare(c: LoRAConfig, known: dict[str, Any]) -> None:
+def _compare(model: RWKV, c: LoRAConfig, known: dict[str, Any]) -> None:
     """Raises UserError unless the run can continue from an adapter of which this is known."""
-    theirs, ours = known["parts"], lora.same_parts(lora.parts_in(c.lora_parts))
+    possible = model.version.PARTS
+    theirs, ours = known["parts"], possible.normal(lora.parts_in(c.lora_parts))
     merge = f"merge it into its base and train a new one: scripts/merge_lora.py --adapter {shlex.quote(c.lora_load)}"
-    matrices = any(map(lora.layers_of, theirs))  # without them rank and alpha do not matter
+    matrices = any(map(possible.layers_of, theirs))  # without them rank and alpha do not matter
     if matrices and known["r"] != c.lora_r:
         raise UserError(
             f"{c.lora_load}: this adapter has rank {known['r']}, and --lora_r is {c.lora_r}; a rank cannot be changed. Give --lora_r {known['r']}, or {merge}"
@@ -129,7 +125,9 @@ def _compare(c: LoRAConfig, known: dict[str, Any]) -> None:
             f"{c.lora_load}: this adapter was trained with alpha {known['alpha']:g}, and --lora_alpha is {c.lora_alpha:g}, which would scale it by"
             f" {c.lora_alpha / known['alpha'] if known['alpha'] else math.inf:g}. Give --lora_alpha {known['alpha']:g}, or {merge}"
         )
-    has, takes = ({layer for part in parts for layer in lora.layers_of(part) or (part,)} for parts in (theirs, ours))
+    has, takes = (
+        {layer for part in parts for layer in possible.layers_of(part) or (part,)} for parts in (theirs, ours)
+    )
     if more := has - takes:
         raise UserError(
             f"{c.lora_load}: this adapter has parts that --lora_parts {c.lora_parts} does not have ({', '.join(sorted(more))}), and would lose them. Give"

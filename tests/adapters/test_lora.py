@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rwkv.adapters import lora
+from rwkv.models.v4 import PARTS
 
 MATRICES = {"att": ["att.key", "att.value", "att.receptance"], "ffn": ["ffn.key", "ffn.receptance", "ffn.value"]}
 TOKENS = torch.randint(50, (2, 15), generator=torch.Generator().manual_seed(0))
@@ -39,7 +40,7 @@ def test_single_matrices_are_parts_and_an_adapter_knows_its_own(make_model, part
     wanted = {m for part in parts if part not in ("time", "ln") for m in MATRICES.get(part, [part])}
     assert {name.split(".", 2)[2].replace("ffnPre", "ffn") for name in names} == wanted
     assert any("ffnPre" in name for name in names) == any(m.startswith("ffn") for m in wanted)
-    assert lora.parts_of(lora.adapter_state(model, parts)) == lora.same_parts(parts) == same
+    assert PARTS.of_adapter(lora.adapter_state(model, parts)) == PARTS.normal(parts) == same
 
 
 def test_the_trainable_parameters_are_upstreams(make_model):

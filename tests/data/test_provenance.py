@@ -13,7 +13,7 @@ from rwkv.data.convert.pipeline import convert
 from rwkv.data.convert.shards import merge
 from rwkv.data.inspection import in_words, inspect
 from rwkv.errors import UserError
-from rwkv.models import Sizes
+from rwkv.models.v4 import Sizes
 from rwkv.train.data_source import open_data
 
 CHAT = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}

@@ -9,10 +9,11 @@ import pytest
 from rwkv.memory import estimate as memory
 from rwkv.memory import search
 from rwkv.memory.estimate import Plan, estimate
+from rwkv.models.version import published
 
 
 def test_the_largest_batch_and_context_are_the_largest():
-    plan = Plan(memory.sizes_of("1.5b"), grad_cp=True)
+    plan = Plan(published("1.5b"), grad_cp=True)
     limit = 12 * memory.GB
     for what, unit in (("micro_bsz", 1), ("ctx_len", 16)):
         most = search.largest(plan, limit, what)
@@ -27,7 +28,7 @@ def test_the_largest_batch_and_context_are_the_largest():
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_remedy_fits_and_is_the_first_that_does(gpu, method):
-    plan = Plan(memory.sizes_of("1.5b"), lora=method == "lora", micro_bsz=8, gpu=gpu)
+    plan = Plan(published("1.5b"), lora=method == "lora", micro_bsz=8, gpu=gpu)
     for share in (0.9, 0.6, 0.4):
         limit = round(estimate(plan).total * share)
         words, changed = search.remedy(plan, limit)
@@ -46,7 +47,7 @@ def test_the_remedy_fits_and_is_the_first_that_does(gpu, method):
     ("strategy", "optimizer"), [("auto", "adam"), ("auto", "adafactor"), ("deepspeed_stage_2", "adam")]
 )
 def test_no_change_puts_adafactor_under_deepspeed(strategy, optimizer):
-    plan = Plan(memory.sizes_of("1.5b"), lora=False, strategy=strategy, optimizer=optimizer)
+    plan = Plan(published("1.5b"), lora=False, strategy=strategy, optimizer=optimizer)
     changed = [q for _, q in search.changes(plan)]
     assert any(q.optimizer == "adafactor" for q in changed)
     assert not any(q.optimizer == "adafactor" and q.stage for q in changed)

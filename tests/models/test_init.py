@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from rwkv.models import RWKV, Sizes
-from rwkv.models.init import initialise
+from rwkv.models import RWKV
+from rwkv.models.v4 import Sizes
 
 
 def fresh(layers=3, D=8, A=12, F=40, V=100, scale=6e-4, pre_ffn=False) -> RWKV:
     torch.manual_seed(0)
     model = RWKV(Sizes(layers, D, V, A, F, pre_ffn))
-    initialise(model, scale)
+    model.initialise(scale)
     return model
 
 

@@ -101,18 +101,13 @@ def test_dropout_is_upstreams_of_the_embedding_and_of_the_stream_after_every_mix
     model.zero_grad()
     torch.manual_seed(3)
     drop = lambda x: reference.dropout(x, int(torch.randint(1 << 31, ())), p)  # noqa: E731
-    x, reset = drop(model.emb(tokens)), None
-    for block, state in zip(model.blocks, model.initial_state(2), strict=True):
-        x = block.ln0(x)[0] if hasattr(block, "ln0") else x
-        a, x, _ = block.ln1(x)
-        x = drop(
-            x + block.att(a, state.att_shift, state.wkv, reset)[0]
-            if hasattr(block, "att")
-            else block.ffnPre(a, x, state.att_shift, reset)
-        )
-        f, x, _ = block.ln2(x)
-        x = drop(block.ffn(f, x, state.ffn_shift, reset))
-    theirs = model.head(model.ln_out(x)[0])
+    x = drop(model.emb(tokens))
+    for block, (att_shift, wkv, ffn_shift) in zip(model.blocks, model.initial_state(2), strict=True):
+        x = block.ln0(x) if hasattr(block, "ln0") else x
+        a = block.ln1(x)
+        x = drop(x + (block.att(a, att_shift, wkv)[0] if hasattr(block, "att") else block.ffnPre(a, att_shift)))
+        x = drop(x + block.ffn(block.ln2(x), ffn_shift))
+    theirs = model.head(model.ln_out(x))
     theirs.square().sum().backward()
     torch.testing.assert_close(found, theirs)
     assert not torch.allclose(found, without, rtol=0.1)

@@ -11,8 +11,9 @@ from rwkv.cli import parse
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.memory import machine
-from rwkv.memory.estimate import Plan, estimate, sizes_of
-from rwkv.models import Sizes
+from rwkv.memory.estimate import Plan, estimate
+from rwkv.models.v4 import Sizes
+from rwkv.models.version import published
 from rwkv.train import budget
 from rwkv.train.callbacks.memory import Watch
 
@@ -126,7 +127,7 @@ def test_on_a_gpu_too_out_of_memory_is_an_error_with_a_remedy(monkeypatch):
     monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: total)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: used)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    wanted = plan(sizes=sizes_of("1.5b"), ctx_len=1024, micro_bsz=1)
+    wanted = plan(sizes=published("1.5b"), ctx_len=1024, micro_bsz=1)
     watch = Watch(wanted, 0)
     watch._device = torch.device("cuda")
     with pytest.raises(UserError) as told, watch.explained():
@@ -147,7 +148,7 @@ def test_where_the_memory_is_unknown_nothing_is_reckoned_with_zero(begin, capsys
     assert "can be used" not in said
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10**9)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    watch = Watch(plan(sizes=sizes_of("1.5b"), ctx_len=1024, micro_bsz=1), 0)
+    watch = Watch(plan(sizes=published("1.5b"), ctx_len=1024, micro_bsz=1), 0)
     watch._device = torch.device("cuda")
     with (
         pytest.raises(UserError, match=r"1\.00 GB were in use when no more could be had\. ") as told,

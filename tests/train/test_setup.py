@@ -11,7 +11,7 @@ from rwkv.checkpoint import read_manifest, read_tensors
 from rwkv.config import LoRAConfig
 from rwkv.errors import UserError
 from rwkv.files import sha256
-from rwkv.train import setup
+from rwkv.models import RWKV
 from rwkv.train.fit import fit
 
 TUNE = {
@@ -45,7 +45,7 @@ def test_a_resumed_run_trains_on_the_base_in_its_file(config, tmp_path, monkeypa
     fit(changed(config, proj_dir=str(tmp_path / "whole")))
     fit(changed(config, max_steps=5))
     base = sha256(tmp_path / "run/rwkv-base.pth")
-    initialise = setup.initialise
+    initialise = RWKV.initialise
 
     def otherwise(model, **options):
         initialise(model, **options)
@@ -53,7 +53,7 @@ def test_a_resumed_run_trains_on_the_base_in_its_file(config, tmp_path, monkeypa
             for parameter in model.parameters():
                 parameter.add_(0.1)
 
-    monkeypatch.setattr(setup, "initialise", otherwise)
+    monkeypatch.setattr(RWKV, "initialise", otherwise)
     shutil.move(tmp_path / "run", tmp_path / "moved")  # nothing depends on where the folder is
     result = fit(changed(config, proj_dir=str(tmp_path / "moved")))
     assert losses(tmp_path / "moved") == losses(tmp_path / "whole")

@@ -114,7 +114,7 @@ class Served:
         from rwkv.kernels.elementwise import native as fused
 
         unit = gpu.Unit(DEVICE, lambda: STREAM)
-        fused._unit = lambda *tensors: None if any(t.dtype not in fused._DTYPES for t in tensors) else unit
+        fused._kernels = lambda *tensors: None if any(t.dtype not in fused._DTYPES for t in tensors) else unit
         return getattr(fused_cases, name)(*arguments)
 
     def operation(self, name, *arguments):

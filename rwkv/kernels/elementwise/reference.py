@@ -1,6 +1,6 @@
-"""The elementwise parts of a block, each as one plain formula: what the fused operations (fused.py) are tested against, and what runs without them.
+"""The elementwise operations of a block as plain formulas of torch: the oracle of the compiled ones, and their fallback.
 
-All compute in fp32 (fp64 stays fp64) and round once, to the dtype of what goes in.
+All compute in fp32 (fp64 stays fp64) and round once, to the dtype of their input.
 """
 
 import torch
@@ -27,10 +27,9 @@ def mix(x: Tensor, last: Tensor, reset: Tensor | None, weights: Tensor) -> list[
     return [torch.lerp(wide(before), wide(x), m.to(wide(x).dtype)).to(x.dtype) for m in weights]
 
 
-def gate(r: Tensor, v: Tensor, past: Tensor | None = None) -> Tensor:
-    """σ(r)·v, added to `past` if it is given (and then of its dtype)."""
-    y = torch.sigmoid(wide(r)) * wide(v)
-    return y.to(r.dtype) if past is None else (wide(past) + y).to(past.dtype)
+def gate(r: Tensor, v: Tensor) -> Tensor:
+    """σ(r)·v."""
+    return (torch.sigmoid(wide(r)) * wide(v)).to(r.dtype)
 
 
 def relu2(k: Tensor) -> Tensor:

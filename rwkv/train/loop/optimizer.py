@@ -5,26 +5,21 @@ from torch import nn
 
 from rwkv import compat
 from rwkv.config import TrainConfig
+from rwkv.models import RWKV
 from rwkv.train.loop import adam
 from rwkv.train.runtime import strategy
 
 
-def groups(model: nn.Module, c: TrainConfig) -> list[dict]:
-    """Parameter groups: `lr_scale` 2 for time_decay, 3 for time_first, 1 for the rest, in my_pile_stage 2 five for all
-    that is called time_; matrices apart if they decay.
-
-    Frozen parameters are in none.
+def groups(model: RWKV, c: TrainConfig) -> list[dict]:
+    """Parameter groups with `lr_scale` and `decays`, by the rules of the model's version (lr_scale, decays). A parameter with a
+    scale other than 1 does not decay. Frozen parameters are in none.
     """
     found: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        scale = 1.0
-        if c.layerwise_lr:
-            scale = 2.0 if "time_decay" in name else 3.0 if "time_first" in name else 1.0
-            if c.my_pile_stage == 2 and "time_" in name:
-                scale = 5.0
-        decays = c.weight_decay > 0 and scale == 1.0 and sum(size > 1 for size in strategy.shape(parameter)) >= 2
+        scale = model.version.lr_scale(name, c.my_pile_stage == 2) if c.layerwise_lr else 1.0
+        decays = c.weight_decay > 0 and scale == 1.0 and model.version.decays(name, strategy.shape(parameter))
         found.setdefault((scale, decays), []).append((name, parameter))
     return [
         {
@@ -38,7 +33,7 @@ def groups(model: nn.Module, c: TrainConfig) -> list[dict]:
     ]
 
 
-def make(model: nn.Module, c: TrainConfig) -> torch.optim.Optimizer:
+def make(model: RWKV, c: TrainConfig) -> torch.optim.Optimizer:
     """Adam over the trainable parameters, AdamW where weight_decay > 0; the schedule sets rates and decays before every step. Or Adafactor
     (Shazeer & Stern 2018, arXiv:1804.04235) by transformers.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rwkv.kernels.head_loss import head_loss
 from rwkv.models import RWKV
-from rwkv.models.v4 import BlockState
+from rwkv.models.state import State, leaves, map_state
 
 
 def mean_loss(
@@ -35,7 +35,7 @@ class _Sequence:
         self.start = model.initial_state(x.shape[0])
         self.count = max(1, _counted(y, counts))
 
-    def loss(self, piece: slice, state: list[BlockState]) -> tuple[Tensor, list[BlockState]]:
+    def loss(self, piece: slice, state: State) -> tuple[Tensor, State]:
         """The sum over the piece's targets, and the state after it."""
         x, y, counts, reset = self.part(piece)
         hidden, state = self.model.hidden(x, state, reset)
@@ -46,7 +46,7 @@ class _Sequence:
         counts, reset = (None if tensor is None else tensor[:, piece].contiguous() for tensor in others)
         return x[:, piece].contiguous(), y[:, piece].contiguous(), counts, reset
 
-    def states(self) -> list[tuple[list[BlockState], Tensor]]:
+    def states(self) -> list[tuple[State, Tensor]]:
         """The state before each piece, and that of the random numbers, which dropout draws from, so that it draws the same again."""
         before, state = [], self.start
         for piece in self.pieces:
@@ -76,7 +76,7 @@ def _forwards(sequence: _Sequence, trained: tuple[nn.Parameter, ...], grads: lis
     state = sequence.start
     for piece in sequence.pieces:
         with torch.set_grad_enabled(bool(trained)):
-            loss, state = sequence.loss(piece, _detached(state))
+            loss, state = sequence.loss(piece, map_state(Tensor.detach, state))
         if trained and loss.requires_grad:
             _add(grads, torch.autograd.grad(loss, trained, allow_unused=True))
         yield loss.detach()
@@ -88,15 +88,14 @@ def _backwards(sequence: _Sequence, trained: tuple[nn.Parameter, ...], grads: li
     for piece, (state, drawn) in zip(reversed(sequence.pieces), reversed(before), strict=True):
         torch.set_rng_state(drawn)
         with torch.enable_grad():
-            state = [BlockState(*(part.requires_grad_() for part in block)) for block in _detached(state)]
+            state = map_state(lambda tensor: tensor.detach().requires_grad_(), state)
             loss, after = sequence.loss(piece, state)
-        leaves = [part for block in state for part in block]
         ends = [(loss, torch.ones_like(loss))]
         if onward:
-            ends += zip((part for block in after for part in block), onward, strict=True)
+            ends += zip(leaves(after), onward, strict=True)
         ends = [(end, grad) for end, grad in ends if end.requires_grad and grad is not None]
         found = torch.autograd.grad(
-            [end for end, _ in ends], [*trained, *leaves], [grad for _, grad in ends], allow_unused=True
+            [end for end, _ in ends], [*trained, *leaves(state)], [grad for _, grad in ends], allow_unused=True
         )
         _add(grads, found[: len(trained)])
         onward = found[len(trained) :]
@@ -106,10 +105,6 @@ def _backwards(sequence: _Sequence, trained: tuple[nn.Parameter, ...], grads: li
 
 def _counted(y: Tensor, counts: Tensor | None) -> int:
     return y.numel() if counts is None else int(counts.sum())
-
-
-def _detached(state: list[BlockState]) -> list[BlockState]:
-    return [BlockState(*(part.detach() for part in block)) for block in state]
 
 
 def _add(grads: list[Tensor | None], found: tuple[Tensor | None, ...]) -> None:

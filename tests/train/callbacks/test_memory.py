@@ -12,7 +12,7 @@ from rwkv import checkpoint
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.memory import machine
-from rwkv.models import Sizes
+from rwkv.models.v4 import Sizes
 from rwkv.train import budget
 from rwkv.train.callbacks.memory import out_of_memory
 from rwkv.train.fit import fit

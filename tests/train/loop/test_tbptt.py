@@ -10,6 +10,7 @@ from rwkv.adapters import lora
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.kernels.head_loss import head_loss
+from rwkv.models.state import map_state
 from rwkv.train.fit import fit
 from rwkv.train.loop import tbptt
 from tests.train.test_fit import SMALL, TUNE, lines
@@ -68,7 +69,7 @@ def test_truncated_gradients_end_at_the_borders(make_model):
         state, total = None, 0
         for i in range(0, x.shape[1], 5):
             if state:
-                state = [type(block)(*(part.detach() for part in block)) for block in state]
+                state = map_state(torch.Tensor.detach, state)
             hidden, state = model.hidden(x[:, i : i + 5], state, reset[:, i : i + 5].contiguous())
             total = (
                 total
@@ -120,11 +121,11 @@ def test_bf16_follows_fp32(make_model, exact):
 MEMORY = """
 import resource, sys, torch
 torch.set_num_threads(1)
-from rwkv.models import RWKV, Sizes
-from rwkv.models.init import initialise
+from rwkv.models import RWKV
+from rwkv.models.v4 import Sizes
 from rwkv.train.loop import tbptt
 model = RWKV(Sizes(2, 64, 500, 64, 256))
-initialise(model, 1e-4)
+model.initialise(1e-4)
 def peak(length):
     x = torch.randint(500, (1, length))
     tbptt.mean_loss(model, x, x, None, None, 128, exact=sys.argv[1] == "True").backward()
