@@ -157,7 +157,7 @@ def test_unknown_parts_and_ranks_are_refused(make_model):
     with pytest.raises(ValueError, match="at least 1; it is 0"):
         lora.inject(make_model(), ["att"], 0, 8)
     with pytest.raises(ValueError, match="no linear layer"):
-        lora.inject(torch.nn.Linear(2, 2), ["att"], 4, 8)
+        lora.inject(make_model(n_layer=1, pre_ffn=True), ["att"], 4, 8)
 
 
 def test_frozen_matrices_are_kept_in_bf16_and_all_else_in_fp32(make_model):
