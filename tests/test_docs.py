@@ -137,6 +137,22 @@ def test_translations_have_the_same_sections_and_commands(english, chinese):
     assert set(re.findall(r"`(make [a-z-]+)`", ours)) == set(re.findall(r"`(make [a-z-]+)`", theirs))
 
 
+@pytest.mark.parametrize("page", ["docs/faq.md", "docs/zh/faq.md"])
+def test_faq_quotes_real_messages(page):
+    foreign = {
+        "could not select device driver",
+        "ModuleNotFoundError: No module named 'rwkv'",
+        "make venv",
+        "--load_model",
+    }
+    folders = [*(ROOT / "rwkv").rglob("*.py"), *(ROOT / "env").glob("*.sh"), *(ROOT / "docker").glob("*.sh")]
+    source = " ".join(path.read_text(encoding="utf-8") for path in folders)
+    heads = re.findall(r"^### .*$|^\| `[^`]+` \|", read(page), re.MULTILINE)
+    quoted = [part for head in heads for code in re.findall(r"`([^`]+)`", head) for part in code.split("…")]
+    for part in (part.strip() for part in quoted):
+        assert part in source or any(part.startswith(known) for known in foreign), part
+
+
 def test_guide_commands_run(script, tmp_path):
     (tmp_path / "data").mkdir()
     shutil.copy(ROOT / "data/example.jsonl", tmp_path / "data")
