@@ -87,9 +87,7 @@ def ours(c: argparse.Namespace):
     ids = tokens(c)
     c.libraries = resident(c)
     adapts = c.kind == "lora"
-    model = checkpoint.load_model(
-        Path(c.folder) / "base.pth", c.device, matrices=dtype if adapts else torch.float32, by_rows=adapts
-    )
+    model = checkpoint.load_model(Path(c.folder) / "base.pth", c.device, matrices=dtype if adapts else torch.float32)
     model.grad_cp = bool(c.grad_cp)
     if c.kind == "lora":
         lora.inject(model, ["att"], R, ALPHA, DROPOUT)

@@ -154,7 +154,6 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.float32,
     matrices: torch.dtype | None = None,
-    by_rows: bool = False,
 ) -> RWKV:
     """An RWKV-4 model from a checkpoint. Sizes come from the shapes; dtype None keeps the one each tensor was stored in.
 
@@ -163,7 +162,6 @@ def load_model(
 
     Args:
         matrices: the dtype of matrices, where it is another.
-        by_rows: of the embedding only rows will be read, of the words that occur, as in LoRA, which does not train it.
 
     Raises:
         UserError: not an RWKV-4 checkpoint; a missing, surplus or misshapen key, or one with NaN or Inf, by name.
@@ -184,8 +182,6 @@ def load_model(
         parameter.data = value
         if value.data_ptr() != source.data_ptr():
             pages.drop(source)
-    if by_rows:
-        pages.scattered(model.emb.weight)
     return model
 
 

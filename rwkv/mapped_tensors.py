@@ -33,7 +33,10 @@ class Pages:
 
     def drop(self, tensor: Tensor) -> None:
         """Give back the memory behind a tensor that lies in them, which is contiguous and will not be read soon. What was written to it is lost."""
-        self._advise(tensor, mmap.MADV_DONTNEED)
+        if tensor.device.type == "cpu" and self.hold(tensor):
+            page = mmap.PAGESIZE
+            begin = -(-tensor.data_ptr() // page) * page  # whole pages: the others have neighbours
+            _drop(begin, (tensor.data_ptr() + _bytes(tensor)) // page * page)
 
     def drop_all(self, tensors: Iterable[Tensor]) -> None:
         """As `drop`, for all that one mapping of the file holds between the first and the last of these tensors, the pages that they share as well."""
@@ -41,22 +44,12 @@ class Pages:
         if ours:
             begin, end = min(begin for begin, _ in ours), max(end for _, end in ours)
             if any(low <= begin and end <= high for low, high in self._ranges):
-                _advise(begin // mmap.PAGESIZE * mmap.PAGESIZE, end, mmap.MADV_DONTNEED)
-
-    def scattered(self, tensor: Tensor) -> None:
-        """Of a tensor that lies in them rows are read here and there: the system need not read what lies around them."""
-        self._advise(tensor, mmap.MADV_RANDOM)
-
-    def _advise(self, tensor: Tensor, advice: int) -> None:
-        if tensor.device.type == "cpu" and self.hold(tensor):
-            page = mmap.PAGESIZE
-            begin = -(-tensor.data_ptr() // page) * page  # whole pages: the others have neighbours
-            _advise(begin, (tensor.data_ptr() + _bytes(tensor)) // page * page, advice)
+                _drop(begin // mmap.PAGESIZE * mmap.PAGESIZE, end)
 
 
-def _advise(begin: int, end: int, advice: int) -> None:
+def _drop(begin: int, end: int) -> None:
     if end > begin:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 def _bytes(tensor: Tensor) -> int:

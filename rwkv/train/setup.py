@@ -29,7 +29,7 @@ def make_model(c: TrainConfig, base: Path | None = None) -> RWKV:
         checkpoint.fill(model, tensors, c.load_model, partial=True)
         return model
     if c.load_model:
-        model = checkpoint.load_model(c.load_model, matrices=_frozen(c), by_rows=_adapts(c))
+        model = checkpoint.load_model(c.load_model, matrices=_frozen(c))
         wrong = [
             f"--{name} {value}, and it has {getattr(model.sizes, name)}"
             for name, value in given.items()
@@ -47,7 +47,7 @@ def make_model(c: TrainConfig, base: Path | None = None) -> RWKV:
         model.grad_cp, model.dropout = bool(c.grad_cp), c.dropout
         return model
     if base:  # initialising it again would depend on the machine: LAPACK's threads, MKL's version
-        model = checkpoint.load_model(base, matrices=_frozen(c), by_rows=True)
+        model = checkpoint.load_model(base, matrices=_frozen(c))
         model.grad_cp, model.dropout = bool(c.grad_cp), c.dropout
         return model
     return _new(c, version.DEFAULT.Sizes(**given))
