@@ -36,6 +36,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+SET_BY_OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}  # the second by torch._dynamo when it is imported
 
 
 def process_state() -> dict[str, object]:
@@ -43,7 +44,7 @@ def process_state() -> dict[str, object]:
     umask = os.umask(0o022)
     os.umask(umask)
     return {
-        "environment": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
+        "environment": {name: value for name, value in os.environ.items() if name not in SET_BY_OTHERS},
         "working directory": os.getcwd(),
         "umask": umask,
         "locale": locale.setlocale(locale.LC_ALL),
