@@ -134,7 +134,8 @@ def test_translations_have_the_same_sections_and_commands(english, chinese):
     ours, theirs = read(english), read(chinese)
     assert len(re.findall(r"^#+ ", ours, re.MULTILINE)) == len(re.findall(r"^#+ ", theirs, re.MULTILINE))
     assert commands(ours) == commands(theirs)
-    assert set(re.findall(r"`(make [a-z-]+)`", ours)) == set(re.findall(r"`(make [a-z-]+)`", theirs))
+    targets = [set(re.findall(r"`make\s([a-z-]+)`", text)) for text in (ours, theirs)]
+    assert targets[0] == targets[1]
 
 
 @pytest.mark.parametrize("page", ["docs/faq.md", "docs/zh/faq.md"])
