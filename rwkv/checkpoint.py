@@ -250,12 +250,12 @@ def find_base(path: PathLike) -> Path | None:
 
 
 def inspect_adapter(
-    path: PathLike, base: PathLike | None = None, alpha: float | None = None
+    path: PathLike, base: PathLike | None = None, alpha: float | None = None, base_sha256: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An adapter's tensors and what is known of it: r, parts, alpha, base, base_sha256. Nothing of the base but its hash is read.
 
     r and the parts come from the tensors (r from the manifest if none is of rank r). alpha, base and its hash come from the manifest, or from the
-    arguments where there is none. `path` may also be a folder of peft's, or the file in it.
+    arguments where there is none; `base_sha256` spares hashing `base` again. `path` may also be a folder of peft's, or the file in it.
 
     Raises:
         UserError: not an adapter; NaN or Inf in it; made for another base; alpha unknown, or not the one it was trained with.
@@ -305,7 +305,7 @@ def inspect_adapter(
         if not os.path.isfile(base):
             raise UserError(f"{base}: no such base model (the adapter is {path}); give the file that it was trained on")
         known["base"], expected = str(base), known.get("base_sha256")
-        known["base_sha256"] = sha256(base)
+        known["base_sha256"] = base_sha256 or sha256(base)
         if expected and known["base_sha256"] != expected.lower():
             raise UserError(
                 f"{path}: an adapter for another base. It was trained on {manifest.get('base')} (SHA-256 {expected[:12]}…), and {base} is"

@@ -5,6 +5,7 @@ that works there works here. Differences are stated in the docstrings, which --h
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -182,6 +183,21 @@ class TrainConfig:
     """Also write the metrics of every step for TensorBoard, to proj_dir/tensorboard. To look at them: pip install tensorboard; tensorboard --logdir
     out."""
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return Path(self.proj_dir)
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes, over all machines."""
+        return self.devices * self.num_nodes
+
+    @property
+    def adapter(self) -> "LoRAConfig | None":
+        """The flags of the adapter that is trained; None if all weights are."""
+        return None
+
 
 @dataclass
 class LoRAConfig(TrainConfig):
@@ -204,6 +220,10 @@ class LoRAConfig(TrainConfig):
     lora_parts: str = "att,ln,time"
     """What trains, separated by commas: adapters on the matrices of att (key, value, receptance) and ffn (key, receptance, value), or on single
     ones, such as att.output or ffn.key, in every block; time parameters (time) and block LayerNorms (ln) whole."""
+
+    @property
+    def adapter(self) -> "LoRAConfig | None":
+        return self if self.lora else None
 
 
 @dataclass

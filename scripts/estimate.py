@@ -37,8 +37,8 @@ def make_plan(c: EstimateConfig):
     from rwkv import checkpoint
     from rwkv.adapters import lora
     from rwkv.memory import estimate
+    from rwkv.memory.plan import plan_of
     from rwkv.models import version
-    from rwkv.train import budget
 
     for name in ("ctx_len", "micro_bsz", "devices", "num_nodes", "accumulate_grad_batches", "lora_r", "ds_bucket_mb"):
         if getattr(c, name) < 1:
@@ -59,7 +59,7 @@ def make_plan(c: EstimateConfig):
         sizes = version.published(c.model)
     else:
         sizes = version.DEFAULT.Sizes(**version.sizes_given(c))
-    return budget.plan_of(c, sizes, c.accelerator == "gpu", c.precision)
+    return plan_of(c, sizes, c.accelerator == "gpu", c.precision)
 
 
 def present(c: EstimateConfig) -> float:

@@ -18,6 +18,7 @@ def main(config: GenerateConfig) -> None:
     from rwkv import checkpoint, compat
     from rwkv.data.tokenizer import WorldTokenizer
     from rwkv.generate import Chat, Sampling, Session, matrices_dtype
+    from rwkv.memory import machine
     from rwkv.terminal import Conversation, check_sampling, cut_note
 
     if not config.model:
@@ -33,7 +34,7 @@ def main(config: GenerateConfig) -> None:
     )
     check_sampling(sampling, config.max_tokens, config.seed)
     compat.wake_mkl()
-    gpu = torch.cuda.is_available() and config.accelerator != "cpu"
+    gpu = machine.use_gpu(config.accelerator)
     if config.accelerator == "gpu" and not gpu:
         raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or use --accelerator cpu")
     dtype = matrices_dtype(

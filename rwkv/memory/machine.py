@@ -8,6 +8,13 @@ from pathlib import Path, PurePosixPath
 _UNLIMITED = 1 << 62
 
 
+def use_gpu(accelerator: str) -> bool:
+    """Whether this value of --accelerator means a GPU on this machine."""
+    import torch
+
+    return accelerator != "cpu" and torch.cuda.is_available()
+
+
 def memory_of(gpu: bool, devices: int = 1) -> int:
     """Bytes that a run may fill: of the smallest of the first `devices` GPUs that torch sees (a MIG instance is one), 0 if that is unknown; or of this
     machine, as far as cgroups and ulimit let this process."""

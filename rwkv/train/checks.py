@@ -5,8 +5,9 @@ import math
 
 import torch
 
-from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.config import TrainConfig
 from rwkv.errors import UserError
+from rwkv.memory import machine
 from rwkv.train import data_source, samples
 from rwkv.train.loop import schedule
 from rwkv.train.runtime import strategy
@@ -52,7 +53,7 @@ def numbers(c: TrainConfig) -> None:
 
 def check(c: TrainConfig) -> None:
     """Raises UserError for a flag that is missing, or does not go with another or with this machine. Comes after `numbers`."""
-    if isinstance(c, LoRAConfig) and c.lora and not c.load_model and not (c.n_layer and c.n_embd):
+    if c.adapter and not c.load_model and not (c.n_layer and c.n_embd):
         raise UserError(
             "LoRA tunes a model that exists: give it with --load_model, or train one with scripts/pretrain.py first. For a new, random base"
             " that stays frozen give --n_layer and --n_embd"
@@ -68,9 +69,9 @@ def check(c: TrainConfig) -> None:
         )
     if c.epoch_begin and not c.load_model:
         raise UserError(f"--epoch_begin {c.epoch_begin} goes on with a run: give its checkpoint with --load_model")
-    if isinstance(c, LoRAConfig) and c.lora and c.epoch_begin and not c.lora_load:
+    if c.adapter and c.epoch_begin and not c.adapter.lora_load:
         raise UserError(f"--epoch_begin {c.epoch_begin} goes on with a LoRA run: give its adapter with --lora_load")
-    if c.load_partial and (not c.load_model or (isinstance(c, LoRAConfig) and c.lora)):
+    if c.load_partial and (not c.load_model or c.adapter):
         raise UserError("--load_partial 1 fills in --load_model, in pretraining and full tuning; leave it out")
     if c.exact and not c.tbptt_len:
         raise UserError("--exact applies to --tbptt_len only: give the length of a chunk with it too")
@@ -79,12 +80,11 @@ def check(c: TrainConfig) -> None:
         c.my_pile_stage == 1
     ):  # which writes new weights and trains nothing: upstream's demo-training-prepare.sh names a device and a strategy all the same
         return
-    if c.accelerator == "gpu" and not torch.cuda.is_available():
+    if c.accelerator == "gpu" and not machine.use_gpu("gpu"):
         raise UserError(
             "--accelerator gpu: torch sees no GPU; check nvidia-smi, or leave the flag out to train on the CPU"
         )
-    gpu = torch.cuda.is_available() and c.accelerator != "cpu"
-    if c.precision == "fp16" and not gpu:
+    if c.precision == "fp16" and not machine.use_gpu(c.accelerator):
         raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     strategy.check(c)
     if c.optimizer == "adafactor" and strategy.zero(c):

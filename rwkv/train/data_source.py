@@ -92,7 +92,7 @@ def with_vocabulary(c: TrainConfig) -> TrainConfig:
     return replace(c, vocab_size=size)
 
 
-def describe(c: TrainConfig, folder: Path) -> dict[str, Any] | None:
+def describe(c: TrainConfig) -> dict[str, Any] | None:
     """What data_file is and contains, if it is to be converted: path, kind, SHA-256, size and time of each file; None for a binidx.
 
     Of a file that is missing, what the run in the folder was made from, if that is the same path and `allow_changes` is given.
@@ -103,6 +103,7 @@ def describe(c: TrainConfig, folder: Path) -> dict[str, Any] | None:
     kind = _kind(c)
     if kind == "binidx":
         return None
+    folder = c.folder
     before = None if c.overwrite else (run_manifest.read(folder) or {}).get("source")
     try:
         paths = [] if kind == "dummy" else [Path(c.data_file)]
@@ -148,19 +149,19 @@ def files_of(prefix: str) -> list[Path]:
     return [Path(name) for name in names if os.path.lexists(name)]
 
 
-def open_data(c: TrainConfig, sizes: Sizes, folder: Path, source: dict[str, Any] | None = None) -> Dataset:
-    """The binidx to train on; anything else (`source`, see `describe`) is converted to one in `folder` first, unless that has been done.
+def open_data(c: TrainConfig, sizes: Sizes, source: dict[str, Any] | None = None) -> Dataset:
+    """The binidx to train on; anything else (`source`, see `describe`) is converted to one in the folder of the run first, unless that has been done.
 
     Raises:
         UserError: data that cannot be read or converted; ids outside the vocabulary.
     """
     prefix = c.data_file
     if source is not None:
-        prefix = _place(folder, source)
-        make = _maker(c, sizes, folder)
+        prefix = _place(c.folder, source)
+        make = _maker(c, sizes)
         if rank_zero_only.rank == 0 and not Path(f"{prefix}.idx").exists():
             if (
-                c.devices * c.num_nodes > 1 and "LOCAL_RANK" in os.environ
+                c.world_size > 1 and "LOCAL_RANK" in os.environ
             ):  # each by itself would look for what only this one makes
                 raise UserError(
                     f"{c.data_file or c.data_type}: a launcher has started all processes, and they cannot wait for it to become a binidx; make one"
@@ -228,10 +229,10 @@ def _kind(c: TrainConfig) -> str:
     return "jsonl" if c.data_type == "binidx" and c.data_file.endswith(".jsonl") else c.data_type
 
 
-def _maker(c: TrainConfig, sizes: Sizes, folder: Path) -> Callable[[str], object]:
+def _maker(c: TrainConfig, sizes: Sizes) -> Callable[[str], object]:
     """What makes a binidx of this prefix out of data_file."""
     if c.data_type in char_level.TEXTS:
-        return lambda prefix: char_level.characters_to_binidx(c.data_type, c.data_file, prefix, folder / "vocab.json")
+        return lambda prefix: char_level.characters_to_binidx(c.data_type, c.data_file, prefix, c.folder / "vocab.json")
     if c.data_type == "numpy":
         return lambda prefix: char_level.array_to_binidx(c.data_file, prefix)
     if sizes.vocab_size < 65530:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv import checkpoint
-from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.config import TrainConfig
 from rwkv.errors import UserError
 from rwkv.train import data_source
 from rwkv.train.callbacks import dashboards
@@ -89,9 +89,9 @@ def check_places(folder: Path) -> None:
             )
 
 
-def check_kept(c: TrainConfig, folder: Path) -> None:
+def check_kept(c: TrainConfig) -> None:
     """Raises UserError if the checkpoints of a new run would replace one that this program did not write."""
-    for saved in checkpoints(folder):
+    for saved in checkpoints(c.folder):
         if saved.ours:
             continue
         final = saved.number < 0
@@ -121,14 +121,14 @@ def progress(folder: Path, before: dict[str, Any]) -> str:
     return ""
 
 
-def how_to_continue(c: TrainConfig, folder: Path) -> str:
+def how_to_continue(c: TrainConfig) -> str:
     """What the user can do where a folder has no state to continue from; ends with a full stop."""
-    found = checkpoints(folder)
+    found = checkpoints(c.folder)
     ways = []
     if found:
         newest = found[-1]
         path = shlex.quote(str(newest.path))
-        adapter = newest.manifest.get("kind", "adapter" if isinstance(c, LoRAConfig) and c.lora else "") == "adapter"
+        adapter = newest.manifest.get("kind", "adapter" if c.adapter else "") == "adapter"
         base = c.load_model or newest.manifest.get("base")
         load = (
             f"--load_model {shlex.quote(str(base))} --lora_load {path}" if adapter and base else f"--load_model {path}"
@@ -139,7 +139,7 @@ def how_to_continue(c: TrainConfig, folder: Path) -> str:
             begin = newest.number + 1
             more = f" --epoch_count {begin + 1} (or more)" if c.epoch_count <= begin else ""
             ways.append(f"to continue from {newest.path.name} with a new optimizer: {load} --epoch_begin {begin}{more}")
-    ways.append(f"to start over at step 0: --overwrite, which deletes {names(folder, written(folder))}")
+    ways.append(f"to start over at step 0: --overwrite, which deletes {names(c.folder, written(c.folder))}")
     ways.append("or choose another --proj_dir")
     return "; ".join(ways) + "."
 

@@ -9,7 +9,6 @@ from rwkv.models import RWKV
 from rwkv.train.console import say
 from rwkv.train.loop import schedule
 from rwkv.train.runtime import strategy
-from rwkv.train.runtime.trainer import precision_of
 
 
 def introduce(c: TrainConfig, model: RWKV, data: Dataset, training: Samples, held_out: HeldOut | None) -> None:
@@ -58,9 +57,7 @@ def _precision(c: TrainConfig, model: RWKV) -> str:
     """The precision, and what the weights are kept in; `types` has the rest."""
     frozen = sorted({str(p.dtype)[6:] for p in model.parameters() if not p.requires_grad})
     return (
-        f"{precision_of(c)}"
-        + (f", frozen weights kept in {'/'.join(frozen)}" if frozen else "")
-        + " (all types: run.json)"
+        f"{c.precision}" + (f", frozen weights kept in {'/'.join(frozen)}" if frozen else "") + " (all types: run.json)"
     )
 
 
@@ -70,7 +67,7 @@ def types(c: TrainConfig, model: RWKV) -> str:
         trains: sorted({str(p.dtype)[6:] for p in model.parameters() if p.requires_grad == trains})
         for trains in (True, False)
     }
-    precision = precision_of(c)
+    precision = c.precision
     products = {"tf32": "float32 by tf32 (10 bits)", "bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
     read = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
     trained = "/".join(kept[True])

@@ -1,4 +1,4 @@
-"""Whether a run continues in its folder, starts over, or must not start there; and from which state."""
+"""Whether a run resumes the one in its folder, starts over, or is refused; and from which training state it resumes."""
 
 import contextlib
 import secrets
@@ -17,8 +17,8 @@ from rwkv.train.console import say
 from rwkv.train.loop import schedule
 from rwkv.train.resume import run_manifest, state_files
 from rwkv.train.resume.run_state import State
+from rwkv.train.run import NEW_BASE, Run
 from rwkv.train.runtime.lightning import rank_zero_only
-from rwkv.train.setup import NEW_BASE
 
 _SHAPING = (
     "trained:",
@@ -30,22 +30,23 @@ _SHAPING = (
 
 
 def owned(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """The lock on a run's folder, held by rank 0 for as long as the block runs. Raises UserError if another process holds it."""
+    """Lock a run's folder while the block runs (on rank 0). Raises UserError if another process has locked it."""
     if rank_zero_only.rank > 0:
         return contextlib.nullcontext()
     return exclusive(folder / ".lock", folder, "choose another --proj_dir")
 
 
-def earlier(c: TrainConfig, folder: Path) -> dict[str, Any] | None:
-    """The manifest of the run that this one continues; None for a new run, and on all ranks but the first.
+def earlier(c: TrainConfig) -> dict[str, Any] | None:
+    """The manifest of the run to resume; None for a new run, and on all ranks but the first.
 
-    A run with epoch_begin continues from weights alone, unless it is the run in the folder.
+    A run with epoch_begin starts from weights alone, unless it is the run in the folder.
 
     Raises:
-        UserError: the folder contains a run that cannot be continued.
+        UserError: the folder contains a run that cannot be resumed.
     """
     if rank_zero_only.rank > 0:
         return None
+    folder = c.folder
     folders.check_places(folder)
     before = None if c.overwrite else run_manifest.read(folder)
     if before and before["flags"]["epoch_begin"] == c.epoch_begin:
@@ -53,24 +54,24 @@ def earlier(c: TrainConfig, folder: Path) -> dict[str, Any] | None:
     if not c.overwrite and not c.epoch_begin and (old := folders.run_files(folder)):
         raise UserError(
             f"{folder} contains files of an earlier run ({folders.names(folder, old)}) but no {run_manifest.NAME}, so the run cannot be resumed."
-            f" Choose one: {folders.how_to_continue(c, folder)}"
+            f" Choose one: {folders.how_to_continue(c)}"
         )
-    folders.check_kept(c, folder)
+    folders.check_kept(c)
     return None
 
 
-def kept_base(c: TrainConfig, folder: Path, before: dict[str, Any] | None) -> Path | None:
-    """The new base of a LoRA run that an earlier start of it wrote; None for a new run, or one that has a load_model.
+def new_base(c: TrainConfig, before: dict[str, Any] | None) -> Path | None:
+    """The base model that an earlier start of this LoRA run created; None for a new run, or one with load_model.
 
     Raises:
-        UserError: it is gone, and the run has trained on it.
+        UserError: it is missing, and the run has trained on it.
     """
-    path = folder / NEW_BASE
-    if c.load_model or c.overwrite or not getattr(c, "lora", False):
+    path = c.folder / NEW_BASE
+    if c.load_model or c.overwrite or not c.adapter:
         return None
-    if rank_zero_only.rank > 0:  # it does not know whether the run is a new one, and gets rank 0's weights in any case
+    if rank_zero_only.rank > 0:  # does not know whether the run is new, and gets rank 0's weights in any case
         return path if path.is_file() else None
-    if not before or not state_files.states(folder):  # nothing has been trained on it
+    if not before or not state_files.states(c.folder):  # nothing has been trained on it
         return None
     if not path.is_file():
         raise UserError(
@@ -79,72 +80,67 @@ def kept_base(c: TrainConfig, folder: Path, before: dict[str, Any] | None) -> Pa
     return path
 
 
-def outdated(c: TrainConfig, folder: Path, before: dict[str, Any] | None) -> list[Path]:
-    """Files of an earlier run that this one gives up: to be deleted once nothing can be refused any more."""
+def outdated(c: TrainConfig, before: dict[str, Any] | None) -> tuple[Path, ...]:
+    """Files of an earlier run in the folder, to be deleted once everything that can be refused has been checked."""
     if rank_zero_only.rank > 0 or before:
-        return []
-    old = folders.written(folder) if c.overwrite else state_files.leftovers(folder)
-    inputs = {Path(path).resolve() for path in (c.load_model, getattr(c, "lora_load", "")) if path}
+        return ()
+    old = folders.written(c.folder) if c.overwrite else state_files.leftovers(c.folder)
+    inputs = {Path(path).resolve() for path in (c.load_model, c.adapter.lora_load if c.adapter else "") if path}
     if used := [path for path in old if path.resolve() in inputs]:
         raise UserError(f"--overwrite would delete {used[0]}, which this run starts from; choose another --proj_dir")
-    return old
+    return tuple(old)
 
 
-def delete(folder: Path, old: list[Path], used: Path) -> None:
-    """Delete `outdated` files, and say which; of them not those of the data that is `used`."""
+def delete(run: Run, used: Path) -> None:
+    """Delete the `outdated` files except those of the data that is `used`, and report which."""
     kept = {path.resolve() for path in data_source.files_of(str(used))}
-    going = [path for path in old if path.resolve() not in kept]
-    for path in going:
+    deleted = [path for path in run.outdated if path.resolve() not in kept]
+    for path in deleted:
         path.unlink()
-    if going:
-        say(f"deleted: {folders.names(folder, going)} (of the earlier run in {folder})")
+    if deleted:
+        say(f"deleted: {folders.names(run.folder, deleted)} (of the earlier run in {run.folder})")
 
 
-def check_source(c: TrainConfig, folder: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
-    """Raises UserError if data_file is not what the run before was made from, and `allow_changes` is not given: before it is converted."""
-    if (
-        before
-        and not c.allow_changes
-        and any(line.startswith("data file") for line in run_manifest.changes(before, now))
-    ):
-        refuse_changes(folder, run_manifest.changes(before, now))
+def check_source(run: Run, manifest: dict[str, Any]) -> None:
+    """Raises UserError if data_file is not what the resumed run was made from, unless `allow_changes` is given; called before it is converted."""
+    if run.before and not run.flags.allow_changes:
+        changed = run_manifest.changes(_before(run), manifest)
+        if any(line.startswith("data file") for line in changed):
+            refuse_changes(run.folder, changed)
 
 
-def find(
-    c: TrainConfig,
-    folder: Path,
-    before: dict[str, Any] | None,
-    now: dict[str, Any],
-    trained: Mapping[str, torch.nn.Parameter],
-) -> State | None:
-    """The state to continue from; None for a new run, or one that ended before its first state. Completes `now`, the manifest, from `before`.
+def find_state(
+    run: Run, manifest: dict[str, Any], trained: Mapping[str, torch.nn.Parameter]
+) -> tuple[State | None, dict[str, Any]]:
+    """The training state to resume from, None for a run that has not saved one; and what the manifest takes over from the resumed run.
 
     Args:
+        manifest: of this run.
         trained: the parameters that this run trains, by name.
 
     Raises:
-        UserError: flags or data would make it another run, and `allow_changes` is not given, or the state cannot serve them; no valid state.
+        UserError: flags or data have changed and `allow_changes` is not given, or the state does not fit them; no valid state.
     """
-    now["id"] = secrets.token_hex(8)
+    c, folder, before = run.flags, run.folder, _before(run)
     if not before:
-        return None
-    now["id"] = before.get("id", now["id"])
-    changed = run_manifest.changes(before, now)
+        return None, {"id": secrets.token_hex(8)}
+    kept: dict[str, Any] = {"id": before.get("id") or secrets.token_hex(8)}
+    changed = run_manifest.changes(before, manifest)
     if changed and not c.allow_changes:
         refuse_changes(folder, changed)
     state = state_files.newest(folder)
     if state is None and (found := folders.progress(folder, before)):
         raise UserError(
-            f"{folder} contains {found}, so the run cannot be resumed. Choose one: {folders.how_to_continue(c, folder)}"
+            f"{folder} contains {found}, so the run cannot be resumed. Choose one: {folders.how_to_continue(c)}"
         )
     if state:
-        _check_serves(c, folder, state, now, trained, changed)
-        now["state_saved"] = True
-    now["changed"] = before.get("changed", [])
+        _check_serves(c, state, kept["id"], trained, changed)
+        kept["state_saved"] = True
+    history = before.get("changed", [])
     if changed:
-        now["changed"] = [*now["changed"], {"after_step": state.step if state else 0, "changes": changed}]
-    elif not now["changed"]:
-        del now["changed"]
+        history = [*history, {"after_step": state.step if state else 0, "changes": changed}]
+    if history:
+        kept["changed"] = history
     step = state.step if state else schedule.first_step(c)
     left = schedule.first_step(c) + schedule.total_steps(c) - step
     say(
@@ -153,11 +149,20 @@ def find(
     )
     if left > 0:
         _say_rates(run_manifest.flags_of(before), c, step)
-    return state
+    return state, kept
+
+
+def _before(run: Run) -> dict[str, Any] | None:
+    """The manifest of the resumed run, to compare with: with its base where this run created one."""
+    if not run.before or run.flags.load_model or run.before["flags"].get("load_model"):
+        return run.before
+    if run.new_base:
+        return run.before | {"base": run.before["base"] or run.base}  # earlier versions did not record it
+    return run.before | {"base": None}  # killed before its first state: the new base is created again
 
 
 def _say_rates(old: TrainConfig, new: TrainConfig, step: int) -> None:
-    """What a new end of the run makes of the learning rate at the next step, if anything."""
+    """Report a jump of the learning rate that a changed --epoch_count causes."""
     then, now = (schedule.learning_rate(x, step - schedule.first_step(new)) for x in (old, new))
     if old.epoch_count != new.epoch_count and then != now:
         falls = f" and then {'falls' if new.lr_final < new.lr_init else 'rises'} until epoch {new.epoch_count}"
@@ -168,7 +173,7 @@ def _say_rates(old: TrainConfig, new: TrainConfig, step: int) -> None:
 
 
 def refuse_changes(folder: Path, changed: list[str]) -> None:
-    """Raises UserError: these changes would make the run in the folder another one."""
+    """Raises UserError: with these changes the command does not resume the run in the folder."""
     raise UserError(
         f"{folder} contains a run with other flags or data (then → now):\n  "
         + "\n  ".join(changed)
@@ -179,15 +184,14 @@ def refuse_changes(folder: Path, changed: list[str]) -> None:
 
 def _check_serves(
     c: TrainConfig,
-    folder: Path,
     state: State,
-    now: dict[str, Any],
+    run_id: str,
     trained: Mapping[str, torch.nn.Parameter],
     changed: list[str],
 ) -> None:
-    """Raises UserError if a state is another run's, or if its tensors are not those that this run trains."""
-    path = state_files.folder_of(folder) / f"step-{state.step}.pt"
-    if state.run.get("id", now["id"]) != now["id"]:
+    """Raises UserError if a state belongs to another run, or if its tensors are not those that this run trains."""
+    path = state_files.folder_of(c.folder) / f"step-{state.step}.pt"
+    if state.run.get("id", run_id) != run_id:
         raise UserError(
             f"{path}: a training state of another run; move it away, and run again to continue from a state of this run"
         )

@@ -54,7 +54,7 @@ def check(c: TrainConfig) -> None:
         )
 
 
-def make(c: TrainConfig, data: Dataset, seed: int, validation: Dataset | None = None) -> tuple[Samples, HeldOut | None]:
+def make(c: TrainConfig, data: Dataset, validation: Dataset | None = None) -> tuple[Samples, HeldOut | None]:
     """Samples to train on, and those of the validation set: of `validation`, or held out of `data` if val_split asks for them.
 
     Raises:
@@ -63,16 +63,14 @@ def make(c: TrainConfig, data: Dataset, seed: int, validation: Dataset | None = 
     options: dict[str, Any] = {"separator": c.doc_sep, "chatml": bool(c.chatml_mask)}
     if validation is not None:
         try:
-            held_out = HeldOut(
-                _source(c, validation, Stream(validation, **options), seed, held_out=True), c.val_samples
-            )
+            held_out = HeldOut(_source(c, validation, Stream(validation, **options), held_out=True), c.val_samples)
         except UserError as error:
             raise UserError(f"--val_file {c.val_file}: {error}") from error
-        return _source(c, data, Stream(data, **options), seed), held_out
+        return _source(c, data, Stream(data, **options)), held_out
     if not c.val_split:
-        return _source(c, data, Stream(data, **options), seed), None
+        return _source(c, data, Stream(data, **options)), None
     train, held = (Stream(data, spans, **options) for spans in split(data, c.val_split, c.ctx_len))
-    return _source(c, data, train, seed), HeldOut(_source(c, data, held, seed, held_out=True), c.val_samples)
+    return _source(c, data, train), HeldOut(_source(c, data, held, held_out=True), c.val_samples)
 
 
 def _roles(data: Dataset) -> str:
@@ -84,7 +82,7 @@ def _roles(data: Dataset) -> str:
     return f", no message has the role assistant (found: {', '.join(f'{role} {number}' for role, number in roles.items())})"
 
 
-def _source(c: TrainConfig, data: Dataset, stream: Stream, seed: int, held_out: bool = False) -> Samples:
+def _source(c: TrainConfig, data: Dataset, stream: Stream, held_out: bool = False) -> Samples:
     if stream.masked and not stream.anything_counts():
         where = "validation set" if held_out else "data"
         raise UserError(
@@ -100,7 +98,7 @@ def _source(c: TrainConfig, data: Dataset, stream: Stream, seed: int, held_out: 
         "stream": stream,
         "ctx_len": c.ctx_len,
         "samples": c.epoch_steps * c.micro_bsz,
-        "seed": seed,
+        "seed": c.random_seed,
         "reset": bool(c.doc_reset),
     }
     if c.doc_training or c.doc_training_seq:

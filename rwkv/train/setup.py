@@ -1,11 +1,13 @@
-"""What a run starts from: its model, its adapter."""
+"""The model that a run trains, and the adapter in it."""
 
 import math
+import random
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
+import numpy as np
 import torch
 
 from rwkv import checkpoint, compat
@@ -14,100 +16,120 @@ from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.convert import char_level
 from rwkv.errors import UserError
 from rwkv.files import sha256
+from rwkv.memory import machine
 from rwkv.models import RWKV, Sizes, version
-from rwkv.train.runtime import strategy, trainer
+from rwkv.train.run import NEW_BASE, Run
+from rwkv.train.runtime import strategy
 
-NEW_BASE = "rwkv-base.pth"  # of LoRA on a new model
 
+def sizes_of(c: TrainConfig, new_base: Path | None = None) -> Sizes:
+    """The sizes of the model, from the header of load_model or `new_base`, else from the flags.
 
-def make_model(c: TrainConfig, base: Path | None = None) -> RWKV:
-    """From load_model, with flags that disagree refused; else new, by upstream's rules. `base`: the new model that an earlier start of this run wrote."""
+    Raises:
+        UserError: the checkpoint is not a model, or flags disagree with it.
+    """
     given = version.sizes_given(c)
-    if c.load_model and c.load_partial:
-        tensors = checkpoint.read_tensors(c.load_model)
-        model = _new(c, replace(checkpoint.sizes_of(tensors, c.load_model), **given))
-        checkpoint.fill(model, tensors, c.load_model, partial=True)
-        return model
-    if c.load_model:
-        model = checkpoint.load_model(c.load_model, matrices=_frozen(c))
-        wrong = [
-            f"--{name} {value}, and it has {getattr(model.sizes, name)}"
-            for name, value in given.items()
-            if value != getattr(model.sizes, name)
-        ]
-        if c.data_type in char_level.TEXTS and c.vocab_size != model.sizes.vocab_size:
+    if c.load_model and c.my_pile_stage != 1:
+        sizes = checkpoint.sizes_of(checkpoint.read_tensors(c.load_model), c.load_model)
+        if c.load_partial:
+            return replace(sizes, **given)
+        if c.data_type in char_level.TEXTS and c.vocab_size != sizes.vocab_size:
             raise UserError(
-                f"{c.load_model}: has a vocabulary of {model.sizes.vocab_size}, and --data_type {c.data_type} makes one of the text's"
+                f"{c.load_model}: has a vocabulary of {sizes.vocab_size}, and --data_type {c.data_type} makes one of the text's"
                 f" {c.vocab_size} characters; convert the text for the model with scripts/convert.py"
             )
-        if wrong:
+        if wrong := [f"--{k} {v}, and it has {getattr(sizes, k)}" for k, v in given.items() if v != getattr(sizes, k)]:
             raise UserError(
                 f"{c.load_model}: {'; '.join(wrong)}. Sizes come from the checkpoint: leave these flags out"
             )
-        model.grad_cp, model.dropout = bool(c.grad_cp), c.dropout
-        return model
-    if base:  # initialising it again would depend on the machine: LAPACK's threads, MKL's version
-        model = checkpoint.load_model(base, matrices=_frozen(c))
-        model.grad_cp, model.dropout = bool(c.grad_cp), c.dropout
-        return model
-    return _new(c, version.DEFAULT.Sizes(**given))
+        return sizes
+    if new_base:
+        return checkpoint.sizes_of(checkpoint.read_tensors(new_base), new_base)
+    return version.DEFAULT.Sizes(**given)
 
 
-def _new(c: TrainConfig, sizes: Sizes) -> RWKV:
-    model = RWKV(sizes, bool(c.grad_cp), c.dropout)
-    model.initialise(emb_scale=c.lr_init, frozen=_adapts(c))
+def build(run: Run) -> RWKV:
+    """The model of a run, with its adapter. Seeds the random number generators, so that new weights are the same on all ranks.
+
+    Raises:
+        UserError: the checkpoint or the adapter is not valid, or is not what the flags say.
+    """
+    seed_generators(run.flags.random_seed)
+    model = load_or_create(run)
+    if run.adapter:
+        _attach_adapter(model, run, run.adapter)
     return model
 
 
-def _adapts(c: TrainConfig) -> TypeGuard[LoRAConfig]:
-    """Whether the run trains an adapter."""
-    return isinstance(c, LoRAConfig) and c.lora
+def seed_generators(seed: int) -> None:
+    """Seed Python's, numpy's and torch's random number generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
-def _frozen(c: TrainConfig) -> torch.dtype:
-    """What frozen weights are kept in."""
-    if not _adapts(c):
+def load_or_create(run: Run) -> RWKV:
+    """The model without an adapter: load_model, or the base that this run created, or a new one with upstream's initial weights."""
+    c = run.flags
+    if c.load_model and c.load_partial:
+        model = create(c, run.sizes)
+        checkpoint.fill(model, checkpoint.read_tensors(c.load_model), c.load_model, partial=True)
+        return model
+    # A base that this run created is not initialised again: LAPACK's threads and MKL's version would change it.
+    path = c.load_model or run.new_base
+    if not path:
+        return create(c, run.sizes)
+    model = checkpoint.load_model(path, matrices=_frozen_dtype(c))
+    model.grad_cp, model.dropout = bool(c.grad_cp), c.dropout
+    return model
+
+
+def create(c: TrainConfig, sizes: Sizes) -> RWKV:
+    """A new model with upstream's initial weights."""
+    model = RWKV(sizes, bool(c.grad_cp), c.dropout)
+    model.initialise(emb_scale=c.lr_init, frozen=c.adapter is not None)
+    return model
+
+
+def _frozen_dtype(c: TrainConfig) -> torch.dtype:
+    """The data type of frozen matrices."""
+    if not c.adapter:
         return torch.float32
-    kept = c.precision if c.lora_base == "auto" else c.lora_base
-    if kept == "bf16" and not (strategy.alone(c) or trainer.on_gpu(c) or compat.gloo_sends_bf16()):
-        if c.lora_base == "bf16":
+    asked = c.adapter.lora_base
+    wanted = c.precision if asked == "auto" else asked
+    if wanted == "bf16" and not (strategy.alone(c) or machine.use_gpu(c.accelerator) or compat.gloo_sends_bf16()):
+        if asked == "bf16":
             raise UserError(
                 "--lora_base bf16: processes on CPUs cannot send each other bf16 with this torch, as ddp does when it starts; leave it out, and the"
                 " base is kept in fp32, or take the modern stack (make venv STACK=modern)"
             )
         return torch.float32
-    return torch.bfloat16 if kept == "bf16" else torch.float32
+    return torch.bfloat16 if wanted == "bf16" else torch.float32
 
 
-def adapt(model: RWKV, c: TrainConfig, folder: Path) -> dict[str, Any] | None:
-    """Inject LoRA if the run is one; what the adapter's manifest will say of it. A new model, which is then its base, is to be
-    found in `folder` (see `keep_base`)."""
-    if not _adapts(c):
-        return None
+def _attach_adapter(model: RWKV, run: Run, c: LoRAConfig) -> None:
+    """Inject LoRA and freeze the rest; load --lora_load."""
     parts = list(lora.parts_in(c.lora_parts))
     try:
         lora.inject(model, parts, c.lora_r, c.lora_alpha, c.lora_dropout)
     except ValueError as error:
         raise UserError(f"--lora_parts {c.lora_parts} --lora_r {c.lora_r}: {error}") from error
     lora.mark_trainable(model, parts)
-    lora.store_frozen(model, _frozen(c))
+    lora.store_frozen(model, _frozen_dtype(c))
     if c.lora_load:
-        said = checkpoint.adapter_manifest(c.lora_load).get(
+        stored = checkpoint.adapter_manifest(c.lora_load).get(
             "alpha"
-        )  # upstream's adapters do not say it: the flag then does
-        tensors, known = checkpoint.inspect_adapter(
-            c.lora_load, c.load_model or None, c.lora_alpha if said is None else None
-        )
+        )  # None in upstream's adapters: then the flag counts
+        alpha, base = c.lora_alpha if stored is None else None, run.base or {"path": None, "sha256": None}
+        tensors, known = checkpoint.inspect_adapter(c.lora_load, base["path"], alpha, base["sha256"])
         _compare(model, c, known)
-        checkpoint.load_adapter(
-            model, c.lora_load, tensors, known["parts"]
-        )  # what it lacks begins as the base has it, as upstream
-    base = (
-        {"base": c.load_model, "base_sha256": sha256(c.load_model)}
-        if c.load_model
-        else {"base": str(folder / NEW_BASE)}
-    )
-    return {"r": c.lora_r, "alpha": c.lora_alpha, "parts": parts, **base}
+        checkpoint.load_adapter(model, c.lora_load, tensors, known["parts"])  # parts that it lacks start as in the base
+
+
+def adapter_manifest(c: LoRAConfig, base: dict[str, str]) -> dict[str, Any]:
+    """What the manifest of an adapter says: rank, alpha, parts and the base model."""
+    parts = list(lora.parts_in(c.lora_parts))
+    return {"r": c.lora_r, "alpha": c.lora_alpha, "parts": parts, "base": base["path"], "base_sha256": base["sha256"]}
 
 
 def _compare(model: RWKV, c: LoRAConfig, known: dict[str, Any]) -> None:
@@ -135,11 +157,8 @@ def _compare(model: RWKV, c: LoRAConfig, known: dict[str, Any]) -> None:
         )
 
 
-def keep_base(model: RWKV, adapter: dict[str, Any], folder: Path, kept: Path | None) -> dict[str, Any]:
-    """Write the new model that LoRA was injected into, before it trains, unless an earlier start of the run has `kept` it: without it the adapter is of
-    no use. What run.json says of it."""
-    path = folder / NEW_BASE
-    if not kept:
-        checkpoint.save_model(path, model, {"step": 0})
-    adapter["base_sha256"] = sha256(path)
-    return {"path": str(path), "sha256": adapter["base_sha256"]}
+def write_base(run: Run, model: RWKV) -> dict[str, str]:
+    """Save the new model that LoRA was injected into, before it trains; without it the adapter is useless. Returns its path and SHA-256."""
+    path = run.folder / NEW_BASE
+    checkpoint.save_model(path, model, {"step": 0})
+    return {"path": str(path), "sha256": sha256(path)}

@@ -26,7 +26,7 @@ def made(source, prefix, **flags):
 
 
 def train_on(prefix, rows, load_model="base.pth"):
-    return open_data(TrainConfig(data_file=prefix, load_model=load_model), Sizes(1, 8, rows, 8, 32), Path("unused"))
+    return open_data(TrainConfig(data_file=prefix, load_model=load_model), Sizes(1, 8, rows, 8, 32))
 
 
 def test_the_manifest_says_what_the_data_was_made_from(write_jsonl, tmp_path):

@@ -61,7 +61,7 @@ def parted():
     """ddp and DeepSpeed connect this process, with itself; and name the place in its environment."""
     before = dict(os.environ)
     yield
-    strategy.part()
+    strategy.leave_process_group()
     os.environ.clear()
     os.environ.update(before)
 

@@ -16,6 +16,7 @@ from rwkv import compat
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.train import fit as training
+from rwkv.train import resolve
 from rwkv.train.runtime import strategy
 
 
@@ -64,12 +65,12 @@ class Watched(strategy.ZeroStrategy):
         super().teardown()
 
 
-check = training.check
+check = resolve.check
 
 
 def train(kind: str, flags: dict) -> None:
     Watched.spoil = flags.pop("spoil", None)
-    training.check = (lambda _: None) if flags["precision"] == "fp16" else check  # which asks for a GPU
+    resolve.check = (lambda _: None) if flags["precision"] == "fp16" else check  # which asks for a GPU
     if flags["precision"] == "fp16" and compat.stack() == "modern":
         compat.import_deepspeed(on_gpu=False)
         accelerator = type(importlib.import_module("deepspeed.accelerator").get_accelerator())
@@ -87,7 +88,7 @@ if __name__ == "__main__":
     if compat.stack() == "cu117":
         cuda_on_cpu.install()
     strategy.ZeroStrategy = Watched
-    part, strategy.part = strategy.part, lambda: None  # one connection for all of them
+    leave, strategy.leave_process_group = strategy.leave_process_group, lambda: None  # one connection for all of them
     for kind, flags in json.loads(Path(sys.argv[1]).read_text()):
         train(kind, flags)
-    part()
+    leave()

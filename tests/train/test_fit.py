@@ -23,6 +23,7 @@ from rwkv.train import setup
 from rwkv.train.callbacks import metrics
 from rwkv.train.fit import fit
 from rwkv.train.resume import state_files
+from rwkv.train.run import Run
 
 SMALL = {
     "n_layer": 2,
@@ -345,7 +346,7 @@ def test_a_finished_run_is_not_overwritten_unless_told(make_data, tmp_path, caps
     fit(TrainConfig(**flags))
     weights = (tmp_path / "run/rwkv-final.pth").read_bytes()
     assert fit(TrainConfig(**flags)).steps == 2
-    assert "nothing left to do: all 2 steps are done" in capsys.readouterr().out
+    assert "already complete (2 steps)" in capsys.readouterr().out
     with pytest.raises(UserError, match="no such file"):
         fit(TrainConfig(**flags | {"data_file": "nothing"}, overwrite=True))
     assert (tmp_path / "run/rwkv-final.pth").read_bytes() == weights
@@ -553,8 +554,9 @@ def test_a_base_in_bf16_that_processes_cannot_send_each_other_is_refused_if_it_w
         fit(LoRAConfig(**flags, lora_base="bf16"))
     assert not (tmp_path / "run").exists()
     alone = LoRAConfig(**{**flags, "strategy": "auto"}, lora_base="bf16")
-    assert setup.make_model(alone) is not None
-    model = setup.make_model(LoRAConfig(**flags | {"precision": "bf16"}))
+    sizes = setup.sizes_of(alone)
+    assert setup.load_or_create(Run(alone, sizes, on_gpu=False)) is not None
+    model = setup.load_or_create(Run(LoRAConfig(**flags | {"precision": "bf16"}), sizes, on_gpu=False))
     assert {p.dtype for p in model.parameters()} == {torch.float32}  # and this is said at the start, as `precision:`
 
 

@@ -74,7 +74,7 @@ def test_the_loss_is_the_mean_over_counted_targets_of_documents_run_alone(make_b
         max_steps=3,
     )
     fit(config)
-    data, _ = samples.make(config, Dataset(documents), 1)
+    data, _ = samples.make(config, Dataset(documents))
     for step, line in enumerate(lines(tmp_path / "run")):
         expected, count = plain_mean(load_model(base), [data[i] for i in range(3 * step, 3 * step + 3)], bool(reset))
         assert line["loss"] == pytest.approx(expected, rel=1e-5)  # fp32, sums in another order
@@ -122,7 +122,7 @@ def test_a_validation_file_is_read_as_the_data_are_and_changes_no_step(make_base
     flags = FLAGS | mode | {"load_model": str(base), "data_file": documents, "val_samples": 0}
     config = TrainConfig(**flags | STILL, val_file=other, val_every=3, proj_dir=str(tmp_path / "run"))
     result = fit(config)
-    _, held_out = samples.make(config, Dataset(documents), 1, Dataset(other))
+    _, held_out = samples.make(config, Dataset(documents), Dataset(other))
     expected, _ = plain_mean(load_model(base), [held_out[i] for i in range(len(held_out))], bool(mode))
     found = {line["step"]: line["val_loss"] for line in lines(tmp_path / "run") if "val_loss" in line}
     assert list(found) == [3, 4, 6, 8]
@@ -168,7 +168,7 @@ def test_a_validation_file_that_cannot_serve_is_refused(make_base, documents, ma
 
 def test_no_training_sample_holds_a_held_out_document(documents):
     config = TrainConfig(**FLAGS, data_file=documents, val_split=0.2, doc_training=1)
-    training, held = samples.make(config, Dataset(documents), 1)
+    training, held = samples.make(config, Dataset(documents))
     seen = [
         {tuple(x.tolist()) for x, *_ in (source.item(*source.in_order(i)) for i in range(source.distinct))}
         for source in (training, held.source)
@@ -272,11 +272,11 @@ def test_flags_that_cannot_be_are_refused_before_the_first_step(documents, tmp_p
 def test_a_mask_of_zeros_is_refused(documents, tmp_path):
     mask_path(documents).write_bytes(bytes(len(Dataset(documents).tokens)))
     with pytest.raises(UserError, match="no token of the data counts in the loss: the mask beside the tokens is all 0"):
-        samples.make(TrainConfig(**FLAGS, data_file=documents), Dataset(documents), 1)
+        samples.make(TrainConfig(**FLAGS, data_file=documents), Dataset(documents))
 
 
 def test_a_mask_of_zeros_is_explained_by_the_roles_of_the_data(write_jsonl):
     questions = write_jsonl(*({"messages": [{"role": "用户", "content": f"what is {i}?"}]} for i in range(9)))
     prefix = convert(ConvertConfig(input=str(questions), workers=1)).pairs[0][0]
     with pytest.raises(UserError, match=r"all 0, no message has the role assistant \(found: user 9\)"):
-        samples.make(TrainConfig(**FLAGS, data_file=prefix), Dataset(prefix), 1)
+        samples.make(TrainConfig(**FLAGS, data_file=prefix), Dataset(prefix))

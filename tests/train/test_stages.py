@@ -75,10 +75,10 @@ def test_a_stage_goes_on_exactly_and_from_upstreams_files(flags, tmp_path):
     (bare / "rwkv-0.pth").write_bytes((whole / "rwkv-0.pth").read_bytes())
     (bare / "rwkv-1.pth").write_bytes((whole / "rwkv-1.pth").read_bytes()[:-50])
     for stage, warmup in ((2, 10), (3, 30)):
-        found = stages.apply(TrainConfig(**flags | {"proj_dir": str(bare)}, my_pile_stage=stage), bare)
+        found = stages.apply(TrainConfig(**flags | {"proj_dir": str(bare)}, my_pile_stage=stage))
         assert (found.load_model, found.epoch_begin, found.warmup_steps) == (str(bare / "rwkv-0.pth"), 1, warmup)
     assert (
-        stages.apply(TrainConfig(**flags | {"proj_dir": str(bare)}, my_pile_stage=4), bare).magic_prime == 0
+        stages.apply(TrainConfig(**flags | {"proj_dir": str(bare)}, my_pile_stage=4)).magic_prime == 0
     )  # at random places
 
 
@@ -106,7 +106,7 @@ def test_stage_1_stretches_the_weights_of_load_model(flags, make_base, make_mode
     grown = make_model(n_embd=8, vocab_size=50, dim_att=12)
     vectors = {name: x for name, x in old.items() if "time_decay" in name or name == "ln_out.bias"}
     torch.save(vectors, tmp_path / "vectors.pth")
-    stages._stretch_into(grown, str(tmp_path / "vectors.pth"))
+    stages._resize_into(grown, str(tmp_path / "vectors.pth"))
     torch.testing.assert_close(grown.blocks[1].att.time_decay.detach(), stretched(old["blocks.1.att.time_decay"], 12))
     assert torch.equal(grown.ln_out.bias, old["ln_out.bias"])
 
@@ -147,7 +147,7 @@ def test_stage_2_learns_what_is_called_time_five_times_as_fast(make_model):
 
 REFUSED = [
     ({"micro_bsz": 11}, "cannot be divided by a batch of 11; the nearest --micro_bsz is 10"),
-    ({"ctx_len": 4}, "holds 20249 contexts of 4"),
+    ({"ctx_len": 4}, "has 20249 contexts of 4"),
     ({}, "no rwkv-init.pth or rwkv-N.pth in .*; make one with --my_pile_stage 1"),
 ]
 

@@ -38,7 +38,7 @@ def complete(c: TrainConfig, folder: Path, begin: run_state.State, save: Callabl
         say(f"{folder / name} was missing; it is written again from the training state of step {begin.step:,}")
 
 
-class Restoring(pl.Callback):
+class Restorer(pl.Callback):
     """Puts the run into the state to continue from, then writes its manifest: until the state is taken the old one holds.
 
     Args:
@@ -58,7 +58,7 @@ class Restoring(pl.Callback):
             run_manifest.write(self._home.now(), self._run)
 
 
-class Saving(pl.Callback):
+class Checkpointer(pl.Callback):
     """Saves states every so often, rwkv-N.pth after every epoch_save-th epoch and the last, rwkv-final.pth where the run ends, or is
     interrupted, inside an epoch.
 

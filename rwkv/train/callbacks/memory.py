@@ -1,4 +1,4 @@
-"""Memory while a run lasts: the peak of each phase of a step, the prediction beside it, and an error with a remedy where there is no more."""
+"""Memory use of a run: the peak of each phase of a step, compared with the prediction; running out of memory is an error with a remedy."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ import torch
 
 from rwkv.errors import UserError
 from rwkv.memory import estimate, machine
-from rwkv.train import budget
+from rwkv.memory import plan as planning
 from rwkv.train.runtime.lightning import pl
 
 PHASES = ("forward", "backward", "optimizer")
 
 
-class Watch(pl.Callback):
+class MemoryMonitor(pl.Callback):
     """Peaks in bytes: of torch's allocator on a GPU (what is in use on the whole GPU beside it), else of this process's resident memory.
 
     Attributes:
@@ -68,7 +68,7 @@ class Watch(pl.Callback):
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            limit = budget.room(self.plan)
+            limit = planning.available(self.plan)
             self.peak = max(self.peak, self._read())
             # What it was refused at is less than there is: others use the machine too.
             usable = (
@@ -78,7 +78,7 @@ class Watch(pl.Callback):
             )
             raise UserError(
                 f"out of memory. {self.expected() / 1e9:.2f} GB were predicted on each device and {self.peak / 1e9:.2f} GB were in use when no more"
-                f" could be had{f', of {limit / budget.ROOM / 1e9:.2f} GB' if limit else ''}. {budget.advice(self.plan, usable - self._offset)}"
+                f" could be had{f', of {limit / planning.USABLE / 1e9:.2f} GB' if limit else ''}. {planning.advice(self.plan, usable - self._offset)}"
             ) from error
 
     def _note(self, phase: str) -> None:

@@ -16,8 +16,8 @@ from rwkv.data.dataset import HeldOut
 from rwkv.files import full_disk
 from rwkv.train.callbacks import dashboards
 from rwkv.train.callbacks.curve import Curve
-from rwkv.train.callbacks.memory import Watch
-from rwkv.train.callbacks.nonfinite import Finite
+from rwkv.train.callbacks.memory import MemoryMonitor
+from rwkv.train.callbacks.nonfinite import NonFiniteGuard
 from rwkv.train.callbacks.plot import plot
 from rwkv.train.callbacks.progress import Progress
 from rwkv.train.console import say
@@ -71,12 +71,12 @@ class Metrics(pl.Callback):
         curve: what all lines add up to, those before this start included (on rank 0).
     """
 
-    def __init__(self, config: TrainConfig, home: Home, watch: Watch, held_out: HeldOut | None = None):
+    def __init__(self, config: TrainConfig, home: Home, watch: MemoryMonitor, held_out: HeldOut | None = None):
         self._watch = watch
         self.config, self._home, self._held_out = config, home, held_out
         self.curve = Curve()
         self._batches: list[torch.Tensor] = []
-        self._finite = Finite(config, home)
+        self._finite = NonFiniteGuard(config, home)
         self._unread: list[_Step] = []
         self._progress: Progress | None = None
         self._file: Any = None
@@ -141,7 +141,7 @@ class Metrics(pl.Callback):
         """Read what has not been read yet: on a GPU a step's numbers are read after the next one is launched, so that it never waits for work.
 
         Raises:
-            UserError: one of them is no number (Finite). What is saved has been read before.
+            UserError: one of them is no number (NonFiniteGuard). What is saved has been read before.
         """
         while self._unread:
             self._read(trainer, module, self._unread.pop(0))

@@ -14,7 +14,7 @@ from rwkv.train.runtime import strategy
 IN_A_ROW = 20  # steps that --on_nan skip leaves out before it gives up: the weights themselves are lost by then
 
 
-class Finite:
+class NonFiniteGuard:
     """Watches over the steps of a run, on every rank alike."""
 
     def __init__(self, config: TrainConfig, home: Home):

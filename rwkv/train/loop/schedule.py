@@ -28,12 +28,12 @@ def first_step(c: TrainConfig) -> int:
 
 def first_sample(c: TrainConfig) -> int:
     """Samples that lie before this run, over all devices."""
-    return c.epoch_begin * c.epoch_steps * c.num_nodes * c.devices * c.micro_bsz
+    return c.epoch_begin * c.epoch_steps * c.world_size * c.micro_bsz
 
 
 def samples_per_step(c: TrainConfig) -> int:
     """Samples in one optimizer step, over all devices and accumulated batches."""
-    return c.num_nodes * c.devices * c.micro_bsz * c.accumulate_grad_batches
+    return c.world_size * c.micro_bsz * c.accumulate_grad_batches
 
 
 def tokens_per_step(c: TrainConfig) -> int:

@@ -1,4 +1,4 @@
-"""What a run was made from, in run.json: with it a run is repeated, and a run that continues is compared with what it was."""
+"""run.json, the manifest of a run: everything needed to repeat it, and to compare it with the command that resumes it."""
 
 import dataclasses
 import importlib.metadata
@@ -16,8 +16,8 @@ from rwkv.data.binidx import Dataset, mask_path
 from rwkv.errors import UserError
 from rwkv.files import fingerprint, sha256, write_json
 from rwkv.kernels import build
-from rwkv.models import Sizes
 from rwkv.train.loop import schedule
+from rwkv.train.run import Run
 
 _ROOT = Path(__file__).parents[3]
 _GIT = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
@@ -52,10 +52,10 @@ _FREE = {
 }
 
 
-def describe(c: TrainConfig, precision: str, sizes: Sizes, source: dict[str, Any] | None) -> dict[str, Any]:
-    """The manifest of a run without its data (see `data_of`); `c` with the seed that is used. `source`: what data_file is (rwkv.train.data_source)."""
+def describe(run: Run, source: dict[str, Any] | None) -> dict[str, Any]:
+    """The manifest of a run without its data (see `data_of`). `source`: the file that is converted (rwkv.train.data_source)."""
     lock, kernel = _ROOT / "env/locks" / f"{compat.stack()}.txt", build.folder() / "manifest.json"
-    adapter = getattr(c, "lora_load", "")
+    c, adapter = run.flags, run.adapter.lora_load if run.adapter else ""
     return {
         "flags": dataclasses.asdict(c),
         "seed": c.random_seed,
@@ -64,9 +64,9 @@ def describe(c: TrainConfig, precision: str, sizes: Sizes, source: dict[str, Any
         "kernel": {"source_sha256": build.manifest()["source_hash"], "manifest_sha256": sha256(kernel)}
         if kernel.exists()
         else None,
-        "precision": precision,
-        "model": vars(sizes),
-        "base": {"path": c.load_model, "sha256": sha256(c.load_model)} if c.load_model else None,
+        "precision": c.precision,
+        "model": vars(run.sizes),
+        "base": run.base,
         "adapter": {"path": adapter, "sha256": sha256(adapter)} if adapter else None,
         "source": source,
     }

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rwkv import compat
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
+from rwkv.memory import machine
 from rwkv.train.runtime.lightning import DeepSpeedStrategy
 
 
@@ -114,7 +115,7 @@ def check(c: TrainConfig) -> None:
         raise UserError(
             f"--on_nan skip: --strategy {c.strategy} leaves no step out, but for fp16's own; leave the flag out, or give ddp"
         )
-    if reason := compat.deepspeed_refusal(on_gpu=torch.cuda.is_available() and c.accelerator != "cpu"):
+    if reason := compat.deepspeed_refusal(on_gpu=machine.use_gpu(c.accelerator)):
         raise UserError(f"--strategy {c.strategy}: {reason}")
     deepspeed_config(c)
 
@@ -133,7 +134,7 @@ def make(c: TrainConfig, gpu: bool) -> "ZeroStrategy | str | None":
 
 def alone(c: TrainConfig) -> bool:
     """Whether one process trains without any connection to others."""
-    return c.strategy == "auto" and c.devices * c.num_nodes == 1
+    return c.strategy == "auto" and c.world_size == 1
 
 
 def mean(x: Tensor) -> Tensor:
@@ -145,9 +146,9 @@ def mean(x: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
-def part() -> None:
-    """Called by every process before it exits: they end their connection together. One that exits with it open may be aborted by the threads
-    that serve it ("terminate called without an active exception"), and a launcher then takes the run for failed."""
+def leave_process_group() -> None:
+    """Disconnect from the other processes of the run; called by all of them before they exit. A process that exits while connected may be aborted by
+    its communication threads ("terminate called without an active exception"), which a launcher reports as a failure."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

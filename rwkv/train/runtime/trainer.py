@@ -8,12 +8,14 @@ import torch
 
 from rwkv import compat
 from rwkv.config import TrainConfig
+from rwkv.memory import machine
+from rwkv.train.run import Run
 from rwkv.train.runtime import cpu, strategy
 from rwkv.train.runtime.lightning import pl
 
 
 def quiet_lightning() -> None:
-    """Lightning's own talk is not for the user; what it warns of still is."""
+    """Hide Lightning's informational messages, and warnings that do not apply here."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # A run that is finished already has an empty loader.
@@ -21,24 +23,21 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", ".*DeepSpeed handles gradient clipping internally.*")  # as it should
 
 
-def on_gpu(c: TrainConfig) -> bool:
-    """Whether the run is on a GPU."""
-    return torch.cuda.is_available() and c.accelerator != "cpu"
-
-
 def precision_of(c: TrainConfig) -> Literal["fp32", "tf32", "bf16", "fp16"]:
-    """fp32, tf32, bf16 or fp16: what --precision auto comes to on this machine, by the features of its processors."""
+    """The precision that --precision auto selects on this machine; any other value unchanged."""
     if c.precision != "auto":
         return c.precision
-    if on_gpu(c):
+    if machine.use_gpu(c.accelerator):
         # torch ≥ 2.4's is_bf16_supported() is True where bf16 is emulated.
         return "bf16" if all(major >= 8 for major, _ in _capabilities()) else "fp32"
     return cpu.precision()
 
 
 def slow_on_gpu(c: TrainConfig, precision: str) -> str:
-    """What to tell of `precision`, which was chosen, where a GPU would be faster with another; empty where it would not."""
-    if precision != "fp32" or not on_gpu(c) or min(_capabilities()) < (7, 0):  # Volta has the first tensor cores
+    """A note if the selected `precision` is not the fastest one of the GPU; else empty."""
+    if (
+        precision != "fp32" or not machine.use_gpu(c.accelerator) or min(_capabilities()) < (7, 0)
+    ):  # Volta has the first tensor cores
         return ""
     i = _capabilities().index(min(_capabilities()))
     return (
@@ -52,15 +51,15 @@ def _capabilities() -> list[tuple[int, int]]:
     return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
 
 
-def make_trainer(c: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
-    """A trainer that runs the module's batches once; metrics, progress and checkpoints are the callbacks' business."""
-    gpu, precision = on_gpu(c), precision_of(c)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+def make_trainer(run: Run, callbacks: list[pl.Callback]) -> pl.Trainer:
+    """A trainer that goes through the module's batches once; metrics, progress and checkpoints are left to the callbacks."""
+    c = run.flags
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
     trainer = pl.Trainer(
-        accelerator="gpu" if gpu else "cpu" if c.accelerator == "auto" else c.accelerator,
+        accelerator="gpu" if run.on_gpu else "cpu",
         devices=c.devices,
         num_nodes=c.num_nodes,
-        **compat.trainer_options(precision, strategy.make(c, gpu)),
+        **compat.trainer_options(c.precision, strategy.make(c, run.on_gpu)),
         max_epochs=1,
         accumulate_grad_batches=c.accumulate_grad_batches,
         gradient_clip_val=c.grad_clip or None,
@@ -70,6 +69,6 @@ def make_trainer(c: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    if gpu and getattr(trainer.precision_plugin, "scaler", None):
+    if run.on_gpu and getattr(trainer.precision_plugin, "scaler", None):
         trainer.precision_plugin.scaler = compat.grad_scaler()()
     return trainer

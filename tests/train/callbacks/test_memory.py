@@ -12,8 +12,8 @@ from rwkv import checkpoint
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.memory import machine
+from rwkv.memory import plan as planning
 from rwkv.models.v4 import Sizes
-from rwkv.train import budget
 from rwkv.train.callbacks.memory import out_of_memory
 from rwkv.train.fit import fit
 
@@ -131,9 +131,9 @@ def test_auto_keeps_the_step_and_fits(make_base, make_data, tmp_path, monkeypatc
     }
     flags |= {"magic_prime": -1}
     fit(LoRAConfig(**flags, proj_dir=str(tmp_path / "plain")))
-    plan = budget.plan_of(LoRAConfig(**flags), Sizes(2, 16, 50, 16, 64), False, "fp32")
-    halved = budget.memory.estimate(budget.replace(plan, micro_bsz=2, accumulate=2)).total
-    monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: (halved + 1) / budget.ROOM)
+    plan = planning.plan_of(LoRAConfig(**flags), Sizes(2, 16, 50, 16, 64), False, "fp32")
+    halved = planning.estimate.estimate(planning.replace(plan, micro_bsz=2, accumulate=2)).total
+    monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: (halved + 1) / planning.USABLE)
     capsys.readouterr()
     fit(LoRAConfig(**flags, proj_dir=str(tmp_path / "auto"), auto=True))
     assert "auto:  --micro_bsz 2 --accumulate_grad_batches 2 --grad_cp 0" in capsys.readouterr().out
@@ -188,7 +188,7 @@ def test_adafactor_learns_and_keeps_a_row_and_a_column(make_data, tmp_path):
         for x in state.values()
         if torch.is_tensor(x) and x.dim()
     )
-    plan = budget.plan_of(config, model.sizes, False, "fp32")
+    plan = planning.plan_of(config, model.sizes, False, "fp32")
     mixes = 4 * 2 * 5  # of [1, 1, D], a row of one number each, which the prediction leaves out
     assert kept == estimate.estimate(plan).device["optimizer"] + mixes
     assert kept < 0.2 * 8 * estimate.total(model.sizes)

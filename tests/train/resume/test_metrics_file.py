@@ -140,7 +140,7 @@ def test_a_run_with_such_a_file_resumes_and_draws(make_data, tmp_path, capsys, w
     assert (tmp_path / "run/loss.png").read_bytes().startswith(b"\x89PNG")
     path.write_bytes(path.read_bytes() + WRONG[wrong])
     fit(config)  # nothing left to do
-    assert "nothing left to do" in capsys.readouterr().out
+    assert "already complete" in capsys.readouterr().out
 
 
 def test_a_step_reads_no_file_and_keeps_no_line(make_data, tmp_path, monkeypatch):

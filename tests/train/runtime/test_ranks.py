@@ -1,4 +1,4 @@
-"""Every rank runs what rank 0 decided, however it was started; ranks that cannot follow end with a message."""
+"""All ranks train with the flags that rank 0 resolved, however they were started; ranks that differ end with a message."""
 
 import dataclasses
 import json
@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 
 from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.models.v4 import Sizes
 from rwkv.train.resume import state_files
+from rwkv.train.run import Run
 from rwkv.train.runtime import ranks
 from rwkv.train.runtime.lightning import rank_zero_only
 
@@ -96,7 +98,7 @@ STARTERS = {
 
 
 @pytest.mark.parametrize("starter", STARTERS)
-def test_ranks_take_precision_and_seed_of_rank_zero_and_of_the_run_that_is_resumed(train, tmp_path, starter):
+def test_ranks_use_rank_zeros_precision_and_seed(train, tmp_path, starter):
     words = STARTERS[starter]
     words = [*words, "--master_port", str(port())] if words else []
     train("run", 1, *words, max_steps=3)
@@ -113,7 +115,7 @@ def test_ranks_take_precision_and_seed_of_rank_zero_and_of_the_run_that_is_resum
     assert not torch.equal(*rng)  # each drops other elements
 
 
-def test_ranks_that_came_to_different_settings_end_with_a_message(train, tmp_path):
+def test_different_flags_of_ranks_are_refused(train, tmp_path):
     # Another launcher, which offers no store: each rank decides by itself.
     said = train("run", 1, status=1, ranks=("0", "1"), random_seed=1)
     assert "Traceback" not in said
@@ -126,48 +128,44 @@ def test_ranks_that_came_to_different_settings_end_with_a_message(train, tmp_pat
 
 def test_what_only_rank_zero_knows_is_not_compared():
     c = LoRAConfig(data_file="d", n_layer=1, n_embd=8)
-    run = {
+    manifest = {
         "model": {},
         "precision": "fp32",
         "stack": {"torch": "2"},
         "data": {"prefix": "d", "sha256": "1"},
         "base": None,
     }
-    mine = ranks.facts(c, run, torch.nn.Linear(2, 2))
-    kept = run | {
+
+    def facts(flags, changed=None, model=None):
+        run = Run(flags, Sizes(1, 8, 50, 8, 32), on_gpu=False)
+        return ranks.facts(run, manifest | (changed or {}), model or torch.nn.Linear(2, 2))
+
+    mine = facts(c)
+    kept = {
         "base": {"path": "run/rwkv-base.pth", "sha256": "2"},
         "data": {"prefix": "elsewhere/d", "sha256": "1"},
     }
-    assert (
-        ranks.facts(dataclasses.replace(c, data_file="elsewhere/d", random_seed=3), kept, torch.nn.Linear(2, 2)) == mine
-    )
+    assert facts(dataclasses.replace(c, data_file="elsewhere/d", random_seed=3), kept) == mine
     given = dataclasses.replace(c, load_model="base.pth")
-    found = [ranks.facts(given, run | {"base": {"path": "base.pth", "sha256": x}}, torch.nn.Linear(2, 2)) for x in "23"]
+    found = [facts(given, {"base": {"path": "base.pth", "sha256": x}}) for x in "23"]
     assert found[0] != found[1]
-    assert ranks.facts(c, run, torch.nn.Linear(2, 2).bfloat16()) != mine
+    assert facts(c, model=torch.nn.Linear(2, 2).bfloat16()) != mine
 
 
-def test_what_rank_zero_changed_is_told_and_no_more(monkeypatch):
-    def changed(c):
-        return dataclasses.replace(c, precision="bf16", micro_bsz=c.micro_bsz // 2)
-
-    monkeypatch.delenv(ranks._DECIDED, raising=False)
+def test_ranks_that_lightning_starts_receive_what_rank_zero_changed(monkeypatch):
+    monkeypatch.delenv(ranks._RESOLVED, raising=False)
     monkeypatch.setattr(rank_zero_only, "rank", 0)
-    first = ranks.Ranks()
-    ours = first.decide("auto", TrainConfig(proj_dir="here", micro_bsz=8), changed)
-    assert (ours.precision, ours.micro_bsz) == ("bf16", 4)
+    first, flags = ranks.Ranks(), TrainConfig(proj_dir="here", micro_bsz=8)
+    assert first.receive() is None
+    first.send(flags, dataclasses.replace(flags, precision="bf16", micro_bsz=4))
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert ranks.Ranks().receive() is None  # another launcher: this rank resolves its own flags
     with first.told():
-        monkeypatch.setattr(rank_zero_only, "rank", 1)
-        second = ranks.Ranks()
-        theirs = second.decide(
-            "auto", TrainConfig(proj_dir="there", micro_bsz=8), lambda c: pytest.fail("rank 1 decided")
-        )
-        assert theirs == dataclasses.replace(ours, proj_dir="there")
-        assert second.decide("something else", theirs, lambda c: c) == theirs  # by itself, where nothing was told
-    assert ranks._DECIDED not in os.environ
+        assert ranks.Ranks().receive() == {"precision": "bf16", "micro_bsz": 4}
+    assert ranks._RESOLVED not in os.environ
 
 
-def test_a_store_carries_what_rank_zero_decided(monkeypatch):
+def test_ranks_that_torchrun_starts_receive_what_rank_zero_changed(monkeypatch):
     store = dist.TCPStore("127.0.0.1", number := port(), is_master=True, wait_for_workers=False)
     for name, value in {
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -179,9 +177,7 @@ def test_a_store_carries_what_rank_zero_decided(monkeypatch):
     monkeypatch.setattr(ranks, "_RUNS", runs)  # each process counts its own
     for precision in ("bf16", "fp32"):  # two runs of the same processes
         monkeypatch.setattr(rank_zero_only, "rank", 0)
-        ranks.Ranks().decide("auto", TrainConfig(), lambda c, p=precision: dataclasses.replace(c, precision=p))
+        ranks.Ranks().send(TrainConfig(), TrainConfig(precision=precision))
         monkeypatch.setattr(rank_zero_only, "rank", 1)
-        assert (
-            ranks.Ranks().decide("auto", TrainConfig(), lambda c: pytest.fail("rank 1 decided")).precision == precision
-        )
+        assert ranks.Ranks().receive() == {"precision": precision}
     del store

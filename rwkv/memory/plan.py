@@ -1,24 +1,25 @@
-"""A run's flags as a plan of its memory, and --auto: the flags that fit."""
+"""The memory plan of a run's flags, and --auto: the flags that fit into memory."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from rwkv import compat
 from rwkv.adapters import lora
-from rwkv.config import EstimateConfig, LoRAConfig, TrainConfig
+from rwkv.config import EstimateConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.memory import estimate, machine, search
 from rwkv.models import Sizes
 
-ROOM = 0.92  # of the memory: what the allocator cannot use, and the prediction's error
+USABLE = 0.92  # fraction of the memory to plan for; the rest covers fragmentation and the error of the prediction
 
 
 def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision: str) -> estimate.Plan:
-    """The flags of a run, or of an estimate, as memory.estimate takes them. Pieces in time (tbptt_len) are as long as a context that is held at once."""
+    """The plan of a run, or of an estimate. With tbptt_len its context is one chunk."""
     adapter: dict[str, Any] = {"lora": False}
-    if isinstance(c, LoRAConfig | EstimateConfig):
-        adapts = c.lora if isinstance(c, LoRAConfig) else c.method == "lora"
-        adapter = {"lora": adapts, "r": c.lora_r, "parts": lora.parts_in(c.lora_parts), "base": c.lora_base}
+    if a := (c.adapter if isinstance(c, TrainConfig) else c):
+        lora_used = isinstance(c, TrainConfig) or c.method == "lora"
+        adapter = {"lora": lora_used, "r": a.lora_r, "parts": lora.parts_in(a.lora_parts), "base": a.lora_base}
     return estimate.Plan(
         sizes,
         **adapter,
@@ -37,31 +38,32 @@ def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision:
     )
 
 
-def room(plan: estimate.Plan) -> int:
-    """Bytes that each device of this machine has for a run; 0 if nobody knows."""
+def available(plan: estimate.Plan) -> int:
+    """Bytes that a run can use on each device of this machine; 0 if that is unknown."""
     found = machine.memory_of(plan.gpu, plan.per_node)
-    return round(ROOM * (found if plan.gpu else found / max(1, plan.per_node)))
+    return round(USABLE * (found if plan.gpu else found / max(1, plan.per_node)))
 
 
-def choose(c: TrainConfig, plan: estimate.Plan) -> tuple[TrainConfig, str]:
-    """Flags whose run fits, and what was chosen, in words. The step stays the same: a smaller micro_bsz is accumulated as often as it takes.
+def choose(c: TrainConfig, plan: estimate.Plan, usable: Callable[[TrainConfig], bool]) -> tuple[TrainConfig, str]:
+    """The flags of --auto, and a description of them. The effective batch does not change: a smaller micro_bsz is accumulated more often.
 
-    Not recomputing comes before recomputing (a third more time), a large micro_bsz before a small one, and DeepSpeed's sharing out and
-    offload, where the run is on GPUs and does not fit without, last; offload where the host has room for it.
+    Tried in the order of their cost in time: first without gradient checkpointing, then with it, each from the largest micro_bsz to the smallest; then, on
+    GPUs, the same with the DeepSpeed strategies. Where the memory is unknown the flags stay as given.
 
-    Where the memory is unknown the flags stay as they are.
+    Args:
+        usable: whether a strategy can be used with the other flags on this machine.
 
     Raises:
-        UserError: nothing fits; what would, if anything.
+        UserError: nothing fits; the message says what would, if anything does.
     """
-    limit = room(plan)
+    limit = available(plan)
     if not limit:
         return c, "the memory of this device is unknown; flags stay as given"
     begin = replace(plan, grad_cp=False)
     micros = [m for m in range(c.micro_bsz, 0, -1) if c.micro_bsz % m == 0]
     strategies = [c.strategy]
     if c.strategy == "auto" and plan.gpu and c.optimizer == "adam":
-        strategies += [name for name in search.offered(c.devices * c.num_nodes) if _can(replace(c, strategy=name))]
+        strategies += [name for name in search.offered(c.world_size) if usable(replace(c, strategy=name))]
     short = ""
     for name in strategies:
         for grad_cp in (False, True):
@@ -75,7 +77,7 @@ def choose(c: TrainConfig, plan: estimate.Plan) -> tuple[TrainConfig, str]:
                 if (
                     found.total <= limit
                     and plan.offload
-                    and found.host_total > (host := ROOM * machine.memory_of(gpu=False))
+                    and found.host_total > (host := USABLE * machine.memory_of(gpu=False))
                 ):
                     short = (
                         short
@@ -93,17 +95,6 @@ def choose(c: TrainConfig, plan: estimate.Plan) -> tuple[TrainConfig, str]:
                     return chosen, f"{words}: {found.total / 1e9:.2f} of {limit / 1e9:.2f} GB"
     rest = "Take LoRA (scripts/lora.py), a shorter --ctx_len, or a smaller model" if short else advice(plan, limit)
     raise UserError(f"--auto: nothing fits into {limit / 1e9:.2f} GB. {short}{rest}")
-
-
-def _can(c: TrainConfig) -> bool:
-    """Whether the flags go with their strategy, and it works here."""
-    from rwkv.train.runtime import strategy  # Lightning with it, for which an estimate would wait seconds
-
-    try:
-        strategy.check(c)
-    except UserError:
-        return False
-    return True
 
 
 def advice(plan: estimate.Plan, limit: int) -> str:

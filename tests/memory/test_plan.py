@@ -11,11 +11,11 @@ from rwkv.cli import parse
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.memory import machine
+from rwkv.memory import plan as planning
 from rwkv.memory.estimate import Plan, estimate
 from rwkv.models.v4 import Sizes
 from rwkv.models.version import published
-from rwkv.train import budget
-from rwkv.train.callbacks.memory import Watch
+from rwkv.train.callbacks.memory import MemoryMonitor
 
 SIZES = Sizes(2, 64, 500, 64, 256)
 HOST = 64 * 10**9
@@ -31,12 +31,12 @@ def begin(monkeypatch, make_data, tmp_path):
     fit = importlib.import_module("rwkv.train.fit")
 
     def run(kind, memory: int, *words: str, host: int = HOST):
-        monkeypatch.setattr(fit, "on_gpu", lambda c: True)
+        monkeypatch.setattr(machine, "use_gpu", lambda accelerator: True)
         monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: memory if gpu else host)
         monkeypatch.setattr(compat, "deepspeed_refusal", lambda on_gpu: None)
 
-        def make_trainer(config, callbacks):
-            raise Begun(config)
+        def make_trainer(run, callbacks):
+            raise Begun(run.flags)
 
         monkeypatch.setattr(fit, "make_trainer", make_trainer)
         sizes = ["--n_layer", "2", "--n_embd", "64", "--vocab_size", "500"]
@@ -63,7 +63,7 @@ def plan(**changed) -> Plan:
 
 
 def room_for(p: Plan) -> int:
-    return round((estimate(p).total + 1) / budget.ROOM)
+    return round((estimate(p).total + 1) / planning.USABLE)
 
 
 STEPS = [  # devices, the plan that just fits, and the flags that come of it
@@ -88,7 +88,7 @@ STEPS = [  # devices, the plan that just fits, and the flags that come of it
 def test_auto_takes_the_flags_that_cost_least(begin, capsys, devices, fitting, expected):
     wanted = plan(devices=devices, per_node=devices, **fitting)
     config = begin(TrainConfig, room_for(wanted), "--devices", str(devices))
-    chosen = budget.plan_of(config, SIZES, True, "bf16")
+    chosen = planning.plan_of(config, SIZES, True, "bf16")
     assert estimate(chosen).total <= estimate(wanted).total
     assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp, config.strategy) == expected
     assert config.micro_bsz * config.accumulate_grad_batches == 4
@@ -104,7 +104,7 @@ def test_lora_is_chosen_for_alike(begin, capsys):
     wanted = plan(lora=True, micro_bsz=1, accumulate=4, devices=8, per_node=8)
     config = begin(LoRAConfig, room_for(wanted), "--devices", "8", "--lora", "1")
     assert (config.micro_bsz, config.grad_cp, config.strategy) == (1, 0, "auto")
-    assert f"of {budget.ROOM * room_for(wanted) / 1e9:.2f} GB" in capsys.readouterr().out
+    assert f"of {planning.USABLE * room_for(wanted) / 1e9:.2f} GB" in capsys.readouterr().out
 
 
 def test_auto_leaves_out_what_this_machine_or_another_flag_refuses(begin, monkeypatch):
@@ -128,7 +128,7 @@ def test_on_a_gpu_too_out_of_memory_is_an_error_with_a_remedy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: used)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     wanted = plan(sizes=published("1.5b"), ctx_len=1024, micro_bsz=1)
-    watch = Watch(wanted, 0)
+    watch = MemoryMonitor(wanted, 0)
     watch._device = torch.device("cuda")
     with pytest.raises(UserError) as told, watch.explained():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -148,7 +148,7 @@ def test_where_the_memory_is_unknown_nothing_is_reckoned_with_zero(begin, capsys
     assert "can be used" not in said
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10**9)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    watch = Watch(plan(sizes=published("1.5b"), ctx_len=1024, micro_bsz=1), 0)
+    watch = MemoryMonitor(plan(sizes=published("1.5b"), ctx_len=1024, micro_bsz=1), 0)
     watch._device = torch.device("cuda")
     with (
         pytest.raises(UserError, match=r"1\.00 GB were in use when no more could be had\. ") as told,
