@@ -1,4 +1,4 @@
-"""Flags that cannot be trained with are refused, before anything is read."""
+"""Checks of the flags, before anything is read."""
 
 import dataclasses
 import math
@@ -65,14 +65,14 @@ def check(c: TrainConfig) -> None:
         )
     if schedule.total_steps(c) < 1:
         raise UserError(
-            f"nothing to train: --epoch_begin {c.epoch_begin} is not before --epoch_count {c.epoch_count}, or the tokens are spent"
+            f"nothing to train: --epoch_begin {c.epoch_begin} is not before --epoch_count {c.epoch_count}, or --my_exit_tokens has been reached"
         )
     if c.epoch_begin and not c.load_model:
-        raise UserError(f"--epoch_begin {c.epoch_begin} goes on with a run: give its checkpoint with --load_model")
+        raise UserError(f"--epoch_begin {c.epoch_begin} continues a run: give its checkpoint with --load_model")
     if c.adapter and c.epoch_begin and not c.adapter.lora_load:
-        raise UserError(f"--epoch_begin {c.epoch_begin} goes on with a LoRA run: give its adapter with --lora_load")
+        raise UserError(f"--epoch_begin {c.epoch_begin} continues a LoRA run: give its adapter with --lora_load")
     if c.load_partial and (not c.load_model or c.adapter):
-        raise UserError("--load_partial 1 fills in --load_model, in pretraining and full tuning; leave it out")
+        raise UserError("--load_partial 1 completes --load_model in pretraining and full fine-tuning; omit it")
     if c.exact and not c.tbptt_len:
         raise UserError("--exact applies to --tbptt_len only: give the length of a chunk with it too")
     samples.check(c)
@@ -81,15 +81,13 @@ def check(c: TrainConfig) -> None:
     ):  # which writes new weights and trains nothing: upstream's demo-training-prepare.sh names a device and a strategy all the same
         return
     if c.accelerator == "gpu" and not machine.use_gpu("gpu"):
-        raise UserError(
-            "--accelerator gpu: torch sees no GPU; check nvidia-smi, or leave the flag out to train on the CPU"
-        )
+        raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or omit the flag to train on the CPU")
     if c.precision == "fp16" and not machine.use_gpu(c.accelerator):
         raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     strategy.check(c)
     if c.optimizer == "adafactor" and strategy.zero(c):
         raise UserError(
-            f"--optimizer adafactor with --strategy {c.strategy}: DeepSpeed strings the matrices out, and rows and columns are lost; leave one out"
+            f"--optimizer adafactor with --strategy {c.strategy}: Adafactor needs 2-D parameters, and ZeRO flattens them; use --optimizer adam, or a strategy without DeepSpeed"
         )
     if c.accelerator != "cpu" and 0 < torch.cuda.device_count() < c.devices:
         raise UserError(f"--devices {c.devices}: torch sees {torch.cuda.device_count()} GPUs")

@@ -1,4 +1,4 @@
-"""What a run prints: lines from rank 0 alone, above a progress bar, to readers that may go away."""
+"""Console output of a run: printed by rank 0 only, above a progress bar; a closed terminal or pipe is no error."""
 
 import contextlib
 import os

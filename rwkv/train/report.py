@@ -1,4 +1,4 @@
-"""What a run tells its user: what it starts with, in plain words."""
+"""The report at the start of a run: model, data, length, coverage, precision."""
 
 import math
 
@@ -12,7 +12,7 @@ from rwkv.train.runtime import strategy
 
 
 def introduce(c: TrainConfig, model: RWKV, data: Dataset, training: Samples, held_out: HeldOut | None) -> None:
-    """Say what is trained on what, for how long."""
+    """Report what is trained, on which data, for how long."""
     s = model.sizes
     every = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -62,7 +62,7 @@ def _precision(c: TrainConfig, model: RWKV) -> str:
 
 
 def types(c: TrainConfig, model: RWKV) -> str:
-    """What is kept and computed in which type, for run.json."""
+    """Data types of weights, gradients and computations, for run.json."""
     kept = {
         trains: sorted({str(p.dtype)[6:] for p in model.parameters() if p.requires_grad == trains})
         for trains in (True, False)

@@ -1,4 +1,4 @@
-"""The samples that a run's flags ask for: those it trains on, and those held out."""
+"""Training and validation samples, as the flags ask for them."""
 
 from typing import Any
 
@@ -15,16 +15,14 @@ def check(c: TrainConfig) -> None:
     documents = c.doc_training or c.doc_training_seq
     if documents and (c.magic_prime or c.my_pile_shift > 0):
         raise UserError(
-            "--doc_training goes through the documents and --magic_prime through places of the stream: leave one of them out"
+            "--doc_training samples documents and --magic_prime samples positions of the token stream: use only one of them"
         )
     if c.my_random_steps and not c.magic_prime:
         raise UserError(
-            f"--my_random_steps {c.my_random_steps} come before prime sampling: give --magic_prime too, or leave it out"
+            f"--my_random_steps {c.my_random_steps} applies to prime sampling: give --magic_prime too, or omit it"
         )
     if c.min_ctx_len and not documents:
-        raise UserError(
-            f"--min_ctx_len {c.min_ctx_len} is a matter of --doc_training 1; give that too, or leave it out"
-        )
+        raise UserError(f"--min_ctx_len {c.min_ctx_len} applies to --doc_training 1: give that too, or omit it")
     if not 0 <= c.min_ctx_len <= c.ctx_len:
         raise UserError(f"--min_ctx_len {c.min_ctx_len} must be 0 to --ctx_len {c.ctx_len}")
     if c.doc_sep < -1:
@@ -39,14 +37,14 @@ def check(c: TrainConfig) -> None:
         raise UserError("--val_every and --val_samples must not be negative")
     if c.val_file and c.val_split:
         raise UserError(
-            f"--val_file {c.val_file} and --val_split {c.val_split} both give the validation set; leave one of them out"
+            f"--val_file {c.val_file} and --val_split {c.val_split} both give the validation set; use only one of them"
         )
     if c.val_file.endswith((".jsonl", ".json", ".txt")) or (c.val_file and c.data_type not in ("binidx", "numpy")):
         raise UserError(
             f"--val_file {c.val_file} must be a binidx of the same tokens as --data_file: convert it first, with"
             f" python scripts/convert.py --input {c.val_file} --output-prefix PREFIX, and give PREFIX_text_document"
             if c.data_type in ("binidx", "numpy")
-            else f"--val_file {c.val_file}: --data_type {c.data_type} makes tokens of its own; take the validation set from it by --val_split"
+            else f"--val_file {c.val_file}: --data_type {c.data_type} has its own vocabulary; use --val_split for validation"
         )
     if c.val_every and not (c.val_split or c.val_file):
         raise UserError(
@@ -109,6 +107,6 @@ def _source(c: TrainConfig, data: Dataset, stream: Stream, held_out: bool = Fals
     prime = offsets.magic_prime(size, c.ctx_len) if c.magic_prime < 0 else c.magic_prime
     if c.magic_prime < 0 and not prime:
         raise UserError(
-            f"--magic_prime -1: {size} tokens hold no two contexts of {c.ctx_len}; leave it out, or lower --ctx_len"
+            f"--magic_prime -1: {size} tokens are fewer than two contexts of {c.ctx_len}; omit it, or lower --ctx_len"
         )
     return Contexts(**common, prime=prime, shift=c.my_pile_shift, random_first=c.my_random_steps)

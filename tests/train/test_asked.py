@@ -41,14 +41,14 @@ def device(monkeypatch):
         )  # that on a GPU counts stays behind is for tests/gpu to see
         return moved
 
-    def read(self, read=metrics.Late.read):
+    def read(self, read=metrics.PendingScalars.read):
         with made.disarmed():  # a step later: tests/train/test_fit.py
             return read(self)
 
     monkeypatch.setattr(compat, "fit", fit_on_it)
     monkeypatch.setattr(TrainingModule, "on_train_batch_start", begins)
     monkeypatch.setattr(TrainingModule, "transfer_batch_to_device", transferred)
-    monkeypatch.setattr(metrics.Late, "read", read)
+    monkeypatch.setattr(metrics.PendingScalars, "read", read)
     monkeypatch.setattr(metrics, "waits_one_step", lambda device: True)
     fused_adam.on_a_cpu(monkeypatch)
     return made

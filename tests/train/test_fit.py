@@ -293,7 +293,7 @@ REFUSED = [
     ({"n_layer": -1}, "--n_layer must not be negative"),
     ({"beta1": 1.0}, "less than 1"),
     ({"my_pile_shift": -2}, "--my_pile_shift must be at least 0"),
-    ({"epoch_begin": 1}, "--epoch_begin 1 goes on with a run"),
+    ({"epoch_begin": 1}, "--epoch_begin 1 continues a run"),
     ({"load_model": "none.pth"}, "none.pth: no such checkpoint"),
     *([] if torch.cuda.is_available() else [({"accelerator": "gpu"}, "torch sees no GPU")]),
 ]
@@ -416,7 +416,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(make_base, 
         fit(TrainConfig(**flags, proj_dir=str(tmp_path / "run"), save_every=1))
     said = re.fullmatch(
         r"step (\d+): the loss is nan, in the batch of samples (\d+) to \d+ \(tokens (\d+) to (\d+), (\d+) to (\d+) of the data\)\. Lower --lr_init, .*"
-        r"--on_nan skip; the last good state is .*/step-(\d+)\.pt; go on .*",
+        r"--on_nan skip; the last valid state is .*/step-(\d+)\.pt; to resume .*",
         str(caught.value),
     )
     step, sample, a, b, c, d, good = map(int, said.groups())

@@ -234,15 +234,15 @@ def test_a_step_without_a_counted_target_moves_nothing_and_goes_on(make_base, do
 
 
 REFUSED = [
-    ({"doc_training": 1, "magic_prime": -1}, "leave one of them out"),
-    ({"min_ctx_len": 5}, "a matter of --doc_training 1"),
+    ({"doc_training": 1, "magic_prime": -1}, "use only one of them"),
+    ({"min_ctx_len": 5}, "applies to --doc_training 1"),
     ({"doc_training": 1, "min_ctx_len": CTX + 1}, f"must be 0 to --ctx_len {CTX}"),
     ({"doc_sep": -2}, "must be a token id, or -1"),
     ({"val_split": 1.0}, "less than 1"),
     ({"val_every": 5}, "needs a validation set: give --val_file, or --val_split"),
     ({"val_file": "v", "val_split": 0.5}, "both give the validation set"),
     ({"val_file": "v.jsonl"}, r"must be a binidx.* scripts/convert.py --input v.jsonl --output-prefix PREFIX"),
-    ({"val_file": "v", "data_type": "utf-8"}, "makes tokens of its own"),
+    ({"val_file": "v", "data_type": "utf-8"}, "has its own vocabulary"),
     ({"val_file": "none"}, "none"),
     ({"val_split": 0.5, "val_samples": -1}, "must not be negative"),
     ({"val_split": 0.01}, "tokens would be held out"),

@@ -134,7 +134,7 @@ def test_load_partial_begins_anew_what_the_checkpoint_lacks(flags, make_base, tm
     assert result.first_loss == pytest.approx(as_before.first_loss, rel=1e-6)  # new layers pass on what they are given
     with pytest.raises(UserError, match="misshapen"):
         fit(TrainConfig(**grown | {"n_embd": 16, "proj_dir": str(tmp_path / "wide")}))
-    with pytest.raises(UserError, match="--load_partial 1 fills in --load_model"):
+    with pytest.raises(UserError, match="--load_partial 1 completes --load_model"):
         fit(TrainConfig(**grown | {"load_model": "", "proj_dir": str(tmp_path / "none")}))
 
 

@@ -1,4 +1,4 @@
-"""When a run is saved: resumable states, and checkpoints under upstream's names; and how it continues from a state."""
+"""Saving of training states, and of checkpoints under upstream's names; restoring a state."""
 
 import time
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def complete(c: TrainConfig, folder: Path, begin: run_state.State, save: Callabl
 
 
 class Restorer(pl.Callback):
-    """Puts the run into the state to continue from, then writes its manifest: until the state is taken the old one holds.
+    """Restores the training state to resume from, then writes the manifest: until then the old one is valid.
 
     Args:
         begin: the state, on rank 0; None for a new run.
@@ -59,15 +59,15 @@ class Restorer(pl.Callback):
 
 
 class Checkpointer(pl.Callback):
-    """Saves states every so often, rwkv-N.pth after every epoch_save-th epoch and the last, rwkv-final.pth where the run ends, or is
-    interrupted, inside an epoch.
+    """Saves training states periodically, rwkv-N.pth after every epoch_save-th epoch and the last, rwkv-final.pth if the run ends or is
+    interrupted within an epoch.
 
     Args:
         run: the run's manifest, which goes into every state.
         save: save(name, step, gather) writes a checkpoint; called on every rank, and gather(names) puts parameters together on rank 0.
         inputs: the files that the run reads; if one was changed, nothing more is saved.
 
-    Attribute `last`: the name of the checkpoint written last.
+    Attribute `last`: the name of the latest checkpoint.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Checkpointer(pl.Callback):
         self._since = time.perf_counter()
 
     def unsaved(self) -> int:
-        """Steps since the last state, with the one that is being made."""
+        """Steps since the last state, including the current one."""
         return self._module.step + 1 - self._saved if self._module else 0
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: TrainingModule, outputs, batch, batch_idx: int) -> None:

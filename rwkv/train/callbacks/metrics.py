@@ -1,4 +1,4 @@
-"""What a run records of every step: metrics.jsonl, train_log.txt, progress, dashboards, loss.png."""
+"""Records every step: metrics.jsonl, train_log.txt, progress, dashboards, loss.png."""
 
 import contextlib
 import datetime
@@ -33,12 +33,12 @@ _PICTURE = (60, 50)  # seconds between two pictures of a run, at least; and as m
 
 
 def waits_one_step(device: torch.device) -> bool:
-    """Whether a step's numbers are read after the next one."""
+    """Whether the numbers of a step are read after the next step has been launched."""
     return device.type == "cuda"
 
 
-class Late:
-    """Numbers on their way from a device; asking for them does not hold up what was launched since."""
+class PendingScalars:
+    """Scalars that are copied from a device asynchronously."""
 
     def __init__(self, numbers: torch.Tensor):
         self._numbers, self._arrived = numbers.to("cpu", non_blocking=True), None
@@ -47,7 +47,7 @@ class Late:
             self._arrived.record(torch.cuda.current_stream(numbers.device))
 
     def read(self) -> list[float]:
-        """Wait until they are there."""
+        """Wait for the copy, and return the values."""
         if self._arrived:
             self._arrived.synchronize()
         return self._numbers.tolist()
@@ -58,7 +58,7 @@ class _Step:
     line: dict[str, Any]  # of metrics.jsonl, as far as it needs no number of the device
     samples: int  # with this step, over all ranks
     has_norm: bool
-    numbers: Late
+    numbers: PendingScalars
 
 
 class Metrics(pl.Callback):
@@ -127,7 +127,9 @@ class Metrics(pl.Callback):
             **self._watch.line(),
         }
         self._tick = time.perf_counter()
-        self._unread.append(_Step(line, module.samples, module.grad_norm is not None, Late(strategy.mean(numbers))))
+        self._unread.append(
+            _Step(line, module.samples, module.grad_norm is not None, PendingScalars(strategy.mean(numbers)))
+        )
         if (
             not waits_one_step(module.device)
             or schedule.ends_epoch(self.config, module.step)
@@ -141,7 +143,7 @@ class Metrics(pl.Callback):
         """Read what has not been read yet: on a GPU a step's numbers are read after the next one is launched, so that it never waits for work.
 
         Raises:
-            UserError: one of them is no number (NonFiniteGuard). What is saved has been read before.
+            UserError: one of them is NaN or Inf (NonFiniteGuard). What is saved has been read before.
         """
         while self._unread:
             self._read(trainer, module, self._unread.pop(0))

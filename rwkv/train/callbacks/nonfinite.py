@@ -1,4 +1,4 @@
-"""What becomes of a run whose loss or gradient is no number."""
+"""Stops or skips steps whose loss or gradient is NaN or Inf."""
 
 import math
 
@@ -11,21 +11,24 @@ from rwkv.train.resume import state_files
 from rwkv.train.resume.home import Home
 from rwkv.train.runtime import strategy
 
-IN_A_ROW = 20  # steps that --on_nan skip leaves out before it gives up: the weights themselves are lost by then
+MAX_SKIPPED = 20  # consecutive steps that --on_nan skip tolerates; after more the weights themselves are corrupt
 
 
 class NonFiniteGuard:
-    """Watches over the steps of a run, on every rank alike."""
+    """Checks every step of a run, identically on all ranks."""
 
     def __init__(self, config: TrainConfig, home: Home):
         self.config, self._home, self._skipped = config, home, 0
 
     def check(self, module: TrainingModule, step: int, samples: int, loss: float, norm: float | None) -> None:
-        """Look at a step that was made, `samples` over all ranks with it; norm: that of its gradient, None if it does not matter. What --on_nan skip
-        has left out is passed over.
+        """Check a completed step. Steps that --on_nan skip has skipped are only reported.
+
+        Args:
+            samples: number of samples up to and including this step, over all ranks.
+            norm: of the gradient; None if it need not be checked.
 
         Raises:
-            UserError: one of them is no number; by step, batch and last good state. Nothing of the step has been saved.
+            UserError: the loss or the norm is NaN or Inf; names the step, its batch and the last valid state. Nothing of the step has been saved.
         """
         wrong = [
             (what, x)
@@ -37,12 +40,12 @@ class NonFiniteGuard:
             return
         self._skipped += 1
         where = self._where(module, step, samples, *wrong[0])
-        if self.config.on_nan == "skip" and self._skipped <= IN_A_ROW:
-            say(f"warning: {where}; the step is left out")
+        if self.config.on_nan == "skip" and self._skipped <= MAX_SKIPPED:
+            say(f"warning: {where}; step skipped")
             return
         saved = state_files.states(self._home.now())
         good = (
-            f"the last good state is {saved[0]}; go on from it with other flags by --allow_changes"
+            f"the last valid state is {saved[0]}; to resume from it with other flags, add --allow_changes"
             if saved
             else "nothing was saved before it"
         )
@@ -50,7 +53,7 @@ class NonFiniteGuard:
         skip = (
             ""
             if self.config.on_nan == "skip" or strategy.zero(self.config)
-            else ", or leave such steps out with --on_nan skip"
+            else ", or skip such steps with --on_nan skip"
         )
         raise UserError(f"{where}. {more}Lower --lr_init, or raise the precision{skip}; {good}")
 

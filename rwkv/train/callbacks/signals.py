@@ -1,4 +1,4 @@
-"""Signals that end a run end it after its current step, so that it is saved; a further one, later, ends it immediately."""
+"""A signal stops the run after the current step and saves it; a second signal stops it immediately."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ SAME = 2.0  # seconds in which a further signal is the first one once more: make
 
 
 class Signals(pl.Callback):
-    """Takes the signals while a run trains.
+    """Handles signals during training.
 
     Args:
         unsaved: how many steps are lost if the run is stopped without saving.

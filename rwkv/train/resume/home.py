@@ -1,4 +1,4 @@
-"""The folder of a run while it runs: found again where it was renamed meanwhile."""
+"""The folder of a run, also after it was renamed while the run was using it."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from rwkv.train.runtime.lightning import rank_zero_only
 
 
 class Home:
-    """A folder that is followed when it is renamed or moved on its file system, as long as the block runs (on rank 0, which alone writes there)."""
+    """A folder that is tracked when it is renamed or moved on its file system, while the block runs (on rank 0, the only one that writes there)."""
 
     def __init__(self, folder: Path):
         self._folder, self._descriptor = folder, -1
@@ -25,7 +25,7 @@ class Home:
             self._descriptor = -1
 
     def now(self) -> Path:
-        """Where it is now.
+        """The current path.
 
         Raises:
             UserError: it was deleted.

@@ -1,4 +1,4 @@
-"""Files that a run keeps mapped must stay as they were: what overwrites them in place would change the run without a word."""
+"""Detects changes of memory-mapped files: overwriting them in place would silently change the run."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ class _File:
 
 
 class Unchanged:
-    """Watches files by size and modification time; where these changed, by content. A file that was replaced under its name is as it was: the old
+    """Watches files by size and modification time and, if these changed, by content. A file that was replaced under its name does not count: the old
     one stays mapped."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Unchanged:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Tells an error of the block by its cause, if a file was changed; ends the watch."""
+        """If a file was changed, an error in the block is reported with this cause. Ends the watch."""
         try:
             yield
         except (
@@ -81,7 +81,7 @@ class Unchanged:
 
 
 def frozen_in(model: nn.Module, path: str) -> Callable[[], bool]:
-    """Whether weights that do not train are still in the file that they were loaded from, mapped: then their steps read it."""
+    """A function that tells whether frozen weights are still mapped from the file that they were loaded from."""
 
     def test() -> bool:
         pages = mapped_tensors.Pages(path)

@@ -1,4 +1,4 @@
-"""The processes of one run: none outlives the one that started it, and the end of one ends the others with a message."""
+"""The processes of one run: none outlives the one that started it, and when one ends the others report it and end."""
 
 import contextlib
 import ctypes
@@ -10,7 +10,7 @@ from rwkv.errors import UserError
 
 _STARTED_BY = "RWKV_STARTED_BY"  # in the environment of the ranks that rank 0 starts: its process id
 _SET_PDEATHSIG = 1  # of prctl(2)
-# Of gloo, NCCL and torch's store, when a peer is gone.
+# Error messages of gloo, NCCL and torch's store when another process has ended.
 _SIGNS = (
     *(
         "Connection closed by peer",
@@ -31,8 +31,7 @@ _SIGNS = (
 
 
 def end_with_parent() -> None:
-    """In a rank that rank 0 has started: end as soon as rank 0 does, however it ends; without it a rank would wait for the others, and keep a GPU's memory,
-    until a collective's time is over."""
+    """End a rank that rank 0 started as soon as rank 0 ends; otherwise it would hold GPU memory until a collective operation times out."""
     parent = os.environ.get(_STARTED_BY)
     if not parent or "LOCAL_RANK" not in os.environ:
         return
@@ -43,7 +42,7 @@ def end_with_parent() -> None:
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Ranks that are started in the block know who started them (`end_with_parent`)."""
+    """Ranks that are started in this block end with this process (`end_with_parent`)."""
     before = os.environ.get(_STARTED_BY)
     os.environ[_STARTED_BY] = str(os.getpid())
     try:
@@ -57,7 +56,7 @@ def starting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(ranks: int) -> Iterator[None]:
-    """Of several ranks: an error that comes of another one's end becomes a UserError, and a UserError that Lightning has replaced is raised again."""
+    """With several ranks: an error caused by the end of another rank becomes a UserError, and a UserError that Lightning has wrapped is raised again."""
     try:
         yield
     except Exception as error:
@@ -73,6 +72,6 @@ def explained(ranks: int) -> Iterator[None]:
         if not lines:
             raise
         raise UserError(
-            f"another process of this run has ended or cannot be reached ({lines[0][:200]}). See its own message; if it has none, it was killed, perhaps for"
-            " memory (dmesg tells). Run the same command to continue from the last saved state"
+            f"another process of this run has ended or cannot be reached ({lines[0][:200]}). See its own message; if it has none, it was killed, perhaps for lack"
+            " of memory (see dmesg). Run the same command to continue from the last saved state"
         ) from error

@@ -1,6 +1,6 @@
-"""How a run is spread over devices: one alone, DDP, or DeepSpeed's ZeRO in three stages, each with and without offload.
+"""Parallel strategies: a single device, DDP, or DeepSpeed's ZeRO stages with and without offload.
 
-Each makes the same steps from the same batches (tests/train/test_strategies.py). DeepSpeed is imported only where one of its stages is asked for.
+All make the same steps from the same batches (tests/train/test_strategies.py). DeepSpeed is imported only where one of its stages is asked for.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from rwkv.train.runtime.lightning import DeepSpeedStrategy
 
 @dataclass(frozen=True)
 class Zero:
-    """What DeepSpeed shares out over the ranks: with stage 1 the optimizer's state, 2 also gradients, 3 also weights; and what lies on the CPU."""
+    """What DeepSpeed shards over the ranks (stage 1: optimizer state, 2: also gradients, 3: also parameters), and what it offloads to the CPU."""
 
     stage: int
     offload_optimizer: bool = False
@@ -109,11 +109,11 @@ def check(c: TrainConfig) -> None:
         return
     if ZEROS[c.strategy].stage == 3 and c.tbptt_len:
         raise UserError(
-            f"--tbptt_len needs every weight at hand, and --strategy {c.strategy} has shared them out; give deepspeed_stage_2"
+            f"--tbptt_len is not supported with ZeRO-3 (--strategy {c.strategy}: parameters are sharded); use --strategy deepspeed_stage_2"
         )
     if c.on_nan == "skip":
         raise UserError(
-            f"--on_nan skip: --strategy {c.strategy} leaves no step out, but for fp16's own; leave the flag out, or give ddp"
+            f"--on_nan skip: DeepSpeed (--strategy {c.strategy}) cannot skip steps except on fp16 overflow; omit the flag, or use --strategy ddp"
         )
     if reason := compat.deepspeed_refusal(on_gpu=machine.use_gpu(c.accelerator)):
         raise UserError(f"--strategy {c.strategy}: {reason}")

@@ -127,9 +127,9 @@ def test_a_configuration_without_deepspeed_or_without_its_file_is_refused(able, 
         strategy.check(config(strategy="ddp", ds_config=ds_config({})))
     with pytest.raises(UserError, match="none.json: No such file"):
         strategy.check(config(strategy="deepspeed", ds_config="none.json"))
-    with pytest.raises(UserError, match="--tbptt_len needs every weight at hand"):
+    with pytest.raises(UserError, match="--tbptt_len is not supported with ZeRO-3"):
         strategy.check(config(strategy="deepspeed_stage_3_offload", tbptt_len=4))
-    with pytest.raises(UserError, match="--on_nan skip: --strategy deepspeed_stage_1 leaves no step out"):
+    with pytest.raises(UserError, match="--on_nan skip: DeepSpeed .* cannot skip steps"):
         strategy.check(config(strategy="deepspeed_stage_1", on_nan="skip"))
     with pytest.raises(UserError, match="--ds_bucket_mb must be at least 1"):
         strategy.check(config(strategy="deepspeed", ds_bucket_mb=0))
