@@ -36,8 +36,8 @@ def make_plan(c: EstimateConfig):
     """The plan that the flags describe. Raises UserError."""
     from rwkv import checkpoint
     from rwkv.adapters import lora
-    from rwkv.memory import estimate
     from rwkv.memory.plan import plan_of
+    from rwkv.memory.zero import STRATEGIES
     from rwkv.models import version
 
     for name in ("ctx_len", "micro_bsz", "devices", "num_nodes", "accumulate_grad_batches", "lora_r", "ds_bucket_mb"):
@@ -47,8 +47,8 @@ def make_plan(c: EstimateConfig):
         raise UserError(
             f"--model {c.model} is not one of {', '.join(version.DEFAULT.PUBLISHED)}; give --load_model, or --n_layer and --n_embd"
         )
-    if c.strategy not in estimate.STRATEGIES:
-        raise UserError(f"--strategy {c.strategy} is not one of {', '.join(estimate.STRATEGIES)}")
+    if c.strategy not in STRATEGIES:
+        raise UserError(f"--strategy {c.strategy} is not one of {', '.join(STRATEGIES)}")
     if unknown := set(lora.parts_in(c.lora_parts)) - set(version.DEFAULT.PARTS.names):
         raise UserError(
             f"--lora_parts {c.lora_parts}: {', '.join(sorted(unknown))} is not one of {', '.join(version.DEFAULT.PARTS.names)}"

@@ -21,6 +21,7 @@ import torch
 
 from rwkv.adapters.parts import layer_of
 from rwkv.kernels.head_loss import CHUNK_BYTES, SLICE
+from rwkv.memory.zero import ZEROS
 from rwkv.models import Sizes
 from rwkv.models.rwkv import shapes
 from rwkv.models.version import version_of
@@ -34,13 +35,6 @@ LOADED = 20 << 20  # of it comes with the first step: torch's code for it. 16 to
 HEAP = (
     32 << 20
 )  # bytes: glibc maps blocks of so many or more and gives them back (HEAP_MAX_SIZE / 2); smaller ones it keeps (train/cpu.py)
-STRATEGIES = (
-    "auto",
-    "ddp",
-    "ddp_find_unused_parameters_false",
-    "deepspeed",
-    *(f"deepspeed_stage_{n}{o}" for n in (1, 2, 3) for o in ("", "_offload")),
-)
 LIVE = 10**9  # numbers that ZeRO-3 keeps gathered (stage3_max_live_parameters)
 
 
@@ -89,12 +83,12 @@ class Plan:
     @property
     def stage(self) -> int:
         """Of ZeRO; 0 without DeepSpeed."""
-        return 0 if not self.strategy.startswith("deepspeed") else int((self.strategy + "_2").split("stage_")[-1][0])
+        return ZEROS[self.strategy].stage if self.strategy in ZEROS else 0
 
     @property
     def offload(self) -> bool:
         """Whether optimizer (and in stage 3 weights) are on the host."""
-        return self.strategy.endswith("offload")
+        return self.strategy in ZEROS and ZEROS[self.strategy].offload_optimizer
 
 
 Blocks = list[tuple[float, float]]

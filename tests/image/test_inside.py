@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from rwkv.config import TrainConfig
-from rwkv.train.runtime.strategy import ZEROS, deepspeed_config
+from rwkv.memory.zero import ZEROS
+from rwkv.train.runtime.strategy import deepspeed_config
 
 ROOT = Path(__file__).parents[2]
 STACK = os.environ["RWKV_STACK"]

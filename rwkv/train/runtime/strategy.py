@@ -8,7 +8,6 @@ import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,8 @@ from rwkv import compat
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
 from rwkv.memory import machine
+from rwkv.memory.zero import STRATEGIES, ZEROS, Zero
 from rwkv.train.runtime.lightning import DeepSpeedStrategy
-
-
-@dataclass(frozen=True)
-class Zero:
-    """What DeepSpeed shards over the ranks (stage 1: optimizer state, 2: also gradients, 3: also parameters), and what it offloads to the CPU."""
-
-    stage: int
-    offload_optimizer: bool = False
-    offload_weights: bool = False
-
-
-# Lightning's names, as upstream's command lines give them; stage 1 has no offload there.
-ZEROS = {
-    "deepspeed": Zero(2),
-    "deepspeed_stage_1": Zero(1),
-    "deepspeed_stage_1_offload": Zero(1, offload_optimizer=True),
-    "deepspeed_stage_2": Zero(2),
-    "deepspeed_stage_2_offload": Zero(2, offload_optimizer=True),
-    "deepspeed_stage_3": Zero(3),
-    "deepspeed_stage_3_offload": Zero(3, offload_optimizer=True, offload_weights=True),
-}
-DDP = ("ddp", "ddp_find_unused_parameters_false")
 
 # The keys of a DeepSpeed configuration that --ds_config may set; DeepSpeed itself takes any word at its top level for a key and passes over it.
 _OFFLOAD = {
@@ -92,9 +70,8 @@ def zero(c: TrainConfig) -> Zero | None:
 
 def check(c: TrainConfig) -> None:
     """Raises UserError for a strategy that there is not, or not here, and for a DeepSpeed configuration with a key that nobody would read."""
-    known = ("auto", *DDP, *ZEROS)
-    if c.strategy not in known:
-        nearest = difflib.get_close_matches(c.strategy, known, 1, 0.5)
+    if c.strategy not in STRATEGIES:
+        nearest = difflib.get_close_matches(c.strategy, STRATEGIES, 1, 0.5)
         raise UserError(
             f"--strategy {c.strategy} is not one of auto, ddp, {', '.join(ZEROS)}"
             + (f"; did you mean {nearest[0]}?" if nearest else "")
