@@ -266,7 +266,7 @@ def inspect_adapter(
     manifest = adapter_manifest(path)
     ranks = {value.shape[0] if value.dim() else 0 for key, value in tensors.items() if key.endswith(".lora_A")}
     of_version = version.VERSIONS[manifest.get("version", version.DEFAULT.NAME)].PARTS
-    foreign, parts = of_version.foreign(tensors), of_version.of_adapter(tensors)
+    foreign, parts = lora.foreign_layers(tensors, of_version), lora.parts_of(tensors, of_version)
     if foreign:
         raise UserError(
             f"{path}: adapts {_some(foreign)}, which has no adapter here (any of {', '.join(of_version.layers)} may have one); merge it with the"

@@ -52,7 +52,7 @@ def test_a_weight_that_fp16_does_not_hold_is_named(script, make_base, tmp_path):
 
 def test_what_transformers_does_not_know_is_refused(script, make_base, tmp_path):
     base = make_base(pre_ffn=True)
-    assert "has no channel-mix in the place" in script("export.py", "--model", base, "--output", "hf", status=1).stderr
+    assert "has no channel-mix instead" in script("export.py", "--model", base, "--output", "hf", status=1).stderr
     assert not (tmp_path / "hf").exists()
 
 

@@ -14,15 +14,30 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rwkv.adapters.parts import layer_of
 from rwkv.kernels.elementwise import native
 from rwkv.kernels.linear import Matrix, product, product_of_gradient, rows
 from rwkv.models import RWKV
+from rwkv.models.parts import Parts, layer_of
 
 
 def parts_in(flag: str) -> tuple[str, ...]:
     """The names in a flag like att,ffn, valid or not."""
     return tuple(part.strip() for part in flag.split(",") if part.strip())
+
+
+def parts_of(names: Collection[str], known: Parts) -> list[str]:
+    """The parts of an adapter with tensors of these names, in the form of `Parts.normal`."""
+    whole = [part for part in known.whole if any(known.trained_whole(name, [part]) for name in names)]
+    return known.shortest(_adapted_layers(names) & {*known.layers}) + whole
+
+
+def foreign_layers(names: Collection[str], known: Parts) -> list[str]:
+    """Layers adapted by an adapter with tensors of these names that cannot have an adapter here, e.g. head or att.gate."""
+    return sorted(_adapted_layers(names) - {*known.layers})
+
+
+def _adapted_layers(names: Collection[str]) -> set[str]:
+    return {layer_of(re.sub(r"\.lora_[AB]$", "", name)) for name in names if name.endswith((".lora_A", ".lora_B"))}
 
 
 class _Adapted(torch.autograd.Function):

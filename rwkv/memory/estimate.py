@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import torch
 
-from rwkv.adapters.parts import layer_of
 from rwkv.kernels.head_loss import CHUNK_BYTES, SLICE
 from rwkv.memory.zero import ZEROS
 from rwkv.models import Sizes
+from rwkv.models.parts import layer_of
 from rwkv.models.rwkv import shapes
 from rwkv.models.version import version_of
 

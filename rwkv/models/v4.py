@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkv.adapters.parts import Parts
 from rwkv.kernels.elementwise import native
 from rwkv.models.layers import Device, Norm, dropout, matrix
+from rwkv.models.parts import Parts
 from rwkv.wkv import empty_state, wkv4
 
 NAME = "4"

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rwkv.adapters.parts import Parts
 from rwkv.models import v4
+from rwkv.models.parts import Parts
 
 Shapes = Mapping[str, torch.Size]
 

@@ -40,7 +40,7 @@ def test_single_matrices_are_parts_and_an_adapter_knows_its_own(make_model, part
     wanted = {m for part in parts if part not in ("time", "ln") for m in MATRICES.get(part, [part])}
     assert {name.split(".", 2)[2].replace("ffnPre", "ffn") for name in names} == wanted
     assert any("ffnPre" in name for name in names) == any(m.startswith("ffn") for m in wanted)
-    assert PARTS.of_adapter(lora.adapter_state(model, parts)) == PARTS.normal(parts) == same
+    assert lora.parts_of(lora.adapter_state(model, parts), PARTS) == PARTS.normal(parts) == same
 
 
 def test_the_trainable_parameters_are_upstreams(make_model):

@@ -44,22 +44,12 @@ class Parts:
         """Whether the parts include this parameter as one trained whole."""
         return any(re.search(self.whole[part], name) for part in parts if part in self.whole)
 
-    def of_adapter(self, names: Collection[str]) -> list[str]:
-        """The parts of an adapter with tensors of these names, in normal form."""
-        layers = {layer_of(name[: -len(".lora_A")]) for name in names if name.endswith(".lora_A")}
-        whole = [part for part in self.whole if any(self.trained_whole(name, [part]) for name in names)]
-        return self._shortest(layers) + whole
-
     def normal(self, parts: Collection[str]) -> list[str]:
         """The parts in normal form: groups where all their layers are named, single layers in order, then those trained whole."""
         layers = {layer for part in parts for layer in self.layers_of(part)}
-        return self._shortest(layers) + [part for part in self.whole if part in parts]
+        return self.shortest(layers) + [part for part in self.whole if part in parts]
 
-    def foreign(self, names: Collection[str]) -> list[str]:
-        """Layers that an adapter with tensors of these names adapts and that cannot have one here, e.g. head or att.gate."""
-        adapted = {layer_of(name[: -len(".lora_A")]) for name in names if name.endswith((".lora_A", ".lora_B"))}
-        return sorted(adapted - {*self.layers})
-
-    def _shortest(self, layers: set[str]) -> list[str]:
+    def shortest(self, layers: set[str]) -> list[str]:
+        """Parts that name exactly these layers: groups that are complete, and single layers in order."""
         full = [part for part, group in self.groups.items() if layers >= set(group)]
         return full + sorted(layers - {layer for part in full for layer in self.groups[part]})
