@@ -62,11 +62,11 @@ reproduce:  ## build the image twice, the second time without a cache, and compa
 compose-env:  ## write .env for docker compose: user, stack, and whether there is a GPU
 	docker/compose_env.sh $(STACK)
 
-kernels: $(READY)  ## compile the WKV operator unless all of it is there, current, and loads
-	@$(JOB) $(PY) -c 'from rwkv.kernels import build; build.main()'
+kernels: $(READY)  ## compile the kernels for this machine (ALL=1: for every GPU of the stack), unless they are current
+	@$(if $(ALL),RWKV_KERNELS_ALL=1) $(JOB) $(PY) -c 'from rwkv.kernels import build; build.main()'
 	$(if $(READY),@touch $(KERNELS))
 
-$(KERNELS): $(READY) $(wildcard cuda/*.h cuda/*.cpp cuda/*.cu) rwkv/kernels/build.py rwkv/kernels/nvrtc.py rwkv/compat.py
+$(KERNELS): $(READY) $(wildcard cuda/*/*.h cuda/*/*.cpp cuda/*/*.cu) rwkv/kernels/build.py rwkv/kernels/nvrtc.py rwkv/compat.py
 	@$(MAKE) --silent kernels
 
 lora: venv  ## LoRA tuning; without ARGS the full pipeline on a toy dataset

@@ -19,9 +19,10 @@ from torch.utils import cpp_extension
 
 from rwkv.kernels import build, load
 from rwkv.train.runtime import cpu
-from rwkv.wkv import native, wkv4
+from rwkv.wkv import wkv4
+from rwkv.wkv.wkv4 import native
 
-EXPONENTIALS = 2.5  # per token and channel: one forward, one backward, and four a chunk of 16 tokens each way (cuda/wkv4.h, "needs no scale")
+EXPONENTIALS = 2.5  # per token and channel: one forward, one backward, and four a chunk of 16 tokens each way (cuda/wkv4/wkv4.h, "needs no scale")
 STEPWISE = 4  # what the recurrence takes if every step finds its own maximum: of output and update forward, of update again and output backward
 
 
@@ -49,11 +50,16 @@ def by_library(
     """Forward and backward by bench/library_exp.cpp, whose numbers are compared with the unit's once."""
     sources = [str(Path(__file__).with_name(name)) for name in ("library_exp.cpp", "library_exp_binding.cpp")]
     loops = cpp_extension.load(
-        "library_exp", sources, extra_cflags=build.HOST_OPTIONS, extra_ldflags=["-lmvec"], build_directory=folder
+        "library_exp",
+        sources,
+        extra_cflags=build.HOST_OPTIONS,
+        extra_ldflags=["-lmvec"],
+        build_directory=folder,
+        extra_include_paths=[str(build.SOURCES)],
     )
-    unit = native.cpu_unit()
-    y, _, kept = unit.forward(w, u, k, v, None, None)
-    expected = [y, *unit.backward(w, u, k, v, None, kept, gy, None)]
+    unit = native.cpu_kernels()
+    y, _, kept = unit.forward(w, u, k, v, None, None, None)
+    expected = [y, *unit.backward(w, u, k, v, None, None, kept, gy, None)[:-1]]
     sums = [torch.empty(len(k), *w.shape) for _ in range(2)]  # gw and gu of every row
     found = [torch.empty_like(y), *sums, *(torch.empty_like(x) for x in expected[3:])]
 
@@ -90,9 +96,9 @@ def main(batch: int, length: int, channels: int) -> None:
 
     def unit(dtype: torch.dtype) -> None:
         k, v, gy = tensors[dtype]
-        forward, backward = native.cpu_unit()
-        _, _, kept = forward(w, u, k, v, None, None)
-        backward(w, u, k, v, None, kept, gy, None)
+        forward, backward = native.cpu_kernels()
+        _, _, kept = forward(w, u, k, v, None, None, None)
+        backward(w, u, k, v, None, None, kept, gy, None)
 
     runs = {
         "operator fp32": lambda: operator(torch.float32, "cpu"),

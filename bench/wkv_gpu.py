@@ -17,7 +17,8 @@ import torch
 
 from rwkv import compat
 from rwkv.kernels import build, load, nvrtc
-from rwkv.wkv import native, wkv4
+from rwkv.wkv import wkv4
+from rwkv.wkv.wkv4 import native
 
 HERE = Path(__file__).parent
 
@@ -58,7 +59,7 @@ class Naive:
         major, minor = torch.cuda.get_device_capability()
         compiler = nvrtc.Compiler(compat.nvrtc())
         options = ["--std=c++17"] + (["-DBF16"] if dtype == torch.bfloat16 else [])
-        image, _ = compiler.compile(HERE / "wkv4_naive.cu", [build.SOURCES / "wkv4.h"], f"sm_{major}{minor}", options)
+        image, _ = compiler.compile(HERE / "wkv4_naive.cu", build.sources(".h"), f"sm_{major}{minor}", options)
         self._cuda = ctypes.CDLL("libcuda.so.1")
         module = ctypes.c_void_p()
         self._check(self._cuda.cuModuleLoadData(ctypes.byref(module), image))
@@ -96,15 +97,15 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, naive: Naive, speed
     torch.manual_seed(0)
     w, u = -torch.exp(torch.randn(channels, device="cuda")), torch.randn(channels, device="cuda")
     k, v, gy = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
-    unit = native.cuda_unit(
+    unit = native.cuda_kernels(
         k.device.index, lambda: torch.cuda.current_stream().cuda_stream, native.segment_length(*shape)
     )
     assert load.why_unavailable_on(k.device.index) is None, load.why_unavailable_on(k.device.index)
-    y, _, kept = unit.forward(w, u, k, v, None, None)
-    gradients = unit.backward(w, u, k, v, None, kept, gy, None)
+    y, _, kept = unit.forward(w, u, k, v, None, None, None)
+    gradients = unit.backward(w, u, k, v, None, None, kept, gy, None)
     result = {"B": batch, "T": length, "C": channels, "dtype": str(dtype).removeprefix("torch.")}
-    result["forward"] = median_ms(lambda: unit.forward(w, u, k, v, None, None))
-    result["backward"] = median_ms(lambda: unit.backward(w, u, k, v, None, kept, gy, None))
+    result["forward"] = median_ms(lambda: unit.forward(w, u, k, v, None, None, None))
+    result["backward"] = median_ms(lambda: unit.backward(w, u, k, v, None, None, kept, gy, None))
     size = k.numel() * k.element_size()
     result["forward_floor"], result["backward_floor"] = 3 * size / speed, 5 * size / speed
 

@@ -22,7 +22,8 @@ from packaging.markers import Marker
 from rwkv import compat
 from rwkv.commands import target
 from rwkv.kernels import build, load
-from rwkv.wkv import reference, wkv4
+from rwkv.wkv import wkv4
+from rwkv.wkv.wkv4 import reference
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30

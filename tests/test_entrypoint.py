@@ -27,7 +27,7 @@ def enter(tmp_path):
         shutil.copy(ROOT / "docker/entrypoint.sh", home / "docker")
         shutil.copy(ROOT / "rwkv/drivers.txt", home / "rwkv")
         for arch in CUBINS[stack]:
-            (home / f"rwkv/kernels/lib/torch/wkv4_sm_{arch}.cubin").touch()
+            (home / f"rwkv/kernels/lib/torch/rwkv_sm_{arch}.cubin").touch()
         (home / "scripts/demo.sh").write_text('#!/bin/bash\necho "demo with $PY"\n')
         (home / "scripts/generate.py").touch()
         (home / "scripts/newer.py").touch()

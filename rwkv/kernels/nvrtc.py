@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,14 +30,16 @@ class Compiler:
         self._call("GetSupportedArchs", archs)
         self.archs = sorted(archs)
 
-    def compile(self, source: Path, headers: list[Path], target: str, options: list[str]) -> tuple[bytes, str]:
-        """Compile for `target`: "sm_86" gives a cubin, "compute_86" PTX. Returns it and what the compiler had to say.
+    def compile(self, source: Path, headers: Mapping[str, Path], target: str, options: list[str]) -> tuple[bytes, str]:
+        """Compile for `target`: "sm_86" gives a cubin, "compute_86" PTX. Returns it and the compiler's log.
+
+        headers: {name by which it is included: file}.
 
         Raises:
             RuntimeError: the source does not compile; the message is the compiler's.
         """
         program = ctypes.c_void_p()
-        texts, names = [path.read_bytes() for path in headers], [path.name.encode() for path in headers]
+        texts, names = [path.read_bytes() for path in headers.values()], [name.encode() for name in headers]
         array = ctypes.c_char_p * len(headers)
         self._call(
             "CreateProgram",
@@ -49,7 +52,7 @@ class Compiler:
         )
         try:
             flags = [option.encode() for option in (f"--gpu-architecture={target}", *options)]
-            # NVRTC 11.7 leaves its thread in the C locale, where Python reads and writes ASCII: so it gets a thread of its own
+            # NVRTC 11.7 leaves its thread in the C locale, where Python reads and writes ASCII: use a separate thread
             with ThreadPoolExecutor(1) as thread:
                 code = thread.submit(
                     self._nvrtc.nvrtcCompileProgram, program, len(flags), (ctypes.c_char_p * len(flags))(*flags)
@@ -75,7 +78,7 @@ class Compiler:
 
 
 def resources(log: str) -> dict[str, dict[str, int]]:
-    """Per kernel what ptxas -v reports: registers per thread, and bytes of local memory (stack) and of spills."""
+    """What ptxas -v reports per kernel: registers per thread, and bytes of local memory (stack) and spills."""
     kernels: dict[str, dict[str, int]] = {}
     for block in re.split(r"(?=Compiling entry function)", log)[1:]:
         name = re.findall(r"entry function '(\w+)'", block)[0]

@@ -83,7 +83,9 @@ class TimeMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, D], shift [B, D], state [B, 3, A], reset [B, T] → y [B, T, D], state."""
-        xk, xv, xr = native.mix(x, shift, reset, [self.time_mix_k, self.time_mix_v, self.time_mix_r])
+        xk, xv, xr = native.mix(
+            x, shift, reset, [self.time_mix_k, self.time_mix_v, self.time_mix_r], torch.zeros_like(shift)
+        )
         k, v, r = self.key(xk), self.value(xv), self.receptance(xr)  # [B, T, A]
         # The decay stays fp32: exp(−exp(w)) is so close to 1 that bf16 rounds it to 1.
         y, state = _wkv(-torch.exp(self.time_decay.float()), self.time_first, k, v, state, reset)
@@ -91,9 +93,14 @@ class TimeMix(nn.Module):
 
 
 def _wkv(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As wkv4; y is recomputed for gradients that need it."""
-    y, state = wkv4(*inputs)
-    return native.recomputed(y, lambda *again: wkv4(*again)[0], *inputs), state
+    """As wkv4, but a document starts with the empty state; y is recomputed for gradients that need it."""
+    y, state = _wkv4(*inputs)
+    return native.recomputed(y, lambda *again: _wkv4(*again)[0], *inputs), state
+
+
+def _wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    initial = None if reset is None else empty_state(k.shape[0], k.shape[2], k.device)
+    return wkv4(w, u, k, v, state, reset, initial=initial)
 
 
 class ChannelMix(nn.Module):
@@ -107,7 +114,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, reset: Tensor | None = None) -> Tensor:
         """x [B, T, D], shift [B, D], reset [B, T] → y [B, T, D]."""
-        xk, xr = native.mix(x, shift, reset, [self.time_mix_k, self.time_mix_r])
+        xk, xr = native.mix(x, shift, reset, [self.time_mix_k, self.time_mix_r], torch.zeros_like(shift))
         k, r = self.key(xk), self.receptance(xr)  # [B, T, F], [B, T, D]
         return native.gate(r, self.value(native.relu2(k)))
 

@@ -70,7 +70,7 @@ def test_the_kernels_are_there_for_every_gpu_of_the_stack_and_are_what_their_man
     files = manifest["device"]["files"]
     cubins = sorted(int(re.search(r"_sm_(\d+)\.cubin", name).group(1)) for name in files if name.endswith(".cubin"))
     assert set(ARCHS) <= set(cubins)
-    assert [name for name in files if name.endswith(".ptx")] == [f"wkv4_compute_{cubins[-1]}.ptx"]
+    assert [name for name in files if name.endswith(".ptx")] == [f"rwkv_compute_{cubins[-1]}.ptx"]
     for name in files:
         content = (build.folder() / name).read_bytes()
         assert content.startswith(b"\x7fELF" if name.endswith(".cubin") else b"//"), name

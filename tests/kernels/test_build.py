@@ -1,4 +1,4 @@
-"""The units are compiled ahead of time, for every GPU of the stack, without a GPU, nvcc or a toolkit; what is missing or stale says what to run."""
+"""Kernels are compiled ahead of time, without nvcc or a toolkit; messages about missing or stale ones say what to run."""
 
 import json
 import locale
@@ -13,7 +13,6 @@ import torch
 
 from rwkv import compat
 from rwkv.kernels import build, load, nvrtc
-from rwkv.wkv import native
 
 COMPILER = nvrtc.Compiler(compat.nvrtc())
 KERNELS = {
@@ -34,22 +33,20 @@ KERNELS |= {
 KERNELS |= {
     f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums", "gate", "gate_gradient") for dtype in TWO
 }
-ARCHS = sorted(
-    int(name.split("_sm_")[1].split(".")[0]) for name in build.manifest()["device"]["files"] if "_sm_" in name
-)
+ARCHS = build.all_archs()
+BUILT = list(build.manifest()["device"].get("files", ()))  # of this machine's GPUs, or of all
 
 
 def test_the_compiler_is_the_one_of_torchs_cuda():
     assert COMPILER.version.split(".")[0] == torch.version.cuda.split(".")[0]
 
 
-def test_every_arch_of_the_stack_is_there():
+def test_all_archs_are_those_of_the_stack():
     if COMPILER.version == "11.7":
         assert ARCHS == [60, 70, 75, 80, 86]
     else:
         assert [arch for arch in COMPILER.archs if arch >= 75] == ARCHS
         assert {75, 80, 86, 90, 100, 120} <= set(ARCHS)
-    assert f"wkv4_compute_{ARCHS[-1]}.ptx" in build.manifest()["device"]["files"]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -78,13 +75,14 @@ def test_it_compiles_without_warnings_within_the_budget(arch):
         assert use["registers"] <= most, name
         # local memory: nothing but what the register allocator may spill, whatever T is (72 bytes in wkv4_gradient on sm_120)
         assert max(use["stack"], use["spill_stores"], use["spill_loads"]) <= 80, name
-    assert used == build.manifest()["device"]["files"][f"wkv4_sm_{arch}.cubin"]
+    name = f"rwkv_sm_{arch}.cubin"
+    assert name not in BUILT or used == build.manifest()["device"]["files"][name]
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if f"rwkv_sm_{arch}.cubin" in BUILT])
 def test_a_cubin_holds_the_kernels_for_its_arch(arch):
-    path = build.folder() / f"wkv4_sm_{arch}.cubin"
+    path = build.folder() / f"rwkv_sm_{arch}.cubin"
     text = subprocess.run(["readelf", "-h", "-s", "-W", path], capture_output=True, text=True, check=True).stdout
     assert "NVIDIA CUDA architecture" in text
     flags = int(re.search(r"Flags:\s+0x([0-9a-f]+)", text)[1], 16)
@@ -92,8 +90,9 @@ def test_a_cubin_holds_the_kernels_for_its_arch(arch):
     assert set(re.findall(r"FUNC\s+GLOBAL\s.*\s(\w+)$", text, re.MULTILINE)) == KERNELS
 
 
+@pytest.mark.skipif(not any(name.endswith(".ptx") for name in BUILT), reason="built for this machine's GPUs alone")
 def test_the_ptx_is_for_the_newest_arch():
-    text = (build.folder() / f"wkv4_compute_{ARCHS[-1]}.ptx").read_text()
+    text = (build.folder() / f"rwkv_compute_{ARCHS[-1]}.ptx").read_text()
     assert f".target sm_{ARCHS[-1]}" in text
     assert set(re.findall(r"\.visible \.entry (\w+)\(", text)) == KERNELS
 
@@ -111,14 +110,14 @@ def test_source_that_does_not_compile_shows_the_compilers_words(tmp_path):
     with pytest.raises(
         RuntimeError, match=r'bad.cu for sm_80:\nbad.cu\(1\): error: identifier "nonsense" is undefined'
     ):
-        COMPILER.compile(tmp_path / "bad.cu", [], "sm_80", [])
+        COMPILER.compile(tmp_path / "bad.cu", {}, "sm_80", [])
 
 
 def test_compiling_leaves_the_locale_alone(tmp_path):
     """NVRTC 11.7 sets its thread's to C, after which Python would read and write ASCII there."""
     (tmp_path / "empty.cu").write_text("")
     before = locale.getpreferredencoding(False)
-    COMPILER.compile(tmp_path / "empty.cu", [], f"sm_{ARCHS[0]}", [])
+    COMPILER.compile(tmp_path / "empty.cu", {}, f"sm_{ARCHS[0]}", [])
     assert locale.getpreferredencoding(False) == before
 
 
@@ -138,29 +137,32 @@ def compiled_for(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("capability", "file"),
     [
-        ((6, 0), "wkv4_sm_60.cubin"),
-        ((6, 1), "wkv4_sm_60.cubin"),
-        ((7, 0), "wkv4_sm_70.cubin"),
-        ((7, 5), "wkv4_sm_75.cubin"),
-        ((8, 0), "wkv4_sm_80.cubin"),
-        ((8, 6), "wkv4_sm_86.cubin"),
-        ((8, 9), "wkv4_sm_86.cubin"),  # Ada runs code of sm_86
-        ((9, 0), "wkv4_compute_86.ptx"),
-        ((12, 0), "wkv4_compute_86.ptx"),
+        ((6, 0), "rwkv_sm_60.cubin"),
+        ((6, 1), "rwkv_sm_60.cubin"),
+        ((7, 0), "rwkv_sm_70.cubin"),
+        ((7, 5), "rwkv_sm_75.cubin"),
+        ((8, 0), "rwkv_sm_80.cubin"),
+        ((8, 6), "rwkv_sm_86.cubin"),
+        ((8, 9), "rwkv_sm_86.cubin"),  # Ada runs code of sm_86
+        ((9, 0), "rwkv_compute_86.ptx"),
+        ((12, 0), "rwkv_compute_86.ptx"),
     ],
 )
 def test_a_gpu_gets_the_code_that_fits_it(compiled_for, capability, file):
-    compiled_for(*(f"wkv4_sm_{arch}.cubin" for arch in (60, 70, 75, 80, 86)), "wkv4_compute_86.ptx")
+    compiled_for(*(f"rwkv_sm_{arch}.cubin" for arch in (60, 70, 75, 80, 86)), "rwkv_compute_86.ptx")
     assert build.device_code(capability).name == file
 
 
-def test_a_gpu_that_no_code_fits_is_told_what_there_is(compiled_for):
-    compiled_for("wkv4_sm_75.cubin", "wkv4_sm_120.cubin", "wkv4_compute_120.ptx")
+def test_a_gpu_that_no_code_fits_is_told_what_there_is(compiled_for, monkeypatch):
+    compiled_for("rwkv_sm_75.cubin", "rwkv_sm_120.cubin", "rwkv_compute_120.ptx")
     with pytest.raises(
-        LookupError, match="compute capability 6.1 and the CUDA unit is compiled for 7.5, 12.0; take the stack"
+        LookupError, match="compute capability 6.1 and the CUDA kernels are compiled for 7.5, 12.0; (use|run)"
     ):
         build.device_code((6, 1))
     compiled_for()
+    with pytest.raises(LookupError, match="8.0 and the CUDA kernels are compiled for no GPU; run: make kernels"):
+        build.device_code((8, 0))
+    monkeypatch.setattr(build.compat, "nvrtc", lambda: None)
     with pytest.raises(LookupError, match="no NVRTC"):
         build.device_code((8, 0))
 
@@ -172,12 +174,12 @@ def test_a_missing_or_stale_library_says_what_to_run(tmp_path, monkeypatch):
     assert "not compiled" in build.why_unavailable()
     (tmp_path / "manifest.json").write_text('{"source_hash": "0123456789abcdef"}')
     assert "compiled from other sources" in build.why_unavailable()
-    current = {"source_hash": build.source_hash(), "sizes": {"wkv4.so": 5}}
+    current = {"source_hash": build.source_hash(), "sizes": {"rwkv.so": 5}}
     (tmp_path / "manifest.json").write_text(json.dumps(current))
-    assert "wkv4.so is gone; run: make kernels" in build.why_unavailable()
-    (tmp_path / "wkv4.so").write_text("cut")
-    assert "wkv4.so is not of 5 bytes; run: make kernels" in build.why_unavailable()
-    (tmp_path / "wkv4.so").write_text("wrong")
+    assert "rwkv.so is missing; run: make kernels" in build.why_unavailable()
+    (tmp_path / "rwkv.so").write_text("cut")
+    assert "rwkv.so is not 5 bytes long; run: make kernels" in build.why_unavailable()
+    (tmp_path / "rwkv.so").write_text("wrong")
     assert build.why_unavailable() is None
     monkeypatch.setattr(load, "_loaded", False)
     assert "does not load" in load.why_unavailable()
@@ -188,7 +190,7 @@ def test_what_was_refused_is_looked_at_again_when_make_kernels_has_run_and_not_b
     looked = []
     monkeypatch.setattr(load, "_loaded", False)
     monkeypatch.setattr(
-        native.torch.ops, "load_library", lambda path: None
+        load.torch.ops, "load_library", lambda path: None
     )  # a second copy in one process would be refused by torch
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -223,15 +225,46 @@ def copied(tmp_path, monkeypatch):
     return builds
 
 
+def gpus(monkeypatch, *capabilities):
+    monkeypatch.setattr(build.torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(build.torch.cuda, "get_device_capability", lambda i: capabilities[i])
+
+
+def test_wanted_targets_are_those_of_the_gpus_or_all(monkeypatch):
+    monkeypatch.setattr(build, "all_archs", lambda: [75, 80, 86])
+    monkeypatch.delenv("RWKV_KERNELS_ALL", raising=False)
+    gpus(monkeypatch)
+    assert build.wanted() == []
+    gpus(monkeypatch, (8, 9), (7, 5), (8, 9))
+    assert build.wanted() == ["sm_86", "sm_75"]
+    gpus(monkeypatch, (9, 0))  # newer than the compiler
+    assert build.wanted() == ["compute_86"]
+    gpus(monkeypatch, (6, 1))  # older than the stack: the other one has code
+    assert build.wanted() == []
+    monkeypatch.setenv("RWKV_KERNELS_ALL", "1")
+    assert build.wanted() == ["sm_86", "sm_80", "sm_75", "compute_86"]
+
+
+def test_a_gpu_without_code_is_built_for(copied, monkeypatch):
+    manifest = build.manifest()
+    manifest["device"]["files"] = {}
+    (build.folder() / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.delenv("RWKV_KERNELS_ALL", raising=False)
+    gpus(monkeypatch)
+    build.main()
+    assert copied == []
+    gpus(monkeypatch, (8, 0))
+    build.main()
+    assert copied == [1]
+
+
 def test_what_is_current_is_not_built_again(copied, capsys):
     build.main()
     assert copied == []
     assert "is current" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "broken", ["wkv4.so", "manifest.json", f"wkv4_sm_{ARCHS[0]}.cubin", f"wkv4_compute_{ARCHS[-1]}.ptx"]
-)
+@pytest.mark.parametrize("broken", ["rwkv.so", "manifest.json", *BUILT[:1], *BUILT[-1:]])
 def test_make_kernels_mends_what_it_is_said_to_mend(copied, broken):
     for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:100])):
         damage(build.folder() / broken)
@@ -273,6 +306,7 @@ def test_as_many_targets_are_compiled_at_a_time_as_there_are_cores(monkeypatch):
         return target, {}
 
     monkeypatch.setattr(build, "_compile", compiled)
+    monkeypatch.setenv("RWKV_KERNELS_ALL", "1")
     monkeypatch.setattr(build.os, "cpu_count", lambda: 2)
     assert list(build._build_device()["files"]) == [*(f"sm_{arch}" for arch in reversed(ARCHS)), f"compute_{ARCHS[-1]}"]
 
@@ -319,5 +353,5 @@ build._build_host()
 
 
 def test_no_toolkit_is_asked_for():
-    for path in [*build.SOURCES.glob("*.[hc]*"), *build.SOURCES.parent.glob("rwkv/wkv/*.py")]:
+    for path in [*build.SOURCES.rglob("*.[hc]*"), *build.SOURCES.parent.glob("rwkv/kernels/*.py")]:
         assert not re.search(r"#include <cuda|CUDA_HOME|CUDAExtension|bin/nvcc", path.read_text(encoding="utf-8")), path

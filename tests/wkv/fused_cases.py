@@ -81,24 +81,27 @@ def norm(stream, rows, channels, seed, device="cpu"):
 
 
 def mix(dtype, length, channels, count, reset, seed, device="cpu"):
-    x, last = normal((2, length, channels), dtype, seed), normal((2, channels), dtype, seed + 1)
+    x = normal((2, length, channels), dtype, seed)
+    last, initial = (normal((2, channels), dtype, seed + i) for i in (1, 3))
     starts = normal((2, length), FP32, seed + 2) > 0.5 if reset else None
     weights = [torch.rand(1, 1, channels, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)]
     there = starts.to(device) if reset else None
 
     def ours(x, last, *weights):
-        mixed = native.mix(x, last, there, list(weights))
+        initial, *weights = weights if reset else (None, *weights)
+        mixed = native.mix(x, last, there, list(weights), initial)
         for y in mixed:
             recomputes(y)
         return tuple(mixed)
 
     def formula(x, last, *weights):
+        initial, *weights = weights if reset else (None, *weights)
         before = torch.stack([last if t == 0 else x[:, t - 1] for t in range(length)], 1)
         if starts is not None:
-            before = before * ~starts[..., None]
+            before = torch.where(starts[..., None], initial[:, None], before)
         return tuple(x * m + before * (1 - m) for m in weights)
 
-    check(ours, formula, [x, last, *weights], seed, device)
+    check(ours, formula, [x, last, *([initial] if reset else []), *weights], seed, device)
 
 
 def gates(stream, count, scale, seed, device="cpu"):

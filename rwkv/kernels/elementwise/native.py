@@ -106,44 +106,57 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, last, reset, weights, again):
-        trained = ctx.needs_input_grad[3]  # x is needed for the gradient of the weights alone
+    def forward(ctx, x, last, initial, reset, weights, again):
+        trained = ctx.needs_input_grad[4]  # x is needed for the gradient of the weights alone
         ctx.again = again.function if trained else None
-        ctx.save_for_backward(last, reset, weights, *(again.inputs if trained else ()))
-        return tuple(_kernels(x).mix_forward(x, last, reset, weights))
+        ctx.save_for_backward(last, initial, reset, weights, *(again.inputs if trained else ()))
+        return tuple(_kernels(x).mix_forward(x, last, initial, reset, weights))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gy):
-        last, reset, weights, *inputs = ctx.saved_tensors
+        last, initial, reset, weights, *inputs = ctx.saved_tensors
         gy = [g.contiguous() for g in gy]
         x = ctx.again(*inputs) if ctx.again else gy[0]
-        gx, glast, gweights = _kernels(gy[0]).mix_backward(gy, x, last, reset, weights, ctx.again is not None)
-        return gx, glast if ctx.needs_input_grad[1] else None, None, gweights, None
+        backward = _kernels(gy[0]).mix_backward
+        gx, glast, gweights = backward(gy, x, last, initial, reset, weights, ctx.again is not None)
+        ginitial = None
+        if ctx.needs_input_grad[2] and reset is not None:
+            starts = (g.masked_fill(~reset[..., None], 0).sum(1, dtype=torch.float32) for g in gy)
+            ginitial = sum((1 - m) * g for m, g in zip(weights, starts, strict=True)).to(initial.dtype)
+        return gx, glast if ctx.needs_input_grad[1] else None, ginitial, None, gweights, None
 
 
 def _mix(
-    again: Callable[..., Tensor], last: Tensor, reset: Tensor | None, weights: Tensor, *inputs: Tensor | None
+    again: Callable[..., Tensor],
+    last: Tensor,
+    initial: Tensor,
+    reset: Tensor | None,
+    weights: Tensor,
+    *inputs: Tensor | None,
 ) -> Tensor:
     x = again(*inputs)
-    return _kernels(x).mix_forward(x, last, reset, weights)[0]
+    return _kernels(x).mix_forward(x, last, initial, reset, weights)[0]
 
 
-def mix(x: Tensor, last: Tensor, reset: Tensor | None, weights: list[Tensor]) -> list[Tensor]:
+def mix(
+    x: Tensor, last: Tensor, reset: Tensor | None, weights: list[Tensor], initial: Tensor | None = None
+) -> list[Tensor]:
     """Token shift: m·x + (1 − m)·(the token before) for each m of `weights`, up to three with D elements each.
 
-    x [B, T, D]; `last` [B, D] is the token before the first; reset [B, T] bool or None: where it is True no token is
-    before. Saves x.
+    x [B, T, D]; `last` [B, D] is the token before the first; reset [B, T] bool or None: where it is True the token
+    before is `initial` [B, D], by default `last`. Saves x.
     """
     stacked = torch.cat([m.reshape(1, -1) for m in weights])
     last = last.to(x.dtype).contiguous()
+    initial = last if initial is None else initial.to(x.dtype).contiguous()
     if _kernels(x) is None:
-        return reference.mix(x, last, reset, stacked)
+        return reference.mix(x, last, initial, reset, stacked)
     again, stacked = recompute_of(x), stacked.float()
-    mixed = _Mix.apply(x.contiguous(), last, reset, stacked, again)
+    mixed = _Mix.apply(x.contiguous(), last, initial, reset, stacked, again)
     function = functools.partial(_mix, again.function)
     return [
-        recomputed(y, function, last, reset, m, *again.inputs)
+        recomputed(y, function, last, initial, reset, m, *again.inputs)
         for y, m in zip(mixed, stacked.detach().split(1), strict=True)
     ]
 

@@ -19,11 +19,12 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
     return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps).to(dtype)
 
 
-def mix(x: Tensor, last: Tensor, reset: Tensor | None, weights: Tensor) -> list[Tensor]:
-    """m·x + (1 − m)·before for each m of weights [n, D]: before is the token before, `last` [B, D] for the first, 0 where a document starts."""
+def mix(x: Tensor, last: Tensor, initial: Tensor, reset: Tensor | None, weights: Tensor) -> list[Tensor]:
+    """m·x + (1 − m)·before for each m of weights [n, D]. `before` is the previous token: `last` [B, D] for
+    the first token, `initial` [B, D] where `reset` [B, T] is True."""
     before = torch.cat([last.to(x.dtype)[:, None], x[:, :-1]], 1)
     if reset is not None:
-        before = before.masked_fill(reset[..., None], 0)
+        before = torch.where(reset[..., None], initial.to(x.dtype)[:, None], before)
     return [torch.lerp(wide(before), wide(x), m.to(wide(x).dtype)).to(x.dtype) for m in weights]
 
 

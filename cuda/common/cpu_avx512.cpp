@@ -3,6 +3,6 @@
 #pragma GCC target("arch=skylake-avx512")
 #define WKV_BYTES 64
 #define LOOPS(operations) operations##_loops_avx512
-#include "wkv4_cpu_loops.h"
-#include "fused_cpu_loops.h"
+#include "wkv4/wkv4_cpu_loops.h"
+#include "elementwise/fused_cpu_loops.h"
 #endif

@@ -1,10 +1,10 @@
 // The fused operations' loops over rows and channels, written once for vectors of WKV_BYTES bytes; see fused_cpu.h and cpu_*.cpp.
-#include "fused_cpu.h"
-#include "cpu_block.h"
+#include "elementwise/fused_cpu.h"
+#include "common/cpu_block.h"
 
 namespace {
 
-#include "fused.h"
+#include "elementwise/fused.h"
 
 struct Whole { static constexpr bool value = true; };
 struct Part { static constexpr bool value = false; };
@@ -107,9 +107,10 @@ template <class X, class Y> void norm_gradient(const FusedNorm& q, int64_t begin
   }
 }
 
-// The row before a token's: of x, or `last`; null where a document starts.
+WKV_FN bool starts(const FusedMix& q, int64_t row) { return q.reset && q.reset[row]; }
+// The row before a token's: of x, `last`, or `initial` where a document starts.
 template <class E> WKV_FN const E* before(const FusedMix& q, int64_t row) {
-  if (q.reset && q.reset[row]) return nullptr;
+  if (starts(q, row)) return static_cast<const E*>(q.initial) + row / q.T * q.D;
   return row % q.T ? static_cast<const E*>(q.x) + (row - 1) * q.D : static_cast<const E*>(q.last) + row / q.T * q.D;
 }
 
@@ -118,9 +119,7 @@ template <class E, int COUNT> WKV_FN void mix_rows(const FusedMix& q, int64_t be
   for (int64_t row = begin; row < end; row++) {
     const E *x_ = static_cast<const E*>(q.x) + row * q.D, *past_ = before<E>(q, row);
     EACH_BLOCK(0, q.D)
-      const Block x = GET(x_ + c);
-      Block past = {};
-      if (past_) past = GET(past_ + c);
+      const Block x = GET(x_ + c), past = GET(past_ + c);
       for (int i = 0; i < COUNT; i++) {
         const Block m = GET(q.mix + i * q.D + c);
         Block y;
@@ -136,11 +135,10 @@ template <class E, int COUNT> WKV_FN void mix_gradient_rows(const FusedMix& q, i
   for (int64_t row = begin; row < end; row++) {
     const E *x_ = static_cast<const E*>(q.x) + row * q.D, *past_ = before<E>(q, row);
     E *gx_ = static_cast<E*>(q.gx) + row * q.D, *glast_ = row % q.T ? nullptr : static_cast<E*>(q.glast) + row / q.T * q.D;
-    const bool last = (row + 1) % q.T == 0, next = !last && !(q.reset && q.reset[row + 1]);  // the token after it saw this one
+    const bool last = (row + 1) % q.T == 0, next = !last && !starts(q, row + 1);  // the token after it saw this one
     EACH_BLOCK(0, q.D)
-      const Block x = GET(x_ + c);
-      Block past = {}, gx = {}, glast = {};
-      if (past_) past = GET(past_ + c);
+      const Block x = GET(x_ + c), past = GET(past_ + c);
+      Block gx = {}, glast = {};
       for (int i = 0; i < COUNT; i++) {
         const Block m = GET(q.mix + i * q.D + c), gy = GET(static_cast<const E*>(q.gy[i]) + row * q.D + c);
         EACH_GROUP gx.g[g] += m.g[g] * gy.g[g];
@@ -148,7 +146,7 @@ template <class E, int COUNT> WKV_FN void mix_gradient_rows(const FusedMix& q, i
           const Block after = GET(static_cast<const E*>(q.gy[i]) + (row + 1) * q.D + c);
           EACH_GROUP gx.g[g] += (1.0f - m.g[g]) * after.g[g];
         }
-        if (past_) EACH_GROUP glast.g[g] += (1.0f - m.g[g]) * gy.g[g];
+        if (glast_ && !starts(q, row)) EACH_GROUP glast.g[g] += (1.0f - m.g[g]) * gy.g[g];
         if (q.gmix) {
           Block gm = GET(q.gmix + i * q.D + c);
           EACH_GROUP gm.g[g] += gy.g[g] * (x.g[g] - past.g[g]);
@@ -295,7 +293,7 @@ template <class E> void loss(const FusedLoss& q, float* powers, int64_t begin, i
   }
 }
 
-#include "adam_cpu_loops.h"
+#include "elementwise/adam_cpu_loops.h"
 
 }  // namespace
 

@@ -4,11 +4,11 @@
 #include <algorithm>
 #include <string>
 
-#include "cpu_width.h"
-#include "launcher.h"
-#include "operations.h"
-#include "wkv4_args.h"
-#include "wkv4_cpu.h"
+#include "common/cpu_width.h"
+#include "common/launcher.h"
+#include "common/operations.h"
+#include "wkv4/wkv4_args.h"
+#include "wkv4/wkv4_cpu.h"
 
 namespace {
 
@@ -22,7 +22,8 @@ void check(const Tensor& x, const char* name, const Tensor& like, at::ScalarType
               dtype, " tensor of sizes ", sizes, " on ", like.device(), "; it is ", x.scalar_type(), " ", x.sizes(), " on ", x.device());
 }
 
-void check_inputs(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor* state, const Tensor* reset) {
+void check_inputs(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor* state, const Tensor* initial,
+                  const Tensor* reset) {
   TORCH_CHECK(k.dim() == 3 && k.size(1) >= 1, "wkv4: k must be [B, T, C] with T at least 1; it is ", k.sizes());
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
   check(w, "w", k, at::kFloat, {C});
@@ -30,6 +31,7 @@ void check_inputs(const Tensor& w, const Tensor& u, const Tensor& k, const Tenso
   check(k, "k", k, k.scalar_type(), {B, T, C});
   check(v, "v", k, k.scalar_type(), {B, T, C});
   if (state) check(*state, "state", k, at::kFloat, {B, 3, C});
+  if (initial) check(*initial, "initial", k, at::kFloat, {B, 3, C});
   if (reset) check(*reset, "reset", k, at::kBool, {B, T});
 }
 
@@ -73,33 +75,35 @@ void each_stretch(int64_t block, int64_t B, int64_t C, const F& work) {
 
 }  // namespace
 
-Outputs cpu::wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& state, const Optional<Tensor>& reset) {
-  check_inputs(w, u, k, v, given(state), given(reset));
+Outputs cpu::wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& state, const Optional<Tensor>& initial,
+                         const Optional<Tensor>& reset) {
+  check_inputs(w, u, k, v, given(state), given(initial), given(reset));
   const int dtype = cpu_dtype(k);
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
   const auto fp32 = k.options().dtype(at::kFloat);
-  const int64_t chunks = (T + WKV_KEEP - 1) / WKV_KEEP;
+  const int64_t chunks = (T + WKV4_KEEP - 1) / WKV4_KEEP;
   const Tensor y = k.new_empty(k.sizes()), kept = k.new_empty({B, chunks + 1, 3, C}, fp32);
-  const Wkv4Problem q{T, C, floats(&w), floats(&u), k.data_ptr(), v.data_ptr(), flags(given(reset)), floats(given(state)), kept.data_ptr<float>()};
+  const Wkv4Problem q{T, C, floats(&w), floats(&u), k.data_ptr(), v.data_ptr(), flags(given(reset)), floats(given(state)), floats(given(initial)), kept.data_ptr<float>()};
   const Wkv4Outputs out{y.data_ptr()};
   const Wkv4Loops& chosen = loops();
   each_stretch(chosen.block, B, C, [&](int64_t row, int64_t c, int64_t n) { chosen.forward[dtype](q, out, row, c, n); });
   return {y, kept.select(1, chunks).clone(), kept};
 }
 
-Gradients cpu::wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& reset, const Tensor& kept, const Tensor& gy,
+Gradients cpu::wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& kept, const Tensor& gy,
                              const Optional<Tensor>& gstate) {
-  check_inputs(w, u, k, v, nullptr, given(reset));
-  check_gradients(k, kept, (k.size(1) + WKV_KEEP - 1) / WKV_KEEP + 1, gy, given(gstate));
+  check_inputs(w, u, k, v, nullptr, given(initial), given(reset));
+  check_gradients(k, kept, (k.size(1) + WKV4_KEEP - 1) / WKV4_KEEP + 1, gy, given(gstate));
   const int dtype = cpu_dtype(k);
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
   const auto fp32 = k.options().dtype(at::kFloat);
   const Tensor gw = k.new_empty({B, C}, fp32), gu = k.new_empty({B, C}, fp32), gk = k.new_empty(k.sizes()), gv = v.new_empty(v.sizes()), gfirst = k.new_empty({B, 3, C}, fp32);
-  const Wkv4Problem q{T, C, floats(&w), floats(&u), k.data_ptr(), v.data_ptr(), flags(given(reset)), nullptr, kept.data_ptr<float>()};
-  const Wkv4Gradients grad{gy.data_ptr(), floats(given(gstate)), gw.data_ptr<float>(), gu.data_ptr<float>(), gk.data_ptr(), gv.data_ptr(), gfirst.data_ptr<float>()};
+  const Tensor ginitial = given(initial) ? k.new_empty({B, 3, C}, fp32) : Tensor();
+  const Wkv4Problem q{T, C, floats(&w), floats(&u), k.data_ptr(), v.data_ptr(), flags(given(reset)), nullptr, floats(given(initial)), kept.data_ptr<float>()};
+  const Wkv4Gradients grad{gy.data_ptr(), floats(given(gstate)), gw.data_ptr<float>(), gu.data_ptr<float>(), gk.data_ptr(), gv.data_ptr(), gfirst.data_ptr<float>(), given(initial) ? ginitial.data_ptr<float>() : nullptr};
   const Wkv4Loops& chosen = loops();
   each_stretch(chosen.block, B, C, [&](int64_t row, int64_t c, int64_t n) { chosen.backward[dtype](q, grad, row, c, n); });
-  return {over_rows(gw), over_rows(gu), gk, gv, gfirst};
+  return {over_rows(gw), over_rows(gu), gk, gv, gfirst, ginitial};
 }
 
 // ---- CUDA: the launcher starts the kernels on torch's stream. Tensors are only pointers here, which lets tests run them on a CPU ----
@@ -115,25 +119,26 @@ std::string cuda_dtype(const Tensor& k) {
   }
 }
 
-Wkv4Args cuda_args(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor* reset, const Tensor& kept, int64_t segment) {
+Wkv4Args cuda_args(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor* initial, const Tensor* reset, const Tensor& kept, int64_t segment) {
   TORCH_CHECK(segment >= WKV4_KEEP && segment % WKV4_KEEP == 0, "wkv4: a segment is a multiple of ", WKV4_KEEP, " tokens, not ", segment);
   Wkv4Args args{};
   args.B = k.size(0), args.T = k.size(1), args.C = k.size(2);
   args.segment = segment, args.segments = (args.T + segment - 1) / segment;
-  args.w = floats(&w), args.u = floats(&u), args.k = k.data_ptr(), args.v = v.data_ptr(), args.reset = flags(reset), args.kept = kept.data_ptr<float>();
+  args.w = floats(&w), args.u = floats(&u), args.k = k.data_ptr(), args.v = v.data_ptr(), args.initial = floats(initial), args.reset = flags(reset), args.kept = kept.data_ptr<float>();
   return args;
 }
 
 }  // namespace
 
-Outputs gpu::wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& state, const Optional<Tensor>& reset,
+Outputs gpu::wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& state, const Optional<Tensor>& initial,
+                         const Optional<Tensor>& reset,
                           int64_t segment, int64_t device, int64_t stream) {
-  check_inputs(w, u, k, v, given(state), given(reset));
+  check_inputs(w, u, k, v, given(state), given(initial), given(reset));
   const std::string dtype = cuda_dtype(k);
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
   const auto fp32 = k.options().dtype(at::kFloat);
   const Tensor y = k.new_empty(k.sizes()), last = k.new_empty({B, 3, C}, fp32), kept = k.new_empty({B, (T + WKV4_KEEP - 1) / WKV4_KEEP, 3, C}, fp32);
-  Wkv4Args args = cuda_args(w, u, k, v, given(reset), kept, segment);
+  Wkv4Args args = cuda_args(w, u, k, v, given(initial), given(reset), kept, segment);
   const Tensor cut = k.new_empty({B, int64_t(args.segments)}, k.options().dtype(at::kBool));
   args.first = floats(given(state)), args.cut = cut.data_ptr<bool>(), args.y = y.data_ptr(), args.last = last.data_ptr<float>();
   const auto launch = [&](const std::string& kernel, int64_t threads) {
@@ -148,19 +153,21 @@ Outputs gpu::wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, con
   return {y, last, kept};
 }
 
-Gradients gpu::wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& reset, const Tensor& kept,
+Gradients gpu::wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& kept,
                              const Tensor& gy, const Optional<Tensor>& gstate, int64_t segment, int64_t device, int64_t stream) {
-  check_inputs(w, u, k, v, nullptr, given(reset));
+  check_inputs(w, u, k, v, nullptr, given(initial), given(reset));
   check_gradients(k, kept, (k.size(1) + WKV4_KEEP - 1) / WKV4_KEEP, gy, given(gstate));
   const std::string dtype = cuda_dtype(k);
   const int64_t B = k.size(0), C = k.size(2);
   const auto fp32 = k.options().dtype(at::kFloat);
-  Wkv4Args args = cuda_args(w, u, k, v, given(reset), kept, segment);
+  Wkv4Args args = cuda_args(w, u, k, v, given(initial), given(reset), kept, segment);
   const int64_t rows = B * args.segments;
   const Tensor gw = k.new_empty({rows, C}, fp32), gu = k.new_empty({rows, C}, fp32), gk = k.new_empty(k.sizes()), gv = v.new_empty(v.sizes());
   const Tensor gfirst = k.new_empty({B, 3, C}, fp32), carry = k.new_empty({rows, 3, C}, fp32);
+  const Tensor ginitial = given(initial) ? k.new_empty({B, int64_t(args.segments), 3, C}, fp32) : Tensor();
   args.gy = gy.data_ptr(), args.glast = floats(given(gstate)), args.carry = carry.data_ptr<float>();
   args.gw = gw.data_ptr<float>(), args.gu = gu.data_ptr<float>(), args.gk = gk.data_ptr(), args.gv = gv.data_ptr(), args.gfirst = gfirst.data_ptr<float>();
+  args.ginitial = given(initial) ? ginitial.data_ptr<float>() : nullptr;
   const auto launch = [&](const std::string& kernel, int64_t threads) {
     launcher::launch(device, reinterpret_cast<void*>(stream), kernel, (threads + WKV4_THREADS - 1) / WKV4_THREADS, WKV4_THREADS, &args);
   };
@@ -171,5 +178,5 @@ Gradients gpu::wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, 
     }
     launch("wkv4_gradient_" + dtype, rows * C);
   }
-  return {over_rows(gw), over_rows(gu), gk, gv, gfirst};
+  return {over_rows(gw), over_rows(gu), gk, gv, gfirst, given(initial) ? ginitial.sum(1) : ginitial};
 }

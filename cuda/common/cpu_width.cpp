@@ -1,5 +1,5 @@
 // Asks the processor once, when the library is loaded.
-#include "cpu_width.h"
+#include "common/cpu_width.h"
 
 namespace {
 

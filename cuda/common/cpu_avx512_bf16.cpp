@@ -9,6 +9,6 @@
 #endif
 #define WKV_BYTES 64
 #define LOOPS(operations) operations##_loops_avx512_bf16
-#include "wkv4_cpu_loops.h"
-#include "fused_cpu_loops.h"
+#include "wkv4/wkv4_cpu_loops.h"
+#include "elementwise/fused_cpu_loops.h"
 #endif

@@ -3,6 +3,6 @@
 #pragma GCC target("arch=haswell")
 #define WKV_BYTES 32
 #define LOOPS(operations) operations##_loops_avx2
-#include "wkv4_cpu_loops.h"
-#include "fused_cpu_loops.h"
+#include "wkv4/wkv4_cpu_loops.h"
+#include "elementwise/fused_cpu_loops.h"
 #endif

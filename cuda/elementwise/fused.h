@@ -1,6 +1,6 @@
 // The elementwise formulas of an RWKV-4 block and of its loss, and their gradients, for one element, stated once for every device.
 //
-//   mix       m·x + (1 − m)·before            before: the token before, 0 where a document starts
+//   mix       m·x + (1 − m)·before            before: the token before, the initial one where a document starts
 //   gate      σ(r)·v                          and its gradients
 //   relu2     max(k, 0)²                      and its gradient
 //   norm      w·(x − mean)/σ + b              LayerNorm over D channels, statistics in fp32

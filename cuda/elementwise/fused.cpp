@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu_width.h"
-#include "fused_cpu.h"
-#include "operations.h"
+#include "common/cpu_width.h"
+#include "elementwise/fused_cpu.h"
+#include "common/operations.h"
 
 namespace cpu {
 namespace {
@@ -98,21 +98,22 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& gy, const Optiona
 
 // ---- token shift and mixing ----
 
-static FusedMix mix_of(const Tensor& x, const Tensor& last, const Tensor* reset, const Tensor& mix) {
+static FusedMix mix_of(const Tensor& x, const Tensor& last, const Tensor* initial, const Tensor* reset, const Tensor& mix) {
   TORCH_CHECK(x.dim() == 3 && x.is_contiguous(), "x must be contiguous [B, T, D]; it is ", x.sizes());
   TORCH_CHECK(mix.dim() == 2 && mix.size(0) >= 1 && mix.size(0) <= 3, "mix must be [1 to 3, D]; it is ", mix.sizes());
   const int64_t B = x.size(0), T = x.size(1), D = x.size(2);
   check(last, "last", x.scalar_type(), {B, D});
+  if (initial) check(*initial, "initial", x.scalar_type(), {B, D});
   check(mix, "mix", at::kFloat, {mix.size(0), D});
   if (reset) check(*reset, "reset", at::kBool, {B, T});
   FusedMix q{};
   q.T = T, q.D = D, q.count = int(mix.size(0)), q.x = x.data_ptr(), q.last = last.data_ptr(), q.mix = mix.data_ptr<float>();
-  q.reset = static_cast<const uint8_t*>(data(reset));
+  q.initial = initial ? initial->data_ptr() : q.last, q.reset = static_cast<const uint8_t*>(data(reset));
   return q;
 }
 
-std::vector<Tensor> mix_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& reset, const Tensor& mix) {
-  FusedMix q = mix_of(x, last, given(reset), mix);
+std::vector<Tensor> mix_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& mix) {
+  FusedMix q = mix_of(x, last, given(initial), given(reset), mix);
   std::vector<Tensor> y;
   for (int i = 0; i < q.count; i++) y.push_back(x.new_empty(x.sizes())), q.y[i] = y.back().data_ptr();
   const auto run = loops().mix[dtype(x)];
@@ -120,8 +121,8 @@ std::vector<Tensor> mix_forward(const Tensor& x, const Tensor& last, const Optio
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> mix_backward(at::TensorList gy, const Tensor& x, const Tensor& last, const Optional<Tensor>& reset, const Tensor& mix, bool want_mix) {
-  FusedMix q = mix_of(x, last, given(reset), mix);
+std::tuple<Tensor, Tensor, Tensor> mix_backward(at::TensorList gy, const Tensor& x, const Tensor& last, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& mix, bool want_mix) {
+  FusedMix q = mix_of(x, last, given(initial), given(reset), mix);
   TORCH_CHECK(int(gy.size()) == q.count, "as many gradients as mixes");
   for (int i = 0; i < q.count; i++) like(gy[i], "gy", x), q.gy[i] = gy[i].data_ptr();
   const Tensor gx = x.new_empty(x.sizes()), glast = last.new_empty(last.sizes());

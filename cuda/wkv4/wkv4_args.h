@@ -10,7 +10,8 @@ struct Wkv4Args {
   const float *w, *u;           // [C]
   const void *k, *v;            // [B, T, C]
   const unsigned char* reset;   // [B, T], not 0 where a document starts, or null
-  const float* first;           // [B, 3, C], the incoming state, or null
+  const float* first;           // [B, 3, C], the incoming state, or null: the empty state
+  const float* initial;         // [B, 3, C], the state that a reset returns to, or null: the empty state
   float* kept;                  // [B, ceil(T / WKV4_KEEP), 3, C], the states before tokens 0, 16, 32, ...
   bool* cut;                    // [B, segments]: a document starts inside this segment, so that nothing passes through it
   void* y;                      // [B, T, C]
@@ -22,4 +23,5 @@ struct Wkv4Args {
   float *gw, *gu;               // [B, segments, C], summed over both by the caller
   void *gk, *gv;                // [B, T, C]
   float* gfirst;                // [B, 3, C]
+  float* ginitial;              // [B, segments, 3, C], summed over segments by the caller, or null
 };

@@ -1,12 +1,12 @@
 // The CPU unit's loops over time and channels, written once for vectors of WKV_BYTES bytes. A file per width (cpu_*.cpp)
 // names its target, WKV_BYTES and LOOPS and includes this one.
-#include "wkv4_cpu.h"
-#include "cpu_block.h"
-#include "wkv4.h"
+#include "wkv4/wkv4_cpu.h"
+#include "common/cpu_block.h"
+#include "wkv4/wkv4.h"
 
 namespace {
 
-// Time runs in chunks of WKV_KEEP tokens, and inside a chunk channels in blocks: what a chunk touches lies on few pages, whatever T. (Block by
+// Time runs in chunks of WKV4_KEEP tokens, and inside a chunk channels in blocks: what a chunk touches lies on few pages, whatever T. (Block by
 // block over all of time, every token is on a page of its own, and the processor's own prefetching ends with the page.)
 // Between chunks a block's state is where the backward pass wants it, and gradients are where the caller does.
 #define AT(tensor, t) ((tensor) + (row * q.T + (t)) * q.C + c)
@@ -16,11 +16,10 @@ namespace {
   for (int64_t line = 0; line < BLOCK * int64_t(sizeof(E)); line += 64) __builtin_prefetch((const char*)(AT(tensor, t) + ahead) + line, to_write)
 
 struct State { Block a, b, p; };
-WKV_FN void clear(State& s) { EACH_GROUP { s.a.g[g] = s.b.g[g] = wkv_float{}; s.p.g[g] = wkv_float{} + WKV_EMPTY; } }
 
 struct Chunk { int64_t index, begin, end; };  // its tokens
-WKV_FN Chunk chunk_at(int64_t index, int64_t T) { return {index, index * WKV_KEEP, (index + 1) * WKV_KEEP < T ? (index + 1) * WKV_KEEP : T}; }
-WKV_FN int64_t chunks_of(int64_t T) { return (T + WKV_KEEP - 1) / WKV_KEEP; }
+WKV_FN Chunk chunk_at(int64_t index, int64_t T) { return {index, index * WKV4_KEEP, (index + 1) * WKV4_KEEP < T ? (index + 1) * WKV4_KEEP : T}; }
+WKV_FN int64_t chunks_of(int64_t T) { return (T + WKV4_KEEP - 1) / WKV4_KEEP; }
 WKV_FN int64_t states_of(int64_t T) { return chunks_of(T) + 1; }
 
 // Whether a chunk needs no scale, in any channel of the block (wkv4.h): its keys are small, and no document starts.
@@ -39,11 +38,18 @@ WKV_FN bool small(const Wkv4Problem& q, const Chunk& chunk, const Block& u, cons
   return found;
 }
 
+// A row of states [B, 3, C]; the empty state without them.
+template <class E, bool FULL>
+WKV_FN State state_of(const float* states, const Wkv4Problem& q, int64_t row, int64_t c, int64_t n) {
+  if (states) return {tidy(LOAD(PLANE(states, row, 0))), tidy(LOAD(PLANE(states, row, 1))), tidy(LOAD(PLANE(states, row, 2)))};
+  State s = {};
+  EACH_GROUP s.p.g[g] += WKV_EMPTY;
+  return s;
+}
+
 template <class E, bool FULL>
 WKV_FN void start(const Wkv4Problem& q, int64_t row, int64_t c, int64_t n) {
-  State s;
-  clear(s);
-  if (q.first) s = {tidy(LOAD(PLANE(q.first, row, 0))), tidy(LOAD(PLANE(q.first, row, 1))), tidy(LOAD(PLANE(q.first, row, 2)))};
+  const State s = state_of<E, FULL>(q.first, q, row, c, n);
   const int64_t at = row * states_of(q.T);
   STORE(PLANE(q.kept, at, 0), s.a);
   STORE(PLANE(q.kept, at, 1), s.b);
@@ -81,7 +87,7 @@ WKV_FN void forward(const Wkv4Problem& q, const Wkv4Outputs& out, const Chunk& c
     s.p = p;
   } else {
     for (int64_t t = chunk.begin; t < chunk.end; t++) {
-      if (q.reset && q.reset[row * q.T + t]) clear(s);
+      if (q.reset && q.reset[row * q.T + t]) s = state_of<E, FULL>(q.initial, q, row, c, n);
       const Block k = LOAD(AT(k_, t)), v = LOAD(AT(v_, t));
       Block y;
       EACH_GROUP {
@@ -106,6 +112,8 @@ WKV_FN void start(const Wkv4Problem& q, const Wkv4Gradients& grad, int64_t row, 
   STORE(PLANE(grad.first, row, 0), ga);
   STORE(PLANE(grad.first, row, 1), gb);
   STORE(PLANE(grad.first, row, 2), (Block{}));
+  if (grad.initial)
+    for (int plane = 0; plane < 3; plane++) STORE(PLANE(grad.initial, row, plane), (Block{}));
   STORE(grad.w + row * q.C + c, (Block{}));
   STORE(grad.u + row * q.C + c, (Block{}));
 }
@@ -127,7 +135,7 @@ WKV_FN void backward(const Wkv4Problem& q, const Wkv4Gradients& grad, const Chun
       wkv4_rescale(start.g[g], wkv_float{}, s.a.g[g], s.b.g[g]);
       wkv4_rescale(wkv_float{}, end.g[g], ga.g[g], gb.g[g]);  // gradients of a and b have the opposite scale
     }
-    struct { Block a, b, e; } before[WKV_KEEP];
+    struct { Block a, b, e; } before[WKV4_KEEP];
     for (int64_t t = chunk.begin; t < chunk.end; t++) {
       const int64_t i = t - chunk.begin;
       FETCH(k_, t, 0);
@@ -158,10 +166,10 @@ WKV_FN void backward(const Wkv4Problem& q, const Wkv4Gradients& grad, const Chun
       wkv4_rescale(start.g[g], wkv_float{}, ga.g[g], gb.g[g]);
     }
   } else {
-    State before[WKV_KEEP];  // the tokens of the chunk, and the factors their updates had
-    WkvPair f[WKV_KEEP][GROUPS];
+    State before[WKV4_KEEP];  // the tokens of the chunk, and the factors their updates had
+    WkvPair f[WKV4_KEEP][GROUPS];
     for (int64_t t = chunk.begin; t < chunk.end; t++) {
-      if (q.reset && q.reset[row * q.T + t]) clear(s);
+      if (q.reset && q.reset[row * q.T + t]) s = state_of<E, FULL>(q.initial, q, row, c, n);
       const int64_t i = t - chunk.begin;
       before[i] = s;
       const Block k = LOAD(AT(k_, t)), v = LOAD(AT(v_, t));
@@ -176,7 +184,16 @@ WKV_FN void backward(const Wkv4Problem& q, const Wkv4Gradients& grad, const Chun
                       gw.g[g], gu.g[g], gk.g[g], gv.g[g]);
       STORE(AT(gk_, t), gk);
       STORE(AT(gv_, t), gv);
-      if (q.reset && q.reset[row * q.T + t]) ga = gb = {};  // nothing before a document's start reaches it
+      if (q.reset && q.reset[row * q.T + t]) {  // the state before this token is the initial one
+        if (grad.initial) {
+          float *a_ = PLANE(grad.initial, row, 0), *b_ = PLANE(grad.initial, row, 1);
+          Block a = LOAD(a_), b = LOAD(b_);
+          EACH_GROUP a.g[g] += ga.g[g], b.g[g] += gb.g[g];
+          STORE(a_, a);
+          STORE(b_, b);
+        }
+        ga = gb = {};
+      }
     }
   }
   STORE(ga_, ga);
@@ -198,7 +215,7 @@ void all_forward(const Wkv4Problem& q, const Wkv4Outputs& out, int64_t row, int6
   IN_BLOCKS(start, q)
   for (int64_t index = 0; index < chunks_of(q.T); index++) {
     const Chunk chunk = chunk_at(index, q.T);
-    IN_BLOCKS(forward, q, out, chunk, left > BLOCK ? BLOCK : WKV_KEEP * q.C + c - at)
+    IN_BLOCKS(forward, q, out, chunk, left > BLOCK ? BLOCK : WKV4_KEEP * q.C + c - at)
   }
 }
 
@@ -207,7 +224,7 @@ void all_backward(const Wkv4Problem& q, const Wkv4Gradients& grad, int64_t row, 
   IN_BLOCKS(start, q, grad)
   for (int64_t index = chunks_of(q.T) - 1; index >= 0; index--) {
     const Chunk chunk = chunk_at(index, q.T);
-    IN_BLOCKS(backward, q, grad, chunk, left > BLOCK ? BLOCK : c - at - WKV_KEEP * q.C)
+    IN_BLOCKS(backward, q, grad, chunk, left > BLOCK ? BLOCK : c - at - WKV4_KEEP * q.C)
   }
 }
 

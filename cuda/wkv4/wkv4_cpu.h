@@ -3,15 +3,16 @@
 #pragma once
 #include <stdint.h>
 
-constexpr int64_t WKV_KEEP = 16;  // tokens per kept state
+#include "wkv4/wkv4_args.h"
 
 struct Wkv4Problem {
   int64_t T, C;
   const float *w, *u;    // [C]
   const void *k, *v;     // [B, T, C], fp32 or bf16
   const uint8_t* reset;  // [B, T], not 0 where a document starts, or null
-  const float* first;    // [B, 3, C], the incoming state, or null
-  float* kept;           // [B, ceil(T / WKV_KEEP) + 1, 3, C], the states before tokens 0, 16, 32, ... and after the last
+  const float* first;    // [B, 3, C], the incoming state, or null: the empty state
+  const float* initial;  // [B, 3, C], the state that a reset returns to, or null: the empty state
+  float* kept;           // [B, ceil(T / WKV4_KEEP) + 1, 3, C], the states before tokens 0, 16, 32, ... and after the last
 };
 
 struct Wkv4Outputs {
@@ -23,7 +24,7 @@ struct Wkv4Gradients {
   const float* last;     // [B, 3, C] or null
   float *w, *u;          // [B, C], summed over the batch by the caller
   void *k, *v;           // [B, T, C], of the type of k
-  float* first;          // [B, 3, C]
+  float *first, *initial; // [B, 3, C], of the states of those names; initial may be null
 };
 
 // Each runs channels [c, c + n) of batch row `row` over all of T. Work is best shared out in multiples of `block` channels.

@@ -18,17 +18,18 @@ inline const at::Tensor* given(const Optional<at::Tensor>& x) { return x.has_val
 
 using at::Tensor;
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;                    // of WKV: y, state, kept
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // of w, u, k, v, state
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // of w, u, k, v, state, initial (undefined without it)
 
 namespace cpu {
 
-Outputs wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& state, const Optional<Tensor>& reset);
-Gradients wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& reset, const Tensor& kept, const Tensor& gy,
+Outputs wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& state, const Optional<Tensor>& initial,
+                     const Optional<Tensor>& reset);
+Gradients wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& kept, const Tensor& gy,
                         const Optional<Tensor>& gstate);
 std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const Tensor& w, const Tensor& b, double eps, at::ScalarType inside);
 std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& gy, const Optional<Tensor>& past, const Tensor& x, const Tensor& w, const Tensor& stats, bool affine);
-std::vector<Tensor> mix_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& reset, const Tensor& mix);
-std::tuple<Tensor, Tensor, Tensor> mix_backward(at::TensorList gy, const Tensor& x, const Tensor& last, const Optional<Tensor>& reset, const Tensor& mix, bool want_mix);
+std::vector<Tensor> mix_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& mix);
+std::tuple<Tensor, Tensor, Tensor> mix_backward(at::TensorList gy, const Tensor& x, const Tensor& last, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& mix, bool want_mix);
 Tensor gate_forward(const Optional<Tensor>& x, const Tensor& r, const Tensor& v);
 std::tuple<Tensor, Tensor> gate_backward(const Tensor& g, const Tensor& r, const Tensor& v);
 Tensor relu2_forward(const Tensor& k);
@@ -43,15 +44,16 @@ void adam(const Tensor& p, const Tensor& g, const Tensor& m, const Tensor& v, do
 
 namespace gpu {
 
-Outputs wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& state, const Optional<Tensor>& reset,
+Outputs wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& state, const Optional<Tensor>& initial,
+                     const Optional<Tensor>& reset,
                      int64_t segment, int64_t device, int64_t stream);
-Gradients wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& reset, const Tensor& kept, const Tensor& gy,
+Gradients wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& kept, const Tensor& gy,
                         const Optional<Tensor>& gstate, int64_t segment, int64_t device, int64_t stream);
 std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const Tensor& w, const Tensor& b, double eps, at::ScalarType inside, int64_t device, int64_t stream);
 std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& gy, const Optional<Tensor>& past, const Tensor& x, const Tensor& w, const Tensor& stats, bool affine,
                                                  int64_t device, int64_t stream);
-std::vector<Tensor> mix_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& reset, const Tensor& mix, int64_t device, int64_t stream);
-std::tuple<Tensor, Tensor, Tensor> mix_backward(at::TensorList gy, const Tensor& x, const Tensor& last, const Optional<Tensor>& reset, const Tensor& mix, bool want_mix,
+std::vector<Tensor> mix_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& mix, int64_t device, int64_t stream);
+std::tuple<Tensor, Tensor, Tensor> mix_backward(at::TensorList gy, const Tensor& x, const Tensor& last, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& mix, bool want_mix,
                                                 int64_t device, int64_t stream);
 Tensor gate_forward(const Optional<Tensor>& x, const Tensor& r, const Tensor& v, int64_t device, int64_t stream);
 std::tuple<Tensor, Tensor> gate_backward(const Tensor& g, const Tensor& r, const Tensor& v, int64_t device, int64_t stream);

@@ -6,16 +6,19 @@
 // last of each three is launched. No thread's memory grows with T, nothing is added atomically.
 //
 // Compiled by NVRTC, as part of gpu.cu; tests compile it for the host as well.
-#include "device.h"
-#include "wkv4_args.h"
+#include "common/device.h"
+#include "wkv4/wkv4_args.h"
 
 namespace wkv {
 
-#include "wkv4.h"
+#include "wkv4/wkv4.h"
 
 struct State { float a, b, p; };
 WKV_FN State empty_state() { return {0, 0, WKV_EMPTY}; }
 WKV_FN State load_state(const float* at, long long C) { return {at[0], at[C], at[2 * C]}; }
+WKV_FN State state_of(const float* states, const Wkv4Args& q, long long b, long long c) {  // a row of states [B, 3, C]; the empty state without them
+  return states ? load_state(states + b * 3 * q.C + c, q.C) : empty_state();
+}
 WKV_FN void store_state(float* at, long long C, State s) { at[0] = s.a; at[C] = s.b; at[2 * C] = s.p; }
 
 // The tokens of one segment of one row, in one channel.
@@ -70,13 +73,13 @@ WKV_FN void load_tokens(const void* from, const Wkv4Args& q, const Chunk& chunk,
 // ---- forward ----
 
 template <class E, bool PLAIN>
-WKV_FN void advance(const Wkv4Args& q, const Chunk& chunk, float w, State& s) {
+WKV_FN void advance(const Wkv4Args& q, const Place& at, const Chunk& chunk, float w, State& s) {
   constexpr int N = FORWARD;
   float k[N], v[N];
   load_tokens<E, PLAIN, N>(q.k, q, chunk, k);
   load_tokens<E, PLAIN, N>(q.v, q, chunk, v);
   EACH_TOKEN {
-    if (STARTS) s = empty_state();
+    if (STARTS) s = state_of(q.initial, q, at.b, at.c);
     wkv4_update(w, k[i], v[i], s.a, s.b, s.p);
   }
 }
@@ -91,8 +94,8 @@ WKV_FN void summary(const Wkv4Args& q) {
   for (long long t = at.begin; t < at.end; t += FORWARD) {
     const Chunk chunk = find_chunk<FORWARD>(q, at, t);
     starts |= chunk.starts;
-    if (plain<FORWARD>(chunk)) advance<E, true>(q, chunk, w, s);
-    else advance<E, false>(q, chunk, w, s);
+    if (plain<FORWARD>(chunk)) advance<E, true>(q, at, chunk, w, s);
+    else advance<E, false>(q, at, chunk, w, s);
   }
   store_state(kept(q, at.b, at.end, at.c), q.C, s);
   if (at.c == 0) q.cut[at.b * q.segments + at.s] = starts != 0;
@@ -105,7 +108,7 @@ WKV_FN void scan(const Wkv4Args& q) {
   const long long i = thread_index(), b = i / q.C, c = i % q.C;
   if (b >= q.B) return;
   const float decay = multiply(q.w[c], (float)q.segment);
-  State run = q.first ? load_state(q.first + b * 3 * q.C + c, q.C) : empty_state();
+  State run = state_of(q.first, q, b, c);
   store_state(kept(q, b, 0, c), q.C, run);
   for (long long s = 1; s < q.segments; s += TOGETHER) {
     State left[TOGETHER];
@@ -127,14 +130,14 @@ WKV_FN void scan(const Wkv4Args& q) {
 }
 
 template <class E, bool PLAIN>
-WKV_FN void write_outputs(const Wkv4Args& q, const Chunk& chunk, float w, float u, State& s) {
+WKV_FN void write_outputs(const Wkv4Args& q, const Place& at, const Chunk& chunk, float w, float u, State& s) {
   constexpr int N = FORWARD;
   float k[N], v[N];
   load_tokens<E, PLAIN, N>(q.k, q, chunk, k);
   load_tokens<E, PLAIN, N>(q.v, q, chunk, v);
   E* y = (E*)q.y + chunk.at;
   EACH_TOKEN {
-    if (STARTS) s = empty_state();
+    if (STARTS) s = state_of(q.initial, q, at.b, at.c);
     store(y + i * q.C, wkv4_output(u, k[i], v[i], s.a, s.b, s.p));
     wkv4_update(w, k[i], v[i], s.a, s.b, s.p);
   }
@@ -144,14 +147,12 @@ WKV_FN void output(const Wkv4Args& q) {
   Place at;
   if (!find(q, at)) return;
   const float w = q.w[at.c], u = q.u[at.c];
-  State s = empty_state();
-  if (q.segments > 1) s = load_state(kept(q, at.b, at.begin, at.c), q.C);
-  else if (q.first) s = load_state(q.first + at.b * 3 * q.C + at.c, q.C);
+  State s = q.segments > 1 ? load_state(kept(q, at.b, at.begin, at.c), q.C) : state_of(q.first, q, at.b, at.c);
   for (long long t = at.begin; t < at.end; t += FORWARD) {
     if (t % WKV4_KEEP == 0) store_state(kept(q, at.b, t, at.c), q.C, s);
     const Chunk chunk = find_chunk<FORWARD>(q, at, t);
-    if (plain<FORWARD>(chunk)) write_outputs<E, true>(q, chunk, w, u, s);
-    else write_outputs<E, false>(q, chunk, w, u, s);
+    if (plain<FORWARD>(chunk)) write_outputs<E, true>(q, at, chunk, w, u, s);
+    else write_outputs<E, false>(q, at, chunk, w, u, s);
   }
   if (at.end == q.T) store_state(q.last + at.b * 3 * q.C + at.c, q.C, s);
 }
@@ -162,7 +163,7 @@ WKV_FN void output(const Wkv4Args& q) {
 struct Through { float ga, gb, factor; };
 
 template <class E, bool PLAIN>
-WKV_FN void pass_through(const Wkv4Args& q, const Chunk& chunk, float w, float u, State& s, Through& to) {
+WKV_FN void pass_through(const Wkv4Args& q, const Place& at, const Chunk& chunk, float w, float u, State& s, Through& to) {
   constexpr int N = FORWARD;
   float k[N], v[N], gy[N];
   load_tokens<E, PLAIN, N>(q.k, q, chunk, k);
@@ -170,7 +171,7 @@ WKV_FN void pass_through(const Wkv4Args& q, const Chunk& chunk, float w, float u
   load_tokens<E, PLAIN, N>(q.gy, q, chunk, gy);
   EACH_TOKEN {
     if (STARTS) {
-      s = empty_state();
+      s = state_of(q.initial, q, at.b, at.c);
       to.factor = 0;
     }
     const WkvOutputGradient g = wkv4_output_gradient(u, k[i], v[i], s.a, s.b, s.p, gy[i]);
@@ -190,8 +191,8 @@ WKV_FN void summary_gradient(const Wkv4Args& q) {
   Through to = {0, 0, 1};
   for (long long t = at.begin; t < at.end && to.factor != 0; t += FORWARD) {
     const Chunk chunk = find_chunk<FORWARD>(q, at, t);
-    if (plain<FORWARD>(chunk)) pass_through<E, true>(q, chunk, w, u, s, to);
-    else pass_through<E, false>(q, chunk, w, u, s, to);
+    if (plain<FORWARD>(chunk)) pass_through<E, true>(q, at, chunk, w, u, s, to);
+    else pass_through<E, false>(q, at, chunk, w, u, s, to);
   }
   if (at.end < q.T && to.factor != 0) {  // the factor that wkv4_scan had: rounding lets the product over the tokens drift away from it
     const float past = kept(q, at.b, at.begin, at.c)[2 * q.C] + multiply(w, (float)q.segment);
@@ -230,10 +231,10 @@ WKV_FN void scan_gradient(const Wkv4Args& q) {
   store_state(q.gfirst + b * 3 * q.C + c, q.C, {ga, gb, 0});
 }
 
-struct Sums { float ga, gb, gw, gu; };
+struct Sums { float ga, gb, gw, gu, initial_a, initial_b; };
 
 template <class E, bool PLAIN>
-WKV_FN void write_gradients(const Wkv4Args& q, const Chunk& chunk, float w, float u, State s, const float* next, Sums& g) {
+WKV_FN void write_gradients(const Wkv4Args& q, const Place& at, const Chunk& chunk, float w, float u, State s, const float* next, Sums& g) {
   constexpr int N = BACKWARD;
   float k[N], v[N], gy[N];
   State before[N];
@@ -241,7 +242,7 @@ WKV_FN void write_gradients(const Wkv4Args& q, const Chunk& chunk, float w, floa
   load_tokens<E, PLAIN, N>(q.v, q, chunk, v);
   load_tokens<E, PLAIN, N>(q.gy, q, chunk, gy);
   EACH_TOKEN {
-    if (STARTS) s = empty_state();
+    if (STARTS) s = state_of(q.initial, q, at.b, at.c);
     before[i] = s;
     wkv4_update(w, k[i], v[i], s.a, s.b, s.p);
   }
@@ -257,7 +258,11 @@ WKV_FN void write_gradients(const Wkv4Args& q, const Chunk& chunk, float w, floa
     wkv4_backward(wkv_pair(before[i].p + w, k[i]), u, k[i], v[i], before[i].a, before[i].b, before[i].p, gy[i], g.ga, g.gb, g.gw, g.gu, to_k, to_v);
     store(gk + i * q.C, to_k);
     store(gv + i * q.C, to_v);
-    if (STARTS) g.ga = g.gb = 0;  // nothing before a document's start reaches it
+    if (STARTS) {  // the state before this token is the initial one
+      g.initial_a += g.ga;
+      g.initial_b += g.gb;
+      g.ga = g.gb = 0;
+    }
   }
 }
 template <class E>
@@ -265,7 +270,7 @@ WKV_FN void gradient(const Wkv4Args& q) {
   Place at;
   if (!find(q, at)) return;
   const float w = q.w[at.c], u = q.u[at.c];
-  Sums g = {0, 0, 0, 0};
+  Sums g = {};
   if (q.segments > 1) {
     const float* p = carry(q, at.b, at.s, at.c);
     g.ga = p[0];
@@ -278,13 +283,14 @@ WKV_FN void gradient(const Wkv4Args& q) {
   for (long long t = (at.end - 1) / BACKWARD * BACKWARD; t >= at.begin; t -= BACKWARD) {
     const Chunk chunk = find_chunk<BACKWARD>(q, at, t);
     const State s = load_state(kept(q, at.b, t, at.c), q.C);
-    if (plain<BACKWARD>(chunk)) write_gradients<E, true>(q, chunk, w, u, s, next, g);
-    else write_gradients<E, false>(q, chunk, w, u, s, next, g);
+    if (plain<BACKWARD>(chunk)) write_gradients<E, true>(q, at, chunk, w, u, s, next, g);
+    else write_gradients<E, false>(q, at, chunk, w, u, s, next, g);
     next = nullptr;
   }
   const long long row = at.b * q.segments + at.s;
   q.gw[row * q.C + at.c] = g.gw;
   q.gu[row * q.C + at.c] = g.gu;
+  if (q.ginitial) store_state(q.ginitial + row * 3 * q.C + at.c, q.C, {g.initial_a, g.initial_b, 0});
   if (q.segments == 1) store_state(q.gfirst + row * 3 * q.C + at.c, q.C, {g.ga, g.gb, 0});
 }
 

@@ -8,12 +8,12 @@
 // the rest   element by element
 //
 // Nothing is added atomically and every sum has a fixed order: the same bits twice. No thread's memory grows with a size.
-#include "device.h"
-#include "fused_args.h"
+#include "common/device.h"
+#include "elementwise/fused_args.h"
 
 namespace fused {
 
-#include "fused.h"
+#include "elementwise/fused.h"
 
 // ---- numbers, eight at a time ----
 
@@ -237,7 +237,7 @@ template <class E> WKV_FN void mix(const FusedMix& q, E numbers) {
   Numbers<W> past = before(q, numbers, at, at.begin);
 #pragma unroll 2
   for (long long t = at.begin; t < at.end; t++) {
-    if (starts(q, at, t)) past = {};
+    if (starts(q, at, t)) past = numbers.get(q.initial, at.b * q.D + at.c);
     const Numbers<W> x = token(q, numbers, q.x, at, t);
     EACH_MIX {
       Numbers<W> y;
@@ -266,7 +266,8 @@ template <class E> WKV_FN void mix_gradient(const FusedMix& q, E numbers) {
     onward = {};
     if (q.gmix) {
       past = before(q, numbers, at, t);
-      EACH change.x[i] = x.x[i] - (first ? 0.0f : past.x[i]);
+      const Numbers<W> seen = first ? numbers.get(q.initial, at.b * q.D + at.c) : past;
+      EACH change.x[i] = x.x[i] - seen.x[i];
     }
     EACH_MIX {
       const Numbers<W> gy = token(q, numbers, q.gy[m], at, t);

@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#include "fused_args.h"
+#include "elementwise/fused_args.h"
 
 // Pairs of dtypes, of the residual stream and of what is inside a block.
 enum FusedPair { FUSED_FP32, FUSED_BF16, FUSED_FP32_BF16 };

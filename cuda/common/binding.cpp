@@ -3,10 +3,10 @@
 
 #include <string>
 
-#include "cpu_memory.h"
-#include "cpu_width.h"
-#include "launcher.h"
-#include "operations.h"
+#include "common/cpu_memory.h"
+#include "common/cpu_width.h"
+#include "common/launcher.h"
+#include "common/operations.h"
 
 TORCH_LIBRARY(rwkv, library) {
   // An operation on CPUs as it is, on GPUs named cuda_ and with the device and the stream.
@@ -21,14 +21,14 @@ TORCH_LIBRARY(rwkv, library) {
   const auto fused = [&](const std::string& name, const std::string& inputs, const std::string& outputs, auto* on_cpu, auto* on_gpu) {
     both(name, "cuda_" + name, inputs, "", outputs, on_cpu, on_gpu);
   };
-  wkv4("forward", "Tensor? state, Tensor? reset", "(Tensor y, Tensor state, Tensor kept)", cpu::wkv4_forward, gpu::wkv4_forward);
-  wkv4("backward", "Tensor? reset, Tensor kept, Tensor gy, Tensor? gstate", "(Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate)", cpu::wkv4_backward,
+  wkv4("forward", "Tensor? state, Tensor? initial, Tensor? reset", "(Tensor y, Tensor state, Tensor kept)", cpu::wkv4_forward, gpu::wkv4_forward);
+  wkv4("backward", "Tensor? initial, Tensor? reset, Tensor kept, Tensor gy, Tensor? gstate", "(Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate, Tensor ginitial)", cpu::wkv4_backward,
        gpu::wkv4_backward);
   fused("norm_forward", "Tensor x, Tensor w, Tensor b, float eps, ScalarType inside", "(Tensor y, Tensor stats)", cpu::norm_forward, gpu::norm_forward);
   fused("norm_backward", "Tensor gy, Tensor? past, Tensor x, Tensor w, Tensor stats, bool affine", "(Tensor gx, Tensor gw, Tensor gb)", cpu::norm_backward,
         gpu::norm_backward);
-  fused("mix_forward", "Tensor x, Tensor last, Tensor? reset, Tensor mix", "Tensor[]", cpu::mix_forward, gpu::mix_forward);
-  fused("mix_backward", "Tensor[] gy, Tensor x, Tensor last, Tensor? reset, Tensor mix, bool want_mix", "(Tensor gx, Tensor glast, Tensor gmix)",
+  fused("mix_forward", "Tensor x, Tensor last, Tensor? initial, Tensor? reset, Tensor mix", "Tensor[]", cpu::mix_forward, gpu::mix_forward);
+  fused("mix_backward", "Tensor[] gy, Tensor x, Tensor last, Tensor? initial, Tensor? reset, Tensor mix, bool want_mix", "(Tensor gx, Tensor glast, Tensor gmix)",
         cpu::mix_backward, gpu::mix_backward);
   fused("gate_forward", "Tensor? x, Tensor r, Tensor v", "Tensor", cpu::gate_forward, gpu::gate_forward);
   fused("gate_backward", "Tensor g, Tensor r, Tensor v", "(Tensor gr, Tensor gv)", cpu::gate_backward, gpu::gate_backward);

@@ -3,7 +3,7 @@
 // torch asks posix_memalign for blocks aligned to 64 bytes. glibc before 2.38 looks there for a hole of the size, the alignment and a header, which is
 // more than the hole that it then leaves: a training step, which takes the same sizes again and again, found none of its own holes and grew by a third
 // (LOG.md). malloc fits exactly, so here the alignment is part of the size.
-#include "cpu_memory.h"
+#include "common/cpu_memory.h"
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>

@@ -1,5 +1,5 @@
 // Loads libcuda when it is first needed, a module per device, and launches in the device's primary context.
-#include "launcher.h"
+#include "common/launcher.h"
 
 #include <dlfcn.h>
 

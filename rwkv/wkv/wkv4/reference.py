@@ -1,4 +1,4 @@
-"""The WKV recurrence as a plain loop over time that autograd differentiates: the truth the compiled units are tested against."""
+"""The WKV recurrence as a plain loop over time, differentiated by autograd: the ground truth in tests."""
 
 import torch
 from torch import Tensor
@@ -7,22 +7,28 @@ EMPTY = -1e38  # the running maximum of an empty state
 
 
 def wkv4(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, reset: Tensor | None = None
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None = None,
+    reset: Tensor | None = None,
+    initial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `rwkv.wkv.wkv4`; computes in fp32, or in fp64 where k is fp64 (for gradcheck)."""
+    """`rwkv.wkv.wkv4` in fp32, or in fp64 if k is fp64. Without `initial` a reset returns to `state`."""
     compute = torch.float64 if k.dtype == torch.float64 else torch.float32
     dtype, (batch, length, channels) = k.dtype, k.shape
     w, u, k, v = (x.to(compute) for x in (w, u, k, v))
-    a, b, p = (
-        empty_state(batch, channels, k.device, compute).unbind(1) if state is None else state.to(compute).unbind(1)
-    )  # [B, C] each
+    empty = empty_state(batch, channels, k.device, compute)
+    state = empty if state is None else state.to(compute)
+    initial = state if initial is None else initial.to(compute)
+    a, b, p = state.unbind(1)  # [B, C] each
     outputs = []
     for t in range(length):
         if reset is not None:
-            start = reset[:, t, None]  # [B, 1]
-            a, b, p = a.masked_fill(start, 0), b.masked_fill(start, 0), p.masked_fill(start, EMPTY)
+            a, b, p = torch.where(reset[:, t, None, None], initial, torch.stack([a, b, p], 1)).unbind(1)
         kt, vt = k[:, t], v[:, t]
-        # The maximum is only a scale: y does not depend on it, so it is kept out of the graph.
+        # The maximum is only a scale: y does not depend on it, so it stays out of the graph.
         q = torch.maximum(p, u + kt).detach()
         past, now = torch.exp(p.detach() - q), torch.exp(u + kt - q)
         outputs.append((past * a + now * vt) / (past * b + now))
@@ -35,7 +41,7 @@ def wkv4(
 def empty_state(
     batch: int, channels: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The state of a document's start, [B, 3, C]: numerator 0, denominator 0, running maximum -1e38."""
+    """The state before any token, [B, 3, C]: numerator 0, denominator 0, running maximum -1e38."""
     state = torch.zeros(batch, 3, channels, device=device, dtype=dtype)
     state[:, 2] = EMPTY
     return state

@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <string>
 
-#include "fused_args.h"
-#include "launcher.h"
-#include "operations.h"
+#include "elementwise/fused_args.h"
+#include "common/launcher.h"
+#include "common/operations.h"
 
 namespace gpu {
 namespace {
@@ -103,39 +103,41 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& gy, const Optiona
 
 // ---- token shift and mixing ----
 
-static FusedMix mix_of(const Tensor& x, const Tensor& last, const Tensor* reset, const Tensor& mix) {
+static FusedMix mix_of(const Tensor& x, const Tensor& last, const Tensor* initial, const Tensor* reset, const Tensor& mix) {
   TORCH_CHECK(x.dim() == 3 && x.is_contiguous(), "x must be contiguous [B, T, D]; it is ", x.sizes());
   TORCH_CHECK(mix.dim() == 2 && mix.size(0) >= 1 && mix.size(0) <= 3, "mix must be [1 to 3, D]; it is ", mix.sizes());
   FusedMix q{};
   q.B = x.size(0), q.T = x.size(1), q.D = x.size(2), q.count = int(mix.size(0));
   check(last, "last", x, x.scalar_type(), {q.B, q.D});
+  if (initial) check(*initial, "initial", x, x.scalar_type(), {q.B, q.D});
   check(mix, "mix", x, at::kFloat, {q.count, q.D});
   if (reset) check(*reset, "reset", x, at::kBool, {q.B, q.T});
   q.x = x.data_ptr(), q.last = last.data_ptr(), q.mix = floats(mix), q.reset = static_cast<const unsigned char*>(data(reset));
+  q.initial = initial ? initial->data_ptr() : q.last;
   q.dtype = dtype(x);
   return q;
 }
 static int64_t parts(const FusedMix& q) { return (q.T + q.slice - 1) / q.slice; }
 
-std::vector<Tensor> mix_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& reset, const Tensor& mix, int64_t device, int64_t stream) {
-  FusedMix q = mix_of(x, last, given(reset), mix);
+std::vector<Tensor> mix_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& mix, int64_t device, int64_t stream) {
+  FusedMix q = mix_of(x, last, given(initial), given(reset), mix);
   std::vector<Tensor> y;
   for (int i = 0; i < q.count; i++) y.push_back(x.new_empty(x.sizes())), q.y[i] = y.back().data_ptr();
-  const bool whole = wide(q.D, {q.x, q.last, q.mix, q.y[0], q.y[1], q.y[2]});
+  const bool whole = wide(q.D, {q.x, q.last, q.initial, q.mix, q.y[0], q.y[1], q.y[2]});
   const int64_t groups = q.D / width(whole);
   q.slice = slice_of(q.T, q.B * groups);
   Launch{device, stream}.threads(named("mix", q.dtype, q.dtype, whole), q.B * parts(q) * groups, q);
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> mix_backward(at::TensorList gy, const Tensor& x, const Tensor& last, const Optional<Tensor>& reset, const Tensor& mix, bool want_mix,
+std::tuple<Tensor, Tensor, Tensor> mix_backward(at::TensorList gy, const Tensor& x, const Tensor& last, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& mix, bool want_mix,
                                                 int64_t device, int64_t stream) {
-  FusedMix q = mix_of(x, last, given(reset), mix);
+  FusedMix q = mix_of(x, last, given(initial), given(reset), mix);
   TORCH_CHECK(int(gy.size()) == q.count, "as many gradients as mixes");
   for (int i = 0; i < q.count; i++) alike(gy[i], "gy", x), q.gy[i] = gy[i].data_ptr();
   const Tensor gx = x.new_empty(x.sizes()), glast = last.new_empty(last.sizes());
   q.gx = gx.data_ptr(), q.glast = glast.data_ptr();
-  const bool whole = wide(q.D, {q.x, q.last, q.mix, q.gy[0], q.gy[1], q.gy[2], q.gx, q.glast});
+  const bool whole = wide(q.D, {q.x, q.last, q.initial, q.mix, q.gy[0], q.gy[1], q.gy[2], q.gx, q.glast});
   const int64_t groups = q.D / width(whole);
   q.slice = slice_of(q.T, q.B * groups);
   const Tensor sums = want_mix ? x.new_empty({q.B * parts(q), q.count, q.D}, x.options().dtype(at::kFloat)) : Tensor();

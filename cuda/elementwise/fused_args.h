@@ -29,6 +29,7 @@ struct FusedMix {
   int count;                   // mixes, at most 3
   const void* x;               // [B, T, D]
   const void* last;            // [B, D], the token before the first
+  const void* initial;         // [B, D], the token before one that starts a document
   const unsigned char* reset;  // [B, T], not 0 where a document starts, or null
   const float* mix;            // [count, D]
   void* y[3];                  // [B, T, D] each
