@@ -1,6 +1,6 @@
-"""The fused operations by the CUDA unit, with the interface of torch.ops.rwkv's on a CPU: launched on a stream, nothing waits for it.
+"""The elementwise CUDA kernels, with the interface of the CPU's torch.ops.rwkv: launched on a stream, without synchronising.
 
-What they are and keep: cuda/fused.h, rwkv/kernels/elementwise/native.py.
+Formulas: cuda/elementwise/fused.h; what is saved: rwkv/kernels/elementwise/native.py.
 """
 
 import functools
@@ -14,7 +14,7 @@ OPERATIONS = ("norm_forward", "norm_backward", "mix_forward", "mix_backward", "g
 
 
 class Unit:
-    """The operations on tensors of one GPU, fp32, bf16 and fp16. stream: the one to launch on, asked for at every launch."""
+    """The operations on fp32, bf16 and fp16 tensors of one GPU. `stream` returns the stream for each launch."""
 
     def __init__(self, device: int, stream: Callable[[], int]):
         for name in OPERATIONS:
@@ -27,5 +27,5 @@ class Unit:
 
 @functools.lru_cache
 def unit(device: int) -> Unit:
-    """That of a GPU whose kernels are loaded (load.why_unavailable_on), on torch's current stream."""
+    """For a GPU whose kernels are loaded (load.why_unavailable_on), on torch's current stream."""
     return Unit(device, lambda: torch.cuda.current_stream(device).cuda_stream)

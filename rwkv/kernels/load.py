@@ -1,4 +1,4 @@
-"""Loads the compiled kernels once, and says why where they cannot be used."""
+"""Load the compiled kernels once, and report why they are unavailable."""
 
 import functools
 
@@ -7,14 +7,14 @@ import torch
 from rwkv.commands import target
 from rwkv.kernels import build
 
-_loaded = False  # the host extension
+_loaded = False  # the host library
 _devices: set[int] = set()  # GPUs whose kernels are loaded
 
 
 def why_unavailable() -> str | None:
-    """Load the host extension once; the reason why it cannot be used, or None. Checked again after `make kernels` has run."""
+    """Load the host library once; why it is unavailable, or None. Checked again after `make kernels`."""
     global _loaded
-    if _loaded:  # every operator asks, and looking at a file takes up to a tenth of one
+    if _loaded:  # every operator calls this, and a file check takes up to a tenth of its time
         return None
     reason = _why_unavailable(build.stamp())
     _loaded = reason is None
@@ -28,12 +28,12 @@ def _why_unavailable(stamp: int) -> str | None:
     try:
         torch.ops.load_library(str(build.library()))
     except OSError as error:
-        return f"it does not load ({error}); run: {target('kernels')}"
+        return f"the library does not load ({error}); run: {target('kernels')}"
     return None
 
 
 def why_unavailable_on(device: int) -> str | None:
-    """Load the kernels of a GPU once; the reason why they cannot be used there, or None. Checked again after `make kernels` has run."""
+    """Load the kernels of a GPU once; why they are unavailable, or None. Checked again after `make kernels`."""
     if device in _devices:
         return None
     reason = _why_unavailable_on(device, build.stamp())

@@ -108,7 +108,7 @@ def test_gradients_are_nearer_to_the_truth_than_the_loops(gpu):
 
 def test_the_incoming_states_gradient_is_free_of_drift_inside_segments(gpu):
     """A state near e^200 that outweighs all keys: inside a segment its scale is rounded anew for every token, to 2^-17."""
-    _, u, k, v, first, _ = inputs(1, 400, 33, reset=False)
+    _, u, k, v, first, *_ = inputs(1, 400, 33, reset=False)
     w, first[:, 2] = -torch.linspace(0.01, 0.1, 33), torch.linspace(190.0, 210.0, 33)
     leaves = [x.double().requires_grad_() for x in (w, u, k, v, first)]
     (truth,) = torch.autograd.grad(reference.wkv4(*leaves)[0].sum(), leaves[4])
