@@ -59,41 +59,31 @@ def choose(c: TrainConfig, plan: estimate.Plan, usable: Callable[[TrainConfig], 
     limit = available(plan)
     if not limit:
         return c, "the memory of this device is unknown; flags stay as given"
-    begin = replace(plan, grad_cp=False)
-    micros = [m for m in range(c.micro_bsz, 0, -1) if c.micro_bsz % m == 0]
     strategies = [c.strategy]
     if c.strategy == "auto" and plan.gpu and c.optimizer == "adam":
         strategies += [name for name in search.offered(c.world_size) if usable(replace(c, strategy=name))]
-    short = ""
-    for name in strategies:
-        for grad_cp in (False, True):
-            for m in micros:
-                k = c.micro_bsz // m
-                plan = replace(
-                    begin, strategy=name, grad_cp=grad_cp, micro_bsz=m, accumulate=c.accumulate_grad_batches * k
-                )
-                found = estimate.estimate(plan)
-                words = f"--micro_bsz {m} --accumulate_grad_batches {plan.accumulate} --grad_cp {int(grad_cp)} --strategy {name}"
-                if (
-                    found.total <= limit
-                    and plan.offload
-                    and found.host_total > (host := USABLE * machine.memory_of(gpu=False))
-                ):
-                    short = (
-                        short
-                        or f"{words} would fit there, but takes {found.host_total / 1e9:.1f} GB of the host, which has {host / 1e9:.1f}. "
-                    )
-                elif found.total <= limit:
-                    chosen = replace(
-                        c,
-                        micro_bsz=m,
-                        accumulate_grad_batches=plan.accumulate,
-                        epoch_steps=c.epoch_steps * k,
-                        grad_cp=1 if grad_cp else 0,
-                        strategy=name,
-                    )
-                    return chosen, f"{words}: {found.total / 1e9:.2f} of {limit / 1e9:.2f} GB"
-    rest = "Take LoRA (scripts/lora.py), a shorter --ctx_len, or a smaller model" if short else advice(plan, limit)
+    host = USABLE * machine.memory_of(gpu=False)
+    short, last = "", plan
+    for last in search.candidates(plan, strategies):
+        found, micro_bsz, accumulate = estimate.estimate(last), last.micro_bsz, last.accumulate
+        words = f"--micro_bsz {micro_bsz} --accumulate_grad_batches {accumulate} --grad_cp {int(last.grad_cp)} --strategy {last.strategy}"
+        if found.total > limit:
+            continue
+        if last.offload and found.host_total > host:
+            short = short or (
+                f"{words} would fit there, but takes {found.host_total / 1e9:.1f} GB of the host, which has {host / 1e9:.1f}. "
+            )
+            continue
+        chosen = replace(
+            c,
+            micro_bsz=micro_bsz,
+            accumulate_grad_batches=accumulate,
+            epoch_steps=c.epoch_steps * (c.micro_bsz // micro_bsz),
+            grad_cp=1 if last.grad_cp else 0,
+            strategy=last.strategy,
+        )
+        return chosen, f"{words}: {found.total / 1e9:.2f} of {limit / 1e9:.2f} GB"
+    rest = "Take LoRA (scripts/lora.py), a shorter --ctx_len, or a smaller model" if short else advice(last, limit)
     raise UserError(f"--auto: nothing fits into {limit / 1e9:.2f} GB. {short}{rest}")
 
 

@@ -1,7 +1,7 @@
 """What fits into a given memory, the cheapest change that would, and how both are told."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -33,9 +33,19 @@ def largest(p: Plan, limit: int, what: str) -> int:
     return low * unit
 
 
+def candidates(p: Plan, strategies: Iterable[str]) -> Iterator[Plan]:
+    """Plans with the effective batch of `p`, those that cost least time first: without gradient checkpointing before with it,
+    a large micro_bsz before a small one."""
+    for strategy in strategies:
+        for grad_cp in (False, True):
+            for m in range(p.micro_bsz, 0, -1):
+                if p.micro_bsz % m == 0:
+                    accumulate = p.accumulate * p.micro_bsz // m
+                    yield replace(p, strategy=strategy, grad_cp=grad_cp, micro_bsz=m, accumulate=accumulate)
+
+
 def changes(p: Plan) -> Iterator[tuple[str, Plan]]:
     """Changes that take less memory, the cheapest first, each as flags and the plan that they make."""
-    micros = [m for m in range(p.micro_bsz - 1, 0, -1) if p.micro_bsz % m == 0]
 
     def flags(q: Plan) -> str:
         words = []
@@ -49,14 +59,8 @@ def changes(p: Plan) -> Iterator[tuple[str, Plan]]:
         words += [f"--ctx_len {q.ctx_len}"] if q.ctx_len != p.ctx_len else []
         return ", ".join(words)
 
-    def smaller(q: Plan) -> Iterator[Plan]:
-        for m in micros:
-            yield replace(q, micro_bsz=m, accumulate=p.accumulate * p.micro_bsz // m)
-
-    tried = [*smaller(p)]
-    recompute = replace(p, grad_cp=True)
-    tried += [recompute, *smaller(recompute)]
-    least = replace(recompute, micro_bsz=1, accumulate=p.accumulate * p.micro_bsz)
+    tried = [q for q in candidates(p, [p.strategy]) if q.grad_cp or not p.grad_cp]
+    least = replace(p, grad_cp=True, micro_bsz=1, accumulate=p.accumulate * p.micro_bsz)
     half = replace(least, precision="bf16")
     tried += [half] if p.e == 4 else []
     if p.gpu and not p.stage and p.optimizer == "adam":  # DeepSpeed takes no other
