@@ -120,8 +120,9 @@ def _attach_adapter(model: RWKV, run: Run, c: LoRAConfig) -> None:
         stored = checkpoint.adapter_manifest(c.lora_load).get(
             "alpha"
         )  # None in upstream's adapters: then the flag counts
-        alpha, base = c.lora_alpha if stored is None else None, run.base or {"path": None, "sha256": None}
-        tensors, known = checkpoint.inspect_adapter(c.lora_load, base["path"], alpha, base["sha256"])
+        alpha = c.lora_alpha if stored is None else None
+        base, digest = (c.load_model, run.base["sha256"]) if c.load_model and run.base else (None, None)
+        tensors, known = checkpoint.inspect_adapter(c.lora_load, base, alpha, digest)
         _compare(model, c, known)
         checkpoint.load_adapter(model, c.lora_load, tensors, known["parts"])  # parts that it lacks start as in the base
 
