@@ -1,4 +1,4 @@
-"""Head, cross-entropy and L2Wrap over chunks of tokens, so that the logits [N, V] never stand whole in memory."""
+"""Head, cross-entropy and L2Wrap over chunks of tokens, so that the logits [N, V] are never whole in memory."""
 
 import torch
 from torch import Tensor
@@ -54,13 +54,13 @@ class _HeadLoss(torch.autograd.Function):
         size = max(1, CHUNK_BYTES // (4 * vocab))
         buffer = x.new_empty(min(size, count), vocab)
         for begin in range(0, count, size):
-            piece = x[begin : begin + size]
-            logits = _logits(piece, computed, buffer[: len(piece)])  # [n, V]
+            chunk = x[begin : begin + size]
+            logits = _logits(chunk, computed, buffer[: len(chunk)])  # [n, V]
             loss += native.softmax_gradient(logits, targets[begin : begin + size], L2WRAP, want_x or want_weight)
             if gx is not None:
                 gx[begin : begin + size] = _gradient(logits, computed)
             if gweight is not None:
-                _add_weight_gradient(gweight, logits, piece)
+                _add_weight_gradient(gweight, logits, chunk)
         ctx.save_for_backward(gx, gweight)
         ctx.count = max(1, count)
         return loss / ctx.count
@@ -70,37 +70,38 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, scale):
         gx, gweight = ctx.saved_tensors
         scale = scale / ctx.count
-        # In place: a second time, which would scale twice, autograd refuses.
+        # In place: autograd refuses a second backward, which would scale twice.
         return None if gx is None else gx.mul_(scale), None if gweight is None else gweight.mul_(scale), None
 
 
-def _places(counts: Tensor, device: torch.device) -> Tensor:
-    """Where counts [N] is True, on the device; from main memory to a GPU the host does not wait."""
-    places = counts.nonzero().squeeze(1)
-    if device.type == "cuda" and not places.is_cuda:
-        places = places.pin_memory()
-    return places.to(device, non_blocking=True)
+def _indices(loss_mask: Tensor, device: torch.device) -> Tensor:
+    """The indices where loss_mask [N] is True, on the device; copying them from main memory to a GPU does not synchronise."""
+    indices = loss_mask.nonzero().squeeze(1)
+    if device.type == "cuda" and not indices.is_cuda:
+        indices = indices.pin_memory()
+    return indices.to(device, non_blocking=True)
 
 
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor, counts: Tensor | None = None) -> Tensor:
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor, loss_mask: Tensor | None = None) -> Tensor:
     """Mean cross-entropy in nats of softmax(x Wᵀ) at the targets; its gradient carries L2Wrap.
 
-    L2Wrap (BlinkDL) keeps the largest logit of each token from drifting: in the backward pass 1e-4 · max / N is added to the
-    gradient of that logit, as if the loss had the term 5e-5 · Σ max² / N. Unlike upstream's, ours follows the scale of the
-    loss, so that accumulation and loss scaling do not change its weight.
+    L2Wrap (BlinkDL) keeps the largest logit of each token small: the backward pass adds 1e-4 · max / N to the gradient of
+    that logit, as if the loss had the term 5e-5 · Σ max² / N. Unlike upstream's, it scales with the loss, so that
+    accumulation and loss scaling do not change its weight.
 
     Args:
-        x: [..., D], what the head reads.
-        weight: [V, D], the head. Gets no gradient if it is frozen.
+        x: [..., D], the head's input.
+        weight: [V, D], the head's; no gradient if it is frozen.
         targets: [...] int64 in [0, V).
-        counts: [...] bool, the targets that the mean is over; the others cost nothing, get no gradient and are not in N. None: all. For x on a
-            GPU they had better stay in main memory: how many rows there are to compute the host has to know, and asking a GPU waits for it.
+        loss_mask: [...] bool, the N targets that contribute to the loss; the others cost nothing and get no gradient.
+            None: all. Best in main memory, also for x on a GPU: the host needs the number of rows, and asking a GPU
+            for it synchronises.
 
     Returns:
-        A scalar, fp32; 0 without gradient where no target counts.
+        A scalar, fp32; 0 with zero gradient where no target contributes.
     """
     x, targets = rows(x.to(native.compute_dtype(x))), targets.reshape(-1)
-    if counts is not None:
-        places = _places(counts.reshape(-1), x.device)
-        x, targets = x.index_select(0, places), targets.index_select(0, places)
+    if loss_mask is not None:
+        indices = _indices(loss_mask.reshape(-1), x.device)
+        x, targets = x.index_select(0, indices), targets.index_select(0, indices)
     return _HeadLoss.apply(x, weight, targets)
