@@ -1,18 +1,21 @@
-"""What a run keeps in memory, part by part, before it runs.
+"""Predict the memory of a run, part by part, before it starts.
 
-Arithmetic alone, in bytes. The rules, each held against the real model (tests/test_memory.py):
+Arithmetic alone, in bytes. Shapes are those of the model (rwkv.models.rwkv.shapes); the rules, each tested against it:
 
-    weights      4 bytes a number (autocast keeps masters), 2 where the matrices that LoRA freezes are kept in bf16; `e` under DeepSpeed
-    gradients    4 a trained number, let go after the step; `e` under DeepSpeed; DDP has its buckets once more
-    optimizer    Adam 8 a trained number, 12 under DeepSpeed (with its fp32 master); Adafactor a row and a column for each matrix
-    activations  what `kept` says of every block, the inputs alone with grad_cp, and what lies outside the blocks
-    logits       one chunk of them (rwkv.kernels.head_loss), the head in the dtype of the products
-    workspace    what comes and goes inside a pass; for DeepSpeed its buckets and, in stage 3, the weights that are gathered
-    heap         on a CPU, what another phase freed: the C library keeps blocks below `HEAP` bytes, and larger ones do not fit into them
-    process      the libraries: on a CPU all that is resident of them once a step was made
+    weights      4 per element (autocast keeps fp32 masters), 2 for frozen matrices stored in bf16; `e` under DeepSpeed
+    gradients    4 per trained element, freed after the step; `e` under DeepSpeed; DDP's buckets once more
+    optimizer    Adam 8 per trained element, 12 under DeepSpeed (with its fp32 master); Adafactor a row and a column of
+                 each matrix
+    activations  `saved_bytes` of every block, or its input alone with grad_cp, and what is saved outside the blocks
+    logits       one chunk of them (rwkv.kernels.head_loss), the head in the dtype of the matmuls
+    workspace    temporary tensors of a pass; for DeepSpeed its buckets and, in stage 3, gathered weights
+    heap         on a CPU, memory freed in another phase: the C library retains blocks below `HEAP` bytes, and larger
+                 ones do not fit into them
+    process      the libraries: on a CPU what is resident of them after a first step
 
-DeepSpeed's partition is that of the ZeRO paper (Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1): stage 1 shares out the optimizer, 2 also the
-gradients, 3 also the weights; offload moves them to the host. `e` is what products are computed in: 2 in bf16 and fp16, else 4.
+DeepSpeed shards as in the ZeRO paper (Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1): stage 1 the optimizer, 2 also
+the gradients, 3 also the weights; offload moves them to the host. `e` is the matmuls' bytes per element: 2 in bf16 and
+fp16, else 4.
 """
 
 from dataclasses import dataclass
@@ -62,12 +65,12 @@ class Plan:
 
     @property
     def e(self) -> int:
-        """Bytes of a number that products are computed in."""
+        """Bytes per element of the matmuls' dtype."""
         return 2 if self.precision in ("bf16", "fp16") else 4
 
     @property
     def frozen(self) -> int:
-        """Bytes of a number of a frozen matrix."""
+        """Bytes per element of a frozen matrix."""
         return 2 if (self.precision if self.base == "auto" else self.base) == "bf16" else 4
 
     @property
@@ -172,7 +175,7 @@ def _block(p: Plan) -> Blocks:
 
 
 def _outside(p: Plan) -> Blocks:
-    """Kept outside the blocks: ids, the inputs of ln0 and ln_out, the gradient that head_loss forms."""
+    """Saved outside the blocks: ids, the inputs of ln0 and ln_out, the gradient that head_loss computes."""
     D, N, e = p.sizes.n_embd, p.tokens, p.e
     first = (4 if not p.lora else p.frozen) * D + 8
     ln0 = not p.lora or "ln" in p.parts or p.grad_cp
@@ -318,7 +321,7 @@ def _logits(p: Plan) -> Blocks:
 
 
 def _passing(p: Plan) -> Blocks:
-    """What comes and goes in the backward pass of a block: gradients of its tensors, inputs formed again, and a weight's."""
+    """What comes and goes in the backward pass of a block: gradients of its tensors, recomputed inputs, and a weight's."""
     D, F, N, e = p.sizes.n_embd, p.sizes.dim_ffn, p.tokens, p.e
     blocks: Blocks = [(e * D * N, 3), (e * F * N, 1 if p.lora else 2)]
     return blocks if p.lora else [*blocks, (e * D * F, 1), (4 * D * F, 1)]
