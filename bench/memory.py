@@ -90,7 +90,6 @@ def measure(p: estimate.Plan) -> dict:
     resting, step = machine.rss(), Step(p)
     found = {"weights": bytes_of(step.model.parameters()), "gradients": step()}
     found["optimizer"] = bytes_of(x for state in step.optimizer.state.values() for x in state.values())
-    cpu.settle()
     machine.rss_peak(restart=True)
     step()
     found["resident"] = machine.rss_peak() - resting

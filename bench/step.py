@@ -93,7 +93,7 @@ def ours(c: argparse.Namespace):
         lora.inject(model, ["att"], R, ALPHA, DROPOUT)
         lora.mark_trainable(model, ["att"])
         lora.store_frozen(model, dtype)
-    adam, settled, loss = optimizer.make(model, TrainConfig(lr_init=1e-4)), [], None
+    adam, loss = optimizer.make(model, TrainConfig(lr_init=1e-4)), None
 
     def step() -> float:
         nonlocal loss
@@ -104,8 +104,6 @@ def ours(c: argparse.Namespace):
         loss.backward()
         adam.step()
         adam.zero_grad(set_to_none=True)
-        if not settled and c.device == "cpu":
-            settled.append(cpu.settle())
         return float(loss.detach())
 
     return step

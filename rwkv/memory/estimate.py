@@ -9,8 +9,6 @@ Arithmetic alone, in bytes. Shapes are those of the model (rwkv.models.rwkv.shap
     activations  `saved_bytes` of every block, or its input alone with grad_cp, and what is saved outside the blocks
     logits       one chunk of them (rwkv.kernels.head_loss), the head in the dtype of the matmuls
     workspace    temporary tensors of a pass; for DeepSpeed its buckets and, in stage 3, gathered weights
-    heap         on a CPU, memory freed in another phase: the C library retains blocks below `HEAP` bytes, and larger
-                 ones do not fit into them
     process      the libraries: on a CPU what is resident of them after a first step
 
 DeepSpeed shards as in the ZeRO paper (Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1): stage 1 the optimizer, 2 also
@@ -35,9 +33,6 @@ CONTEXT = (
 )  # CUDA context and libraries on a GPU, which torch's allocator does not see. Assumed: no GPU was at hand to measure it
 PROCESS = 290 << 20  # a process with torch 1.13.1 and Lightning, with a first step, without a model
 LOADED = 20 << 20  # of it comes with the first step: torch's code for it. 16 to 34 MiB were seen
-HEAP = (
-    32 << 20
-)  # bytes: glibc maps blocks of so many or more and gives them back (HEAP_MAX_SIZE / 2); smaller ones it keeps (train/cpu.py)
 LIVE = 10**9  # numbers that ZeRO-3 keeps gathered (stage3_max_live_parameters)
 
 
@@ -103,7 +98,7 @@ Parts = dict[str, Blocks]
 class Estimate:
     """Bytes by part: in each phase of a step, at its peak on each device, and on a machine's host.
 
-    Of a phase's parts all but `process` and `heap` are what torch's allocator holds.
+    Of a phase's parts all but `process` are what torch's allocator holds.
     """
 
     phase_parts: dict[str, dict[str, int]]
@@ -122,10 +117,7 @@ class Estimate:
     @property
     def tensors(self) -> dict[str, int]:
         """The peaks of the phases, of torch's allocator alone."""
-        return {
-            name: sum(parts.values()) - parts["process"] - parts.get("heap", 0)
-            for name, parts in self.phase_parts.items()
-        }
+        return {name: sum(parts.values()) - parts["process"] for name, parts in self.phase_parts.items()}
 
     @property
     def total(self) -> int:
@@ -257,12 +249,7 @@ def estimate(p: Plan) -> Estimate:
         name: {part: sum(size * count for size, count in blocks) for part, blocks in parts.items()}
         for name, parts in phases.items()
     }
-    if not p.gpu:
-        for name, left in _left_over(phases).items():
-            made[name]["heap"] = left
-    made["backward"] = max(
-        made["backward"], made.pop("its end"), key=lambda parts: sum(parts.values()) - parts.get("heap", 0)
-    )
+    made["backward"] = max(made["backward"], made.pop("its end"), key=lambda parts: sum(parts.values()))
     phase_parts = {name: _round(parts | {"process": CONTEXT if p.gpu else p.process}) for name, parts in made.items()}
     if p.gpu:
         loading = 4 * (numbers + adapters) * _per_node(p)  # a process reads the model before it goes to its GPU
@@ -271,22 +258,6 @@ def estimate(p: Plan) -> Estimate:
         device = Estimate(phase_parts, {}).device
         host = {name: host.get(name, 0) + value * _per_node(p) for name, value in device.items()}
     return Estimate(phase_parts, _round(host))
-
-
-def _left_over(phases: dict[str, Parts]) -> dict[str, float]:
-    """Bytes, in each phase, that the C library holds of what others freed. It keeps blocks below HEAP bytes; larger ones go where one fits into what
-    they left, and are mapped beside it otherwise."""
-    blocks = {
-        name: [block for part in set(parts) - {"weights", "optimizer"} for block in parts[part]]
-        for name, parts in phases.items()
-    }
-    small = {name: sum(size * count for size, count in its if size < HEAP) for name, its in blocks.items()}
-    left = {name: max(small.values()) - its for name, its in small.items()}
-    for name, its in blocks.items():
-        for size, count in sorted(its, reverse=True):
-            if size >= HEAP:
-                left[name] -= size * min(count, left[name] // size)
-    return left
 
 
 def _round(parts: dict[str, float]) -> dict[str, int]:

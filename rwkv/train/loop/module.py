@@ -14,7 +14,7 @@ from rwkv.data.dataset import Samples
 from rwkv.models import RWKV
 from rwkv.train.loop import adam, optimizer, schedule, tbptt
 from rwkv.train.loop.optimizer import leave_out_unless_finite
-from rwkv.train.runtime import cpu, ranks, strategy
+from rwkv.train.runtime import ranks, strategy
 from rwkv.train.runtime.lightning import pl
 
 
@@ -114,11 +114,9 @@ class TrainingModule(pl.LightningModule):
     def on_train_batch_end(self, *_) -> None:
         # Lightning lets gradients go after the next forward pass: they would stand beside all that it keeps.
         if self.trainer.global_step != self._let_go:
-            first, self._let_go = not self._let_go, self.trainer.global_step
+            self._let_go = self.trainer.global_step
             for parameter in self.parameters():
                 parameter.grad = None
-            if first and self.device.type == "cpu":
-                cpu.settle()
 
     def mean_loss(self, batch: Sequence[Tensor]) -> tuple[Tensor, int]:
         """Mean loss over the targets of a batch that contribute to it, a scalar, and how many they are; 0 if there is none.

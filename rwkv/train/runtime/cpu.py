@@ -7,11 +7,10 @@ from typing import Literal
 import torch
 
 from rwkv import compat
-from rwkv.kernels import load
-from rwkv.memory.estimate import HEAP
 
 _BF16 = {"avx512_bf16", "amx_bf16"}  # CPU flags
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_LARGEST_KEPT = 32 << 20  # bytes: the most that glibc accepts as a threshold (HEAP_MAX_SIZE / 2)
 
 
 def prepare() -> None:
@@ -19,22 +18,13 @@ def prepare() -> None:
     # Softmax tails and Adam's fading moments fill up with denormals, which a CPU multiplies ten times more slowly.
     torch.set_flush_denormal(True)
     compat.wake_mkl()
-    # Every step frees and takes the same tensors again. glibc gives their memory back in between, and each page costs a fault: of the
-    # WKV operator's time a third (docs/decisions/011).
+    # Every step frees and allocates the same tensors. By default glibc returns their memory in
+    # between, and each page then costs a fault: a third of the WKV operator's time
+    # (docs/decisions/011-return-freed-memory.md).
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        mallopt(_MMAP_THRESHOLD, HEAP)
+        mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-    if load.why_unavailable() is None:
-        torch.ops.rwkv.cpu_memory()  # without it those blocks do not fit into the holes they left (cuda/cpu_memory.cpp)
-
-
-def settle() -> None:
-    """Call once, after the first step and when its gradients are gone: what glibc holds of freed memory goes back to the system. The optimizer's moments are made in
-    the first step, in the holes that its other blocks left, which those fit into no more (docs/decisions/011). A block that is taken again pays its page faults once."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
 
 
 def precision() -> Literal["fp32", "bf16"]:
