@@ -3,7 +3,6 @@
 
 #include <string>
 
-#include "common/cpu_memory.h"
 #include "common/cpu_width.h"
 #include "common/launcher.h"
 #include "common/operations.h"
@@ -40,6 +39,5 @@ TORCH_LIBRARY(rwkv, library) {
   library.def("adam(Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, float step, float rate, float beta1, float beta2, float eps, float decay, bool decoupled,"
               " float clip) -> ()", cpu::adam);
   library.def("cpu_vectors(str most) -> str", choose_cpu_width);
-  library.def("cpu_memory() -> ()", use_cpu_memory);
   library.def("cuda_load(int device, str path) -> ()", launcher::load);
 }
