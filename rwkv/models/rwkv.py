@@ -17,7 +17,7 @@ from rwkv.models.version import Version, version_of
 class Head(Matrix):
     """Logits or directly their loss: every use of the head's weight goes through forward, where ZeRO-3 gathers it."""
 
-    def forward(self, x: Tensor, targets: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, targets: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
         """x [..., D] → logits [..., V]; with targets their mean loss, as rwkv.kernels.head_loss.head_loss."""
         return super().forward(x) if targets is None else head_loss(x, self.weight, targets, loss_mask)
 

@@ -92,7 +92,7 @@ class TimeMix(nn.Module):
         return self.output(native.gate(r, y)), state
 
 
-def _wkv(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+def _wkv(*inputs: Any) -> tuple[Tensor, Tensor]:
     """As wkv4, but a document starts with the empty state; y is recomputed for gradients that need it."""
     y, state = _wkv4(*inputs)
     return native.recomputed(y, lambda *again: _wkv4(*again)[0], *inputs), state
@@ -185,7 +185,7 @@ def recognise(shapes: Mapping[str, torch.Size], n_layer: int) -> Sizes:
 _ZERO = ("att.key", "att.receptance", "att.output", "ffn.value", "ffn.receptance", "ffnPre.value", "ffnPre.receptance")
 
 
-def initialise(model: nn.Module, emb_scale: float, frozen: bool) -> None:
+def initialise(model: Any, emb_scale: float, frozen: bool) -> None:
     """BlinkDL's initial weights: small embeddings, zero or orthogonal matrices, decays spread over the channels."""
     L = len(model.blocks)
     for layer, block in enumerate(model.blocks):

@@ -32,13 +32,27 @@ class Sizes(Protocol):
     def vocab_size(self) -> int:
         """Number of tokens."""
 
+    @property
+    def dim_ffn(self) -> int:
+        """Width inside the channel mix."""
+
+    def __hash__(self) -> int: ...
+
 
 class Version(Protocol):
     """What a version's module offers."""
 
-    NAME: str  # "4"
-    PUBLISHED: Mapping[str, Any]  # sizes of the published models, e.g. "1.5b"
-    PARTS: Parts  # what an adapter can train
+    @property
+    def NAME(self) -> str:
+        """Such as "4"."""
+
+    @property
+    def PUBLISHED(self) -> Mapping[str, Any]:
+        """The sizes of the published models by name, such as "1.5b"."""
+
+    @property
+    def PARTS(self) -> Parts:
+        """What an adapter can train."""
 
     @property
     def Sizes(self) -> Any:

@@ -103,8 +103,9 @@ def delete(run: Run, used: Path) -> None:
 
 def check_source(run: Run, manifest: dict[str, Any]) -> None:
     """Raises UserError if data_file is not what the resumed run was made from, unless `allow_changes` is given; called before it is converted."""
-    if run.before and not run.flags.allow_changes:
-        changed = run_manifest.changes(_before(run), manifest)
+    before = _before(run)
+    if before and not run.flags.allow_changes:
+        changed = run_manifest.changes(before, manifest)
         if any(line.startswith("data file") for line in changed):
             refuse_changes(run.folder, changed)
 

@@ -30,7 +30,7 @@ def sizes_of(c: TrainConfig, new_base: Path | None = None) -> Sizes:
     """
     given = version.sizes_given(c)
     if c.load_model and c.my_pile_stage != 1:
-        sizes = checkpoint.sizes_of(checkpoint.read_tensors(c.load_model), c.load_model)
+        sizes: Any = checkpoint.sizes_of(checkpoint.read_tensors(c.load_model), c.load_model)
         if c.load_partial:
             return replace(sizes, **given)
         if c.data_type in char_level.TEXTS and c.vocab_size != sizes.vocab_size:

@@ -116,13 +116,13 @@ class _Mix(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gy):
         last, initial, reset, weights, *inputs = ctx.saved_tensors
-        gy = [g.contiguous() for g in gy]
-        x = ctx.again(*inputs) if ctx.again else gy[0]
-        backward = _kernels(gy[0]).mix_backward
-        gx, glast, gweights = backward(gy, x, last, initial, reset, weights, ctx.again is not None)
+        grads = [g.contiguous() for g in gy]
+        x = ctx.again(*inputs) if ctx.again else grads[0]
+        backward = _kernels(grads[0]).mix_backward
+        gx, glast, gweights = backward(grads, x, last, initial, reset, weights, ctx.again is not None)
         ginitial = None
         if ctx.needs_input_grad[2] and reset is not None:
-            starts = (g.masked_fill(~reset[..., None], 0).sum(1, dtype=torch.float32) for g in gy)
+            starts = (g.masked_fill(~reset[..., None], 0).sum(1, dtype=torch.float32) for g in grads)
             ginitial = sum((1 - m) * g for m, g in zip(weights, starts, strict=True)).to(initial.dtype)
         return gx, glast if ctx.needs_input_grad[1] else None, ginitial, None, gweights, None
 
