@@ -112,17 +112,20 @@ def peaks(p: Plan) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("grad_cp", [False, True], ids=["", "grad_cp"])
+# Every pair of two values occurs; bf16 is slow on processors without instructions for it.
+@pytest.mark.parametrize(
+    ("kind", "precision", "grad_cp"),
+    [("lora", "fp32", False), ("full", "fp32", True), ("full", "bf16", False), ("lora", "bf16", True)],
+)
 def test_peak_of_a_step_is_predicted_within_a_tenth(kind, precision, grad_cp):
+    width = 256 if precision == "fp32" else 128
     plan = Plan(
-        Sizes(8, 256, 2048, 256, 1024),
+        Sizes(8 if precision == "fp32" else 4, width, 2048, width, 4 * width),
         lora=kind == "lora",
         precision=precision,
         grad_cp=grad_cp,
         ctx_len=512,
-        micro_bsz=2,
+        micro_bsz=2 if precision == "fp32" else 1,
         gpu=False,
     )
     measured, predicted = peaks(plan), estimate(plan).tensors
@@ -132,12 +135,10 @@ def test_peak_of_a_step_is_predicted_within_a_tenth(kind, precision, grad_cp):
     }  # phases that are not the fullest are smaller, and their workspace weighs more
 
 
-@pytest.mark.parametrize(("name", "method"), [("0.1b", "full"), ("1.5b", "lora")])
+@pytest.mark.parametrize(("name", "method"), [("0.1b", "full"), ("0.4b", "lora")])
 def test_a_published_size_is_predicted_from_few_of_its_layers(name, method, monkeypatch):
     """The widths of the published model. What a layer adds is measured, and with it the whole: bench/memory.py measures all layers, in minutes."""
-    monkeypatch.setattr(
-        sys.modules[__name__], "initialise", lambda model, rate: [x.data.fill_(0.01) for x in model.parameters()]
-    )
+    monkeypatch.setattr(RWKV, "initialise", lambda model, scale: [x.data.fill_(0.01) for x in model.parameters()])
     # In the precision that this processor trains in: bf16 takes minutes where it has no instructions for it.
     plan = Plan(published(name), method == "lora", precision=cpu.precision(), ctx_len=256, grad_cp=True, gpu=False)
     counts = (2, 4) if method == "lora" else (1, 2)

@@ -22,10 +22,11 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 def mix(x: Tensor, last: Tensor, initial: Tensor, reset: Tensor | None, weights: Tensor) -> list[Tensor]:
     """m·x + (1 − m)·before for each m of weights [n, D]. `before` is the previous token: `last` [B, D] for
     the first token, `initial` [B, D] where `reset` [B, T] is True."""
-    before = torch.cat([last.to(x.dtype)[:, None], x[:, :-1]], 1)
+    now = wide(x)  # once, so that gradients are summed in fp32 as well
+    before = torch.cat([wide(last)[:, None], now[:, :-1]], 1)
     if reset is not None:
-        before = torch.where(reset[..., None], initial.to(x.dtype)[:, None], before)
-    return [torch.lerp(wide(before), wide(x), m.to(wide(x).dtype)).to(x.dtype) for m in weights]
+        before = torch.where(reset[..., None], wide(initial)[:, None], before)
+    return [torch.lerp(before, now, m.to(now.dtype)).to(x.dtype) for m in weights]
 
 
 def gate(r: Tensor, v: Tensor) -> Tensor:
