@@ -1,10 +1,11 @@
-"""The loader's tokens/s against what a step can take: never the bottleneck, as a ratio.
+"""Throughput of the data loader relative to the most that training can consume.
 
     python bench/loader.py [--ctx_len 1024] [--micro_bsz 8] [--tokens 50000000] [--peak_tflops 989]
 
-Batches as training takes them (DataLoader over a memory-mapped binidx, in this process), by prime sampling, at random, and with resets at random and by
-documents. What a step can take at most: a GPU that spends all of --peak_tflops (the default is an H100's in bf16) on 6 operations a weight and token
-of full tuning, the lightest step there is being 0.1b's; no step reaches that. On a GPU batches are pinned, and the copy is timed beside.
+Batches are loaded as in training (DataLoader over a memory-mapped binidx, in this process): by
+prime sampling, at random, at random with resets, and by whole documents. The upper bound of
+consumption is a GPU that spends all of --peak_tflops (default: an H100 in bf16) on 6 FLOPs per
+parameter and token. On a GPU, batches are pinned and the copy is included.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def main() -> None:
             "prime": Contexts(**common, prime=prime),
             "random": Contexts(**common),
             "random, resets": Contexts(**common, reset=True),
-            "documents, resets": Documents(**common, reset=True, enough=c.ctx_len // 4),
+            "documents, resets": Documents(**common, reset=True, min_tokens=c.ctx_len // 4),
         }
         print(
             f"T{c.ctx_len} B{c.micro_bsz}, {len(stream):,} tokens, {'pinned and copied to the GPU' if gpu else 'on a CPU'}, torch {torch.__version__}"

@@ -1,4 +1,4 @@
-"""The command line out of a dataclass, with errors as sentences."""
+"""Build a command line from a dataclass, and print errors as one line."""
 
 import contextlib
 import errno
@@ -19,12 +19,14 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def parse(config: type[Config], description: str, argv: Sequence[str] | None = None) -> Config:
-    """Parse a command line (sys.argv by default) into the dataclass: --name value, --config file.yaml, --print_config.
+    """Parse a command line (default: sys.argv) into a dataclass: --name value, --config file.yaml,
+    --print_config.
 
-    What is not understood exits with status 2 and one line for each mistake; see `rwkv.arguments.read` for what is.
+    Mistakes exit with status 2 and print one line each; `rwkv.arguments.read` describes the
+    accepted syntax.
 
     Raises:
-        UserError: flags of the upstream programs that are not supported here.
+        UserError: flags of upstream programs that are not supported here.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(
@@ -51,9 +53,10 @@ def parse(config: type[Config], description: str, argv: Sequence[str] | None = N
 
 @contextlib.contextmanager
 def sentences() -> Iterator[None]:
-    """Print a UserError, or what the operating system refuses, as one line on stderr and exit with status 1; Ctrl-C exits with 130.
+    """Print UserErrors and OSErrors as one line on stderr and exit with status 1; Ctrl-C exits with
+    130.
 
-    Other errors keep their traceback. RWKV_TRACEBACK=1 prints it for all.
+    Other errors keep their traceback; RWKV_TRACEBACK=1 prints it for all.
     """
     try:
         yield
@@ -61,7 +64,7 @@ def sentences() -> Iterator[None]:
         _end(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+    except BrokenPipeError:  # the reader of stdout has exited, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -86,7 +89,7 @@ _REMEDIES = {
 
 
 def in_words(error: OSError) -> str:
-    """One line: the file or files, what the operating system says of them, and what to do."""
+    """One line: the file or files, the operating system's message, and what to do."""
     files = " -> ".join(
         os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)
     )
@@ -102,7 +105,7 @@ def _end(message: str) -> NoReturn:
 
 
 def _group(parser: ArgumentParser) -> None:
-    """List the flags under the headings of `rwkv.config.GROUPS`, in its order."""
+    """Group the flags in --help under the headings of `rwkv.config.GROUPS`."""
     actions = {action.dest: action for action in parser._actions}
     for title, names in GROUPS.items():
         members = [actions[name] for name in names if name in actions]
@@ -114,10 +117,8 @@ def _group(parser: ArgumentParser) -> None:
 
 
 class _Help(DefaultHelpFormatter):
-    def _fill_text(
-        self, text: str, width: int, indent: str
-    ) -> str:  # a script's docstring has lines of commands: kept as they are
-        return text.strip()
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text.strip()  # keep the example commands of a script's docstring on their lines
 
 
 class _Parser(ArgumentParser):

@@ -1,4 +1,4 @@
-"""What this machine and environment can do for training, each finding with its remedy."""
+"""Check machine and environment for training; every problem comes with a remedy."""
 
 import contextlib
 import importlib
@@ -32,7 +32,9 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at. "fail": training will not run, or not as it should; "warn": it runs, slower or closer to a limit."""
+    """Result of a check. "fail": training will not run correctly; "warn": it runs, but slower or
+    closer to a limit.
+    """
 
     name: str
     status: Status
@@ -41,7 +43,7 @@ class Finding:
 
 
 def examine(folder: str | Path = ".") -> Iterator[Finding]:
-    """Look at everything, one finding after another; `folder` is where runs will write. Nothing is changed or downloaded."""
+    """Run all checks; `folder` is where runs will write. Changes and downloads nothing."""
     for check in (
         _python,
         _torch,
@@ -62,9 +64,9 @@ def examine(folder: str | Path = ".") -> Iterator[Finding]:
 def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from check()
-    except Exception as error:  # the doctor's own trouble is a finding too: the others are still of use
+    except Exception as error:  # a failing check must not stop the others
         name = getattr(check, "__name__", "check").strip("_<>")
-        yield Finding(name, "warn", f"could not be looked at ({type(error).__name__}: {error})", "please report this")
+        yield Finding(name, "warn", f"check failed ({type(error).__name__}: {error})", "please report this")
 
 
 def _python() -> Iterator[Finding]:
@@ -89,7 +91,7 @@ def _torch() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """Versions against the stack's lock."""
+    """Compare installed versions with the stack's lock file."""
     stack = compat.stack()
     wrong, count = [], 0
     for name in (stack, f"{stack}-deepspeed"):
@@ -134,12 +136,12 @@ def _gpus() -> Iterator[Finding]:
         if not driver:
             yield Finding("GPU", "ok", "no NVIDIA driver: training runs on the CPU")
         elif torch.version.cuda is None:
-            yield Finding("GPU", "fail", "there is a driver, and torch is a CPU build", "make venv")
+            yield Finding("GPU", "fail", "there is a driver, but torch is a CPU build", "make venv")
         else:
             yield Finding(
                 "GPU",
                 "fail",
-                "there is a driver, and torch sees no GPU",
+                "there is a driver, but torch sees no GPU",
                 "check nvidia-smi and CUDA_VISIBLE_DEVICES; in a container, --gpus all",
             )
         return
@@ -148,7 +150,7 @@ def _gpus() -> Iterator[Finding]:
         found = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, compute capability {properties.major}.{properties.minor}"
         archs = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)]
         drives = any(arch // 10 == properties.major and arch % 10 <= properties.minor for arch in archs)
-        remedy = f"torch {torch.__version__} has no code for it (it has {', '.join(map(str, archs))}): take the other stack (README)"
+        remedy = f"torch {torch.__version__} has no code for it (only for {', '.join(map(str, archs))}): use the other stack (README)"
         yield Finding(f"GPU {index}", "ok" if drives else "fail", found, "" if drives else remedy)
 
 
@@ -175,13 +177,12 @@ def _compilers() -> Iterator[Finding]:
         compiler or "none" + ("; the kernels are compiled already" if built else ""),
         remedy,
     )
-    path = os.pathsep.join(
-        [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-    )  # as rwkv.kernels.build looks
+    # as in rwkv.kernels.build
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     ninja = _version(shutil.which("ninja", path=path), "(.+)")
     missing = "none" + ("; the kernels are compiled already" if built else "")
     yield Finding(
-        "ninja", "ok" if ninja or built else "warn", ninja or missing, "" if ninja or built else "make venv brings it"
+        "ninja", "ok" if ninja or built else "warn", ninja or missing, "" if ninja or built else "make venv installs it"
     )
     nvrtc = compat.nvrtc()
     yield Finding(
@@ -193,13 +194,13 @@ def _compilers() -> Iterator[Finding]:
     serves = (
         "DeepSpeed can compile its own CUDA ops"
         if nvcc == cuda
-        else f"not needed; DeepSpeed's own CUDA ops would ask for {cuda}"
+        else f"not needed; DeepSpeed's own CUDA ops would need {cuda}"
     )
     yield Finding("nvcc", "ok", f"{nvcc}, {serves}" if nvcc else "none: not needed")
 
 
 def _version(program: str | None, pattern: str) -> str:
-    """What a program says of itself; empty if there is none."""
+    """The version that a program prints; empty if there is no program."""
     if not program:
         return ""
     said = re.search(
@@ -209,14 +210,14 @@ def _version(program: str | None, pattern: str) -> str:
 
 
 def _kernels() -> Iterator[Finding]:
-    """Each compiled unit of the WKV operator: whether it loads and computes what the reference does."""
+    """Whether each compiled WKV backend loads and matches the reference."""
     reason = load.why_unavailable()
     if reason:
         yield Finding(
             "WKV on the CPU",
             "warn",
             reason.split("; run:")[0],
-            f"{target('kernels')}; until then training takes a thousand times longer",
+            f"{target('kernels')}; without them training is about a thousand times slower",
         )
     else:
         yield _right("WKV on the CPU", torch.device("cpu"), torch.ops.rwkv.cpu_vectors(""))
@@ -249,7 +250,7 @@ def _right(name: str, device: torch.device, found: str) -> Finding:
         name,
         "fail",
         f"{found}, off by {error:.0e}",
-        f"rm -r rwkv/kernels/lib and {target('kernels')}; if it stays, please report it",
+        f"rm -r rwkv/kernels/lib and {target('kernels')}; if it persists, please report it",
     )
 
 
@@ -258,7 +259,7 @@ def _deepspeed() -> Iterator[Finding]:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             importlib.import_module("deepspeed")
             ops = compat.deepspeed_ops()
-    except Exception as error:  # whatever an import may raise: DeepSpeed is not needed to train
+    except Exception as error:  # an import can raise anything, and DeepSpeed is optional
         yield Finding(
             "DeepSpeed",
             "warn",
@@ -272,7 +273,7 @@ def _deepspeed() -> Iterator[Finding]:
             "DeepSpeed",
             "warn",
             f"{found}; {', '.join(broken)}",
-            "install that library of CUDA; torch's Adam does its work until then",
+            "install that CUDA library; torch's Adam is used until then",
         )
     else:
         yield Finding("DeepSpeed", "ok", found)
@@ -301,7 +302,7 @@ def _memory() -> Iterator[Finding]:
         "memory",
         "warn" if low else "ok",
         f"{free:.1f} of {total:.1f} GiB available",
-        "a 0.4b model takes 4 GiB to load: close something" if low else "",
+        "a 0.4b model takes 4 GiB to load: close other programs" if low else "",
     )
 
 
@@ -325,7 +326,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
         "disk",
         "warn" if low else "ok",
         f"{free:.0f} GiB free",
-        "a checkpoint of a 1.5b model is 3 to 6 GiB: make room" if low else "",
+        "a checkpoint of a 1.5b model is 3 to 6 GiB: free some space" if low else "",
     )
 
 
@@ -346,7 +347,7 @@ def _writable(folder: Path) -> Iterator[Finding]:
 
 
 def _can_write(place: Path) -> bool:
-    while not place.exists():  # a folder that is still to be made
+    while not place.exists():  # a folder that does not exist yet
         place = place.parent
     try:
         with tempfile.TemporaryFile(dir=place):

@@ -1,4 +1,4 @@
-"""Flags of other trainers: those that have another name here, and those that do not exist here, with what to use instead."""
+"""Flags of other trainers: aliases, and what to use instead of unsupported ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Foreign:
-    """A flag of another program: whose it is, and what to do here.
+    """An unsupported flag of another program.
 
-    `off` are the values with which it changes nothing there; a command line that carries them is accepted. `values` has an advice of its own
-    for values that begin so.
+    Attributes:
+        program: the program it belongs to.
+        advice: what to do instead.
+        off: values that disable it, with which it is accepted and ignored.
+        values: advice by the beginning of the value, instead of `advice`.
     """
 
     program: str
@@ -18,7 +21,7 @@ class Foreign:
     values: Mapping[str, str] = field(default_factory=dict)
 
     def answer(self, flag: str, value: str) -> str:
-        """One sentence: what the flag is, and what to use instead."""
+        """The error message: whose flag it is, and what to use instead."""
         advice = next((text for begin, text in self.values.items() if value.startswith(begin)), self.advice)
         return f"{flag}{' ' * bool(value)}{value}: a flag of {self.program} that is not supported here; {advice}"
 
@@ -182,11 +185,11 @@ NOT_SUPPORTED = {
 }  # fmt: skip
 
 IGNORED = ("num_docs", "log_interval", "enable_progress_bar")
-"""Flags that are accepted with any value and change nothing: documents are counted on the way, and there is a progress bar."""
+"""Flags that are accepted and ignored."""
 ALIASES = {
     "vocab": "vocab_file",
     "seq_data": "doc_training_seq",  # as m8than's README calls it
     "seq_data_sep": "doc_sep",
 }
 LISTS = ("jsonl_keys",)
-"""Flags whose value may also be given as several arguments instead of one with commas."""
+"""Flags whose value may be several arguments instead of a comma-separated list."""

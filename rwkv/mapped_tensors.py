@@ -1,8 +1,10 @@
-"""Tensors that stay in their file: its pages are read when they are asked for, can be dropped again while nothing is written to them, are shared
-with every other process that maps the file, and become this process's own when it writes: the file stays as it is.
+"""Tensors memory-mapped from a file, copy-on-write.
 
-So a model costs what is touched of it: of an embedding the rows of the words that occur. What replaces the file under its name (rwkv.files) leaves
-its tensors alone; what overwrites or cuts it in place changes them, or ends the process.
+Pages are read on access, shared between processes, and can be dropped again if they were not
+written to; writes do not change the file. A model therefore takes memory only for what is accessed,
+such as the embedding rows of tokens that occur. Atomic replacement of the file (rwkv.files) does
+not affect its tensors; overwriting or truncating it in place changes them or kills the process
+(SIGBUS).
 """
 
 import ctypes
@@ -15,7 +17,7 @@ from torch import Tensor
 
 
 class Pages:
-    """Where this process has a file mapped; nowhere, where the system does not say."""
+    """The address ranges at which this process maps a file; none if /proc is not available."""
 
     def __init__(self, path: str | os.PathLike):
         name = os.path.realpath(path)
@@ -23,23 +25,29 @@ class Pages:
             lines = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
         except OSError:
             lines = []
-        places = [line.split(maxsplit=5) for line in lines]  # address-address, mode, offset, device, inode, path
+        # address-address, mode, offset, device, inode, path
+        places = [line.split(maxsplit=5) for line in lines]
         self._ranges = [tuple(int(x, 16) for x in place[0].split("-")) for place in places if place[5:] == [name]]
 
     def hold(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies in them."""
+        """Whether a tensor is in the mapped file."""
         begin = tensor.data_ptr()
         return any(low <= begin and begin + _bytes(tensor) <= high for low, high in self._ranges)
 
     def drop(self, tensor: Tensor) -> None:
-        """Give back the memory behind a tensor that lies in them, which is contiguous and will not be read soon. What was written to it is lost."""
+        """Drop the pages of a mapped contiguous tensor that will not be read soon. Values written
+        to it are lost.
+        """
         if tensor.device.type == "cpu" and self.hold(tensor):
             page = mmap.PAGESIZE
-            begin = -(-tensor.data_ptr() // page) * page  # whole pages: the others have neighbours
+            # only pages that belong to the tensor alone
+            begin = -(-tensor.data_ptr() // page) * page
             _drop(begin, (tensor.data_ptr() + _bytes(tensor)) // page * page)
 
     def drop_all(self, tensors: Iterable[Tensor]) -> None:
-        """As `drop`, for all that one mapping of the file holds between the first and the last of these tensors, the pages that they share as well."""
+        """Drop all pages between the first and last of these tensors, including pages shared by
+        neighbours.
+        """
         ours = [(tensor.data_ptr(), tensor.data_ptr() + _bytes(tensor)) for tensor in tensors if self.hold(tensor)]
         if ours:
             begin, end = min(begin for begin, _ in ours), max(end for _, end in ours)

@@ -1,4 +1,4 @@
-"""What the pictures share: a size, titles in any script, numbers with thousands separators, and files that appear atomically."""
+"""Helpers for plots: figure size, titles in any script, number labels, atomic PNG files."""
 
 import functools
 import re
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Fonts whose names match are looked at first: they have the scripts that matplotlib's own font lacks.
+# Fonts with these names are tried first: they cover scripts that matplotlib's default font lacks.
 _LIKELY = re.compile(
     r"CJK|Han|Hei|Ming|Song|Kai|Fang|Gothic|Mincho|WenQuanYi|YaHei|PingFang|Hiragino|Fallback|Nanum|Malgun|Unicode|Unifont|Noto",
     re.I,
@@ -21,16 +21,15 @@ _LIKELY = re.compile(
 
 
 def new(width: float = 8, height: float = 4.5) -> "tuple[Figure, Axes]":
-    """A figure of this size in inches, and its axes."""
+    """Create a figure of this size in inches, and its axes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*smallest subnormal.*")
         import numpy.ma
-        from matplotlib.figure import Figure  # 25 MB: only where there is a picture
+        from matplotlib.figure import Figure  # takes 25 MB, so imported on use
 
-        for kind in (
-            numpy.float32,
-            numpy.float64,
-        ):  # numpy asks once what the smallest numbers are, and training flushes them to 0
+        # Cached here, with the warning silenced: training flushes denormals to 0, about which numpy
+        # warns.
+        for kind in (numpy.float32, numpy.float64):
             numpy.finfo(kind)
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -48,7 +47,9 @@ def save(figure: "Figure", image: Path) -> None:
 
 
 def set_title(axes: "Axes", text: str) -> None:
-    """A title in whatever script it is: in a font that has its characters; what no installed font has is omitted, without warnings or boxes."""
+    """Set a title, using fonts that have its characters; characters that no installed font has
+    become "…".
+    """
     text = "".join(
         " " if unicodedata.category(x).startswith(("C", "Z")) else x for x in unicodedata.normalize("NFC", text)
     )
@@ -58,13 +59,15 @@ def set_title(axes: "Axes", text: str) -> None:
 
 
 def counted(value: float, _: Any = None) -> str:
-    """A count as a label of an axis."""
+    """Format a count as an axis label."""
     return f"{value:,.0f}" if value == round(value) else ""
 
 
 @functools.lru_cache(maxsize=16)
 def _fonts(characters: frozenset[str]) -> tuple[list[str], frozenset[str]]:
-    """Families that together have as many of the characters as installed fonts have, and which these are."""
+    """Font families that together cover as many of the characters as possible, and the characters
+    covered.
+    """
     from matplotlib import font_manager
 
     own = font_manager.FontProperties(family="DejaVu Sans")
@@ -84,11 +87,12 @@ def _fonts(characters: frozenset[str]) -> tuple[list[str], frozenset[str]]:
 
 @functools.lru_cache(maxsize=512)
 def _has(path: str) -> frozenset[str]:
-    """The characters that the font in this file can draw."""
+    """The characters in a font file."""
     from matplotlib.ft2font import FT2Font
 
     try:
         font = FT2Font(path)
         return frozenset(map(chr, font.get_charmap())) if font.scalable else frozenset()
-    except (OSError, RuntimeError, ValueError):  # coloured emoji, a format that FreeType was not built with
+    except (OSError, RuntimeError, ValueError):
+        # coloured emoji, a format that FreeType was not built with
         return frozenset()

@@ -171,7 +171,7 @@ def test_another_alpha_than_the_trained_one_is_refused(tmp_path, make_base):
 
 def test_adapters_and_models_are_not_confused(tmp_path, make_base):
     base, adapter, _ = tuned(tmp_path, make_base)
-    with pytest.raises(UserError, match="a LoRA adapter, not a whole model"):
+    with pytest.raises(UserError, match="a LoRA adapter, not a model"):
         load_model(adapter)
     with pytest.raises(UserError, match="not a LoRA adapter"):
         inspect_adapter(base)

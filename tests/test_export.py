@@ -25,7 +25,7 @@ def test_transformers_reads_the_folder(script, make_base, tmp_path):
         )  # fp32, sums in another order
     assert (theirs.config.attention_hidden_size, theirs.config.intermediate_size) == (24, 40)
     assert (
-        "hf/model.safetensors exists already" in script("export.py", "--model", base, "--output", "hf", status=1).stderr
+        "hf/model.safetensors already exists" in script("export.py", "--model", base, "--output", "hf", status=1).stderr
     )
 
 

@@ -1,4 +1,6 @@
-"""Tensors stay in their file: no second copy of a model, nothing written back, and the same numbers however the file lies."""
+"""Tensors stay memory-mapped: no copy in memory, no writes to the file, the same values for any
+file layout.
+"""
 
 import os
 import subprocess
@@ -45,33 +47,35 @@ for dtype in (torch.float32, torch.bfloat16):
 
 @pytest.fixture(scope="module", params=SUFFIXES)
 def large(request, tmp_path_factory):
-    """A checkpoint of 190 MB, and its bytes: all weights, the embedding, which is the"""
+    """A checkpoint of 190 MB: its path, the bytes of all weights and of the embedding."""
     model = RWKV(Sizes(4, 512, 32768, 512, 2048))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02)
     path = tmp_path_factory.mktemp("large") / f"base{request.param}"
     save_model(path, model, {})
-    with open(path) as file:  # from the disk: of a file that was just written Linux may map half a MiB at a time
+    # from the disk: of a file that was just written Linux may map half a MiB at a time
+    with open(path) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     yield path, sum(4 * parameter.numel() for parameter in model.parameters()), 4 * model.emb.weight.numel()
     path.unlink()
 
 
-def test_loading_holds_no_second_copy(large, root):
+def test_loading_makes_no_copy(large, root):
     path, total, largest = large
     found = subprocess.run([sys.executable, "-c", MEASURE, path], cwd=root, capture_output=True, text=True, check=True)
     mapped_only, used, converted = map(int, found.stdout.split())
     room = 20 << 20  # code that is imported or first touched, and what 64 tokens take
     assert mapped_only < room  # what was looked at for NaN is given back
-    # Of the embedding only the rows that are looked up, and what the kernel reads ahead around them.
+    # of the embedding, only the rows that are looked up and what readahead adds around them
     assert total - largest < used < total
-    # half of all, and the one tensor that is being converted; without giving pages back it would be half of all, and all
+    # half of all, and the one tensor that is being converted; without giving pages back it would be
+    # half of all, and all
     assert converted < total / 2 + largest + room
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_training_never_writes_the_file(tmp_path, make_model, suffix):
+def test_training_does_not_modify_file(tmp_path, make_model, suffix):
     path = tmp_path / f"base{suffix}"
     save_model(path, make_model(), {})
     before, model = sha256(path), load_model(path)
@@ -91,7 +95,7 @@ def test_training_never_writes_the_file(tmp_path, make_model, suffix):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_model_can_be_saved_over_the_file_that_it_lies_in(tmp_path, make_model, suffix):
+def test_save_over_mapped_file(tmp_path, make_model, suffix):
     path, tokens = tmp_path / f"base{suffix}", torch.arange(20)[None]
     save_model(path, make_model(), {})
     before, model = path.read_bytes(), load_model(path)
@@ -104,21 +108,24 @@ def test_a_model_can_be_saved_over_the_file_that_it_lies_in(tmp_path, make_model
 
 
 def rezipped(source, target, **options):
-    """A zip archive, packed again without torch's alignment."""
+    """A zip archive repacked without torch's alignment."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", **options) as new:
         for record in old.infolist():
             new.writestr(record.filename, old.read(record))
 
 
 def other_forms(folder, tensors):
-    """The same tensors in files that torch.save writes now, wrote before 1.6, or that other programs packed."""
+    """The same tensors in files of current torch, of torch before 1.6, and repacked by other
+    programs.
+    """
     torch.save(tensors, folder / "now.pth")
     torch.save(tensors, folder / "old.pth", _use_new_zipfile_serialization=False)
     rezipped(folder / "now.pth", folder / "unaligned.pth")
     rezipped(folder / "now.pth", folder / "compressed.pth", compression=zipfile.ZIP_DEFLATED)
     safetensors.torch.save_file(tensors, folder / "now.safetensors")
     header = (folder / "now.safetensors").read_bytes()
-    size = int.from_bytes(header[:8], "little") + 3  # blanks may follow it, and the tensors then begin anywhere
+    # blanks may follow it, and the tensors then begin anywhere
+    size = int.from_bytes(header[:8], "little") + 3
     (folder / "unaligned.safetensors").write_bytes(
         size.to_bytes(8, "little") + header[8 : 5 + size] + b"   " + header[5 + size :]
     )
@@ -135,7 +142,7 @@ def other_forms(folder, tensors):
     ]
 
 
-def test_however_a_file_lies_its_numbers_are_the_same(tmp_path):
+def test_values_independent_of_alignment(tmp_path):
     tensors = {
         "a": torch.randn(3, 5),
         "b": torch.randn(7).bfloat16(),
@@ -152,7 +159,7 @@ def test_however_a_file_lies_its_numbers_are_the_same(tmp_path):
         assert all(value.data_ptr() % value.element_size() == 0 for value in found.values()), path
 
 
-def test_weights_that_share_memory_in_the_file_train_apart(tmp_path, make_model):
+def test_shared_storage_trains_separately(tmp_path, make_model):
     tensors = {name: parameter.detach() for name, parameter in make_model().named_parameters()}
     tensors["head.weight"] = tensors["emb.weight"]
     torch.save(tensors, tmp_path / "tied.pth")
@@ -163,7 +170,7 @@ def test_weights_that_share_memory_in_the_file_train_apart(tmp_path, make_model)
     assert torch.equal(model.emb.weight, tensors["emb.weight"])
 
 
-def test_what_a_file_holds_as_a_view_is_saved_without_the_rest(tmp_path, make_model):
+def test_view_saved_without_its_base(tmp_path, make_model):
     tensors = {name: parameter.detach() for name, parameter in make_model().named_parameters()}
     big = torch.randn(1000, 16)
     tensors["emb.weight"], tensors["head.weight"] = big[:50], torch.randn(16, 50).t()

@@ -1,4 +1,4 @@
-"""A title in any script is drawn without a warning and without boxes, whatever fonts are installed."""
+"""Titles in any script are drawn without warnings or missing glyphs."""
 
 import struct
 import warnings
@@ -9,7 +9,7 @@ from rwkv import plots
 
 
 def drawn(tmp_path, text):
-    """The title as it is drawn, once it is drawn."""
+    """The title's text after drawing."""
     figure, axes = plots.new()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -33,7 +33,7 @@ def drawn(tmp_path, text):
         "नमस्ते",
     ],
 )
-def test_a_title_never_warns_and_has_no_boxes(tmp_path, text):
+def test_title_in_any_script(tmp_path, text):
     shown, families = drawn(tmp_path, text)
     assert "\n" not in shown
     covered = plots._fonts(frozenset(shown))[1]
@@ -41,12 +41,14 @@ def test_a_title_never_warns_and_has_no_boxes(tmp_path, text):
     assert families[0] == "DejaVu Sans"
 
 
-def test_what_the_font_has_stays_as_it_is(tmp_path):
+def test_supported_characters_kept(tmp_path):
     assert drawn(tmp_path, r"out\run $1 {x} é ж: LoRA, 60 steps")[0] == r"out\run $1 {x} é ж: LoRA, 60 steps"
 
 
-def test_an_installed_font_with_the_characters_is_found_and_used(tmp_path, monkeypatch):
-    """Fonts that are installed differ by machine: here DejaVu's own serif font stands for one that has a character that the first lacks."""
+def test_fallback_font_used(tmp_path, monkeypatch):
+    """Installed fonts differ between machines: DejaVu's serif font acts as one that has a character
+    the default lacks.
+    """
     has, lacking = plots._has, frozenset("ж")
     monkeypatch.setattr(
         plots, "_has", lambda path: has(path) - lacking if path.endswith("/DejaVuSans.ttf") else has(path)
@@ -59,6 +61,6 @@ def test_an_installed_font_with_the_characters_is_found_and_used(tmp_path, monke
     assert families[1] != "DejaVu Sans"
 
 
-def test_pictures_are_of_the_size_that_was_asked_for(tmp_path):
+def test_figure_size(tmp_path):
     drawn(tmp_path, "x")
     assert struct.unpack(">II", (tmp_path / "x.png").read_bytes()[16:24]) == (960, 540)

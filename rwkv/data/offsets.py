@@ -1,18 +1,20 @@
-"""Where in the token stream each sample begins: pure functions of (seed, epoch, index, rank), so that any run can be repeated."""
+"""Offsets of samples in the token stream, as pure functions of (seed, sample number), so that runs
+are reproducible.
+"""
 
 import hashlib
 import math
 
 import numpy as np
 
-_ROUNDS = 6  # of the Feistel network; four make it look random, small counts want more
+_ROUNDS = 6  # of the Feistel network; four suffice for large counts, small ones need more
 
 
 def random_offset(seed: int, sample: int, size: int, ctx_len: int) -> int:
-    """A start for sample number `sample`, uniform over the starts in [0, size − ctx_len − 1) (upstream's stages 0 and 4).
+    """Offset of sample `sample`, uniform over [0, size − ctx_len − 1) (upstream's stages 0 and 4).
 
     Args:
-        sample: a number no other sample of the run has.
+        sample: number of the sample, unique within the run.
         size: tokens in the stream; at least ctx_len + 2.
     """
     generator = np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), sample]))
@@ -20,18 +22,22 @@ def random_offset(seed: int, sample: int, size: int, ctx_len: int) -> int:
 
 
 def prime_offset(number: int, prime: int, ctx_len: int, shift: int = 0) -> int:
-    """The start of sample `number` (from 1) in upstream's prime sampling: (f · number³ mod p) · ctx_len + shift, f = ⌊p (√5 − 1) / 2⌋.
+    """Offset of sample `number` (from 1) in upstream's prime sampling: (f · number³ mod p) ·
+    ctx_len + shift, f = ⌊p (√5 − 1) / 2⌋.
 
-    p ≡ 2 (mod 3) makes cubing a bijection mod p, so p samples in a row visit every one of the p slots once.
+    p ≡ 2 (mod 3) makes cubing a bijection mod p, so p consecutive samples visit each of the p slots
+    once.
     """
     factor = int(prime * ((math.sqrt(5) - 1) / 2))
     return (factor * number**3 % prime) * ctx_len + shift
 
 
 def shuffled(seed: int, turn: int, position: int, count: int) -> int:
-    """Which of `count` things is at `position` in the order of turn `turn`: a permutation of 0 … count − 1, without holding it.
+    """Element `position` of a pseudorandom permutation of 0 … count − 1 keyed by (seed, turn),
+    computed without storing it.
 
-    A Feistel network over the next power of four, walked until it lands below count (less than four steps on average).
+    A Feistel network over the next power of four, iterated until the result is below count (cycle
+    walking; less than four iterations on average).
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1
@@ -52,7 +58,9 @@ def spread(i: int, chosen: int, count: int) -> int:
 
 
 def slots(size: int, ctx_len: int) -> int:
-    """Contexts that the stream holds end to end, each with the one token more that the last target needs."""
+    """Number of non-overlapping contexts in the stream, each with one more token as the last
+    target.
+    """
     return (size - 1) // ctx_len
 
 

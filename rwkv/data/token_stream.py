@@ -1,4 +1,6 @@
-"""The tokens that a run trains on as one stream: all documents of a binidx end to end, or those of one side of a held-out split."""
+"""The tokens of a run as one stream: all documents of a binidx concatenated, or one side of its
+train/validation split.
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,31 +10,32 @@ import numpy as np
 from rwkv.data.binidx import Dataset
 from rwkv.errors import UserError
 
-CHATML = (
-    50279,
-    187,
-    50278,
-)  # m8than's additions to the 20B vocabulary: opens an answer, followed by a line break, and closes it
-_LOOK_BACK = 1 << 16  # tokens before a context that are searched for the opener of the answer it begins in
+# m8than's additions to the 20B vocabulary: start of an answer, the line break after it, end of an
+# answer
+CHATML = (50279, 187, 50278)
+# tokens before a span that are searched for the start of the answer it begins in
+_LOOK_BACK = 1 << 16
 _CHUNK = 1 << 22
 
 
-class Piece(NamedTuple):
-    """Some tokens in a row."""
+class Tokens(NamedTuple):
+    """Consecutive tokens of a stream."""
 
-    ids: np.ndarray  # [n] int64
-    counts: np.ndarray  # [n] bool: the token counts as a target
-    starts: np.ndarray  # [n] bool: a document starts with it
+    ids: np.ndarray  # int64 [n]
+    loss_mask: np.ndarray  # bool [n]: True where the token contributes to the loss as a target
+    starts: np.ndarray  # bool [n]: True where the token is the first of a document
 
 
 class Stream:
-    """Tokens of `spans` of a dataset, end to end.
+    """The concatenated tokens of `spans` of a dataset.
 
     Args:
         data: the binidx.
-        spans: [k, 2] begins and ends in the dataset's tokens, each at a document's edge, ascending; None: everything.
-        separator: a document ends after this token too, whatever the index says; −1: the index alone decides.
-        chatml: count only answers: from after `<50279> <187>` up to and with `<50278>` (m8than's ChatML ids).
+        spans: [k, 2] begin and end in the dataset's tokens, ascending, at document boundaries;
+            None: everything.
+        separator: token id that also ends a document; −1: boundaries come from the index alone.
+        chatml: train on answers only: from after `<50279> <187>` up to and including `<50278>`
+            (m8than's ChatML ids).
     """
 
     def __init__(self, data: Dataset, spans: np.ndarray | None = None, separator: int = -1, chatml: bool = False):
@@ -45,31 +48,34 @@ class Stream:
 
     @property
     def masked(self) -> bool:
-        """Whether some tokens may not count."""
+        """Whether some tokens may be masked out of the loss."""
         return self._data.mask is not None or self._chatml
 
     def ids(self, begin: int, end: int) -> np.ndarray:
         """Tokens [begin, end) of the stream, int64."""
-        return self._join([self._data.tokens[a:b] for a, b in self._places(begin, end)]).astype(np.int64)
+        return self._join([self._data.tokens[a:b] for a, b in self._ranges(begin, end)]).astype(np.int64)
 
-    def read(self, begin: int, end: int) -> Piece:
-        """Tokens [begin, end) of the stream, which of them count, and which start a document."""
-        places = list(self._places(begin, end))
-        return Piece(
+    def read(self, begin: int, end: int) -> Tokens:
+        """Tokens [begin, end) of the stream, with their loss mask and document starts."""
+        ranges = list(self._ranges(begin, end))
+        return Tokens(
             self.ids(begin, end),
-            *(self._join([look(a, b) for a, b in places]) for look in (self._counts, self._starts)),
+            self._join([self._loss_mask(a, b) for a, b in ranges]),
+            self._join([self._starts(a, b) for a, b in ranges]),
         )
 
-    def anything_counts(self) -> bool:
-        """Whether any token counts, by reading up to the first that does."""
+    def has_targets(self) -> bool:
+        """Whether any token contributes to the loss; reads up to the first that does."""
         return any(
-            self._counts(low, min(b, low + _CHUNK)).any()
+            self._loss_mask(low, min(b, low + _CHUNK)).any()
             for a, b in self._spans.tolist()
             for low in range(a, b, _CHUNK)
         )
 
     def document_starts(self) -> np.ndarray:
-        """Where the documents of the whole stream start, ascending from 0, and last its length, int64: by one pass over the file."""
+        """Starts of the documents in the stream, ascending from 0, and its length last, int64;
+        reads the whole file.
+        """
         found, done = [np.zeros(1, np.int64)], 0
         for a, b in self._spans.tolist():
             for low in range(a, b, _CHUNK):
@@ -77,10 +83,11 @@ class Stream:
                 found.append(np.flatnonzero(self._starts(low, high)) + (done + low - a))
             done += b - a
         starts = np.concatenate([*found, [done]])
-        return starts[np.diff(starts, prepend=-1) > 0]  # a stream that was cut inside a document has no start at 0
+        # a stream split inside a document has no start at 0
+        return starts[np.diff(starts, prepend=-1) > 0]
 
-    def _places(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """The stretches of the dataset that stream positions [begin, end) are."""
+    def _ranges(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """The ranges of the dataset's tokens that make up stream positions [begin, end)."""
         i = int(np.searchsorted(self._ends, begin, "right"))
         while begin < end:
             low, high = self._spans[i].tolist()
@@ -102,16 +109,17 @@ class Stream:
             starts[len(starts) - len(ends) :] |= ends
         return starts
 
-    def _counts(self, a: int, b: int) -> np.ndarray:
+    def _loss_mask(self, a: int, b: int) -> np.ndarray:
         mask = self._data.mask
-        counts = np.ones(b - a, bool) if mask is None else mask[a:b] != 0
-        return counts & self._answers(a, b) if self._chatml else counts
+        found = np.ones(b - a, bool) if mask is None else mask[a:b] != 0
+        return found & self._answers(a, b) if self._chatml else found
 
     def _answers(self, a: int, b: int) -> np.ndarray:
         low = max(0, a - _LOOK_BACK)
         opener, line_break, closer = CHATML
         ids, starts = self._data.tokens[low:b], self._starts(low, b)
-        event = np.zeros(len(ids) + 1, np.int8)  # what holds from each position on: 1 an answer, -1 none, 0 as before
+        # from each position on: 1 in an answer, -1 not, 0 unchanged
+        event = np.zeros(len(ids) + 1, np.int8)
         event[2 : len(ids) + 1][(ids[:-1] == opener) & (ids[1:] == line_break) & ~starts[1:]] = 1
         event[1:][ids == closer] = -1
         event[np.flatnonzero(starts)] = -1
@@ -120,24 +128,26 @@ class Stream:
 
 
 def split(data: Dataset, share: float, ctx_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Spans of the dataset to train on and to hold out: about `share` of its documents, chosen by their numbers alone.
+    """Spans of the dataset for training and for validation: about `share` of the documents, chosen
+    by document number alone.
 
-    The same documents are held out in every run, whatever its seed and flags, also when documents were added at the end. Data of so few
-    documents that fewer than two would be held out is cut once instead: its last `share` of tokens is held out.
+    The validation documents are the same in every run, whatever its seed and flags, and do not
+    change when documents are appended. If fewer than two documents would be chosen, the last
+    `share` of the tokens is used instead.
 
     Raises:
-        UserError: a side would hold less than a context of ctx_len.
+        UserError: a side has fewer tokens than one sample of ctx_len needs.
     """
     if len(data) * share < 2:
         cut = round(len(data.tokens) * (1 - share))
         train, held = np.array([[0, cut]], dtype=np.int64), np.array([[cut, len(data.tokens)]], dtype=np.int64)
     else:
         train, held = (_spans(data, share, side) for side in (False, True))
-    for spans, side in ((train, "to train on"), (held, "held out")):
+    for spans, side in ((train, "training"), (held, "validation")):
         size = int((spans[:, 1] - spans[:, 0]).sum())
         if size < ctx_len + 2:
             raise UserError(
-                f"--val_split {share}: {size} tokens would be {side}, and one context of ctx_len {ctx_len} needs {ctx_len + 2};"
+                f"--val_split {share}: leaves {size} tokens for {side}, but one sample of ctx_len {ctx_len} needs {ctx_len + 2};"
                 " give another share, a smaller --ctx_len, or more text"
             )
     return train, held

@@ -13,7 +13,7 @@ from rwkv.adapters import lora
 from rwkv.commands import command, output
 from rwkv.config import TrainConfig
 from rwkv.data.binidx import Dataset
-from rwkv.data.dataset import HeldOut, Samples
+from rwkv.data.dataset import Samples, ValidationSamples
 from rwkv.files import sha256
 from rwkv.memory import machine
 from rwkv.memory import plan as planning
@@ -55,7 +55,7 @@ class _Data:
 
     tokens: Dataset
     training: Samples
-    held_out: HeldOut | None
+    held_out: ValidationSamples | None
     manifest: dict[str, Any]
 
 

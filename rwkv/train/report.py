@@ -4,14 +4,16 @@ import math
 
 from rwkv.config import TrainConfig
 from rwkv.data.binidx import Dataset
-from rwkv.data.dataset import Contexts, Documents, HeldOut, Samples
+from rwkv.data.dataset import Contexts, Documents, Samples, ValidationSamples
 from rwkv.models import RWKV
 from rwkv.train.console import say
 from rwkv.train.loop import schedule
 from rwkv.train.runtime import strategy
 
 
-def introduce(c: TrainConfig, model: RWKV, data: Dataset, training: Samples, held_out: HeldOut | None) -> None:
+def introduce(
+    c: TrainConfig, model: RWKV, data: Dataset, training: Samples, held_out: ValidationSamples | None
+) -> None:
     """Report what is trained, on which data, for how long."""
     s = model.sizes
     every = sum(p.numel() for p in model.parameters())
@@ -88,11 +90,11 @@ def types(c: TrainConfig, model: RWKV) -> str:
 def _coverage(training: Samples, samples: int) -> str:
     """How often so many samples go through the data, in which order, and what is never used."""
     if isinstance(training, Documents):
-        packed, passes = training.packed, samples / training.distinct
+        packed, passes = training.packed, samples / training.per_pass
         omitted = packed.too_long + packed.too_short
         order = "in order" if training.sequential else "shuffled"
         return (
-            f"{_passes(passes)} the documents, {order}; one pass = {_many(training.distinct, 'sample')} of whole documents"
+            f"{_passes(passes)} the documents, {order}; one pass = {_many(training.per_pass, 'sample')} of whole documents"
             + (f"; {_many(omitted, 'document')} omitted: too long or too short" if omitted else "")
             + (f"; {1 - passes:.0%} of the samples are never used" if passes < 0.995 else "")
         )

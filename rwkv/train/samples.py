@@ -5,7 +5,7 @@ from typing import Any
 from rwkv.config import TrainConfig
 from rwkv.data import offsets, provenance
 from rwkv.data.binidx import Dataset
-from rwkv.data.dataset import Contexts, Documents, HeldOut, Samples
+from rwkv.data.dataset import Contexts, Documents, Samples, ValidationSamples
 from rwkv.data.token_stream import Stream, split
 from rwkv.errors import UserError
 
@@ -52,7 +52,7 @@ def check(c: TrainConfig) -> None:
         )
 
 
-def make(c: TrainConfig, data: Dataset, validation: Dataset | None = None) -> tuple[Samples, HeldOut | None]:
+def make(c: TrainConfig, data: Dataset, validation: Dataset | None = None) -> tuple[Samples, ValidationSamples | None]:
     """Samples to train on, and those of the validation set: of `validation`, or held out of `data` if val_split asks for them.
 
     Raises:
@@ -61,14 +61,16 @@ def make(c: TrainConfig, data: Dataset, validation: Dataset | None = None) -> tu
     options: dict[str, Any] = {"separator": c.doc_sep, "chatml": bool(c.chatml_mask)}
     if validation is not None:
         try:
-            held_out = HeldOut(_source(c, validation, Stream(validation, **options), held_out=True), c.val_samples)
+            held_out = ValidationSamples(
+                _source(c, validation, Stream(validation, **options), held_out=True), c.val_samples
+            )
         except UserError as error:
             raise UserError(f"--val_file {c.val_file}: {error}") from error
         return _source(c, data, Stream(data, **options)), held_out
     if not c.val_split:
         return _source(c, data, Stream(data, **options)), None
     train, held = (Stream(data, spans, **options) for spans in split(data, c.val_split, c.ctx_len))
-    return _source(c, data, train), HeldOut(_source(c, data, held, held_out=True), c.val_samples)
+    return _source(c, data, train), ValidationSamples(_source(c, data, held, held_out=True), c.val_samples)
 
 
 def _roles(data: Dataset) -> str:
@@ -81,7 +83,7 @@ def _roles(data: Dataset) -> str:
 
 
 def _source(c: TrainConfig, data: Dataset, stream: Stream, held_out: bool = False) -> Samples:
-    if stream.masked and not stream.anything_counts():
+    if stream.masked and not stream.has_targets():
         where = "validation set" if held_out else "data"
         raise UserError(
             f"no token of the {where} counts in the loss: "
@@ -100,7 +102,9 @@ def _source(c: TrainConfig, data: Dataset, stream: Stream, held_out: bool = Fals
         "reset": bool(c.doc_reset),
     }
     if c.doc_training or c.doc_training_seq:
-        return Documents(**common, enough=c.min_ctx_len or max(1, c.ctx_len // 4), sequential=bool(c.doc_training_seq))
+        return Documents(
+            **common, min_tokens=c.min_ctx_len or max(1, c.ctx_len // 4), sequential=bool(c.doc_training_seq)
+        )
     if held_out:
         return Contexts(**common)
     size = len(stream) - c.my_pile_shift

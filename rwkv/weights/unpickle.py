@@ -1,8 +1,9 @@
 """An unpickler that can only build plain data and descriptions of tensors.
 
-pickle is a program for a stack machine that may import and call anything. Here a name in it (GLOBAL) is looked up in `_NAMES`, a table of our own
-functions, and nothing is imported or called by name: whatever is not in the table ends the reading. Objects are never given a state (BUILD), but for
-the attributes of an OrderedDict or a parameter, which are dropped. Opcodes that torch.save does not write are not known.
+A pickle is a program for a stack machine that can import and call anything. This unpickler imports
+nothing: names (GLOBAL) are looked up in `_NAMES`, an allow-list of our own functions, and any other
+name is an error. BUILD, which sets attributes, is accepted only for OrderedDicts and parameters,
+and ignored. Opcodes that torch.save does not write are errors.
 """
 
 import math
@@ -25,11 +26,13 @@ ITEM_BYTES = {
     "complex64": 8, "complex128": 16, "uint16": 2, "uint32": 4, "uint64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1,
     "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1, "float4_e2m1fn_x2": 1, "qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1,
 }  # fmt: skip
-_MOST = 1 << 62  # a number of bytes or elements; torch's own arithmetic ends at 2^63
+_MAX_SIZE = 1 << 62  # of bytes or elements; torch uses signed 64-bit integers
 
 
 class Forbidden(FileFormatError):
-    """The pickle names something that is neither plain data nor a tensor. `name`: it, as module.attribute."""
+    """The pickle refers to something that is neither plain data nor a tensor. `name`: its
+    module.attribute.
+    """
 
     def __init__(self, name: str):
         self.name = name
@@ -40,7 +43,9 @@ class Forbidden(FileFormatError):
 
 @dataclass(frozen=True)
 class StorageSpec:
-    """The bytes of one or several tensors: `key` names them in the file, `dtype` is "" if untyped, `count` is their number of elements."""
+    """A storage of one or several tensors: its key in the file, dtype ("" if untyped) and number of
+    elements.
+    """
 
     key: str
     dtype: str
@@ -49,13 +54,16 @@ class StorageSpec:
 
     @property
     def nbytes(self) -> int:
-        """Their size in bytes."""
+        """Size in bytes."""
         return self.count * ITEM_BYTES[self.dtype or "uint8"]
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor inside a storage: offset and strides are in elements. `kind` says why it cannot be used, if so: sparse, quantised, …; it then has no storage."""
+    """A tensor in a storage; offset and strides are in elements.
+
+    `kind` is the reason if it is unusable (sparse, quantised, …); it then has no storage.
+    """
 
     storage: StorageSpec | None
     dtype: str
@@ -66,12 +74,14 @@ class TensorSpec:
 
 
 class _Dict(dict):
-    """An OrderedDict: it alone may be given attributes (a state_dict's _metadata), which are dropped."""
+    """An OrderedDict, whose attributes (a state_dict's _metadata) are ignored."""
 
 
 @dataclass(frozen=True)
 class _Name:
-    """A name from the table. `call` makes something from arguments; without it the name is only passed as one."""
+    """An allowed name. `call` is what calling it does; without it the name can only be passed as an
+    argument.
+    """
 
     name: str
     call: Callable[..., Any] | None = None
@@ -84,7 +94,7 @@ class _StorageType:
 
 @dataclass(frozen=True)
 class DType:
-    """A torch.dtype that the file mentions, by its name without `torch.`."""
+    """A torch.dtype, by its name without `torch.`."""
 
     name: str
 
@@ -93,7 +103,7 @@ def _integers(value: Any, what: str) -> tuple[int, ...]:
     if (
         not isinstance(value, list | tuple)
         or len(value) > 64
-        or not all(type(x) is int and 0 <= x < _MOST for x in value)
+        or not all(type(x) is int and 0 <= x < _MAX_SIZE for x in value)
     ):
         raise FileFormatError(f"it has a tensor with an impossible {what}")
     return tuple(value)
@@ -118,7 +128,7 @@ def _typed_tensor(
 def _in_storage(storage: StorageSpec, dtype: str, offset: Any, size: Any, stride: Any, metadata: Any) -> TensorSpec:
     shape, strides = _integers(size, "shape"), _integers(stride, "stride")
     offset = _integers([offset], "offset")[0] + storage.view
-    if math.prod(max(1, n) for n in shape) >= _MOST:
+    if math.prod(max(1, n) for n in shape) >= _MAX_SIZE:
         raise FileFormatError("it has a tensor with an impossible shape")
     if len(shape) != len(strides):
         raise FileFormatError("it has a tensor with more strides than dimensions, or fewer")
@@ -213,10 +223,11 @@ _NAMES: dict[str, Any] = {
 
 
 def storage_of(identity: Any) -> StorageSpec:
-    """The storage that a persistent id stands for: ("storage", type, key, device, elements) and, in files of torch before 1.6, a view or None.
+    """The storage of a persistent id: ("storage", type, key, device, elements), plus a view or None
+    in files of torch before 1.6.
 
     Raises:
-        FileFormatError: it is something else.
+        FileFormatError: another kind of id.
     """
     valid = (
         type(identity) is tuple
@@ -225,7 +236,7 @@ def storage_of(identity: Any) -> StorageSpec:
         and type(identity[1]) is _StorageType
         and type(identity[2]) is str
         and type(identity[4]) is int
-        and 0 <= identity[4] < _MOST
+        and 0 <= identity[4] < _MAX_SIZE
     )
     if not valid:
         raise FileFormatError("it refers to something outside that is not a storage of tensors")
@@ -244,17 +255,18 @@ def _key(value: Any) -> Any:
 
 
 class Unpickler:
-    """Reads one pickle after the other from `data`; `at` is where the next begins."""
+    """Reads consecutive pickles from `data`; `at` is the position of the next."""
 
     def __init__(self, data: bytes | mmap.mmap, at: int = 0):
         self.data, self.at = data, at
         self.storages: list[StorageSpec] = []
 
     def load(self) -> Any:
-        """The next object: dictionaries, lists, tuples, text, bytes, numbers, None, DType and TensorSpec.
+        """Read the next object: dicts, lists, tuples, strings, bytes, numbers, None, DType and
+        TensorSpec.
 
         Raises:
-            Forbidden: it names anything else.
+            Forbidden: it refers to anything else.
             FileFormatError: truncated or corrupt.
         """
         self._stack: list[Any] = []

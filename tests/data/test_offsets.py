@@ -1,4 +1,6 @@
-"""Prime sampling is upstream's formula and visits every slot once; random sampling is repeatable and uniform; shuffling loses nothing."""
+"""Prime sampling matches upstream and covers every slot; random sampling is reproducible; shuffling
+is a permutation.
+"""
 
 import itertools
 
@@ -17,11 +19,11 @@ def sieve(limit):
     return prime
 
 
-def test_is_prime_agrees_with_a_sieve():
+def test_is_prime_matches_sieve():
     assert [is_prime(n) for n in range(20001)] == sieve(20000)
 
 
-def test_is_prime_on_the_published_pile_primes_and_strong_pseudoprimes():
+def test_is_prime_on_pseudoprimes():
     assert all(
         is_prime(p) and p % 3 == 2 for p in (324331313, 162165671, 81082817, 40541399)
     )  # upstream's, for ctx 1024 … 8192
@@ -29,17 +31,17 @@ def test_is_prime_on_the_published_pile_primes_and_strong_pseudoprimes():
 
 
 @pytest.mark.parametrize("prime", [2, 5, 11, 1013])
-def test_p_samples_visit_every_slot_once(prime):
+def test_prime_offsets_cover_every_slot(prime):
     assert sorted(prime_offset(n, prime, 16, 3) for n in range(1, prime + 1)) == [16 * i + 3 for i in range(prime)]
 
 
-def test_prime_offsets_by_hand():
+def test_prime_offsets_example():
     # p = 11: f = int(11 · 0.618…) = 6; 6·1 = 6, 6·8 = 48 ≡ 4, 6·27 = 162 ≡ 8 (mod 11)
     assert [prime_offset(n, 11, 10) for n in (1, 2, 3)] == [60, 40, 80]
 
 
 @given(size=st.integers(3, 10**6), ctx_len=st.integers(1, 2000))
-def test_magic_prime_is_the_largest_that_never_reads_past_the_end(size, ctx_len):
+def test_magic_prime_is_largest_valid(size, ctx_len):
     prime, most = magic_prime(size, ctx_len), slots(size, ctx_len)
     if prime:
         assert is_prime(prime)
@@ -49,13 +51,13 @@ def test_magic_prime_is_the_largest_that_never_reads_past_the_end(size, ctx_len)
 
 
 @given(seed=st.integers(0, 2**32), sample=st.integers(0, 2**40), size=st.integers(12, 1000))
-def test_random_offsets_are_repeatable_and_inside(seed, sample, size):
+def test_random_offsets_reproducible_and_in_range(seed, sample, size):
     offset = random_offset(seed, sample, size, 10)
     assert offset == random_offset(seed, sample, size, 10)
     assert 0 <= offset < size - 11
 
 
-def test_random_offsets_are_spread_evenly():
+def test_random_offsets_uniform():
     counts = [0] * 10
     for sample in range(5000):
         counts[random_offset(0, sample, 21, 10)] += 1
@@ -64,11 +66,11 @@ def test_random_offsets_are_spread_evenly():
 
 
 @given(seed=st.integers(0, 2**64), turn=st.integers(0, 2**40), count=st.integers(1, 300))
-def test_a_shuffled_turn_has_every_number_once(seed, turn, count):
+def test_shuffled_is_permutation(seed, turn, count):
     assert sorted(shuffled(seed, turn, i, count) for i in range(count)) == list(range(count))
 
 
-def test_turns_and_seeds_shuffle_evenly():
+def test_shuffled_is_uniform():
     places = [[0] * 7 for _ in range(7)]
     for turn in range(2000):
         for i in range(7):
@@ -80,7 +82,7 @@ def test_turns_and_seeds_shuffle_evenly():
 
 
 @given(count=st.integers(1, 10**6), data=st.data())
-def test_spread_numbers_are_distinct_and_even(count, data):
+def test_spread_is_even(count, data):
     chosen = data.draw(st.integers(1, min(count, 500)))
     found = [spread(i, chosen, count) for i in range(chosen)]
     assert found[0] == 0

@@ -1,4 +1,4 @@
-"""The stream is the documents end to end; a split parts them by their numbers alone; answers are found as they are written."""
+"""The token stream, its train/validation split, and the ChatML loss mask."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def flat(documents):
 
 
 @given(documents=DOCUMENTS, separator=st.sampled_from([-1, 0]), chunk=st.integers(1, 20), data=st.data())
-def test_any_piece_is_what_plain_lists_say(make_stream, monkeypatch_module, documents, separator, chunk, data):
+def test_read_matches_plain_lists(make_stream, monkeypatch_module, documents, separator, chunk, data):
     monkeypatch_module.setattr(module, "_CHUNK", chunk)
     ids = flat(documents)
     mask = data.draw(st.lists(st.integers(0, 1), min_size=len(ids), max_size=len(ids)))
@@ -40,9 +40,7 @@ def monkeypatch_module():
 
 
 @given(seed=st.integers(0, 1000), share=st.floats(0.05, 0.9), chunk=st.integers(3, 100))
-def test_both_sides_of_a_split_are_whole_documents_and_nothing_is_lost(
-    make_stream, monkeypatch_module, seed, share, chunk
-):
+def test_split_partitions_documents(make_stream, monkeypatch_module, seed, share, chunk):
     monkeypatch_module.setattr(module, "_CHUNK", chunk)
     sizes = np.random.default_rng(seed).integers(0, 6, 60)
     documents = [[i] * size for i, size in enumerate(sizes)]
@@ -64,7 +62,7 @@ def test_both_sides_of_a_split_are_whole_documents_and_nothing_is_lost(
     assert sorted(seen) == [i for i, size in enumerate(sizes) if size]
 
 
-def test_the_same_documents_are_held_out_when_others_are_added(make_stream):
+def test_split_is_stable_when_documents_are_appended(make_stream):
     held = []
     for count in (2000, 3000):
         data = make_stream([[i, i] for i in range(count)])._data
@@ -74,7 +72,7 @@ def test_the_same_documents_are_held_out_when_others_are_added(make_stream):
     assert 220 < len(held[1]) < 380  # 300 expected, standard deviation 16
 
 
-def test_data_of_few_documents_is_cut_once(make_stream):
+def test_split_of_few_documents(make_stream):
     data = make_stream([range(60), range(60, 100)])._data
     train, held = (Stream(data, spans) for spans in split(data, 0.2, 10))
     assert train.ids(0, len(train)).tolist() == list(range(80))
@@ -82,13 +80,13 @@ def test_data_of_few_documents_is_cut_once(make_stream):
     assert held.document_starts().tolist() == [0, 20]
 
 
-def test_a_side_without_a_context_is_refused_with_numbers(make_stream):
+def test_split_too_small(make_stream):
     data = make_stream([range(100)])._data
     with pytest.raises(
-        UserError, match=r"--val_split 0.1: 10 tokens would be held out, and one context of ctx_len 9 needs 11"
+        UserError, match=r"--val_split 0.1: leaves 10 tokens for validation, but one sample of ctx_len 9 needs 11"
     ):
         split(data, 0.1, 9)
-    with pytest.raises(UserError, match=r"--val_split 0.95: 5 tokens would be to train on"):
+    with pytest.raises(UserError, match=r"--val_split 0.95: leaves 5 tokens for training"):
         split(data, 0.95, 9)
 
 
@@ -96,7 +94,7 @@ OPEN, BREAK, CLOSE = module.CHATML
 
 
 @given(ids=st.lists(st.sampled_from([OPEN, OPEN, BREAK, BREAK, CLOSE, 1, 2]), min_size=1, max_size=60), data=st.data())
-def test_chatml_counts_answers_and_their_closer_wherever_a_context_begins(make_stream, ids, data):
+def test_chatml_mask_at_any_offset(make_stream, ids, data):
     cut = data.draw(st.integers(0, len(ids)))
     expected = []
     for document in (ids[:cut], ids[cut:]):

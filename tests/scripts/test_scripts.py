@@ -1,4 +1,6 @@
-"""The scripts as a user runs them: the whole line in miniature, refusals with their exit status, help without waiting."""
+"""The scripts as a user runs them: a small end-to-end pipeline, errors with their exit status,
+--help.
+"""
 
 import json
 import re
@@ -27,7 +29,7 @@ TRAINING += ["--precision", "fp32"]
 SCRIPTS = ["convert", "export", "finetune", "generate", "inspect_data", "lora", "merge_lora", "pretrain"]
 
 
-def test_from_text_to_a_tuned_model_that_answers(script, write_jsonl, tmp_path):
+def test_end_to_end_pipeline(script, write_jsonl, tmp_path):
     text = write_jsonl(*({"text": f"User: {i}?\n\nAssistant: {i}."} for i in range(30)))
     done = script("convert.py", "--input", text)
     assert "30 documents" in done.stdout
@@ -82,7 +84,7 @@ def test_from_text_to_a_tuned_model_that_answers(script, write_jsonl, tmp_path):
     assert read_manifest(tmp_path / "full/rwkv-0.pth")["kind"] == "model"
 
 
-def test_upstreams_converter_command_works_as_it_is_and_shards_merge(script, write_jsonl, tmp_path):
+def test_upstream_converter_command_and_shards(script, write_jsonl, tmp_path):
     write_jsonl(*({"text": f"{i}"} for i in range(30)), name="sample.jsonl")
     script("convert.py", *"--input ./sample.jsonl --output-prefix ./data/sample --vocab ./rwkv_vocab_v20230424.txt --dataset-impl mmap"
            " --tokenizer-type RWKVTokenizer --append-eod --workers 2".split())  # fmt: skip
@@ -96,7 +98,7 @@ def test_upstreams_converter_command_works_as_it_is_and_shards_merge(script, wri
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_teaches(script, name):
+def test_help(script, name):
     text = script(f"{name}.py", "--help").stdout
     assert f"python scripts/{name}.py" in text  # a command to start from
     assert "--config" in text
@@ -117,14 +119,14 @@ def test_help_teaches(script, name):
         ("generate", ["--model", "none.pth"], "none.pth: no such checkpoint"),
     ],
 )
-def test_what_is_missing_is_said_in_one_line(script, name, arguments, complaint):
+def test_missing_flags(script, name, arguments, complaint):
     done = script(f"{name}.py", *arguments, status=1)
     assert done.stderr.startswith("error: ")
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_merging_keeps_the_stored_dtype_and_what_exists(script, make_base, tmp_path):
+def test_merge_keeps_dtype_and_existing_file(script, make_base, tmp_path):
     base = make_base()
     half = {key: value.bfloat16() for key, value in read_tensors(base).items()}
     torch.save(half, tmp_path / "half.pth")
@@ -157,7 +159,7 @@ def test_merging_keeps_the_stored_dtype_and_what_exists(script, make_base, tmp_p
     assert "m.pth exists already" in script("merge_lora.py", "16", "half.pth", "upstream.pth", "m.pth", status=1).stderr
 
 
-def test_generate_refuses_a_model_of_another_vocabulary(script, make_base):
+def test_generate_with_other_vocabulary(script, make_base):
     assert "not the World vocabulary" in script("generate.py", "--model", make_base(), "--prompt", "x", status=1).stderr
 
 
@@ -173,7 +175,7 @@ def test_demo_corpus_contains_every_token_of_the_demo_questions(script, root, tm
     assert script("demo_corpus.py", status=1).stderr.startswith("error: expected one argument")
 
 
-def test_inspect_says_draws_proves_and_ends_with_1_on_a_problem(script, write_jsonl, tmp_path):
+def test_inspect_output_and_exit_status(script, write_jsonl, tmp_path):
     first, second = (
         write_jsonl(*({"text": f"{name} {i}"} for i in range(40)), name=f"{name}.jsonl") for name in ("a", "b")
     )

@@ -1,6 +1,7 @@
-"""Upstream's commands as their READMEs and scripts give them: only paths, and the sizes of the models that they name, are other here.
+"""Upstream's commands from their READMEs and scripts, with other paths and smaller models.
 
-BlinkDL: the examples at the head of RWKV-v4neo/train.py, which the README sends its reader to. Blealtan, m8than: README. J: README of json2binidx.
+BlinkDL: the examples at the top of RWKV-v4neo/train.py, which the README refers to. Blealtan,
+m8than. J: README of json2binidx.
 """
 
 import os
@@ -53,12 +54,16 @@ COMMANDS = {
     "m8than": LORA.replace("ACCUMULATE", "") + " --lora_parts=att,ffn,time,ln --seq_data 1 --seq_data_sep 0",
 }
 SIZES = {"n_layer": 2, "n_embd": 16}
-SHORT = 64  # tokens of a context where the command has more: seconds instead of minutes without bf16 instructions
+# tokens of a context where the command has more: seconds instead of minutes without bf16
+# instructions
+SHORT = 64
 
 
 @pytest.fixture(scope="module", autouse=True)
 def parted():
-    """ddp and DeepSpeed connect this process, with itself; and name the place in its environment."""
+    """Undo what ddp and DeepSpeed leave in the process: its process group and environment
+    variables.
+    """
     before = dict(os.environ)
     yield
     strategy.leave_process_group()
@@ -68,7 +73,7 @@ def parted():
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """What the commands name, by the words that stand for it."""
+    """Paths in the commands, by placeholder."""
     folder = tmp_path_factory.mktemp("upstream")
     ids = torch.randint(1, 50277, (15_000,), generator=torch.Generator().manual_seed(0)).tolist()
     np.save(folder / "train.npy", np.array(ids, dtype="uint16"))  # as prepare-data.py does
@@ -104,7 +109,7 @@ def paths(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_training_command_runs(name, paths, tmp_path):
+def test_upstream_training_command(name, paths, tmp_path):
     line = COMMANDS[name]
     for word, path in {**paths, "OUT": tmp_path / "out"}.items():
         line = re.sub(rf"\b{word}\b", str(path), line)
@@ -118,7 +123,8 @@ def test_a_training_command_runs(name, paths, tmp_path):
             and (field := known.get(word[2:], word[2:]))
             and "=" not in word
         ):
-            assert getattr(config, field) == type(getattr(config, field))(value), word  # the flag means what it says
+            # the flag means what it says
+            assert getattr(config, field) == type(getattr(config, field))(value), word
     config = replace(config, **SIZES, devices=1, max_steps=1, random_seed=1, ctx_len=min(config.ctx_len, SHORT))
     if not torch.cuda.is_available():
         with pytest.raises(
@@ -138,13 +144,15 @@ def test_a_training_command_runs(name, paths, tmp_path):
     result = fit(config)
     assert (result.steps, result.checkpoint.name) == (1, "rwkv-final.pth")
     vocabulary = read_manifest(result.checkpoint)["sizes"]["vocab_size"]
-    assert result.first_loss == pytest.approx(np.log(vocabulary), rel=0.1)  # to a new model all words are alike
+    # to a new model all words are alike
+    assert result.first_loss == pytest.approx(np.log(vocabulary), rel=0.1)
     assert vocabulary == {"dummy": 13, "utf-8": 14}.get(config.data_type, 50277)
     assert any(".lora_A" in key for key in read_tensors(result.checkpoint)) == (kind is LoRAConfig)
 
 
-def test_the_merging_command_runs(script, paths, tmp_path):
-    # README of RWKV-LM-LoRA: python3 merge_lora.py [--use-gpu] <lora_alpha> <base_model.pth> <lora_checkpoint.pth> <output.pth>
+def test_upstream_merge_command(script, paths, tmp_path):
+    # README of RWKV-LM-LoRA: python3 merge_lora.py [--use-gpu] <lora_alpha> <base_model.pth>
+    # <lora_checkpoint.pth> <output.pth>
     script("merge_lora.py", "16", paths["BASE"], paths["ADAPTER"], "output.pth")
     assert read_tensors(tmp_path / "output.pth").keys() == read_tensors(paths["BASE"]).keys()
     if not torch.cuda.is_available():
@@ -154,7 +162,7 @@ def test_the_merging_command_runs(script, paths, tmp_path):
         )
 
 
-def test_the_converting_command_for_20b_runs(script, write_jsonl, byte_tokenizer, tmp_path):
+def test_upstream_20b_convert_command(script, write_jsonl, byte_tokenizer, tmp_path):
     path, ids = byte_tokenizer
     path.rename(tmp_path / "20B_tokenizer.json")
     write_jsonl({"text": "abc"}, {"text": "xyz"}, name="sample.jsonl")

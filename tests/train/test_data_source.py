@@ -81,7 +81,7 @@ def test_dummy_data_are_right_sums(tmp_path):
 
 
 def test_a_stream_longer_than_an_index_can_count_is_several_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr(binidx, "_LONGEST", 10)
+    monkeypatch.setattr(binidx, "_MAX_DOCUMENT", 10)
     with binidx.writer(tmp_path / "d") as out:
         out.add_stream(np.arange(begin, end) for begin, end in ((0, 4), (4, 4), (4, 33), (33, 40)))
     data = Dataset(tmp_path / "d")

@@ -185,7 +185,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_state(make_base, make_data
         room(file, size)
 
     monkeypatch.setattr(checkpoint, "reserve", full)
-    with pytest.raises(UserError, match=r"rwkv-0.pth: no space left on the device; make room .* run again"):
+    with pytest.raises(UserError, match=r"rwkv-0.pth: no space left on the device; free some space .* run again"):
         fit(config)
     assert [path.name for path in state_files.states(tmp_path / "run")] == ["step-2.pt", "step-1.pt"]
     assert not (tmp_path / "run/rwkv-0.pth").exists()
@@ -203,7 +203,7 @@ def test_a_disk_that_is_full_for_the_metrics_is_an_error_in_words_below_the_bar(
     assert done.returncode == 1
     last = done.stderr.rstrip().splitlines()[-1]
     assert re.fullmatch(
-        r"error: .*/(metrics.jsonl|train_log.txt): larger than a file may be here; make room .*continues from its last state",
+        r"error: .*/(metrics.jsonl|train_log.txt): larger than a file may be here; free some space .*continues from its last state",
         last,
     )
 

@@ -159,7 +159,7 @@ def test_a_validation_file_that_cannot_serve_is_refused(make_base, documents, ma
     flags = FLAGS | {"load_model": str(make_base()), "data_file": documents, "proj_dir": str(tmp_path / "run")}
     with pytest.raises(UserError, match="is --data_file: its loss would be that of training"):
         fit(TrainConfig(**flags, val_file=documents))
-    with pytest.raises(UserError, match=r"--val_file .*short: the data holds 9 tokens"):
+    with pytest.raises(UserError, match=r"--val_file .*short: the data has 9 tokens"):
         fit(TrainConfig(**flags, val_file=make_data(9, name="short")))
     with pytest.raises(UserError, match=r"large\.bin: token id \d+, and the model has a vocabulary of 50"):
         fit(TrainConfig(**flags, val_file=make_data(90, vocab=900, name="large")))
@@ -170,7 +170,7 @@ def test_no_training_sample_holds_a_held_out_document(documents):
     config = TrainConfig(**FLAGS, data_file=documents, val_split=0.2, doc_training=1)
     training, held = samples.make(config, Dataset(documents))
     seen = [
-        {tuple(x.tolist()) for x, *_ in (source.item(*source.in_order(i)) for i in range(source.distinct))}
+        {tuple(x.tolist()) for x, *_ in (source.item(*source.sequential_window(i)) for i in range(source.per_pass))}
         for source in (training, held.source)
     ]
     assert seen[0]
@@ -245,7 +245,7 @@ REFUSED = [
     ({"val_file": "v", "data_type": "utf-8"}, "has its own vocabulary"),
     ({"val_file": "none"}, "none"),
     ({"val_split": 0.5, "val_samples": -1}, "must not be negative"),
-    ({"val_split": 0.01}, "tokens would be held out"),
+    ({"val_split": 0.01}, "tokens for validation"),
     ({"chatml_mask": 1}, "--chatml_mask 1 finds no answer in it"),
 ]
 

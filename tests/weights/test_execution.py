@@ -1,4 +1,4 @@
-"""No module of ours calls a library that executes code from a file; and every program refuses such a file."""
+"""No module calls a loader that can execute code from a file, and every script rejects such files."""
 
 import ast
 import re
@@ -18,12 +18,12 @@ EXECUTING = re.compile(
 
 
 def calls(path: Path) -> list[ast.Call]:
-    """The calls of a file."""
+    """The calls in a source file."""
     return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=[str(path.relative_to(ROOT)) for path in SOURCES])
-def test_no_reader_that_executes_is_called(path):
+def test_no_executing_loader_is_called(path):
     for call in calls(path):
         name = ast.unparse(call.func)
         assert not EXECUTING.fullmatch(name), f"{path}:{call.lineno}: {name}"
@@ -33,7 +33,7 @@ def test_no_reader_that_executes_is_called(path):
             )
 
 
-def test_no_module_imports_a_reader_that_executes():
+def test_no_executing_loader_is_imported():
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = (
@@ -48,7 +48,7 @@ def test_no_module_imports_a_reader_that_executes():
             ), path
 
 
-def test_no_text_advises_to_execute():
+def test_no_advice_to_use_executing_loader():
     for path in SOURCES:
         assert "weights_only" not in path.read_text(encoding="utf-8") or path.name == "pth.py", (
             path
@@ -89,7 +89,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_every_program_refuses_a_program_in_the_place_of_a_file(script, make_base, make_data, tmp_path, name):
+def test_scripts_reject_executable_files(script, make_base, make_data, tmp_path, name):
     make_data(200, name="d")
     base = make_base()
     bad = hostile.scripts(tmp_path)[0]

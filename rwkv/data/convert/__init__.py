@@ -1,1 +1,3 @@
-"""Text and chats to binidx."""
+"""Convert text and chats to binidx: sources → inputs (chunks of records) →
+schemas/messages/template → encode → pipeline.
+"""

@@ -1,4 +1,6 @@
-"""Records in batches of about source_file.CHUNK characters, with limits on their size and nesting."""
+"""Records in batches of about source_file.CHUNK characters, with limits on their size and
+nesting.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,14 +22,18 @@ def select_columns(source: Source, names: Sequence[str], fields: Sequence[str]) 
 
 
 def keep_fields(record: Any, fields: Sequence[str]) -> Any:
-    """What a worker needs of a record; the names of the rest are kept for the message when none of it is there."""
+    """The given fields of a record; if it has none of them, all its keys with None, for the error
+    message.
+    """
     if isinstance(record, dict) and (some := {key: record[key] for key in fields if key in record}):
         return some
     return dict.fromkeys(record) if isinstance(record, dict) else record
 
 
 def batches(source: Source, rows: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
-    """Rows by about a chunk of text. A BadRecord among them goes through as it is."""
+    """Group rows into lists of about CHUNK characters. BadRecords pass through; too large or deep
+    rows become BadRecords.
+    """
     some, size = [], 0
     for number, row in rows:
         long = nested_length(row, MAX_DEPTH)
@@ -45,7 +51,9 @@ def batches(source: Source, rows: Iterator[tuple[int, Any]]) -> Iterator[list[tu
 
 
 def nested_length(value: Any, deepest: int) -> int | None:
-    """Characters in a record; None if it is nested more than `deepest` levels. Not recursive: records may be nested as deeply as they like."""
+    """Characters in a record; None if it is nested deeper than `deepest` levels. Iterative, so that
+    depth is unlimited.
+    """
     total, level, depth = 0, [value], 0
     while level:
         below: list[Any] = []

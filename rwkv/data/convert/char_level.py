@@ -1,4 +1,6 @@
-"""Upstream's kinds of data that know no documents: text whose characters are the tokens (utf-8, utf-16le, dummy), and arrays of ids (numpy)."""
+"""Upstream's data types without documents: character-level text (utf-8, utf-16le, dummy) and arrays
+of ids (numpy).
+"""
 
 import zipfile
 from collections.abc import Iterator
@@ -12,11 +14,13 @@ from rwkv.errors import UserError
 from rwkv.files import write_json
 
 TEXTS = ("utf-8", "utf-16le", "dummy")
-_BLOCK = 1 << 20  # characters or ids at once
+_BLOCK = 1 << 20  # characters or ids processed at a time
 
 
 def vocabulary(kind: str, path: str) -> str:
-    """The different characters of a text, sorted: the i-th is token i. Raises UserError if it cannot be read."""
+    """The distinct characters of a text, sorted; the i-th is token i. Raises UserError if the file
+    cannot be read.
+    """
     found: set[str] = set()
     for block in _text(kind, path):
         found.update(block)
@@ -24,7 +28,9 @@ def vocabulary(kind: str, path: str) -> str:
 
 
 def characters_to_binidx(kind: str, path: str, prefix: str, vocabulary_file: Path) -> None:
-    """Write the characters of a text as a binidx, and {id: character} as JSON. Raises UserError as vocabulary."""
+    """Write the characters of a text as a binidx, and {id: character} as JSON. Raises UserError as
+    vocabulary.
+    """
     known = vocabulary(kind, path)
     if not known:
         raise UserError(f"{path}: the file is empty; give some text")
@@ -37,7 +43,9 @@ def characters_to_binidx(kind: str, path: str, prefix: str, vocabulary_file: Pat
 
 
 def array_to_binidx(path: str, prefix: str) -> None:
-    """Write the ids of a .npy file, one row of integers, as a binidx. Raises UserError for anything else in it."""
+    """Write the ids of a .npy file, a 1-D integer array, as a binidx. Raises UserError if it
+    contains anything else.
+    """
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -46,10 +54,10 @@ def array_to_binidx(path: str, prefix: str) -> None:
         names = ", ".join(ids.files[:5])
         ids.close()
         raise UserError(
-            f"{path}: an .npz archive with {names or 'nothing'} in it, whatever its name; save the one array of ids with numpy.save"
+            f"{path}: an .npz archive (containing {names or 'nothing'}) despite its name; save the array of ids alone with numpy.save"
         )
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or not len(ids):
-        raise UserError(f"{path}: holds {ids.dtype} {list(ids.shape)}, and token ids are one row of integers")
+        raise UserError(f"{path}: an array of {ids.dtype} {list(ids.shape)}; token ids must be a 1-D array of integers")
     blocks = [slice(begin, begin + _BLOCK) for begin in range(0, len(ids), _BLOCK)]
     with binidx.writer(prefix, _dtype(1 + max(int(ids[block].max()) for block in blocks))) as out:
         out.add_stream(np.array(ids[block]) for block in blocks)
@@ -72,7 +80,7 @@ def _describe(out: binidx.Writer, tokenizer: dict | None, path: str, kind: str) 
 
 
 def _text(kind: str, path: str) -> Iterator[str]:
-    if kind == "dummy":  # sums, right and short: a model that learns anything learns these
+    if kind == "dummy":  # short, correct sums, which even a tiny model can learn
         for i in range(100_000):
             a, b = i % 10_000, i * i % 10_000
             yield f".{a}+{b}={a + b}."
@@ -93,5 +101,5 @@ def _codes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
-def _dtype(words: int) -> str:
-    return "uint16" if words <= 1 << 16 else "int32"
+def _dtype(vocab_size: int) -> str:
+    return "uint16" if vocab_size <= 1 << 16 else "int32"

@@ -45,8 +45,11 @@ def _parquet(
 
 
 def _batch(table: Any, file: BinaryIO, columns: Sequence[str]) -> tuple[int, list[str]]:
-    """Rows to read together, at most 256, and the columns to leave as dictionaries, so that a batch is of bounded size: a text that is stored
-    once may be in every row, and as often as it likes in one row of lists."""
+    """Rows per batch (at most 256), and the columns to keep dictionary-encoded, so that a batch has
+    bounded size.
+
+    A text stored once in a dictionary may occur in every row, and many times in a row of lists.
+    """
     rows, kept = 256, set()
     for group in range(table.num_row_groups):
         metadata = table.metadata.row_group(group)
@@ -56,21 +59,24 @@ def _batch(table: Any, file: BinaryIO, columns: Sequence[str]) -> tuple[int, lis
                 and column.path_in_schema.split(".")[0] in columns
                 and metadata.num_rows
             ):
-                a_row = _longest(file, column) * max(1, column.num_values // metadata.num_rows)
-                if a_row > _BATCH // 4:
+                row_bytes = _longest(file, column) * max(1, column.num_values // metadata.num_rows)
+                if row_bytes > _BATCH // 4:
                     kept.add(column.path_in_schema)
                 else:
-                    rows = min(rows, max(1, _BATCH // max(1, a_row)))
+                    rows = min(rows, max(1, _BATCH // max(1, row_bytes)))
     return rows, sorted(kept)
 
 
 def _longest(file: BinaryIO, column: Any) -> int:
-    """Bytes that a text of a parquet column may have and be stored once for many rows: the size of its dictionary, as the page's header says."""
+    """Upper bound in bytes of a value that a parquet column stores once for many rows: the size of
+    its dictionary page.
+    """
     if any(encoding.startswith("DELTA_BYTE_ARRAY") for encoding in column.encodings):
         return column.total_uncompressed_size
     file.seek(column.dictionary_page_offset or column.data_page_offset)
     head, at, fields = file.read(32), 0, []
-    for _ in range(2):  # type and size, the first fields of the header, in Thrift's compact protocol
+    # type and size, the first fields of the header, in Thrift's compact protocol
+    for _ in range(2):
         if head[at : at + 1] != b"\x15":
             return column.total_uncompressed_size
         at, number, shift = at + 1, 0, 0
@@ -89,10 +95,9 @@ def _arrow(
 
     with contextlib.ExitStack() as stack:
         try:
-            mapped = (
-                file if source.compression else stack.enter_context(pyarrow.OSFile(str(source.stored)))
-            )  # not mapped: a file that is cut short would end us
-            reader = stack.enter_context(pyarrow.ipc.open_stream(mapped))
+            # Not memory-mapped: a file truncated meanwhile would kill the process with SIGBUS.
+            stream = file if source.compression else stack.enter_context(pyarrow.OSFile(str(source.stored)))
+            reader = stack.enter_context(pyarrow.ipc.open_stream(stream))
             columns, number, before = select_columns(source, reader.schema.names, fields), 0, 0
             while True:
                 at = 0 if source.compression else before
@@ -100,10 +105,10 @@ def _arrow(
                     batch = reader.read_next_batch()
                 except StopIteration:
                     break
-                before = 0 if source.compression else mapped.tell()
+                before = 0 if source.compression else stream.tell()
                 if begins[0] <= at < begins[1]:
                     batch = batch.select(columns)
-                    batch.validate(full=True)  # offsets that lead out of the file would be followed
+                    batch.validate(full=True)  # offsets outside the buffers would be followed
                     for rows, share in _shares(batches(source, _rows([batch], number)), before - at):
                         yield {"rows": rows}, None if source.compression else share
                 number += batch.num_rows
@@ -116,7 +121,9 @@ def _arrow(
 
 
 def _rows(batches: Iterable, number: int) -> Iterator[tuple[int, Any]]:
-    """Rows by number, some at a time: a dictionary's one long text may be in all of them. One that cannot be read is a BadRecord."""
+    """Numbered rows, converted a few at a time, as one dictionary value may be in all of them.
+    Unreadable rows are BadRecords.
+    """
     for batch in batches:
         step = max(1, min(256, _EXPANDED // max(1, batch.nbytes)))
         for first in range(0, batch.num_rows, step):
@@ -138,7 +145,9 @@ def _row(part: Any) -> Any:
 
 
 def _shares(parts: Iterator, size: int) -> Iterator[tuple[Any, int]]:
-    """Each part with bytes for the progress bar: all of them with the first, as nobody knows how many parts follow."""
+    """Each part with its bytes for the progress bar: all with the first part, as the number of
+    parts is unknown.
+    """
     for part in parts:
         yield part, size
         size = 0

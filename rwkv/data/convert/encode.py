@@ -1,4 +1,4 @@
-"""A chunk of records to packed tokens: what one worker does."""
+"""Encode a chunk of records to packed tokens: the work of one worker process."""
 
 import json
 from collections import Counter
@@ -18,13 +18,13 @@ from rwkv.errors import UserError
 
 @dataclass
 class Encoded:
-    """What became of a chunk.
+    """The encoded documents of a chunk.
 
     Attributes:
-        lines: how many lines the chunk has, if it has such.
-        tokens, sizes, masks: per key, as binidx.Writer.add_packed takes them.
-        rejects: (number in the chunk or source, what is wrong, the record as far as it can be shown).
-        counts: what it contained, as rwkv.data.convert.report describes it.
+        tokens, sizes, masks: arguments of binidx.Writer.add_packed, per key.
+        lines: number of lines in the chunk; 0 if it does not consist of lines.
+        rejects: (number in the chunk or source, reason, the record as text) of bad records.
+        counts: statistics, see rwkv.data.convert.report.
     """
 
     tokens: list[bytes]
@@ -37,14 +37,15 @@ class Encoded:
 
 @dataclass
 class Encoder:
-    """Turns chunks into tokens, one key after the other.
+    """Encodes chunks to tokens, for each key separately.
 
     Attributes:
-        keys: the fields whose texts make the pairs of files.
-        template: with one, records that are conversations become text by it.
-        stop: give up a chunk at its first bad record.
-        kind: what the records are: one of schemas.FORMATS.
-        mask: auto: a mask if there is a template; answers: always, and of plain text only the answers contribute; none: no mask.
+        keys: the fields whose texts are converted, each into its own pair of files.
+        template: renders records that are conversations; None: convert text only.
+        stop: stop at the first bad record of a chunk.
+        kind: schema of the records, one of schemas.FORMATS.
+        mask: "auto": write a mask if there is a template; "answers": always, and train only on the
+            answers of plain text too; "none": no mask.
     """
 
     tokenizer: WorldTokenizer | HFTokenizer
@@ -59,20 +60,21 @@ class Encoder:
 
     @property
     def masked(self) -> bool:
-        """Whether every token gets a mask."""
+        """Whether a loss mask is written."""
         return self.mask == "answers" or (self.mask == "auto" and self.template is not None)
 
     def __call__(self, chunk: Chunk) -> Encoded:
-        """Tokens of the chunk's documents. Blank texts and empty conversations are skipped and counted, each under its own key.
+        """Encode the chunk's documents. Blank texts and empty conversations are skipped and counted
+        by reason.
 
         Raises:
-            UserError: a token id that the dtype does not hold.
+            UserError: a token id does not fit the dtype.
         """
         lines = lines_of(chunk)
         packed = [_Packed() for _ in self.keys]
         rejects = []
         counts: Counter = Counter()
-        seen: list[tuple] = []  # to be counted: a list is faster than a Counter for each record
+        seen: list[tuple] = []  # counted at the end: faster than updating a Counter per record
         for number, record in records(chunk, lines, self.keys):
             known = len(seen)
             try:
@@ -97,13 +99,14 @@ class Encoder:
         )
 
     def segments(self, record: Any, key: str, seen: list[tuple] | None = None) -> list[tuple[str, bool]]:
-        """The text of a document in consecutive segments, each with whether it contributes to the loss; none if there is nothing in it.
+        """The text of a document as consecutive (text, contributes to the loss) segments; empty if
+        the record is skipped.
 
         Args:
-            seen: gets what the record was, as keys of rwkv.data.convert.report's counts.
+            seen: keys of rwkv.data.convert.report's counts are appended to it.
 
         Raises:
-            BadRecord: a record that cannot be converted, for whatever reason.
+            BadRecord: the record cannot be converted.
         """
         try:
             return self._segments(record, key, [] if seen is None else seen)
@@ -119,11 +122,11 @@ class Encoder:
                 return []
             found = self.template.segments(self._repaired(conversation))
             if not found:
-                seen.append(("skipped", "conversations that the chat template makes no text of"))
+                seen.append(("skipped", "conversations that the chat template renders to nothing"))
                 return []
             for message in conversation.messages:
                 seen += [("role", message.role), ("name", message.role, message.name[:40])]
-            seen.append(("shape", conversation.shape))
+            seen.append(("schema", conversation.schema))
             seen += [("remark", remark) for remark in conversation.remarks]
             return found
         try:
@@ -137,7 +140,7 @@ class Encoder:
                 and schemas.conversation(record)
             ):
                 raise BadRecord(
-                    f"{error}; it is a conversation among texts: give --chat_template world to convert both"
+                    f"{error}; the record is a conversation, but others are texts: give --chat_template world to convert both"
                 ) from error
             raise
         if not text or text.isspace():
@@ -145,7 +148,7 @@ class Encoder:
             return []
         if self.ftfy:
             text = _repair(text)
-        seen.append(("shape", "text"))
+        seen.append(("schema", "text"))
         if self.mask != "answers":
             return [(text, True)]
         if segments := plain_chat.segments(text):
@@ -160,7 +163,9 @@ class Encoder:
         return conversation
 
     def _add(self, packed: "_Packed", segments: list[tuple[str, bool]], counts: Counter) -> None:
-        """One document at a time: its ids are gone before the next come, and stay in the processor's cache (a third of the time)."""
+        """Encode and pack one document. Packing each immediately keeps its ids in cache, which
+        takes a third of the time.
+        """
         ids: list[int] = []
         trained, masked, world = 0, self.masked, self.tokenizer.name == WorldTokenizer.name
         for text, trains in segments:
@@ -188,14 +193,14 @@ class Encoder:
 
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>")  # of other models
 _ENDS_ARE_TEXT = (
-    "<|endoftext|> and the like in the texts, which World's tokenizer reads as ordinary text and not as the end of a document; split the"
+    "<|endoftext|> or similar in the texts, which World's tokenizer encodes as ordinary text, not as the end of a document; split the"
     " documents there, or remove it"
 )
 
 
 @dataclass
 class _Packed:
-    """The documents of one key so far."""
+    """The encoded documents of one key."""
 
     tokens: list[bytes] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Text that is not UTF-8: which encoding it looks like, and what to do."""
+"""Guess the encoding of text that is not UTF-8, and advise on it."""
 
 import codecs
 import shlex
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rwkv.data.convert.source_file import TEXT, Source, open_source
 from rwkv.errors import UserError
 
-_LOOK = 1 << 16  # bytes that are enough to see what a file is
-_MANY = 2000  # files that are looked at to count those that are not UTF-8
+_LOOK = 1 << 16  # bytes examined per file
+_MANY = 2000  # files examined to count those that are not UTF-8
 _NAMES = {
     "gb18030": "GBK",
     "big5": "Big5",
@@ -36,25 +36,30 @@ def check(encoding: str) -> None:
 
 
 def same_as_utf8(encoding: str) -> bool:
-    """Whether this is a name of UTF-8."""
+    """Whether an encoding name means UTF-8."""
     return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
 
 
 def is_utf8_text(source: Source, encoding: str) -> bool:
-    """Whether a file is UTF-8, so that it is not to be read in another encoding: a folder may contain both."""
+    """Whether a file is UTF-8 and should be read as such despite --encoding: a folder may contain
+    both.
+    """
     if same_as_utf8(encoding):
         return True
     head = look(source)
     if not valid_utf8(head):
         return False
-    if head.isascii():  # is the same in both, unless characters have several bytes each
+    # decodes the same in both, unless the encoding has several bytes per character
+    if head.isascii():
         return b"\0" not in head and len("a".encode(encoding)) > 1
     text = head.decode("utf-8", "ignore")
     return any(letter > "\u07ff" for letter in text) or sum(letter > "\x7f" for letter in text) >= 10
 
 
 def look(source: Source) -> bytes:
-    """The beginning of a text file as it is stored, from the first byte that is not ASCII if it is far; empty if the file is corrupt."""
+    """The first block of a file that contains non-ASCII bytes, or its last block; empty if the file
+    is corrupt.
+    """
     try:
         with open_source(source) as (file, _):
             head = file.read(_LOOK)
@@ -66,7 +71,7 @@ def look(source: Source) -> bytes:
 
 
 def valid_utf8(data: bytes) -> bool:
-    """Whether bytes are UTF-8; a character may be cut at the end."""
+    """Whether bytes are UTF-8; the last character may be incomplete."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(data)
     except UnicodeDecodeError:
@@ -75,7 +80,9 @@ def valid_utf8(data: bytes) -> bool:
 
 
 def guess(data: bytes) -> str:
-    """The encoding that bytes look like, as Python names it; "" if none does, such as for UTF-8 with errors in it."""
+    """The likely encoding of bytes, by its Python name; "" if unknown, or if they are UTF-8 with
+    errors.
+    """
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     if b"\0" in data:
@@ -91,10 +98,11 @@ def guess(data: bytes) -> str:
 
 
 def utf_16_without_mark(data: bytes, least: float) -> str:
-    """utf-16-le or utf-16-be if bytes look like that without a mark at the beginning; else "".
+    """utf-16-le or utf-16-be if bytes look like UTF-16 without a byte order mark; else "".
 
     Args:
-        least: share of its characters that are in Latin letters, so that every other byte is 0; such text is valid UTF-8 too.
+        least: minimum share of characters below U+0100, whose high byte is 0 (such text is valid
+            UTF-8 too).
     """
     even, odd = data[::2].count(0), data[1::2].count(0)
     if max(even, odd) > least * len(data) / 2 and min(even, odd) < 0.1 * max(even, odd):
@@ -103,7 +111,9 @@ def utf_16_without_mark(data: bytes, least: float) -> str:
 
 
 def _score(data: bytes, encoding: str) -> float:
-    """How much of what is not ASCII is what texts in this encoding mostly contain: 0 to 1; -1 if it is not valid in it."""
+    """How typical the non-ASCII characters are for texts in this encoding, 0 to about 1; -1 if the
+    bytes are not valid in it.
+    """
     try:
         text = codecs.getincrementaldecoder(encoding)().decode(data)
     except UnicodeDecodeError:
@@ -115,7 +125,7 @@ def _score(data: bytes, encoding: str) -> float:
 
 
 def _usual(letter: str, encoding: str) -> float:
-    if encoding == "cp1252":  # letters of European languages, in words; little else has single bytes above ASCII
+    if encoding == "cp1252":  # letters of European languages
         return 0.6 if (letter.isalpha() and letter < "\u0180") or letter in "‘’“”–—…«»°€£" else 0
     try:
         lead = letter.encode(encoding)[0]
@@ -143,7 +153,9 @@ def _usual(letter: str, encoding: str) -> float:
 
 
 def advice(failed: Source, sources: Sequence[Source]) -> str:
-    """The end of the message about a file that is not UTF-8: what it looks like, what to do, and how many files it concerns."""
+    """Advice to append to the error about a file that is not UTF-8: its likely encoding, the fix,
+    and how many files it concerns.
+    """
     found = guess(look(failed))
     name = _NAMES.get(found.removesuffix("-le").removesuffix("-be"), found)
     text = [source for source in sources if source.kind in TEXT][:_MANY]

@@ -1,4 +1,6 @@
-"""A conversion in a process of its own: training's has threads by then, which may not be forked, and keeps the memory that it once took."""
+"""Convert in a subprocess: the training process has threads, so it must not fork workers, and would
+not return the memory used.
+"""
 
 import ctypes
 import dataclasses
@@ -18,10 +20,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def convert(config: ConvertConfig) -> list[str]:
-    """As rwkv.data.convert.pipeline.convert, in another process, which ends with this one. Progress is shown on stderr. Returns the report's lines.
+    """Run rwkv.data.convert.pipeline.convert in a subprocess that ends with this process. Progress
+    goes to stderr.
+
+    Returns:
+        The lines of the report.
 
     Raises:
-        UserError: as there; or the process was killed.
+        UserError: as `pipeline.convert`; or the subprocess was killed.
     """
     path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH", "")]))
     with subprocess.Popen(
@@ -37,12 +43,12 @@ def convert(config: ConvertConfig) -> list[str]:
             raise
     if process.returncode:
         how = (
-            f"by signal {-process.returncode}, most likely because memory ran out"
+            f"was killed by signal {-process.returncode}, probably out of memory"
             if process.returncode < 0
-            else "by an error, which is above"
+            else "failed with the error above"
         )
         raise UserError(
-            f"{config.input}: the conversion was ended {how}; convert it by itself with scripts/convert.py, with fewer --workers"
+            f"{config.input}: the conversion {how}; run scripts/convert.py separately, with fewer --workers"
         )
     found = json.loads(answer)
     if "error" in found:
@@ -53,7 +59,7 @@ def convert(config: ConvertConfig) -> list[str]:
 def _main() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(sys.argv[1]):
-        os._exit(1)  # it ended before it could be asked for
+        os._exit(1)  # the parent ended before prctl was called
     from rwkv.data.convert import pipeline
 
     answer: dict

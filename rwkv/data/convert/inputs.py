@@ -1,6 +1,8 @@
-"""The records of files in chunks, in order: jsonl, json, txt, csv, tsv, parquet, arrow; .gz, .zst.
+"""Records of input files in chunks, in order: jsonl, json, txt, csv, tsv, parquet, arrow; .gz,
+.zst.
 
-A chunk is what one worker takes at a time. Of a plain file of lines it is a range of bytes, which the worker reads itself.
+A chunk is the unit of work of a worker. For an uncompressed file of lines it is a byte range that
+the worker reads itself.
 """
 
 import functools
@@ -14,21 +16,21 @@ from rwkv.data.convert.jsonl import BadRecord, parse, utf8
 from rwkv.data.convert.source_file import BOM, Source, open_source, read_line
 from rwkv.errors import UserError
 
-# (source, file, fields, range of bytes in which the records begin) -> iterator of (the Chunk's field,
-# bytes of the file it accounts for; None: as many as were read)
+# (source, file, fields, range of bytes in which the records begin) -> iterator of (the Chunk's
+# field, bytes of the file it accounts for; None: as many as were read)
 _READERS = {**text_readers.READERS, **columnar_readers.READERS}
-_SPLIT = {"jsonl", "lines", "parquet", "arrow"}  # kinds of which a shard can take a part without reading the rest
+_SPLIT = {"jsonl", "lines", "parquet", "arrow"}  # formats of which a shard can read a part alone
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some records of a source, numbered from 0 as they come. One of the fields after `size` says where they are.
+    """Consecutive records of a source. Exactly one of the fields after `size` is set.
 
     Attributes:
-        size: bytes of the source that it stands for.
-        span: first byte, and the byte before which the last line begins.
-        lines: lines out of a compressed file.
-        rows: records with their numbers in the source; what is wrong, in the place of one that cannot be read.
+        size: bytes of the source accounted for, for the progress bar.
+        span: byte range in which the lines begin.
+        lines: lines of a compressed file.
+        rows: (number in the source, record); a BadRecord in place of an unreadable one.
         files: text files, each one document.
     """
 
@@ -41,13 +43,17 @@ class Chunk:
 
 
 def chunks(sources: Sequence[Source], fields: Sequence[str], shard: tuple[int, int] = (0, 1)) -> Iterator[Chunk]:
-    """Every record of the sources that the shard (i of n) owns, in order.
+    """All records of the sources that belong to a shard, in order.
 
-    A record belongs to the shard in whose part of the bytes of all sources it begins; where that cannot be known without reading (json, csv,
-    compressed files), the whole file does. `fields` are the only columns read of parquet and arrow; any that is there will do.
+    The bytes of all sources are divided evenly among the shards. A record belongs to the shard in
+    whose range it begins; json, csv and compressed files belong to one shard as a whole.
+
+    Args:
+        fields: the columns to read of parquet and arrow; at least one must be present.
+        shard: (i, n): shard i of n.
 
     Raises:
-        UserError: a file that is damaged, or lacks all the fields.
+        UserError: a file is corrupt, or has none of the fields.
     """
     total = sum(source.size for source in sources)
     low, high = (total * part // shard[1] for part in (shard[0], shard[0] + 1))
@@ -56,10 +62,8 @@ def chunks(sources: Sequence[Source], fields: Sequence[str], shard: tuple[int, i
     small: list[Source] = []
     start = 0
     for source in sources:
-        begins = (
-            max(low - start, 0),
-            max(high - start, 0),
-        )  # the shard's records begin in this range of the file's bytes
+        # the shard's records begin in this byte range of the file
+        begins = max(low - start, 0), max(high - start, 0)
         start += source.size
         splits = source.kind in _SPLIT and source.plain
         if not (begins[0] < source.size and begins[1] > 0 if splits else begins[0] == 0 < begins[1]):
@@ -82,10 +86,11 @@ def chunks(sources: Sequence[Source], fields: Sequence[str], shard: tuple[int, i
 
 
 def records(chunk: Chunk, lines: Sequence[bytes], keys: Sequence[str]) -> Iterator[tuple[int, Any]]:
-    """The chunk's records by number: dicts, or the BadRecord in the place of one that cannot be read. Blank lines are passed over.
+    """The chunk's numbered records: dicts, or a BadRecord in place of an unreadable one. Blank
+    lines are skipped.
 
-    A text file or line of text is a record with the text under every key. Rows carry the number that they have in the source, others count
-    from 0 in the chunk.
+    A text file or line of text is a record with the text under every key. Rows keep their number in
+    the source; other records are numbered from 0 within the chunk.
     """
     if chunk.rows is not None:
         yield from chunk.rows
@@ -98,7 +103,7 @@ def records(chunk: Chunk, lines: Sequence[bytes], keys: Sequence[str]) -> Iterat
                 source.refuse_size("the whole file (--split_lines makes every line a document)")
             if source.plain and len(data) < source.size:
                 raise UserError(
-                    f"{source.path}: became shorter while it was read; convert again when nothing writes to it"
+                    f"{source.path}: was truncated while it was read; convert again when nothing writes to it"
                 )
             yield number, _attempt(source, functools.partial(_document, source, keys), data.removeprefix(BOM))
         return
@@ -111,7 +116,7 @@ def records(chunk: Chunk, lines: Sequence[bytes], keys: Sequence[str]) -> Iterat
 
 
 def lines_of(chunk: Chunk) -> list[bytes]:
-    """The lines of a chunk, without their \\n; none if it is made of other records."""
+    """The lines of a chunk, without their \\n; empty if it does not consist of lines."""
     if chunk.rows is not None or chunk.files is not None:
         return []
     data = chunk.lines
@@ -123,9 +128,9 @@ def lines_of(chunk: Chunk) -> list[bytes]:
             data = file.read(end - begin)
             if len(data) < end - begin:
                 raise UserError(
-                    f"{source.path}: became shorter while it was read; convert again when nothing writes to it"
+                    f"{source.path}: was truncated while it was read; convert again when nothing writes to it"
                 )
-            if begin:  # a line that began before belongs to the chunk before
+            if begin:  # a line that began earlier belongs to the previous chunk
                 _, newline, data = data.partition(b"\n")
                 data += file.read(1) if newline else b""
             if data and not data.endswith(b"\n"):
@@ -139,7 +144,9 @@ def lines_of(chunk: Chunk) -> list[bytes]:
 
 
 def place(chunk: Chunk, number: int, lines_before: Callable[[], int]) -> str:
-    """Where a user finds the record of this number. `lines_before`: how many lines of the source come before the chunk."""
+    """Location of a record for messages. `lines_before`: returns the number of lines of the source
+    before the chunk.
+    """
     if chunk.files is not None:
         return str(chunk.files[number].path)
     if chunk.rows is not None:
@@ -149,7 +156,7 @@ def place(chunk: Chunk, number: int, lines_before: Callable[[], int]) -> str:
 
 
 def count_lines(path: str | Path, end: int) -> int:
-    """Lines of a file that begin before this byte."""
+    """Number of lines of a file that begin before byte `end`."""
     count, last = 0, b"\n"
     with open(path, "rb") as file:
         while end > 0 and (block := file.read(min(end, 1 << 24))):
@@ -161,13 +168,14 @@ def _attempt(source: Source, read: Callable[[bytes], Any], data: bytes) -> Any:
     try:
         return read(data)
     except BadRecord as error:
-        if source.encoding and str(error).startswith("not UTF-8"):  # it was, and what is wrong in it is marked
+        # the decoder marked invalid bytes so
+        if source.encoding and str(error).startswith("not UTF-8"):
             return BadRecord(f"not {source.encoding}")
         return error
 
 
 def _document(source: Source, keys: Sequence[str], data: bytes) -> dict[str, str]:
-    """The record of a txt file, with \\n as line ends unless they are to stay."""
+    """The record of a txt file, with line endings normalised to \\n unless keep_crlf."""
     text = utf8(data)
     if not source.keep_crlf and "\r" in text:
         text = text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")
@@ -175,7 +183,7 @@ def _document(source: Source, keys: Sequence[str], data: bytes) -> dict[str, str
 
 
 def _reading(source: Source, reader: Callable, fields: Sequence[str], begins: tuple[int, int]) -> Iterator[Chunk]:
-    """The chunks of a file that only one process can read."""
+    """The chunks of a file that must be read sequentially."""
     with open_source(source) as (file, tell):
         before = 0
         for found, size in reader(source, file, fields, begins):

@@ -1,4 +1,6 @@
-"""A line of jsonl: one JSON object, the text under one key."""
+"""Parse a line of jsonl, a JSON object with the text under a key, and explain what is wrong with
+it.
+"""
 
 import json
 import math
@@ -9,18 +11,22 @@ import orjson
 
 
 class BadRecord(ValueError):
-    """What is wrong with one record; who knows its file and number adds them."""
+    """A record that cannot be converted. The message is the reason; callers add its file and
+    number.
+    """
 
 
 def _integer(digits: str) -> float:
-    return int(digits) if len(digits) < 4000 else math.inf  # Python refuses longer ones, which mean nothing in a text
+    return int(digits) if len(digits) < 4000 else math.inf  # Python refuses longer ones
 
 
 DECODER = json.JSONDecoder(parse_int=_integer)
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these members, for object_pairs_hook. Raises BadRecord if a key occurs twice: only one of the values could be used."""
+    """The object with these members, for object_pairs_hook. Raises BadRecord if a key occurs
+    twice.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [key for key, _ in pairs]
@@ -39,7 +45,8 @@ def parse(line: bytes) -> Any:
         if _colons(line) <= _keys(value):
             return value
     except orjson.JSONDecodeError:
-        pass  # the standard library takes more, such as NaN and numbers of any size, and says better what is wrong
+        # the standard library accepts more (NaN, numbers of any size) and reports errors better
+        pass
     text = utf8(line)
     try:
         return _UNIQUE.decode(text)
@@ -57,11 +64,11 @@ _ONE_A_LINE = "a .jsonl file has one object per line"
 
 
 def _reason(text: str, error: json.JSONDecodeError) -> str:
-    """What is wrong with a line, and what to do."""
+    """What is wrong with a line, and how to fix it."""
     stripped, at, msg = text.strip(), error.pos, error.msg
     before = text[:at].rstrip()[-1:]
     if not stripped.strip("\0"):
-        return f"{len(stripped):,} NUL bytes, as a crash or a full disk leaves them; remove the line"
+        return f"{len(stripped):,} NUL bytes, as left by a crash or a full disk; remove the line"
     for begin, what in _FOREIGN:
         if stripped.startswith(begin):
             return what
@@ -76,7 +83,7 @@ def _reason(text: str, error: json.JSONDecodeError) -> str:
             f"part of a JSON array over several lines; {_ONE_A_LINE}: name the file .json, or give --input_format json"
         )
     if stripped.startswith("[") and at >= len(text.rstrip()):
-        return f"the begin of a JSON array; {_ONE_A_LINE}: name the file .json, or give --input_format json"
+        return f"the beginning of a JSON array; {_ONE_A_LINE}: name the file .json, or give --input_format json"
     if stripped in ("{", "}", "},") or (at >= len(text.rstrip()) and not msg.startswith("Unterminated")):
         return f"the value does not end on this line; {_ONE_A_LINE}: write each on one line, such as with `jq -c . old > new`, or make a .json array"
     if found := hint(text, at, msg):
@@ -87,7 +94,7 @@ def _reason(text: str, error: json.JSONDecodeError) -> str:
 
 
 def hint(text: str, at: int, msg: str) -> str:
-    """What usually is meant where the json module complains with msg at a position; "" if nothing is known of it."""
+    """The likely cause of the json module's error `msg` at a position; "" if unknown."""
     after, before = text[at : at + 1], text[:at].rstrip()[-1:]
     if after == "'" or (before == "'" and "'" in text):
         return 'single quotes; JSON needs "double quotes"'
@@ -119,7 +126,9 @@ _MAGIC = (
 
 
 def repeated(text: str, value: Any) -> BadRecord | None:
-    """The complaint about a key that occurs twice in an object of a JSON text, which has been decoded to value; None if there is none."""
+    """The error if a key occurs twice in an object of a JSON text that was decoded to `value`; else
+    None.
+    """
     if _colons(text.encode("utf-8", "surrogatepass")) <= _keys(value):
         return None
     try:
@@ -130,12 +139,14 @@ def repeated(text: str, value: Any) -> BadRecord | None:
 
 
 def _colons(line: bytes) -> int:
-    """At least as many as there are keys, as a rule exactly: quotes before colons, without those inside strings."""
+    """Upper bound of the number of keys, usually exact: quotes before colons, except inside
+    strings.
+    """
     return line.count(b'":') - line.count(b'\\":') + line.count(b'" :') - line.count(b'\\" :')
 
 
 def _keys(value: Any) -> int:
-    """How many keys the objects in a JSON value have."""
+    """Number of keys of all objects in a JSON value."""
     count, waiting = 0, [value] if isinstance(value, dict | list) else []
     while waiting:
         value = waiting.pop()
@@ -158,7 +169,9 @@ def utf8(line: bytes) -> str:
 
 
 def text_under(key: str, record: Any) -> str:
-    """The text of a record. Raises BadRecord if it is no object, has no such key, or no text under it."""
+    """The text of a record. Raises BadRecord if it is not an object, lacks the key, or has no text
+    under it.
+    """
     if not isinstance(record, dict) or key not in record:
         has = (
             f"it has {', '.join(map(repr, list(record)[:5])) or 'nothing'}"
@@ -177,11 +190,11 @@ def text_under(key: str, record: Any) -> str:
 
 
 def encodable(text: str) -> str:
-    """The text itself. Raises BadRecord if it holds half of a surrogate pair."""
+    """The text itself. Raises BadRecord if it contains a lone surrogate."""
     try:
         text.isascii() or text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRecord(
-            f"half of a surrogate pair ({text[error.start]!r}) in the text; it stands for no character"
+            f"a lone surrogate ({text[error.start]!r}, half of a surrogate pair) in the text; remove it"
         ) from error
     return text

@@ -1,4 +1,6 @@
-"""The messages of a chat: each list entry to role, text, reasoning, tool calls and whether it contributes to the loss."""
+"""Parse the messages of a chat: role, text, reasoning, tool calls and whether each contributes to
+the loss.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,11 +25,12 @@ class Message:
 
     Attributes:
         role: roles.USER, ASSISTANT, SYSTEM or TOOL.
-        content: its text, without reasoning and calls.
-        name: what the data called the role.
-        reasoning: what the assistant thinks before it answers.
-        calls: tool calls: objects with "name" and "arguments", or text where the data has no more than that.
-        train: whether it contributes to the loss where the data says so; None: as its role does.
+        content: text without reasoning and tool calls.
+        name: the role's name in the data.
+        reasoning: the assistant's reasoning before the answer.
+        calls: tool calls: objects with "name" and "arguments", or text if the data has only text.
+        train: whether it contributes to the loss, if the data says so; None: determined by the
+            role.
     """
 
     role: str
@@ -39,7 +42,7 @@ class Message:
 
     @property
     def empty(self) -> bool:
-        """Whether it says nothing."""
+        """Whether it has neither text, reasoning nor tool calls."""
         return not (self.content.strip() or self.reasoning.strip() or self.calls)
 
 
@@ -48,13 +51,13 @@ class Conversation:
     """Messages in order.
 
     Attributes:
-        shape: what kind of record it was, such as alpaca.
-        tools: the tools that the assistant may call, as the record describes them.
-        remarks: what else a user should know about the record.
+        schema: schema of the record, such as alpaca.
+        tools: the tools that the assistant may call, as given in the record.
+        remarks: notes for the user about the record.
     """
 
     messages: list[Message]
-    shape: str
+    schema: str
     tools: list[Any] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
@@ -70,15 +73,18 @@ class Conversation:
 
 
 def read(entries: Any, key: str, train: bool | None = None) -> list[Message]:
-    """The messages of a list of {role, content} (OpenAI), {from, value} (ShareGPT) or {human, assistant} objects; system messages that are
-    empty are omitted.
+    """Parse a list of {role, content} (OpenAI), {from, value} (ShareGPT) or {human, assistant}
+    objects.
+
+    Empty system messages are dropped.
 
     Args:
-        key: the list's name, for messages to the user.
-        train: what Message.train is where an entry does not say so.
+        key: the list's name, for error messages.
+        train: default of Message.train.
 
     Raises:
-        BadRecord: something else, an unknown role, content other than text, a weight other than 0 and 1.
+        BadRecord: not such a list, an unknown role, content other than text, a weight other than 0
+            and 1.
     """
     if isinstance(entries, str):
         entries = json_or_text(entries)
@@ -95,7 +101,12 @@ def read(entries: Any, key: str, train: bool | None = None) -> list[Message]:
 
 
 def call(value: Any, where: str) -> Any:
-    """A tool call as {"name", "arguments"} out of OpenAI's or ShareGPT's form; text that is not JSON stays text. Raises BadRecord."""
+    """Normalise a tool call of OpenAI's or ShareGPT's form to {"name", "arguments"}; text that is
+    not JSON stays text.
+
+    Raises:
+        BadRecord: the call has no name.
+    """
     if isinstance(value, str):
         value = text if isinstance(value := json_or_text(text := value), str) else value
         if not isinstance(value, dict):
@@ -111,14 +122,16 @@ def call(value: Any, where: str) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """A JSON value without null members, which columns of parquet add to objects that lack a field."""
+    """A JSON value without null members, which parquet adds to objects that lack a field."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def one_of(mapping: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
-    """The first of the names that is present and not null, with its value; ("", None) if none is."""
+    """The first of the names that is present and not null, with its value; ("", None) if none
+    is.
+    """
     for name in names:
         if (value := mapping.get(name)) is not None:
             return name, value
@@ -140,7 +153,9 @@ def _messages(entry: Any, where: str) -> Iterator[Message]:
 
 
 def _by_role(entry: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """(role, text) of an object that has a role's name for each key, such as {"human": …, "assistant": …}; none if it has another key."""
+    """(role, text) pairs of an object whose keys are role names, such as {"human": …, "assistant":
+    …}; empty if any key is not.
+    """
     named = [
         (role, key, value)
         for key, value in entry.items()
@@ -176,7 +191,7 @@ def _message(name: str, content: Any, entry: Mapping[str, Any], where: str) -> M
         and isinstance(called := json_or_text(text or ""), dict)
         and set(called) == {"name", "arguments"}
     ):
-        role = roles.CALL  # LLaMA-Factory's name for a call; OpenAI's for a result
+        role = roles.CALL  # "function" is a call in LLaMA-Factory, a result in OpenAI's format
     if role == roles.CALL:
         message.role, calls = roles.ASSISTANT, json_or_text(text or "")
         message.calls += [call(item, where) for item in (calls if isinstance(calls, list) else [text or ""]) if item]
@@ -192,7 +207,9 @@ def _message(name: str, content: Any, entry: Mapping[str, Any], where: str) -> M
 
 
 def _text(content: Any, where: str) -> tuple[str | None, str]:
-    """(text, reasoning) of a message's content, a string or a list of parts; text None if there is none."""
+    """(text, reasoning) of a message's content, a string or a list of parts; text None if there is
+    none.
+    """
     if content is None or isinstance(content, str):
         return content and encodable(content), ""
     if not isinstance(content, list):
@@ -244,15 +261,14 @@ def _train(entry: Mapping[str, Any], role: str, where: str) -> bool | None:
             raise BadRecord(f'{where} has "{key}": {repr(value)[:40]}; only 0 and 1 (false and true) are supported')
         if value == 0:
             return False
-        if (
-            role in (roles.ASSISTANT, roles.CALL) or key != "weight"
-        ):  # a weight of 1 is what OpenAI's format has where nothing is meant
+        # OpenAI's format has "weight": 1 also on messages of other roles, where it means nothing.
+        if role in (roles.ASSISTANT, roles.CALL) or key != "weight":
             found = True
     return found
 
 
 def json_or_text(text: str) -> Any:
-    """The JSON value that a text is; the text itself if it is none."""
+    """The object or array that a JSON text contains; the text itself if it is not such JSON."""
     try:
         return json.loads(text) if text.strip()[:1] in ("{", "[") else text
     except (ValueError, RecursionError):

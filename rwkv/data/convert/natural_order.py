@@ -1,4 +1,4 @@
-"""The natural order of file names: 2 before 10, 第二章 before 第十章."""
+"""Natural sort order of file names: 2 before 10, 第二章 before 第十章."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -12,19 +12,19 @@ _NUMBER = re.compile(rf"(\d+|(?<=[第卷]){_NUMERAL}|{_NUMERAL}(?=[{_AFTER}]))")
 
 
 def natural(paths: Iterable[Path]) -> list[Path]:
-    """Paths sorted folder by folder, numbers in names by their value, letters regardless of case."""
+    """Sort paths folder by folder, numbers in names by value, ignoring case."""
     return sorted(paths, key=lambda path: ([_key(part) for part in path.parts], str(path)))
 
 
-def in_words(paths: Sequence[Path]) -> str:
-    """The names in their order, the middle of a long list omitted."""
+def format_names(paths: Sequence[Path]) -> str:
+    """The file names, comma-separated; the middle of a long list is elided."""
     names = [path.name for path in paths]
     shown = names if len(names) <= 6 else [*names[:4], "…", names[-1]]
     return f"{', '.join(shown)}" + (f" ({len(names):,} files)" if len(names) > 6 else "")
 
 
 def _key(name: str) -> list[tuple[str, int]]:
-    """Text and number in turns, so that like is compared with like."""
+    """Sort key of a name: alternating text and numbers."""
     parts = [*_NUMBER.split(name.casefold()), ""]
     return [(text, _value(number)) for text, number in zip(parts[::2], parts[1::2], strict=True)]
 
@@ -33,7 +33,7 @@ def _value(number: str) -> int:
     if not number:
         return -1
     if number[0].isdecimal():
-        return int(number[-4000:])  # longer ones are no numbers that anybody counts with
+        return int(number[-4000:])  # Python refuses to parse longer ones
     if not any(letter in _UNITS for letter in number):  # 一二三 as 123
         return int("".join(str(_DIGITS[letter]) for letter in number)[-4000:])
     total = section = digit = 0

@@ -1,4 +1,4 @@
-"""Files of documents → tokens → binidx: on all cores, in order, written atomically."""
+"""Convert files of documents to binidx, in parallel, in order, and written atomically."""
 
 import contextlib
 import json
@@ -28,13 +28,13 @@ _WORLD = "rwkv_vocab_v20230424.txt"
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion made.
+    """Result of a conversion.
 
     Attributes:
-        pairs: of each pair of files its prefix, documents and tokens.
-        masked: whether a loss mask lies beside each.
-        rejects: how many bad records were skipped, written to rejects_file.
-        counts: what was in the records, as rwkv.data.convert.report describes it.
+        pairs: (prefix, documents, tokens) of each pair of files.
+        masked: whether loss masks were written.
+        rejects: number of bad records, which were skipped and written to rejects_file.
+        counts: statistics, see rwkv.data.convert.report.
     """
 
     pairs: list[tuple[str, int, int]]
@@ -45,19 +45,20 @@ class Converted:
 
     @property
     def report(self) -> list[str]:
-        """What was in the records, in sentences: roles, tokens that contribute to the loss, what was skipped, warnings."""
+        """Report lines: roles, tokens that contribute to the loss, skipped records, warnings."""
         documents, tokens = sum(pair[1] for pair in self.pairs), sum(pair[2] for pair in self.pairs)
         return report.lines(self.counts, documents, tokens, self.masked)
 
 
 def convert(config: ConvertConfig) -> Converted:
-    """Tokenise the input files into `P_<key>_document.bin` and `.idx` for each key, with `P_<key>_mask.bin` for chats.
+    """Tokenise the input files into `P_<key>_document.bin` and `.idx` for each key, with
+    `P_<key>_mask.bin` for chats.
 
-    The bytes do not depend on the number of workers.
+    The output does not depend on the number of workers.
 
     Raises:
-        UserError: a bad record (by file and number), a damaged file, output that is there already and no `force`, a full disk. Nothing is
-            written then.
+        UserError: a bad record (with file and number), a corrupt file, existing output without
+            `force`, a full disk. Nothing is written.
     """
     found = find(config)
     keys = shards.keys(config.jsonl_keys)
@@ -68,14 +69,16 @@ def convert(config: ConvertConfig) -> Converted:
 
 
 def find(config: ConvertConfig) -> sources.Found:
-    """The files that a conversion reads. Raises UserError if there are none, or a flag about them is wrong."""
+    """The input files of a conversion. Raises UserError if there are none, or a flag about them is
+    invalid.
+    """
     if not config.input.strip():
         raise UserError("--input is missing: one or more files, globs or folders, separated by commas")
     if config.max_record_mb < 1:
         raise UserError(f"--max_record_mb {config.max_record_mb}: must be at least 1")
     found = sources.find(config.input, config.split_lines, config.split, config.encoding, config.input_format)
     if not found.sources:
-        raise UserError(f"--input {config.input}: names no file")
+        raise UserError(f"--input {config.input}: no such file")
     found.sources = [
         replace(one, keep_crlf=config.keep_crlf, max_record=config.max_record_mb << 20) for one in found.sources
     ]
@@ -84,7 +87,9 @@ def find(config: ConvertConfig) -> sources.Found:
 
 @contextlib.contextmanager
 def _explained(some: Sequence[Source]) -> Iterator[None]:
-    """Add to the error of a conversion what explains it: a file that was changed meanwhile, an encoding."""
+    """Explain the error of a conversion where possible: a file that changed meanwhile, an encoding
+    other than UTF-8.
+    """
     try:
         yield
     except Exception as error:
@@ -102,9 +107,7 @@ def _convert(
     encoder = _encoder(config, found.sources, keys)
     tokenizer = encoder.tokenizer
     if config.dtype == "uint16" and tokenizer.vocab_size > 1 << 16:
-        raise UserError(
-            f"{tokenizer.name} has {tokenizer.vocab_size} tokens, which uint16 does not hold; give --dtype int32"
-        )
+        raise UserError(f"{tokenizer.name} has {tokenizer.vocab_size} tokens, too many for uint16; give --dtype int32")
     prefixes = [binidx.document_prefix(prefix, key) for key in keys]
     rejects_path = Path(f"{prefix}.rejects.jsonl")
     outputs = [Path(f"{name}{end}") for name in prefixes for end in (".bin", ".idx", ".json")] + [rejects_path]
@@ -117,7 +120,7 @@ def _convert(
         ),
         None,
     ):
-        raise UserError(f"{same}: the conversion would write over what it reads; give another --output-prefix")
+        raise UserError(f"{same}: the conversion would overwrite its own input; give another --output-prefix")
     beside = [rejects_path, *([shards.manifest_path(prefix)] if shard else [])]
     if not config.force:
         binidx.refuse_existing(prefixes, beside)
@@ -141,7 +144,7 @@ def _convert(
             mininterval=0.5 if sys.stderr.isatty() else 15,
         ) as bar,
     ):
-        # halves of surrogate pairs become the escapes of JSON
+        # backslashreplace turns lone surrogates into JSON escapes
         with open(rejects, "w", encoding="utf-8", errors="backslashreplace") as rejected:
             for chunk, encoded in pool.map(feed):
                 for number, wrong, record in encoded.rejects:
@@ -164,7 +167,7 @@ def _convert(
             skipped = f" that can be read: {count} bad records were skipped" if count else ""
             blank = "".join(f". Skipped {key[1]}: {number}" for key, number in counts.items() if key[0] == "skipped")
             raise UserError(
-                f'{config.input}: holds no document{skipped}. Expected records such as {{"{empty[0]}": "..."}}, or another key with --jsonl-keys{blank}'
+                f'{config.input}: contains no document{skipped}. Expected records such as {{"{empty[0]}": "..."}}, or another key with --jsonl-keys{blank}'
             )
         if (
             config.mask == "answers"
@@ -173,7 +176,7 @@ def _convert(
             and counts["plain", ""] == sum(pair[1] for pair in pairs)
         ):
             raise UserError(
-                f"--mask answers: no document of {config.input} has turns such as User: and Assistant:; leave the flag out"
+                f"--mask answers: no document of {config.input} has turns such as User: and Assistant:; drop the flag"
             )
         if not count:
             rejects.unlink()
@@ -198,7 +201,10 @@ def _convert(
 
 
 def texts(config: ConvertConfig) -> tuple[Iterator[tuple[str, int]], int]:
-    """The documents that `convert` would tokenise under the first key, each with the bytes of input read so far; and the bytes of all.
+    """The documents that `convert` would tokenise for the first key, for verification.
+
+    Returns:
+        An iterator over (document, input bytes read so far), and the total number of input bytes.
 
     Raises:
         UserError: as `convert`; while iterating, for a bad record unless they are skipped.
@@ -227,13 +233,15 @@ def texts(config: ConvertConfig) -> tuple[Iterator[tuple[str, int]], int]:
 
 
 def default_prefix(spec: str, some: Sequence[Source]) -> str:
-    """The output beside the input: the folder's name, or that of the first file without its endings. Raises UserError for a pipe."""
+    """Default output prefix: the input folder, or the first file without its suffixes. Raises
+    UserError for a pipe.
+    """
     first = Path(os.path.expanduser(sources.words(spec)[0]))
     path = first if first.exists() else some[0].path
     if path.is_dir():
         return str(path if path.name else path.resolve())
     if some[0].spool:
-        raise UserError(f"{path}: a pipe has no folder for the output; name one with --output_prefix")
+        raise UserError(f"{path}: the input is a pipe, so there is no default for the output; give --output_prefix")
     while path.suffix.lower() in sources.ENDINGS:
         path = path.with_suffix("")
     return str(path)
@@ -263,7 +271,7 @@ def _tokenizer(config: ConvertConfig) -> WorldTokenizer | HFTokenizer:
         else Path(config.vocab_file).name == _WORLD
     ):
         raise UserError(
-            f"{config.vocab_file}: not the World vocabulary, which comes with the tokenizer and need not be given;"
+            f"{config.vocab_file}: not the World vocabulary, which is built in and need not be given;"
             " for a tokenizer.json give --tokenizer_type HFTokenizer"
         )
     return WorldTokenizer()
@@ -275,7 +283,7 @@ def _bytes(some: Sequence[Source], shard: tuple[int, int] | None) -> int:
 
 
 class _Places:
-    """Where records lie: counts the lines of the chunks that have passed."""
+    """Locations of records for messages; counts the lines of the chunks processed so far."""
 
     def __init__(self):
         self._source: Source | None = None

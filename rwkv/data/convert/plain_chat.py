@@ -1,11 +1,13 @@
-"""Plain text that is written as a chat, `User: …`, blank line, `Assistant: …`: which of it is an answer."""
+"""Find the answers in plain text that is formatted as a chat: `User: …`, blank line, `Assistant:
+…`.
+"""
 
 import re
 
 from rwkv.data.convert import roles
 
 _LABEL = re.compile(r"^[ \t]*([^\W_][^\n:：]{0,24}?)[ \t]*[:：]", re.MULTILINE)
-_KINDS = {  # labels that are used together; any other known role is of the first kind
+_KINDS = {  # labels that are used together; all other known role names belong to the first kind
     "chat": "system tool observation",
     "questions": "question answer 问题 問題 答案 回答 质問 質問 вопрос ответ",
     "letters": "q a 问 問 答",
@@ -16,11 +18,12 @@ _KIND = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 
 
 def segments(text: str) -> list[tuple[str, bool]] | None:
-    """The text in consecutive segments, each with whether it is an answer; None if it has no turns with an assistant's among them.
+    """The text as consecutive (text, is an answer) segments; None if it has no assistant turn.
 
-    A turn begins at the start or after a blank line (in texts without an answer after a blank line, after any line break) with a label such
-    as `User:`, `Assistant:`, `Human:`, `Question:`, `Instruction:`, `用户：`. The first label of each side decides which labels count, so that
-    a line such as `Answer:` inside an answer is no turn. An answer begins after its colon and ends where the next turn begins.
+    A turn begins at the start or after a blank line (or after any line break, if no answer follows
+    a blank line) with a label such as `User:`, `Assistant:`, `Human:`, `Question:`, `Instruction:`,
+    `用户：`. The first label of each side determines which labels are recognised, so that a line such
+    as `Answer:` inside an answer is not a turn. An answer extends from its colon to the next turn.
     """
     for blank_line in (True, False):
         marks = _turns(text, blank_line)
@@ -37,7 +40,7 @@ def segments(text: str) -> list[tuple[str, bool]] | None:
 
 
 def _turns(text: str, blank_line: bool) -> list[tuple[str, int, int]]:
-    """(role, where the turn starts, where what it says begins) of every turn."""
+    """(role, start of the turn, start of its content) of every turn."""
     found: list[tuple[str, int, int]] = []
     sides: dict[str, str] = {}  # the label of each role
     kind = ""

@@ -1,4 +1,6 @@
-"""A function on chunks in worker processes: results in the order of the chunks, a bounded number in memory, and no hang if a worker is killed."""
+"""Ordered map over chunks in worker processes, with bounded memory; a killed worker is an error,
+not a hang.
+"""
 
 import collections
 import contextlib
@@ -16,16 +18,18 @@ from typing import Any
 
 from rwkv.errors import UserError
 
-_AHEAD = 4  # chunks per worker that are waiting, being worked on or done; they bound the memory
+_AHEAD = 4  # chunks per worker in flight (queued, being processed or done), which bounds memory
 _ADVICE = "give fewer --workers, or smaller documents"
-_KILLED = f"a worker process was killed, most likely because memory ran out; {_ADVICE}"
+_KILLED = f"a worker process was killed, probably out of memory; {_ADVICE}"
 
 
 class Pool:
-    """A function on chunks in `workers` processes, or in this one if one is enough; results in the order of the chunks.
+    """Applies a function to chunks in `workers` processes (in this process if 1); results are in
+    order.
 
-    Each worker has a pipe of its own, and a thread here that sends it one chunk and waits for the result. Only the worker has the other end
-    of that pipe, so that its death ends the waiting at any moment, also in the middle of a result.
+    Each worker has its own pipe and a thread in this process that sends it one chunk and waits for
+    the result. Only the worker holds the other end of the pipe, so its death ends the wait at any
+    moment, even in the middle of a result. (multiprocessing.Pool hangs then.)
     """
 
     def __init__(self, function: Callable[[Any], Any], workers: int):
@@ -52,13 +56,14 @@ class Pool:
             for thread in self._threads:
                 thread.join()
             for pipe in self._pipes:
-                pipe.close()  # a worker ends when its pipe does
+                pipe.close()  # a worker exits on EOF
             for process in self._processes:
                 process.join(5)
         self._kill()
 
     def map(self, chunks: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        """Each chunk with its result. A UserError in reading the chunks is raised after the results of those that were read before it.
+        """Yield (chunk, result). A UserError raised by the iterable is raised after the results of
+        the chunks before it.
 
         Raises:
             UserError: a worker was killed.
@@ -93,7 +98,7 @@ class Pool:
             raise failure
 
     def _start(self) -> None:
-        # fork, as torch's DataLoader does: the vocabulary is there immediately, and once in memory. All of them before a thread starts.
+        # fork shares the loaded vocabulary. All processes are forked before any thread starts.
         context = multiprocessing.get_context("fork")
         for _ in range(self._workers):
             ours, theirs = context.Pipe()
@@ -125,7 +130,7 @@ class Pool:
             future.set_result(result) if ok else future.set_exception(result)
 
     def _fail(self) -> None:
-        """A worker is dead: nothing that waits for one may wait for ever."""
+        """After the death of a worker: kill the others and fail all pending chunks."""
         self._ok = False
         for process in self._processes:
             process.kill()
@@ -133,7 +138,7 @@ class Pool:
             while True:
                 if task := self._tasks.get_nowait():
                     task[1].set_exception(UserError(_KILLED))
-        for _ in self._threads:  # those that were taken out above, if the pool is ending
+        for _ in self._threads:  # the sentinels of __exit__ may have been removed above
             self._tasks.put(None)
 
     def _kill(self) -> None:
@@ -141,16 +146,16 @@ class Pool:
             if process.is_alive():
                 process.kill()
             process.join(10)
-        for thread in self._threads:  # what they wait for ends with the processes
+        for thread in self._threads:  # their reads end with the processes
             thread.join(10)
         for pipe in self._pipes:
             pipe.close()
 
 
 def _work(function: Callable[[Any], Any], pipe: Connection, others: list[Connection]) -> None:
-    for other in others:  # inherited: with them open, a pipe would not end with the process that it belongs to
+    for other in others:  # inherited; while they are open here, the parent's death gives no EOF
         other.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
@@ -172,7 +177,7 @@ def _work(function: Callable[[Any], Any], pipe: Connection, others: list[Connect
 
 
 def _end_with_parent() -> None:
-    """A parent killed with -9 cannot end its workers."""
+    """Exit when the parent dies, even by SIGKILL."""
     if parent := multiprocessing.parent_process():
         wait([parent.sentinel])
         os._exit(1)

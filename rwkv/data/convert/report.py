@@ -1,8 +1,15 @@
-"""What a conversion contained, for the user: shapes of records, roles, tokens that contribute to the loss, and what was skipped.
+"""Report of a conversion: schemas of the records, roles, tokens that contribute to the loss,
+skipped records, warnings.
 
-A Counter of what was seen is summed over the workers. Its keys are pairs: ("shape", name) documents of that shape; ("role", role) messages;
-("name", role, name) messages by the data's own name of the role; ("skipped", why) records; ("remark", sentence) records; ("warning", sentence) occurrences; ("plain", "")
-documents without turns where only answers contribute; ("trained", "") tokens; ("untrained", "") documents without such a token.
+Workers count in a Counter with these keys:
+- ("schema", name): documents with that schema
+- ("role", role): messages
+- ("name", role, name): messages, by the role's name in the data
+- ("skipped", reason), ("remark", sentence): records
+- ("warning", sentence): occurrences
+- ("plain", ""): documents without turns, where only answers should contribute to the loss
+- ("trained", ""): tokens that contribute to the loss
+- ("untrained", ""): documents without such a token
 """
 
 from collections import Counter
@@ -11,19 +18,19 @@ from typing import Any
 
 from rwkv.data.convert import roles
 
-_APPRECIABLE = 0.01  # share of the documents
+_WARN_SHARE = 0.01  # of documents without loss tokens, from which there is a warning
 
 
 def lines(counts: Counter, documents: int, tokens: int, masked: bool) -> list[str]:
-    """Sentences for the user, warnings last; none for plain text of which nothing was skipped.
+    """Report lines, warnings last; empty for plain text without skipped records.
 
     Args:
-        documents, tokens: how many were written.
+        documents, tokens: numbers written.
     """
     found = []
-    shapes = _of(counts, "shape")
-    if masked or set(shapes) - {"text"}:
-        found.append(f"records:  {_listed(shapes)}")
+    schemas = _of(counts, "schema")
+    if masked or set(schemas) - {"text"}:
+        found.append(f"records:  {_listed(schemas)}")
     if spoken := _of(counts, "role"):
         found.append(
             "roles:    " + ", ".join(f"{role} {number:,}{_named(counts, role)}" for role, number in spoken.items())
@@ -39,15 +46,15 @@ def lines(counts: Counter, documents: int, tokens: int, masked: bool) -> list[st
     found += [f"note: {remark}: {number:,}" for remark, number in _of(counts, "remark").items()]
     found += [f"note: skipped {why}: {number:,}" for why, number in _of(counts, "skipped").items()]
     found += [f"warning: {warning}: {number:,}" for warning, number in _of(counts, "warning").items()]
-    if masked and documents and counts["untrained", ""] >= _APPRECIABLE * documents:
+    if masked and documents and counts["untrained", ""] >= _WARN_SHARE * documents:
         found.append(f"warning: {_untrained(counts, documents)}")
     return found
 
 
 def summary(counts: Counter) -> dict[str, Any]:
-    """The same for programs."""
+    """The counts for the manifest."""
     return {
-        "records": _of(counts, "shape"),
+        "records": _of(counts, "schema"),
         "roles": _of(counts, "role"),
         "skipped": _of(counts, "skipped"),
         "loss_tokens": counts["trained", ""],
@@ -57,7 +64,7 @@ def summary(counts: Counter) -> dict[str, Any]:
 
 
 def added(summaries: Iterable[Any]) -> dict[str, Any]:
-    """The sum of several conversions' summaries."""
+    """Sum of the summaries of several conversions."""
     whole: dict[str, Any] = summary(Counter())
     for one in summaries:
         for name, value in one.items() if isinstance(one, dict) else ():
@@ -70,20 +77,20 @@ def added(summaries: Iterable[Any]) -> dict[str, Any]:
 
 def _untrained(counts: Counter, documents: int) -> str:
     untrained, spoken = counts["untrained", ""], _of(counts, "role")
-    text = f"{untrained:,} of {documents:,} documents contain no token that contributes to the loss, and training learns nothing from them"
+    text = f"{untrained:,} of {documents:,} documents contain no token that contributes to the loss; nothing is learned from them"
     if spoken and roles.ASSISTANT not in spoken:
         return f"{text}: no message has the role assistant (found: {_listed(spoken)})"
     return f"{text}: they have no answer, or only answers with weight 0"
 
 
 def _of(counts: Counter, kind: str) -> dict[str, int]:
-    """The counts of one kind by name, most frequent first."""
+    """The counts of one kind, by name, in descending order."""
     found = {key[1]: number for key, number in counts.items() if key[0] == kind and len(key) == 2 and number}
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _named(counts: Counter, role: str) -> str:
-    """The data's own names of a role, where there is another than ours."""
+    """The data's names of a role, if they differ from ours."""
     names = {key[2]: number for key, number in counts.items() if key[:2] == ("name", role) and key[2]}
     if set(names) <= {role}:
         return ""

@@ -1,4 +1,4 @@
-"""Who speaks in a chat: the names that data sets give to the roles, and how the text of one turn is normalised."""
+"""Chat roles: their names in datasets, and normalisation of the text of a turn."""
 
 import functools
 import re
@@ -6,7 +6,8 @@ import unicodedata
 
 USER, ASSISTANT, SYSTEM, TOOL, CALL = "user", "assistant", "system", "tool", "function_call"
 
-# Names in the form that `plain` gives them. CALL: what an assistant sends to a tool, which some data sets make a role of its own.
+# Names as normalised by `plain`. CALL: a tool call of the assistant, which some datasets give a
+# separate role.
 _NAMES = {
     USER: "user human bob prompter person customer client student questioner asker inquirer query question q prompt instruction input"
     " 用户 用戶 使用者 人类 人類 人 问 問 问题 問題 提问 提問 提问者 客户 客戶 顾客 学生 指令 输入"
@@ -33,18 +34,22 @@ _SHOWN = {
 
 @functools.lru_cache(1024)
 def role_of(name: str) -> str | None:
-    """The role that a name means (USER, ASSISTANT, SYSTEM, TOOL or CALL), in any case and punctuation; None if it is unknown."""
+    """The role of a name (USER, ASSISTANT, SYSTEM, TOOL or CALL), ignoring case and punctuation;
+    None if unknown.
+    """
     name = plain(name)
     return ASSISTANT if re.match(r"(chat)?gpt", name) else _ROLES.get(name)
 
 
 def known() -> str:
-    """The roles with their most frequent names, for messages."""
+    """The most common role names, for messages."""
     return "; ".join(_SHOWN.values())
 
 
 def plain(name: str) -> str:
-    """A role's name without case and punctuation: `<|User|>:`, `[Human]` and `Function-Call` give user, human and function_call."""
+    """Normalise a role name: `<|User|>:`, `[Human]` and `Function-Call` give user, human and
+    function_call.
+    """
     name = unicodedata.normalize("NFKC", name).casefold()
     return re.sub(r"[\s_-]+", "_", name.strip("<>|[](){}【】「」:*# \t\r\n"))
 
@@ -53,9 +58,11 @@ _ROLES = {plain(name): role for role, names in _NAMES.items() for name in names.
 
 
 def fold(text: str) -> str:
-    """The text of one turn as World models are trained on it: CRLF becomes LF, several line breaks in a row become one, none at the ends.
+    """Normalise the text of a turn for World models: CRLF becomes LF, blank lines are removed, the
+    ends are stripped.
 
-    A blank line ends a turn, so there can be none inside one, not even in code. Upstream's chat templates do the same.
+    A blank line ends a turn, so a turn cannot contain one, not even in code. Upstream's chat
+    templates do the same.
     """
     text = newlines(text)
     return (re.sub(r"\n{2,}", "\n", text) if "\n\n" in text else text).strip()

@@ -1,4 +1,6 @@
-"""A Jinja environment for templates that others wrote: no access to Python, and bounded in time, memory and output."""
+"""A Jinja environment for untrusted templates: sandboxed, with limits on time, memory and
+output.
+"""
 
 import contextlib
 import resource
@@ -10,22 +12,24 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-SECONDS = 10.0  # of processor time, for one conversation
-MEMORY = 1 << 28  # bytes that a template may take beside what the process has
-_BITS = 1 << 12  # of an integer
+SECONDS = 10.0  # CPU time limit per conversation
+MEMORY = 1 << 28  # bytes of address space that a template may add to the process
+_BITS = 1 << 12  # maximum size of an integer
 
 
 class TooMuch(Exception):
-    """A template that does not end, or wants more memory than it may have."""
+    """A template exceeded a limit."""
 
 
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """transformers' settings, with arithmetic whose results are bounded: Python cannot be interrupted inside it."""
+    """transformers' settings, with bounded integers: Python cannot be interrupted within one
+    arithmetic operation.
+    """
 
     intercepted_binops = frozenset(["*", "**"])
 
     def call_binop(self, context, operator, left, right):
-        """`left operator right`. Raises TooMuch if an integer would be of more than _BITS bits."""
+        """`left operator right`. Raises TooMuch if an integer would exceed _BITS bits."""
         if isinstance(left, int) and isinstance(right, int):
             bits = (
                 max(1, left.bit_length()) * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
@@ -37,7 +41,9 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Raises TooMuch for what takes more than SECONDS or MEMORY. The time is bounded in the main thread only, where signals arrive."""
+    """Raise TooMuch if the block takes more than SECONDS or MEMORY. Time is limited in the main
+    thread only (signals).
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = _address_space() + MEMORY
     if soft != resource.RLIM_INFINITY:

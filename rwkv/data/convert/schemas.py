@@ -1,4 +1,6 @@
-"""What kind of record a conversation is in, told by its keys: a list of messages, or one of the forms of instruction data."""
+"""Detect the schema of a conversation record by its keys (a list of messages, alpaca, MOSS, …) and
+parse it.
+"""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +11,7 @@ from rwkv.data.convert.jsonl import BadRecord, encodable
 from rwkv.data.convert.messages import Conversation, Message, json_or_text, one_of
 
 MESSAGES = ("messages", "conversations")  # also as names for --jsonl_keys
-_LISTS = ("conversation", "dialogue", "dialog", "dialogs", "chat")  # only if a list is under it
+_LISTS = ("conversation", "dialogue", "dialog", "dialogs", "chat")  # only if the value is a list
 _ANY_LIST = (*MESSAGES, *_LISTS)
 _QUESTIONS = (
     "instruction",
@@ -47,7 +49,7 @@ _REASONING = (*messages.REASONING, "complex_cot", "cot", "rationale")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _OTHER = ("text", "history", "tools", "functions", "chosen", "rejected", "kto_tag", "label", "plain_text", "prefix")
 
-# Names for --format. Of the instruction forms: question, context, answer.
+# Instruction schemas by their name for --format: the keys of question, context and answer.
 PAIRS = {
     "alpaca": ("instruction", "input", "output"),  # BELLE's too
     "dolly": ("instruction", "context", "response"),
@@ -72,20 +74,22 @@ _MOSS_END = re.compile(r"<eo[a-z]>\s*\Z")
 
 
 def conversation(record: Mapping[str, Any], kind: str = "auto") -> Conversation | None:
-    """The conversation that a record holds; None if it is none (`auto` only). Keys are compared without case, null is absent.
+    """Parse the conversation in a record; None if there is none (only with `auto`). Keys ignore
+    case, null means absent.
 
     Args:
-        kind: one of FORMATS but text; auto: whichever the keys say.
+        kind: one of FORMATS except text; auto: detect by the keys.
 
     Raises:
-        BadRecord: a conversation that cannot be trained on as it is, such as preference pairs, or a record that `kind` does not fit.
+        BadRecord: a conversation that cannot be trained on, such as preference pairs, or a record
+            that does not match `kind`.
     """
     every = {str(key).casefold(): value for key, value in record.items()}
     fields = {key: value for key, value in every.items() if value is not None}
     if kind == "auto" and "chosen" in fields and "rejected" in fields:
         raise BadRecord(
-            'preference data ("chosen" and "rejected", as for DPO), which a language model cannot be trained on as text; keep the chosen'
-            " answers, as messages or prompt and response, or name what to use with --format"
+            'preference data ("chosen" and "rejected", as for DPO), which is not supported; keep the chosen'
+            " answers, as messages or prompt and response, or choose the fields to use with --format"
         )
     found = _messages(fields, kind) or _moss(fields, kind) or _pair(every, kind)
     if (
@@ -102,7 +106,7 @@ def conversation(record: Mapping[str, Any], kind: str = "auto") -> Conversation 
             )
         return None
     while found.messages and found.messages[-1].role == roles.USER and found.messages[-1].empty:
-        found.messages.pop()  # nothing was asked, and nothing answers it
+        found.messages.pop()  # an empty last question without an answer
     if media := next((key for key in _MEDIA if fields.get(key)), None):
         raise BadRecord(f'it has "{media}"; only text can be trained on')
     if fields.get("kto_tag", fields.get("label")) is False:
@@ -147,7 +151,9 @@ def _messages(fields: Mapping[str, Any], kind: str) -> Conversation | None:
 
 
 def _pair(fields: Mapping[str, Any], kind: str) -> Conversation | None:
-    """A question and an answer under keys of their own, with context, history and reasoning if there are such. A null is an empty text."""
+    """A question and an answer under separate keys, with optional context, history and reasoning.
+    null is an empty text.
+    """
     if kind in PAIRS:
         question, context, answer = PAIRS[kind]
         if question not in fields or answer not in fields:
@@ -177,14 +183,15 @@ def _pair(fields: Mapping[str, Any], kind: str) -> Conversation | None:
 
 
 def _present(fields: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
-    """Those of the names that are there; those that are null only if all are."""
+    """The names that are present and not null; if all are null, the first that is present."""
     there = [name for name in names if name in fields]
     return [name for name in there if fields[name] is not None] or there[:1]
 
 
 def _turns(fields: Mapping[str, Any], question: str, context: str, answer: str) -> list[Message]:
     found = [message for pair in _history(fields) for message in pair]
-    if isinstance(fields[question], list):  # TRL's conversational prompts: only the completion is trained on
+    # TRL's conversational prompts: only the completion is trained on
+    if isinstance(fields[question], list):
         found += messages.read(fields[question], question, train=False)
     else:
         parts = [_string(fields, key) for key in (question, context) if key]
@@ -198,7 +205,9 @@ def _turns(fields: Mapping[str, Any], question: str, context: str, answer: str) 
 
 
 def _asked(text: str) -> list[Message]:
-    """The turns inside a question that ends with "Assistant:", as BELLE's multi-turn data and prepared prompts do; none in others."""
+    """The turns inside a question that ends with "Assistant:" (BELLE's multi-turn data, prepared
+    prompts); empty for others.
+    """
     marks = list(_TURNS.finditer(text))
     if (
         len(marks) < 2
@@ -234,7 +243,9 @@ def _history(fields: Mapping[str, Any]) -> list[list[Message]]:
 
 
 def _moss(fields: Mapping[str, Any], kind: str) -> Conversation | None:
-    """MOSS: "chat" with turn_1, turn_2, …, each of marked texts, or all of them in "plain_text"."""
+    """MOSS: "chat" with turn_1, turn_2, …, each with tagged texts, or all of them in
+    "plain_text".
+    """
     if kind not in ("auto", "moss"):
         return None
     chat, text = fields.get("chat"), fields.get("plain_text")
@@ -275,7 +286,7 @@ def _moss(fields: Mapping[str, Any], kind: str) -> Conversation | None:
 
 
 def _with_system(found: Conversation, fields: Mapping[str, Any]) -> Conversation:
-    key, system = one_of(fields, (*_SYSTEM, "prefix") if found.shape == "moss" else _SYSTEM)
+    key, system = one_of(fields, (*_SYSTEM, "prefix") if found.schema == "moss" else _SYSTEM)
     if not key or not found.messages or not (system := _string(fields, key)).strip():
         return found
     first = found.messages[0]

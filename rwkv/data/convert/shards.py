@@ -1,4 +1,4 @@
-"""Conversion on many machines: the names of the parts, what each was made of, and their merge."""
+"""Shards of a conversion on several machines: their names, manifests and merging."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from rwkv.errors import UserError
 
 
 def parse(shard: str) -> tuple[int, int] | None:
-    """`i/n` with i from 0 as (i, n); None for no text."""
+    """Parse `i/n`, with i from 0, to (i, n); None for an empty string. Raises UserError."""
     if not shard:
         return None
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
@@ -25,7 +25,7 @@ def parse(shard: str) -> tuple[int, int] | None:
 
 
 def prefix(output_prefix: str, shard: tuple[int, int] | None) -> str:
-    """The prefix under which a shard writes: `P.00000-of-00004`."""
+    """Output prefix of a shard: `P.00000-of-00004`."""
     return f"{output_prefix}.{shard[0]:05d}-of-{shard[1]:05d}" if shard else output_prefix
 
 
@@ -35,20 +35,27 @@ def keys(jsonl_keys: str) -> list[str]:
 
 
 def manifest_path(shard_prefix: str) -> Path:
-    """Where a shard says what it was made of."""
+    """Path of a shard's manifest."""
     return Path(f"{shard_prefix}.shard")
 
 
 def manifest(config: ConvertConfig, sources: Sequence[Source]) -> dict[str, Any]:
-    """What all shards of one conversion must agree in: flags, and the inputs by name and size."""
+    """What all shards of a conversion must have in common: flags, and names and sizes of the
+    inputs.
+    """
     return {"flags": provenance.flags_of(config), "inputs": [[source.path.name, source.size] for source in sources]}
 
 
 def merge(output_prefix: str, force: bool) -> list[tuple[str, int, int]]:
-    """Join finished shards into the files that one run would have made; the shards stay. Returns prefix, documents and tokens of each pair.
+    """Merge finished shards into the files that a single run would have written. The shards are
+    kept.
+
+    Returns:
+        (prefix, documents, tokens) of each pair of files.
 
     Raises:
-        UserError: no shards, one missing, shards of different conversions, or output that is there already and no `force`.
+        UserError: no shards, a missing one, shards of different conversions, or existing output
+            without `force`.
     """
     folder, name = Path(output_prefix).parent, Path(output_prefix).name
     pattern = re.compile(re.escape(name) + r"\.(\d{5})-of-(\d{5})\.shard")
@@ -57,11 +64,11 @@ def merge(output_prefix: str, force: bool) -> list[tuple[str, int, int]]:
     )
     if not found:
         raise UserError(
-            f"{output_prefix}: no finished shard; make them with --shard 0/n, --shard 1/n, … and the same --output-prefix"
+            f"{output_prefix}: no finished shards; create them with --shard 0/n, --shard 1/n, … and the same --output-prefix"
         )
     if len({count for count, _ in found}) > 1:
         raise UserError(
-            f"{output_prefix}: shards of {' and of '.join(str(n) for n in sorted({n for n, _ in found}))} lie together; remove the old ones"
+            f"{output_prefix}: shards of {' and of '.join(str(n) for n in sorted({n for n, _ in found}))} are mixed; remove the old ones"
         )
     count = found[0][0]
     if missing := sorted(set(range(count)) - {i for _, i in found}):

@@ -23,16 +23,18 @@ class Source:
     """A file to convert.
 
     Attributes:
-        path: as the user knows it.
-        kind: jsonl, json, lines (of text), txt (one document), csv, parquet, arrow.
-        compression: gzip, zstd or none.
-        size: bytes as stored.
+        path: path as given by the user, for messages.
+        kind: format: jsonl, json, lines (each line a document), txt (one document), csv, parquet,
+            arrow.
+        compression: gzip, zstd or "".
+        size: bytes on disk.
         delimiter: of csv.
         encoding: of text; "" is UTF-8.
-        keep_crlf: leave the line ends of Windows in txt as they are.
-        max_record: bytes of the largest record that is read.
-        identity: device, inode, size and time of change (ns) when it was found; none: not to be compared.
-        spool: where the bytes are, if not under path, which may be a pipe.
+        keep_crlf: keep CRLF line endings in txt.
+        max_record: maximum size of a record in bytes.
+        identity: device, inode, size and mtime (ns) when the file was found; None: changes are not
+            detected.
+        spool: path of the temporary file with the contents, if `path` is a pipe.
     """
 
     path: Path
@@ -48,33 +50,36 @@ class Source:
 
     @property
     def mtime_ns(self) -> int:
-        """When it was changed, ns since 1970; 0 if not known."""
+        """Modification time in ns since 1970; 0 if unknown."""
         return self.identity[3] if self.identity else 0
 
     @property
     def stored(self) -> str | Path:
-        """Where the bytes are."""
+        """Path to read the bytes from."""
         return self.spool or self.path
 
     @property
     def plain(self) -> bool:
-        """Whether the bytes are UTF-8 as they are stored, so that a part of the file can be read without the rest."""
+        """Whether the stored bytes are UTF-8, so that a range of the file can be read alone."""
         return not self.compression and not self.encoding
 
     @property
     def too_large(self) -> BadRecord:
-        """What is wrong with a record over max_record."""
+        """The error for a record over max_record."""
         size = f"{self.max_record >> 20:,} MiB" if self.max_record >> 20 else f"{self.max_record:,} bytes"
-        return BadRecord(f"a record of more than {size}; if it is meant so and fits into memory, raise --max_record_mb")
+        return BadRecord(
+            f"a record of more than {size}; if this is intended and fits into memory, raise --max_record_mb"
+        )
 
     def refuse_size(self, where: str) -> NoReturn:
-        """Raise UserError for a record over max_record that was not read to its end."""
+        """Raise UserError for a record over max_record."""
         raise UserError(f"{self.path}, {where}: {self.too_large}")
 
 
 @contextlib.contextmanager
 def open_source(source: Source) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-    """Open a source: (its decompressed bytes, as UTF-8 if it is text; bytes of the file read so far).
+    """Open a source: (its decompressed bytes, as UTF-8 if it is text; bytes of the file read so
+    far).
 
     Raises:
         UserError: the compressed data is corrupt or truncated.
@@ -94,18 +99,22 @@ def open_source(source: Source) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
         except OSError as error:
             if error.errno:
                 raise
-            raise UserError(f"{source.path}: corrupt or truncated ({error})") from error  # pyarrow's
+            # pyarrow's
+            raise UserError(f"{source.path}: corrupt or truncated ({error})") from error
 
 
 def read_line(source: Source, file: BinaryIO, where: str) -> bytes:
-    """The next line of a file. Raises UserError if it is longer than a record may be."""
+    """The next line of a file. Raises UserError if it is longer than max_record."""
     line = file.readline(source.max_record + 1)
     return source.refuse_size(where) if len(line) > source.max_record else line
 
 
 class Transcoded(io.RawIOBase):
-    """A file in another encoding as a stream of UTF-8. What is not valid in the encoding becomes a byte sequence that is not valid UTF-8, so
-    that the record with it is found to be bad, and no other."""
+    """A file in another encoding as a stream of UTF-8.
+
+    Bytes that are not valid in the encoding become invalid UTF-8, so that only the record that
+    contains them is rejected.
+    """
 
     def __init__(self, file: BinaryIO, encoding: str):
         self._file, self._decoder, self._left, self._ended = (

@@ -1,4 +1,6 @@
-"""Which files there are to convert: words of --input to files in natural order, with the splits of data sets told apart."""
+"""Find the input files of a conversion: paths, globs and folders of --input, in natural order, by
+dataset split.
+"""
 
 import dataclasses
 import glob
@@ -30,12 +32,8 @@ _TABS = {".tsv", ".tab"}
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 ENDINGS = {*KINDS, *_COMPRESSIONS}
-_DESCRIPTIONS = {
-    "dataset_info.json",
-    "dataset_infos.json",
-    "dataset_dict.json",
-    "state.json",
-}  # of the datasets library; no records
+# Metadata of the datasets library, without records.
+_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
 @dataclass
@@ -44,8 +42,8 @@ class Found:
 
     Attributes:
         sources: in the order of conversion.
-        used, omitted: splits of data sets, where there are such.
-        notes: what the user should know: the order, what was omitted, how files are read.
+        used, omitted: names of dataset splits, if any.
+        notes: messages for the user: order, skipped files, encodings.
     """
 
     sources: list[Source] = field(default_factory=list)
@@ -55,18 +53,20 @@ class Found:
 
 
 def find(spec: str, split_lines: bool = False, split: str = "", encoding: str = "", input_format: str = "") -> Found:
-    """The files that a comma-separated list of files, globs and folders names, in its order; those of a glob or folder in natural order.
+    """Expand a comma-separated list of files, globs and folders, in its order; globs and folders in
+    natural order.
 
     Args:
-        spec: paths may contain commas and begin with ~. `-`, a FIFO or /dev/stdin is read to its end into a temporary file.
-        split_lines: a line of a txt file is a document.
-        split: which splits to take where files have such, separated by commas, or `all`. "": train.
+        spec: paths may contain commas and begin with ~. `-`, a FIFO or /dev/stdin is read to its
+            end into a temporary file.
+        split_lines: each line of a txt file is a document.
+        split: comma-separated dataset splits to convert, or `all`; "": train.
         encoding: of text files that are not UTF-8.
-        input_format: the format of files that are named themselves, whatever their names end in.
+        input_format: format of the files given by path, overriding their suffixes.
 
     Raises:
-        UserError: something that does not exist, cannot be read or is of no known kind; a folder or glob without a file of a known kind; a
-            split that does not exist.
+        UserError: a path that does not exist, cannot be read or has an unknown format; a folder or
+            glob without a convertible file; a split that does not exist.
     """
     if input_format and input_format not in FORMATS:
         raise UserError(f"--input_format {input_format}: expected one of {', '.join(FORMATS)}")
@@ -87,22 +87,22 @@ def find(spec: str, split_lines: bool = False, split: str = "", encoding: str = 
         else:
             paths, direct = [path], True
         if len(paths) > 1:
-            found.notes.append(f"order: {natural_order.in_words(paths)}")
+            found.notes.append(f"order: {natural_order.format_names(paths)}")
         found.sources += [_source(x, split_lines, input_format if paths == [path] else "", encoding) for x in paths]
     if asked and known and not found.used:
         raise UserError(
             f"--split {split}: no such split; there {'is' if len(known) == 1 else 'are'} {', '.join(sorted(known))}"
         )
     if asked and asked != ["all"] and not known:
-        raise UserError(f"--split {split}: {spec} has no splits; leave the flag out")
+        raise UserError(f"--split {split}: {spec} has no splits; drop the flag")
     if input_format and found.sources and not direct:
         raise UserError(
-            f"--input_format {input_format}: is for files that are named themselves, and {spec} is a folder or glob"
+            f"--input_format {input_format}: applies to files given by path, but {spec} is a folder or glob"
         )
     if found.omitted:
         found.notes.append(
-            f"splits: {', '.join(found.used)} used; {', '.join(found.omitted)} omitted (--split NAME or --split all takes them; a"
-            " validation split converted by itself can be given to training as --val_file)"
+            f"splits: {', '.join(found.used)} used; {', '.join(found.omitted)} omitted (convert them with --split NAME or --split all; a"
+            " validation split converted separately can be given to training as --val_file)"
         )
     if encoding:
         found.sources = _with_encoding(found, encoding)
@@ -110,7 +110,9 @@ def find(spec: str, split_lines: bool = False, split: str = "", encoding: str = 
 
 
 def words(spec: str) -> list[str]:
-    """The paths of a comma-separated list. A path that exists may contain commas: the longest that exists is taken."""
+    """Split a comma-separated list of paths. Existing paths may contain commas: the longest
+    existing path wins.
+    """
     parts, found, at = spec.split(","), [], 0
     while at < len(parts):
         for end in range(len(parts), at, -1):
@@ -124,7 +126,7 @@ def words(spec: str) -> list[str]:
 
 
 def check_unchanged(sources: Sequence[Source]) -> None:
-    """Raise UserError if a source was changed, replaced or removed since it was found: what was read is then a mixture."""
+    """Raise UserError if a source was changed, replaced or removed since it was found."""
     for source in sources:
         if source.spool or not source.identity:
             continue
@@ -161,24 +163,22 @@ def _folder(folder: Path, asked: Sequence[str], found: Found, known: set[str]) -
             f"{folder}: a folder without a file that can be converted ({', '.join(KINDS)}, also with .gz or .zst)"
         )
     if other:
-        found.notes.append(
-            f"skipped: {natural_order.in_words(natural_order.natural(other))}: of no kind that can be converted"
-        )
+        found.notes.append(f"skipped: {natural_order.format_names(natural_order.natural(other))}: unknown format")
     return _chosen(natural_order.natural(paths), folder, asked, found, known)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All files below a folder, through links to folders too; hidden folders are passed over."""
+    """All files below a folder, following links; hidden folders are skipped."""
 
     def refuse(error: OSError) -> None:
         raise UserError(
-            f"{error.filename}: cannot be read ({error.strerror}); change its permissions, or name the files without it"
+            f"{error.filename}: cannot be read ({error.strerror}); change its permissions, or list the other files"
         )
 
     seen = set()
     for at, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         here = os.stat(at)
-        if (here.st_dev, here.st_ino) in seen:  # a link back
+        if (here.st_dev, here.st_ino) in seen:  # a cycle of links
             folders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
@@ -188,7 +188,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _is_input(path: Path, root: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-    if hidden or ours(path) or path.name in _DESCRIPTIONS or kind_of(path)[0] is None or path.is_dir():
+    if hidden or ours(path) or path.name in _METADATA or kind_of(path)[0] is None or path.is_dir():
         return False
     if not path.exists():
         raise UserError(f"{path}: a link to a file that does not exist; download it, or remove the link")
@@ -205,7 +205,9 @@ def _chosen(paths: list[Path], root: Path, asked: Sequence[str], found: Found, k
     if asked == ["all"]:
         return natural_order.natural([*chosen, *rest])
     if rest:
-        found.notes.append(f"skipped: {natural_order.in_words(rest)}: of no split (--split all takes them)")
+        found.notes.append(
+            f"skipped: {natural_order.format_names(rest)}: they belong to no split (--split all converts them)"
+        )
     return chosen
 
 
@@ -220,7 +222,7 @@ def _of_splits(
 
 
 def kind_of(path: Path) -> tuple[str | None, str, str]:
-    """Kind, compression and delimiter by a name's endings. The kind is None if they are not known."""
+    """Format, compression and delimiter by a path's suffixes. The format is None if unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = _COMPRESSIONS.get(suffixes[-1], "") if suffixes else ""
     rest = suffixes[:-1] if compression else suffixes
@@ -243,11 +245,11 @@ def _source(path: Path, split_lines: bool, input_format: str, encoding: str) -> 
         if input_format:
             kind, delimiter = ("csv", "\t") if input_format == "tsv" else (input_format, ",")
         if kind is None:
-            advice = "say what it contains with --input_format jsonl (or " + ", ".join(FORMATS[1:]) + ")"
+            advice = "give its format with --input_format jsonl (or " + ", ".join(FORMATS[1:]) + ")"
             if pipe:
-                raise UserError(f"{path}: a pipe has no name that says what it contains; {advice}")
+                raise UserError(f"{path}: the format of a pipe is unknown; {advice}")
             raise UserError(
-                f"{path}: of no known kind; the name must end in {', '.join(KINDS)}, with or without .gz or .zst, or {advice}"
+                f"{path}: unknown format; the name must end in {', '.join(KINDS)}, with or without .gz or .zst, or {advice}"
             )
         spool = _spooled(path) if pipe else ""
         source = Source(
@@ -275,16 +277,16 @@ def _source(path: Path, split_lines: bool, input_format: str, encoding: str) -> 
         and not encoding
         and (name := encodings.utf_16_without_mark(head, 0.7))
     ):
-        raise UserError(
-            f"{path}: not UTF-8, with a 0 in every other byte; it looks like UTF-16. Give --encoding {name}"
-        )
+        raise UserError(f"{path}: not UTF-8: every other byte is 0; it looks like UTF-16. Give --encoding {name}")
     if kind in ("json", "jsonl") and (read_as := _lines_or_array(source)):
         kind = read_as
     return dataclasses.replace(source, kind="lines" if kind == "txt" and split_lines else kind)
 
 
 def _spooled(path: Path) -> str:
-    """A temporary file without a name with all that a pipe gives; it is there as long as this process and those that it starts."""
+    """Read a pipe into an unnamed temporary file, which exists as long as this process and its
+    children.
+    """
     target = os.open(_temporary_folder(), os.O_TMPFILE | os.O_RDWR)
     with full_disk(_temporary_folder(), "Set TMPDIR to a larger disk"), open(path, "rb", 0) as pipe:
         while block := pipe.read(1 << 20):
@@ -300,24 +302,26 @@ def _temporary_folder() -> str:
 
 
 def _lines_or_array(source: Source) -> str:
-    """jsonl or json by what a file begins with: many a .json contains lines, and many a .jsonl an array. "": as it is named."""
+    """jsonl or json by the beginning of a file, as suffixes are often wrong; "": as its suffix
+    says.
+    """
     try:
         with open_source(source) as (file, _):
             head = file.read(1 << 16).removeprefix(BOM).lstrip()
     except UserError:
-        return ""  # corrupt: reading it will say so
+        return ""  # corrupt, reported when it is read
     if head[:1] == b"{":
         return "jsonl"
     return "json" if head[:1] == b"[" and not text_readers.is_json_line(head) else ""
 
 
 def _with_encoding(found: Found, encoding: str) -> list[Source]:
-    """The sources with the encoding that was asked for, but those that are UTF-8 as they are. Raises UserError if no source is text."""
+    """The sources with `encoding` set on text files that are not UTF-8. Raises UserError if no
+    source is text.
+    """
     text = [source for source in found.sources if source.kind in source_file.TEXT]
     if not text:
-        raise UserError(
-            f"--encoding {encoding}: parquet and arrow files have an encoding of their own; leave the flag out"
-        )
+        raise UserError(f"--encoding {encoding}: parquet and arrow files define their own encoding; drop the flag")
     utf8 = {source.path for source in text if encodings.is_utf8_text(source, encoding)}
     if utf8 and len(utf8) < len(text):
         found.notes.append(
@@ -334,5 +338,5 @@ def _with_encoding(found: Found, encoding: str) -> list[Source]:
 
 
 def splits_of(found: Found) -> dict[str, Any] | None:
-    """The splits as a manifest names them."""
+    """The splits as recorded in the manifest."""
     return {"used": found.used, "omitted": found.omitted} if found.used else None

@@ -1,4 +1,6 @@
-"""Splits of data sets: which files are training data, by the datasets library's own description or, as on the Hub, by names."""
+"""Dataset splits: which files are training data, by the metadata of the datasets library or, as on
+the Hub, by file names.
+"""
 
 import json
 import re
@@ -20,7 +22,7 @@ _SHARDED = re.compile(r"(?:.*[-./])?([\w+]+)-\d{5}-of-\d{5}")
 
 
 def parse(split: str) -> list[str]:
-    """The names of --split, in lower case; none: train."""
+    """The names in --split, in lower case."""
     return [name.strip().casefold() for name in split.split(",") if name.strip()]
 
 
@@ -31,10 +33,11 @@ def family(name: str) -> str:
 
 
 def choose(names: Sequence[str], asked: Sequence[str], where: Path) -> list[str]:
-    """The splits to take: those asked for by their name or by what they are (dev for validation); else the one for training.
+    """The splits to convert: those requested by name or family (dev for validation), by default the
+    training split.
 
     Raises:
-        UserError: none is for training, or it is not clear which.
+        UserError: there is no training split, or several.
     """
     if "all" in asked:
         return list(names)
@@ -55,10 +58,12 @@ def choose(names: Sequence[str], asked: Sequence[str], where: Path) -> list[str]
 
 
 def of_files(paths: Sequence[Path], root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-    """Files by split, in their order, and those of none. No splits are seen where the names do not speak of training and something else.
+    """Group files by split, and list those without one. There are no splits unless names indicate
+    training and another split.
 
-    As on the Hub: README.md may say it (`configs: … data_files:`); else `NAME-00000-of-00003` is of the split NAME, and train, test, dev and
-    their like as a word of a file's or folder's name are a split.
+    As on the Hub: by README.md (`configs: … data_files:`) if it lists them; otherwise
+    `NAME-00000-of-00003` belongs to split NAME, and train, test, dev and the like as a word in a
+    file or folder name indicate a split.
     """
     if described := _described(paths, root):
         return described
@@ -73,14 +78,16 @@ def of_files(paths: Sequence[Path], root: Path) -> tuple[dict[str, list[Path]], 
         rest += [path for name, some in found.items() if not family(name) for path in some]
         found = {name: some for name, some in found.items() if family(name)}
         if len(rest) > len(paths) / 2 or (rest and "train" not in families):
-            return {}, list(paths)  # stories whose titles have such words
+            return {}, list(paths)  # probably titles that contain such words
     if not families & {"validation", "test"}:
         return {}, list(paths)
     return found, natural_order.natural(rest)
 
 
 def _split_of(path: Path) -> tuple[str, bool]:
-    """The split that a path names, "" for none, and whether it is one of numbered parts of it."""
+    """The split that a path indicates ("" for none), and whether it is a numbered shard
+    (`NAME-00000-of-00003`).
+    """
     stem = path.name.split(".")[0] if not path.name.startswith(".") else path.name
     if match := _SHARDED.fullmatch(stem):
         return match[1], True
@@ -91,7 +98,7 @@ def _split_of(path: Path) -> tuple[str, bool]:
 
 
 def _described(paths: Sequence[Path], root: Path) -> tuple[dict[str, list[Path]], list[Path]] | None:
-    """The splits that the front matter of a Hub folder's README.md names; None if it names none."""
+    """The splits listed in the front matter of a Hub folder's README.md; None if there are none."""
     try:
         text = (root / "README.md").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -125,10 +132,11 @@ def _described(paths: Sequence[Path], root: Path) -> tuple[dict[str, list[Path]]
 
 
 def dataset(folder: Path) -> dict[str, list[Path]]:
-    """The arrow files by split of a folder that save_to_disk of the datasets library wrote; empty if it is no such folder.
+    """The arrow files, by split, of a folder written by save_to_disk of the datasets library; empty
+    for other folders.
 
     Raises:
-        UserError: its description is corrupt, or names files outside it.
+        UserError: its metadata is corrupt, or refers to files outside it.
     """
     description = folder / "dataset_dict.json"
     if description.is_file():
@@ -151,7 +159,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _inside(name: Any, where: Path, ending: str) -> str:
-    """A name out of a downloaded file. Raises UserError if it could be anything but a file or folder beside that."""
+    """Validate a name read from downloaded metadata. Raises UserError unless it is a plain file or
+    folder name.
+    """
     if (
         not isinstance(name, str)
         or not name

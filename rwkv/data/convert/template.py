@@ -1,4 +1,6 @@
-"""Conversations to text by a Jinja template, with what the assistant says marked: that is what contributes to the loss."""
+"""Render conversations with a chat template, and mark the assistant's parts, which contribute to
+the loss.
+"""
 
 import json
 import re
@@ -16,17 +18,20 @@ from rwkv.data.convert.sandbox import Sandbox, TooMuch, bounded
 from rwkv.errors import UserError
 
 _MARKS = re.compile(r"<\|im_(?:start|end)\|>")
-_LARGEST = 1 << 26  # characters of a rendered conversation
+_MAX_CHARACTERS = 1 << 26  # of a rendered conversation
 
 
 class Template:
-    """A chat template: `world`, `chatml`, or a Jinja file that gets `messages`, a list of {role, content}.
+    """A chat template: `world`, `chatml`, or a Jinja file that is rendered with `messages`, a list
+    of {role, content}.
 
-    As in transformers, `{% generation %} … {% endgeneration %}` stands around what the assistant says, its end included. A template that names
-    `tools`, `tool_calls` or `reasoning_content` gets them; for others they are part of the text. The filter `fold` removes blank lines.
+    As in transformers, `{% generation %} … {% endgeneration %}` encloses what the assistant says,
+    including its end marker. A template that mentions `tools`, `tool_calls` or `reasoning_content`
+    gets them as variables; otherwise they are inserted into the text. The filter `fold` removes
+    blank lines.
 
     Raises:
-        UserError: no such file, not Jinja, or no generation block in it.
+        UserError: no such file, not Jinja, or no generation block.
     """
 
     def __init__(self, name: str):
@@ -37,7 +42,8 @@ class Template:
             self._compile(name, self._text)
 
     def _compile(self, name: str, text: str) -> None:
-        self._mark = secrets.token_hex(16)  # a separator that no text can hold by chance; it never reaches the output
+        # separates generation blocks; random, so that no text contains it
+        self._mark = secrets.token_hex(16)
         environment = Sandbox(extensions=[_Generation, "jinja2.ext.loopcontrols"], trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise
         environment.filters["tojson"] = _tojson
@@ -49,11 +55,11 @@ class Template:
                 self._template = environment.from_string(text)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{name}, line {error.lineno}: not a Jinja template ({error.message})") from error
-        except Exception as error:  # constants are computed while a template is compiled
+        except Exception as error:  # Jinja evaluates constant expressions while compiling
             raise UserError(f"{name}: not a usable template ({_reason(error)})") from error
         if ("name", "generation") not in words:
             raise UserError(
-                f"{name}: marks nothing as the assistant's; put {{% generation %}} and {{% endgeneration %}} around what contributes to the loss"
+                f"{name}: has no generation block; put {{% generation %}} and {{% endgeneration %}} around what contributes to the loss"
             )
         known = {value for kind, value in words if kind in ("name", "string")}
         self._gets = {
@@ -70,10 +76,10 @@ class Template:
             self._compile(*state)
 
     def segments(self, conversation: Conversation) -> list[tuple[str, bool]]:
-        """The text of a conversation in consecutive segments, each with whether it contributes to the loss.
+        """The text of a conversation as consecutive (text, contributes to the loss) segments.
 
         Raises:
-            BadRecord: the template refuses it, fails, or does not end.
+            BadRecord: the template rejects it, fails, or exceeds a limit.
         """
         messages = (
             _with_tools(conversation) if conversation.tools and "tools" not in self._gets else conversation.messages
@@ -88,21 +94,21 @@ class Template:
             with bounded():
                 text = self._template.render(messages=given, tools=conversation.tools or None)
         except jinja2.TemplateError as error:
-            raise BadRecord(f"the chat template refuses it ({_reason(error)})") from error
+            raise BadRecord(f"the chat template rejects it ({_reason(error)})") from error
         except Exception as error:
             raise BadRecord(f"the chat template fails: {_reason(error)}") from error
-        if len(text) > _LARGEST:
-            raise BadRecord(f"the chat template makes {len(text):,} characters of it, more than {_LARGEST:,}")
+        if len(text) > _MAX_CHARACTERS:
+            raise BadRecord(f"the chat template renders it to {len(text):,} characters, more than {_MAX_CHARACTERS:,}")
         parts = encodable(text).split(self._mark)
         marked = [index for index, _ in enumerate(parts) if index % 2]
         flags = dict(zip(marked, self._trained(messages, len(marked)), strict=True))
         return [(part, flags.get(index, False)) for index, part in enumerate(parts) if part]
 
     def _trained(self, messages: list[Message], blocks: int) -> list[bool]:
-        """For each generation block whether it contributes."""
+        """Whether each generation block contributes to the loss."""
         if any(message.train for message in messages if message.role != roles.ASSISTANT):
             raise BadRecord(
-                "a message of another role than assistant is to be trained on, which only the templates world and chatml can do"
+                "a message that is not the assistant's is to be trained on, which only the templates world and chatml support"
             )
         flags = [message.train is not False for message in messages if message.role == roles.ASSISTANT]
         if all(flags):
@@ -131,7 +137,7 @@ class Template:
 
 
 def _with_tools(conversation: Conversation) -> list[Message]:
-    """The messages, with the tools at the end of the system message."""
+    """The messages, with the tools appended to the system message."""
     lines = [encodable(tool) if isinstance(tool, str) else _json(tool) for tool in conversation.tools]
     text = "\n".join(["<tools>", *lines, "</tools>"])
     first, *rest = conversation.messages
@@ -141,12 +147,14 @@ def _with_tools(conversation: Conversation) -> list[Message]:
 
 
 def _world(role: str, content: str) -> tuple[str, str, str]:
-    """A turn of World models: what comes before the message, the message with what ends it, and what comes after. A blank line ends a turn."""
+    """A turn in the World models' format: (before the message, message with its end marker, after).
+    A blank line ends a turn.
+    """
     return f"{role.capitalize()}:", f" {roles.fold(content)}\n\n", ""
 
 
 def _chatml(role: str, content: str) -> tuple[str, str, str]:
-    """The same for ChatML."""
+    """A turn in ChatML, as `_world`."""
     if found := _MARKS.search(content):
         raise BadRecord(f"a message contains {found[0]}, which separates messages in chatml")
     return f"<|im_start|>{role}\n", f"{content.strip()}<|im_end|>", "\n"
@@ -156,7 +164,9 @@ _BUILT_IN = {"world": _world, "chatml": _chatml}
 
 
 def _joined(messages: list[Message], turns: list[tuple[str, str, str]]) -> list[tuple[str, bool]]:
-    """Segments of the turns. What the assistant says is one of its own also where it does not contribute: generation tokenises it so."""
+    """Segments of the turns. An assistant message is always a separate segment, as generation
+    tokenises it separately.
+    """
     found, context = [], ""
     for message, (before, text, after) in zip(messages, turns, strict=True):
         context += before
@@ -192,7 +202,7 @@ def _json(value: Any) -> str:
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """As in transformers: Jinja's own escapes what HTML needs escaped."""
+    """transformers' filter; Jinja's own escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

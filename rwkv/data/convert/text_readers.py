@@ -1,4 +1,6 @@
-"""Read jsonl, lines of text, JSON arrays and CSV into batches of lines or records, in order and in bounded memory."""
+"""Read jsonl, lines of text, JSON arrays and CSV into batches of lines or records, in order and in
+bounded memory.
+"""
 
 import contextlib
 import csv
@@ -17,7 +19,9 @@ from rwkv.errors import UserError
 
 
 def is_json_line(head: bytes) -> bool:
-    """Whether the beginning of a file is a whole JSON value on a line, and more lines follow it."""
+    """Whether the beginning of a file is a complete JSON value on one line, followed by more
+    lines.
+    """
     line, newline, rest = head.partition(b"\n")
     if not newline or not rest.strip():
         return False
@@ -33,7 +37,7 @@ def _lines(
 ) -> Iterator[tuple[dict, None]]:
     first, count = True, 0
     while data := file.read(source_file.CHUNK):
-        # A chunk ends with a line. Where it is, only counts if there is no end in sight.
+        # A chunk ends at the end of a line.
         data += read_line(source, file, f"after line {count + data.count(10)}")
         count += data.count(10)
         yield {"lines": data.removeprefix(BOM) if first else data}, None
@@ -43,15 +47,17 @@ def _lines(
 def _array(
     source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[int, int]
 ) -> Iterator[tuple[dict, None]]:
-    """A JSON array, element by element. The buffer holds a block or the longest element, whichever is longer.
+    """Read a JSON array element by element. The buffer holds one block or the longest element,
+    whichever is longer.
 
-    By the standard library: ijson puts `?` for half of a surrogate pair and stops at NaN and at long numbers.
+    Uses the standard library: ijson replaces lone surrogates by `?` and fails on NaN and long
+    numbers.
     """
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     decode, buffer, at, number, ended = DECODER.raw_decode, "", 0, 0, False
 
     def expect(characters: str) -> str:
-        """The next character that is no space, which must be one of these."""
+        """The next non-space character, which must be one of `characters` if given."""
         nonlocal buffer, at
         while True:
             while at < len(buffer) and buffer[at] in " \t\r\n":
@@ -68,7 +74,7 @@ def _array(
         return buffer[at]
 
     def more() -> bool:
-        """Read on; whether there was anything."""
+        """Read another block into the buffer; False at the end of the file."""
         nonlocal buffer, at
         if len(buffer) - at > source.max_record:
             source.refuse_size(f"element {number + 1}")
@@ -77,7 +83,7 @@ def _array(
         return bool(block)
 
     def skip() -> None:
-        """Pass an element that is nested too deeply for the decoder: to the bracket that closes its first."""
+        """Skip an element that is nested too deeply for the decoder, to its closing bracket."""
         nonlocal at
         depth, in_string, i = 0, False, at
         while True:
@@ -111,7 +117,7 @@ def _array(
             element: Any
             try:
                 element, end = decode(buffer, at)
-                if end == len(buffer) and more():  # a number may go on
+                if end == len(buffer) and more():  # a number may continue
                     continue
                 element = repeated(buffer[at:end], element) or element
                 at += end - at
@@ -131,7 +137,9 @@ def _array(
             ended = expect(",]") == "]"
             at += 1
         if (buffer[at:] + text.read(source_file.CHUNK)).strip():
-            raise UserError(f"{source.path}: something follows the array, after element {number}; one array a file")
+            raise UserError(
+                f"{source.path}: there is data after the array, after element {number}; a file must contain one array"
+            )
 
     try:
         for batch in batches(source, rows()):
@@ -149,14 +157,14 @@ def _csv(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[in
     line = 1
 
     def lines() -> Iterator[str]:
-        size = 0  # of a record, which may have several lines
+        size = 0  # of the current record, which may span several lines
         while some := text.readline(source.max_record + 1):
             size = size + len(some) if record == line else len(some)
             if size > source.max_record:
                 source.refuse_size(f"line {line}")
             yield some
 
-    record = 0  # the line where the record begins that the reader is in
+    record = 0  # first line of the current record
     limit = csv.field_size_limit(sys.maxsize)  # lines are limited above
     try:
         feed = lines()
@@ -175,7 +183,7 @@ def _csv(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[in
                 if len(row) == len(header):
                     yield line, keep_fields(dict(zip(header, row, strict=True)), fields)
                 elif row:
-                    yield line, BadRecord(f"{len(row)} fields, and the header has {len(header)}")
+                    yield line, BadRecord(f"{len(row)} fields, but the header has {len(header)}")
                 line = record = reader.line_num + 1
 
         for batch in batches(source, rows()):
@@ -189,7 +197,9 @@ def _csv(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[in
 
 
 def _delimiter(source: Source, header: str, fields: Sequence[str]) -> str:
-    """The delimiter that the name says, unless the header has the column only with another one that spreadsheets write."""
+    """The delimiter implied by the file name, or another common one if only that yields a header
+    with one of the fields.
+    """
     for delimiter in dict.fromkeys((source.delimiter, "\t", ";", ",")):
         with contextlib.suppress(csv.Error, StopIteration):
             if set(fields) & set(next(csv.reader([header], delimiter=delimiter))):

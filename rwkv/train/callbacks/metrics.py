@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rwkv.config import TrainConfig
-from rwkv.data.dataset import HeldOut
+from rwkv.data.dataset import ValidationSamples
 from rwkv.files import full_disk
 from rwkv.train.callbacks import dashboards
 from rwkv.train.callbacks.curve import Curve
@@ -71,7 +71,9 @@ class Metrics(pl.Callback):
         curve: what all lines add up to, those before this start included (on rank 0).
     """
 
-    def __init__(self, config: TrainConfig, home: Home, watch: MemoryMonitor, held_out: HeldOut | None = None):
+    def __init__(
+        self, config: TrainConfig, home: Home, watch: MemoryMonitor, held_out: ValidationSamples | None = None
+    ):
         self._watch = watch
         self.config, self._home, self._held_out = config, home, held_out
         self.curve = Curve()

@@ -5,13 +5,13 @@ import math
 import torch
 from torch.utils.data import DataLoader
 
-from rwkv.data.dataset import HeldOut
+from rwkv.data.dataset import ValidationSamples
 from rwkv.train.loop.module import TrainingModule
 from rwkv.train.runtime import strategy
 
 
 @torch.no_grad()
-def held_out_loss(module: TrainingModule, samples: HeldOut, batch_size: int) -> float:
+def held_out_loss(module: TrainingModule, samples: ValidationSamples, batch_size: int) -> float:
     """Mean cross-entropy in nats over the counted targets of all samples, over all ranks, without dropout; nan where nothing counts.
 
     Draws no random number, so that a run is the same with and without it.

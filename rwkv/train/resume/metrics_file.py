@@ -12,7 +12,7 @@ from rwkv.files import whole
 from rwkv.train.console import say
 
 NAME = "metrics.jsonl"
-_LONGEST = 1 << 20  # bytes; a longer line was not written by a run
+_MAX_DOCUMENT = 1 << 20  # bytes; a longer line was not written by a run
 
 
 def parse(raw: bytes) -> dict[str, Any] | None:
@@ -44,9 +44,9 @@ def read(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
     """The lines of the file that have an end: where each ends in the file, its bytes, and what `parse` makes of them."""
     with open(path, "rb") as file:
         end = 0
-        while raw := file.readline(_LONGEST):
+        while raw := file.readline(_MAX_DOCUMENT):
             cut = False
-            while not raw.endswith(b"\n") and (more := file.readline(_LONGEST)):
+            while not raw.endswith(b"\n") and (more := file.readline(_MAX_DOCUMENT)):
                 end, raw, cut = end + len(raw), more, True
             end += len(raw)
             if raw.endswith(b"\n"):

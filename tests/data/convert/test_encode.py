@@ -1,4 +1,6 @@
-"""Chats and instruction data end to end: the tokens, their mask, what is skipped, refused and counted."""
+"""Encoding of chats and instruction data: tokens, loss mask, skipped and rejected records,
+statistics.
+"""
 
 import json
 from pathlib import Path
@@ -21,7 +23,9 @@ def run(path, **flags):
 
 
 def marked(done):
-    """The documents, with ⟦ ⟧ around the tokens that contribute to the loss and ∎ for the end-of-document token."""
+    """The documents, with ⟦ ⟧ around the tokens that contribute to the loss and ∎ for the
+    end-of-document token.
+    """
     data = Dataset(done.pairs[0][0])
     mask = np.ones(len(data.tokens), np.uint8) if data.mask is None else data.mask
     found = []
@@ -37,7 +41,7 @@ def marked(done):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_chats_and_text_with_a_mask(tmp_path, write_jsonl, workers):
+def test_chats_and_text_with_mask(tmp_path, write_jsonl, workers):
     path = write_jsonl(CHAT, {"text": "plain"}, {"instruction": "q", "input": "", "output": "a"}, name="c.jsonl")
     done = run(path, workers=workers)
     assert done.masked
@@ -54,7 +58,8 @@ def test_chats_and_text_with_a_mask(tmp_path, write_jsonl, workers):
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        # https://github.com/axolotl-ai-cloud/axolotl/issues/752: role names differ between data sets; nothing of these was trained on
+        # https://github.com/axolotl-ai-cloud/axolotl/issues/752: role names differ between data
+        # sets; nothing of these was trained on
         (
             {"messages": [{"role": "User", "content": "1+1?"}, {"role": "Assistant", "content": "2"}]},
             "User: 1+1?\n\nAssistant:⟦ 2\n\n∎⟧",
@@ -77,7 +82,8 @@ def test_chats_and_text_with_a_mask(tmp_path, write_jsonl, workers):
             },
             "User: 1+1?\n\nAssistant:⟦ <think>one and one</think>\n2\n\n∎⟧",
         ),
-        # https://github.com/JL-er/RWKV-PEFT/issues/55: a blank line inside a turn looks like its end
+        # https://github.com/JL-er/RWKV-PEFT/issues/55: a blank line inside a turn looks like its
+        # end
         (
             {"messages": [{"role": "user", "content": "a\n\nb\r\nc"}, {"role": "assistant", "content": "d\n\n\ne\n"}]},
             "User: a\nb\nc\n\nAssistant:⟦ d\ne\n\n∎⟧",
@@ -90,11 +96,11 @@ def test_chats_and_text_with_a_mask(tmp_path, write_jsonl, workers):
         ({"kind": "NLI", "input": "q", "target": "a"}, "User: q\n\nAssistant:⟦ a\n\n∎⟧"),
     ],
 )
-def test_reports_of_users(write_jsonl, record, expected):
+def test_user_reported_records(write_jsonl, record, expected):
     assert marked(run(write_jsonl(record))) == [expected]
 
 
-def test_every_kind_of_file_and_a_key_of_its_own(tmp_path):
+def test_all_file_formats_and_keys(tmp_path):
     import pyarrow
     from pyarrow import parquet
 
@@ -116,7 +122,7 @@ def test_every_kind_of_file_and_a_key_of_its_own(tmp_path):
         assert marked(run(tmp_path / name)) == ["User: q\n\nAssistant:⟦ a\n\n∎⟧"]
 
 
-def test_blank_texts_and_empty_conversations_are_skipped_and_counted(write_jsonl):
+def test_blank_records_skipped_and_counted(write_jsonl):
     empty = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": " \n"}]}
     path = write_jsonl(
         CHAT,
@@ -135,12 +141,13 @@ def test_blank_texts_and_empty_conversations_are_skipped_and_counted(write_jsonl
         "note: skipped conversations without messages: 1",
     ]
     assert [text for text, _ in texts(ConvertConfig(input=str(path)))[0]] == ["User: 1+1?\n\nAssistant: 2\n\n"]
-    with pytest.raises(UserError, match=r"holds no document\. .* Skipped blank texts: 1"):
+    with pytest.raises(UserError, match=r"contains no document\. .* Skipped blank texts: 1"):
         run(write_jsonl({"text": " "}, name="b.jsonl"))
 
 
-def test_documents_without_an_answer_are_counted_and_warned_of(write_jsonl):
-    # https://github.com/axolotl-ai-cloud/axolotl/issues/1761: labels that are all masked make NaN, or nothing is learned
+def test_warning_for_documents_without_answer(write_jsonl):
+    # https://github.com/axolotl-ai-cloud/axolotl/issues/1761: labels that are all masked make NaN,
+    # or nothing is learned
     question = {"messages": CHAT["messages"][:1]}
     done = run(write_jsonl(question, question))
     assert done.report[-1].startswith("warning: 2 of 2 documents contain no token that contributes to the loss")
@@ -150,7 +157,7 @@ def test_documents_without_an_answer_are_counted_and_warned_of(write_jsonl):
     assert len(report) == 3
 
 
-def test_an_unknown_role_is_refused_by_line(write_jsonl):
+def test_unknown_role(write_jsonl):
     bad = {"messages": [{"role": "user", "content": "a"}, {"role": "narrator", "content": "b"}]}
     path = write_jsonl(CHAT, bad)
     with pytest.raises(
@@ -162,7 +169,7 @@ def test_an_unknown_role_is_refused_by_line(write_jsonl):
     assert (done.rejects, done.pairs[0][1]) == (1, 1)
 
 
-def test_any_record_that_cannot_be_converted_is_refused_by_line_or_skipped(tmp_path, write_jsonl):
+def test_unconvertible_record_error_or_skip(tmp_path, write_jsonl):
     template = tmp_path / "t.jinja"
     template.write_text(
         "{{ 1 / (messages | length - 1) }}{% generation %}{{ messages[-1].content }}{% endgeneration %}"
@@ -187,7 +194,7 @@ def test_any_record_that_cannot_be_converted_is_refused_by_line_or_skipped(tmp_p
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_template_that_does_not_end_for_one_record_costs_that_record(tmp_path, write_jsonl, monkeypatch, workers):
+def test_template_timeout_rejects_one_record(tmp_path, write_jsonl, monkeypatch, workers):
     monkeypatch.setattr(sandbox, "SECONDS", 0.2)
     template = tmp_path / "t.jinja"
     template.write_text(
@@ -201,7 +208,7 @@ def test_a_template_that_does_not_end_for_one_record_costs_that_record(tmp_path,
     assert "has not ended after 0.2 seconds" in done.rejects_file.read_text()
 
 
-def test_a_key_that_occurs_twice_is_refused(tmp_path):
+def test_duplicate_key(tmp_path):
     path = tmp_path / "x.jsonl"
     for line in (
         '{"text": "a", "text": "b"}',
@@ -225,14 +232,14 @@ def test_a_key_that_occurs_twice_is_refused(tmp_path):
     assert run(path).pairs[0][1] == 1
 
 
-def test_a_chat_among_texts_is_refused_unless_a_template_is_asked_for(write_jsonl):
+def test_chat_among_texts(write_jsonl):
     path = write_jsonl({"text": "a"}, CHAT)
     with pytest.raises(UserError, match=r"line 2: no \"text\" \(it has 'messages'\).*give --chat_template world"):
         run(path)
     assert run(path, chat_template="world").masked
 
 
-def test_texts_and_chats_in_files_of_their_own(tmp_path):
+def test_texts_and_chats_in_separate_files(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "in/b.txt").write_text("b")
@@ -240,20 +247,20 @@ def test_texts_and_chats_in_files_of_their_own(tmp_path):
     assert marked(run(tmp_path / "in")) == ["⟦a∎⟧", "⟦b∎⟧", "User: q\n\nAssistant:⟦ c\n\n∎⟧"]
 
 
-def test_questions_and_answers_are_not_taken_apart_unless_told(write_jsonl):
+def test_jsonl_keys_do_not_split_pairs(write_jsonl):
     path = write_jsonl({"instruction": "q", "input": "", "output": "a"})
     for keys in ("instruction,output", "instruction"):
         with pytest.raises(
-            UserError, match=r"would take questions and answers apart, and the records are conversations \(alpaca\)"
+            UserError, match=r"would separate questions from answers, but the records are conversations \(alpaca\)"
         ):
             run(path, jsonl_keys=keys)
     assert len(run(path, jsonl_keys="instruction,output", format="text").pairs) == 2
     assert marked(run(path, jsonl_keys="output")) == ["⟦a∎⟧"]
-    with pytest.raises(UserError, match="--format text has no chats"):
+    with pytest.raises(UserError, match="--format text and --chat_template"):
         run(path, format="text", chat_template="world")
 
 
-def test_answers_of_plain_text(write_jsonl):
+def test_mask_answers_of_plain_text(write_jsonl):
     turns = {"text": "User: 1?\n\nAssistant: 2\n\nUser: 3\n\nAssistant: 4"}
     done = run(write_jsonl(turns, {"text": "A novel."}), mask="answers")
     assert marked(done) == ["User: 1?\n\nAssistant:⟦ 2\n\n⟧User: 3\n\nAssistant:⟦ 4∎⟧", "⟦A novel.∎⟧"]
@@ -272,14 +279,14 @@ def test_no_mask(tmp_path, write_jsonl):
     assert not list(tmp_path.glob("*mask*"))
 
 
-def test_mojibake_is_repaired_before_blank_lines_are_folded(write_jsonl):
+def test_ftfy_before_fold(write_jsonl):
     record = {"messages": [{"role": "user", "content": "donâ€™t\u2028\u2028a"}, {"role": "assistant", "content": "2"}]}
     assert marked(run(write_jsonl(record), ftfy=True)) == ["User: don't\na\n\nAssistant:⟦ 2\n\n∎⟧"]
 
 
-def test_a_mask_is_not_replaced_unless_forced(tmp_path, write_jsonl):
+def test_existing_mask_needs_force(tmp_path, write_jsonl):
     path = write_jsonl(CHAT)
     (tmp_path / "text_text_mask.bin").write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"text_text_mask.bin exist"):
+    with pytest.raises(UserError, match=r"text_text_mask.bin already exist"):
         run(path, force=False)
     assert (tmp_path / "text_text_mask.bin").read_bytes() == b"mine"

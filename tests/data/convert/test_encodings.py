@@ -1,4 +1,4 @@
-"""Text that is not UTF-8 is recognised and named, and read with --encoding; line ends of Windows."""
+"""Text that is not UTF-8: detection, advice, --encoding; CRLF line endings."""
 
 import gzip
 import json
@@ -56,7 +56,7 @@ def stored(kind, texts, encoding):
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt"])
 @pytest.mark.parametrize(("text", "encoding", "advised", "name"), SAMPLES)
-def test_an_encoding_is_recognised_and_the_advice_works(tmp_path, kind, text, encoding, advised, name):
+def test_encoding_guess_and_advice(tmp_path, kind, text, encoding, advised, name):
     if encoding == "utf-16-le" and kind == "txt":
         text = "A" + text
     texts = [text] if kind == "txt" else [text, "plain", text * 3]
@@ -72,7 +72,7 @@ def test_an_encoding_is_recognised_and_the_advice_works(tmp_path, kind, text, en
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "txt", "csv"])
-def test_utf_16_is_named(tmp_path, kind):
+def test_utf16_detected(tmp_path, kind):
     (tmp_path / f"x.{kind}").write_bytes(stored(kind, [CHINESE], "utf-16"))
     with pytest.raises(UserError, match=r"it looks like UTF-16. Give --encoding utf-16"):
         converted(tmp_path / f"x.{kind}", tmp_path / "p")
@@ -80,7 +80,7 @@ def test_utf_16_is_named(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt"])
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_utf_16_without_a_mark_is_not_taken_for_utf_8(tmp_path, kind, encoding):
+def test_utf16_without_bom_detected(tmp_path, kind, encoding):
     """English in UTF-16 is valid UTF-8, with a NUL after every letter."""
     texts = ["It was the best of times"] if kind == "txt" else ["It was the best of times", "it was the worst of times"]
     (tmp_path / f"x.{kind}").write_bytes(stored(kind, texts, encoding))
@@ -91,7 +91,7 @@ def test_utf_16_without_a_mark_is_not_taken_for_utf_8(tmp_path, kind, encoding):
 
 @pytest.mark.parametrize("encoding", ["gbk", "gb18030", "big5", "shift_jis", "utf-16", "utf-32", "euc_jp"])
 @pytest.mark.parametrize("compressed", [False, True])
-def test_characters_at_the_borders_of_chunks_are_whole(tmp_path, monkeypatch, encoding, compressed):
+def test_multibyte_characters_at_chunk_boundaries(tmp_path, monkeypatch, encoding, compressed):
     text = JAPANESE if "j" in encoding else TRADITIONAL if encoding == "big5" else CHINESE
     texts = [text[i:] + "x" * (i % 3) for i in range(20)]
     content = stored("jsonl", texts, encoding)
@@ -105,7 +105,7 @@ def test_characters_at_the_borders_of_chunks_are_whole(tmp_path, monkeypatch, en
             )
 
 
-def test_a_folder_in_two_encodings_says_how_many_and_is_read(tmp_path, capsys):
+def test_folder_with_mixed_encodings(tmp_path, capsys):
     folder = tmp_path / "in"
     folder.mkdir()
     for i in range(1, 13):
@@ -119,7 +119,7 @@ def test_a_folder_in_two_encodings_says_how_many_and_is_read(tmp_path, capsys):
     assert "encoding: 3 files read as gbk, 9 are UTF-8 and read as such" in capsys.readouterr().err
 
 
-def test_utf_8_with_an_error_in_it_is_not_taken_for_another_encoding(tmp_path):
+def test_utf8_with_errors_not_misdetected(tmp_path):
     (tmp_path / "x.txt").write_bytes(CHINESE.encode() + b"\xff" + CHINESE.encode())
     with pytest.raises(
         UserError, match=r"x.txt: not UTF-8 .*; save the file as UTF-8, or give its encoding as --encoding NAME$"
@@ -128,7 +128,7 @@ def test_utf_8_with_an_error_in_it_is_not_taken_for_another_encoding(tmp_path):
     assert encodings.guess(CHINESE.encode()) == ""
 
 
-def test_a_line_that_is_not_valid_in_the_encoding_is_a_bad_record(tmp_path):
+def test_invalid_line_is_bad_record(tmp_path):
     lines = [json.dumps({"text": text}, ensure_ascii=False).encode("gbk") for text in ("一", "二", "三")]
     lines[1] = lines[1].replace("二".encode("gbk"), b"\xff\xff")
     (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines))
@@ -138,19 +138,19 @@ def test_a_line_that_is_not_valid_in_the_encoding_is_a_bad_record(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gb", "nonsense", "base64", "zlib", "rot13", "hex", "idna", "../gbk", "\0"])
-def test_what_is_no_text_encoding_is_refused(tmp_path, name):
+def test_unknown_encoding(tmp_path, name):
     (tmp_path / "x.txt").write_text("a")
     with pytest.raises(UserError, match=r"no such text encoding; for example gb18030"):
         converted(tmp_path / "x.txt", tmp_path / "p", encoding=name)
 
 
-def test_parquet_has_its_own_encoding(tmp_path):
+def test_encoding_flag_with_parquet(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"")
-    with pytest.raises(UserError, match=r"--encoding gbk: parquet and arrow files have an encoding of their own"):
+    with pytest.raises(UserError, match=r"--encoding gbk: parquet and arrow files define their own encoding"):
         converted(tmp_path / "x.parquet", tmp_path / "p", encoding="gbk")
 
 
-def test_line_ends_of_windows_become_newlines_in_txt(tmp_path):
+def test_crlf_normalised_in_txt(tmp_path):
     for name, content, expected in (
         ("windows.txt", b"\xef\xbb\xbfa\r\nb\r\n\r\nc", "a\nb\n\nc"),
         ("mac.txt", b"a\rb\rc", "a\nb\nc"),
@@ -161,5 +161,5 @@ def test_line_ends_of_windows_become_newlines_in_txt(tmp_path):
     assert converted(tmp_path / "windows.txt", tmp_path / "kept", keep_crlf=True) == ["a\r\nb\r\n\r\nc"]
     assert converted(tmp_path / "windows.txt", tmp_path / "p", split_lines=True) == ["a", "b", "c"]
     (remark,) = [text for text in inspect(Dataset(tmp_path / "kept_text_document"), 4, 1).remarks if "CRLF" in text]
-    assert "1 of 1 documents looked at have Windows line ends (CRLF)" in remark
+    assert "1 of 1 documents sampled have CRLF line endings" in remark
     assert not any("CRLF" in text for text in inspect(Dataset(Path(tmp_path / "p_text_document")), 4, 1).remarks)

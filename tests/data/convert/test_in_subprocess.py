@@ -1,4 +1,4 @@
-"""A conversion in another process does and says what it would in this one."""
+"""Conversion in a subprocess behaves like conversion in this process."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from rwkv.errors import UserError
 CHAT = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}
 
 
-def test_it_writes_the_same_files_and_reports_the_same(write_jsonl, tmp_path):
+def test_same_files_and_report(write_jsonl, tmp_path):
     source = write_jsonl(*[CHAT] * 20)
     here = convert(ConvertConfig(input=str(source), output_prefix=str(tmp_path / "here"), workers=2))
     report = in_subprocess.convert(ConvertConfig(input=str(source), output_prefix=str(tmp_path / "there"), workers=2))
@@ -26,14 +26,14 @@ def test_it_writes_the_same_files_and_reports_the_same(write_jsonl, tmp_path):
         assert (tmp_path / f"there_text_{end}").read_bytes() == (tmp_path / f"here_text_{end}").read_bytes()
 
 
-def test_errors_come_back_as_they_are(write_jsonl, tmp_path):
+def test_errors_propagate(write_jsonl, tmp_path):
     config = ConvertConfig(input=str(write_jsonl({"text": "a"}, {"text": 3})), output_prefix=str(tmp_path / "p"))
     with pytest.raises(UserError, match=r"text.jsonl, line 2: \"text\" is a int, not a string$"):
         in_subprocess.convert(config)
 
 
-def test_it_does_not_fork_a_process_that_has_threads(write_jsonl, tmp_path):
-    """Training's process has run torch by then: no process may be forked from it that does not become another program immediately."""
+def test_no_fork_with_threads(write_jsonl, tmp_path):
+    """The training process has threads: it may only start processes that exec immediately."""
     program = f"""
 import os, torch
 torch.rand(300, 300) @ torch.rand(300, 300)
@@ -47,7 +47,7 @@ in_subprocess.convert(ConvertConfig(input={str(write_jsonl({"text": "a"}))!r}, o
     assert len(Dataset(tmp_path / "p_text_document")) == 1
 
 
-def test_it_ends_with_the_process_that_started_it(tmp_path):
+def test_ends_with_parent(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     program = f"""

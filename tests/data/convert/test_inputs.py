@@ -1,4 +1,4 @@
-"""Documents come out of every kind of file as they went in; what cannot be read is named by file and place."""
+"""Documents of all file formats round-trip; errors name file and location."""
 
 import csv
 import gzip
@@ -15,7 +15,8 @@ from rwkv.data.convert import inputs, source_file, sources
 from rwkv.data.convert.jsonl import BadRecord
 from rwkv.errors import UserError
 
-TEXT = st.text(st.characters(blacklist_categories=["Cs"]), max_size=40).filter(str.strip)  # blank texts are skipped
+# blank texts are skipped
+TEXT = st.text(st.characters(blacklist_categories=["Cs"]), max_size=40).filter(str.strip)
 NO_NUL = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0")).filter(
     str.strip
 )  # csv of Python 3.10 refuses NUL
@@ -84,18 +85,19 @@ def small_chunks(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_unicode_comes_back(tmp_path, small_chunks, kind, compression, data):
+def test_unicode_roundtrip(tmp_path, small_chunks, kind, compression, data):
     strategy, write = KINDS[kind]
     texts = data.draw(st.lists(strategy, min_size=1, max_size=8))
     path = tmp_path / f"x.{kind}{compression}"
     path.write_bytes(COMPRESSIONS[compression](write(texts)))
     assert read(path) == texts
-    assert [text for i in range(3) for text in read(path, (i, 3))] == texts  # three shards have what one has
+    # three shards have what one has
+    assert [text for i in range(3) for text in read(path, (i, 3))] == texts
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(TEXT, min_size=1, max_size=8))
-def test_text_files_are_documents_as_they_are(tmp_path_factory, texts):
+def test_text_files_verbatim(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("txt")
     for i, text in enumerate(texts):
         (folder / f"{i}.txt").write_bytes(text.encode())
@@ -105,7 +107,7 @@ def test_text_files_are_documents_as_they_are(tmp_path_factory, texts):
 
 
 def save_to_disk(folder, texts):
-    """The layout of datasets' save_to_disk, in two files."""
+    """The layout of datasets' save_to_disk, with two files."""
     folder.mkdir(parents=True)
     names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
     for name, part in zip(names, (texts[:2], texts[2:]), strict=True):
@@ -116,7 +118,7 @@ def save_to_disk(folder, texts):
     (folder / "dataset_info.json").write_text("{}")
 
 
-def test_a_datasets_folder_is_read_by_its_state(tmp_path):
+def test_datasets_folder(tmp_path):
     save_to_disk(tmp_path / "one", ["a", "b", "c"])
     assert read(tmp_path / "one") == ["a", "b", "c"]
     save_to_disk(tmp_path / "two/train", ["a", "b", "c"])
@@ -128,7 +130,7 @@ def test_a_datasets_folder_is_read_by_its_state(tmp_path):
     assert read(tmp_path / "two/test") == ["d", "e", "f"]
 
 
-def test_files_globs_and_folders_in_the_order_given(tmp_path):
+def test_order_of_files_globs_and_folders(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "c.csv", "sub/d.txt", ".hidden.jsonl", "old.rejects.jsonl", "notes.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(
@@ -141,14 +143,14 @@ def test_files_globs_and_folders_in_the_order_given(tmp_path):
     assert read(tmp_path / "a,b.txt") == ["comma"]
 
 
-def test_a_json_file_of_lines_is_read_as_such_and_tsv_by_tabs(tmp_path):
+def test_json_lines_and_tsv_detected(tmp_path):
     (tmp_path / "x.json").write_bytes(as_jsonl(["a", "b"]))
     (tmp_path / "x.tsv").write_text('text\tid\n"a, ""b"""\t1\n')
     assert read(tmp_path / "x.json") == ["a", "b"]
     assert read(tmp_path / "x.tsv") == ['a, "b"']
 
 
-def test_json_of_any_kind_around_the_text(tmp_path):
+def test_json_values_around_text(tmp_path):
     deep = [
         {"text": "a", "n": float("nan"), "big": 10**40, "x": [{"y": "]}"}]},
         {"text": "\ud83d\ude00 \\", "z": "long " * 1000},
@@ -167,7 +169,7 @@ def test_json_of_any_kind_around_the_text(tmp_path):
         ("x.json", b'[{"text": "a"}, {"text": nope}]' + b" " * 200, r"x.json, element 2: not JSON \(Expecting value"),
         ("x.json", b'[{"text": "a"}', r"x.json: truncated after element 1"),
         ("x.json", b'[{"text": "a"} {"text": "b"}]', r"x.json: after element 1 there is '\{'"),
-        ("x.json", b'[{"text": "a"}]\n[{"text": "b"}]', r"x.json: something follows the array, after element 1"),
+        ("x.json", b'[{"text": "a"}]\n[{"text": "b"}]', r"x.json: there is data after the array, after element 1"),
         ("x.json", b'[{"text": "\xff"}]', r"x.json, after element 0: not UTF-8"),
         ("x.json", b"[" * 100_000, r"x.json, element 1: not JSON \(nested too deeply"),
         ("x.json", b"", r"x.json: truncated after element 0"),
@@ -181,11 +183,11 @@ def test_json_of_any_kind_around_the_text(tmp_path):
         ("x.jsonl.zst", zstd(as_jsonl(["a"] * 99))[:-9], r"x.jsonl.zst: corrupt or truncated"),
         ("x.jsonl.gz", b"plain", r"x.jsonl.gz: corrupt or truncated"),
         ("x.txt.gz", gzip.compress(b"a" * 99)[:-9], r"x.txt.gz: corrupt or truncated"),
-        ("x.md", b"", r"x.md: of no known kind; the name must end in .jsonl"),
+        ("x.md", b"", r"x.md: unknown format; the name must end in .jsonl"),
         ("sub/x.md", b"", r"a folder without a file that can be converted"),
     ],
 )
-def test_what_is_corrupt_is_named(tmp_path, name, data, complaint):
+def test_corrupt_file_error(tmp_path, name, data, complaint):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=complaint):
@@ -195,16 +197,16 @@ def test_what_is_corrupt_is_named(tmp_path, name, data, complaint):
 @pytest.mark.parametrize(
     ("spec", "complaint"), [("none.jsonl", "none.jsonl: no such file"), ("no*.jsonl", "matches no file")]
 )
-def test_what_is_missing_is_named(spec, complaint):
+def test_missing_file_error(spec, complaint):
     with pytest.raises(UserError, match=complaint):
         sources.find(spec)
 
 
-def test_bad_rows_stay_in_their_place(tmp_path):
+def test_bad_rows_keep_position(tmp_path):
     (tmp_path / "x.csv").write_text('id,text\n1,a\n2\n3,"c\nc"\n4,d,e\n')
     a, two, c, four = read(tmp_path / "x.csv")
     assert (a, c) == ("a", "c\nc")
-    assert (str(two), str(four)) == ("1 fields, and the header has 2", "3 fields, and the header has 2")
+    assert (str(two), str(four)) == ("1 fields, but the header has 2", "3 fields, but the header has 2")
     numbers = [
         number
         for chunk in inputs.chunks(sources.find(str(tmp_path / "x.csv")).sources, ["text"])
@@ -213,7 +215,7 @@ def test_bad_rows_stay_in_their_place(tmp_path):
     assert numbers == [2, 3, 4, 6]
 
 
-def test_a_line_is_read_by_the_chunk_in_which_it_begins(tmp_path, monkeypatch):
+def test_line_belongs_to_chunk_of_its_start(tmp_path, monkeypatch):
     lines = [b'{"text": "%s"}' % (b"x" * n) for n in (0, 1, 50, 3, 0, 200)]
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"\n".join(lines))

@@ -1,4 +1,4 @@
-"""Documents come out of jsonl as they are; a bad line is named by file and number."""
+"""jsonl: documents round-trip; errors name file and line."""
 
 import json
 
@@ -17,23 +17,23 @@ def read(path, key="text"):
 
 
 @given(texts=st.lists(st.text(st.characters(blacklist_categories=["Cs"])).filter(str.strip), min_size=1))
-def test_any_unicode_comes_back(tmp_path_factory, texts):
+def test_unicode_roundtrip(tmp_path_factory, texts):
     path = tmp_path_factory.mktemp("jsonl") / "x.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     assert read(path) == texts
 
 
-def test_blank_lines_empty_texts_crlf_bom_and_a_missing_last_newline_do_no_harm(tmp_path):
+def test_blank_lines_crlf_and_bom(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes('\ufeff\r\n{"text": "a"}\r\n\r\n{"text": ""}\r\n{"text": "b"}'.encode())
     assert read(path) == ["a", "b"]
 
 
-def test_a_list_of_texts_is_joined_by_blank_lines_and_keys_select(write_jsonl):
+def test_text_list_joined_and_key_selects(write_jsonl):
     assert read(write_jsonl({"body": ["a", "b"], "text": "no"}), "body") == ["a\n\nb"]
 
 
-def test_bytes_read_so_far_end_at_the_size_of_the_file(write_jsonl):
+def test_progress_reaches_file_size(write_jsonl):
     path = write_jsonl({"text": "a"}, {"text": "bc"})
     found, size = documents(ConvertConfig(input=str(path)))
     assert [done for _, done in found][-1] == size == path.stat().st_size
@@ -53,7 +53,7 @@ def test_bytes_read_so_far_end_at_the_size_of_the_file(write_jsonl):
         (b"[" * 100_000, "not JSON"),
     ],
 )
-def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, complaint):
+def test_bad_line_error(tmp_path, line, complaint):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"text": "good"}\n\n' + line + b"\n")
     with pytest.raises(UserError, match=rf"bad.jsonl, line 3: .*{complaint}"):
@@ -81,7 +81,7 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, complaint):
         (b'{"text": "a",}\n', r"line 1: not JSON: a comma before the closing \}; remove it"),
         (
             b'{"text": "a"}\n' + bytes(40) + b"\n",
-            r"line 2: not JSON: 40 NUL bytes, as a crash or a full disk leaves them",
+            r"line 2: not JSON: 40 NUL bytes, as left by a crash or a full disk",
         ),
         (
             b'{"text": "a"}\r{"text": "b"}\r{"text": "c"}',
@@ -105,7 +105,7 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, complaint):
         (b'["a"]\n["b"]\n', r'line 1: no "text" \(it is a list\)'),
     ],
 )
-def test_what_is_no_jsonl_is_named_for_what_it_is(tmp_path, content, complaint):
+def test_not_jsonl_explained(tmp_path, content, complaint):
     (tmp_path / "x.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=rf"x.jsonl, {complaint}"):
         read(tmp_path / "x.jsonl")
@@ -119,7 +119,7 @@ def test_what_is_no_jsonl_is_named_for_what_it_is(tmp_path, content, complaint):
         '\ufeff[{"text": "a"},\n{"text": "b"}]',
     ],
 )
-def test_a_jsonl_that_is_one_array_is_read(tmp_path, content):
+def test_jsonl_containing_array(tmp_path, content):
     (tmp_path / "x.jsonl").write_text(content, encoding="utf-8")
     assert read(tmp_path / "x.jsonl") == ["a", "b"]
 
@@ -132,22 +132,22 @@ def test_a_jsonl_that_is_one_array_is_read(tmp_path, content):
         ('[{"text": None}]', "None; JSON writes null"),
     ],
 )
-def test_what_is_wrong_in_an_array_is_named(tmp_path, content, complaint):
+def test_array_error(tmp_path, content, complaint):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(UserError, match=rf"x.json, element \d: not JSON \({complaint}"):
         read(tmp_path / "x.json")
 
 
-def test_ends_of_documents_of_other_models_are_counted(write_jsonl, tmp_path, byte_tokenizer):
+def test_foreign_eod_markers_counted(write_jsonl, tmp_path, byte_tokenizer):
     source = write_jsonl({"text": "a<|endoftext|>b<|endoftext|>"}, {"text": "c"}, {"text": "<|end_of_text|>"})
     flags = {"input": str(source), "output_prefix": str(tmp_path / "p"), "workers": 1}
     (warning,) = convert(ConvertConfig(**flags)).report
-    assert warning.startswith("warning: <|endoftext|> and the like in the texts")
+    assert warning.startswith("warning: <|endoftext|> or similar in the texts")
     assert warning.endswith(": 3")
     other = {"tokenizer_type": "HFTokenizer", "vocab_file": str(byte_tokenizer[0]), "force": True}
     assert convert(ConvertConfig(**flags, **other)).report == []
 
 
-def test_a_missing_file_is_refused(tmp_path):
+def test_missing_file(tmp_path):
     with pytest.raises(UserError, match="none.jsonl: no such file"):
         read(tmp_path / "none.jsonl")

@@ -1,4 +1,4 @@
-"""Messages of all dialects are read alike; what cannot be trained on is named."""
+"""Parsing of chat messages in all supported formats, and rejection of unsupported content."""
 
 import pytest
 
@@ -20,37 +20,39 @@ def test_openai_sharegpt_and_pairs():
         ("assistant", "b", None),
     ]
     pair = [("user", "a", None), ("assistant", "b", None)]
-    assert read({"human": "a", "assistant": "b"}) == read({"assistant": "b", "human": "a"}) == pair  # firefly, MOSS
+    # firefly, MOSS
+    assert read({"human": "a", "assistant": "b"}) == read({"assistant": "b", "human": "a"}) == pair
     assert read({"system": "", "input": "a", "output": "b"}) == pair  # xtuner
 
 
-def test_fields_that_are_null_are_absent():
+def test_null_is_absent():
     # what a column of parquet makes of messages with different fields
     one = {"role": "user", "content": "a", "tool_calls": None, "weight": None, "reasoning_content": None, "from": None}
     assert read(one) == [("user", "a", None)]
 
 
-def test_parts_of_text_are_joined_and_thinking_is_reasoning():
+def test_content_parts():
     parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     (message,) = messages.read([{"role": "assistant", "content": parts}], "messages")
     assert (message.content, message.reasoning) == ("ab", "hm")
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "Reasoning_Content"])
-def test_reasoning_by_its_names(key):
-    # https://github.com/fw-ai/cookbook/pull/378: it used to be dropped, and models never learned to produce it
+def test_reasoning_keys(key):
+    # https://github.com/fw-ai/cookbook/pull/378: it used to be dropped, and models never learned to
+    # produce it
     (message,) = messages.read([{"role": "assistant", key: "one and one", "content": "2"}], "messages")
     assert (message.content, message.reasoning) == ("2", "one and one")
 
 
-def test_reasoning_that_the_text_has_already_is_not_repeated():
+def test_duplicate_reasoning():
     entry = {"role": "assistant", "content": "<think>hm</think>\n2", "reasoning_content": "hm"}
     assert messages.read([entry], "messages")[0].reasoning == ""
     with pytest.raises(BadRecord, match="other reasoning"):
         messages.read([entry | {"reasoning_content": "no"}], "messages")
 
 
-def test_tool_calls_of_openai_and_sharegpt():
+def test_tool_calls():
     # https://github.com/hiyouga/LlamaFactory/issues/5866
     call = {"name": "f", "arguments": {"x": 1}}
     for entry in (
@@ -70,7 +72,8 @@ def test_tool_calls_of_openai_and_sharegpt():
         [{"role": "function", "content": '{"name": "f", "arguments": {"x": 1}}'}], "messages"
     )  # LLaMA-Factory
     assert (message.role, message.calls) == ("assistant", [call])
-    (message,) = messages.read([{"role": "function", "name": "f", "content": '{"sum": 2}'}], "messages")  # OpenAI
+    # OpenAI
+    (message,) = messages.read([{"role": "function", "name": "f", "content": '{"sum": 2}'}], "messages")
     assert (message.role, message.content) == ("tool", '{"sum": 2}')
     assert messages.read([{"from": "function_call", "value": "f(1)"}], "messages")[0].calls == ["f(1)"]
 
@@ -123,6 +126,6 @@ def test_weights():
         ([{"role": "assistant", "content": None, "tool_calls": "f"}], '"tool_calls" that are no list'),
     ],
 )
-def test_what_cannot_be_trained_on_is_named(entries, complaint):
+def test_unsupported_messages(entries, complaint):
     with pytest.raises(BadRecord, match=complaint):
         messages.read(entries, "messages")

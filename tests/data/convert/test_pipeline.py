@@ -1,4 +1,6 @@
-"""Files to binidx: upstream's bytes, the same for any workers and shards, whole or not at all."""
+"""Conversion of files to binidx: upstream's bytes, independent of workers and shards, written
+atomically.
+"""
 
 import hashlib
 import json
@@ -34,7 +36,7 @@ def run(input_, prefix, **flags):
 
 
 def upstream_bytes(documents, letter, code):
-    """.bin and .idx as upstream's tool lays them out, written with struct alone."""
+    """The expected .bin and .idx of upstream's tool, written with struct alone."""
     width = struct.calcsize(letter)
     data = b"".join(struct.pack(f"<{len(ids)}{letter}", *ids) for ids in documents)
     index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(documents), len(documents) + 1)
@@ -61,7 +63,7 @@ def small_chunks(monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "letter", "code"), [("uint16", "H", 8), ("int32", "i", 4)])
 @pytest.mark.parametrize("append_eod", [True, False])
-def test_world_has_upstreams_bytes(write_jsonl, tmp_path, dtype, letter, code, append_eod):
+def test_world_bytes_match_upstream(write_jsonl, tmp_path, dtype, letter, code, append_eod):
     write_jsonl(*({"text": text} for text in TEXTS), {"text": ""}, name="a.jsonl")
     write_jsonl({"text": "more"}, name="b.jsonl")
     done = run(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", tmp_path / "new/out", dtype=dtype, append_eod=append_eod)
@@ -72,25 +74,27 @@ def test_world_has_upstreams_bytes(write_jsonl, tmp_path, dtype, letter, code, a
     assert names(tmp_path / "new") == ["out_text_document.bin", "out_text_document.idx", "out_text_document.json"]
 
 
-def test_20b_has_upstreams_bytes(write_jsonl, tmp_path, byte_tokenizer):
+def test_20b_bytes_match_upstream(write_jsonl, tmp_path, byte_tokenizer):
     path, ids = byte_tokenizer
     text = write_jsonl({"text": "Hell"}, {"text": "e\u0301<|endoftext|>"})
     run(text, tmp_path / "out", tokenizer_type="HFTokenizer", vocab_file=str(path))
-    composed = [ids[chr(byte)] for byte in "é".encode()]  # NFC; bytes above 0xa1 stand for themselves in the alphabet
+    # NFC; bytes above 0xa1 stand for themselves in the alphabet
+    composed = [ids[chr(byte)] for byte in "é".encode()]
     assert pair(tmp_path / "out_text_document") == upstream_bytes([[257, 258, 0], [*composed, 0, 0]], "H", 8)
 
 
-def test_a_vocabulary_that_does_not_fit_is_refused(write_jsonl, tmp_path, byte_tokenizer):
+def test_wrong_vocabulary(write_jsonl, tmp_path, byte_tokenizer):
     text, world = write_jsonl({"text": "a"}), tmp_path / "rwkv_vocab_v20230424.txt"
-    run(text, tmp_path / "as_upstream", vocab_file=str(world))  # upstream's command line names it; it need not be there
+    # upstream's command line names it; it need not be there
+    run(text, tmp_path / "as_upstream", vocab_file=str(world))
     world.write_bytes(b"1 '\\x00' 1\r\n")
-    with pytest.raises(UserError, match=r"not the World vocabulary, which comes with the tokenizer"):
+    with pytest.raises(UserError, match=r"not the World vocabulary, which is built in"):
         run(text, tmp_path / "out", vocab_file=str(world))
     from rwkv.data import tokenizer
 
     world.write_bytes(tokenizer._vocabulary().read_bytes().replace(b"\n", b"\r\n"))
     run(text, tmp_path / "out", vocab_file=str(world))
-    with pytest.raises(UserError, match=r"none.json: no such file. --tokenizer_type HFTokenizer wants"):
+    with pytest.raises(UserError, match=r"none.json: no such file. --tokenizer_type HFTokenizer needs"):
         run(text, tmp_path / "x", tokenizer_type="HFTokenizer", vocab_file="none.json")
     with pytest.raises(UserError, match=r"text.jsonl: not a tokenizer.json"):
         run(text, tmp_path / "x", tokenizer_type="HFTokenizer", vocab_file=str(text))
@@ -98,14 +102,14 @@ def test_a_vocabulary_that_does_not_fit_is_refused(write_jsonl, tmp_path, byte_t
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(st.characters(blacklist_categories=["Cs"])).filter(str.strip), min_size=1))
-def test_any_unicode_comes_back_from_the_tokens(write_jsonl, tmp_path, texts):
+def test_unicode_roundtrip_through_tokens(write_jsonl, tmp_path, texts):
     run(write_jsonl(*({"text": text} for text in texts)), tmp_path / "out", append_eod=False, force=True)
     data = Dataset(tmp_path / "out_text_document")
     assert [WorldTokenizer().decode(data.document(i)) for i in range(len(data))] == texts
 
 
 def make_inputs(folder):
-    """A folder of several kinds with bad records among them; many chunks when they are small."""
+    """A folder of several formats, including bad records."""
     draw = random.Random(1)
     texts = ["a" + "".join(draw.choice("ab 好\n😀") for _ in range(draw.randrange(1, 60))) for _ in range(300)]
     folder.mkdir()
@@ -127,7 +131,7 @@ def everything(folder, prefix):
     } | {"rejects": (folder / f"{prefix}.rejects.jsonl").read_text().replace(prefix, "")}
 
 
-def test_any_number_of_workers_and_shards_make_the_same_bytes(tmp_path, small_chunks):
+def test_bytes_independent_of_workers_and_shards(tmp_path, small_chunks):
     make_inputs(tmp_path / "in")
     flags = {"on_error": "skip", "jsonl_keys": "text,title"}
     for workers in (1, 2, 3):
@@ -145,10 +149,10 @@ def test_any_number_of_workers_and_shards_make_the_same_bytes(tmp_path, small_ch
         assert merged == expected
 
 
-def test_shards_that_do_not_belong_together_are_refused(write_jsonl, tmp_path):
+def test_mismatched_shards(write_jsonl, tmp_path):
     text = write_jsonl(*({"text": f"{i}"} for i in range(9)))
     out = str(tmp_path / "out")
-    with pytest.raises(UserError, match=r"no finished shard"):
+    with pytest.raises(UserError, match=r"no finished shards"):
         merge(out, False)
     run(text, out, shard="0/2")
     with pytest.raises(UserError, match=r"shard 1/2 is missing"):
@@ -160,20 +164,20 @@ def test_shards_that_do_not_belong_together_are_refused(write_jsonl, tmp_path):
         merge(out, False)
     run(text, out, shard="1/2", force=True)
     merge(out, False)
-    with pytest.raises(UserError, match=r"exist already; give --force"):
+    with pytest.raises(UserError, match=r"already exist; give --force"):
         merge(out, False)
     (tmp_path / "out.00001-of-00002.shard").write_text("[]")
     with pytest.raises(UserError, match=r"out.00001-of-00002.shard: is corrupt; run this shard again"):
         merge(out, True)
     run(text, out, shard="0/3")
-    with pytest.raises(UserError, match=r"shards of 2 and of 3 lie together"):
+    with pytest.raises(UserError, match=r"shards of 2 and of 3 are mixed"):
         merge(out, True)
     for wrong in ("2/2", "1", "-1/2", "a/b"):
         with pytest.raises(UserError, match=r"expected i/n with i from 0 to n - 1"):
             run(text, out, shard=wrong)
 
 
-def test_a_bad_record_stops_and_is_named(tmp_path, small_chunks):
+def test_bad_record_stops(tmp_path, small_chunks):
     make_inputs(tmp_path / "in")
     before = names(tmp_path)
     for flags in ({"workers": 1}, {"workers": 2}, {"shard": "0/2"}, {"shard": "2/9"}):
@@ -184,7 +188,7 @@ def test_a_bad_record_stops_and_is_named(tmp_path, small_chunks):
     assert names(tmp_path) == before
 
 
-def test_skipped_records_are_counted_and_written(tmp_path, small_chunks):
+def test_skipped_records_written(tmp_path, small_chunks):
     texts = make_inputs(tmp_path / "in")
     done = run(tmp_path / "in", tmp_path / "out", on_error="skip", workers=2)
     assert (done.rejects, done.pairs[0][1]) == (2, 299)
@@ -202,40 +206,43 @@ def test_skipped_records_are_counted_and_written(tmp_path, small_chunks):
     assert not done.rejects_file.exists()  # it spoke of other data
 
 
-def test_existing_output_is_kept_unless_forced(write_jsonl, tmp_path):
+def test_existing_output_needs_force(write_jsonl, tmp_path):
     prefix = run(write_jsonl({"text": "old"}), tmp_path / "out", append_eod=False).pairs[0][0]
     new = write_jsonl({"text": "new and longer"})
-    with pytest.raises(UserError, match="exist already; give --force"):
+    with pytest.raises(UserError, match="already exist; give --force"):
         run(new, tmp_path / "out")
     assert WorldTokenizer().decode(Dataset(prefix).tokens) == "old"
     run(new, tmp_path / "out", append_eod=False, force=True)
     assert WorldTokenizer().decode(Dataset(prefix).tokens) == "new and longer"
     Path(f"{prefix}.idx").unlink()
-    with pytest.raises(UserError, match=r"out_text_document.bin exist already"):  # not ours to judge
+    # not ours to judge
+    with pytest.raises(UserError, match=r"out_text_document.bin already exist"):
         run(new, tmp_path / "out")
 
 
-def test_the_input_is_not_written_over(tmp_path):
+def test_input_not_overwritten(tmp_path):
     source = tmp_path / "p_text_document.json"
     source.write_text('[{"text": "a"}]')
-    with pytest.raises(UserError, match=r"p_text_document.json: the conversion would write over what it reads"):
+    with pytest.raises(UserError, match=r"p_text_document.json: the conversion would overwrite its own input"):
         run(source, tmp_path / "p", force=True)
     assert source.read_text() == '[{"text": "a"}]'
 
 
-def test_nothing_to_convert_is_refused(tmp_path):
+def test_nothing_to_convert(tmp_path):
     (tmp_path / "empty.jsonl").write_text('\n{"text": ""}\n')
-    with pytest.raises(UserError, match=r'empty.jsonl: holds no document. Expected records such as {"text": "..."}'):
+    with pytest.raises(UserError, match=r'empty.jsonl: contains no document. Expected records such as {"text": "..."}'):
         run(tmp_path / "empty.jsonl", tmp_path / "out")
     (tmp_path / "bad.jsonl").write_text("x\n")
-    with pytest.raises(UserError, match=r"bad.jsonl: holds no document that can be read: 1 bad records were skipped"):
+    with pytest.raises(
+        UserError, match=r"bad.jsonl: contains no document that can be read: 1 bad records were skipped"
+    ):
         run(tmp_path / "bad.jsonl", tmp_path / "out", on_error="skip")
     with pytest.raises(UserError, match="--input is missing"):
         run("", tmp_path / "out")
     assert names(tmp_path) == ["bad.jsonl", "empty.jsonl"]
 
 
-def test_ftfy_repairs_what_it_is_asked_to(write_jsonl, tmp_path):
+def test_ftfy(write_jsonl, tmp_path):
     text = write_jsonl({"text": "donâ€™t"})
     run(text, tmp_path / "as_it_is", append_eod=False)
     run(text, tmp_path / "repaired", append_eod=False, ftfy=True)
@@ -255,7 +262,7 @@ def test_ftfy_repairs_what_it_is_asked_to(write_jsonl, tmp_path):
         ("x/*.json.gz", "x/mine"),
     ],
 )
-def test_output_lies_beside_the_input(tmp_path, monkeypatch, spec, prefix):
+def test_default_output_prefix(tmp_path, monkeypatch, spec, prefix):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x").mkdir()
     for name in ("mine.jsonl", "mine.json.gz", "v1.5.txt.zst"):
@@ -268,25 +275,27 @@ def limit_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-def test_a_full_disk_is_an_error_in_words(write_jsonl, tmp_path):
+def test_disk_full(write_jsonl, tmp_path):
     text = write_jsonl(*({"text": "word " * 1000} for _ in range(100)))
     command = [sys.executable, str(SCRIPT), "--input", str(text), "--workers", "2"]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit_files, check=False)
     assert done.returncode == 1
-    assert "text_text_document.bin: larger than a file may be here; make room" in done.stderr
+    assert "text_text_document.bin: larger than a file may be here; free some space" in done.stderr
     assert "Traceback" not in done.stderr
     assert names(tmp_path) == ["text.jsonl"]
 
 
-def test_a_worker_that_dies_is_an_error_in_words(write_jsonl, tmp_path, monkeypatch):
+def test_killed_worker(write_jsonl, tmp_path, monkeypatch):
     monkeypatch.setattr(converting.Encoder, "__call__", lambda self, chunk: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(UserError, match="a worker process was killed, most likely because memory ran out"):
+    with pytest.raises(UserError, match="a worker process was killed, probably out of memory"):
         run(write_jsonl({"text": "a"}), tmp_path / "out", workers=2)
     assert names(tmp_path) == ["text.jsonl"]
 
 
-def test_killed_at_any_moment_it_leaves_nothing_wrong_and_the_next_run_succeeds(tmp_path):
-    """Twenty runs killed with -9, from before the start to about the end; a survivor has finished and is right."""
+def test_kill_at_random_time_then_rerun(tmp_path):
+    """Twenty runs are killed with SIGKILL at random times; a run that finishes first must be
+    correct.
+    """
     text = tmp_path / "in.jsonl"
     chats = [
         {"messages": [{"role": "user", "content": f"{i} " * 50}, {"role": "assistant", "content": f"{i}?" * 400}]}
@@ -327,7 +336,7 @@ def test_killed_at_any_moment_it_leaves_nothing_wrong_and_the_next_run_succeeds(
     } == digest  # nor are temporaries left
 
 
-def test_killed_between_the_renames_the_next_run_succeeds(write_jsonl, tmp_path, monkeypatch):
+def test_kill_between_renames_then_rerun(write_jsonl, tmp_path, monkeypatch):
     text = write_jsonl({"text": "a"})
     program = f"""
 import os, sys

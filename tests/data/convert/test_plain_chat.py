@@ -1,4 +1,4 @@
-"""Of plain text in turns only the answers are marked, and the text stays as it is."""
+"""Answers in plain-text chats are marked, and the text is unchanged."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from rwkv.data.convert import plain_chat
 
 
 def marked(text):
-    """The text with ⟦ ⟧ around what contributes to the loss."""
+    """The text with ⟦ ⟧ around the parts that contribute to the loss."""
     found = plain_chat.segments(text)
     if found is None:
         return None
@@ -28,7 +28,8 @@ def marked(text):
         "用户：1？\n\n助手：⟦2\n\n⟧用户：3",
         "USER: 1?\n\nASSISTANT:⟦ 2⟧",
         "User: 1?\nAssistant:⟦ 2\n⟧User: 3?\nAssistant:⟦ 4⟧",  # without blank lines
-        "User: 1?\n\nAssistant:⟦ a\n\nb\n\nNote: c\n\nQuestion: d\n\nAnswer: e\n\n⟧User: f",  # labels of another kind are text
+        # labels of another kind are text
+        "User: 1?\n\nAssistant:⟦ a\n\nb\n\nNote: c\n\nQuestion: d\n\nAnswer: e\n\n⟧User: f",
         "User: 1?\nAssistant: no\n\nAssistant:⟦ 2⟧",
         "User: 1?\n\nAssistant: \n\nUser: 2?\n\nAssistant:⟦ 3⟧",  # an empty answer is none
         "Title\n\nUser: 1?\n\nAssistant:⟦ 2⟧",

@@ -1,4 +1,4 @@
-"""Work in processes: results in order, errors where they belong, and an end within seconds whatever happens to a worker."""
+"""Worker pool: ordered results and errors, and termination within seconds when a worker is killed."""
 
 import os
 import random
@@ -21,18 +21,19 @@ def double(x):
 
 
 def large(x):
-    return bytes(4_000_000)  # more than a pipe holds: a worker is in the middle of sending it most of the time
+    # more than a pipe holds: a worker is in the middle of sending it most of the time
+    return bytes(4_000_000)
 
 
 @pytest.fixture(autouse=True)
 def _earlier_children(monkeypatch):
-    """Other tests may have left helper processes, such as multiprocessing's resource tracker."""
+    """Child processes that earlier tests may have left, such as multiprocessing's resource tracker."""
     monkeypatch.setitem(EARLIER, "children", [])
     EARLIER["children"] = children()
 
 
 def children():
-    """The processes that this one started since the test began and that live."""
+    """The living child processes that were started during the test."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -45,7 +46,7 @@ def children():
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
-def test_results_come_in_order(workers):
+def test_results_in_order(workers):
     with Pool(double, workers) as pool:
         assert list(pool.map(range(100))) == [(i, 2 * i) for i in range(100)]
     assert children() == []
@@ -58,7 +59,7 @@ def failing(x):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_an_error_comes_in_its_place(workers):
+def test_error_in_order(workers):
     seen = []
     with pytest.raises(UserError, match="five"), Pool(failing, workers) as pool:
         seen += [result for _, result in pool.map(range(100))]
@@ -79,14 +80,16 @@ def unsendable(x):
     return lambda: x
 
 
-def test_a_result_that_cannot_be_sent_is_an_error():
+def test_unpicklable_result():
     with pytest.raises(RuntimeError, match="lambda"), Pool(unsendable, 2) as pool:
         list(pool.map(range(3)))
 
 
 @pytest.mark.parametrize("function", [double, large])
-def test_a_worker_that_is_killed_at_any_moment_ends_it_within_seconds(function):
-    """Kills from before the first chunk to after the last; the parent reads slowly, so that workers wait in the middle of a result."""
+def test_killed_worker_ends_pool(function):
+    """Kills at times from before the first chunk to after the last. The parent reads slowly, so
+    workers block while sending.
+    """
     draw = random.Random(3)
     killed_in_time = 0
     for _ in range(25):
@@ -115,7 +118,7 @@ def test_a_worker_that_is_killed_at_any_moment_ends_it_within_seconds(function):
     assert killed_in_time >= 5
 
 
-def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+def test_workers_end_with_killed_parent(tmp_path):
     child = os.fork()
     if not child:
         with Pool(time.sleep, 3) as pool:

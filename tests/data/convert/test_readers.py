@@ -1,4 +1,4 @@
-"""One record may not fill the memory, a hostile file may not crash the process, and a bad record is one record."""
+"""Readers bound memory, survive malicious files, and reject a bad record alone."""
 
 import gzip
 import io
@@ -70,7 +70,7 @@ TOO_LARGE = {
 
 
 @pytest.mark.parametrize("name", TOO_LARGE)
-def test_a_record_that_is_too_large_is_named(tmp_path, name):
+def test_record_too_large(tmp_path, name):
     content, place = TOO_LARGE[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"{name}, .*({place}).*: a record of more than 1 MiB.*raise --max_record_mb"):
@@ -81,7 +81,9 @@ def test_a_record_that_is_too_large_is_named(tmp_path, name):
 
 
 def bombs(folder):
-    """Small files of records that are too large for 450 MB of memory, all within the largest record."""
+    """Small files with records too large for 450 MB of memory, though none exceeds max_record when
+    stored.
+    """
     word = "b" * 10_000_000
     texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 60, pyarrow.int32()), pyarrow.array([word]))
     (folder / "dictionary.parquet").write_bytes(parquet_bytes(pyarrow.table({"text": texts}), compression="zstd"))
@@ -93,8 +95,8 @@ def bombs(folder):
     (folder / "document.txt.gz").write_bytes(gzip.compress(bytes(300_000_000), 1))
 
 
-def test_small_files_of_much_do_not_fill_the_memory(tmp_path):
-    """Read in batches of so many bytes, whatever the number of rows; what is larger than a record is not read at all."""
+def test_decompression_bombs_bounded_memory(tmp_path):
+    """Batches are limited in bytes, and records over the limit are not read."""
     bombs(tmp_path)
     program = """
 import resource, sys
@@ -126,7 +128,7 @@ print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 10
         assert used < 450, f"{name}: {used} MiB"
 
 
-def test_an_arrow_file_whose_offsets_lead_outside_is_refused(tmp_path):
+def test_arrow_offsets_out_of_bounds(tmp_path):
     good = arrow_bytes(pyarrow.table({"text": ["first", "second", "third"]}))
     offsets = struct.pack("<4i", 0, 5, 11, 16)
     at = good.index(offsets)
@@ -168,7 +170,7 @@ BAD_ELEMENTS = {
 @pytest.mark.parametrize("kind", ["json", "jsonl"])
 @pytest.mark.parametrize("element", BAD_ELEMENTS, ids=lambda element: element[:30])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_bad_element_is_one_bad_record(tmp_path, kind, element, workers):
+def test_bad_element_is_one_bad_record(tmp_path, kind, element, workers):
     elements = ['{"text": "before"}', element, '{"text": "]}\\"after", "n": ' + "7" * 10_000 + "}"]
     (tmp_path / f"x.{kind}").write_text("[" + ",\n".join(elements) + "]" if kind == "json" else "\n".join(elements))
     unit = "element" if kind == "json" else "line"
@@ -180,7 +182,7 @@ def test_a_bad_element_is_one_bad_record(tmp_path, kind, element, workers):
     assert reject["place"].endswith(f"x.{kind}, {unit} 2")
 
 
-def test_an_element_across_blocks_that_is_nested_too_deeply_is_skipped(tmp_path, monkeypatch):
+def test_deeply_nested_element_skipped(tmp_path, monkeypatch):
     (tmp_path / "x.json").write_text(f'[{{"text": "a"}}, {{"x": "[{{\\"", "text": {nested(20_000)}}}, {{"text": "b"}}]')
     for size in (3, 17, 1000):
         monkeypatch.setattr(source_file, "CHUNK", size)
@@ -189,7 +191,7 @@ def test_an_element_across_blocks_that_is_nested_too_deeply_is_skipped(tmp_path,
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
-def test_a_row_that_cannot_be_read_is_one_bad_record(tmp_path, kind):
+def test_unreadable_row_is_one_bad_record(tmp_path, kind):
     texts = pyarrow.StringArray.from_buffers(
         3, *pyarrow.array([b"a", b"\xff\xfe", b"c"], pyarrow.binary()).buffers()[1:]
     )
@@ -210,12 +212,10 @@ def test_a_row_that_cannot_be_read_is_one_bad_record(tmp_path, kind):
             assert complaint in done.rejects_file.read_text()
 
 
-def test_an_npz_is_not_an_npy_whatever_its_name(tmp_path):
+def test_npz_named_npy(tmp_path):
     np.savez(tmp_path / "x.npz", ids=np.arange(9))
     (tmp_path / "x.npz").rename(tmp_path / "x.npy")
-    with pytest.raises(
-        UserError, match=r"x.npy: an .npz archive with ids in it, whatever its name; save the one array"
-    ):
+    with pytest.raises(UserError, match=r"x.npy: an .npz archive \(containing ids\) despite its name; save the array"):
         char_level.array_to_binidx(str(tmp_path / "x.npy"), str(tmp_path / "p"))
     for content in (b"", b"PK\x03\x04 broken", b"\x93NUMPY"):
         (tmp_path / "y.npy").write_bytes(content)

@@ -1,15 +1,15 @@
-"""What a conversion says about what it read."""
+"""The report of a conversion."""
 
 from collections import Counter
 
 from rwkv.data.convert import report
 
 
-def test_lines_and_warnings():
+def test_report_lines_and_warnings():
     counts = Counter(
         {
-            ("shape", "messages"): 3,
-            ("shape", "text"): 1,
+            ("schema", "messages"): 3,
+            ("schema", "text"): 1,
             ("role", "assistant"): 4,
             ("name", "assistant", "助手"): 3,
             ("name", "assistant", "a\x1b[31m"): 1,
@@ -29,18 +29,18 @@ def test_lines_and_warnings():
         "note: documents without turns such as User: and Assistant:, which contribute to the loss as a whole: 1",
         "note: something: 1",
         "note: skipped blank texts: 2",
-        "warning: 1 of 4 documents contain no token that contributes to the loss, and training learns nothing from them: they have no answer, or only"
+        "warning: 1 of 4 documents contain no token that contributes to the loss; nothing is learned from them: they have no answer, or only"
         " answers with weight 0",
     ]
 
 
-def test_plain_text_says_nothing():
-    assert report.lines(Counter({("shape", "text"): 3}), 3, 30, False) == []
+def test_plain_text_has_no_report():
+    assert report.lines(Counter({("schema", "text"): 3}), 3, 30, False) == []
 
 
-def test_summaries_of_shards_add_up():
+def test_summaries_add_up():
     one, two = (
-        Counter({("shape", "text"): 1, ("role", "user"): 2, ("trained", ""): 3}),
-        Counter({("shape", "moss"): 4, ("role", "user"): 5}),
+        Counter({("schema", "text"): 1, ("role", "user"): 2, ("trained", ""): 3}),
+        Counter({("schema", "moss"): 4, ("role", "user"): 5}),
     )
     assert report.added([report.summary(one), report.summary(two), None]) == report.summary(one + two)

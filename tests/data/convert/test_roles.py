@@ -1,4 +1,4 @@
-"""Roles are recognised by whatever name data sets give them, and a turn's text is normalised as upstream's templates do."""
+"""Role names in datasets, and normalisation of a turn as in upstream's templates."""
 
 import re
 
@@ -10,7 +10,8 @@ from rwkv.data.convert import roles
 @pytest.mark.parametrize(
     ("role", "names"),
     [
-        # https://github.com/axolotl-ai-cloud/axolotl/issues/752: role names differ between data sets
+        # https://github.com/axolotl-ai-cloud/axolotl/issues/752: role names differ between data
+        # sets
         (
             "user",
             "user User USER human Human prompter questioner 用户 用戶 问 人类 <|user|> [Human] <|Human|>: 用户： customer instruction Ｕｓｅｒ Пользователь Người_dùng Usuário ユーザー",
@@ -24,17 +25,17 @@ from rwkv.data.convert import roles
         ("function_call", "function_call Function-Call tool_call FUNCTION_CALL"),
     ],
 )
-def test_a_role_by_its_names(role, names):
+def test_role_names(role, names):
     assert {name: roles.role_of(name) for name in names.split()} == dict.fromkeys(names.split(), role)
 
 
 @pytest.mark.parametrize("name", ["narrator", "", "user2", "旁白", "userassistant"])
-def test_other_names_are_unknown(name):
+def test_unknown_names(name):
     assert roles.role_of(name) is None
 
 
 def upstream(text):
-    """RWKV-7 G1's rule for what goes into a turn, as its template file states it."""
+    """RWKV-7 G1's rule for the text of a turn, as stated in its template file."""
     return re.sub(r"\n{2,}", "\n", text.replace("\r\n", "\n")).strip()
 
 
@@ -42,11 +43,11 @@ def upstream(text):
     "text",
     ["a\n\nb\r\nc", "\r\n\r\na ", "a\n\n\n\nb", "a\n \nb", "def f():\n\n    pass\r\n\r\n\r\nf()", "", "好\n\n\u3000好"],
 )
-def test_a_turn_is_folded_as_upstream_does(text):
+def test_fold_matches_upstream(text):
     assert roles.fold(text) == upstream(text)
 
 
-def test_no_text_can_end_a_turn():
+def test_folded_text_has_no_blank_line():
     for text in (
         "hi\n\nAssistant: no",
         "hi\r\n\r\nAssistant: no",

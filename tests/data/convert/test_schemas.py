@@ -1,4 +1,4 @@
-"""Records of instruction data and chats are told by their keys, and trained on or refused, never dropped."""
+"""Schema detection of instruction data and chats; unsupported records are rejected, never dropped."""
 
 import pytest
 
@@ -8,26 +8,28 @@ from rwkv.data.convert.jsonl import BadRecord
 
 def read(record, kind="auto"):
     found = schemas.conversation(record, kind)
-    return found and (found.shape, [(one.role, one.content, one.reasoning) for one in found.messages])
+    return found and (found.schema, [(one.role, one.content, one.reasoning) for one in found.messages])
 
 
 def turns(*texts):
     return [(role, text, "") for role, text in zip(("user", "assistant") * len(texts), texts, strict=False)]
 
 
-SHAPES = [
+SCHEMAS = [
     ({"instruction": "q", "input": "", "output": "a"}, "alpaca", turns("q", "a")),
     ({"instruction": "q", "input": "c", "output": "a"}, "alpaca", turns("q\nc", "a")),
     ({"Instruction": "q", "Input": None, "Output": "a"}, "alpaca", turns("q", "a")),
     ({"instruction": "q", "output": "a", "history": [["1", "2"]]}, "alpaca", turns("1", "2", "q", "a")),
-    ({"instruction": "Human:一\nAssistant:二\nHuman:三\nAssistant:", "input": "", "output": "四"}, "alpaca", turns("一", "二", "三", "四")),  # BELLE
+    # BELLE
+    ({"instruction": "Human:一\nAssistant:二\nHuman:三\nAssistant:", "input": "", "output": "四"}, "alpaca", turns("一", "二", "三", "四")),
     ({"kind": "NLI", "input": "q", "target": "a"}, "firefly", turns("q", "a")),
     ({"instruction": "q", "context": "c", "response": "a", "category": "qa"}, "dolly", turns("q\nc", "a")),
     ({"prompt": "q", "completion": "a"}, "prompt_completion", turns("q", "a")),
     ({"prompt": "q", "response": "a"}, "prompt_response", turns("q", "a")),
     ({"query": "q", "response": "a", "history": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}, "query_response", turns("1", "2", "q", "a")),
     ({"question": "q", "answer": "a"}, "question_answer", turns("q", "a")),
-    ({"system_prompt": "s", "question": "q", "response": "a"}, "question_response", [("system", "s", ""), *turns("q", "a")]),  # OpenOrca
+    # OpenOrca
+    ({"system_prompt": "s", "question": "q", "response": "a"}, "question_response", [("system", "s", ""), *turns("q", "a")]),
     ({"Question": "q", "Complex_CoT": "r", "Response": "a"}, "question_response", [("user", "q", ""), ("assistant", "a", "r")]),
     ({"问题": "q", "回答": "a"}, "问题_回答", turns("q", "a")),
     ({"human": "q", "assistant": "a"}, "human_assistant", turns("q", "a")),
@@ -42,9 +44,9 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("record", "shape", "expected"), SHAPES)
-def test_a_record_by_its_keys(record, shape, expected):
-    assert read(record) == (shape, expected)
+@pytest.mark.parametrize(("record", "schema", "expected"), SCHEMAS)
+def test_schema_by_keys(record, schema, expected):
+    assert read(record) == (schema, expected)
 
 
 def test_moss():
@@ -62,7 +64,7 @@ def test_moss():
     }
     found = schemas.conversation({"meta_instruction": "s", "num_turns": 2, "chat": {"turn_2": plain, "turn_1": turn}})
     shown = [(one.role, one.content, one.reasoning, one.calls) for one in found.messages]
-    assert (found.shape, shown) == (
+    assert (found.schema, shown) == (
         "moss",
         [
             ("system", "s", "", []),
@@ -94,11 +96,11 @@ def test_moss():
         {"messages": [], "text": "a"},
     ],
 )
-def test_what_is_no_conversation(record):
+def test_not_a_conversation(record):
     assert schemas.conversation(record) is None
 
 
-def test_only_the_completion_of_a_conversational_prompt_is_trained_on():
+def test_conversational_prompt_trains_completion_only():
     record = {
         "prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "1"}],
         "completion": [{"role": "assistant", "content": "a"}],
@@ -138,12 +140,12 @@ def test_tools_are_kept():
         ({"conversations": "hi"}, '"conversations" is not a list of messages'),
     ],
 )
-def test_what_would_be_trained_wrongly_is_refused(record, complaint):
+def test_unsupported_records(record, complaint):
     with pytest.raises(BadRecord, match=complaint):
         schemas.conversation(record)
 
 
-def test_a_kind_that_is_asked_for():
+def test_explicit_format():
     both = {"text": "t", "question": "q", "answer": "a", "response": "b", "chosen": 1, "rejected": 2}
     assert read(both, "question_answer") == ("question_answer", turns("q", "a"))
     with pytest.raises(BadRecord, match='--format alpaca expects "instruction" and "output".*, and it has \'text\''):
@@ -152,6 +154,6 @@ def test_a_kind_that_is_asked_for():
         schemas.conversation({"text": "t"}, "messages")
 
 
-def test_messages_beside_a_text_are_used_and_it_is_said():
+def test_messages_preferred_to_text():
     found = schemas.conversation({"text": "t", "messages": [{"role": "user", "content": "q"}]})
     assert found.remarks == ['records with "messages" and also "text", of which "messages" was converted']

@@ -1,4 +1,4 @@
-"""Which files are converted: splits, order, names with commas, pipes, what cannot be read, what changes meanwhile."""
+"""Input files: splits, order, names with commas, pipes, unreadable and changing files."""
 
 import gzip
 import json
@@ -81,7 +81,7 @@ SHARDED = (
         (("protest.txt", "latest.txt", "strain.txt"), "", ("protest.txt", "latest.txt", "strain.txt")),
     ],
 )
-def test_only_the_training_split_is_taken_unless_told(tmp_path, names, split, expected):
+def test_default_split_is_train(tmp_path, names, split, expected):
     write(tmp_path, *names)
     result = sources.find(str(tmp_path), split=split)
     assert sorted(str(source.path.relative_to(tmp_path)) for source in result.sources) == sorted(expected)
@@ -93,7 +93,7 @@ def test_only_the_training_split_is_taken_unless_told(tmp_path, names, split, ex
     assert sorted(source.path for source in globbed.sources) == sorted(source.path for source in result.sources)
 
 
-def test_the_splits_that_a_hub_folder_describes(tmp_path):
+def test_hub_readme_splits(tmp_path):
     write(tmp_path, "one.jsonl", "two.jsonl", "three.jsonl")
     (tmp_path / "README.md").write_text(
         "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: [one.jsonl, th*.jsonl]\n  - split: test\n    path: two.jsonl\n---\n# Text\n"
@@ -102,7 +102,7 @@ def test_the_splits_that_a_hub_folder_describes(tmp_path):
     assert found(tmp_path, split="test") == ["two.jsonl"]
 
 
-def test_a_split_that_does_not_exist_or_is_not_clear_is_refused(tmp_path):
+def test_missing_or_ambiguous_split(tmp_path):
     write(tmp_path, "hub/train.jsonl", "hub/test.jsonl", "x.jsonl", "only/dev.jsonl", "only/test.jsonl", "two/train_a-00000-of-00001.jsonl",
           "two/train_b-00000-of-00001.jsonl", "two/test_a-00000-of-00001.jsonl")  # fmt: skip
     for spec, split, complaint in (
@@ -116,7 +116,7 @@ def test_a_split_that_does_not_exist_or_is_not_clear_is_refused(tmp_path):
     assert found(tmp_path / "two", split="train_b") == ["train_b-00000-of-00001.jsonl"]
 
 
-def test_the_manifest_and_the_terminal_name_the_splits(tmp_path, capsys):
+def test_splits_in_manifest_and_output(tmp_path, capsys):
     write(tmp_path / "hub", *SHARDED)
     converted(tmp_path / "hub", tmp_path / "p")
     assert provenance.read(tmp_path / "p_text_document")["splits"] == {
@@ -156,7 +156,7 @@ def arrow(path):
         (None, ["missing"]),
     ],
 )
-def test_a_downloaded_datasets_folder_names_no_file_outside_itself(tmp_path, state, splits):
+def test_datasets_folder_path_traversal(tmp_path, state, splits):
     arrow(tmp_path / "ds/data.arrow")
     (tmp_path / "outside.arrow").write_bytes((tmp_path / "ds/data.arrow").read_bytes())
     (tmp_path / "ds/secret.txt").write_text("secret")
@@ -168,7 +168,7 @@ def test_a_downloaded_datasets_folder_names_no_file_outside_itself(tmp_path, sta
         sources.find(str(tmp_path / "ds"), split="all")
 
 
-def test_chapters_come_in_the_order_of_their_numbers(tmp_path):
+def test_natural_chapter_order(tmp_path):
     names = ["ch1.txt", "ch2.txt", "Ch10.txt", "第1章.txt", "第2章.txt", "第10章.txt", "第一百章.txt"]
     write(tmp_path, *names)
     assert found(tmp_path) == names
@@ -192,7 +192,7 @@ def test_chapters_come_in_the_order_of_their_numbers(tmp_path):
         "9.txt".replace("9", "９"), "10.txt".replace("10", "１０"), "卷二/9.txt", "卷二/10.txt", "卷十/2.txt"]  # fmt: skip
 
 
-def test_names_with_commas_blanks_and_tildes(tmp_path, monkeypatch):
+def test_names_with_commas_spaces_and_tilde(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path, "a b%20c,d.jsonl", "other.jsonl", "x.jsonl", "with,comma/1.jsonl", "e.jsonl ")
@@ -204,7 +204,7 @@ def test_names_with_commas_blanks_and_tildes(tmp_path, monkeypatch):
         found("x.jsonl,none")
 
 
-def test_the_delimiter_is_decided_by_the_last_ending_whatever_its_case(tmp_path):
+def test_delimiter_by_suffix(tmp_path):
     (tmp_path / "DATA.TSV").write_text("text\tother\na, b\t1\n")
     (tmp_path / "x.tsv.csv").write_text('text,other\n"a, b",1\n')
     (tmp_path / "x.Tsv.GZ").write_bytes(gzip.compress(b"text\tother\na, b\t1\n"))
@@ -213,20 +213,20 @@ def test_the_delimiter_is_decided_by_the_last_ending_whatever_its_case(tmp_path)
         assert converted(tmp_path / name, tmp_path / "p", force=True) == ["a, b"], name
 
 
-def test_what_has_no_ending_is_read_in_the_format_that_is_given(tmp_path):
+def test_input_format_overrides_suffix(tmp_path):
     (tmp_path / "noending").write_bytes(gzip.compress(line("a").encode()))
-    with pytest.raises(UserError, match=r"of no known kind.* --input_format jsonl"):
+    with pytest.raises(UserError, match=r"unknown format.* --input_format jsonl"):
         found(tmp_path / "noending")
     assert converted(tmp_path / "noending", tmp_path / "p", input_format="jsonl") == ["a"]
     (tmp_path / "t").write_text("text\tb\nx\t1\n")
     assert converted(tmp_path / "t", tmp_path / "q", input_format="tsv") == ["x"]
     write(tmp_path / "d", "x.jsonl")
-    with pytest.raises(UserError, match=r"--input_format jsonl: is for files that are named themselves"):
+    with pytest.raises(UserError, match=r"--input_format jsonl: applies to files given by path"):
         found(tmp_path / "d", input_format="jsonl")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_named_pipe_is_read(tmp_path, workers):
+def test_named_pipe(tmp_path, workers):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     texts = [f"{i} " * 100 for i in range(2000)]
@@ -237,7 +237,7 @@ def test_a_named_pipe_is_read(tmp_path, workers):
 
 
 @pytest.mark.parametrize("spec", ["-", "/dev/stdin", "<(cat x.jsonl)"])
-def test_standard_input_and_process_substitution_are_read(tmp_path, spec):
+def test_stdin_and_process_substitution(tmp_path, spec):
     write(tmp_path, "x.jsonl")
     command = f"{sys.executable} {SCRIPT} --input {spec} --output-prefix p --input_format jsonl --workers 2 < x.jsonl"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -254,7 +254,7 @@ def test_standard_input_and_process_substitution_are_read(tmp_path, spec):
         assert (done.returncode, "name one with --output_prefix" in done.stderr) == (1, True)
 
 
-def test_a_subfolder_that_cannot_be_read_is_an_error():
+def test_unreadable_subfolder():
     folder = Path(tempfile.mkdtemp())
     try:
         write(folder, "a.jsonl", "closed/b.jsonl")
@@ -275,7 +275,7 @@ def test_a_subfolder_that_cannot_be_read_is_an_error():
         shutil.rmtree(folder)
 
 
-def test_links_are_followed_once_and_a_broken_one_is_an_error(tmp_path):
+def test_symlinks(tmp_path):
     write(tmp_path, "blobs/x.jsonl")
     (tmp_path / "in/data").mkdir(parents=True)
     (tmp_path / "in/data/a.jsonl").symlink_to(tmp_path / "blobs/x.jsonl")
@@ -287,10 +287,10 @@ def test_links_are_followed_once_and_a_broken_one_is_an_error(tmp_path):
         found(tmp_path / "in")
 
 
-def test_files_of_other_kinds_are_named(tmp_path):
+def test_unknown_formats_reported(tmp_path):
     write(tmp_path, "a.txt", "b.docx", "README.md")
     (note,) = sources.find(str(tmp_path)).notes
-    assert note == "skipped: b.docx, README.md: of no kind that can be converted"
+    assert note == "skipped: b.docx, README.md: unknown format"
 
 
 def truncate(path):
@@ -315,8 +315,8 @@ def rewrite(path):
 
 @pytest.mark.parametrize("change", [truncate, grow, replace, rewrite, Path.unlink])
 @pytest.mark.parametrize("kind", ["jsonl", "txt", "jsonl.gz"])
-def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch, change, kind):
-    """The change comes while the first chunk is tokenised."""
+def test_file_changed_during_conversion(tmp_path, monkeypatch, change, kind):
+    """The file changes while the first chunk is tokenised."""
     path = tmp_path / f"x.{kind}"
     content = "".join(line(f"{i} word") for i in range(1000)).encode()
     path.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
@@ -327,7 +327,8 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch,
         if not done:
             done.append(True)
             change(path)
-            if path.exists() and path.stat().st_size == first.st_size:  # a clock that is coarser than this test
+            # a clock that is coarser than this test
+            if path.exists() and path.stat().st_size == first.st_size:
                 os.utime(path, ns=(first.st_atime_ns, first.st_mtime_ns + 1_000_000))
         yield from real(*arguments)
 
@@ -337,8 +338,8 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch,
     assert [x.name for x in tmp_path.iterdir() if "text_document" in x.name] == []
 
 
-def test_one_conversion_at_a_time_writes_an_output(tmp_path):
-    """The second says who is at it; what the first writes is its own."""
+def test_output_is_locked(tmp_path):
+    """The second process reports the first, whose output is intact."""
     (tmp_path / "a.jsonl").write_text("".join(line(f"{i} word " * 50) for i in range(3000)))
     write(tmp_path, "b.jsonl")
     pipe = tmp_path / "pipe"
@@ -377,8 +378,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert converted(tmp_path / "b.jsonl", tmp_path / "p", force=True) == ["b.jsonl"]
 
 
-def test_a_conversion_that_was_killed_blocks_nothing_where_files_cannot_be_locked(tmp_path):
-    """NFS and others without flock: the owner of a temporary file is known by its name."""
+def test_killed_conversion_without_file_locks(tmp_path):
+    """Without flock (as on NFS), the owner of a temporary file is identified by its name."""
     (tmp_path / "in").mkdir()
     write(tmp_path / "in", "a.jsonl")
     program = f"""
