@@ -28,7 +28,7 @@ def test_read_matches_plain_lists(make_stream, monkeypatch_module, documents, se
     end = data.draw(st.integers(begin + 1, len(ids)))
     piece = made.read(begin, end)
     assert piece.ids.tolist() == made.ids(begin, end).tolist() == ids[begin:end]
-    assert piece.counts.tolist() == [bool(m) for m in mask[begin:end]]
+    assert piece.loss_mask.tolist() == [bool(m) for m in mask[begin:end]]
     assert piece.starts.tolist() == starts[begin:end]
     assert made.document_starts().tolist() == [*np.flatnonzero(starts), len(ids)]
 
@@ -105,4 +105,4 @@ def test_chatml_mask_at_any_offset(make_stream, ids, data):
             inside = inside and token != CLOSE
     made = make_stream([ids[:cut], ids[cut:]], chatml=True)
     begin = data.draw(st.integers(0, len(ids) - 1))
-    assert made.read(begin, len(ids)).counts.tolist() == expected[begin:]
+    assert made.read(begin, len(ids)).loss_mask.tolist() == expected[begin:]

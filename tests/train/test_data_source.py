@@ -400,7 +400,7 @@ def test_mask_and_index_belong_to_the_data_of_a_run(make_data, tmp_path):
 
 
 def test_of_large_data_blocks_are_compared(make_data, tmp_path, monkeypatch):
-    monkeypatch.setattr("rwkv.files._HASHED", 1000)
+    monkeypatch.setattr("rwkv.files._MAX_HASHED", 1000)
     prefix = make_data(100_000)
     config = TrainConfig(**{**FLAGS, "vocab_size": 50}, data_file=prefix, proj_dir=str(tmp_path / "run"), max_steps=1)
     fit(config)

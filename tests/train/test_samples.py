@@ -96,7 +96,7 @@ def test_a_held_out_loss_is_that_of_the_held_out_documents(make_base, documents,
     data = Dataset(documents)
     held = Stream(data, split(data, 0.2, CTX)[1])
     contexts = [held.read(i, i + CTX + 1) for i in range(0, len(held) - CTX, CTX)]
-    items = [tuple(map(torch.from_numpy, (p.ids[:-1], p.ids[1:], p.counts[1:], p.starts[:-1]))) for p in contexts]
+    items = [tuple(map(torch.from_numpy, (p.ids[:-1], p.ids[1:], p.loss_mask[1:], p.starts[:-1]))) for p in contexts]
     expected, _ = plain_mean(load_model(base), items, False)
     found = {line["step"]: line["val_loss"] for line in lines(tmp_path / "run") if "val_loss" in line}
     assert list(found) == [3, 4, 6, 8]  # every third, and the ends of epochs
