@@ -1,21 +1,22 @@
 """Convert text to binidx, the format that training reads.
 
-    python scripts/convert.py --input mine.jsonl                        # writes
-    mine_text_document.bin and .idx beside it python scripts/convert.py --input
-    "data/*.jsonl.zst,more.parquet" --output-prefix out/all --jsonl-keys content python
-    scripts/convert.py --input chats.jsonl                       # messages, ShareGPT, alpaca, …:
-    also a loss mask, chats_text_mask.bin python scripts/convert.py --input mine.jsonl --mask
-    answers         # texts "User: …", blank line, "Assistant: …": only answers are trained on
-    python scripts/convert.py --input mine.jsonl --tokenizer-type HFTokenizer --vocab
-    20B_tokenizer.json
+    # writes mine_text_document.bin and .idx next to the input
+    python scripts/convert.py --input mine.jsonl
+    python scripts/convert.py --input "data/*.jsonl.zst,more.parquet" --output-prefix out/all --jsonl-keys content
+    # messages, ShareGPT, alpaca, …: also a loss mask, chats_text_mask.bin
+    python scripts/convert.py --input chats.jsonl
+    # texts "User: …", blank line, "Assistant: …": only answers are trained on
+    python scripts/convert.py --input mine.jsonl --mask answers
+    python scripts/convert.py --input mine.jsonl --tokenizer-type HFTokenizer --vocab 20B_tokenizer.json
 
 Every record is one document, such as the line {"text": "..."} of a jsonl file. A bad record stops
 the conversion with its file and line, and nothing is written; --on-error skip skips it. All output
 files are written atomically. On several machines:
 
-    python scripts/convert.py --input big.jsonl --output-prefix out/big --shard 0/4        # and
-    1/4, 2/4, 3/4 on the others python scripts/convert.py --output-prefix out/big --merge
+    # and 1/4, 2/4, 3/4 on the others
+    python scripts/convert.py --input big.jsonl --output-prefix out/big --shard 0/4
     # when all have finished
+    python scripts/convert.py --output-prefix out/big --merge
 """
 
 from rwkv.cli import parse, sentences

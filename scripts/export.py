@@ -1,9 +1,9 @@
 """Export a model to a format that other programs read, and verify it: prints the largest difference
 of logits.
 
-    python scripts/export.py --model tuned.pth --output tuned.safetensors --dtype bf16 python
-    scripts/export.py --model tuned.pth --output tuned-hf            # a folder for transformers'
-    RwkvForCausalLM.from_pretrained
+    python scripts/export.py --model tuned.pth --output tuned.safetensors --dtype bf16
+    # a folder for transformers' RwkvForCausalLM.from_pretrained
+    python scripts/export.py --model tuned.pth --output tuned-hf
 
 The suffix of the output selects the format: .pth (read by ChatRWKV, rwkv.cpp and the PyPI package
 rwkv), .safetensors, or a folder for transformers.

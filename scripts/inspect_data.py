@@ -1,8 +1,8 @@
 """Check a binidx before training: its contents, the length of an epoch, and problems.
 
     python scripts/inspect_data.py --data_file mine_text_document --ctx_len 1024 --micro_bsz 12
-    python scripts/inspect_data.py --data_file mine_text_document --verify mine.jsonl     # verify
-    that it decodes to the source
+    # verify that it decodes to the source
+    python scripts/inspect_data.py --data_file mine_text_document --verify mine.jsonl
 
 Exits with status 1 if there is a problem. --json prints the findings as JSON.
 """

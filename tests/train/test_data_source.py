@@ -304,7 +304,7 @@ def test_the_copy_of_a_run_is_made_again_if_it_was_deleted(tmp_path):
 def test_a_refused_first_start_does_not_block_the_corrected_command(tmp_path):
     folder = tmp_path / "run"
     config = TrainConfig(**JSONL, data_file=jsonl(tmp_path / "a.jsonl", "document"), proj_dir=str(folder))
-    with pytest.raises(UserError, match="one context of ctx_len 5000 needs 5002"):
+    with pytest.raises(UserError, match="one sample of ctx_len 5000 needs 5002"):
         fit(changed(config, ctx_len=5000))
     made = (folder / "data_text_document.bin").stat().st_mtime_ns
     fit(config)  # with the copy that is there

@@ -251,7 +251,7 @@ def test_stdin_and_process_substitution(tmp_path, spec):
             text=True,
             check=False,
         )
-        assert (done.returncode, "name one with --output_prefix" in done.stderr) == (1, True)
+        assert (done.returncode, "give --output_prefix" in done.stderr) == (1, True)
 
 
 def test_unreadable_subfolder():
