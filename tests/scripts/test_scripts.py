@@ -189,5 +189,5 @@ def test_inspect_output_and_exit_status(script, write_jsonl, tmp_path):
         script("inspect_data.py", *flags, "--verify", first, "--json", "--png", "x.png", status=1).stdout
     )
     assert found["documents"] == 80
-    assert found["problems"] == ["the source has 40 documents and the data 80"]
+    assert found["problems"] == ["the source has 40 documents, the data 80"]
     assert (tmp_path / "x.png").exists()
