@@ -1,9 +1,9 @@
 """Run an RWKV-4 World model: continue a prompt, answer a question, or chat.
 
-    python scripts/generate.py --model merged.pth --ask "What is RWKV?"
-    python scripts/generate.py --model base.pth --lora out/lora/rwkv-0.pth --prompt "Once upon a time" --temperature 0.8
-    # chat; /help lists its commands, /exit or Ctrl-D ends
-    python scripts/generate.py --model merged.pth
+python scripts/generate.py --model merged.pth --ask "What is RWKV?"
+python scripts/generate.py --model base.pth --lora out/lora/rwkv-0.pth --prompt "Once upon a time" --temperature 0.8
+# chat; /help lists its commands, /exit or Ctrl-D ends
+python scripts/generate.py --model merged.pth
 """
 
 import sys
