@@ -398,7 +398,7 @@ def test_rslora_scale_matches_peft(tmp_path, make_model):
     ("settings", "message"),
     [
         ({"peft_type": "IA3"}, "of type 'IA3', but only LORA"),
-        ({"peft_type": ["x"]}, "of the type list"),
+        ({"peft_type": ["x"]}, "of type list"),
         ({"use_dora": True}, "has use_dora"),
         ({"rank_pattern": {"att.key": 8}}, "has rank_pattern"),
         ({"modules_to_save": ["head"]}, "has modules_to_save"),
