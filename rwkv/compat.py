@@ -40,6 +40,11 @@ def process_bytes() -> int:
     return (290 if stack() == "cu117" else 555) << 20
 
 
+def heap_share() -> float:
+    """Freed memory that glibc cannot reuse, on a CPU, per byte of tensors that come and go: measured in small runs."""
+    return 0.5 if stack() == "cu117" else 0.3
+
+
 def wake_mkl() -> None:
     """To be called before the first product of matrices on a CPU. MKL 2020.0, which torch 1.13.1 has inside, multiplies fp32 at a third of the speed of
     processors that are not Intel's unless this variable names AVX2 for them (docs/decisions/001); later ones do not know it, and do better."""

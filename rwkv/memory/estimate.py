@@ -9,6 +9,7 @@ Arithmetic alone, in bytes. Shapes are those of the model (rwkv.models.rwkv.shap
     activations  `saved_bytes` of every block, or its input alone with grad_cp, and what is saved outside the blocks
     logits       one chunk of them (rwkv.kernels.head_loss), the head in the dtype of the matmuls
     workspace    temporary tensors of a pass; for DeepSpeed its buckets and, in stage 3, gathered weights
+    heap         on a CPU, freed memory that glibc cannot reuse: a measured share of what does not stay for the run
     process      the libraries: on a CPU what is resident of them after a first step
 
 DeepSpeed shards as in the ZeRO paper (Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1): stage 1 the optimizer, 2 also
@@ -33,6 +34,7 @@ CONTEXT = (
 )  # CUDA context and libraries on a GPU, which torch's allocator does not see. Assumed: no GPU was at hand to measure it
 PROCESS = 290 << 20  # a process with torch 1.13.1 and Lightning, with a first step, without a model
 LOADED = 20 << 20  # of it comes with the first step: torch's code for it. 16 to 34 MiB were seen
+HEAP = 0.5  # of gradients, activations, logits and workspace, with torch 1.13.1 and glibc 2.36; 0.3 to 1.1 were seen
 LIVE = 10**9  # numbers that ZeRO-3 keeps gathered (stage3_max_live_parameters)
 
 
@@ -57,6 +59,7 @@ class Plan:
     ds_bucket_mb: int = 200
     gpu: bool = True
     process: int = PROCESS
+    heap: float = HEAP
 
     @property
     def e(self) -> int:
@@ -98,7 +101,7 @@ Parts = dict[str, Blocks]
 class Estimate:
     """Bytes by part: in each phase of a step, at its peak on each device, and on a machine's host.
 
-    Of a phase's parts all but `process` are what torch's allocator holds.
+    Of a phase's parts all but `process` and `heap` are what torch's allocator holds.
     """
 
     phase_parts: dict[str, dict[str, int]]
@@ -117,7 +120,11 @@ class Estimate:
     @property
     def tensors(self) -> dict[str, int]:
         """The peaks of the phases, of torch's allocator alone."""
-        return {name: sum(parts.values()) - parts["process"] for name, parts in self.phase_parts.items()}
+        others = ("process", "heap")
+        return {
+            name: sum(size for part, size in parts.items() if part not in others)
+            for name, parts in self.phase_parts.items()
+        }
 
     @property
     def total(self) -> int:
@@ -250,6 +257,9 @@ def estimate(p: Plan) -> Estimate:
         for name, parts in phases.items()
     }
     made["backward"] = max(made["backward"], made.pop("its end"), key=lambda parts: sum(parts.values()))
+    if not p.gpu:
+        for parts in made.values():
+            parts["heap"] = p.heap * sum(size for part, size in parts.items() if part not in ("weights", "optimizer"))
     phase_parts = {name: _round(parts | {"process": CONTEXT if p.gpu else p.process}) for name, parts in made.items()}
     if p.gpu:
         loading = 4 * (numbers + adapters) * _per_node(p)  # a process reads the model before it goes to its GPU
