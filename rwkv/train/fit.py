@@ -164,7 +164,7 @@ def _train(
     result = _finish(run, folder, trainer, module, metrics)
     if monitor.peak:
         say(f"memory: {monitor.words()}")
-    if not strategy.zero(c):  # DeepSpeed keeps its process groups for the life of this process
+    if not strategy.deepspeed_was_used():
         strategy.leave_process_group()
     return result
 

@@ -66,7 +66,8 @@ def parted():
     """
     before = dict(os.environ)
     yield
-    strategy.leave_process_group()
+    if not strategy.deepspeed_was_used():
+        strategy.leave_process_group()
     os.environ.clear()
     os.environ.update(before)
 

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,13 @@ def mean(x: Tensor) -> Tensor:
     total = x.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+def deepspeed_was_used() -> bool:
+    """Whether a run of this process used DeepSpeed, which keeps its process groups for the life of the process and
+    fails once they are destroyed."""
+    comm = sys.modules.get("deepspeed.comm.comm")
+    return getattr(comm, "cdb", None) is not None
 
 
 def leave_process_group() -> None:
