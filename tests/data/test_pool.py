@@ -12,7 +12,6 @@ import pytest
 from rwkv.data.pool import Pool
 from rwkv.errors import UserError
 
-EARLIER: dict[str, list[int]] = {"children": []}
 BOUND = 30  # seconds on a loaded machine; what is tested for would last for ever
 
 
@@ -24,15 +23,8 @@ def large(x):
     return bytes(4_000_000)  # more than a pipe holds: a worker is in the middle of sending it most of the time
 
 
-@pytest.fixture(autouse=True)
-def _earlier_children(monkeypatch):
-    """Other tests may have left helper processes, such as multiprocessing's resource tracker."""
-    monkeypatch.setitem(EARLIER, "children", [])
-    EARLIER["children"] = children()
-
-
-def children():
-    """The processes that this one started since the test began and that live."""
+def living():
+    """The processes that this one started and that live."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -41,11 +33,18 @@ def children():
             continue
         if int(fields[1]) == os.getpid() and fields[0] != "Z":
             found.append(int(path.parent.name))
-    return sorted(set(found) - set(EARLIER["children"]))
+    return found
+
+
+@pytest.fixture
+def children():
+    """The processes started since the test began: earlier tests may have left helpers, such as multiprocessing's resource tracker."""
+    earlier = set(living())
+    return lambda: [process for process in living() if process not in earlier]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
-def test_results_come_in_order(workers):
+def test_results_come_in_order(workers, children):
     with Pool(double, workers) as pool:
         assert list(pool.map(range(100))) == [(i, 2 * i) for i in range(100)]
     assert children() == []
@@ -58,7 +57,7 @@ def failing(x):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_an_error_comes_in_its_place(workers):
+def test_an_error_comes_in_its_place(workers, children):
     seen = []
     with pytest.raises(UserError, match="five"), Pool(failing, workers) as pool:
         seen += [result for _, result in pool.map(range(100))]
@@ -85,7 +84,7 @@ def test_a_result_that_cannot_be_sent_is_an_error():
 
 
 @pytest.mark.parametrize("function", [double, large])
-def test_a_worker_that_is_killed_at_any_moment_ends_it_within_seconds(function):
+def test_a_worker_that_is_killed_at_any_moment_ends_it_within_seconds(function, children):
     """Kills from before the first chunk to after the last; the parent reads slowly, so that workers wait in the middle of a result."""
     draw = random.Random(3)
     killed_in_time = 0
@@ -115,7 +114,7 @@ def test_a_worker_that_is_killed_at_any_moment_ends_it_within_seconds(function):
     assert killed_in_time >= 5
 
 
-def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+def test_workers_end_with_a_parent_that_is_killed(tmp_path, children):
     child = os.fork()
     if not child:
         with Pool(time.sleep, 3) as pool:
