@@ -1,10 +1,10 @@
-# make help is the index. Every job takes the flags of its script: make lora ARGS="--load_model base.pth --data_file mine.jsonl"
-# STACK=modern works in .venv-modern, on the stack for newer GPUs. PY=/path/to/python works with that Python as it is, and installs nothing.
+# Run make help for a list of targets. Every job takes the flags of its script: make lora ARGS="--load_model base.pth --data_file mine.jsonl"
+# STACK=modern uses .venv-modern, the stack for newer GPUs. PY=/path/to/python uses an existing Python and installs nothing.
 SHELL := bash
 STACK ?= cu117
 VENV ?= $(if $(filter cu117,$(STACK)),.venv,.venv-$(STACK))
-LOCKS := $(wildcard docker/locks/$(STACK).txt docker/locks/$(STACK)-deepspeed.txt)
-KERNELS := rwkv/wkv/lib/.$(STACK)
+LOCKS := $(wildcard env/locks/$(STACK).txt env/locks/$(STACK)-deepspeed.txt)
+KERNELS := rwkv/kernels/lib/.$(STACK)
 ifdef PY
 .PHONY: $(KERNELS)
 SAY := make PY=$(PY)
@@ -29,32 +29,32 @@ CLEAN_DEMO := out/demo
 .DEFAULT_GOAL := help
 .PHONY: help venv env tools image test-image reproduce compose-env kernels lora finetune pretrain convert inspect merge generate export doctor estimate demo test test-gpu bench lint lock pin licenses sbom clean
 
-help:  ## this list
+help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-venv: $(READY)  ## make .venv: the documented stack from PyPI, every file checked by its hash; with STACK=modern .venv-modern
-	@$(MAKE) --silent $(KERNELS) || echo 'Going on without the compiled kernel: correct, and slow.'
+venv: $(READY)  ## create .venv with the cu117 stack from the hash-locked files; STACK=modern creates .venv-modern
+	@$(MAKE) --silent $(KERNELS) || echo 'Continuing without the compiled kernels: results are correct, but slow.'
 
-$(VENV)/.ready: $(LOCKS) docker/venv.sh docker/install.sh
-	docker/venv.sh $(VENV) $(STACK)
+$(VENV)/.ready: $(LOCKS) env/venv.sh env/install.sh env/uv.sh env/locks/uv.txt
+	env/venv.sh $(VENV) $(STACK)
 	@touch $@
 
-env:  ## make the conda environment `rwkv` with the same packages, by mamba, micromamba or conda
-	docker/env.sh
+env:  ## create the conda environment `rwkv` with the same packages (mamba, micromamba or conda)
+	env/conda.sh
 
-tools: $(TOOLS)/.ready  ## make .venv-tools: what checks and describes the project from outside
+tools: $(TOOLS)/.ready  ## create .venv-tools: mypy, hadolint and other checkers
 
-$(TOOLS)/.ready: docker/locks/tools.txt docker/tools.sh $(READY)
-	docker/tools.sh $(TOOLS) $(PY)
+$(TOOLS)/.ready: env/locks/tools.txt env/tools.sh $(READY)
+	env/tools.sh $(TOOLS) $(PY)
 	@touch $@
 
-image:  ## build the container image of the stack; BASE_IMAGE=... builds on another base
+image:  ## build the container image of the stack; BASE_IMAGE=... selects another base
 	docker/engine.sh docker/image.sh $(STACK)
 
-# Where no engine can be had it says why, and that is no failure.
+# Exit status 75 of engine.sh means that there is no Docker engine: skip the tests instead of failing.
 test-image: venv $(TOOLS)/.ready  ## build the image and test it, inside and outside (ARGS goes to pytest)
 	@docker/engine.sh docker/test_image.sh $(STACK) $(PY) $(CURDIR)/$(TOOLS)/bin/docker-compose $(ARGS) || \
-	  { status=$$?; [ $$status = 75 ] && echo 'test-image: skipped, for the reason above'; }
+	  { status=$$?; [ $$status = 75 ] && echo 'test-image: skipped, see above'; }
 
 reproduce:  ## build the image twice, the second time without a cache, and compare packages and kernels
 	docker/engine.sh docker/reproduce.sh $(STACK)
@@ -62,14 +62,14 @@ reproduce:  ## build the image twice, the second time without a cache, and compa
 compose-env:  ## write .env for docker compose: user, stack, and whether there is a GPU
 	docker/compose_env.sh $(STACK)
 
-kernels: $(READY)  ## compile the WKV operator unless all of it is there, current, and loads
-	@$(JOB) $(PY) -c 'from rwkv.wkv import build; build.main()'
+kernels: $(READY)  ## compile the kernels for this machine (ALL=1: for every GPU of the stack), unless they are current
+	@$(if $(ALL),RWKV_KERNELS_ALL=1) $(JOB) $(PY) -c 'from rwkv.kernels import build; build.main()'
 	$(if $(READY),@touch $(KERNELS))
 
-$(KERNELS): $(READY) $(wildcard cuda/*.h cuda/*.cpp cuda/*.cu) rwkv/wkv/build.py rwkv/wkv/nvrtc.py rwkv/compat.py
+$(KERNELS): $(READY) $(wildcard cuda/*/*.h cuda/*/*.cpp cuda/*/*.cu) rwkv/kernels/build.py rwkv/kernels/nvrtc.py rwkv/compat.py
 	@$(MAKE) --silent kernels
 
-lora: venv  ## LoRA tuning; with no ARGS the whole line on an example
+lora: venv  ## LoRA tuning; without ARGS the full pipeline on a toy dataset
 ifeq ($(strip $(ARGS)),)
 	@$(JOB) scripts/demo.sh
 else
@@ -78,21 +78,21 @@ endif
 
 finetune pretrain convert generate export doctor estimate: venv
 	@$(JOB) $(PY) scripts/$@.py $(ARGS)
-finetune:  ## tune all weights
+finetune:  ## full fine-tuning
 pretrain:  ## train a new model
 convert:  ## text and chats to binidx
 generate:  ## run a model: --ask, --prompt, or a chat
-export:  ## a model in a form that other programs read: safetensors, transformers, another dtype
-estimate:  ## how much memory a run takes, what fits on a card, the cheapest change that would fit
-doctor:  ## what this machine can do, what is missing, how to mend it
+export:  ## export a model: safetensors, transformers, another dtype
+estimate:  ## estimate the memory of a run; find settings that fit a GPU
+doctor:  ## check this machine: what works, what is missing, how to fix it
 
-inspect: venv  ## look at a binidx before training on it
+inspect: venv  ## inspect a binidx dataset before training on it
 	@$(JOB) $(PY) scripts/inspect_data.py $(ARGS)
 
 merge: venv  ## merge an adapter into its base
 	@$(JOB) $(PY) scripts/merge_lora.py $(ARGS)
 
-demo: venv  ## the story from text to tuned model (what make lora does with no ARGS)
+demo: venv  ## the full pipeline on a toy dataset (the same as make lora without ARGS)
 	@$(JOB) scripts/demo.sh
 
 # An independent implementation that the tests compare with; never installed into our environment.
@@ -101,36 +101,36 @@ $(VENV)/oracle/.ready: $(VENV)/.ready tests/oracle.txt
 	$(PY) -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps --target $(@D) -r tests/oracle.txt
 	@touch $@
 
-test: venv $(ORACLE)  ## the tests (ARGS goes to pytest)
+test: venv $(ORACLE)  ## run the tests (ARGS is passed to pytest)
 	$(CODE) $(PY) -m pytest $(ARGS)
 
 # On the stack that drives this GPU: make test-gpu STACK=modern, or PY=... where a Python has torch already.
-test-gpu: venv  ## what needs a GPU: its tests, then the CUDA unit's timings
+test-gpu: venv  ## tests and benchmarks that need an NVIDIA GPU
 	$(CODE) $(PY) -m pytest tests/gpu -m gpu $(ARGS)
 	$(CODE) $(PY) bench/wkv_gpu.py
 
-bench: venv  ## a training step against transformers + peft and against its own matrix products, as a table
+bench: venv  ## benchmark a training step against transformers + peft and against its matmuls alone
 	@$(CODE) $(PY) bench/step.py $(ARGS)
 
-lint: $(VENV)/.ready $(TOOLS)/.ready  ## ruff, mypy, shellcheck, hadolint; compose files and workflows
+lint: $(VENV)/.ready $(TOOLS)/.ready  ## ruff, import contracts, mypy, shellcheck, hadolint, compose files, workflows
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	docker/lint.sh $(VENV) $(TOOLS)
+	env/lint.sh $(VENV) $(TOOLS)
 
-lock: $(VENV)/.ready  ## pin again: pyproject.toml to docker/locks/
-	docker/lock.sh $(VENV)/bin/uv
+lock: $(VENV)/.ready  ## lock pyproject.toml into env/locks/ (UPGRADE=1: newest indirect dependencies)
+	env/lock.sh $(VENV)/bin/uv
 
-pin:  ## pin actions to commits and the base image to its digest, as far as they can be looked up
-	docker/pin.sh
+pin:  ## pin actions to commits and the base image to its digest
+	env/pin.sh
 
-licenses: venv $(TOOLS)/.ready  ## the licences of all packages of the stack, in build/licenses-STACK.md
+licenses: venv $(TOOLS)/.ready  ## write the licences of all packages to build/licenses-STACK.md
 	@mkdir -p build
 	$(TOOLS)/bin/pip-licenses --python=$(PY) --from=mixed --with-system --with-urls --order=license --format=markdown --output-file=build/licenses-$(STACK).md
 
-sbom: venv $(TOOLS)/.ready  ## what is installed, as CycloneDX, in build/sbom-STACK.cdx.json
+sbom: venv $(TOOLS)/.ready  ## write a CycloneDX SBOM to build/sbom-STACK.cdx.json
 	@mkdir -p build
 	$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml --output-file build/sbom-$(STACK).cdx.json $(PY)
 
-clean:  ## remove what was made, except your data and runs
-	rm -rf $(VENV) .venv .venv-modern $(TOOLS) $(CLEAN_DEMO) rwkv/wkv/lib build ./*.egg-info
+clean:  ## remove environments and build outputs; keeps your data and runs
+	rm -rf $(VENV) .venv .venv-modern .venv-uv $(TOOLS) $(CLEAN_DEMO) rwkv/kernels/lib build ./*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

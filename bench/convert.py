@@ -1,13 +1,17 @@
-"""The converter against the pure-Python tokenizer and against its own tokenizer library, and its memory, in one run.
+"""Speed of the converter relative to a pure-Python tokenizer and to its tokenizer library alone;
+peak memory.
 
-    python bench/convert.py [MB]            # speed, on so much text (default 300)
+    python bench/convert.py [MB]            # speed, on this much text (default 300)
     python bench/convert.py --memory        # peak memory on 100 MB and on 1 GB
 
-The text is the source code of Python's standard library and of the installed packages, a document a file. Measured on two cores:
-- the whole process of scripts/convert.py with two workers, from its start to the files on the disk;
-- the whole process of the PyPI `rwkv` package's tokenizer, which reads the same jsonl, encodes, and writes nothing (make test installs it);
-- the library's own batch encoding, by two threads, of the same texts in memory: no start, no reading, no JSON, no writing. The first and
-  the last take turns and the best of each counts: other work on the machine only ever adds.
+The text is the source code of Python's standard library and the installed packages, one document
+per file. Measured on two cores:
+- scripts/convert.py with two workers, from process start to the files on disk;
+- the tokenizer of the PyPI `rwkv` package, as a process that reads the same jsonl and writes
+nothing
+  (make test installs it);
+- the library's batch encoding with two threads, of the same texts in memory: no start-up or I/O.
+The first and the last are run alternately, and the best time of each is reported.
 """
 
 import contextlib
@@ -56,7 +60,7 @@ print(tokens, seconds)
 
 
 def texts() -> Iterator[str]:
-    """Source files, again and again."""
+    """Source files, repeated endlessly."""
     folders = dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "purelib"))
     while True:
         for folder in folders:
@@ -67,7 +71,7 @@ def texts() -> Iterator[str]:
 
 
 def write(path: Path, size: int) -> int:
-    """Write jsonl with at least so many bytes of text; returns how many."""
+    """Write jsonl with at least `size` bytes of text; returns the number written."""
     written = 0
     with open(path, "w", encoding="utf-8") as file:
         for text in texts():
@@ -101,7 +105,9 @@ def converter(source: Path) -> float:
 
 def library(source: Path) -> tuple[int, float]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", LIBRARY, str(source)], check=True, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", LIBRARY, str(source)], check=True, capture_output=True, text=True, env=environment
+    )
     tokens, seconds = done.stdout.split()
     return int(tokens), float(seconds)
 
@@ -156,7 +162,9 @@ def memory(folder: Path) -> None:
             peak, largest = max(peak, sum(sizes)), max(largest, *sizes)
             time.sleep(0.05)
         assert child.returncode == 0
-        print(f"{size:5.0f} MB of text: at most {peak:.0f} MiB resident in all processes together, {largest:.0f} MiB in one")
+        print(
+            f"{size:5.0f} MB of text: at most {peak:.0f} MiB resident in all processes together, {largest:.0f} MiB in one"
+        )
 
 
 if __name__ == "__main__":

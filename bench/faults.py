@@ -1,9 +1,11 @@
-"""Kill runs with -9 at random moments and go on with them: every loss must be that of a run that was never stopped, bit for bit.
+"""Kill runs with SIGKILL at random times and resume them: every loss must be bit-identical to an
+uninterrupted run.
 
     python bench/faults.py --kills 20 --seed 1
 
-One run of LoRA and one of full tuning, both with dropout, accumulation and warm-up, are killed so many times each: while they start,
-between steps, inside them, and while they save. Exit status 1 if a loss, a rate or a weight differs.
+A LoRA run and a full-tuning run, both with dropout, accumulation and warm-up, are each killed
+--kills times: while starting, between steps, inside steps, and while saving. Exits with status 1 if
+a loss, learning rate or weight differs.
 """
 
 import argparse
@@ -20,12 +22,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from rwkv import checkpoint
 from rwkv.data.binidx import writer
-from rwkv.model import RWKV, Sizes
-from rwkv.model.init import initialise
-from rwkv.train import store
+from rwkv.models import RWKV
+from rwkv.models.v4 import Sizes
+from rwkv.train.resume import state_files
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-AT_MOST = 25  # steps that a run goes on before it is to be killed
+MAX_STEPS = 25  # steps after resuming before the next kill, at most
 FLAGS = {
     "ctx_len": 32,
     "micro_bsz": 2,
@@ -40,28 +42,36 @@ KINDS = {"LoRA": ("lora.py", {"lora_dropout": 0.1}), "full tuning": ("finetune.p
 
 
 def main() -> int:
-    """Kill, go on, compare; the exit status."""
+    """Kill, resume and compare; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="of each kind of run")
-    parser.add_argument("--seed", type=int, default=1, help="of the moments")
-    parser.add_argument("--kind", choices=KINDS, help="one kind alone")
+    parser.add_argument("--kills", type=int, default=20, help="kills per kind of run")
+    parser.add_argument("--seed", type=int, default=1, help="random seed of the kill times")
+    parser.add_argument("--kind", choices=KINDS, help="run this kind only")
     arguments = parser.parse_args()
     moments, sound = random.Random(arguments.seed), True
-    steps = 50 * (arguments.kills + 1)  # more than can be made between kills
+    steps = 50 * (arguments.kills + 1)  # more than can be completed between kills
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         inputs = make_inputs(folder)
         for kind in [arguments.kind] if arguments.kind else KINDS:
             script, flags = KINDS[kind]
             given = FLAGS | flags | inputs | {"epoch_steps": 2 * steps}
-            argv = [sys.executable, str(SCRIPTS / script), *(str(word) for key, value in given.items() for word in (f"--{key}", value))]
+            argv = [
+                sys.executable,
+                str(SCRIPTS / script),
+                *(str(word) for key, value in given.items() for word in (f"--{key}", value)),
+            ]
             whole, killed = folder / f"{script}-whole", folder / f"{script}-killed"
             subprocess.run([*argv, "--proj_dir", whole], capture_output=True, check=True)
             kills = [kill([*argv, "--proj_dir", str(killed)], killed, moments) for _ in range(arguments.kills)]
             subprocess.run([*argv, "--proj_dir", killed], capture_output=True, check=True)
             different = differences(killed, whole)
             sound = sound and not different
-            print(f"{kind}: {len(kills)} kills at steps {', '.join(map(str, kills))}; {steps} steps,", different or "all equal", flush=True)
+            print(
+                f"{kind}: {len(kills)} kills at steps {', '.join(map(str, kills))}; {steps} steps,",
+                different or "all equal",
+                flush=True,
+            )
     return 0 if sound else 1
 
 
@@ -69,7 +79,7 @@ def make_inputs(folder: Path) -> dict[str, str]:
     """A small base model and data."""
     torch.manual_seed(0)
     model = RWKV(Sizes(2, 32, 256, 32, 128))
-    initialise(model, emb_scale=1e-2)
+    model.initialise(emb_scale=1e-2)
     checkpoint.save_model(folder / "base.pth", model, {})
     with writer(folder / "data") as out:
         out.add(torch.randint(256, (20000,)).tolist())
@@ -77,9 +87,11 @@ def make_inputs(folder: Path) -> dict[str, str]:
 
 
 def kill(argv: list[str], folder: Path, moments: random.Random) -> int:
-    """Start the run, or go on with it, and kill it after some further steps and up to a tenth of a second; the last step it wrote."""
-    saved = store.states(folder)
-    goal = (int(saved[0].stem.removeprefix("step-")) if saved else 0) + moments.randint(0, AT_MOST)
+    """Start or resume the run, and kill it after a random number of steps plus up to 0.1 s; returns
+    the last logged step.
+    """
+    saved = state_files.states(folder)
+    goal = (int(saved[0].stem.removeprefix("step-")) if saved else 0) + moments.randint(0, MAX_STEPS)
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if moments.random() < 0.2:
         time.sleep(moments.uniform(0, 5))  # while it starts
@@ -95,7 +107,7 @@ def kill(argv: list[str], folder: Path, moments: random.Random) -> int:
 
 
 def losses(folder: Path) -> list[str]:
-    """Step, loss and rate of every whole line of metrics.jsonl."""
+    """Step, loss and learning rate of every complete line of metrics.jsonl."""
     metrics = folder / "metrics.jsonl"
     text = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
     found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

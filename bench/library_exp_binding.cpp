@@ -1,16 +1,16 @@
-// Calls the loops of library_exp.cpp as cuda/wkv4.cpp calls the unit's: threads share out the channels, row after row. fp32.
+// Calls the loops of library_exp.cpp as cuda/wkv4/wkv4.cpp calls the unit's: threads share out the channels, row after row. fp32.
 #include <torch/extension.h>
 
 #include <ATen/Parallel.h>
 
-#include "../cuda/wkv4_cpu.h"
+#include "wkv4/wkv4_cpu.h"
 
 extern const Wkv4Loops wkv4_loops_library;
 
 namespace {
 
 Wkv4Problem problem(const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v, const at::Tensor& kept) {
-  return {k.size(1), k.size(2), w.data_ptr<float>(), u.data_ptr<float>(), k.data_ptr(), v.data_ptr(), nullptr, nullptr, kept.data_ptr<float>()};
+  return {k.size(1), k.size(2), w.data_ptr<float>(), u.data_ptr<float>(), k.data_ptr(), v.data_ptr(), nullptr, nullptr, nullptr, kept.data_ptr<float>()};
 }
 
 template <class F>

@@ -1,10 +1,11 @@
-"""The loader's tokens/s against what a step can take: never the bottleneck, as a ratio.
+"""Throughput of the data loader relative to the most that training can consume.
 
     python bench/loader.py [--ctx_len 1024] [--micro_bsz 8] [--tokens 50000000] [--peak_tflops 989]
 
-Batches as training takes them (DataLoader over a memory-mapped binidx, in this process), by prime sampling, at random, and with resets at random and by
-documents. What a step can take at most: a GPU that spends all of --peak_tflops (the default is an H100's in bf16) on 6 operations a weight and token
-of full tuning, the lightest step there is being 0.1b's; no step reaches that. On a GPU batches are pinned, and the copy is timed beside.
+Batches are loaded as in training (DataLoader over a memory-mapped binidx, in this process): by
+prime sampling, at random, at random with resets, and by whole documents. The upper bound of
+consumption is a GPU that spends all of --peak_tflops (default: an H100 in bf16) on 6 FLOPs per
+parameter and token. On a GPU, batches are pinned and the copy is included.
 """
 
 import argparse
@@ -17,11 +18,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from rwkv import memory
-from rwkv.data import sampling
+from rwkv.data import offsets
 from rwkv.data.binidx import Dataset, writer
 from rwkv.data.dataset import Contexts, Documents
-from rwkv.data.stream import Stream
+from rwkv.data.token_stream import Stream
+from rwkv.memory import estimate
+from rwkv.models.version import DEFAULT
 
 SECONDS = 2.0  # of each
 
@@ -58,16 +60,16 @@ def main() -> None:
     parser.add_argument("--peak_tflops", type=float, default=989.0)
     c = parser.parse_args()
     gpu = torch.cuda.is_available()
-    need = {name: c.peak_tflops * 1e12 / (6 * memory.total(memory.sizes_of(name))) for name in memory.MODELS}
+    need = {name: c.peak_tflops * 1e12 / (6 * estimate.total(sizes)) for name, sizes in DEFAULT.PUBLISHED.items()}
     with tempfile.TemporaryDirectory() as folder:
         stream = make(Path(folder) / "data", c.tokens)
         common = {"stream": stream, "ctx_len": c.ctx_len, "samples": 1 << 30}
-        prime = sampling.magic_prime(len(stream), c.ctx_len)
+        prime = offsets.magic_prime(len(stream), c.ctx_len)
         kinds = {
             "prime": Contexts(**common, prime=prime),
             "random": Contexts(**common),
             "random, resets": Contexts(**common, reset=True),
-            "documents, resets": Documents(**common, reset=True, enough=c.ctx_len // 4),
+            "documents, resets": Documents(**common, reset=True, min_tokens=c.ctx_len // 4),
         }
         print(
             f"T{c.ctx_len} B{c.micro_bsz}, {len(stream):,} tokens, {'pinned and copied to the GPU' if gpu else 'on a CPU'}, torch {torch.__version__}"

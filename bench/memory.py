@@ -1,4 +1,4 @@
-"""What a training step on a CPU takes against what rwkv.memory predicts, part by part, for the published sizes.
+"""What a training step on a CPU takes against what rwkv.memory.estimate predicts, part by part, for the published sizes.
 
     python bench/memory.py [MODEL,METHOD,PRECISION,GRAD_CP,CTX_LEN,OPTIMIZER ...]
 
@@ -15,10 +15,13 @@ import sys
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from rwkv import limits, lora, memory
+from rwkv.adapters import lora
 from rwkv.config import TrainConfig
-from rwkv.model import RWKV
-from rwkv.train import cpu, optimizer
+from rwkv.memory import estimate, machine
+from rwkv.models import RWKV
+from rwkv.models.version import published
+from rwkv.train.loop import optimizer
+from rwkv.train.runtime import cpu
 
 ROWS = (
     "0.1b,lora,fp32,0,1024,adam", "0.1b,lora,bf16,0,1024,adam", "0.1b,lora,bf16,1,1024,adam",
@@ -31,11 +34,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TENSORS, PHASES = ("weights", "gradients", "optimizer", "kept"), ("forward", "backward", "optimizer")
 
 
-def plan_of(row: str) -> memory.Plan:
+def plan_of(row: str) -> estimate.Plan:
     model, method, precision, grad_cp, ctx_len, kind = row.split(",")
-    sizes = memory.sizes_of(model)
-    return memory.Plan(
-        sizes, method == "lora", precision=precision, grad_cp=grad_cp == "1", ctx_len=int(ctx_len), optimizer=kind, gpu=False
+    sizes = published(model)
+    return estimate.Plan(
+        sizes,
+        method == "lora",
+        precision=precision,
+        grad_cp=grad_cp == "1",
+        ctx_len=int(ctx_len),
+        optimizer=kind,
+        gpu=False,
     )
 
 
@@ -46,7 +55,7 @@ def bytes_of(tensors) -> int:
 class Step:
     """A training step of random weights, as rwkv.train makes it."""
 
-    def __init__(self, p: memory.Plan):
+    def __init__(self, p: estimate.Plan):
         self.precision = p.precision
         self.model = model = RWKV(p.sizes, p.grad_cp)
         for parameter in model.parameters():  # one after the other, each at once in its dtype
@@ -75,16 +84,15 @@ class Step:
         return gradients
 
 
-def measure(p: memory.Plan) -> dict:
+def measure(p: estimate.Plan) -> dict:
     """Bytes of the parts and phases of a step."""
     cpu.prepare()
-    resting, step = limits.rss(), Step(p)
+    resting, step = machine.rss(), Step(p)
     found = {"weights": bytes_of(step.model.parameters()), "gradients": step()}
     found["optimizer"] = bytes_of(x for state in step.optimizer.state.values() for x in state.values())
-    cpu.settle()
-    limits.rss_peak(restart=True)
+    machine.rss_peak(restart=True)
     step()
-    found["resident"] = limits.rss_peak() - resting
+    found["resident"] = machine.rss_peak() - resting
     now = begin = found["weights"] + found["optimizer"] + bytes_of([step.ids])
     phases = {}
 
@@ -94,7 +102,9 @@ def measure(p: memory.Plan) -> dict:
             work()
         events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
         top = now
-        for event in sorted(events, key=lambda event: event.start_ns() if hasattr(event, "start_ns") else event.start_us()):
+        for event in sorted(
+            events, key=lambda event: event.start_ns() if hasattr(event, "start_ns") else event.start_us()
+        ):
             now += event.nbytes()
             top = max(top, now)
         phases[name] = top
@@ -114,14 +124,18 @@ def main(rows: list[str]) -> None:
             print(f"{row:34}  ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
             continue
         found, p = json.loads(done.stdout.splitlines()[-1]), plan_of(row)
-        ahead = memory.estimate(p)
+        ahead = estimate.estimate(p)
         first, last = ahead.phase_parts["forward"], ahead.phase_parts["optimizer"]
         predicted = [first["weights"], last["gradients"], first["optimizer"], first["activations"] + first["gradients"]]
         predicted += [ahead.tensors[name] for name in PHASES]
         measured = [found[name] for name in TENSORS] + [found["phases"][name] for name in PHASES]
-        predicted += [max(ahead.tensors.values()), ahead.total - p.process + memory.LOADED]
+        predicted += [max(ahead.tensors.values()), ahead.total - p.process + estimate.LOADED]
         measured += [max(found["phases"].values()), found["resident"]]
-        print(f"{row:34}" + "".join(f"{x / 1e9:10.3f} {y / max(1, x):5.0%} " for x, y in zip(predicted, measured, strict=True)), flush=True)
+        print(
+            f"{row:34}"
+            + "".join(f"{x / 1e9:10.3f} {y / max(1, x):5.0%} " for x, y in zip(predicted, measured, strict=True)),
+            flush=True,
+        )
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
 
 

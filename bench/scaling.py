@@ -21,10 +21,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from memory import Step
 
-from rwkv import limits
-from rwkv.memory import Plan
-from rwkv.model import Sizes
-from rwkv.train import cpu
+from rwkv.memory import machine
+from rwkv.memory.estimate import Plan
+from rwkv.models.v4 import Sizes
+from rwkv.train.runtime import cpu
 
 VARIED = {"ctx_len": (512, 1024, 2048, 4096, 8192, 16384), "micro_bsz": (1, 2, 4, 8, 16), "layers": (3, 6, 12, 24)}
 NAMES = {"ctx_len": "context length T (tokens)", "micro_bsz": "batch B", "layers": "layers L"}
@@ -37,19 +37,21 @@ def worker(width: int, ctx_len: int, micro_bsz: int, layers: int, rounds: int) -
     cpu.prepare()
     plan = Plan(Sizes(layers, width, 65536, width, 4 * width), ctx_len=ctx_len, micro_bsz=micro_bsz, gpu=False)
     step = Step(plan)
-    before, times = limits.rss(), []
-    limits.rss_peak(restart=True)
+    before, times = machine.rss(), []
+    machine.rss_peak(restart=True)
     for _ in range(1 + rounds):
         begun = time.perf_counter()
         step()
         times.append(time.perf_counter() - begun)
-    return min(times[1:]), (limits.rss_peak() - before) / 1e9
+    return min(times[1:]), (machine.rss_peak() - before) / 1e9
 
 
 def measure(width: int, rounds: int, at: dict[str, int]) -> list[float]:
     """The same in a process of its own."""
     numbers = [str(number) for number in (width, *at.values(), rounds)]
-    done = subprocess.run([sys.executable, __file__, "--worker", *numbers], stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, "--worker", *numbers], stdout=subprocess.PIPE, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(f"{at} ended with {done.returncode}")
     return json.loads(done.stdout)

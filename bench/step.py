@@ -28,13 +28,16 @@ from pathlib import Path
 
 import torch
 
-from rwkv import checkpoint, export, lora
+from rwkv import checkpoint, export
+from rwkv.adapters import lora
 from rwkv.config import TrainConfig
 from rwkv.files import write_json
-from rwkv.model import RWKV, Sizes
-from rwkv.model.linear import needs_room, product, product_of_gradient, weight_gradient
-from rwkv.model.loss import CHUNK_BYTES, SLICE, head_loss
-from rwkv.train import cpu, optimizer
+from rwkv.kernels.head_loss import CHUNK_BYTES, SLICE, head_loss
+from rwkv.kernels.linear import needs_room, product, product_of_gradient, weight_gradient
+from rwkv.models import RWKV
+from rwkv.models.v4 import Sizes
+from rwkv.train.loop import optimizer
+from rwkv.train.runtime import cpu
 
 PARTS, R, ALPHA, DROPOUT = ("key", "value", "receptance"), 8, 32, 0.01
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -51,25 +54,31 @@ def write(c: argparse.Namespace) -> None:
         elif "decay" in name:
             value = torch.linspace(-5, 3, len(parameter))
         else:
-            value = torch.full(parameter.shape, {"time_first": -1.2, "weight": 1.0, "bias": 0.0}.get(name.split(".")[-1], 0.5))
+            value = torch.full(
+                parameter.shape, {"time_first": -1.2, "weight": 1.0, "bias": 0.0}.get(name.split(".")[-1], 0.5)
+            )
         parameter.data = value.to(DTYPES[c.precision])
     folder = Path(c.folder)
     checkpoint.save_model(folder / "base.pth", model, {})
     if not c.ours:
         (folder / "hf").mkdir()
-        checkpoint.save_safetensors(export.transformers_names(export.tensors_of(model, "keep")), folder / "hf" / "model.safetensors")
-        write_json(folder / "hf" / "config.json", export.transformers_config(model.sizes, c.ctx_len, DTYPES[c.precision]))
+        checkpoint.save_safetensors(
+            export.transformers_names(export.tensors_of(model, "keep")), folder / "hf" / "model.safetensors"
+        )
+        write_json(folder / "hf" / "config.json", export.transformers_config(model, c.ctx_len, DTYPES[c.precision]))
     for path in folder.rglob("*.*"):
         if path.is_file():
-            with open(
-                path, "r+b"
-            ) as file:  # out of the page cache: a file that was just written lies there in larger pieces than one that was read
+            with (
+                open(path, "r+b") as file
+            ):  # out of the page cache: a file that was just written lies there in larger pieces than one that was read
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def tokens(c: argparse.Namespace) -> torch.Tensor:
-    return torch.randint(c.sizes[2], (c.micro_bsz, c.ctx_len + 1), generator=torch.Generator().manual_seed(1)).to(c.device)
+    return torch.randint(c.sizes[2], (c.micro_bsz, c.ctx_len + 1), generator=torch.Generator().manual_seed(1)).to(
+        c.device
+    )
 
 
 def ours(c: argparse.Namespace):
@@ -78,13 +87,13 @@ def ours(c: argparse.Namespace):
     ids = tokens(c)
     c.libraries = resident(c)
     adapts = c.kind == "lora"
-    model = checkpoint.load_model(Path(c.folder) / "base.pth", c.device, matrices=dtype if adapts else torch.float32, by_rows=adapts)
+    model = checkpoint.load_model(Path(c.folder) / "base.pth", c.device, matrices=dtype if adapts else torch.float32)
     model.grad_cp = bool(c.grad_cp)
     if c.kind == "lora":
         lora.inject(model, ["att"], R, ALPHA, DROPOUT)
         lora.mark_trainable(model, ["att"])
         lora.store_frozen(model, dtype)
-    adam, settled, loss = optimizer.make(model, TrainConfig(lr_init=1e-4)), [], None
+    adam, loss = optimizer.make(model, TrainConfig(lr_init=1e-4)), None
 
     def step() -> float:
         nonlocal loss
@@ -95,8 +104,6 @@ def ours(c: argparse.Namespace):
         loss.backward()
         adam.step()
         adam.zero_grad(set_to_none=True)
-        if not settled and c.device == "cpu":
-            settled.append(cpu.settle())
         return float(loss.detach())
 
     return step
@@ -109,12 +116,14 @@ def theirs(c: argparse.Namespace):
 
     ids = tokens(c)
     c.libraries = resident(c)
-    model = RwkvForCausalLM.from_pretrained(Path(c.folder) / "hf", torch_dtype=DTYPES[c.precision], rescale_every=0, use_cache=False).to(
-        c.device
-    )
+    model = RwkvForCausalLM.from_pretrained(
+        Path(c.folder) / "hf", torch_dtype=DTYPES[c.precision], rescale_every=0, use_cache=False
+    ).to(c.device)
     if c.kind == "lora":
         target = rf".*\.attention\.({'|'.join(PARTS)})"
-        model = peft.get_peft_model(model, peft.LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=target))
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=target)
+        )
     model.train()
     adam, loss = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4), None
 
@@ -149,7 +158,13 @@ def products(c: argparse.Namespace, plain: bool = False):
         key = "head" if out == c.sizes[2] else index
         weight = made.setdefault(key, torch.randn(out, inside, device=c.device).to(dtype))
         work.append(
-            (torch.randn(rows, inside, device=c.device).to(dtype), torch.randn(rows, out, device=c.device).to(dtype), weight, full, again)
+            (
+                torch.randn(rows, inside, device=c.device).to(dtype),
+                torch.randn(rows, out, device=c.device).to(dtype),
+                weight,
+                full,
+                again,
+            )
         )
     head = torch.empty(max(rows for rows, *_ in shapes(c)), c.sizes[2], device=c.device, dtype=dtype)
 
@@ -228,12 +243,21 @@ class Contender:
     """A worker process, and what it measured."""
 
     def __init__(self, c: argparse.Namespace, name: str, kind: str, precision: str):
-        self.name, self.kind, self.precision, self.times, self.loss, self.memory = name, kind, precision, [], float("nan"), 0.0
+        self.name, self.kind, self.precision, self.times, self.loss, self.memory = (
+            name,
+            kind,
+            precision,
+            [],
+            float("nan"),
+            0.0,
+        )
         arguments = ["--worker", name, "--kind", kind, "--precision", precision, "--sizes", ",".join(map(str, c.sizes))]
         arguments += ["--folder", str(Path(c.folder) / precision)]
         for flag in ("ctx_len", "micro_bsz", "grad_cp", "let_go", "device"):
             arguments += [f"--{flag}", str(getattr(c, flag))]
-        self.process = subprocess.Popen([sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.libraries = float(self._answer())
 
     def _answer(self) -> str:
@@ -262,8 +286,19 @@ def compare(c: argparse.Namespace) -> list[Contender]:
         for precision in c.precisions.split(","):
             folder = Path(c.folder) / precision
             folder.mkdir()
-            given = ["--sizes", ",".join(map(str, c.sizes)), "--ctx_len", str(c.ctx_len), "--precision", precision, "--folder", str(folder)]
-            subprocess.run([sys.executable, __file__, "--worker", "write", *given, *(["--ours"] if c.ours else [])], check=True)
+            given = [
+                "--sizes",
+                ",".join(map(str, c.sizes)),
+                "--ctx_len",
+                str(c.ctx_len),
+                "--precision",
+                precision,
+                "--folder",
+                str(folder),
+            ]
+            subprocess.run(
+                [sys.executable, __file__, "--worker", "write", *given, *(["--ours"] if c.ours else [])], check=True
+            )
         for kind in c.kinds.split(","):
             names = ["ours"] if c.ours else ["ours", "products", "torch products", "theirs"]
             group = [Contender(c, name, kind, precision) for precision in c.precisions.split(",") for name in names]
@@ -299,7 +334,9 @@ def table(c: argparse.Namespace, done: list[Contender]) -> None:
             f" {x.memory:8.2f} {x.libraries:10.2f}  {x.loss:.4f}{gpu}"
         )
     for kind, precision in dict.fromkeys((k, p) for k, p, name in found if name == "theirs"):
-        us, them, bare, torchs = (found[kind, precision, name] for name in ("ours", "theirs", "products", "torch products"))
+        us, them, bare, torchs = (
+            found[kind, precision, name] for name in ("ours", "theirs", "products", "torch products")
+        )
         print(
             f"{kind} {precision}: {us[0] / them[0]:.1f} × theirs, {us[1] / them[1]:.2f} of its memory ({us[3] / them[3]:.2f} without libraries), losses differ"
             f" by {abs(us[2] - them[2]):.1e}; {100 * us[0] / bare[0]:.0f} % of its products' speed, {100 * us[0] / torchs[0]:.0f} % of torch's"
@@ -314,7 +351,9 @@ def table(c: argparse.Namespace, done: list[Contender]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=lambda text: tuple(map(int, text.split(","))), default=(12, 768, 65536), help="L,D,V")
+    parser.add_argument(
+        "--sizes", type=lambda text: tuple(map(int, text.split(","))), default=(12, 768, 65536), help="L,D,V"
+    )
     parser.add_argument("--ctx_len", type=int, default=512)
     parser.add_argument("--micro_bsz", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)

@@ -6,7 +6,7 @@ WKV_FN float wkv_exp(float x) { return __expf(x); }
 WKV_FN float wkv_max(float x, float y) { return fmaxf(x, y); }
 WKV_FN float wkv_negative_magnitude(float x) { return -fabsf(x); }
 WKV_FN float wkv_divide(float x, float y) { return __fdividef(x, y); }
-#include "wkv4.h"
+#include "wkv4/wkv4.h"
 
 #ifdef BF16
 typedef unsigned short number;

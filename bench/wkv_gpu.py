@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 
 from rwkv import compat
-from rwkv.wkv import build, native, nvrtc, wkv4
+from rwkv.kernels import build, load, nvrtc
+from rwkv.wkv import wkv4
+from rwkv.wkv.wkv4 import native
 
 HERE = Path(__file__).parent
 
@@ -57,7 +59,7 @@ class Naive:
         major, minor = torch.cuda.get_device_capability()
         compiler = nvrtc.Compiler(compat.nvrtc())
         options = ["--std=c++17"] + (["-DBF16"] if dtype == torch.bfloat16 else [])
-        image, _ = compiler.compile(HERE / "wkv4_naive.cu", [build.SOURCES / "wkv4.h"], f"sm_{major}{minor}", options)
+        image, _ = compiler.compile(HERE / "wkv4_naive.cu", build.sources(".h"), f"sm_{major}{minor}", options)
         self._cuda = ctypes.CDLL("libcuda.so.1")
         module = ctypes.c_void_p()
         self._check(self._cuda.cuModuleLoadData(ctypes.byref(module), image))
@@ -68,10 +70,14 @@ class Naive:
 
     def __call__(self, name: str, shape: tuple[int, int, int], *tensors: torch.Tensor) -> None:
         values = [ctypes.c_longlong(n) for n in shape] + [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-        parameters = (ctypes.c_void_p * len(values))(*(ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values))
+        parameters = (ctypes.c_void_p * len(values))(
+            *(ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values)
+        )
         blocks = -(-shape[0] * shape[2] // 32)
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        self._check(self._cuda.cuLaunchKernel(self._functions[name], blocks, 1, 1, 32, 1, 1, 0, stream, parameters, None))
+        self._check(
+            self._cuda.cuLaunchKernel(self._functions[name], blocks, 1, 1, 32, 1, 1, 0, stream, parameters, None)
+        )
 
     @staticmethod
     def _check(result: int) -> None:
@@ -91,21 +97,30 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, naive: Naive, speed
     torch.manual_seed(0)
     w, u = -torch.exp(torch.randn(channels, device="cuda")), torch.randn(channels, device="cuda")
     k, v, gy = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
-    unit = native.cuda_unit(k.device.index, lambda: torch.cuda.current_stream().cuda_stream, native.segment_length(*shape))
-    assert native.device_refusal(k.device.index) is None, native.device_refusal(k.device.index)
-    y, _, kept = unit.forward(w, u, k, v, None, None)
-    gradients = unit.backward(w, u, k, v, None, kept, gy, None)
+    unit = native.cuda_kernels(
+        k.device.index, lambda: torch.cuda.current_stream().cuda_stream, native.segment_length(*shape)
+    )
+    assert load.why_unavailable_on(k.device.index) is None, load.why_unavailable_on(k.device.index)
+    y, _, kept = unit.forward(w, u, k, v, None, None, None)
+    gradients = unit.backward(w, u, k, v, None, None, kept, gy, None)
     result = {"B": batch, "T": length, "C": channels, "dtype": str(dtype).removeprefix("torch.")}
-    result["forward"] = median_ms(lambda: unit.forward(w, u, k, v, None, None))
-    result["backward"] = median_ms(lambda: unit.backward(w, u, k, v, None, kept, gy, None))
+    result["forward"] = median_ms(lambda: unit.forward(w, u, k, v, None, None, None))
+    result["backward"] = median_ms(lambda: unit.backward(w, u, k, v, None, None, kept, gy, None))
     size = k.numel() * k.element_size()
     result["forward_floor"], result["backward_floor"] = 3 * size / speed, 5 * size / speed
 
-    theirs = torch.empty_like(y), torch.empty_like(k), torch.empty_like(v), *(torch.empty(batch, channels, device="cuda") for _ in range(2))
+    theirs = (
+        torch.empty_like(y),
+        torch.empty_like(k),
+        torch.empty_like(v),
+        *(torch.empty(batch, channels, device="cuda") for _ in range(2)),
+    )
     states = torch.empty(batch, length, 3, channels, device="cuda")
     y2, gk2, gv2, gw2, gu2 = theirs
     result["naive_forward"] = median_ms(lambda: naive("naive_forward", shape, w, u, k, v, y2))
-    result["naive_backward"] = median_ms(lambda: naive("naive_backward", shape, w, u, k, v, gy, states, gw2, gu2, gk2, gv2))
+    result["naive_backward"] = median_ms(
+        lambda: naive("naive_backward", shape, w, u, k, v, gy, states, gw2, gu2, gk2, gv2)
+    )
     for ours, other in zip((y, *gradients[2:4]), (y2, gk2, gv2), strict=True):  # the same work was timed
         torch.testing.assert_close(
             ours, other, rtol=2e-2 if dtype == torch.bfloat16 else 1e-3, atol=2e-2 if dtype == torch.bfloat16 else 1e-3
@@ -113,7 +128,9 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, naive: Naive, speed
 
     if loop:
         leaves = [x.requires_grad_() for x in (w, u, k, v)]
-        result["loop"] = median_ms(lambda: torch.autograd.grad(wkv4(*leaves, impl="reference")[0], leaves, gy), budget_ms=1)
+        result["loop"] = median_ms(
+            lambda: torch.autograd.grad(wkv4(*leaves, impl="reference")[0], leaves, gy), budget_ms=1
+        )
         result["operator"] = median_ms(lambda: torch.autograd.grad(wkv4(*leaves, impl="cuda")[0], leaves, gy))
     return result
 
@@ -144,13 +161,24 @@ def main() -> None:
             print(
                 f"{r['B']:3} {r['T']:6} {r['C']:5} {r['dtype']:>9} | {r['forward']:8.3f} {r['forward'] / r['forward_floor']:7.2f} {r['naive_forward'] / r['forward']:10.2f}"
                 f" | {r['backward']:8.3f} {r['backward'] / r['backward_floor']:7.2f} {r['naive_backward'] / r['backward']:10.2f}"
-                + (f" | {r['loop']:.0f} / {r['operator']:.3f} ms = {r['loop'] / r['operator']:.0f}" if "loop" in r else " |"),
+                + (
+                    f" | {r['loop']:.0f} / {r['operator']:.3f} ms = {r['loop'] / r['operator']:.0f}"
+                    if "loop" in r
+                    else " |"
+                ),
                 flush=True,
             )
             torch.cuda.empty_cache()
     if arguments.json:
         arguments.json.write_text(
-            json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_bytes_per_ms": speed, "results": results})
+            json.dumps(
+                {
+                    "gpu": torch.cuda.get_device_name(),
+                    "torch": torch.__version__,
+                    "copy_bytes_per_ms": speed,
+                    "results": results,
+                }
+            )
         )
 
 

@@ -6,5 +6,5 @@ image=${1:?usage: contents.sh IMAGE}
 docker run --rm --network none --entrypoint bash "$image" -c '
   dpkg-query --show | sort
   python -m pip --disable-pip-version-check list --format freeze | sort
-  python -c "from rwkv.wkv import build; print(\"sources\", build.manifest()[\"source_hash\"])"
-  cd rwkv/wkv/lib && sha256sum */*.cubin */*.ptx */*.so'
+  python -c "from rwkv.kernels import build; print(\"sources\", build.manifest()[\"source_hash\"])"
+  cd rwkv/kernels/lib && sha256sum */*.cubin */*.ptx */*.so'

@@ -41,7 +41,7 @@ dockerd --data-root "$work/data" --exec-root "$work/exec" --pidfile "$work/docke
 engine=$!
 trim() {
   local kept
-  kept=$(docker images --no-trunc --quiet --filter 'reference=rwkv-trainer:cu117' --filter 'reference=rwkv-trainer:modern' --filter "reference=${BASE_IMAGE:-none}")
+  kept=$(docker images --no-trunc --quiet --filter 'reference=rwkv-training:cu117' --filter 'reference=rwkv-training:modern' --filter "reference=${BASE_IMAGE:-none}")
   docker images --no-trunc --quiet | sort -u | grep -vxF "$kept" | xargs --no-run-if-empty docker rmi --force
   docker builder prune --force --keep-storage 16GB
   docker volume prune --force

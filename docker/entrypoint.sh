@@ -34,7 +34,7 @@ check_gpu() {
       return 0
     fi
   fi
-  archs=$(find rwkv/wkv/lib -name 'wkv4_sm_*.cubin' 2>/dev/null | sed -E 's/.*_sm_([0-9]+)\.cubin/\1/' | sort -n | tr '\n' ' ')
+  archs=$(find rwkv/kernels/lib -name 'rwkv_sm_*.cubin' 2>/dev/null | sed -E 's/.*_sm_([0-9]+)\.cubin/\1/' | sort -n | tr '\n' ' ')
   drivers "$cuda_major"
   while IFS=, read -r driver name capability; do
     driver=${driver// /} name=${name# } capability=${capability// /}

@@ -11,7 +11,7 @@ if [ -n "${NO_CACHE:-}" ]; then arguments+=(--no-cache); fi
 echo "image: the stack $stack with ${ENGINE:-docker}"
 started=$SECONDS
 # shellcheck disable=SC2086 # options, if any
-docker build ${ENGINE_OPTIONS:-} --progress=plain --file docker/Dockerfile "${arguments[@]}" --tag "rwkv-trainer:$stack" . >"${LOG:=$(mktemp)}" 2>&1 ||
+docker build ${ENGINE_OPTIONS:-} --progress=plain --file docker/Dockerfile "${arguments[@]}" --tag "rwkv-training:$stack" . >"${LOG:=$(mktemp)}" 2>&1 ||
   { tail -n 40 "$LOG" >&2; exit 1; }
-for tag in $(docker/tags.sh "rwkv-trainer:$stack"); do docker tag "rwkv-trainer:$stack" "rwkv-trainer:$tag"; done
-echo "image: rwkv-trainer:$stack, $(docker image inspect --format '{{.Size}}' "rwkv-trainer:$stack" | awk '{printf "%.2f GB", $1 / 1e9}'), $((SECONDS - started)) s; also $(docker/tags.sh "rwkv-trainer:$stack" | tr '\n' ' ')"
+for tag in $(docker/tags.sh "rwkv-training:$stack"); do docker tag "rwkv-training:$stack" "rwkv-training:$tag"; done
+echo "image: rwkv-training:$stack, $(docker image inspect --format '{{.Size}}' "rwkv-training:$stack" | awk '{printf "%.2f GB", $1 / 1e9}'), $((SECONDS - started)) s; also $(docker/tags.sh "rwkv-training:$stack" | tr '\n' ' ')"

@@ -6,8 +6,8 @@ cd "$(dirname "$0")/.."
 found=$(mktemp -d)
 trap 'rm -rf "$found"' EXIT
 docker/image.sh "$stack"
-docker/contents.sh "rwkv-trainer:$stack" >"$found/first"
+docker/contents.sh "rwkv-training:$stack" >"$found/first"
 NO_CACHE=1 docker/image.sh "$stack"
-docker/contents.sh "rwkv-trainer:$stack" >"$found/second"
+docker/contents.sh "rwkv-training:$stack" >"$found/second"
 diff "$found/first" "$found/second" || { echo "reproduce: the two builds differ" >&2; exit 1; }
 echo "reproduce: both builds hold the same $(wc -l <"$found/first") packages and kernel files; sources $(sed -n 's/^sources //p' "$found/first" | cut -c1-12)"

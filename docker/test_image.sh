@@ -6,6 +6,6 @@ stack=${1:?usage: test_image.sh STACK PYTHON COMPOSE}
 python=${2:?usage: test_image.sh STACK PYTHON COMPOSE}
 export COMPOSE=${3:?usage: test_image.sh STACK PYTHON COMPOSE}
 cd "$(dirname "$0")/.."
-if [ -z "${BUILT:-}" ]; then docker/image.sh "$stack"; fi  # BUILT=1: rwkv-trainer:STACK is there
-RWKV_TEST_IMAGE=rwkv-trainer:$stack "$python" -m pytest tests/image -rP -W ignore "${@:4}"
+if [ -z "${BUILT:-}" ]; then docker/image.sh "$stack"; fi  # BUILT=1: rwkv-training:STACK is there
+RWKV_TEST_IMAGE=rwkv-training:$stack "$python" -m pytest tests/image -rP -W ignore "${@:4}"
 echo "test-image: the stack $stack with ${ENGINE:-docker}"

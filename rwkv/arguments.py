@@ -1,4 +1,6 @@
-"""Reading a command line: every argument is either understood as its flag means it, or refused with what it is and what to do."""
+"""Normalise a command line before parsing: accept upstream's spellings, and explain every argument
+that is not valid.
+"""
 
 import dataclasses
 import difflib
@@ -14,7 +16,7 @@ import yaml
 
 from rwkv import config as flags
 from rwkv.errors import UserError
-from rwkv.upstream import ALIASES, IGNORED, LISTS, NOT_SUPPORTED
+from rwkv.legacy_flags import ALIASES, IGNORED, LISTS, NOT_SUPPORTED
 
 PROGRAMS = {
     "TrainConfig": "scripts/finetune.py and scripts/pretrain.py",
@@ -27,27 +29,33 @@ PROGRAMS = {
     "EstimateConfig": "scripts/estimate.py",
     "DoctorConfig": "scripts/doctor.py",
 }
-"""The programs that take the flags of each dataclass."""
-_TEXTS = ("prompt", "ask")  # their values may be blank, or begin with dashes
+"""Scripts by the dataclass of their flags."""
+_TEXTS = ("prompt", "ask")  # flags whose values may be blank or begin with dashes
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 _DASHES = "-–—−‐‑"
 _FLAG = re.compile(r"--[A-Za-z][\w-]*(=|$)")
-_CLOSE = 0.85  # similarity from which a name is offered as the one that was meant
+_CLOSE = 0.85  # minimum similarity of a suggested flag
 
 
 class UsageError(UserError):
-    """A command line that cannot be understood: one line for each mistake. Scripts exit with status 2."""
+    """An invalid command line; the message has one line per mistake. Scripts exit with status 2."""
 
 
 def read(argv: Sequence[str], config: type[Any], passed: Sequence[str] = ()) -> list[str]:
-    """The arguments as `--name=value`, names and values as the dataclass has them; a YAML file given with --config comes first.
+    """Normalise arguments to `--name=value`, with the dataclass's names and values; flags of a
+    --config YAML file come first.
 
-    Understood are also upstream's spellings: `--output-prefix` is `--output_prefix`, a switch alone (`--lora`) is true, `--grad_cp true` is
-    `--grad_cp 1`, `--vocab` is `--vocab_file`, `--jsonl-keys a b` is `--jsonl_keys a,b`. Flags in `passed` are returned as they are.
+    Upstream's spellings are accepted: `--output-prefix` is `--output_prefix`, a switch alone
+    (`--lora`) is true, `--grad_cp true` is `--grad_cp 1`, `--vocab` is `--vocab_file`,
+    `--jsonl-keys a b` is `--jsonl_keys a,b`.
+
+    Args:
+        passed: flags that are returned unchanged.
 
     Raises:
-        UserError: flags of the upstream programs that have no counterpart here, and with a value that is not their "off".
-        UsageError: everything else that is not understood.
+        UserError: flags of upstream programs that have no counterpart here, unless their value
+            turns them off.
+        UsageError: all other mistakes.
     """
     reader = _Reader(config, passed)
     reader.read([_unwound(argument) for argument in argv])
@@ -57,10 +65,10 @@ def read(argv: Sequence[str], config: type[Any], passed: Sequence[str] = ()) -> 
 
 
 def convert(field: "dataclasses.Field[Any]", text: str) -> str:
-    """The value of a flag, spelled as the parser reads it.
+    """Normalise the value of a flag for the parser.
 
     Raises:
-        ValueError: with what was expected.
+        ValueError: the value is invalid; the message is what was expected.
     """
     kind, word = field.type, text.strip().lower()
     if kind is str:
@@ -101,14 +109,15 @@ class _Reader:
         self.foreign: list[str] = []
 
     def read(self, argv: list[str]) -> None:
-        """Sort the arguments into what was found and what is wrong."""
+        """Read all arguments into `found`, `wrong` and `foreign`."""
         position = 0
         while position < len(argv):
             argument = argv[position]
             position += 1
             if not _FLAG.match(argument):
                 self.wrong.append(self.stray(argument, argv[: position - 1]))
-                if _blank(argument):  # the shell ended the command here: all else follows from it
+                # the shell ended the command here: later mistakes are consequences
+                if _blank(argument):
                     self.wrong, self.foreign = self.wrong[-1:], []
                     return
                 if argument[0] in _DASHES:  # meant as a flag
@@ -142,7 +151,7 @@ class _Reader:
                 self.wrong.append(f"{name}: needs a value{_example(field)}")
 
     def take(self, name: str, field: "dataclasses.Field[Any]", value: str, where: str = "") -> None:
-        """Note the value of a flag of ours, if it is one."""
+        """Record the value of a known flag, or the mistake in it."""
         if value and _blank(value) and (field.name not in _TEXTS or value.strip(" ") in ("\r", "\\")):
             self.wrong.append(f"{where}{name}: instead of a value {_why_blank(value)}")
             return
@@ -152,7 +161,7 @@ class _Reader:
             self.wrong.append(f"{where}{name}: expected {error}; got {value or 'an empty value'}")
 
     def unknown(self, name: str, flag: str, value: str, where: str = "") -> None:
-        """Answer a flag that is not one of this program: whose it is, or which one was meant."""
+        """Record a flag that this program does not have: whose it is, or which one was meant."""
         lowered = flag.lower()
         near = difflib.get_close_matches(lowered, self.fields, 1, _CLOSE)
         entry = NOT_SUPPORTED.get(flag) or NOT_SUPPORTED.get(lowered)
@@ -165,18 +174,20 @@ class _Reader:
             self.wrong.append(f"{where}{name}: not a flag of this program, but of {' and '.join(others[:1])}")
         elif entry:
             answer = entry.answer(name, value)
-            elsewhere = [word for word in re.findall(r"--\w+", entry.advice) if word.removeprefix("--") not in self.fields]
+            elsewhere = [
+                word for word in re.findall(r"--\w+", entry.advice) if word.removeprefix("--") not in self.fields
+            ]
             self.foreign.append(where + answer + (" (in the training scripts)" if elsewhere else ""))
         else:
             hint = f"did you mean --{near[0]}?" if near else f"see {Path(sys.argv[0]).name} --help"
             self.wrong.append(f"{where}unknown flag {name}: {hint}")
 
     def known(self, text: str) -> bool:
-        """Whether the text begins with, or names, a flag of this program."""
+        """Whether the text contains a flag of this program."""
         return any(word.replace("-", "_") in self.fields for word in re.findall(r"--([A-Za-z][\w-]*)", text))
 
     def stray(self, argument: str, before: list[str]) -> str:
-        """Why an argument that no flag takes is there."""
+        """Explain an argument that belongs to no flag."""
         after = f" after {' '.join(before[-2:])}" if before else ""
         if _blank(argument):
             return f"argument {len(before) + 1}{after}: {_why_blank(argument)}"
@@ -187,18 +198,22 @@ class _Reader:
         if argument.split("=")[0] in self.fields:
             return f"{argument}: flags begin with two dashes: --{argument}"
         if argument.startswith("#"):
-            return f'{argument}{after}: a comment cannot follow the "\\" that continues a line; remove it from the script'
+            return (
+                f'{argument}{after}: a comment cannot follow the "\\" that continues a line; remove it from the script'
+            )
         return f'unexpected argument {argument}{after}: every value needs its flag before it, and one with spaces needs quotes, such as "my data.jsonl"'
 
     def file(self, path: str) -> None:
-        """Take the flags of a YAML file."""
+        """Read the flags of a YAML file."""
         for key, value in _yaml(path).items():
             name, where = f"--{_spelled(str(key))}", f"{path}: "
             field = self.fields.get(ALIASES.get(name[2:], name[2:]))
             if isinstance(value, list) and not any(isinstance(word, list | dict) for word in value):
                 value = ",".join(value)
             if not isinstance(value, str):
-                self.wrong.append(f"{where}{key}: expected one value, not a {'list' if isinstance(value, list) else 'mapping'}")
+                self.wrong.append(
+                    f"{where}{key}: expected one value, not a {'list' if isinstance(value, list) else 'mapping'}"
+                )
             elif field is None:
                 self.unknown(str(key), name[2:], value, where)
             elif value not in ("null", "~"):
@@ -216,7 +231,7 @@ def _values(argv: list[str], position: int) -> list[str]:
 
 
 def _leading(words: list[str]) -> list[str]:
-    """The words up to one that is blank."""
+    """The words before the first blank one."""
     return list(itertools.takewhile(lambda word: not word or not _blank(word), words))
 
 
@@ -225,7 +240,9 @@ def _blank(argument: str) -> bool:
 
 
 def _unwound(argument: str) -> str:
-    """Without the carriage return that a script with CRLF line endings leaves at the end of each line."""
+    """Remove the trailing carriage return that a script with CRLF line endings leaves, and print a
+    note.
+    """
     if len(argument) > 1 and argument.endswith("\r") and argument.strip():
         print(
             f"note: a carriage return was removed from the end of {argument.strip()}: the script has Windows line endings (CRLF);"
@@ -257,7 +274,7 @@ def _example(field: "dataclasses.Field[Any]") -> str:
 
 
 def _yaml(path: str) -> dict[Any, Any]:
-    """The keys and values of a YAML file, as text."""
+    """The keys and values of a YAML file, as strings."""
     if not path or _blank(path):
         raise UserError("--config: needs a value, a YAML file")
     try:

@@ -1,4 +1,4 @@
-"""Memory of GPUs by name, for --card."""
+"""GPU memory sizes by card name, for --card."""
 
 import re
 
@@ -14,17 +14,18 @@ MEMORY = {
     "5000ada": 32, "6000ada": 48, "l4": 24, "l20": 48, "l40": 48, "l40s": 48, "h20": 96, "h100": 80, "h800": 80, "h200": 141, "b200": 180,
     "pro6000": 96,
 }  # fmt: skip
-"""GB by the name without vendor and series, as their makers give them; of cards that come with more or less the smallest."""
+"""GB by name without vendor and series, as advertised; the smallest variant of cards sold in several sizes."""
 _SERIES = re.compile(r"nvidia|geforce|quadro|tesla|rtx|gtx|\b(?:pcie|sxm\d*|nvl|hbm\w*|laptop|mobile|gpu|generation)\b")
 _SIZE = re.compile(r"\b(\d+) ?gi?b?\b")
-_LARGEST = 1000  # GB; a larger number is a card's name
+_MAX_GB = 1000  # a larger number is a card's name
 
 
 def memory_of_card(text: str) -> float:
-    """GB of a card: of a number as it is, of a name such as `RTX 4090`, `4090` or `A100 80GB`. 0 for an empty text.
+    """Memory of a card in GB, from a number or a name such as `RTX 4090`, `4090` or `A100 80GB`; 0
+    for an empty string.
 
     Raises:
-        UserError: neither a number of GB nor a card that is known.
+        UserError: neither a number of GB nor a known card.
     """
     if not text:
         return 0
@@ -32,7 +33,7 @@ def memory_of_card(text: str) -> float:
         number = float(text)
     except ValueError:
         number = -1
-    if 0 <= number <= _LARGEST:
+    if 0 <= number <= _MAX_GB:
         return number
     words = re.sub(r"[\W_]+", " ", text.lower())
     name = re.sub(r"\s", "", _SERIES.sub(" ", _SIZE.sub(" ", words)))

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv import __version__, compat, lora, mapped
+from rwkv import __version__, compat, mapped_tensors
+from rwkv.adapters import lora
 from rwkv.errors import UserError
 from rwkv.files import reserve, sha256, whole, write_json
-from rwkv.model import RWKV, Sizes
+from rwkv.models import RWKV, Sizes, version
+from rwkv.models.rwkv import shapes
 from rwkv.weights import kinds, peft_adapter, reading, safetensors_file
 from rwkv.weights import manifest as manifests
 
@@ -30,7 +32,7 @@ save_safetensors = safetensors_file.save
 
 def read_tensors(path: PathLike) -> dict[str, Tensor]:
     """The tensors of a .pth or .safetensors file, on the CPU, in the dtypes they were stored in, under BlinkDL's names. They stay in the file, mapped
-    (rwkv.mapped). Nothing in the file is executed (rwkv.weights).
+    (rwkv.mapped_tensors). Nothing in the file is executed (rwkv.weights).
 
     Raises:
         UserError: no such file, or not a dictionary of floating-point tensors; the message says what it is.
@@ -51,7 +53,8 @@ def check_output(path: PathLike, endings: Sequence[str] = ENDINGS) -> Path:
     if ending not in endings:
         known = ", ".join(x for x in endings if x)
         raise UserError(
-            f"{path}: files that end in {ending} are not written; end the name in {known}" + (", or in nothing" * ("" in endings))
+            f"{path}: files that end in {ending} are not written; end the name in {known}"
+            + (", or in nothing" * ("" in endings))
         )
     if os.path.isdir(path):
         raise UserError(f"{path}: a folder; give the name of a file")
@@ -59,7 +62,10 @@ def check_output(path: PathLike, endings: Sequence[str] = ENDINGS) -> Path:
 
 
 def write_tensors(
-    path: PathLike, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], check: Callable[[Path], None] | None = None
+    path: PathLike,
+    tensors: Mapping[str, Tensor],
+    manifest: Mapping[str, Any],
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the tensors and, beside them, `<path>.json`; each atomically.
 
@@ -68,7 +74,7 @@ def write_tensors(
     """
     path = Path(path)
     tensors = _compact(tensors)
-    stack = {"rwkv-trainer": __version__, "torch": torch.__version__}
+    stack = {"rwkv-training": __version__, "torch": torch.__version__}
     with whole(path) as temporary:
         if path.suffix == ".safetensors":
             safetensors_file.save(tensors, temporary)
@@ -108,46 +114,21 @@ def save(value: Any, path: Path) -> None:
 
 
 def sizes_of(tensors: Mapping[str, Tensor], path: PathLike) -> Sizes:
-    """The model's sizes from its tensors' shapes. Raises UserError, with what it is instead, if this is no RWKV-4 checkpoint."""
+    """The model's sizes from its tensors' shapes. Raises UserError that says what it is instead, if it is no model that can be used."""
     if kind := kinds.other_than_model(tensors):
         raise UserError(f"{path}: {kind}")
-    layers = {int(match[1]) for key in tensors if (match := re.match(r"blocks\.(\d{1,9})\.", key))}
-    pre_ffn = "blocks.0.ffnPre.key.weight" in tensors
-    first_att = next((f"blocks.{layer}.att." for layer in sorted(layers) if f"blocks.{layer}.att.time_decay" in tensors), None)
-    wanted = ["emb.weight", "blocks.0.ffn.key.weight"]
-    missing = [key for key in wanted if key not in tensors or tensors[key].dim() != 2]
-    if missing or not layers or (first_att is None and not pre_ffn):
-        lacks = ", ".join(missing) or "blocks.*.att.time_decay"
-        raise UserError(f"{path}: not an RWKV-4 checkpoint (no {lacks}); its tensors are {_some(sorted(tensors), 3)}")
-    if max(layers) >= len(layers):
-        absent = next(layer for layer in range(len(layers)) if layer not in layers)
-        raise UserError(f"{path}: its keys do not fit. It has block {max(layers)}, and no block {absent}")
-    vocab_size, n_embd = tensors["emb.weight"].shape
-    dim_att = n_embd if first_att is None else tensors[f"{first_att}time_decay"].shape[0]
-    sizes = Sizes(max(layers) + 1, n_embd, vocab_size, dim_att, tensors["blocks.0.ffn.key.weight"].shape[0], pre_ffn)
-    if not all(vars(sizes)[name] for name in ("n_embd", "vocab_size", "dim_att", "dim_ffn")):
-        raise UserError(f"{path}: not an RWKV-4 checkpoint (a tensor without elements)")
-    return sizes
+    try:
+        return version.detect({name: tensor.shape for name, tensor in tensors.items()})[1]
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; its tensors are {_some(sorted(tensors), 3)}") from None
 
 
 def check_shapes(tensors: Mapping[str, Tensor], sizes: Sizes, path: PathLike) -> None:
-    """Compare a checkpoint with the model of these sizes, without making that model. Raises UserError naming keys that do not fit."""
-    _check_keys(tensors, _shapes(sizes), path)
+    """Compare a checkpoint with the model of these sizes, without building it. Raises UserError naming keys that do not fit."""
+    _check_keys(tensors, shapes(sizes), path)
 
 
-def _shapes(sizes: Sizes) -> dict[str, torch.Size]:
-    """The shape of every parameter. Taken from a model of two layers whose sizes are different primes, each of which then stands for one of these."""
-    small = Sizes(min(sizes.n_layer, 2), 3, 5, 7, 11, sizes.pre_ffn)
-    meaning = {1: 1, 3: sizes.n_embd, 5: sizes.vocab_size, 7: sizes.dim_att, 11: sizes.dim_ffn}
-    made = {}
-    for name, parameter in RWKV(small).named_parameters():
-        shape = torch.Size([meaning[n] for n in parameter.shape])
-        for layer in range(1, sizes.n_layer) if name.startswith("blocks.1.") else (None,):
-            made[name if layer is None else name.replace("blocks.1.", f"blocks.{layer}.", 1)] = shape
-    return made
-
-
-def check_finite(tensors: Mapping[str, Tensor], path: PathLike, pages: mapped.Pages | None = None) -> None:
+def check_finite(tensors: Mapping[str, Tensor], path: PathLike, pages: mapped_tensors.Pages | None = None) -> None:
     """Look for NaN and Inf, reading every number once. Memory that is in the `pages` of a mapped file is given back as it is read.
 
     Raises:
@@ -173,22 +154,20 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.float32,
     matrices: torch.dtype | None = None,
-    by_rows: bool = False,
 ) -> RWKV:
     """An RWKV-4 model from a checkpoint. Sizes come from the shapes; dtype None keeps the one each tensor was stored in.
 
-    What stays on the CPU in its stored dtype stays in the file, mapped: training never writes it (rwkv.mapped). All else is made one tensor after the
+    What stays on the CPU in its stored dtype stays in the file, mapped: training never writes it (rwkv.mapped_tensors). All else is made one tensor after the
     other, and takes no second copy on the way.
 
     Args:
         matrices: the dtype of matrices, where it is another.
-        by_rows: of the embedding only rows will be read, of the words that occur, as in LoRA, which does not train it.
 
     Raises:
         UserError: not an RWKV-4 checkpoint; a missing, surplus or misshapen key, or one with NaN or Inf, by name.
     """
     tensors = read_tensors(path)
-    pages, taken = mapped.Pages(path), set()
+    pages, taken = mapped_tensors.Pages(path), set()
     sizes = sizes_of(tensors, path)
     check_shapes(tensors, sizes, path)
     check_finite(tensors, path, pages)
@@ -203,8 +182,6 @@ def load_model(
         parameter.data = value
         if value.data_ptr() != source.data_ptr():
             pages.drop(source)
-    if by_rows:
-        pages.scattered(model.emb.weight)
     return model
 
 
@@ -220,7 +197,9 @@ def fill(model: RWKV, tensors: Mapping[str, Tensor], path: PathLike, partial: bo
         UserError: a key that does not fit, or has NaN or Inf, by name.
     """
     check_finite(tensors, path)
-    _fill(model, tensors, {name: p.shape for name, p in model.named_parameters() if name in tensors or not partial}, path)
+    _fill(
+        model, tensors, {name: p.shape for name, p in model.named_parameters() if name in tensors or not partial}, path
+    )
 
 
 def save_model(
@@ -233,15 +212,24 @@ def save_model(
     """Write all weights under upstream's names; of an adapted model those of its base. `weights` where the model does not hold them itself. `check` as in
     write_tensors."""
     tensors = weights or {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
-    write_tensors(path, tensors, {"kind": "model", "version": "4", "sizes": vars(model.sizes), **manifest}, check)
+    write_tensors(path, tensors, {"kind": "model", **describe(model), **manifest}, check)
 
 
 def save_adapter(
-    path: PathLike, model: RWKV, adapter: Mapping[str, Any], manifest: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None
+    path: PathLike,
+    model: RWKV,
+    adapter: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapter alone. `adapter`: r, alpha, parts, base, base_sha256. `weights` as in save_model."""
     tensors = lora.adapter_state(model, adapter["parts"]) if weights is None else weights
-    write_tensors(path, tensors, {"kind": "adapter", "version": "4", "sizes": vars(model.sizes), **adapter, **manifest})
+    write_tensors(path, tensors, {"kind": "adapter", **describe(model), **adapter, **manifest})
+
+
+def describe(model: RWKV) -> dict[str, Any]:
+    """What a manifest states about any file of a model: its version and sizes."""
+    return {"version": model.version.NAME, "sizes": vars(model.sizes)}
 
 
 def adapter_manifest(path: PathLike) -> dict[str, Any]:
@@ -250,9 +238,10 @@ def adapter_manifest(path: PathLike) -> dict[str, Any]:
     Raises:
         UserError: a value in it that an adapter cannot have.
     """
+    parts = version.DEFAULT.PARTS.names
     if config := peft_adapter.config_of(Path(path)):
-        return manifests.check_adapter(peft_adapter.described(config), config, lora.PARTS)
-    return manifests.check_adapter(manifests.read(path), manifests.path_of(path), lora.PARTS)
+        return manifests.check_adapter(peft_adapter.described(config), config, parts)
+    return manifests.check_adapter(manifests.read(path), manifests.path_of(path), parts)
 
 
 def find_base(path: PathLike) -> Path | None:
@@ -260,11 +249,13 @@ def find_base(path: PathLike) -> Path | None:
     return manifests.find_base(adapter_manifest(path), path)
 
 
-def inspect_adapter(path: PathLike, base: PathLike | None = None, alpha: float | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def inspect_adapter(
+    path: PathLike, base: PathLike | None = None, alpha: float | None = None, base_sha256: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An adapter's tensors and what is known of it: r, parts, alpha, base, base_sha256. Nothing of the base but its hash is read.
 
     r and the parts come from the tensors (r from the manifest if none is of rank r). alpha, base and its hash come from the manifest, or from the
-    arguments where there is none. `path` may also be a folder of peft's, or the file in it.
+    arguments where there is none; `base_sha256` spares hashing `base` again. `path` may also be a folder of peft's, or the file in it.
 
     Raises:
         UserError: not an adapter; NaN or Inf in it; made for another base; alpha unknown, or not the one it was trained with.
@@ -274,15 +265,17 @@ def inspect_adapter(path: PathLike, base: PathLike | None = None, alpha: float |
         raise UserError(f"{path}: {kind}")
     manifest = adapter_manifest(path)
     ranks = {value.shape[0] if value.dim() else 0 for key, value in tensors.items() if key.endswith(".lora_A")}
-    foreign = lora.foreign_layers(tensors)
-    parts = lora.parts_of(tensors)
+    of_version = version.VERSIONS[manifest.get("version", version.DEFAULT.NAME)].PARTS
+    foreign, parts = lora.foreign_layers(tensors, of_version), lora.parts_of(tensors, of_version)
     if foreign:
         raise UserError(
-            f"{path}: adapts {_some(foreign)}, which has no adapter here (any of {', '.join(lora.layers())} may have one); merge it with the"
+            f"{path}: adapts {_some(foreign)}, which has no adapter here (any of {', '.join(of_version.layers)} may have one); merge it with the"
             " program that wrote it, and give the merged model"
         )
     if len(ranks) > 1:
-        raise UserError(f"{path}: its layers have different ranks ({', '.join(map(str, sorted(ranks)))}), and one for all is supported")
+        raise UserError(
+            f"{path}: its layers have different ranks ({', '.join(map(str, sorted(ranks)))}), and one for all is supported"
+        )
     if not parts:
         raise UserError(f"{path}: not a LoRA adapter (its tensors are {_some(sorted(tensors), 3)})")
     check_finite(tensors, path)
@@ -296,7 +289,9 @@ def inspect_adapter(path: PathLike, base: PathLike | None = None, alpha: float |
             f"{path}: of rank {known['r']}, and {manifests.path_of(path).name} says {manifest.get('r')}: it belongs to another file"
         )
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-        raise UserError(f"{path}: alpha {alpha} was given; it is a number above 0, the one that the adapter was trained with")
+        raise UserError(
+            f"{path}: alpha {alpha} was given; it is a number above 0, the one that the adapter was trained with"
+        )
     if alpha is not None and known.setdefault("alpha", alpha) != alpha:
         raise UserError(
             f"{path}: trained with alpha {known['alpha']:g}, and alpha {alpha:g} was given; omit alpha, or give {known['alpha']:g}"
@@ -310,7 +305,7 @@ def inspect_adapter(path: PathLike, base: PathLike | None = None, alpha: float |
         if not os.path.isfile(base):
             raise UserError(f"{base}: no such base model (the adapter is {path}); give the file that it was trained on")
         known["base"], expected = str(base), known.get("base_sha256")
-        known["base_sha256"] = sha256(base)
+        known["base_sha256"] = base_sha256 or sha256(base)
         if expected and known["base_sha256"] != expected.lower():
             raise UserError(
                 f"{path}: an adapter for another base. It was trained on {manifest.get('base')} (SHA-256 {expected[:12]}…), and {base} is"
@@ -347,7 +342,9 @@ def load_combined(
     Raises UserError as load_model and inspect_adapter do.
     """
     found, parts, r = [], set(), 0
-    for path, weight in zip(adapters, weights, strict=True):  # before the base is read: their manifests say which it must be
+    for path, weight in zip(
+        adapters, weights, strict=True
+    ):  # before the base is read: their manifests say which it must be
         tensors, known = inspect_adapter(path, base, alpha)
         found.append((tensors, known["alpha"] / known["r"], weight))
         parts |= set(known["parts"])
@@ -373,7 +370,9 @@ def _check_adapter_keys(model: RWKV, tensors: Mapping[str, Tensor], path: PathLi
             shapes[key] = torch.Size([r, weight.shape[1]] if half == "A" else [weight.shape[0], r])
         elif weight is not None:
             shapes[key] = weight.shape
-    absent = {f"{key[:-1]}{other}" for key in tensors if key.endswith((".lora_A", ".lora_B")) for other in "AB"} - tensors.keys()
+    absent = {
+        f"{key[:-1]}{other}" for key in tensors if key.endswith((".lora_A", ".lora_B")) for other in "AB"
+    } - tensors.keys()
     _check_keys(tensors, {**shapes, **{key: torch.Size() for key in absent}}, path)
 
 
@@ -394,7 +393,11 @@ def _check_keys(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size],
         for key in sorted(shapes.keys() & tensors.keys())
         if tensors[key].shape != shapes[key]
     ]
-    complaints = [f"{word}: {_some(keys)}" for word, keys in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen)) if keys]
+    complaints = [
+        f"{word}: {_some(keys)}"
+        for word, keys in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen))
+        if keys
+    ]
     if complaints:
         raise UserError(f"{path}: its keys do not fit. " + "; ".join(complaints))
 

@@ -1,4 +1,4 @@
-"""The command line out of a dataclass, with errors as sentences."""
+"""Build a command line from a dataclass, and print errors as one line."""
 
 import contextlib
 import errno
@@ -19,23 +19,31 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def parse(config: type[Config], description: str, argv: Sequence[str] | None = None) -> Config:
-    """Parse a command line (sys.argv by default) into the dataclass: --name value, --config file.yaml, --print_config.
+    """Parse a command line (default: sys.argv) into a dataclass: --name value, --config file.yaml,
+    --print_config.
 
-    What is not understood exits with status 2 and one line for each mistake; see `rwkv.arguments.read` for what is.
+    Mistakes exit with status 2 and print one line each; `rwkv.arguments.read` describes the
+    accepted syntax.
 
     Raises:
-        UserError: flags of the upstream programs that are not supported here.
+        UserError: flags of upstream programs that are not supported here.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(description=description, usage="%(prog)s [--flag value ...]", allow_abbrev=False, formatter_class=_Help)
-    parser.add_argument("--config", action="config", help="Read flags from a YAML file; those of the command line take precedence.")
+    parser = _Parser(
+        description=description, usage="%(prog)s [--flag value ...]", allow_abbrev=False, formatter_class=_Help
+    )
+    parser.add_argument(
+        "--config", action="config", help="Read flags from a YAML file; those of the command line take precedence."
+    )
     parser.add_class_arguments(config)
     _group(parser)
     if {"-h", "--help"} & set(argv):
         argv = ["--help"]
     else:
         try:
-            argv = arguments.read(argv, config, [option for action in parser._actions for option in action.option_strings])
+            argv = arguments.read(
+                argv, config, [option for action in parser._actions for option in action.option_strings]
+            )
         except arguments.UsageError as error:
             parser.error(str(error))
     values = vars(parser.parse_args(argv))
@@ -45,9 +53,10 @@ def parse(config: type[Config], description: str, argv: Sequence[str] | None = N
 
 @contextlib.contextmanager
 def sentences() -> Iterator[None]:
-    """Print a UserError, or what the operating system refuses, as one line on stderr and exit with status 1; Ctrl-C exits with 130.
+    """Print UserErrors and OSErrors as one line on stderr and exit with status 1; Ctrl-C exits with
+    130.
 
-    Other errors keep their traceback. RWKV_TRACEBACK=1 prints it for all.
+    Other errors keep their traceback; RWKV_TRACEBACK=1 prints it for all.
     """
     try:
         yield
@@ -55,13 +64,15 @@ def sentences() -> Iterator[None]:
         _end(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+    except BrokenPipeError:  # the reader of stdout has exited, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         _end(in_words(error))
     except MemoryError as error:
-        _end(f"out of memory on the host{f' ({error})' if str(error) else ''}; close other programs, or use a smaller model or input")
+        _end(
+            f"out of memory on the host{f' ({error})' if str(error) else ''}; close other programs, or use a smaller model or input"
+        )
 
 
 _REMEDIES = {
@@ -78,8 +89,10 @@ _REMEDIES = {
 
 
 def in_words(error: OSError) -> str:
-    """One line: the file or files, what the operating system says of them, and what to do."""
-    files = " -> ".join(os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes))
+    """One line: the file or files, the operating system's message, and what to do."""
+    files = " -> ".join(
+        os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)
+    )
     what = error.strerror or " ".join(str(error).split()) or type(error).__name__
     remedy = _REMEDIES.get(error.errno or 0)
     return ": ".join(filter(None, [files[:300], what])) + (f"; {remedy}" if remedy else "")
@@ -92,7 +105,7 @@ def _end(message: str) -> NoReturn:
 
 
 def _group(parser: ArgumentParser) -> None:
-    """List the flags under the headings of `rwkv.config.GROUPS`, in its order."""
+    """Group the flags in --help under the headings of `rwkv.config.GROUPS`."""
     actions = {action.dest: action for action in parser._actions}
     for title, names in GROUPS.items():
         members = [actions[name] for name in names if name in actions]
@@ -104,8 +117,8 @@ def _group(parser: ArgumentParser) -> None:
 
 
 class _Help(DefaultHelpFormatter):
-    def _fill_text(self, text: str, width: int, indent: str) -> str:  # a script's docstring has lines of commands: kept as they are
-        return text.strip()
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text.strip()  # keep the example commands of a script's docstring on their lines
 
 
 class _Parser(ArgumentParser):

@@ -1,7 +1,9 @@
-"""Commands that are printed for the user to paste, in the form that fits how this process was started.
+"""Commands printed for the user to paste, in the form in which this process was started: make,
+container or script.
 
-The Makefile says so in RWKV_MAKE (`make`, with the variables that chose the Python) and RWKV_MAKE_FOLDER (for make -C), compose.yaml and the image's entry point in RWKV_CONTAINER
-(`docker compose run --rm`, or the entry point itself). Otherwise a command is this Python and the script.
+The Makefile sets RWKV_MAKE (`make` with the variables that select the Python) and RWKV_MAKE_FOLDER
+(for make -C); compose.yaml and the image's entry point set RWKV_CONTAINER (`docker compose run
+--rm`, or the entry point itself). Otherwise a command is this Python and the script.
 """
 
 import os
@@ -14,14 +16,15 @@ _SCRIPTS = {"inspect": "inspect_data", "merge": "merge_lora"}
 
 
 def flags(*arguments: object) -> str:
-    """Arguments as a shell reads them back, quoted where they need it: `--data_file 'a b'`."""
+    """Arguments quoted for a shell: `--data_file 'a b'`."""
     return shlex.join(map(str, arguments))
 
 
 def command(job: str, *arguments: object) -> str:
-    """The command that runs a job (`lora`, `merge`, `generate`, …: a make target, a compose service or a script) with these arguments.
+    """The command that runs a job (`lora`, `merge`, `generate`, …: make target, compose service or
+    script) with these arguments.
 
-    Pasted into a shell in the same folder it does what it says, whatever characters the arguments contain.
+    It can be pasted into a shell in the same folder; arguments are quoted.
     """
     if prefix := _make():
         return f"{prefix} {job} {_make_variable('ARGS', flags(*arguments))}" if arguments else f"{prefix} {job}"
@@ -31,7 +34,7 @@ def command(job: str, *arguments: object) -> str:
 
 
 def target(name: str) -> str:
-    """A make target that works on the environment in use, such as `make kernels`."""
+    """The command for a make target in the environment in use, such as `make kernels`."""
     if prefix := _make():
         return f"{prefix} {name}"
     if os.environ.get("RWKV_CONTAINER"):
@@ -41,19 +44,21 @@ def target(name: str) -> str:
 
 
 def output(name: str) -> str:
-    """Where a printed command may write a file: in a container the only writable folder for results is out/."""
+    """A path that a printed command can write to: in a container only out/ is writable."""
     return f"out/{name}" if os.environ.get("RWKV_CONTAINER") else name
 
 
 def _make() -> str:
-    """`make` with the variables it was given; with -C where it was started from another folder; empty if this is no make job."""
+    """`make` with its variables, and -C if it was started from another folder; empty if this is not
+    a make job.
+    """
     words = os.environ.get("RWKV_MAKE", "")
     folder = os.environ.get("RWKV_MAKE_FOLDER")
     return words.replace("make", f"make -C {shlex.quote(folder)}", 1) if words and folder else words
 
 
 def _short(path: str | Path) -> str:
-    """Relative to the current folder where it is inside, absolute otherwise."""
+    """A path relative to the current folder if it is inside it, else absolute."""
     absolute = os.path.abspath(path)
     inside = os.path.relpath(absolute)
     return absolute if inside.startswith(os.pardir) else inside

@@ -36,13 +36,18 @@ def trainer_options(precision: str, strategy: Any) -> dict[str, Any]:
 
 
 def process_bytes() -> int:
-    """Resident memory of a training process that has made a step, without its model: the libraries (LOG.md)."""
+    """Resident memory of a training process that has made a step, without its model: the libraries."""
     return (290 if stack() == "cu117" else 555) << 20
+
+
+def heap_share() -> float:
+    """Freed memory that glibc cannot reuse, on a CPU, per byte of tensors that come and go: measured in small runs."""
+    return 0.5 if stack() == "cu117" else 0.3
 
 
 def wake_mkl() -> None:
     """To be called before the first product of matrices on a CPU. MKL 2020.0, which torch 1.13.1 has inside, multiplies fp32 at a third of the speed of
-    processors that are not Intel's unless this variable names AVX2 for them (LOG.md); later ones do not know it, and do better."""
+    processors that are not Intel's unless this variable names AVX2 for them (docs/decisions/001); later ones do not know it, and do better."""
     if stack() == "cu117" and _avx2_but_not_intel():
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
 
@@ -92,7 +97,9 @@ def fit(trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
 def deepspeed_refusal(on_gpu: bool) -> str | None:
     """Why DeepSpeed cannot train here, or None. Those before 0.9 set a CUDA device whatever they are told."""
     if importlib.util.find_spec("deepspeed") is None:
-        return "DeepSpeed is not installed; make venv brings it, and --strategy ddp trains on several devices without it"
+        return (
+            "DeepSpeed is not installed; make venv brings it, and --strategy ddp trains on several devices without it"
+        )
     if not on_gpu and old_deepspeed():
         version = importlib.metadata.version("deepspeed")
         return f"DeepSpeed {version} trains on GPUs only; on a CPU give --strategy ddp, or take the modern stack (make venv STACK=modern)"
@@ -108,7 +115,9 @@ def import_deepspeed(on_gpu: bool) -> None:
     if old_deepspeed():
         importlib.import_module("rwkv.deepspeed07").correct()
     elif not on_gpu:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of g++ while the ranks wait; gloo does as well
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+            False  # a minute of g++ while the ranks wait; gloo does as well
+        )
 
 
 def old_deepspeed() -> bool:
@@ -138,7 +147,9 @@ def forget_steps(optimizer: "torch.optim.Optimizer") -> None:
             state["step"] = state["step"] * 0
 
 
-def adam(groups: list[dict[str, Any]], decoupled: bool, fused: bool, deepspeed: bool, **options: Any) -> "torch.optim.Optimizer":
+def adam(
+    groups: list[dict[str, Any]], decoupled: bool, fused: bool, deepspeed: bool, **options: Any
+) -> "torch.optim.Optimizer":
     """torch's Adam, or AdamW if decoupled: where all parameters are on GPUs fused, plain elsewhere and where it is not to be fused.
 
     A fused one has an attribute found_inf: None, or a tensor of one fp32 number; a step that finds 1 there changes neither weights nor its own state,
@@ -146,7 +157,9 @@ def adam(groups: list[dict[str, Any]], decoupled: bool, fused: bool, deepspeed: 
     """
     import torch
 
-    kind: Any = torch.optim.AdamW if decoupled else torch.optim.Adam  # torch 1.13.1's stubs know neither foreach nor fused
+    kind: Any = (
+        torch.optim.AdamW if decoupled else torch.optim.Adam
+    )  # torch 1.13.1's stubs know neither foreach nor fused
     if not (fused and on_gpus(groups)):
         return kind(groups, **options)
     if stack() == "cu117" and not deepspeed:
@@ -261,7 +274,11 @@ def deepspeed_adam(offloaded: bool) -> Any:
     if deepspeed_ops().get("cpu_adam" if offloaded else "fused_adam", "not there"):
         return None
     adam = importlib.import_module("deepspeed.ops.adam")
-    return functools.partial(adam.DeepSpeedCPUAdam, adamw_mode=True) if offloaded else functools.partial(adam.FusedAdam, adam_w_mode=True)
+    return (
+        functools.partial(adam.DeepSpeedCPUAdam, adamw_mode=True)
+        if offloaded
+        else functools.partial(adam.FusedAdam, adam_w_mode=True)
+    )
 
 
 def rwkv_tokenizer() -> ModuleType:
@@ -320,7 +337,7 @@ def autocast_dtype(device: str) -> Any:
 
 @functools.cache
 def stack() -> str:
-    """The stack that this Python has, by its torch: the name of its lock in docker/locks/."""
+    """The stack that this Python has, by its torch: the name of its lock in env/locks/."""
     return "cu117" if importlib.metadata.version("torch").startswith("1.") else "modern"
 
 
@@ -332,7 +349,10 @@ def pythons() -> list[str]:
 def drivers() -> dict[str, tuple[int, int]]:
     """For each major CUDA version the oldest NVIDIA driver that runs its later minor versions too, and the driver that our version of it came with."""
     lines = Path(__file__).with_name("drivers.txt").read_text(encoding="utf-8").splitlines()
-    return {major: (int(oldest), int(own)) for major, oldest, own, _ in (line.split() for line in lines if not line.startswith("#"))}
+    return {
+        major: (int(oldest), int(own))
+        for major, oldest, own, _ in (line.split() for line in lines if not line.startswith("#"))
+    }
 
 
 def storage(tensor: Any) -> Any:

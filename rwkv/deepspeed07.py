@@ -12,7 +12,6 @@ def correct() -> None:
     """Apply all corrections, once in a process. DeepSpeed must be importable; no engine may have been made yet."""
     _flatten_without_compiling()
     _reduce_in_the_gradients_dtype()
-    _accept_our_types_in_hooks()
     _do_not_time_throughput()
 
 
@@ -20,7 +19,9 @@ def _flatten_without_compiling() -> None:
     """Its engine and its ZeRO optimizers compile a C++ extension when they are made, which takes g++, ninja and Python.h, that is two functions of torch's."""
     from deepspeed.ops.op_builder import UtilsBuilder
 
-    loaded = SimpleNamespace(flatten=torch._utils._flatten_dense_tensors, unflatten=torch._utils._unflatten_dense_tensors)
+    loaded = SimpleNamespace(
+        flatten=torch._utils._flatten_dense_tensors, unflatten=torch._utils._unflatten_dense_tensors
+    )
     UtilsBuilder.load = lambda *_, **__: loaded
 
 
@@ -30,7 +31,9 @@ def _reduce_in_the_gradients_dtype() -> None:
 
     reduce_bucket, reduce_tensor = zero.allreduce_bucket, zero.gradient_reduction_w_predivide
 
-    def allreduce_bucket(self: Any, bucket: list[torch.Tensor], communication_data_type: Any = None, **options: Any) -> torch.Tensor:
+    def allreduce_bucket(
+        self: Any, bucket: list[torch.Tensor], communication_data_type: Any = None, **options: Any
+    ) -> torch.Tensor:
         return reduce_bucket(self, bucket, communication_data_type or _communicated(self, bucket[0]), **options)
 
     def gradient_reduction_w_predivide(self: Any, tensor: torch.Tensor) -> torch.Tensor:
@@ -47,15 +50,6 @@ def _communicated(optimizer: Any, gradient: torch.Tensor) -> torch.dtype:
     """The dtype to reduce a gradient in: its own, or what communication_data_type asks for. fp16 is the default there, so it does not count as asked for."""
     configured = getattr(optimizer, "communication_data_type", torch.float16)
     return gradient.dtype if configured == torch.float16 else configured
-
-
-def _accept_our_types_in_hooks() -> None:
-    """Stage 3 logs a warning for every object that is no tensor, each time one enters or leaves a module. Ours (fused.Recipe) hold detached tensors, for
-    which there is no hook to register."""
-    from deepspeed.runtime.zero import parameter_offload as offload
-
-    builtin = offload.is_builtin_type
-    offload.is_builtin_type = lambda value: type(value).__module__.startswith("rwkv.") or builtin(value)
 
 
 def _do_not_time_throughput() -> None:

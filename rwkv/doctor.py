@@ -1,4 +1,4 @@
-"""What this machine and environment can do for training, each finding with its remedy."""
+"""Check machine and environment for training; every problem comes with a remedy."""
 
 import contextlib
 import importlib
@@ -21,7 +21,9 @@ from packaging.markers import Marker
 
 from rwkv import compat
 from rwkv.commands import target
-from rwkv.wkv import build, native, reference, wkv4
+from rwkv.kernels import build, load
+from rwkv.wkv import wkv4
+from rwkv.wkv.wkv4 import reference
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
@@ -30,7 +32,9 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at. "fail": training will not run, or not as it should; "warn": it runs, slower or closer to a limit."""
+    """Result of a check. "fail": training will not run correctly; "warn": it runs, but slower or
+    closer to a limit.
+    """
 
     name: str
     status: Status
@@ -39,8 +43,19 @@ class Finding:
 
 
 def examine(folder: str | Path = ".") -> Iterator[Finding]:
-    """Look at everything, one finding after another; `folder` is where runs will write. Nothing is changed or downloaded."""
-    for check in (_python, _torch, _packages, _gpus, _compilers, _kernels, _deepspeed, _shared_memory, _memory, _entropy):
+    """Run all checks; `folder` is where runs will write. Changes and downloads nothing."""
+    for check in (
+        _python,
+        _torch,
+        _packages,
+        _gpus,
+        _compilers,
+        _kernels,
+        _deepspeed,
+        _shared_memory,
+        _memory,
+        _entropy,
+    ):
         yield from _guarded(check)
     yield from _guarded(lambda: _disk(Path(folder)))
     yield from _guarded(lambda: _writable(Path(folder)))
@@ -49,9 +64,9 @@ def examine(folder: str | Path = ".") -> Iterator[Finding]:
 def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from check()
-    except Exception as error:  # the doctor's own trouble is a finding too: the others are still of use
+    except Exception as error:  # a failing check must not stop the others
         name = getattr(check, "__name__", "check").strip("_<>")
-        yield Finding(name, "warn", f"could not be looked at ({type(error).__name__}: {error})", "please report this")
+        yield Finding(name, "warn", f"check failed ({type(error).__name__}: {error})", "please report this")
 
 
 def _python() -> Iterator[Finding]:
@@ -59,23 +74,28 @@ def _python() -> Iterator[Finding]:
     wanted = compat.pythons()
     fits = ".".join(platform.python_version_tuple()[:2]) in wanted
     yield Finding(
-        "Python", "ok" if fits else "warn", found, "" if fits else f"this stack is locked for Python {', '.join(wanted)}: make venv"
+        "Python",
+        "ok" if fits else "warn",
+        found,
+        "" if fits else f"this stack is locked for Python {', '.join(wanted)}: make venv",
     )
 
 
 def _torch() -> Iterator[Finding]:
     cuda = torch.version.cuda
     yield Finding(
-        "torch", "ok", f"{torch.__version__}, " + (f"CUDA {cuda}" if cuda else "a CPU build") + f", {torch.get_num_threads()} threads"
+        "torch",
+        "ok",
+        f"{torch.__version__}, " + (f"CUDA {cuda}" if cuda else "a CPU build") + f", {torch.get_num_threads()} threads",
     )
 
 
 def _packages() -> Iterator[Finding]:
-    """Versions against the stack's lock."""
+    """Compare installed versions with the stack's lock file."""
     stack = compat.stack()
     wrong, count = [], 0
     for name in (stack, f"{stack}-deepspeed"):
-        path = ROOT / "docker/locks" / f"{name}.txt"
+        path = ROOT / "env/locks" / f"{name}.txt"
         if not path.exists():
             yield Finding("packages", "warn", f"no {path.name} to compare with", "run from a checkout")
             return
@@ -95,7 +115,9 @@ def _packages() -> Iterator[Finding]:
         yield Finding("packages", "ok", f"all {count} as locked for the stack {stack}")
         return
     more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-    yield Finding("packages", "warn", f"{', '.join(wrong[:4])}{more}", f"make venv STACK={stack} installs the locked ones")
+    yield Finding(
+        "packages", "warn", f"{', '.join(wrong[:4])}{more}", f"make venv STACK={stack} installs the locked ones"
+    )
 
 
 def _gpus() -> Iterator[Finding]:
@@ -104,18 +126,22 @@ def _gpus() -> Iterator[Finding]:
         oldest, own = compat.drivers().get((torch.version.cuda or "").split(".")[0], (0, 0))
         major = int(driver.split(".")[0])
         status: Status = "fail" if major < oldest else "warn" if major < own else "ok"
-        remedy = f"CUDA {torch.version.cuda} came with driver {own} and needs {oldest} at least: update it" if major < own else ""
+        remedy = (
+            f"CUDA {torch.version.cuda} came with driver {own} and needs {oldest} at least: update it"
+            if major < own
+            else ""
+        )
         yield Finding("driver", status, driver, remedy)
     if not torch.cuda.is_available():
         if not driver:
             yield Finding("GPU", "ok", "no NVIDIA driver: training runs on the CPU")
         elif torch.version.cuda is None:
-            yield Finding("GPU", "fail", "there is a driver, and torch is a CPU build", "make venv")
+            yield Finding("GPU", "fail", "there is a driver, but torch is a CPU build", "make venv")
         else:
             yield Finding(
                 "GPU",
                 "fail",
-                "there is a driver, and torch sees no GPU",
+                "there is a driver, but torch sees no GPU",
                 "check nvidia-smi and CUDA_VISIBLE_DEVICES; in a container, --gpus all",
             )
         return
@@ -124,7 +150,7 @@ def _gpus() -> Iterator[Finding]:
         found = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, compute capability {properties.major}.{properties.minor}"
         archs = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)]
         drives = any(arch // 10 == properties.major and arch % 10 <= properties.minor for arch in archs)
-        remedy = f"torch {torch.__version__} has no code for it (it has {', '.join(map(str, archs))}): take the other stack (README)"
+        remedy = f"torch {torch.__version__} has no code for it (only for {', '.join(map(str, archs))}): use the other stack (README)"
         yield Finding(f"GPU {index}", "ok" if drives else "fail", found, "" if drives else remedy)
 
 
@@ -143,7 +169,7 @@ def _driver() -> str:
 
 def _compilers() -> Iterator[Finding]:
     compiler = shutil.which("g++") or shutil.which("c++")
-    built = build.refusal() is None
+    built = build.why_unavailable() is None
     remedy = "" if compiler or built else f"sudo apt install g++, then {target('kernels')}"
     yield Finding(
         "C++ compiler",
@@ -151,41 +177,59 @@ def _compilers() -> Iterator[Finding]:
         compiler or "none" + ("; the kernels are compiled already" if built else ""),
         remedy,
     )
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # as rwkv.wkv.build looks
+    # as in rwkv.kernels.build
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     ninja = _version(shutil.which("ninja", path=path), "(.+)")
     missing = "none" + ("; the kernels are compiled already" if built else "")
-    yield Finding("ninja", "ok" if ninja or built else "warn", ninja or missing, "" if ninja or built else "make venv brings it")
+    yield Finding(
+        "ninja", "ok" if ninja or built else "warn", ninja or missing, "" if ninja or built else "make venv installs it"
+    )
     nvrtc = compat.nvrtc()
-    yield Finding("NVRTC", "ok", f"{nvrtc.name}; nvcc is not needed" if nvrtc else "none: kernels for the CPU alone can be compiled")
+    yield Finding(
+        "NVRTC",
+        "ok",
+        f"{nvrtc.name}; nvcc is not needed" if nvrtc else "none: kernels for the CPU alone can be compiled",
+    )
     nvcc, cuda = _version(shutil.which("nvcc"), r"release ([\d.]+)"), torch.version.cuda or "none"
-    serves = "DeepSpeed can compile its own CUDA ops" if nvcc == cuda else f"not needed; DeepSpeed's own CUDA ops would ask for {cuda}"
+    serves = (
+        "DeepSpeed can compile its own CUDA ops"
+        if nvcc == cuda
+        else f"not needed; DeepSpeed's own CUDA ops would need {cuda}"
+    )
     yield Finding("nvcc", "ok", f"{nvcc}, {serves}" if nvcc else "none: not needed")
 
 
 def _version(program: str | None, pattern: str) -> str:
-    """What a program says of itself; empty if there is none."""
+    """The version that a program prints; empty if there is no program."""
     if not program:
         return ""
-    said = re.search(pattern, subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout)
+    said = re.search(
+        pattern, subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    )
     return said[1] if said else "of an unknown version"
 
 
 def _kernels() -> Iterator[Finding]:
-    """Each compiled unit of the WKV operator: whether it loads and computes what the reference does."""
-    reason = native.refusal()
+    """Whether each compiled WKV backend loads and matches the reference."""
+    reason = load.why_unavailable()
     if reason:
         yield Finding(
-            "WKV on the CPU", "warn", reason.split("; run:")[0], f"{target('kernels')}; until then training takes a thousand times longer"
+            "WKV on the CPU",
+            "warn",
+            reason.split("; run:")[0],
+            f"{target('kernels')}; without them training is about a thousand times slower",
         )
     else:
         yield _right("WKV on the CPU", torch.device("cpu"), torch.ops.rwkv.cpu_vectors(""))
     for index in range(torch.cuda.device_count()):
         name = f"WKV on GPU {index}"
-        reason = native.device_refusal(index)
+        reason = load.why_unavailable_on(index)
         if reason:
             yield Finding(name, "fail", reason.split("; run:")[0], target("kernels"))
         else:
-            yield _right(name, torch.device("cuda", index), build.device_code(torch.cuda.get_device_capability(index)).name)
+            yield _right(
+                name, torch.device("cuda", index), build.device_code(torch.cuda.get_device_capability(index)).name
+            )
 
 
 def _right(name: str, device: torch.device, found: str) -> Finding:
@@ -203,7 +247,10 @@ def _right(name: str, device: torch.device, found: str) -> Finding:
     if error < 1e-4:  # sums over 200 tokens in fp32, in another order
         return Finding(name, "ok", f"{found}, within {error:.0e} of the reference")
     return Finding(
-        name, "fail", f"{found}, off by {error:.0e}", f"rm -r rwkv/wkv/lib and {target('kernels')}; if it stays, please report it"
+        name,
+        "fail",
+        f"{found}, off by {error:.0e}",
+        f"rm -r rwkv/kernels/lib and {target('kernels')}; if it persists, please report it",
     )
 
 
@@ -212,13 +259,21 @@ def _deepspeed() -> Iterator[Finding]:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             importlib.import_module("deepspeed")
             ops = compat.deepspeed_ops()
-    except Exception as error:  # whatever an import may raise: DeepSpeed is not needed to train
-        yield Finding("DeepSpeed", "warn", f"does not import ({type(error).__name__}: {error})", "make venv; training without it works")
+    except Exception as error:  # an import can raise anything, and DeepSpeed is optional
+        yield Finding(
+            "DeepSpeed",
+            "warn",
+            f"does not import ({type(error).__name__}: {error})",
+            "make venv; training without it works",
+        )
         return
     found = f"{importlib.metadata.version('deepspeed')}, compiled ops: {', '.join(ops) or 'none (torch has a fused Adam)'}; no compiler is needed to train with it"
     if broken := [f"{name} does not load ({reason})" for name, reason in ops.items() if reason]:
         yield Finding(
-            "DeepSpeed", "warn", f"{found}; {', '.join(broken)}", "install that library of CUDA; torch's Adam does its work until then"
+            "DeepSpeed",
+            "warn",
+            f"{found}; {', '.join(broken)}",
+            "install that CUDA library; torch's Adam is used until then",
         )
     else:
         yield Finding("DeepSpeed", "ok", found)
@@ -232,7 +287,10 @@ def _shared_memory() -> Iterator[Finding]:
     size = shutil.disk_usage(path).total
     small = size < GIB
     yield Finding(
-        "shared memory", "warn" if small else "ok", f"{size / GIB:.1f} GiB", "in a container: --ipc=host or --shm-size=8g" if small else ""
+        "shared memory",
+        "warn" if small else "ok",
+        f"{size / GIB:.1f} GiB",
+        "in a container: --ipc=host or --shm-size=8g" if small else "",
     )
 
 
@@ -244,7 +302,7 @@ def _memory() -> Iterator[Finding]:
         "memory",
         "warn" if low else "ok",
         f"{free:.1f} of {total:.1f} GiB available",
-        "a 0.4b model takes 4 GiB to load: close something" if low else "",
+        "a 0.4b model takes 4 GiB to load: close other programs" if low else "",
     )
 
 
@@ -253,14 +311,22 @@ def _entropy() -> Iterator[Finding]:
     if path.exists():
         bits = int(path.read_text())
         low = bits < 200
-        yield Finding("entropy", "warn" if low else "ok", f"{bits} bits", "seeding may wait: sudo apt install haveged" if low else "")
+        yield Finding(
+            "entropy",
+            "warn" if low else "ok",
+            f"{bits} bits",
+            "seeding may wait: sudo apt install haveged" if low else "",
+        )
 
 
 def _disk(folder: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(folder).free / GIB
     low = free < 10
     yield Finding(
-        "disk", "warn" if low else "ok", f"{free:.0f} GiB free", "a checkpoint of a 1.5b model is 3 to 6 GiB: make room" if low else ""
+        "disk",
+        "warn" if low else "ok",
+        f"{free:.0f} GiB free",
+        "a checkpoint of a 1.5b model is 3 to 6 GiB: free some space" if low else "",
     )
 
 
@@ -272,11 +338,16 @@ def _writable(folder: Path) -> Iterator[Finding]:
     }
     shut = [f"{what} ({place})" for what, place in places.items() if not _can_write(place)]
     remedy = f"user {os.getuid()} must be able to write there: chown, another folder, or TMPDIR, XDG_CACHE_HOME"
-    yield Finding("writable", "fail" if shut else "ok", f"not: {', '.join(shut)}" if shut else ", ".join(places), remedy if shut else "")
+    yield Finding(
+        "writable",
+        "fail" if shut else "ok",
+        f"not: {', '.join(shut)}" if shut else ", ".join(places),
+        remedy if shut else "",
+    )
 
 
 def _can_write(place: Path) -> bool:
-    while not place.exists():  # a folder that is still to be made
+    while not place.exists():  # a folder that does not exist yet
         place = place.parent
     try:
         with tempfile.TemporaryFile(dir=place):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rwkv import checkpoint
 from rwkv.errors import UserError
-from rwkv.model import RWKV, Sizes
+from rwkv.models import RWKV
 from rwkv.weights.kinds import TRANSFORMERS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,32 +22,26 @@ def tensors_of(model: RWKV, dtype: str) -> dict[str, Tensor]:
     Raises:
         UserError: a weight that fp16 does not hold.
     """
-    made = {name: p.detach() if dtype == "keep" else p.detach().to(DTYPES[dtype]) for name, p in model.named_parameters()}
+    made = {
+        name: p.detach() if dtype == "keep" else p.detach().to(DTYPES[dtype]) for name, p in model.named_parameters()
+    }
     if lost := [name for name, tensor in made.items() if not torch.isfinite(tensor).all()]:
         raise UserError(f"{lost[0]} is not finite in {dtype}; give --dtype bf16 or fp32")
     return made
 
 
-def transformers_config(sizes: Sizes, ctx_len: int, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of transformers' RwkvForCausalLM.
+def transformers_config(model: RWKV, ctx_len: int, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of the model in transformers.
 
     Raises:
-        UserError: a model that transformers does not know.
+        UserError: a model that transformers does not support.
     """
-    if sizes.pre_ffn:
-        raise UserError(
-            "transformers' RWKV has no channel-mix in the place of the first time-mix (--pre_ffn 1); export to .pth or .safetensors"
-        )
-    return {
-        "architectures": ["RwkvForCausalLM"],
-        "model_type": "rwkv",
-        "vocab_size": sizes.vocab_size,
+    try:
+        config = model.version.transformers_config(model.sizes)
+    except ValueError as error:
+        raise UserError(f"{error}; export to .pth or .safetensors") from None
+    return config | {
         "context_length": ctx_len,
-        "hidden_size": sizes.n_embd,
-        "num_hidden_layers": sizes.n_layer,
-        "attention_hidden_size": sizes.dim_att,
-        "intermediate_size": sizes.dim_ffn,
-        "layer_norm_epsilon": 1e-5,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "tie_word_embeddings": False,

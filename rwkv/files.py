@@ -1,4 +1,4 @@
-"""Files that appear atomically, locks that one process at a time holds, and fingerprints."""
+"""Atomic file writes, lock files, and file hashes."""
 
 import contextlib
 import errno
@@ -19,11 +19,15 @@ from typing import Any, BinaryIO
 
 from rwkv.errors import UserError
 
-_FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "your quota is used up", errno.EFBIG: "larger than a file may be here"}
-_UMASK = os.umask(0)  # can only be read by setting it: once, before there are threads
+_FULL = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "your quota is used up",
+    errno.EFBIG: "larger than a file may be here",
+}
+_UMASK = os.umask(0)  # can only be read by setting it, which is not thread-safe: once, at import
 os.umask(_UMASK)
-_HASHED = 4 << 30  # bytes of a file that `fingerprint` reads in full: some seconds
-_HELD: set[int] = set()  # descriptors of the locks that this process holds
+_MAX_HASHED = 4 << 30  # bytes up to which `fingerprint` hashes the whole file (takes some seconds)
+_HELD: set[int] = set()  # file descriptors of the locks held by this process
 
 
 def _release_inherited_locks() -> None:
@@ -31,23 +35,25 @@ def _release_inherited_locks() -> None:
         os.close(_HELD.pop())
 
 
-os.register_at_fork(after_in_child=_release_inherited_locks)  # a lock ends with the process that took it
+os.register_at_fork(after_in_child=_release_inherited_locks)  # children must not keep locks alive
 
 
 @contextlib.contextmanager
 def exclusive(path: str | os.PathLike, what: str | os.PathLike, advice: str = "choose another one") -> Iterator[None]:
-    """Hold the lock file `path` for as long as the block runs, so that one process at a time uses what it protects.
+    """Hold a lock file while the block runs.
 
-    The lock is the kernel's (flock): it ends with the process however that ends, and a file that a killed process left is no obstacle. On a clean
-    end the file is removed, with the folders that were made for it alone. Where the file system cannot lock, this is said and the block runs.
+    The lock is a flock: the kernel releases it when the process ends, so a lock file left by a
+    killed process does not block. Afterwards the file is removed, with the folders created for it.
+    If the file system has no locks, a warning is printed and the block runs.
 
     Args:
-        path: the lock file. It contains host, process id, command and start time of its holder.
-        what: what it protects, as the user named it: a folder, an output.
+        path: the lock file; it contains host, process id, command and start time of the holder.
+        what: the protected folder or output, for messages.
         advice: what the user can do besides waiting.
 
     Raises:
-        UserError: another process holds it (which one is said), or no file can be written there.
+        UserError: another process holds the lock (the message names it), or the file cannot be
+            written.
     """
     path = Path(path)
     made = [folder for folder in path.parents if not os.path.exists(folder)]
@@ -57,11 +63,17 @@ def exclusive(path: str | os.PathLike, what: str | os.PathLike, advice: str = "c
             handle, locked = _locked(path, what, advice)
     except OSError as error:
         _remove_empty(made)
-        raise UserError(f"{what}: cannot be written to ({error.strerror}: {error.filename or path}); {advice}") from error
+        raise UserError(
+            f"{what}: cannot be written to ({error.strerror}: {error.filename or path}); {advice}"
+        ) from error
     _HELD.add(handle)
     try:
         if not locked:
-            print(f"warning: {what}: this file system has no locks; take care that no other process uses it", file=sys.stderr, flush=True)
+            print(
+                f"warning: {what}: this file system has no locks; take care that no other process uses it",
+                file=sys.stderr,
+                flush=True,
+            )
         yield
     finally:
         with contextlib.suppress(OSError):  # the folder may have been moved or replaced
@@ -73,7 +85,9 @@ def exclusive(path: str | os.PathLike, what: str | os.PathLike, advice: str = "c
 
 
 def _locked(path: Path, what: str | os.PathLike, advice: str) -> tuple[int, bool]:
-    """An open descriptor of the lock file with our name in it, and whether it is locked. Raises UserError if another process holds the lock."""
+    """Open, lock and fill in the lock file: (descriptor, whether it is locked). Raises UserError if
+    another process holds it.
+    """
     while True:
         handle, locked = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), True
         try:
@@ -104,17 +118,18 @@ def _locked(path: Path, what: str | os.PathLike, advice: str) -> tuple[int, bool
 
 
 def _holder(handle: int) -> str:
-    """Who wrote its name into a lock file, in words."""
+    """Description of the holder of a lock file."""
     try:
         found = json.loads(os.pread(handle, 1 << 16, 0))
         words = f"process {found['pid']} on {found['host']} since {found['since']} ({found['command']})"
-    except (OSError, ValueError, KeyError, TypeError):  # it has locked it this moment
+    except (OSError, ValueError, KeyError, TypeError):
+        # it has locked, but not yet written the file
         return "another process"
     return "".join(letter if letter.isprintable() else "?" for letter in words)
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
-    """Remove folders, the innermost first, as far as they are empty."""
+    """Remove folders, innermost first, until one is not empty."""
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
@@ -122,9 +137,10 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 @contextlib.contextmanager
 def whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on a clean exit it is synced to disk and renamed to `path`, on an exception removed.
+    """Write a file atomically: yields a temporary path, which is synced and renamed to `path`, or
+    removed on an exception.
 
-    A crash leaves at most a hidden `.tmp` file, never half a file under the final name; the next write of `path` removes it.
+    A crash leaves at most a hidden `.tmp` file, which the next write of `path` removes.
 
     Raises:
         UserError: the disk is full, or read-only.
@@ -135,17 +151,19 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def together(parts: Sequence[str | os.PathLike], marks: Sequence[str | os.PathLike] = ()) -> Iterator[list[Path]]:
-    """As `whole`, for files that are of use only together: yields a temporary path for each of parts and marks, in this order.
+    """Write a set of files as atomically as possible: yields a temporary path for each of `parts`
+    and `marks`, in this order.
 
-    The marks, such as an index, make the parts valid: old ones go before the first part is renamed, new ones come after the last.
-    A part whose temporary the block has removed is not wanted: an old one goes.
+    The marks, such as an index, make the parts valid: old marks are removed before the first part
+    is renamed, and new ones are renamed last. If the block deletes a temporary, an existing file of
+    that name is removed.
     """
     targets = [Path(path) for path in (*parts, *marks)]
     with full_disk(targets[0], "Nothing was written"), contextlib.ExitStack() as stack:
         temporaries = [stack.enter_context(_temporary(path)) for path in targets]
         yield temporaries
         for temporary in filter(Path.exists, temporaries):
-            os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes 0600; a dataset or checkpoint is not a secret
+            os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp creates files with mode 0600
             _sync(temporary)
         for mark in targets[len(parts) :]:
             mark.unlink(missing_ok=True)
@@ -162,19 +180,25 @@ def together(parts: Sequence[str | os.PathLike], marks: Sequence[str | os.PathLi
 
 @contextlib.contextmanager
 def full_disk(path: str | os.PathLike, left: str) -> Iterator[None]:
-    """Turn the error of a full disk while `path` is written into a UserError, which ends with what is `left`."""
+    """Convert disk-full and read-only errors into UserErrors about `path`; `left` is what the
+    message says of existing files.
+    """
     try:
         yield
     except OSError as error:
         if error.errno == errno.EROFS:
-            raise UserError(f"{path}: this file system is read-only; write to another place, in the container to out/") from error
+            raise UserError(
+                f"{path}: this file system is read-only; write to another place, in the container to out/"
+            ) from error
         if error.errno not in _FULL:
             raise
-        raise UserError(f"{path}: {_FULL[error.errno]}; make room or write to another place, and run again. {left}") from error
+        raise UserError(
+            f"{path}: {_FULL[error.errno]}; free some space or write to another place, and run again. {left}"
+        ) from error
 
 
 def abandoned(path: str | os.PathLike) -> list[Path]:
-    """Temporaries of `path` that nobody is writing: a run that was to make it has been killed."""
+    """Temporary files of `path` left by killed processes."""
     path, found = Path(path), []
     pattern = re.compile(rf"\.{re.escape(path.name)}\.\w{{8}}(?:\.(\w+-\d+-\d+))?\.tmp")
     for name in os.listdir(path.parent) if path.parent.is_dir() else ():
@@ -185,20 +209,22 @@ def abandoned(path: str | os.PathLike) -> list[Path]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 found.append(path.parent / name)
             except OSError as error:
-                # held; or a file system without locks, where the name tells the process
+                # In use; or the file system has no locks, and the name contains the owner.
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) and match[1] and _has_ended(match[1]):
                     found.append(path.parent / name)
     return found
 
 
 def _owner() -> str:
-    """This process in a file's name: host, process id and the time at which it started, since ids are given again."""
+    """Identifies this process in a file name: host, process id and start time, as process ids are
+    reused.
+    """
     host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
     return f"{host}-{os.getpid()}-{_started(os.getpid())}"
 
 
 def _started(pid: int) -> int:
-    """When a process of this machine started, in ticks since boot; 0 if there is no such process."""
+    """Start time of a process, in clock ticks since boot; 0 if there is no such process."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
@@ -206,16 +232,17 @@ def _started(pid: int) -> int:
 
 
 def _has_ended(owner: str) -> bool:
-    """Whether the process that a name tells was on this host, and is there no more."""
+    """Whether the owner (see `_owner`) was a process of this host that has ended."""
     host, pid, started = owner.split("-")
     return host == _owner().split("-")[0] and _started(int(pid)) != int(started)
 
 
 def reserve(file: BinaryIO, size: int) -> None:
-    """Set aside `size` bytes on the disk for an open file, where the file system can; a writer that copes badly with a full disk then meets none.
+    """Preallocate `size` bytes for an open file if the file system supports it, for writers that
+    handle a full disk badly.
 
     Raises:
-        OSError: there is no room.
+        OSError: the disk is full.
     """
     try:
         os.posix_fallocate(file.fileno(), 0, max(1, size))
@@ -225,7 +252,7 @@ def reserve(file: BinaryIO, size: int) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
+    """Write `value` atomically as indented JSON."""
     with whole(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -240,9 +267,11 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def fingerprint(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's bytes; of more than 4 GiB, which would take long, that of 1024 blocks spread over it and of its size, as `blocks:` and hex digits."""
+    """SHA-256 of a file; above 4 GiB, `blocks:` and the SHA-256 of its size and 1024 blocks spread
+    over it.
+    """
     size, block = os.stat(path).st_size, 1 << 16
-    if size <= _HASHED:
+    if size <= _MAX_HASHED:
         return sha256(path)
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
@@ -254,7 +283,9 @@ def fingerprint(path: str | os.PathLike) -> str:
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A new empty file beside `path`, locked for as long as we live: what is not locked is left over from a killed run, and goes."""
+    """Create an empty temporary file beside `path` and lock it; unlocked ones were left by killed
+    processes and are removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in abandoned(path):
         stale.unlink(missing_ok=True)
@@ -263,13 +294,14 @@ def _temporary(path: Path) -> Iterator[Path]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks: the name tells who writes it
+            # no locks: put the owner into the name
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 owned = f"{name.removesuffix('.tmp')}.{_owner()}.tmp"
                 os.rename(name, owned)
                 name = owned
         if os.fstat(handle).st_nlink:
             break
-        os.close(handle)  # another run took it for left over before it was locked
+        os.close(handle)  # another process removed it before it was locked
     try:
         yield Path(name)
     finally:
@@ -287,10 +319,14 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def regular(path: str | os.PathLike, what: str = "file") -> Iterator[BinaryIO]:
-    """Open a regular file for reading. A FIFO, a device or a directory is refused without being opened, so that nothing can block.
+    """Open a regular file for reading. FIFOs, devices and directories are rejected without opening
+    them, which could block.
+
+    Args:
+        what: what is expected, for messages.
 
     Raises:
-        UserError: it does not exist, cannot be read, or is not a regular file; `what` names what was expected.
+        UserError: the file does not exist, cannot be read, or is not a regular file.
     """
     try:
         found = os.stat(path)
@@ -298,7 +334,8 @@ def regular(path: str | os.PathLike, what: str = "file") -> Iterator[BinaryIO]:
             raise UserError(f"{path}: a folder, not a {what}")
         if not stat.S_ISREG(found.st_mode):
             raise UserError(f"{path}: a device or pipe, not a {what}; give a regular file")
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # what replaces it meanwhile cannot block either
+        # O_NONBLOCK: a FIFO that replaces the file meanwhile cannot block either
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise

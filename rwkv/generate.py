@@ -1,4 +1,6 @@
-"""Generation: the state is carried from token to token, so that the cost of a token does not grow with the text before it."""
+"""Text generation with a recurrent state: the cost per token does not depend on the length of the
+text before it.
+"""
 
 import codecs
 import collections
@@ -9,18 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rwkv.data.roles import fold
+from rwkv.data.convert.roles import fold
 from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError
-from rwkv.model import RWKV, BlockState
+from rwkv.models import RWKV, State
 
-_PREFILL = 256  # prompt tokens that go through the model at once
+_PREFILL = 256  # prompt tokens per forward pass
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0: the likeliest. Penalties as in ChatRWKV: presence + frequency · count,
-    where past occurrences fade by `penalty_decay` per token."""
+    """Sampling parameters. temperature 0 is greedy. Penalties are those of ChatRWKV: presence +
+    frequency · count, with counts multiplied by `penalty_decay` after every token."""
 
     temperature: float = 1.0
     top_p: float = 0.85
@@ -29,8 +31,10 @@ class Sampling:
     penalty_decay: float = 0.996
 
 
-def choose(logits: Tensor, sampling: Sampling, counts: dict[int, float], generator: torch.Generator | None = None) -> int:
-    """The next token from logits [V], given how often each earlier one counts."""
+def choose(
+    logits: Tensor, sampling: Sampling, counts: dict[int, float], generator: torch.Generator | None = None
+) -> int:
+    """Sample the next token from logits [V]; `counts` are the decayed counts of earlier tokens."""
     logits = logits.float().clone()
     for token, count in counts.items():
         logits[token] -= sampling.presence_penalty + sampling.frequency_penalty * count
@@ -39,16 +43,20 @@ def choose(logits: Tensor, sampling: Sampling, counts: dict[int, float], generat
     probabilities, tokens = torch.softmax(logits / sampling.temperature, -1).sort(descending=True)
     before = probabilities.cumsum(0) - probabilities
     dropped = before >= sampling.top_p
-    dropped[0] = False  # the likeliest always stays
+    dropped[0] = False  # always keep the likeliest token
     probabilities = probabilities.masked_fill(dropped, 0)
     return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 
 
 def matrices_dtype(asked: str, stored: torch.dtype, gpu: bool) -> torch.dtype | None:
-    """What a model's matrices are kept and multiplied in, for --dtype `asked` and a checkpoint whose matrices are `stored`; None: fp32.
+    """dtype of a model's matrices and matmuls; None: fp32.
+
+    Args:
+        asked: value of --dtype.
+        stored: dtype of the checkpoint's matrices, used for "auto" where the device supports it.
 
     Raises:
-        UserError: this device does not multiply in it.
+        UserError: the device does not support the dtype.
     """
     bf16 = not gpu or torch.cuda.get_device_capability()[0] >= 8
     if asked == "auto":
@@ -61,24 +69,24 @@ def matrices_dtype(asked: str, stored: torch.dtype, gpu: bool) -> torch.dtype | 
 
 
 class Session:
-    """A text that grows: the model's state after everything read and written so far.
-
-    Begins with EOD, as every document in training does.
+    """The model's state after the text read and written so far, which begins with EOD as every
+    document in training.
 
     Attributes:
-        ended: why `write` ended last: "eod", "stop" (a stop text), "length" (max_tokens) or "cancelled".
-        dtype: what products are computed in, where it is not the weights' own.
+        ended: why the last `write` ended: "eod", "stop" (a stop text), "length" (max_tokens) or
+            "cancelled".
+        dtype: dtype of matmuls, if not the weights'.
     """
 
     def __init__(self, model: RWKV, tokenizer: WorldTokenizer, dtype: torch.dtype | None = None):
         self.dtype = dtype
         self.model, self.tokenizer = model.eval(), tokenizer
         self.ended = ""
-        self.state: list[BlockState] | None = None
+        self.state: State | None = None
         self.logits = self._feed([tokenizer.eod])
 
     def read(self, text: str) -> None:
-        """Take in a text."""
+        """Feed a text to the model."""
         ids = self.tokenizer.encode(text)
         if ids:
             self.logits = self._feed(ids)
@@ -91,16 +99,21 @@ class Session:
         generator: torch.Generator | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Iterator[str]:
-        """Generate up to max_tokens, until EOD or one of the stop texts; yields text as soon as its characters are whole.
+        """Generate up to max_tokens tokens, until EOD or one of the stop texts; yields text as soon
+        as characters are complete.
 
-        Afterwards the session stands where the yielded text ends: what was generated of a stop text is taken back.
+        Afterwards the state is that at the end of the yielded text: a generated stop text is
+        removed from it.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        hold = max((len(text) for text in stop), default=1) - 1  # characters that may yet turn out to begin a stop text
+        hold = (
+            max((len(text) for text in stop), default=1) - 1
+        )  # characters withheld because they may begin a stop text
         counts: dict[int, float] = {}
         text, shown = "", 0
         self.ended = "length"
-        marks = collections.deque([(0, self.state, self.logits)], maxlen=hold + 8)  # (characters, state and logits there)
+        # (number of characters, state and logits after them)
+        marks = collections.deque([(0, self.state, self.logits)], maxlen=hold + 8)
         for _ in range(max_tokens):
             if cancelled():
                 self.ended = "cancelled"
@@ -134,22 +147,25 @@ class Session:
 
     @torch.inference_mode()
     def _feed(self, ids: Sequence[int]) -> Tensor:
-        """Advance the state by the ids; logits [V] after the last."""
+        """Advance the state by the ids; returns the logits [V] after the last."""
         device = self.model.emb.weight.device
         with torch.autocast(device.type, self.dtype) if self.dtype else contextlib.nullcontext():
             for part in torch.tensor(ids, dtype=torch.long, device=device).split(_PREFILL):
                 hidden, self.state = self.model.hidden(part[None], self.state)
             logits = self.model.head(hidden[0, -1]).float()
         if not logits.isfinite().all():
-            raise UserError("the model's logits are NaN or Inf; use --dtype fp32, and if they still are, the checkpoint is corrupt")
+            raise UserError(
+                "the model's logits are NaN or Inf; use --dtype fp32, and if they still are, the checkpoint is corrupt"
+            )
         return logits
 
 
 class Chat:
-    """A conversation in the World models' chat format: the model reads exactly the tokens that the converter makes of the same messages.
+    """A conversation in the World models' chat format, with the same tokens as the converter's for
+    the same messages.
 
     Attributes:
-        session: the text so far; it ends with a blank line, as a turn does, whenever no answer is being generated.
+        session: the text so far; between turns it ends with a blank line.
     """
 
     def __init__(self, session: Session):
@@ -163,7 +179,10 @@ class Chat:
         generator: torch.Generator | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Iterator[str]:
-        """Generate the answer to a message; yields it without whitespace around it. If the caller stops early, what was yielded is the answer."""
+        """Generate the answer to a message; yields it without surrounding whitespace.
+
+        If the caller stops early, the yielded text is the answer.
+        """
         session = self.session
         session.read(question(text))
         begin, answer, held = (session.state, session.logits), "", ""
@@ -175,13 +194,17 @@ class Chat:
                 if shown:
                     answer += shown
                     yield shown
-        finally:  # whatever the model wrote after the answer, one blank line separates turns, in the tokens that training has for it
+        finally:
+            # re-encode the answer with its closing blank line, so that the tokens are those of
+            # training data
             session.state, session.logits = begin
             session.read(f" {answer}\n\n" if answer else "\n\n")
 
 
 def question(text: str) -> str:
-    """A message to a World model, ready for the answer: blank lines end turns, so those inside it become line breaks, as in training data."""
+    """The prompt for a message. Blank lines inside it become line breaks, as in training data,
+    because they end turns.
+    """
     return f"User: {fold(text)}\n\nAssistant:"
 
 

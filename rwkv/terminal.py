@@ -1,4 +1,6 @@
-"""A chat in a terminal: line editing and history, commands, Ctrl-C that stops an answer and not the chat."""
+"""Interactive chat in a terminal: line editing, history, commands; Ctrl-C stops the answer, not the
+chat.
+"""
 
 import contextlib
 import math
@@ -28,21 +30,28 @@ _PASTE = 0.05  # seconds within which further lines belong to a paste
 
 
 def cut_note(max_tokens: int) -> str:
-    """What is printed after an answer that ended only because of --max_tokens."""
+    """The note after an answer that ended because of --max_tokens."""
     return f"[cut off at --max_tokens {max_tokens}]"
 
 
 class Conversation:
-    """A chat that reads messages from stdin and prints answers to stdout; what is said about it goes to stderr."""
+    """A chat that reads messages from stdin and prints answers to stdout; notes go to stderr."""
 
-    def __init__(self, begin: Callable[[], Session], sampling: Sampling, max_tokens: int, generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        begin: Callable[[], Session],
+        sampling: Sampling,
+        max_tokens: int,
+        generator: torch.Generator | None = None,
+    ):
         self.begin, self.sampling, self.max_tokens, self.generator = begin, sampling, max_tokens, generator
         self.chat = Chat(begin())
-        self.last: tuple[str, tuple] | None = None  # the last message, and the session's state before it
+        # the last message, and the session's state before it
+        self.last: tuple[str, tuple] | None = None
         self.interactive = sys.stdin.isatty()
 
     def run(self) -> None:
-        """Converse until /exit or the end of stdin."""
+        """Run the chat until /exit or the end of stdin."""
         if self.interactive:
             _edit_lines()
             _say("Chat. /help lists the commands, Ctrl-C stops an answer, /exit or Ctrl-D ends.")
@@ -78,7 +87,7 @@ class Conversation:
                 _say("[Ctrl-C again, or /exit, ends the chat]")
 
     def obey(self, command: str, argument: str = "") -> bool:
-        """Carry out a command; False if it ends the chat."""
+        """Execute a command; False if it ends the chat."""
         argument = argument.strip()
         if command in ("/exit", "/quit"):
             return False
@@ -96,11 +105,13 @@ class Conversation:
         elif command == "/temperature":
             self.temperature(argument)
         else:
-            _say(f"[unknown command {command}: /help lists the commands; to send it as a message, put a space before it]")
+            _say(
+                f"[unknown command {command}: /help lists the commands; to send it as a message, put a space before it]"
+            )
         return True
 
     def temperature(self, text: str) -> None:
-        """Set the temperature, or say what it is."""
+        """Set the temperature, or print it."""
         try:
             value = float(text) if text else self.sampling.temperature
         except ValueError:
@@ -126,7 +137,9 @@ class Conversation:
 
 @contextlib.contextmanager
 def _quiet(interactive: bool) -> Iterator[Callable[[], bool]]:
-    """While an answer is printed what is typed is not echoed into it: it appears at the next prompt. Yields whether Ctrl-C was pressed."""
+    """Disable the terminal's echo while an answer is printed. Yields a function: whether Ctrl-C was
+    pressed.
+    """
     pressed: list[int] = []
     if not interactive:
         yield lambda: False
@@ -138,7 +151,7 @@ def _quiet(interactive: bool) -> Iterator[Callable[[], bool]]:
         pressed.append(number)
 
     def end(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)  # through the code below, which gives the terminal its echo back
+        sys.exit(128 + number)  # runs the code below, which restores the terminal
 
     handlers = {signal.SIGINT: stop, signal.SIGTERM: end, signal.SIGHUP: end}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -153,7 +166,7 @@ def _quiet(interactive: bool) -> Iterator[Callable[[], bool]]:
 
 
 def _edit_lines() -> None:
-    """Arrow keys, history and pasted lines as one message, where Python has GNU readline."""
+    """Enable line editing, history and bracketed paste, if Python has GNU readline."""
     with contextlib.suppress(ImportError):
         import readline
 
@@ -161,7 +174,7 @@ def _edit_lines() -> None:
 
 
 def _text(typed: str) -> str:
-    """What was typed, with bytes that are not UTF-8 as U+FFFD."""
+    """The input, with invalid UTF-8 replaced by U+FFFD."""
     return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
@@ -170,17 +183,27 @@ def _say(text: str) -> None:
 
 
 def check_sampling(sampling: Sampling, max_tokens: int, seed: int) -> None:
-    """Refuse sampling flags that mean nothing.
+    """Validate the sampling flags.
 
     Raises:
-        UserError: by flag, with its range.
+        UserError: a flag is out of range.
     """
     for name, value, valid, expected in (
         ("temperature", sampling.temperature, sampling.temperature >= 0, "0 (always the likeliest token) or more"),
         ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "more than 0 and at most 1"),
         ("penalty_decay", sampling.penalty_decay, 0 <= sampling.penalty_decay <= 1, "from 0 to 1"),
-        ("presence_penalty", sampling.presence_penalty, abs(sampling.presence_penalty) <= 100, "from -100 to 100, usually 0 to 2"),
-        ("frequency_penalty", sampling.frequency_penalty, abs(sampling.frequency_penalty) <= 100, "from -100 to 100, usually 0 to 2"),
+        (
+            "presence_penalty",
+            sampling.presence_penalty,
+            abs(sampling.presence_penalty) <= 100,
+            "from -100 to 100, usually 0 to 2",
+        ),
+        (
+            "frequency_penalty",
+            sampling.frequency_penalty,
+            abs(sampling.frequency_penalty) <= 100,
+            "from -100 to 100, usually 0 to 2",
+        ),
         ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
         ("seed", seed, -1 <= seed < 1 << 63, "-1 (another each time), or from 0 to 2^63 - 1"),
     ):

@@ -1,16 +1,22 @@
 """Convert text to binidx, the format that training reads.
 
-    python scripts/convert.py --input mine.jsonl                        # writes mine_text_document.bin and .idx beside it
+    # writes mine_text_document.bin and .idx next to the input
+    python scripts/convert.py --input mine.jsonl
     python scripts/convert.py --input "data/*.jsonl.zst,more.parquet" --output-prefix out/all --jsonl-keys content
-    python scripts/convert.py --input chats.jsonl                       # messages, ShareGPT, alpaca, …: also a loss mask, chats_text_mask.bin
-    python scripts/convert.py --input mine.jsonl --mask answers         # texts "User: …", blank line, "Assistant: …": only answers are trained on
+    # messages, ShareGPT, alpaca, …: also a loss mask, chats_text_mask.bin
+    python scripts/convert.py --input chats.jsonl
+    # texts "User: …", blank line, "Assistant: …": only answers are trained on
+    python scripts/convert.py --input mine.jsonl --mask answers
     python scripts/convert.py --input mine.jsonl --tokenizer-type HFTokenizer --vocab 20B_tokenizer.json
 
-Every record is one document, such as the line {"text": "..."} of a jsonl file. A bad one stops the conversion, is named by file and number,
-and nothing is written; --on-error skip goes on without it. Nothing has its final name before it is whole. On several machines:
+Every record is one document, such as the line {"text": "..."} of a jsonl file. A bad record stops
+the conversion with its file and line, and nothing is written; --on-error skip skips it. All output
+files are written atomically. On several machines:
 
-    python scripts/convert.py --input big.jsonl --output-prefix out/big --shard 0/4        # and 1/4, 2/4, 3/4 on the others
-    python scripts/convert.py --output-prefix out/big --merge                              # when all have finished
+    # and 1/4, 2/4, 3/4 on the others
+    python scripts/convert.py --input big.jsonl --output-prefix out/big --shard 0/4
+    # when all have finished
+    python scripts/convert.py --output-prefix out/big --merge
 """
 
 from rwkv.cli import parse, sentences
@@ -23,13 +29,15 @@ if __name__ == "__main__":
         config = parse(ConvertConfig, __doc__)
         if config.merge:
             if not config.output_prefix:
-                raise UserError("--merge wants the --output-prefix that the shards were made with")
-            from rwkv.data.shards import merge
+                raise UserError("--merge needs the --output-prefix of the shards")
+            from rwkv.data.convert.shards import merge
 
             for prefix, documents, tokens in merge(config.output_prefix, config.force):
-                print(f"{prefix}.bin and .idx: {documents:,} documents, {tokens:,} tokens. Train with {flags('--data_file', prefix)}")
+                print(
+                    f"{prefix}.bin and .idx: {documents:,} documents, {tokens:,} tokens. Train with {flags('--data_file', prefix)}"
+                )
         else:
-            from rwkv.data.convert import convert
+            from rwkv.data.convert.pipeline import convert
 
             done = convert(config)
             if done.rejects:

@@ -1,9 +1,9 @@
-"""Make a pretraining corpus out of text that every machine with this project has.
+"""Write the pretraining corpus of the demo, from text that every machine with this project has.
 
     python scripts/demo_corpus.py out/demo/corpus.jsonl
 
-The docstrings of well-known modules of Python's standard library and of this project, one document a module, and this project's
-pages (English and Chinese), a few times over. Real pretraining wants gigabytes; this is enough to see a loss fall.
+One document per module of Python's standard library (its docstrings), and data/demo.md several times.
+Real pretraining needs gigabytes; this is enough to see the loss fall.
 """
 
 import ast
@@ -17,14 +17,13 @@ from rwkv.cli import sentences
 from rwkv.errors import UserError
 from rwkv.files import whole
 
-MODULES = """argparse collections/__init__ csv dataclasses datetime difflib functools heapq inspect json/__init__ logging/__init__
-    pathlib random shutil statistics string textwrap threading typing zipfile""".split()
-PAGES = ("README.md", "README.zh.md", "CONTRIBUTING.md")
-REPEATS = 4  # of the pages and our own docstrings, or their words would be too rare to learn
+MODULES = """argparse collections/__init__ csv dataclasses datetime difflib functools heapq inspect json/__init__
+    logging/__init__ pathlib random shutil statistics string textwrap threading typing zipfile""".split()
+REPEATS = 16  # of data/demo.md, or its words would be too rare to be learned
 
 
 def docstrings(path: Path) -> str:
-    """Every docstring of a Python file that is longer than a few words, joined by blank lines."""
+    """All docstrings of a Python file that are longer than a few words, separated by blank lines."""
     documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     texts = (ast.get_docstring(node) for node in nodes if isinstance(node, documented))
@@ -37,16 +36,16 @@ def corpus() -> Iterator[str]:
     for module in MODULES:
         if (path := library / f"{module}.py").is_file():
             yield docstrings(path)
-    for _ in range(REPEATS):
-        yield from filter(None, map(docstrings, sorted((project / "rwkv").rglob("*.py"))))
-        yield from ((project / page).read_text(encoding="utf-8") for page in PAGES)
+    yield from [(project / "data/demo.md").read_text(encoding="utf-8")] * REPEATS
 
 
 if __name__ == "__main__":
     with sentences():
         if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-            raise UserError(f"one argument, the file to write.\n{__doc__}")
+            raise UserError(f"expected one argument, the file to write.\n{__doc__}")
         texts = list(corpus())
         with whole(sys.argv[1]) as temporary:
-            temporary.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+            temporary.write_text(
+                "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8"
+            )
         print(f"{sys.argv[1]}: {len(texts)} documents, {sum(map(len, texts)) / 1e6:.1f} million characters")

@@ -1,9 +1,10 @@
-"""Look at this machine and environment: what training can use, what is missing, and how to mend it.
+"""Check this machine and environment for training: what is available, what is missing, and how to
+fix it.
 
     python scripts/doctor.py
-    python scripts/doctor.py --json > report.json      # for a bug report, or a machine
+    python scripts/doctor.py --json > report.json      # for a bug report
 
-Exit status 1 if something must be mended before training runs as it should. Useful without a GPU.
+Exits with status 1 if there is an error. Works without a GPU.
 """
 
 import dataclasses
@@ -14,6 +15,10 @@ from rwkv.cli import parse, sentences
 from rwkv.config import DoctorConfig
 
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def main(config: DoctorConfig) -> int:
@@ -32,7 +37,7 @@ def main(config: DoctorConfig) -> int:
     if config.json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2, ensure_ascii=False))
     else:
-        print(f"\n{failed} to mend, {warned} to know of" if failed or warned else "\nnothing to mend")
+        print(f"\n{_count(failed, 'error')}, {_count(warned, 'warning')}")
     return int(failed > 0)
 
 

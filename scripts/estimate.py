@@ -14,51 +14,57 @@ from rwkv.errors import UserError
 
 
 def main(config: EstimateConfig) -> None:
-    from rwkv import fitting, memory
     from rwkv.cards import memory_of_card
+    from rwkv.memory import estimate, search
 
     if config.table:
-        print(fitting.table())
+        print(search.table())
         return
     plan = make_plan(config)
-    found, card = memory.estimate(plan), memory_of_card(config.card) or present(config)
+    found, card = estimate.estimate(plan), memory_of_card(config.card) or present(config)
     if config.json:
-        print(json.dumps(fitting.as_dict(plan, found, card), indent=2))
+        print(json.dumps(search.as_dict(plan, found, card), indent=2))
     else:
         s = plan.sizes
         print(
-            f"L{s.n_layer} D{s.n_embd} V{s.vocab_size}, {memory.total(s) / 1e6:,.0f} million parameters, {memory.trained(plan) / 1e6:,.2f} million trained\n"
+            f"L{s.n_layer} D{s.n_embd} V{s.vocab_size}, {estimate.total(s) / 1e6:,.0f} million parameters, {estimate.trained(plan) / 1e6:,.2f} million trained\n"
         )
-        print(fitting.in_words(plan, found, card))
+        print(search.in_words(plan, found, card))
 
 
 def make_plan(c: EstimateConfig):
     """The plan that the flags describe. Raises UserError."""
-    from rwkv import checkpoint, lora, memory
-    from rwkv.train import budget
+    from rwkv import checkpoint
+    from rwkv.adapters import lora
+    from rwkv.memory.plan import plan_of
+    from rwkv.memory.zero import STRATEGIES
+    from rwkv.models import version
 
     for name in ("ctx_len", "micro_bsz", "devices", "num_nodes", "accumulate_grad_batches", "lora_r", "ds_bucket_mb"):
         if getattr(c, name) < 1:
             raise UserError(f"--{name} must be at least 1; it is {getattr(c, name)}")
-    if c.model and c.model.lower() not in memory.MODELS:
-        raise UserError(f"--model {c.model} is not one of {', '.join(memory.MODELS)}; give --load_model, or --n_layer and --n_embd")
-    if c.strategy not in memory.STRATEGIES:
-        raise UserError(f"--strategy {c.strategy} is not one of {', '.join(memory.STRATEGIES)}")
-    if unknown := set(lora.parts_in(c.lora_parts)) - set(lora.PARTS):
-        raise UserError(f"--lora_parts {c.lora_parts}: {', '.join(sorted(unknown))} is not one of {', '.join(lora.PARTS)}")
+    if c.model and c.model.lower() not in version.DEFAULT.PUBLISHED:
+        raise UserError(
+            f"--model {c.model} is not one of {', '.join(version.DEFAULT.PUBLISHED)}; give --load_model, or --n_layer and --n_embd"
+        )
+    if c.strategy not in STRATEGIES:
+        raise UserError(f"--strategy {c.strategy} is not one of {', '.join(STRATEGIES)}")
+    if unknown := set(lora.parts_in(c.lora_parts)) - set(version.DEFAULT.PARTS.names):
+        raise UserError(
+            f"--lora_parts {c.lora_parts}: {', '.join(sorted(unknown))} is not one of {', '.join(version.DEFAULT.PARTS.names)}"
+        )
     if c.load_model:
         sizes = checkpoint.sizes_of(checkpoint.read_tensors(c.load_model), c.load_model)
     elif c.model:
-        sizes = memory.sizes_of(c.model)
+        sizes = version.published(c.model)
     else:
-        D = c.n_embd or 512
-        sizes = memory.Sizes(c.n_layer or 6, D, c.vocab_size or 65536, c.dim_att or D, c.dim_ffn or 4 * D)
-    return budget.plan_of(c, sizes, c.accelerator == "gpu", c.precision)
+        sizes = version.DEFAULT.Sizes(**version.sizes_given(c))
+    return plan_of(c, sizes, c.accelerator == "gpu", c.precision)
 
 
 def present(c: EstimateConfig) -> float:
     """GB of the GPU, or of the memory, that this machine has; 0 if it has no GPU."""
-    from rwkv.limits import memory_of
+    from rwkv.memory.machine import memory_of
 
     return memory_of(c.accelerator == "gpu") / 1e9
 

@@ -1,9 +1,12 @@
-"""Write a model in a form that other programs read, and prove it: prints how far the logits of what was written differ.
+"""Export a model to a format that other programs read, and verify it: prints the largest difference
+of logits.
 
     python scripts/export.py --model tuned.pth --output tuned.safetensors --dtype bf16
-    python scripts/export.py --model tuned.pth --output tuned-hf            # a folder for transformers' RwkvForCausalLM.from_pretrained
+    # a folder for transformers' RwkvForCausalLM.from_pretrained
+    python scripts/export.py --model tuned.pth --output tuned-hf
 
-The ending of the output says which: .pth (ChatRWKV, rwkv.cpp and the PyPI package rwkv read it), .safetensors, or a folder.
+The suffix of the output selects the format: .pth (read by ChatRWKV, rwkv.cpp and the PyPI package
+rwkv), .safetensors, or a folder for transformers.
 """
 
 import json
@@ -21,14 +24,14 @@ def main(config: ExportConfig) -> None:
     from rwkv.files import together
 
     if not config.model or not config.output:
-        raise UserError("--model and --output are needed")
+        raise UserError("--model and --output are required")
     output = Path(config.output)
     folder = config.output.endswith("/") or (os.path.isdir(output) and output.suffix not in (".pth", ".safetensors"))
     if not folder:
         checkpoint.check_output(output, (".pth", ".safetensors", ""))
     written = output if output.suffix in (".pth", ".safetensors") and not folder else output / "model.safetensors"
     if os.path.lexists(written) and not config.force:
-        raise UserError(f"{written} exists already; give --force to replace it, or another --output")
+        raise UserError(f"{written} already exists; give --force to replace it, or another --output")
     model = checkpoint.load_model(config.model, dtype=None)
     tensors = export.tensors_of(model, config.dtype)
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
@@ -44,9 +47,9 @@ def main(config: ExportConfig) -> None:
             found = export.difference(model, file, config.check_tokens, described)
 
     if written is output:
-        checkpoint.write_tensors(output, tensors, {"kind": "model", "version": "4", "sizes": vars(model.sizes), **origin}, prove)
+        checkpoint.write_tensors(output, tensors, {"kind": "model", **checkpoint.describe(model), **origin}, prove)
     else:
-        settings = export.transformers_config(model.sizes, config.ctx_len, tensors["head.weight"].dtype)
+        settings = export.transformers_config(model, config.ctx_len, tensors["head.weight"].dtype)
         made = not output.exists()
         output.mkdir(parents=True, exist_ok=True)
         try:
@@ -60,7 +63,11 @@ def main(config: ExportConfig) -> None:
             raise
     print(printable(f"exported: {output} ({', '.join(dtypes)})"))
     if found:
-        print(printable(f"check:    largest logit difference from {config.model} {found[0]:.2e} (largest logit {found[1]:.2f})"))
+        print(
+            printable(
+                f"check:    largest logit difference from {config.model} {found[0]:.2e} (largest logit {found[1]:.2f})"
+            )
+        )
 
 
 if __name__ == "__main__":

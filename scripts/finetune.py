@@ -13,7 +13,9 @@ if __name__ == "__main__":
     with sentences():
         config = parse(TrainConfig, __doc__)
         if not config.load_model and not config.my_pile_stage:  # a stage finds it in proj_dir
-            raise UserError("tuning needs a model to start from: --load_model FILE; scripts/pretrain.py trains a new one")
+            raise UserError(
+                "tuning needs a model to start from: --load_model FILE; scripts/pretrain.py trains a new one"
+            )
         from rwkv.train.fit import run  # after parsing: --help need not wait for torch
 
         run(config)

@@ -2,7 +2,8 @@
 
 python scripts/generate.py --model merged.pth --ask "What is RWKV?"
 python scripts/generate.py --model base.pth --lora out/lora/rwkv-0.pth --prompt "Once upon a time" --temperature 0.8
-python scripts/generate.py --model merged.pth                      # chat; /help lists its commands, /exit or Ctrl-D ends
+# chat; /help lists its commands, /exit or Ctrl-D ends
+python scripts/generate.py --model merged.pth
 """
 
 import sys
@@ -18,21 +19,28 @@ def main(config: GenerateConfig) -> None:
     from rwkv import checkpoint, compat
     from rwkv.data.tokenizer import WorldTokenizer
     from rwkv.generate import Chat, Sampling, Session, matrices_dtype
+    from rwkv.memory import machine
     from rwkv.terminal import Conversation, check_sampling, cut_note
 
     if not config.model:
         raise UserError("--model is missing: the checkpoint to run")
     if config.prompt and config.ask:
-        raise UserError("--prompt continues a text and --ask answers a question: give one of them, or neither for a chat")
+        raise UserError(
+            "--prompt continues a text and --ask answers a question: give one of them, or neither for a chat"
+        )
     if config.lora_alpha and not config.lora:
         raise UserError("--lora_alpha belongs to an adapter: give it with --lora, or leave it out")
-    sampling = Sampling(config.temperature, config.top_p, config.presence_penalty, config.frequency_penalty, config.penalty_decay)
+    sampling = Sampling(
+        config.temperature, config.top_p, config.presence_penalty, config.frequency_penalty, config.penalty_decay
+    )
     check_sampling(sampling, config.max_tokens, config.seed)
     compat.wake_mkl()
-    gpu = torch.cuda.is_available() and config.accelerator != "cpu"
+    gpu = machine.use_gpu(config.accelerator)
     if config.accelerator == "gpu" and not gpu:
         raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or use --accelerator cpu")
-    dtype = matrices_dtype(config.dtype, checkpoint.read_tensors(config.model).get("head.weight", torch.empty(0)).dtype, gpu)
+    dtype = matrices_dtype(
+        config.dtype, checkpoint.read_tensors(config.model).get("head.weight", torch.empty(0)).dtype, gpu
+    )
     if config.lora:
         model, _ = checkpoint.load_tuned(config.model, config.lora, config.lora_alpha or None, matrices=dtype)
         model.to("cuda" if gpu else "cpu")

@@ -1,9 +1,10 @@
-"""Look at a binidx before GPU time is spent on it: what it holds, what an epoch of it means, what is wrong with it.
+"""Check a binidx before training: its contents, the length of an epoch, and problems.
 
     python scripts/inspect_data.py --data_file mine_text_document --ctx_len 1024 --micro_bsz 12
-    python scripts/inspect_data.py --data_file mine_text_document --verify mine.jsonl     # proves that it decodes to the source
+    # verify that it decodes to the source
+    python scripts/inspect_data.py --data_file mine_text_document --verify mine.jsonl
 
-Ends with status 1 if there is a problem. --json prints the findings for programs.
+Exits with status 1 if there is a problem. --json prints the findings as JSON.
 """
 
 import dataclasses
@@ -21,31 +22,31 @@ def main(config: InspectConfig) -> int:
 
     from rwkv.data import histogram, inspection, provenance
     from rwkv.data.binidx import Dataset
-    from rwkv.data.convert import texts
+    from rwkv.data.convert.pipeline import texts
     from rwkv.data.tokenizer import HFTokenizer
 
     if not config.data_file:
-        raise UserError("--data_file is missing: the binidx to look at, P for P.bin and P.idx")
+        raise UserError("--data_file is missing: the binidx to inspect, P for P.bin and P.idx")
     for name in ("ctx_len", "micro_bsz"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} must be at least 1; it is {getattr(config, name)}")
     data = Dataset(config.data_file)
-    vocab_file = config.vocab_file or provenance.vocabulary_file(data)
+    vocab_file = config.vocab_file or provenance.tokenizer_file(data)
     tokenizer = HFTokenizer(vocab_file) if vocab_file else None
     found = inspection.inspect(data, config.ctx_len, config.micro_bsz, max(0, config.samples), tokenizer)
     if config.verify:
         names = ("jsonl_keys", "split_lines", "ftfy", "format", "chat_template", "mask", "on_error")
         given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(InspectConfig, name)}
         given |= {"vocab_file": vocab_file, "tokenizer_type": "HFTokenizer" if tokenizer else "RWKVTokenizer"}
-        source = provenance.conversion(found.manifest, config.verify, given)
+        source = provenance.convert_config(found.manifest, config.verify, given)
         inspection.verify(data, *texts(source), found, tokenizer)
     image = Path(config.png or f"{data.prefix}_lengths.png")
     histogram.draw(np.array(found.lengths), image, data.prefix.name, config.ctx_len)
     if config.json:
         print(json.dumps(dataclasses.asdict(found) | {"png": str(image)}, ensure_ascii=False, indent=2))
     else:
-        print(inspection.in_words(found))
-        print(f"picture:    {image}")
+        print(inspection.format_report(found))
+        print(f"plot:       {image}")
     return 1 if found.problems else 0
 
 

@@ -18,13 +18,13 @@ import torch
 
 from rwkv import checkpoint, compat
 from rwkv.data.binidx import Dataset, mask_path, writer
-from rwkv.data.stream import Stream
-from rwkv.model import RWKV, Sizes
-from rwkv.model.init import initialise
-from rwkv.train.process import denormals_are_flushed
+from rwkv.data.token_stream import Stream
+from rwkv.models import RWKV
+from rwkv.models.v4 import Sizes
+from rwkv.train.runtime.process import denormals_are_flushed
 
 ROOT = Path(__file__).parents[1]
-for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # `make test` sets them, and every make that a test starts would follow them
+for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # set by `make test`; tests run make themselves
     os.environ.pop(_name, None)
 compat.wake_mkl()  # as training does: runs in this process and in others are compared bit for bit
 # No deadline: a sync to a busy disk takes as long as it takes. Derandomized: the same examples in every run.
@@ -36,6 +36,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+SET_BY_OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}  # the second by torch._dynamo when it is imported
 
 
 def process_state() -> dict[str, object]:
@@ -43,13 +44,17 @@ def process_state() -> dict[str, object]:
     umask = os.umask(0o022)
     os.umask(umask)
     return {
-        "environment": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
+        "environment": {name: value for name, value in os.environ.items() if name not in SET_BY_OTHERS},
         "working directory": os.getcwd(),
         "umask": umask,
         "locale": locale.setlocale(locale.LC_ALL),
-        "limits": {name: resource.getrlimit(getattr(resource, name)) for name in ("RLIMIT_AS", "RLIMIT_FSIZE", "RLIMIT_NOFILE")},
+        "limits": {
+            name: resource.getrlimit(getattr(resource, name)) for name in ("RLIMIT_AS", "RLIMIT_FSIZE", "RLIMIT_NOFILE")
+        },
         "signal handlers": {number.name: signal.getsignal(number) for number in HANDLED},
-        "sys.path": [path for path in sys.path if "site-packages" not in path],  # packages add to it when they are imported
+        "sys.path": [
+            path for path in sys.path if "site-packages" not in path
+        ],  # packages add to it when they are imported
         "torch threads": torch.get_num_threads(),
         "torch default dtype": torch.get_default_dtype(),
         "torch grad mode": torch.is_grad_enabled(),
@@ -92,7 +97,7 @@ def make_model():
         sizes = {"dim_att": sizes["n_embd"], "dim_ffn": 4 * sizes["n_embd"], **sizes}
         torch.manual_seed(seed)
         model = RWKV(Sizes(**sizes))
-        initialise(model, emb_scale=1e-2)
+        model.initialise(emb_scale=1e-2)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -169,9 +174,20 @@ def write_jsonl(tmp_path):
 def script(tmp_path):
     """Run a script as a user does; a wrong exit status fails the test with what was printed."""
 
-    def run(name: str, *arguments, status: int = 0, stdin: str = "", environment: dict | None = None) -> subprocess.CompletedProcess:
+    def run(
+        name: str, *arguments, status: int = 0, stdin: str = "", environment: dict | None = None
+    ) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300, check=False)
+        done = subprocess.run(
+            command,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            timeout=300,
+            check=False,
+        )
         assert done.returncode == status, f"{name} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 

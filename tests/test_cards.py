@@ -1,4 +1,4 @@
-"""Cards by number and by name."""
+"""GPU memory by number and by card name."""
 
 import pytest
 
@@ -14,11 +14,14 @@ from rwkv.errors import UserError
         ("Tesla V100-SXM2-32GB", 32), ("4060 Ti 16GB", 16), ("NVIDIA H100 80GB HBM3", 80), ("RTX A6000", 48), ("RTX 6000 Ada Generation", 48),
     ],
 )  # fmt: skip
-def test_a_card_is_known_by_its_memory_or_its_name(text, memory):
+def test_card_by_size_or_name(text, memory):
     assert memory_of_card(text) == memory
 
 
 @pytest.mark.parametrize("text", ["24GB", "24 GB", "9999", "RTX 9999", "-3", "nan", "inf", "big"])
-def test_anything_else_is_explained(text):
-    with pytest.raises(UserError, match=f'--card: expected a number of GB, such as 24, or a card\'s name, such as "RTX 4090"; got {text}'):
+def test_unknown_card(text):
+    with pytest.raises(
+        UserError,
+        match=f'--card: expected a number of GB, such as 24, or a card\'s name, such as "RTX 4090"; got {text}',
+    ):
         memory_of_card(text)

@@ -7,8 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv import checkpoint, lora
-from rwkv.checkpoint import inspect_adapter, load_model, load_tuned, read_manifest, read_tensors, save_adapter, save_model
+from rwkv import checkpoint
+from rwkv.adapters import lora
+from rwkv.checkpoint import (
+    inspect_adapter,
+    load_model,
+    load_tuned,
+    read_manifest,
+    read_tensors,
+    save_adapter,
+    save_model,
+)
 from rwkv.errors import UserError
 from rwkv.files import sha256
 
@@ -42,7 +51,12 @@ def test_upstreams_file_loads_and_ours_has_upstreams_keys(tmp_path, suffix):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     manifest = read_manifest(tmp_path / f"ours{suffix}")
-    assert (manifest["kind"], manifest["version"], manifest["step"], manifest["sizes"]["dim_att"]) == ("model", "4", 7, 24)
+    assert (manifest["kind"], manifest["version"], manifest["step"], manifest["sizes"]["dim_att"]) == (
+        "model",
+        "4",
+        7,
+        24,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -62,8 +76,14 @@ def test_deepspeeds_prefix_is_taken_off(tmp_path):
     [
         (lambda t: t.pop("blocks.1.ln2.bias"), "missing: blocks.1.ln2.bias"),
         (lambda t: t.update({"blocks.1.extra": torch.zeros(1)}), "surplus: blocks.1.extra"),
-        (lambda t: t.update({"head.weight": torch.zeros(49, 16)}), r"misshapen: head.weight \[49, 16\], expected \[50, 16\]"),
-        (lambda t: t.update({"blocks.1.ffn.key.weight": torch.zeros(44, 16)}), r"misshapen: blocks.1.ffn.key.weight \[44, 16\]"),
+        (
+            lambda t: t.update({"head.weight": torch.zeros(49, 16)}),
+            r"misshapen: head.weight \[49, 16\], expected \[50, 16\]",
+        ),
+        (
+            lambda t: t.update({"blocks.1.ffn.key.weight": torch.zeros(44, 16)}),
+            r"misshapen: blocks.1.ffn.key.weight \[44, 16\]",
+        ),
         (lambda t: t.pop("emb.weight"), r"not an RWKV-4 checkpoint \(no emb.weight\)"),
         (lambda t: t.update({"blocks.0.att.time_decay": torch.zeros(4, 6)}), "version 5 or later"),
     ],
@@ -151,7 +171,7 @@ def test_another_alpha_than_the_trained_one_is_refused(tmp_path, make_base):
 
 def test_adapters_and_models_are_not_confused(tmp_path, make_base):
     base, adapter, _ = tuned(tmp_path, make_base)
-    with pytest.raises(UserError, match="a LoRA adapter, not a whole model"):
+    with pytest.raises(UserError, match="a LoRA adapter, not a model"):
         load_model(adapter)
     with pytest.raises(UserError, match="not a LoRA adapter"):
         inspect_adapter(base)

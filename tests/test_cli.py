@@ -1,4 +1,4 @@
-"""The command line out of the dataclasses: upstream's spellings, nearest names, types."""
+"""The command line: upstream's spellings, suggestions for unknown flags, types."""
 
 import ast
 import dataclasses
@@ -11,7 +11,7 @@ from rwkv import config as flags
 from rwkv.cli import parse, printable, sentences
 from rwkv.config import ConvertConfig, GenerateConfig, LoRAConfig, TrainConfig
 from rwkv.errors import UserError
-from rwkv.upstream import NOT_SUPPORTED
+from rwkv.legacy_flags import NOT_SUPPORTED
 
 
 def refused(argv, capsys, config=LoRAConfig):
@@ -25,22 +25,24 @@ CONFIGS = [c for c in vars(flags).values() if dataclasses.is_dataclass(c)]
 NAMES = {field.name for config in CONFIGS for field in dataclasses.fields(config)}
 
 
-def test_defaults_are_the_dataclass():
+def test_defaults_match_dataclass():
     assert parse(LoRAConfig, "", []) == LoRAConfig()
 
 
-def test_upstream_spellings_work():
+def test_upstream_spellings():
     # as in the upstream READMEs: switches alone, dashes in the converter
-    assert parse(LoRAConfig, "", ["--lora", "--lora_r", "4", "--grad_cp", "1"]) == LoRAConfig(lora=True, lora_r=4, grad_cp=1)
+    assert parse(LoRAConfig, "", ["--lora", "--lora_r", "4", "--grad_cp", "1"]) == LoRAConfig(
+        lora=True, lora_r=4, grad_cp=1
+    )
     assert parse(ConvertConfig, "", ["--output-prefix", "x", "--append-eod", "--jsonl-keys=body"]).jsonl_keys == "body"
     assert parse(LoRAConfig, "", ["--lr_init", "1e-4", "--lora=false"]) == LoRAConfig(lr_init=1e-4, lora=False)
 
 
-def test_an_unknown_flag_names_the_nearest(capsys):
+def test_unknown_flag_suggests_nearest(capsys):
     assert "did you mean --n_layer?" in refused(["--n_layers", "3"], capsys)
 
 
-def test_upstream_flags_without_a_counterpart_are_refused_with_advice():
+def test_unsupported_upstream_flags():
     for name, entry in NOT_SUPPORTED.items():
         assert not hasattr(LoRAConfig, name)
         for argv in ([f"--{name}", "7"], [f"--{name}=7"], [f"--{name.replace('_', '-')}", "7"]):
@@ -51,13 +53,13 @@ def test_upstream_flags_without_a_counterpart_are_refused_with_advice():
             assert parse(LoRAConfig, "", ["--n_layer", "3", f"--{name}", off, "--lora"]).n_layer == 3
 
 
-def test_upstreams_readme_command_is_read_as_meant():
+def test_upstream_readme_command():
     line = "--load_model x --lora --lora_r 8 --head_qk 0 --pre_ffn 0 --my_pile_stage 0 --n_layer 24 --grad_cp 1 --my_pile_shift -1"
     config = parse(LoRAConfig, "", line.split())
     assert config == LoRAConfig(load_model="x", n_layer=24, grad_cp=1, my_pile_shift=-1)
 
 
-def test_upstreams_converter_command_is_read_as_meant():
+def test_upstream_converter_command():
     line = "--input ./sample.jsonl --output-prefix ./data/sample --vocab ./rwkv_vocab_v20230424.txt --dataset-impl mmap"
     line += " --tokenizer-type RWKVTokenizer --append-eod --workers 4 --jsonl-keys text title --num-docs 10 --log-interval=5 --ftfy"
     config = parse(ConvertConfig, "", line.split())
@@ -73,19 +75,19 @@ def test_upstreams_converter_command_is_read_as_meant():
         parse(ConvertConfig, "", ["--dataset-impl", "lazy"])
 
 
-def test_a_wrong_type_or_choice_is_refused_by_name(capsys):
+def test_wrong_type_or_choice(capsys):
     assert "n_layer" in refused(["--n_layer", "many"], capsys)
     assert "grad_cp" in refused(["--grad_cp", "2"], capsys)
 
 
-def test_a_config_file_is_read_and_the_command_line_comes_on_top(tmp_path):
+def test_command_line_overrides_config_file(tmp_path):
     (tmp_path / "c.yaml").write_text("n_layer: 3\nn_embd: 32\n")
     config = parse(TrainConfig, "", ["--config", str(tmp_path / "c.yaml"), "--n_embd", "64"])
     assert (config.n_layer, config.n_embd) == (3, 64)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_help_explains_every_flag(config, capsys):
+def test_help_describes_every_flag(config, capsys):
     with pytest.raises(SystemExit):
         parse(config, "", ["--help"])
     text = capsys.readouterr().out
@@ -94,7 +96,7 @@ def test_help_explains_every_flag(config, capsys):
         assert len(line.split()) > 3, f"--{field.name} has no explanation"
 
 
-def test_upstream_defaults_are_kept():
+def test_upstream_defaults():
     # reference: the upstream trainers' own defaults
     upstream = {
         "proj_dir": "out", "random_seed": -1, "ctx_len": 1024, "epoch_steps": 1000, "epoch_count": 500, "epoch_begin": 0, "epoch_save": 5,
@@ -107,7 +109,7 @@ def test_upstream_defaults_are_kept():
     assert {name: ours[name] for name in upstream} == upstream
 
 
-def test_a_user_error_is_one_line_without_a_traceback():
+def test_user_error_has_no_traceback():
     with pytest.raises(SystemExit) as exit_, sentences():
         raise UserError("what, where, what to do")
     assert exit_.value.code == "error: what, where, what to do"
@@ -139,32 +141,35 @@ def test_a_user_error_is_one_line_without_a_traceback():
         ("--lora_rank 8", "use --lora_r"),
     ],
 )
-def test_a_flag_of_another_trainer_is_answered_in_one_line_with_what_it_is(line, answer):
-    # https://github.com/Joluck/RWKV-PEFT, https://github.com/BlinkDL/RWKV-LM (RWKV-v5, RWKV-v7/train_temp), https://github.com/Blealtan/RWKV-LM-LoRA
+def test_flags_of_other_trainers(line, answer):
+    # https://github.com/Joluck/RWKV-PEFT, https://github.com/BlinkDL/RWKV-LM (RWKV-v5,
+    # RWKV-v7/train_temp), https://github.com/Blealtan/RWKV-LM-LoRA
     with pytest.raises(UserError, match=answer) as error:
         parse(LoRAConfig, "", line.split())
     assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", NOT_SUPPORTED)
-def test_the_flags_that_an_answer_names_exist(name):
+def test_flags_named_in_advice_exist(name):
     entry = NOT_SUPPORTED[name]
     for advice in (entry.advice, *entry.values.values()):
         assert set(re.findall(r"--(\w+)", advice)) <= NAMES, advice
 
 
-def test_all_mistakes_of_a_command_line_are_told_at_once(capsys):
+def test_all_mistakes_reported_together(capsys):
     lines = refused(["--n_layers", "3", "--micro_bsz", "two", "--peft", "lora", "--lora_r", "8"], capsys).splitlines()
     assert [line.split(":")[0] for line in lines] == ["error"] * 3
     assert "usage" not in "".join(lines)
 
 
-@pytest.mark.parametrize("flag", ["--quark", "--lora_a", "--top_kk", "--loss", "--vocabulary_hash", "--emb_dim", "--beta3", "--head_scale"])
-def test_a_name_that_is_not_close_is_not_guessed(flag, capsys):
+@pytest.mark.parametrize(
+    "flag", ["--quark", "--lora_a", "--top_kk", "--loss", "--vocabulary_hash", "--emb_dim", "--beta3", "--head_scale"]
+)
+def test_no_suggestion_for_distant_name(flag, capsys):
     assert "did you mean" not in refused([flag, "1"], capsys)
 
 
-def test_a_flag_of_another_program_of_ours_names_it(capsys):
+def test_flag_of_another_script(capsys):
     assert "not a flag of this program, but of scripts/generate.py" in refused(["--ask", "x"], capsys)
     assert "but of scripts/lora.py" in refused(["--lora_r", "8"], capsys, TrainConfig)
     assert "but of scripts/merge_lora.py" in refused(["--adapter", "a.pth"], capsys, GenerateConfig)
@@ -173,7 +178,8 @@ def test_a_flag_of_another_program_of_ours_names_it(capsys):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        # a script with CRLF, or with a space behind the backslash: https://github.com/community-scripts/ProxmoxVE/issues/14362
+        # a script with CRLF, or with a space behind the backslash:
+        # https://github.com/community-scripts/ProxmoxVE/issues/14362
         (["\r"], r"sed -i 's/\\r\$//' SCRIPT"),
         (["--n_layer", "3", "\r"], "argument 3 after --n_layer 3: there is a carriage return"),
         (["--overwrite", "\r"], "carriage return"),
@@ -195,13 +201,13 @@ def test_a_flag_of_another_program_of_ours_names_it(capsys):
         (["--precision", "--lora"], "--precision: needs a value: auto, fp32"),
     ],
 )
-def test_an_argument_that_no_flag_takes_is_explained_in_one_line(argv, says, capsys):
+def test_stray_argument(argv, says, capsys):
     message = refused(argv, capsys)
     assert re.search(says, message), message
     assert len(message.splitlines()) == 1
 
 
-def test_a_carriage_return_at_the_end_of_a_value_is_removed_and_told(capsys):
+def test_trailing_carriage_return_removed(capsys):
     assert parse(LoRAConfig, "", ["--proj_dir", "out\r", "--n_layer", "3\r", "--overwrite\r"]) == LoRAConfig(
         proj_dir="out", n_layer=3, overwrite=True
     )
@@ -221,21 +227,28 @@ def test_a_carriage_return_at_the_end_of_a_value_is_removed_and_told(capsys):
         (["--overwrite=maybe"], "--overwrite: expected true or false; got maybe"),
     ],
 )
-def test_a_value_of_another_type_is_explained_in_words(argv, says, capsys):
+def test_wrong_value_type(argv, says, capsys):
     message = refused(argv, capsys)
     assert message.startswith(f"error: {says}")
     assert len(message.splitlines()) == 1
 
 
-def test_switches_are_read_in_both_spellings_and_choices_in_any_case():
+def test_switch_spellings_and_choice_case():
     for yes, no in (("1", "0"), ("true", "false"), ("True", "False"), ("yes", "no"), ("on", "off")):
         for flag in ("--grad_cp", "--auto"):
-            assert [bool(getattr(parse(LoRAConfig, "", [flag, value]), flag[2:])) for value in (yes, no)] == [True, False]
-    assert parse(LoRAConfig, "", ["--precision", "BF16", "--lr_init=1E-4"]) == LoRAConfig(precision="bf16", lr_init=1e-4)
+            assert [bool(getattr(parse(LoRAConfig, "", [flag, value]), flag[2:])) for value in (yes, no)] == [
+                True,
+                False,
+            ]
+    assert parse(LoRAConfig, "", ["--precision", "BF16", "--lr_init=1E-4"]) == LoRAConfig(
+        precision="bf16", lr_init=1e-4
+    )
 
 
-@pytest.mark.parametrize("text", ["null", "007", "[a", "1: 2", "{x}", "yes", "~", "a=b", "# c", " ", "-5 degrees", "--- a", "é\n你好"])
-def test_a_text_is_taken_as_it_is(text):
+@pytest.mark.parametrize(
+    "text", ["null", "007", "[a", "1: 2", "{x}", "yes", "~", "a=b", "# c", " ", "-5 degrees", "--- a", "é\n你好"]
+)
+def test_text_values_verbatim(text):
     assert parse(GenerateConfig, "", ["--prompt", text]).prompt == text
     assert parse(GenerateConfig, "", [f"--prompt={text}"]).prompt == text
 
@@ -254,7 +267,7 @@ def test_a_text_is_taken_as_it_is(text):
         (None, "c.yaml: No such file or directory"),
     ],
 )
-def test_a_config_file_that_cannot_be_used_says_why(content, says, tmp_path, capsys):
+def test_invalid_config_file(content, says, tmp_path, capsys):
     if content is not None:
         (tmp_path / "c.yaml").write_bytes(content)
     try:
@@ -266,22 +279,40 @@ def test_a_config_file_that_cannot_be_used_says_why(content, says, tmp_path, cap
     assert says in message
 
 
-def test_a_printed_config_is_read_again(tmp_path, capsys):
-    argv = ["--proj_dir", "007", "--lr_init", "1e-4", "--overwrite", "--wandb", "", "--precision", "bf16", "--lora_parts", "att,ffn"]
+def test_print_config_roundtrip(tmp_path, capsys):
+    argv = [
+        "--proj_dir",
+        "007",
+        "--lr_init",
+        "1e-4",
+        "--overwrite",
+        "--wandb",
+        "",
+        "--precision",
+        "bf16",
+        "--lora_parts",
+        "att,ffn",
+    ]
     with pytest.raises(SystemExit):
         parse(LoRAConfig, "", [*argv, "--print_config"])
     (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
     assert parse(LoRAConfig, "", ["--config", str(tmp_path / "c.yaml")]) == parse(LoRAConfig, "", argv)
 
 
-def test_the_help_begins_with_what_a_newcomer_needs(capsys):
+def test_help_starts_with_essential_flags(capsys):
     with pytest.raises(SystemExit):
         parse(LoRAConfig, "", ["--help"])
     text = capsys.readouterr().out
     headings = re.findall(r"^(\w.*):$", text, re.MULTILINE)
     assert headings[:2] == ["options", "Essential"]
     essential = text.split("Essential:")[1].split("\n\n")[0]
-    assert re.findall(r"^  --(\w+)", essential, re.MULTILINE)[:5] == ["load_model", "data_file", "proj_dir", "epoch_steps", "epoch_count"]
+    assert re.findall(r"^  --(\w+)", essential, re.MULTILINE)[:5] == [
+        "load_model",
+        "data_file",
+        "proj_dir",
+        "epoch_steps",
+        "epoch_count",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -290,7 +321,10 @@ def test_the_help_begins_with_what_a_newcomer_needs(capsys):
         (FileNotFoundError("shared library missing"), "error: shared library missing"),
         (FileNotFoundError(), "error: FileNotFoundError"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "data"), "error: data: Is a directory; give a file"),
-        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 999), f"error: {'x' * 300}: File name too long; use a shorter name"),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "x" * 999),
+            f"error: {'x' * 300}: File name too long; use a shorter name",
+        ),
         (
             PermissionError(errno.EACCES, "Permission denied", b"a"),
             "error: a: Permission denied; change its permissions, or use another file or folder",
@@ -300,13 +334,13 @@ def test_the_help_begins_with_what_a_newcomer_needs(capsys):
         (MemoryError(), "error: out of memory on the host; .*"),
     ],
 )
-def test_what_the_operating_system_refuses_is_a_sentence(error, says):
+def test_os_error_message(error, says):
     with pytest.raises(SystemExit) as exit_, sentences():
         raise error
     assert re.fullmatch(says, exit_.value.code)
 
 
-def test_a_name_cannot_send_commands_to_the_terminal():
+def test_control_characters_escaped():
     with pytest.raises(SystemExit) as exit_, sentences():
         raise UserError("bad\x1b]0;owned\x07\x9b31m name")
     assert exit_.value.code == r"error: bad\x1b]0;owned\x07\x9b31m name"
@@ -318,25 +352,34 @@ OTHERS = {"--config", "--help", "--flag"} | {
     "--version", "--porcelain", "--untracked_files", "--std", "--ptxas_options", "--gpu_architecture", "--ipc", "--shm_size", "--gpus",
 }  # fmt: skip
 UPSTREAMS = {"--my_sample_len"}
-ADVISING = {"fit.py", "samples.py", "source.py", "start.py"}  # print commands of other programs of ours
+# print commands of other programs of ours
+ADVISING = {"fit.py", "samples.py", "data_source.py", "setup.py"}
 
 
 def messages(path):
-    """The texts of a module that may be printed: all but its docstrings."""
+    """All string literals of a module except docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     documented = ast.Module, ast.ClassDef, ast.FunctionDef
-    docstrings = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented) and isinstance(node.body[0], ast.Expr)}
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and isinstance(node.body[0], ast.Expr)
+    }
     strings = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
     return [node.value for node in strings if id(node) not in docstrings]
 
 
-def test_the_flags_that_messages_name_exist(root):
+def test_flags_named_in_messages_exist(root):
     training = {field.name for config in (LoRAConfig, TrainConfig) for field in dataclasses.fields(config)}
     for path in [*(root / "rwkv").rglob("*.py"), *(root / "scripts").glob("*.py")]:
-        if path.name in ("upstream.py", "config.py", "arguments.py"):  # which name those of other trainers
+        # which name those of other trainers
+        if path.name in ("legacy_flags.py", "config.py", "arguments.py"):
             continue
-        known = training if path.parent.name == "train" and path.name not in ADVISING else NAMES
+        known = training if "train" in path.parts and path.name not in ADVISING else NAMES
         for text in messages(path):
-            named = {flag.replace("-", "_").replace("__", "--", 1) for flag in re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", text)}
+            named = {
+                flag.replace("-", "_").replace("__", "--", 1)
+                for flag in re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", text)
+            }
             unknown = {flag for flag in named if flag[2:] not in known} - OTHERS - UPSTREAMS
             assert not unknown, f"{path.relative_to(root)}: {text}"

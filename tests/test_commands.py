@@ -1,4 +1,4 @@
-"""Printed commands do what they say when they are pasted, in every way in."""
+"""Printed commands can be pasted, in every way of starting the programs."""
 
 import os
 import shlex
@@ -16,7 +16,7 @@ NAMES = ["plain", "a b%20c", "模型 数据", "a 'b' \"c\" 模型 $HOME `x` $(y)
 
 @pytest.fixture(params=["python", "make", "make -C"])
 def way(request, monkeypatch):
-    """How the process that prints was started, and the folder in which its user pastes."""
+    """How the printing process was started, and the folder in which the user pastes."""
     for name in ("RWKV_MAKE", "RWKV_MAKE_FOLDER", "RWKV_CONTAINER"):
         monkeypatch.delenv(name, raising=False)
     if request.param != "python":
@@ -28,20 +28,29 @@ def way(request, monkeypatch):
 
 
 def paste(line: str, folder: Path) -> subprocess.CompletedProcess:
-    clean = {name: value for name, value in os.environ.items() if name not in ("ARGS", "PY", "STACK", "VENV", "MAKEFLAGS", "MAKELEVEL")}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("ARGS", "PY", "STACK", "VENV", "MAKEFLAGS", "MAKELEVEL")
+    }
     return subprocess.run(
-        ["bash", "-c", line], cwd=folder, capture_output=True, text=True, check=False, env=clean | {"PYTHONPATH": str(ROOT)}
+        ["bash", "-c", line],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=clean | {"PYTHONPATH": str(ROOT)},
     )
 
 
-def test_a_printed_command_reaches_the_program_as_it_is(way, tmp_path, monkeypatch):
+def test_printed_command_roundtrip(way, tmp_path, monkeypatch):
     # https://github.com/josStorer/RWKV-Runner/issues/108
     monkeypatch.chdir(ROOT)
     done = paste(command("doctor", "--config", tmp_path / f"{NAMES[-1]}.yaml"), way)
     assert f"error: --config {tmp_path / NAMES[-1]}.yaml: No such file or directory" in done.stderr
 
 
-def test_a_printed_command_runs(tmp_path, monkeypatch):
+def test_printed_command_runs(tmp_path, monkeypatch):
     for name in ("RWKV_MAKE", "RWKV_CONTAINER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -51,7 +60,7 @@ def test_a_printed_command_runs(tmp_path, monkeypatch):
     assert (tmp_path / f"{NAMES[2]}_text_document.idx").is_file()
 
 
-def test_in_a_container_commands_are_services_and_write_where_it_is_allowed(monkeypatch):
+def test_commands_in_container(monkeypatch):
     monkeypatch.delenv("RWKV_MAKE", raising=False)
     monkeypatch.setenv("RWKV_CONTAINER", "docker compose run --rm")
     assert command("merge", "--adapter", "out/a b.pth") == "docker compose run --rm merge --adapter 'out/a b.pth'"
@@ -59,12 +68,12 @@ def test_in_a_container_commands_are_services_and_write_where_it_is_allowed(monk
     assert "RWKV_CONTAINER: docker compose run --rm\n" in (ROOT / "compose.yaml").read_text(encoding="utf-8")
 
 
-def test_flags_are_quoted_as_a_shell_reads_them():
+def test_flags_quoted_for_shell():
     assert flags("--data_file", "plain") == "--data_file plain"
     assert all(shlex.split(flags("--data_file", name)) == ["--data_file", name] for name in NAMES)
 
 
-def test_a_remedy_names_the_target_for_this_python(monkeypatch):
+def test_make_target_for_this_python(monkeypatch):
     for name in ("RWKV_MAKE", "RWKV_CONTAINER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "prefix", str(ROOT / ".venv"))

@@ -81,7 +81,9 @@ def output(step: dict, folder: Path, **environment: str) -> tuple[int, str]:
     written = folder / "output"
     written.write_text("")
     environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "GITHUB_OUTPUT": str(written)}
-    done = subprocess.run(["bash", "-eo", "pipefail", "-c", step["run"]], cwd=ROOT, env=environment, capture_output=True, check=False)
+    done = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", step["run"]], cwd=ROOT, env=environment, capture_output=True, check=False
+    )
     return done.returncode, written.read_text()
 
 
@@ -92,7 +94,7 @@ def test_a_release_is_tagged_by_the_image_and_only_under_the_projects_own_versio
     assert (status, version) == (0, f"version={rwkv.__version__}\n")
     tags = next(step for step in steps(ROOT / ".github/workflows/release.yml") if step.get("id") == "tags")
     given = {"STACK": "cu117", "REGISTRY": "registry.example/someone", "VERSION": "1.2.3"}
-    prefix = "registry.example/someone/rwkv-trainer:"
+    prefix = "registry.example/someone/rwkv-training:"
     wanted = f"host=registry.example\ntags<<END\n{prefix}a\n{prefix}b\nEND\n"
     assert output(tags, tmp_path, **given, GITHUB_REF_NAME="v1.2.3") == (0, wanted)
     assert output(tags, tmp_path, **given, GITHUB_REF_NAME="v1.2.4") == (1, "")
@@ -100,8 +102,8 @@ def test_a_release_is_tagged_by_the_image_and_only_under_the_projects_own_versio
 
 @pytest.fixture
 def pinned(tmp_path):
-    """docker/pin.sh on a copy, where git and docker answer as the stand-ins do."""
-    for folder in ("docker", ".github"):
+    """env/pin.sh on a copy, where git and docker answer as the stand-ins do."""
+    for folder in ("docker", "env", ".github"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     shutil.copy(ROOT / "compose.yaml", tmp_path)
     (tmp_path / "bin").mkdir()
@@ -111,7 +113,9 @@ def pinned(tmp_path):
             (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
             (tmp_path / "bin" / name).chmod(0o755)
         environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-        return subprocess.run(["bash", "docker/pin.sh"], cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
+        return subprocess.run(
+            ["bash", "env/pin.sh"], cwd=tmp_path, capture_output=True, text=True, env=environment, check=False
+        )
 
     run.folder = tmp_path
     return run
@@ -128,13 +132,17 @@ def test_pin_writes_the_commit_of_a_tag_and_the_digest_of_the_base(pinned):
     before = used(pinned.folder)
     for _ in range(2):  # a second run finds what the first has written
         assert pinned(git, f"echo {digest}").returncode == 0
-        assert used(pinned.folder) == {re.sub(r"@(?:[0-9a-f]{40} # )?(v\d+)", rf"@{commit} # \1", name) for name in before}
+        assert used(pinned.folder) == {
+            re.sub(r"@(?:[0-9a-f]{40} # )?(v\d+)", rf"@{commit} # \1", name) for name in before
+        }
         assert f"ARG BASE_IMAGE=ubuntu:22.04@{digest}\n" in (pinned.folder / "docker/Dockerfile").read_text()
         assert f"${{BASE_IMAGE:-ubuntu:22.04@{digest}}}" in (pinned.folder / "compose.yaml").read_text()
 
 
 def test_pin_leaves_alone_what_it_cannot_look_up_and_says_so(pinned):
-    before = {path: path.read_text() for path in pinned.folder.rglob("*") if path.is_file() and path.parent.name != "bin"}
+    before = {
+        path: path.read_text() for path in pinned.folder.rglob("*") if path.is_file() and path.parent.name != "bin"
+    }
     done = pinned("exit 128", "exit 1")
     assert done.returncode == 1
     assert done.stderr.count("could not be looked up") == len(used(ROOT)) + 1
@@ -150,7 +158,9 @@ def engine(tmp_path):
             (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
             (tmp_path / name).chmod(0o755)
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "DOCKER_WORK": str(tmp_path / "work")}
-        return subprocess.run([ROOT / "docker/engine.sh", *command], capture_output=True, text=True, env=environment, check=False)
+        return subprocess.run(
+            [ROOT / "docker/engine.sh", *command], capture_output=True, text=True, env=environment, check=False
+        )
 
     return run
 
@@ -170,7 +180,9 @@ def test_an_engine_that_runs_is_used(engine):
     assert (done.returncode, done.stdout) == (0, "ran with the machine's own Docker 27.0.1\n")
 
 
-@pytest.mark.parametrize(("options", "reason"), [({"uid": "1000"}, "needs root"), ({"debian": "exit 1"}, "made on Debian alone")])
+@pytest.mark.parametrize(
+    ("options", "reason"), [({"uid": "1000"}, "needs root"), ({"debian": "exit 1"}, "made on Debian alone")]
+)
 def test_without_an_engine_the_reason_is_given(engine, options, reason):
     done = engine("exit 1", **options)
     assert (done.returncode, done.stdout) == (75, "")

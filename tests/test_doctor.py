@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong, says how to mend it, and is useful on a machine without a GPU."""
+"""doctor finds problems, gives remedies, and works without a GPU."""
 
 import json
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rwkv import compat, doctor
-from rwkv.wkv import build, native
+from rwkv.kernels import build, load
 
 
 def found(name, folder="."):
@@ -15,36 +15,40 @@ def found(name, folder="."):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_nothing_fails_on_a_machine_without_a_gpu(script):
+def test_no_failure_without_gpu(script):
     done = script("doctor.py")
     assert "FAIL" not in done.stdout
     assert "training runs on the CPU" in done.stdout
     assert "of the reference" in done.stdout
 
 
-def test_json_holds_every_finding(script, tmp_path):
+def test_json_output(script, tmp_path):
     findings = json.loads(script("doctor.py", "--json", "true", "--folder", tmp_path).stdout)
-    assert {"Python", "torch", "packages", "WKV on the CPU", "DeepSpeed", "disk", "writable"} <= {finding["name"] for finding in findings}
+    assert {"Python", "torch", "packages", "WKV on the CPU", "DeepSpeed", "disk", "writable"} <= {
+        finding["name"] for finding in findings
+    }
     for finding in findings:
         assert set(finding) == {"name", "status", "found", "remedy"}
-        assert (finding["status"] == "ok") == (finding["remedy"] == ""), finding  # what is not well has a remedy, and only that
+        assert (finding["status"] == "ok") == (finding["remedy"] == ""), (
+            finding
+        )  # what is not well has a remedy, and only that
 
 
-def test_the_exit_status_says_whether_something_must_be_mended(script, tmp_path):
+def test_exit_status(script, tmp_path):
     closed = tmp_path / "closed"
     closed.touch()  # a file where a folder is wanted: not even root can write into it
     done = script("doctor.py", "--folder", closed, status=1)
     assert "FAIL  writable" in done.stdout
-    assert "to mend" in done.stdout
+    assert "error" in done.stdout
 
 
-def test_kernels_that_are_missing_or_wrong_are_found(monkeypatch):
-    monkeypatch.setattr(native, "refusal", lambda: "it is not compiled for torch 0.0; run: make kernels")
+def test_missing_or_wrong_kernels(monkeypatch):
+    monkeypatch.setattr(load, "why_unavailable", lambda: "it is not compiled for torch 0.0; run: make kernels")
     finding = found("WKV on the CPU")
     assert (finding.status, finding.found) == ("warn", "it is not compiled for torch 0.0")
     assert "make kernels" in finding.remedy
     monkeypatch.undo()
-    assert native.refusal() is None
+    assert load.why_unavailable() is None
     assert doctor._right("x", torch.device("cpu"), "lib").status == "ok"
     monkeypatch.setattr(doctor, "wkv4", lambda *inputs: (inputs[3] * inputs[0] + inputs[1] * inputs[2], None))
     wrong = doctor._right("x", torch.device("cpu"), "lib")
@@ -52,7 +56,7 @@ def test_kernels_that_are_missing_or_wrong_are_found(monkeypatch):
     assert "off by" in wrong.found
 
 
-def test_a_package_that_is_not_as_locked_is_named(monkeypatch):
+def test_package_differs_from_lock(monkeypatch):
     version = doctor.importlib.metadata.version
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.1" if name == "numpy" else version(name))
     finding = found("packages")
@@ -61,24 +65,24 @@ def test_a_package_that_is_not_as_locked_is_named(monkeypatch):
     assert f"make venv STACK={compat.stack()}" in finding.remedy
 
 
-def test_nvcc_and_ninja_are_looked_at_and_neither_is_needed(monkeypatch, tmp_path):
+def test_nvcc_and_ninja_optional(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(doctor.sys, "executable", str(tmp_path / "python"))
     assert (found("nvcc").status, found("nvcc").found) == ("ok", "none: not needed")
     assert (found("ninja").status, found("ninja").found) == ("ok", "none; the kernels are compiled already")
-    monkeypatch.setattr(build, "refusal", lambda: "not there")
-    assert (found("ninja").status, found("ninja").remedy) == ("warn", "make venv brings it")
+    monkeypatch.setattr(build, "why_unavailable", lambda: "not there")
+    assert (found("ninja").status, found("ninja").remedy) == ("warn", "make venv installs it")
     for name, says in (("nvcc", "Cuda compilation tools, release 11.7, V11.7.99"), ("ninja", "1.13.0")):
         (tmp_path / name).write_text(f"#!/bin/sh\necho '{says}'\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setattr(torch.version, "cuda", "11.7")
     assert found("nvcc").found == "11.7, DeepSpeed can compile its own CUDA ops"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert found("nvcc").found == "11.7, not needed; DeepSpeed's own CUDA ops would ask for 13.0"
+    assert found("nvcc").found == "11.7, not needed; DeepSpeed's own CUDA ops would need 13.0"
     assert found("ninja").found == "1.13.0"
 
 
-def test_a_compiled_op_of_deepspeed_that_does_not_load_is_named_and_not_used(monkeypatch):
+def test_broken_deepspeed_op(monkeypatch):
     real, wanting = doctor.importlib.import_module, "libcurand.so.10: cannot open shared object file"
 
     def stands_in(name, package=None):
@@ -107,7 +111,7 @@ def test_a_compiled_op_of_deepspeed_that_does_not_load_is_named_and_not_used(mon
         ("580.159", "13.0", "ok"),
     ],
 )
-def test_an_old_driver_is_found(monkeypatch, driver, cuda, status):
+def test_old_driver(monkeypatch, driver, cuda, status):
     monkeypatch.setattr(doctor, "_driver", lambda: driver)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     findings = list(doctor._gpus())
@@ -125,42 +129,46 @@ def with_gpu(monkeypatch, capability, archs):
     return list(doctor._gpus())[1]
 
 
-def test_a_gpu_that_torch_has_no_code_for_is_found(monkeypatch):
+def test_gpu_unsupported_by_torch(monkeypatch):
     ampere = ["sm_37", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86"]
     assert with_gpu(monkeypatch, (8, 9), ampere).status == "ok"  # Ada runs code for sm_86
     hopper = with_gpu(monkeypatch, (9, 0), ampere)
     assert hopper.status == "fail"
-    assert "take the other stack" in hopper.remedy
+    assert "use the other stack" in hopper.remedy
     assert "24 GiB, compute capability 9.0" in hopper.found
 
 
-def test_a_driver_without_a_gpu_is_a_failure_with_a_remedy(monkeypatch):
+def test_driver_without_gpu(monkeypatch):
     monkeypatch.setattr(doctor, "_driver", lambda: "999.1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert [finding.status for finding in doctor._gpus()][-1] == "fail"
     assert "nvidia-smi" in list(doctor._gpus())[-1].remedy
 
 
-def test_a_machine_without_a_compiler_is_told_what_to_install(monkeypatch):
+def test_no_compiler(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name, path=None: None)
-    assert "C++ compiler" in {finding.name for finding in doctor._compilers() if finding.status == "ok"}  # compiled already: nothing to do
-    monkeypatch.setattr(build, "refusal", lambda: "it is not compiled; run: make kernels")
-    assert "apt install g++" in next(finding for finding in doctor._compilers() if finding.name == "C++ compiler").remedy
+    assert "C++ compiler" in {
+        finding.name for finding in doctor._compilers() if finding.status == "ok"
+    }  # compiled already: nothing to do
+    monkeypatch.setattr(build, "why_unavailable", lambda: "it is not compiled; run: make kernels")
+    assert (
+        "apt install g++" in next(finding for finding in doctor._compilers() if finding.name == "C++ compiler").remedy
+    )
 
 
-def test_little_room_is_found(monkeypatch):
+def test_low_disk_and_memory(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(total=64 << 20, free=1 << 30))
     assert "--ipc=host" in found("shared memory").remedy
-    assert "make room" in found("disk").remedy
+    assert "free some space" in found("disk").remedy
 
 
-def test_trouble_of_the_doctors_own_does_not_hide_the_rest(monkeypatch):
+def test_failing_check_does_not_stop_others(monkeypatch):
     monkeypatch.setattr(doctor.platform, "python_version", lambda: 1 / 0)
     findings = list(doctor.examine())
     assert "ZeroDivisionError" in findings[0].found
     assert len(findings) > 10
 
 
-def test_it_writes_nothing(tmp_path):
+def test_writes_nothing(tmp_path):
     list(doctor.examine(tmp_path))
     assert list(tmp_path.iterdir()) == []

@@ -22,12 +22,12 @@ def enter(tmp_path):
     def run(*arguments, gpus=(A100,), driver="535.54.03", stack="cu117", shm_mib=8192, writable=True, **environment):
         home = tmp_path / "opt"
         shutil.rmtree(home, ignore_errors=True)
-        for folder in ("docker", "scripts", "out", "bin", "rwkv/wkv/lib/torch"):
+        for folder in ("docker", "scripts", "out", "bin", "rwkv/kernels/lib/torch"):
             (home / folder).mkdir(parents=True)
         shutil.copy(ROOT / "docker/entrypoint.sh", home / "docker")
         shutil.copy(ROOT / "rwkv/drivers.txt", home / "rwkv")
         for arch in CUBINS[stack]:
-            (home / f"rwkv/wkv/lib/torch/wkv4_sm_{arch}.cubin").touch()
+            (home / f"rwkv/kernels/lib/torch/rwkv_sm_{arch}.cubin").touch()
         (home / "scripts/demo.sh").write_text('#!/bin/bash\necho "demo with $PY"\n')
         (home / "scripts/generate.py").touch()
         (home / "scripts/newer.py").touch()
@@ -52,7 +52,11 @@ def enter(tmp_path):
 
 def test_what_suits_runs_in_silence(enter):
     ada = "NVIDIA GeForce RTX 4090, 8.9"  # runs the code for 8.6
-    for gpus, stack, driver in (((A100,), "cu117", "515.43.04"), ((ada, P100), "cu117", "535.1"), ((H100,), "modern", "580.65.06")):
+    for gpus, stack, driver in (
+        ((A100,), "cu117", "515.43.04"),
+        ((ada, P100), "cu117", "535.1"),
+        ((H100,), "modern", "580.65.06"),
+    ):
         done = enter("lora", "--x", "1", gpus=gpus, stack=stack, driver=driver)
         assert (done.returncode, done.stdout, done.stderr) == (0, "ran scripts/lora.py --x 1\n", "")
 
@@ -81,11 +85,27 @@ def test_every_job_reaches_its_script(enter, job, command):
 
 REFUSALS = {
     "no GPU": ({"gpus": ()}, "no GPU is visible", ("--gpus all", "RWKV_DEVICE=cpu", "compose.cpu.yaml")),
-    "old driver": ({"driver": "440.33.01"}, "driver is 440.33.01, and CUDA 11.7 in this image needs 450", ("update the driver", "515")),
-    "old driver, modern": ({"gpus": [H100], "stack": "modern", "driver": "535.1"}, "needs 580", ("stack cu117, which needs 450",)),
-    "new GPU": ({"gpus": [H100]}, "H100 80GB HBM3 has compute capability 9.0, and the stack cu117", ("make image STACK=modern",)),
+    "old driver": (
+        {"driver": "440.33.01"},
+        "driver is 440.33.01, and CUDA 11.7 in this image needs 450",
+        ("update the driver", "515"),
+    ),
+    "old driver, modern": (
+        {"gpus": [H100], "stack": "modern", "driver": "535.1"},
+        "needs 580",
+        ("stack cu117, which needs 450",),
+    ),
+    "new GPU": (
+        {"gpus": [H100]},
+        "H100 80GB HBM3 has compute capability 9.0, and the stack cu117",
+        ("make image STACK=modern",),
+    ),
     "second GPU": ({"gpus": [A100, H100]}, "H100 80GB HBM3 has compute capability 9.0", ("STACK=modern",)),
-    "old GPU": ({"gpus": [P100], "stack": "modern", "driver": "580.1"}, "6.0, and the stack modern has code for 75", ("STACK=cu117",)),
+    "old GPU": (
+        {"gpus": [P100], "stack": "modern", "driver": "580.1"},
+        "6.0, and the stack modern has code for 75",
+        ("STACK=cu117",),
+    ),
     "older than the oldest": ({"gpus": ["Tesla K80, 3.7"]}, "3.7, and the stack cu117 has code for 60", ()),
     "shm": ({"shm_mib": 64}, "/dev/shm) has 64 MiB", ("--ipc=host", "--shm-size")),
     "not writable": ({"writable": False}, f"out is not writable by user {os.getuid()}", ("chown -R", "UID and GID")),
@@ -108,14 +128,19 @@ def test_what_cannot_run_is_refused_with_a_remedy(enter, case):
 
 @pytest.mark.parametrize(
     ("stack", "driver"),
-    [("cu117", driver) for driver in ("449", "450", "470.182.03", "514.9", "515")] + [("modern", "579"), ("modern", "580")],
+    [("cu117", driver) for driver in ("449", "450", "470.182.03", "514.9", "515")]
+    + [("modern", "579"), ("modern", "580")],
 )
 def test_entry_point_and_doctor_have_one_rule_for_drivers(enter, monkeypatch, stack, driver):
     monkeypatch.setattr(doctor, "_driver", lambda: driver)
     monkeypatch.setattr(torch.version, "cuda", {"cu117": "11.7", "modern": "13.0"}[stack])
     status = next(doctor._gpus()).status
     done = enter("lora", stack=stack, driver=driver)
-    assert (done.returncode, done.stderr.partition(":")[0]) == {"ok": (0, ""), "warn": (0, "warning"), "fail": (78, "error")}[status]
+    assert (done.returncode, done.stderr.partition(":")[0]) == {
+        "ok": (0, ""),
+        "warn": (0, "warning"),
+        "fail": (78, "error"),
+    }[status]
 
 
 @pytest.mark.parametrize("case", REFUSALS)

@@ -20,9 +20,13 @@ def test_transformers_reads_the_folder(script, make_base, tmp_path):
     theirs = RwkvForCausalLM.from_pretrained(tmp_path / "hf").eval()
     with torch.no_grad():
         logits = theirs(TOKENS, use_cache=False).logits
-        torch.testing.assert_close(logits, load_model(base).eval()(TOKENS)[0], rtol=1e-4, atol=1e-4)  # fp32, sums in another order
+        torch.testing.assert_close(
+            logits, load_model(base).eval()(TOKENS)[0], rtol=1e-4, atol=1e-4
+        )  # fp32, sums in another order
     assert (theirs.config.attention_hidden_size, theirs.config.intermediate_size) == (24, 40)
-    assert "hf/model.safetensors exists already" in script("export.py", "--model", base, "--output", "hf", status=1).stderr
+    assert (
+        "hf/model.safetensors already exists" in script("export.py", "--model", base, "--output", "hf", status=1).stderr
+    )
 
 
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
@@ -48,10 +52,12 @@ def test_a_weight_that_fp16_does_not_hold_is_named(script, make_base, tmp_path):
 
 def test_what_transformers_does_not_know_is_refused(script, make_base, tmp_path):
     base = make_base(pre_ffn=True)
-    assert "has no channel-mix in the place" in script("export.py", "--model", base, "--output", "hf", status=1).stderr
+    assert "has no channel-mix instead" in script("export.py", "--model", base, "--output", "hf", status=1).stderr
     assert not (tmp_path / "hf").exists()
 
 
 def test_exporting_imports_no_other_program():
     program = "import sys; from rwkv import export; print('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
+    )

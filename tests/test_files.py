@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Atomic writes, locks and hashes of files."""
 
 import errno
 import fcntl
@@ -14,7 +14,7 @@ from rwkv.errors import UserError
 from rwkv.files import abandoned, exclusive, sha256, together, whole, write_json
 
 
-def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
+def test_old_file_kept_until_complete(tmp_path):
     path = tmp_path / "f"
     path.write_text("old")
     with whole(path) as temporary:
@@ -25,7 +25,7 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_an_interruption_leaves_the_old_file_and_nothing_else(tmp_path, error):
+def test_interrupted_write_keeps_old_file(tmp_path, error):
     path = tmp_path / "f"
     path.write_text("old")
 
@@ -40,12 +40,14 @@ def test_an_interruption_leaves_the_old_file_and_nothing_else(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_files_of_one_kind_appear_together_and_the_mark_last(tmp_path, monkeypatch):
+def test_files_written_together_marker_last(tmp_path, monkeypatch):
     for name in ("part", "gone", "mark"):
         (tmp_path / name).write_text("old")
     order = []
     replace = os.replace
-    monkeypatch.setattr("os.replace", lambda old, new: (order.append((new.name, (tmp_path / "mark").exists())), replace(old, new)))
+    monkeypatch.setattr(
+        "os.replace", lambda old, new: (order.append((new.name, (tmp_path / "mark").exists())), replace(old, new))
+    )
     with together([tmp_path / "part", tmp_path / "gone"], [tmp_path / "mark"]) as (part, gone, mark):
         part.write_text("new")
         mark.write_text("new")
@@ -54,7 +56,7 @@ def test_files_of_one_kind_appear_together_and_the_mark_last(tmp_path, monkeypat
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"part": "new", "mark": "new"}
 
 
-def test_what_a_killed_run_left_is_known_and_goes_and_what_is_being_written_stays(tmp_path):
+def test_stale_temporaries_removed(tmp_path):
     path = tmp_path / "f"
     program = f"import os; from rwkv.files import whole\nwith whole({str(path)!r}): os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", program], check=False)
@@ -70,17 +72,18 @@ def test_what_a_killed_run_left_is_known_and_goes_and_what_is_being_written_stay
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(errno.ENOSPC, "no space left on the device"), (errno.EDQUOT, "quota"), (errno.EFBIG, "larger")]
+    ("number", "words"),
+    [(errno.ENOSPC, "no space left on the device"), (errno.EDQUOT, "quota"), (errno.EFBIG, "larger")],
 )
-def test_a_full_disk_is_an_error_in_words(tmp_path, number, words):
-    with pytest.raises(UserError, match=f"f: .*{words}.*; make room"), whole(tmp_path / "f"):
+def test_disk_full(tmp_path, number, words):
+    with pytest.raises(UserError, match=f"f: .*{words}.*; free some space"), whole(tmp_path / "f"):
         raise OSError(number, "")
     with pytest.raises(OSError, match="other"), whole(tmp_path / "f"):
         raise OSError(errno.EIO, "other")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folders_are_made_and_permissions_are_ordinary(tmp_path):
+def test_creates_folders_with_default_permissions(tmp_path):
     write_json(tmp_path / "a" / "b.json", {"键": 1})
     path = tmp_path / "a" / "b.json"
     assert json.loads(path.read_text(encoding="utf-8")) == {"键": 1}
@@ -89,23 +92,26 @@ def test_folders_are_made_and_permissions_are_ordinary(tmp_path):
     assert path.stat().st_mode == other.stat().st_mode
 
 
-def test_sha256_is_that_of_the_bytes(tmp_path):
+def test_sha256(tmp_path):
     data = b"x" * (5 << 20)
     (tmp_path / "f").write_bytes(data)
     assert sha256(tmp_path / "f") == hashlib.sha256(data).hexdigest()
 
 
-def test_a_read_only_file_system_is_named(tmp_path, monkeypatch):
+def test_read_only_file_system(tmp_path, monkeypatch):
     def refuse(dir, **keywords):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
 
     monkeypatch.setattr("tempfile.mkstemp", refuse)
-    with pytest.raises(UserError, match="f: this file system is read-only; write to another place"), whole(tmp_path / "f"):
+    with (
+        pytest.raises(UserError, match="f: this file system is read-only; write to another place"),
+        whole(tmp_path / "f"),
+    ):
         pass
 
 
 def holder(path, before=""):
-    """Another process that holds the lock `path`, having run the statement `before`."""
+    """Another process that holds the lock `path`, after running the statement `before`."""
     program = f"""
 import os, time
 from rwkv.files import exclusive
@@ -114,19 +120,22 @@ with exclusive({str(path)!r}, "x"):
     print(flush=True)
     time.sleep(60)
 """
-    process = subprocess.Popen([sys.executable, "-c", program, "--flag", "a b"], stdout=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "--flag", "a b"], stdout=subprocess.PIPE, start_new_session=True
+    )
     assert process.stdout.readline() == b"\n"
     return process
 
 
-def test_a_lock_is_held_by_one_process_which_is_named_and_a_killed_one_is_no_obstacle(tmp_path):
+def test_lock_is_exclusive_and_released_on_kill(tmp_path):
     path = tmp_path / "a/b/.lock"
     process = holder(path, "if os.fork() == 0: print(flush=True); time.sleep(60)")
     try:
         assert process.stdout.readline() == b"\n"  # parent and child have both begun
         with (
             pytest.raises(
-                UserError, match=rf"out: in use by process {process.pid} on .* \(-c --flag 'a b'\)\. .*; or choose another --proj_dir"
+                UserError,
+                match=rf"out: in use by process {process.pid} on .* \(-c --flag 'a b'\)\. .*; or choose another --proj_dir",
             ),
             exclusive(path, "out", "choose another --proj_dir"),
         ):
@@ -144,7 +153,7 @@ def test_a_lock_is_held_by_one_process_which_is_named_and_a_killed_one_is_no_obs
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
-def test_a_lock_leaves_nothing_behind_but_what_the_block_made(tmp_path, error):
+def test_lock_cleans_up(tmp_path, error):
     def use(keep):
         with exclusive(tmp_path / "a/b/.lock", "a"):
             if keep:
@@ -161,7 +170,7 @@ def test_a_lock_leaves_nothing_behind_but_what_the_block_made(tmp_path, error):
         assert [path.name for path in tmp_path.rglob("*")] == (["a", "kept"] if keep else [])
 
 
-def test_a_lock_whose_folder_was_moved_does_not_remove_that_of_another_process(tmp_path):
+def test_moved_lock_keeps_other_lock(tmp_path):
     with exclusive(tmp_path / "run/.lock", "run"):
         (tmp_path / "run").rename(tmp_path / "moved")
         process = holder(tmp_path / "run/.lock")
@@ -175,7 +184,7 @@ def test_a_lock_whose_folder_was_moved_does_not_remove_that_of_another_process(t
         process.stdout.close()
 
 
-def test_many_processes_after_one_lock_never_hold_it_at_the_same_time(tmp_path):
+def test_lock_contention(tmp_path):
     program = f"""
 import os, time
 from rwkv.errors import UserError
@@ -194,7 +203,7 @@ while time.monotonic() < until:
     assert [process.communicate()[1] for process in processes] == [""] * 4
 
 
-def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+def test_file_system_without_locks(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -204,10 +213,13 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("place", ["file/.lock", "n" * 300 + "/.lock", "folder"])
-def test_where_no_lock_can_be_written_is_an_error_in_words(tmp_path, place):
+def test_unwritable_lock(tmp_path, place):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match="out: cannot be written to .*; choose another"), exclusive(tmp_path / place, "out"):
+    with (
+        pytest.raises(UserError, match="out: cannot be written to .*; choose another"),
+        exclusive(tmp_path / place, "out"),
+    ):
         pass
     assert sorted(tmp_path.rglob("*")) == before

@@ -1,4 +1,4 @@
-"""Generation carries its state; sampling does what its numbers say; stop texts are taken back."""
+"""Generation carries the state; sampling parameters work as documented; stop texts are removed."""
 
 import time
 
@@ -8,7 +8,7 @@ import torch
 from rwkv import checkpoint
 from rwkv.config import ConvertConfig
 from rwkv.data.binidx import Dataset
-from rwkv.data.convert import convert
+from rwkv.data.convert.pipeline import convert
 from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError
 from rwkv.generate import Chat, Sampling, Session, choose, matrices_dtype, question
@@ -17,7 +17,7 @@ GREEDY = Sampling(temperature=0)
 
 
 class Letters:
-    """A tokenizer of bytes, for a model with 257 words; 0 is EOD."""
+    """A byte-level tokenizer for a model with a vocabulary of 257; 0 is EOD."""
 
     eod = 0
 
@@ -29,7 +29,9 @@ class Letters:
 
 
 class Script(torch.nn.Module):
-    """A "model" that writes a given text, whatever it reads: the next byte depends on how many tokens went through."""
+    """A fake model that writes a given text whatever it reads: the next byte depends on the number
+    of tokens so far.
+    """
 
     def __init__(self, text: str, skip: int):
         super().__init__()
@@ -48,7 +50,7 @@ class Script(torch.nn.Module):
         return logits
 
 
-def test_greedy_text_equals_the_parallel_model(make_model):
+def test_greedy_matches_parallel_model(make_model):
     model = make_model(vocab_size=257).eval()
     session = Session(model, Letters())
     session.read("abc")
@@ -62,7 +64,7 @@ def test_greedy_text_equals_the_parallel_model(make_model):
     assert text == Letters().decode_bytes(ids[4:]).decode("utf-8", errors="replace")
 
 
-def test_each_token_goes_through_the_model_once():
+def test_each_token_computed_once():
     model = Script("hello", skip=3)
     session = Session(model, Letters())
     session.read("ab")
@@ -70,7 +72,7 @@ def test_each_token_goes_through_the_model_once():
     assert [len(ids) for ids in model.seen] == [1, 2, 1, 1, 1, 1, 1]
 
 
-def test_cost_per_token_does_not_grow(make_model):
+def test_constant_cost_per_token(make_model):
     model = make_model(vocab_size=257)
     session = Session(model, Letters())
     tokens = []
@@ -80,12 +82,13 @@ def test_cost_per_token_does_not_grow(make_model):
     for _ in session.write(Sampling(), 400):
         pass
     assert set(tokens) == {1}  # never the text before
-    assert sum(x.numel() for block in session.state for x in block) == 2 * (16 + 3 * 16 + 16)  # nor a state that grows
+    # nor a state that grows
+    assert sum(x.numel() for block in session.state for x in block) == 2 * (16 + 3 * 16 + 16)
     assert time.process_time() - started < 60
 
 
 @pytest.mark.parametrize("text", ["Yes.\n\nUser: no", "你好。\n\nUser:", "a\n\nUse\n\nUser: x", "\n\nUser: x"])
-def test_a_stop_text_ends_the_answer_and_is_taken_back(text):
+def test_stop_text_removed(text):
     model = Script(text, skip=1)
     session = Session(model, Letters())
     answer = "".join(session.write(GREEDY, 100, stop=("\n\nUser:",)))
@@ -93,17 +96,19 @@ def test_a_stop_text_ends_the_answer_and_is_taken_back(text):
     assert session.state == 1 + len(answer.encode())  # stands where the answer ends
 
 
-def test_text_streams_as_soon_as_characters_are_whole():
+def test_streams_complete_characters():
     pieces = list(Session(Script("a好b", skip=1), Letters()).write(GREEDY, 50))
     assert pieces == ["a", "好", "b"]
 
 
-def test_a_cut_character_is_shown_as_such():
+def test_incomplete_character_replaced():
     assert "".join(Session(Script("好", skip=1), Letters()).write(GREEDY, 2)) == "\ufffd"
 
 
 class Answers(torch.nn.Module):
-    """A "model" whose state is the ids that it has read, and which writes the given answers, each after its "Assistant:"."""
+    """A fake model whose state is the ids read so far, and which writes the given answers after
+    each "Assistant:".
+    """
 
     def __init__(self, *answers: str):
         super().__init__()
@@ -124,26 +129,29 @@ class Answers(torch.nn.Module):
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\n\n", "\n\n\n", "\n\nUser: and then", " \n\n"])
-def test_a_chat_reads_the_tokens_that_the_converter_makes(tmp_path, write_jsonl, end):
-    # one separator in both: a chat used to read four line breaks after an answer, which no training data has
+def test_chat_tokens_match_converter(tmp_path, write_jsonl, end):
+    # one separator in both: a chat used to read four line breaks after an answer, which no training
+    # data has
     said = [("What is\r\n\r\nthis? ", "Blue.\nSky"), ("你好", "你好！"), ("\n1+1?", "2")]
     session = Session(Answers(*(f" {answer}{end}" for _, answer in said)), WorldTokenizer())
     chat = Chat(session)
     shown = ["".join(chat.ask(text, GREEDY, 50)) for text, _ in said]
     assert shown == [answer for _, answer in said]
-    messages = [{"role": role, "content": text} for turn in said for role, text in zip(("user", "assistant"), turn, strict=True)]
+    messages = [
+        {"role": role, "content": text} for turn in said for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
     data = Dataset(convert(ConvertConfig(input=str(write_jsonl({"messages": messages})), workers=1)).pairs[0][0])
     assert session.state == [0, *data.document(0).tolist()[:-1]]
 
 
-def test_an_answer_that_is_stopped_is_a_turn_all_the_same():
+def test_stopped_answer_is_a_turn():
     session = Session(Answers(" one two three four"), WorldTokenizer())
     part = next(answer := Chat(session).ask("count", GREEDY, 50))
     answer.close()  # Ctrl-C
     assert session.tokenizer.decode_bytes(session.state).decode() == f"User: count\n\nAssistant: {part}\n\n"
 
 
-def test_temperature_zero_takes_the_likeliest_and_penalties_push_it_away():
+def test_temperature_zero_and_penalties():
     logits = torch.tensor([1.0, 3.0, 2.5])
     assert choose(logits, GREEDY, {}) == 1
     assert choose(logits, Sampling(0, presence_penalty=0.6), {1: 1.0}) == 2
@@ -152,7 +160,7 @@ def test_temperature_zero_takes_the_likeliest_and_penalties_push_it_away():
     assert logits.tolist() == [1.0, 3.0, 2.5]
 
 
-def test_top_p_keeps_the_fewest_tokens_that_reach_it_and_temperature_shapes_the_rest():
+def test_top_p_and_temperature():
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
     generator = torch.Generator().manual_seed(0)
 
@@ -172,19 +180,22 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it_and_temperature_shapes_the_
         torch.set_flush_denormal(False)
 
 
-def test_the_same_seed_writes_the_same_text(make_model):
+def test_same_seed_same_text(make_model):
     model = make_model(vocab_size=257)
-    texts = ["".join(Session(model, Letters()).write(Sampling(), 30, generator=torch.Generator().manual_seed(s))) for s in (1, 1, 2)]
+    texts = [
+        "".join(Session(model, Letters()).write(Sampling(), 30, generator=torch.Generator().manual_seed(s)))
+        for s in (1, 1, 2)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_the_world_format_is_what_the_example_is_written_in(root):
+def test_example_uses_world_format(root):
     line = (root / "data/example.jsonl").read_text(encoding="utf-8").splitlines()[0]
     assert question("What is RWKV?") in line.replace("\\n", "\n")
     assert WorldTokenizer().eod == 0
 
 
-def test_matrices_are_kept_as_they_are_stored_where_the_device_multiplies_them(make_base):
+def test_matrices_keep_stored_dtype(make_base):
     assert matrices_dtype("auto", torch.bfloat16, gpu=False) is None
     assert matrices_dtype("bf16", torch.float32, gpu=False) is torch.bfloat16
     with pytest.raises(UserError, match="--dtype fp16 needs a GPU"):
@@ -197,10 +208,11 @@ def test_matrices_are_kept_as_they_are_stored_where_the_device_multiplies_them(m
     one.read("hello")
     other.read("hello")
     assert other.logits.dtype == torch.float32
-    torch.testing.assert_close(one.logits, other.logits, rtol=0.05, atol=0.05)  # eight bits, two layers
+    # eight bits, two layers
+    torch.testing.assert_close(one.logits, other.logits, rtol=0.05, atol=0.05)
 
 
-def test_logits_that_are_nan_are_refused(make_model):
+def test_nan_logits(make_model):
     model = make_model(vocab_size=257)
     torch.nn.init.constant_(model.head.weight, torch.nan)
     with pytest.raises(UserError, match="NaN or Inf; use --dtype fp32"):

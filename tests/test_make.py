@@ -61,7 +61,10 @@ def test_environment_variables_may_be_given_to_make():
     assert make("help", "CUDA_VISIBLE_DEVICES=1", "OMP_NUM_THREADS=2").returncode == 0
 
 
-JOBS = {name: f"scripts/{name}.py" for name in ("finetune", "pretrain", "convert", "generate", "export", "doctor", "estimate")}
+JOBS = {
+    name: f"scripts/{name}.py"
+    for name in ("finetune", "pretrain", "convert", "generate", "export", "doctor", "estimate")
+}
 JOBS |= {
     "lora": "scripts/demo_corpus.py",
     "demo": "scripts/demo_corpus.py",
@@ -79,7 +82,11 @@ def test_a_python_that_is_given_is_used_and_nothing_is_installed(tmp_path, targe
     python.write_text(f"#!/usr/bin/env bash\nset -f; echo $PYTHONPATH $* >>{tmp_path}/called\n")
     python.chmod(0o755)
     variables = {"VENV": str(tmp_path / "venv"), "OUT": str(tmp_path / "out")}
-    done = make(target, f"PY={python}", **variables) if given == "on the command line" else make(target, PY=str(python), **variables)
+    done = (
+        make(target, f"PY={python}", **variables)
+        if given == "on the command line"
+        else make(target, PY=str(python), **variables)
+    )
     assert done.returncode == 0, done.stderr
     first, *rest = (tmp_path / "called").read_text().splitlines()
     assert first.startswith(str(ROOT))  # on PYTHONPATH, as this checkout is not installed there
@@ -92,7 +99,9 @@ def test_a_python_that_is_given_is_used_and_nothing_is_installed(tmp_path, targe
 @pytest.mark.parametrize(("folder", "says"), [([], "make PY={} / "), (["-C", str(ROOT)], "make PY={} / " + str(ROOT))])
 def test_a_job_learns_how_it_was_started(tmp_path, folder, says):
     python = tmp_path / "python"
-    python.write_text(f"#!/usr/bin/env bash\nset -f; echo $PYTHONPATH $RWKV_MAKE / $RWKV_MAKE_FOLDER >>{tmp_path}/called\n")
+    python.write_text(
+        f"#!/usr/bin/env bash\nset -f; echo $PYTHONPATH $RWKV_MAKE / $RWKV_MAKE_FOLDER >>{tmp_path}/called\n"
+    )
     python.chmod(0o755)
     assert make(*folder, "merge", f"PY={python}", ARGS="x").returncode == 0
     last = (tmp_path / "called").read_text().splitlines()[-1]
@@ -111,7 +120,11 @@ def test_a_checkout_that_was_moved_or_copied_runs_its_own_code(tmp_path):
             shutil.copy(source, tmp_path / "copy here" / name)
     (tmp_path / "copy here/scripts/doctor.py").write_text("import rwkv; print(rwkv.__file__)")
     done = subprocess.run(
-        ["make", "--dry-run", "doctor", f"PY={sys.executable}"], cwd=tmp_path / "copy here", capture_output=True, text=True, check=True
+        ["make", "--dry-run", "doctor", f"PY={sys.executable}"],
+        cwd=tmp_path / "copy here",
+        capture_output=True,
+        text=True,
+        check=True,
     )
     line = done.stdout.splitlines()[-1]
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path / "copy here", capture_output=True, text=True, check=True)
@@ -138,7 +151,7 @@ def test_each_stack_has_its_environment(stack, folder):
     command = ["make", "--dry-run", "--always-make", "venv", f"STACK={stack}"]
     clean = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=clean)
-    assert done.stdout.startswith(f"docker/venv.sh {folder} {stack}\n")
+    assert done.stdout.startswith(f"env/venv.sh {folder} {stack}\n")
 
 
 @pytest.fixture
@@ -147,20 +160,30 @@ def bare(tmp_path):
     folder = tmp_path / "bin"
     folder.mkdir()
     for tool in ("bash", "env", "dirname", "cat", "rm"):
-        (folder / tool).symlink_to(subprocess.run(["which", tool], capture_output=True, text=True, check=True).stdout.strip())
+        (folder / tool).symlink_to(
+            subprocess.run(["which", tool], capture_output=True, text=True, check=True).stdout.strip()
+        )
     return folder
 
 
 def venv(tmp_path, path, stack, **environment):
     clean = {"PATH": str(path), "HOME": str(tmp_path), **environment}
-    return subprocess.run(["docker/venv.sh", str(tmp_path / "v"), stack], cwd=ROOT, capture_output=True, text=True, env=clean, check=False)
+    return subprocess.run(
+        ["env/venv.sh", str(tmp_path / "v"), stack], cwd=ROOT, capture_output=True, text=True, env=clean, check=False
+    )
 
 
 @pytest.mark.parametrize(("stack", "version"), [("cu117", "3.10"), ("modern", "3.12")])
 def test_without_python_it_says_how_to_get_one(tmp_path, bare, stack, version):
     done = venv(tmp_path, bare, stack)
     assert done.returncode == 1
-    for way in ("apt install python3.10", f"pyenv install {version}", "pip install uv", "make env", "make venv PYTHON="):
+    for way in (
+        "apt install python3.10",
+        f"pyenv install {version}",
+        "pip install uv",
+        "make env",
+        "make venv PYTHON=",
+    ):
         assert way in done.stderr
 
 
@@ -193,7 +216,10 @@ echo "found $0" >&2; exit 7
 @pytest.mark.parametrize(
     ("stack", "place"),
     [("cu117", place) for place in ("bin/python3.10", "bin/python3", ".pyenv/versions/3.10.13/bin/python")]
-    + [("modern", place) for place in ("bin/python3.13", "bin/python3.10", "bin/python3", ".pyenv/versions/3.11.7/bin/python")],
+    + [
+        ("modern", place)
+        for place in ("bin/python3.13", "bin/python3.10", "bin/python3", ".pyenv/versions/3.11.7/bin/python")
+    ],
 )
 def test_python_is_found_on_path_and_under_pyenv(tmp_path, bare, stack, place):
     python = tmp_path / place
@@ -215,8 +241,8 @@ def test_an_environment_that_would_not_fit_is_refused_and_the_old_one_stays(tmp_
     (tmp_path / "v").mkdir()
     done = venv(tmp_path, bare, "cu117")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("The cu117 stack takes 3.9 GB in ")
-    assert done.stderr.endswith(", 6 GB with what is downloaded until it is installed; there is room for 5 GB.\n")
+    assert done.stderr.startswith("Not enough disk space: the cu117 stack needs 6 GB ")
+    assert done.stderr.endswith(" (3.9 GB afterwards); 5 GB are free.\n")
     assert (tmp_path / "v").is_dir()
 
 

@@ -24,14 +24,16 @@ def pins(stack: str) -> dict[str, str]:
     if stack == "tools":
         wanted = PYPROJECT["dependency-groups"]["tools"]
     else:
-        wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"][stack] + PROJECT["optional-dependencies"]["dev"]
+        wanted = (
+            PROJECT["dependencies"] + PROJECT["optional-dependencies"][stack] + PROJECT["optional-dependencies"]["dev"]
+        )
     return dict(line.split("==") for line in wanted)
 
 
 def locked(stack: str) -> dict[str, str]:
     """What the locks of a stack install on this machine and Python."""
     names = [stack] if stack == "tools" else [stack, f"{stack}-deepspeed"]
-    text = "".join((ROOT / f"docker/locks/{name}.txt").read_text() for name in names)
+    text = "".join((ROOT / f"env/locks/{name}.txt").read_text() for name in names)
     entries = re.findall(r"^([\w.-]+)===?([^\s;]+)(?: ; (.*))? \\$", text, re.MULTILINE)
     assert len(entries) == len(re.findall(r"^\w", text, re.MULTILINE))
     return {name: version for name, version, marker in entries if not marker or Marker(marker).evaluate()}
@@ -40,20 +42,25 @@ def locked(stack: str) -> dict[str, str]:
 def wanted_by(stack: str) -> dict[tuple[str, str], set[str]]:
     """For each package and version of the locks of a stack who asks for it, as uv wrote beside it."""
     names = [stack] if stack == "tools" else [stack, f"{stack}-deepspeed"]
-    text = "".join((ROOT / f"docker/locks/{name}.txt").read_text() for name in names)
+    text = "".join((ROOT / f"env/locks/{name}.txt").read_text() for name in names)
     entries = re.findall(
-        r"^([\w.-]+)===?([^\s;]+)[^\n]*\n(?: +--hash=\S+(?: \\)?\n)+ +# via((?:\n? +(?:#   )?\S+(?: \(\S+\))?)+)", text, re.MULTILINE
+        r"^([\w.-]+)===?([^\s;]+)[^\n]*\n(?: +--hash=\S+(?: \\)?\n)+ +# via((?:\n? +(?:#   )?\S+(?: \(\S+\))?)+)",
+        text,
+        re.MULTILINE,
     )
     assert len(entries) == len(re.findall(r"^\w", text, re.MULTILINE))
-    return {(name, version): set(re.findall(r"([\w.-]+)(?: \(\S+\))?$", via, re.MULTILINE)) for name, version, via in entries}
+    return {
+        (name, version): set(re.findall(r"([\w.-]+)(?: \(\S+\))?$", via, re.MULTILINE))
+        for name, version, via in entries
+    }
 
 
 @pytest.mark.parametrize("stack", [*STACKS, "tools"])
 def test_the_lock_was_made_from_these_pins_and_no_others(stack):
     asked = wanted_by(stack)
-    ours = {name: version for (name, version), by in asked.items() if "rwkv-trainer" in by}
+    ours = {name: version for (name, version), by in asked.items() if "rwkv-training" in by}
     assert ours == pins(stack)
-    assert set().union(*asked.values()) <= {name for name, _ in asked} | {"rwkv-trainer"}
+    assert set().union(*asked.values()) <= {name for name, _ in asked} | {"rwkv-training"}
 
 
 @pytest.mark.skipif(bool(os.environ.get("PY")), reason="make was given a Python of its own")
@@ -76,10 +83,10 @@ def test_the_lock_holds_what_its_packages_ask_for_and_nothing_else():
 
 
 def test_every_locked_file_has_a_hash():
-    locks = [f"docker/locks/{stack}{part}.txt" for stack in STACKS for part in ("", "-deepspeed")]
-    locks.append("docker/locks/tools.txt")
-    npm = {"docker/locks/package.json", "docker/locks/package-lock.json"}  # integrity in place of hashes
-    assert {path.name for path in (ROOT / "docker/locks").iterdir()} == {Path(name).name for name in [*locks, *npm]}
+    locks = [f"env/locks/{stack}{part}.txt" for stack in STACKS for part in ("", "-deepspeed")]
+    locks += ["env/locks/tools.txt", "env/locks/uv.txt"]
+    npm = {"env/locks/package.json", "env/locks/package-lock.json"}  # integrity in place of hashes
+    assert {path.name for path in (ROOT / "env/locks").iterdir()} == {Path(name).name for name in [*locks, *npm]}
     for name in [*locks, "tests/oracle.txt"]:
         entries = re.split(r"^(?=[\w.-]+==)", (ROOT / name).read_text(), flags=re.MULTILINE)[1:]
         assert entries
@@ -100,25 +107,27 @@ def test_the_stacks_are_the_documented_ones():
     assert modern.items() <= pins("modern").items()
     for page in ("README.md", "README.zh.md"):
         text = (ROOT / page).read_text(encoding="utf-8").lower()
-        assert all(f"{name} {version}" in text for stack in (documented, modern) for name, version in stack.items()), page
+        assert all(f"{name} {version}" in text for stack in (documented, modern) for name, version in stack.items()), (
+            page
+        )
 
 
 def test_a_local_build_does_not_pass_for_a_locked_version():
     """pip takes torch 2.13.0+cpu for 2.13.0 where a find-links folder of the user holds it, and then refuses its hash."""
     for name in ("modern", "modern-deepspeed"):
-        assert not re.findall(r"^[\w.-]+==(?!=).*", (ROOT / f"docker/locks/{name}.txt").read_text(), re.MULTILINE)
+        assert not re.findall(r"^[\w.-]+==(?!=).*", (ROOT / f"env/locks/{name}.txt").read_text(), re.MULTILINE)
 
 
 def test_the_conda_environment_adds_no_pins_of_its_own():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
-    assert pip == ["-r docker/locks/cu117.txt"]
+    assert pip == ["-r env/locks/cu117.txt"]
     assert [entry for entry in conda if "=" in entry] == ["python=3.10", "cuda-toolkit=11.7"]  # the documented commands
 
 
 def test_no_registry_or_index_is_named():
-    for path in [*ROOT.glob("docker/**/*"), ROOT / "pyproject.toml", ROOT / "tests/oracle.txt"]:
+    for path in [*ROOT.glob("docker/**/*"), *ROOT.glob("env/**/*"), ROOT / "pyproject.toml", ROOT / "tests/oracle.txt"]:
         if path.is_file():
             assert not re.search(r"--(extra-)?index-url|--find-links|--trusted-host", path.read_text()), path
 

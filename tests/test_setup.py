@@ -16,7 +16,9 @@ def machine(tmp_path):
     folder = tmp_path / "bin"
     folder.mkdir()
     for tool in ENOUGH:
-        (folder / tool).symlink_to(subprocess.run(["which", tool], capture_output=True, text=True, check=True).stdout.strip())
+        (folder / tool).symlink_to(
+            subprocess.run(["which", tool], capture_output=True, text=True, check=True).stdout.strip()
+        )
 
     def run(*command, tools=(), release="ubuntu 22.04", **bodies):
         for tool in [*tools, *bodies]:
@@ -46,28 +48,28 @@ UPDATE = " env update --name rwkv --file environment.yml"
     ],
 )
 def test_make_env_takes_the_tool_that_is_there(machine, there, used, first, run):
-    done = machine("docker/env.sh", tools=there)
+    done = machine("env/conda.sh", tools=there)
     assert done.returncode == 0, done.stderr
     made = [line for line in done.called if " env list" not in line]
-    assert made[:2] == [used + first, f"{used}{run} docker/install.sh python cu117"]
-    assert made[2].startswith(f"{used}{run} python -c from rwkv.wkv import build")
+    assert made[:2] == [used + first, f"{used}{run} env/install.sh python cu117"]
+    assert made[2].startswith(f"{used}{run} python -c from rwkv.kernels import build")
     assert f"{used} activate rwkv" in done.stdout
 
 
 def test_make_env_updates_what_micromamba_made(machine):
-    done = machine("docker/env.sh", micromamba="""[ "$1" != env ] || echo '  "/home/me/micromamba/envs/rwkv"'""")
+    done = machine("env/conda.sh", micromamba="""[ "$1" != env ] || echo '  "/home/me/micromamba/envs/rwkv"'""")
     assert done.called[1] == "micromamba update --yes --name rwkv --file environment.yml"
 
 
 def test_make_env_stops_where_a_step_fails(machine):
-    done = machine("docker/env.sh", conda='[ "$1" != run ]')
+    done = machine("env/conda.sh", conda='[ "$1" != run ]')
     assert done.returncode == 1
     assert len(done.called) == 2
     assert "activate" not in done.stdout
 
 
 def test_without_conda_make_env_says_how_to_get_it(machine):
-    done = machine("docker/env.sh")
+    done = machine("env/conda.sh")
     assert done.returncode == 1
     assert "no mamba, micromamba or conda" in done.stderr
     assert "scripts/ubuntu-setup.sh" in done.stderr
@@ -80,7 +82,9 @@ ALL = {"dpkg-query": "echo -n installed", "nvidia-smi": "echo 535.54.03"}
 
 @pytest.mark.parametrize("release", ["ubuntu 20.04", "ubuntu 22.04"])
 def test_a_bare_ubuntu_gets_the_documented_packages_and_conda(machine, release):
-    done = machine("scripts/ubuntu-setup.sh", "--dry-run", tools=["apt-get", "sudo", "curl"], release=release, **NOTHING)
+    done = machine(
+        "scripts/ubuntu-setup.sh", "--dry-run", tools=["apt-get", "sudo", "curl"], release=release, **NOTHING
+    )
     assert done.returncode == 0, done.stderr
     install = next(line for line in done.stdout.splitlines() if "apt-get install" in line)
     assert set(DOCUMENTED) <= set(install.split())
@@ -111,7 +115,12 @@ def test_what_is_missing_is_installed_and_nothing_else(machine):
 
 
 def test_an_old_or_missing_driver_is_a_hint_and_not_an_error(machine):
-    done = machine("scripts/ubuntu-setup.sh", "--no-conda", lspci='echo "01:00.0 0302: 10de:20b0"', **{**ALL, "nvidia-smi": "exit 9"})
+    done = machine(
+        "scripts/ubuntu-setup.sh",
+        "--no-conda",
+        lspci='echo "01:00.0 0302: 10de:20b0"',
+        **{**ALL, "nvidia-smi": "exit 9"},
+    )
     assert done.returncode == 0
     assert "NVIDIA GPU and no working driver" in done.stdout
 

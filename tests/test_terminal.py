@@ -1,4 +1,4 @@
-"""A chat as its user has it: in a terminal (a pty) with a model that writes a known text, and from a pipe."""
+"""The chat in a pseudo-terminal, with a fake model, and from a pipe."""
 
 import contextlib
 import os
@@ -51,7 +51,7 @@ print("ended", file=sys.stderr)
 
 
 class Terminal:
-    """A process in a pseudo-terminal: type, and wait for what appears."""
+    """A process in a pseudo-terminal: type input and wait for output."""
 
     def __init__(self, max_tokens: int):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "LC_ALL": "C.UTF-8"}
@@ -73,7 +73,7 @@ class Terminal:
         raise AssertionError(f"{text!r} did not appear in {self.shown!r}")
 
     def wait(self, text: str, seconds: float = 60) -> str:
-        """What has appeared since the last wait, up to the text."""
+        """Output since the last wait, up to and including the text."""
         end = time.monotonic() + seconds
         while text not in self.shown:
             assert time.monotonic() < end, f"{text!r} did not appear in {self.shown!r}"
@@ -101,7 +101,7 @@ def terminal():
         os.waitpid(one.pid, 0)
 
 
-def test_a_chat_edits_lines_remembers_them_and_obeys(terminal):
+def test_chat_line_editing_history_and_commands(terminal):
     chat = terminal()
     chat.type("hxllo\x1b[D\x1b[D\x1b[D\x7fe\n")  # three to the left, delete, e
     chat.wait("Assistant: HELLO\n")
@@ -126,14 +126,16 @@ def test_a_chat_edits_lines_remembers_them_and_obeys(terminal):
     chat.type(" /x\n")
     chat.wait("Assistant: /X\n")
     chat.wait("User: ")
-    chat.type("\x1b[200~one\ntwo\x1b[201~\n")  # pasted: https://invisible-island.net/xterm/ctlseqs/ctlseqs.html, bracketed paste
+    chat.type(
+        "\x1b[200~one\ntwo\x1b[201~\n"
+    )  # pasted: https://invisible-island.net/xterm/ctlseqs/ctlseqs.html, bracketed paste
     chat.wait("Assistant: ONE\nTWO\n")
     chat.wait("User: ")
     chat.type("/exit\n")
     chat.wait("ended")
 
 
-def test_ctrl_c_stops_an_answer_and_twice_at_the_prompt_the_chat(terminal):
+def test_ctrl_c(terminal):
     chat = terminal(10**6)
     chat.type("long\n")
     chat.wait("very very")
@@ -152,13 +154,13 @@ def test_ctrl_c_stops_an_answer_and_twice_at_the_prompt_the_chat(terminal):
     chat.interrupt("ended")
 
 
-def test_an_answer_that_is_cut_off_is_marked(terminal):
+def test_truncated_answer_is_marked(terminal):
     chat = terminal(4)
     chat.type("hello\n")
     chat.wait("Assistant: HEL\n[cut off at --max_tokens 4]")
 
 
-def test_from_a_pipe_only_answers_are_printed():
+def test_piped_input_prints_answers_only():
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, "100"],
         input="hello\n\n/reset\nyou\n/exit\nnot read\n",
@@ -183,6 +185,6 @@ def test_from_a_pipe_only_answers_are_printed():
         ({}, 1, 1 << 64, "--seed"),
     ],
 )
-def test_sampling_flags_that_mean_nothing_are_refused(flags, max_tokens, seed, says):
+def test_invalid_sampling_flags(flags, max_tokens, seed, says):
     with pytest.raises(UserError, match=says):
         check_sampling(Sampling(**flags), max_tokens, seed)

@@ -1,1 +1,3 @@
-"""Files to tokens: jsonl, inputs, chat → tokenizer → binidx, driven by convert; tokens to batches: binidx → sampling → dataset."""
+"""Datasets: convert/ turns files into a binidx of tokens; binidx → token_stream → dataset → batches
+reads it for training.
+"""

@@ -8,23 +8,25 @@ from rwkv.data.dataset import Samples
 
 
 class Batches(torch.utils.data.Dataset):
-    """Micro-batches of one rank, to be read in order: item i holds the samples `first + i * size` up to `first + (i + 1) * size` of `samples`.
+    """Micro-batches of one rank, read in order: item i has samples `first + i * size` to `first +
+    (i + 1) * size - 1`.
 
-    An item is [x, y], each [size, ctx_len], where every target contributes to the loss; else [x, y, counts, reset, targets] (see `Samples`),
-    with `targets` the number of True in the counts of all `accumulate` micro-batches of the same optimizer step: the first of them is read
-    together with the others, so that its loss can be weighted before any of them was computed.
+    An item is [x, y], each [size, ctx_len], if every target contributes to the loss; otherwise [x,
+    y, loss_mask, reset, targets] (see `Samples`). `targets` is the number of unmasked targets in
+    all `accumulate` micro-batches of the optimizer step; all of them are read with the first, so
+    that each loss can be normalised by the targets of the whole step.
 
     Args:
-        samples: of this rank.
+        samples: samples of this rank.
         first: index of the first sample of the first optimizer step.
-        steps: optimizer steps.
-        size: samples in a micro-batch.
-        accumulate: micro-batches in an optimizer step.
+        steps: number of optimizer steps.
+        size: samples per micro-batch.
+        accumulate: micro-batches per optimizer step.
     """
 
     def __init__(self, samples: Samples, first: int, steps: int, size: int, accumulate: int):
         self.samples, self.first, self.steps, self.size, self.accumulate = samples, first, steps, size, accumulate
-        self._window: dict[int, list[Tensor]] = {}  # micro-batches that were read and not yet returned
+        self._window: dict[int, list[Tensor]] = {}  # micro-batches read and not yet returned
         self._targets = 0
 
     def __len__(self) -> int:

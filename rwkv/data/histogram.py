@@ -1,17 +1,17 @@
-"""Histograms of document lengths, for the terminal and as a picture."""
+"""Histograms of document lengths, as text and as a PNG."""
 
 from pathlib import Path
 
 import numpy as np
 
-from rwkv import pictures
+from rwkv import plots
 
-BINS = 33  # 0, then [2^(k−1), 2^k) for k = 1 … 32: lengths are 32 bits in the index
+BINS = 33  # 0, then [2^(k−1), 2^k) for k = 1 … 32: lengths are 32-bit in the index
 _WIDTH = 40  # of the longest bar, in characters
 
 
 def count(lengths: np.ndarray) -> np.ndarray:
-    """How many lengths (tokens) fall into each bin, [BINS] int64."""
+    """Number of lengths (tokens) per bin, int64 [BINS]."""
     return np.bincount(np.frexp(lengths.astype(np.float64))[1], minlength=BINS)
 
 
@@ -21,26 +21,29 @@ def label(k: int) -> str:
 
 
 def bars(counts: np.ndarray) -> str:
-    """A line for each bin from the first that holds something to the last."""
+    """One line per bin, from the first to the last that is not empty."""
     filled = np.flatnonzero(counts)
     rows = range(int(filled[0]), int(filled[-1]) + 1)
     left, right = max(len(label(k)) for k in rows), len(f"{int(counts.max()):,}")
     return "\n".join(
-        f"  {label(k):>{left}}  {int(counts[k]):>{right},}  {'█' * -(-int(counts[k]) * _WIDTH // int(counts.max()))}" for k in rows
+        f"  {label(k):>{left}}  {int(counts[k]):>{right},}  {'█' * -(-int(counts[k]) * _WIDTH // int(counts.max()))}"
+        for k in rows
     )
 
 
 def draw(counts: np.ndarray, image: Path, title: str, ctx_len: int) -> None:
-    """The same as a PNG, with the count on every bar and a line at ctx_len. Where counts differ by a factor of more than 50 their axis is logarithmic, so
-    that no bar is too small to be seen.
+    """Draw the histogram as a PNG, with the count above each bar and a line at ctx_len.
+
+    The count axis is logarithmic if counts differ by a factor of more than 50.
 
     Raises:
         UserError: the disk is full, or read-only.
     """
-    filled, place = np.flatnonzero(counts), float(np.log2(max(1, ctx_len)) + 0.5)  # 2^k is the left edge of bin k + 1
+    # 2^k is the left edge of bin k + 1
+    filled, place = np.flatnonzero(counts), float(np.log2(max(1, ctx_len)) + 0.5)
     first, last = min(int(filled[0]), round(place)), max(int(filled[-1]), round(place))
     rows = np.arange(first, last + 1)
-    figure, axes = pictures.new()
+    figure, axes = plots.new()
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     bars = axes.bar(rows, counts[rows], width=0.9, color="tab:blue")
@@ -54,10 +57,10 @@ def draw(counts: np.ndarray, image: Path, title: str, ctx_len: int) -> None:
     else:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.set_ylim(0, counts.max() * 1.12)
-    axes.yaxis.set_major_formatter(FuncFormatter(pictures.counted))
+    axes.yaxis.set_major_formatter(FuncFormatter(plots.counted))
     axes.set(xlabel="tokens in a document", ylabel="documents")
-    pictures.set_title(axes, title)
+    plots.set_title(axes, title)
     axes.grid(alpha=0.3, axis="y")
     axes.set_axisbelow(True)
     figure.legend(loc="outside upper right", frameon=False)
-    pictures.save(figure, image)
+    plots.save(figure, image)

@@ -1,4 +1,4 @@
-"""What a binidx holds, and what is wrong with it: the look before GPU time is spent."""
+"""Statistics and problems of a binidx, for scripts/inspect_data.py."""
 
 import codecs
 import hashlib
@@ -11,19 +11,21 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from rwkv.data import histogram, provenance, sampling
+from rwkv.data import histogram, offsets, provenance
 from rwkv.data.binidx import Dataset, mask_path
 from rwkv.data.tokenizer import EOD, LARGEST_ID, VOCAB_SIZE, HFTokenizer, WorldTokenizer
 from rwkv.errors import UserError
 
-LARGEST_20B = 50279  # with the ChatML tokens that were added to its 50277 words
-_PIECE = 1 << 22  # tokens, documents or hashes that are looked at at once
-_GUESSED_FROM = 200  # documents
+LARGEST_20B = 50279  # with the ChatML tokens added to its 50277 tokens
+_CHUNK = 1 << 22  # tokens, documents or hashes processed at a time
+_VOCABULARY_SAMPLES = 200  # documents from which the vocabulary is guessed
 
 
 @dataclass
 class Inspection:
-    """What `inspect` found. Lengths are in tokens; `problems` should be mended before training, `remarks` may be meant so."""
+    """Result of `inspect`. Lengths are in tokens; `problems` should be fixed before training,
+    `remarks` may be intended.
+    """
 
     prefix: str
     dtype: str
@@ -32,38 +34,45 @@ class Inspection:
     smallest_id: int = 0
     largest_id: int = 0
     vocabulary: str = ""  # World, 20B or unknown
-    crlf: int = 0  # of `looked_at` documents, those with the line ends of Windows; only known for World
+    crlf: int = 0  # of `looked_at` documents, those with CRLF line endings; known for World only
     looked_at: int = 0
     with_eod: int = 0  # documents that end with token 0
-    empty: int = 0  # documents without a token but EOD
+    empty: int = 0  # documents without tokens, or with EOD alone
     too_long: int = 0  # documents longer than ctx_len + 1
     longest: int = 0
     repeated: int = 0  # documents that equal an earlier one
-    repeated_examples: list[list[int]] = field(default_factory=list)  # pairs of document numbers, from 1
+    # pairs of document numbers, from 1
+    repeated_examples: list[list[int]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)  # documents per bin of rwkv.data.histogram
-    counted: int | None = None  # tokens that the mask counts; None: no mask
-    uncounted_documents: int | None = None  # documents in which it counts none
+    counted: int | None = None  # tokens that contribute to the loss; None: no mask
+    uncounted_documents: int | None = None  # documents without such a token
     ctx_len: int = 0
     micro_bsz: int = 0
-    contexts: int = 0  # that the tokens hold end to end
-    steps: int = 0  # of micro_bsz contexts to see all of them once
+    contexts: int = 0  # non-overlapping windows of ctx_len tokens
+    steps: int = 0  # of micro_bsz contexts, to see each once
     magic_prime: int = 0
     samples: list[str] = field(default_factory=list)
     verified: int | None = None  # documents that decode to the source; None: not asked
-    manifest: dict | None = None  # what it was made from; None: unknown
+    manifest: dict | None = None  # of rwkv.data.provenance; None: there is none
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
 
-def inspect(data: Dataset, ctx_len: int, micro_bsz: int, samples: int = 3, tokenizer: HFTokenizer | None = None) -> Inspection:
-    """Look at every token once, in memory that does not grow with the data.
+def inspect(
+    data: Dataset, ctx_len: int, micro_bsz: int, samples: int = 3, tokenizer: HFTokenizer | None = None
+) -> Inspection:
+    """Read every token once; peak memory does not grow with the data.
 
     Args:
-        ctx_len, micro_bsz: what an epoch is reckoned for.
-        samples: documents to decode.
-        tokenizer: what to decode ids with that are not World's.
+        ctx_len: context length in tokens; used to compute epoch size and to flag over-long
+            documents.
+        micro_bsz: samples per step, for the epoch size.
+        samples: number of documents to decode.
+        tokenizer: decodes the ids if they are not World's.
     """
-    found = Inspection(str(data.prefix), str(data.tokens.dtype), len(data), len(data.tokens), ctx_len=ctx_len, micro_bsz=micro_bsz)
+    found = Inspection(
+        str(data.prefix), str(data.tokens.dtype), len(data), len(data.tokens), ctx_len=ctx_len, micro_bsz=micro_bsz
+    )
     with tempfile.TemporaryFile() as spill, _bar(len(data.tokens), "inspect", "token") as bar:
         hashes = np.memmap(spill, np.uint64, "w+", shape=len(data))
         _walk(data, found, hashes, bar)
@@ -72,20 +81,24 @@ def inspect(data: Dataset, ctx_len: int, micro_bsz: int, samples: int = 3, token
     found.manifest = _manifest(data, found)
     if known := tokenizer or (WorldTokenizer() if found.vocabulary == "World" else None):
         found.samples = [known.decode(_begin(data, i, 200)) for i in _spread(len(data), samples)]
-    found.contexts = sampling.slots(found.tokens, ctx_len)
+    found.contexts = offsets.slots(found.tokens, ctx_len)
     found.steps = math.ceil(found.contexts / micro_bsz)
-    found.magic_prime = sampling.magic_prime(found.tokens, ctx_len)
+    found.magic_prime = offsets.magic_prime(found.tokens, ctx_len)
     _judge(found, data)
     return found
 
 
-def verify(data: Dataset, texts: Iterable[tuple[str, int]], size: int, found: Inspection, tokenizer: HFTokenizer | None = None) -> None:
-    """Compare every document with the source's, byte for byte; adds a problem for the first that differs.
+def verify(
+    data: Dataset, texts: Iterable[tuple[str, int]], size: int, found: Inspection, tokenizer: HFTokenizer | None = None
+) -> None:
+    """Compare every decoded document with its source, byte for byte; adds a problem for the first
+    that differs.
 
     Args:
-        texts: the source's documents with the bytes read so far, as rwkv.data.convert.texts yields them.
+        texts: the source's documents with the number of bytes read so far
+            (rwkv.data.convert.pipeline.texts).
         size: bytes of the source.
-        tokenizer: what the data was made with, if it was not World's.
+        tokenizer: the tokenizer of the data, if it is not World's.
     """
     if found.vocabulary != "World" and not tokenizer:
         found.problems.append(
@@ -103,33 +116,36 @@ def verify(data: Dataset, texts: Iterable[tuple[str, int]], size: int, found: In
             ids = data.document(number)
             written = known.decode_bytes(ids.tolist())
             if written != (expected := known.as_decoded(text).encode("utf-8")):
-                at = next((i for i, (a, b) in enumerate(zip(written, expected, strict=False)) if a != b), min(len(written), len(expected)))
+                at = next(
+                    (i for i, (a, b) in enumerate(zip(written, expected, strict=False)) if a != b),
+                    min(len(written), len(expected)),
+                )
                 found.problems.append(
-                    f"document {number + 1:,} is not the source's: at byte {at:,} of its text the source has {expected[at : at + 20]!r} and the data {written[at : at + 20]!r}"
+                    f"document {number + 1:,} differs from the source at byte {at:,}: the source has {expected[at : at + 20]!r}, the data {written[at : at + 20]!r}"
                 )
                 return
             number += 1
     if number < len(data):
-        found.problems.append(f"the source has {number:,} documents and the data {len(data):,}")
+        found.problems.append(f"the source has {number:,} documents, the data {len(data):,}")
         return
     found.verified = number
 
 
-def in_words(found: Inspection) -> str:
-    """The findings as lines for a terminal."""
-    share = found.tokens / max(1, found.documents)
+def format_report(found: Inspection) -> str:
+    """The result as text for a terminal."""
+    mean = found.tokens / max(1, found.documents)
     lines = [
         f"data:       {found.prefix}, {found.dtype}",
-        f"size:       {found.documents:,} documents, {found.tokens:,} tokens, {share:,.0f} a document, the longest {found.longest:,}",
-        f"made from:  {provenance.in_words(found.manifest)}",
-        f"vocabulary: by its ids {found.vocabulary} ({found.smallest_id} to {found.largest_id})",
+        f"size:       {found.documents:,} documents, {found.tokens:,} tokens, {mean:,.0f} per document on average, {found.longest:,} in the longest",
+        f"source:     {provenance.summary(found.manifest)}",
+        f"vocabulary: {found.vocabulary}, judged by its ids ({found.smallest_id} to {found.largest_id})",
         f"EOD:        {found.with_eod:,} of {found.documents:,} documents end with token {EOD}",
         f"duplicates: {found.repeated:,} documents equal an earlier one"
         + "".join(f"; {b:,} equals {a:,}" for a, b in found.repeated_examples[:3]),
-        f"mask:       {_mask_in_words(found)}",
+        f"mask:       {_format_mask(found)}",
         "lengths in tokens:",
         histogram.bars(np.array(found.lengths)),
-        f"epoch:      {_epoch_in_words(found)}",
+        f"epoch:      {_format_epoch(found)}",
     ]
     lines += [f"sample:     {text!r}" for text in found.samples]
     if found.verified is not None:
@@ -139,47 +155,48 @@ def in_words(found: Inspection) -> str:
     return "\n".join(lines)
 
 
-def _mask_in_words(found: Inspection) -> str:
+def _format_mask(found: Inspection) -> str:
     if found.counted is None:
-        return "none: every token counts in the loss"
+        return "none: every token contributes to the loss"
     return (
-        f"{found.counted:,} of {found.tokens:,} tokens count in the loss ({found.counted / found.tokens:.1%});"
+        f"{found.counted:,} of {found.tokens:,} tokens contribute to the loss ({found.counted / found.tokens:.1%});"
         f" none in {found.uncounted_documents:,} documents"
     )
 
 
-def _epoch_in_words(found: Inspection) -> str:
+def _format_epoch(found: Inspection) -> str:
     if not found.contexts:
-        return f"none: {found.tokens:,} tokens are fewer than one context of {found.ctx_len}"
+        return f"none: {found.tokens:,} tokens are less than one context of {found.ctx_len}"
     prime = (
-        f"--magic_prime {found.magic_prime} goes through {found.magic_prime:,} of them in so many samples, each once"
+        f"--magic_prime {found.magic_prime} samples {found.magic_prime:,} of them once each"
         if found.magic_prime
         else "too short for prime sampling"
     )
     return (
-        f"the data is {found.contexts:,} contexts of {found.ctx_len:,} tokens. With --micro_bsz {found.micro_bsz} on one device a step reads"
-        f" {found.micro_bsz} of them, so to read as many tokens as there are takes {found.steps:,} steps: --epoch_steps {found.steps} makes an"
-        f" epoch once through. {prime}"
+        f"{found.contexts:,} contexts of {found.ctx_len:,} tokens. With --micro_bsz {found.micro_bsz} on one device, one pass takes"
+        f" {found.steps:,} steps: --epoch_steps {found.steps}. {prime}"
     )
 
 
 def _bar(total: int, what: str, unit: str) -> tqdm:
-    return tqdm(total=total, unit=unit, unit_scale=True, desc=what, mininterval=0.5 if sys.stderr.isatty() else 15, delay=0.5)
+    return tqdm(
+        total=total, unit=unit, unit_scale=True, desc=what, mininterval=0.5 if sys.stderr.isatty() else 15, delay=0.5
+    )
 
 
 def _walk(data: Dataset, found: Inspection, hashes: np.ndarray, bar: tqdm) -> None:
     low, high, counted, wrong_mask = math.inf, -math.inf, 0, False
     lengths, uncounted, read = np.zeros(histogram.BINS, np.int64), 0, 0
-    for first in range(0, len(data), _PIECE):
-        sizes = np.array(data.sizes[first : first + _PIECE], dtype=np.int64)
+    for first in range(0, len(data), _CHUNK):
+        sizes = np.array(data.sizes[first : first + _CHUNK], dtype=np.int64)
         lengths += histogram.count(sizes)
         found.too_long += int((sizes > found.ctx_len + 1).sum())
         found.longest = max(found.longest, int(sizes.max()))
     for i in range(len(data)):
         begin, end = data.span(i)
         digest, counts = hashlib.blake2b(digest_size=8), 0
-        for a in range(begin, end, _PIECE):
-            b = min(end, a + _PIECE)
+        for a in range(begin, end, _CHUNK):
+            b = min(end, a + _CHUNK)
             ids = np.asarray(data.tokens[a:b])
             digest.update(ids.data)
             low, high = min(low, ids.min()), max(high, ids.max())
@@ -189,7 +206,7 @@ def _walk(data: Dataset, found: Inspection, hashes: np.ndarray, bar: tqdm) -> No
                 wrong_mask = wrong_mask or bool(mask.max() > 1)
             bar.update(b - a)
             read += b - a
-            if read > _PIECE:
+            if read > _CHUNK:
                 data.release()
                 read = 0
         hashes[i] = int.from_bytes(digest.digest(), "little")
@@ -205,11 +222,14 @@ def _walk(data: Dataset, found: Inspection, hashes: np.ndarray, bar: tqdm) -> No
 
 
 def _repeated(hashes: np.ndarray) -> tuple[int, list[list[int]]]:
-    """How many hashes stood before already, and some of them with the first of their kind; a part of the hashes at a time is in memory."""
-    parts = max(1, len(hashes) // _PIECE)
+    """Number of hashes equal to an earlier one, and examples as pairs of document numbers (from 1).
+
+    Works on one partition of the hash values at a time, to bound memory.
+    """
+    parts = max(1, len(hashes) // _CHUNK)
     repeated, examples = 0, []
     for part in range(parts):
-        chosen = [i + np.flatnonzero(hashes[i : i + _PIECE] % parts == part) for i in range(0, len(hashes), _PIECE)]
+        chosen = [i + np.flatnonzero(hashes[i : i + _CHUNK] % parts == part) for i in range(0, len(hashes), _CHUNK)]
         places = np.concatenate(chosen)
         _, firsts, inverse = np.unique(hashes[places], return_index=True, return_inverse=True)
         again = np.flatnonzero(firsts[inverse] != np.arange(len(places)))
@@ -219,11 +239,15 @@ def _repeated(hashes: np.ndarray) -> tuple[int, list[list[int]]]:
 
 
 def _vocabulary(data: Dataset, found: Inspection) -> str:
-    """World, 20B or unknown: by the range of the ids, and by whether documents read as World are UTF-8. 20B's line break is a lone byte there."""
+    """World, 20B or unknown, by the range of the ids and by whether documents decoded as World are
+    valid UTF-8.
+
+    20B documents are not: their line break decodes to an incomplete sequence.
+    """
     if found.smallest_id < 0 or found.largest_id > LARGEST_ID:
         return "unknown"
     tokenizer, readable, read = WorldTokenizer(), 0, 0
-    for i in _spread(len(data), _GUESSED_FROM):
+    for i in _spread(len(data), _VOCABULARY_SAMPLES):
         ids = _begin(data, i, 4096)
         if ids:
             read += 1
@@ -239,14 +263,14 @@ def _vocabulary(data: Dataset, found: Inspection) -> str:
 
 def _manifest(data: Dataset, found: Inspection) -> dict | None:
     try:
-        return provenance.of(data)
+        return provenance.load(data)
     except UserError as error:
         found.problems.append(str(error))
         return None
 
 
 def _is_utf8(text: bytes) -> bool:
-    """A character that is cut at the end does not matter."""
+    """Whether bytes are valid UTF-8, except that the last character may be incomplete."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(text)
     except UnicodeDecodeError:
@@ -261,40 +285,46 @@ def _begin(data: Dataset, i: int, length: int) -> list[int]:
 
 def _spread(count: int, chosen: int) -> Iterator[int]:
     chosen = min(chosen, count)
-    return (sampling.spread(i, chosen, count) for i in range(chosen))
+    return (offsets.spread(i, chosen, count) for i in range(chosen))
 
 
 def _judge(found: Inspection, data: Dataset) -> None:
     problems, remarks = found.problems, found.remarks
     if found.smallest_id < 0 or found.largest_id >= VOCAB_SIZE:
         wrong = found.smallest_id if found.smallest_id < 0 else found.largest_id
-        problems.append(f"token id {wrong} is in no vocabulary of RWKV-4 (World has {VOCAB_SIZE}); convert with the model's tokenizer")
+        problems.append(
+            f"token id {wrong} is in no vocabulary of RWKV-4 (World has {VOCAB_SIZE}); convert with the model's tokenizer"
+        )
     elif found.vocabulary == "unknown":
         problems.append(
-            "the ids are neither World's nor 20B's: read as either, most documents are no text; convert with the model's tokenizer"
+            "the ids are neither World's nor 20B's: decoded as either, most documents are not text; convert with the model's tokenizer"
         )
     if found.tokens < found.ctx_len + 2:
         problems.append(
-            f"{found.tokens:,} tokens, and one context of {found.ctx_len} needs {found.ctx_len + 2}; give more text or a smaller --ctx_len"
+            f"{found.tokens:,} tokens, but one sample of ctx_len {found.ctx_len} needs {found.ctx_len + 2}; give more text or a smaller --ctx_len"
         )
     if found.with_eod < found.documents:
         problems.append(
-            f"{found.documents - found.with_eod:,} documents do not end with token {EOD}: they run into the next; convert with --append-eod"
+            f"{found.documents - found.with_eod:,} documents do not end with token {EOD}, so nothing separates them from the next; convert with --append-eod"
         )
     if found.empty:
-        problems.append(f"{found.empty:,} documents are empty; take them out of the source")
+        problems.append(f"{found.empty:,} documents are empty; remove them from the source")
     if found.counted == 0:
-        problems.append(f"{mask_path(data.prefix)}: no token counts in the loss; convert again, or move it away to let all count")
+        problems.append(
+            f"{mask_path(data.prefix)}: no token contributes to the loss; convert again, or remove it to train on all tokens"
+        )
     if found.repeated:
         remarks.append(
-            f"{found.repeated / found.documents:.1%} of the documents repeat an earlier one: the model sees them more often, and --val_split may hold out what it trains on"
+            f"{found.repeated / found.documents:.1%} of the documents repeat an earlier one: they are trained on more often, and --val_split may put copies of training documents into the validation set"
         )
     if found.crlf:
         remarks.append(
-            f"{found.crlf:,} of {found.looked_at:,} documents looked at have Windows line ends (CRLF), which the model will learn to write; convert"
+            f"{found.crlf:,} of {found.looked_at:,} documents sampled have CRLF line endings, which the model will learn to write; convert"
             " txt without --keep_crlf, or replace them in the source"
         )
     if found.too_long:
-        remarks.append(f"{found.too_long:,} documents are longer than ctx_len {found.ctx_len} + 1: --doc_training would leave them out")
+        remarks.append(
+            f"{found.too_long:,} documents are longer than ctx_len {found.ctx_len} + 1: --doc_training would skip them"
+        )
     if found.uncounted_documents:
-        remarks.append(f"{found.uncounted_documents:,} documents have no token that counts in the loss")
+        remarks.append(f"{found.uncounted_documents:,} documents have no token that contributes to the loss")

@@ -1,38 +1,59 @@
-"""What a binidx was made from: `P.json` beside P.bin and P.idx names its tokenizer, its source files and the converter's flags."""
+"""The manifest of a binidx, P.json: its tokenizer, source files and the converter's flags."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rwkv.config import ConvertConfig
 from rwkv.data.binidx import MANIFEST, Dataset
-from rwkv.data.formats import Source
 from rwkv.data.tokenizer import LARGEST_ID, VOCAB_SIZE, HFTokenizer, WorldTokenizer
 from rwkv.errors import UserError
 from rwkv.files import sha256
 
 FORMAT = 1
-# Flags that do not change what is written.
+# Flags that do not affect the output's contents.
 LOCAL = {"input", "output_prefix", "shard", "workers", "force", "merge"}
-_HASHED = 1 << 30  # sources of at most so many bytes together are hashed: a second or two
+# total bytes of the sources up to which they are hashed (takes a second or two)
+_MAX_HASHED = 1 << 30
+
+
+class SourceFile(Protocol):
+    """The attributes of rwkv.data.convert.source_file.Source that the manifest records."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def mtime_ns(self) -> int: ...
+
+    @property
+    def stored(self) -> str | Path: ...
 
 
 def path_of(prefix: str | Path) -> Path:
-    """The manifest of the binidx with this prefix."""
+    """Path of the manifest of a binidx."""
     return Path(f"{prefix}.json")
 
 
 def flags_of(config: ConvertConfig) -> dict[str, Any]:
-    """The converter's flags that decide what is written."""
+    """The converter's flags that affect the output's contents."""
     return {name: value for name, value in vars(config).items() if name not in LOCAL}
 
 
 def describe(
-    tokenizer: Mapping[str, Any] | None, sources: Sequence[Source], flags: Mapping[str, Any], splits: Mapping[str, Any] | None = None
+    tokenizer: Mapping[str, Any] | None,
+    sources: Sequence[SourceFile],
+    flags: Mapping[str, Any],
+    splits: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The part of a manifest that is known without the tokens. `splits`: which splits of a dataset were used, and which omitted."""
-    hashed = sum(source.size for source in sources) <= _HASHED
+    """The part of a manifest that is known before conversion. `splits`: which splits of a dataset
+    were used and omitted.
+    """
+    hashed = sum(source.size for source in sources) <= _MAX_HASHED
     return {
         "kind": MANIFEST,
         "format": FORMAT,
@@ -52,7 +73,9 @@ def describe(
 
 
 def tokenizer_of(tokenizer: WorldTokenizer | HFTokenizer, vocab_file: str = "") -> dict[str, Any]:
-    """A tokenizer's entry: name, number of tokens, end-of-document id, and the SHA-256 of the vocabulary file if one was given."""
+    """A tokenizer's entry: name, number of tokens, end-of-document id, and the SHA-256 of the
+    vocabulary file if one was given.
+    """
     given = vocab_file if isinstance(tokenizer, HFTokenizer) else ""
     return {
         "name": tokenizer.name,
@@ -63,13 +86,13 @@ def tokenizer_of(tokenizer: WorldTokenizer | HFTokenizer, vocab_file: str = "") 
 
 
 def write(path: Path, described: Mapping[str, Any], documents: int, tokens: int, counted: int | None) -> None:
-    """Write a manifest. `counted`: tokens that contribute to the loss; None: there is no mask."""
+    """Write a manifest. `counted`: tokens that contribute to the loss; None without a mask."""
     whole = {**described, "documents": documents, "tokens": tokens, "counted": counted}
     path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
-def of(data: Dataset) -> dict[str, Any] | None:
-    """The manifest of a binidx; None if there is none, as with files of upstream's tool.
+def load(data: Dataset) -> dict[str, Any] | None:
+    """The manifest of an open binidx; None if there is none, as with files of upstream's tool.
 
     Raises:
         UserError: it is corrupt, or describes other data.
@@ -79,25 +102,29 @@ def of(data: Dataset) -> dict[str, Any] | None:
     if found and (found["documents"], found["tokens"]) != (len(data), len(data.tokens)):
         raise UserError(
             f"{path}: describes {found['documents']:,} documents with {found['tokens']:,} tokens, and {data.prefix}.bin contains"
-            f" {len(data):,} with {len(data.tokens):,}; it was left by another conversion: convert again, or remove it"
+            f" {len(data):,} with {len(data.tokens):,}; it belongs to another conversion: convert again, or remove it"
         )
     return found
 
 
 def read(prefix: str | Path) -> dict[str, Any] | None:
-    """The manifest under a prefix; None if there is none, or a JSON file that is no manifest. Raises UserError if it is corrupt."""
+    """The manifest of a prefix; None if there is none, or the JSON file is something else. Raises
+    UserError if it is corrupt.
+    """
     path = path_of(prefix)
     if not path.is_file():
         return None
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: the manifest of the data is corrupt ({error}); convert again, or remove it") from error
+        raise UserError(
+            f"{path}: the manifest of the data is corrupt ({error}); convert again, or remove it"
+        ) from error
     if not isinstance(found, dict) or found.get("kind") != MANIFEST:
         return None
     if found.get("format") != FORMAT:
         raise UserError(
-            f"{path}: a manifest of version {found.get('format')!r}, and this program reads version {FORMAT}; update the program"
+            f"{path}: a manifest of version {found.get('format')!r}, but this program reads version {FORMAT}; update the program"
         )
     tokenizer = found.get("tokenizer")
     valid = (
@@ -107,75 +134,95 @@ def read(prefix: str | Path) -> dict[str, Any] | None:
         and isinstance(found.get("sources"), list)
         and all(isinstance(source, dict) and isinstance(source.get("path"), str) for source in found["sources"])
         and (tokenizer is None or isinstance(tokenizer, dict))
-        and (tokenizer is None or (isinstance(tokenizer.get("name"), str) and isinstance(tokenizer.get("vocab_size"), int)))
+        and (
+            tokenizer is None
+            or (isinstance(tokenizer.get("name"), str) and isinstance(tokenizer.get("vocab_size"), int))
+        )
     )
     if not valid:
         raise UserError(
-            f"{path}: the manifest of the data is corrupt (an entry is missing or of another type); convert again, or remove it"
+            f"{path}: the manifest of the data is corrupt (an entry is missing or has the wrong type); convert again, or remove it"
         )
     return found
 
 
-def vocabulary_file(data: Dataset) -> str:
-    """The tokenizer.json that the data was made with, if it is where it was and has not changed; else ""."""
+def tokenizer_file(data: Dataset) -> str:
+    """Path of the tokenizer.json that the data was tokenised with, if it still exists unchanged;
+    else "".
+    """
     try:
-        found = of(data)
-    except UserError:  # told by whoever wants the manifest
+        found = load(data)
+    except UserError:  # reported by callers that need the manifest
         return ""
     digest = ((found or {}).get("tokenizer") or {}).get("sha256")
     path = (found or {}).get("flags", {}).get("vocab_file")
     return path if digest and isinstance(path, str) and Path(path).is_file() and sha256(path) == digest else ""
 
 
-def conversion(found: Mapping[str, Any] | None, source: str, given: Mapping[str, Any]) -> ConvertConfig:
-    """How to convert `source` as the data was: flags out of its manifest, if it has one, and on top those that are given."""
-    known = {name: value for name, value in (found or {}).get("flags", {}).items() if name in ConvertConfig.__dataclass_fields__}
+def convert_config(found: Mapping[str, Any] | None, source: str, given: Mapping[str, Any]) -> ConvertConfig:
+    """The config to convert `source` like the data: flags of its manifest, if any, overridden by
+    `given`.
+    """
+    known = {
+        name: value
+        for name, value in (found or {}).get("flags", {}).items()
+        if name in ConvertConfig.__dataclass_fields__
+    }
     if found and isinstance(found.get("key"), str):
         known["jsonl_keys"] = found["key"]
     return ConvertConfig(**{**known, **given, "input": source})
 
 
 def check_vocabulary(data: Dataset, rows: int, pretrained: bool) -> None:
-    """Compare the tokenizer of the data with the vocabulary of a model.
+    """Check that the data was tokenised for the model's vocabulary.
 
     Args:
         rows: size of the model's vocabulary.
-        pretrained: the model's weights come from a checkpoint. A new model may have more rows than the tokenizer has tokens.
+        pretrained: the model's weights come from a checkpoint. A new model may have more rows than
+            the tokenizer has tokens.
 
     Raises:
-        UserError: the data was tokenised for another vocabulary, even if every id happens to be below `rows`.
+        UserError: the data was tokenised for another vocabulary, even if all its ids are below
+            `rows`.
     """
-    found = of(data)
+    found = load(data)
     if not found or not (tokenizer := found["tokenizer"]):
         return
     name, entries = tokenizer["name"], tokenizer["vocab_size"]
     if name == WorldTokenizer.name:
         fits = rows > LARGEST_ID
-    else:  # models pad their vocabulary to a multiple of up to 512, or lack a few tokens that were added
+    else:  # models may pad their vocabulary to a multiple of up to 512, or lack a few added tokens
         fits = entries * 0.99 <= rows and (rows <= -(-entries // 512) * 512 or not (pretrained or rows == VOCAB_SIZE))
     if fits:
         return
     if rows == VOCAB_SIZE:
         model, how = "the vocabulary of World models", "without --tokenizer_type"
     else:
-        model, how = f"a vocabulary of {rows:,}", "with --tokenizer_type HFTokenizer --vocab_file and the model's tokenizer.json"
+        model, how = (
+            f"a vocabulary of {rows:,}",
+            "with --tokenizer_type HFTokenizer --vocab_file and the model's tokenizer.json",
+        )
     raise UserError(
-        f"{data.prefix}: was tokenised with {name} ({entries:,} tokens), and the model has {model}: its ids mean other tokens there."
-        f" Convert the text again, {how}, or train a model that has this tokenizer. (If they belong together, remove {path_of(data.prefix)})"
+        f"{data.prefix}: was tokenised with {name} ({entries:,} tokens), but the model has {model}, in which these ids are other tokens."
+        f" Convert the text again, {how}, or train a model with this tokenizer. (If they do match, remove {path_of(data.prefix)})"
     )
 
 
-def in_words(found: Mapping[str, Any] | None) -> str:
-    """A line for a terminal."""
+def summary(found: Mapping[str, Any] | None) -> str:
+    """One line about a manifest, for a terminal."""
     if not found:
         return "no manifest: not written by this converter, tokenizer unknown"
     tokenizer, sources = found["tokenizer"], found["sources"]
     by = f"tokenizer {tokenizer['name']} ({tokenizer['vocab_size']:,} tokens)" if tokenizer else "tokenizer unknown"
-    names = ", ".join(source["path"] for source in sources[:3]) + (f" and {len(sources) - 3:,} more" if len(sources) > 3 else "")
-    return f"{by}, from {names or 'no file'}" + (f"; splits: {splits_in_words(found['splits'])}" if found.get("splits") else "")
+    names = ", ".join(source["path"] for source in sources[:3]) + (
+        f" and {len(sources) - 3:,} more" if len(sources) > 3 else ""
+    )
+    return f"{by}, from {names or 'no file'}" + (
+        f"; splits: {format_splits(found['splits'])}" if found.get("splits") else ""
+    )
 
 
-def splits_in_words(splits: Mapping[str, Any]) -> str:
+def format_splits(splits: Mapping[str, Any]) -> str:
     """Which splits were used, and which omitted."""
     omitted = ", ".join(splits.get("omitted", []))
     return ", ".join(splits.get("used", [])) + (f" (omitted: {omitted})" if omitted else "")

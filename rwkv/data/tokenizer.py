@@ -1,4 +1,6 @@
-"""Text to ids: the World tokenizer, by greedy longest byte match and back, and any tokenizer.json, such as that of the 20B models."""
+"""Tokenizers: World (greedy longest byte match), and any tokenizer.json, such as that of the 20B
+models.
+"""
 
 import ast
 import functools
@@ -10,13 +12,13 @@ from rwkv import compat
 from rwkv.errors import UserError
 
 rwkv_tokenizer = compat.rwkv_tokenizer()
-EOD = 0  # ends a document; stands for no text
+EOD = 0  # end of document; decodes to no text
 LARGEST_ID = 65529
-VOCAB_SIZE = 65536  # the rows that World checkpoints have
+VOCAB_SIZE = 65536  # vocabulary size of World checkpoints
 
 
 class WorldTokenizer:
-    """Ids 1 … 65529 of rwkv_vocab_v20230424, the vocabulary of the World models; 0 ends a document."""
+    """The World models' vocabulary, rwkv_vocab_v20230424: ids 1 … 65529; 0 is EOD."""
 
     name = "World"
     eod = EOD
@@ -30,12 +32,13 @@ class WorldTokenizer:
         return self._library.encode(text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of the ids: a token may end inside a character. EOD and the unused ids above 65529 are no bytes.
+        """The bytes of the ids, which may end inside a character. EOD and the unused ids above
+        65529 decode to nothing.
 
         The library's own decode panics on both, so this does not call it.
 
         Raises:
-            ValueError: an id that no World model has.
+            ValueError: an id outside the vocabulary.
         """
         table = _bytes_of_ids()
         ids = list(ids)
@@ -49,15 +52,16 @@ class WorldTokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def as_decoded(self, text: str) -> str:
-        """What the ids of a text decode to: itself."""
+        """What the ids of a text decode to: the text itself."""
         return text
 
 
 class HFTokenizer:
-    """A tokenizer.json of the `tokenizers` library; for the 20B models 20B_tokenizer.json of GPT-NeoX.
+    """A tokenizer.json of the `tokenizers` library; for the 20B models 20B_tokenizer.json of
+    GPT-NeoX.
 
     Raises:
-        UserError: no such file, not a tokenizer, or one without a token that ends a document.
+        UserError: no such file, not a tokenizer, or it has no end-of-document token.
     """
 
     _ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
@@ -66,7 +70,9 @@ class HFTokenizer:
         import tokenizers
 
         if not Path(path).is_file():
-            raise UserError(f"{path}: no such file. --tokenizer_type HFTokenizer wants a tokenizer.json as --vocab_file")
+            raise UserError(
+                f"{path}: no such file. --tokenizer_type HFTokenizer needs a tokenizer.json as --vocab_file"
+            )
         try:
             self._library = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
@@ -75,15 +81,17 @@ class HFTokenizer:
         self._library.no_truncation()
         ends = [number for name in self._ENDS if (number := self._library.token_to_id(name)) is not None]
         if not ends:
-            raise UserError(f"{path}: has no token that ends a document ({', '.join(self._ENDS)})")
+            raise UserError(f"{path}: has no end-of-document token ({', '.join(self._ENDS)})")
         self.name, self.eod, self.vocab_size = Path(path).name, ends[0], self._library.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; nothing is added to it, whatever the file says of beginnings and ends."""
+        """Ids of a text, without the special tokens that the file may add at its beginning and
+        end.
+        """
         return self._library.encode(text, add_special_tokens=False).ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The text of the ids in UTF-8; an EOD at their end is no text."""
+        """The text of the ids in UTF-8, without a final EOD."""
         ids = list(ids)
         return self.decode(ids[:-1] if ids and ids[-1] == self.eod else ids).encode("utf-8")
 
@@ -92,12 +100,14 @@ class HFTokenizer:
         return self._library.decode(list(ids), skip_special_tokens=False)
 
     def as_decoded(self, text: str) -> str:
-        """What the ids of a text decode to: itself after the tokenizer's normalisation (20B's is NFC)."""
+        """What the ids of a text decode to: the text after the tokenizer's normalisation (NFC for
+        20B).
+        """
         return self._library.normalizer.normalize_str(text) if self._library.normalizer else text
 
 
 def same_vocabulary(path: str | Path) -> bool:
-    """Whether a vocabulary file has the World models' tokens. Line ends may differ."""
+    """Whether a vocabulary file is the World models'; line endings may differ."""
     ours, theirs = (Path(file).read_bytes().replace(b"\r\n", b"\n").rstrip() for file in (_vocabulary(), path))
     return ours == theirs
 
@@ -113,7 +123,7 @@ def _vocabulary() -> Path:
 
 @functools.lru_cache(maxsize=1)
 def _bytes_of_ids() -> list[bytes]:
-    """Bytes by id, read from the vocabulary that comes with the library: lines of `id literal length`."""
+    """Bytes by id, from the library's vocabulary file: lines of `id literal length`."""
     table = [b""] * VOCAB_SIZE
     vocabulary = _vocabulary()
     with open(vocabulary, encoding="utf-8") as lines:
@@ -123,6 +133,6 @@ def _bytes_of_ids() -> list[bytes]:
             token = ast.literal_eval(literal)
             token = token.encode("utf-8") if isinstance(token, str) else token
             if len(token) != int(length):
-                raise ValueError(f"{vocabulary}: id {number} is {len(token)} bytes long, and the line says {int(length)}")
+                raise ValueError(f"{vocabulary}: id {number} has {len(token)} bytes, but the line says {int(length)}")
             table[int(number)] = token
     return table

@@ -1,13 +1,16 @@
-"""Flags that cannot be trained with are refused, before anything is read."""
+"""Checks of the flags, before anything is read."""
 
 import dataclasses
 import math
 
 import torch
 
-from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.config import TrainConfig
 from rwkv.errors import UserError
-from rwkv.train import samples, schedule, source, strategy
+from rwkv.memory import machine
+from rwkv.train import data_source, samples
+from rwkv.train.loop import schedule
+from rwkv.train.runtime import strategy
 
 _AT_LEAST: dict[float, tuple[str, ...]] = {
     1: ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count", "epoch_save", "devices", "num_nodes", "ds_bucket_mb", "lora_r"),
@@ -33,7 +36,11 @@ def numbers(c: TrainConfig) -> None:
         for name in names:
             value = getattr(c, name, low)
             if value < low:
-                words = "must not be negative" if low == 0 else f"must be at least {max(low, 0) if name == 'my_pile_shift' else low}"
+                words = (
+                    "must not be negative"
+                    if low == 0
+                    else f"must be at least {max(low, 0) if name == 'my_pile_shift' else low}"
+                )
                 raise UserError(f"--{name} {words}; it is {value}")
     for name in ("lora_dropout", "dropout", "beta1", "beta2", "val_split"):
         if not 0 <= getattr(c, name, 0) < 1:
@@ -46,24 +53,26 @@ def numbers(c: TrainConfig) -> None:
 
 def check(c: TrainConfig) -> None:
     """Raises UserError for a flag that is missing, or does not go with another or with this machine. Comes after `numbers`."""
-    if isinstance(c, LoRAConfig) and c.lora and not c.load_model and not (c.n_layer and c.n_embd):
+    if c.adapter and not c.load_model and not (c.n_layer and c.n_embd):
         raise UserError(
             "LoRA tunes a model that exists: give it with --load_model, or train one with scripts/pretrain.py first. For a new, random base"
             " that stays frozen give --n_layer and --n_embd"
         )
-    source.check(c)
+    data_source.check(c)
     if c.epoch_steps % c.accumulate_grad_batches:
-        raise UserError(f"--epoch_steps {c.epoch_steps} must be a multiple of --accumulate_grad_batches {c.accumulate_grad_batches}")
+        raise UserError(
+            f"--epoch_steps {c.epoch_steps} must be a multiple of --accumulate_grad_batches {c.accumulate_grad_batches}"
+        )
     if schedule.total_steps(c) < 1:
         raise UserError(
-            f"nothing to train: --epoch_begin {c.epoch_begin} is not before --epoch_count {c.epoch_count}, or the tokens are spent"
+            f"nothing to train: --epoch_begin {c.epoch_begin} is not before --epoch_count {c.epoch_count}, or --my_exit_tokens has been reached"
         )
     if c.epoch_begin and not c.load_model:
-        raise UserError(f"--epoch_begin {c.epoch_begin} goes on with a run: give its checkpoint with --load_model")
-    if isinstance(c, LoRAConfig) and c.lora and c.epoch_begin and not c.lora_load:
-        raise UserError(f"--epoch_begin {c.epoch_begin} goes on with a LoRA run: give its adapter with --lora_load")
-    if c.load_partial and (not c.load_model or (isinstance(c, LoRAConfig) and c.lora)):
-        raise UserError("--load_partial 1 fills in --load_model, in pretraining and full tuning; leave it out")
+        raise UserError(f"--epoch_begin {c.epoch_begin} continues a run: give its checkpoint with --load_model")
+    if c.adapter and c.epoch_begin and not c.adapter.lora_load:
+        raise UserError(f"--epoch_begin {c.epoch_begin} continues a LoRA run: give its adapter with --lora_load")
+    if c.load_partial and (not c.load_model or c.adapter):
+        raise UserError("--load_partial 1 completes --load_model in pretraining and full fine-tuning; omit it")
     if c.exact and not c.tbptt_len:
         raise UserError("--exact applies to --tbptt_len only: give the length of a chunk with it too")
     samples.check(c)
@@ -71,15 +80,14 @@ def check(c: TrainConfig) -> None:
         c.my_pile_stage == 1
     ):  # which writes new weights and trains nothing: upstream's demo-training-prepare.sh names a device and a strategy all the same
         return
-    if c.accelerator == "gpu" and not torch.cuda.is_available():
-        raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or leave the flag out to train on the CPU")
-    gpu = torch.cuda.is_available() and c.accelerator != "cpu"
-    if c.precision == "fp16" and not gpu:
+    if c.accelerator == "gpu" and not machine.use_gpu("gpu"):
+        raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or omit the flag to train on the CPU")
+    if c.precision == "fp16" and not machine.use_gpu(c.accelerator):
         raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     strategy.check(c)
     if c.optimizer == "adafactor" and strategy.zero(c):
         raise UserError(
-            f"--optimizer adafactor with --strategy {c.strategy}: DeepSpeed strings the matrices out, and rows and columns are lost; leave one out"
+            f"--optimizer adafactor with --strategy {c.strategy}: Adafactor needs 2-D parameters, and ZeRO flattens them; use --optimizer adam, or a strategy without DeepSpeed"
         )
     if c.accelerator != "cpu" and 0 < torch.cuda.device_count() < c.devices:
         raise UserError(f"--devices {c.devices}: torch sees {torch.cuda.device_count()} GPUs")

@@ -1,43 +1,46 @@
-"""One run of training, whatever it trains: check, load, train, save."""
+"""One training run, from flags to checkpoints."""
 
-import dataclasses
 import math
-import random
-import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from rwkv import checkpoint, compat, limits, lora, memory
+from rwkv import checkpoint, compat
+from rwkv.adapters import lora
 from rwkv.commands import command, output
 from rwkv.config import TrainConfig
+from rwkv.data.binidx import Dataset
+from rwkv.data.dataset import Samples, ValidationSamples
 from rwkv.files import sha256
-from rwkv.model import RWKV
-from rwkv.train import budget, cpu, manifest, peers, pile, process, resume, samples, schedule, store, strategy
-from rwkv.train.checks import check, numbers
-from rwkv.train.home import Home
-from rwkv.train.lightning import pl, rank_zero_only
-from rwkv.train.metrics import Metrics
-from rwkv.train.module import TrainingModule
-from rwkv.train.ranks import Ranks, facts
-from rwkv.train.saving import Restoring, Saving, checkpoint_name, complete
-from rwkv.train.signals import Signals
-from rwkv.train.source import describe, open_data, open_validation, with_vocabulary
-from rwkv.train.start import adapt, keep_base, make_model
-from rwkv.train.trainer import make_trainer, on_gpu, precision_of, quiet_lightning, slow_on_gpu
-from rwkv.train.unchanged import Unchanged, frozen_in
-from rwkv.train.watch import Watch
-from rwkv.train.words import introduce, say, types
+from rwkv.memory import machine
+from rwkv.memory import plan as planning
+from rwkv.models import RWKV
+from rwkv.train import checks, data_source, report, resume_or_start, samples, setup, stages
+from rwkv.train.callbacks.checkpointing import Checkpointer, Restorer, checkpoint_name, complete
+from rwkv.train.callbacks.memory import MemoryMonitor
+from rwkv.train.callbacks.metrics import Metrics
+from rwkv.train.callbacks.signals import Signals
+from rwkv.train.console import say
+from rwkv.train.loop import schedule
+from rwkv.train.loop.module import TrainingModule
+from rwkv.train.resolve import resolve
+from rwkv.train.resume import run_manifest, state_files
+from rwkv.train.resume.home import Home
+from rwkv.train.resume.run_state import State
+from rwkv.train.resume.unchanged import Unchanged, frozen_in
+from rwkv.train.run import Run
+from rwkv.train.runtime import cpu, peers, process, strategy
+from rwkv.train.runtime.lightning import pl, rank_zero_only
+from rwkv.train.runtime.ranks import Ranks, facts
+from rwkv.train.runtime.trainer import make_trainer, quiet_lightning
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run made. Losses in nats per token: of the first step, before any update, the mean over the last tenth, and the last held-out one."""
+    """What a run produced. Losses in nats per token: of the first step, before any update; the mean over the last tenth; the last validation loss."""
 
     checkpoint: Path
     steps: int
@@ -46,129 +49,151 @@ class Result:
     val_loss: float | None = None
 
 
-@process.restored()
-def fit(config: TrainConfig) -> Result:
-    """Train as the config says. Everything that can be refused is refused before the first step.
+@dataclass(frozen=True)
+class _Data:
+    """What a run trains on, and the manifest that it goes into."""
 
-    The folder of the run belongs to this process, and the ranks that it starts, until it returns.
+    tokens: Dataset
+    training: Samples
+    held_out: ValidationSamples | None
+    manifest: dict[str, Any]
+
+
+@process.restored()
+def fit(flags: TrainConfig) -> Result:
+    """Train as the flags say. Everything that can be refused is refused before the first step.
+
+    The folder of the run is locked by this process, and the ranks that it starts, until this returns.
 
     Raises:
         UserError: bad data, checkpoint, adapter or flags; a folder that cannot be used, or that another process uses.
     """
-    numbers(config)
+    checks.numbers(flags)
     peers.end_with_parent()
-    folder = Path(config.proj_dir)
-    with resume.owned(folder), Home(folder) as home:
-        return _fit(config, home)
+    with resume_or_start.owned(flags.folder), Home(flags.folder) as home:
+        quiet_lightning()
+        ranks = Ranks()
+        run = resolve(flags, ranks)
+        cpu.prepare()
+        if run.flags.my_pile_stage == 1:
+            return Result(stages.write_initial(run), 0, math.nan, math.nan)
+        resting = machine.rss()
+        model = setup.build(run)
+        monitor = MemoryMonitor(run.plan, resting)
+        data = _open(run, model)
+        _introduce(run, model, data, monitor)
+        state = _begin(run, model, data)
+        return _train(run, model, data, state, home, ranks, monitor)
 
 
-def _fit(config: TrainConfig, home: Home) -> Result:
-    folder, ranks = Path(config.proj_dir), Ranks()
-    config = ranks.decide("pile", config, lambda c: pile.apply(c, folder))
-    check(config)
-    config = with_vocabulary(config)
-    quiet_lightning()
-    cpu.prepare()
-    resting = limits.rss()
-    before = resume.earlier(config, folder)
-    config = ranks.decide("auto", config, lambda c: _resolved(c, before))
-    seed = _seeded(config.random_seed)
-    if config.my_pile_stage == 1:
-        return Result(pile.write_initial(config, folder), 0, math.nan, math.nan)
-    base = resume.kept_base(config, folder, before)
-    model = make_model(config, base)
-    adapter = adapt(model, config, folder)
-    plan = budget.plan_of(config, model.sizes, on_gpu(config), config.precision)
-    if config.auto:
-        config = ranks.decide("memory", config, lambda c: _fitted(c, plan))
-        model.grad_cp = bool(config.grad_cp)
-        plan = budget.plan_of(config, model.sizes, on_gpu(config), config.precision)
-    watch = Watch(plan, resting)
-    old = resume.outdated(config, folder, before)
-    source = describe(config, folder)
-    run = manifest.describe(config, config.precision, model.sizes, source) | {"types": types(config, model)}
-    if base and before and adapter:
-        run["base"] = keep_base(model, adapter, folder, base)
-        before = before | {"base": before["base"] or run["base"]}  # earlier versions did not record it
-    elif before and not (config.load_model or before["flags"].get("load_model")):
-        before = before | {"base": None}  # killed before its first state: the new base is made again
-    resume.check_source(config, folder, before, run)
-    data = open_data(config, model.sizes, folder, source)
-    validation = open_validation(config, model.sizes)
-    run |= {"data": manifest.data_of(data), "validation": manifest.data_of(validation) if validation else None}
-    training, held_out = samples.make(config, data, seed, validation)
-    introduce(config, model, data, training, held_out)
-    if (limit := budget.room(plan)) and watch.expected() > limit:
-        say(f"memory: {watch.expected() / 1e9:.2f} GB a device predicted, and {limit / 1e9:.2f} can be used. {budget.advice(plan, limit)}")
-    state = resume.find(config, folder, before, run, {name: p for name, p in model.named_parameters() if p.requires_grad})
+def _open(run: Run, model: RWKV) -> _Data:
+    """The data of a run, converted first if it has to be."""
+    source = data_source.describe(run.flags)
+    manifest = run_manifest.describe(run, source) | {"types": report.types(run.flags, model)}
+    resume_or_start.check_source(run, manifest)
+    tokens = data_source.open_data(run.flags, run.sizes, source)
+    validation = data_source.open_validation(run.flags, run.sizes)
+    manifest["data"] = run_manifest.data_of(tokens)
+    manifest["validation"] = run_manifest.data_of(validation) if validation else None
+    return _Data(tokens, *samples.make(run.flags, tokens, validation), manifest)
+
+
+def _introduce(run: Run, model: RWKV, data: _Data, monitor: MemoryMonitor) -> None:
+    report.introduce(run.flags, model, data.tokens, data.training, data.held_out)
+    if (limit := planning.available(run.plan)) and monitor.expected() > limit:
+        say(
+            f"memory: {monitor.expected() / 1e9:.2f} GB a device predicted, and {limit / 1e9:.2f} can be used. {planning.advice(run.plan, limit)}"
+        )
+
+
+def _begin(run: Run, model: RWKV, data: _Data) -> State | None:
+    """Prepare the folder: the state to resume from, and the first files of a new run."""
+    folder, manifest = run.folder, data.manifest
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state, kept = resume_or_start.find_state(run, manifest, trained)
+    manifest.update(kept)
     if rank_zero_only.rank == 0:
-        resume.delete(folder, old, data.prefix)
+        resume_or_start.delete(run, data.tokens.prefix)
         folder.mkdir(parents=True, exist_ok=True)
-        if not before:
-            manifest.write(folder, run)
-        if adapter and not config.load_model and not base:
-            run["base"] = keep_base(model, adapter, folder, base)
-            if not before:
-                manifest.write(folder, run)
-    save = _saver(home, model, adapter, run)
-    if state:
-        complete(config, folder, state, save)
+        if not run.before:
+            run_manifest.write(folder, manifest)
+        if run.adapter and not run.base:
+            manifest["base"] = setup.write_base(run, model)
+            if not run.before:
+                run_manifest.write(folder, manifest)
+    return state
 
-    metrics, inputs = Metrics(config, home, watch, held_out), _watched(model, run)
-    saving = Saving(config, home, run, save, metrics, inputs)
-    signals = Signals(saving.unsaved)
-    trainer = make_trainer(config, [watch, Restoring(home, state, run), metrics, saving, signals])
+
+def _train(
+    run: Run, model: RWKV, data: _Data, state: State | None, home: Home, ranks: Ranks, monitor: MemoryMonitor
+) -> Result:
+    c, manifest = run.flags, data.manifest
+    save = _saver(run, home, model, manifest)
+    if state:
+        complete(c, run.folder, state, save)
+    metrics, inputs = Metrics(c, home, monitor, data.held_out), _watched(model, manifest)
+    checkpointer = Checkpointer(c, home, manifest, save, metrics, inputs)
+    signals = Signals(checkpointer.unsaved)
+    trainer = make_trainer(run, [monitor, Restorer(home, state, manifest), metrics, checkpointer, signals])
     begin = (state.step, state.samples) if state else None
-    module = TrainingModule(model, training, config, begin, facts(config, run, model))
-    del state  # its memory
-    with ranks.told(), peers.starting(), watch.explained(), peers.explained(config.devices * config.num_nodes), inputs.explained():
+    module = TrainingModule(model, data.training, c, begin, facts(run, manifest, model))
+    del state  # frees its memory
+    with (
+        ranks.told(),
+        peers.starting(),
+        monitor.explained(),
+        peers.explained(c.world_size),
+        inputs.explained(),
+    ):
         compat.fit(trainer, module)
     folder = home.now()
-    end = schedule.first_step(config) + schedule.total_steps(config)
+    end = schedule.first_step(c) + schedule.total_steps(c)
     if trainer.interrupted:
         say(
-            f"stopped in step {module.step + 1:,} without saving. Run the same command to continue from the last state in {store.folder_of(folder)}"
+            f"stopped in step {module.step + 1:,} without saving. Run the same command to continue from the last state in {state_files.folder_of(folder)}"
         )
         raise KeyboardInterrupt
     if module.step < end:
         if rank_zero_only.rank == 0:
             metrics.picture(now=True)
-        say(f"stopped at step {module.step:,} of {end:,} and saved ({folder / saving.last}). Run the same command to continue")
-        strategy.part()
+        say(
+            f"stopped at step {module.step:,} of {end:,} and saved ({folder / checkpointer.last}). Run the same command to continue"
+        )
+        strategy.leave_process_group()
         signals.exit()
-    result = _finish(config, folder, trainer, module, metrics, adapter)
-    if watch.peak:
-        say(f"memory: {watch.words()}")
+    result = _finish(run, folder, trainer, module, metrics)
+    if monitor.peak:
+        say(f"memory: {monitor.words()}")
     if not strategy.deepspeed_was_used():
-        strategy.part()
+        strategy.leave_process_group()
     return result
 
 
-def run(config: TrainConfig) -> None:
-    """`fit` as all that this process does: with the run ends its connection to the other processes. Raises UserError as fit."""
-    fit(config)
-    strategy.part()
+def run(flags: TrainConfig) -> None:
+    """`fit` in a process that does nothing else: afterwards it disconnects from the other processes. Raises UserError as fit."""
+    fit(flags)
+    strategy.leave_process_group()
 
 
-def _watched(model: RWKV, run: dict[str, Any]) -> Unchanged:
-    """The files that steps read, on rank 0: base model and data, as `run`, the manifest, identifies them."""
+def _watched(model: RWKV, manifest: dict[str, Any]) -> Unchanged:
+    """Watches the files that training reads (on rank 0): base model and data, with their hashes from the manifest."""
     inputs = Unchanged()
     if rank_zero_only.rank == 0:
-        if base := run["base"]:
+        if base := manifest["base"]:
             inputs.watch(Path(base["path"]), base["sha256"], sha256, frozen_in(model, base["path"]))
-        for data in filter(None, (run["data"], run["validation"])):
-            for path, known in manifest.data_files(data):
+        for data in filter(None, (manifest["data"], manifest["validation"])):
+            for path, known in run_manifest.data_files(data):
                 inputs.watch(path, known)
     return inputs
 
 
-def _finish(
-    c: TrainConfig, folder: Path, trainer: pl.Trainer, module: TrainingModule, metrics: Metrics, adapter: dict[str, Any] | None
-) -> Result:
+def _finish(run: Run, folder: Path, trainer: pl.Trainer, module: TrainingModule, metrics: Metrics) -> Result:
+    """Draw the loss curve, and report where the results are and what to do with them."""
+    c = run.flags
     steps = module.step - schedule.first_step(c)
     if not trainer.global_step:
         say(
-            f"nothing left to do: all {steps:,} steps are done. Give a larger --epoch_count or --max_steps to continue, --overwrite to start over"
+            f"already complete ({steps:,} steps); raise --epoch_count or --max_steps to continue, or use --overwrite to start over"
         )
         if trainer.global_rank == 0:
             metrics.load(module.step)
@@ -182,55 +207,30 @@ def _finish(
         f"done:  loss {result.first_loss:.3f} (first step) → {result.last_loss:.3f} (mean of the last 10%){validation};"
         f" {result.checkpoint}, {folder / 'loss.png'}"
     )
-    if adapter:
+    if run.adapter:
         say(f"merge: {command('merge', '--adapter', result.checkpoint, '--output', output('merged.pth'))}")
-        say(f"talk:  {command('generate', '--model', adapter['base'], '--lora', result.checkpoint)}")
+        say(f"talk:  {command('generate', '--model', run.base_path, '--lora', result.checkpoint)}")
     return result
 
 
-def _saver(home: Home, model: RWKV, adapter: dict[str, Any] | None, run: dict[str, Any]) -> Callable[[str, int, Callable], None]:
+def _saver(run: Run, home: Home, model: RWKV, manifest: dict[str, Any]) -> Callable[[str, int, Callable], None]:
+    """A function that writes a checkpoint: of the adapter if one is trained, else of the model. Called on all ranks; rank 0 writes."""
     fixed = {
         "tokenizer": "World" if model.sizes.vocab_size == 65536 else None,
-        "data": run["data"]["prefix"],
-        "data_sha256": run["data"]["sha256"],
-        "flags": run["flags"],
+        "data": manifest["data"]["prefix"],
+        "data_sha256": manifest["data"]["sha256"],
+        "flags": manifest["flags"],
     }
 
     def save(name: str, step: int, gather: Callable[[Iterable[str]], dict[str, Tensor]]) -> None:
         named = dict(model.named_parameters())
-        weights = gather(lora.adapter_names(model, adapter["parts"]) if adapter else named)
+        weights = gather(lora.adapter_names(model, lora.parts_in(run.adapter.lora_parts)) if run.adapter else named)
         if rank_zero_only.rank > 0:
             return
-        if adapter:
+        if run.adapter:
+            adapter = setup.adapter_manifest(run.adapter, manifest["base"])
             checkpoint.save_adapter(home.now() / name, model, adapter, {"step": step, **fixed}, weights)
         else:
             checkpoint.save_model(home.now() / name, model, {"step": step, **fixed}, weights)
 
     return save
-
-
-def _resolved(c: TrainConfig, before: dict[str, Any] | None) -> TrainConfig:
-    """The flags with the seed and the precision that are left to the program: those of the run that is resumed, if any."""
-    seed, precision = c.random_seed, c.precision
-    if seed < 0:
-        seed = before["flags"]["random_seed"] if before else secrets.randbits(31)
-    if precision == "auto":
-        precision = before["precision"] if before else precision_of(c)
-        if not before and (note := slow_on_gpu(c, precision)):
-            say(note)
-    return dataclasses.replace(c, random_seed=seed, precision=precision, my_pile_shift=max(0, c.my_pile_shift))  # upstream writes 0 as -1
-
-
-def _fitted(c: TrainConfig, plan: memory.Plan) -> TrainConfig:
-    """The flags with what --auto chooses."""
-    c, chosen = budget.choose(c, plan)
-    say(f"auto:  {chosen}")
-    return c
-
-
-def _seeded(seed: int) -> int:
-    """Seed the generators that a new model's weights come from, on all ranks alike."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    return seed

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rwkv import checkpoint
-from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.config import TrainConfig
 from rwkv.errors import UserError
-from rwkv.train import dashboards, manifest, schedule, source, store
+from rwkv.train import data_source
+from rwkv.train.callbacks import dashboards
+from rwkv.train.loop import schedule
+from rwkv.train.resume import run_manifest, state_files
 
 _FILES = ("run.json", "metrics.jsonl", "train_log.txt", "loss.png")
 _CHECKPOINT = re.compile(r"rwkv-(\d+|final|base)\.pth")
@@ -43,14 +46,16 @@ def checkpoints(folder: Path) -> list[Saved]:
 
 def run_files(folder: Path) -> list[Path]:
     """What has the name of a run's file, whoever wrote it, and training states."""
-    named = [path for path in _glob(folder) if path.name in _FILES or _CHECKPOINT.fullmatch(path.name.removesuffix(".json"))]
-    return [*named, *store.states(folder)]
+    named = [
+        path for path in _glob(folder) if path.name in _FILES or _CHECKPOINT.fullmatch(path.name.removesuffix(".json"))
+    ]
+    return [*named, *state_files.states(folder)]
 
 
 def written(folder: Path) -> list[Path]:
     """What this program wrote for the run in this folder, as far as that is certain: the rest may be upstream's, or the user's."""
     here = {path.name: path for path in _glob(folder)}
-    found = [here[manifest.NAME]] if manifest.NAME in here else []
+    found = [here[run_manifest.NAME]] if run_manifest.NAME in here else []
     if found or _has_steps(here.get("metrics.jsonl")):
         found += [here[name] for name in here if name in ("metrics.jsonl", "loss.png") or name.startswith(_CORRUPT)]
         found += dashboards.files(folder)
@@ -59,9 +64,9 @@ def written(folder: Path) -> list[Path]:
     for name, path in here.items():
         if _CHECKPOINT.fullmatch(name.removesuffix(".json")) and _manifest(path.with_name(name.removesuffix(".json"))):
             found.append(path)
-    for prefix in source.copies(folder):
-        found += source.files_of(prefix)
-    return found + store.leftovers(folder)
+    for prefix in data_source.copies(folder):
+        found += data_source.files_of(prefix)
+    return found + state_files.leftovers(folder)
 
 
 def names(folder: Path, paths: Iterable[Path]) -> str:
@@ -73,22 +78,28 @@ def check_places(folder: Path) -> None:
     """Raises UserError for a folder or file in the place of what a run writes."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, and --proj_dir is a folder; choose another name")
-    if store.folder_of(folder).exists() and not store.folder_of(folder).is_dir():
-        raise UserError(f"{store.folder_of(folder)}: must be a folder, as training states are saved in it; move this file away")
+    if state_files.folder_of(folder).exists() and not state_files.folder_of(folder).is_dir():
+        raise UserError(
+            f"{state_files.folder_of(folder)}: must be a folder, as training states are saved in it; move this file away"
+        )
     for path in _glob(folder):
         if path.is_dir() and (path.name in _FILES or _CHECKPOINT.fullmatch(path.name.removesuffix(".json"))):
-            raise UserError(f"{path}: is a folder, and the run writes a file of this name; move it away, or choose another --proj_dir")
+            raise UserError(
+                f"{path}: is a folder, and the run writes a file of this name; move it away, or choose another --proj_dir"
+            )
 
 
-def check_kept(c: TrainConfig, folder: Path) -> None:
+def check_kept(c: TrainConfig) -> None:
     """Raises UserError if the checkpoints of a new run would replace one that this program did not write."""
-    for saved in checkpoints(folder):
+    for saved in checkpoints(c.folder):
         if saved.ours:
             continue
         final = saved.number < 0
         ends = schedule.first_step(c) + schedule.total_steps(c)
         last = -(-ends // schedule.steps_per_epoch(c)) - 1
-        due = c.epoch_begin <= saved.number <= last and ((saved.number - c.epoch_begin) % c.epoch_save == 0 or saved.number == last)
+        due = c.epoch_begin <= saved.number <= last and (
+            (saved.number - c.epoch_begin) % c.epoch_save == 0 or saved.number == last
+        )
         if final or due:
             raise UserError(
                 f"{saved.path}: this run would replace it, and this program did not write it; move it away, or choose another --proj_dir"
@@ -97,9 +108,9 @@ def check_kept(c: TrainConfig, folder: Path) -> None:
 
 def progress(folder: Path, before: dict[str, Any]) -> str:
     """What shows that the run of manifest `before` saved a training state at some time, in words; empty if nothing does."""
-    c = manifest.flags_of(before)
+    c = run_manifest.flags_of(before)
     first = schedule.first_step(c)
-    if left := [path for path in store.leftovers(folder) if path.suffix != ".tmp"]:
+    if left := [path for path in state_files.leftovers(folder) if path.suffix != ".tmp"]:
         return f"only corrupt training states ({names(folder, left)})"
     if made := [saved.path for saved in checkpoints(folder) if _step(saved, c) > first]:
         return f"checkpoints ({names(folder, made)}) but no training state"
@@ -110,23 +121,25 @@ def progress(folder: Path, before: dict[str, Any]) -> str:
     return ""
 
 
-def how_to_continue(c: TrainConfig, folder: Path) -> str:
+def how_to_continue(c: TrainConfig) -> str:
     """What the user can do where a folder has no state to continue from; ends with a full stop."""
-    found = checkpoints(folder)
+    found = checkpoints(c.folder)
     ways = []
     if found:
         newest = found[-1]
         path = shlex.quote(str(newest.path))
-        adapter = newest.manifest.get("kind", "adapter" if isinstance(c, LoRAConfig) and c.lora else "") == "adapter"
+        adapter = newest.manifest.get("kind", "adapter" if c.adapter else "") == "adapter"
         base = c.load_model or newest.manifest.get("base")
-        load = f"--load_model {shlex.quote(str(base))} --lora_load {path}" if adapter and base else f"--load_model {path}"
+        load = (
+            f"--load_model {shlex.quote(str(base))} --lora_load {path}" if adapter and base else f"--load_model {path}"
+        )
         if newest.number < 0:
             ways.append(f"to continue from {newest.path.name} with a new optimizer: {load} and another --proj_dir")
         else:
             begin = newest.number + 1
             more = f" --epoch_count {begin + 1} (or more)" if c.epoch_count <= begin else ""
             ways.append(f"to continue from {newest.path.name} with a new optimizer: {load} --epoch_begin {begin}{more}")
-    ways.append(f"to start over at step 0: --overwrite, which deletes {names(folder, written(folder))}")
+    ways.append(f"to start over at step 0: --overwrite, which deletes {names(c.folder, written(c.folder))}")
     ways.append("or choose another --proj_dir")
     return "; ".join(ways) + "."
 
@@ -142,7 +155,9 @@ def _manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     stack = found.get("stack") if isinstance(found, dict) else None
-    return found if isinstance(stack, dict) and "rwkv-trainer" in stack else {}
+    return (
+        found if isinstance(stack, dict) and {"rwkv-training", "rwkv-trainer"} & stack.keys() else {}
+    )  # the latter is the old name
 
 
 def _step(saved: Saved, c: TrainConfig) -> int:

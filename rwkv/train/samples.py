@@ -1,12 +1,12 @@
-"""The samples that a run's flags ask for: those it trains on, and those held out."""
+"""Training and validation samples, as the flags ask for them."""
 
 from typing import Any
 
 from rwkv.config import TrainConfig
-from rwkv.data import provenance, sampling
+from rwkv.data import offsets, provenance
 from rwkv.data.binidx import Dataset
-from rwkv.data.dataset import Contexts, Documents, HeldOut, Samples
-from rwkv.data.stream import Stream, split
+from rwkv.data.dataset import Contexts, Documents, Samples, ValidationSamples
+from rwkv.data.token_stream import Stream, split
 from rwkv.errors import UserError
 
 
@@ -14,11 +14,15 @@ def check(c: TrainConfig) -> None:
     """Raises UserError for flags that do not go together."""
     documents = c.doc_training or c.doc_training_seq
     if documents and (c.magic_prime or c.my_pile_shift > 0):
-        raise UserError("--doc_training goes through the documents and --magic_prime through places of the stream: leave one of them out")
+        raise UserError(
+            "--doc_training samples documents and --magic_prime samples positions of the token stream: use only one of them"
+        )
     if c.my_random_steps and not c.magic_prime:
-        raise UserError(f"--my_random_steps {c.my_random_steps} come before prime sampling: give --magic_prime too, or leave it out")
+        raise UserError(
+            f"--my_random_steps {c.my_random_steps} applies to prime sampling: give --magic_prime too, or omit it"
+        )
     if c.min_ctx_len and not documents:
-        raise UserError(f"--min_ctx_len {c.min_ctx_len} is a matter of --doc_training 1; give that too, or leave it out")
+        raise UserError(f"--min_ctx_len {c.min_ctx_len} applies to --doc_training 1: give that too, or omit it")
     if not 0 <= c.min_ctx_len <= c.ctx_len:
         raise UserError(f"--min_ctx_len {c.min_ctx_len} must be 0 to --ctx_len {c.ctx_len}")
     if c.doc_sep < -1:
@@ -26,23 +30,29 @@ def check(c: TrainConfig) -> None:
     if c.random_seed >= 1 << 32:
         raise UserError(f"--random_seed {c.random_seed} must be less than {1 << 32}, or -1 for a random one")
     if not 0 <= c.val_split < 1:
-        raise UserError(f"--val_split {c.val_split} must be at least 0 and less than 1: the share of the documents to hold out")
+        raise UserError(
+            f"--val_split {c.val_split} must be at least 0 and less than 1: the share of the documents to hold out"
+        )
     if c.val_every < 0 or c.val_samples < 0:
         raise UserError("--val_every and --val_samples must not be negative")
     if c.val_file and c.val_split:
-        raise UserError(f"--val_file {c.val_file} and --val_split {c.val_split} both give the validation set; leave one of them out")
+        raise UserError(
+            f"--val_file {c.val_file} and --val_split {c.val_split} both give the validation set; use only one of them"
+        )
     if c.val_file.endswith((".jsonl", ".json", ".txt")) or (c.val_file and c.data_type not in ("binidx", "numpy")):
         raise UserError(
             f"--val_file {c.val_file} must be a binidx of the same tokens as --data_file: convert it first, with"
             f" python scripts/convert.py --input {c.val_file} --output-prefix PREFIX, and give PREFIX_text_document"
             if c.data_type in ("binidx", "numpy")
-            else f"--val_file {c.val_file}: --data_type {c.data_type} makes tokens of its own; take the validation set from it by --val_split"
+            else f"--val_file {c.val_file}: --data_type {c.data_type} has its own vocabulary; use --val_split for validation"
         )
     if c.val_every and not (c.val_split or c.val_file):
-        raise UserError(f"--val_every {c.val_every} needs a validation set: give --val_file, or --val_split, such as 0.01")
+        raise UserError(
+            f"--val_every {c.val_every} needs a validation set: give --val_file, or --val_split, such as 0.01"
+        )
 
 
-def make(c: TrainConfig, data: Dataset, seed: int, validation: Dataset | None = None) -> tuple[Samples, HeldOut | None]:
+def make(c: TrainConfig, data: Dataset, validation: Dataset | None = None) -> tuple[Samples, ValidationSamples | None]:
     """Samples to train on, and those of the validation set: of `validation`, or held out of `data` if val_split asks for them.
 
     Raises:
@@ -51,14 +61,16 @@ def make(c: TrainConfig, data: Dataset, seed: int, validation: Dataset | None = 
     options: dict[str, Any] = {"separator": c.doc_sep, "chatml": bool(c.chatml_mask)}
     if validation is not None:
         try:
-            held_out = HeldOut(_source(c, validation, Stream(validation, **options), seed, held_out=True), c.val_samples)
+            held_out = ValidationSamples(
+                _source(c, validation, Stream(validation, **options), held_out=True), c.val_samples
+            )
         except UserError as error:
             raise UserError(f"--val_file {c.val_file}: {error}") from error
-        return _source(c, data, Stream(data, **options), seed), held_out
+        return _source(c, data, Stream(data, **options)), held_out
     if not c.val_split:
-        return _source(c, data, Stream(data, **options), seed), None
+        return _source(c, data, Stream(data, **options)), None
     train, held = (Stream(data, spans, **options) for spans in split(data, c.val_split, c.ctx_len))
-    return _source(c, data, train, seed), HeldOut(_source(c, data, held, seed, held_out=True), c.val_samples)
+    return _source(c, data, train), ValidationSamples(_source(c, data, held, held_out=True), c.val_samples)
 
 
 def _roles(data: Dataset) -> str:
@@ -70,27 +82,35 @@ def _roles(data: Dataset) -> str:
     return f", no message has the role assistant (found: {', '.join(f'{role} {number}' for role, number in roles.items())})"
 
 
-def _source(c: TrainConfig, data: Dataset, stream: Stream, seed: int, held_out: bool = False) -> Samples:
-    if stream.masked and not stream.anything_counts():
+def _source(c: TrainConfig, data: Dataset, stream: Stream, held_out: bool = False) -> Samples:
+    if stream.masked and not stream.has_targets():
         where = "validation set" if held_out else "data"
         raise UserError(
             f"no token of the {where} counts in the loss: "
-            + ("--chatml_mask 1 finds no answer in it" if c.chatml_mask else f"the mask beside the tokens is all 0{_roles(data)}")
+            + (
+                "--chatml_mask 1 finds no answer in it"
+                if c.chatml_mask
+                else f"the mask beside the tokens is all 0{_roles(data)}"
+            )
             + "; see what the data holds with scripts/inspect_data.py"
         )
     common: dict[str, Any] = {
         "stream": stream,
         "ctx_len": c.ctx_len,
         "samples": c.epoch_steps * c.micro_bsz,
-        "seed": seed,
+        "seed": c.random_seed,
         "reset": bool(c.doc_reset),
     }
     if c.doc_training or c.doc_training_seq:
-        return Documents(**common, enough=c.min_ctx_len or max(1, c.ctx_len // 4), sequential=bool(c.doc_training_seq))
+        return Documents(
+            **common, min_tokens=c.min_ctx_len or max(1, c.ctx_len // 4), sequential=bool(c.doc_training_seq)
+        )
     if held_out:
         return Contexts(**common)
     size = len(stream) - c.my_pile_shift
-    prime = sampling.magic_prime(size, c.ctx_len) if c.magic_prime < 0 else c.magic_prime
+    prime = offsets.magic_prime(size, c.ctx_len) if c.magic_prime < 0 else c.magic_prime
     if c.magic_prime < 0 and not prime:
-        raise UserError(f"--magic_prime -1: {size} tokens hold no two contexts of {c.ctx_len}; leave it out, or lower --ctx_len")
+        raise UserError(
+            f"--magic_prime -1: {size} tokens are fewer than two contexts of {c.ctx_len}; omit it, or lower --ctx_len"
+        )
     return Contexts(**common, prime=prime, shift=c.my_pile_shift, random_first=c.my_random_steps)

@@ -1,1 +1,1 @@
-"""Weight files: recognised by their content and read without executing anything from them."""
+"""Weight files: identified by content, and read without executing code from them."""

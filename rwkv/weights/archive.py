@@ -1,7 +1,9 @@
-"""The zip archive that torch.save writes, parsed strictly: where each record is, and nothing that another parser could read differently.
+"""Strict parser of the zip archives that torch.save writes; archives that zip parsers could
+interpret differently are rejected.
 
-Layout (torch/csrc, caffe2/serialize): `NAME/data.pkl`, `NAME/data/K` for each storage, `NAME/version` and a few other small records, uncompressed, their
-bytes aligned to 64. Programs that rewrite such archives compress them or drop the alignment; both are read.
+Layout (torch/csrc, caffe2/serialize): `NAME/data.pkl`, `NAME/data/K` per storage, `NAME/version`
+and a few other small records, uncompressed and aligned to 64 bytes. Archives rewritten with
+compression or without alignment are read too.
 """
 
 import os
@@ -13,16 +15,23 @@ from typing import BinaryIO, NamedTuple
 from rwkv.errors import FileFormatError
 
 MAGIC = b"PK\x03\x04"
-_RECORDS = re.compile(r"data\.pkl|data/\w+|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id")
+_RECORDS = re.compile(
+    r"data\.pkl|data/\w+|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id"
+)
 _END, _END64, _LOCATOR, _CENTRAL, _LOCAL = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07", b"PK\x01\x02", MAGIC
-_ENCRYPTED = 1 << 0 | 1 << 6 | 1 << 13  # a record, strongly, and its headers too
-_SIZES_FOLLOW = 1 << 3  # the local header has no sizes
+_ENCRYPTED = 1 << 0 | 1 << 6 | 1 << 13  # flags: encrypted, strong encryption, encrypted headers
+_SIZES_FOLLOW = 1 << 3  # flag: the local header has no sizes
 _STORED, _DEFLATED = 0, 8
-_INFLATED = 64 << 20, 50  # bytes that compressed records may have together: so many, or so many times the file's, whichever is more
+_MAX_INFLATED, _MAX_RATIO = (
+    64 << 20,
+    50,
+)  # decompressed size of all records: in bytes, or relative to the file's (larger wins)
 
 
 class Record(NamedTuple):
-    """Where a record's bytes are in the file, and what they are when decompressed."""
+    """Location of a record in the file: begin and stored size; and its decompressed size and
+    CRC-32.
+    """
 
     begin: int
     stored: int
@@ -32,7 +41,7 @@ class Record(NamedTuple):
 
 
 class NotPlain(FileFormatError):
-    """A valid zip archive, but not what torch.save writes. `names`: its records."""
+    """A valid zip archive, but not one written by torch.save. `names`: its records."""
 
     def __init__(self, message: str, names: list[str]):
         super().__init__(message)
@@ -40,7 +49,7 @@ class NotPlain(FileFormatError):
 
 
 class Archive:
-    """The records of an open file by name, without the top folder."""
+    """The records of an open zip file by name, without the top folder."""
 
     def __init__(self, file: BinaryIO):
         """Parse the directory of the archive; the records themselves are not read.
@@ -53,10 +62,11 @@ class Archive:
         self.records = self._parse()
 
     def read(self, name: str, limit: int | None = None) -> bytes:
-        """A record's bytes, decompressed, and their checksum verified.
+        """A record's bytes, decompressed and with the checksum verified.
 
         Raises:
-            FileFormatError: there is none of this name, it is larger than `limit`, or its bytes are not those that were written.
+            FileFormatError: there is no such record, it is larger than `limit`, or its checksum is
+                wrong.
         """
         if name not in self.records:
             raise FileFormatError(f"it has no record {name}")
@@ -71,9 +81,11 @@ class Archive:
             except zlib.error as error:
                 raise FileFormatError(f"its record {name} cannot be decompressed ({error})") from error
             if len(found) != record.size or not inflater.eof:
-                raise FileFormatError(f"its record {name} does not decompress to the {record.size:,} bytes that the directory states")
+                raise FileFormatError(
+                    f"its record {name} does not decompress to the {record.size:,} bytes that the directory states"
+                )
         if zlib.crc32(found) != record.crc:
-            raise FileFormatError(f"its record {name} has another checksum than was written")
+            raise FileFormatError(f"its record {name} has a wrong checksum")
         return found
 
     def verify(self) -> None:
@@ -87,7 +99,7 @@ class Archive:
                 block = self._at(at, min(left, 1 << 22))
                 crc, at, left = zlib.crc32(block, crc), at + len(block), left - len(block)
             if crc != record.crc:
-                raise FileFormatError(f"its record {name} has another checksum than was written")
+                raise FileFormatError(f"its record {name} has a wrong checksum")
 
     def _at(self, begin: int, size: int) -> bytes:
         if not 0 <= begin <= self.size - size:
@@ -96,12 +108,12 @@ class Archive:
         while len(found) < size:  # one call reads at most 2 GiB
             more = os.pread(self._file.fileno(), size - len(found), begin + len(found))
             if not more:
-                raise FileFormatError("it has become shorter while it was read")
+                raise FileFormatError("it was truncated while it was read")
             found += more
         return found
 
     def _directory(self) -> tuple[int, int, int]:
-        """Where the central directory begins, its size, and its number of entries."""
+        """Begin, size and number of entries of the central directory."""
         at = self.size - 22
         end = self._at(at, 22)
         if not end.startswith(_END):
@@ -133,7 +145,9 @@ class Archive:
             fixed = directory[at : at + 46]
             if len(fixed) < 46 or not fixed.startswith(_CENTRAL):
                 raise FileFormatError("its directory is corrupt")
-            flags, method, crc, stored, full, n, extra, comment, disk, offset = struct.unpack("<4x4x2H4x3I3HH6xI", fixed)
+            flags, method, crc, stored, full, n, extra, comment, disk, offset = struct.unpack(
+                "<4x4x2H4x3I3HH6xI", fixed
+            )
             name, more = directory[at + 46 : at + 46 + n], directory[at + 46 + n : at + 46 + n + extra]
             at += 46 + n + extra + comment
             if at > size:
@@ -150,24 +164,29 @@ class Archive:
         for (offset, name, flags, method, crc, stored, full), short in sorted(zip(found, names, strict=True)):
             start = self._start(offset, name, flags, method, stored, full)
             if offset < past or start + stored > begin or (not past and offset):
-                raise FileFormatError("its records overlap, or there is something in front of them")
+                raise FileFormatError("its records overlap, or there is data before them")
             if method not in (_STORED, _DEFLATED) or (method == _STORED and stored != full):
-                raise FileFormatError(f"its record {short} is compressed in a way, or to a size, that torch.save does not write")
+                raise FileFormatError(
+                    f"its record {short} is compressed in a way, or to a size, that torch.save does not write"
+                )
             past = start + stored
             inflated += full if method == _DEFLATED else 0
             records[short] = Record(start, stored, full, method == _DEFLATED, crc)
-        if inflated > max(_INFLATED[0], _INFLATED[1] * self.size):
+        if inflated > max(_MAX_INFLATED, _MAX_RATIO * self.size):
             raise FileFormatError(
                 f"its compressed records state {inflated:,} bytes, far more than a file of {self.size:,} bytes should hold"
             )
         return records
 
     def _start(self, offset: int, name: bytes, flags: int, method: int, stored: int, full: int) -> int:
-        """Where a record's bytes begin; its local header must agree with the directory."""
+        """Begin of a record's bytes; its local header must agree with the directory."""
         header = self._at(offset, 30)
         flags_here, method_here, stored_here, full_here, n, extra = struct.unpack("<4x2x2H8x2I2H", header)
         later = bool(flags_here & _SIZES_FOLLOW)
-        sizes_agree = all(here in (value, 0xFFFFFFFF) or (later and not here) for here, value in ((stored_here, stored), (full_here, full)))
+        sizes_agree = all(
+            here in (value, 0xFFFFFFFF) or (later and not here)
+            for here, value in ((stored_here, stored), (full_here, full))
+        )
         same = (flags_here, method_here, n) == (flags, method, len(name)) and self._at(offset + 30, n) == name
         if not header.startswith(_LOCAL) or not same or not sizes_agree:
             raise FileFormatError("its directory disagrees with its records")
@@ -175,7 +194,9 @@ class Archive:
 
 
 def _zip64(extra: bytes, *values: int) -> list[int]:
-    """The values of a directory entry, those that do not fit into 32 bits taken from its extra fields."""
+    """The values of a directory entry; those that exceed 32 bits are read from its zip64 extra
+    field.
+    """
     wide, at = b"", 0
     while at + 4 <= len(extra):
         kind, size = struct.unpack("<2H", extra[at : at + 4])
@@ -195,17 +216,19 @@ def _zip64(extra: bytes, *values: int) -> list[int]:
 
 
 def _names(raw: list[bytes]) -> list[str]:
-    """The records' names without the folder that they are all in."""
+    """The records' names without their common top folder."""
     names = [name.decode("utf-8", "replace") for name in raw]
     if any(re.search(r"(^|/)(constants\.pkl|code/)", name) for name in names):
-        raise NotPlain("a TorchScript program (torch.jit.save), which is code. Give the state_dict that it was made from", names)
+        raise NotPlain("a TorchScript program (torch.jit.save), which is code. Give the original state_dict", names)
     tops = {name.partition("/")[0] for name in names}
     short = [name.partition("/")[2] for name in names]
     if "data.pkl" not in short:
         raise NotPlain("a zip archive, but not one that torch.save wrote (it has no data.pkl)", names)
     strange = [name for name, rest in zip(names, short, strict=True) if not _RECORDS.fullmatch(rest)]
     if len(tops) > 1 or strange:
-        raise NotPlain(f"a zip archive with {(strange or sorted(tops))[0]!r} in it, which torch.save does not write", names)
+        raise NotPlain(
+            f"a zip archive with {(strange or sorted(tops))[0]!r} in it, which torch.save does not write", names
+        )
     if len(set(short)) < len(short):
-        raise FileFormatError("it has two records of one name")
+        raise FileFormatError("it has two records with the same name")
     return short

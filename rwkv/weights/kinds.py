@@ -1,4 +1,6 @@
-"""What a dictionary of tensors is, by its names and shapes: the version of an RWKV model, an adapter, a tuned state, a model of another kind."""
+"""Identify a dictionary of tensors by names and shapes: RWKV version, adapter, tuned state, another
+architecture.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -7,8 +9,10 @@ from torch import Tensor
 
 from rwkv.errors import printable
 
-# Words that wrappers put in front of every name: DataParallel, DeepSpeed, torch.compile, FSDP, Lightning modules, peft.
-_WRAPPERS = r"(?:module|model|net|network|rwkv|transformer|backbone|base_model|_forward_module|_orig_mod|_fsdp_wrapped_module)"
+# Prefixes added by wrappers: DataParallel, DeepSpeed, torch.compile, FSDP, Lightning modules, peft.
+_WRAPPERS = (
+    r"(?:module|model|net|network|rwkv|transformer|backbone|base_model|_forward_module|_orig_mod|_fsdp_wrapped_module)"
+)
 _PREFIX = re.compile(rf"^(?:{_WRAPPERS}\.)+(?=(?:emb|head|ln_out|blocks|embeddings)\.)")
 _INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PEFT = re.compile(r"\.lora_([AB])(?:\.(?!weight$)\w+)?\.weight$")
@@ -24,12 +28,14 @@ TRANSFORMERS = (
     ("time_mix_v", "time_mix_value"),
     ("time_mix_r", "time_mix_receptance"),
 )
-"""BlinkDL's names and transformers' names of RWKV-4, as parts to be replaced in this order."""
+"""Substrings of BlinkDL's and of transformers' RWKV-4 tensor names, to be replaced in this order."""
 
 
 def upstream_name(name: str) -> str:
-    """BlinkDL's name of a tensor that a wrapper, peft or transformers has given another: `module.blocks.0.…`, `….lora_A.default.weight`,
-    `rwkv.blocks.0.attention.…`."""
+    """BlinkDL's name for a tensor name of a wrapper, peft or transformers.
+
+    Examples: `module.blocks.0.…`, `….lora_A.default.weight`, `rwkv.blocks.0.attention.…`.
+    """
     name = _PREFIX.sub("", _INSIDE.sub("", name))
     name = _PEFT.sub(r".lora_\1", name)
     if re.match(r"(?:blocks\.\d+\.(?:attention|feed_forward|pre_ln)|embeddings)\.", name):
@@ -39,31 +45,39 @@ def upstream_name(name: str) -> str:
 
 
 def other_than_model(tensors: Mapping[str, Tensor]) -> str | None:
-    """If the tensors are recognised, and not as those of an RWKV-4 model: a sentence that says what they are and what to do; else None."""
+    """What the tensors are and what to do, if they are known to be something else than an RWKV-4
+    model; else None.
+    """
     if part := _part_of_model(tensors):
         return part
     if any(".lora_" in name for name in tensors):
         if "emb.weight" in tensors:
-            return (
-                "a model together with a LoRA adapter that is not merged; merge it with the program that wrote it, or give its base model"
-            )
+            return "a model together with a LoRA adapter that is not merged; merge it with the program that wrote it, or give its base model"
         return (
-            "a LoRA adapter, not a whole model. Give the model that it was trained on; where a program takes no adapter beside it, merge"
-            " the two first with scripts/merge_lora.py, and give the merged model"
+            "a LoRA adapter, not a model. Give its base model; if a program does not accept an adapter, merge"
+            " both first with scripts/merge_lora.py, and give the merged model"
         )
     return _version(tensors) or _other_model(tensors)
 
 
 def other_than_adapter(tensors: Mapping[str, Tensor]) -> str | None:
-    """If the tensors are not those of a LoRA adapter: a sentence that says what they are, as far as it is known, and what to do; else None."""
+    """What the tensors are (if known) and what to do, if they are not a LoRA adapter; else None."""
     if found := _part_of_model(tensors):
         return found
     if any(name in tensors for name in ("emb.weight", "head.weight")):
         version = _version(tensors) or "a whole model"
         return f"not a LoRA adapter but {version}. An adapter has only lora_A and lora_B, and some vectors"
-    unknown = [name for name in tensors if not re.search(r"\.lora_[AB]$|\.(att|ffn|ffnPre)\.time_\w+$|\.ln[012]\.(weight|bias)$", name)]
+    unknown = [
+        name
+        for name in tensors
+        if not re.search(r"\.lora_[AB]$|\.(att|ffn|ffnPre)\.time_\w+$|\.ln[012]\.(weight|bias)$", name)
+    ]
     if unknown:
-        return f"not a LoRA adapter ({_some(unknown)} is not part of one)" if len(unknown) < len(tensors) else _nothing_known(tensors)
+        return (
+            f"not a LoRA adapter ({_some(unknown)} is not part of one)"
+            if len(unknown) < len(tensors)
+            else _nothing_known(tensors)
+        )
     return None
 
 
@@ -92,7 +106,9 @@ def _part_of_model(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _version(tensors: Mapping[str, Tensor]) -> str | None:
-    """An RWKV of another version than 4, or of 4 with parts that are not supported."""
+    """An RWKV model of another version than 4, or RWKV-4 with unsupported parts; None for
+    others.
+    """
     train = "; RWKV-4 models can be used here"
     layer = r"^blocks\.\d+\."
     tests = (
@@ -125,7 +141,9 @@ def _version(tensors: Mapping[str, Tensor]) -> str | None:
 def _other_model(tensors: Mapping[str, Tensor]) -> str | None:
     names = list(tensors)
     if _has(names, r"\.weight_(mx|rx|my|ry)$|\.weight_scale|_(mx|rx|my|ry)$"):
-        return "a model quantised to 8 bits for inference (PyPI rwkv's fp16i8). Give the .pth that it was converted from"
+        return (
+            "a model quantised to 8 bits for inference (PyPI rwkv's fp16i8). Give the .pth that it was converted from"
+        )
     if _has(names, r"\.(qweight|qzeros|g_idx|absmax|quant_map|scales|SCB|weight_format)$|quant_state"):
         return "a quantised model (GPTQ, AWQ or bitsandbytes). Give the original, in fp32, bf16 or fp16"
     if _has(names, r"^(model\.)?layers\.\d+\.attn\.(r_proj|x_r|time_decay)") or _has(names, r"^rwkv7\."):

@@ -1,4 +1,6 @@
-"""`<file>.json` beside a file of weights, as it is found: written by us, by hand or by somebody hostile. Read with its types checked."""
+"""Read and validate the manifest `<file>.json` beside a file of weights; it may be hand-written or
+malicious.
+"""
 
 import json
 import math
@@ -11,9 +13,9 @@ from typing import Any
 from rwkv.errors import UserError
 from rwkv.files import regular, sha256
 
-_LARGEST = 16 << 20  # bytes
-_ALPHA = 1e6  # alpha is some 1 to 1000; the product of more with a weight says nothing
-_RANK = 1 << 16
+_MAX_BYTES = 16 << 20
+_MAX_ALPHA = 1e6  # typical values are 1 to 1000
+_MAX_RANK = 1 << 16
 
 PathLike = str | os.PathLike
 
@@ -24,51 +26,65 @@ def path_of(path: PathLike) -> Path:
 
 
 def read(path: PathLike) -> dict[str, Any]:
-    """What `<path>.json` says of the checkpoint; empty if there is none, as with upstream's files.
+    """The manifest `<path>.json`; empty if there is none, as with upstream's files.
 
     Raises:
-        UserError: it is not an object in JSON.
+        UserError: it is not a JSON object.
     """
     return read_json(path_of(path)) if os.path.lexists(path_of(path)) else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file. Raises UserError."""
+    """Read a JSON object from a file. Raises UserError if the file contains anything else."""
     with regular(path, "manifest") as file:
-        data = file.read(_LARGEST + 1)
-    if len(data) > _LARGEST:
-        raise UserError(f"{path}: larger than {_LARGEST >> 20} MiB, which no manifest is; delete it, or give the right one")
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise UserError(
+            f"{path}: larger than {_MAX_BYTES >> 20} MiB, which no manifest is; delete it, or give the right one"
+        )
     try:
         found = json.loads(data.decode("utf-8-sig"))
     except RecursionError as error:
         raise UserError(f"{path}: not a manifest: its arrays or objects are nested too deeply") from error
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}). Fix it, or delete it and give what it says by flags") from error
+        raise UserError(
+            f"{path}: not valid JSON ({error}). Fix it, or delete it and give its values as flags"
+        ) from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: contains a JSON {_kind(found)}, not an object that describes a checkpoint")
     return found
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "object", list: "array", str: "string", bool: "Boolean", int: "number", float: "number", type(None): "null"}
+    names = {
+        dict: "object",
+        list: "array",
+        str: "string",
+        bool: "Boolean",
+        int: "number",
+        float: "number",
+        type(None): "null",
+    }
     return names.get(type(value), type(value).__name__)
 
 
 def check_adapter(manifest: dict[str, Any], where: PathLike, parts: Iterable[str]) -> dict[str, Any]:
-    """The manifest of an adapter, every value that is used of the right type and in range.
+    """Validate type and range of every value used from an adapter's manifest.
 
     Args:
-        where: the manifest's file, for messages.
-        parts: names that its `parts` may have.
+        where: the manifest's path, for messages.
+        parts: valid names in its `parts`.
 
     Raises:
-        UserError: a value that cannot be one of an adapter's, by its key.
+        UserError: an invalid value, with its key.
     """
 
     def wrong(key: str, wanted: str) -> UserError:
         value = manifest[key]
         shown = _kind(value) if isinstance(value, dict | list) else repr(value)[:80]
-        return UserError(f"{where}: its {key} is {shown}, not {wanted}. Fix it there, or delete the file and give the value by flags")
+        return UserError(
+            f"{where}: its {key} is {shown}, not {wanted}. Fix it there, or delete the file and give the value as a flag"
+        )
 
     if "kind" in manifest and manifest["kind"] != "adapter":
         raise UserError(
@@ -76,9 +92,9 @@ def check_adapter(manifest: dict[str, Any], where: PathLike, parts: Iterable[str
         )
     if "version" in manifest and manifest["version"] != "4":
         raise wrong("version", '"4", the RWKV version that can be used here')
-    if "alpha" in manifest and not (is_number(manifest["alpha"]) and 0 < manifest["alpha"] <= _ALPHA):
-        raise wrong("alpha", f"a number above 0 and up to {_ALPHA:,.0f}")
-    if "r" in manifest and not (type(manifest["r"]) is int and 0 < manifest["r"] <= _RANK):
+    if "alpha" in manifest and not (is_number(manifest["alpha"]) and 0 < manifest["alpha"] <= _MAX_ALPHA):
+        raise wrong("alpha", f"a number above 0 and up to {_MAX_ALPHA:,.0f}")
+    if "r" in manifest and not (type(manifest["r"]) is int and 0 < manifest["r"] <= _MAX_RANK):
         raise wrong("r", "a positive integer")
     known = set(parts)
     if "parts" in manifest and not (
@@ -86,7 +102,7 @@ def check_adapter(manifest: dict[str, Any], where: PathLike, parts: Iterable[str
     ):
         raise wrong("parts", f"a list of {', '.join(sorted(known))}")
     for key in ("base", "base_sha256"):
-        if manifest.get(key, "") is None:  # known to be unknown
+        if manifest.get(key, "") is None:  # explicitly unknown
             manifest = {k: v for k, v in manifest.items() if k != key}
     if "base" in manifest and not _is_path(manifest["base"]):
         raise wrong("base", "the path of a file")
@@ -116,14 +132,17 @@ def _is_path(value: Any) -> bool:
 
 
 def portable(base: PathLike, beside: PathLike) -> str:
-    """The path of a base for the manifest beside a file: relative to that file's folder, so that both may be moved and nothing is said about this machine."""
+    """The path of a base model relative to the folder of `beside`, so that both can be moved and no
+    absolute path is published.
+    """
     base, folder = Path(base), Path(beside).parent
     return os.path.relpath(base.parent.resolve() / base.name, folder.resolve())
 
 
 def without_absolute_paths(manifest: Mapping[str, Any], beside: PathLike) -> dict[str, Any]:
-    """A manifest whose absolute paths, which say nothing on another machine and too much about this one, are relative to the manifest's folder, as `base`
-    always is."""
+    """The manifest with absolute paths, and `base` always, made relative to its folder (they would
+    disclose local paths).
+    """
 
     def moved(key: str, value: Any) -> Any:
         if isinstance(value, str) and value and (key == "base" or os.path.isabs(value)):
@@ -134,8 +153,12 @@ def without_absolute_paths(manifest: Mapping[str, Any], beside: PathLike) -> dic
 
 
 def find_base(manifest: dict[str, Any], adapter: PathLike) -> Path | None:
-    """The base that the manifest of an adapter names: relative to the adapter's folder, relative to the working directory (as older manifests have it),
-    or of the same name beside the adapter. Where several exist, the one with the right SHA-256; None if none does."""
+    """Find the base model named in an adapter's manifest; None if it does not exist.
+
+    Searched: relative to the adapter's folder, relative to the working directory (as in older
+    manifests), and by file name beside the adapter. If several exist, one with the right SHA-256 is
+    preferred.
+    """
     if not manifest.get("base"):
         return None
     named, folder = Path(manifest["base"]), Path(adapter) if os.path.isdir(adapter) else Path(adapter).parent

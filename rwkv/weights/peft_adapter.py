@@ -1,4 +1,6 @@
-"""A LoRA adapter of Hugging Face's peft: a folder with adapter_config.json and adapter_model.safetensors or adapter_model.bin."""
+"""LoRA adapters of Hugging Face's peft: a folder with adapter_config.json and
+adapter_model.safetensors or .bin.
+"""
 
 import math
 import os
@@ -13,7 +15,9 @@ _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def file_of(path: Path) -> Path:
-    """The file with the tensors if `path` is a folder of peft's, else `path`. Raises UserError if the folder has none."""
+    """The file with the tensors if `path` is a peft folder, else `path`. Raises UserError if the
+    folder has none.
+    """
     if not os.path.isfile(path / CONFIG):
         return path
     found = next((path / name for name in _FILES if os.path.isfile(path / name)), None)
@@ -23,28 +27,31 @@ def file_of(path: Path) -> Path:
 
 
 def config_of(path: Path) -> Path | None:
-    """The adapter_config.json that describes a folder of peft's or the file in it; None for other files."""
+    """The adapter_config.json of a peft folder or of the tensors file in it; None for other
+    files.
+    """
     if os.path.isdir(path):
         return path / CONFIG if os.path.isfile(path / CONFIG) else None
     return path.parent / CONFIG if path.name in _FILES and os.path.isfile(path.parent / CONFIG) else None
 
 
 def described(config: Path) -> dict[str, Any]:
-    """r and alpha as our manifests have them.
+    """r and alpha, as in our manifests.
 
     Raises:
-        UserError: not LoRA, or LoRA with something that our layers do not have, by its name in the file.
+        UserError: not LoRA, or LoRA with a feature that is not supported here, by its key in the
+            file.
     """
     found = read_json(config)
     kind = found.get("peft_type")
     if kind != "LORA":
         raise UserError(
-            f"{config}: describes an adapter of the type {_shown(kind)}, and only LORA can be used; merge it with peft, and give the merged model"
+            f"{config}: describes an adapter of type {_shown(kind)}, but only LORA is supported; merge it with peft, and give the merged model"
         )
     initial = found.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower().startswith(("pissa", "olora", "corda", "loftq")):
         raise UserError(
-            f"{config}: begun with init_lora_weights {_shown(initial)}, which changes the base as well; convert it with peft"
+            f"{config}: initialised with init_lora_weights {_shown(initial)}, which changes the base as well; convert it with peft"
             " (save_pretrained with path_initial_model_for_weight_conversion), or merge it with peft and give the merged model"
         )
     for key, meaning in {
@@ -54,7 +61,7 @@ def described(config: Path) -> dict[str, Any]:
         "lora_bias": "biases",
         "rank_pattern": "ranks that differ between layers",
         "alpha_pattern": "alphas that differ between layers",
-        "modules_to_save": "layers that are trained whole",
+        "modules_to_save": "fully trained layers",
         "target_parameters": "parameters as targets",
         "trainable_token_indices": "trained tokens",
         "layer_replication": "replicated layers",
@@ -66,7 +73,9 @@ def described(config: Path) -> dict[str, Any]:
                 f"{config}: has {key} ({meaning}), which is not supported here; merge it with peft (merge_and_unload), and give the merged model"
             )
     if found.get("bias", "none") != "none":
-        raise UserError(f"{config}: trains biases (bias is {_shown(found['bias'])}), and RWKV's matrices have none")
+        raise UserError(
+            f"{config}: trains biases (bias is {_shown(found['bias'])}), but RWKV's linear layers have none; merge it with peft, and give the merged model"
+        )
     r, alpha = found.get("r"), found.get("lora_alpha")
     if type(r) is not int or r < 1:
         raise UserError(f"{config}: its r is {_shown(r)}, not a positive integer")

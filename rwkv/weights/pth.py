@@ -1,8 +1,8 @@
-"""Files of torch.save, read by our own parsers: no code in them can run, on any version of torch (torch.load hands TorchScript archives to torch.jit.load
-before torch 2.6, whatever `weights_only` says: CVE-2025-32434).
+"""Read files of torch.save without executing code from them, on any version of torch.
 
-Tensors of an uncompressed archive stay in the file, mapped copy-on-write: they cost the memory that is touched of them, and writing to them does not
-change the file.
+torch.load before 2.6 passes TorchScript archives to torch.jit.load even with `weights_only=True`
+(CVE-2025-32434), so this module has its own parsers. Tensors of uncompressed archives are
+memory-mapped copy-on-write: pages are read on access, and writes do not change the file.
 """
 
 import math
@@ -24,19 +24,21 @@ from rwkv.weights.unpickle import ITEM_BYTES, DType, StorageSpec, TensorSpec, Un
 
 _LEGACY = 0x1950A86A20F9469CFC6C  # the first pickle in a file of torch before 1.6
 _USABLE = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-_PICKLE = 1 << 30  # bytes that data.pkl may have
-_DEPTH = 50  # of dictionaries and lists in each other
+_MAX_PICKLE = 1 << 30  # bytes of data.pkl
+_MAX_DEPTH = 50  # nesting of dictionaries and lists
 
 
 def load(path: str | os.PathLike, verify: bool = False) -> Any:
-    """What torch.save wrote to a file: dictionaries, lists, tuples, text, numbers, None, dtypes and tensors on the CPU, mapped where they can be.
+    """Load what torch.save wrote: dicts, lists, tuples, strings, numbers, None, dtypes and CPU
+    tensors, mapped if possible.
 
     Args:
-        verify: also compare every record with its checksum, which reads the whole file.
+        verify: also verify the checksum of every record, which reads the whole file.
 
     Raises:
-        UserError: there is no such regular file, or it cannot be opened.
-        FileFormatError: it is anything else, truncated, or has a tensor that is not dense numbers of a usual dtype.
+        UserError: it is not a regular file, or cannot be opened.
+        FileFormatError: another format, truncated, or it has a tensor that is not dense or has an
+            unusual dtype.
     """
     with regular(path, "checkpoint") as file:
         head = os.pread(file.fileno(), 4, 0)
@@ -56,7 +58,7 @@ def _zipped(file: BinaryIO, verify: bool) -> Any:
         raise FileFormatError("it was written on a machine with another byte order")
     if verify:
         archive.verify()
-    shell = Unpickler(archive.read("data.pkl", _PICKLE)).load()
+    shell = Unpickler(archive.read("data.pkl", _MAX_PICKLE)).load()
     mapped = _mapped(file, archive.size)
     made: dict[str, Any] = {}
 
@@ -65,7 +67,7 @@ def _zipped(file: BinaryIO, verify: bool) -> Any:
             name = f"data/{spec.key}"
             record = archive.records.get(name)
             if record is None:
-                raise FileFormatError(f"it has no record {name}, which a tensor is in")
+                raise FileFormatError(f"it has no record {name}, but a tensor refers to it")
             if record.deflated:
                 _same_size(spec, record.size)
                 made[spec.key] = compat.untyped_storage(_bytes(archive.read(name)))
@@ -98,7 +100,9 @@ def _legacy(file: BinaryIO) -> Any:
             spec = wanted[key]
             if data[at : at + 8] != struct.pack("<q", spec.count):
                 short = at + 8 > size
-                raise FileFormatError("it is truncated" if short else f"its storage {key} has another size than its tensors state")
+                raise FileFormatError(
+                    "it is truncated" if short else f"the size of its storage {key} disagrees with its tensors"
+                )
             places[key] = at + 8
             at += 8 + spec.nbytes
     if at > size:
@@ -116,7 +120,9 @@ def _legacy(file: BinaryIO) -> Any:
 
 
 def _mapped(file: BinaryIO, size: int) -> Any:
-    """The bytes of an open file as a storage, mapped copy-on-write. By its handle: the name may be another file's by now."""
+    """The bytes of an open file as a storage, mapped copy-on-write; by descriptor, as the path may
+    name another file by now.
+    """
     return torch.UntypedStorage.from_file(f"/proc/self/fd/{file.fileno()}", False, size)
 
 
@@ -126,11 +132,13 @@ def _bytes(data: bytes) -> Tensor:
 
 def _same_size(spec: StorageSpec, size: int) -> None:
     if spec.nbytes != size:
-        raise FileFormatError(f"its record data/{spec.key} has {size:,} bytes, and its tensors need {spec.nbytes:,}")
+        raise FileFormatError(f"its record data/{spec.key} has {size:,} bytes, but its tensors need {spec.nbytes:,}")
 
 
 def _truncated(file: BinaryIO, error: FileFormatError) -> FileFormatError:
-    """The error with the number of bytes that the tensors need, if the file is an archive without its end. data.pkl is its first record."""
+    """If the archive is truncated, an error with the number of bytes its tensors need (data.pkl is
+    the first record); else `error`.
+    """
     size, header = os.fstat(file.fileno()).st_size, os.pread(file.fileno(), 30, 0)
     if "truncated" not in str(error) or len(header) < 30:
         return error
@@ -143,11 +151,13 @@ def _truncated(file: BinaryIO, error: FileFormatError) -> FileFormatError:
     except FileFormatError:
         return error
     needed = sum(spec.nbytes for spec in {spec.key: spec for spec in reader.storages}.values())
-    return FileFormatError(f"it is truncated: it has {size:,} bytes, and its tensors alone need {needed:,}. Download or copy it again")
+    return FileFormatError(
+        f"it is truncated: it has {size:,} bytes, but its tensors alone need {needed:,}. Download or copy it again"
+    )
 
 
 def _filled(shell: Any, storage: Callable[[StorageSpec], Any]) -> Any:
-    """The value with tensors in place of their descriptions."""
+    """The value with each TensorSpec and DType replaced by the tensor or dtype."""
     made: dict[int, Any] = {}
 
     def fill(value: Any, where: str, depth: int) -> Any:
@@ -159,12 +169,14 @@ def _filled(shell: Any, storage: Callable[[StorageSpec], Any]) -> Any:
         if isinstance(value, dict | list | tuple):
             if id(value) in made:
                 return made[id(value)]
-            if depth > _DEPTH:
-                raise FileFormatError(f"{where[:100]} is nested more than {_DEPTH} deep")
+            if depth > _MAX_DEPTH:
+                raise FileFormatError(f"{where[:100]} is nested more than {_MAX_DEPTH} levels deep")
             inside: Any
             if isinstance(value, dict):
                 inside = made[id(value)] = {}
-                inside.update({key: fill(x, f"{where}.{key}" if where else str(key), depth + 1) for key, x in value.items()})
+                inside.update(
+                    {key: fill(x, f"{where}.{key}" if where else str(key), depth + 1) for key, x in value.items()}
+                )
             elif kind is list:
                 inside = made[id(value)] = []
                 inside.extend([fill(x, f"{where}[{i}]", depth + 1) for i, x in enumerate(value)])
@@ -187,7 +199,7 @@ def _tensor(spec: TensorSpec, where: str, storage: Callable[[StorageSpec], Any])
     elements = math.prod(spec.shape)
     if elements * ITEM_BYTES[spec.dtype] > spec.storage.nbytes:
         raise FileFormatError(
-            f"{where} of shape {list(spec.shape)} has {elements:,} elements, and the file has only {spec.storage.nbytes:,} bytes for it (an"
+            f"{where} of shape {list(spec.shape)} has {elements:,} elements, but the file has only {spec.storage.nbytes:,} bytes for it (an"
             " expanded tensor); save tensor.contiguous()"
         )
     dtype = getattr(torch, spec.dtype)

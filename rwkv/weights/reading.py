@@ -1,4 +1,6 @@
-"""A model's or an adapter's tensors from a file, whatever wrote it: recognised by content, refused by what it is, under BlinkDL's names."""
+"""Read the tensors of a model or adapter from any file format that is supported, under BlinkDL's
+names.
+"""
 
 import json
 import os
@@ -15,18 +17,21 @@ from rwkv.files import regular
 from rwkv.weights import kinds, pth, recognise
 from rwkv.weights.archive import MAGIC
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights", "params")  # keys that training programs put a state_dict under
-_HEADER = 100_000_000  # bytes that the header of a safetensors file may have
+# Keys under which training programs save a state_dict.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights", "params")
+_MAX_HEADER = 100_000_000  # bytes of a safetensors header
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def tensors_of(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The floating-point tensors of a file of torch.save or safetensors, on the CPU, in the dtypes they are stored in, mapped where they can be.
+    """The floating-point tensors of a torch.save or safetensors file, on the CPU, in their stored
+    dtypes, mapped if possible.
 
-    A dictionary inside another (`state_dict`, `model`, `module`) is taken out of it, and names get the form that BlinkDL's files have (`kinds.upstream_name`).
+    Nested dictionaries (`state_dict`, `model`, `module`) are unwrapped, and names are converted to
+    BlinkDL's (`kinds.upstream_name`).
 
     Raises:
-        UserError: anything else, by what it is and with what to do.
+        UserError: any other file; says what it is and what to do.
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -46,18 +51,26 @@ def tensors_of(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def is_safetensors(file: BinaryIO) -> bool:
-    """Whether an open file begins like one of safetensors: the size of a header, and the header's brace."""
+    """Whether an open file begins like safetensors: with the size of a header, and the header's
+    opening brace.
+    """
     head = os.pread(file.fileno(), 9, 0)
-    return len(head) == 9 and head[8:] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _HEADER
+    return len(head) == 9 and head[8:] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _MAX_HEADER
 
 
 def _safetensors(path: Path, file: BinaryIO) -> dict[str, Tensor]:
     size, header = os.fstat(file.fileno()).st_size, int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
     if 8 + header > size:
-        raise UserError(f"{path}: truncated: it has {size:,} bytes, and its header alone needs {8 + header:,}. Download or copy it again")
+        raise UserError(
+            f"{path}: truncated: it has {size:,} bytes, but its header alone needs {8 + header:,}. Download or copy it again"
+        )
     try:
         entries = json.loads(os.pread(file.fileno(), header, 8))
-        stored = {name: (entry["dtype"], int(entry["data_offsets"][1])) for name, entry in entries.items() if name != "__metadata__"}
+        stored = {
+            name: (entry["dtype"], int(entry["data_offsets"][1]))
+            for name, entry in entries.items()
+            if name != "__metadata__"
+        }
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a valid safetensors file: its header is corrupt") from error
     needed = 8 + header + max((end for _, end in stored.values()), default=0)
@@ -66,7 +79,7 @@ def _safetensors(path: Path, file: BinaryIO) -> dict[str, Tensor]:
     if strange := next((name for name, (dtype, _) in stored.items() if dtype not in _DTYPES), None):
         raise UserError(f"{path}: {_cannot(strange, str(stored[strange][0]), list(stored))}")
     try:
-        return safetensors.torch.load_file(path)  # mapped by that library
+        return safetensors.torch.load_file(path)  # memory-mapped by the library
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, KeyError, OverflowError) as error:
         raise UserError(f"{path}: not a valid safetensors file ({_first_line(error)})") from error
 
@@ -76,7 +89,7 @@ def _unwrapped(value: Any, path: Path) -> dict[str, Tensor]:
         if not isinstance(value, dict):
             break
         if {"format", "tensors", "text"} <= value.keys():
-            raise UserError(f"{path}: the resume state of a run, not a model; give the run's newest rwkv-N.pth")
+            raise UserError(f"{path}: the training state of a run, not a model; give the run's newest rwkv-N.pth")
         if value.keys() & {"_strategy", "_version", "_rescale_layer"}:
             raise UserError(
                 f"{path}: converted for inference by the PyPI package rwkv (its matrices are transposed and rescaled); give the .pth that it was"
@@ -89,20 +102,30 @@ def _unwrapped(value: Any, path: Path) -> dict[str, Tensor]:
             break
         value = inside
     if isinstance(value, dict):
-        if value.keys() >= {"state", "param_groups"} or value.keys() & {"optimizer_state_dict", "base_optimizer_state", "optimizer"}:
+        if value.keys() >= {"state", "param_groups"} or value.keys() & {
+            "optimizer_state_dict",
+            "base_optimizer_state",
+            "optimizer",
+        }:
             raise UserError(
-                f"{path}: the state of an optimizer, not a model (its keys are {_some(value)}); give the weights of the same run"
+                f"{path}: an optimizer state, not a model (its keys are {_some(value)}); give the weights of the same run"
             )
         if not value:
             raise UserError(f"{path}: an empty dictionary, not a model; give the model's state_dict")
     if isinstance(value, list) and value and all(isinstance(x, Tensor) for x in value):
-        raise UserError(f"{path}: a list of {len(value)} tensors, such as an inference state, not a model; give the model's state_dict")
+        raise UserError(
+            f"{path}: a list of {len(value)} tensors, such as an inference state, not a model; give the model's state_dict"
+        )
     if not isinstance(value, dict):
-        raise UserError(f"{path}: contains a {type(value).__name__}, not a dictionary of tensors; give the model's state_dict")
+        raise UserError(
+            f"{path}: contains a {type(value).__name__}, not a dictionary of tensors; give the model's state_dict"
+        )
     for name, x in value.items():
         if not isinstance(name, str) or not isinstance(x, Tensor):
             kind = type(x).__name__
-            raise UserError(f"{path}: its entry {str(name)[:100]!r} is a {kind}, not a tensor; give the model's state_dict alone")
+            raise UserError(
+                f"{path}: its entry {str(name)[:100]!r} is a {kind}, not a tensor; give the model's state_dict alone"
+            )
     return value
 
 
@@ -111,7 +134,7 @@ def _renamed(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         ours = kinds.upstream_name(name)
         if ours in made:
-            raise UserError(f"{path}: has {ours[:200]} twice, once as {name[:200]}; which one is meant cannot be told")
+            raise UserError(f"{path}: has {ours[:200]} twice, once as {name[:200]}; remove one of them")
         made[ours] = tensor
     return made
 

@@ -1,4 +1,4 @@
-"""What a file is that is not a checkpoint: by its first bytes, not by its name. Each answer says what to do."""
+"""Identify files that are not checkpoints, by content, and say what to do with each."""
 
 import os
 import re
@@ -11,7 +11,10 @@ from rwkv.weights.unpickle import Forbidden
 
 _AGAIN = "Download it again"
 _MAGIC = (
-    (b"GGUF", "a GGUF file (llama.cpp), which is made for inference. Give the .pth or .safetensors that it was converted from"),
+    (
+        b"GGUF",
+        "a GGUF file (llama.cpp), which is made for inference. Give the .pth or .safetensors that it was converted from",
+    ),
     (b"fmgg", "a GGML file (rwkv.cpp), which is made for inference. Give the .pth that it was converted from"),
     (b"lmgg", "a GGML file, which is made for inference. Give the .pth that it was converted from"),
     (b"tjgg", "a GGML file (GGJT), which is made for inference. Give the .pth that it was converted from"),
@@ -33,7 +36,7 @@ _MAGIC = (
     (b"\x89PNG", "a picture, not a model"),
     (b"PK\x05\x06", "an empty zip archive"),
 )
-_PICKLED = (  # the first name in a pickle that is not allowed, and what such files are
+_PICKLED = (  # patterns of the first forbidden name in a pickle, and what such files are
     (r"deepspeed\.|.*ZeroStage|.*fp32_groups", "a training state of DeepSpeed. Convert the folder with the zero_to_fp32.py in it, and give what it writes"),
     (r"(pytorch_)?lightning|argparse\.Namespace|omegaconf\.", "a training checkpoint with settings beside the weights. Save its state_dict alone, and give that"),
     (r"(torch\.nn\.modules|__main__|src\.|rwkv\w*\.|model\w*\.|transformers\.models)", "a whole model object, which is code. Save its state_dict() alone, and give that"),
@@ -46,7 +49,7 @@ _PICKLED = (  # the first name in a pickle that is not allowed, and what such fi
 
 
 def content(file: BinaryIO) -> str:
-    """What an open file is that is neither of torch.save nor of safetensors."""
+    """What an open file is that is neither torch.save's nor safetensors, and what to do."""
     size = os.fstat(file.fileno()).st_size
     head = os.pread(file.fileno(), 4096, 0)
     if not size:
@@ -54,9 +57,9 @@ def content(file: BinaryIO) -> str:
     if found := next((text for magic, text in _MAGIC if head.startswith(magic)), None):
         return found
     if head[257:262] == b"ustar":
-        return "a tar archive. Unpack it first, and give the checkpoint in it; torch's tar format of before 0.1.10 is not read"
+        return "a tar archive. Unpack it first, and give the checkpoint in it; the tar format of torch before 0.1.10 is not supported"
     if not head.strip(b"\0"):
-        return f"all zeros at its beginning: a download that is not complete. {_AGAIN}"
+        return f"all zeros at its beginning: an incomplete download. {_AGAIN}"
     if head[:1] == b"\x08" and re.search(rb"pytorch|onnx|ir_version|producer|tf2onnx", head[:200]):
         return "an ONNX model, which is made for inference. Give the .pth that it was exported from"
     if head[4:8] == b"TFL3":
@@ -70,11 +73,11 @@ def content(file: BinaryIO) -> str:
 
 
 def _text(head: bytes) -> str | None:
-    """The head as text; None if it is none."""
+    """The head as text; None if it is not text."""
     for encoding in ("utf-8-sig", "utf-16"):
         if encoding == "utf-16" and head[:2] not in (b"\xff\xfe", b"\xfe\xff"):
             continue
-        for end in range(4):  # a character may be cut in two
+        for end in range(4):  # the last character may be incomplete
             try:
                 text = head[: len(head) - end].decode(encoding)
             except UnicodeDecodeError:
@@ -115,7 +118,7 @@ def _quoted(text: str) -> str:
 
 
 def folder(path: Path) -> str:
-    """What a folder is that is given in the place of a model's file."""
+    """What a folder is that was given instead of a model file, and what to do."""
     try:
         names = set(os.listdir(path))
     except OSError as error:
@@ -129,7 +132,10 @@ def folder(path: Path) -> str:
         )
     if files := [name for name in ("model.safetensors", "pytorch_model.bin") if name in names]:
         return f"a transformers folder; give the file in it: {path / files[0]}"
-    if any(re.fullmatch(r"(zero_pp_rank|bf16_zero_pp_rank|mp_rank)_.*\.pt", name) for name in names) or "zero_to_fp32.py" in names:
+    if (
+        any(re.fullmatch(r"(zero_pp_rank|bf16_zero_pp_rank|mp_rank)_.*\.pt", name) for name in names)
+        or "zero_to_fp32.py" in names
+    ):
         return "a training state of DeepSpeed. Convert it with the zero_to_fp32.py in it, and give what it writes"
     found = sorted(name for name in names if name.endswith((".pth", ".safetensors", ".bin", ".pt")))
     if found:
@@ -138,10 +144,12 @@ def folder(path: Path) -> str:
 
 
 def reason(error: FileFormatError) -> str:
-    """What a file is that begins like one of torch.save, and why it is not read."""
+    """What a file is that begins like one of torch.save, and why it cannot be read."""
     if isinstance(error, Forbidden):
         kind = next((text for pattern, text in _PICKLED if re.match(pattern, error.name)), "")
-        return f"{kind} ({error})" if kind else f"not a checkpoint of tensors alone: {error}. Give the model's state_dict"
+        return (
+            f"{kind} ({error})" if kind else f"not a checkpoint of tensors alone: {error}. Give the model's state_dict"
+        )
     if isinstance(error, NotPlain):
         names = error.names
         if "TorchScript" in str(error):

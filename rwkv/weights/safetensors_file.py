@@ -1,5 +1,8 @@
-"""Writing safetensors: into a file that is open already, tensor by tensor. The library's own writer makes another file and renames it over ours, which
-loses our lock on it, or holds all bytes in memory a second time."""
+"""Write safetensors into an existing file, tensor by tensor.
+
+The library's writer creates another file and renames it, which loses our lock, or holds a second
+copy of all bytes in memory.
+"""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +20,8 @@ _NAMES = {  # in the library's order
 
 
 def save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write contiguous tensors on the CPU into an existing file, as transformers reads them: the widest dtypes first, as the library orders them.
+    """Write CPU tensors into an existing file, with the metadata transformers expects, in the
+    library's order (widest dtypes first).
 
     Raises:
         OSError: the disk is full.
@@ -29,7 +33,9 @@ def save(tensors: Mapping[str, Tensor], path: Path) -> None:
         tensor = tensors[name]
         begin, end = end, end + tensor.numel() * tensor.element_size()
         entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
+    header = json.dumps(
+        {"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":"), ensure_ascii=False
+    ).encode()
     header += b" " * (-len(header) % 8)
     with open(path, "r+b") as file:
         reserve(file, 8 + len(header) + end)

@@ -1,8 +1,9 @@
 """An unpickler that can only build plain data and descriptions of tensors.
 
-pickle is a program for a stack machine that may import and call anything. Here a name in it (GLOBAL) is looked up in `_NAMES`, a table of our own
-functions, and nothing is imported or called by name: whatever is not in the table ends the reading. Objects are never given a state (BUILD), but for
-the attributes of an OrderedDict or a parameter, which are dropped. Opcodes that torch.save does not write are not known.
+A pickle is a program for a stack machine that can import and call anything. This unpickler imports
+nothing: names (GLOBAL) are looked up in `_NAMES`, an allow-list of our own functions, and any other
+name is an error. BUILD, which sets attributes, is accepted only for OrderedDicts and parameters,
+and ignored. Opcodes that torch.save does not write are errors.
 """
 
 import math
@@ -25,20 +26,26 @@ ITEM_BYTES = {
     "complex64": 8, "complex128": 16, "uint16": 2, "uint32": 4, "uint64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1,
     "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1, "float4_e2m1fn_x2": 1, "qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1,
 }  # fmt: skip
-_MOST = 1 << 62  # a number of bytes or elements; torch's own arithmetic ends at 2^63
+_MAX_SIZE = 1 << 62  # of bytes or elements; torch uses signed 64-bit integers
 
 
 class Forbidden(FileFormatError):
-    """The pickle names something that is neither plain data nor a tensor. `name`: it, as module.attribute."""
+    """The pickle refers to something that is neither plain data nor a tensor. `name`: its
+    module.attribute.
+    """
 
     def __init__(self, name: str):
         self.name = name
-        super().__init__(f"it contains {printable(name)!s:.200}, which is neither a tensor nor plain data, and is not loaded")
+        super().__init__(
+            f"it contains {printable(name)!s:.200}, which is neither a tensor nor plain data, and is not loaded"
+        )
 
 
 @dataclass(frozen=True)
 class StorageSpec:
-    """The bytes of one or several tensors: `key` names them in the file, `dtype` is "" if untyped, `count` is their number of elements."""
+    """A storage of one or several tensors: its key in the file, dtype ("" if untyped) and number of
+    elements.
+    """
 
     key: str
     dtype: str
@@ -47,13 +54,16 @@ class StorageSpec:
 
     @property
     def nbytes(self) -> int:
-        """Their size in bytes."""
+        """Size in bytes."""
         return self.count * ITEM_BYTES[self.dtype or "uint8"]
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor inside a storage: offset and strides are in elements. `kind` says why it cannot be used, if so: sparse, quantised, …; it then has no storage."""
+    """A tensor in a storage; offset and strides are in elements.
+
+    `kind` is the reason if it is unusable (sparse, quantised, …); it then has no storage.
+    """
 
     storage: StorageSpec | None
     dtype: str
@@ -64,12 +74,14 @@ class TensorSpec:
 
 
 class _Dict(dict):
-    """An OrderedDict: it alone may be given attributes (a state_dict's _metadata), which are dropped."""
+    """An OrderedDict, whose attributes (a state_dict's _metadata) are ignored."""
 
 
 @dataclass(frozen=True)
 class _Name:
-    """A name from the table. `call` makes something from arguments; without it the name is only passed as one."""
+    """An allowed name. `call` is what calling it does; without it the name can only be passed as an
+    argument.
+    """
 
     name: str
     call: Callable[..., Any] | None = None
@@ -82,18 +94,24 @@ class _StorageType:
 
 @dataclass(frozen=True)
 class DType:
-    """A torch.dtype that the file mentions, by its name without `torch.`."""
+    """A torch.dtype, by its name without `torch.`."""
 
     name: str
 
 
 def _integers(value: Any, what: str) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple) or len(value) > 64 or not all(type(x) is int and 0 <= x < _MOST for x in value):
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) > 64
+        or not all(type(x) is int and 0 <= x < _MAX_SIZE for x in value)
+    ):
         raise FileFormatError(f"it has a tensor with an impossible {what}")
     return tuple(value)
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, _grad: Any = None, _hooks: Any = None, metadata: Any = None) -> TensorSpec:
+def _tensor(
+    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any = None, _hooks: Any = None, metadata: Any = None
+) -> TensorSpec:
     if type(storage) is not StorageSpec:
         raise FileFormatError("it has a tensor without a storage")
     return _in_storage(storage, storage.dtype or "uint8", offset, size, stride, metadata)
@@ -110,13 +128,15 @@ def _typed_tensor(
 def _in_storage(storage: StorageSpec, dtype: str, offset: Any, size: Any, stride: Any, metadata: Any) -> TensorSpec:
     shape, strides = _integers(size, "shape"), _integers(stride, "stride")
     offset = _integers([offset], "offset")[0] + storage.view
-    if math.prod(max(1, n) for n in shape) >= _MOST:
+    if math.prod(max(1, n) for n in shape) >= _MAX_SIZE:
         raise FileFormatError("it has a tensor with an impossible shape")
     if len(shape) != len(strides):
         raise FileFormatError("it has a tensor with more strides than dimensions, or fewer")
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if all(shape) else offset - 1
     if (last + 1) * ITEM_BYTES[dtype] > storage.nbytes:
-        raise FileFormatError(f"it has a tensor of shape {list(shape)} that does not fit into its storage of {storage.nbytes:,} bytes")
+        raise FileFormatError(
+            f"it has a tensor of shape {list(shape)} that does not fit into its storage of {storage.nbytes:,} bytes"
+        )
     return TensorSpec(storage, dtype, offset, shape, strides, "a conjugate or negative view" if metadata else "")
 
 
@@ -189,7 +209,9 @@ _NAMES: dict[str, Any] = {
     "torch._utils._rebuild_sparse_tensor": _Name("_rebuild_sparse_tensor", _unusable("sparse")),
     "torch._utils._rebuild_sparse_csr_tensor": _Name("_rebuild_sparse_csr_tensor", _unusable("sparse")),
     "torch._utils._rebuild_nested_tensor": _Name("_rebuild_nested_tensor", _unusable("nested")),
-    "torch._utils._rebuild_meta_tensor_no_storage": _Name("_rebuild_meta_tensor_no_storage", _unusable("on the meta device, without data")),
+    "torch._utils._rebuild_meta_tensor_no_storage": _Name(
+        "_rebuild_meta_tensor_no_storage", _unusable("on the meta device, without data")
+    ),
     "torch.per_tensor_affine": "per_tensor_affine",
     "torch.per_channel_affine": "per_channel_affine",
     "torch.storage.UntypedStorage": _StorageType(""),
@@ -201,10 +223,11 @@ _NAMES: dict[str, Any] = {
 
 
 def storage_of(identity: Any) -> StorageSpec:
-    """The storage that a persistent id stands for: ("storage", type, key, device, elements) and, in files of torch before 1.6, a view or None.
+    """The storage of a persistent id: ("storage", type, key, device, elements), plus a view or None
+    in files of torch before 1.6.
 
     Raises:
-        FileFormatError: it is something else.
+        FileFormatError: another kind of id.
     """
     valid = (
         type(identity) is tuple
@@ -213,7 +236,7 @@ def storage_of(identity: Any) -> StorageSpec:
         and type(identity[1]) is _StorageType
         and type(identity[2]) is str
         and type(identity[4]) is int
-        and 0 <= identity[4] < _MOST
+        and 0 <= identity[4] < _MAX_SIZE
     )
     if not valid:
         raise FileFormatError("it refers to something outside that is not a storage of tensors")
@@ -232,17 +255,18 @@ def _key(value: Any) -> Any:
 
 
 class Unpickler:
-    """Reads one pickle after the other from `data`; `at` is where the next begins."""
+    """Reads consecutive pickles from `data`; `at` is the position of the next."""
 
     def __init__(self, data: bytes | mmap.mmap, at: int = 0):
         self.data, self.at = data, at
         self.storages: list[StorageSpec] = []
 
     def load(self) -> Any:
-        """The next object: dictionaries, lists, tuples, text, bytes, numbers, None, DType and TensorSpec.
+        """Read the next object: dicts, lists, tuples, strings, bytes, numbers, None, DType and
+        TensorSpec.
 
         Raises:
-            Forbidden: it names anything else.
+            Forbidden: it refers to anything else.
             FileFormatError: truncated or corrupt.
         """
         self._stack: list[Any] = []
@@ -252,12 +276,23 @@ class Unpickler:
             while (code := self._take(1)[0]) != ord("."):
                 operation = _OPERATIONS.get(code)
                 if operation is None:
-                    raise FileFormatError(f"its pickle has an instruction that torch.save does not write (0x{code:02x})")
+                    raise FileFormatError(
+                        f"its pickle has an instruction that torch.save does not write (0x{code:02x})"
+                    )
                 operation(self)
             if self._marks or len(self._stack) != 1:
                 raise FileFormatError("its pickle is corrupt")
             return self._stack.pop()
-        except (IndexError, KeyError, TypeError, AttributeError, UnicodeError, struct.error, OverflowError, RecursionError) as error:
+        except (
+            IndexError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            UnicodeError,
+            struct.error,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise FileFormatError("its pickle is corrupt") from error
 
     def _take(self, size: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Micro-batches hold the samples in order, and know the targets of their whole optimizer step."""
+"""Micro-batches keep the order of samples and count the targets of their optimizer step."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from rwkv.data.dataset import Contexts, Documents
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_micro_batches_are_the_samples_in_order_with_the_targets_of_their_step(make_stream, accumulate):
+def test_micro_batches_keep_order_and_count_targets_per_step(make_stream, accumulate):
     mask = [i % 7 > 3 or i > 300 for i in range(400)]
     samples = Contexts(make_stream([range(400)], mask), 10, 100, seed=3, prime=29, rank=1, world_size=2)
     batches = Batches(samples, 6, 3, 2, accumulate)
@@ -25,6 +25,6 @@ def test_micro_batches_are_the_samples_in_order_with_the_targets_of_their_step(m
         batches[len(batches)]
 
 
-def test_where_every_target_contributes_a_batch_is_x_and_y_alone(make_stream):
+def test_unmasked_batch_is_x_and_y(make_stream):
     assert [len(batch) for batch in Batches(Contexts(make_stream([range(100)]), 10, 8), 0, 2, 2, 2)] == [2] * 4
     assert [len(batch) for batch in Batches(Documents(make_stream([range(1, 9)]), 10, 8), 0, 2, 2, 2)] == [5] * 4

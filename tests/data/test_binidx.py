@@ -1,4 +1,4 @@
-"""The binidx format against an independent reader, and what is refused on opening."""
+"""The binidx format against an independent reader, and errors for invalid files."""
 
 import struct
 
@@ -13,7 +13,9 @@ from rwkv.errors import UserError
 
 
 def independent_read(prefix):
-    """Parse both files with struct alone, from the format's description; check every field."""
+    """Parse both files with struct alone, following the format's description, and check every
+    field.
+    """
     raw, data = (prefix.with_name(prefix.name + suffix).read_bytes() for suffix in (".idx", ".bin"))
     assert raw[:9] == b"MMIDIDX\0\0"
     version, code, n_sizes, n_docs = struct.unpack_from("<QBQQ", raw, 9)
@@ -24,13 +26,18 @@ def independent_read(prefix):
     sizes = struct.unpack_from(f"<{n_sizes}i", raw, 34)
     pointers = struct.unpack_from(f"<{n_sizes}q", raw, 34 + 4 * n_sizes)
     assert struct.unpack_from(f"<{n_docs}q", raw, 34 + 12 * n_sizes) == tuple(range(n_docs))
-    documents = [list(struct.unpack_from(f"<{size}{letter}", data, at)) for size, at in zip(sizes, pointers, strict=True)]
+    documents = [
+        list(struct.unpack_from(f"<{size}{letter}", data, at)) for size, at in zip(sizes, pointers, strict=True)
+    ]
     assert sum(sizes) * width == len(data)
     return documents
 
 
-@given(documents=st.lists(st.lists(st.integers(0, 65535), max_size=20), min_size=1), dtype=st.sampled_from(["uint16", "int32"]))
-def test_an_independent_reader_and_ours_read_what_was_written(tmp_path_factory, documents, dtype):
+@given(
+    documents=st.lists(st.lists(st.integers(0, 65535), max_size=20), min_size=1),
+    dtype=st.sampled_from(["uint16", "int32"]),
+)
+def test_roundtrip_with_independent_reader(tmp_path_factory, documents, dtype):
     prefix = tmp_path_factory.mktemp("binidx") / "p"
     with writer(prefix, dtype) as out:
         for document in documents:
@@ -45,21 +52,29 @@ def test_an_independent_reader_and_ours_read_what_was_written(tmp_path_factory, 
         starts = np.cumsum([0, *map(len, documents[:-1])])
         assert ours.starts(1, len(ids)).tolist() == [start for start in starts if 1 <= start < len(ids)]
     else:
-        with pytest.raises(UserError, match="holds no tokens"):
+        with pytest.raises(UserError, match="contains no tokens"):
             Dataset(prefix)
 
 
-def test_bytes_are_the_documented_ones(tmp_path):
+def test_file_bytes(tmp_path):
     with writer(tmp_path / "p") as out:
         out.add([1, 2])
         out.add([65535])
     assert (tmp_path / "p.bin").read_bytes().hex() == "01000200ffff"
-    expected = "4d4d49444944580000" + "0100000000000000" + "08" + "0200000000000000" + "0300000000000000" + "02000000" + "01000000"
+    expected = (
+        "4d4d49444944580000"
+        + "0100000000000000"
+        + "08"
+        + "0200000000000000"
+        + "0300000000000000"
+        + "02000000"
+        + "01000000"
+    )
     expected += "0000000000000000" + "0400000000000000" + "0000000000000000" + "0100000000000000" + "0200000000000000"
     assert (tmp_path / "p.idx").read_bytes().hex() == expected
 
 
-def test_nothing_is_left_when_writing_fails_and_the_old_files_stay(tmp_path):
+def test_failed_write_keeps_old_files(tmp_path):
     with writer(tmp_path / "p") as out:
         out.add([1, 2, 3])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -74,13 +89,16 @@ def test_nothing_is_left_when_writing_fails_and_the_old_files_stay(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_an_id_that_does_not_fit_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"document 1: token id 65536 does not fit uint16"), writer(tmp_path / "p") as out:
+def test_id_out_of_range(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"document 1: token id 65536 does not fit uint16"),
+        writer(tmp_path / "p") as out,
+    ):
         out.add([1, 65536])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_either_suffix_or_none_opens_the_pair(tmp_path):
+def test_open_with_or_without_suffix(tmp_path):
     with writer(tmp_path / "p") as out:
         out.add([1])
     for suffix in ("", ".bin", ".idx"):
@@ -93,22 +111,37 @@ def test_either_suffix_or_none_opens_the_pair(tmp_path):
         (lambda bin, idx: idx.unlink(), r"p.idx: no such file"),
         (lambda bin, idx: bin.unlink(), r"p.bin: no such file"),
         (lambda bin, idx: idx.write_bytes(b"TNTIDX\0\0" + idx.read_bytes()), r"does not begin with MMIDIDX"),
-        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:20]), r"cut short inside its header"),
+        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:20]), r"truncated inside its header"),
         (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:-1]), r"2 documents need 82"),
-        (lambda bin, idx: bin.write_bytes(bin.read_bytes()[:-1]), r"its index speaks of 3 tokens of 2 bytes \(6\)"),
-        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:9] + b"\2" + idx.read_bytes()[10:]), r"version 2 with dtype code 8"),
-        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:17] + b"\7" + idx.read_bytes()[18:]), r"version 1 with dtype code 7"),
+        (lambda bin, idx: bin.write_bytes(bin.read_bytes()[:-1]), r"its index describes 3 tokens of 2 bytes \(6\)"),
+        (
+            lambda bin, idx: idx.write_bytes(idx.read_bytes()[:9] + b"\2" + idx.read_bytes()[10:]),
+            r"version 2 with dtype code 8",
+        ),
+        (
+            lambda bin, idx: idx.write_bytes(idx.read_bytes()[:17] + b"\7" + idx.read_bytes()[18:]),
+            r"version 1 with dtype code 7",
+        ),
         (
             lambda bin, idx: idx.write_bytes(idx.read_bytes()[:42] + b"\2" + idx.read_bytes()[43:]),
-            r"document 1 has size 2 and pointer 2, and 0 was expected",
+            r"document 1 has size 2 and pointer 2, expected 0",
         ),
-        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:37] + b"\xff" + idx.read_bytes()[38:]), r"pointers do not follow .* size -"),
-        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:17] + b"\4" + idx.read_bytes()[18:]), r"pointers do not follow"),
-        (lambda bin, idx: idx.write_bytes(idx.read_bytes()[:-8] + b"\1" + idx.read_bytes()[-7:]), r"document index is not 0 … 2"),
-        (lambda bin, idx: bin.write_bytes(bin.read_bytes() + b"\0\0"), r"8 bytes, and its index speaks of 3 tokens"),
+        (
+            lambda bin, idx: idx.write_bytes(idx.read_bytes()[:37] + b"\xff" + idx.read_bytes()[38:]),
+            r"pointers do not match .* size -",
+        ),
+        (
+            lambda bin, idx: idx.write_bytes(idx.read_bytes()[:17] + b"\4" + idx.read_bytes()[18:]),
+            r"pointers do not match",
+        ),
+        (
+            lambda bin, idx: idx.write_bytes(idx.read_bytes()[:-8] + b"\1" + idx.read_bytes()[-7:]),
+            r"document index is not 0 … 2",
+        ),
+        (lambda bin, idx: bin.write_bytes(bin.read_bytes() + b"\0\0"), r"8 bytes, but its index describes 3 tokens"),
     ],
 )
-def test_a_damaged_or_foreign_file_is_refused_by_what_is_wrong(tmp_path, damage, complaint):
+def test_corrupt_file_error(tmp_path, damage, complaint):
     with writer(tmp_path / "p") as out:
         out.add([1, 2])
         out.add([3])
@@ -118,31 +151,34 @@ def test_a_damaged_or_foreign_file_is_refused_by_what_is_wrong(tmp_path, damage,
 
 
 @pytest.mark.parametrize(("prefix", "name"), [("p_text_document", "p_text_mask.bin"), ("p", "p_mask.bin")])
-def test_a_mask_beside_the_tokens_is_read_and_checked_for_its_length(tmp_path, prefix, name):
+def test_mask_length(tmp_path, prefix, name):
     with writer(tmp_path / prefix, "int32") as out:
         out.add([1, 2, 3])
     assert Dataset(tmp_path / prefix).mask is None
     (tmp_path / name).write_bytes(b"\0\1\1")
     assert Dataset(tmp_path / prefix).mask.tolist() == [0, 1, 1]
     (tmp_path / name).write_bytes(b"\0\1")
-    with pytest.raises(UserError, match=rf"{name}: 2 bytes, and .*{prefix}.bin holds 3 tokens.*convert again, or move the mask away"):
+    with pytest.raises(
+        UserError, match=rf"{name}: 2 bytes, but .*{prefix}.bin has 3 tokens.*convert again, or remove the mask"
+    ):
         Dataset(tmp_path / prefix)
 
 
-def test_an_index_of_many_documents_is_checked_in_pieces(tmp_path, monkeypatch):
+def test_index_checked_in_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(binidx, "_CHUNK", 4)
     with writer(tmp_path / "p") as out:
         for i in range(11):
             out.add([i] * (i % 3))
     assert [Dataset(tmp_path / "p").document(i).tolist() for i in range(11)] == [[i] * (i % 3) for i in range(11)]
     raw = bytearray((tmp_path / "p.idx").read_bytes())
-    raw[34 + 4 * 9] ^= 1  # the size of document 10, so that the next pointer is the first that does not fit
+    # the size of document 10, so that the next pointer is the first that does not fit
+    raw[34 + 4 * 9] ^= 1
     (tmp_path / "p.idx").write_bytes(raw)
-    with pytest.raises(UserError, match="document 11 has size 1 and pointer 18, and 20 was"):
+    with pytest.raises(UserError, match="document 11 has size 1 and pointer 18, expected 20"):
         Dataset(tmp_path / "p")
 
 
-def test_tokens_are_mapped_not_read(tmp_path):
+def test_tokens_are_memory_mapped(tmp_path):
     with writer(tmp_path / "p") as out:
         out.add([1, 2])
     assert isinstance(Dataset(tmp_path / "p").tokens, np.memmap)

@@ -1,4 +1,6 @@
-"""What is said of a binidx is what plain Python counts; what is wrong is a problem; a binidx that is not its source is found out."""
+"""Statistics equal those of plain Python; problems are found; verification detects differences from
+the source.
+"""
 
 import collections
 import gzip
@@ -14,22 +16,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from rwkv import pictures
+from rwkv import plots
 from rwkv.config import ConvertConfig
 from rwkv.data import histogram, inspection
 from rwkv.data.binidx import Dataset, mask_path, writer
-from rwkv.data.convert import convert, texts
-from rwkv.data.inspection import in_words, inspect, verify
+from rwkv.data.convert.pipeline import convert, texts
+from rwkv.data.inspection import format_report, inspect, verify
 from rwkv.data.tokenizer import HFTokenizer
 
 
 @pytest.fixture(scope="module")
 def pieces():
-    """Sets the size of pieces; the vocabulary is loaded once, not for every example."""
+    """Sets the chunk size; the vocabulary is loaded once, not per example."""
     with pytest.MonkeyPatch.context() as patch:
         tokenizer = inspection.WorldTokenizer()
         patch.setattr(inspection, "WorldTokenizer", lambda: tokenizer)
-        yield lambda size: patch.setattr(inspection, "_PIECE", size)
+        yield lambda size: patch.setattr(inspection, "_CHUNK", size)
 
 
 def converted(source, prefix, append_eod=True) -> str:
@@ -45,7 +47,7 @@ DOCUMENT = st.lists(st.integers(0, 300), max_size=12)
     piece=st.integers(1, 50),
     data=st.data(),
 )
-def test_every_count_is_that_of_plain_python(tmp_path_factory, pieces, documents, piece, data):
+def test_counts_match_plain_python(tmp_path_factory, pieces, documents, piece, data):
     pieces(piece)
     prefix = tmp_path_factory.mktemp("inspect") / "p_text_document"
     with writer(prefix) as out:
@@ -75,10 +77,11 @@ def test_every_count_is_that_of_plain_python(tmp_path_factory, pieces, documents
     assert found.steps == -(-found.contexts // 2)
 
 
-def test_the_vocabulary_is_guessed_from_the_text(tmp_path, write_jsonl, root):
+def test_vocabulary_guess(tmp_path, write_jsonl, root):
     world = converted(root / "data/example.jsonl", tmp_path / "world")
     assert inspect(Dataset(world), 64, 2).vocabulary == "World"
-    with writer(tmp_path / "neox") as out:  # line breaks are 187 in 20B, a byte that begins no character in World
+    # line breaks are 187 in 20B, a byte that begins no character in World
+    with writer(tmp_path / "neox") as out:
         for i in range(50):
             out.add([1000 + i, 310, 187, 187, 2000 + i, 0])
     assert inspect(Dataset(tmp_path / "neox"), 64, 2).vocabulary == "20B"
@@ -89,13 +92,13 @@ def test_the_vocabulary_is_guessed_from_the_text(tmp_path, write_jsonl, root):
     assert "token id 70000 is in no vocabulary" in found.problems[0]
 
 
-def test_a_good_file_has_no_problem_and_shows_its_text(tmp_path, root):
+def test_valid_file_has_no_problem(tmp_path, root):
     found = inspect(Dataset(converted(root / "data/example.jsonl", tmp_path / "p")), 64, 2, samples=2)
     assert found.problems == []
     assert found.samples[0].startswith("User: ")
-    text = in_words(found)
+    text = format_report(found)
     assert "no problem found" in text
-    assert f"--epoch_steps {found.steps} makes an epoch once through" in text
+    assert f"--epoch_steps {found.steps}" in text
     assert f"--magic_prime {found.magic_prime}" in text
     assert "█" in text
 
@@ -103,14 +106,14 @@ def test_a_good_file_has_no_problem_and_shows_its_text(tmp_path, root):
 PROBLEMS = [
     ([[1, 2, 0]] * 5 + [[3, 4]], None, "1 documents do not end with token 0"),
     ([[1, 2, 3, 4, 0]] * 4 + [[0]], None, "1 documents are empty"),
-    ([[1, 2, 0]], None, r"3 tokens, and one context of 10 needs 12"),
-    ([[1, 2, 3, 0]] * 5, [0] * 20, "no token counts in the loss"),
+    ([[1, 2, 0]], None, r"3 tokens, but one sample of ctx_len 10 needs 12"),
+    ([[1, 2, 3, 0]] * 5, [0] * 20, "no token contributes to the loss"),
     ([[1, 2, 3, 0]] * 5, [2] * 20, "bytes other than 0 and 1"),
 ]
 
 
 @pytest.mark.parametrize(("documents", "mask", "complaint"), PROBLEMS)
-def test_what_is_wrong_is_a_problem(tmp_path, documents, mask, complaint):
+def test_problems(tmp_path, documents, mask, complaint):
     with writer(tmp_path / "p") as out:
         for document in documents:
             out.add(document)
@@ -118,7 +121,7 @@ def test_what_is_wrong_is_a_problem(tmp_path, documents, mask, complaint):
         mask_path(tmp_path / "p").write_bytes(bytes(mask))
     found = inspect(Dataset(tmp_path / "p"), 10, 1)
     assert len([problem for problem in found.problems if complaint in problem]) == 1, found.problems
-    assert f"PROBLEM:    {found.problems[0]}" in in_words(found)
+    assert f"PROBLEM:    {found.problems[0]}" in format_report(found)
 
 
 def verified(prefix, source, tokenizer=None, **flags):
@@ -132,13 +135,13 @@ TEXTS = ["first document", "zweites, mit Ümlaut", "第三"]
 
 
 @pytest.mark.parametrize("append_eod", [True, False])
-def test_a_binidx_is_proved_to_decode_to_its_source(write_jsonl, tmp_path, append_eod):
+def test_verify_decodes_to_source(write_jsonl, tmp_path, append_eod):
     source = write_jsonl(*({"text": text} for text in [*TEXTS, "a\0b"]))
     found = verified(converted(source, tmp_path / "p", append_eod), source)
     assert found.verified == 4
 
 
-def test_whatever_the_converter_takes_is_proved(write_jsonl, tmp_path):
+def test_verify_all_input_formats(write_jsonl, tmp_path):
     chat = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "zwei 二"}]
     folder = tmp_path / "in"
     folder.mkdir()
@@ -152,7 +155,7 @@ def test_whatever_the_converter_takes_is_proved(write_jsonl, tmp_path):
             Path(f"{prefix}{suffix}").unlink()
 
 
-def test_a_binidx_of_another_tokenizer_is_proved_with_it(write_jsonl, tmp_path, byte_tokenizer):
+def test_verify_with_other_tokenizer(write_jsonl, tmp_path, byte_tokenizer):
     source, vocabulary = write_jsonl({"text": "Hell\n"}, {"text": "e\u0301<|endoftext|>"}), str(byte_tokenizer[0])
     flags = {"tokenizer_type": "HFTokenizer", "vocab_file": vocabulary}
     convert(ConvertConfig(input=str(source), output_prefix=str(tmp_path / "p"), workers=1, **flags))
@@ -160,7 +163,7 @@ def test_a_binidx_of_another_tokenizer_is_proved_with_it(write_jsonl, tmp_path, 
     assert (found.verified, found.samples[0]) == (2, "Hell\n<|endoftext|>")
     other = write_jsonl({"text": "Hell\n"}, {"text": "e<|endoftext|>"}, name="other.jsonl")
     found = verified(tmp_path / "p_text_document", other, HFTokenizer(vocabulary), **flags)
-    assert "document 2 is not the source's: at byte 0" in found.problems[-1]
+    assert "document 2 differs from the source at byte 0" in found.problems[-1]
 
 
 @pytest.mark.parametrize(
@@ -168,23 +171,23 @@ def test_a_binidx_of_another_tokenizer_is_proved_with_it(write_jsonl, tmp_path, 
     [
         (
             [TEXTS[0], "zweites, mit Umlaut", TEXTS[2]],
-            "document 2 is not the source's: at byte 13 of its text the source has b'Umlaut' and the data b'\\xc3\\x9cmlaut'",
+            "document 2 differs from the source at byte 13: the source has b'Umlaut', the data b'\\xc3\\x9cmlaut'",
         ),
-        (TEXTS[:2], "the source has 2 documents and the data 3"),
+        (TEXTS[:2], "the source has 2 documents, the data 3"),
         ([*TEXTS, "more"], "the source has more documents than the 3 of the data"),
-        ([TEXTS[0] + " and more", *TEXTS[1:]], "document 1 is not the source's: at byte 14"),
+        ([TEXTS[0] + " and more", *TEXTS[1:]], "document 1 differs from the source at byte 14"),
     ],
     ids=["another character", "fewer", "more", "longer"],
 )
-def test_a_binidx_that_is_not_its_source_is_found_out(write_jsonl, tmp_path, others, complaint):
+def test_verify_reports_difference(write_jsonl, tmp_path, others, complaint):
     prefix = converted(write_jsonl(*({"text": text} for text in TEXTS)), tmp_path / "p")
     found = verified(prefix, write_jsonl(*({"text": text} for text in others), name="other.jsonl"))
     assert found.verified is None
     assert any(complaint in problem for problem in found.problems), found.problems
 
 
-def test_memory_does_not_grow_with_the_data(tmp_path, root):
-    """Ten times the documents and tokens: the peak of the process stays where it was."""
+def test_inspect_memory_is_constant(tmp_path, root):
+    """Ten times the documents and tokens do not raise the peak memory."""
     peaks = []
     for name, count in (("small", 300), ("large", 3000)):
         with writer(tmp_path / name) as out:
@@ -194,7 +197,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path, root):
 import resource
 from rwkv.data.binidx import Dataset
 from rwkv.data import inspection
-inspection._PIECE = 1 << 20
+inspection._CHUNK = 1 << 20
 inspection.inspect(Dataset({str(tmp_path / name)!r}), 1024, 12)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 """
@@ -203,7 +206,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
     assert peaks[1] - peaks[0] < 20, peaks  # MiB; the large file is 54 MiB larger
 
 
-def test_lengths_are_drawn(tmp_path):
+def test_histogram_png(tmp_path):
     counts = histogram.count(np.array([0, 1, 2, 3, 4, 1000]))
     assert [(histogram.label(k), int(counts[k])) for k in np.flatnonzero(counts)] == [
         ("0", 1),
@@ -219,11 +222,13 @@ def test_lengths_are_drawn(tmp_path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("lengths", [[3], [5, 900], [100] * 5000 + [20000], [1] * 3], ids=["one", "two", "many and one", "equal"])
+@pytest.mark.parametrize(
+    "lengths", [[3], [5, 900], [100] * 5000 + [20000], [1] * 3], ids=["one", "two", "many and one", "equal"]
+)
 @pytest.mark.parametrize("title", ["data", "小说 $x$"])
-def test_the_picture_shows_ctx_len_and_the_count_of_every_bar(tmp_path, monkeypatch, lengths, title):
+def test_histogram_labels(tmp_path, monkeypatch, lengths, title):
     drawn = []
-    monkeypatch.setattr(pictures, "save", lambda figure, image: (drawn.append(figure), figure.savefig(image, dpi=50))[0])
+    monkeypatch.setattr(plots, "save", lambda figure, image: (drawn.append(figure), figure.savefig(image, dpi=50))[0])
     counts = histogram.count(np.array(lengths))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

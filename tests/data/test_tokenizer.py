@@ -1,4 +1,4 @@
-"""World ids against the tokenizer of the PyPI `rwkv` package, which lives in a folder of its own."""
+"""World ids against the tokenizer of the PyPI package `rwkv`, which is installed separately."""
 
 import json
 import os
@@ -31,33 +31,43 @@ def tokenizer():
     return WorldTokenizer()
 
 
-@pytest.mark.skipif(bool(os.environ.get("PY")), reason="make was given a Python of its own, and installs no oracle beside it")
-def test_ids_equal_the_independent_tokenizer(tokenizer, root):
+@pytest.mark.skipif(
+    bool(os.environ.get("PY")), reason="make was given a Python of its own, and installs no oracle beside it"
+)
+def test_ids_match_reference_tokenizer(tokenizer, root):
     assert ORACLE.is_dir(), "the oracle is installed by: make test"
-    texts = TEXTS + [json.loads(line)["text"] for line in (root / "data/example.jsonl").read_text(encoding="utf-8").splitlines()]
+    texts = TEXTS + [
+        json.loads(line)["text"] for line in (root / "data/example.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     texts += [(root / page).read_text(encoding="utf-8") for page in ("README.md", "README.zh.md", "rwkv/checkpoint.py")]
     # -I: the oracle's `rwkv` must not be ours
     done = subprocess.run(
-        [sys.executable, "-I", "-c", PROGRAM, str(ORACLE)], input=json.dumps(texts), capture_output=True, text=True, check=True
+        [sys.executable, "-I", "-c", PROGRAM, str(ORACLE)],
+        input=json.dumps(texts),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert [tokenizer.encode(text) for text in texts] == json.loads(done.stdout)
 
 
 @given(text=st.text(st.characters(blacklist_categories=["Cs"])))
-def test_any_text_comes_back(tokenizer, text):
+def test_text_roundtrip(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert all(1 <= i <= LARGEST_ID for i in ids)
 
 
-def test_every_id_decodes_even_inside_a_character(tokenizer):
-    assert len(tokenizer.decode_bytes(range(1, LARGEST_ID + 1))) > 300_000  # the library's decoder panics on the first lone byte
+def test_every_id_decodes(tokenizer):
+    assert (
+        len(tokenizer.decode_bytes(range(1, LARGEST_ID + 1))) > 300_000
+    )  # the library's decoder panics on the first lone byte
     half = "好".encode()[:2]
     assert tokenizer.decode_bytes([half[0] + 1, half[1] + 1]) == half  # ids 1 … 256 are the bytes
     assert tokenizer.decode([half[0] + 1]) == "\ufffd"
 
 
-def test_eod_and_unused_ids_are_no_text_and_others_are_refused(tokenizer):
+def test_eod_unused_and_invalid_ids(tokenizer):
     assert tokenizer.decode_bytes([0, *range(LARGEST_ID + 1, VOCAB_SIZE)]) == b""
     for wrong in (-1, VOCAB_SIZE):
         with pytest.raises(ValueError, match="not a World token id"):

@@ -5,15 +5,17 @@ import pytest
 import torch
 from fused_cases import BF16, FP16, FP32, GPU_STREAMS, normal
 
-from rwkv.model import RWKV, Sizes, eager, fused, gpu
-from rwkv.model.init import initialise
-from rwkv.model.loss import head_loss
+from rwkv.kernels import gpu
+from rwkv.kernels.elementwise import native
+from rwkv.kernels.head_loss import head_loss
+from rwkv.models import RWKV
+from rwkv.models.v4 import Sizes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 
 
 def test_the_compiled_unit_and_not_its_absence_is_tested():
-    assert isinstance(fused._unit(torch.zeros(1, device="cuda")), gpu.Unit)
+    assert isinstance(native._kernels(torch.zeros(1, device="cuda")), gpu.Unit)
 
 
 @pytest.mark.parametrize("stream", GPU_STREAMS, ids=str)
@@ -62,13 +64,13 @@ def test_the_same_bits_twice():
 
 def test_work_is_ordered_on_the_callers_stream():
     k = normal((300, 256), FP32, 0).cuda()
-    expected = fused.relu2(k)[0]
+    expected = native.relu2(k)
     torch.cuda.synchronize()
     side, late = torch.cuda.Stream(), torch.zeros_like(k)
     with torch.cuda.stream(side):
         torch.cuda._sleep(200_000_000)
         late.copy_(k)
-        y = fused.relu2(late)[0]
+        y = native.relu2(late)
         assert not side.query()  # nothing waited
     side.synchronize()
     assert torch.equal(y, expected)
@@ -81,10 +83,10 @@ def step():
     def run(unit, grad_cp=False, dtype=BF16):
         model = RWKV(Sizes(2, 256, 1000, 256, 1024), grad_cp)
         torch.manual_seed(0)
-        initialise(model, 1e-4)
+        model.initialise(1e-4)
         model.cuda()
         tokens = torch.randint(1000, (2, 257), generator=torch.Generator().manual_seed(1)).cuda()
-        before, fused._unit = fused._unit, unit
+        before, native._kernels = native._kernels, unit
         try:
             torch.cuda.synchronize()
             start = torch.cuda.memory_allocated()
@@ -94,7 +96,7 @@ def step():
             kept = torch.cuda.memory_allocated() - start
             loss.backward()
         finally:
-            fused._unit = before
+            native._kernels = before
         return loss.detach(), [p.grad for p in model.parameters()], kept
 
     return run
@@ -102,7 +104,7 @@ def step():
 
 @pytest.mark.parametrize("grad_cp", [False, True])
 def test_a_step_is_the_one_that_torchs_operations_make_and_keeps_no_more(step, grad_cp):
-    ours, theirs = step(fused._unit, grad_cp, FP32), step(lambda *_: eager, grad_cp, FP32)
+    ours, theirs = step(native._kernels, grad_cp, FP32), step(lambda *_: None, grad_cp, FP32)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=0)
     for a, b in zip(ours[1], theirs[1], strict=True):
         assert float((a - b).abs().max()) <= 1e-4 * float(b.abs().max().clamp_min(1e-3))
@@ -110,9 +112,9 @@ def test_a_step_is_the_one_that_torchs_operations_make_and_keeps_no_more(step, g
 
 
 def test_no_host_sync_inside_a_step(step):
-    step(fused._unit)  # kernels and libraries are loaded
+    step(native._kernels)  # kernels and libraries are loaded
     model = RWKV(Sizes(2, 256, 1000, 256, 1024))
-    initialise(model, 1e-4)
+    model.initialise(1e-4)
     model.cuda()
     adam = torch.optim.Adam(model.parameters(), fused=True)
     tokens = torch.randint(1000, (2, 257)).pin_memory()

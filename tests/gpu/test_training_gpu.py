@@ -9,12 +9,20 @@ from rwkv import checkpoint
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import mask_path
 from rwkv.train.fit import fit
-from rwkv.train.module import TrainingModule
+from rwkv.train.loop.module import TrainingModule
 from tests.train.test_asked import FIRST, LAST, WAYS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 
-RUN = {"ctx_len": 64, "micro_bsz": 2, "epoch_steps": 20, "epoch_count": 1, "random_seed": 1, "lr_init": 1e-3, "lr_final": 1e-3}
+RUN = {
+    "ctx_len": 64,
+    "micro_bsz": 2,
+    "epoch_steps": 20,
+    "epoch_count": 1,
+    "random_seed": 1,
+    "lr_init": 1e-3,
+    "lr_final": 1e-3,
+}
 MODEL = {"n_layer": 2, "n_embd": 64, "vocab_size": 300}
 
 
@@ -51,7 +59,9 @@ def test_lower_precisions_train(losses, precision):
 
 
 def test_checkpointed_blocks_change_memory_and_nothing_else(losses):
-    kept, again = (losses(TrainConfig, f"grad_cp{n}", precision="fp32", accelerator="gpu", grad_cp=n, **MODEL) for n in (0, 1))
+    kept, again = (
+        losses(TrainConfig, f"grad_cp{n}", precision="fp32", accelerator="gpu", grad_cp=n, **MODEL) for n in (0, 1)
+    )
     torch.testing.assert_close(kept, again, rtol=1e-6, atol=0)
 
 

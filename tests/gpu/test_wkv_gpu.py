@@ -4,29 +4,35 @@ import pytest
 import torch
 from cases import assert_close, assert_half_is_rounded_fp32, in_fp64, inputs, outputs_and_gradients
 
-from rwkv.wkv import native, reference, wkv4
+from rwkv.kernels import load
+from rwkv.wkv import wkv4
+from rwkv.wkv.wkv4 import native, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 
 
 def on_gpu(arguments):
-    return [x if x is None else x.cuda() for x in arguments]
+    moved = {id(x): x.cuda() for x in arguments if x is not None}
+    return [moved.get(id(x)) for x in arguments]  # one tensor stays one
 
 
-def cuda(*arguments):
-    return wkv4(*arguments, impl="cuda")
+def cuda(w, u, k, v, state=None, reset=None, initial=None):
+    return wkv4(w, u, k, v, state, reset, initial=initial, impl="cuda")
 
 
 def test_auto_takes_the_cuda_unit(monkeypatch):
     monkeypatch.setattr(reference, "wkv4", lambda *_: pytest.fail("auto fell back to the reference"))
-    wkv4(*on_gpu(inputs(1, 3, 2)))
+    wkv4(*on_gpu(inputs(1, 3, 2))[:6])
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0, 80.0])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 15, 33), (3, 16, 768), (1, 33, 5), (2, 97, 130), (5, 300, 70), (1, 700, 768)])
-@pytest.mark.parametrize(("state", "reset"), [(False, False), (True, True)])
-def test_fp32_equals_fp64(shape, scale, state, reset):
-    arguments = inputs(*shape, scale=scale, state=state, reset=reset, seed=hash((shape, scale)) % 1000)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 15, 33), (3, 16, 768), (1, 33, 5), (2, 97, 130), (5, 300, 70), (1, 700, 768)]
+)
+@pytest.mark.parametrize(("state", "reset", "initial"), [(False,) * 3, (True, True, False), (True, True, True)])
+def test_fp32_equals_fp64(shape, scale, state, reset, initial):
+    seed = hash((shape, scale)) % 1000
+    arguments = inputs(*shape, scale=scale, state=state, reset=reset, initial=initial, seed=seed)
     fast = outputs_and_gradients(cuda, *on_gpu(arguments))
     slow = outputs_and_gradients(reference.wkv4, *arguments)
     truth = outputs_and_gradients(reference.wkv4, *in_fp64(arguments))
@@ -42,8 +48,8 @@ def test_half_precision_is_rounded_fp32(dtype):
 def test_any_split_in_time_gives_the_same(segment):
     arguments = inputs(2, 500, 64)
     moved = on_gpu(arguments)
-    assert native.device_refusal(0) is None
-    unit = native.cuda_unit(0, lambda: torch.cuda.current_stream().cuda_stream, segment)
+    assert load.why_unavailable_on(0) is None
+    unit = native.cuda_kernels(0, lambda: torch.cuda.current_stream().cuda_stream, segment)
     fast = outputs_and_gradients(lambda *x: native.run(unit, *x), *moved)
     slow = outputs_and_gradients(reference.wkv4, *arguments)
     truth = outputs_and_gradients(reference.wkv4, *in_fp64(arguments))
@@ -65,7 +71,7 @@ def test_same_bits_twice():
 
 
 def test_what_is_not_finite_is_not_hidden():
-    w, u, k, v, _, _ = inputs(1, 50, 4, state=False, reset=False)
+    w, u, k, v, *_ = inputs(1, 50, 4, state=False, reset=False)
     for bad in (float("nan"), float("inf")):
         broken = k.clone()
         broken[0, 20, 1] = bad
@@ -74,7 +80,7 @@ def test_what_is_not_finite_is_not_hidden():
 
 
 def test_work_is_ordered_on_the_callers_stream():
-    w, u, k, v, _, _ = on_gpu(inputs(2, 300, 256, state=False, reset=False))
+    w, u, k, v, *_ = on_gpu(inputs(2, 300, 256, state=False, reset=False))
     expected = cuda(w, u, k, v)[0]
     torch.cuda.synchronize()
     side, late = torch.cuda.Stream(), torch.zeros_like(k)
@@ -88,7 +94,7 @@ def test_work_is_ordered_on_the_callers_stream():
 
 
 def test_it_can_be_captured_in_a_graph():
-    w, u, k, v, _, _ = on_gpu(inputs(2, 300, 256, state=False, reset=False))
+    w, u, k, v, *_ = on_gpu(inputs(2, 300, 256, state=False, reset=False))
     expected = cuda(w, u, k, v)[0]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -120,7 +126,8 @@ def test_memory_is_what_is_stated(dtype, length):
 
 
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 48 << 30, reason="needs 48 GiB of GPU memory"
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 48 << 30,
+    reason="needs 48 GiB of GPU memory",
 )
 def test_offsets_have_64_bits():
     length, channels, tail = 1_100_000, 2048, 64  # 2.25 · 10^9 numbers

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from rwkv.config import TrainConfig
-from rwkv.train.strategy import ZEROS, deepspeed_config
+from rwkv.memory.zero import ZEROS
+from rwkv.train.runtime.strategy import deepspeed_config
 
 ROOT = Path(__file__).parents[2]
 STACK = os.environ["RWKV_STACK"]
@@ -34,7 +35,10 @@ def test_the_versions_are_those_of_the_stack():
 
 def test_the_packages_agree_with_each_other_and_with_the_lock():
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "--disable-pip-version-check", "check"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", "check"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stdout.strip()) == (0, "No broken requirements found.")
     from rwkv.doctor import examine
@@ -57,16 +61,16 @@ def test_there_is_no_compiler():
 def test_the_kernels_are_there_for_every_gpu_of_the_stack_and_are_what_their_manifest_says():
     import torch
 
-    from rwkv.wkv import build, native
+    from rwkv.kernels import build, load
 
-    assert build.refusal() is None  # sources, sizes, files
-    assert native.refusal() is None  # it loads
+    assert build.why_unavailable() is None  # sources, sizes, files
+    assert load.why_unavailable() is None  # it loads
     manifest = build.manifest()
     assert manifest["torch"] == torch.__version__
     files = manifest["device"]["files"]
     cubins = sorted(int(re.search(r"_sm_(\d+)\.cubin", name).group(1)) for name in files if name.endswith(".cubin"))
     assert set(ARCHS) <= set(cubins)
-    assert [name for name in files if name.endswith(".ptx")] == [f"wkv4_compute_{cubins[-1]}.ptx"]
+    assert [name for name in files if name.endswith(".ptx")] == [f"rwkv_compute_{cubins[-1]}.ptx"]
     for name in files:
         content = (build.folder() / name).read_bytes()
         assert content.startswith(b"\x7fELF" if name.endswith(".cubin") else b"//"), name
@@ -82,7 +86,11 @@ def test_the_operator_computes_what_the_reference_does():
 
 def test_the_doctor_finds_nothing_to_mend():
     done = subprocess.run(
-        [sys.executable, "scripts/doctor.py", "--folder", "out", "--json", "true"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "scripts/doctor.py", "--folder", "out", "--json", "true"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     findings = json.loads(done.stdout)
     assert [finding for finding in findings if finding["status"] == "fail"] == []

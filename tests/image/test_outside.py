@@ -36,10 +36,18 @@ def compose(tmp_path):
         if os.getuid() == 0:
             shutil.chown(folder, USER, USER)
     user = {"UID": str(USER), "GID": str(USER if os.getuid() == 0 else os.getgid())}
-    environment = {**os.environ, **user, "STACK": IMAGE.split(":")[1], "MODELS": str(folders["models"]), "OUT": str(folders["out"])}
+    environment = {
+        **os.environ,
+        **user,
+        "STACK": IMAGE.split(":")[1],
+        "MODELS": str(folders["models"]),
+        "OUT": str(folders["out"]),
+    }
 
     def call(*arguments, files=FILES):
-        return run(os.environ["COMPOSE"], *[part for name in files for part in ("--file", name)], *arguments, env=environment)
+        return run(
+            os.environ["COMPOSE"], *[part for name in files for part in ("--file", name)], *arguments, env=environment
+        )
 
     call.out = folders["out"]
     return call
@@ -57,7 +65,10 @@ def test_the_image_says_what_it_is():
     assert labels["rwkv.stack"] == IMAGE.split(":")[1]
     assert config["User"] == "1000:1000"
     environment = dict(entry.split("=", 1) for entry in config["Env"])
-    assert (environment["NVIDIA_VISIBLE_DEVICES"], environment["NVIDIA_DRIVER_CAPABILITIES"]) == ("all", "compute,utility")
+    assert (environment["NVIDIA_VISIBLE_DEVICES"], environment["NVIDIA_DRIVER_CAPABILITIES"]) == (
+        "all",
+        "compute,utility",
+    )
     assert not [name for name in environment if re.search("proxy|token|secret|index_url", name, re.IGNORECASE)]
 
 
@@ -71,7 +82,11 @@ REFUSALS = {
     "old driver": ((), "440.33.01, NVIDIA A100, 8.0", "driver is 440.33.01"),
     "GPU without code": ((), "590.1, Tesla K80, 3.7", "3.7, and the stack"),
     "shm": (("-e", "RWKV_DEVICE=cpu", "--shm-size", "64m"), None, "/dev/shm) has 64 MiB"),
-    "not writable": (("-e", "RWKV_DEVICE=cpu", "--shm-size", "2g", "--user", "4321:4321"), None, "out is not writable by user 4321"),
+    "not writable": (
+        ("-e", "RWKV_DEVICE=cpu", "--shm-size", "2g", "--user", "4321:4321"),
+        None,
+        "out is not writable by user 4321",
+    ),
 }
 
 
@@ -87,7 +102,9 @@ def test_the_entry_point_refuses_and_says_how_to_mend_it(tmp_path, case):
     assert done.returncode == 78, done.stderr
     assert what in done.stderr
     assert "mend: " in done.stderr
-    anyway = container("lora", "--load_model", "none.pth", "--data_file", "none", options=(*options, "-e", "RWKV_ANYWAY=1"))
+    anyway = container(
+        "lora", "--load_model", "none.pth", "--data_file", "none", options=(*options, "-e", "RWKV_ANYWAY=1")
+    )
     assert "none.pth: no such checkpoint" in anyway.stderr  # the script was reached
 
 
@@ -121,12 +138,16 @@ def test_data_are_read_and_what_is_made_of_them_goes_to_out(compose):
     assert "this file system is read-only; write to another place" in refused.stderr
     done = compose("run", "--rm", "-T", "convert", "--input", "data/example.jsonl", "--output-prefix", "out/example")
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in compose.out.iterdir()} == {f"example_text_document.{end}" for end in ("bin", "idx", "json")}
+    assert {path.name for path in compose.out.iterdir()} == {
+        f"example_text_document.{end}" for end in ("bin", "idx", "json")
+    }
     assert compose("run", "--rm", "-T", "inspect", "--data_file", "out/example_text_document").returncode == 0
 
 
 def test_the_inside_is_as_it_should_be():
-    done = container("test", "tests/image", "-p", "no:cacheprovider", options=("-e", "RWKV_DEVICE=cpu", "--shm-size", "2g"))
+    done = container(
+        "test", "tests/image", "-p", "no:cacheprovider", options=("-e", "RWKV_DEVICE=cpu", "--shm-size", "2g")
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\[100%\]", done.stdout)

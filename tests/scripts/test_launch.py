@@ -1,4 +1,6 @@
-"""One run on several machines: what each launcher is told, and two hosts, as network namespaces, that train as one process does."""
+"""Multi-node launch: the command of each launcher, and training on two hosts (network namespaces)
+equals one process.
+"""
 
 import contextlib
 import json
@@ -22,8 +24,11 @@ FLAGS = ["--", "scripts/lora.py", "--lora_r", "4"]
 
 
 def launch(root, *words, status=0, **environment) -> str:
-    """What launch.sh says it would run, or its error."""
-    kept = {name: os.environ[name] for name in ("HOME",) if name in os.environ} | {"PATH": os.environ["PATH"], "PY": "python"}
+    """The command that launch.sh would run, or its error."""
+    kept = {name: os.environ[name] for name in ("HOME",) if name in os.environ} | {
+        "PATH": os.environ["PATH"],
+        "PY": "python",
+    }
     done = subprocess.run(
         [str(word) for word in (root / "scripts/launch.sh", "--print", *words)],
         capture_output=True,
@@ -41,7 +46,7 @@ def command(nodes, node, devices, master, port=29500) -> str:
 
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
-    """Programs put in front of PATH."""
+    """Stub programs at the front of PATH."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
     def make(**programs) -> None:
@@ -53,18 +58,18 @@ def commands(tmp_path, monkeypatch):
     return make
 
 
-def test_torchrun_on_each_machine(root):
+def test_torchrun_per_host(root):
     words = ("--nodes", 3, "--node", 2, "--master", "10.0.0.1")
     assert launch(root, *words, "--devices", 8, *FLAGS) == command(3, 2, 8, "10.0.0.1")
 
 
-def test_processes_are_as_many_as_gpus(root, commands):
+def test_one_process_per_gpu(root, commands):
     commands(nvidia_smi="echo GPU 0; echo GPU 1")
     words = ("--nodes", 1, "--node", 0, "--master", "localhost", "--port", 1234)
     assert launch(root, *words, *FLAGS) == command(1, 0, 2, "localhost", 1234)
 
 
-def test_a_hostfile_reaches_every_machine(root, commands, tmp_path):
+def test_hostfile_starts_every_host(root, commands, tmp_path):
     commands(reach='shift; exec sh -c "$*"')
     hosts = tmp_path / "hosts"
     hosts.write_text("# the rack\nalpha slots=4\n\nbeta slots=4")
@@ -72,13 +77,13 @@ def test_a_hostfile_reaches_every_machine(root, commands, tmp_path):
     assert said == command(2, 0, 4, "alpha") + command(2, 1, 4, "alpha")
 
 
-def test_slurm_is_recognised(root, commands):
+def test_slurm(root, commands):
     commands(scontrol='test "$*" = "show hostnames node[7-8]" && printf "node7\\nnode8\\n"')
     slurm = {"SLURM_NODEID": "1", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_GPUS_ON_NODE": "8"}
     assert launch(root, *FLAGS, **slurm) == command(2, 1, 8, "node7")
 
 
-def test_kubeflow_is_recognised(root):
+def test_kubeflow(root):
     newer = {
         "PET_NNODES": "2",
         "PET_NODE_RANK": "1",
@@ -91,7 +96,7 @@ def test_kubeflow_is_recognised(root):
     assert launch(root, "--devices", 1, *FLAGS, **older) == command(2, 0, 1, "job-master-0", 23456)
 
 
-def test_the_manifest_launches_flags_that_the_script_has(root):
+def test_kubernetes_manifest_flags_exist(root):
     job = yaml.safe_load((root / "docker/pytorchjob.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     for replica in job["spec"]["pytorchReplicaSpecs"].values():
@@ -101,14 +106,18 @@ def test_the_manifest_launches_flags_that_the_script_has(root):
         program, dashes, script, *flags = container["command"]
         assert (root / program).stat().st_mode & 0o111
         assert dashes == "--"
-        done = subprocess.run([sys.executable, root / script, *flags, "--print_config"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, root / script, *flags, "--print_config"], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         mounted = {mount["name"] for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in replica["template"]["spec"]["volumes"]}
 
 
-def test_the_manifests_command_trains_without_a_compiler(root, make_base, make_data, tmp_path):
-    """In a PATH like the image's: nothing of the environment's bin but `python`, no ninja, no g++. (Shorter, with two processes for the node's GPUs.)"""
+def test_kubernetes_command_without_compiler(root, make_base, make_data, tmp_path):
+    """With a PATH like the image's: only `python`, no ninja, no g++. (Shortened, with two processes
+    for the node's GPUs.)
+    """
     job = yaml.safe_load((root / "docker/pytorchjob.yaml").read_text())
     container = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]
     tools = tmp_path / "bin"
@@ -130,12 +139,21 @@ def test_the_manifests_command_trains_without_a_compiler(root, make_base, make_d
         "PET_MASTER_PORT": str(port),
         "PET_NPROC_PER_NODE": "2",
     }
-    environment |= {"PATH": str(tools), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(tmp_path / "compiled")}
+    environment |= {
+        "PATH": str(tools),
+        "HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "compiled"),
+    }
     environment |= {"PYTHONDONTWRITEBYTECODE": "1"}
     if compat.stack() == "cu117":  # whose DeepSpeed trains on GPUs only
-        environment["PYTHONPATH"] = os.pathsep.join(map(str, (root, root / "tests/train", root / "tests/train/stand_in")))
+        environment["PYTHONPATH"] = os.pathsep.join(
+            map(str, (root, root / "tests/train", root / "tests/train/stand_in"))
+        )
     shorter = ["--ctx_len=8", "--epoch_steps=2", "--magic_prime=-1", "--accelerator=cpu"]
-    done = subprocess.run([*words, *shorter], cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [*words, *shorter], cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(losses(tmp_path / "out")) == 2
     assert not (tmp_path / "compiled").exists()
@@ -151,17 +169,20 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("words", "complaint"), REFUSED)
-def test_what_cannot_be_launched_is_refused(root, words, complaint):
+def test_invalid_launch(root, words, complaint):
     assert complaint in launch(root, *words, status=2)
 
 
-def test_a_hostfile_that_is_none_is_refused(root, tmp_path):
+def test_invalid_hostfile(root, tmp_path):
     hosts = tmp_path / "hosts"
     for text, complaint in (
         ("a slots=0\n", "a line is 'address slots=N'"),
         ("a slots=1\nb slots=2\n", "b has other slots"),
         ("#\n", "names no machine"),
-        ("-oProxyCommand=x slots=1\n", "-oProxyCommand=x is not a machine's name or address"),  # or ssh takes it as an option
+        (
+            "-oProxyCommand=x slots=1\n",
+            "-oProxyCommand=x is not a machine's name or address",
+        ),  # or ssh takes it as an option
     ):
         hosts.write_text(text)
         assert complaint in launch(root, "--hostfile", hosts, "--", "x.py", status=2)
@@ -175,7 +196,7 @@ def _ip(*words) -> None:
 
 @pytest.fixture(scope="module")
 def hosts():
-    """Two hosts on one wire: network namespaces with nothing in common but it. Name to address."""
+    """Two hosts, as network namespaces with one link between them: name to address."""
     names = [f"rwkv{os.getpid()}{letter}" for letter in "ab"]
     wires = [f"w{os.getpid()}{letter}" for letter in "ab"]
     with contextlib.ExitStack() as stack:
@@ -213,7 +234,18 @@ def flags(make_base, make_data, tmp_path):
             "--magic_prime",
             -1,
         ]
-        words += ["--epoch_count", 1, "--epoch_steps", steps, "--random_seed", 1, "--accelerator", "cpu", "--lr_init", 1e-2]
+        words += [
+            "--epoch_count",
+            1,
+            "--epoch_steps",
+            steps,
+            "--random_seed",
+            1,
+            "--accelerator",
+            "cpu",
+            "--lr_init",
+            1e-2,
+        ]
         words += ["--precision", "fp32", *more]
         return [str(word) for word in words]
 
@@ -227,13 +259,20 @@ def machine(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def test_two_hosts_of_a_hostfile_train_as_one_process(root, hosts, machine, commands, flags, script, tmp_path):
+def test_two_hosts_match_one_process(root, hosts, machine, commands, flags, script, tmp_path):
     cases = "\n".join(f'{address}) exec ip netns exec {name} sh -c "$*";;' for address, name in hosts.items())
     commands(reach=f"host=$1; shift; case $host in\n{cases}\nesac")
     (tmp_path / "hosts").write_text("".join(f"{address} slots=1\n" for address in hosts))
     script("finetune.py", *flags("one", 6, "--micro_bsz", 4))
     done = subprocess.run(
-        [root / "scripts/launch.sh", "--hostfile", tmp_path / "hosts", "--", "scripts/finetune.py", *flags("two", 6, "--micro_bsz", 2)],
+        [
+            root / "scripts/launch.sh",
+            "--hostfile",
+            tmp_path / "hosts",
+            "--",
+            "scripts/finetune.py",
+            *flags("two", 6, "--micro_bsz", 2),
+        ],
         cwd=root,
         env=os.environ | {"SSH": "reach"},
         capture_output=True,
@@ -242,10 +281,11 @@ def test_two_hosts_of_a_hostfile_train_as_one_process(root, hosts, machine, comm
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)  # sums in another order
+    # sums in another order
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
-def test_a_host_that_dies_ends_the_run_and_the_same_command_goes_on(root, hosts, machine, flags, tmp_path):
+def test_dead_host_then_resume(root, hosts, machine, flags, tmp_path):
     training = ["--", "scripts/finetune.py", *flags("run", 200, "--micro_bsz", 2, "--save_every", 10)]
 
     def start() -> list[subprocess.Popen]:
@@ -262,8 +302,11 @@ def test_a_host_that_dies_ends_the_run_and_the_same_command_goes_on(root, hosts,
     while not list((tmp_path / "run/resume").glob("step-*.pt")) and time.monotonic() < until:
         time.sleep(0.05)
     os.killpg(second.pid, signal.SIGKILL)
-    # Its rank may be in a session of its own: what is left in the namespace goes too, as a machine takes all with it.
-    left = subprocess.run(["ip", "netns", "pids", list(hosts.values())[1]], capture_output=True, text=True, check=True).stdout.split()
+    # Its rank may be in a session of its own: what is left in the namespace goes too, as a machine
+    # takes all with it.
+    left = subprocess.run(
+        ["ip", "netns", "pids", list(hosts.values())[1]], capture_output=True, text=True, check=True
+    ).stdout.split()
     for process in map(int, left):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
@@ -271,7 +314,8 @@ def test_a_host_that_dies_ends_the_run_and_the_same_command_goes_on(root, hosts,
     while "failed (exitcode: 1)" not in (tmp_path / f"{next(iter(hosts.values()))}.txt").read_text():
         assert time.monotonic() < until, "the other host did not notice"
         time.sleep(0.1)
-    os.killpg(first.pid, signal.SIGKILL)  # torchrun of torch 1.13.1 itself would wait five minutes for the lost one
+    # torchrun of torch 1.13.1 itself would wait five minutes for the lost one
+    os.killpg(first.pid, signal.SIGKILL)
     for process in (first, second):
         process.wait(10)
     made = len(losses(tmp_path / "run"))
@@ -283,5 +327,13 @@ def test_a_host_that_dies_ends_the_run_and_the_same_command_goes_on(root, hosts,
     never = ["--nodes", "1", "--node", "0", "--master", "127.0.0.1", "--devices", "2"]
     whole = ["--", "scripts/finetune.py", *flags("whole", 200, "--micro_bsz", 2)]
     environment = {key: value for key, value in os.environ.items() if key != "GLOO_SOCKET_IFNAME"}
-    subprocess.run([root / "scripts/launch.sh", *never, *whole], cwd=root, env=environment, check=True, capture_output=True, timeout=100)
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")  # bit for bit, on one machine that never stopped
+    subprocess.run(
+        [root / "scripts/launch.sh", *never, *whole],
+        cwd=root,
+        env=environment,
+        check=True,
+        capture_output=True,
+        timeout=100,
+    )
+    # bit for bit, on one machine that never stopped
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""Merging and exporting write nothing that they cannot prove, and nothing under a name that promises something else."""
+"""merge_lora.py and export.py verify what they write, and reject misleading suffixes."""
 
 import importlib.util
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv import lora
+from rwkv.adapters import lora
 from rwkv.checkpoint import load_model, read_manifest, read_tensors, save_adapter, save_model
 from rwkv.config import ExportConfig, MergeConfig
 from rwkv.errors import UserError
@@ -26,7 +26,7 @@ def main(name: str):
 
 @pytest.fixture
 def tuned(tmp_path, make_model):
-    """Makes a base of a dtype, and an adapter on it whose B is not zero."""
+    """Create a base of a dtype, and an adapter on it with non-zero B."""
 
     def make(dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
         model = make_model().to(dtype)
@@ -35,7 +35,13 @@ def tuned(tmp_path, make_model):
         with torch.no_grad():
             for name in lora.adapter_names(model, ["att"]):
                 model.get_parameter(name).normal_(generator=torch.Generator().manual_seed(0))
-        known = {"r": 4, "alpha": 8, "parts": ["att"], "base": str(tmp_path / "base.pth"), "base_sha256": sha256(tmp_path / "base.pth")}
+        known = {
+            "r": 4,
+            "alpha": 8,
+            "parts": ["att"],
+            "base": str(tmp_path / "base.pth"),
+            "base_sha256": sha256(tmp_path / "base.pth"),
+        }
         save_adapter(tmp_path / "run/adapter.pth", model, known, {"tokenizer": "World"})
         return tmp_path / "base.pth", tmp_path / "run/adapter.pth"
 
@@ -46,7 +52,7 @@ def tuned(tmp_path, make_model):
     ("dtype", "weights", "tokens"),
     [(torch.float32, "1e38", 8), (torch.float32, "1e38", 0), (torch.float16, "1e5", 0), (torch.float16, "1e5", 8)],
 )
-def test_a_merge_that_is_not_finite_writes_nothing(tuned, tmp_path, dtype, weights, tokens):
+def test_nonfinite_merge_writes_nothing(tuned, tmp_path, dtype, weights, tokens):
     _, adapter = tuned(dtype)
     output = tmp_path / "merged.pth"
     with pytest.raises(UserError, match="NaN or Inf"):
@@ -54,24 +60,26 @@ def test_a_merge_that_is_not_finite_writes_nothing(tuned, tmp_path, dtype, weigh
     assert not list(tmp_path.glob("*merged*"))
 
 
-def test_a_failed_merge_keeps_what_was_there(tuned, tmp_path):
+def test_failed_merge_keeps_old_file(tuned, tmp_path):
     base, adapter = tuned()
     save_model(tmp_path / "merged.pth", load_model(base), {"step": 1})
     before = (tmp_path / "merged.pth").read_bytes()
     with pytest.raises(UserError, match="NaN or Inf"):
-        main("merge_lora")(MergeConfig(adapter=str(adapter), output=str(tmp_path / "merged.pth"), weights="1e38", force=True))
+        main("merge_lora")(
+            MergeConfig(adapter=str(adapter), output=str(tmp_path / "merged.pth"), weights="1e38", force=True)
+        )
     assert (tmp_path / "merged.pth").read_bytes() == before
     assert read_manifest(tmp_path / "merged.pth")["step"] == 1
 
 
 @pytest.mark.parametrize("weights", ["nan", "inf", "1,", "x"])
-def test_weights_are_finite_numbers(tuned, tmp_path, weights):
+def test_merge_weights_must_be_finite(tuned, tmp_path, weights):
     _, adapter = tuned()
     with pytest.raises(UserError, match="--weights"):
         main("merge_lora")(MergeConfig(adapter=str(adapter), output=str(tmp_path / "merged.pth"), weights=weights))
 
 
-def test_the_merged_model_keeps_the_bases_dtype_and_names_no_place_of_this_machine(tuned, tmp_path, capsys):
+def test_merged_model_dtype_and_manifest(tuned, tmp_path, capsys):
     _, adapter = tuned(torch.bfloat16)
     main("merge_lora")(MergeConfig(adapter=str(adapter), output=str(tmp_path / "out/merged.safetensors")))
     assert "largest logit difference between merged and base + adapter" in capsys.readouterr().out
@@ -81,24 +89,27 @@ def test_the_merged_model_keeps_the_bases_dtype_and_names_no_place_of_this_machi
     assert str(tmp_path) not in json.dumps(manifest)
 
 
-def test_an_adapter_whose_base_is_gone_says_so(tuned, tmp_path):
+def test_missing_base(tuned, tmp_path):
     base, adapter = tuned()
     base.unlink()
-    with pytest.raises(UserError, match=r"its base \.\./base.pth, which the .json beside it names, is not there; give --base"):
+    with pytest.raises(
+        UserError, match=r"its base \.\./base.pth, which the .json beside it names, is not there; give --base"
+    ):
         main("merge_lora")(MergeConfig(adapter=str(adapter), output=str(tmp_path / "merged.pth")))
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "model.onnx", "model.bin", "model.st", "model.PTH"])
-def test_an_export_is_refused_where_its_ending_promises_another_format(tuned, tmp_path, name):
+def test_export_with_misleading_suffix(tuned, tmp_path, name):
     base, _ = tuned()
     with pytest.raises(
-        UserError, match=rf"{name}: files that end in .* are not written; end the name in .pth, .safetensors, or in nothing"
+        UserError,
+        match=rf"{name}: files that end in .* are not written; end the name in .pth, .safetensors, or in nothing",
     ):
         main("export")(ExportConfig(model=str(base), output=str(tmp_path / name)))
     assert not (tmp_path / name).exists()
 
 
-def test_an_export_whose_proof_fails_writes_nothing(tuned, tmp_path, make_model):
+def test_failed_export_check_writes_nothing(tuned, tmp_path, make_model):
     model = make_model()
     with torch.no_grad():
         model.head.weight.fill_(3e38)  # finite, and its logits are not

@@ -1,6 +1,7 @@
-"""Upstream's commands as their READMEs and scripts give them: only paths, and the sizes of the models that they name, are other here.
+"""Upstream's commands from their READMEs and scripts, with other paths and smaller models.
 
-BlinkDL: the examples at the head of RWKV-v4neo/train.py, which the README sends its reader to. Blealtan, m8than: README. J: README of json2binidx.
+BlinkDL: the examples at the top of RWKV-v4neo/train.py, which the README refers to. Blealtan,
+m8than. J: README of json2binidx.
 """
 
 import os
@@ -18,8 +19,8 @@ from rwkv.cli import parse
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import Dataset, writer
 from rwkv.errors import UserError
-from rwkv.train import strategy
 from rwkv.train.fit import fit
+from rwkv.train.runtime import strategy
 
 LORA = """--load_model BASE --proj_dir OUT --data_file BINIDX --data_type binidx
   --vocab_size 50277 --ctx_len 1024 --epoch_steps 1000 --epoch_count 1000 --epoch_begin 0 --epoch_save 5 --micro_bsz 2 ACCUMULATE
@@ -32,44 +33,48 @@ COMMANDS = {
         --micro_bsz 16 --n_layer 12 --n_embd 768 --pre_ffn 0 --head_qk 0
         --lr_init 6e-4 --lr_final 1e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8
         --accelerator gpu --devices 1 --precision bf16 --strategy ddp_find_unused_parameters_false --grad_cp 0""",
-    "BlinkDL, 1.5B on eight GPUs": """--load_model "BASE" --wandb "" --proj_dir "OUT" --data_file "NUMPY" --data_type "numpy" --vocab_size 50277
-        --ctx_len 1024 --epoch_steps 1000 --epoch_count 1000 --epoch_begin 0 --epoch_save 5
-        --micro_bsz 8 --n_layer 24 --n_embd 2048 --pre_ffn 0 --head_qk 0
-        --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.999 --adam_eps 1e-8
-        --accelerator gpu --devices 8 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 0""",
-    # between two with DeepSpeed: it must not end the process groups that DeepSpeed keeps
     "BlinkDL, enwik8": """--load_model "" --wandb "" --proj_dir "OUT" --data_file "TEXT" --data_type "utf-8" --vocab_size 0
         --ctx_len 512 --epoch_steps 5000 --epoch_count 500 --epoch_begin 0 --epoch_save 5
         --micro_bsz 12 --n_layer 6 --n_embd 512 --pre_ffn 0 --head_qk 0
         --lr_init 8e-4 --lr_final 1e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8
         --accelerator gpu --devices 1 --precision bf16 --strategy ddp_find_unused_parameters_false --grad_cp 0""",
+    "BlinkDL, 1.5B on eight GPUs": """--load_model "BASE" --wandb "" --proj_dir "OUT" --data_file "NUMPY" --data_type "numpy" --vocab_size 50277
+        --ctx_len 1024 --epoch_steps 1000 --epoch_count 1000 --epoch_begin 0 --epoch_save 5
+        --micro_bsz 8 --n_layer 24 --n_embd 2048 --pre_ffn 0 --head_qk 0
+        --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.999 --adam_eps 1e-8
+        --accelerator gpu --devices 8 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 0""",
     "BlinkDL, 1.5B on one": """--load_model "BASE" --wandb "" --proj_dir "OUT" --data_file "NUMPY" --data_type "numpy" --vocab_size 50277
         --ctx_len 1024 --epoch_steps 200 --epoch_count 1000 --epoch_begin 0 --epoch_save 1
         --micro_bsz 11 --n_layer 24 --n_embd 2048 --pre_ffn 0 --head_qk 0
         --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.999 --adam_eps 1e-8
         --accelerator gpu --devices 1 --precision fp16 --strategy deepspeed_stage_2_offload --grad_cp 1""",
     "Blealtan": LORA.replace("ACCUMULATE", "--accumulate_grad_batches 4") + " --lora_parts=att,ffn,time,ln",
-    "Blealtan, going on": LORA.replace("ACCUMULATE", "--accumulate_grad_batches 4") + " --lora_load ADAPTER --lora_parts=att,ffn,time,ln",
+    "Blealtan, going on": LORA.replace("ACCUMULATE", "--accumulate_grad_batches 4")
+    + " --lora_load ADAPTER --lora_parts=att,ffn,time,ln",
     "m8than": LORA.replace("ACCUMULATE", "") + " --lora_parts=att,ffn,time,ln --seq_data 1 --seq_data_sep 0",
 }
 SIZES = {"n_layer": 2, "n_embd": 16}
-SHORT = 64  # tokens of a context where the command has more: seconds instead of minutes without bf16 instructions
+# tokens of a context where the command has more: seconds instead of minutes without bf16
+# instructions
+SHORT = 64
 
 
 @pytest.fixture(scope="module", autouse=True)
 def parted():
-    """ddp and DeepSpeed connect this process, with itself; and name the place in its environment."""
+    """Undo what ddp and DeepSpeed leave in the process: its process group and environment
+    variables.
+    """
     before = dict(os.environ)
     yield
     if not strategy.deepspeed_was_used():
-        strategy.part()
+        strategy.leave_process_group()
     os.environ.clear()
     os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """What the commands name, by the words that stand for it."""
+    """Paths in the commands, by placeholder."""
     folder = tmp_path_factory.mktemp("upstream")
     ids = torch.randint(1, 50277, (15_000,), generator=torch.Generator().manual_seed(0)).tolist()
     np.save(folder / "train.npy", np.array(ids, dtype="uint16"))  # as prepare-data.py does
@@ -77,10 +82,23 @@ def paths(tmp_path_factory):
         for begin in range(0, len(ids), 60):
             out.add([*ids[begin : begin + 60], 0])
     (folder / "enwik8").write_text("All good people read good books. " * 200)
-    common = {"accelerator": "cpu", "precision": "fp32", "random_seed": 1, "ctx_len": 8, "micro_bsz": 1, "epoch_steps": 1, "epoch_count": 1}
+    common = {
+        "accelerator": "cpu",
+        "precision": "fp32",
+        "random_seed": 1,
+        "ctx_len": 8,
+        "micro_bsz": 1,
+        "epoch_steps": 1,
+        "epoch_count": 1,
+    }
     common["data_file"] = str(folder / "d_text_document")
     base = fit(TrainConfig(**common, **SIZES, vocab_size=50277, proj_dir=str(folder / "base"))).checkpoint
-    adapter = {"lora_parts": "att,ffn,time,ln", "lora_alpha": 16, "load_model": str(base), "proj_dir": str(folder / "adapter")}
+    adapter = {
+        "lora_parts": "att,ffn,time,ln",
+        "lora_alpha": 16,
+        "load_model": str(base),
+        "proj_dir": str(folder / "adapter"),
+    }
     adapter = fit(LoRAConfig(**common, **adapter)).checkpoint
     return {
         "BASE": base,
@@ -92,7 +110,7 @@ def paths(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_training_command_runs(name, paths, tmp_path):
+def test_upstream_training_command(name, paths, tmp_path):
     line = COMMANDS[name]
     for word, path in {**paths, "OUT": tmp_path / "out"}.items():
         line = re.sub(rf"\b{word}\b", str(path), line)
@@ -100,11 +118,19 @@ def test_a_training_command_runs(name, paths, tmp_path):
     config = parse(kind, "", words)
     known = {"head_qk": None, "seq_data": "doc_training_seq", "seq_data_sep": "doc_sep"}
     for word, value in zip(words, [*words[1:], ""], strict=True):
-        if word.startswith("--") and not value.startswith("--") and (field := known.get(word[2:], word[2:])) and "=" not in word:
-            assert getattr(config, field) == type(getattr(config, field))(value), word  # the flag means what it says
+        if (
+            word.startswith("--")
+            and not value.startswith("--")
+            and (field := known.get(word[2:], word[2:]))
+            and "=" not in word
+        ):
+            # the flag means what it says
+            assert getattr(config, field) == type(getattr(config, field))(value), word
     config = replace(config, **SIZES, devices=1, max_steps=1, random_seed=1, ctx_len=min(config.ctx_len, SHORT))
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="--accelerator gpu: torch sees no GPU; check nvidia-smi, or leave the flag out"):
+        with pytest.raises(
+            UserError, match="--accelerator gpu: torch sees no GPU; check nvidia-smi, or leave the flag out"
+        ):
             fit(config)
         config = replace(config, accelerator="auto")
     if refusal := compat.deepspeed_refusal(torch.cuda.is_available()) if "deepspeed" in config.strategy else None:
@@ -119,23 +145,33 @@ def test_a_training_command_runs(name, paths, tmp_path):
     result = fit(config)
     assert (result.steps, result.checkpoint.name) == (1, "rwkv-final.pth")
     vocabulary = read_manifest(result.checkpoint)["sizes"]["vocab_size"]
-    assert result.first_loss == pytest.approx(np.log(vocabulary), rel=0.1)  # to a new model all words are alike
+    # to a new model all words are alike
+    assert result.first_loss == pytest.approx(np.log(vocabulary), rel=0.1)
     assert vocabulary == {"dummy": 13, "utf-8": 14}.get(config.data_type, 50277)
     assert any(".lora_A" in key for key in read_tensors(result.checkpoint)) == (kind is LoRAConfig)
 
 
-def test_the_merging_command_runs(script, paths, tmp_path):
-    # README of RWKV-LM-LoRA: python3 merge_lora.py [--use-gpu] <lora_alpha> <base_model.pth> <lora_checkpoint.pth> <output.pth>
+def test_upstream_merge_command(script, paths, tmp_path):
+    # README of RWKV-LM-LoRA: python3 merge_lora.py [--use-gpu] <lora_alpha> <base_model.pth>
+    # <lora_checkpoint.pth> <output.pth>
     script("merge_lora.py", "16", paths["BASE"], paths["ADAPTER"], "output.pth")
     assert read_tensors(tmp_path / "output.pth").keys() == read_tensors(paths["BASE"]).keys()
     if not torch.cuda.is_available():
-        assert "no GPU" in script("merge_lora.py", "--use-gpu", "16", paths["BASE"], paths["ADAPTER"], "other.pth", status=1).stderr
+        assert (
+            "no GPU"
+            in script("merge_lora.py", "--use-gpu", "16", paths["BASE"], paths["ADAPTER"], "other.pth", status=1).stderr
+        )
 
 
-def test_the_converting_command_for_20b_runs(script, write_jsonl, byte_tokenizer, tmp_path):
+def test_upstream_20b_convert_command(script, write_jsonl, byte_tokenizer, tmp_path):
     path, ids = byte_tokenizer
     path.rename(tmp_path / "20B_tokenizer.json")
     write_jsonl({"text": "abc"}, {"text": "xyz"}, name="sample.jsonl")
     script("convert.py", *"--input ./sample.jsonl --output-prefix ./data/sample --vocab ./20B_tokenizer.json --dataset-impl mmap"
            " --tokenizer-type HFTokenizer --append-eod".split())  # fmt: skip
-    assert Dataset(tmp_path / "data/sample_text_document").tokens.tolist() == [*(ids[x] for x in "abc"), 0, *(ids[x] for x in "xyz"), 0]
+    assert Dataset(tmp_path / "data/sample_text_document").tokens.tolist() == [
+        *(ids[x] for x in "abc"),
+        0,
+        *(ids[x] for x in "xyz"),
+        0,
+    ]

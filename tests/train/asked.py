@@ -16,7 +16,12 @@ _ASKING = {
     "_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "nonzero_static", "_unique", "_unique2", "unique_consecutive",
     "unique_dim", "bincount", "repeat_interleave.Tensor", "allclose", "histc", "is_pinned",
 }  # fmt: skip
-_READING = {"cpu", "tolist", "numpy", "__array__"}  # with a tensor on a CPU these ask for nothing that could be seen below
+_READING = {
+    "cpu",
+    "tolist",
+    "numpy",
+    "__array__",
+}  # with a tensor on a CPU these ask for nothing that could be seen below
 
 
 class Asked(AssertionError):
@@ -76,8 +81,15 @@ class Device(TorchDispatchMode):
         if ours and self.armed:
             self.seen += 1
             packet, overload = str(function).removeprefix("aten.").split(".")[:2]
-            by_mask = packet.startswith(("index", "_index")) and packet in ("index", "index_put", "index_put_", "_index_put_impl_")
-            if {packet, f"{packet}.{overload}"} & _ASKING or (by_mask and any(i is not None and i.dtype == torch.bool for i in args[1])):
+            by_mask = packet.startswith(("index", "_index")) and packet in (
+                "index",
+                "index_put",
+                "index_put_",
+                "_index_put_impl_",
+            )
+            if {packet, f"{packet}.{overload}"} & _ASKING or (
+                by_mask and any(i is not None and i.dtype == torch.bool for i in args[1])
+            ):
                 raise Asked(f"{function} waits for the device")
         result = function(*args, **kwargs)
         if ours:

@@ -112,10 +112,14 @@ def _nccl() -> None:
             part.copy_(value)
         return _Done()
 
-    def all_gather_base(output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False) -> _Done:
+    def all_gather_base(
+        output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
+    ) -> _Done:
         return all_gather(list(output_tensor.chunk(dist.get_world_size(group))), input_tensor, group)
 
-    def reduce_scatter_base(output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> _Done:
+    def reduce_scatter_base(
+        output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+    ) -> _Done:
         whole = input.clone()
         reduce(whole, op=op, group=group)
         output.copy_(whole.chunk(dist.get_world_size(group))[dist.get_rank(group)])
@@ -168,7 +172,9 @@ def _deepspeed() -> None:
 
     engine.DeepSpeedEngine._set_distributed_vars = set_distributed_vars
 
-    def split_by_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:  # DeepSpeed's goes by the names of CUDA tensors' types
+    def split_by_dtype(
+        tensors: list[Tensor],
+    ) -> list[list[Tensor]]:  # DeepSpeed's goes by the names of CUDA tensors' types
         found: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
             found.setdefault(tensor.dtype, []).append(tensor)
@@ -181,7 +187,7 @@ def _lightning() -> None:
     import pytorch_lightning.strategies.deepspeed as lightning
     from pytorch_lightning.accelerators.cpu import CPUAccelerator
 
-    from rwkv.train import strategy
+    from rwkv.train.runtime import strategy
 
     lightning.CUDAAccelerator = CPUAccelerator
     make = strategy.make

@@ -23,7 +23,22 @@ def on_a_cpu(monkeypatch) -> None:
 
 
 def _fused_adam(
-    params, grads, averages, squares, _, steps, *, lr, beta1, beta2, weight_decay, eps, amsgrad, maximize, grad_scale, found_inf
+    params,
+    grads,
+    averages,
+    squares,
+    _,
+    steps,
+    *,
+    lr,
+    beta1,
+    beta2,
+    weight_decay,
+    eps,
+    amsgrad,
+    maximize,
+    grad_scale,
+    found_inf,
 ):
     assert not amsgrad
     assert not maximize

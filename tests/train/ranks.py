@@ -16,7 +16,8 @@ from rwkv import compat
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.train import fit as training
-from rwkv.train import strategy
+from rwkv.train import resolve
+from rwkv.train.runtime import strategy
 
 
 class Watched(strategy.ZeroStrategy):
@@ -49,23 +50,27 @@ class Watched(strategy.ZeroStrategy):
             trained[-1].register_hook(lambda gradient: gradient * value if module.step + 1 == step else gradient)
 
     def backward(self, *arguments, **keywords):
-        self.facts["gathered"] += sum(len(m._external_params) for m in self.model.modules() if hasattr(m, "_external_params"))
+        self.facts["gathered"] += sum(
+            len(m._external_params) for m in self.model.modules() if hasattr(m, "_external_params")
+        )
         return super().backward(*arguments, **keywords)
 
     def teardown(self) -> None:
         if self.is_global_zero and hasattr(self, "facts"):
             timer = self.deepspeed_engine.tput_timer
-            self.facts["timed"] = timer.total_step_count if hasattr(timer, "total_step_count") else timer.global_step_count
+            self.facts["timed"] = (
+                timer.total_step_count if hasattr(timer, "total_step_count") else timer.global_step_count
+            )
             (Path(self.lightning_module.config.proj_dir) / "facts.json").write_text(json.dumps(self.facts))
         super().teardown()
 
 
-check = training.check
+check = resolve.check
 
 
 def train(kind: str, flags: dict) -> None:
     Watched.spoil = flags.pop("spoil", None)
-    training.check = (lambda _: None) if flags["precision"] == "fp16" else check  # which asks for a GPU
+    resolve.check = (lambda _: None) if flags["precision"] == "fp16" else check  # which asks for a GPU
     if flags["precision"] == "fp16" and compat.stack() == "modern":
         compat.import_deepspeed(on_gpu=False)
         accelerator = type(importlib.import_module("deepspeed.accelerator").get_accelerator())
@@ -83,7 +88,7 @@ if __name__ == "__main__":
     if compat.stack() == "cu117":
         cuda_on_cpu.install()
     strategy.ZeroStrategy = Watched
-    part, strategy.part = strategy.part, lambda: None  # one connection for all of them
+    leave, strategy.leave_process_group = strategy.leave_process_group, lambda: None  # one connection for all of them
     for kind, flags in json.loads(Path(sys.argv[1]).read_text()):
         train(kind, flags)
-    part()
+    leave()

@@ -9,10 +9,10 @@ from rwkv import compat
 from rwkv.checkpoint import read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import mask_path
-from rwkv.model.loss import head_loss
-from rwkv.train import metrics
+from rwkv.kernels.head_loss import head_loss
+from rwkv.train.callbacks import metrics
 from rwkv.train.fit import fit
-from rwkv.train.module import TrainingModule
+from rwkv.train.loop.module import TrainingModule
 from tests.train import fused_adam
 from tests.train.asked import Asked, Device
 from tests.train.test_fit import SMALL, TUNE, lines, poisoned
@@ -36,17 +36,19 @@ def device(monkeypatch):
 
     def transferred(self, batch, device, dataloader_idx, transfer=TrainingModule.transfer_batch_to_device):
         moved = transfer(self, batch, device, dataloader_idx)
-        made.place([new for i, new in enumerate(moved) if i != 2])  # that on a GPU counts stays behind is for tests/gpu to see
+        made.place(
+            [new for i, new in enumerate(moved) if i != 2]
+        )  # that on a GPU counts stays behind is for tests/gpu to see
         return moved
 
-    def read(self, read=metrics.Late.read):
+    def read(self, read=metrics.PendingScalars.read):
         with made.disarmed():  # a step later: tests/train/test_fit.py
             return read(self)
 
     monkeypatch.setattr(compat, "fit", fit_on_it)
     monkeypatch.setattr(TrainingModule, "on_train_batch_start", begins)
     monkeypatch.setattr(TrainingModule, "transfer_batch_to_device", transferred)
-    monkeypatch.setattr(metrics.Late, "read", read)
+    monkeypatch.setattr(metrics.PendingScalars, "read", read)
     monkeypatch.setattr(metrics, "waits_one_step", lambda device: True)
     fused_adam.on_a_cpu(monkeypatch)
     return made
@@ -83,7 +85,9 @@ def test_no_step_waits(device, make_base, make_data, tmp_path, way, method, mask
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_a_step_that_is_left_out_on_the_device_is_the_one_that_the_host_leaves_out(make_base, tmp_path, monkeypatch, decay):
+def test_a_step_that_is_left_out_on_the_device_is_the_one_that_the_host_leaves_out(
+    make_base, tmp_path, monkeypatch, decay
+):
     flags = poisoned(make_base, tmp_path) | {"on_nan": "skip", "weight_decay": decay}
     made = []
     for name in ("host", "device"):
@@ -98,7 +102,9 @@ def test_a_step_that_is_left_out_on_the_device_is_the_one_that_the_host_leaves_o
         assert (one["loss"] is None) == (other["loss"] is None)
         assert one["loss"] is None or other["loss"] == pytest.approx(one["loss"], rel=1e-5)
     for key, value in weights.items():
-        torch.testing.assert_close(same[key], value, rtol=1e-4, atol=1e-6, equal_nan=True)  # Adam by another order of the same operations
+        torch.testing.assert_close(
+            same[key], value, rtol=1e-4, atol=1e-6, equal_nan=True
+        )  # Adam by another order of the same operations
 
 
 def asks(how):
@@ -141,7 +147,9 @@ def masked_loss(x):
     return head_loss(x, torch.ones(5, 3), torch.zeros(2, dtype=torch.long), x[:, 0] > 0)
 
 
-@pytest.mark.parametrize("how", [asks(f) for f in (item, truth, mask, nonzero, tolist, to_cpu, numpy, set_by_mask, masked_loss)])
+@pytest.mark.parametrize(
+    "how", [asks(f) for f in (item, truth, mask, nonzero, tolist, to_cpu, numpy, set_by_mask, masked_loss)]
+)
 def test_asking_is_seen(how):
     x, device = torch.ones(2, 3), Device()
     device.place(x)

@@ -10,16 +10,20 @@ import time
 import pytest
 import torch
 
-from rwkv import checkpoint, compat, lora
+from rwkv import checkpoint, compat
+from rwkv.adapters import lora
 from rwkv.checkpoint import load_model, load_tuned, read_manifest, read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import Dataset, writer
 from rwkv.data.dataset import Contexts
-from rwkv.data.stream import Stream
+from rwkv.data.token_stream import Stream
 from rwkv.errors import UserError
 from rwkv.files import sha256
-from rwkv.train import metrics, start, store
+from rwkv.train import setup
+from rwkv.train.callbacks import metrics
 from rwkv.train.fit import fit
+from rwkv.train.resume import state_files
+from rwkv.train.run import Run
 
 SMALL = {
     "n_layer": 2,
@@ -49,11 +53,16 @@ def test_a_run_leaves_what_the_readme_says(make_data, tmp_path):
     metrics = lines(tmp_path / "run")
     assert [line["step"] for line in metrics] == list(range(1, 13))
     assert [line["tokens"] for line in metrics] == [16 * i for i in range(1, 13)]
-    assert all(line["loss"] > 0 and line["lr"] > 0 and line["tokens_per_s"] > 0 and line["rss_peak_mib"] > 0 for line in metrics)
+    assert all(
+        line["loss"] > 0 and line["lr"] > 0 and line["tokens_per_s"] > 0 and line["rss_peak_mib"] > 0
+        for line in metrics
+    )
     assert (result.steps, result.first_loss, result.checkpoint) == (12, metrics[0]["loss"], tmp_path / "run/rwkv-2.pth")
     log = (tmp_path / "run/train_log.txt").read_text()
     assert log.startswith("NEW RUN ")
-    assert len(re.findall(r"^\d \d\.\d{6} \d+\.\d{4} 0\.\d{8} \d{4}-\d\d-\d\d .* \d$", log, re.MULTILINE)) == 3  # upstream's format
+    assert (
+        len(re.findall(r"^\d \d\.\d{6} \d+\.\d{4} 0\.\d{8} \d{4}-\d\d-\d\d .* \d$", log, re.MULTILINE)) == 3
+    )  # upstream's format
     assert (tmp_path / "run/loss.png").read_bytes().startswith(b"\x89PNG")
     manifest = read_manifest(result.checkpoint)
     assert (manifest["kind"], manifest["step"], manifest["data_sha256"]) == ("model", 12, sha256(f"{data}.bin"))
@@ -70,7 +79,9 @@ def test_a_run_that_ends_inside_an_epoch_saves_final(make_data, tmp_path):
 def test_the_same_seed_gives_the_same_bits(make_data, tmp_path):
     data, weights = make_data(200), []
     for i in range(2):
-        weights.append(read_tensors(fit(TrainConfig(**SMALL, data_file=data, proj_dir=str(tmp_path / f"{i}"))).checkpoint))
+        weights.append(
+            read_tensors(fit(TrainConfig(**SMALL, data_file=data, proj_dir=str(tmp_path / f"{i}"))).checkpoint)
+        )
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
@@ -93,13 +104,24 @@ def test_going_on_with_epoch_begin_continues_data_and_schedule(make_data, tmp_pa
     assert [line["step"] for line in pieces] == list(range(1, 9))
     assert read_manifest(folder / "rwkv-1.pth")["step"] == 8
     assert [line["lr"] for line in pieces] == [line["lr"] for line in once]
-    assert pieces[4]["loss"] == pytest.approx(once[4]["loss"], rel=1e-6)  # the next batch on the same weights; then Adam's state is missing
+    assert pieces[4]["loss"] == pytest.approx(
+        once[4]["loss"], rel=1e-6
+    )  # the next batch on the same weights; then Adam's state is missing
 
 
 def test_going_back_drops_the_lines_of_later_steps(make_data, tmp_path):
     data, folder = make_data(200), tmp_path / "run"
     fit(TrainConfig(**SMALL, data_file=data, proj_dir=str(folder), epoch_save=1))
-    fit(TrainConfig(**TUNE, data_file=data, proj_dir=str(folder), epoch_begin=1, load_model=str(folder / "rwkv-0.pth"), max_steps=2))
+    fit(
+        TrainConfig(
+            **TUNE,
+            data_file=data,
+            proj_dir=str(folder),
+            epoch_begin=1,
+            load_model=str(folder / "rwkv-0.pth"),
+            max_steps=2,
+        )
+    )
     assert [line["step"] for line in lines(folder)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -125,7 +147,9 @@ def test_ctrl_c_saves_and_ends_with_130(make_base, make_data, tmp_path, root):
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert re.search(r"stopped at step \d+ of 500,000 and saved \(.*rwkv-final.pth\). Run the same command to continue", said)
+    assert re.search(
+        r"stopped at step \d+ of 500,000 and saved \(.*rwkv-final.pth\). Run the same command to continue", said
+    )
     # Ctrl-C may fall between a step and its line
     assert read_manifest(tmp_path / "run/rwkv-final.pth")["step"] - len(lines(tmp_path / "run")) in (0, 1)
     assert load_model(tmp_path / "run/rwkv-final.pth").sizes.n_layer == 2
@@ -134,7 +158,11 @@ def test_ctrl_c_saves_and_ends_with_130(make_base, make_data, tmp_path, root):
 def test_lora_saves_only_the_adapter_and_leaves_the_base(make_base, make_data, tmp_path):
     base = make_base()
     before = base.read_bytes()
-    result = fit(LoRAConfig(**TUNE, load_model=str(base), data_file=make_data(200), proj_dir=str(tmp_path / "run"), lora_parts="att"))
+    result = fit(
+        LoRAConfig(
+            **TUNE, load_model=str(base), data_file=make_data(200), proj_dir=str(tmp_path / "run"), lora_parts="att"
+        )
+    )
     assert base.read_bytes() == before
     assert all(".att." in key and ".lora_" in key for key in read_tensors(result.checkpoint))
     manifest = read_manifest(result.checkpoint)
@@ -150,7 +178,11 @@ def test_lora_saves_only_the_adapter_and_leaves_the_base(make_base, make_data, t
 
 def test_lora_from_scratch_keeps_its_base_and_no_tensor_of_it_is_dead(make_data, tmp_path):
     folder = tmp_path / "run"
-    result = fit(LoRAConfig(**SMALL, data_file=make_data(200), proj_dir=str(folder), lora_parts="att,ffn", lr_init=1e-2, lr_final=1e-2))
+    result = fit(
+        LoRAConfig(
+            **SMALL, data_file=make_data(200), proj_dir=str(folder), lora_parts="att,ffn", lr_init=1e-2, lr_final=1e-2
+        )
+    )
     base, adapter = read_tensors(folder / "rwkv-base.pth"), read_tensors(result.checkpoint)
     assert read_manifest(result.checkpoint)["base_sha256"] == sha256(folder / "rwkv-base.pth")
     assert not any("lora" in name for name in base)
@@ -162,16 +194,35 @@ def test_lora_from_scratch_keeps_its_base_and_no_tensor_of_it_is_dead(make_data,
 
 
 def test_lora_load_goes_on_from_the_adapter(make_base, make_data, tmp_path):
-    common = {**TUNE, "load_model": str(make_base()), "data_file": make_data(200), "lora_dropout": 0.0, "magic_prime": -1}
+    common = {
+        **TUNE,
+        "load_model": str(make_base()),
+        "data_file": make_data(200),
+        "lora_dropout": 0.0,
+        "magic_prime": -1,
+    }
     first = fit(LoRAConfig(**common, proj_dir=str(tmp_path / "a"), lr_init=1e-2))
-    again = fit(LoRAConfig(**common, proj_dir=str(tmp_path / "b"), lora_load=str(first.checkpoint), lr_init=0.0, lr_final=0.0, max_steps=1))
+    again = fit(
+        LoRAConfig(
+            **common,
+            proj_dir=str(tmp_path / "b"),
+            lora_load=str(first.checkpoint),
+            lr_init=0.0,
+            lr_final=0.0,
+            max_steps=1,
+        )
+    )
     ours, theirs = read_tensors(again.checkpoint), read_tensors(first.checkpoint)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert any(value.any() for key, value in theirs.items() if key.endswith("lora_B"))
 
 
 def test_lora_off_tunes_all_weights(make_base, make_data, tmp_path):
-    result = fit(LoRAConfig(**TUNE, lora=False, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run")))
+    result = fit(
+        LoRAConfig(
+            **TUNE, lora=False, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run")
+        )
+    )
     assert read_manifest(result.checkpoint)["kind"] == "model"
 
 
@@ -222,7 +273,9 @@ def test_two_processes_under_ddp_train_as_one_with_twice_the_batch(make_base, ma
         assert done.returncode == 0, done.stderr
     one, two = (checkpoint.read_tensors(tmp_path / name / "rwkv-0.pth") for name in ("one", "two"))
     for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-5, msg=key)  # fp32 means in another order, through Adam
+        torch.testing.assert_close(
+            one[key], two[key], rtol=1e-4, atol=1e-5, msg=key
+        )  # fp32 means in another order, through Adam
     losses = [[line["loss"] for line in lines(tmp_path / name)] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
@@ -230,17 +283,17 @@ def test_two_processes_under_ddp_train_as_one_with_twice_the_batch(make_base, ma
 REFUSED = [
     ({"data_file": ""}, "--data_file is missing"),
     ({"data_file": "nothing"}, r"nothing.idx: no such file"),
-    ({"ctx_len": 199}, r"holds 200 tokens, and one context of ctx_len 199 needs 201"),
+    ({"ctx_len": 199}, r"has 200 tokens, but one sample of ctx_len 199 needs 201"),
     ({"ctx_len": 0}, "--ctx_len must be at least 1"),
     ({"vocab_size": 49}, r"token id 49, and the model has a vocabulary of 49"),
     ({"accumulate_grad_batches": 3}, "--epoch_steps 4 must be a multiple of --accumulate_grad_batches 3"),
     ({"epoch_begin": 3}, "nothing to train"),
-    ({"magic_prime": 7}, "the largest such is 23"),
+    ({"magic_prime": 7}, "the largest is 23"),
     ({"strategy": "deepspeed_stage_4"}, "not one of auto, ddp, .*did you mean deepspeed_stage_"),
     ({"n_layer": -1}, "--n_layer must not be negative"),
     ({"beta1": 1.0}, "less than 1"),
     ({"my_pile_shift": -2}, "--my_pile_shift must be at least 0"),
-    ({"epoch_begin": 1}, "--epoch_begin 1 goes on with a run"),
+    ({"epoch_begin": 1}, "--epoch_begin 1 continues a run"),
     ({"load_model": "none.pth"}, "none.pth: no such checkpoint"),
     *([] if torch.cuda.is_available() else [({"accelerator": "gpu"}, "torch sees no GPU")]),
 ]
@@ -267,7 +320,11 @@ LORA_REFUSED = [
 def test_lora_refusals(make_base, make_data, tmp_path, flags, complaint):
     base, data = make_base(), make_data(200)
     with pytest.raises(UserError, match=complaint):
-        fit(LoRAConfig(**{**TUNE, "load_model": str(base), "data_file": data, "proj_dir": str(tmp_path / "run"), **flags}))
+        fit(
+            LoRAConfig(
+                **{**TUNE, "load_model": str(base), "data_file": data, "proj_dir": str(tmp_path / "run"), **flags}
+            )
+        )
 
 
 def test_an_adapter_of_another_base_or_rank_is_refused_before_training(make_base, make_data, tmp_path):
@@ -289,7 +346,7 @@ def test_a_finished_run_is_not_overwritten_unless_told(make_data, tmp_path, caps
     fit(TrainConfig(**flags))
     weights = (tmp_path / "run/rwkv-final.pth").read_bytes()
     assert fit(TrainConfig(**flags)).steps == 2
-    assert "nothing left to do: all 2 steps are done" in capsys.readouterr().out
+    assert "already complete (2 steps)" in capsys.readouterr().out
     with pytest.raises(UserError, match="no such file"):
         fit(TrainConfig(**flags | {"data_file": "nothing"}, overwrite=True))
     assert (tmp_path / "run/rwkv-final.pth").read_bytes() == weights
@@ -326,7 +383,13 @@ def test_a_cut_line_of_metrics_is_dropped_on_going_on(make_data, tmp_path):
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
     fit(
-        TrainConfig(**TUNE | {"epoch_count": 2}, data_file=data, proj_dir=str(folder), epoch_begin=1, load_model=str(folder / "rwkv-0.pth"))
+        TrainConfig(
+            **TUNE | {"epoch_count": 2},
+            data_file=data,
+            proj_dir=str(folder),
+            epoch_begin=1,
+            load_model=str(folder / "rwkv-0.pth"),
+        )
     )
     assert [line["step"] for line in lines(folder)] == list(range(1, 9))
 
@@ -353,7 +416,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(make_base, 
         fit(TrainConfig(**flags, proj_dir=str(tmp_path / "run"), save_every=1))
     said = re.fullmatch(
         r"step (\d+): the loss is nan, in the batch of samples (\d+) to \d+ \(tokens (\d+) to (\d+), (\d+) to (\d+) of the data\)\. Lower --lr_init, .*"
-        r"--on_nan skip; the last good state is .*/step-(\d+)\.pt; go on .*",
+        r"--on_nan skip; the last valid state is .*/step-(\d+)\.pt; to resume .*",
         str(caught.value),
     )
     step, sample, a, b, c, d, good = map(int, said.groups())
@@ -363,7 +426,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(make_base, 
     assert lines(tmp_path / "run")[-1]["loss"] is None
 
 
-def test_numbers_read_a_step_late_are_the_same_and_what_is_wrong_is_named_the_same(make_base, make_data, tmp_path, monkeypatch):
+def test_numbers_read_a_step_late_are_the_same_and_what_is_wrong_is_named_the_same(
+    make_base, make_data, tmp_path, monkeypatch
+):
     """On a GPU a step's numbers are read after the next one is launched; here a CPU is told to do so."""
     flags, data = poisoned(make_base, tmp_path), make_data(500)
     read, found, said = [], [], []
@@ -380,7 +445,9 @@ def test_numbers_read_a_step_late_are_the_same_and_what_is_wrong_is_named_the_sa
         fit(TrainConfig(**SMALL | {"epoch_count": 2}, data_file=data, proj_dir=str(tmp_path / f"run{late}")))
         assert set(read) == ({0, 1} if late else {0})
         timed = ("tokens_per_s", "peak_mib", "rss_peak_mib")
-        found.append([{key: value for key, value in line.items() if key not in timed} for line in lines(tmp_path / f"run{late}")])
+        found.append(
+            [{key: value for key, value in line.items() if key not in timed} for line in lines(tmp_path / f"run{late}")]
+        )
         with pytest.raises(UserError) as caught:
             fit(TrainConfig(**flags, proj_dir=str(tmp_path / f"nan{late}"), save_every=1000))
         said.append(str(caught.value))
@@ -398,33 +465,49 @@ def test_on_nan_skip_leaves_out_that_step_alone(make_base, tmp_path):
     weights, before = read_tensors(result.checkpoint), read_tensors(flags["load_model"])
     assert all(value.isfinite().all() for name, value in weights.items() if name != "emb.weight")
     assert not torch.equal(weights["head.weight"], before["head.weight"])
-    assert {int(moments["step"]) for moments in store.newest(tmp_path / "run").optimizer.values()} == {12 - len(left_out)}
+    assert {int(moments["step"]) for moments in state_files.newest(tmp_path / "run").optimizer.values()} == {
+        12 - len(left_out)
+    }
     tensors = read_tensors(flags["load_model"])
     tensors["ln_out.weight"][:] = 3e38  # every step overflows
     torch.save(tensors, tmp_path / "lost.pth")
     with pytest.raises(UserError, match="step 21: .* 21 steps in a row"):
         fit(
             TrainConfig(
-                **flags | {"load_model": str(tmp_path / "lost.pth"), "epoch_steps": 30}, proj_dir=str(tmp_path / "b"), on_nan="skip"
+                **flags | {"load_model": str(tmp_path / "lost.pth"), "epoch_steps": 30},
+                proj_dir=str(tmp_path / "b"),
+                on_nan="skip",
             )
         )
 
 
 def test_the_norm_of_the_gradient_is_that_of_plain_torch(make_base, make_data, tmp_path):
     base, data = make_base(), make_data(200)
-    fit(TrainConfig(**TUNE | {"max_steps": 1, "grad_clip": 0.01}, load_model=str(base), data_file=data, proj_dir=str(tmp_path / "run")))
+    fit(
+        TrainConfig(
+            **TUNE | {"max_steps": 1, "grad_clip": 0.01},
+            load_model=str(base),
+            data_file=data,
+            proj_dir=str(tmp_path / "run"),
+        )
+    )
     model = load_model(base)
     stream = Stream(Dataset(data))
     x, y = zip(*(Contexts(stream, 8, 8, seed=1)[i] for i in range(2)), strict=True)
     logits, _ = model(torch.stack(x))
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.stack(y).flatten()).backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
-    assert lines(tmp_path / "run")[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-3)  # L2Wrap's share is below that
+    assert lines(tmp_path / "run")[0]["grad_norm"] == pytest.approx(
+        float(norm), rel=1e-3
+    )  # L2Wrap's share is below that
 
 
 def test_my_exit_ends_after_its_epoch_on_the_rates_of_the_longer_run(make_data, tmp_path, capsys):
     data = make_data(200)
-    assert fit(TrainConfig(**SMALL, data_file=data, proj_dir=str(tmp_path / "a"), my_exit=1)).checkpoint.name == "rwkv-1.pth"
+    assert (
+        fit(TrainConfig(**SMALL, data_file=data, proj_dir=str(tmp_path / "a"), my_exit=1)).checkpoint.name
+        == "rwkv-1.pth"
+    )
     assert "length: 8 steps of 16 tokens (--my_exit 1), epochs 0 to 1." in capsys.readouterr().out
     fit(TrainConfig(**SMALL, data_file=data, proj_dir=str(tmp_path / "b")))
     assert [x["lr"] for x in lines(tmp_path / "a")] == [x["lr"] for x in lines(tmp_path / "b")][:8]
@@ -438,10 +521,15 @@ def test_a_run_says_its_types_and_what_it_was_made_from(make_base, make_data, tm
     fit(LoRAConfig(**flags | {"precision": "bf16"}, wandb="test"))
     said = capsys.readouterr().out
     assert "precision: bf16, frozen weights kept in bfloat16/float32 (all types: run.json)" in said
-    assert "One epoch here = 4 steps = 64 tokens (set by --epoch_steps, not by your data; your data is 200 tokens)" in said
+    assert (
+        "One epoch here = 4 steps = 64 tokens (set by --epoch_steps, not by your data; your data is 200 tokens)" in said
+    )
     run = json.loads((tmp_path / "run/run.json").read_text())
     types = run["types"]
-    assert "bf16: trained weights float32 (they are the master weights), gradients float32, Adam's moments float32, frozen weights" in types
+    assert (
+        "bf16: trained weights float32 (they are the master weights), gradients float32, Adam's moments float32, frozen weights"
+        in types
+    )
     assert "matrix products bfloat16, WKV reads bfloat16 and computes in float32" in types
     assert (run["base"]["sha256"], run["data"]["sha256"], run["seed"]) == (sha256(base), sha256(f"{data}.bin"), 1)
     assert re.fullmatch(r"[0-9a-f]{40}\+?", run["git"] or "0" * 40)
@@ -451,22 +539,33 @@ def test_a_run_says_its_types_and_what_it_was_made_from(make_base, make_data, tm
         assert not path.is_file() or secret.encode() not in path.read_bytes(), path
 
 
-def test_a_base_in_bf16_that_processes_cannot_send_each_other_is_refused_if_it_was_asked_for(make_base, make_data, tmp_path, monkeypatch):
+def test_a_base_in_bf16_that_processes_cannot_send_each_other_is_refused_if_it_was_asked_for(
+    make_base, make_data, tmp_path, monkeypatch
+):
     monkeypatch.setattr(compat, "gloo_sends_bf16", lambda: False)  # as torch 1.13.1, on CPUs
-    flags = {**TUNE, "load_model": str(make_base()), "data_file": make_data(200), "proj_dir": str(tmp_path / "run"), "strategy": "ddp"}
+    flags = {
+        **TUNE,
+        "load_model": str(make_base()),
+        "data_file": make_data(200),
+        "proj_dir": str(tmp_path / "run"),
+        "strategy": "ddp",
+    }
     with pytest.raises(UserError, match="--lora_base bf16: processes on CPUs cannot send each other bf16"):
         fit(LoRAConfig(**flags, lora_base="bf16"))
     assert not (tmp_path / "run").exists()
     alone = LoRAConfig(**{**flags, "strategy": "auto"}, lora_base="bf16")
-    assert start.make_model(alone) is not None
-    model = start.make_model(LoRAConfig(**flags | {"precision": "bf16"}))
+    sizes = setup.sizes_of(alone)
+    assert setup.load_or_create(Run(alone, sizes, on_gpu=False)) is not None
+    model = setup.load_or_create(Run(LoRAConfig(**flags | {"precision": "bf16"}), sizes, on_gpu=False))
     assert {p.dtype for p in model.parameters()} == {torch.float32}  # and this is said at the start, as `precision:`
 
 
 def test_lora_on_a_base_kept_in_bf16_follows_the_one_in_fp32(make_base, make_data, tmp_path, monkeypatch):
     stored, trained = [], []
     keep = lora.store_frozen
-    monkeypatch.setattr(lora, "store_frozen", lambda model, dtype: (keep(model, dtype), stored.append(dtype), trained.append(model))[0])
+    monkeypatch.setattr(
+        lora, "store_frozen", lambda model, dtype: (keep(model, dtype), stored.append(dtype), trained.append(model))[0]
+    )
     common = {**TUNE, "load_model": str(make_base()), "data_file": make_data(200), "lora_dropout": 0.0, "lr_init": 1e-2}
     flags = {
         "fp32": {},

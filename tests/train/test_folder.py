@@ -11,10 +11,18 @@ import torch
 from rwkv.checkpoint import read_manifest, read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
-from rwkv.train import store
 from rwkv.train.fit import fit
+from rwkv.train.resume import state_files
 
-FLAGS = {"ctx_len": 8, "micro_bsz": 2, "epoch_steps": 4, "epoch_count": 3, "epoch_save": 1, "random_seed": 1, "accelerator": "cpu"}
+FLAGS = {
+    "ctx_len": 8,
+    "micro_bsz": 2,
+    "epoch_steps": 4,
+    "epoch_count": 3,
+    "epoch_save": 1,
+    "random_seed": 1,
+    "accelerator": "cpu",
+}
 NEW = {"n_layer": 1, "n_embd": 8, "vocab_size": 50}
 
 
@@ -62,7 +70,7 @@ def no_state(run):
 
 
 def corrupt_states(run):
-    for state in store.states(run):
+    for state in state_files.states(run):
         state.write_bytes(state.read_bytes()[:5000])
 
 
@@ -83,7 +91,7 @@ def a_file(run):
 
 
 def later_versions(run):
-    for state in store.states(run):
+    for state in state_files.states(run):
         later(state)
 
 
@@ -103,8 +111,14 @@ LOST = [
         r"checkpoints \(rwkv-0.pth, rwkv-1.pth, rwkv-2.pth\) but no training state.*--load_model .*/rwkv-2.pth --epoch_begin 3 --epoch_count 4",
     ),
     (empty_folder, "but no training state.*--epoch_begin 3"),
-    (corrupt_states, r"only corrupt training states \(resume/step-12.pt.corrupt, resume/step-8.pt.corrupt\).*--epoch_begin 3"),
-    (no_checkpoints_either, "a run whose training states were deleted.*--overwrite, which deletes loss.png, metrics.jsonl, run.json"),
+    (
+        corrupt_states,
+        r"only corrupt training states \(resume/step-12.pt.corrupt, resume/step-8.pt.corrupt\).*--epoch_begin 3",
+    ),
+    (
+        no_checkpoints_either,
+        "a run whose training states were deleted.*--overwrite, which deletes loss.png, metrics.jsonl, run.json",
+    ),
     (a_file, "run/resume: must be a folder"),
     (later_versions, "step-12.pt: written by a later version of this program"),
     (no_manifest, r"but no run.json.*--load_model .*/rwkv-2.pth --epoch_begin 3"),
@@ -213,14 +227,23 @@ def directory_bits(path):
     path.write_bytes(raw)
 
 
-DAMAGE = [folder_in_its_place, empty, another_file, without_a_part, wrong_type, no_tensors, nothing_in_it, directory_bits]
+DAMAGE = [
+    folder_in_its_place,
+    empty,
+    another_file,
+    without_a_part,
+    wrong_type,
+    no_tensors,
+    nothing_in_it,
+    directory_bits,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda x: x.__name__)
 def test_whatever_is_wrong_with_the_newest_state_the_one_before_is_used(damage, run, capsys):
     _config, folder = run
     damage(folder / "resume/step-12.pt")
-    state = store.newest(folder)
+    state = state_files.newest(folder)
     assert state.step == 8
     assert f"{folder}/resume/step-12.pt is corrupt" in capsys.readouterr().out
     assert (folder / "resume/step-12.pt.corrupt").exists()
@@ -232,13 +255,17 @@ def test_every_byte_of_a_state_may_be_wrong(run):
     path = folder / "resume/step-12.pt"
     good = path.read_bytes()
     generator = torch.Generator().manual_seed(0)
-    places = [*torch.randint(len(good), (150,), generator=generator).tolist(), *range(len(good) - 40, len(good)), *range(40)]
+    places = [
+        *torch.randint(len(good), (150,), generator=generator).tolist(),
+        *range(len(good) - 40, len(good)),
+        *range(40),
+    ]
     for place in places:
         raw = bytearray(good)
         raw[place] ^= 1 << place % 8
         path.write_bytes(raw)
-        with contextlib.suppress(store.CorruptState, UserError):
-            assert store.read(path).step == 12
+        with contextlib.suppress(state_files.CorruptState, UserError):
+            assert state_files.read(path).step == 12
 
 
 def test_a_state_of_another_run_is_refused_and_nothing_is_changed(run, tmp_path):
@@ -259,9 +286,9 @@ def test_a_state_that_cannot_be_read_is_not_called_corrupt(run, monkeypatch):
 
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(UserError, match="step-12.pt: this training state cannot be read .Permission denied"):
-        store.newest(folder)
+        state_files.newest(folder)
     monkeypatch.undo()
-    assert len(store.states(folder)) == 2
+    assert len(state_files.states(folder)) == 2
 
 
 MANIFESTS = [
@@ -289,24 +316,29 @@ def test_a_manifest_with_anything_missing_or_of_another_type_is_refused_in_words
     good = json.loads((folder / "run.json").read_text())
     spoiled = []
     for key in good:
-        spoiled += [{k: v for k, v in good.items() if k != key}, *({**good, key: value} for value in (None, 3, "x", [], {}))]
+        spoiled += [
+            {k: v for k, v in good.items() if k != key},
+            *({**good, key: value} for value in (None, 3, "x", [], {})),
+        ]
         if isinstance(good[key], dict):
             for inner in good[key]:
                 spoiled.append({**good, key: {k: v for k, v in good[key].items() if k != inner}})
                 spoiled += [{**good, key: {**good[key], inner: value}} for value in (None, "x", [1], {"a": 1}, -1, 0)]
-    from rwkv.train import manifest
+    from rwkv.train.resume import run_manifest
 
     for run_json in spoiled:
         (folder / "run.json").write_text(json.dumps(run_json))
         try:
-            read = manifest.read(folder)
+            read = run_manifest.read(folder)
         except UserError:
             continue
-        manifest.changes(read, good)
-        manifest.changes(good, read)
+        run_manifest.changes(read, good)
+        run_manifest.changes(good, read)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "train_log.txt", "loss.png", "run.json", "rwkv-0.pth", "rwkv-final.pth"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "train_log.txt", "loss.png", "run.json", "rwkv-0.pth", "rwkv-final.pth"]
+)
 def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_written(name, finished, tmp_path):
     (tmp_path / "run" / name).mkdir(parents=True)
     for flags in ({}, {"overwrite": True}):
@@ -333,10 +365,13 @@ def test_overwrite_deletes_only_what_this_program_wrote_and_lists_it(upstreams, 
     config = changed(finished[0], proj_dir=str(upstreams), load_model="", epoch_count=2)
     before = content(upstreams)
     with pytest.raises(
-        UserError, match=r"rwkv-38.pth.*--load_model .*out/rwkv-38.pth --epoch_begin 39.*--overwrite, which deletes nothing"
+        UserError,
+        match=r"rwkv-38.pth.*--load_model .*out/rwkv-38.pth --epoch_begin 39.*--overwrite, which deletes nothing",
     ):
         fit(config)
-    with pytest.raises(UserError, match=r"rwkv-final.pth: this run would replace it, and this program did not write it"):
+    with pytest.raises(
+        UserError, match=r"rwkv-final.pth: this run would replace it, and this program did not write it"
+    ):
         fit(changed(config, overwrite=True))
     (upstreams / "rwkv-final.pth").unlink()
     with pytest.raises(UserError, match=r"rwkv-0.pth: this run would replace it"):
@@ -371,7 +406,9 @@ def test_a_lora_run_is_told_how_to_continue_from_its_adapter(make_base, make_dat
     config = LoRAConfig(**FLAGS, load_model=str(base), data_file=make_data(200), proj_dir=str(tmp_path / "a b"))
     fit(changed(config, epoch_count=1))
     no_state(tmp_path / "a b")
-    with pytest.raises(UserError, match=rf"--load_model {base} --lora_load '{tmp_path}/a b/rwkv-0.pth' --epoch_begin 1"):
+    with pytest.raises(
+        UserError, match=rf"--load_model {base} --lora_load '{tmp_path}/a b/rwkv-0.pth' --epoch_begin 1"
+    ):
         fit(config)
     fit(changed(config, lora_load=str(tmp_path / "a b/rwkv-0.pth"), epoch_begin=1))
 
@@ -403,11 +440,15 @@ UNSERVED = [
 
 
 @pytest.mark.parametrize(("flags", "words"), UNSERVED, ids=str)
-def test_allow_changes_refuses_what_the_state_cannot_serve_and_changes_nothing(flags, words, make_base, make_data, tmp_path):
+def test_allow_changes_refuses_what_the_state_cannot_serve_and_changes_nothing(
+    flags, words, make_base, make_data, tmp_path
+):
     config = LoRAConfig(**FLAGS, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run"))
     fit(changed(config, max_steps=2))
     before = content(tmp_path / "run")
-    with pytest.raises(UserError, match=rf"(?s)--allow_changes: the training state cannot be used with\n  {words}.*another --proj_dir"):
+    with pytest.raises(
+        UserError, match=rf"(?s)--allow_changes: the training state cannot be used with\n  {words}.*another --proj_dir"
+    ):
         fit(changed(config, allow_changes=True, **flags))
     assert content(tmp_path / "run") == before
     fit(changed(config, max_steps=3))  # the original command
@@ -421,13 +462,15 @@ def test_the_manifest_is_replaced_only_after_the_state_was_taken(make_base, make
     def fail(*_):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("rwkv.train.sharded.put_back", fail)
+    monkeypatch.setattr("rwkv.train.runtime.zero.put_back", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         fit(changed(config, allow_changes=True, lr_init=0.1))
     assert content(tmp_path / "run") == before
 
 
 def test_a_flag_of_floats_may_have_been_given_a_fraction(make_base, make_data, tmp_path):
-    config = LoRAConfig(**FLAGS, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run"), lora_alpha=16.5)
+    config = LoRAConfig(
+        **FLAGS, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run"), lora_alpha=16.5
+    )
     fit(changed(config, max_steps=1, weight_decay=0.01, weight_decay_final=0.001))
     assert fit(changed(config, max_steps=2, weight_decay=0.01, weight_decay_final=0.001)).steps == 2

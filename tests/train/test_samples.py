@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from rwkv.checkpoint import load_model, read_tensors
 from rwkv.config import ConvertConfig, LoRAConfig, TrainConfig
 from rwkv.data.binidx import Dataset, mask_path, writer
-from rwkv.data.convert import convert
-from rwkv.data.stream import Stream, split
+from rwkv.data.convert.pipeline import convert
+from rwkv.data.token_stream import Stream, split
 from rwkv.errors import UserError
 from rwkv.files import sha256
 from rwkv.train import samples
@@ -34,7 +34,9 @@ def documents(tmp_path):
             length = int(torch.randint(2, CTX + 1, (1,), generator=generator))
             out.add([*torch.randint(1, 50, (length - 1,), generator=generator).tolist(), 0])
         tokens = out.tokens
-    mask_path(tmp_path / "d_text_document").write_bytes(bytes(torch.randint(2, (tokens,), generator=generator).tolist()))
+    mask_path(tmp_path / "d_text_document").write_bytes(
+        bytes(torch.randint(2, (tokens,), generator=generator).tolist())
+    )
     return str(tmp_path / "d_text_document")
 
 
@@ -57,14 +59,22 @@ def plain_mean(model, items, reset: bool) -> tuple[float, int]:
 
 
 @pytest.mark.parametrize("reset", [0, 1])
-@pytest.mark.parametrize("mode", [{}, {"doc_training": 1}, {"doc_training_seq": 1, "min_ctx_len": CTX}, {"magic_prime": -1}], ids=str)
+@pytest.mark.parametrize(
+    "mode", [{}, {"doc_training": 1}, {"doc_training_seq": 1, "min_ctx_len": CTX}, {"magic_prime": -1}], ids=str
+)
 def test_the_loss_is_the_mean_over_counted_targets_of_documents_run_alone(make_base, documents, tmp_path, mode, reset):
     base = make_base()
     config = TrainConfig(
-        **FLAGS | STILL, **mode, doc_reset=reset, load_model=str(base), data_file=documents, proj_dir=str(tmp_path / "run"), max_steps=3
+        **FLAGS | STILL,
+        **mode,
+        doc_reset=reset,
+        load_model=str(base),
+        data_file=documents,
+        proj_dir=str(tmp_path / "run"),
+        max_steps=3,
     )
     fit(config)
-    data, _ = samples.make(config, Dataset(documents), 1)
+    data, _ = samples.make(config, Dataset(documents))
     for step, line in enumerate(lines(tmp_path / "run")):
         expected, count = plain_mean(load_model(base), [data[i] for i in range(3 * step, 3 * step + 3)], bool(reset))
         assert line["loss"] == pytest.approx(expected, rel=1e-5)  # fp32, sums in another order
@@ -86,7 +96,7 @@ def test_a_held_out_loss_is_that_of_the_held_out_documents(make_base, documents,
     data = Dataset(documents)
     held = Stream(data, split(data, 0.2, CTX)[1])
     contexts = [held.read(i, i + CTX + 1) for i in range(0, len(held) - CTX, CTX)]
-    items = [tuple(map(torch.from_numpy, (p.ids[:-1], p.ids[1:], p.counts[1:], p.starts[:-1]))) for p in contexts]
+    items = [tuple(map(torch.from_numpy, (p.ids[:-1], p.ids[1:], p.loss_mask[1:], p.starts[:-1]))) for p in contexts]
     expected, _ = plain_mean(load_model(base), items, False)
     found = {line["step"]: line["val_loss"] for line in lines(tmp_path / "run") if "val_loss" in line}
     assert list(found) == [3, 4, 6, 8]  # every third, and the ends of epochs
@@ -112,7 +122,7 @@ def test_a_validation_file_is_read_as_the_data_are_and_changes_no_step(make_base
     flags = FLAGS | mode | {"load_model": str(base), "data_file": documents, "val_samples": 0}
     config = TrainConfig(**flags | STILL, val_file=other, val_every=3, proj_dir=str(tmp_path / "run"))
     result = fit(config)
-    _, held_out = samples.make(config, Dataset(documents), 1, Dataset(other))
+    _, held_out = samples.make(config, Dataset(documents), Dataset(other))
     expected, _ = plain_mean(load_model(base), [held_out[i] for i in range(len(held_out))], bool(mode))
     found = {line["step"]: line["val_loss"] for line in lines(tmp_path / "run") if "val_loss" in line}
     assert list(found) == [3, 4, 6, 8]
@@ -125,7 +135,12 @@ def test_a_validation_file_is_read_as_the_data_are_and_changes_no_step(make_base
 
 
 def test_another_validation_file_is_seen_when_a_run_is_resumed(make_base, documents, other, tmp_path):
-    flags = FLAGS | {"load_model": str(make_base()), "data_file": documents, "proj_dir": str(tmp_path / "run"), "val_file": other}
+    flags = FLAGS | {
+        "load_model": str(make_base()),
+        "data_file": documents,
+        "proj_dir": str(tmp_path / "run"),
+        "val_file": other,
+    }
     fit(TrainConfig(**flags, max_steps=2))
     moved = tmp_path / "moved"
     moved.mkdir()
@@ -144,7 +159,7 @@ def test_a_validation_file_that_cannot_serve_is_refused(make_base, documents, ma
     flags = FLAGS | {"load_model": str(make_base()), "data_file": documents, "proj_dir": str(tmp_path / "run")}
     with pytest.raises(UserError, match="is --data_file: its loss would be that of training"):
         fit(TrainConfig(**flags, val_file=documents))
-    with pytest.raises(UserError, match=r"--val_file .*short: the data holds 9 tokens"):
+    with pytest.raises(UserError, match=r"--val_file .*short: the data has 9 tokens"):
         fit(TrainConfig(**flags, val_file=make_data(9, name="short")))
     with pytest.raises(UserError, match=r"large\.bin: token id \d+, and the model has a vocabulary of 50"):
         fit(TrainConfig(**flags, val_file=make_data(90, vocab=900, name="large")))
@@ -153,9 +168,9 @@ def test_a_validation_file_that_cannot_serve_is_refused(make_base, documents, ma
 
 def test_no_training_sample_holds_a_held_out_document(documents):
     config = TrainConfig(**FLAGS, data_file=documents, val_split=0.2, doc_training=1)
-    training, held = samples.make(config, Dataset(documents), 1)
+    training, held = samples.make(config, Dataset(documents))
     seen = [
-        {tuple(x.tolist()) for x, *_ in (source.item(*source.in_order(i)) for i in range(source.distinct))}
+        {tuple(x.tolist()) for x, *_ in (source.item(*source.sequential_window(i)) for i in range(source.per_pass))}
         for source in (training, held.source)
     ]
     assert seen[0]
@@ -165,7 +180,9 @@ def test_no_training_sample_holds_a_held_out_document(documents):
 
 def test_watching_the_held_out_loss_changes_no_bit_of_a_run(make_base, documents, tmp_path):
     common = {**FLAGS, "load_model": str(make_base()), "data_file": documents, "lora_dropout": 0.3, "val_split": 0.2}
-    runs = [fit(LoRAConfig(**common, proj_dir=str(tmp_path / f"{every}"), val_every=every)).checkpoint for every in (0, 1)]
+    runs = [
+        fit(LoRAConfig(**common, proj_dir=str(tmp_path / f"{every}"), val_every=every)).checkpoint for every in (0, 1)
+    ]
     once, often = map(read_tensors, runs)
     assert all(torch.equal(once[key], often[key]) for key in once)
 
@@ -181,7 +198,14 @@ def test_two_processes_weigh_their_counted_targets_as_one_with_twice_the_batch(m
         "val_every": 1,
         "lr_init": 1e-3,
     }
-    flags |= {"ctx_len": CTX, "epoch_steps": 5, "epoch_count": 1, "random_seed": 1, "accelerator": "cpu", "precision": "fp32"}
+    flags |= {
+        "ctx_len": CTX,
+        "epoch_steps": 5,
+        "epoch_count": 1,
+        "random_seed": 1,
+        "accelerator": "cpu",
+        "precision": "fp32",
+    }
     common = [word for name, value in flags.items() for word in (f"--{name}", value)]
     for name, extra in (("one", ["--micro_bsz", 2]), ("two", ["--micro_bsz", 1, "--devices", 2])):
         command = [sys.executable, root / "scripts/finetune.py", *common, *extra, "--proj_dir", tmp_path / name]
@@ -201,25 +225,27 @@ def test_a_step_without_a_counted_target_moves_nothing_and_goes_on(make_base, do
     tokens = len(Dataset(documents).tokens)
     mask_path(documents).write_bytes(bytes(tokens - 1) + b"\1")
     base = make_base()
-    result = fit(TrainConfig(**FLAGS, load_model=str(base), data_file=documents, proj_dir=str(tmp_path / "run"), max_steps=1))
+    result = fit(
+        TrainConfig(**FLAGS, load_model=str(base), data_file=documents, proj_dir=str(tmp_path / "run"), max_steps=1)
+    )
     assert [(line["loss"], line["targets"]) for line in lines(tmp_path / "run")] == [(0, 0)]
     before, after = read_tensors(base), read_tensors(result.checkpoint)
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 REFUSED = [
-    ({"doc_training": 1, "magic_prime": -1}, "leave one of them out"),
-    ({"min_ctx_len": 5}, "a matter of --doc_training 1"),
+    ({"doc_training": 1, "magic_prime": -1}, "use only one of them"),
+    ({"min_ctx_len": 5}, "applies to --doc_training 1"),
     ({"doc_training": 1, "min_ctx_len": CTX + 1}, f"must be 0 to --ctx_len {CTX}"),
     ({"doc_sep": -2}, "must be a token id, or -1"),
     ({"val_split": 1.0}, "less than 1"),
     ({"val_every": 5}, "needs a validation set: give --val_file, or --val_split"),
     ({"val_file": "v", "val_split": 0.5}, "both give the validation set"),
     ({"val_file": "v.jsonl"}, r"must be a binidx.* scripts/convert.py --input v.jsonl --output-prefix PREFIX"),
-    ({"val_file": "v", "data_type": "utf-8"}, "makes tokens of its own"),
+    ({"val_file": "v", "data_type": "utf-8"}, "has its own vocabulary"),
     ({"val_file": "none"}, "none"),
     ({"val_split": 0.5, "val_samples": -1}, "must not be negative"),
-    ({"val_split": 0.01}, "tokens would be held out"),
+    ({"val_split": 0.01}, "tokens for validation"),
     ({"chatml_mask": 1}, "--chatml_mask 1 finds no answer in it"),
 ]
 
@@ -229,7 +255,15 @@ def test_flags_that_cannot_be_are_refused_before_the_first_step(documents, tmp_p
     with pytest.raises(UserError, match=complaint):
         fit(
             TrainConfig(
-                **{**FLAGS, "n_layer": 1, "n_embd": 8, "vocab_size": 50, "data_file": documents, "proj_dir": str(tmp_path / "run"), **flags}
+                **{
+                    **FLAGS,
+                    "n_layer": 1,
+                    "n_embd": 8,
+                    "vocab_size": 50,
+                    "data_file": documents,
+                    "proj_dir": str(tmp_path / "run"),
+                    **flags,
+                }
             )
         )
     assert not (tmp_path / "run").exists()
@@ -238,11 +272,11 @@ def test_flags_that_cannot_be_are_refused_before_the_first_step(documents, tmp_p
 def test_a_mask_of_zeros_is_refused(documents, tmp_path):
     mask_path(documents).write_bytes(bytes(len(Dataset(documents).tokens)))
     with pytest.raises(UserError, match="no token of the data counts in the loss: the mask beside the tokens is all 0"):
-        samples.make(TrainConfig(**FLAGS, data_file=documents), Dataset(documents), 1)
+        samples.make(TrainConfig(**FLAGS, data_file=documents), Dataset(documents))
 
 
 def test_a_mask_of_zeros_is_explained_by_the_roles_of_the_data(write_jsonl):
     questions = write_jsonl(*({"messages": [{"role": "用户", "content": f"what is {i}?"}]} for i in range(9)))
     prefix = convert(ConvertConfig(input=str(questions), workers=1)).pairs[0][0]
     with pytest.raises(UserError, match=r"all 0, no message has the role assistant \(found: user 9\)"):
-        samples.make(TrainConfig(**FLAGS, data_file=prefix), Dataset(prefix), 1)
+        samples.make(TrainConfig(**FLAGS, data_file=prefix), Dataset(prefix))

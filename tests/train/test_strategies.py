@@ -19,8 +19,8 @@ from rwkv import checkpoint, compat
 from rwkv.checkpoint import read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import writer
-from rwkv.train import strategy
 from rwkv.train.fit import fit
+from rwkv.train.runtime import strategy
 
 STRATEGIES = ["ddp", *(name for name in strategy.ZEROS if name != "deepspeed")]
 TOLERANCE = 1e-5  # fp32: sums run in another order; seen are 2e-7
@@ -53,7 +53,8 @@ CASES = sorted(
     (name, case)
     for name in STRATEGIES
     for case in PAIRED
-    if case in EVERYWHERE or (name in ("ddp", "deepspeed_stage_2", "deepspeed_stage_3") and (name, case) != ("deepspeed_stage_3", "pieces"))
+    if case in EVERYWHERE
+    or (name in ("ddp", "deepspeed_stage_2", "deepspeed_stage_3") and (name, case) != ("deepspeed_stage_3", "pieces"))
 )
 CHANGED = [  # the strategy of the first three steps, and that of the others; "one" is one process
     (before, after)
@@ -84,7 +85,9 @@ SOLO = {  # DeepSpeed on one GPU
     "deepspeed_stage_2_offload": ("lora", {}),
     "deepspeed_stage_3": ("full", {"grad_cp": 1, "ds_config": ""}),  # small weights stay gathered, as is the default
 }
-LOW = [name for name in ("deepspeed_stage_1", "deepspeed_stage_2_offload", "deepspeed_stage_3") if name in STRATEGIES]  # in bf16
+LOW = [
+    name for name in ("deepspeed_stage_1", "deepspeed_stage_2_offload", "deepspeed_stage_3") if name in STRATEGIES
+]  # in bf16
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +99,9 @@ def runs(tmp_path_factory, make_model) -> Path:
     with writer(folder / "data") as out:
         for length in torch.randint(3, 20, (40,), generator=generator).tolist():
             out.add([*torch.randint(1, 50, (length,), generator=generator).tolist(), 0])
-    (folder / "whole.json").write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 2000}}))
+    (folder / "whole.json").write_text(
+        json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 2000}})
+    )
 
     def flags(name: str, case: dict) -> dict:
         return {
@@ -127,7 +132,8 @@ def runs(tmp_path_factory, make_model) -> Path:
         paired.append([kind, flags(f"{name}, {case}", {**own, **spread(name, folder)})])
     for kind, own in (("full", CLIPPED), ("lora", LORA)):
         paired += [
-            [kind, flags(f"{name}, {kind}, bf16", {"micro_bsz": 2, "precision": "bf16", **own, **spread(name, folder)})] for name in LOW
+            [kind, flags(f"{name}, {kind}, bf16", {"micro_bsz": 2, "precision": "bf16", **own, **spread(name, folder)})]
+            for name in LOW
         ]
     for name in LOW:
         half = flags(f"{name}, bf16, stopped", {"micro_bsz": 2, "precision": "bf16", **CLIPPED, **spread(name, folder)})
@@ -137,12 +143,17 @@ def runs(tmp_path_factory, make_model) -> Path:
         for before, after in CHANGED:
             name = f"{before}, then {after}, {kind}"
             sides = [
-                flags_of | ({"micro_bsz": 4} if side == "one" else {"micro_bsz": 2, **spread(side, folder)}) for side in (before, after)
+                flags_of | ({"micro_bsz": 4} if side == "one" else {"micro_bsz": 2, **spread(side, folder)})
+                for side in (before, after)
             ]
             halves[name] = [flags(name, {**sides[0], "max_steps": 3}), flags(name, sides[1])]
             if before == "one":
                 alone(kind, halves[name].pop(0))
-        paired += [[kind, half] for name, both in halves.items() for half in (both[:1] if name.split(", ")[1] == "then one" else both)]
+        paired += [
+            [kind, half]
+            for name, both in halves.items()
+            for half in (both[:1] if name.split(", ")[1] == "then one" else both)
+        ]
         ends += [(kind, both[1]) for name, both in halves.items() if name.split(", ")[1] == "then one"]
     for name, (which, kind, precision, value) in SPOILED.items():
         case = {"full": CLIPPED, "lora": LORA}[kind] | {"micro_bsz": 2, "precision": precision, "spoil": [3, value]}
@@ -177,7 +188,13 @@ def together(folder: Path, paired: list, solo: list) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        common = {
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "GROUP_RANK": "0",
+            "NODE_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+        }
         common |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         common |= {"PATH": str(folder / "nothing"), "TORCH_EXTENSIONS_DIR": str(folder / "compiled")}
         command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(folder / f"{name}.json")]

@@ -130,9 +130,14 @@ def ours(tmp_path) -> list[float]:
 
 
 def agree(mine: list[float], p: dict, trained: list[str], stream: np.ndarray, c: dict, lora=None):
-    theirs, still = (plain_trainer(p, trained, stream, len(mine), flags, lora) for flags in (c, {**c, "lr_init": 0.0, "lr_final": 0.0}))
+    theirs, still = (
+        plain_trainer(p, trained, stream, len(mine), flags, lora)
+        for flags in (c, {**c, "lr_init": 0.0, "lr_final": 0.0})
+    )
     np.testing.assert_allclose(mine, theirs, rtol=TOLERANCE)
-    assert np.max(np.abs(np.divide(mine, still) - 1)) > 100 * TOLERANCE, "the comparison is empty unless the model learns"
+    assert np.max(np.abs(np.divide(mine, still) - 1)) > 100 * TOLERANCE, (
+        "the comparison is empty unless the model learns"
+    )
 
 
 @pytest.mark.parametrize(
@@ -203,7 +208,15 @@ def test_thirty_steps_of_a_stage_follow_upstream(make_base, make_data, tmp_path,
 @pytest.mark.parametrize("grad_cp", [0, 1])
 def test_twenty_steps_of_lora_follow_upstream(make_base, make_data, tmp_path, parts, lr_final, grad_cp):
     base, data, ctx = make_base(n_layer=2), make_data(500), 15
-    flags = {"ctx_len": ctx, "micro_bsz": 2, "epoch_steps": 20, "epoch_count": 1, "lr_init": 5e-3, "lr_final": lr_final, "magic_prime": 29}
+    flags = {
+        "ctx_len": ctx,
+        "micro_bsz": 2,
+        "epoch_steps": 20,
+        "epoch_count": 1,
+        "lr_init": 5e-3,
+        "lr_final": lr_final,
+        "magic_prime": 29,
+    }
     common = {
         "load_model": str(base),
         "data_file": data,
@@ -216,7 +229,9 @@ def test_twenty_steps_of_lora_follow_upstream(make_base, make_data, tmp_path, pa
         "random_seed": 3,
     }
     # The adapter's first values are random: take them from a run that changes nothing, and go on from there.
-    fit(LoRAConfig(**flags | {"lr_init": 0.0, "lr_final": 0.0}, **common, proj_dir=str(tmp_path / "start"), max_steps=1))
+    fit(
+        LoRAConfig(**flags | {"lr_init": 0.0, "lr_final": 0.0}, **common, proj_dir=str(tmp_path / "start"), max_steps=1)
+    )
     start = tmp_path / "start/rwkv-final.pth"
     fit(LoRAConfig(**flags, **common, proj_dir=str(tmp_path / "run"), lora_load=str(start), grad_cp=grad_cp))
     adapter = read_tensors(start)

@@ -1,4 +1,6 @@
-"""Files that would create an empty file named `ran` in the working directory if anything in them were executed, and files that block or exhaust memory."""
+"""Malicious files: executing anything in them would create a file named `ran` in the working
+directory; others block or exhaust memory.
+"""
 
 import io
 import os
@@ -12,7 +14,8 @@ import torch
 
 MARKER = "ran"
 
-CALLS = {  # what a pickle may name, and arguments with which it would leave the marker or bring in more code
+# what a pickle may name, and arguments with which it would leave the marker or bring in more code
+CALLS = {
     "os system": (f"touch {MARKER}",),
     "posix system": (f"touch {MARKER}",),
     "subprocess check_call": (["touch", MARKER],),
@@ -58,12 +61,12 @@ CALLS = {  # what a pickle may name, and arguments with which it would leave the
 
 
 def _pushed(*values: object) -> bytes:
-    """The instructions that push a tuple of plain values; a function is pushed by its name."""
+    """Opcodes that push a tuple of plain values; a function is pushed by its name."""
     return pickle.dumps(values, 2)[2:-1]
 
 
 def call(name: str, arguments: tuple, protocol: int = 2) -> bytes:
-    """A pickle that calls a function by its name, `module attribute`."""
+    """A pickle that calls a function named `module attribute`."""
     module, attribute = name.split(" ")
     if protocol == 2:
         named = f"c{module}\n{attribute}\n".encode()
@@ -73,7 +76,7 @@ def call(name: str, arguments: tuple, protocol: int = 2) -> bytes:
 
 
 def other_instructions() -> dict[str, bytes]:
-    """Pickles that execute something in another way than by GLOBAL and REDUCE."""
+    """Pickles that execute something by other opcodes than GLOBAL and REDUCE."""
     text = f"touch {MARKER}".encode()
     path = pickle.dumps(Path(MARKER), 2)[2:-1]
     return {
@@ -108,8 +111,11 @@ def archive(pickled: bytes, records: dict[str, bytes] | None = None, top: str = 
 
 
 def legacy(pickled: bytes, place: int) -> bytes:
-    """A file as of torch before 1.6 with this pickle as one of its five."""
-    parts = [pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True}, {}, [])]
+    """A file of torch before 1.6 with this pickle as one of its five."""
+    parts = [
+        pickle.dumps(x, 2)
+        for x in (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True}, {}, [])
+    ]
     parts[place] = pickled
     return b"".join(parts)
 
@@ -133,7 +139,9 @@ class _Script(torch.nn.Module):
 
 
 def scripts(folder: Path) -> list[Path]:
-    """TorchScript archives whose __setstate__ creates the marker, as torch.jit.save writes them, and changed so that a parser may fail on them."""
+    """TorchScript archives whose __setstate__ creates the marker, as written by torch.jit.save, and
+    modified to confuse parsers.
+    """
     plain = folder / "script.pth"
     torch.jit.script(_Script()).save(str(plain))
     data = plain.read_bytes()
@@ -156,21 +164,33 @@ def scripts(folder: Path) -> list[Path]:
 
 
 def tar(folder: Path) -> Path:
-    """A tar file as of torch before 0.1.10 whose member `storages` is a hard link to another file, `victim`."""
+    """A tar file of torch before 0.1.10 whose member `storages` is a hard link to another file,
+    `victim`.
+    """
     path = folder / "link.pth"
     with tarfile.open(path, "w") as file:
         for name in ("pickle", "tensors", "storages"):
             member = tarfile.TarInfo(name)
             if name == "storages":
-                member.type, member.linkname, member.mode, member.mtime = tarfile.LNKTYPE, str(folder / "victim"), 0o4777, 0
+                member.type, member.linkname, member.mode, member.mtime = (
+                    tarfile.LNKTYPE,
+                    str(folder / "victim"),
+                    0o4777,
+                    0,
+                )
             file.addfile(member)
     return path
 
 
 def tensor(
-    shape: tuple, stride: tuple, count: int, storage: str = "FloatStorage", function: str = "_rebuild_tensor_v2", more: bytes = b""
+    shape: tuple,
+    stride: tuple,
+    count: int,
+    storage: str = "FloatStorage",
+    function: str = "_rebuild_tensor_v2",
+    more: bytes = b"",
 ) -> bytes:
-    """The instructions that push a tensor over a storage `0`."""
+    """Opcodes that push a tensor in storage `0`."""
     return (
         f"ctorch._utils\n{function}\n((X\x07\x00\x00\x00storagectorch\n{storage}\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu".encode()
         + pickle.dumps(count, 2)[2:-1]
@@ -184,11 +204,11 @@ def tensor(
 
 
 def dictionary(key: str, pushed: bytes) -> bytes:
-    """A pickle of {key: what the instructions push}."""
+    """A pickle of {key: what the opcodes push}."""
     return b"\x80\x02}X" + struct.pack("<I", len(key)) + key.encode() + pushed + b"s."
 
 
 def fifo(folder: Path) -> Path:
-    """A named pipe that nobody writes to: opening it would block."""
+    """A named pipe without a writer: opening it would block."""
     os.mkfifo(folder / "pipe.pth")
     return folder / "pipe.pth"

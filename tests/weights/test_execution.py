@@ -1,4 +1,4 @@
-"""No module of ours calls a library that executes code from a file; and every program refuses such a file."""
+"""No module calls a loader that can execute code from a file, and every script rejects such files."""
 
 import ast
 import re
@@ -18,20 +18,22 @@ EXECUTING = re.compile(
 
 
 def calls(path: Path) -> list[ast.Call]:
-    """The calls of a file."""
+    """The calls in a source file."""
     return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=[str(path.relative_to(ROOT)) for path in SOURCES])
-def test_no_reader_that_executes_is_called(path):
+def test_no_executing_loader_is_called(path):
     for call in calls(path):
         name = ast.unparse(call.func)
         assert not EXECUTING.fullmatch(name), f"{path}:{call.lineno}: {name}"
         if name in ("np.load", "numpy.load"):
-            assert not any(keyword.arg == "allow_pickle" and getattr(keyword.value, "value", True) for keyword in call.keywords)
+            assert not any(
+                keyword.arg == "allow_pickle" and getattr(keyword.value, "value", True) for keyword in call.keywords
+            )
 
 
-def test_no_module_imports_a_reader_that_executes():
+def test_no_executing_loader_is_imported():
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = (
@@ -41,18 +43,42 @@ def test_no_module_imports_a_reader_that_executes():
                 if isinstance(node, ast.Import)
                 else []
             )
-            assert not {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch.jit", "torch.hub"} & set(names), path
+            assert not {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch.jit", "torch.hub"} & set(
+                names
+            ), path
 
 
-def test_no_text_advises_to_execute():
+def test_no_advice_to_use_executing_loader():
     for path in SOURCES:
-        assert "weights_only" not in path.read_text(encoding="utf-8") or path.name == "pth.py", path  # which says why it is no protection
+        assert "weights_only" not in path.read_text(encoding="utf-8") or path.name == "pth.py", (
+            path
+        )  # which says why it is no protection
 
 
 PROGRAMS = {
     "generate": ("generate.py", "--model", "{bad}", "--prompt", "x", "--accelerator", "cpu"),
-    "generate, adapter": ("generate.py", "--model", "{base}", "--lora", "{bad}", "--prompt", "x", "--accelerator", "cpu"),
-    "merge, adapter": ("merge_lora.py", "--base", "{base}", "--adapter", "{bad}", "--output", "o.pth", "--lora_alpha", "1"),
+    "generate, adapter": (
+        "generate.py",
+        "--model",
+        "{base}",
+        "--lora",
+        "{bad}",
+        "--prompt",
+        "x",
+        "--accelerator",
+        "cpu",
+    ),
+    "merge, adapter": (
+        "merge_lora.py",
+        "--base",
+        "{base}",
+        "--adapter",
+        "{bad}",
+        "--output",
+        "o.pth",
+        "--lora_alpha",
+        "1",
+    ),
     "merge, base": ("merge_lora.py", "--base", "{bad}", "--adapter", "{adapter}", "--output", "o.pth"),
     "merge, the base of a manifest": ("merge_lora.py", "--adapter", "{adapter}", "--output", "o.pth"),
     "export": ("export.py", "--model", "{bad}", "--output", "o.pth"),
@@ -63,12 +89,15 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_every_program_refuses_a_program_in_the_place_of_a_file(script, make_base, make_data, tmp_path, name):
+def test_scripts_reject_executable_files(script, make_base, make_data, tmp_path, name):
     make_data(200, name="d")
     base = make_base()
     bad = hostile.scripts(tmp_path)[0]
     adapter = tmp_path / "adapter.pth"
-    torch.save({f"blocks.{i}.att.key.lora_{x}": torch.zeros((2, 16) if x == "A" else (16, 2)) for i in (0, 1) for x in "AB"}, adapter)
+    torch.save(
+        {f"blocks.{i}.att.key.lora_{x}": torch.zeros((2, 16) if x == "A" else (16, 2)) for i in (0, 1) for x in "AB"},
+        adapter,
+    )
     (tmp_path / "adapter.pth.json").write_text(f'{{"alpha": 2, "base": "{bad.name}"}}')
     words = [word.format(bad=bad, base=base, adapter=adapter) for word in PROGRAMS[name]]
     done = script(*words, status=1)

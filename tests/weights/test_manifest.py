@@ -1,4 +1,4 @@
-"""Manifests beside adapters: every wrong type, size and number is an error in words; bases are found where they are now."""
+"""Adapter manifests: invalid values are reported, and base models are found."""
 
 import json
 import os
@@ -8,8 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv import checkpoint, lora
-from rwkv.checkpoint import find_base, inspect_adapter, load_combined, load_model, load_tuned, read_manifest, save_adapter
+from rwkv import checkpoint
+from rwkv.adapters import lora
+from rwkv.checkpoint import (
+    find_base,
+    inspect_adapter,
+    load_combined,
+    load_model,
+    load_tuned,
+    read_manifest,
+    save_adapter,
+)
 from rwkv.errors import UserError, printable
 from rwkv.files import sha256
 
@@ -43,7 +52,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values])
-def test_a_value_of_the_wrong_type_or_size_is_named(tuned, key, value):
+def test_invalid_value(tuned, key, value):
     base, adapter = tuned
     with_values(adapter, **{key: value})
     for read in (inspect_adapter, lambda path: load_tuned(base, path), lambda path: load_combined(base, [path], [1.0])):
@@ -68,7 +77,7 @@ def test_a_value_of_the_wrong_type_or_size_is_named(tuned, key, value):
     ],
     ids=range(11),
 )
-def test_what_is_no_manifest_is_said_to_be_so(tuned, content):
+def test_not_a_manifest(tuned, content):
     _, adapter = tuned
     Path(f"{adapter}.json").write_bytes(content)
     for read in (read_manifest, inspect_adapter, find_base):
@@ -78,7 +87,7 @@ def test_what_is_no_manifest_is_said_to_be_so(tuned, content):
             read(adapter)
 
 
-def test_a_manifest_that_is_a_pipe_or_folder_is_refused(tuned):
+def test_manifest_is_pipe_or_folder(tuned):
     _, adapter = tuned
     path = Path(f"{adapter}.json")
     path.unlink()
@@ -91,7 +100,7 @@ def test_a_manifest_that_is_a_pipe_or_folder_is_refused(tuned):
         inspect_adapter(adapter)
 
 
-def test_a_base_is_named_relative_to_the_adapter_and_found_where_it_is(tuned, tmp_path, monkeypatch):
+def test_base_path_relative_to_adapter(tuned, tmp_path, monkeypatch):
     base, adapter = tuned
     assert read_manifest(adapter)["base"] == "../base.pth"
     assert find_base(adapter).samefile(base)
@@ -103,11 +112,12 @@ def test_a_base_is_named_relative_to_the_adapter_and_found_where_it_is(tuned, tm
     shutil.move(tmp_path / "moved/base.pth", tmp_path / "elsewhere.pth")
     assert find_base(adapter) is None
     monkeypatch.chdir(tmp_path)
-    for old in ("elsewhere.pth", str(tmp_path / "elsewhere.pth")):  # from the working directory, or absolute
+    # from the working directory, or absolute
+    for old in ("elsewhere.pth", str(tmp_path / "elsewhere.pth")):
         assert find_base(with_values(adapter, base=old)).samefile("elsewhere.pth")
 
 
-def test_of_several_bases_the_one_that_was_trained_on_is_taken(tuned, tmp_path, make_base, monkeypatch):
+def test_base_chosen_by_sha256(tuned, tmp_path, make_base, monkeypatch):
     base, adapter = tuned
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
@@ -119,7 +129,7 @@ def test_of_several_bases_the_one_that_was_trained_on_is_taken(tuned, tmp_path, 
     assert find_base(adapter).samefile("models/base.pth")
 
 
-def test_a_base_is_compared_before_it_is_read(tuned, tmp_path, monkeypatch):
+def test_base_verified_before_reading(tuned, tmp_path, monkeypatch):
     _, adapter = tuned
     other = tmp_path / "other.pth"
     torch.save({"emb.weight": torch.zeros(2, 2)}, other)
@@ -132,7 +142,7 @@ def test_a_base_is_compared_before_it_is_read(tuned, tmp_path, monkeypatch):
     assert set(seen) == {"adapter.pth"}
 
 
-def test_manifests_have_no_absolute_paths(tmp_path, make_model):
+def test_no_absolute_paths(tmp_path, make_model):
     given = {
         "flags": {"load_model": str(tmp_path / "base.pth"), "lr_init": 1e-4, "data_file": "data/x"},
         "data": str(tmp_path / "data"),
@@ -141,16 +151,19 @@ def test_manifests_have_no_absolute_paths(tmp_path, make_model):
     checkpoint.save_model(tmp_path / "run/x.pth", make_model(), given)
     assert str(tmp_path) not in Path(tmp_path / "run/x.pth.json").read_text()
     found = read_manifest(tmp_path / "run/x.pth")
-    assert (found["flags"], found["data"]) == ({"load_model": "../base.pth", "lr_init": 1e-4, "data_file": "data/x"}, "../data")
+    assert (found["flags"], found["data"]) == (
+        {"load_model": "../base.pth", "lr_init": 1e-4, "data_file": "data/x"},
+        "../data",
+    )
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), -2.0])
-def test_an_alpha_by_flag_is_a_positive_number(tuned, alpha):
+def test_alpha_flag_must_be_positive(tuned, alpha):
     with pytest.raises(UserError, match="it is a number above 0"):
         inspect_adapter(tuned[1], alpha=alpha)
 
 
-def test_control_characters_are_escaped_and_all_else_is_kept():
+def test_control_characters_escaped():
     assert printable("\x1b[31m\x9b\x07\u202e\ud800") == "\\x1b[31m\\x9b\\x07\\u202e\\ud800"
     assert printable("tab\tline\nand 你好 é 👩‍👩‍👧") == "tab\tline\nand 你好 é 👩‍👩‍👧"
     assert str(UserError("\x1b]0;x\x07")) == "\\x1b]0;x\\x07"

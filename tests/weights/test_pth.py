@@ -1,4 +1,6 @@
-"""No file can execute anything while it is read, whatever the version of torch: https://github.com/advisories/GHSA-53q9-r3pm-6pq6 (CVE-2025-32434)."""
+"""Reading a file never executes code from it, on any torch version (CVE-2025-32434,
+GHSA-53q9-r3pm-6pq6).
+"""
 
 import contextlib
 import os
@@ -15,7 +17,7 @@ import torch
 
 from rwkv import checkpoint
 from rwkv.errors import FileFormatError, UserError
-from rwkv.train import store
+from rwkv.train.resume import state_files
 from rwkv.weights import pth
 
 READERS = {
@@ -23,13 +25,13 @@ READERS = {
     "model": checkpoint.load_model,
     "tensors": checkpoint.read_tensors,
     "adapter": checkpoint.inspect_adapter,
-    "state": store.read,
+    "state": state_files.read,
 }
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """The working directory, in which a file that is executed leaves its marker."""
+    """The working directory, where executed code would leave its marker."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "victim").write_text("untouched")
     os.chmod(tmp_path / "victim", 0o600)
@@ -37,11 +39,11 @@ def folder(tmp_path, monkeypatch):
 
 
 def refused(path: Path, read=pth.load) -> str:
-    """The message with which a file is refused, without having been executed."""
+    """The error message for a file, after checking that nothing was executed."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(
-            ValueError if read is store.read else (FileFormatError, UserError)
+            ValueError if read is state_files.read else (FileFormatError, UserError)
         ) as error:  # a state's reader has an error of its own
             read(path)
     assert not Path(hostile.MARKER).exists(), path
@@ -55,18 +57,18 @@ def written(data: bytes) -> Path:
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_torchscript_is_refused_however_it_is_packed(folder, read):
+def test_torchscript_rejected(folder, read):
     for path in hostile.scripts(folder):
         refused(path, read)
 
 
-def test_the_torchscript_of_these_tests_would_run(folder):
+def test_hostile_torchscript_would_run(folder):
     torch.jit.load(str(hostile.scripts(folder)[0]))
     assert Path(hostile.MARKER).exists()
 
 
 @pytest.mark.parametrize("name", hostile.CALLS)
-def test_nothing_is_called_by_its_name(name):
+def test_forbidden_names_not_called(name):
     for protocol in (2, 4):
         pickled = hostile.call(name, hostile.CALLS[name], protocol)
         for data in (hostile.archive(pickled), pickled, *(hostile.legacy(pickled, place) for place in range(5))):
@@ -74,21 +76,21 @@ def test_nothing_is_called_by_its_name(name):
 
 
 @pytest.mark.parametrize("name", hostile.other_instructions())
-def test_nothing_is_executed_by_other_instructions(name):
+def test_forbidden_opcodes_not_executed(name):
     pickled = hostile.other_instructions()[name]
     for data in (hostile.archive(pickled), pickled, *(hostile.legacy(pickled, place) for place in range(5))):
         refused(written(data))
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_calls_are_refused_in_every_reader(read):
+def test_calls_rejected_by_every_reader(read):
     pickled = hostile.dictionary("emb.weight", hostile.call("os system", hostile.CALLS["os system"])[2:-1])
     for data in (hostile.archive(pickled), hostile.legacy(pickled, 3)):
         refused(written(data), read)
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_what_is_not_a_regular_file_is_refused_without_being_opened(folder, read):
+def test_irregular_file_not_opened(folder, read):
     assert "pipe" in refused(hostile.fifo(folder), read)
     (folder / "link").symlink_to("pipe.pth")
     assert "pipe" in refused(folder / "link", read)
@@ -99,14 +101,14 @@ def test_what_is_not_a_regular_file_is_refused_without_being_opened(folder, read
     refused(Path("a\0b"), read)
 
 
-def test_a_tar_file_is_not_unpacked(folder):
+def test_tar_not_unpacked(folder):
     before = os.stat("victim")
     refused(hostile.tar(folder))
     assert os.stat("victim") == before
     assert Path("victim").read_text() == "untouched"
 
 
-def test_a_file_without_permission_is_said_to_be_so(folder, monkeypatch):
+def test_permission_denied(folder, monkeypatch):
     torch.save({}, "x.pth")
 
     def denied(*arguments, **keywords):
@@ -116,7 +118,7 @@ def test_a_file_without_permission_is_said_to_be_so(folder, monkeypatch):
     assert "no permission to read" in refused(Path("x.pth"))
 
 
-def test_all_that_torch_saves_of_plain_data_and_tensors_is_read():
+def test_plain_data_and_tensors_roundtrip():
     value = {
         "tensors": [
             torch.randn(3, 4),
@@ -153,7 +155,7 @@ def test_all_that_torch_saves_of_plain_data_and_tensors_is_read():
             assert tuple(found["size"]) == (2, 3)
 
 
-def test_a_checksum_is_compared_when_it_is_asked_for():
+def test_verify_checksums():
     torch.save({"a": torch.zeros(1000)}, "x.pth")
     data = bytearray(Path("x.pth").read_bytes())
     with zipfile.ZipFile("x.pth") as file:
@@ -173,8 +175,8 @@ TENSORS = {
     "negative stride": (hostile.tensor((2,), (-1,), 4), "impossible stride"),
     "a Boolean as its size": (hostile.tensor((True,), (1,), 4), "impossible shape"),
     "fewer strides": (hostile.tensor((2, 2), (1,), 4), "more strides than dimensions, or fewer"),
-    "a storage of another size": (hostile.tensor((3,), (1,), 5), "has 16 bytes, and its tensors need 20"),
-    "a huge storage": (hostile.tensor((3,), (1,), 1 << 50), "has 16 bytes, and its tensors need"),
+    "a storage of another size": (hostile.tensor((3,), (1,), 5), "has 16 bytes, but its tensors need 20"),
+    "a huge storage": (hostile.tensor((3,), (1,), 1 << 50), "has 16 bytes, but its tensors need"),
     "complex": (hostile.tensor((2,), (1,), 2, "ComplexFloatStorage"), "bad.key is complex64"),
     "a quantised storage": (hostile.tensor((4,), (1,), 16, "QInt8Storage"), "bad.key is qint8"),
     "quantised": (hostile.tensor((4,), (1,), 16, "QInt8Storage", "_rebuild_qtensor"), "bad.key is quantised"),
@@ -188,22 +190,26 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_a_tensor_that_is_not_in_the_file_is_refused(name):
+def test_tensor_outside_file(name):
     pushed, message = TENSORS[name]
     assert message in refused(written(hostile.archive(hostile.dictionary("bad.key", pushed), {"data/0": b"\0" * 16})))
 
 
-def test_containers_within_themselves_are_no_danger():
+def test_recursive_containers():
     begin = time.monotonic()
-    pth.load(written(hostile.archive(b"\x80\x02]q\x00(" + b"h\x00" * 10 + b"e.")))  # a list of ten times itself
-    levels = [b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) for i in range(40)]  # each twice the one before
+    # a list of ten times itself
+    pth.load(written(hostile.archive(b"\x80\x02]q\x00(" + b"h\x00" * 10 + b"e.")))
+    levels = [
+        b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) for i in range(40)
+    ]  # each twice the one before
     pth.load(written(hostile.archive(b"\x80\x02]q\x000" + b"0".join(levels) + b".")))
     refused(written(hostile.archive(b"\x80\x02]" + b"\x85" * 100_000 + b".")))
-    refused(written(hostile.archive(b"\x80\x02}]" + b"\x85" * 100_000 + b"Ns.")))  # as a key of a dictionary
+    # as a key of a dictionary
+    refused(written(hostile.archive(b"\x80\x02}]" + b"\x85" * 100_000 + b"Ns.")))
     assert time.monotonic() - begin < 10
 
 
-def test_compressed_records_are_bounded():
+def test_decompression_is_bounded():
     pickled = hostile.dictionary("a", hostile.tensor((1 << 26,), (1,), 1 << 26))
     with zipfile.ZipFile("x.pth", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("archive/data.pkl", pickled)
@@ -213,7 +219,7 @@ def test_compressed_records_are_bounded():
     assert "far more than a file of" in refused(Path("x.pth"))
 
 
-def test_the_archive_must_be_as_torch_writes_it():
+def test_archive_layout_enforced():
     torch.save({"a": torch.zeros(8)}, "good.pth")
     data = Path("good.pth").read_bytes()
     with zipfile.ZipFile("good.pth") as file:
@@ -230,7 +236,14 @@ def test_the_archive_must_be_as_torch_writes_it():
     }.items():
         Path("x.pth").write_bytes(content)
         assert refused(Path("x.pth")), name
-    for strange in ("good/code/__torch__.py", "good/constants.pkl", "good/x", "other/data/1", "../x", "good/data/../../x"):
+    for strange in (
+        "good/code/__torch__.py",
+        "good/constants.pkl",
+        "good/x",
+        "other/data/1",
+        "../x",
+        "good/data/../../x",
+    ):
         with zipfile.ZipFile("x.pth", "w") as file:
             for name, content in {**records, strange: b""}.items():
                 file.writestr(name, content)
@@ -240,13 +253,13 @@ def test_the_archive_must_be_as_torch_writes_it():
         with zipfile.ZipFile("x.pth", "w") as file:
             for name, content in [*records.items(), *records.items()]:
                 file.writestr(name, content)
-    assert "two records of one name" in refused(Path("x.pth"))
+    assert "two records with the same name" in refused(Path("x.pth"))
 
 
-def test_a_truncated_file_says_how_much_is_missing():
+def test_truncated_file_message():
     torch.save({"a": torch.zeros(1000)}, "x.pth")
     data = Path("x.pth").read_bytes()
-    assert "it has 3,000 bytes, and its tensors alone need 4,000" in refused(written(data[:3000]))
+    assert "it has 3,000 bytes, but its tensors alone need 4,000" in refused(written(data[:3000]))
     torch.save({"a": torch.zeros(1000)}, "x.pth", _use_new_zipfile_serialization=False)
     data = Path("x.pth").read_bytes()
     assert f"it has 3,000 bytes of {len(data):,}" in refused(written(data[:3000]))
@@ -257,7 +270,7 @@ def test_a_truncated_file_says_how_much_is_missing():
             refused(written(data[:size]))
 
 
-def test_damaged_files_are_refused_or_read_but_nothing_else():
+def test_fuzzed_files_never_crash():
     torch.save({"a": torch.zeros(2, 2), "b": [1.5, "x", torch.ones(3).bfloat16()]}, "x.pth")
     data = Path("x.pth").read_bytes()
     torch.save({"a": torch.zeros(2, 2), "b": [1.5, "x"]}, "x.pth", _use_new_zipfile_serialization=False)
@@ -270,6 +283,6 @@ def test_damaged_files_are_refused_or_read_but_nothing_else():
                     pth.load(written(bytes(bad)))
 
 
-def test_a_pickle_that_torch_did_not_write_is_refused():
+def test_foreign_pickle():
     for value in ({"a": 1}, [], 0x1950A86A20F9469CFC6C):
         refused(written(pickle.dumps(value, 2)))

@@ -1,4 +1,4 @@
-"""Files that people give by mistake are recognised by their content, and answered with what to do, in models' and adapters' places alike."""
+"""Files given by mistake are identified by content, and the error says what to do."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from rwkv.errors import UserError
 
 
 def block(**shapes) -> dict[str, torch.Tensor]:
-    """Tensors of one block beside an embedding."""
+    """The tensors of one block and an embedding."""
     named = {"emb.weight": (50, 16), **{f"blocks.0.{name.replace('__', '.')}": shape for name, shape in shapes.items()}}
     return {name: torch.zeros(shape) for name, shape in named.items()}
 
@@ -31,16 +31,22 @@ CONTENTS = {
     "git-lfs with CRLF and a BOM": (b"\xef\xbb\xbf" + LFS.replace(b"\n", b"\r\n"), "git lfs pull"),
     "HTML": (b"<!DOCTYPE html>\n<html><title>Hugging Face</title>", r"a web page \(HTML\).*Download it again"),
     "html after blanks": (b"\n\n  <html lang='zh'>\xe4\xbd\xa0", "a web page"),
-    "XML": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML text, probably a server's error.*AccessDenied"),
+    "XML": (
+        b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+        "an XML text, probably a server's error.*AccessDenied",
+    ),
     "JSON": (b'{"error": "Repository not found"}', "a JSON text, not a model.*Repository not found"),
     "index": (b'{"metadata": {}, "weight_map": {"a": "b"}}', "the index of a model in several files"),
-    "config.json": (b'{"architectures": ["RwkvForCausalLM"], "model_type": "rwkv"}', "the settings of a transformers model"),
+    "config.json": (
+        b'{"architectures": ["RwkvForCausalLM"], "model_type": "rwkv"}',
+        "the settings of a transformers model",
+    ),
     "adapter_config.json": (b'{"peft_type": "LORA", "r": 8}', "the settings of a peft adapter"),
     "text": (b"Once upon a time", 'a text, not a model: "Once upon a time'),
     "text in UTF-16": ("hello world".encode("utf-16"), "a text, not a model"),
     "text with escapes": (b"\x1b[31mred\x1b[0m", "not a model"),
     "empty": (b"", "empty. Download it again"),
-    "zeros": (bytes(5000), "a download that is not complete"),
+    "zeros": (bytes(5000), "an incomplete download"),
     "GGUF": (b"GGUF\x03\0\0\0" + bytes(100), r"a GGUF file \(llama.cpp\)"),
     "GGML": ((0x67676D66).to_bytes(4, "little") + bytes(100), r"a GGML file \(rwkv.cpp\)"),
     "gzip": (b"\x1f\x8b\x08" + bytes(100), "compressed with gzip. Unpack"),
@@ -92,7 +98,7 @@ CONTENTS |= {
 
 @pytest.mark.parametrize("name", CONTENTS)
 @pytest.mark.parametrize("ending", [".pth", ".safetensors", ".bin"])
-def test_what_is_not_a_checkpoint_is_recognised_by_its_content(tmp_path, name, ending):
+def test_non_checkpoints_identified(tmp_path, name, ending):
     content, message = CONTENTS[name]
     path = tmp_path / f"x{ending}"
     path.write_bytes(content)
@@ -103,7 +109,7 @@ def test_what_is_not_a_checkpoint_is_recognised_by_its_content(tmp_path, name, e
 
 
 class Whole:
-    """An object that is pickled by the name of its class."""
+    """An object that is pickled by its class name."""
 
 
 def quantised() -> dict:
@@ -121,24 +127,42 @@ VALUES = {
     "empty": ({}, "an empty dictionary"),
     "a number among tensors": ({"emb.weight": torch.zeros(2, 2), "step": 3}, "its entry 'step' is a int, not a tensor"),
     "numbers as keys": ({0: torch.zeros(2)}, "its entry '0' is a Tensor"),
-    "optimizer": ({"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4}]}, "the state of an optimizer"),
-    "DeepSpeed's optimizer": ({"optimizer_state_dict": {"loss_scaler": None}, "ds_version": "0.7.0"}, "the state of an optimizer"),
-    "resume state": ({"format": 1, "tensors": [torch.zeros(2)], "text": "{}"}, "the resume state of a run"),
+    "optimizer": (
+        {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4}]},
+        "an optimizer state",
+    ),
+    "DeepSpeed's optimizer": (
+        {"optimizer_state_dict": {"loss_scaler": None}, "ds_version": "0.7.0"},
+        "an optimizer state",
+    ),
+    "resume state": ({"format": 1, "tensors": [torch.zeros(2)], "text": "{}"}, "the training state of a run"),
     "PyPI rwkv": (
         {"_strategy": "cpu fp32", "_version": 0.7, "_rescale_layer": 0, "emb.weight": torch.zeros(2, 2)},
         "converted for inference by the PyPI package rwkv",
     ),
     "numpy inside": ({"emb.weight": np.zeros((2, 2))}, "a file with numpy arrays in it"),
     "a whole model": ({"model": torch.nn.Linear(2, 2)}, "a whole model object, which is code"),
-    "settings": ({"args": __import__("argparse").Namespace(a=1)}, "a training checkpoint with settings beside the weights"),
-    "int8": ({**block(**ATT), "emb.weight": torch.zeros(50, 16, dtype=torch.int8)}, "quantised for inference: emb.weight is int8"),
-    "fp16i8": (quantised(), r"quantised to 8 bits for inference \(PyPI rwkv's fp16i8\): blocks.0.att.key.weight is uint8"),
+    "settings": (
+        {"args": __import__("argparse").Namespace(a=1)},
+        "a training checkpoint with settings beside the weights",
+    ),
+    "int8": (
+        {**block(**ATT), "emb.weight": torch.zeros(50, 16, dtype=torch.int8)},
+        "quantised for inference: emb.weight is int8",
+    ),
+    "fp16i8": (
+        quantised(),
+        r"quantised to 8 bits for inference \(PyPI rwkv's fp16i8\): blocks.0.att.key.weight is uint8",
+    ),
     "bool": ({**block(**ATT), "emb.weight": torch.zeros(50, 16, dtype=torch.bool)}, "emb.weight is bool"),
     "int64": ({**block(**ATT), "emb.weight": torch.zeros(50, 16, dtype=torch.int64)}, "emb.weight is int64"),
     "complex": ({**block(**ATT), "emb.weight": torch.zeros(50, 16, dtype=torch.complex64)}, "emb.weight is complex64"),
     "sparse": ({**block(**ATT), "emb.weight": torch.zeros(50, 16).to_sparse()}, "emb.weight is sparse"),
     "meta": ({**block(**ATT), "emb.weight": torch.zeros(50, 16, device="meta")}, "emb.weight is on the meta device"),
-    "quantised by torch": ({"emb.weight": torch.quantize_per_tensor(torch.zeros(2, 2), 1.0, 0, torch.qint8)}, "emb.weight is quantised"),
+    "quantised by torch": (
+        {"emb.weight": torch.quantize_per_tensor(torch.zeros(2, 2), 1.0, 0, torch.qint8)},
+        "emb.weight is quantised",
+    ),
     "expanded": (
         {**block(**ATT), "emb.weight": torch.zeros(1, 1).expand(1 << 20, 1 << 20)},
         "emb.weight of shape .* has 1,099,511,627,776 elements",
@@ -149,7 +173,7 @@ VALUES = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", VALUES)
-def test_what_torch_saved_and_is_no_model_is_recognised(tmp_path, name):
+def test_torch_files_without_model_identified(tmp_path, name):
     value, message = VALUES[name]
     torch.save(value, tmp_path / "x.pth")
     with pytest.raises(UserError, match=f"x.pth: .*({message})"):
@@ -185,35 +209,51 @@ VERSIONS = {
 
 @pytest.mark.parametrize("name", VERSIONS)
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-def test_other_models_and_adapters_are_called_by_their_names(tmp_path, name, ending):
+def test_other_models_and_adapters_identified(tmp_path, name, ending):
     path = tmp_path / f"x{ending}"
     torch.save(VERSIONS[name], path) if ending == ".pth" else safetensors.torch.save_file(VERSIONS[name], path)
-    for read in (load_model, lambda path: inspect_adapter(path, alpha=8.0), lambda path: checkpoint.sizes_of(read_tensors(path), path)):
+    for read in (
+        load_model,
+        lambda path: inspect_adapter(path, alpha=8.0),
+        lambda path: checkpoint.sizes_of(read_tensors(path), path),
+    ):
         with pytest.raises(UserError, match=f"x{ending}: .*{name}"):
             read(path)
 
 
 @pytest.mark.parametrize(
     "prefix",
-    ["module.", "model.", "_forward_module.", "_orig_mod.", "module._orig_mod.", "model.module.", "rwkv.", "_fsdp_wrapped_module."],
+    [
+        "module.",
+        "model.",
+        "_forward_module.",
+        "_orig_mod.",
+        "module._orig_mod.",
+        "model.module.",
+        "rwkv.",
+        "_fsdp_wrapped_module.",
+    ],
 )
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "module", "model_state_dict"])
-def test_wrappers_are_taken_off(tmp_path, make_model, prefix, wrapper):
+def test_wrappers_removed(tmp_path, make_model, prefix, wrapper):
     weights = {name: parameter.detach() for name, parameter in make_model().named_parameters()}
     named = OrderedDict((prefix + name, tensor) for name, tensor in weights.items())
-    torch.save({wrapper: named, "epoch": 3, "optimizer": {"state": {}, "param_groups": []}} if wrapper else named, tmp_path / "x.pth")
+    torch.save(
+        {wrapper: named, "epoch": 3, "optimizer": {"state": {}, "param_groups": []}} if wrapper else named,
+        tmp_path / "x.pth",
+    )
     found = load_model(tmp_path / "x.pth")
     assert all(torch.equal(parameter, weights[name]) for name, parameter in found.named_parameters())
 
 
-def test_two_names_that_become_one_are_refused(tmp_path, make_model):
+def test_colliding_names(tmp_path, make_model):
     weights = {name: parameter.detach() for name, parameter in make_model().named_parameters()}
     torch.save({**weights, "module.emb.weight": weights["emb.weight"] + 1}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="has emb.weight twice"):
         load_model(tmp_path / "x.pth")
 
 
-def test_a_transformers_model_of_rwkv4_is_read_and_its_folder_says_which_file(script, make_base, tmp_path):
+def test_transformers_rwkv4_model(script, make_base, tmp_path):
     base = make_base()
     script("export.py", "--model", base, "--output", "hf", "--check_tokens", 0)
     expected = read_tensors(base)
@@ -231,17 +271,21 @@ def test_a_transformers_model_of_rwkv4_is_read_and_its_folder_says_which_file(sc
         load_model(tmp_path / "hf")
 
 
-def test_folders_are_recognised(tmp_path):
+def test_folders_identified(tmp_path):
     (tmp_path / "ds").mkdir()
     (tmp_path / "ds/zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/rwkv-3.pth").touch()
-    for folder, message in {"ds": "DeepSpeed", "run": "give a file in it, such as .*rwkv-3.pth", ".": "a folder"}.items():
+    for folder, message in {
+        "ds": "DeepSpeed",
+        "run": "give a file in it, such as .*rwkv-3.pth",
+        ".": "a folder",
+    }.items():
         with pytest.raises(UserError, match=message):
             load_model(tmp_path / folder)
 
 
-def test_safetensors_is_read_by_content_and_refused_when_corrupt(tmp_path, make_model):
+def test_safetensors_by_content_and_corrupt(tmp_path, make_model):
     weights = {name: parameter.detach() for name, parameter in make_model().named_parameters()}
     safetensors.torch.save_file(weights, tmp_path / "x.pth")
     assert read_tensors(tmp_path / "x.pth").keys() == weights.keys()
@@ -267,7 +311,7 @@ def test_safetensors_is_read_by_content_and_refused_when_corrupt(tmp_path, make_
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_nan_and_inf_are_found_wherever_they_are(tmp_path, make_model, value, dtype):
+def test_nan_and_inf_found(tmp_path, make_model, value, dtype):
     weights = {name: parameter.detach().to(dtype) for name, parameter in make_model().named_parameters()}
     for key, place in (("emb.weight", (0, 0)), ("head.weight", (49, 15)), ("blocks.1.ln2.bias", (3,))):
         bad = {**weights, key: weights[key].clone()}
@@ -277,14 +321,14 @@ def test_nan_and_inf_are_found_wherever_they_are(tmp_path, make_model, value, dt
             load_model(tmp_path / "x.pth")
 
 
-def test_large_finite_numbers_are_not_taken_for_inf(tmp_path, make_model):
+def test_large_finite_values_accepted(tmp_path, make_model):
     weights = {name: parameter.detach() for name, parameter in make_model().named_parameters()}
     weights["head.weight"] = torch.full((50, 16), 3e38)
     torch.save(weights, tmp_path / "x.pth")
     load_model(tmp_path / "x.pth")
 
 
-def test_a_block_far_away_is_refused_fast(tmp_path, make_model):
+def test_huge_layer_number_fails_fast(tmp_path, make_model):
     weights = {name: parameter.detach() for name, parameter in make_model().named_parameters()}
     torch.save({**weights, "blocks.999999.ln1.weight": torch.zeros(16)}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="It has block 999999, and no block 2"):
@@ -318,9 +362,14 @@ def peft_folder(folder: Path, tensors, ending=".safetensors", **settings) -> Pat
 
 @pytest.mark.parametrize("ending", [".safetensors", ".bin"])
 @pytest.mark.parametrize(
-    "form", ["base_model.model.{}.lora_{}.weight", "base_model.model.{}.lora_{}.default.weight", "base_model.model.model.{}.lora_{}.weight"]
+    "form",
+    [
+        "base_model.model.{}.lora_{}.weight",
+        "base_model.model.{}.lora_{}.default.weight",
+        "base_model.model.model.{}.lora_{}.weight",
+    ],
 )
-def test_a_peft_adapter_is_read_as_ours(tmp_path, make_base, make_model, ending, form):
+def test_peft_adapter_loaded(tmp_path, make_base, make_model, ending, form):
     base, model = make_base(), make_model()
     tensors = peft_tensors(model, form=form)
     folder = peft_folder(tmp_path / "pf", tensors, ending)
@@ -333,12 +382,14 @@ def test_a_peft_adapter_is_read_as_ours(tmp_path, make_base, make_model, ending,
         expected = model.eval()(tokens)[0]
         for path in (folder, folder / f"adapter_model{ending}"):
             tuned, _ = checkpoint.load_tuned(base, path)
-            torch.testing.assert_close(tuned.eval()(tokens)[0], expected, rtol=1e-4, atol=1e-5)  # fp32, sums in another order
+            torch.testing.assert_close(
+                tuned.eval()(tokens)[0], expected, rtol=1e-4, atol=1e-5
+            )  # fp32, sums in another order
     with pytest.raises(UserError, match="a folder with a peft adapter, not a model"):
         load_model(folder)
 
 
-def test_the_scale_of_rank_stabilised_lora_is_pefts(tmp_path, make_model):
+def test_rslora_scale_matches_peft(tmp_path, make_model):
     folder = peft_folder(tmp_path / "pf", peft_tensors(make_model()), use_rslora=True)
     assert inspect_adapter(folder)[1]["alpha"] / 4 == 8 / 4**0.5
 
@@ -346,12 +397,12 @@ def test_the_scale_of_rank_stabilised_lora_is_pefts(tmp_path, make_model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"peft_type": "IA3"}, "of the type 'IA3', and only LORA"),
-        ({"peft_type": ["x"]}, "of the type list"),
+        ({"peft_type": "IA3"}, "of type 'IA3', but only LORA"),
+        ({"peft_type": ["x"]}, "of type list"),
         ({"use_dora": True}, "has use_dora"),
         ({"rank_pattern": {"att.key": 8}}, "has rank_pattern"),
         ({"modules_to_save": ["head"]}, "has modules_to_save"),
-        ({"init_lora_weights": "pissa_niter_4"}, "begun with init_lora_weights 'pissa_niter_4'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "initialised with init_lora_weights 'pissa_niter_4'"),
         ({"bias": "all"}, "trains biases"),
         ({"r": "4"}, "its r is '4', not a positive integer"),
         ({"r": 8}, "of rank 4"),
@@ -359,15 +410,18 @@ def test_the_scale_of_rank_stabilised_lora_is_pefts(tmp_path, make_model):
         ({"lora_alpha": float("nan")}, "its lora_alpha is nan"),
     ],
 )
-def test_what_a_peft_adapter_has_and_ours_has_not_is_named(tmp_path, make_model, settings, message):
+def test_unsupported_peft_features(tmp_path, make_model, settings, message):
     folder = peft_folder(tmp_path / "pf", peft_tensors(make_model()), **settings)
     with pytest.raises(UserError, match=message):
         inspect_adapter(folder)
 
 
-def test_a_layer_that_has_no_adapter_here_is_named(tmp_path, make_model):
+def test_unknown_peft_layer(tmp_path, make_model):
     tensors = peft_tensors(make_model())
-    tensors |= {"base_model.model.head.lora_A.weight": torch.zeros(4, 16), "base_model.model.head.lora_B.weight": torch.zeros(50, 4)}
+    tensors |= {
+        "base_model.model.head.lora_A.weight": torch.zeros(4, 16),
+        "base_model.model.head.lora_B.weight": torch.zeros(50, 4),
+    }
     with pytest.raises(UserError, match="head.lora_A is not part of one|adapts head, which has no adapter here"):
         inspect_adapter(peft_folder(tmp_path / "pf", tensors))
     (tmp_path / "pf/adapter_model.safetensors").unlink()
@@ -375,7 +429,7 @@ def test_a_layer_that_has_no_adapter_here_is_named(tmp_path, make_model):
         inspect_adapter(tmp_path / "pf")
 
 
-def test_names_with_control_characters_are_printed_escaped(tmp_path):
+def test_control_characters_in_names_escaped(tmp_path):
     torch.save({**block(**ATT), "\x1b[31mevil\x9b\u202e": torch.zeros(2)}, tmp_path / "x.pth")
     with pytest.raises(UserError) as error:
         load_model(tmp_path / "x.pth")
@@ -383,7 +437,7 @@ def test_names_with_control_characters_are_printed_escaped(tmp_path):
     assert "evil" in str(error.value)
 
 
-def test_a_file_that_may_not_be_read_is_said_to_be_so(tmp_path, make_base, monkeypatch):
+def test_permission_denied(tmp_path, make_base, monkeypatch):
     base = make_base()
 
     def denied(path, *arguments, **keywords):

@@ -1,4 +1,4 @@
-"""Our writer of safetensors: the library's bytes, and through a file that is open and locked already."""
+"""Our safetensors writer: the library's bytes, written into an open, locked file."""
 
 import fcntl
 import os
@@ -27,13 +27,13 @@ TENSORS = {
 }
 
 
-def test_the_bytes_are_the_librarys(tmp_path):
+def test_bytes_match_library(tmp_path):
     (tmp_path / "x").touch()
     safetensors_file.save(TENSORS, tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == safetensors.torch.save(TENSORS, metadata={"format": "pt"})
 
 
-def test_the_temporary_file_stays_locked_while_it_is_written(tmp_path):
+def test_temporary_file_stays_locked(tmp_path):
     path = tmp_path / "x.safetensors"
     with whole(path) as temporary:
         before = os.stat(temporary).st_ino
@@ -46,7 +46,7 @@ def test_the_temporary_file_stays_locked_while_it_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
-def test_a_full_disk_is_an_error_in_words_and_keeps_the_old_file(tmp_path, make_model, ending, root):
+def test_disk_full_keeps_old_file(tmp_path, make_model, ending, root):
     path = tmp_path / f"x{ending}"
     checkpoint.save_model(path, make_model(), {})
     before = path.read_bytes()
@@ -68,11 +68,11 @@ except checkpoint.UserError as error:
 
 
 @pytest.mark.parametrize("name", ["x.gguf", "x.onnx", "x.safetensor", "x.PTH", "x.zip"])
-def test_an_ending_that_promises_another_format_is_refused(name):
+def test_misleading_suffix(name):
     with pytest.raises(UserError, match="files that end in"):
         checkpoint.check_output(name)
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "x", "rwkv-v1.5", "out.d/x"])
-def test_other_endings_are_taken(name):
+def test_accepted_suffixes(name):
     assert str(checkpoint.check_output(name)) == name

@@ -1,4 +1,4 @@
-// A stand-in for NVIDIA's driver: records every call the launcher makes, and runs cuda/gpu.cu, compiled for the host, over all blocks
+// A stand-in for NVIDIA's driver: records every call the launcher makes, and runs cuda/common/gpu.cu, compiled for the host, over all blocks
 // and threads. tests/wkv/fake_gpu.py builds it as libcuda.so.1.
 #include <immintrin.h>
 #include <ucontext.h>
@@ -81,7 +81,7 @@ WKV_FN unsigned thread_number() { return thread_in_block; }
 WKV_FN unsigned block_size() { return threads_of_block; }
 WKV_FN long long thread_index() { return (long long)block_index * threads_of_block + thread_in_block; }
 
-#include "gpu.cu"
+#include "common/gpu.cu"
 
 struct Kernel {
   std::function<void(const void*)> run;

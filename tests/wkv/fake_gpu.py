@@ -1,4 +1,4 @@
-"""Runs the CUDA unit on a CPU, in a process of its own: the real launcher, with fake_driver.cpp in the driver's place.
+"""Runs the CUDA kernels on a CPU, in a process of its own: the real launcher, with fake_driver.cpp in the driver's place.
 
     python fake_gpu.py LIBRARY     then pickled requests on stdin, pickled answers on stdout
 
@@ -41,7 +41,10 @@ class FakeGPU:
     """The other end: `call(name, ...)` runs a function of Served there, and raises here what it raised."""
 
     def __init__(self, library: Path):
-        here = {**os.environ, "PYTHONPATH": str(ROOT)}  # the sources that the kernels are compiled from, wherever rwkv is installed from
+        here = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+        }  # the sources that the kernels are compiled from, wherever rwkv is installed from
         self._process = subprocess.Popen(
             [sys.executable, __file__, str(library)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=here
         )
@@ -63,11 +66,14 @@ class Served:
     """What runs in the other process."""
 
     def __init__(self, library: str):
-        self.driver = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)  # the launcher's dlopen("libcuda.so.1") finds it by its soname
+        self.driver = ctypes.CDLL(
+            library, mode=ctypes.RTLD_GLOBAL
+        )  # the launcher's dlopen("libcuda.so.1") finds it by its soname
         self.driver.fake_calls.restype = ctypes.c_char_p
-        from rwkv.wkv import native  # after the stand-in, which the launcher then finds
+        from rwkv.kernels import load
+        from rwkv.wkv.wkv4 import native  # after the stand-in, which the launcher then finds
 
-        assert native.refusal() is None, native.refusal()
+        assert load.why_unavailable() is None, load.why_unavailable()
         self.native = native
 
     def load(self, path):
@@ -75,14 +81,15 @@ class Served:
 
         torch.ops.rwkv.cuda_load(DEVICE, path)
 
-    def wkv4(self, segment, w, u, k, v, state, reset):
-        return self.native.run(self.native.cuda_unit(DEVICE, lambda: STREAM, segment), w, u, k, v, state, reset)
+    def wkv4(self, segment, w, u, k, v, state, reset, initial):
+        kernels = self.native.cuda_kernels(DEVICE, lambda: STREAM, segment)
+        return self.native.run(kernels, w, u, k, v, state, reset, initial)
 
-    def bytes(self, segment, w, u, k, v, state, reset):
+    def bytes(self, segment, w, u, k, v, state, reset, initial):
         """As wkv4, with the bytes of `reset` as they are: pickling a bool would make each 0 or 1."""
         import torch
 
-        return self.wkv4(segment, w, u, k, v, state, reset.view(torch.bool))
+        return self.wkv4(segment, w, u, k, v, state, reset.view(torch.bool), initial)
 
     def outputs_and_gradients(self, segment, *inputs):
         from cases import outputs_and_gradients
@@ -94,25 +101,26 @@ class Served:
 
         assert_half_is_rounded_fp32(lambda *x: self.wkv4(segment, *x), dtype, inputs)
 
-    def gradients(self, segment, gy, gstate, w, u, k, v, state, reset):
-        """Of w, u, k, v, state, from either output or both; None is no gradient."""
-        unit = self.native.cuda_unit(DEVICE, lambda: STREAM, segment)
-        _, _, kept = unit.forward(w, u, k, v, state, reset)
-        return unit.backward(w, u, k, v, reset, kept, gy, gstate)
+    def gradients(self, segment, gy, gstate, w, u, k, v, state, reset, initial):
+        """Of w, u, k, v, state, initial, from either output or both; None is no gradient."""
+        kernels = self.native.cuda_kernels(DEVICE, lambda: STREAM, segment)
+        _, _, saved = kernels.forward(w, u, k, v, state, initial, reset)
+        return kernels.backward(w, u, k, v, initial, reset, saved, gy, gstate)
 
     def fused(self, name, *arguments):
         """A check of fused_cases.py, by the CUDA unit; None, or what all_gradients gives."""
         import fused_cases
 
-        from rwkv.model import fused, gpu
+        from rwkv.kernels import gpu
+        from rwkv.kernels.elementwise import native as fused
 
         unit = gpu.Unit(DEVICE, lambda: STREAM)
-        fused._unit = lambda *tensors: None if any(t.dtype not in fused._DTYPES for t in tensors) else unit
+        fused._kernels = lambda *tensors: None if any(t.dtype not in fused._DTYPES for t in tensors) else unit
         return getattr(fused_cases, name)(*arguments)
 
     def operation(self, name, *arguments):
-        """One of rwkv.model.gpu."""
-        from rwkv.model import gpu
+        """One of rwkv.kernels.gpu."""
+        from rwkv.kernels import gpu
 
         return getattr(gpu.Unit(DEVICE, lambda: STREAM), name)(*arguments)
 

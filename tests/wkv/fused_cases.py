@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
-from rwkv.model import fused, plain
+from rwkv.kernels.elementwise import native, reference
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 STREAMS = [(FP32, FP32), (BF16, BF16), (FP32, BF16)]  # residual stream, inside
@@ -26,12 +26,12 @@ def normal(shape, dtype, seed):
 @contextlib.contextmanager
 def products_in(dtype):
     """As under torch.autocast, on any device."""
-    before = fused.compute_dtype
-    fused.compute_dtype = lambda x: dtype
+    before = native.compute_dtype
+    native.compute_dtype = lambda x: dtype
     try:
         yield
     finally:
-        fused.compute_dtype = before
+        native.compute_dtype = before
 
 
 def check(operation, formula, inputs, seed, device):
@@ -60,79 +60,87 @@ def close(x, truth):
     assert bool((off <= limit).all()), float((off - limit).max().detach())
 
 
+def recomputes(y):
+    """What the backward pass recomputes has the same bits."""
+    again = native.recompute_of(y)
+    assert torch.equal(again.function(*again.inputs), y)
+
+
 def norm(stream, rows, channels, seed, device="cpu"):
     x = normal((2, rows, channels), stream[0], seed) * 3 + 1
     w, b = normal(channels, FP32, seed + 1), normal(channels, FP32, seed + 2)
 
     def ours(x, w, b):
         with products_in(stream[1]):
-            y, past, again = fused.norm(x, w, b, 1e-5)
+            y = native.norm(x, w, b, 1e-5)
         assert y.dtype == stream[1]
-        assert torch.equal(again.function(*again.parts), y)  # formed again, it is the same
-        return y, past * 0.5
+        recomputes(y)
+        return (y,)
 
-    check(ours, lambda x, w, b: (F.layer_norm(x, (channels,), w, b, 1e-5), x * 0.5), [x, w, b], seed, device)
+    check(ours, lambda x, w, b: (F.layer_norm(x, (channels,), w, b, 1e-5),), [x, w, b], seed, device)
 
 
 def mix(dtype, length, channels, count, reset, seed, device="cpu"):
-    x, last = normal((2, length, channels), dtype, seed), normal((2, channels), dtype, seed + 1)
+    x = normal((2, length, channels), dtype, seed)
+    last, initial = (normal((2, channels), dtype, seed + i) for i in (1, 3))
     starts = normal((2, length), FP32, seed + 2) > 0.5 if reset else None
     weights = [torch.rand(1, 1, channels, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)]
-    recipes, there = [], starts.to(device) if reset else None
+    there = starts.to(device) if reset else None
 
     def ours(x, last, *weights):
-        made = fused.mix(x, last, there, list(weights))
-        recipes.extend(made)
-        return tuple(y for y, _ in made)
+        initial, *weights = weights if reset else (None, *weights)
+        mixed = native.mix(x, last, there, list(weights), initial)
+        for y in mixed:
+            recomputes(y)
+        return tuple(mixed)
 
     def formula(x, last, *weights):
+        initial, *weights = weights if reset else (None, *weights)
         before = torch.stack([last if t == 0 else x[:, t - 1] for t in range(length)], 1)
         if starts is not None:
-            before = before * ~starts[..., None]
+            before = torch.where(starts[..., None], initial[:, None], before)
         return tuple(x * m + before * (1 - m) for m in weights)
 
-    check(ours, formula, [x, last, *weights], seed, device)
-    for y, recipe in recipes:
-        assert torch.equal(recipe.function(*recipe.parts), y)  # formed again, it is the same
+    check(ours, formula, [x, last, *([initial] if reset else []), *weights], seed, device)
 
 
 def gates(stream, count, scale, seed, device="cpu"):
-    r, v, past = (
-        normal((3, count), stream[1], seed) * scale,
-        normal((3, count), stream[1], seed + 1),
-        normal((3, count), stream[0], seed + 2),
-    )
-    check(lambda r, v: (fused.gate(r, v)[0],), lambda r, v: (torch.sigmoid(r) * v,), [r, v], seed, device)
-    check(lambda p, r, v: (fused.gate_onto(p, r, v),), lambda p, r, v: (p + torch.sigmoid(r) * v,), [past, r, v], seed, device)
-    check(lambda k: (fused.relu2(k)[0],), lambda k: (torch.relu(k).square(),), [v], seed, device)
-    for made, recipe in (fused.gate(r.to(device), v.to(device)), fused.relu2(v.to(device))):
-        assert torch.equal(recipe.function(*recipe.parts), made)
+    r, v = normal((3, count), stream[1], seed) * scale, normal((3, count), stream[1], seed + 1)
+    check(lambda r, v: (native.gate(r, v),), lambda r, v: (torch.sigmoid(r) * v,), [r, v], seed, device)
+    check(lambda k: (native.relu2(k),), lambda k: (torch.relu(k).square(),), [v], seed, device)
+    recomputes(native.gate(r.to(device), v.to(device)))
+    recomputes(native.relu2(v.to(device)))
 
 
 def dropout(dtype, count, device="cpu"):
     """The numbers dropped are plain.dropout's, whoever drops them."""
     x = normal((7, count), dtype, 0) + 5
     for seed, p in ((0, 0.01), (12345, 0.5), (2**31 - 1, 0.9)):
-        y, expected = fused.dropout(x.to(device), seed, p).cpu(), plain.dropout(x, seed, p)
+        y, expected = native.dropout(x.to(device), seed, p).cpu(), reference.dropout(x, seed, p)
         assert torch.equal(y == 0, expected == 0)
         tolerance = {"rtol": 2 * ROUNDING[dtype], "atol": 0}
         torch.testing.assert_close(y, expected, **tolerance)
         onto = torch.ones_like(x, device=device)
-        fused.dropout_onto(onto, x.to(device), seed, p)
+        native.dropout_add_(onto, x.to(device), seed, p)
         torch.testing.assert_close(onto.cpu(), 1 + expected, **tolerance)
 
 
 def loss(dtype, words, seed, device="cpu"):
-    logits, targets = normal((5, words), dtype, seed) * 4, torch.randint(words, (5,), generator=torch.Generator().manual_seed(seed))
+    logits, targets = (
+        normal((5, words), dtype, seed) * 4,
+        torch.randint(words, (5,), generator=torch.Generator().manual_seed(seed)),
+    )
     exact = logits.double().requires_grad_()
     expected = F.cross_entropy(exact, targets, reduction="sum")
     expected.backward()
     top = logits.double().max(1, keepdim=True)
-    gradient = exact.grad.scatter_add(1, (logits == top.values).int().argmax(1, keepdim=True), top.values * 1e-4)  # the first of several
+    gradient = exact.grad.scatter_add(
+        1, (logits == top.values).int().argmax(1, keepdim=True), top.values * 1e-4
+    )  # the first of several
     kept = logits.to(device, copy=True)
-    close(fused.softmax_gradient(kept, targets.to(device), 1e-4, False).view(1), expected.detach().view(1))
+    close(native.softmax_gradient(kept, targets.to(device), 1e-4, False).view(1), expected.detach().view(1))
     assert torch.equal(kept.cpu(), logits)
-    fused.softmax_gradient(kept, targets.to(device), 1e-4, True)
+    native.softmax_gradient(kept, targets.to(device), 1e-4, True)
     close(kept, gradient)
 
 
@@ -142,24 +150,32 @@ def not_finite(device="cpu"):
         x, ones, zeros = normal((2, 5, 64), FP32, 0), torch.ones(64, device=device), torch.zeros(64, device=device)
         x[1, 2, 7] = bad
         x = x.to(device)
-        rows = fused.norm(x, ones, zeros, 1e-5)[0].isnan().cpu()
+        rows = native.norm(x, ones, zeros, 1e-5).isnan().cpu()
         assert rows[1, 2].all()
         assert rows.sum() == 64
-        ((y, _),) = fused.mix(x, torch.zeros(2, 64, device=device), None, [ones * 0.5])
+        (y,) = native.mix(x, torch.zeros(2, 64, device=device), None, [ones * 0.5])
         assert (~y.isfinite()).nonzero().tolist() == [[1, 2, 7], [1, 3, 7]]
-        assert not fused.relu2(x)[0].isfinite().all()
+        assert not native.relu2(x).isfinite().all()
         for column in (0, 7):
             logits = normal((3, 64), FP32, 1)
             logits[1, column] = bad
-            assert not fused.softmax_gradient(logits.to(device), torch.tensor([1, 2, 3], device=device), 0.0, True).isfinite()
+            assert not native.softmax_gradient(
+                logits.to(device), torch.tensor([1, 2, 3], device=device), 0.0, True
+            ).isfinite()
 
 
 def all_gradients(device="cpu", shape=(3, 41, 96)):
     """Of a few operations one after the other, to be compared bit for bit."""
     channels = shape[-1]
-    x, m = normal(shape, FP32, 0).to(device).requires_grad_(), torch.full((1, 1, channels), 0.3, device=device, requires_grad=True)
-    w, b = torch.ones(channels, device=device, requires_grad=True), torch.zeros(channels, device=device, requires_grad=True)
-    y, past, _ = fused.norm(x, w, b, 1e-5)
-    ((mixed, _),) = fused.mix(y, torch.zeros(shape[0], channels, device=device), None, [m])
-    (mixed.square().sum() + past.sum()).backward()
+    x, m = (
+        normal(shape, FP32, 0).to(device).requires_grad_(),
+        torch.full((1, 1, channels), 0.3, device=device, requires_grad=True),
+    )
+    w, b = (
+        torch.ones(channels, device=device, requires_grad=True),
+        torch.zeros(channels, device=device, requires_grad=True),
+    )
+    y = native.norm(x, w, b, 1e-5)
+    (mixed,) = native.mix(y, torch.zeros(shape[0], channels, device=device), None, [m])
+    (mixed.square().sum() + x.sum()).backward()
     return [x.grad, w.grad, b.grad, m.grad]

@@ -1,6 +1,6 @@
 """The operator's contract: every implementation gives the reference's numbers, and says why when it cannot run."""
 
-import functools
+import itertools
 
 import pytest
 import torch
@@ -9,9 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv import wkv
-from rwkv.wkv import empty_state, native, reference, wkv4
+from rwkv.kernels import load
+from rwkv.wkv import empty_state, wkv4
+from rwkv.wkv.wkv4 import reference
 
-cpu = functools.partial(wkv4, impl="cpu")
+
+def cpu(w, u, k, v, state=None, reset=None, initial=None):
+    return wkv4(w, u, k, v, state, reset, initial=initial, impl="cpu")
 
 
 def naive(w, u, k, v):
@@ -26,21 +30,25 @@ def naive(w, u, k, v):
 
 
 def test_reference_is_the_formula():
-    w, u, k, v, _, _ = inputs(2, 9, 5, state=False, reset=False, dtype=torch.float64)
-    torch.testing.assert_close(reference.wkv4(w, u, k, v)[0], naive(w, u, k, v), rtol=1e-12, atol=1e-12)  # fp64 rounding
+    w, u, k, v, *_ = inputs(2, 9, 5, state=False, reset=False, dtype=torch.float64)
+    torch.testing.assert_close(
+        reference.wkv4(w, u, k, v)[0], naive(w, u, k, v), rtol=1e-12, atol=1e-12
+    )  # fp64 rounding
 
 
 def test_reference_gradients_are_the_finite_differences():
-    w, u, k, v, first, starts = inputs(2, 4, 3, dtype=torch.float64)
+    w, u, k, v, first, starts, _ = inputs(2, 4, 3, dtype=torch.float64)
 
     def y(w, u, k, v, a, b):
         return reference.wkv4(w, u, k, v, torch.stack([a, b, first[:, 2]], 1), starts)[0]
 
-    assert torch.autograd.gradcheck(y, [x.requires_grad_() for x in (w, u, k, v, first[:, 0].clone(), first[:, 1].clone())])
+    assert torch.autograd.gradcheck(
+        y, [x.requires_grad_() for x in (w, u, k, v, first[:, 0].clone(), first[:, 1].clone())]
+    )
 
 
 def test_gradient_through_a_carried_state_is_exact():
-    w, u, k, v, _, _ = inputs(2, 12, 3, state=False, reset=False, dtype=torch.float64)
+    w, u, k, v, *_ = inputs(2, 12, 3, state=False, reset=False, dtype=torch.float64)
     leaves = [x.requires_grad_() for x in (w, u, k, v)]
     whole = torch.autograd.grad(reference.wkv4(*leaves)[0].sin().sum(), leaves)
     y1, state = reference.wkv4(w, u, k[:, :5], v[:, :5])
@@ -57,10 +65,13 @@ def test_gradient_through_a_carried_state_is_exact():
     scale=st.sampled_from([0.1, 1.0, 10.0, 80.0]),
     state=st.booleans(),
     reset=st.booleans(),
+    initial=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_compiled_unit_equals_reference(batch, length, channels, scale, state, reset, seed):
-    arguments = inputs(batch, length, channels, scale=scale, state=state, reset=reset, seed=seed)
+def test_compiled_unit_equals_reference(batch, length, channels, scale, state, reset, initial, seed):
+    arguments = inputs(
+        batch, length, channels, scale=scale, state=state, reset=reset, initial=initial and reset, seed=seed
+    )
     fast, slow = outputs_and_gradients(cpu, *arguments), outputs_and_gradients(reference.wkv4, *arguments)
     assert_close(fast, slow, outputs_and_gradients(reference.wkv4, *in_fp64(arguments)), arguments)
 
@@ -91,22 +102,30 @@ def test_keys_far_apart_in_one_channel_change_nothing_in_the_others(vectors):
     # A chunk runs on one scale unless a channel of its block forbids it: the same numbers either way.
     for scale in (1.0, 4.0):
         near = inputs(2, 50, 16, scale=scale, reset=False)
-        far = [x.clone() for x in near[:5]] + [None]
+        far = [x.clone() for x in near[:5]]
+        far += [None, far[4]]
         far[2][:, ::7, 3] = 80.0
         far[2][:, 1::7, 3] = -80.0
         others = [c for c in range(16) if c != 3]
         apart = outputs_and_gradients(cpu, *far)
         for name, ours in outputs_and_gradients(cpu, *near).items():
             size = ours[..., others].abs().amax().item()
-            torch.testing.assert_close(ours[..., others], apart[name][..., others], rtol=0, atol=3e-5 * size, msg=name)  # rounded exponents
+            torch.testing.assert_close(
+                ours[..., others], apart[name][..., others], rtol=0, atol=3e-5 * size, msg=name
+            )  # rounded exponents
 
 
 @pytest.mark.parametrize("size", [20.0, 58.0, 59.5, 61.0, 100.0])
 def test_keys_around_the_size_up_to_which_they_need_no_scale(vectors, size):
-    w, u, k, v, first, _ = inputs(2, 50, 40, reset=False)
+    w, u, k, v, first, *_ = inputs(2, 50, 40, reset=False)
     u, first[:, 2] = u.clamp(-1, 1), torch.where(first[:, 2] > 0, size, -size)
-    for keys in (k.sign() * size, torch.full_like(k, size), torch.full_like(k, -size), k):  # k alone: a state far from small keys
-        arguments = (w, u, keys, v, first, None)
+    for keys in (
+        k.sign() * size,
+        torch.full_like(k, size),
+        torch.full_like(k, -size),
+        k,
+    ):  # k alone: a state far from small keys
+        arguments = (w, u, keys, v, first, None, first)
         fast, slow = outputs_and_gradients(cpu, *arguments), outputs_and_gradients(reference.wkv4, *arguments)
         assert_close(fast, slow, outputs_and_gradients(reference.wkv4, *in_fp64(arguments)), arguments)
 
@@ -114,7 +133,7 @@ def test_keys_around_the_size_up_to_which_they_need_no_scale(vectors, size):
 def test_gradients_of_gradients_are_refused():
     k = torch.randn(1, 3, 4, requires_grad=True)
     y, _ = cpu(-torch.ones(4), torch.ones(4), k, k)
-    with pytest.raises(RuntimeError, match='impl="reference" has them'):
+    with pytest.raises(RuntimeError, match='no second derivatives.*impl="reference"'):
         torch.autograd.grad(y.sum(), k, create_graph=True)
 
 
@@ -122,17 +141,19 @@ def test_long_sequences_agree():
     arguments = inputs(1, 4097, 3, reset=False)
     fast, slow = outputs_and_gradients(cpu, *arguments), outputs_and_gradients(reference.wkv4, *arguments)
     for name in slow:
-        torch.testing.assert_close(fast[name], slow[name], rtol=1e-4, atol=1e-4, msg=name)  # gw sums 4097 terms in fp32, in another order
+        torch.testing.assert_close(
+            fast[name], slow[name], rtol=1e-4, atol=1e-4, msg=name
+        )  # gw sums 4097 terms in fp32, in another order
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 def test_pieces_with_carried_state_equal_the_whole(impl):
-    w, u, k, v, first, starts = inputs(2, 70, 20)
+    w, u, k, v, first, starts, _ = inputs(2, 70, 20)
     whole, last = wkv4(w, u, k, v, first, starts, impl=impl)
     for cuts in ([1] * 70, [33, 37], [69, 1]):
         state, pieces = first, []
         for k1, v1, r1 in zip(k.split(cuts, 1), v.split(cuts, 1), starts.split(cuts, 1), strict=True):
-            y, state = wkv4(w, u, k1, v1, state, r1, impl=impl)
+            y, state = wkv4(w, u, k1, v1, state, r1, initial=first, impl=impl)
             pieces.append(y)
         torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-6, atol=1e-6)  # the same operations
         torch.testing.assert_close(state, last, rtol=1e-6, atol=1e-6)
@@ -140,12 +161,41 @@ def test_pieces_with_carried_state_equal_the_whole(impl):
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 def test_reset_makes_documents_independent(impl):
-    w, u, k, v, first, _ = inputs(1, 20, 8, reset=False)
+    w, u, k, v, first, *_ = inputs(1, 20, 8, reset=False)
     starts = torch.zeros(1, 20, dtype=torch.bool)
     starts[0, 7] = True
-    together, _ = wkv4(w, u, k, v, first, starts, impl=impl)
+    together, _ = wkv4(w, u, k, v, first, starts, initial=empty_state(1, 8), impl=impl)
     alone, _ = wkv4(w, u, k[:, 7:], v[:, 7:], impl=impl)
     torch.testing.assert_close(together[:, 7:], alone, rtol=1e-6, atol=1e-6)  # the same operations
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_reset_returns_to_the_given_state(impl):
+    """Two packed documents give what each gives alone, and the gradient of their first state is the sum."""
+    w, u, k, v, first, *_ = inputs(2, 40, 33, reset=False)
+    starts = torch.zeros(2, 40, dtype=torch.bool)
+    starts[0, 21] = starts[1, 0] = starts[1, 20] = starts[1, 39] = True
+    packed, apart = ([x.clone().requires_grad_() for x in (w, u, k, v, first)] for _ in range(2))
+    y, _ = wkv4(*packed, starts, impl=impl)
+    expected = []
+    for row, cuts in enumerate(((0, 21, 40), (0, 20, 39, 40))):
+        a, b, c, d, state = apart
+        parts = [
+            wkv4(a, b, c[row, None, i:j], d[row, None, i:j], state[row, None], impl=impl)[0]
+            for i, j in itertools.pairwise(cuts)
+        ]
+        expected.append(torch.cat(parts, 1))
+    torch.testing.assert_close(y, torch.cat(expected), rtol=1e-5, atol=1e-6)
+    gradients = (torch.autograd.grad(out.sin().sum(), x) for out, x in ((y, packed), (torch.cat(expected), apart)))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # sums in another order
+
+
+def test_package_and_function_share_a_name():
+    from rwkv.wkv.wkv4 import native as module
+
+    assert callable(wkv.wkv4)
+    assert module.segment_length(1, 16, 1) == 32
 
 
 def test_compiled_unit_is_deterministic():
@@ -163,7 +213,7 @@ NOT_FINITE = [(where, bits) for where in "wukvabp" for bits in PAYLOADS if not (
 
 @pytest.mark.parametrize(("where", "bits"), NOT_FINITE)
 def test_what_is_not_finite_is_not_hidden(vectors, where, bits):
-    w, u, k, v, first, _ = inputs(1, 5, 40, reset=False)
+    w, u, k, v, first, *_ = inputs(1, 5, 40, reset=False)
     target = {"w": w, "u": u, "k": k[0, 2], "v": v[0, 2], "a": first[0, 0], "b": first[0, 1], "p": first[0, 2]}[where]
     target.view(torch.int32)[1] = torch.tensor(bits - (1 << 32 if bits >> 31 else 0), dtype=torch.int32)
     hidden = wkv4(w, u, k, v, first, impl="reference")[0].isnan() & ~wkv4(w, u, k, v, first, impl="cpu")[0].isnan()
@@ -171,13 +221,13 @@ def test_what_is_not_finite_is_not_hidden(vectors, where, bits):
 
 
 def test_a_masked_first_token_is_as_undefined_as_in_the_reference():
-    w, u, k, v, _, _ = inputs(1, 5, 4, state=False, reset=False)
+    w, u, k, v, *_ = inputs(1, 5, 4, state=False, reset=False)
     k[0, 0, 1] = -float("inf")  # nothing has any weight
     assert torch.equal(wkv4(w, u, k, v, impl="cpu")[0].isnan(), wkv4(w, u, k, v, impl="reference")[0].isnan())
 
 
 def test_a_state_of_zeros_is_a_state_like_any_other():
-    w, u, k, v, _, _ = inputs(2, 20, 40, state=False, reset=False)
+    w, u, k, v, *_ = inputs(2, 20, 40, state=False, reset=False)
     zeros = torch.zeros(2, 3, 40)
     for low in (60.0, 80.0):  # far below the state's maximum, which is 0
         ours, theirs = (wkv4(w, u, k - low, v, zeros, impl=impl)[0] for impl in ("cpu", "reference"))
@@ -186,11 +236,11 @@ def test_a_state_of_zeros_is_a_state_like_any_other():
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 def test_no_gradient_of_a_document_reaches_the_one_before(impl):
-    w, u, k, v, first, _ = inputs(1, 40, 33, reset=False)
+    w, u, k, v, first, *_ = inputs(1, 40, 33, reset=False)
     starts = torch.zeros(1, 40, dtype=torch.bool)
     starts[0, 21] = True
     leaves = [x.requires_grad_() for x in (k, v, first)]
-    y, _ = wkv4(w, u, k, v, first, starts, impl=impl)
+    y, _ = wkv4(w, u, k, v, first, starts, initial=empty_state(1, 33), impl=impl)
     gy = torch.ones_like(y)
     gy[:, 21:] = float("nan")  # not even this
     gradients = torch.autograd.grad(y, leaves, gy)
@@ -204,7 +254,9 @@ def test_a_gradient_may_come_from_either_output_alone():
         gradients = []
         for impl in ("cpu", "reference"):
             leaves = [x.clone().requires_grad_() for x in arguments[:5]]
-            gradients.append(torch.autograd.grad(pick(*wkv4(*leaves, arguments[5], impl=impl)), leaves, allow_unused=True))
+            gradients.append(
+                torch.autograd.grad(pick(*wkv4(*leaves, arguments[5], impl=impl)), leaves, allow_unused=True)
+            )
         for ours, theirs in zip(*gradients, strict=True):
             torch.testing.assert_close(
                 ours, torch.zeros_like(ours) if theirs is None else theirs, rtol=1e-4, atol=1e-5
@@ -212,26 +264,26 @@ def test_a_gradient_may_come_from_either_output_alone():
 
 
 def test_empty_state_is_no_state():
-    w, u, k, v, _, _ = inputs(2, 10, 4, state=False, reset=False)
+    w, u, k, v, *_ = inputs(2, 10, 4, state=False, reset=False)
     assert torch.equal(wkv4(w, u, k, v)[0], wkv4(w, u, k, v, empty_state(2, 4))[0])
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    w, u, k, v, first, starts = inputs(2, 5, 4)
+    w, u, k, v, first, starts, _ = inputs(2, 5, 4)
     with pytest.raises(ValueError, match=r"w must be \[4\]"):
         wkv4(w[:3], u, k, v)
     with pytest.raises(ValueError, match=r"state must be \[2, 3, 4\]"):
         wkv4(w, u, k, v, first[:1])
     with pytest.raises(ValueError, match=r"reset must be \[2, 5\]"):
         wkv4(w, u, k, v, None, starts[:, :4])
-    with pytest.raises(ValueError, match="alike"):
+    with pytest.raises(ValueError, match="same shape"):
         wkv4(w, u, k, v[:, :4])
     with pytest.raises(ValueError, match="not one of auto, cuda, cpu, reference"):
         wkv4(w, u, k, v, impl="fast")
 
 
 def test_what_is_not_on_ks_device_or_of_another_kind_is_refused():
-    w, u, k, v, first, starts = inputs(2, 5, 4)
+    w, u, k, v, first, starts, _ = inputs(2, 5, 4)
     with pytest.raises(ValueError, match="u is on meta and k on cpu"):
         wkv4(w, u.to("meta"), k, v)
     with pytest.raises(ValueError, match="reset must be bool"):
@@ -239,15 +291,15 @@ def test_what_is_not_on_ks_device_or_of_another_kind_is_refused():
 
 
 def test_other_dtypes_are_refused_by_name():
-    w, u, k, v, _, _ = inputs(1, 5, 4, state=False, reset=False)
-    with pytest.raises(ValueError, match="must be floating-point; k is torch.int64, v is torch.int64"):
+    w, u, k, v, *_ = inputs(1, 5, 4, state=False, reset=False)
+    with pytest.raises(ValueError, match="must be floating-point; got torch.int64"):
         wkv4(w, u, k.long(), v.long())
-    with pytest.raises(ValueError, match="of one dtype; they are torch.bfloat16 and torch.float32"):
+    with pytest.raises(ValueError, match="same dtype; got torch.bfloat16 and torch.float32"):
         wkv4(w, u, k.bfloat16(), v)
 
 
 def test_a_bool_of_any_byte_is_true():
-    w, u, k, v, _, _ = inputs(1, 20, 8, state=False, reset=False)
+    w, u, k, v, *_ = inputs(1, 20, 8, state=False, reset=False)
     starts = torch.zeros(1, 20, dtype=torch.uint8)
     starts[0, 7] = 2
     odd = starts.view(torch.bool)
@@ -255,9 +307,9 @@ def test_a_bool_of_any_byte_is_true():
 
 
 def test_a_unit_by_name_says_why_it_cannot_be_used():
-    with pytest.raises(RuntimeError, match='impl="cuda" cannot be used: k is on cpu'.replace('"', "'")):
+    with pytest.raises(RuntimeError, match='impl="cuda" is unavailable: the inputs are on cpu'.replace('"', "'")):
         wkv4(*inputs(1, 3, 2)[:4], impl="cuda")
-    with pytest.raises(RuntimeError, match="cannot be used: k is on meta"):
+    with pytest.raises(RuntimeError, match="is unavailable: the inputs are on meta"):
         wkv4(*(x.to("meta") for x in inputs(1, 3, 2)[:4]), impl="cpu")
 
 
@@ -267,8 +319,8 @@ def test_auto_takes_the_compiled_unit(monkeypatch):
 
 
 def test_auto_says_why_it_is_slow(monkeypatch):
-    monkeypatch.setattr(native, "refusal", lambda: "it is not compiled for torch 0.0; run: make kernels")
-    with pytest.warns(UserWarning, match=r"refused(?s:.)*cpu: it is not compiled for torch 0.0; run: make kernels"):
+    monkeypatch.setattr(load, "why_unavailable", lambda: "it is not compiled for torch 0.0; run: make kernels")
+    with pytest.warns(UserWarning, match=r"unavailable(?s:.)*cpu: it is not compiled for torch 0.0; run: make kernels"):
         y, _ = wkv4(*inputs(1, 3, 2)[:4])
     assert y.shape == (1, 3, 2)
     with pytest.raises(RuntimeError, match="make kernels"):

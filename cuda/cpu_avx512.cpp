@@ -1,8 +1,0 @@
-// The CPU unit's loops for AVX-512 (Intel servers since 2017, AMD since 2022).
-#ifdef __x86_64__
-#pragma GCC target("arch=skylake-avx512")
-#define WKV_BYTES 64
-#define LOOPS(operations) operations##_loops_avx512
-#include "wkv4_cpu_loops.h"
-#include "fused_cpu_loops.h"
-#endif

@@ -1,0 +1,70 @@
+"""Records in batches of about source_file.CHUNK characters, with limits on their size and
+nesting.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rwkv.data.convert import source_file
+from rwkv.data.convert.jsonl import BadRecord
+from rwkv.data.convert.source_file import Source
+from rwkv.errors import UserError
+
+MAX_DEPTH = 100  # levels of nesting in a record
+
+
+def select_columns(source: Source, names: Sequence[str], fields: Sequence[str]) -> list[str]:
+    """Those of the fields that are columns. Raises UserError if none is."""
+    if columns := [name for name in fields if name in names]:
+        return columns
+    has = ", ".join(map(repr, names[:8])) or "nothing"
+    raise UserError(f'{source.path}: no column "{fields[0]}" (it has {has}); name another with --jsonl-keys')
+
+
+def keep_fields(record: Any, fields: Sequence[str]) -> Any:
+    """The given fields of a record; if it has none of them, all its keys with None, for the error
+    message.
+    """
+    if isinstance(record, dict) and (some := {key: record[key] for key in fields if key in record}):
+        return some
+    return dict.fromkeys(record) if isinstance(record, dict) else record
+
+
+def batches(source: Source, rows: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
+    """Group rows into lists of about CHUNK characters. BadRecords pass through; too large or deep
+    rows become BadRecords.
+    """
+    some, size = [], 0
+    for number, row in rows:
+        long = nested_length(row, MAX_DEPTH)
+        if long is None:
+            row, long = BadRecord(f"nested too deeply (more than {MAX_DEPTH} levels)"), 0
+        if long > source.max_record:
+            row, long = source.too_large, 0
+        some.append((number, row))
+        size += long
+        if size >= source_file.CHUNK or len(some) == 1 << 14:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+def nested_length(value: Any, deepest: int) -> int | None:
+    """Characters in a record; None if it is nested deeper than `deepest` levels. Iterative, so that
+    depth is unlimited.
+    """
+    total, level, depth = 0, [value], 0
+    while level:
+        below: list[Any] = []
+        for one in level:
+            if isinstance(one, str | bytes):
+                total += len(one)
+            elif isinstance(one, dict):
+                below += one.values()
+            elif isinstance(one, list):
+                below += one
+        level, depth = below, depth + 1
+        if depth > deepest + 1:
+            return None
+    return total

@@ -1,0 +1,1 @@
+"""The elementwise operations of a block."""

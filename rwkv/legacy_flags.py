@@ -1,0 +1,195 @@
+"""Flags of other trainers: aliases, and what to use instead of unsupported ones."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """An unsupported flag of another program.
+
+    Attributes:
+        program: the program it belongs to.
+        advice: what to do instead.
+        off: values that disable it, with which it is accepted and ignored.
+        values: advice by the beginning of the value, instead of `advice`.
+    """
+
+    program: str
+    advice: str
+    off: tuple[str, ...] = ()
+    values: Mapping[str, str] = field(default_factory=dict)
+
+    def answer(self, flag: str, value: str) -> str:
+        """The error message: whose flag it is, and what to use instead."""
+        advice = next((text for begin, text in self.values.items() if value.startswith(begin)), self.advice)
+        return f"{flag}{' ' * bool(value)}{value}: a flag of {self.program} that is not supported here; {advice}"
+
+
+_NEO, _V5, _V7, _PEFT = "RWKV-v4neo", "RWKV-v5's trainer and RWKV-PEFT", "RWKV-7's trainer (train_temp)", "RWKV-PEFT"
+_TOOL, _LIGHTNING, _HF = "the upstream programs", "pytorch-lightning's Trainer", "Hugging Face trainers"
+_ONLY_4 = "this project trains RWKV-4 only, so leave it out for an RWKV-4 model"
+
+
+def _version(number: int) -> str:
+    return f"it selects RWKV-{number}, and {_ONLY_4}; RWKV-{number} is trained by {'RWKV-PEFT or train_temp' if number == 7 else 'RWKV-v5 of RWKV-LM'}"
+
+
+_IMAGES = {
+    "my_img_version": "0", "my_img_size": "0", "my_img_bit": "0", "my_img_clip": "x", "my_img_clip_scale": "1", "my_img_l1_scale": "0",
+    "my_img_encoder": "x", "my_ffn_shift": "1", "my_att_shift": "1", "my_pos_emb": "0",
+}  # fmt: skip
+_NO_QUANTISATION = (
+    "the base model is not quantised: leave it out, and use --lora_base bf16 to keep it in half the memory of fp32"
+)
+_ADAPTERS = "LoRA is the only adapter here: leave it out"
+
+NOT_SUPPORTED = {
+    # BlinkDL/RWKV-LM, RWKV-v4neo, and the same in RWKV-v5
+    "my_pile_version": Foreign(
+        _NEO, "it reads a list of datasets: convert them to one, and prime sampling uses it with --magic_prime -1", ("1",)
+    ),
+    "my_qa_mask": Foreign(_NEO, "use --chatml_mask 1, or a mask file beside the data: P_text_mask.bin", ("0",)),
+    "my_testing": Foreign(
+        "RWKV-LM and RWKV-PEFT",
+        f"it selects an experimental model, and {_ONLY_4}",
+        ("",),
+        {"x05": _version(5), "x06": _version(6), "x07": _version(7)},
+    ),
+    "head_qk": Foreign(_NEO, "leave it out: models with a head_q and head_k are not supported", ("0",)),
+    "tiny_att_dim": Foreign(_NEO, "leave it out: models with tiny attention are not supported", ("0",)),
+    "tiny_att_layer": Foreign(_NEO, "leave it out: models with tiny attention are not supported", ("-999",)),
+    "my_sample_len": Foreign(
+        _NEO, "it belongs to --data_type uint16: documents of a binidx and --doc_training 1 do the same", ("0",)
+    ),
+    **{name: Foreign(_NEO, "leave it out: it belongs to image models", (off,)) for name, off in _IMAGES.items()},
+    "cuda_cleanup": Foreign(_NEO, "leave it out: the cache of the GPU's allocator is not emptied during a run", ("0",)),
+    "head_size_a": Foreign(_V5, f"RWKV-4 has no heads, and {_ONLY_4}", ("64",)),
+    "head_size_divisor": Foreign(_V5, f"RWKV-4 has no heads, and {_ONLY_4}", ("8",)),
+    "train_type": Foreign(
+        _V5,
+        "leave it out",
+        ("", "none"),
+        {
+            "infctx": "it carries the state between the chunks of a long context: use --tbptt_len N",
+            "state": f"it trains the initial state of RWKV-5 to 7, and {_ONLY_4}",
+            "fullstate": f"it trains the initial state of RWKV-7, and {_ONLY_4}",
+        },
+    ),
+    # RWKV-v7/train_temp
+    "train_stage": Foreign(
+        _V7, f"its stages 1, 2 and 3 are --my_pile_stage 1, 2 and 3 here; {_ONLY_4.replace(', so leave it out for an RWKV-4 model', '')}", ("0",)
+    ),
+    "head_size": Foreign(_V7, f"RWKV-4 has no heads, and {_ONLY_4}"),
+    "head_chunk": Foreign(_V7, "leave it out: the loss never holds all logits in memory", ("0",)),
+    "kernel": Foreign(_V7, "leave it out: the WKV kernel for this device is chosen automatically", ("",)),
+    # Joluck/RWKV-PEFT (also JL-er/RWKV-PEFT)
+    "peft": Foreign(
+        _PEFT,
+        "of its methods only LoRA exists here, which is what scripts/lora.py trains",
+        (),
+        {
+            "lora": "LoRA is what scripts/lora.py trains: leave it out",
+            "none": "tuning all weights is what scripts/finetune.py does: leave it out",
+        },
+    ),
+    "peft_config": Foreign(_PEFT, "give its entries as flags: --lora_r, --lora_alpha, --lora_dropout, --lora_parts"),
+    "lora_config": Foreign(_PEFT, "give its entries as flags: --lora_load, --lora_r, --lora_alpha, --lora_dropout, --lora_parts"),
+    "train_parts": Foreign(_PEFT, "use --lora_parts, such as --lora_parts att,ffn,time,ln"),
+    **{f"{name}_config": Foreign(_PEFT, _ADAPTERS) for name in ("pissa", "disha", "bone", "miss", "lisa", "state")},
+    **{name: Foreign(_PEFT, _ADAPTERS) for name in ("LISA", "lisa_r", "lisa_k", "PISSA", "svd_niter", "pissa_load", "pissa_init", "bone_load", "bone_r")},
+    "state_tune": Foreign(_PEFT, f"it trains the initial state of RWKV-5 to 7, and {_ONLY_4}"),
+    "quant": Foreign(_PEFT, _NO_QUANTISATION, ("none",)),
+    "merge": Foreign(_PEFT, "a run saves the adapter; scripts/merge_lora.py merges it into its base", ("0",)),
+    "dataload": Foreign(
+        _PEFT,
+        "use --doc_training 1 for whole documents, padded; without it contexts begin at random places",
+        ("get",),
+        {"pad": "use --doc_training 1: whole documents, padded", "only": "use --doc_training 1: whole documents, padded"},
+    ),
+    "loss_mask": Foreign(
+        _PEFT,
+        "convert chats with scripts/convert.py: it writes a loss mask, which training uses without a flag",
+        ("none",),
+        {"pad": "leave it out: padding never contributes to the loss"},
+    ),
+    "mask_id": Foreign(_PEFT, "convert chats with scripts/convert.py: it writes a loss mask, which training uses without a flag"),
+    "data_shuffle": Foreign(_PEFT, "--doc_training 1 reads documents in random order, --doc_training_seq 1 in the order of the file"),
+    "sft_field": Foreign(_PEFT, "convert the data with scripts/convert.py first"),
+    "sft_split": Foreign(_PEFT, "convert the data with scripts/convert.py first", ("train",)),
+    "chunk_ctx": Foreign(_PEFT, "use --tbptt_len N: tokens in a chunk, the state carried from one to the next"),
+    "op": Foreign(_PEFT, "leave it out: the WKV kernel for this device is chosen automatically"),
+    "fla": Foreign(_PEFT, "leave it out: the WKV kernel for this device is chosen automatically"),
+    "fused_kernel": Foreign(_PEFT, "leave it out: fused kernels are used wherever they are available"),
+    "optim": Foreign(_PEFT, "use --optimizer adam or --optimizer adafactor", ("none",)),
+    "avg_loss": Foreign(_PEFT, "leave it out: with --accumulate_grad_batches the loss is always the mean over the whole step", ("0",)),
+    "lr_schedule": Foreign(
+        _PEFT,
+        "the rate decays exponentially from --lr_init to --lr_final; with --my_exit_tokens by a cosine",
+        (),
+        {"cos": "use --my_exit_tokens N for a cosine decay over N tokens", "wsd": "for a constant rate set --lr_init and --lr_final to the same"},
+    ),
+    "emb": Foreign("Blealtan's LoRA fork and RWKV-PEFT", "the embedding is not trained by LoRA: leave it out, or tune all weights with scripts/finetune.py"),
+    # the converter's
+    "dataset_impl": Foreign(_TOOL, "leave it out: the memory-mapped format is the only one", ("mmap",)),
+    "merge_file": Foreign(_TOOL, "leave it out: neither World nor 20B has one", ("",)),
+    # pytorch-lightning's, which upstream's trainers take over
+    "gradient_clip_val": Foreign(_LIGHTNING, "use --grad_clip"),
+    "gpus": Foreign(_LIGHTNING, "use --devices"),
+    "num_processes": Foreign(_LIGHTNING, "use --devices"),
+    "max_epochs": Foreign(_LIGHTNING, "use --epoch_count"),
+    "default_root_dir": Foreign(_LIGHTNING, "use --proj_dir"),
+    "val_check_interval": Foreign(_LIGHTNING, "use --val_split and --val_every"),
+    "resume_from_checkpoint": Foreign(_LIGHTNING, "leave it out: the same command continues the run in --proj_dir"),
+    "auto_scale_batch_size": Foreign(_LIGHTNING, "use --auto"),
+    **{
+        name: Foreign(_LIGHTNING, "leave it out")
+        for name in (
+            "logger", "enable_checkpointing", "enable_model_summary", "num_sanity_val_steps", "check_val_every_n_epoch", "log_every_n_steps",
+            "replace_sampler_ddp", "sync_batchnorm", "benchmark", "deterministic", "detect_anomaly", "profiler", "overfit_batches",
+            "limit_train_batches", "limit_val_batches", "fast_dev_run", "min_epochs", "min_steps", "max_time", "plugins", "amp_backend", "amp_level",
+            "auto_lr_find", "auto_select_gpus", "track_grad_norm", "reload_dataloaders_every_n_epochs", "gradient_clip_algorithm", "tpu_cores",
+        )
+    },
+    # Hugging Face's Trainer, LLaMA-Factory and the like
+    "learning_rate": Foreign(_HF, "use --lr_init and --lr_final"),
+    "lr": Foreign(_HF, "use --lr_init and --lr_final"),
+    "num_train_epochs": Foreign(_HF, "use --epoch_count, and --epoch_steps for the length of an epoch"),
+    "epochs": Foreign(_HF, "use --epoch_count, and --epoch_steps for the length of an epoch"),
+    "per_device_train_batch_size": Foreign(_HF, "use --micro_bsz"),
+    "batch_size": Foreign(_HF, "use --micro_bsz"),
+    "gradient_accumulation_steps": Foreign(_HF, "use --accumulate_grad_batches"),
+    "gradient_checkpointing": Foreign(_HF, "use --grad_cp 1"),
+    "max_grad_norm": Foreign(_HF, "use --grad_clip"),
+    "output_dir": Foreign(_HF, "use --proj_dir"),
+    "model_name_or_path": Foreign(_HF, "use --load_model"),
+    "train_file": Foreign(_HF, "use --data_file"),
+    "dataset": Foreign(_HF, "use --data_file"),
+    "max_seq_length": Foreign(_HF, "use --ctx_len"),
+    "cutoff_len": Foreign(_HF, "use --ctx_len"),
+    "save_steps": Foreign(_HF, "use --save_every, or --epoch_save for checkpoints"),
+    "warmup_ratio": Foreign(_HF, "use --warmup_steps"),
+    "seed": Foreign(_HF, "use --random_seed"),
+    "bf16": Foreign(_HF, "use --precision bf16"),
+    "fp16": Foreign(_HF, "use --precision fp16"),
+    "lora_rank": Foreign(_HF, "use --lora_r"),
+    "lora_target": Foreign(_HF, "use --lora_parts, such as --lora_parts att,ffn,time,ln"),
+    "target_modules": Foreign(_HF, "use --lora_parts, such as --lora_parts att,ffn,time,ln"),
+    "deepspeed": Foreign(_HF, "use --strategy deepspeed_stage_2, and --ds_config for further keys"),
+    "patience": Foreign("trainers with early stopping", "there is none here: --val_split 0.01 shows the validation loss, Ctrl-C ends a run and saves it"),
+    # inference
+    "max_new_tokens": Foreign(_HF, "use --max_tokens"),
+    "max_length": Foreign(_HF, "use --max_tokens"),
+    "top_k": Foreign("other generators", "use --top_p"),
+    "repetition_penalty": Foreign(_HF, "use --presence_penalty and --frequency_penalty"),
+}  # fmt: skip
+
+IGNORED = ("num_docs", "log_interval", "enable_progress_bar")
+"""Flags that are accepted and ignored."""
+ALIASES = {
+    "vocab": "vocab_file",
+    "seq_data": "doc_training_seq",  # as m8than's README calls it
+    "seq_data_sep": "doc_sep",
+}
+LISTS = ("jsonl_keys",)
+"""Flags whose value may be several arguments instead of a comma-separated list."""

@@ -1,0 +1,1 @@
+"""Predict, measure and search the memory that a run needs."""

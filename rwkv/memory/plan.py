@@ -1,0 +1,96 @@
+"""The memory plan of a run's flags, and --auto: the flags that fit into memory."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from rwkv import compat
+from rwkv.adapters import lora
+from rwkv.config import EstimateConfig, TrainConfig
+from rwkv.errors import UserError
+from rwkv.memory import estimate, machine, search
+from rwkv.models import Sizes
+
+USABLE = 0.92  # fraction of the memory to plan for; the rest covers fragmentation and the error of the prediction
+
+
+def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision: str) -> estimate.Plan:
+    """The plan of a run, or of an estimate. With tbptt_len its context is one chunk."""
+    adapter: dict[str, Any] = {"lora": False}
+    if a := (c.adapter if isinstance(c, TrainConfig) else c):
+        lora_used = isinstance(c, TrainConfig) or c.method == "lora"
+        adapter = {"lora": lora_used, "r": a.lora_r, "parts": lora.parts_in(a.lora_parts), "base": a.lora_base}
+    return estimate.Plan(
+        sizes,
+        **adapter,
+        ctx_len=min(c.ctx_len, getattr(c, "tbptt_len", 0) or c.ctx_len),
+        micro_bsz=c.micro_bsz,
+        precision=precision,
+        grad_cp=bool(c.grad_cp),
+        optimizer=c.optimizer,
+        strategy=c.strategy,
+        devices=c.devices * c.num_nodes,
+        per_node=c.devices,
+        accumulate=c.accumulate_grad_batches,
+        ds_bucket_mb=c.ds_bucket_mb,
+        gpu=gpu,
+        process=compat.process_bytes(),
+        heap=compat.heap_share(),
+    )
+
+
+def available(plan: estimate.Plan) -> int:
+    """Bytes that a run can use on each device of this machine; 0 if that is unknown."""
+    found = machine.memory_of(plan.gpu, plan.per_node)
+    return round(USABLE * (found if plan.gpu else found / max(1, plan.per_node)))
+
+
+def choose(c: TrainConfig, plan: estimate.Plan, usable: Callable[[TrainConfig], bool]) -> tuple[TrainConfig, str]:
+    """The flags of --auto, and a description of them. The effective batch does not change: a smaller micro_bsz is accumulated more often.
+
+    Tried in the order of their cost in time: first without gradient checkpointing, then with it, each from the largest micro_bsz to the smallest; then, on
+    GPUs, the same with the DeepSpeed strategies. Where the memory is unknown the flags stay as given.
+
+    Args:
+        usable: whether a strategy can be used with the other flags on this machine.
+
+    Raises:
+        UserError: nothing fits; the message says what would, if anything does.
+    """
+    limit = available(plan)
+    if not limit:
+        return c, "the memory of this device is unknown; flags stay as given"
+    strategies = [c.strategy]
+    if c.strategy == "auto" and plan.gpu and c.optimizer == "adam":
+        strategies += [name for name in search.offered(c.world_size) if usable(replace(c, strategy=name))]
+    host = USABLE * machine.memory_of(gpu=False)
+    short, last = "", plan
+    for last in search.candidates(plan, strategies):
+        found, micro_bsz, accumulate = estimate.estimate(last), last.micro_bsz, last.accumulate
+        words = f"--micro_bsz {micro_bsz} --accumulate_grad_batches {accumulate} --grad_cp {int(last.grad_cp)} --strategy {last.strategy}"
+        if found.total > limit:
+            continue
+        if last.offload and found.host_total > host:
+            short = short or (
+                f"{words} would fit there, but takes {found.host_total / 1e9:.1f} GB of the host, which has {host / 1e9:.1f}. "
+            )
+            continue
+        chosen = replace(
+            c,
+            micro_bsz=micro_bsz,
+            accumulate_grad_batches=accumulate,
+            epoch_steps=c.epoch_steps * (c.micro_bsz // micro_bsz),
+            grad_cp=1 if last.grad_cp else 0,
+            strategy=last.strategy,
+        )
+        return chosen, f"{words}: {found.total / 1e9:.2f} of {limit / 1e9:.2f} GB"
+    rest = "Take LoRA (scripts/lora.py), a shorter --ctx_len, or a smaller model" if short else advice(last, limit)
+    raise UserError(f"--auto: nothing fits into {limit / 1e9:.2f} GB. {short}{rest}")
+
+
+def advice(plan: estimate.Plan, limit: int) -> str:
+    """The cheapest change that would fit, as a sentence."""
+    found = search.remedy(plan, limit)
+    if found is None:
+        return "No change of flags that is known would fit; take a smaller model, or a larger machine"
+    return f"The cheapest change that fits: {found[0]} ({estimate.estimate(found[1]).total / 1e9:.2f} GB predicted)"

@@ -1,0 +1,7 @@
+"""RWKV models: the language model (rwkv.py), and one file for each version (v4.py)."""
+
+from rwkv.models.rwkv import RWKV
+from rwkv.models.state import State
+from rwkv.models.version import Sizes
+
+__all__ = ["RWKV", "Sizes", "State"]

@@ -1,0 +1,27 @@
+"""Layers that the versions share: normalisation, linear layers without values, dropout."""
+
+import torch
+from torch import Tensor, nn
+
+from rwkv.kernels.elementwise import native
+from rwkv.kernels.linear import Matrix
+
+Device = torch.device | str | None
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm with fp32 statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] → its norm, in the dtype that matmuls are computed in."""
+        return native.norm(x, self.weight, self.bias, self.eps)
+
+
+def matrix(rows: int, columns: int, device: Device = None) -> Matrix:
+    """A linear layer with weight [rows, columns], uninitialised."""
+    return Matrix(columns, rows, bias=False, device=device)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Dropout with probability p; x itself for p = 0."""
+    return native.drop(x, p) if p else x

@@ -1,0 +1,122 @@
+"""The language model around a version's blocks: embedding, output norm, head, state and gradient checkpointing."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rwkv.kernels.head_loss import head_loss
+from rwkv.kernels.linear import Matrix
+from rwkv.models.layers import Device, Norm, dropout
+from rwkv.models.state import State
+from rwkv.models.version import Version, version_of
+
+
+class Head(Matrix):
+    """Logits or directly their loss: every use of the head's weight goes through forward, where ZeRO-3 gathers it."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
+        """x [..., D] → logits [..., V]; with targets their mean loss, as rwkv.kernels.head_loss.head_loss."""
+        return super().forward(x) if targets is None else head_loss(x, self.weight, targets, loss_mask)
+
+
+class RWKV(nn.Module):
+    """The language model of one version. Its matrices are uninitialised until `initialise` or rwkv.checkpoint fills them.
+
+    Args:
+        sizes: the sizes of a version, which say which version it is.
+        grad_cp: gradient checkpointing: recompute each block in the backward pass and save only its input.
+        dropout: in training, of the embedding and of the residual stream after every mix (upstream's --dropout).
+        device: "meta" builds parameters that have only shapes.
+
+    Attributes:
+        reentrant: use torch's reentrant form of checkpointing: the recomputed block has a backward pass of its own,
+            within the hooks around the block.
+    """
+
+    def __init__(self, sizes: Any, grad_cp: bool = False, dropout: float = 0.0, device: Device = None):
+        super().__init__()
+        self.sizes, self.grad_cp, self.dropout = sizes, grad_cp, dropout
+        self.reentrant = False
+        V, D = sizes.vocab_size, sizes.n_embd
+        self.emb = nn.Embedding.from_pretrained(torch.empty(V, D, device=device), freeze=False)
+        self.blocks = nn.ModuleList(self.version.Block(sizes, layer, device) for layer in range(sizes.n_layer))
+        self.ln_out = Norm(D, device=device)
+        self.head = Head(D, V, bias=False, device=device)
+
+    @property
+    def version(self) -> Version:
+        """The module of the model's version."""
+        return version_of(self.sizes)
+
+    @torch.no_grad()
+    def initialise(self, emb_scale: float, frozen: bool = False) -> None:
+        """Initialise every weight in place, by upstream's rules.
+
+        Args:
+            emb_scale: the embedding is uniform in ±emb_scale; upstream uses the initial learning rate.
+            frozen: the matrices will not be trained: none starts at zero, as no gradient would pass it.
+        """
+        self.version.initialise(self, emb_scale, frozen)
+
+    def initial_state(self, batch: int, like: Tensor | None = None) -> State:
+        """The state before the first token of a document, on the device and in the dtype of `like`; None: of the
+        embedding, which must not be sharded then."""
+        like = self.emb.weight if like is None else like
+        block = self.version.initial_state(self.sizes, batch, like)
+        return tuple(block for _ in self.blocks)
+
+    def hidden(self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
+        """tokens [B, T] of integers in [0, V) → the head's input [B, T, D], and the state after the last token.
+
+        `reset` [B, T] bool: True where a document starts; nothing before that token reaches it or later ones.
+        """
+        x = self.emb(tokens)
+        if state is None:  # like x: ZeRO-3 would keep the embedding's weight gathered, were it read here
+            state = self.initial_state(tokens.shape[0], x)
+        p = self.dropout if self.training else 0.0
+        x, carry, after = dropout(x, p), (), []
+        for block, before in zip(self.blocks, state, strict=True):
+            x, new, carry = self._run(block, x, before, carry, reset, p)
+            after.append(new)
+        return self.ln_out(x), tuple(after)
+
+    def forward(self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
+        """tokens [B, T] → logits [B, T, V] and the state after the last token, to be passed with the next tokens."""
+        x, state = self.hidden(tokens, state, reset)
+        return self.head(x), state
+
+    def _run(self, block: nn.Module, *arguments: Any) -> Any:
+        if not (self.grad_cp and torch.is_grad_enabled()):
+            return block(*arguments)
+        if not self.reentrant:
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return _checkpoint_reentrant(block, *arguments)
+
+
+def _checkpoint_reentrant(
+    block: nn.Module,
+    x: Tensor,
+    state: tuple[Tensor, ...],
+    carry: tuple[Tensor, ...],
+    reset: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    n = len(state)
+
+    def flat(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:  # this form follows no tensors inside tuples
+        y, after, carried = block(x, tensors[:n], tensors[n:], reset, dropout)
+        return y, *after, *carried
+
+    if not x.requires_grad:  # after a frozen embedding: this form computes gradients only if an input asks for one
+        x = x.detach().requires_grad_()
+    y, *tensors = checkpoint(flat, x, *state, *carry, use_reentrant=True)
+    return y, tuple(tensors[:n]), tuple(tensors[n:])
+
+
+@functools.lru_cache(maxsize=16)
+def shapes(sizes: Any) -> dict[str, torch.Size]:
+    """The shape of every parameter of a model of these sizes, which is not built in memory."""
+    return {name: parameter.shape for name, parameter in RWKV(sizes, device="meta").named_parameters()}

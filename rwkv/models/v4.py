@@ -1,0 +1,268 @@
+"""RWKV-4 (Peng et al. 2023, arXiv:2305.13048), parallel over time in training and token by token in generation.
+
+Shapes: B batch, T time (tokens), D n_embd, A dim_att, F dim_ffn, V vocab_size, L n_layer.
+Parameter names are those of BlinkDL's checkpoints. The state of a block is the last input of its time-mix [B, D], that
+of WKV [B, 3, A] in fp32 (rwkv.wkv), and the last input of its channel-mix [B, D].
+
+Saved for the backward pass, in bytes per token and block, where matmuls are computed with e bytes per element (2 in
+bf16) and the residual stream has s (the embedding's: 2 if it is stored in bf16, else 4):
+
+    time-mix      s·D + 8    its input, ln1's statistics                channel-mix   s·D + 8    its input, ln2's statistics
+                  e·3A       k, v, r                                                  e·F        the input of the squared ReLU
+                  0.75 A     WKV's state before every 16th token                      e·2D       r, and what it gates
+
+WKV also saves its first state and on a CPU its last, 12 A bytes per row each. Outputs of norms, of WKV and of the other
+elementwise operations are recomputed (rwkv.kernels.elementwise.native), whatever is trained. With grad_cp a block saves
+its input s·D alone, and one block at a time the rest. Outside the blocks: s·D + 8 for ln_out, e·D for the gradient that
+head_loss computes, and while it runs the logits of one chunk (head_loss.CHUNK_BYTES as fp32).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rwkv.kernels.elementwise import native
+from rwkv.models.layers import Device, Norm, dropout, matrix
+from rwkv.models.parts import Parts
+from rwkv.wkv import empty_state, wkv4
+
+NAME = "4"
+PARTS = Parts(
+    {"att": ("att.key", "att.value", "att.receptance"), "ffn": ("ffn.key", "ffn.receptance", "ffn.value")},
+    ("att.output",),
+    {"time": r"\.(att|ffn|ffnPre)\.time_\w+$", "ln": r"\.ln[012]\.(weight|bias)$"},
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of an RWKV-4; 0 for dim_att is n_embd, for dim_ffn four times n_embd."""
+
+    n_layer: int = 6
+    n_embd: int = 512
+    vocab_size: int = 65536
+    dim_att: int = 0
+    dim_ffn: int = 0
+    pre_ffn: bool = False  # block 0 has a second channel-mix instead of its time-mix
+
+    def __post_init__(self):
+        object.__setattr__(self, "dim_att", self.dim_att or self.n_embd)
+        object.__setattr__(self, "dim_ffn", self.dim_ffn or 4 * self.n_embd)
+        object.__setattr__(self, "pre_ffn", bool(self.pre_ffn))
+
+
+PUBLISHED = {
+    "0.1b": Sizes(12, 768),
+    "0.4b": Sizes(24, 1024),
+    "1.5b": Sizes(24, 2048),
+    "3b": Sizes(32, 2560),
+    "7b": Sizes(32, 4096),
+    "14b": Sizes(40, 5120),
+}
+
+
+def _mix(size: int, device: Device) -> nn.Parameter:
+    return nn.Parameter(torch.full((1, 1, size), 0.5, device=device))
+
+
+class TimeMix(nn.Module):
+    """r, k, v from the token and its predecessor; WKV over time; gated by σ(r)."""
+
+    def __init__(self, sizes: Sizes, device: Device = None):
+        super().__init__()
+        D, A = sizes.n_embd, sizes.dim_att
+        self.time_decay = nn.Parameter(torch.zeros(A, device=device))
+        self.time_first = nn.Parameter(torch.zeros(A, device=device))
+        self.time_mix_k, self.time_mix_v, self.time_mix_r = (_mix(D, device) for _ in range(3))
+        self.key, self.value, self.receptance = (matrix(A, D, device) for _ in range(3))
+        self.output = matrix(D, A, device)
+
+    def forward(self, x: Tensor, shift: Tensor, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, T, D], shift [B, D], state [B, 3, A], reset [B, T] → y [B, T, D], state."""
+        xk, xv, xr = native.mix(
+            x, shift, reset, [self.time_mix_k, self.time_mix_v, self.time_mix_r], torch.zeros_like(shift)
+        )
+        k, v, r = self.key(xk), self.value(xv), self.receptance(xr)  # [B, T, A]
+        # The decay stays fp32: exp(−exp(w)) is so close to 1 that bf16 rounds it to 1.
+        y, state = _wkv(-torch.exp(self.time_decay.float()), self.time_first, k, v, state, reset)
+        return self.output(native.gate(r, y)), state
+
+
+def _wkv(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """As wkv4, but a document starts with the empty state; y is recomputed for gradients that need it."""
+    y, state = _wkv4(*inputs)
+    return native.recomputed(y, lambda *again: _wkv4(*again)[0], *inputs), state
+
+
+def _wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    initial = None if reset is None else empty_state(k.shape[0], k.shape[2], k.device)
+    return wkv4(w, u, k, v, state, reset, initial=initial)
+
+
+class ChannelMix(nn.Module):
+    """A gated feed-forward network with squared ReLU, of the token and its predecessor."""
+
+    def __init__(self, sizes: Sizes, device: Device = None):
+        super().__init__()
+        D, F = sizes.n_embd, sizes.dim_ffn
+        self.time_mix_k, self.time_mix_r = _mix(D, device), _mix(D, device)
+        self.key, self.receptance, self.value = matrix(F, D, device), matrix(D, D, device), matrix(D, F, device)
+
+    def forward(self, x: Tensor, shift: Tensor, reset: Tensor | None = None) -> Tensor:
+        """x [B, T, D], shift [B, D], reset [B, T] → y [B, T, D]."""
+        xk, xr = native.mix(x, shift, reset, [self.time_mix_k, self.time_mix_r], torch.zeros_like(shift))
+        k, r = self.key(xk), self.receptance(xr)  # [B, T, F], [B, T, D]
+        return native.gate(r, self.value(native.relu2(k)))
+
+
+class Block(nn.Module):
+    """x += time-mix(ln1 x); x += channel-mix(ln2 x). Block 0 first normalises the embedding."""
+
+    def __init__(self, sizes: Sizes, layer: int, device: Device = None):
+        super().__init__()
+        D = sizes.n_embd
+        if layer == 0:
+            self.ln0 = Norm(D, device=device)
+        self.ln1, self.ln2 = Norm(D, device=device), Norm(D, device=device)
+        if layer == 0 and sizes.pre_ffn:
+            self.ffnPre = ChannelMix(sizes, device)
+        else:
+            self.att = TimeMix(sizes, device)
+        self.ffn = ChannelMix(sizes, device)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: tuple[Tensor, ...],
+        carry: tuple[Tensor, ...] = (),
+        reset: Tensor | None = None,
+        p: float = 0.0,
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """x [B, T, D] → [B, T, D], and the state after the last token; p: dropout of the residual stream."""
+        att_shift, wkv, ffn_shift = state
+        if hasattr(self, "ln0"):
+            x = self.ln0(x)
+        a = self.ln1(x)
+        if hasattr(self, "att"):
+            y, wkv = self.att(a, att_shift, wkv, reset)
+        else:
+            y = self.ffnPre(a, att_shift, reset)
+        x = dropout(x + y, p)
+        f = self.ln2(x)
+        x = dropout(x + self.ffn(f, ffn_shift, reset), p)
+        # clones: a view of the last token would keep the others in memory
+        return x, (a[:, -1].clone(), wkv, f[:, -1].clone()), carry
+
+
+def initial_state(sizes: Sizes, batch: int, like: Tensor) -> tuple[Tensor, ...]:
+    """See rwkv.models.version.Version, as all functions below."""
+    zeros = torch.zeros(batch, sizes.n_embd, device=like.device, dtype=like.dtype)
+    return zeros, empty_state(batch, sizes.dim_att, like.device), zeros
+
+
+def recognise(shapes: Mapping[str, torch.Size], n_layer: int) -> Sizes:
+    """Sizes from the shapes of emb, of the first time_decay and of block 0's ffn.key."""
+    pre_ffn = "blocks.0.ffnPre.key.weight" in shapes
+    decays = [key for layer in range(n_layer) if (key := f"blocks.{layer}.att.time_decay") in shapes]
+    matrices = ["emb.weight", "blocks.0.ffn.key.weight"]
+    missing = [key for key in matrices if len(shapes.get(key, ())) != 2]
+    missing += [] if decays or pre_ffn else ["blocks.*.att.time_decay"]
+    if missing:
+        raise ValueError(f"no {', '.join(missing)}")
+    vocab_size, n_embd = shapes["emb.weight"]
+    dim_att = shapes[decays[0]][0] if decays else n_embd
+    dim_ffn = shapes["blocks.0.ffn.key.weight"][0]
+    if not all((n_embd, vocab_size, dim_att, dim_ffn)):
+        raise ValueError("a tensor without elements")
+    return Sizes(n_layer, n_embd, vocab_size, dim_att, dim_ffn, pre_ffn)
+
+
+# Matrices that are zero at first, so that every block passes its input on.
+_ZERO = ("att.key", "att.receptance", "att.output", "ffn.value", "ffn.receptance", "ffnPre.value", "ffnPre.receptance")
+
+
+def initialise(model: Any, emb_scale: float, frozen: bool) -> None:
+    """BlinkDL's initial weights: small embeddings, zero or orthogonal matrices, decays spread over the channels."""
+    L = len(model.blocks)
+    for layer, block in enumerate(model.blocks):
+        depth = layer / (L - 1) if L > 1 else 0.0  # 0 in the first layer, 1 in the last
+        height = 1 - layer / L  # 1 in the first layer, 1/L in the last
+        for part in block.children():
+            if isinstance(part, TimeMix):
+                _initialise_time_mix(part, depth, height)
+            elif isinstance(part, ChannelMix):
+                position = _position(part.time_mix_k)
+                part.time_mix_k.copy_(position**height)
+                part.time_mix_r.copy_(position**height)
+            elif isinstance(part, nn.LayerNorm):
+                part.reset_parameters()
+    model.ln_out.reset_parameters()
+    for name, weight in model.named_parameters():
+        if name == "emb.weight":
+            weight.uniform_(-emb_scale, emb_scale)
+        elif weight.dim() == 2:
+            _initialise_matrix(name.removesuffix(".weight"), weight, frozen)
+
+
+def _position(mix: Tensor) -> Tensor:
+    """i/D for channel i, shaped as the mixing weights [1, 1, D]."""
+    return (torch.arange(mix.shape[-1], dtype=torch.float64) / mix.shape[-1]).view(1, 1, -1)
+
+
+def _initialise_time_mix(part: TimeMix, depth: float, height: float) -> None:
+    A = part.time_decay.shape[0]
+    h = torch.arange(A, dtype=torch.float64)
+    part.time_decay.copy_(-5 + 8 * (h / max(A - 1, 1)) ** (0.7 + 1.3 * depth))
+    zigzag = ((h + 1) % 3 - 1) * 0.5
+    part.time_first.copy_(math.log(0.3) + zigzag)
+    position = _position(part.time_mix_k)
+    part.time_mix_k.copy_(position**height)
+    part.time_mix_v.copy_(position**height + 0.3 * depth)
+    part.time_mix_r.copy_(position ** (0.5 * height))
+
+
+def _initialise_matrix(name: str, weight: Tensor, frozen: bool) -> None:
+    rows, columns = weight.shape
+    gain = math.sqrt(rows / columns) if rows > columns else 1.0
+    if name.endswith(_ZERO) and not frozen:
+        weight.zero_()
+    else:
+        nn.init.orthogonal_(weight, gain=gain * (0.5 if name == "head" else 1.0))
+
+
+def lr_scale(name: str, stage_2: bool) -> float:
+    """2 for time_decay, 3 for time_first, in stage 2 five for all time_ parameters, 1 for the rest."""
+    if stage_2 and "time_" in name:
+        return 5.0
+    return 2.0 if "time_decay" in name else 3.0 if "time_first" in name else 1.0
+
+
+def decays(name: str, shape: torch.Size) -> bool:
+    """Matrices decay; vectors, also those stored as [1, 1, D], do not."""
+    return sum(size > 1 for size in shape) >= 2
+
+
+def saved_bytes(sizes: Sizes, e: int) -> float:
+    """The sum of the table at the top, with a residual stream of e bytes per element."""
+    D, A, F = sizes.n_embd, sizes.dim_att, sizes.dim_ffn
+    return e * (4 * D + F) + (3 * e + 0.75) * A + 16
+
+
+def transformers_config(sizes: Sizes) -> dict[str, Any]:
+    """RwkvForCausalLM, which has no pre_ffn."""
+    if sizes.pre_ffn:
+        raise ValueError("transformers' RWKV has no channel-mix instead of the first time-mix (--pre_ffn 1)")
+    return {
+        "architectures": ["RwkvForCausalLM"],
+        "model_type": "rwkv",
+        "vocab_size": sizes.vocab_size,
+        "hidden_size": sizes.n_embd,
+        "num_hidden_layers": sizes.n_layer,
+        "attention_hidden_size": sizes.dim_att,
+        "intermediate_size": sizes.dim_ffn,
+        "layer_norm_epsilon": 1e-5,
+    }

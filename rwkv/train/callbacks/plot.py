@@ -1,0 +1,116 @@
+"""loss.png: the loss, the validation loss and the learning rate of a run by step."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rwkv import plots
+from rwkv.train.callbacks.curve import Curve, Series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_FEW = 40  # steps that are drawn as points too
+_DWARFED = 3  # the first steps are cut off where the whole range is so many times that of the rest
+
+
+def plot(curve: Curve, image: Path, title: str) -> None:
+    """Draw the loss of every step, its mean over a twentieth of the run, the learning rate, and the validation loss with its best value.
+
+    Of a run of more than a few thousand steps the range and the mean of neighbouring ones are drawn. Where the first steps dwarf the rest, they are
+    cut off, and the largest of them is named.
+
+    Raises:
+        UserError: the disk is full, or read-only.
+    """
+    figure, axes = plots.new()
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    loss, steps = curve.loss, np.array(curve.loss.steps)
+    mean, window = _moving_mean(loss)
+    if window > 1:
+        axes.fill_between(steps, loss.lows, loss.highs, color="tab:blue", alpha=0.2, linewidth=0)
+        axes.plot(steps, loss.means, color="tab:blue", alpha=0.35, linewidth=1, label="loss of a step")
+        axes.plot(
+            steps[len(steps) - len(mean) :], mean, color="tab:blue", linewidth=2, label=f"mean of {window:,} steps"
+        )
+    else:
+        axes.plot(steps, loss.means, color="tab:blue", marker="o", markersize=3, linewidth=1.5, label="loss of a step")
+    if curve.best:
+        few = len(curve.validation) <= _FEW
+        axes.plot(
+            curve.validation.steps,
+            curve.validation.means,
+            color="tab:green",
+            marker="o" if few else "",
+            markersize=4,
+            label="validation loss",
+        )
+        best, name = curve.best, "best validation loss"
+    elif len(mean):
+        at = int(np.argmin(mean))
+        best, name = (
+            (int(steps[len(steps) - len(mean) + at]), float(mean[at])),
+            "lowest mean" if window > 1 else "lowest loss",
+        )
+    if curve.best or len(mean):
+        axes.plot(
+            *best,
+            linestyle="",
+            marker="*",
+            markersize=11,
+            color="tab:red",
+            label=f"{name}: {best[1]:.3f}, step {best[0]:,}",
+            zorder=5,
+        )
+    _limit(axes, curve)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    plots.set_title(axes, title)
+    if len(steps) < 2:
+        axes.set_xlim(curve.last - 1, curve.last + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(plots.counted))
+    axes.grid(alpha=0.3)
+    right = axes.twinx()
+    right.plot(steps, loss.rates, color="tab:orange", linewidth=1, label="learning rate")
+    right.set_ylabel("learning rate")
+    right.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.3g}"))
+    right.set_ylim(0, max([*loss.rates, 0.0]) * 1.1 or 1)
+    axes.set_zorder(right.get_zorder() + 1)  # the loss in front of the rate
+    axes.patch.set_visible(False)
+    figure.legend(
+        handles=[*axes.lines, *right.lines], loc="outside lower center", ncols=3, frameon=False, fontsize="small"
+    )
+    plots.save(figure, image)
+
+
+def _moving_mean(loss: Series) -> tuple[np.ndarray, int]:
+    """The mean over the last twentieth of the run at each place that has so much before it, and how many steps that is."""
+    if not len(loss):
+        return np.zeros(0), 1
+    width = max(1, len(loss) // 20)
+    counts = np.array(loss.counts, dtype=np.float64)
+    sums, before = (np.concatenate([[0.0], np.cumsum(x)]) for x in (counts * loss.means, counts))
+    return (sums[width:] - sums[:-width]) / (before[width:] - before[:-width]), width * loss.width
+
+
+def _limit(axes: "Axes", curve: Curve) -> None:
+    """Limits of the loss that the first steps do not decide alone."""
+    values = np.array([*curve.loss.means])
+    rest = values[len(values) // 10 :]
+    if len(values) < _FEW:
+        return
+    low, high = np.quantile(rest, [0.0, 0.995])
+    if curve.best:
+        after = [
+            x
+            for step, x in zip(curve.validation.steps, curve.validation.means, strict=True)
+            if step >= curve.loss.steps[-len(rest)]
+        ]
+        low, high = min([low, *after]), max([high, *after])
+    space = (high - low) * 0.08 or 0.05 * max(1e-3, abs(high))
+    if max(curve.loss.highs) - low > _DWARFED * (high - low + 2 * space):
+        axes.set_ylim(low - space, high + space)
+        text = f"↑ the first steps: up to {max(curve.loss.highs):.3g}"
+        axes.annotate(text, (0.01, 0.97), xycoords="axes fraction", va="top", fontsize="small", color="tab:blue")

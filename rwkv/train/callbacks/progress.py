@@ -1,0 +1,96 @@
+"""How far a run is: a bar on a terminal, one line a minute anywhere else, and once how long the run will take."""
+
+import shutil
+import sys
+import time
+from collections import deque
+from typing import Any
+
+from tqdm import tqdm
+
+from rwkv.train.console import Unfailing, duration
+
+LINE_SECONDS = 60  # between two lines where there is no terminal
+_BAR = 12  # cells that the bar keeps before a figure is shown beside it
+_MEASURED = (
+    10,
+    3,
+)  # seconds and steps after which the time of the run is estimated; the first step, which is slower, is not counted
+_WINDOW = 50  # steps of the running mean
+
+
+class Progress:
+    """Args: total: steps of the run. done: steps before this process. quiet: another process reports."""
+
+    def __init__(self, total: int, done: int, quiet: bool = False):
+        self._total, self._done, self._first, self._quiet = total, done, done, quiet
+        self._losses: deque[float] = deque(maxlen=_WINDOW)
+        self._file = Unfailing(sys.stderr)
+        self._bar: Any = None
+        self._begun = self._told = 0.0
+        self._estimated = False
+        if not quiet and sys.stderr.isatty():
+            look = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            self._bar = tqdm(
+                total=total, initial=done, file=self._file, dynamic_ncols=True, bar_format=look, mininterval=0.5
+            )
+
+    def step(self, loss: float | None, figures: list[str]) -> None:
+        """A step has been made; loss: None if it was not finite. `figures`: what to show beside the running mean of the loss, most important first."""
+        if self._quiet:
+            return
+        now, self._done = time.monotonic(), self._done + 1
+        self._begun = self._begun or now
+        if loss is not None:
+            self._losses.append(loss)
+        mean = sum(self._losses) / len(self._losses) if self._losses else float("nan")
+        figures = [f"loss {mean:.3f}", *figures]
+        if self._bar is None:
+            self._line(now, figures)
+            return
+        self._bar.set_postfix_str(self._fitting(figures), refresh=False)
+        self._bar.update()
+        left = self._left(now)
+        if not self._estimated and left is not None:
+            self._estimated = True
+            if left > LINE_SECONDS:
+                self._bar.clear()
+                print(f"time: {duration(left)} left", file=self._file, flush=True)
+
+    def _line(self, now: float, figures: list[str]) -> None:
+        left = self._left(now)
+        first_estimate = left is not None and not self._estimated and left > LINE_SECONDS
+        if self._told and not first_estimate and now - self._told < LINE_SECONDS and self._done < self._total:
+            return
+        self._told, self._estimated = now, self._estimated or left is not None
+        rest = "" if left is None or self._done >= self._total else f", {duration(left)} left"
+        share = f"{self._done / max(1, self._total):.0%}"
+        print(
+            f"{time.strftime('%H:%M:%S')} step {self._done:,} of {self._total:,} ({share}): {', '.join(figures)}{rest}",
+            file=self._file,
+            flush=True,
+        )
+
+    def _left(self, now: float) -> float | None:
+        """Seconds that the rest will take, by the steps of this process but its first; None while they are too few."""
+        steps, passed = self._done - self._first - 1, now - self._begun
+        if steps < 1 or passed < _MEASURED[0] or (steps < _MEASURED[1] and passed < 3 * _MEASURED[0]):
+            return None
+        return passed / steps * (self._total - self._done)
+
+    def _fitting(self, figures: list[str]) -> str:
+        """As many figures as leave space for a bar, the loss in any case."""
+        width = shutil.get_terminal_size().columns
+        left = width - len(f"100%|| {self._total}/{self._total} [00:00:00<00:00:00, ]") - _BAR
+        shown = figures[:1]
+        for figure in figures[1:]:
+            if len(", ".join([*shown, figure])) > left:
+                break
+            shown.append(figure)
+        return ", ".join(shown)
+
+    def close(self) -> None:
+        """Leave the bar as it is; what follows begins on a line of its own."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,87 @@
+"""A signal stops the run after the current step and saves it; a second signal stops it immediately."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from rwkv.train.console import say, silence
+from rwkv.train.loop.module import TrainingModule
+from rwkv.train.runtime.lightning import pl
+
+# Ctrl-C; kill, Slurm, docker stop; a closed terminal; Slurm's and LSF's warning before the time limit.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+SAME = 2.0  # seconds in which a further signal is the first one once more: make, Slurm and systemd signal a whole process group, and its parent forwards it
+
+
+class Signals(pl.Callback):
+    """Handles signals during training.
+
+    Args:
+        unsaved: how many steps are lost if the run is stopped without saving.
+
+    Attribute `received`: the number of the first signal that came, else 0.
+    """
+
+    def __init__(self, unsaved: Callable[[], int] = lambda: 0) -> None:
+        self.received = 0
+        self._unsaved = unsaved
+        self._at = 0.0
+        self._module: Any = None
+        self._before: dict[int, Any] = {}
+        self._terminals: list[int] = []
+
+    def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        if threading.current_thread() is not threading.main_thread():  # only there can Python take signals
+            return
+        self._module, self._terminals = module, [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        for number in SIGNALS:
+            if (
+                number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN
+            ):  # nohup: the run outlives its terminal
+                continue
+            self._before[number] = signal.signal(number, self._take)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received and now - self._at < SAME:
+            return
+        if self.received:
+            self._give_back()
+            signal.raise_signal(number)
+            return
+        if number == signal.SIGHUP:  # nothing can be printed there any more, and an attempt would be an error
+            for descriptor in self._terminals:
+                silence(descriptor)
+        self.received, self._at, self._module.stop = number, now, True
+        lost = max(1, self._unsaved())
+        lost_in_words = f"WITHOUT saving ({lost:,} step{'s' * (lost > 1)} would be lost)"
+        if number == signal.SIGINT:
+            say(f"\nCtrl-C: finishing this step, then saving. Press Ctrl-C again to stop now {lost_in_words}")
+        else:
+            name = signal.Signals(number).name
+            say(
+                f"\n{name}: finishing this step, then saving. Another signal, {SAME:.0f} seconds from now or later, stops now {lost_in_words}"
+            )
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self._give_back()
+
+    def _give_back(self) -> None:
+        # Not to Lightning's handlers, which wait for a better moment: a later signal is in earnest.
+        for number in self._before:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        self._before = {}
+
+    def exit(self) -> None:
+        """End the process with the status that a signal ends one with: 130 after SIGINT, 143 after SIGTERM (also where another rank received it)."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS[1:]:  # a late copy of the signal changes nothing any more
+                signal.signal(number, signal.SIG_IGN)
+        if self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + (self.received or signal.SIGTERM))

@@ -1,0 +1,67 @@
+"""Console output of a run: printed by rank 0 only, above a progress bar; a closed terminal or pipe is no error."""
+
+import contextlib
+import os
+import sys
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from rwkv.errors import printable
+from rwkv.train.runtime.lightning import rank_zero_only
+
+
+class Unfailing:
+    """A text stream whose reader may go away, as a closed terminal or `head` does: what is written then is lost, and the run continues."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def write(self, text: str) -> int:
+        """As the stream's."""
+        with self._without_errors():
+            return self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As the stream's."""
+        with self._without_errors():
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    @contextlib.contextmanager
+    def _without_errors(self):
+        try:
+            yield
+        except OSError:
+            silence(self._file.fileno())
+
+
+def silence(descriptor: int) -> None:
+    """Send what is written to this file descriptor to /dev/null from now on."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print a line, above a progress bar, on the first process of a run alone; control characters are escaped. A reader that has gone away does not matter."""
+    with tqdm.external_write_mode(file=sys.stdout, nolock=True):
+        print(printable(text), file=Unfailing(sys.stdout), flush=True)
+
+
+def duration(seconds: float) -> str:
+    """As in "about 3 h 20 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 59.5:
+        return f"about {max(1, round(seconds))} s"
+    if minutes < 60:
+        return f"about {minutes} min"
+    if minutes < 48 * 60:
+        return f"about {minutes // 60} h" + (f" {minutes % 60} min" if minutes % 60 else "")
+    hours = round(minutes / 60)
+    return f"about {hours // 24} days" + (f" {hours % 24} h" if hours % 24 else "")

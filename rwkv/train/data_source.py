@@ -1,0 +1,249 @@
+"""What a run trains on: a binidx, or what is converted to one in the folder of the run first.
+
+Beside such a copy `<prefix>.source.json` records what it was made from. A copy is reused only for that, and never replaced while a run in the folder
+may need it: other data becomes a copy of another name.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv import commands
+from rwkv.config import ConvertConfig, TrainConfig
+from rwkv.data import provenance
+from rwkv.data.binidx import Dataset, mask_path
+from rwkv.data.convert import char_level, in_subprocess, sources
+from rwkv.errors import UserError
+from rwkv.files import fingerprint, write_json
+from rwkv.models import Sizes
+from rwkv.train.resume import run_manifest
+from rwkv.train.runtime.lightning import rank_zero_only
+
+_DOCUMENTS, _RECORD = "_text_document", ".source.json"
+_KINDS = ("binidx", "numpy", *char_level.TEXTS)
+_LEFT_OUT = ("jsonl", "json", "sft", "text", "txt", "auto")  # what other trainers call a file of lines
+_CONVERTED = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet", ".arrow")
+_ELSE = {
+    "uint16": "rows of --my_sample_len ids: write each as a document of a binidx, and give --doc_training 1 with its length less 1 as --ctx_len",
+    "wds_img": "images: models of text alone are trained here",
+}
+
+
+def check(c: TrainConfig) -> None:
+    """Raises UserError for a kind of data that there is not, or for a data_file that is not of that kind."""
+    if c.data_type.lower().strip(".") in _LEFT_OUT:
+        raise UserError(
+            f"--data_type {c.data_type}: leave the flag out; a .jsonl file is recognised by its name, and becomes a binidx when the run starts"
+        )
+    if c.data_type not in _KINDS:
+        raise UserError(
+            f"--data_type {c.data_type} is not one of {', '.join(_KINDS)}; {_ELSE.get(c.data_type, 'convert it with scripts/convert.py')}"
+        )
+    if not c.data_file and c.data_type != "dummy":
+        raise UserError("--data_file is missing: a binidx prefix, or a .jsonl file")
+    if c.my_pile_stage and c.data_type != "binidx":
+        raise UserError(
+            f"--my_pile_stage {c.my_pile_stage} wants a binidx, and --data_type is {c.data_type}; convert it with scripts/convert.py"
+        )
+    if _kind(c) == "binidx" and not os.path.exists(f"{c.data_file}.idx"):
+        raise UserError(f"{c.data_file}: {_no_binidx(c.data_file)}")
+
+
+def _no_binidx(path: str) -> str:
+    """Why there is no binidx of this prefix, and what to do."""
+    documents = f"{path}{_DOCUMENTS}"
+    if os.path.exists(f"{documents}.idx"):
+        return f"no such binidx; {documents}.idx is there: give --data_file {documents}"
+    bare, ending = os.path.splitext(path)
+    if ending in (".idx", ".bin") and os.path.exists(f"{bare}.idx"):
+        return f"a file of a binidx is named by its prefix, without the ending: give --data_file {bare}"
+    if not os.path.exists(path):
+        return f"no such data ({path}.idx: no such file); give the prefix of a binidx, or a .jsonl file"
+    name, what = Path(path).name.lower(), "a folder" if os.path.isdir(path) else "a file that is no binidx"
+    if name.endswith((".npy", ".npz")):
+        return "a NumPy file: give --data_type numpy too (an .npy file of token ids)"
+    kind = next((kind for kind in _CONVERTED if any(name.endswith(kind + end) for end in ("", ".gz", ".zst"))), "")
+    if kind or os.path.isdir(path):
+        what = f"a {name[name.rindex(kind) :]} file" if kind else what
+        prefix = path
+        while kind and os.path.splitext(prefix)[1].lower() in (*_CONVERTED, ".gz", ".zst"):
+            prefix = os.path.splitext(prefix)[0]
+        prefix = prefix.rstrip("/")
+        convert = commands.command("convert", "--input", path, "--output_prefix", prefix)
+        return f"{what}. Convert it first: {convert}; then give {commands.flags('--data_file', prefix + _DOCUMENTS)}"
+    return f"{what}, and its name does not say what it contains; convert it with scripts/convert.py (jsonl, json, txt, csv, parquet and others)"
+
+
+def with_vocabulary(c: TrainConfig) -> TrainConfig:
+    """The flags, with the size of its vocabulary where a text brings its own. Raises UserError if another was given."""
+    if c.data_type not in char_level.TEXTS:
+        return c
+    size = len(char_level.vocabulary(c.data_type, c.data_file))
+    if c.vocab_size not in (0, size):
+        raise UserError(
+            f"--vocab_size {c.vocab_size}, and {c.data_file or c.data_type} has {size} different characters; leave the flag out"
+        )
+    return replace(c, vocab_size=size)
+
+
+def describe(c: TrainConfig) -> dict[str, Any] | None:
+    """What data_file is and contains, if it is to be converted: path, kind, SHA-256, size and time of each file; None for a binidx.
+
+    Of a file that is missing, what the run in the folder was made from, if that is the same path and `allow_changes` is given.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    kind = _kind(c)
+    if kind == "binidx":
+        return None
+    folder = c.folder
+    before = None if c.overwrite else (run_manifest.read(folder) or {}).get("source")
+    try:
+        paths = [] if kind == "dummy" else [Path(c.data_file)]
+        if kind == "jsonl":
+            if os.path.exists(c.data_file) and not os.path.isfile(c.data_file):
+                raise UserError(f"{c.data_file}: not a regular file; convert it first with scripts/convert.py")
+            paths = [one.path for one in sources.find(c.data_file).sources]
+        files = [
+            {"path": str(path), "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns} for path in paths
+        ]
+        digests = [fingerprint(path) for path in paths]
+    except (OSError, UserError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{c.data_file}: ")
+        if before and before["path"] == c.data_file and copies(folder, before):
+            if c.allow_changes:
+                return {**before, "missing": True}
+            raise UserError(
+                f"{c.data_file}: {why}; the run in {folder} was made from it. Put it back; or give --allow_changes to continue with the copy that"
+                f" was converted then"
+            ) from error
+        raise UserError(f"{c.data_file}: {why}") from error
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return {"path": c.data_file, "read_as": kind, "sha256": digest, "files": files}
+
+
+def copies(folder: Path, source: dict[str, Any] | None = None) -> list[str]:
+    """Prefixes of the copies in the folder of a run that a run converted; with `source` of those made from it."""
+    found = []
+    for path in sorted(folder.glob(f"data*{_DOCUMENTS}{_RECORD}")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            same = source is None or (record["sha256"], record["read_as"]) == (source["sha256"], source["read_as"])
+        except (OSError, ValueError, KeyError, TypeError):
+            same = source is None
+        if same:
+            found.append(str(path).removesuffix(_RECORD))
+    return found
+
+
+def files_of(prefix: str) -> list[Path]:
+    """The files of a copy that there are; the index, which makes it valid, comes first, and the record of its source last."""
+    names = [f"{prefix}.idx", f"{prefix}.bin", str(mask_path(prefix)), f"{prefix}.json", f"{prefix}{_RECORD}"]
+    return [Path(name) for name in names if os.path.lexists(name)]
+
+
+def open_data(c: TrainConfig, sizes: Sizes, source: dict[str, Any] | None = None) -> Dataset:
+    """The binidx to train on; anything else (`source`, see `describe`) is converted to one in the folder of the run first, unless that has been done.
+
+    Raises:
+        UserError: data that cannot be read or converted; ids outside the vocabulary.
+    """
+    prefix = c.data_file
+    if source is not None:
+        prefix = _place(c.folder, source)
+        make = _maker(c, sizes)
+        if rank_zero_only.rank == 0 and not Path(f"{prefix}.idx").exists():
+            if (
+                c.world_size > 1 and "LOCAL_RANK" in os.environ
+            ):  # each by itself would look for what only this one makes
+                raise UserError(
+                    f"{c.data_file or c.data_type}: a launcher has started all processes, and they cannot wait for it to become a binidx; make one"
+                    f" first, with scripts/convert.py or a run of one process, and give it as --data_file"
+                )
+            try:
+                write_json(
+                    f"{prefix}{_RECORD}", source
+                )  # first: a killed conversion then leaves what is known to be ours
+                make(prefix)
+            except BaseException:
+                for path in files_of(prefix):
+                    path.unlink()
+                raise
+    return _checked(Dataset(prefix), c, sizes)
+
+
+def open_validation(c: TrainConfig, sizes: Sizes) -> Dataset | None:
+    """The binidx of --val_file; None without one. Ids outside the vocabulary are refused."""
+    if not c.val_file:
+        return None
+    data = Dataset(c.val_file)
+    if os.path.samefile(
+        f"{data.prefix}.bin", f"{c.data_file}.bin" if os.path.exists(f"{c.data_file}.bin") else os.devnull
+    ):
+        raise UserError(
+            f"--val_file {c.val_file} is --data_file: its loss would be that of training; give other data, or --val_split 0.01"
+        )
+    return _checked(data, c, sizes)
+
+
+def _checked(data: Dataset, c: TrainConfig, sizes: Sizes) -> Dataset:
+    """The data, whose ids are in the model's vocabulary. Raises UserError if one is not."""
+    provenance.check_vocabulary(data, sizes.vocab_size, bool(c.load_model))
+    can_hold = np.iinfo(data.tokens.dtype)
+    if can_hold.min == 0 and can_hold.max < sizes.vocab_size:  # no id can be wrong: spares a pass over the file
+        return data
+    smallest, largest = data.id_range()
+    if smallest < 0 or largest >= sizes.vocab_size:
+        raise UserError(
+            f"{data.prefix}.bin: token id {smallest if smallest < 0 else largest}, and the model has a vocabulary of {sizes.vocab_size}; the"
+            " data was converted for another tokenizer than the model's"
+        )
+    return data
+
+
+def _place(folder: Path, source: dict[str, Any]) -> str:
+    """The prefix of the copy made from `source`, or of the one to be made."""
+    if found := copies(folder, source):
+        return found[0]
+    run = run_manifest.read(folder)
+    if run and "source" not in run and (old := folder / Path(run["data"]["prefix"]).name).with_suffix(".idx").exists():
+        return str(old)  # of a version that did not record sources
+    if run is None and rank_zero_only.rank == 0:  # no run needs them: a first start was refused or killed
+        for path in [path for prefix in copies(folder) for path in files_of(prefix)]:
+            path.unlink()
+    prefix = str(folder / f"data{_DOCUMENTS}")
+    return (
+        str(folder / f"data-{source['sha256'].removeprefix('blocks:')[:8]}{_DOCUMENTS}") if files_of(prefix) else prefix
+    )
+
+
+def _kind(c: TrainConfig) -> str:
+    """What data_file is read as: jsonl, or a data_type."""
+    return "jsonl" if c.data_type == "binidx" and c.data_file.endswith(".jsonl") else c.data_type
+
+
+def _maker(c: TrainConfig, sizes: Sizes) -> Callable[[str], object]:
+    """What makes a binidx of this prefix out of data_file."""
+    if c.data_type in char_level.TEXTS:
+        return lambda prefix: char_level.characters_to_binidx(c.data_type, c.data_file, prefix, c.folder / "vocab.json")
+    if c.data_type == "numpy":
+        return lambda prefix: char_level.array_to_binidx(c.data_file, prefix)
+    if sizes.vocab_size < 65530:
+        raise UserError(
+            f"{c.data_file}: would be tokenised for World (ids to 65529), and the model has {sizes.vocab_size} words; convert it for that model"
+        )
+    return lambda prefix: _converted(c.data_file, prefix)
+
+
+def _converted(path: str, prefix: str) -> None:
+    for line in in_subprocess.convert(
+        ConvertConfig(input=path, output_prefix=prefix.removesuffix(_DOCUMENTS), force=True)
+    ):
+        print(line, flush=True)

@@ -1,0 +1,127 @@
+"""The report at the start of a run: model, data, length, coverage, precision."""
+
+import math
+
+from rwkv.config import TrainConfig
+from rwkv.data.binidx import Dataset
+from rwkv.data.dataset import Contexts, Documents, Samples, ValidationSamples
+from rwkv.models import RWKV
+from rwkv.train.console import say
+from rwkv.train.loop import schedule
+from rwkv.train.runtime import strategy
+
+
+def introduce(
+    c: TrainConfig, model: RWKV, data: Dataset, training: Samples, held_out: ValidationSamples | None
+) -> None:
+    """Report what is trained, on which data, for how long."""
+    s = model.sizes
+    every = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    what = "all trained" if trained == every else f"{trained / 1e6:.2f} million trained"
+    samples = schedule.total_steps(c) * schedule.samples_per_step(c)
+    masked = ", part of them masked out of the loss" if training.stream.masked else ""
+    validation = (
+        f"validation: {f'{c.val_file}, ' if c.val_file else ''}{len(held_out.source.stream):,} tokens that are not trained on; the validation loss is that of {held_out.total:,} samples\n"
+        if held_out
+        else ""
+    )
+    say(
+        f"model: RWKV-{model.version.NAME}, L{s.n_layer} D{s.n_embd} V{s.vocab_size}, {every / 1e6:.2f} million parameters, {what}\n"
+        f"data: {data.prefix}, {len(data):,} documents, {len(data.tokens):,} tokens{masked}\n"
+        + validation
+        + f"length: {_length(c, len(data.tokens))}\n"
+        + f"coverage: {_coverage(training, samples)}; seed {training.seed}\n"
+        + f"precision: {_precision(c, model)}"
+    )
+
+
+def _length(c: TrainConfig, tokens: int) -> str:
+    """Where the run ends and why, and what an epoch is."""
+    per_epoch, first = schedule.steps_per_epoch(c), schedule.first_step(c)
+    last, flag, per_step = first + schedule.total_steps(c), schedule.ended_by(c), schedule.tokens_per_step(c)
+    begin, end = first // per_epoch, -(-last // per_epoch) - 1
+    if last % per_epoch:
+        which = f"part of epoch {end}" if begin == end else f"epochs {begin} to {end - 1} and part of epoch {end}"
+    else:
+        which = f"epoch {end}" if begin == end else f"epochs {begin} to {end}"
+    return (
+        f"{_many(last - first, 'step')} of {per_step:,} tokens (--{flag} {getattr(c, flag)}), {which}. One epoch here = {_many(per_epoch, 'step')} ="
+        f" {per_epoch * per_step:,} tokens (set by --epoch_steps, not by your data; your data is {tokens:,} tokens)"
+    )
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number:,} {what}" + "s" * (number != 1)
+
+
+def _precision(c: TrainConfig, model: RWKV) -> str:
+    """The precision, and what the weights are kept in; `types` has the rest."""
+    frozen = sorted({str(p.dtype)[6:] for p in model.parameters() if not p.requires_grad})
+    return (
+        f"{c.precision}" + (f", frozen weights kept in {'/'.join(frozen)}" if frozen else "") + " (all types: run.json)"
+    )
+
+
+def types(c: TrainConfig, model: RWKV) -> str:
+    """Data types of weights, gradients and computations, for run.json."""
+    kept = {
+        trains: sorted({str(p.dtype)[6:] for p in model.parameters() if p.requires_grad == trains})
+        for trains in (True, False)
+    }
+    precision = c.precision
+    products = {"tf32": "float32 by tf32 (10 bits)", "bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
+    read = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
+    trained = "/".join(kept[True])
+    weights = f"trained weights {trained} (they are the master weights), gradients {trained}, Adam's moments {trained}"
+    if strategy.zero(c) and read != "float32":
+        kept[False] = kept[False] and [read]
+        weights = (
+            f"trained weights and gradients {read}, their master weights and Adam's moments float32 (DeepSpeed's way)"
+        )
+    return (
+        f"{precision}: {weights}"
+        + (f", frozen weights {'/'.join(kept[False])}" if kept[False] else "")
+        + f", matrix products {products}, WKV reads {read} and computes in float32, loss float32"
+        + (", scaled" if precision == "fp16" else "")
+    )
+
+
+def _coverage(training: Samples, samples: int) -> str:
+    """How often so many samples go through the data, in which order, and what is never used."""
+    if isinstance(training, Documents):
+        packed, passes = training.packed, samples / training.per_pass
+        omitted = packed.too_long + packed.too_short
+        order = "in order" if training.sequential else "shuffled"
+        return (
+            f"{_passes(passes)} the documents, {order}; one pass = {_many(training.per_pass, 'sample')} of whole documents"
+            + (f"; {_many(omitted, 'document')} omitted: too long or too short" if omitted else "")
+            + (f"; {1 - passes:.0%} of the samples are never used" if passes < 0.995 else "")
+        )
+    times = samples * training.ctx_len / len(training.stream)
+    if isinstance(training, Contexts) and training.prime:
+        return (
+            f"{_passes(times)} the data, by prime sampling (p = {training.prime}): no position is used twice within"
+            f" {_many(training.prime, 'sample')}"
+        )
+    missed = math.exp(
+        -times
+    )  # of what is covered n · ctx_len / tokens times on average, by positions that are independent of each other
+    rest = (
+        f": about {missed:.0%} of it is never used. Use --magic_prime -1 or --doc_training 1 to use all of it"
+        if missed >= 0.01
+        else ""
+    )
+    return f"{_passes(times)} the data, at random positions{rest}"
+
+
+def _passes(times: float) -> str:
+    if times >= 100:
+        return f"{times:,.0f} passes over"
+    return (
+        f"{times:.2g} passes over"
+        if times >= 1.5 or times < 0.995
+        else "1 pass over"
+        if times < 1.05
+        else f"{times:.1f} passes over"
+    )

@@ -1,0 +1,70 @@
+"""Decides what a run is, from its flags, the contents of its folder and the header of its checkpoint.
+
+The only place that changes flags. Nothing is built and nothing is written here.
+"""
+
+import dataclasses
+import secrets
+from typing import Any
+
+from rwkv.config import TrainConfig
+from rwkv.errors import UserError
+from rwkv.memory import machine, plan
+from rwkv.models import Sizes
+from rwkv.train import resume_or_start, setup, stages
+from rwkv.train.checks import check
+from rwkv.train.console import say
+from rwkv.train.data_source import with_vocabulary
+from rwkv.train.run import Run
+from rwkv.train.runtime import strategy
+from rwkv.train.runtime.ranks import Ranks
+from rwkv.train.runtime.trainer import precision_of, slow_on_gpu
+
+
+def resolve(flags: TrainConfig, ranks: Ranks) -> Run:
+    """The run that these flags ask for. Rank 0 decides; the other ranks use its flags, as far as it changed them.
+
+    Raises:
+        UserError: flags that are wrong or do not fit together, this machine, the checkpoint or the run in the folder; --auto finds nothing that fits.
+    """
+    decided = ranks.receive()
+    c = stages.apply(flags) if decided is None else dataclasses.replace(flags, **decided)
+    check(c)
+    c = with_vocabulary(c)
+    before = resume_or_start.earlier(c)
+    c = _seed_and_precision(c, before)
+    new_base, outdated = resume_or_start.new_base(c, before), resume_or_start.outdated(c, before)
+    sizes, on_gpu = setup.sizes_of(c, new_base), machine.use_gpu(c.accelerator)
+    if c.auto and decided is None and c.my_pile_stage != 1:
+        c = _fitting(c, sizes, on_gpu)
+    ranks.send(flags, c)
+    return Run(c, sizes, on_gpu, before, new_base, outdated)
+
+
+def _seed_and_precision(c: TrainConfig, before: dict[str, Any] | None) -> TrainConfig:
+    """With the seed and the precision that are left to the program: those of the run that is resumed, if any."""
+    seed, precision = c.random_seed, c.precision
+    if seed < 0:
+        seed = before["flags"]["random_seed"] if before else secrets.randbits(31)
+    if precision == "auto":
+        precision = before["precision"] if before else precision_of(c)
+        if not before and (note := slow_on_gpu(c, precision)):
+            say(note)
+    shift = max(0, c.my_pile_shift)  # upstream writes 0 as -1
+    return dataclasses.replace(c, random_seed=seed, precision=precision, my_pile_shift=shift)
+
+
+def _fitting(c: TrainConfig, sizes: Sizes, on_gpu: bool) -> TrainConfig:
+    """With what --auto chooses."""
+    c, chosen = plan.choose(c, plan.plan_of(c, sizes, on_gpu, c.precision), _usable)
+    say(f"auto:  {chosen}")
+    return c
+
+
+def _usable(c: TrainConfig) -> bool:
+    """Whether the strategy goes with the other flags, and works on this machine."""
+    try:
+        strategy.check(c)
+    except UserError:
+        return False
+    return True

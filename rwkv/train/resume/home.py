@@ -1,0 +1,49 @@
+"""The folder of a run, also after it was renamed while the run was using it."""
+
+import os
+from pathlib import Path
+
+from rwkv.errors import UserError
+from rwkv.train.console import say
+from rwkv.train.runtime.lightning import rank_zero_only
+
+
+class Home:
+    """A folder that is tracked when it is renamed or moved on its file system, while the block runs (on rank 0, the only one that writes there)."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._descriptor = folder, -1
+
+    def __enter__(self) -> "Home":
+        if rank_zero_only.rank == 0:
+            self._descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def now(self) -> Path:
+        """The current path.
+
+        Raises:
+            UserError: it was deleted.
+        """
+        if self._descriptor < 0:
+            return self._folder
+        mine = os.fstat(self._descriptor)
+        try:
+            there = os.stat(self._folder)
+        except OSError:
+            there = None
+        if there and (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
+            return self._folder
+        moved = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
+        if not mine.st_nlink or not moved.is_dir():
+            raise UserError(
+                f"{self._folder} was deleted while the run was writing to it, with all that was saved; run again to start over"
+            )
+        say(f"note: {self._folder} is now {moved}; the run continues there. Give --proj_dir {moved} to resume it later")
+        self._folder = moved
+        return moved

@@ -1,0 +1,245 @@
+"""run.json, the manifest of a run: everything needed to repeat it, and to compare it with the command that resumes it."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from rwkv import compat
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.data.binidx import Dataset, mask_path
+from rwkv.errors import UserError
+from rwkv.files import fingerprint, sha256, write_json
+from rwkv.kernels import build
+from rwkv.train.loop import schedule
+from rwkv.train.run import Run
+
+_ROOT = Path(__file__).parents[3]
+_GIT = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+NAME = "run.json"
+
+# Flags that leave every step as it is: where a run ends, where files lie, how it is watched, what machine does it.
+_FREE = {
+    *("proj_dir", "overwrite", "allow_changes", "random_seed"),
+    *("load_model", "lora_load", "data_file", "data_type", "val_file"),  # these by their content
+    *(
+        "max_steps",
+        "epoch_count",
+        "my_exit",
+        "epoch_save",
+        "save_every",
+        "val_every",
+        "val_samples",
+        "wandb",
+        "tensorboard",
+        "on_nan",
+    ),
+    *("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "pre_ffn"),  # these by the model's sizes
+    *("strategy", "ds_bucket_mb", "ds_config", "accelerator", "grad_cp", "precision"),
+    *(
+        "micro_bsz",
+        "accumulate_grad_batches",
+        "devices",
+        "num_nodes",
+        "epoch_steps",
+        "auto",
+    ),  # these by what they come to
+}
+
+
+def describe(run: Run, source: dict[str, Any] | None) -> dict[str, Any]:
+    """The manifest of a run without its data (see `data_of`). `source`: the file that is converted (rwkv.train.data_source)."""
+    lock, kernel = _ROOT / "env/locks" / f"{compat.stack()}.txt", build.folder() / "manifest.json"
+    c, adapter = run.flags, run.adapter.lora_load if run.adapter else ""
+    return {
+        "flags": dataclasses.asdict(c),
+        "seed": c.random_seed,
+        "git": _revision(),
+        "stack": {"name": compat.stack(), "lock_sha256": sha256(lock) if lock.exists() else None, **_versions()},
+        "kernel": {"source_sha256": build.manifest()["source_hash"], "manifest_sha256": sha256(kernel)}
+        if kernel.exists()
+        else None,
+        "precision": c.precision,
+        "model": vars(run.sizes),
+        "base": run.base,
+        "adapter": {"path": adapter, "sha256": sha256(adapter)} if adapter else None,
+        "source": source,
+    }
+
+
+def data_of(data: Dataset) -> dict[str, Any]:
+    """What identifies a binidx that a run reads, with its index and its mask, if it has one."""
+    raw, mask = Path(f"{data.prefix}.bin"), mask_path(data.prefix)
+    return {
+        "prefix": str(data.prefix),
+        "bytes": raw.stat().st_size,
+        "sha256": fingerprint(raw),
+        "index_sha256": fingerprint(f"{data.prefix}.idx"),
+        "mask_sha256": fingerprint(mask) if mask.exists() else None,
+    }
+
+
+def data_files(data: dict[str, Any]) -> list[tuple[Path, str]]:
+    """The files of `data_of`, each with its fingerprint."""
+    prefix = data["prefix"]
+    files = [(Path(f"{prefix}.bin"), data["sha256"]), (Path(f"{prefix}.idx"), data["index_sha256"])]
+    return files + ([(mask_path(prefix), data["mask_sha256"])] if data["mask_sha256"] else [])
+
+
+def _revision() -> str | None:
+    """The commit of this program, with + if files differ from it; None where there is no git."""
+    found = (
+        [subprocess.run(["git", "-C", _ROOT, *words], capture_output=True, text=True, check=False) for words in _GIT]
+        if shutil.which("git")
+        else []
+    )
+    if not found or any(done.returncode for done in found):
+        return None
+    return found[0].stdout.strip() + ("+" if found[1].stdout else "")
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "pytorch-lightning", "deepspeed", "numpy")
+    found = {
+        name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name.replace("-", "_"))
+    }
+    return {"python": platform.python_version(), **found}
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the run in this folder; None if there is none.
+
+    Raises:
+        UserError: the file cannot be read, or is not the manifest of a run.
+    """
+    path = folder / NAME
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); choose another --proj_dir") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not valid JSON ({error}); choose another --proj_dir, or --overwrite to start over"
+        ) from error
+    if wrong := _wrong(run):
+        raise UserError(
+            f"{path}: not the manifest of a run ({wrong}); choose another --proj_dir, or --overwrite to start over"
+        )
+    return run
+
+
+def _wrong(run: Any) -> str:
+    """What is wrong with a manifest; empty if nothing is."""
+    if not isinstance(run, dict):
+        return f"it contains a {type(run).__name__}"
+    for key, kind in {
+        "flags": dict,
+        "model": dict,
+        "data": dict,
+        "precision": str,
+        "base": dict | None,
+        "adapter": dict | None,
+    }.items():
+        if key not in run and key != "adapter":
+            return f'"{key}" is missing'
+        if not isinstance(run.get(key), kind):
+            return f'"{key}" is a {type(run[key]).__name__}'
+    for key in ("sha256", "bytes"):
+        if key not in run["data"]:
+            return f'"data" has no "{key}"'
+    fields = {field.name: field.default for field in dataclasses.fields(LoRAConfig)}
+    for key in ("epoch_begin", "epoch_count", "random_seed", "epoch_steps", "micro_bsz", "ctx_len"):
+        if key not in run["flags"]:
+            return f'"flags" has no "{key}"'
+    for key, value in run["flags"].items():
+        if key in fields and not isinstance(value, _kind_of(fields[key])):
+            return f'"flags": "{key}" is {value!r:.40}'
+    if not all(isinstance(entry, dict) and "changes" in entry for entry in _listed(run)):
+        return '"changed" is not a list of changes'
+    try:
+        _essence(run)
+    except (ArithmeticError, TypeError, ValueError, KeyError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _kind_of(default: Any) -> Any:
+    """The type of a flag's value, by its default; a flag of floats may have a whole one."""
+    return int | float if isinstance(default, int | float) and not isinstance(default, bool) else type(default)
+
+
+def _listed(run: dict[str, Any]) -> list[Any]:
+    found = run.get("changed", [])
+    return found if isinstance(found, list) else [None]
+
+
+def write(folder: Path, run: dict[str, Any]) -> None:
+    """Write run.json atomically."""
+    write_json(folder / NAME, run)
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What would make the steps to come others than those of the run before, a line each."""
+    old, new = _essence(before), _essence(now)
+    found = [f"{key}: {_short(old[key])} → {_short(new[key])}" for key in old if key in new and old[key] != new[key]]
+    sources = [run["source"] for run in (before, now) if run.get("source")]
+    if len(sources) == 2 and sources[0]["sha256"] != sources[1]["sha256"]:
+        found.insert(0, "data file: " + " → ".join(f"{one['path']} (SHA-256 {one['sha256'][:16]}…)" for one in sources))
+    return found
+
+
+def _short(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def flags_of(run: dict[str, Any]) -> TrainConfig:
+    """The training flags of a run."""
+    flags = run["flags"]
+    return TrainConfig(
+        **{field.name: flags[field.name] for field in dataclasses.fields(TrainConfig) if field.name in flags}
+    )
+
+
+def _essence(run: dict[str, Any]) -> dict[str, Any]:
+    flags, c = run["flags"], flags_of(run)
+    lora = bool(flags.get("lora"))
+    kept = {
+        f"--{key}": value for key, value in flags.items() if key not in _FREE and (lora or not key.startswith("lora"))
+    }
+    found = {
+        "trained": "an adapter" if lora else "all weights",
+        "model": run["model"],
+        **kept,
+        "--random_seed": flags["random_seed"],
+        "samples in a step": schedule.samples_per_step(c),
+        "steps in an epoch": schedule.steps_per_epoch(c),
+        "--precision": run["precision"],
+        "base model (SHA-256)": (run["base"] or {}).get("sha256"),
+        # A validation set changes no step: it may be added to a run, or left out; another one would make its losses incomparable.
+        **(
+            {"validation set (SHA-256, bytes)": (held["sha256"], held["bytes"])}
+            if (held := run.get("validation"))
+            else {}
+        ),
+    }
+    if "adapter" in run:
+        found["--lora_load (SHA-256)"] = (run["adapter"] or {}).get("sha256")
+    if source := run.get("source"):
+        found["data file is read as"] = source["read_as"]
+        found[f"data file {source['path']}"] = (
+            "missing; the copy that was converted from it is used" if source.get("missing") else "present"
+        )
+    data = run.get("data", {})
+    if data.get("sha256"):  # older manifests have none of data above 4 GiB
+        found["data (SHA-256, bytes)"] = (data["sha256"], data["bytes"])
+    if "index_sha256" in data:
+        found["documents, in the index (SHA-256)"] = data["index_sha256"]
+        found["loss mask (SHA-256)"] = data["mask_sha256"]
+    return found

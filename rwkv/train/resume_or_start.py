@@ -1,0 +1,224 @@
+"""Whether a run resumes the one in its folder, starts over, or is refused; and from which training state it resumes."""
+
+import contextlib
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rwkv.config import TrainConfig
+from rwkv.errors import UserError
+from rwkv.files import exclusive
+from rwkv.train import data_source
+from rwkv.train import folder as folders
+from rwkv.train.console import say
+from rwkv.train.loop import schedule
+from rwkv.train.resume import run_manifest, state_files
+from rwkv.train.resume.run_state import State
+from rwkv.train.run import NEW_BASE, Run
+from rwkv.train.runtime.lightning import rank_zero_only
+
+_SHAPING = (
+    "trained:",
+    "model:",
+    "--lora_r:",
+    "--lora_parts:",
+    "--optimizer:",
+)  # changes that tensors of a state depend on
+
+
+def owned(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Lock a run's folder while the block runs (on rank 0). Raises UserError if another process has locked it."""
+    if rank_zero_only.rank > 0:
+        return contextlib.nullcontext()
+    return exclusive(folder / ".lock", folder, "choose another --proj_dir")
+
+
+def earlier(c: TrainConfig) -> dict[str, Any] | None:
+    """The manifest of the run to resume; None for a new run, and on all ranks but the first.
+
+    A run with epoch_begin starts from weights alone, unless it is the run in the folder.
+
+    Raises:
+        UserError: the folder contains a run that cannot be resumed.
+    """
+    if rank_zero_only.rank > 0:
+        return None
+    folder = c.folder
+    folders.check_places(folder)
+    before = None if c.overwrite else run_manifest.read(folder)
+    if before and before["flags"]["epoch_begin"] == c.epoch_begin:
+        return before
+    if not c.overwrite and not c.epoch_begin and (old := folders.run_files(folder)):
+        raise UserError(
+            f"{folder} contains files of an earlier run ({folders.names(folder, old)}) but no {run_manifest.NAME}, so the run cannot be resumed."
+            f" Choose one: {folders.how_to_continue(c)}"
+        )
+    folders.check_kept(c)
+    return None
+
+
+def new_base(c: TrainConfig, before: dict[str, Any] | None) -> Path | None:
+    """The base model that an earlier start of this LoRA run created; None for a new run, or one with load_model.
+
+    Raises:
+        UserError: it is missing, and the run has trained on it.
+    """
+    path = c.folder / NEW_BASE
+    if c.load_model or c.overwrite or not c.adapter:
+        return None
+    if rank_zero_only.rank > 0:  # does not know whether the run is new, and gets rank 0's weights in any case
+        return path if path.is_file() else None
+    if not before or not state_files.states(c.folder):  # nothing has been trained on it
+        return None
+    if not path.is_file():
+        raise UserError(
+            f"{path}: missing; the adapter of this run is trained on it. Put it back, or give --overwrite to start over"
+        )
+    return path
+
+
+def outdated(c: TrainConfig, before: dict[str, Any] | None) -> tuple[Path, ...]:
+    """Files of an earlier run in the folder, to be deleted once everything that can be refused has been checked."""
+    if rank_zero_only.rank > 0 or before:
+        return ()
+    old = folders.written(c.folder) if c.overwrite else state_files.leftovers(c.folder)
+    inputs = {Path(path).resolve() for path in (c.load_model, c.adapter.lora_load if c.adapter else "") if path}
+    if used := [path for path in old if path.resolve() in inputs]:
+        raise UserError(f"--overwrite would delete {used[0]}, which this run starts from; choose another --proj_dir")
+    return tuple(old)
+
+
+def delete(run: Run, used: Path) -> None:
+    """Delete the `outdated` files except those of the data that is `used`, and report which."""
+    kept = {path.resolve() for path in data_source.files_of(str(used))}
+    deleted = [path for path in run.outdated if path.resolve() not in kept]
+    for path in deleted:
+        path.unlink()
+    if deleted:
+        say(f"deleted: {folders.names(run.folder, deleted)} (of the earlier run in {run.folder})")
+
+
+def check_source(run: Run, manifest: dict[str, Any]) -> None:
+    """Raises UserError if data_file is not what the resumed run was made from, unless `allow_changes` is given; called before it is converted."""
+    before = _before(run)
+    if before and not run.flags.allow_changes:
+        changed = run_manifest.changes(before, manifest)
+        if any(line.startswith("data file") for line in changed):
+            refuse_changes(run.folder, changed)
+
+
+def find_state(
+    run: Run, manifest: dict[str, Any], trained: Mapping[str, torch.nn.Parameter]
+) -> tuple[State | None, dict[str, Any]]:
+    """The training state to resume from, None for a run that has not saved one; and what the manifest takes over from the resumed run.
+
+    Args:
+        manifest: of this run.
+        trained: the parameters that this run trains, by name.
+
+    Raises:
+        UserError: flags or data have changed and `allow_changes` is not given, or the state does not fit them; no valid state.
+    """
+    c, folder, before = run.flags, run.folder, _before(run)
+    if not before:
+        return None, {"id": secrets.token_hex(8)}
+    kept: dict[str, Any] = {"id": before.get("id") or secrets.token_hex(8)}
+    changed = run_manifest.changes(before, manifest)
+    if changed and not c.allow_changes:
+        refuse_changes(folder, changed)
+    state = state_files.newest(folder)
+    if state is None and (found := folders.progress(folder, before)):
+        raise UserError(
+            f"{folder} contains {found}, so the run cannot be resumed. Choose one: {folders.how_to_continue(c)}"
+        )
+    if state:
+        _check_serves(c, state, kept["id"], trained, changed)
+        kept["state_saved"] = True
+    history = before.get("changed", [])
+    if changed:
+        history = [*history, {"after_step": state.step if state else 0, "changes": changed}]
+    if history:
+        kept["changed"] = history
+    step = state.step if state else schedule.first_step(c)
+    left = schedule.first_step(c) + schedule.total_steps(c) - step
+    say(
+        f"continuing from step {step:,}: {max(0, left):,} steps left"
+        + "".join(f"\n  changed: {line}" for line in changed)
+    )
+    if left > 0:
+        _say_rates(run_manifest.flags_of(before), c, step)
+    return state, kept
+
+
+def _before(run: Run) -> dict[str, Any] | None:
+    """The manifest of the resumed run, to compare with: with its base where this run created one."""
+    if not run.before or run.flags.load_model or run.before["flags"].get("load_model"):
+        return run.before
+    if run.new_base:
+        return run.before | {"base": run.before["base"] or run.base}  # earlier versions did not record it
+    return run.before | {"base": None}  # killed before its first state: the new base is created again
+
+
+def _say_rates(old: TrainConfig, new: TrainConfig, step: int) -> None:
+    """Report a jump of the learning rate that a changed --epoch_count causes."""
+    then, now = (schedule.learning_rate(x, step - schedule.first_step(new)) for x in (old, new))
+    if old.epoch_count != new.epoch_count and then != now:
+        falls = f" and then {'falls' if new.lr_final < new.lr_init else 'rises'} until epoch {new.epoch_count}"
+        say(
+            f"note: --epoch_count changed from {old.epoch_count} to {new.epoch_count}, so the learning rate jumps from {then:.3g} to {now:.3g} now{falls}."
+            " For a constant rate use --lr_init = --lr_final"
+        )
+
+
+def refuse_changes(folder: Path, changed: list[str]) -> None:
+    """Raises UserError: with these changes the command does not resume the run in the folder."""
+    raise UserError(
+        f"{folder} contains a run with other flags or data (then → now):\n  "
+        + "\n  ".join(changed)
+        + "\nChoose one: use the old values; --allow_changes, to continue with the new ones; --overwrite, to start over; another --proj_dir, for"
+        " another run"
+    )
+
+
+def _check_serves(
+    c: TrainConfig,
+    state: State,
+    run_id: str,
+    trained: Mapping[str, torch.nn.Parameter],
+    changed: list[str],
+) -> None:
+    """Raises UserError if a state belongs to another run, or if its tensors are not those that this run trains."""
+    path = state_files.folder_of(c.folder) / f"step-{state.step}.pt"
+    if state.run.get("id", run_id) != run_id:
+        raise UserError(
+            f"{path}: a training state of another run; move it away, and run again to continue from a state of this run"
+        )
+    shapes = {name: list(parameter.shape) for name, parameter in trained.items()}
+    stored = {name: list(weight.shape) for name, weight in state.weights.items()}
+    wrong = [
+        *(f"it has no {name}" for name in shapes.keys() - stored.keys()),
+        *(f"it has {name}, which this run does not train" for name in stored.keys() - shapes.keys()),
+        *(
+            f"{name} is {stored[name]}, not {shapes[name]}"
+            for name in shapes.keys() & stored.keys()
+            if shapes[name] != stored[name]
+        ),
+    ]
+    kinds = {"adam" if "exp_avg" in moments else "adafactor" for moments in state.optimizer.values() if moments}
+    if kinds - {c.optimizer}:
+        wrong.insert(0, f"it was saved with --optimizer {kinds.pop()}, and this run has {c.optimizer}")
+    if not wrong:
+        return
+    causes = [line for line in changed if line.startswith(_SHAPING)]
+    if not causes:
+        raise UserError(
+            f"{path}: not a training state of this run ({sorted(wrong)[0]}); move it away, and run again to continue from another"
+        )
+    raise UserError(
+        "--allow_changes: the training state cannot be used with\n  "
+        + "\n  ".join(causes)
+        + f"\n({path}: {sorted(wrong)[0]}.) Use the old values, or start a new run from a checkpoint of this one in another --proj_dir"
+    )

@@ -1,0 +1,61 @@
+"""What a run is: decided once by `rwkv.train.resolve`, before anything is built, and not changed afterwards."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.files import sha256
+from rwkv.memory import plan
+from rwkv.memory.estimate import Plan
+from rwkv.models import Sizes
+
+NEW_BASE = "rwkv-base.pth"  # in the folder of a LoRA run: the base model, if it was created by the run
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    Attributes:
+        flags: the resolved flags; seed, precision and vocabulary are no longer left to the program.
+        sizes: of the model.
+        on_gpu: whether it trains on GPUs.
+        before: the manifest of the run that it resumes; None for a new run, and on all ranks but the first.
+        new_base: the base model that an earlier start of this run created; None if there is none.
+        outdated: files of an earlier run in the folder, which are deleted when this one starts.
+    """
+
+    flags: TrainConfig
+    sizes: Sizes
+    on_gpu: bool
+    before: dict[str, Any] | None = None
+    new_base: Path | None = None
+    outdated: tuple[Path, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run when it started."""
+        return self.flags.folder
+
+    @property
+    def adapter(self) -> LoRAConfig | None:
+        """The flags of the adapter that is trained; None if all weights are."""
+        return self.flags.adapter
+
+    @property
+    def base_path(self) -> str:
+        """The model that an adapter is trained on."""
+        return self.flags.load_model or str(self.folder / NEW_BASE)
+
+    @cached_property
+    def base(self) -> dict[str, str] | None:
+        """Path and SHA-256 of the checkpoint that training starts from; None for a new model."""
+        path = self.flags.load_model or (self.new_base if self.before else None)
+        return {"path": str(path), "sha256": sha256(path)} if path else None
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What it takes in memory."""
+        return plan.plan_of(self.flags, self.sizes, self.on_gpu, self.flags.precision)

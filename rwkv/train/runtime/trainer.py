@@ -1,0 +1,74 @@
+"""The Lightning trainer out of the flags."""
+
+import logging
+import warnings
+from typing import Literal
+
+import torch
+
+from rwkv import compat
+from rwkv.config import TrainConfig
+from rwkv.memory import machine
+from rwkv.train.run import Run
+from rwkv.train.runtime import cpu, strategy
+from rwkv.train.runtime.lightning import pl
+
+
+def quiet_lightning() -> None:
+    """Hide Lightning's informational messages, and warnings that do not apply here."""
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # A run that is finished already has an empty loader.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*|.*returned 0 length.*|.*across ranks is zero.*")
+    warnings.filterwarnings("ignore", ".*DeepSpeed handles gradient clipping internally.*")  # as it should
+
+
+def precision_of(c: TrainConfig) -> Literal["fp32", "tf32", "bf16", "fp16"]:
+    """The precision that --precision auto selects on this machine; any other value unchanged."""
+    if c.precision != "auto":
+        return c.precision
+    if machine.use_gpu(c.accelerator):
+        # torch ≥ 2.4's is_bf16_supported() is True where bf16 is emulated.
+        return "bf16" if all(major >= 8 for major, _ in _capabilities()) else "fp32"
+    return cpu.precision()
+
+
+def slow_on_gpu(c: TrainConfig, precision: str) -> str:
+    """A note if the selected `precision` is not the fastest one of the GPU; else empty."""
+    if (
+        precision != "fp32" or not machine.use_gpu(c.accelerator) or min(_capabilities()) < (7, 0)
+    ):  # Volta has the first tensor cores
+        return ""
+    i = _capabilities().index(min(_capabilities()))
+    return (
+        f"note:  {torch.cuda.get_device_name(i)} does not multiply bf16, so --precision auto is fp32; --precision fp16 would be several times"
+        " faster there, with less range: large activations may overflow"
+    )
+
+
+def _capabilities() -> list[tuple[int, int]]:
+    """Compute capability of every visible GPU."""
+    return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+
+
+def make_trainer(run: Run, callbacks: list[pl.Callback]) -> pl.Trainer:
+    """A trainer that goes through the module's batches once; metrics, progress and checkpoints are left to the callbacks."""
+    c = run.flags
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
+    trainer = pl.Trainer(
+        accelerator="gpu" if run.on_gpu else "cpu",
+        devices=c.devices,
+        num_nodes=c.num_nodes,
+        **compat.trainer_options(c.precision, strategy.make(c, run.on_gpu)),
+        max_epochs=1,
+        accumulate_grad_batches=c.accumulate_grad_batches,
+        gradient_clip_val=c.grad_clip or None,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    if run.on_gpu and getattr(trainer.precision_plugin, "scaler", None):
+        trainer.precision_plugin.scaler = compat.grad_scaler()()
+    return trainer

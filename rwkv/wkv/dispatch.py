@@ -1,0 +1,62 @@
+"""Choose the implementation of an operator, and explain why the others are unavailable."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv.kernels import load
+
+
+def _why_not_cuda(x: Tensor) -> str | None:
+    if x.device.type != "cuda":
+        return f"the inputs are on {x.device}; this implementation needs an NVIDIA GPU"
+    if x.dtype == torch.float64:
+        return 'the inputs are fp64; the kernels compute in fp32. Use impl="reference"'
+    return load.why_unavailable_on(x.device.index)
+
+
+def _why_not_cpu(x: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"the inputs are on {x.device}; this implementation needs them on the CPU"
+    if x.dtype == torch.float64:
+        return 'the inputs are fp64; the kernels compute in fp32. Use impl="reference"'
+    return load.why_unavailable()
+
+
+_WHY_UNAVAILABLE: dict[str, Callable[[Tensor], str | None]] = {
+    "cuda": _why_not_cuda,
+    "cpu": _why_not_cpu,
+    "reference": lambda x: None,
+}
+
+
+def choose(
+    operator: str, implementations: Mapping[str, Callable[..., Any]], impl: str, x: Tensor
+) -> Callable[..., Any]:
+    """The implementation `impl` of an operator for inputs like `x`; "auto" is the first available one.
+
+    Raises:
+        ValueError: `impl` is unknown.
+        RuntimeError: `impl` is unavailable; the message says why and what to do.
+    """
+    if impl == "auto":
+        reasons: list[str] = []
+        for name, run in implementations.items():
+            reason = _WHY_UNAVAILABLE[name](x)
+            if reason is None:
+                if name == "reference":
+                    warnings.warn(
+                        f"{operator} falls back to the reference loop, about a thousand times slower than the"
+                        " compiled kernels, which are unavailable:\n" + "\n".join(reasons),
+                        stacklevel=3,
+                    )
+                return run
+            reasons.append(f"  {name}: {reason}")
+    if impl not in implementations:
+        raise ValueError(f"impl={impl!r} is not one of auto, {', '.join(implementations)}")
+    if reason := _WHY_UNAVAILABLE[impl](x):
+        raise RuntimeError(f"{operator}: impl={impl!r} is unavailable: {reason}")
+    return implementations[impl]

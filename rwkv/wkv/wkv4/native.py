@@ -1,0 +1,101 @@
+"""Autograd over the compiled WKV kernels (torch.ops.rwkv.wkv4_*)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+KEEP = 16  # tokens per saved state: WKV4_KEEP in cuda/wkv4/wkv4_args.h
+THREADS = 1 << 17  # that fill a GPU (measured on an H100: docs/results.md)
+
+
+def segment_length(batch: int, length: int, channels: int) -> int:
+    """Tokens per GPU thread. The sequence is split until about THREADS threads have work, but into no
+    less than two saved states each, and only if that at least quadruples the threads (a split reads k and
+    v a second time)."""
+    segments = THREADS // max(1, batch * channels)
+    tokens = length if segments < 4 else max(2 * KEEP, -(-length // segments))
+    return -(-tokens // KEEP) * KEEP
+
+
+class Kernels(NamedTuple):
+    """forward(w, u, k, v, state, initial, reset) -> (y, state, saved states), and
+    backward(w, u, k, v, initial, reset, saved states, gy, gstate) -> gradients."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+def cpu_kernels() -> Kernels:
+    """fp32 and bf16, on the CPU."""
+    return Kernels(torch.ops.rwkv.wkv4_cpu_forward, torch.ops.rwkv.wkv4_cpu_backward)
+
+
+def cuda_kernels(device: int, stream: Callable[[], int], segment: int) -> Kernels:
+    """fp32, bf16 and fp16, on a GPU. `stream` returns the stream for each launch."""
+    ops = torch.ops.rwkv
+    return Kernels(
+        lambda *tensors: ops.wkv4_cuda_forward(*tensors, segment, device, stream()),
+        lambda *tensors: ops.wkv4_cuda_backward(*tensors, segment, device, stream()),
+    )
+
+
+class _WKV4(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernels, w, u, k, v, state, initial, reset):
+        y, last, saved = kernels.forward(w, u, k, v, state, initial, reset)
+        ctx.kernels = kernels
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(w, u, k, v, initial, reset, saved)
+        return y, last
+
+    @staticmethod
+    def backward(ctx, gy, glast):
+        if torch.is_grad_enabled():  # once_differentiable says so too, but is slower
+            raise RuntimeError(
+                'wkv4: the compiled kernels have no second derivatives (create_graph=True); use impl="reference"'
+            )
+        w, u, k, v, initial, reset, saved = ctx.saved_tensors
+        gy = torch.zeros_like(k) if gy is None else gy.contiguous()
+        glast = None if glast is None else glast.contiguous()
+        *grads, gstate, ginitial = ctx.kernels.backward(w, u, k, v, initial, reset, saved, gy, glast)
+        wanted = ctx.needs_input_grad
+        return None, *grads, gstate if wanted[5] else None, ginitial if wanted[6] else None, None
+
+
+def run(
+    kernels: Kernels,
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None,
+    initial: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`rwkv.wkv.wkv4` with these kernels; `initial` None is the empty state."""
+    state = None if state is None else state.float().contiguous()
+    initial = None if initial is None or reset is None else initial.float().contiguous()
+    reset = None if reset is None else reset.contiguous()
+    w, u = w.float().contiguous(), u.float().contiguous()
+    return _WKV4.apply(kernels, w, u, k.contiguous(), v.contiguous(), state, initial, reset)
+
+
+def wkv4_cpu(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, reset: Tensor | None, initial: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """On CPU tensors; fp16 is converted to fp32 and back."""
+    if k.dtype != torch.float16:
+        return run(cpu_kernels(), w, u, k, v, state, reset, initial)
+    y, last = run(cpu_kernels(), w, u, k.float(), v.float(), state, reset, initial)
+    return y.half(), last
+
+
+def wkv4_cuda(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, reset: Tensor | None, initial: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """On tensors of one GPU, on its current stream."""
+    device = k.device.index
+    kernels = cuda_kernels(device, lambda: torch.cuda.current_stream(device).cuda_stream, segment_length(*k.shape))
+    return run(kernels, w, u, k, v, state, reset, initial)

@@ -1,0 +1,213 @@
+"""LoRA against peft, upstream's names and initialisation, and merging."""
+
+import math
+
+import peft
+import pytest
+import torch
+
+from rwkv.adapters import lora
+from rwkv.models.v4 import PARTS
+
+MATRICES = {"att": ["att.key", "att.value", "att.receptance"], "ffn": ["ffn.key", "ffn.receptance", "ffn.value"]}
+TOKENS = torch.randint(50, (2, 15), generator=torch.Generator().manual_seed(0))
+
+
+def randomise(model):
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+
+
+@pytest.mark.parametrize("parts", [["att"], ["ffn"], ["att", "ffn"], ["att", "ffn", "time", "ln"]])
+def test_exactly_upstreams_matrices_are_adapted(make_model, parts):
+    names = lora.inject(make_model(), parts, r=3, alpha=6)
+    assert sorted(names) == sorted(f"blocks.{i}.{m}" for i in (0, 1) for part in parts for m in MATRICES.get(part, []))
+
+
+@pytest.mark.parametrize(
+    ("parts", "same"),
+    [
+        (["att.output"], ["att.output"]),
+        (["ffn.value", "att.key", "ln"], ["att.key", "ffn.value", "ln"]),
+        (["time", "att.receptance", "att.value", "att.key"], ["att", "time"]),
+        (["att", "att.output", "ffn.key"], ["att", "att.output", "ffn.key"]),
+    ],
+)
+def test_single_matrices_are_parts_and_an_adapter_knows_its_own(make_model, parts, same):
+    model = make_model(pre_ffn=True)
+    names = lora.inject(model, parts, 3, 6)
+    wanted = {m for part in parts if part not in ("time", "ln") for m in MATRICES.get(part, [part])}
+    assert {name.split(".", 2)[2].replace("ffnPre", "ffn") for name in names} == wanted
+    assert any("ffnPre" in name for name in names) == any(m.startswith("ffn") for m in wanted)
+    assert lora.parts_of(lora.adapter_state(model, parts), PARTS) == PARTS.normal(parts) == same
+
+
+def test_the_trainable_parameters_are_upstreams(make_model):
+    model = make_model()
+    lora.inject(model, ["att", "time", "ln"], 3, 6)
+    lora.mark_trainable(model, ["att", "time", "ln"])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    expected = {f"blocks.{i}.att.{m}.lora_{x}" for i in (0, 1) for m in ("key", "value", "receptance") for x in "AB"}
+    expected |= {f"blocks.{i}.att.time_{n}" for i in (0, 1) for n in ("decay", "first", "mix_k", "mix_v", "mix_r")}
+    expected |= {f"blocks.{i}.ffn.time_mix_{n}" for i in (0, 1) for n in "kr"}
+    expected |= {
+        f"blocks.{i}.{ln}.{x}"
+        for i, ln in ((0, "ln0"), (0, "ln1"), (0, "ln2"), (1, "ln1"), (1, "ln2"))
+        for x in ("weight", "bias")
+    }
+    assert trained == expected  # not emb, head, ln_out, att.output
+    assert set(lora.adapter_state(model, ["att", "time", "ln"])) == expected
+
+
+def test_an_adapter_starts_as_nothing_with_upstreams_initialisation(make_model):
+    model = make_model(n_embd=64)
+    before = model(TOKENS)[0]
+    lora.inject(model, ["att", "ffn"], 8, 32)
+    assert torch.equal(model(TOKENS)[0], before)
+    key = model.blocks[0].att.key
+    assert not key.lora_B.any()
+    bound = math.sqrt(6 / ((1 + 5) * 64))  # kaiming_uniform with a = √5
+    assert 0.8 * bound < float(key.lora_A.detach().abs().max()) <= bound
+
+
+def test_outputs_and_gradients_equal_peft(make_model):
+    ours, theirs = make_model(), make_model()
+    lora.inject(ours, ["att", "ffn"], 4, 12)
+    lora.mark_trainable(ours, ["att", "ffn"])
+    randomise(ours)
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=r".*\.(att|ffn)\.(key|value|receptance)")
+    twin = peft.get_peft_model(theirs, config)
+    state = dict(twin.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if ".lora_" in name:
+            state[f"base_model.model.{name}.default.weight"].data.copy_(parameter.data)
+    ours(TOKENS)[0].square().sum().backward()
+    twin(TOKENS)[0].square().sum().backward()
+    for name, parameter in ours.named_parameters():
+        if ".lora_" in name:
+            torch.testing.assert_close(
+                parameter.grad, state[f"base_model.model.{name}.default.weight"].grad, rtol=1e-4, atol=1e-3
+            )  # fp32; gradients of 1e2 … 1e3
+        else:
+            assert parameter.grad is None, name
+
+
+def test_adapters_combined_by_weights_equal_pefts(make_model):
+    weights, adapters, twin = (0.7, -0.4), [], None
+    for i, (part, r, alpha) in enumerate((("att", 4, 12), ("ffn", 2, 8))):  # of different ranks, scales and layers
+        model, config = (
+            make_model(),
+            peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=rf".*\.{part}\.(key|value|receptance)"),
+        )
+        torch.manual_seed(i)
+        lora.inject(model, [part], r, alpha)
+        randomise(model)
+        adapters.append((lora.adapter_state(model, [part]), alpha / r, weights[i]))
+        if twin is None:
+            twin = peft.get_peft_model(make_model(), config, f"{i}")
+        else:
+            twin.add_adapter(f"{i}", config)
+        state = dict(twin.named_parameters())
+        for name, tensor in adapters[-1][0].items():
+            state[f"base_model.model.{name}.{i}.weight"].data.copy_(tensor * (weights[i] if "lora_B" in name else 1))
+    ours = make_model()
+    lora.inject(ours, ["att", "ffn"], 6, 6)
+    for name, tensor in lora.combine(adapters, dict(ours.named_parameters())).items():
+        dict(ours.named_parameters())[name].data.copy_(tensor)
+    twin.base_model.set_adapter(["0", "1"])  # both act
+    torch.testing.assert_close(ours(TOKENS)[0], twin(TOKENS)[0], rtol=1e-4, atol=1e-4)  # fp32, sums in another order
+
+
+def test_combined_adapters_move_what_they_train_whole_by_their_weights(make_model):
+    base = dict(make_model().named_parameters())
+    name = "blocks.0.ln1.weight"
+    theirs = [({name: base[name] + step}, 1.0, weight) for step, weight in ((1.0, 0.5), (-2.0, 0.25))]
+    torch.testing.assert_close(lora.combine(theirs, base)[name], base[name] + 0.5 - 0.5)
+    torch.testing.assert_close(lora.combine(theirs[:1], base)[name], base[name] + 0.5)
+
+
+def test_dropout_acts_in_training_only(make_model):
+    model = make_model()
+    lora.inject(model, ["att"], 4, 8, dropout=0.5)
+    randomise(model)
+    model.train()
+    assert not torch.equal(model(TOKENS)[0], model(TOKENS)[0])
+    model.eval()
+    assert torch.equal(model(TOKENS)[0], model(TOKENS)[0])
+
+
+@pytest.mark.parametrize("sizes", [{}, {"n_embd": 24, "dim_att": 40, "dim_ffn": 52}, {"pre_ffn": True}])
+def test_merged_equals_unmerged(make_model, sizes):
+    model = make_model(**sizes).eval()
+    keys = set(model.state_dict())
+    lora.inject(model, ["att", "ffn"], 4, 8)
+    randomise(model)
+    apart = model(TOKENS)[0]
+    lora.merge(model)
+    torch.testing.assert_close(model(TOKENS)[0], apart, rtol=1e-4, atol=1e-4)  # fp32: W + BA is rounded once
+    assert set(model.state_dict()) == keys
+
+
+def test_unknown_parts_and_ranks_are_refused(make_model):
+    with pytest.raises(ValueError, match=r"parts are any of att, ffn, time, ln, att.key, .*; got emb"):
+        lora.inject(make_model(), ["att", "emb"], 4, 8)
+    with pytest.raises(ValueError, match="got none"):
+        lora.inject(make_model(), [], 4, 8)
+    with pytest.raises(ValueError, match="at least 1; it is 0"):
+        lora.inject(make_model(), ["att"], 0, 8)
+    with pytest.raises(ValueError, match="no linear layer"):
+        lora.inject(make_model(n_layer=1, pre_ffn=True), ["att"], 4, 8)
+
+
+def test_frozen_matrices_are_kept_in_bf16_and_all_else_in_fp32(make_model):
+    model = make_model()
+    lora.inject(model, ["att", "ln"], 4, 8)
+    lora.mark_trainable(model, ["att", "ln"])
+    lora.store_frozen(model, torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        matrix = parameter.squeeze().dim() == 2 and ".lora_" not in name
+        assert parameter.dtype == (torch.bfloat16 if matrix else torch.float32), name
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(TOKENS)[0].float().square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert parameter.grad is None or parameter.grad.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:wkv4 runs as the reference loop")  # fp64, which the units do not take
+@pytest.mark.parametrize("grad_cp", [False, True])
+def test_gradients_are_those_of_the_mask_that_was_drawn(make_model, grad_cp):
+    """With dropout: the gradient along a direction is the difference of two runs that draw the same."""
+    model = make_model().double()
+    lora.inject(model, ["att", "ffn"], 4, 8, dropout=0.4)
+    lora.mark_trainable(model, ["att", "ffn"])
+    model.grad_cp = grad_cp
+    randomise(model)
+    model.double()
+
+    def loss():
+        torch.manual_seed(3)
+        return model(TOKENS)[0].square().mean()
+
+    loss().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    along = [torch.randn_like(p) for p in trained]
+    slope = sum(float((p.grad * d).sum()) for p, d in zip(trained, along, strict=True))
+    ends = []
+    for step in (1e-5, -2e-5):
+        with torch.no_grad():
+            for p, d in zip(trained, along, strict=True):
+                p += step * d
+            ends.append(float(loss()))
+    # WKV's state is fp64 only where k is: then the difference is exact but for the third derivative
+    assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(slope, rel=1e-4)
+
+
+def test_an_adapter_keeps_r_numbers_a_token_and_no_mask(make_model):
+    layer = lora.LoRALinear(torch.nn.Parameter(torch.randn(24, 16)), 2, 4, dropout=0.5)
+    x, kept = torch.randn(3, 5, 16, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    own = {p.data_ptr() for p in layer.parameters()} | {x.data_ptr()}
+    assert [t.shape for t in kept if t.data_ptr() not in own] == [(15, 2)]

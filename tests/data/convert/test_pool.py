@@ -1,0 +1,138 @@
+"""Worker pool: ordered results and errors, and termination within seconds when a worker is killed."""
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from rwkv.data.convert.pool import Pool
+from rwkv.errors import UserError
+
+EARLIER: dict[str, list[int]] = {"children": []}
+BOUND = 30  # seconds on a loaded machine; what is tested for would last for ever
+
+
+def double(x):
+    return 2 * x
+
+
+def large(x):
+    # more than a pipe holds: a worker is in the middle of sending it most of the time
+    return bytes(4_000_000)
+
+
+@pytest.fixture(autouse=True)
+def _earlier_children(monkeypatch):
+    """Child processes that earlier tests may have left, such as multiprocessing's resource tracker."""
+    monkeypatch.setitem(EARLIER, "children", [])
+    EARLIER["children"] = children()
+
+
+def children():
+    """The living child processes that were started during the test."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == os.getpid() and fields[0] != "Z":
+            found.append(int(path.parent.name))
+    return sorted(set(found) - set(EARLIER["children"]))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_results_in_order(workers):
+    with Pool(double, workers) as pool:
+        assert list(pool.map(range(100))) == [(i, 2 * i) for i in range(100)]
+    assert children() == []
+
+
+def failing(x):
+    if x == 5:
+        raise UserError("five")
+    return x
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_error_in_order(workers):
+    seen = []
+    with pytest.raises(UserError, match="five"), Pool(failing, workers) as pool:
+        seen += [result for _, result in pool.map(range(100))]
+    assert children() == []
+
+    def feed():
+        yield from range(4)
+        raise UserError("the input ends here")
+
+    with Pool(failing, workers) as pool:
+        results = pool.map(feed())
+        assert [next(results)[1] for _ in range(4)] == [0, 1, 2, 3]
+        with pytest.raises(UserError, match="the input ends here"):
+            next(results)
+
+
+def unsendable(x):
+    return lambda: x
+
+
+def test_unpicklable_result():
+    with pytest.raises(RuntimeError, match="lambda"), Pool(unsendable, 2) as pool:
+        list(pool.map(range(3)))
+
+
+@pytest.mark.parametrize("function", [double, large])
+def test_killed_worker_ends_pool(function):
+    """Kills at times from before the first chunk to after the last. The parent reads slowly, so
+    workers block while sending.
+    """
+    draw = random.Random(3)
+    killed_in_time = 0
+    for _ in range(25):
+        began = time.monotonic()
+
+        def kill(after):
+            time.sleep(after)
+            if some := children():
+                os.kill(draw.choice(some), signal.SIGKILL)
+
+        killer = threading.Thread(target=kill, args=(draw.uniform(0, 0.25),))
+        raised = ""
+        try:
+            with Pool(function, 3) as pool:
+                killer.start()
+                for i, _ in pool.map(range(40)):
+                    if i % 8 == 0:
+                        time.sleep(0.02)
+        except UserError as error:
+            raised = str(error)
+            killed_in_time += 1
+        killer.join()
+        assert not raised or "a worker process was killed" in raised
+        assert time.monotonic() - began < BOUND
+        assert children() == []
+    assert killed_in_time >= 5
+
+
+def test_workers_end_with_killed_parent(tmp_path):
+    child = os.fork()
+    if not child:
+        with Pool(time.sleep, 3) as pool:
+            (tmp_path / "workers").write_text(" ".join(map(str, children())))
+            list(pool.map([100] * 9))
+        os._exit(0)
+    while not (file := tmp_path / "workers").exists() or len(file.read_text().split()) < 3:
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    end = time.monotonic() + BOUND
+    while any(
+        Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text()
+        for pid in file.read_text().split()
+    ):
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -1,0 +1,410 @@
+"""Input files: splits, order, names with commas, pipes, unreadable and changing files."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pyarrow
+import pytest
+
+from rwkv.config import ConvertConfig
+from rwkv.data import provenance
+from rwkv.data.binidx import Dataset
+from rwkv.data.convert import inputs, sources
+from rwkv.data.convert.pipeline import convert
+from rwkv.data.tokenizer import WorldTokenizer
+from rwkv.errors import UserError
+
+SCRIPT = Path(__file__).parents[3] / "scripts/convert.py"
+
+
+def line(text):
+    return json.dumps({"text": text}, ensure_ascii=False) + "\n"
+
+
+def write(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name if name.endswith(".txt") else line(name), encoding="utf-8")
+
+
+def found(spec, **flags):
+    return [path.name for path in (source.path for source in sources.find(str(spec), **flags).sources)]
+
+
+def converted(spec, prefix, **flags):
+    prefix = convert(ConvertConfig(**{"input": str(spec), "output_prefix": str(prefix), "workers": 1, **flags})).pairs[
+        0
+    ][0]
+    data = Dataset(prefix)
+    return [WorldTokenizer().decode(data.document(i)[:-1]) for i in range(len(data))]
+
+
+SHARDED = (
+    "data/train-00000-of-00002.jsonl",
+    "data/train-00001-of-00002.jsonl",
+    "data/validation-00000-of-00001.jsonl",
+    "data/test-00000-of-00001.jsonl",
+)
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "expected"),
+    [
+        (SHARDED, "", SHARDED[:2]),
+        (SHARDED, "validation", SHARDED[2:3]),
+        (SHARDED, "dev", SHARDED[2:3]),
+        (SHARDED, "test,validation", SHARDED[2:]),
+        (SHARDED, "all", SHARDED),
+        (("train.jsonl", "dev.jsonl", "eval.jsonl"), "", ("train.jsonl",)),
+        (("train.jsonl", "valid.jsonl"), "validation", ("valid.jsonl",)),
+        (("squad-train.jsonl", "squad-validation.jsonl"), "", ("squad-train.jsonl",)),
+        (("train/a.jsonl", "train/b.jsonl", "test/a.jsonl"), "", ("train/a.jsonl", "train/b.jsonl")),
+        (("train_sft-00000-of-00001.jsonl", "test_sft-00000-of-00001.jsonl"), "", ("train_sft-00000-of-00001.jsonl",)),
+        (("训练集.jsonl", "测试集.jsonl"), "", ("训练集.jsonl",)),
+        (("train.jsonl", "TEST.JSONL"), "test", ("TEST.JSONL",)),
+        (("train.jsonl", "test.jsonl", "LICENSE.txt"), "", ("train.jsonl",)),
+        (("training.jsonl", "more.jsonl"), "", ("training.jsonl", "more.jsonl")),  # no other split
+        (
+            ("a.txt", "b.txt", "The Test.txt", "Night train.txt", "c.txt"),
+            "",
+            ("a.txt", "b.txt", "c.txt", "Night train.txt", "The Test.txt"),
+        ),
+        (("protest.txt", "latest.txt", "strain.txt"), "", ("protest.txt", "latest.txt", "strain.txt")),
+    ],
+)
+def test_default_split_is_train(tmp_path, names, split, expected):
+    write(tmp_path, *names)
+    result = sources.find(str(tmp_path), split=split)
+    assert sorted(str(source.path.relative_to(tmp_path)) for source in result.sources) == sorted(expected)
+    if result.omitted:
+        assert any(
+            note.startswith("splits: ") and all(name in note for name in result.omitted) for note in result.notes
+        )
+    globbed = sources.find(f"{tmp_path}/**/*.*", split=split)
+    assert sorted(source.path for source in globbed.sources) == sorted(source.path for source in result.sources)
+
+
+def test_hub_readme_splits(tmp_path):
+    write(tmp_path, "one.jsonl", "two.jsonl", "three.jsonl")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: [one.jsonl, th*.jsonl]\n  - split: test\n    path: two.jsonl\n---\n# Text\n"
+    )
+    assert found(tmp_path) == ["one.jsonl", "three.jsonl"]
+    assert found(tmp_path, split="test") == ["two.jsonl"]
+
+
+def test_missing_or_ambiguous_split(tmp_path):
+    write(tmp_path, "hub/train.jsonl", "hub/test.jsonl", "x.jsonl", "only/dev.jsonl", "only/test.jsonl", "two/train_a-00000-of-00001.jsonl",
+          "two/train_b-00000-of-00001.jsonl", "two/test_a-00000-of-00001.jsonl")  # fmt: skip
+    for spec, split, complaint in (
+        ("hub", "holdout", r"--split holdout: no such split; there are test, train"),
+        ("x.jsonl", "train", r"--split train: .*x.jsonl has no splits"),
+        ("only", "", r"only: has no split for training \(dev, test\); choose with --split NAME"),
+        ("two", "", r"two: has several splits for training"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            sources.find(str(tmp_path / spec), split=split)
+    assert found(tmp_path / "two", split="train_b") == ["train_b-00000-of-00001.jsonl"]
+
+
+def test_splits_in_manifest_and_output(tmp_path, capsys):
+    write(tmp_path / "hub", *SHARDED)
+    converted(tmp_path / "hub", tmp_path / "p")
+    assert provenance.read(tmp_path / "p_text_document")["splits"] == {
+        "used": ["train"],
+        "omitted": ["test", "validation"],
+    }
+    printed = capsys.readouterr().err
+    assert "order: train-00000-of-00002.jsonl, train-00001-of-00002.jsonl" in printed
+    assert "splits: train used; test, validation omitted" in printed
+    assert "--val_file" in printed
+
+
+def arrow(path):
+    table = pyarrow.table({"text": ["a"]})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pyarrow.OSFile(str(path), "wb") as out, pyarrow.ipc.new_stream(out, table.schema) as stream:
+        stream.write_table(table)
+
+
+@pytest.mark.parametrize(
+    ("state", "splits"),
+    [
+        ({"_data_files": [{"filename": "secret.txt"}]}, None),
+        ({"_data_files": [{"filename": "../outside.arrow"}]}, None),
+        ({"_data_files": [{"filename": "/etc/hostname.arrow"}]}, None),
+        ({"_data_files": [{"filename": "sub/x.arrow"}]}, None),
+        ({"_data_files": [{"filename": 3}]}, None),
+        ({"_data_files": ["x.arrow"]}, None),
+        ({"_data_files": {}}, None),
+        ([1], None),
+        (None, ["."]),
+        (None, [".."]),
+        (None, ["../b"]),
+        (None, ["train", 3]),
+        (None, [""]),
+        (None, "train"),
+        (None, ["missing"]),
+    ],
+)
+def test_datasets_folder_path_traversal(tmp_path, state, splits):
+    arrow(tmp_path / "ds/data.arrow")
+    (tmp_path / "outside.arrow").write_bytes((tmp_path / "ds/data.arrow").read_bytes())
+    (tmp_path / "ds/secret.txt").write_text("secret")
+    if state is not None:
+        (tmp_path / "ds/state.json").write_text(json.dumps(state))
+    if splits is not None:
+        (tmp_path / "ds/dataset_dict.json").write_text(json.dumps({"splits": splits}))
+    with pytest.raises(UserError, match=r"state.json|dataset_dict.json"):
+        sources.find(str(tmp_path / "ds"), split="all")
+
+
+def test_natural_chapter_order(tmp_path):
+    names = ["ch1.txt", "ch2.txt", "Ch10.txt", "第1章.txt", "第2章.txt", "第10章.txt", "第一百章.txt"]
+    write(tmp_path, *names)
+    assert found(tmp_path) == names
+    chinese = [
+        "第一章",
+        "第二章",
+        "第九章",
+        "第十章",
+        "第十一章",
+        "第十九章",
+        "第二十章",
+        "第二十一章",
+        "第一百零二章",
+        "第一百一十章",
+        "第一千章",
+    ]
+    write(tmp_path / "b", *(f"{name}.txt" for name in chinese))
+    assert found(tmp_path / "b") == [f"{name}.txt" for name in chinese]
+    write(tmp_path / "c", "卷十/2.txt", "卷二/10.txt", "卷二/9.txt", "１０.txt", "９.txt")
+    assert [str(source.path.relative_to(tmp_path / "c")) for source in sources.find(str(tmp_path / "c")).sources] == [
+        "9.txt".replace("9", "９"), "10.txt".replace("10", "１０"), "卷二/9.txt", "卷二/10.txt", "卷十/2.txt"]  # fmt: skip
+
+
+def test_names_with_commas_spaces_and_tilde(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "a b%20c,d.jsonl", "other.jsonl", "x.jsonl", "with,comma/1.jsonl", "e.jsonl ")
+    assert found("a b%20c,d.jsonl,other.jsonl") == ["a b%20c,d.jsonl", "other.jsonl"]
+    assert found("other.jsonl, a b%20c,d.jsonl ,x.jsonl") == ["other.jsonl", "a b%20c,d.jsonl", "x.jsonl"]
+    assert found("~/x.jsonl,with,comma") == ["x.jsonl", "1.jsonl"]
+    assert found("~/o*.jsonl") == ["other.jsonl"]
+    with pytest.raises(UserError, match=r"^none: no such file"):
+        found("x.jsonl,none")
+
+
+def test_delimiter_by_suffix(tmp_path):
+    (tmp_path / "DATA.TSV").write_text("text\tother\na, b\t1\n")
+    (tmp_path / "x.tsv.csv").write_text('text,other\n"a, b",1\n')
+    (tmp_path / "x.Tsv.GZ").write_bytes(gzip.compress(b"text\tother\na, b\t1\n"))
+    (tmp_path / "semicolon.csv").write_text("text;other\na, b;1\n")
+    for name in ("DATA.TSV", "x.tsv.csv", "x.Tsv.GZ", "semicolon.csv"):
+        assert converted(tmp_path / name, tmp_path / "p", force=True) == ["a, b"], name
+
+
+def test_input_format_overrides_suffix(tmp_path):
+    (tmp_path / "noending").write_bytes(gzip.compress(line("a").encode()))
+    with pytest.raises(UserError, match=r"unknown format.* --input_format jsonl"):
+        found(tmp_path / "noending")
+    assert converted(tmp_path / "noending", tmp_path / "p", input_format="jsonl") == ["a"]
+    (tmp_path / "t").write_text("text\tb\nx\t1\n")
+    assert converted(tmp_path / "t", tmp_path / "q", input_format="tsv") == ["x"]
+    write(tmp_path / "d", "x.jsonl")
+    with pytest.raises(UserError, match=r"--input_format jsonl: applies to files given by path"):
+        found(tmp_path / "d", input_format="jsonl")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_named_pipe(tmp_path, workers):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    texts = [f"{i} " * 100 for i in range(2000)]
+    writer = threading.Thread(target=lambda: pipe.write_text("".join(map(line, texts))))
+    writer.start()
+    assert converted(pipe, tmp_path / "p", input_format="jsonl", workers=workers) == texts
+    writer.join()
+
+
+@pytest.mark.parametrize("spec", ["-", "/dev/stdin", "<(cat x.jsonl)"])
+def test_stdin_and_process_substitution(tmp_path, spec):
+    write(tmp_path, "x.jsonl")
+    command = f"{sys.executable} {SCRIPT} --input {spec} --output-prefix p --input_format jsonl --workers 2 < x.jsonl"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(Dataset(tmp_path / "p_text_document")) == 1
+    if spec == "-":
+        done = subprocess.run(
+            ["bash", "-c", command.replace("--output-prefix p", "")],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, "give --output_prefix" in done.stderr) == (1, True)
+
+
+def test_unreadable_subfolder():
+    folder = Path(tempfile.mkdtemp())
+    try:
+        write(folder, "a.jsonl", "closed/b.jsonl")
+        (folder / "closed").chmod(0)
+        folder.chmod(0o755)
+        if os.geteuid() == 0:  # to whom nothing is closed
+            os.seteuid(65534)
+            try:
+                with pytest.raises(UserError, match=r"closed: cannot be read \(Permission denied\)"):
+                    sources.find(str(folder))
+            finally:
+                os.seteuid(0)
+        else:
+            with pytest.raises(UserError, match=r"closed: cannot be read \(Permission denied\)"):
+                sources.find(str(folder))
+    finally:
+        (folder / "closed").chmod(0o700)
+        shutil.rmtree(folder)
+
+
+def test_symlinks(tmp_path):
+    write(tmp_path, "blobs/x.jsonl")
+    (tmp_path / "in/data").mkdir(parents=True)
+    (tmp_path / "in/data/a.jsonl").symlink_to(tmp_path / "blobs/x.jsonl")
+    (tmp_path / "in/linked").symlink_to(tmp_path / "blobs")
+    (tmp_path / "blobs/back").symlink_to(tmp_path / "in")
+    assert found(tmp_path / "in") == ["a.jsonl", "x.jsonl"]
+    (tmp_path / "in/b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(UserError, match=r"b.jsonl: a link to a file that does not exist"):
+        found(tmp_path / "in")
+
+
+def test_unknown_formats_reported(tmp_path):
+    write(tmp_path, "a.txt", "b.docx", "README.md")
+    (note,) = sources.find(str(tmp_path)).notes
+    assert note == "skipped: b.docx, README.md: unknown format"
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def grow(path):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line("more"))
+
+
+def replace(path):
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes().replace(b"1", b"2"))
+    os.replace(other, path)
+
+
+def rewrite(path):
+    content = path.read_bytes()
+    path.write_bytes(content[::-1] if path.suffix == ".txt" else content.replace(b"1", b"3"))
+
+
+@pytest.mark.parametrize("change", [truncate, grow, replace, rewrite, Path.unlink])
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "jsonl.gz"])
+def test_file_changed_during_conversion(tmp_path, monkeypatch, change, kind):
+    """The file changes while the first chunk is tokenised."""
+    path = tmp_path / f"x.{kind}"
+    content = "".join(line(f"{i} word") for i in range(1000)).encode()
+    path.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
+    first = path.stat()
+    real, done = inputs.records, []
+
+    def records(*arguments):
+        if not done:
+            done.append(True)
+            change(path)
+            # a clock that is coarser than this test
+            if path.exists() and path.stat().st_size == first.st_size:
+                os.utime(path, ns=(first.st_atime_ns, first.st_mtime_ns + 1_000_000))
+        yield from real(*arguments)
+
+    monkeypatch.setattr("rwkv.data.convert.encode.records", records)
+    with pytest.raises(UserError, match=rf"x.{kind}: was (changed|replaced by another file|removed) while it was read"):
+        converted(path, tmp_path / "p")
+    assert [x.name for x in tmp_path.iterdir() if "text_document" in x.name] == []
+
+
+def test_output_is_locked(tmp_path):
+    """The second process reports the first, whose output is intact."""
+    (tmp_path / "a.jsonl").write_text("".join(line(f"{i} word " * 50) for i in range(3000)))
+    write(tmp_path, "b.jsonl")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--input",
+        f"{tmp_path}/a.jsonl",
+        "--output-prefix",
+        str(tmp_path / "p"),
+        "--workers",
+        "2",
+    ]
+    program = f"""
+import runpy, sys, rwkv.data.convert.pipeline as c
+real = c.inputs.chunks
+def chunks(*a):
+    yield from real(*a)
+    open({str(pipe)!r}, "w").close()  # reached with the lock held; then until the test has read
+    open({str(pipe)!r}).close()
+c.inputs.chunks = lambda sources, fields, shard=None: chunks(sources, fields, shard) if shard else real(sources, fields)
+sys.argv = {command[1:]!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    one = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipe.read_bytes()
+    with pytest.raises(UserError, match=rf"p: in use by process {one.pid} on .* choose another --output-prefix"):
+        converted(tmp_path / "b.jsonl", tmp_path / "p", force=True)
+    pipe.write_bytes(b"")
+    assert one.wait(60) == 0, one.stderr.read()
+    one.stdout.close()
+    one.stderr.close()
+    assert len(Dataset(tmp_path / "p_text_document")) == 3000
+    assert not [x for x in tmp_path.iterdir() if x.name.startswith(".")]
+    assert converted(tmp_path / "b.jsonl", tmp_path / "p", force=True) == ["b.jsonl"]
+
+
+def test_killed_conversion_without_file_locks(tmp_path):
+    """Without flock (as on NFS), the owner of a temporary file is identified by its name."""
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in", "a.jsonl")
+    program = f"""
+import errno, fcntl, os, runpy, sys
+def flock(*_): raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = flock
+if len(sys.argv) > 1:
+    import rwkv.data.convert.pipeline as c
+    c.inputs.chunks = lambda *a: os.kill(os.getpid(), 9)
+sys.argv = ["convert", "--input", {str(tmp_path / "in/a.jsonl")!r}, "--output-prefix", {str(tmp_path / "out/p")!r}, "--workers", "1"]
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    killed = subprocess.run(
+        [sys.executable, "-c", program.replace("inputs.chunks = lambda *a:", "provenance.describe = lambda *a:"), "x"],
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -9
+    left = {path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".tmp"}
+    assert left
+    time.sleep(0.01)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "p_text_document.bin",
+        "p_text_document.idx",
+        "p_text_document.json",
+    ]

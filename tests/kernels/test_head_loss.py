@@ -1,0 +1,135 @@
+"""The chunked loss against the plain form."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rwkv.kernels import head_loss as loss
+from rwkv.kernels import linear
+from rwkv.kernels.head_loss import head_loss
+
+
+class PlainL2Wrap(torch.autograd.Function):
+    """Upstream's, as described: identity forward, max · 1e-4 / (B·T) at the argmax backward."""
+
+    @staticmethod
+    def forward(ctx, value, logits):
+        ctx.save_for_backward(logits)
+        return value
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (logits,) = ctx.saved_tensors
+        top, at = logits.max(-1, keepdim=True)
+        return grad_output, torch.zeros_like(logits).scatter_(-1, at, top * 1e-4 / (logits.shape[0] * logits.shape[1]))
+
+
+def both(x, weight, targets):
+    results = []
+    for plain in (True, False):
+        a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        if plain:
+            logits = a @ w.t()
+            value = PlainL2Wrap.apply(F.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits)
+        else:
+            value = head_loss(a, w, targets)
+        value.backward()
+        results.append((value.detach(), a.grad, w.grad))
+    return results
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 7, 1000])
+def test_equals_cross_entropy_with_l2wrap(monkeypatch, chunk_tokens):
+    monkeypatch.setattr(loss, "CHUNK_BYTES", chunk_tokens * 4 * 37)
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(3, 5, 8), torch.randn(37, 8) * 3, torch.randint(37, (3, 5))
+    for plain, chunked in zip(*both(x, weight, targets), strict=True):
+        torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-6)  # fp32, sums in another order
+
+
+def test_l2wrap_follows_the_scale_of_the_loss():
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(2, 5, 8, requires_grad=True), torch.randn(37, 8) * 3, torch.randint(37, (2, 5))
+    (whole,) = torch.autograd.grad(head_loss(x, weight, targets), x)
+    (half,) = torch.autograd.grad(head_loss(x, weight, targets) / 2, x)
+    torch.testing.assert_close(half, whole / 2, rtol=1e-6, atol=0)
+
+
+def test_a_frozen_head_gets_no_gradient_and_costs_none():
+    x, weight = torch.randn(1, 4, 8, requires_grad=True), torch.randn(20, 8)
+    head_loss(x, weight, torch.zeros(1, 4, dtype=torch.long)).backward()
+    assert weight.grad is None
+    assert x.grad is not None
+
+
+def test_huge_logits_stay_finite():
+    x = torch.full((1, 2, 4), 1e4, requires_grad=True)
+    value = head_loss(x, torch.randn(10, 4) * 10, torch.tensor([[0, 1]]))
+    value.backward()
+    assert torch.isfinite(value)
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("chunk_tokens", [2, 1000])
+def test_only_counted_targets_are_in_the_mean_and_in_l2wrap(monkeypatch, chunk_tokens):
+    monkeypatch.setattr(loss, "CHUNK_BYTES", chunk_tokens * 4 * 37)
+    torch.manual_seed(0)
+    x, weight, targets = (
+        torch.randn(3, 5, 8, requires_grad=True),
+        (torch.randn(37, 8) * 3).requires_grad_(),
+        torch.randint(37, (3, 5)),
+    )
+    counts = torch.rand(3, 5) < 0.4
+    value = head_loss(x, weight, targets, counts)
+    gradients = torch.autograd.grad(value, (x, weight))
+    logits = x @ weight.t()
+    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(3, 5)
+    n = int(counts.sum())
+    torch.testing.assert_close(value, (each * counts).sum() / n, rtol=1e-5, atol=1e-6)  # fp32, sums in another order
+    wrap = 0.5e-4 * logits.max(-1).values.square()  # its derivative is L2Wrap's
+    expected = torch.autograd.grad(((each + wrap) * counts).sum() / n, (x, weight))
+    for ours, plain in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+    assert not gradients[0][~counts].any()
+
+
+def test_a_batch_without_a_counted_target_is_zero_and_moves_nothing():
+    x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(37, 8, requires_grad=True)
+    value = head_loss(x, weight, torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.bool))
+    value.backward()
+    assert float(value.detach()) == 0
+    assert not x.grad.any()
+    assert not weight.grad.any()
+
+
+def test_counting_every_target_changes_no_bit():
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(3, 5, 8), torch.randn(37, 8) * 3, torch.randint(37, (3, 5))
+    assert torch.equal(head_loss(x, weight, targets), head_loss(x, weight, targets, torch.ones(3, 5, dtype=torch.bool)))
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_larger_vocabulary_takes_no_more_kernels(monkeypatch, dtype):
+    """Where no library copies what it multiplies, as on GPUs, each product of a chunk is one kernel."""
+    monkeypatch.setattr(loss, "needs_room", lambda *_: False)
+    monkeypatch.setattr(linear, "needs_room", lambda *_: False)
+
+    def calls(vocab: int) -> int:
+        monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 4 * vocab)  # four tokens
+        x, weight = torch.randn(8, 6, dtype=dtype, requires_grad=True), torch.randn(vocab, 6, requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16), Calls() as mode:
+            head_loss(x, weight, torch.arange(8))
+        return mode.count
+
+    assert calls(8 * loss.SLICE) == calls(10)

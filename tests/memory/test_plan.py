@@ -1,0 +1,158 @@
+"""--auto from the words of a command line to the trainer, on GPUs of a given memory that are not there."""
+
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rwkv import compat
+from rwkv.cli import parse
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.errors import UserError
+from rwkv.memory import machine
+from rwkv.memory import plan as planning
+from rwkv.memory.estimate import Plan, estimate
+from rwkv.models.v4 import Sizes
+from rwkv.models.version import published
+from rwkv.train.callbacks.memory import MemoryMonitor
+
+SIZES = Sizes(2, 64, 500, 64, 256)
+HOST = 64 * 10**9
+
+
+class Begun(Exception):
+    """Raised where the trainer would be made, which needs the GPUs."""
+
+
+@pytest.fixture
+def begin(monkeypatch, make_data, tmp_path):
+    """Run a command line on GPUs of `memory` bytes each, as far as the trainer: the flags that it would get."""
+    fit = importlib.import_module("rwkv.train.fit")
+
+    def run(kind, memory: int, *words: str, host: int = HOST):
+        monkeypatch.setattr(machine, "use_gpu", lambda accelerator: True)
+        monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: memory if gpu else host)
+        monkeypatch.setattr(compat, "deepspeed_refusal", lambda on_gpu: None)
+
+        def make_trainer(run, callbacks):
+            raise Begun(run.flags)
+
+        monkeypatch.setattr(fit, "make_trainer", make_trainer)
+        sizes = ["--n_layer", "2", "--n_embd", "64", "--vocab_size", "500"]
+        common = [
+            "--data_file",
+            make_data(3000, vocab=500),
+            "--proj_dir",
+            str(tmp_path / "run"),
+            "--ctx_len",
+            "128",
+            "--micro_bsz",
+            "4",
+        ]
+        common += ["--epoch_steps", "3", "--epoch_count", "1", "--precision", "bf16", "--random_seed", "1", "--auto"]
+        with pytest.raises(Begun) as begun:
+            fit.fit(parse(kind, "", [*sizes, *common, *words]))
+        return begun.value.args[0]
+
+    return run
+
+
+def plan(**changed) -> Plan:
+    return replace(Plan(SIZES, lora=False, ctx_len=128, micro_bsz=4), **changed)
+
+
+def room_for(p: Plan) -> int:
+    return round((estimate(p).total + 1) / planning.USABLE)
+
+
+STEPS = [  # devices, the plan that just fits, and the flags that come of it
+    (1, {}, (4, 1, 0, "auto")),
+    (1, {"micro_bsz": 2, "accumulate": 2}, (2, 2, 0, "auto")),
+    (1, {"micro_bsz": 1, "accumulate": 4, "grad_cp": True}, (1, 4, 1, "auto")),
+    (
+        1,
+        {"micro_bsz": 1, "accumulate": 4, "grad_cp": True, "strategy": "deepspeed_stage_2_offload"},
+        (1, 4, 1, "deepspeed_stage_2_offload"),
+    ),
+    (8, {}, (4, 1, 0, "auto")),
+    (
+        8,
+        {"micro_bsz": 1, "accumulate": 4, "grad_cp": True, "strategy": "deepspeed_stage_2"},
+        (1, 4, 1, "deepspeed_stage_2"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("devices", "fitting", "expected"), STEPS)
+def test_auto_takes_the_flags_that_cost_least(begin, capsys, devices, fitting, expected):
+    wanted = plan(devices=devices, per_node=devices, **fitting)
+    config = begin(TrainConfig, room_for(wanted), "--devices", str(devices))
+    chosen = planning.plan_of(config, SIZES, True, "bf16")
+    assert estimate(chosen).total <= estimate(wanted).total
+    assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp, config.strategy) == expected
+    assert config.micro_bsz * config.accumulate_grad_batches == 4
+    assert config.epoch_steps == 3 * 4 // config.micro_bsz
+    said = capsys.readouterr().out
+    assert (
+        f"auto:  --micro_bsz {expected[0]} --accumulate_grad_batches {expected[1]} --grad_cp {expected[2]} --strategy {expected[3]}: "
+        in said
+    )
+
+
+def test_lora_is_chosen_for_alike(begin, capsys):
+    wanted = plan(lora=True, micro_bsz=1, accumulate=4, devices=8, per_node=8)
+    config = begin(LoRAConfig, room_for(wanted), "--devices", "8", "--lora", "1")
+    assert (config.micro_bsz, config.grad_cp, config.strategy) == (1, 0, "auto")
+    assert f"of {planning.USABLE * room_for(wanted) / 1e9:.2f} GB" in capsys.readouterr().out
+
+
+def test_auto_leaves_out_what_this_machine_or_another_flag_refuses(begin, monkeypatch):
+    offloaded = room_for(plan(micro_bsz=1, accumulate=4, grad_cp=True, strategy="deepspeed_stage_2_offload"))
+    with pytest.raises(
+        UserError,
+        match=r"--strategy deepspeed_stage_2_offload would fit there, but takes [\d.]+ GB of the host, which has 0\.1\. Take LoRA",
+    ):
+        begin(TrainConfig, offloaded, host=10**8)
+    factored = room_for(plan(micro_bsz=1, accumulate=4, grad_cp=True, optimizer="adafactor"))
+    assert begin(TrainConfig, factored, "--optimizer", "adafactor").strategy == "auto"
+    with pytest.raises(UserError, match="--auto: nothing fits"):  # DeepSpeed, which would, takes no Adafactor
+        begin(TrainConfig, offloaded, "--optimizer", "adafactor")
+    with pytest.raises(UserError, match="--auto: nothing fits"):  # nor does it leave steps out
+        begin(TrainConfig, offloaded, "--on_nan", "skip")
+
+
+def test_on_a_gpu_too_out_of_memory_is_an_error_with_a_remedy(monkeypatch):
+    total, used = 24 * 10**9, 23 * 10**9
+    monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: total)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: used)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    wanted = plan(sizes=published("1.5b"), ctx_len=1024, micro_bsz=1)
+    watch = MemoryMonitor(wanted, 0)
+    watch._device = torch.device("cuda")
+    with pytest.raises(UserError) as told, watch.explained():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert f"{watch.expected() / 1e9:.2f} GB were predicted on each device and 23.00 GB were in use" in str(told.value)
+    assert "of 24.00 GB. The cheapest change that fits: --grad_cp 1, --strategy deepspeed_stage_2_offload (" in str(
+        told.value
+    )
+    with pytest.raises(RuntimeError, match="shapes"), watch.explained():  # another error stays what it is
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_where_the_memory_is_unknown_nothing_is_reckoned_with_zero(begin, capsys, monkeypatch):
+    config = begin(TrainConfig, 0, "--grad_cp", "1")
+    assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp, config.strategy) == (4, 1, 1, "auto")
+    said = capsys.readouterr().out
+    assert "auto:  the memory of this device is unknown; flags stay as given" in said
+    assert "can be used" not in said
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10**9)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    watch = MemoryMonitor(plan(sizes=published("1.5b"), ctx_len=1024, micro_bsz=1), 0)
+    watch._device = torch.device("cuda")
+    with (
+        pytest.raises(UserError, match=r"1\.00 GB were in use when no more could be had\. ") as told,
+        watch.explained(),
+    ):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert "0.00 GB" not in str(told.value)

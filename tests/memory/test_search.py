@@ -1,0 +1,85 @@
+"""What is said to fit does, what is said to be the largest is, and the table in README is the program's."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from rwkv.memory import estimate as memory
+from rwkv.memory import search
+from rwkv.memory.estimate import Plan, estimate
+from rwkv.models.version import published
+
+
+def test_the_largest_batch_and_context_are_the_largest():
+    plan = Plan(published("1.5b"), grad_cp=True)
+    limit = 12 * memory.GB
+    for what, unit in (("micro_bsz", 1), ("ctx_len", 16)):
+        most = search.largest(plan, limit, what)
+        assert (
+            estimate(replace(plan, **{what: most})).total
+            <= limit
+            < estimate(replace(plan, **{what: most + unit})).total
+        )
+    assert search.largest(replace(plan, lora=False), limit, "micro_bsz") == 0
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_remedy_fits_and_is_the_first_that_does(gpu, method):
+    plan = Plan(published("1.5b"), lora=method == "lora", micro_bsz=8, gpu=gpu)
+    for share in (0.9, 0.6, 0.4):
+        limit = round(estimate(plan).total * share)
+        words, changed = search.remedy(plan, limit)
+        assert estimate(changed).total <= limit
+        before = [q for _, q in search.changes(plan)]
+        assert all(estimate(q).total > limit for q in before[: before.index(changed)])
+        for flag, value in re.findall(r"--(\w+) (\w+)", words):
+            assert str(getattr(changed, {"accumulate_grad_batches": "accumulate"}.get(flag, flag))) in (
+                value,
+                {"1": "True"}.get(value),
+            )
+    assert search.remedy(plan, 1000) is None
+
+
+@pytest.mark.parametrize(
+    ("strategy", "optimizer"), [("auto", "adam"), ("auto", "adafactor"), ("deepspeed_stage_2", "adam")]
+)
+def test_no_change_puts_adafactor_under_deepspeed(strategy, optimizer):
+    plan = Plan(published("1.5b"), lora=False, strategy=strategy, optimizer=optimizer)
+    changed = [q for _, q in search.changes(plan)]
+    assert any(q.optimizer == "adafactor" for q in changed)
+    assert not any(q.optimizer == "adafactor" and q.stage for q in changed)
+
+
+def test_the_readme_s_table_is_the_program_s(root, script):
+    made = script("estimate.py", "--table").stdout.strip()
+    assert made == search.table()
+    for name in ("README.md", "README.zh.md"):
+        text = (root / name).read_text(encoding="utf-8")
+        assert made.splitlines()[2:] == [line for line in text.splitlines() if re.match(r"\| [\d.]+b \|", line)], name
+
+
+def test_the_program_says_what_fits(script, make_base):
+    said = script("estimate.py", "--model", "7b", "--method", "full", "--card", 24).stdout
+    assert "no, on 24 GB" in said
+    assert "48 GB" in said
+    assert not [line for line in said.splitlines() if line.endswith("0.00     0.00")]
+    said = script(
+        "estimate.py", "--model", "3b", "--method", "full", "--grad_cp", 1, "--micro_bsz", 1, "--card", "RTX 4090"
+    ).stdout
+    # what is on the host is part of what a change costs
+    assert re.search(
+        r"to fit: +--strategy deepspeed_stage_2_offload: 8\.\d GB on the card, and \d\d\.\d GB of the machine's memory",
+        said,
+    ), said
+    assert "micro_bsz:   none fits at ctx_len 1024" in said
+    assert "got 24GB" in script("estimate.py", "--model", "3b", "--card", "24GB", status=1).stderr
+    found = json.loads(
+        script("estimate.py", "--load_model", make_base(), "--card", 24, "--micro_bsz", 2, "--json").stdout
+    )
+    assert found["plan"]["sizes"]["n_embd"] == 16
+    assert found["fits"].startswith("yes")
+    assert found["device_total"] == sum(found["device"].values())
+    assert "--model 9b is not one of 0.1b" in script("estimate.py", "--model", "9b", status=1).stderr

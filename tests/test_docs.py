@@ -1,0 +1,168 @@
+"""README and docs: every command is valid, every link resolves, both languages say the same."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rwkv import config
+from rwkv.cli import parse
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "README.zh.md", *(ROOT / "docs").rglob("*.md")])
+TRANSLATED = [("README.md", "README.zh.md")] + [
+    (f"docs/{name}.md", f"docs/zh/{name}.md") for name in ("guide", "data-formats", "gpus-and-memory", "faq")
+]
+CONFIGS = {
+    "lora": config.LoRAConfig,
+    "finetune": config.TrainConfig,
+    "pretrain": config.TrainConfig,
+    "convert": config.ConvertConfig,
+    "inspect": config.InspectConfig,
+    "merge": config.MergeConfig,
+    "generate": config.GenerateConfig,
+    "export": config.ExportConfig,
+    "estimate": config.EstimateConfig,
+    "doctor": config.DoctorConfig,
+}
+SCRIPTS = {"inspect_data": "inspect", "merge_lora": "merge"}
+TARGETS = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+SERVICES = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
+COMMAND = re.compile(r"^(?:    )?((?:make|python|docker|git|conda) .*)$", re.MULTILINE)
+INPUTS = ("load_model", "data_file", "input", "adapter", "model", "lora", "lora_load", "verify")
+
+
+def page_id(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def read(name: str | Path) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(text: str) -> str:
+    """The code of a page: fenced and indented blocks."""
+    fenced = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    return fenced + "\n" + "\n".join(re.findall(r"^    \S.*$", text, re.MULTILINE))
+
+
+def commands(text: str) -> list[list[str]]:
+    """The commands of a page's code as lists of words."""
+    return [shlex.split(line, comments=True) for line in COMMAND.findall(blocks(text))]
+
+
+def job(words: list[str]) -> tuple[str, list[str]] | None:
+    """The job of a command and its flags; None if it starts no job. A target or service that is unknown fails."""
+    if words[0] == "make":
+        variables = dict(word.split("=", 1) for word in words[1:] if "=" in word)
+        targets = [word for word in words[1:] if "=" not in word]
+        assert set(targets) <= TARGETS, words
+        assert set(variables) <= {"ARGS", "STACK", "PY"}, words
+        assert variables.get("STACK", "modern") in ("cu117", "modern")
+        return (targets[0], shlex.split(variables["ARGS"])) if "ARGS" in variables else None
+    if words[0] == "python":
+        path = Path(words[1])
+        assert (ROOT / path).is_file(), words
+        return SCRIPTS.get(path.stem, path.stem), words[2:]
+    if words[:2] == ["docker", "compose"] and words[2] == "run":
+        assert words[3] == "--rm"
+        assert words[4] in SERVICES, words
+        return (words[4], words[5:]) if len(words) > 5 else None
+    assert words[0] in ("git", "docker", "cd", "conda"), words
+    return None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_commands_parse_and_their_files_exist(page):
+    made = {"out/demo/base/rwkv-0.pth", "out/demo/tuned.pth"}  # by the demo
+    assert all(f"{path.removeprefix('out/demo/')}" in read("scripts/demo.sh") for path in made)
+    for words in commands(page.read_text(encoding="utf-8")):
+        name, flags = job(words) or ("", [])
+        if name not in CONFIGS:  # bench and test have parsers of their own
+            continue
+        values = vars(parse(CONFIGS[name], "", flags))
+        for flag in INPUTS:
+            path = values.get(flag)
+            if not isinstance(path, str) or (name, flag) == ("estimate", "model"):  # --lora true, --model 7b
+                continue
+            for part in filter(None, path.split(",")):
+                assert part in made or list(ROOT.glob(part)), f"{part}: made by no earlier command of {page_id(page)}"
+        if name == "convert" and values["output_prefix"]:
+            made.add(f"{values['output_prefix']}_text_document")
+        if name in ("lora", "finetune", "pretrain"):
+            made.add(f"{values['proj_dir']}/rwkv-{values['epoch_count'] - 1}.pth")
+        if name in ("merge", "export"):
+            made.add(values["output"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_inline_targets_and_flags_exist(page):
+    text = page.read_text(encoding="utf-8")
+    code = " ".join(re.findall(r"`([^`\n]+)`", text))
+    assert set(re.findall(r"\bmake ([a-z][a-z-]+)", code)) <= TARGETS | {"help"}
+    fields = {name for kind in CONFIGS.values() for name in kind.__dataclass_fields__}
+    others = {"help", "gpus", "ipc", "shm-size", "rm"}  # of launch.sh and docker
+    others |= set(re.findall(r"--([\w-]+)", " ".join(read(p) for p in (ROOT / "bench").glob("*.py"))))
+    for flag in re.findall(r"--([a-z][\w-]+)", code):
+        assert flag.replace("-", "_") in fields or flag in others, flag
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_and_images_resolve(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_files_named_in_the_text_exist(page):
+    for path in re.findall(
+        r"`((?:scripts|rwkv|bench|data|tests|cuda|docs)/[\w./-]+)`", page.read_text(encoding="utf-8")
+    ):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_readme_is_short(name):
+    assert len(read(name).splitlines()) <= 130
+
+
+@pytest.mark.parametrize(("english", "chinese"), TRANSLATED)
+def test_translations_have_the_same_sections_and_commands(english, chinese):
+    ours, theirs = read(english), read(chinese)
+    assert len(re.findall(r"^#+ ", ours, re.MULTILINE)) == len(re.findall(r"^#+ ", theirs, re.MULTILINE))
+    assert commands(ours) == commands(theirs)
+    targets = [set(re.findall(r"`make\s([a-z-]+)`", text)) for text in (ours, theirs)]
+    assert targets[0] == targets[1]
+
+
+@pytest.mark.parametrize("page", ["docs/faq.md", "docs/zh/faq.md"])
+def test_faq_quotes_real_messages(page):
+    foreign = {
+        "could not select device driver",
+        "ModuleNotFoundError: No module named 'rwkv'",
+        "make venv",
+        "--load_model",
+    }
+    folders = [*(ROOT / "rwkv").rglob("*.py"), *(ROOT / "env").glob("*.sh"), *(ROOT / "docker").glob("*.sh")]
+    source = " ".join(path.read_text(encoding="utf-8") for path in folders)
+    heads = re.findall(r"^### .*$|^\| `[^`]+` \|", read(page), re.MULTILINE)
+    quoted = [part for head in heads for code in re.findall(r"`([^`]+)`", head) for part in code.split("…")]
+    for part in (part.strip() for part in quoted):
+        assert part in source or any(part.startswith(known) for known in foreign), part
+
+
+def test_guide_commands_run(script, tmp_path):
+    (tmp_path / "data").mkdir()
+    shutil.copy(ROOT / "data/example.jsonl", tmp_path / "data")
+    (tmp_path / "out").mkdir()
+    ran = set()
+    for words in commands(read("docs/guide.md")):
+        name, flags = job(words) or (words[1], [])
+        if name in ("convert", "inspect", "estimate"):
+            script(next((key for key, value in SCRIPTS.items() if value == name), name) + ".py", *flags)
+            ran.add(name)
+    assert ran == {"convert", "inspect", "estimate"}
+    assert (tmp_path / "out/example_text_mask.bin").stat().st_size > 0

@@ -1,0 +1,95 @@
+"""loss.png of runs of every length: what is said on it, and what its axes show."""
+
+import math
+import random
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from rwkv import plots
+from rwkv.train.callbacks.curve import Curve
+from rwkv.train.callbacks.plot import plot
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """Draws a run of so many steps; its two axes, and the legend as text."""
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, image: (figures.append(figure), figure.savefig(image, dpi=50))[0])
+
+    def draw(count, loss, validation=None, title="run: LoRA"):
+        curve = Curve()
+        for step in range(1, count + 1):
+            line = {"step": step, "loss": loss(step), "lr": 6e-4 / step}
+            if validation and step % validation == 0:
+                line["val_loss"] = loss(step) + abs(step - count / 2) / count
+            curve.add(line, 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            plot(curve, tmp_path / "loss.png", title)
+        legend = [text.get_text() for text in figures[-1].legends[0].get_texts()] if figures[-1].legends else []
+        return figures[-1].axes, legend
+
+    return draw
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4, 19, 20, 45, 1000, 10000])
+def test_ticks_are_steps_and_no_mean_is_of_one(drawn, count):
+    (left, right), legend = drawn(count, lambda step: 3 / (1 + step))
+    figure = left.figure
+    figure.canvas.draw()
+    for tick in left.get_xticks():
+        assert tick == round(tick)
+    assert not any("mean of 1 " in text for text in legend)
+    assert any(text.startswith("mean of") for text in legend) == (count >= 40)
+    assert right.get_ylim()[0] == 0
+    assert all(len(tick.get_text()) < 9 for tick in right.get_yticklabels())
+    assert right.yaxis.get_offset_text().get_text() == ""
+
+
+def test_first_steps_that_dwarf_the_rest_do_not_set_the_axis(drawn):
+    draw = random.Random(1)
+    (left, _), _ = drawn(500, lambda step: 1.3 + 8 * math.exp(-step / 5) + draw.gauss(0, 0.02))
+    assert left.get_ylim()[1] < 2
+    assert "up to 7.8" in left.texts[0].get_text()
+    (left, _), _ = drawn(500, lambda step: 5 - step / 200)
+    assert left.get_ylim()[1] > 4.9
+    assert not left.texts
+
+
+def test_the_best_value_is_marked(drawn):
+    (left, _), legend = drawn(400, lambda step: 3 - step / 1000, validation=50)
+    best = next(text for text in legend if text.startswith("best validation loss"))
+    assert best.endswith("step 200")
+    star = next(line for line in left.lines if line.get_marker() == "*")
+    assert list(star.get_xdata()) == [200]
+    _, legend = drawn(10, lambda step: 3 + (step - 7) ** 2)
+    assert "lowest loss: 3.000, step 7" in legend
+
+
+@pytest.mark.parametrize("title", ["小说/输出: LoRA, 60 steps", "a$b_c^d: \\alpha", "\t\n"])
+def test_any_title_is_drawn_without_a_warning(drawn, title):
+    (left, _), _ = drawn(3, float, title=title)
+    assert "\n" not in left.get_title()
+
+
+def test_flushed_denormals_make_no_warning(root, tmp_path):
+    """numpy warns of them once a process, when it is first asked for the smallest numbers; training has them flushed."""
+    program = """
+import warnings
+warnings.simplefilter("error")
+import sys
+from pathlib import Path
+import torch
+from rwkv.train.callbacks.curve import Curve
+from rwkv.train.callbacks.plot import plot
+torch.set_flush_denormal(True)
+curve = Curve()
+curve.add({"step": 1, "loss": 2.0, "lr": 1e-4}, 0)
+plot(curve, Path(sys.argv[1]), "x")
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "x.png")]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

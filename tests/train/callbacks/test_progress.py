@@ -1,0 +1,112 @@
+"""What a terminal and a log see of a run, at a given time."""
+
+import io
+import itertools
+import re
+
+import pytest
+
+from rwkv.train.callbacks import progress
+from rwkv.train.callbacks.progress import Progress
+from rwkv.train.console import duration
+
+
+class Clock:
+    """A time that passes only when it is told to."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", made)
+    return made
+
+
+def steps(shown, clock, count, seconds, loss=2.0):
+    for _ in range(count):
+        clock.now += seconds
+        shown.step(loss, ["val 2.345", "1,234 tokens/s", "lr 6.00e-04", "0.36 GB"])
+
+
+def test_a_log_gets_a_line_at_the_start_one_a_minute_and_one_at_the_end(clock, monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr("sys.stderr", log)
+    shown = Progress(1000, 0)
+    steps(shown, clock, 1000, 0.5)
+    shown.close()
+    lines = log.getvalue().splitlines()
+    assert "\r" not in log.getvalue()
+    at = [int(re.search(r"step ([\d,]+) of 1,000", line)[1].replace(",", "")) for line in lines]
+    assert (at[0], at[-1]) == (1, 1000)
+    assert all(119 <= b - a <= 121 for a, b in itertools.pairwise(at[1:-1]))  # 120 steps are a minute
+    assert "about 8 min left" in lines[1]  # as soon as it is known: 0.5 s a step
+    assert "(100%): loss 2.000, val 2.345, 1,234 tokens/s" in lines[-1]
+
+
+def test_a_finite_running_mean_is_shown(clock, monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr("sys.stderr", log)
+    shown = Progress(4, 0)
+    for loss in (1.0, None, 3.0, 5.0):
+        steps(shown, clock, 1, 100, loss)
+    assert [re.search(r"loss ([\d.]+)", line)[1] for line in log.getvalue().splitlines()] == [
+        "1.000",
+        "1.000",
+        "2.000",
+        "3.000",
+    ]
+
+
+def test_another_rank_prints_nothing(clock, monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr("sys.stderr", log)
+    shown = Progress(10, 0, quiet=True)
+    steps(shown, clock, 10, 100)
+    shown.close()
+    assert log.getvalue() == ""
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_the_bar_fits_the_terminal(clock, monkeypatch, columns):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINES", "24")
+    monkeypatch.setattr("sys.stderr", terminal)
+    shown = Progress(6000, 50)
+    shown._bar.mininterval = 0
+    steps(shown, clock, 86, 1)
+    shown.close()
+    said = terminal.getvalue()
+    bars = [line for line in re.split(r"[\r\n]+", said) if "/6000 [" in line]
+    assert bars
+    for bar in bars:
+        assert len(bar) <= columns
+        assert "loss 2.000" in bar or bar is bars[0]
+        assert len(re.search(r"\|(.*)\|", bar)[1]) >= 8
+    assert ("0.36 GB" in bars[-1]) == (columns == 200)
+    assert "time: about 1 h 39 min left" in said
+
+
+DURATIONS = {
+    0.2: "1 s",
+    40: "40 s",
+    59.7: "1 min",
+    61: "1 min",
+    1500: "25 min",
+    3599: "1 h",
+    12000: "3 h 20 min",
+    7200: "2 h",
+}
+DURATIONS |= {47 * 3600: "47 h", 49 * 3600: "2 days 1 h", 72 * 3600: "3 days"}
+
+
+@pytest.mark.parametrize(("seconds", "text"), DURATIONS.items())
+def test_a_duration_in_words(seconds, text):
+    assert duration(seconds) == f"about {text}"

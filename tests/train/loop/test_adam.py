@@ -1,0 +1,173 @@
+"""Adam in one pass is torch's Adam and AdamW, whatever the vector width, and their states go both ways."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv.config import TrainConfig
+from rwkv.kernels import load
+from rwkv.train.loop import adam, optimizer
+
+WIDTHS = st.sampled_from(["baseline", "avx2", "avx512", "avx512_bf16"])
+SHAPES = st.sampled_from([(), (1,), (3,), (31,), (32, 1), (1, 1, 33), (5, 13), (257,), (130, 131), (0,)])
+
+
+@pytest.fixture(autouse=True)
+def unit():
+    """The compiled unit is there; whatever width a test took, the widest is back after it."""
+    assert load.why_unavailable() is None
+    yield
+    torch.ops.rwkv.cpu_vectors("")
+
+
+def normal(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parameter(shape=(5, 13), seed=0):
+    p = torch.nn.Parameter(normal(shape, seed))
+    p.grad = normal(shape, seed + 1)
+    return p
+
+
+def one_pass(p, decoupled=False, **options):
+    return adam.OnePass([{"params": [p]}], decoupled, **{"lr": 1e-2, "weight_decay": 0.1, **options})
+
+
+def torchs(p, decoupled=False, **options):
+    return (torch.optim.AdamW if decoupled else torch.optim.Adam)([p], **{"lr": 1e-2, "weight_decay": 0.1, **options})
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    width=WIDTHS, shape=SHAPES, decoupled=st.booleans(), lr=st.sampled_from([0.0, 1e-6, 1e-3, 0.1]),
+    betas=st.sampled_from([(0.9, 0.99), (0.9, 0.999), (0.0, 0.95), (0.5, 0.0)]), eps=st.sampled_from([1e-10, 1e-8, 1e-2]),
+    decay=st.sampled_from([0.0, 1e-3, 0.5]), step=st.sampled_from([0, 1, 9, 1000, 10**6]), clip=st.sampled_from([1.0, 1e-3, 0.7]),
+    size=st.sampled_from([1.0, 1e-4, 1e3]), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_a_step_is_torchs_in_fp64(width, shape, decoupled, lr, betas, eps, decay, step, clip, size, seed):
+    torch.ops.rwkv.cpu_vectors(width)
+    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": decay}
+    p, g, m, v = (normal(shape, seed + i) * scale for i, scale in enumerate((1, size, size / 3, size)))
+    v = v**2
+    kept = torch.tensor(float(step))
+    ours, truth = torch.nn.Parameter(p.clone()), torch.nn.Parameter(p.double())
+    ours.grad, truth.grad = g.clone(), g.double() * clip
+    mine, theirs = one_pass(ours, decoupled, **options), torchs(truth, decoupled, **options)
+    mine.state[ours] = {"step": kept.clone(), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    theirs.state[truth] = {"step": kept.clone(), "exp_avg": m.double(), "exp_avg_sq": v.double()}
+    mine.clip = clip
+    mine.step()
+    theirs.step()
+    assert torch.equal(ours.grad, g)  # clipping is part of the pass
+    new, right = mine.state[ours], theirs.state[truth]
+    assert float(new["step"]) == step + 1
+
+    # Of every term a few roundings of fp32; what the terms are where they cancel, the sum is not. Numbers below fp32's normal ones may be 0.
+    rounding, least = 2.0**-24, 1e-37
+    gradient = clip * g.double().abs() + (0 if decoupled else decay) * p.double().abs()
+    square = betas[1] * v.double() + (1 - betas[1]) * gradient**2
+    assert bool(
+        ((new["exp_avg"] - right["exp_avg"]).abs() <= 6 * rounding * (m.double().abs() + gradient) + least).all()
+    )
+    assert bool(((new["exp_avg_sq"] - right["exp_avg_sq"]).abs() <= 8 * rounding * square + least).all())
+    root, first = (1 - betas[1] ** (step + 1)) ** 0.5, 1 - betas[0] ** (step + 1)
+    below = right["exp_avg_sq"].sqrt() / root + eps
+    off = 1 + square / right["exp_avg_sq"].clamp_min(least)  # how far the terms of v cancel
+    update = lr / first * (m.double().abs() + gradient) / below * off
+    assert bool(((ours - truth).abs() <= rounding * (3 * p.double().abs() + 16 * update) + least).all())
+
+
+@pytest.mark.parametrize("decoupled", [False, True], ids=["Adam", "AdamW"])
+def test_thirty_steps_are_torchs(decoupled):
+    ours, theirs = parameter(), parameter()
+    mine, right = one_pass(ours, decoupled), torchs(theirs, decoupled)
+    for step in range(30):
+        ours.grad, theirs.grad = (normal((13, 5), 100 + step).t() for _ in range(2))  # not contiguous
+        for group in (mine.param_groups[0], right.param_groups[0]):
+            group["lr"] = 1e-2 / (1 + step)
+        mine.clip = 0.5
+        theirs.grad.mul_(0.5)
+        mine.step()
+        right.step()
+        assert mine.clip == 1
+    torch.testing.assert_close(
+        ours, theirs, rtol=1e-5, atol=1e-6
+    )  # thirty updates of at most 1e-2, each to fp32's rounding
+
+
+@pytest.mark.parametrize("decoupled", [False, True], ids=["Adam", "AdamW"])
+@pytest.mark.parametrize("begins", [one_pass, torchs], ids=["from ours", "from torch's"])
+def test_a_state_goes_on_with_the_other(decoupled, begins):
+    """A run that was saved before there was one pass, or goes on where the unit is not compiled."""
+
+    def run(makers):
+        p, saved = parameter(), None
+        for step, make in enumerate(makers):
+            made = make(p, decoupled)
+            if saved:
+                made.load_state_dict(saved)
+            p.grad = normal(p.shape, step)
+            made.step()
+            saved = copy.deepcopy(made.state_dict())
+        return p.detach(), saved
+
+    other = torchs if begins is one_pass else one_pass
+    (here, saved), (there, right) = run([begins, begins, other, other]), run([begins] * 4)
+    torch.testing.assert_close(here, there, rtol=1e-6, atol=1e-7)
+    assert saved["state"].keys() == right["state"].keys()
+    for name, value in right["state"][0].items():
+        assert (saved["state"][0][name].dtype, saved["state"][0][name].shape) == (value.dtype, value.shape)
+        torch.testing.assert_close(saved["state"][0][name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_what_it_does_not_know_is_refused():
+    for option in ({"amsgrad": True}, {"maximize": True}):
+        with pytest.raises(ValueError, match="neither amsgrad nor maximize"):
+            one_pass(parameter(), **option).step()
+
+
+def test_what_the_unit_does_not_take_is_refused_by_name():
+    p = parameter()
+    made = one_pass(p)
+    made.step()
+    made.state[p]["exp_avg"] = made.state[p]["exp_avg"].double()
+    with pytest.raises(RuntimeError, match="exp_avg must be a contiguous Float tensor"):
+        made.step()
+    with pytest.raises(RuntimeError, match="steps of Adam count from 1"):
+        torch.ops.rwkv.adam(*(normal((3,), i) for i in range(4)), 0.0, 0.1, 0.9, 0.99, 1e-8, 0.0, False, 1.0)
+
+
+def test_parameters_without_a_gradient_and_the_closure_are_as_torchs():
+    p, idle = parameter(), torch.nn.Parameter(torch.ones(3))
+    made = adam.OnePass([{"params": [p, idle]}], False, lr=0.1)
+
+    def closure():
+        p.grad = None
+        loss = (p**2).sum()
+        loss.backward()
+        return loss.detach()
+
+    before = p.detach().clone()
+    assert made.step(closure) == (before**2).sum()
+    assert set(made.state) == {p}
+    torch.testing.assert_close(p.detach(), before - 0.1 * before.sign())  # Adam's first step is of the rate's size
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_the_norm_is_of_all_gradients(count):
+    made = [parameter(seed=2 * i) for i in range(count)]
+    expected = torch.nn.utils.clip_grad_norm_(made, float("inf"))
+    torch.testing.assert_close(adam.norm([p.grad for p in made]), expected)
+
+
+def test_it_is_taken_where_the_unit_is_compiled_and_fits(make_model, monkeypatch):
+    for decay, decoupled in ((0.0, False), (0.1, True)):
+        made = optimizer.make(make_model(), TrainConfig(weight_decay=decay))
+        assert (type(made), made.decoupled) == (adam.OnePass, decoupled)
+    assert type(optimizer.make(make_model().bfloat16(), TrainConfig())) is torch.optim.Adam
+    monkeypatch.setattr(adam.load, "why_unavailable", lambda: "not compiled")
+    assert type(optimizer.make(make_model(), TrainConfig())) is torch.optim.Adam

@@ -1,0 +1,149 @@
+"""The loss of an optimizer step is the sum over the targets of its global batch divided by their number, however the batch is divided."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rwkv.checkpoint import read_tensors
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.data.binidx import mask_path, writer
+from rwkv.train.fit import fit
+
+TOLERANCE = 1e-5  # fp32: the same sums in another order
+STEPS = 4
+# No clipping, which would hide a gradient of the wrong size, and an ε beside which Adam does not hide it either.
+FLAGS = {
+    "ctx_len": 12,
+    "epoch_count": 1,
+    "random_seed": 1,
+    "accelerator": "cpu",
+    "precision": "fp32",
+    "lr_init": 1e-2,
+    "lr_final": 1e-3,
+}
+FLAGS |= {"grad_clip": 0.0, "adam_eps": 1e-2}
+WAYS = {
+    "masked": {"magic_prime": -1},
+    "masked at random places": {},
+    "masked with resets": {"doc_reset": 1},
+    "padded": {"doc_training": 1},
+    "padded with resets, in order": {"doc_training_seq": 1, "doc_reset": 1},
+    "chunks": {"tbptt_len": 5},
+    "exact chunks with resets": {"tbptt_len": 5, "exact": True, "doc_reset": 1},
+    "skip": {"on_nan": "skip"},
+}
+
+
+@pytest.fixture
+def masked(tmp_path):
+    """A binidx of 90 documents that end with 0. Few targets of some contribute to the loss, all of others, of every third document none."""
+    generator = torch.Generator().manual_seed(5)
+    mask = []
+    with writer(tmp_path / "d_text_document") as out:
+        for i in range(90):
+            length = int(torch.randint(2, 13, (1,), generator=generator))
+            out.add([*torch.randint(1, 50, (length - 1,), generator=generator).tolist(), 0])
+            mask += [i % 3 == 0 or (i % 3 == 1 and t == 1) for t in range(length)]
+    mask_path(tmp_path / "d_text_document").write_bytes(bytes(mask))
+    return str(tmp_path / "d_text_document")
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(one, other):
+    """Two runs made the same steps."""
+    assert [line["step"] for line in lines(other)] == [*range(1, STEPS + 1)]
+    for key in ("loss", "targets", "grad_norm", "lr", "val_loss"):
+        ours, theirs = ([line[key] for line in lines(run) if key in line] for run in (one, other))
+        assert theirs == pytest.approx(ours, rel=TOLERANCE, abs=1e-7), key
+    ours, theirs = read_tensors(one / "rwkv-0.pth"), read_tensors(other / "rwkv-0.pth")
+    for key in ours:
+        torch.testing.assert_close(theirs[key], ours[key], rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"), [*((TrainConfig, way) for way in WAYS), (LoRAConfig, "masked"), (LoRAConfig, "padded")]
+)
+def test_accumulation_makes_the_steps_of_one_batch(make_base, masked, tmp_path, kind, way):
+    flags = FLAGS | WAYS[way] | {"load_model": str(make_base()), "data_file": masked}
+    flags |= {"lora_dropout": 0.0} if kind is LoRAConfig else {}
+    for k in (1, 2, 4):
+        fit(
+            kind(
+                **flags,
+                micro_bsz=4 // k,
+                accumulate_grad_batches=k,
+                epoch_steps=k * STEPS,
+                proj_dir=str(tmp_path / f"{k}"),
+            )
+        )
+    targets = [line["targets"] for line in lines(tmp_path / "1")]
+    assert len(set(targets)) > 1
+    same(tmp_path / "1", tmp_path / "2")
+    same(tmp_path / "1", tmp_path / "4")
+
+
+def test_micro_batches_and_steps_without_a_target_are_no_obstacle(make_base, masked, tmp_path):
+    size = mask_path(masked).stat().st_size
+    mask_path(masked).write_bytes(bytes(i // 25 % 2 for i in range(size)))  # whole samples without one
+    flags = FLAGS | {"load_model": str(make_base()), "data_file": masked, "doc_training_seq": 1, "min_ctx_len": 12}
+    for k in (1, 2):
+        fit(
+            TrainConfig(
+                **flags,
+                micro_bsz=2 // k,
+                accumulate_grad_batches=k,
+                epoch_steps=k * STEPS,
+                proj_dir=str(tmp_path / f"{k}"),
+            )
+        )
+    assert {line["targets"] > 0 for line in lines(tmp_path / "1")} == {True, False}
+    same(tmp_path / "1", tmp_path / "2")
+
+
+def trained(root, *arguments):
+    command = [sys.executable, root / "scripts/finetune.py", *arguments]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("way", "val_samples"), [("masked with resets", 7), ("padded", 0)])
+def test_two_processes_make_the_steps_of_one_and_read_the_same_validation_set(
+    make_base, masked, tmp_path, root, way, val_samples
+):
+    """Also where a validation set of an odd number of samples leaves one rank with more batches than the other."""
+    flags = (
+        FLAGS
+        | WAYS[way]
+        | {"load_model": make_base(), "data_file": masked, "val_split": 0.3, "val_every": 1, "val_samples": val_samples}
+    )
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    fit(
+        TrainConfig(
+            **flags | {"load_model": str(flags["load_model"])},
+            micro_bsz=4,
+            epoch_steps=STEPS,
+            proj_dir=str(tmp_path / "one"),
+        )
+    )
+    trained(
+        root,
+        *words,
+        "--micro_bsz",
+        1,
+        "--accumulate_grad_batches",
+        2,
+        "--epoch_steps",
+        2 * STEPS,
+        "--devices",
+        2,
+        "--proj_dir",
+        tmp_path / "two",
+    )
+    assert all(line["val_loss"] > 0 for line in lines(tmp_path / "one"))
+    same(tmp_path / "one", tmp_path / "two")

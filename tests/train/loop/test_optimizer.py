@@ -1,0 +1,98 @@
+"""Layerwise rates and what decays."""
+
+import pytest
+import torch
+
+from rwkv import compat
+from rwkv.config import TrainConfig
+from rwkv.train.loop import optimizer
+from rwkv.train.runtime import zero
+from tests.train import fused_adam
+
+
+def scales(model, **flags):
+    return {
+        name: (g["lr_scale"], g["decays"]) for g in optimizer.groups(model, TrainConfig(**flags)) for name in g["names"]
+    }
+
+
+def test_layerwise_rates_are_upstreams(make_model):
+    model = make_model()
+    found = scales(model)
+    assert set(found) == {name for name, _ in model.named_parameters()}
+    for name, (scale, decays) in found.items():
+        assert scale == (2 if "time_decay" in name else 3 if "time_first" in name else 1)
+        assert not decays
+
+
+def test_layerwise_rates_can_be_left_out(make_model):
+    assert set(scales(make_model(), layerwise_lr=0).values()) == {(1.0, False)}
+
+
+def test_only_matrices_decay(make_model):
+    for name, (_, decays) in scales(make_model(), weight_decay=0.1).items():
+        assert decays == (
+            name in ("emb.weight", "head.weight")
+            or name.endswith((".key.weight", ".value.weight", ".receptance.weight", ".output.weight"))
+        )
+
+
+def test_frozen_parameters_are_left_out(make_model):
+    model = make_model()
+    model.emb.weight.requires_grad_(False)
+    assert "emb.weight" not in scales(model)
+
+
+def test_rates_and_decays_reach_their_groups(make_model):
+    for decay in (0.0, 0.1):
+        made = optimizer.make(make_model(), TrainConfig(weight_decay=decay))
+        optimizer.set_rates(made, 1e-3, decay / 2)
+        for group in made.param_groups:
+            assert group["lr"] == 1e-3 * group["lr_scale"]
+            assert group["weight_decay"] == (decay / 2 if group["decays"] else 0)
+            assert (group["betas"], group["eps"]) == ((0.9, 0.99), 1e-8)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_gradients_beyond_fp16s_range_leave_a_step_out_on_the_device(make_model, monkeypatch, decay):
+    """As torch's GradScaler calls it, which itself scales on GPUs only."""
+    fused_adam.on_a_cpu(monkeypatch)
+    model = make_model()
+    made, scaler = optimizer.make(model, TrainConfig(weight_decay=decay)), compat.grad_scaler()(enabled=False)
+    optimizer.set_rates(made, 1e-3, decay)
+    shapes, step = [], made.step
+    made.step = lambda *arguments, **keywords: (shapes.append(made.found_inf.shape), step(*arguments, **keywords))[1]
+    before = [p.detach().clone() for p in model.parameters()]
+    for found, steps in ((0.0, 1), (1.0, 1), (0.0, 2)):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, float("inf") if found else 1.0)
+        scaler._maybe_opt_step(made, {"found_inf_per_device": {torch.device("cpu"): torch.tensor([found])}})
+        same = [torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+        assert all(same) if found else not any(same)
+        assert {int(state["step"]) for state in made.state.values()} == {steps}
+        before = [p.detach().clone() for p in model.parameters()]
+    assert made.found_inf is None
+    # torch 1.13.1 subtracts found_inf from the steps, one kernel for each where their shapes differ
+    assert set(shapes) == {state["step"].shape for state in made.state.values()}
+
+
+@pytest.mark.parametrize(("fused", "place"), [(True, "meta"), (False, "cpu")])
+def test_a_saved_step_goes_where_the_optimizer_counts(fused, place):
+    """On a GPU's side where Adam is fused. The device `meta` stands for a GPU."""
+    parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    made = torch.optim.Adam([{"params": [parameter], "names": ["p"]}])
+    made.param_groups[0]["fused"] = fused
+    zero.put_back(
+        {"p": parameter},
+        made,
+        lambda name: {
+            "weight": torch.zeros(3),
+            "step": torch.tensor(4.0),
+            "exp_avg": torch.zeros(3),
+            "exp_avg_sq": torch.zeros(3),
+        },
+        {},
+    )
+    assert made.state[parameter]["step"].device.type == place
+    assert made.state[parameter]["step"].shape == (compat.like_step(torch.zeros(1)).shape if fused else ())
+    assert made.state[parameter]["exp_avg"].device.type == "meta"

@@ -1,0 +1,161 @@
+"""Sequences in pieces: the value of the whole, its gradient if exact, memory for a piece."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rwkv.adapters import lora
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.errors import UserError
+from rwkv.kernels.head_loss import head_loss
+from rwkv.models.state import map_state
+from rwkv.train.fit import fit
+from rwkv.train.loop import tbptt
+from tests.train.test_fit import SMALL, TUNE, lines
+
+
+def batch(rows=2, length=23, vocab=50, masked=True):
+    torch.manual_seed(3)
+    x, y = torch.randint(vocab, (2, rows, length))
+    return x, y, torch.rand(rows, length) < 0.7 if masked else None, torch.rand(rows, length) < 0.1 if masked else None
+
+
+def gradients(model, loss):
+    torch.manual_seed(5)  # of dropout
+    names, parameters = zip(*[(name, p) for name, p in model.named_parameters() if p.requires_grad], strict=True)
+    value = loss()
+    return value, dict(zip(names, torch.autograd.grad(3 * value, parameters), strict=True))
+
+
+def whole(model, x, y, counts, reset):
+    return head_loss(model.hidden(x, reset=reset)[0], model.head.weight, y, counts)
+
+
+def assert_same(found, wanted):
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-6)
+    for name, grad in wanted[1].items():
+        # Sums in another order: fp32's rounding of the largest entries.
+        torch.testing.assert_close(
+            found[1][name],
+            grad,
+            rtol=1e-5,
+            atol=1e-5 * float(grad.abs().max()) + 1e-9,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 22])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tuned", ["all", "lora"])
+def test_exact_gradients_are_those_of_the_whole(make_model, length, masked, tuned):
+    model = make_model()
+    if tuned == "lora":
+        lora.inject(model, ["att", "ffn"], 4, 8)
+        lora.mark_trainable(model, ["att", "ffn", "ln", "time"])
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p)
+    data = batch(masked=masked)
+    found = gradients(model, lambda: tbptt.mean_loss(model, *data, length, exact=True))
+    assert_same(found, gradients(model, lambda: whole(model, *data)))
+
+
+def test_truncated_gradients_end_at_the_borders(make_model):
+    model, (x, y, counts, reset) = make_model(), batch()
+
+    def plain_loop():
+        state, total = None, 0
+        for i in range(0, x.shape[1], 5):
+            if state:
+                state = map_state(torch.Tensor.detach, state)
+            hidden, state = model.hidden(x[:, i : i + 5], state, reset[:, i : i + 5].contiguous())
+            total = (
+                total
+                + head_loss(hidden, model.head.weight, y[:, i : i + 5], counts[:, i : i + 5])
+                * counts[:, i : i + 5].sum()
+            )
+        return total / counts.sum()
+
+    found, wanted = (
+        gradients(model, lambda: tbptt.mean_loss(model, x, y, counts, reset, 5, exact=False)),
+        gradients(model, plain_loop),
+    )
+    assert_same(found, wanted)
+    exact = gradients(model, lambda: whole(model, x, y, counts, reset))
+    torch.testing.assert_close(found[0], exact[0], rtol=1e-5, atol=1e-6)
+    assert (
+        float((found[1]["blocks.0.att.key.weight"] - exact[1]["blocks.0.att.key.weight"]).abs().max()) > 1e-4
+    )  # the two ways do differ
+
+
+def test_dropout_is_the_same_when_a_piece_is_computed_again(make_model):
+    def run(exact):
+        model = make_model()
+        lora.inject(model, ["att", "ffn"], 4, 8, dropout=0.5)
+        lora.mark_trainable(model, ["att", "ffn"])
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.data.normal_(generator=torch.Generator().manual_seed(1))
+        found = gradients(model, lambda: tbptt.mean_loss(model, *batch(), 5, exact=exact))
+        return found, torch.rand(1)
+
+    (truncated, after), (exact, after_exact) = run(False), run(True)
+    torch.testing.assert_close(
+        truncated[0], exact[0], rtol=1e-5, atol=1e-6
+    )  # the value knows only the forward pass: the same masks
+    assert torch.equal(after, after_exact)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_bf16_follows_fp32(make_model, exact):
+    model, data = make_model(), batch(masked=False)
+    wanted = gradients(model, lambda: tbptt.mean_loss(model, *data, 5, exact))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(model, lambda: tbptt.mean_loss(model, *data, 5, exact))
+    for name, grad in wanted[1].items():  # 8 bits, a few roundings one after the other
+        assert float((found[1][name] - grad).norm()) < 0.05 * float(grad.norm()) + 1e-7, name
+
+
+MEMORY = """
+import resource, sys, torch
+torch.set_num_threads(1)
+from rwkv.models import RWKV
+from rwkv.models.v4 import Sizes
+from rwkv.train.loop import tbptt
+model = RWKV(Sizes(2, 64, 500, 64, 256))
+model.initialise(1e-4)
+def peak(length):
+    x = torch.randint(500, (1, length))
+    tbptt.mean_loss(model, x, x, None, None, 128, exact=sys.argv[1] == "True").backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+first = peak(512)
+print(peak(8192) - first)
+"""
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_memory_is_that_of_a_piece(exact):
+    grown = float(
+        subprocess.run([sys.executable, "-c", MEMORY, str(exact)], check=True, capture_output=True, text=True).stdout
+    )
+    # In MiB. Seen were 4; the whole takes 135 there.
+    assert grown < 15
+
+
+def test_a_run_in_exact_pieces_is_the_run_of_the_whole(make_data, make_base, tmp_path):
+    data, base = make_data(200), make_base()
+    for config, more in ((TrainConfig, SMALL), (LoRAConfig, TUNE | {"load_model": str(base), "lora_dropout": 0.0})):
+        losses = []
+        for i, flags in enumerate(({}, {"tbptt_len": 3, "exact": True})):
+            folder = tmp_path / f"{config.__name__}{i}"
+            fit(config(**more, **flags, data_file=data, proj_dir=str(folder), lr_init=1e-2, lr_final=1e-2))
+            losses.append([line["loss"] for line in lines(folder)])
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert losses[0][0] != losses[0][-1]
+
+
+def test_exact_without_pieces_is_refused(make_data):
+    with pytest.raises(UserError, match="--exact applies to --tbptt_len only"):
+        fit(TrainConfig(**SMALL, data_file=make_data(200), exact=True))

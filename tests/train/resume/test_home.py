@@ -1,0 +1,97 @@
+"""A run whose folder is renamed while it trains continues there, and nothing is lost; one whose folder is deleted ends with a message."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from rwkv.checkpoint import read_tensors
+from rwkv.config import TrainConfig
+from rwkv.errors import UserError
+from rwkv.train.fit import fit
+from rwkv.train.loop.module import TrainingModule
+from rwkv.train.resume import state_files
+from rwkv.train.resume.home import Home
+
+FLAGS = {
+    "n_layer": 1,
+    "n_embd": 8,
+    "vocab_size": 50,
+    "ctx_len": 8,
+    "micro_bsz": 1,
+    "epoch_steps": 6,
+    "epoch_count": 2,
+    "random_seed": 1,
+}
+
+
+@pytest.fixture
+def after_step(monkeypatch):
+    """Do something once, after a step of the run."""
+
+    def plan(step, act):
+        made = TrainingModule.on_train_batch_end
+
+        def hook(self, *arguments):
+            made(self, *arguments)
+            if self.step == step:
+                act()
+
+        monkeypatch.setattr(TrainingModule, "on_train_batch_end", hook)
+
+    return plan
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["alone", "with another folder in its place"])
+def test_a_renamed_folder_is_followed(make_data, tmp_path, after_step, capsys, monkeypatch, again):
+    config = TrainConfig(
+        **FLAGS, accelerator="cpu", data_file=make_data(200), proj_dir=str(tmp_path / "run"), save_every=2, epoch_save=1
+    )
+
+    def rename():
+        os.rename(tmp_path / "run", tmp_path / "新 run")
+        if again:
+            (tmp_path / "run").mkdir()
+
+    after_step(3, rename)
+    result = fit(config)
+    assert result.checkpoint == tmp_path / "新 run/rwkv-1.pth"
+    assert f"{tmp_path / 'run'} is now {tmp_path / '新 run'}; the run continues there" in capsys.readouterr().out
+    assert not list((tmp_path / "run").glob("*"))
+    monkeypatch.undo()
+    fit(TrainConfig(**vars(config) | {"proj_dir": str(tmp_path / "whole")}))
+    ours, theirs = (
+        [json.loads(x)["loss"] for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("新 run", "whole")
+    )
+    assert ours == theirs
+    assert {x.name for x in (tmp_path / "新 run").glob("[!.]*")} == {x.name for x in (tmp_path / "whole").glob("[!.]*")}
+    assert state_files.newest(tmp_path / "新 run").step == 12
+    assert fit(TrainConfig(**vars(config) | {"proj_dir": str(tmp_path / "新 run"), "epoch_count": 3})).steps == 18
+
+
+def test_a_deleted_folder_ends_the_run_with_a_message(make_data, tmp_path, after_step):
+    config = TrainConfig(
+        **FLAGS, accelerator="cpu", data_file=make_data(200), proj_dir=str(tmp_path / "run"), save_every=2
+    )
+    after_step(3, lambda: shutil.rmtree(tmp_path / "run"))
+    with pytest.raises(UserError, match="run was deleted while the run was writing to it"):
+        fit(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_stays_is_its_own(tmp_path):
+    with Home(tmp_path) as home:
+        assert home.now() == tmp_path
+        before = len(os.listdir("/proc/self/fd"))
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+    assert home.now() == tmp_path
+
+
+@pytest.mark.parametrize("name", ["rwkv-0.pth"])
+def test_the_checkpoint_of_a_renamed_folder_is_whole(make_data, tmp_path, after_step, name):
+    config = TrainConfig(**FLAGS, accelerator="cpu", data_file=make_data(200), proj_dir=str(tmp_path / "run"))
+    after_step(6, lambda: os.rename(tmp_path / "run", tmp_path / "moved"))
+    fit(config)
+    assert read_tensors(tmp_path / "moved" / name)

@@ -1,0 +1,99 @@
+"""A file that a run has mapped and that is changed in place ends the run before anything is saved; a replaced one does not."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from rwkv import checkpoint
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.errors import UserError
+from rwkv.train.fit import fit
+from rwkv.train.loop import module
+from rwkv.train.resume import state_files
+
+FLAGS = {
+    "ctx_len": 8,
+    "micro_bsz": 2,
+    "epoch_steps": 12,
+    "epoch_count": 1,
+    "save_every": 4,
+    "random_seed": 1,
+    "accelerator": "cpu",
+    "magic_prime": -1,
+}
+
+
+@pytest.fixture
+def after(monkeypatch):
+    """Have something done after a step of the run."""
+
+    def plan(step, do):
+        def noted(self, *arguments):
+            if self.step == step and not done:
+                done.append(do())
+            return before(self, *arguments)
+
+        done, before = [], module.TrainingModule.training_step
+        monkeypatch.setattr(module.TrainingModule, "training_step", noted)
+
+    return plan
+
+
+def overwrite(path, at, content):
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(content)
+    os.utime(path, ns=(1, 1))
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("which", ["base.pth", "data.bin", "data.idx", "data_mask.bin"])
+def test_an_input_that_is_changed_in_place_ends_the_run_and_is_put_back(which, after, make_base, make_data, tmp_path):
+    data, path = make_data(200), tmp_path / which
+    (tmp_path / "data_mask.bin").write_bytes(bytes([1, 1, 0, 1] * 50))
+    config = {**FLAGS, "load_model": str(make_base()), "data_file": data}
+    good = path.read_bytes()
+    at = len(good) // 2
+    after(6, lambda: overwrite(path, at, bytes([good[at] ^ 1])))
+    with pytest.raises(
+        UserError, match=rf"{which}: was changed in place while this run was using it.*the same command"
+    ):
+        fit(LoRAConfig(**config, proj_dir=str(tmp_path / "run")))
+    assert [state.name for state in state_files.states(tmp_path / "run")] == ["step-4.pt"]
+    assert not list((tmp_path / "run").glob("rwkv-*"))
+    path.write_bytes(good)
+    fit(LoRAConfig(**config, proj_dir=str(tmp_path / "run")))
+    fit(LoRAConfig(**config, proj_dir=str(tmp_path / "whole")))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_an_id_that_the_vocabulary_does_not_have_is_told_by_its_cause(after, make_base, make_data, tmp_path):
+    data = make_data(200)
+    after(2, lambda: overwrite(tmp_path / "data.bin", 0, b"\xff" * 400))
+    with pytest.raises(UserError, match="data.bin: was changed in place"):
+        fit(LoRAConfig(**FLAGS, load_model=str(make_base()), data_file=data, proj_dir=str(tmp_path / "run")))
+
+
+def test_a_touched_or_replaced_input_and_a_base_that_is_no_longer_read_are_no_reason_to_end(
+    after, make_base, make_data, make_model, tmp_path
+):
+    data, base = make_data(200), make_base()
+
+    def change():
+        os.utime(tmp_path / "data.bin", ns=(1, 1))
+        torch.save({}, tmp_path / "new.pth")
+        os.replace(tmp_path / "new.pth", base)
+
+    after(6, change)
+    config = {**FLAGS, "load_model": str(base), "data_file": data}
+    fit(LoRAConfig(**config, proj_dir=str(tmp_path / "run")))
+    assert len(losses(tmp_path / "run")) == 12
+    checkpoint.save_model(base, make_model(), {})
+    after(6, lambda: overwrite(base, 3000, b"\0" * 8))
+    fit(TrainConfig(**config, proj_dir=str(tmp_path / "full")))  # all its weights train: none is read from the file
+    assert len(losses(tmp_path / "full")) == 12

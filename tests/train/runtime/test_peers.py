@@ -1,0 +1,119 @@
+"""No process of a run outlives the others for long, and the end of one is said by the others."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rwkv.errors import UserError
+from rwkv.train.runtime import peers
+
+FLAGS = {
+    "ctx_len": 4,
+    "micro_bsz": 1,
+    "epoch_steps": 100000,
+    "epoch_count": 1,
+    "random_seed": 1,
+    "accelerator": "cpu",
+    "devices": 2,
+}
+
+
+def alive(pid):
+    """Whether there is such a process, and it has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children(pid):
+    done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return [int(word) for word in done.stdout.split()]
+
+
+def wait_until(what, seconds=90):
+    until = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture
+def two_ranks(make_base, make_data, tmp_path, root):
+    """A run of two processes, and what it writes."""
+    flags = FLAGS | {"load_model": make_base(), "data_file": make_data(300), "proj_dir": tmp_path / "run"}
+    command = [
+        sys.executable,
+        root / "scripts/finetune.py",
+        *(word for key, value in flags.items() for word in (f"--{key}", value)),
+    ]
+    process = subprocess.Popen(
+        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    yield process
+    for pid in [*children(process.pid), process.pid]:
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["before the ranks have met", "while they train"])
+def test_a_killed_parent_leaves_no_rank_behind(two_ranks, tmp_path, training):
+    child = wait_until(lambda: children(two_ranks.pid))[0]
+    if training:
+        wait_until(
+            lambda: (tmp_path / "run/metrics.jsonl").exists() and (tmp_path / "run/metrics.jsonl").stat().st_size > 1000
+        )
+    two_ranks.kill()
+    two_ranks.wait()
+    wait_until(lambda: not alive(child), 60)
+
+
+def test_a_killed_rank_ends_the_others_with_a_message(two_ranks, tmp_path):
+    wait_until(
+        lambda: (tmp_path / "run/metrics.jsonl").exists() and (tmp_path / "run/metrics.jsonl").stat().st_size > 1000
+    )
+    os.kill(children(two_ranks.pid)[0], signal.SIGKILL)
+    said, _ = two_ranks.communicate(timeout=60)
+    assert two_ranks.returncode == 1
+    assert "error: another process of this run has ended or cannot be reached" in said
+    assert "Traceback" not in said
+
+
+def test_a_full_disk_of_a_run_of_two_ranks_is_an_error_in_one_line(make_base, make_data, tmp_path, root):
+    flags = FLAGS | {"load_model": make_base(), "data_file": make_data(300), "proj_dir": tmp_path / "run"}
+    words = [
+        str(root / "scripts/finetune.py"),
+        *(str(word) for key, value in flags.items() for word in (f"--{key}", value)),
+    ]
+    limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    done = subprocess.run(
+        [sys.executable, "-c", limit, *words], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert re.search(r"^error: .*: larger than a file may be here; .*run again", done.stderr, re.M), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_only_errors_of_the_connection_are_taken_for_it():
+    with pytest.raises(RuntimeError, match="shapes"), peers.explained(2):
+        raise RuntimeError("shapes do not match")
+    with pytest.raises(RuntimeError, match="Connection closed"), peers.explained(1):
+        raise RuntimeError("Connection closed by peer")
+    with pytest.raises(UserError, match="Connection closed by peer"), peers.explained(2):
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:598] Connection closed by peer [127.0.0.1]:1")
+
+
+def test_the_environment_is_as_it_was():
+    before = dict(os.environ)
+    with peers.starting():
+        assert os.environ["RWKV_STARTED_BY"] == str(os.getpid())
+    assert dict(os.environ) == before
+    peers.end_with_parent()  # nobody's rank

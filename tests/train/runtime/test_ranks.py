@@ -1,0 +1,183 @@
+"""All ranks train with the flags that rank 0 resolved, however they were started; ranks that differ end with a message."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.models.v4 import Sizes
+from rwkv.train.resume import state_files
+from rwkv.train.run import Run
+from rwkv.train.runtime import ranks
+from rwkv.train.runtime.lightning import rank_zero_only
+
+# One rank's processor multiplies bf16, the other's does not.
+PROGRAM = """
+import os, runpy
+from rwkv.train.runtime import cpu
+cpu._features = lambda: {"amx_bf16"} if os.environ.get("LOCAL_RANK", "0") == os.environ["BF16"] else set()
+runpy.run_path(os.environ["SCRIPT"], run_name="__main__")
+"""
+
+
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def train(make_base, make_data, tmp_path, root):
+    """Start LoRA on two processes in a folder of the run; which rank has bf16, how they are started, further flags."""
+    (tmp_path / "train.py").write_text(PROGRAM)
+    flags = {
+        "load_model": make_base(),
+        "data_file": make_data(300),
+        "ctx_len": 8,
+        "micro_bsz": 1,
+        "epoch_count": 1,
+        "epoch_steps": 6,
+    }
+    flags |= {"accelerator": "cpu", "devices": 2, "lora_dropout": 0.2, "lr_init": 1e-2}
+    common = {**os.environ, "PYTHONPATH": str(root), "SCRIPT": str(root / "scripts/lora.py"), "OMP_NUM_THREADS": "1"}
+
+    def run(folder: str, bf16: int, *starter, status: int = 0, ranks=("",), **more) -> str:
+        words = [
+            str(word)
+            for name, value in {**flags, "proj_dir": tmp_path / folder, **more}.items()
+            for word in (f"--{name}", value)
+        ]
+        command = [sys.executable, *starter, str(tmp_path / "train.py"), *words]
+        environment = {**common, "BF16": str(bf16), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port())}
+        started = []
+        for rank in ranks:
+            own = (
+                {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+                if rank
+                else {}
+            )
+            started.append(
+                subprocess.Popen(
+                    command,
+                    env=environment | own,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    cwd=tmp_path,
+                )
+            )
+        said = []
+        for process in started:
+            said.append(process.communicate(timeout=300)[0])
+            assert process.returncode == status, said
+        return "\n".join(said)
+
+    return run
+
+
+def decided(folder) -> tuple[str, int, list[float]]:
+    run = json.loads((folder / "run.json").read_text())
+    return (
+        run["precision"],
+        run["seed"],
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()],
+    )
+
+
+STARTERS = {
+    "processes that Lightning starts": [],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"],
+}
+
+
+@pytest.mark.parametrize("starter", STARTERS)
+def test_ranks_use_rank_zeros_precision_and_seed(train, tmp_path, starter):
+    words = STARTERS[starter]
+    words = [*words, "--master_port", str(port())] if words else []
+    train("run", 1, *words, max_steps=3)
+    precision, seed, losses = decided(tmp_path / "run")
+    assert precision == "fp32"
+    words = [*words[:-1], str(port())] if words else []
+    train("run", 0, *words)  # on rank 0's own it would be bf16 now
+    assert decided(tmp_path / "run")[:2] == (precision, seed)
+    train("whole", -1, precision="fp32", random_seed=seed)
+    assert decided(tmp_path / "whole")[2] == decided(tmp_path / "run")[2]
+    assert decided(tmp_path / "run")[2][:3] == losses
+    rng = [state["torch"] for state in state_files.newest(tmp_path / "run").rng]
+    assert len(rng) == 2
+    assert not torch.equal(*rng)  # each drops other elements
+
+
+def test_different_flags_of_ranks_are_refused(train, tmp_path):
+    # Another launcher, which offers no store: each rank decides by itself.
+    said = train("run", 1, status=1, ranks=("0", "1"), random_seed=1)
+    assert "Traceback" not in said
+    assert said.count("error: rank 1 would train something else than rank 0. --precision: bf16, rank 0: fp32") == 2, (
+        said
+    )
+    assert "give its value (such as --precision fp32)" in said
+    assert not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text()
+
+
+def test_what_only_rank_zero_knows_is_not_compared():
+    c = LoRAConfig(data_file="d", n_layer=1, n_embd=8)
+    manifest = {
+        "model": {},
+        "precision": "fp32",
+        "stack": {"torch": "2"},
+        "data": {"prefix": "d", "sha256": "1"},
+        "base": None,
+    }
+
+    def facts(flags, changed=None, model=None):
+        run = Run(flags, Sizes(1, 8, 50, 8, 32), on_gpu=False)
+        return ranks.facts(run, manifest | (changed or {}), model or torch.nn.Linear(2, 2))
+
+    mine = facts(c)
+    kept = {
+        "base": {"path": "run/rwkv-base.pth", "sha256": "2"},
+        "data": {"prefix": "elsewhere/d", "sha256": "1"},
+    }
+    assert facts(dataclasses.replace(c, data_file="elsewhere/d", random_seed=3), kept) == mine
+    given = dataclasses.replace(c, load_model="base.pth")
+    found = [facts(given, {"base": {"path": "base.pth", "sha256": x}}) for x in "23"]
+    assert found[0] != found[1]
+    assert facts(c, model=torch.nn.Linear(2, 2).bfloat16()) != mine
+
+
+def test_ranks_that_lightning_starts_receive_what_rank_zero_changed(monkeypatch):
+    monkeypatch.delenv(ranks._RESOLVED, raising=False)
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    first, flags = ranks.Ranks(), TrainConfig(proj_dir="here", micro_bsz=8)
+    assert first.receive() is None
+    first.send(flags, dataclasses.replace(flags, precision="bf16", micro_bsz=4))
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert ranks.Ranks().receive() is None  # another launcher: this rank resolves its own flags
+    with first.told():
+        assert ranks.Ranks().receive() == {"precision": "bf16", "micro_bsz": 4}
+    assert ranks._RESOLVED not in os.environ
+
+
+def test_ranks_that_torchrun_starts_receive_what_rank_zero_changed(monkeypatch):
+    store = dist.TCPStore("127.0.0.1", number := port(), is_master=True, wait_for_workers=False)
+    for name, value in {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(number),
+    }.items():
+        monkeypatch.setenv(name, value)
+    runs = iter((0, 0, 1, 1))
+    monkeypatch.setattr(ranks, "_RUNS", runs)  # each process counts its own
+    for precision in ("bf16", "fp32"):  # two runs of the same processes
+        monkeypatch.setattr(rank_zero_only, "rank", 0)
+        ranks.Ranks().send(TrainConfig(), TrainConfig(precision=precision))
+        monkeypatch.setattr(rank_zero_only, "rank", 1)
+        assert ranks.Ranks().receive() == {"precision": precision}
+    del store

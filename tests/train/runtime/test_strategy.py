@@ -1,0 +1,227 @@
+"""Which strategies there are, what is refused, and the optimizer that goes with each."""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rwkv import compat
+from rwkv.config import TrainConfig
+from rwkv.errors import UserError
+from rwkv.train.loop import optimizer
+from rwkv.train.runtime import strategy
+
+
+def config(**flags) -> TrainConfig:
+    return TrainConfig(**{"accelerator": "cpu", **flags})
+
+
+@pytest.fixture
+def able(monkeypatch):
+    """As if DeepSpeed could train here."""
+    monkeypatch.setattr(compat, "deepspeed_refusal", lambda on_gpu: None)
+
+
+@pytest.fixture
+def ds_config(tmp_path):
+    def write(value) -> str:
+        path = tmp_path / "ds.json"
+        path.write_text(value if isinstance(value, str) else json.dumps(value))
+        return str(path)
+
+    return write
+
+
+def test_an_unknown_strategy_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean deepspeed_stage_2_offload"):
+        strategy.check(config(strategy="deepspeed_stage2_offload"))
+
+
+def test_without_deepspeed_its_strategies_say_so_and_the_others_need_it_not(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else find(name, *rest)
+    )
+    with pytest.raises(UserError, match="DeepSpeed is not installed; make venv brings it, and --strategy ddp"):
+        strategy.check(config(strategy="deepspeed_stage_1"))
+    strategy.check(config(strategy="ddp"))
+
+
+def test_ddp_imports_no_deepspeed(root):
+    program = "import sys, rwkv.train.fit; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=root, check=False).returncode == 0
+
+
+@pytest.mark.skipif(compat.stack() != "cu117", reason="newer DeepSpeeds train on CPUs")
+def test_old_deepspeed_is_refused_on_a_cpu():
+    with pytest.raises(UserError, match="DeepSpeed 0.7.0 trains on GPUs only; on a CPU give --strategy ddp"):
+        strategy.check(config(strategy="deepspeed_stage_2"))
+
+
+def test_stages_offload_and_buckets_reach_deepspeed(able):
+    for name, kind in strategy.ZEROS.items():
+        made = strategy.deepspeed_config(config(strategy=name, ds_bucket_mb=3, micro_bsz=5))
+        zero = made["zero_optimization"]
+        assert (zero["stage"], "offload_optimizer" in zero, "offload_param" in zero) == (
+            kind.stage,
+            kind.offload_optimizer,
+            kind.offload_weights,
+        )
+        assert zero["allgather_bucket_size"] == zero["reduce_bucket_size"] == 3_000_000
+        assert made["train_micro_batch_size_per_gpu"] == 5
+
+
+def test_the_configuration_that_we_make_passes_deepspeeds_own_check(able):
+    settings = importlib.import_module("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
+    for name in strategy.ZEROS:
+        settings(
+            **strategy.deepspeed_config(config(strategy=name))["zero_optimization"]
+        )  # unknown keys are errors to it, here alone
+
+
+def test_keys_of_a_file_come_on_top_and_beside(able, ds_config):
+    path = ds_config(
+        {
+            "wall_clock_breakdown": True,
+            "zero_optimization": {"overlap_comm": False, "offload_optimizer": {"pin_memory": True}},
+        }
+    )
+    made = strategy.deepspeed_config(config(strategy="deepspeed_stage_2_offload", ds_config=path))
+    assert made["wall_clock_breakdown"]
+    assert not made["zero_optimization"]["overlap_comm"]
+    assert made["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+
+
+WRONG = [
+    (
+        {"wall_clock_breakdwn": True},
+        "no key wall_clock_breakdwn that could be set here; the nearest is wall_clock_breakdown",
+    ),
+    ({"zero_optimization": {"overlap_com": True}}, "no key zero_optimization.overlap_com .*nearest is overlap_comm"),
+    (
+        {"zero_optimization": {"offload_param": {"pinned": 1}}},
+        "zero_optimization.offload_param.pinned .*nearest is pin_memory",
+    ),
+    ({"train_batch_size": 8}, "train_batch_size is set by --micro_bsz, --devices"),
+    ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage is set by --strategy"),
+    ({"zero_optimization": 3}, "zero_optimization is an object of keys; it is 3"),
+    ("{", "not valid JSON"),
+    ([1], "holds list, not an object"),
+]
+
+
+@pytest.mark.parametrize(("content", "complaint"), WRONG)
+def test_a_configuration_that_deepspeed_would_misread_is_refused(able, ds_config, content, complaint):
+    with pytest.raises(UserError, match=complaint):
+        strategy.check(config(strategy="deepspeed_stage_3", ds_config=ds_config(content)))
+
+
+def test_a_configuration_without_deepspeed_or_without_its_file_is_refused(able, ds_config):
+    with pytest.raises(UserError, match="--ds_config .* is for DeepSpeed, and --strategy is ddp"):
+        strategy.check(config(strategy="ddp", ds_config=ds_config({})))
+    with pytest.raises(UserError, match="none.json: No such file"):
+        strategy.check(config(strategy="deepspeed", ds_config="none.json"))
+    with pytest.raises(UserError, match="--tbptt_len is not supported with ZeRO-3"):
+        strategy.check(config(strategy="deepspeed_stage_3_offload", tbptt_len=4))
+    with pytest.raises(UserError, match="--on_nan skip: DeepSpeed .* cannot skip steps"):
+        strategy.check(config(strategy="deepspeed_stage_1", on_nan="skip"))
+    with pytest.raises(UserError, match="--ds_bucket_mb must be at least 1"):
+        strategy.check(config(strategy="deepspeed", ds_bucket_mb=0))
+
+
+def test_every_key_that_may_be_set_is_one_that_this_deepspeed_reads():
+    zero = importlib.import_module("deepspeed.runtime.zero.config")
+    offload = importlib.import_module("deepspeed.runtime.zero.offload_config")
+    known = {
+        "zero_optimization": zero.DeepSpeedZeroConfig,
+        "zero_optimization.offload_optimizer": offload.DeepSpeedZeroOffloadOptimizerConfig,
+        "zero_optimization.offload_param": offload.DeepSpeedZeroOffloadParamConfig,
+    }
+    for place, model in known.items():
+        fields = getattr(model, "model_fields", None) or model.__fields__  # pydantic 2 and 1
+        assert {field.alias or name for name, field in fields.items()} >= strategy._KEYS[place]
+    sources = "".join(
+        inspect.getsource(importlib.import_module(f"deepspeed.{name}"))
+        for name in ("runtime.config", "runtime.constants", "runtime.zero.config", "runtime.activation_checkpointing.config",
+                     "runtime.swap_tensor.constants", "profiling.constants")
+    )  # fmt: skip
+    unread = {key for key in strategy._KEYS[""] if not re.search(f"[\"']{key}[\"']", sources)}
+    assert unread <= (
+        {"zero_force_ds_cpu_optimizer"} if compat.stack() == "cu117" else set()
+    )  # 0.7.0 forces nothing, and passes over it
+
+
+class Counted(torch.optim.Adam):
+    """Adam that knows the step of a group, as DeepSpeed's FusedAdam."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+        return super().step(closure)
+
+
+def test_the_step_that_deepspeed_makes_to_allocate_its_state_does_not_count():
+    def updated(allocate: bool) -> torch.Tensor:
+        weight = torch.nn.Parameter(torch.ones(3))
+        adam = Counted([weight], lr=0.1)
+        if allocate:  # as DeepSpeed 0.7.0 does in initialize_optimizer_states
+            weight.grad = torch.zeros(3)
+            adam.step()
+            compat.forget_steps(adam)
+        weight.grad = torch.tensor([1.0, -2.0, 3.0])
+        adam.step()
+        assert adam.param_groups[0]["step"] == 1
+        return weight.detach()
+
+    assert torch.equal(updated(True), updated(False))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_the_optimizer_is_torchs_where_deepspeeds_is_not_compiled(make_model, decay):
+    ops = importlib.import_module("deepspeed.git_version_info").installed_ops
+    for name in ("auto", "deepspeed_stage_2", "deepspeed_stage_2_offload"):
+        made = optimizer.make(make_model(), config(strategy=name, weight_decay=decay))
+        compiled = name != "auto" and ops.get("cpu_adam" if "offload" in name else "fused_adam")
+        assert type(made).__module__.startswith(
+            "deepspeed." if compiled else "torch." if name != "auto" else "rwkv.train.loop.adam"
+        )
+
+
+def test_on_a_gpu_adam_is_fused_or_over_lists(make_model, monkeypatch):
+    model, made = make_model(), {}
+    # without a GPU: what the optimizers would be told
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", property(lambda self: True), raising=False)
+    for kind in ("Adam", "AdamW"):
+        real = getattr(torch.optim, kind)
+
+        class Told(real):
+            def __init__(self, groups, fused=None, foreach=None, **options):
+                made[type(self).__name__] = (fused, foreach)
+                super().__init__(groups, **options)
+
+        if "fused" not in inspect.signature(real).parameters:
+
+            class Told(real):  # torch 1.13.1's AdamW
+                def __init__(self, groups, foreach=None, **options):
+                    made[type(self).__name__] = (None, foreach)
+                    super().__init__(groups, **options)
+
+        Told.__name__ = kind
+        monkeypatch.setattr(torch.optim, kind, Told)
+    for decay, kind in ((0.0, "Adam"), (0.1, "AdamW")):
+        made.clear()
+        adam = optimizer.make(model, config(weight_decay=decay))
+        # torch 1.13.1 has no fused AdamW: there its fused Adam comes after the decay
+        assert made == {"Adam" if compat.stack() == "cu117" else kind: (True, None)}
+        assert not getattr(adam, "_step_supports_amp_scaling", False)  # else Lightning would refuse to clip
+        optimizer.make(model, config(weight_decay=decay, strategy="deepspeed_stage_1"))
+        fused = kind == "Adam" or compat.stack() != "cu117"
+        assert made[kind] == ((True, None) if fused else (None, True))  # torch's own class, which DeepSpeed knows
+        optimizer.make(model, config(weight_decay=decay, strategy="deepspeed_stage_1_offload"))
+        assert made[kind] == (None, None)  # its state lies on the CPU

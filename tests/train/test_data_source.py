@@ -1,0 +1,412 @@
+"""Upstream's other kinds of data become binidx on the way: characters, arrays of ids, sums."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from rwkv.checkpoint import read_manifest
+from rwkv.config import TrainConfig
+from rwkv.data import binidx
+from rwkv.data.binidx import Dataset
+from rwkv.errors import UserError
+from rwkv.train.fit import fit
+
+FLAGS = {
+    "n_layer": 1,
+    "n_embd": 8,
+    "ctx_len": 8,
+    "micro_bsz": 2,
+    "epoch_steps": 2,
+    "epoch_count": 1,
+    "random_seed": 1,
+    "accelerator": "cpu",
+    "precision": "fp32",
+}
+
+
+@pytest.mark.parametrize("kind", ["utf-8", "utf-16le"])
+def test_the_characters_of_a_text_are_its_tokens(kind, tmp_path):
+    text = "Ein Käfig ging\r\neinen Vogel suchen. 鳥 🐦\n" * 3
+    (tmp_path / "t.txt").write_bytes(text.encode(kind))
+    flags = {**FLAGS, "data_type": kind, "data_file": str(tmp_path / "t.txt"), "proj_dir": str(tmp_path / "run")}
+    fit(TrainConfig(**flags, max_steps=1))
+    read = text.replace("\r\n", "\n")  # as Python reads text, upstream's way
+    words = sorted(set(read))
+    assert json.loads((tmp_path / "run/vocab.json").read_text(encoding="utf-8")) == {
+        str(i): word for i, word in enumerate(words)
+    }
+    data = Dataset(tmp_path / "run/data_text_document")
+    assert [words[i] for i in data.tokens] == list(read)
+    assert len(data) == 1
+    result = fit(TrainConfig(**flags))  # goes on, with the same data
+    assert result.steps == 2
+    assert read_manifest(result.checkpoint)["sizes"]["vocab_size"] == len(words)
+    other = {**flags, "proj_dir": str(tmp_path / "other"), "load_model": str(result.checkpoint)}
+    (tmp_path / "t.txt").write_bytes("other".encode(kind))
+    with pytest.raises(
+        UserError,
+        match=f"has a vocabulary of {len(words)}, and --data_type {kind} makes one of the text's 5 characters",
+    ):
+        fit(TrainConfig(**{**other, "n_layer": 0, "n_embd": 0}))
+
+
+def test_an_array_of_ids_is_a_stream(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 50277, 300)
+    np.save(tmp_path / "train.npy", ids)
+    flags = {
+        **FLAGS,
+        "data_type": "numpy",
+        "data_file": str(tmp_path / "train.npy"),
+        "vocab_size": 50277,
+        "proj_dir": str(tmp_path / "run"),
+    }
+    fit(TrainConfig(**flags))
+    data = Dataset(tmp_path / "run/data_text_document")
+    assert (data.tokens.dtype, data.tokens.tolist(), len(data)) == (np.uint16, ids.tolist(), 1)
+
+
+def test_dummy_data_are_right_sums(tmp_path):
+    fit(TrainConfig(**FLAGS, data_type="dummy", proj_dir=str(tmp_path / "run")))
+    words = json.loads((tmp_path / "run/vocab.json").read_text())
+    assert set(words.values()) == set("0123456789+=.")
+    text = "".join(words[str(i)] for i in Dataset(tmp_path / "run/data_text_document").tokens[:40_000])
+    sums = text.strip(".").split("..")[:-1]
+    assert len(sums) > 2000
+    assert all(int(a) + int(b) == int(c) for a, b, c in (one.replace("+", "=").split("=") for one in sums))
+
+
+def test_a_stream_longer_than_an_index_can_count_is_several_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(binidx, "_MAX_DOCUMENT", 10)
+    with binidx.writer(tmp_path / "d") as out:
+        out.add_stream(np.arange(begin, end) for begin, end in ((0, 4), (4, 4), (4, 33), (33, 40)))
+    data = Dataset(tmp_path / "d")
+    assert data.tokens.tolist() == list(range(40))
+    assert list(data.sizes) == [10, 10, 10, 10]
+
+
+def test_processes_that_a_launcher_started_want_a_binidx(tmp_path, write_jsonl, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # as torchrun sets it
+    with pytest.raises(UserError, match="text.jsonl: a launcher has started all processes.*scripts/convert.py"):
+        fit(
+            TrainConfig(
+                **FLAGS, devices=2, data_file=str(write_jsonl({"text": "x" * 99})), proj_dir=str(tmp_path / "run")
+            )
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ({"data_type": "uint16"}, "uint16 is not one of binidx, numpy, .*--doc_training 1"),
+        ({"data_type": "wds_img"}, "images"),
+        ({"data_type": "utf8"}, "convert it"),
+        ({"data_type": "utf-8", "vocab_size": 50277}, "--vocab_size 50277, and .* has 3 different characters"),
+        ({"data_type": "utf-16le"}, "is not utf-16le"),
+        ({"data_type": "utf-8", "data_file": "none"}, "none: No such file"),
+        ({"data_type": "utf-8", "data_file": ""}, "--data_file is missing"),
+        ({"data_type": "numpy"}, "not a .npy file"),
+        ({"data_type": "utf-8", "my_pile_stage": 3}, "wants a binidx"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_read_is_refused(tmp_path, flags, complaint):
+    (tmp_path / "t").write_bytes(b"abc" * 11)
+    with pytest.raises(UserError, match=complaint):
+        fit(TrainConfig(**{**FLAGS, "data_file": str(tmp_path / "t"), "proj_dir": str(tmp_path / "run"), **flags}))
+    assert not (tmp_path / "run").exists()
+    np.save(tmp_path / "two.npy", np.zeros((2, 2)))
+    with pytest.raises(UserError, match=r"holds float64 \[2, 2\]"):
+        fit(
+            TrainConfig(**FLAGS, data_type="numpy", data_file=str(tmp_path / "two.npy"), proj_dir=str(tmp_path / "run"))
+        )
+
+
+NO_BINIDX = [
+    (
+        "r.txt",
+        {},
+        r"r.txt: a .txt file. Convert it first: .*convert.py --input \S*r.txt --output_prefix \S*r; then give --data_file \S*r_text_document$",
+    ),
+    ("r.jsonl.gz", {}, r"a .jsonl.gz file. Convert it first: .* --output_prefix \S*/r; "),
+    ("R.PARQUET", {}, "a .parquet file. Convert it first"),
+    (
+        "a b.json",
+        {},
+        "a .json file. .*--input '.*a b.json' --output_prefix '.*a b'; then give --data_file '.*a b_text_document'",
+    ),
+    ("ids.npy", {}, "a NumPy file: give --data_type numpy"),
+    ("corpus", {}, "a file that is no binidx"),
+    ("folder/", {}, "a folder. Convert it first: .*--output_prefix \\S*folder; "),
+    ("sample", {"sample_text_document"}, "sample_text_document.idx is there: give --data_file .*sample_text_document"),
+    ("sample.bin", {"sample"}, r"without the ending: give --data_file \S*sample$"),
+    ("sample.idx", {"sample"}, r"without the ending: give --data_file \S*sample$"),
+    ("gone", {}, "no such data .*gone.idx: no such file"),
+]
+
+
+@pytest.mark.parametrize(("name", "binidx_of", "words"), NO_BINIDX, ids=[case[0] for case in NO_BINIDX])
+def test_what_is_no_binidx_is_told_what_it_is_and_how_to_convert_it(name, binidx_of, words, make_data, tmp_path):
+    for prefix in binidx_of:
+        make_data(100, name=prefix)
+    if not binidx_of and name != "gone":
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("text")
+    with pytest.raises(UserError, match=words):
+        fit(TrainConfig(**FLAGS, vocab_size=50, data_file=str(tmp_path) + "/" + name, proj_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "sft", "JSON"])
+def test_the_kinds_of_other_trainers_are_answered(kind, tmp_path):
+    with pytest.raises(
+        UserError, match=f"--data_type {kind}: leave the flag out; a .jsonl file is recognised by its name"
+    ):
+        fit(TrainConfig(**FLAGS, data_type=kind, data_file="mine.jsonl", proj_dir=str(tmp_path / "run")))
+
+
+JSONL = {**FLAGS, "vocab_size": 65536, "epoch_count": 3, "max_steps": 1}
+
+
+def changed(config, **flags):
+    return type(config)(**{**vars(config), **flags})
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def jsonl(path, word, count=20):
+    path.write_text("".join(json.dumps({"text": f"{word} number {i}"}) + "\n" for i in range(count)))
+    return str(path)
+
+
+def other_file(path):
+    return jsonl(path.with_name("b.jsonl"), "another")
+
+
+def edited(path):
+    return jsonl(path, "changed!", 20)
+
+
+def edited_in_place_with_size_and_time(path):
+    before = path.stat()
+    path.write_text(path.read_text().replace("number 7", "number 8"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    return str(path)
+
+
+def broken(path):
+    with open(path, "a") as file:
+        file.write('{"text": "cut')
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "change", [other_file, edited, edited_in_place_with_size_and_time, broken], ids=lambda x: x.__name__
+)
+def test_a_source_that_is_not_what_the_run_was_made_from_is_refused(change, tmp_path):
+    path, folder = tmp_path / "a.jsonl", tmp_path / "run"
+    config = TrainConfig(**JSONL, data_file=jsonl(path, "document"), proj_dir=str(folder))
+    fit(config)
+    original, before = path.read_bytes(), content(folder)
+    config = changed(config, data_file=change(path), max_steps=2)
+    with pytest.raises(
+        UserError,
+        match=rf"data file: {path} \(SHA-256 [0-9a-f]{{16}}…\) → {config.data_file} \(SHA-256 [0-9a-f]{{16}}…\)\nChoose one",
+    ):
+        fit(config)
+    assert content(folder) == before
+    if change is broken:
+        with pytest.raises(UserError, match="a.jsonl, line 21"):
+            fit(changed(config, allow_changes=True))
+        assert content(folder) == before
+    else:
+        fit(changed(config, allow_changes=True))
+        run = json.loads((folder / "run.json").read_text())
+        assert run["data"]["prefix"] != str(folder / "data_text_document")
+        assert any(line.startswith("data file: ") for line in run["changed"][0]["changes"])
+        assert any(line.startswith("data (SHA-256, bytes)") for line in run["changed"][0]["changes"])
+        fit(changed(config, max_steps=3))  # continues with what was allowed
+    path.write_bytes(original)
+    fit(changed(config, data_file=str(path), proj_dir=str(tmp_path / "same")))
+    config = changed(config, data_file=str(path), max_steps=4, allow_changes=change is not broken)
+    fit(config)  # and with the original again, from its copy
+    assert json.loads((folder / "run.json").read_text())["data"]["prefix"] == str(folder / "data_text_document")
+
+
+def test_a_source_that_was_deleted_is_refused_and_its_copy_used_if_allowed(tmp_path, capsys):
+    path, folder = tmp_path / "a.jsonl", tmp_path / "run"
+    config = TrainConfig(**JSONL, data_file=jsonl(path, "document"), proj_dir=str(folder))
+    fit(config)
+    (tmp_path / "copied.jsonl").write_bytes(path.read_bytes())
+    fit(
+        changed(config, max_steps=2, data_file=str(tmp_path / "copied.jsonl"))
+    )  # the same bytes elsewhere are the same data
+    with pytest.raises(UserError, match="gone.jsonl: no such file"):
+        fit(changed(config, max_steps=3, data_file=str(tmp_path / "gone.jsonl"), allow_changes=True))
+    (tmp_path / "copied.jsonl").unlink()
+    config = changed(config, max_steps=3, data_file=str(tmp_path / "copied.jsonl"))
+    with pytest.raises(UserError, match="copied.jsonl: no such file; the run in .* was made from it.*--allow_changes"):
+        fit(config)
+    capsys.readouterr()
+    fit(changed(config, allow_changes=True))
+    assert re.search(
+        "changed: data file .*copied.jsonl: present → missing; the copy .* is used", capsys.readouterr().out
+    )
+    assert len(losses(folder)) == 3
+    fit(changed(config, data_file=str(folder / "data_text_document"), max_steps=4))
+    assert len(losses(folder)) == 4
+
+
+@pytest.mark.parametrize("kind", ["utf-8", "numpy"])
+def test_other_kinds_of_sources_are_compared_too(kind, tmp_path):
+    path = tmp_path / ("t.npy" if kind == "numpy" else "t.txt")
+
+    def write(shift):
+        if kind == "numpy":
+            np.save(path, np.arange(shift, 100 + shift) % 50)
+        else:
+            path.write_text("".join("abcdef"[(i * i + shift) % 6] for i in range(200)))
+
+    write(0)
+    flags = {**FLAGS, "vocab_size": 50} if kind == "numpy" else FLAGS
+    config = TrainConfig(**flags, data_type=kind, data_file=str(path), proj_dir=str(tmp_path / "run"), max_steps=1)
+    fit(config)
+    write(1)
+    with pytest.raises(UserError, match="data file: .* → "):
+        fit(changed(config, max_steps=2))
+    write(0)
+    fit(changed(config, max_steps=2))
+    path.unlink()
+    with pytest.raises(UserError, match=f"{path.name}: [Nn]o such file"):
+        fit(changed(config, max_steps=2))
+
+
+def test_the_copy_of_a_run_is_made_again_if_it_was_deleted(tmp_path):
+    config = TrainConfig(**JSONL, data_file=jsonl(tmp_path / "a.jsonl", "document"), proj_dir=str(tmp_path / "run"))
+    fit(config)
+    for path in (tmp_path / "run").glob("data*"):
+        path.unlink()
+    fit(changed(config, max_steps=2))
+    fit(changed(config, max_steps=2, proj_dir=str(tmp_path / "whole")))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_refused_first_start_does_not_block_the_corrected_command(tmp_path):
+    folder = tmp_path / "run"
+    config = TrainConfig(**JSONL, data_file=jsonl(tmp_path / "a.jsonl", "document"), proj_dir=str(folder))
+    with pytest.raises(UserError, match="one sample of ctx_len 5000 needs 5002"):
+        fit(changed(config, ctx_len=5000))
+    made = (folder / "data_text_document.bin").stat().st_mtime_ns
+    fit(config)  # with the copy that is there
+    assert (folder / "data_text_document.bin").stat().st_mtime_ns == made
+    other = changed(config, proj_dir=str(tmp_path / "other"), ctx_len=5000)
+    with pytest.raises(UserError, match="one context"):
+        fit(other)
+    fit(changed(other, ctx_len=8, data_file=jsonl(tmp_path / "b.jsonl", "another")))  # other data after a refusal
+    prefix = json.loads((tmp_path / "other/run.json").read_text())["data"]["prefix"]
+    assert prefix == str(tmp_path / "other/data_text_document")
+    fit(changed(other, ctx_len=8, data_file=str(tmp_path / "b.jsonl"), proj_dir=str(tmp_path / "plain")))
+    assert losses(tmp_path / "other") == losses(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_conversion_that_was_killed_anywhere_does_not_block_the_same_command(renames, tmp_path, root):
+    folder = tmp_path / "run"
+    flags = {**JSONL, "data_file": jsonl(tmp_path / "a.jsonl", "document"), "proj_dir": str(folder)}
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(f"""
+import os
+replace, left = os.replace, [{renames} + 1]
+def killed(old, new, **keywords):
+    left[0] -= "document" in str(new) and not str(new).endswith(".source.json")
+    if not left[0]: os.killpg(0, 9)
+    replace(old, new, **keywords)
+os.replace = killed
+""")  # wherever the conversion runs
+    program = f"from rwkv.config import TrainConfig; from rwkv.train.fit import fit; fit(TrainConfig(**{flags!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(root)])},
+        start_new_session=True,
+        check=False,
+    )
+    assert done.returncode == -9, done.stderr
+    assert (folder / "data_text_document.source.json").exists()
+    fit(TrainConfig(**flags))
+    fit(TrainConfig(**flags | {"proj_dir": str(tmp_path / "whole")}))
+    assert losses(folder) == losses(tmp_path / "whole")
+
+
+def test_a_binidx_of_the_user_in_the_folder_is_left_alone(tmp_path, make_data):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    prefix = make_data(100, name="run/data_text_document")
+    before = content(folder)
+    config = TrainConfig(**JSONL, data_file=jsonl(tmp_path / "a.jsonl", "document"), proj_dir=str(folder))
+    fit(config)
+    fit(changed(config, overwrite=True))
+    fit(changed(config, overwrite=True, data_file=prefix))
+    assert {path: content(folder)[path] for path in before} == before
+    assert not list(folder.glob("data-*"))  # the copy of the earlier run went
+
+
+def change_mask(prefix):
+    mask = binidx.mask_path(prefix)
+    mask.write_bytes(bytes(1 - x for x in mask.read_bytes()))
+
+
+def delete_mask(prefix):
+    binidx.mask_path(prefix).unlink()
+
+
+def other_documents(prefix):
+    tokens = Dataset(prefix).tokens.tolist()
+    with binidx.writer(f"{prefix}2") as out:
+        out.add(tokens[:70])
+        out.add(tokens[70:])
+    os.replace(f"{prefix}2.idx", f"{prefix}.idx")
+
+
+def test_mask_and_index_belong_to_the_data_of_a_run(make_data, tmp_path):
+    prefix = make_data(200)
+    binidx.mask_path(prefix).write_bytes(bytes([0, 1] * 100))
+    config = TrainConfig(**{**FLAGS, "vocab_size": 50}, data_file=prefix, proj_dir=str(tmp_path / "run"), max_steps=1)
+    fit(config)
+    files = [binidx.mask_path(prefix), tmp_path / "data.idx"]
+    good = [path.read_bytes() for path in files]
+    for change, words in (
+        (change_mask, "loss mask"),
+        (delete_mask, "loss mask .SHA-256.: [0-9a-f]{64} → none"),
+        (other_documents, "documents, in the index"),
+    ):
+        change(prefix)
+        with pytest.raises(UserError, match=words):
+            fit(changed(config, max_steps=2))
+        for path, raw in zip(files, good, strict=True):
+            path.write_bytes(raw)
+    fit(changed(config, max_steps=2))
+
+
+def test_of_large_data_blocks_are_compared(make_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("rwkv.files._MAX_HASHED", 1000)
+    prefix = make_data(100_000)
+    config = TrainConfig(**{**FLAGS, "vocab_size": 50}, data_file=prefix, proj_dir=str(tmp_path / "run"), max_steps=1)
+    fit(config)
+    assert json.loads((tmp_path / "run/run.json").read_text())["data"]["sha256"].startswith("blocks:")
+    raw = bytearray((tmp_path / "data.bin").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (tmp_path / "data.bin").write_bytes(raw)
+    with pytest.raises(UserError, match=r"data \(SHA-256, bytes\)"):
+        fit(changed(config, max_steps=2))

@@ -1,0 +1,45 @@
+"""What a run says at its start, held against a count of what it trains on."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+from rwkv.config import TrainConfig
+from rwkv.data.binidx import Dataset, writer
+from rwkv.data.token_stream import Stream
+from rwkv.train import report, samples
+
+CTX = 16
+
+
+@pytest.fixture
+def data(tmp_path):
+    with writer(tmp_path / "d") as out:
+        for i in range(300):
+            out.add([1 + i % 40] * (3 + 7 * i % 12))
+    return Dataset(tmp_path / "d")
+
+
+@pytest.mark.parametrize("flags", [{}, {"magic_prime": -1}, {"doc_training": 1}], ids=str)
+@pytest.mark.parametrize("count", [60, 400])
+def test_how_often_each_document_is_seen_is_what_is_counted(data, flags, count):
+    c = TrainConfig(ctx_len=CTX, micro_bsz=1, epoch_steps=count, epoch_count=1, **flags)
+    training, _ = samples.make(c, data)
+    seen = np.zeros(len(training.stream), int)
+    for number in range(count):
+        begin, end = training.window(number)
+        seen[begin + 1 : end] += 1  # targets
+        seen[begin] += bool(flags.get("doc_training"))
+    of_documents = [seen[begin:end].mean() for begin, end in itertools.pairwise(Stream(data).document_starts())]
+    said = report._coverage(training, count)
+    times = float(re.search(r"([\d.]+) pass", said)[1])
+    assert times == pytest.approx(np.mean(of_documents), rel=0.1)  # of 300 documents that are alike; two digits
+    if not flags:
+        missed = re.search(r"about (\d+)% of it is never used", said)
+        assert (int(missed[1]) if missed else 0) == pytest.approx(100 * np.mean(seen == 0), abs=4)
+    elif "magic_prime" in flags:
+        assert seen.max() <= np.ceil(count / training.prime)
+    else:
+        assert np.ptp(seen) <= 1

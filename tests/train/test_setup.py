@@ -1,0 +1,162 @@
+"""What a LoRA run starts from: a new base that is kept, adapters with fewer parts or other ones."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from rwkv import checkpoint
+from rwkv.checkpoint import read_manifest, read_tensors
+from rwkv.config import LoRAConfig
+from rwkv.errors import UserError
+from rwkv.files import sha256
+from rwkv.models import RWKV
+from rwkv.train.fit import fit
+
+TUNE = {
+    "ctx_len": 8,
+    "micro_bsz": 2,
+    "epoch_steps": 4,
+    "epoch_count": 2,
+    "random_seed": 1,
+    "accelerator": "cpu",
+    "lr_init": 1e-2,
+}
+NEW = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, "lora_parts": "att,ffn"}
+
+
+@pytest.fixture
+def config(make_data, tmp_path):
+    """LoRA on a new base."""
+    return LoRAConfig(**TUNE, **NEW, data_file=make_data(300), proj_dir=str(tmp_path / "run"))
+
+
+def changed(config, **flags):
+    return LoRAConfig(**{**vars(config), **flags})
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_trains_on_the_base_in_its_file(config, tmp_path, monkeypatch):
+    """Initialised again it could be another: orthogonal matrices depend on the machine's LAPACK."""
+    fit(changed(config, proj_dir=str(tmp_path / "whole")))
+    fit(changed(config, max_steps=5))
+    base = sha256(tmp_path / "run/rwkv-base.pth")
+    initialise = RWKV.initialise
+
+    def otherwise(model, **options):
+        initialise(model, **options)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1)
+
+    monkeypatch.setattr(RWKV, "initialise", otherwise)
+    shutil.move(tmp_path / "run", tmp_path / "moved")  # nothing depends on where the folder is
+    result = fit(changed(config, proj_dir=str(tmp_path / "moved")))
+    assert losses(tmp_path / "moved") == losses(tmp_path / "whole")
+    assert read_manifest(result.checkpoint)["base_sha256"] == base == sha256(tmp_path / "moved/rwkv-base.pth")
+    run = json.loads((tmp_path / "moved/run.json").read_text())
+    assert run["base"]["sha256"] == base
+
+
+@pytest.mark.parametrize("wrong", ["replaced", "missing"])
+def test_a_base_that_was_replaced_or_is_missing_is_refused(config, tmp_path, make_model, wrong):
+    fit(changed(config, max_steps=5))
+    path = tmp_path / "run/rwkv-base.pth"
+    kept = path.read_bytes()
+    if wrong == "missing":
+        path.unlink()
+    else:
+        checkpoint.save_model(path, make_model(seed=7), {})
+    with pytest.raises(
+        UserError, match=r"base model \(SHA-256\)" if wrong == "replaced" else "rwkv-base.pth: missing; .* Put it back"
+    ):
+        fit(config)
+    path.write_bytes(kept)
+    assert fit(config).steps == 8
+
+
+def test_a_run_that_did_not_record_its_base_resumes(config, tmp_path):
+    fit(changed(config, max_steps=5))
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    (tmp_path / "run/run.json").write_text(json.dumps(run | {"base": None}))
+    assert fit(config).steps == 8
+    assert json.loads((tmp_path / "run/run.json").read_text())["base"]["sha256"] == sha256(
+        tmp_path / "run/rwkv-base.pth"
+    )
+
+
+@pytest.fixture
+def tuned(make_base, make_data, tmp_path):
+    """Flags of LoRA on a base that exists, and what makes an adapter with some of them."""
+    common = TUNE | {"load_model": str(make_base()), "data_file": make_data(300), "lora_dropout": 0.0}
+
+    def make(name, **flags):
+        return fit(LoRAConfig(**{**common, "proj_dir": str(tmp_path / name), **flags}))
+
+    return common, make
+
+
+@pytest.mark.parametrize(
+    ("fewer", "more"),
+    [
+        ("att", "att,ffn,time,ln"),
+        ("time,ln", "att,time,ln"),
+        ("att.key", "att,ln"),
+        ("ffn,ln", "att,ffn,ln"),
+        ("att", "att"),
+    ],
+)
+def test_an_adapter_with_fewer_parts_is_continued_and_the_rest_starts_from_the_base(tuned, fewer, more):
+    common, make = tuned
+    adapter = make("few", lora_parts=fewer).checkpoint
+    result = make("more", lora_parts=more, lora_load=str(adapter), lr_init=0.0, lr_final=0.0, max_steps=1)
+    base, before, after = (read_tensors(path) for path in (common["load_model"], adapter, result.checkpoint))
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert (len(after) > len(before)) == (fewer != more)
+    for name in after.keys() - before.keys():
+        if name.endswith("lora_B"):
+            assert not after[name].any()
+        elif not name.endswith("lora_A"):
+            assert torch.equal(after[name], base[name])
+
+
+REFUSED = [
+    (
+        {"lora_parts": "att,ffn,time"},
+        {"lora_parts": "att,ln"},
+        r"parts that --lora_parts att,ln does not have \(ffn.key, .*time\).* Give --lora_parts att,ffn,time or",
+    ),
+    (
+        {"lora_r": 8},
+        {"lora_r": 4},
+        "has rank 8, and --lora_r is 4; a rank cannot be changed. Give --lora_r 8, or merge it .*merge_lora.py",
+    ),
+    (
+        {"lora_alpha": 32},
+        {"lora_alpha": 16},
+        "was trained with alpha 32, and --lora_alpha is 16, .* by 0.5. Give --lora_alpha 32, or merge it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("first", "then", "complaint"), REFUSED)
+def test_an_adapter_that_cannot_be_continued_is_refused_with_what_to_do(tuned, tmp_path, first, then, complaint):
+    _, make = tuned
+    adapter = make("a", **first).checkpoint
+    with pytest.raises(UserError, match=complaint):
+        make("b", **then, lora_load=str(adapter))
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_adapter_that_lacks_a_tensor_of_its_own_parts_is_refused(tuned, tmp_path):
+    _, make = tuned
+    adapter = make("a", lora_parts="att,ln").checkpoint
+    tensors = read_tensors(adapter)
+    del tensors["blocks.1.att.key.lora_B"]
+    checkpoint.write_tensors(tmp_path / "cut.pth", tensors, read_manifest(adapter))
+    with pytest.raises(UserError, match="blocks.1.att.key.lora_B"):
+        make("b", lora_parts="att,ffn,ln", lora_load=str(tmp_path / "cut.pth"))

@@ -1,0 +1,171 @@
+"""Upstream's stages of pretraining, as reference/upstream.md describes them: each number here is worked out by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from rwkv.checkpoint import read_tensors
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.errors import UserError
+from rwkv.train import stages
+from rwkv.train.fit import fit
+from rwkv.train.loop import optimizer
+
+# 81000 tokens hold 80999 contexts of one; the largest prime below that leaves 2 when divided by 3, and 40320 goes into it twice
+FLAGS = {
+    "ctx_len": 1,
+    "micro_bsz": 4032,
+    "random_seed": 1,
+    "accelerator": "cpu",
+    "precision": "fp32",
+    "n_layer": 2,
+    "n_embd": 8,
+    "vocab_size": 50,
+    "epoch_save": 1,
+}
+
+
+@pytest.fixture
+def flags(make_data, tmp_path):
+    return FLAGS | {"data_file": make_data(81000), "proj_dir": str(tmp_path / "run")}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_stage_1_takes_the_flags_of_the_training_that_follows(flags, tmp_path, precision):
+    # as RWKV-LM's demo-training-prepare.sh types it: nothing is trained, so that neither DeepSpeed nor a GPU is needed
+    fit(
+        TrainConfig(
+            **flags | {"strategy": "deepspeed_stage_2", "precision": precision, "accelerator": "gpu"}, my_pile_stage=1
+        )
+    )
+    assert (tmp_path / "run/rwkv-init.pth").is_file()
+
+
+def test_the_stages_in_a_row(flags, tmp_path):
+    fit(TrainConfig(**flags, my_pile_stage=1))
+    new = read_tensors(tmp_path / "run/rwkv-init.pth")
+    assert not new["blocks.0.att.key.weight"].any()  # upstream's rule
+    with pytest.raises(UserError, match="rwkv-init.pth exists already"):
+        fit(TrainConfig(**flags, my_pile_stage=1))
+    assert fit(TrainConfig(**flags, my_pile_stage=3)).steps == 20
+    run = json.loads((tmp_path / "run/run.json").read_text())["flags"]
+    assert (run["epoch_steps"], run["epoch_count"], run["epoch_begin"], run["warmup_steps"]) == (10, 2, 0, -1)
+    prime = run["magic_prime"]
+    assert prime // 40320 == 2
+    assert prime % 3 == 2
+    assert all(prime % n for n in range(2, math.isqrt(prime) + 1))
+    assert run["load_model"].endswith("rwkv-init.pth")
+    assert {path.name for path in (tmp_path / "run").glob("*.pth")} == {"rwkv-init.pth", "rwkv-0.pth", "rwkv-1.pth"}
+
+
+def test_a_stage_goes_on_exactly_and_from_upstreams_files(flags, tmp_path):
+    fit(TrainConfig(**flags, my_pile_stage=1))
+    fit(TrainConfig(**flags, my_pile_stage=3, max_steps=13))
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    (whole / "rwkv-init.pth").write_bytes((tmp_path / "run/rwkv-init.pth").read_bytes())
+    assert fit(TrainConfig(**flags, my_pile_stage=3)).steps == 20  # at step 13, though rwkv-0.pth is there
+    fit(TrainConfig(**flags | {"proj_dir": str(whole)}, my_pile_stage=3))
+    ours, theirs = (read_tensors(folder / "rwkv-1.pth") for folder in (tmp_path / "run", whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    bare = tmp_path / "bare"  # what upstream leaves
+    bare.mkdir()
+    (bare / "rwkv-0.pth").write_bytes((whole / "rwkv-0.pth").read_bytes())
+    (bare / "rwkv-1.pth").write_bytes((whole / "rwkv-1.pth").read_bytes()[:-50])
+    for stage, warmup in ((2, 10), (3, 30)):
+        found = stages.apply(TrainConfig(**flags | {"proj_dir": str(bare)}, my_pile_stage=stage))
+        assert (found.load_model, found.epoch_begin, found.warmup_steps) == (str(bare / "rwkv-0.pth"), 1, warmup)
+    assert (
+        stages.apply(TrainConfig(**flags | {"proj_dir": str(bare)}, my_pile_stage=4)).magic_prime == 0
+    )  # at random places
+
+
+def stretched(old, n):
+    """upstream's: number i of n stands at i · m/n of m, between two it is linear, from the last on it is the last."""
+    found = []
+    for i in range(n):
+        place = i / n * len(old)
+        low = math.floor(place)
+        found.append(
+            old[-1] if place >= len(old) - 1 else old[low] * (1 - (place - low)) + old[low + 1] * (place - low)
+        )
+    return torch.stack(found)
+
+
+def test_stage_1_stretches_the_weights_of_load_model(flags, make_base, make_model, tmp_path):
+    base = make_base(n_embd=8)
+    fit(TrainConfig(**flags | {"vocab_size": 70, "n_layer": 3}, my_pile_stage=1, load_model=str(base)))
+    old, new = read_tensors(base), read_tensors(tmp_path / "run/rwkv-init.pth")
+    for name in ("emb.weight", "head.weight"):
+        torch.testing.assert_close(new[name], stretched(old[name], 70))
+    assert all(torch.equal(new[name], old[name]) for name in old if name not in ("emb.weight", "head.weight"))
+    assert not new["blocks.2.att.output.weight"].any()  # new, by upstream's rule
+    # vectors grow: of a model without matrices that would have to
+    grown = make_model(n_embd=8, vocab_size=50, dim_att=12)
+    vectors = {name: x for name, x in old.items() if "time_decay" in name or name == "ln_out.bias"}
+    torch.save(vectors, tmp_path / "vectors.pth")
+    stages._resize_into(grown, str(tmp_path / "vectors.pth"))
+    torch.testing.assert_close(grown.blocks[1].att.time_decay.detach(), stretched(old["blocks.1.att.time_decay"], 12))
+    assert torch.equal(grown.ln_out.bias, old["ln_out.bias"])
+
+
+@pytest.mark.parametrize(
+    ("other", "complaint"), [({"n_layer": 1}, "blocks.1.* is not in a model"), ({"n_embd": 16}, "only vectors and")]
+)
+def test_what_cannot_be_stretched_is_refused(flags, make_base, tmp_path, other, complaint):
+    with pytest.raises(UserError, match=complaint):
+        fit(TrainConfig(**flags | other, my_pile_stage=1, load_model=str(make_base(n_embd=8))))
+    assert not (tmp_path / "run/rwkv-init.pth").exists()
+
+
+def test_load_partial_begins_anew_what_the_checkpoint_lacks(flags, make_base, tmp_path):
+    base, still = (
+        make_base(n_embd=8),
+        {"ctx_len": 8, "micro_bsz": 2, "epoch_steps": 1, "epoch_count": 1, "lr_init": 0.0, "lr_final": 0.0},
+    )
+    grown = {**flags, **still, "n_layer": 4, "n_embd": 0, "vocab_size": 0, "load_model": str(base), "load_partial": 1}
+    result = fit(TrainConfig(**grown))
+    old, new = read_tensors(base), read_tensors(result.checkpoint)
+    assert all(torch.equal(new[name], old[name]) for name in old)
+    assert {name.split(".")[1] for name in new.keys() - old.keys()} == {"2", "3"}
+    as_before = fit(TrainConfig(**grown | {"n_layer": 0, "load_partial": 0, "proj_dir": str(tmp_path / "before")}))
+    assert result.first_loss == pytest.approx(as_before.first_loss, rel=1e-6)  # new layers pass on what they are given
+    with pytest.raises(UserError, match="misshapen"):
+        fit(TrainConfig(**grown | {"n_embd": 16, "proj_dir": str(tmp_path / "wide")}))
+    with pytest.raises(UserError, match="--load_partial 1 completes --load_model"):
+        fit(TrainConfig(**grown | {"load_model": "", "proj_dir": str(tmp_path / "none")}))
+
+
+def test_stage_2_learns_what_is_called_time_five_times_as_fast(make_model):
+    found = {
+        name: g["lr_scale"] for g in optimizer.groups(make_model(), TrainConfig(my_pile_stage=2)) for name in g["names"]
+    }
+    assert all(scale == (5 if "time_" in name else 1) for name, scale in found.items())
+
+
+REFUSED = [
+    ({"micro_bsz": 11}, "cannot be divided by a batch of 11; the nearest --micro_bsz is 10"),
+    ({"ctx_len": 4}, "has 20249 contexts of 4"),
+    ({}, "no rwkv-init.pth or rwkv-N.pth in .*; make one with --my_pile_stage 1"),
+]
+
+
+@pytest.mark.parametrize(("other", "complaint"), REFUSED)
+def test_what_a_stage_cannot_do_is_refused(flags, other, complaint):
+    with pytest.raises(UserError, match=complaint):
+        fit(TrainConfig(**flags | other, my_pile_stage=3))
+    with pytest.raises(UserError, match="belongs to pretraining"):
+        fit(LoRAConfig(**flags | other, my_pile_stage=3))
+
+
+def test_finetune_finds_the_checkpoint_of_a_stage_in_the_folder(flags, script, tmp_path):
+    """As upstream: --load_model is not needed, and the newest rwkv-N.pth is taken."""
+    fit(TrainConfig(**flags, my_pile_stage=1))
+    words = [str(word) for key, value in (flags | {"max_steps": 1}).items() for word in (f"--{key}", value)]
+    script("finetune.py", *words, "--my_pile_stage", "3")
+    run = json.loads((tmp_path / "run/run.json").read_text())["flags"]
+    assert run["load_model"].endswith("rwkv-init.pth")
+    done = script("finetune.py", *words, status=1)
+    assert "tuning needs a model to start from" in done.stderr
