@@ -33,16 +33,17 @@ COMMANDS = {
         --micro_bsz 16 --n_layer 12 --n_embd 768 --pre_ffn 0 --head_qk 0
         --lr_init 6e-4 --lr_final 1e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8
         --accelerator gpu --devices 1 --precision bf16 --strategy ddp_find_unused_parameters_false --grad_cp 0""",
-    "BlinkDL, enwik8": """--load_model "" --wandb "" --proj_dir "OUT" --data_file "TEXT" --data_type "utf-8" --vocab_size 0
-        --ctx_len 512 --epoch_steps 5000 --epoch_count 500 --epoch_begin 0 --epoch_save 5
-        --micro_bsz 12 --n_layer 6 --n_embd 512 --pre_ffn 0 --head_qk 0
-        --lr_init 8e-4 --lr_final 1e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8
-        --accelerator gpu --devices 1 --precision bf16 --strategy ddp_find_unused_parameters_false --grad_cp 0""",
     "BlinkDL, 1.5B on eight GPUs": """--load_model "BASE" --wandb "" --proj_dir "OUT" --data_file "NUMPY" --data_type "numpy" --vocab_size 50277
         --ctx_len 1024 --epoch_steps 1000 --epoch_count 1000 --epoch_begin 0 --epoch_save 5
         --micro_bsz 8 --n_layer 24 --n_embd 2048 --pre_ffn 0 --head_qk 0
         --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.999 --adam_eps 1e-8
         --accelerator gpu --devices 8 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 0""",
+    # between two with DeepSpeed: it must not end the process groups that DeepSpeed keeps
+    "BlinkDL, enwik8": """--load_model "" --wandb "" --proj_dir "OUT" --data_file "TEXT" --data_type "utf-8" --vocab_size 0
+        --ctx_len 512 --epoch_steps 5000 --epoch_count 500 --epoch_begin 0 --epoch_save 5
+        --micro_bsz 12 --n_layer 6 --n_embd 512 --pre_ffn 0 --head_qk 0
+        --lr_init 8e-4 --lr_final 1e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8
+        --accelerator gpu --devices 1 --precision bf16 --strategy ddp_find_unused_parameters_false --grad_cp 0""",
     "BlinkDL, 1.5B on one": """--load_model "BASE" --wandb "" --proj_dir "OUT" --data_file "NUMPY" --data_type "numpy" --vocab_size 50277
         --ctx_len 1024 --epoch_steps 200 --epoch_count 1000 --epoch_begin 0 --epoch_save 1
         --micro_bsz 11 --n_layer 24 --n_embd 2048 --pre_ffn 0 --head_qk 0
