@@ -11,10 +11,14 @@ from typing import Any, NoReturn, TypeVar
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from rwkv import arguments
-from rwkv.config import GROUPS
 from rwkv.errors import UserError, printable
 
 Config = TypeVar("Config")
+ESSENTIAL = (
+    "load_model", "data_file", "proj_dir", "epoch_steps", "epoch_count", "lr_init", "lr_final", "input", "output_prefix",
+    "adapter", "base", "model", "output", "prompt", "ask", "card", "method",
+)  # fmt: skip
+"""Flags that --help shows first, in programs that have them."""
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -36,7 +40,7 @@ def parse(config: type[Config], description: str, argv: Sequence[str] | None = N
         "--config", action="config", help="Read flags from a YAML file; those of the command line take precedence."
     )
     parser.add_class_arguments(config)
-    _group(parser)
+    _group(parser, config)
     if {"-h", "--help"} & set(argv):
         argv = ["--help"]
     else:
@@ -104,16 +108,22 @@ def _end(message: str) -> NoReturn:
     sys.exit(printable(f"error: {message}"))
 
 
-def _group(parser: ArgumentParser) -> None:
-    """Group the flags in --help under the headings of `rwkv.config.GROUPS`."""
+def _group(parser: ArgumentParser, config: type[Any]) -> None:
+    """Group the flags in --help: the essential ones, those of `config` itself, then those of each
+    dataclass that it is composed of, under its docstring.
+    """
+    groups = {"Essential": [name for name in ESSENTIAL if name in config.__dataclass_fields__]}
+    for part in (config, *reversed(config.__mro__[1:])):
+        inherited = {name for base in part.__mro__[1:] for name in getattr(base, "__dataclass_fields__", ())}
+        names = [name for name in vars(part).get("__annotations__", ()) if name not in {*ESSENTIAL, *inherited}]
+        groups[(part.__doc__ or "").strip().rstrip(".")] = names
     actions = {action.dest: action for action in parser._actions}
-    for title, names in GROUPS.items():
-        members = [actions[name] for name in names if name in actions]
-        if not members:
-            continue
+    for title, names in groups.items():
+        members = [actions[name] for name in names]
         for group in parser._action_groups:
             group._group_actions = [action for action in group._group_actions if action not in members]
-        parser.add_argument_group(title)._group_actions.extend(members)
+        if members:
+            parser.add_argument_group(title)._group_actions.extend(members)
 
 
 class _Help(DefaultHelpFormatter):

@@ -1,0 +1,299 @@
+"""Flags of training, in groups. --help prints a heading for each group.
+
+Names, meanings and defaults are those of the upstream trainers (BlinkDL/RWKV-LM,
+Blealtan/RWKV-LM-LoRA), so that their command lines work here. Differences are stated in the
+docstrings, which --help prints.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass
+class Paths:
+    """Model, data and output."""
+
+    load_model: str = ""
+    """Checkpoint to start from (.pth or .safetensors). Model sizes are read from it."""
+    data_file: str = ""
+    """Training data: a binidx prefix (P for P.bin and P.idx), or a .jsonl file, which is converted
+    into proj_dir first; for other kinds see data_type."""
+    proj_dir: str = "out"
+    """Output folder of the run: checkpoints rwkv-N.pth after epoch N, metrics.jsonl, train_log.txt,
+    loss.png."""
+    data_type: str = "binidx"
+    """Format of data_file; not needed for .jsonl files and binidx. numpy: an .npy file of token
+    ids. utf-8, utf-16le: text with characters as tokens; vocab_size is their number,
+    proj_dir/vocab.json lists them. dummy: generated sums, no file. All are converted to a binidx in
+    proj_dir first. (Upstream's default is utf-8.)"""
+    load_partial: Literal[0, 1] = 0
+    """1: initialise parameters missing from load_model (e.g. extra layers, which start as the
+    identity)."""
+    overwrite: bool = False
+    """Start over in a proj_dir that contains a run. By default that run is resumed."""
+    allow_changes: bool = False
+    """Resume the run in proj_dir although flags or data have changed. By default any change is
+    refused, with the old and the new value."""
+
+
+@dataclass
+class ModelSize:
+    """Model size of a new model."""
+
+    n_layer: int = 0
+    """Number of layers L. 0: from load_model, else 6."""
+    n_embd: int = 0
+    """Embedding width D. 0: from load_model, else 512."""
+    vocab_size: int = 0
+    """Vocabulary size V. 0: from load_model, else 65536 (World)."""
+    dim_att: int = 0
+    """Channels of the time-mix. 0: from load_model, else n_embd."""
+    dim_ffn: int = 0
+    """Hidden channels of the channel-mix. 0: from load_model, else 4 n_embd."""
+    pre_ffn: Literal[0, 1] = 0
+    """1: block 0 has a channel-mix instead of a time-mix. Read from load_model if given."""
+
+
+@dataclass
+class Length:
+    """Length of the run and batch size."""
+
+    ctx_len: int = 1024
+    """Context length: tokens per sample. No upper limit."""
+    micro_bsz: int = 12
+    """Samples per batch and device (micro-batch size)."""
+    accumulate_grad_batches: int = 1
+    """Number of batches whose gradients are accumulated for one optimizer step. The schedule counts
+    optimizer steps (upstream's counts batches, so its learning rate decays that many times too
+    slowly)."""
+    epoch_steps: int = 1000
+    """Batches per epoch, whatever the size of the data."""
+    epoch_count: int = 500
+    """Number of epochs, counted from epoch 0. (Upstream's trainer never stops by itself.)"""
+    epoch_begin: int = 0
+    """Number of the first epoch: N + 1 to continue from rwkv-N.pth with a new optimizer."""
+    epoch_save: int = 5
+    """Save a checkpoint every N epochs, and at the end."""
+    save_every: int = 0
+    """Save a resumable training state every N optimizer steps (last two kept in proj_dir/resume).
+    0: choose N so that saving takes about 2% of the run time. A state is also saved with every
+    checkpoint, and on Ctrl-C and SIGTERM."""
+    max_steps: int = 0
+    """Stop after this many optimizer steps. 0: run until epoch_count."""
+    my_exit: int = 99999999
+    """Stop after epoch N, but keep the learning-rate schedule of the full run."""
+    tbptt_len: int = 0
+    """Truncated BPTT: process each sample in chunks of this many tokens, carrying the state.
+    Activation memory scales with the chunk, not with ctx_len; gradients stop at chunk borders. 0:
+    off."""
+    exact: bool = False
+    """With tbptt_len: compute the exact gradient of the whole sample in the same memory; a third
+    slower."""
+
+
+@dataclass
+class Sampling:
+    """Order of the data."""
+
+    random_seed: int = -1
+    """Random seed. -1: a new seed for each run, which is reported and stored."""
+    magic_prime: int = 0
+    """Prime sampling: a prime p ≡ 2 (mod 3), at most tokens / ctx_len; every p consecutive samples
+    use each of p contexts once. -1: the largest such prime, which covers all of the data. 0:
+    contexts start at random offsets."""
+    my_pile_shift: int = 0
+    """Prime sampling: offset of the first context, in tokens. -1: same as 0."""
+    my_random_steps: int = 0
+    """Prime sampling: draw the first N - 1 samples (across all devices) at random offsets. (Counts
+    samples despite its upstream name.)"""
+    my_pile_stage: Literal[0, 1, 2, 3, 4] = 0
+    """Upstream's pretraining procedure. 1: write initial weights to rwkv-init.pth and exit; with
+    load_model, resize its vectors and vocabulary by linear interpolation. 2, 3: continue from the
+    newest rwkv-N.pth in proj_dir with prime sampling, in epochs of 40320 samples until the data is
+    used; sets load_model, epoch_begin, epoch_steps, epoch_count and magic_prime. 2: time_mix,
+    time_decay and time_first use five times the learning rate. 4: as 3, at random offsets. 0:
+    off."""
+
+
+@dataclass
+class Documents:
+    """Documents and loss masks."""
+
+    doc_reset: Literal[0, 1] = 0
+    """1: reset the state at the start of each document, so that documents do not influence each
+    other; the first token of a document is then no target. 0: one continuous stream, as
+    upstream."""
+    doc_training: Literal[0, 1] = 0
+    """1: samples are whole documents, reshuffled in each pass and padded to ctx_len; padding does
+    not contribute to the loss. Documents longer than ctx_len + 1 tokens are skipped; their number
+    is reported at the start."""
+    doc_training_seq: Literal[0, 1] = 0
+    """1: as doc_training, in file order, sharded over the devices."""
+    doc_sep: int = 0
+    """Token id that also ends a document, for doc_training and doc_reset. -1: document boundaries
+    come from the index only."""
+    min_ctx_len: int = 0
+    """doc_training: join documents until a sample has this many tokens. 0: ctx_len / 4. The least
+    padding: ctx_len."""
+    chatml_mask: Literal[0, 1] = 0
+    """1: only answers contribute to the loss: the tokens after 50279 187, up to and including 50278
+    (ChatML with the 20B vocabulary). Not needed for chats converted by scripts/convert.py, which
+    writes a loss mask (P_text_mask.bin, one byte per token) that is used without a flag."""
+
+
+@dataclass
+class Validation:
+    """Validation."""
+
+    val_split: float = 0.0
+    """Fraction of the documents used for validation instead of training, the same in every run;
+    reported as val_loss in metrics.jsonl. With few long documents, the last fraction of the tokens.
+    0: no validation."""
+    val_file: str = ""
+    """A separate binidx (prefix) for validation, instead of val_split. Its loss mask and the
+    document flags apply as for data_file."""
+    val_every: int = 0
+    """Compute the validation loss every N optimizer steps. It is always computed at the end of an
+    epoch and of the run."""
+    val_samples: int = 256
+    """Number of validation samples, evenly spaced and always the same. 0: all."""
+
+
+@dataclass
+class Optimizer:
+    """Learning rate and optimizer."""
+
+    lr_init: float = 6e-4
+    """Initial learning rate. The embedding of a new model is uniform in ± lr_init."""
+    lr_final: float = 1e-5
+    """Final learning rate, reached by exponential decay from lr_init; by linear decay if either is
+    0."""
+    warmup_steps: int = -1
+    """Optimizer steps of linear warm-up, from 20% of the learning rate; also applies to a constant
+    learning rate (in the LoRA fork only to a decaying one)."""
+    my_pile_edecay: int = 0
+    """Epochs before the learning rate starts to decay."""
+    my_exit_tokens: int = 0
+    """Cosine decay over this many tokens, after which the run ends. Negative: the mean of cosine
+    and exponential decay."""
+    optimizer: Literal["adam", "adafactor"] = "adam"
+    """adafactor: transformers' Adafactor, which stores a row and a column per matrix instead of two
+    moments per parameter (no momentum; β₁, β₂ and ε are its own). Its steps differ from Adam's; for
+    full fine-tuning that does not fit into memory otherwise."""
+    beta1: float = 0.9
+    """Adam's β₁."""
+    beta2: float = 0.99
+    """Adam's β₂."""
+    adam_eps: float = 1e-8
+    """Adam's ε."""
+    weight_decay: float = 0.0
+    """AdamW weight decay, applied to matrices only. 0: plain Adam."""
+    weight_decay_final: float = -1
+    """Final weight decay, reached exponentially. -1: constant."""
+    dropout: float = 0.0
+    """Dropout of the embedding, and of the output of every time-mix and channel-mix."""
+    layerwise_lr: Literal[0, 1] = 1
+    """1: time_decay uses twice the learning rate, time_first three times."""
+    grad_clip: float = 1.0
+    """Maximum gradient norm. 0: no clipping."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """If the loss or the gradient is NaN or Inf: stop ends the run and reports the step, its batch
+    and the last valid state; skip skips the update, and stops after more than 20 skipped steps in a
+    row (with Adafactor it synchronises with the GPU in every step)."""
+
+
+@dataclass
+class Machine:
+    """Devices and memory."""
+
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: use a GPU if there is one."""
+    devices: int = 1
+    """Number of GPUs, or of processes on a CPU, per machine."""
+    num_nodes: int = 1
+    """Number of machines."""
+    strategy: str = "auto"
+    """auto: ddp with several devices, none with one. ddp: also with one device. deepspeed_stage_1,
+    2, 3: shard the optimizer state (1), also the gradients (2), also the parameters (3); with
+    _offload the optimizer (in stage 3 also the parameters) is in CPU memory. All give the same
+    training curve."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """auto: bf16 if all GPUs (Ampere or later) or the CPU (AVX512-BF16, AMX) support it natively,
+    else fp32. Matmuls run in bf16/fp16; trainable weights, gradients, Adam moments, WKV and the
+    loss stay in fp32. fp16 uses loss scaling. DeepSpeed keeps bf16/fp16 weights and gradients with
+    fp32 master weights, which are saved. The data types in use are reported at the start."""
+    grad_cp: Literal[0, 1] = 0
+    """1: gradient checkpointing: recompute each block in the backward pass. Less memory, a third
+    slower."""
+    auto: bool = False
+    """Choose micro_bsz, accumulate_grad_batches and grad_cp (on GPUs also the strategy) so that the
+    predicted memory fits, without changing the effective batch of micro_bsz samples. The choice is
+    reported; scripts/estimate.py shows the prediction."""
+    ds_bucket_mb: int = 200
+    """DeepSpeed: size of a communication bucket in millions of elements. Smaller buckets take less
+    memory."""
+    ds_config: str = ""
+    """DeepSpeed: JSON file with additional configuration keys, e.g. {"zero_optimization":
+    {"sub_group_size": 100000000}}."""
+
+
+@dataclass
+class Logging:
+    """Logging."""
+
+    wandb: str = ""
+    """Weights & Biases project to log to. Without a key (wandb login) the run is logged offline."""
+    tensorboard: bool = False
+    """Also write metrics for TensorBoard to proj_dir/tensorboard. To view them: pip install
+    tensorboard; tensorboard --logdir out."""
+
+
+@dataclass
+class TrainConfig(Logging, Machine, Optimizer, Validation, Documents, Sampling, Length, ModelSize, Paths):
+    """Training."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return Path(self.proj_dir)
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes, over all machines."""
+        return self.devices * self.num_nodes
+
+    @property
+    def adapter(self) -> "LoRAConfig | None":
+        """The flags of the adapter that is trained; None if all weights are."""
+        return None
+
+
+@dataclass
+class LoRAConfig(TrainConfig):
+    """LoRA."""
+
+    lora: bool = True
+    """Train an adapter; the base model stays unchanged."""
+    warmup_steps: int = 0
+    """As in training; the LoRA fork's default is 0."""
+    lora_load: str = ""
+    """Adapter to continue from. A missing file is an error (upstream ignores it silently)."""
+    lora_r: int = 8
+    """Rank of the adapter."""
+    lora_alpha: float = 32
+    """The adapter's output is scaled by lora_alpha / lora_r. Stored beside the adapter; merging
+    reads it there."""
+    lora_dropout: float = 0.01
+    """Dropout on the input of the adapter."""
+    lora_base: Literal["auto", "bf16", "fp32"] = "auto"
+    """Data type of the frozen matrices. auto: bf16 with --precision bf16 (World models are stored
+    in it), else fp32."""
+    lora_parts: str = "att,ln,time"
+    """What is trained, separated by commas: adapters on the matrices of att (key, value,
+    receptance) and ffn (key, receptance, value), or on single ones, such as att.output or ffn.key,
+    in every block; time parameters (time) and block LayerNorms (ln) directly."""
+
+    @property
+    def adapter(self) -> "LoRAConfig | None":
+        return self if self.lora else None
