@@ -34,13 +34,15 @@ class ConvertConfig:
     """End every document with the tokenizer's end-of-document token, as training expects.
     (Upstream's tool does so only with --append-eod.)"""
     dtype: Literal["uint16", "int32"] = "uint16"
-    """uint16 is large enough for all ids of World and 20B; int32 writes the same bytes as upstream's
-    tool for World, at twice the size."""
+    """uint16 is large enough for all ids of World and 20B; int32 writes the same bytes as
+    upstream's tool for World, at twice the size."""
     tokenizer_type: Literal["RWKVTokenizer", "HFTokenizer"] = "RWKVTokenizer"
     """RWKVTokenizer: the World vocabulary of 65536 tokens. HFTokenizer: the tokenizer.json given as
     vocab_file, such as 20B_tokenizer.json."""
     vocab_file: str = ""
-    """tokenizer.json for HFTokenizer (upstream's spelling: vocab). The World vocabulary is built in."""
+    """tokenizer.json for HFTokenizer (upstream's spelling: vocab). The World vocabulary is built
+    in.
+    """
     split_lines: bool = False
     """Convert every line of a txt file to a document. By default the file is one document, which
     must fit into memory."""
@@ -69,8 +71,8 @@ class ConvertConfig:
     blank lines inside a message become line breaks), chatml, or a Jinja file. A loss mask is
     written to P_text_mask.bin. Default for conversations: world, or chatml for HFTokenizer."""
     mask: Literal["auto", "answers", "none"] = "auto"
-    """Tokens that contribute to the loss. auto: the answers of conversations, and all of plain text.
-    answers: only answers, also in plain text, where they follow "Assistant:", "Answer:",
+    """Tokens that contribute to the loss. auto: the answers of conversations, and all of plain
+    text. answers: only answers, also in plain text, where they follow "Assistant:", "Answer:",
     "Response:" or similar at the start of a line. none: all tokens; no mask is written."""
     on_error: Literal["stop", "skip"] = "stop"
     """stop: an invalid record ends the conversion, and no output is written. skip: invalid records

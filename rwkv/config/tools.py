@@ -59,7 +59,9 @@ class GenerateConfig:
     seed: int = -1
     """Random seed of sampling. -1: different each time."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Data type of the matrices and matmuls. auto: on a GPU that of the checkpoint, on a CPU fp32."""
+    """Data type of the matrices and matmuls. auto: on a GPU that of the checkpoint, on a CPU
+    fp32.
+    """
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: a GPU if there is one."""
 

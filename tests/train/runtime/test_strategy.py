@@ -48,7 +48,7 @@ def test_without_deepspeed_its_strategies_say_so_and_the_others_need_it_not(monk
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else find(name, *rest)
     )
-    with pytest.raises(UserError, match="DeepSpeed is not installed; make venv brings it, and --strategy ddp"):
+    with pytest.raises(UserError, match="DeepSpeed is not installed; make venv installs it, and --strategy ddp"):
         strategy.check(config(strategy="deepspeed_stage_1"))
     strategy.check(config(strategy="ddp"))
 
@@ -60,7 +60,7 @@ def test_ddp_imports_no_deepspeed(root):
 
 @pytest.mark.skipif(compat.stack() != "cu117", reason="newer DeepSpeeds train on CPUs")
 def test_old_deepspeed_is_refused_on_a_cpu():
-    with pytest.raises(UserError, match="DeepSpeed 0.7.0 trains on GPUs only; on a CPU give --strategy ddp"):
+    with pytest.raises(UserError, match="DeepSpeed 0.7.0 trains on GPUs only; on a CPU use --strategy ddp"):
         strategy.check(config(strategy="deepspeed_stage_2"))
 
 
