@@ -254,7 +254,7 @@ def test_a_signal_loses_no_step(number, status, make_base, make_data, tmp_path, 
 def test_a_second_process_in_the_folder_of_a_run_is_refused_and_nothing_is_lost(
     kind, make_base, make_data, tmp_path, root
 ):
-    config = make(kind, make_base, make_data, proj_dir=str(tmp_path / "run"), epoch_steps=400, save_every=5)
+    config = make(kind, make_base, make_data, proj_dir=str(tmp_path / "run"), epoch_steps=20000, save_every=5)
     process = start_until(command(root, config), tmp_path / "run", 8)
     try:
         for flags in ({}, {"overwrite": True}, {"allow_changes": True, "lr_init": 1e-4}):
