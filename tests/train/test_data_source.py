@@ -121,7 +121,7 @@ def test_what_cannot_be_read_is_refused(tmp_path, flags, complaint):
         fit(TrainConfig(**{**FLAGS, "data_file": str(tmp_path / "t"), "proj_dir": str(tmp_path / "run"), **flags}))
     assert not (tmp_path / "run").exists()
     np.save(tmp_path / "two.npy", np.zeros((2, 2)))
-    with pytest.raises(UserError, match=r"holds float64 \[2, 2\]"):
+    with pytest.raises(UserError, match=r"an array of float64 \[2, 2\]"):
         fit(
             TrainConfig(**FLAGS, data_type="numpy", data_file=str(tmp_path / "two.npy"), proj_dir=str(tmp_path / "run"))
         )
@@ -310,7 +310,7 @@ def test_a_refused_first_start_does_not_block_the_corrected_command(tmp_path):
     fit(config)  # with the copy that is there
     assert (folder / "data_text_document.bin").stat().st_mtime_ns == made
     other = changed(config, proj_dir=str(tmp_path / "other"), ctx_len=5000)
-    with pytest.raises(UserError, match="one context"):
+    with pytest.raises(UserError, match="one sample of ctx_len 5000"):
         fit(other)
     fit(changed(other, ctx_len=8, data_file=jsonl(tmp_path / "b.jsonl", "another")))  # other data after a refusal
     prefix = json.loads((tmp_path / "other/run.json").read_text())["data"]["prefix"]
