@@ -24,12 +24,12 @@ TORCH_LIBRARY(rwkv, library) {
   wkv4("backward", "Tensor? initial, Tensor? reset, Tensor kept, Tensor gy, Tensor? gstate", "(Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate, Tensor ginitial)", cpu::wkv4_backward,
        gpu::wkv4_backward);
   fused("norm_forward", "Tensor x, Tensor w, Tensor b, float eps, ScalarType inside", "(Tensor y, Tensor stats)", cpu::norm_forward, gpu::norm_forward);
-  fused("norm_backward", "Tensor gy, Tensor? past, Tensor x, Tensor w, Tensor stats, bool affine", "(Tensor gx, Tensor gw, Tensor gb)", cpu::norm_backward,
+  fused("norm_backward", "Tensor gy, Tensor x, Tensor w, Tensor stats, bool affine", "(Tensor gx, Tensor gw, Tensor gb)", cpu::norm_backward,
         gpu::norm_backward);
   fused("mix_forward", "Tensor x, Tensor last, Tensor? initial, Tensor? reset, Tensor mix", "Tensor[]", cpu::mix_forward, gpu::mix_forward);
   fused("mix_backward", "Tensor[] gy, Tensor x, Tensor last, Tensor? initial, Tensor? reset, Tensor mix, bool want_mix", "(Tensor gx, Tensor glast, Tensor gmix)",
         cpu::mix_backward, gpu::mix_backward);
-  fused("gate_forward", "Tensor? x, Tensor r, Tensor v", "Tensor", cpu::gate_forward, gpu::gate_forward);
+  fused("gate_forward", "Tensor r, Tensor v", "Tensor", cpu::gate_forward, gpu::gate_forward);
   fused("gate_backward", "Tensor g, Tensor r, Tensor v", "(Tensor gr, Tensor gv)", cpu::gate_backward, gpu::gate_backward);
   fused("relu2_forward", "Tensor k", "Tensor", cpu::relu2_forward, gpu::relu2_forward);
   fused("relu2_backward", "Tensor g, Tensor k", "Tensor", cpu::relu2_backward, gpu::relu2_backward);

@@ -74,17 +74,16 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const Tensor& w, const 
   return {y, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& gy, const Optional<Tensor>& past, const Tensor& x, const Tensor& w, const Tensor& stats, bool affine) {
+std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& gy, const Tensor& x, const Tensor& w, const Tensor& stats, bool affine) {
   contiguous(x, "x");
   const int64_t D = x.size(-1), N = D ? x.numel() / D : 0;
   check(w, "w", at::kFloat, {D});
   check(gy, "gy", gy.scalar_type(), x.sizes());
   check(stats, "stats", at::kFloat, {N, 2});
-  if (given(past)) like(*past, "past", x);
   const auto fp32 = x.options().dtype(at::kFloat);
   const Tensor gx = x.new_empty(x.sizes()), gw = affine ? x.new_zeros({2, SLICES, D}, fp32) : Tensor();
   FusedNorm q{};
-  q.D = D, q.x = x.data_ptr(), q.w = w.data_ptr<float>(), q.stats = stats.data_ptr<float>(), q.gy = gy.data_ptr(), q.past = data(given(past)), q.gx = gx.data_ptr();
+  q.D = D, q.x = x.data_ptr(), q.w = w.data_ptr<float>(), q.stats = stats.data_ptr<float>(), q.gy = gy.data_ptr(), q.gx = gx.data_ptr();
   const auto run = loops().norm_gradient[pair(x, gy)];
   each_slice(N, [&](int64_t slice, int64_t begin, int64_t end) {
     FusedNorm mine = q;
@@ -139,14 +138,13 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward(at::TensorList gy, const Tensor&
 
 // ---- gates, squared ReLU, dropout: element by element ----
 
-Tensor gate_forward(const Optional<Tensor>& x, const Tensor& r, const Tensor& v) {
+Tensor gate_forward(const Tensor& r, const Tensor& v) {
   contiguous(r, "r");
   like(v, "v", r);
-  if (given(x)) check(*x, "x", x->scalar_type(), r.sizes());
-  const Tensor& stream = given(x) ? *x : r;
-  const Tensor y = stream.new_empty(stream.sizes());
-  const FusedGate q{data(given(x)), r.data_ptr(), v.data_ptr(), y.data_ptr(), nullptr, nullptr, nullptr};
-  const auto run = loops().gate[pair(stream, r)];
+  const Tensor y = r.new_empty(r.sizes());
+  FusedGate q{};
+  q.r = r.data_ptr(), q.v = v.data_ptr(), q.y = y.data_ptr();
+  const auto run = loops().gate[dtype(r)];
   each(r.numel(), PIECE, [&](int64_t begin, int64_t end) { run(q, begin, end); });
   return y;
 }
@@ -154,10 +152,11 @@ Tensor gate_forward(const Optional<Tensor>& x, const Tensor& r, const Tensor& v)
 std::tuple<Tensor, Tensor> gate_backward(const Tensor& g, const Tensor& r, const Tensor& v) {
   contiguous(r, "r");
   like(v, "v", r);
-  check(g, "g", g.scalar_type(), r.sizes());
+  like(g, "g", r);
   const Tensor gr = r.new_empty(r.sizes()), gv = v.new_empty(v.sizes());
-  const FusedGate q{nullptr, r.data_ptr(), v.data_ptr(), nullptr, g.data_ptr(), gr.data_ptr(), gv.data_ptr()};
-  const auto run = loops().gate_gradient[pair(g, r)];
+  FusedGate q{};
+  q.r = r.data_ptr(), q.v = v.data_ptr(), q.g = g.data_ptr(), q.gr = gr.data_ptr(), q.gv = gv.data_ptr();
+  const auto run = loops().gate_gradient[dtype(r)];
   each(r.numel(), PIECE, [&](int64_t begin, int64_t end) { run(q, begin, end); });
   return {gr, gv};
 }

@@ -182,9 +182,8 @@ template <class X, class Y> WKV_FN void norm_gradient(const FusedNorm& q, X stre
 #pragma unroll 1
   for (long long c = mine; c < q.D; c += step) {
     const Both x = c == mine ? held : read(c);
-    Numbers<W> gx = {};
-    if (q.past) gx = stream.get(q.past, at + c);
-    EACH gx.x[i] += fused_norm_gradient(x.g.x[i], 1.0f, x.normal.x[i], scale, sum, product);
+    Numbers<W> gx;
+    EACH gx.x[i] = fused_norm_gradient(x.g.x[i], 1.0f, x.normal.x[i], scale, sum, product);
     stream.put(q.gx, at + c, gx);
   }
 }
@@ -291,25 +290,23 @@ template <int W, class F> WKV_FN void elements(long long N, const F& work) {
   if (at < N) work(at);
 }
 
-template <class X, class Y> WKV_FN void gate(const FusedGate& q, X stream, Y inside) {
-  constexpr int W = X::W;
+template <class E> WKV_FN void gate(const FusedGate& q, E numbers) {
+  constexpr int W = E::W;
   elements<W>(q.N, [&](long long at) {
-    const Numbers<W> r = inside.get(q.r, at), v = inside.get(q.v, at);
-    Numbers<W> y = {};
-    if (q.x) y = stream.get(q.x, at);
-    EACH y.x[i] += fused_gate(r.x[i], v.x[i]);
-    if (q.x) stream.put(q.y, at, y);
-    else inside.put(q.y, at, y);
+    const Numbers<W> r = numbers.get(q.r, at), v = numbers.get(q.v, at);
+    Numbers<W> y;
+    EACH y.x[i] = fused_gate(r.x[i], v.x[i]);
+    numbers.put(q.y, at, y);
   });
 }
-template <class X, class Y> WKV_FN void gate_gradient(const FusedGate& q, X stream, Y inside) {
-  constexpr int W = X::W;
+template <class E> WKV_FN void gate_gradient(const FusedGate& q, E numbers) {
+  constexpr int W = E::W;
   elements<W>(q.N, [&](long long at) {
-    const Numbers<W> r = inside.get(q.r, at), v = inside.get(q.v, at), g = stream.get(q.g, at);
+    const Numbers<W> r = numbers.get(q.r, at), v = numbers.get(q.v, at), g = numbers.get(q.g, at);
     Numbers<W> gr, gv;
     EACH fused_gate_gradient(g.x[i], r.x[i], v.x[i], gr.x[i], gv.x[i]);
-    inside.put(q.gr, at, gr);
-    inside.put(q.gv, at, gv);
+    numbers.put(q.gr, at, gr);
+    numbers.put(q.gv, at, gv);
   });
 }
 
@@ -385,15 +382,15 @@ template <class E> WKV_FN void loss(const FusedLoss& q, E numbers) {
   }
 }
 
-// ---- kernels, by dtype or by the dtypes of stream and inside ----
+// ---- kernels per dtype; LayerNorm per dtypes of its input and output ----
 
 #define OF_TWO(name, X, Y)                                                                                          \
   KERNEL(FUSED_ROW_THREADS) fused_norm_##name(const FusedNorm q) { norm(q, X, Y); }                                 \
   KERNEL(FUSED_ROW_THREADS) fused_norm_gradient_##name(const FusedNorm q) { norm_gradient(q, X, Y); }               \
-  KERNEL(FUSED_THREADS) fused_norm_sums_##name(const FusedNorm q) { norm_sums(q, X, Y); }                           \
-  KERNEL(FUSED_THREADS) fused_gate_##name(const FusedGate q) { gate(q, X, Y); }                                     \
-  KERNEL(FUSED_THREADS) fused_gate_gradient_##name(const FusedGate q) { gate_gradient(q, X, Y); }
+  KERNEL(FUSED_THREADS) fused_norm_sums_##name(const FusedNorm q) { norm_sums(q, X, Y); }
 #define OF_ONE(name, E)                                                                                             \
+  KERNEL(FUSED_THREADS) fused_gate_##name(const FusedGate q) { gate(q, E); }                                        \
+  KERNEL(FUSED_THREADS) fused_gate_gradient_##name(const FusedGate q) { gate_gradient(q, E); }                      \
   KERNEL(FUSED_THREADS) fused_mix_##name(const FusedMix q) { mix(q, E); }                                           \
   KERNEL(FUSED_THREADS, 4) fused_mix_gradient_##name(const FusedMix q) { mix_gradient(q, E); }                      \
   KERNEL(FUSED_THREADS) fused_relu2_##name(const FusedEach q) { relu2(q, E); }                                      \

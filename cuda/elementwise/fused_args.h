@@ -17,7 +17,7 @@ struct FusedNorm {
   void* y;                 // [N, D], of the inside
   float* stats;            // [N, 2]: mean, 1/σ
   // The backward pass:
-  const void *gy, *past;   // [N, D] of the inside; of the stream, the gradient that flows past the norm, or null
+  const void *gy;          // [N, D]
   void* gx;                // [N, D], of the stream
   float *gw, *gb;          // [D], this range's share, or null; for kernels [slices, D]
   long long N, slice;      // rows in all, and rows that share a sum
@@ -42,12 +42,14 @@ struct FusedMix {
 };
 
 struct FusedGate {
-  const void *x, *r, *v;   // of the stream (or null), of the inside twice
-  void* y;                 // of the stream where x is given, else of the inside
-  const void* g;           // of y's dtype
+  const void *r, *v;
+  void* y;
+  // The backward pass:
+  const void* g;
   void *gr, *gv;
-  long long N;             // numbers in all
-  int stream, inside;
+  // Kernels only:
+  long long N;             // elements
+  int dtype;
 };
 
 struct FusedLoss {

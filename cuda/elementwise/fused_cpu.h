@@ -14,8 +14,8 @@ struct FusedLoops {
   void (*norm_gradient[3])(const FusedNorm&, int64_t begin, int64_t end);
   void (*mix[2])(const FusedMix&, int64_t begin, int64_t end);
   void (*mix_gradient[2])(const FusedMix&, int64_t begin, int64_t end);
-  void (*gate[3])(const FusedGate&, int64_t begin, int64_t end);
-  void (*gate_gradient[3])(const FusedGate&, int64_t begin, int64_t end);
+  void (*gate[2])(const FusedGate&, int64_t begin, int64_t end);
+  void (*gate_gradient[2])(const FusedGate&, int64_t begin, int64_t end);
   void (*relu2[2])(const void* k, void* y, int64_t begin, int64_t end);
   void (*relu2_gradient[2])(const void* g, const void* k, void* gk, int64_t begin, int64_t end);
   // y = dropout(x), or y += dropout(x)

@@ -74,7 +74,7 @@ template <class X, class Y> void norm_gradient(const FusedNorm& q, int64_t begin
   using O = typename OrderOf<X, Y>::type;
   const int64_t D = q.D;
   for (int64_t row = begin; row < end; row++) {
-    const X *x_ = static_cast<const X*>(q.x) + row * D, *past_ = q.past ? static_cast<const X*>(q.past) + row * D : nullptr;
+    const X* x_ = static_cast<const X*>(q.x) + row * D;
     const Y* gy_ = static_cast<const Y*>(q.gy) + row * D;
     X* gx_ = static_cast<X*>(q.gx) + row * D;
     const float mean = q.stats[2 * row], scale = q.stats[2 * row + 1];
@@ -99,9 +99,8 @@ template <class X, class Y> void norm_gradient(const FusedNorm& q, int64_t begin
     const float sums = total(sum) / D, products = total(product) / D;
     EACH_BLOCK(0, D)
       const Block w = GET(q.w + c), x = GET(x_ + c), gy = GET(gy_ + c);
-      Block gx = {};
-      if (past_) gx = GET(past_ + c);
-      EACH_GROUP gx.g[g] += fused_norm_gradient(gy.g[g], w.g[g], (x.g[g] - mean) * scale, wkv_float{} + scale, wkv_float{} + sums, wkv_float{} + products);
+      Block gx;
+      EACH_GROUP gx.g[g] = fused_norm_gradient(gy.g[g], w.g[g], (x.g[g] - mean) * scale, wkv_float{} + scale, wkv_float{} + sums, wkv_float{} + products);
       PUT(gx_ + c, gx);
     END_BLOCK
   }
@@ -170,26 +169,25 @@ template <class E> void mix_gradient(const FusedMix& q, int64_t begin, int64_t e
   else mix_gradient_rows<E, 3>(q, begin, end);
 }
 
-template <class X, class Y> void gate(const FusedGate& q, int64_t begin, int64_t end) {
-  using O = typename OrderOf<X, Y>::type;
+template <class E> void gate(const FusedGate& q, int64_t begin, int64_t end) {
+  using O = E;
   EACH_BLOCK(begin, end)
-    const Block r = GET(static_cast<const Y*>(q.r) + c), v = GET(static_cast<const Y*>(q.v) + c);
-    Block y = {};
-    if (q.x) y = GET(static_cast<const X*>(q.x) + c);
-    EACH_GROUP y.g[g] += fused_gate(r.g[g], v.g[g]);
-    if (q.x) PUT(static_cast<X*>(q.y) + c, y);
-    else PUT(static_cast<Y*>(q.y) + c, y);
+    const Block r = GET(static_cast<const E*>(q.r) + c), v = GET(static_cast<const E*>(q.v) + c);
+    Block y;
+    EACH_GROUP y.g[g] = fused_gate(r.g[g], v.g[g]);
+    PUT(static_cast<E*>(q.y) + c, y);
   END_BLOCK
 }
 
-template <class X, class Y> void gate_gradient(const FusedGate& q, int64_t begin, int64_t end) {
-  using O = typename OrderOf<X, Y>::type;
+template <class E> void gate_gradient(const FusedGate& q, int64_t begin, int64_t end) {
+  using O = E;
   EACH_BLOCK(begin, end)
-    const Block r = GET(static_cast<const Y*>(q.r) + c), v = GET(static_cast<const Y*>(q.v) + c), y = GET(static_cast<const X*>(q.g) + c);
+    const Block r = GET(static_cast<const E*>(q.r) + c), v = GET(static_cast<const E*>(q.v) + c);
+    const Block gy = GET(static_cast<const E*>(q.g) + c);
     Block gr, gv;
-    EACH_GROUP fused_gate_gradient(y.g[g], r.g[g], v.g[g], gr.g[g], gv.g[g]);
-    PUT(static_cast<Y*>(q.gr) + c, gr);
-    PUT(static_cast<Y*>(q.gv) + c, gv);
+    EACH_GROUP fused_gate_gradient(gy.g[g], r.g[g], v.g[g], gr.g[g], gv.g[g]);
+    PUT(static_cast<E*>(q.gr) + c, gr);
+    PUT(static_cast<E*>(q.gv) + c, gv);
   END_BLOCK
 }
 
@@ -299,5 +297,5 @@ template <class E> void loss(const FusedLoss& q, float* powers, int64_t begin, i
 
 #define THREE(f) {f<float, float>, f<bf16, bf16>, f<float, bf16>}
 #define TWO(f) {f<float>, f<bf16>}
-const FusedLoops LOOPS(fused) = {BLOCK,      THREE(norm),         THREE(norm_gradient), TWO(mix),     TWO(mix_gradient), THREE(gate), THREE(gate_gradient),
+const FusedLoops LOOPS(fused) = {BLOCK,      THREE(norm),         THREE(norm_gradient), TWO(mix),     TWO(mix_gradient), TWO(gate), TWO(gate_gradient),
                                  TWO(relu2), TWO(relu2_gradient), TWO(dropout),         TWO(loss),    adam};

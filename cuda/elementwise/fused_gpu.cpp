@@ -76,19 +76,18 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const Tensor& w, const 
   return {y, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& gy, const Optional<Tensor>& past, const Tensor& x, const Tensor& w, const Tensor& stats, bool affine,
+std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& gy, const Tensor& x, const Tensor& w, const Tensor& stats, bool affine,
                                                  int64_t device, int64_t stream) {
   contiguous(x, "x");
   const int64_t D = x.size(-1), N = D ? x.numel() / D : 0;
   check(w, "w", x, at::kFloat, {D});
   check(gy, "gy", x, gy.scalar_type(), x.sizes());
   check(stats, "stats", x, at::kFloat, {N, 2});
-  if (given(past)) alike(*past, "past", x);
   const Tensor gx = x.new_empty(x.sizes());
   FusedNorm q{};
-  q.N = N, q.D = D, q.x = x.data_ptr(), q.w = floats(w), q.stats = floats(stats), q.gy = gy.data_ptr(), q.past = data(given(past)), q.gx = gx.data_ptr();
+  q.N = N, q.D = D, q.x = x.data_ptr(), q.w = floats(w), q.stats = floats(stats), q.gy = gy.data_ptr(), q.gx = gx.data_ptr();
   q.stream = dtype(x), q.inside = dtype(gy);
-  const bool whole = wide(D, {q.x, q.w, q.gy, q.past, q.gx});
+  const bool whole = wide(D, {q.x, q.w, q.gy, q.gx});
   const Launch launch{device, stream};
   launch.blocks(named("norm_gradient", q.stream, q.inside, whole), N, row_threads(D, whole), q);
   if (!affine) return {gx, Tensor(), Tensor()};
@@ -148,30 +147,27 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward(at::TensorList gy, const Tensor&
 
 // ---- gates, squared ReLU, dropout: element by element ----
 
-Tensor gate_forward(const Optional<Tensor>& x, const Tensor& r, const Tensor& v, int64_t device, int64_t stream) {
+Tensor gate_forward(const Tensor& r, const Tensor& v, int64_t device, int64_t stream) {
   contiguous(r, "r");
   alike(v, "v", r);
-  if (given(x)) check(*x, "x", r, x->scalar_type(), r.sizes());
-  const Tensor& of = given(x) ? *x : r;
-  const Tensor y = of.new_empty(of.sizes());
+  const Tensor y = r.new_empty(r.sizes());
   FusedGate q{};
-  q.N = r.numel(), q.x = data(given(x)), q.r = r.data_ptr(), q.v = v.data_ptr(), q.y = y.data_ptr();
-  q.stream = dtype(of), q.inside = dtype(r);
-  const bool whole = wide(q.N, {q.x, q.r, q.v, q.y});
-  Launch{device, stream}.threads(named("gate", q.stream, q.inside, whole), q.N / width(whole), q);
+  q.N = r.numel(), q.r = r.data_ptr(), q.v = v.data_ptr(), q.y = y.data_ptr(), q.dtype = dtype(r);
+  const bool whole = wide(q.N, {q.r, q.v, q.y});
+  Launch{device, stream}.threads(named("gate", q.dtype, q.dtype, whole), q.N / width(whole), q);
   return y;
 }
 
 std::tuple<Tensor, Tensor> gate_backward(const Tensor& g, const Tensor& r, const Tensor& v, int64_t device, int64_t stream) {
   contiguous(r, "r");
   alike(v, "v", r);
-  check(g, "g", r, g.scalar_type(), r.sizes());
+  alike(g, "g", r);
   const Tensor gr = r.new_empty(r.sizes()), gv = v.new_empty(v.sizes());
   FusedGate q{};
   q.N = r.numel(), q.g = g.data_ptr(), q.r = r.data_ptr(), q.v = v.data_ptr(), q.gr = gr.data_ptr(), q.gv = gv.data_ptr();
-  q.stream = dtype(g), q.inside = dtype(r);
+  q.dtype = dtype(r);
   const bool whole = wide(q.N, {q.g, q.r, q.v, q.gr, q.gv});
-  Launch{device, stream}.threads(named("gate_gradient", q.stream, q.inside, whole), q.N / width(whole), q);
+  Launch{device, stream}.threads(named("gate_gradient", q.dtype, q.dtype, whole), q.N / width(whole), q);
   return {gr, gv};
 }
 

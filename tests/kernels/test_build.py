@@ -28,11 +28,11 @@ ONE, TWO = (
 )  # dtypes; of stream and inside
 KERNELS |= {
     f"fused_{what}_{dtype}"
-    for what in ("mix", "mix_gradient", "relu2", "relu2_gradient", "dropout", "loss")
+    for what in ("gate", "gate_gradient", "mix", "mix_gradient", "relu2", "relu2_gradient", "dropout", "loss")
     for dtype in ONE
 }
 KERNELS |= {
-    f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums", "gate", "gate_gradient") for dtype in TWO
+    f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums") for dtype in TWO
 }
 ARCHS = build.all_archs()
 # Each takes ten seconds: all with RWKV_KERNELS_ALL=1 and in images, else the oldest, Ampere and the newest.

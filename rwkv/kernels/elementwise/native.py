@@ -82,7 +82,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx, gy):
         x, weight, stats = ctx.saved_tensors
         affine = any(ctx.needs_input_grad[1:3])
-        return *_kernels(x).norm_backward(gy.contiguous(), None, x, weight, stats, affine), None, None
+        return *_kernels(x).norm_backward(gy.contiguous(), x, weight, stats, affine), None, None
 
 
 def _norm(eps: float, dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class _Gate(torch.autograd.Function):
     def forward(ctx, r, v, again):
         ctx.again = again.function
         ctx.save_for_backward(r, *again.inputs)
-        return _kernels(r).gate_forward(None, r, v)
+        return _kernels(r).gate_forward(r, v)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -176,7 +176,7 @@ class _Gate(torch.autograd.Function):
 
 
 def _gate(again: Callable[..., Tensor], r: Tensor, *inputs: Tensor | None) -> Tensor:
-    return _kernels(r).gate_forward(None, r, again(*inputs).contiguous())
+    return _kernels(r).gate_forward(r, again(*inputs).contiguous())
 
 
 def gate(r: Tensor, v: Tensor) -> Tensor:
