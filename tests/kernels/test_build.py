@@ -31,9 +31,7 @@ KERNELS |= {
     for what in ("gate", "gate_gradient", "mix", "mix_gradient", "relu2", "relu2_gradient", "dropout", "loss")
     for dtype in ONE
 }
-KERNELS |= {
-    f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums") for dtype in TWO
-}
+KERNELS |= {f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums") for dtype in TWO}
 ARCHS = build.all_archs()
 # Each takes ten seconds: all with RWKV_KERNELS_ALL=1 and in images, else the oldest, Ampere and the newest.
 COMPILED = ARCHS if os.environ.get("RWKV_KERNELS_ALL") == "1" else sorted({ARCHS[0], 80, ARCHS[-1]})
