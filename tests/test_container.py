@@ -171,13 +171,13 @@ def test_a_private_engine_needs_room_and_says_how_much(engine, tmp_path):
     done = engine("exit 1")
     work = tmp_path / "work"
     assert (done.returncode, done.stdout) == (75, "")
-    assert done.stderr.startswith(f"no container engine: building an image takes 20 GB in {work}, where 12 are free")
+    assert done.stderr.startswith(f"no container engine: building an image needs 20 GB in {work}, and 12 GB are free")
     assert "DOCKER_WORK" in done.stderr
 
 
 def test_an_engine_that_runs_is_used(engine):
     done = engine("echo 27.0.1")
-    assert (done.returncode, done.stdout) == (0, "ran with the machine's own Docker 27.0.1\n")
+    assert (done.returncode, done.stdout) == (0, "ran with the machine's Docker 27.0.1\n")
 
 
 @pytest.mark.parametrize(
