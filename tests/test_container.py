@@ -181,10 +181,10 @@ def test_an_engine_that_runs_is_used(engine):
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"), [({"uid": "1000"}, "needs root"), ({"debian": "exit 1"}, "made on Debian alone")]
+    ("options", "reason"), [({"uid": "1000"}, "needs root"), ({"debian": "exit 1"}, "needs Debian")]
 )
 def test_without_an_engine_the_reason_is_given(engine, options, reason):
     done = engine("exit 1", **options)
     assert (done.returncode, done.stdout) == (75, "")
-    assert done.stderr.startswith("no container engine: docker is not there or not running")
+    assert done.stderr.startswith("no container engine: docker is not installed or not running")
     assert reason in done.stderr
