@@ -1,9 +1,9 @@
-"""Write the pretraining corpus of the demo, from text that every machine with this project has.
+"""Write the pretraining corpus of the demo.
 
     python scripts/demo_corpus.py out/demo/corpus.jsonl
 
-One document per module of Python's standard library (its docstrings), and data/demo.md several times.
-Real pretraining needs gigabytes; this is enough to see the loss fall.
+One document with the docstrings of each of some modules of Python's standard library, and
+data/demo.md several times. Real pretraining needs gigabytes; this is enough to see the loss fall.
 """
 
 import ast
@@ -19,11 +19,11 @@ from rwkv.files import whole
 
 MODULES = """argparse collections/__init__ csv dataclasses datetime difflib functools heapq inspect json/__init__
     logging/__init__ pathlib random shutil statistics string textwrap threading typing zipfile""".split()
-REPEATS = 16  # of data/demo.md, or its words would be too rare to be learned
+REPEATS = 16  # of data/demo.md, whose tokens would otherwise be too rare to learn
 
 
 def docstrings(path: Path) -> str:
-    """All docstrings of a Python file that are longer than a few words, separated by blank lines."""
+    """The docstrings of a Python file longer than a few words, separated by blank lines."""
     documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     texts = (ast.get_docstring(node) for node in nodes if isinstance(node, documented))

@@ -171,20 +171,20 @@ def test_a_private_engine_needs_room_and_says_how_much(engine, tmp_path):
     done = engine("exit 1")
     work = tmp_path / "work"
     assert (done.returncode, done.stdout) == (75, "")
-    assert done.stderr.startswith(f"no container engine: building an image takes 20 GB in {work}, where 12 are free")
+    assert done.stderr.startswith(f"no container engine: building an image needs 20 GB in {work}, and 12 GB are free")
     assert "DOCKER_WORK" in done.stderr
 
 
 def test_an_engine_that_runs_is_used(engine):
     done = engine("echo 27.0.1")
-    assert (done.returncode, done.stdout) == (0, "ran with the machine's own Docker 27.0.1\n")
+    assert (done.returncode, done.stdout) == (0, "ran with the machine's Docker 27.0.1\n")
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"), [({"uid": "1000"}, "needs root"), ({"debian": "exit 1"}, "made on Debian alone")]
+    ("options", "reason"), [({"uid": "1000"}, "needs root"), ({"debian": "exit 1"}, "needs Debian")]
 )
 def test_without_an_engine_the_reason_is_given(engine, options, reason):
     done = engine("exit 1", **options)
     assert (done.returncode, done.stdout) == (75, "")
-    assert done.stderr.startswith("no container engine: docker is not there or not running")
+    assert done.stderr.startswith("no container engine: docker is not installed or not running")
     assert reason in done.stderr

@@ -87,26 +87,26 @@ REFUSALS = {
     "no GPU": ({"gpus": ()}, "no GPU is visible", ("--gpus all", "RWKV_DEVICE=cpu", "compose.cpu.yaml")),
     "old driver": (
         {"driver": "440.33.01"},
-        "driver is 440.33.01, and CUDA 11.7 in this image needs 450",
+        "driver is 440.33.01, but CUDA 11.7 in this image needs 450",
         ("update the driver", "515"),
     ),
     "old driver, modern": (
         {"gpus": [H100], "stack": "modern", "driver": "535.1"},
         "needs 580",
-        ("stack cu117, which needs 450",),
+        ("cu117 stack, which needs 450",),
     ),
     "new GPU": (
         {"gpus": [H100]},
-        "H100 80GB HBM3 has compute capability 9.0, and the stack cu117",
+        "H100 80GB HBM3 has compute capability 9.0, and the cu117 stack",
         ("make image STACK=modern",),
     ),
     "second GPU": ({"gpus": [A100, H100]}, "H100 80GB HBM3 has compute capability 9.0", ("STACK=modern",)),
     "old GPU": (
         {"gpus": [P100], "stack": "modern", "driver": "580.1"},
-        "6.0, and the stack modern has code for 75",
+        "6.0, and the modern stack has kernels for 75",
         ("STACK=cu117",),
     ),
-    "older than the oldest": ({"gpus": ["Tesla K80, 3.7"]}, "3.7, and the stack cu117 has code for 60", ()),
+    "older than the oldest": ({"gpus": ["Tesla K80, 3.7"]}, "3.7, and the cu117 stack has kernels for 60", ()),
     "shm": ({"shm_mib": 64}, "/dev/shm) has 64 MiB", ("--ipc=host", "--shm-size")),
     "not writable": ({"writable": False}, f"out is not writable by user {os.getuid()}", ("chown -R", "UID and GID")),
 }
@@ -114,15 +114,15 @@ REFUSALS = {
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_what_cannot_run_is_refused_with_a_remedy(enter, case):
-    options, what, mends = REFUSALS[case]
+    options, what, fixes = REFUSALS[case]
     done = enter("lora", **options)
     assert (done.returncode, done.stdout) == (78, "")
-    first, mend, rest = done.stderr.splitlines()
+    first, fix, rest = done.stderr.splitlines()
     assert first.startswith("error: ")
     assert what in first
-    assert mend.startswith("  mend: ")
-    for word in mends:
-        assert word in mend
+    assert fix.startswith("  fix: ")
+    for word in fixes:
+        assert word in fix
     assert "RWKV_ANYWAY=1" in rest
 
 

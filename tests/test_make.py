@@ -54,7 +54,7 @@ def test_arguments_reach_the_script():
 def test_a_misspelt_variable_is_refused_instead_of_running_another_job(word):
     done = make("lora", word)
     assert done.returncode == 2
-    assert f"{word.split('=')[0]} is not a variable of this Makefile; flags of a job are given as ARGS=" in done.stderr
+    assert f"{word.split('=')[0]} is not a variable of this Makefile; pass flags of a job as ARGS=" in done.stderr
 
 
 def test_environment_variables_may_be_given_to_make():

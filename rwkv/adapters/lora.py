@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv.kernels.elementwise import native
-from rwkv.kernels.linear import Matrix, product, product_of_gradient, rows
+from rwkv.kernels.linear import Matrix, linear_forward, linear_grad_input, rows
 from rwkv.models import RWKV
 from rwkv.models.parts import Parts, layer_of
 
@@ -47,8 +47,8 @@ class _Adapted(torch.autograd.Function):
         flat, dtype = rows(x), x.dtype
         ctx.scale, ctx.dropout, ctx.again = scale, dropout, again.function
         ctx.seed = native.new_seed() if dropout else 0
-        y = product(flat, weight.to(dtype))
-        low = product(_dropped(ctx, flat), a.to(dtype))  # [N, r]
+        y = linear_forward(flat, weight.to(dtype))
+        low = linear_forward(_dropped(ctx, flat), a.to(dtype))  # [N, r]
         y.addmm_(low, b.to(dtype).t(), alpha=scale)
         ctx.save_for_backward(weight, a, b, low, *again.inputs)
         return y.view(*x.shape[:-1], -1)
@@ -58,14 +58,14 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx, g):
         weight, a, b, low, *inputs = ctx.saved_tensors
         flat, dtype, gx, ga, gb = rows(g), g.dtype, None, None, None
-        glow = product_of_gradient(flat, b.to(dtype)).mul_(ctx.scale)  # [N, r]
+        glow = linear_grad_input(flat, b.to(dtype)).mul_(ctx.scale)  # [N, r]
         if ctx.needs_input_grad[2]:
             x = rows(ctx.again(*inputs))
             ga = (glow.t() @ _dropped(ctx, x)).to(a.dtype)
         if ctx.needs_input_grad[3]:
             gb = (low.t() @ flat).mul_(ctx.scale).t().to(b.dtype)  # computed as [r, out]: the faster layout
         if ctx.needs_input_grad[0]:
-            gx = product_of_gradient(flat, weight.to(dtype))
+            gx = linear_grad_input(flat, weight.to(dtype))
             if ctx.dropout:
                 native.dropout_add_(gx, glow @ a.to(dtype), ctx.seed, ctx.dropout)
             else:

@@ -1,4 +1,4 @@
-"""WKV operators: the recurrences over time of RWKV models. `wkv4` here is the function; its package is rwkv.wkv.wkv4."""
+"""WKV operators, the recurrences of RWKV models. `wkv4` here is the function, not its package."""
 
 from rwkv.wkv.wkv4 import empty_state, wkv4
 

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def test_the_compiled_unit_and_not_its_absence_is_tested():
-    assert isinstance(native._kernels(torch.zeros(1, device="cuda")), gpu.Unit)
+    assert isinstance(native._kernels(torch.zeros(1, device="cuda")), gpu.CudaKernels)
 
 
 @pytest.mark.parametrize("stream", GPU_STREAMS, ids=str)

@@ -101,7 +101,7 @@ def test_the_entry_point_refuses_and_says_how_to_mend_it(tmp_path, case):
     done = container("lora", options=options)
     assert done.returncode == 78, done.stderr
     assert what in done.stderr
-    assert "mend: " in done.stderr
+    assert "fix: " in done.stderr
     anyway = container(
         "lora", "--load_model", "none.pth", "--data_file", "none", options=(*options, "-e", "RWKV_ANYWAY=1")
     )

@@ -28,12 +28,10 @@ ONE, TWO = (
 )  # dtypes; of stream and inside
 KERNELS |= {
     f"fused_{what}_{dtype}"
-    for what in ("mix", "mix_gradient", "relu2", "relu2_gradient", "dropout", "loss")
+    for what in ("gate", "gate_gradient", "mix", "mix_gradient", "relu2", "relu2_gradient", "dropout", "loss")
     for dtype in ONE
 }
-KERNELS |= {
-    f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums", "gate", "gate_gradient") for dtype in TWO
-}
+KERNELS |= {f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums") for dtype in TWO}
 ARCHS = build.all_archs()
 # Each takes ten seconds: all with RWKV_KERNELS_ALL=1 and in images, else the oldest, Ampere and the newest.
 COMPILED = ARCHS if os.environ.get("RWKV_KERNELS_ALL") == "1" else sorted({ARCHS[0], 80, ARCHS[-1]})

@@ -122,8 +122,8 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_larger_vocabulary_takes_no_more_kernels(monkeypatch, dtype):
     """Where no library copies what it multiplies, as on GPUs, each product of a chunk is one kernel."""
-    monkeypatch.setattr(loss, "needs_room", lambda *_: False)
-    monkeypatch.setattr(linear, "needs_room", lambda *_: False)
+    monkeypatch.setattr(loss, "uses_onednn", lambda *_: False)
+    monkeypatch.setattr(linear, "uses_onednn", lambda *_: False)
 
     def calls(vocab: int) -> int:
         monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 4 * vocab)  # four tokens

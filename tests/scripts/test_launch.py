@@ -161,7 +161,7 @@ def test_kubernetes_command_without_compiler(root, make_base, make_data, tmp_pat
 
 REFUSED = [
     ([], "nothing to launch"),
-    (["--", "x.py"], "give --nodes, --node and --master, or --hostfile"),
+    (["--", "x.py"], "pass --nodes, --node and --master, or --hostfile"),
     (["--nodes", "2", "--node", "2", "--master", "a", "--", "x.py"], "--node 2 of --nodes 2"),
     (["--nods", "2"], "--nods is not a flag"),
     (["--hostfile", "none", "--", "x.py"], "none: no such file"),

@@ -112,7 +112,7 @@ def test_help(script, name):
         ("pretrain", [], "--data_file is missing"),
         ("finetune", ["--data_file", "x"], "--load_model FILE"),
         ("lora", ["--data_file", "x"], "LoRA tunes a model that exists"),
-        ("merge_lora", [], "--adapter and --output are needed"),
+        ("merge_lora", [], "--adapter and --output are required"),
         ("inspect_data", [], "--data_file is missing"),
         ("inspect_data", ["--data_file", "none"], "none.idx: no such file"),
         ("generate", [], "--model is missing"),
@@ -156,7 +156,7 @@ def test_merge_keeps_dtype_and_existing_file(script, make_base, tmp_path):
     ).bfloat16()
     assert torch.equal(merged["blocks.0.att.key.weight"], expected)
     assert all(torch.equal(merged[key], half[key]) for key in half if key != "blocks.0.att.key.weight")
-    assert "m.pth exists already" in script("merge_lora.py", "16", "half.pth", "upstream.pth", "m.pth", status=1).stderr
+    assert "m.pth already exists" in script("merge_lora.py", "16", "half.pth", "upstream.pth", "m.pth", status=1).stderr
 
 
 def test_generate_with_other_vocabulary(script, make_base):

@@ -168,4 +168,4 @@ def test_finetune_finds_the_checkpoint_of_a_stage_in_the_folder(flags, script, t
     run = json.loads((tmp_path / "run/run.json").read_text())["flags"]
     assert run["load_model"].endswith("rwkv-init.pth")
     done = script("finetune.py", *words, status=1)
-    assert "tuning needs a model to start from" in done.stderr
+    assert "full tuning needs a model: pass --load_model" in done.stderr

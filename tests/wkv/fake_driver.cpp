@@ -94,9 +94,9 @@ template <class Args> static Kernel kernel(void (*function)(Args), bool barriers
 #define WKV_OF(E) WKV(wkv4_summary_##E), WKV(wkv4_output_##E), WKV(wkv4_summary_gradient_##E), WKV(wkv4_gradient_##E)
 #define FUSED(name) {#name, kernel(fused::name)}
 #define FUSED_ROW(name) {#name, kernel(fused::name, true)}
-#define FUSED_OF_TWO(E) FUSED_ROW(fused_norm_##E), FUSED_ROW(fused_norm_gradient_##E), FUSED(fused_norm_sums_##E), FUSED(fused_gate_##E), FUSED(fused_gate_gradient_##E)
+#define FUSED_OF_TWO(E) FUSED_ROW(fused_norm_##E), FUSED_ROW(fused_norm_gradient_##E), FUSED(fused_norm_sums_##E)
 #define FUSED_OF(E)                                                                                                            \
-  FUSED_OF_TWO(E), FUSED(fused_mix_##E), FUSED(fused_mix_gradient_##E), FUSED(fused_relu2_##E), FUSED(fused_relu2_gradient_##E), \
+  FUSED_OF_TWO(E), FUSED(fused_gate_##E), FUSED(fused_gate_gradient_##E), FUSED(fused_mix_##E), FUSED(fused_mix_gradient_##E), FUSED(fused_relu2_##E), FUSED(fused_relu2_gradient_##E), \
       FUSED(fused_dropout_##E), FUSED_ROW(fused_loss_##E)
 static const std::map<std::string, Kernel> kernels = {WKV_OF(fp32), WKV_OF(bf16), WKV_OF(fp16), WKV(wkv4_scan), WKV(wkv4_scan_gradient),
                                                       FUSED_OF(fp32), FUSED_OF(bf16), FUSED_OF(fp16), FUSED_OF(any), FUSED_OF_TWO(fp32_bf16), FUSED_OF_TWO(fp32_fp16)};

@@ -114,7 +114,7 @@ class Served:
         from rwkv.kernels import gpu
         from rwkv.kernels.elementwise import native as fused
 
-        unit = gpu.Unit(DEVICE, lambda: STREAM)
+        unit = gpu.CudaKernels(DEVICE, lambda: STREAM)
         fused._kernels = lambda *tensors: None if any(t.dtype not in fused._DTYPES for t in tensors) else unit
         return getattr(fused_cases, name)(*arguments)
 
@@ -122,7 +122,7 @@ class Served:
         """One of rwkv.kernels.gpu."""
         from rwkv.kernels import gpu
 
-        return getattr(gpu.Unit(DEVICE, lambda: STREAM), name)(*arguments)
+        return getattr(gpu.CudaKernels(DEVICE, lambda: STREAM), name)(*arguments)
 
     def calls(self):
         return self.driver.fake_calls().decode().splitlines()

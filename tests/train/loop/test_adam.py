@@ -137,7 +137,7 @@ def test_what_the_unit_does_not_take_is_refused_by_name():
     made.state[p]["exp_avg"] = made.state[p]["exp_avg"].double()
     with pytest.raises(RuntimeError, match="exp_avg must be a contiguous Float tensor"):
         made.step()
-    with pytest.raises(RuntimeError, match="steps of Adam count from 1"):
+    with pytest.raises(RuntimeError, match="Adam steps count from 1"):
         torch.ops.rwkv.adam(*(normal((3,), i) for i in range(4)), 0.0, 0.1, 0.9, 0.99, 1e-8, 0.0, False, 1.0)
 
 
