@@ -1,10 +1,11 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685) on a model's linear layers: inject, freeze, save, combine, merge.
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) for a model's linear layers: inject, freeze, save,
+combine, merge.
 
-x ──► W ───────────────► + ──► y        y = W x + (α/r) · B A dropout(x)
-└──► A [r, in] ► B [out, r] ─┘          W is frozen; B starts at zero, so the model is unchanged at first
+x ──► W ───────────────► + ──► y        y = W x + (α/r) · B A dropout(x) └──► A [r, in] ► B [out, r]
+─┘          W is frozen; B is initialised to zero, so the model starts unchanged
 
-An adapter saves e·r bytes per token for the backward pass (e: 2 in bf16, 4 in fp32) beside what the model saves.
-Which layers a model has is in the file of its version (PARTS).
+For the backward pass an adapter saves e·r bytes per token (e: 2 in bf16, 4 in fp32) in addition to
+the model's. The layers that can have adapters are defined by the version (PARTS).
 """
 
 import math
@@ -21,18 +22,20 @@ from rwkv.models.parts import Parts, layer_of
 
 
 def parts_in(flag: str) -> tuple[str, ...]:
-    """The names in a flag like att,ffn, valid or not."""
+    """Split a flag such as att,ffn into names, without validation."""
     return tuple(part.strip() for part in flag.split(",") if part.strip())
 
 
 def parts_of(names: Collection[str], known: Parts) -> list[str]:
-    """The parts of an adapter with tensors of these names, in the form of `Parts.normal`."""
+    """Parts of an adapter with tensors of these names, in normal form (`Parts.normal`)."""
     whole = [part for part in known.whole if any(known.trained_whole(name, [part]) for name in names)]
     return known.shortest(_adapted_layers(names) & {*known.layers}) + whole
 
 
 def foreign_layers(names: Collection[str], known: Parts) -> list[str]:
-    """Layers adapted by an adapter with tensors of these names that cannot have an adapter here, e.g. head or att.gate."""
+    """Adapted layers that are not supported here, e.g. head or att.gate, for tensors of these
+    names.
+    """
     return sorted(_adapted_layers(names) - {*known.layers})
 
 
@@ -41,7 +44,8 @@ def _adapted_layers(names: Collection[str]) -> set[str]:
 
 
 class _Adapted(torch.autograd.Function):
-    # Saved: x, or what recomputes it, and A x, which has r elements per token. Nothing for W's gradient, as W is frozen.
+    # Saves x (or its Recompute) and A x, which has r elements per token. W is frozen and needs no
+    # gradient.
     @staticmethod
     def forward(ctx, x, weight, a, b, scale, dropout, again):
         flat, dtype = rows(x), x.dtype
@@ -79,7 +83,9 @@ def _dropped(ctx, x: Tensor) -> Tensor:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer without bias, plus a trainable product of rank r. The weight keeps its name."""
+    """A frozen linear layer without bias plus a trainable product of rank r. The weight keeps its
+    name.
+    """
 
     def __init__(self, weight: nn.Parameter, r: int, alpha: float, dropout: float = 0.0):
         super().__init__()
@@ -103,11 +109,13 @@ class LoRALinear(nn.Module):
 
 
 def inject(model: RWKV, parts: Collection[str], r: int, alpha: float, dropout: float = 0.0) -> list[str]:
-    """Give every linear layer of the parts an adapter, in place; returns their names. For RWKV-4 `att` is key, value and
-    receptance of every time-mix (without output, as upstream), `ffn` all of every channel-mix.
+    """Add an adapter to every linear layer of the parts, in place; returns the layers' names.
+
+    For RWKV-4, `att` is key, value and receptance of every time-mix (without output, as upstream)
+    and `ffn` all matrices of every channel-mix.
 
     Raises:
-        ValueError: an unknown part, r < 1, or a model with none of these layers.
+        ValueError: an unknown part, r < 1, or the model has none of these layers.
     """
     known = model.version.PARTS
     unknown = set(parts) - set(known.names)
@@ -128,8 +136,10 @@ def inject(model: RWKV, parts: Collection[str], r: int, alpha: float, dropout: f
 def combine(
     adapters: Sequence[tuple[Mapping[str, Tensor], float, float]], base: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Several adapters (tensors, scale α/r, weight) as one whose rank is the sum of theirs and whose scale is 1:
-    W + Σ weight · scale · B A. Tensors trained whole become base + Σ weight · (theirs − base)."""
+    """Combine adapters (tensors, scale α/r, weight) into one, whose rank is the sum of theirs and
+    whose scale is 1: W + Σ weight · scale · B A. Tensors trained directly become base + Σ weight ·
+    (tensor − base).
+    """
     made: dict[str, Tensor] = {}
     ranks = [
         next((t.shape[0] for name, t in tensors.items() if name.endswith(".lora_A")), 0) for tensors, _, _ in adapters
@@ -154,7 +164,9 @@ def combine(
 
 
 def adapter_names(model: RWKV, parts: Collection[str]) -> list[str]:
-    """The parameters in an adapter of these parts: lora_A and lora_B of their layers, and tensors trained whole."""
+    """Names of the parameters of an adapter: lora_A and lora_B of the parts' layers, and tensors
+    trained directly.
+    """
     known = model.version.PARTS
     layers = {layer for part in parts for layer in known.layers_of(part)}
 
@@ -166,15 +178,16 @@ def adapter_names(model: RWKV, parts: Collection[str]) -> list[str]:
 
 
 def mark_trainable(model: RWKV, parts: Collection[str]) -> None:
-    """Freeze everything but the adapter's parameters."""
+    """Freeze all parameters except the adapter's."""
     chosen = set(adapter_names(model, parts))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
 
 
 def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert the frozen matrices to this dtype and all else to fp32, in place, one tensor after the other. Vectors are few, and
-    decays are sensitive."""
+    """Convert frozen matrices to this dtype and all other parameters to fp32, in place, one tensor
+    at a time. Vectors stay fp32: they are small, and decays are sensitive to rounding.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(
             dtype if is_matrix(parameter) and not parameter.requires_grad else torch.float32
@@ -182,18 +195,18 @@ def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def is_matrix(weight: Tensor) -> bool:
-    """Whether a parameter is a matrix, and not a vector, some of which are stored as [1, 1, D]."""
+    """Whether a parameter is a matrix; some vectors are stored as [1, 1, D]."""
     return weight.squeeze().dim() >= 2
 
 
 def adapter_state(model: RWKV, parts: Collection[str]) -> dict[str, Tensor]:
-    """The adapter alone, under upstream's keys, e.g. `blocks.0.att.key.lora_A`."""
+    """The adapter's tensors, under upstream's names, e.g. `blocks.0.att.key.lora_A`."""
     state = dict(model.named_parameters())
     return {name: state[name].detach() for name in adapter_names(model, parts)}
 
 
 def merge(model: nn.Module) -> None:
-    """Turn every adapted layer back into a plain one, in place, its adapter added to its weight."""
+    """Replace every adapted layer by a plain one with the adapter added to its weight, in place."""
     for name, layer in list(_adapted(model)):
         plain = Matrix(layer.weight.shape[1], layer.weight.shape[0], bias=False)
         plain.weight = nn.Parameter(layer.merged())

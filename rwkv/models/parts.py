@@ -1,4 +1,6 @@
-"""The names of what an adapter can train in a block: groups of linear layers, single ones, and tensors trained whole."""
+"""Names of the parts that an adapter can train: groups of linear layers, single layers, and tensors
+trained directly.
+"""
 
 import re
 from collections.abc import Collection, Mapping
@@ -8,18 +10,20 @@ _LAYER = re.compile(r"^(.*\.)?(att|ffn)(Pre)?\.(\w+)$")
 
 
 def layer_of(name: str) -> str:
-    """The layer of a block from a module's name: blocks.3.att.key and blocks.0.ffnPre.key are att.key and ffn.key."""
+    """The layer's name within a block, e.g. att.key for blocks.3.att.key, and ffn.key for
+    blocks.0.ffnPre.key.
+    """
     return _LAYER.sub(r"\2.\4", name)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What an adapter of one version can consist of.
+    """The parts of adapters of one version.
 
     Attributes:
-        groups: linear layers that get adapters, by the part's name.
-        single: further layers; each layer of a block is a part, too.
-        whole: patterns of the names of tensors trained whole, by the part's name.
+        groups: linear layers that get adapters, by name of the part.
+        single: further layers. Every layer is also a part by its own name.
+        whole: regular expressions for tensors that are trained directly, by name of the part.
     """
 
     groups: Mapping[str, tuple[str, ...]]
@@ -33,23 +37,27 @@ class Parts:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names of parts."""
+        """Names of all parts."""
         return (*self.groups, *self.whole, *self.layers)
 
     def layers_of(self, part: str) -> tuple[str, ...]:
-        """The layers of a block that a part gives adapters to; none for those trained whole."""
+        """Layers of a block that get adapters; empty for parts trained directly."""
         return () if part in self.whole else self.groups.get(part, (part,))
 
     def trained_whole(self, name: str, parts: Collection[str]) -> bool:
-        """Whether the parts include this parameter as one trained whole."""
+        """Whether this parameter is trained directly as one of these parts."""
         return any(re.search(self.whole[part], name) for part in parts if part in self.whole)
 
     def normal(self, parts: Collection[str]) -> list[str]:
-        """The parts in normal form: groups where all their layers are named, single layers in order, then those trained whole."""
+        """Normal form: groups of which all layers are given, single layers sorted, parts trained
+        directly.
+        """
         layers = {layer for part in parts for layer in self.layers_of(part)}
         return self.shortest(layers) + [part for part in self.whole if part in parts]
 
     def shortest(self, layers: set[str]) -> list[str]:
-        """Parts that name exactly these layers: groups that are complete, and single layers in order."""
+        """The fewest parts with exactly these layers: complete groups, then single layers
+        sorted.
+        """
         full = [part for part, group in self.groups.items() if layers >= set(group)]
         return full + sorted(layers - {layer for part in full for layer in self.groups[part]})

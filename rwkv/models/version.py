@@ -1,6 +1,7 @@
-"""The versions of RWKV: what each file v*.py offers, and which version a checkpoint or a model is.
+"""The protocol of an RWKV version, the versions available, and detection from a checkpoint.
 
-A version is one module. Outside rwkv.models and rwkv.wkv nothing asks for a version by number.
+A version is one module (v4.py). No code outside rwkv.models and rwkv.wkv depends on a version
+number.
 """
 
 import re
@@ -18,7 +19,9 @@ Shapes = Mapping[str, torch.Size]
 
 
 class Sizes(Protocol):
-    """The sizes of a model; each version has its own frozen dataclass with these fields and more, and defaults for all."""
+    """The sizes of a model. Each version has its own frozen dataclass with these and further
+    fields, all with defaults.
+    """
 
     @property
     def n_layer(self) -> int:
@@ -34,87 +37,94 @@ class Sizes(Protocol):
 
     @property
     def dim_ffn(self) -> int:
-        """Width inside the channel mix."""
+        """Hidden width of the channel-mix."""
 
     def __hash__(self) -> int: ...
 
 
 class Version(Protocol):
-    """What a version's module offers."""
+    """The interface of a version's module."""
 
     @property
     def NAME(self) -> str:
-        """Such as "4"."""
+        """For example "4"."""
 
     @property
     def PUBLISHED(self) -> Mapping[str, Any]:
-        """The sizes of the published models by name, such as "1.5b"."""
+        """Sizes of the published models, by name, e.g. "1.5b"."""
 
     @property
     def PARTS(self) -> Parts:
-        """What an adapter can train."""
+        """The parts that an adapter can train."""
 
     @property
     def Sizes(self) -> Any:
-        """The dataclass of its sizes."""
+        """Dataclass of the sizes."""
 
     @property
     def Block(self) -> Any:
-        """Block(sizes, layer, device); forward(x, state, carry, reset, dropout) -> x, state, carry: `state` is
-        carried over time, `carry` from block to block, both tuples of tensors."""
+        """Block(sizes, layer, device), with forward(x, state, carry, reset, dropout) -> x, state,
+        carry. `state` is passed on over time, `carry` from block to block; both are tuples of
+        tensors."""
 
     def initial_state(self, sizes: Any, batch: int, like: Tensor) -> tuple[Tensor, ...]:
-        """A block's state before the first token, on the device and, but for fp32 parts, in the dtype of `like`."""
+        """A block's state before the first token, on the device of `like`, in its dtype except for
+        parts that are always fp32.
+        """
 
     def recognise(self, shapes: Shapes, n_layer: int) -> Any:
-        """The sizes of a checkpoint. Raises ValueError that names what is missing, if it is not of this version."""
+        """Sizes of a checkpoint. Raises ValueError with the missing names if it is not of this
+        version.
+        """
 
     def initialise(self, model: nn.Module, emb_scale: float, frozen: bool) -> None:
-        """Initial weights; see RWKV.initialise."""
+        """Initialise all weights; see RWKV.initialise."""
 
     def lr_scale(self, name: str, stage_2: bool) -> float:
-        """The factor of a parameter's learning rate; `stage_2`: in --my_pile_stage 2."""
+        """Learning-rate factor of a parameter; `stage_2`: for --my_pile_stage 2."""
 
     def decays(self, name: str, shape: torch.Size) -> bool:
         """Whether weight decay applies to a parameter."""
 
     def saved_bytes(self, sizes: Any, e: int) -> float:
-        """Activation bytes per token and block saved for the backward pass, with e bytes per element."""
+        """Bytes per token and block that are saved for the backward pass, with e bytes per
+        element.
+        """
 
     def transformers_config(self, sizes: Any) -> dict[str, Any]:
-        """config.json of the model in transformers. Raises ValueError if transformers has no such model."""
+        """config.json for transformers. Raises ValueError if transformers has no such model."""
 
 
 VERSIONS: dict[str, Version] = {v4.NAME: v4}
-DEFAULT: Version = v4  # of a new model
+DEFAULT: Version = v4  # for new models
 
 
 def version_of(sizes: Sizes) -> Version:
-    """The version that these sizes belong to."""
+    """The version of a model with these sizes."""
     return next(version for version in VERSIONS.values() if isinstance(sizes, version.Sizes))
 
 
 def published(name: str) -> Sizes:
-    """The sizes of a published model, e.g. "1.5b". Raises KeyError."""
+    """Sizes of a published model, e.g. "1.5b". Raises KeyError."""
     return DEFAULT.PUBLISHED[name.lower()]
 
 
 def sizes_given(flags: object, version: Version = DEFAULT) -> dict[str, int]:
-    """The sizes that flags (fields of any object) set; 0 leaves the default."""
+    """Sizes given by flags (attributes of any object); 0 means not given."""
     values = {field.name: getattr(flags, field.name, 0) for field in fields(version.Sizes)}
     return {name: value for name, value in values.items() if value}
 
 
 def layer_numbers(names: Iterable[str]) -> set[int]:
-    """The numbers of the blocks that these tensors belong to."""
+    """Block numbers in these tensor names."""
     return {int(match[1]) for name in names if (match := re.match(r"blocks\.(\d{1,9})\.", name))}
 
 
 def detect(shapes: Shapes) -> tuple[Version, Sizes]:
-    """The version and the sizes of a checkpoint with tensors of these shapes.
+    """Version and sizes of a checkpoint with tensors of these shapes.
 
     Raises:
-        ValueError: not a checkpoint of a version that is known; or one with a block missing.
+        ValueError: not a checkpoint of a supported version, or a block is missing.
     """
     layers, reasons = layer_numbers(shapes), []
     for version in VERSIONS.values():
