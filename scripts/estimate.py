@@ -31,7 +31,7 @@ def main(config: EstimateConfig) -> None:
         print(
             f"L{s.n_layer} D{s.n_embd} V{s.vocab_size}, {estimate.total(s) / 1e6:,.0f} million parameters, {estimate.trained(plan) / 1e6:,.2f} million trained\n"
         )
-        print(search.in_words(plan, found, card))
+        print(search.format_estimate(plan, found, card))
 
 
 def make_plan(c: EstimateConfig):

@@ -111,7 +111,7 @@ def test_auto_leaves_out_what_this_machine_or_another_flag_refuses(begin, monkey
     offloaded = room_for(plan(micro_bsz=1, accumulate=4, grad_cp=True, strategy="deepspeed_stage_2_offload"))
     with pytest.raises(
         UserError,
-        match=r"--strategy deepspeed_stage_2_offload would fit there, but takes [\d.]+ GB of the host, which has 0\.1\. Take LoRA",
+        match=r"--strategy deepspeed_stage_2_offload would fit, but needs [\d.]+ GB of host memory; 0\.1 GB are usable\. Use LoRA",
     ):
         begin(TrainConfig, offloaded, host=10**8)
     factored = room_for(plan(micro_bsz=1, accumulate=4, grad_cp=True, optimizer="adafactor"))
@@ -144,7 +144,7 @@ def test_where_the_memory_is_unknown_nothing_is_reckoned_with_zero(begin, capsys
     config = begin(TrainConfig, 0, "--grad_cp", "1")
     assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp, config.strategy) == (4, 1, 1, "auto")
     said = capsys.readouterr().out
-    assert "auto:  the memory of this device is unknown; flags stay as given" in said
+    assert "auto:  the memory size of this device is unknown; flags unchanged" in said
     assert "can be used" not in said
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10**9)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)

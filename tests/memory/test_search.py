@@ -71,7 +71,7 @@ def test_the_program_says_what_fits(script, make_base):
     ).stdout
     # what is on the host is part of what a change costs
     assert re.search(
-        r"to fit: +--strategy deepspeed_stage_2_offload: 8\.\d GB on the card, and \d\d\.\d GB of the machine's memory",
+        r"to fit: +--strategy deepspeed_stage_2_offload: 8\.\d GB on the card, and \d\d\.\d GB of host memory",
         said,
     ), said
     assert "micro_bsz:   none fits at ctx_len 1024" in said

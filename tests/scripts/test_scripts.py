@@ -139,7 +139,7 @@ def test_merge_keeps_dtype_and_existing_file(script, make_base, tmp_path):
     } | adapter
     torch.save(adapter, tmp_path / "upstream.pth")
     assert (
-        "its alpha is not known"
+        "its alpha is unknown"
         in script(
             "merge_lora.py", "--adapter", "upstream.pth", "--base", "half.pth", "--output", "m.pth", status=1
         ).stderr

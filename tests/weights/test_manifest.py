@@ -137,7 +137,7 @@ def test_base_verified_before_reading(tuned, tmp_path, monkeypatch):
     read = checkpoint.read_tensors
     monkeypatch.setattr(checkpoint, "read_tensors", lambda path: (seen.append(Path(path).name), read(path))[1])
     for load in (lambda: load_tuned(other, adapter), lambda: load_combined(other, [adapter], [1.0])):
-        with pytest.raises(UserError, match="an adapter for another base"):
+        with pytest.raises(UserError, match="adapter of another base"):
             load()
     assert set(seen) == {"adapter.pth"}
 
@@ -159,7 +159,7 @@ def test_no_absolute_paths(tmp_path, make_model):
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), -2.0])
 def test_alpha_flag_must_be_positive(tuned, alpha):
-    with pytest.raises(UserError, match="it is a number above 0"):
+    with pytest.raises(UserError, match="must be a positive number"):
         inspect_adapter(tuned[1], alpha=alpha)
 
 

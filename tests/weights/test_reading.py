@@ -405,7 +405,7 @@ def test_rslora_scale_matches_peft(tmp_path, make_model):
         ({"init_lora_weights": "pissa_niter_4"}, "initialised with init_lora_weights 'pissa_niter_4'"),
         ({"bias": "all"}, "trains biases"),
         ({"r": "4"}, "its r is '4', not a positive integer"),
-        ({"r": 8}, "of rank 4"),
+        ({"r": 8}, ": rank 4, but"),
         ({"lora_alpha": None}, "its lora_alpha is None"),
         ({"lora_alpha": float("nan")}, "its lora_alpha is nan"),
     ],
@@ -422,7 +422,7 @@ def test_unknown_peft_layer(tmp_path, make_model):
         "base_model.model.head.lora_A.weight": torch.zeros(4, 16),
         "base_model.model.head.lora_B.weight": torch.zeros(50, 4),
     }
-    with pytest.raises(UserError, match="head.lora_A is not part of one|adapts head, which has no adapter here"):
+    with pytest.raises(UserError, match="head.lora_A is not part of one|adapts head, but only"):
         inspect_adapter(peft_folder(tmp_path / "pf", tensors))
     (tmp_path / "pf/adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="neither adapter_model.safetensors nor adapter_model.bin"):
