@@ -56,7 +56,7 @@ def wanted_by(stack: str) -> dict[tuple[str, str], set[str]]:
 
 
 @pytest.mark.parametrize("stack", [*STACKS, "tools"])
-def test_the_lock_was_made_from_these_pins_and_no_others(stack):
+def test_lock_matches_pins(stack):
     asked = wanted_by(stack)
     ours = {name: version for (name, version), by in asked.items() if "rwkv-training" in by}
     assert ours == pins(stack)
@@ -64,7 +64,7 @@ def test_the_lock_was_made_from_these_pins_and_no_others(stack):
 
 
 @pytest.mark.skipif(bool(os.environ.get("PY")), reason="make was given a Python of its own")
-def test_the_lock_holds_what_its_packages_ask_for_and_nothing_else():
+def test_lock_is_complete_and_minimal():
     """Resolved again without a network: from the pins by what the installed packages say of themselves."""
     lock, extras = locked(HERE), {name: {""} for name in pins(HERE)}
     queue = list(extras)
@@ -82,7 +82,7 @@ def test_the_lock_holds_what_its_packages_ask_for_and_nothing_else():
     assert set(lock) == set(extras)
 
 
-def test_every_locked_file_has_a_hash():
+def test_locked_files_have_hashes():
     locks = [f"env/locks/{stack}{part}.txt" for stack in STACKS for part in ("", "-deepspeed")]
     locks += ["env/locks/tools.txt", "env/locks/uv.txt"]
     npm = {"env/locks/package.json", "env/locks/package-lock.json"}  # integrity in place of hashes
@@ -94,12 +94,12 @@ def test_every_locked_file_has_a_hash():
 
 
 @pytest.mark.skipif(bool(os.environ.get("PY")), reason="make was given a Python of its own")
-def test_what_is_installed_is_what_is_locked():
+def test_installed_versions_match_lock():
     for name, version in locked(HERE).items():
         assert importlib.metadata.version(name).split("+")[0] == version, name
 
 
-def test_the_stacks_are_the_documented_ones():
+def test_documented_stack_versions():
     documented = {"torch": "1.13.1", "deepspeed": "0.7.0", "pytorch-lightning": "1.9.5"}
     assert documented.items() <= pins("cu117").items()
     assert pins("cu117")["numpy"] < "2"
@@ -112,13 +112,13 @@ def test_the_stacks_are_the_documented_ones():
         )
 
 
-def test_a_local_build_does_not_pass_for_a_locked_version():
+def test_exact_version_pins():
     """pip takes torch 2.13.0+cpu for 2.13.0 where a find-links folder of the user holds it, and then refuses its hash."""
     for name in ("modern", "modern-deepspeed"):
         assert not re.findall(r"^[\w.-]+==(?!=).*", (ROOT / f"env/locks/{name}.txt").read_text(), re.MULTILINE)
 
 
-def test_the_conda_environment_adds_no_pins_of_its_own():
+def test_conda_environment_pins():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
@@ -126,7 +126,7 @@ def test_the_conda_environment_adds_no_pins_of_its_own():
     assert [entry for entry in conda if "=" in entry] == ["python=3.10", "cuda-toolkit=11.7"]  # the documented commands
 
 
-def test_no_registry_or_index_is_named():
+def test_no_package_index_urls():
     for path in [*ROOT.glob("docker/**/*"), *ROOT.glob("env/**/*"), ROOT / "pyproject.toml", ROOT / "tests/oracle.txt"]:
         if path.is_file():
             assert not re.search(r"--(extra-)?index-url|--find-links|--trusted-host", path.read_text()), path

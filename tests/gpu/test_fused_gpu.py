@@ -14,7 +14,7 @@ from rwkv.models.v4 import Sizes
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 
 
-def test_the_compiled_unit_and_not_its_absence_is_tested():
+def test_compiled_kernels_in_use():
     assert isinstance(native._kernels(torch.zeros(1, device="cuda")), gpu.Unit)
 
 
@@ -42,7 +42,7 @@ def test_gates_and_squared_relu(stream):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-def test_dropout_draws_what_the_cpu_draws(dtype):
+def test_dropout_mask_matches_cpu(dtype):
     for count in (5003, 5000):
         cases.dropout(dtype, count, "cuda")
 
@@ -53,16 +53,16 @@ def test_loss(dtype, words):
     cases.loss(dtype, words, words, "cuda")
 
 
-def test_what_is_not_finite_is_not_hidden():
+def test_nan_and_inf_propagate():
     cases.not_finite("cuda")
 
 
-def test_the_same_bits_twice():
+def test_deterministic():
     first, second = (cases.all_gradients("cuda", (4, 1024, 768)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_work_is_ordered_on_the_callers_stream():
+def test_runs_on_current_stream():
     k = normal((300, 256), FP32, 0).cuda()
     expected = native.relu2(k)
     torch.cuda.synchronize()
@@ -103,7 +103,7 @@ def step():
 
 
 @pytest.mark.parametrize("grad_cp", [False, True])
-def test_a_step_is_the_one_that_torchs_operations_make_and_keeps_no_more(step, grad_cp):
+def test_step_matches_torch_operations(step, grad_cp):
     ours, theirs = step(native._kernels, grad_cp, FP32), step(lambda *_: None, grad_cp, FP32)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=0)
     for a, b in zip(ours[1], theirs[1], strict=True):
@@ -111,7 +111,7 @@ def test_a_step_is_the_one_that_torchs_operations_make_and_keeps_no_more(step, g
     assert ours[2] <= theirs[2]
 
 
-def test_no_host_sync_inside_a_step(step):
+def test_no_host_sync(step):
     step(native._kernels)  # kernels and libraries are loaded
     model = RWKV(Sizes(2, 256, 1000, 256, 1024))
     model.initialise(1e-4)

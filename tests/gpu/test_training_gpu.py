@@ -36,13 +36,13 @@ def losses(make_data, tmp_path):
     return run
 
 
-def test_full_tuning_in_fp32_follows_the_cpu(losses):
+def test_full_tuning_fp32_matches_cpu(losses):
     on = [losses(TrainConfig, device, precision="fp32", accelerator=device, **MODEL) for device in ("cpu", "gpu")]
     assert on[0][-1] < on[0][0]
     torch.testing.assert_close(*on, rtol=1e-4, atol=0)  # sums in another order, through 20 steps of Adam
 
 
-def test_lora_in_fp32_follows_the_cpu(losses, make_base):
+def test_lora_fp32_matches_cpu(losses, make_base):
     base = str(make_base(**MODEL))
     flags = {"load_model": base, "lora": True, "lora_r": 4, "lora_alpha": 8, "precision": "fp32"}
     on = [losses(LoRAConfig, device, accelerator=device, **flags) for device in ("cpu", "gpu")]
@@ -51,21 +51,21 @@ def test_lora_in_fp32_follows_the_cpu(losses, make_base):
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
-def test_lower_precisions_train(losses, precision):
+def test_low_precision_follows_fp32(losses, precision):
     exact = losses(TrainConfig, "fp32", precision="fp32", accelerator="gpu", **MODEL)
     rounded = losses(TrainConfig, precision, precision=precision, accelerator="gpu", **MODEL)
     assert rounded[-1] < rounded[0]
     torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)  # 8 significant bits in bf16, in every product
 
 
-def test_checkpointed_blocks_change_memory_and_nothing_else(losses):
+def test_gradient_checkpointing_same_losses(losses):
     kept, again = (
         losses(TrainConfig, f"grad_cp{n}", precision="fp32", accelerator="gpu", grad_cp=n, **MODEL) for n in (0, 1)
     )
     torch.testing.assert_close(kept, again, rtol=1e-6, atol=0)
 
 
-def test_a_state_is_carried_token_by_token_on_a_gpu(make_base):
+def test_token_by_token_matches_parallel(make_base):
     model = checkpoint.load_model(make_base(**MODEL), device="cuda")
     tokens = torch.randint(300, (2, 50), device="cuda")
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_a_state_is_carried_token_by_token_on_a_gpu(make_base):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("way", [*WAYS, "fp16"])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_no_step_waits_for_the_gpu(monkeypatch, make_base, make_data, tmp_path, way, method, masked):
+def test_no_host_sync(monkeypatch, make_base, make_data, tmp_path, way, method, masked):
     """torch raises where its own code waits, from the beginning of step FIRST to that of step LAST, which is saved."""
     steps = []
 

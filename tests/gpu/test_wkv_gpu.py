@@ -20,7 +20,7 @@ def cuda(w, u, k, v, state=None, reset=None, initial=None):
     return wkv4(w, u, k, v, state, reset, initial=initial, impl="cuda")
 
 
-def test_auto_takes_the_cuda_unit(monkeypatch):
+def test_auto_selects_cuda(monkeypatch):
     monkeypatch.setattr(reference, "wkv4", lambda *_: pytest.fail("auto fell back to the reference"))
     wkv4(*on_gpu(inputs(1, 3, 2))[:6])
 
@@ -30,7 +30,7 @@ def test_auto_takes_the_cuda_unit(monkeypatch):
     "shape", [(1, 1, 1), (2, 15, 33), (3, 16, 768), (1, 33, 5), (2, 97, 130), (5, 300, 70), (1, 700, 768)]
 )
 @pytest.mark.parametrize(("state", "reset", "initial"), [(False,) * 3, (True, True, False), (True, True, True)])
-def test_fp32_equals_fp64(shape, scale, state, reset, initial):
+def test_fp32_close_to_fp64(shape, scale, state, reset, initial):
     seed = hash((shape, scale)) % 1000
     arguments = inputs(*shape, scale=scale, state=state, reset=reset, initial=initial, seed=seed)
     fast = outputs_and_gradients(cuda, *on_gpu(arguments))
@@ -45,7 +45,7 @@ def test_half_precision_is_rounded_fp32(dtype):
 
 
 @pytest.mark.parametrize("segment", [16, 48, 1024])
-def test_any_split_in_time_gives_the_same(segment):
+def test_any_segment_length(segment):
     arguments = inputs(2, 500, 64)
     moved = on_gpu(arguments)
     assert load.why_unavailable_on(0) is None
@@ -56,7 +56,7 @@ def test_any_split_in_time_gives_the_same(segment):
     assert_close({name: x.cpu() for name, x in fast.items()}, slow, truth, arguments)
 
 
-def test_long_sequences_agree_with_fp64():
+def test_long_sequence():
     arguments = inputs(1, 16384, 8, reset=False, state=False)
     with torch.no_grad():
         fast, _ = cuda(*on_gpu(arguments))
@@ -64,13 +64,13 @@ def test_long_sequences_agree_with_fp64():
     torch.testing.assert_close(fast.double(), exact, rtol=1e-4, atol=1e-5)  # 16384 decays rounded to fp32
 
 
-def test_same_bits_twice():
+def test_deterministic():
     arguments = on_gpu(inputs(4, 2048, 768))
     first, second = (outputs_and_gradients(cuda, *arguments) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_what_is_not_finite_is_not_hidden():
+def test_nan_and_inf_propagate():
     w, u, k, v, *_ = inputs(1, 50, 4, state=False, reset=False)
     for bad in (float("nan"), float("inf")):
         broken = k.clone()
@@ -79,7 +79,7 @@ def test_what_is_not_finite_is_not_hidden():
         assert torch.equal(y.isnan(), reference.wkv4(w, u, broken, v)[0].isnan())
 
 
-def test_work_is_ordered_on_the_callers_stream():
+def test_runs_on_current_stream():
     w, u, k, v, *_ = on_gpu(inputs(2, 300, 256, state=False, reset=False))
     expected = cuda(w, u, k, v)[0]
     torch.cuda.synchronize()
@@ -93,7 +93,7 @@ def test_work_is_ordered_on_the_callers_stream():
     assert torch.equal(y, expected)
 
 
-def test_it_can_be_captured_in_a_graph():
+def test_cuda_graph_capture():
     w, u, k, v, *_ = on_gpu(inputs(2, 300, 256, state=False, reset=False))
     expected = cuda(w, u, k, v)[0]
     graph = torch.cuda.CUDAGraph()
@@ -106,7 +106,7 @@ def test_it_can_be_captured_in_a_graph():
 
 @pytest.mark.parametrize("length", [4096, 16384])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_what_is_stated(dtype, length):
+def test_documented_memory(dtype, length):
     shape = (2, length, 1024)
     w, u = (torch.randn(1024, device="cuda") for _ in range(2))
     leaves = [-w.exp(), u, *(torch.randn(shape, device="cuda", dtype=dtype) for _ in range(2))]
@@ -129,7 +129,7 @@ def test_memory_is_what_is_stated(dtype, length):
     not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 48 << 30,
     reason="needs 48 GiB of GPU memory",
 )
-def test_offsets_have_64_bits():
+def test_64_bit_offsets():
     length, channels, tail = 1_100_000, 2048, 64  # 2.25 · 10^9 numbers
     w, u, *_ = on_gpu(inputs(1, 1, channels, state=False, reset=False))
     k, v = (torch.randn(1, length, channels, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(2))

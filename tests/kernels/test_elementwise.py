@@ -31,12 +31,12 @@ COMPILED = native._kernels
 
 @settings(max_examples=40, deadline=None)
 @given(stream=st.sampled_from(STREAMS), width=WIDTHS, channels=NORM_SIZES, seed=st.integers(0, 2**31))
-def test_norm_is_layer_norm_and_adds_the_gradient_that_flows_past(stream, width, channels, seed):
+def test_norm(stream, width, channels, seed):
     take(width)
     cases.norm(stream, 19, channels, seed)
 
 
-def test_autocast_says_what_is_inside():
+def test_autocast_output_dtype():
     x, w, b = normal((2, 3, 8), torch.float32, 0), torch.ones(8), torch.zeros(8)
     assert native.norm(x, w, b, 1e-5).dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -48,7 +48,7 @@ def test_autocast_says_what_is_inside():
     dtype=DTYPES, width=WIDTHS, channels=SIZES, length=st.sampled_from([1, 2, 19]),
     count=st.sampled_from([1, 2, 3]), reset=st.booleans(), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_mix_is_token_shift(dtype, width, channels, length, count, reset, seed):
+def test_mix(dtype, width, channels, length, count, reset, seed):
     take(width)
     cases.mix(dtype, length, channels, count, reset, seed)
 
@@ -68,12 +68,12 @@ def test_gates_and_squared_relu(stream, width, count, scale, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", ["baseline", "avx2", "avx512", "avx512_bf16"])
-def test_dropout_draws_the_same_with_any_width_and_without_the_unit(dtype, width):
+def test_dropout_independent_of_vector_width(dtype, width):
     take(width)
     cases.dropout(dtype, 5003)
 
 
-def test_dropout_drops_a_share_p_whatever_the_seed_and_independently():
+def test_dropout_statistics():
     x = torch.ones(1 << 20)
     masks = [native.dropout(x, seed, 0.25) == 0 for seed in (1, 2, 3)]
     for mask in masks:  # the standard deviation of a share is 0.0004
@@ -85,23 +85,23 @@ def test_dropout_drops_a_share_p_whatever_the_seed_and_independently():
 
 @settings(max_examples=30, deadline=None)
 @given(dtype=DTYPES, width=WIDTHS, words=st.sampled_from([2, 31, 32, 33, 1000]), seed=st.integers(0, 2**31))
-def test_the_loss_is_cross_entropy_and_its_gradient_softmax_with_l2wrap(dtype, width, words, seed):
+def test_loss(dtype, width, words, seed):
     take(width)
     cases.loss(dtype, words, seed)
 
 
 @pytest.mark.parametrize("width", ["baseline", "avx2", "avx512", "avx512_bf16", "torch"])
-def test_what_is_not_finite_is_not_hidden(width):
+def test_nan_and_inf_propagate(width):
     take(width)
     cases.not_finite()
 
 
-def test_a_target_outside_the_vocabulary_is_refused():
+def test_target_out_of_range():
     with pytest.raises(IndexError, match="target 7 is not below the vocabulary of 7"):
         native.softmax_gradient(torch.zeros(2, 7), torch.tensor([3, 7]), 1e-4, True)
 
 
-def test_gradients_are_the_same_bits_with_any_number_of_threads():
+def test_deterministic_across_thread_counts():
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2):
@@ -112,7 +112,7 @@ def test_gradients_are_the_same_bits_with_any_number_of_threads():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_model_without_compiled_kernels_is_the_same(make_model, monkeypatch):
+def test_model_without_compiled_kernels(make_model, monkeypatch):
     tokens = torch.randint(50, (2, 23), generator=torch.Generator().manual_seed(1))
     found = []
     for kernels in (native._kernels, lambda *tensors: None):

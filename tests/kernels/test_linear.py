@@ -12,7 +12,7 @@ SHAPES = [(1, 3, 5), (7, 33, 65), (40, 200, 300), (300, 512, 96)]  # rows, out, 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_products_and_gradients_equal_torchs(shape, dtype):
+def test_matches_torch_linear(shape, dtype):
     rows, out, inside = shape
     torch.manual_seed(0)
     x, weight, g = torch.randn(2, rows, inside), torch.randn(out, inside), torch.randn(2, rows, out)
@@ -34,7 +34,7 @@ def test_products_and_gradients_equal_torchs(shape, dtype):
         assert bool((a.double() - b).abs().max() <= share * b.abs().max() + 2 * (t.double() - b).abs().max())
 
 
-def test_products_repeat_bit_for_bit():
+def test_deterministic():
     torch.manual_seed(0)
     x, weight = torch.randn(300, 96, requires_grad=True), torch.randn(512, 96, requires_grad=True)
     twice = [(linear(x, weight), *torch.autograd.grad(linear(x, weight).sin().sum(), (x, weight))) for _ in range(2)]
@@ -49,13 +49,13 @@ def kept(run) -> list[torch.Tensor]:
     return tensors
 
 
-def test_a_frozen_layer_keeps_nothing_but_its_weight():
+def test_frozen_layer_saves_weight_only():
     layer, x = Matrix(8, 16, bias=False), torch.randn(2, 5, 8, requires_grad=True)
     layer.weight.requires_grad_(False)
     assert [t.data_ptr() for t in kept(lambda: layer(x))] == [layer.weight.data_ptr()]
 
 
-def test_trained_layer_saves_what_recomputes_its_input():
+def test_trained_layer_recomputes_input():
     layer, k = Matrix(8, 16, bias=False), torch.randn(2, 5, 8, requires_grad=True)
     torch.nn.init.normal_(layer.weight)  # a Matrix holds whatever lay in its memory, NaN too
     x = native.relu2(k)
@@ -67,7 +67,7 @@ def test_trained_layer_saves_what_recomputes_its_input():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # fp32, sums in another order
 
 
-def test_autocast_computes_in_bf16_and_leaves_gradients_in_fp32():
+def test_autocast_bf16_with_fp32_gradients():
     layer, x = Matrix(40, 50, bias=False), torch.randn(3, 9, 40, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)

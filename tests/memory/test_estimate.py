@@ -51,7 +51,7 @@ PARTS = [
 
 @pytest.mark.parametrize("parts", [(), *PARTS], ids=",".join)
 @pytest.mark.parametrize("sizes", [SMALL, replace(SMALL, pre_ffn=True)], ids=["plain", "pre_ffn"])
-def test_numbers_and_weights_are_those_of_the_model(sizes, parts):
+def test_parameter_counts_and_weight_bytes(sizes, parts):
     plan = Plan(sizes, lora=bool(parts), parts=parts, r=4, precision="bf16")
     model = build(plan)
     assert memory.total(sizes) == sum(p.numel() for p in RWKV(sizes).parameters())
@@ -77,7 +77,7 @@ def saved(p: Plan) -> int:
 
 @pytest.mark.parametrize("parts", [(), *PARTS], ids=",".join)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_saved_bytes_of_a_block_are_autograds(precision, parts):
+def test_saved_activation_bytes_per_block(precision, parts):
     def plan(layers: int, tokens: int) -> Plan:
         sizes = Sizes(layers, 48, 64, 32, 80)
         return Plan(sizes, lora=bool(parts), parts=parts, r=4, precision=precision, gpu=False, ctx_len=tokens)
@@ -117,7 +117,7 @@ def peaks(p: Plan) -> dict[str, int]:
     ("kind", "precision", "grad_cp"),
     [("lora", "fp32", False), ("full", "fp32", True), ("full", "bf16", False), ("lora", "bf16", True)],
 )
-def test_peak_of_a_step_is_predicted_within_a_tenth(kind, precision, grad_cp):
+def test_predicted_peak_of_step(kind, precision, grad_cp):
     width = 256 if precision == "fp32" else 128
     plan = Plan(
         Sizes(8 if precision == "fp32" else 4, width, 2048, width, 4 * width),
@@ -136,7 +136,7 @@ def test_peak_of_a_step_is_predicted_within_a_tenth(kind, precision, grad_cp):
 
 
 @pytest.mark.parametrize(("name", "method"), [("0.1b", "full"), ("0.4b", "lora")])
-def test_a_published_size_is_predicted_from_few_of_its_layers(name, method, monkeypatch):
+def test_predicted_peak_at_published_width(name, method, monkeypatch):
     """The widths of the published model. What a layer adds is measured, and with it the whole: bench/memory.py measures all layers, in minutes."""
     monkeypatch.setattr(RWKV, "initialise", lambda model, scale: [x.data.fill_(0.01) for x in model.parameters()])
     # In the precision that this processor trains in: bf16 takes minutes where it has no instructions for it.
@@ -152,7 +152,7 @@ STATES = ("weights", "gradients", "optimizer")
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8, 64])
-def test_zero_keeps_what_its_paper_says(devices):
+def test_zero_matches_paper(devices):
     plan = replace(Plan(published("1.5b"), lora=False, devices=devices, per_node=8), precision="fp16")
     numbers = memory.total(plan.sizes)
     for stage, expected in ((1, 4 + 12 / devices), (2, 2 + 14 / devices), (3, 16 / devices)):  # K = 12, figure 1
@@ -162,7 +162,7 @@ def test_zero_keeps_what_its_paper_says(devices):
         assert found >= expected * numbers
 
 
-def test_deepspeed_s_own_estimators_agree():
+def test_zero_matches_deepspeed_estimators():
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as stage_3
 
     compat.cpp_extension()

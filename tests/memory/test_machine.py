@@ -54,16 +54,16 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_smallest_limit_of_all_levels_holds(cgroups, case):
+def test_smallest_cgroup_limit(cgroups, case):
     hierarchies, limit = CASES[case]
     assert machine._cgroup(cgroups(*hierarchies)) == limit
 
 
-def test_without_proc_there_is_no_limit(tmp_path):
+def test_no_proc_no_limit(tmp_path):
     assert machine._cgroup(tmp_path / "none") == NONE
 
 
-def test_a_gpu_s_memory_is_that_of_the_devices_that_torch_sees(monkeypatch):
+def test_gpu_memory_of_visible_devices(monkeypatch):
     """Whatever NVML calls number 0: it knows neither CUDA_VISIBLE_DEVICES nor MIG instances."""
     sizes, shared = [24, 8, 80], [0, 0, 1]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -89,6 +89,6 @@ def test_a_gpu_s_memory_is_that_of_the_devices_that_torch_sees(monkeypatch):
     assert machine.gpu_used(0) == 0
 
 
-def test_without_a_gpu_its_memory_is_unknown(monkeypatch):
+def test_gpu_memory_without_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert machine.memory_of(gpu=True) == 0

@@ -85,7 +85,7 @@ STEPS = [  # devices, the plan that just fits, and the flags that come of it
 
 
 @pytest.mark.parametrize(("devices", "fitting", "expected"), STEPS)
-def test_auto_takes_the_flags_that_cost_least(begin, capsys, devices, fitting, expected):
+def test_auto_picks_cheapest_flags(begin, capsys, devices, fitting, expected):
     wanted = plan(devices=devices, per_node=devices, **fitting)
     config = begin(TrainConfig, room_for(wanted), "--devices", str(devices))
     chosen = planning.plan_of(config, SIZES, True, "bf16")
@@ -100,14 +100,14 @@ def test_auto_takes_the_flags_that_cost_least(begin, capsys, devices, fitting, e
     )
 
 
-def test_lora_is_chosen_for_alike(begin, capsys):
+def test_auto_for_lora(begin, capsys):
     wanted = plan(lora=True, micro_bsz=1, accumulate=4, devices=8, per_node=8)
     config = begin(LoRAConfig, room_for(wanted), "--devices", "8", "--lora", "1")
     assert (config.micro_bsz, config.grad_cp, config.strategy) == (1, 0, "auto")
     assert f"of {planning.USABLE * room_for(wanted) / 1e9:.2f} GB" in capsys.readouterr().out
 
 
-def test_auto_leaves_out_what_this_machine_or_another_flag_refuses(begin, monkeypatch):
+def test_auto_respects_host_memory_and_flags(begin, monkeypatch):
     offloaded = room_for(plan(micro_bsz=1, accumulate=4, grad_cp=True, strategy="deepspeed_stage_2_offload"))
     with pytest.raises(
         UserError,
@@ -122,7 +122,7 @@ def test_auto_leaves_out_what_this_machine_or_another_flag_refuses(begin, monkey
         begin(TrainConfig, offloaded, "--on_nan", "skip")
 
 
-def test_on_a_gpu_too_out_of_memory_is_an_error_with_a_remedy(monkeypatch):
+def test_cuda_out_of_memory_message(monkeypatch):
     total, used = 24 * 10**9, 23 * 10**9
     monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: total)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: used)
@@ -140,7 +140,7 @@ def test_on_a_gpu_too_out_of_memory_is_an_error_with_a_remedy(monkeypatch):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
-def test_where_the_memory_is_unknown_nothing_is_reckoned_with_zero(begin, capsys, monkeypatch):
+def test_unknown_gpu_memory(begin, capsys, monkeypatch):
     config = begin(TrainConfig, 0, "--grad_cp", "1")
     assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp, config.strategy) == (4, 1, 1, "auto")
     said = capsys.readouterr().out

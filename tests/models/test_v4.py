@@ -40,7 +40,7 @@ SIZES = [{}, {"n_layer": 1}, {"n_layer": 3, "n_embd": 24, "dim_att": 40, "dim_ff
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_logits_and_gradients_equal_transformers(make_model, sizes):
+def test_logits_and_gradients_match_transformers(make_model, sizes):
     model = make_model(**sizes)
     twin = transformers_twin(model)
     tokens = torch.randint(50, (3, 29), generator=torch.Generator().manual_seed(1))
@@ -59,7 +59,7 @@ def test_logits_and_gradients_equal_transformers(make_model, sizes):
 
 
 @pytest.mark.parametrize("sizes", [*SIZES, {"pre_ffn": True}, {"n_layer": 1, "pre_ffn": True}])
-def test_token_by_token_equals_parallel(make_model, sizes):
+def test_token_by_token_matches_parallel(make_model, sizes):
     model = make_model(**sizes).eval()
     tokens = torch.randint(50, (2, 37), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_token_by_token_equals_parallel(make_model, sizes):
         torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-5, atol=1e-5)
 
 
-def test_gradient_checkpointing_changes_no_gradient(make_model):
+def test_gradient_checkpointing_same_gradients(make_model):
     tokens = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(1))
     gradients = []
     for grad_cp in (False, True):
@@ -89,7 +89,7 @@ def test_gradient_checkpointing_changes_no_gradient(make_model):
 
 @pytest.mark.parametrize("grad_cp", [False, True])
 @pytest.mark.parametrize("sizes", [{}, {"pre_ffn": True}], ids=str)
-def test_dropout_is_upstreams_of_the_embedding_and_of_the_stream_after_every_mix(make_model, grad_cp, sizes):
+def test_dropout_placement_matches_upstream(make_model, grad_cp, sizes):
     model, p = make_model(**sizes), 0.3
     model.grad_cp, model.dropout = grad_cp, p
     tokens = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -115,7 +115,7 @@ def test_dropout_is_upstreams_of_the_embedding_and_of_the_stream_after_every_mix
         torch.testing.assert_close(ours[name], parameter.grad)  # the gradient of the mask by autograd
 
 
-def test_pre_ffn_replaces_the_time_mix_of_block_0(make_model):
+def test_pre_ffn_replaces_first_time_mix(make_model):
     names = dict(make_model(pre_ffn=True).named_parameters())
     assert "blocks.0.ffnPre.key.weight" in names
     assert "blocks.0.att.key.weight" not in names
@@ -124,7 +124,7 @@ def test_pre_ffn_replaces_the_time_mix_of_block_0(make_model):
 
 @pytest.mark.parametrize("sizes", [*SIZES, {"pre_ffn": True}])
 @pytest.mark.parametrize("grad_cp", [False, True])
-def test_packed_documents_give_the_logits_and_gradients_of_documents_run_alone(make_model, sizes, grad_cp):
+def test_packed_documents_match_separate_documents(make_model, sizes, grad_cp):
     lengths = [[5, 1, 9, 14], [29]]
     tokens = torch.randint(50, (2, 29), generator=torch.Generator().manual_seed(1))
     weights = torch.randn(2, 29, 50, generator=torch.Generator().manual_seed(2))
@@ -151,7 +151,7 @@ def test_packed_documents_give_the_logits_and_gradients_of_documents_run_alone(m
         assert float((ours.grad - theirs.grad).abs().max()) <= 2e-5 * float(theirs.grad.abs().max().clamp_min(1)), name
 
 
-def test_no_gradient_crosses_a_document_start(make_model):
+def test_no_gradient_across_documents(make_model):
     model = make_model()
     tokens = torch.randint(50, (1, 12), generator=torch.Generator().manual_seed(1))
     reset = torch.zeros(1, 12, dtype=torch.bool)
@@ -168,7 +168,7 @@ def test_no_gradient_crosses_a_document_start(make_model):
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_block_keeps_what_the_docstring_says(make_model, stored, autocast, trained):
+def test_saved_activation_bytes_match_docstring(make_model, stored, autocast, trained):
     D, A, F, B, T = 32, 48, 96, 2, 64
     model = make_model(n_layer=3, n_embd=D, dim_att=A, dim_ffn=F)
     for parameter in model.parameters():

@@ -71,7 +71,7 @@ WAYS = {
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_no_step_waits(device, make_base, make_data, tmp_path, way, method, masked):
+def test_no_host_sync(device, make_base, make_data, tmp_path, way, method, masked):
     config, flags = TrainConfig, SMALL
     if method == "lora":
         config, flags = LoRAConfig, TUNE | {"load_model": str(make_base()), "lora_dropout": 0.1}
@@ -85,9 +85,7 @@ def test_no_step_waits(device, make_base, make_data, tmp_path, way, method, mask
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_a_step_that_is_left_out_on_the_device_is_the_one_that_the_host_leaves_out(
-    make_base, tmp_path, monkeypatch, decay
-):
+def test_device_skips_same_step_as_host(make_base, tmp_path, monkeypatch, decay):
     flags = poisoned(make_base, tmp_path) | {"on_nan": "skip", "weight_decay": decay}
     made = []
     for name in ("host", "device"):
@@ -150,7 +148,7 @@ def masked_loss(x):
 @pytest.mark.parametrize(
     "how", [asks(f) for f in (item, truth, mask, nonzero, tolist, to_cpu, numpy, set_by_mask, masked_loss)]
 )
-def test_asking_is_seen(how):
+def test_sync_detected(how):
     x, device = torch.ones(2, 3), Device()
     device.place(x)
     with device:

@@ -24,7 +24,7 @@ def data(tmp_path):
 
 @pytest.mark.parametrize("flags", [{}, {"magic_prime": -1}, {"doc_training": 1}], ids=str)
 @pytest.mark.parametrize("count", [60, 400])
-def test_how_often_each_document_is_seen_is_what_is_counted(data, flags, count):
+def test_coverage_matches_count(data, flags, count):
     c = TrainConfig(ctx_len=CTX, micro_bsz=1, epoch_steps=count, epoch_count=1, **flags)
     training, _ = samples.make(c, data)
     seen = np.zeros(len(training.stream), int)

@@ -219,7 +219,7 @@ def column(run: Path, key: str = "loss") -> list[float]:
 
 
 @pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{name}, {case}" for name, case in CASES])
-def test_two_processes_make_the_steps_of_one(runs, name, case):
+def test_two_processes_match_one(runs, name, case):
     alone, run = runs / PAIRED[case][0], runs / f"{name}, {case}"
     assert len(column(run)) == STEPS
     for key in ("loss", "val_loss", "lr", "targets", "grad_norm"):
@@ -234,14 +234,14 @@ def test_two_processes_make_the_steps_of_one(runs, name, case):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize(("before", "after"), CHANGED)
-def test_a_run_goes_on_under_another_strategy(runs, before, after, kind):
+def test_resume_with_other_strategy(runs, before, after, kind):
     run, alone = runs / f"{before}, then {after}, {kind}", runs / {"full": "clipped", "lora": "lora"}[kind]
     assert [line["step"] for line in lines(run)] == [*range(1, STEPS + 1)]
     assert column(run) == pytest.approx(column(alone), rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", SOLO)
-def test_deepspeed_alone_makes_the_steps_of_a_plain_run(runs, name):
+def test_deepspeed_single_process_matches_plain(runs, name):
     run, plain = runs / f"{name}, one process", runs / ("clipped" if SOLO[name][0] == "full" else "lora")
     assert len(column(run)) == STEPS
     for key in ("loss", "grad_norm"):
@@ -249,7 +249,7 @@ def test_deepspeed_alone_makes_the_steps_of_a_plain_run(runs, name):
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_a_gradient_that_is_not_finite_ends_a_run_but_in_fp16(runs, case):
+def test_nan_gradient_ends_run_except_fp16(runs, case):
     """In fp16 it is how the loss scale is found: such a step is skipped. Nowhere else may a step be skipped without a word."""
     norms = [line["grad_norm"] for line in lines(runs / case)]  # what is not finite is None there
     if " fp16" in case:
@@ -264,7 +264,7 @@ def test_a_gradient_that_is_not_finite_ends_a_run_but_in_fp16(runs, case):
         assert "--on_nan skip" not in said  # DeepSpeed has none
 
 
-def test_a_configuration_that_deepspeed_refuses_is_no_traceback(runs):
+def test_invalid_ds_config_value(runs):
     said = (runs / "refused/error.txt").read_text()
     assert said.startswith(f"--ds_config {runs / 'wrong.json'}: DeepSpeed refuses it (")
     assert "sub_group_size" in said
@@ -280,7 +280,7 @@ def test_deepspeed_compiles_nothing(runs):
 
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "ddp"])
-def test_deepspeed_takes_no_more_than_it_needs(runs, name):
+def test_deepspeed_overhead(runs, name):
     full, lora = facts(runs / f"{name}, full"), facts(runs / f"{name}, lora with gradient checkpointing")
     trained = sum(value.numel() for value in read_tensors(runs / "base.pth").values())
     assert full["bucket"] == trained  # --ds_bucket_mb 1 is a million
@@ -296,11 +296,11 @@ def test_deepspeed_does_not_flood_the_log(runs):
     assert said.count("unknown inputs or outputs") <= 1
 
 
-def test_accumulation_makes_the_steps_of_one_batch(runs):
+def test_accumulation_matches_single_batch(runs):
     assert column(runs / "accumulated") == pytest.approx(column(runs / "scaled"), rel=TOLERANCE)
 
 
-def test_the_gate_can_fail(runs):
+def test_comparison_detects_differences(runs):
     """Each property that the runs share by design shows in their losses: clipping, the size of the gradient."""
     clipped, scaled = column(runs / "clipped"), column(runs / "scaled")
     assert clipped[0] == scaled[0]
@@ -309,7 +309,7 @@ def test_the_gate_can_fail(runs):
 
 @pytest.mark.parametrize("name", LOW)
 @pytest.mark.parametrize(("kind", "alone"), [("full", "clipped"), ("lora", "lora")])
-def test_deepspeed_in_bf16_follows_and_saves_fp32(runs, name, kind, alone):
+def test_deepspeed_bf16(runs, name, kind, alone):
     # DeepSpeed holds the weights in bf16 (8 significant bits) and steps in fp32; autocast, the others' way, rounds them in products only
     run = runs / f"{name}, {kind}, bf16"
     assert column(run) == pytest.approx(column(runs / alone), rel=0.02)
@@ -324,7 +324,7 @@ def test_deepspeed_in_bf16_follows_and_saves_fp32(runs, name, kind, alone):
 
 
 @pytest.mark.parametrize("name", LOW)
-def test_a_run_in_bf16_goes_on_from_its_masters_as_if_never_stopped(runs, name):
+def test_deepspeed_bf16_resume(runs, name):
     whole, stopped = runs / f"{name}, full, bf16", runs / f"{name}, bf16, stopped"
     assert column(stopped) == column(whole)
     assert len(column(whole)) == STEPS

@@ -146,7 +146,7 @@ def agree(mine: list[float], p: dict, trained: list[str], stream: np.ndarray, c:
     ids=["decaying rate", "constant rate with warm-up", "weight decay", "accumulation"],
 )
 @pytest.mark.parametrize("one_sample", [False, True], ids=["prime sampling", "one sample"])
-def test_thirty_steps_of_full_tuning_follow_upstream(make_base, make_data, tmp_path, extra, one_sample):
+def test_full_tuning_matches_upstream(make_base, make_data, tmp_path, extra, one_sample):
     base = make_base(n_layer=3, dim_att=24)
     ctx = 15
     data = make_data(ctx + 2 if one_sample else 500)
@@ -188,7 +188,7 @@ def test_thirty_steps_of_full_tuning_follow_upstream(make_base, make_data, tmp_p
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_thirty_steps_of_a_stage_follow_upstream(make_base, make_data, tmp_path, stage):
+def test_stage_matches_upstream(make_base, make_data, tmp_path, stage):
     """Nothing is given but the data and rwkv-init.pth: an epoch of 40320 samples, the prime, and the rates follow from the stage."""
     data, run = make_data(7 * 40400), tmp_path / "run"
     base = make_base("base.pth", n_layer=3, dim_att=24)
@@ -206,7 +206,7 @@ def test_thirty_steps_of_a_stage_follow_upstream(make_base, make_data, tmp_path,
 @pytest.mark.parametrize("parts", ["att,ln,time", "att,ffn,time,ln"])
 @pytest.mark.parametrize("lr_final", [5e-3, 5e-4], ids=["constant rate", "decaying rate"])
 @pytest.mark.parametrize("grad_cp", [0, 1])
-def test_twenty_steps_of_lora_follow_upstream(make_base, make_data, tmp_path, parts, lr_final, grad_cp):
+def test_lora_matches_upstream(make_base, make_data, tmp_path, parts, lr_final, grad_cp):
     base, data, ctx = make_base(n_layer=2), make_data(500), 15
     flags = {
         "ctx_len": ctx,

@@ -51,7 +51,7 @@ def fresh(library):
     initial=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_kernels_equal_the_reference(gpu, batch, length, channels, segment, scale, state, reset, initial, seed):
+def test_kernels_match_reference(gpu, batch, length, channels, segment, scale, state, reset, initial, seed):
     arguments = inputs(
         batch, length, channels, scale=scale, state=state, reset=reset, initial=initial and reset, seed=seed
     )
@@ -60,7 +60,7 @@ def test_kernels_equal_the_reference(gpu, batch, length, channels, segment, scal
     assert_close(fast, slow, outputs_and_gradients(reference.wkv4, *in_fp64(arguments)), arguments)
 
 
-def test_long_sequences_agree(gpu):
+def test_long_sequence(gpu):
     arguments = inputs(1, 4097, 3, reset=False)
     fast, slow = gpu.call("outputs_and_gradients", 32, *arguments), outputs_and_gradients(reference.wkv4, *arguments)
     for name in slow:
@@ -81,7 +81,7 @@ def gradients_of_the_sum(w, u, k, v):
     return torch.autograd.grad(reference.wkv4(*leaves)[0].sum(), leaves)
 
 
-def test_an_error_does_not_grow_with_the_number_of_segments(gpu):
+def test_error_independent_of_segment_count(gpu):
     """One early key outweighs all others and hardly decays: its gradient passes through 25 segments, and the running maximum, near 200,
     is rounded anew for every token."""
     w, u, k, v, *_ = inputs(1, 400, 33, state=False, reset=False)
@@ -93,7 +93,7 @@ def test_an_error_does_not_grow_with_the_number_of_segments(gpu):
     ).abs().max() <= 2e-6 * truth.abs().max()  # were it corrected for that rounding at every segment: 1e-3
 
 
-def test_gradients_are_nearer_to_the_truth_than_the_loops(gpu):
+def test_gradients_more_accurate_than_loop(gpu):
     """Keys near 200 that decay slowly: the loop rounds the running maximum for every token, the scan once for every segment of 16."""
     _, u, k, v, *_ = inputs(1, 400, 33, state=False, reset=False)
     arguments = -torch.linspace(0.01, 0.1, 33), u, k + 200, v
@@ -106,7 +106,7 @@ def test_gradients_are_nearer_to_the_truth_than_the_loops(gpu):
         assert ours <= theirs / times, name
 
 
-def test_the_incoming_states_gradient_is_free_of_drift_inside_segments(gpu):
+def test_state_gradient_without_drift(gpu):
     """A state near e^200 that outweighs all keys: inside a segment its scale is rounded anew for every token, to 2^-17."""
     _, u, k, v, first, *_ = inputs(1, 400, 33, reset=False)
     w, first[:, 2] = -torch.linspace(0.01, 0.1, 33), torch.linspace(190.0, 210.0, 33)
@@ -116,7 +116,7 @@ def test_the_incoming_states_gradient_is_free_of_drift_inside_segments(gpu):
     assert (fast - truth).abs().max() <= 2e-6 * truth.abs().max()  # from the segments' own runs: 1e-4
 
 
-def test_a_gradient_may_come_from_either_output_alone(gpu):
+def test_gradient_of_single_output(gpu):
     arguments = inputs(2, 70, 33)
     gy, gstate = torch.randn(2, 70, 33), torch.randn(2, 3, 33)
     both = gpu.call("gradients", 32, gy, gstate, *arguments)
@@ -134,7 +134,7 @@ def test_a_gradient_may_come_from_either_output_alone(gpu):
         )
 
 
-def test_no_gradient_of_a_document_reaches_the_one_before(gpu):
+def test_no_gradient_across_documents(gpu):
     w, u, k, v, first, *_ = inputs(1, 100, 33, reset=False)
     starts = torch.zeros(1, 100, dtype=torch.bool)
     starts[0, 53] = True
@@ -146,7 +146,7 @@ def test_no_gradient_of_a_document_reaches_the_one_before(gpu):
         assert gv[:, 53:].isnan().any()
 
 
-def test_a_bool_of_any_byte_is_true(gpu):
+def test_bool_with_any_nonzero_byte(gpu):
     w, u, k, v, *_ = inputs(1, 20, 8, state=False, reset=False)
     starts = torch.zeros(1, 20, dtype=torch.uint8)
     starts[0, 7] = 2
@@ -154,7 +154,7 @@ def test_a_bool_of_any_byte_is_true(gpu):
     assert torch.equal(gpu.call("bytes", 32, w, u, k, v, None, starts, None)[0], plain)
 
 
-def test_pieces_with_carried_state_equal_the_whole(gpu):
+def test_chunks_match_full_sequence(gpu):
     w, u, k, v, first, starts, _ = inputs(2, 100, 20)
     whole, last = gpu.call("wkv4", 32, w, u, k, v, first, starts, first)
     state, pieces = first, []
@@ -165,14 +165,14 @@ def test_pieces_with_carried_state_equal_the_whole(gpu):
     torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
 
 
-def test_the_same_bits_twice(gpu):
+def test_deterministic(gpu):
     arguments = inputs(2, 100, 33)
     first, second = (gpu.call("outputs_and_gradients", 32, *arguments) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_hidden(gpu, bad):
+def test_nan_and_inf_propagate(gpu, bad):
     w, u, k, v, *_ = inputs(1, 50, 4, state=False, reset=False)
     k[0, 20, 1] = bad
     y, _ = gpu.call("wkv4", 16, w, u, k, v, None, None, None)
@@ -183,7 +183,7 @@ def launches(calls):
     return [call.split()[1:] for call in calls if call.startswith("cuLaunchKernel")]
 
 
-def test_the_driver_is_asked_once_per_device_and_kernel_and_the_context_is_given_back(fresh, image):
+def test_driver_calls_are_cached(fresh, image):
     fresh.call("load", image)
     fresh.call("load", image)
     opening = ["cuInit 0", f"cuDeviceGet {DEVICE}", f"cuDevicePrimaryCtxRetain {100 + DEVICE}"]
@@ -197,7 +197,7 @@ def test_the_driver_is_asked_once_per_device_and_kernel_and_the_context_is_given
     assert fresh.call("calls") == launch
 
 
-def test_kernels_are_launched_in_order_on_the_stream_with_enough_threads(gpu):
+def test_launch_order_and_grid(gpu):
     gpu.call("calls")
     gpu.call("outputs_and_gradients", 32, *inputs(2, 100, 70))
     names = [
@@ -213,7 +213,7 @@ def test_kernels_are_launched_in_order_on_the_stream_with_enough_threads(gpu):
     assert launches(gpu.call("calls")) == grid
 
 
-def test_one_segment_needs_one_kernel_each_way(gpu):
+def test_single_segment_launches(gpu):
     gpu.call("calls")
     gpu.call("outputs_and_gradients", 112, *inputs(2, 100, 70))
     assert [name for name, *_ in launches(gpu.call("calls"))] == ["wkv4_output_fp32", "wkv4_gradient_fp32"]
@@ -228,7 +228,7 @@ def test_one_segment_needs_one_kernel_each_way(gpu):
         ("cuModuleLoadData", 222, "driver is older than the compiler of these kernels: update it"),
     ],
 )
-def test_a_refusal_of_the_driver_says_which_call_and_what_to_do(fresh, image, call, result, message):
+def test_driver_error(fresh, image, call, result, message):
     fresh.call("fail", call, result)
     with pytest.raises(RuntimeError, match=message):
         fresh.call("load", image)
@@ -238,7 +238,7 @@ def test_a_refusal_of_the_driver_says_which_call_and_what_to_do(fresh, image, ca
     assert "cuModuleLoadData ELF 1" in fresh.call("calls")
 
 
-def test_a_failed_launch_is_an_error_and_gives_the_context_back(fresh, image):
+def test_launch_error_restores_context(fresh, image):
     fresh.call("load", image)
     fresh.call("fail", "cuLaunchKernel wkv4_scan", 700)
     with pytest.raises(RuntimeError, match="cuLaunchKernel wkv4_scan: CUDA_ERROR_FAKE.*CUDA_LAUNCH_BLOCKING=1"):
@@ -246,24 +246,24 @@ def test_a_failed_launch_is_an_error_and_gives_the_context_back(fresh, image):
     assert fresh.call("calls")[-1] == "cuCtxPopCurrent"
 
 
-def test_nothing_is_launched_before_the_kernels_are_loaded(fresh):
+def test_launch_before_load(fresh):
     with pytest.raises(RuntimeError, match=f"no kernels are loaded for device {DEVICE}"):
         fresh.call("wkv4", 32, *inputs(1, 10, 8))
 
 
-def test_a_file_that_is_not_there_says_what_to_run(fresh):
+def test_missing_cubin(fresh):
     with pytest.raises(RuntimeError, match=r"none.cubin cannot be read; run: make kernels"):
         fresh.call("load", "none.cubin")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
-def test_without_a_driver_it_says_so():
+def test_no_driver():
     assert load.why_unavailable() is None
     with pytest.raises(RuntimeError, match="no NVIDIA driver found"):
         torch.ops.rwkv.cuda_load(0, str(build.library()))
 
 
-def test_segments_fill_a_gpu_and_no_more():
+def test_segment_length():
     for batch in (1, 3, 16, 200):
         for length in (1, 16, 100, 1024, 16384, 10**6):
             for channels in (1, 768, 5120, 70000):
