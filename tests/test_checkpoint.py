@@ -1,4 +1,4 @@
-"""Checkpoints go both ways with upstream's names; what does not fit is refused by name."""
+"""Checkpoints are compatible with upstream in both directions; mismatches are reported by tensor name."""
 
 import json
 import pickle
@@ -125,7 +125,7 @@ def test_not_a_checkpoint(tmp_path):
 
 
 def tuned(tmp_path, make_base, parts=("att", "time", "ln"), alpha=12):
-    """A base, an adapter on it with nothing zero, and the model that both make."""
+    """A base, an adapter on it without zero elements, and the model of both."""
     base = make_base()
     model = load_model(base).eval()
     lora.inject(model, parts, 4, alpha)

@@ -1,4 +1,4 @@
-"""What differs between the stacks is met in rwkv/compat.py, and seen nowhere else."""
+"""rwkv/compat.py hides the differences between the stacks from all other modules."""
 
 import os
 import re
@@ -41,7 +41,7 @@ def interrupted(module):
 
 def test_sigint_handler_restored():
     before = signal.getsignal(signal.SIGINT)
-    compat.fit(SimpleNamespace(fit=interrupted), None)  # as Lightning 2 ends
+    compat.fit(SimpleNamespace(fit=interrupted), None)  # as Lightning 2 ends on Ctrl-C
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -73,24 +73,22 @@ def test_mkl_avx2_on_amd(cpu, wakes, monkeypatch):
             raise FileNotFoundError
         return cpu
 
-    monkeypatch.setenv(
-        "MKL_DEBUG_CPU_TYPE", ""
-    )  # recorded, so that what wake_mkl sets is undone; deleting an absent variable records nothing
+    # setenv first: monkeypatch does not restore a variable that was absent when deleted
+    monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "")
     monkeypatch.delenv("MKL_DEBUG_CPU_TYPE")
     monkeypatch.setattr(Path, "read_text", text)
     compat.wake_mkl()
     assert os.environ.get("MKL_DEBUG_CPU_TYPE") == ("5" if wakes and compat.stack() == "cu117" else None)
-    monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "4")  # the user's word
+    monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "4")  # set by the user
     compat.wake_mkl()
     assert os.environ["MKL_DEBUG_CPU_TYPE"] == "4"
 
 
 def test_version_checks_only_in_compat(root):
     for path in sorted((root / "rwkv").rglob("*.py")):
-        asks = re.findall(
+        checks = re.findall(
             r"version_info|importlib|ImportError|ModuleNotFoundError|__version__\S* *(?:[<>]|==|!=)",
             path.read_text(encoding="utf-8"),
         )
-        assert not asks or path.name in ("compat.py", "doctor.py", "run_manifest.py", "terminal.py"), (
-            path
-        )  # two report versions, one hides packages, one does without readline
+        # doctor and run_manifest report versions; terminal works without readline
+        assert not checks or path.name in ("compat.py", "doctor.py", "run_manifest.py", "terminal.py"), path

@@ -38,7 +38,7 @@ def entries(node: yaml.MappingNode) -> dict[str, yaml.Node]:
 
 def test_cpu_compose_removes_gpu():
     reserving = {name for name, service in COMPOSE["services"].items() if "deploy" in service}
-    cpu = yaml.compose((ROOT / "compose.cpu.yaml").read_text())  # nodes: SafeLoader knows no !reset
+    cpu = yaml.compose((ROOT / "compose.cpu.yaml").read_text())  # nodes, as SafeLoader does not support !reset
     services = {name: entries(service) for name, service in entries(entries(cpu)["services"]).items()}
     assert set(services) == reserving
     assert {service["deploy"].tag for service in services.values()} == {"!reset"}
@@ -52,13 +52,13 @@ def steps(workflow: Path) -> list[dict]:
 def test_workflow_permissions(workflow):
     content = yaml.safe_load(workflow.read_text())
     assert content["permissions"] == {}
-    assert "pull_request_target" not in content[True]  # YAML's reading of `on`
+    assert "pull_request_target" not in content[True]  # YAML reads `on` as true
     for job in content["jobs"].values():
         writes = {name for name, right in job["permissions"].items() if right == "write"}
         assert writes <= ({"packages"} if workflow.stem == "release" else set())
         assert 0 < job["timeout-minutes"] <= 90
         for step in job["steps"]:
-            assert "${{" not in step.get("run", ""), "values reach a script through its environment"
+            assert "${{" not in step.get("run", ""), "pass values through the environment"
             if "actions/checkout" in step.get("uses", ""):
                 assert step["with"]["persist-credentials"] is False
 
@@ -75,7 +75,7 @@ def test_workflow_commands_exist():
 
 
 def output(step: dict, folder: Path, **environment: str) -> tuple[int, str]:
-    """What a step of a workflow writes to GITHUB_OUTPUT, and its status; docker prints two tags."""
+    """Exit status of a workflow step and what it writes to GITHUB_OUTPUT; docker is a stub that prints two tags."""
     (folder / "docker").write_text("#!/bin/bash\nprintf 'a\\nb\\n'\n")
     (folder / "docker").chmod(0o755)
     written = folder / "output"
@@ -102,7 +102,7 @@ def test_release_tags(tmp_path):
 
 @pytest.fixture
 def pinned(tmp_path):
-    """env/pin.sh on a copy, where git and docker answer as the stand-ins do."""
+    """Run env/pin.sh on a copy of the checkout, with stubs for git and docker."""
     for folder in ("docker", "env", ".github"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     shutil.copy(ROOT / "compose.yaml", tmp_path)
@@ -128,9 +128,10 @@ def used(folder: Path) -> set[str]:
 
 def test_pin_writes_commits_and_digests(pinned):
     commit, digest = "a" * 40, "sha256:" + "b" * 64
-    git = f"printf '%s\\trefs/tags/x\\n%s\\trefs/tags/x^{{}}\\n' {'c' * 40} {commit}"  # annotated: the tag's own hash comes first
+    # an annotated tag: its own hash comes before the commit's
+    git = f"printf '%s\\trefs/tags/x\\n%s\\trefs/tags/x^{{}}\\n' {'c' * 40} {commit}"
     before = used(pinned.folder)
-    for _ in range(2):  # a second run finds what the first has written
+    for _ in range(2):  # the second run reads what the first has written
         assert pinned(git, f"echo {digest}").returncode == 0
         assert used(pinned.folder) == {
             re.sub(r"@(?:[0-9a-f]{40} # )?(v\d+)", rf"@{commit} # \1", name) for name in before
@@ -151,7 +152,7 @@ def test_failed_pin_changes_nothing(pinned):
 
 @pytest.fixture
 def engine(tmp_path):
-    """docker/engine.sh where docker, id and grep are stand-ins."""
+    """Run docker/engine.sh with stubs for docker, id and grep."""
 
     def run(docker: str, uid: str = "0", debian: str = "exit 0", command=("bash", "-c", "echo ran with $ENGINE")):
         for name, body in (("docker", docker), ("id", f"echo {uid}"), ("grep", debian)):

@@ -1,4 +1,6 @@
-"""The image's entry point refuses what cannot run, with a line on what is wrong and one on how to mend it. Beside stand-ins, on any machine."""
+"""The image's entry point rejects what cannot run, with an error and a remedy. It runs with stubs for the system's
+tools, on any machine.
+"""
 
 import os
 import shutil
@@ -17,7 +19,7 @@ CUBINS = {"cu117": (60, 70, 75, 80, 86), "modern": (75, 80, 86, 89, 90, 100, 120
 
 @pytest.fixture
 def enter(tmp_path):
-    """Run the entry point in a copy of the image's folder with a GPU, a size of shared memory, a user; its status, output and error."""
+    """Run the entry point in a copy of the image's folder, with simulated GPUs, shared memory and permissions."""
 
     def run(*arguments, gpus=(A100,), driver="535.54.03", stack="cu117", shm_mib=8192, writable=True, **environment):
         home = tmp_path / "opt"
@@ -36,7 +38,7 @@ def enter(tmp_path):
             rows = "; ".join(f"echo '{driver}, {gpu}'" for gpu in gpus)
             stubs["nvidia-smi"] = f'[[ "$*" == *driver_version,name,compute_cap* ]] || exit 1\n{rows}'
         if not writable:
-            stubs["mktemp"] = "exit 1"  # as root may write wherever it likes
+            stubs["mktemp"] = "exit 1"  # root could write anywhere
         for name, body in stubs.items():
             (home / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
         for path in [*(home / "bin").iterdir(), home / "scripts/demo.sh"]:
@@ -46,7 +48,7 @@ def enter(tmp_path):
         return subprocess.run(command, capture_output=True, text=True, env=clean, check=False)
 
     if shutil.which("nvidia-smi", path="/usr/bin:/bin"):
-        pytest.skip("this machine has an nvidia-smi of its own where the stand-in must be missing")
+        pytest.skip("nvidia-smi is installed here, and the tests need a PATH without it")
     return run
 
 
@@ -114,14 +116,14 @@ REFUSALS = {
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_error_with_remedy(enter, case):
-    options, what, mends = REFUSALS[case]
+    options, what, remedies = REFUSALS[case]
     done = enter("lora", **options)
     assert (done.returncode, done.stdout) == (78, "")
     first, mend, rest = done.stderr.splitlines()
     assert first.startswith("error: ")
     assert what in first
     assert mend.startswith("  mend: ")
-    for word in mends:
+    for word in remedies:
         assert word in mend
     assert "RWKV_ANYWAY=1" in rest
 

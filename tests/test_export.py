@@ -1,4 +1,4 @@
-"""What is exported is read by programs that we did not write, and gives the same logits."""
+"""Exported models load in transformers and give the same logits."""
 
 import re
 import subprocess
@@ -20,9 +20,8 @@ def test_transformers_loads_export(script, make_base, tmp_path):
     theirs = RwkvForCausalLM.from_pretrained(tmp_path / "hf").eval()
     with torch.no_grad():
         logits = theirs(TOKENS, use_cache=False).logits
-        torch.testing.assert_close(
-            logits, load_model(base).eval()(TOKENS)[0], rtol=1e-4, atol=1e-4
-        )  # fp32, sums in another order
+        expected = load_model(base).eval()(TOKENS)[0]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)  # fp32, different summation order
     assert (theirs.config.attention_hidden_size, theirs.config.intermediate_size) == (24, 40)
     assert (
         "hf/model.safetensors already exists" in script("export.py", "--model", base, "--output", "hf", status=1).stderr

@@ -1,4 +1,4 @@
-"""make is the index, and finds or asks for what it needs."""
+"""make lists its targets, and finds Python and the environment or reports what is missing."""
 
 import importlib.metadata
 import os
@@ -13,13 +13,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TARGETS = "venv env tools image test-image reproduce compose-env lora finetune pretrain convert inspect merge generate export doctor estimate demo test test-gpu bench lint lock pin licenses sbom clean".split()
-# Else these tests run in a Python that make here does not look after: one of another checkout would be made anew, under whoever uses it.
+# Whether make of this checkout created this Python. It would recreate the environment of another checkout.
 MADE = (Path(sys.prefix) / ".ready").exists() and ROOT in Path(sys.prefix).resolve().parents
 OURS = {"STACK": "cu117" if importlib.metadata.version("torch").startswith("1.") else "modern", "VENV": sys.prefix}
 
 
 def make(*arguments, **variables):
-    """Run make on the stack that the tests run in."""
+    """Run make on the stack of this Python."""
     own = {name: value for name, value in os.environ.items() if name not in ("ARGS", "PY", "STACK", "VENV")}
     own |= {"MAKEFLAGS": "", "MAKELEVEL": ""} | (OURS if MADE else {"PY": sys.executable}) | variables
     return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, env=own)
@@ -89,7 +89,7 @@ def test_given_python_used(tmp_path, target, given):
     )
     assert done.returncode == 0, done.stderr
     first, *rest = (tmp_path / "called").read_text().splitlines()
-    assert first.startswith(str(ROOT))  # on PYTHONPATH, as this checkout is not installed there
+    assert first.startswith(str(ROOT))  # PYTHONPATH, as this checkout is not installed there
     assert "build.main()" in first
     assert not rest if target == "kernels" else JOBS[target] in rest[0]
     assert not any("pip" in line for line in rest)
@@ -110,7 +110,7 @@ def test_rwkv_make_variable(tmp_path, folder, says):
 
 
 def test_copied_checkout_runs_own_code(tmp_path):
-    # the environment's editable install names the folder it was made in
+    # the environment's editable install points to the original folder
     for name in ("Makefile", "rwkv", "scripts", "cuda"):
         source = ROOT / name
         if source.is_dir():
@@ -137,7 +137,7 @@ def test_demo_without_escape_codes(tmp_path):
     python.chmod(0o755)
     done = make("demo", f"PY={python}", OUT=str(tmp_path / "a b"))
     assert "\033" not in done.stdout
-    assert f"scripts/demo_corpus.py {tmp_path}/a\\ b/corpus.jsonl" in done.stdout  # a command that can be pasted
+    assert f"scripts/demo_corpus.py {tmp_path}/a\\ b/corpus.jsonl" in done.stdout  # quoted for the shell
 
 
 def test_unknown_stack(tmp_path):
@@ -156,7 +156,7 @@ def test_environment_per_stack(stack, folder):
 
 @pytest.fixture
 def bare(tmp_path):
-    """A PATH with the tools that a script needs and no Python at all."""
+    """A PATH with the tools that a script needs, without Python."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for tool in ("bash", "env", "dirname", "cat", "rm"):

@@ -1,4 +1,4 @@
-"""Pins are written once, in pyproject.toml; the locks and environment.yml agree with them, and so does what is installed."""
+"""The pins of pyproject.toml agree with the locks, with environment.yml and with the installed packages."""
 
 import importlib.metadata
 import os
@@ -31,7 +31,7 @@ def pins(stack: str) -> dict[str, str]:
 
 
 def locked(stack: str) -> dict[str, str]:
-    """What the locks of a stack install on this machine and Python."""
+    """Versions that the locks of a stack install on this machine and Python."""
     names = [stack] if stack == "tools" else [stack, f"{stack}-deepspeed"]
     text = "".join((ROOT / f"env/locks/{name}.txt").read_text() for name in names)
     entries = re.findall(r"^([\w.-]+)===?([^\s;]+)(?: ; (.*))? \\$", text, re.MULTILINE)
@@ -39,8 +39,8 @@ def locked(stack: str) -> dict[str, str]:
     return {name: version for name, version, marker in entries if not marker or Marker(marker).evaluate()}
 
 
-def wanted_by(stack: str) -> dict[tuple[str, str], set[str]]:
-    """For each package and version of the locks of a stack who asks for it, as uv wrote beside it."""
+def required_by(stack: str) -> dict[tuple[str, str], set[str]]:
+    """The packages that require each (package, version) of a stack's locks, from uv's `# via` comments."""
     names = [stack] if stack == "tools" else [stack, f"{stack}-deepspeed"]
     text = "".join((ROOT / f"env/locks/{name}.txt").read_text() for name in names)
     entries = re.findall(
@@ -57,15 +57,15 @@ def wanted_by(stack: str) -> dict[tuple[str, str], set[str]]:
 
 @pytest.mark.parametrize("stack", [*STACKS, "tools"])
 def test_lock_matches_pins(stack):
-    asked = wanted_by(stack)
-    ours = {name: version for (name, version), by in asked.items() if "rwkv-training" in by}
+    required = required_by(stack)
+    ours = {name: version for (name, version), by in required.items() if "rwkv-training" in by}
     assert ours == pins(stack)
-    assert set().union(*asked.values()) <= {name for name, _ in asked} | {"rwkv-training"}
+    assert set().union(*required.values()) <= {name for name, _ in required} | {"rwkv-training"}
 
 
 @pytest.mark.skipif(bool(os.environ.get("PY")), reason="make was given a Python of its own")
 def test_lock_is_complete_and_minimal():
-    """Resolved again without a network: from the pins by what the installed packages say of themselves."""
+    """Resolve the pins again from the metadata of the installed packages, without a network."""
     lock, extras = locked(HERE), {name: {""} for name in pins(HERE)}
     queue = list(extras)
     while queue:
@@ -113,7 +113,7 @@ def test_documented_stack_versions():
 
 
 def test_exact_version_pins():
-    """pip takes torch 2.13.0+cpu for 2.13.0 where a find-links folder of the user holds it, and then refuses its hash."""
+    """With `==`, pip would accept torch 2.13.0+cpu of a user's find-links folder as 2.13.0, and fail on its hash."""
     for name in ("modern", "modern-deepspeed"):
         assert not re.findall(r"^[\w.-]+==(?!=).*", (ROOT / f"env/locks/{name}.txt").read_text(), re.MULTILINE)
 

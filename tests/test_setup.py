@@ -1,4 +1,6 @@
-"""The ways in by conda and on Ubuntu: what they run, with stand-ins for the tools and for the release. No Ubuntu, no conda channel is needed."""
+"""Setup with conda and on Ubuntu: the commands run, with stubs for the tools and os-release. Neither Ubuntu nor
+conda is needed.
+"""
 
 import os
 import subprocess
@@ -12,7 +14,9 @@ ENOUGH = "bash env dirname basename cat grep head sed uname ls id".split()
 
 @pytest.fixture
 def machine(tmp_path):
-    """A machine of stand-ins: every tool given is a command that writes down its arguments; `release` is its os-release."""
+    """Run a command on a simulated machine: every given tool is a stub that records its arguments, and `release`
+    sets os-release.
+    """
     folder = tmp_path / "bin"
     folder.mkdir()
     for tool in ENOUGH:
@@ -141,7 +145,7 @@ def test_unknown_option(machine):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of what compose_env.sh sees."""
+    """A copy of the files that compose_env.sh uses."""
     for folder in ("docker", "models", "out"):
         (tmp_path / "c" / folder).mkdir(parents=True)
     (tmp_path / "c/docker/compose_env.sh").write_text((ROOT / "docker/compose_env.sh").read_text())
@@ -155,7 +159,7 @@ def test_compose_env(checkout, machine, gpu, files):
     write = ["bash", "docker/compose_env.sh", "modern"]
     done = subprocess.run(write, cwd=checkout, capture_output=True, text=True, env=environment, check=True)
     values = dict(line.split("=", 1) for line in (checkout / ".env").read_text().splitlines())
-    uid, gid = (os.getuid(), os.getgid()) if os.getuid() else (1000, 1000)  # jobs do not run as root, even if we are
+    uid, gid = (os.getuid(), os.getgid()) if os.getuid() else (1000, 1000)  # jobs never run as root
     assert values == {"COMPOSE_FILE": files, "STACK": "modern", "UID": str(uid), "GID": str(gid)}
     assert (checkout / "out").stat().st_uid == uid
     (checkout / ".env").write_text("MINE=1\n")

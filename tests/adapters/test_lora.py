@@ -95,7 +95,7 @@ def test_outputs_and_gradients_match_peft(make_model):
 
 def test_weighted_combination_matches_peft(make_model):
     weights, adapters, twin = (0.7, -0.4), [], None
-    for i, (part, r, alpha) in enumerate((("att", 4, 12), ("ffn", 2, 8))):  # of different ranks, scales and layers
+    for i, (part, r, alpha) in enumerate((("att", 4, 12), ("ffn", 2, 8))):  # different ranks, scales and layers
         model, config = (
             make_model(),
             peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=rf".*\.{part}\.(key|value|receptance)"),
@@ -115,8 +115,10 @@ def test_weighted_combination_matches_peft(make_model):
     lora.inject(ours, ["att", "ffn"], 6, 6)
     for name, tensor in lora.combine(adapters, dict(ours.named_parameters())).items():
         dict(ours.named_parameters())[name].data.copy_(tensor)
-    twin.base_model.set_adapter(["0", "1"])  # both act
-    torch.testing.assert_close(ours(TOKENS)[0], twin(TOKENS)[0], rtol=1e-4, atol=1e-4)  # fp32, sums in another order
+    twin.base_model.set_adapter(["0", "1"])  # both active
+    torch.testing.assert_close(
+        ours(TOKENS)[0], twin(TOKENS)[0], rtol=1e-4, atol=1e-4
+    )  # fp32, different summation order
 
 
 def test_weighted_combination_of_full_parameters(make_model):
@@ -143,9 +145,9 @@ def test_merged_matches_unmerged(make_model, sizes):
     keys = set(model.state_dict())
     lora.inject(model, ["att", "ffn"], 4, 8)
     randomise(model)
-    apart = model(TOKENS)[0]
+    unmerged = model(TOKENS)[0]
     lora.merge(model)
-    torch.testing.assert_close(model(TOKENS)[0], apart, rtol=1e-4, atol=1e-4)  # fp32: W + BA is rounded once
+    torch.testing.assert_close(model(TOKENS)[0], unmerged, rtol=1e-4, atol=1e-4)  # fp32 rounding of W + BA
     assert set(model.state_dict()) == keys
 
 
@@ -175,10 +177,10 @@ def test_frozen_matrices_in_bf16(make_model):
         assert parameter.grad is None or parameter.grad.dtype == torch.float32
 
 
-@pytest.mark.filterwarnings("ignore:wkv4 runs as the reference loop")  # fp64, which the units do not take
+@pytest.mark.filterwarnings("ignore:wkv4 runs as the reference loop")  # no compiled kernels for fp64
 @pytest.mark.parametrize("grad_cp", [False, True])
 def test_dropout_gradients_match_finite_differences(make_model, grad_cp):
-    """With dropout: the gradient along a direction is the difference of two runs that draw the same."""
+    """With a fixed dropout mask, the directional derivative equals the finite difference."""
     model = make_model().double()
     lora.inject(model, ["att", "ffn"], 4, 8, dropout=0.4)
     lora.mark_trainable(model, ["att", "ffn"])
@@ -200,14 +202,15 @@ def test_dropout_gradients_match_finite_differences(make_model, grad_cp):
             for p, d in zip(trained, along, strict=True):
                 p += step * d
             ends.append(float(loss()))
-    # WKV's state is fp64 only where k is: then the difference is exact but for the third derivative
+    # central difference in fp64: its error is the third derivative
     assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(slope, rel=1e-4)
 
 
 def test_saved_activations_are_rank_sized(make_model):
     layer = lora.LoRALinear(torch.nn.Parameter(torch.randn(24, 16)), 2, 4, dropout=0.5)
-    x, kept = torch.randn(3, 5, 16, requires_grad=True), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    x, saved = torch.randn(3, 5, 16, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x)
     own = {p.data_ptr() for p in layer.parameters()} | {x.data_ptr()}
-    assert [t.shape for t in kept if t.data_ptr() not in own] == [(15, 2)]
+    # r elements per token, and no dropout mask
+    assert [t.shape for t in saved if t.data_ptr() not in own] == [(15, 2)]

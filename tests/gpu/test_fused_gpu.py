@@ -1,4 +1,6 @@
-"""The CUDA unit's fused operations on a GPU: right to fp64, equal to torch's, the same bits twice, nothing waited for, memory as stated."""
+"""The fused CUDA kernels on a GPU: accuracy against fp64, agreement with torch's operations,
+determinism, no host synchronisation, memory.
+"""
 
 import fused_cases as cases
 import pytest
@@ -71,33 +73,33 @@ def test_runs_on_current_stream():
         torch.cuda._sleep(200_000_000)
         late.copy_(k)
         y = native.relu2(late)
-        assert not side.query()  # nothing waited
+        assert not side.query()  # no synchronisation
     side.synchronize()
     assert torch.equal(y, expected)
 
 
 @pytest.fixture
 def step():
-    """A training step, by the unit given, of a small model: its loss, its gradients, and what it kept for the backward pass."""
+    """Loss, gradients and bytes of saved activations of a step of a small model with the given kernels."""
 
-    def run(unit, grad_cp=False, dtype=BF16):
+    def run(kernels, grad_cp=False, dtype=BF16):
         model = RWKV(Sizes(2, 256, 1000, 256, 1024), grad_cp)
         torch.manual_seed(0)
         model.initialise(1e-4)
         model.cuda()
         tokens = torch.randint(1000, (2, 257), generator=torch.Generator().manual_seed(1)).cuda()
-        before, native._kernels = native._kernels, unit
+        before, native._kernels = native._kernels, kernels
         try:
             torch.cuda.synchronize()
             start = torch.cuda.memory_allocated()
             with torch.autocast("cuda", dtype=dtype, enabled=dtype != FP32):
                 hidden, _ = model.hidden(tokens[:, :-1])
                 loss = head_loss(hidden, model.head.weight, tokens[:, 1:])
-            kept = torch.cuda.memory_allocated() - start
+            saved = torch.cuda.memory_allocated() - start
             loss.backward()
         finally:
             native._kernels = before
-        return loss.detach(), [p.grad for p in model.parameters()], kept
+        return loss.detach(), [p.grad for p in model.parameters()], saved
 
     return run
 
@@ -108,11 +110,11 @@ def test_step_matches_torch_operations(step, grad_cp):
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=0)
     for a, b in zip(ours[1], theirs[1], strict=True):
         assert float((a - b).abs().max()) <= 1e-4 * float(b.abs().max().clamp_min(1e-3))
-    assert ours[2] <= theirs[2]
+    assert ours[2] <= theirs[2]  # saved activations
 
 
 def test_no_host_sync(step):
-    step(native._kernels)  # kernels and libraries are loaded
+    step(native._kernels)  # loads kernels and libraries
     model = RWKV(Sizes(2, 256, 1000, 256, 1024))
     model.initialise(1e-4)
     model.cuda()

@@ -1,4 +1,4 @@
-"""The CUDA unit on a GPU: right to fp64, the same bits twice, on the stream and in the thread it is called from, memory as stated."""
+"""The WKV CUDA kernels on a GPU: accuracy against fp64, determinism, streams, CUDA graphs, memory."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def on_gpu(arguments):
     moved = {id(x): x.cuda() for x in arguments if x is not None}
-    return [moved.get(id(x)) for x in arguments]  # one tensor stays one
+    return [moved.get(id(x)) for x in arguments]  # arguments that are the same tensor stay so
 
 
 def cuda(w, u, k, v, state=None, reset=None, initial=None):
@@ -49,8 +49,8 @@ def test_any_segment_length(segment):
     arguments = inputs(2, 500, 64)
     moved = on_gpu(arguments)
     assert load.why_unavailable_on(0) is None
-    unit = native.cuda_kernels(0, lambda: torch.cuda.current_stream().cuda_stream, segment)
-    fast = outputs_and_gradients(lambda *x: native.run(unit, *x), *moved)
+    kernels = native.cuda_kernels(0, lambda: torch.cuda.current_stream().cuda_stream, segment)
+    fast = outputs_and_gradients(lambda *x: native.run(kernels, *x), *moved)
     slow = outputs_and_gradients(reference.wkv4, *arguments)
     truth = outputs_and_gradients(reference.wkv4, *in_fp64(arguments))
     assert_close({name: x.cpu() for name, x in fast.items()}, slow, truth, arguments)
@@ -85,10 +85,10 @@ def test_runs_on_current_stream():
     torch.cuda.synchronize()
     side, late = torch.cuda.Stream(), torch.zeros_like(k)
     with torch.cuda.stream(side):
-        torch.cuda._sleep(200_000_000)  # a tenth of a second: work on another stream would run before k arrives
+        torch.cuda._sleep(200_000_000)  # 0.1 s: work on another stream would run before the copy
         late.copy_(k)
         y = cuda(w, u, late, v)[0]
-        assert not side.query()  # nothing waited
+        assert not side.query()  # no synchronisation
     side.synchronize()
     assert torch.equal(y, expected)
 
@@ -116,12 +116,12 @@ def test_documented_memory(dtype, length):
     torch.cuda.reset_peak_memory_stats()
     y, _ = cuda(*leaves)
     numbers = leaves[2].numel()
-    # cuda/README.md: y, and 3/16 fp32 a number for the kept states; the rest is [B, segments, ...]
+    # cuda/README.md: y, and 3/16 fp32 per element for the saved states; the rest is [B, segments, ...]
     saved = torch.cuda.memory_allocated() - before
     assert saved <= numbers * (y.element_size() + 4 * 3 / 16) * 1.02 + (1 << 20)
     torch.autograd.grad(y, leaves, gy)
     peak = torch.cuda.max_memory_allocated() - before
-    # then gk and gv, and 5 fp32 per channel and segment of at least 32 tokens
+    # plus gk and gv, and 5 fp32 per channel and segment of at least 32 tokens
     assert peak <= numbers * (3 * y.element_size() + 4 * 3 / 16 + 4 * 5 / 32) * 1.02 + (1 << 20)
 
 
@@ -130,14 +130,14 @@ def test_documented_memory(dtype, length):
     reason="needs 48 GiB of GPU memory",
 )
 def test_64_bit_offsets():
-    length, channels, tail = 1_100_000, 2048, 64  # 2.25 · 10^9 numbers
+    length, channels, tail = 1_100_000, 2048, 64  # 2.25 · 10^9 elements
     w, u, *_ = on_gpu(inputs(1, 1, channels, state=False, reset=False))
     k, v = (torch.randn(1, length, channels, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(2))
     y, last = cuda(w, u, k, v)
     _, before = cuda(w, u, k[:, :-tail].detach(), v[:, :-tail].detach())
     k1, v1 = (x[:, -tail:].detach().clone().requires_grad_() for x in (k, v))
     y1, last1 = cuda(w, u, k1, v1, before)
-    torch.testing.assert_close(y[:, -tail:], y1, rtol=2**-7, atol=2**-7)  # split elsewhere, then rounded to 8 bits
+    torch.testing.assert_close(y[:, -tail:], y1, rtol=2**-7, atol=2**-7)  # other segments, rounded to 8 bits
     torch.testing.assert_close(last, last1, rtol=1e-4, atol=1e-4)
     gy = torch.zeros_like(y)
     gy[:, -tail:] = torch.randn(1, tail, channels, device="cuda", dtype=torch.bfloat16)

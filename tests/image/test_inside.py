@@ -1,4 +1,4 @@
-"""What the image holds, seen from inside: docker compose run --rm test."""
+"""The image's contents, tested in a container: docker compose run --rm test."""
 
 import importlib.metadata
 import json
@@ -17,7 +17,7 @@ from rwkv.train.runtime.strategy import deepspeed_config
 
 ROOT = Path(__file__).parents[2]
 STACK = os.environ["RWKV_STACK"]
-ARCHS = {"cu117": [60, 70, 75, 80, 86], "modern": [75, 80, 86, 89, 90, 100, 120]}[STACK]  # README's word
+ARCHS = {"cu117": [60, 70, 75, 80, 86], "modern": [75, 80, 86, 89, 90, 100, 120]}[STACK]  # as documented
 
 
 def test_stack_versions():
@@ -64,7 +64,7 @@ def test_kernels_for_every_gpu_of_stack():
     from rwkv.kernels import build, load
 
     assert build.why_unavailable() is None  # sources, sizes, files
-    assert load.why_unavailable() is None  # it loads
+    assert load.why_unavailable() is None
     manifest = build.manifest()
     assert manifest["torch"] == torch.__version__
     files = manifest["device"]["files"]
@@ -104,7 +104,7 @@ def test_deepspeed_accepts_strategy_config(name, precision):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     config = deepspeed_config(TrainConfig(strategy=name, micro_bsz=4))
-    if precision != "fp32":  # as Lightning adds it
+    if precision != "fp32":  # as Lightning does
         config[precision] = {"enabled": True}
     read = DeepSpeedConfig(config)
     assert read.zero_optimization_stage == ZEROS[name].stage
@@ -117,7 +117,9 @@ def test_deepspeed_accepts_strategy_config(name, precision):
 
 @pytest.mark.skipif(STACK != "cu117", reason="newer DeepSpeeds have no such extension")
 def test_deepspeed_extension_without_compiler():
-    """DeepSpeed 0.7.0 compiles an extension when its engine is made. Whole runs: tests/train/test_strategies.py."""
+    """DeepSpeed 0.7.0 compiles an extension when the engine is created. (Training with DeepSpeed:
+    tests/train/test_strategies.py.)
+    """
     from rwkv import compat
 
     compat.import_deepspeed(on_gpu=True)

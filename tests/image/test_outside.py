@@ -1,4 +1,4 @@
-"""What the image does when it is run, seen from outside: make test-image."""
+"""The image's behaviour when run, tested on the host: make test-image."""
 
 import json
 import os
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 IMAGE = os.environ["RWKV_TEST_IMAGE"]
 FILES = ["compose.yaml", "compose.cpu.yaml", "tests/image/compose.engine.yaml"]
 SERVICES = sorted(yaml.safe_load((ROOT / "compose.yaml").read_text())["services"])
-USER = os.getuid() or 1000  # of the jobs: root alone can give its folders to another
+USER = os.getuid() or 1000  # of the jobs
 ISOLATED = ("--network", "none", "--read-only", "--tmpfs", "/tmp:exec")
 
 
@@ -29,7 +29,7 @@ def container(*arguments, options=()):
 
 @pytest.fixture
 def compose(tmp_path):
-    """docker compose with these files, writing below tmp_path; `folder` is its out."""
+    """Run docker compose with models and out below tmp_path; `.out` is the output folder."""
     folders = {name: tmp_path / name for name in ("models", "out")}
     for folder in folders.values():
         folder.mkdir()
@@ -127,8 +127,8 @@ def test_gpu_reservations(compose):
     assert reserving("compose.yaml") == set(SERVICES) - {"convert", "inspect", "estimate", "export"}
     assert reserving(*FILES[:2]) == set()
     if shutil.which("nvidia-container-runtime") is None:
-        asked = compose("run", "--rm", "doctor", files=["compose.yaml", "tests/image/compose.engine.yaml"])
-        assert "could not select device driver" in asked.stderr  # README's word for it
+        done = compose("run", "--rm", "doctor", files=["compose.yaml", "tests/image/compose.engine.yaml"])
+        assert "could not select device driver" in done.stderr  # quoted in the FAQ
         assert compose("run", "--rm", "doctor", files=FILES).returncode == 0
 
 
@@ -156,7 +156,7 @@ def test_inside():
 def test_demo_without_network(compose):
     started = time.monotonic()
     done = compose("run", "--rm", "lora")
-    print(f"the embedded default in the container: {time.monotonic() - started:.0f} s")
+    print(f"the demo in the container: {time.monotonic() - started:.0f} s")
     assert done.returncode == 0, done.stdout + done.stderr
     answer = re.search(r"^after: +What is LoRA\? *(.*)$", done.stdout, re.MULTILINE)[1]
     assert "LoRA" in answer

@@ -1,4 +1,6 @@
-"""Kernels are compiled ahead of time, without nvcc or a toolkit; messages about missing or stale ones say what to run."""
+"""Kernels are compiled ahead of time without nvcc or the CUDA toolkit; missing or stale ones name the command
+to run.
+"""
 
 import json
 import locale
@@ -25,7 +27,7 @@ KERNELS |= {"wkv4_scan", "wkv4_scan_gradient"}
 ONE, TWO = (
     ("fp32", "bf16", "fp16", "any"),
     ("fp32", "bf16", "fp16", "fp32_bf16", "fp32_fp16", "any"),
-)  # dtypes; of stream and inside
+)  # dtypes; dtypes of residual stream and computation
 KERNELS |= {
     f"fused_{what}_{dtype}"
     for what in ("mix", "mix_gradient", "relu2", "relu2_gradient", "dropout", "loss")
@@ -35,9 +37,9 @@ KERNELS |= {
     f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums", "gate", "gate_gradient") for dtype in TWO
 }
 ARCHS = build.all_archs()
-# Each takes ten seconds: all with RWKV_KERNELS_ALL=1 and in images, else the oldest, Ampere and the newest.
+# Each takes ten seconds: all with RWKV_KERNELS_ALL=1 and in images, otherwise the oldest, Ampere and the newest.
 COMPILED = ARCHS if os.environ.get("RWKV_KERNELS_ALL") == "1" else sorted({ARCHS[0], 80, ARCHS[-1]})
-BUILT = list(build.manifest()["device"].get("files", ()))  # of this machine's GPUs, or of all
+BUILT = list(build.manifest()["device"].get("files", ()))  # for this machine's GPUs, or for all
 
 
 def test_compiler_matches_torch_cuda():
@@ -60,8 +62,8 @@ def test_compiles_within_register_budget(arch):
     used = nvrtc.resources(log)
     assert set(used) == KERNELS
     for name, use in used.items():
-        # wkv4_gradient has 16 tokens and their states in registers: it may have all that a thread can have. A block that is as wide as a row
-        # has up to 1024 threads, of 64 each; what goes element by element leaves room for all that an SM can run, or nearly so
+        # wkv4_gradient keeps 16 tokens and their states in registers and may use the maximum. Row kernels
+        # have blocks of up to 1024 threads, hence 64 registers. Elementwise kernels aim at full occupancy.
         rows, small = (
             ("fused_norm_fp", "fused_norm_bf", "fused_norm_any", "fused_norm_gradient", "fused_loss"),
             ("fused_gate", "fused_relu2", "fused_dropout"),
@@ -76,7 +78,7 @@ def test_compiles_within_register_budget(arch):
             else 128
         )
         assert use["registers"] <= most, name
-        # local memory: nothing but what the register allocator may spill, whatever T is (72 bytes in wkv4_gradient on sm_120)
+        # local memory: register spills only (72 bytes in wkv4_gradient on sm_120), independent of T
         assert max(use["stack"], use["spill_stores"], use["spill_loads"]) <= 80, name
     name = f"rwkv_sm_{arch}.cubin"
     assert name not in BUILT or used == build.manifest()["device"]["files"][name]
@@ -89,7 +91,7 @@ def test_cubin_contains_kernels(arch):
     text = subprocess.run(["readelf", "-h", "-s", "-W", path], capture_output=True, text=True, check=True).stdout
     assert "NVIDIA CUDA architecture" in text
     flags = int(re.search(r"Flags:\s+0x([0-9a-f]+)", text)[1], 16)
-    assert arch in (flags & 0xFF, flags >> 8 & 0xFF)  # CUDA 11 and 13 put it into different bytes
+    assert arch in (flags & 0xFF, flags >> 8 & 0xFF)  # CUDA 11 and 13 use different bytes
     assert set(re.findall(r"FUNC\s+GLOBAL\s.*\s(\w+)$", text, re.MULTILINE)) == KERNELS
 
 
@@ -117,7 +119,7 @@ def test_compile_error(tmp_path):
 
 
 def test_compiler_keeps_locale(tmp_path):
-    """NVRTC 11.7 sets its thread's to C, after which Python would read and write ASCII there."""
+    """NVRTC 11.7 sets the locale of its thread to C; Python would then read and write ASCII there."""
     (tmp_path / "empty.cu").write_text("")
     before = locale.getpreferredencoding(False)
     COMPILER.compile(tmp_path / "empty.cu", {}, f"sm_{ARCHS[0]}", [])
@@ -126,7 +128,7 @@ def test_compiler_keeps_locale(tmp_path):
 
 @pytest.fixture
 def compiled_for(tmp_path, monkeypatch):
-    """A folder whose manifest lists these files."""
+    """A kernel folder whose manifest lists the given files."""
 
     def make(*names: str):
         (tmp_path / "manifest.json").write_text(
@@ -173,7 +175,7 @@ def test_no_code_for_gpu(compiled_for, monkeypatch):
 def test_missing_or_stale_library(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "folder", lambda: tmp_path)
     assert "not compiled" in build.why_unavailable()
-    (tmp_path / "manifest.json").write_text('{"source_ha')  # what a full disk may leave
+    (tmp_path / "manifest.json").write_text('{"source_ha')  # as a full disk may leave it
     assert "not compiled" in build.why_unavailable()
     (tmp_path / "manifest.json").write_text('{"source_hash": "0123456789abcdef"}')
     assert "compiled from other sources" in build.why_unavailable()
@@ -190,37 +192,37 @@ def test_missing_or_stale_library(tmp_path, monkeypatch):
 
 
 def test_failed_load_cached_until_rebuild(copied, monkeypatch):
-    looked = []
-    load._why_unavailable.cache_clear()  # an earlier test may have asked about a manifest of the same time
+    checks = []
+    load._why_unavailable.cache_clear()  # an earlier test may have cached the same manifest time
     monkeypatch.setattr(load, "_loaded", False)
-    monkeypatch.setattr(
-        load.torch.ops, "load_library", lambda path: None
-    )  # a second copy in one process would be refused by torch
+    monkeypatch.setattr(load.torch.ops, "load_library", lambda path: None)  # torch rejects a second copy in one process
     with monkeypatch.context() as patch:
         patch.setattr(
-            load.build, "why_unavailable", lambda: looked.append(1) or "it is not compiled; run: make kernels"
+            load.build, "why_unavailable", lambda: checks.append(1) or "it is not compiled; run: make kernels"
         )
         for _ in range(3):
             assert "make kernels" in load.why_unavailable()
-    assert len(looked) <= 1
+    assert len(checks) == 1
     (build.folder() / "manifest.json").touch()
     assert load.why_unavailable() is None
 
 
 def test_loaded_library_not_rechecked(monkeypatch):
     assert load.why_unavailable() is None
-    monkeypatch.setattr(build, "stamp", lambda: pytest.fail("a file was looked at"))
+    monkeypatch.setattr(build, "stamp", lambda: pytest.fail("checked the files again"))
     assert load.why_unavailable() is None
 
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
-    """The compiled units in a folder that a test may break; building there counts and copies them again."""
-    true, builds = build.folder(), []
+    """A copy of the compiled kernels that a test may damage. A build there restores the copy and is counted in
+    the returned list.
+    """
+    original, builds = build.folder(), []
 
     def copy():
         builds.append(1)
-        shutil.copytree(true, tmp_path / "lib", dirs_exist_ok=True)
+        shutil.copytree(original, tmp_path / "lib", dirs_exist_ok=True)
 
     copy()
     monkeypatch.setattr(build, "folder", lambda: tmp_path / "lib")
@@ -243,7 +245,7 @@ def test_wanted_targets(monkeypatch):
     assert build.wanted() == ["sm_86", "sm_75"]
     gpus(monkeypatch, (9, 0))  # newer than the compiler
     assert build.wanted() == ["compute_86"]
-    gpus(monkeypatch, (6, 1))  # older than the stack: the other one has code
+    gpus(monkeypatch, (6, 1))  # older than the stack supports
     assert build.wanted() == []
     monkeypatch.setenv("RWKV_KERNELS_ALL", "1")
     assert build.wanted() == ["sm_86", "sm_80", "sm_75", "compute_86"]
@@ -301,12 +303,12 @@ def test_interrupted_build(tmp_path, monkeypatch):
 
 
 def test_parallel_compilation(monkeypatch):
-    begun, two = [], threading.Barrier(2)
+    started, two = [], threading.Barrier(2)
 
     def compiled(_, target):
-        begun.append(target)
-        if len(begun) <= 2:
-            two.wait(timeout=30)  # raises if no second one begins
+        started.append(target)
+        if len(started) <= 2:
+            two.wait(timeout=30)  # raises unless a second one starts at the same time
         return target, {}
 
     monkeypatch.setattr(build, "_compile", compiled)
@@ -316,7 +318,7 @@ def test_parallel_compilation(monkeypatch):
 
 
 def test_concurrent_builds(tmp_path):
-    """The second waits for the first and finds nothing left to do."""
+    """The second build waits for the first and does nothing."""
     program = f"""
 import pathlib, sys, time
 from rwkv.kernels import build
@@ -336,7 +338,7 @@ build.build()
 
 
 def test_ninja_next_to_python():
-    """The environment's own: it need not be activated, and the system need not have one."""
+    """ninja of the environment is found without activating it."""
     program = """
 from rwkv import compat
 from rwkv.kernels import build

@@ -1,4 +1,4 @@
-"""The CUDA unit's fused operations, executed on a CPU (fake_gpu.py): their numbers, and what is launched for them."""
+"""The fused CUDA kernels, executed on a CPU (fake_gpu.py): results and launches."""
 
 import fused_cases as cases
 import pytest
@@ -25,8 +25,8 @@ def gpu(tmp_path_factory):
 @settings(max_examples=25, deadline=None)
 @given(stream=st.sampled_from(GPU_STREAMS), rows=st.sampled_from([1, 19]), channels=NORM_SIZES, seed=SEEDS)
 @example(stream=GPU_STREAMS[2], rows=1, channels=768, seed=0)
-@example(stream=GPU_STREAMS[0], rows=1, channels=8192 + 64, seed=1)  # more than a block holds in registers
-@example(stream=GPU_STREAMS[1], rows=1, channels=1024 + 33, seed=2)  # number by number, likewise
+@example(stream=GPU_STREAMS[0], rows=1, channels=8192 + 64, seed=1)  # more than fits a block's registers
+@example(stream=GPU_STREAMS[1], rows=1, channels=1024 + 33, seed=2)  # the same, not vectorised
 def test_norm(gpu, stream, rows, channels, seed):
     gpu.call("fused", "norm", stream, rows, channels, seed)
 
@@ -55,7 +55,7 @@ def test_dropout_mask_matches_cpu(gpu, dtype, count):
 
 @settings(max_examples=25, deadline=None)
 @given(dtype=DTYPES, words=st.sampled_from([2, 31, 32, 33, 1000, 1001]), seed=SEEDS)
-@example(dtype=torch.bfloat16, words=20_000, seed=0)  # each thread has several of a row
+@example(dtype=torch.bfloat16, words=20_000, seed=0)  # several elements of a row per thread
 def test_loss(gpu, dtype, words, seed):
     gpu.call("fused", "loss", dtype, words, seed)
 
@@ -66,7 +66,7 @@ def test_nan_and_inf_propagate(gpu):
 
 def test_loss_of_minus_infinity(gpu):
     logits, targets = normal((3, 2048), FP32, 0), torch.tensor([5, 1000, 2047])
-    logits[:, :5] = logits[1, 8:16] = -float("inf")  # also all eight of a thread
+    logits[:, :5] = logits[1, 8:16] = -float("inf")  # including all eight elements of a thread
     stats = gpu.call("operation", "loss", logits, targets, 0.0, False)
     loss = stats[:, 1].log() + stats[:, 0] - stats[:, 2]
     torch.testing.assert_close(
@@ -81,11 +81,9 @@ def test_target_out_of_range_is_nan(gpu):
 
 
 def test_unaligned_input(gpu):
-    """Whole rows of a larger tensor that begin at no multiple of 16 bytes."""
-    whole = normal((3, 8), torch.bfloat16, 0).flatten()
-    k = whole[1:17].view(
-        2, 8
-    )  # pickling moves tensors with their storage, so this one begins 2 bytes behind a boundary
+    """Rows whose address is not a multiple of 16 bytes."""
+    base = normal((3, 8), torch.bfloat16, 0).flatten()
+    k = base[1:17].view(2, 8)  # pickling keeps the storage: 2 bytes after a boundary
     assert torch.equal(gpu.call("operation", "relu2_forward", k), torch.relu(k.float()).square().bfloat16())
 
 
@@ -93,7 +91,7 @@ def test_deterministic_row_sums(gpu):
     first, second = (gpu.call("fused", "all_gradients") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     for ours, cpus in zip(first, cases.all_gradients(), strict=True):
-        torch.testing.assert_close(ours, cpus, rtol=1e-5, atol=1e-5)  # sums in another order
+        torch.testing.assert_close(ours, cpus, rtol=1e-5, atol=1e-5)  # different summation order
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -108,7 +106,7 @@ def test_launches_per_operation(gpu, affine):
         hex(STREAM),
         "1",
         "1",
-    ]  # a warp, of which 8 threads have work
+    ]  # one warp, 8 threads of it busy
     sums = ["fused_norm_sums_fp32", *"1 1 1 128 1 1 0".split(), hex(STREAM), "1", "1"]
     assert launches == [rows, sums][: 1 + affine]
 

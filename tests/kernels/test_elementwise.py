@@ -1,4 +1,6 @@
-"""The fused operations against plain formulas of torch, values and gradients, with every vector width (fused_cases.py)."""
+"""The fused operations against plain torch formulas: values and gradients for every vector width
+(fused_cases.py).
+"""
 
 import fused_cases as cases
 import pytest
@@ -9,19 +11,19 @@ from hypothesis import strategies as st
 
 from rwkv.kernels.elementwise import native
 
-WIDTHS = st.sampled_from(["baseline", "avx2", "avx512", "avx512_bf16", "torch"])  # the last: without the compiled unit
+WIDTHS = st.sampled_from(["baseline", "avx2", "avx512", "avx512_bf16", "torch"])  # "torch": no compiled kernels
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
 @pytest.fixture(autouse=True)
-def unit():
-    """The compiled unit, and not its absence, is what is tested; whatever width a test took, the widest is back after it."""
+def compiled_kernels():
+    """Require the compiled kernels; restore the widest vectors after a test."""
     assert native._kernels(torch.zeros(1)) is torch.ops.rwkv
     yield
-    take("")
+    set_width("")
 
 
-def take(width):
+def set_width(width):
     native._kernels = COMPILED if width != "torch" else lambda *tensors: None
     torch.ops.rwkv.cpu_vectors("" if width == "torch" else width)
 
@@ -32,7 +34,7 @@ COMPILED = native._kernels
 @settings(max_examples=40, deadline=None)
 @given(stream=st.sampled_from(STREAMS), width=WIDTHS, channels=NORM_SIZES, seed=st.integers(0, 2**31))
 def test_norm(stream, width, channels, seed):
-    take(width)
+    set_width(width)
     cases.norm(stream, 19, channels, seed)
 
 
@@ -49,7 +51,7 @@ def test_autocast_output_dtype():
     count=st.sampled_from([1, 2, 3]), reset=st.booleans(), seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_mix(dtype, width, channels, length, count, reset, seed):
-    take(width)
+    set_width(width)
     cases.mix(dtype, length, channels, count, reset, seed)
 
 
@@ -62,14 +64,14 @@ def test_mix(dtype, width, channels, length, count, reset, seed):
     seed=st.integers(0, 2**31),
 )
 def test_gates_and_squared_relu(stream, width, count, scale, seed):
-    take(width)
+    set_width(width)
     cases.gates(stream, count, scale, seed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_dropout_independent_of_vector_width(dtype, width):
-    take(width)
+    set_width(width)
     cases.dropout(dtype, 5003)
 
 
@@ -86,13 +88,13 @@ def test_dropout_statistics():
 @settings(max_examples=30, deadline=None)
 @given(dtype=DTYPES, width=WIDTHS, words=st.sampled_from([2, 31, 32, 33, 1000]), seed=st.integers(0, 2**31))
 def test_loss(dtype, width, words, seed):
-    take(width)
+    set_width(width)
     cases.loss(dtype, words, seed)
 
 
 @pytest.mark.parametrize("width", ["baseline", "avx2", "avx512", "avx512_bf16", "torch"])
 def test_nan_and_inf_propagate(width):
-    take(width)
+    set_width(width)
     cases.not_finite()
 
 
@@ -121,5 +123,5 @@ def test_model_without_compiled_kernels(make_model, monkeypatch):
         logits, _ = model(tokens)
         (logits * normal(logits.shape, torch.float32, 3)).sum().backward()
         found.append([logits.detach(), *(p.grad for p in model.parameters())])
-    for ours, plain in zip(*found, strict=True):  # fp32, sums in another order
+    for ours, plain in zip(*found, strict=True):  # fp32, different summation order
         assert float((ours - plain).abs().max()) <= 1e-5 * float(plain.abs().max().clamp_min(1))

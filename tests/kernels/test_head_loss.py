@@ -11,7 +11,7 @@ from rwkv.kernels.head_loss import head_loss
 
 
 class PlainL2Wrap(torch.autograd.Function):
-    """Upstream's, as described: identity forward, max · 1e-4 / (B·T) at the argmax backward."""
+    """L2Wrap of upstream: identity forward, max · 1e-4 / (B·T) at the argmax backward."""
 
     @staticmethod
     def forward(ctx, value, logits):
@@ -45,7 +45,7 @@ def test_matches_cross_entropy_with_l2wrap(monkeypatch, chunk_tokens):
     torch.manual_seed(0)
     x, weight, targets = torch.randn(3, 5, 8), torch.randn(37, 8) * 3, torch.randint(37, (3, 5))
     for plain, chunked in zip(*both(x, weight, targets), strict=True):
-        torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-6)  # fp32, sums in another order
+        torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-6)  # fp32, different summation order
 
 
 def test_l2wrap_scales_with_loss():
@@ -86,7 +86,9 @@ def test_loss_mask(monkeypatch, chunk_tokens):
     logits = x @ weight.t()
     each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(3, 5)
     n = int(counts.sum())
-    torch.testing.assert_close(value, (each * counts).sum() / n, rtol=1e-5, atol=1e-6)  # fp32, sums in another order
+    torch.testing.assert_close(
+        value, (each * counts).sum() / n, rtol=1e-5, atol=1e-6
+    )  # fp32, different summation order
     wrap = 0.5e-4 * logits.max(-1).values.square()  # its derivative is L2Wrap's
     expected = torch.autograd.grad(((each + wrap) * counts).sum() / n, (x, weight))
     for ours, plain in zip(gradients, expected, strict=True):
@@ -121,7 +123,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernel_count_independent_of_vocabulary(monkeypatch, dtype):
-    """Where no library copies what it multiplies, as on GPUs, each product of a chunk is one kernel."""
+    """Without the workspace of CPU libraries, as on GPUs, each matmul of a chunk is one kernel."""
     monkeypatch.setattr(loss, "needs_room", lambda *_: False)
     monkeypatch.setattr(linear, "needs_room", lambda *_: False)
 

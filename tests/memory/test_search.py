@@ -1,4 +1,4 @@
-"""What is said to fit does, what is said to be the largest is, and the table in README is the program's."""
+"""Suggested changes fit, reported maxima are maximal, and the table in the README is current."""
 
 import json
 import re
@@ -69,7 +69,7 @@ def test_estimate_output(script, make_base):
     said = script(
         "estimate.py", "--model", "3b", "--method", "full", "--grad_cp", 1, "--micro_bsz", 1, "--card", "RTX 4090"
     ).stdout
-    # what is on the host is part of what a change costs
+    # the cost of a change includes host memory
     assert re.search(
         r"to fit: +--strategy deepspeed_stage_2_offload: 8\.\d GB on the card, and \d\d\.\d GB of the machine's memory",
         said,

@@ -1,4 +1,4 @@
-"""Upstream's initial weights, rule by rule, written out a second time from their description."""
+"""Upstream's initial weights, against a second implementation from their description."""
 
 import math
 
@@ -35,9 +35,8 @@ def test_time_parameters(layers):
             "ffn.time_mix_r": [v**s for v in x],
         }
         for name, values in expected.items():
-            torch.testing.assert_close(
-                block.get_parameter(name).flatten(), torch.tensor(values), rtol=1e-6, atol=1e-6
-            )  # fp32
+            found = block.get_parameter(name).flatten()
+            torch.testing.assert_close(found, torch.tensor(values), rtol=1e-6, atol=1e-6)  # fp32
 
 
 def test_matrices_zero_or_orthogonal():
@@ -52,7 +51,7 @@ def test_matrices_zero_or_orthogonal():
 
 
 def columns(weight, gain):
-    """W with more rows than columns and orthogonal: WᵀW = gain² I."""
+    """W, with more rows than columns, is orthogonal: WᵀW = gain² I."""
     torch.testing.assert_close(
         weight.t() @ weight, gain**2 * torch.eye(weight.shape[1]), rtol=1e-4, atol=1e-4
     )  # fp32 QR

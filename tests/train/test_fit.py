@@ -275,7 +275,7 @@ def test_ddp_matches_one_process(make_base, make_data, tmp_path, root):
     for key in one:
         torch.testing.assert_close(
             one[key], two[key], rtol=1e-4, atol=1e-5, msg=key
-        )  # fp32 means in another order, through Adam
+        )  # fp32 means in different order, then Adam
     losses = [[line["loss"] for line in lines(tmp_path / name)] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 

@@ -172,7 +172,7 @@ def test_resume_with_other_micro_batch(make_base, make_data, tmp_path):
     assert [line[2:] for line in ours] == [line[2:] for line in theirs]
     assert [line[1] for line in ours] == pytest.approx(
         [line[1] for line in theirs], rel=1e-5
-    )  # fp32 sums in another order
+    )  # fp32 different summation order
 
 
 def test_disk_full_keeps_last_state(make_base, make_data, tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def test_loss_is_mean_over_masked_targets(make_base, documents, tmp_path, mode, 
     data, _ = samples.make(config, Dataset(documents))
     for step, line in enumerate(lines(tmp_path / "run")):
         expected, count = plain_mean(load_model(base), [data[i] for i in range(3 * step, 3 * step + 3)], bool(reset))
-        assert line["loss"] == pytest.approx(expected, rel=1e-5)  # fp32, sums in another order
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)  # fp32, different summation order
         assert line["targets"] == count
 
 
@@ -218,7 +218,7 @@ def test_two_processes_match_one_with_masked_targets(make_base, documents, tmp_p
     for key in weights[0]:
         torch.testing.assert_close(
             weights[0][key], weights[1][key], rtol=1e-4, atol=1e-5, msg=key
-        )  # fp32 means in another order, through Adam
+        )  # fp32 means in different order, then Adam
 
 
 def test_step_without_targets(make_base, documents, tmp_path):

@@ -141,7 +141,7 @@ def test_auto_keeps_step(make_base, make_data, tmp_path, monkeypatch, capsys):
     for key in plain:
         torch.testing.assert_close(
             plain[key], auto[key], rtol=1e-4, atol=1e-5, msg=key
-        )  # the same sums in another order, through Adam
+        )  # the same sums in different order, then Adam
 
 
 def test_auto_nothing_fits(make_data, tmp_path, monkeypatch):

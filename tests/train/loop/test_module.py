@@ -12,7 +12,7 @@ from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import mask_path, writer
 from rwkv.train.fit import fit
 
-TOLERANCE = 1e-5  # fp32: the same sums in another order
+TOLERANCE = 1e-5  # fp32: the same different summation order
 STEPS = 4
 # No clipping, which would hide a gradient of the wrong size, and an ε beside which Adam does not hide it either.
 FLAGS = {

@@ -36,7 +36,7 @@ def whole(model, x, y, counts, reset):
 def assert_same(found, wanted):
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-6)
     for name, grad in wanted[1].items():
-        # Sums in another order: fp32's rounding of the largest entries.
+        # Different summation order: fp32 rounding of the largest entries.
         torch.testing.assert_close(
             found[1][name],
             grad,

@@ -1,4 +1,4 @@
-"""The CUDA unit, executed on a CPU: the kernels' numbers, and what the launcher asks of the driver (fake_gpu.py)."""
+"""The WKV CUDA kernels, executed on a CPU (fake_gpu.py): results, and the launcher's calls of the driver."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def image():
-    """Any ELF file: the fake driver has its own kernels."""
+    """Any ELF file; the fake driver has its own kernels."""
     return str(build.library())
 
 
@@ -33,7 +33,7 @@ def gpu(library, image):
 
 @pytest.fixture
 def fresh(library):
-    """One that has loaded nothing yet, and that a test may break."""
+    """A fake GPU without loaded kernels, which a test may break."""
     fake = FakeGPU(library)
     yield fake
     fake.close()
@@ -64,9 +64,8 @@ def test_long_sequence(gpu):
     arguments = inputs(1, 4097, 3, reset=False)
     fast, slow = gpu.call("outputs_and_gradients", 32, *arguments), outputs_and_gradients(reference.wkv4, *arguments)
     for name in slow:
-        torch.testing.assert_close(
-            fast[name], slow[name], rtol=1e-4, atol=1e-4, msg=name
-        )  # gw sums 4097 terms in fp32, in another order
+        # gw sums 4097 terms in fp32, in different order
+        torch.testing.assert_close(fast[name], slow[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -76,55 +75,57 @@ def test_half_precision_is_rounded_fp32(gpu, dtype, segment):
 
 
 def gradients_of_the_sum(w, u, k, v):
-    """Of the sum of all y, by the loop: what the outgoing state is a multiple of does not matter to it."""
+    """Gradients of y.sum() by the reference loop."""
     leaves = [x.clone().requires_grad_() for x in (w, u, k, v)]
     return torch.autograd.grad(reference.wkv4(*leaves)[0].sum(), leaves)
 
 
 def test_error_independent_of_segment_count(gpu):
-    """One early key outweighs all others and hardly decays: its gradient passes through 25 segments, and the running maximum, near 200,
-    is rounded anew for every token."""
+    """A large early key with slow decay: its gradient passes through 25 segments, and the running maximum, near
+    200, is rounded at every token.
+    """
     w, u, k, v, *_ = inputs(1, 400, 33, state=False, reset=False)
     w, k[:, 5] = -torch.linspace(0.01, 0.1, 33), torch.linspace(150.0, 250.0, 33)
     fast = gpu.call("gradients", 16, torch.ones_like(k), None, w, u, k, v, None, None, None)[3]
     truth = gradients_of_the_sum(*in_fp64((w, u, k, v)))[3]
-    assert (
-        fast - truth
-    ).abs().max() <= 2e-6 * truth.abs().max()  # were it corrected for that rounding at every segment: 1e-3
+    # with a rounding error per segment it would be 1e-3
+    assert (fast - truth).abs().max() <= 2e-6 * truth.abs().max()
 
 
 def test_gradients_more_accurate_than_loop(gpu):
-    """Keys near 200 that decay slowly: the loop rounds the running maximum for every token, the scan once for every segment of 16."""
+    """Keys near 200 with slow decay: the loop rounds the running maximum at every token, the scan once per
+    segment of 16.
+    """
     _, u, k, v, *_ = inputs(1, 400, 33, state=False, reset=False)
     arguments = -torch.linspace(0.01, 0.1, 33), u, k + 200, v
     fast = gpu.call("gradients", 16, torch.ones_like(k), None, *arguments, None, None, None)
     slow, truth = gradients_of_the_sum(*arguments), gradients_of_the_sum(*in_fp64(arguments))
-    # Seen: an eighth and a sixth. By the product of the tokens' factors, instead of the scan's, both are more than half; without the
-    # correction for the drift inside a segment gk is a fifth.
+    # Measured: 1/8 and 1/6 of the loop's error. With the product of the tokens' factors instead of the scan's,
+    # both exceed 1/2; without the correction for drift inside a segment gk has 1/5.
     for name, index, times in (("gk", 2, 7), ("gv", 3, 3)):
         ours, theirs = ((x[index] - truth[index]).abs().max() for x in (fast, slow))
         assert ours <= theirs / times, name
 
 
 def test_state_gradient_without_drift(gpu):
-    """A state near e^200 that outweighs all keys: inside a segment its scale is rounded anew for every token, to 2^-17."""
+    """A state near e^200 outweighs all keys: inside a segment its scale is rounded at every token, to 2^-17."""
     _, u, k, v, first, *_ = inputs(1, 400, 33, reset=False)
     w, first[:, 2] = -torch.linspace(0.01, 0.1, 33), torch.linspace(190.0, 210.0, 33)
     leaves = [x.double().requires_grad_() for x in (w, u, k, v, first)]
     (truth,) = torch.autograd.grad(reference.wkv4(*leaves)[0].sum(), leaves[4])
     fast = gpu.call("gradients", 16, torch.ones_like(k), None, w, u, k, v, first, None, None)[4]
-    assert (fast - truth).abs().max() <= 2e-6 * truth.abs().max()  # from the segments' own runs: 1e-4
+    assert (fast - truth).abs().max() <= 2e-6 * truth.abs().max()  # 1e-4 with the drift
 
 
 def test_gradient_of_single_output(gpu):
     arguments = inputs(2, 70, 33)
     gy, gstate = torch.randn(2, 70, 33), torch.randn(2, 3, 33)
     both = gpu.call("gradients", 32, gy, gstate, *arguments)
-    apart = [
+    separate = [
         gpu.call("gradients", 32, gy, None, *arguments),
         gpu.call("gradients", 32, torch.zeros_like(gy), gstate, *arguments),
     ]
-    for whole, first, second in zip(both, *apart, strict=True):  # a gradient is linear in those it comes from
+    for whole, first, second in zip(both, *separate, strict=True):  # linear in the output gradients
         torch.testing.assert_close(first + second, whole, rtol=1e-4, atol=1e-5)
     for one_segment in (32, 128):
         with_zeros = gpu.call("gradients", one_segment, gy, torch.zeros_like(gstate), *arguments)
@@ -139,7 +140,7 @@ def test_no_gradient_across_documents(gpu):
     starts = torch.zeros(1, 100, dtype=torch.bool)
     starts[0, 53] = True
     gy = torch.ones(1, 100, 33)
-    gy[:, 53:] = float("nan")  # not even this
+    gy[:, 53:] = float("nan")
     for segment in (16, 128):
         _, _, gk, gv, gfirst, _ = gpu.call("gradients", segment, gy, None, w, u, k, v, first, starts, None)
         assert all(x.isfinite().all() for x in (gk[:, :53], gv[:, :53], gfirst)), segment
@@ -157,11 +158,11 @@ def test_bool_with_any_nonzero_byte(gpu):
 def test_chunks_match_full_sequence(gpu):
     w, u, k, v, first, starts, _ = inputs(2, 100, 20)
     whole, last = gpu.call("wkv4", 32, w, u, k, v, first, starts, first)
-    state, pieces = first, []
+    state, chunks = first, []
     for k1, v1, r1 in zip(k.split(41, 1), v.split(41, 1), starts.split(41, 1), strict=True):
         y, state = gpu.call("wkv4", 16, w, u, k1, v1, state, r1, first)
-        pieces.append(y)
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)  # split elsewhere: other roundings
+        chunks.append(y)
+    torch.testing.assert_close(torch.cat(chunks, 1), whole, rtol=1e-5, atol=1e-5)  # other segments round differently
     torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
 
 
@@ -208,7 +209,7 @@ def test_launch_order_and_grid(gpu):
         "wkv4_scan_gradient",
         "wkv4_gradient_fp32",
     ]
-    blocks = {True: -(-2 * 70 // 128), False: -(-2 * 4 * 70 // 128)}  # a thread per channel, or per channel and segment
+    blocks = {True: -(-2 * 70 // 128), False: -(-2 * 4 * 70 // 128)}  # one thread per channel (and segment)
     grid = [[name, str(blocks["scan" in name]), *"1 1 128 1 1 0".split(), hex(STREAM), "1", "1"] for name in names]
     assert launches(gpu.call("calls")) == grid
 
@@ -234,7 +235,7 @@ def test_driver_error(fresh, image, call, result, message):
         fresh.call("load", image)
     fresh.call("fail", "nothing", 0)
     fresh.call("calls")
-    fresh.call("load", image)  # nothing half-done is left behind
+    fresh.call("load", image)  # a later load starts from the beginning
     assert "cuModuleLoadData ELF 1" in fresh.call("calls")
 
 
