@@ -46,9 +46,7 @@ def test_supported_characters_kept(tmp_path):
 
 
 def test_fallback_font_used(tmp_path, monkeypatch):
-    """Installed fonts differ between machines: DejaVu's serif font acts as one that has a character
-    the default lacks.
-    """
+    """The default font lacks a character that another DejaVu font has (simulated, as installed fonts differ)."""
     has, lacking = plots._has, frozenset("ж")
     monkeypatch.setattr(
         plots, "_has", lambda path: has(path) - lacking if path.endswith("/DejaVuSans.ttf") else has(path)

@@ -8,7 +8,7 @@ from rwkv.data.dataset import Contexts, Documents
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_micro_batches_keep_order_and_count_targets_per_step(make_stream, accumulate):
+def test_micro_batch_order_and_target_counts(make_stream, accumulate):
     mask = [i % 7 > 3 or i > 300 for i in range(400)]
     samples = Contexts(make_stream([range(400)], mask), 10, 100, seed=3, prime=29, rank=1, world_size=2)
     batches = Batches(samples, 6, 3, 2, accumulate)

@@ -1,4 +1,4 @@
-"""--auto from the words of a command line to the trainer, on GPUs of a given memory that are not there."""
+"""--auto from the command line to the trainer, on simulated GPUs."""
 
 import importlib
 from dataclasses import replace
@@ -21,13 +21,13 @@ SIZES = Sizes(2, 64, 500, 64, 256)
 HOST = 64 * 10**9
 
 
-class Begun(Exception):
-    """Raised where the trainer would be made, which needs the GPUs."""
+class TrainerCreated(Exception):
+    """Raised in place of creating the trainer, which needs GPUs."""
 
 
 @pytest.fixture
 def begin(monkeypatch, make_data, tmp_path):
-    """Run a command line on GPUs of `memory` bytes each, as far as the trainer: the flags that it would get."""
+    """Run a command line on simulated GPUs of `memory` bytes each; returns the flags passed to the trainer."""
     fit = importlib.import_module("rwkv.train.fit")
 
     def run(kind, memory: int, *words: str, host: int = HOST):
@@ -36,7 +36,7 @@ def begin(monkeypatch, make_data, tmp_path):
         monkeypatch.setattr(compat, "deepspeed_refusal", lambda on_gpu: None)
 
         def make_trainer(run, callbacks):
-            raise Begun(run.flags)
+            raise TrainerCreated(run.flags)
 
         monkeypatch.setattr(fit, "make_trainer", make_trainer)
         sizes = ["--n_layer", "2", "--n_embd", "64", "--vocab_size", "500"]
@@ -51,9 +51,9 @@ def begin(monkeypatch, make_data, tmp_path):
             "4",
         ]
         common += ["--epoch_steps", "3", "--epoch_count", "1", "--precision", "bf16", "--random_seed", "1", "--auto"]
-        with pytest.raises(Begun) as begun:
+        with pytest.raises(TrainerCreated) as caught:
             fit.fit(parse(kind, "", [*sizes, *common, *words]))
-        return begun.value.args[0]
+        return caught.value.args[0]
 
     return run
 
@@ -66,7 +66,7 @@ def room_for(p: Plan) -> int:
     return round((estimate(p).total + 1) / planning.USABLE)
 
 
-STEPS = [  # devices, the plan that just fits, and the flags that come of it
+STEPS = [  # devices, the plan that just fits, and the expected flags
     (1, {}, (4, 1, 0, "auto")),
     (1, {"micro_bsz": 2, "accumulate": 2}, (2, 2, 0, "auto")),
     (1, {"micro_bsz": 1, "accumulate": 4, "grad_cp": True}, (1, 4, 1, "auto")),
@@ -85,7 +85,7 @@ STEPS = [  # devices, the plan that just fits, and the flags that come of it
 
 
 @pytest.mark.parametrize(("devices", "fitting", "expected"), STEPS)
-def test_auto_takes_the_flags_that_cost_least(begin, capsys, devices, fitting, expected):
+def test_auto_picks_cheapest_flags(begin, capsys, devices, fitting, expected):
     wanted = plan(devices=devices, per_node=devices, **fitting)
     config = begin(TrainConfig, room_for(wanted), "--devices", str(devices))
     chosen = planning.plan_of(config, SIZES, True, "bf16")
@@ -100,14 +100,14 @@ def test_auto_takes_the_flags_that_cost_least(begin, capsys, devices, fitting, e
     )
 
 
-def test_lora_is_chosen_for_alike(begin, capsys):
+def test_auto_for_lora(begin, capsys):
     wanted = plan(lora=True, micro_bsz=1, accumulate=4, devices=8, per_node=8)
     config = begin(LoRAConfig, room_for(wanted), "--devices", "8", "--lora", "1")
     assert (config.micro_bsz, config.grad_cp, config.strategy) == (1, 0, "auto")
     assert f"of {planning.USABLE * room_for(wanted) / 1e9:.2f} GB" in capsys.readouterr().out
 
 
-def test_auto_leaves_out_what_this_machine_or_another_flag_refuses(begin, monkeypatch):
+def test_auto_respects_host_memory_and_flags(begin, monkeypatch):
     offloaded = room_for(plan(micro_bsz=1, accumulate=4, grad_cp=True, strategy="deepspeed_stage_2_offload"))
     with pytest.raises(
         UserError,
@@ -116,13 +116,14 @@ def test_auto_leaves_out_what_this_machine_or_another_flag_refuses(begin, monkey
         begin(TrainConfig, offloaded, host=10**8)
     factored = room_for(plan(micro_bsz=1, accumulate=4, grad_cp=True, optimizer="adafactor"))
     assert begin(TrainConfig, factored, "--optimizer", "adafactor").strategy == "auto"
-    with pytest.raises(UserError, match="--auto: nothing fits"):  # DeepSpeed, which would, takes no Adafactor
+    # only DeepSpeed would fit, which supports neither Adafactor nor skipping steps
+    with pytest.raises(UserError, match="--auto: nothing fits"):
         begin(TrainConfig, offloaded, "--optimizer", "adafactor")
-    with pytest.raises(UserError, match="--auto: nothing fits"):  # nor does it leave steps out
+    with pytest.raises(UserError, match="--auto: nothing fits"):
         begin(TrainConfig, offloaded, "--on_nan", "skip")
 
 
-def test_on_a_gpu_too_out_of_memory_is_an_error_with_a_remedy(monkeypatch):
+def test_cuda_out_of_memory_message(monkeypatch):
     total, used = 24 * 10**9, 23 * 10**9
     monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: total)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: used)
@@ -130,17 +131,16 @@ def test_on_a_gpu_too_out_of_memory_is_an_error_with_a_remedy(monkeypatch):
     wanted = plan(sizes=published("1.5b"), ctx_len=1024, micro_bsz=1)
     watch = MemoryMonitor(wanted, 0)
     watch._device = torch.device("cuda")
-    with pytest.raises(UserError) as told, watch.explained():
+    with pytest.raises(UserError) as caught, watch.explained():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    assert f"{watch.expected() / 1e9:.2f} GB were predicted on each device and 23.00 GB were in use" in str(told.value)
-    assert "of 24.00 GB. The cheapest change that fits: --grad_cp 1, --strategy deepspeed_stage_2_offload (" in str(
-        told.value
-    )
-    with pytest.raises(RuntimeError, match="shapes"), watch.explained():  # another error stays what it is
+    message = str(caught.value)
+    assert f"{watch.expected() / 1e9:.2f} GB were predicted on each device and 23.00 GB were in use" in message
+    assert "of 24.00 GB. The cheapest change that fits: --grad_cp 1, --strategy deepspeed_stage_2_offload (" in message
+    with pytest.raises(RuntimeError, match="shapes"), watch.explained():  # other errors pass through
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
-def test_where_the_memory_is_unknown_nothing_is_reckoned_with_zero(begin, capsys, monkeypatch):
+def test_unknown_gpu_memory(begin, capsys, monkeypatch):
     config = begin(TrainConfig, 0, "--grad_cp", "1")
     assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp, config.strategy) == (4, 1, 1, "auto")
     said = capsys.readouterr().out
@@ -151,8 +151,8 @@ def test_where_the_memory_is_unknown_nothing_is_reckoned_with_zero(begin, capsys
     watch = MemoryMonitor(plan(sizes=published("1.5b"), ctx_len=1024, micro_bsz=1), 0)
     watch._device = torch.device("cuda")
     with (
-        pytest.raises(UserError, match=r"1\.00 GB were in use when no more could be had\. ") as told,
+        pytest.raises(UserError, match=r"1\.00 GB were in use when no more could be had\. ") as caught,
         watch.explained(),
     ):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    assert "0.00 GB" not in str(told.value)
+    assert "0.00 GB" not in str(caught.value)

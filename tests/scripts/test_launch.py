@@ -146,7 +146,7 @@ def test_kubernetes_command_without_compiler(root, make_base, make_data, tmp_pat
         "TORCH_EXTENSIONS_DIR": str(tmp_path / "compiled"),
     }
     environment |= {"PYTHONDONTWRITEBYTECODE": "1"}
-    if compat.stack() == "cu117":  # whose DeepSpeed trains on GPUs only
+    if compat.stack() == "cu117":  # its DeepSpeed trains on GPUs only
         environment["PYTHONPATH"] = os.pathsep.join(
             map(str, (root, root / "tests/train", root / "tests/train/stand_in"))
         )
@@ -281,7 +281,7 @@ def test_two_hosts_match_one_process(root, hosts, machine, commands, flags, scri
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    # sums in another order
+    # different summation order
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
@@ -292,8 +292,8 @@ def test_dead_host_then_resume(root, hosts, machine, flags, tmp_path):
         def on(i: int, name: str) -> subprocess.Popen:
             words = ["--nodes", 2, "--node", i, "--master", next(iter(hosts)), "--devices", 1, *training]
             command = [str(word) for word in ("ip", "netns", "exec", name, root / "scripts/launch.sh", *words)]
-            said = open(tmp_path / f"{name}.txt", "a")  # noqa: SIM115, the process's for as long as it runs
-            return subprocess.Popen(command, cwd=root, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+            log = open(tmp_path / f"{name}.txt", "a")  # noqa: SIM115, in use while the process runs
+            return subprocess.Popen(command, cwd=root, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
         return [on(i, name) for i, name in enumerate(hosts.values())]
 
@@ -302,8 +302,7 @@ def test_dead_host_then_resume(root, hosts, machine, flags, tmp_path):
     while not list((tmp_path / "run/resume").glob("step-*.pt")) and time.monotonic() < until:
         time.sleep(0.05)
     os.killpg(second.pid, signal.SIGKILL)
-    # Its rank may be in a session of its own: what is left in the namespace goes too, as a machine
-    # takes all with it.
+    # Its rank may be in another session: kill every process of the namespace, as when a machine dies.
     left = subprocess.run(
         ["ip", "netns", "pids", list(hosts.values())[1]], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -314,7 +313,7 @@ def test_dead_host_then_resume(root, hosts, machine, flags, tmp_path):
     while "failed (exitcode: 1)" not in (tmp_path / f"{next(iter(hosts.values()))}.txt").read_text():
         assert time.monotonic() < until, "the other host did not notice"
         time.sleep(0.1)
-    # torchrun of torch 1.13.1 itself would wait five minutes for the lost one
+    # torchrun of torch 1.13.1 would wait five minutes for the lost host
     os.killpg(first.pid, signal.SIGKILL)
     for process in (first, second):
         process.wait(10)

@@ -30,7 +30,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("kind", ["utf-8", "utf-16le"])
-def test_the_characters_of_a_text_are_its_tokens(kind, tmp_path):
+def test_text_characters(kind, tmp_path):
     text = "Ein Käfig ging\r\neinen Vogel suchen. 鳥 🐦\n" * 3
     (tmp_path / "t.txt").write_bytes(text.encode(kind))
     flags = {**FLAGS, "data_type": kind, "data_file": str(tmp_path / "t.txt"), "proj_dir": str(tmp_path / "run")}
@@ -55,7 +55,7 @@ def test_the_characters_of_a_text_are_its_tokens(kind, tmp_path):
         fit(TrainConfig(**{**other, "n_layer": 0, "n_embd": 0}))
 
 
-def test_an_array_of_ids_is_a_stream(tmp_path):
+def test_numpy_array(tmp_path):
     ids = np.random.default_rng(0).integers(0, 50277, 300)
     np.save(tmp_path / "train.npy", ids)
     flags = {
@@ -70,7 +70,7 @@ def test_an_array_of_ids_is_a_stream(tmp_path):
     assert (data.tokens.dtype, data.tokens.tolist(), len(data)) == (np.uint16, ids.tolist(), 1)
 
 
-def test_dummy_data_are_right_sums(tmp_path):
+def test_dummy_data(tmp_path):
     fit(TrainConfig(**FLAGS, data_type="dummy", proj_dir=str(tmp_path / "run")))
     words = json.loads((tmp_path / "run/vocab.json").read_text())
     assert set(words.values()) == set("0123456789+=.")
@@ -80,7 +80,7 @@ def test_dummy_data_are_right_sums(tmp_path):
     assert all(int(a) + int(b) == int(c) for a, b, c in (one.replace("+", "=").split("=") for one in sums))
 
 
-def test_a_stream_longer_than_an_index_can_count_is_several_documents(tmp_path, monkeypatch):
+def test_long_stream_is_split(tmp_path, monkeypatch):
     monkeypatch.setattr(binidx, "_MAX_DOCUMENT", 10)
     with binidx.writer(tmp_path / "d") as out:
         out.add_stream(np.arange(begin, end) for begin, end in ((0, 4), (4, 4), (4, 33), (33, 40)))
@@ -89,7 +89,7 @@ def test_a_stream_longer_than_an_index_can_count_is_several_documents(tmp_path, 
     assert list(data.sizes) == [10, 10, 10, 10]
 
 
-def test_processes_that_a_launcher_started_want_a_binidx(tmp_path, write_jsonl, monkeypatch):
+def test_no_conversion_under_launcher(tmp_path, write_jsonl, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")  # as torchrun sets it
     with pytest.raises(UserError, match="text.jsonl: a launcher has started all processes.*scripts/convert.py"):
         fit(
@@ -115,7 +115,7 @@ def test_processes_that_a_launcher_started_want_a_binidx(tmp_path, write_jsonl, 
     ],
     ids=str,
 )
-def test_what_cannot_be_read_is_refused(tmp_path, flags, complaint):
+def test_invalid_data(tmp_path, flags, complaint):
     (tmp_path / "t").write_bytes(b"abc" * 11)
     with pytest.raises(UserError, match=complaint):
         fit(TrainConfig(**{**FLAGS, "data_file": str(tmp_path / "t"), "proj_dir": str(tmp_path / "run"), **flags}))
@@ -151,7 +151,7 @@ NO_BINIDX = [
 
 
 @pytest.mark.parametrize(("name", "binidx_of", "words"), NO_BINIDX, ids=[case[0] for case in NO_BINIDX])
-def test_what_is_no_binidx_is_told_what_it_is_and_how_to_convert_it(name, binidx_of, words, make_data, tmp_path):
+def test_not_a_binidx(name, binidx_of, words, make_data, tmp_path):
     for prefix in binidx_of:
         make_data(100, name=prefix)
     if not binidx_of and name != "gone":
@@ -162,7 +162,7 @@ def test_what_is_no_binidx_is_told_what_it_is_and_how_to_convert_it(name, binidx
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "sft", "JSON"])
-def test_the_kinds_of_other_trainers_are_answered(kind, tmp_path):
+def test_data_types_of_other_trainers(kind, tmp_path):
     with pytest.raises(
         UserError, match=f"--data_type {kind}: leave the flag out; a .jsonl file is recognised by its name"
     ):
@@ -213,7 +213,7 @@ def broken(path):
 @pytest.mark.parametrize(
     "change", [other_file, edited, edited_in_place_with_size_and_time, broken], ids=lambda x: x.__name__
 )
-def test_a_source_that_is_not_what_the_run_was_made_from_is_refused(change, tmp_path):
+def test_changed_source(change, tmp_path):
     path, folder = tmp_path / "a.jsonl", tmp_path / "run"
     config = TrainConfig(**JSONL, data_file=jsonl(path, "document"), proj_dir=str(folder))
     fit(config)
@@ -243,7 +243,7 @@ def test_a_source_that_is_not_what_the_run_was_made_from_is_refused(change, tmp_
     assert json.loads((folder / "run.json").read_text())["data"]["prefix"] == str(folder / "data_text_document")
 
 
-def test_a_source_that_was_deleted_is_refused_and_its_copy_used_if_allowed(tmp_path, capsys):
+def test_deleted_source(tmp_path, capsys):
     path, folder = tmp_path / "a.jsonl", tmp_path / "run"
     config = TrainConfig(**JSONL, data_file=jsonl(path, "document"), proj_dir=str(folder))
     fit(config)
@@ -268,7 +268,7 @@ def test_a_source_that_was_deleted_is_refused_and_its_copy_used_if_allowed(tmp_p
 
 
 @pytest.mark.parametrize("kind", ["utf-8", "numpy"])
-def test_other_kinds_of_sources_are_compared_too(kind, tmp_path):
+def test_changed_text_or_numpy_source(kind, tmp_path):
     path = tmp_path / ("t.npy" if kind == "numpy" else "t.txt")
 
     def write(shift):
@@ -291,7 +291,7 @@ def test_other_kinds_of_sources_are_compared_too(kind, tmp_path):
         fit(changed(config, max_steps=2))
 
 
-def test_the_copy_of_a_run_is_made_again_if_it_was_deleted(tmp_path):
+def test_deleted_copy_rebuilt(tmp_path):
     config = TrainConfig(**JSONL, data_file=jsonl(tmp_path / "a.jsonl", "document"), proj_dir=str(tmp_path / "run"))
     fit(config)
     for path in (tmp_path / "run").glob("data*"):
@@ -301,7 +301,7 @@ def test_the_copy_of_a_run_is_made_again_if_it_was_deleted(tmp_path):
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-def test_a_refused_first_start_does_not_block_the_corrected_command(tmp_path):
+def test_start_after_failed_start(tmp_path):
     folder = tmp_path / "run"
     config = TrainConfig(**JSONL, data_file=jsonl(tmp_path / "a.jsonl", "document"), proj_dir=str(folder))
     with pytest.raises(UserError, match="one sample of ctx_len 5000 needs 5002"):
@@ -320,7 +320,7 @@ def test_a_refused_first_start_does_not_block_the_corrected_command(tmp_path):
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
-def test_a_conversion_that_was_killed_anywhere_does_not_block_the_same_command(renames, tmp_path, root):
+def test_start_after_killed_conversion(renames, tmp_path, root):
     folder = tmp_path / "run"
     flags = {**JSONL, "data_file": jsonl(tmp_path / "a.jsonl", "document"), "proj_dir": str(folder)}
     (tmp_path / "site").mkdir()
@@ -349,7 +349,7 @@ os.replace = killed
     assert losses(folder) == losses(tmp_path / "whole")
 
 
-def test_a_binidx_of_the_user_in_the_folder_is_left_alone(tmp_path, make_data):
+def test_binidx_of_user_kept(tmp_path, make_data):
     folder = tmp_path / "run"
     folder.mkdir()
     prefix = make_data(100, name="run/data_text_document")
@@ -379,7 +379,7 @@ def other_documents(prefix):
     os.replace(f"{prefix}2.idx", f"{prefix}.idx")
 
 
-def test_mask_and_index_belong_to_the_data_of_a_run(make_data, tmp_path):
+def test_changed_mask_or_index(make_data, tmp_path):
     prefix = make_data(200)
     binidx.mask_path(prefix).write_bytes(bytes([0, 1] * 100))
     config = TrainConfig(**{**FLAGS, "vocab_size": 50}, data_file=prefix, proj_dir=str(tmp_path / "run"), max_steps=1)
@@ -399,7 +399,7 @@ def test_mask_and_index_belong_to_the_data_of_a_run(make_data, tmp_path):
     fit(changed(config, max_steps=2))
 
 
-def test_of_large_data_blocks_are_compared(make_data, tmp_path, monkeypatch):
+def test_large_data_hashed_in_blocks(make_data, tmp_path, monkeypatch):
     monkeypatch.setattr("rwkv.files._MAX_HASHED", 1000)
     prefix = make_data(100_000)
     config = TrainConfig(**{**FLAGS, "vocab_size": 50}, data_file=prefix, proj_dir=str(tmp_path / "run"), max_steps=1)

@@ -44,7 +44,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_what_the_readme_says(make_data, tmp_path):
+def test_output_files(make_data, tmp_path):
     data = make_data(200)
     result = fit(TrainConfig(**SMALL, data_file=data, proj_dir=str(tmp_path / "run"), epoch_save=2))
     names = {path.name for path in (tmp_path / "run").iterdir()}
@@ -70,13 +70,13 @@ def test_a_run_leaves_what_the_readme_says(make_data, tmp_path):
     assert load_model(result.checkpoint).sizes.n_layer == 2
 
 
-def test_a_run_that_ends_inside_an_epoch_saves_final(make_data, tmp_path):
+def test_partial_epoch_saves_final(make_data, tmp_path):
     result = fit(TrainConfig(**SMALL, data_file=make_data(200), proj_dir=str(tmp_path / "run"), max_steps=6))
     assert result.steps == 6
     assert result.checkpoint.name == "rwkv-final.pth"
 
 
-def test_the_same_seed_gives_the_same_bits(make_data, tmp_path):
+def test_same_seed_same_weights(make_data, tmp_path):
     data, weights = make_data(200), []
     for i in range(2):
         weights.append(
@@ -85,7 +85,7 @@ def test_the_same_seed_gives_the_same_bits(make_data, tmp_path):
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_going_on_with_epoch_begin_continues_data_and_schedule(make_data, tmp_path):
+def test_epoch_begin_continues_data_and_schedule(make_data, tmp_path):
     data, folder = make_data(200), tmp_path / "run"
     fit(TrainConfig(**SMALL | {"epoch_count": 2, "max_steps": 4}, data_file=data, proj_dir=str(folder), magic_prime=-1))
     fit(
@@ -109,7 +109,7 @@ def test_going_on_with_epoch_begin_continues_data_and_schedule(make_data, tmp_pa
     )  # the next batch on the same weights; then Adam's state is missing
 
 
-def test_going_back_drops_the_lines_of_later_steps(make_data, tmp_path):
+def test_rewind_drops_later_metrics(make_data, tmp_path):
     data, folder = make_data(200), tmp_path / "run"
     fit(TrainConfig(**SMALL, data_file=data, proj_dir=str(folder), epoch_save=1))
     fit(
@@ -125,7 +125,7 @@ def test_going_back_drops_the_lines_of_later_steps(make_data, tmp_path):
     assert [line["step"] for line in lines(folder)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_ctrl_c_saves_and_ends_with_130(make_base, make_data, tmp_path, root):
+def test_ctrl_c_saves(make_base, make_data, tmp_path, root):
     flags = [
         "--load_model",
         make_base(),
@@ -155,7 +155,7 @@ def test_ctrl_c_saves_and_ends_with_130(make_base, make_data, tmp_path, root):
     assert load_model(tmp_path / "run/rwkv-final.pth").sizes.n_layer == 2
 
 
-def test_lora_saves_only_the_adapter_and_leaves_the_base(make_base, make_data, tmp_path):
+def test_lora_saves_adapter_only(make_base, make_data, tmp_path):
     base = make_base()
     before = base.read_bytes()
     result = fit(
@@ -176,7 +176,7 @@ def test_lora_saves_only_the_adapter_and_leaves_the_base(make_base, make_data, t
     assert load_tuned(base, result.checkpoint)[0].sizes.n_layer == 2
 
 
-def test_lora_from_scratch_keeps_its_base_and_no_tensor_of_it_is_dead(make_data, tmp_path):
+def test_lora_from_scratch(make_data, tmp_path):
     folder = tmp_path / "run"
     result = fit(
         LoRAConfig(
@@ -193,7 +193,7 @@ def test_lora_from_scratch_keeps_its_base_and_no_tensor_of_it_is_dead(make_data,
     load_tuned(folder / "rwkv-base.pth", result.checkpoint)
 
 
-def test_lora_load_goes_on_from_the_adapter(make_base, make_data, tmp_path):
+def test_lora_load(make_base, make_data, tmp_path):
     common = {
         **TUNE,
         "load_model": str(make_base()),
@@ -217,7 +217,7 @@ def test_lora_load_goes_on_from_the_adapter(make_base, make_data, tmp_path):
     assert any(value.any() for key, value in theirs.items() if key.endswith("lora_B"))
 
 
-def test_lora_off_tunes_all_weights(make_base, make_data, tmp_path):
+def test_lora_off(make_base, make_data, tmp_path):
     result = fit(
         LoRAConfig(
             **TUNE, lora=False, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run")
@@ -226,7 +226,7 @@ def test_lora_off_tunes_all_weights(make_base, make_data, tmp_path):
     assert read_manifest(result.checkpoint)["kind"] == "model"
 
 
-def test_jsonl_is_converted_on_the_way(write_jsonl, tmp_path):
+def test_jsonl_converted(write_jsonl, tmp_path):
     path = write_jsonl(*({"text": f"document number {i}"} for i in range(20)))
     sizes = {"n_layer": 1, "n_embd": 8, "vocab_size": 65536}
     result = fit(TrainConfig(**SMALL | sizes | {"max_steps": 2}, data_file=str(path), proj_dir=str(tmp_path / "run")))
@@ -234,12 +234,12 @@ def test_jsonl_is_converted_on_the_way(write_jsonl, tmp_path):
     assert (tmp_path / "run/data_text_document.idx").exists()
 
 
-def test_pre_ffn_trains_and_comes_back(make_data, tmp_path):
+def test_pre_ffn(make_data, tmp_path):
     result = fit(TrainConfig(**SMALL, pre_ffn=1, data_file=make_data(200), proj_dir=str(tmp_path / "run")))
     assert load_model(result.checkpoint).sizes.pre_ffn
 
 
-def test_bf16_follows_fp32_and_keeps_fp32_weights(make_base, make_data, tmp_path):
+def test_bf16_follows_fp32(make_base, make_data, tmp_path):
     common = {**TUNE, "load_model": str(make_base()), "data_file": make_data(200), "lr_init": 1e-3}
     runs = {p: fit(TrainConfig(**common | {"precision": p}, proj_dir=str(tmp_path / p))) for p in ("fp32", "bf16")}
     losses = {p: [line["loss"] for line in lines(tmp_path / p)] for p in runs}
@@ -248,7 +248,7 @@ def test_bf16_follows_fp32_and_keeps_fp32_weights(make_base, make_data, tmp_path
     assert {value.dtype for value in read_tensors(runs["bf16"].checkpoint).values()} == {torch.float32}
 
 
-def test_two_processes_under_ddp_train_as_one_with_twice_the_batch(make_base, make_data, tmp_path, root):
+def test_ddp_matches_one_process(make_base, make_data, tmp_path, root):
     base, data = make_base(), make_data(300)
     common = [
         "--load_model",
@@ -275,7 +275,7 @@ def test_two_processes_under_ddp_train_as_one_with_twice_the_batch(make_base, ma
     for key in one:
         torch.testing.assert_close(
             one[key], two[key], rtol=1e-4, atol=1e-5, msg=key
-        )  # fp32 means in another order, through Adam
+        )  # fp32 means in different order, then Adam
     losses = [[line["loss"] for line in lines(tmp_path / name)] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
@@ -300,7 +300,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("flags", "complaint"), REFUSED)
-def test_what_cannot_be_trained_is_refused_and_leaves_nothing(make_data, tmp_path, flags, complaint):
+def test_invalid_flags(make_data, tmp_path, flags, complaint):
     data = make_data(200)
     with pytest.raises(UserError, match=complaint):
         fit(TrainConfig(**{**SMALL, "data_file": data, "proj_dir": str(tmp_path / "run"), **flags}))
@@ -317,7 +317,7 @@ LORA_REFUSED = [
 
 
 @pytest.mark.parametrize(("flags", "complaint"), LORA_REFUSED)
-def test_lora_refusals(make_base, make_data, tmp_path, flags, complaint):
+def test_invalid_lora_flags(make_base, make_data, tmp_path, flags, complaint):
     base, data = make_base(), make_data(200)
     with pytest.raises(UserError, match=complaint):
         fit(
@@ -327,7 +327,7 @@ def test_lora_refusals(make_base, make_data, tmp_path, flags, complaint):
         )
 
 
-def test_an_adapter_of_another_base_or_rank_is_refused_before_training(make_base, make_data, tmp_path):
+def test_lora_load_mismatch(make_base, make_data, tmp_path):
     base, data = make_base(), make_data(200)
     common = {**TUNE, "data_file": data, "load_model": str(base)}
     adapter = fit(LoRAConfig(**common, proj_dir=str(tmp_path / "a"))).checkpoint
@@ -341,7 +341,7 @@ def test_an_adapter_of_another_base_or_rank_is_refused_before_training(make_base
     assert not (tmp_path / "b").exists()
 
 
-def test_a_finished_run_is_not_overwritten_unless_told(make_data, tmp_path, capsys):
+def test_finished_run_kept_without_overwrite(make_data, tmp_path, capsys):
     flags = {**SMALL, "data_file": make_data(200), "proj_dir": str(tmp_path / "run"), "max_steps": 2}
     fit(TrainConfig(**flags))
     weights = (tmp_path / "run/rwkv-final.pth").read_bytes()
@@ -358,7 +358,7 @@ def test_a_finished_run_is_not_overwritten_unless_told(make_data, tmp_path, caps
         fit(TrainConfig(**flags, overwrite=True, load_model=str(tmp_path / "run/rwkv-final.pth")))
 
 
-def test_overwriting_deletes_only_what_runs_write(make_base, make_data, tmp_path):
+def test_overwrite_keeps_foreign_files(make_base, make_data, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("rwkv-4-world.pth", "rwkv-init.pth", "rwkv-7.pth", "notes.txt"):
@@ -367,7 +367,7 @@ def test_overwriting_deletes_only_what_runs_write(make_base, make_data, tmp_path
     assert {"rwkv-4-world.pth", "rwkv-init.pth", "rwkv-7.pth", "notes.txt"} <= {path.name for path in folder.iterdir()}
 
 
-def test_negative_ids_are_refused(tmp_path):
+def test_negative_token_id(tmp_path):
     with writer(tmp_path / "d", "int32") as out:
         out.add([1] * 100)
     raw = bytearray((tmp_path / "d.bin").read_bytes())
@@ -377,7 +377,7 @@ def test_negative_ids_are_refused(tmp_path):
         fit(TrainConfig(**SMALL, data_file=str(tmp_path / "d"), proj_dir=str(tmp_path / "run")))
 
 
-def test_a_cut_line_of_metrics_is_dropped_on_going_on(make_data, tmp_path):
+def test_incomplete_metrics_line_dropped(make_data, tmp_path):
     data, folder = make_data(200), tmp_path / "run"
     fit(TrainConfig(**SMALL | {"epoch_count": 1}, data_file=data, proj_dir=str(folder)))
     with open(folder / "metrics.jsonl", "a") as file:
@@ -394,7 +394,7 @@ def test_a_cut_line_of_metrics_is_dropped_on_going_on(make_data, tmp_path):
     assert [line["step"] for line in lines(folder)] == list(range(1, 9))
 
 
-def test_an_adapter_without_matrices_goes_on_as_well(make_base, make_data, tmp_path):
+def test_lora_load_without_matrices(make_base, make_data, tmp_path):
     common = {**TUNE, "load_model": str(make_base()), "data_file": make_data(200), "lora_parts": "time,ln"}
     first = fit(LoRAConfig(**common, proj_dir=str(tmp_path / "a")))
     fit(LoRAConfig(**common, proj_dir=str(tmp_path / "b"), lora_load=str(first.checkpoint)))
@@ -410,7 +410,7 @@ def poisoned(make_base, tmp_path):
     return {**TUNE, "load_model": str(tmp_path / "nan.pth"), "data_file": str(tmp_path / "data"), "magic_prime": 23}
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(make_base, make_data, tmp_path):
+def test_nan_loss_names_batch(make_base, make_data, tmp_path):
     flags = poisoned(make_base, tmp_path)
     with pytest.raises(UserError) as caught:
         fit(TrainConfig(**flags, proj_dir=str(tmp_path / "run"), save_every=1))
@@ -426,9 +426,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(make_base, 
     assert lines(tmp_path / "run")[-1]["loss"] is None
 
 
-def test_numbers_read_a_step_late_are_the_same_and_what_is_wrong_is_named_the_same(
-    make_base, make_data, tmp_path, monkeypatch
-):
+def test_deferred_metrics_match_immediate(make_base, make_data, tmp_path, monkeypatch):
     """On a GPU a step's numbers are read after the next one is launched; here a CPU is told to do so."""
     flags, data = poisoned(make_base, tmp_path), make_data(500)
     read, found, said = [], [], []
@@ -457,7 +455,7 @@ def test_numbers_read_a_step_late_are_the_same_and_what_is_wrong_is_named_the_sa
     assert said[0] == said[1]
 
 
-def test_on_nan_skip_leaves_out_that_step_alone(make_base, tmp_path):
+def test_on_nan_skip(make_base, tmp_path):
     flags = poisoned(make_base, tmp_path)
     result = fit(TrainConfig(**flags, proj_dir=str(tmp_path / "run"), on_nan="skip"))
     left_out = [line["step"] for line in lines(tmp_path / "run") if line["loss"] is None]
@@ -481,7 +479,7 @@ def test_on_nan_skip_leaves_out_that_step_alone(make_base, tmp_path):
         )
 
 
-def test_the_norm_of_the_gradient_is_that_of_plain_torch(make_base, make_data, tmp_path):
+def test_grad_norm_matches_torch(make_base, make_data, tmp_path):
     base, data = make_base(), make_data(200)
     fit(
         TrainConfig(
@@ -502,7 +500,7 @@ def test_the_norm_of_the_gradient_is_that_of_plain_torch(make_base, make_data, t
     )  # L2Wrap's share is below that
 
 
-def test_my_exit_ends_after_its_epoch_on_the_rates_of_the_longer_run(make_data, tmp_path, capsys):
+def test_my_exit(make_data, tmp_path, capsys):
     data = make_data(200)
     assert (
         fit(TrainConfig(**SMALL, data_file=data, proj_dir=str(tmp_path / "a"), my_exit=1)).checkpoint.name
@@ -513,7 +511,7 @@ def test_my_exit_ends_after_its_epoch_on_the_rates_of_the_longer_run(make_data, 
     assert [x["lr"] for x in lines(tmp_path / "a")] == [x["lr"] for x in lines(tmp_path / "b")][:8]
 
 
-def test_a_run_says_its_types_and_what_it_was_made_from(make_base, make_data, tmp_path, capsys, monkeypatch):
+def test_run_manifest_and_dtypes(make_base, make_data, tmp_path, capsys, monkeypatch):
     base, data, secret = make_base(), make_data(200), "0123456789abcdef" * 2 + "01234567"
     monkeypatch.setenv("WANDB_API_KEY", secret)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -539,9 +537,7 @@ def test_a_run_says_its_types_and_what_it_was_made_from(make_base, make_data, tm
         assert not path.is_file() or secret.encode() not in path.read_bytes(), path
 
 
-def test_a_base_in_bf16_that_processes_cannot_send_each_other_is_refused_if_it_was_asked_for(
-    make_base, make_data, tmp_path, monkeypatch
-):
+def test_bf16_base_without_bf16_broadcast(make_base, make_data, tmp_path, monkeypatch):
     monkeypatch.setattr(compat, "gloo_sends_bf16", lambda: False)  # as torch 1.13.1, on CPUs
     flags = {
         **TUNE,
@@ -560,7 +556,7 @@ def test_a_base_in_bf16_that_processes_cannot_send_each_other_is_refused_if_it_w
     assert {p.dtype for p in model.parameters()} == {torch.float32}  # and this is said at the start, as `precision:`
 
 
-def test_lora_on_a_base_kept_in_bf16_follows_the_one_in_fp32(make_base, make_data, tmp_path, monkeypatch):
+def test_lora_on_bf16_base_follows_fp32(make_base, make_data, tmp_path, monkeypatch):
     stored, trained = [], []
     keep = lora.store_frozen
     monkeypatch.setattr(

@@ -127,7 +127,7 @@ LOST = [
 
 
 @pytest.mark.parametrize(("lose", "words"), LOST, ids=lambda x: getattr(x, "__name__", ""))
-def test_a_run_without_a_usable_state_never_starts_over_by_itself(lose, words, run):
+def test_no_silent_restart(lose, words, run):
     config, folder = run
     lose(folder)
     before = content(folder)
@@ -156,7 +156,7 @@ def test_a_run_without_a_usable_state_never_starts_over_by_itself(lose, words, r
         assert read_manifest(folder / "rwkv-final.pth")["step"] == 1
 
 
-def test_a_run_that_was_killed_before_its_first_state_starts_again(run):
+def test_killed_before_first_state(run):
     config, folder = run
     whole = [line["loss"] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
     no_checkpoints_either(folder)
@@ -175,7 +175,7 @@ def test_a_run_that_was_killed_before_its_first_state_starts_again(run):
 
 
 @pytest.mark.parametrize("due", ["rwkv-2.pth", "rwkv-1.pth"])
-def test_a_checkpoint_that_is_due_and_missing_is_written_again_from_the_state(due, run, capsys):
+def test_missing_checkpoint_rewritten(due, run, capsys):
     config, folder = run
     if due == "rwkv-1.pth":  # killed between the state and the checkpoint of its step
         (folder / "resume/step-12.pt").unlink()
@@ -240,7 +240,7 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda x: x.__name__)
-def test_whatever_is_wrong_with_the_newest_state_the_one_before_is_used(damage, run, capsys):
+def test_corrupt_state_falls_back(damage, run, capsys):
     _config, folder = run
     damage(folder / "resume/step-12.pt")
     state = state_files.newest(folder)
@@ -249,7 +249,7 @@ def test_whatever_is_wrong_with_the_newest_state_the_one_before_is_used(damage, 
     assert (folder / "resume/step-12.pt.corrupt").exists()
 
 
-def test_every_byte_of_a_state_may_be_wrong(run):
+def test_flipped_bits_in_state(run):
     """Of all bits some are looked at by no reader; a state is then either as it was or not taken."""
     _, folder = run
     path = folder / "resume/step-12.pt"
@@ -268,7 +268,7 @@ def test_every_byte_of_a_state_may_be_wrong(run):
             assert state_files.read(path).step == 12
 
 
-def test_a_state_of_another_run_is_refused_and_nothing_is_changed(run, tmp_path):
+def test_state_of_another_run(run, tmp_path):
     config, folder = run
     fit(changed(config, proj_dir=str(tmp_path / "other"), random_seed=2))
     shutil.copy(tmp_path / "other/resume/step-12.pt", folder / "resume/step-20.pt")
@@ -278,7 +278,7 @@ def test_a_state_of_another_run_is_refused_and_nothing_is_changed(run, tmp_path)
     assert content(folder) == before
 
 
-def test_a_state_that_cannot_be_read_is_not_called_corrupt(run, monkeypatch):
+def test_unreadable_state(run, monkeypatch):
     _, folder = run
 
     def refuse(path, *arguments, **keywords):
@@ -303,7 +303,7 @@ MANIFESTS = [
 
 
 @pytest.mark.parametrize(("raw", "words"), MANIFESTS, ids=lambda x: str(x)[:20])
-def test_a_manifest_that_is_none_is_an_error_in_words(raw, words, run):
+def test_invalid_manifest(raw, words, run):
     config, folder = run
     (folder / "run.json").write_bytes(raw)
     with pytest.raises(UserError, match=f"run.json: .*{words}.*; choose another --proj_dir, or --overwrite"):
@@ -311,7 +311,7 @@ def test_a_manifest_that_is_none_is_an_error_in_words(raw, words, run):
     fit(changed(config, overwrite=True, max_steps=1))
 
 
-def test_a_manifest_with_anything_missing_or_of_another_type_is_refused_in_words_or_serves(run):
+def test_manifest_with_missing_or_wrong_values(run):
     _config, folder = run
     good = json.loads((folder / "run.json").read_text())
     spoiled = []
@@ -339,7 +339,7 @@ def test_a_manifest_with_anything_missing_or_of_another_type_is_refused_in_words
 @pytest.mark.parametrize(
     "name", ["metrics.jsonl", "train_log.txt", "loss.png", "run.json", "rwkv-0.pth", "rwkv-final.pth"]
 )
-def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_written(name, finished, tmp_path):
+def test_folder_in_place_of_file(name, finished, tmp_path):
     (tmp_path / "run" / name).mkdir(parents=True)
     for flags in ({}, {"overwrite": True}):
         with pytest.raises(UserError, match=f"{name}: is a folder"):
@@ -361,7 +361,7 @@ def upstreams(tmp_path):
     return folder
 
 
-def test_overwrite_deletes_only_what_this_program_wrote_and_lists_it(upstreams, finished, capsys):
+def test_overwrite_deletes_own_files_only(upstreams, finished, capsys):
     config = changed(finished[0], proj_dir=str(upstreams), load_model="", epoch_count=2)
     before = content(upstreams)
     with pytest.raises(
@@ -401,7 +401,7 @@ def test_overwrite_deletes_only_what_this_program_wrote_and_lists_it(upstreams, 
             assert after["train_log.txt"].startswith(raw)
 
 
-def test_a_lora_run_is_told_how_to_continue_from_its_adapter(make_base, make_data, tmp_path):
+def test_advice_for_lora_run_without_state(make_base, make_data, tmp_path):
     base = make_base()
     config = LoRAConfig(**FLAGS, load_model=str(base), data_file=make_data(200), proj_dir=str(tmp_path / "a b"))
     fit(changed(config, epoch_count=1))
@@ -413,7 +413,7 @@ def test_a_lora_run_is_told_how_to_continue_from_its_adapter(make_base, make_dat
     fit(changed(config, lora_load=str(tmp_path / "a b/rwkv-0.pth"), epoch_begin=1))
 
 
-def test_lora_load_in_the_folder_of_a_run_is_compared_by_content(make_base, make_data, tmp_path):
+def test_lora_load_compared_by_content(make_base, make_data, tmp_path):
     config = LoRAConfig(**FLAGS, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run"))
     other = fit(changed(config, proj_dir=str(tmp_path / "other"), max_steps=1)).checkpoint
     fit(changed(config, max_steps=1))
@@ -440,9 +440,7 @@ UNSERVED = [
 
 
 @pytest.mark.parametrize(("flags", "words"), UNSERVED, ids=str)
-def test_allow_changes_refuses_what_the_state_cannot_serve_and_changes_nothing(
-    flags, words, make_base, make_data, tmp_path
-):
+def test_allow_changes_incompatible_state(flags, words, make_base, make_data, tmp_path):
     config = LoRAConfig(**FLAGS, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run"))
     fit(changed(config, max_steps=2))
     before = content(tmp_path / "run")
@@ -454,7 +452,7 @@ def test_allow_changes_refuses_what_the_state_cannot_serve_and_changes_nothing(
     fit(changed(config, max_steps=3))  # the original command
 
 
-def test_the_manifest_is_replaced_only_after_the_state_was_taken(make_base, make_data, tmp_path, monkeypatch):
+def test_manifest_written_after_state_restored(make_base, make_data, tmp_path, monkeypatch):
     config = LoRAConfig(**FLAGS, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run"))
     fit(changed(config, max_steps=2))
     before = content(tmp_path / "run")
@@ -468,7 +466,7 @@ def test_the_manifest_is_replaced_only_after_the_state_was_taken(make_base, make
     assert content(tmp_path / "run") == before
 
 
-def test_a_flag_of_floats_may_have_been_given_a_fraction(make_base, make_data, tmp_path):
+def test_fractional_flags_resume(make_base, make_data, tmp_path):
     config = LoRAConfig(
         **FLAGS, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run"), lora_alpha=16.5
     )

@@ -69,7 +69,7 @@ def changed(config, **flags):
 
 
 @pytest.mark.parametrize("kind", ["lora", "all"])
-def test_stopped_at_every_step_and_started_again_is_the_run_that_never_stopped(kind, make_base, make_data, tmp_path):
+def test_resume_at_every_step(kind, make_base, make_data, tmp_path):
     config = make(kind, make_base, make_data, proj_dir=str(tmp_path / "whole"))
     fit(config)
     for steps in range(1, 6):  # six steps in all, two an epoch
@@ -85,7 +85,7 @@ def test_stopped_at_every_step_and_started_again_is_the_run_that_never_stopped(k
     assert len(state_files.states(tmp_path / "run")) == 2
 
 
-def test_a_run_of_its_own_seed_goes_on_with_it(make_data, tmp_path):
+def test_resume_keeps_drawn_seed(make_data, tmp_path):
     config = TrainConfig(**FLAGS | NEW | {"random_seed": -1}, data_file=make_data(200), proj_dir=str(tmp_path / "run"))
     fit(changed(config, max_steps=5))
     fit(config)
@@ -94,7 +94,7 @@ def test_a_run_of_its_own_seed_goes_on_with_it(make_data, tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_more_epochs_go_on_where_fewer_ended(make_data, tmp_path, capsys):
+def test_more_epochs(make_data, tmp_path, capsys):
     config = TrainConfig(**FLAGS | NEW, data_file=make_data(200), proj_dir=str(tmp_path / "run"))
     fit(changed(config, epoch_count=1))
     fit(config)
@@ -117,7 +117,7 @@ def cut_short(path):
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_short])
-def test_a_damaged_newest_state_falls_back_loudly_to_the_one_before(damage, make_base, make_data, tmp_path, capsys):
+def test_corrupt_state_falls_back(damage, make_base, make_data, tmp_path, capsys):
     config = make("all", make_base, make_data, proj_dir=str(tmp_path / "run"), save_every=1)
     fit(changed(config, max_steps=4))
     newest = state_files.states(tmp_path / "run")[0]
@@ -138,7 +138,7 @@ def test_a_damaged_newest_state_falls_back_loudly_to_the_one_before(damage, make
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_flags_and_data_that_change_the_run_are_refused_with_what_they_were(make_base, make_data, tmp_path):
+def test_changed_flags_and_data(make_base, make_data, tmp_path):
     config = make("lora", make_base, make_data, proj_dir=str(tmp_path / "run"))
     fit(changed(config, max_steps=2))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -162,7 +162,7 @@ def test_flags_and_data_that_change_the_run_are_refused_with_what_they_were(make
     assert run["changed"] == [{"after_step": 3, "changes": ["--lr_init: 0.001 → 0.1"]}]
 
 
-def test_the_same_batch_in_other_pieces_goes_on_with_the_same_data(make_base, make_data, tmp_path):
+def test_resume_with_other_micro_batch(make_base, make_data, tmp_path):
     config = make("all", make_base, make_data, magic_prime=-1, dropout=0.0)
     pieces = {"micro_bsz": 4, "accumulate_grad_batches": 1, "epoch_steps": 2}
     fit(changed(config, proj_dir=str(tmp_path / "whole")))
@@ -172,10 +172,10 @@ def test_the_same_batch_in_other_pieces_goes_on_with_the_same_data(make_base, ma
     assert [line[2:] for line in ours] == [line[2:] for line in theirs]
     assert [line[1] for line in ours] == pytest.approx(
         [line[1] for line in theirs], rel=1e-5
-    )  # fp32 sums in another order
+    )  # fp32 different summation order
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_last_state(make_base, make_data, tmp_path, monkeypatch):
+def test_disk_full_keeps_last_state(make_base, make_data, tmp_path, monkeypatch):
     config = make("all", make_base, make_data, proj_dir=str(tmp_path / "run"), save_every=1)
     room = files.reserve
 
@@ -195,7 +195,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_state(make_base, make_data
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_disk_that_is_full_for_the_metrics_is_an_error_in_words_below_the_bar(make_base, make_data, tmp_path, root):
+def test_disk_full_for_metrics(make_base, make_data, tmp_path, root):
     config = make("all", make_base, make_data, proj_dir=str(tmp_path / "run"), epoch_steps=400)
     limit = "import resource, runpy, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     argv = command(root, config, save_every=1000, epoch_save=1000)
@@ -230,7 +230,7 @@ def start_until(argv, folder, step):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_signal_loses_no_step(number, status, make_base, make_data, tmp_path, root):
+def test_resume_after_signal(number, status, make_base, make_data, tmp_path, root):
     # long enough that the signal comes before the end
     config = make("lora", make_base, make_data, proj_dir=str(tmp_path / "run"), epoch_steps=400, save_every=5)
     process = start_until(command(root, config), tmp_path / "run", 8)
@@ -251,9 +251,7 @@ def test_a_signal_loses_no_step(number, status, make_base, make_data, tmp_path, 
 
 
 @pytest.mark.parametrize("kind", ["lora", "all"])
-def test_a_second_process_in_the_folder_of_a_run_is_refused_and_nothing_is_lost(
-    kind, make_base, make_data, tmp_path, root
-):
+def test_second_process_in_folder(kind, make_base, make_data, tmp_path, root):
     config = make(kind, make_base, make_data, proj_dir=str(tmp_path / "run"), epoch_steps=20000, save_every=5)
     process = start_until(command(root, config), tmp_path / "run", 8)
     try:
@@ -276,7 +274,7 @@ def test_a_second_process_in_the_folder_of_a_run_is_refused_and_nothing_is_lost(
     assert not (tmp_path / "run/.lock").exists()
 
 
-def test_two_ranks_with_dropout_go_on_bit_for_bit(make_base, make_data, tmp_path, root):
+def test_resume_two_ranks(make_base, make_data, tmp_path, root):
     config = make("lora", make_base, make_data, devices=2, micro_bsz=1, epoch_steps=200, save_every=3, precision="bf16")
     # One rank is told to end; both end after the same step.
     process = start_until(command(root, config, proj_dir=tmp_path / "run"), tmp_path / "run", 4)

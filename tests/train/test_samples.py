@@ -62,7 +62,7 @@ def plain_mean(model, items, reset: bool) -> tuple[float, int]:
 @pytest.mark.parametrize(
     "mode", [{}, {"doc_training": 1}, {"doc_training_seq": 1, "min_ctx_len": CTX}, {"magic_prime": -1}], ids=str
 )
-def test_the_loss_is_the_mean_over_counted_targets_of_documents_run_alone(make_base, documents, tmp_path, mode, reset):
+def test_loss_is_mean_over_masked_targets(make_base, documents, tmp_path, mode, reset):
     base = make_base()
     config = TrainConfig(
         **FLAGS | STILL,
@@ -77,11 +77,11 @@ def test_the_loss_is_the_mean_over_counted_targets_of_documents_run_alone(make_b
     data, _ = samples.make(config, Dataset(documents))
     for step, line in enumerate(lines(tmp_path / "run")):
         expected, count = plain_mean(load_model(base), [data[i] for i in range(3 * step, 3 * step + 3)], bool(reset))
-        assert line["loss"] == pytest.approx(expected, rel=1e-5)  # fp32, sums in another order
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)  # fp32, different summation order
         assert line["targets"] == count
 
 
-def test_a_held_out_loss_is_that_of_the_held_out_documents(make_base, documents, tmp_path):
+def test_validation_loss(make_base, documents, tmp_path):
     base = make_base()
     config = TrainConfig(
         **FLAGS | STILL,
@@ -117,7 +117,7 @@ def other(tmp_path, documents):
 
 
 @pytest.mark.parametrize("mode", [{}, {"doc_training": 1, "doc_reset": 1}], ids=str)
-def test_a_validation_file_is_read_as_the_data_are_and_changes_no_step(make_base, documents, other, tmp_path, mode):
+def test_val_file(make_base, documents, other, tmp_path, mode):
     base = make_base()
     flags = FLAGS | mode | {"load_model": str(base), "data_file": documents, "val_samples": 0}
     config = TrainConfig(**flags | STILL, val_file=other, val_every=3, proj_dir=str(tmp_path / "run"))
@@ -134,7 +134,7 @@ def test_a_validation_file_is_read_as_the_data_are_and_changes_no_step(make_base
     assert all(torch.equal(without[key], given[key]) for key in without)
 
 
-def test_another_validation_file_is_seen_when_a_run_is_resumed(make_base, documents, other, tmp_path):
+def test_changed_val_file(make_base, documents, other, tmp_path):
     flags = FLAGS | {
         "load_model": str(make_base()),
         "data_file": documents,
@@ -155,7 +155,7 @@ def test_another_validation_file_is_seen_when_a_run_is_resumed(make_base, docume
     fit(TrainConfig(**flags | {"val_file": ""}, max_steps=6))  # no step depends on it
 
 
-def test_a_validation_file_that_cannot_serve_is_refused(make_base, documents, make_data, tmp_path):
+def test_invalid_val_file(make_base, documents, make_data, tmp_path):
     flags = FLAGS | {"load_model": str(make_base()), "data_file": documents, "proj_dir": str(tmp_path / "run")}
     with pytest.raises(UserError, match="is --data_file: its loss would be that of training"):
         fit(TrainConfig(**flags, val_file=documents))
@@ -166,7 +166,7 @@ def test_a_validation_file_that_cannot_serve_is_refused(make_base, documents, ma
     assert not (tmp_path / "run").exists()
 
 
-def test_no_training_sample_holds_a_held_out_document(documents):
+def test_training_and_validation_disjoint(documents):
     config = TrainConfig(**FLAGS, data_file=documents, val_split=0.2, doc_training=1)
     training, held = samples.make(config, Dataset(documents))
     seen = [
@@ -178,7 +178,7 @@ def test_no_training_sample_holds_a_held_out_document(documents):
     assert not seen[0] & seen[1]
 
 
-def test_watching_the_held_out_loss_changes_no_bit_of_a_run(make_base, documents, tmp_path):
+def test_validation_does_not_affect_training(make_base, documents, tmp_path):
     common = {**FLAGS, "load_model": str(make_base()), "data_file": documents, "lora_dropout": 0.3, "val_split": 0.2}
     runs = [
         fit(LoRAConfig(**common, proj_dir=str(tmp_path / f"{every}"), val_every=every)).checkpoint for every in (0, 1)
@@ -187,7 +187,7 @@ def test_watching_the_held_out_loss_changes_no_bit_of_a_run(make_base, documents
     assert all(torch.equal(once[key], often[key]) for key in once)
 
 
-def test_two_processes_weigh_their_counted_targets_as_one_with_twice_the_batch(make_base, documents, tmp_path, root):
+def test_two_processes_match_one_with_masked_targets(make_base, documents, tmp_path, root):
     base = make_base()
     flags = {
         "load_model": base,
@@ -218,10 +218,10 @@ def test_two_processes_weigh_their_counted_targets_as_one_with_twice_the_batch(m
     for key in weights[0]:
         torch.testing.assert_close(
             weights[0][key], weights[1][key], rtol=1e-4, atol=1e-5, msg=key
-        )  # fp32 means in another order, through Adam
+        )  # fp32 means in different order, then Adam
 
 
-def test_a_step_without_a_counted_target_moves_nothing_and_goes_on(make_base, documents, tmp_path):
+def test_step_without_targets(make_base, documents, tmp_path):
     tokens = len(Dataset(documents).tokens)
     mask_path(documents).write_bytes(bytes(tokens - 1) + b"\1")
     base = make_base()
@@ -251,7 +251,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("flags", "complaint"), REFUSED)
-def test_flags_that_cannot_be_are_refused_before_the_first_step(documents, tmp_path, flags, complaint):
+def test_invalid_flags(documents, tmp_path, flags, complaint):
     with pytest.raises(UserError, match=complaint):
         fit(
             TrainConfig(
@@ -269,13 +269,13 @@ def test_flags_that_cannot_be_are_refused_before_the_first_step(documents, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mask_of_zeros_is_refused(documents, tmp_path):
+def test_all_zero_mask(documents, tmp_path):
     mask_path(documents).write_bytes(bytes(len(Dataset(documents).tokens)))
     with pytest.raises(UserError, match="no token of the data counts in the loss: the mask beside the tokens is all 0"):
         samples.make(TrainConfig(**FLAGS, data_file=documents), Dataset(documents))
 
 
-def test_a_mask_of_zeros_is_explained_by_the_roles_of_the_data(write_jsonl):
+def test_all_zero_mask_names_roles(write_jsonl):
     questions = write_jsonl(*({"messages": [{"role": "用户", "content": f"what is {i}?"}]} for i in range(9)))
     prefix = convert(ConvertConfig(input=str(questions), workers=1)).pairs[0][0]
     with pytest.raises(UserError, match=r"all 0, no message has the role assistant \(found: user 9\)"):

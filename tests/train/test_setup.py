@@ -40,7 +40,7 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_resumed_run_trains_on_the_base_in_its_file(config, tmp_path, monkeypatch):
+def test_resume_uses_saved_base(config, tmp_path, monkeypatch):
     """Initialised again it could be another: orthogonal matrices depend on the machine's LAPACK."""
     fit(changed(config, proj_dir=str(tmp_path / "whole")))
     fit(changed(config, max_steps=5))
@@ -63,7 +63,7 @@ def test_a_resumed_run_trains_on_the_base_in_its_file(config, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("wrong", ["replaced", "missing"])
-def test_a_base_that_was_replaced_or_is_missing_is_refused(config, tmp_path, make_model, wrong):
+def test_replaced_or_missing_base(config, tmp_path, make_model, wrong):
     fit(changed(config, max_steps=5))
     path = tmp_path / "run/rwkv-base.pth"
     kept = path.read_bytes()
@@ -79,7 +79,7 @@ def test_a_base_that_was_replaced_or_is_missing_is_refused(config, tmp_path, mak
     assert fit(config).steps == 8
 
 
-def test_a_run_that_did_not_record_its_base_resumes(config, tmp_path):
+def test_resume_without_recorded_base(config, tmp_path):
     fit(changed(config, max_steps=5))
     run = json.loads((tmp_path / "run/run.json").read_text())
     (tmp_path / "run/run.json").write_text(json.dumps(run | {"base": None}))
@@ -110,7 +110,7 @@ def tuned(make_base, make_data, tmp_path):
         ("att", "att"),
     ],
 )
-def test_an_adapter_with_fewer_parts_is_continued_and_the_rest_starts_from_the_base(tuned, fewer, more):
+def test_lora_load_with_fewer_parts(tuned, fewer, more):
     common, make = tuned
     adapter = make("few", lora_parts=fewer).checkpoint
     result = make("more", lora_parts=more, lora_load=str(adapter), lr_init=0.0, lr_final=0.0, max_steps=1)
@@ -144,7 +144,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("first", "then", "complaint"), REFUSED)
-def test_an_adapter_that_cannot_be_continued_is_refused_with_what_to_do(tuned, tmp_path, first, then, complaint):
+def test_incompatible_adapter(tuned, tmp_path, first, then, complaint):
     _, make = tuned
     adapter = make("a", **first).checkpoint
     with pytest.raises(UserError, match=complaint):
@@ -152,7 +152,7 @@ def test_an_adapter_that_cannot_be_continued_is_refused_with_what_to_do(tuned, t
     assert not (tmp_path / "b").exists()
 
 
-def test_an_adapter_that_lacks_a_tensor_of_its_own_parts_is_refused(tuned, tmp_path):
+def test_incomplete_adapter(tuned, tmp_path):
     _, make = tuned
     adapter = make("a", lora_parts="att,ln").checkpoint
     tensors = read_tensors(adapter)

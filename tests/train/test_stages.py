@@ -33,7 +33,7 @@ def flags(make_data, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_stage_1_takes_the_flags_of_the_training_that_follows(flags, tmp_path, precision):
+def test_stage_1_ignores_training_flags(flags, tmp_path, precision):
     # as RWKV-LM's demo-training-prepare.sh types it: nothing is trained, so that neither DeepSpeed nor a GPU is needed
     fit(
         TrainConfig(
@@ -43,7 +43,7 @@ def test_stage_1_takes_the_flags_of_the_training_that_follows(flags, tmp_path, p
     assert (tmp_path / "run/rwkv-init.pth").is_file()
 
 
-def test_the_stages_in_a_row(flags, tmp_path):
+def test_stages_in_sequence(flags, tmp_path):
     fit(TrainConfig(**flags, my_pile_stage=1))
     new = read_tensors(tmp_path / "run/rwkv-init.pth")
     assert not new["blocks.0.att.key.weight"].any()  # upstream's rule
@@ -60,7 +60,7 @@ def test_the_stages_in_a_row(flags, tmp_path):
     assert {path.name for path in (tmp_path / "run").glob("*.pth")} == {"rwkv-init.pth", "rwkv-0.pth", "rwkv-1.pth"}
 
 
-def test_a_stage_goes_on_exactly_and_from_upstreams_files(flags, tmp_path):
+def test_resume_stage(flags, tmp_path):
     fit(TrainConfig(**flags, my_pile_stage=1))
     fit(TrainConfig(**flags, my_pile_stage=3, max_steps=13))
     whole = tmp_path / "whole"
@@ -94,7 +94,7 @@ def stretched(old, n):
     return torch.stack(found)
 
 
-def test_stage_1_stretches_the_weights_of_load_model(flags, make_base, make_model, tmp_path):
+def test_stage_1_resizes_load_model(flags, make_base, make_model, tmp_path):
     base = make_base(n_embd=8)
     fit(TrainConfig(**flags | {"vocab_size": 70, "n_layer": 3}, my_pile_stage=1, load_model=str(base)))
     old, new = read_tensors(base), read_tensors(tmp_path / "run/rwkv-init.pth")
@@ -114,13 +114,13 @@ def test_stage_1_stretches_the_weights_of_load_model(flags, make_base, make_mode
 @pytest.mark.parametrize(
     ("other", "complaint"), [({"n_layer": 1}, "blocks.1.* is not in a model"), ({"n_embd": 16}, "only vectors and")]
 )
-def test_what_cannot_be_stretched_is_refused(flags, make_base, tmp_path, other, complaint):
+def test_stage_1_size_mismatch(flags, make_base, tmp_path, other, complaint):
     with pytest.raises(UserError, match=complaint):
         fit(TrainConfig(**flags | other, my_pile_stage=1, load_model=str(make_base(n_embd=8))))
     assert not (tmp_path / "run/rwkv-init.pth").exists()
 
 
-def test_load_partial_begins_anew_what_the_checkpoint_lacks(flags, make_base, tmp_path):
+def test_load_partial(flags, make_base, tmp_path):
     base, still = (
         make_base(n_embd=8),
         {"ctx_len": 8, "micro_bsz": 2, "epoch_steps": 1, "epoch_count": 1, "lr_init": 0.0, "lr_final": 0.0},
@@ -138,7 +138,7 @@ def test_load_partial_begins_anew_what_the_checkpoint_lacks(flags, make_base, tm
         fit(TrainConfig(**grown | {"load_model": "", "proj_dir": str(tmp_path / "none")}))
 
 
-def test_stage_2_learns_what_is_called_time_five_times_as_fast(make_model):
+def test_stage_2_lr_of_time_parameters(make_model):
     found = {
         name: g["lr_scale"] for g in optimizer.groups(make_model(), TrainConfig(my_pile_stage=2)) for name in g["names"]
     }
@@ -153,14 +153,14 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("other", "complaint"), REFUSED)
-def test_what_a_stage_cannot_do_is_refused(flags, other, complaint):
+def test_invalid_stage_flags(flags, other, complaint):
     with pytest.raises(UserError, match=complaint):
         fit(TrainConfig(**flags | other, my_pile_stage=3))
     with pytest.raises(UserError, match="belongs to pretraining"):
         fit(LoRAConfig(**flags | other, my_pile_stage=3))
 
 
-def test_finetune_finds_the_checkpoint_of_a_stage_in_the_folder(flags, script, tmp_path):
+def test_finetune_finds_stage_checkpoint(flags, script, tmp_path):
     """As upstream: --load_model is not needed, and the newest rwkv-N.pth is taken."""
     fit(TrainConfig(**flags, my_pile_stage=1))
     words = [str(word) for key, value in (flags | {"max_steps": 1}).items() for word in (f"--{key}", value)]

@@ -384,7 +384,7 @@ def test_peft_adapter_loaded(tmp_path, make_base, make_model, ending, form):
             tuned, _ = checkpoint.load_tuned(base, path)
             torch.testing.assert_close(
                 tuned.eval()(tokens)[0], expected, rtol=1e-4, atol=1e-5
-            )  # fp32, sums in another order
+            )  # fp32, different summation order
     with pytest.raises(UserError, match="a folder with a peft adapter, not a model"):
         load_model(folder)
 

@@ -59,7 +59,7 @@ def shown(folder):
     return found
 
 
-def test_tensorboard_shows_every_step_once_also_where_a_run_goes_back(make_data, tmp_path):
+def test_tensorboard_after_rewind(make_data, tmp_path):
     folder = tmp_path / "run"
     config = {
         **FLAGS,
@@ -90,7 +90,7 @@ def test_tensorboard_shows_every_step_once_also_where_a_run_goes_back(make_data,
     assert shown(folder / "tensorboard")["loss"].keys() == {1}
 
 
-def test_a_disk_that_is_full_for_tensorboard_ends_the_run_in_words(make_data, tmp_path, monkeypatch):
+def test_tensorboard_disk_full(make_data, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -107,7 +107,7 @@ def without_key(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
-def test_wandb_logs_offline_without_a_key_and_says_how_to_upload(make_data, tmp_path, without_key, capfd):
+def test_wandb_offline_without_key(make_data, tmp_path, without_key, capfd):
     config = {**FLAGS, "data_file": make_data(200), "proj_dir": str(tmp_path / "a run"), "wandb": "test"}
     fit(TrainConfig(**config, max_steps=2))
     fit(TrainConfig(**config))
@@ -122,7 +122,7 @@ def test_wandb_logs_offline_without_a_key_and_says_how_to_upload(make_data, tmp_
     assert len({path.name for path in (tmp_path / "a run/wandb").glob("offline-run-*/*.wandb")}) == 2
 
 
-def test_wandb_without_a_network_goes_offline_soon(make_data, tmp_path, without_key, monkeypatch, capfd):
+def test_wandb_offline_without_network(make_data, tmp_path, without_key, monkeypatch, capfd):
     with socket.socket() as unused:  # a port that nobody listens on
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
@@ -134,7 +134,7 @@ def test_wandb_without_a_network_goes_offline_soon(make_data, tmp_path, without_
     assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_a_server_that_keeps_silent_does_not_hold_up_the_run(monkeypatch):
+def test_wandb_server_timeout(monkeypatch):
     monkeypatch.setattr(dashboards.WandB, "SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert not dashboards.WandB._answers(f"http://127.0.0.1:{silent.getsockname()[1]}")

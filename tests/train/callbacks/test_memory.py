@@ -47,7 +47,7 @@ def command(root, name, flags):
     ]
 
 
-def test_every_line_has_the_peak_of_each_phase(make_data, tmp_path):
+def test_peak_memory_per_phase(make_data, tmp_path):
     fit(
         TrainConfig(
             **FLAGS, n_layer=2, n_embd=16, vocab_size=50, data_file=make_data(200), proj_dir=str(tmp_path / "run")
@@ -69,7 +69,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_run_takes_the_resident_memory_that_was_predicted(make_data, tmp_path, root, shape):
+def test_predicted_resident_memory(make_data, tmp_path, root, shape):
     flags = MIDDLE | {
         "data_file": make_data(20000, vocab=8192),
         "proj_dir": tmp_path / "run",
@@ -86,7 +86,7 @@ def test_a_run_takes_the_resident_memory_that_was_predicted(make_data, tmp_path,
     assert 0.85 * predicted < measured < 1.25 * predicted, done.stdout
 
 
-def test_out_of_memory_is_an_error_with_a_remedy(make_data, tmp_path, root):
+def test_out_of_memory_message(make_data, tmp_path, root):
     # A real limit on the address space: what this process needs to begin with, and half a gigabyte for a batch that wants several.
     flags = MIDDLE | {
         "micro_bsz": 64,
@@ -112,7 +112,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert "--micro_bsz" in done.stderr.split("The cheapest change that fits:")[1]
 
 
-def test_torch_s_own_words_are_understood():
+def test_recognises_torch_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert out_of_memory(caught.value)
@@ -121,7 +121,7 @@ def test_torch_s_own_words_are_understood():
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-def test_auto_keeps_the_step_and_fits(make_base, make_data, tmp_path, monkeypatch, capsys):
+def test_auto_keeps_step(make_base, make_data, tmp_path, monkeypatch, capsys):
     flags = FLAGS | {
         "load_model": str(make_base()),
         "data_file": make_data(400),
@@ -141,10 +141,10 @@ def test_auto_keeps_the_step_and_fits(make_base, make_data, tmp_path, monkeypatc
     for key in plain:
         torch.testing.assert_close(
             plain[key], auto[key], rtol=1e-4, atol=1e-5, msg=key
-        )  # the same sums in another order, through Adam
+        )  # the same sums in different order, then Adam
 
 
-def test_auto_says_so_where_nothing_fits(make_data, tmp_path, monkeypatch):
+def test_auto_nothing_fits(make_data, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: 1 << 20)
     with pytest.raises(UserError, match=r"--auto: nothing fits into 0\.00 GB"):
         fit(
@@ -160,7 +160,7 @@ def test_auto_says_so_where_nothing_fits(make_data, tmp_path, monkeypatch):
         )
 
 
-def test_adafactor_learns_and_keeps_a_row_and_a_column(make_data, tmp_path):
+def test_adafactor_learns_with_factored_state(make_data, tmp_path):
     from rwkv.memory import estimate
     from rwkv.models import RWKV
     from rwkv.train.loop import optimizer
@@ -194,7 +194,7 @@ def test_adafactor_learns_and_keeps_a_row_and_a_column(make_data, tmp_path):
     assert kept < 0.2 * 8 * estimate.total(model.sizes)
 
 
-def test_adafactor_under_deepspeed_is_refused(make_data, tmp_path, monkeypatch):
+def test_no_adafactor_with_deepspeed(make_data, tmp_path, monkeypatch):
     from rwkv.train import checks
     from rwkv.train.runtime import strategy
 

@@ -34,7 +34,7 @@ def steps(shown, clock, count, seconds, loss=2.0):
         shown.step(loss, ["val 2.345", "1,234 tokens/s", "lr 6.00e-04", "0.36 GB"])
 
 
-def test_a_log_gets_a_line_at_the_start_one_a_minute_and_one_at_the_end(clock, monkeypatch):
+def test_log_line_per_minute(clock, monkeypatch):
     log = io.StringIO()
     monkeypatch.setattr("sys.stderr", log)
     shown = Progress(1000, 0)
@@ -49,7 +49,7 @@ def test_a_log_gets_a_line_at_the_start_one_a_minute_and_one_at_the_end(clock, m
     assert "(100%): loss 2.000, val 2.345, 1,234 tokens/s" in lines[-1]
 
 
-def test_a_finite_running_mean_is_shown(clock, monkeypatch):
+def test_running_mean_ignores_nan(clock, monkeypatch):
     log = io.StringIO()
     monkeypatch.setattr("sys.stderr", log)
     shown = Progress(4, 0)
@@ -63,7 +63,7 @@ def test_a_finite_running_mean_is_shown(clock, monkeypatch):
     ]
 
 
-def test_another_rank_prints_nothing(clock, monkeypatch):
+def test_other_ranks_are_quiet(clock, monkeypatch):
     log = io.StringIO()
     monkeypatch.setattr("sys.stderr", log)
     shown = Progress(10, 0, quiet=True)
@@ -73,7 +73,7 @@ def test_another_rank_prints_nothing(clock, monkeypatch):
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-def test_the_bar_fits_the_terminal(clock, monkeypatch, columns):
+def test_bar_fits_terminal(clock, monkeypatch, columns):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -108,5 +108,5 @@ DURATIONS |= {47 * 3600: "47 h", 49 * 3600: "2 days 1 h", 72 * 3600: "3 days"}
 
 
 @pytest.mark.parametrize(("seconds", "text"), DURATIONS.items())
-def test_a_duration_in_words(seconds, text):
+def test_duration(seconds, text):
     assert duration(seconds) == f"about {text}"

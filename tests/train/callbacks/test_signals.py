@@ -50,7 +50,7 @@ def is_saved(folder):
 @pytest.mark.parametrize(
     "numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)]
 )
-def test_a_second_signal_within_two_seconds_is_the_same(arguments, tmp_path, root, numbers):
+def test_repeated_signal_saves(arguments, tmp_path, root, numbers):
     command = [sys.executable, str(root / "scripts/finetune.py"), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_steps(process, tmp_path / "run")
@@ -64,7 +64,7 @@ def test_a_second_signal_within_two_seconds_is_the_same(arguments, tmp_path, roo
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
-def test_a_hangup_and_a_warning_signal_save_as_sigterm_does(arguments, tmp_path, root, number):
+def test_sighup_and_sigusr1_save(arguments, tmp_path, root, number):
     command = [sys.executable, str(root / "scripts/finetune.py"), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_steps(process, tmp_path / "run")
@@ -74,7 +74,7 @@ def test_a_hangup_and_a_warning_signal_save_as_sigterm_does(arguments, tmp_path,
     assert is_saved(tmp_path / "run")
 
 
-def test_a_terminal_that_is_closed_leaves_a_saved_run(arguments, tmp_path, root):
+def test_closed_terminal_saves(arguments, tmp_path, root):
     """As when a window is closed or ssh is cut off: SIGHUP, and every later write to the terminal is an error."""
     ours, theirs = pty.openpty()
 
@@ -101,7 +101,7 @@ def test_a_terminal_that_is_closed_leaves_a_saved_run(arguments, tmp_path, root)
     assert is_saved(tmp_path / "run")
 
 
-def test_nohup_outlives_a_hangup(arguments, tmp_path, root):
+def test_nohup_ignores_sighup(arguments, tmp_path, root):
     command = ["nohup", sys.executable, str(root / "scripts/finetune.py"), *arguments]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
@@ -115,7 +115,7 @@ def test_nohup_outlives_a_hangup(arguments, tmp_path, root):
     assert is_saved(tmp_path / "run")
 
 
-def test_a_reader_that_goes_away_does_not_end_the_run(arguments, tmp_path, root):
+def test_closed_pipe_does_not_end_run(arguments, tmp_path, root):
     command = [sys.executable, str(root / "scripts/finetune.py"), *arguments, "--max_steps", "20"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
@@ -124,7 +124,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run(arguments, tmp_path, root)
     assert state_files.newest(tmp_path / "run").step == 20
 
 
-def test_a_whole_group_under_make_is_signalled_and_the_run_is_saved(arguments, tmp_path, root):
+def test_signal_to_make_process_group(arguments, tmp_path, root):
     """make hands the signal on, so that the run gets it twice."""
     command = ["make", "-C", str(root), "finetune", f"PY={sys.executable}", f"ARGS={' '.join(arguments)}"]
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
@@ -158,7 +158,7 @@ while True:
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGHUP, -signal.SIGHUP), (signal.SIGINT, -2)]
 )
-def test_a_later_signal_stops_without_saving(root, number, status):
+def test_later_signal_stops_without_saving(root, number, status):
     process = subprocess.Popen(
         [sys.executable, "-c", LATER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=root
     )

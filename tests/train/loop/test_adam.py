@@ -48,7 +48,7 @@ def torchs(p, decoupled=False, **options):
     decay=st.sampled_from([0.0, 1e-3, 0.5]), step=st.sampled_from([0, 1, 9, 1000, 10**6]), clip=st.sampled_from([1.0, 1e-3, 0.7]),
     size=st.sampled_from([1.0, 1e-4, 1e3]), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_a_step_is_torchs_in_fp64(width, shape, decoupled, lr, betas, eps, decay, step, clip, size, seed):
+def test_step_matches_torch_fp64(width, shape, decoupled, lr, betas, eps, decay, step, clip, size, seed):
     torch.ops.rwkv.cpu_vectors(width)
     options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": decay}
     p, g, m, v = (normal(shape, seed + i) * scale for i, scale in enumerate((1, size, size / 3, size)))
@@ -82,7 +82,7 @@ def test_a_step_is_torchs_in_fp64(width, shape, decoupled, lr, betas, eps, decay
 
 
 @pytest.mark.parametrize("decoupled", [False, True], ids=["Adam", "AdamW"])
-def test_thirty_steps_are_torchs(decoupled):
+def test_thirty_steps_match_torch(decoupled):
     ours, theirs = parameter(), parameter()
     mine, right = one_pass(ours, decoupled), torchs(theirs, decoupled)
     for step in range(30):
@@ -101,7 +101,7 @@ def test_thirty_steps_are_torchs(decoupled):
 
 @pytest.mark.parametrize("decoupled", [False, True], ids=["Adam", "AdamW"])
 @pytest.mark.parametrize("begins", [one_pass, torchs], ids=["from ours", "from torch's"])
-def test_a_state_goes_on_with_the_other(decoupled, begins):
+def test_state_interchangeable_with_torch(decoupled, begins):
     """A run that was saved before there was one pass, or goes on where the unit is not compiled."""
 
     def run(makers):
@@ -124,13 +124,13 @@ def test_a_state_goes_on_with_the_other(decoupled, begins):
         torch.testing.assert_close(saved["state"][0][name], value, rtol=1e-6, atol=1e-7)
 
 
-def test_what_it_does_not_know_is_refused():
+def test_unsupported_options():
     for option in ({"amsgrad": True}, {"maximize": True}):
         with pytest.raises(ValueError, match="neither amsgrad nor maximize"):
             one_pass(parameter(), **option).step()
 
 
-def test_what_the_unit_does_not_take_is_refused_by_name():
+def test_invalid_state():
     p = parameter()
     made = one_pass(p)
     made.step()
@@ -141,7 +141,7 @@ def test_what_the_unit_does_not_take_is_refused_by_name():
         torch.ops.rwkv.adam(*(normal((3,), i) for i in range(4)), 0.0, 0.1, 0.9, 0.99, 1e-8, 0.0, False, 1.0)
 
 
-def test_parameters_without_a_gradient_and_the_closure_are_as_torchs():
+def test_closure_and_missing_gradient():
     p, idle = parameter(), torch.nn.Parameter(torch.ones(3))
     made = adam.OnePass([{"params": [p, idle]}], False, lr=0.1)
 
@@ -158,13 +158,13 @@ def test_parameters_without_a_gradient_and_the_closure_are_as_torchs():
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_the_norm_is_of_all_gradients(count):
+def test_gradient_norm(count):
     made = [parameter(seed=2 * i) for i in range(count)]
     expected = torch.nn.utils.clip_grad_norm_(made, float("inf"))
     torch.testing.assert_close(adam.norm([p.grad for p in made]), expected)
 
 
-def test_it_is_taken_where_the_unit_is_compiled_and_fits(make_model, monkeypatch):
+def test_one_pass_adam_selected(make_model, monkeypatch):
     for decay, decoupled in ((0.0, False), (0.1, True)):
         made = optimizer.make(make_model(), TrainConfig(weight_decay=decay))
         assert (type(made), made.decoupled) == (adam.OnePass, decoupled)

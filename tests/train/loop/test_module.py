@@ -12,7 +12,7 @@ from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import mask_path, writer
 from rwkv.train.fit import fit
 
-TOLERANCE = 1e-5  # fp32: the same sums in another order
+TOLERANCE = 1e-5  # fp32: the same different summation order
 STEPS = 4
 # No clipping, which would hide a gradient of the wrong size, and an ε beside which Adam does not hide it either.
 FLAGS = {
@@ -69,7 +69,7 @@ def same(one, other):
 @pytest.mark.parametrize(
     ("kind", "way"), [*((TrainConfig, way) for way in WAYS), (LoRAConfig, "masked"), (LoRAConfig, "padded")]
 )
-def test_accumulation_makes_the_steps_of_one_batch(make_base, masked, tmp_path, kind, way):
+def test_accumulation_matches_single_batch(make_base, masked, tmp_path, kind, way):
     flags = FLAGS | WAYS[way] | {"load_model": str(make_base()), "data_file": masked}
     flags |= {"lora_dropout": 0.0} if kind is LoRAConfig else {}
     for k in (1, 2, 4):
@@ -88,7 +88,7 @@ def test_accumulation_makes_the_steps_of_one_batch(make_base, masked, tmp_path, 
     same(tmp_path / "1", tmp_path / "4")
 
 
-def test_micro_batches_and_steps_without_a_target_are_no_obstacle(make_base, masked, tmp_path):
+def test_micro_batches_without_targets(make_base, masked, tmp_path):
     size = mask_path(masked).stat().st_size
     mask_path(masked).write_bytes(bytes(i // 25 % 2 for i in range(size)))  # whole samples without one
     flags = FLAGS | {"load_model": str(make_base()), "data_file": masked, "doc_training_seq": 1, "min_ctx_len": 12}
@@ -113,9 +113,7 @@ def trained(root, *arguments):
 
 
 @pytest.mark.parametrize(("way", "val_samples"), [("masked with resets", 7), ("padded", 0)])
-def test_two_processes_make_the_steps_of_one_and_read_the_same_validation_set(
-    make_base, masked, tmp_path, root, way, val_samples
-):
+def test_two_processes_match_one(make_base, masked, tmp_path, root, way, val_samples):
     """Also where a validation set of an odd number of samples leaves one rank with more batches than the other."""
     flags = (
         FLAGS

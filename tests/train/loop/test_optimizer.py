@@ -16,7 +16,7 @@ def scales(model, **flags):
     }
 
 
-def test_layerwise_rates_are_upstreams(make_model):
+def test_layerwise_lr_matches_upstream(make_model):
     model = make_model()
     found = scales(model)
     assert set(found) == {name for name, _ in model.named_parameters()}
@@ -25,11 +25,11 @@ def test_layerwise_rates_are_upstreams(make_model):
         assert not decays
 
 
-def test_layerwise_rates_can_be_left_out(make_model):
+def test_layerwise_lr_off(make_model):
     assert set(scales(make_model(), layerwise_lr=0).values()) == {(1.0, False)}
 
 
-def test_only_matrices_decay(make_model):
+def test_weight_decay_on_matrices_only(make_model):
     for name, (_, decays) in scales(make_model(), weight_decay=0.1).items():
         assert decays == (
             name in ("emb.weight", "head.weight")
@@ -37,13 +37,13 @@ def test_only_matrices_decay(make_model):
         )
 
 
-def test_frozen_parameters_are_left_out(make_model):
+def test_frozen_parameters_excluded(make_model):
     model = make_model()
     model.emb.weight.requires_grad_(False)
     assert "emb.weight" not in scales(model)
 
 
-def test_rates_and_decays_reach_their_groups(make_model):
+def test_rates_and_decay_per_group(make_model):
     for decay in (0.0, 0.1):
         made = optimizer.make(make_model(), TrainConfig(weight_decay=decay))
         optimizer.set_rates(made, 1e-3, decay / 2)
@@ -54,7 +54,7 @@ def test_rates_and_decays_reach_their_groups(make_model):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_gradients_beyond_fp16s_range_leave_a_step_out_on_the_device(make_model, monkeypatch, decay):
+def test_fp16_overflow_skips_step_on_device(make_model, monkeypatch, decay):
     """As torch's GradScaler calls it, which itself scales on GPUs only."""
     fused_adam.on_a_cpu(monkeypatch)
     model = make_model()
@@ -77,7 +77,7 @@ def test_gradients_beyond_fp16s_range_leave_a_step_out_on_the_device(make_model,
 
 
 @pytest.mark.parametrize(("fused", "place"), [(True, "meta"), (False, "cpu")])
-def test_a_saved_step_goes_where_the_optimizer_counts(fused, place):
+def test_restored_step_device(fused, place):
     """On a GPU's side where Adam is fused. The device `meta` stands for a GPU."""
     parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))
     made = torch.optim.Adam([{"params": [parameter], "names": ["p"]}])

@@ -36,7 +36,7 @@ def whole(model, x, y, counts, reset):
 def assert_same(found, wanted):
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-6)
     for name, grad in wanted[1].items():
-        # Sums in another order: fp32's rounding of the largest entries.
+        # Different summation order: fp32 rounding of the largest entries.
         torch.testing.assert_close(
             found[1][name],
             grad,
@@ -49,7 +49,7 @@ def assert_same(found, wanted):
 @pytest.mark.parametrize("length", [1, 5, 8, 22])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("tuned", ["all", "lora"])
-def test_exact_gradients_are_those_of_the_whole(make_model, length, masked, tuned):
+def test_exact_gradients_match_full_sequence(make_model, length, masked, tuned):
     model = make_model()
     if tuned == "lora":
         lora.inject(model, ["att", "ffn"], 4, 8)
@@ -62,7 +62,7 @@ def test_exact_gradients_are_those_of_the_whole(make_model, length, masked, tune
     assert_same(found, gradients(model, lambda: whole(model, *data)))
 
 
-def test_truncated_gradients_end_at_the_borders(make_model):
+def test_truncated_gradients(make_model):
     model, (x, y, counts, reset) = make_model(), batch()
 
     def plain_loop():
@@ -90,7 +90,7 @@ def test_truncated_gradients_end_at_the_borders(make_model):
     )  # the two ways do differ
 
 
-def test_dropout_is_the_same_when_a_piece_is_computed_again(make_model):
+def test_recomputation_repeats_dropout(make_model):
     def run(exact):
         model = make_model()
         lora.inject(model, ["att", "ffn"], 4, 8, dropout=0.5)
@@ -109,7 +109,7 @@ def test_dropout_is_the_same_when_a_piece_is_computed_again(make_model):
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_bf16_follows_fp32(make_model, exact):
+def test_bf16_close_to_fp32(make_model, exact):
     model, data = make_model(), batch(masked=False)
     wanted = gradients(model, lambda: tbptt.mean_loss(model, *data, 5, exact))
     with torch.autocast("cpu", torch.bfloat16):
@@ -136,7 +136,7 @@ print(peak(8192) - first)
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_memory_is_that_of_a_piece(exact):
+def test_memory_per_chunk(exact):
     grown = float(
         subprocess.run([sys.executable, "-c", MEMORY, str(exact)], check=True, capture_output=True, text=True).stdout
     )
@@ -144,7 +144,7 @@ def test_memory_is_that_of_a_piece(exact):
     assert grown < 15
 
 
-def test_a_run_in_exact_pieces_is_the_run_of_the_whole(make_data, make_base, tmp_path):
+def test_exact_run_matches_plain_run(make_data, make_base, tmp_path):
     data, base = make_data(200), make_base()
     for config, more in ((TrainConfig, SMALL), (LoRAConfig, TUNE | {"load_model": str(base), "lora_dropout": 0.0})):
         losses = []
@@ -156,6 +156,6 @@ def test_a_run_in_exact_pieces_is_the_run_of_the_whole(make_data, make_base, tmp
         assert losses[0][0] != losses[0][-1]
 
 
-def test_exact_without_pieces_is_refused(make_data):
+def test_exact_needs_tbptt_len(make_data):
     with pytest.raises(UserError, match="--exact applies to --tbptt_len only"):
         fit(TrainConfig(**SMALL, data_file=make_data(200), exact=True))

@@ -44,7 +44,7 @@ def after_step(monkeypatch):
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["alone", "with another folder in its place"])
-def test_a_renamed_folder_is_followed(make_data, tmp_path, after_step, capsys, monkeypatch, again):
+def test_renamed_folder_is_followed(make_data, tmp_path, after_step, capsys, monkeypatch, again):
     config = TrainConfig(
         **FLAGS, accelerator="cpu", data_file=make_data(200), proj_dir=str(tmp_path / "run"), save_every=2, epoch_save=1
     )
@@ -71,7 +71,7 @@ def test_a_renamed_folder_is_followed(make_data, tmp_path, after_step, capsys, m
     assert fit(TrainConfig(**vars(config) | {"proj_dir": str(tmp_path / "新 run"), "epoch_count": 3})).steps == 18
 
 
-def test_a_deleted_folder_ends_the_run_with_a_message(make_data, tmp_path, after_step):
+def test_deleted_folder_ends_run(make_data, tmp_path, after_step):
     config = TrainConfig(
         **FLAGS, accelerator="cpu", data_file=make_data(200), proj_dir=str(tmp_path / "run"), save_every=2
     )
@@ -81,7 +81,7 @@ def test_a_deleted_folder_ends_the_run_with_a_message(make_data, tmp_path, after
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_stays_is_its_own(tmp_path):
+def test_unchanged_folder(tmp_path):
     with Home(tmp_path) as home:
         assert home.now() == tmp_path
         before = len(os.listdir("/proc/self/fd"))
@@ -90,7 +90,7 @@ def test_a_folder_that_stays_is_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["rwkv-0.pth"])
-def test_the_checkpoint_of_a_renamed_folder_is_whole(make_data, tmp_path, after_step, name):
+def test_checkpoint_in_renamed_folder(make_data, tmp_path, after_step, name):
     config = TrainConfig(**FLAGS, accelerator="cpu", data_file=make_data(200), proj_dir=str(tmp_path / "run"))
     after_step(6, lambda: os.rename(tmp_path / "run", tmp_path / "moved"))
     fit(config)

@@ -29,7 +29,7 @@ def kept(path, last, begin=0):
 
 
 @pytest.mark.parametrize("last", [0, 1, 5, 9, 10, 20])
-def test_a_file_is_truncated_in_place_after_the_step(tmp_path, last):
+def test_truncated_in_place_after_step(tmp_path, last):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"".join(map(line, range(1, 11))))
     inode = path.stat().st_ino
@@ -65,7 +65,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_no_line_is_dropped_and_the_file_as_it_was_is_kept(tmp_path, capsys, wrong):
+def test_invalid_line_dropped_and_copy_kept(tmp_path, capsys, wrong):
     path = tmp_path / "metrics.jsonl"
     before = line(1) + line(2) + line(3) + WRONG[wrong] + line(6) + line(7) + line(8)
     path.write_bytes(before)
@@ -83,14 +83,14 @@ def test_what_is_no_line_is_dropped_and_the_file_as_it_was_is_kept(tmp_path, cap
 
 
 @pytest.mark.parametrize("tail", [b'{"step": 4, "lo', b"\0" * 5000, b"\xff", line(4)[:-1]])
-def test_a_last_line_without_its_end_is_dropped(tmp_path, tail):
+def test_incomplete_last_line_dropped(tmp_path, tail):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line(1) + line(2) + line(3) + tail)
     assert kept(path, 3) == [1, 2, 3]
     assert [x.name for x in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_missing_file_and_missing_lines_are_said(tmp_path, capsys):
+def test_missing_lines_reported(tmp_path, capsys):
     metrics_file.keep_steps(tmp_path / "metrics.jsonl", 0, 0, lambda line: None)
     assert capsys.readouterr().out == ""
     metrics_file.keep_steps(tmp_path / "metrics.jsonl", 9, 4, lambda line: None)
@@ -102,7 +102,7 @@ def test_a_missing_file_and_missing_lines_are_said(tmp_path, capsys):
     assert "no line for 2 of the 5 steps" in capsys.readouterr().out
 
 
-def test_memory_does_not_depend_on_the_number_of_lines(tmp_path):
+def test_memory_independent_of_length(tmp_path):
     path, peaks = tmp_path / "metrics.jsonl", []
     for count in (10_000, 40_000):  # both more than the averages that a curve keeps
         path.write_bytes(b"".join(map(line, range(1, count + 1))))
@@ -116,7 +116,7 @@ def test_memory_does_not_depend_on_the_number_of_lines(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["garbage", "NULs", "not UTF-8", "without loss"])
-def test_a_run_with_such_a_file_resumes_and_draws(make_data, tmp_path, capsys, wrong):
+def test_resume_with_invalid_line(make_data, tmp_path, capsys, wrong):
     flags = {
         "n_layer": 1,
         "n_embd": 8,
@@ -143,7 +143,7 @@ def test_a_run_with_such_a_file_resumes_and_draws(make_data, tmp_path, capsys, w
     assert "already complete" in capsys.readouterr().out
 
 
-def test_a_step_reads_no_file_and_keeps_no_line(make_data, tmp_path, monkeypatch):
+def test_constant_cost_per_step(make_data, tmp_path, monkeypatch):
     """A step late in a run does what one at its start does: the file is read once, when the run starts."""
     reads, sizes = [], []
     read, report = metrics_file.read, metrics.Metrics._report

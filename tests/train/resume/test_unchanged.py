@@ -53,7 +53,7 @@ def losses(folder):
 
 
 @pytest.mark.parametrize("which", ["base.pth", "data.bin", "data.idx", "data_mask.bin"])
-def test_an_input_that_is_changed_in_place_ends_the_run_and_is_put_back(which, after, make_base, make_data, tmp_path):
+def test_input_changed_in_place_ends_run(which, after, make_base, make_data, tmp_path):
     data, path = make_data(200), tmp_path / which
     (tmp_path / "data_mask.bin").write_bytes(bytes([1, 1, 0, 1] * 50))
     config = {**FLAGS, "load_model": str(make_base()), "data_file": data}
@@ -72,16 +72,14 @@ def test_an_input_that_is_changed_in_place_ends_the_run_and_is_put_back(which, a
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-def test_an_id_that_the_vocabulary_does_not_have_is_told_by_its_cause(after, make_base, make_data, tmp_path):
+def test_invalid_id_after_change(after, make_base, make_data, tmp_path):
     data = make_data(200)
     after(2, lambda: overwrite(tmp_path / "data.bin", 0, b"\xff" * 400))
     with pytest.raises(UserError, match="data.bin: was changed in place"):
         fit(LoRAConfig(**FLAGS, load_model=str(make_base()), data_file=data, proj_dir=str(tmp_path / "run")))
 
 
-def test_a_touched_or_replaced_input_and_a_base_that_is_no_longer_read_are_no_reason_to_end(
-    after, make_base, make_data, make_model, tmp_path
-):
+def test_harmless_input_changes(after, make_base, make_data, make_model, tmp_path):
     data, base = make_data(200), make_base()
 
     def change():

@@ -65,7 +65,7 @@ def two_ranks(make_base, make_data, tmp_path, root):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["before the ranks have met", "while they train"])
-def test_a_killed_parent_leaves_no_rank_behind(two_ranks, tmp_path, training):
+def test_killed_parent_ends_ranks(two_ranks, tmp_path, training):
     child = wait_until(lambda: children(two_ranks.pid))[0]
     if training:
         wait_until(
@@ -76,7 +76,7 @@ def test_a_killed_parent_leaves_no_rank_behind(two_ranks, tmp_path, training):
     wait_until(lambda: not alive(child), 60)
 
 
-def test_a_killed_rank_ends_the_others_with_a_message(two_ranks, tmp_path):
+def test_killed_rank_ends_others(two_ranks, tmp_path):
     wait_until(
         lambda: (tmp_path / "run/metrics.jsonl").exists() and (tmp_path / "run/metrics.jsonl").stat().st_size > 1000
     )
@@ -87,7 +87,7 @@ def test_a_killed_rank_ends_the_others_with_a_message(two_ranks, tmp_path):
     assert "Traceback" not in said
 
 
-def test_a_full_disk_of_a_run_of_two_ranks_is_an_error_in_one_line(make_base, make_data, tmp_path, root):
+def test_disk_full_with_two_ranks(make_base, make_data, tmp_path, root):
     flags = FLAGS | {"load_model": make_base(), "data_file": make_data(300), "proj_dir": tmp_path / "run"}
     words = [
         str(root / "scripts/finetune.py"),
@@ -102,7 +102,7 @@ def test_a_full_disk_of_a_run_of_two_ranks_is_an_error_in_one_line(make_base, ma
     assert "Traceback" not in done.stderr
 
 
-def test_only_errors_of_the_connection_are_taken_for_it():
+def test_connection_errors_recognised():
     with pytest.raises(RuntimeError, match="shapes"), peers.explained(2):
         raise RuntimeError("shapes do not match")
     with pytest.raises(RuntimeError, match="Connection closed"), peers.explained(1):
@@ -111,7 +111,7 @@ def test_only_errors_of_the_connection_are_taken_for_it():
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:598] Connection closed by peer [127.0.0.1]:1")
 
 
-def test_the_environment_is_as_it_was():
+def test_environment_restored():
     before = dict(os.environ)
     with peers.starting():
         assert os.environ["RWKV_STARTED_BY"] == str(os.getpid())

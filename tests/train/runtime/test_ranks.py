@@ -98,7 +98,7 @@ STARTERS = {
 
 
 @pytest.mark.parametrize("starter", STARTERS)
-def test_ranks_use_rank_zeros_precision_and_seed(train, tmp_path, starter):
+def test_ranks_use_precision_and_seed_of_rank_0(train, tmp_path, starter):
     words = STARTERS[starter]
     words = [*words, "--master_port", str(port())] if words else []
     train("run", 1, *words, max_steps=3)
@@ -115,7 +115,7 @@ def test_ranks_use_rank_zeros_precision_and_seed(train, tmp_path, starter):
     assert not torch.equal(*rng)  # each drops other elements
 
 
-def test_different_flags_of_ranks_are_refused(train, tmp_path):
+def test_ranks_with_different_flags(train, tmp_path):
     # Another launcher, which offers no store: each rank decides by itself.
     said = train("run", 1, status=1, ranks=("0", "1"), random_seed=1)
     assert "Traceback" not in said
@@ -126,7 +126,7 @@ def test_different_flags_of_ranks_are_refused(train, tmp_path):
     assert not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text()
 
 
-def test_what_only_rank_zero_knows_is_not_compared():
+def test_compared_facts():
     c = LoRAConfig(data_file="d", n_layer=1, n_embd=8)
     manifest = {
         "model": {},
@@ -152,7 +152,7 @@ def test_what_only_rank_zero_knows_is_not_compared():
     assert facts(c, model=torch.nn.Linear(2, 2).bfloat16()) != mine
 
 
-def test_ranks_that_lightning_starts_receive_what_rank_zero_changed(monkeypatch):
+def test_lightning_ranks_receive_resolved_flags(monkeypatch):
     monkeypatch.delenv(ranks._RESOLVED, raising=False)
     monkeypatch.setattr(rank_zero_only, "rank", 0)
     first, flags = ranks.Ranks(), TrainConfig(proj_dir="here", micro_bsz=8)
@@ -165,7 +165,7 @@ def test_ranks_that_lightning_starts_receive_what_rank_zero_changed(monkeypatch)
     assert ranks._RESOLVED not in os.environ
 
 
-def test_ranks_that_torchrun_starts_receive_what_rank_zero_changed(monkeypatch):
+def test_torchrun_ranks_receive_resolved_flags(monkeypatch):
     store = dist.TCPStore("127.0.0.1", number := port(), is_master=True, wait_for_workers=False)
     for name, value in {
         "TORCHELASTIC_USE_AGENT_STORE": "True",

@@ -38,12 +38,12 @@ def ds_config(tmp_path):
     return write
 
 
-def test_an_unknown_strategy_names_the_nearest():
+def test_unknown_strategy():
     with pytest.raises(UserError, match="did you mean deepspeed_stage_2_offload"):
         strategy.check(config(strategy="deepspeed_stage2_offload"))
 
 
-def test_without_deepspeed_its_strategies_say_so_and_the_others_need_it_not(monkeypatch):
+def test_deepspeed_not_installed(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else find(name, *rest)
@@ -53,18 +53,18 @@ def test_without_deepspeed_its_strategies_say_so_and_the_others_need_it_not(monk
     strategy.check(config(strategy="ddp"))
 
 
-def test_ddp_imports_no_deepspeed(root):
+def test_ddp_does_not_import_deepspeed(root):
     program = "import sys, rwkv.train.fit; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=root, check=False).returncode == 0
 
 
 @pytest.mark.skipif(compat.stack() != "cu117", reason="newer DeepSpeeds train on CPUs")
-def test_old_deepspeed_is_refused_on_a_cpu():
+def test_deepspeed_07_on_cpu():
     with pytest.raises(UserError, match="DeepSpeed 0.7.0 trains on GPUs only; on a CPU use --strategy ddp"):
         strategy.check(config(strategy="deepspeed_stage_2"))
 
 
-def test_stages_offload_and_buckets_reach_deepspeed(able):
+def test_deepspeed_config(able):
     for name, kind in strategy.ZEROS.items():
         made = strategy.deepspeed_config(config(strategy=name, ds_bucket_mb=3, micro_bsz=5))
         zero = made["zero_optimization"]
@@ -77,7 +77,7 @@ def test_stages_offload_and_buckets_reach_deepspeed(able):
         assert made["train_micro_batch_size_per_gpu"] == 5
 
 
-def test_the_configuration_that_we_make_passes_deepspeeds_own_check(able):
+def test_deepspeed_config_valid(able):
     settings = importlib.import_module("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
     for name in strategy.ZEROS:
         settings(
@@ -85,7 +85,7 @@ def test_the_configuration_that_we_make_passes_deepspeeds_own_check(able):
         )  # unknown keys are errors to it, here alone
 
 
-def test_keys_of_a_file_come_on_top_and_beside(able, ds_config):
+def test_ds_config_merged(able, ds_config):
     path = ds_config(
         {
             "wall_clock_breakdown": True,
@@ -117,12 +117,12 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("content", "complaint"), WRONG)
-def test_a_configuration_that_deepspeed_would_misread_is_refused(able, ds_config, content, complaint):
+def test_invalid_ds_config(able, ds_config, content, complaint):
     with pytest.raises(UserError, match=complaint):
         strategy.check(config(strategy="deepspeed_stage_3", ds_config=ds_config(content)))
 
 
-def test_a_configuration_without_deepspeed_or_without_its_file_is_refused(able, ds_config):
+def test_invalid_flags(able, ds_config):
     with pytest.raises(UserError, match="--ds_config .* is for DeepSpeed, and --strategy is ddp"):
         strategy.check(config(strategy="ddp", ds_config=ds_config({})))
     with pytest.raises(UserError, match="none.json: No such file"):
@@ -135,7 +135,7 @@ def test_a_configuration_without_deepspeed_or_without_its_file_is_refused(able, 
         strategy.check(config(strategy="deepspeed", ds_bucket_mb=0))
 
 
-def test_every_key_that_may_be_set_is_one_that_this_deepspeed_reads():
+def test_known_keys_exist_in_deepspeed():
     zero = importlib.import_module("deepspeed.runtime.zero.config")
     offload = importlib.import_module("deepspeed.runtime.zero.offload_config")
     known = {
@@ -166,7 +166,7 @@ class Counted(torch.optim.Adam):
         return super().step(closure)
 
 
-def test_the_step_that_deepspeed_makes_to_allocate_its_state_does_not_count():
+def test_allocation_step_not_counted():
     def updated(allocate: bool) -> torch.Tensor:
         weight = torch.nn.Parameter(torch.ones(3))
         adam = Counted([weight], lr=0.1)
@@ -183,7 +183,7 @@ def test_the_step_that_deepspeed_makes_to_allocate_its_state_does_not_count():
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_the_optimizer_is_torchs_where_deepspeeds_is_not_compiled(make_model, decay):
+def test_torch_adam_without_compiled_ops(make_model, decay):
     ops = importlib.import_module("deepspeed.git_version_info").installed_ops
     for name in ("auto", "deepspeed_stage_2", "deepspeed_stage_2_offload"):
         made = optimizer.make(make_model(), config(strategy=name, weight_decay=decay))

@@ -17,7 +17,7 @@ CASES = [  # compute capabilities of the visible GPUs, the precision, whether fp
 
 
 @pytest.mark.parametrize(("capabilities", "precision", "fp16"), CASES)
-def test_auto_is_bf16_where_every_gpu_multiplies_it(monkeypatch, capabilities, precision, fp16):
+def test_auto_precision_by_gpu(monkeypatch, capabilities, precision, fp16):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
