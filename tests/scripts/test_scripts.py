@@ -109,13 +109,13 @@ def test_help(script, name):
     [
         ("convert", ["--input", "none.jsonl"], "none.jsonl: no such file"),
         ("convert", [], "--input is missing"),
-        ("pretrain", [], "--data_file is required"),
+        ("pretrain", [], "--data_file is missing"),
         ("finetune", ["--data_file", "x"], "--load_model FILE"),
         ("lora", ["--data_file", "x"], "LoRA tunes a model that exists"),
         ("merge_lora", [], "--adapter and --output are required"),
-        ("inspect_data", [], "--data_file is required"),
+        ("inspect_data", [], "--data_file is missing"),
         ("inspect_data", ["--data_file", "none"], "none.idx: no such file"),
-        ("generate", [], "--model is required"),
+        ("generate", [], "--model is missing"),
         ("generate", ["--model", "none.pth"], "none.pth: no such checkpoint"),
     ],
 )
