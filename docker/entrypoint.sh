@@ -88,18 +88,18 @@ export RWKV_CONTAINER=${RWKV_CONTAINER:-docker/entrypoint.sh}  # prefix of print
 job=${1:-lora}
 shift || true
 python=${PYTHON:-python}
-asked() { [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; }
+help_requested() { [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; }
 case $job in
   lora | finetune | pretrain | demo)
-    if ! asked "$@"; then
+    if ! help_requested "$@"; then
       if gpu_is_wanted "$@"; then check_gpu; fi
       check_shm
       check_writable out
     fi ;;
   generate)
-    if ! asked "$@" && gpu_is_wanted "$@"; then check_gpu; fi ;;
+    if ! help_requested "$@" && gpu_is_wanted "$@"; then check_gpu; fi ;;
   convert | merge | export)
-    asked "$@" || check_writable out ;;
+    help_requested "$@" || check_writable out ;;
 esac
 
 case $job in

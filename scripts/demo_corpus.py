@@ -2,7 +2,7 @@
 
     python scripts/demo_corpus.py out/demo/corpus.jsonl
 
-One document with the docstrings of each of some modules of Python's standard library, and
+The docstrings of some modules of Python's standard library, one document per module, and
 data/demo.md several times. Real pretraining needs gigabytes; this is enough to see the loss fall.
 """
 

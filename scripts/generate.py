@@ -24,7 +24,7 @@ def main(config: GenerateConfig) -> None:
     from rwkv.terminal import Conversation, check_sampling, cut_note
 
     if not config.model:
-        raise UserError("--model is required: the checkpoint to run")
+        raise UserError("--model is missing: the checkpoint to run")
     if config.prompt and config.ask:
         raise UserError(
             "--prompt continues a text and --ask answers a question: pass only one of them, or neither to chat"

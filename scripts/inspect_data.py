@@ -26,7 +26,7 @@ def main(config: InspectConfig) -> int:
     from rwkv.data.tokenizer import HFTokenizer
 
     if not config.data_file:
-        raise UserError("--data_file is required: the binidx to inspect, P for P.bin and P.idx")
+        raise UserError("--data_file is missing: the binidx to inspect, P for P.bin and P.idx")
     for name in ("ctx_len", "micro_bsz"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} must be at least 1; it is {getattr(config, name)}")

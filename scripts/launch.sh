@@ -19,8 +19,8 @@
 #   --node I      index of this machine, from 0      --port N      port on the first machine (29500)
 #   --master A    address of the first machine       --print       print the command without running it
 #
-# Do not pass --num_nodes and --devices to the script. Environment variables: PY (the Python), SSH (an
-# ssh command), GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (the network interface to use).
+# --num_nodes and --devices are passed to the script automatically. Environment variables: PY (the
+# Python), SSH (an ssh command), GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (the network interface).
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 

@@ -150,7 +150,7 @@ def _targets(archs: list[int]) -> list[str]:
     return [f"sm_{arch}" for arch in reversed(archs)] + [f"compute_{arch}" for arch in archs[-1:]]
 
 
-def wanted() -> list[str]:
+def needed_targets() -> list[str]:
     """The compiler targets for the GPUs of this machine, or all (RWKV_KERNELS_ALL=1)."""
     targets = _targets(all_archs())
     if os.environ.get("RWKV_KERNELS_ALL") == "1":
@@ -183,7 +183,7 @@ def usable() -> bool:
     if why_unavailable() is not None:
         return False
     files = manifest().get("device", {}).get("files", {})
-    if not {_file_name(name) for name in wanted()} <= set(files):
+    if not {_file_name(name) for name in needed_targets()} <= set(files):
         return False
     loads = f"import torch; torch.ops.load_library({str(library())!r})"
     return subprocess.run([sys.executable, "-c", loads], capture_output=True, check=False).returncode == 0
@@ -244,7 +244,7 @@ def _build_device() -> dict:
         return {}
     compiler = nvrtc.Compiler(path)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        files = pool.map(lambda name: _compile(compiler, name), wanted())
+        files = pool.map(lambda name: _compile(compiler, name), needed_targets())
     return {"compiler": f"NVRTC {compiler.version}", "options": DEVICE_OPTIONS, "files": dict(files)}
 
 

@@ -234,19 +234,19 @@ def gpus(monkeypatch, *capabilities):
     monkeypatch.setattr(build.torch.cuda, "get_device_capability", lambda i: capabilities[i])
 
 
-def test_wanted_targets(monkeypatch):
+def test_needed_targets(monkeypatch):
     monkeypatch.setattr(build, "all_archs", lambda: [75, 80, 86])
     monkeypatch.delenv("RWKV_KERNELS_ALL", raising=False)
     gpus(monkeypatch)
-    assert build.wanted() == []
+    assert build.needed_targets() == []
     gpus(monkeypatch, (8, 9), (7, 5), (8, 9))
-    assert build.wanted() == ["sm_86", "sm_75"]
+    assert build.needed_targets() == ["sm_86", "sm_75"]
     gpus(monkeypatch, (9, 0))  # newer than the compiler
-    assert build.wanted() == ["compute_86"]
+    assert build.needed_targets() == ["compute_86"]
     gpus(monkeypatch, (6, 1))  # older than the stack supports
-    assert build.wanted() == []
+    assert build.needed_targets() == []
     monkeypatch.setenv("RWKV_KERNELS_ALL", "1")
-    assert build.wanted() == ["sm_86", "sm_80", "sm_75", "compute_86"]
+    assert build.needed_targets() == ["sm_86", "sm_80", "sm_75", "compute_86"]
 
 
 def test_build_for_new_gpu(copied, monkeypatch):
