@@ -95,14 +95,14 @@ def test_killed_worker_ends_pool(function):
     for _ in range(25):
         began = time.monotonic()
 
-        def kill(after):
-            while not (some := children()) and time.monotonic() < began + BOUND:
+        def kill(after, until):
+            while not (some := children()) and time.monotonic() < until:
                 time.sleep(0.001)  # a loaded machine takes long to start the workers
             time.sleep(after)
             if some := children():
                 os.kill(draw.choice(some), signal.SIGKILL)
 
-        killer = threading.Thread(target=kill, args=(draw.uniform(0, 0.15),))
+        killer = threading.Thread(target=kill, args=(draw.uniform(0, 0.15), began + BOUND))
         raised = ""
         try:
             with Pool(function, 3) as pool:
