@@ -11,7 +11,9 @@ bold='' plain=''
 if [ -t 1 ] && [ -z "${NO_COLOR:-}" ]; then bold=$'\033[1m' plain=$'\033[0m'; fi
 tell() { printf '\n%s%s%s\n' "$bold" "$*" "$plain"; }
 run() { printf '$%s\n' "$(printf ' %q' "$@")"; "$@"; }
-ask() { "$py" scripts/generate.py --model "$1" --ask "$question" --temperature 0 --max_tokens 40 | tr '\n' ' '; }
+ask() {  # its answer on one line, without the remark that it is cut off
+  "$py" scripts/generate.py --model "$1" --ask "$question" --temperature 0 --max_tokens 40 2> >(grep -v "^\[cut off" >&2) | tr '\n' ' '
+}
 loss() {  # of the first step, and mean of the last 10 %, as the run reports them
   "$py" - "$1" <<'END'
 import json, sys
