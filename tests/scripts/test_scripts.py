@@ -111,7 +111,7 @@ def test_help(script, name):
         ("convert", [], "--input is missing"),
         ("pretrain", [], "--data_file is missing"),
         ("finetune", ["--data_file", "x"], "--load_model FILE"),
-        ("lora", ["--data_file", "x"], "LoRA tunes a model that exists"),
+        ("lora", ["--data_file", "x"], "LoRA needs a pretrained model"),
         ("merge_lora", [], "--adapter and --output are needed"),
         ("inspect_data", [], "--data_file is missing"),
         ("inspect_data", ["--data_file", "none"], "none.idx: no such file"),

@@ -130,7 +130,7 @@ def test_upstream_training_command(name, paths, tmp_path):
     config = replace(config, **SIZES, devices=1, max_steps=1, random_seed=1, ctx_len=min(config.ctx_len, SHORT))
     if not torch.cuda.is_available():
         with pytest.raises(
-            UserError, match="--accelerator gpu: torch sees no GPU; check nvidia-smi, or leave the flag out"
+            UserError, match="--accelerator gpu: torch sees no GPU; check nvidia-smi, or omit the flag"
         ):
             fit(config)
         config = replace(config, accelerator="auto")

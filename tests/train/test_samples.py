@@ -157,11 +157,11 @@ def test_another_validation_file_is_seen_when_a_run_is_resumed(make_base, docume
 
 def test_a_validation_file_that_cannot_serve_is_refused(make_base, documents, make_data, tmp_path):
     flags = FLAGS | {"load_model": str(make_base()), "data_file": documents, "proj_dir": str(tmp_path / "run")}
-    with pytest.raises(UserError, match="is --data_file: its loss would be that of training"):
+    with pytest.raises(UserError, match="is the training data"):
         fit(TrainConfig(**flags, val_file=documents))
     with pytest.raises(UserError, match=r"--val_file .*short: the data has 9 tokens"):
         fit(TrainConfig(**flags, val_file=make_data(9, name="short")))
-    with pytest.raises(UserError, match=r"large\.bin: token id \d+, and the model has a vocabulary of 50"):
+    with pytest.raises(UserError, match=r"large\.bin: token id \d+ is outside the model's vocabulary of 50"):
         fit(TrainConfig(**flags, val_file=make_data(90, vocab=900, name="large")))
     assert not (tmp_path / "run").exists()
 
@@ -271,7 +271,7 @@ def test_flags_that_cannot_be_are_refused_before_the_first_step(documents, tmp_p
 
 def test_a_mask_of_zeros_is_refused(documents, tmp_path):
     mask_path(documents).write_bytes(bytes(len(Dataset(documents).tokens)))
-    with pytest.raises(UserError, match="no token of the data counts in the loss: the mask beside the tokens is all 0"):
+    with pytest.raises(UserError, match="no token of the data contributes to the loss: its loss mask is all 0"):
         samples.make(TrainConfig(**FLAGS, data_file=documents), Dataset(documents))
 
 

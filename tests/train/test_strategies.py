@@ -266,7 +266,7 @@ def test_a_gradient_that_is_not_finite_ends_a_run_but_in_fp16(runs, case):
 
 def test_a_configuration_that_deepspeed_refuses_is_no_traceback(runs):
     said = (runs / "refused/error.txt").read_text()
-    assert said.startswith(f"--ds_config {runs / 'wrong.json'}: DeepSpeed refuses it (")
+    assert said.startswith(f"--ds_config {runs / 'wrong.json'}: rejected by DeepSpeed (")
     assert "sub_group_size" in said
 
 

@@ -115,7 +115,7 @@ def test_wandb_logs_offline_without_a_key_and_says_how_to_upload(make_data, tmp_
     assert len(made) == 2
     assert len({path.name for path in made}) == 1  # a resumed run is the same one
     said = capfd.readouterr()
-    assert "wandb: offline (there is no key: run `wandb login`). Upload the run later with: " in said.out
+    assert "wandb: offline (no API key: run `wandb login`). Upload the run later with: " in said.out
     assert f"-m wandb sync '{made[0].parent}'" in said.out
     assert "WARNING" not in said.out + said.err
     fit(TrainConfig(**config, overwrite=True))
@@ -135,6 +135,6 @@ def test_wandb_without_a_network_goes_offline_soon(make_data, tmp_path, without_
 
 
 def test_a_server_that_keeps_silent_does_not_hold_up_the_run(monkeypatch):
-    monkeypatch.setattr(dashboards.WandB, "SECONDS", 0.2)
+    monkeypatch.setattr(dashboards.WandB, "TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert not dashboards.WandB._answers(f"http://127.0.0.1:{silent.getsockname()[1]}")
