@@ -98,10 +98,10 @@ def _frozen_dtype(c: TrainConfig) -> torch.dtype:
     """The dtype of frozen matrices."""
     if not c.adapter:
         return torch.float32
-    asked = c.adapter.lora_base
-    wanted = c.precision if asked == "auto" else asked
+    requested = c.adapter.lora_base
+    wanted = c.precision if requested == "auto" else requested
     if wanted == "bf16" and not (strategy.alone(c) or machine.use_gpu(c.accelerator) or compat.gloo_sends_bf16()):
-        if asked == "bf16":
+        if requested == "bf16":
             raise UserError(
                 "--lora_base bf16: ddp on CPUs broadcasts the weights, and gloo in this torch version does not support bf16; omit it to use an fp32"
                 " base, or use the modern stack (make venv STACK=modern)"

@@ -91,7 +91,9 @@ def test_a_stream_longer_than_an_index_can_count_is_several_documents(tmp_path, 
 
 def test_processes_that_a_launcher_started_want_a_binidx(tmp_path, write_jsonl, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")  # as torchrun sets it
-    with pytest.raises(UserError, match="text.jsonl: cannot be converted in a run started by a launcher.*scripts/convert.py"):
+    with pytest.raises(
+        UserError, match="text.jsonl: cannot be converted in a run started by a launcher.*scripts/convert.py"
+    ):
         fit(
             TrainConfig(
                 **FLAGS, devices=2, data_file=str(write_jsonl({"text": "x" * 99})), proj_dir=str(tmp_path / "run")
@@ -163,9 +165,7 @@ def test_what_is_no_binidx_is_told_what_it_is_and_how_to_convert_it(name, binidx
 
 @pytest.mark.parametrize("kind", ["jsonl", "sft", "JSON"])
 def test_the_kinds_of_other_trainers_are_answered(kind, tmp_path):
-    with pytest.raises(
-        UserError, match=f"--data_type {kind}: omit the flag; a .jsonl file is recognised by its name"
-    ):
+    with pytest.raises(UserError, match=f"--data_type {kind}: omit the flag; a .jsonl file is recognised by its name"):
         fit(TrainConfig(**FLAGS, data_type=kind, data_file="mine.jsonl", proj_dir=str(tmp_path / "run")))
 
 

@@ -112,7 +112,8 @@ def test_stage_1_stretches_the_weights_of_load_model(flags, make_base, make_mode
 
 
 @pytest.mark.parametrize(
-    ("other", "complaint"), [({"n_layer": 1}, "a model of these sizes has no blocks.1."), ({"n_embd": 16}, "only vectors and")]
+    ("other", "complaint"),
+    [({"n_layer": 1}, "a model of these sizes has no blocks.1."), ({"n_embd": 16}, "only vectors and")],
 )
 def test_what_cannot_be_stretched_is_refused(flags, make_base, tmp_path, other, complaint):
     with pytest.raises(UserError, match=complaint):

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from rwkv.files import whole
+from rwkv.files import atomic_write
 from rwkv.train.console import say
 
 NAME = "metrics.jsonl"
@@ -76,7 +76,7 @@ def keep_steps(path: Path, last: int, begin: int, add: Callable[[dict[str, Any]]
         add(line)
     if invalid:
         backup = _unused(path.with_name(f"{path.name}.corrupt"))
-        with whole(path) as temporary:
+        with atomic_write(path) as temporary:
             with open(temporary, "wb") as file:
                 _copy(path, file.write, last)
             os.replace(path, backup)

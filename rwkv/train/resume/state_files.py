@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rwkv import checkpoint
 from rwkv.errors import UserError
-from rwkv.files import abandoned, whole
+from rwkv.files import abandoned, atomic_write
 from rwkv.train.console import say
 from rwkv.train.resume.run_state import FORMAT, State, join, split
 from rwkv.weights import pth
@@ -48,7 +48,7 @@ def write(run: Path, state: State) -> Path:
     """
     path = folder_of(run) / f"step-{state.step}.pt"
     shell, tensors = split(vars(state))
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         # as text, because torch 1.13.1's weights_only loader does not support floats
         checkpoint.save({"format": FORMAT, "tensors": tensors, "text": json.dumps(shell)}, temporary)
     for old in states(run)[KEPT:]:

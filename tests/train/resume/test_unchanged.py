@@ -60,9 +60,7 @@ def test_an_input_that_is_changed_in_place_ends_the_run_and_is_put_back(which, a
     good = path.read_bytes()
     at = len(good) // 2
     after(6, lambda: overwrite(path, at, bytes([good[at] ^ 1])))
-    with pytest.raises(
-        UserError, match=rf"{which}: was changed in place during the run.*the same command"
-    ):
+    with pytest.raises(UserError, match=rf"{which}: was changed in place during the run.*the same command"):
         fit(LoRAConfig(**config, proj_dir=str(tmp_path / "run")))
     assert [state.name for state in state_files.states(tmp_path / "run")] == ["step-4.pt"]
     assert not list((tmp_path / "run").glob("rwkv-*"))

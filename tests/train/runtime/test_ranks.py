@@ -119,9 +119,7 @@ def test_different_flags_of_ranks_are_refused(train, tmp_path):
     # Another launcher, which offers no store: each rank decides by itself.
     said = train("run", 1, status=1, ranks=("0", "1"), random_seed=1)
     assert "Traceback" not in said
-    assert said.count("error: rank 1 differs from rank 0. --precision: bf16, rank 0: fp32") == 2, (
-        said
-    )
+    assert said.count("error: rank 1 differs from rank 0. --precision: bf16, rank 0: fp32") == 2, said
     assert "replace auto by a value (such as --precision fp32)" in said
     assert not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text()
 

@@ -103,7 +103,10 @@ WRONG = [
         {"wall_clock_breakdwn": True},
         "unknown or unsupported key wall_clock_breakdwn; did you mean wall_clock_breakdown\\?",
     ),
-    ({"zero_optimization": {"overlap_com": True}}, "unsupported key zero_optimization.overlap_com; did you mean overlap_comm"),
+    (
+        {"zero_optimization": {"overlap_com": True}},
+        "unsupported key zero_optimization.overlap_com; did you mean overlap_comm",
+    ),
     (
         {"zero_optimization": {"offload_param": {"pinned": 1}}},
         "zero_optimization.offload_param.pinned; did you mean pin_memory",
