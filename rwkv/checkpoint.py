@@ -18,7 +18,7 @@ from torch import Tensor
 from rwkv import __version__, compat, mapped_tensors
 from rwkv.adapters import lora
 from rwkv.errors import UserError
-from rwkv.files import reserve, sha256, whole, write_json
+from rwkv.files import atomic_write, reserve, sha256, write_json
 from rwkv.models import RWKV, Sizes, version
 from rwkv.models.rwkv import shapes
 from rwkv.weights import kinds, peft_adapter, reading, safetensors_file
@@ -79,7 +79,7 @@ def write_tensors(
     path = Path(path)
     tensors = _compact(tensors)
     stack = {"rwkv-training": __version__, "torch": torch.__version__}
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         if path.suffix == ".safetensors":
             safetensors_file.save(tensors, temporary)
         else:

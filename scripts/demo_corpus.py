@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rwkv.cli import sentences
 from rwkv.errors import UserError
-from rwkv.files import whole
+from rwkv.files import atomic_write
 
 MODULES = """argparse collections/__init__ csv dataclasses datetime difflib functools heapq inspect json/__init__
     logging/__init__ pathlib random shutil statistics string textwrap threading typing zipfile""".split()
@@ -44,7 +44,7 @@ if __name__ == "__main__":
         if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
             raise UserError(f"expected one argument, the file to write.\n{__doc__}")
         texts = list(corpus())
-        with whole(sys.argv[1]) as temporary:
+        with atomic_write(sys.argv[1]) as temporary:
             temporary.write_text(
                 "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8"
             )

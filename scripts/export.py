@@ -20,7 +20,7 @@ from rwkv.errors import UserError, printable
 
 def main(config: ExportConfig) -> None:
     from rwkv import checkpoint, export
-    from rwkv.files import together
+    from rwkv.files import atomic_writes
 
     if not config.model or not config.output:
         raise UserError("--model and --output are required")
@@ -52,7 +52,7 @@ def main(config: ExportConfig) -> None:
         made = not output.exists()
         output.mkdir(parents=True, exist_ok=True)
         try:
-            with together([written, output / "config.json"]) as (weights, described):
+            with atomic_writes([written, output / "config.json"]) as (weights, described):
                 checkpoint.save_safetensors(export.transformers_names(tensors), weights)
                 described.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
                 verify(weights, described)

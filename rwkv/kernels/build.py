@@ -23,7 +23,7 @@ import torch
 
 from rwkv import compat
 from rwkv.commands import target
-from rwkv.files import whole, write_json
+from rwkv.files import atomic_write, write_json
 from rwkv.kernels import nvrtc
 
 SOURCES = Path(__file__).parents[2] / "cuda"
@@ -234,7 +234,7 @@ def _build_host() -> None:
             build_directory=build_folder,
             is_python_module=False,
         )
-        with whole(library()) as temporary:
+        with atomic_write(library()) as temporary:
             shutil.copyfile(Path(build_folder) / library().name, temporary)
 
 
@@ -258,7 +258,7 @@ def _compile(compiler: nvrtc.Compiler, name: str) -> tuple[str, dict]:
     image, log = compiler.compile(*device_sources(), name, options)
     if "warning" in log:
         print(f"make kernels: {name}:\n{log}")
-    with whole(folder() / _file_name(name)) as temporary:
+    with atomic_write(folder() / _file_name(name)) as temporary:
         temporary.write_bytes(image)
     return _file_name(name), nvrtc.resources(log)
 

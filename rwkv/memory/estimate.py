@@ -164,7 +164,7 @@ def trained(p: Plan) -> int:
     if not p.lora:
         return total(p.sizes)
     parts = version_of(p.sizes).PARTS
-    whole = sum(shape.numel() for name, shape in shapes(p.sizes).items() if parts.trained_whole(name, p.parts))
+    whole = sum(shape.numel() for name, shape in shapes(p.sizes).items() if parts.fully_trained(name, p.parts))
     return whole + sum(p.r * (rows + columns) for rows, columns in adapted(p))
 
 

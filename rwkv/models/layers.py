@@ -1,4 +1,4 @@
-"""Layers shared by the versions: LayerNorm, uninitialised linear layers, dropout."""
+"""Layers shared by all versions: normalisation, uninitialised linear layers, dropout."""
 
 import torch
 from torch import Tensor, nn

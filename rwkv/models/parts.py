@@ -1,5 +1,5 @@
-"""Names of the parts that an adapter can train: groups of linear layers, single layers, and tensors
-trained directly.
+"""Names for what an adapter can train: groups of linear layers, single layers, and fully trained
+tensors.
 """
 
 import re
@@ -10,7 +10,7 @@ _LAYER = re.compile(r"^(.*\.)?(att|ffn)(Pre)?\.(\w+)$")
 
 
 def layer_of(name: str) -> str:
-    """The layer's name within a block, e.g. att.key for blocks.3.att.key, and ffn.key for
+    """The layer name of a module within its block: att.key for blocks.3.att.key, ffn.key for
     blocks.0.ffnPre.key.
     """
     return _LAYER.sub(r"\2.\4", name)
@@ -18,17 +18,17 @@ def layer_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of adapters of one version.
+    """The possible parts of an adapter for one version. Each single layer is a part, too.
 
     Attributes:
-        groups: linear layers that get adapters, by name of the part.
-        single: further layers. Every layer is also a part by its own name.
-        whole: regular expressions for tensors that are trained directly, by name of the part.
+        groups: linear layers that get adapters, by part name.
+        single: layers that are in no group.
+        full: regular expressions for names of fully trained tensors, by part name.
     """
 
     groups: Mapping[str, tuple[str, ...]]
     single: tuple[str, ...]
-    whole: Mapping[str, str]
+    full: Mapping[str, str]
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -37,27 +37,25 @@ class Parts:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all parts."""
-        return (*self.groups, *self.whole, *self.layers)
+        """All names of parts."""
+        return (*self.groups, *self.full, *self.layers)
 
     def layers_of(self, part: str) -> tuple[str, ...]:
-        """Layers of a block that get adapters; empty for parts trained directly."""
-        return () if part in self.whole else self.groups.get(part, (part,))
+        """The layers of a block that get adapters for a part; none for fully trained tensors."""
+        return () if part in self.full else self.groups.get(part, (part,))
 
-    def trained_whole(self, name: str, parts: Collection[str]) -> bool:
-        """Whether this parameter is trained directly as one of these parts."""
-        return any(re.search(self.whole[part], name) for part in parts if part in self.whole)
+    def fully_trained(self, name: str, parts: Collection[str]) -> bool:
+        """Whether the parts fully train the parameter of this name."""
+        return any(re.search(self.full[part], name) for part in parts if part in self.full)
 
     def normal(self, parts: Collection[str]) -> list[str]:
-        """Normal form: groups of which all layers are given, single layers sorted, parts trained
-        directly.
+        """The parts in normal form: complete groups, single layers in order, then fully trained
+        tensors.
         """
         layers = {layer for part in parts for layer in self.layers_of(part)}
-        return self.shortest(layers) + [part for part in self.whole if part in parts]
+        return self.shortest(layers) + [part for part in self.full if part in parts]
 
     def shortest(self, layers: set[str]) -> list[str]:
-        """The fewest parts with exactly these layers: complete groups, then single layers
-        sorted.
-        """
+        """The parts with exactly these layers: complete groups, then single layers in order."""
         full = [part for part, group in self.groups.items() if layers >= set(group)]
         return full + sorted(layers - {layer for part in full for layer in self.groups[part]})

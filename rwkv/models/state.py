@@ -1,5 +1,5 @@
-"""The recurrent state of a model: a tuple of tensors per block, which only the version's module
-interprets.
+"""The recurrent state of a model: per block a tuple of tensors, whose meaning depends on the
+version.
 """
 
 from collections.abc import Callable

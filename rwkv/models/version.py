@@ -1,7 +1,6 @@
-"""The protocol of an RWKV version, the versions available, and detection from a checkpoint.
+"""The interface of version modules (v4.py), and detection of a checkpoint's version.
 
-A version is one module (v4.py). No code outside rwkv.models and rwkv.wkv depends on a version
-number.
+A version is one module. Code outside rwkv.models and rwkv.wkv does not depend on version numbers.
 """
 
 import re
@@ -19,8 +18,8 @@ Shapes = Mapping[str, torch.Size]
 
 
 class Sizes(Protocol):
-    """The sizes of a model. Each version has its own frozen dataclass with these and further
-    fields, all with defaults.
+    """The sizes of a model. Each version has a frozen dataclass with at least these fields, and
+    defaults for all fields.
     """
 
     @property
@@ -33,11 +32,11 @@ class Sizes(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens."""
+        """Number of tokens in the vocabulary."""
 
     @property
     def dim_ffn(self) -> int:
-        """Hidden width of the channel-mix."""
+        """Width of the channel-mix."""
 
     def __hash__(self) -> int: ...
 
@@ -47,15 +46,15 @@ class Version(Protocol):
 
     @property
     def NAME(self) -> str:
-        """For example "4"."""
+        """The version, e.g. "4"."""
 
     @property
     def PUBLISHED(self) -> Mapping[str, Any]:
-        """Sizes of the published models, by name, e.g. "1.5b"."""
+        """Sizes of the published models by name, e.g. "1.5b"."""
 
     @property
     def PARTS(self) -> Parts:
-        """The parts that an adapter can train."""
+        """The possible parts of an adapter."""
 
     @property
     def Sizes(self) -> Any:
@@ -63,44 +62,45 @@ class Version(Protocol):
 
     @property
     def Block(self) -> Any:
-        """Block(sizes, layer, device), with forward(x, state, carry, reset, dropout) -> x, state,
-        carry. `state` is passed on over time, `carry` from block to block; both are tuples of
-        tensors."""
+        """The block module: Block(sizes, layer, device), with forward(x, state, carry, reset,
+        dropout) -> (x, state, carry). `state` is passed on over time, `carry` from block to block;
+        both are tuples of tensors.
+        """
 
     def initial_state(self, sizes: Any, batch: int, like: Tensor) -> tuple[Tensor, ...]:
-        """A block's state before the first token, on the device of `like`, in its dtype except for
-        parts that are always fp32.
+        """A block's state before the first token, with the device and dtype of `like` (some parts
+        are always fp32).
         """
 
     def recognise(self, shapes: Shapes, n_layer: int) -> Any:
-        """Sizes of a checkpoint. Raises ValueError with the missing names if it is not of this
+        """The sizes of a checkpoint. Raises ValueError naming missing tensors if it is not of this
         version.
         """
 
     def initialise(self, model: nn.Module, emb_scale: float, frozen: bool) -> None:
-        """Initialise all weights; see RWKV.initialise."""
+        """Initialise weights; see RWKV.initialise."""
 
     def lr_scale(self, name: str, stage_2: bool) -> float:
-        """Learning-rate factor of a parameter; `stage_2`: for --my_pile_stage 2."""
+        """Learning-rate factor of a parameter; `stage_2`: with --my_pile_stage 2."""
 
     def decays(self, name: str, shape: torch.Size) -> bool:
         """Whether weight decay applies to a parameter."""
 
     def saved_bytes(self, sizes: Any, e: int) -> float:
-        """Bytes per token and block that are saved for the backward pass, with e bytes per
-        element.
-        """
+        """Bytes of saved activations per token and block, with e bytes per element."""
 
     def transformers_config(self, sizes: Any) -> dict[str, Any]:
-        """config.json for transformers. Raises ValueError if transformers has no such model."""
+        """config.json for transformers. Raises ValueError if transformers does not support the
+        model.
+        """
 
 
 VERSIONS: dict[str, Version] = {v4.NAME: v4}
-DEFAULT: Version = v4  # for new models
+DEFAULT: Version = v4  # version of new models
 
 
 def version_of(sizes: Sizes) -> Version:
-    """The version of a model with these sizes."""
+    """The version of these sizes."""
     return next(version for version in VERSIONS.values() if isinstance(sizes, version.Sizes))
 
 
@@ -110,18 +110,18 @@ def published(name: str) -> Sizes:
 
 
 def sizes_given(flags: object, version: Version = DEFAULT) -> dict[str, int]:
-    """Sizes given by flags (attributes of any object); 0 means not given."""
+    """The non-zero sizes among the attributes of `flags`."""
     values = {field.name: getattr(flags, field.name, 0) for field in fields(version.Sizes)}
     return {name: value for name, value in values.items() if value}
 
 
 def layer_numbers(names: Iterable[str]) -> set[int]:
-    """Block numbers in these tensor names."""
+    """The block numbers in these tensor names."""
     return {int(match[1]) for name in names if (match := re.match(r"blocks\.(\d{1,9})\.", name))}
 
 
 def detect(shapes: Shapes) -> tuple[Version, Sizes]:
-    """Version and sizes of a checkpoint with tensors of these shapes.
+    """Version and sizes of a checkpoint, from its tensors' shapes.
 
     Raises:
         ValueError: not a checkpoint of a supported version, or a block is missing.
@@ -135,6 +135,6 @@ def detect(shapes: Shapes) -> tuple[Version, Sizes]:
             continue
         if max(layers) >= len(layers):
             absent = next(layer for layer in range(len(layers)) if layer not in layers)
-            raise ValueError(f"its keys do not fit. It has block {max(layers)}, and no block {absent}")
+            raise ValueError(f"block {absent} is missing (the last one is {max(layers)})")
         return version, sizes
     raise ValueError("; ".join(reasons))

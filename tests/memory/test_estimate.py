@@ -14,7 +14,7 @@ from rwkv.memory.estimate import Plan, estimate
 from rwkv.models import RWKV
 from rwkv.models.v4 import Sizes
 from rwkv.models.version import published
-from rwkv.train.loop.adam import OnePass
+from rwkv.train.loop.adam import FusedAdam
 from rwkv.train.runtime import cpu
 
 SMALL = Sizes(3, 48, 100, 32, 80)
@@ -91,7 +91,7 @@ def peaks(p: Plan) -> dict[str, int]:
     state.
     """
     model = build(p)
-    adam = OnePass([{"params": [x for x in model.parameters() if x.requires_grad]}], False)
+    adam = FusedAdam([{"params": [x for x in model.parameters() if x.requires_grad]}], False)
     now, found, loss = sum(x.numel() * x.element_size() for x in model.parameters()), {}, []
 
     def run(name, work):

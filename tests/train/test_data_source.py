@@ -50,7 +50,7 @@ def test_text_characters(kind, tmp_path):
     (tmp_path / "t.txt").write_bytes("other".encode(kind))
     with pytest.raises(
         UserError,
-        match=f"has a vocabulary of {len(words)}, and --data_type {kind} makes one of the text's 5 characters",
+        match=f"its vocabulary has {len(words)} tokens, but --data_type {kind} uses one of the text's 5 characters",
     ):
         fit(TrainConfig(**{**other, "n_layer": 0, "n_embd": 0}))
 
@@ -91,7 +91,9 @@ def test_long_stream_is_split(tmp_path, monkeypatch):
 
 def test_no_conversion_under_launcher(tmp_path, write_jsonl, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")  # as torchrun sets it
-    with pytest.raises(UserError, match="text.jsonl: a launcher has started all processes.*scripts/convert.py"):
+    with pytest.raises(
+        UserError, match="text.jsonl: cannot be converted in a run started by a launcher.*scripts/convert.py"
+    ):
         fit(
             TrainConfig(
                 **FLAGS, devices=2, data_file=str(write_jsonl({"text": "x" * 99})), proj_dir=str(tmp_path / "run")
@@ -111,7 +113,7 @@ def test_no_conversion_under_launcher(tmp_path, write_jsonl, monkeypatch):
         ({"data_type": "utf-8", "data_file": "none"}, "none: No such file"),
         ({"data_type": "utf-8", "data_file": ""}, "--data_file is missing"),
         ({"data_type": "numpy"}, "not a .npy file"),
-        ({"data_type": "utf-8", "my_pile_stage": 3}, "wants a binidx"),
+        ({"data_type": "utf-8", "my_pile_stage": 3}, "needs a binidx"),
     ],
     ids=str,
 )
@@ -140,12 +142,12 @@ NO_BINIDX = [
         {},
         "a .json file. .*--input '.*a b.json' --output_prefix '.*a b'; then give --data_file '.*a b_text_document'",
     ),
-    ("ids.npy", {}, "a NumPy file: give --data_type numpy"),
-    ("corpus", {}, "a file that is no binidx"),
+    ("ids.npy", {}, "a NumPy file: also give --data_type numpy"),
+    ("corpus", {}, "not a binidx"),
     ("folder/", {}, "a folder. Convert it first: .*--output_prefix \\S*folder; "),
-    ("sample", {"sample_text_document"}, "sample_text_document.idx is there: give --data_file .*sample_text_document"),
-    ("sample.bin", {"sample"}, r"without the ending: give --data_file \S*sample$"),
-    ("sample.idx", {"sample"}, r"without the ending: give --data_file \S*sample$"),
+    ("sample", {"sample_text_document"}, "sample_text_document.idx exists: use --data_file .*sample_text_document"),
+    ("sample.bin", {"sample"}, r"without .bin: --data_file \S*sample$"),
+    ("sample.idx", {"sample"}, r"without .idx: --data_file \S*sample$"),
     ("gone", {}, "no such data .*gone.idx: no such file"),
 ]
 
@@ -162,10 +164,8 @@ def test_not_a_binidx(name, binidx_of, words, make_data, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "sft", "JSON"])
-def test_data_types_of_other_trainers(kind, tmp_path):
-    with pytest.raises(
-        UserError, match=f"--data_type {kind}: leave the flag out; a .jsonl file is recognised by its name"
-    ):
+def test_the_kinds_of_other_trainers_are_answered(kind, tmp_path):
+    with pytest.raises(UserError, match=f"--data_type {kind}: omit the flag; a .jsonl file is recognised by its name"):
         fit(TrainConfig(**FLAGS, data_type=kind, data_file="mine.jsonl", proj_dir=str(tmp_path / "run")))
 
 
@@ -255,7 +255,7 @@ def test_deleted_source(tmp_path, capsys):
         fit(changed(config, max_steps=3, data_file=str(tmp_path / "gone.jsonl"), allow_changes=True))
     (tmp_path / "copied.jsonl").unlink()
     config = changed(config, max_steps=3, data_file=str(tmp_path / "copied.jsonl"))
-    with pytest.raises(UserError, match="copied.jsonl: no such file; the run in .* was made from it.*--allow_changes"):
+    with pytest.raises(UserError, match="copied.jsonl: no such file; the run in .* used it.*--allow_changes"):
         fit(config)
     capsys.readouterr()
     fit(changed(config, allow_changes=True))

@@ -285,7 +285,7 @@ REFUSED = [
     ({"data_file": "nothing"}, r"nothing.idx: no such file"),
     ({"ctx_len": 199}, r"has 200 tokens, but one sample of ctx_len 199 needs 201"),
     ({"ctx_len": 0}, "--ctx_len must be at least 1"),
-    ({"vocab_size": 49}, r"token id 49, and the model has a vocabulary of 49"),
+    ({"vocab_size": 49}, r"token id 49 is outside the model's vocabulary of 49"),
     ({"accumulate_grad_batches": 3}, "--epoch_steps 4 must be a multiple of --accumulate_grad_batches 3"),
     ({"epoch_begin": 3}, "nothing to train"),
     ({"magic_prime": 7}, "the largest is 23"),
@@ -308,11 +308,11 @@ def test_invalid_flags(make_data, tmp_path, flags, complaint):
 
 
 LORA_REFUSED = [
-    ({"load_model": ""}, "LoRA tunes a model that exists"),
+    ({"load_model": ""}, "LoRA needs a pretrained model"),
     ({"lora_parts": "att,emb"}, "LoRA parts are any of"),
     ({"lora_r": 0}, "at least 1"),
     ({"lora_load": "none.pth"}, "none.pth: no such checkpoint"),
-    ({"n_embd": 32}, r"--n_embd 32, and it has 16. Sizes come from the checkpoint"),
+    ({"n_embd": 32}, r"--n_embd 32, but it has 16. Sizes come from the checkpoint"),
 ]
 
 
@@ -334,9 +334,9 @@ def test_lora_load_mismatch(make_base, make_data, tmp_path):
     other = make_base("other.pth", seed=3)
     with pytest.raises(UserError, match="adapter of another base"):
         fit(LoRAConfig(**common | {"load_model": str(other)}, proj_dir=str(tmp_path / "b"), lora_load=str(adapter)))
-    with pytest.raises(UserError, match="was trained with alpha 32, and --lora_alpha is 16"):
+    with pytest.raises(UserError, match="was trained with alpha 32, but --lora_alpha is 16"):
         fit(LoRAConfig(**common, proj_dir=str(tmp_path / "b"), lora_load=str(adapter), lora_alpha=16))
-    with pytest.raises(UserError, match="has rank 8, and --lora_r is 4"):
+    with pytest.raises(UserError, match="has rank 8, but --lora_r is 4"):
         fit(LoRAConfig(**common, proj_dir=str(tmp_path / "b"), lora_load=str(adapter), lora_r=4))
     assert not (tmp_path / "b").exists()
 
@@ -373,7 +373,7 @@ def test_negative_token_id(tmp_path):
     raw = bytearray((tmp_path / "d.bin").read_bytes())
     raw[40:44] = b"\xff" * 4
     (tmp_path / "d.bin").write_bytes(raw)
-    with pytest.raises(UserError, match="token id -1, and the model has a vocabulary of 50"):
+    with pytest.raises(UserError, match="token id -1 is outside the model's vocabulary of 50"):
         fit(TrainConfig(**SMALL, data_file=str(tmp_path / "d"), proj_dir=str(tmp_path / "run")))
 
 
@@ -546,7 +546,7 @@ def test_bf16_base_without_bf16_broadcast(make_base, make_data, tmp_path, monkey
         "proj_dir": str(tmp_path / "run"),
         "strategy": "ddp",
     }
-    with pytest.raises(UserError, match="--lora_base bf16: processes on CPUs cannot send each other bf16"):
+    with pytest.raises(UserError, match="--lora_base bf16: ddp on CPUs broadcasts the weights"):
         fit(LoRAConfig(**flags, lora_base="bf16"))
     assert not (tmp_path / "run").exists()
     alone = LoRAConfig(**{**flags, "strategy": "auto"}, lora_base="bf16")

@@ -183,7 +183,7 @@ def test_missing_checkpoint_rewritten(due, run, capsys):
     for path in (folder / due, folder / f"{due}.json"):
         path.unlink()
     result = fit(config)
-    assert f"{folder / due} was missing; it is written again" in capsys.readouterr().out
+    assert f"{folder / due} was missing; written from" in capsys.readouterr().out
     assert result.checkpoint.exists()
     assert all(torch.equal(value, weights[name]) for name, value in read_tensors(folder / due).items())
 
@@ -370,11 +370,11 @@ def test_overwrite_deletes_own_files_only(upstreams, finished, capsys):
     ):
         fit(config)
     with pytest.raises(
-        UserError, match=r"rwkv-final.pth: this run would replace it, and this program did not write it"
+        UserError, match=r"rwkv-final.pth: this run would overwrite it, but it was not written by this program"
     ):
         fit(changed(config, overwrite=True))
     (upstreams / "rwkv-final.pth").unlink()
-    with pytest.raises(UserError, match=r"rwkv-0.pth: this run would replace it"):
+    with pytest.raises(UserError, match=r"rwkv-0.pth: this run would overwrite it"):
         fit(changed(config, overwrite=True))
     (upstreams / "rwkv-0.pth").unlink()
     fit(changed(config, overwrite=True))
@@ -460,7 +460,7 @@ def test_manifest_written_after_state_restored(make_base, make_data, tmp_path, m
     def fail(*_):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("rwkv.train.runtime.zero.put_back", fail)
+    monkeypatch.setattr("rwkv.train.runtime.zero.restore", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         fit(changed(config, allow_changes=True, lr_init=0.1))
     assert content(tmp_path / "run") == before

@@ -157,11 +157,11 @@ def test_changed_val_file(make_base, documents, other, tmp_path):
 
 def test_invalid_val_file(make_base, documents, make_data, tmp_path):
     flags = FLAGS | {"load_model": str(make_base()), "data_file": documents, "proj_dir": str(tmp_path / "run")}
-    with pytest.raises(UserError, match="is --data_file: its loss would be that of training"):
+    with pytest.raises(UserError, match="is the training data"):
         fit(TrainConfig(**flags, val_file=documents))
     with pytest.raises(UserError, match=r"--val_file .*short: the data has 9 tokens"):
         fit(TrainConfig(**flags, val_file=make_data(9, name="short")))
-    with pytest.raises(UserError, match=r"large\.bin: token id \d+, and the model has a vocabulary of 50"):
+    with pytest.raises(UserError, match=r"large\.bin: token id \d+ is outside the model's vocabulary of 50"):
         fit(TrainConfig(**flags, val_file=make_data(90, vocab=900, name="large")))
     assert not (tmp_path / "run").exists()
 
@@ -271,7 +271,7 @@ def test_invalid_flags(documents, tmp_path, flags, complaint):
 
 def test_all_zero_mask(documents, tmp_path):
     mask_path(documents).write_bytes(bytes(len(Dataset(documents).tokens)))
-    with pytest.raises(UserError, match="no token of the data counts in the loss: the mask beside the tokens is all 0"):
+    with pytest.raises(UserError, match="no token of the data contributes to the loss: its loss mask is all 0"):
         samples.make(TrainConfig(**FLAGS, data_file=documents), Dataset(documents))
 
 

@@ -72,7 +72,7 @@ def test_replaced_or_missing_base(config, tmp_path, make_model, wrong):
     else:
         checkpoint.save_model(path, make_model(seed=7), {})
     with pytest.raises(
-        UserError, match=r"base model \(SHA-256\)" if wrong == "replaced" else "rwkv-base.pth: missing; .* Put it back"
+        UserError, match=r"base model \(SHA-256\)" if wrong == "replaced" else "rwkv-base.pth: missing; .* Restore it"
     ):
         fit(config)
     path.write_bytes(kept)
@@ -128,17 +128,17 @@ REFUSED = [
     (
         {"lora_parts": "att,ffn,time"},
         {"lora_parts": "att,ln"},
-        r"parts that --lora_parts att,ln does not have \(ffn.key, .*time\).* Give --lora_parts att,ffn,time or",
+        r"parts that --lora_parts att,ln lacks \(ffn.key, .*time\).* Use --lora_parts att,ffn,time or",
     ),
     (
         {"lora_r": 8},
         {"lora_r": 4},
-        "has rank 8, and --lora_r is 4; a rank cannot be changed. Give --lora_r 8, or merge it .*merge_lora.py",
+        "has rank 8, but --lora_r is 4; the rank cannot be changed. Use --lora_r 8, or merge it .*merge_lora.py",
     ),
     (
         {"lora_alpha": 32},
         {"lora_alpha": 16},
-        "was trained with alpha 32, and --lora_alpha is 16, .* by 0.5. Give --lora_alpha 32, or merge it",
+        "was trained with alpha 32, but --lora_alpha is 16, .* by 0.5. Use --lora_alpha 32, or merge it",
     ),
 ]
 

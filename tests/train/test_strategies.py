@@ -268,7 +268,7 @@ def test_nan_gradient_ends_run_except_fp16(runs, case):
 
 def test_invalid_ds_config_value(runs):
     said = (runs / "refused/error.txt").read_text()
-    assert said.startswith(f"--ds_config {runs / 'wrong.json'}: DeepSpeed refuses it (")
+    assert said.startswith(f"--ds_config {runs / 'wrong.json'}: rejected by DeepSpeed (")
     assert "sub_group_size" in said
 
 

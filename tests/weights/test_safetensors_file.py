@@ -12,7 +12,7 @@ import torch
 
 from rwkv import checkpoint
 from rwkv.errors import UserError
-from rwkv.files import abandoned, whole
+from rwkv.files import abandoned, atomic_write
 from rwkv.weights import safetensors_file
 
 TENSORS = {
@@ -35,7 +35,7 @@ def test_bytes_match_library(tmp_path):
 
 def test_temporary_file_stays_locked(tmp_path):
     path = tmp_path / "x.safetensors"
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         before = os.stat(temporary).st_ino
         safetensors_file.save(TENSORS, temporary)
         assert os.stat(temporary).st_ino == before

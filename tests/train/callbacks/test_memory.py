@@ -80,7 +80,7 @@ def test_predicted_resident_memory(make_data, tmp_path, root, shape):
     done = subprocess.run(command(root, "pretrain.py", flags), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     predicted, measured = map(
-        float, re.search(r"memory: ([\d.]+) GB a device predicted, ([\d.]+) GB measured", done.stdout).groups()
+        float, re.search(r"memory: ([\d.]+) GB per device predicted, ([\d.]+) GB measured", done.stdout).groups()
     )
     # tests/memory/test_estimate.py holds the allocator's bytes to a few per cent; here the process, its libraries and its heap add to them.
     assert 0.85 * predicted < measured < 1.25 * predicted, done.stdout
@@ -108,7 +108,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert "error: out of memory." in done.stderr
-    assert "were predicted on each device and" in done.stderr
+    assert "GB per device were predicted; " in done.stderr
     assert "--micro_bsz" in done.stderr.split("The cheapest change that fits:")[1]
 
 

@@ -82,7 +82,7 @@ def test_restored_step_device(fused, place):
     parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))
     made = torch.optim.Adam([{"params": [parameter], "names": ["p"]}])
     made.param_groups[0]["fused"] = fused
-    zero.put_back(
+    zero.restore(
         {"p": parameter},
         made,
         lambda name: {

@@ -76,7 +76,7 @@ def test_deleted_folder_ends_run(make_data, tmp_path, after_step):
         **FLAGS, accelerator="cpu", data_file=make_data(200), proj_dir=str(tmp_path / "run"), save_every=2
     )
     after_step(3, lambda: shutil.rmtree(tmp_path / "run"))
-    with pytest.raises(UserError, match="run was deleted while the run was writing to it"):
+    with pytest.raises(UserError, match="run was deleted during the run"):
         fit(config)
     assert not (tmp_path / "run").exists()
 

@@ -60,9 +60,7 @@ def test_input_changed_in_place_ends_run(which, after, make_base, make_data, tmp
     good = path.read_bytes()
     at = len(good) // 2
     after(6, lambda: overwrite(path, at, bytes([good[at] ^ 1])))
-    with pytest.raises(
-        UserError, match=rf"{which}: was changed in place while this run was using it.*the same command"
-    ):
+    with pytest.raises(UserError, match=rf"{which}: was changed in place during the run.*the same command"):
         fit(LoRAConfig(**config, proj_dir=str(tmp_path / "run")))
     assert [state.name for state in state_files.states(tmp_path / "run")] == ["step-4.pt"]
     assert not list((tmp_path / "run").glob("rwkv-*"))

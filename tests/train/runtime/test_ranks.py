@@ -119,10 +119,8 @@ def test_ranks_with_different_flags(train, tmp_path):
     # Another launcher, which offers no store: each rank decides by itself.
     said = train("run", 1, status=1, ranks=("0", "1"), random_seed=1)
     assert "Traceback" not in said
-    assert said.count("error: rank 1 would train something else than rank 0. --precision: bf16, rank 0: fp32") == 2, (
-        said
-    )
-    assert "give its value (such as --precision fp32)" in said
+    assert said.count("error: rank 1 differs from rank 0. --precision: bf16, rank 0: fp32") == 2, said
+    assert "replace auto by a value (such as --precision fp32)" in said
     assert not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text()
 
 
@@ -160,7 +158,7 @@ def test_lightning_ranks_receive_resolved_flags(monkeypatch):
     first.send(flags, dataclasses.replace(flags, precision="bf16", micro_bsz=4))
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     assert ranks.Ranks().receive() is None  # another launcher: this rank resolves its own flags
-    with first.told():
+    with first.passing_flags():
         assert ranks.Ranks().receive() == {"precision": "bf16", "micro_bsz": 4}
     assert ranks._RESOLVED not in os.environ
 

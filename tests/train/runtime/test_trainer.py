@@ -26,5 +26,5 @@ def test_auto_precision_by_gpu(monkeypatch, capabilities, precision, fp16):
     assert trainer.precision_of(TrainConfig()) == precision
     note = trainer.slow_on_gpu(TrainConfig(), precision)
     assert ("--precision fp16 would be several times faster" in note) == fp16
-    assert not fp16 or f"GPU {min(capabilities)} does not multiply bf16" in note
+    assert not fp16 or f"GPU {min(capabilities)} does not support bf16" in note
     assert trainer.slow_on_gpu(TrainConfig(accelerator="cpu"), "fp32") == ""
