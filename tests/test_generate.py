@@ -27,7 +27,7 @@ class Letters:
 
 
 class Script(torch.nn.Module):
-    """A fake model that writes a given text: the next byte depends on the number of tokens so far."""
+    """A fake model that writes a given text: the token count determines the next byte."""
 
     def __init__(self, text: str, skip: int):
         super().__init__()

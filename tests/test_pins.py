@@ -1,4 +1,6 @@
-"""The pins of pyproject.toml agree with the locks, with environment.yml and with the installed packages."""
+"""The pins of pyproject.toml agree with the locks, with environment.yml and with the installed
+packages.
+"""
 
 import importlib.metadata
 import os
@@ -40,7 +42,9 @@ def locked(stack: str) -> dict[str, str]:
 
 
 def required_by(stack: str) -> dict[tuple[str, str], set[str]]:
-    """The packages that require each (package, version) of a stack's locks, from uv's `# via` comments."""
+    """The packages that require each (package, version) of a stack's locks, from uv's `# via`
+    comments.
+    """
     names = [stack] if stack == "tools" else [stack, f"{stack}-deepspeed"]
     text = "".join((ROOT / f"env/locks/{name}.txt").read_text() for name in names)
     entries = re.findall(
@@ -113,7 +117,9 @@ def test_documented_stack_versions():
 
 
 def test_exact_version_pins():
-    """With `==`, pip would accept torch 2.13.0+cpu of a user's find-links folder as 2.13.0, and fail on its hash."""
+    """With `==`, pip would accept torch 2.13.0+cpu of a user's find-links folder as 2.13.0, and
+    fail on its hash.
+    """
     for name in ("modern", "modern-deepspeed"):
         assert not re.findall(r"^[\w.-]+==(?!=).*", (ROOT / f"env/locks/{name}.txt").read_text(), re.MULTILINE)
 

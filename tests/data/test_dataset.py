@@ -1,4 +1,4 @@
-"""Samples: windows, whole documents, sharding over ranks, validation; errors for invalid settings."""
+"""Samples: windows, whole documents, sharding over ranks, validation; invalid settings."""
 
 import numpy as np
 import pytest

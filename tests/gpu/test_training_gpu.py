@@ -1,5 +1,5 @@
-"""Training on a GPU: losses in fp32 match the CPU, tf32, bf16 and fp16 follow fp32, and inference matches
-the CPU.
+"""Training on a GPU: losses in fp32 match the CPU, tf32, bf16 and fp16 follow fp32, and inference
+matches the CPU.
 """
 
 import json
@@ -85,8 +85,8 @@ def test_token_by_token_matches_parallel(make_base):
 @pytest.mark.parametrize("variant", [*VARIANTS, "fp16"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_no_host_sync(monkeypatch, make_base, make_data, tmp_path, variant, method, masked):
-    """torch's sync debug mode raises on any synchronisation from the start of step FIRST to the start of step
-    LAST.
+    """torch's sync debug mode raises on any synchronisation from the start of step FIRST to the
+    start of step LAST.
     """
     steps = []
 

@@ -302,7 +302,8 @@ def test_dead_host_then_resume(root, hosts, machine, flags, tmp_path):
     while not list((tmp_path / "run/resume").glob("step-*.pt")) and time.monotonic() < until:
         time.sleep(0.05)
     os.killpg(second.pid, signal.SIGKILL)
-    # Its rank may be in another session: kill every process of the namespace, as when a machine dies.
+    # Its rank may be in another session: kill every process of the namespace, as when a machine
+    # dies.
     left = subprocess.run(
         ["ip", "netns", "pids", list(hosts.values())[1]], capture_output=True, text=True, check=True
     ).stdout.split()

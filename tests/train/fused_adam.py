@@ -1,7 +1,8 @@
 """torch's fused Adam of GPUs, on a CPU.
 
-torch 2.13 has a fused CPU kernel. torch 1.13.1 has not: there the kernel's formula replaces it, so that tests cover
-everything around the kernel, but not the kernel. test_optimizer.py checks the formula against torch's kernels.
+torch 2.13 has a fused CPU kernel. torch 1.13.1 has not: there the kernel's formula replaces it, so
+that tests cover everything around the kernel, but not the kernel. test_optimizer.py checks the
+formula against torch's kernels.
 """
 
 import torch

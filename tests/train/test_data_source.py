@@ -1,5 +1,5 @@
-"""Upstream's other data types are converted to binidx: text, numpy arrays, dummy data. Sources are compared on
-resume.
+"""Upstream's other data types are converted to binidx: text, numpy arrays, dummy data. Sources are
+compared on resume.
 """
 
 import json

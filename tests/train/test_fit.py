@@ -185,7 +185,8 @@ def test_lora_from_scratch(make_data, tmp_path):
     base, adapter = read_tensors(folder / "rwkv-base.pth"), read_tensors(result.checkpoint)
     assert read_manifest(result.checkpoint)["base_sha256"] == sha256(folder / "rwkv-base.pth")
     assert not any("lora" in name for name in base)
-    # upstream would initialise A, B and the frozen output matrix of most layers to 0: no gradient, ever
+    # upstream would initialise A, B and the frozen output matrix of most layers to 0: no gradient,
+    # ever
     assert all(tensor.any() for name, tensor in adapter.items() if name.endswith("lora_A"))
     moved = [name for name, tensor in adapter.items() if name.endswith("lora_B") and tensor.any()]
     assert len(moved) == sum(name.endswith("lora_B") for name in adapter)
@@ -411,7 +412,9 @@ def test_lora_load_without_matrices(make_base, make_data, tmp_path):
 
 
 def poisoned(make_base, tmp_path):
-    """Flags with a base whose embedding of token 49 overflows in the first norm, and data with that token once."""
+    """Flags with a base whose embedding of token 49 overflows in the first norm, and data with that
+    token once.
+    """
     tensors = read_tensors(make_base())
     tensors["emb.weight"][49] = 3e38  # finite, as load_model requires; the sum overflows
     torch.save(tensors, tmp_path / "nan.pth")
@@ -437,7 +440,9 @@ def test_nan_loss_names_batch(make_base, make_data, tmp_path):
 
 
 def test_deferred_metrics_match_immediate(make_base, make_data, tmp_path, monkeypatch):
-    """On a GPU the metrics of a step are read after the next step is launched; here a CPU does so too."""
+    """On a GPU the metrics of a step are read after the next step is launched; here a CPU does so
+    too.
+    """
     flags, data = poisoned(make_base, tmp_path), make_data(500)
     read, found, said = [], [], []
     whole = metrics.Metrics._read

@@ -1,4 +1,6 @@
-"""A run never silently starts over in a folder with results, and deletes and replaces only files of this program."""
+"""A run never silently starts over in a folder with results, and deletes and replaces only files of
+this program.
+"""
 
 import json
 import re

@@ -1,4 +1,6 @@
-"""No training step synchronises the host with the GPU; tested on a CPU with a fake device (host_sync.py)."""
+"""No training step synchronises the host with the GPU; tested on a CPU with a fake device
+(host_sync.py).
+"""
 
 import pytest
 import torch
@@ -20,8 +22,8 @@ FIRST, LAST = 2, 5  # no synchronisation from step FIRST to before step LAST, wh
 
 @pytest.fixture
 def device(monkeypatch):
-    """Train on a fake device: it holds the model and the batches, and is armed from the start of step FIRST to the
-    start of step LAST.
+    """Train on a fake device: it holds the model and the batches, and is armed from the start of
+    step FIRST to the start of step LAST.
     """
     made = FakeDevice()
 

@@ -1,4 +1,6 @@
-"""A resumed run is bit-identical to an uninterrupted one, in losses and weights, however it was stopped."""
+"""A resumed run is bit-identical to an uninterrupted one, in losses and weights, however it was
+stopped.
+"""
 
 import json
 import os

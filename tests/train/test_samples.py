@@ -1,4 +1,4 @@
-"""Flags for documents, loss masks and validation data, in whole runs, against plain computations."""
+"""Runs with documents, loss masks and validation data, against plain computations."""
 
 import itertools
 import json
@@ -45,8 +45,8 @@ def lines(folder):
 
 
 def plain_mean(model, items, reset: bool) -> tuple[float, int]:
-    """Mean cross-entropy over the masked targets and their number, computed without resets and masks in the model;
-    with `reset` each document separately.
+    """Mean cross-entropy over the masked targets and their number, computed without resets and
+    masks in the model; with `reset` each document separately.
     """
     total = count = 0
     for x, y, counts, starts in items:

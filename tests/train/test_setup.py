@@ -41,7 +41,9 @@ def losses(folder):
 
 
 def test_resume_uses_saved_base(config, tmp_path, monkeypatch):
-    """Initialising again could give another base: orthogonal matrices depend on the machine's LAPACK."""
+    """Initialising again could give another base: orthogonal matrices depend on the machine's
+    LAPACK.
+    """
     fit(changed(config, proj_dir=str(tmp_path / "whole")))
     fit(changed(config, max_steps=5))
     base = sha256(tmp_path / "run/rwkv-base.pth")
@@ -91,7 +93,7 @@ def test_resume_without_recorded_base(config, tmp_path):
 
 @pytest.fixture
 def tuned(make_base, make_data, tmp_path):
-    """Flags of LoRA on an existing base, and a function that trains an adapter with further flags."""
+    """Flags of LoRA on an existing base, and a function that trains an adapter."""
     common = TUNE | {"load_model": str(make_base()), "data_file": make_data(300), "lora_dropout": 0.0}
 
     def make(name, **flags):

@@ -13,8 +13,8 @@ from rwkv.train import stages
 from rwkv.train.fit import fit
 from rwkv.train.loop import optimizer
 
-# 81000 tokens have 80999 contexts of length 1; magic_prime is the largest prime below with remainder 2 modulo 3, and an
-# epoch of 40320 samples fits twice
+# 81000 tokens have 80999 contexts of length 1; magic_prime is the largest prime below with
+# remainder 2 modulo 3, and an epoch of 40320 samples fits twice
 FLAGS = {
     "ctx_len": 1,
     "micro_bsz": 4032,
@@ -35,7 +35,8 @@ def flags(make_data, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_stage_1_ignores_training_flags(flags, tmp_path, precision):
-    # as in RWKV-LM's demo-training-prepare.sh: nothing is trained, so neither DeepSpeed nor a GPU is needed
+    # as in RWKV-LM's demo-training-prepare.sh: nothing is trained, so neither DeepSpeed nor a GPU
+    # is needed
     fit(
         TrainConfig(
             **flags | {"strategy": "deepspeed_stage_2", "precision": precision, "accelerator": "gpu"}, my_pile_stage=1
@@ -83,8 +84,8 @@ def test_resume_stage(flags, tmp_path):
 
 
 def stretched(old, n):
-    """Upstream's resizing from m to n elements: element i is interpolated linearly at position i · m/n, clamped to the
-    last.
+    """Upstream's resizing from m to n elements: element i is interpolated linearly at position i ·
+    m/n, clamped to the last.
     """
     found = []
     for i in range(n):

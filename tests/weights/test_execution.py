@@ -1,4 +1,4 @@
-"""No module calls a loader that can execute code from a file, and every script rejects such files."""
+"""No module uses a loader that can execute code; every script rejects such files."""
 
 import ast
 import re

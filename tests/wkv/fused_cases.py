@@ -1,5 +1,5 @@
-"""Checks of the fused operations against plain torch formulas in fp64, values and gradients. Used for the CPU
-kernels, and for the CUDA kernels on a CPU and on a GPU.
+"""Checks of the fused operations against plain torch formulas in fp64, values and gradients. Used
+for the CPU kernels, and for the CUDA kernels on a CPU and on a GPU.
 
 Every check takes plain values, so that another process can run it by name (fake_gpu.py).
 """
@@ -36,8 +36,8 @@ def computing_in(dtype):
 
 
 def check(operation, formula, inputs, seed, device):
-    """Compare `operation` with `formula` in fp64 on the same inputs: outputs, and gradients of a random linear
-    combination of them.
+    """Compare `operation` with `formula` in fp64 on the same inputs: outputs, and gradients of a
+    random linear combination of them.
     """
     generator = torch.Generator().manual_seed(seed)
     ours = [x.to(device, copy=True).requires_grad_(x.is_floating_point()) if x is not None else None for x in inputs]
@@ -54,8 +54,9 @@ def check(operation, formula, inputs, seed, device):
 
 
 def close(x, truth):
-    """`x` is within its dtype's rounding error of `truth`. bf16, fp16: relative to each element, or 1 % of the
-    largest. fp32: relative to the largest element and to the terms of sums (near 1), which may cancel.
+    """`x` is within its dtype's rounding error of `truth`. bf16, fp16: relative to each element, or
+    1 % of the largest. fp32: relative to the largest element and to the terms of sums (near 1),
+    which may cancel.
     """
     share, short = ROUNDING[x.dtype], x.dtype != FP32
     assert x.shape == truth.shape

@@ -1,4 +1,4 @@
-"""Worker pool: ordered results and errors, and termination within seconds when a worker is killed."""
+"""Worker pool: ordered results and errors; it ends within seconds when a worker is killed."""
 
 import os
 import random
@@ -27,7 +27,7 @@ def large(x):
 
 @pytest.fixture(autouse=True)
 def _earlier_children(monkeypatch):
-    """Child processes that earlier tests may have left, such as multiprocessing's resource tracker."""
+    """Child processes of earlier tests, such as multiprocessing's resource tracker."""
     monkeypatch.setitem(EARLIER, "children", [])
     EARLIER["children"] = children()
 

@@ -31,7 +31,9 @@ FLAGS |= {"accelerator": "cpu", "precision": "fp32", "val_split": 0.2, "val_ever
 
 
 def events(path):
-    """The events of a TFRecord file: for each its length (8 bytes), a checksum of it, the event, its checksum."""
+    """The events of a TFRecord file: for each its length (8 bytes), a checksum of it, the event,
+    its checksum.
+    """
     data, at = path.read_bytes(), 0
     while at < len(data):
         (length,) = struct.unpack_from("<Q", data, at)
@@ -44,7 +46,9 @@ def events(path):
 
 
 def shown(folder):
-    """{name: {step: value}} as TensorBoard shows a folder: a start event removes earlier values of later steps."""
+    """{name: {step: value}} as TensorBoard shows a folder: a start event removes earlier values of
+    later steps.
+    """
     found = {}
     for path in sorted(folder.glob("*tfevents*")):
         for event in events(path):

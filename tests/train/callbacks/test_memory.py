@@ -26,7 +26,8 @@ FLAGS = {
     "accelerator": "cpu",
     "precision": "fp32",
 }
-# 21 million parameters, and the same again for a batch: large compared with the process, and 1 s per step.
+# 21 million parameters, and the same again for a batch: large compared with the process, and 1 s
+# per step.
 MIDDLE = {
     "n_layer": 6,
     "n_embd": 384,
@@ -82,12 +83,14 @@ def test_predicted_resident_memory(make_data, tmp_path, root, shape):
     predicted, measured = map(
         float, re.search(r"memory: ([\d.]+) GB a device predicted, ([\d.]+) GB measured", done.stdout).groups()
     )
-    # tests/memory/test_estimate.py checks the allocator's bytes to a few per cent; process and heap add to them.
+    # tests/memory/test_estimate.py checks the allocator's bytes to a few per cent; process and heap
+    # add to them.
     assert 0.85 * predicted < measured < 1.25 * predicted, done.stdout
 
 
 def test_out_of_memory_message(make_data, tmp_path, root):
-    # A real limit on the address space: what the process needs at first plus 1.5 GB, for a batch that needs more.
+    # A real limit on the address space: what the process needs at first plus 1.5 GB, for a batch
+    # that needs more.
     flags = MIDDLE | {
         "micro_bsz": 64,
         "data_file": make_data(50000, vocab=8192),

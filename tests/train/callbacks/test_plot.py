@@ -76,7 +76,9 @@ def test_any_title(drawn, title):
 
 
 def test_no_warning_with_flushed_denormals(root, tmp_path):
-    """With flushed denormals, as in training, numpy warns once per process on the first use of finfo."""
+    """With flushed denormals, as in training, numpy warns once per process on the first use of
+    finfo.
+    """
     program = """
 import warnings
 warnings.simplefilter("error")

@@ -1,4 +1,6 @@
-"""A signal ends a run after saving, also when repeated within two seconds; a later one stops it without saving."""
+"""A signal ends a run after saving, also when repeated within two seconds; a later one stops it
+without saving.
+"""
 
 import fcntl
 import json
@@ -75,7 +77,9 @@ def test_sighup_and_sigusr1_save(arguments, tmp_path, root, number):
 
 
 def test_closed_terminal_saves(arguments, tmp_path, root):
-    """As when a window is closed or ssh disconnects: SIGHUP, and every later write to the terminal fails."""
+    """As when a window is closed or ssh disconnects: SIGHUP, and every later write to the terminal
+    fails.
+    """
     ours, theirs = pty.openpty()
 
     def attach():

@@ -1,4 +1,6 @@
-"""One-pass Adam matches torch's Adam and AdamW for every vector width, and their states are interchangeable."""
+"""One-pass Adam matches torch's Adam and AdamW for every vector width, and their states are
+interchangeable.
+"""
 
 import copy
 
@@ -66,7 +68,8 @@ def test_step_matches_torch_fp64(width, shape, decoupled, lr, betas, eps, decay,
     new, right = mine.state[ours], theirs.state[truth]
     assert float(new["step"]) == step + 1
 
-    # A few fp32 roundings of every term (not of the sum, as terms may cancel). Denormals may be flushed to 0.
+    # A few fp32 roundings of every term (not of the sum, as terms may cancel). Denormals may be
+    # flushed to 0.
     rounding, least = 2.0**-24, 1e-37
     gradient = clip * g.double().abs() + (0 if decoupled else decay) * p.double().abs()
     square = betas[1] * v.double() + (1 - betas[1]) * gradient**2

@@ -1,4 +1,6 @@
-"""The loss of an optimizer step is the mean over all targets of the global batch, however the batch is divided."""
+"""The loss of an optimizer step is the mean over all targets of the global batch, however the batch
+is divided.
+"""
 
 import json
 import subprocess
@@ -39,8 +41,8 @@ VARIANTS = {
 
 @pytest.fixture
 def masked(tmp_path):
-    """A binidx of 90 documents that end with 0. One target, all targets or no target of a document contribute to the
-    loss.
+    """A binidx of 90 documents that end with 0. One target, all targets or no target of a document
+    contribute to the loss.
     """
     generator = torch.Generator().manual_seed(5)
     mask = []
@@ -116,7 +118,9 @@ def trained(root, *arguments):
 
 @pytest.mark.parametrize(("variant", "val_samples"), [("masked with resets", 7), ("padded", 0)])
 def test_two_processes_match_one(make_base, masked, tmp_path, root, variant, val_samples):
-    """Including a validation set with an odd number of samples: one rank has more batches than the other."""
+    """Including a validation set with an odd number of samples: one rank has more batches than the
+    other.
+    """
     flags = (
         FLAGS
         | VARIANTS[variant]

@@ -72,15 +72,16 @@ def test_fp16_overflow_skips_step_on_device(make_model, monkeypatch, decay):
         assert {int(state["step"]) for state in made.state.values()} == {steps}
         before = [p.detach().clone() for p in model.parameters()]
     assert made.found_inf is None
-    # with other shapes torch 1.13.1 would launch one kernel per parameter to subtract found_inf from the steps
+    # with other shapes torch 1.13.1 would launch one kernel per parameter to subtract found_inf
+    # from the steps
     assert set(shapes) == {state["step"].shape for state in made.state.values()}
 
 
 @pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_fused_adam_formula(found_inf, decay):
-    """The formula that replaces torch 1.13.1's fused Adam in tests, against torch's Adam, and the fused CPU kernel of
-    torch 2.
+    """The formula that replaces torch 1.13.1's fused Adam in tests, against torch's Adam, and the
+    fused CPU kernel of torch 2.
     """
 
     def tensors():

@@ -1,4 +1,6 @@
-"""Truncated BPTT: the loss of the full sequence, its gradient with --exact, activation memory of a chunk."""
+"""Truncated BPTT: the loss of the full sequence, its gradient with --exact, activation memory of a
+chunk.
+"""
 
 import subprocess
 import sys

@@ -1,4 +1,6 @@
-"""A run follows its folder when it is renamed during training, and ends with an error when it is deleted."""
+"""A run follows its folder when it is renamed during training, and ends with an error when it is
+deleted.
+"""
 
 import json
 import os

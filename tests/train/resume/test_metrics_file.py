@@ -1,4 +1,6 @@
-"""A run resumes whatever the contents of metrics.jsonl, and its cost per step does not grow with the file."""
+"""A run resumes whatever the contents of metrics.jsonl, and its cost per step does not grow with
+the file.
+"""
 
 import json
 import tracemalloc
@@ -143,7 +145,9 @@ def test_resume_with_invalid_line(make_data, tmp_path, capsys, wrong):
 
 
 def test_constant_cost_per_step(make_data, tmp_path, monkeypatch):
-    """The file is read once, when the run resumes, and buffers do not grow with the number of steps."""
+    """The file is read once, when the run resumes, and buffers do not grow with the number of
+    steps.
+    """
     reads, sizes = [], []
     read, report = metrics_file.read, metrics.Metrics._report
     monkeypatch.setattr(metrics_file, "read", lambda path: (reads.append(path), read(path))[1])

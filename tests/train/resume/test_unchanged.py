@@ -1,4 +1,6 @@
-"""A run ends before saving if a memory-mapped input was changed in place; replacing the file has no effect."""
+"""A run ends before saving if a memory-mapped input was changed in place; replacing the file has no
+effect.
+"""
 
 import json
 import os

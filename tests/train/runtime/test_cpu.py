@@ -1,4 +1,6 @@
-"""A process prepared for training reuses freed memory and flushes denormals; --precision auto on CPUs."""
+"""A process prepared for training reuses freed memory and flushes denormals; --precision auto on
+CPUs.
+"""
 
 import platform
 import subprocess
@@ -39,8 +41,9 @@ def faults_and_denormal(prepared: bool) -> tuple[int, float]:
     platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's; other C libraries keep memory by rules of their own"
 )
 def test_freed_memory_is_reused():
-    # 18 MB in pages of 4 KiB are 4608 faults per step. Measured in 20 steps: 0, and 39,000 in an unprepared process;
-    # but as glibc adapts its thresholds, the latter varies, and only its denormals are checked.
+    # 18 MB in pages of 4 KiB are 4608 faults per step. Measured in 20 steps: 0, and 39,000 in an
+    # unprepared process; but as glibc adapts its thresholds, the latter varies, and only its
+    # denormals are checked.
     faults, denormal = faults_and_denormal(prepared=True)
     assert faults < 500
     assert denormal == 0

@@ -1,5 +1,5 @@
-"""All ranks use the flags that rank 0 resolved, whichever launcher started them; ranks that differ end with an
-error.
+"""All ranks use the flags that rank 0 resolved, whichever launcher started them; ranks that differ
+end with an error.
 """
 
 import dataclasses
@@ -37,7 +37,9 @@ def port() -> int:
 
 @pytest.fixture
 def train(make_base, make_data, tmp_path, root):
-    """Train LoRA on two processes: the run's folder, the rank with bf16, the launcher's command, further flags."""
+    """Train LoRA on two processes: the run's folder, the rank with bf16, the launcher's command,
+    further flags.
+    """
     (tmp_path / "train.py").write_text(PROGRAM)
     flags = {
         "load_model": make_base(),

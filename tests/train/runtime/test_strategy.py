@@ -1,4 +1,6 @@
-"""Strategies, invalid combinations of flags, DeepSpeed's configuration, and the optimizer of each strategy."""
+"""Strategies, invalid combinations of flags, DeepSpeed's configuration, and the optimizer of each
+strategy.
+"""
 
 import importlib
 import importlib.util
@@ -194,8 +196,9 @@ def test_torch_adam_without_compiled_ops(make_model, decay):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["auto", "deepspeed_stage_1", "deepspeed_stage_1_offload"])
 def test_adam_on_gpu(make_model, monkeypatch, name, decay):
-    """The optimizer of a GPU (on a CPU: fused_adam.py) takes the same steps as one-pass Adam on a CPU. It is fused, or
-    foreach where torch has no fused AdamW; with optimizer offload its state is on the CPU, and it is neither.
+    """The optimizer of a GPU (on a CPU: fused_adam.py) takes the same steps as one-pass Adam on a
+    CPU. It is fused, or foreach where torch has no fused AdamW; with optimizer offload its state is
+    on the CPU, and it is neither.
     """
     ops = importlib.import_module("deepspeed.git_version_info").installed_ops
     if name != "auto" and ops.get("cpu_adam" if "offload" in name else "fused_adam"):
