@@ -67,7 +67,7 @@ def test_lock_matches_pins(stack):
     assert set().union(*required.values()) <= {name for name, _ in required} | {"rwkv-training"}
 
 
-@pytest.mark.skipif(bool(os.environ.get("PY")), reason="make was given a Python of its own")
+@pytest.mark.skipif(bool(os.environ.get("PY")), reason="PY selects another Python")
 def test_lock_is_complete_and_minimal():
     """Resolve the pins again from the metadata of the installed packages, without a network."""
     lock, extras = locked(HERE), {name: {""} for name in pins(HERE)}
@@ -75,13 +75,13 @@ def test_lock_is_complete_and_minimal():
     while queue:
         name = queue.pop()
         for line in importlib.metadata.requires(name) or []:
-            asked = Requirement(line)
-            other = re.sub(r"[-_.]+", "-", asked.name).lower()
-            if asked.marker and not any(asked.marker.evaluate({"extra": extra}) for extra in extras[name]):
+            requirement = Requirement(line)
+            other = re.sub(r"[-_.]+", "-", requirement.name).lower()
+            if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras[name]):
                 continue
-            assert asked.specifier.contains(lock[other], prereleases=True), f"{name} asks for {line}"
-            if not extras.get(other, set()) >= {"", *asked.extras}:
-                extras[other] = extras.get(other, set()) | {"", *asked.extras}
+            assert requirement.specifier.contains(lock[other], prereleases=True), f"{name} asks for {line}"
+            if not extras.get(other, set()) >= {"", *requirement.extras}:
+                extras[other] = extras.get(other, set()) | {"", *requirement.extras}
                 queue.append(other)
     assert set(lock) == set(extras)
 
@@ -97,7 +97,7 @@ def test_locked_files_have_hashes():
         assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", entry) for entry in entries), name
 
 
-@pytest.mark.skipif(bool(os.environ.get("PY")), reason="make was given a Python of its own")
+@pytest.mark.skipif(bool(os.environ.get("PY")), reason="PY selects another Python")
 def test_installed_versions_match_lock():
     for name, version in locked(HERE).items():
         assert importlib.metadata.version(name).split("+")[0] == version, name

@@ -72,12 +72,12 @@ def test_token_by_token_matches_parallel(make_base):
     tokens = torch.randint(300, (2, 50), device="cuda")
     with torch.no_grad():
         whole, _ = model(tokens)
-        state, pieces = None, []
+        state, chunks = None, []
         for t in range(50):
             logits, state = model(tokens[:, t : t + 1], state)
-            pieces.append(logits)
+            chunks.append(logits)
         on_cpu, _ = checkpoint.load_model(make_base(**MODEL))(tokens.cpu())
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(chunks, 1), whole, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole.cpu(), on_cpu, rtol=1e-4, atol=1e-4)
 
 

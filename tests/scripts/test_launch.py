@@ -25,7 +25,7 @@ FLAGS = ["--", "scripts/lora.py", "--lora_r", "4"]
 
 def launch(root, *words, status=0, **environment) -> str:
     """The command that launch.sh would run, or its error."""
-    kept = {name: os.environ[name] for name in ("HOME",) if name in os.environ} | {
+    inherited = {name: os.environ[name] for name in ("HOME",) if name in os.environ} | {
         "PATH": os.environ["PATH"],
         "PY": "python",
     }
@@ -33,7 +33,7 @@ def launch(root, *words, status=0, **environment) -> str:
         [str(word) for word in (root / "scripts/launch.sh", "--print", *words)],
         capture_output=True,
         text=True,
-        env=kept | environment,
+        env=inherited | environment,
         check=False,
     )
     assert done.returncode == status, done.stderr

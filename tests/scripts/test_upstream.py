@@ -50,7 +50,7 @@ COMMANDS = {
         --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.999 --adam_eps 1e-8
         --accelerator gpu --devices 1 --precision fp16 --strategy deepspeed_stage_2_offload --grad_cp 1""",
     "Blealtan": LORA.replace("ACCUMULATE", "--accumulate_grad_batches 4") + " --lora_parts=att,ffn,time,ln",
-    "Blealtan, going on": LORA.replace("ACCUMULATE", "--accumulate_grad_batches 4")
+    "Blealtan, continuing": LORA.replace("ACCUMULATE", "--accumulate_grad_batches 4")
     + " --lora_load ADAPTER --lora_parts=att,ffn,time,ln",
     "m8than": LORA.replace("ACCUMULATE", "") + " --lora_parts=att,ffn,time,ln --seq_data 1 --seq_data_sep 0",
 }

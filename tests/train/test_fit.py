@@ -100,12 +100,12 @@ def test_epoch_begin_continues_data_and_schedule(make_data, tmp_path):
     )
     whole = tmp_path / "whole"
     fit(TrainConfig(**SMALL | {"epoch_count": 2}, data_file=data, proj_dir=str(whole), magic_prime=-1))
-    pieces, once = lines(folder), lines(whole)
-    assert [line["step"] for line in pieces] == list(range(1, 9))
+    resumed, once = lines(folder), lines(whole)
+    assert [line["step"] for line in resumed] == list(range(1, 9))
     assert read_manifest(folder / "rwkv-1.pth")["step"] == 8
-    assert [line["lr"] for line in pieces] == [line["lr"] for line in once]
+    assert [line["lr"] for line in resumed] == [line["lr"] for line in once]
     # the next batch with the same weights; later steps differ, as Adam's state is lost
-    assert pieces[4]["loss"] == pytest.approx(once[4]["loss"], rel=1e-6)
+    assert resumed[4]["loss"] == pytest.approx(once[4]["loss"], rel=1e-6)
 
 
 def test_rewind_drops_later_metrics(make_data, tmp_path):

@@ -165,8 +165,8 @@ def test_killed_before_first_state(run):
     manifest = json.loads((folder / "run.json").read_text())
     del manifest["state_saved"]
     (folder / "run.json").write_text(json.dumps(manifest))
-    kept = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(kept[:7]))
+    metrics_lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(metrics_lines[:7]))
     fit(config)
     assert [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == whole
     no_checkpoints_either(folder)

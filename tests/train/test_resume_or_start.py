@@ -164,10 +164,10 @@ def test_changed_flags_and_data(make_base, make_data, tmp_path):
 
 def test_resume_with_other_micro_batch(make_base, make_data, tmp_path):
     config = make("all", make_base, make_data, magic_prime=-1, dropout=0.0)
-    pieces = {"micro_bsz": 4, "accumulate_grad_batches": 1, "epoch_steps": 2}
+    other = {"micro_bsz": 4, "accumulate_grad_batches": 1, "epoch_steps": 2}
     fit(changed(config, proj_dir=str(tmp_path / "whole")))
     fit(changed(config, proj_dir=str(tmp_path / "run"), max_steps=3))
-    fit(changed(config, proj_dir=str(tmp_path / "run"), **pieces))
+    fit(changed(config, proj_dir=str(tmp_path / "run"), **other))
     ours, theirs = losses(tmp_path / "run"), losses(tmp_path / "whole")
     assert [line[2:] for line in ours] == [line[2:] for line in theirs]
     # fp32, different summation order

@@ -48,7 +48,7 @@ PAIRED = {  # two processes: the run of ALONE that they match, kind, flags
     "accumulated": ("scaled", "full", {"micro_bsz": 1, "accumulate_grad_batches": 2, **SCALED}),
     "lora with gradient checkpointing": ("lora", "lora", {"micro_bsz": 2, "grad_cp": 1, **LORA}),
     "documents": ("documents", "full", {"micro_bsz": 1, "accumulate_grad_batches": 2, **CLIPPED, **DOCUMENTS}),
-    "pieces": ("clipped", "full", {"micro_bsz": 2, "tbptt_len": 3, "exact": True, **CLIPPED}),
+    "chunks": ("clipped", "full", {"micro_bsz": 2, "tbptt_len": 3, "exact": True, **CLIPPED}),
     "gradient checkpointing": ("clipped", "full", {"micro_bsz": 2, "grad_cp": 1, **CLIPPED}),
 }
 EVERYWHERE = ["full", "accumulated", "lora with gradient checkpointing"]
@@ -57,7 +57,7 @@ CASES = sorted(
     for name in STRATEGIES
     for case in PAIRED
     if case in EVERYWHERE
-    or (name in ("ddp", "deepspeed_stage_2", "deepspeed_stage_3") and (name, case) != ("deepspeed_stage_3", "pieces"))
+    or (name in ("ddp", "deepspeed_stage_2", "deepspeed_stage_3") and (name, case) != ("deepspeed_stage_3", "chunks"))
 )
 CHANGED = [  # the strategies of the first three and of the other steps; "one" is one process
     (before, after)

@@ -96,7 +96,7 @@ def errors(fast, slow, truth, arguments, share=1e-5):
     length = k.shape[1]
     exponents = w.abs() + u.abs() + _largest(k) + sum(_largest(x[:, 2:]) for x in (first, initial) if x is not None)
     largest = sum(float(x.abs().max()) for x in (w, u, k, *(x[:, 2] for x in (first, initial) if x is not None)))
-    unit = ROUNDING * (1 + exponents)
+    rounding = ROUNDING * (1 + exponents)
 
     # Sums may cancel. Their rounding is relative to their terms, here bounded from the gradients of
     # v, which with positive output gradients are sums of positive terms: gk sums gv (v - y), and gu
@@ -114,7 +114,7 @@ def errors(fast, slow, truth, arguments, share=1e-5):
             size = 2 * max(size, length * truth["state"].abs().max().item())
         allowed = (share + 4 * ROUNDING * largest) * size + 2 * loop.abs().max()
         found[name] = {"largest": (off.abs().max()[None], allowed[None])}
-        scale = unit * (_rms(exact) + sums.get(name, 0)) + UNDERFLOW
+        scale = rounding * (_rms(exact) + sums.get(name, 0)) + UNDERFLOW
         over_all = RMS * _rms(scale[:, None]) + 2 * _rms(loop.reshape(-1, 1))
         found[name]["RMS"] = _rms(off.reshape(-1, 1)), over_all
         found[name]["channel"] = _rms(off), CHANNEL * scale + 2 * _rms(loop)

@@ -142,11 +142,11 @@ def loss(dtype, words, seed, device="cpu"):
     gradient = exact.grad.scatter_add(
         1, (logits == top.values).int().argmax(1, keepdim=True), top.values * 1e-4
     )  # the first maximum
-    kept = logits.to(device, copy=True)
-    close(native.softmax_gradient(kept, targets.to(device), 1e-4, False).view(1), expected.detach().view(1))
-    assert torch.equal(kept.cpu(), logits)
-    native.softmax_gradient(kept, targets.to(device), 1e-4, True)
-    close(kept, gradient)
+    buffer = logits.to(device, copy=True)
+    close(native.softmax_gradient(buffer, targets.to(device), 1e-4, False).view(1), expected.detach().view(1))
+    assert torch.equal(buffer.cpu(), logits)
+    native.softmax_gradient(buffer, targets.to(device), 1e-4, True)
+    close(buffer, gradient)
 
 
 def not_finite(device="cpu"):

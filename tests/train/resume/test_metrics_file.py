@@ -21,7 +21,7 @@ def line(step, /, **other):
     )
 
 
-def kept(path, last, begin=0):
+def kept_steps(path, last, begin=0):
     """The steps left in the file, which are also those passed on."""
     found = []
     metrics_file.keep_steps(path, last, begin, found.append)
@@ -35,7 +35,7 @@ def test_truncated_in_place_after_step(tmp_path, last):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"".join(map(line, range(1, 11))))
     inode = path.stat().st_ino
-    assert kept(path, last) == list(range(1, min(last, 10) + 1))
+    assert kept_steps(path, last) == list(range(1, min(last, 10) + 1))
     assert path.stat().st_ino == inode
     assert [x.name for x in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -71,13 +71,13 @@ def test_invalid_line_dropped_and_copy_kept(tmp_path, capsys, wrong):
     path = tmp_path / "metrics.jsonl"
     before = line(1) + line(2) + line(3) + WRONG[wrong] + line(6) + line(7) + line(8)
     path.write_bytes(before)
-    assert kept(path, 7) == [1, 2, 3, 6, 7]
+    assert kept_steps(path, 7) == [1, 2, 3, 6, 7]
     assert (tmp_path / "metrics.jsonl.corrupt").read_bytes() == before
     said = capsys.readouterr().out
     assert "metrics.jsonl.corrupt" in said
     assert "no line for 2 of the 7 steps" in said
     path.write_bytes(line(3) + WRONG[wrong])
-    assert kept(path, 7) == [3]
+    assert kept_steps(path, 7) == [3]
     assert (tmp_path / "metrics.jsonl.corrupt.2").read_bytes() == line(3) + WRONG[
         wrong
     ]  # the first copy is not overwritten
@@ -88,7 +88,7 @@ def test_invalid_line_dropped_and_copy_kept(tmp_path, capsys, wrong):
 def test_incomplete_last_line_dropped(tmp_path, tail):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line(1) + line(2) + line(3) + tail)
-    assert kept(path, 3) == [1, 2, 3]
+    assert kept_steps(path, 3) == [1, 2, 3]
     assert [x.name for x in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 

@@ -145,11 +145,11 @@ def test_compared_facts():
         return ranks.facts(run, manifest | (changed or {}), model or torch.nn.Linear(2, 2))
 
     mine = facts(c)
-    kept = {
+    resumed = {
         "base": {"path": "run/rwkv-base.pth", "sha256": "2"},
         "data": {"prefix": "elsewhere/d", "sha256": "1"},
     }
-    assert facts(dataclasses.replace(c, data_file="elsewhere/d", random_seed=3), kept) == mine
+    assert facts(dataclasses.replace(c, data_file="elsewhere/d", random_seed=3), resumed) == mine
     given = dataclasses.replace(c, load_model="base.pth")
     found = [facts(given, {"base": {"path": "base.pth", "sha256": x}}) for x in "23"]
     assert found[0] != found[1]
