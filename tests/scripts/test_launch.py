@@ -182,7 +182,7 @@ def test_invalid_hostfile(root, tmp_path):
         (
             "-oProxyCommand=x slots=1\n",
             "-oProxyCommand=x is not a machine's name or address",
-        ),  # or ssh takes it as an option
+        ),  # ssh would read it as an option
     ):
         hosts.write_text(text)
         assert complaint in launch(root, "--hostfile", hosts, "--", "x.py", status=2)
@@ -335,5 +335,5 @@ def test_dead_host_then_resume(root, hosts, machine, flags, tmp_path):
         capture_output=True,
         timeout=100,
     )
-    # bit for bit, on one machine that never stopped
+    # bit-identical to an uninterrupted run on one host
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")

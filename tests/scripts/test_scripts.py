@@ -100,7 +100,7 @@ def test_upstream_converter_command_and_shards(script, write_jsonl, tmp_path):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help(script, name):
     text = script(f"{name}.py", "--help").stdout
-    assert f"python scripts/{name}.py" in text  # a command to start from
+    assert f"python scripts/{name}.py" in text  # an example command
     assert "--config" in text
 
 

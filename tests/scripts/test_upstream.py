@@ -122,7 +122,7 @@ def test_upstream_training_command(name, paths, tmp_path):
             and (field := known.get(word[2:], word[2:]))
             and "=" not in word
         ):
-            # the flag means what it says
+            # the flag sets the field of its name
             assert getattr(config, field) == type(getattr(config, field))(value), word
     config = replace(config, **SIZES, devices=1, max_steps=1, random_seed=1, ctx_len=min(config.ctx_len, SHORT))
     if not torch.cuda.is_available():

@@ -52,7 +52,7 @@ def test_no_advice_to_use_executing_loader():
     for path in SOURCES:
         assert "weights_only" not in path.read_text(encoding="utf-8") or path.name == "pth.py", (
             path
-        )  # which says why it is no protection
+        )  # it explains why that is no protection
 
 
 PROGRAMS = {

@@ -13,7 +13,7 @@ from rwkv.data.convert.pool import Pool
 from rwkv.errors import UserError
 
 EARLIER: dict[str, list[int]] = {"children": []}
-BOUND = 30  # seconds on a loaded machine; what is tested for would last for ever
+BOUND = 30  # seconds on a loaded machine; without termination it would hang forever
 
 
 def double(x):
@@ -21,7 +21,7 @@ def double(x):
 
 
 def large(x):
-    # more than a pipe holds: a worker is in the middle of sending it most of the time
+    # larger than a pipe's buffer, so that workers are mostly busy sending it
     return bytes(4_000_000)
 
 
