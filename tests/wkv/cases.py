@@ -66,7 +66,8 @@ def outputs_and_gradients(wkv4, w, u, k, v, first, starts, initial):
 ROUNDING = 2.0**-24  # of fp32
 # Multiples of ROUNDING · (1 + |exponents|) that the root mean square may be off: over all elements,
 # and within each channel. Measured on the CPU kernels with both stacks (240 random inputs of
-# test_wkv.py's kinds): at most 4.7 and 17.
+# test_wkv.py's kinds): at most 4.7 and 17. The CUDA kernels, on a CPU, need at most 0.4 of the
+# allowed errors.
 RMS, CHANNEL = 12, 40
 UNDERFLOW = 1e-36  # below it a term may be flushed to zero
 
