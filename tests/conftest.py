@@ -67,8 +67,8 @@ def process_state() -> dict[str, object]:
 
 @pytest.fixture(autouse=True)
 def _process_state_unchanged():
-    """Fail a test that leaves process-wide state changed. Every test starts with the same random seed, whatever
-    ran before it.
+    """Fail a test that leaves process-wide state changed. Every test starts with the same random
+    seed, whatever ran before it.
     """
     before = process_state()
     generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -91,7 +91,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def make_model():
-    """Create a small model with random parameters: none is zero, so every gradient path is tested."""
+    """Create a small model of random parameters. None is zero, so that no gradient vanishes."""
 
     def make(seed: int = 0, **sizes) -> RWKV:
         sizes = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, **sizes}
@@ -173,7 +173,9 @@ def write_jsonl(tmp_path):
 
 @pytest.fixture
 def script(tmp_path):
-    """Run a script as a user does. An unexpected exit status fails the test with the script's output."""
+    """Run a script as a user does. An unexpected exit status fails the test with the script's
+    output.
+    """
 
     def run(
         name: str, *arguments, status: int = 0, stdin: str = "", environment: dict | None = None

@@ -1,4 +1,6 @@
-"""Checkpoints are compatible with upstream in both directions; mismatches are reported by tensor name."""
+"""Checkpoints are compatible with upstream in both directions; mismatches are reported by tensor
+name.
+"""
 
 import json
 import pickle

@@ -16,7 +16,9 @@ NAMES = ["plain", "a b%20c", "模型 数据", "a 'b' \"c\" 模型 $HOME `x` $(y)
 
 @pytest.fixture(params=["python", "make", "make -C"])
 def way(request, monkeypatch):
-    """Set the environment of one way of starting a program; returns the folder in which the user pastes."""
+    """Set the environment of one way of starting a program; returns the folder in which the user
+    pastes.
+    """
     for name in ("RWKV_MAKE", "RWKV_MAKE_FOLDER", "RWKV_CONTAINER"):
         monkeypatch.delenv(name, raising=False)
     if request.param != "python":

@@ -75,7 +75,9 @@ def test_workflow_commands_exist():
 
 
 def output(step: dict, folder: Path, **environment: str) -> tuple[int, str]:
-    """Exit status of a workflow step and what it writes to GITHUB_OUTPUT; docker is a stub that prints two tags."""
+    """Exit status of a workflow step and what it writes to GITHUB_OUTPUT; docker is a stub that
+    prints two tags.
+    """
     (folder / "docker").write_text("#!/bin/bash\nprintf 'a\\nb\\n'\n")
     (folder / "docker").chmod(0o755)
     written = folder / "output"

@@ -55,7 +55,9 @@ def commands(text: str) -> list[list[str]]:
 
 
 def job(words: list[str]) -> tuple[str, list[str]] | None:
-    """The job of a command and its flags, or None if it starts no job. Fails on unknown targets and services."""
+    """The job of a command and its flags, or None if it starts no job. Fails on unknown targets and
+    services.
+    """
     if words[0] == "make":
         variables = dict(word.split("=", 1) for word in words[1:] if "=" in word)
         targets = [word for word in words[1:] if "=" not in word]

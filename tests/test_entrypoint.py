@@ -1,5 +1,5 @@
-"""The image's entry point rejects what cannot run, with an error and a remedy. It runs with stubs for the system's
-tools, on any machine.
+"""The image's entry point rejects what cannot run, with an error and a remedy. It runs with stubs
+for the system's tools, on any machine.
 """
 
 import os
@@ -19,7 +19,9 @@ CUBINS = {"cu117": (60, 70, 75, 80, 86), "modern": (75, 80, 86, 89, 90, 100, 120
 
 @pytest.fixture
 def enter(tmp_path):
-    """Run the entry point in a copy of the image's folder, with simulated GPUs, shared memory and permissions."""
+    """Run the entry point in a copy of the image's folder, with simulated GPUs, shared memory and
+    permissions.
+    """
 
     def run(*arguments, gpus=(A100,), driver="535.54.03", stack="cu117", shm_mib=8192, writable=True, **environment):
         home = tmp_path / "opt"

@@ -27,7 +27,7 @@ class Letters:
 
 
 class Script(torch.nn.Module):
-    """A fake model that writes a given text: the next byte depends on the number of tokens so far."""
+    """A fake model that writes a given text: the token count determines the next byte."""
 
     def __init__(self, text: str, skip: int):
         super().__init__()
@@ -125,13 +125,15 @@ class Answers(torch.nn.Module):
 @pytest.mark.parametrize("end", ["", "\n", "\n\n", "\n\n\n", "\n\nUser: and then", " \n\n"])
 def test_chat_tokens_match_converter(tmp_path, write_jsonl, end):
     # the separator after an answer is two line breaks in both; a chat once read four
-    said = [("What is\r\n\r\nthis? ", "Blue.\nSky"), ("你好", "你好！"), ("\n1+1?", "2")]
-    session = Session(Answers(*(f" {answer}{end}" for _, answer in said)), WorldTokenizer())
+    turns = [("What is\r\n\r\nthis? ", "Blue.\nSky"), ("你好", "你好！"), ("\n1+1?", "2")]
+    session = Session(Answers(*(f" {answer}{end}" for _, answer in turns)), WorldTokenizer())
     chat = Chat(session)
-    shown = ["".join(chat.ask(text, GREEDY, 50)) for text, _ in said]
-    assert shown == [answer for _, answer in said]
+    shown = ["".join(chat.ask(text, GREEDY, 50)) for text, _ in turns]
+    assert shown == [answer for _, answer in turns]
     messages = [
-        {"role": role, "content": text} for turn in said for role, text in zip(("user", "assistant"), turn, strict=True)
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
     data = Dataset(convert(ConvertConfig(input=str(write_jsonl({"messages": messages})), workers=1)).pairs[0][0])
     assert session.state == [0, *data.document(0).tolist()[:-1]]

@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TARGETS = "venv env tools image test-image reproduce compose-env lora finetune pretrain convert inspect merge generate export doctor estimate demo test test-gpu bench lint lock pin licenses sbom clean".split()
-# Whether make of this checkout created this Python. It would recreate the environment of another checkout.
+# Whether make of this checkout created this Python. It would recreate the environment of another
+# checkout.
 MADE = (Path(sys.prefix) / ".ready").exists() and ROOT in Path(sys.prefix).resolve().parents
 OURS = {"STACK": "cu117" if importlib.metadata.version("torch").startswith("1.") else "modern", "VENV": sys.prefix}
 

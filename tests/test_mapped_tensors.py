@@ -69,7 +69,8 @@ def test_loading_makes_no_copy(large, root):
     assert mapped_only < overhead  # pages read by the check for NaN are released
     # of the embedding only the rows in use and readahead
     assert total - largest < used < total
-    # bf16 is half of the fp32 total, plus the tensor being converted; the pages of the others are released
+    # bf16 is half of the fp32 total, plus the tensor being converted; the pages of the others are
+    # released
     assert converted < total / 2 + largest + overhead
 
 

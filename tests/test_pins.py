@@ -1,4 +1,6 @@
-"""The pins of pyproject.toml agree with the locks, with environment.yml and with the installed packages."""
+"""The pins of pyproject.toml agree with the locks, with environment.yml and with the installed
+packages.
+"""
 
 import importlib.metadata
 import os
@@ -40,7 +42,9 @@ def locked(stack: str) -> dict[str, str]:
 
 
 def required_by(stack: str) -> dict[tuple[str, str], set[str]]:
-    """The packages that require each (package, version) of a stack's locks, from uv's `# via` comments."""
+    """The packages that require each (package, version) of a stack's locks, from uv's `# via`
+    comments.
+    """
     names = [stack] if stack == "tools" else [stack, f"{stack}-deepspeed"]
     text = "".join((ROOT / f"env/locks/{name}.txt").read_text() for name in names)
     entries = re.findall(
@@ -63,7 +67,7 @@ def test_lock_matches_pins(stack):
     assert set().union(*required.values()) <= {name for name, _ in required} | {"rwkv-training"}
 
 
-@pytest.mark.skipif(bool(os.environ.get("PY")), reason="make was given a Python of its own")
+@pytest.mark.skipif(bool(os.environ.get("PY")), reason="PY selects another Python")
 def test_lock_is_complete_and_minimal():
     """Resolve the pins again from the metadata of the installed packages, without a network."""
     lock, extras = locked(HERE), {name: {""} for name in pins(HERE)}
@@ -71,13 +75,13 @@ def test_lock_is_complete_and_minimal():
     while queue:
         name = queue.pop()
         for line in importlib.metadata.requires(name) or []:
-            asked = Requirement(line)
-            other = re.sub(r"[-_.]+", "-", asked.name).lower()
-            if asked.marker and not any(asked.marker.evaluate({"extra": extra}) for extra in extras[name]):
+            requirement = Requirement(line)
+            other = re.sub(r"[-_.]+", "-", requirement.name).lower()
+            if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras[name]):
                 continue
-            assert asked.specifier.contains(lock[other], prereleases=True), f"{name} asks for {line}"
-            if not extras.get(other, set()) >= {"", *asked.extras}:
-                extras[other] = extras.get(other, set()) | {"", *asked.extras}
+            assert requirement.specifier.contains(lock[other], prereleases=True), f"{name} asks for {line}"
+            if not extras.get(other, set()) >= {"", *requirement.extras}:
+                extras[other] = extras.get(other, set()) | {"", *requirement.extras}
                 queue.append(other)
     assert set(lock) == set(extras)
 
@@ -93,7 +97,7 @@ def test_locked_files_have_hashes():
         assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", entry) for entry in entries), name
 
 
-@pytest.mark.skipif(bool(os.environ.get("PY")), reason="make was given a Python of its own")
+@pytest.mark.skipif(bool(os.environ.get("PY")), reason="PY selects another Python")
 def test_installed_versions_match_lock():
     for name, version in locked(HERE).items():
         assert importlib.metadata.version(name).split("+")[0] == version, name
@@ -113,7 +117,9 @@ def test_documented_stack_versions():
 
 
 def test_exact_version_pins():
-    """With `==`, pip would accept torch 2.13.0+cpu of a user's find-links folder as 2.13.0, and fail on its hash."""
+    """With `==`, pip would accept torch 2.13.0+cpu of a user's find-links folder as 2.13.0, and
+    fail on its hash.
+    """
     for name in ("modern", "modern-deepspeed"):
         assert not re.findall(r"^[\w.-]+==(?!=).*", (ROOT / f"env/locks/{name}.txt").read_text(), re.MULTILINE)
 

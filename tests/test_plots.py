@@ -46,7 +46,9 @@ def test_supported_characters_kept(tmp_path):
 
 
 def test_fallback_font_used(tmp_path, monkeypatch):
-    """The default font lacks a character that another DejaVu font has (simulated, as installed fonts differ)."""
+    """The default font lacks a character that another DejaVu font has (simulated, as installed
+    fonts differ).
+    """
     has, lacking = plots._has, frozenset("ж")
     monkeypatch.setattr(
         plots, "_has", lambda path: has(path) - lacking if path.endswith("/DejaVuSans.ttf") else has(path)

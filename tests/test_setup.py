@@ -1,5 +1,5 @@
-"""Setup with conda and on Ubuntu: the commands run, with stubs for the tools and os-release. Neither Ubuntu nor
-conda is needed.
+"""Setup with conda and on Ubuntu: the commands run, with stubs for the tools and os-release.
+Neither Ubuntu nor conda is needed.
 """
 
 import os
@@ -14,8 +14,8 @@ ENOUGH = "bash env dirname basename cat grep head sed uname ls id".split()
 
 @pytest.fixture
 def machine(tmp_path):
-    """Run a command on a simulated machine: every given tool is a stub that records its arguments, and `release`
-    sets os-release.
+    """Run a command on a simulated machine: every given tool is a stub that records its arguments,
+    and `release` sets os-release.
     """
     folder = tmp_path / "bin"
     folder.mkdir()

@@ -64,7 +64,9 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def interrupt(self, text: str) -> None:
-        """Press Ctrl-C until the text appears: CPython loses one between readline's prompt and its wait for a key."""
+        """Press Ctrl-C until the text appears: CPython loses one between readline's prompt and its
+        wait for a key.
+        """
         for _ in range(30):
             self.type("\x03")
             with contextlib.suppress(AssertionError):

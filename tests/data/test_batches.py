@@ -20,7 +20,7 @@ def test_micro_batch_order_and_target_counts(make_stream, accumulate):
             assert torch.equal(found, torch.stack(parts))
         begin = 6 + 2 * (i - i % accumulate)
         assert targets == sum(int(samples[begin + j][2].sum()) for j in range(2 * accumulate))
-    assert torch.equal(batches[1][0], read[1][0])  # again, and out of order
+    assert torch.equal(batches[1][0], read[1][0])  # read again, out of order
     with pytest.raises(IndexError):
         batches[len(batches)]
 

@@ -80,7 +80,9 @@ def test_runs_on_current_stream():
 
 @pytest.fixture
 def step():
-    """Loss, gradients and bytes of saved activations of a step of a small model with the given kernels."""
+    """Loss, gradients and bytes of saved activations of a step of a small model with the given
+    kernels.
+    """
 
     def run(kernels, grad_cp=False, dtype=BF16):
         model = RWKV(Sizes(2, 256, 1000, 256, 1024), grad_cp)

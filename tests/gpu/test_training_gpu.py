@@ -1,5 +1,5 @@
-"""Training on a GPU: losses in fp32 match the CPU, tf32, bf16 and fp16 follow fp32, and inference matches
-the CPU.
+"""Training on a GPU: losses in fp32 match the CPU, tf32, bf16 and fp16 follow fp32, and inference
+matches the CPU.
 """
 
 import json
@@ -72,12 +72,12 @@ def test_token_by_token_matches_parallel(make_base):
     tokens = torch.randint(300, (2, 50), device="cuda")
     with torch.no_grad():
         whole, _ = model(tokens)
-        state, pieces = None, []
+        state, chunks = None, []
         for t in range(50):
             logits, state = model(tokens[:, t : t + 1], state)
-            pieces.append(logits)
+            chunks.append(logits)
         on_cpu, _ = checkpoint.load_model(make_base(**MODEL))(tokens.cpu())
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(chunks, 1), whole, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole.cpu(), on_cpu, rtol=1e-4, atol=1e-4)
 
 
@@ -85,8 +85,8 @@ def test_token_by_token_matches_parallel(make_base):
 @pytest.mark.parametrize("variant", [*VARIANTS, "fp16"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_no_host_sync(monkeypatch, make_base, make_data, tmp_path, variant, method, masked):
-    """torch's sync debug mode raises on any synchronisation from the start of step FIRST to the start of step
-    LAST.
+    """torch's sync debug mode raises on any synchronisation from the start of step FIRST to the
+    start of step LAST.
     """
     steps = []
 

@@ -1,4 +1,4 @@
-"""The WKV CUDA kernels on a GPU: accuracy against fp64, determinism, streams, CUDA graphs, memory."""
+"""The WKV CUDA kernels on a GPU: accuracy, determinism, streams, CUDA graphs, memory."""
 
 import pytest
 import torch
@@ -116,7 +116,8 @@ def test_documented_memory(dtype, length):
     torch.cuda.reset_peak_memory_stats()
     y, _ = cuda(*leaves)
     numbers = leaves[2].numel()
-    # cuda/README.md: y, and 3/16 fp32 per element for the saved states; the rest is [B, segments, ...]
+    # cuda/README.md: y, and 3/16 fp32 per element for the saved states; the rest is [B, segments,
+    # ...]
     saved = torch.cuda.memory_allocated() - before
     assert saved <= numbers * (y.element_size() + 4 * 3 / 16) * 1.02 + (1 << 20)
     torch.autograd.grad(y, leaves, gy)

@@ -1,4 +1,6 @@
-"""Collect the image tests only where they apply: test_inside.py in a container, test_outside.py beside an image."""
+"""Collect the image tests only where they apply: test_inside.py in a container, test_outside.py
+beside an image.
+"""
 
 import os
 

@@ -162,7 +162,7 @@ def test_demo_without_network(compose):
     assert "LoRA" in answer
     assert (compose.out / "demo/tuned.pth").stat().st_size > 10_000_000
     assert {path.stat().st_uid for path in compose.out.rglob("*")} == {USER}
-    asked = compose(
+    generated = compose(
         "run",
         "--rm",
         "-T",
@@ -176,5 +176,5 @@ def test_demo_without_network(compose):
         "--max_tokens",
         "40",
     )
-    assert asked.returncode == 0, asked.stderr
-    assert " ".join(asked.stdout.split()) == " ".join(answer.split())
+    assert generated.returncode == 0, generated.stderr
+    assert " ".join(generated.stdout.split()) == " ".join(answer.split())

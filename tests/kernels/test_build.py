@@ -1,5 +1,5 @@
-"""Kernels are compiled ahead of time without nvcc or the CUDA toolkit; missing or stale ones name the command
-to run.
+"""Kernels are compiled ahead of time without nvcc or the CUDA toolkit; missing or stale ones name
+the command to run.
 """
 
 import json
@@ -35,7 +35,8 @@ KERNELS |= {
 }
 KERNELS |= {f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums") for dtype in TWO}
 ARCHS = build.all_archs()
-# Each takes ten seconds: all with RWKV_KERNELS_ALL=1 and in images, otherwise the oldest, Ampere and the newest.
+# Each takes ten seconds: all with RWKV_KERNELS_ALL=1 and in images, otherwise the oldest, Ampere
+# and the newest.
 COMPILED = ARCHS if os.environ.get("RWKV_KERNELS_ALL") == "1" else sorted({ARCHS[0], 80, ARCHS[-1]})
 BUILT = list(build.manifest()["device"].get("files", ()))  # for this machine's GPUs, or for all
 
@@ -60,8 +61,9 @@ def test_compiles_within_register_budget(arch):
     used = nvrtc.resources(log)
     assert set(used) == KERNELS
     for name, use in used.items():
-        # wkv4_gradient keeps 16 tokens and their states in registers and may use the maximum. Row kernels
-        # have blocks of up to 1024 threads, hence 64 registers. Elementwise kernels aim at full occupancy.
+        # wkv4_gradient keeps 16 tokens and their states in registers and may use the maximum. Row
+        # kernels have blocks of up to 1024 threads, hence 64 registers. Elementwise kernels aim at
+        # full occupancy.
         rows, small = (
             ("fused_norm_fp", "fused_norm_bf", "fused_norm_any", "fused_norm_gradient", "fused_loss"),
             ("fused_gate", "fused_relu2", "fused_dropout"),
@@ -117,7 +119,7 @@ def test_compile_error(tmp_path):
 
 
 def test_compiler_keeps_locale(tmp_path):
-    """NVRTC 11.7 sets the locale of its thread to C; Python would then read and write ASCII there."""
+    """NVRTC 11.7 sets the locale to C, in which Python reads and writes ASCII."""
     (tmp_path / "empty.cu").write_text("")
     before = locale.getpreferredencoding(False)
     COMPILER.compile(tmp_path / "empty.cu", {}, f"sm_{ARCHS[0]}", [])
@@ -213,8 +215,8 @@ def test_loaded_library_not_rechecked(monkeypatch):
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
-    """A copy of the compiled kernels that a test may damage. A build there restores the copy and is counted in
-    the returned list.
+    """A copy of the compiled kernels that a test may damage. A build there restores the copy and is
+    counted in the returned list.
     """
     original, builds = build.folder(), []
 

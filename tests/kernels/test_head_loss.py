@@ -56,13 +56,6 @@ def test_l2wrap_scales_with_loss():
     torch.testing.assert_close(half, whole / 2, rtol=1e-6, atol=0)
 
 
-def test_frozen_head():
-    x, weight = torch.randn(1, 4, 8, requires_grad=True), torch.randn(20, 8)
-    head_loss(x, weight, torch.zeros(1, 4, dtype=torch.long)).backward()
-    assert weight.grad is None
-    assert x.grad is not None
-
-
 def test_huge_logits():
     x = torch.full((1, 2, 4), 1e4, requires_grad=True)
     value = head_loss(x, torch.randn(10, 4) * 10, torch.tensor([[0, 1]]))
@@ -119,6 +112,21 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.count += 1
         return function(*args, **(kwargs or {}))
+
+
+def test_frozen_head():
+    """A frozen head gets no gradient, and its matmul is skipped."""
+    gradients, counts = [], []
+    for frozen in (True, False):
+        torch.manual_seed(0)
+        x, weight = torch.randn(1, 4, 8, requires_grad=True), torch.randn(20, 8, requires_grad=not frozen)
+        with Calls() as mode:
+            head_loss(x, weight, torch.zeros(1, 4, dtype=torch.long)).backward()
+        assert (weight.grad is None) == frozen
+        gradients.append(x.grad)
+        counts.append(mode.count)
+    assert torch.equal(*gradients)
+    assert counts[0] < counts[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -25,7 +25,8 @@ def test_matches_torch_linear(shape, dtype):
     own = F.linear(*theirs)
     own.backward(g.to(dtype))
     share = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float64: 1e-14}[dtype]
-    # torch 1.13.1 rounds partial sums to bf16 on CPUs without AVX-512, hence the factor of torch's own error.
+    # torch 1.13.1 rounds partial sums to bf16 on CPUs without AVX-512, hence the factor of torch's
+    # own error.
     for a, b, t in (
         (y, expected, own),
         (ours[0].grad, truth[0].grad, theirs[0].grad),

@@ -1,4 +1,6 @@
-"""Predicted memory against the real model, torch's allocator, the ZeRO paper and DeepSpeed's estimators."""
+"""Predicted memory against the real model, torch's allocator, the ZeRO paper and DeepSpeed's
+estimators.
+"""
 
 from dataclasses import replace
 
@@ -58,7 +60,7 @@ def test_parameter_counts_and_weight_bytes(sizes, parts):
 
 
 def saved(p: Plan) -> int:
-    """Bytes that autograd saves in a forward pass, excluding parameters; each storage counts once."""
+    """Bytes that autograd saves in a forward pass, without parameters; a storage counts once."""
     model = build(p)
     own, found = {compat.storage(x).data_ptr() for x in model.parameters()}, {}
 
@@ -80,15 +82,16 @@ def test_saved_activation_bytes_per_block(precision, parts):
         sizes = Sizes(layers, 48, 64, 32, 80)
         return Plan(sizes, lora=bool(parts), parts=parts, r=4, precision=precision, gpu=False, ctx_len=tokens)
 
-    # Differences cancel what does not grow with the tokens (mixing weights, decays) or is outside the blocks.
+    # Differences cancel what does not grow with the tokens (mixing weights, decays) or is outside
+    # the blocks.
     at = {(layers, tokens): saved(plan(layers, tokens)) for layers in (2, 4) for tokens in (64, 128)}
     block = (at[4, 128] - at[4, 64] - at[2, 128] + at[2, 64]) / 2 / 64
     assert block == memory.saved_bytes(plan(2, 64))
 
 
 def peaks(p: Plan) -> dict[str, int]:
-    """Peak bytes of torch's CPU allocator in each phase of the second step, including parameters and optimizer
-    state.
+    """Peak bytes of torch's CPU allocator in each phase of the second step, including parameters
+    and optimizer state.
     """
     model = build(p)
     adam = FusedAdam([{"params": [x for x in model.parameters() if x.requires_grad]}], False)
@@ -137,7 +140,9 @@ def test_predicted_peak_of_step(kind, precision, grad_cp):
 
 @pytest.mark.parametrize(("name", "method"), [("0.1b", "full"), ("0.4b", "lora")])
 def test_predicted_peak_at_published_width(name, method, monkeypatch):
-    """The full model is extrapolated from two layer counts; bench/memory.py measures all layers, in minutes."""
+    """The full model is extrapolated from two layer counts; bench/memory.py measures all layers, in
+    minutes.
+    """
     monkeypatch.setattr(RWKV, "initialise", lambda model, scale: [x.data.fill_(0.01) for x in model.parameters()])
     # The precision of this CPU: bf16 takes minutes without bf16 instructions.
     plan = Plan(published(name), method == "lora", precision=cpu.precision(), ctx_len=256, grad_cp=True, gpu=False)
@@ -174,7 +179,8 @@ def test_zero_matches_deepspeed_estimators():
         host, device = stage_2(numbers, 8, 1, cpu_offload=True, additional_buffer_factor=1.0)[:2]
         ours = estimate(replace(plan, strategy="deepspeed_stage_2_offload"))
         assert sum(ours.phase_parts["optimizer"][part] for part in STATES) == device
-        # DeepSpeed: the larger of 4 bytes per parameter and process (8) while loading, and 16 of states. Ours: their sum.
+        # DeepSpeed: the larger of 4 bytes per parameter and process (8) while loading, and 16 of
+        # states. Ours: their sum.
         assert sum(ours.host.get(part, 0) for part in ("optimizer", "loading")) == pytest.approx(host, rel=0.01)
         _, device = stage_2(numbers, 8, 1, cpu_offload=False)[:2]
         ours = estimate(replace(plan, strategy="deepspeed_stage_2"))

@@ -13,8 +13,8 @@ MIB = 1 << 20
 
 @pytest.fixture
 def cgroups(tmp_path):
-    """Create the /proc files of a process, and cgroup hierarchies: (version, root of the mount, path of the
-    process, {group: limit}).
+    """Create the /proc files of a process, and cgroup hierarchies: (version, root of the mount,
+    path of the process, {group: limit}).
     """
 
     def make(*hierarchies) -> Path:

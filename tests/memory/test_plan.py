@@ -27,7 +27,9 @@ class TrainerCreated(Exception):
 
 @pytest.fixture
 def begin(monkeypatch, make_data, tmp_path):
-    """Run a command line on simulated GPUs of `memory` bytes each; returns the flags passed to the trainer."""
+    """Run a command line on simulated GPUs of `memory` bytes each; returns the flags passed to the
+    trainer.
+    """
     fit = importlib.import_module("rwkv.train.fit")
 
     def run(kind, memory: int, *words: str, host: int = HOST):

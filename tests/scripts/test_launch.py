@@ -25,7 +25,7 @@ FLAGS = ["--", "scripts/lora.py", "--lora_r", "4"]
 
 def launch(root, *words, status=0, **environment) -> str:
     """The command that launch.sh would run, or its error."""
-    kept = {name: os.environ[name] for name in ("HOME",) if name in os.environ} | {
+    inherited = {name: os.environ[name] for name in ("HOME",) if name in os.environ} | {
         "PATH": os.environ["PATH"],
         "PY": "python",
     }
@@ -33,7 +33,7 @@ def launch(root, *words, status=0, **environment) -> str:
         [str(word) for word in (root / "scripts/launch.sh", "--print", *words)],
         capture_output=True,
         text=True,
-        env=kept | environment,
+        env=inherited | environment,
         check=False,
     )
     assert done.returncode == status, done.stderr
@@ -182,7 +182,7 @@ def test_invalid_hostfile(root, tmp_path):
         (
             "-oProxyCommand=x slots=1\n",
             "-oProxyCommand=x is not a machine's name or address",
-        ),  # or ssh takes it as an option
+        ),  # ssh would read it as an option
     ):
         hosts.write_text(text)
         assert complaint in launch(root, "--hostfile", hosts, "--", "x.py", status=2)
@@ -302,7 +302,8 @@ def test_dead_host_then_resume(root, hosts, machine, flags, tmp_path):
     while not list((tmp_path / "run/resume").glob("step-*.pt")) and time.monotonic() < until:
         time.sleep(0.05)
     os.killpg(second.pid, signal.SIGKILL)
-    # Its rank may be in another session: kill every process of the namespace, as when a machine dies.
+    # Its rank may be in another session: kill every process of the namespace, as when a machine
+    # dies.
     left = subprocess.run(
         ["ip", "netns", "pids", list(hosts.values())[1]], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -334,5 +335,5 @@ def test_dead_host_then_resume(root, hosts, machine, flags, tmp_path):
         capture_output=True,
         timeout=100,
     )
-    # bit for bit, on one machine that never stopped
+    # bit-identical to an uninterrupted run on one host
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")

@@ -110,7 +110,7 @@ def test_export_with_misleading_suffix(tuned, tmp_path, name):
 def test_failed_export_check_writes_nothing(tuned, tmp_path, make_model):
     model = make_model()
     with torch.no_grad():
-        model.head.weight.fill_(3e38)  # finite, and its logits are not
+        model.head.weight.fill_(3e38)  # finite, but its logits are not
     save_model(tmp_path / "large.pth", model, {})
     for name in ("x.pth", "x.safetensors", "hf-v1.5"):
         with pytest.raises(UserError, match="the export cannot be verified; nothing is written"):

@@ -73,11 +73,11 @@ def test_end_to_end_pipeline(script, write_jsonl, tmp_path):
     torch.testing.assert_close(
         load_model(tmp_path / "merged.pth")(tokens)[0], load_tuned(base, adapter)[0](tokens)[0], rtol=1e-4, atol=1e-4
     )  # as above
-    asked = [
+    answers = [
         script("generate.py", "--model", *model, "--ask", "1?", "--temperature", 0, "--max_tokens", 5).stdout
         for model in (["merged.pth"], [base, "--lora", adapter])
     ]
-    assert asked[0] == asked[1]
+    assert answers[0] == answers[1]
     chat = script("generate.py", "--model", "merged.pth", "--max_tokens", 3, stdin="hello\n\n/reset\nagain\n/quit\n")
     assert chat.stdout.count("Assistant:") == 2
     script("finetune.py", "--load_model", "merged.pth", "--data_file", data, "--proj_dir", "full", *TRAINING)
@@ -100,7 +100,7 @@ def test_upstream_converter_command_and_shards(script, write_jsonl, tmp_path):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help(script, name):
     text = script(f"{name}.py", "--help").stdout
-    assert f"python scripts/{name}.py" in text  # a command to start from
+    assert f"python scripts/{name}.py" in text  # an example command
     assert "--config" in text
 
 

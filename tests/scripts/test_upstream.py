@@ -50,7 +50,7 @@ COMMANDS = {
         --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.999 --adam_eps 1e-8
         --accelerator gpu --devices 1 --precision fp16 --strategy deepspeed_stage_2_offload --grad_cp 1""",
     "Blealtan": LORA.replace("ACCUMULATE", "--accumulate_grad_batches 4") + " --lora_parts=att,ffn,time,ln",
-    "Blealtan, going on": LORA.replace("ACCUMULATE", "--accumulate_grad_batches 4")
+    "Blealtan, continuing": LORA.replace("ACCUMULATE", "--accumulate_grad_batches 4")
     + " --lora_load ADAPTER --lora_parts=att,ffn,time,ln",
     "m8than": LORA.replace("ACCUMULATE", "") + " --lora_parts=att,ffn,time,ln --seq_data 1 --seq_data_sep 0",
 }
@@ -122,7 +122,7 @@ def test_upstream_training_command(name, paths, tmp_path):
             and (field := known.get(word[2:], word[2:]))
             and "=" not in word
         ):
-            # the flag means what it says
+            # the flag sets the field of its name
             assert getattr(config, field) == type(getattr(config, field))(value), word
     config = replace(config, **SIZES, devices=1, max_steps=1, random_seed=1, ctx_len=min(config.ctx_len, SHORT))
     if not torch.cuda.is_available():

@@ -1,9 +1,10 @@
-"""A fake GPU and NCCL, with which DeepSpeed 0.7.0 trains on a CPU. DeepSpeed, Lightning and this project run
-unmodified.
+"""A fake GPU and NCCL, with which DeepSpeed 0.7.0 trains on a CPU. DeepSpeed, Lightning and this
+project run unmodified.
 
-Tensors stay on the CPU: streams and events do nothing, and the current CUDA device is the CPU. Collectives use gloo,
-extended by what only NCCL supports. Nothing is restored, so install it in a separate process (run_trainings.py), or in
-all processes of a command through PYTHONPATH (stand_in/sitecustomize.py).
+Tensors stay on the CPU: streams and events do nothing, and the current CUDA device is the CPU.
+Collectives use gloo, extended by what only NCCL supports. Nothing is restored, so install it in a
+separate process (run_trainings.py), or in all processes of a command through PYTHONPATH
+(stand_in/sitecustomize.py).
 """
 
 import contextlib
@@ -78,14 +79,18 @@ def _unpinned(make: Any) -> Any:
 
 
 def _fp16() -> None:
-    """Run operations that this torch supports in fp16 on GPUs only in fp32, rounding the result once."""
+    """Run operations that this torch supports in fp16 on GPUs only in fp32, rounding the result
+    once.
+    """
     module, tensor = torch, Tensor
     module.mm, module.relu = _widened(torch.mm), _widened(torch.relu)  # type: ignore[assignment]
     tensor.__matmul__, tensor.addmm_ = _widened(Tensor.__matmul__), _widened(Tensor.addmm_)  # type: ignore[assignment]
 
 
 def _widened(operation: Any) -> Any:
-    """Run `operation` with fp16 arguments converted to fp32. The result goes to `out`, or in place for addmm_."""
+    """Run `operation` with fp16 arguments converted to fp32. The result goes to `out`, or in place
+    for addmm_.
+    """
 
     def run(*arguments: Any, out: Tensor | None = None, **options: Any) -> Tensor:
         if not any(isinstance(x, Tensor) and x.dtype == torch.float16 for x in arguments):
@@ -102,7 +107,9 @@ class _Done:
 
 
 def _nccl() -> None:
-    """Collectives of 16-bit tensors in fp32, rounded once, as NCCL's for two ranks; gloo has no bf16."""
+    """Collectives of 16-bit tensors in fp32, rounded once, as NCCL's for two ranks; gloo has no
+    bf16.
+    """
     for name in ("broadcast", "all_reduce", "reduce"):
         setattr(dist, name, _in_place(getattr(dist, name)))
     gather, reduce = dist.all_gather, dist.all_reduce

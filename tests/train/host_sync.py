@@ -1,5 +1,5 @@
-"""Detect host synchronisations without a GPU: some CPU tensors are treated as a GPU's, and reading their values
-raises.
+"""Detect host synchronisations without a GPU: some CPU tensors are treated as a GPU's, and reading
+their values raises.
 """
 
 import contextlib
@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rwkv import compat
 
 aten = torch.ops.aten
-# Operations whose result the host needs before it can continue: a value, or a size that depends on values.
+# Operations whose result the host needs before it can continue: a value, or a size that depends on
+# values.
 _SYNCING = {
     "_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "nonzero_static", "_unique", "_unique2", "unique_consecutive",
     "unique_dim", "bincount", "repeat_interleave.Tensor", "allclose", "histc", "is_pinned",
@@ -26,8 +27,8 @@ class HostSync(AssertionError):
 
 
 class FakeDevice(TorchDispatchMode):
-    """Treats tensors passed to `place`, and everything computed from them, as on a device. While `armed`, reading
-    their values raises HostSync.
+    """Treats tensors passed to `place`, and everything computed from them, as on a device. While
+    `armed`, reading their values raises HostSync.
 
     Copies between host and device are not detected, as both share memory (tests/gpu detects them).
 

@@ -1,9 +1,10 @@
-"""Run several trainings in one process of a distributed run: python run_trainings.py TRAININGS.json, with RANK,
-WORLD_SIZE etc. set as by torchrun.
+"""Run several trainings in one process of a distributed run: python run_trainings.py
+TRAININGS.json, with RANK, WORLD_SIZE etc. set as by torchrun.
 
-The trainings share the processes, as starting Python and importing torch takes longer than training. The file contains
-[kind, flags] of each. The extra flag `spoil`, [step, value], multiplies a gradient of that step by the value; such a
-run may end with a UserError, which is written to error.txt. Trainings with DeepSpeed also write facts.json (Watched).
+The trainings share the processes, as starting Python and importing torch takes longer than
+training. The file contains [kind, flags] of each. The extra flag `spoil`, [step, value], multiplies
+a gradient of that step by the value; such a run may end with a UserError, which is written to
+error.txt. Trainings with DeepSpeed also write facts.json (Watched).
 """
 
 import importlib
@@ -22,9 +23,9 @@ from rwkv.train.runtime import strategy
 
 
 class Watched(strategy.ZeroStrategy):
-    """Writes facts.json. `weights`, `masters`: dtypes of the parameters and of the optimizer's master weights;
-    `bucket`: elements; `moved`: devices of the model before the optimizer was created; `gathered`: parameters gathered
-    for a full pass; `timed`: micro-batches timed.
+    """Writes facts.json. `weights`, `masters`: dtypes of the parameters and of the optimizer's
+    master weights; `bucket`: elements; `moved`: devices of the model before the optimizer was
+    created; `gathered`: parameters gathered for a full pass; `timed`: micro-batches timed.
     """
 
     spoil: list | None = None

@@ -1,4 +1,6 @@
-"""Upstream's other kinds of data become binidx on the way: characters, arrays of ids, sums."""
+"""Upstream's other data types are converted to binidx: text, numpy arrays, dummy data. Sources are
+compared on resume.
+"""
 
 import json
 import os
@@ -35,7 +37,7 @@ def test_text_characters(kind, tmp_path):
     (tmp_path / "t.txt").write_bytes(text.encode(kind))
     flags = {**FLAGS, "data_type": kind, "data_file": str(tmp_path / "t.txt"), "proj_dir": str(tmp_path / "run")}
     fit(TrainConfig(**flags, max_steps=1))
-    read = text.replace("\r\n", "\n")  # as Python reads text, upstream's way
+    read = text.replace("\r\n", "\n")  # as Python's text mode does upstream
     words = sorted(set(read))
     assert json.loads((tmp_path / "run/vocab.json").read_text(encoding="utf-8")) == {
         str(i): word for i, word in enumerate(words)
@@ -43,7 +45,7 @@ def test_text_characters(kind, tmp_path):
     data = Dataset(tmp_path / "run/data_text_document")
     assert [words[i] for i in data.tokens] == list(read)
     assert len(data) == 1
-    result = fit(TrainConfig(**flags))  # goes on, with the same data
+    result = fit(TrainConfig(**flags))  # resumes with the same data
     assert result.steps == 2
     assert read_manifest(result.checkpoint)["sizes"]["vocab_size"] == len(words)
     other = {**flags, "proj_dir": str(tmp_path / "other"), "load_model": str(result.checkpoint)}
@@ -235,11 +237,11 @@ def test_changed_source(change, tmp_path):
         assert run["data"]["prefix"] != str(folder / "data_text_document")
         assert any(line.startswith("data file: ") for line in run["changed"][0]["changes"])
         assert any(line.startswith("data (SHA-256, bytes)") for line in run["changed"][0]["changes"])
-        fit(changed(config, max_steps=3))  # continues with what was allowed
+        fit(changed(config, max_steps=3))  # continues with the changed source
     path.write_bytes(original)
     fit(changed(config, data_file=str(path), proj_dir=str(tmp_path / "same")))
     config = changed(config, data_file=str(path), max_steps=4, allow_changes=change is not broken)
-    fit(config)  # and with the original again, from its copy
+    fit(config)  # with the original again, from the run's copy
     assert json.loads((folder / "run.json").read_text())["data"]["prefix"] == str(folder / "data_text_document")
 
 
@@ -248,9 +250,7 @@ def test_deleted_source(tmp_path, capsys):
     config = TrainConfig(**JSONL, data_file=jsonl(path, "document"), proj_dir=str(folder))
     fit(config)
     (tmp_path / "copied.jsonl").write_bytes(path.read_bytes())
-    fit(
-        changed(config, max_steps=2, data_file=str(tmp_path / "copied.jsonl"))
-    )  # the same bytes elsewhere are the same data
+    fit(changed(config, max_steps=2, data_file=str(tmp_path / "copied.jsonl")))  # same content, another path
     with pytest.raises(UserError, match="gone.jsonl: no such file"):
         fit(changed(config, max_steps=3, data_file=str(tmp_path / "gone.jsonl"), allow_changes=True))
     (tmp_path / "copied.jsonl").unlink()
@@ -307,7 +307,7 @@ def test_start_after_failed_start(tmp_path):
     with pytest.raises(UserError, match="one sample of ctx_len 5000 needs 5002"):
         fit(changed(config, ctx_len=5000))
     made = (folder / "data_text_document.bin").stat().st_mtime_ns
-    fit(config)  # with the copy that is there
+    fit(config)  # with the existing copy
     assert (folder / "data_text_document.bin").stat().st_mtime_ns == made
     other = changed(config, proj_dir=str(tmp_path / "other"), ctx_len=5000)
     with pytest.raises(UserError, match="one sample of ctx_len 5000"):
@@ -332,7 +332,7 @@ def killed(old, new, **keywords):
     if not left[0]: os.killpg(0, 9)
     replace(old, new, **keywords)
 os.replace = killed
-""")  # wherever the conversion runs
+""")  # in whichever process the conversion runs
     program = f"from rwkv.config import TrainConfig; from rwkv.train.fit import fit; fit(TrainConfig(**{flags!r}))"
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -359,7 +359,7 @@ def test_binidx_of_user_kept(tmp_path, make_data):
     fit(changed(config, overwrite=True))
     fit(changed(config, overwrite=True, data_file=prefix))
     assert {path: content(folder)[path] for path in before} == before
-    assert not list(folder.glob("data-*"))  # the copy of the earlier run went
+    assert not list(folder.glob("data-*"))  # the copy of the earlier run was deleted
 
 
 def change_mask(prefix):

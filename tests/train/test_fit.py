@@ -1,4 +1,4 @@
-"""A run leaves what it promises and refuses what it cannot do before the first step."""
+"""Output files and results of whole runs, and errors before the first step."""
 
 import json
 import re
@@ -100,13 +100,12 @@ def test_epoch_begin_continues_data_and_schedule(make_data, tmp_path):
     )
     whole = tmp_path / "whole"
     fit(TrainConfig(**SMALL | {"epoch_count": 2}, data_file=data, proj_dir=str(whole), magic_prime=-1))
-    pieces, once = lines(folder), lines(whole)
-    assert [line["step"] for line in pieces] == list(range(1, 9))
+    resumed, once = lines(folder), lines(whole)
+    assert [line["step"] for line in resumed] == list(range(1, 9))
     assert read_manifest(folder / "rwkv-1.pth")["step"] == 8
-    assert [line["lr"] for line in pieces] == [line["lr"] for line in once]
-    assert pieces[4]["loss"] == pytest.approx(
-        once[4]["loss"], rel=1e-6
-    )  # the next batch on the same weights; then Adam's state is missing
+    assert [line["lr"] for line in resumed] == [line["lr"] for line in once]
+    # the next batch with the same weights; later steps differ, as Adam's state is lost
+    assert resumed[4]["loss"] == pytest.approx(once[4]["loss"], rel=1e-6)
 
 
 def test_rewind_drops_later_metrics(make_data, tmp_path):
@@ -150,7 +149,7 @@ def test_ctrl_c_saves(make_base, make_data, tmp_path, root):
     assert re.search(
         r"stopped at step \d+ of 500,000 and saved \(.*rwkv-final.pth\). Run the same command to continue", said
     )
-    # Ctrl-C may fall between a step and its line
+    # Ctrl-C may arrive between a step and its line
     assert read_manifest(tmp_path / "run/rwkv-final.pth")["step"] - len(lines(tmp_path / "run")) in (0, 1)
     assert load_model(tmp_path / "run/rwkv-final.pth").sizes.n_layer == 2
 
@@ -170,7 +169,7 @@ def test_lora_saves_adapter_only(make_base, make_data, tmp_path):
         "adapter",
         8,
         32,
-        "../base.pth",  # from its own folder
+        "../base.pth",  # relative to the adapter
         sha256(base),
     )
     assert load_tuned(base, result.checkpoint)[0].sizes.n_layer == 2
@@ -186,7 +185,8 @@ def test_lora_from_scratch(make_data, tmp_path):
     base, adapter = read_tensors(folder / "rwkv-base.pth"), read_tensors(result.checkpoint)
     assert read_manifest(result.checkpoint)["base_sha256"] == sha256(folder / "rwkv-base.pth")
     assert not any("lora" in name for name in base)
-    # upstream initialises A and B of most layers to 0 here, and the frozen output matrix too: their gradient is 0 for ever
+    # upstream would initialise A, B and the frozen output matrix of most layers to 0: no gradient,
+    # ever
     assert all(tensor.any() for name, tensor in adapter.items() if name.endswith("lora_A"))
     moved = [name for name, tensor in adapter.items() if name.endswith("lora_B") and tensor.any()]
     assert len(moved) == sum(name.endswith("lora_B") for name in adapter)
@@ -273,9 +273,8 @@ def test_ddp_matches_one_process(make_base, make_data, tmp_path, root):
         assert done.returncode == 0, done.stderr
     one, two = (checkpoint.read_tensors(tmp_path / name / "rwkv-0.pth") for name in ("one", "two"))
     for key in one:
-        torch.testing.assert_close(
-            one[key], two[key], rtol=1e-4, atol=1e-5, msg=key
-        )  # fp32 means in different order, then Adam
+        # fp32 means in different order, then Adam
+        torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-5, msg=key)
     losses = [[line["loss"] for line in lines(tmp_path / name)] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
@@ -350,7 +349,7 @@ def test_finished_run_kept_without_overwrite(make_data, tmp_path, capsys):
     with pytest.raises(UserError, match="no such file"):
         fit(TrainConfig(**flags | {"data_file": "nothing"}, overwrite=True))
     assert (tmp_path / "run/rwkv-final.pth").read_bytes() == weights
-    assert len(lines(tmp_path / "run")) == 2  # what cannot start deletes nothing
+    assert len(lines(tmp_path / "run")) == 2  # a failed start deletes nothing
     fit(TrainConfig(**flags | {"random_seed": 2}, overwrite=True))
     assert len(lines(tmp_path / "run")) == 2
     assert (tmp_path / "run/rwkv-final.pth").read_bytes() != weights
@@ -397,13 +396,27 @@ def test_incomplete_metrics_line_dropped(make_data, tmp_path):
 def test_lora_load_without_matrices(make_base, make_data, tmp_path):
     common = {**TUNE, "load_model": str(make_base()), "data_file": make_data(200), "lora_parts": "time,ln"}
     first = fit(LoRAConfig(**common, proj_dir=str(tmp_path / "a")))
-    fit(LoRAConfig(**common, proj_dir=str(tmp_path / "b"), lora_load=str(first.checkpoint)))
+    again = fit(
+        LoRAConfig(
+            **common,
+            proj_dir=str(tmp_path / "b"),
+            lora_load=str(first.checkpoint),
+            lr_init=0.0,
+            lr_final=0.0,
+            max_steps=1,
+        )
+    )
+    ours, theirs = read_tensors(again.checkpoint), read_tensors(first.checkpoint)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def poisoned(make_base, tmp_path):
-    """A base whose embedding of token 49 overflows in the first norm, and data in which that token occurs once."""
+    """Flags with a base whose embedding of token 49 overflows in the first norm, and data with that
+    token once.
+    """
     tensors = read_tensors(make_base())
-    tensors["emb.weight"][49] = 3e38  # finite, as a model must be; their sum is not
+    tensors["emb.weight"][49] = 3e38  # finite, as load_model requires; the sum overflows
     torch.save(tensors, tmp_path / "nan.pth")
     with writer(tmp_path / "data") as out:
         out.add([i % 40 for i in range(105)] + [49] + [i % 40 for i in range(94)])
@@ -427,7 +440,9 @@ def test_nan_loss_names_batch(make_base, make_data, tmp_path):
 
 
 def test_deferred_metrics_match_immediate(make_base, make_data, tmp_path, monkeypatch):
-    """On a GPU a step's numbers are read after the next one is launched; here a CPU is told to do so."""
+    """On a GPU the metrics of a step are read after the next step is launched; here a CPU does so
+    too.
+    """
     flags, data = poisoned(make_base, tmp_path), make_data(500)
     read, found, said = [], [], []
     whole = metrics.Metrics._read
@@ -495,9 +510,7 @@ def test_grad_norm_matches_torch(make_base, make_data, tmp_path):
     logits, _ = model(torch.stack(x))
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.stack(y).flatten()).backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
-    assert lines(tmp_path / "run")[0]["grad_norm"] == pytest.approx(
-        float(norm), rel=1e-3
-    )  # L2Wrap's share is below that
+    assert lines(tmp_path / "run")[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-3)  # L2Wrap adds less
 
 
 def test_my_exit(make_data, tmp_path, capsys):
@@ -553,14 +566,14 @@ def test_bf16_base_without_bf16_broadcast(make_base, make_data, tmp_path, monkey
     sizes = setup.sizes_of(alone)
     assert setup.load_or_create(Run(alone, sizes, on_gpu=False)) is not None
     model = setup.load_or_create(Run(LoRAConfig(**flags | {"precision": "bf16"}), sizes, on_gpu=False))
-    assert {p.dtype for p in model.parameters()} == {torch.float32}  # and this is said at the start, as `precision:`
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_lora_on_bf16_base_follows_fp32(make_base, make_data, tmp_path, monkeypatch):
     stored, trained = [], []
-    keep = lora.store_frozen
+    store = lora.store_frozen
     monkeypatch.setattr(
-        lora, "store_frozen", lambda model, dtype: (keep(model, dtype), stored.append(dtype), trained.append(model))[0]
+        lora, "store_frozen", lambda model, dtype: (store(model, dtype), stored.append(dtype), trained.append(model))[0]
     )
     common = {**TUNE, "load_model": str(make_base()), "data_file": make_data(200), "lora_dropout": 0.0, "lr_init": 1e-2}
     flags = {

@@ -1,6 +1,7 @@
-"""A run never starts over silently where there is something to lose, and deletes and replaces only what this program wrote."""
+"""A run never silently starts over in a folder with results, and deletes and replaces only files of
+this program.
+"""
 
-import contextlib
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.train.fit import fit
 from rwkv.train.resume import state_files
+from rwkv.train.resume.run_state import split
 
 FLAGS = {
     "ctx_len": 8,
@@ -36,7 +38,7 @@ def content(folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that ended, as its config and its folder; to be copied."""
+    """Config and folder of a completed run, to be copied by tests."""
     from rwkv.data.binidx import writer
 
     folder = tmp_path_factory.mktemp("finished")
@@ -131,11 +133,11 @@ def test_no_silent_restart(lose, words, run):
     config, folder = run
     lose(folder)
     before = content(folder)
-    for _ in range(2):  # as a job that is restarted on failure
+    for _ in range(2):  # as a job that restarts on failure
         with pytest.raises(UserError, match=words):
             fit(config)
     assert sorted(content(folder).values()) == sorted(before.values())  # a corrupt state may have been renamed
-    if "--epoch_begin 3" in words:  # the advice
+    if "--epoch_begin 3" in words:  # follow the advice
         weights = read_tensors(folder / "rwkv-2.pth")
         fit(
             changed(
@@ -163,12 +165,12 @@ def test_killed_before_first_state(run):
     manifest = json.loads((folder / "run.json").read_text())
     del manifest["state_saved"]
     (folder / "run.json").write_text(json.dumps(manifest))
-    kept = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(kept[:7]))
+    metrics_lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(metrics_lines[:7]))
     fit(config)
     assert [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == whole
     no_checkpoints_either(folder)
-    manifest["flags"]["save_every"] = 6  # there would have been a state
+    manifest["flags"]["save_every"] = 6  # a state should exist
     (folder / "run.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="the metrics of 12 steps but no training state"):
         fit(config)
@@ -250,10 +252,12 @@ def test_corrupt_state_falls_back(damage, run, capsys):
 
 
 def test_flipped_bits_in_state(run):
-    """Of all bits some are looked at by no reader; a state is then either as it was or not taken."""
+    """A state with a flipped bit is rejected, or read correctly if no reader uses that bit."""
     _, folder = run
     path = folder / "resume/step-12.pt"
     good = path.read_bytes()
+    text, tensors = split(vars(state_files.read(path)))
+    tensors, rejected = [tensor.clone() for tensor in tensors], 0
     generator = torch.Generator().manual_seed(0)
     places = [
         *torch.randint(len(good), (150,), generator=generator).tolist(),
@@ -264,8 +268,14 @@ def test_flipped_bits_in_state(run):
         raw = bytearray(good)
         raw[place] ^= 1 << place % 8
         path.write_bytes(raw)
-        with contextlib.suppress(state_files.CorruptState, UserError):
-            assert state_files.read(path).step == 12
+        try:
+            found_text, found = split(vars(state_files.read(path)))
+        except (state_files.CorruptState, UserError):
+            rejected += 1
+            continue
+        assert found_text == text
+        assert all(torch.equal(a, b) for a, b in zip(found, tensors, strict=True))
+    assert rejected > len(places) / 2
 
 
 def test_state_of_another_run(run, tmp_path):
@@ -314,7 +324,7 @@ def test_invalid_manifest(raw, words, run):
 def test_manifest_with_missing_or_wrong_values(run):
     _config, folder = run
     good = json.loads((folder / "run.json").read_text())
-    spoiled = []
+    spoiled, rejected = [], 0
     for key in good:
         spoiled += [
             {k: v for k, v in good.items() if k != key},
@@ -331,9 +341,11 @@ def test_manifest_with_missing_or_wrong_values(run):
         try:
             read = run_manifest.read(folder)
         except UserError:
+            rejected += 1
             continue
         run_manifest.changes(read, good)
         run_manifest.changes(good, read)
+    assert 0 < rejected < len(spoiled)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +361,7 @@ def test_folder_in_place_of_file(name, finished, tmp_path):
 
 @pytest.fixture
 def upstreams(tmp_path):
-    """A folder as upstream's trainer leaves it, with a note of the user."""
+    """A folder as left by upstream's trainer, with a file of the user."""
     folder = tmp_path / "out"
     folder.mkdir()
     for name in ("rwkv-0.pth", "rwkv-35.pth", "rwkv-38.pth", "rwkv-final.pth"):
@@ -379,7 +391,7 @@ def test_overwrite_deletes_own_files_only(upstreams, finished, capsys):
     (upstreams / "rwkv-0.pth").unlink()
     fit(changed(config, overwrite=True))
     capsys.readouterr()
-    fit(changed(config, overwrite=True, epoch_count=1))  # and what that run wrote goes
+    fit(changed(config, overwrite=True, epoch_count=1))  # deletes the files of that run
     said = re.search("deleted: (.*) .of the earlier run", capsys.readouterr().out)[1].split(", ")
     assert {
         "run.json",
@@ -425,7 +437,7 @@ def test_lora_load_compared_by_content(make_base, make_data, tmp_path):
     fit(changed(began, max_steps=1))
     shutil.copy(other, tmp_path / "same.pth")
     shutil.copy(f"{other}.json", tmp_path / "same.pth.json")
-    fit(changed(began, max_steps=2, lora_load=str(tmp_path / "same.pth")))  # the same adapter under another name
+    fit(changed(began, max_steps=2, lora_load=str(tmp_path / "same.pth")))  # same adapter, another name
     with pytest.raises(UserError, match=r"--lora_load \(SHA-256\): [0-9a-f]{64} → none"):
         fit(changed(began, lora_load=""))
 

@@ -1,4 +1,4 @@
-"""What the flags for documents, masks and held-out data promise, in whole runs against plain computations."""
+"""Runs with documents, loss masks and validation data, against plain computations."""
 
 import itertools
 import json
@@ -22,12 +22,12 @@ from rwkv.train.fit import fit
 CTX = 12
 FLAGS = {"ctx_len": CTX, "micro_bsz": 3, "epoch_steps": 4, "epoch_count": 2, "random_seed": 1, "accelerator": "cpu"}
 FLAGS |= {"precision": "fp32"}
-STILL = {"lr_init": 0.0, "lr_final": 0.0}
+NO_UPDATE = {"lr_init": 0.0, "lr_final": 0.0}
 
 
 @pytest.fixture
 def documents(tmp_path):
-    """A binidx of 120 documents that end with 0, and a mask in which about half of the tokens count."""
+    """A binidx of 120 documents that end with 0, and a loss mask of about half of the tokens."""
     generator = torch.Generator().manual_seed(5)
     with writer(tmp_path / "d_text_document") as out:
         for _ in range(120):
@@ -45,7 +45,9 @@ def lines(folder):
 
 
 def plain_mean(model, items, reset: bool) -> tuple[float, int]:
-    """Mean cross-entropy over the counted targets, each document alone if reset: no operator knows of resets or masks here."""
+    """Mean cross-entropy over the masked targets and their number, computed without resets and
+    masks in the model; with `reset` each document separately.
+    """
     total = count = 0
     for x, y, counts, starts in items:
         edges = [0, *(t for t in range(1, len(x)) if reset and starts[t]), len(x)]
@@ -65,7 +67,7 @@ def plain_mean(model, items, reset: bool) -> tuple[float, int]:
 def test_loss_is_mean_over_masked_targets(make_base, documents, tmp_path, mode, reset):
     base = make_base()
     config = TrainConfig(
-        **FLAGS | STILL,
+        **FLAGS | NO_UPDATE,
         **mode,
         doc_reset=reset,
         load_model=str(base),
@@ -84,7 +86,7 @@ def test_loss_is_mean_over_masked_targets(make_base, documents, tmp_path, mode, 
 def test_validation_loss(make_base, documents, tmp_path):
     base = make_base()
     config = TrainConfig(
-        **FLAGS | STILL,
+        **FLAGS | NO_UPDATE,
         load_model=str(base),
         data_file=documents,
         proj_dir=str(tmp_path / "run"),
@@ -99,14 +101,14 @@ def test_validation_loss(make_base, documents, tmp_path):
     items = [tuple(map(torch.from_numpy, (p.ids[:-1], p.ids[1:], p.loss_mask[1:], p.starts[:-1]))) for p in contexts]
     expected, _ = plain_mean(load_model(base), items, False)
     found = {line["step"]: line["val_loss"] for line in lines(tmp_path / "run") if "val_loss" in line}
-    assert list(found) == [3, 4, 6, 8]  # every third, and the ends of epochs
+    assert list(found) == [3, 4, 6, 8]  # every third step, and ends of epochs
     assert list(found.values()) == pytest.approx([expected] * 4, rel=1e-5)
     assert result.val_loss == found[8]
 
 
 @pytest.fixture
 def other(tmp_path, documents):
-    """Further documents as a validation set, their mask another."""
+    """Other documents with another loss mask, as a validation set."""
     generator = torch.Generator().manual_seed(6)
     with writer(tmp_path / "v_text_document") as out:
         for length in range(2, CTX + 2):
@@ -120,7 +122,7 @@ def other(tmp_path, documents):
 def test_val_file(make_base, documents, other, tmp_path, mode):
     base = make_base()
     flags = FLAGS | mode | {"load_model": str(base), "data_file": documents, "val_samples": 0}
-    config = TrainConfig(**flags | STILL, val_file=other, val_every=3, proj_dir=str(tmp_path / "run"))
+    config = TrainConfig(**flags | NO_UPDATE, val_file=other, val_every=3, proj_dir=str(tmp_path / "run"))
     result = fit(config)
     _, held_out = samples.make(config, Dataset(documents), Dataset(other))
     expected, _ = plain_mean(load_model(base), [held_out[i] for i in range(len(held_out))], bool(mode))
@@ -147,12 +149,12 @@ def test_changed_val_file(make_base, documents, other, tmp_path):
     for path in tmp_path.glob("v_text_document*"):
         (moved / path.name).write_bytes(path.read_bytes())
     flags["val_file"] = str(moved / "v_text_document")
-    fit(TrainConfig(**flags, max_steps=4))  # the same in another place
+    fit(TrainConfig(**flags, max_steps=4))  # same content, another path
     ids = (moved / "v_text_document.bin").read_bytes()
     (moved / "v_text_document.bin").write_bytes(ids[:-4] + b"\1\0\0\0")
     with pytest.raises(UserError, match="validation set"):
         fit(TrainConfig(**flags, max_steps=6))
-    fit(TrainConfig(**flags | {"val_file": ""}, max_steps=6))  # no step depends on it
+    fit(TrainConfig(**flags | {"val_file": ""}, max_steps=6))  # allowed: training does not depend on it
 
 
 def test_invalid_val_file(make_base, documents, make_data, tmp_path):
@@ -216,9 +218,8 @@ def test_two_processes_match_one_with_masked_targets(make_base, documents, tmp_p
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-5), key
     weights = [read_tensors(tmp_path / name / "rwkv-0.pth") for name in ("one", "two")]
     for key in weights[0]:
-        torch.testing.assert_close(
-            weights[0][key], weights[1][key], rtol=1e-4, atol=1e-5, msg=key
-        )  # fp32 means in different order, then Adam
+        # fp32 means in different order, then Adam
+        torch.testing.assert_close(weights[0][key], weights[1][key], rtol=1e-4, atol=1e-5, msg=key)
 
 
 def test_step_without_targets(make_base, documents, tmp_path):

@@ -1,4 +1,4 @@
-"""What a LoRA run starts from: a new base that is kept, adapters with fewer parts or other ones."""
+"""What a LoRA run starts from: a new base that is saved, or adapters with fewer or other parts."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ NEW = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, "lora_parts": "att,ffn"}
 
 @pytest.fixture
 def config(make_data, tmp_path):
-    """LoRA on a new base."""
+    """Config of LoRA on a new base."""
     return LoRAConfig(**TUNE, **NEW, data_file=make_data(300), proj_dir=str(tmp_path / "run"))
 
 
@@ -41,7 +41,9 @@ def losses(folder):
 
 
 def test_resume_uses_saved_base(config, tmp_path, monkeypatch):
-    """Initialised again it could be another: orthogonal matrices depend on the machine's LAPACK."""
+    """Initialising again could give another base: orthogonal matrices depend on the machine's
+    LAPACK.
+    """
     fit(changed(config, proj_dir=str(tmp_path / "whole")))
     fit(changed(config, max_steps=5))
     base = sha256(tmp_path / "run/rwkv-base.pth")
@@ -66,7 +68,7 @@ def test_resume_uses_saved_base(config, tmp_path, monkeypatch):
 def test_replaced_or_missing_base(config, tmp_path, make_model, wrong):
     fit(changed(config, max_steps=5))
     path = tmp_path / "run/rwkv-base.pth"
-    kept = path.read_bytes()
+    original = path.read_bytes()
     if wrong == "missing":
         path.unlink()
     else:
@@ -75,7 +77,7 @@ def test_replaced_or_missing_base(config, tmp_path, make_model, wrong):
         UserError, match=r"base model \(SHA-256\)" if wrong == "replaced" else "rwkv-base.pth: missing; .* Restore it"
     ):
         fit(config)
-    path.write_bytes(kept)
+    path.write_bytes(original)
     assert fit(config).steps == 8
 
 
@@ -91,7 +93,7 @@ def test_resume_without_recorded_base(config, tmp_path):
 
 @pytest.fixture
 def tuned(make_base, make_data, tmp_path):
-    """Flags of LoRA on a base that exists, and what makes an adapter with some of them."""
+    """Flags of LoRA on an existing base, and a function that trains an adapter."""
     common = TUNE | {"load_model": str(make_base()), "data_file": make_data(300), "lora_dropout": 0.0}
 
     def make(name, **flags):

@@ -1,7 +1,8 @@
-"""Every strategy, with two processes, takes the same steps as one process with the same global batch.
+"""Every strategy, with two processes, takes the same steps as one process with the same global
+batch.
 
-All runs of two processes share one pair of processes (run_trainings.py). DeepSpeed 0.7.0, which trains on GPUs only,
-uses a fake GPU (cuda_on_cpu.py).
+All runs of two processes share one pair of processes (run_trainings.py). DeepSpeed 0.7.0, which
+trains on GPUs only, uses a fake GPU (cuda_on_cpu.py).
 """
 
 import json
@@ -27,12 +28,13 @@ STRATEGIES = ["ddp", *(name for name in strategy.ZEROS if name != "deepspeed")]
 TOLERANCE = 1e-5  # fp32, different summation order; measured 2e-7
 STEPS = 6
 
-# Two kinds of runs, as each hides some errors: with clipping a wrong gradient scale has no effect (with Adam only
-# through ε), and without clipping a wrong norm has none.
+# Two kinds of runs, as each hides some errors: with clipping a wrong gradient scale has no effect
+# (with Adam only through ε), and without clipping a wrong norm has none.
 CLIPPED = {"grad_clip": 0.1}
 SCALED = {"grad_clip": 0.0, "adam_eps": 1e-2}
 LORA = {"grad_clip": 0.1, "lora_dropout": 0.0, "lora_r": 4}
-# Target counts differ between ranks and micro-batches, and 3 validation samples leave one rank without a last batch.
+# Target counts differ between ranks and micro-batches, and 3 validation samples leave one rank
+# without a last batch.
 DOCUMENTS = {"doc_training": 1, "doc_reset": 1, "val_split": 0.2, "val_every": 2, "val_samples": 3, "magic_prime": 0}
 ALONE = {  # one process
     "clipped": ("full", {"micro_bsz": 4, **CLIPPED}),
@@ -46,7 +48,7 @@ PAIRED = {  # two processes: the run of ALONE that they match, kind, flags
     "accumulated": ("scaled", "full", {"micro_bsz": 1, "accumulate_grad_batches": 2, **SCALED}),
     "lora with gradient checkpointing": ("lora", "lora", {"micro_bsz": 2, "grad_cp": 1, **LORA}),
     "documents": ("documents", "full", {"micro_bsz": 1, "accumulate_grad_batches": 2, **CLIPPED, **DOCUMENTS}),
-    "pieces": ("clipped", "full", {"micro_bsz": 2, "tbptt_len": 3, "exact": True, **CLIPPED}),
+    "chunks": ("clipped", "full", {"micro_bsz": 2, "tbptt_len": 3, "exact": True, **CLIPPED}),
     "gradient checkpointing": ("clipped", "full", {"micro_bsz": 2, "grad_cp": 1, **CLIPPED}),
 }
 EVERYWHERE = ["full", "accumulated", "lora with gradient checkpointing"]
@@ -55,7 +57,7 @@ CASES = sorted(
     for name in STRATEGIES
     for case in PAIRED
     if case in EVERYWHERE
-    or (name in ("ddp", "deepspeed_stage_2", "deepspeed_stage_3") and (name, case) != ("deepspeed_stage_3", "pieces"))
+    or (name in ("ddp", "deepspeed_stage_2", "deepspeed_stage_3") and (name, case) != ("deepspeed_stage_3", "chunks"))
 )
 CHANGED = [  # the strategies of the first three and of the other steps; "one" is one process
     (before, after)
@@ -181,8 +183,8 @@ def spread(name: str, folder: Path) -> dict:
 
 
 def together(folder: Path, paired: list, solo: list) -> None:
-    """Run trainings in two processes and, at the same time, others in one. Their PATH is empty, so that they find no
-    compiler.
+    """Run trainings in two processes and, at the same time, others in one. Their PATH is empty, so
+    that they find no compiler.
     """
     (folder / "nothing").mkdir()
     ranks = []
@@ -252,7 +254,9 @@ def test_deepspeed_single_process_matches_plain(runs, name):
 
 @pytest.mark.parametrize("case", SPOILED)
 def test_nan_gradient_ends_run_except_fp16(runs, case):
-    """In fp16 such steps are skipped, to find the loss scale. In other precisions no step may be skipped silently."""
+    """In fp16 such steps are skipped, to find the loss scale. In other precisions no step may be
+    skipped silently.
+    """
     norms = [line["grad_norm"] for line in lines(runs / case)]  # None: NaN or Inf
     if " fp16" in case:
         assert norms[2] is None
@@ -277,7 +281,8 @@ def facts(run: Path) -> dict:
 
 
 def test_deepspeed_compiles_nothing(runs):
-    """ninja, g++ and Python.h may be missing at run time: https://github.com/BlinkDL/RWKV-LM/issues/158,
+    """ninja, g++ and Python.h may be missing at run time:
+    https://github.com/BlinkDL/RWKV-LM/issues/158,
     https://github.com/deepspeedai/DeepSpeed/issues/1687
     """
     assert not (runs / "compiled").exists()
@@ -314,7 +319,8 @@ def test_comparison_detects_differences(runs):
 @pytest.mark.parametrize("name", LOW)
 @pytest.mark.parametrize(("kind", "alone"), [("full", "clipped"), ("lora", "lora")])
 def test_deepspeed_bf16(runs, name, kind, alone):
-    # DeepSpeed stores bf16 parameters (8 significant bits) and fp32 master weights; autocast rounds in matmuls only
+    # DeepSpeed stores bf16 parameters (8 significant bits) and fp32 master weights; autocast rounds
+    # in matmuls only
     run = runs / f"{name}, {kind}, bf16"
     assert column(run) == pytest.approx(column(runs / alone), rel=0.02)
     assert column(run) != column(runs / alone)

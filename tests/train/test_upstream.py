@@ -1,7 +1,8 @@
-"""Our trainer against a plain PyTorch trainer, written from the description of the upstream trainers, without shared
-code.
+"""Our trainer against a plain PyTorch trainer, written from the description of the upstream
+trainers, without shared code.
 
-With the same weights, data order and flags the losses agree to 1e-4 relative in fp32: only the summation order differs.
+With the same weights, data order and flags the losses agree to 1e-4 relative in fp32: only the
+summation order differs.
 """
 
 import json
@@ -75,8 +76,8 @@ def forward(p: dict, x: torch.Tensor, lora: tuple | None) -> torch.Tensor:
 
 
 def plain_trainer(p: dict, trained: list[str], stream: np.ndarray, steps: int, c: dict, lora=None) -> list[float]:
-    """Losses of `steps` steps, with the learning rate set before each step, gradient norm clipped to 1, and parameter
-    groups by name.
+    """Losses of `steps` steps, with the learning rate set before each step, gradient norm clipped
+    to 1, and parameter groups by name.
     """
     p = {key: value.clone() for key, value in p.items()}
     for key in trained:

@@ -82,7 +82,7 @@ def test_not_a_manifest(tuned, content):
     Path(f"{adapter}.json").write_bytes(content)
     for read in (read_manifest, inspect_adapter, find_base):
         if content.startswith(b'{"alpha"') and read is read_manifest:
-            continue  # a number, if a large one, where Python has no limit of digits
+            continue  # valid where Python does not limit the digits of numbers
         with pytest.raises(UserError, match="adapter.pth.json"):
             read(adapter)
 
@@ -104,7 +104,7 @@ def test_base_path_relative_to_adapter(tuned, tmp_path, monkeypatch):
     base, adapter = tuned
     assert read_manifest(adapter)["base"] == "../base.pth"
     assert find_base(adapter).samefile(base)
-    shutil.move(tmp_path / "run", tmp_path / "moved")  # both are moved, or one
+    shutil.move(tmp_path / "run", tmp_path / "moved")  # move both, or one
     adapter = tmp_path / "moved/adapter.pth"
     assert find_base(adapter).samefile(base)
     shutil.move(base, tmp_path / "moved/base.pth")

@@ -41,7 +41,7 @@ def test_temporary_file_stays_locked(tmp_path):
         assert os.stat(temporary).st_ino == before
         with open(temporary, "rb") as file, pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        assert not abandoned(path)  # so that no other writer deletes it
+        assert not abandoned(path)  # no other writer may delete it
     assert safetensors.torch.load_file(path).keys() == TENSORS.keys()
 
 

@@ -39,7 +39,9 @@ def build(folder: Path) -> Path:
 
 
 class FakeGPU:
-    """The client: `call(name, ...)` runs a method of `Server` in the other process and raises its errors."""
+    """The client: `call(name, ...)` runs a method of `Server` in the other process and raises its
+    errors.
+    """
 
     def __init__(self, library: Path):
         here = {
@@ -85,7 +87,7 @@ class Server:
         return self.native.run(kernels, w, u, k, v, state, reset, initial)
 
     def bytes(self, segment, w, u, k, v, state, reset, initial):
-        """As wkv4, with `reset` as raw bytes: pickling a bool tensor would turn each into 0 or 1."""
+        """As wkv4, with `reset` as raw bytes: pickling bool tensors normalises them to 0 and 1."""
         import torch
 
         return self.wkv4(segment, w, u, k, v, state, reset.view(torch.bool), initial)
@@ -101,7 +103,9 @@ class Server:
         assert_half_is_rounded_fp32(lambda *x: self.wkv4(segment, *x), dtype, inputs)
 
     def gradients(self, segment, gy, gstate, w, u, k, v, state, reset, initial):
-        """Gradients of w, u, k, v, state and initial for output gradients gy and gstate (None: no gradient)."""
+        """Gradients of w, u, k, v, state and initial for output gradients gy and gstate (None: no
+        gradient).
+        """
         kernels = self.native.cuda_kernels(DEVICE, lambda: STREAM, segment)
         _, _, saved = kernels.forward(w, u, k, v, state, initial, reset)
         return kernels.backward(w, u, k, v, initial, reset, saved, gy, gstate)

@@ -1,5 +1,5 @@
-"""Checks of the fused operations against plain torch formulas in fp64, values and gradients. Used for the CPU
-kernels, and for the CUDA kernels on a CPU and on a GPU.
+"""Checks of the fused operations against plain torch formulas in fp64, values and gradients. Used
+for the CPU kernels, and for the CUDA kernels on a CPU and on a GPU.
 
 Every check takes plain values, so that another process can run it by name (fake_gpu.py).
 """
@@ -36,8 +36,8 @@ def computing_in(dtype):
 
 
 def check(operation, formula, inputs, seed, device):
-    """Compare `operation` with `formula` in fp64 on the same inputs: outputs, and gradients of a random linear
-    combination of them.
+    """Compare `operation` with `formula` in fp64 on the same inputs: outputs, and gradients of a
+    random linear combination of them.
     """
     generator = torch.Generator().manual_seed(seed)
     ours = [x.to(device, copy=True).requires_grad_(x.is_floating_point()) if x is not None else None for x in inputs]
@@ -54,8 +54,9 @@ def check(operation, formula, inputs, seed, device):
 
 
 def close(x, truth):
-    """`x` is within its dtype's rounding error of `truth`. bf16, fp16: relative to each element, or 1 % of the
-    largest. fp32: relative to the largest element and to the terms of sums (near 1), which may cancel.
+    """`x` is within its dtype's rounding error of `truth`. bf16, fp16: relative to each element, or
+    1 % of the largest. fp32: relative to the largest element and to the terms of sums (near 1),
+    which may cancel.
     """
     share, short = ROUNDING[x.dtype], x.dtype != FP32
     assert x.shape == truth.shape
@@ -141,11 +142,11 @@ def loss(dtype, words, seed, device="cpu"):
     gradient = exact.grad.scatter_add(
         1, (logits == top.values).int().argmax(1, keepdim=True), top.values * 1e-4
     )  # the first maximum
-    kept = logits.to(device, copy=True)
-    close(native.cross_entropy_(kept, targets.to(device), 1e-4, False).view(1), expected.detach().view(1))
-    assert torch.equal(kept.cpu(), logits)
-    native.cross_entropy_(kept, targets.to(device), 1e-4, True)
-    close(kept, gradient)
+    buffer = logits.to(device, copy=True)
+    close(native.softmax_gradient(buffer, targets.to(device), 1e-4, False).view(1), expected.detach().view(1))
+    assert torch.equal(buffer.cpu(), logits)
+    native.softmax_gradient(buffer, targets.to(device), 1e-4, True)
+    close(buffer, gradient)
 
 
 def not_finite(device="cpu"):

@@ -1,4 +1,6 @@
-"""The WKV CUDA kernels, executed on a CPU (fake_gpu.py): results, and the launcher's calls of the driver."""
+"""The WKV CUDA kernels, executed on a CPU (fake_gpu.py): results, and the launcher's calls of the
+driver.
+"""
 
 import pytest
 import torch
@@ -81,8 +83,8 @@ def gradients_of_the_sum(w, u, k, v):
 
 
 def test_error_independent_of_segment_count(gpu):
-    """A large early key with slow decay: its gradient passes through 25 segments, and the running maximum, near
-    200, is rounded at every token.
+    """A large early key with slow decay: its gradient passes through 25 segments, and the running
+    maximum, near 200, is rounded at every token.
     """
     w, u, k, v, *_ = inputs(1, 400, 33, state=False, reset=False)
     w, k[:, 5] = -torch.linspace(0.01, 0.1, 33), torch.linspace(150.0, 250.0, 33)
@@ -93,22 +95,24 @@ def test_error_independent_of_segment_count(gpu):
 
 
 def test_gradients_more_accurate_than_loop(gpu):
-    """Keys near 200 with slow decay: the loop rounds the running maximum at every token, the scan once per
-    segment of 16.
+    """Keys near 200 with slow decay: the loop rounds the running maximum at every token, the scan
+    once per segment of 16.
     """
     _, u, k, v, *_ = inputs(1, 400, 33, state=False, reset=False)
     arguments = -torch.linspace(0.01, 0.1, 33), u, k + 200, v
     fast = gpu.call("gradients", 16, torch.ones_like(k), None, *arguments, None, None, None)
     slow, truth = gradients_of_the_sum(*arguments), gradients_of_the_sum(*in_fp64(arguments))
-    # Measured: 1/8 and 1/6 of the loop's error. With the product of the tokens' factors instead of the scan's,
-    # both exceed 1/2; without the correction for drift inside a segment gk has 1/5.
+    # Measured: 1/8 and 1/6 of the loop's error. With the product of the tokens' factors instead of
+    # the scan's, both exceed 1/2; without the correction for drift inside a segment gk has 1/5.
     for name, index, times in (("gk", 2, 7), ("gv", 3, 3)):
         ours, theirs = ((x[index] - truth[index]).abs().max() for x in (fast, slow))
         assert ours <= theirs / times, name
 
 
 def test_state_gradient_without_drift(gpu):
-    """A state near e^200 outweighs all keys: inside a segment its scale is rounded at every token, to 2^-17."""
+    """A state near e^200 outweighs all keys: inside a segment its scale is rounded at every token,
+    to 2^-17.
+    """
     _, u, k, v, first, *_ = inputs(1, 400, 33, reset=False)
     w, first[:, 2] = -torch.linspace(0.01, 0.1, 33), torch.linspace(190.0, 210.0, 33)
     leaves = [x.double().requires_grad_() for x in (w, u, k, v, first)]

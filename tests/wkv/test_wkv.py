@@ -1,4 +1,4 @@
-"""The WKV operator: every implementation matches the reference, or reports why it is unavailable."""
+"""Implementations of WKV match the reference, or report why they are unavailable."""
 
 import itertools
 
@@ -79,8 +79,9 @@ def test_kernels_match_reference(batch, length, channels, scale, state, reset, i
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 @pytest.mark.parametrize("name", ["y", "gw", "gu", "gk", "gv", "gstate"])
 def test_accuracy_check_detects_errors(name, scale):
-    """`assert_close` rejects 10 % in all elements, and 1 % in the channel with the smallest elements. (gw and gu are
-    sums over time; in channels in which they cancel rounding errors are as large.)
+    """`assert_close` rejects 10 % in all elements, and 1 % in the channel with the smallest
+    elements. (gw and gu are sums over time; in channels in which they cancel rounding errors are as
+    large.)
     """
     arguments = inputs(2, 64, 65, scale=scale)
     slow = outputs_and_gradients(reference.wkv4, *arguments)
@@ -117,7 +118,8 @@ def test_bf16_is_rounded_fp32(vectors, shape):
 
 
 def test_extreme_keys_in_one_channel(vectors):
-    # A chunk uses a single scale unless a channel of its block prevents it; the results are the same.
+    # A chunk uses a single scale unless a channel of its block prevents it; the results are the
+    # same.
     for scale in (1.0, 4.0):
         near = inputs(2, 50, 16, scale=scale, reset=False)
         far = [x.clone() for x in near[:5]]
@@ -185,7 +187,9 @@ def test_reset_makes_documents_independent(impl):
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 def test_reset_returns_to_the_given_state(impl):
-    """Packed documents match separate documents, and the initial state's gradient is the sum over documents."""
+    """Packed documents match separate documents, and the initial state's gradient is the sum over
+    documents.
+    """
     w, u, k, v, first, *_ = inputs(2, 40, 33, reset=False)
     starts = torch.zeros(2, 40, dtype=torch.bool)
     starts[0, 21] = starts[1, 0] = starts[1, 20] = starts[1, 39] = True

@@ -1,4 +1,4 @@
-"""Schema detection of instruction data and chats; unsupported records are rejected, never dropped."""
+"""Schema detection of instruction data and chats; unsupported records are rejected."""
 
 import pytest
 

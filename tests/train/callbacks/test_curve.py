@@ -1,4 +1,4 @@
-"""What is kept of a run's curves does not grow with the run, and what is said of them is what all values give."""
+"""Recorded curves have bounded size, and their statistics match those of all values."""
 
 import math
 import random
@@ -25,7 +25,7 @@ def test_series_is_bounded_and_exact(count):
         assert series.means[i] == pytest.approx(sum(part) / len(part))
         assert (series.lows[i], series.highs[i], series.rates[i]) == (min(part), max(part), end / 10)
         begin = end
-    assert len(set(series.counts[:-1])) <= 1  # all averages but the newest stand for equally many
+    assert len(set(series.counts[:-1])) <= 1  # all averages except the last cover the same number of values
 
 
 def test_tail_average():

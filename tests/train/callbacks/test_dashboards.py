@@ -1,4 +1,4 @@
-"""wandb and TensorBoard show the figures of metrics.jsonl, every step once, also of a run that was stopped."""
+"""wandb and TensorBoard show the values of metrics.jsonl, every step once, also after a resume."""
 
 import json
 import os
@@ -31,7 +31,9 @@ FLAGS |= {"accelerator": "cpu", "precision": "fp32", "val_split": 0.2, "val_ever
 
 
 def events(path):
-    """The events of a file: of each its length, 8 bytes, their checksum, the event, its checksum (TFRecord)."""
+    """The events of a TFRecord file: for each its length (8 bytes), a checksum of it, the event,
+    its checksum.
+    """
     data, at = path.read_bytes(), 0
     while at < len(data):
         (length,) = struct.unpack_from("<Q", data, at)
@@ -44,7 +46,9 @@ def events(path):
 
 
 def shown(folder):
-    """{name: {step: value}} as TensorBoard shows a folder: where a run starts anew, what stood there of its steps goes."""
+    """{name: {step: value}} as TensorBoard shows a folder: a start event removes earlier values of
+    later steps.
+    """
     found = {}
     for path in sorted(folder.glob("*tfevents*")):
         for event in events(path):
@@ -70,7 +74,7 @@ def test_tensorboard_after_rewind(make_data, tmp_path):
         "weight_decay": 0.1,
     }
     fit(TrainConfig(**config, max_steps=4))
-    state_files.states(folder)[0].unlink()  # as if it had been killed before: steps 3 and 4 are made again
+    state_files.states(folder)[0].unlink()  # as if killed before saving it: steps 3 and 4 are repeated
     assert state_files.newest(folder).step == 2
     fit(TrainConfig(**config))
     lines, found = (
@@ -101,7 +105,7 @@ def test_tensorboard_disk_full(make_data, tmp_path, monkeypatch):
 
 @pytest.fixture
 def without_key(monkeypatch, tmp_path):
-    """Neither a key of the machine's user nor what the environment says of wandb."""
+    """Hide the user's wandb key and environment variables."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -113,7 +117,7 @@ def test_wandb_offline_without_key(make_data, tmp_path, without_key, capfd):
     fit(TrainConfig(**config))
     made = sorted((tmp_path / "a run/wandb").glob("offline-run-*/*.wandb"))
     assert len(made) == 2
-    assert len({path.name for path in made}) == 1  # a resumed run is the same one
+    assert len({path.name for path in made}) == 1  # resuming continues the same wandb run
     said = capfd.readouterr()
     assert "wandb: offline (no API key: run `wandb login`). Upload the run later with: " in said.out
     assert f"-m wandb sync '{made[0].parent}'" in said.out
@@ -123,7 +127,7 @@ def test_wandb_offline_without_key(make_data, tmp_path, without_key, capfd):
 
 
 def test_wandb_offline_without_network(make_data, tmp_path, without_key, monkeypatch, capfd):
-    with socket.socket() as unused:  # a port that nobody listens on
+    with socket.socket() as unused:  # a port without a listener
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)

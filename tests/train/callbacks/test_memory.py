@@ -1,4 +1,4 @@
-"""Memory of real runs: watched, predicted, chosen by --auto, and explained where it ends."""
+"""Memory of real runs: measured, predicted, chosen by --auto, and reported when it runs out."""
 
 import json
 import re
@@ -26,7 +26,8 @@ FLAGS = {
     "accelerator": "cpu",
     "precision": "fp32",
 }
-# 21 million parameters, and as much again for a batch: large beside a process's own memory, and a second a step.
+# 21 million parameters, and the same again for a batch: large compared with the process, and 1 s
+# per step.
 MIDDLE = {
     "n_layer": 6,
     "n_embd": 384,
@@ -82,12 +83,14 @@ def test_predicted_resident_memory(make_data, tmp_path, root, shape):
     predicted, measured = map(
         float, re.search(r"memory: ([\d.]+) GB per device predicted, ([\d.]+) GB measured", done.stdout).groups()
     )
-    # tests/memory/test_estimate.py holds the allocator's bytes to a few per cent; here the process, its libraries and its heap add to them.
+    # tests/memory/test_estimate.py checks the allocator's bytes to a few per cent; process and heap
+    # add to them.
     assert 0.85 * predicted < measured < 1.25 * predicted, done.stdout
 
 
 def test_out_of_memory_message(make_data, tmp_path, root):
-    # A real limit on the address space: what this process needs to begin with, and half a gigabyte for a batch that wants several.
+    # A real limit on the address space: what the process needs at first plus 1.5 GB, for a batch
+    # that needs more.
     flags = MIDDLE | {
         "micro_bsz": 64,
         "data_file": make_data(50000, vocab=8192),
@@ -139,9 +142,8 @@ def test_auto_keeps_step(make_base, make_data, tmp_path, monkeypatch, capsys):
     assert "auto:  --micro_bsz 2 --accumulate_grad_batches 2 --grad_cp 0" in capsys.readouterr().out
     plain, auto = (checkpoint.read_tensors(tmp_path / name / "rwkv-0.pth") for name in ("plain", "auto"))
     for key in plain:
-        torch.testing.assert_close(
-            plain[key], auto[key], rtol=1e-4, atol=1e-5, msg=key
-        )  # the same sums in different order, then Adam
+        # different summation order, then Adam
+        torch.testing.assert_close(plain[key], auto[key], rtol=1e-4, atol=1e-5, msg=key)
 
 
 def test_auto_nothing_fits(make_data, tmp_path, monkeypatch):
@@ -182,23 +184,23 @@ def test_adafactor_learns_with_factored_state(make_data, tmp_path):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     made.step()
-    kept = sum(
+    state_bytes = sum(
         x.numel() * x.element_size()
         for state in made.state.values()
         for x in state.values()
         if torch.is_tensor(x) and x.dim()
     )
     plan = planning.plan_of(config, model.sizes, False, "fp32")
-    mixes = 4 * 2 * 5  # of [1, 1, D], a row of one number each, which the prediction leaves out
-    assert kept == estimate.estimate(plan).device["optimizer"] + mixes
-    assert kept < 0.2 * 8 * estimate.total(model.sizes)
+    mixes = 4 * 2 * 5  # rows of one element of the [1, 1, D] parameters, not in the prediction
+    assert state_bytes == estimate.estimate(plan).device["optimizer"] + mixes
+    assert state_bytes < 0.2 * 8 * estimate.total(model.sizes)
 
 
 def test_no_adafactor_with_deepspeed(make_data, tmp_path, monkeypatch):
     from rwkv.train import checks
     from rwkv.train.runtime import strategy
 
-    monkeypatch.setattr(strategy, "check", lambda c: None)  # which refuses DeepSpeed on this machine already
+    monkeypatch.setattr(strategy, "check", lambda c: None)  # it may reject DeepSpeed on this machine before
     with pytest.raises(UserError, match="--optimizer adafactor with --strategy deepspeed_stage_2"):
         checks.check(
             TrainConfig(**FLAGS, data_file=make_data(200), optimizer="adafactor", strategy="deepspeed_stage_2")

@@ -1,4 +1,4 @@
-"""loss.png of runs of every length: what is said on it, and what its axes show."""
+"""loss.png for runs of every length: legend and axes."""
 
 import math
 import random
@@ -15,7 +15,7 @@ from rwkv.train.callbacks.plot import plot
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
-    """Draws a run of so many steps; its two axes, and the legend as text."""
+    """Draw a run of `count` steps; returns its two axes and the legend's texts."""
     figures = []
     monkeypatch.setattr(plots, "save", lambda figure, image: (figures.append(figure), figure.savefig(image, dpi=50))[0])
 
@@ -76,7 +76,9 @@ def test_any_title(drawn, title):
 
 
 def test_no_warning_with_flushed_denormals(root, tmp_path):
-    """numpy warns of them once a process, when it is first asked for the smallest numbers; training has them flushed."""
+    """With flushed denormals, as in training, numpy warns once per process on the first use of
+    finfo.
+    """
     program = """
 import warnings
 warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""What a terminal and a log see of a run, at a given time."""
+"""Progress of a run in a terminal and in a log, over simulated time."""
 
 import io
 import itertools
@@ -12,7 +12,7 @@ from rwkv.train.console import duration
 
 
 class Clock:
-    """A time that passes only when it is told to."""
+    """A clock that a test advances."""
 
     def __init__(self):
         self.now = 1000.0
@@ -44,8 +44,8 @@ def test_log_line_per_minute(clock, monkeypatch):
     assert "\r" not in log.getvalue()
     at = [int(re.search(r"step ([\d,]+) of 1,000", line)[1].replace(",", "")) for line in lines]
     assert (at[0], at[-1]) == (1, 1000)
-    assert all(119 <= b - a <= 121 for a, b in itertools.pairwise(at[1:-1]))  # 120 steps are a minute
-    assert "about 8 min left" in lines[1]  # as soon as it is known: 0.5 s a step
+    assert all(119 <= b - a <= 121 for a, b in itertools.pairwise(at[1:-1]))  # 120 steps per minute
+    assert "about 8 min left" in lines[1]
     assert "(100%): loss 2.000, val 2.345, 1,234 tokens/s" in lines[-1]
 
 

@@ -1,4 +1,6 @@
-"""Whatever ends a run from outside, also twice within two seconds, finds it saved; only a later signal stops it without."""
+"""A signal ends a run after saving, also when repeated within two seconds; a later one stops it
+without saving.
+"""
 
 import fcntl
 import json
@@ -28,7 +30,7 @@ FLAGS = {
 
 @pytest.fixture
 def arguments(make_base, make_data, tmp_path):
-    """Of a run that lasts until it is ended, and saves only then."""
+    """Flags of a run that trains until it is stopped, and saves only then."""
     flags = FLAGS | {"load_model": make_base(), "data_file": make_data(300), "proj_dir": tmp_path / "run"}
     return [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
 
@@ -42,7 +44,7 @@ def wait_for_steps(process, folder, count=3):
 
 
 def is_saved(folder):
-    """Whether the newest state is that of the last step."""
+    """Whether the newest training state is of the last step."""
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     return state_files.newest(folder).step == last
 
@@ -75,7 +77,9 @@ def test_sighup_and_sigusr1_save(arguments, tmp_path, root, number):
 
 
 def test_closed_terminal_saves(arguments, tmp_path, root):
-    """As when a window is closed or ssh is cut off: SIGHUP, and every later write to the terminal is an error."""
+    """As when a window is closed or ssh disconnects: SIGHUP, and every later write to the terminal
+    fails.
+    """
     ours, theirs = pty.openpty()
 
     def attach():
@@ -93,7 +97,7 @@ def test_closed_terminal_saves(arguments, tmp_path, root):
         assert process.poll() is None
         assert time.monotonic() < until
         try:
-            os.read(ours, 1 << 16)  # or the run waits for a reader
+            os.read(ours, 1 << 16)  # otherwise the run blocks on a full terminal buffer
         except BlockingIOError:
             time.sleep(0.02)
     os.close(ours)
@@ -125,7 +129,7 @@ def test_closed_pipe_does_not_end_run(arguments, tmp_path, root):
 
 
 def test_signal_to_make_process_group(arguments, tmp_path, root):
-    """make hands the signal on, so that the run gets it twice."""
+    """make forwards the signal, so that the run receives it twice."""
     command = ["make", "-C", str(root), "finetune", f"PY={sys.executable}", f"ARGS={' '.join(arguments)}"]
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     process = subprocess.Popen(
@@ -135,7 +139,7 @@ def test_signal_to_make_process_group(arguments, tmp_path, root):
     os.killpg(process.pid, signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode != 0
-    until = time.monotonic() + 30  # make may be gone before the run is
+    until = time.monotonic() + 30  # make may end before the run does
     while "stopped at step" not in said and not state_files.states(tmp_path / "run"):
         assert time.monotonic() < until
         time.sleep(0.1)
@@ -170,5 +174,5 @@ def test_later_signal_stops_without_saving(root, number, status):
     assert process.poll() is None
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == status  # as of a process that does not take the signal
+    assert process.returncode == status  # killed by the signal
     assert "WITHOUT saving (7 steps would be lost)" in said

@@ -1,4 +1,6 @@
-"""FusedAdam is torch's Adam and AdamW, whatever the vector width, and their states go both ways."""
+"""One-pass Adam matches torch's Adam and AdamW for every vector width, and their states are
+interchangeable.
+"""
 
 import copy
 
@@ -16,8 +18,8 @@ SHAPES = st.sampled_from([(), (1,), (3,), (31,), (32, 1), (1, 1, 33), (5, 13), (
 
 
 @pytest.fixture(autouse=True)
-def unit():
-    """The compiled unit is there; whatever width a test took, the widest is back after it."""
+def compiled_kernels():
+    """Require the compiled kernels; restore the widest vectors after a test."""
     assert load.why_unavailable() is None
     yield
     torch.ops.rwkv.cpu_vectors("")
@@ -53,20 +55,21 @@ def test_step_matches_torch_fp64(width, shape, decoupled, lr, betas, eps, decay,
     options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": decay}
     p, g, m, v = (normal(shape, seed + i) * scale for i, scale in enumerate((1, size, size / 3, size)))
     v = v**2
-    kept = torch.tensor(float(step))
+    count = torch.tensor(float(step))
     ours, truth = torch.nn.Parameter(p.clone()), torch.nn.Parameter(p.double())
     ours.grad, truth.grad = g.clone(), g.double() * clip
     mine, theirs = one_pass(ours, decoupled, **options), torchs(truth, decoupled, **options)
-    mine.state[ours] = {"step": kept.clone(), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
-    theirs.state[truth] = {"step": kept.clone(), "exp_avg": m.double(), "exp_avg_sq": v.double()}
+    mine.state[ours] = {"step": count.clone(), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    theirs.state[truth] = {"step": count.clone(), "exp_avg": m.double(), "exp_avg_sq": v.double()}
     mine.clip = clip
     mine.step()
     theirs.step()
-    assert torch.equal(ours.grad, g)  # clipping is part of the pass
+    assert torch.equal(ours.grad, g)  # clipping happens in the pass, not in place
     new, right = mine.state[ours], theirs.state[truth]
     assert float(new["step"]) == step + 1
 
-    # Of every term a few roundings of fp32; what the terms are where they cancel, the sum is not. Numbers below fp32's normal ones may be 0.
+    # A few fp32 roundings of every term (not of the sum, as terms may cancel). Denormals may be
+    # flushed to 0.
     rounding, least = 2.0**-24, 1e-37
     gradient = clip * g.double().abs() + (0 if decoupled else decay) * p.double().abs()
     square = betas[1] * v.double() + (1 - betas[1]) * gradient**2
@@ -94,15 +97,14 @@ def test_thirty_steps_match_torch(decoupled):
         mine.step()
         right.step()
         assert mine.clip == 1
-    torch.testing.assert_close(
-        ours, theirs, rtol=1e-5, atol=1e-6
-    )  # thirty updates of at most 1e-2, each to fp32's rounding
+    # fp32 rounding of thirty updates of at most 1e-2
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("decoupled", [False, True], ids=["Adam", "AdamW"])
 @pytest.mark.parametrize("begins", [one_pass, torchs], ids=["from ours", "from torch's"])
 def test_state_interchangeable_with_torch(decoupled, begins):
-    """A run that was saved before there was one pass, or goes on where the unit is not compiled."""
+    """As when resuming a run of an older version, or where the kernels are not compiled."""
 
     def run(makers):
         p, saved = parameter(), None
@@ -154,7 +156,7 @@ def test_closure_and_missing_gradient():
     before = p.detach().clone()
     assert made.step(closure) == (before**2).sum()
     assert set(made.state) == {p}
-    torch.testing.assert_close(p.detach(), before - 0.1 * before.sign())  # Adam's first step is of the rate's size
+    torch.testing.assert_close(p.detach(), before - 0.1 * before.sign())  # Adam's first step has size lr
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])

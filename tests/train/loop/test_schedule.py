@@ -1,4 +1,4 @@
-"""Rates and decays at single steps, worked out by hand from upstream's formulas."""
+"""Learning rates and weight decay at single steps, computed by hand from upstream's formulas."""
 
 import math
 
@@ -73,7 +73,7 @@ def test_default_warmup_offset_of_cosine():
 
 
 def test_accumulation_keeps_schedule():
-    # upstream counts optimizer steps against batches: with k = 2 it would end at the geometric mean
+    # upstream divides optimizer steps by batches: with k = 2 its decay ends at the geometric mean
     c = config(accumulate_grad_batches=2)
     assert (steps_per_epoch(c), total_steps(c), tokens_per_step(c)) == (5, 50, 32)
     assert learning_rate(c, 24) == pytest.approx(1e-4)
@@ -93,5 +93,5 @@ def test_weight_decay_schedule():
     assert weight_decay(config(), 5) == 0
     assert weight_decay(config(weight_decay=0.1), 70) == 0.1
     assert weight_decay(config(weight_decay=0.1, weight_decay_final=0.001), 49) == pytest.approx(0.01)
-    # with a constant rate upstream crashes here: its q is undefined
+    # upstream crashes with a constant learning rate, as its q is undefined
     assert weight_decay(config(weight_decay=0.1, weight_decay_final=0.001, lr_final=1e-3), 99) == pytest.approx(0.001)

@@ -1,4 +1,6 @@
-"""Sequences in pieces: the value of the whole, its gradient if exact, memory for a piece."""
+"""Truncated BPTT: the loss of the full sequence, its gradient with --exact, activation memory of a
+chunk.
+"""
 
 import subprocess
 import sys
@@ -23,7 +25,7 @@ def batch(rows=2, length=23, vocab=50, masked=True):
 
 
 def gradients(model, loss):
-    torch.manual_seed(5)  # of dropout
+    torch.manual_seed(5)  # for dropout
     names, parameters = zip(*[(name, p) for name, p in model.named_parameters() if p.requires_grad], strict=True)
     value = loss()
     return value, dict(zip(names, torch.autograd.grad(3 * value, parameters), strict=True))
@@ -85,9 +87,8 @@ def test_truncated_gradients(make_model):
     assert_same(found, wanted)
     exact = gradients(model, lambda: whole(model, x, y, counts, reset))
     torch.testing.assert_close(found[0], exact[0], rtol=1e-5, atol=1e-6)
-    assert (
-        float((found[1]["blocks.0.att.key.weight"] - exact[1]["blocks.0.att.key.weight"]).abs().max()) > 1e-4
-    )  # the two ways do differ
+    difference = found[1]["blocks.0.att.key.weight"] - exact[1]["blocks.0.att.key.weight"]
+    assert float(difference.abs().max()) > 1e-4  # truncated and exact gradients differ
 
 
 def test_recomputation_repeats_dropout(make_model):
@@ -102,9 +103,7 @@ def test_recomputation_repeats_dropout(make_model):
         return found, torch.rand(1)
 
     (truncated, after), (exact, after_exact) = run(False), run(True)
-    torch.testing.assert_close(
-        truncated[0], exact[0], rtol=1e-5, atol=1e-6
-    )  # the value knows only the forward pass: the same masks
+    torch.testing.assert_close(truncated[0], exact[0], rtol=1e-5, atol=1e-6)  # the same masks in the forward pass
     assert torch.equal(after, after_exact)
 
 
@@ -114,7 +113,7 @@ def test_bf16_close_to_fp32(make_model, exact):
     wanted = gradients(model, lambda: tbptt.mean_loss(model, *data, 5, exact))
     with torch.autocast("cpu", torch.bfloat16):
         found = gradients(model, lambda: tbptt.mean_loss(model, *data, 5, exact))
-    for name, grad in wanted[1].items():  # 8 bits, a few roundings one after the other
+    for name, grad in wanted[1].items():  # a few consecutive roundings to 8 bits
         assert float((found[1][name] - grad).norm()) < 0.05 * float(grad.norm()) + 1e-7, name
 
 
@@ -140,7 +139,7 @@ def test_memory_per_chunk(exact):
     grown = float(
         subprocess.run([sys.executable, "-c", MEMORY, str(exact)], check=True, capture_output=True, text=True).stdout
     )
-    # In MiB. Seen were 4; the whole takes 135 there.
+    # MiB. Measured: 4; the full sequence takes 135.
     assert grown < 15
 
 

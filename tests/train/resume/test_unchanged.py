@@ -1,4 +1,6 @@
-"""A file that a run has mapped and that is changed in place ends the run before anything is saved; a replaced one does not."""
+"""A run ends before saving if a memory-mapped input was changed in place; replacing the file has no
+effect.
+"""
 
 import json
 import os
@@ -27,7 +29,7 @@ FLAGS = {
 
 @pytest.fixture
 def after(monkeypatch):
-    """Have something done after a step of the run."""
+    """Call a function once, after a step of the run."""
 
     def plan(step, do):
         def noted(self, *arguments):
@@ -91,5 +93,5 @@ def test_harmless_input_changes(after, make_base, make_data, make_model, tmp_pat
     assert len(losses(tmp_path / "run")) == 12
     checkpoint.save_model(base, make_model(), {})
     after(6, lambda: overwrite(base, 3000, b"\0" * 8))
-    fit(TrainConfig(**config, proj_dir=str(tmp_path / "full")))  # all its weights train: none is read from the file
+    fit(TrainConfig(**config, proj_dir=str(tmp_path / "full")))  # all parameters train: the base is no longer read
     assert len(losses(tmp_path / "full")) == 12

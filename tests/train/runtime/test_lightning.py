@@ -1,4 +1,4 @@
-"""Only rwkv/train/runtime/lightning.py imports Lightning, as it corrects its rank on several hosts."""
+"""Only rwkv/train/runtime/lightning.py imports Lightning, and corrects its rank."""
 
 import ast
 

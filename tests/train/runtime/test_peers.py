@@ -1,4 +1,4 @@
-"""No process of a run outlives the others for long, and the end of one is said by the others."""
+"""When a process of a run ends, the others end soon with an error message."""
 
 import os
 import re
@@ -25,7 +25,7 @@ FLAGS = {
 
 
 def alive(pid):
-    """Whether there is such a process, and it has not ended."""
+    """Whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -47,7 +47,7 @@ def wait_until(what, seconds=90):
 
 @pytest.fixture
 def two_ranks(make_base, make_data, tmp_path, root):
-    """A run of two processes, and what it writes."""
+    """A run of two processes."""
     flags = FLAGS | {"load_model": make_base(), "data_file": make_data(300), "proj_dir": tmp_path / "run"}
     command = [
         sys.executable,
@@ -116,4 +116,4 @@ def test_environment_restored():
     with peers.starting():
         assert os.environ["RWKV_STARTED_BY"] == str(os.getpid())
     assert dict(os.environ) == before
-    peers.end_with_parent()  # nobody's rank
+    peers.end_with_parent()  # no effect in a process that no rank started

@@ -1,4 +1,6 @@
-"""Which strategies there are, what is refused, and the optimizer that goes with each."""
+"""Strategies, invalid combinations of flags, DeepSpeed's configuration, and the optimizer of each
+strategy.
+"""
 
 import importlib
 import importlib.util
@@ -14,8 +16,9 @@ import torch
 from rwkv import compat
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
-from rwkv.train.loop import optimizer
+from rwkv.train.loop import adam, optimizer
 from rwkv.train.runtime import strategy
+from tests.train import fused_adam
 
 
 def config(**flags) -> TrainConfig:
@@ -23,8 +26,8 @@ def config(**flags) -> TrainConfig:
 
 
 @pytest.fixture
-def able(monkeypatch):
-    """As if DeepSpeed could train here."""
+def deepspeed_available(monkeypatch):
+    """Pretend that DeepSpeed can train on this machine."""
     monkeypatch.setattr(compat, "deepspeed_refusal", lambda on_gpu: None)
 
 
@@ -64,7 +67,7 @@ def test_deepspeed_07_on_cpu():
         strategy.check(config(strategy="deepspeed_stage_2"))
 
 
-def test_deepspeed_config(able):
+def test_deepspeed_config(deepspeed_available):
     for name, kind in strategy.ZEROS.items():
         made = strategy.deepspeed_config(config(strategy=name, ds_bucket_mb=3, micro_bsz=5))
         zero = made["zero_optimization"]
@@ -77,15 +80,14 @@ def test_deepspeed_config(able):
         assert made["train_micro_batch_size_per_gpu"] == 5
 
 
-def test_deepspeed_config_valid(able):
+def test_deepspeed_config_valid(deepspeed_available):
     settings = importlib.import_module("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
     for name in strategy.ZEROS:
-        settings(
-            **strategy.deepspeed_config(config(strategy=name))["zero_optimization"]
-        )  # unknown keys are errors to it, here alone
+        # DeepSpeed rejects unknown keys in this section only
+        settings(**strategy.deepspeed_config(config(strategy=name))["zero_optimization"])
 
 
-def test_ds_config_merged(able, ds_config):
+def test_ds_config_merged(deepspeed_available, ds_config):
     path = ds_config(
         {
             "wall_clock_breakdown": True,
@@ -120,13 +122,13 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("content", "complaint"), WRONG)
-def test_invalid_ds_config(able, ds_config, content, complaint):
+def test_invalid_ds_config(deepspeed_available, ds_config, content, complaint):
     with pytest.raises(UserError, match=complaint):
         strategy.check(config(strategy="deepspeed_stage_3", ds_config=ds_config(content)))
 
 
-def test_a_configuration_without_deepspeed_or_without_its_file_is_refused(able, ds_config):
-    with pytest.raises(UserError, match="--ds_config .* needs DeepSpeed, but --strategy is ddp"):
+def test_invalid_flags(deepspeed_available, ds_config):
+    with pytest.raises(UserError, match="--ds_config .* is for DeepSpeed, and --strategy is ddp"):
         strategy.check(config(strategy="ddp", ds_config=ds_config({})))
     with pytest.raises(UserError, match="none.json: No such file"):
         strategy.check(config(strategy="deepspeed", ds_config="none.json"))
@@ -155,13 +157,11 @@ def test_known_keys_exist_in_deepspeed():
                      "runtime.swap_tensor.constants", "profiling.constants")
     )  # fmt: skip
     unread = {key for key in strategy._KEYS[""] if not re.search(f"[\"']{key}[\"']", sources)}
-    assert unread <= (
-        {"zero_force_ds_cpu_optimizer"} if compat.stack() == "cu117" else set()
-    )  # 0.7.0 forces nothing, and passes over it
+    assert unread <= ({"zero_force_ds_cpu_optimizer"} if compat.stack() == "cu117" else set())  # 0.7.0 ignores it
 
 
 class Counted(torch.optim.Adam):
-    """Adam that knows the step of a group, as DeepSpeed's FusedAdam."""
+    """Adam with a step count per group, as DeepSpeed's FusedAdam."""
 
     def step(self, closure=None):
         for group in self.param_groups:
@@ -196,35 +196,36 @@ def test_torch_adam_without_compiled_ops(make_model, decay):
         )
 
 
-def test_on_a_gpu_adam_is_fused_or_over_lists(make_model, monkeypatch):
-    model, made = make_model(), {}
-    # without a GPU: what the optimizers would be told
-    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", property(lambda self: True), raising=False)
-    for kind in ("Adam", "AdamW"):
-        real = getattr(torch.optim, kind)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["auto", "deepspeed_stage_1", "deepspeed_stage_1_offload"])
+def test_adam_on_gpu(make_model, monkeypatch, name, decay):
+    """The optimizer of a GPU (on a CPU: fused_adam.py) takes the same steps as one-pass Adam on a
+    CPU. It is fused, or foreach where torch has no fused AdamW; with optimizer offload its state is
+    on the CPU, and it is neither.
+    """
+    ops = importlib.import_module("deepspeed.git_version_info").installed_ops
+    if name != "auto" and ops.get("cpu_adam" if "offload" in name else "fused_adam"):
+        pytest.skip("DeepSpeed's own Adam is compiled")
 
-        class Told(real):
-            def __init__(self, groups, fused=None, foreach=None, **options):
-                made[type(self).__name__] = (fused, foreach)
-                super().__init__(groups, **options)
+    def trained(strategy_name):
+        model = make_model()
+        made = optimizer.make(model, config(weight_decay=decay, strategy=strategy_name))
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            optimizer.set_rates(made, 1e-2, decay)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            made.step()
+        return model, made
 
-        if "fused" not in inspect.signature(real).parameters:
-
-            class Told(real):  # torch 1.13.1's AdamW
-                def __init__(self, groups, foreach=None, **options):
-                    made[type(self).__name__] = (None, foreach)
-                    super().__init__(groups, **options)
-
-        Told.__name__ = kind
-        monkeypatch.setattr(torch.optim, kind, Told)
-    for decay, kind in ((0.0, "Adam"), (0.1, "AdamW")):
-        made.clear()
-        adam = optimizer.make(model, config(weight_decay=decay))
-        # torch 1.13.1 has no fused AdamW: there its fused Adam comes after the decay
-        assert made == {"Adam" if compat.stack() == "cu117" else kind: (True, None)}
-        assert not getattr(adam, "_step_supports_amp_scaling", False)  # else Lightning would refuse to clip
-        optimizer.make(model, config(weight_decay=decay, strategy="deepspeed_stage_1"))
-        fused = kind == "Adam" or compat.stack() != "cu117"
-        assert made[kind] == ((True, None) if fused else (None, True))  # torch's own class, which DeepSpeed knows
-        optimizer.make(model, config(weight_decay=decay, strategy="deepspeed_stage_1_offload"))
-        assert made[kind] == (None, None)  # its state lies on the CPU
+    expected, one_pass = trained("auto")
+    assert type(one_pass) is adam.OnePass
+    fused_adam.on_a_cpu(monkeypatch)
+    model, made = trained(name)
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # fp32, three steps
+    foreach = decay > 0 and name == "deepspeed_stage_1" and compat.stack() == "cu117"
+    fused = name != "deepspeed_stage_1_offload" and not foreach
+    for group in made.param_groups:
+        assert (bool(group.get("fused")), bool(group.get("foreach"))) == (fused, foreach)
+    assert not getattr(made, "_step_supports_amp_scaling", False)  # otherwise Lightning would refuse to clip

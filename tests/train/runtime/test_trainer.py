@@ -1,4 +1,4 @@
-"""--precision auto on GPUs that are not there."""
+"""--precision auto on simulated GPUs."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from rwkv.train.runtime import trainer
 CASES = [  # compute capabilities of the visible GPUs, the precision, whether fp16 is recommended
     ([(8, 0)], "bf16", False),
     ([(9, 0), (12, 0)], "bf16", False),
-    ([(7, 5)], "fp32", True),  # torch 2 says that bf16 is supported there: it is emulated
+    ([(7, 5)], "fp32", True),  # torch 2 reports bf16 as supported, but emulates it
     ([(7, 0)], "fp32", True),
     ([(6, 1)], "fp32", False),
     ([(8, 6), (7, 5)], "fp32", True),

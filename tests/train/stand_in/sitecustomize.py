@@ -1,5 +1,5 @@
-"""Imported by every Python with this folder in PYTHONPATH: installs the fake GPU (cuda_on_cpu.py) in the processes that
-torchrun starts.
+"""Imported by every Python with this folder in PYTHONPATH: installs the fake GPU (cuda_on_cpu.py)
+in the processes that torchrun starts.
 """
 
 import os
