@@ -135,9 +135,9 @@ def test_cuda_out_of_memory_message(monkeypatch):
     watch._device = torch.device("cuda")
     with pytest.raises(UserError) as caught, watch.explained():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    assert f"{watch.expected() / 1e9:.2f} GB per device were predicted; 23.00 GB" in str(told.value)
+    assert f"{watch.expected() / 1e9:.2f} GB per device were predicted; 23.00 GB" in str(caught.value)
     assert "of 24.00 GB. The cheapest change that fits: --grad_cp 1, --strategy deepspeed_stage_2_offload (" in str(
-        told.value
+        caught.value
     )
     with pytest.raises(RuntimeError, match="shapes"), watch.explained():  # another error stays what it is
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
@@ -154,7 +154,7 @@ def test_unknown_gpu_memory(begin, capsys, monkeypatch):
     watch = MemoryMonitor(plan(sizes=published("1.5b"), ctx_len=1024, micro_bsz=1), 0)
     watch._device = torch.device("cuda")
     with (
-        pytest.raises(UserError, match=r"1\.00 GB were in use when an allocation failed\. ") as told,
+        pytest.raises(UserError, match=r"1\.00 GB were in use when an allocation failed\. ") as caught,
         watch.explained(),
     ):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
