@@ -118,7 +118,7 @@ def test_user_error_has_no_traceback():
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
-        ("--peft lora", "--peft lora: a flag of RWKV-PEFT .*; LoRA is what scripts/lora.py trains: leave it out"),
+        ("--peft lora", "--peft lora: a flag of RWKV-PEFT .*; LoRA is what scripts/lora.py trains: omit it"),
         ("--peft bone", "--peft bone: .* only LoRA exists here"),
         ("--quant nf4", "--quant nf4: a flag of RWKV-PEFT .*--lora_base bf16"),
         ("--my_testing x070", "--my_testing x070: .* it selects RWKV-7, and this project trains RWKV-4 only"),
