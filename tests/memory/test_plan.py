@@ -26,7 +26,7 @@ class TrainerCreated(Exception):
 
 
 @pytest.fixture
-def begin(monkeypatch, make_data, tmp_path):
+def resolved_flags(monkeypatch, make_data, tmp_path):
     """Run a command line on simulated GPUs of `memory` bytes each; returns the flags passed to the
     trainer.
     """
@@ -64,7 +64,7 @@ def plan(**changed) -> Plan:
     return replace(Plan(SIZES, lora=False, ctx_len=128, micro_bsz=4), **changed)
 
 
-def room_for(p: Plan) -> int:
+def memory_for(p: Plan) -> int:
     return round((estimate(p).total + 1) / planning.USABLE)
 
 
@@ -87,9 +87,9 @@ STEPS = [  # devices, the plan that just fits, and the expected flags
 
 
 @pytest.mark.parametrize(("devices", "fitting", "expected"), STEPS)
-def test_auto_picks_cheapest_flags(begin, capsys, devices, fitting, expected):
+def test_auto_picks_cheapest_flags(resolved_flags, capsys, devices, fitting, expected):
     wanted = plan(devices=devices, per_node=devices, **fitting)
-    config = begin(TrainConfig, room_for(wanted), "--devices", str(devices))
+    config = resolved_flags(TrainConfig, memory_for(wanted), "--devices", str(devices))
     chosen = planning.plan_of(config, SIZES, True, "bf16")
     assert estimate(chosen).total <= estimate(wanted).total
     assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp, config.strategy) == expected
@@ -102,27 +102,27 @@ def test_auto_picks_cheapest_flags(begin, capsys, devices, fitting, expected):
     )
 
 
-def test_auto_for_lora(begin, capsys):
+def test_auto_for_lora(resolved_flags, capsys):
     wanted = plan(lora=True, micro_bsz=1, accumulate=4, devices=8, per_node=8)
-    config = begin(LoRAConfig, room_for(wanted), "--devices", "8", "--lora", "1")
+    config = resolved_flags(LoRAConfig, memory_for(wanted), "--devices", "8", "--lora", "1")
     assert (config.micro_bsz, config.grad_cp, config.strategy) == (1, 0, "auto")
-    assert f"of {planning.USABLE * room_for(wanted) / 1e9:.2f} GB" in capsys.readouterr().out
+    assert f"of {planning.USABLE * memory_for(wanted) / 1e9:.2f} GB" in capsys.readouterr().out
 
 
-def test_auto_respects_host_memory_and_flags(begin, monkeypatch):
-    offloaded = room_for(plan(micro_bsz=1, accumulate=4, grad_cp=True, strategy="deepspeed_stage_2_offload"))
+def test_auto_respects_host_memory_and_flags(resolved_flags, monkeypatch):
+    offloaded = memory_for(plan(micro_bsz=1, accumulate=4, grad_cp=True, strategy="deepspeed_stage_2_offload"))
     with pytest.raises(
         UserError,
         match=r"--strategy deepspeed_stage_2_offload would fit, but needs [\d.]+ GB of host memory; 0\.1 GB are usable\. Use LoRA",
     ):
-        begin(TrainConfig, offloaded, host=10**8)
-    factored = room_for(plan(micro_bsz=1, accumulate=4, grad_cp=True, optimizer="adafactor"))
-    assert begin(TrainConfig, factored, "--optimizer", "adafactor").strategy == "auto"
+        resolved_flags(TrainConfig, offloaded, host=10**8)
+    factored = memory_for(plan(micro_bsz=1, accumulate=4, grad_cp=True, optimizer="adafactor"))
+    assert resolved_flags(TrainConfig, factored, "--optimizer", "adafactor").strategy == "auto"
     # only DeepSpeed would fit, which supports neither Adafactor nor skipping steps
     with pytest.raises(UserError, match="--auto: nothing fits"):
-        begin(TrainConfig, offloaded, "--optimizer", "adafactor")
+        resolved_flags(TrainConfig, offloaded, "--optimizer", "adafactor")
     with pytest.raises(UserError, match="--auto: nothing fits"):
-        begin(TrainConfig, offloaded, "--on_nan", "skip")
+        resolved_flags(TrainConfig, offloaded, "--on_nan", "skip")
 
 
 def test_cuda_out_of_memory_message(monkeypatch):
@@ -143,8 +143,8 @@ def test_cuda_out_of_memory_message(monkeypatch):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
-def test_unknown_gpu_memory(begin, capsys, monkeypatch):
-    config = begin(TrainConfig, 0, "--grad_cp", "1")
+def test_unknown_gpu_memory(resolved_flags, capsys, monkeypatch):
+    config = resolved_flags(TrainConfig, 0, "--grad_cp", "1")
     assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp, config.strategy) == (4, 1, 1, "auto")
     said = capsys.readouterr().out
     assert "auto:  the memory size of this device is unknown; flags unchanged" in said

@@ -132,21 +132,28 @@ def runs(tmp_path_factory, make_model) -> Path:
     paired, ends = [], []
     for name, case in CASES:
         _, kind, own = PAIRED[case]
-        paired.append([kind, flags(f"{name}, {case}", {**own, **spread(name, folder)})])
+        paired.append([kind, flags(f"{name}, {case}", {**own, **process_flags(name, folder)})])
     for kind, own in (("full", CLIPPED), ("lora", LORA)):
         paired += [
-            [kind, flags(f"{name}, {kind}, bf16", {"micro_bsz": 2, "precision": "bf16", **own, **spread(name, folder)})]
+            [
+                kind,
+                flags(
+                    f"{name}, {kind}, bf16", {"micro_bsz": 2, "precision": "bf16", **own, **process_flags(name, folder)}
+                ),
+            ]
             for name in LOW
         ]
     for name in LOW:
-        half = flags(f"{name}, bf16, stopped", {"micro_bsz": 2, "precision": "bf16", **CLIPPED, **spread(name, folder)})
+        half = flags(
+            f"{name}, bf16, stopped", {"micro_bsz": 2, "precision": "bf16", **CLIPPED, **process_flags(name, folder)}
+        )
         paired += [["full", {**half, "max_steps": 3}], ["full", half]]
     for kind, flags_of in (("full", CLIPPED), ("lora", LORA)):
         halves = {}
         for before, after in CHANGED:
             name = f"{before}, then {after}, {kind}"
             sides = [
-                flags_of | ({"micro_bsz": 4} if side == "one" else {"micro_bsz": 2, **spread(side, folder)})
+                flags_of | ({"micro_bsz": 4} if side == "one" else {"micro_bsz": 2, **process_flags(side, folder)})
                 for side in (before, after)
             ]
             halves[name] = [flags(name, {**sides[0], "max_steps": 3}), flags(name, sides[1])]
@@ -160,29 +167,29 @@ def runs(tmp_path_factory, make_model) -> Path:
         ends += [(kind, both[1]) for name, both in halves.items() if name.split(", ")[1] == "then one"]
     for name, (which, kind, precision, value) in SPOILED.items():
         case = {"full": CLIPPED, "lora": LORA}[kind] | {"micro_bsz": 2, "precision": precision, "spoil": [3, value]}
-        paired.append([kind, flags(name, {**case, **spread(which, folder)})])
+        paired.append([kind, flags(name, {**case, **process_flags(which, folder)})])
     solo = []
     for name, (kind, own) in SOLO.items():
         own = {key: value and str(folder / value) if key == "ds_config" else value for key, value in own.items()}
-        case = ALONE["clipped" if kind == "full" else "lora"][1] | spread(name, folder) | {"devices": 1} | own
+        case = ALONE["clipped" if kind == "full" else "lora"][1] | process_flags(name, folder) | {"devices": 1} | own
         solo.append([kind, flags(f"{name}, one process", case)])
     (folder / "all_reduce.json").write_text(json.dumps({"zero_optimization": {"reduce_scatter": False}}))
     (folder / "wrong.json").write_text(json.dumps({"zero_optimization": {"sub_group_size": "many"}}))
     wrong = {"strategy": "deepspeed_stage_3", "ds_config": str(folder / "wrong.json"), "spoil": [0, 1.0]}
     solo.append(["full", flags("refused", {"micro_bsz": 4, **wrong})])
-    together(folder, paired, solo)
+    run_processes(folder, paired, solo)
     for kind, end in ends:
         alone(kind, end)
     return folder
 
 
-def spread(name: str, folder: Path) -> dict:
+def process_flags(name: str, folder: Path) -> dict:
     """Flags for two processes. By default ZeRO-3 would not shard models as small as these."""
     deepspeed = {"ds_bucket_mb": 1, "ds_config": str(folder / "whole.json")} if name in strategy.ZEROS else {}
     return {"devices": 2, "strategy": name, **deepspeed}
 
 
-def together(folder: Path, paired: list, solo: list) -> None:
+def run_processes(folder: Path, paired: list, solo: list) -> None:
     """Run trainings in two processes and, at the same time, others in one. Their PATH is empty, so
     that they find no compiler.
     """
