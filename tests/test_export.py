@@ -51,7 +51,7 @@ def test_fp16_overflow(script, make_base, tmp_path):
 
 def test_pre_ffn_not_exportable(script, make_base, tmp_path):
     base = make_base(pre_ffn=True)
-    assert "has no channel-mix instead" in script("export.py", "--model", base, "--output", "hf", status=1).stderr
+    assert "does not support --pre_ffn 1" in script("export.py", "--model", base, "--output", "hf", status=1).stderr
     assert not (tmp_path / "hf").exists()
 
 

@@ -135,10 +135,9 @@ def test_cuda_out_of_memory_message(monkeypatch):
     watch._device = torch.device("cuda")
     with pytest.raises(UserError) as caught, watch.explained():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    assert f"{watch.expected() / 1e9:.2f} GB per device were predicted; 23.00 GB" in str(caught.value)
-    assert "of 24.00 GB. The cheapest change that fits: --grad_cp 1, --strategy deepspeed_stage_2_offload (" in str(
-        caught.value
-    )
+    message = str(caught.value)
+    assert f"{watch.expected() / 1e9:.2f} GB per device were predicted; 23.00 GB of 24.00 GB were in use" in message
+    assert "The cheapest change that fits: --grad_cp 1, --strategy deepspeed_stage_2_offload (" in message
     with pytest.raises(RuntimeError, match="shapes"), watch.explained():  # another error stays what it is
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 

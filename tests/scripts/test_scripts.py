@@ -112,7 +112,7 @@ def test_help(script, name):
         ("pretrain", [], "--data_file is missing"),
         ("finetune", ["--data_file", "x"], "--load_model FILE"),
         ("lora", ["--data_file", "x"], "LoRA needs a pretrained model"),
-        ("merge_lora", [], "--adapter and --output are needed"),
+        ("merge_lora", [], "--adapter and --output are required"),
         ("inspect_data", [], "--data_file is missing"),
         ("inspect_data", ["--data_file", "none"], "none.idx: no such file"),
         ("generate", [], "--model is missing"),
