@@ -108,9 +108,9 @@ def test_no_conversion_under_launcher(tmp_path, write_jsonl, monkeypatch):
     ("flags", "complaint"),
     [
         ({"data_type": "uint16"}, "uint16 is not one of binidx, numpy, .*--doc_training 1"),
-        ({"data_type": "wds_img"}, "images"),
+        ({"data_type": "wds_img"}, "image models"),
         ({"data_type": "utf8"}, "convert it"),
-        ({"data_type": "utf-8", "vocab_size": 50277}, "--vocab_size 50277, and .* has 3 different characters"),
+        ({"data_type": "utf-8", "vocab_size": 50277}, "--vocab_size 50277: .* has 3 different characters"),
         ({"data_type": "utf-16le"}, "is not utf-16le"),
         ({"data_type": "utf-8", "data_file": "none"}, "none: No such file"),
         ({"data_type": "utf-8", "data_file": ""}, "--data_file is missing"),

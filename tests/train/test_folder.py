@@ -172,7 +172,7 @@ def test_killed_before_first_state(run):
     no_checkpoints_either(folder)
     manifest["flags"]["save_every"] = 6  # a state should exist
     (folder / "run.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="the metrics of 12 steps but no training state"):
+    with pytest.raises(UserError, match="metrics of 12 steps but no training state"):
         fit(config)
 
 
@@ -354,7 +354,7 @@ def test_manifest_with_missing_or_wrong_values(run):
 def test_folder_in_place_of_file(name, finished, tmp_path):
     (tmp_path / "run" / name).mkdir(parents=True)
     for flags in ({}, {"overwrite": True}):
-        with pytest.raises(UserError, match=f"{name}: is a folder"):
+        with pytest.raises(UserError, match=f"{name}: a folder, but the run writes"):
             fit(changed(finished[0], proj_dir=str(tmp_path / "run"), **flags))
     assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
 

@@ -144,7 +144,7 @@ def test_load_partial(flags, make_base, tmp_path):
     assert {name.split(".")[1] for name in new.keys() - old.keys()} == {"2", "3"}
     as_before = fit(TrainConfig(**grown | {"n_layer": 0, "load_partial": 0, "proj_dir": str(tmp_path / "before")}))
     assert result.first_loss == pytest.approx(as_before.first_loss, rel=1e-6)  # new layers start as identity
-    with pytest.raises(UserError, match="misshapen"):
+    with pytest.raises(UserError, match="wrong shape"):
         fit(TrainConfig(**grown | {"n_embd": 16, "proj_dir": str(tmp_path / "wide")}))
     with pytest.raises(UserError, match="--load_partial 1 completes --load_model"):
         fit(TrainConfig(**grown | {"load_model": "", "proj_dir": str(tmp_path / "none")}))

@@ -75,7 +75,7 @@ def test_invalid_line_dropped_and_copy_kept(tmp_path, capsys, wrong):
     assert (tmp_path / "metrics.jsonl.corrupt").read_bytes() == before
     said = capsys.readouterr().out
     assert "metrics.jsonl.corrupt" in said
-    assert "no line for 2 of the 7 steps" in said
+    assert "no line for 2 of the 7 completed steps" in said
     path.write_bytes(line(3) + WRONG[wrong])
     assert kept_steps(path, 7) == [3]
     assert (tmp_path / "metrics.jsonl.corrupt.2").read_bytes() == line(3) + WRONG[
@@ -96,11 +96,11 @@ def test_missing_lines_reported(tmp_path, capsys):
     metrics_file.keep_steps(tmp_path / "metrics.jsonl", 0, 0, lambda line: None)
     assert capsys.readouterr().out == ""
     metrics_file.keep_steps(tmp_path / "metrics.jsonl", 9, 4, lambda line: None)
-    assert "no line for 5 of the 5 steps" in capsys.readouterr().out
+    assert "no line for 5 of the 5 completed steps" in capsys.readouterr().out
     # steps up to 4 belong to an earlier run
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(map(line, (1, 2, 5, 6, 9))))
     metrics_file.keep_steps(tmp_path / "metrics.jsonl", 9, 4, lambda line: None)
-    assert "no line for 2 of the 5 steps" in capsys.readouterr().out
+    assert "no line for 2 of the 5 completed steps" in capsys.readouterr().out
 
 
 def test_memory_independent_of_length(tmp_path):

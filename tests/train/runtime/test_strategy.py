@@ -128,7 +128,7 @@ def test_invalid_ds_config(deepspeed_available, ds_config, content, complaint):
 
 
 def test_invalid_flags(deepspeed_available, ds_config):
-    with pytest.raises(UserError, match="--ds_config .* is for DeepSpeed, and --strategy is ddp"):
+    with pytest.raises(UserError, match="--ds_config .* needs DeepSpeed, but --strategy is ddp"):
         strategy.check(config(strategy="ddp", ds_config=ds_config({})))
     with pytest.raises(UserError, match="none.json: No such file"):
         strategy.check(config(strategy="deepspeed", ds_config="none.json"))
@@ -219,7 +219,7 @@ def test_adam_on_gpu(make_model, monkeypatch, name, decay):
         return model, made
 
     expected, one_pass = trained("auto")
-    assert type(one_pass) is adam.OnePass
+    assert type(one_pass) is adam.FusedAdam
     fused_adam.on_a_cpu(monkeypatch)
     model, made = trained(name)
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
