@@ -49,7 +49,7 @@ def write(run: Path, state: State) -> Path:
     path = folder_of(run) / f"step-{state.step}.pt"
     shell, tensors = split(vars(state))
     with atomic_write(path) as temporary:
-        # as text, because torch 1.13.1's weights_only loader does not support floats
+        # as text, because the restricted loader of torch 1.13.1 does not support floats
         checkpoint.save({"format": FORMAT, "tensors": tensors, "text": json.dumps(shell)}, temporary)
     for old in states(run)[KEPT:]:
         old.unlink()
