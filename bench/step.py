@@ -36,7 +36,7 @@ import torch
 from rwkv import checkpoint, export
 from rwkv.adapters import lora
 from rwkv.config import TrainConfig
-from rwkv.files import write_json
+from rwkv.files import atomic_write, write_json
 from rwkv.kernels.head_loss import CHUNK_BYTES, SLICE, head_loss
 from rwkv.kernels.linear import linear_forward, linear_grad_input, linear_grad_weight, uses_onednn
 from rwkv.models import RWKV
@@ -67,9 +67,8 @@ def write(c: argparse.Namespace) -> None:
     checkpoint.save_model(folder / "base.pth", model, {})
     if not c.ours:
         (folder / "hf").mkdir()
-        checkpoint.save_safetensors(
-            export.transformers_names(export.tensors_of(model, "keep")), folder / "hf" / "model.safetensors"
-        )
+        with atomic_write(folder / "hf" / "model.safetensors") as temporary:
+            checkpoint.save_safetensors(export.transformers_names(export.tensors_of(model, "keep")), temporary)
         write_json(folder / "hf" / "config.json", export.transformers_config(model, c.ctx_len, DTYPES[c.precision]))
     for path in folder.rglob("*.*"):
         if path.is_file():
