@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from rwkv import checkpoint, compat
+from rwkv.adapter_files import load_tuned
 from rwkv.adapters import lora
-from rwkv.checkpoint import load_model, load_tuned, read_manifest, read_tensors
+from rwkv.checkpoint import load_model, read_manifest, read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import Dataset, writer
 from rwkv.data.dataset import Contexts
