@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rwkv import checkpoint
+from rwkv import adapter_files, checkpoint
 from rwkv.adapters import lora
 from rwkv.errors import UserError
 from rwkv.models import RWKV
@@ -35,9 +35,9 @@ def base_of(adapter: str) -> Path:
     """The base named in the adapter's manifest. Raises UserError if there is none, or the file does
     not exist.
     """
-    if base := checkpoint.find_base(adapter):
+    if base := adapter_files.find_base(adapter):
         return base
-    named = checkpoint.adapter_manifest(adapter).get("base")
+    named = adapter_files.read_manifest(adapter).get("base")
     if named:
         raise UserError(f"{adapter}: its base {named} (named in its .json) does not exist; give --base")
     raise UserError(f"{adapter}: no .json beside it names its base; give --base")
@@ -62,8 +62,8 @@ def merge(
     Raises:
         UserError: an adapter does not fit, or a weight or logit is NaN or Inf; nothing is written.
     """
-    manifest, base = checkpoint.adapter_manifest(adapters[0]), base or base_of(adapters[0])
-    model, stored = checkpoint.load_combined(base, adapters, weights, alpha)
+    manifest, base = adapter_files.read_manifest(adapters[0]), base or base_of(adapters[0])
+    model, stored = adapter_files.load_combined(base, adapters, weights, alpha)
     model.eval().to(device)
     names = ",".join(adapters)
     unmerged = _logits(model, check_tokens) if check_tokens else None

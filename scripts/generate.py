@@ -17,7 +17,7 @@ from rwkv.errors import UserError
 def main(config: GenerateConfig) -> None:
     import torch
 
-    from rwkv import checkpoint, compat
+    from rwkv import adapter_files, checkpoint, compat
     from rwkv.data.tokenizer import WorldTokenizer
     from rwkv.generate import Chat, Sampling, Session, matrices_dtype
     from rwkv.memory import machine
@@ -43,7 +43,7 @@ def main(config: GenerateConfig) -> None:
         config.dtype, checkpoint.read_tensors(config.model).get("head.weight", torch.empty(0)).dtype, gpu
     )
     if config.lora:
-        model, _ = checkpoint.load_tuned(config.model, config.lora, config.lora_alpha or None, matrices=dtype)
+        model, _ = adapter_files.load_tuned(config.model, config.lora, config.lora_alpha or None, matrices=dtype)
         model.to("cuda" if gpu else "cpu")
     else:
         model = checkpoint.load_model(config.model, "cuda" if gpu else "cpu", matrices=dtype)

@@ -10,16 +10,9 @@ import pytest
 import torch
 
 from rwkv import checkpoint
+from rwkv.adapter_files import inspect_adapter, load_tuned, save_adapter
 from rwkv.adapters import lora
-from rwkv.checkpoint import (
-    inspect_adapter,
-    load_model,
-    load_tuned,
-    read_manifest,
-    read_tensors,
-    save_adapter,
-    save_model,
-)
+from rwkv.checkpoint import load_model, read_manifest, read_tensors, save_model
 from rwkv.errors import UserError
 from rwkv.files import sha256
 

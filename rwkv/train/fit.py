@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rwkv import checkpoint, compat
+from rwkv import adapter_files, checkpoint, compat
 from rwkv.adapters import lora
 from rwkv.commands import command, output
 from rwkv.config import TrainConfig
@@ -240,8 +240,8 @@ def _saver(run: Run, home: Home, model: RWKV, manifest: dict[str, Any]) -> Calla
         if rank_zero_only.rank > 0:
             return
         if run.adapter:
-            adapter = setup.adapter_manifest(run.adapter, manifest["base"])
-            checkpoint.save_adapter(home.now() / name, model, adapter, {"step": step, **fixed}, weights)
+            adapter = setup.adapter_entries(run.adapter, manifest["base"])
+            adapter_files.save_adapter(home.now() / name, model, adapter, {"step": step, **fixed}, weights)
         else:
             checkpoint.save_model(home.now() / name, model, {"step": step, **fixed}, weights)
 

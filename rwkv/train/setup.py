@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rwkv import checkpoint, compat
+from rwkv import adapter_files, checkpoint, compat
 from rwkv.adapters import lora
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.convert import char_level
@@ -121,16 +121,16 @@ def _attach_adapter(model: RWKV, run: Run, c: LoRAConfig) -> None:
     lora.store_frozen(model, _frozen_dtype(c))
     if c.lora_load:
         # upstream's adapters do not store alpha
-        stored = checkpoint.adapter_manifest(c.lora_load).get("alpha")
+        stored = adapter_files.read_manifest(c.lora_load).get("alpha")
         alpha = c.lora_alpha if stored is None else None
         base, digest = (c.load_model, run.base["sha256"]) if c.load_model and run.base else (None, None)
-        tensors, known = checkpoint.inspect_adapter(c.lora_load, base, alpha, digest)
+        tensors, known = adapter_files.inspect_adapter(c.lora_load, base, alpha, digest)
         _compare(model, c, known)
         # parts that the adapter lacks keep their initial values
-        checkpoint.load_adapter(model, c.lora_load, tensors, known["parts"])
+        adapter_files.load_adapter(model, c.lora_load, tensors, known["parts"])
 
 
-def adapter_manifest(c: LoRAConfig, base: dict[str, str]) -> dict[str, Any]:
+def adapter_entries(c: LoRAConfig, base: dict[str, str]) -> dict[str, Any]:
     """Manifest entries of an adapter: rank, alpha, parts and the base model."""
     parts = list(lora.parts_in(c.lora_parts))
     return {"r": c.lora_r, "alpha": c.lora_alpha, "parts": parts, "base": base["path"], "base_sha256": base["sha256"]}

@@ -95,10 +95,10 @@ def test_auto_picks_cheapest_flags(resolved_flags, capsys, devices, fitting, exp
     assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp, config.strategy) == expected
     assert config.micro_bsz * config.accumulate_grad_batches == 4
     assert config.epoch_steps == 3 * 4 // config.micro_bsz
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
         f"auto:  --micro_bsz {expected[0]} --accumulate_grad_batches {expected[1]} --grad_cp {expected[2]} --strategy {expected[3]}: "
-        in said
+        in printed
     )
 
 
@@ -145,9 +145,9 @@ def test_cuda_out_of_memory_message(monkeypatch):
 def test_unknown_gpu_memory(resolved_flags, capsys, monkeypatch):
     config = resolved_flags(TrainConfig, 0, "--grad_cp", "1")
     assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp, config.strategy) == (4, 1, 1, "auto")
-    said = capsys.readouterr().out
-    assert "auto:  the memory size of this device is unknown; flags unchanged" in said
-    assert "GB usable" not in said
+    printed = capsys.readouterr().out
+    assert "auto:  the memory size of this device is unknown; flags unchanged" in printed
+    assert "GB usable" not in printed
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10**9)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     watch = MemoryMonitor(plan(sizes=published("1.5b"), ctx_len=1024, micro_bsz=1), 0)

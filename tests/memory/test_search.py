@@ -62,19 +62,19 @@ def test_readme_table(root, script):
 
 
 def test_estimate_output(script, make_base):
-    said = script("estimate.py", "--model", "7b", "--method", "full", "--card", 24).stdout
-    assert "no, on 24 GB" in said
-    assert "48 GB" in said
-    assert not [line for line in said.splitlines() if line.endswith("0.00     0.00")]
-    said = script(
+    printed = script("estimate.py", "--model", "7b", "--method", "full", "--card", 24).stdout
+    assert "no, on 24 GB" in printed
+    assert "48 GB" in printed
+    assert not [line for line in printed.splitlines() if line.endswith("0.00     0.00")]
+    printed = script(
         "estimate.py", "--model", "3b", "--method", "full", "--grad_cp", 1, "--micro_bsz", 1, "--card", "RTX 4090"
     ).stdout
     # the cost of a change includes host memory
     assert re.search(
         r"to fit: +--strategy deepspeed_stage_2_offload: 8\.\d GB on the card, and \d\d\.\d GB of host memory",
-        said,
-    ), said
-    assert "micro_bsz:   none fits at ctx_len 1024" in said
+        printed,
+    ), printed
+    assert "micro_bsz:   none fits at ctx_len 1024" in printed
     assert "got 24GB" in script("estimate.py", "--model", "3b", "--card", "24GB", status=1).stderr
     found = json.loads(
         script("estimate.py", "--load_model", make_base(), "--card", 24, "--micro_bsz", 2, "--json").stdout

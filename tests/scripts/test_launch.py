@@ -73,8 +73,8 @@ def test_hostfile_starts_every_host(root, commands, tmp_path):
     commands(reach='shift; exec sh -c "$*"')
     hosts = tmp_path / "hosts"
     hosts.write_text("# the rack\nalpha slots=4\n\nbeta slots=4")
-    said = launch(root, "--hostfile", hosts, "--", "scripts/lora.py", "--lora_r", "4", SSH="reach")
-    assert said == command(2, 0, 4, "alpha") + command(2, 1, 4, "alpha")
+    printed = launch(root, "--hostfile", hosts, "--", "scripts/lora.py", "--lora_r", "4", SSH="reach")
+    assert printed == command(2, 0, 4, "alpha") + command(2, 1, 4, "alpha")
 
 
 def test_slurm(root, commands):

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rwkv.adapter_files import save_adapter
 from rwkv.adapters import lora
-from rwkv.checkpoint import load_model, read_manifest, read_tensors, save_adapter, save_model
+from rwkv.checkpoint import load_model, read_manifest, read_tensors, save_model
 from rwkv.config import ExportConfig, MergeConfig
 from rwkv.errors import UserError
 from rwkv.files import sha256

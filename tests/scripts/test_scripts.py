@@ -8,7 +8,8 @@ import re
 import pytest
 import torch
 
-from rwkv.checkpoint import load_model, load_tuned, read_manifest, read_tensors
+from rwkv.adapter_files import load_tuned
+from rwkv.checkpoint import load_model, read_manifest, read_tensors
 from rwkv.data.tokenizer import WorldTokenizer
 
 TRAINING = [

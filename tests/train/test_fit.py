@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from rwkv import checkpoint, compat
+from rwkv.adapter_files import load_tuned
 from rwkv.adapters import lora
-from rwkv.checkpoint import load_model, load_tuned, read_manifest, read_tensors
+from rwkv.checkpoint import load_model, read_manifest, read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import Dataset, writer
 from rwkv.data.dataset import Contexts
@@ -144,10 +145,10 @@ def test_ctrl_c_saves(make_base, make_data, tmp_path, root):
         assert time.monotonic() < until
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert re.search(
-        r"stopped at step \d+ of 500,000 and saved \(.*rwkv-final.pth\). Run the same command to continue", said
+        r"stopped at step \d+ of 500,000 and saved \(.*rwkv-final.pth\). Run the same command to continue", printed
     )
     # Ctrl-C may arrive between a step and its line
     assert read_manifest(tmp_path / "run/rwkv-final.pth")["step"] - len(lines(tmp_path / "run")) in (0, 1)
@@ -427,12 +428,12 @@ def test_nan_loss_names_batch(make_base, make_data, tmp_path):
     flags = poisoned(make_base, tmp_path)
     with pytest.raises(UserError) as caught:
         fit(TrainConfig(**flags, proj_dir=str(tmp_path / "run"), save_every=1))
-    said = re.fullmatch(
+    printed = re.fullmatch(
         r"step (\d+): the loss is nan, in the batch of samples (\d+) to \d+ \(tokens (\d+) to (\d+), (\d+) to (\d+) of the data\)\. Lower --lr_init, .*"
         r"--on_nan skip; the last valid state is .*/step-(\d+)\.pt; to resume .*",
         str(caught.value),
     )
-    step, sample, a, b, c, d, good = map(int, said.groups())
+    step, sample, a, b, c, d, good = map(int, printed.groups())
     assert step > 1
     assert (good, sample) == (step - 1, 2 * (step - 1))
     assert a <= 105 < b or c <= 105 < d
@@ -444,7 +445,7 @@ def test_deferred_metrics_match_immediate(make_base, make_data, tmp_path, monkey
     too.
     """
     flags, data = poisoned(make_base, tmp_path), make_data(500)
-    read, found, said = [], [], []
+    read, found, printed = [], [], []
     whole = metrics.Metrics._read
 
     def noted(self, trainer, module, made):
@@ -463,11 +464,11 @@ def test_deferred_metrics_match_immediate(make_base, make_data, tmp_path, monkey
         )
         with pytest.raises(UserError) as caught:
             fit(TrainConfig(**flags, proj_dir=str(tmp_path / f"nan{late}"), save_every=1000))
-        said.append(str(caught.value))
+        printed.append(str(caught.value))
         assert lines(tmp_path / f"nan{late}")[-1]["loss"] is None
         assert not list((tmp_path / f"nan{late}").glob("rwkv-*.pth"))
     assert found[0] == found[1]
-    assert said[0] == said[1]
+    assert printed[0] == printed[1]
 
 
 def test_on_nan_skip(make_base, tmp_path):
@@ -530,10 +531,10 @@ def test_run_manifest_and_dtypes(make_base, make_data, tmp_path, capsys, monkeyp
     monkeypatch.setenv("WANDB_MODE", "offline")
     flags = TUNE | {"load_model": str(base), "data_file": data, "proj_dir": str(tmp_path / "run")}
     fit(LoRAConfig(**flags | {"precision": "bf16"}, wandb="test"))
-    said = capsys.readouterr().out
-    assert "precision: bf16, frozen weights kept in bfloat16/float32 (all types: run.json)" in said
+    printed = capsys.readouterr().out
+    assert "precision: bf16, frozen weights kept in bfloat16/float32 (all types: run.json)" in printed
     assert (
-        "One epoch here = 4 steps = 64 tokens (set by --epoch_steps, not by your data; your data is 200 tokens)" in said
+        "One epoch here = 4 steps = 64 tokens (set by --epoch_steps, not by your data; your data is 200 tokens)" in printed
     )
     run = json.loads((tmp_path / "run/run.json").read_text())
     types = run["types"]

@@ -392,7 +392,7 @@ def test_overwrite_deletes_own_files_only(upstreams, finished, capsys):
     fit(changed(config, overwrite=True))
     capsys.readouterr()
     fit(changed(config, overwrite=True, epoch_count=1))  # deletes the files of that run
-    said = re.search("deleted: (.*) .of the earlier run", capsys.readouterr().out)[1].split(", ")
+    printed = re.search("deleted: (.*) .of the earlier run", capsys.readouterr().out)[1].split(", ")
     assert {
         "run.json",
         "metrics.jsonl",
@@ -402,7 +402,7 @@ def test_overwrite_deletes_own_files_only(upstreams, finished, capsys):
         "rwkv-1.pth",
         "rwkv-1.pth.json",
         "resume/step-8.pt",
-    } <= set(said)
+    } <= set(printed)
     assert not (upstreams / "rwkv-1.pth").exists()
     after = {str(path): raw for path, raw in content(upstreams).items()}
     assert {"rwkv-35.pth", "rwkv-38.pth", "notes.txt"} <= after.keys()

@@ -101,9 +101,9 @@ def test_more_epochs(make_data, tmp_path, capsys):
     fit(changed(config, epoch_count=1))
     fit(config)
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 13))
-    said = capsys.readouterr().out
-    assert "continuing from step 4: 8 steps left" in said
-    assert "--epoch_count changed from 1 to 3, so the learning rate jumps from" in said
+    printed = capsys.readouterr().out
+    assert "continuing from step 4: 8 steps left" in printed
+    assert "--epoch_count changed from 1 to 3, so the learning rate jumps from" in printed
     assert {path.name for path in (tmp_path / "run").glob("*.pth")} == {"rwkv-0.pth", "rwkv-2.pth"}
 
 
@@ -125,9 +125,9 @@ def test_corrupt_state_falls_back(damage, make_base, make_data, tmp_path, capsys
     newest = state_files.states(tmp_path / "run")[0]
     damage(newest)
     fit(config)
-    said = capsys.readouterr().out
-    assert f"{newest} is corrupt" in said
-    assert "continuing from step 3: " in said
+    printed = capsys.readouterr().out
+    assert f"{newest} is corrupt" in printed
+    assert "continuing from step 3: " in printed
     fit(changed(config, proj_dir=str(tmp_path / "whole")))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     for path in state_files.states(tmp_path / "run"):
@@ -234,12 +234,12 @@ def test_resume_after_signal(number, status, make_base, make_data, tmp_path, roo
     config = make("lora", make_base, make_data, proj_dir=str(tmp_path / "run"), epoch_steps=400, save_every=5)
     process = start_until(command(root, config), tmp_path / "run", 8)
     process.send_signal(number)
-    said, errors = process.communicate(timeout=60)
+    printed, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
     made = lines(tmp_path / "run")[-1]["step"]
     assert made < 600
     if number != signal.SIGKILL:
-        assert f"stopped at step {made} of 600 and saved" in said
+        assert f"stopped at step {made} of 600 and saved" in printed
         assert (
             state_files.newest(tmp_path / "run").step == made == read_manifest(tmp_path / "run/rwkv-final.pth")["step"]
         )

@@ -272,15 +272,15 @@ def test_nan_gradient_ends_run_except_fp16(runs, case):
         assert not (runs / case / "error.txt").exists()
     else:
         assert norms[2:] == [None]
-        said = (runs / case / "error.txt").read_text()
-        assert re.match(r"step 3: the norm of the gradient is (nan|inf)", said)
-        assert "--on_nan skip" not in said  # DeepSpeed has none
+        printed = (runs / case / "error.txt").read_text()
+        assert re.match(r"step 3: the norm of the gradient is (nan|inf)", printed)
+        assert "--on_nan skip" not in printed  # DeepSpeed has none
 
 
 def test_invalid_ds_config_value(runs):
-    said = (runs / "refused/error.txt").read_text()
-    assert said.startswith(f"--ds_config {runs / 'wrong.json'}: rejected by DeepSpeed (")
-    assert "sub_group_size" in said
+    printed = (runs / "refused/error.txt").read_text()
+    assert printed.startswith(f"--ds_config {runs / 'wrong.json'}: rejected by DeepSpeed (")
+    assert "sub_group_size" in printed
 
 
 def facts(run: Path) -> dict:
@@ -308,8 +308,8 @@ def test_deepspeed_overhead(runs, name):
 
 
 def test_deepspeed_does_not_flood_the_log(runs):
-    said = (runs / "paired0.txt").read_text()
-    assert said.count("unknown inputs or outputs") <= 1
+    printed = (runs / "paired0.txt").read_text()
+    assert printed.count("unknown inputs or outputs") <= 1
 
 
 def test_accumulation_matches_single_batch(runs):

@@ -9,16 +9,9 @@ import pytest
 import torch
 
 from rwkv import checkpoint
+from rwkv.adapter_files import find_base, inspect_adapter, load_combined, load_tuned, save_adapter
 from rwkv.adapters import lora
-from rwkv.checkpoint import (
-    find_base,
-    inspect_adapter,
-    load_combined,
-    load_model,
-    load_tuned,
-    read_manifest,
-    save_adapter,
-)
+from rwkv.checkpoint import load_model, read_manifest
 from rwkv.errors import UserError, printable
 from rwkv.files import sha256
 

@@ -15,7 +15,7 @@ import hostile
 import pytest
 import torch
 
-from rwkv import checkpoint
+from rwkv import adapter_files, checkpoint
 from rwkv.errors import FileFormatError, UserError
 from rwkv.train.resume import state_files
 from rwkv.weights import pth
@@ -24,7 +24,7 @@ READERS = {
     "pth": pth.load,
     "model": checkpoint.load_model,
     "tensors": checkpoint.read_tensors,
-    "adapter": checkpoint.inspect_adapter,
+    "adapter": adapter_files.inspect_adapter,
     "state": state_files.read,
 }
 

@@ -14,8 +14,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from rwkv import checkpoint
-from rwkv.checkpoint import inspect_adapter, load_model, read_tensors
+from rwkv import adapter_files, checkpoint
+from rwkv.adapter_files import inspect_adapter
+from rwkv.checkpoint import load_model, read_tensors
 from rwkv.errors import UserError
 
 
@@ -381,7 +382,7 @@ def test_peft_adapter_loaded(tmp_path, make_base, make_model, ending, form):
                 model.get_parameter(f"blocks.{layer}.{name}.weight").add_(2 * b @ a)
         expected = model.eval()(tokens)[0]
         for path in (folder, folder / f"adapter_model{ending}"):
-            tuned, _ = checkpoint.load_tuned(base, path)
+            tuned, _ = adapter_files.load_tuned(base, path)
             torch.testing.assert_close(
                 tuned.eval()(tokens)[0], expected, rtol=1e-4, atol=1e-5
             )  # fp32, different summation order

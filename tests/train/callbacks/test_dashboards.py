@@ -118,10 +118,10 @@ def test_wandb_offline_without_key(make_data, tmp_path, without_key, capfd):
     made = sorted((tmp_path / "a run/wandb").glob("offline-run-*/*.wandb"))
     assert len(made) == 2
     assert len({path.name for path in made}) == 1  # resuming continues the same wandb run
-    said = capfd.readouterr()
-    assert "wandb: offline (no API key: run `wandb login`). Upload the run later with: " in said.out
-    assert f"-m wandb sync '{made[0].parent}'" in said.out
-    assert "WARNING" not in said.out + said.err
+    printed = capfd.readouterr()
+    assert "wandb: offline (no API key: run `wandb login`). Upload the run later with: " in printed.out
+    assert f"-m wandb sync '{made[0].parent}'" in printed.out
+    assert "WARNING" not in printed.out + printed.err
     fit(TrainConfig(**config, overwrite=True))
     assert len({path.name for path in (tmp_path / "a run/wandb").glob("offline-run-*/*.wandb")}) == 2
 

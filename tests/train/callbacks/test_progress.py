@@ -83,15 +83,15 @@ def test_bar_fits_terminal(clock, monkeypatch, columns):
     shown._bar.mininterval = 0
     steps(shown, clock, 86, 1)
     shown.close()
-    said = terminal.getvalue()
-    bars = [line for line in re.split(r"[\r\n]+", said) if "/6000 [" in line]
+    printed = terminal.getvalue()
+    bars = [line for line in re.split(r"[\r\n]+", printed) if "/6000 [" in line]
     assert bars
     for bar in bars:
         assert len(bar) <= columns
         assert "loss 2.000" in bar or bar is bars[0]
         assert len(re.search(r"\|(.*)\|", bar)[1]) >= 8
     assert ("0.36 GB" in bars[-1]) == (columns == 200)
-    assert "time: about 1 h 39 min left" in said
+    assert "time: about 1 h 39 min left" in printed
 
 
 DURATIONS = {

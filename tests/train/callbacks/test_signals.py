@@ -58,10 +58,10 @@ def test_repeated_signal_saves(arguments, tmp_path, root, numbers):
     wait_for_steps(process, tmp_path / "run")
     for number in numbers:
         process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + numbers[0], said
-    assert "finishing this step, then saving" in said
-    assert said.count("would be lost") == 1
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + numbers[0], printed
+    assert "finishing this step, then saving" in printed
+    assert printed.count("would be lost") == 1
     assert is_saved(tmp_path / "run")
 
 
@@ -71,8 +71,8 @@ def test_sighup_and_sigusr1_save(arguments, tmp_path, root, number):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_steps(process, tmp_path / "run")
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, said
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, printed
     assert is_saved(tmp_path / "run")
 
 
@@ -137,10 +137,10 @@ def test_signal_to_make_process_group(arguments, tmp_path, root):
     )
     wait_for_steps(process, tmp_path / "run")
     os.killpg(process.pid, signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     until = time.monotonic() + 30  # make may end before the run does
-    while "stopped at step" not in said and not state_files.states(tmp_path / "run"):
+    while "stopped at step" not in printed and not state_files.states(tmp_path / "run"):
         assert time.monotonic() < until
         time.sleep(0.1)
     assert is_saved(tmp_path / "run")
@@ -173,6 +173,6 @@ def test_later_signal_stops_without_saving(root, number, status):
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=60)
     assert process.returncode == status  # killed by the signal
-    assert "WITHOUT saving (7 steps would be lost)" in said
+    assert "WITHOUT saving (7 steps would be lost)" in printed

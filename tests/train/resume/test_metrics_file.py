@@ -73,9 +73,9 @@ def test_invalid_line_dropped_and_copy_kept(tmp_path, capsys, wrong):
     path.write_bytes(before)
     assert kept_steps(path, 7) == [1, 2, 3, 6, 7]
     assert (tmp_path / "metrics.jsonl.corrupt").read_bytes() == before
-    said = capsys.readouterr().out
-    assert "metrics.jsonl.corrupt" in said
-    assert "no line for 2 of the 7 completed steps" in said
+    printed = capsys.readouterr().out
+    assert "metrics.jsonl.corrupt" in printed
+    assert "no line for 2 of the 7 completed steps" in printed
     path.write_bytes(line(3) + WRONG[wrong])
     assert kept_steps(path, 7) == [3]
     assert (tmp_path / "metrics.jsonl.corrupt.2").read_bytes() == line(3) + WRONG[

@@ -81,10 +81,10 @@ def test_killed_rank_ends_others(two_ranks, tmp_path):
         lambda: (tmp_path / "run/metrics.jsonl").exists() and (tmp_path / "run/metrics.jsonl").stat().st_size > 1000
     )
     os.kill(children(two_ranks.pid)[0], signal.SIGKILL)
-    said, _ = two_ranks.communicate(timeout=60)
+    printed, _ = two_ranks.communicate(timeout=60)
     assert two_ranks.returncode == 1
-    assert "error: another process of this run has ended or cannot be reached" in said
-    assert "Traceback" not in said
+    assert "error: another process of this run has ended or cannot be reached" in printed
+    assert "Traceback" not in printed
 
 
 def test_disk_full_with_two_ranks(make_base, make_data, tmp_path, root):

@@ -77,11 +77,11 @@ def train(make_base, make_data, tmp_path, root):
                     cwd=tmp_path,
                 )
             )
-        said = []
+        printed = []
         for process in started:
-            said.append(process.communicate(timeout=300)[0])
-            assert process.returncode == status, said
-        return "\n".join(said)
+            printed.append(process.communicate(timeout=300)[0])
+            assert process.returncode == status, printed
+        return "\n".join(printed)
 
     return run
 
@@ -121,10 +121,10 @@ def test_ranks_use_precision_and_seed_of_rank_0(train, tmp_path, starter):
 
 def test_ranks_with_different_flags(train, tmp_path):
     # A launcher without a store: each rank resolves its own flags.
-    said = train("run", 1, status=1, ranks=("0", "1"), random_seed=1)
-    assert "Traceback" not in said
-    assert said.count("error: rank 1 differs from rank 0. --precision: bf16, rank 0: fp32") == 2, said
-    assert "replace auto by a value (such as --precision fp32)" in said
+    printed = train("run", 1, status=1, ranks=("0", "1"), random_seed=1)
+    assert "Traceback" not in printed
+    assert printed.count("error: rank 1 differs from rank 0. --precision: bf16, rank 0: fp32") == 2, printed
+    assert "replace auto by a value (such as --precision fp32)" in printed
     assert not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text()
 
 
