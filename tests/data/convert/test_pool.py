@@ -96,7 +96,7 @@ def test_killed_worker_ends_pool(function):
     """
     draw = random.Random(3)
     for last in [-1, *draw.sample(range(20), 15)]:
-        began, results = time.monotonic(), 0
+        began, results, raised = time.monotonic(), 0, ""
         try:
             with Pool(function, 3) as pool:
                 if last < 0:
@@ -107,9 +107,8 @@ def test_killed_worker_ends_pool(function):
                         time.sleep(draw.uniform(0, 0.005))
                         os.kill(draw.choice(children()), signal.SIGKILL)
         except UserError as error:
-            assert "a worker process was killed" in str(error)
-        else:
-            assert (function, results) in [(double, 40), (large, 40)]
+            raised = str(error)
+        assert "a worker process was killed" in raised or (results == 40 and function is not stuck)
         assert time.monotonic() - began < BOUND
         assert children() == []
 
