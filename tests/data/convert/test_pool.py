@@ -12,8 +12,8 @@ import pytest
 from rwkv.data.convert.pool import Pool
 from rwkv.errors import UserError
 
-EARLIER: dict[str, list[int]] = {"children": []}
-BOUND = 30  # seconds on a loaded machine; without termination it would hang forever
+EARLIER_CHILDREN: dict[str, list[int]] = {"children": []}
+TIMEOUT = 30  # seconds, for a loaded machine; a pool that does not end would hang
 
 
 def double(x):
@@ -28,8 +28,8 @@ def large(x):
 @pytest.fixture(autouse=True)
 def _earlier_children(monkeypatch):
     """Child processes of earlier tests, such as multiprocessing's resource tracker."""
-    monkeypatch.setitem(EARLIER, "children", [])
-    EARLIER["children"] = children()
+    monkeypatch.setitem(EARLIER_CHILDREN, "children", [])
+    EARLIER_CHILDREN["children"] = children()
 
 
 def children():
@@ -42,7 +42,7 @@ def children():
             continue
         if int(fields[1]) == os.getpid() and fields[0] != "Z":
             found.append(int(path.parent.name))
-    return sorted(set(found) - set(EARLIER["children"]))
+    return sorted(set(found) - set(EARLIER_CHILDREN["children"]))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -93,16 +93,16 @@ def test_killed_worker_ends_pool(function):
     draw = random.Random(3)
     killed_in_time = 0
     for _ in range(25):
-        began = time.monotonic()
+        started = time.monotonic()
 
-        def kill(after, until):
-            while not (some := children()) and time.monotonic() < until:
+        def kill(after, deadline):
+            while not (pids := children()) and time.monotonic() < deadline:
                 time.sleep(0.001)  # a loaded machine takes long to start the workers
             time.sleep(after)
-            if some := children():
-                os.kill(draw.choice(some), signal.SIGKILL)
+            if pids := children():
+                os.kill(draw.choice(pids), signal.SIGKILL)
 
-        killer = threading.Thread(target=kill, args=(draw.uniform(0, 0.15), began + BOUND))
+        killer = threading.Thread(target=kill, args=(draw.uniform(0, 0.15), started + TIMEOUT))
         raised = ""
         try:
             with Pool(function, 3) as pool:
@@ -115,7 +115,7 @@ def test_killed_worker_ends_pool(function):
             killed_in_time += 1
         killer.join()
         assert not raised or "a worker process was killed" in raised
-        assert time.monotonic() - began < BOUND
+        assert time.monotonic() - started < TIMEOUT
         assert children() == []
     assert killed_in_time >= 5
 
@@ -131,7 +131,7 @@ def test_workers_end_with_killed_parent(tmp_path):
         time.sleep(0.05)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    end = time.monotonic() + BOUND
+    end = time.monotonic() + TIMEOUT
     while any(
         Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text()
         for pid in file.read_text().split()
