@@ -152,12 +152,12 @@ def byte_tokenizer(tmp_path):
     """A tokenizer.json like that of the 20B models: NFC, byte-level BPE, <|endoftext|> = 0."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<|endoftext|>": 0, **{letter: i for i, letter in enumerate(alphabet, 1)}, "He": 257, "ll": 258}
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("H", "e"), ("l", "l")]))
-    made.normalizer = tokenizers.normalizers.NFC()
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(["<|endoftext|>"])
-    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("H", "e"), ("l", "l")]))
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
     return tmp_path / "tokenizer.json", {letter: i for i, letter in enumerate(alphabet, 1)}
 
 
@@ -181,7 +181,7 @@ def script(tmp_path):
         name: str, *arguments, status: int = 0, stdin: str = "", environment: dict | None = None
     ) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-        done = subprocess.run(
+        result = subprocess.run(
             command,
             input=stdin,
             capture_output=True,
@@ -191,7 +191,7 @@ def script(tmp_path):
             timeout=300,
             check=False,
         )
-        assert done.returncode == status, f"{name} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done
+        assert result.returncode == status, f"{name} ended with {result.returncode}\n{result.stdout}\n{result.stderr}"
+        return result
 
     return run

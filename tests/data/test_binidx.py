@@ -106,7 +106,7 @@ def test_open_with_or_without_suffix(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "complaint"),
+    ("damage", "message"),
     [
         (lambda bin, idx: idx.unlink(), r"p.idx: no such file"),
         (lambda bin, idx: bin.unlink(), r"p.bin: no such file"),
@@ -141,12 +141,12 @@ def test_open_with_or_without_suffix(tmp_path):
         (lambda bin, idx: bin.write_bytes(bin.read_bytes() + b"\0\0"), r"8 bytes, but its index describes 3 tokens"),
     ],
 )
-def test_corrupt_file_error(tmp_path, damage, complaint):
+def test_corrupt_file_error(tmp_path, damage, message):
     with writer(tmp_path / "p") as out:
         out.add([1, 2])
         out.add([3])
     damage(tmp_path / "p.bin", tmp_path / "p.idx")
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=message):
         Dataset(tmp_path / "p")
 
 

@@ -31,9 +31,7 @@ def tokenizer():
     return WorldTokenizer()
 
 
-@pytest.mark.skipif(
-    bool(os.environ.get("PY")), reason="make was given a Python of its own, and installs no oracle beside it"
-)
+@pytest.mark.skipif(bool(os.environ.get("PY")), reason="PY selects another Python, into which make installs no oracle")
 def test_ids_match_reference_tokenizer(tokenizer, root):
     assert ORACLE.is_dir(), "the oracle is installed by: make test"
     texts = TEXTS + [
@@ -41,14 +39,14 @@ def test_ids_match_reference_tokenizer(tokenizer, root):
     ]
     texts += [(root / page).read_text(encoding="utf-8") for page in ("README.md", "README.zh.md", "rwkv/checkpoint.py")]
     # -I: the oracle's `rwkv` must not be ours
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-I", "-c", PROGRAM, str(ORACLE)],
         input=json.dumps(texts),
         capture_output=True,
         text=True,
         check=True,
     )
-    assert [tokenizer.encode(text) for text in texts] == json.loads(done.stdout)
+    assert [tokenizer.encode(text) for text in texts] == json.loads(result.stdout)
 
 
 @given(text=st.text(st.characters(blacklist_categories=["Cs"])))

@@ -1,7 +1,7 @@
 """Upstream's commands from their READMEs and scripts, with other paths and smaller models.
 
-BlinkDL: the examples at the top of RWKV-v4neo/train.py, which the README refers to. Blealtan,
-m8than. J: README of json2binidx.
+BlinkDL: the examples at the top of RWKV-v4neo/train.py, to which the README refers. Blealtan and
+m8than: their READMEs. The converter: the README of json2binidx.
 """
 
 import os
@@ -60,7 +60,7 @@ SHORT = 64
 
 
 @pytest.fixture(scope="module", autouse=True)
-def process_restored():
+def restored_process():
     """Remove the process group and environment variables that ddp and DeepSpeed leave behind."""
     before = dict(os.environ)
     yield
@@ -112,10 +112,10 @@ def test_upstream_training_command(name, paths, tmp_path):
     line = COMMANDS[name]
     for word, path in {**paths, "OUT": tmp_path / "out"}.items():
         line = re.sub(rf"\b{word}\b", str(path), line)
-    words, kind = shlex.split(line), LoRAConfig if "--lora" in line else TrainConfig
-    config = parse(kind, "", words)
+    arguments, kind = shlex.split(line), LoRAConfig if "--lora" in line else TrainConfig
+    config = parse(kind, "", arguments)
     known = {"head_qk": None, "seq_data": "doc_training_seq", "seq_data_sep": "doc_sep"}
-    for word, value in zip(words, [*words[1:], ""], strict=True):
+    for word, value in zip(arguments, [*arguments[1:], ""], strict=True):
         if (
             word.startswith("--")
             and not value.startswith("--")

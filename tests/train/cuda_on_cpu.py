@@ -4,7 +4,7 @@ project run unmodified.
 Tensors stay on the CPU: streams and events do nothing, and the current CUDA device is the CPU.
 Collectives use gloo, extended by what only NCCL supports. Nothing is restored, so install it in a
 separate process (run_trainings.py), or in all processes of a command through PYTHONPATH
-(stand_in/sitecustomize.py).
+(fake_gpu/sitecustomize.py).
 """
 
 import contextlib

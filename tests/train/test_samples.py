@@ -49,14 +49,14 @@ def plain_mean(model, items, reset: bool) -> tuple[float, int]:
     masks in the model; with `reset` each document separately.
     """
     total = count = 0
-    for x, y, counts, starts in items:
+    for x, y, loss_mask, starts in items:
         edges = [0, *(t for t in range(1, len(x)) if reset and starts[t]), len(x)]
         for begin, end in itertools.pairwise(edges):
             with torch.no_grad():
                 logits = model(x[None, begin:end])[0][0]
             each = F.cross_entropy(logits, y[begin:end], reduction="none")
-            total += float(each[counts[begin:end]].double().sum())
-            count += int(counts[begin:end].sum())
+            total += float(each[loss_mask[begin:end]].double().sum())
+            count += int(loss_mask[begin:end].sum())
     return total / count, count
 
 
@@ -96,8 +96,8 @@ def test_validation_loss(make_base, documents, tmp_path):
     )
     result = fit(config)
     data = Dataset(documents)
-    held = Stream(data, split(data, 0.2, CTX)[1])
-    contexts = [held.read(i, i + CTX + 1) for i in range(0, len(held) - CTX, CTX)]
+    validation = Stream(data, split(data, 0.2, CTX)[1])
+    contexts = [validation.read(i, i + CTX + 1) for i in range(0, len(validation) - CTX, CTX)]
     items = [tuple(map(torch.from_numpy, (p.ids[:-1], p.ids[1:], p.loss_mask[1:], p.starts[:-1]))) for p in contexts]
     expected, _ = plain_mean(load_model(base), items, False)
     found = {line["step"]: line["val_loss"] for line in lines(tmp_path / "run") if "val_loss" in line}
@@ -124,8 +124,8 @@ def test_val_file(make_base, documents, other, tmp_path, mode):
     flags = FLAGS | mode | {"load_model": str(base), "data_file": documents, "val_samples": 0}
     config = TrainConfig(**flags | NO_UPDATE, val_file=other, val_every=3, proj_dir=str(tmp_path / "run"))
     result = fit(config)
-    _, held_out = samples.make(config, Dataset(documents), Dataset(other))
-    expected, _ = plain_mean(load_model(base), [held_out[i] for i in range(len(held_out))], bool(mode))
+    _, validation = samples.make(config, Dataset(documents), Dataset(other))
+    expected, _ = plain_mean(load_model(base), [validation[i] for i in range(len(validation))], bool(mode))
     found = {line["step"]: line["val_loss"] for line in lines(tmp_path / "run") if "val_loss" in line}
     assert list(found) == [3, 4, 6, 8]
     assert list(found.values()) == pytest.approx([expected] * 4, rel=1e-5)
@@ -170,10 +170,10 @@ def test_invalid_val_file(make_base, documents, make_data, tmp_path):
 
 def test_training_and_validation_disjoint(documents):
     config = TrainConfig(**FLAGS, data_file=documents, val_split=0.2, doc_training=1)
-    training, held = samples.make(config, Dataset(documents))
+    training, validation = samples.make(config, Dataset(documents))
     seen = [
         {tuple(x.tolist()) for x, *_ in (source.item(*source.sequential_window(i)) for i in range(source.per_pass))}
-        for source in (training, held.source)
+        for source in (training, validation.source)
     ]
     assert seen[0]
     assert seen[1]
@@ -211,8 +211,10 @@ def test_two_processes_match_one_with_masked_targets(make_base, documents, tmp_p
     common = [word for name, value in flags.items() for word in (f"--{name}", value)]
     for name, extra in (("one", ["--micro_bsz", 2]), ("two", ["--micro_bsz", 1, "--devices", 2])):
         command = [sys.executable, root / "scripts/finetune.py", *common, *extra, "--proj_dir", tmp_path / name]
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
+        result = subprocess.run(
+            [str(word) for word in command], capture_output=True, text=True, timeout=300, check=False
+        )
+        assert result.returncode == 0, result.stderr
     one, two = (lines(tmp_path / name) for name in ("one", "two"))
     for key in ("loss", "val_loss", "targets"):
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-5), key
@@ -234,7 +236,7 @@ def test_step_without_targets(make_base, documents, tmp_path):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-REFUSED = [
+INVALID_FLAGS = [
     ({"doc_training": 1, "magic_prime": -1}, "use only one of them"),
     ({"min_ctx_len": 5}, "applies to --doc_training 1"),
     ({"doc_training": 1, "min_ctx_len": CTX + 1}, f"must be 0 to --ctx_len {CTX}"),
@@ -251,9 +253,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "complaint"), REFUSED)
-def test_invalid_flags(documents, tmp_path, flags, complaint):
-    with pytest.raises(UserError, match=complaint):
+@pytest.mark.parametrize(("flags", "message"), INVALID_FLAGS)
+def test_invalid_flags(documents, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
         fit(
             TrainConfig(
                 **{

@@ -62,30 +62,30 @@ CONTENTS = {
 
 
 def numpy_file() -> bytes:
-    made = io.BytesIO()
-    np.save(made, np.zeros(3))
-    return made.getvalue()
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    return buffer.getvalue()
 
 
 def numpy_archive() -> bytes:
-    made = io.BytesIO()
-    np.savez(made, a=np.zeros(3))
-    return made.getvalue()
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.zeros(3))
+    return buffer.getvalue()
 
 
 def zip_of(*names: str) -> bytes:
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w") as file:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
         for name in names:
             file.writestr(name, b"x")
-    return made.getvalue()
+    return buffer.getvalue()
 
 
 def tar_of() -> bytes:
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w") as file:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as file:
         file.addfile(tarfile.TarInfo("model.pth"))
-    return made.getvalue()
+    return buffer.getvalue()
 
 
 CONTENTS |= {
@@ -342,13 +342,13 @@ def test_huge_layer_number_fails_fast(tmp_path, make_model):
 
 def peft_tensors(model, names=("att.key", "ffn.value"), form="base_model.model.{}.lora_{}.weight"):
     generator = torch.Generator().manual_seed(3)
-    made = {}
+    tensors = {}
     for layer in range(len(model.blocks)):
         for name in names:
             out, columns = model.get_parameter(f"blocks.{layer}.{name}.weight").shape
             for half, shape in (("A", (4, columns)), ("B", (out, 4))):
-                made[form.format(f"blocks.{layer}.{name}", half)] = torch.randn(shape, generator=generator) * 0.1
-    return made
+                tensors[form.format(f"blocks.{layer}.{name}", half)] = torch.randn(shape, generator=generator) * 0.1
+    return tensors
 
 
 def peft_folder(folder: Path, tensors, ending=".safetensors", **settings) -> Path:

@@ -61,8 +61,8 @@ try:
 except checkpoint.UserError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
-    assert "larger than a file may be here" in done.stdout
+    result = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert "larger than a file may be here" in result.stdout
     assert path.read_bytes() == before
     assert not list(tmp_path.glob(".*"))
 

@@ -36,14 +36,14 @@ SAMPLES = [
 
 
 def converted(source, prefix, **flags):
-    done = convert(
+    result = convert(
         ConvertConfig(**{"input": str(source), "output_prefix": str(prefix), "workers": 1, "force": True, **flags})
     )
-    data = Dataset(done.pairs[0][0])
+    data = Dataset(result.pairs[0][0])
     return [WorldTokenizer().decode(data.document(i)[:-1]) for i in range(len(data))]
 
 
-def stored(kind, texts, encoding):
+def encoded(kind, texts, encoding):
     records = [{"text": text} for text in texts]
     content = {
         "jsonl": lambda: "".join(json.dumps(record, ensure_ascii=False) + "\r\n" for record in records),
@@ -61,7 +61,7 @@ def test_encoding_guess_and_advice(tmp_path, kind, text, encoding, advised, name
         text = "A" + text
     texts = [text] if kind == "txt" else [text, "plain", text * 3]
     source = tmp_path / f"x.{kind}"
-    source.write_bytes(stored(kind, texts, encoding))
+    source.write_bytes(encoded(kind, texts, encoding))
     if b"\0" not in source.read_bytes():
         with pytest.raises(
             UserError, match=rf"x.{kind}.*: not UTF-8 .*; it looks like {name}. Give --encoding {advised}, or save"
@@ -73,7 +73,7 @@ def test_encoding_guess_and_advice(tmp_path, kind, text, encoding, advised, name
 
 @pytest.mark.parametrize("kind", ["jsonl", "txt", "csv"])
 def test_utf16_detected(tmp_path, kind):
-    (tmp_path / f"x.{kind}").write_bytes(stored(kind, [CHINESE], "utf-16"))
+    (tmp_path / f"x.{kind}").write_bytes(encoded(kind, [CHINESE], "utf-16"))
     with pytest.raises(UserError, match=r"it looks like UTF-16. Give --encoding utf-16"):
         converted(tmp_path / f"x.{kind}", tmp_path / "p")
 
@@ -83,7 +83,7 @@ def test_utf16_detected(tmp_path, kind):
 def test_utf16_without_bom_detected(tmp_path, kind, encoding):
     """English in UTF-16 is valid UTF-8, with a NUL after every letter."""
     texts = ["It was the best of times"] if kind == "txt" else ["It was the best of times", "it was the worst of times"]
-    (tmp_path / f"x.{kind}").write_bytes(stored(kind, texts, encoding))
+    (tmp_path / f"x.{kind}").write_bytes(encoded(kind, texts, encoding))
     with pytest.raises(UserError, match=rf"x.{kind}: not UTF-8.* it looks like UTF-16. Give --encoding {encoding}"):
         converted(tmp_path / f"x.{kind}", tmp_path / "p", on_error="skip")
     assert converted(tmp_path / f"x.{kind}", tmp_path / "p", encoding=encoding) == texts
@@ -94,7 +94,7 @@ def test_utf16_without_bom_detected(tmp_path, kind, encoding):
 def test_multibyte_characters_at_chunk_boundaries(tmp_path, monkeypatch, encoding, compressed):
     text = JAPANESE if "j" in encoding else TRADITIONAL if encoding == "big5" else CHINESE
     texts = [text[i:] + "x" * (i % 3) for i in range(20)]
-    content = stored("jsonl", texts, encoding)
+    content = encoded("jsonl", texts, encoding)
     (tmp_path / f"x.jsonl{'.gz' * compressed}").write_bytes(gzip.compress(content) if compressed else content)
     monkeypatch.setattr(source_file, "DECODE_BLOCK", 7)
     for size in (5, 64, 1000):

@@ -163,7 +163,7 @@ def test_json_values_around_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "complaint"),
+    ("name", "data", "message"),
     [
         ("x.json", b'[{"text": "a"}, {"text": "b"', r"x.json, element 2: not JSON"),
         ("x.json", b'[{"text": "a"}, {"text": nope}]' + b" " * 200, r"x.json, element 2: not JSON \(Expecting value"),
@@ -187,18 +187,18 @@ def test_json_values_around_text(tmp_path):
         ("sub/x.md", b"", r"a folder without a file that can be converted"),
     ],
 )
-def test_corrupt_file_error(tmp_path, name, data, complaint):
+def test_corrupt_file_error(tmp_path, name, data, message):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=message):
         read(tmp_path / name if "/" not in name else tmp_path / "sub", split_lines=False)
 
 
 @pytest.mark.parametrize(
-    ("spec", "complaint"), [("none.jsonl", "none.jsonl: no such file"), ("no*.jsonl", "matches no file")]
+    ("spec", "message"), [("none.jsonl", "none.jsonl: no such file"), ("no*.jsonl", "matches no file")]
 )
-def test_missing_file_error(spec, complaint):
-    with pytest.raises(UserError, match=complaint):
+def test_missing_file_error(spec, message):
+    with pytest.raises(UserError, match=message):
         sources.find(spec)
 
 

@@ -7,7 +7,7 @@ from rwkv.data.convert.jsonl import BadRecord
 
 
 def read(*entries):
-    return [(one.role, one.content, one.train) for one in messages.read(list(entries), "messages")]
+    return [(message.role, message.content, message.train) for message in messages.read(list(entries), "messages")]
 
 
 def test_openai_sharegpt_and_pairs():
@@ -27,8 +27,15 @@ def test_openai_sharegpt_and_pairs():
 
 def test_null_is_absent():
     # messages with different fields in a parquet column
-    one = {"role": "user", "content": "a", "tool_calls": None, "weight": None, "reasoning_content": None, "from": None}
-    assert read(one) == [("user", "a", None)]
+    message = {
+        "role": "user",
+        "content": "a",
+        "tool_calls": None,
+        "weight": None,
+        "reasoning_content": None,
+        "from": None,
+    }
+    assert read(message) == [("user", "a", None)]
 
 
 def test_content_parts():
@@ -95,7 +102,7 @@ def test_weights():
 
 
 @pytest.mark.parametrize(
-    ("entries", "complaint"),
+    ("entries", "message"),
     [
         ("hi", '"messages" is not a list of messages'),
         ({"a": 1}, '"messages" is not a list of messages'),
@@ -126,6 +133,6 @@ def test_weights():
         ([{"role": "assistant", "content": None, "tool_calls": "f"}], '"tool_calls" that are no list'),
     ],
 )
-def test_unsupported_messages(entries, complaint):
-    with pytest.raises(BadRecord, match=complaint):
+def test_unsupported_messages(entries, message):
+    with pytest.raises(BadRecord, match=message):
         messages.read(entries, "messages")

@@ -39,8 +39,8 @@ def test_plain_text_has_no_report():
 
 
 def test_summaries_add_up():
-    one, two = (
+    first, second = (
         Counter({("schema", "text"): 1, ("role", "user"): 2, ("trained", ""): 3}),
         Counter({("schema", "moss"): 4, ("role", "user"): 5}),
     )
-    assert report.added([report.summary(one), report.summary(two), None]) == report.summary(one + two)
+    assert report.added([report.summary(first), report.summary(second), None]) == report.summary(first + second)

@@ -8,7 +8,7 @@ from rwkv.data.convert.jsonl import BadRecord
 
 def read(record, kind="auto"):
     found = schemas.conversation(record, kind)
-    return found and (found.schema, [(one.role, one.content, one.reasoning) for one in found.messages])
+    return found and (found.schema, [(message.role, message.content, message.reasoning) for message in found.messages])
 
 
 def turns(*texts):
@@ -63,7 +63,7 @@ def test_moss():
         "Tool Responses": "<|Results|>: None<eor>\n",
     }
     found = schemas.conversation({"meta_instruction": "s", "num_turns": 2, "chat": {"turn_2": plain, "turn_1": turn}})
-    shown = [(one.role, one.content, one.reasoning, one.calls) for one in found.messages]
+    shown = [(message.role, message.content, message.reasoning, message.calls) for message in found.messages]
     assert (found.schema, shown) == (
         "moss",
         [
@@ -105,7 +105,7 @@ def test_conversational_prompt_trains_completion_only():
         "prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "1"}],
         "completion": [{"role": "assistant", "content": "a"}],
     }
-    assert [one.train for one in schemas.conversation(record).messages] == [False, False, None]
+    assert [message.train for message in schemas.conversation(record).messages] == [False, False, None]
 
 
 def test_tools_are_kept():
@@ -118,7 +118,7 @@ def test_tools_are_kept():
 
 
 @pytest.mark.parametrize(
-    ("record", "complaint"),
+    ("record", "message"),
     [
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference data"),
         ({"chosen": [], "rejected": []}, "preference data"),
@@ -140,8 +140,8 @@ def test_tools_are_kept():
         ({"conversations": "hi"}, '"conversations" is not a list of messages'),
     ],
 )
-def test_unsupported_records(record, complaint):
-    with pytest.raises(BadRecord, match=complaint):
+def test_unsupported_records(record, message):
+    with pytest.raises(BadRecord, match=message):
         schemas.conversation(record)
 
 

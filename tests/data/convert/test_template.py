@@ -183,7 +183,7 @@ def test_weight_without_matching_block(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "message"),
     [
         (None, "cannot be read"),
         ("{% for m in messages %}", r"line 1: not a Jinja template"),
@@ -191,11 +191,11 @@ def test_weight_without_matching_block(tmp_path):
         ("{{ 'x' | center(10 ** 10) }}{% generation %}{% endgeneration %}", "MiB of memory"),
     ],
 )
-def test_invalid_template(tmp_path, text, complaint):
+def test_invalid_template(tmp_path, text, message):
     path = tmp_path / "t.jinja"
     if text:
         path.write_text(text)
-    with pytest.raises((UserError, BadRecord), match=complaint):
+    with pytest.raises((UserError, BadRecord), match=message):
         segments(path, OPENAI)
 
 
@@ -205,7 +205,7 @@ def test_template_is_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "message"),
     [
         ("{{ raise_exception('roles must alternate') }}", "the chat template rejects it \\(roles must alternate\\)"),
         ("{{ raise_exception('\x1b[31m') }}", "rejects it \\(\\\\x1b\\[31m\\)"),
@@ -229,12 +229,12 @@ def test_template_is_folder(tmp_path):
         ("{{ range(10 ** 9) }}", "OverflowError"),
     ],
 )
-def test_failing_template_is_bad_record(tmp_path, monkeypatch, text, complaint):
+def test_failing_template_is_bad_record(tmp_path, monkeypatch, text, message):
     monkeypatch.setattr(sandbox, "SECONDS", 0.2)
     path = tmp_path / "t.jinja"
     path.write_text(text + "{% generation %}{% endgeneration %}")
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
-    with pytest.raises(BadRecord, match=complaint):
+    with pytest.raises(BadRecord, match=message):
         segments(path, OPENAI)
     assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == before
 

@@ -93,5 +93,5 @@ curve.add({"step": 1, "loss": 2.0, "lr": 1e-4}, 0)
 plot(curve, Path(sys.argv[1]), "x")
 """
     command = [sys.executable, "-c", program, str(tmp_path / "x.png")]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stderr) == (0, "")

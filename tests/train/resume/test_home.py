@@ -33,10 +33,10 @@ def after_step(monkeypatch):
     """Call a function after a step of the run."""
 
     def plan(step, act):
-        made = TrainingModule.on_train_batch_end
+        original = TrainingModule.on_train_batch_end
 
         def hook(self, *arguments):
-            made(self, *arguments)
+            original(self, *arguments)
             if self.step == step:
                 act()
 
@@ -62,13 +62,15 @@ def test_renamed_folder_is_followed(make_data, tmp_path, after_step, capsys, mon
     assert f"{tmp_path / 'run'} is now {tmp_path / '新 run'}; the run continues there" in capsys.readouterr().out
     assert not list((tmp_path / "run").glob("*"))
     monkeypatch.undo()
-    fit(TrainConfig(**vars(config) | {"proj_dir": str(tmp_path / "whole")}))
+    fit(TrainConfig(**vars(config) | {"proj_dir": str(tmp_path / "uninterrupted")}))
     ours, theirs = (
         [json.loads(x)["loss"] for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("新 run", "whole")
+        for name in ("新 run", "uninterrupted")
     )
     assert ours == theirs
-    assert {x.name for x in (tmp_path / "新 run").glob("[!.]*")} == {x.name for x in (tmp_path / "whole").glob("[!.]*")}
+    assert {x.name for x in (tmp_path / "新 run").glob("[!.]*")} == {
+        x.name for x in (tmp_path / "uninterrupted").glob("[!.]*")
+    }
     assert state_files.newest(tmp_path / "新 run").step == 12
     assert fit(TrainConfig(**vars(config) | {"proj_dir": str(tmp_path / "新 run"), "epoch_count": 3})).steps == 18
 

@@ -32,13 +32,13 @@ def after(monkeypatch):
     """Call a function once, after a step of the run."""
 
     def plan(step, do):
-        def noted(self, *arguments):
-            if self.step == step and not done:
-                done.append(do())
+        def hook(self, *arguments):
+            if self.step == step and not calls:
+                calls.append(do())
             return before(self, *arguments)
 
-        done, before = [], module.TrainingModule.training_step
-        monkeypatch.setattr(module.TrainingModule, "training_step", noted)
+        calls, before = [], module.TrainingModule.training_step
+        monkeypatch.setattr(module.TrainingModule, "training_step", hook)
 
     return plan
 
@@ -68,8 +68,8 @@ def test_input_changed_in_place_ends_run(which, after, make_base, make_data, tmp
     assert not list((tmp_path / "run").glob("rwkv-*"))
     path.write_bytes(good)
     fit(LoRAConfig(**config, proj_dir=str(tmp_path / "run")))
-    fit(LoRAConfig(**config, proj_dir=str(tmp_path / "whole")))
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    fit(LoRAConfig(**config, proj_dir=str(tmp_path / "uninterrupted")))
+    assert losses(tmp_path / "run") == losses(tmp_path / "uninterrupted")
 
 
 def test_invalid_id_after_change(after, make_base, make_data, tmp_path):
