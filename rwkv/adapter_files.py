@@ -38,8 +38,8 @@ def save_adapter(
 
 
 def read_manifest(path: PathLike) -> dict[str, Any]:
-    """An adapter's manifest: `<path>.json`, or for peft r and alpha from adapter_config.json; empty
-    if there is neither.
+    """An adapter's manifest: `<path>.json`; for peft adapters, r and alpha from
+    adapter_config.json. Empty if there is neither.
 
     Raises:
         UserError: a value in it is invalid.
@@ -102,7 +102,7 @@ def inspect_adapter(
     }
     if known["r"] < 1 or known["r"] != manifest.get("r", known["r"]):
         raise UserError(
-            f"{path}: rank {known['r']}, but {manifests.path_of(path).name} says {manifest.get('r')}; that manifest belongs to another file"
+            f"{path}: rank {known['r']}, but {manifests.path_of(path).name} states {manifest.get('r')}; that manifest belongs to another file"
         )
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise UserError(f"{path}: alpha {alpha}: must be a positive number, the one that the adapter was trained with")
@@ -116,7 +116,9 @@ def inspect_adapter(
         )
     if base is not None:
         if not os.path.isfile(base):
-            raise UserError(f"{base}: no such base model (of adapter {path}); give the file it was trained on")
+            raise UserError(
+                f"{base}: no such file, given as the base of adapter {path}; give the model that the adapter was trained on"
+            )
         known["base"], expected = str(base), known.get("base_sha256")
         known["base_sha256"] = base_sha256 or sha256(base)
         if expected and known["base_sha256"] != expected.lower():
@@ -144,7 +146,7 @@ def load_tuned(
     Args:
         matrices: dtype of matrices, instead of fp32.
 
-    Raises UserError as checkpoint.load_model and inspect_adapter do.
+    Raises UserError like checkpoint.load_model and inspect_adapter.
     """
     tensors, known = inspect_adapter(adapter, base, alpha)
     model = checkpoint.load_model(base, matrices=matrices)
@@ -156,9 +158,9 @@ def load_tuned(
 def load_combined(
     base: PathLike, adapters: Sequence[PathLike], weights: Sequence[float], alpha: float | None = None
 ) -> tuple[RWKV, dict[str, torch.dtype]]:
-    """As load_tuned, with a weighted sum of several adapters of one base (lora.combine).
+    """Like load_tuned, but with a weighted sum of several adapters of one base (lora.combine).
 
-    Raises UserError as checkpoint.load_model and inspect_adapter do.
+    Raises UserError like checkpoint.load_model and inspect_adapter.
     """
     found, parts, r = [], set(), 0
     for path, weight in zip(adapters, weights, strict=True):  # fails early if the base is wrong

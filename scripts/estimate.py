@@ -10,7 +10,7 @@ card, and the cheapest change that would make the run fit.
 
 import json
 
-from rwkv.cli import parse, sentences
+from rwkv.cli import parse, report_errors
 from rwkv.config import EstimateConfig
 from rwkv.errors import UserError
 
@@ -72,5 +72,5 @@ def present(c: EstimateConfig) -> float:
 
 
 if __name__ == "__main__":
-    with sentences():
+    with report_errors():
         main(parse(EstimateConfig, __doc__))

@@ -6,12 +6,12 @@
 Model sizes are read from the checkpoint. For LoRA, which needs less memory, see scripts/lora.py.
 """
 
-from rwkv.cli import parse, sentences
+from rwkv.cli import parse, report_errors
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
 
 if __name__ == "__main__":
-    with sentences():
+    with report_errors():
         config = parse(TrainConfig, __doc__)
         if not config.load_model and not config.my_pile_stage:  # stages take it from proj_dir
             raise UserError("full tuning needs a model: pass --load_model FILE; scripts/pretrain.py trains a new one")

@@ -10,11 +10,11 @@ Then merge the adapter into the model, or use it directly:
     python scripts/generate.py --model base.pth --lora out/lora/rwkv-0.pth
 """
 
-from rwkv.cli import parse, sentences
+from rwkv.cli import parse, report_errors
 from rwkv.config import LoRAConfig
 
 if __name__ == "__main__":
-    with sentences():
+    with report_errors():
         config = parse(LoRAConfig, __doc__)
         from rwkv.train.fit import run  # after parsing, so that --help does not import torch
 

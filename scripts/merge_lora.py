@@ -12,7 +12,7 @@ import math
 import os
 import sys
 
-from rwkv.cli import parse, sentences
+from rwkv.cli import parse, report_errors
 from rwkv.config import MergeConfig
 from rwkv.errors import UserError, printable
 
@@ -71,5 +71,5 @@ def main(config: MergeConfig) -> None:
 
 
 if __name__ == "__main__":
-    with sentences():
+    with report_errors():
         main(parse(MergeConfig, __doc__, positional(sys.argv[1:])))

@@ -20,7 +20,7 @@ import numpy as np
 
 from rwkv import files
 from rwkv.errors import UserError
-from rwkv.files import abandoned, atomic_writes
+from rwkv.files import atomic_writes, stale_temporaries
 
 MANIFEST = "rwkv binidx"  # marks the manifest of a binidx (rwkv.data.provenance)
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -170,7 +170,7 @@ def reject_existing(prefixes: Sequence[str | Path], beside: Sequence[Path] = ())
     """
     for prefix in prefixes:
         index = Path(f"{prefix}.idx")
-        if not index.exists() and abandoned(index):
+        if not index.exists() and stale_temporaries(index):
             continue
         manifest = Path(f"{prefix}.json")
         paths = [

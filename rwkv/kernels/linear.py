@@ -1,7 +1,7 @@
 """A linear layer without bias that saves little for the backward pass, and its three matmuls.
 
 On CPUs, torch's fp32 matmuls call MKL, which does not use the full vector width of non-Intel
-processors. Large matmuls call oneDNN instead where torch offers it (compat.onednn_product,
+processors. Large matmuls call oneDNN instead where torch offers it (compat.onednn_matmul,
 docs/decisions/001). The choice depends only on the shape, so that runs repeat bit for bit.
 """
 
@@ -13,7 +13,7 @@ from rwkv.kernels.elementwise.native import compute_dtype, recompute_of
 
 SMALL = 1 << 20  # multiplications below which the set-up of oneDNN costs more than it gains
 
-_onednn = compat.onednn_product()
+_onednn = compat.onednn_matmul()
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:

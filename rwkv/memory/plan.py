@@ -35,7 +35,7 @@ def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision:
         ds_bucket_mb=c.ds_bucket_mb,
         gpu=gpu,
         process=compat.process_bytes(),
-        heap=compat.heap_share(),
+        heap=compat.heap_overhead(),
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv.errors import UserError
-from rwkv.files import regular, sha256
+from rwkv.files import open_regular, sha256
 
 _MAX_BYTES = 16 << 20
 _MAX_ALPHA = 1e6  # typical values are 1 to 1000
@@ -36,7 +36,7 @@ def read(path: PathLike) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file. Raises UserError if the file contains anything else."""
-    with regular(path, "manifest") as file:
+    with open_regular(path, "manifest") as file:
         data = file.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
         raise UserError(

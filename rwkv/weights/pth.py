@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rwkv import compat
 from rwkv.errors import FileFormatError
-from rwkv.files import regular
+from rwkv.files import open_regular
 from rwkv.weights.archive import MAGIC, Archive
 from rwkv.weights.unpickle import ITEM_BYTES, DType, StorageSpec, TensorSpec, Unpickler
 
@@ -40,7 +40,7 @@ def load(path: str | os.PathLike, verify: bool = False) -> Any:
         FileFormatError: another format, truncated, or it has a tensor that is not dense or has an
             unusual dtype.
     """
-    with regular(path, "checkpoint") as file:
+    with open_regular(path, "checkpoint") as file:
         head = os.pread(file.fileno(), 4, 0)
         if head == MAGIC:
             return _zipped(file, verify)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rwkv.errors import FileFormatError, UserError, printable
-from rwkv.files import regular
+from rwkv.files import open_regular
 from rwkv.weights import kinds, pth, recognise
 from rwkv.weights.archive import MAGIC
 
@@ -36,7 +36,7 @@ def tensors_of(path: str | os.PathLike) -> dict[str, Tensor]:
     path = Path(path)
     if os.path.isdir(path):
         raise UserError(f"{path}: {recognise.folder(path)}")
-    with regular(path, "checkpoint") as file:
+    with open_regular(path, "checkpoint") as file:
         head = os.pread(file.fileno(), 9, 0)
         if is_safetensors(file):
             found: Any = _safetensors(path, file)

@@ -136,7 +136,7 @@ def test_gpu_reservations(compose):
 def test_convert_writes_to_out(compose):
     refused = compose("run", "--rm", "-T", "convert", "--input", "data/example.jsonl")
     assert refused.returncode == 1
-    assert "this file system is read-only; write to another place" in refused.stderr
+    assert "this file system is read-only; write to another folder" in refused.stderr
     done = compose("run", "--rm", "-T", "convert", "--input", "data/example.jsonl", "--output-prefix", "out/example")
     assert done.returncode == 0, done.stderr
     assert {path.name for path in compose.out.iterdir()} == {

@@ -202,7 +202,7 @@ def test_disk_full_for_metrics(make_base, make_data, tmp_path, root):
     assert done.returncode == 1
     last = done.stderr.rstrip().splitlines()[-1]
     assert re.fullmatch(
-        r"error: .*/(metrics.jsonl|train_log.txt): larger than a file may be here; free some space .*continues from its last state",
+        r"error: .*/(metrics.jsonl|train_log.txt): the file exceeds the maximum file size; free some space .*continues from its last state",
         last,
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 from rwkv.data.convert import encodings, natural_order, source_file, splits, text_readers
 from rwkv.data.convert.source_file import BOM, Source, open_source
 from rwkv.errors import UserError
-from rwkv.files import full_disk
+from rwkv.files import disk_errors
 
 KINDS = {
     ".jsonl": "jsonl",
@@ -292,7 +292,7 @@ def _spooled(path: Path) -> str:
     children.
     """
     target = os.open(_temporary_folder(), os.O_TMPFILE | os.O_RDWR)
-    with full_disk(_temporary_folder(), "Set TMPDIR to a larger disk"), open(path, "rb", 0) as pipe:
+    with disk_errors(_temporary_folder(), "Set TMPDIR to a larger disk"), open(path, "rb", 0) as pipe:
         while block := pipe.read(1 << 20):
             while block:
                 block = block[os.write(target, block) :]

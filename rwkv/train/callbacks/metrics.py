@@ -13,7 +13,7 @@ import torch
 
 from rwkv.config import TrainConfig
 from rwkv.data.dataset import ValidationSamples
-from rwkv.files import full_disk
+from rwkv.files import disk_errors
 from rwkv.train.callbacks import dashboards
 from rwkv.train.callbacks.curve import Curve
 from rwkv.train.callbacks.memory import MemoryMonitor
@@ -92,18 +92,18 @@ class Metrics(pl.Callback):
         first = schedule.first_step(self.config)
         if trainer.global_rank == 0:
             self.load(module.step)
-            with self._full_disk(metrics_file.NAME):
+            with self._disk_errors(metrics_file.NAME):
                 self._file = open(self._home.now() / metrics_file.NAME, "a", encoding="utf-8")  # noqa: SIM115, open for the length of the run
             if module.step == first:
                 self._log(f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{vars(self.config)}\n")
-            with self._full_disk("tensorboard"):
+            with self._disk_errors("tensorboard"):
                 self._dashboards = dashboards.make(self.config, self._home.now(), module.step)
         self._progress = Progress(schedule.total_steps(self.config), module.step - first, quiet=trainer.global_rank > 0)
 
     def load(self, last: int) -> None:
         """Read the lines of earlier starts up to step `last`, and drop later ones."""
         self.curve = Curve()
-        with self._full_disk(metrics_file.NAME):
+        with self._disk_errors(metrics_file.NAME):
             metrics_file.keep_steps(
                 self._home.now() / metrics_file.NAME, last, schedule.first_step(self.config), self._add
             )
@@ -177,7 +177,7 @@ class Metrics(pl.Callback):
         """Flush all lines to disk, before a training state is saved."""
         if self._file:
             os.fsync(self._file.fileno())
-        with self._full_disk("tensorboard"):
+        with self._disk_errors("tensorboard"):
             for dashboard in self._dashboards:
                 dashboard.sync()
 
@@ -193,10 +193,10 @@ class Metrics(pl.Callback):
         }
         self._add(line)
         decay = schedule.weight_decay(self.config, step - schedule.first_step(self.config) - 1)
-        with self._full_disk(metrics_file.NAME):
+        with self._disk_errors(metrics_file.NAME):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-        with self._full_disk("tensorboard"):
+        with self._disk_errors("tensorboard"):
             for dashboard in self._dashboards:
                 dashboard.log(step, dashboards.metrics_of(line, decay))
         shown = [] if self.curve.val_loss is None else [f"val {self.curve.val_loss:.3f}"]
@@ -261,10 +261,10 @@ class Metrics(pl.Callback):
 
     def _log(self, text: str) -> None:
         with (
-            self._full_disk("train_log.txt"),
+            self._disk_errors("train_log.txt"),
             open(self._home.now() / "train_log.txt", "a", encoding="utf-8") as file,
         ):
             file.write(text)
 
-    def _full_disk(self, name: str) -> contextlib.AbstractContextManager[None]:
-        return full_disk(self._home.now() / name, "The run then continues from its last state")
+    def _disk_errors(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return disk_errors(self._home.now() / name, "The run then continues from its last state")

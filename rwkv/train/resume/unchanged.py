@@ -87,6 +87,6 @@ def frozen_in(model: nn.Module, path: str) -> Callable[[], bool]:
 
     def test() -> bool:
         pages = mapped_tensors.Pages(path)
-        return any(pages.hold(parameter) for parameter in model.parameters() if not parameter.requires_grad)
+        return any(pages.contains(parameter) for parameter in model.parameters() if not parameter.requires_grad)
 
     return test

@@ -97,7 +97,7 @@ def check(c: TrainConfig) -> None:
         raise UserError(
             f"--on_nan skip: DeepSpeed (--strategy {c.strategy}) cannot skip steps except on fp16 overflow; omit the flag, or use --strategy ddp"
         )
-    if reason := compat.deepspeed_refusal(on_gpu=machine.use_gpu(c.accelerator)):
+    if reason := compat.why_deepspeed_unavailable(on_gpu=machine.use_gpu(c.accelerator)):
         raise UserError(f"--strategy {c.strategy}: {reason}")
     deepspeed_config(c)
 
@@ -285,7 +285,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             self._module.to(self.root_device)
         super().init_deepspeed()
         engine: Any = self.optimizers[0]  # DeepSpeed's wrapper of torch's optimizer
-        compat.forget_steps(engine.optimizer)
+        compat.reset_step_counts(engine.optimizer)
 
     def _limit_buckets(self) -> None:
         """Limit bucket sizes to the number of trained elements, as DeepSpeed allocates buckets in

@@ -280,7 +280,7 @@ def test_disk_full(write_jsonl, tmp_path):
     command = [sys.executable, str(SCRIPT), "--input", str(text), "--workers", "2"]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit_files, check=False)
     assert done.returncode == 1
-    assert "text_text_document.bin: larger than a file may be here; free some space" in done.stderr
+    assert "text_text_document.bin: the file exceeds the maximum file size; free some space" in done.stderr
     assert "Traceback" not in done.stderr
     assert names(tmp_path) == ["text.jsonl"]
 

@@ -98,7 +98,7 @@ def test_disk_full_with_two_ranks(make_base, make_data, tmp_path, root):
         [sys.executable, "-c", limit, *words], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 1
-    assert re.search(r"^error: .*: larger than a file may be here; .*run again", done.stderr, re.M), done.stderr
+    assert re.search(r"^error: .*: the file exceeds the maximum file size; .*run again", done.stderr, re.M), done.stderr
     assert "Traceback" not in done.stderr
 
 

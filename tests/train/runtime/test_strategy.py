@@ -28,7 +28,7 @@ def config(**flags) -> TrainConfig:
 @pytest.fixture
 def deepspeed_available(monkeypatch):
     """Pretend that DeepSpeed can train on this machine."""
-    monkeypatch.setattr(compat, "deepspeed_refusal", lambda on_gpu: None)
+    monkeypatch.setattr(compat, "why_deepspeed_unavailable", lambda on_gpu: None)
 
 
 @pytest.fixture
@@ -51,7 +51,9 @@ def test_deepspeed_not_installed(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else find(name, *rest)
     )
-    with pytest.raises(UserError, match="DeepSpeed is not installed; make venv installs it, and --strategy ddp"):
+    with pytest.raises(
+        UserError, match="DeepSpeed is not installed; run make venv to install it, or use --strategy ddp"
+    ):
         strategy.check(config(strategy="deepspeed_stage_1"))
     strategy.check(config(strategy="ddp"))
 
@@ -176,7 +178,7 @@ def test_allocation_step_not_counted():
         if allocate:  # as DeepSpeed 0.7.0 does in initialize_optimizer_states
             weight.grad = torch.zeros(3)
             adam.step()
-            compat.forget_steps(adam)
+            compat.reset_step_counts(adam)
         weight.grad = torch.tensor([1.0, -2.0, 3.0])
         adam.step()
         assert adam.param_groups[0]["step"] == 1
