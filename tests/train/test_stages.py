@@ -180,4 +180,4 @@ def test_finetune_finds_stage_checkpoint(flags, script, tmp_path):
     run = json.loads((tmp_path / "run/run.json").read_text())["flags"]
     assert run["load_model"].endswith("rwkv-init.pth")
     done = script("finetune.py", *words, status=1)
-    assert "full tuning needs a model: pass --load_model" in done.stderr
+    assert "full fine-tuning needs a model: pass --load_model" in done.stderr
