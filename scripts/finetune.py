@@ -14,7 +14,9 @@ if __name__ == "__main__":
     with report_errors():
         config = parse(TrainConfig, __doc__)
         if not config.load_model and not config.my_pile_stage:  # the stages find it in proj_dir
-            raise UserError("full fine-tuning needs a model: pass --load_model FILE; scripts/pretrain.py trains a new one")
+            raise UserError(
+                "full fine-tuning needs a model: pass --load_model FILE; scripts/pretrain.py trains a new one"
+            )
         from rwkv.train.fit import run  # after parsing, so that --help does not import torch
 
         run(config)

@@ -18,8 +18,8 @@ from rwkv.errors import UserError, printable
 
 
 def from_upstream_form(argv: list[str]) -> list[str]:
-    """Convert upstream's arguments `[--use-gpu] alpha base adapter output` to flags; return any other
-    argv unchanged.
+    """Convert upstream's arguments `[--use-gpu] alpha base adapter output` to flags; return any
+    other argv unchanged.
     """
     switches = [word for word in argv if word in ("--use-gpu", "--use_gpu", "--force")]
     words = [word for word in argv if word not in switches]
@@ -30,7 +30,7 @@ def from_upstream_form(argv: list[str]) -> list[str]:
 
 
 def adapter_weights(text: str, count: int) -> list[float]:
-    """The adapters' weights from --weights; by default 1 each. Raises UserError if they are invalid."""
+    """The adapters' weights from --weights; by default 1 each. Raises UserError if invalid."""
     try:
         found = [float(word) for word in text.split(",")] if text else [1.0] * count
     except ValueError:
