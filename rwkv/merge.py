@@ -39,8 +39,8 @@ def base_of(adapter: str) -> Path:
         return base
     named = adapter_files.read_manifest(adapter).get("base")
     if named:
-        raise UserError(f"{adapter}: its base {named} (named in its .json) does not exist; give --base")
-    raise UserError(f"{adapter}: no .json beside it names its base; give --base")
+        raise UserError(f"{adapter}: its base {named} (named in its .json) does not exist; pass --base")
+    raise UserError(f"{adapter}: no .json beside it names its base; pass --base")
 
 
 def merge(

@@ -58,7 +58,7 @@ def check(c: TrainConfig) -> None:
     if c.adapter and not c.load_model and not (c.n_layer and c.n_embd):
         raise UserError(
             "LoRA needs a pretrained model: give it with --load_model, or train one with scripts/pretrain.py first. For a new, random base"
-            " (frozen) give --n_layer and --n_embd"
+            " (frozen) pass --n_layer and --n_embd"
         )
     data_source.check(c)
     if c.epoch_steps % c.accumulate_grad_batches:

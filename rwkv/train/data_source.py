@@ -69,7 +69,7 @@ def _no_binidx(path: str) -> str:
         return f"no such data ({path}.idx: no such file); give the prefix of a binidx, or a .jsonl file"
     name, what = Path(path).name.lower(), "a folder" if os.path.isdir(path) else "not a binidx"
     if name.endswith((".npy", ".npz")):
-        return "a NumPy file: also give --data_type numpy (for an .npy file of token ids)"
+        return "a NumPy file: also pass --data_type numpy (for an .npy file of token ids)"
     kind = next((kind for kind in _CONVERTIBLE if any(name.endswith(kind + end) for end in ("", ".gz", ".zst"))), "")
     if kind or os.path.isdir(path):
         what = f"a {name[name.rindex(kind) :]} file" if kind else what

@@ -19,7 +19,7 @@ def check(c: TrainConfig) -> None:
         )
     if c.my_random_steps and not c.magic_prime:
         raise UserError(
-            f"--my_random_steps {c.my_random_steps} applies to prime sampling: give --magic_prime too, or omit it"
+            f"--my_random_steps {c.my_random_steps} applies to prime sampling: pass --magic_prime too, or omit it"
         )
     if c.min_ctx_len and not documents:
         raise UserError(f"--min_ctx_len {c.min_ctx_len} applies to --doc_training 1: give that too, or omit it")
@@ -48,7 +48,7 @@ def check(c: TrainConfig) -> None:
         )
     if c.val_every and not (c.val_split or c.val_file):
         raise UserError(
-            f"--val_every {c.val_every} needs a validation set: give --val_file, or --val_split, such as 0.01"
+            f"--val_every {c.val_every} needs a validation set: pass --val_file, or --val_split, such as 0.01"
         )
 
 

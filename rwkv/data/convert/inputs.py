@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv.data.convert import columnar_readers, source_file, text_readers
-from rwkv.data.convert.jsonl import BadRecord, parse, utf8
+from rwkv.data.convert.jsonl import BadRecord, decode_utf8, parse
 from rwkv.data.convert.source_file import BOM, Source, open_source, read_line
 from rwkv.errors import UserError
 
@@ -107,7 +107,11 @@ def records(chunk: Chunk, lines: Sequence[bytes], keys: Sequence[str]) -> Iterat
                 )
             yield number, _attempt(source, functools.partial(_document, source, keys), data.removeprefix(BOM))
         return
-    read = parse if chunk.source.kind == "jsonl" else lambda line: dict.fromkeys(keys, utf8(line.removesuffix(b"\r")))
+    read = (
+        parse
+        if chunk.source.kind == "jsonl"
+        else lambda line: dict.fromkeys(keys, decode_utf8(line.removesuffix(b"\r")))
+    )
     for number, line in enumerate(lines):
         if len(line) > chunk.source.max_record:
             yield number, chunk.source.too_large
@@ -176,7 +180,7 @@ def _attempt(source: Source, read: Callable[[bytes], Any], data: bytes) -> Any:
 
 def _document(source: Source, keys: Sequence[str], data: bytes) -> dict[str, str]:
     """The record of a txt file, with line endings normalised to \\n unless keep_crlf."""
-    text = utf8(data)
+    text = decode_utf8(data)
     if not source.keep_crlf and "\r" in text:
         text = text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")
     return dict.fromkeys(keys, text)

@@ -64,7 +64,10 @@ def convert(config: ConvertConfig) -> Converted:
     keys = shards.keys(config.jsonl_keys)
     shard = shards.parse(config.shard)
     prefix = shards.prefix(config.output_prefix or default_prefix(config.input, found.sources), shard)
-    with binidx.exclusive(prefix, [binidx.document_prefix(prefix, key) for key in keys]), _explained(found.sources):
+    with (
+        binidx.exclusive(prefix, [binidx.document_prefix(prefix, key) for key in keys]),
+        _explain_errors(found.sources),
+    ):
         return _convert(config, found, keys, shard, prefix)
 
 
@@ -86,9 +89,9 @@ def find(config: ConvertConfig) -> sources.Found:
 
 
 @contextlib.contextmanager
-def _explained(some: Sequence[Source]) -> Iterator[None]:
-    """Explain the error of a conversion where possible: a file that changed meanwhile, an encoding
-    other than UTF-8.
+def _explain_errors(some: Sequence[Source]) -> Iterator[None]:
+    """Explain errors of a conversion where possible: a file changed meanwhile, or its encoding is
+    not UTF-8.
     """
     try:
         yield
@@ -107,7 +110,7 @@ def _convert(
     encoder = _encoder(config, found.sources, keys)
     tokenizer = encoder.tokenizer
     if config.dtype == "uint16" and tokenizer.vocab_size > 1 << 16:
-        raise UserError(f"{tokenizer.name} has {tokenizer.vocab_size} tokens, too many for uint16; give --dtype int32")
+        raise UserError(f"{tokenizer.name} has {tokenizer.vocab_size} tokens, too many for uint16; pass --dtype int32")
     prefixes = [binidx.document_prefix(prefix, key) for key in keys]
     rejects_path = Path(f"{prefix}.rejects.jsonl")
     outputs = [Path(f"{name}{end}") for name in prefixes for end in (".bin", ".idx", ".json")] + [rejects_path]
@@ -130,7 +133,7 @@ def _convert(
     workers = config.workers or len(os.sched_getaffinity(0))
     fields = [*keys, *(schemas.FIELDS if encoder.template else ())]
     feed = inputs.chunks(found.sources, fields, shard or (0, 1))
-    places = _Places()
+    locations = _Locations()
     count = 0
     counts: Counter = Counter()
     with (
@@ -148,13 +151,13 @@ def _convert(
         with open(rejects, "w", encoding="utf-8", errors="backslashreplace") as rejected:
             for chunk, encoded in pool.map(feed):
                 for number, wrong, record in encoded.rejects:
-                    place = places.of(chunk, number)
+                    place = locations.of(chunk, number)
                     if encoder.stop:
                         raise UserError(f"{place}: {wrong}")
                     line = {"place": place, "error": wrong, "record": record}
                     rejected.write(json.dumps(line, ensure_ascii=False) + "\n")
                     count += 1
-                places.passed(chunk, encoded.lines)
+                locations.passed(chunk, encoded.lines)
                 counts.update(encoded.counts)
                 for one, *parts in zip(out, encoded.tokens, encoded.sizes, encoded.masks, strict=True):
                     one.add_packed(*parts)
@@ -176,7 +179,7 @@ def _convert(
             and counts["plain", ""] == sum(pair[1] for pair in pairs)
         ):
             raise UserError(
-                f"--mask answers: no document of {config.input} has turns such as User: and Assistant:; drop the flag"
+                f"--mask answers: no document of {config.input} has turns such as User: and Assistant:; omit the flag"
             )
         if not count:
             rejects.unlink()
@@ -213,7 +216,7 @@ def texts(config: ConvertConfig) -> tuple[Iterator[tuple[str, int]], int]:
     encoder = _encoder(config, some, keys)
 
     def read() -> Iterator[tuple[str, int]]:
-        done, places = 0, _Places()
+        done, locations = 0, _Locations()
         for chunk in inputs.chunks(some, [*keys, *(schemas.FIELDS if encoder.template else ())]):
             done, lines = done + chunk.size, inputs.lines_of(chunk)
             for number, record in inputs.records(chunk, lines, keys):
@@ -223,11 +226,11 @@ def texts(config: ConvertConfig) -> tuple[Iterator[tuple[str, int]], int]:
                     segments = encoder.segments(record, keys[0])
                 except BadRecord as error:
                     if encoder.stop:
-                        raise UserError(f"{places.of(chunk, number)}: {error}") from error
+                        raise UserError(f"{locations.of(chunk, number)}: {error}") from error
                     continue
                 if segments:
                     yield "".join(text for text, _ in segments), done
-            places.passed(chunk, len(lines))
+            locations.passed(chunk, len(lines))
 
     return read(), sum(source.size for source in some)
 
@@ -236,13 +239,13 @@ def default_prefix(spec: str, some: Sequence[Source]) -> str:
     """Default output prefix: the input folder, or the first file without its suffixes. Raises
     UserError for a pipe.
     """
-    first = Path(os.path.expanduser(sources.words(spec)[0]))
+    first = Path(os.path.expanduser(sources.split_paths(spec)[0]))
     path = first if first.exists() else some[0].path
     if path.is_dir():
         return str(path if path.name else path.resolve())
     if some[0].spool:
-        raise UserError(f"{path}: the input is a pipe, so there is no default for the output; give --output_prefix")
-    while path.suffix.lower() in sources.ENDINGS:
+        raise UserError(f"{path}: the input is a pipe, so there is no default for the output; pass --output_prefix")
+    while path.suffix.lower() in sources.SUFFIXES:
         path = path.with_suffix("")
     return str(path)
 
@@ -272,7 +275,7 @@ def _tokenizer(config: ConvertConfig) -> WorldTokenizer | HFTokenizer:
     ):
         raise UserError(
             f"{config.vocab_file}: not the World vocabulary, which is built in and need not be given;"
-            " for a tokenizer.json give --tokenizer_type HFTokenizer"
+            " for a tokenizer.json pass --tokenizer_type HFTokenizer"
         )
     return WorldTokenizer()
 
@@ -282,7 +285,7 @@ def _bytes(some: Sequence[Source], shard: tuple[int, int] | None) -> int:
     return total if shard is None else total * (shard[0] + 1) // shard[1] - total * shard[0] // shard[1]
 
 
-class _Places:
+class _Locations:
     """Locations of records for messages; counts the lines of the chunks processed so far."""
 
     def __init__(self):

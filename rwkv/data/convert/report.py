@@ -63,7 +63,7 @@ def summary(counts: Counter) -> dict[str, Any]:
     }
 
 
-def added(summaries: Iterable[Any]) -> dict[str, Any]:
+def add_summaries(summaries: Iterable[Any]) -> dict[str, Any]:
     """Sum of the summaries of several conversions."""
     whole: dict[str, Any] = summary(Counter())
     for one in summaries:

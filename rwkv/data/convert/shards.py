@@ -120,7 +120,7 @@ def _merge(
                 one.add_file(binidx.document_prefix(part, key))
             described = [provenance.read(binidx.document_prefix(part, key)) for part in parts]
             if described[0]:  # older shards have none
-                contents = report.added([other.get("contents") for other in described if other])
+                contents = report.add_summaries([other.get("contents") for other in described if other])
                 provenance.write(
                     one.manifest, {**described[0], "contents": contents}, one.documents, one.tokens, one.counted
                 )

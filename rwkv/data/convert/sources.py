@@ -31,7 +31,7 @@ FORMATS = ("jsonl", "json", "txt", "csv", "tsv", "parquet", "arrow")  # of --inp
 _TABS = {".tsv", ".tab"}
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-ENDINGS = {*KINDS, *_COMPRESSIONS}
+SUFFIXES = {*KINDS, *_COMPRESSIONS}
 # Metadata of the datasets library, without records.
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
@@ -73,7 +73,7 @@ def find(spec: str, split_lines: bool = False, split: str = "", encoding: str = 
     encodings.check(encoding)
     found, requested, direct = Found(), splits.parse(split), False
     known: set[str] = set()
-    for word in words(spec):
+    for word in split_paths(spec):
         path = Path(os.path.expanduser(word)) if not os.path.exists(word) else Path(word)
         if path.is_dir():
             paths = _folder(path, requested, found, known)
@@ -98,7 +98,7 @@ def find(spec: str, split_lines: bool = False, split: str = "", encoding: str = 
             f"--split {split}: no such split; there {'is' if len(known) == 1 else 'are'} {', '.join(sorted(known))}"
         )
     if requested and requested != ["all"] and not known:
-        raise UserError(f"--split {split}: {spec} has no splits; drop the flag")
+        raise UserError(f"--split {split}: {spec} has no splits; omit the flag")
     if input_format and found.sources and not direct:
         raise UserError(
             f"--input_format {input_format}: applies to files given by path, but {spec} is a folder or glob"
@@ -113,7 +113,7 @@ def find(spec: str, split_lines: bool = False, split: str = "", encoding: str = 
     return found
 
 
-def words(spec: str) -> list[str]:
+def split_paths(spec: str) -> list[str]:
     """Split a comma-separated list of paths. Existing paths may contain commas: the longest
     existing path wins.
     """
@@ -148,7 +148,7 @@ def check_unchanged(sources: Sequence[Source]) -> None:
             )
 
 
-def ours(path: Path) -> bool:
+def is_own_output(path: Path) -> bool:
     """Whether a file was written by the converter: rejects, or the manifest of a binidx."""
     return path.name.endswith(".rejects.jsonl") or (path.suffix == ".json" and path.with_suffix(".idx").exists())
 
@@ -160,7 +160,7 @@ def _folder(folder: Path, requested: Sequence[str], found: Found, known: set[str
     for path in _walk(folder):
         if _is_input(path, folder):
             paths.append(path)
-        elif not path.name.startswith(".") and not ours(path):
+        elif not path.name.startswith(".") and not is_own_output(path):
             other.append(path)
     if not paths:
         raise UserError(
@@ -192,10 +192,10 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _is_input(path: Path, root: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-    if hidden or ours(path) or path.name in _METADATA or kind_of(path)[0] is None or path.is_dir():
+    if hidden or is_own_output(path) or path.name in _METADATA or kind_of(path)[0] is None or path.is_dir():
         return False
     if not path.exists():
-        raise UserError(f"{path}: a link to a file that does not exist; download it, or remove the link")
+        raise UserError(f"{path}: a broken symbolic link; download its target, or remove the link")
     return path.is_file()
 
 
@@ -281,7 +281,7 @@ def _source(path: Path, split_lines: bool, input_format: str, encoding: str) -> 
         and not encoding
         and (name := encodings.utf_16_without_mark(head, 0.7))
     ):
-        raise UserError(f"{path}: not UTF-8: every other byte is 0; it looks like UTF-16. Give --encoding {name}")
+        raise UserError(f"{path}: not UTF-8: every other byte is 0; it looks like UTF-16. Pass --encoding {name}")
     if kind in ("json", "jsonl") and (read_as := _lines_or_array(source)):
         kind = read_as
     return dataclasses.replace(source, kind="lines" if kind == "txt" and split_lines else kind)
@@ -306,8 +306,8 @@ def _temporary_folder() -> str:
 
 
 def _lines_or_array(source: Source) -> str:
-    """jsonl or json by the beginning of a file, as suffixes are often wrong; "": as its suffix
-    says.
+    """Detect jsonl or json by the beginning of a file, because suffixes are often wrong; "" if
+    undecided.
     """
     try:
         with open_source(source) as (file, _):
@@ -325,7 +325,7 @@ def _with_encoding(found: Found, encoding: str) -> list[Source]:
     """
     text = [source for source in found.sources if source.kind in source_file.TEXT]
     if not text:
-        raise UserError(f"--encoding {encoding}: parquet and arrow files define their own encoding; drop the flag")
+        raise UserError(f"--encoding {encoding}: parquet and arrow files define their own encoding; omit the flag")
     utf8 = {source.path for source in text if encodings.is_utf8_text(source, encoding)}
     if utf8 and len(utf8) < len(text):
         found.notes.append(

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from rwkv.data.convert import source_file
 from rwkv.data.convert.batches import MAX_DEPTH, batches, keep_fields, nested_length, select_columns
-from rwkv.data.convert.jsonl import DECODER, BadRecord, hint, repeated
+from rwkv.data.convert.jsonl import DECODER, BadRecord, duplicate_key, likely_cause
 from rwkv.data.convert.source_file import BOM, Source, read_line
 from rwkv.errors import UserError
 
@@ -119,10 +119,10 @@ def _array(
                 element, end = decode(buffer, at)
                 if end == len(buffer) and more():  # a number may continue
                     continue
-                element = repeated(buffer[at:end], element) or element
+                element = duplicate_key(buffer[at:end], element) or element
                 at += end - at
             except json.JSONDecodeError as error:
-                reason = hint(buffer, error.pos, error.msg)
+                reason = likely_cause(buffer, error.pos, error.msg)
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(buffer) - 64
                 if not cut or not more():
                     raise UserError(f"{source.path}, element {number + 1}: not JSON ({reason or error.msg})") from error

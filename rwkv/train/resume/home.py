@@ -46,6 +46,6 @@ class Home:
             raise UserError(
                 f"{self._folder} was deleted during the run, with everything saved in it; run again to start over"
             )
-        say(f"note: {self._folder} is now {moved}; the run continues there. Give --proj_dir {moved} to resume it later")
+        say(f"note: {self._folder} is now {moved}; the run continues there. Pass --proj_dir {moved} to resume it later")
         self._folder = moved
         return moved

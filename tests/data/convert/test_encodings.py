@@ -64,7 +64,7 @@ def test_encoding_guess_and_advice(tmp_path, kind, text, encoding, advised, name
     source.write_bytes(stored(kind, texts, encoding))
     if b"\0" not in source.read_bytes():
         with pytest.raises(
-            UserError, match=rf"x.{kind}.*: not UTF-8 .*; it looks like {name}. Give --encoding {advised}, or save"
+            UserError, match=rf"x.{kind}.*: not UTF-8 .*; it looks like {name}. Pass --encoding {advised}, or save"
         ):
             converted(source, tmp_path / "p")
     assert converted(source, tmp_path / "p", encoding=advised) == texts
@@ -74,7 +74,7 @@ def test_encoding_guess_and_advice(tmp_path, kind, text, encoding, advised, name
 @pytest.mark.parametrize("kind", ["jsonl", "txt", "csv"])
 def test_utf16_detected(tmp_path, kind):
     (tmp_path / f"x.{kind}").write_bytes(stored(kind, [CHINESE], "utf-16"))
-    with pytest.raises(UserError, match=r"it looks like UTF-16. Give --encoding utf-16"):
+    with pytest.raises(UserError, match=r"it looks like UTF-16. Pass --encoding utf-16"):
         converted(tmp_path / f"x.{kind}", tmp_path / "p")
 
 
@@ -84,7 +84,7 @@ def test_utf16_without_bom_detected(tmp_path, kind, encoding):
     """English in UTF-16 is valid UTF-8, with a NUL after every letter."""
     texts = ["It was the best of times"] if kind == "txt" else ["It was the best of times", "it was the worst of times"]
     (tmp_path / f"x.{kind}").write_bytes(stored(kind, texts, encoding))
-    with pytest.raises(UserError, match=rf"x.{kind}: not UTF-8.* it looks like UTF-16. Give --encoding {encoding}"):
+    with pytest.raises(UserError, match=rf"x.{kind}: not UTF-8.* it looks like UTF-16. Pass --encoding {encoding}"):
         converted(tmp_path / f"x.{kind}", tmp_path / "p", on_error="skip")
     assert converted(tmp_path / f"x.{kind}", tmp_path / "p", encoding=encoding) == texts
 
