@@ -197,8 +197,8 @@ def _is_manifest(path: Path) -> bool:
 def writers(
     prefixes: Sequence[str | Path], dtype: str = "uint16", mask: bool = False, beside: Sequence[Path] = ()
 ) -> Iterator[tuple[list[Writer], list[Path]]]:
-    """Write several binidx atomically, each with a loss mask if `mask`: all files appear if the block
-    succeeds, none otherwise.
+    """Write several binidx atomically, each with a loss mask if `mask`. All files appear if the
+    block succeeds, none otherwise.
 
     Tokens, mask, manifest and index are one set: a mask or manifest of an earlier conversion is
     removed if this one writes none.

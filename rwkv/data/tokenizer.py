@@ -100,8 +100,8 @@ class HFTokenizer:
         return self._library.decode(list(ids), skip_special_tokens=False)
 
     def as_decoded(self, text: str) -> str:
-        """The text that the ids of `text` decode to: `text` after the tokenizer's normalisation (NFC
-        for 20B).
+        """The text that the ids of `text` decode to: `text` in the tokenizer's normal form (NFC for
+        20B).
         """
         return self._library.normalizer.normalize_str(text) if self._library.normalizer else text
 
