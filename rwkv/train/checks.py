@@ -36,12 +36,12 @@ def numbers(c: TrainConfig) -> None:
         for name in names:
             value = getattr(c, name, low)
             if value < low:
-                words = (
+                requirement = (
                     "must not be negative"
                     if low == 0
                     else f"must be at least {max(low, 0) if name == 'my_pile_shift' else low}"
                 )
-                raise UserError(f"--{name} {words}; it is {value}")
+                raise UserError(f"--{name} {requirement}; it is {value}")
     for name in ("lora_dropout", "dropout", "beta1", "beta2", "val_split"):
         if not 0 <= getattr(c, name, 0) < 1:
             raise UserError(f"--{name} must be at least 0 and less than 1; it is {getattr(c, name)}")

@@ -84,7 +84,7 @@ def outdated(c: TrainConfig, before: dict[str, Any] | None) -> tuple[Path, ...]:
     """Files of an earlier run in the folder, to be deleted after all checks have passed."""
     if rank_zero_only.rank > 0 or before:
         return ()
-    old = folders.written(c.folder) if c.overwrite else state_files.leftovers(c.folder)
+    old = folders.own_files(c.folder) if c.overwrite else state_files.leftovers(c.folder)
     inputs = {Path(path).resolve() for path in (c.load_model, c.adapter.lora_load if c.adapter else "") if path}
     if used := [path for path in old if path.resolve() in inputs]:
         raise UserError(f"--overwrite would delete {used[0]}, which this run starts from; choose another --proj_dir")
@@ -107,7 +107,7 @@ def check_source(run: Run, manifest: dict[str, Any]) -> None:
     """Raises UserError if data_file differs from that of the resumed run, unless `allow_changes` is
     given. Called before it is converted.
     """
-    before = _before(run)
+    before = _comparable_manifest(run)
     if before and not run.flags.allow_changes:
         changed = run_manifest.changes(before, manifest)
         if any(line.startswith("data file") for line in changed):
@@ -131,7 +131,7 @@ def find_state(
         UserError: flags or data have changed without `allow_changes`; the state does not match
             them; there is no valid state.
     """
-    c, folder, before = run.flags, run.folder, _before(run)
+    c, folder, before = run.flags, run.folder, _comparable_manifest(run)
     if not before:
         return None, {"id": secrets.token_hex(8)}
     kept: dict[str, Any] = {"id": before.get("id") or secrets.token_hex(8)}
@@ -139,7 +139,7 @@ def find_state(
     if changed and not c.allow_changes:
         reject_changes(folder, changed)
     state = state_files.newest(folder)
-    if state is None and (found := folders.progress(folder, before)):
+    if state is None and (found := folders.describe_loss_of_states(folder, before)):
         raise UserError(
             f"{folder} contains {found}, so the run cannot be resumed. Choose one: {folders.how_to_continue(c)}"
         )
@@ -158,11 +158,11 @@ def find_state(
         + "".join(f"\n  changed: {line}" for line in changed)
     )
     if left > 0:
-        _say_rates(run_manifest.flags_of(before), c, step)
+        _report_rate_jump(run_manifest.flags_of(before), c, step)
     return state, kept
 
 
-def _before(run: Run) -> dict[str, Any] | None:
+def _comparable_manifest(run: Run) -> dict[str, Any] | None:
     """The manifest of the resumed run for comparison, with `base` set as in this run if it was
     created by the run.
     """
@@ -173,14 +173,14 @@ def _before(run: Run) -> dict[str, Any] | None:
     return run.before | {"base": None}  # killed before its first state: the base will be created again
 
 
-def _say_rates(old: TrainConfig, new: TrainConfig, step: int) -> None:
+def _report_rate_jump(old: TrainConfig, new: TrainConfig, step: int) -> None:
     """Report a jump of the learning rate caused by a changed --epoch_count."""
     then, now = (schedule.learning_rate(x, step - schedule.first_step(new)) for x in (old, new))
     if old.epoch_count != new.epoch_count and then != now:
-        falls = f" and then {'falls' if new.lr_final < new.lr_init else 'rises'} until epoch {new.epoch_count}"
+        trend = f" and then {'falls' if new.lr_final < new.lr_init else 'rises'} until epoch {new.epoch_count}"
         say(
-            f"note: --epoch_count changed from {old.epoch_count} to {new.epoch_count}, so the learning rate jumps from {then:.3g} to {now:.3g} now{falls}."
-            " For a constant rate use --lr_init = --lr_final"
+            f"note: --epoch_count changed from {old.epoch_count} to {new.epoch_count}, so the learning rate jumps from {then:.3g} to {now:.3g} now{trend}."
+            " For a constant learning rate, set --lr_init and --lr_final to the same value"
         )
 
 

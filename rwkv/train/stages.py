@@ -26,7 +26,7 @@ from rwkv.train.run import Run
 from rwkv.train.runtime.lightning import rank_zero_only
 from rwkv.train.setup import create, seed_generators
 
-EPOCH = 40320  # samples: 8!, divisible by most batch sizes
+EPOCH = 40320  # samples; 8!, so divisible by most batch sizes
 _SET = ("load_model", "epoch_begin", "warmup_steps", "magic_prime", "epoch_steps", "epoch_count")
 
 
@@ -50,7 +50,7 @@ def apply(c: TrainConfig) -> TrainConfig:
     folder = c.folder
     before = None if c.overwrite else run_manifest.read(folder)
     if before and before["flags"].get("my_pile_stage") == c.my_pile_stage:
-        lost = "" if state_files.states(folder) else folders.progress(folder, before)
+        lost = "" if state_files.states(folder) else folders.describe_loss_of_states(folder, before)
         if not lost:
             return dataclasses.replace(c, **{name: before["flags"][name] for name in _SET if name in before["flags"]})
         say(f"{folder} contains {lost}: the run continues from its newest checkpoint, with a new optimizer")

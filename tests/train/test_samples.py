@@ -237,7 +237,7 @@ def test_step_without_targets(make_base, documents, tmp_path):
 REFUSED = [
     ({"doc_training": 1, "magic_prime": -1}, "use only one of them"),
     ({"min_ctx_len": 5}, "applies to --doc_training 1"),
-    ({"doc_training": 1, "min_ctx_len": CTX + 1}, f"must be 0 to --ctx_len {CTX}"),
+    ({"doc_training": 1, "min_ctx_len": CTX + 1}, f"must not be greater than --ctx_len {CTX}"),
     ({"doc_sep": -2}, "must be a token id, or -1"),
     ({"val_split": 1.0}, "less than 1"),
     ({"val_every": 5}, "needs a validation set: pass --val_file, or --val_split"),

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rwkv.train.console import Unfailing, duration
+from rwkv.train.console import BestEffortStream, duration
 
 LINE_SECONDS = 60  # interval of lines without a terminal
 _BAR = 12  # minimum width of the bar
@@ -30,14 +30,14 @@ class Progress:
     def __init__(self, total: int, done: int, quiet: bool = False):
         self._total, self._done, self._first, self._quiet = total, done, done, quiet
         self._losses: deque[float] = deque(maxlen=_WINDOW)
-        self._file = Unfailing(sys.stderr)
+        self._file = BestEffortStream(sys.stderr)
         self._bar: Any = None
         self._begun = self._printed = 0.0
         self._estimated = False
         if not quiet and sys.stderr.isatty():
-            look = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            bar_format = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
             self._bar = tqdm(
-                total=total, initial=done, file=self._file, dynamic_ncols=True, bar_format=look, mininterval=0.5
+                total=total, initial=done, file=self._file, dynamic_ncols=True, bar_format=bar_format, mininterval=0.5
             )
 
     def step(self, loss: float | None, figures: list[str]) -> None:

@@ -66,7 +66,9 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx, sequence, exact, *trained):
         ctx.count, ctx.grads = sequence.count, [None] * len(trained)
         losses = (
-            _backwards(sequence, trained, ctx.grads) if exact and trained else _forwards(sequence, trained, ctx.grads)
+            _exact_losses(sequence, trained, ctx.grads)
+            if exact and trained
+            else _truncated_losses(sequence, trained, ctx.grads)
         )
         return sum(losses) / ctx.count
 
@@ -77,7 +79,9 @@ class _Chunked(torch.autograd.Function):
         return None, None, *(grad if grad is None else grad.mul_(scale / ctx.count) for grad in grads)
 
 
-def _forwards(sequence: _Sequence, trained: tuple[nn.Parameter, ...], grads: list[Tensor | None]) -> Iterator[Tensor]:
+def _truncated_losses(
+    sequence: _Sequence, trained: tuple[nn.Parameter, ...], grads: list[Tensor | None]
+) -> Iterator[Tensor]:
     state = sequence.start
     for chunk in sequence.chunks:
         with torch.set_grad_enabled(bool(trained)):
@@ -87,7 +91,9 @@ def _forwards(sequence: _Sequence, trained: tuple[nn.Parameter, ...], grads: lis
         yield loss.detach()
 
 
-def _backwards(sequence: _Sequence, trained: tuple[nn.Parameter, ...], grads: list[Tensor | None]) -> Iterator[Tensor]:
+def _exact_losses(
+    sequence: _Sequence, trained: tuple[nn.Parameter, ...], grads: list[Tensor | None]
+) -> Iterator[Tensor]:
     before, state_grads = sequence.states(), None  # gradients of the state after the chunk
     random = torch.get_rng_state()
     for chunk, (state, rng_state) in zip(reversed(sequence.chunks), reversed(before), strict=True):

@@ -113,7 +113,7 @@ def test_connection_errors_recognised():
 
 def test_environment_restored():
     before = dict(os.environ)
-    with peers.starting():
+    with peers.children_end_with_this_process():
         assert os.environ["RWKV_STARTED_BY"] == str(os.getpid())
     assert dict(os.environ) == before
     peers.end_with_parent()  # no effect in a process that no rank started

@@ -26,7 +26,7 @@ class _File:
     time: int
 
 
-class Unchanged:
+class WatchedFiles:
     """Watches files by size and modification time and, if these changed, by content. Replacing a
     file is allowed, as the old one stays mapped.
     """
@@ -81,7 +81,7 @@ class Unchanged:
 
 
 def frozen_in(model: nn.Module, path: str) -> Callable[[], bool]:
-    """Returns a function that tells whether frozen weights are still memory-mapped from the
+    """A function that returns whether frozen weights of the model are still memory-mapped from the
     file.
     """
 
