@@ -46,7 +46,7 @@ def read_manifest(path: PathLike) -> dict[str, Any]:
     """
     parts = version.DEFAULT.PARTS.names
     if config := peft_adapter.config_of(Path(path)):
-        return manifests.check_adapter(peft_adapter.described(config), config, parts)
+        return manifests.check_adapter(peft_adapter.read_config(config), config, parts)
     return manifests.check_adapter(manifests.read(path), manifests.path_of(path), parts)
 
 
@@ -77,7 +77,7 @@ def inspect_adapter(
             unknown or differs from the manifest.
     """
     tensors = checkpoint.read_tensors(peft_adapter.file_of(Path(path)))
-    if kind := kinds.other_than_adapter(tensors):
+    if kind := kinds.why_not_adapter(tensors):
         raise UserError(f"{path}: {kind}")
     manifest = read_manifest(path)
     ranks = {value.shape[0] if value.dim() else 0 for key, value in tensors.items() if key.endswith(".lora_A")}

@@ -123,7 +123,7 @@ def sizes_of(tensors: Mapping[str, Tensor], path: PathLike) -> Sizes:
     """The model's sizes, from the shapes of its tensors. Raises UserError if these are not a
     supported model.
     """
-    if kind := kinds.other_than_model(tensors):
+    if kind := kinds.why_not_model(tensors):
         raise UserError(f"{path}: {kind}")
     try:
         return version.detect({name: tensor.shape for name, tensor in tensors.items()})[1]

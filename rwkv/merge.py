@@ -92,7 +92,7 @@ def merge(
     origin: dict[str, Any] = {
         key: manifest[key] for key in ("base_sha256", "tokenizer", "data", "data_sha256") if key in manifest
     }
-    sources = {manifests.portable(path, output): weight for path, weight in zip(adapters, weights, strict=True)}
+    sources = {manifests.relative_path(path, output): weight for path, weight in zip(adapters, weights, strict=True)}
     checkpoint.save_model(output, model, {"merged_from": sources, "base": str(base), **origin}, check=compare)
     dtypes = sorted({_short(dtype) for dtype in stored.values()})
     return Merged(dtypes) if unmerged is None else Merged(dtypes, found[0], float(unmerged.abs().max()))

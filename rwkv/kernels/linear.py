@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rwkv import compat
 from rwkv.kernels.elementwise.native import compute_dtype, recompute_of
 
-SMALL = 1 << 20  # multiplications below which the set-up of oneDNN costs more than it gains
+MIN_ONEDNN_MULTIPLICATIONS = 1 << 20  # for smaller matmuls the set-up of oneDNN costs more than it gains
 
 _onednn = compat.onednn_matmul()
 
@@ -23,7 +23,7 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.shape[0] > 1
-        and x.shape[0] * weight.numel() >= SMALL
+        and x.shape[0] * weight.numel() >= MIN_ONEDNN_MULTIPLICATIONS
     )
 
 

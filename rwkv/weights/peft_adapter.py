@@ -35,8 +35,8 @@ def config_of(path: Path) -> Path | None:
     return path.parent / CONFIG if path.name in _FILES and os.path.isfile(path.parent / CONFIG) else None
 
 
-def described(config: Path) -> dict[str, Any]:
-    """r and alpha, as in our manifests.
+def read_config(config: Path) -> dict[str, Any]:
+    """Read r and alpha from adapter_config.json, in the form of our manifests.
 
     Raises:
         UserError: not LoRA, or LoRA with a feature that is not supported here, by its key in the

@@ -47,7 +47,7 @@ def tensors_of(path: str | os.PathLike) -> dict[str, Tensor]:
                 raise UserError(f"{path}: {recognise.reason(error)}") from error
         else:
             raise UserError(f"{path}: {recognise.content(file)}")
-    return _floating(_renamed(_unwrapped(found, path), path), path)
+    return _check_floating_point(_rename(_unwrap(found, path), path), path)
 
 
 def is_safetensors(file: BinaryIO) -> bool:
@@ -77,14 +77,14 @@ def _safetensors(path: Path, file: BinaryIO) -> dict[str, Tensor]:
     if needed > size:
         raise UserError(f"{path}: truncated: it has {size:,} bytes of {needed:,}. Download or copy it again")
     if strange := next((name for name, (dtype, _) in stored.items() if dtype not in _DTYPES), None):
-        raise UserError(f"{path}: {_cannot(strange, str(stored[strange][0]), list(stored))}")
+        raise UserError(f"{path}: {_unusable_dtype(strange, str(stored[strange][0]), list(stored))}")
     try:
         return safetensors.torch.load_file(path)  # memory-mapped by the library
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, KeyError, OverflowError) as error:
         raise UserError(f"{path}: not a valid safetensors file ({_first_line(error)})") from error
 
 
-def _unwrapped(value: Any, path: Path) -> dict[str, Tensor]:
+def _unwrap(value: Any, path: Path) -> dict[str, Tensor]:
     for _ in range(4):
         if not isinstance(value, dict):
             break
@@ -108,7 +108,7 @@ def _unwrapped(value: Any, path: Path) -> dict[str, Tensor]:
             "optimizer",
         }:
             raise UserError(
-                f"{path}: an optimizer state, not a model (its keys are {_some(value)}); give the weights of the same run"
+                f"{path}: an optimizer state, not a model (its keys are {_list_keys(value)}); give the weights of the same run"
             )
         if not value:
             raise UserError(f"{path}: an empty dictionary, not a model; give the model's state_dict")
@@ -129,24 +129,24 @@ def _unwrapped(value: Any, path: Path) -> dict[str, Tensor]:
     return value
 
 
-def _renamed(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    made: dict[str, Tensor] = {}
+def _rename(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         ours = kinds.upstream_name(name)
-        if ours in made:
+        if ours in renamed:
             raise UserError(f"{path}: has {ours[:200]} twice, once as {name[:200]}; remove one of them")
-        made[ours] = tensor
-    return made
+        renamed[ours] = tensor
+    return renamed
 
 
-def _floating(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _check_floating_point(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise UserError(f"{path}: {_cannot(name, str(tensor.dtype).removeprefix('torch.'), list(tensors))}")
+            raise UserError(f"{path}: {_unusable_dtype(name, str(tensor.dtype).removeprefix('torch.'), list(tensors))}")
     return tensors
 
 
-def _cannot(name: str, dtype: str, names: list[str]) -> str:
+def _unusable_dtype(name: str, dtype: str, names: list[str]) -> str:
     bits = "8" in dtype or "4" in dtype
     kind = "quantised for inference" if bits else "not a checkpoint of a model"
     if any(x.endswith(("_mx", "_rx", "_my", "_ry")) for x in names):
@@ -154,7 +154,7 @@ def _cannot(name: str, dtype: str, names: list[str]) -> str:
     return f"{kind}: {printable(name)[:200]} is {dtype}; give the original, in float32, bfloat16 or float16"
 
 
-def _some(value: dict) -> str:
+def _list_keys(value: dict) -> str:
     return ", ".join(printable(key)[:50] for key in list(value)[:4])
 
 

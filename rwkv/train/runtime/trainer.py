@@ -51,7 +51,7 @@ def _capabilities() -> list[tuple[int, int]]:
 
 
 def make_trainer(run: Run, callbacks: list[pl.Callback]) -> pl.Trainer:
-    """Create a trainer for one pass over the module's batches; the callbacks handle metrics, progress
+    """Create a trainer for one pass over the module's batches; callbacks handle metrics, progress
     and checkpoints.
     """
     c = run.flags
