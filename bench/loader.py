@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--peak_tflops", type=float, default=989.0)
     c = parser.parse_args()
     gpu = torch.cuda.is_available()
-    need = {name: c.peak_tflops * 1e12 / (6 * estimate.total(sizes)) for name, sizes in DEFAULT.PUBLISHED.items()}
+    required = {name: c.peak_tflops * 1e12 / (6 * estimate.total(sizes)) for name, sizes in DEFAULT.PUBLISHED.items()}
     with tempfile.TemporaryDirectory() as folder:
         stream = make(Path(folder) / "data", c.tokens)
         common = {"stream": stream, "ctx_len": c.ctx_len, "samples": 1 << 30}
@@ -77,13 +77,13 @@ def main() -> None:
         print("sampling            tokens/s   ms/batch   × what 0.1b needs      × 1.5b   × 14b")
         for name, samples in kinds.items():
             found = rate(samples, c.micro_bsz, gpu)
-            times = [found / need[model] for model in ("0.1b", "1.5b", "14b")]
+            times = [found / required[model] for model in ("0.1b", "1.5b", "14b")]
             print(
                 f"{name:18} {found:10,.0f} {1e3 * c.micro_bsz * c.ctx_len / found:10.3f} {times[0]:22.1f} {times[1]:8.0f} {times[2]:7.0f}"
             )
         print(
             f"tokens/s that {c.peak_tflops:.0f} TFLOP/s can consume at most: "
-            + ", ".join(f"{name} {value:,.0f}" for name, value in need.items())
+            + ", ".join(f"{name} {value:,.0f}" for name, value in required.items())
         )
 
 
