@@ -278,6 +278,11 @@ class Contender:
             self.loss = loss
         self.times.append(seconds)
 
+    @property
+    def timed(self) -> list[float]:
+        """Seconds of every step but the first, which is a warm-up."""
+        return self.times[1:] or self.times
+
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
@@ -285,7 +290,7 @@ class Contender:
 
 def compare(c: argparse.Namespace) -> list[Contender]:
     """Run every contender for the requested kinds and precisions."""
-    done = []
+    contenders = []
     with tempfile.TemporaryDirectory() as c.folder:
         for precision in c.precisions.split(","):
             folder = Path(c.folder) / precision
@@ -311,11 +316,11 @@ def compare(c: argparse.Namespace) -> list[Contender]:
                     contender.step()
             for contender in group:
                 contender.close()
-            done += group
-    return done
+            contenders += group
+    return contenders
 
 
-def table(c: argparse.Namespace, done: list[Contender]) -> None:
+def print_table(c: argparse.Namespace, contenders: list[Contender]) -> None:
     count = c.micro_bsz * c.ctx_len
     layers, width, vocab = c.sizes
     cores = f"{torch.get_num_threads()} threads" if c.device == "cpu" else torch.cuda.get_device_name()
@@ -324,32 +329,31 @@ def table(c: argparse.Namespace, done: list[Contender]) -> None:
     )
     print("kind  dtype  contender        tokens/s  (median)   s/step  GFLOP/s  peak GB  libraries  first loss")
     found = {}
-    for x in done:
-        rest = x.times[1:] or x.times  # the first one is a warm-up
-        best = min(rest)
-        found[x.kind, x.precision, x.name] = (count / best, x.memory, x.loss, x.memory - x.libraries)
+    for x in contenders:
+        best, median = min(x.timed), statistics.median(x.timed)
+        found[x.kind, x.precision, x.name] = x
         flops = sum(
             2 * rows * out * columns * (2 + full + recomputed)
             for rows, out, columns, full, recomputed in shapes(argparse.Namespace(**{**vars(c), "kind": x.kind}))
         )
         gpu = f"  MFU {flops / best / c.peak_tflops / 1e10:.1f} %, {x.used:.2f} GB in use" if c.device == "cuda" else ""
         print(
-            f"{x.kind:5} {x.precision:6} {x.name:15} {count / best:9.1f} {count / statistics.median(rest):9.1f} {best:9.3f} {flops / best / 1e9:8.0f}"
+            f"{x.kind:5} {x.precision:6} {x.name:15} {count / best:9.1f} {count / median:9.1f} {best:9.3f} {flops / best / 1e9:8.0f}"
             f" {x.memory:8.2f} {x.libraries:10.2f}  {x.loss:.4f}{gpu}"
         )
     for kind, precision in dict.fromkeys((k, p) for k, p, name in found if name == "theirs"):
-        us, them, bare, torchs = (
+        ours, theirs, matmuls, torch_matmuls = (
             found[kind, precision, name] for name in ("ours", "theirs", "matmuls", "torch matmuls")
         )
         print(
-            f"{kind} {precision}: {us[0] / them[0]:.1f} × theirs, {us[1] / them[1]:.2f} of its memory ({us[3] / them[3]:.2f} without libraries), losses differ"
-            f" by {abs(us[2] - them[2]):.1e}; {100 * us[0] / bare[0]:.0f} % of the speed of its matmuls, {100 * us[0] / torchs[0]:.0f} % of torch's"
+            f"{kind} {precision}: {min(theirs.timed) / min(ours.timed):.1f} × theirs, {ours.memory / theirs.memory:.2f} of its memory ({(ours.memory - ours.libraries) / (theirs.memory - theirs.libraries):.2f} without libraries), losses differ"
+            f" by {abs(ours.loss - theirs.loss):.1e}; {100 * min(matmuls.timed) / min(ours.timed):.0f} % of the speed of its matmuls, {100 * min(torch_matmuls.timed) / min(ours.timed):.0f} % of torch's"
         )
     for kind in c.kinds.split(","):
-        us, them = found.get((kind, "bf16", "ours")), found.get((kind, "fp32", "theirs"))
-        if us and them:
+        ours, theirs = found.get((kind, "bf16", "ours")), found.get((kind, "fp32", "theirs"))
+        if ours and theirs:
             print(
-                f"{kind} bf16 against their default, fp32: {us[0] / them[0]:.1f} ×, {us[1] / them[1]:.2f} of its memory, losses differ by {abs(us[2] - them[2]):.1e}"
+                f"{kind} bf16 against their default, fp32: {min(theirs.timed) / min(ours.timed):.1f} ×, {ours.memory / theirs.memory:.2f} of its memory, losses differ by {abs(ours.loss - theirs.loss):.1e}"
             )
 
 
@@ -379,7 +383,7 @@ def main() -> None:
     elif c.worker:
         worker(c)
     else:
-        table(c, compare(c))
+        print_table(c, compare(c))
 
 
 if __name__ == "__main__":
