@@ -31,7 +31,7 @@ class Sampling:
     penalty_decay: float = 0.996
 
 
-def choose(
+def sample_token(
     logits: Tensor, sampling: Sampling, counts: dict[int, float], generator: torch.Generator | None = None
 ) -> int:
     """Sample the next token from logits [V]; `counts` are the decayed counts of earlier tokens."""
@@ -117,7 +117,7 @@ class Session:
             if cancelled():
                 self.ended = "cancelled"
                 break
-            token = choose(self.logits, sampling, counts, generator)
+            token = sample_token(self.logits, sampling, counts, generator)
             if token == self.tokenizer.eod:
                 self.ended = "eod"
                 break

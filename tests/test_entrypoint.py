@@ -87,7 +87,7 @@ def test_job_dispatch(enter, job, command):
     assert (done.returncode, done.stdout, done.stderr) == (0, command + "\n", "")
 
 
-REFUSALS = {
+ERRORS = {
     "no GPU": ({"gpus": ()}, "no GPU is visible", ("--gpus all", "RWKV_DEVICE=cpu", "compose.cpu.yaml")),
     "old driver": (
         {"driver": "440.33.01"},
@@ -116,9 +116,9 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSALS)
+@pytest.mark.parametrize("case", ERRORS)
 def test_error_with_remedy(enter, case):
-    options, what, remedies = REFUSALS[case]
+    options, what, remedies = ERRORS[case]
     done = enter("lora", **options)
     assert (done.returncode, done.stdout) == (78, "")
     first, fix, rest = done.stderr.splitlines()
@@ -147,9 +147,9 @@ def test_driver_rule_matches_doctor(enter, monkeypatch, stack, driver):
     }[status]
 
 
-@pytest.mark.parametrize("case", REFUSALS)
+@pytest.mark.parametrize("case", ERRORS)
 def test_rwkv_anyway_overrides_errors(enter, case):
-    options, what, _ = REFUSALS[case]
+    options, what, _ = ERRORS[case]
     done = enter("lora", RWKV_ANYWAY="1", **options)
     assert (done.returncode, done.stdout) == (0, "demo with python\n")
     assert what in done.stderr

@@ -65,24 +65,24 @@ def changes(p: Plan) -> Iterator[tuple[str, Plan]]:
         words += [f"--ctx_len {q.ctx_len}"] if q.ctx_len != p.ctx_len else []
         return ", ".join(words)
 
-    tried = [q for q in candidates(p, [p.strategy]) if q.grad_cp or not p.grad_cp]
+    plans = [q for q in candidates(p, [p.strategy]) if q.grad_cp or not p.grad_cp]
     least = replace(p, grad_cp=True, micro_bsz=1, accumulate=p.accumulate * p.micro_bsz)
     half = replace(least, precision="bf16")
-    tried += [half] if p.e == 4 else []
+    plans += [half] if p.e == 4 else []
     if p.gpu and not p.stage and p.optimizer == "adam":  # the only one supported with DeepSpeed
-        tried += [replace(half, strategy=name) for name in deepspeed_candidates(p.devices)]
+        plans += [replace(half, strategy=name) for name in deepspeed_candidates(p.devices)]
     if not p.lora:
-        tried += [
+        plans += [
             replace(half, optimizer="adafactor", strategy="auto" if p.stage else p.strategy),
             replace(half, lora=True, optimizer="adam"),
         ]
     context = p.ctx_len // 2
     while context >= 64:
-        tried.append(replace(half, ctx_len=context))
+        plans.append(replace(half, ctx_len=context))
         if not p.lora:
-            tried.append(replace(half, lora=True, ctx_len=context))
+            plans.append(replace(half, lora=True, ctx_len=context))
         context //= 2
-    for q in tried:
+    for q in plans:
         if q != p:
             yield flags(q), q
 
@@ -140,7 +140,7 @@ def on_card(p: Plan, card: float) -> dict[str, Any]:
         count, fixed = largest(p, limit, what), f"{other} {getattr(p, other)}"
         return f"at most {count:,} at {fixed}" if count else f"none fits at {fixed}"
 
-    answer: dict[str, Any] = {
+    result: dict[str, Any] = {
         "fits": f"yes, on {card:g} GB"
         if found.total <= limit
         else f"no, on {card:g} GB: it needs {found.total / GB:.1f}",
@@ -152,23 +152,23 @@ def on_card(p: Plan, card: float) -> dict[str, Any]:
         if change:
             less = estimate(change[1])
             host = "" if not p.gpu else f" on the card, and {less.host_total / GB:.1f} GB of host memory"
-            answer["to fit"] = f"{change[0]}: {less.total / GB:.1f} GB{host}"
+            result["to fit"] = f"{change[0]}: {less.total / GB:.1f} GB{host}"
         else:
-            answer["to fit"] = "no known change of flags fits; use a smaller model"
-    return answer
+            result["to fit"] = "no known change of flags fits; use a smaller model"
+    return result
 
 
 def as_dict(p: Plan, found: Estimate, card: float = 0) -> dict[str, Any]:
     """The contents of format_estimate as a dictionary, in bytes, for --json."""
-    answer = {
+    result = {
         "plan": asdict(p),
         "device": found.device,
         "host": found.host,
         "phases": found.phases,
         "device_total": found.total,
     }
-    answer |= {"host_total": found.host_total, "guide_gb": guide_of(p.sizes)}
-    return answer | ({"card_gb": card, **on_card(p, card)} if card else {})
+    result |= {"host_total": found.host_total, "guide_gb": guide_of(p.sizes)}
+    return result | ({"card_gb": card, **on_card(p, card)} if card else {})
 
 
 def table() -> str:

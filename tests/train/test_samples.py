@@ -234,7 +234,7 @@ def test_step_without_targets(make_base, documents, tmp_path):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-REFUSED = [
+INVALID = [
     ({"doc_training": 1, "magic_prime": -1}, "use only one of them"),
     ({"min_ctx_len": 5}, "applies to --doc_training 1"),
     ({"doc_training": 1, "min_ctx_len": CTX + 1}, f"must not be greater than --ctx_len {CTX}"),
@@ -251,7 +251,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "complaint"), REFUSED)
+@pytest.mark.parametrize(("flags", "complaint"), INVALID)
 def test_invalid_flags(documents, tmp_path, flags, complaint):
     with pytest.raises(UserError, match=complaint):
         fit(

@@ -172,7 +172,7 @@ def _attempt(source: Source, read: Callable[[bytes], Any], data: bytes) -> Any:
     try:
         return read(data)
     except BadRecord as error:
-        # the decoder marked invalid bytes so
+        # Utf8Stream turns bytes that are not valid in the encoding into invalid UTF-8
         if source.encoding and str(error).startswith("not UTF-8"):
             return BadRecord(f"not {source.encoding}")
         return error

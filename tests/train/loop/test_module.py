@@ -29,7 +29,7 @@ FLAGS = {
 FLAGS |= {"grad_clip": 0.0, "adam_eps": 1e-2}
 VARIANTS = {
     "masked": {"magic_prime": -1},
-    "masked at random places": {},
+    "masked at random offsets": {},
     "masked with resets": {"doc_reset": 1},
     "padded": {"doc_training": 1},
     "padded with resets, in order": {"doc_training_seq": 1, "doc_reset": 1},
@@ -59,7 +59,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def same(one, other):
+def assert_same_steps(one, other):
     """Assert that two runs took the same steps."""
     assert [line["step"] for line in lines(other)] == [*range(1, STEPS + 1)]
     for key in ("loss", "targets", "grad_norm", "lr", "val_loss"):
@@ -88,8 +88,8 @@ def test_accumulation_matches_single_batch(make_base, masked, tmp_path, kind, va
         )
     targets = [line["targets"] for line in lines(tmp_path / "1")]
     assert len(set(targets)) > 1
-    same(tmp_path / "1", tmp_path / "2")
-    same(tmp_path / "1", tmp_path / "4")
+    assert_same_steps(tmp_path / "1", tmp_path / "2")
+    assert_same_steps(tmp_path / "1", tmp_path / "4")
 
 
 def test_micro_batches_without_targets(make_base, masked, tmp_path):
@@ -107,7 +107,7 @@ def test_micro_batches_without_targets(make_base, masked, tmp_path):
             )
         )
     assert {line["targets"] > 0 for line in lines(tmp_path / "1")} == {True, False}
-    same(tmp_path / "1", tmp_path / "2")
+    assert_same_steps(tmp_path / "1", tmp_path / "2")
 
 
 def trained(root, *arguments):
@@ -150,4 +150,4 @@ def test_two_processes_match_one(make_base, masked, tmp_path, root, variant, val
         tmp_path / "two",
     )
     assert all(line["val_loss"] > 0 for line in lines(tmp_path / "one"))
-    same(tmp_path / "one", tmp_path / "two")
+    assert_same_steps(tmp_path / "one", tmp_path / "two")
