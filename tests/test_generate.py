@@ -9,7 +9,7 @@ from rwkv.data.binidx import Dataset
 from rwkv.data.convert.pipeline import convert
 from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError
-from rwkv.generate import Chat, Sampling, Session, sample_token, matrices_dtype, question
+from rwkv.generate import Chat, Sampling, Session, matrices_dtype, question, sample_token
 
 GREEDY = Sampling(temperature=0)
 

@@ -35,7 +35,7 @@ class Saved:
     manifest: dict[str, Any]
 
     @property
-    def ours(self) -> bool:
+    def is_own(self) -> bool:
         """Whether this program wrote it."""
         return bool(self.manifest)
 
@@ -107,7 +107,7 @@ def check_overwrites(c: TrainConfig) -> None:
     write.
     """
     for saved in checkpoints(c.folder):
-        if saved.ours:
+        if saved.is_own:
             continue
         final = saved.number < 0
         ends = schedule.first_step(c) + schedule.total_steps(c)

@@ -76,17 +76,17 @@ def merge(output_prefix: str, force: bool) -> list[tuple[str, int, int]]:
             f"{output_prefix}: shard {', '.join(f'{i}/{count}' for i in missing)} is missing; run it with --shard, then merge again"
         )
     parts = [prefix(output_prefix, (i, count)) for i in range(count)]
-    made = [_read(manifest_path(part)) for part in parts]
-    for part, one in zip(parts, made, strict=True):
-        if one != made[0]:
-            what = "other flags" if one["flags"] != made[0]["flags"] else "other inputs"
-            raise UserError(f"{part}: was made with {what} than {parts[0]}; run it again")
-    names = keys(made[0]["flags"]["jsonl_keys"])
+    manifests = [_read(manifest_path(part)) for part in parts]
+    for part, one in zip(parts, manifests, strict=True):
+        if one != manifests[0]:
+            what = "other flags" if one["flags"] != manifests[0]["flags"] else "other inputs"
+            raise UserError(f"{part}: was created with {what} than {parts[0]}; run it again")
+    names = keys(manifests[0]["flags"]["jsonl_keys"])
     masked = binidx.mask_path(binidx.document_prefix(parts[0], names[0])).is_file()
     rejects = Path(f"{output_prefix}.rejects.jsonl")
     prefixes = [binidx.document_prefix(output_prefix, key) for key in names]
     with binidx.exclusive(output_prefix, prefixes):
-        return _merge(parts, made[0]["flags"]["dtype"], names, prefixes, masked, rejects, force)
+        return _merge(parts, manifests[0]["flags"]["dtype"], names, prefixes, masked, rejects, force)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def test_mismatched_shards(write_jsonl, tmp_path):
         merge(out, False)
     run(text, out, shard="1/2", append_eod=False)
     with pytest.raises(
-        UserError, match=r"out.00001-of-00002: was made with other flags than .*out.00000-of-00002; run it again"
+        UserError, match=r"out.00001-of-00002: was created with other flags than .*out.00000-of-00002; run it again"
     ):
         merge(out, False)
     run(text, out, shard="1/2", force=True)
