@@ -199,8 +199,8 @@ class Optimizer:
     """Maximum gradient norm. 0: no clipping."""
     on_nan: Literal["stop", "skip"] = "stop"
     """If the loss or the gradient is NaN or Inf: stop ends the run and reports the step, its batch
-    and the last valid state; skip skips the update, and stops after more than 20 skipped steps in a
-    row (with Adafactor it synchronises with the GPU in every step)."""
+    and the last valid state; skip skips the update, and stops after more than 20 consecutive
+    skipped steps (with Adafactor it synchronises with the GPU in every step)."""
 
 
 @dataclass

@@ -118,8 +118,8 @@ def _begin(run: Run, model: RWKV, data: _Data) -> State | None:
     """Find the state to resume from, and prepare the folder of a new run."""
     folder, manifest = run.folder, data.manifest
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    state, kept = resume_or_start.find_state(run, manifest, trained)
-    manifest.update(kept)
+    state, inherited = resume_or_start.find_state(run, manifest, trained)
+    manifest.update(inherited)
     if rank_zero_only.rank == 0:
         resume_or_start.delete(run, data.tokens.prefix)
         folder.mkdir(parents=True, exist_ok=True)

@@ -134,7 +134,7 @@ def find_state(
     c, folder, before = run.flags, run.folder, _comparable_manifest(run)
     if not before:
         return None, {"id": secrets.token_hex(8)}
-    kept: dict[str, Any] = {"id": before.get("id") or secrets.token_hex(8)}
+    inherited: dict[str, Any] = {"id": before.get("id") or secrets.token_hex(8)}
     changed = run_manifest.changes(before, manifest)
     if changed and not c.allow_changes:
         reject_changes(folder, changed)
@@ -144,13 +144,13 @@ def find_state(
             f"{folder} contains {found}, so the run cannot be resumed. Choose one: {folders.how_to_continue(c)}"
         )
     if state:
-        _check_state(c, state, kept["id"], trained, changed)
-        kept["state_saved"] = True
+        _check_state(c, state, inherited["id"], trained, changed)
+        inherited["state_saved"] = True
     history = before.get("changed", [])
     if changed:
         history = [*history, {"after_step": state.step if state else 0, "changes": changed}]
     if history:
-        kept["changed"] = history
+        inherited["changed"] = history
     step = state.step if state else schedule.first_step(c)
     left = schedule.first_step(c) + schedule.total_steps(c) - step
     say(
@@ -159,7 +159,7 @@ def find_state(
     )
     if left > 0:
         _report_rate_jump(run_manifest.flags_of(before), c, step)
-    return state, kept
+    return state, inherited
 
 
 def _comparable_manifest(run: Run) -> dict[str, Any] | None:

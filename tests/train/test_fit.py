@@ -280,7 +280,7 @@ def test_ddp_matches_one_process(make_base, make_data, tmp_path, root):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-REFUSED = [
+INVALID = [
     ({"data_file": ""}, "--data_file is missing"),
     ({"data_file": "nothing"}, r"nothing.idx: no such file"),
     ({"ctx_len": 199}, r"has 200 tokens, but one sample of ctx_len 199 needs 201"),
@@ -299,7 +299,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "complaint"), REFUSED)
+@pytest.mark.parametrize(("flags", "complaint"), INVALID)
 def test_invalid_flags(make_data, tmp_path, flags, complaint):
     data = make_data(200)
     with pytest.raises(UserError, match=complaint):
@@ -307,7 +307,7 @@ def test_invalid_flags(make_data, tmp_path, flags, complaint):
     assert not (tmp_path / "run").exists()
 
 
-LORA_REFUSED = [
+LORA_INVALID = [
     ({"load_model": ""}, "LoRA needs a pretrained model"),
     ({"lora_parts": "att,emb"}, "LoRA parts are any of"),
     ({"lora_r": 0}, "at least 1"),
@@ -316,7 +316,7 @@ LORA_REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "complaint"), LORA_REFUSED)
+@pytest.mark.parametrize(("flags", "complaint"), LORA_INVALID)
 def test_invalid_lora_flags(make_base, make_data, tmp_path, flags, complaint):
     base, data = make_base(), make_data(200)
     with pytest.raises(UserError, match=complaint):
@@ -485,7 +485,7 @@ def test_on_nan_skip(make_base, tmp_path):
     tensors = read_tensors(flags["load_model"])
     tensors["ln_out.weight"][:] = 3e38  # every step overflows
     torch.save(tensors, tmp_path / "lost.pth")
-    with pytest.raises(UserError, match="step 21: .* 21 steps in a row"):
+    with pytest.raises(UserError, match="step 21: .* 21 consecutive steps"):
         fit(
             TrainConfig(
                 **flags | {"load_model": str(tmp_path / "lost.pth"), "epoch_steps": 30},

@@ -126,7 +126,7 @@ def test_lora_load_with_fewer_parts(tuned, fewer, more):
             assert torch.equal(after[name], base[name])
 
 
-REFUSED = [
+INVALID = [
     (
         {"lora_parts": "att,ffn,time"},
         {"lora_parts": "att,ln"},
@@ -145,7 +145,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("first", "then", "complaint"), REFUSED)
+@pytest.mark.parametrize(("first", "then", "complaint"), INVALID)
 def test_incompatible_adapter(tuned, tmp_path, first, then, complaint):
     _, make = tuned
     adapter = make("a", **first).checkpoint

@@ -157,14 +157,14 @@ def test_stage_2_lr_of_time_parameters(make_model):
     assert all(scale == (5 if "time_" in name else 1) for name, scale in found.items())
 
 
-REFUSED = [
+INVALID = [
     ({"micro_bsz": 11}, "are not divisible by the batch size 11; the nearest --micro_bsz is 10"),
     ({"ctx_len": 4}, "has only 20249 contexts of 4"),
     ({}, "no rwkv-init.pth or rwkv-N.pth in .*; create one with --my_pile_stage 1"),
 ]
 
 
-@pytest.mark.parametrize(("other", "complaint"), REFUSED)
+@pytest.mark.parametrize(("other", "complaint"), INVALID)
 def test_invalid_stage_flags(flags, other, complaint):
     with pytest.raises(UserError, match=complaint):
         fit(TrainConfig(**flags | other, my_pile_stage=3))

@@ -50,7 +50,7 @@ class NonFiniteGuard:
             if saved
             else "nothing was saved before it"
         )
-        more = f"{self._skipped} steps in a row. " if self._skipped > 1 else ""
+        more = f"{self._skipped} consecutive steps. " if self._skipped > 1 else ""
         skip = (
             ""
             if self.config.on_nan == "skip" or strategy.zero(self.config)
