@@ -47,9 +47,9 @@ def test_missing_or_wrong_kernels(monkeypatch):
     assert "make kernels" in finding.remedy
     monkeypatch.undo()
     assert load.why_unavailable() is None
-    assert doctor._right("x", torch.device("cpu"), "lib").status == "ok"
+    assert doctor._check_wkv("x", torch.device("cpu"), "lib").status == "ok"
     monkeypatch.setattr(doctor, "wkv4", lambda *inputs: (inputs[3] * inputs[0] + inputs[1] * inputs[2], None))
-    wrong = doctor._right("x", torch.device("cpu"), "lib")
+    wrong = doctor._check_wkv("x", torch.device("cpu"), "lib")
     assert wrong.status == "fail"
     assert "differs from the reference by" in wrong.found
 
