@@ -108,23 +108,23 @@ def inspect_adapter(
         raise UserError(f"{path}: alpha {alpha}: must be a positive number, the one that the adapter was trained with")
     if alpha is not None and known.setdefault("alpha", alpha) != alpha:
         raise UserError(
-            f"{path}: trained with alpha {known['alpha']:g}, not {alpha:g}; omit alpha, or give {known['alpha']:g}"
+            f"{path}: trained with alpha {known['alpha']:g}, not {alpha:g}; omit alpha, or use {known['alpha']:g}"
         )
     if "alpha" not in known:
         raise UserError(
-            f"{path}: its alpha is unknown (no {manifests.path_of(path).name} with alpha beside it); give the one it was trained with as --lora_alpha"
+            f"{path}: its alpha is unknown (no {manifests.path_of(path).name} with alpha beside it); pass the one it was trained with as --lora_alpha"
         )
     if base is not None:
         if not os.path.isfile(base):
             raise UserError(
-                f"{base}: no such file, given as the base of adapter {path}; give the model that the adapter was trained on"
+                f"{base}: no such file, given as the base of adapter {path}; use the model that the adapter was trained on"
             )
         known["base"], expected = str(base), known.get("base_sha256")
         known["base_sha256"] = base_sha256 or sha256(base)
         if expected and known["base_sha256"] != expected.lower():
             raise UserError(
                 f"{path}: adapter of another base: trained on {manifest.get('base')} (SHA-256 {expected[:12]}…), but {base} has"
-                f" {str(known['base_sha256'])[:12]}…; give the base it was trained on"
+                f" {str(known['base_sha256'])[:12]}…; use the base it was trained on"
             )
     return tensors, known
 

@@ -58,7 +58,7 @@ def check_output(path: PathLike, suffixes: Sequence[str] = SUFFIXES) -> Path:
             f"{path}: cannot write {suffix} files; use the suffix {known}" + (", or none" if "" in suffixes else "")
         )
     if os.path.isdir(path):
-        raise UserError(f"{path}: a folder; give a file name")
+        raise UserError(f"{path}: a folder; pass a file name")
     return path
 
 

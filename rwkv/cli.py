@@ -85,7 +85,7 @@ _REMEDIES = {
     errno.EROFS: "write to another folder",
     errno.EACCES: "change its permissions, or use another file or folder",
     errno.EPERM: "change its permissions, or use another file or folder",
-    errno.EISDIR: "give a file",
+    errno.EISDIR: "pass a file",
     errno.ENAMETOOLONG: "use a shorter name",
     errno.EMFILE: "raise the limit: ulimit -n 65536",
     errno.EIO: "check the disk or network drive",

@@ -333,7 +333,7 @@ def open_regular(path: str | os.PathLike, what: str = "file") -> Iterator[Binary
         if stat.S_ISDIR(found.st_mode):
             raise UserError(f"{path}: a folder, not a {what}")
         if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path}: a device or pipe, not a {what}; give a regular file")
+            raise UserError(f"{path}: a device or pipe, not a {what}; use a regular file")
         # O_NONBLOCK: a FIFO that replaces the file meanwhile cannot block either
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
@@ -342,7 +342,7 @@ def open_regular(path: str | os.PathLike, what: str = "file") -> Iterator[Binary
         raise UserError(f"{path}: {_unreadable(error, what)}") from error
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise UserError(f"{path}: a device or pipe, not a {what}; give a regular file")
+            raise UserError(f"{path}: a device or pipe, not a {what}; use a regular file")
         yield file
 
 

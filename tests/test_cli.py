@@ -132,7 +132,7 @@ def test_user_error_has_no_traceback():
         ("--loss_mask pad", "padding never contributes to the loss"),
         ("--loss_mask qa", "scripts/convert.py: it writes a loss mask"),
         ("--dataload pad", "use --doc_training 1"),
-        ('--lora_config {"lora_r":32}', "give its entries as flags: --lora_load, --lora_r"),
+        ('--lora_config {"lora_r":32}', "pass its entries as flags: --lora_load, --lora_r"),
         ("--train_parts time ln", "--train_parts time ln: .* use --lora_parts"),
         ("--fused_kernel", "--fused_kernel: a flag of RWKV-PEFT"),
         ("--head_size_a 128", "RWKV-4 has no heads"),
@@ -320,7 +320,7 @@ def test_help_starts_with_essential_flags(capsys):
     [
         (FileNotFoundError("shared library missing"), "error: shared library missing"),
         (FileNotFoundError(), "error: FileNotFoundError"),
-        (IsADirectoryError(errno.EISDIR, "Is a directory", "data"), "error: data: Is a directory; give a file"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "data"), "error: data: Is a directory; pass a file"),
         (
             OSError(errno.ENAMETOOLONG, "File name too long", "x" * 999),
             f"error: {'x' * 300}: File name too long; use a shorter name",

@@ -102,7 +102,7 @@ def verify(
     """
     if found.vocabulary != "World" and not tokenizer:
         found.problems.append(
-            f"cannot be verified: the ids are not World's, but {found.vocabulary}; give the tokenizer.json as --vocab_file"
+            f"cannot be verified: the ids are not World's, but {found.vocabulary}; pass the tokenizer.json as --vocab_file"
         )
         return
     known, number, before = tokenizer or WorldTokenizer(), 0, 0

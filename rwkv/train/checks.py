@@ -57,7 +57,7 @@ def check(c: TrainConfig) -> None:
     """
     if c.adapter and not c.load_model and not (c.n_layer and c.n_embd):
         raise UserError(
-            "LoRA needs a pretrained model: give it with --load_model, or train one with scripts/pretrain.py first. For a new, random base"
+            "LoRA needs a pretrained model: pass it as --load_model, or train one with scripts/pretrain.py first. For a new, random base"
             " (frozen) pass --n_layer and --n_embd"
         )
     data_source.check(c)
@@ -70,13 +70,13 @@ def check(c: TrainConfig) -> None:
             f"nothing to train: --epoch_begin {c.epoch_begin} is not before --epoch_count {c.epoch_count}, or --my_exit_tokens has been reached"
         )
     if c.epoch_begin and not c.load_model:
-        raise UserError(f"--epoch_begin {c.epoch_begin} continues a run: give its checkpoint with --load_model")
+        raise UserError(f"--epoch_begin {c.epoch_begin} continues a run: pass its checkpoint as --load_model")
     if c.adapter and c.epoch_begin and not c.adapter.lora_load:
-        raise UserError(f"--epoch_begin {c.epoch_begin} continues a LoRA run: give its adapter with --lora_load")
+        raise UserError(f"--epoch_begin {c.epoch_begin} continues a LoRA run: pass its adapter as --lora_load")
     if c.load_partial and (not c.load_model or c.adapter):
         raise UserError("--load_partial 1 completes --load_model in pretraining and full fine-tuning; omit it")
     if c.exact and not c.tbptt_len:
-        raise UserError("--exact applies to --tbptt_len only: give the length of a chunk with it too")
+        raise UserError("--exact applies to --tbptt_len only: pass --tbptt_len, the length of a chunk, too")
     samples.check(c)
     # stage 1 only writes initial weights; upstream's demo-training-prepare.sh gives device and
     # strategy anyway

@@ -64,9 +64,9 @@ def _no_binidx(path: str) -> str:
         return f"no such binidx, but {documents}.idx exists: use --data_file {documents}"
     bare, ending = os.path.splitext(path)
     if ending in (".idx", ".bin") and os.path.exists(f"{bare}.idx"):
-        return f"give the prefix of a binidx, without {ending}: --data_file {bare}"
+        return f"pass the prefix of a binidx, without {ending}: --data_file {bare}"
     if not os.path.exists(path):
-        return f"no such data ({path}.idx: no such file); give the prefix of a binidx, or a .jsonl file"
+        return f"no such data ({path}.idx: no such file); pass the prefix of a binidx, or a .jsonl file"
     name, what = Path(path).name.lower(), "a folder" if os.path.isdir(path) else "not a binidx"
     if name.endswith((".npy", ".npz")):
         return "a NumPy file: also pass --data_type numpy (for an .npy file of token ids)"
@@ -78,7 +78,7 @@ def _no_binidx(path: str) -> str:
             prefix = os.path.splitext(prefix)[0]
         prefix = prefix.rstrip("/")
         convert = commands.command("convert", "--input", path, "--output_prefix", prefix)
-        return f"{what}. Convert it first: {convert}; then give {commands.flags('--data_file', prefix + _DOCUMENTS)}"
+        return f"{what}. Convert it first: {convert}; then use {commands.flags('--data_file', prefix + _DOCUMENTS)}"
     return f"{what}, and its format cannot be inferred from its name; convert it with scripts/convert.py (jsonl, json, txt, csv, parquet and others)"
 
 
@@ -175,7 +175,7 @@ def open_data(c: TrainConfig, sizes: Sizes, source: dict[str, Any] | None = None
             if c.world_size > 1 and "LOCAL_RANK" in os.environ:  # the other ranks would not wait for it
                 raise UserError(
                     f"{c.data_file or c.data_type}: cannot be converted in a run started by a launcher; convert it first, with"
-                    " scripts/convert.py or a run of one process, and give the binidx as --data_file"
+                    " scripts/convert.py or a run of one process, and pass the binidx as --data_file"
                 )
             try:
                 # written first, so that the files of a killed conversion are recognised
@@ -198,7 +198,7 @@ def open_validation(c: TrainConfig, sizes: Sizes) -> Dataset | None:
     if os.path.samefile(
         f"{data.prefix}.bin", f"{c.data_file}.bin" if os.path.exists(f"{c.data_file}.bin") else os.devnull
     ):
-        raise UserError(f"--val_file {c.val_file} is the training data; give other data, or use --val_split 0.01")
+        raise UserError(f"--val_file {c.val_file} is the training data; use other data, or use --val_split 0.01")
     return _check_ids(data, c, sizes)
 
 

@@ -22,19 +22,19 @@ def check(c: TrainConfig) -> None:
             f"--my_random_steps {c.my_random_steps} applies to prime sampling: pass --magic_prime too, or omit it"
         )
     if c.min_ctx_len and not documents:
-        raise UserError(f"--min_ctx_len {c.min_ctx_len} applies to --doc_training 1: give that too, or omit it")
+        raise UserError(f"--min_ctx_len {c.min_ctx_len} applies to --doc_training 1: pass both, or omit it")
     if c.min_ctx_len > c.ctx_len:
         raise UserError(f"--min_ctx_len {c.min_ctx_len} must not be greater than --ctx_len {c.ctx_len}")
     if c.doc_sep < -1:
         raise UserError(f"--doc_sep {c.doc_sep} must be a token id, or -1 for none")
     if c.val_file and c.val_split:
         raise UserError(
-            f"--val_file {c.val_file} and --val_split {c.val_split} both give the validation set; use only one of them"
+            f"--val_file {c.val_file} and --val_split {c.val_split} both define the validation set; use only one of them"
         )
     if c.val_file.endswith((".jsonl", ".json", ".txt")) or (c.val_file and c.data_type not in ("binidx", "numpy")):
         raise UserError(
             f"--val_file {c.val_file} must be a binidx, tokenised like --data_file: convert it first, with"
-            f" python scripts/convert.py --input {c.val_file} --output-prefix PREFIX, and give PREFIX_text_document"
+            f" python scripts/convert.py --input {c.val_file} --output-prefix PREFIX, and pass PREFIX_text_document"
             if c.data_type in ("binidx", "numpy")
             else f"--val_file {c.val_file}: --data_type {c.data_type} has its own vocabulary; use --val_split for validation"
         )

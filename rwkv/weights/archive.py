@@ -218,7 +218,7 @@ def _names(raw: list[bytes]) -> list[str]:
     """The records' names without their common top folder."""
     names = [name.decode("utf-8", "replace") for name in raw]
     if any(re.search(r"(^|/)(constants\.pkl|code/)", name) for name in names):
-        raise NotPlain("a TorchScript program (torch.jit.save), which is code. Give the original state_dict", names)
+        raise NotPlain("a TorchScript program (torch.jit.save), which is code. Use the original state_dict", names)
     tops = {name.partition("/")[0] for name in names}
     short = [name.partition("/")[2] for name in names]
     if "data.pkl" not in short:

@@ -54,10 +54,10 @@ def why_not_model(tensors: Mapping[str, Tensor]) -> str | None:
         return part
     if any(".lora_" in name for name in tensors):
         if "emb.weight" in tensors:
-            return "a model together with a LoRA adapter that is not merged; merge it with the program that wrote it, or give its base model"
+            return "a model together with a LoRA adapter that is not merged; merge it with the program that wrote it, or use its base model"
         return (
-            "a LoRA adapter, not a model. Give its base model; if a program does not accept an adapter, merge"
-            " both first with scripts/merge_lora.py, and give the merged model"
+            "a LoRA adapter, not a model. Use its base model; if a program does not accept an adapter, merge"
+            " both first with scripts/merge_lora.py, and use the merged model"
         )
     return _version(tensors) or _other_model(tensors)
 
@@ -90,15 +90,15 @@ def _any_matches(tensors: Iterable[str], pattern: str) -> bool:
 def _part_of_model(tensors: Mapping[str, Tensor]) -> str | None:
     if _any_matches(tensors, r"\.(bone|disha|miss)$"):
         return (
-            "an adapter of Bone, DiSHA or MiSS (RWKV-PEFT), which is not LoRA and cannot be used here. Merge it with RWKV-PEFT, and give the"
+            "an adapter of Bone, DiSHA or MiSS (RWKV-PEFT), which is not LoRA and cannot be used here. Merge it with RWKV-PEFT, and use the"
             " merged model"
         )
     if _any_matches(tensors, r"\.init_lora_[AB]$"):
-        return "the initial matrices of PiSSA (RWKV-PEFT), which are not an adapter. Merge the adapter with RWKV-PEFT, and give the merged model"
+        return "the initial matrices of PiSSA (RWKV-PEFT), which are not an adapter. Merge the adapter with RWKV-PEFT, and use the merged model"
     if _any_matches(tensors, r"lora_magnitude_vector"):
-        return "a DoRA adapter (it has lora_magnitude_vector), which is not plain LoRA. Merge it with peft (merge_and_unload), and give the merged model"
+        return "a DoRA adapter (it has lora_magnitude_vector), which is not plain LoRA. Merge it with peft (merge_and_unload), and use the merged model"
     if _any_matches(tensors, r"\.(hada_w1_[ab]|lokr_w1|oft_r|vera_lambda_[bd]|ia3_l|lora_embedding_[AB]|lora_E)\b"):
-        return "an adapter of another kind than LoRA on matrices. Merge it with the program that wrote it, and give the merged model"
+        return "an adapter that is not LoRA on weight matrices. Merge it with the program that wrote it, and use the merged model"
     if tensors and all(re.search(r"\.(time_state|ts_state)$", name) for name in tensors):
         return (
             "a tuned state (state tuning: only time_state), which is neither a model nor a LoRA adapter. RWKV-4 has none; use it with the RWKV-5, 6 or"
@@ -143,17 +143,15 @@ def _version(tensors: Mapping[str, Tensor]) -> str | None:
 def _other_model(tensors: Mapping[str, Tensor]) -> str | None:
     names = list(tensors)
     if _any_matches(names, r"\.weight_(mx|rx|my|ry)$|\.weight_scale|_(mx|rx|my|ry)$"):
-        return (
-            "a model quantised to 8 bits for inference (PyPI rwkv's fp16i8). Give the .pth that it was converted from"
-        )
+        return "a model quantised to 8 bits for inference (PyPI rwkv's fp16i8). Use the .pth that it was converted from"
     if _any_matches(names, r"\.(qweight|qzeros|g_idx|absmax|quant_map|scales|SCB|weight_format)$|quant_state"):
-        return "a quantised model (GPTQ, AWQ or bitsandbytes). Give the original, in fp32, bf16 or fp16"
+        return "a quantised model (GPTQ, AWQ or bitsandbytes). Use the original, in fp32, bf16 or fp16"
     if _any_matches(names, r"^(model\.)?layers\.\d+\.attn\.(r_proj|x_r|time_decay)") or _any_matches(
         names, r"^rwkv7\."
     ):
         return "an RWKV-7 or RWKV-6 model with the tensor names of flash-linear-attention or transformers; only RWKV-4 models are supported here"
     if _any_matches(names, r"^(token_embd|blk\.\d+\.)"):
-        return "a model with the tensor names of GGUF (llama.cpp). Give the .pth that it was converted from"
+        return "a model with the tensor names of GGUF (llama.cpp). Use the .pth that it was converted from"
     if _any_matches(
         names,
         r"layers\.\d+\.(self_attn|mixer|attention)\.|^(transformer\.)?h\.\d+\.|^gpt_neox\.|encoder\.layer\.\d+|^(unet|vae|first_stage_model|cond_stage_model)\.",
@@ -161,8 +159,8 @@ def _other_model(tensors: Mapping[str, Tensor]) -> str | None:
         return f"a model of another architecture, not RWKV (its tensors are {_list_names(names)})"
     if names and all(tensor.numel() == 0 for tensor in tensors.values()):
         return (
-            "a checkpoint whose weights are in other files (its tensors are empty: DeepSpeed's ZeRO stage 3). Collect them with the zero_to_fp32.py that"
-            " is beside it, and give what it writes"
+            "a checkpoint whose weights are in other files (its tensors are empty: DeepSpeed's ZeRO stage 3). Merge them with the zero_to_fp32.py that"
+            " is beside it, and use its output"
         )
     return None
 

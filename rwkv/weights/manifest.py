@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a manifest: its arrays or objects are nested too deeply") from error
     except ValueError as error:
         raise UserError(
-            f"{path}: not valid JSON ({error}). Fix it, or delete it and give its values as flags"
+            f"{path}: not valid JSON ({error}). Fix it, or delete it and pass its values as flags"
         ) from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: contains a JSON {_kind(found)}, not an object that describes a checkpoint")
@@ -83,12 +83,12 @@ def check_adapter(manifest: dict[str, Any], where: PathLike, parts: Iterable[str
         value = manifest[key]
         shown = _kind(value) if isinstance(value, dict | list) else repr(value)[:80]
         return UserError(
-            f"{where}: its {key} is {shown}, not {wanted}. Fix it there, or delete the file and give the value as a flag"
+            f"{where}: its {key} is {shown}, not {wanted}. Fix it there, or delete the file and pass the value as a flag"
         )
 
     if "kind" in manifest and manifest["kind"] != "adapter":
         raise UserError(
-            f"{where}: its kind is {str(manifest['kind'])[:80]!r}: the file that it describes is not a LoRA adapter; give an adapter"
+            f"{where}: its kind is {str(manifest['kind'])[:80]!r}: the file that it describes is not a LoRA adapter; use an adapter"
         )
     if "version" in manifest and manifest["version"] != "4":
         raise wrong("version", '"4", the supported RWKV version')

@@ -35,7 +35,7 @@ def tensors_of(path: str | os.PathLike) -> dict[str, Tensor]:
     """
     path = Path(path)
     if os.path.isdir(path):
-        raise UserError(f"{path}: {recognise.folder(path)}")
+        raise UserError(f"{path}: {recognise.describe_folder(path)}")
     with open_regular(path, "checkpoint") as file:
         head = os.pread(file.fileno(), 9, 0)
         if is_safetensors(file):
@@ -44,9 +44,9 @@ def tensors_of(path: str | os.PathLike) -> dict[str, Tensor]:
             try:
                 found = pth.load(path)
             except FileFormatError as error:
-                raise UserError(f"{path}: {recognise.reason(error)}") from error
+                raise UserError(f"{path}: {recognise.describe_error(error)}") from error
         else:
-            raise UserError(f"{path}: {recognise.content(file)}")
+            raise UserError(f"{path}: {recognise.describe_file(file)}")
     return _check_floating_point(_rename(_unwrap(found, path), path), path)
 
 
@@ -89,10 +89,10 @@ def _unwrap(value: Any, path: Path) -> dict[str, Tensor]:
         if not isinstance(value, dict):
             break
         if {"format", "tensors", "text"} <= value.keys():
-            raise UserError(f"{path}: the training state of a run, not a model; give the run's newest rwkv-N.pth")
+            raise UserError(f"{path}: the training state of a run, not a model; use the run's newest rwkv-N.pth")
         if value.keys() & {"_strategy", "_version", "_rescale_layer"}:
             raise UserError(
-                f"{path}: converted for inference by the PyPI package rwkv (its matrices are transposed and rescaled); give the .pth that it was"
+                f"{path}: converted for inference by the PyPI package rwkv (its matrices are transposed and rescaled); use the .pth that it was"
                 " converted from"
             )
         if value and all(isinstance(x, Tensor) for x in value.values()):
@@ -108,23 +108,23 @@ def _unwrap(value: Any, path: Path) -> dict[str, Tensor]:
             "optimizer",
         }:
             raise UserError(
-                f"{path}: an optimizer state, not a model (its keys are {_list_keys(value)}); give the weights of the same run"
+                f"{path}: an optimizer state, not a model (its keys are {_list_keys(value)}); use the weights of the same run"
             )
         if not value:
-            raise UserError(f"{path}: an empty dictionary, not a model; give the model's state_dict")
+            raise UserError(f"{path}: an empty dictionary, not a model; use the model's state_dict")
     if isinstance(value, list) and value and all(isinstance(x, Tensor) for x in value):
         raise UserError(
-            f"{path}: a list of {len(value)} tensors, such as an inference state, not a model; give the model's state_dict"
+            f"{path}: a list of {len(value)} tensors, such as an inference state, not a model; use the model's state_dict"
         )
     if not isinstance(value, dict):
         raise UserError(
-            f"{path}: contains a {type(value).__name__}, not a dictionary of tensors; give the model's state_dict"
+            f"{path}: contains a {type(value).__name__}, not a dictionary of tensors; use the model's state_dict"
         )
     for name, x in value.items():
         if not isinstance(name, str) or not isinstance(x, Tensor):
             kind = type(x).__name__
             raise UserError(
-                f"{path}: its entry {str(name)[:100]!r} is a {kind}, not a tensor; give the model's state_dict alone"
+                f"{path}: its entry {str(name)[:100]!r} is a {kind}, not a tensor; use the model's state_dict alone"
             )
     return value
 
@@ -151,7 +151,7 @@ def _unusable_dtype(name: str, dtype: str, names: list[str]) -> str:
     kind = "quantised for inference" if bits else "not a checkpoint of a model"
     if any(x.endswith(("_mx", "_rx", "_my", "_ry")) for x in names):
         kind = "quantised to 8 bits for inference (PyPI rwkv's fp16i8)"
-    return f"{kind}: {printable(name)[:200]} is {dtype}; give the original, in float32, bfloat16 or float16"
+    return f"{kind}: {printable(name)[:200]} is {dtype}; use the original, in float32, bfloat16 or float16"
 
 
 def _list_keys(value: dict) -> str:

@@ -164,6 +164,6 @@ def advice(failed: Source, sources: Sequence[Source]) -> str:
         names = ", ".join(source.path.name for source in wrong[:3]) + (", …" if len(wrong) > 3 else "")
         count = f" ({len(wrong):,} of {len(text):,} files are not UTF-8: {names})"
     if not found:
-        return f"; save the file as UTF-8, or give its encoding as --encoding NAME{count}"
+        return f"; save the file as UTF-8, or pass its encoding as --encoding NAME{count}"
     command = f"iconv -f {found.upper()} -t UTF-8 {shlex.quote(str(failed.path))} > new{failed.path.suffix}"
     return f"; it looks like {name}. Pass --encoding {found}, or save it as UTF-8: {command}{count}"

@@ -123,7 +123,7 @@ def _convert(
         ),
         None,
     ):
-        raise UserError(f"{same}: the conversion would overwrite its own input; give another --output-prefix")
+        raise UserError(f"{same}: the conversion would overwrite its own input; use another --output-prefix")
     beside = [rejects_path, *([shards.manifest_path(prefix)] if shard else [])]
     if not config.force:
         binidx.reject_existing(prefixes, beside)

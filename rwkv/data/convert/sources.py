@@ -81,7 +81,7 @@ def find(spec: str, split_lines: bool = False, split: str = "", encoding: str = 
             paths = [x for x in map(Path, glob.iglob(str(path), recursive=True)) if _is_input(x, x.parent)]
             if not paths:
                 raise UserError(f"{word}: matches no file that can be converted")
-            paths = _chosen(
+            paths = _select(
                 natural_order.natural(paths),
                 Path(os.path.commonpath([x.parent for x in paths])),
                 requested,
@@ -155,7 +155,7 @@ def is_own_output(path: Path) -> bool:
 
 def _folder(folder: Path, requested: Sequence[str], found: Found, known: set[str]) -> list[Path]:
     if dataset := splits.dataset(folder):
-        return _of_splits(dataset, folder, requested, found, known)
+        return _select_splits(dataset, folder, requested, found, known)
     paths, other = [], []
     for path in _walk(folder):
         if _is_input(path, folder):
@@ -168,7 +168,7 @@ def _folder(folder: Path, requested: Sequence[str], found: Found, known: set[str
         )
     if other:
         found.notes.append(f"skipped: {natural_order.format_names(natural_order.natural(other))}: unknown format")
-    return _chosen(natural_order.natural(paths), folder, requested, found, known)
+    return _select(natural_order.natural(paths), folder, requested, found, known)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -199,13 +199,13 @@ def _is_input(path: Path, root: Path) -> bool:
     return path.is_file()
 
 
-def _chosen(paths: list[Path], root: Path, requested: Sequence[str], found: Found, known: set[str]) -> list[Path]:
+def _select(paths: list[Path], root: Path, requested: Sequence[str], found: Found, known: set[str]) -> list[Path]:
     if len(paths) == 1:
         return paths
     by_split, rest = splits.of_files(paths, root)
     if not by_split:
         return paths
-    chosen = _of_splits(by_split, root, requested, found, known)
+    chosen = _select_splits(by_split, root, requested, found, known)
     if requested == ["all"]:
         return natural_order.natural([*chosen, *rest])
     if rest:
@@ -215,7 +215,7 @@ def _chosen(paths: list[Path], root: Path, requested: Sequence[str], found: Foun
     return chosen
 
 
-def _of_splits(
+def _select_splits(
     by_split: Mapping[str, list[Path]], root: Path, requested: Sequence[str], found: Found, known: set[str]
 ) -> list[Path]:
     known.update(by_split)
@@ -249,13 +249,13 @@ def _source(path: Path, split_lines: bool, input_format: str, encoding: str) -> 
         if input_format:
             kind, delimiter = ("csv", "\t") if input_format == "tsv" else (input_format, ",")
         if kind is None:
-            advice = "give its format with --input_format jsonl (or " + ", ".join(FORMATS[1:]) + ")"
+            advice = "pass its format as --input_format jsonl (or " + ", ".join(FORMATS[1:]) + ")"
             if pipe:
                 raise UserError(f"{path}: the format of a pipe is unknown; {advice}")
             raise UserError(
                 f"{path}: unknown format; the name must end in {', '.join(KINDS)}, with or without .gz or .zst, or {advice}"
             )
-        spool = _spooled(path) if pipe else ""
+        spool = _spool(path) if pipe else ""
         source = Source(
             path,
             kind,
@@ -287,7 +287,7 @@ def _source(path: Path, split_lines: bool, input_format: str, encoding: str) -> 
     return dataclasses.replace(source, kind="lines" if kind == "txt" and split_lines else kind)
 
 
-def _spooled(path: Path) -> str:
+def _spool(path: Path) -> str:
     """Read a pipe into an unnamed temporary file, which exists as long as this process and its
     children.
     """

@@ -188,7 +188,7 @@ def _read(name: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--chat_template {name}: cannot be read ({error}); give world, chatml, or a Jinja file"
+            f"--chat_template {name}: cannot be read ({error}); use world, chatml, or a Jinja file"
         ) from error
 
 

@@ -122,7 +122,7 @@ def test_folder_with_mixed_encodings(tmp_path, capsys):
 def test_utf8_with_errors_not_misdetected(tmp_path):
     (tmp_path / "x.txt").write_bytes(CHINESE.encode() + b"\xff" + CHINESE.encode())
     with pytest.raises(
-        UserError, match=r"x.txt: not UTF-8 .*; save the file as UTF-8, or give its encoding as --encoding NAME$"
+        UserError, match=r"x.txt: not UTF-8 .*; save the file as UTF-8, or pass its encoding as --encoding NAME$"
     ):
         converted(tmp_path / "x.txt", tmp_path / "p")
     assert encodings.guess(CHINESE.encode()) == ""
