@@ -85,8 +85,8 @@ def names(folder: Path, paths: Iterable[Path]) -> str:
     return ", ".join(sorted(str(path.relative_to(folder)) for path in paths)) or "nothing"
 
 
-def check_places(folder: Path) -> None:
-    """Raises UserError if there is a folder where the run writes a file, or a file where it needs a
+def check_paths(folder: Path) -> None:
+    """Raise UserError if there is a folder where the run writes a file, or a file where it needs a
     folder.
     """
     if folder.exists() and not folder.is_dir():
@@ -103,7 +103,7 @@ def check_places(folder: Path) -> None:
 
 
 def check_overwrites(c: TrainConfig) -> None:
-    """Raises UserError if a new run would overwrite a checkpoint that this program did not
+    """Raise UserError if a new run would overwrite a checkpoint that this program did not
     write.
     """
     for saved in checkpoints(c.folder):

@@ -46,7 +46,7 @@ def run_to_resume(c: TrainConfig) -> dict[str, Any] | None:
     if rank_zero_only.rank > 0:
         return None
     folder = c.folder
-    folders.check_places(folder)
+    folders.check_paths(folder)
     before = None if c.overwrite else run_manifest.read(folder)
     if before and before["flags"]["epoch_begin"] == c.epoch_begin:
         return before
