@@ -251,7 +251,7 @@ def copy_tensors(model: RWKV, tensors: Mapping[str, Tensor], shapes: Mapping[str
 
 
 def check_keys(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: PathLike) -> None:
-    """Raises UserError unless the tensors have exactly these names and shapes."""
+    """Raise UserError unless the tensors have exactly these names and shapes."""
     missing, unexpected = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
     misshapen = [
         f"{key} {list(tensors[key].shape)}, expected {list(shapes[key])}"

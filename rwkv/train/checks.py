@@ -25,7 +25,7 @@ _LARGEST = 1 << 62  # limit for integers
 
 
 def numbers(c: TrainConfig) -> None:
-    """Raises UserError if a numeric flag is out of range, NaN or infinite. Must be called first."""
+    """Raise UserError if a numeric flag is out of range, NaN or infinite. Must be called first."""
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -52,7 +52,7 @@ def numbers(c: TrainConfig) -> None:
 
 
 def check(c: TrainConfig) -> None:
-    """Raises UserError for missing flags, and flags incompatible with each other or with this
+    """Raise UserError for missing flags, and flags incompatible with each other or with this
     machine. Called after `numbers`.
     """
     if c.adapter and not c.load_model and not (c.n_layer and c.n_embd):

@@ -38,7 +38,7 @@ _ADVICE = {
 
 
 def check(c: TrainConfig) -> None:
-    """Raises UserError if data_type is not supported, or data_file is not of that type."""
+    """Raise UserError if data_type is not supported, or data_file is not of that type."""
     if c.data_type.lower().strip(".") in _NOT_NEEDED:
         raise UserError(
             f"--data_type {c.data_type}: omit the flag; a .jsonl file is recognised by its name and converted when the run starts"

@@ -104,7 +104,7 @@ def delete(run: Run, used: Path) -> None:
 
 
 def check_source(run: Run, manifest: dict[str, Any]) -> None:
-    """Raises UserError if data_file differs from that of the resumed run, unless `allow_changes` is
+    """Raise UserError if data_file differs from that of the resumed run, unless `allow_changes` is
     given. Called before it is converted.
     """
     before = _comparable_manifest(run)
@@ -185,7 +185,7 @@ def _report_rate_jump(old: TrainConfig, new: TrainConfig, step: int) -> None:
 
 
 def reject_changes(folder: Path, changed: list[str]) -> None:
-    """Raises UserError, which lists the changes and what the user can do."""
+    """Raise UserError, which lists the changes and what the user can do."""
     raise UserError(
         f"{folder} contains a run with other flags or data (then → now):\n  "
         + "\n  ".join(changed)
@@ -201,7 +201,7 @@ def _check_state(
     trained: Mapping[str, torch.nn.Parameter],
     changed: list[str],
 ) -> None:
-    """Raises UserError if a state belongs to another run, or its tensors do not match the
+    """Raise UserError if a state belongs to another run, or its tensors do not match the
     parameters that this run trains.
     """
     path = state_files.folder_of(c.folder) / f"step-{state.step}.pt"

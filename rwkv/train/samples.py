@@ -11,7 +11,7 @@ from rwkv.errors import UserError
 
 
 def check(c: TrainConfig) -> None:
-    """Raises UserError for invalid or incompatible sampling flags. `checks.numbers` runs first."""
+    """Raise UserError for invalid or incompatible sampling flags. `checks.numbers` runs first."""
     documents = c.doc_training or c.doc_training_seq
     if documents and (c.magic_prime or c.my_pile_shift > 0):
         raise UserError(

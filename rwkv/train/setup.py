@@ -139,7 +139,7 @@ def adapter_entries(c: LoRAConfig, base: dict[str, str]) -> dict[str, Any]:
 
 
 def _compare(model: RWKV, c: LoRAConfig, known: dict[str, Any]) -> None:
-    """Raises UserError if the rank, alpha or parts of a loaded adapter (`known`) do not match the
+    """Raise UserError if the rank, alpha or parts of a loaded adapter (`known`) do not match the
     flags.
     """
     possible = model.version.PARTS

@@ -52,7 +52,7 @@ class WatchedFiles:
         self._files.append(_File(path, handle, content, known, mapped, found.st_size, found.st_mtime_ns))
 
     def check(self) -> None:
-        """Raises UserError if a file was changed in place since it was given to `watch`."""
+        """Raise UserError if a file was changed in place since it was given to `watch`."""
         for file in self._files:
             now = os.fstat(file.handle)
             if (now.st_size, now.st_mtime_ns) == (file.size, file.time) or not file.mapped():

@@ -72,7 +72,7 @@ def zero(c: TrainConfig) -> Zero | None:
 
 
 def check(c: TrainConfig) -> None:
-    """Raises UserError if the strategy is unknown, unavailable or incompatible with other flags, or
+    """Raise UserError if the strategy is unknown, unavailable or incompatible with other flags, or
     the DeepSpeed configuration is invalid.
     """
     if c.strategy not in STRATEGIES:
