@@ -69,7 +69,7 @@ kernels: $(READY)  ## compile the kernels for this machine (ALL=1: for every GPU
 $(KERNELS): $(READY) $(wildcard cuda/*/*.h cuda/*/*.cpp cuda/*/*.cu) rwkv/kernels/build.py rwkv/kernels/nvrtc.py rwkv/compat.py
 	@$(MAKE) --silent kernels
 
-lora: venv  ## LoRA tuning; without ARGS the full pipeline on a toy dataset
+lora: venv  ## LoRA fine-tuning; without ARGS the full pipeline on a toy dataset
 ifeq ($(strip $(ARGS)),)
 	@$(JOB) scripts/demo.sh
 else

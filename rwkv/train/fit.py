@@ -155,9 +155,9 @@ def _train(
     with (
         ranks.passing_flags(),
         peers.children_end_with_this_process(),
-        monitor.explained(),
-        peers.explained(c.world_size),
-        inputs.explained(),
+        monitor.explain_errors(),
+        peers.explain_errors(c.world_size),
+        inputs.explain_errors(),
     ):
         compat.fit(trainer, module)
     folder = tracked.path()

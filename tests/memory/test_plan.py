@@ -133,12 +133,12 @@ def test_cuda_out_of_memory_message(monkeypatch):
     wanted = plan(sizes=published("1.5b"), ctx_len=1024, micro_bsz=1)
     watch = MemoryMonitor(wanted, 0)
     watch._device = torch.device("cuda")
-    with pytest.raises(UserError) as caught, watch.explained():
+    with pytest.raises(UserError) as caught, watch.explain_errors():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     message = str(caught.value)
     assert f"{watch.expected() / 1e9:.2f} GB per device were predicted; 23.00 GB of 24.00 GB were in use" in message
     assert "The cheapest change that fits: --grad_cp 1, --strategy deepspeed_stage_2_offload (" in message
-    with pytest.raises(RuntimeError, match="shapes"), watch.explained():  # another error stays what it is
+    with pytest.raises(RuntimeError, match="shapes"), watch.explain_errors():  # another error stays what it is
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
@@ -154,7 +154,7 @@ def test_unknown_gpu_memory(resolved_flags, capsys, monkeypatch):
     watch._device = torch.device("cuda")
     with (
         pytest.raises(UserError, match=r"1\.00 GB were in use when an allocation failed\. ") as caught,
-        watch.explained(),
+        watch.explain_errors(),
     ):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     assert "0.00 GB" not in str(caught.value)

@@ -66,7 +66,7 @@ class WatchedFiles:
             file.size, file.time = now.st_size, now.st_mtime_ns
 
     @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
+    def explain_errors(self) -> Iterator[None]:
         """If an error occurs in the block and a file was changed, raise the UserError of `check`
         instead. Closes all files.
         """

@@ -55,7 +55,7 @@ def children_end_with_this_process() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(ranks: int) -> Iterator[None]:
+def explain_errors(ranks: int) -> Iterator[None]:
     """With several ranks: convert errors caused by the end of another rank to UserErrors, and
     re-raise UserErrors that Lightning has wrapped.
     """

@@ -103,11 +103,11 @@ def test_disk_full_with_two_ranks(make_base, make_data, tmp_path, root):
 
 
 def test_connection_errors_recognised():
-    with pytest.raises(RuntimeError, match="shapes"), peers.explained(2):
+    with pytest.raises(RuntimeError, match="shapes"), peers.explain_errors(2):
         raise RuntimeError("shapes do not match")
-    with pytest.raises(RuntimeError, match="Connection closed"), peers.explained(1):
+    with pytest.raises(RuntimeError, match="Connection closed"), peers.explain_errors(1):
         raise RuntimeError("Connection closed by peer")
-    with pytest.raises(UserError, match="Connection closed by peer"), peers.explained(2):
+    with pytest.raises(UserError, match="Connection closed by peer"), peers.explain_errors(2):
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:598] Connection closed by peer [127.0.0.1]:1")
 
 
