@@ -235,8 +235,8 @@ def writers(
         )
         opened = [Writer(*handles, dtype) for handles in parts_of_each]
         yield opened, temporaries[3 * n : len(parts)]
-        for one in opened:
-            one.finish()
+        for output in opened:
+            output.finish()
 
 
 @contextlib.contextmanager

@@ -57,13 +57,13 @@ def nested_length(value: Any, deepest: int) -> int | None:
     total, level, depth = 0, [value], 0
     while level:
         below: list[Any] = []
-        for one in level:
-            if isinstance(one, str | bytes):
-                total += len(one)
-            elif isinstance(one, dict):
-                below += one.values()
-            elif isinstance(one, list):
-                below += one
+        for item in level:
+            if isinstance(item, str | bytes):
+                total += len(item)
+            elif isinstance(item, dict):
+                below += item.values()
+            elif isinstance(item, list):
+                below += item
         level, depth = below, depth + 1
         if depth > deepest + 1:
             return None

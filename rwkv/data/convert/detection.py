@@ -14,7 +14,7 @@ from rwkv.errors import UserError
 _EXAMINED = 64  # files, and records per file
 
 
-def template_for(config: ConvertConfig, some: Sequence[Source], keys: Sequence[str]) -> Template | None:
+def template_for(config: ConvertConfig, source_list: Sequence[Source], keys: Sequence[str]) -> Template | None:
     """The requested chat template, or the default one if records are conversations; None for text.
 
     Whether they are is given by --format, or by the first records.
@@ -29,7 +29,7 @@ def template_for(config: ConvertConfig, some: Sequence[Source], keys: Sequence[s
             )
         return None
     default = "world" if config.tokenizer_type == "RWKVTokenizer" else "chatml"
-    first = _first_schema(some, keys) if config.format == "auto" else config.format
+    first = _first_schema(source_list, keys) if config.format == "auto" else config.format
     if config.chat_template or config.format != "auto" or set(keys) & set(schemas.MESSAGES):
         return Template(config.chat_template or default)
     if keys == ["text"]:
@@ -43,11 +43,11 @@ def template_for(config: ConvertConfig, some: Sequence[Source], keys: Sequence[s
     return None
 
 
-def _first_schema(some: Sequence[Source], keys: Sequence[str]) -> str:
+def _first_schema(source_list: Sequence[Source], keys: Sequence[str]) -> str:
     """The schema of the first conversation among the first records of the files; empty if there is
     none.
     """
-    for source in [source for source in some if source.kind not in ("txt", "lines")][:_EXAMINED]:
+    for source in [source for source in source_list if source.kind not in ("txt", "lines")][:_EXAMINED]:
         try:
             schema = next(filter(None, map(_schema, itertools.islice(_records(source, keys), _EXAMINED))), "")
         except UserError:  # reported with its location when the file is converted

@@ -80,9 +80,11 @@ class Encoder:
             try:
                 if isinstance(record, BadRecord):
                     raise record
-                for one, segments in zip(packed, [self.segments(record, key, seen) for key in self.keys], strict=True):
+                for column, segments in zip(
+                    packed, [self.segments(record, key, seen) for key in self.keys], strict=True
+                ):
                     if segments:
-                        self._add(one, segments, counts)
+                        self._add(column, segments, counts)
             except BadRecord as error:
                 del seen[known:]
                 rejects.append((number, str(error), _as_text(lines[number] if lines else record)))
@@ -90,9 +92,9 @@ class Encoder:
                     break
         counts.update(seen)
         return Encoded(
-            [b"".join(one.tokens) for one in packed],
-            [binidx.pack(one.sizes, "int32") for one in packed],
-            [b"".join(one.masks) for one in packed],
+            [b"".join(column.tokens) for column in packed],
+            [binidx.pack(column.sizes, "int32") for column in packed],
+            [b"".join(column.masks) for column in packed],
             len(lines),
             rejects,
             counts,
@@ -171,11 +173,11 @@ class Encoder:
         for text, trains in segments:
             if world and "<|e" in text and (ends := sum(map(text.count, _ENDS))):
                 counts["warning", _ENDS_ARE_TEXT] += ends
-            some = self.tokenizer.encode(text)
-            ids = ids + some if ids else some
+            new_ids = self.tokenizer.encode(text)
+            ids = ids + new_ids if ids else new_ids
             if masked:
-                trained += trains * len(some)
-                packed.masks.append(bytes([trains]) * len(some))
+                trained += trains * len(new_ids)
+                packed.masks.append(bytes([trains]) * len(new_ids))
         if self.append_eod:
             ids.append(self.tokenizer.eod)
         if masked:

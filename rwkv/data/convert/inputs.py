@@ -69,9 +69,9 @@ def chunks(sources: Sequence[Source], fields: Sequence[str], shard: tuple[int, i
         if not (begins[0] < source.size and begins[1] > 0 if splits else begins[0] == 0 < begins[1]):
             continue
         if small and (
-            source.kind != "txt" or len(small) == 1000 or sum(one.size for one in small) >= source_file.CHUNK
+            source.kind != "txt" or len(small) == 1000 or sum(file.size for file in small) >= source_file.CHUNK
         ):
-            yield Chunk(small[0], sum(one.size for one in small), files=small)
+            yield Chunk(small[0], sum(file.size for file in small), files=small)
             small = []
         if source.kind == "txt":
             small.append(source)
@@ -82,7 +82,7 @@ def chunks(sources: Sequence[Source], fields: Sequence[str], shard: tuple[int, i
         else:
             yield from _reading(source, _READERS[source.kind], fields, begins if splits else (0, source.size + 1))
     if small:
-        yield Chunk(small[0], sum(one.size for one in small), files=small)
+        yield Chunk(small[0], sum(file.size for file in small), files=small)
 
 
 def records(chunk: Chunk, lines: Sequence[bytes], keys: Sequence[str]) -> Iterator[tuple[int, Any]]:

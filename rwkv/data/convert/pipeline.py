@@ -83,24 +83,26 @@ def find(config: ConvertConfig) -> sources.Found:
     if not found.sources:
         raise UserError(f"--input {config.input}: no such file")
     found.sources = [
-        replace(one, keep_crlf=config.keep_crlf, max_record=config.max_record_mb << 20) for one in found.sources
+        replace(source, keep_crlf=config.keep_crlf, max_record=config.max_record_mb << 20) for source in found.sources
     ]
     return found
 
 
 @contextlib.contextmanager
-def _explain_errors(some: Sequence[Source]) -> Iterator[None]:
+def _explain_errors(source_list: Sequence[Source]) -> Iterator[None]:
     """Explain errors of a conversion where possible: a file changed meanwhile, or its encoding is
     not UTF-8.
     """
     try:
         yield
     except Exception as error:
-        sources.check_unchanged(some)
+        sources.check_unchanged(source_list)
         message = str(error)
-        failed = next((one for one in some if message.startswith((f"{one.path}, ", f"{one.path}:"))), None)
+        failed = next(
+            (source for source in source_list if message.startswith((f"{source.path}, ", f"{source.path}:"))), None
+        )
         if failed and ": not UTF-8 (" in message:
-            raise UserError(message + encodings.advice(failed, some)) from error
+            raise UserError(message + encodings.advice(failed, source_list)) from error
         raise
 
 
@@ -117,9 +119,9 @@ def _convert(
     existing = [os.stat(path) for path in outputs if path.exists()]
     if same := next(
         (
-            one.path
-            for one in found.sources
-            if existing and any(os.path.samestat(os.stat(one.stored), x) for x in existing)
+            source.path
+            for source in found.sources
+            if existing and any(os.path.samestat(os.stat(source.stored), x) for x in existing)
         ),
         None,
     ):
@@ -159,13 +161,13 @@ def _convert(
                     count += 1
                 locations.passed(chunk, encoded.lines)
                 counts.update(encoded.counts)
-                for one, *parts in zip(out, encoded.tokens, encoded.sizes, encoded.masks, strict=True):
-                    one.add_packed(*parts)
+                for output, *parts in zip(out, encoded.tokens, encoded.sizes, encoded.masks, strict=True):
+                    output.add_packed(*parts)
                 bar.update(chunk.size)
                 bar.set_postfix_str(
-                    f"{out[0].documents:,} documents, {sum(one.tokens for one in out):,} tokens", refresh=False
+                    f"{out[0].documents:,} documents, {sum(output.tokens for output in out):,} tokens", refresh=False
                 )
-        pairs = [(name, one.documents, one.tokens) for name, one in zip(prefixes, out, strict=True)]
+        pairs = [(name, output.documents, output.tokens) for name, output in zip(prefixes, out, strict=True)]
         if not shard and (empty := [key for key, pair in zip(keys, pairs, strict=True) if not pair[1]]):
             skipped = f" that can be read: {count} bad records were skipped" if count else ""
             blank = "".join(f". Skipped {key[1]}: {number}" for key, number in counts.items() if key[0] == "skipped")
@@ -188,13 +190,13 @@ def _convert(
             tokenizer_entry, found.sources, provenance.flags_of(config), sources.splits_of(found)
         )
         sources.check_unchanged(found.sources)
-        for key, one in zip(keys, out, strict=True):
+        for key, output in zip(keys, out, strict=True):
             provenance.write(
-                one.manifest,
+                output.manifest,
                 {**described, "key": key, "contents": report.summary(counts)},
-                one.documents,
-                one.tokens,
-                one.counted,
+                output.documents,
+                output.tokens,
+                output.counted,
             )
         if shard:
             manifest[0].write_text(
@@ -212,12 +214,12 @@ def texts(config: ConvertConfig) -> tuple[Iterator[tuple[str, int]], int]:
     Raises:
         UserError: as `convert`; while iterating, for a bad record unless they are skipped.
     """
-    some, keys = find(config).sources, shards.keys(config.jsonl_keys)[:1]
-    encoder = _encoder(config, some, keys)
+    source_list, keys = find(config).sources, shards.keys(config.jsonl_keys)[:1]
+    encoder = _encoder(config, source_list, keys)
 
     def read() -> Iterator[tuple[str, int]]:
         done, locations = 0, _Locations()
-        for chunk in inputs.chunks(some, [*keys, *(schemas.FIELDS if encoder.template else ())]):
+        for chunk in inputs.chunks(source_list, [*keys, *(schemas.FIELDS if encoder.template else ())]):
             done, lines = done + chunk.size, inputs.lines_of(chunk)
             for number, record in inputs.records(chunk, lines, keys):
                 try:
@@ -232,26 +234,26 @@ def texts(config: ConvertConfig) -> tuple[Iterator[tuple[str, int]], int]:
                     yield "".join(text for text, _ in segments), done
             locations.passed(chunk, len(lines))
 
-    return read(), sum(source.size for source in some)
+    return read(), sum(source.size for source in source_list)
 
 
-def default_prefix(spec: str, some: Sequence[Source]) -> str:
+def default_prefix(spec: str, source_list: Sequence[Source]) -> str:
     """Default output prefix: the input folder, or the first file without its suffixes. Raises
     UserError for a pipe.
     """
     first = Path(os.path.expanduser(sources.split_paths(spec)[0]))
-    path = first if first.exists() else some[0].path
+    path = first if first.exists() else source_list[0].path
     if path.is_dir():
         return str(path if path.name else path.resolve())
-    if some[0].spool:
+    if source_list[0].spool:
         raise UserError(f"{path}: the input is a pipe, so there is no default for the output; pass --output_prefix")
     while path.suffix.lower() in sources.SUFFIXES:
         path = path.with_suffix("")
     return str(path)
 
 
-def _encoder(config: ConvertConfig, some: Sequence[Source], keys: Sequence[str]) -> Encoder:
-    template, stop = template_for(config, some, keys), config.on_error == "stop"
+def _encoder(config: ConvertConfig, source_list: Sequence[Source], keys: Sequence[str]) -> Encoder:
+    template, stop = template_for(config, source_list, keys), config.on_error == "stop"
     return Encoder(
         _tokenizer(config),
         keys,
@@ -280,8 +282,8 @@ def _tokenizer(config: ConvertConfig) -> WorldTokenizer | HFTokenizer:
     return WorldTokenizer()
 
 
-def _bytes(some: Sequence[Source], shard: tuple[int, int] | None) -> int:
-    total = sum(source.size for source in some)
+def _bytes(source_list: Sequence[Source], shard: tuple[int, int] | None) -> int:
+    total = sum(source.size for source in source_list)
     return total if shard is None else total * (shard[0] + 1) // shard[1] - total * shard[0] // shard[1]
 
 

@@ -194,7 +194,7 @@ def _read(name: str) -> str:
 
 def _reason(error: Exception) -> str:
     text = str(error) if isinstance(error, jinja2.TemplateError | LimitExceeded) else f"{type(error).__name__}: {error}"
-    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text[:500])
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text[:500])
 
 
 def _json(value: Any) -> str:

@@ -158,11 +158,11 @@ def _csv(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[in
 
     def lines() -> Iterator[str]:
         size = 0  # of the current record, which may span several lines
-        while some := text.readline(source.max_record + 1):
-            size = size + len(some) if record == line else len(some)
+        while piece := text.readline(source.max_record + 1):
+            size = size + len(piece) if record == line else len(piece)
             if size > source.max_record:
                 source.reject_size(f"line {line}")
-            yield some
+            yield piece
 
     record = 0  # first line of the current record
     limit = csv.field_size_limit(sys.maxsize)  # lines are limited above

@@ -42,7 +42,7 @@ def write_missing_checkpoint(
     """
     name = checkpoint_name(c, begin.step)
     if name and not ((folder / name).exists() and checkpoint.read_manifest(folder / name).get("step") == begin.step):
-        save(name, begin.step, lambda names: {one: begin.weights[one] for one in names})
+        save(name, begin.step, lambda names: {key: begin.weights[key] for key in names})
         say(f"{folder / name} was missing; written from the training state of step {begin.step:,}")
 
 

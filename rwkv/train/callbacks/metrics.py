@@ -255,9 +255,9 @@ class Metrics(pl.Callback):
     def _close(self) -> None:
         opened = (self._progress, self._file, *self._dashboards)
         self._progress, self._file, self._dashboards = None, None, []
-        for one in filter(None, opened):
+        for writer in filter(None, opened):
             with contextlib.suppress(OSError):  # a full disk was already reported
-                one.close()
+                writer.close()
 
     def _log(self, text: str) -> None:
         with (
