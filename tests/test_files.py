@@ -137,7 +137,7 @@ def test_lock_is_exclusive_and_released_on_kill(tmp_path):
         with (
             pytest.raises(
                 UserError,
-                match=rf"out: in use by process {process.pid} on .* \(-c --flag 'a b'\)\. .*; or choose another --proj_dir",
+                match=rf"out: in use by process {process.pid} on .* \(-c --flag 'a b'\)\. .*, or choose another --proj_dir",
             ),
             exclusive(path, "out", "choose another --proj_dir"),
         ):

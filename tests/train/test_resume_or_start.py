@@ -261,7 +261,7 @@ def test_second_process_in_folder(kind, make_base, make_data, tmp_path, root):
             )
             assert done.returncode == 1
             assert re.match(
-                rf"error: .*/run: in use by process {process.pid} on .*; or choose another --proj_dir\n$", done.stderr
+                rf"error: .*/run: in use by process {process.pid} on .*, or choose another --proj_dir\n$", done.stderr
             ), done.stderr
     finally:
         process.send_signal(signal.SIGKILL)
