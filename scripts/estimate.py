@@ -10,7 +10,7 @@ card, and the cheapest change that would make the run fit.
 
 import json
 
-from rwkv.cli import parse, sentences
+from rwkv.cli import parse, report_errors
 from rwkv.config import EstimateConfig
 from rwkv.errors import UserError
 
@@ -23,7 +23,7 @@ def main(config: EstimateConfig) -> None:
         print(search.table())
         return
     plan = make_plan(config)
-    found, card = estimate.estimate(plan), memory_of_card(config.card) or present(config)
+    found, card = estimate.estimate(plan), memory_of_card(config.card) or memory_of_machine(config)
     if config.json:
         print(json.dumps(search.as_dict(plan, found, card), indent=2))
     else:
@@ -64,7 +64,7 @@ def make_plan(c: EstimateConfig):
     return plan_of(c, sizes, c.accelerator == "gpu", c.precision)
 
 
-def present(c: EstimateConfig) -> float:
+def memory_of_machine(c: EstimateConfig) -> float:
     """GB of this machine's GPU, or of its memory with --accelerator cpu; 0 without a GPU."""
     from rwkv.memory.machine import memory_of
 
@@ -72,5 +72,5 @@ def present(c: EstimateConfig) -> float:
 
 
 if __name__ == "__main__":
-    with sentences():
+    with report_errors():
         main(parse(EstimateConfig, __doc__))

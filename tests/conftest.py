@@ -26,7 +26,7 @@ from rwkv.train.runtime.process import denormals_are_flushed
 ROOT = Path(__file__).parents[1]
 for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # set by `make test`; tests run make themselves
     os.environ.pop(_name, None)
-compat.wake_mkl()  # as training does: tests compare runs in this process and in others bit for bit
+compat.enable_mkl_avx2()  # as training does: tests compare runs in this process and in others bit for bit
 # No deadline: an fsync to a busy disk may be slow. Derandomized: the same examples in every run.
 hypothesis.settings.register_profile("rwkv", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("rwkv")

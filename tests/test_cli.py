@@ -8,7 +8,7 @@ import re
 import pytest
 
 from rwkv import config as flags
-from rwkv.cli import parse, printable, sentences
+from rwkv.cli import parse, printable, report_errors
 from rwkv.config import ConvertConfig, GenerateConfig, LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.legacy_flags import NOT_SUPPORTED
@@ -110,7 +110,7 @@ def test_upstream_defaults():
 
 
 def test_user_error_has_no_traceback():
-    with pytest.raises(SystemExit) as caught, sentences():
+    with pytest.raises(SystemExit) as caught, report_errors():
         raise UserError("what, where, what to do")
     assert caught.value.code == "error: what, where, what to do"
 
@@ -132,7 +132,7 @@ def test_user_error_has_no_traceback():
         ("--loss_mask pad", "padding never contributes to the loss"),
         ("--loss_mask qa", "scripts/convert.py: it writes a loss mask"),
         ("--dataload pad", "use --doc_training 1"),
-        ('--lora_config {"lora_r":32}', "give its entries as flags: --lora_load, --lora_r"),
+        ('--lora_config {"lora_r":32}', "pass its entries as flags: --lora_load, --lora_r"),
         ("--train_parts time ln", "--train_parts time ln: .* use --lora_parts"),
         ("--fused_kernel", "--fused_kernel: a flag of RWKV-PEFT"),
         ("--head_size_a 128", "RWKV-4 has no heads"),
@@ -199,7 +199,7 @@ def test_flag_of_another_script(capsys):
         (["-lora_r", "8"], "two dashes: --lora_r"),
         (["lora_r=8"], "two dashes: --lora_r=8"),
         (["--LORA_R", "8"], "lower case: --lora_r"),
-        (["--n_layer"], "--n_layer: needs a value, a whole number"),
+        (["--n_layer"], "--n_layer: needs a value, an integer"),
         (["--precision", "--lora"], "--precision: needs a value: auto, fp32"),
     ],
 )
@@ -219,9 +219,9 @@ def test_trailing_carriage_return_removed(capsys):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--n_layer", "two"], "--n_layer: expected a whole number, such as 8 or 1000; got two"),
-        (["--n_layer", "1e3"], "--n_layer: expected a whole number"),
-        (["--n_layer", ""], "--n_layer: expected a whole number, such as 8 or 1000; got an empty value"),
+        (["--n_layer", "two"], "--n_layer: expected an integer, such as 8 or 1000; got two"),
+        (["--n_layer", "1e3"], "--n_layer: expected an integer"),
+        (["--n_layer", ""], "--n_layer: expected an integer, such as 8 or 1000; got an empty value"),
         (["--lr_init", "1,5"], "--lr_init: expected a number, such as 0.01 or 1e-4; got 1,5"),
         (["--lr_init", "nan"], "--lr_init: expected a finite number"),
         (["--precision", "16"], "--precision: expected one of auto, fp32, tf32, bf16, fp16; got 16"),
@@ -259,7 +259,7 @@ def test_text_values_verbatim(text):
     ("content", "expected"),
     [
         (b"n_layers: 3\n", "c.yaml: unknown flag n_layers: did you mean --n_layer?"),
-        (b"n_layer: two\n", "c.yaml: n_layer: expected a whole number, such as 8 or 1000; got two"),
+        (b"n_layer: two\n", "c.yaml: n_layer: expected an integer, such as 8 or 1000; got two"),
         (b"n_layer: {a: 1}\n", "c.yaml: n_layer: expected one value, not a mapping"),
         (b"peft: lora\n", "c.yaml: peft lora: a flag of RWKV-PEFT"),
         ("n_layer: 3\n".encode("utf-16"), "c.yaml: not UTF-8 but UTF-16; save it as UTF-8"),
@@ -322,7 +322,7 @@ def test_help_starts_with_essential_flags(capsys):
     [
         (FileNotFoundError("shared library missing"), "error: shared library missing"),
         (FileNotFoundError(), "error: FileNotFoundError"),
-        (IsADirectoryError(errno.EISDIR, "Is a directory", "data"), "error: data: Is a directory; give a file"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "data"), "error: data: Is a directory; pass a file"),
         (
             OSError(errno.ENAMETOOLONG, "File name too long", "x" * 999),
             f"error: {'x' * 300}: File name too long; use a shorter name",
@@ -337,13 +337,13 @@ def test_help_starts_with_essential_flags(capsys):
     ],
 )
 def test_os_error_message(error, expected):
-    with pytest.raises(SystemExit) as caught, sentences():
+    with pytest.raises(SystemExit) as caught, report_errors():
         raise error
     assert re.fullmatch(expected, caught.value.code)
 
 
 def test_control_characters_escaped():
-    with pytest.raises(SystemExit) as caught, sentences():
+    with pytest.raises(SystemExit) as caught, report_errors():
         raise UserError("bad\x1b]0;owned\x07\x9b31m name")
     assert caught.value.code == r"error: bad\x1b]0;owned\x07\x9b31m name"
     assert printable("好\n\té") == "好\n\té"

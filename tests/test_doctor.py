@@ -11,7 +11,7 @@ from rwkv.kernels import build, load
 
 
 def check(name, folder="."):
-    return next(finding for finding in doctor.examine(folder) if finding.name == name)
+    return next(finding for finding in doctor.run_checks(folder) if finding.name == name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -47,11 +47,11 @@ def test_missing_or_wrong_kernels(monkeypatch):
     assert "make kernels" in finding.remedy
     monkeypatch.undo()
     assert load.why_unavailable() is None
-    assert doctor._right("x", torch.device("cpu"), "lib").status == "ok"
+    assert doctor._check_wkv("x", torch.device("cpu"), "lib").status == "ok"
     monkeypatch.setattr(doctor, "wkv4", lambda *inputs: (inputs[3] * inputs[0] + inputs[1] * inputs[2], None))
-    wrong = doctor._right("x", torch.device("cpu"), "lib")
+    wrong = doctor._check_wkv("x", torch.device("cpu"), "lib")
     assert wrong.status == "fail"
-    assert "off by" in wrong.found
+    assert "differs from the reference by" in wrong.found
 
 
 def test_package_differs_from_lock(monkeypatch):
@@ -69,7 +69,7 @@ def test_nvcc_and_ninja_optional(monkeypatch, tmp_path):
     assert (check("nvcc").status, check("nvcc").found) == ("ok", "none: not needed")
     assert (check("ninja").status, check("ninja").found) == ("ok", "none; the kernels are compiled already")
     monkeypatch.setattr(build, "why_unavailable", lambda: "not there")
-    assert (check("ninja").status, check("ninja").remedy) == ("warn", "make venv installs it")
+    assert (check("ninja").status, check("ninja").remedy) == ("warn", "run make venv to install it")
     for name, expected in (("nvcc", "Cuda compilation tools, release 11.7, V11.7.99"), ("ninja", "1.13.0")):
         (tmp_path / name).write_text(f"#!/bin/sh\necho '{expected}'\n")
         (tmp_path / name).chmod(0o755)
@@ -114,7 +114,7 @@ def test_old_driver(monkeypatch, driver, cuda, status):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     findings = list(doctor._gpus())
     assert findings[0].status == status
-    assert ("update it" in findings[0].remedy) == (status != "ok")
+    assert ("update the driver" in findings[0].remedy) == (status != "ok")
 
 
 def with_gpu(monkeypatch, capability, archs):
@@ -161,11 +161,11 @@ def test_low_disk_and_memory(monkeypatch):
 
 def test_failing_check_does_not_stop_others(monkeypatch):
     monkeypatch.setattr(doctor.platform, "python_version", lambda: 1 / 0)
-    findings = list(doctor.examine())
+    findings = list(doctor.run_checks())
     assert "ZeroDivisionError" in findings[0].found
     assert len(findings) > 10
 
 
 def test_writes_nothing(tmp_path):
-    list(doctor.examine(tmp_path))
+    list(doctor.run_checks(tmp_path))
     assert list(tmp_path.iterdir()) == []

@@ -107,10 +107,10 @@ ERRORS = {
     "second GPU": ({"gpus": [A100, H100]}, "H100 80GB HBM3 has compute capability 9.0", ("STACK=modern",)),
     "old GPU": (
         {"gpus": [P100], "stack": "modern", "driver": "580.1"},
-        "6.0, and the modern stack has kernels for 75",
+        "6.0, and the modern stack has kernels only for 75",
         ("STACK=cu117",),
     ),
-    "older than all supported": ({"gpus": ["Tesla K80, 3.7"]}, "3.7, and the cu117 stack has kernels for 60", ()),
+    "older than all supported": ({"gpus": ["Tesla K80, 3.7"]}, "3.7, and the cu117 stack has kernels only for 60", ()),
     "shm": ({"shm_mib": 64}, "/dev/shm) has 64 MiB", ("--ipc=host", "--shm-size")),
     "not writable": ({"writable": False}, f"out is not writable by user {os.getuid()}", ("chown -R", "UID and GID")),
 }

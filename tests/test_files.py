@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from rwkv.errors import UserError
-from rwkv.files import abandoned, atomic_write, atomic_writes, exclusive, sha256, write_json
+from rwkv.files import atomic_write, atomic_writes, exclusive, sha256, stale_temporaries, write_json
 
 
 def test_old_file_kept_until_complete(tmp_path):
@@ -62,10 +62,10 @@ def test_stale_temporaries_removed(tmp_path):
         f"import os; from rwkv.files import atomic_write\nwith atomic_write({str(path)!r}): os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", program], check=False)
-    (stale,) = abandoned(path)
+    (stale,) = stale_temporaries(path)
     with atomic_write(path) as mine:
         assert not stale.exists()
-        assert abandoned(path) == []
+        assert stale_temporaries(path) == []
         with atomic_write(path) as other:  # another run at the same time
             assert mine.exists()
             other.write_text("other")
@@ -75,7 +75,7 @@ def test_stale_temporaries_removed(tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "message"),
-    [(errno.ENOSPC, "no space left on the device"), (errno.EDQUOT, "quota"), (errno.EFBIG, "larger")],
+    [(errno.ENOSPC, "no space left on the device"), (errno.EDQUOT, "quota"), (errno.EFBIG, "maximum file size")],
 )
 def test_disk_full(tmp_path, number, message):
     with pytest.raises(UserError, match=f"f: .*{message}.*; free some space"), atomic_write(tmp_path / "f"):
@@ -106,7 +106,7 @@ def test_read_only_file_system(tmp_path, monkeypatch):
 
     monkeypatch.setattr("tempfile.mkstemp", read_only)
     with (
-        pytest.raises(UserError, match="f: this file system is read-only; write to another place"),
+        pytest.raises(UserError, match="f: this file system is read-only; write to another folder"),
         atomic_write(tmp_path / "f"),
     ):
         pass
@@ -137,7 +137,7 @@ def test_lock_is_exclusive_and_released_on_kill(tmp_path):
         with (
             pytest.raises(
                 UserError,
-                match=rf"out: in use by process {process.pid} on .* \(-c --flag 'a b'\)\. .*; or choose another --proj_dir",
+                match=rf"out: in use by process {process.pid} on .* \(-c --flag 'a b'\)\. .*, or choose another --proj_dir",
             ),
             exclusive(path, "out", "choose another --proj_dir"),
         ):
@@ -211,7 +211,7 @@ def test_file_system_without_locks(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with exclusive(tmp_path / ".lock", "out"):
-        assert "out: this file system has no locks" in capsys.readouterr().err
+        assert "out: this file system does not support locks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["file/.lock", "n" * 300 + "/.lock", "folder"])

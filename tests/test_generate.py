@@ -9,7 +9,7 @@ from rwkv.data.binidx import Dataset
 from rwkv.data.convert.pipeline import convert
 from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError
-from rwkv.generate import Chat, Sampling, Session, choose, matrices_dtype, question
+from rwkv.generate import Chat, Sampling, Session, matrices_dtype, question, sample_token
 
 GREEDY = Sampling(temperature=0)
 
@@ -148,10 +148,10 @@ def test_stopped_answer_is_a_turn():
 
 def test_temperature_zero_and_penalties():
     logits = torch.tensor([1.0, 3.0, 2.5])
-    assert choose(logits, GREEDY, {}) == 1
-    assert choose(logits, Sampling(0, presence_penalty=0.6), {1: 1.0}) == 2
-    assert choose(logits, Sampling(0, frequency_penalty=0.3), {1: 1.0}) == 1
-    assert choose(logits, Sampling(0, frequency_penalty=0.3), {1: 2.0}) == 2
+    assert sample_token(logits, GREEDY, {}) == 1
+    assert sample_token(logits, Sampling(0, presence_penalty=0.6), {1: 1.0}) == 2
+    assert sample_token(logits, Sampling(0, frequency_penalty=0.3), {1: 1.0}) == 1
+    assert sample_token(logits, Sampling(0, frequency_penalty=0.3), {1: 2.0}) == 2
     assert logits.tolist() == [1.0, 3.0, 2.5]
 
 
@@ -160,7 +160,7 @@ def test_top_p_and_temperature():
     generator = torch.Generator().manual_seed(0)
 
     def share(sampling, n=4000):
-        drawn = torch.tensor([choose(logits, sampling, {}, generator) for _ in range(n)])
+        drawn = torch.tensor([sample_token(logits, sampling, {}, generator) for _ in range(n)])
         return torch.bincount(drawn, minlength=4) / n
 
     # 4000 draws: standard deviation at most 0.008

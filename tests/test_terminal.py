@@ -117,9 +117,9 @@ def test_chat_line_editing_history_and_commands(terminal):
     for command, expected in (
         ("/help", "/temperature X"),
         ("/temperature 0.0", "[temperature 0]"),
-        ("/temperature hot", "[/temperature: expected a number from 0, such as 0.8; got hot]"),
+        ("/temperature hot", "[/temperature: expected a number of at least 0, such as 0.8; got hot]"),
         ("/nonsense x", "[unknown command /nonsense: /help lists the commands"),
-        ("/reset", "[the conversation is forgotten]"),
+        ("/reset", "[new conversation]"),
         ("/retry", "[/retry: there is no message yet]"),
     ):
         chat.type(f"{command}\n")
@@ -176,9 +176,9 @@ def test_piped_input_prints_answers_only():
 @pytest.mark.parametrize(
     ("flags", "max_tokens", "seed", "expected"),
     [
-        ({"top_p": 7}, 1, 0, "--top_p 7: it must be more than 0 and at most 1"),
+        ({"top_p": 7}, 1, 0, "--top_p 7: it must be greater than 0 and at most 1"),
         ({"top_p": 0.0}, 1, 0, "--top_p 0.0"),
-        ({"temperature": -1}, 1, 0, "--temperature -1: it must be 0"),
+        ({"temperature": -1}, 1, 0, "--temperature -1: it must be at least 0"),
         ({"penalty_decay": 1.5}, 1, 0, "--penalty_decay 1.5: it must be from 0 to 1"),
         ({"presence_penalty": 1e9}, 1, 0, "--presence_penalty"),
         ({}, 0, 0, "--max_tokens 0: it must be at least 1"),

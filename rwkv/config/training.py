@@ -34,12 +34,12 @@ class Paths:
     """Start over in a proj_dir that contains a run. By default that run is resumed."""
     allow_changes: bool = False
     """Resume the run in proj_dir although flags or data have changed. By default any change is
-    refused, with the old and the new value."""
+    rejected, with the old and the new value."""
 
 
 @dataclass
 class ModelSize:
-    """Model size of a new model."""
+    """Size of a new model."""
 
     n_layer: int = 0
     """Number of layers L. 0: from load_model, else 6."""
@@ -134,8 +134,8 @@ class Documents:
     """Token id that also ends a document, for doc_training and doc_reset. -1: document boundaries
     come from the index only."""
     min_ctx_len: int = 0
-    """doc_training: join documents until a sample has this many tokens. 0: ctx_len / 4. The least
-    padding: ctx_len."""
+    """doc_training: join documents until a sample has this many tokens. 0: ctx_len / 4. Use ctx_len
+    for the least padding."""
     chatml_mask: Literal[0, 1] = 0
     """1: only answers contribute to the loss: the tokens after 50279 187, up to and including 50278
     (ChatML with the 20B vocabulary). Not needed for chats converted by scripts/convert.py, which
@@ -148,8 +148,8 @@ class Validation:
 
     val_split: float = 0.0
     """Fraction of the documents used for validation instead of training, the same in every run;
-    reported as val_loss in metrics.jsonl. With few long documents, the last fraction of the tokens.
-    0: no validation."""
+    reported as val_loss in metrics.jsonl. If that is fewer than two documents, the last part of the
+    tokens is used. 0: no validation."""
     val_file: str = ""
     """A separate binidx (prefix) for validation, instead of val_split. Its loss mask and the
     document flags apply as for data_file."""
@@ -199,8 +199,8 @@ class Optimizer:
     """Maximum gradient norm. 0: no clipping."""
     on_nan: Literal["stop", "skip"] = "stop"
     """If the loss or the gradient is NaN or Inf: stop ends the run and reports the step, its batch
-    and the last valid state; skip skips the update, and stops after more than 20 skipped steps in a
-    row (with Adafactor it synchronises with the GPU in every step)."""
+    and the last valid state; skip skips the update, and stops after more than 20 consecutive
+    skipped steps (with Adafactor it synchronises with the GPU in every step)."""
 
 
 @dataclass
@@ -255,7 +255,7 @@ class TrainConfig(Logging, Machine, Optimizer, Validation, Documents, Sampling, 
 
     @property
     def folder(self) -> Path:
-        """The folder of the run."""
+        """The folder of the run (proj_dir)."""
         return Path(self.proj_dir)
 
     @property
@@ -288,7 +288,7 @@ class LoRAConfig(TrainConfig):
     """Dropout on the input of the adapter."""
     lora_base: Literal["auto", "bf16", "fp32"] = "auto"
     """Data type of the frozen matrices. auto: bf16 with --precision bf16 (World models are stored
-    in it), else fp32."""
+    in bf16), else fp32."""
     lora_parts: str = "att,ln,time"
     """What is trained, separated by commas: adapters on the matrices of att (key, value,
     receptance) and ffn (key, receptance, value), or on single ones, such as att.output or ffn.key,

@@ -20,7 +20,7 @@ import numpy as np
 
 from rwkv import files
 from rwkv.errors import UserError
-from rwkv.files import abandoned, atomic_writes
+from rwkv.files import atomic_writes, stale_temporaries
 
 MANIFEST = "rwkv binidx"  # marks the manifest of a binidx (rwkv.data.provenance)
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -112,7 +112,7 @@ class Writer:
         self.tokens += Path(f"{prefix}.bin").stat().st_size // self.dtype.itemsize
 
     def finish(self) -> None:
-        """Write the rest of the index, in blocks of constant size."""
+        """Write the rest of the index, in blocks of constant size (bounded memory)."""
         at = 0
         with open(self._index.name, "rb") as written:
             self._index.flush()
@@ -129,7 +129,7 @@ class Writer:
 
 
 def pack(ids: Sequence[int], dtype: str) -> bytes:
-    """Ids as bytes of the .bin file. Raises ValueError if one does not fit the dtype."""
+    """Encode ids as bytes of the .bin file. Raises ValueError if one does not fit the dtype."""
     try:
         return struct.pack(f"<{len(ids)}{_STRUCT_CODES[dtype]}", *ids)
     except struct.error as error:
@@ -138,7 +138,7 @@ def pack(ids: Sequence[int], dtype: str) -> bytes:
 
 
 def document_prefix(output_prefix: str | Path, key: str) -> str:
-    """Upstream's name for the pair of files: `P_text_document`."""
+    """The prefix of a binidx under upstream's naming: `P_text_document`."""
     return f"{output_prefix}_{key}_document"
 
 
@@ -170,7 +170,7 @@ def reject_existing(prefixes: Sequence[str | Path], beside: Sequence[Path] = ())
     """
     for prefix in prefixes:
         index = Path(f"{prefix}.idx")
-        if not index.exists() and abandoned(index):
+        if not index.exists() and stale_temporaries(index):
             continue
         manifest = Path(f"{prefix}.json")
         paths = [
@@ -180,9 +180,9 @@ def reject_existing(prefixes: Sequence[str | Path], beside: Sequence[Path] = ())
             *beside,
             *([] if _is_manifest(manifest) else [manifest]),
         ]
-        if there := [str(path) for path in paths if path.exists()]:
+        if existing := [str(path) for path in paths if path.exists()]:
             raise UserError(
-                f"{' and '.join(there)} already exist; give --force to replace them, or another --output-prefix"
+                f"{' and '.join(existing)} already exist; pass --force to replace them, or another --output-prefix"
             )
 
 
@@ -197,7 +197,7 @@ def _is_manifest(path: Path) -> bool:
 def writers(
     prefixes: Sequence[str | Path], dtype: str = "uint16", mask: bool = False, beside: Sequence[Path] = ()
 ) -> Iterator[tuple[list[Writer], list[Path]]]:
-    """Write several binidx atomically, each with a loss mask if `mask`: all files appear if the
+    """Write several binidx atomically, each with a loss mask if `mask`. All files appear if the
     block succeeds, none otherwise.
 
     Tokens, mask, manifest and index are one set: a mask or manifest of an earlier conversion is
@@ -213,8 +213,8 @@ def writers(
     n = len(prefixes)
     parts = [Path(f"{prefix}.bin") for prefix in prefixes] + [mask_path(prefix) for prefix in prefixes]
     parts += [*(Path(f"{prefix}.json") for prefix in prefixes), *beside]
-    # The index is removed first and renamed last: it never describes other tokens than those beside
-    # it.
+    # The index is removed first and renamed last, so that it never describes the tokens of another
+    # conversion.
     with (
         atomic_writes(parts, [Path(f"{prefix}.idx") for prefix in prefixes]) as temporaries,
         contextlib.ExitStack() as stack,
@@ -222,18 +222,21 @@ def writers(
         masks, manifests = temporaries[n : 2 * n], temporaries[2 * n : 3 * n]
         for unwanted in [*manifests, *([] if mask else masks)]:
             unwanted.unlink()
-        open_ = lambda paths: [stack.enter_context(open(path, "wb")) for path in paths]  # noqa: E731
-        files = zip(
-            open_(temporaries[-n:]),
-            open_(temporaries[:n]),
-            open_(masks) if mask else [None] * n,
+
+        def open_all(paths: Sequence[Path]) -> list[BinaryIO]:
+            return [stack.enter_context(open(path, "wb")) for path in paths]
+
+        parts_of_each = zip(
+            open_all(temporaries[-n:]),
+            open_all(temporaries[:n]),
+            open_all(masks) if mask else [None] * n,
             manifests,
             strict=True,
         )
-        made = [Writer(*some, dtype) for some in files]
-        yield made, temporaries[3 * n : len(parts)]
-        for one in made:
-            one.finish()
+        opened = [Writer(*handles, dtype) for handles in parts_of_each]
+        yield opened, temporaries[3 * n : len(parts)]
+        for output in opened:
+            output.finish()
 
 
 @contextlib.contextmanager

@@ -148,7 +148,7 @@ def split(data: Dataset, share: float, ctx_len: int) -> tuple[np.ndarray, np.nda
         if size < ctx_len + 2:
             raise UserError(
                 f"--val_split {share}: leaves {size} tokens for {side}, but one sample of ctx_len {ctx_len} needs {ctx_len + 2};"
-                " give another share, a smaller --ctx_len, or more text"
+                " use another fraction, a smaller --ctx_len, or more text"
             )
     return train, held
 

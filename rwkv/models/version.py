@@ -100,7 +100,7 @@ DEFAULT: Version = v4  # version of new models
 
 
 def version_of(sizes: Sizes) -> Version:
-    """The version of these sizes."""
+    """The version that a Sizes object belongs to."""
     return next(version for version in VERSIONS.values() if isinstance(sizes, version.Sizes))
 
 
@@ -110,7 +110,7 @@ def published(name: str) -> Sizes:
 
 
 def sizes_given(flags: object, version: Version = DEFAULT) -> dict[str, int]:
-    """The non-zero sizes among the attributes of `flags`."""
+    """The sizes that `flags` sets (attributes that are not 0), by name."""
     values = {field.name: getattr(flags, field.name, 0) for field in fields(version.Sizes)}
     return {name: value for name, value in values.items() if value}
 

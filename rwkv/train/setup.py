@@ -100,7 +100,9 @@ def _frozen_dtype(c: TrainConfig) -> torch.dtype:
         return torch.float32
     requested = c.adapter.lora_base
     wanted = c.precision if requested == "auto" else requested
-    if wanted == "bf16" and not (strategy.alone(c) or machine.use_gpu(c.accelerator) or compat.gloo_sends_bf16()):
+    if wanted == "bf16" and not (
+        strategy.is_single_process(c) or machine.use_gpu(c.accelerator) or compat.gloo_supports_bf16()
+    ):
         if requested == "bf16":
             raise UserError(
                 "--lora_base bf16: ddp on CPUs broadcasts the weights, and gloo in this torch version does not support bf16; omit it to use an fp32"
@@ -137,7 +139,7 @@ def adapter_entries(c: LoRAConfig, base: dict[str, str]) -> dict[str, Any]:
 
 
 def _compare(model: RWKV, c: LoRAConfig, known: dict[str, Any]) -> None:
-    """Raises UserError if the rank, alpha or parts of a loaded adapter (`known`) do not match the
+    """Raise UserError if the rank, alpha or parts of a loaded adapter (`known`) do not match the
     flags.
     """
     possible = model.version.PARTS

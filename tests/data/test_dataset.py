@@ -68,7 +68,7 @@ def test_ranks_shard_single_process_order(stream, prime):
 def test_data_shorter_than_ctx_len(make_stream):
     with pytest.raises(
         UserError,
-        match=r"has 9 tokens, but one sample of ctx_len 8 needs 10; give more text, or --ctx_len 7 or less",
+        match=r"has 9 tokens, but one sample of ctx_len 8 needs 10; use more text, or --ctx_len 7 or less",
     ):
         Contexts(make_stream([range(9)]), 8, 1)
     Contexts(make_stream([range(10)]), 8, 1)
@@ -188,7 +188,7 @@ def test_documents_once_per_pass_with_masked_padding(make_stream, documents, seq
 def test_no_document_fits(make_stream, documents):
     with pytest.raises(
         UserError,
-        match=r"none of 2 documents has 2 to 5 tokens.*--ctx_len 4 needs; give a larger --ctx_len, the right --doc_sep",
+        match=r"none of 2 documents has 2 to 5 tokens.*--ctx_len 4 needs; use a larger --ctx_len, the correct --doc_sep",
     ):
         Documents(make_stream([range(6), [1]]), 4, 1)
 

@@ -41,9 +41,9 @@ def test_packages_match_lock():
         check=False,
     )
     assert (result.returncode, result.stdout.strip()) == (0, "No broken requirements found.")
-    from rwkv.doctor import examine
+    from rwkv.doctor import run_checks
 
-    assert {finding.name: finding.status for finding in examine("out")}["packages"] == "ok"
+    assert {finding.name: finding.status for finding in run_checks("out")}["packages"] == "ok"
 
 
 def test_runs_as_unprivileged_user():
@@ -77,9 +77,9 @@ def test_kernels_for_every_gpu_of_stack():
 
 
 def test_operator_matches_reference():
-    from rwkv.doctor import examine
+    from rwkv.doctor import run_checks
 
-    findings = {finding.name: finding for finding in examine("out")}
+    findings = {finding.name: finding for finding in run_checks("out")}
     assert findings["WKV on the CPU"].status == "ok", findings["WKV on the CPU"]
     assert findings["DeepSpeed"].status == "ok", findings["DeepSpeed"]
 

@@ -136,7 +136,7 @@ def test_gpu_reservations(compose):
 def test_convert_writes_to_out(compose):
     failed = compose("run", "--rm", "-T", "convert", "--input", "data/example.jsonl")
     assert failed.returncode == 1
-    assert "this file system is read-only; write to another place" in failed.stderr
+    assert "this file system is read-only; write to another folder" in failed.stderr
     result = compose("run", "--rm", "-T", "convert", "--input", "data/example.jsonl", "--output-prefix", "out/example")
     assert result.returncode == 0, result.stderr
     assert {path.name for path in compose.out.iterdir()} == {

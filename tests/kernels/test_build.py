@@ -207,7 +207,7 @@ def test_failed_load_cached_until_rebuild(builds, monkeypatch):
 
 def test_loaded_library_not_rechecked(monkeypatch):
     assert load.why_unavailable() is None
-    monkeypatch.setattr(build, "stamp", lambda: pytest.fail("checked the files again"))
+    monkeypatch.setattr(build, "build_time_ns", lambda: pytest.fail("checked the files again"))
     assert load.why_unavailable() is None
 
 

@@ -35,7 +35,7 @@ def resolved_flags(monkeypatch, make_data, tmp_path):
     def run(kind, memory: int, *flags: str, host: int = HOST):
         monkeypatch.setattr(machine, "use_gpu", lambda accelerator: True)
         monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: memory if gpu else host)
-        monkeypatch.setattr(compat, "deepspeed_refusal", lambda on_gpu: None)
+        monkeypatch.setattr(compat, "why_deepspeed_unavailable", lambda on_gpu: None)
 
         def make_trainer(run, callbacks):
             raise TrainerCreated(run.flags)
@@ -133,12 +133,12 @@ def test_cuda_out_of_memory_message(monkeypatch):
     target = plan(sizes=published("1.5b"), ctx_len=1024, micro_bsz=1)
     monitor = MemoryMonitor(target, 0)
     monitor._device = torch.device("cuda")
-    with pytest.raises(UserError) as caught, monitor.explained():
+    with pytest.raises(UserError) as caught, monitor.explain_errors():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     message = str(caught.value)
     assert f"{monitor.expected() / 1e9:.2f} GB per device were predicted; 23.00 GB of 24.00 GB were in use" in message
     assert "The cheapest change that fits: --grad_cp 1, --strategy deepspeed_stage_2_offload (" in message
-    with pytest.raises(RuntimeError, match="shapes"), monitor.explained():  # other errors are not changed
+    with pytest.raises(RuntimeError, match="shapes"), monitor.explain_errors():  # other errors are not changed
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
@@ -154,7 +154,7 @@ def test_unknown_gpu_memory(resolved_flags, capsys, monkeypatch):
     monitor._device = torch.device("cuda")
     with (
         pytest.raises(UserError, match=r"1\.00 GB were in use when an allocation failed\. ") as caught,
-        monitor.explained(),
+        monitor.explain_errors(),
     ):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     assert "0.00 GB" not in str(caught.value)

@@ -31,7 +31,7 @@ def test_remedy_is_first_that_fits(gpu, method):
     plan = Plan(published("1.5b"), lora=method == "lora", micro_bsz=8, gpu=gpu)
     for share in (0.9, 0.6, 0.4):
         limit = round(estimate(plan).total * share)
-        change, changed = search.remedy(plan, limit)
+        change, changed = search.cheapest_change(plan, limit)
         assert estimate(changed).total <= limit
         before = [q for _, q in search.changes(plan)]
         assert all(estimate(q).total > limit for q in before[: before.index(changed)])
@@ -40,7 +40,7 @@ def test_remedy_is_first_that_fits(gpu, method):
                 value,
                 {"1": "True"}.get(value),
             )
-    assert search.remedy(plan, 1000) is None
+    assert search.cheapest_change(plan, 1000) is None
 
 
 @pytest.mark.parametrize(

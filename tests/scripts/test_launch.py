@@ -176,12 +176,12 @@ def test_invalid_launch(root, arguments, message):
 def test_invalid_hostfile(root, tmp_path):
     hosts = tmp_path / "hosts"
     for text, message in (
-        ("a slots=0\n", "a line is 'address slots=N'"),
-        ("a slots=1\nb slots=2\n", "b has other slots"),
-        ("#\n", "names no machine"),
+        ("a slots=0\n", "expected lines such as 'address slots=N'"),
+        ("a slots=1\nb slots=2\n", "slots of b and a differ"),
+        ("#\n", "no machine listed"),
         (
             "-oProxyCommand=x slots=1\n",
-            "-oProxyCommand=x is not a machine's name or address",
+            "-oProxyCommand=x is not a host name or address",
         ),  # ssh would read it as an option
     ):
         hosts.write_text(text)

@@ -129,10 +129,13 @@ def test_upstream_training_command(name, paths, tmp_path):
         with pytest.raises(UserError, match="--accelerator gpu: torch sees no GPU; check nvidia-smi, or omit the flag"):
             fit(config)
         config = replace(config, accelerator="auto")
-    if refusal := compat.deepspeed_refusal(torch.cuda.is_available()) if "deepspeed" in config.strategy else None:
+    reason = None
+    if "deepspeed" in config.strategy:
+        reason = compat.why_deepspeed_unavailable(torch.cuda.is_available())
+    if reason:
         with pytest.raises(UserError, match="--strategy ddp"):
             fit(replace(config, precision="fp32"))
-        assert "--strategy ddp" in refusal
+        assert "--strategy ddp" in reason
         config = replace(config, strategy="ddp")
     if config.precision == "fp16" and not torch.cuda.is_available():
         with pytest.raises(UserError, match="fp16 needs a GPU; on a CPU use bf16 or fp32"):

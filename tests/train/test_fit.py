@@ -456,7 +456,7 @@ def test_deferred_metrics_match_immediate(make_base, make_data, tmp_path, monkey
 
     monkeypatch.setattr(metrics.Metrics, "_read", recording_read)
     for late in (False, True):
-        monkeypatch.setattr(metrics, "waits_one_step", lambda device, late=late: late)
+        monkeypatch.setattr(metrics, "reads_one_step_late", lambda device, late=late: late)
         read.clear()
         fit(TrainConfig(**SMALL | {"epoch_count": 2}, data_file=data, proj_dir=str(tmp_path / f"run{late}")))
         assert set(read) == ({0, 1} if late else {0})
@@ -487,7 +487,7 @@ def test_on_nan_skip(make_base, tmp_path):
     tensors = read_tensors(flags["load_model"])
     tensors["ln_out.weight"][:] = 3e38  # every step overflows
     torch.save(tensors, tmp_path / "lost.pth")
-    with pytest.raises(UserError, match="step 21: .* 21 steps in a row"):
+    with pytest.raises(UserError, match="step 21: .* 21 consecutive steps"):
         fit(
             TrainConfig(
                 **flags | {"load_model": str(tmp_path / "lost.pth"), "epoch_steps": 30},
@@ -534,7 +534,7 @@ def test_run_manifest_and_dtypes(make_base, make_data, tmp_path, capsys, monkeyp
     flags = TUNE | {"load_model": str(base), "data_file": data, "proj_dir": str(tmp_path / "run")}
     fit(LoRAConfig(**flags | {"precision": "bf16"}, wandb="test"))
     printed = capsys.readouterr().out
-    assert "precision: bf16, frozen weights kept in bfloat16/float32 (all types: run.json)" in printed
+    assert "precision: bf16, frozen weights stored in bfloat16/float32 (all data types: run.json)" in printed
     assert (
         "One epoch here = 4 steps = 64 tokens (set by --epoch_steps, not by your data; your data is 200 tokens)"
         in printed
@@ -545,7 +545,7 @@ def test_run_manifest_and_dtypes(make_base, make_data, tmp_path, capsys, monkeyp
         "bf16: trained weights float32 (they are the master weights), gradients float32, Adam's moments float32, frozen weights"
         in types
     )
-    assert "matrix products bfloat16, WKV reads bfloat16 and computes in float32" in types
+    assert "matmuls bfloat16, WKV inputs bfloat16, WKV computation float32" in types
     assert (run["base"]["sha256"], run["data"]["sha256"], run["seed"]) == (sha256(base), sha256(f"{data}.bin"), 1)
     assert re.fullmatch(r"[0-9a-f]{40}\+?", run["git"] or "0" * 40)
     assert run["stack"]["torch"] == torch.__version__.split("+")[0]
@@ -555,7 +555,7 @@ def test_run_manifest_and_dtypes(make_base, make_data, tmp_path, capsys, monkeyp
 
 
 def test_bf16_base_without_bf16_broadcast(make_base, make_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(compat, "gloo_sends_bf16", lambda: False)  # as torch 1.13.1, on CPUs
+    monkeypatch.setattr(compat, "gloo_supports_bf16", lambda: False)  # as torch 1.13.1, on CPUs
     flags = {
         **TUNE,
         "load_model": str(make_base()),

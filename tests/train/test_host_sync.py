@@ -49,7 +49,7 @@ def device(monkeypatch):
     monkeypatch.setattr(TrainingModule, "on_train_batch_start", on_start)
     monkeypatch.setattr(TrainingModule, "transfer_batch_to_device", transfer_batch)
     monkeypatch.setattr(metrics.PendingScalars, "read", read)
-    monkeypatch.setattr(metrics, "waits_one_step", lambda device: True)
+    monkeypatch.setattr(metrics, "reads_one_step_late", lambda device: True)
     fused_adam.use_on_cpu(monkeypatch)
     return fake
 
@@ -90,7 +90,7 @@ def test_device_skips_same_step_as_host(make_base, tmp_path, monkeypatch, decay)
     runs = []
     for name in ("host", "device"):
         if name == "device":
-            monkeypatch.setattr(metrics, "waits_one_step", lambda device: True)
+            monkeypatch.setattr(metrics, "reads_one_step_late", lambda device: True)
             fused_adam.use_on_cpu(monkeypatch)
         result = fit(TrainConfig(**flags, proj_dir=str(tmp_path / name)))
         assert any(line["loss"] is None for line in lines(tmp_path / name))

@@ -202,7 +202,7 @@ def test_disk_full_for_metrics(make_base, make_data, tmp_path, root):
     assert result.returncode == 1
     last = result.stderr.rstrip().splitlines()[-1]
     assert re.fullmatch(
-        r"error: .*/(metrics.jsonl|train_log.txt): larger than a file may be here; free some space .*continues from its last state",
+        r"error: .*/(metrics.jsonl|train_log.txt): the file exceeds the maximum file size; free some space .*continues from its last state",
         last,
     )
 
@@ -261,7 +261,7 @@ def test_second_process_in_folder(kind, make_base, make_data, tmp_path, root):
             )
             assert result.returncode == 1
             assert re.match(
-                rf"error: .*/run: in use by process {process.pid} on .*; or choose another --proj_dir\n$", result.stderr
+                rf"error: .*/run: in use by process {process.pid} on .*, or choose another --proj_dir\n$", result.stderr
             ), result.stderr
     finally:
         process.send_signal(signal.SIGKILL)

@@ -180,4 +180,4 @@ def test_finetune_finds_stage_checkpoint(flags, script, tmp_path):
     run = json.loads((tmp_path / "run/run.json").read_text())["flags"]
     assert run["load_model"].endswith("rwkv-init.pth")
     result = script("finetune.py", *arguments, status=1)
-    assert "full tuning needs a model: pass --load_model" in result.stderr
+    assert "full fine-tuning needs a model: pass --load_model" in result.stderr

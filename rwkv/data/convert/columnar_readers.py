@@ -11,9 +11,9 @@ from rwkv.data.convert.jsonl import BadRecord
 from rwkv.data.convert.source_file import Source
 from rwkv.errors import UserError
 
-_BATCH = 1 << 28  # bytes that a batch of parquet rows may have
+_BATCH = 1 << 28  # maximum bytes of a batch of parquet rows
 _DICTIONARY_PAGE = 2  # Thrift's PageType of a dictionary
-_EXPANDED = 1 << 26  # bytes of rows converted to Python objects at a time
+_EXPANDED = 1 << 26  # bytes of rows to convert to Python objects at a time
 
 
 def _parquet(
@@ -108,7 +108,7 @@ def _arrow(
                 before = 0 if source.compression else stream.tell()
                 if begins[0] <= at < begins[1]:
                     batch = batch.select(columns)
-                    batch.validate(full=True)  # offsets outside the buffers would be followed
+                    batch.validate(full=True)  # otherwise invalid offsets would read outside the buffers
                     for rows, share in _shares(batches(source, _rows([batch], number)), before - at):
                         yield {"rows": rows}, None if source.compression else share
                 number += batch.num_rows
@@ -116,12 +116,12 @@ def _arrow(
             if isinstance(error, OSError) and error.errno:
                 raise
             raise UserError(
-                f"{source.path}: not an arrow stream, as save_to_disk writes it, or corrupt ({error})"
+                f"{source.path}: not an Arrow stream (as written by save_to_disk), or corrupt ({error})"
             ) from error
 
 
 def _rows(batches: Iterable, number: int) -> Iterator[tuple[int, Any]]:
-    """Numbered rows, converted a few at a time, as one dictionary value may be in all of them.
+    """Numbered rows, converted a few at a time, because all of them may share one dictionary value.
     Unreadable rows are BadRecords.
     """
     for batch in batches:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rwkv.data.convert import roles
-from rwkv.data.convert.jsonl import BadRecord, encodable
+from rwkv.data.convert.jsonl import BadRecord, check_encodable
 
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 _ROLE, _CONTENT = ("role", "from", "speaker"), ("content", "value", "text", "message", "utterance")
@@ -100,7 +100,7 @@ def read(entries: Any, key: str, train: bool | None = None) -> list[Message]:
     return found
 
 
-def call(value: Any, where: str) -> Any:
+def parse_call(value: Any, where: str) -> Any:
     """Normalise a tool call of OpenAI's or ShareGPT's form to {"name", "arguments"}; text that is
     not JSON stays text.
 
@@ -110,7 +110,7 @@ def call(value: Any, where: str) -> Any:
     if isinstance(value, str):
         value = text if isinstance(value := json_or_text(text := value), str) else value
         if not isinstance(value, dict):
-            return encodable(text.strip())
+            return check_encodable(text.strip())
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
@@ -128,7 +128,7 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def one_of(mapping: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
+def first_present(mapping: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
     """The first of the names that is present and not null, with its value; ("", None) if none
     is.
     """
@@ -142,7 +142,7 @@ def _messages(entry: Any, where: str) -> Iterator[Message]:
     if not isinstance(entry, dict):
         raise BadRecord(f"{where} is a {type(entry).__name__}, not an object")
     entry = {str(key).casefold(): value for key, value in entry.items()}
-    _, name = one_of(entry, _ROLE)
+    _, name = first_present(entry, _ROLE)
     if name is None and (pairs := _by_role(entry)):
         yield from (_message(role, text, {}, where) for role, text in pairs)
         return
@@ -172,7 +172,7 @@ def _message(name: str, content: Any, entry: Mapping[str, Any], where: str) -> M
         raise BadRecord(f"{where} has the unknown role {name[:40]!r}; known are {roles.known()}; rename it in the data")
     message = Message(role, "", name, train=_train(entry, role, where))
     text, message.reasoning = _text(content, where)
-    key, reasoning = one_of(entry, REASONING)
+    key, reasoning = first_present(entry, REASONING)
     if key and not isinstance(reasoning, str):
         raise BadRecord(f'{where} has a {type(reasoning).__name__} under "{key}", not a string')
     if reasoning and reasoning.strip():
@@ -183,7 +183,7 @@ def _message(name: str, content: Any, entry: Mapping[str, Any], where: str) -> M
                 )
         else:
             message.reasoning = (
-                f"{message.reasoning}\n{reasoning}".strip() if message.reasoning else encodable(reasoning)
+                f"{message.reasoning}\n{reasoning}".strip() if message.reasoning else check_encodable(reasoning)
             )
     message.calls = _calls(entry, where)
     if (
@@ -194,7 +194,9 @@ def _message(name: str, content: Any, entry: Mapping[str, Any], where: str) -> M
         role = roles.CALL  # "function" is a call in LLaMA-Factory, a result in OpenAI's format
     if role == roles.CALL:
         message.role, calls = roles.ASSISTANT, json_or_text(text or "")
-        message.calls += [call(item, where) for item in (calls if isinstance(calls, list) else [text or ""]) if item]
+        message.calls += [
+            parse_call(item, where) for item in (calls if isinstance(calls, list) else [text or ""]) if item
+        ]
         text = ""
     if text is None and not (message.calls or message.reasoning):
         raise BadRecord(f'{where} has no text under "content" (or "value")')
@@ -211,7 +213,7 @@ def _text(content: Any, where: str) -> tuple[str | None, str]:
     none.
     """
     if content is None or isinstance(content, str):
-        return content and encodable(content), ""
+        return content and check_encodable(content), ""
     if not isinstance(content, list):
         raise BadRecord(f"{where} has no text: its content is a {type(content).__name__}")
     texts: list[str] = []
@@ -222,7 +224,7 @@ def _text(content: Any, where: str) -> tuple[str | None, str]:
             continue
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if isinstance(part, dict) and kind in _THINKING:
-            _, text = one_of(part, (*_THINKING, "text", "content"))
+            _, text = first_present(part, (*_THINKING, "text", "content"))
             target = reasoning
         else:
             text = part.get("text") if isinstance(part, dict) and kind in (*_TEXT, None) else None
@@ -230,7 +232,7 @@ def _text(content: Any, where: str) -> tuple[str | None, str]:
         if not isinstance(text, str):
             raise BadRecord(f"{where} has no text in a part of type {str(kind)[:40]!r}; only text can be trained on")
         target.append(text)
-    return encodable("".join(texts)) if texts else None, encodable("\n".join(reasoning))
+    return check_encodable("".join(texts)) if texts else None, check_encodable("\n".join(reasoning))
 
 
 def _calls(entry: Mapping[str, Any], where: str) -> list[Any]:
@@ -241,9 +243,9 @@ def _calls(entry: Mapping[str, Any], where: str) -> list[Any]:
     if calls:
         if not isinstance(calls, list):
             raise BadRecord(f'{where} has "tool_calls" that are no list')
-        found += [call(item, where) for item in calls]
+        found += [parse_call(item, where) for item in calls]
     if entry.get("function_call"):
-        found.append(call(entry["function_call"], where))
+        found.append(parse_call(entry["function_call"], where))
     return found
 
 

@@ -33,7 +33,7 @@ def _value(number: str) -> int:
     if not number:
         return -1
     if number[0].isdecimal():
-        return int(number[-4000:])  # Python refuses to parse longer ones
+        return int(number[-4000:])  # Python rejects longer ones
     if not any(letter in _UNITS for letter in number):  # 一二三 as 123
         return int("".join(str(_DIGITS[letter]) for letter in number)[-4000:])
     total = section = digit = 0

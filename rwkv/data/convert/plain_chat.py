@@ -56,9 +56,9 @@ def _turns(text: str, blank_line: bool) -> list[tuple[str, int, int]]:
         if role is None or role == roles.CALL:
             continue
         if role in (roles.USER, roles.ASSISTANT):
-            of = _KIND.get(name, "chat")
-            kind = kind or of
-            if of != kind or (sides.setdefault(role, name) != name and kind != "instructions"):
+            label_kind = _KIND.get(name, "chat")
+            kind = kind or label_kind
+            if label_kind != kind or (sides.setdefault(role, name) != name and kind != "instructions"):
                 continue
         elif name not in _KIND or (role == roles.SYSTEM and found):
             continue

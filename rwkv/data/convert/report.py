@@ -63,11 +63,11 @@ def summary(counts: Counter) -> dict[str, Any]:
     }
 
 
-def added(summaries: Iterable[Any]) -> dict[str, Any]:
+def add_summaries(summaries: Iterable[Any]) -> dict[str, Any]:
     """Sum of the summaries of several conversions."""
     whole: dict[str, Any] = summary(Counter())
-    for one in summaries:
-        for name, value in one.items() if isinstance(one, dict) else ():
+    for added in summaries:
+        for name, value in added.items() if isinstance(added, dict) else ():
             if isinstance(value, dict):
                 whole[name] = dict(Counter(whole.get(name, {})) + Counter(value))
             else:

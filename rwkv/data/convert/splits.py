@@ -75,8 +75,8 @@ def of_files(paths: Sequence[Path], root: Path) -> tuple[dict[str, list[Path]], 
         found.setdefault(name, []).append(path) if name else rest.append(path)
     families = {family(name) for name in found}
     if not sharded:
-        rest += [path for name, some in found.items() if not family(name) for path in some]
-        found = {name: some for name, some in found.items() if family(name)}
+        rest += [path for name, members in found.items() if not family(name) for path in members]
+        found = {name: members for name, members in found.items() if family(name)}
         if len(rest) > len(paths) / 2 or (rest and "train" not in families):
             return {}, list(paths)  # probably titles that contain such words
     if not families & {"validation", "test"}:
@@ -116,18 +116,18 @@ def _described(paths: Sequence[Path], root: Path) -> tuple[dict[str, list[Path]]
             if isinstance(entry, dict)
         ]
         patterns = [
-            (str(entry["split"]), one)
+            (str(entry["split"]), pattern)
             for entry in entries
-            for one in ([entry["path"]] if isinstance(entry["path"], str) else entry["path"])
+            for pattern in ([entry["path"]] if isinstance(entry["path"], str) else entry["path"])
         ]
         found: dict[str, list[Path]] = {}
         for name, pattern in patterns:
-            some = set(root.glob(pattern))
-            found.setdefault(name, []).extend(path for path in paths if path in some and path not in found[name])
+            matched = set(root.glob(pattern))
+            found.setdefault(name, []).extend(path for path in paths if path in matched and path not in found[name])
     except (yaml.YAMLError, KeyError, TypeError, IndexError, ValueError, NotImplementedError):
         return None
-    found = {name: some for name, some in found.items() if some}
-    used = {path for some in found.values() for path in some}
+    found = {name: members for name, members in found.items() if members}
+    used = {path for members in found.values() for path in members}
     return (found, [path for path in paths if path not in used]) if len(found) > 1 else None
 
 

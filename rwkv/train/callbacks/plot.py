@@ -71,7 +71,7 @@ def plot(curve: Curve, image: Path, title: str) -> None:
     if len(steps) < 2:
         axes.set_xlim(curve.last - 1, curve.last + 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(plots.counted))
+    axes.xaxis.set_major_formatter(FuncFormatter(plots.format_count))
     axes.grid(alpha=0.3)
     right = axes.twinx()
     right.plot(steps, loss.rates, color="tab:orange", linewidth=1, label="learning rate")

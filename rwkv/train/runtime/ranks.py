@@ -140,5 +140,5 @@ def compare(mine: dict[str, Any]) -> None:
             raise UserError(
                 f"rank {rank} differs from rank 0. "
                 + "; ".join(wrong)
-                + ". Start every rank with the same command, versions and files; replace auto by a value (such as --precision fp32)"
+                + ". Start every rank with the same command, versions and files; replace auto by an explicit value (such as --precision fp32)"
             )

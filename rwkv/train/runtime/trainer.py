@@ -28,13 +28,13 @@ def precision_of(c: TrainConfig) -> Literal["fp32", "tf32", "bf16", "fp16"]:
     if c.precision != "auto":
         return c.precision
     if machine.use_gpu(c.accelerator):
-        # torch ≥ 2.4's is_bf16_supported() is True where bf16 is emulated.
+        # not is_bf16_supported(): since torch 2.4 it is also True where bf16 is emulated
         return "bf16" if all(major >= 8 for major, _ in _capabilities()) else "fp32"
     return cpu.precision()
 
 
 def slow_on_gpu(c: TrainConfig, precision: str) -> str:
-    """A note if the selected `precision` is not the fastest one of the GPU; else empty."""
+    """A note if the selected `precision` is not the GPU's fastest one; else empty."""
     # Volta (7.0) has the first tensor cores
     if precision != "fp32" or not machine.use_gpu(c.accelerator) or min(_capabilities()) < (7, 0):
         return ""
@@ -51,7 +51,7 @@ def _capabilities() -> list[tuple[int, int]]:
 
 
 def make_trainer(run: Run, callbacks: list[pl.Callback]) -> pl.Trainer:
-    """A trainer that makes one pass over the module's batches; the callbacks do metrics, progress
+    """Create a trainer for one pass over the module's batches; callbacks handle metrics, progress
     and checkpoints.
     """
     c = run.flags

@@ -205,7 +205,7 @@ def test_template_timeout_rejects_one_record(tmp_path, write_jsonl, monkeypatch,
     result = run(path, chat_template=str(template), on_error="skip", workers=workers)
     assert (result.rejects, result.pairs[0][1]) == (1, 2)
     assert "line 2" in result.rejects_file.read_text()
-    assert "has not ended after 0.2 seconds" in result.rejects_file.read_text()
+    assert "did not finish within 0.2 seconds" in result.rejects_file.read_text()
 
 
 def test_duplicate_key(tmp_path):
@@ -234,7 +234,7 @@ def test_duplicate_key(tmp_path):
 
 def test_chat_among_texts(write_jsonl):
     path = write_jsonl({"text": "a"}, CHAT)
-    with pytest.raises(UserError, match=r"line 2: no \"text\" \(it has 'messages'\).*give --chat_template world"):
+    with pytest.raises(UserError, match=r"line 2: no \"text\" \(it has 'messages'\).*pass --chat_template world"):
         run(path)
     assert run(path, chat_template="world").masked
 

@@ -64,7 +64,7 @@ def test_encoding_guess_and_advice(tmp_path, kind, text, encoding, advised, name
     source.write_bytes(encoded(kind, texts, encoding))
     if b"\0" not in source.read_bytes():
         with pytest.raises(
-            UserError, match=rf"x.{kind}.*: not UTF-8 .*; it looks like {name}. Give --encoding {advised}, or save"
+            UserError, match=rf"x.{kind}.*: not UTF-8 .*; it looks like {name}. Pass --encoding {advised}, or save"
         ):
             converted(source, tmp_path / "p")
     assert converted(source, tmp_path / "p", encoding=advised) == texts
@@ -74,7 +74,7 @@ def test_encoding_guess_and_advice(tmp_path, kind, text, encoding, advised, name
 @pytest.mark.parametrize("kind", ["jsonl", "txt", "csv"])
 def test_utf16_detected(tmp_path, kind):
     (tmp_path / f"x.{kind}").write_bytes(encoded(kind, [CHINESE], "utf-16"))
-    with pytest.raises(UserError, match=r"it looks like UTF-16. Give --encoding utf-16"):
+    with pytest.raises(UserError, match=r"it looks like UTF-16. Pass --encoding utf-16"):
         converted(tmp_path / f"x.{kind}", tmp_path / "p")
 
 
@@ -84,7 +84,7 @@ def test_utf16_without_bom_detected(tmp_path, kind, encoding):
     """English in UTF-16 is valid UTF-8, with a NUL after every letter."""
     texts = ["It was the best of times"] if kind == "txt" else ["It was the best of times", "it was the worst of times"]
     (tmp_path / f"x.{kind}").write_bytes(encoded(kind, texts, encoding))
-    with pytest.raises(UserError, match=rf"x.{kind}: not UTF-8.* it looks like UTF-16. Give --encoding {encoding}"):
+    with pytest.raises(UserError, match=rf"x.{kind}: not UTF-8.* it looks like UTF-16. Pass --encoding {encoding}"):
         converted(tmp_path / f"x.{kind}", tmp_path / "p", on_error="skip")
     assert converted(tmp_path / f"x.{kind}", tmp_path / "p", encoding=encoding) == texts
 
@@ -122,7 +122,7 @@ def test_folder_with_mixed_encodings(tmp_path, capsys):
 def test_utf8_with_errors_not_misdetected(tmp_path):
     (tmp_path / "x.txt").write_bytes(CHINESE.encode() + b"\xff" + CHINESE.encode())
     with pytest.raises(
-        UserError, match=r"x.txt: not UTF-8 .*; save the file as UTF-8, or give its encoding as --encoding NAME$"
+        UserError, match=r"x.txt: not UTF-8 .*; save the file as UTF-8, or pass its encoding as --encoding NAME$"
     ):
         converted(tmp_path / "x.txt", tmp_path / "p")
     assert encodings.guess(CHINESE.encode()) == ""

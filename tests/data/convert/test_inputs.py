@@ -178,7 +178,7 @@ def test_json_values_around_text(tmp_path):
         ("x.csv", b"id,text\n1,\xff\n", r"x.csv, line 1 or after: not UTF-8"),
         ("x.parquet", b"PAR1 not really", r"x.parquet: not parquet, or corrupt"),
         ("x.parquet", as_parquet(["a"])[:-20], r"x.parquet: not parquet, or corrupt"),
-        ("x.arrow", as_jsonl(["a"]), r"x.arrow: not an arrow stream"),
+        ("x.arrow", as_jsonl(["a"]), r"x.arrow: not an Arrow stream"),
         ("x.jsonl.gz", gzip.compress(as_jsonl(["a"] * 99))[:-9], r"x.jsonl.gz: corrupt or truncated"),
         ("x.jsonl.zst", zstd(as_jsonl(["a"] * 99))[:-9], r"x.jsonl.zst: corrupt or truncated"),
         ("x.jsonl.gz", b"plain", r"x.jsonl.gz: corrupt or truncated"),

@@ -159,12 +159,12 @@ def test_mismatched_shards(write_jsonl, tmp_path):
         merge(out, False)
     run(text, out, shard="1/2", append_eod=False)
     with pytest.raises(
-        UserError, match=r"out.00001-of-00002: was made with other flags than .*out.00000-of-00002; run it again"
+        UserError, match=r"out.00001-of-00002: was created with other flags than .*out.00000-of-00002; run it again"
     ):
         merge(out, False)
     run(text, out, shard="1/2", force=True)
     merge(out, False)
-    with pytest.raises(UserError, match=r"already exist; give --force"):
+    with pytest.raises(UserError, match=r"already exist; pass --force"):
         merge(out, False)
     (tmp_path / "out.00001-of-00002.shard").write_text("[]")
     with pytest.raises(UserError, match=r"out.00001-of-00002.shard: is corrupt; run this shard again"):
@@ -209,7 +209,7 @@ def test_skipped_records_written(tmp_path, small_chunks):
 def test_existing_output_needs_force(write_jsonl, tmp_path):
     prefix = run(write_jsonl({"text": "old"}), tmp_path / "out", append_eod=False).pairs[0][0]
     new = write_jsonl({"text": "new and longer"})
-    with pytest.raises(UserError, match="already exist; give --force"):
+    with pytest.raises(UserError, match="already exist; pass --force"):
         run(new, tmp_path / "out")
     assert WorldTokenizer().decode(Dataset(prefix).tokens) == "old"
     run(new, tmp_path / "out", append_eod=False, force=True)
@@ -281,7 +281,7 @@ def test_disk_full(write_jsonl, tmp_path):
     command = [sys.executable, str(SCRIPT), "--input", str(text), "--workers", "2"]
     result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit_file_size, check=False)
     assert result.returncode == 1
-    assert "text_text_document.bin: larger than a file may be here; free some space" in result.stderr
+    assert "text_text_document.bin: the file exceeds the maximum file size; free some space" in result.stderr
     assert "Traceback" not in result.stderr
     assert names(tmp_path) == ["text.jsonl"]
 

@@ -73,7 +73,7 @@ TOO_LARGE = {
 def test_record_too_large(tmp_path, name):
     content, place = TOO_LARGE[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name}, .*({place}).*: a record of more than 1 MiB.*raise --max_record_mb"):
+    with pytest.raises(UserError, match=rf"{name}, .*({place}).*: a record larger than 1 MiB.*raise --max_record_mb"):
         converted(tmp_path / name, tmp_path / "p", max_record_mb=1)
     if name != "nolines.jsonl":
         texts, _ = converted(tmp_path / name, tmp_path / "p", max_record_mb=2)
@@ -124,7 +124,7 @@ print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 10
         assert result.returncode == 0, f"{name}: {result.stderr}"
         count, used = map(int, result.stdout.splitlines()[-1].split())
         assert count == rows, (name, result.stdout)
-        assert rows or "a record of more than 64 MiB" in result.stdout
+        assert rows or "a record larger than 64 MiB" in result.stdout
         assert used < 450, f"{name}: {used} MiB"
 
 
@@ -147,7 +147,7 @@ def test_arrow_offsets_out_of_bounds(tmp_path):
             check=False,
         )
         assert result.returncode == 1, (wrong, result.stderr)
-        assert "x.arrow: not an arrow stream, as save_to_disk writes it, or corrupt" in result.stderr
+        assert "x.arrow: not an Arrow stream (as written by save_to_disk), or corrupt" in result.stderr
         assert "Traceback" not in result.stderr
 
 

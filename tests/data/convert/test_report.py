@@ -43,4 +43,4 @@ def test_summaries_add_up():
         Counter({("schema", "text"): 1, ("role", "user"): 2, ("trained", ""): 3}),
         Counter({("schema", "moss"): 4, ("role", "user"): 5}),
     )
-    assert report.added([report.summary(first), report.summary(second), None]) == report.summary(first + second)
+    assert report.add_summaries([report.summary(first), report.summary(second), None]) == report.summary(first + second)

@@ -129,7 +129,7 @@ def test_tools_are_kept():
             "it has 'response' and 'answer', and only one of them can be the answer; .* --format",
         ),
         ({"instruction": "q", "question": "p", "answer": "a"}, "only one of them can be the question"),
-        ({"text": "t", "instruction": "q", "output": "a"}, "give --format text .*, or --format alpaca"),
+        ({"text": "t", "instruction": "q", "output": "a"}, "pass --format text .*, or --format alpaca"),
         ({"instruction": "q", "output": 3}, '"output" is a int'),
         ({"instruction": "q", "output": "a", "history": [["1"]]}, '"history" is not a list of'),
         (

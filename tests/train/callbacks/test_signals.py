@@ -150,7 +150,7 @@ LATER_SIGNAL = """
 import signal, sys, time
 from types import SimpleNamespace
 from rwkv.train.callbacks import signals
-signals.SAME = 0.2
+signals.DUPLICATE_SECONDS = 0.2
 handler = signals.Signals(lambda: 7)
 handler.on_train_start(None, SimpleNamespace(stop=False))
 print("ready", flush=True)

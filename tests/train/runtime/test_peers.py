@@ -98,22 +98,24 @@ def test_disk_full_with_two_ranks(make_base, make_data, tmp_path, root):
         [sys.executable, "-c", limit, *arguments], capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 1
-    assert re.search(r"^error: .*: larger than a file may be here; .*run again", result.stderr, re.M), result.stderr
+    assert re.search(r"^error: .*: the file exceeds the maximum file size; .*run again", result.stderr, re.M), (
+        result.stderr
+    )
     assert "Traceback" not in result.stderr
 
 
 def test_connection_errors_recognised():
-    with pytest.raises(RuntimeError, match="shapes"), peers.explained(2):
+    with pytest.raises(RuntimeError, match="shapes"), peers.explain_errors(2):
         raise RuntimeError("shapes do not match")
-    with pytest.raises(RuntimeError, match="Connection closed"), peers.explained(1):
+    with pytest.raises(RuntimeError, match="Connection closed"), peers.explain_errors(1):
         raise RuntimeError("Connection closed by peer")
-    with pytest.raises(UserError, match="Connection closed by peer"), peers.explained(2):
+    with pytest.raises(UserError, match="Connection closed by peer"), peers.explain_errors(2):
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:598] Connection closed by peer [127.0.0.1]:1")
 
 
 def test_environment_restored():
     before = dict(os.environ)
-    with peers.starting():
+    with peers.children_end_with_this_process():
         assert os.environ["RWKV_STARTED_BY"] == str(os.getpid())
     assert dict(os.environ) == before
     peers.end_with_parent()  # no effect in a process that no rank started

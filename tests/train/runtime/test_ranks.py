@@ -124,7 +124,7 @@ def test_ranks_with_different_flags(train, tmp_path):
     printed = train("run", 1, status=1, ranks=("0", "1"), random_seed=1)
     assert "Traceback" not in printed
     assert printed.count("error: rank 1 differs from rank 0. --precision: bf16, rank 0: fp32") == 2, printed
-    assert "replace auto by a value (such as --precision fp32)" in printed
+    assert "replace auto by an explicit value (such as --precision fp32)" in printed
     assert not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text()
 
 

@@ -16,6 +16,7 @@ import torch
 from rwkv import compat
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
+from rwkv.train import checks
 from rwkv.train.loop import adam, optimizer
 from rwkv.train.runtime import strategy
 from tests.train import fused_adam
@@ -28,7 +29,7 @@ def config(**flags) -> TrainConfig:
 @pytest.fixture
 def deepspeed_available(monkeypatch):
     """Pretend that DeepSpeed can train on this machine."""
-    monkeypatch.setattr(compat, "deepspeed_refusal", lambda on_gpu: None)
+    monkeypatch.setattr(compat, "why_deepspeed_unavailable", lambda on_gpu: None)
 
 
 @pytest.fixture
@@ -51,7 +52,9 @@ def test_deepspeed_not_installed(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else find(name, *rest)
     )
-    with pytest.raises(UserError, match="DeepSpeed is not installed; make venv installs it, and --strategy ddp"):
+    with pytest.raises(
+        UserError, match="DeepSpeed is not installed; run make venv to install it, or use --strategy ddp"
+    ):
         strategy.check(config(strategy="deepspeed_stage_1"))
     strategy.check(config(strategy="ddp"))
 
@@ -137,7 +140,7 @@ def test_invalid_flags(deepspeed_available, ds_config):
     with pytest.raises(UserError, match="--on_nan skip: DeepSpeed .* cannot skip steps"):
         strategy.check(config(strategy="deepspeed_stage_1", on_nan="skip"))
     with pytest.raises(UserError, match="--ds_bucket_mb must be at least 1"):
-        strategy.check(config(strategy="deepspeed", ds_bucket_mb=0))
+        checks.numbers(config(strategy="deepspeed", ds_bucket_mb=0))
 
 
 def test_known_keys_exist_in_deepspeed():
@@ -176,7 +179,7 @@ def test_allocation_step_not_counted():
         if allocate:  # as DeepSpeed 0.7.0 does in initialize_optimizer_states
             weight.grad = torch.zeros(3)
             adam.step()
-            compat.forget_steps(adam)
+            compat.reset_step_counts(adam)
         weight.grad = torch.tensor([1.0, -2.0, 3.0])
         adam.step()
         assert adam.param_groups[0]["step"] == 1

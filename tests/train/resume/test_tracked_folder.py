@@ -14,7 +14,7 @@ from rwkv.errors import UserError
 from rwkv.train.fit import fit
 from rwkv.train.loop.module import TrainingModule
 from rwkv.train.resume import state_files
-from rwkv.train.resume.home import Home
+from rwkv.train.resume.tracked_folder import TrackedFolder
 
 FLAGS = {
     "n_layer": 1,
@@ -86,11 +86,11 @@ def test_deleted_folder_ends_run(make_data, tmp_path, after_step):
 
 
 def test_unchanged_folder(tmp_path):
-    with Home(tmp_path) as home:
-        assert home.now() == tmp_path
+    with TrackedFolder(tmp_path) as tracked:
+        assert tracked.path() == tmp_path
         before = len(os.listdir("/proc/self/fd"))
     assert len(os.listdir("/proc/self/fd")) == before - 1
-    assert home.now() == tmp_path
+    assert tracked.path() == tmp_path
 
 
 def test_checkpoint_in_renamed_folder(make_data, tmp_path, after_step):
