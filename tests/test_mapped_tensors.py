@@ -80,7 +80,7 @@ def test_training_does_not_modify_file(tmp_path, make_model, suffix):
     save_model(path, make_model(), {})
     before, model = sha256(path), load_model(path)
     pages = mapped_tensors.Pages(path)
-    assert all(pages.hold(parameter) for parameter in model.parameters())
+    assert all(pages.contains(parameter) for parameter in model.parameters())
     adam, tokens = torch.optim.Adam(model.parameters(), lr=0.1), torch.arange(20)[None]
     for _ in range(2):
         model(tokens)[0].logsumexp(-1).sum().backward()
