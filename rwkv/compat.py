@@ -52,7 +52,7 @@ def heap_share() -> float:
     return 0.8 if stack() == "cu117" else 0.3
 
 
-def wake_mkl() -> None:
+def enable_mkl_avx2() -> None:
     """Let MKL use AVX2 on AMD CPUs; call before the first matmul.
 
     torch 1.13.1 bundles MKL 2020.0, which avoids AVX2 on non-Intel CPUs and runs fp32 GEMM at about
@@ -108,7 +108,7 @@ def fit(trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
         signal.signal(signal.SIGINT, on_interrupt)
 
 
-def deepspeed_refusal(on_gpu: bool) -> str | None:
+def why_no_deepspeed(on_gpu: bool) -> str | None:
     """Why DeepSpeed cannot train here, or None. Versions before 0.9 require a CUDA device."""
     if importlib.util.find_spec("deepspeed") is None:
         return (
@@ -154,6 +154,13 @@ def zero3_recomputes_reentrantly() -> bool:
     0.7.0 then partitions the block's weights before their gradients are computed.
     """
     return old_deepspeed()
+
+
+def zero3_broadcasts_weights() -> bool:
+    """Whether ZeRO-3 starts from rank 0's weights, as all other strategies do. DeepSpeed 0.7.0
+    shards the weights that each rank has.
+    """
+    return not old_deepspeed()
 
 
 def forget_steps(optimizer: "torch.optim.Optimizer") -> None:
