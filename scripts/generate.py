@@ -35,7 +35,7 @@ def main(config: GenerateConfig) -> None:
         config.temperature, config.top_p, config.presence_penalty, config.frequency_penalty, config.penalty_decay
     )
     check_sampling(sampling, config.max_tokens, config.seed)
-    compat.wake_mkl()
+    compat.enable_mkl_avx2()
     gpu = machine.use_gpu(config.accelerator)
     if config.accelerator == "gpu" and not gpu:
         raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or use --accelerator cpu")

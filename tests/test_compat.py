@@ -77,10 +77,10 @@ def test_mkl_avx2_on_amd(cpu, wakes, monkeypatch):
     monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "")
     monkeypatch.delenv("MKL_DEBUG_CPU_TYPE")
     monkeypatch.setattr(Path, "read_text", text)
-    compat.wake_mkl()
+    compat.enable_mkl_avx2()
     assert os.environ.get("MKL_DEBUG_CPU_TYPE") == ("5" if wakes and compat.stack() == "cu117" else None)
     monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "4")  # set by the user
-    compat.wake_mkl()
+    compat.enable_mkl_avx2()
     assert os.environ["MKL_DEBUG_CPU_TYPE"] == "4"
 
 

@@ -35,7 +35,7 @@ def resolved_flags(monkeypatch, make_data, tmp_path):
     def run(kind, memory: int, *words: str, host: int = HOST):
         monkeypatch.setattr(machine, "use_gpu", lambda accelerator: True)
         monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: memory if gpu else host)
-        monkeypatch.setattr(compat, "deepspeed_refusal", lambda on_gpu: None)
+        monkeypatch.setattr(compat, "why_no_deepspeed", lambda on_gpu: None)
 
         def make_trainer(run, callbacks):
             raise TrainerCreated(run.flags)

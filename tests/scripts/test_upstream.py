@@ -129,7 +129,7 @@ def test_upstream_training_command(name, paths, tmp_path):
         with pytest.raises(UserError, match="--accelerator gpu: torch sees no GPU; check nvidia-smi, or omit the flag"):
             fit(config)
         config = replace(config, accelerator="auto")
-    if refusal := compat.deepspeed_refusal(torch.cuda.is_available()) if "deepspeed" in config.strategy else None:
+    if refusal := compat.why_no_deepspeed(torch.cuda.is_available()) if "deepspeed" in config.strategy else None:
         with pytest.raises(UserError, match="--strategy ddp"):
             fit(replace(config, precision="fp32"))
         assert "--strategy ddp" in refusal

@@ -25,7 +25,7 @@ def install() -> None:
     _cuda()
     _fp16()
     _nccl()
-    compat.deepspeed_refusal = lambda on_gpu: None
+    compat.why_no_deepspeed = lambda on_gpu: None
     compat.import_deepspeed(on_gpu=True)
     _deepspeed()
     _lightning()

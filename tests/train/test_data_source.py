@@ -166,7 +166,7 @@ def test_not_a_binidx(name, binidx_of, words, make_data, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "sft", "JSON"])
-def test_the_kinds_of_other_trainers_are_answered(kind, tmp_path):
+def test_data_types_of_other_trainers(kind, tmp_path):
     with pytest.raises(UserError, match=f"--data_type {kind}: omit the flag; a .jsonl file is recognised by its name"):
         fit(TrainConfig(**FLAGS, data_type=kind, data_file="mine.jsonl", proj_dir=str(tmp_path / "run")))
 

@@ -21,6 +21,9 @@ _SIGNS = (
         "Broken pipe",
         "Socket Timeout",
         "Timed out waiting",
+        "Timed out after",
+        "has timed out",
+        "wait timeout",
     ),
     *(
         "NCCL communicator was aborted",

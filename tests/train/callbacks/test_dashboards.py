@@ -138,7 +138,7 @@ def test_wandb_offline_without_network(make_data, tmp_path, without_key, monkeyp
     assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_a_server_that_keeps_silent_does_not_hold_up_the_run(monkeypatch):
+def test_wandb_server_without_answer(monkeypatch):
     monkeypatch.setattr(dashboards.WandB, "TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert not dashboards.WandB._answers(f"http://127.0.0.1:{silent.getsockname()[1]}")

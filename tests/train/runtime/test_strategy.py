@@ -28,7 +28,7 @@ def config(**flags) -> TrainConfig:
 @pytest.fixture
 def deepspeed_available(monkeypatch):
     """Pretend that DeepSpeed can train on this machine."""
-    monkeypatch.setattr(compat, "deepspeed_refusal", lambda on_gpu: None)
+    monkeypatch.setattr(compat, "why_no_deepspeed", lambda on_gpu: None)
 
 
 @pytest.fixture
