@@ -44,10 +44,10 @@ def read_manifest(path: PathLike) -> dict[str, Any]:
     Raises:
         UserError: a value in it is invalid.
     """
-    parts = version.DEFAULT.PARTS.names
+    known = version.DEFAULT.PARTS.names, version.VERSIONS.keys()
     if config := peft_adapter.config_of(Path(path)):
-        return manifests.check_adapter(peft_adapter.read_config(config), config, parts)
-    return manifests.check_adapter(manifests.read(path), manifests.path_of(path), parts)
+        return manifests.check_adapter(peft_adapter.read_config(config), config, *known)
+    return manifests.check_adapter(manifests.read(path), manifests.path_of(path), *known)
 
 
 def find_base(path: PathLike) -> Path | None:

@@ -154,6 +154,13 @@ def zero3_recomputes_reentrantly() -> bool:
     return is_old_deepspeed()
 
 
+def zero3_broadcasts_weights() -> bool:
+    """Whether ZeRO-3 starts from rank 0's weights, as all other strategies do. DeepSpeed 0.7.0
+    shards the weights that each rank has.
+    """
+    return not is_old_deepspeed()
+
+
 def reset_step_counts(optimizer: "torch.optim.Optimizer") -> None:
     """Reset the optimizer's step counts to 0.
 

@@ -4,7 +4,7 @@ Pages are read on access, shared between processes, and can be dropped again if 
 written to; writes do not change the file. A model therefore takes memory only for what is accessed,
 such as the embedding rows of tokens that occur. Atomic replacement of the file (rwkv.files) does
 not affect its tensors; overwriting or truncating it in place changes them or kills the process
-(SIGBUS).
+(SIGBUS; a run checks its files before every batch).
 """
 
 import ctypes

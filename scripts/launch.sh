@@ -74,6 +74,8 @@ fi
 
 # Slurm and Kubeflow set environment variables: Kubeflow those of torchrun (PET_*), older versions those of one process per pod (RANK).
 if [[ -z $nodes && ${SLURM_NODEID:-} ]]; then
+  [[ ${SLURM_LOCALID:-0} == 0 ]] || refuse "srun started several tasks on this machine; it needs one: --ntasks-per-node 1"
+  [[ $SLURM_NNODES == 1 || ${SLURM_STEP_ID:-} ]] || refuse "this runs on the first of $SLURM_NNODES machines only; start it with srun"
   nodes=$SLURM_NNODES node=$SLURM_NODEID
   master=${master:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
   devices=${devices:-${SLURM_GPUS_ON_NODE:-}}
@@ -87,7 +89,12 @@ fi
 [[ $nodes && $node && $master ]] || fail "pass --nodes, --node and --master, or --hostfile; or run it under Slurm or Kubeflow (see --help)"
 [[ $nodes =~ ^[1-9][0-9]*$ && $node =~ ^[0-9]+$ && $node -lt $nodes ]] || fail "--node $node of --nodes $nodes: nodes are numbered from 0"
 if [[ -z $devices ]]; then
-  devices=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
+  # like CUDA, which uses the devices in CUDA_VISIBLE_DEVICES up to the first invalid one, such as -1
+  if [[ -v CUDA_VISIBLE_DEVICES ]]; then
+    devices=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^ *\(-.*\)\?$/,$d' | wc -l)
+  else
+    devices=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU ' || true)
+  fi
   ((devices)) || devices=1
 fi
 python=${PY:-$here/.venv/bin/python}

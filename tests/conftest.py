@@ -1,7 +1,10 @@
 """Shared fixtures: a tiny model, tiny data, the command line."""
 
+import contextlib
+import gc
 import json
 import locale
+import logging
 import os
 import random
 import resource
@@ -21,6 +24,7 @@ from rwkv.data.binidx import Dataset, mask_path, writer
 from rwkv.data.token_stream import Stream
 from rwkv.models import RWKV
 from rwkv.models.v4 import Sizes
+from rwkv.train.runtime.lightning import rank_zero_only
 from rwkv.train.runtime.process import denormals_are_flushed
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +58,9 @@ def process_state() -> dict[str, object]:
         "signal handlers": {number.name: signal.getsignal(number) for number in HANDLED},
         # packages may extend sys.path when imported
         "sys.path": [path for path in sys.path if "site-packages" not in path],
+        "rank": rank_zero_only.rank,
+        "garbage collection": gc.isenabled(),
+        "disabled logging": logging.root.manager.disable,
         "torch threads": torch.get_num_threads(),
         "torch default dtype": torch.get_default_dtype(),
         "torch grad mode": torch.is_grad_enabled(),
@@ -65,23 +72,39 @@ def process_state() -> dict[str, object]:
     }
 
 
+@contextlib.contextmanager
+def unchanged(what: str):
+    """Fail if the block leaves process-wide state changed."""
+    before = process_state()
+    yield
+    after = process_state()
+    changed = {name: f"{before[name]} -> {after[name]}" for name in before if before[name] != after[name]}
+    assert not changed, f"{what} changed process-wide state: {changed}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _process_state_unchanged_by_module():
+    """Fail a module whose module-scoped fixtures leave process-wide state changed. They run before
+    the state is read for a test.
+    """
+    with unchanged("a fixture of the module"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _process_state_unchanged():
     """Fail a test that leaves process-wide state changed. Every test starts with the same random
     seed, whatever ran before it.
     """
-    before = process_state()
     generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    yield
-    random.setstate(generators[0])
-    np.random.set_state(generators[1])
-    torch.set_rng_state(generators[2])
-    after = process_state()
-    changed = {name: f"{before[name]} -> {after[name]}" for name in before if before[name] != after[name]}
-    assert not changed, f"the test changed process-wide state: {changed}"
+    with unchanged("the test"):
+        yield
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])
+        torch.set_rng_state(generators[2])
 
 
 @pytest.fixture(scope="session")

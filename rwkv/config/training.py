@@ -219,10 +219,11 @@ class Machine:
     _offload the optimizer (in stage 3 also the parameters) is in CPU memory. All give the same
     training curve."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """auto: bf16 if all GPUs (Ampere or later) or the CPU (AVX512-BF16, AMX) support it natively,
-    else fp32. Matmuls run in bf16/fp16; trainable weights, gradients, Adam moments, WKV and the
-    loss stay in fp32. fp16 uses loss scaling. DeepSpeed keeps bf16/fp16 weights and gradients with
-    fp32 master weights, which are saved. The data types in use are reported at the start."""
+    """auto: bf16 if all GPUs of the run (Ampere or later) or the CPU (AVX512-BF16, AMX) support it
+    natively, else fp32. Matmuls run in bf16/fp16; trainable weights, gradients, Adam moments, WKV
+    and the loss stay in fp32. fp16 uses loss scaling. DeepSpeed keeps bf16/fp16 weights and
+    gradients with fp32 master weights, which are saved. The data types in use are reported at the
+    start."""
     grad_cp: Literal[0, 1] = 0
     """1: gradient checkpointing: recompute each block in the backward pass. Less memory, a third
     slower."""

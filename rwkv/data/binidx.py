@@ -278,6 +278,8 @@ class Dataset:
             raise UserError(f"{data}: contains no tokens; convert again from a source with text")
         self.tokens = np.memmap(data, dtype, "r")
         self.mask = self._open_mask()
+        mapped: list[tuple[Path, Any]] = [(data, self.tokens), (index, self.sizes), (mask_path(self.prefix), self.mask)]
+        self._mapped = [(path, array._mmap, array._mmap.size()) for path, array in mapped if array is not None]
 
     def _open_mask(self) -> np.ndarray | None:
         path = mask_path(self.prefix)
@@ -311,10 +313,24 @@ class Dataset:
         low, high = (bisect.bisect_left(self._pointers, at * self._width) for at in (begin, end))
         return self._pointers[low:high] // self._width
 
+    def check_sizes(self) -> None:
+        """Check that no file was truncated since it was opened; called before reading. (An access
+        beyond the end of a mapped file kills the process.)
+
+        Raises:
+            UserError: a file was truncated.
+        """
+        for path, file, size in self._mapped:
+            if file.size() < size:  # of the mapped file, also if it was replaced by another one
+                raise UserError(
+                    f"{path}: was truncated while in use, from {size} to {file.size()} bytes; restore it and run again"
+                )
+
     def id_range(self) -> tuple[int, int]:
         """The smallest and largest token id; reads the whole file."""
         step, ranges = 1 << 24, []
         for i in range(0, len(self.tokens), step):
+            self.check_sizes()
             part = self.tokens[i : i + step]
             ranges.append((int(part.min()), int(part.max())))
             self.release()

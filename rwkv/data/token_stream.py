@@ -87,7 +87,10 @@ class Stream:
         return starts[np.diff(starts, prepend=-1) > 0]
 
     def _ranges(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """The ranges of the dataset's tokens that make up stream positions [begin, end)."""
+        """The ranges of the dataset's tokens that make up stream positions [begin, end). Raises
+        UserError if its files were truncated.
+        """
+        self._data.check_sizes()
         i = int(np.searchsorted(self._ends, begin, "right"))
         while begin < end:
             low, high = self._spans[i].tolist()

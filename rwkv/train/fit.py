@@ -32,7 +32,7 @@ from rwkv.train.resume.run_state import State
 from rwkv.train.resume.tracked_folder import TrackedFolder
 from rwkv.train.resume.watched_files import WatchedFiles, frozen_in
 from rwkv.train.run import Run
-from rwkv.train.runtime import cpu, peers, process, strategy
+from rwkv.train.runtime import cpu, launcher, peers, process, strategy
 from rwkv.train.runtime.lightning import pl, rank_zero_only
 from rwkv.train.runtime.ranks import Ranks, facts
 from rwkv.train.runtime.trainer import make_trainer, quiet_lightning
@@ -77,6 +77,7 @@ def fit(flags: TrainConfig) -> Result:
             by another process.
     """
     checks.numbers(flags)
+    launcher.check(flags)
     peers.end_with_parent()
     with resume_or_start.locked(flags.folder), TrackedFolder(flags.folder) as tracked:
         quiet_lightning()

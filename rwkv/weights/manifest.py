@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,15 @@ def _kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def check_adapter(manifest: dict[str, Any], where: PathLike, parts: Iterable[str]) -> dict[str, Any]:
+def check_adapter(
+    manifest: dict[str, Any], where: PathLike, parts: Iterable[str], versions: Collection[str]
+) -> dict[str, Any]:
     """Validate type and range of every value used from an adapter's manifest.
 
     Args:
         where: the manifest's path, for messages.
         parts: valid names in its `parts`.
+        versions: supported RWKV versions.
 
     Raises:
         UserError: an invalid value, with its key.
@@ -90,8 +93,8 @@ def check_adapter(manifest: dict[str, Any], where: PathLike, parts: Iterable[str
         raise UserError(
             f"{where}: its kind is {str(manifest['kind'])[:80]!r}: the file that it describes is not a LoRA adapter; use an adapter"
         )
-    if "version" in manifest and manifest["version"] != "4":
-        raise wrong("version", '"4", the supported RWKV version')
+    if "version" in manifest and manifest["version"] not in versions:
+        raise wrong("version", f"a supported RWKV version ({', '.join(versions)})")
     if "alpha" in manifest and not (is_number(manifest["alpha"]) and 0 < manifest["alpha"] <= _MAX_ALPHA):
         raise wrong("alpha", f"a number above 0 and up to {_MAX_ALPHA:,.0f}")
     if "r" in manifest and not (type(manifest["r"]) is int and 0 < manifest["r"] <= _MAX_RANK):

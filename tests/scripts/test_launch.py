@@ -64,9 +64,11 @@ def test_torchrun_per_host(root):
 
 
 def test_one_process_per_gpu(root, commands):
-    commands(nvidia_smi="echo GPU 0; echo GPU 1")
+    commands(nvidia_smi="echo 'GPU 0: A (UUID: x)'; echo '  MIG 1g Device 0: (UUID: y)'; echo 'GPU 1: A (UUID: z)'")
     arguments = ("--nodes", 1, "--node", 0, "--master", "localhost", "--port", 1234)
     assert launch(root, *arguments, *FLAGS) == command(1, 0, 2, "localhost", 1234)
+    for visible, count in {"3": 1, "0,2,5": 3, "GPU-1f, MIG-2e": 2, "": 1, "-1": 1, "1,-1,2": 1}.items():
+        assert launch(root, *arguments, *FLAGS, CUDA_VISIBLE_DEVICES=visible) == command(1, 0, count, "localhost", 1234)
 
 
 def test_hostfile_starts_every_host(root, commands, tmp_path):
@@ -80,7 +82,9 @@ def test_hostfile_starts_every_host(root, commands, tmp_path):
 def test_slurm(root, commands):
     commands(scontrol='test "$*" = "show hostnames node[7-8]" && printf "node7\\nnode8\\n"')
     slurm = {"SLURM_NODEID": "1", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_GPUS_ON_NODE": "8"}
-    assert launch(root, *FLAGS, **slurm) == command(2, 1, 8, "node7")
+    assert launch(root, *FLAGS, **slurm, SLURM_STEP_ID="0", SLURM_LOCALID="0") == command(2, 1, 8, "node7")
+    assert "one: --ntasks-per-node 1" in launch(root, *FLAGS, status=2, **slurm, SLURM_STEP_ID="0", SLURM_LOCALID="1")
+    assert "of 2 machines only; start it with srun" in launch(root, *FLAGS, status=2, **slurm)
 
 
 def test_kubeflow(root):

@@ -172,6 +172,12 @@ def test_invalid_stage_flags(flags, other, message):
         fit(LoRAConfig(**flags | other, my_pile_stage=3))
 
 
+@pytest.mark.parametrize("name", ["micro_bsz", "ctx_len"])
+def test_zero_rejected_before_stage_arithmetic(flags, name):
+    with pytest.raises(UserError, match=f"--{name} must be at least 1"):
+        fit(TrainConfig(**{**flags, name: 0}, my_pile_stage=2))
+
+
 def test_finetune_finds_stage_checkpoint(flags, script, tmp_path):
     """As upstream: --load_model is not needed, and the newest rwkv-N.pth is loaded."""
     fit(TrainConfig(**flags, my_pile_stage=1))

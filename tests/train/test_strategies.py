@@ -88,6 +88,7 @@ SOLO = {  # DeepSpeed with one process
     "deepspeed_stage_2_offload": ("lora", {}),
     "deepspeed_stage_3": ("full", {"grad_cp": 1, "ds_config": ""}),  # small parameters stay gathered, the default
 }
+OWN_SEEDS = ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"]  # each rank draws a seed and creates its own weights
 BF16 = [
     name for name in ("deepspeed_stage_1", "deepspeed_stage_2_offload", "deepspeed_stage_3") if name in STRATEGIES
 ]  # in bf16
@@ -172,6 +173,11 @@ def runs(tmp_path_factory, make_model) -> Path:
             "gradient_factor": [3, value],
         }
         paired.append([kind, flags(name, {**case, **process_flags(which, folder)})])
+    new = {"load_model": "", "n_layer": 2, "n_embd": 16, "vocab_size": 50, "random_seed": -1, **CLIPPED}
+    paired += [
+        ["full", flags(f"{name}, own seeds", {"micro_bsz": 2, **new, **process_flags(name, folder)})]
+        for name in OWN_SEEDS
+    ]
     solo = []
     for name, (kind, own) in SOLO.items():
         own = {key: value and str(folder / value) if key == "ds_config" else value for key, value in own.items()}
@@ -186,6 +192,9 @@ def runs(tmp_path_factory, make_model) -> Path:
     run_processes(folder, paired, solo)
     for kind, half in last_halves:
         alone(kind, half)
+    for name in OWN_SEEDS:
+        seed = json.loads((folder / f"{name}, own seeds/run.json").read_text())["seed"]
+        alone("full", flags(f"{name}, seed of rank 0", {"micro_bsz": 4, **new, "random_seed": seed}))
     return folder
 
 
@@ -247,6 +256,12 @@ def test_two_processes_match_one(runs, name, case):
     for key in ours:
         # six steps of Adam on gradients that differ as above
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", OWN_SEEDS)
+def test_weights_of_rank_0_on_all_ranks(runs, name):
+    """These processes have no store to pass rank 0's seed on."""
+    assert column(runs / f"{name}, own seeds") == pytest.approx(column(runs / f"{name}, seed of rank 0"), rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

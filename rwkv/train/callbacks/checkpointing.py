@@ -101,6 +101,9 @@ class Checkpointer(pl.Callback):
         self._next = module.step + (self.config.save_every or 10)
         self._since = time.perf_counter()
 
+    def on_train_batch_start(self, *_) -> None:
+        self._inputs.check_sizes()
+
     def unsaved(self) -> int:
         """Steps since the last state, including the current one."""
         return self._module.step + 1 - self._saved if self._module else 0

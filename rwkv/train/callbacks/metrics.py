@@ -165,6 +165,7 @@ class Metrics(pl.Callback):
         )
         if not module.data.plain:
             line["targets"] = round(targets)
+            line["loss"] = loss if line["targets"] else None  # 0 would be the lowest loss of the run
         if self._validation is not None and math.isfinite(loss) and self._validates(line["step"]):
             line["val_loss"] = validation_loss(module, self._validation, self.config.micro_bsz)
             self._tick = time.perf_counter()

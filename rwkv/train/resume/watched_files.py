@@ -65,6 +65,13 @@ class WatchedFiles:
                 )
             file.size, file.time = now.st_size, now.st_mtime_ns
 
+    def check_sizes(self) -> None:
+        """Raises UserError as `check` does, if a file was truncated. An access to the missing part
+        would kill the process (SIGBUS).
+        """
+        if any(os.fstat(file.handle).st_size < file.size for file in self._files):
+            self.check()
+
     @contextlib.contextmanager
     def explain_errors(self) -> Iterator[None]:
         """If an error occurs in the block and a file was changed, raise the UserError of `check`

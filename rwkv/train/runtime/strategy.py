@@ -276,6 +276,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             # 0.7.0 would move it there first. The engine converts dtypes only of unsharded models.
             for parameter in self._module.parameters():
                 parameter.data = parameter.data.to(self._dtype())
+                if not compat.zero3_broadcasts_weights() and self._is_random(parameter):
+                    self._broadcast(parameter)
             deepspeed.zero.Init(module=self.lightning_module, config_dict_or_path=self.config, dtype=self._dtype())
         if self._gpu:
             # torch's fused Adam needs parameters on the GPU at construction (in stage 3 they are
@@ -284,6 +286,17 @@ class ZeroStrategy(DeepSpeedStrategy):
         super().init_deepspeed()
         engine: Any = self.optimizers[0]  # DeepSpeed's wrapper of torch's optimizer
         compat.reset_step_counts(engine.optimizer)
+
+    def _is_random(self, parameter: nn.Parameter) -> bool:
+        """Whether the run initialised a parameter, instead of reading it from a file."""
+        c = self._module.config
+        return not c.load_model or bool(c.load_partial) or (c.adapter is not None and parameter.requires_grad)
+
+    def _broadcast(self, parameter: nn.Parameter) -> None:
+        """Use rank 0's values on all ranks. The parameter stays on the CPU."""
+        value = parameter.data.to(self.root_device)
+        dist.broadcast(value, 0)
+        parameter.data = value.cpu()
 
     def _limit_buckets(self) -> None:
         """Limit bucket sizes to the number of trained elements, as DeepSpeed allocates buckets in
