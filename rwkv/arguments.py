@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 import sys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -178,13 +179,21 @@ class _Reader:
             self.errors.append(f"{where}{name}: not a flag of this program, but of {others[0]}")
         elif entry:
             answer = entry.message(name, value)
-            elsewhere = [
-                word for word in re.findall(r"--\w+", entry.advice) if word.removeprefix("--") not in self.fields
-            ]
-            self.unsupported.append(where + answer + (" (in the training scripts)" if elsewhere else ""))
+            self.unsupported.append(where + answer + self.other_program(entry.advice))
         else:
             hint = f"did you mean --{near[0]}?" if near else f"see {Path(sys.argv[0]).name} --help"
             self.errors.append(f"{where}unknown flag {name}: {hint}")
+
+    def other_program(self, advice: str) -> str:
+        """` (in PROGRAM)`, the program whose flags the advice names; empty if it is this one."""
+        named = re.findall(r"--(\w+)", advice)
+        if not named or any(word in self.fields for word in named):
+            return ""
+        if named[0] in flags.LoRAConfig.__dataclass_fields__:
+            return " (in the training scripts)"
+        return (
+            f" (in {next(x for kind, x in PROGRAMS.items() if named[0] in getattr(flags, kind).__dataclass_fields__)})"
+        )
 
     def mentions_flag(self, text: str) -> bool:
         """Whether the text contains a flag of this program."""
@@ -195,6 +204,11 @@ class _Reader:
         after = f" after {' '.join(before[-2:])}" if before else ""
         if _blank(argument):
             return f"argument {len(before) + 1}{after}: {_explain_blank(argument)}"
+        if hidden := next((letter for letter in argument if unicodedata.category(letter) == "Cf"), ""):
+            return (
+                f"argument {len(before) + 1}{after}: {argument.replace(hidden, '') or 'it'} contains an invisible character (U+{ord(hidden):04X},"
+                " copied from a web page?); type it again"
+            )
         if argument.lstrip("-")[:1] in tuple(_DASHES):
             return f'{argument}: the dash is not the ASCII "-" (copied from a web page?); type --{argument.lstrip(_DASHES)}'
         if argument.startswith("-") and _flag_name(argument.lstrip("-").split("=")[0]) in self.fields:

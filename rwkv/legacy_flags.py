@@ -130,6 +130,11 @@ NOT_SUPPORTED = {
         {"cos": "use --my_exit_tokens N for a cosine decay over N tokens", "wsd": "for a constant rate set --lr_init and --lr_final to the same"},
     ),
     "emb": Unsupported("Blealtan's LoRA fork and RWKV-PEFT", "the embedding is not trained by LoRA: omit it, or tune all weights with scripts/finetune.py"),
+    # RWKV-PEFT's merge.py
+    "base_model": Unsupported(f"{_PEFT}'s merge.py", "use --base"),
+    "lora_checkpoint": Unsupported(f"{_PEFT}'s merge.py", "use --adapter"),
+    "lora_init": Unsupported(f"{_PEFT}'s merge.py", "omit it: it belongs to PiSSA, and only LoRA adapters can be merged here", ("none", "")),
+    "type": Unsupported(f"{_PEFT}'s merge.py", "omit it: only LoRA adapters can be merged here", ("lora",)),
     # the converter's
     "dataset_impl": Unsupported(_TOOL, "omit it: the memory-mapped format is the only one", ("mmap",)),
     "merge_file": Unsupported(_TOOL, "omit it: neither World nor 20B has one", ("",)),
@@ -170,8 +175,11 @@ NOT_SUPPORTED = {
     "save_steps": Unsupported(_HF, "use --save_every, or --epoch_save for checkpoints"),
     "warmup_ratio": Unsupported(_HF, "use --warmup_steps"),
     "seed": Unsupported(_HF, "use --random_seed"),
-    "bf16": Unsupported(_HF, "use --precision bf16"),
-    "fp16": Unsupported(_HF, "use --precision fp16"),
+    "bf16": Unsupported(_HF, "use --precision bf16; when generating or exporting --dtype bf16"),
+    "fp16": Unsupported(_HF, "use --precision fp16; when generating or exporting --dtype fp16"),
+    "local_rank": Unsupported(
+        "launchers (torch.distributed.launch, deepspeed)", "omit it: --devices N starts N processes, and scripts/launch.sh several machines"
+    ),
     "lora_rank": Unsupported(_HF, "use --lora_r"),
     "lora_target": Unsupported(_HF, "use --lora_parts, such as --lora_parts att,ffn,time,ln"),
     "target_modules": Unsupported(_HF, "use --lora_parts, such as --lora_parts att,ffn,time,ln"),

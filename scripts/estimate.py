@@ -56,7 +56,9 @@ def make_plan(c: EstimateConfig):
             f"--lora_parts {c.lora_parts}: {', '.join(sorted(unknown))} is not one of {', '.join(version.DEFAULT.PARTS.names)}"
         )
     if c.load_model:
-        sizes = checkpoint.sizes_of(checkpoint.read_tensors(c.load_model), c.load_model)
+        tensors = checkpoint.read_tensors(c.load_model)
+        sizes = checkpoint.sizes_of(tensors, c.load_model)
+        checkpoint.check_shapes(tensors, sizes, c.load_model)
     elif c.model:
         sizes = version.published(c.model)
     else:

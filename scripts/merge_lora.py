@@ -20,11 +20,18 @@ from rwkv.errors import UserError, printable
 def from_upstream_form(argv: list[str]) -> list[str]:
     """Convert upstream's arguments `[--use-gpu] alpha base adapter output` to flags; return any
     other argv unchanged.
+
+    Raises:
+        UserError: positional arguments, but not four.
     """
     switches = [word for word in argv if word in ("--use-gpu", "--use_gpu", "--force")]
     words = [word for word in argv if word not in switches]
-    if len(words) != 4 or any(word.startswith("--") for word in words):
+    if any(word.startswith("-") for word in words) or not "".join(words).strip():
         return argv
+    if len(words) != 4:
+        raise UserError(
+            f"arguments without flags are LORA_ALPHA BASE ADAPTER OUTPUT, in this order; there are {len(words)}. Or use --adapter, --base and --output"
+        )
     flags = zip(("--lora_alpha", "--base", "--adapter", "--output"), words, strict=True)
     return [*(f"{flag}={word}" for flag, word in flags), *switches]
 

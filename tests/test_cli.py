@@ -9,7 +9,7 @@ import pytest
 
 from rwkv import config as flags
 from rwkv.cli import parse, printable, report_errors
-from rwkv.config import ConvertConfig, GenerateConfig, LoRAConfig, TrainConfig
+from rwkv.config import ConvertConfig, ExportConfig, GenerateConfig, LoRAConfig, MergeConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.legacy_flags import NOT_SUPPORTED
 
@@ -171,6 +171,18 @@ def test_no_suggestion_for_distant_name(flag, capsys):
     assert "did you mean" not in parse_error([flag, "1"], capsys)
 
 
+def test_flags_of_upstreams_merge_program():
+    line = "--base_model b.pth --lora_checkpoint a.pth --lora_init i.pth --type lora"
+    with pytest.raises(UserError) as error:
+        parse(MergeConfig, "", line.split())
+    for words in ("merge.py that is not supported here; use --base\n", "use --adapter\n", "it belongs to PiSSA"):
+        assert words in f"{error.value}\n"
+    with pytest.raises(UserError, match=r"use --base \(in scripts/merge_lora.py\)"):
+        parse(LoRAConfig, "", line.split()[:2])
+    with pytest.raises(UserError, match="when generating or exporting --dtype fp16$"):
+        parse(ExportConfig, "", ["--fp16"])
+
+
 def test_flag_of_another_script(capsys):
     assert "not a flag of this program, but of scripts/generate.py" in parse_error(["--ask", "x"], capsys)
     assert "but of scripts/lora.py" in parse_error(["--lora_r", "8"], capsys, TrainConfig)
@@ -198,6 +210,8 @@ def test_flag_of_another_script(capsys):
         (["\u2013lora_r", "8"], "not the ASCII .*; type --lora_r"),
         (["-lora_r", "8"], "two dashes: --lora_r"),
         (["lora_r=8"], "two dashes: --lora_r=8"),
+        (["--lora_r", "8", "\u200b"], r"argument 3 .*: it contains an invisible character \(U\+200B"),
+        (["\ufeff--lora"], r"--lora contains an invisible character \(U\+FEFF"),
         (["--LORA_R", "8"], "lower case: --lora_r"),
         (["--n_layer"], "--n_layer: needs a value, an integer"),
         (["--precision", "--lora"], "--precision: needs a value: auto, fp32"),

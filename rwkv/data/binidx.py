@@ -11,6 +11,7 @@ byte per token; 1 contributes to the loss. Without it all tokens do. P.json: the
 import bisect
 import contextlib
 import mmap
+import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -147,6 +148,11 @@ def mask_path(prefix: str | Path) -> Path:
     return Path(f"{str(prefix).removesuffix('_document')}_mask.bin")
 
 
+def index_path(prefix: str | Path) -> Path:
+    """Path of a binidx's index; the prefix may end in .bin or .idx."""
+    return Path(f"{str(prefix).removesuffix('.bin').removesuffix('.idx')}.idx")
+
+
 @contextlib.contextmanager
 def exclusive(output_prefix: str | Path, prefixes: Sequence[str | Path]) -> Iterator[None]:
     """Lock these binidx files and the output prefix against writes by other processes while the
@@ -259,8 +265,9 @@ class Dataset:
     """
 
     def __init__(self, prefix: str | Path):
-        self.prefix = Path(str(prefix).removesuffix(".bin").removesuffix(".idx"))
-        index, data = Path(f"{self.prefix}.idx"), Path(f"{self.prefix}.bin")
+        index = index_path(prefix)
+        self.prefix = index.with_name(index.name.removesuffix(".idx"))
+        data = Path(f"{self.prefix}.bin")
         for path in (index, data):
             if not path.is_file():
                 raise UserError(
@@ -283,8 +290,12 @@ class Dataset:
 
     def _open_mask(self) -> np.ndarray | None:
         path = mask_path(self.prefix)
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
+        if not path.is_file():
+            raise UserError(
+                f"{path}: not a file, or a link to a file that does not exist; restore the loss mask, or remove it to train on all tokens"
+            )
         if path.stat().st_size != self._total:
             raise UserError(
                 f"{path}: {path.stat().st_size} bytes, but {self.prefix}.bin has {self._total} tokens; a mask has one byte per token."

@@ -96,6 +96,9 @@ def write_initial(run: Run) -> Path:
         raise UserError(
             f"{path} already exists; continue with --my_pile_stage 2 or 3, or use --overwrite to replace it"
         )
+    if c.load_model:  # a whole model of this version, of any size
+        tensors = checkpoint.read_tensors(c.load_model)
+        checkpoint.check_shapes(tensors, checkpoint.sizes_of(tensors, c.load_model), c.load_model)
     seed_generators(c.random_seed)
     model = create(c, run.sizes)
     if c.load_model:

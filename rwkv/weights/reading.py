@@ -4,6 +4,7 @@ names.
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -97,10 +98,15 @@ def _unwrap(value: Any, path: Path) -> dict[str, Tensor]:
             )
         if value and all(isinstance(x, Tensor) for x in value.values()):
             break
-        inside = next((value[key] for key in _WRAPPERS if isinstance(value.get(key), dict) and value[key]), None)
-        if inside is None:
+        inside = [key for key in _WRAPPERS if isinstance(value.get(key), dict) and value[key]]
+        filled = [key for key in inside if _has_tensors(value[key])]
+        if len(filled) > 1:
+            raise UserError(
+                f"{path}: has tensors under {' and '.join(filled)}; save the state_dict that is meant alone, and give that"
+            )
+        if not inside:
             break
-        value = inside
+        value = value[(filled or inside)[0]]
     if isinstance(value, dict):
         if value.keys() >= {"state", "param_groups"} or value.keys() & {
             "optimizer_state_dict",
@@ -121,12 +127,22 @@ def _unwrap(value: Any, path: Path) -> dict[str, Tensor]:
             f"{path}: contains a {type(value).__name__}, not a dictionary of tensors; use the model's state_dict"
         )
     for name, x in value.items():
-        if not isinstance(name, str) or not isinstance(x, Tensor):
+        if not isinstance(name, str):
+            raise UserError(
+                f"{path}: its key {str(name)[:100]} is a {type(name).__name__}, not the name of a tensor; give the model's state_dict"
+            )
+        if not isinstance(x, Tensor):
             kind = type(x).__name__
             raise UserError(
                 f"{path}: its entry {str(name)[:100]!r} is a {kind}, not a tensor; use the model's state_dict alone"
             )
     return value
+
+
+def _has_tensors(value: Any, depth: int = 4) -> bool:
+    return isinstance(value, Tensor) or (
+        isinstance(value, dict) and depth > 0 and any(_has_tensors(x, depth - 1) for x in value.values())
+    )
 
 
 def _rename(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -147,8 +163,8 @@ def _check_floating_point(tensors: dict[str, Tensor], path: Path) -> dict[str, T
 
 
 def _unusable_dtype(name: str, dtype: str, names: list[str]) -> str:
-    bits = "8" in dtype or "4" in dtype
-    kind = "quantised for inference" if bits else "not a checkpoint of a model"
+    few_bits = re.search(r"[A-Za-z][48](?!\d)", dtype)  # int8, F8_E4M3, float4_…, but not int64
+    kind = "quantised for inference" if few_bits else "not a checkpoint of a model"
     if any(x.endswith(("_mx", "_rx", "_my", "_ry")) for x in names):
         kind = "quantised to 8 bits for inference (PyPI rwkv's fp16i8)"
     return f"{kind}: {printable(name)[:200]} is {dtype}; use the original, in float32, bfloat16 or float16"

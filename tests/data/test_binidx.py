@@ -150,6 +150,14 @@ def test_corrupt_file_error(tmp_path, damage, message):
         Dataset(tmp_path / "p")
 
 
+def test_mask_is_not_a_file(tmp_path):
+    with writer(tmp_path / "p") as out:
+        out.add([1, 2, 3])
+    (tmp_path / "p_mask.bin").symlink_to("moved")
+    with pytest.raises(UserError, match=r"p_mask.bin: not a file, or a link to a file that does not exist"):
+        Dataset(tmp_path / "p")
+
+
 @pytest.mark.parametrize(("prefix", "name"), [("p_text_document", "p_text_mask.bin"), ("p", "p_mask.bin")])
 def test_mask_length(tmp_path, prefix, name):
     with writer(tmp_path / prefix, "int32") as out:

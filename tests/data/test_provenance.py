@@ -45,6 +45,17 @@ def test_manifest_contents(write_jsonl, tmp_path):
     assert "source:     tokenizer World (65,536 tokens), from" in format_report(inspect(data, 4, 1))
 
 
+def test_missing_mask(write_jsonl, tmp_path):
+    """Data whose mask was not copied with it is not trained on in full without a word."""
+    prefix = converted(write_jsonl(CHAT), tmp_path / "p")
+    mask_path(prefix).unlink()
+    with pytest.raises(UserError, match=r"p_text_mask.bin: no such file, but .*p_text_document.json says .* 3 of 13"):
+        train_on(prefix, 65536)
+    assert any("p_text_mask.bin: no such file" in problem for problem in inspect(Dataset(prefix), 4, 1).problems)
+    Path(f"{prefix}.json").unlink()  # the way to train on all tokens
+    assert train_on(prefix, 65536).mask is None
+
+
 def test_merged_manifest_equals_single_run(write_jsonl, tmp_path):
     source = write_jsonl(*[CHAT] * 9)
     whole = provenance.read(converted(source, tmp_path / "whole"))

@@ -155,6 +155,8 @@ def test_upstream_merge_command(script, paths, tmp_path):
     # <lora_checkpoint.pth> <output.pth>
     script("merge_lora.py", "16", paths["BASE"], paths["ADAPTER"], "output.pth")
     assert read_tensors(tmp_path / "output.pth").keys() == read_tensors(paths["BASE"]).keys()
+    said = script("merge_lora.py", "16", paths["BASE"], paths["ADAPTER"], status=1).stderr
+    assert "LORA_ALPHA BASE ADAPTER OUTPUT, in this order; there are 3" in said
     if not torch.cuda.is_available():
         assert (
             "no GPU"

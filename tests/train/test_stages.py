@@ -124,6 +124,22 @@ def test_stage_1_size_mismatch(flags, make_base, tmp_path, other, message):
     assert not (tmp_path / "run/rwkv-init.pth").exists()
 
 
+def test_stage_1_needs_whole_model(flags, make_base, tmp_path):
+    tensors = read_tensors(make_base(n_embd=8))
+    later = {name: x[None] if "time_decay" in name else x for name, x in tensors.items()}
+    times = {name: x for name, x in tensors.items() if ".time_" in name}
+    for content, complaint in (
+        (later, "version 5 or later"),
+        ({**tensors, "head.weight": tensors["head.weight"][:0]}, r"wrong shape: head.weight \[0, 8\]"),
+        (times, "not an RWKV-4 checkpoint"),  # an adapter of the part time
+        ({name: x for name, x in tensors.items() if "ln_out" not in name}, "missing: ln_out"),
+    ):
+        torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(UserError, match=f"x.pth: .*{complaint}"):
+            fit(TrainConfig(**flags, my_pile_stage=1, load_model=str(tmp_path / "x.pth")))
+    assert not (tmp_path / "run").exists()
+
+
 def test_load_partial(flags, make_base, tmp_path):
     base, no_update = (
         make_base(n_embd=8),
