@@ -534,7 +534,8 @@ def test_run_manifest_and_dtypes(make_base, make_data, tmp_path, capsys, monkeyp
     printed = capsys.readouterr().out
     assert "precision: bf16, frozen weights kept in bfloat16/float32 (all types: run.json)" in printed
     assert (
-        "One epoch here = 4 steps = 64 tokens (set by --epoch_steps, not by your data; your data is 200 tokens)" in printed
+        "One epoch here = 4 steps = 64 tokens (set by --epoch_steps, not by your data; your data is 200 tokens)"
+        in printed
     )
     run = json.loads((tmp_path / "run/run.json").read_text())
     types = run["types"]
