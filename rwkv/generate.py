@@ -17,6 +17,7 @@ from rwkv.errors import UserError
 from rwkv.models import RWKV, State
 
 _PREFILL = 256  # prompt tokens per forward pass
+_COLDEST = 1e-4  # temperature, in effect greedy; logits divided by a smaller one may overflow
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def sample_token(
         logits[token] -= sampling.presence_penalty + sampling.frequency_penalty * count
     if sampling.temperature <= 0:
         return int(logits.argmax())
-    probabilities, tokens = torch.softmax(logits / sampling.temperature, -1).sort(descending=True)
+    logits /= max(sampling.temperature, _COLDEST)
+    probabilities, tokens = torch.softmax(logits, -1).sort(descending=True)
     before = probabilities.cumsum(0) - probabilities
     dropped = before >= sampling.top_p
     dropped[0] = False  # always keep the most likely token

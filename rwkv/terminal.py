@@ -3,6 +3,7 @@ chat.
 """
 
 import contextlib
+import io
 import math
 import select
 import signal
@@ -52,6 +53,8 @@ class Conversation:
 
     def run(self) -> None:
         """Run the chat until /exit or the end of stdin."""
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # see decodable
         if self.interactive:
             _edit_lines()
             _say("Chat. /help lists the commands, Ctrl-C stops an answer, /exit or Ctrl-D ends.")
@@ -68,14 +71,14 @@ class Conversation:
         """The next message; None at the end of the chat."""
         if not self.interactive:
             line = sys.stdin.readline()
-            return _text(line.rstrip("\n")) if line else None
+            return decodable(line.rstrip("\n")) if line else None
         interrupted = -math.inf
         while True:
             try:
                 lines = [input("User: ")]
                 while select.select([sys.stdin], [], [], _PASTE_SECONDS)[0]:
                     lines.append(input())
-                return _text("\n".join(lines))
+                return decodable("\n".join(lines))
             except EOFError:
                 print()
                 return None
@@ -123,15 +126,27 @@ class Conversation:
         _say(f"[temperature {value:g}]")
 
     def answer(self, message: str) -> None:
-        """Print the answer as it is generated, until it is complete or Ctrl-C."""
+        """Print the answer as it is generated, until it is complete or Ctrl-C. A second Ctrl-C does not
+        wait for the model to read the message, and forgets it.
+        """
+        session = self.chat.session
+        before = session.state, session.logits
         print("Assistant:", end=" ", flush=True)
-        with _echo_disabled(self.interactive) as stopped:
-            for text in self.chat.ask(message, self.sampling, self.max_tokens, self.generator, stopped):
-                print(text, end="", flush=True)
+        try:
+            with _echo_disabled(self.interactive) as stopped:
+                for text in self.chat.ask(message, self.sampling, self.max_tokens, self.generator, stopped):
+                    print(text, end="", flush=True)
+        except KeyboardInterrupt:
+            if not self.interactive:
+                raise
+            session.state, session.logits = before
+            print(flush=True)
+            _say("[stopped; this message is forgotten]")
+            return
         print(flush=True)
         if stopped():
             _say("[stopped]")
-        elif self.chat.session.ended == "length":
+        elif session.ended == "length":
             _say(cut_note(self.max_tokens))
 
 
@@ -173,8 +188,8 @@ def _edit_lines() -> None:
         readline.parse_and_bind("set enable-bracketed-paste on")  # Python disables it
 
 
-def _text(typed: str) -> str:
-    """The input, with invalid UTF-8 replaced by U+FFFD."""
+def decodable(typed: str) -> str:
+    """A message or argument, with invalid UTF-8 replaced by U+FFFD."""
     return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 

@@ -21,7 +21,7 @@ def main(config: GenerateConfig) -> None:
     from rwkv.data.tokenizer import WorldTokenizer
     from rwkv.generate import Chat, Sampling, Session, matrices_dtype
     from rwkv.memory import machine
-    from rwkv.terminal import Conversation, check_sampling, cut_note
+    from rwkv.terminal import Conversation, check_sampling, cut_note, decodable
 
     if not config.model:
         raise UserError("--model is missing: the checkpoint to run")
@@ -62,14 +62,14 @@ def main(config: GenerateConfig) -> None:
         return
     session = begin()
     if config.prompt:
-        prompt = config.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        prompt = decodable(config.prompt)
         session.read(prompt)
         print(prompt, end="")
         texts = session.write(sampling, config.max_tokens, (), generator)
     else:
-        texts = Chat(session).ask(config.ask, sampling, config.max_tokens, generator)
-    for text in texts:
-        print(text, end="", flush=True)
+        texts = Chat(session).ask(decodable(config.ask), sampling, config.max_tokens, generator)
+    for part in texts:
+        print(part, end="", flush=True)
     print(flush=True)
     if config.ask and session.ended == "length":
         print(cut_note(config.max_tokens), file=sys.stderr)

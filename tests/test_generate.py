@@ -155,6 +155,11 @@ def test_temperature_zero_and_penalties():
     assert logits.tolist() == [1.0, 3.0, 2.5]
 
 
+def test_tiny_temperature_is_greedy():
+    for temperature in (1e-3, 1e-40, 5e-324):
+        assert sample_token(torch.tensor([1.0, 3.0, 2.0]), Sampling(temperature), {}) == 1
+
+
 def test_top_p_and_temperature():
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
     generator = torch.Generator().manual_seed(0)

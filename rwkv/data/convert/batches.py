@@ -2,7 +2,7 @@
 nesting.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rwkv.data.convert import source_file
@@ -11,6 +11,23 @@ from rwkv.data.convert.source_file import Source
 from rwkv.errors import UserError
 
 MAX_DEPTH = 100  # levels of nesting in a record
+
+
+class Row(dict):
+    """A record of which only some fields were read.
+
+    Attributes:
+        omitted: names of the others.
+    """
+
+    omitted: Sequence[str] = ()
+
+    def __init__(self, fields: Mapping[str, Any], omitted: Sequence[str] = ()):
+        super().__init__(fields)
+        self.omitted = omitted
+
+    def __reduce__(self):
+        return Row, (dict(self), self.omitted)
 
 
 def select_columns(source: Source, names: Sequence[str], fields: Sequence[str]) -> list[str]:
@@ -26,7 +43,7 @@ def keep_fields(record: Any, fields: Sequence[str]) -> Any:
     message.
     """
     if isinstance(record, dict) and (kept := {key: record[key] for key in fields if key in record}):
-        return kept
+        return Row(kept, [key for key in record if key not in kept and record[key] not in (None, "")])
     return dict.fromkeys(record) if isinstance(record, dict) else record
 
 

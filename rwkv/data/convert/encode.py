@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rwkv.data import binidx
-from rwkv.data.convert import plain_chat, schemas
+from rwkv.data.convert import plain_chat, roles, schemas
 from rwkv.data.convert.inputs import Chunk, lines_of, records
 from rwkv.data.convert.jsonl import BadRecord, text_of
 from rwkv.data.convert.messages import Conversation
@@ -128,9 +128,14 @@ class Encoder:
                 return []
             for message in conversation.messages:
                 seen += [("role", message.role), ("name", message.role, message.name[:40])]
+                seen += [("unused", "messages", key[:40]) for key in message.unused]
             seen.append(("schema", conversation.schema))
             seen += [("remark", remark) for remark in conversation.remarks]
+            seen += [("unused", "records", key[:40]) for key in conversation.unused]
             return found
+        if self.template and isinstance(record, dict) and record and all(value is None for value in record.values()):
+            seen.append(("skipped", "records without a value"))
+            return []
         try:
             text = text_of(key, record)
         except BadRecord as error:
@@ -145,7 +150,7 @@ class Encoder:
                     f"{error}; the record is a conversation, but others are texts: pass --chat_template world to convert both"
                 ) from error
             raise
-        if not text or text.isspace():
+        if roles.blank(text):
             seen.append(("skipped", "blank texts"))
             return []
         if self.ftfy:

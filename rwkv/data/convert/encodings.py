@@ -1,12 +1,16 @@
 """Guess the encoding of text that is not UTF-8, and suggest how to convert it."""
 
 import codecs
+import re
 import shlex
 from collections.abc import Sequence
 
 from rwkv.data.convert.source_file import TEXT, Source, open_source
 from rwkv.errors import UserError
 
+_CYRILLIC = ("cp1251", "koi8-r", "cp866", "iso8859-5")
+_CANDIDATES = ("gb18030", "big5", "shift_jis", "euc_jp", "euc_kr", "cp1252", *_CYRILLIC)
+_FREQUENT = frozenset("оеаинтсрвл")  # two thirds of the letters of Russian
 _BLOCK = 1 << 16  # bytes examined per file
 _MAX_FILES = 2000  # files examined to count those that are not UTF-8
 _NAMES = {
@@ -16,6 +20,11 @@ _NAMES = {
     "euc_jp": "EUC-JP",
     "euc_kr": "EUC-KR",
     "utf-16": "UTF-16",
+    "utf-32": "UTF-32",
+    "koi8-r": "KOI8-R",
+    "cp866": "CP866",
+    "iso8859-5": "ISO 8859-5",
+    "cp1251": "Windows-1251",
     "cp1252": "Windows-1252",
 }
 
@@ -83,6 +92,8 @@ def guess(data: bytes) -> str:
     """The likely encoding of bytes, by its Python name; "" if unknown, or if they are UTF-8 with
     errors.
     """
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # the former begins as UTF-16's
+        return "utf-32"
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     if b"\0" in data:
@@ -92,7 +103,7 @@ def guess(data: bytes) -> str:
         kept = sum(byte >= 0x80 for byte in data.decode("utf-8", "ignore").encode())
         if kept > 0.5 * multi:
             return ""  # UTF-8 with some errors
-    scores = {name: _score(data, name) for name in ("gb18030", "big5", "shift_jis", "euc_jp", "euc_kr", "cp1252")}
+    scores = {name: _score(data, name) for name in _CANDIDATES}
     best = max(scores, key=lambda name: scores[name])
     return best if scores[best] > 0.5 else ""
 
@@ -121,6 +132,11 @@ def _score(data: bytes, encoding: str) -> float:
     letters = [letter for letter in text if letter > "\x7f"]
     if not letters or (encoding == "euc_kr" and len(letters) < 8):
         return 0
+    words = sum(map(len, re.findall(r"[^\x00-\x7f]{2,}", text))) > 0.7 * len(letters) and len(letters) >= 8
+    if encoding in _CYRILLIC:
+        return 1.3 if words and sum(letter in _FREQUENT for letter in letters) > 0.45 * len(letters) else 0
+    if encoding == "cp1252" and words:
+        return 0  # another alphabet: accented letters are rarely side by side
     return sum(_plausibility(letter, encoding) for letter in letters) / len(letters)
 
 
@@ -165,5 +181,6 @@ def advice(failed: Source, sources: Sequence[Source]) -> str:
         count = f" ({len(wrong):,} of {len(text):,} files are not UTF-8: {names})"
     if not found:
         return f"; save the file as UTF-8, or pass its encoding as --encoding NAME{count}"
-    command = f"iconv -f {found.upper()} -t UTF-8 {shlex.quote(str(failed.path))} > new{failed.path.suffix}"
+    charset = re.sub("-([LB]E)$", r"\1", found.upper().replace("_", "-"))  # as iconv spells it
+    command = f"iconv -f {charset} -t UTF-8 {shlex.quote(str(failed.path))} > new{failed.path.suffix}"
     return f"; it looks like {name}. Pass --encoding {found}, or save it as UTF-8: {command}{count}"

@@ -72,6 +72,8 @@ def _reason(text: str, error: json.JSONDecodeError) -> str:
     for begin, what in _FOREIGN:
         if stripped.startswith(begin):
             return what
+    if stripped.startswith("\ufeff"):
+        return "a byte order mark (U+FEFF) at the start of the line, as left by joining files; remove it"
     if "\r" in stripped and "\n" not in stripped and msg in ("Extra data", "Expecting value"):
         return r"the lines end with a carriage return alone; convert it: tr '\r' '\n' < old > new"
     if msg == "Extra data" and text[at:].strip() == ",":
@@ -102,6 +104,8 @@ def likely_cause(text: str, at: int, msg: str) -> str:
         return r"a tab or another control character inside a string; write \t, or \u and its code"
     if (after and after in "}]" and before == ",") or msg.startswith("Illegal trailing comma"):
         return f"a comma before the closing {text[at:].lstrip(',').lstrip()[:1]}; remove it"
+    if text[at : at + 2] in ("//", "/*") or after == "#":
+        return "a comment; JSON has none"
     if word := re.match(r"(None|True|False|undefined)\b", text[at:]):
         return f"{word[1]}; JSON writes null, true, false"
     if re.match(r"[^\W\d]\w*\s*:", text[at:]) and msg.startswith("Expecting property name"):
@@ -112,7 +116,6 @@ def likely_cause(text: str, at: int, msg: str) -> str:
 
 
 _FOREIGN = (
-    ("version https://git-lfs", "a Git LFS pointer, not the file itself; run git lfs pull"),
     ("<!DOCTYPE", "a web page, not JSON; download the file itself"),
     ("<!doctype", "a web page, not JSON; download the file itself"),
     ("<html", "a web page, not JSON; download the file itself"),

@@ -44,8 +44,8 @@ _ANSWERS = (
     "输出",
     "答",
 )
-_SYSTEM = ("system", "system_prompt", "system_message", "meta_instruction")
-_REASONING = (*messages.REASONING, "complex_cot", "cot", "rationale")
+_SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "meta_instruction")
+_REASONING = (*messages.REASONING, "complex_cot", "cot", "rationale", "analysis")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _OTHER = ("text", "history", "tools", "functions", "chosen", "rejected", "kto_tag", "label", "plain_text", "prefix")
 
@@ -68,7 +68,12 @@ FIELDS = tuple(
     )
 )
 
-_TURNS = re.compile(r"(?:\A|\n)[ \t]*(Human|User|Assistant|Bot)[ \t]*[:：]", re.IGNORECASE)
+# without meaning for a conversation
+_KNOWN = {"num_turns"}
+
+_TURNS = re.compile(
+    r"(?:\A|\n)[ \t]*(Human|User|Assistant|Bot|AI|用户|人类|问|助手|机器人|答)[ \t]*[:：]", re.IGNORECASE
+)
 _MOSS = re.compile(r"(?:<\|(Human|Inner Thoughts|Commands|Results|MOSS)\|>|\[(Human|MOSS)\])[ \t]*[:：]")
 _MOSS_END = re.compile(r"<eo[a-z]>\s*\Z")
 
@@ -109,14 +114,21 @@ def conversation(record: Mapping[str, Any], kind: str = "auto") -> Conversation 
         found.messages.pop()  # an empty final question without an answer
     if media := next((key for key in _MEDIA if fields.get(key)), None):
         raise BadRecord(f'it has "{media}"; only text can be trained on')
-    if fields.get("kto_tag", fields.get("label")) is False:
+    desirable = str(fields.get("kto_tag", fields.get("label"))).casefold()  # csv has only texts
+    if desirable == "true":
+        found.used |= {"kto_tag", "label"}
+    if desirable == "false":
         raise BadRecord("it is marked as an undesirable answer (KTO's label false); remove such records")
-    _, tools = first_present(fields, ("tools", "functions"))
+    key, tools = first_present(fields, ("tools", "functions"))
+    found.used.add(key)
     if isinstance(tools, str):
         tools = json_or_text(tools)
     if tools:
         found.tools = messages.without_nulls(tools) if isinstance(tools, list) else [tools]
-    return _with_system(found, fields)
+    found = _with_system(found, fields)
+    omitted = [name for name in getattr(record, "omitted", ()) if name.casefold() not in messages.NUMBERS]
+    found.unused = [*messages.unused(fields, found.used | _KNOWN), *omitted]
+    return found
 
 
 def _expected(kind: str) -> str:
@@ -138,7 +150,7 @@ def _messages(fields: Mapping[str, Any], kind: str) -> Conversation | None:
     )
     if key is None or fields[key] == []:
         return None
-    found = Conversation(messages.read(fields[key], key), "messages")
+    found = Conversation(messages.read(fields[key], key), "messages", used={key})
     if kind == "auto":
         others = [
             other
@@ -146,6 +158,7 @@ def _messages(fields: Mapping[str, Any], kind: str) -> Conversation | None:
             if other in fields
         ]
         if others:
+            found.used.update(others)
             found.remarks.append(f'records with "{key}" and also "{others[0]}", of which "{key}" was converted')
     return found
 
@@ -158,7 +171,7 @@ def _pair(fields: Mapping[str, Any], kind: str) -> Conversation | None:
         question, context, answer = PAIRS[kind]
         if question not in fields or answer not in fields:
             return None
-        return Conversation(_turns(fields, question, context, answer), kind)
+        return _asked_and_answered(fields, question, context, answer, kind)
     if kind != "auto":
         return None
     questions, contexts, answers = (_present(fields, names) for names in (_QUESTIONS, _CONTEXTS, _ANSWERS))
@@ -178,14 +191,22 @@ def _pair(fields: Mapping[str, Any], kind: str) -> Conversation | None:
             f'it has "text" and also {questions[0]!r} and {answers[0]!r}; pass --format text to train on the text, or'
             f" {f'--format {name}' if name else 'remove the text'} to train on the answers"
         )
-    turns = _turns(fields, questions[0], contexts[0] if contexts else "", answers[0])
-    return Conversation(turns, name or f"{questions[0]}_{answers[0]}")
+    context = contexts[0] if contexts else ""
+    return _asked_and_answered(fields, questions[0], context, answers[0], name or f"{questions[0]}_{answers[0]}")
 
 
 def _present(fields: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
     """The names that are present and not null; if all are null, the first that is present."""
     present = [name for name in names if name in fields]
     return [name for name in present if fields[name] is not None] or present[:1]
+
+
+def _asked_and_answered(
+    fields: Mapping[str, Any], question: str, context: str, answer: str, schema: str
+) -> Conversation:
+    reasoning, _ = first_present(fields, _REASONING)
+    used = {question, context, answer, reasoning, "history"}
+    return Conversation(_turns(fields, question, context, answer), schema, used=used)
 
 
 def _turns(fields: Mapping[str, Any], question: str, context: str, answer: str) -> list[Message]:
@@ -197,6 +218,8 @@ def _turns(fields: Mapping[str, Any], question: str, context: str, answer: str) 
         parts = [_string(fields, key) for key in (question, context) if key]
         asked = "\n".join(part.strip() for part in parts if part.strip())
         found += _asked(asked) or [Message(roles.USER, asked)]
+    if isinstance(fields[answer], list) and any(isinstance(entry, str) for entry in fields[answer]):
+        raise BadRecord(f'"{answer}" is a list of {len(fields[answer])} texts; keep one answer, as a text')
     if isinstance(fields[answer], list):
         return found + messages.read(fields[answer], answer)
     key, _ = first_present(fields, _REASONING)
@@ -282,11 +305,12 @@ def _moss(fields: Mapping[str, Any], kind: str) -> Conversation | None:
             thoughts = ""
         else:
             raise BadRecord(f"a turn of MOSS data has the unknown part {name[:40]!r}")
-    return Conversation(found, "moss")
+    return Conversation(found, "moss", used={"chat", "plain_text"})
 
 
 def _with_system(found: Conversation, fields: Mapping[str, Any]) -> Conversation:
     key, system = first_present(fields, (*_SYSTEM, "prefix") if found.schema == "moss" else _SYSTEM)
+    found.used.add(key)
     if not key or not found.messages or not (system := _string(fields, key)).strip():
         return found
     first = found.messages[0]

@@ -275,16 +275,68 @@ def _source(path: Path, split_lines: bool, input_format: str, encoding: str) -> 
         source = dataclasses.replace(
             source, compression=next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
         )
-    if (
-        len(head) >= 32
-        and kind in source_file.TEXT
-        and not encoding
-        and (name := encodings.utf_16_without_mark(head, 0.7))
-    ):
-        raise UserError(f"{path}: not UTF-8: every other byte is 0; it looks like UTF-16. Pass --encoding {name}")
+    if what := _other_format(source, head) or _other_text(source, split_lines, encoding):
+        raise UserError(f"{path}: {what}")
     if kind in ("json", "jsonl") and (read_as := _lines_or_array(source)):
         kind = read_as
     return dataclasses.replace(source, kind="lines" if kind == "txt" and split_lines else kind)
+
+
+_LFS = b"version https://git-lfs.github.com/spec/"
+_SIGNATURES = {  # of other formats
+    b"\x1f\x8b": "compressed by gzip; let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; let its name end in .zst",
+    b"BZh91AY&SY": "compressed by bzip2; decompress it with bzip2 -d",
+    b"\xfd7zXZ\0": "compressed by xz; decompress it with xz -d",
+    b"PAR1": "a parquet file; let its name end in .parquet",
+    b"PK\x03\x04": "a zip archive, as .xlsx and .docx files are; extract it, or save the table as csv",
+    b"%PDF-": "a PDF; convert it to text, such as with pdftotext",
+}
+
+
+def _other_format(source: Source, head: bytes) -> str:
+    """What a file is if it is not what its name says, and what to do; empty otherwise."""
+    if source.compression:
+        magic = next(magic for magic, name in _MAGIC.items() if name == source.compression)
+        return (
+            f"not compressed by {source.compression}, as its name says; rename it"
+            if head and not head.startswith(magic)
+            else ""
+        )
+    if head.startswith(_LFS):
+        return "a Git LFS pointer, not the file itself; run git lfs pull"
+    if source.kind not in source_file.TEXT:
+        return ""
+    return next((what for magic, what in _SIGNATURES.items() if head.startswith(magic)), "")
+
+
+def _other_text(source: Source, split_lines: bool, encoding: str) -> str:
+    """Why a text file would be misread although its bytes are valid UTF-8, and what to do; empty
+    otherwise.
+    """
+    if source.kind not in source_file.TEXT:
+        return ""
+    head = _head(source)
+    if source.kind == "txt" and split_lines and b"\r" in head and b"\n" not in head:
+        return "the lines end with a carriage return alone; convert it: tr '\\r' '\\n' < old > new"
+    if encoding:
+        return ""
+    if b"\x1b$B" in head:
+        return "not UTF-8: it looks like ISO-2022-JP. Give --encoding iso2022_jp"
+    if len(head) >= 8 and (name := encodings.utf_16_without_mark(head, 0.7)):
+        return f"not UTF-8: every other byte is 0; it looks like UTF-16. Pass --encoding {name}"
+    return ""
+
+
+def _head(source: Source) -> bytes:
+    """The beginning of a file, decompressed; empty if it is corrupt, which is reported when it is
+    read.
+    """
+    try:
+        with open_source(source) as (file, _):
+            return file.read(1 << 16)
+    except UserError:
+        return b""
 
 
 def _spool(path: Path) -> str:
@@ -309,11 +361,7 @@ def _lines_or_array(source: Source) -> str:
     """Detect jsonl or json by the beginning of a file, because suffixes are often wrong; "" if
     undecided.
     """
-    try:
-        with open_source(source) as (file, _):
-            head = file.read(1 << 16).removeprefix(BOM).lstrip()
-    except UserError:
-        return ""  # corrupt, reported when it is read
+    head = _head(source).removeprefix(BOM).lstrip()
     if head[:1] == b"{":
         return "jsonl"
     return "json" if head[:1] == b"[" and not text_readers.is_json_line(head) else ""

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from rwkv.config import ConvertConfig
 from rwkv.data.binidx import Dataset
@@ -245,6 +247,30 @@ def test_texts_and_chats_in_separate_files(tmp_path):
     (tmp_path / "in/b.txt").write_text("b")
     (tmp_path / "in/c.json").write_text(json.dumps([{"id": 1, "question": "q", "answer": "c"}]))
     assert marked(run(tmp_path / "in")) == ["⟦a∎⟧", "⟦b∎⟧", "User: q\n\nAssistant:⟦ c\n\n∎⟧"]
+
+
+def test_unused_fields_reported_for_all_formats(tmp_path):
+    rows = [{"id": "1", "source": "web", "instruction": "q", "output": "a"}] * 2
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    (tmp_path / "x.csv").write_text("id,source,instruction,output\n" + "1,web,q,a\n" * 2)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    for name in ("x.jsonl", "x.json", "x.csv", "x.parquet"):
+        for workers in (1, 2):
+            report = run(tmp_path / name, workers=workers).report
+            assert "note: fields of records that were not converted: source 2" in report, name
+
+
+def test_records_without_a_value(write_jsonl):
+    done = run(write_jsonl({"instruction": None, "output": None}, {"instruction": "q", "output": "a"}))
+    assert marked(done) == ["User: q\n\nAssistant:⟦ a\n\n∎⟧"]
+    assert "note: skipped records without a value: 1" in done.report
+
+
+def test_invisible_texts_are_blank(write_jsonl):
+    assert marked(run(write_jsonl({"text": "\u200b\ufeff"}, {"text": "a"}))) == ["⟦a∎⟧"]
+    answer = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "\u200b"}]}
+    assert "note: skipped conversations with an empty assistant message: 1" in run(write_jsonl(answer, CHAT)).report
 
 
 def test_jsonl_keys_do_not_split_pairs(write_jsonl):

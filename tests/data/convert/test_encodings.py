@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,49 @@ def test_folder_with_mixed_encodings(tmp_path, capsys):
         converted(folder, tmp_path / "p")
     assert converted(folder, tmp_path / "p", encoding="gbk") == [f"第{i}章\n{CHINESE}" for i in range(1, 13)]
     assert "encoding: 3 files read as gbk, 9 are UTF-8 and read as such" in capsys.readouterr().err
+
+
+RUSSIAN = "Все счастливые семьи похожи друг на друга, каждая несчастливая семья несчастлива по-своему."
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "guess"),
+    [
+        (RUSSIAN, "cp1251", "cp1251"),
+        (RUSSIAN, "koi8-r", "koi8-r"),
+        (RUSSIAN, "cp866", "cp866"),
+        (RUSSIAN, "iso8859-5", "iso8859-5"),
+        ('{"text": "déjà vu à l\'école"}', "latin-1", "cp1252"),
+        ("Ας αρχίσουμε από την αρχή, όπως πάντα.", "cp1253", ""),  # all bytes are letters in Windows-1252 too
+        ("It was the best of times", "utf-32", "utf-32"),
+    ],
+)
+def test_guess_of_other_alphabets(text, encoding, guess):
+    assert encodings.guess(text.encode(encoding)) == guess
+
+
+@pytest.mark.parametrize("encoding", ["euc_jp", "shift_jis", "utf-16-le", "koi8-r", "gb18030"])
+def test_advised_command_works(tmp_path, encoding):
+    text = RUSSIAN if encoding == "koi8-r" else JAPANESE if "j" in encoding else CHINESE + " a" * 200
+    source = tmp_path / "x.txt"
+    source.write_bytes(text.encode(encoding))
+    found = source_file.Source(source, "txt", "", source.stat().st_size)
+    command = encodings.advice(found, [found]).split(": ", 1)[1].removesuffix(" > new.txt")
+    assert subprocess.run(shlex.split(command), capture_output=True, check=True).stdout.decode() == text
+
+
+def test_text_that_is_valid_utf8_by_chance(tmp_path):
+    for text, encoding, says in (
+        (JAPANESE, "iso2022_jp", "it looks like ISO-2022-JP. Give --encoding iso2022_jp"),
+        ("hello", "utf-16-le", "it looks like UTF-16. Give --encoding utf-16-le"),
+    ):
+        (tmp_path / "x.txt").write_bytes(text.encode(encoding))
+        with pytest.raises(UserError, match=says):
+            converted(tmp_path / "x.txt", tmp_path / "p")
+        assert converted(tmp_path / "x.txt", tmp_path / "p", encoding=encoding) == [text]
+    (tmp_path / "x.txt").write_bytes(b"a\rb\r")
+    with pytest.raises(UserError, match="the lines end with a carriage return alone; convert it: tr"):
+        converted(tmp_path / "x.txt", tmp_path / "p", split_lines=True)
 
 
 def test_utf8_with_errors_not_misdetected(tmp_path):

@@ -1,5 +1,6 @@
 """Documents of all file formats round-trip; errors name file and location."""
 
+import bz2
 import csv
 import gzip
 import io
@@ -181,7 +182,14 @@ def test_json_values_around_text(tmp_path):
         ("x.arrow", as_jsonl(["a"]), r"x.arrow: not an Arrow stream"),
         ("x.jsonl.gz", gzip.compress(as_jsonl(["a"] * 99))[:-9], r"x.jsonl.gz: corrupt or truncated"),
         ("x.jsonl.zst", zstd(as_jsonl(["a"] * 99))[:-9], r"x.jsonl.zst: corrupt or truncated"),
-        ("x.jsonl.gz", b"plain", r"x.jsonl.gz: corrupt or truncated"),
+        ("x.jsonl.gz", b"plain", r"x.jsonl.gz: not compressed by gzip, as its name says"),
+        ("x.jsonl", gzip.compress(as_jsonl(["a"])), r"x.jsonl: compressed by gzip; let its name end in .gz"),
+        ("x.csv", zstd(b"text\na\n"), r"x.csv: compressed by zstd; let its name end in .zst"),
+        ("x.json", bz2.compress(b"[]"), r"x.json: compressed by bzip2"),
+        ("x.csv", b"PK\x03\x04\xff", r"x.csv: a zip archive, as .xlsx and .docx files are"),
+        ("x.jsonl", as_parquet(["a"]), r"x.jsonl: a parquet file; let its name end in .parquet"),
+        ("x.txt", b"version https://git-lfs.github.com/spec/v1\noid", r"x.txt: a Git LFS pointer"),
+        ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid", r"x.parquet: a Git LFS pointer"),
         ("x.txt.gz", gzip.compress(b"a" * 99)[:-9], r"x.txt.gz: corrupt or truncated"),
         ("x.md", b"", r"x.md: unknown format; the name must end in .jsonl"),
         ("sub/x.md", b"", r"a folder without a file that can be converted"),

@@ -96,12 +96,13 @@ def test_bad_line_error(tmp_path, line, message):
             b'{"text": "cut sh\n{"text": "b"}',
             r"line 1: not JSON: the string that begins at column 10 does not end on this line",
         ),
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
-            r"line 1: not JSON: a Git LFS pointer.* run git lfs pull",
-        ),
         (b"<!DOCTYPE html>\n<html>\n", r"line 1: not JSON: a web page"),
-        (b"\x1f\x8b\x08\x00\n", r"line 1: compressed by gzip; let the name end in .gz"),
+        (b"// a\n", r"line 1: not JSON: a comment; JSON has none"),
+        (b'{"text": "a" # b\n}', r"line 1: not JSON: a comment"),
+        (
+            b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n',
+            r"line 2: not JSON: a byte order mark \(U\+FEFF\) at the start of the line",
+        ),
         (b'["a"]\n["b"]\n', r'line 1: no "text" \(it is a list\)'),
     ],
 )

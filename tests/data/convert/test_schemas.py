@@ -22,6 +22,7 @@ SCHEMAS = [
     ({"instruction": "q", "output": "a", "history": [["1", "2"]]}, "alpaca", turns("1", "2", "q", "a")),
     # BELLE
     ({"instruction": "Human:一\nAssistant:二\nHuman:三\nAssistant:", "input": "", "output": "四"}, "alpaca", turns("一", "二", "三", "四")),
+    ({"instruction": "用户：一\n助手：二\n用户：三\n助手：", "output": "四"}, "alpaca", turns("一", "二", "三", "四")),
     ({"kind": "NLI", "input": "q", "target": "a"}, "firefly", turns("q", "a")),
     ({"instruction": "q", "context": "c", "response": "a", "category": "qa"}, "dolly", turns("q\nc", "a")),
     ({"prompt": "q", "completion": "a"}, "prompt_completion", turns("q", "a")),
@@ -122,6 +123,8 @@ def test_tools_are_kept():
     [
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference data"),
         ({"chosen": [], "rejected": []}, "preference data"),
+        ({"question": "q", "answer": ["good", "bad"]}, '"answer" is a list of 2 texts; keep one answer'),
+        ({"prompt": "q", "completion": "a", "label": "False"}, "undesirable"),  # a column of csv
         ({"prompt": "q", "completion": "a", "label": False}, "undesirable"),
         ({"messages": [{"role": "user", "content": "q"}], "images": ["a.png"]}, 'it has "images"; only text'),
         (
@@ -143,6 +146,17 @@ def test_tools_are_kept():
 def test_unsupported_records(record, message):
     with pytest.raises(BadRecord, match=message):
         schemas.conversation(record)
+
+
+def test_unused_fields():
+    chat = [{"role": "user", "content": "q"}]
+    for record, expected in (
+        ({"messages": chat, "id": 1, "Reasoning": "r", "context": "c", "tags": []}, ["reasoning", "context"]),
+        ({"instruction": "q", "output": "a", "history": [], "thinking": "t", "label": True}, []),
+        ({"instruction": "q", "output": "a", "label": 0}, ["label"]),
+        ({"messages": chat, "system": "s", "tools": [{"name": "f"}], "prompt": "q"}, []),  # prompt is in a remark
+    ):
+        assert schemas.conversation(record).unused == expected
 
 
 def test_explicit_format():

@@ -78,6 +78,11 @@ SHARDED = (
             "",
             ("a.txt", "b.txt", "c.txt", "Night train.txt", "The Test.txt"),
         ),
+        (("trainset.jsonl", "TestSet.jsonl"), "", ("trainset.jsonl",)),
+        (("TrainData.jsonl", "TestData.jsonl"), "test", ("TestData.jsonl",)),
+        (("train.jsonl", "held_out.jsonl"), "", ("train.jsonl",)),
+        (("train.jsonl", "hold-out.jsonl"), "validation", ("hold-out.jsonl",)),
+        (("学習.jsonl", "検証.jsonl"), "", ("学習.jsonl",)),
         (("protest.txt", "latest.txt", "strain.txt"), "", ("protest.txt", "latest.txt", "strain.txt")),
     ],
 )
@@ -100,6 +105,14 @@ def test_hub_readme_splits(tmp_path):
     )
     assert names_of(tmp_path) == ["one.jsonl", "three.jsonl"]
     assert names_of(tmp_path, split="test") == ["two.jsonl"]
+    # the other forms of data_files, in which two.jsonl is not for training
+    for files in (
+        "\n    train: t*e.jsonl\n    test: two.jsonl",
+        " th*.jsonl",
+        "\n  - split: train\n    path: three.jsonl",
+    ):
+        (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:{files}\n---\n")
+        assert names_of(tmp_path) == ["three.jsonl"], files
 
 
 def test_missing_or_ambiguous_split(tmp_path):
@@ -190,6 +203,29 @@ def test_natural_chapter_order(tmp_path):
     write(tmp_path / "c", "卷十/2.txt", "卷二/10.txt", "卷二/9.txt", "１０.txt", "９.txt")
     assert [str(source.path.relative_to(tmp_path / "c")) for source in sources.find(str(tmp_path / "c")).sources] == [
         "9.txt".replace("9", "９"), "10.txt".replace("10", "１０"), "卷二/9.txt", "卷二/10.txt", "卷十/2.txt"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["一、开端", "二、发展", "三、高潮", "十、结局"],
+        ["故事一", "故事二", "故事三", "故事十"],
+        ["红楼梦（上）", "红楼梦（中）", "红楼梦（下）"],
+        ["第壹章", "第贰章", "第拾章", "第廿一章"],
+        ["①", "②", "⑩"],
+        ["Chapter I", "Chapter II", "Chapter V", "Chapter IX", "Chapter X", "Chapter XI"],
+        ["Part A", "Part B", "Part C", "Part D"],
+        ["chapter one", "chapter two", "chapter ten", "chapter twenty", "chapter twenty-one"],
+        ["chapter_1", "Chapter 2", "chapter-3", "chapter 10"],
+        ["1", "1.5", "1.10", "2"],
+        ["楔子", "第一章", "第二章", "尾声"],
+        ["Prologue", "Chapter 1", "Chapter 2", "Epilogue"],
+        ["book a", "book b"],
+    ],
+)
+def test_numbers_in_names(tmp_path, names):
+    write(tmp_path, *(f"{name}.txt" for name in reversed(names)))
+    assert names_of(tmp_path) == [f"{name}.txt" for name in names]
 
 
 def test_names_with_commas_spaces_and_tilde(tmp_path, monkeypatch):
