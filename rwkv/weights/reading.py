@@ -102,7 +102,7 @@ def _unwrap(value: Any, path: Path) -> dict[str, Tensor]:
         filled = [key for key in inside if _has_tensors(value[key])]
         if len(filled) > 1:
             raise UserError(
-                f"{path}: has tensors under {' and '.join(filled)}; save the state_dict that is meant alone, and give that"
+                f"{path}: has tensors under {' and '.join(filled)}; save the one that you want to a file of its own, and use that file"
             )
         if not inside:
             break
@@ -129,7 +129,7 @@ def _unwrap(value: Any, path: Path) -> dict[str, Tensor]:
     for name, x in value.items():
         if not isinstance(name, str):
             raise UserError(
-                f"{path}: its key {str(name)[:100]} is a {type(name).__name__}, not the name of a tensor; give the model's state_dict"
+                f"{path}: its key {str(name)[:100]} is a {type(name).__name__}, not the name of a tensor; use the model's state_dict"
             )
         if not isinstance(x, Tensor):
             kind = type(x).__name__

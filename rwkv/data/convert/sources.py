@@ -322,7 +322,7 @@ def _other_text(source: Source, split_lines: bool, encoding: str) -> str:
     if encoding:
         return ""
     if b"\x1b$B" in head:
-        return "not UTF-8: it looks like ISO-2022-JP. Give --encoding iso2022_jp"
+        return "not UTF-8: it looks like ISO-2022-JP. Pass --encoding iso2022_jp"
     if len(head) >= 8 and (name := encodings.utf_16_without_mark(head, 0.7)):
         return f"not UTF-8: every other byte is 0; it looks like UTF-16. Pass --encoding {name}"
     return ""

@@ -31,7 +31,7 @@ def check(c: TrainConfig) -> None:
     elif _slurm_tasks() > 1 and "SLURM_STEP_ID" in os.environ:
         _compare(c, "srun", "SLURM_NTASKS")
         if "SLURM_NTASKS_PER_NODE" not in os.environ:  # Lightning raises RuntimeError
-            raise UserError(f"srun without --ntasks-per-node: give it, as --ntasks-per-node {c.devices}; or {_ADVICE}")
+            raise UserError(f"srun without --ntasks-per-node: pass --ntasks-per-node {c.devices}; or {_ADVICE}")
     elif "LOCAL_RANK" in os.environ:  # by Lightning, or set by hand
         _not_slurm()
         if "WORLD_SIZE" in os.environ:

@@ -152,8 +152,8 @@ def test_advised_command_works(tmp_path, encoding):
 
 def test_text_that_is_valid_utf8_by_chance(tmp_path):
     for text, encoding, says in (
-        (JAPANESE, "iso2022_jp", "it looks like ISO-2022-JP. Give --encoding iso2022_jp"),
-        ("hello", "utf-16-le", "it looks like UTF-16. Give --encoding utf-16-le"),
+        (JAPANESE, "iso2022_jp", "it looks like ISO-2022-JP. Pass --encoding iso2022_jp"),
+        ("hello", "utf-16-le", "it looks like UTF-16. Pass --encoding utf-16-le"),
     ):
         (tmp_path / "x.txt").write_bytes(text.encode(encoding))
         with pytest.raises(UserError, match=says):
