@@ -364,8 +364,9 @@ def test_control_characters_escaped():
 
 
 OTHER_PROGRAMS = {"--config", "--help", "--flag"} | {
-    # flags of other programs: nvidia-smi, git, nvcc, docker, tensorboard
+    # flags of other programs: nvidia-smi, git, nvcc, docker, tensorboard, srun
     "--version", "--porcelain", "--untracked_files", "--std", "--ptxas_options", "--gpu_architecture", "--ipc", "--shm_size", "--gpus", "--logdir",
+    "--ntasks_per_node",
 }  # fmt: skip
 UPSTREAM_FLAGS = {"--my_sample_len"}
 # modules that print commands of other scripts

@@ -51,8 +51,8 @@ def check(c: TrainConfig) -> None:
 def _compare(c: TrainConfig, launcher: str, name: str) -> None:
     if (started := _number(name)) != c.world_size:
         raise UserError(
-            f"--devices {c.devices} --num_nodes {c.num_nodes} are {c.world_size} processes, but {launcher} says {started}"
-            f" ({name}). Make them equal, or {_ADVICE}"
+            f"{launcher} means {started} processes ({name}), but --devices {c.devices} --num_nodes {c.num_nodes} means"
+            f" {c.world_size}. Make them equal, or {_ADVICE}"
         )
 
 

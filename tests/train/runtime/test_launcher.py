@@ -61,15 +61,11 @@ def test_valid_environment(environment, variables, processes, ignored):
 
 
 INVALID = [
-    (
-        TORCHRUN,
-        1,
-        r"--devices 1 --num_nodes 1 are 1 processes, but torchrun says 2 \(WORLD_SIZE\). Make them equal, or",
-    ),
-    (TORCHRUN, 4, "are 4 processes, but torchrun says 2"),
-    (SRUN, 1, r"but srun says 8 \(SLURM_NTASKS\)"),
+    (TORCHRUN, 1, r"torchrun means 2 processes \(WORLD_SIZE\), but --devices 1 --num_nodes 1 means 1. Make them equal"),
+    (TORCHRUN, 4, "torchrun means 2 processes"),
+    (SRUN, 1, r"srun means 8 processes \(SLURM_NTASKS\), but --devices 1"),
     ({key: SRUN[key] for key in SRUN.keys() - {"SLURM_NTASKS_PER_NODE"}}, 8, "srun without --ntasks-per-node"),
-    ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, 1, r"but the environment says 2 \(WORLD_SIZE\)"),
+    ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, 1, r"the environment means 2 processes \(WORLD_SIZE\)"),
     ({"OMPI_COMM_WORLD_SIZE": "2"}, 2, "mpirun gives the processes no ranks"),
     ({"PMI_SIZE": "2"}, 1, "mpirun gives the processes no ranks"),
     ({"WORLD_SIZE": "2", "RANK": "0"}, 2, "WORLD_SIZE=2, RANK=0 in the environment .* LOCAL_RANK is not set"),

@@ -113,6 +113,24 @@ def test_connection_errors_recognised():
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:598] Connection closed by peer [127.0.0.1]:1")
 
 
+TIMEOUTS = [  # of torch 1.13.1 and 2.13
+    "The client socket has timed out after 3s while trying to connect to (127.0.0.1, 29999).",
+    "Socket Timeout",
+    "The client socket has timed out after 3000ms while trying to connect to (127.0.0.1, 29999).",
+    "Timed out after 4 seconds waiting for clients. 1/2 clients joined.",
+    "wait timeout after 3000ms, keys: /x",
+]
+
+
+@pytest.mark.parametrize("message", TIMEOUTS)
+def test_rendezvous_timeout_recognised(message):
+    with (
+        pytest.raises(UserError, match="another process of this run has ended or cannot be reached"),
+        peers.explained(2),
+    ):
+        raise TimeoutError(message)
+
+
 def test_environment_restored():
     before = dict(os.environ)
     with peers.children_end_with_this_process():
