@@ -126,7 +126,7 @@ TIMEOUTS = [  # of torch 1.13.1 and 2.13
 def test_rendezvous_timeout_recognised(message):
     with (
         pytest.raises(UserError, match="another process of this run has ended or cannot be reached"),
-        peers.explained(2),
+        peers.explain_errors(2),
     ):
         raise TimeoutError(message)
 
