@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import sys
 import traceback
@@ -60,8 +61,11 @@ def sentences() -> Iterator[None]:
     """Print UserErrors and OSErrors as one line on stderr and exit with status 1; Ctrl-C exits with
     130.
 
-    Other errors keep their traceback; RWKV_TRACEBACK=1 prints it for all.
+    Other errors keep their traceback; RWKV_TRACEBACK=1 prints it for all. Characters that stdout's
+    encoding lacks are printed as "?".
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
     except UserError as error:
