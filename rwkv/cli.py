@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import sys
 import traceback
@@ -60,8 +61,11 @@ def report_errors() -> Iterator[None]:
     """Print a UserError or OSError as one line on stderr and exit with status 1; Ctrl-C exits with
     status 130.
 
-    Other errors print a traceback; with RWKV_TRACEBACK=1 all errors do.
+    Other errors print a traceback; with RWKV_TRACEBACK=1 all errors do. Characters that stdout's
+    encoding lacks are printed as "?".
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
     except UserError as error:

@@ -126,8 +126,9 @@ class Conversation:
         _say(f"[temperature {value:g}]")
 
     def answer(self, message: str) -> None:
-        """Print the answer as it is generated, until it is complete or Ctrl-C. A second Ctrl-C does not
-        wait for the model to read the message, and forgets it.
+        """Print the answer as it is generated, until it is complete or Ctrl-C.
+
+        A second Ctrl-C does not wait for the model to read the message, and forgets it.
         """
         session = self.chat.session
         before = session.state, session.logits

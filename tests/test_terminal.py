@@ -4,6 +4,7 @@ import contextlib
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -155,6 +156,22 @@ def test_ctrl_c(terminal):
     chat.interrupt("ended")
 
 
+def test_second_ctrl_c_keeps_the_chat(terminal):
+    chat = terminal(10**6)
+    chat.type("hello\n")
+    chat.wait("HELLO\n")
+    chat.wait("User: ")
+    chat.type("long\n")
+    chat.wait("very")
+    os.kill(chat.pid, signal.SIGSTOP)  # both signals arrive before the chat looks at the first
+    os.kill(chat.pid, signal.SIGINT)
+    os.kill(chat.pid, signal.SIGCONT)
+    chat.interrupt("[stopped")
+    chat.wait("User: ")
+    chat.type("again\n")
+    chat.wait("AGAIN\n")
+
+
 def test_truncated_answer_is_marked(terminal):
     chat = terminal(4)
     chat.type("hello\n")
@@ -164,13 +181,12 @@ def test_truncated_answer_is_marked(terminal):
 def test_piped_input_prints_answers_only():
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, "100"],
-        input="hello\n\n/reset\nyou\n/exit\nnot read\n",
+        input=b"hello\n\n/reset\nyou\xff\n/exit\nnot read\n",  # one byte is not UTF-8
         capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "utf-8:strict"},
         check=True,
     )
-    assert result.stdout == "Assistant: HELLO\nAssistant: YOU\n"
+    assert result.stdout.decode() == "Assistant: HELLO\nAssistant: YOU\ufffd\n"
 
 
 @pytest.mark.parametrize(

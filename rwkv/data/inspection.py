@@ -3,16 +3,16 @@
 import codecs
 import hashlib
 import math
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from rwkv.data import histogram, offsets, provenance
 from rwkv.data.binidx import Dataset, mask_path
+from rwkv.data.progress_bar import progress_bar
 from rwkv.data.tokenizer import EOD, LARGEST_ID, VOCAB_SIZE, HFTokenizer, WorldTokenizer
 from rwkv.errors import UserError
 
@@ -73,7 +73,7 @@ def inspect(
     found = Inspection(
         str(data.prefix), str(data.tokens.dtype), len(data), len(data.tokens), ctx_len=ctx_len, micro_bsz=micro_bsz
     )
-    with tempfile.TemporaryFile() as spill, _bar(len(data.tokens), "inspect", "token") as bar:
+    with tempfile.TemporaryFile() as spill, progress_bar(len(data.tokens), "inspect", " tokens", 0.5) as bar:
         hashes = np.memmap(spill, np.uint64, "w+", shape=len(data))
         _scan(data, found, hashes, bar)
         found.repeated, found.repeated_examples = _count_duplicates(hashes)
@@ -106,7 +106,7 @@ def verify(
         )
         return
     known, number, before = tokenizer or WorldTokenizer(), 0, 0
-    with _bar(size, "verify", "B") as bar:
+    with progress_bar(size, "verify", "B", 0.5) as bar:
         for text, done in texts:
             bar.update(done - before)
             before = done
@@ -178,13 +178,7 @@ def _format_epoch(found: Inspection) -> str:
     )
 
 
-def _bar(total: int, what: str, unit: str) -> tqdm:
-    return tqdm(
-        total=total, unit=unit, unit_scale=True, desc=what, mininterval=0.5 if sys.stderr.isatty() else 15, delay=0.5
-    )
-
-
-def _scan(data: Dataset, found: Inspection, hashes: np.ndarray, bar: tqdm) -> None:
+def _scan(data: Dataset, found: Inspection, hashes: np.ndarray, bar: Any) -> None:
     low, high, counted, wrong_mask = math.inf, -math.inf, 0, False
     lengths, uncounted, read = np.zeros(histogram.BINS, np.int64), 0, 0
     for first in range(0, len(data), _CHUNK):

@@ -69,6 +69,8 @@ class HFTokenizer:
     def __init__(self, path: str | Path):
         import tokenizers
 
+        if not str(path):
+            raise UserError("--vocab_file is missing: --tokenizer_type HFTokenizer needs a tokenizer.json")
         if not Path(path).is_file():
             raise UserError(
                 f"{path}: no such file. --tokenizer_type HFTokenizer needs a tokenizer.json as --vocab_file"

@@ -55,21 +55,27 @@ def check(c: TrainConfig) -> None:
         )
     if _kind(c) == "binidx" and not os.path.exists(f"{c.data_file}.idx"):
         raise UserError(f"{c.data_file}: {_no_binidx(c.data_file)}")
+    if c.val_file and c.data_type in ("binidx", "numpy") and not os.path.exists(f"{c.val_file}.idx"):
+        raise UserError(f"--val_file {c.val_file}: {_no_binidx(c.val_file, '--val_file')}")
 
 
-def _no_binidx(path: str) -> str:
+def _no_binidx(path: str, flag: str = "--data_file") -> str:
     """Error message if there is no binidx with this prefix: why, and what to do."""
     documents = f"{path}{_DOCUMENTS}"
     if os.path.exists(f"{documents}.idx"):
-        return f"no such binidx, but {documents}.idx exists: use --data_file {documents}"
+        return f"no such binidx, but {documents}.idx exists: use {commands.flags(flag, documents)}"
     bare, ending = os.path.splitext(path)
     if ending in (".idx", ".bin") and os.path.exists(f"{bare}.idx"):
-        return f"pass the prefix of a binidx, without {ending}: --data_file {bare}"
+        return f"pass the prefix of a binidx, without {ending}: {commands.flags(flag, bare)}"
     if not os.path.exists(path):
-        return f"no such data ({path}.idx: no such file); pass the prefix of a binidx, or a .jsonl file"
+        return f"no such data ({path}.idx: no such file); pass the prefix of a binidx{', or a .jsonl file' if flag == '--data_file' else ''}"
     name, what = Path(path).name.lower(), "a folder" if os.path.isdir(path) else "not a binidx"
     if name.endswith((".npy", ".npz")):
-        return "a NumPy file: also pass --data_type numpy (for an .npy file of token ids)"
+        return (
+            "a NumPy file, which only --data_file can be"
+            if flag != "--data_file"
+            else "a NumPy file: also pass --data_type numpy (for an .npy file of token ids)"
+        )
     kind = next((kind for kind in _CONVERTIBLE if any(name.endswith(kind + end) for end in ("", ".gz", ".zst"))), "")
     if kind or os.path.isdir(path):
         what = f"a {name[name.rindex(kind) :]} file" if kind else what
@@ -78,7 +84,7 @@ def _no_binidx(path: str) -> str:
             prefix = os.path.splitext(prefix)[0]
         prefix = prefix.rstrip("/")
         convert = commands.command("convert", "--input", path, "--output_prefix", prefix)
-        return f"{what}. Convert it first: {convert}; then use {commands.flags('--data_file', prefix + _DOCUMENTS)}"
+        return f"{what}. Convert it first: {convert}; then use {commands.flags(flag, prefix + _DOCUMENTS)}"
     return f"{what}, and its format cannot be inferred from its name; convert it with scripts/convert.py (jsonl, json, txt, csv, parquet and others)"
 
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv.data.tokenizer import LARGEST_ID, VOCAB_SIZE, WorldTokenizer
+from rwkv.data.tokenizer import LARGEST_ID, VOCAB_SIZE, HFTokenizer, WorldTokenizer
+from rwkv.errors import UserError
 
 ORACLE = Path(sys.prefix) / "oracle"
 PROGRAM = """
@@ -70,3 +71,12 @@ def test_eod_unused_and_invalid_ids(tokenizer):
     for wrong in (-1, VOCAB_SIZE):
         with pytest.raises(ValueError, match="not a World token id"):
             tokenizer.decode([wrong])
+
+
+def test_missing_tokenizer_file(tmp_path):
+    with pytest.raises(
+        UserError, match="^--vocab_file is missing: --tokenizer_type HFTokenizer needs a tokenizer.json"
+    ):
+        HFTokenizer("")
+    with pytest.raises(UserError, match="none.json: no such file"):
+        HFTokenizer(tmp_path / "none.json")

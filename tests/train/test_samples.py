@@ -158,6 +158,27 @@ def test_changed_val_file(make_base, documents, other, tmp_path):
     fit(TrainConfig(**flags | {"val_file": ""}, max_steps=6))  # allowed: training does not depend on it
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (
+            "v.jsonl",
+            r"a .jsonl file. Convert it first: .*convert.* --input .*v.jsonl .*; then give --val_file .*v_text_document",
+        ),
+        ("my v.csv", r"a .csv file. Convert it first: .*; then give --val_file '.*my v_text_document'"),
+        ("no", r"no such data \(.*no.idx: no such file\); give the prefix of a binidx$"),
+        ("folder", r"a folder. Convert it first"),
+    ],
+)
+def test_val_file_that_is_no_binidx(make_base, documents, tmp_path, name, says):
+    (tmp_path / "folder").mkdir()
+    for file in ("v.jsonl", "my v.csv"):
+        (tmp_path / file).write_text("text\n")
+    flags = {"load_model": str(make_base()), "data_file": documents, "proj_dir": str(tmp_path / "run"), "ctx_len": 8}
+    with pytest.raises(UserError, match=f"--val_file .*: {says}"):
+        fit(TrainConfig(**flags, val_file=str(tmp_path / name)))
+
+
 def test_invalid_val_file(make_base, documents, make_data, tmp_path):
     flags = FLAGS | {"load_model": str(make_base()), "data_file": documents, "proj_dir": str(tmp_path / "run")}
     with pytest.raises(UserError, match="is the training data"):

@@ -35,10 +35,10 @@ _SPELLED = re.compile(
 
 
 def natural(paths: Iterable[Path]) -> list[Path]:
-    """Sort paths folder by folder, numbers in names by value, ignoring case and the kind of separators;
-    prologues are first and epilogues last.
+    """Sort paths folder by folder, numbers in names by value, ignoring case and the kind of
+    separators; prologues are first and epilogues last.
 
-    Roman numerals are numbers if one of the names has II, as the letters of Part C and Part D are not.
+    Roman numerals are numbers if one of the names has II: Part C and Part D are not numbered.
     """
     paths = list(paths)
     roman = any(re.search(rf"(?<![^\W_])ii{_END}", _folded(part)) for path in paths for part in path.parts)

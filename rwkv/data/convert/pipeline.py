@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from rwkv.config import ConvertConfig
 from rwkv.data import binidx, provenance
 from rwkv.data.convert import encodings, inputs, report, schemas, shards, sources
@@ -20,6 +18,7 @@ from rwkv.data.convert.inputs import Chunk
 from rwkv.data.convert.jsonl import BadRecord
 from rwkv.data.convert.pool import Pool
 from rwkv.data.convert.source_file import Source
+from rwkv.data.progress_bar import progress_bar
 from rwkv.data.tokenizer import HFTokenizer, WorldTokenizer, same_vocabulary
 from rwkv.errors import UserError
 
@@ -141,13 +140,7 @@ def _convert(
     with (
         Pool(encoder, workers) as pool,
         binidx.writers(prefixes, config.dtype, encoder.masked, beside) as (out, (rejects, *manifest)),
-        tqdm(
-            total=_bytes(found.sources, shard),
-            unit="B",
-            unit_scale=True,
-            desc="convert",
-            mininterval=0.5 if sys.stderr.isatty() else 15,
-        ) as bar,
+        progress_bar(_bytes(found.sources, shard), "convert", "B") as bar,
     ):
         # backslashreplace turns lone surrogates into JSON escapes
         with open(rejects, "w", encoding="utf-8", errors="backslashreplace") as rejected:

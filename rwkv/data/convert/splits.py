@@ -141,7 +141,7 @@ def _described(paths: Sequence[Path], root: Path) -> tuple[dict[str, list[Path]]
 
 
 def _entries(data_files: Any) -> list[tuple[str, Any]]:
-    """(split, patterns) of a data_files entry, in all forms of the Hub: patterns alone are train."""
+    """(split, patterns) of data_files, in all forms of the Hub; patterns alone are train."""
     if isinstance(data_files, dict):
         return list(data_files.items())
     if isinstance(data_files, list) and all(isinstance(entry, dict) for entry in data_files):

@@ -97,8 +97,8 @@ def _moving_mean(loss: Series) -> tuple[np.ndarray, int]:
 
 
 def _limit(axes: "Axes", curve: Curve) -> None:
-    """Set the limits of the loss axis, cutting off the first or single steps if they are much larger
-    than the rest.
+    """Set the limits of the loss axis, cutting off the first or single steps if they are much
+    larger than the rest.
     """
     values = np.array([*curve.loss.means])
     rest = values[len(values) // 10 :]
