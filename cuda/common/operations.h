@@ -20,7 +20,15 @@ using at::Tensor;
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;                    // of WKV: y, state, kept
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // of w, u, k, v, state, initial (undefined without it)
 
+using Wkv7GradientTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // r, w, k, v, a, b, state, initial
+
 namespace cpu {
+
+Outputs wkv7_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
+                     const Optional<Tensor>& state, const Optional<Tensor>& initial, const Optional<Tensor>& reset);
+Wkv7GradientTensors wkv7_backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
+                                  const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& saved, const Tensor& gy,
+                                  const Optional<Tensor>& gstate);
 
 Outputs wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& state, const Optional<Tensor>& initial,
                      const Optional<Tensor>& reset);

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rwkv.models import v4
+from rwkv.models import v4, v7
 from rwkv.models.parts import Parts
 
 Shapes = Mapping[str, torch.Size]
@@ -85,7 +85,7 @@ class Version(Protocol):
         """config.json of the model in transformers. Raises ValueError if transformers has no such model."""
 
 
-VERSIONS: dict[str, Version] = {v4.NAME: v4}
+VERSIONS: dict[str, Version] = {v4.NAME: v4, v7.NAME: v7}
 DEFAULT: Version = v4  # of a new model
 
 

@@ -1,5 +1,6 @@
-"""WKV operators: the recurrences over time of RWKV models. `wkv4` here is the function; its package is rwkv.wkv.wkv4."""
+"""WKV operators: the recurrences over time of RWKV models. `wkv4` and `wkv7` here are the functions; their packages have the same names."""
 
 from rwkv.wkv.wkv4 import empty_state, wkv4
+from rwkv.wkv.wkv7 import wkv7
 
-__all__ = ["empty_state", "wkv4"]
+__all__ = ["empty_state", "wkv4", "wkv7"]
