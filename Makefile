@@ -1,4 +1,4 @@
-# Run make help for a list of targets. Every job takes the flags of its script: make lora ARGS="--load_model base.pth --data_file mine.jsonl"
+# `make help` lists the targets. Flags of a job: make lora ARGS="--load_model base.pth --data_file mine.jsonl"
 # STACK=modern uses .venv-modern, the stack for newer GPUs. PY=/path/to/python uses an existing Python and installs nothing.
 SHELL := bash
 STACK ?= cu117
@@ -14,15 +14,15 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 ORACLE := $(VENV)/oracle/.ready
 endif
-# This checkout's code, wherever the environment was made; a job also learns how it was started, and prints commands that fit (rwkv/commands.py).
+# Run the code of this checkout. Jobs also get the command they were started with, to print matching commands (rwkv/commands.py).
 CODE = PYTHONPATH='$(CURDIR)'$${PYTHONPATH:+:$$PYTHONPATH}
 JOB = $(CODE) RWKV_MAKE='$(SAY)' $(if $(findstring w,$(firstword -$(MAKEFLAGS))),RWKV_MAKE_FOLDER='$(CURDIR)') PY=$(PY)
-# A misspelt variable, such as ARG="--load_model ...", would be ignored and another job run.
+# Reject misspelt variables: ARG="--load_model ..." would be ignored and the demo would run.
 VARIABLES := ARGS PY STACK VENV TOOLS CLEAN_DEMO OUT PYTHON PYENV_ROOT CONDA BASE_IMAGE BUILT ENGINE ENGINE_OPTIONS NO_CACHE UPGRADE DOCKER_WORK LOG \
   SHELL MAKEFLAGS MAKEOVERRIDES MAKEFILES CURDIR COMPOSE_% CUDA_% NCCL_% GLOO_% OMP_% MKL_% RWKV_% WANDB_% HF_% TORCH_% PYTORCH_% PIP_% UV_% %_PROXY %_proxy
 UNKNOWN := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v)))
 ifneq ($(UNKNOWN),)
-$(error $(firstword $(UNKNOWN)) is not a variable of this Makefile; flags of a job are given as ARGS="--name value ...", environment variables before make: NAME=value make ...)
+$(error $(firstword $(UNKNOWN)) is not a variable of this Makefile; pass flags of a job as ARGS="--name value ...", and environment variables before make: NAME=value make ...)
 endif
 TOOLS := .venv-tools
 CLEAN_DEMO := out/demo
@@ -95,7 +95,7 @@ merge: venv  ## merge an adapter into its base
 demo: venv  ## the full pipeline on a toy dataset (the same as make lora without ARGS)
 	@$(JOB) scripts/demo.sh
 
-# An independent implementation that the tests compare with; never installed into our environment.
+# An independent implementation to compare with in tests; not installed into the environment.
 $(VENV)/oracle/.ready: $(VENV)/.ready tests/oracle.txt
 	rm -rf $(@D)
 	$(PY) -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps --target $(@D) -r tests/oracle.txt
@@ -104,7 +104,7 @@ $(VENV)/oracle/.ready: $(VENV)/.ready tests/oracle.txt
 test: venv $(ORACLE)  ## run the tests (ARGS is passed to pytest)
 	$(CODE) $(PY) -m pytest $(ARGS)
 
-# On the stack that drives this GPU: make test-gpu STACK=modern, or PY=... where a Python has torch already.
+# Use the stack for this GPU (make test-gpu STACK=modern), or PY= with an existing Python.
 test-gpu: venv  ## tests and benchmarks that need an NVIDIA GPU
 	$(CODE) $(PY) -m pytest tests/gpu -m gpu $(ARGS)
 	$(CODE) $(PY) bench/wkv_gpu.py

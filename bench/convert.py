@@ -1,5 +1,4 @@
-"""Speed of the converter relative to a pure-Python tokenizer and to its tokenizer library alone;
-peak memory.
+"""Benchmark the converter against a pure-Python tokenizer and its own tokenizer library.
 
     python bench/convert.py [MB]            # speed, on this much text (default 300)
     python bench/convert.py --memory        # peak memory on 100 MB and on 1 GB
@@ -7,9 +6,8 @@ peak memory.
 The text is the source code of Python's standard library and the installed packages, one document
 per file. Measured on two cores:
 - scripts/convert.py with two workers, from process start to the files on disk;
-- the tokenizer of the PyPI `rwkv` package, as a process that reads the same jsonl and writes
-nothing
-  (make test installs it);
+- the tokenizer of the PyPI `rwkv` package (make test installs it), as a process that reads the same
+  jsonl and writes nothing;
 - the library's batch encoding with two threads, of the same texts in memory: no start-up or I/O.
 The first and the last are run alternately, and the best time of each is reported.
 """
@@ -71,7 +69,7 @@ def texts() -> Iterator[str]:
 
 
 def write(path: Path, size: int) -> int:
-    """Write jsonl with at least `size` bytes of text; returns the number written."""
+    """Write jsonl with at least `size` bytes of text; returns the bytes of text written."""
     written = 0
     with open(path, "w", encoding="utf-8") as file:
         for text in texts():
@@ -114,7 +112,7 @@ def library(source: Path) -> tuple[int, float]:
 
 def trie(source: Path) -> tuple[int, float]:
     started = time.perf_counter()
-    # -I: its `rwkv` must not be ours
+    # -I: import the `rwkv` from PyPI, not ours
     program = [sys.executable, "-I", "-c", TRIE, str(Path(sys.prefix) / "oracle"), str(source)]
     done = subprocess.run(program, check=True, capture_output=True, text=True)
     return int(done.stdout), time.perf_counter() - started
@@ -124,7 +122,7 @@ def speed(folder: Path, megabytes: float) -> None:
     source = folder / "bench.jsonl"
     size = write(source, int(megabytes * 1e6)) / 1e6
     if not (Path(sys.prefix) / "oracle").is_dir():
-        sys.exit("the PyPI `rwkv` package is not here; make test installs it")
+        sys.exit("the PyPI `rwkv` package is missing; make test installs it")
     small = folder / "small.jsonl"
     small.write_text('{"text": "a"}')
     start = min(converter(small) for _ in range(ROUNDS))
@@ -135,17 +133,17 @@ def speed(folder: Path, megabytes: float) -> None:
         theirs.append(seconds)
     slow_tokens, slow = trie(source)
     index = (folder / "bench_text_document.idx").stat().st_size
-    ends = (index - 42) // 20  # one token a document
+    ends = (index - 42) // 20  # one token per document
     written = (folder / "bench_text_document.bin").stat().st_size // 2 - ends
     assert tokens == slow_tokens == written
-    print(f"{size:.0f} MB of text, {tokens:,} tokens, 2 cores; whole process unless said")
+    print(f"{size:.0f} MB of text, {tokens:,} tokens, 2 cores; times include process start unless noted")
     print(
-        f"converter, 2 workers    {size / min(ours):6.1f} MB/s   of {', '.join(f'{size / x:.1f}' for x in ours)}; {start:.2f} s of it is its start"
+        f"converter, 2 workers    {size / min(ours):6.1f} MB/s   of {', '.join(f'{size / x:.1f}' for x in ours)}; {start:.2f} s of it is start-up"
     )
     print(f"library's batch alone   {size / min(theirs):6.1f} MB/s   of {', '.join(f'{size / x:.1f}' for x in theirs)}")
     print(f"pure-Python trie        {size / slow:6.1f} MB/s")
-    print(f"converter : trie        {slow / min(ours):6.1f} ×      wanted: 15")
-    print(f"converter : library     {100 * min(theirs) / min(ours):6.0f} %      wanted: 75")
+    print(f"converter : trie        {slow / min(ours):6.1f} ×      target: 15")
+    print(f"converter : library     {100 * min(theirs) / min(ours):6.0f} %      target: 75")
 
 
 def memory(folder: Path) -> None:
@@ -163,7 +161,7 @@ def memory(folder: Path) -> None:
             time.sleep(0.05)
         assert child.returncode == 0
         print(
-            f"{size:5.0f} MB of text: at most {peak:.0f} MiB resident in all processes together, {largest:.0f} MiB in one"
+            f"{size:5.0f} MB of text: peak {peak:.0f} MiB resident in all processes, {largest:.0f} MiB in the largest"
         )
 
 

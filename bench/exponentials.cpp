@@ -1,11 +1,13 @@
-// The floor of bench/wkv.py: a loop that only takes vectorised exponentials, by the vector maths library (glibc's libmvec), on as many
-// threads as torch has. -ffast-math and -march=native are passed to this file alone: without them the compiler calls no libmvec.
+// The lower bound of bench/wkv.py: only the exponentials, by glibc's libmvec, on torch's threads.
+// -ffast-math and -march=native, which the compiler needs to call libmvec, are passed to this file
+// only.
 #include <torch/extension.h>
 
 #include <ATen/Parallel.h>
 #include <cmath>
 
-// `times` passes over x [n] fp32 in blocks that stay in the first-level cache: y = e^x, nothing else, each pass on its own values.
+// y = e^x for x [n] fp32, `times` passes over blocks that fit the L1 cache, each pass on other
+// values.
 void exponentials(const at::Tensor& x, const at::Tensor& y, int64_t times) {
   const float* from = x.data_ptr<float>();
   float* to = y.data_ptr<float>();

@@ -1,11 +1,10 @@
-"""Kill runs with SIGKILL at random times and resume them: every loss must be bit-identical to an
-uninterrupted run.
+"""Kill runs at random times, resume them, and compare with an uninterrupted run bit by bit.
 
     python bench/faults.py --kills 20 --seed 1
 
 A LoRA run and a full-tuning run, both with dropout, accumulation and warm-up, are each killed
---kills times: while starting, between steps, inside steps, and while saving. Exits with status 1 if
-a loss, learning rate or weight differs.
+(SIGKILL) --kills times: while starting, between steps, inside steps, and while saving. Exits with
+status 1 if a loss, learning rate or weight differs.
 """
 
 import argparse
@@ -48,7 +47,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="random seed of the kill times")
     parser.add_argument("--kind", choices=KINDS, help="run this kind only")
     arguments = parser.parse_args()
-    moments, sound = random.Random(arguments.seed), True
+    moments, equal = random.Random(arguments.seed), True
     steps = 50 * (arguments.kills + 1)  # more than can be completed between kills
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
@@ -61,18 +60,18 @@ def main() -> int:
                 str(SCRIPTS / script),
                 *(str(word) for key, value in given.items() for word in (f"--{key}", value)),
             ]
-            whole, killed = folder / f"{script}-whole", folder / f"{script}-killed"
-            subprocess.run([*argv, "--proj_dir", whole], capture_output=True, check=True)
+            uninterrupted, killed = folder / f"{script}-uninterrupted", folder / f"{script}-killed"
+            subprocess.run([*argv, "--proj_dir", uninterrupted], capture_output=True, check=True)
             kills = [kill([*argv, "--proj_dir", str(killed)], killed, moments) for _ in range(arguments.kills)]
             subprocess.run([*argv, "--proj_dir", killed], capture_output=True, check=True)
-            different = differences(killed, whole)
-            sound = sound and not different
+            different = differences(killed, uninterrupted)
+            equal = equal and not different
             print(
                 f"{kind}: {len(kills)} kills at steps {', '.join(map(str, kills))}; {steps} steps,",
                 different or "all equal",
                 flush=True,
             )
-    return 0 if sound else 1
+    return 0 if equal else 1
 
 
 def make_inputs(folder: Path) -> dict[str, str]:
@@ -87,9 +86,7 @@ def make_inputs(folder: Path) -> dict[str, str]:
 
 
 def kill(argv: list[str], folder: Path, moments: random.Random) -> int:
-    """Start or resume the run, and kill it after a random number of steps plus up to 0.1 s; returns
-    the last logged step.
-    """
+    """Start or resume the run, kill it after a few random steps; returns the last logged step."""
     saved = state_files.states(folder)
     goal = (int(saved[0].stem.removeprefix("step-")) if saved else 0) + moments.randint(0, MAX_STEPS)
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -98,7 +95,7 @@ def kill(argv: list[str], folder: Path, moments: random.Random) -> int:
     else:
         while len(losses(folder)) < goal:
             if process.poll() is not None:
-                raise SystemExit(f"a run ended by itself: {process.stderr.read().decode()}")
+                raise SystemExit(f"a run exited by itself: {process.stderr.read().decode()}")
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.1))
     process.kill()
@@ -114,12 +111,12 @@ def losses(folder: Path) -> list[str]:
     return [f"{line['step']} {line['loss']!r} {line['lr']!r}" for line in found]
 
 
-def differences(killed: Path, whole: Path) -> str:
-    """What differs between two finished runs; empty if nothing does."""
-    ours, theirs = losses(killed), losses(whole)
+def differences(killed: Path, uninterrupted: Path) -> str:
+    """The differences between two finished runs; empty if there are none."""
+    ours, theirs = losses(killed), losses(uninterrupted)
     if ours != theirs:
-        return f"{sum(a != b for a, b in zip(ours, theirs, strict=False))} of {len(theirs)} lines differ, and there are {len(ours)}"
-    ours, theirs = (checkpoint.read_tensors(folder / "rwkv-0.pth") for folder in (killed, whole))
+        return f"{sum(a != b for a, b in zip(ours, theirs, strict=False))} of {len(theirs)} lines differ; there are {len(ours)}"
+    ours, theirs = (checkpoint.read_tensors(folder / "rwkv-0.pth") for folder in (killed, uninterrupted))
     return ", ".join(name for name in theirs if not torch.equal(ours[name], theirs[name]))
 
 

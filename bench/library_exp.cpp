@@ -1,4 +1,5 @@
-// The CPU unit's loops with the exponentials by the vector maths library (glibc's libmvec), for bench/wkv.py: the same source, but for e^k.
+// The WKV CPU loops with e^k from glibc's libmvec instead of the inlined polynomial, for
+// bench/wkv.py.
 #pragma GCC target("arch=skylake-avx512")
 #define WKV_BYTES 64
 #define LOOPS(operations) operations##_loops_library

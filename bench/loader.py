@@ -1,4 +1,4 @@
-"""Throughput of the data loader relative to the most that training can consume.
+"""Throughput of the data loader relative to what training can consume at most.
 
     python bench/loader.py [--ctx_len 1024] [--micro_bsz 8] [--tokens 50000000] [--peak_tflops 989]
 
@@ -25,7 +25,7 @@ from rwkv.data.token_stream import Stream
 from rwkv.memory import estimate
 from rwkv.models.version import DEFAULT
 
-SECONDS = 2.0  # of each
+SECONDS = 2.0  # per kind of sampling
 
 
 def make(prefix: Path, tokens: int) -> Stream:
@@ -74,7 +74,7 @@ def main() -> None:
         print(
             f"T{c.ctx_len} B{c.micro_bsz}, {len(stream):,} tokens, {'pinned and copied to the GPU' if gpu else 'on a CPU'}, torch {torch.__version__}"
         )
-        print("sampling            tokens/s   ms/batch   × what 0.1b can take   × 1.5b   × 14b")
+        print("sampling            tokens/s   ms/batch   × what 0.1b needs      × 1.5b   × 14b")
         for name, samples in kinds.items():
             found = rate(samples, c.micro_bsz, gpu)
             times = [found / need[model] for model in ("0.1b", "1.5b", "14b")]
@@ -82,7 +82,7 @@ def main() -> None:
                 f"{name:18} {found:10,.0f} {1e3 * c.micro_bsz * c.ctx_len / found:10.3f} {times[0]:22.1f} {times[1]:8.0f} {times[2]:7.0f}"
             )
         print(
-            f"what {c.peak_tflops:.0f} TFLOP/s can take at most, tokens/s: "
+            f"tokens/s that {c.peak_tflops:.0f} TFLOP/s can consume at most: "
             + ", ".join(f"{name} {value:,.0f}" for name, value in need.items())
         )
 

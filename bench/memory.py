@@ -1,11 +1,13 @@
-"""What a training step on a CPU takes against what rwkv.memory.estimate predicts, part by part, for the published sizes.
+"""Memory of a training step on a CPU relative to the prediction of rwkv.memory.estimate, by part.
 
     python bench/memory.py [MODEL,METHOD,PRECISION,GRAD_CP,CTX_LEN,OPTIMIZER ...]
 
-E.g. 1.5b,lora,bf16,1,1024,adam; without arguments the rows of ROWS, the largest of which wants 17 GB. A process per row; random weights, tokens,
-three steps. Each cell is the prediction in GB and what was measured as a percentage of it: of weights, gradients and optimizer the bytes of the
-tensors; of what a forward pass keeps, and of the phases' peaks, the record that torch's profiler has of the allocator, in the last step; `resident`
-the peak of the process in the second, less what it had before there was a model.
+Example of a row: 1.5b,lora,bf16,1,1024,adam. The default is ROWS; its largest row needs 17 GB. Each
+row runs in its own process: three steps with random weights and tokens. A cell shows the prediction
+in GB and the measurement in percent of it:
+- weights, gradients, optimizer: bytes of the tensors
+- saved activations and the peak of each phase: torch's profiler, in the last step
+- resident: peak of the process in the second step, less its size before the model was created
 """
 
 import json
@@ -31,7 +33,7 @@ ROWS = (
     "1.5b,lora,bf16,0,512,adam", "1.5b,lora,bf16,1,512,adam", "1.5b,lora,bf16,1,1024,adam", "1.5b,full,bf16,1,512,adafactor",
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TENSORS, PHASES = ("weights", "gradients", "optimizer", "kept"), ("forward", "backward", "optimizer")
+TENSORS, PHASES = ("weights", "gradients", "optimizer", "saved"), ("forward", "backward", "optimizer")
 
 
 def plan_of(row: str) -> estimate.Plan:
@@ -53,12 +55,12 @@ def bytes_of(tensors) -> int:
 
 
 class Step:
-    """A training step of random weights, as rwkv.train makes it."""
+    """A training step like rwkv.train's, on random weights."""
 
     def __init__(self, p: estimate.Plan):
         self.precision = p.precision
         self.model = model = RWKV(p.sizes, p.grad_cp)
-        for parameter in model.parameters():  # one after the other, each at once in its dtype
+        for parameter in model.parameters():  # one at a time, directly in its final dtype
             dtype = DTYPES[p.precision] if p.lora and parameter.dim() == 2 else torch.float32
             parameter.data = torch.empty(parameter.shape, dtype=dtype).normal_(0, parameter.shape[-1] ** -0.5)
         if p.lora:
@@ -69,7 +71,7 @@ class Step:
         self.ids = torch.randint(p.sizes.vocab_size, (p.micro_bsz, p.ctx_len + 1))
 
     def __call__(self, watched=lambda name, work: work()) -> int:
-        """Make one; `watched` runs each phase. Returns the bytes of the gradients."""
+        """Run one step, each phase through `watched`. Returns the bytes of the gradients."""
         loss = []
 
         def forward() -> None:
@@ -85,7 +87,7 @@ class Step:
 
 
 def measure(p: estimate.Plan) -> dict:
-    """Bytes of the parts and phases of a step."""
+    """Bytes of each part and phase of a step."""
     cpu.prepare()
     resting, step = machine.rss(), Step(p)
     found = {"weights": bytes_of(step.model.parameters()), "gradients": step()}
@@ -109,19 +111,19 @@ def measure(p: estimate.Plan) -> dict:
             top = max(top, now)
         phases[name] = top
         if name == "forward":
-            found["kept"] = now - begin
+            found["saved"] = now - begin
 
     step(traced)
     return found | {"phases": phases}
 
 
 def main(rows: list[str]) -> None:
-    heads = ["weights", "gradients", "optimizer", "kept", *(f"peak {name}" for name in PHASES), "peak", "resident"]
+    heads = ["weights", "gradients", "optimizer", "saved", *(f"peak {name}" for name in PHASES), "peak", "resident"]
     print(f"{'':34}" + "".join(f"{head:>17}" for head in heads))
     for row in rows:
         done = subprocess.run([sys.executable, __file__, "--worker", row], capture_output=True, text=True, check=False)
         if done.returncode:
-            print(f"{row:34}  ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+            print(f"{row:34}  exited with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
             continue
         found, p = json.loads(done.stdout.splitlines()[-1]), plan_of(row)
         ahead = estimate.estimate(p)

@@ -1,10 +1,12 @@
-"""Time and memory of a LoRA step on a CPU against context length, batch and layers, and their plot.
+"""Time and memory of a LoRA step on a CPU as functions of context length, batch and layers.
 
     python bench/scaling.py [--png bench/scaling.png] [--width 512] [--most 16384] [--rounds 3]
 
-bf16, V65536; from L6 T1024 B1 one of T, B, L is varied. A process per point; time is the best of `rounds` steps after one, memory the peak of the
-steps less what the process had beforehand, model included. Printed beside: what a token costs, and the straight line a + b x that lies nearest, by
-relative errors, with the largest of those: small where the cost is linear. A short look: --width 128 --most 2048 --rounds 1.
+bf16, V65536; starting from L6 T1024 B1, one of T, B and L is varied. Each point runs in its own
+process. Time is the best of `rounds` steps after a warm-up step; memory is the peak during the
+steps less the process' memory before them, model included. For each variable the line a + b x with
+the smallest relative errors is fitted; its largest error shows how linear the cost is. Writes a
+plot. Quick run: --width 128 --most 2048 --rounds 1.
 """
 
 import argparse
@@ -47,18 +49,18 @@ def worker(width: int, ctx_len: int, micro_bsz: int, layers: int, rounds: int) -
 
 
 def measure(width: int, rounds: int, at: dict[str, int]) -> list[float]:
-    """The same in a process of its own."""
+    """`worker` in a separate process."""
     numbers = [str(number) for number in (width, *at.values(), rounds)]
     done = subprocess.run(
         [sys.executable, __file__, "--worker", *numbers], stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
-        raise SystemExit(f"{at} ended with {done.returncode}")
+        raise SystemExit(f"{at} exited with {done.returncode}")
     return json.loads(done.stdout)
 
 
 def line(values: tuple[int, ...], costs: list[float]) -> tuple[float, float, float]:
-    """a and b of cost = a + b · value by least squares of the relative errors, and the largest of those."""
+    """a, b of cost = a + b · value by least squares of relative errors, and the largest error."""
     x, y = np.array(values, float), np.array(costs)
     a, b = np.linalg.lstsq(np.stack([1 / y, x / y], 1), np.ones(len(y)), rcond=None)[0]
     return float(a), float(b), float(np.abs((a + b * x) / y - 1).max())
@@ -94,7 +96,7 @@ def main() -> None:
         for row, label in enumerate(COSTS):
             costs = [known[tuple(at.values())][row] for at in points]
             a, b, off = line(values, costs)
-            print(f"{label} against {NAMES[name]}: {a:.3g} + {b:.3g} x, off by {off:.0%} at most")
+            print(f"{label} against {NAMES[name]}: {a:.3g} + {b:.3g} x, largest error {off:.0%}")
             axis = axes[row][column]
             axis.plot(values, costs, "o")
             axis.plot(values, [a + b * value for value in values], "-")

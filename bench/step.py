@@ -1,19 +1,24 @@
-"""One training step against transformers + peft, and against its own matrix products alone, in one run.
+"""Benchmark a training step against transformers + peft, and against its own matmuls alone.
 
-    python bench/step.py [--sizes 12,768,65536] [--ctx_len 512] [--micro_bsz 1] [--rounds 5] [--let_go 0] [--kinds lora,full] [--precisions fp32,bf16] [--ours]
+    python bench/step.py [--sizes 12,768,65536] [--ctx_len 512] [--micro_bsz 1] [--rounds 5]
+        [--let_go 0] [--kinds lora,full] [--precisions fp32,bf16] [--ours]
 
-Every contender is a process of its own, and they take turns, a step each: other work on the machine falls on all. Same random weights, same
-tokens, same targets; LoRA r 8 on att's key, value and receptance with dropout 0.01, or all weights; Adam. Each side loads them from a file in the dtype
-of the run, as its users do, and from the disk, as after a reboot: ours from the .pth, theirs by from_pretrained, with its defaults, from the folder
-that scripts/export.py makes of it. Printed: tokens/s by the best step, the median beside it, peak resident memory of the steps after loading, what of
-it was there before any model (the libraries), the loss of the first step.
+Every contender runs in its own process, and they alternate step by step, so that other load affects
+all of them. Same random weights, tokens and targets; LoRA r 8 on key, value and receptance of att
+with dropout 0.01, or full tuning; Adam. Weights are loaded from disk, evicted from the page cache,
+in the dtype of the run: ours from a .pth, theirs with from_pretrained and its defaults from the
+folder that scripts/export.py writes.
 
-Each step's loss is held until the next has one, as in a loop that says `loss = model(...)`; with --let_go it is let go before, as by Lightning. On a CPU that
-makes up to two fifths of theirs' memory, as glibc then finds no room between what is held.
+Printed: tokens/s of the best and the median step, peak resident memory of the steps after loading,
+memory before loading a model (the libraries), and the loss of the first step.
 
-`products` is a loop of exactly the matrix products of our step, same shapes, dtype and library; `torch products` the same by torch's `@`, in a process
-that is not prepared for training, as theirs.
-On a GPU also model FLOPs utilisation, against --peak_tflops, and NVML's memory.
+The loss tensor stays alive until the next step's replaces it, as in a plain `loss = model(...)`
+loop; with --let_go 1 it is freed before, as in Lightning. On a CPU this reduces the memory of
+`theirs` by up to two fifths, because of fragmentation in glibc.
+
+`products` is a loop over exactly the matmuls of our step, with the same shapes, dtype and library;
+`torch products` runs them with torch's `@`, in a process without our CPU settings, like `theirs`.
+On a GPU, also model FLOPs utilisation relative to --peak_tflops, and NVML's memory.
 """
 
 import argparse
@@ -31,9 +36,9 @@ import torch
 from rwkv import checkpoint, export
 from rwkv.adapters import lora
 from rwkv.config import TrainConfig
-from rwkv.files import write_json
+from rwkv.files import atomic_write, write_json
 from rwkv.kernels.head_loss import CHUNK_BYTES, SLICE, head_loss
-from rwkv.kernels.linear import needs_room, product, product_of_gradient, weight_gradient
+from rwkv.kernels.linear import linear_forward, linear_grad_input, linear_grad_weight, uses_onednn
 from rwkv.models import RWKV
 from rwkv.models.v4 import Sizes
 from rwkv.train.loop import optimizer
@@ -44,7 +49,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def write(c: argparse.Namespace) -> None:
-    """Random weights in the dtype of the run, as c.folder/base.pth and for transformers as c.folder/hf."""
+    """Write random weights to c.folder/base.pth and, for transformers, to c.folder/hf."""
     layers, width, vocab = c.sizes
     model = RWKV(Sizes(layers, width, vocab, width, 4 * width))
     generator = torch.Generator().manual_seed(0)
@@ -62,15 +67,13 @@ def write(c: argparse.Namespace) -> None:
     checkpoint.save_model(folder / "base.pth", model, {})
     if not c.ours:
         (folder / "hf").mkdir()
-        checkpoint.save_safetensors(
-            export.transformers_names(export.tensors_of(model, "keep")), folder / "hf" / "model.safetensors"
-        )
+        with atomic_write(folder / "hf" / "model.safetensors") as temporary:
+            checkpoint.save_safetensors(export.transformers_names(export.tensors_of(model, "keep")), temporary)
         write_json(folder / "hf" / "config.json", export.transformers_config(model, c.ctx_len, DTYPES[c.precision]))
     for path in folder.rglob("*.*"):
         if path.is_file():
-            with (
-                open(path, "r+b") as file
-            ):  # out of the page cache: a file that was just written lies there in larger pieces than one that was read
+            # evict from the page cache: a file just written would have larger folios than one read
+            with open(path, "r+b") as file:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -82,7 +85,7 @@ def tokens(c: argparse.Namespace) -> torch.Tensor:
 
 
 def ours(c: argparse.Namespace):
-    """A step as rwkv.train makes it."""
+    """A step like rwkv.train's."""
     dtype = DTYPES[c.precision]
     ids = tokens(c)
     c.libraries = resident(c)
@@ -110,7 +113,7 @@ def ours(c: argparse.Namespace):
 
 
 def theirs(c: argparse.Namespace):
-    """A step of transformers and peft: the model in `dtype`, its own loss."""
+    """A step of transformers and peft, with the model in the run's dtype and its own loss."""
     import peft
     from transformers import RwkvForCausalLM
 
@@ -140,8 +143,7 @@ def theirs(c: argparse.Namespace):
 
 
 def shapes(c: argparse.Namespace) -> list[tuple[int, int, int, bool, bool]]:
-    """(rows, out, in, whether its weight's gradient is formed, whether it is formed again) of every product of a forward pass; each has a gradient
-    of its input too."""
+    """(rows, out, in, has a weight gradient, is recomputed) of every matmul of a forward pass."""
     layers, width, vocab = c.sizes
     rows, full = c.micro_bsz * c.ctx_len, c.kind == "full"
     matrices = [(width, width)] * 4 + [(4 * width, width), (width, width), (width, 4 * width)]
@@ -151,7 +153,7 @@ def shapes(c: argparse.Namespace) -> list[tuple[int, int, int, bool, bool]]:
 
 
 def products(c: argparse.Namespace, plain: bool = False):
-    """Only the matrix products of our step."""
+    """Only the matmuls of our step."""
     dtype, made = DTYPES[c.precision], {}
     work = []
     for index, (rows, out, inside, full, again) in enumerate(shapes(c)):
@@ -172,18 +174,20 @@ def products(c: argparse.Namespace, plain: bool = False):
         for x, g, weight, full, again in work:
             out = head[: len(x)] if weight.shape[0] == c.sizes[2] else None
             if again:
-                x @ weight.t() if plain else product(x, weight)
+                x @ weight.t() if plain else linear_forward(x, weight)
             if plain:
                 torch.mm(x, weight.t(), out=out) if out is not None else x @ weight.t()
                 g @ weight
             else:
-                size = SLICE if out is not None and needs_room(x, weight) else len(weight)
+                size = SLICE if out is not None and uses_onednn(x, weight) else len(weight)
                 for begin in range(0, len(weight), size):
                     part = slice(begin, begin + size)
-                    product(x, weight[part]) if out is None or size < len(weight) else torch.mm(x, weight.t(), out=out)
-                    product_of_gradient(g[:, part], weight[part])
+                    linear_forward(x, weight[part]) if out is None or size < len(weight) else torch.mm(
+                        x, weight.t(), out=out
+                    )
+                    linear_grad_input(g[:, part], weight[part])
             if full:
-                g.t() @ x if plain else weight_gradient(g, x)
+                g.t() @ x if plain else linear_grad_weight(g, x)
         return float("nan")
 
     return step
@@ -193,7 +197,7 @@ MAKERS = {"ours": ours, "theirs": theirs, "products": products, "torch products"
 
 
 def resident(c: argparse.Namespace, key: str = "VmRSS") -> float:
-    """GB in use now; on a GPU by torch's allocator, which sees no libraries."""
+    """GB in use now; on a GPU those of torch's allocator, without libraries."""
     if c.device == "cuda":
         return torch.cuda.memory_allocated() / 1e9
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
@@ -201,7 +205,7 @@ def resident(c: argparse.Namespace, key: str = "VmRSS") -> float:
 
 
 def peak(c: argparse.Namespace) -> float:
-    """GB since the last `restart`."""
+    """Peak GB since the last `restart`."""
     return torch.cuda.max_memory_allocated() / 1e9 if c.device == "cuda" else resident(c, "VmHWM")
 
 
@@ -213,7 +217,8 @@ def restart(c: argparse.Namespace) -> None:
 
 
 def worker(c: argparse.Namespace) -> None:
-    """Answer each line on stdin with a step's seconds, loss and the peak so far."""
+    """Run a step for each line on stdin; answer with its seconds, loss and the peak memory so
+    far."""
     answers, sys.stdout = sys.stdout, sys.stderr
     c.libraries = float("nan")
     if c.worker in ("theirs", "torch products"):
@@ -232,7 +237,7 @@ def worker(c: argparse.Namespace) -> None:
 
 
 def used() -> float:
-    """GB in use on the GPU, by anybody; nan without one."""
+    """GB in use on the GPU by any process; nan without a GPU."""
     if not torch.cuda.is_available():
         return float("nan")
     free, total = torch.cuda.mem_get_info()
@@ -240,7 +245,7 @@ def used() -> float:
 
 
 class Contender:
-    """A worker process, and what it measured."""
+    """A worker process and its measurements."""
 
     def __init__(self, c: argparse.Namespace, name: str, kind: str, precision: str):
         self.name, self.kind, self.precision, self.times, self.loss, self.memory = (
@@ -263,7 +268,7 @@ class Contender:
     def _answer(self) -> str:
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.name} ({self.kind}, {self.precision}) ended with {self.process.wait()}")
+            raise SystemExit(f"{self.name} ({self.kind}, {self.precision}) exited with {self.process.wait()}")
         return line
 
     def step(self) -> None:
@@ -280,7 +285,7 @@ class Contender:
 
 
 def compare(c: argparse.Namespace) -> list[Contender]:
-    """Run every contender of the precisions and kinds asked for."""
+    """Run every contender for the requested kinds and precisions."""
     done = []
     with tempfile.TemporaryDirectory() as c.folder:
         for precision in c.precisions.split(","):
@@ -321,7 +326,7 @@ def table(c: argparse.Namespace, done: list[Contender]) -> None:
     print("kind  dtype  contender        tokens/s  (median)   s/step  GFLOP/s  peak GB  libraries  first loss")
     found = {}
     for x in done:
-        rest = x.times[1:] or x.times  # the first one warms up
+        rest = x.times[1:] or x.times  # the first one is a warm-up
         best = min(rest)
         found[x.kind, x.precision, x.name] = (count / best, x.memory, x.loss, x.memory - x.libraries)
         flops = sum(
@@ -339,7 +344,7 @@ def table(c: argparse.Namespace, done: list[Contender]) -> None:
         )
         print(
             f"{kind} {precision}: {us[0] / them[0]:.1f} × theirs, {us[1] / them[1]:.2f} of its memory ({us[3] / them[3]:.2f} without libraries), losses differ"
-            f" by {abs(us[2] - them[2]):.1e}; {100 * us[0] / bare[0]:.0f} % of its products' speed, {100 * us[0] / torchs[0]:.0f} % of torch's"
+            f" by {abs(us[2] - them[2]):.1e}; {100 * us[0] / bare[0]:.0f} % of the speed of its matmuls, {100 * us[0] / torchs[0]:.0f} % of torch's"
         )
     for kind in c.kinds.split(","):
         us, them = found.get((kind, "bf16", "ours")), found.get((kind, "fp32", "theirs"))
@@ -358,12 +363,12 @@ def main() -> None:
     parser.add_argument("--micro_bsz", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--grad_cp", type=int, default=0)
-    parser.add_argument("--let_go", type=int, default=0, help="1: no loss is held until the next step")
+    parser.add_argument("--let_go", type=int, default=0, help="1: free the loss before the next step")
     parser.add_argument("--kinds", default="lora,full")
     parser.add_argument("--precisions", default="fp32,bf16")
-    parser.add_argument("--ours", action="store_true", help="only ours")
+    parser.add_argument("--ours", action="store_true", help="run only our implementation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--peak_tflops", type=float, default=989.0, help="of the GPU in bf16; the default is an H100's")
+    parser.add_argument("--peak_tflops", type=float, default=989.0, help="peak of the GPU in bf16 (default: H100)")
     parser.add_argument("--worker", choices=[*MAKERS, "write"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--kind", default="lora", help=argparse.SUPPRESS)

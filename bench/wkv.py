@@ -1,11 +1,16 @@
-"""The CPU unit against the reference loop and against its own exponentials, in one run.
+"""Benchmark the WKV CPU kernels against the reference loop and against their exponentials alone.
 
     python bench/wkv.py [B T C]
 
-Forward and backward, by the operator (autograd included) and by the unit alone, in a process prepared as training is. The floor is a loop that only takes the same number
-of vectorised exponentials, by glibc's vector maths library and on the same threads (bench/exponentials.cpp); the stepwise floor is what the same loop
-takes for the exponentials of the recurrence done step by step, torch.exp what torch takes for those. "library fp32" is the unit's own loops with that library's
-e^k in place of the inlined polynomial (bench/library_exp.cpp; processors with AVX-512): to be set beside "unit fp32".
+Forward and backward, by the operator (including autograd) and by the kernels alone, in a process
+with the CPU settings of training.
+
+- floor: a loop that only computes the same number of exponentials, with glibc's libmvec on the same
+  threads (bench/exponentials.cpp)
+- stepwise floor: the same for the number of exponentials of the stable recurrence; torch.exp: these
+  by torch
+- library fp32: our loops with libmvec's e^k in place of the inlined polynomial
+  (bench/library_exp.cpp, AVX-512 only); compare with "kernels fp32"
 """
 
 import sys
@@ -22,15 +27,20 @@ from rwkv.train.runtime import cpu
 from rwkv.wkv import wkv4
 from rwkv.wkv.wkv4 import native
 
-EXPONENTIALS = 2.5  # per token and channel: one forward, one backward, and four a chunk of 16 tokens each way (cuda/wkv4/wkv4.h, "needs no scale")
-STEPWISE = 4  # what the recurrence takes if every step finds its own maximum: of output and update forward, of update again and output backward
+# Exponentials per token and channel. Unscaled steps: one forward, one backward, and four per chunk
+# of 16 tokens in each direction. Stable steps: for output and update, forward and backward.
+EXPONENTIALS = 2.5
+STEPWISE = 4
 
 
 def interleaved(
     runs: dict[str, Callable[[], object]], rounds: int = 30, row: int = 5
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Best milliseconds of each over rounds in which every one runs `row` times: other work on the machine only ever adds, and to all.
-    Once over the whole row, and once over its first run alone, which finds the caches as the others left them."""
+    """Best milliseconds of each over rounds in which every one runs `row` times in a row.
+
+    Returns the best of all runs (warm caches), and the best of the first runs of each row (caches
+    as the other contenders left them).
+    """
     best, first = (dict.fromkeys(runs, float("inf")) for _ in range(2))
     for _ in range(rounds):
         for name, run in runs.items():
@@ -47,7 +57,7 @@ def interleaved(
 def by_library(
     folder: str, w: torch.Tensor, u: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gy: torch.Tensor
 ) -> Callable[[], None]:
-    """Forward and backward by bench/library_exp.cpp, whose numbers are compared with the unit's once."""
+    """Forward and backward by bench/library_exp.cpp; its results are checked against ours once."""
     sources = [str(Path(__file__).with_name(name)) for name in ("library_exp.cpp", "library_exp_binding.cpp")]
     loops = cpp_extension.load(
         "library_exp",
@@ -57,20 +67,20 @@ def by_library(
         build_directory=folder,
         extra_include_paths=[str(build.SOURCES)],
     )
-    unit = native.cpu_kernels()
-    y, _, kept = unit.forward(w, u, k, v, None, None, None)
-    expected = [y, *unit.backward(w, u, k, v, None, None, kept, gy, None)[:-1]]
-    sums = [torch.empty(len(k), *w.shape) for _ in range(2)]  # gw and gu of every row
+    kernels = native.cpu_kernels()
+    y, _, saved = kernels.forward(w, u, k, v, None, None, None)
+    expected = [y, *kernels.backward(w, u, k, v, None, None, saved, gy, None)[:-1]]
+    sums = [torch.empty(len(k), *w.shape) for _ in range(2)]  # gw and gu per row
     found = [torch.empty_like(y), *sums, *(torch.empty_like(x) for x in expected[3:])]
 
     def run() -> None:
-        loops.forward(w, u, k, v, kept, found[0])
-        loops.backward(w, u, k, v, kept, gy, *found[1:])
+        loops.forward(w, u, k, v, saved, found[0])
+        loops.backward(w, u, k, v, saved, gy, *found[1:])
 
     run()
     torch.testing.assert_close(
         [found[0], *(x.sum(0) for x in sums), *found[3:]], expected, rtol=1e-4, atol=1e-4
-    )  # another e^x, and sums over all of time
+    )  # another e^x, and sums over all tokens
     return run
 
 
@@ -94,18 +104,18 @@ def main(batch: int, length: int, channels: int) -> None:
     def operator(dtype: torch.dtype, impl: str) -> None:
         torch.autograd.grad(wkv4(*leaves[dtype], impl=impl)[0], leaves[dtype], tensors[dtype][2])
 
-    def unit(dtype: torch.dtype) -> None:
+    def kernels(dtype: torch.dtype) -> None:
         k, v, gy = tensors[dtype]
         forward, backward = native.cpu_kernels()
-        _, _, kept = forward(w, u, k, v, None, None, None)
-        backward(w, u, k, v, None, None, kept, gy, None)
+        _, _, saved = forward(w, u, k, v, None, None, None)
+        backward(w, u, k, v, None, None, saved, gy, None)
 
     runs = {
         "operator fp32": lambda: operator(torch.float32, "cpu"),
         "operator bf16": lambda: operator(torch.bfloat16, "cpu"),
-        "unit fp32": lambda: unit(torch.float32),
-        "unit bf16": lambda: unit(torch.bfloat16),
-        **({"library fp32": library} if library else {}),  # its vectors are those of AVX-512
+        "kernels fp32": lambda: kernels(torch.float32),
+        "kernels bf16": lambda: kernels(torch.bfloat16),
+        **({"library fp32": library} if library else {}),  # uses AVX-512
         "floor": lambda: floor.exponentials(x[: count // 2], y, int(2 * EXPONENTIALS)),
         "stepwise floor": lambda: floor.exponentials(x, y, STEPWISE),
         "torch.exp": lambda: [torch.exp(x, out=y) for _ in range(STEPWISE)],
@@ -121,13 +131,13 @@ def main(batch: int, length: int, channels: int) -> None:
         )
     moved = {"fp32": 4, "bf16": 2}
     for name, size in moved.items():
-        ms = best[f"unit {name}"]
+        ms = best[f"kernels {name}"]
         print(
-            f"unit {name}: {EXPONENTIALS * count / ms / 1e6:.2f} G exponentials/s, {8 * size * count / ms / 1e6:.1f} GB/s of k, v, y and their gradients"
+            f"kernels {name}: {EXPONENTIALS * count / ms / 1e6:.2f} G exponentials/s, {8 * size * count / ms / 1e6:.1f} GB/s of k, v, y and their gradients"
         )
     print(f"loop fp32      {loop['loop']:8.1f} ms  {loop['loop'] / loop['operator']:.0f} × operator fp32")
     print(
-        f"bf16 / fp32: operator {best['operator bf16'] / best['operator fp32']:.2f}, unit {best['unit bf16'] / best['unit fp32']:.2f}"
+        f"bf16 / fp32: operator {best['operator bf16'] / best['operator fp32']:.2f}, kernels {best['kernels bf16'] / best['kernels fp32']:.2f}"
     )
 
 

@@ -1,5 +1,5 @@
-// The baseline of bench/wkv_gpu.py: one thread per channel runs through all of T, in blocks of 32. The backward pass writes every state to
-// `states` first, then runs back.
+// The baseline of bench/wkv_gpu.py: one thread per channel processes all of T, in blocks of 32
+// threads. The backward pass first writes every state to `states`, then runs backward in time.
 #define WKV_FN static __device__ __forceinline__
 typedef float wkv_float;
 WKV_FN float wkv_exp(float x) { return __expf(x); }
@@ -11,15 +11,19 @@ WKV_FN float wkv_divide(float x, float y) { return __fdividef(x, y); }
 #ifdef BF16
 typedef unsigned short number;
 WKV_FN float load(const number* p) { return __uint_as_float((unsigned)*p << 16); }
-WKV_FN void store(number* p, float x) { const unsigned bits = __float_as_uint(x); *p = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16; }
+WKV_FN void store(number* p, float x) {
+  const unsigned bits = __float_as_uint(x);
+  *p = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
 #else
 typedef float number;
 WKV_FN float load(const number* p) { return *p; }
 WKV_FN void store(number* p, float x) { *p = x; }
 #endif
 
-extern "C" __global__ void naive_forward(long long B, long long T, long long C, const float* __restrict__ w_, const float* __restrict__ u_,
-                                         const number* __restrict__ k, const number* __restrict__ v, number* __restrict__ y) {
+extern "C" __global__ void naive_forward(long long B, long long T, long long C, const float* __restrict__ w_,
+                                         const float* __restrict__ u_, const number* __restrict__ k,
+                                         const number* __restrict__ v, number* __restrict__ y) {
   const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x, b = i / C, c = i % C;
   if (b >= B) return;
   const float w = w_[c], u = u_[c];
@@ -32,10 +36,11 @@ extern "C" __global__ void naive_forward(long long B, long long T, long long C, 
   }
 }
 
-extern "C" __global__ void naive_backward(long long B, long long T, long long C, const float* __restrict__ w_, const float* __restrict__ u_,
-                                          const number* __restrict__ k, const number* __restrict__ v, const number* __restrict__ gy,
-                                          float* __restrict__ states, float* __restrict__ gw, float* __restrict__ gu, number* __restrict__ gk,
-                                          number* __restrict__ gv) {
+extern "C" __global__ void naive_backward(long long B, long long T, long long C, const float* __restrict__ w_,
+                                          const float* __restrict__ u_, const number* __restrict__ k,
+                                          const number* __restrict__ v, const number* __restrict__ gy,
+                                          float* __restrict__ states, float* __restrict__ gw, float* __restrict__ gu,
+                                          number* __restrict__ gk, number* __restrict__ gv) {
   const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x, b = i / C, c = i % C;
   if (b >= B) return;
   const float w = w_[c], u = u_[c];
@@ -51,7 +56,8 @@ extern "C" __global__ void naive_backward(long long B, long long T, long long C,
     const float* s = states + (b * T + t) * 3 * C + c;
     const float kt = load(k + at), vt = load(v + at);
     float to_k, to_v;
-    wkv4_backward(wkv_pair(s[2 * C] + w, kt), u, kt, vt, s[0], s[C], s[2 * C], load(gy + at), ga, gd, sum_w, sum_u, to_k, to_v);
+    wkv4_backward(wkv_pair(s[2 * C] + w, kt), u, kt, vt, s[0], s[C], s[2 * C], load(gy + at), ga, gd, sum_w, sum_u,
+                  to_k, to_v);
     store(gk + at, to_k);
     store(gv + at, to_v);
   }

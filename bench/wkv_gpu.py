@@ -1,10 +1,10 @@
-"""The CUDA unit against a one-thread-per-channel kernel and against the PyTorch loop, in one run on one GPU.
+"""Benchmark the WKV CUDA kernels against a one-thread-per-channel kernel and the PyTorch loop.
 
     python bench/wkv_gpu.py [--quick] [--json FILE]
 
-Times are medians of CUDA events around 20 calls in a row, launched while the GPU is still busy with other work, in milliseconds a call. `floor` is the
-time that the bytes alone take, each input read once and each output written once, at the speed of a large copy on the same GPU in the same run: forward
-k, v, y; backward k, v, gy, gk, gv.
+Times are in milliseconds per call: medians of CUDA events around 20 calls, which are launched while
+the GPU is still busy with other work. `floor` is the time to read each input and write each output
+once at the speed of a large copy on the same GPU: k, v, y forward; k, v, gy, gk, gv backward.
 """
 
 import argparse
@@ -24,12 +24,14 @@ HERE = Path(__file__).parent
 
 
 CALLS = 20  # between two events
-AHEAD = 20_000_000  # cycles, some 10 ms, in which the host launches these calls while the GPU is kept busy
+AHEAD = 20_000_000  # cycles (about 10 ms) that keep the GPU busy while the host launches the calls
 
 
 def median_ms(run, budget_ms: float = 200) -> float:
-    """Milliseconds of the GPU that a run takes, without the host's time to launch it: the median over about `budget_ms` of CALLS runs in a row, divided by
-    their number, after warming up. What takes long by itself runs once."""
+    """GPU milliseconds per call, without launch overhead: the median over about `budget_ms`.
+
+    After a warm-up, each measurement times CALLS calls, or one call if it is slow.
+    """
 
     def timed(calls: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -52,10 +54,10 @@ def median_ms(run, budget_ms: float = 200) -> float:
 
 
 class Naive:
-    """wkv4_naive.cu, compiled here and started through the driver."""
+    """The kernels of wkv4_naive.cu, compiled here and launched through the driver API."""
 
     def __init__(self, dtype: torch.dtype):
-        torch.cuda.current_stream()  # torch's context is current from here on
+        torch.cuda.current_stream()  # makes torch's context current
         major, minor = torch.cuda.get_device_capability()
         compiler = nvrtc.Compiler(compat.nvrtc())
         options = ["--std=c++17"] + (["-DBF16"] if dtype == torch.bfloat16 else [])
@@ -86,7 +88,7 @@ class Naive:
 
 
 def copy_speed() -> float:
-    """Bytes per millisecond of a large device-to-device copy, read and written bytes counted."""
+    """Bytes read and written per millisecond by a large device-to-device copy."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / median_ms(lambda: target.copy_(source))
@@ -97,15 +99,15 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, naive: Naive, speed
     torch.manual_seed(0)
     w, u = -torch.exp(torch.randn(channels, device="cuda")), torch.randn(channels, device="cuda")
     k, v, gy = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
-    unit = native.cuda_kernels(
+    kernels = native.cuda_kernels(
         k.device.index, lambda: torch.cuda.current_stream().cuda_stream, native.segment_length(*shape)
     )
     assert load.why_unavailable_on(k.device.index) is None, load.why_unavailable_on(k.device.index)
-    y, _, kept = unit.forward(w, u, k, v, None, None, None)
-    gradients = unit.backward(w, u, k, v, None, None, kept, gy, None)
+    y, _, saved = kernels.forward(w, u, k, v, None, None, None)
+    gradients = kernels.backward(w, u, k, v, None, None, saved, gy, None)
     result = {"B": batch, "T": length, "C": channels, "dtype": str(dtype).removeprefix("torch.")}
-    result["forward"] = median_ms(lambda: unit.forward(w, u, k, v, None, None, None))
-    result["backward"] = median_ms(lambda: unit.backward(w, u, k, v, None, None, kept, gy, None))
+    result["forward"] = median_ms(lambda: kernels.forward(w, u, k, v, None, None, None))
+    result["backward"] = median_ms(lambda: kernels.backward(w, u, k, v, None, None, saved, gy, None))
     size = k.numel() * k.element_size()
     result["forward_floor"], result["backward_floor"] = 3 * size / speed, 5 * size / speed
 
@@ -121,7 +123,7 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, naive: Naive, speed
     result["naive_backward"] = median_ms(
         lambda: naive("naive_backward", shape, w, u, k, v, gy, states, gw2, gu2, gk2, gv2)
     )
-    for ours, other in zip((y, *gradients[2:4]), (y2, gk2, gv2), strict=True):  # the same work was timed
+    for ours, other in zip((y, *gradients[2:4]), (y2, gk2, gv2), strict=True):  # the timed kernels compute the same
         torch.testing.assert_close(
             ours, other, rtol=2e-2 if dtype == torch.bfloat16 else 1e-3, atol=2e-2 if dtype == torch.bfloat16 else 1e-3
         )
@@ -137,8 +139,8 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, naive: Naive, speed
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the corners of the grid only")
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    parser.add_argument("--quick", action="store_true", help="only the corners of the grid")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
     batches, lengths, channels = (1, 4, 16), (512, 1024, 4096, 16384), (768, 2048, 5120)
     if arguments.quick:
@@ -154,7 +156,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         naive = Naive(dtype)
         for shape in itertools.product(batches, lengths, channels):
-            if shape[0] * shape[1] * shape[2] > 1 << 29:  # the baseline's states alone would be 6 GiB and more
+            if shape[0] * shape[1] * shape[2] > 1 << 29:  # the baseline's states would need 6 GiB or more
                 continue
             r = measure(shape, dtype, naive, speed, loop=shape[1] <= 1024 and shape[0] == 1)
             results.append(r)

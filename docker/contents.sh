@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What two builds of an image must have in common, as text to compare: contents.sh IMAGE
-# Every package of the distribution and of Python by version, and the SHA-256 of our kernels' sources and of each compiled file.
+# List what two builds of an image must have in common: contents.sh IMAGE
+# Versions of all system and Python packages, the hash of the kernel sources, SHA-256 of compiled files.
 set -euo pipefail
 image=${1:?usage: contents.sh IMAGE}
 docker run --rm --network none --entrypoint bash "$image" -c '

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The image's entry point: entrypoint.sh JOB [FLAG...], where JOB is a script's name (lora finetune pretrain convert inspect merge generate
-# doctor), demo, test, shell, or any other command. `lora` without flags is the embedded default.
-# A job that cannot run as asked is refused here, before torch is imported: a line with what is wrong and one with how to mend it.
-# RWKV_ANYWAY=1 goes on all the same. RWKV_DEVICE=cpu asks for no GPU.
+# The image's entry point: entrypoint.sh JOB [FLAG...]. JOB is a script (lora finetune pretrain convert
+# inspect merge generate doctor ...), demo, test, shell, or any other command. `lora` without flags runs
+# the demo. Checks first, before torch is imported, whether the job can run, and prints what is wrong and
+# how to fix it. RWKV_ANYWAY=1: continue despite failed checks. RWKV_DEVICE=cpu: do not require a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 stack=${RWKV_STACK:-cu117}
@@ -11,26 +11,26 @@ case $stack in
   *) cuda_major=13 ;;
 esac
 
-refuse() {  # WHAT MEND
+refuse() {  # PROBLEM FIX
   echo "error: $1" >&2
-  echo "  mend: $2" >&2
+  echo "  fix: $2" >&2
   if [ -n "${RWKV_ANYWAY:-}" ]; then
-    echo "  going on, as RWKV_ANYWAY is set" >&2
+    echo "  continuing, because RWKV_ANYWAY is set" >&2
     return
   fi
-  echo "  or go on all the same: -e RWKV_ANYWAY=1" >&2
+  echo "  or continue anyway: -e RWKV_ANYWAY=1" >&2
   exit 78  # EX_CONFIG
 }
 
 gpu_is_wanted() { [ "${RWKV_DEVICE:-gpu}" != cpu ] && [[ " $* " != *" --accelerator cpu "* && " $* " != *" --accelerator=cpu "* ]]; }
 
 check_gpu() {
-  local seen driver name capability mend other=modern archs oldest own cuda
+  local seen driver name capability fix other=modern archs oldest own cuda
   if ! command -v nvidia-smi >/dev/null || ! seen=$(nvidia-smi --query-gpu=driver_version,name,compute_cap --format=csv,noheader 2>/dev/null) || [ -z "$seen" ]; then
-    # a driver too old to know compute_cap still tells its version
+    # an old driver may not know compute_cap
     if ! command -v nvidia-smi >/dev/null || ! seen=$(nvidia-smi --query-gpu=driver_version,name --format=csv,noheader 2>/dev/null) || [ -z "$seen" ]; then
       refuse "no GPU is visible in this container" \
-        "docker run --gpus all (install the NVIDIA container toolkit first); on a machine without one -e RWKV_DEVICE=cpu, or for compose COMPOSE_FILE=compose.yaml:compose.cpu.yaml in .env (make compose-env writes it)"
+        "docker run --gpus all (install the NVIDIA Container Toolkit first); without a GPU -e RWKV_DEVICE=cpu, or with compose COMPOSE_FILE=compose.yaml:compose.cpu.yaml in .env (make compose-env writes it)"
       return 0
     fi
   fi
@@ -39,29 +39,29 @@ check_gpu() {
   while IFS=, read -r driver name capability; do
     driver=${driver// /} name=${name# } capability=${capability// /}
     if [ "${driver%%.*}" -lt "$oldest" ]; then
-      refuse "the NVIDIA driver is $driver, and CUDA $cuda in this image needs $oldest at least" "update the driver of the host to $own or later$([ "$stack" = cu117 ] || { drivers 11; echo ", or use the image of the stack cu117, which needs $oldest"; })"
+      refuse "the NVIDIA driver is $driver, but CUDA $cuda in this image needs $oldest or later" "update the driver of the host to $own or later$([ "$stack" = cu117 ] || { drivers 11; echo ", or use the image of the cu117 stack, which needs $oldest"; })"
     elif [ "${driver%%.*}" -lt "$own" ]; then
-      echo "warning: the NVIDIA driver is $driver, and CUDA $cuda in this image came with $own: it runs, but update the driver of the host if you can" >&2
+      echo "warning: the NVIDIA driver is $driver; for CUDA $cuda in this image, $own or later is recommended" >&2
     fi
     [[ "$capability" =~ ^[0-9]+\.[0-9]$ ]] || continue
     if ! has_code "$capability" "$archs"; then
       if [ "$stack" = cu117 ] && [ "${capability%.*}" -lt 6 ]; then
-        mend="no stack has code for it; -e RWKV_DEVICE=cpu trains on the CPU"
+        fix="no stack supports it; -e RWKV_DEVICE=cpu trains on the CPU"
       else
         [ "$stack" = cu117 ] || other=cu117
-        mend="take the image of the stack $other: make image STACK=$other, and STACK=$other in .env"
+        fix="use the image of the $other stack: make image STACK=$other, and STACK=$other in .env"
       fi
-      refuse "$name has compute capability $capability, and the stack $stack has code for ${archs:-none }only" "$mend"
+      refuse "$name has compute capability $capability, and the $stack stack has kernels for ${archs:-none }only" "$fix"
     fi
   done <<<"$seen"
 }
 
-drivers() {  # MAJOR VERSION OF CUDA: sets oldest, the oldest driver that runs it, own, the driver that the stack's CUDA came with, and cuda, that CUDA
+drivers() {  # CUDA_MAJOR: sets oldest (minimum driver), own (recommended driver) and cuda (the stack's CUDA version)
   local major
   while read -r major oldest own cuda; do [ "$major" != "$1" ] || return 0; done <rwkv/drivers.txt
 }
 
-has_code() {  # CAPABILITY ARCHS: code runs on GPUs of the same major version and the same or a later minor one
+has_code() {  # CAPABILITY ARCHS: a cubin runs on GPUs with the same major and the same or a higher minor version
   local arch
   for arch in $2; do
     if [ $((arch / 10)) = "${1%.*}" ] && [ $((arch % 10)) -le "${1#*.}" ]; then return 0; fi
@@ -72,34 +72,34 @@ has_code() {  # CAPABILITY ARCHS: code runs on GPUs of the same major version an
 check_shm() {
   local mib
   mib=$(($(stat --file-system --format '%b * %S' /dev/shm) / 1048576)) || mib=0
-  [ "$mib" -ge 1024 ] || refuse "shared memory (/dev/shm) has $mib MiB, and processes that share batches need 1024" "docker run --ipc=host, or --shm-size=8g (compose.yaml says so already)"
+  [ "$mib" -ge 1024 ] || refuse "shared memory (/dev/shm) has $mib MiB, and data workers and NCCL need 1024" "docker run --ipc=host, or --shm-size=8g (compose.yaml sets it)"
 }
 
 check_writable() {  # FOLDER...
   local folder
   for folder in "$@"; do
     if ! [ -w "$folder" ] || ! (f=$(mktemp "$folder/.writable.XXXXXX") && rm "$f") 2>/dev/null; then
-      refuse "$folder is not writable by user $(id -u), group $(id -g)" "chown -R $(id -u):$(id -g) the folder that is mounted at $PWD/$folder, or set UID and GID to its owner's in .env (make compose-env writes them)"
+      refuse "$folder is not writable by user $(id -u), group $(id -g)" "chown -R $(id -u):$(id -g) the folder mounted at $PWD/$folder, or set UID and GID in .env to its owner (make compose-env writes them)"
     fi
   done
 }
 
-export RWKV_CONTAINER=${RWKV_CONTAINER:-docker/entrypoint.sh}  # how printed commands begin; compose.yaml sets its own
+export RWKV_CONTAINER=${RWKV_CONTAINER:-docker/entrypoint.sh}  # prefix of printed commands; compose.yaml sets its own
 job=${1:-lora}
 shift || true
 python=${PYTHON:-python}
-asked() { [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; }
+help_requested() { [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; }
 case $job in
   lora | finetune | pretrain | demo)
-    if ! asked "$@"; then
+    if ! help_requested "$@"; then
       if gpu_is_wanted "$@"; then check_gpu; fi
       check_shm
       check_writable out
     fi ;;
   generate)
-    if ! asked "$@" && gpu_is_wanted "$@"; then check_gpu; fi ;;
+    if ! help_requested "$@" && gpu_is_wanted "$@"; then check_gpu; fi ;;
   convert | merge | export)
-    asked "$@" || check_writable out ;;
+    help_requested "$@" || check_writable out ;;
 esac
 
 case $job in

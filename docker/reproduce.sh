@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build the image of a stack a second time, without a cache, and compare what is in both: reproduce.sh STACK, under docker/engine.sh
+# Build the image of a stack twice, the second time without a cache, and compare: reproduce.sh STACK, under docker/engine.sh
 set -euo pipefail
 stack=${1:?usage: reproduce.sh STACK}
 cd "$(dirname "$0")/.."
@@ -10,4 +10,4 @@ docker/contents.sh "rwkv-training:$stack" >"$found/first"
 NO_CACHE=1 docker/image.sh "$stack"
 docker/contents.sh "rwkv-training:$stack" >"$found/second"
 diff "$found/first" "$found/second" || { echo "reproduce: the two builds differ" >&2; exit 1; }
-echo "reproduce: both builds hold the same $(wc -l <"$found/first") packages and kernel files; sources $(sed -n 's/^sources //p' "$found/first" | cut -c1-12)"
+echo "reproduce: both builds have the same $(wc -l <"$found/first") packages and kernel files; sources $(sed -n 's/^sources //p' "$found/first" | cut -c1-12)"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tags of a built image, one a line, computed from what is in it: tags.sh IMAGE
-# STACK, VERSION-STACK, VERSION-STACK-torchX, and the first twelve digits of the kernels' source hash.
+# Print the tags of a built image, one per line, computed from its content: tags.sh IMAGE
+# STACK, VERSION-STACK, VERSION-STACK-torchX, and kernels-HASH-STACK (12 digits of the kernel source hash).
 set -euo pipefail
 image=${1:?usage: tags.sh IMAGE}
 docker run --rm --network none -e RWKV_DEVICE=cpu "$image" python -c '

@@ -12,7 +12,7 @@ if [ -z "${tool:-}" ]; then
   exit 1
 fi
 run=("$tool" run --name rwkv)
-if [ "$(basename "$tool")" = micromamba ]; then  # its update fails if there is no environment, and it asks for confirmation
+if [ "$(basename "$tool")" = micromamba ]; then  # it cannot update a missing environment, and asks for confirmation
   there=$("$tool" env list --json | grep -cE '/rwkv"' || true)
   "$tool" "$([ "$there" -gt 0 ] && echo update || echo create)" --yes --name rwkv --file environment.yml
 else

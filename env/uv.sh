@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the locked uv inside a Python, with the index and certificate that pip is configured for: uv.sh PYTHON ARGUMENT...
-# uv is installed into that Python by its pip, once; uv itself reads neither pip.conf nor PIP_INDEX_URL.
+# Installs uv with pip first if it is missing. uv itself reads neither pip.conf nor PIP_INDEX_URL.
 set -euo pipefail
 python=${1:?usage: uv.sh PYTHON ARGUMENT...}
 lock=$(dirname "$0")/locks/uv.txt

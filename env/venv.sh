@@ -14,7 +14,7 @@ esac
 has_venv() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 8))' >/dev/null 2>&1; }
 fits() { "$1" -c 'import sys, venv, ensurepip; sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv[1:])' "${versions[@]}" >/dev/null 2>&1; }
 
-uv() {  # the one on PATH, or the locked one, installed into .venv-uv by any Python
+uv() {  # from PATH, or the locked version in .venv-uv
   local candidate
   if type -P uv >/dev/null; then command uv "$@"; return; fi
   if [ ! -x .venv-uv/bin/python ]; then
@@ -47,7 +47,7 @@ EOF
 }
 
 python=$(find_python)
-# Downloads and installed files are both on disk until the end. Without df the check is skipped.
+# Downloads and installed files are both on disk during the installation. Skipped without df.
 { read -r _ && read -r _ _ _ free _; } < <(df -Pk "$(dirname "$dir")" 2>/dev/null) || free=
 if [ -n "$free" ]; then
   if [ -e "$dir" ]; then free=$((free + $(du -sk "$dir" | cut -f 1))); fi

@@ -1,3 +1,3 @@
-"""Train, tune and run RWKV language models. Importing compiles nothing, prints nothing and downloads nothing."""
+"""Train, fine-tune and run RWKV language models."""
 
 __version__ = "0.1.0"

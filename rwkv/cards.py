@@ -14,7 +14,9 @@ MEMORY = {
     "5000ada": 32, "6000ada": 48, "l4": 24, "l20": 48, "l40": 48, "l40s": 48, "h20": 96, "h100": 80, "h800": 80, "h200": 141, "b200": 180,
     "pro6000": 96,
 }  # fmt: skip
-"""GB by name without vendor and series, as advertised; the smallest variant of cards sold in several sizes."""
+"""Advertised GB by name (without vendor and series); for cards sold in several sizes, the
+smallest.
+"""
 _SERIES = re.compile(r"nvidia|geforce|quadro|tesla|rtx|gtx|\b(?:pcie|sxm\d*|nvl|hbm\w*|laptop|mobile|gpu|generation)\b")
 _SIZE = re.compile(r"\b(\d+) ?gi?b?\b")
 _MAX_GB = 1000  # a larger number is a card's name

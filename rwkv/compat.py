@@ -49,7 +49,7 @@ def heap_share() -> float:
     """On a CPU: freed memory that glibc cannot reuse, per byte of temporary tensors; measured in
     small runs (docs/results.md).
     """
-    return 0.5 if stack() == "cu117" else 0.3
+    return 0.8 if stack() == "cu117" else 0.3
 
 
 def wake_mkl() -> None:

@@ -1,4 +1,6 @@
-"""Corrections to DeepSpeed 0.7.0, applied at run time by compat.import_deepspeed; its files stay as they are. Newer versions need none of them."""
+"""Patches for bugs of DeepSpeed 0.7.0, applied at import by compat.import_deepspeed. Newer versions
+do not need them.
+"""
 
 import functools
 from types import SimpleNamespace
@@ -9,14 +11,16 @@ import torch
 
 @functools.cache
 def correct() -> None:
-    """Apply all corrections, once in a process. DeepSpeed must be importable; no engine may have been made yet."""
+    """Apply all patches, once per process, before the first engine is created."""
     _flatten_without_compiling()
     _reduce_in_the_gradients_dtype()
     _do_not_time_throughput()
 
 
 def _flatten_without_compiling() -> None:
-    """Its engine and its ZeRO optimizers compile a C++ extension when they are made, which takes g++, ninja and Python.h, that is two functions of torch's."""
+    """Engine and ZeRO optimizers compile a C++ extension (needs g++, ninja and Python.h) for two
+    functions that torch has.
+    """
     from deepspeed.ops.op_builder import UtilsBuilder
 
     loaded = SimpleNamespace(
@@ -26,7 +30,9 @@ def _flatten_without_compiling() -> None:
 
 
 def _reduce_in_the_gradients_dtype() -> None:
-    """Stage 1, and stage 2 without reduce_scatter, reduce gradients in fp16 whatever they are: small ones become 0 and large ones inf."""
+    """Stage 1, and stage 2 without reduce_scatter, reduce all gradients in fp16, in which small
+    ones underflow and large ones overflow.
+    """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as zero
 
     reduce_bucket, reduce_tensor = zero.allreduce_bucket, zero.gradient_reduction_w_predivide
@@ -47,13 +53,15 @@ def _reduce_in_the_gradients_dtype() -> None:
 
 
 def _communicated(optimizer: Any, gradient: torch.Tensor) -> torch.dtype:
-    """The dtype to reduce a gradient in: its own, or what communication_data_type asks for. fp16 is the default there, so it does not count as asked for."""
+    """The dtype in which to reduce a gradient: communication_data_type, or its own if that is fp16,
+    the default.
+    """
     configured = getattr(optimizer, "communication_data_type", torch.float16)
     return gradient.dtype if configured == torch.float16 else configured
 
 
 def _do_not_time_throughput() -> None:
-    """Its throughput timer waits for the GPU twice in each micro-batch."""
+    """The throughput timer synchronises with the GPU twice per micro-batch."""
     from deepspeed.utils.timer import ThroughputTimer
 
     ThroughputTimer.start = ThroughputTimer.stop = lambda *_, **__: None

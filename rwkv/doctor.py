@@ -203,10 +203,10 @@ def _version(program: str | None, pattern: str) -> str:
     """The version that a program prints; empty if there is no program."""
     if not program:
         return ""
-    said = re.search(
+    found = re.search(
         pattern, subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
     )
-    return said[1] if said else "of an unknown version"
+    return found[1] if found else "of an unknown version"
 
 
 def _kernels() -> Iterator[Finding]:

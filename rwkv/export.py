@@ -1,4 +1,6 @@
-"""A checkpoint in the forms that other programs read: one file in another dtype, or a folder of transformers' RwkvForCausalLM."""
+"""Export a checkpoint for other programs: in another dtype, or as a folder for transformers'
+RwkvForCausalLM.
+"""
 
 import math
 import tempfile
@@ -17,24 +19,27 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def tensors_of(model: RWKV, dtype: str) -> dict[str, Tensor]:
-    """All weights under BlinkDL's names in fp32, bf16 or fp16; `keep`: as they are.
+    """All weights under BlinkDL's names.
+
+    Args:
+        dtype: fp32, bf16 or fp16; `keep`: unchanged.
 
     Raises:
-        UserError: a weight that fp16 does not hold.
+        UserError: a weight overflows in this dtype.
     """
-    made = {
+    tensors = {
         name: p.detach() if dtype == "keep" else p.detach().to(DTYPES[dtype]) for name, p in model.named_parameters()
     }
-    if lost := [name for name, tensor in made.items() if not torch.isfinite(tensor).all()]:
-        raise UserError(f"{lost[0]} is not finite in {dtype}; give --dtype bf16 or fp32")
-    return made
+    if overflowed := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise UserError(f"{overflowed[0]} is not finite in {dtype}; use --dtype bf16 or fp32")
+    return tensors
 
 
 def transformers_config(model: RWKV, ctx_len: int, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of the model in transformers.
+    """The model's config.json for transformers.
 
     Raises:
-        UserError: a model that transformers does not support.
+        UserError: transformers does not support the model.
     """
     try:
         config = model.version.transformers_config(model.sizes)
@@ -51,40 +56,43 @@ def transformers_config(model: RWKV, ctx_len: int, dtype: torch.dtype) -> dict[s
 
 def transformers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under transformers' names."""
-    made = {}
+    renamed = {}
     for name, tensor in tensors.items():
         for ours, theirs in TRANSFORMERS:
             name = name.replace(ours, theirs)
-        made[name] = tensor
-    return made
+        renamed[name] = tensor
+    return renamed
 
 
 @torch.inference_mode()
 def difference(model: RWKV, file: Path, tokens: int, config: Path | None = None) -> tuple[float, float]:
-    """The largest difference between the logits of the model and of the file that was written, on random tokens, both computed in fp32; and the largest
-    logit. With `config`, a config.json, the file is read by transformers.
+    """Compare a written file with the model, both in fp32 on random tokens: the largest absolute
+    difference of their logits, and the largest absolute logit.
+
+    Args:
+        config: a config.json: load the file with transformers.
 
     Raises:
-        UserError: some logit is NaN or Inf, so that nothing is proved.
+        UserError: a logit is NaN or Inf.
     """
     ids = torch.randint(model.sizes.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     ours = model.float().eval()(ids)[0]
     if config:
-        theirs = _by_transformers(file, config)(ids, use_cache=False).logits
+        theirs = _load_in_transformers(file, config)(ids, use_cache=False).logits
     else:
         theirs = checkpoint.load_model(file).eval()(ids)[0]
     found = float((theirs - ours).abs().max()), float(ours.abs().max())
     if not all(map(math.isfinite, found)):
         raise UserError(
-            "the logits of the model, or of what would be written, are NaN or Inf, so that nothing can be proved; nothing is written"
+            "the logits of the original or the exported model are NaN or Inf, so the export cannot be verified; nothing is written"
         )
     return found
 
 
-def _by_transformers(file: Path, config: Path) -> Any:
+def _load_in_transformers(file: Path, config: Path) -> Any:
     from transformers import RwkvForCausalLM
 
-    with tempfile.TemporaryDirectory() as folder:  # under the names that it looks for
+    with tempfile.TemporaryDirectory() as folder:  # with the file names that it expects
         (Path(folder) / "model.safetensors").symlink_to(file.resolve())
         (Path(folder) / "config.json").symlink_to(config.resolve())
         return RwkvForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()

@@ -136,7 +136,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 
 @contextlib.contextmanager
-def whole(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file atomically: yields a temporary path, which is synced and renamed to `path`, or
     removed on an exception.
 
@@ -145,12 +145,12 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         UserError: the disk is full, or read-only.
     """
-    with together([path]) as (temporary,):
+    with atomic_writes([path]) as (temporary,):
         yield temporary
 
 
 @contextlib.contextmanager
-def together(parts: Sequence[str | os.PathLike], marks: Sequence[str | os.PathLike] = ()) -> Iterator[list[Path]]:
+def atomic_writes(parts: Sequence[str | os.PathLike], marks: Sequence[str | os.PathLike] = ()) -> Iterator[list[Path]]:
     """Write a set of files as atomically as possible: yields a temporary path for each of `parts`
     and `marks`, in this order.
 
@@ -253,7 +253,7 @@ def reserve(file: BinaryIO, size: int) -> None:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` atomically as indented JSON."""
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

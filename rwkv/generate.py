@@ -48,24 +48,24 @@ def choose(
     return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 
 
-def matrices_dtype(asked: str, stored: torch.dtype, gpu: bool) -> torch.dtype | None:
+def matrices_dtype(requested: str, stored: torch.dtype, gpu: bool) -> torch.dtype | None:
     """dtype of a model's matrices and matmuls; None: fp32.
 
     Args:
-        asked: value of --dtype.
+        requested: value of --dtype.
         stored: dtype of the checkpoint's matrices, used for "auto" where the device supports it.
 
     Raises:
         UserError: the device does not support the dtype.
     """
     bf16 = not gpu or torch.cuda.get_device_capability()[0] >= 8
-    if asked == "auto":
+    if requested == "auto":
         return stored if gpu and (stored == torch.float16 or (stored == torch.bfloat16 and bf16)) else None
-    if asked == "fp16" and not gpu:
+    if requested == "fp16" and not gpu:
         raise UserError("--dtype fp16 needs a GPU; on a CPU use bf16 or fp32")
-    if asked == "bf16" and not bf16:
+    if requested == "bf16" and not bf16:
         raise UserError("--dtype bf16 needs a GPU of compute capability 8.0 or later (Ampere); use fp16 or fp32")
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(asked)
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(requested)
 
 
 class Session:

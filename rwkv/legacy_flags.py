@@ -28,7 +28,7 @@ class Foreign:
 
 _NEO, _V5, _V7, _PEFT = "RWKV-v4neo", "RWKV-v5's trainer and RWKV-PEFT", "RWKV-7's trainer (train_temp)", "RWKV-PEFT"
 _TOOL, _LIGHTNING, _HF = "the upstream programs", "pytorch-lightning's Trainer", "Hugging Face trainers"
-_ONLY_4 = "this project trains RWKV-4 only, so leave it out for an RWKV-4 model"
+_ONLY_4 = "this project trains RWKV-4 only, so omit it for an RWKV-4 model"
 
 
 def _version(number: int) -> str:
@@ -40,9 +40,9 @@ _IMAGES = {
     "my_img_encoder": "x", "my_ffn_shift": "1", "my_att_shift": "1", "my_pos_emb": "0",
 }  # fmt: skip
 _NO_QUANTISATION = (
-    "the base model is not quantised: leave it out, and use --lora_base bf16 to keep it in half the memory of fp32"
+    "the base model is not quantised: omit it, and use --lora_base bf16 to keep it in half the memory of fp32"
 )
-_ADAPTERS = "LoRA is the only adapter here: leave it out"
+_ADAPTERS = "LoRA is the only adapter here: omit it"
 
 NOT_SUPPORTED = {
     # BlinkDL/RWKV-LM, RWKV-v4neo, and the same in RWKV-v5
@@ -56,19 +56,19 @@ NOT_SUPPORTED = {
         ("",),
         {"x05": _version(5), "x06": _version(6), "x07": _version(7)},
     ),
-    "head_qk": Foreign(_NEO, "leave it out: models with a head_q and head_k are not supported", ("0",)),
-    "tiny_att_dim": Foreign(_NEO, "leave it out: models with tiny attention are not supported", ("0",)),
-    "tiny_att_layer": Foreign(_NEO, "leave it out: models with tiny attention are not supported", ("-999",)),
+    "head_qk": Foreign(_NEO, "omit it: models with a head_q and head_k are not supported", ("0",)),
+    "tiny_att_dim": Foreign(_NEO, "omit it: models with tiny attention are not supported", ("0",)),
+    "tiny_att_layer": Foreign(_NEO, "omit it: models with tiny attention are not supported", ("-999",)),
     "my_sample_len": Foreign(
         _NEO, "it belongs to --data_type uint16: documents of a binidx and --doc_training 1 do the same", ("0",)
     ),
-    **{name: Foreign(_NEO, "leave it out: it belongs to image models", (off,)) for name, off in _IMAGES.items()},
-    "cuda_cleanup": Foreign(_NEO, "leave it out: the cache of the GPU's allocator is not emptied during a run", ("0",)),
+    **{name: Foreign(_NEO, "omit it: it belongs to image models", (off,)) for name, off in _IMAGES.items()},
+    "cuda_cleanup": Foreign(_NEO, "omit it: the cache of the GPU's allocator is not emptied during a run", ("0",)),
     "head_size_a": Foreign(_V5, f"RWKV-4 has no heads, and {_ONLY_4}", ("64",)),
     "head_size_divisor": Foreign(_V5, f"RWKV-4 has no heads, and {_ONLY_4}", ("8",)),
     "train_type": Foreign(
         _V5,
-        "leave it out",
+        "omit it",
         ("", "none"),
         {
             "infctx": "it carries the state between the chunks of a long context: use --tbptt_len N",
@@ -78,19 +78,19 @@ NOT_SUPPORTED = {
     ),
     # RWKV-v7/train_temp
     "train_stage": Foreign(
-        _V7, f"its stages 1, 2 and 3 are --my_pile_stage 1, 2 and 3 here; {_ONLY_4.replace(', so leave it out for an RWKV-4 model', '')}", ("0",)
+        _V7, f"its stages 1, 2 and 3 are --my_pile_stage 1, 2 and 3 here; {_ONLY_4.replace(', so omit it for an RWKV-4 model', '')}", ("0",)
     ),
     "head_size": Foreign(_V7, f"RWKV-4 has no heads, and {_ONLY_4}"),
-    "head_chunk": Foreign(_V7, "leave it out: the loss never holds all logits in memory", ("0",)),
-    "kernel": Foreign(_V7, "leave it out: the WKV kernel for this device is chosen automatically", ("",)),
+    "head_chunk": Foreign(_V7, "omit it: the loss never holds all logits in memory", ("0",)),
+    "kernel": Foreign(_V7, "omit it: the WKV kernel for this device is chosen automatically", ("",)),
     # Joluck/RWKV-PEFT (also JL-er/RWKV-PEFT)
     "peft": Foreign(
         _PEFT,
         "of its methods only LoRA exists here, which is what scripts/lora.py trains",
         (),
         {
-            "lora": "LoRA is what scripts/lora.py trains: leave it out",
-            "none": "tuning all weights is what scripts/finetune.py does: leave it out",
+            "lora": "LoRA is what scripts/lora.py trains: omit it",
+            "none": "tuning all weights is what scripts/finetune.py does: omit it",
         },
     ),
     "peft_config": Foreign(_PEFT, "give its entries as flags: --lora_r, --lora_alpha, --lora_dropout, --lora_parts"),
@@ -111,28 +111,28 @@ NOT_SUPPORTED = {
         _PEFT,
         "convert chats with scripts/convert.py: it writes a loss mask, which training uses without a flag",
         ("none",),
-        {"pad": "leave it out: padding never contributes to the loss"},
+        {"pad": "omit it: padding never contributes to the loss"},
     ),
     "mask_id": Foreign(_PEFT, "convert chats with scripts/convert.py: it writes a loss mask, which training uses without a flag"),
     "data_shuffle": Foreign(_PEFT, "--doc_training 1 reads documents in random order, --doc_training_seq 1 in the order of the file"),
     "sft_field": Foreign(_PEFT, "convert the data with scripts/convert.py first"),
     "sft_split": Foreign(_PEFT, "convert the data with scripts/convert.py first", ("train",)),
     "chunk_ctx": Foreign(_PEFT, "use --tbptt_len N: tokens in a chunk, the state carried from one to the next"),
-    "op": Foreign(_PEFT, "leave it out: the WKV kernel for this device is chosen automatically"),
-    "fla": Foreign(_PEFT, "leave it out: the WKV kernel for this device is chosen automatically"),
-    "fused_kernel": Foreign(_PEFT, "leave it out: fused kernels are used wherever they are available"),
+    "op": Foreign(_PEFT, "omit it: the WKV kernel for this device is chosen automatically"),
+    "fla": Foreign(_PEFT, "omit it: the WKV kernel for this device is chosen automatically"),
+    "fused_kernel": Foreign(_PEFT, "omit it: fused kernels are used wherever they are available"),
     "optim": Foreign(_PEFT, "use --optimizer adam or --optimizer adafactor", ("none",)),
-    "avg_loss": Foreign(_PEFT, "leave it out: with --accumulate_grad_batches the loss is always the mean over the whole step", ("0",)),
+    "avg_loss": Foreign(_PEFT, "omit it: with --accumulate_grad_batches the loss is always the mean over the whole step", ("0",)),
     "lr_schedule": Foreign(
         _PEFT,
         "the rate decays exponentially from --lr_init to --lr_final; with --my_exit_tokens by a cosine",
         (),
         {"cos": "use --my_exit_tokens N for a cosine decay over N tokens", "wsd": "for a constant rate set --lr_init and --lr_final to the same"},
     ),
-    "emb": Foreign("Blealtan's LoRA fork and RWKV-PEFT", "the embedding is not trained by LoRA: leave it out, or tune all weights with scripts/finetune.py"),
+    "emb": Foreign("Blealtan's LoRA fork and RWKV-PEFT", "the embedding is not trained by LoRA: omit it, or tune all weights with scripts/finetune.py"),
     # the converter's
-    "dataset_impl": Foreign(_TOOL, "leave it out: the memory-mapped format is the only one", ("mmap",)),
-    "merge_file": Foreign(_TOOL, "leave it out: neither World nor 20B has one", ("",)),
+    "dataset_impl": Foreign(_TOOL, "omit it: the memory-mapped format is the only one", ("mmap",)),
+    "merge_file": Foreign(_TOOL, "omit it: neither World nor 20B has one", ("",)),
     # pytorch-lightning's, which upstream's trainers take over
     "gradient_clip_val": Foreign(_LIGHTNING, "use --grad_clip"),
     "gpus": Foreign(_LIGHTNING, "use --devices"),
@@ -140,10 +140,10 @@ NOT_SUPPORTED = {
     "max_epochs": Foreign(_LIGHTNING, "use --epoch_count"),
     "default_root_dir": Foreign(_LIGHTNING, "use --proj_dir"),
     "val_check_interval": Foreign(_LIGHTNING, "use --val_split and --val_every"),
-    "resume_from_checkpoint": Foreign(_LIGHTNING, "leave it out: the same command continues the run in --proj_dir"),
+    "resume_from_checkpoint": Foreign(_LIGHTNING, "omit it: the same command continues the run in --proj_dir"),
     "auto_scale_batch_size": Foreign(_LIGHTNING, "use --auto"),
     **{
-        name: Foreign(_LIGHTNING, "leave it out")
+        name: Foreign(_LIGHTNING, "omit it")
         for name in (
             "logger", "enable_checkpointing", "enable_model_summary", "num_sanity_val_steps", "check_val_every_n_epoch", "log_every_n_steps",
             "replace_sampler_ddp", "sync_batchnorm", "benchmark", "deterministic", "detect_anomaly", "profiler", "overfit_batches",

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rwkv.files import whole
+from rwkv.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ def save(figure: "Figure", image: Path) -> None:
     Raises:
         UserError: the disk is full, or read-only.
     """
-    with whole(image) as temporary:
+    with atomic_write(image) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 

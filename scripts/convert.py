@@ -2,16 +2,18 @@
 
     # writes mine_text_document.bin and .idx next to the input
     python scripts/convert.py --input mine.jsonl
-    python scripts/convert.py --input "data/*.jsonl.zst,more.parquet" --output-prefix out/all --jsonl-keys content
-    # messages, ShareGPT, alpaca, …: also a loss mask, chats_text_mask.bin
+    python scripts/convert.py --input "data/*.jsonl.zst,more.parquet" --output-prefix out/all
+    # messages, ShareGPT, alpaca, …: also writes a loss mask, chats_text_mask.bin
     python scripts/convert.py --input chats.jsonl
-    # texts "User: …", blank line, "Assistant: …": only answers are trained on
+    # plain texts "User: …", blank line, "Assistant: …": train on the answers only
     python scripts/convert.py --input mine.jsonl --mask answers
-    python scripts/convert.py --input mine.jsonl --tokenizer-type HFTokenizer --vocab 20B_tokenizer.json
+    # another tokenizer; the text is under the key "content"
+    python scripts/convert.py --input mine.jsonl --jsonl-keys content \\
+        --tokenizer-type HFTokenizer --vocab 20B_tokenizer.json
 
 Every record is one document, such as the line {"text": "..."} of a jsonl file. A bad record stops
-the conversion with its file and line, and nothing is written; --on-error skip skips it. All output
-files are written atomically. On several machines:
+the conversion with an error that names file and line, and nothing is written; --on-error skip skips
+bad records. Output files are written atomically. On several machines:
 
     # and 1/4, 2/4, 3/4 on the others
     python scripts/convert.py --input big.jsonl --output-prefix out/big --shard 0/4

@@ -1,9 +1,9 @@
-"""Write the pretraining corpus of the demo, from text that every machine with this project has.
+"""Write the pretraining corpus of the demo.
 
     python scripts/demo_corpus.py out/demo/corpus.jsonl
 
-One document per module of Python's standard library (its docstrings), and data/demo.md several times.
-Real pretraining needs gigabytes; this is enough to see the loss fall.
+The docstrings of some modules of Python's standard library, one document per module, and
+data/demo.md several times. Real pretraining needs gigabytes; this is enough to see the loss fall.
 """
 
 import ast
@@ -15,15 +15,15 @@ from pathlib import Path
 
 from rwkv.cli import sentences
 from rwkv.errors import UserError
-from rwkv.files import whole
+from rwkv.files import atomic_write
 
 MODULES = """argparse collections/__init__ csv dataclasses datetime difflib functools heapq inspect json/__init__
     logging/__init__ pathlib random shutil statistics string textwrap threading typing zipfile""".split()
-REPEATS = 16  # of data/demo.md, or its words would be too rare to be learned
+REPEATS = 16  # of data/demo.md, whose tokens would otherwise be too rare to learn
 
 
 def docstrings(path: Path) -> str:
-    """All docstrings of a Python file that are longer than a few words, separated by blank lines."""
+    """The docstrings of a Python file longer than a few words, separated by blank lines."""
     documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     texts = (ast.get_docstring(node) for node in nodes if isinstance(node, documented))
@@ -44,7 +44,7 @@ if __name__ == "__main__":
         if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
             raise UserError(f"expected one argument, the file to write.\n{__doc__}")
         texts = list(corpus())
-        with whole(sys.argv[1]) as temporary:
+        with atomic_write(sys.argv[1]) as temporary:
             temporary.write_text(
                 "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8"
             )

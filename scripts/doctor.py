@@ -1,5 +1,4 @@
-"""Check this machine and environment for training: what is available, what is missing, and how to
-fix it.
+"""Check this machine for training: what works, what is missing, and how to fix it.
 
     python scripts/doctor.py
     python scripts/doctor.py --json > report.json      # for a bug report

@@ -1,9 +1,11 @@
-"""How much memory a run will take, by part, before it is started.
+"""Estimate the memory of a run before it starts.
 
     python scripts/estimate.py --model 7b --method lora --micro_bsz 4 --grad_cp 1 --card "RTX 4090"
-    python scripts/estimate.py --load_model base.pth --method full --strategy deepspeed_stage_2_offload --devices 4 --json
+    python scripts/estimate.py --load_model base.pth --method full --devices 4 \\
+        --strategy deepspeed_stage_2_offload --json
 
-Prints what is on a GPU and on the host, the community guide's figure, what fits on a card, and the cheapest change that would make the run fit.
+Prints the memory on a GPU and on the host by part, the community guide's figure, what fits on a
+card, and the cheapest change that would make the run fit.
 """
 
 import json
@@ -29,11 +31,11 @@ def main(config: EstimateConfig) -> None:
         print(
             f"L{s.n_layer} D{s.n_embd} V{s.vocab_size}, {estimate.total(s) / 1e6:,.0f} million parameters, {estimate.trained(plan) / 1e6:,.2f} million trained\n"
         )
-        print(search.in_words(plan, found, card))
+        print(search.format_estimate(plan, found, card))
 
 
 def make_plan(c: EstimateConfig):
-    """The plan that the flags describe. Raises UserError."""
+    """The plan described by the flags. Raises UserError."""
     from rwkv import checkpoint
     from rwkv.adapters import lora
     from rwkv.memory.plan import plan_of
@@ -45,7 +47,7 @@ def make_plan(c: EstimateConfig):
             raise UserError(f"--{name} must be at least 1; it is {getattr(c, name)}")
     if c.model and c.model.lower() not in version.DEFAULT.PUBLISHED:
         raise UserError(
-            f"--model {c.model} is not one of {', '.join(version.DEFAULT.PUBLISHED)}; give --load_model, or --n_layer and --n_embd"
+            f"--model {c.model} is not one of {', '.join(version.DEFAULT.PUBLISHED)}; pass --load_model, or --n_layer and --n_embd"
         )
     if c.strategy not in STRATEGIES:
         raise UserError(f"--strategy {c.strategy} is not one of {', '.join(STRATEGIES)}")
@@ -63,7 +65,7 @@ def make_plan(c: EstimateConfig):
 
 
 def present(c: EstimateConfig) -> float:
-    """GB of the GPU, or of the memory, that this machine has; 0 if it has no GPU."""
+    """GB of this machine's GPU, or of its memory with --accelerator cpu; 0 without a GPU."""
     from rwkv.memory.machine import memory_of
 
     return memory_of(c.accelerator == "gpu") / 1e9

@@ -1,5 +1,4 @@
-"""Export a model to a format that other programs read, and verify it: prints the largest difference
-of logits.
+"""Export a model to a format that other programs read, and verify the logits.
 
     python scripts/export.py --model tuned.pth --output tuned.safetensors --dtype bf16
     # a folder for transformers' RwkvForCausalLM.from_pretrained
@@ -21,7 +20,7 @@ from rwkv.errors import UserError, printable
 
 def main(config: ExportConfig) -> None:
     from rwkv import checkpoint, export
-    from rwkv.files import together
+    from rwkv.files import atomic_writes
 
     if not config.model or not config.output:
         raise UserError("--model and --output are required")
@@ -31,7 +30,7 @@ def main(config: ExportConfig) -> None:
         checkpoint.check_output(output, (".pth", ".safetensors", ""))
     written = output if output.suffix in (".pth", ".safetensors") and not folder else output / "model.safetensors"
     if os.path.lexists(written) and not config.force:
-        raise UserError(f"{written} already exists; give --force to replace it, or another --output")
+        raise UserError(f"{written} already exists; pass --force to replace it, or choose another --output")
     model = checkpoint.load_model(config.model, dtype=None)
     tensors = export.tensors_of(model, config.dtype)
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
@@ -41,22 +40,22 @@ def main(config: ExportConfig) -> None:
     }
     found: tuple[float, float] | None = None
 
-    def prove(file: Path, described: Path | None = None) -> None:
+    def verify(file: Path, described: Path | None = None) -> None:
         nonlocal found
         if config.check_tokens:
             found = export.difference(model, file, config.check_tokens, described)
 
     if written is output:
-        checkpoint.write_tensors(output, tensors, {"kind": "model", **checkpoint.describe(model), **origin}, prove)
+        checkpoint.write_tensors(output, tensors, {"kind": "model", **checkpoint.describe(model), **origin}, verify)
     else:
         settings = export.transformers_config(model, config.ctx_len, tensors["head.weight"].dtype)
         made = not output.exists()
         output.mkdir(parents=True, exist_ok=True)
         try:
-            with together([written, output / "config.json"]) as (weights, described):
+            with atomic_writes([written, output / "config.json"]) as (weights, described):
                 checkpoint.save_safetensors(export.transformers_names(tensors), weights)
                 described.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-                prove(weights, described)
+                verify(weights, described)
         except BaseException:
             if made:
                 shutil.rmtree(output)

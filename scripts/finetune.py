@@ -1,8 +1,9 @@
-"""Tune all weights of an RWKV-4 model ("full tuning").
+"""Tune all weights of an RWKV-4 model (full tuning).
 
-    python scripts/finetune.py --load_model base.pth --data_file mine.jsonl --proj_dir out/tuned --lr_init 1e-5 --lr_final 1e-5
+    python scripts/finetune.py --load_model base.pth --data_file mine.jsonl --proj_dir out/tuned \\
+        --lr_init 1e-5 --lr_final 1e-5
 
-Sizes come from the checkpoint. For an adapter that needs less memory see scripts/lora.py.
+Model sizes are read from the checkpoint. For LoRA, which needs less memory, see scripts/lora.py.
 """
 
 from rwkv.cli import parse, sentences
@@ -12,10 +13,8 @@ from rwkv.errors import UserError
 if __name__ == "__main__":
     with sentences():
         config = parse(TrainConfig, __doc__)
-        if not config.load_model and not config.my_pile_stage:  # a stage finds it in proj_dir
-            raise UserError(
-                "tuning needs a model to start from: --load_model FILE; scripts/pretrain.py trains a new one"
-            )
-        from rwkv.train.fit import run  # after parsing: --help need not wait for torch
+        if not config.load_model and not config.my_pile_stage:  # stages take it from proj_dir
+            raise UserError("full tuning needs a model: pass --load_model FILE; scripts/pretrain.py trains a new one")
+        from rwkv.train.fit import run  # after parsing, so that --help does not import torch
 
         run(config)

@@ -1,9 +1,10 @@
 """Run an RWKV-4 World model: continue a prompt, answer a question, or chat.
 
-python scripts/generate.py --model merged.pth --ask "What is RWKV?"
-python scripts/generate.py --model base.pth --lora out/lora/rwkv-0.pth --prompt "Once upon a time" --temperature 0.8
-# chat; /help lists its commands, /exit or Ctrl-D ends
-python scripts/generate.py --model merged.pth
+    python scripts/generate.py --model merged.pth --ask "What is RWKV?"
+    python scripts/generate.py --model base.pth --lora out/lora/rwkv-0.pth --prompt "Once upon" \\
+        --temperature 0.8
+    # chat: /help lists the commands, /exit or Ctrl-D quits
+    python scripts/generate.py --model merged.pth
 """
 
 import sys
@@ -16,7 +17,7 @@ from rwkv.errors import UserError
 def main(config: GenerateConfig) -> None:
     import torch
 
-    from rwkv import checkpoint, compat
+    from rwkv import adapter_files, checkpoint, compat
     from rwkv.data.tokenizer import WorldTokenizer
     from rwkv.generate import Chat, Sampling, Session, matrices_dtype
     from rwkv.memory import machine
@@ -26,10 +27,10 @@ def main(config: GenerateConfig) -> None:
         raise UserError("--model is missing: the checkpoint to run")
     if config.prompt and config.ask:
         raise UserError(
-            "--prompt continues a text and --ask answers a question: give one of them, or neither for a chat"
+            "--prompt continues a text and --ask answers a question: pass only one of them, or neither to chat"
         )
     if config.lora_alpha and not config.lora:
-        raise UserError("--lora_alpha belongs to an adapter: give it with --lora, or leave it out")
+        raise UserError("--lora_alpha needs an adapter: pass --lora, or omit --lora_alpha")
     sampling = Sampling(
         config.temperature, config.top_p, config.presence_penalty, config.frequency_penalty, config.penalty_decay
     )
@@ -42,13 +43,13 @@ def main(config: GenerateConfig) -> None:
         config.dtype, checkpoint.read_tensors(config.model).get("head.weight", torch.empty(0)).dtype, gpu
     )
     if config.lora:
-        model, _ = checkpoint.load_tuned(config.model, config.lora, config.lora_alpha or None, matrices=dtype)
+        model, _ = adapter_files.load_tuned(config.model, config.lora, config.lora_alpha or None, matrices=dtype)
         model.to("cuda" if gpu else "cpu")
     else:
         model = checkpoint.load_model(config.model, "cuda" if gpu else "cpu", matrices=dtype)
     if model.sizes.vocab_size != WorldTokenizer.vocab_size:
         raise UserError(
-            f"{config.model}: {model.sizes.vocab_size} tokens, not the World vocabulary of 65536; only World models can be run as text"
+            f"{config.model}: {model.sizes.vocab_size} tokens, not the World vocabulary of 65536; only World models can generate text"
         )
     tokenizer, generator = WorldTokenizer(), torch.Generator(model.emb.weight.device)
     generator.manual_seed(config.seed) if config.seed >= 0 else generator.seed()

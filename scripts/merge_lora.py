@@ -1,10 +1,11 @@
-"""Merge a LoRA adapter into its base, and prove it: prints the largest logit difference between merged and base + adapter.
+"""Merge a LoRA adapter into its base, and verify the logits against base + adapter.
 
     python scripts/merge_lora.py --adapter out/lora/rwkv-0.pth --output merged.pth
     python scripts/merge_lora.py --adapter a.pth,b.pth --weights 0.7,0.3 --output both.pth
-    python scripts/merge_lora.py [--use-gpu] 32 base.pth lora.pth merged.pth      # upstream's form: alpha, base, adapter, output
+    # upstream's form: alpha, base, adapter, output
+    python scripts/merge_lora.py [--use-gpu] 32 base.pth lora.pth merged.pth
 
-The merged model has the base's dtypes. An adapter made for another base is refused.
+The merged model keeps the dtypes of the base. An adapter trained on another base is rejected.
 """
 
 import math
@@ -17,7 +18,7 @@ from rwkv.errors import UserError, printable
 
 
 def positional(argv: list[str]) -> list[str]:
-    """Upstream's `[--use-gpu] alpha base adapter output` as flags; any other command line as it is."""
+    """Upstream's `[--use-gpu] alpha base adapter output` as flags; else argv unchanged."""
     switches = [word for word in argv if word in ("--use-gpu", "--use_gpu", "--force")]
     words = [word for word in argv if word not in switches]
     if len(words) != 4 or any(word.startswith("--") for word in words):
@@ -27,16 +28,16 @@ def positional(argv: list[str]) -> list[str]:
 
 
 def numbers(text: str, count: int) -> list[float]:
-    """The weights as they were typed, 1 each if none were."""
+    """The weights of the adapters from --weights, by default 1 each."""
     try:
         found = [float(word) for word in text.split(",")] if text else [1.0] * count
     except ValueError:
         raise UserError(f"--weights {text}: numbers separated by commas, such as 0.7,0.3") from None
     if not all(map(math.isfinite, found)):
-        raise UserError(f"--weights {text}: numbers separated by commas, such as 0.7,0.3; NaN and Inf are none")
+        raise UserError(f"--weights {text}: finite numbers separated by commas, such as 0.7,0.3")
     if len(found) != count:
         raise UserError(
-            f"--weights {text}: {len(found)} of them for {count} adapters; give one for each, or leave it out"
+            f"--weights {text}: {len(found)} weights for {count} adapters; pass one for each, or omit --weights"
         )
     return found
 
@@ -48,16 +49,16 @@ def main(config: MergeConfig) -> None:
     from rwkv.merge import merge
 
     if not config.adapter or not config.output:
-        raise UserError("--adapter and --output are needed")
+        raise UserError("--adapter and --output are required")
     checkpoint.check_output(config.output)
     if os.path.lexists(config.output) and not config.force:
-        raise UserError(f"{config.output} exists already; give --force to replace it, or another --output")
+        raise UserError(f"{config.output} already exists; pass --force to replace it, or choose another --output")
     adapters = [path.strip() for path in config.adapter.split(",") if path.strip()]
     if os.path.exists(config.adapter):  # a name with a comma
         adapters = [config.adapter]
     weights = numbers(config.weights, len(adapters))
     if config.use_gpu and not torch.cuda.is_available():
-        raise UserError("--use_gpu: torch sees no GPU; check nvidia-smi, or leave it out")
+        raise UserError("--use_gpu: torch sees no GPU; check nvidia-smi, or omit it")
     device = "cuda" if config.use_gpu else "cpu"
     alpha = config.lora_alpha or None
     merged = merge(config.output, adapters, weights, config.base, alpha, max(0, config.check_tokens), device)

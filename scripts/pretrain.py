@@ -1,8 +1,9 @@
-"""Pretrain an RWKV-4 model from new weights (or go on from --load_model).
+"""Pretrain a new RWKV-4 model, or continue from --load_model.
 
     python scripts/pretrain.py --data_file text.jsonl --n_layer 12 --n_embd 768 --proj_dir out/base
 
-Text is a .jsonl file or a binidx made by scripts/convert.py. The run ends after --epoch_count epochs or --max_steps steps.
+--data_file is a .jsonl file or a binidx from scripts/convert.py. The run ends after --epoch_count
+epochs or --max_steps steps.
 """
 
 from rwkv.cli import parse, sentences
@@ -11,6 +12,6 @@ from rwkv.config import TrainConfig
 if __name__ == "__main__":
     with sentences():
         config = parse(TrainConfig, __doc__)
-        from rwkv.train.fit import run  # after parsing: --help need not wait for torch
+        from rwkv.train.fit import run  # after parsing, so that --help does not import torch
 
         run(config)

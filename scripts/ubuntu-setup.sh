@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The documented Ubuntu steps, 20.04 and 22.04: packages, a look at the NVIDIA driver, conda. ubuntu-setup.sh [--dry-run] [--no-conda]
-# What is there already stays as it is, so it can be run again. --dry-run says what would be done, and does nothing.
+# Set up Ubuntu 20.04 or 22.04: packages, a check of the NVIDIA driver, conda. ubuntu-setup.sh [--dry-run] [--no-conda]
+# Skips what is already installed. --dry-run prints the commands without running them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dry="" conda=yes
@@ -17,16 +17,16 @@ os=${OS_RELEASE:-/etc/os-release}
 release=$(. "$os" && echo "${ID:-} ${VERSION_ID:-}")
 case $release in
   "ubuntu 20.04" | "ubuntu 22.04") ;;
-  *) echo "error: these are the steps for Ubuntu 20.04 and 22.04, and this is ${release:-unknown}; elsewhere: make venv, or make env" >&2; exit 1 ;;
+  *) echo "error: this script is for Ubuntu 20.04 and 22.04, not ${release:-unknown}; elsewhere use make venv or make env" >&2; exit 1 ;;
 esac
 
 sudo=""
 [ "$(id -u)" = 0 ] || sudo=sudo
 act() { if [ -n "$dry" ]; then echo "would run: $*"; else echo "+ $*"; "$@"; fi; }
 
-# haveged feeds the kernel's entropy; ninja and g++ compile the kernel for the CPU
+# haveged provides entropy; ninja and g++ compile the CPU kernels
 wanted=(haveged ninja-build python3-pip python-is-python3 g++ make git curl ca-certificates)
-[ "$release" = "ubuntu 20.04" ] || wanted+=(python3-venv)  # 20.04 brings Python 3.8, of no use here; conda brings 3.10
+[ "$release" = "ubuntu 20.04" ] || wanted+=(python3-venv)  # 20.04 has Python 3.8, which is too old; conda installs 3.10
 missing=()
 for package in "${wanted[@]}"; do
   [ "$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")
@@ -41,17 +41,17 @@ if command -v systemctl >/dev/null && [ -d /run/systemd/system ] && ! systemctl 
   act $sudo systemctl enable --now haveged
 fi
 
-# A driver is looked at and never installed: that is for you to choose, and may need a reboot.
+# The driver is only checked, never installed: choosing one is up to you and may need a reboot.
 while read -r major oldest own cuda; do [ "$major" != 11 ] || break; done <rwkv/drivers.txt
 driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 || true)
 if [ -z "$driver" ]; then
   if { command -v lspci >/dev/null && lspci -n 2>/dev/null | grep -qE ' 03[0-9]{2}: 10de:'; } || [ -e /proc/driver/nvidia ]; then
-    echo "hint: there is an NVIDIA GPU and no working driver: sudo ubuntu-drivers install (or apt-get install nvidia-driver-535), then reboot"
+    echo "hint: there is an NVIDIA GPU but no working driver: sudo ubuntu-drivers install (or apt-get install nvidia-driver-535), then reboot"
   else
-    echo "ok: no NVIDIA GPU to be seen; training runs on the CPU"
+    echo "ok: no NVIDIA GPU found; training runs on the CPU"
   fi
 elif [ "${driver%%.*}" -lt "$own" ]; then
-  echo "hint: the NVIDIA driver is $driver, and CUDA $cuda came with $own and needs $oldest at least: sudo apt-get install nvidia-driver-535, then reboot"
+  echo "hint: the NVIDIA driver is $driver, but CUDA $cuda needs $oldest or later ($own recommended): sudo apt-get install nvidia-driver-535, then reboot"
 else
   echo "ok: NVIDIA driver $driver"
 fi
@@ -68,18 +68,18 @@ if [ -n "$conda" ]; then
   else
     installer=Miniforge3-Linux-$(uname -m).sh
     source=https://github.com/conda-forge/miniforge/releases/latest/download/$installer
-    folder=/tmp/miniforge.XXXXXX  # a new one that nobody else can write to
+    folder=/tmp/miniforge.XXXXXX  # not writable by others
     [ -n "$dry" ] || folder=$(mktemp -d "$folder")
     fetch() { act curl --proto =https --fail --location --silent --show-error --output "$folder/$1" "$source$2"; }
     fetch "$installer" ""
     fetch sha256 .sha256
     if [ -z "$dry" ] && ! echo "$(cut -d ' ' -f 1 "$folder/sha256")  $folder/$installer" | sha256sum --check --quiet; then
-      echo "error: $source is not the file that its SHA-256 belongs to; nothing was installed, run this again" >&2
+      echo "error: the SHA-256 of $source does not match; nothing was installed, run this again" >&2
       exit 1
     fi
     act bash "$folder/$installer" -b -p "$HOME/miniforge3"
     act rm -r "$folder"
-    echo "then: source $HOME/miniforge3/bin/activate"
+    echo "now run: source $HOME/miniforge3/bin/activate"
   fi
 fi
 echo "next: make env (conda), or make venv (Ubuntu 22.04); then make doctor"

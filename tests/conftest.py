@@ -1,4 +1,4 @@
-"""What the tests share: a tiny model, tiny data, the command line."""
+"""Shared fixtures: a tiny model, tiny data, the command line."""
 
 import json
 import locale
@@ -26,21 +26,21 @@ from rwkv.train.runtime.process import denormals_are_flushed
 ROOT = Path(__file__).parents[1]
 for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # set by `make test`; tests run make themselves
     os.environ.pop(_name, None)
-compat.wake_mkl()  # as training does: runs in this process and in others are compared bit for bit
-# No deadline: a sync to a busy disk takes as long as it takes. Derandomized: the same examples in every run.
+compat.wake_mkl()  # as training does: tests compare runs in this process and in others bit for bit
+# No deadline: an fsync to a busy disk may be slow. Derandomized: the same examples in every run.
 hypothesis.settings.register_profile("rwkv", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("rwkv")
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-# A shell starts what runs in the background with SIGINT ignored, and nohup does so with SIGHUP; the tests of signals need both.
+# Shells start background jobs with SIGINT ignored, nohup with SIGHUP; the signal tests need both.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-SET_BY_OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}  # the second by torch._dynamo when it is imported
+SET_BY_OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}  # the second by importing torch._dynamo
 
 
 def process_state() -> dict[str, object]:
-    """Process-wide settings that a test could leave changed for those after it."""
+    """Process-wide settings that a test could leave changed for later tests."""
     umask = os.umask(0o022)
     os.umask(umask)
     return {
@@ -52,23 +52,24 @@ def process_state() -> dict[str, object]:
             name: resource.getrlimit(getattr(resource, name)) for name in ("RLIMIT_AS", "RLIMIT_FSIZE", "RLIMIT_NOFILE")
         },
         "signal handlers": {number.name: signal.getsignal(number) for number in HANDLED},
-        "sys.path": [
-            path for path in sys.path if "site-packages" not in path
-        ],  # packages add to it when they are imported
+        # packages may extend sys.path when imported
+        "sys.path": [path for path in sys.path if "site-packages" not in path],
         "torch threads": torch.get_num_threads(),
         "torch default dtype": torch.get_default_dtype(),
         "torch grad mode": torch.is_grad_enabled(),
         "torch deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "torch matmul precision": torch.get_float32_matmul_precision(),
         "flushing of denormals": denormals_are_flushed(),
-        # DeepSpeed's groups of processes cannot be made again in one process, so theirs stays.
+        # DeepSpeed cannot recreate its process groups within a process, so they remain.
         "process group": torch.distributed.is_initialized() and "deepspeed" not in sys.modules,
     }
 
 
 @pytest.fixture(autouse=True)
-def _leaves_the_process_as_it_was():
-    """Fails a test that leaves process-wide state changed. Random generators start every test from the same seed: no test depends on its predecessors."""
+def _process_state_unchanged():
+    """Fail a test that leaves process-wide state changed. Every test starts with the same random
+    seed, whatever ran before it.
+    """
     before = process_state()
     generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(0)
@@ -80,7 +81,7 @@ def _leaves_the_process_as_it_was():
     torch.set_rng_state(generators[2])
     after = process_state()
     changed = {name: f"{before[name]} -> {after[name]}" for name in before if before[name] != after[name]}
-    assert not changed, f"the test leaves changed: {changed}"
+    assert not changed, f"the test changed process-wide state: {changed}"
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +91,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def make_model():
-    """A small model with every weight random, so that nothing is zero and no gradient hides."""
+    """Create a small model of random parameters. None is zero, so that no gradient vanishes."""
 
     def make(seed: int = 0, **sizes) -> RWKV:
         sizes = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, **sizes}
@@ -108,7 +109,7 @@ def make_model():
 
 @pytest.fixture
 def make_base(make_model, tmp_path):
-    """A checkpoint of such a model."""
+    """Create a checkpoint of a model of `make_model`."""
 
     def make(name: str = "base.pth", **sizes) -> Path:
         checkpoint.save_model(tmp_path / name, make_model(**sizes), {})
@@ -119,7 +120,7 @@ def make_base(make_model, tmp_path):
 
 @pytest.fixture
 def make_data(tmp_path):
-    """A binidx of random tokens below `vocab`."""
+    """Create a binidx of random token ids below `vocab`; returns its prefix."""
 
     def make(tokens: int, vocab: int = 50, name: str = "data", seed: int = 0) -> str:
         ids = torch.randint(vocab, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -132,7 +133,7 @@ def make_data(tmp_path):
 
 @pytest.fixture(scope="session")
 def make_stream(tmp_path_factory):
-    """A stream over a binidx of these documents, with a mask if one is given."""
+    """Create a token stream over the given documents, with an optional loss mask."""
 
     def make(documents, mask=None, dtype: str = "uint16", **options) -> Stream:
         prefix = tmp_path_factory.mktemp("stream") / "d"
@@ -172,7 +173,9 @@ def write_jsonl(tmp_path):
 
 @pytest.fixture
 def script(tmp_path):
-    """Run a script as a user does; a wrong exit status fails the test with what was printed."""
+    """Run a script as a user does. An unexpected exit status fails the test with the script's
+    output.
+    """
 
     def run(
         name: str, *arguments, status: int = 0, stdin: str = "", environment: dict | None = None

@@ -1,4 +1,6 @@
-"""Checkpoints go both ways with upstream's names; what does not fit is refused by name."""
+"""Checkpoints are compatible with upstream in both directions; mismatches are reported by tensor
+name.
+"""
 
 import json
 import pickle
@@ -8,16 +10,9 @@ import pytest
 import torch
 
 from rwkv import checkpoint
+from rwkv.adapter_files import inspect_adapter, load_tuned, save_adapter
 from rwkv.adapters import lora
-from rwkv.checkpoint import (
-    inspect_adapter,
-    load_model,
-    load_tuned,
-    read_manifest,
-    read_tensors,
-    save_adapter,
-    save_model,
-)
+from rwkv.checkpoint import load_model, read_manifest, read_tensors, save_model
 from rwkv.errors import UserError
 from rwkv.files import sha256
 
@@ -41,7 +36,7 @@ def upstream_tensors():
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_upstreams_file_loads_and_ours_has_upstreams_keys(tmp_path, suffix):
+def test_upstream_roundtrip(tmp_path, suffix):
     theirs = upstream_tensors()
     torch.save(theirs, tmp_path / "theirs.pth")
     model = load_model(tmp_path / "theirs.pth")
@@ -60,13 +55,13 @@ def test_upstreams_file_loads_and_ours_has_upstreams_keys(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_files_load_in_fp32_or_as_they_are(tmp_path, dtype):
+def test_half_precision_load(tmp_path, dtype):
     torch.save({key: value.to(dtype) for key, value in upstream_tensors().items()}, tmp_path / "half.pth")
     assert {p.dtype for p in load_model(tmp_path / "half.pth").parameters()} == {torch.float32}
     assert {p.dtype for p in load_model(tmp_path / "half.pth", dtype=None).parameters()} == {dtype}
 
 
-def test_deepspeeds_prefix_is_taken_off(tmp_path):
+def test_deepspeed_prefix_removed(tmp_path):
     torch.save({f"_forward_module.{key}": value for key, value in upstream_tensors().items()}, tmp_path / "p.pth")
     assert load_model(tmp_path / "p.pth").sizes.n_layer == 2
 
@@ -75,20 +70,20 @@ def test_deepspeeds_prefix_is_taken_off(tmp_path):
     ("change", "complaint"),
     [
         (lambda t: t.pop("blocks.1.ln2.bias"), "missing: blocks.1.ln2.bias"),
-        (lambda t: t.update({"blocks.1.extra": torch.zeros(1)}), "surplus: blocks.1.extra"),
+        (lambda t: t.update({"blocks.1.extra": torch.zeros(1)}), "unexpected: blocks.1.extra"),
         (
             lambda t: t.update({"head.weight": torch.zeros(49, 16)}),
-            r"misshapen: head.weight \[49, 16\], expected \[50, 16\]",
+            r"wrong shape: head.weight \[49, 16\], expected \[50, 16\]",
         ),
         (
             lambda t: t.update({"blocks.1.ffn.key.weight": torch.zeros(44, 16)}),
-            r"misshapen: blocks.1.ffn.key.weight \[44, 16\]",
+            r"wrong shape: blocks.1.ffn.key.weight \[44, 16\]",
         ),
         (lambda t: t.pop("emb.weight"), r"not an RWKV-4 checkpoint \(no emb.weight\)"),
         (lambda t: t.update({"blocks.0.att.time_decay": torch.zeros(4, 6)}), "version 5 or later"),
     ],
 )
-def test_keys_that_do_not_fit_are_refused_by_name(tmp_path, change, complaint):
+def test_mismatched_keys(tmp_path, change, complaint):
     tensors = upstream_tensors()
     change(tensors)
     torch.save(tensors, tmp_path / "bad.pth")
@@ -101,7 +96,7 @@ class Malicious:
         return (Path.touch, (Path("ran"),))
 
 
-def test_no_code_runs_from_a_file(tmp_path, monkeypatch):
+def test_pickle_not_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"emb.weight": Malicious()}, "zip.pth")
     Path("raw.pth").write_bytes(pickle.dumps(Malicious()))
@@ -111,7 +106,7 @@ def test_no_code_runs_from_a_file(tmp_path, monkeypatch):
     assert not Path("ran").exists()
 
 
-def test_files_that_are_no_tensor_dictionaries_are_refused(tmp_path):
+def test_not_a_checkpoint(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     torch.save({"model": {"emb.weight": torch.zeros(1)}}, tmp_path / "nested.pth")
     (tmp_path / "text.pth").write_text("hello")
@@ -125,7 +120,7 @@ def test_files_that_are_no_tensor_dictionaries_are_refused(tmp_path):
 
 
 def tuned(tmp_path, make_base, parts=("att", "time", "ln"), alpha=12):
-    """A base, an adapter on it with nothing zero, and the model that both make."""
+    """A base, an adapter on it without zero elements, and the model of both."""
     base = make_base()
     model = load_model(base).eval()
     lora.inject(model, parts, 4, alpha)
@@ -139,7 +134,7 @@ def tuned(tmp_path, make_base, parts=("att", "time", "ln"), alpha=12):
 
 
 @pytest.mark.parametrize("parts", [["att"], ["ffn", "ln"], ["att", "ffn", "time", "ln"], ["time"]])
-def test_an_adapter_comes_back_as_it_was(tmp_path, make_base, parts):
+def test_adapter_roundtrip(tmp_path, make_base, parts):
     base, adapter, model = tuned(tmp_path, make_base, parts)
     tokens = torch.arange(20)[None]
     assert torch.equal(load_tuned(base, adapter)[0].eval()(tokens)[0], model(tokens)[0])
@@ -147,29 +142,29 @@ def test_an_adapter_comes_back_as_it_was(tmp_path, make_base, parts):
     assert (manifest["kind"], manifest["r"], manifest["alpha"], manifest["parts"]) == ("adapter", 4, 12, parts)
 
 
-def test_an_adapter_for_another_base_is_refused(tmp_path, make_base):
+def test_adapter_of_other_base(tmp_path, make_base):
     _, adapter, _ = tuned(tmp_path, make_base)
     other = make_base("other.pth", seed=5)
-    with pytest.raises(UserError, match=r"an adapter for another base. It was trained on .*base.pth"):
+    with pytest.raises(UserError, match=r"adapter of another base: trained on .*base.pth"):
         load_tuned(other, adapter)
 
 
-def test_an_upstream_adapter_needs_its_alpha_said(tmp_path, make_base):
+def test_upstream_adapter_needs_alpha(tmp_path, make_base):
     base, adapter, model = tuned(tmp_path, make_base)
     checkpoint.manifest_path(adapter).unlink()
-    with pytest.raises(UserError, match="its alpha is not known"):
+    with pytest.raises(UserError, match="its alpha is unknown"):
         load_tuned(base, adapter)
     tokens = torch.arange(20)[None]
     assert torch.equal(load_tuned(base, adapter, alpha=12)[0].eval()(tokens)[0], model(tokens)[0])
 
 
-def test_another_alpha_than_the_trained_one_is_refused(tmp_path, make_base):
+def test_alpha_differs_from_training(tmp_path, make_base):
     base, adapter, _ = tuned(tmp_path, make_base)
-    with pytest.raises(UserError, match="trained with alpha 12, and alpha 32 was given"):
+    with pytest.raises(UserError, match="trained with alpha 12, not 32"):
         load_tuned(base, adapter, alpha=32)
 
 
-def test_adapters_and_models_are_not_confused(tmp_path, make_base):
+def test_adapter_is_not_a_model(tmp_path, make_base):
     base, adapter, _ = tuned(tmp_path, make_base)
     with pytest.raises(UserError, match="a LoRA adapter, not a model"):
         load_model(adapter)
@@ -177,16 +172,16 @@ def test_adapters_and_models_are_not_confused(tmp_path, make_base):
         inspect_adapter(base)
 
 
-def test_an_adapter_of_other_sizes_is_refused_by_key(tmp_path, make_base):
+def test_adapter_of_other_sizes(tmp_path, make_base):
     _, adapter, _ = tuned(tmp_path, make_base)
     checkpoint.manifest_path(adapter).unlink()
-    with pytest.raises(UserError, match=r"misshapen: blocks.0.att.key.lora_A \[4, 16\], expected \[4, 24\]"):
+    with pytest.raises(UserError, match=r"wrong shape: blocks.0.att.key.lora_A \[4, 16\], expected \[4, 24\]"):
         load_tuned(make_base("wide.pth", n_embd=24), adapter, alpha=12)
-    with pytest.raises(UserError, match="surplus: blocks.1"):
+    with pytest.raises(UserError, match="unexpected: blocks.1"):
         load_tuned(make_base("short.pth", n_layer=1), adapter, alpha=12)
 
 
-def test_a_crash_while_saving_keeps_the_old_checkpoint(tmp_path, make_base, make_model, monkeypatch):
+def test_failed_save_keeps_old_checkpoint(tmp_path, make_base, make_model, monkeypatch):
     base = make_base()
     before, manifest = base.read_bytes(), read_manifest(base)
 
@@ -202,14 +197,14 @@ def test_a_crash_while_saving_keeps_the_old_checkpoint(tmp_path, make_base, make
     assert not list(tmp_path.glob(".*"))
 
 
-def test_stored_dtypes_are_kept_tensor_by_tensor(tmp_path):
+def test_mixed_dtypes_kept(tmp_path):
     mixed = {key: value.bfloat16() if value.dim() == 2 else value for key, value in upstream_tensors().items()}
     torch.save(mixed, tmp_path / "mixed.pth")
     loaded = load_model(tmp_path / "mixed.pth", dtype=None)
     assert all(torch.equal(parameter, mixed[name]) for name, parameter in loaded.named_parameters())
 
 
-def test_a_broken_manifest_is_named(tmp_path, make_base):
+def test_invalid_manifest(tmp_path, make_base):
     base = make_base()
     checkpoint.manifest_path(base).write_text("{")
     with pytest.raises(UserError, match="base.pth.json: not valid JSON"):

@@ -118,7 +118,7 @@ def test_user_error_has_no_traceback():
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
-        ("--peft lora", "--peft lora: a flag of RWKV-PEFT .*; LoRA is what scripts/lora.py trains: leave it out"),
+        ("--peft lora", "--peft lora: a flag of RWKV-PEFT .*; LoRA is what scripts/lora.py trains: omit it"),
         ("--peft bone", "--peft bone: .* only LoRA exists here"),
         ("--quant nf4", "--quant nf4: a flag of RWKV-PEFT .*--lora_base bf16"),
         ("--my_testing x070", "--my_testing x070: .* it selects RWKV-7, and this project trains RWKV-4 only"),
@@ -178,7 +178,7 @@ def test_flag_of_another_script(capsys):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        # a script with CRLF, or with a space behind the backslash:
+        # a script with CRLF, or with a space after the backslash:
         # https://github.com/community-scripts/ProxmoxVE/issues/14362
         (["\r"], r"sed -i 's/\\r\$//' SCRIPT"),
         (["--n_layer", "3", "\r"], "argument 3 after --n_layer 3: there is a carriage return"),
@@ -348,11 +348,11 @@ def test_control_characters_escaped():
 
 
 OTHERS = {"--config", "--help", "--flag"} | {
-    # of other programs: nvidia-smi, git, nvcc, docker, tensorboard
+    # flags of other programs: nvidia-smi, git, nvcc, docker, tensorboard
     "--version", "--porcelain", "--untracked_files", "--std", "--ptxas_options", "--gpu_architecture", "--ipc", "--shm_size", "--gpus", "--logdir",
 }  # fmt: skip
 UPSTREAMS = {"--my_sample_len"}
-# print commands of other programs of ours
+# modules that print commands of other scripts
 ADVISING = {"fit.py", "samples.py", "data_source.py", "setup.py"}
 
 
@@ -372,7 +372,7 @@ def messages(path):
 def test_flags_named_in_messages_exist(root):
     training = {field.name for config in (LoRAConfig, TrainConfig) for field in dataclasses.fields(config)}
     for path in [*(root / "rwkv").rglob("*.py"), *(root / "scripts").glob("*.py")]:
-        # which name those of other trainers
+        # modules that name flags of other trainers
         if path.name in ("legacy_flags.py", "arguments.py"):
             continue
         known = training if "train" in path.parts and path.name not in ADVISING else NAMES

@@ -1,4 +1,4 @@
-"""Printed commands can be pasted, in every way of starting the programs."""
+"""Printed commands can be pasted into a shell, however the program was started."""
 
 import os
 import shlex
@@ -16,7 +16,9 @@ NAMES = ["plain", "a b%20c", "模型 数据", "a 'b' \"c\" 模型 $HOME `x` $(y)
 
 @pytest.fixture(params=["python", "make", "make -C"])
 def way(request, monkeypatch):
-    """How the printing process was started, and the folder in which the user pastes."""
+    """Set the environment of one way of starting a program; returns the folder in which the user
+    pastes.
+    """
     for name in ("RWKV_MAKE", "RWKV_MAKE_FOLDER", "RWKV_CONTAINER"):
         monkeypatch.delenv(name, raising=False)
     if request.param != "python":

@@ -1,4 +1,4 @@
-"""What differs between the stacks is met in rwkv/compat.py, and seen nowhere else."""
+"""rwkv/compat.py hides the differences between the stacks from all other modules."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from rwkv import compat
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])  # fp16 needs a GPU
 @pytest.mark.parametrize("alone", [True, False])
-def test_lightning_takes_the_options_without_a_warning(precision, alone):
+def test_trainer_options_without_warning(precision, alone):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trainer = pl.Trainer(
@@ -39,18 +39,18 @@ def interrupted(module):
         sys.exit(1)
 
 
-def test_ctrl_c_comes_back_and_can_be_pressed_again():
+def test_sigint_handler_restored():
     before = signal.getsignal(signal.SIGINT)
-    compat.fit(SimpleNamespace(fit=interrupted), None)  # as Lightning 2 ends
+    compat.fit(SimpleNamespace(fit=interrupted), None)  # as Lightning 2 ends on Ctrl-C
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_any_other_exit_is_an_exit():
+def test_other_exit_propagates():
     with pytest.raises(SystemExit):
         compat.fit(SimpleNamespace(fit=sys.exit), 3)
 
 
-def test_the_extension_builder_makes_no_remarks():
+def test_cpp_extension_is_silent():
     program = "from rwkv import compat; print(compat.cpp_extension().__name__)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("torch.utils.cpp_extension\n", "")
@@ -67,30 +67,28 @@ AMD, INTEL = (
     [(AMD, True), (INTEL, False), (AMD.replace("avx2", "sse2"), False), (None, False)],
     ids=["amd", "intel", "old", "unknown"],
 )
-def test_mkl_of_torch_1_is_told_of_avx2_where_it_would_not_look(cpu, wakes, monkeypatch):
+def test_mkl_avx2_on_amd(cpu, wakes, monkeypatch):
     def text(*_, **__):
         if cpu is None:
             raise FileNotFoundError
         return cpu
 
-    monkeypatch.setenv(
-        "MKL_DEBUG_CPU_TYPE", ""
-    )  # recorded, so that what wake_mkl sets is undone; deleting an absent variable records nothing
+    # setenv first: monkeypatch does not restore a variable that was absent when deleted
+    monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "")
     monkeypatch.delenv("MKL_DEBUG_CPU_TYPE")
     monkeypatch.setattr(Path, "read_text", text)
     compat.wake_mkl()
     assert os.environ.get("MKL_DEBUG_CPU_TYPE") == ("5" if wakes and compat.stack() == "cu117" else None)
-    monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "4")  # the user's word
+    monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "4")  # set by the user
     compat.wake_mkl()
     assert os.environ["MKL_DEBUG_CPU_TYPE"] == "4"
 
 
-def test_no_other_module_asks_for_a_version(root):
+def test_version_checks_only_in_compat(root):
     for path in sorted((root / "rwkv").rglob("*.py")):
-        asks = re.findall(
+        checks = re.findall(
             r"version_info|importlib|ImportError|ModuleNotFoundError|__version__\S* *(?:[<>]|==|!=)",
             path.read_text(encoding="utf-8"),
         )
-        assert not asks or path.name in ("compat.py", "doctor.py", "run_manifest.py", "terminal.py"), (
-            path
-        )  # two report versions, one hides packages, one does without readline
+        # doctor and run_manifest report versions; terminal works without readline
+        assert not checks or path.name in ("compat.py", "doctor.py", "run_manifest.py", "terminal.py"), path

@@ -17,14 +17,14 @@ SCRIPTS = {"inspect_data": "inspect", "merge_lora": "merge"}
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 
 
-def test_every_job_is_a_service_and_every_service_a_job():
+def test_services_match_scripts():
     jobs = {SCRIPTS.get(path.stem, path.stem) for path in (ROOT / "scripts").glob("*.py")} - {"demo_corpus"}
     assert set(COMPOSE["services"]) - {"shell", "test"} == jobs
     for name, service in COMPOSE["services"].items():
         assert service["entrypoint"][-2:] == ["docker/entrypoint.sh", name]
 
 
-def test_no_service_may_write_but_to_its_volumes():
+def test_services_are_read_only():
     for name, service in COMPOSE["services"].items():
         assert service["read_only"], name
         assert service["cap_drop"] == ["ALL"]
@@ -36,9 +36,9 @@ def entries(node: yaml.MappingNode) -> dict[str, yaml.Node]:
     return {key.value: value for key, value in node.value}
 
 
-def test_the_cpu_file_takes_the_gpu_from_every_service_that_has_it():
+def test_cpu_compose_removes_gpu():
     reserving = {name for name, service in COMPOSE["services"].items() if "deploy" in service}
-    cpu = yaml.compose((ROOT / "compose.cpu.yaml").read_text())  # nodes: SafeLoader knows no !reset
+    cpu = yaml.compose((ROOT / "compose.cpu.yaml").read_text())  # nodes, as SafeLoader does not support !reset
     services = {name: entries(service) for name, service in entries(entries(cpu)["services"]).items()}
     assert set(services) == reserving
     assert {service["deploy"].tag for service in services.values()} == {"!reset"}
@@ -49,21 +49,21 @@ def steps(workflow: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflows_ask_for_no_more_than_they_need(workflow):
+def test_workflow_permissions(workflow):
     content = yaml.safe_load(workflow.read_text())
     assert content["permissions"] == {}
-    assert "pull_request_target" not in content[True]  # YAML's reading of `on`
+    assert "pull_request_target" not in content[True]  # YAML reads `on` as true
     for job in content["jobs"].values():
         writes = {name for name, right in job["permissions"].items() if right == "write"}
         assert writes <= ({"packages"} if workflow.stem == "release" else set())
         assert 0 < job["timeout-minutes"] <= 90
         for step in job["steps"]:
-            assert "${{" not in step.get("run", ""), "values reach a script through its environment"
+            assert "${{" not in step.get("run", ""), "pass values through the environment"
             if "actions/checkout" in step.get("uses", ""):
                 assert step["with"]["persist-credentials"] is False
 
 
-def test_every_make_target_and_service_of_a_workflow_exists():
+def test_workflow_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
     for workflow in WORKFLOWS:
         for step in steps(workflow):
@@ -75,7 +75,9 @@ def test_every_make_target_and_service_of_a_workflow_exists():
 
 
 def output(step: dict, folder: Path, **environment: str) -> tuple[int, str]:
-    """What a step of a workflow writes to GITHUB_OUTPUT, and its status; docker prints two tags."""
+    """Exit status of a workflow step and what it writes to GITHUB_OUTPUT; docker is a stub that
+    prints two tags.
+    """
     (folder / "docker").write_text("#!/bin/bash\nprintf 'a\\nb\\n'\n")
     (folder / "docker").chmod(0o755)
     written = folder / "output"
@@ -87,7 +89,7 @@ def output(step: dict, folder: Path, **environment: str) -> tuple[int, str]:
     return done.returncode, written.read_text()
 
 
-def test_a_release_is_tagged_by_the_image_and_only_under_the_projects_own_version(tmp_path):
+def test_release_tags(tmp_path):
     action = yaml.safe_load((ROOT / ".github/actions/image/action.yml").read_text())
     project = next(step for step in action["runs"]["steps"] if step.get("id") == "project")
     status, version = output(project, tmp_path)
@@ -102,7 +104,7 @@ def test_a_release_is_tagged_by_the_image_and_only_under_the_projects_own_versio
 
 @pytest.fixture
 def pinned(tmp_path):
-    """env/pin.sh on a copy, where git and docker answer as the stand-ins do."""
+    """Run env/pin.sh on a copy of the checkout, with stubs for git and docker."""
     for folder in ("docker", "env", ".github"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     shutil.copy(ROOT / "compose.yaml", tmp_path)
@@ -126,11 +128,12 @@ def used(folder: Path) -> set[str]:
     return set(re.findall(r"uses: ([a-z-]+/.*)", "".join(path.read_text() for path in files)))
 
 
-def test_pin_writes_the_commit_of_a_tag_and_the_digest_of_the_base(pinned):
+def test_pin_writes_commits_and_digests(pinned):
     commit, digest = "a" * 40, "sha256:" + "b" * 64
-    git = f"printf '%s\\trefs/tags/x\\n%s\\trefs/tags/x^{{}}\\n' {'c' * 40} {commit}"  # annotated: the tag's own hash comes first
+    # an annotated tag: its own hash comes before the commit's
+    git = f"printf '%s\\trefs/tags/x\\n%s\\trefs/tags/x^{{}}\\n' {'c' * 40} {commit}"
     before = used(pinned.folder)
-    for _ in range(2):  # a second run finds what the first has written
+    for _ in range(2):  # the second run reads what the first has written
         assert pinned(git, f"echo {digest}").returncode == 0
         assert used(pinned.folder) == {
             re.sub(r"@(?:[0-9a-f]{40} # )?(v\d+)", rf"@{commit} # \1", name) for name in before
@@ -139,7 +142,7 @@ def test_pin_writes_the_commit_of_a_tag_and_the_digest_of_the_base(pinned):
         assert f"${{BASE_IMAGE:-ubuntu:22.04@{digest}}}" in (pinned.folder / "compose.yaml").read_text()
 
 
-def test_pin_leaves_alone_what_it_cannot_look_up_and_says_so(pinned):
+def test_failed_pin_changes_nothing(pinned):
     before = {
         path: path.read_text() for path in pinned.folder.rglob("*") if path.is_file() and path.parent.name != "bin"
     }
@@ -151,7 +154,7 @@ def test_pin_leaves_alone_what_it_cannot_look_up_and_says_so(pinned):
 
 @pytest.fixture
 def engine(tmp_path):
-    """docker/engine.sh where docker, id and grep are stand-ins."""
+    """Run docker/engine.sh with stubs for docker, id and grep."""
 
     def run(docker: str, uid: str = "0", debian: str = "exit 0", command=("bash", "-c", "echo ran with $ENGINE")):
         for name, body in (("docker", docker), ("id", f"echo {uid}"), ("grep", debian)):
@@ -165,26 +168,26 @@ def engine(tmp_path):
     return run
 
 
-def test_a_private_engine_needs_room_and_says_how_much(engine, tmp_path):
+def test_engine_disk_space(engine, tmp_path):
     (tmp_path / "df").write_text("#!/bin/bash\necho Avail; echo 12\n")
     (tmp_path / "df").chmod(0o755)
     done = engine("exit 1")
     work = tmp_path / "work"
     assert (done.returncode, done.stdout) == (75, "")
-    assert done.stderr.startswith(f"no container engine: building an image takes 20 GB in {work}, where 12 are free")
+    assert done.stderr.startswith(f"no container engine: building an image needs 20 GB in {work}, and 12 GB are free")
     assert "DOCKER_WORK" in done.stderr
 
 
-def test_an_engine_that_runs_is_used(engine):
+def test_running_engine_used(engine):
     done = engine("echo 27.0.1")
-    assert (done.returncode, done.stdout) == (0, "ran with the machine's own Docker 27.0.1\n")
+    assert (done.returncode, done.stdout) == (0, "ran with the machine's Docker 27.0.1\n")
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"), [({"uid": "1000"}, "needs root"), ({"debian": "exit 1"}, "made on Debian alone")]
+    ("options", "reason"), [({"uid": "1000"}, "needs root"), ({"debian": "exit 1"}, "needs Debian")]
 )
-def test_without_an_engine_the_reason_is_given(engine, options, reason):
+def test_no_engine(engine, options, reason):
     done = engine("exit 1", **options)
     assert (done.returncode, done.stdout) == (75, "")
-    assert done.stderr.startswith("no container engine: docker is not there or not running")
+    assert done.stderr.startswith("no container engine: docker is not installed or not running")
     assert reason in done.stderr

@@ -29,14 +29,12 @@ def test_json_output(script, tmp_path):
     }
     for finding in findings:
         assert set(finding) == {"name", "status", "found", "remedy"}
-        assert (finding["status"] == "ok") == (finding["remedy"] == ""), (
-            finding
-        )  # what is not well has a remedy, and only that
+        assert (finding["status"] == "ok") == (finding["remedy"] == ""), finding
 
 
 def test_exit_status(script, tmp_path):
     closed = tmp_path / "closed"
-    closed.touch()  # a file where a folder is wanted: not even root can write into it
+    closed.touch()  # a file in place of a folder: not writable even for root
     done = script("doctor.py", "--folder", closed, status=1)
     assert "FAIL  writable" in done.stdout
     assert "error" in done.stdout
@@ -147,9 +145,8 @@ def test_driver_without_gpu(monkeypatch):
 
 def test_no_compiler(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name, path=None: None)
-    assert "C++ compiler" in {
-        finding.name for finding in doctor._compilers() if finding.status == "ok"
-    }  # compiled already: nothing to do
+    # ok, as the kernels are compiled already
+    assert "C++ compiler" in {finding.name for finding in doctor._compilers() if finding.status == "ok"}
     monkeypatch.setattr(build, "why_unavailable", lambda: "it is not compiled; run: make kernels")
     assert (
         "apt install g++" in next(finding for finding in doctor._compilers() if finding.name == "C++ compiler").remedy

@@ -1,4 +1,6 @@
-"""The image's entry point refuses what cannot run, with a line on what is wrong and one on how to mend it. Beside stand-ins, on any machine."""
+"""The image's entry point rejects what cannot run, with an error and a remedy. It runs with stubs
+for the system's tools, on any machine.
+"""
 
 import os
 import shutil
@@ -17,7 +19,9 @@ CUBINS = {"cu117": (60, 70, 75, 80, 86), "modern": (75, 80, 86, 89, 90, 100, 120
 
 @pytest.fixture
 def enter(tmp_path):
-    """Run the entry point in a copy of the image's folder with a GPU, a size of shared memory, a user; its status, output and error."""
+    """Run the entry point in a copy of the image's folder, with simulated GPUs, shared memory and
+    permissions.
+    """
 
     def run(*arguments, gpus=(A100,), driver="535.54.03", stack="cu117", shm_mib=8192, writable=True, **environment):
         home = tmp_path / "opt"
@@ -36,7 +40,7 @@ def enter(tmp_path):
             rows = "; ".join(f"echo '{driver}, {gpu}'" for gpu in gpus)
             stubs["nvidia-smi"] = f'[[ "$*" == *driver_version,name,compute_cap* ]] || exit 1\n{rows}'
         if not writable:
-            stubs["mktemp"] = "exit 1"  # as root may write wherever it likes
+            stubs["mktemp"] = "exit 1"  # root could write anywhere
         for name, body in stubs.items():
             (home / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
         for path in [*(home / "bin").iterdir(), home / "scripts/demo.sh"]:
@@ -46,11 +50,11 @@ def enter(tmp_path):
         return subprocess.run(command, capture_output=True, text=True, env=clean, check=False)
 
     if shutil.which("nvidia-smi", path="/usr/bin:/bin"):
-        pytest.skip("this machine has an nvidia-smi of its own where the stand-in must be missing")
+        pytest.skip("nvidia-smi is installed here, and the tests need a PATH without it")
     return run
 
 
-def test_what_suits_runs_in_silence(enter):
+def test_supported_gpu_and_driver(enter):
     ada = "NVIDIA GeForce RTX 4090, 8.9"  # runs the code for 8.6
     for gpus, stack, driver in (
         ((A100,), "cu117", "515.43.04"),
@@ -61,7 +65,7 @@ def test_what_suits_runs_in_silence(enter):
         assert (done.returncode, done.stdout, done.stderr) == (0, "ran scripts/lora.py --x 1\n", "")
 
 
-def test_lora_without_flags_is_the_embedded_default(enter):
+def test_lora_without_flags_runs_demo(enter):
     assert enter("lora").stdout == enter().stdout == "demo with python\n"
     assert enter("lora", "--load_model", "a b").stdout == "ran scripts/lora.py --load_model a b\n"
 
@@ -78,7 +82,7 @@ def test_lora_without_flags_is_the_embedded_default(enter):
         (["echo", "any other command"], "any other command"),
     ],
 )
-def test_every_job_reaches_its_script(enter, job, command):
+def test_job_dispatch(enter, job, command):
     done = enter(*job)
     assert (done.returncode, done.stdout, done.stderr) == (0, command + "\n", "")
 
@@ -87,42 +91,42 @@ REFUSALS = {
     "no GPU": ({"gpus": ()}, "no GPU is visible", ("--gpus all", "RWKV_DEVICE=cpu", "compose.cpu.yaml")),
     "old driver": (
         {"driver": "440.33.01"},
-        "driver is 440.33.01, and CUDA 11.7 in this image needs 450",
+        "driver is 440.33.01, but CUDA 11.7 in this image needs 450",
         ("update the driver", "515"),
     ),
     "old driver, modern": (
         {"gpus": [H100], "stack": "modern", "driver": "535.1"},
         "needs 580",
-        ("stack cu117, which needs 450",),
+        ("cu117 stack, which needs 450",),
     ),
     "new GPU": (
         {"gpus": [H100]},
-        "H100 80GB HBM3 has compute capability 9.0, and the stack cu117",
+        "H100 80GB HBM3 has compute capability 9.0, and the cu117 stack",
         ("make image STACK=modern",),
     ),
     "second GPU": ({"gpus": [A100, H100]}, "H100 80GB HBM3 has compute capability 9.0", ("STACK=modern",)),
     "old GPU": (
         {"gpus": [P100], "stack": "modern", "driver": "580.1"},
-        "6.0, and the stack modern has code for 75",
+        "6.0, and the modern stack has kernels for 75",
         ("STACK=cu117",),
     ),
-    "older than the oldest": ({"gpus": ["Tesla K80, 3.7"]}, "3.7, and the stack cu117 has code for 60", ()),
+    "older than the oldest": ({"gpus": ["Tesla K80, 3.7"]}, "3.7, and the cu117 stack has kernels for 60", ()),
     "shm": ({"shm_mib": 64}, "/dev/shm) has 64 MiB", ("--ipc=host", "--shm-size")),
     "not writable": ({"writable": False}, f"out is not writable by user {os.getuid()}", ("chown -R", "UID and GID")),
 }
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_cannot_run_is_refused_with_a_remedy(enter, case):
-    options, what, mends = REFUSALS[case]
+def test_error_with_remedy(enter, case):
+    options, what, remedies = REFUSALS[case]
     done = enter("lora", **options)
     assert (done.returncode, done.stdout) == (78, "")
-    first, mend, rest = done.stderr.splitlines()
+    first, fix, rest = done.stderr.splitlines()
     assert first.startswith("error: ")
     assert what in first
-    assert mend.startswith("  mend: ")
-    for word in mends:
-        assert word in mend
+    assert fix.startswith("  fix: ")
+    for word in remedies:
+        assert word in fix
     assert "RWKV_ANYWAY=1" in rest
 
 
@@ -131,7 +135,7 @@ def test_what_cannot_run_is_refused_with_a_remedy(enter, case):
     [("cu117", driver) for driver in ("449", "450", "470.182.03", "514.9", "515")]
     + [("modern", "579"), ("modern", "580")],
 )
-def test_entry_point_and_doctor_have_one_rule_for_drivers(enter, monkeypatch, stack, driver):
+def test_driver_rule_matches_doctor(enter, monkeypatch, stack, driver):
     monkeypatch.setattr(doctor, "_driver", lambda: driver)
     monkeypatch.setattr(torch.version, "cuda", {"cu117": "11.7", "modern": "13.0"}[stack])
     status = next(doctor._gpus()).status
@@ -144,20 +148,20 @@ def test_entry_point_and_doctor_have_one_rule_for_drivers(enter, monkeypatch, st
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_a_variable_goes_on_anyway_and_still_says_what_is_wrong(enter, case):
+def test_rwkv_anyway_overrides_errors(enter, case):
     options, what, _ = REFUSALS[case]
     done = enter("lora", RWKV_ANYWAY="1", **options)
     assert (done.returncode, done.stdout) == (0, "demo with python\n")
     assert what in done.stderr
 
 
-def test_no_gpu_is_asked_for_where_none_is_needed(enter):
+def test_jobs_without_gpu(enter):
     for job in (["lora", "--help"], ["inspect"], ["generate", "--accelerator", "cpu"]):
         assert enter(*job, gpus=()).returncode == 0, job
     assert enter("lora", gpus=(), RWKV_DEVICE="cpu").stdout == "demo with python\n"
     assert enter("generate", gpus=()).returncode == 78
 
 
-def test_no_writing_is_asked_for_where_nothing_is_written(enter):
+def test_jobs_without_output(enter):
     assert enter("generate", writable=False, shm_mib=64).returncode == 0
     assert enter("merge", writable=False).returncode == 78

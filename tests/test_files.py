@@ -11,13 +11,13 @@ import sys
 import pytest
 
 from rwkv.errors import UserError
-from rwkv.files import abandoned, exclusive, sha256, together, whole, write_json
+from rwkv.files import abandoned, atomic_write, atomic_writes, exclusive, sha256, write_json
 
 
 def test_old_file_kept_until_complete(tmp_path):
     path = tmp_path / "f"
     path.write_text("old")
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
@@ -30,7 +30,7 @@ def test_interrupted_write_keeps_old_file(tmp_path, error):
     path.write_text("old")
 
     def fail():
-        with whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("half")
             raise error
 
@@ -48,7 +48,7 @@ def test_files_written_together_marker_last(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "os.replace", lambda old, new: (order.append((new.name, (tmp_path / "mark").exists())), replace(old, new))
     )
-    with together([tmp_path / "part", tmp_path / "gone"], [tmp_path / "mark"]) as (part, gone, mark):
+    with atomic_writes([tmp_path / "part", tmp_path / "gone"], [tmp_path / "mark"]) as (part, gone, mark):
         part.write_text("new")
         mark.write_text("new")
         gone.unlink()
@@ -58,13 +58,15 @@ def test_files_written_together_marker_last(tmp_path, monkeypatch):
 
 def test_stale_temporaries_removed(tmp_path):
     path = tmp_path / "f"
-    program = f"import os; from rwkv.files import whole\nwith whole({str(path)!r}): os.kill(os.getpid(), 9)"
+    program = (
+        f"import os; from rwkv.files import atomic_write\nwith atomic_write({str(path)!r}): os.kill(os.getpid(), 9)"
+    )
     subprocess.run([sys.executable, "-c", program], check=False)
     (left,) = abandoned(path)
-    with whole(path) as mine:
+    with atomic_write(path) as mine:
         assert not left.exists()
         assert abandoned(path) == []
-        with whole(path) as other:  # another run at the same time
+        with atomic_write(path) as other:  # another run at the same time
             assert mine.exists()
             other.write_text("other")
         mine.write_text("mine")
@@ -76,9 +78,9 @@ def test_stale_temporaries_removed(tmp_path):
     [(errno.ENOSPC, "no space left on the device"), (errno.EDQUOT, "quota"), (errno.EFBIG, "larger")],
 )
 def test_disk_full(tmp_path, number, words):
-    with pytest.raises(UserError, match=f"f: .*{words}.*; free some space"), whole(tmp_path / "f"):
+    with pytest.raises(UserError, match=f"f: .*{words}.*; free some space"), atomic_write(tmp_path / "f"):
         raise OSError(number, "")
-    with pytest.raises(OSError, match="other"), whole(tmp_path / "f"):
+    with pytest.raises(OSError, match="other"), atomic_write(tmp_path / "f"):
         raise OSError(errno.EIO, "other")
     assert list(tmp_path.iterdir()) == []
 
@@ -105,7 +107,7 @@ def test_read_only_file_system(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.mkstemp", refuse)
     with (
         pytest.raises(UserError, match="f: this file system is read-only; write to another place"),
-        whole(tmp_path / "f"),
+        atomic_write(tmp_path / "f"),
     ):
         pass
 

@@ -1,7 +1,5 @@
 """Generation carries the state; sampling parameters work as documented; stop texts are removed."""
 
-import time
-
 import pytest
 import torch
 
@@ -29,9 +27,7 @@ class Letters:
 
 
 class Script(torch.nn.Module):
-    """A fake model that writes a given text whatever it reads: the next byte depends on the number
-    of tokens so far.
-    """
+    """A fake model that writes a given text: the token count determines the next byte."""
 
     def __init__(self, text: str, skip: int):
         super().__init__()
@@ -78,13 +74,11 @@ def test_constant_cost_per_token(make_model):
     tokens = []
     hidden = model.hidden
     model.hidden = lambda ids, state: tokens.append(ids.numel()) or hidden(ids, state)
-    started = time.process_time()
     for _ in session.write(Sampling(), 400):
         pass
-    assert set(tokens) == {1}  # never the text before
-    # nor a state that grows
+    assert set(tokens) == {1}  # earlier tokens are not read again
+    # the state does not grow
     assert sum(x.numel() for block in session.state for x in block) == 2 * (16 + 3 * 16 + 16)
-    assert time.process_time() - started < 60
 
 
 @pytest.mark.parametrize("text", ["Yes.\n\nUser: no", "你好。\n\nUser:", "a\n\nUse\n\nUser: x", "\n\nUser: x"])
@@ -93,7 +87,7 @@ def test_stop_text_removed(text):
     session = Session(model, Letters())
     answer = "".join(session.write(GREEDY, 100, stop=("\n\nUser:",)))
     assert answer == text[: text.index("\n\nUser:")]
-    assert session.state == 1 + len(answer.encode())  # stands where the answer ends
+    assert session.state == 1 + len(answer.encode())  # the state after the answer, without the stop text
 
 
 def test_streams_complete_characters():
@@ -130,15 +124,16 @@ class Answers(torch.nn.Module):
 
 @pytest.mark.parametrize("end", ["", "\n", "\n\n", "\n\n\n", "\n\nUser: and then", " \n\n"])
 def test_chat_tokens_match_converter(tmp_path, write_jsonl, end):
-    # one separator in both: a chat used to read four line breaks after an answer, which no training
-    # data has
-    said = [("What is\r\n\r\nthis? ", "Blue.\nSky"), ("你好", "你好！"), ("\n1+1?", "2")]
-    session = Session(Answers(*(f" {answer}{end}" for _, answer in said)), WorldTokenizer())
+    # the separator after an answer is two line breaks in both; a chat once read four
+    turns = [("What is\r\n\r\nthis? ", "Blue.\nSky"), ("你好", "你好！"), ("\n1+1?", "2")]
+    session = Session(Answers(*(f" {answer}{end}" for _, answer in turns)), WorldTokenizer())
     chat = Chat(session)
-    shown = ["".join(chat.ask(text, GREEDY, 50)) for text, _ in said]
-    assert shown == [answer for _, answer in said]
+    shown = ["".join(chat.ask(text, GREEDY, 50)) for text, _ in turns]
+    assert shown == [answer for _, answer in turns]
     messages = [
-        {"role": role, "content": text} for turn in said for role, text in zip(("user", "assistant"), turn, strict=True)
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
     data = Dataset(convert(ConvertConfig(input=str(write_jsonl({"messages": messages})), workers=1)).pairs[0][0])
     assert session.state == [0, *data.document(0).tolist()[:-1]]

@@ -1,4 +1,4 @@
-"""make is the index, and finds or asks for what it needs."""
+"""make lists its targets, and finds Python and the environment or reports what is missing."""
 
 import importlib.metadata
 import os
@@ -13,51 +13,52 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TARGETS = "venv env tools image test-image reproduce compose-env lora finetune pretrain convert inspect merge generate export doctor estimate demo test test-gpu bench lint lock pin licenses sbom clean".split()
-# Else these tests run in a Python that make here does not look after: one of another checkout would be made anew, under whoever uses it.
+# Whether make of this checkout created this Python. It would recreate the environment of another
+# checkout.
 MADE = (Path(sys.prefix) / ".ready").exists() and ROOT in Path(sys.prefix).resolve().parents
 OURS = {"STACK": "cu117" if importlib.metadata.version("torch").startswith("1.") else "modern", "VENV": sys.prefix}
 
 
 def make(*arguments, **variables):
-    """Run make on the stack that the tests run in."""
+    """Run make on the stack of this Python."""
     own = {name: value for name, value in os.environ.items() if name not in ("ARGS", "PY", "STACK", "VENV")}
     own |= {"MAKEFLAGS": "", "MAKELEVEL": ""} | (OURS if MADE else {"PY": sys.executable}) | variables
     return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, env=own)
 
 
-def test_help_is_the_index():
+def test_help_lists_targets():
     listed = re.findall(r"^  make ([\w-]+)", make("help").stdout, re.MULTILINE)
     assert set(TARGETS) <= set(listed)
     assert make().stdout == make("help").stdout
 
 
-def test_every_make_target_of_the_readme_exists():
+def test_readme_targets_exist():
     listed = re.findall(r"^  make ([\w-]+)", make("help").stdout, re.MULTILINE)
     assert set(re.findall(r"`make ([\w-]+)", (ROOT / "README.md").read_text(encoding="utf-8"))) <= set(listed)
 
 
 @pytest.mark.skipif(not MADE, reason="make did not make this Python")
-def test_a_second_make_venv_is_quick_and_silent():
+def test_make_venv_up_to_date():
     started = time.monotonic()
     done = make("venv")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert time.monotonic() - started < 2
 
 
-def test_arguments_reach_the_script():
+def test_args_reach_script():
     done = make("lora", "ARGS=--load_model none.pth --data_file none")
     assert done.returncode != 0
     assert "none: no such data" in done.stderr
 
 
 @pytest.mark.parametrize("word", ["ARG=--load_model x", "args=--load_model x", "load_model=x.pth", "STAK=modern"])
-def test_a_misspelt_variable_is_refused_instead_of_running_another_job(word):
+def test_unknown_variable(word):
     done = make("lora", word)
     assert done.returncode == 2
-    assert f"{word.split('=')[0]} is not a variable of this Makefile; flags of a job are given as ARGS=" in done.stderr
+    assert f"{word.split('=')[0]} is not a variable of this Makefile; pass flags of a job as ARGS=" in done.stderr
 
 
-def test_environment_variables_may_be_given_to_make():
+def test_environment_variables_on_command_line():
     assert make("help", "CUDA_VISIBLE_DEVICES=1", "OMP_NUM_THREADS=2").returncode == 0
 
 
@@ -77,7 +78,7 @@ JOBS |= {
 
 @pytest.mark.parametrize("target", [*JOBS, "kernels"])
 @pytest.mark.parametrize("given", ["on the command line", "in the environment"])
-def test_a_python_that_is_given_is_used_and_nothing_is_installed(tmp_path, target, given):
+def test_given_python_used(tmp_path, target, given):
     python = tmp_path / "python"
     python.write_text(f"#!/usr/bin/env bash\nset -f; echo $PYTHONPATH $* >>{tmp_path}/called\n")
     python.chmod(0o755)
@@ -89,7 +90,7 @@ def test_a_python_that_is_given_is_used_and_nothing_is_installed(tmp_path, targe
     )
     assert done.returncode == 0, done.stderr
     first, *rest = (tmp_path / "called").read_text().splitlines()
-    assert first.startswith(str(ROOT))  # on PYTHONPATH, as this checkout is not installed there
+    assert first.startswith(str(ROOT))  # PYTHONPATH, as this checkout is not installed there
     assert "build.main()" in first
     assert not rest if target == "kernels" else JOBS[target] in rest[0]
     assert not any("pip" in line for line in rest)
@@ -97,7 +98,7 @@ def test_a_python_that_is_given_is_used_and_nothing_is_installed(tmp_path, targe
 
 
 @pytest.mark.parametrize(("folder", "says"), [([], "make PY={} / "), (["-C", str(ROOT)], "make PY={} / " + str(ROOT))])
-def test_a_job_learns_how_it_was_started(tmp_path, folder, says):
+def test_rwkv_make_variable(tmp_path, folder, says):
     python = tmp_path / "python"
     python.write_text(
         f"#!/usr/bin/env bash\nset -f; echo $PYTHONPATH $RWKV_MAKE / $RWKV_MAKE_FOLDER >>{tmp_path}/called\n"
@@ -109,8 +110,8 @@ def test_a_job_learns_how_it_was_started(tmp_path, folder, says):
     assert last.split(" ", 1)[1].strip() == says.format(python).strip()
 
 
-def test_a_checkout_that_was_moved_or_copied_runs_its_own_code(tmp_path):
-    # the environment's editable install names the folder it was made in
+def test_copied_checkout_runs_own_code(tmp_path):
+    # the environment's editable install points to the original folder
     for name in ("Makefile", "rwkv", "scripts", "cuda"):
         source = ROOT / name
         if source.is_dir():
@@ -131,23 +132,23 @@ def test_a_checkout_that_was_moved_or_copied_runs_its_own_code(tmp_path):
     assert done.stdout == f"{tmp_path}/copy here/rwkv/__init__.py\n"
 
 
-def test_the_demo_writes_no_escape_codes_into_a_file(tmp_path):
+def test_demo_without_escape_codes(tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/usr/bin/env bash\necho 1\n")
     python.chmod(0o755)
     done = make("demo", f"PY={python}", OUT=str(tmp_path / "a b"))
     assert "\033" not in done.stdout
-    assert f"scripts/demo_corpus.py {tmp_path}/a\\ b/corpus.jsonl" in done.stdout  # a command that can be pasted
+    assert f"scripts/demo_corpus.py {tmp_path}/a\\ b/corpus.jsonl" in done.stdout  # quoted for the shell
 
 
-def test_an_unknown_stack_is_refused_by_name(tmp_path):
+def test_unknown_stack(tmp_path):
     done = make("venv", STACK="cu99", VENV=str(tmp_path / "venv"), PY="")
     assert done.returncode != 0
     assert "STACK=cu99 is not one of cu117, modern" in done.stderr
 
 
 @pytest.mark.parametrize(("stack", "folder"), [("cu117", ".venv"), ("modern", ".venv-modern")])
-def test_each_stack_has_its_environment(stack, folder):
+def test_environment_per_stack(stack, folder):
     command = ["make", "--dry-run", "--always-make", "venv", f"STACK={stack}"]
     clean = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=clean)
@@ -156,7 +157,7 @@ def test_each_stack_has_its_environment(stack, folder):
 
 @pytest.fixture
 def bare(tmp_path):
-    """A PATH with the tools that a script needs and no Python at all."""
+    """A PATH with the tools that a script needs, without Python."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for tool in ("bash", "env", "dirname", "cat", "rm"):
@@ -174,7 +175,7 @@ def venv(tmp_path, path, stack, **environment):
 
 
 @pytest.mark.parametrize(("stack", "version"), [("cu117", "3.10"), ("modern", "3.12")])
-def test_without_python_it_says_how_to_get_one(tmp_path, bare, stack, version):
+def test_no_python(tmp_path, bare, stack, version):
     done = venv(tmp_path, bare, stack)
     assert done.returncode == 1
     for way in (
@@ -188,14 +189,14 @@ def test_without_python_it_says_how_to_get_one(tmp_path, bare, stack, version):
 
 
 @pytest.mark.parametrize(("stack", "versions"), [("cu117", "3.10"), ("modern", "3.10 to 3.13")])
-def test_a_wrong_python_is_refused_by_name(tmp_path, bare, stack, versions):
+def test_wrong_python(tmp_path, bare, stack, versions):
     done = venv(tmp_path, bare, stack, PYTHON="/nowhere/python3")
     assert done.returncode == 1
     assert f"PYTHON=/nowhere/python3 is not a working Python {versions} with" in done.stderr
 
 
 @pytest.mark.parametrize(("stack", "suits"), [("cu117", [10]), ("modern", [10, 11, 12, 13])])
-def test_each_stack_takes_its_pythons_and_no_others(tmp_path, bare, stack, suits):
+def test_supported_pythons_per_stack(tmp_path, bare, stack, suits):
     python = tmp_path / "python"
     for minor in range(8, 15):
         python.write_text(
@@ -221,7 +222,7 @@ echo "found $0" >&2; exit 7
         for place in ("bin/python3.13", "bin/python3.10", "bin/python3", ".pyenv/versions/3.11.7/bin/python")
     ],
 )
-def test_python_is_found_on_path_and_under_pyenv(tmp_path, bare, stack, place):
+def test_python_on_path_and_pyenv(tmp_path, bare, stack, place):
     python = tmp_path / place
     python.parent.mkdir(parents=True, exist_ok=True)
     python.write_text(FAKE)
@@ -231,7 +232,7 @@ def test_python_is_found_on_path_and_under_pyenv(tmp_path, bare, stack, place):
     assert "found " in done.stderr
 
 
-def test_an_environment_that_would_not_fit_is_refused_and_the_old_one_stays(tmp_path, bare):
+def test_disk_full_keeps_old_environment(tmp_path, bare):
     (bare / "python3.10").write_text(FAKE)
     (bare / "df").write_text("#!/usr/bin/env bash\necho Filesystem; echo /dev/vda 99999999 0 5242880 97% /\n")
     for tool in ("python3.10", "df"):
@@ -247,7 +248,7 @@ def test_an_environment_that_would_not_fit_is_refused_and_the_old_one_stays(tmp_
 
 
 @pytest.mark.parametrize(("stack", "version"), [("cu117", "3.10"), ("modern", "3.12")])
-def test_python_is_found_through_uv(tmp_path, bare, stack, version):
+def test_python_through_uv(tmp_path, bare, stack, version):
     python = tmp_path / "uv-python"
     python.write_text(FAKE)
     (bare / "uv").write_text(f'#!/usr/bin/env bash\n[ "$*" = "python find --system {version}" ] && echo {python}\n')

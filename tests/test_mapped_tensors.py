@@ -31,12 +31,12 @@ def of_the_file():
         found += int(words[1]) << 10 if words[0] == "Rss:" and name == sys.argv[1] else 0
     return found
 for dtype in (torch.float32, torch.bfloat16):
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = peak()
     model = load_model(sys.argv[1], dtype=dtype)
     print(peak() - before)
     if dtype == torch.float32:
-        with open(sys.argv[1]) as file:  # of a file in the page cache, as looking for NaN leaves it, Linux may map half a MiB at a time
+        with open(sys.argv[1]) as file:  # Linux maps up to half a MiB at a time of a file in the page cache
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         with torch.no_grad():
             model(torch.arange(0, 32768, 512)[None])
@@ -54,7 +54,7 @@ def large(request, tmp_path_factory):
             parameter.normal_(0, 0.02)
     path = tmp_path_factory.mktemp("large") / f"base{request.param}"
     save_model(path, model, {})
-    # from the disk: of a file that was just written Linux may map half a MiB at a time
+    # drop it from the page cache: Linux maps up to half a MiB of a cached file at a time
     with open(path) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     yield path, sum(4 * parameter.numel() for parameter in model.parameters()), 4 * model.emb.weight.numel()
@@ -65,13 +65,13 @@ def test_loading_makes_no_copy(large, root):
     path, total, largest = large
     found = subprocess.run([sys.executable, "-c", MEASURE, path], cwd=root, capture_output=True, text=True, check=True)
     mapped_only, used, converted = map(int, found.stdout.split())
-    room = 20 << 20  # code that is imported or first touched, and what 64 tokens take
-    assert mapped_only < room  # what was looked at for NaN is given back
-    # of the embedding, only the rows that are looked up and what readahead adds around them
+    overhead = 20 << 20  # imported code, and activations of 64 tokens
+    assert mapped_only < overhead  # pages read by the check for NaN are released
+    # of the embedding only the rows in use and readahead
     assert total - largest < used < total
-    # half of all, and the one tensor that is being converted; without giving pages back it would be
-    # half of all, and all
-    assert converted < total / 2 + largest + room
+    # bf16 is half of the fp32 total, plus the tensor being converted; the pages of the others are
+    # released
+    assert converted < total / 2 + largest + overhead
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -124,7 +124,7 @@ def other_forms(folder, tensors):
     rezipped(folder / "now.pth", folder / "compressed.pth", compression=zipfile.ZIP_DEFLATED)
     safetensors.torch.save_file(tensors, folder / "now.safetensors")
     header = (folder / "now.safetensors").read_bytes()
-    # blanks may follow it, and the tensors then begin anywhere
+    # blanks may follow the header, so that tensors begin at any address
     size = int.from_bytes(header[:8], "little") + 3
     (folder / "unaligned.safetensors").write_bytes(
         size.to_bytes(8, "little") + header[8 : 5 + size] + b"   " + header[5 + size :]

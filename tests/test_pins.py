@@ -1,4 +1,6 @@
-"""Pins are written once, in pyproject.toml; the locks and environment.yml agree with them, and so does what is installed."""
+"""The pins of pyproject.toml agree with the locks, with environment.yml and with the installed
+packages.
+"""
 
 import importlib.metadata
 import os
@@ -31,7 +33,7 @@ def pins(stack: str) -> dict[str, str]:
 
 
 def locked(stack: str) -> dict[str, str]:
-    """What the locks of a stack install on this machine and Python."""
+    """Versions that the locks of a stack install on this machine and Python."""
     names = [stack] if stack == "tools" else [stack, f"{stack}-deepspeed"]
     text = "".join((ROOT / f"env/locks/{name}.txt").read_text() for name in names)
     entries = re.findall(r"^([\w.-]+)===?([^\s;]+)(?: ; (.*))? \\$", text, re.MULTILINE)
@@ -39,8 +41,10 @@ def locked(stack: str) -> dict[str, str]:
     return {name: version for name, version, marker in entries if not marker or Marker(marker).evaluate()}
 
 
-def wanted_by(stack: str) -> dict[tuple[str, str], set[str]]:
-    """For each package and version of the locks of a stack who asks for it, as uv wrote beside it."""
+def required_by(stack: str) -> dict[tuple[str, str], set[str]]:
+    """The packages that require each (package, version) of a stack's locks, from uv's `# via`
+    comments.
+    """
     names = [stack] if stack == "tools" else [stack, f"{stack}-deepspeed"]
     text = "".join((ROOT / f"env/locks/{name}.txt").read_text() for name in names)
     entries = re.findall(
@@ -56,33 +60,33 @@ def wanted_by(stack: str) -> dict[tuple[str, str], set[str]]:
 
 
 @pytest.mark.parametrize("stack", [*STACKS, "tools"])
-def test_the_lock_was_made_from_these_pins_and_no_others(stack):
-    asked = wanted_by(stack)
-    ours = {name: version for (name, version), by in asked.items() if "rwkv-training" in by}
+def test_lock_matches_pins(stack):
+    required = required_by(stack)
+    ours = {name: version for (name, version), by in required.items() if "rwkv-training" in by}
     assert ours == pins(stack)
-    assert set().union(*asked.values()) <= {name for name, _ in asked} | {"rwkv-training"}
+    assert set().union(*required.values()) <= {name for name, _ in required} | {"rwkv-training"}
 
 
-@pytest.mark.skipif(bool(os.environ.get("PY")), reason="make was given a Python of its own")
-def test_the_lock_holds_what_its_packages_ask_for_and_nothing_else():
-    """Resolved again without a network: from the pins by what the installed packages say of themselves."""
+@pytest.mark.skipif(bool(os.environ.get("PY")), reason="PY selects another Python")
+def test_lock_is_complete_and_minimal():
+    """Resolve the pins again from the metadata of the installed packages, without a network."""
     lock, extras = locked(HERE), {name: {""} for name in pins(HERE)}
     queue = list(extras)
     while queue:
         name = queue.pop()
         for line in importlib.metadata.requires(name) or []:
-            asked = Requirement(line)
-            other = re.sub(r"[-_.]+", "-", asked.name).lower()
-            if asked.marker and not any(asked.marker.evaluate({"extra": extra}) for extra in extras[name]):
+            requirement = Requirement(line)
+            other = re.sub(r"[-_.]+", "-", requirement.name).lower()
+            if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras[name]):
                 continue
-            assert asked.specifier.contains(lock[other], prereleases=True), f"{name} asks for {line}"
-            if not extras.get(other, set()) >= {"", *asked.extras}:
-                extras[other] = extras.get(other, set()) | {"", *asked.extras}
+            assert requirement.specifier.contains(lock[other], prereleases=True), f"{name} asks for {line}"
+            if not extras.get(other, set()) >= {"", *requirement.extras}:
+                extras[other] = extras.get(other, set()) | {"", *requirement.extras}
                 queue.append(other)
     assert set(lock) == set(extras)
 
 
-def test_every_locked_file_has_a_hash():
+def test_locked_files_have_hashes():
     locks = [f"env/locks/{stack}{part}.txt" for stack in STACKS for part in ("", "-deepspeed")]
     locks += ["env/locks/tools.txt", "env/locks/uv.txt"]
     npm = {"env/locks/package.json", "env/locks/package-lock.json"}  # integrity in place of hashes
@@ -93,13 +97,13 @@ def test_every_locked_file_has_a_hash():
         assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", entry) for entry in entries), name
 
 
-@pytest.mark.skipif(bool(os.environ.get("PY")), reason="make was given a Python of its own")
-def test_what_is_installed_is_what_is_locked():
+@pytest.mark.skipif(bool(os.environ.get("PY")), reason="PY selects another Python")
+def test_installed_versions_match_lock():
     for name, version in locked(HERE).items():
         assert importlib.metadata.version(name).split("+")[0] == version, name
 
 
-def test_the_stacks_are_the_documented_ones():
+def test_documented_stack_versions():
     documented = {"torch": "1.13.1", "deepspeed": "0.7.0", "pytorch-lightning": "1.9.5"}
     assert documented.items() <= pins("cu117").items()
     assert pins("cu117")["numpy"] < "2"
@@ -112,13 +116,15 @@ def test_the_stacks_are_the_documented_ones():
         )
 
 
-def test_a_local_build_does_not_pass_for_a_locked_version():
-    """pip takes torch 2.13.0+cpu for 2.13.0 where a find-links folder of the user holds it, and then refuses its hash."""
+def test_exact_version_pins():
+    """With `==`, pip would accept torch 2.13.0+cpu of a user's find-links folder as 2.13.0, and
+    fail on its hash.
+    """
     for name in ("modern", "modern-deepspeed"):
         assert not re.findall(r"^[\w.-]+==(?!=).*", (ROOT / f"env/locks/{name}.txt").read_text(), re.MULTILINE)
 
 
-def test_the_conda_environment_adds_no_pins_of_its_own():
+def test_conda_environment_pins():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
@@ -126,7 +132,7 @@ def test_the_conda_environment_adds_no_pins_of_its_own():
     assert [entry for entry in conda if "=" in entry] == ["python=3.10", "cuda-toolkit=11.7"]  # the documented commands
 
 
-def test_no_registry_or_index_is_named():
+def test_no_package_index_urls():
     for path in [*ROOT.glob("docker/**/*"), *ROOT.glob("env/**/*"), ROOT / "pyproject.toml", ROOT / "tests/oracle.txt"]:
         if path.is_file():
             assert not re.search(r"--(extra-)?index-url|--find-links|--trusted-host", path.read_text()), path

@@ -46,8 +46,8 @@ def test_supported_characters_kept(tmp_path):
 
 
 def test_fallback_font_used(tmp_path, monkeypatch):
-    """Installed fonts differ between machines: DejaVu's serif font acts as one that has a character
-    the default lacks.
+    """The default font lacks a character that another DejaVu font has (simulated, as installed
+    fonts differ).
     """
     has, lacking = plots._has, frozenset("ж")
     monkeypatch.setattr(

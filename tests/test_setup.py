@@ -1,4 +1,6 @@
-"""The ways in by conda and on Ubuntu: what they run, with stand-ins for the tools and for the release. No Ubuntu, no conda channel is needed."""
+"""Setup with conda and on Ubuntu: the commands run, with stubs for the tools and os-release.
+Neither Ubuntu nor conda is needed.
+"""
 
 import os
 import subprocess
@@ -12,7 +14,9 @@ ENOUGH = "bash env dirname basename cat grep head sed uname ls id".split()
 
 @pytest.fixture
 def machine(tmp_path):
-    """A machine of stand-ins: every tool given is a command that writes down its arguments; `release` is its os-release."""
+    """Run a command on a simulated machine: every given tool is a stub that records its arguments,
+    and `release` sets os-release.
+    """
     folder = tmp_path / "bin"
     folder.mkdir()
     for tool in ENOUGH:
@@ -47,7 +51,7 @@ UPDATE = " env update --name rwkv --file environment.yml"
         (["conda", "micromamba"], "micromamba", " create --yes --name rwkv --file environment.yml", " run --name rwkv"),
     ],
 )
-def test_make_env_takes_the_tool_that_is_there(machine, there, used, first, run):
+def test_conda_tool_selection(machine, there, used, first, run):
     done = machine("env/conda.sh", tools=there)
     assert done.returncode == 0, done.stderr
     made = [line for line in done.called if " env list" not in line]
@@ -56,19 +60,19 @@ def test_make_env_takes_the_tool_that_is_there(machine, there, used, first, run)
     assert f"{used} activate rwkv" in done.stdout
 
 
-def test_make_env_updates_what_micromamba_made(machine):
+def test_micromamba_update(machine):
     done = machine("env/conda.sh", micromamba="""[ "$1" != env ] || echo '  "/home/me/micromamba/envs/rwkv"'""")
     assert done.called[1] == "micromamba update --yes --name rwkv --file environment.yml"
 
 
-def test_make_env_stops_where_a_step_fails(machine):
+def test_make_env_failed_step(machine):
     done = machine("env/conda.sh", conda='[ "$1" != run ]')
     assert done.returncode == 1
     assert len(done.called) == 2
     assert "activate" not in done.stdout
 
 
-def test_without_conda_make_env_says_how_to_get_it(machine):
+def test_no_conda(machine):
     done = machine("env/conda.sh")
     assert done.returncode == 1
     assert "no mamba, micromamba or conda" in done.stderr
@@ -81,7 +85,7 @@ ALL = {"dpkg-query": "echo -n installed", "nvidia-smi": "echo 535.54.03"}
 
 
 @pytest.mark.parametrize("release", ["ubuntu 20.04", "ubuntu 22.04"])
-def test_a_bare_ubuntu_gets_the_documented_packages_and_conda(machine, release):
+def test_bare_ubuntu(machine, release):
     done = machine(
         "scripts/ubuntu-setup.sh", "--dry-run", tools=["apt-get", "sudo", "curl"], release=release, **NOTHING
     )
@@ -92,12 +96,12 @@ def test_a_bare_ubuntu_gets_the_documented_packages_and_conda(machine, release):
     assert "Miniforge3-Linux" in done.stdout
 
 
-def test_a_dry_run_does_nothing(machine):
+def test_dry_run(machine):
     done = machine("scripts/ubuntu-setup.sh", "--dry-run", tools=["apt-get", "sudo", "curl", "systemctl"], **NOTHING)
     assert {line.split()[0] for line in done.called} <= {"dpkg-query", "nvidia-smi"}
 
 
-def test_a_machine_that_has_everything_is_left_alone(machine):
+def test_nothing_to_install(machine):
     done = machine("scripts/ubuntu-setup.sh", tools=["apt-get", "sudo", "curl", "mamba"], **ALL)
     assert done.returncode == 0, done.stderr
     assert {line.split()[0] for line in done.called} == {"dpkg-query", "nvidia-smi"}
@@ -105,16 +109,16 @@ def test_a_machine_that_has_everything_is_left_alone(machine):
     assert "ok: mamba" in done.stdout
 
 
-def test_what_is_missing_is_installed_and_nothing_else(machine):
+def test_missing_package_installed(machine):
     has_all_but_haveged = {"dpkg-query": '[[ "$*" == *haveged ]] || echo -n installed', "nvidia-smi": "echo 470.1"}
     done = machine("scripts/ubuntu-setup.sh", "--no-conda", tools=["apt-get"], sudo='exec "$@"', **has_all_but_haveged)
     assert done.returncode == 0, done.stderr
     installs = [line for line in done.called if line.startswith("apt-get install")]
     assert installs == ["apt-get install -y haveged"]
-    assert "driver is 470.1, and CUDA 11.7 came with 515 and needs 450 at least" in done.stdout
+    assert "driver is 470.1, but CUDA 11.7 needs 450 or later (515 recommended)" in done.stdout
 
 
-def test_an_old_or_missing_driver_is_a_hint_and_not_an_error(machine):
+def test_missing_driver_is_a_hint(machine):
     done = machine(
         "scripts/ubuntu-setup.sh",
         "--no-conda",
@@ -122,18 +126,18 @@ def test_an_old_or_missing_driver_is_a_hint_and_not_an_error(machine):
         **{**ALL, "nvidia-smi": "exit 9"},
     )
     assert done.returncode == 0
-    assert "NVIDIA GPU and no working driver" in done.stdout
+    assert "NVIDIA GPU but no working driver" in done.stdout
 
 
 @pytest.mark.parametrize("release", ["ubuntu 18.04", "debian 12", "fedora 40"])
-def test_another_system_is_refused_by_name(machine, release):
+def test_unsupported_system(machine, release):
     done = machine("scripts/ubuntu-setup.sh", tools=["apt-get"], release=release)
     assert done.returncode == 1
     assert release in done.stderr
     assert done.called == []
 
 
-def test_an_unknown_option_is_refused_by_name(machine):
+def test_unknown_option(machine):
     done = machine("scripts/ubuntu-setup.sh", "--dry", tools=["apt-get"])
     assert done.returncode == 2
     assert "--dry is not one of --dry-run" in done.stderr
@@ -141,7 +145,7 @@ def test_an_unknown_option_is_refused_by_name(machine):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of what compose_env.sh sees."""
+    """A copy of the files that compose_env.sh uses."""
     for folder in ("docker", "models", "out"):
         (tmp_path / "c" / folder).mkdir(parents=True)
     (tmp_path / "c/docker/compose_env.sh").write_text((ROOT / "docker/compose_env.sh").read_text())
@@ -149,16 +153,16 @@ def checkout(tmp_path):
 
 
 @pytest.mark.parametrize(("gpu", "files"), [("exit 0", "compose.yaml"), ("exit 9", "compose.yaml:compose.cpu.yaml")])
-def test_compose_env_says_who_runs_and_whether_there_is_a_gpu(checkout, machine, gpu, files):
+def test_compose_env(checkout, machine, gpu, files):
     machine("ls", **{"nvidia-smi": gpu})
     environment = {"PATH": f"{checkout.parent / 'bin'}:{os.environ['PATH']}", "HOME": str(checkout)}
     write = ["bash", "docker/compose_env.sh", "modern"]
     done = subprocess.run(write, cwd=checkout, capture_output=True, text=True, env=environment, check=True)
     values = dict(line.split("=", 1) for line in (checkout / ".env").read_text().splitlines())
-    uid, gid = (os.getuid(), os.getgid()) if os.getuid() else (1000, 1000)  # jobs do not run as root, even if we are
+    uid, gid = (os.getuid(), os.getgid()) if os.getuid() else (1000, 1000)  # jobs never run as root
     assert values == {"COMPOSE_FILE": files, "STACK": "modern", "UID": str(uid), "GID": str(gid)}
     assert (checkout / "out").stat().st_uid == uid
     (checkout / ".env").write_text("MINE=1\n")
     done = subprocess.run(write, cwd=checkout, capture_output=True, text=True, env=environment, check=True)
-    assert "left as it is" in done.stdout
+    assert ".env exists and is unchanged" in done.stdout
     assert (checkout / ".env").read_text() == "MINE=1\n"

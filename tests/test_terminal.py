@@ -51,7 +51,7 @@ print("ended", file=sys.stderr)
 
 
 class Terminal:
-    """A process in a pseudo-terminal: type input and wait for output."""
+    """A chat process in a pseudo-terminal: type input and wait for output."""
 
     def __init__(self, max_tokens: int):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "LC_ALL": "C.UTF-8"}
@@ -64,7 +64,9 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def interrupt(self, text: str) -> None:
-        """Press Ctrl-C until the text appears: CPython loses one that comes between readline's prompt and its wait for a key."""
+        """Press Ctrl-C until the text appears: CPython loses one between readline's prompt and its
+        wait for a key.
+        """
         for _ in range(30):
             self.type("\x03")
             with contextlib.suppress(AssertionError):
@@ -126,9 +128,8 @@ def test_chat_line_editing_history_and_commands(terminal):
     chat.type(" /x\n")
     chat.wait("Assistant: /X\n")
     chat.wait("User: ")
-    chat.type(
-        "\x1b[200~one\ntwo\x1b[201~\n"
-    )  # pasted: https://invisible-island.net/xterm/ctlseqs/ctlseqs.html, bracketed paste
+    # bracketed paste: https://invisible-island.net/xterm/ctlseqs/ctlseqs.html
+    chat.type("\x1b[200~one\ntwo\x1b[201~\n")
     chat.wait("Assistant: ONE\nTWO\n")
     chat.wait("User: ")
     chat.type("/exit\n")

@@ -1,4 +1,5 @@
-// torch.ops.rwkv: names and schemas. The one file that includes torch's dispatcher, which takes seconds to compile.
+// Operator names and schemas of torch.ops.rwkv. The only file that includes torch's dispatcher,
+// whose headers take seconds to compile.
 #include <torch/library.h>
 
 #include <string>
@@ -8,41 +9,54 @@
 #include "common/operations.h"
 
 TORCH_LIBRARY(rwkv, library) {
-  // An operation on CPUs as it is, on GPUs named cuda_ and with the device and the stream.
-  const auto both = [&](const std::string& cpu, const std::string& gpu, const std::string& inputs, const std::string& more, const std::string& outputs,
-                        auto* on_cpu, auto* on_gpu) {
+  // Registers the CPU operator `cpu`, and the CUDA operator `gpu` with the extra arguments device
+  // and stream.
+  const auto define_pair = [&](const std::string& cpu, const std::string& gpu, const std::string& inputs,
+                               const std::string& gpu_inputs, const std::string& outputs, auto* on_cpu, auto* on_gpu) {
     library.def((cpu + "(" + inputs + ") -> " + outputs).c_str(), on_cpu);
-    library.def((gpu + "(" + inputs + more + ", int device, int stream) -> " + outputs).c_str(), on_gpu);
+    library.def((gpu + "(" + inputs + gpu_inputs + ", int device, int stream) -> " + outputs).c_str(), on_gpu);
   };
-  const auto wkv4 = [&](const std::string& way, const std::string& inputs, const std::string& outputs, auto* on_cpu, auto* on_gpu) {
-    both("wkv4_cpu_" + way, "wkv4_cuda_" + way, "Tensor w, Tensor u, Tensor k, Tensor v, " + inputs, ", int segment", outputs, on_cpu, on_gpu);
+  const auto wkv4 = [&](const std::string& direction, const std::string& inputs, const std::string& outputs,
+                        auto* on_cpu, auto* on_gpu) {
+    define_pair("wkv4_cpu_" + direction, "wkv4_cuda_" + direction, "Tensor w, Tensor u, Tensor k, Tensor v, " + inputs,
+                ", int segment", outputs, on_cpu, on_gpu);
   };
-  const auto fused = [&](const std::string& name, const std::string& inputs, const std::string& outputs, auto* on_cpu, auto* on_gpu) {
-    both(name, "cuda_" + name, inputs, "", outputs, on_cpu, on_gpu);
-  };
-  wkv4("forward", "Tensor? state, Tensor? initial, Tensor? reset", "(Tensor y, Tensor state, Tensor kept)", cpu::wkv4_forward, gpu::wkv4_forward);
-  wkv4("backward", "Tensor? initial, Tensor? reset, Tensor kept, Tensor gy, Tensor? gstate", "(Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate, Tensor ginitial)", cpu::wkv4_backward,
+  const auto fused = [&](const std::string& name, const std::string& inputs, const std::string& outputs, auto* on_cpu,
+                         auto* on_gpu) { define_pair(name, "cuda_" + name, inputs, "", outputs, on_cpu, on_gpu); };
+  wkv4("forward", "Tensor? state, Tensor? initial, Tensor? reset", "(Tensor y, Tensor state, Tensor saved)",
+       cpu::wkv4_forward, gpu::wkv4_forward);
+  wkv4("backward", "Tensor? initial, Tensor? reset, Tensor saved, Tensor gy, Tensor? gstate",
+       "(Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate, Tensor ginitial)", cpu::wkv4_backward,
        gpu::wkv4_backward);
-  library.def("wkv7_cpu_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, Tensor? initial, Tensor? reset)"
-              " -> (Tensor y, Tensor state, Tensor saved)", cpu::wkv7_forward);
-  library.def("wkv7_cpu_backward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? initial, Tensor? reset, Tensor saved,"
-              " Tensor gy, Tensor? gstate) -> (Tensor gr, Tensor gw, Tensor gk, Tensor gv, Tensor ga, Tensor gb, Tensor gstate, Tensor ginitial)",
-              cpu::wkv7_backward);
-  fused("norm_forward", "Tensor x, Tensor w, Tensor b, float eps, ScalarType inside", "(Tensor y, Tensor stats)", cpu::norm_forward, gpu::norm_forward);
-  fused("norm_backward", "Tensor gy, Tensor? past, Tensor x, Tensor w, Tensor stats, bool affine", "(Tensor gx, Tensor gw, Tensor gb)", cpu::norm_backward,
-        gpu::norm_backward);
-  fused("mix_forward", "Tensor x, Tensor last, Tensor? initial, Tensor? reset, Tensor mix", "Tensor[]", cpu::mix_forward, gpu::mix_forward);
-  fused("mix_backward", "Tensor[] gy, Tensor x, Tensor last, Tensor? initial, Tensor? reset, Tensor mix, bool want_mix", "(Tensor gx, Tensor glast, Tensor gmix)",
-        cpu::mix_backward, gpu::mix_backward);
-  fused("gate_forward", "Tensor? x, Tensor r, Tensor v", "Tensor", cpu::gate_forward, gpu::gate_forward);
-  fused("gate_backward", "Tensor g, Tensor r, Tensor v", "(Tensor gr, Tensor gv)", cpu::gate_backward, gpu::gate_backward);
+  library.def(
+      "wkv7_cpu_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, Tensor? initial, "
+      "Tensor? reset) -> (Tensor y, Tensor state, Tensor saved)",
+      cpu::wkv7_forward);
+  library.def(
+      "wkv7_cpu_backward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? initial, Tensor? reset, "
+      "Tensor saved, Tensor gy, Tensor? gstate) -> (Tensor gr, Tensor gw, Tensor gk, Tensor gv, Tensor ga, Tensor gb, "
+      "Tensor gstate, Tensor ginitial)",
+      cpu::wkv7_backward);
+  fused("norm_forward", "Tensor x, Tensor w, Tensor b, float eps, ScalarType y_dtype", "(Tensor y, Tensor stats)",
+        cpu::norm_forward, gpu::norm_forward);
+  fused("norm_backward", "Tensor gy, Tensor x, Tensor w, Tensor stats, bool affine",
+        "(Tensor gx, Tensor gw, Tensor gb)", cpu::norm_backward, gpu::norm_backward);
+  fused("mix_forward", "Tensor x, Tensor last, Tensor? initial, Tensor? reset, Tensor mix", "Tensor[]",
+        cpu::mix_forward, gpu::mix_forward);
+  fused("mix_backward", "Tensor[] gy, Tensor x, Tensor last, Tensor? initial, Tensor? reset, Tensor mix, bool want_mix",
+        "(Tensor gx, Tensor glast, Tensor gmix)", cpu::mix_backward, gpu::mix_backward);
+  fused("gate_forward", "Tensor r, Tensor v", "Tensor", cpu::gate_forward, gpu::gate_forward);
+  fused("gate_backward", "Tensor g, Tensor r, Tensor v", "(Tensor gr, Tensor gv)", cpu::gate_backward,
+        gpu::gate_backward);
   fused("relu2_forward", "Tensor k", "Tensor", cpu::relu2_forward, gpu::relu2_forward);
   fused("relu2_backward", "Tensor g, Tensor k", "Tensor", cpu::relu2_backward, gpu::relu2_backward);
   fused("dropout", "Tensor x, int seed, float p", "Tensor", cpu::dropout, gpu::dropout);
   fused("dropout_add", "Tensor(a!) y, Tensor x, int seed, float p", "()", cpu::dropout_add, gpu::dropout_add);
-  fused("loss", "Tensor(a!) logits, Tensor target, float pull, bool gradient", "Tensor", cpu::loss, gpu::loss);
-  library.def("adam(Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, float step, float rate, float beta1, float beta2, float eps, float decay, bool decoupled,"
-              " float clip) -> ()", cpu::adam);
-  library.def("cpu_vectors(str most) -> str", choose_cpu_width);
+  fused("loss", "Tensor(a!) logits, Tensor target, float l2wrap, bool gradient", "Tensor", cpu::loss, gpu::loss);
+  library.def(
+      "adam(Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, float step, float rate, float beta1, float beta2, "
+      "float eps, float decay, bool decoupled, float clip) -> ()",
+      cpu::adam);
+  library.def("cpu_vectors(str limit) -> str", choose_cpu_width);
   library.def("cuda_load(int device, str path) -> ()", launcher::load);
 }

@@ -1,4 +1,4 @@
-// The CPU unit's loops for AVX2 with FMA (Intel since 2013, AMD since 2015).
+// The CPU loops for AVX2 with FMA (Intel since 2013, AMD since 2015).
 #ifdef __x86_64__
 #pragma GCC target("arch=haswell")
 #define WKV_BYTES 32

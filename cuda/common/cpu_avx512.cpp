@@ -1,4 +1,4 @@
-// The CPU unit's loops for AVX-512 (Intel servers since 2017, AMD since 2022).
+// The CPU loops for AVX-512 (Intel servers since 2017, AMD since 2022).
 #ifdef __x86_64__
 #pragma GCC target("arch=skylake-avx512")
 #define WKV_BYTES 64

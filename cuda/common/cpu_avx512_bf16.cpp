@@ -1,5 +1,5 @@
-// The CPU unit's loops for AVX-512 with conversion to bf16 (Intel since 2020, AMD since 2022). GCC has it since version 10; where it has not,
-// cpu_width.cpp does not choose it.
+// The CPU loops for AVX-512 with bf16 conversion (Intel since 2020, AMD since 2022). Needs GCC 10;
+// with an older GCC, cpu_width.cpp does not select it.
 #ifdef __x86_64__
 #if __GNUC__ >= 10
 #pragma GCC target("arch=skylake-avx512", "avx512bf16")

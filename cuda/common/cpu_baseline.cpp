@@ -1,4 +1,4 @@
-// The CPU unit's loops for what every processor of the architecture has.
+// The CPU loops for the baseline instruction set of the architecture.
 #define WKV_BYTES 16
 #define LOOPS(operations) operations##_loops_baseline
 #include "wkv4/wkv4_cpu_loops.h"

@@ -1,5 +1,6 @@
-// Vectors of WKV_BYTES bytes for the CPU unit's loops: arithmetic, e^x, and blocks of neighbouring channels read from and written to fp32 or
-// bf16. Included once by each file that names its target and WKV_BYTES.
+// Vectors of WKV_BYTES bytes for the CPU loops: arithmetic, e^x, and blocks of neighbouring
+// channels loaded from and stored to fp32 or bf16. Each including file sets the target and
+// WKV_BYTES first.
 #pragma once
 #include <stdint.h>
 #ifdef __x86_64__
@@ -13,7 +14,7 @@ typedef int32_t wkv_int __attribute__((vector_size(WKV_BYTES)));
 typedef uint32_t wkv_bits __attribute__((vector_size(WKV_BYTES)));
 typedef int16_t wkv_shorts __attribute__((vector_size(WKV_BYTES)));
 
-// The second where one is NaN, as x > y ? x : y, which GCC does not always see to be one instruction.
+// Like x > y ? x : y, so y if one is NaN. GCC does not always compile that to one instruction.
 #ifdef __x86_64__
 #define WKV_PAIR(operation) (wkv_float) WKV_INTRINSIC(operation)((WKV_INTRINSIC_TYPE)x, (WKV_INTRINSIC_TYPE)y)
 #if WKV_BYTES == 64
@@ -32,12 +33,14 @@ WKV_FN wkv_float wkv_min(wkv_float x, wkv_float y) { return WKV_PAIR(min); }
 WKV_FN wkv_float wkv_max(wkv_float x, wkv_float y) { return x > y ? x : y; }
 WKV_FN wkv_float wkv_min(wkv_float x, wkv_float y) { return x < y ? x : y; }
 #endif
-// As unsigned integers: of floats without their sign the larger, and NaN above all.
+// The maximum as unsigned integers: for floats with the sign bit cleared it is the larger one, and
+// NaN is the largest of all.
 WKV_FN wkv_bits wkv_max_bits(wkv_bits x, wkv_bits y) { return x > y ? x : y; }
 WKV_FN wkv_float wkv_divide(wkv_float x, wkv_float y) { return x / y; }
 WKV_FN wkv_float wkv_negative_magnitude(wkv_float x) { return (wkv_float)((wkv_bits)x | 0x80000000u); }
 
-// e^x for x from -87 to 87, to 1.5 units in the last place: x = n·ln2 + r with |r| <= ln2/2, a polynomial for e^r, n added to the exponent's bits.
+// e^x for -87 <= x <= 87, to 1.5 ulp: x = n·ln2 + r with |r| <= ln2/2, a polynomial for e^r, and n
+// added to the exponent bits.
 WKV_FN wkv_float wkv_exp_in_range(wkv_float x) {
   const wkv_float rounded = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits now hold n
   const wkv_float r = x - (rounded - 12582912.0f) * 0.693147181f;
@@ -49,13 +52,14 @@ WKV_FN wkv_float wkv_exp_in_range(wkv_float x) {
   return (wkv_float)((wkv_bits)y + ((wkv_bits)rounded << 23));
 }
 
-// e^x for x up to 87: below -87, where fp32's normal numbers end, it is 0. NaN stays NaN where its low 9 bits are 0 (see `tidy`).
+// e^x for x <= 87; 0 below -87, where the normal fp32 numbers end. NaN stays NaN if its low 9 bits
+// are 0 (see canonical_nan).
 WKV_FN wkv_float wkv_exp(wkv_float x) {
   const wkv_float least = wkv_float{} - 87.0f, power = wkv_exp_in_range(wkv_max(least, x));
   return least > x ? wkv_float{} : power;
 }
 
-WKV_FN bool all(wkv_int x) {  // of the truth values of a comparison
+WKV_FN bool all(wkv_int x) {  // lanes of a comparison
   int32_t found = -1;
   for (int i = 0; i < WKV_BYTES / 4; i++) found &= x[i];
   return found;
@@ -65,26 +69,29 @@ namespace {
 
 struct bf16 { uint16_t bits; };
 constexpr int LANES = WKV_BYTES / 4;
-constexpr int GROUPS = 2;                  // two chains of dependent operations, side by side
-constexpr int64_t BLOCK = GROUPS * LANES;  // channels whose state stays in registers while time runs
+constexpr int GROUPS = 2;                  // independent dependency chains
+constexpr int64_t BLOCK = GROUPS * LANES;  // channels processed together, with their state in registers
 
-
-// A block is two vectors, g = 0 and 1. In fp32 they are its first and its second half; in bf16 its even and its odd channels, which are
-// the low and the high halves of its 32-bit words, so that widening takes a shift or a mask. With n < BLOCK only the first n channels
-// are read or written.
+// A block is two vectors, g = 0 and 1. In fp32 order they are its first and second half. In bf16
+// order they are its even and odd channels, the low and high halves of 32-bit words, so that
+// widening is a shift or a mask. If n < BLOCK, only the first n channels are loaded or stored.
 #define EACH_GROUP _Pragma("GCC unroll 2") for (int g = 0; g < GROUPS; g++)
 struct Block { wkv_float g[GROUPS]; };
 
-template <class X, class E> WKV_FN void read(X& x, const E* from, int64_t n) { __builtin_memcpy(&x, from, n * sizeof(E)); }
+template <class X, class E>
+WKV_FN void read(X& x, const E* from, int64_t n) {
+  __builtin_memcpy(&x, from, n * sizeof(E));
+}
 template <class X, class E> WKV_FN void write(E* to, const X& x, int64_t n) { __builtin_memcpy(to, &x, n * sizeof(E)); }
 
-// Every NaN becomes the usual one: its low bits would reach the exponent in wkv_exp, or overflow in `nearest`.
-WKV_FN Block tidy(Block x) {
+// Replaces every NaN by the canonical one. Other payload bits would reach the exponent in wkv_exp
+// or overflow in round_to_bf16.
+WKV_FN Block canonical_nan(Block x) {
   EACH_GROUP x.g[g] = x.g[g] == x.g[g] ? x.g[g] : wkv_float{} + __builtin_nanf("");
   return x;
 }
 
-// fp32 tensors, in the order that goes with E.
+// fp32 tensors, in the block order of E.
 template <class E, bool FULL>
 WKV_FN Block load(const float* from, int64_t n) {
   Block x = {};
@@ -111,8 +118,10 @@ WKV_FN Block load(const bf16* from, int64_t n) {
   read(x, from, FULL ? BLOCK : n);
   return {(wkv_float)(x << 16), (wkv_float)(x & 0xffff0000u)};
 }
-// bf16 in the upper half, ties to even. (The processor's own instruction, where it is used, takes denormal numbers for 0.) NaN stays NaN, as no operation makes one with all bits set (and `tidy` admits none).
-WKV_FN wkv_bits nearest(wkv_float x) {
+// Rounds to bf16 in the upper half, ties to even. (The AVX-512 instruction, where used, flushes
+// denormals to 0.) NaN stays NaN: no operation produces one with all bits set, and canonical_nan
+// removes such inputs.
+WKV_FN wkv_bits round_to_bf16(wkv_float x) {
   const wkv_bits bits = (wkv_bits)x;
   return bits + 0x7fffu + (bits >> 16 & 1u);
 }
@@ -123,7 +132,7 @@ WKV_FN void store(bf16* to, const Block& x, int64_t n) {
   for (int i = 0; i < BLOCK; i++) zip[i] = i / 2 + i % 2 * LANES;
   write(to, __builtin_shuffle((wkv_shorts)_mm512_cvtne2ps_pbh((__m512)x.g[1], (__m512)x.g[0]), zip), FULL ? BLOCK : n);
 #else
-  write(to, nearest(x.g[0]) >> 16 | (nearest(x.g[1]) & 0xffff0000u), FULL ? BLOCK : n);
+  write(to, round_to_bf16(x.g[0]) >> 16 | (round_to_bf16(x.g[1]) & 0xffff0000u), FULL ? BLOCK : n);
 #endif
 }
 

@@ -1,8 +1,10 @@
-// Which vector unit the CPU loops use: the widest that the processor has, or one asked for (tests run them all).
+// The vector width of the CPU loops: the widest that the processor supports, or an explicitly
+// selected one (tests run all of them).
 #pragma once
 #include <string>
 
 enum class Width { baseline, avx2, avx512, avx512_bf16 };
 
 Width cpu_width();
-std::string choose_cpu_width(const std::string& most);  // the widest that is not wider than this ("": no limit); its name
+// Selects the widest supported vector width up to `limit` ("": no limit) and returns its name.
+std::string choose_cpu_width(const std::string& limit);

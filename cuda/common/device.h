@@ -1,15 +1,17 @@
-// What the CUDA unit's kernels stand on: numbers as they are stored, arithmetic, and a thread's place among others. It includes no CUDA
-// header. Tests, which run the kernels on a CPU, define in its first half's place what is there (tests/wkv/fake_driver.cpp).
+// Types, arithmetic and thread indices for the CUDA kernels. Includes no CUDA header. Tests that
+// run the kernels on a CPU provide the first half themselves (tests/wkv/fake_driver.cpp).
 #pragma once
 
 #ifdef __CUDACC_RTC__
 #define WKV_FN static __device__ __forceinline__
-#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)  // threads of a block, and how many blocks an SM is to hold
+#define KERNEL(...) \
+  extern "C" __global__ void __launch_bounds__(__VA_ARGS__)  // max threads per block, min blocks per SM
 #define WKV_MEMBER __device__ __forceinline__
 #define SHARED __shared__
 typedef float wkv_float;
 typedef unsigned wkv_bits;
-WKV_FN float wkv_exp(float x) { return __expf(x); }  // x <= 0: its error, 2^-22 + |x| 2^-23 of e^x, vanishes beside the 1 of a pair
+// For x <= 0. Its relative error, 2^-22 + |x| 2^-23, is negligible next to the 1 of a pair.
+WKV_FN float wkv_exp(float x) { return __expf(x); }
 WKV_FN float wkv_max(float x, float y) { return fmaxf(x, y); }
 WKV_FN float wkv_negative_magnitude(float x) { return -fabsf(x); }
 WKV_FN float wkv_divide(float x, float y) { return __fdividef(x, y); }
@@ -17,18 +19,26 @@ WKV_FN float square_root(float x) { return sqrtf(x); }
 WKV_FN float as_float(unsigned x) { return __uint_as_float(x); }
 WKV_FN unsigned as_bits(float x) { return __float_as_uint(x); }
 WKV_FN float fp16_to_float(unsigned short x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
-WKV_FN unsigned short float_to_fp16(float x) { unsigned short y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
-WKV_FN float multiply(float x, float y) { return __fmul_rn(x, y); }  // rounded by itself, never fused with an addition
+WKV_FN unsigned short float_to_fp16(float x) {
+  unsigned short y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+}
+WKV_FN float multiply(float x, float y) { return __fmul_rn(x, y); }  // never fused into an FMA
 WKV_FN unsigned block_number() { return blockIdx.x; }
-WKV_FN unsigned thread_number() { return threadIdx.x; }  // in its block
+WKV_FN unsigned thread_number() { return threadIdx.x; }
 WKV_FN unsigned block_size() { return blockDim.x; }
 WKV_FN long long thread_index() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
 WKV_FN void barrier() { __syncthreads(); }
 template <class V> WKV_FN V shuffle_xor(V x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 #if __CUDA_ARCH__ >= 800
-WKV_FN unsigned short float_to_bf16(float x) { unsigned short y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+WKV_FN unsigned short float_to_bf16(float x) {
+  unsigned short y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+}
 #else
-WKV_FN unsigned short float_to_bf16(float x) {  // to the nearest, ties to even
+WKV_FN unsigned short float_to_bf16(float x) {  // round to nearest even
   const unsigned bits = __float_as_uint(x);
   return x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fffu;
 }

@@ -1,3 +1,3 @@
-// The CUDA unit: all kernels, in one module. NVRTC compiles this file.
+// All CUDA kernels as one module; the file that NVRTC compiles.
 #include "wkv4/wkv4.cu"
 #include "elementwise/fused.cu"

@@ -1,4 +1,5 @@
-// Loads libcuda when it is first needed, a module per device, and launches in the device's primary context.
+// Loads libcuda on first use and one module per device, and launches in the primary context of the
+// device.
 #include "common/launcher.h"
 
 #include <dlfcn.h>
@@ -12,8 +13,8 @@
 namespace launcher {
 namespace {
 
-// The part of the driver's interface that is needed, from "CUDA Driver API"; it has been stable since CUDA 7.0. Declared here, so that
-// no CUDA header is needed to build.
+// The part of the CUDA driver API that is used, stable since CUDA 7.0. Declared here, so that
+// building needs no CUDA header.
 using Result = int;
 using Context = void*;
 using Module = void*;
@@ -21,7 +22,8 @@ using Function = void*;
 
 template <class F> void find(void* library, const char* name, F& function) {
   function = reinterpret_cast<F>(dlsym(library, name));
-  if (!function) throw std::runtime_error(std::string("the NVIDIA driver has no ") + name + ": it is older than CUDA 7.0; update it");
+  if (!function)
+    throw std::runtime_error(std::string("the NVIDIA driver has no ") + name + ": it predates CUDA 7.0; update it");
 }
 
 struct Driver {
@@ -34,13 +36,14 @@ struct Driver {
   Result (*pop)(Context*);
   Result (*load_data)(Module*, const void* image);
   Result (*get_function)(Function*, Module, const char* name);
-  Result (*launch)(Function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream,
-                   void** parameters, void** extra);
+  Result (*launch)(Function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, void* stream, void** parameters, void** extra);
 
   Driver() {
     void* library = dlopen("libcuda.so.1", RTLD_NOW);
     if (!library)
-      throw std::runtime_error(std::string("no NVIDIA driver found (") + dlerror() + "); install one, or in a container run with the NVIDIA container toolkit");
+      throw std::runtime_error(std::string("no NVIDIA driver found (") + dlerror() +
+                               "); install one, or in a container use the NVIDIA Container Toolkit");
     find(library, "cuInit", init);
     find(library, "cuGetErrorName", error_name);
     find(library, "cuGetErrorString", error_string);
@@ -59,22 +62,26 @@ struct Driver {
     const char *name = nullptr, *text = nullptr;
     error_name(result, &name);
     error_string(result, &text);
-    std::string message = what + ": " + (name ? name : "error " + std::to_string(result)) + (text ? std::string(" (") + text + ")" : "");
-    if (result == 209) message += ". The kernels hold no code for this GPU: run make kernels, or take the other stack (make venv STACK=modern)";
-    if (result == 218 || result == 222) message += ". The driver is older than the compiler of these kernels: update it, or take the default stack (CUDA 11.7)";
-    if (result == 700) message += ". An earlier kernel of this process went wrong; run with CUDA_LAUNCH_BLOCKING=1 to see which";
+    std::string message =
+        what + ": " + (name ? name : "error " + std::to_string(result)) + (text ? std::string(" (") + text + ")" : "");
+    if (result == 209)
+      message +=
+          ". There are no kernels for this GPU: run make kernels, or use the other stack (make venv STACK=modern)";
+    if (result == 218 || result == 222)
+      message += ". The driver is too old for these kernels: update it, or use the default stack (CUDA 11.7)";
+    if (result == 700) message += ". An earlier kernel of this process failed; CUDA_LAUNCH_BLOCKING=1 shows which";
     throw std::runtime_error(message);
   }
 };
 
 const Driver& driver() {
-  static const Driver it;  // a constructor that throws is tried again next time
-  return it;
+  static const Driver instance;  // retried on the next call if the constructor throws
+  return instance;
 }
 
-struct Current {  // a context that is current while this lives
-  explicit Current(Context context) { driver().check(driver().push(context), "cuCtxPushCurrent"); }
-  ~Current() { Context popped; driver().pop(&popped); }
+struct ScopedContext {  // pushes a context, and pops it when destroyed
+  explicit ScopedContext(Context context) { driver().check(driver().push(context), "cuCtxPushCurrent"); }
+  ~ScopedContext() { Context popped; driver().pop(&popped); }
 };
 
 struct Device {
@@ -97,8 +104,9 @@ void load(int64_t device, const std::string& path) {
   int ordinal;
   driver().check(driver().device_get(&ordinal, int(device)), "cuDeviceGet");
   driver().check(driver().retain(&loaded.context, ordinal), "cuDevicePrimaryCtxRetain");
-  const Current current(loaded.context);
-  driver().check(driver().load_data(&loaded.module, image.str().c_str()), "cuModuleLoadData " + path);  // PTX ends at c_str's zero
+  const ScopedContext current(loaded.context);
+  driver().check(driver().load_data(&loaded.module, image.str().c_str()),
+                 "cuModuleLoadData " + path);  // PTX must be null-terminated
   devices[device] = loaded;
 }
 
@@ -108,19 +116,24 @@ void launch(int64_t device, void* stream, const std::string& kernel, int64_t blo
   {
     const std::lock_guard<std::mutex> lock(mutex);
     const auto found = devices.find(device);
-    if (found == devices.end()) throw std::runtime_error("no kernels are loaded for device " + std::to_string(device));
+    if (found == devices.end()) throw std::runtime_error("no kernels loaded for device " + std::to_string(device));
     context = found->second.context;
     Function& known = found->second.kernels[kernel];
     if (!known) {
-      const Current current(context);
-      driver().check(driver().get_function(&known, found->second.module, kernel.c_str()), "cuModuleGetFunction " + kernel);
+      const ScopedContext current(context);
+      driver().check(driver().get_function(&known, found->second.module, kernel.c_str()),
+                     "cuModuleGetFunction " + kernel);
     }
     function = known;
   }
-  if (blocks > 0x7fffffff) throw std::runtime_error(kernel + ": " + std::to_string(blocks) + " blocks, and CUDA starts at most 2147483647; split the batch");
+  if (blocks > 0x7fffffff)
+    throw std::runtime_error(kernel + ": " + std::to_string(blocks) +
+                             " blocks exceed the CUDA limit of 2147483647; use a smaller batch");
   void* parameters[] = {const_cast<void*>(args)};
-  const Current current(context);
-  driver().check(driver().launch(function, unsigned(blocks), 1, 1, unsigned(threads), 1, 1, 0, stream, parameters, nullptr), "cuLaunchKernel " + kernel);
+  const ScopedContext current(context);
+  driver().check(
+      driver().launch(function, unsigned(blocks), 1, 1, unsigned(threads), 1, 1, 0, stream, parameters, nullptr),
+      "cuLaunchKernel " + kernel);
 }
 
 }  // namespace launcher

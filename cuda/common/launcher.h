@@ -1,17 +1,19 @@
-// Starts the CUDA unit's kernels through NVIDIA's driver, which is looked for when it is first needed: a machine without one can load
-// the library that this is part of.
+// Launches the CUDA kernels through the NVIDIA driver, which is loaded on first use: the library
+// also loads on machines without one.
 #pragma once
 #include <cstdint>
 #include <string>
 
 namespace launcher {
 
-// Load a cubin or PTX file for a device, once; later calls for the same device do nothing.
-// Throws std::runtime_error: no driver, a file that cannot be read, or what the driver says, with a remedy where there is one.
+// Loads a cubin or PTX file for a device; later calls for the same device do nothing. Throws
+// std::runtime_error if there is no driver, the file cannot be read, or the driver reports an
+// error.
 void load(int64_t device, const std::string& path);
 
-// Run a kernel in `blocks` blocks of `threads` on a stream of the device, in its primary context (torch's), whichever thread calls; `args` is
-// what the kernel is called with. The caller's context is current again afterwards. Returns at once, as launches do. Throws std::runtime_error.
+// Launches a kernel with `blocks` blocks of `threads` threads on a stream of the device, in its
+// primary context (the one torch uses), from any thread. `args` points to the kernel argument.
+// Asynchronous; the caller's current context is restored. Throws std::runtime_error.
 void launch(int64_t device, void* stream, const std::string& kernel, int64_t blocks, int threads, const void* args);
 
 }  // namespace launcher

@@ -1,5 +1,6 @@
-// What torch.ops.rwkv calls (binding.cpp): each operation on CPUs and, with the device and the stream to launch on, on GPUs. wkv4.cpp, fused.cpp
-// and fused_gpu.cpp have them. No header of torch's that knows all its operators is included: they take most of the time of compiling.
+// The operators behind torch.ops.rwkv (binding.cpp), for CPUs and, with the device and the stream
+// to launch on, for GPUs. Implemented in wkv4.cpp, wkv7.cpp, fused.cpp and fused_gpu.cpp. None of
+// torch's headers that declare every operator are included: they dominate compile time.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <torch/version.h>
@@ -8,67 +9,82 @@
 #include <tuple>
 #include <vector>
 
-#if TORCH_VERSION_MAJOR >= 2  // takes std::optional, torch 1 its own
+#if TORCH_VERSION_MAJOR >= 2  // torch 2 uses std::optional, torch 1 its own
 template <class T> using Optional = std::optional<T>;
 #else
 template <class T> using Optional = c10::optional<T>;
 #endif
 
-inline const at::Tensor* given(const Optional<at::Tensor>& x) { return x.has_value() && x->defined() ? &*x : nullptr; }
+inline const at::Tensor* or_null(const Optional<at::Tensor>& x) {
+  return x.has_value() && x->defined() ? &*x : nullptr;
+}
 
 using at::Tensor;
-using Outputs = std::tuple<Tensor, Tensor, Tensor>;                    // of WKV: y, state, kept
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // of w, u, k, v, state, initial (undefined without it)
-
-using Wkv7GradientTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // r, w, k, v, a, b, state, initial
+using Outputs = std::tuple<Tensor, Tensor, Tensor>;  // y, state, saved
+// Of w, u, k, v, state and initial; the last is undefined without `initial`.
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// Of r, w, k, v, a, b, state and initial; the last is undefined without `initial`.
+using Wkv7GradientTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 namespace cpu {
 
-Outputs wkv7_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
-                     const Optional<Tensor>& state, const Optional<Tensor>& initial, const Optional<Tensor>& reset);
-Wkv7GradientTensors wkv7_backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
-                                  const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& saved, const Tensor& gy,
-                                  const Optional<Tensor>& gstate);
-
-Outputs wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& state, const Optional<Tensor>& initial,
+Outputs wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& state,
+                     const Optional<Tensor>& initial, const Optional<Tensor>& reset);
+Gradients wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                        const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& saved,
+                        const Tensor& gy, const Optional<Tensor>& gstate);
+Outputs wkv7_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
+                     const Tensor& b, const Optional<Tensor>& state, const Optional<Tensor>& initial,
                      const Optional<Tensor>& reset);
-Gradients wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& kept, const Tensor& gy,
-                        const Optional<Tensor>& gstate);
-std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const Tensor& w, const Tensor& b, double eps, at::ScalarType inside);
-std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& gy, const Optional<Tensor>& past, const Tensor& x, const Tensor& w, const Tensor& stats, bool affine);
-std::vector<Tensor> mix_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& mix);
-std::tuple<Tensor, Tensor, Tensor> mix_backward(at::TensorList gy, const Tensor& x, const Tensor& last, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& mix, bool want_mix);
-Tensor gate_forward(const Optional<Tensor>& x, const Tensor& r, const Tensor& v);
+Wkv7GradientTensors wkv7_backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
+                                  const Tensor& b, const Optional<Tensor>& initial, const Optional<Tensor>& reset,
+                                  const Tensor& saved, const Tensor& gy, const Optional<Tensor>& gstate);
+std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const Tensor& w, const Tensor& b, double eps,
+                                        at::ScalarType y_dtype);
+std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& gy, const Tensor& x, const Tensor& w,
+                                                 const Tensor& stats, bool affine);
+std::vector<Tensor> mix_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& initial,
+                                const Optional<Tensor>& reset, const Tensor& mix);
+std::tuple<Tensor, Tensor, Tensor> mix_backward(at::TensorList gy, const Tensor& x, const Tensor& last,
+                                                const Optional<Tensor>& initial, const Optional<Tensor>& reset,
+                                                const Tensor& mix, bool want_mix);
+Tensor gate_forward(const Tensor& r, const Tensor& v);
 std::tuple<Tensor, Tensor> gate_backward(const Tensor& g, const Tensor& r, const Tensor& v);
 Tensor relu2_forward(const Tensor& k);
 Tensor relu2_backward(const Tensor& g, const Tensor& k);
 Tensor dropout(const Tensor& x, int64_t seed, double p);
 void dropout_add(const Tensor& y, const Tensor& x, int64_t seed, double p);
-Tensor loss(const Tensor& logits, const Tensor& target, double pull, bool gradient);
-void adam(const Tensor& p, const Tensor& g, const Tensor& m, const Tensor& v, double step, double rate, double beta1, double beta2, double eps, double decay,
-          bool decoupled, double clip);  // on CPUs alone
+Tensor loss(const Tensor& logits, const Tensor& target, double l2wrap, bool gradient);
+void adam(const Tensor& p, const Tensor& g, const Tensor& m, const Tensor& v, double step, double rate, double beta1,
+          double beta2, double eps, double decay, bool decoupled, double clip);  // CPU only
 
 }  // namespace cpu
 
 namespace gpu {
 
-Outputs wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& state, const Optional<Tensor>& initial,
-                     const Optional<Tensor>& reset,
-                     int64_t segment, int64_t device, int64_t stream);
-Gradients wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& kept, const Tensor& gy,
-                        const Optional<Tensor>& gstate, int64_t segment, int64_t device, int64_t stream);
-std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const Tensor& w, const Tensor& b, double eps, at::ScalarType inside, int64_t device, int64_t stream);
-std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& gy, const Optional<Tensor>& past, const Tensor& x, const Tensor& w, const Tensor& stats, bool affine,
-                                                 int64_t device, int64_t stream);
-std::vector<Tensor> mix_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& mix, int64_t device, int64_t stream);
-std::tuple<Tensor, Tensor, Tensor> mix_backward(at::TensorList gy, const Tensor& x, const Tensor& last, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& mix, bool want_mix,
-                                                int64_t device, int64_t stream);
-Tensor gate_forward(const Optional<Tensor>& x, const Tensor& r, const Tensor& v, int64_t device, int64_t stream);
-std::tuple<Tensor, Tensor> gate_backward(const Tensor& g, const Tensor& r, const Tensor& v, int64_t device, int64_t stream);
+Outputs wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& state,
+                     const Optional<Tensor>& initial, const Optional<Tensor>& reset, int64_t segment, int64_t device,
+                     int64_t stream);
+Gradients wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                        const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& saved,
+                        const Tensor& gy, const Optional<Tensor>& gstate, int64_t segment, int64_t device,
+                        int64_t stream);
+std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const Tensor& w, const Tensor& b, double eps,
+                                        at::ScalarType y_dtype, int64_t device, int64_t stream);
+std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& gy, const Tensor& x, const Tensor& w,
+                                                 const Tensor& stats, bool affine, int64_t device, int64_t stream);
+std::vector<Tensor> mix_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& initial,
+                                const Optional<Tensor>& reset, const Tensor& mix, int64_t device, int64_t stream);
+std::tuple<Tensor, Tensor, Tensor> mix_backward(at::TensorList gy, const Tensor& x, const Tensor& last,
+                                                const Optional<Tensor>& initial, const Optional<Tensor>& reset,
+                                                const Tensor& mix, bool want_mix, int64_t device, int64_t stream);
+Tensor gate_forward(const Tensor& r, const Tensor& v, int64_t device, int64_t stream);
+std::tuple<Tensor, Tensor> gate_backward(const Tensor& g, const Tensor& r, const Tensor& v, int64_t device,
+                                         int64_t stream);
 Tensor relu2_forward(const Tensor& k, int64_t device, int64_t stream);
 Tensor relu2_backward(const Tensor& g, const Tensor& k, int64_t device, int64_t stream);
 Tensor dropout(const Tensor& x, int64_t seed, double p, int64_t device, int64_t stream);
 void dropout_add(const Tensor& y, const Tensor& x, int64_t seed, double p, int64_t device, int64_t stream);
-Tensor loss(const Tensor& logits, const Tensor& target, double pull, bool gradient, int64_t device, int64_t stream);
+Tensor loss(const Tensor& logits, const Tensor& target, double l2wrap, bool gradient, int64_t device, int64_t stream);
 
 }  // namespace gpu

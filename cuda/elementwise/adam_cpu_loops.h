@@ -1,8 +1,9 @@
-// One step of Adam (Kingma & Ba 2015, arXiv:1412.6980) or AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), in one pass over weights p, gradients g and
-// moments m, v; see FusedAdam. Included by fused_cpu_loops.h.
+// One step of Adam (Kingma & Ba 2015, arXiv:1412.6980) or AdamW (Loshchilov & Hutter 2019,
+// arXiv:1711.05101) in one pass over parameters p, gradients g and moments m, v; see FusedAdam.
+// Included by fused_cpu_loops.h.
 //
-//   p₁ = keep·p        g₁ = clip·g + l2·p₁        m' = m + (1 − β₁)(g₁ − m)        v' = β₂·v + (1 − β₂)·g₁²
-//   p' = p₁ − rate·m' / (√v' / root + ε)
+// p₁ = decay_factor·p    g₁ = clip·g + l2·p₁    m' = m + (1 − β₁)(g₁ − m)    v' = β₂·v + (1 − β₂)·g₁²
+// p' = p₁ − step_size·m' / (√v' / bias_correction2_sqrt + ε)
 
 #ifdef __x86_64__
 WKV_FN wkv_float wkv_sqrt(wkv_float x) { return (wkv_float)WKV_INTRINSIC(sqrt)((WKV_INTRINSIC_TYPE)x); }
@@ -19,11 +20,11 @@ void adam(const FusedAdam& q, int64_t begin, int64_t end) {
     Block p = GET(q.p + c), m = GET(q.m + c), v = GET(q.v + c);
     const Block g_ = GET(q.g + c);
     EACH_GROUP {
-      p.g[g] *= q.keep;
+      p.g[g] *= q.decay_factor;
       const wkv_float g1 = g_.g[g] * q.clip + p.g[g] * q.l2;
-      m.g[g] += (g1 - m.g[g]) * q.take1;
-      v.g[g] = v.g[g] * q.keep2 + g1 * g1 * q.take2;
-      p.g[g] -= m.g[g] * q.rate / (wkv_sqrt(v.g[g]) / q.root + q.eps);
+      m.g[g] += (g1 - m.g[g]) * q.one_minus_beta1;
+      v.g[g] = v.g[g] * q.beta2 + g1 * g1 * q.one_minus_beta2;
+      p.g[g] -= m.g[g] * q.step_size / (wkv_sqrt(v.g[g]) / q.bias_correction2_sqrt + q.eps);
     }
     PUT(q.p + c, p);
     PUT(q.m + c, m);

@@ -1,13 +1,17 @@
-// The CUDA unit's fused operations: what fused_cpu_loops.h is on CPUs. A thread takes FUSED_WIDTH neighbouring numbers at a time, 16 bytes to an access,
-// or one by one where a tensor does not allow it (the kernels named _any). Arithmetic is in fp32 whatever the tensors are.
+// The elementwise CUDA kernels; fused_cpu_loops.h has the CPU loops. A thread processes FUSED_WIDTH
+// neighbouring elements, 16 bytes per access, or single elements where length or alignment does not
+// allow it (kernels named _any). Arithmetic is fp32 for every dtype.
 //
-// norm       a block per row, which stays in registers up to 8192 channels. Sums within a row go lane by lane, then warp by warp
-// norm_sums  the gradients of w and b: a thread per 8 channels and slice of rows
-// mix        a thread per 8 channels and slice of time: the token before is the one it has just had. Its gradient runs against time
-// loss       a block per row of logits: once for the largest and the sum, once more for the gradient in their place
-// the rest   element by element
+// norm       one block per row, kept in registers up to 8192 channels
+// norm_sums  gradients of w and b: one thread per 8 channels and slice of rows
+// mix        one thread per 8 channels and slice of time: the previous token is still in registers.
+//            The gradient runs backward in time
+// loss       one block per row of logits: one pass for the maximum and the sum, one that replaces
+//            the logits by their gradient
+// others     one thread per 8 elements
 //
-// Nothing is added atomically and every sum has a fixed order: the same bits twice. No thread's memory grows with a size.
+// No atomics, and every sum has a fixed order: results are bit-identical. The memory of a thread
+// does not depend on any size.
 #include "common/device.h"
 #include "elementwise/fused_args.h"
 
@@ -15,23 +19,23 @@ namespace fused {
 
 #include "elementwise/fused.h"
 
-// ---- numbers, eight at a time ----
+// ---- vectors of 8 elements ----
 
-template <int W> struct Numbers { float x[W]; };
-typedef Numbers<8> Eight;
+template <int W> struct Vec { float x[W]; };
+typedef Vec<8> Vec8;
 static_assert(FUSED_WIDTH == 8, "");
 #define EACH _Pragma("unroll") for (int i = 0; i < W; i++)
-struct alignas(16) Words { unsigned w[4]; };
+struct alignas(16) Words4 { unsigned w[4]; };
 
-WKV_FN Words words(const void* from) {
+WKV_FN Words4 load_words(const void* from) {
   const uint4 v = *(const uint4*)from;
   return {{v.x, v.y, v.z, v.w}};
 }
-WKV_FN void put_words(void* to, Words v) { *(uint4*)to = uint4{v.w[0], v.w[1], v.w[2], v.w[3]}; }
+WKV_FN void store_words(void* to, Words4 v) { *(uint4*)to = uint4{v.w[0], v.w[1], v.w[2], v.w[3]}; }
 
-template <class E> WKV_FN Eight get_wide(const E* p) {  // of 16 bits each
-  const Words v = words(p);
-  Eight y;
+template <class E> WKV_FN Vec8 load_vec8(const E* p) {  // 16-bit E
+  const Words4 v = load_words(p);
+  Vec8 y;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const E low = {(unsigned short)v.w[i]}, high = {(unsigned short)(v.w[i] >> 16)};
@@ -40,9 +44,9 @@ template <class E> WKV_FN Eight get_wide(const E* p) {  // of 16 bits each
   }
   return y;
 }
-WKV_FN Eight get_wide(const fp32* p) {
-  const Words low = words(p), high = words(p + 4);
-  Eight y;
+WKV_FN Vec8 load_vec8(const fp32* p) {
+  const Words4 low = load_words(p), high = load_words(p + 4);
+  Vec8 y;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     y.x[i] = as_float(low.w[i]);
@@ -50,8 +54,8 @@ WKV_FN Eight get_wide(const fp32* p) {
   }
   return y;
 }
-template <class E> WKV_FN void put_wide(E* p, Eight x) {
-  Words v;
+template <class E> WKV_FN void store_vec8(E* p, Vec8 x) {
+  Words4 v;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     E low, high;
@@ -59,28 +63,29 @@ template <class E> WKV_FN void put_wide(E* p, Eight x) {
     store(&high, x.x[2 * i + 1]);
     v.w[i] = low.bits | (unsigned)high.bits << 16;
   }
-  put_words(p, v);
+  store_words(p, v);
 }
-WKV_FN void put_wide(fp32* p, Eight x) {
-  Words low, high;
+WKV_FN void store_vec8(fp32* p, Vec8 x) {
+  Words4 low, high;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     low.w[i] = as_bits(x.x[i]);
     high.w[i] = as_bits(x.x[4 + i]);
   }
-  put_words(p, low);
-  put_words(p + 4, high);
+  store_words(p, low);
+  store_words(p + 4, high);
 }
 
-// How a tensor's numbers are read and written, W of them from a place on: FUSED_WIDTH where every tensor's rows are multiples of it and begin at
-// multiples of 16 bytes. Else one by one, and of whatever dtype: one kernel for all of them, as each takes time to compile for every architecture.
-template <class E> struct Wide {
+// Access to a tensor from element `at` on: W = FUSED_WIDTH elements if all rows are multiples of it
+// and 16-byte aligned, else single elements of a dtype known at run time. The latter is one kernel
+// for all dtypes, which saves compile time.
+template <class E> struct Vectorized {
   static constexpr int W = FUSED_WIDTH;
   WKV_MEMBER float one(const void* from, long long at) const { return load((const E*)from + at); }
-  WKV_MEMBER Numbers<W> get(const void* from, long long at) const { return get_wide((const E*)from + at); }
-  WKV_MEMBER void put(void* to, long long at, Numbers<W> x) const { put_wide((E*)to + at, x); }
+  WKV_MEMBER Vec<W> get(const void* from, long long at) const { return load_vec8((const E*)from + at); }
+  WKV_MEMBER void put(void* to, long long at, Vec<W> x) const { store_vec8((E*)to + at, x); }
 };
-struct Any {
+struct AnyDtype {
   static constexpr int W = 1;
   int dtype;
   WKV_MEMBER float one(const void* from, long long at) const {
@@ -88,67 +93,69 @@ struct Any {
     if (dtype == DTYPE_BF16) return load((const bf16*)from + at);
     return load((const fp16*)from + at);
   }
-  WKV_MEMBER Numbers<W> get(const void* from, long long at) const { return {{one(from, at)}}; }
-  WKV_MEMBER void put(void* to, long long at, Numbers<W> x) const {
+  WKV_MEMBER Vec<W> get(const void* from, long long at) const { return {{one(from, at)}}; }
+  WKV_MEMBER void put(void* to, long long at, Vec<W> x) const {
     if (dtype == DTYPE_FP32) store((fp32*)to + at, x.x[0]);
     else if (dtype == DTYPE_BF16) store((bf16*)to + at, x.x[0]);
     else store((fp16*)to + at, x.x[0]);
   }
 };
-template <int W> WKV_FN Numbers<W> floats(const float* from, long long at) {
+template <int W> WKV_FN Vec<W> load_floats(const float* from, long long at) {
   if constexpr (W == 1) return {{from[at]}};
-  else return get_wide((const fp32*)from + at);
+  else return load_vec8((const fp32*)from + at);
 }
-template <int W> WKV_FN void put_floats(float* to, long long at, Numbers<W> x) {
+template <int W> WKV_FN void store_floats(float* to, long long at, Vec<W> x) {
   if constexpr (W == 1) to[at] = x.x[0];
-  else put_wide((fp32*)to + at, x);
+  else store_vec8((fp32*)to + at, x);
 }
 
-// ---- over the threads of a block ----
+// ---- reductions over a block ----
 
 struct Add { template <class V> static WKV_MEMBER V of(V x, V y) { return x + y; } };
-struct Least { template <class V> static WKV_MEMBER V of(V x, V y) { return x < y ? x : y; } };
-struct Largest { template <class V> static WKV_MEMBER V of(V x, V y) { return x > y ? x : y; } };
+struct Min { template <class V> static WKV_MEMBER V of(V x, V y) { return x < y ? x : y; } };
+struct Max { template <class V> static WKV_MEMBER V of(V x, V y) { return x > y ? x : y; } };
 
-template <class How, class V> WKV_FN V together(V x) {  // the same for every thread
+template <class Op, class V> WKV_FN V block_reduce(V x) {  // every thread gets the result
   SHARED V of_warp[FUSED_ROW_THREADS / 32];
 #pragma unroll
-  for (int mask = 16; mask; mask /= 2) x = How::of(x, shuffle_xor(x, mask));
+  for (int mask = 16; mask; mask /= 2) x = Op::of(x, shuffle_xor(x, mask));
   if (thread_number() % 32 == 0) of_warp[thread_number() / 32] = x;
   barrier();
   x = of_warp[0];
-  for (unsigned i = 1; i < block_size() / 32; i++) x = How::of(x, of_warp[i]);
-  barrier();  // before the next one writes
+  for (unsigned i = 1; i < block_size() / 32; i++) x = Op::of(x, of_warp[i]);
+  barrier();  // before the next reduction writes
   return x;
 }
 
-// ---- LayerNorm: a block is as wide as a row, so a thread's first W numbers are in most models all it has, and stay in registers.
-// Loops over the rest are not unrolled: they would only take longer to compile ----
+// ---- LayerNorm ----
+// The block is as wide as the row, so in most models a thread has only its first W elements, which
+// stay in registers. Loops over the rest are not unrolled, which saves compile time.
 
-template <class X, class Y> WKV_FN void norm(const FusedNorm& q, X stream, Y inside) {
+template <class X, class Y> WKV_FN void norm(const FusedNorm& q, X x_io, Y y_io) {
   constexpr int W = X::W;
-  const long long row = block_number(), at = row * q.D, mine = (long long)thread_number() * W, step = (long long)block_size() * W;
-  Numbers<W> held = {};
+  const long long row = block_number(), at = row * q.D, mine = (long long)thread_number() * W,
+                  step = (long long)block_size() * W;
+  Vec<W> cached = {};
   float sum = 0, squares = 0;
-  if (mine < q.D) held = stream.get(q.x, at + mine);
+  if (mine < q.D) cached = x_io.get(q.x, at + mine);
 #pragma unroll 1
   for (long long c = mine; c < q.D; c += step) {
-    const Numbers<W> x = c == mine ? held : stream.get(q.x, at + c);
+    const Vec<W> x = c == mine ? cached : x_io.get(q.x, at + c);
     EACH sum += x.x[i];
   }
-  const float mean = together<Add>(sum) / q.D;
+  const float mean = block_reduce<Add>(sum) / q.D;
 #pragma unroll 1
   for (long long c = mine; c < q.D; c += step) {
-    const Numbers<W> x = c == mine ? held : stream.get(q.x, at + c);
+    const Vec<W> x = c == mine ? cached : x_io.get(q.x, at + c);
     EACH squares += (x.x[i] - mean) * (x.x[i] - mean);
   }
-  const float scale = 1.0f / square_root(together<Add>(squares) / q.D + q.eps);
+  const float scale = 1.0f / square_root(block_reduce<Add>(squares) / q.D + q.eps);
 #pragma unroll 1
   for (long long c = mine; c < q.D; c += step) {
-    const Numbers<W> w = floats<W>(q.w, c), b = floats<W>(q.b, c);
-    Numbers<W> x = c == mine ? held : stream.get(q.x, at + c);
+    const Vec<W> w = load_floats<W>(q.w, c), b = load_floats<W>(q.b, c);
+    Vec<W> x = c == mine ? cached : x_io.get(q.x, at + c);
     EACH x.x[i] = (x.x[i] - mean) * scale * w.x[i] + b.x[i];
-    inside.put(q.y, at + c, x);
+    y_io.put(q.y, at + c, x);
   }
   if (thread_number() == 0) {
     q.stats[2 * row] = mean;
@@ -156,62 +163,63 @@ template <class X, class Y> WKV_FN void norm(const FusedNorm& q, X stream, Y ins
   }
 }
 
-template <class X, class Y> WKV_FN void norm_gradient(const FusedNorm& q, X stream, Y inside) {
+template <class X, class Y> WKV_FN void norm_gradient(const FusedNorm& q, X x_io, Y y_io) {
   constexpr int W = X::W;
-  const long long row = block_number(), at = row * q.D, mine = (long long)thread_number() * W, step = (long long)block_size() * W;
+  const long long row = block_number(), at = row * q.D, mine = (long long)thread_number() * W,
+                  step = (long long)block_size() * W;
   const float mean = q.stats[2 * row], scale = q.stats[2 * row + 1];
-  struct Both { Numbers<W> normal, g; };  // x as normalised, and its gradient
+  struct Both { Vec<W> normal, g; };  // normalised x and its gradient
   const auto read = [&](long long c) {
-    const Numbers<W> w = floats<W>(q.w, c);
-    Both x = {stream.get(q.x, at + c), inside.get(q.gy, at + c)};
+    const Vec<W> w = load_floats<W>(q.w, c);
+    Both x = {x_io.get(q.x, at + c), y_io.get(q.gy, at + c)};
     EACH x.normal.x[i] = (x.normal.x[i] - mean) * scale;
     EACH x.g.x[i] *= w.x[i];
     return x;
   };
-  Both held = {};
+  Both cached = {};
   float sum = 0, product = 0;
-  if (mine < q.D) held = read(mine);
+  if (mine < q.D) cached = read(mine);
 #pragma unroll 1
   for (long long c = mine; c < q.D; c += step) {
-    const Both x = c == mine ? held : read(c);
+    const Both x = c == mine ? cached : read(c);
     EACH sum += x.g.x[i];
     EACH product += x.g.x[i] * x.normal.x[i];
   }
-  sum = together<Add>(sum) / q.D;
-  product = together<Add>(product) / q.D;
+  sum = block_reduce<Add>(sum) / q.D;
+  product = block_reduce<Add>(product) / q.D;
 #pragma unroll 1
   for (long long c = mine; c < q.D; c += step) {
-    const Both x = c == mine ? held : read(c);
-    Numbers<W> gx = {};
-    if (q.past) gx = stream.get(q.past, at + c);
-    EACH gx.x[i] += fused_norm_gradient(x.g.x[i], 1.0f, x.normal.x[i], scale, sum, product);
-    stream.put(q.gx, at + c, gx);
+    const Both x = c == mine ? cached : read(c);
+    Vec<W> gx;
+    EACH gx.x[i] = fused_norm_gradient(x.g.x[i], 1.0f, x.normal.x[i], scale, sum, product);
+    x_io.put(q.gx, at + c, gx);
   }
 }
 
-template <class X, class Y> WKV_FN void norm_sums(const FusedNorm& q, X stream, Y inside) {
+template <class X, class Y> WKV_FN void norm_sums(const FusedNorm& q, X x_io, Y y_io) {
   constexpr int W = X::W;
   const long long groups = q.D / W, slice = thread_index() / groups, c = thread_index() % groups * W;
   const long long begin = slice * q.slice, end = begin + q.slice < q.N ? begin + q.slice : q.N;
   if (begin >= q.N) return;
-  Numbers<W> gw = {}, gb = {};
+  Vec<W> gw = {}, gb = {};
 #pragma unroll 2
   for (long long row = begin; row < end; row++) {
     const float mean = q.stats[2 * row], scale = q.stats[2 * row + 1];
-    const Numbers<W> x = stream.get(q.x, row * q.D + c), gy = inside.get(q.gy, row * q.D + c);
+    const Vec<W> x = x_io.get(q.x, row * q.D + c), gy = y_io.get(q.gy, row * q.D + c);
     EACH gw.x[i] += gy.x[i] * ((x.x[i] - mean) * scale);
     EACH gb.x[i] += gy.x[i];
   }
-  put_floats<W>(q.gw, slice * q.D + c, gw);
-  put_floats<W>(q.gb, slice * q.D + c, gb);
+  store_floats<W>(q.gw, slice * q.D + c, gw);
+  store_floats<W>(q.gb, slice * q.D + c, gb);
 }
 
 // ---- token shift and mixing ----
 
 #define EACH_MIX _Pragma("unroll") for (int m = 0; m < 3; m++) if (m < q.count)
 
-struct Stretch { long long b, part, begin, end, c; };  // tokens of a row that this thread runs through, and its first channel
-template <int W> WKV_FN bool find(const FusedMix& q, Stretch& at) {
+// Tokens [begin, end) of a batch row, and the first channel, of this thread.
+struct Span { long long b, part, begin, end, c; };
+template <int W> WKV_FN bool locate(const FusedMix& q, Span& at) {
   const long long groups = q.D / W, parts = (q.T + q.slice - 1) / q.slice, i = thread_index() / groups;
   at.c = thread_index() % groups * W;
   at.b = i / parts;
@@ -220,195 +228,194 @@ template <int W> WKV_FN bool find(const FusedMix& q, Stretch& at) {
   at.end = at.begin + q.slice < q.T ? at.begin + q.slice : q.T;
   return at.b < q.B;
 }
-template <class E> WKV_FN Numbers<E::W> token(const FusedMix& q, E numbers, const void* of, const Stretch& at, long long t) {
-  return numbers.get(of, (at.b * q.T + t) * q.D + at.c);
+template <class E> WKV_FN Vec<E::W> token(const FusedMix& q, E io, const void* of, const Span& at, long long t) {
+  return io.get(of, (at.b * q.T + t) * q.D + at.c);
 }
-template <class E> WKV_FN Numbers<E::W> before(const FusedMix& q, E numbers, const Stretch& at, long long t) {  // the token before t, wherever documents start
-  return t ? token(q, numbers, q.x, at, t - 1) : numbers.get(q.last, at.b * q.D + at.c);
+// The token before t, ignoring document starts.
+template <class E> WKV_FN Vec<E::W> before(const FusedMix& q, E io, const Span& at, long long t) {
+  return t ? token(q, io, q.x, at, t - 1) : io.get(q.last, at.b * q.D + at.c);
 }
-WKV_FN bool starts(const FusedMix& q, const Stretch& at, long long t) { return q.reset && q.reset[at.b * q.T + t]; }
+WKV_FN bool starts(const FusedMix& q, const Span& at, long long t) { return q.reset && q.reset[at.b * q.T + t]; }
 
-template <class E> WKV_FN void mix(const FusedMix& q, E numbers) {
+template <class E> WKV_FN void mix(const FusedMix& q, E io) {
   constexpr int W = E::W;
-  Stretch at;
-  if (!find<W>(q, at)) return;
-  Numbers<W> mixes[3];
-  EACH_MIX mixes[m] = floats<W>(q.mix, m * q.D + at.c);
-  Numbers<W> past = before(q, numbers, at, at.begin);
+  Span at;
+  if (!locate<W>(q, at)) return;
+  Vec<W> mixes[3];
+  EACH_MIX mixes[m] = load_floats<W>(q.mix, m * q.D + at.c);
+  Vec<W> past = before(q, io, at, at.begin);
 #pragma unroll 2
   for (long long t = at.begin; t < at.end; t++) {
-    if (starts(q, at, t)) past = numbers.get(q.initial, at.b * q.D + at.c);
-    const Numbers<W> x = token(q, numbers, q.x, at, t);
+    if (starts(q, at, t)) past = io.get(q.initial, at.b * q.D + at.c);
+    const Vec<W> x = token(q, io, q.x, at, t);
     EACH_MIX {
-      Numbers<W> y;
+      Vec<W> y;
       EACH y.x[i] = fused_mix(past.x[i], x.x[i], mixes[m].x[i]);
-      numbers.put(q.y[m], (at.b * q.T + t) * q.D + at.c, y);
+      io.put(q.y[m], (at.b * q.T + t) * q.D + at.c, y);
     }
     past = x;
   }
 }
 
-template <class E> WKV_FN void mix_gradient(const FusedMix& q, E numbers) {
+template <class E> WKV_FN void mix_gradient(const FusedMix& q, E io) {
   constexpr int W = E::W;
-  Stretch at;
-  if (!find<W>(q, at)) return;
-  Numbers<W> mixes[3], sums[3] = {}, onward = {}, x = {};  // onward: the gradient of token t by the token after it
-  EACH_MIX mixes[m] = floats<W>(q.mix, m * q.D + at.c);
+  Span at;
+  if (!locate<W>(q, at)) return;
+  Vec<W> mixes[3], sums[3] = {}, carried = {}, x = {};  // carried: from the token after t
+  EACH_MIX mixes[m] = load_floats<W>(q.mix, m * q.D + at.c);
   if (at.end < q.T && !starts(q, at, at.end)) EACH_MIX {
-    const Numbers<W> gy = token(q, numbers, q.gy[m], at, at.end);
-    EACH onward.x[i] += (1.0f - mixes[m].x[i]) * gy.x[i];
+    const Vec<W> gy = token(q, io, q.gy[m], at, at.end);
+    EACH carried.x[i] += (1.0f - mixes[m].x[i]) * gy.x[i];
   }
-  if (q.gmix) x = token(q, numbers, q.x, at, at.end - 1);
+  if (q.gmix) x = token(q, io, q.x, at, at.end - 1);
 #pragma unroll 1
   for (long long t = at.end - 1; t >= at.begin; t--) {
-    const bool first = starts(q, at, t);
-    Numbers<W> gx = onward, past = {}, change = {};
-    onward = {};
+    const bool starts_here = starts(q, at, t);
+    Vec<W> gx = carried, past = {}, difference = {};
+    carried = {};
     if (q.gmix) {
-      past = before(q, numbers, at, t);
-      const Numbers<W> seen = first ? numbers.get(q.initial, at.b * q.D + at.c) : past;
-      EACH change.x[i] = x.x[i] - seen.x[i];
+      past = before(q, io, at, t);
+      const Vec<W> previous = starts_here ? io.get(q.initial, at.b * q.D + at.c) : past;
+      EACH difference.x[i] = x.x[i] - previous.x[i];
     }
     EACH_MIX {
-      const Numbers<W> gy = token(q, numbers, q.gy[m], at, t);
+      const Vec<W> gy = token(q, io, q.gy[m], at, t);
       EACH gx.x[i] += mixes[m].x[i] * gy.x[i];
-      if (!first) EACH onward.x[i] += (1.0f - mixes[m].x[i]) * gy.x[i];
-      EACH sums[m].x[i] += gy.x[i] * change.x[i];
+      if (!starts_here) EACH carried.x[i] += (1.0f - mixes[m].x[i]) * gy.x[i];
+      EACH sums[m].x[i] += gy.x[i] * difference.x[i];
     }
-    numbers.put(q.gx, (at.b * q.T + t) * q.D + at.c, gx);
+    io.put(q.gx, (at.b * q.T + t) * q.D + at.c, gx);
     x = past;
   }
-  if (at.begin == 0) numbers.put(q.glast, at.b * q.D + at.c, onward);
+  if (at.begin == 0) io.put(q.glast, at.b * q.D + at.c, carried);
   const long long parts = (q.T + q.slice - 1) / q.slice;
-  if (q.gmix) EACH_MIX put_floats<W>(q.gmix, ((at.b * parts + at.part) * q.count + m) * q.D + at.c, sums[m]);
+  if (q.gmix) EACH_MIX store_floats<W>(q.gmix, ((at.b * parts + at.part) * q.count + m) * q.D + at.c, sums[m]);
 }
 
-// ---- element by element ----
+// ---- elementwise ----
 
-// Runs work(at) for this thread's W of N numbers.
-template <int W, class F> WKV_FN void elements(long long N, const F& work) {
+// Calls work(at) for this thread's W of N elements.
+template <int W, class F> WKV_FN void for_each_element(long long N, const F& work) {
   const long long at = thread_index() * W;
   if (at < N) work(at);
 }
 
-template <class X, class Y> WKV_FN void gate(const FusedGate& q, X stream, Y inside) {
-  constexpr int W = X::W;
-  elements<W>(q.N, [&](long long at) {
-    const Numbers<W> r = inside.get(q.r, at), v = inside.get(q.v, at);
-    Numbers<W> y = {};
-    if (q.x) y = stream.get(q.x, at);
-    EACH y.x[i] += fused_gate(r.x[i], v.x[i]);
-    if (q.x) stream.put(q.y, at, y);
-    else inside.put(q.y, at, y);
+template <class E> WKV_FN void gate(const FusedGate& q, E io) {
+  constexpr int W = E::W;
+  for_each_element<W>(q.N, [&](long long at) {
+    const Vec<W> r = io.get(q.r, at), v = io.get(q.v, at);
+    Vec<W> y;
+    EACH y.x[i] = fused_gate(r.x[i], v.x[i]);
+    io.put(q.y, at, y);
   });
 }
-template <class X, class Y> WKV_FN void gate_gradient(const FusedGate& q, X stream, Y inside) {
-  constexpr int W = X::W;
-  elements<W>(q.N, [&](long long at) {
-    const Numbers<W> r = inside.get(q.r, at), v = inside.get(q.v, at), g = stream.get(q.g, at);
-    Numbers<W> gr, gv;
+template <class E> WKV_FN void gate_gradient(const FusedGate& q, E io) {
+  constexpr int W = E::W;
+  for_each_element<W>(q.N, [&](long long at) {
+    const Vec<W> r = io.get(q.r, at), v = io.get(q.v, at), g = io.get(q.g, at);
+    Vec<W> gr, gv;
     EACH fused_gate_gradient(g.x[i], r.x[i], v.x[i], gr.x[i], gv.x[i]);
-    inside.put(q.gr, at, gr);
-    inside.put(q.gv, at, gv);
+    io.put(q.gr, at, gr);
+    io.put(q.gv, at, gv);
   });
 }
 
-template <class E> WKV_FN void relu2(const FusedEach& q, E numbers) {
+template <class E> WKV_FN void relu2(const FusedEach& q, E io) {
   constexpr int W = E::W;
-  elements<W>(q.N, [&](long long at) {
-    Numbers<W> k = numbers.get(q.k, at);
+  for_each_element<W>(q.N, [&](long long at) {
+    Vec<W> k = io.get(q.k, at);
     EACH k.x[i] = fused_relu2(k.x[i]);
-    numbers.put(q.y, at, k);
+    io.put(q.y, at, k);
   });
 }
-template <class E> WKV_FN void relu2_gradient(const FusedEach& q, E numbers) {
+template <class E> WKV_FN void relu2_gradient(const FusedEach& q, E io) {
   constexpr int W = E::W;
-  elements<W>(q.N, [&](long long at) {
-    const Numbers<W> g = numbers.get(q.g, at);
-    Numbers<W> k = numbers.get(q.k, at);
+  for_each_element<W>(q.N, [&](long long at) {
+    const Vec<W> g = io.get(q.g, at);
+    Vec<W> k = io.get(q.k, at);
     EACH k.x[i] = fused_relu2_gradient(g.x[i], k.x[i]);
-    numbers.put(q.y, at, k);
+    io.put(q.y, at, k);
   });
 }
-template <class E> WKV_FN void dropout(const FusedEach& q, E numbers) {
+template <class E> WKV_FN void dropout(const FusedEach& q, E io) {
   constexpr int W = E::W;
-  elements<W>(q.N, [&](long long at) {
-    const Numbers<W> x = numbers.get(q.k, at);
-    Numbers<W> y = {};
-    if (q.add) y = numbers.get(q.y, at);
+  for_each_element<W>(q.N, [&](long long at) {
+    const Vec<W> x = io.get(q.k, at);
+    Vec<W> y = {};
+    if (q.add) y = io.get(q.y, at);
     EACH y.x[i] += fused_hash((unsigned)(at + i), q.seed) < q.below ? 0.0f : x.x[i] * q.scale;
-    numbers.put(q.y, at, y);
+    io.put(q.y, at, y);
   });
 }
 
 // ---- loss ----
 
-template <class E> WKV_FN void loss(const FusedLoss& q, E numbers) {
+template <class E> WKV_FN void loss(const FusedLoss& q, E io) {
   constexpr int W = E::W;
   const long long step = (long long)block_size() * W;
   const float infinity = as_float(0x7f800000u);
   const long long row = block_number(), at = row * q.V, target = q.target[row], mine = (long long)thread_number() * W;
-  const bool valid = target >= 0 && target < q.V;  // nothing can be raised here: a target outside makes the loss NaN
-  const float at_target = valid ? numbers.one(q.logits, at + target) : as_float(0x7fc00000u);
-  // This thread's largest logit, the first place that has it, and the sum of e^(logit − largest).
+  const bool valid = target >= 0 && target < q.V;  // a kernel cannot raise: NaN instead
+  const float at_target = valid ? io.one(q.logits, at + target) : as_float(0x7fc00000u);
+  // Of this thread: the largest logit, its first index, and the sum of e^(logit − largest).
   float best = -infinity, sum = 0;
-  long long first = q.V;
+  long long argmax = q.V;
   for (long long c = mine; c < q.V; c += step) {
-    const Numbers<W> x = numbers.get(q.logits, at + c);
+    const Vec<W> x = io.get(q.logits, at + c);
     float most = best;
     EACH if (x.x[i] > most) {
       most = x.x[i];
-      first = c + i;
+      argmax = c + i;
     }
     if (most > best) sum *= wkv_exp(best - most);
     best = most;
     EACH if (x.x[i] != -infinity) sum += wkv_exp(x.x[i] - best);
   }
-  const float top = together<Largest>(best);
-  const float all = together<Add>(sum * wkv_exp(best - top)), share = 1.0f / all;
-  first = together<Least>(best == top ? first : q.V);
+  const float top = block_reduce<Max>(best);
+  const float all = block_reduce<Add>(sum * wkv_exp(best - top)), share = 1.0f / all;
+  argmax = block_reduce<Min>(best == top ? argmax : q.V);
   if (thread_number() == 0) {
     q.stats[3 * row] = top;
     q.stats[3 * row + 1] = all;
     q.stats[3 * row + 2] = at_target;
   }
   if (!q.gradient) return;
-  // softmax, then −1 at the target and L2Wrap's pull at the largest logit, each added before it is rounded
+  // softmax, −1 at the target, and L2Wrap's term at the largest logit; rounded once
   for (long long c = mine; c < q.V; c += step) {
-    Numbers<W> x = numbers.get(q.logits, at + c);
+    Vec<W> x = io.get(q.logits, at + c);
     EACH {
       x.x[i] = wkv_exp(x.x[i] - top) * share;
       if (c + i == target) x.x[i] -= 1.0f;
-      if (c + i == first) x.x[i] += top * q.pull;
+      if (c + i == argmax) x.x[i] += top * q.l2wrap;
     }
-    numbers.put(q.logits, at + c, x);
+    io.put(q.logits, at + c, x);
   }
 }
 
-// ---- kernels, by dtype or by the dtypes of stream and inside ----
+// ---- kernels per dtype; LayerNorm per dtypes of its input and output ----
 
 #define OF_TWO(name, X, Y)                                                                                          \
   KERNEL(FUSED_ROW_THREADS) fused_norm_##name(const FusedNorm q) { norm(q, X, Y); }                                 \
   KERNEL(FUSED_ROW_THREADS) fused_norm_gradient_##name(const FusedNorm q) { norm_gradient(q, X, Y); }               \
-  KERNEL(FUSED_THREADS) fused_norm_sums_##name(const FusedNorm q) { norm_sums(q, X, Y); }                           \
-  KERNEL(FUSED_THREADS) fused_gate_##name(const FusedGate q) { gate(q, X, Y); }                                     \
-  KERNEL(FUSED_THREADS) fused_gate_gradient_##name(const FusedGate q) { gate_gradient(q, X, Y); }
+  KERNEL(FUSED_THREADS) fused_norm_sums_##name(const FusedNorm q) { norm_sums(q, X, Y); }
 #define OF_ONE(name, E)                                                                                             \
+  KERNEL(FUSED_THREADS) fused_gate_##name(const FusedGate q) { gate(q, E); }                                        \
+  KERNEL(FUSED_THREADS) fused_gate_gradient_##name(const FusedGate q) { gate_gradient(q, E); }                      \
   KERNEL(FUSED_THREADS) fused_mix_##name(const FusedMix q) { mix(q, E); }                                           \
   KERNEL(FUSED_THREADS, 4) fused_mix_gradient_##name(const FusedMix q) { mix_gradient(q, E); }                      \
   KERNEL(FUSED_THREADS) fused_relu2_##name(const FusedEach q) { relu2(q, E); }                                      \
   KERNEL(FUSED_THREADS) fused_relu2_gradient_##name(const FusedEach q) { relu2_gradient(q, E); }                    \
   KERNEL(FUSED_THREADS) fused_dropout_##name(const FusedEach q) { dropout(q, E); }                                  \
   KERNEL(FUSED_ROW_THREADS) fused_loss_##name(const FusedLoss q) { loss(q, E); }
-OF_TWO(fp32, Wide<fp32>{}, Wide<fp32>{})
-OF_TWO(bf16, Wide<bf16>{}, Wide<bf16>{})
-OF_TWO(fp16, Wide<fp16>{}, Wide<fp16>{})
-OF_TWO(fp32_bf16, Wide<fp32>{}, Wide<bf16>{})
-OF_TWO(fp32_fp16, Wide<fp32>{}, Wide<fp16>{})
-OF_TWO(any, Any{q.stream}, Any{q.inside})
-OF_ONE(fp32, Wide<fp32>{})
-OF_ONE(bf16, Wide<bf16>{})
-OF_ONE(fp16, Wide<fp16>{})
-OF_ONE(any, Any{q.dtype})
+OF_TWO(fp32, Vectorized<fp32>{}, Vectorized<fp32>{})
+OF_TWO(bf16, Vectorized<bf16>{}, Vectorized<bf16>{})
+OF_TWO(fp16, Vectorized<fp16>{}, Vectorized<fp16>{})
+OF_TWO(fp32_bf16, Vectorized<fp32>{}, Vectorized<bf16>{})
+OF_TWO(fp32_fp16, Vectorized<fp32>{}, Vectorized<fp16>{})
+OF_TWO(any, AnyDtype{q.x_dtype}, AnyDtype{q.y_dtype})
+OF_ONE(fp32, Vectorized<fp32>{})
+OF_ONE(bf16, Vectorized<bf16>{})
+OF_ONE(fp16, Vectorized<fp16>{})
+OF_ONE(any, AnyDtype{q.dtype})
 
 }  // namespace fused

@@ -1,27 +1,27 @@
-// What the fused operations' loops on CPUs and their kernels on GPUs are called with. Read by NVRTC and by the host compiler alike.
-//
-// "Stream" is the residual stream, "inside" what is inside a block; each has a dtype, and both may have the same. What only kernels read stands last.
+// Arguments of the elementwise CPU loops and CUDA kernels. Compiled by NVRTC and by the host
+// compiler.
 #pragma once
 
-#define FUSED_THREADS 128       // per block of the kernels
-#define FUSED_ROW_THREADS 1024  // at most, where a block takes a row: a multiple of 32, no more than the row can use
-#define FUSED_WIDTH 8           // neighbouring numbers that a GPU's thread takes at a time
+#define FUSED_THREADS 128       // per block
+#define FUSED_ROW_THREADS 1024  // at most, in kernels with one block per row: a multiple of 32
+#define FUSED_WIDTH 8           // elements per access of a GPU thread
 
 enum FusedDtype { DTYPE_FP32, DTYPE_BF16, DTYPE_FP16 };
 
 struct FusedNorm {
   long long D;
-  const void* x;           // [N, D], of the stream
-  const float *w, *b;      // [D]
+  const void* x;         // [N, D]
+  const float *w, *b;    // [D]
   float eps;
-  void* y;                 // [N, D], of the inside
-  float* stats;            // [N, 2]: mean, 1/σ
-  // The backward pass:
-  const void *gy, *past;   // [N, D] of the inside; of the stream, the gradient that flows past the norm, or null
-  void* gx;                // [N, D], of the stream
-  float *gw, *gb;          // [D], this range's share, or null; for kernels [slices, D]
-  long long N, slice;      // rows in all, and rows that share a sum
-  int stream, inside;      // dtypes, for kernels that take any
+  void* y;               // [N, D]
+  float* stats;          // [N, 2]: mean, 1/σ
+  // Backward:
+  const void* gy;        // [N, D]
+  void* gx;              // [N, D]
+  float *gw, *gb;        // [D], sums over this range of rows, or null; kernels: [slices, D]
+  // Kernels only:
+  long long N, slice;    // rows, rows per partial sum
+  int x_dtype, y_dtype;  // read by the _any kernels
 };
 
 struct FusedMix {
@@ -29,51 +29,54 @@ struct FusedMix {
   int count;                   // mixes, at most 3
   const void* x;               // [B, T, D]
   const void* last;            // [B, D], the token before the first
-  const void* initial;         // [B, D], the token before one that starts a document
-  const unsigned char* reset;  // [B, T], not 0 where a document starts, or null
+  const void* initial;         // [B, D], the token before a document start
+  const unsigned char* reset;  // [B, T], nonzero where a document starts, or null
   const float* mix;            // [count, D]
   void* y[3];                  // [B, T, D] each
-  // The backward pass:
+  // Backward:
   const void* gy[3];
   void *gx, *glast;            // [B, T, D], [B, D]
-  float* gmix;                 // [count, D], this range's share, or null; for kernels [B, slices of T, count, D]
-  long long B, slice;          // tokens that a thread runs through
+  float* gmix;                 // [count, D], sum over this range of rows, or null; kernels: [B, slices of T, count, D]
+  // Kernels only:
+  long long B, slice;          // slice: tokens per thread
   int dtype;
 };
 
 struct FusedGate {
-  const void *x, *r, *v;   // of the stream (or null), of the inside twice
-  void* y;                 // of the stream where x is given, else of the inside
-  const void* g;           // of y's dtype
+  const void *r, *v;
+  void* y;
+  // Backward:
+  const void* g;
   void *gr, *gv;
-  long long N;             // numbers in all
-  int stream, inside;
+  // Kernels only:
+  long long N;  // elements
+  int dtype;
 };
 
 struct FusedLoss {
   long long V;
-  void* logits;            // [N, V], becomes the gradient
-  const long long* target; // [N]
-  float* stats;            // [N, 3]: the largest logit, Σ e^(logit − largest), the logit at the target
-  float pull;              // L2Wrap's factor
+  void* logits;             // [N, V], overwritten with the gradient
+  const long long* target;  // [N]
+  float* stats;             // [N, 3]: the largest logit, Σ e^(logit − largest), the logit at the target
+  float l2wrap;             // L2Wrap's factor
   bool gradient;
   int dtype;
 };
 
-// Of loops alone. At step t: rate = lr / (1 − β₁^t), root = √(1 − β₂^t), take1 = 1 − β₁, keep2 = β₂, take2 = 1 − β₂, and of a decay d keep = 1 − lr·d (AdamW; else 1)
-// or l2 = d (Adam; else 0). clip: what the gradient is multiplied by.
+// CPU only. At step t: step_size = lr / (1 − β₁^t) and bias_correction2_sqrt = √(1 − β₂^t). Weight decay
+// d: decay_factor = 1 − lr·d (AdamW; else 1) or l2 = d (Adam; else 0). The gradient is multiplied by clip.
 struct FusedAdam {
-  float *p, *m, *v;        // weights and moments, updated
+  float *p, *m, *v;  // parameters and moments, updated
   const float* g;
-  float clip, l2, keep, take1, keep2, take2, rate, root, eps;
+  float clip, l2, decay_factor, one_minus_beta1, beta2, one_minus_beta2, step_size, bias_correction2_sqrt, eps;
 };
 
-// Of kernels alone: squared ReLU (y of k), its gradient (y of g and k), and dropout (y of k).
+// Kernels only: squared ReLU (y of k), its gradient (y of g and k), and dropout (y of k).
 struct FusedEach {
   long long N;
   const void *k, *g;
   void* y;
-  bool add;                // dropout is added to y
+  bool add;  // y += dropout(k)
   unsigned seed, below;
   float scale;
   int dtype;

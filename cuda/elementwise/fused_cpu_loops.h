@@ -1,4 +1,5 @@
-// The fused operations' loops over rows and channels, written once for vectors of WKV_BYTES bytes; see fused_cpu.h and cpu_*.cpp.
+// The elementwise loops over rows and channels, written once for vectors of WKV_BYTES bytes; see
+// fused_cpu.h and cpu_*.cpp.
 #include "elementwise/fused_cpu.h"
 #include "common/cpu_block.h"
 
@@ -6,24 +7,24 @@ namespace {
 
 #include "elementwise/fused.h"
 
-struct Whole { static constexpr bool value = true; };
-struct Part { static constexpr bool value = false; };
+struct Full { static constexpr bool value = true; };
+struct Partial { static constexpr bool value = false; };
 
-// Runs work(whole, c, n) over blocks of channels: `whole` says whether all BLOCK of them are there.
+// Calls work(full, c, n) for blocks of channels; Partial if fewer than BLOCK are left.
 template <class F> WKV_FN void blocks(int64_t begin, int64_t end, const F& work) {
   int64_t c = begin;
-  for (; c + BLOCK <= end; c += BLOCK) work(Whole{}, c, BLOCK);
-  if (c < end) work(Part{}, c, end - c);
+  for (; c + BLOCK <= end; c += BLOCK) work(Full{}, c, BLOCK);
+  if (c < end) work(Partial{}, c, end - c);
 }
-#define EACH_BLOCK(begin, end) blocks(begin, end, [&](auto whole, int64_t c, int64_t n) __attribute__((always_inline)) {
+#define EACH_BLOCK(begin, end) blocks(begin, end, [&](auto full, int64_t c, int64_t n) __attribute__((always_inline)) {
 #define END_BLOCK });
-#define GET(from) load<O, decltype(whole)::value>(from, n)
-#define PUT(to, x) store<O, decltype(whole)::value>(to, x, n)
+#define GET(from) load<O, decltype(full)::value>(from, n)
+#define PUT(to, x) store<O, decltype(full)::value>(to, x, n)
 
-// Blocks are kept in bf16's order as soon as one of the tensors is bf16.
+// Blocks are in bf16 order if any of the tensors is bf16.
 template <class X, class Y> struct OrderOf { using type = bf16; };
 template <> struct OrderOf<float, float> { using type = float; };
-template <class O> WKV_FN wkv_bits numbers(int g) {  // of a block's elements
+template <class O> WKV_FN wkv_bits lane_indices(int g) {  // of elements within a block
   wkv_bits at;
   for (int i = 0; i < LANES; i++) at[i] = sizeof(O) == 2 ? 2 * i + g : i + g * LANES;
   return at;
@@ -34,11 +35,11 @@ WKV_FN float total(Block x) {
   for (int i = 0; i < LANES; i++) sum += x.g[0][i] + x.g[1][i];
   return sum;
 }
-template <class O, bool FULL> WKV_FN Block only(Block x, int64_t n) {  // the first n, 0 behind them
-  if (!FULL) EACH_GROUP x.g[g] = numbers<O>(g) < uint32_t(n) ? x.g[g] : wkv_float{};
+template <class O, bool FULL> WKV_FN Block zero_tail(Block x, int64_t n) {  // sets all but the first n to 0
+  if (!FULL) EACH_GROUP x.g[g] = lane_indices<O>(g) < uint32_t(n) ? x.g[g] : wkv_float{};
   return x;
 }
-#define ONLY(x) only<O, decltype(whole)::value>(x, n)
+#define ZERO_TAIL(x) zero_tail<O, decltype(full)::value>(x, n)
 
 template <class X, class Y> void norm(const FusedNorm& q, int64_t begin, int64_t end) {
   using O = typename OrderOf<X, Y>::type;
@@ -55,7 +56,7 @@ template <class X, class Y> void norm(const FusedNorm& q, int64_t begin, int64_t
     EACH_BLOCK(0, D)
       Block x = GET(x_ + c);
       EACH_GROUP x.g[g] -= mean;
-      x = ONLY(x);
+      x = ZERO_TAIL(x);
       EACH_GROUP squares.g[g] += x.g[g] * x.g[g];
     END_BLOCK
     const float scale = 1.0f / __builtin_sqrtf(total(squares) / D + q.eps);
@@ -74,7 +75,7 @@ template <class X, class Y> void norm_gradient(const FusedNorm& q, int64_t begin
   using O = typename OrderOf<X, Y>::type;
   const int64_t D = q.D;
   for (int64_t row = begin; row < end; row++) {
-    const X *x_ = static_cast<const X*>(q.x) + row * D, *past_ = q.past ? static_cast<const X*>(q.past) + row * D : nullptr;
+    const X* x_ = static_cast<const X*>(q.x) + row * D;
     const Y* gy_ = static_cast<const Y*>(q.gy) + row * D;
     X* gx_ = static_cast<X*>(q.gx) + row * D;
     const float mean = q.stats[2 * row], scale = q.stats[2 * row + 1];
@@ -99,16 +100,19 @@ template <class X, class Y> void norm_gradient(const FusedNorm& q, int64_t begin
     const float sums = total(sum) / D, products = total(product) / D;
     EACH_BLOCK(0, D)
       const Block w = GET(q.w + c), x = GET(x_ + c), gy = GET(gy_ + c);
-      Block gx = {};
-      if (past_) gx = GET(past_ + c);
-      EACH_GROUP gx.g[g] += fused_norm_gradient(gy.g[g], w.g[g], (x.g[g] - mean) * scale, wkv_float{} + scale, wkv_float{} + sums, wkv_float{} + products);
+      Block gx;
+      EACH_GROUP {
+        const wkv_float normal = (x.g[g] - mean) * scale;
+        gx.g[g] = fused_norm_gradient(gy.g[g], w.g[g], normal, wkv_float{} + scale, wkv_float{} + sums,
+                                      wkv_float{} + products);
+      }
       PUT(gx_ + c, gx);
     END_BLOCK
   }
 }
 
 WKV_FN bool starts(const FusedMix& q, int64_t row) { return q.reset && q.reset[row]; }
-// The row before a token's: of x, `last`, or `initial` where a document starts.
+// The previous token: a row of x, `last`, or `initial` at a document start.
 template <class E> WKV_FN const E* before(const FusedMix& q, int64_t row) {
   if (starts(q, row)) return static_cast<const E*>(q.initial) + row / q.T * q.D;
   return row % q.T ? static_cast<const E*>(q.x) + (row - 1) * q.D : static_cast<const E*>(q.last) + row / q.T * q.D;
@@ -134,8 +138,9 @@ template <class E, int COUNT> WKV_FN void mix_gradient_rows(const FusedMix& q, i
   using O = E;
   for (int64_t row = begin; row < end; row++) {
     const E *x_ = static_cast<const E*>(q.x) + row * q.D, *past_ = before<E>(q, row);
-    E *gx_ = static_cast<E*>(q.gx) + row * q.D, *glast_ = row % q.T ? nullptr : static_cast<E*>(q.glast) + row / q.T * q.D;
-    const bool last = (row + 1) % q.T == 0, next = !last && !starts(q, row + 1);  // the token after it saw this one
+    E *gx_ = static_cast<E*>(q.gx) + row * q.D,
+      *glast_ = row % q.T ? nullptr : static_cast<E*>(q.glast) + row / q.T * q.D;
+    const bool last = (row + 1) % q.T == 0, next = !last && !starts(q, row + 1);  // the next token mixed this one in
     EACH_BLOCK(0, q.D)
       const Block x = GET(x_ + c), past = GET(past_ + c);
       Block gx = {}, glast = {};
@@ -170,26 +175,25 @@ template <class E> void mix_gradient(const FusedMix& q, int64_t begin, int64_t e
   else mix_gradient_rows<E, 3>(q, begin, end);
 }
 
-template <class X, class Y> void gate(const FusedGate& q, int64_t begin, int64_t end) {
-  using O = typename OrderOf<X, Y>::type;
+template <class E> void gate(const FusedGate& q, int64_t begin, int64_t end) {
+  using O = E;
   EACH_BLOCK(begin, end)
-    const Block r = GET(static_cast<const Y*>(q.r) + c), v = GET(static_cast<const Y*>(q.v) + c);
-    Block y = {};
-    if (q.x) y = GET(static_cast<const X*>(q.x) + c);
-    EACH_GROUP y.g[g] += fused_gate(r.g[g], v.g[g]);
-    if (q.x) PUT(static_cast<X*>(q.y) + c, y);
-    else PUT(static_cast<Y*>(q.y) + c, y);
+    const Block r = GET(static_cast<const E*>(q.r) + c), v = GET(static_cast<const E*>(q.v) + c);
+    Block y;
+    EACH_GROUP y.g[g] = fused_gate(r.g[g], v.g[g]);
+    PUT(static_cast<E*>(q.y) + c, y);
   END_BLOCK
 }
 
-template <class X, class Y> void gate_gradient(const FusedGate& q, int64_t begin, int64_t end) {
-  using O = typename OrderOf<X, Y>::type;
+template <class E> void gate_gradient(const FusedGate& q, int64_t begin, int64_t end) {
+  using O = E;
   EACH_BLOCK(begin, end)
-    const Block r = GET(static_cast<const Y*>(q.r) + c), v = GET(static_cast<const Y*>(q.v) + c), y = GET(static_cast<const X*>(q.g) + c);
+    const Block r = GET(static_cast<const E*>(q.r) + c), v = GET(static_cast<const E*>(q.v) + c);
+    const Block gy = GET(static_cast<const E*>(q.g) + c);
     Block gr, gv;
-    EACH_GROUP fused_gate_gradient(y.g[g], r.g[g], v.g[g], gr.g[g], gv.g[g]);
-    PUT(static_cast<Y*>(q.gr) + c, gr);
-    PUT(static_cast<Y*>(q.gv) + c, gv);
+    EACH_GROUP fused_gate_gradient(gy.g[g], r.g[g], v.g[g], gr.g[g], gv.g[g]);
+    PUT(static_cast<E*>(q.gr) + c, gr);
+    PUT(static_cast<E*>(q.gv) + c, gv);
   END_BLOCK
 }
 
@@ -212,84 +216,87 @@ template <class E> void relu2_gradient(const void* g_, const void* k_, void* gk_
   END_BLOCK
 }
 
-template <class E> void dropout(const void* x_, void* y_, bool add, uint32_t seed, uint32_t below, float scale, int64_t begin, int64_t end) {
+template <class E>
+void dropout(const void* x_, void* y_, bool add, uint32_t seed, uint32_t below, float scale, int64_t begin,
+             int64_t end) {
   using O = E;
   EACH_BLOCK(begin, end)
     const Block x = GET(static_cast<const E*>(x_) + c);
     Block y = {};
     if (add) y = GET(static_cast<const E*>(y_) + c);
-    EACH_GROUP y.g[g] += fused_hash(numbers<E>(g) + uint32_t(c), seed) < below ? wkv_float{} : x.g[g] * scale;
+    EACH_GROUP y.g[g] += fused_hash(lane_indices<E>(g) + uint32_t(c), seed) < below ? wkv_float{} : x.g[g] * scale;
     PUT(static_cast<E*>(y_) + c, y);
   END_BLOCK
 }
 
-WKV_FN float one(const float* x) { return *x; }
-WKV_FN float one(const bf16* x) {
+WKV_FN float load_one(const float* x) { return *x; }
+WKV_FN float load_one(const bf16* x) {
   const uint32_t bits = uint32_t(x->bits) << 16;
   float y;
   __builtin_memcpy(&y, &bits, 4);
   return y;
 }
 
-// The first place of the row's largest number, or -1 if it is NaN.
-template <class E> WKV_FN int64_t place_of(float top, const E* x_, int64_t V) {
+// The first index of the row's maximum, or -1 if it is NaN.
+template <class E> WKV_FN int64_t index_of(float top, const E* x_, int64_t V) {
   using O = E;
   for (int64_t c = 0; c < V; c += BLOCK) {
     const int64_t n = V - c < BLOCK ? V - c : BLOCK;
     const Block x = n == BLOCK ? load<O, true>(x_ + c, n) : load<O, false>(x_ + c, n);
     if (all((x.g[0] != top) & (x.g[1] != top))) continue;
     for (int64_t i = c; i < c + n; i++)
-      if (one(x_ + i) == top) return i;
+      if (load_one(x_ + i) == top) return i;
   }
   return -1;
 }
 
-template <class E> void loss(const FusedLoss& q, float* powers, int64_t begin, int64_t end) {
+template <class E> void loss(const FusedLoss& q, float* exps, int64_t begin, int64_t end) {
   using O = E;
   for (int64_t row = begin; row < end; row++) {
     E* x_ = static_cast<E*>(q.logits) + row * q.V;
     Block best, sum = {};
     EACH_GROUP best.g[g] = wkv_float{} - __builtin_inff();
     EACH_BLOCK(0, q.V)
-      Block x = tidy(GET(x_ + c));
-      if (!decltype(whole)::value) EACH_GROUP x.g[g] = numbers<O>(g) < uint32_t(n) ? x.g[g] : wkv_float{} - __builtin_inff();
+      Block x = canonical_nan(GET(x_ + c));
+      if (!decltype(full)::value)
+        EACH_GROUP x.g[g] = lane_indices<O>(g) < uint32_t(n) ? x.g[g] : wkv_float{} - __builtin_inff();
       EACH_GROUP best.g[g] = wkv_max(best.g[g], x.g[g]);
     END_BLOCK
     float top = best.g[0][0];
     EACH_GROUP for (int i = 0; i < LANES; i++) top = top > best.g[g][i] ? top : best.g[g][i];
     EACH_BLOCK(0, q.V)
-      Block x = tidy(GET(x_ + c));
+      Block x = canonical_nan(GET(x_ + c));
       EACH_GROUP x.g[g] = wkv_exp(x.g[g] - top);
-      x = ONLY(x);
+      x = ZERO_TAIL(x);
       EACH_GROUP {
         sum.g[g] += x.g[g];
-        write(powers + c + g * LANES, x.g[g], LANES);  // in the order of a block, all of it
+        write(exps + c + g * LANES, x.g[g], LANES);  // in block order, without tail
       }
     END_BLOCK
     const float all = total(sum), share = 1.0f / all;
     float* stats = q.stats + 3 * row;
     stats[0] = top;
     stats[1] = all;
-    stats[2] = one(x_ + q.target[row]);
+    stats[2] = load_one(x_ + q.target[row]);
     if (!q.gradient) continue;
-    const int64_t first = place_of(top, x_, q.V);
+    const int64_t first = index_of(top, x_, q.V);
     EACH_BLOCK(0, q.V)
       Block x;
       EACH_GROUP {
-        read(x.g[g], powers + c + g * LANES, LANES);
+        read(x.g[g], exps + c + g * LANES, LANES);
         x.g[g] *= share;
       }
       PUT(x_ + c, x);
     END_BLOCK
-    // softmax, then −1 at the target and L2Wrap's pull at the largest logit, each added before it is rounded
-    const float at_target = __builtin_expf(stats[2] - top) * share - 1.0f, pull = top * q.pull;
+    // softmax, −1 at the target, and L2Wrap's term at the largest logit; rounded once
+    const float at_target = __builtin_expf(stats[2] - top) * share - 1.0f, l2wrap = top * q.l2wrap;
     const auto set = [&](int64_t c, float x) {
       Block b = {};
       b.g[0][0] = x;
       store<E, false>(x_ + c, b, 1);
     };
-    set(q.target[row], at_target + (first == q.target[row] ? pull : 0.0f));
-    if (first >= 0 && first != q.target[row]) set(first, share + pull);
+    set(q.target[row], at_target + (first == q.target[row] ? l2wrap : 0.0f));
+    if (first >= 0 && first != q.target[row]) set(first, share + l2wrap);
   }
 }
 
@@ -299,5 +306,7 @@ template <class E> void loss(const FusedLoss& q, float* powers, int64_t begin, i
 
 #define THREE(f) {f<float, float>, f<bf16, bf16>, f<float, bf16>}
 #define TWO(f) {f<float>, f<bf16>}
-const FusedLoops LOOPS(fused) = {BLOCK,      THREE(norm),         THREE(norm_gradient), TWO(mix),     TWO(mix_gradient), THREE(gate), THREE(gate_gradient),
-                                 TWO(relu2), TWO(relu2_gradient), TWO(dropout),         TWO(loss),    adam};
+const FusedLoops LOOPS(fused) = {
+    BLOCK,     THREE(norm),        THREE(norm_gradient), TWO(mix),     TWO(mix_gradient),
+    TWO(gate), TWO(gate_gradient), TWO(relu2),           TWO(relu2_gradient), TWO(dropout),
+    TWO(loss), adam};

@@ -1,4 +1,5 @@
-// WKV as torch sees it: torch.ops.rwkv.wkv4_*. Checks, allocates, and hands the work to the CPU unit or to the launcher.
+// torch.ops.rwkv.wkv4_*: checks arguments, allocates outputs, and runs the CPU loops or launches
+// the CUDA kernels.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -13,18 +14,20 @@
 namespace {
 
 const float* floats(const Tensor* x) { return x ? x->data_ptr<float>() : nullptr; }
-// [rows, C] added up over the rows; one row is its own sum.
-Tensor over_rows(const Tensor& x) { return x.size(0) == 1 ? x.select(0, 0) : x.sum(0); }
-const uint8_t* flags(const Tensor* x) { return x ? static_cast<const uint8_t*>(x->data_ptr()) : nullptr; }  // a bool may hold any byte
+// Sum over the rows of [rows, C].
+Tensor sum_rows(const Tensor& x) { return x.size(0) == 1 ? x.select(0, 0) : x.sum(0); }
+// A bool tensor may hold any nonzero byte for true.
+const uint8_t* flags(const Tensor* x) { return x ? static_cast<const uint8_t*>(x->data_ptr()) : nullptr; }
 
 void check(const Tensor& x, const char* name, const Tensor& like, at::ScalarType dtype, at::IntArrayRef sizes) {
-  TORCH_CHECK(x.sizes() == sizes && x.scalar_type() == dtype && x.device() == like.device() && x.is_contiguous(), "wkv4: ", name, " must be a contiguous ",
-              dtype, " tensor of sizes ", sizes, " on ", like.device(), "; it is ", x.scalar_type(), " ", x.sizes(), " on ", x.device());
+  TORCH_CHECK(x.sizes() == sizes && x.scalar_type() == dtype && x.device() == like.device() && x.is_contiguous(),
+              "wkv4: ", name, " must be a contiguous ", dtype, " tensor of sizes ", sizes, " on ", like.device(),
+              "; got ", x.scalar_type(), " ", x.sizes(), " on ", x.device());
 }
 
-void check_inputs(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor* state, const Tensor* initial,
-                  const Tensor* reset) {
-  TORCH_CHECK(k.dim() == 3 && k.size(1) >= 1, "wkv4: k must be [B, T, C] with T at least 1; it is ", k.sizes());
+void check_inputs(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor* state,
+                  const Tensor* initial, const Tensor* reset) {
+  TORCH_CHECK(k.dim() == 3 && k.size(1) >= 1, "wkv4: k must be [B, T, C] with T at least 1; got ", k.sizes());
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
   check(w, "w", k, at::kFloat, {C});
   check(u, "u", k, at::kFloat, {C});
@@ -35,14 +38,15 @@ void check_inputs(const Tensor& w, const Tensor& u, const Tensor& k, const Tenso
   if (reset) check(*reset, "reset", k, at::kBool, {B, T});
 }
 
-void check_gradients(const Tensor& k, const Tensor& kept, int64_t states, const Tensor& gy, const Tensor* gstate) {
+void check_gradient_inputs(const Tensor& k, const Tensor& saved, int64_t states, const Tensor& gy,
+                           const Tensor* gstate) {
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
-  check(kept, "kept", k, at::kFloat, {B, states, 3, C});
+  check(saved, "saved", k, at::kFloat, {B, states, 3, C});
   check(gy, "gy", k, k.scalar_type(), {B, T, C});
   if (gstate) check(*gstate, "gstate", k, at::kFloat, {B, 3, C});
 }
 
-// ---- CPU: threads share out (batch row) x (channels) ----
+// ---- CPU: parallel over (batch row) x (channels) ----
 
 const Wkv4Loops& loops() {
 #ifdef __x86_64__
@@ -54,14 +58,14 @@ const Wkv4Loops& loops() {
 }
 
 int cpu_dtype(const Tensor& k) {
-  TORCH_CHECK(k.is_cpu() && (k.scalar_type() == at::kFloat || k.scalar_type() == at::kBFloat16), "wkv4's CPU unit takes fp32 or bf16 on a CPU; k is ",
-              k.scalar_type(), " on ", k.device());
+  TORCH_CHECK(k.is_cpu() && (k.scalar_type() == at::kFloat || k.scalar_type() == at::kBFloat16),
+              "wkv4's CPU kernels take fp32 or bf16 on a CPU; k is ", k.scalar_type(), " on ", k.device());
   return k.scalar_type() == at::kBFloat16;
 }
 
-// Every thread gets neighbouring channels, in whole blocks, of as few rows as can be.
+// Each thread gets contiguous channels, in full blocks, of as few rows as possible.
 template <class F>
-void each_stretch(int64_t block, int64_t B, int64_t C, const F& work) {
+void parallel_channels(int64_t block, int64_t B, int64_t C, const F& work) {
   const int64_t blocks = (C + block - 1) / block;
   at::parallel_for(0, B * blocks, 1, [&](int64_t begin, int64_t end) {
     while (begin < end) {
@@ -75,38 +79,47 @@ void each_stretch(int64_t block, int64_t B, int64_t C, const F& work) {
 
 }  // namespace
 
-Outputs cpu::wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& state, const Optional<Tensor>& initial,
-                         const Optional<Tensor>& reset) {
-  check_inputs(w, u, k, v, given(state), given(initial), given(reset));
+Outputs cpu::wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                          const Optional<Tensor>& state, const Optional<Tensor>& initial,
+                          const Optional<Tensor>& reset) {
+  check_inputs(w, u, k, v, or_null(state), or_null(initial), or_null(reset));
   const int dtype = cpu_dtype(k);
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
   const auto fp32 = k.options().dtype(at::kFloat);
-  const int64_t chunks = (T + WKV4_KEEP - 1) / WKV4_KEEP;
-  const Tensor y = k.new_empty(k.sizes()), kept = k.new_empty({B, chunks + 1, 3, C}, fp32);
-  const Wkv4Problem q{T, C, floats(&w), floats(&u), k.data_ptr(), v.data_ptr(), flags(given(reset)), floats(given(state)), floats(given(initial)), kept.data_ptr<float>()};
+  const int64_t chunks = (T + WKV4_SAVE_INTERVAL - 1) / WKV4_SAVE_INTERVAL;
+  const Tensor y = k.new_empty(k.sizes()), saved = k.new_empty({B, chunks + 1, 3, C}, fp32);
+  const Wkv4Problem q{T, C, floats(&w), floats(&u), k.data_ptr(), v.data_ptr(), flags(or_null(reset)),
+                      floats(or_null(state)), floats(or_null(initial)), saved.data_ptr<float>()};
   const Wkv4Outputs out{y.data_ptr()};
   const Wkv4Loops& chosen = loops();
-  each_stretch(chosen.block, B, C, [&](int64_t row, int64_t c, int64_t n) { chosen.forward[dtype](q, out, row, c, n); });
-  return {y, kept.select(1, chunks).clone(), kept};
+  parallel_channels(chosen.block, B, C,
+                    [&](int64_t row, int64_t c, int64_t n) { chosen.forward[dtype](q, out, row, c, n); });
+  return {y, saved.select(1, chunks).clone(), saved};
 }
 
-Gradients cpu::wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& kept, const Tensor& gy,
-                             const Optional<Tensor>& gstate) {
-  check_inputs(w, u, k, v, nullptr, given(initial), given(reset));
-  check_gradients(k, kept, (k.size(1) + WKV4_KEEP - 1) / WKV4_KEEP + 1, gy, given(gstate));
+Gradients cpu::wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                             const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& saved,
+                             const Tensor& gy, const Optional<Tensor>& gstate) {
+  check_inputs(w, u, k, v, nullptr, or_null(initial), or_null(reset));
+  check_gradient_inputs(k, saved, (k.size(1) + WKV4_SAVE_INTERVAL - 1) / WKV4_SAVE_INTERVAL + 1, gy, or_null(gstate));
   const int dtype = cpu_dtype(k);
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
   const auto fp32 = k.options().dtype(at::kFloat);
-  const Tensor gw = k.new_empty({B, C}, fp32), gu = k.new_empty({B, C}, fp32), gk = k.new_empty(k.sizes()), gv = v.new_empty(v.sizes()), gfirst = k.new_empty({B, 3, C}, fp32);
-  const Tensor ginitial = given(initial) ? k.new_empty({B, 3, C}, fp32) : Tensor();
-  const Wkv4Problem q{T, C, floats(&w), floats(&u), k.data_ptr(), v.data_ptr(), flags(given(reset)), nullptr, floats(given(initial)), kept.data_ptr<float>()};
-  const Wkv4Gradients grad{gy.data_ptr(), floats(given(gstate)), gw.data_ptr<float>(), gu.data_ptr<float>(), gk.data_ptr(), gv.data_ptr(), gfirst.data_ptr<float>(), given(initial) ? ginitial.data_ptr<float>() : nullptr};
+  const Tensor gw = k.new_empty({B, C}, fp32), gu = k.new_empty({B, C}, fp32), gk = k.new_empty(k.sizes()),
+               gv = v.new_empty(v.sizes()), gfirst = k.new_empty({B, 3, C}, fp32);
+  const Tensor ginitial = or_null(initial) ? k.new_empty({B, 3, C}, fp32) : Tensor();
+  const Wkv4Problem q{T, C, floats(&w), floats(&u), k.data_ptr(), v.data_ptr(), flags(or_null(reset)), nullptr,
+                      floats(or_null(initial)), saved.data_ptr<float>()};
+  const Wkv4Gradients grad{gy.data_ptr(), floats(or_null(gstate)), gw.data_ptr<float>(), gu.data_ptr<float>(),
+                           gk.data_ptr(), gv.data_ptr(), gfirst.data_ptr<float>(),
+                           or_null(initial) ? ginitial.data_ptr<float>() : nullptr};
   const Wkv4Loops& chosen = loops();
-  each_stretch(chosen.block, B, C, [&](int64_t row, int64_t c, int64_t n) { chosen.backward[dtype](q, grad, row, c, n); });
-  return {over_rows(gw), over_rows(gu), gk, gv, gfirst, ginitial};
+  parallel_channels(chosen.block, B, C,
+                    [&](int64_t row, int64_t c, int64_t n) { chosen.backward[dtype](q, grad, row, c, n); });
+  return {sum_rows(gw), sum_rows(gu), gk, gv, gfirst, ginitial};
 }
 
-// ---- CUDA: the launcher starts the kernels on torch's stream. Tensors are only pointers here, which lets tests run them on a CPU ----
+// ---- CUDA: kernels launched on torch's stream. Only pointers are used, so tests can run this on a CPU ----
 
 namespace {
 
@@ -115,61 +128,72 @@ std::string cuda_dtype(const Tensor& k) {
     case at::kFloat: return "fp32";
     case at::kBFloat16: return "bf16";
     case at::kHalf: return "fp16";
-    default: TORCH_CHECK(false, "wkv4's CUDA unit takes fp32, bf16 or fp16; k is ", k.scalar_type());
+    default: TORCH_CHECK(false, "wkv4's CUDA kernels take fp32, bf16 or fp16; k is ", k.scalar_type());
   }
 }
 
-Wkv4Args cuda_args(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor* initial, const Tensor* reset, const Tensor& kept, int64_t segment) {
-  TORCH_CHECK(segment >= WKV4_KEEP && segment % WKV4_KEEP == 0, "wkv4: a segment is a multiple of ", WKV4_KEEP, " tokens, not ", segment);
+Wkv4Args cuda_args(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor* initial,
+                   const Tensor* reset, const Tensor& saved, int64_t segment) {
+  TORCH_CHECK(segment >= WKV4_SAVE_INTERVAL && segment % WKV4_SAVE_INTERVAL == 0,
+              "wkv4: segment must be a multiple of ", WKV4_SAVE_INTERVAL, " tokens; got ", segment);
   Wkv4Args args{};
   args.B = k.size(0), args.T = k.size(1), args.C = k.size(2);
   args.segment = segment, args.segments = (args.T + segment - 1) / segment;
-  args.w = floats(&w), args.u = floats(&u), args.k = k.data_ptr(), args.v = v.data_ptr(), args.initial = floats(initial), args.reset = flags(reset), args.kept = kept.data_ptr<float>();
+  args.w = floats(&w), args.u = floats(&u), args.k = k.data_ptr(), args.v = v.data_ptr(),
+  args.initial = floats(initial), args.reset = flags(reset), args.saved = saved.data_ptr<float>();
   return args;
 }
 
 }  // namespace
 
-Outputs gpu::wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& state, const Optional<Tensor>& initial,
-                         const Optional<Tensor>& reset,
+Outputs gpu::wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                          const Optional<Tensor>& state, const Optional<Tensor>& initial, const Optional<Tensor>& reset,
                           int64_t segment, int64_t device, int64_t stream) {
-  check_inputs(w, u, k, v, given(state), given(initial), given(reset));
+  check_inputs(w, u, k, v, or_null(state), or_null(initial), or_null(reset));
   const std::string dtype = cuda_dtype(k);
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
   const auto fp32 = k.options().dtype(at::kFloat);
-  const Tensor y = k.new_empty(k.sizes()), last = k.new_empty({B, 3, C}, fp32), kept = k.new_empty({B, (T + WKV4_KEEP - 1) / WKV4_KEEP, 3, C}, fp32);
-  Wkv4Args args = cuda_args(w, u, k, v, given(initial), given(reset), kept, segment);
-  const Tensor cut = k.new_empty({B, int64_t(args.segments)}, k.options().dtype(at::kBool));
-  args.first = floats(given(state)), args.cut = cut.data_ptr<bool>(), args.y = y.data_ptr(), args.last = last.data_ptr<float>();
+  const Tensor y = k.new_empty(k.sizes()), last = k.new_empty({B, 3, C}, fp32),
+               saved = k.new_empty({B, (T + WKV4_SAVE_INTERVAL - 1) / WKV4_SAVE_INTERVAL, 3, C}, fp32);
+  Wkv4Args args = cuda_args(w, u, k, v, or_null(initial), or_null(reset), saved, segment);
+  const Tensor has_reset = k.new_empty({B, int64_t(args.segments)}, k.options().dtype(at::kBool));
+  args.first = floats(or_null(state)), args.has_reset = has_reset.data_ptr<bool>(), args.y = y.data_ptr(),
+  args.last = last.data_ptr<float>();
   const auto launch = [&](const std::string& kernel, int64_t threads) {
-    launcher::launch(device, reinterpret_cast<void*>(stream), kernel, (threads + WKV4_THREADS - 1) / WKV4_THREADS, WKV4_THREADS, &args);
+    launcher::launch(device, reinterpret_cast<void*>(stream), kernel, (threads + WKV4_THREADS - 1) / WKV4_THREADS,
+                     WKV4_THREADS, &args);
   };
-  if (k.numel() == 0) return {y, last, kept};
+  if (k.numel() == 0) return {y, last, saved};
   if (args.segments > 1) {
     launch("wkv4_summary_" + dtype, B * args.segments * C);
     launch("wkv4_scan", B * C);
   }
   launch("wkv4_output_" + dtype, B * args.segments * C);
-  return {y, last, kept};
+  return {y, last, saved};
 }
 
-Gradients gpu::wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& kept,
-                             const Tensor& gy, const Optional<Tensor>& gstate, int64_t segment, int64_t device, int64_t stream) {
-  check_inputs(w, u, k, v, nullptr, given(initial), given(reset));
-  check_gradients(k, kept, (k.size(1) + WKV4_KEEP - 1) / WKV4_KEEP, gy, given(gstate));
+Gradients gpu::wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                             const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& saved,
+                             const Tensor& gy, const Optional<Tensor>& gstate, int64_t segment, int64_t device,
+                             int64_t stream) {
+  check_inputs(w, u, k, v, nullptr, or_null(initial), or_null(reset));
+  check_gradient_inputs(k, saved, (k.size(1) + WKV4_SAVE_INTERVAL - 1) / WKV4_SAVE_INTERVAL, gy, or_null(gstate));
   const std::string dtype = cuda_dtype(k);
   const int64_t B = k.size(0), C = k.size(2);
   const auto fp32 = k.options().dtype(at::kFloat);
-  Wkv4Args args = cuda_args(w, u, k, v, given(initial), given(reset), kept, segment);
+  Wkv4Args args = cuda_args(w, u, k, v, or_null(initial), or_null(reset), saved, segment);
   const int64_t rows = B * args.segments;
-  const Tensor gw = k.new_empty({rows, C}, fp32), gu = k.new_empty({rows, C}, fp32), gk = k.new_empty(k.sizes()), gv = v.new_empty(v.sizes());
+  const Tensor gw = k.new_empty({rows, C}, fp32), gu = k.new_empty({rows, C}, fp32), gk = k.new_empty(k.sizes()),
+               gv = v.new_empty(v.sizes());
   const Tensor gfirst = k.new_empty({B, 3, C}, fp32), carry = k.new_empty({rows, 3, C}, fp32);
-  const Tensor ginitial = given(initial) ? k.new_empty({B, int64_t(args.segments), 3, C}, fp32) : Tensor();
-  args.gy = gy.data_ptr(), args.glast = floats(given(gstate)), args.carry = carry.data_ptr<float>();
-  args.gw = gw.data_ptr<float>(), args.gu = gu.data_ptr<float>(), args.gk = gk.data_ptr(), args.gv = gv.data_ptr(), args.gfirst = gfirst.data_ptr<float>();
-  args.ginitial = given(initial) ? ginitial.data_ptr<float>() : nullptr;
+  const Tensor ginitial = or_null(initial) ? k.new_empty({B, int64_t(args.segments), 3, C}, fp32) : Tensor();
+  args.gy = gy.data_ptr(), args.glast = floats(or_null(gstate)), args.carry = carry.data_ptr<float>();
+  args.gw = gw.data_ptr<float>(), args.gu = gu.data_ptr<float>(), args.gk = gk.data_ptr(), args.gv = gv.data_ptr(),
+  args.gfirst = gfirst.data_ptr<float>();
+  args.ginitial = or_null(initial) ? ginitial.data_ptr<float>() : nullptr;
   const auto launch = [&](const std::string& kernel, int64_t threads) {
-    launcher::launch(device, reinterpret_cast<void*>(stream), kernel, (threads + WKV4_THREADS - 1) / WKV4_THREADS, WKV4_THREADS, &args);
+    launcher::launch(device, reinterpret_cast<void*>(stream), kernel, (threads + WKV4_THREADS - 1) / WKV4_THREADS,
+                     WKV4_THREADS, &args);
   };
   if (k.numel() > 0) {
     if (args.segments > 1) {
@@ -178,5 +202,5 @@ Gradients gpu::wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, 
     }
     launch("wkv4_gradient_" + dtype, rows * C);
   }
-  return {over_rows(gw), over_rows(gu), gk, gv, gfirst, given(initial) ? ginitial.sum(1) : ginitial};
+  return {sum_rows(gw), sum_rows(gu), gk, gv, gfirst, or_null(initial) ? ginitial.sum(1) : ginitial};
 }

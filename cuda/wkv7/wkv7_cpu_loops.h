@@ -1,9 +1,10 @@
-// The CPU loops of WKV7, written once for vectors of WKV_BYTES bytes; common/cpu_*.cpp includes this file once per vector width.
+// The CPU loops of WKV7. Each cpu_*.cpp includes this file with WKV_BYTES set to its vector width.
 //
-// A head's state is kept transposed, S[key][value], so that vectors run over the values and no step of the forward pass needs
-// a sum across a vector:
+// A head's state is stored transposed, S[key][value], so that vectors run over the values and no
+// step of the forward pass needs a sum across a vector:
 //     sa = sum_j S[j] a_j;   S[j] = S[j] w_j + sa b_j + v k_j;   y = sum_j S[j] r_j
-// The backward pass recomputes the states of a chunk of WKV7_CHUNK tokens from the saved one before it.
+// The backward pass recomputes the states of WKV7_SAVE_INTERVAL tokens from the saved one before
+// them.
 #include "common/cpu_block.h"
 #include "wkv7/wkv7_cpu.h"
 
@@ -30,13 +31,13 @@ WKV_FN float to_float(bf16 x) {
   return y;
 }
 WKV_FN void from_float(float& to, float x) { to = x; }
-WKV_FN void from_float(bf16& to, float x) {  // ties to even; every NaN becomes the usual one
+WKV_FN void from_float(bf16& to, float x) {  // ties to even; every NaN becomes the canonical one
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
   to.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-// Vectors of a group: sums of a group's columns stay in registers.
+// Columns processed together, so that their sums stay in registers.
 template <int FIXED> struct Group { static constexpr int count = FIXED ? 4 : 16 / LANES, columns = count * LANES; };
 
 template <class E> WKV_FN void read_row(float* to, const void* tensor, int64_t at, int64_t N) {
@@ -52,13 +53,15 @@ WKV_FN void transpose(float* to, const float* from, int64_t N) {
   for (int64_t i = 0; i < N; i++)
     for (int64_t j = 0; j < N; j++) to[j * N + i] = from[i * N + j];
 }
-// The state of a row and head of [B, H, N (value), N (key)], transposed; zeros without it.
+// The state number `index` of [B, H, N (value), N (key)], transposed; zeros if there are none.
 WKV_FN void read_state(float* to, const float* states, int64_t index, int64_t N) {
   if (states) transpose(to, states + index * N * N, N);
   else __builtin_memset(to, 0, N * N * sizeof(float));
 }
 
-struct Token { float r[WKV7_MAX_N], w[WKV7_MAX_N], k[WKV7_MAX_N], v[WKV7_MAX_N], a[WKV7_MAX_N], b[WKV7_MAX_N]; };
+struct Token {
+  float r[WKV7_MAX_N], w[WKV7_MAX_N], k[WKV7_MAX_N], v[WKV7_MAX_N], a[WKV7_MAX_N], b[WKV7_MAX_N];
+};
 
 template <class E> WKV_FN void read_token(Token& x, const Wkv7Problem& q, int64_t at, int64_t N) {
   read_row<E>(x.r, q.r, at, N);
@@ -69,7 +72,8 @@ template <class E> WKV_FN void read_token(Token& x, const Wkv7Problem& q, int64_
   for (int64_t i = 0; i < N; i += LANES) put(x.w + i, wkv_exp(vector_at(q.w + at + i)));
 }
 
-// One token: `to` = the state after it, from the state `from` before it (they may be the same); sa and, if wanted, y.
+// One token: from the state `from` before it to the state `to` after it (they may be the same), sa,
+// and with OUTPUT y.
 template <int FIXED, bool OUTPUT>
 WKV_FN void step(float* to, const float* from, const Token& x, float* sa, float* y, int64_t size) {
   const int64_t N = FIXED ? FIXED : size;
@@ -96,12 +100,14 @@ WKV_FN void step(float* to, const float* from, const Token& x, float* sa, float*
 
 template <class E, int FIXED>
 void forward(const Wkv7Problem& q, const Wkv7Outputs& out, int64_t row, int64_t head, float* S) {
-  const int64_t N = FIXED ? FIXED : q.N, index = row * q.H + head, chunks = (q.T + WKV7_CHUNK - 1) / WKV7_CHUNK;
+  const int64_t N = FIXED ? FIXED : q.N, index = row * q.H + head;
+  const int64_t chunks = (q.T + WKV7_SAVE_INTERVAL - 1) / WKV7_SAVE_INTERVAL;
   Token x;
   float sa[WKV7_MAX_N], y[WKV7_MAX_N];
   read_state(S, q.first, index, N);
   for (int64_t t = 0; t < q.T; t++) {
-    if (t % WKV7_CHUNK == 0) __builtin_memcpy(q.saved + (index * chunks + t / WKV7_CHUNK) * N * N, S, N * N * sizeof(float));
+    if (t % WKV7_SAVE_INTERVAL == 0)
+      __builtin_memcpy(q.saved + (index * chunks + t / WKV7_SAVE_INTERVAL) * N * N, S, N * N * sizeof(float));
     if (q.reset && q.reset[row * q.T + t]) read_state(S, q.initial, index, N);
     const int64_t at = ((row * q.T + t) * q.H + head) * N;
     read_token<E>(x, q, at, N);
@@ -111,9 +117,10 @@ void forward(const Wkv7Problem& q, const Wkv7Outputs& out, int64_t row, int64_t 
   transpose(out.last + index * N * N, S, N);
 }
 
-// Gradients of one token. S0 and S1: the states before and after it; G: the gradient of S1, and then of S0.
+// Gradients of one token. S0, S1: the states before and after it. G: gradient of S1, on return of S0.
 template <int FIXED>
-WKV_FN void step_backward(float* G, const float* S0, const float* S1, const Token& x, const float* sa, const float* gy, Token& grad, int64_t size) {
+WKV_FN void step_backward(float* G, const float* S0, const float* S1, const Token& x, const float* sa, const float* gy,
+                          Token& grad, int64_t size) {
   const int64_t N = FIXED ? FIXED : size;
   constexpr int V = Group<FIXED>::count;
   float gsa[WKV7_MAX_N];
@@ -152,15 +159,16 @@ WKV_FN void step_backward(float* G, const float* S0, const float* S1, const Toke
 
 template <class E, int FIXED>
 void backward(const Wkv7Problem& q, const Wkv7Gradients& grad, int64_t row, int64_t head, float* scratch) {
-  const int64_t N = FIXED ? FIXED : q.N, index = row * q.H + head, chunks = (q.T + WKV7_CHUNK - 1) / WKV7_CHUNK;
+  const int64_t N = FIXED ? FIXED : q.N, index = row * q.H + head;
+  const int64_t chunks = (q.T + WKV7_SAVE_INTERVAL - 1) / WKV7_SAVE_INTERVAL;
   float *const G = scratch, *const spare = G + N * N, *const states = spare + N * N;
-  float* const sa = states + (WKV7_CHUNK + 1) * N * N;
+  float* const sa = states + (WKV7_SAVE_INTERVAL + 1) * N * N;
   Token x, g;
   float gy[WKV7_MAX_N];
   read_state(G, grad.last, index, N);
   if (grad.initial) __builtin_memset(grad.initial + index * N * N, 0, N * N * sizeof(float));
   for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
-    const int64_t begin = chunk * WKV7_CHUNK, end = begin + WKV7_CHUNK < q.T ? begin + WKV7_CHUNK : q.T;
+    const int64_t begin = chunk * WKV7_SAVE_INTERVAL, next = begin + WKV7_SAVE_INTERVAL, end = next < q.T ? next : q.T;
     __builtin_memcpy(states, q.saved + (index * chunks + chunk) * N * N, N * N * sizeof(float));
     for (int64_t t = begin; t < end; t++) {
       float* before = states + (t - begin) * N * N;
@@ -175,7 +183,7 @@ void backward(const Wkv7Problem& q, const Wkv7Gradients& grad, int64_t row, int6
       read_token<E>(x, q, at, N);
       read_row<E>(gy, grad.y, at, N);
       const float* after = before + N * N;
-      if (t + 1 < end && q.reset && q.reset[row * q.T + t + 1]) {  // the next token's reset has replaced it
+      if (t + 1 < end && q.reset && q.reset[row * q.T + t + 1]) {  // it was overwritten by the initial state
         step<FIXED, false>(spare, before, x, sa + (t - begin) * N, nullptr, N);
         after = spare;
       }
@@ -210,4 +218,5 @@ void any_backward(const Wkv7Problem& q, const Wkv7Gradients& grad, int64_t row, 
 }  // namespace
 }  // namespace wkv7_loops
 
-const Wkv7Loops LOOPS(wkv7) = {{wkv7_loops::any_forward<float>, wkv7_loops::any_forward<bf16>}, {wkv7_loops::any_backward<float>, wkv7_loops::any_backward<bf16>}};
+const Wkv7Loops LOOPS(wkv7) = {{wkv7_loops::any_forward<float>, wkv7_loops::any_forward<bf16>},
+                               {wkv7_loops::any_backward<float>, wkv7_loops::any_backward<bf16>}};

@@ -1,1 +1,1 @@
-"""What is trained beside a frozen model."""
+"""Adapters: small sets of parameters trained on top of a frozen model."""

@@ -1,10 +1,11 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685) on a model's linear layers: inject, freeze, save, combine, merge.
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) on a model's linear layers: inject, freeze, save,
+combine, merge.
 
 x ──► W ───────────────► + ──► y        y = W x + (α/r) · B A dropout(x)
-└──► A [r, in] ► B [out, r] ─┘          W is frozen; B starts at zero, so the model is unchanged at first
+└──► A [r, in] ► B [out, r] ─┘          W is frozen; B starts at zero (no change at first)
 
-An adapter saves e·r bytes per token for the backward pass (e: 2 in bf16, 4 in fp32) beside what the model saves.
-Which layers a model has is in the file of its version (PARTS).
+In addition to the model's saved activations, an adapter saves e·r bytes per token (e: 2 in bf16, 4
+in fp32). The adaptable layers of a model are defined by its version (PARTS).
 """
 
 import math
@@ -15,24 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from rwkv.kernels.elementwise import native
-from rwkv.kernels.linear import Matrix, product, product_of_gradient, rows
+from rwkv.kernels.linear import Matrix, linear_forward, linear_grad_input, rows
 from rwkv.models import RWKV
 from rwkv.models.parts import Parts, layer_of
 
 
 def parts_in(flag: str) -> tuple[str, ...]:
-    """The names in a flag like att,ffn, valid or not."""
+    """Split a flag like att,ffn into names, without validating them."""
     return tuple(part.strip() for part in flag.split(",") if part.strip())
 
 
 def parts_of(names: Collection[str], known: Parts) -> list[str]:
-    """The parts of an adapter with tensors of these names, in the form of `Parts.normal`."""
-    whole = [part for part in known.whole if any(known.trained_whole(name, [part]) for name in names)]
-    return known.shortest(_adapted_layers(names) & {*known.layers}) + whole
+    """The parts of an adapter whose tensors have these names, in normal form (`Parts.normal`)."""
+    full = [part for part in known.full if any(known.fully_trained(name, [part]) for name in names)]
+    return known.shortest(_adapted_layers(names) & {*known.layers}) + full
 
 
 def foreign_layers(names: Collection[str], known: Parts) -> list[str]:
-    """Layers adapted by an adapter with tensors of these names that cannot have an adapter here, e.g. head or att.gate."""
+    """The adapted layers among these tensor names that cannot have an adapter here, e.g. head or
+    att.gate.
+    """
     return sorted(_adapted_layers(names) - {*known.layers})
 
 
@@ -41,16 +44,16 @@ def _adapted_layers(names: Collection[str]) -> set[str]:
 
 
 class _Adapted(torch.autograd.Function):
-    # Saved: x, or what recomputes it, and A x, which has r elements per token. Nothing for W's gradient, as W is frozen.
+    # Saves x, or the tensors from which it is recomputed, and A x, which has r elements per token.
     @staticmethod
-    def forward(ctx, x, weight, a, b, scale, dropout, again):
+    def forward(ctx, x, weight, a, b, scale, dropout, recompute):
         flat, dtype = rows(x), x.dtype
-        ctx.scale, ctx.dropout, ctx.again = scale, dropout, again.function
+        ctx.scale, ctx.dropout, ctx.recompute = scale, dropout, recompute.function
         ctx.seed = native.new_seed() if dropout else 0
-        y = product(flat, weight.to(dtype))
-        low = product(_dropped(ctx, flat), a.to(dtype))  # [N, r]
+        y = linear_forward(flat, weight.to(dtype))
+        low = linear_forward(_dropped(ctx, flat), a.to(dtype))  # [N, r]
         y.addmm_(low, b.to(dtype).t(), alpha=scale)
-        ctx.save_for_backward(weight, a, b, low, *again.inputs)
+        ctx.save_for_backward(weight, a, b, low, *recompute.inputs)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -58,14 +61,14 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx, g):
         weight, a, b, low, *inputs = ctx.saved_tensors
         flat, dtype, gx, ga, gb = rows(g), g.dtype, None, None, None
-        glow = product_of_gradient(flat, b.to(dtype)).mul_(ctx.scale)  # [N, r]
+        glow = linear_grad_input(flat, b.to(dtype)).mul_(ctx.scale)  # [N, r]
         if ctx.needs_input_grad[2]:
-            x = rows(ctx.again(*inputs))
+            x = rows(ctx.recompute(*inputs))
             ga = (glow.t() @ _dropped(ctx, x)).to(a.dtype)
         if ctx.needs_input_grad[3]:
             gb = (low.t() @ flat).mul_(ctx.scale).t().to(b.dtype)  # computed as [r, out]: the faster layout
         if ctx.needs_input_grad[0]:
-            gx = product_of_gradient(flat, weight.to(dtype))
+            gx = linear_grad_input(flat, weight.to(dtype))
             if ctx.dropout:
                 native.dropout_add_(gx, glow @ a.to(dtype), ctx.seed, ctx.dropout)
             else:
@@ -79,7 +82,9 @@ def _dropped(ctx, x: Tensor) -> Tensor:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer without bias, plus a trainable product of rank r. The weight keeps its name."""
+    """A frozen linear layer without bias, plus a trainable product of rank r. The weight's name
+    does not change.
+    """
 
     def __init__(self, weight: nn.Parameter, r: int, alpha: float, dropout: float = 0.0):
         super().__init__()
@@ -91,7 +96,7 @@ class LoRALinear(nn.Module):
         self.scale, self.dropout = alpha / r, dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] → [..., out] in x's compute dtype."""
+        """x [..., in] → [..., out], in the compute dtype."""
         x = x.to(native.compute_dtype(x))
         p = self.dropout if self.training else 0.0
         return _Adapted.apply(x, self.weight, self.lora_A, self.lora_B, self.scale, p, native.recompute_of(x))
@@ -103,18 +108,20 @@ class LoRALinear(nn.Module):
 
 
 def inject(model: RWKV, parts: Collection[str], r: int, alpha: float, dropout: float = 0.0) -> list[str]:
-    """Give every linear layer of the parts an adapter, in place; returns their names. For RWKV-4 `att` is key, value and
-    receptance of every time-mix (without output, as upstream), `ffn` all of every channel-mix.
+    """Add adapters to all linear layers of these parts, in place; returns the layers' names.
+
+    For RWKV-4, `att` is key, value and receptance of every time-mix (without output, as upstream),
+    `ffn` all layers of every channel-mix.
 
     Raises:
-        ValueError: an unknown part, r < 1, or a model with none of these layers.
+        ValueError: a part is unknown, r < 1, or the model has none of these layers.
     """
     known = model.version.PARTS
     unknown = set(parts) - set(known.names)
     if unknown or not parts:
         raise ValueError(f"LoRA parts are any of {', '.join(known.names)}; got {', '.join(sorted(unknown)) or 'none'}")
     if r < 1:
-        raise ValueError(f"LoRA rank r must be at least 1; it is {r}")
+        raise ValueError(f"the LoRA rank r must be at least 1; it is {r}")
     wanted = {layer for part in parts for layer in known.layers_of(part)}
     modules = list(model.named_modules())
     names = [name for name, module in modules if isinstance(module, nn.Linear) and layer_of(name) in wanted]
@@ -128,16 +135,23 @@ def inject(model: RWKV, parts: Collection[str], r: int, alpha: float, dropout: f
 def combine(
     adapters: Sequence[tuple[Mapping[str, Tensor], float, float]], base: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Several adapters (tensors, scale α/r, weight) as one whose rank is the sum of theirs and whose scale is 1:
-    W + Σ weight · scale · B A. Tensors trained whole become base + Σ weight · (theirs − base)."""
-    made: dict[str, Tensor] = {}
+    """Combine adapters to one that computes W + Σ weight · scale · B A; its rank is the sum of
+    their ranks, its scale is 1.
+
+    Fully trained tensors become base + Σ weight · (tensor − base).
+
+    Args:
+        adapters: (tensors, scale α/r, weight) of each.
+        base: the base model's tensors.
+    """
+    combined: dict[str, Tensor] = {}
     ranks = [
         next((t.shape[0] for name, t in tensors.items() if name.endswith(".lora_A")), 0) for tensors, _, _ in adapters
     ]
     for name in sorted({name for tensors, _, _ in adapters for name in tensors}):
         if not re.search(r"\.lora_[AB]$", name):
             start = base[name].float()
-            made[name] = start + sum(
+            combined[name] = start + sum(
                 weight * (tensors[name].float() - start) for tensors, _, weight in adapters if name in tensors
             )
             continue
@@ -149,32 +163,35 @@ def combine(
             else torch.zeros((rank, size) if down else (size, rank))
             for (tensors, scale, weight), rank in zip(adapters, ranks, strict=True)
         ]
-        made[name] = torch.cat(blocks, 0 if down else 1)
-    return made
+        combined[name] = torch.cat(blocks, 0 if down else 1)
+    return combined
 
 
 def adapter_names(model: RWKV, parts: Collection[str]) -> list[str]:
-    """The parameters in an adapter of these parts: lora_A and lora_B of their layers, and tensors trained whole."""
+    """Names of the parameters in an adapter of these parts: lora_A and lora_B of their layers, and
+    fully trained tensors.
+    """
     known = model.version.PARTS
     layers = {layer for part in parts for layer in known.layers_of(part)}
 
     def belongs(name: str) -> bool:
         layer, adapted, _ = name.rpartition(".lora_")
-        return layer_of(layer) in layers if adapted else known.trained_whole(name, parts)
+        return layer_of(layer) in layers if adapted else known.fully_trained(name, parts)
 
     return [name for name, _ in model.named_parameters() if belongs(name)]
 
 
 def mark_trainable(model: RWKV, parts: Collection[str]) -> None:
-    """Freeze everything but the adapter's parameters."""
+    """Freeze all parameters except the adapter's."""
     chosen = set(adapter_names(model, parts))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
 
 
 def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert the frozen matrices to this dtype and all else to fp32, in place, one tensor after the other. Vectors are few, and
-    decays are sensitive."""
+    """Convert frozen matrices to this dtype and all other parameters to fp32, in place, one at a
+    time. (Vectors are small, and decays need the precision.)
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(
             dtype if is_matrix(parameter) and not parameter.requires_grad else torch.float32
@@ -182,18 +199,18 @@ def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def is_matrix(weight: Tensor) -> bool:
-    """Whether a parameter is a matrix, and not a vector, some of which are stored as [1, 1, D]."""
+    """Whether a parameter is a matrix; vectors may be stored as [1, 1, D]."""
     return weight.squeeze().dim() >= 2
 
 
 def adapter_state(model: RWKV, parts: Collection[str]) -> dict[str, Tensor]:
-    """The adapter alone, under upstream's keys, e.g. `blocks.0.att.key.lora_A`."""
+    """The adapter's tensors under upstream's names, e.g. `blocks.0.att.key.lora_A`."""
     state = dict(model.named_parameters())
     return {name: state[name].detach() for name in adapter_names(model, parts)}
 
 
 def merge(model: nn.Module) -> None:
-    """Turn every adapted layer back into a plain one, in place, its adapter added to its weight."""
+    """Merge all adapters into their layers' weights, in place, and restore plain linear layers."""
     for name, layer in list(_adapted(model)):
         plain = Matrix(layer.weight.shape[1], layer.weight.shape[0], bias=False)
         plain.weight = nn.Parameter(layer.merged())

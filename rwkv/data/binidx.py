@@ -20,7 +20,7 @@ import numpy as np
 
 from rwkv import files
 from rwkv.errors import UserError
-from rwkv.files import abandoned, together
+from rwkv.files import abandoned, atomic_writes
 
 MANIFEST = "rwkv binidx"  # marks the manifest of a binidx (rwkv.data.provenance)
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -163,7 +163,7 @@ def exclusive(output_prefix: str | Path, prefixes: Sequence[str | Path]) -> Iter
         yield
 
 
-def refuse_existing(prefixes: Sequence[str | Path], beside: Sequence[Path] = ()) -> None:
+def reject_existing(prefixes: Sequence[str | Path], beside: Sequence[Path] = ()) -> None:
     """Raise UserError if `writers` with the same arguments would replace files.
 
     A .bin without an .idx, next to leftovers of an interrupted conversion, is ignored.
@@ -216,7 +216,7 @@ def writers(
     # The index is removed first and renamed last: it never describes other tokens than those beside
     # it.
     with (
-        together(parts, [Path(f"{prefix}.idx") for prefix in prefixes]) as temporaries,
+        atomic_writes(parts, [Path(f"{prefix}.idx") for prefix in prefixes]) as temporaries,
         contextlib.ExitStack() as stack,
     ):
         masks, manifests = temporaries[n : 2 * n], temporaries[2 * n : 3 * n]

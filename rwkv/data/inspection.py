@@ -218,7 +218,7 @@ def _walk(data: Dataset, found: Inspection, hashes: np.ndarray, bar: tqdm) -> No
     if data.mask is not None:
         found.counted, found.uncounted_documents = counted, uncounted
         if wrong_mask:
-            found.problems.append(f"{mask_path(data.prefix)}: holds bytes other than 0 and 1; convert again")
+            found.problems.append(f"{mask_path(data.prefix)}: contains bytes other than 0 and 1; convert again")
 
 
 def _repeated(hashes: np.ndarray) -> tuple[int, list[list[int]]]:

@@ -17,7 +17,7 @@ def random_offset(seed: int, sample: int, size: int, ctx_len: int) -> int:
         sample: number of the sample, unique within the run.
         size: tokens in the stream; at least ctx_len + 2.
     """
-    generator = np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), sample]))
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed & (2**64 - 1), sample], np.uint64)))
     return int(generator.integers(0, size - ctx_len - 1))
 
 

@@ -101,7 +101,7 @@ def load(data: Dataset) -> dict[str, Any] | None:
     found = read(data.prefix)
     if found and (found["documents"], found["tokens"]) != (len(data), len(data.tokens)):
         raise UserError(
-            f"{path}: describes {found['documents']:,} documents with {found['tokens']:,} tokens, and {data.prefix}.bin contains"
+            f"{path}: describes {found['documents']:,} documents with {found['tokens']:,} tokens, but {data.prefix}.bin contains"
             f" {len(data):,} with {len(data.tokens):,}; it belongs to another conversion: convert again, or remove it"
         )
     return found

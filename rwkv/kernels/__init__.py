@@ -1,1 +1,1 @@
-"""Compiled kernels: how they are built, whether they are usable here, and operators other than WKV."""
+"""Compiled kernels: building, loading, and all operators except WKV."""

@@ -1,8 +1,9 @@
-"""Compile the kernels of cuda/ ahead of time (`make kernels`), and check whether they are current.
+"""Compile the kernels in cuda/ ahead of time (`make kernels`), and check whether they are current.
 
-In rwkv/kernels/lib/torch-<version>/: rwkv.so, the host library with the CPU kernels and the launcher;
-rwkv_sm_<arch>.cubin for the GPUs of this machine; manifest.json, written last. With RWKV_KERNELS_ALL=1
-(`make kernels ALL=1`) there is a cubin for every architecture of the stack, and PTX for newer GPUs.
+Output in rwkv/kernels/lib/torch-<version>/: rwkv.so, the host library with the CPU kernels and the
+launcher; rwkv_sm_<arch>.cubin for the GPUs of this machine; manifest.json, written last. With
+RWKV_KERNELS_ALL=1 (`make kernels ALL=1`) also cubins for every architecture of the stack, and PTX
+for newer GPUs.
 """
 
 import fcntl
@@ -22,20 +23,20 @@ import torch
 
 from rwkv import compat
 from rwkv.commands import target
-from rwkv.files import whole, write_json
+from rwkv.files import atomic_write, write_json
 from rwkv.kernels import nvrtc
 
 SOURCES = Path(__file__).parents[2] / "cuda"
-# -fopenmp is for at::parallel_for. The linker does not get it: the symbols come from the OpenMP that torch has
-# loaded, so that there is one thread pool and not two. Vector widths are chosen per file and at run time, so
-# nothing here names a processor.
+# -fopenmp is for at::parallel_for. It is not passed to the linker: the symbols come from the OpenMP
+# library that torch has loaded, so there is only one thread pool. Vector widths are set per source
+# file.
 HOST_OPTIONS = ["-O3", "-fopenmp", "-std=c++17", "-Wno-psabi", "-Wno-unknown-pragmas"]
 DEVICE_OPTIONS = ["--std=c++17", "--ptxas-options=-v"]
 NO_NVRTC = f"this environment has no NVRTC for torch's CUDA ({torch.version.cuda or 'none: a CPU build'})"
 
 
 def folder() -> Path:
-    """Where the compiled kernels are: one folder per torch version, as its ABI differs."""
+    """The folder of the compiled kernels: one per torch version, as ABIs differ."""
     return Path(__file__).parent / "lib" / f"torch-{torch.__version__}"
 
 
@@ -45,13 +46,13 @@ def library() -> Path:
 
 
 def sources(*suffixes: str) -> dict[str, Path]:
-    """{path below cuda/, by which sources include each other: file}, of files with these suffixes."""
+    """The sources with these suffixes: {path below cuda/, as used in #include: file}."""
     files = sorted(path for path in SOURCES.rglob("*.*") if path.suffix in suffixes)
     return {path.relative_to(SOURCES).as_posix(): path for path in files}
 
 
 def device_sources() -> tuple[Path, dict[str, Path]]:
-    """The file that NVRTC compiles, and the files that it includes."""
+    """The file that NVRTC compiles, and {include path: file} of its headers."""
     return SOURCES / "common" / "gpu.cu", sources(".h", ".cu")
 
 
@@ -64,7 +65,7 @@ def source_hash() -> str:
 
 
 def manifest() -> dict:
-    """What the last complete build wrote down for this torch; empty if there was none."""
+    """The manifest of the last complete build for this torch; empty if there is none."""
     try:
         return json.loads((folder() / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -72,7 +73,7 @@ def manifest() -> dict:
 
 
 def stamp() -> int:
-    """When the last complete build for this torch ended, in nanoseconds; 0 if there was none."""
+    """The time of the last complete build for this torch, in ns; 0 if there is none."""
     try:
         return (folder() / "manifest.json").stat().st_mtime_ns
     except OSError:
@@ -80,7 +81,7 @@ def stamp() -> int:
 
 
 def why_unavailable() -> str | None:
-    """Why the host library cannot be loaded, as a sentence with a remedy; None if it can."""
+    """Why the host library cannot be used, with a remedy; None if it can."""
     written = manifest()
     if "source_hash" not in written:
         return f"not compiled for torch {torch.__version__}; run: {target('kernels')}"
@@ -97,10 +98,10 @@ def why_unavailable() -> str | None:
 
 
 def device_code(capability: tuple[int, int]) -> Path:
-    """The file for a GPU of this compute capability: its cubin, or the PTX if the GPU is newer than that.
+    """The cubin for a GPU of this compute capability, or the PTX for a newer GPU.
 
     Raises:
-        LookupError: there is none; the message says what to do.
+        LookupError: there is none; the message has a remedy.
     """
     names = manifest().get("device", {}).get("files", {})
     name = _best(capability, names)
@@ -117,8 +118,11 @@ def device_code(capability: tuple[int, int]) -> Path:
 
 
 def _best(capability: tuple[int, int], names: Iterable[str]) -> str | None:
-    """The cubin of the same major version and the highest minor not above the GPU's; else the PTX of an
-    older architecture. Names end as in `_targets`, with or without a suffix."""
+    """The best of `names`, compiler targets or file names, for a GPU; None if none fits.
+
+    That is the cubin with the GPU's major version and the highest minor version not above the
+    GPU's, else the PTX of an older architecture.
+    """
     major, minor = capability
     names = list(names)
     fitting = [arch for arch in _archs(names) if arch // 10 == major and arch % 10 <= minor]
@@ -133,7 +137,7 @@ def _archs(names: Iterable[str]) -> list[int]:
 
 
 def all_archs() -> list[int]:
-    """Every architecture of the stack, as 86 for compute capability 8.6; empty without NVRTC."""
+    """Every architecture of the stack (86 is compute capability 8.6); empty without NVRTC."""
     path = compat.nvrtc()
     if path is None:
         return []
@@ -142,12 +146,12 @@ def all_archs() -> list[int]:
 
 
 def _targets(archs: list[int]) -> list[str]:
-    """Compiler targets for all of these: the slowest to compile first, and PTX of the newest."""
+    """Compiler targets: sm_ for each architecture, slowest first, and compute_ for the newest."""
     return [f"sm_{arch}" for arch in reversed(archs)] + [f"compute_{arch}" for arch in archs[-1:]]
 
 
-def wanted() -> list[str]:
-    """The compiler targets that this machine needs: those of its GPUs, or all (RWKV_KERNELS_ALL=1)."""
+def needed_targets() -> list[str]:
+    """The compiler targets for the GPUs of this machine, or all (RWKV_KERNELS_ALL=1)."""
     targets = _targets(all_archs())
     if os.environ.get("RWKV_KERNELS_ALL") == "1":
         return targets
@@ -169,17 +173,17 @@ def build() -> None:
         )
     folder().mkdir(parents=True, exist_ok=True)
     with open(folder() / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for a build in another process, which may leave nothing to do
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be building; then nothing is left to do
         if not usable():
             _build()
 
 
 def usable() -> bool:
-    """Whether all that this machine needs is there, is current, and loads in a new process."""
+    """Whether all files that this machine needs exist, are current, and load in a new process."""
     if why_unavailable() is not None:
         return False
     files = manifest().get("device", {}).get("files", {})
-    if not {_file_name(name) for name in wanted()} <= set(files):
+    if not {_file_name(name) for name in needed_targets()} <= set(files):
         return False
     loads = f"import torch; torch.ops.load_library({str(library())!r})"
     return subprocess.run([sys.executable, "-c", loads], capture_output=True, check=False).returncode == 0
@@ -213,7 +217,7 @@ def _build() -> None:
 
 def _build_host() -> None:
     cpp_extension = compat.cpp_extension()
-    # torch looks for ninja on PATH; ours is next to this Python, whose environment may not be activated
+    # torch looks for ninja on PATH; ours is next to this Python, whose environment may be inactive
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if any(" " in path for path in cpp_extension.include_paths()):
         raise SystemExit(
@@ -230,7 +234,7 @@ def _build_host() -> None:
             build_directory=build_folder,
             is_python_module=False,
         )
-        with whole(library()) as temporary:
+        with atomic_write(library()) as temporary:
             shutil.copyfile(Path(build_folder) / library().name, temporary)
 
 
@@ -240,7 +244,7 @@ def _build_device() -> dict:
         return {}
     compiler = nvrtc.Compiler(path)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        files = pool.map(lambda name: _compile(compiler, name), wanted())
+        files = pool.map(lambda name: _compile(compiler, name), needed_targets())
     return {"compiler": f"NVRTC {compiler.version}", "options": DEVICE_OPTIONS, "files": dict(files)}
 
 
@@ -249,18 +253,18 @@ def _file_name(name: str) -> str:
 
 
 def _compile(compiler: nvrtc.Compiler, name: str) -> tuple[str, dict]:
-    """Write the cubin or PTX of a compiler target; its file name, and its kernels' registers and spills."""
+    """Write the cubin or PTX for a target. Returns its file name and the kernels' resources."""
     options = DEVICE_OPTIONS if name.startswith("sm_") else DEVICE_OPTIONS[:1]
     image, log = compiler.compile(*device_sources(), name, options)
     if "warning" in log:
         print(f"make kernels: {name}:\n{log}")
-    with whole(folder() / _file_name(name)) as temporary:
+    with atomic_write(folder() / _file_name(name)) as temporary:
         temporary.write_bytes(image)
     return _file_name(name), nvrtc.resources(log)
 
 
 def main() -> None:
-    """Build, unless all that this machine needs is there, is current, and loads."""
+    """Build, unless everything that this machine needs is built and current."""
     if usable():
         print(f"kernels: {library()} is current")
     else:

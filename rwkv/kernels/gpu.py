@@ -1,6 +1,6 @@
-"""The elementwise CUDA kernels, with the interface of the CPU's torch.ops.rwkv: launched on a stream, without synchronising.
+"""The elementwise CUDA kernels behind the interface of the CPU operators in torch.ops.rwkv.
 
-Formulas: cuda/elementwise/fused.h; what is saved: rwkv/kernels/elementwise/native.py.
+Launches are asynchronous. Formulas: cuda/elementwise/fused.h.
 """
 
 import functools
@@ -13,8 +13,8 @@ OPERATIONS = ("norm_forward", "norm_backward", "mix_forward", "mix_backward", "g
               "relu2_backward", "dropout", "dropout_add", "loss")  # fmt: skip
 
 
-class Unit:
-    """The operations on fp32, bf16 and fp16 tensors of one GPU. `stream` returns the stream for each launch."""
+class CudaKernels:
+    """The operations on one GPU, in fp32, bf16 and fp16. `stream` returns the stream to use."""
 
     def __init__(self, device: int, stream: Callable[[], int]):
         for name in OPERATIONS:
@@ -26,6 +26,6 @@ class Unit:
 
 
 @functools.lru_cache
-def unit(device: int) -> Unit:
-    """For a GPU whose kernels are loaded (load.why_unavailable_on), on torch's current stream."""
-    return Unit(device, lambda: torch.cuda.current_stream(device).cuda_stream)
+def cuda_kernels(device: int) -> CudaKernels:
+    """The operations of a GPU, whose kernels must be loaded, on torch's current stream."""
+    return CudaKernels(device, lambda: torch.cuda.current_stream(device).cuda_stream)

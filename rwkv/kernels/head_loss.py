@@ -1,48 +1,46 @@
-"""Head, cross-entropy and L2Wrap over chunks of tokens, so that the logits [N, V] are never whole in memory."""
+"""Head, cross-entropy and L2Wrap in chunks of tokens, so that never all logits are in memory."""
 
 import torch
 from torch import Tensor
 
 from rwkv.kernels.elementwise import native
-from rwkv.kernels.linear import needs_room, product, product_of_gradient, rows, weight_gradient
+from rwkv.kernels.linear import linear_forward, linear_grad_input, linear_grad_weight, rows, uses_onednn
 
 L2WRAP = 1e-4  # upstream's factor
-CHUNK_BYTES = 64 << 20  # of a chunk's logits in fp32: 256 tokens at V = 65536
-SLICE = (
-    1 << 11
-)  # tokens of the vocabulary at a time, where oneDNN takes a product and copies: 8192 take 30 MB more and are no faster (docs/decisions/002)
+CHUNK_BYTES = 64 << 20  # fp32 logits per chunk: 256 tokens at V = 65536
+SLICE = 1 << 11  # vocabulary entries per matmul with oneDNN, to limit its copies (docs/decisions/002)
 
 
 def _logits(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """x Wᵀ in `out` [n, V]."""
-    if not needs_room(x, weight):
+    if not uses_onednn(x, weight):
         return torch.mm(x, weight.t(), out=out)
-    for word in range(0, len(weight), SLICE):
-        out[:, word : word + SLICE] = product(x, weight[word : word + SLICE])
+    for begin in range(0, len(weight), SLICE):
+        out[:, begin : begin + SLICE] = linear_forward(x, weight[begin : begin + SLICE])
     return out
 
 
 def _gradient(g: Tensor, weight: Tensor) -> Tensor:
     """g W."""
-    if not needs_room(g, weight):
+    if not uses_onednn(g, weight):
         return g @ weight
-    total = product_of_gradient(g[:, :SLICE], weight[:SLICE])
-    for word in range(SLICE, len(weight), SLICE):
-        total += product_of_gradient(g[:, word : word + SLICE], weight[word : word + SLICE])
+    total = linear_grad_input(g[:, :SLICE], weight[:SLICE])
+    for begin in range(SLICE, len(weight), SLICE):
+        total += linear_grad_input(g[:, begin : begin + SLICE], weight[begin : begin + SLICE])
     return total
 
 
-def _add_weight_gradient(total: Tensor, g: Tensor, x: Tensor) -> None:
-    """total += gᵀ x, in one kernel or two however many tokens there are. In one dtype nothing is allocated."""
+def _add_grad_weight(total: Tensor, g: Tensor, x: Tensor) -> None:
+    """total += gᵀ x, in one or two kernels. If dtypes are equal, nothing is allocated."""
     if total.dtype == g.dtype:
         total.addmm_(g.t(), x)
     else:
-        total += weight_gradient(g, x)
+        total += linear_grad_weight(g, x)
 
 
 class _HeadLoss(torch.autograd.Function):
-    # The gradients are formed in the forward pass, while a chunk's logits are at hand; backward only scales them: 1/N waits until then,
-    # as fp16 has no room for softmax/N.
+    # The forward pass computes the gradients while a chunk's logits are in memory; the backward
+    # pass only scales them, also by 1/N, because softmax/N would underflow in fp16.
     @staticmethod
     def forward(ctx, x, weight, targets):
         count, vocab = targets.numel(), weight.shape[0]
@@ -56,11 +54,11 @@ class _HeadLoss(torch.autograd.Function):
         for begin in range(0, count, size):
             chunk = x[begin : begin + size]
             logits = _logits(chunk, computed, buffer[: len(chunk)])  # [n, V]
-            loss += native.softmax_gradient(logits, targets[begin : begin + size], L2WRAP, want_x or want_weight)
+            loss += native.cross_entropy_(logits, targets[begin : begin + size], L2WRAP, want_x or want_weight)
             if gx is not None:
                 gx[begin : begin + size] = _gradient(logits, computed)
             if gweight is not None:
-                _add_weight_gradient(gweight, logits, chunk)
+                _add_grad_weight(gweight, logits, chunk)
         ctx.save_for_backward(gx, gweight)
         ctx.count = max(1, count)
         return loss / ctx.count
@@ -70,12 +68,12 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, scale):
         gx, gweight = ctx.saved_tensors
         scale = scale / ctx.count
-        # In place: autograd refuses a second backward, which would scale twice.
+        # In place: autograd raises on a second backward, which would scale twice.
         return None if gx is None else gx.mul_(scale), None if gweight is None else gweight.mul_(scale), None
 
 
 def _indices(loss_mask: Tensor, device: torch.device) -> Tensor:
-    """The indices where loss_mask [N] is True, on the device; copying them from main memory to a GPU does not synchronise."""
+    """The indices where loss_mask [N] is True, on the device, without synchronising."""
     indices = loss_mask.nonzero().squeeze(1)
     if device.type == "cuda" and not indices.is_cuda:
         indices = indices.pin_memory()
@@ -85,20 +83,21 @@ def _indices(loss_mask: Tensor, device: torch.device) -> Tensor:
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, loss_mask: Tensor | None = None) -> Tensor:
     """Mean cross-entropy in nats of softmax(x Wᵀ) at the targets; its gradient carries L2Wrap.
 
-    L2Wrap (BlinkDL) keeps the largest logit of each token small: the backward pass adds 1e-4 · max / N to the gradient of
-    that logit, as if the loss had the term 5e-5 · Σ max² / N. Unlike upstream's, it scales with the loss, so that
-    accumulation and loss scaling do not change its weight.
+    L2Wrap (BlinkDL) keeps the largest logit of each token small: the backward pass adds
+    1e-4 · max / N to its gradient, as if the loss had the term 5e-5 · Σ max² / N. Unlike
+    upstream's, it scales with the loss, so gradient accumulation and loss scaling do not change its
+    weight.
 
     Args:
-        x: [..., D], the head's input.
-        weight: [V, D], the head's; no gradient if it is frozen.
+        x: [..., D], input of the head.
+        weight: [V, D], weight of the head.
         targets: [...] int64 in [0, V).
-        loss_mask: [...] bool, the N targets that contribute to the loss; the others cost nothing and get no gradient.
-            None: all. Best in main memory, also for x on a GPU: the host needs the number of rows, and asking a GPU
-            for it synchronises.
+        loss_mask: [...] bool, the N targets that contribute to the loss; the others are skipped.
+            None: all. Pass it on the CPU even if x is on a GPU: counting targets on a GPU
+            synchronises.
 
     Returns:
-        A scalar, fp32; 0 with zero gradient where no target contributes.
+        Scalar fp32; 0 with zero gradient if no target contributes.
     """
     x, targets = rows(x.to(native.compute_dtype(x))), targets.reshape(-1)
     if loss_mask is not None:

@@ -1,7 +1,8 @@
-"""A linear layer without bias that keeps little, and its three matrix products by the faster of the libraries that torch brings.
+"""A linear layer without bias that saves little for the backward pass, and its three matmuls.
 
-torch multiplies fp32 matrices on CPUs by MKL, which on processors that are not Intel's leaves part of their width unused; where torch can hand them to
-oneDNN as they lie, that does not (docs/decisions/001). Which of the two takes a product depends on its shape alone, so that a run repeats bit for bit.
+On CPUs, torch's fp32 matmuls call MKL, which does not use the full vector width of non-Intel
+processors. Large matmuls call oneDNN instead where torch offers it (compat.onednn_product,
+docs/decisions/001). The choice depends only on the shape, so that runs repeat bit for bit.
 """
 
 import torch
@@ -10,13 +11,13 @@ from torch import Tensor, nn
 from rwkv import compat
 from rwkv.kernels.elementwise.native import compute_dtype, recompute_of
 
-SMALL = 1 << 20  # multiplications below which oneDNN's set-up costs more than it gains
+SMALL = 1 << 20  # multiplications below which the set-up of oneDNN costs more than it gains
 
 _onednn = compat.onednn_product()
 
 
-def needs_room(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN takes a product with W, and so room for W and for the result once more while it runs: it copies W into a layout of its own."""
+def uses_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether x Wᵀ is computed by oneDNN, which allocates a copy of W and of the result."""
     return (
         _onednn is not None
         and x.device.type == "cpu"
@@ -26,17 +27,17 @@ def needs_room(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
+def linear_forward(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ: [N, in], [out, in] → [N, out]."""
-    return _onednn(x, weight) if needs_room(x, weight) else x @ weight.t()
+    return _onednn(x, weight) if uses_onednn(x, weight) else x @ weight.t()
 
 
-def product_of_gradient(g: Tensor, weight: Tensor) -> Tensor:
+def linear_grad_input(g: Tensor, weight: Tensor) -> Tensor:
     """g W, the gradient of x: [N, out], [out, in] → [N, in]."""
-    return _onednn(g, weight.t()) if needs_room(g, weight) else g @ weight
+    return _onednn(g, weight.t()) if uses_onednn(g, weight) else g @ weight
 
 
-def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
+def linear_grad_weight(g: Tensor, x: Tensor) -> Tensor:
     """gᵀ x, the gradient of W: [N, out], [N, in] → [out, in], in g's dtype."""
     return g.t() @ x
 
@@ -48,11 +49,11 @@ def rows(x: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, again):
+    def forward(ctx, x, weight, recompute):
         trained = ctx.needs_input_grad[1]
-        ctx.again = again.function
-        ctx.save_for_backward(weight, *(again.inputs if trained else ()))
-        return product(rows(x), weight.to(x.dtype)).view(*x.shape[:-1], -1)
+        ctx.recompute = recompute.function
+        ctx.save_for_backward(weight, *(recompute.inputs if trained else ()))
+        return linear_forward(rows(x), weight.to(x.dtype)).view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -60,27 +61,31 @@ class _Linear(torch.autograd.Function):
         weight, *inputs = ctx.saved_tensors
         flat, gx, gw = rows(g), None, None
         if ctx.needs_input_grad[0]:
-            gx = product_of_gradient(flat, weight.to(g.dtype)).view(*g.shape[:-1], -1)
+            gx = linear_grad_input(flat, weight.to(g.dtype)).view(*g.shape[:-1], -1)
         if ctx.needs_input_grad[1]:
-            gw = weight_gradient(flat, rows(ctx.again(*inputs))).to(weight.dtype)
+            gw = linear_grad_weight(flat, rows(ctx.recompute(*inputs))).to(weight.dtype)
         return gx, gw, None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ in x's compute dtype: [..., in] → [..., out].
 
-    Saves x or what recomputes it (rwkv.kernels.elementwise.native); nothing of x where the weight is frozen.
+    Saves the inputs that recompute x (see rwkv.kernels.elementwise.native); nothing if the weight
+    is frozen.
     """
     x = x.to(compute_dtype(x))
     return _Linear.apply(x, weight, recompute_of(x))
 
 
 class Matrix(nn.Linear):
-    """nn.Linear without bias, by `linear`. Its weight is uninitialised memory until a checkpoint or RWKV.initialise fills
-    it: a 14b model should not be filled twice."""
+    """nn.Linear without bias, computed by `linear`.
+
+    The weight is uninitialised until a checkpoint is loaded or RWKV.initialise is called, so that
+    large models are not initialised twice.
+    """
 
     def reset_parameters(self) -> None:
-        """Nothing. (torch's skip_init imports torch.compiler: 2 s and 150 MB.)"""
+        """Does nothing. (torch's skip_init would import torch.compiler: 2 s and 150 MB.)"""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""

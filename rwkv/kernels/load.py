@@ -1,4 +1,4 @@
-"""Load the compiled kernels once, and report why they are unavailable."""
+"""Load the compiled kernels once per process, or report why they are unavailable."""
 
 import functools
 
@@ -12,9 +12,12 @@ _devices: set[int] = set()  # GPUs whose kernels are loaded
 
 
 def why_unavailable() -> str | None:
-    """Load the host library once; why it is unavailable, or None. Checked again after `make kernels`."""
+    """Load the host library once. Returns why it is unavailable, or None.
+
+    A failure is cached until the next `make kernels`.
+    """
     global _loaded
-    if _loaded:  # every operator calls this, and a file check takes up to a tenth of its time
+    if _loaded:  # called by every operator: a file check would take up to a tenth of its time
         return None
     reason = _why_unavailable(build.stamp())
     _loaded = reason is None
@@ -33,7 +36,10 @@ def _why_unavailable(stamp: int) -> str | None:
 
 
 def why_unavailable_on(device: int) -> str | None:
-    """Load the kernels of a GPU once; why they are unavailable, or None. Checked again after `make kernels`."""
+    """Load the kernels of a GPU once. Returns why they are unavailable, or None.
+
+    A failure is cached until the next `make kernels`.
+    """
     if device in _devices:
         return None
     reason = _why_unavailable_on(device, build.stamp())
@@ -45,7 +51,7 @@ def why_unavailable_on(device: int) -> str | None:
 @functools.lru_cache(maxsize=64)
 def _why_unavailable_on(device: int, stamp: int) -> str | None:
     if torch.version.hip:
-        return "torch is a ROCm build, and these kernels are compiled for NVIDIA GPUs only"
+        return "torch is a ROCm build, and the kernels are compiled for NVIDIA GPUs only"
     if reason := why_unavailable():
         return reason
     try:

@@ -1,4 +1,4 @@
-"""NVRTC, the CUDA compiler that comes with torch's wheels: device code without nvcc, a toolkit or a GPU."""
+"""NVRTC, the CUDA compiler in torch's wheels: needs no nvcc, CUDA toolkit or GPU."""
 
 import ctypes
 import re
@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# cuda-python would bind these eight functions as well; its releases for CUDA 11.7 need Cython and a toolkit to build.
+# ctypes instead of cuda-python, whose releases for CUDA 11.7 need Cython and a toolkit to build.
 
 
 class Compiler:
     """One NVRTC library.
 
     Attributes:
-        version: as "11.7".
-        archs: compute capabilities that it can compile for, as 86 for 8.6, ascending.
+        version: such as "11.7".
+        archs: supported compute capabilities, ascending (86 is 8.6).
     """
 
     def __init__(self, path: Path):
-        for builtins in path.parent.glob("libnvrtc-builtins.so.*"):  # CUDA 13's looks for it by name only
+        for builtins in path.parent.glob("libnvrtc-builtins.so.*"):  # CUDA 13 finds it by name only
             ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
         self._nvrtc = ctypes.CDLL(str(path))
         self._nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
@@ -31,12 +31,19 @@ class Compiler:
         self.archs = sorted(archs)
 
     def compile(self, source: Path, headers: Mapping[str, Path], target: str, options: list[str]) -> tuple[bytes, str]:
-        """Compile for `target`: "sm_86" gives a cubin, "compute_86" PTX. Returns it and the compiler's log.
+        """Compile for a target: "sm_86" gives a cubin, "compute_86" PTX.
 
-        headers: {name by which it is included: file}.
+        Args:
+            source: the file to compile.
+            headers: {include path: file}.
+            target: the compiler target.
+            options: further compiler options.
+
+        Returns:
+            The cubin or PTX, and the compiler's log.
 
         Raises:
-            RuntimeError: the source does not compile; the message is the compiler's.
+            RuntimeError: the source does not compile; the message is the compiler's log.
         """
         program = ctypes.c_void_p()
         texts, names = [path.read_bytes() for path in headers.values()], [name.encode() for name in headers]
@@ -52,7 +59,8 @@ class Compiler:
         )
         try:
             flags = [option.encode() for option in (f"--gpu-architecture={target}", *options)]
-            # NVRTC 11.7 leaves its thread in the C locale, where Python reads and writes ASCII: use a separate thread
+            # NVRTC 11.7 sets the C locale in its thread, where Python would read and write ASCII:
+            # use another thread
             with ThreadPoolExecutor(1) as thread:
                 code = thread.submit(
                     self._nvrtc.nvrtcCompileProgram, program, len(flags), (ctypes.c_char_p * len(flags))(*flags)
@@ -78,7 +86,7 @@ class Compiler:
 
 
 def resources(log: str) -> dict[str, dict[str, int]]:
-    """What ptxas -v reports per kernel: registers per thread, and bytes of local memory (stack) and spills."""
+    """{kernel: registers per thread, and bytes of stack and spills} from a `ptxas -v` log."""
     kernels: dict[str, dict[str, int]] = {}
     for block in re.split(r"(?=Compiling entry function)", log)[1:]:
         name = re.findall(r"entry function '(\w+)'", block)[0]

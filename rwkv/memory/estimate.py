@@ -1,20 +1,22 @@
-"""Predict the memory of a run, part by part, before it starts.
+"""Predict the memory usage of a run, by part, from its flags.
 
-Arithmetic alone, in bytes. Shapes are those of the model (rwkv.models.rwkv.shapes); the rules, each tested against it:
+All sizes are in bytes. Shapes are those of the model (rwkv.models.rwkv.shapes). The rules:
 
-    weights      4 per element (autocast keeps fp32 masters), 2 for frozen matrices stored in bf16; `e` under DeepSpeed
-    gradients    4 per trained element, freed after the step; `e` under DeepSpeed; DDP's buckets once more
-    optimizer    Adam 8 per trained element, 12 under DeepSpeed (with its fp32 master); Adafactor a row and a column of
+    weights      4 per element (autocast keeps fp32 masters), 2 for frozen matrices stored in bf16;
+    `e` under DeepSpeed gradients    4 per trained element, freed after the step; `e` under
+    DeepSpeed; twice with DDP (buckets) optimizer    Adam 8 per trained element, 12 under DeepSpeed
+    (with its fp32 master); Adafactor a row and a column of
                  each matrix
-    activations  `saved_bytes` of every block, or its input alone with grad_cp, and what is saved outside the blocks
-    logits       one chunk of them (rwkv.kernels.head_loss), the head in the dtype of the matmuls
-    workspace    temporary tensors of a pass; for DeepSpeed its buckets and, in stage 3, gathered weights
-    heap         on a CPU, freed memory that glibc cannot reuse: a measured share of what does not stay for the run
-    process      the libraries: on a CPU what is resident of them after a first step
+    activations  `saved_bytes` of every block, or only its input with grad_cp; and those saved
+    outside the blocks logits       one chunk (rwkv.kernels.head_loss), and the head's weight in the
+    dtype of matmuls workspace    temporary tensors of a pass; DeepSpeed's buckets and, in stage 3,
+    gathered weights heap         on a CPU, freed memory that glibc cannot reuse: a measured
+    fraction of all temporary parts process      the libraries: on a CPU, their resident size after
+    the first step
 
-DeepSpeed shards as in the ZeRO paper (Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1): stage 1 the optimizer, 2 also
-the gradients, 3 also the weights; offload moves them to the host. `e` is the matmuls' bytes per element: 2 in bf16 and
-fp16, else 4.
+DeepSpeed shards as in the ZeRO paper (Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1): stage 1
+the optimizer, 2 also the gradients, 3 also the weights; offload moves them to the host. `e` is the
+number of bytes per element in matmuls: 2 in bf16 and fp16, else 4.
 """
 
 from dataclasses import dataclass
@@ -29,18 +31,26 @@ from rwkv.models.rwkv import shapes
 from rwkv.models.version import version_of
 
 GB = 10**9
-CONTEXT = (
-    600 << 20
-)  # CUDA context and libraries on a GPU, which torch's allocator does not see. Assumed: no GPU was at hand to measure it
-PROCESS = 290 << 20  # a process with torch 1.13.1 and Lightning, with a first step, without a model
-LOADED = 20 << 20  # of it comes with the first step: torch's code for it. 16 to 34 MiB were seen
-HEAP = 0.5  # of gradients, activations, logits and workspace, with torch 1.13.1 and glibc 2.36; 0.3 to 1.1 were seen
-LIVE = 10**9  # numbers that ZeRO-3 keeps gathered (stage3_max_live_parameters)
+# CUDA context and libraries on a GPU, which torch's allocator does not report. Assumed, not
+# measured.
+CONTEXT = 600 << 20
+PROCESS = 290 << 20  # process with torch 1.13.1 and Lightning after a first step, without a model
+LOADED = 20 << 20  # part of PROCESS that torch loads in the first step; measured 16 to 34 MiB
+HEAP = 0.5  # of gradients, activations, logits, workspace; torch 1.13.1, glibc 2.36: measured 0.3 to 1.1
+LIVE = 10**9  # elements that ZeRO-3 keeps gathered (stage3_max_live_parameters)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, as far as memory goes. `devices`: over all machines; `gpu`: whether they are GPUs; `per_node`: processes on a machine."""
+    """The parameters of a run that determine its memory usage.
+
+    Attributes:
+        base: dtype of frozen matrices, as --lora_base.
+        devices: number over all machines; `per_node`: on each machine.
+        gpu: whether they are GPUs.
+        process: bytes of a process without model (see PROCESS).
+        heap: see HEAP.
+    """
 
     sizes: Sizes
     lora: bool = True
@@ -78,30 +88,31 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """In a batch of one device."""
+        """Tokens in a micro-batch."""
         return self.ctx_len * self.micro_bsz
 
     @property
     def stage(self) -> int:
-        """Of ZeRO; 0 without DeepSpeed."""
+        """ZeRO stage; 0 without DeepSpeed."""
         return ZEROS[self.strategy].stage if self.strategy in ZEROS else 0
 
     @property
     def offload(self) -> bool:
-        """Whether optimizer (and in stage 3 weights) are on the host."""
+        """Whether the optimizer (in stage 3 also weights) is offloaded to the host."""
         return self.strategy in ZEROS and ZEROS[self.strategy].offload_optimizer
 
 
 Blocks = list[tuple[float, float]]
-"""Tensors: bytes of one, and how many."""
+"""Tensors of equal size: bytes of each, and their number."""
 Parts = dict[str, Blocks]
 
 
 @dataclass
 class Estimate:
-    """Bytes by part: in each phase of a step, at its peak on each device, and on a machine's host.
+    """Bytes by part: at the peak of each phase of a step per device (`phase_parts`), and per
+    machine on the host.
 
-    Of a phase's parts all but `process` and `heap` are what torch's allocator holds.
+    All parts of a phase but `process` and `heap` are allocated by torch.
     """
 
     phase_parts: dict[str, dict[str, int]]
@@ -109,17 +120,17 @@ class Estimate:
 
     @property
     def phases(self) -> dict[str, int]:
-        """The peaks on each device."""
+        """The peak of each phase, per device."""
         return {name: sum(parts.values()) for name, parts in self.phase_parts.items()}
 
     @property
     def device(self) -> dict[str, int]:
-        """The parts at the fullest moment."""
+        """The parts in the phase with the highest peak."""
         return max(self.phase_parts.values(), key=lambda parts: sum(parts.values()))
 
     @property
     def tensors(self) -> dict[str, int]:
-        """The peaks of the phases, of torch's allocator alone."""
+        """The peak of each phase in torch's allocator."""
         others = ("process", "heap")
         return {
             name: sum(size for part, size in parts.items() if part not in others)
@@ -128,17 +139,17 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """Per device."""
+        """The peak per device."""
         return sum(self.device.values())
 
     @property
     def host_total(self) -> int:
-        """On each machine."""
+        """Host memory per machine."""
         return sum(self.host.values())
 
 
 def matrices(s: Sizes) -> dict[str, torch.Size]:
-    """The shape of every matrix of the model, by its module's name."""
+    """The shape of every matrix of the model, by module name."""
     return {name.removesuffix(".weight"): shape for name, shape in shapes(s).items() if len(shape) == 2}
 
 
@@ -153,7 +164,7 @@ def trained(p: Plan) -> int:
     if not p.lora:
         return total(p.sizes)
     parts = version_of(p.sizes).PARTS
-    whole = sum(shape.numel() for name, shape in shapes(p.sizes).items() if parts.trained_whole(name, p.parts))
+    whole = sum(shape.numel() for name, shape in shapes(p.sizes).items() if parts.fully_trained(name, p.parts))
     return whole + sum(p.r * (rows + columns) for rows, columns in adapted(p))
 
 
@@ -163,18 +174,24 @@ def total(s: Sizes) -> int:
 
 
 def saved_bytes(p: Plan) -> float:
-    """Bytes per token and block that stay until the backward pass: those of the version, and of adapters r elements each."""
+    """Bytes per token and block saved for the backward pass: those of the model, and r elements per
+    adapter.
+    """
     return version_of(p.sizes).saved_bytes(p.sizes, p.e) + len(adapted(p)) * p.r * p.e / p.sizes.n_layer
 
 
 def _block(p: Plan) -> Blocks:
-    """What `kept` says, for all tokens: one tensor of F numbers a token, the rest of D."""
+    """`saved_bytes` of a block for all tokens, as one tensor of F elements per token and others of
+    D.
+    """
     D, F, N = p.sizes.n_embd, p.sizes.dim_ffn, p.tokens
     return [(p.e * F * N, 1), (p.e * D * N, (saved_bytes(p) - p.e * F) / (p.e * D))]
 
 
 def _outside(p: Plan) -> Blocks:
-    """Saved outside the blocks: ids, the inputs of ln0 and ln_out, the gradient that head_loss computes."""
+    """Saved outside the blocks: token ids, the inputs of ln0 and ln_out, the gradient that
+    head_loss computes.
+    """
     D, N, e = p.sizes.n_embd, p.tokens, p.e
     first = (4 if not p.lora else p.frozen) * D + 8
     ln0 = not p.lora or "ln" in p.parts or p.grad_cp
@@ -186,49 +203,48 @@ def _per_node(p: Plan) -> int:
 
 
 def estimate(p: Plan) -> Estimate:
-    """What the run takes on a device and on a host."""
+    """Estimate the memory usage of a run, per device and per host."""
     s, e, n = p.sizes, p.e, p.devices
-    numbers, learns = total(s), trained(p)
+    n_elements, n_trained = total(s), trained(p)
     adapters = sum(p.r * (rows + columns) for rows, columns in adapted(p))
     zero, share = p.stage, n if p.stage else 1
     if zero:
-        weights = e * (numbers + adapters) / (share if zero == 3 else 1)
-        gradients = e * learns / (share if zero >= 2 else 1)
+        weights = e * (n_elements + adapters) / (share if zero == 3 else 1)
+        gradients = e * n_trained / (share if zero >= 2 else 1)
     elif p.lora:
         whole = sum(shape.numel() for shape in matrices(s).values())
-        weights = p.frozen * whole + 4 * (numbers - whole + adapters)
-        gradients = 4.0 * learns
+        weights = p.frozen * whole + 4 * (n_elements - whole + adapters)
+        gradients = 4.0 * n_trained
     else:
-        weights, gradients = 4.0 * numbers, 4.0 * learns
-    optimizer = _optimizer(p, learns) / share
+        weights, gradients = 4.0 * n_elements, 4.0 * n_trained
+    optimizer = _optimizer(p, n_trained) / share
     if zero:
-        optimizer += 4 * learns / share  # the fp32 master
+        optimizer += 4 * n_trained / share  # the fp32 master
     host: dict[str, float] = {}
     if p.offload:
-        host["optimizer"] = (optimizer + 4 * learns / share) * _per_node(p)  # gradients arrive in fp32
+        host["optimizer"] = (optimizer + 4 * n_trained / share) * _per_node(p)  # gradients arrive in fp32
         optimizer = 0.0
         if zero >= 2:
             gradients = 0.0
         if zero == 3:
             host["weights"] = weights * _per_node(p)
             weights = 0.0
-    buckets: Blocks = [(_buckets(p, numbers, learns), 1)]
-    grown: Blocks = [(gradients, 1)] if zero else [(4.0, learns)]
+    buckets: Blocks = [(_buckets(p, n_elements, n_trained), 1)]
+    complete: Blocks = [(gradients, 1)] if zero else [(4.0, n_trained)]
     if not (p.lora or zero):
-        grown = [(4.0 * shape.numel(), 1) for shape in shapes(s).values()]
-    head: Blocks = (
-        [] if p.lora else [((e if zero else 4.0) * s.vocab_size * s.n_embd, 1)]
-    )  # its gradient is formed in the forward pass
-    held = head + (grown if p.accumulate > 1 or zero >= 2 else [])
-    block, outer, passing = _block(p), _outside(p), _passing(p)
-    # With grad_cp the input of the first block is what ln0 keeps anyway.
+        complete = [(4.0 * shape.numel(), 1) for shape in shapes(s).values()]
+    # the head's gradient is computed in the forward pass
+    head: Blocks = [] if p.lora else [((e if zero else 4.0) * s.vocab_size * s.n_embd, 1)]
+    partial = head + (complete if p.accumulate > 1 or zero >= 2 else [])
+    block, outer, temporary = _block(p), _outside(p), _backward_workspace(p)
+    # with grad_cp the input of the first block is saved by ln0 anyway
     inside = (
         [(e * s.n_embd * p.tokens, s.n_layer - 1)]
         if p.grad_cp
         else [(size, count * s.n_layer) for size, count in block]
     )
-    again = block if p.grad_cp else []
-    states: Parts = {
+    recomputed = block if p.grad_cp else []
+    persistent: Parts = {
         "weights": [(weights, 1)],
         "gradients": [],
         "optimizer": [(optimizer, 1)],
@@ -237,32 +253,38 @@ def estimate(p: Plan) -> Estimate:
     }
     phases: dict[str, Parts] = {
         "forward": {
-            **states,
-            "gradients": held,
+            **persistent,
+            "gradients": partial,
             "activations": inside + outer,
             "logits": _logits(p),
             "workspace": buckets,
         },
         "backward": {
-            **states,
-            "gradients": held,
-            "activations": inside + outer + again,
-            "workspace": passing + buckets,
+            **persistent,
+            "gradients": partial,
+            "activations": inside + outer + recomputed,
+            "workspace": temporary + buckets,
         },
-        "its end": {**states, "gradients": grown, "activations": outer + block, "workspace": passing + buckets},
-        "optimizer": {**states, "gradients": grown, "workspace": _stepping(p) + buckets},
+        "end of backward": {
+            **persistent,
+            "gradients": complete,
+            "activations": outer + block,
+            "workspace": temporary + buckets,
+        },
+        "optimizer": {**persistent, "gradients": complete, "workspace": _optimizer_workspace(p) + buckets},
     }
-    made = {
+    peaks = {
         name: {part: sum(size * count for size, count in blocks) for part, blocks in parts.items()}
         for name, parts in phases.items()
     }
-    made["backward"] = max(made["backward"], made.pop("its end"), key=lambda parts: sum(parts.values()))
+    ends = (peaks["backward"], peaks.pop("end of backward"))
+    peaks["backward"] = max(ends, key=lambda parts: sum(parts.values()))
     if not p.gpu:
-        for parts in made.values():
+        for parts in peaks.values():
             parts["heap"] = p.heap * sum(size for part, size in parts.items() if part not in ("weights", "optimizer"))
-    phase_parts = {name: _round(parts | {"process": CONTEXT if p.gpu else p.process}) for name, parts in made.items()}
+    phase_parts = {name: _round(parts | {"process": CONTEXT if p.gpu else p.process}) for name, parts in peaks.items()}
     if p.gpu:
-        loading = 4 * (numbers + adapters) * _per_node(p)  # a process reads the model before it goes to its GPU
+        loading = 4 * (n_elements + adapters) * _per_node(p)  # each process loads the model to the host first
         host = {"process": p.process * _per_node(p), "loading": max(0.0, loading - sum(host.values()))} | host
     else:
         device = Estimate(phase_parts, {}).device
@@ -274,14 +296,14 @@ def _round(parts: dict[str, float]) -> dict[str, int]:
     return {name: round(value) for name, value in parts.items()}
 
 
-def _optimizer(p: Plan, learns: int) -> float:
+def _optimizer(p: Plan, n_trained: int) -> float:
     if p.optimizer == "adam":
-        return 8.0 * learns
+        return 8.0 * n_trained
     if p.lora:
         found = [torch.Size(shape) for rows, columns in adapted(p) for shape in ((p.r, columns), (rows, p.r))]
     else:
         found = list(matrices(p.sizes).values())
-    rest = learns - sum(shape.numel() for shape in found)
+    rest = n_trained - sum(shape.numel() for shape in found)
     return 4.0 * (sum(map(sum, found)) + rest)
 
 
@@ -291,25 +313,26 @@ def _logits(p: Plan) -> Blocks:
     chunk, part = rows * s.vocab_size, min(s.vocab_size, SLICE)
     blocks: Blocks = [(e * chunk, 1)]
     if (p.frozen if p.lora else 4) != e and not p.stage:
-        blocks += [(e * s.vocab_size * s.n_embd, 1)]  # the head in the products' dtype
+        blocks += [(e * s.vocab_size * s.n_embd, 1)]  # the head's weight in the dtype of matmuls
     if e == 4 and not p.gpu:
-        blocks += [(4 * part * rows, 1)]  # oneDNN's result, where it takes the product
-    if (
-        not (p.lora or p.stage) and e == 2
-    ):  # a chunk's share of the head's gradient, which is fp32, in the products' dtype; a CPU converts it first
+        blocks += [(4 * part * rows, 1)]  # oneDNN's output buffer
+    if not (p.lora or p.stage) and e == 2:
+        # the head's gradient of a chunk in the dtype of matmuls; a CPU also converts it to fp32
         blocks += [(e * s.vocab_size * s.n_embd, 1), (4 * s.vocab_size * s.n_embd, not p.gpu)]
     return blocks
 
 
-def _passing(p: Plan) -> Blocks:
-    """What comes and goes in the backward pass of a block: gradients of its tensors, recomputed inputs, and a weight's."""
+def _backward_workspace(p: Plan) -> Blocks:
+    """Temporary tensors in the backward pass of a block: gradients of activations and of a weight,
+    recomputed inputs.
+    """
     D, F, N, e = p.sizes.n_embd, p.sizes.dim_ffn, p.tokens, p.e
     blocks: Blocks = [(e * D * N, 3), (e * F * N, 1 if p.lora else 2)]
     return blocks if p.lora else [*blocks, (e * D * F, 1), (4 * D * F, 1)]
 
 
-def _stepping(p: Plan) -> Blocks:
-    """What an optimizer step takes for a while: two tensors like the largest; nothing where Adam is one pass."""
+def _optimizer_workspace(p: Plan) -> Blocks:
+    """Temporary tensors of an optimizer step: two of the largest size; none with fused Adam."""
     if p.stage or p.gpu or p.optimizer == "adam":
         return []
     if p.lora:
@@ -317,11 +340,11 @@ def _stepping(p: Plan) -> Blocks:
     return [(4.0 * max(shape.numel() for shape in matrices(p.sizes).values()), 2)]
 
 
-def _buckets(p: Plan, numbers: int, learns: int) -> float:
+def _buckets(p: Plan, n_elements: int, n_trained: int) -> float:
     if not p.stage:
         ddp = p.devices > 1 or p.strategy.startswith("ddp")
-        return 4.0 * learns if ddp else 0.0
-    bucket = min(p.ds_bucket_mb * 10**6, learns) * p.e  # as ZeroStrategy makes it
-    sent = 2 * bucket if p.stage >= 2 else bucket  # two, while one is sent
-    gathered = min(numbers, LIVE) * p.e if p.stage == 3 else 0
-    return sent + gathered
+        return 4.0 * n_trained if ddp else 0.0
+    bucket = min(p.ds_bucket_mb * 10**6, n_trained) * p.e  # as in ZeroStrategy
+    buckets = 2 * bucket if p.stage >= 2 else bucket  # one is filled while the other is reduced
+    gathered = min(n_elements, LIVE) * p.e if p.stage == 3 else 0
+    return buckets + gathered

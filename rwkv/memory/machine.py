@@ -1,4 +1,6 @@
-"""How much memory there is, and how much of it this process has: GPUs by torch, hosts by what the kernel says, cgroups and limits included."""
+"""Available and used memory: of GPUs from torch; of the host from the kernel, with cgroup limits
+and ulimits.
+"""
 
 import contextlib
 import resource
@@ -16,8 +18,9 @@ def use_gpu(accelerator: str) -> bool:
 
 
 def memory_of(gpu: bool, devices: int = 1) -> int:
-    """Bytes that a run may fill: of the smallest of the first `devices` GPUs that torch sees (a MIG instance is one), 0 if that is unknown; or of this
-    machine, as far as cgroups and ulimit let this process."""
+    """Total memory in bytes that a run may use: of the smallest of the first `devices` GPUs (or MIG
+    instances), 0 if unknown; or of the host, within cgroup limits and ulimit.
+    """
     if not gpu:
         return min(_physical(), _cgroup(), _address_space())
     import torch
@@ -26,8 +29,8 @@ def memory_of(gpu: bool, devices: int = 1) -> int:
         return 0
     found = []
     for i in range(max(1, min(devices, torch.cuda.device_count()))):
-        properties = torch.cuda.get_device_properties(i)  # makes no CUDA context, which would take memory itself
-        shared = getattr(properties, "is_integrated", 0)  # with the host
+        properties = torch.cuda.get_device_properties(i)  # does not create a CUDA context
+        shared = getattr(properties, "is_integrated", 0)  # GPU and host share memory
         found.append(
             min(int(properties.total_memory), memory_of(gpu=False)) if shared else int(properties.total_memory)
         )
@@ -35,7 +38,9 @@ def memory_of(gpu: bool, devices: int = 1) -> int:
 
 
 def gpu_used(index: int) -> int:
-    """Bytes in use, by anybody, on the GPU that torch calls `index`; 0 if that is unknown. For a process that computes on it already."""
+    """Bytes in use by all processes on GPU `index`; 0 if unknown. Creates a CUDA context if there
+    is none.
+    """
     import torch
 
     try:
@@ -46,15 +51,17 @@ def gpu_used(index: int) -> int:
 
 
 def rss() -> int:
-    """Bytes of memory that this process has now."""
+    """Resident memory of this process in bytes."""
     return _status("VmRSS")
 
 
 def rss_peak(restart: bool = False) -> int:
-    """The most that it had since it began, or since the last `restart`, where the kernel lets it begin anew."""
+    """Peak resident memory in bytes, since the process started or since the last call with
+    `restart`, if the kernel supports resetting it.
+    """
     peak = _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if restart:
-        with contextlib.suppress(OSError):  # no such file, or no right to it: the peak then is that since the beginning
+        with contextlib.suppress(OSError):  # not supported or not permitted
             Path("/proc/self/clear_refs").write_text("5")
     return peak
 
@@ -74,7 +81,9 @@ def _physical() -> int:
 
 
 def _cgroup(process: Path = Path("/proc/self")) -> int:
-    """The smallest memory limit of the control groups that a process is in, from its own up to the root of what is mounted; both versions."""
+    """The smallest memory limit among a process's cgroup and its mounted ancestors (cgroup v1 and
+    v2).
+    """
     try:
         mounts, groups = ((process / name).read_text(encoding="utf-8").splitlines() for name in ("mountinfo", "cgroup"))
     except OSError:
@@ -90,17 +99,19 @@ def _cgroup(process: Path = Path("/proc/self")) -> int:
         else:
             continue
         for group in groups:
-            _, controllers, path = group.split(":", 2)  # of version 2 the controllers are empty
+            _, controllers, path = group.split(":", 2)  # no controllers in v2
             if controller in controllers.split(","):
                 found += _limits_along(Path(point.replace("\\040", " ")), root, path, name)
     return min(found)
 
 
 def _limits_along(mounted: Path, root: str, path: str, name: str) -> Iterator[int]:
-    """The limits in the files `name` of control group `path` and of those above it, in a hierarchy of which `root` is mounted."""
+    """The limits in files `name` of cgroup `path` and its ancestors, in a hierarchy whose `root` is
+    mounted at `mounted`.
+    """
     try:
         group = PurePosixPath(path).relative_to(root)
-    except ValueError:  # outside of what is mounted, as in a container that has a mount of its own
+    except ValueError:  # not below the mount, e.g. in a container
         group = PurePosixPath()
     if ".." in group.parts:
         group = PurePosixPath()
@@ -112,6 +123,8 @@ def _limits_along(mounted: Path, root: str, path: str, name: str) -> Iterator[in
 
 
 def _address_space() -> int:
-    """What ulimit -v leaves: it counts addresses, of which libraries and thread stacks take some without memory behind them."""
+    """The memory that ulimit -v leaves: the limit without address space that is mapped but not
+    resident (libraries, thread stacks).
+    """
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return _UNLIMITED if limit == resource.RLIM_INFINITY else max(0, limit - (_status("VmSize") - _status("VmRSS")))

@@ -1,4 +1,4 @@
-"""The memory plan of a run's flags, and --auto: the flags that fit into memory."""
+"""Memory plans from flags, and --auto: choose flags that fit into memory."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +15,7 @@ USABLE = 0.92  # fraction of the memory to plan for; the rest covers fragmentati
 
 
 def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision: str) -> estimate.Plan:
-    """The plan of a run, or of an estimate. With tbptt_len its context is one chunk."""
+    """The memory plan of a run or an estimate. With tbptt_len, its context length is one chunk."""
     adapter: dict[str, Any] = {"lora": False}
     if a := (c.adapter if isinstance(c, TrainConfig) else c):
         lora_used = isinstance(c, TrainConfig) or c.method == "lora"
@@ -40,26 +40,28 @@ def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision:
 
 
 def available(plan: estimate.Plan) -> int:
-    """Bytes that a run can use on each device of this machine; 0 if that is unknown."""
+    """Bytes that a run can use on each device of this machine; 0 if unknown."""
     found = machine.memory_of(plan.gpu, plan.per_node)
     return round(USABLE * (found if plan.gpu else found / max(1, plan.per_node)))
 
 
 def choose(c: TrainConfig, plan: estimate.Plan, usable: Callable[[TrainConfig], bool]) -> tuple[TrainConfig, str]:
-    """The flags of --auto, and a description of them. The effective batch does not change: a smaller micro_bsz is accumulated more often.
+    """Choose the flags of --auto; returns them and a description. The effective batch size does not
+    change: with a smaller micro_bsz more batches are accumulated.
 
-    Tried in the order of their cost in time: first without gradient checkpointing, then with it, each from the largest micro_bsz to the smallest; then, on
-    GPUs, the same with the DeepSpeed strategies. Where the memory is unknown the flags stay as given.
+    Candidates are tried from fast to slow: without gradient checkpointing, then with it, each from
+    the largest micro_bsz to the smallest; on GPUs then the same with DeepSpeed. If the memory size
+    is unknown, the flags do not change.
 
     Args:
         usable: whether a strategy can be used with the other flags on this machine.
 
     Raises:
-        UserError: nothing fits; the message says what would, if anything does.
+        UserError: nothing fits; the message suggests a change that does, if there is one.
     """
     limit = available(plan)
     if not limit:
-        return c, "the memory of this device is unknown; flags stay as given"
+        return c, "the memory size of this device is unknown; flags unchanged"
     strategies = [c.strategy]
     if c.strategy == "auto" and plan.gpu and c.optimizer == "adam":
         strategies += [name for name in search.offered(c.world_size) if usable(replace(c, strategy=name))]
@@ -72,7 +74,7 @@ def choose(c: TrainConfig, plan: estimate.Plan, usable: Callable[[TrainConfig], 
             continue
         if last.offload and found.host_total > host:
             short = short or (
-                f"{words} would fit there, but takes {found.host_total / 1e9:.1f} GB of the host, which has {host / 1e9:.1f}. "
+                f"{words} would fit, but needs {found.host_total / 1e9:.1f} GB of host memory; {host / 1e9:.1f} GB are usable. "
             )
             continue
         chosen = replace(
@@ -84,7 +86,7 @@ def choose(c: TrainConfig, plan: estimate.Plan, usable: Callable[[TrainConfig], 
             strategy=last.strategy,
         )
         return chosen, f"{words}: {found.total / 1e9:.2f} of {limit / 1e9:.2f} GB"
-    rest = "Take LoRA (scripts/lora.py), a shorter --ctx_len, or a smaller model" if short else advice(last, limit)
+    rest = "Use LoRA (scripts/lora.py), a shorter --ctx_len, or a smaller model" if short else advice(last, limit)
     raise UserError(f"--auto: nothing fits into {limit / 1e9:.2f} GB. {short}{rest}")
 
 
@@ -92,5 +94,5 @@ def advice(plan: estimate.Plan, limit: int) -> str:
     """The cheapest change that would fit, as a sentence."""
     found = search.remedy(plan, limit)
     if found is None:
-        return "No change of flags that is known would fit; take a smaller model, or a larger machine"
+        return "No known change of flags fits; use a smaller model, or a device with more memory"
     return f"The cheapest change that fits: {found[0]} ({estimate.estimate(found[1]).total / 1e9:.2f} GB predicted)"

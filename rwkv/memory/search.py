@@ -1,4 +1,4 @@
-"""What fits into a given memory, the cheapest change that would, and how both are told."""
+"""Search for plans that fit into a given amount of memory, and format the results."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -10,11 +10,16 @@ from rwkv.models import Sizes
 from rwkv.models.version import DEFAULT, published
 
 GUIDE = {"1.5b": 15, "3b": 24, "7b": 48, "14b": 80}
-"""GB that the community's guide says full tuning takes, by size; less than half of it with LoRA and DeepSpeed."""
+"""GB for full fine-tuning according to the community's guide, by model size."""
 
 
 def largest(p: Plan, limit: int, what: str) -> int:
-    """The largest micro_bsz or ctx_len (a multiple of 1 or 16) whose device total is within `limit` bytes; 0 if none is."""
+    """The largest micro_bsz or ctx_len (a multiple of 16) that fits into `limit` bytes per device;
+    0 if none does.
+
+    Args:
+        what: "micro_bsz" or "ctx_len".
+    """
     unit = 16 if what == "ctx_len" else 1
 
     def fits(count: int) -> bool:
@@ -34,8 +39,9 @@ def largest(p: Plan, limit: int, what: str) -> int:
 
 
 def candidates(p: Plan, strategies: Iterable[str]) -> Iterator[Plan]:
-    """Plans with the effective batch of `p`, those that cost least time first: without gradient checkpointing before with it,
-    a large micro_bsz before a small one."""
+    """Plans with the effective batch size of `p`, from fast to slow: without gradient checkpointing
+    before with it, large micro_bsz before small.
+    """
     for strategy in strategies:
         for grad_cp in (False, True):
             for m in range(p.micro_bsz, 0, -1):
@@ -45,12 +51,12 @@ def candidates(p: Plan, strategies: Iterable[str]) -> Iterator[Plan]:
 
 
 def changes(p: Plan) -> Iterator[tuple[str, Plan]]:
-    """Changes that take less memory, the cheapest first, each as flags and the plan that they make."""
+    """Changes that need less memory, the cheapest first: (flags, changed plan)."""
 
     def flags(q: Plan) -> str:
         words = []
         if q.micro_bsz != p.micro_bsz:
-            words.append(f"--micro_bsz {q.micro_bsz} --accumulate_grad_batches {q.accumulate} (the same step)")
+            words.append(f"--micro_bsz {q.micro_bsz} --accumulate_grad_batches {q.accumulate} (same batch)")
         words += ["--grad_cp 1"] if q.grad_cp and not p.grad_cp else []
         words += [f"--precision {q.precision}"] if q.precision != p.precision else []
         words += [f"--strategy {q.strategy}"] if q.strategy != p.strategy else []
@@ -63,7 +69,7 @@ def changes(p: Plan) -> Iterator[tuple[str, Plan]]:
     least = replace(p, grad_cp=True, micro_bsz=1, accumulate=p.accumulate * p.micro_bsz)
     half = replace(least, precision="bf16")
     tried += [half] if p.e == 4 else []
-    if p.gpu and not p.stage and p.optimizer == "adam":  # DeepSpeed takes no other
+    if p.gpu and not p.stage and p.optimizer == "adam":  # the only one supported with DeepSpeed
         tried += [replace(half, strategy=name) for name in offered(p.devices)]
     if not p.lora:
         tried += [
@@ -82,18 +88,22 @@ def changes(p: Plan) -> Iterator[tuple[str, Plan]]:
 
 
 def offered(devices: int) -> list[str]:
-    """DeepSpeed strategies that take less memory, those that cost least time first."""
-    alone = ["deepspeed_stage_2_offload", "deepspeed_stage_3_offload"]
-    return alone if devices == 1 else ["deepspeed_stage_2", "deepspeed_stage_3", *alone]
+    """DeepSpeed strategies to try for this number of devices, from fast to slow."""
+    offload = ["deepspeed_stage_2_offload", "deepspeed_stage_3_offload"]
+    return offload if devices == 1 else ["deepspeed_stage_2", "deepspeed_stage_3", *offload]
 
 
 def remedy(p: Plan, limit: int) -> tuple[str, Plan] | None:
-    """The cheapest change by which the run fits into `limit` bytes a device; None if none is known."""
+    """The cheapest change with which the run fits into `limit` bytes per device, as (flags, changed
+    plan); None if there is none.
+    """
     return next(((words, q) for words, q in changes(p) if estimate(q).total <= limit), None)
 
 
-def in_words(p: Plan, found: Estimate, card: float = 0) -> str:
-    """Tables of the parts, in GB, and what fits on a card of `card` GB."""
+def format_estimate(p: Plan, found: Estimate, card: float = 0) -> str:
+    """Format an estimate as a table in GB; with `card`, also what fits on a card of that many
+    GB.
+    """
     lines = [f"{'GB':<13}{'device':>9}{'host':>9}"]
     for name in dict.fromkeys([*found.device, *found.host]):
         row = f"{found.device.get(name, 0) / GB:>9.2f}{found.host.get(name, 0) / GB:>9.2f}"
@@ -104,23 +114,25 @@ def in_words(p: Plan, found: Estimate, card: float = 0) -> str:
     guide = guide_of(p.sizes)
     if guide and not p.lora:
         more = (
-            "; more is computed here, as trained weights and Adam's moments are fp32"
+            "; this estimate is higher because trained weights and Adam's moments are fp32"
             if found.total > guide * GB
             else ""
         )
-        lines.append(f"guide:       the community's guide says {guide} GB for tuning all weights{more}")
+        lines.append(f"guide:       the community's guide says {guide} GB for full fine-tuning{more}")
     if card:
         lines += [f"{name + ':':<13}{value}" for name, value in on_card(p, card).items()]
     return "\n".join(lines)
 
 
 def guide_of(s: Sizes) -> int | None:
-    """The guide's GB for a published size, or None."""
+    """The guide's GB for these sizes; None if it has none."""
     return next((gb for name, gb in GUIDE.items() if DEFAULT.PUBLISHED[name] == s), None)
 
 
 def on_card(p: Plan, card: float) -> dict[str, Any]:
-    """Whether the plan fits on a card of `card` GB, the largest batch and context on it, and the cheapest change where it does not."""
+    """Whether the plan fits on a card of `card` GB, the largest micro_bsz and ctx_len, and if it
+    does not fit, the cheapest change.
+    """
     limit = round(card * GB)
     found = estimate(p)
 
@@ -139,7 +151,7 @@ def on_card(p: Plan, card: float) -> dict[str, Any]:
         change = remedy(p, limit)
         if change:
             less = estimate(change[1])
-            host = "" if not p.gpu else f" on the card, and {less.host_total / GB:.1f} GB of the machine's memory"
+            host = "" if not p.gpu else f" on the card, and {less.host_total / GB:.1f} GB of host memory"
             answer["to fit"] = f"{change[0]}: {less.total / GB:.1f} GB{host}"
         else:
             answer["to fit"] = "no known change makes it fit; use a smaller model"
@@ -147,7 +159,7 @@ def on_card(p: Plan, card: float) -> dict[str, Any]:
 
 
 def as_dict(p: Plan, found: Estimate, card: float = 0) -> dict[str, Any]:
-    """The same for programs, in bytes."""
+    """As format_estimate, in bytes, for --json."""
     answer = {
         "plan": asdict(p),
         "device": found.device,
@@ -160,7 +172,9 @@ def as_dict(p: Plan, found: Estimate, card: float = 0) -> dict[str, Any]:
 
 
 def table() -> str:
-    """README's table: GB a GPU at ctx_len 1024, micro_bsz 1, bf16 with --grad_cp 1, one GPU; and beside it the guide's."""
+    """The table in the documentation: GB per GPU for ctx_len 1024, micro_bsz 1, bf16, --grad_cp 1
+    on one GPU; and the guide's.
+    """
     rows = [
         "| model | LoRA | full | full, Adafactor | full, ZeRO-2 offload (host) | guide |",
         "|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Layers that the versions share: normalisation, linear layers without values, dropout."""
+"""Layers shared by all versions: normalisation, uninitialised linear layers, dropout."""
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ class Norm(nn.LayerNorm):
     """LayerNorm with fp32 statistics."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] → its norm, in the dtype that matmuls are computed in."""
+        """x [..., D] → normalised x, in the dtype of matmuls."""
         return native.norm(x, self.weight, self.bias, self.eps)
 
 
@@ -23,5 +23,5 @@ def matrix(rows: int, columns: int, device: Device = None) -> Matrix:
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Dropout with probability p; x itself for p = 0."""
+    """Dropout with probability p; returns x for p = 0."""
     return native.drop(x, p) if p else x

@@ -1,4 +1,6 @@
-"""The names of what an adapter can train in a block: groups of linear layers, single ones, and tensors trained whole."""
+"""Names for what an adapter can train: groups of linear layers, single layers, and fully trained
+tensors.
+"""
 
 import re
 from collections.abc import Collection, Mapping
@@ -8,23 +10,25 @@ _LAYER = re.compile(r"^(.*\.)?(att|ffn)(Pre)?\.(\w+)$")
 
 
 def layer_of(name: str) -> str:
-    """The layer of a block from a module's name: blocks.3.att.key and blocks.0.ffnPre.key are att.key and ffn.key."""
+    """The layer name of a module within its block: att.key for blocks.3.att.key, ffn.key for
+    blocks.0.ffnPre.key.
+    """
     return _LAYER.sub(r"\2.\4", name)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What an adapter of one version can consist of.
+    """The possible parts of an adapter for one version. Each single layer is a part, too.
 
     Attributes:
-        groups: linear layers that get adapters, by the part's name.
-        single: further layers; each layer of a block is a part, too.
-        whole: patterns of the names of tensors trained whole, by the part's name.
+        groups: linear layers that get adapters, by part name.
+        single: layers that are in no group.
+        full: regular expressions for names of fully trained tensors, by part name.
     """
 
     groups: Mapping[str, tuple[str, ...]]
     single: tuple[str, ...]
-    whole: Mapping[str, str]
+    full: Mapping[str, str]
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -34,22 +38,24 @@ class Parts:
     @property
     def names(self) -> tuple[str, ...]:
         """All names of parts."""
-        return (*self.groups, *self.whole, *self.layers)
+        return (*self.groups, *self.full, *self.layers)
 
     def layers_of(self, part: str) -> tuple[str, ...]:
-        """The layers of a block that a part gives adapters to; none for those trained whole."""
-        return () if part in self.whole else self.groups.get(part, (part,))
+        """The layers of a block that get adapters for a part; none for fully trained tensors."""
+        return () if part in self.full else self.groups.get(part, (part,))
 
-    def trained_whole(self, name: str, parts: Collection[str]) -> bool:
-        """Whether the parts include this parameter as one trained whole."""
-        return any(re.search(self.whole[part], name) for part in parts if part in self.whole)
+    def fully_trained(self, name: str, parts: Collection[str]) -> bool:
+        """Whether the parts fully train the parameter of this name."""
+        return any(re.search(self.full[part], name) for part in parts if part in self.full)
 
     def normal(self, parts: Collection[str]) -> list[str]:
-        """The parts in normal form: groups where all their layers are named, single layers in order, then those trained whole."""
+        """The parts in normal form: complete groups, single layers in order, then fully trained
+        tensors.
+        """
         layers = {layer for part in parts for layer in self.layers_of(part)}
-        return self.shortest(layers) + [part for part in self.whole if part in parts]
+        return self.shortest(layers) + [part for part in self.full if part in parts]
 
     def shortest(self, layers: set[str]) -> list[str]:
-        """Parts that name exactly these layers: groups that are complete, and single layers in order."""
+        """The parts with exactly these layers: complete groups, then single layers in order."""
         full = [part for part, group in self.groups.items() if layers >= set(group)]
         return full + sorted(layers - {layer for part in full for layer in self.groups[part]})

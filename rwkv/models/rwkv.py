@@ -1,4 +1,6 @@
-"""The language model around a version's blocks: embedding, output norm, head, state and gradient checkpointing."""
+"""The language model: embedding, a version's blocks, output norm and head; with state and gradient
+checkpointing.
+"""
 
 import functools
 from typing import Any
@@ -15,25 +17,32 @@ from rwkv.models.version import Version, version_of
 
 
 class Head(Matrix):
-    """Logits or directly their loss: every use of the head's weight goes through forward, where ZeRO-3 gathers it."""
+    """Output layer: computes logits, or directly their loss. (ZeRO-3 gathers the weight only in
+    forward, so both are done there.)
+    """
 
     def forward(self, x: Tensor, targets: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
-        """x [..., D] → logits [..., V]; with targets their mean loss, as rwkv.kernels.head_loss.head_loss."""
+        """x [..., D] → logits [..., V]; with targets, the mean loss (see
+        rwkv.kernels.head_loss.head_loss).
+        """
         return super().forward(x) if targets is None else head_loss(x, self.weight, targets, loss_mask)
 
 
 class RWKV(nn.Module):
-    """The language model of one version. Its matrices are uninitialised until `initialise` or rwkv.checkpoint fills them.
+    """An RWKV language model. Matrices are uninitialised until `initialise` is called or a
+    checkpoint is loaded.
 
     Args:
-        sizes: the sizes of a version, which say which version it is.
-        grad_cp: gradient checkpointing: recompute each block in the backward pass and save only its input.
-        dropout: in training, of the embedding and of the residual stream after every mix (upstream's --dropout).
-        device: "meta" builds parameters that have only shapes.
+        sizes: the version's Sizes; its class determines the version.
+        grad_cp: gradient checkpointing: save only each block's input and recompute the block in the
+            backward pass.
+        dropout: dropout probability, in training, of the embedding and of the residual stream after
+            every mix (upstream's --dropout).
+        device: device of the parameters; "meta": shapes only.
 
     Attributes:
-        reentrant: use torch's reentrant form of checkpointing: the recomputed block has a backward pass of its own,
-            within the hooks around the block.
+        reentrant: use torch's reentrant checkpointing, in which a separate backward pass of the
+            recomputed block runs within the module's hooks.
     """
 
     def __init__(self, sizes: Any, grad_cp: bool = False, dropout: float = 0.0, device: Device = None):
@@ -48,33 +57,39 @@ class RWKV(nn.Module):
 
     @property
     def version(self) -> Version:
-        """The module of the model's version."""
+        """The version's module."""
         return version_of(self.sizes)
 
     @torch.no_grad()
     def initialise(self, emb_scale: float, frozen: bool = False) -> None:
-        """Initialise every weight in place, by upstream's rules.
+        """Initialise all weights in place, by upstream's rules.
 
         Args:
-            emb_scale: the embedding is uniform in ±emb_scale; upstream uses the initial learning rate.
-            frozen: the matrices will not be trained: none starts at zero, as no gradient would pass it.
+            emb_scale: the embedding is uniform in ±emb_scale; upstream uses the initial learning
+                rate.
+            frozen: the matrices will not be trained, so none is initialised to zero, which would
+                block gradients.
         """
         self.version.initialise(self, emb_scale, frozen)
 
     def initial_state(self, batch: int, like: Tensor | None = None) -> State:
-        """The state before the first token of a document, on the device and in the dtype of `like`; None: of the
-        embedding, which must not be sharded then."""
+        """The state before the first token of a document, with the device and dtype of `like`
+        (default: the embedding, which must not be sharded).
+        """
         like = self.emb.weight if like is None else like
         block = self.version.initial_state(self.sizes, batch, like)
         return tuple(block for _ in self.blocks)
 
     def hidden(self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
-        """tokens [B, T] of integers in [0, V) → the head's input [B, T, D], and the state after the last token.
+        """tokens [B, T], integers in [0, V) → the head's input [B, T, D], and the state after the
+        last token.
 
-        `reset` [B, T] bool: True where a document starts; nothing before that token reaches it or later ones.
+        Args:
+            state: the state before the first token; None: that at the start of a document.
+            reset: bool [B, T], True at the first token of a document, where the state is reset.
         """
         x = self.emb(tokens)
-        if state is None:  # like x: ZeRO-3 would keep the embedding's weight gathered, were it read here
+        if state is None:  # like x: with ZeRO-3, accessing the embedding's weight would keep it gathered
             state = self.initial_state(tokens.shape[0], x)
         p = self.dropout if self.training else 0.0
         x, carry, after = dropout(x, p), (), []
@@ -84,7 +99,9 @@ class RWKV(nn.Module):
         return self.ln_out(x), tuple(after)
 
     def forward(self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
-        """tokens [B, T] → logits [B, T, V] and the state after the last token, to be passed with the next tokens."""
+        """tokens [B, T] → logits [B, T, V], and the state after the last token. Arguments as in
+        `hidden`.
+        """
         x, state = self.hidden(tokens, state, reset)
         return self.head(x), state
 
@@ -106,11 +123,11 @@ def _checkpoint_reentrant(
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     n = len(state)
 
-    def flat(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:  # this form follows no tensors inside tuples
+    def flat(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:  # tensors in tuples are not supported
         y, after, carried = block(x, tensors[:n], tensors[n:], reset, dropout)
         return y, *after, *carried
 
-    if not x.requires_grad:  # after a frozen embedding: this form computes gradients only if an input asks for one
+    if not x.requires_grad:  # after a frozen embedding; gradients are computed only if an input requires them
         x = x.detach().requires_grad_()
     y, *tensors = checkpoint(flat, x, *state, *carry, use_reentrant=True)
     return y, tuple(tensors[:n]), tuple(tensors[n:])
@@ -118,5 +135,5 @@ def _checkpoint_reentrant(
 
 @functools.lru_cache(maxsize=16)
 def shapes(sizes: Any) -> dict[str, torch.Size]:
-    """The shape of every parameter of a model of these sizes, which is not built in memory."""
+    """The shape of every parameter of a model of these sizes; allocates no memory for them."""
     return {name: parameter.shape for name, parameter in RWKV(sizes, device="meta").named_parameters()}

@@ -1,4 +1,6 @@
-"""The recurrent state of a model: for each block a tuple of tensors, whose meaning only the version's file knows."""
+"""The recurrent state of a model: per block a tuple of tensors, whose meaning depends on the
+version.
+"""
 
 from collections.abc import Callable
 
@@ -8,7 +10,7 @@ State = tuple[tuple[Tensor, ...], ...]
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
-    """The state with the function applied to every tensor."""
+    """Apply a function to every tensor of the state."""
     return tuple(tuple(map(function, block)) for block in state)
 
 

@@ -1,20 +1,26 @@
-"""RWKV-4 (Peng et al. 2023, arXiv:2305.13048), parallel over time in training and token by token in generation.
+"""RWKV-4 (Peng et al. 2023, arXiv:2305.13048).
 
-Shapes: B batch, T time (tokens), D n_embd, A dim_att, F dim_ffn, V vocab_size, L n_layer.
-Parameter names are those of BlinkDL's checkpoints. The state of a block is the last input of its time-mix [B, D], that
-of WKV [B, 3, A] in fp32 (rwkv.wkv), and the last input of its channel-mix [B, D].
+Shapes: B batch, T time (tokens), D n_embd, A dim_att, F dim_ffn, V vocab_size, L n_layer. Parameter
+names are those of BlinkDL's checkpoints. The state of a block consists of the last input of its
+time-mix [B, D], the WKV state [B, 3, A] in fp32 (rwkv.wkv), and the last input of its channel-mix
+[B, D].
 
-Saved for the backward pass, in bytes per token and block, where matmuls are computed with e bytes per element (2 in
-bf16) and the residual stream has s (the embedding's: 2 if it is stored in bf16, else 4):
+Activations saved for the backward pass, in bytes per token and block. e: bytes per element in
+matmuls (2 in bf16); s: bytes per element of the residual stream (2 if the embedding is stored in
+bf16, else 4):
 
-    time-mix      s·D + 8    its input, ln1's statistics                channel-mix   s·D + 8    its input, ln2's statistics
-                  e·3A       k, v, r                                                  e·F        the input of the squared ReLU
-                  0.75 A     WKV's state before every 16th token                      e·2D       r, and what it gates
+    time-mix      s·D + 8    input, ln1's statistics
+                  e·3A       k, v, r
+                  0.75 A     WKV's state before every 16th token
+    channel-mix   s·D + 8    input, ln2's statistics
+                  e·F        input of the squared ReLU
+                  e·2D       r, and the value that it gates
 
-WKV also saves its first state and on a CPU its last, 12 A bytes per row each. Outputs of norms, of WKV and of the other
-elementwise operations are recomputed (rwkv.kernels.elementwise.native), whatever is trained. With grad_cp a block saves
-its input s·D alone, and one block at a time the rest. Outside the blocks: s·D + 8 for ln_out, e·D for the gradient that
-head_loss computes, and while it runs the logits of one chunk (head_loss.CHUNK_BYTES as fp32).
+WKV also saves its initial state and on a CPU its final state, 12 A bytes per batch row each.
+Outputs of norms, WKV and other elementwise operations are recomputed
+(rwkv.kernels.elementwise.native). With grad_cp a block saves only its input (s·D), and one block at
+a time is recomputed. Outside the blocks: s·D + 8 for ln_out, e·D for the gradient that head_loss
+computes, and during head_loss the logits of one chunk (head_loss.CHUNK_BYTES in fp32).
 """
 
 import math
@@ -40,14 +46,14 @@ PARTS = Parts(
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of an RWKV-4; 0 for dim_att is n_embd, for dim_ffn four times n_embd."""
+    """Sizes of an RWKV-4 model. dim_att defaults to n_embd, dim_ffn to 4 · n_embd."""
 
     n_layer: int = 6
     n_embd: int = 512
     vocab_size: int = 65536
     dim_att: int = 0
     dim_ffn: int = 0
-    pre_ffn: bool = False  # block 0 has a second channel-mix instead of its time-mix
+    pre_ffn: bool = False  # block 0 has a channel-mix instead of a time-mix
 
     def __post_init__(self):
         object.__setattr__(self, "dim_att", self.dim_att or self.n_embd)
@@ -70,7 +76,7 @@ def _mix(size: int, device: Device) -> nn.Parameter:
 
 
 class TimeMix(nn.Module):
-    """r, k, v from the token and its predecessor; WKV over time; gated by σ(r)."""
+    """Computes r, k, v from each token and its predecessor; WKV over time; gated by σ(r)."""
 
     def __init__(self, sizes: Sizes, device: Device = None):
         super().__init__()
@@ -87,24 +93,25 @@ class TimeMix(nn.Module):
             x, shift, reset, [self.time_mix_k, self.time_mix_v, self.time_mix_r], torch.zeros_like(shift)
         )
         k, v, r = self.key(xk), self.value(xv), self.receptance(xr)  # [B, T, A]
-        # The decay stays fp32: exp(−exp(w)) is so close to 1 that bf16 rounds it to 1.
+        # the decay is computed in fp32: bf16 would round exp(−exp(w)) to 1
         y, state = _wkv(-torch.exp(self.time_decay.float()), self.time_first, k, v, state, reset)
         return self.output(native.gate(r, y)), state
 
 
 def _wkv(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """As wkv4, but a document starts with the empty state; y is recomputed for gradients that need it."""
+    """As `_wkv4`, but y is recomputed in the backward pass instead of saved."""
     y, state = _wkv4(*inputs)
-    return native.recomputed(y, lambda *again: _wkv4(*again)[0], *inputs), state
+    return native.recomputed(y, lambda *inputs: _wkv4(*inputs)[0], *inputs), state
 
 
 def _wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As wkv4, with the empty state after a reset."""
     initial = None if reset is None else empty_state(k.shape[0], k.shape[2], k.device)
     return wkv4(w, u, k, v, state, reset, initial=initial)
 
 
 class ChannelMix(nn.Module):
-    """A gated feed-forward network with squared ReLU, of the token and its predecessor."""
+    """Gated feed-forward network with squared ReLU, on each token and its predecessor."""
 
     def __init__(self, sizes: Sizes, device: Device = None):
         super().__init__()
@@ -142,7 +149,11 @@ class Block(nn.Module):
         reset: Tensor | None = None,
         p: float = 0.0,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """x [B, T, D] → [B, T, D], and the state after the last token; p: dropout of the residual stream."""
+        """x [B, T, D] → [B, T, D], the state after the last token, and `carry` unchanged.
+
+        Args:
+            p: dropout probability of the residual stream.
+        """
         att_shift, wkv, ffn_shift = state
         if hasattr(self, "ln0"):
             x = self.ln0(x)
@@ -154,18 +165,18 @@ class Block(nn.Module):
         x = dropout(x + y, p)
         f = self.ln2(x)
         x = dropout(x + self.ffn(f, ffn_shift, reset), p)
-        # clones: a view of the last token would keep the others in memory
+        # a view of the last token would keep the whole tensor in memory
         return x, (a[:, -1].clone(), wkv, f[:, -1].clone()), carry
 
 
 def initial_state(sizes: Sizes, batch: int, like: Tensor) -> tuple[Tensor, ...]:
-    """See rwkv.models.version.Version, as all functions below."""
+    """See rwkv.models.version.Version, also for all functions below."""
     zeros = torch.zeros(batch, sizes.n_embd, device=like.device, dtype=like.dtype)
     return zeros, empty_state(batch, sizes.dim_att, like.device), zeros
 
 
 def recognise(shapes: Mapping[str, torch.Size], n_layer: int) -> Sizes:
-    """Sizes from the shapes of emb, of the first time_decay and of block 0's ffn.key."""
+    """Sizes from the shapes of emb, the first time_decay, and ffn.key of block 0."""
     pre_ffn = "blocks.0.ffnPre.key.weight" in shapes
     decays = [key for layer in range(n_layer) if (key := f"blocks.{layer}.att.time_decay") in shapes]
     matrices = ["emb.weight", "blocks.0.ffn.key.weight"]
@@ -181,16 +192,18 @@ def recognise(shapes: Mapping[str, torch.Size], n_layer: int) -> Sizes:
     return Sizes(n_layer, n_embd, vocab_size, dim_att, dim_ffn, pre_ffn)
 
 
-# Matrices that are zero at first, so that every block passes its input on.
+# matrices initialised to zero, so that every block is the identity
 _ZERO = ("att.key", "att.receptance", "att.output", "ffn.value", "ffn.receptance", "ffnPre.value", "ffnPre.receptance")
 
 
 def initialise(model: Any, emb_scale: float, frozen: bool) -> None:
-    """BlinkDL's initial weights: small embeddings, zero or orthogonal matrices, decays spread over the channels."""
+    """BlinkDL's initial weights: small embeddings, zero or orthogonal matrices, decays spread over
+    the channels.
+    """
     L = len(model.blocks)
     for layer, block in enumerate(model.blocks):
-        depth = layer / (L - 1) if L > 1 else 0.0  # 0 in the first layer, 1 in the last
-        height = 1 - layer / L  # 1 in the first layer, 1/L in the last
+        depth = layer / (L - 1) if L > 1 else 0.0  # from 0 in the first layer to 1 in the last
+        height = 1 - layer / L  # from 1 in the first layer to 1/L in the last
         for part in block.children():
             if isinstance(part, TimeMix):
                 _initialise_time_mix(part, depth, height)
@@ -209,7 +222,7 @@ def initialise(model: Any, emb_scale: float, frozen: bool) -> None:
 
 
 def _position(mix: Tensor) -> Tensor:
-    """i/D for channel i, shaped as the mixing weights [1, 1, D]."""
+    """i/D for channel i, in the shape of the mixing weights [1, 1, D]."""
     return (torch.arange(mix.shape[-1], dtype=torch.float64) / mix.shape[-1]).view(1, 1, -1)
 
 
@@ -235,27 +248,29 @@ def _initialise_matrix(name: str, weight: Tensor, frozen: bool) -> None:
 
 
 def lr_scale(name: str, stage_2: bool) -> float:
-    """2 for time_decay, 3 for time_first, in stage 2 five for all time_ parameters, 1 for the rest."""
+    """2 for time_decay, 3 for time_first, 1 for others; in stage 2, 5 for all time_ parameters."""
     if stage_2 and "time_" in name:
         return 5.0
     return 2.0 if "time_decay" in name else 3.0 if "time_first" in name else 1.0
 
 
 def decays(name: str, shape: torch.Size) -> bool:
-    """Matrices decay; vectors, also those stored as [1, 1, D], do not."""
+    """True for matrices; False for vectors, including those stored as [1, 1, D]."""
     return sum(size > 1 for size in shape) >= 2
 
 
 def saved_bytes(sizes: Sizes, e: int) -> float:
-    """The sum of the table at the top, with a residual stream of e bytes per element."""
+    """The sum of the table above, with s = e."""
     D, A, F = sizes.n_embd, sizes.dim_att, sizes.dim_ffn
     return e * (4 * D + F) + (3 * e + 0.75) * A + 16
 
 
 def transformers_config(sizes: Sizes) -> dict[str, Any]:
-    """RwkvForCausalLM, which has no pre_ffn."""
+    """The config of RwkvForCausalLM. Raises ValueError for pre_ffn, which it does not support."""
     if sizes.pre_ffn:
-        raise ValueError("transformers' RWKV has no channel-mix instead of the first time-mix (--pre_ffn 1)")
+        raise ValueError(
+            "transformers' RWKV does not support --pre_ffn 1 (a channel-mix instead of the first time-mix)"
+        )
     return {
         "architectures": ["RwkvForCausalLM"],
         "model_type": "rwkv",

@@ -1,6 +1,6 @@
-"""The versions of RWKV: what each file v*.py offers, and which version a checkpoint or a model is.
+"""The interface of version modules (v4.py, v7.py), and detection of a checkpoint's version.
 
-A version is one module. Outside rwkv.models and rwkv.wkv nothing asks for a version by number.
+A version is one module. Code outside rwkv.models and rwkv.wkv does not depend on version numbers.
 """
 
 import re
@@ -18,7 +18,9 @@ Shapes = Mapping[str, torch.Size]
 
 
 class Sizes(Protocol):
-    """The sizes of a model; each version has its own frozen dataclass with these fields and more, and defaults for all."""
+    """The sizes of a model. Each version has a frozen dataclass with at least these fields, and
+    defaults for all fields.
+    """
 
     @property
     def n_layer(self) -> int:
@@ -30,91 +32,99 @@ class Sizes(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens."""
+        """Number of tokens in the vocabulary."""
 
     @property
     def dim_ffn(self) -> int:
-        """Width inside the channel mix."""
+        """Width of the channel-mix."""
 
     def __hash__(self) -> int: ...
 
 
 class Version(Protocol):
-    """What a version's module offers."""
+    """The interface of a version's module."""
 
     @property
     def NAME(self) -> str:
-        """Such as "4"."""
+        """The version, e.g. "4"."""
 
     @property
     def PUBLISHED(self) -> Mapping[str, Any]:
-        """The sizes of the published models by name, such as "1.5b"."""
+        """Sizes of the published models by name, e.g. "1.5b"."""
 
     @property
     def PARTS(self) -> Parts:
-        """What an adapter can train."""
+        """The possible parts of an adapter."""
 
     @property
     def Sizes(self) -> Any:
-        """The dataclass of its sizes."""
+        """Dataclass of the sizes."""
 
     @property
     def Block(self) -> Any:
-        """Block(sizes, layer, device); forward(x, state, carry, reset, dropout) -> x, state, carry: `state` is
-        carried over time, `carry` from block to block, both tuples of tensors."""
+        """The block module: Block(sizes, layer, device), with forward(x, state, carry, reset,
+        dropout) -> (x, state, carry). `state` is passed on over time, `carry` from block to block;
+        both are tuples of tensors.
+        """
 
     def initial_state(self, sizes: Any, batch: int, like: Tensor) -> tuple[Tensor, ...]:
-        """A block's state before the first token, on the device and, but for fp32 parts, in the dtype of `like`."""
+        """A block's state before the first token, with the device and dtype of `like` (some parts
+        are always fp32).
+        """
 
     def recognise(self, shapes: Shapes, n_layer: int) -> Any:
-        """The sizes of a checkpoint. Raises ValueError that names what is missing, if it is not of this version."""
+        """The sizes of a checkpoint. Raises ValueError naming missing tensors if it is not of this
+        version.
+        """
 
     def initialise(self, model: nn.Module, emb_scale: float, frozen: bool) -> None:
-        """Initial weights; see RWKV.initialise."""
+        """Initialise weights; see RWKV.initialise."""
 
     def lr_scale(self, name: str, stage_2: bool) -> float:
-        """The factor of a parameter's learning rate; `stage_2`: in --my_pile_stage 2."""
+        """Learning-rate factor of a parameter; `stage_2`: with --my_pile_stage 2."""
 
     def decays(self, name: str, shape: torch.Size) -> bool:
         """Whether weight decay applies to a parameter."""
 
     def saved_bytes(self, sizes: Any, e: int) -> float:
-        """Activation bytes per token and block saved for the backward pass, with e bytes per element."""
+        """Bytes of saved activations per token and block, with e bytes per element."""
 
     def transformers_config(self, sizes: Any) -> dict[str, Any]:
-        """config.json of the model in transformers. Raises ValueError if transformers has no such model."""
+        """config.json for transformers. Raises ValueError if transformers does not support the
+        model.
+        """
 
 
 VERSIONS: dict[str, Version] = {v4.NAME: v4, v7.NAME: v7}
-DEFAULT: Version = v4  # of a new model
+DEFAULT: Version = v4  # version of new models
 
 
 def version_of(sizes: Sizes) -> Version:
-    """The version that these sizes belong to."""
+    """The version of these sizes."""
     return next(version for version in VERSIONS.values() if isinstance(sizes, version.Sizes))
 
 
 def published(name: str) -> Sizes:
-    """The sizes of a published model, e.g. "1.5b". Raises KeyError."""
+    """Sizes of a published model, e.g. "1.5b". Raises KeyError."""
     return DEFAULT.PUBLISHED[name.lower()]
 
 
 def sizes_given(flags: object, version: Version = DEFAULT) -> dict[str, int]:
-    """The sizes that flags (fields of any object) set; 0 leaves the default."""
+    """The non-zero sizes among the attributes of `flags`."""
     values = {field.name: getattr(flags, field.name, 0) for field in fields(version.Sizes)}
     return {name: value for name, value in values.items() if value}
 
 
 def layer_numbers(names: Iterable[str]) -> set[int]:
-    """The numbers of the blocks that these tensors belong to."""
+    """The block numbers in these tensor names."""
     return {int(match[1]) for name in names if (match := re.match(r"blocks\.(\d{1,9})\.", name))}
 
 
 def detect(shapes: Shapes) -> tuple[Version, Sizes]:
-    """The version and the sizes of a checkpoint with tensors of these shapes.
+    """Version and sizes of a checkpoint, from its tensors' shapes.
 
     Raises:
-        ValueError: not a checkpoint of a version that is known; or one with a block missing.
+        ValueError: not a checkpoint of a supported version, or a block is missing.
     """
     layers, reasons = layer_numbers(shapes), []
     for version in VERSIONS.values():
@@ -125,6 +135,6 @@ def detect(shapes: Shapes) -> tuple[Version, Sizes]:
             continue
         if max(layers) >= len(layers):
             absent = next(layer for layer in range(len(layers)) if layer not in layers)
-            raise ValueError(f"its keys do not fit. It has block {max(layers)}, and no block {absent}")
+            raise ValueError(f"block {absent} is missing (the last one is {max(layers)})")
         return version, sizes
     raise ValueError("; ".join(reasons))

@@ -1,1 +1,1 @@
-"""Training with Lightning."""
+"""Training with PyTorch Lightning."""

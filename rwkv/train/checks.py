@@ -1,4 +1,4 @@
-"""Checks of the flags, before anything is read."""
+"""Validate flags, before any input is read."""
 
 import dataclasses
 import math
@@ -21,17 +21,17 @@ _AT_LEAST: dict[float, tuple[str, ...]] = {
     ),
     -1: ("warmup_steps", "magic_prime", "my_pile_shift", "random_seed", "weight_decay_final"),
 }  # fmt: skip
-_LARGEST = 1 << 62  # of whole numbers: products of two are still exact where they are used
+_LARGEST = 1 << 62  # limit for integers
 
 
 def numbers(c: TrainConfig) -> None:
-    """Raises UserError for a numeric flag that is out of range, NaN or infinite. Comes first: everything else calculates with them."""
+    """Raises UserError if a numeric flag is out of range, NaN or infinite. Must be called first."""
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if not math.isfinite(value) or abs(value) > (_LARGEST if isinstance(value, int) else math.inf):
-            raise UserError(f"--{field.name} {value}: not a number that can be used here")
+            raise UserError(f"--{field.name} {value}: not a valid number")
     for low, names in _AT_LEAST.items():
         for name in names:
             value = getattr(c, name, low)
@@ -52,11 +52,13 @@ def numbers(c: TrainConfig) -> None:
 
 
 def check(c: TrainConfig) -> None:
-    """Raises UserError for a flag that is missing, or does not go with another or with this machine. Comes after `numbers`."""
+    """Raises UserError for missing flags, and flags incompatible with each other or with this
+    machine. Called after `numbers`.
+    """
     if c.adapter and not c.load_model and not (c.n_layer and c.n_embd):
         raise UserError(
-            "LoRA tunes a model that exists: give it with --load_model, or train one with scripts/pretrain.py first. For a new, random base"
-            " that stays frozen give --n_layer and --n_embd"
+            "LoRA needs a pretrained model: give it with --load_model, or train one with scripts/pretrain.py first. For a new, random base"
+            " (frozen) give --n_layer and --n_embd"
         )
     data_source.check(c)
     if c.epoch_steps % c.accumulate_grad_batches:
@@ -76,9 +78,9 @@ def check(c: TrainConfig) -> None:
     if c.exact and not c.tbptt_len:
         raise UserError("--exact applies to --tbptt_len only: give the length of a chunk with it too")
     samples.check(c)
-    if (
-        c.my_pile_stage == 1
-    ):  # which writes new weights and trains nothing: upstream's demo-training-prepare.sh names a device and a strategy all the same
+    # stage 1 only writes initial weights; upstream's demo-training-prepare.sh gives device and
+    # strategy anyway
+    if c.my_pile_stage == 1:
         return
     if c.accelerator == "gpu" and not machine.use_gpu("gpu"):
         raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or omit the flag to train on the CPU")

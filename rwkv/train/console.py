@@ -1,4 +1,6 @@
-"""Console output of a run: printed by rank 0 only, above a progress bar; a closed terminal or pipe is no error."""
+"""Console output of a run: on rank 0 only, compatible with a progress bar; a closed terminal or
+pipe is not an error.
+"""
 
 import contextlib
 import os
@@ -12,19 +14,21 @@ from rwkv.train.runtime.lightning import rank_zero_only
 
 
 class Unfailing:
-    """A text stream whose reader may go away, as a closed terminal or `head` does: what is written then is lost, and the run continues."""
+    """A text stream that ignores write errors, e.g. after the terminal was closed or `head` has
+    exited.
+    """
 
     def __init__(self, file: TextIO):
         self._file = file
 
     def write(self, text: str) -> int:
-        """As the stream's."""
+        """Write text; never raises OSError."""
         with self._without_errors():
             return self._file.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """As the stream's."""
+        """Flush the stream; never raises OSError."""
         with self._without_errors():
             self._file.flush()
 
@@ -40,7 +44,7 @@ class Unfailing:
 
 
 def silence(descriptor: int) -> None:
-    """Send what is written to this file descriptor to /dev/null from now on."""
+    """Redirect a file descriptor to /dev/null."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, descriptor)
@@ -49,13 +53,15 @@ def silence(descriptor: int) -> None:
 
 @rank_zero_only
 def say(text: str) -> None:
-    """Print a line, above a progress bar, on the first process of a run alone; control characters are escaped. A reader that has gone away does not matter."""
+    """Print a line on rank 0, above the progress bar. Control characters are escaped; write errors
+    are ignored.
+    """
     with tqdm.external_write_mode(file=sys.stdout, nolock=True):
         print(printable(text), file=Unfailing(sys.stdout), flush=True)
 
 
 def duration(seconds: float) -> str:
-    """As in "about 3 h 20 min"."""
+    """Format a duration, e.g. "about 3 h 20 min"."""
     minutes = round(seconds / 60)
     if seconds < 59.5:
         return f"about {max(1, round(seconds))} s"

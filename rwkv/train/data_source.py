@@ -1,7 +1,9 @@
-"""What a run trains on: a binidx, or what is converted to one in the folder of the run first.
+"""Open the training data: a binidx, or another file that is first converted to a binidx in the
+run's folder.
 
-Beside such a copy `<prefix>.source.json` records what it was made from. A copy is reused only for that, and never replaced while a run in the folder
-may need it: other data becomes a copy of another name.
+`<prefix>.source.json` records the source of such a converted copy. A copy is reused only for the
+same source. It is not replaced while a run in the folder may need it: other data is converted under
+another name.
 """
 
 import hashlib
@@ -27,75 +29,79 @@ from rwkv.train.runtime.lightning import rank_zero_only
 
 _DOCUMENTS, _RECORD = "_text_document", ".source.json"
 _KINDS = ("binidx", "numpy", *char_level.TEXTS)
-_LEFT_OUT = ("jsonl", "json", "sft", "text", "txt", "auto")  # what other trainers call a file of lines
-_CONVERTED = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet", ".arrow")
-_ELSE = {
-    "uint16": "rows of --my_sample_len ids: write each as a document of a binidx, and give --doc_training 1 with its length less 1 as --ctx_len",
-    "wds_img": "images: models of text alone are trained here",
+_NOT_NEEDED = ("jsonl", "json", "sft", "text", "txt", "auto")  # values of other trainers for text files
+_CONVERTIBLE = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet", ".arrow")
+_ADVICE = {
+    "uint16": "convert each row of --my_sample_len ids to a document of a binidx, and use --doc_training 1 with that length minus 1 as --ctx_len",
+    "wds_img": "image models are not supported",
 }
 
 
 def check(c: TrainConfig) -> None:
-    """Raises UserError for a kind of data that there is not, or for a data_file that is not of that kind."""
-    if c.data_type.lower().strip(".") in _LEFT_OUT:
+    """Raises UserError if data_type is not supported, or data_file is not of that type."""
+    if c.data_type.lower().strip(".") in _NOT_NEEDED:
         raise UserError(
-            f"--data_type {c.data_type}: leave the flag out; a .jsonl file is recognised by its name, and becomes a binidx when the run starts"
+            f"--data_type {c.data_type}: omit the flag; a .jsonl file is recognised by its name and converted when the run starts"
         )
     if c.data_type not in _KINDS:
         raise UserError(
-            f"--data_type {c.data_type} is not one of {', '.join(_KINDS)}; {_ELSE.get(c.data_type, 'convert it with scripts/convert.py')}"
+            f"--data_type {c.data_type} is not one of {', '.join(_KINDS)}; {_ADVICE.get(c.data_type, 'convert it with scripts/convert.py')}"
         )
     if not c.data_file and c.data_type != "dummy":
         raise UserError("--data_file is missing: a binidx prefix, or a .jsonl file")
     if c.my_pile_stage and c.data_type != "binidx":
         raise UserError(
-            f"--my_pile_stage {c.my_pile_stage} wants a binidx, and --data_type is {c.data_type}; convert it with scripts/convert.py"
+            f"--my_pile_stage {c.my_pile_stage} needs a binidx, but --data_type is {c.data_type}; convert it with scripts/convert.py"
         )
     if _kind(c) == "binidx" and not os.path.exists(f"{c.data_file}.idx"):
         raise UserError(f"{c.data_file}: {_no_binidx(c.data_file)}")
 
 
 def _no_binidx(path: str) -> str:
-    """Why there is no binidx of this prefix, and what to do."""
+    """Error message if there is no binidx with this prefix: why, and what to do."""
     documents = f"{path}{_DOCUMENTS}"
     if os.path.exists(f"{documents}.idx"):
-        return f"no such binidx; {documents}.idx is there: give --data_file {documents}"
+        return f"no such binidx, but {documents}.idx exists: use --data_file {documents}"
     bare, ending = os.path.splitext(path)
     if ending in (".idx", ".bin") and os.path.exists(f"{bare}.idx"):
-        return f"a file of a binidx is named by its prefix, without the ending: give --data_file {bare}"
+        return f"give the prefix of a binidx, without {ending}: --data_file {bare}"
     if not os.path.exists(path):
         return f"no such data ({path}.idx: no such file); give the prefix of a binidx, or a .jsonl file"
-    name, what = Path(path).name.lower(), "a folder" if os.path.isdir(path) else "a file that is no binidx"
+    name, what = Path(path).name.lower(), "a folder" if os.path.isdir(path) else "not a binidx"
     if name.endswith((".npy", ".npz")):
-        return "a NumPy file: give --data_type numpy too (an .npy file of token ids)"
-    kind = next((kind for kind in _CONVERTED if any(name.endswith(kind + end) for end in ("", ".gz", ".zst"))), "")
+        return "a NumPy file: also give --data_type numpy (for an .npy file of token ids)"
+    kind = next((kind for kind in _CONVERTIBLE if any(name.endswith(kind + end) for end in ("", ".gz", ".zst"))), "")
     if kind or os.path.isdir(path):
         what = f"a {name[name.rindex(kind) :]} file" if kind else what
         prefix = path
-        while kind and os.path.splitext(prefix)[1].lower() in (*_CONVERTED, ".gz", ".zst"):
+        while kind and os.path.splitext(prefix)[1].lower() in (*_CONVERTIBLE, ".gz", ".zst"):
             prefix = os.path.splitext(prefix)[0]
         prefix = prefix.rstrip("/")
         convert = commands.command("convert", "--input", path, "--output_prefix", prefix)
         return f"{what}. Convert it first: {convert}; then give {commands.flags('--data_file', prefix + _DOCUMENTS)}"
-    return f"{what}, and its name does not say what it contains; convert it with scripts/convert.py (jsonl, json, txt, csv, parquet and others)"
+    return f"{what}, and its format cannot be told from its name; convert it with scripts/convert.py (jsonl, json, txt, csv, parquet and others)"
 
 
 def with_vocabulary(c: TrainConfig) -> TrainConfig:
-    """The flags, with the size of its vocabulary where a text brings its own. Raises UserError if another was given."""
+    """Set vocab_size for character-level data, which has its own vocabulary. Raises UserError if
+    another one was given.
+    """
     if c.data_type not in char_level.TEXTS:
         return c
     size = len(char_level.vocabulary(c.data_type, c.data_file))
     if c.vocab_size not in (0, size):
         raise UserError(
-            f"--vocab_size {c.vocab_size}, and {c.data_file or c.data_type} has {size} different characters; leave the flag out"
+            f"--vocab_size {c.vocab_size}: {c.data_file or c.data_type} has {size} different characters; omit the flag"
         )
     return replace(c, vocab_size=size)
 
 
 def describe(c: TrainConfig) -> dict[str, Any] | None:
-    """What data_file is and contains, if it is to be converted: path, kind, SHA-256, size and time of each file; None for a binidx.
+    """Describe a data_file that has to be converted: path, kind, SHA-256, size and time of each
+    file; None for a binidx.
 
-    Of a file that is missing, what the run in the folder was made from, if that is the same path and `allow_changes` is given.
+    If the file is missing but the run in the folder has a converted copy of it, and `allow_changes`
+    is given, the recorded description is returned.
 
     Raises:
         UserError: the file cannot be read.
@@ -121,8 +127,7 @@ def describe(c: TrainConfig) -> dict[str, Any] | None:
             if c.allow_changes:
                 return {**before, "missing": True}
             raise UserError(
-                f"{c.data_file}: {why}; the run in {folder} was made from it. Put it back; or give --allow_changes to continue with the copy that"
-                f" was converted then"
+                f"{c.data_file}: {why}; the run in {folder} used it. Restore it, or use --allow_changes to continue with the converted copy"
             ) from error
         raise UserError(f"{c.data_file}: {why}") from error
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
@@ -130,7 +135,9 @@ def describe(c: TrainConfig) -> dict[str, Any] | None:
 
 
 def copies(folder: Path, source: dict[str, Any] | None = None) -> list[str]:
-    """Prefixes of the copies in the folder of a run that a run converted; with `source` of those made from it."""
+    """Prefixes of converted copies in a run's folder; with `source`, only those converted from
+    it.
+    """
     found = []
     for path in sorted(folder.glob(f"data*{_DOCUMENTS}{_RECORD}")):
         try:
@@ -144,33 +151,35 @@ def copies(folder: Path, source: dict[str, Any] | None = None) -> list[str]:
 
 
 def files_of(prefix: str) -> list[Path]:
-    """The files of a copy that there are; the index, which makes it valid, comes first, and the record of its source last."""
+    """The existing files of a converted copy, in an order that is safe for deletion: the index
+    first, the record of its source last.
+    """
     names = [f"{prefix}.idx", f"{prefix}.bin", str(mask_path(prefix)), f"{prefix}.json", f"{prefix}{_RECORD}"]
     return [Path(name) for name in names if os.path.lexists(name)]
 
 
 def open_data(c: TrainConfig, sizes: Sizes, source: dict[str, Any] | None = None) -> Dataset:
-    """The binidx to train on; anything else (`source`, see `describe`) is converted to one in the folder of the run first, unless that has been done.
+    """Open the binidx to train on; other data is converted first, unless there is a converted copy.
+
+    Args:
+        source: description of the data to convert (see `describe`).
 
     Raises:
-        UserError: data that cannot be read or converted; ids outside the vocabulary.
+        UserError: the data cannot be read or converted, or has token ids outside the vocabulary.
     """
     prefix = c.data_file
     if source is not None:
         prefix = _place(c.folder, source)
         make = _maker(c, sizes)
         if rank_zero_only.rank == 0 and not Path(f"{prefix}.idx").exists():
-            if (
-                c.world_size > 1 and "LOCAL_RANK" in os.environ
-            ):  # each by itself would look for what only this one makes
+            if c.world_size > 1 and "LOCAL_RANK" in os.environ:  # the other ranks would not wait for it
                 raise UserError(
-                    f"{c.data_file or c.data_type}: a launcher has started all processes, and they cannot wait for it to become a binidx; make one"
-                    f" first, with scripts/convert.py or a run of one process, and give it as --data_file"
+                    f"{c.data_file or c.data_type}: cannot be converted in a run started by a launcher; convert it first, with"
+                    " scripts/convert.py or a run of one process, and give the binidx as --data_file"
                 )
             try:
-                write_json(
-                    f"{prefix}{_RECORD}", source
-                )  # first: a killed conversion then leaves what is known to be ours
+                # first, so that files of a killed conversion are recognised
+                write_json(f"{prefix}{_RECORD}", source)
                 make(prefix)
             except BaseException:
                 for path in files_of(prefix):
@@ -180,42 +189,46 @@ def open_data(c: TrainConfig, sizes: Sizes, source: dict[str, Any] | None = None
 
 
 def open_validation(c: TrainConfig, sizes: Sizes) -> Dataset | None:
-    """The binidx of --val_file; None without one. Ids outside the vocabulary are refused."""
+    """Open the binidx of --val_file; None without one. Raises UserError for token ids outside the
+    vocabulary.
+    """
     if not c.val_file:
         return None
     data = Dataset(c.val_file)
     if os.path.samefile(
         f"{data.prefix}.bin", f"{c.data_file}.bin" if os.path.exists(f"{c.data_file}.bin") else os.devnull
     ):
-        raise UserError(
-            f"--val_file {c.val_file} is --data_file: its loss would be that of training; give other data, or --val_split 0.01"
-        )
+        raise UserError(f"--val_file {c.val_file} is the training data; give other data, or use --val_split 0.01")
     return _checked(data, c, sizes)
 
 
 def _checked(data: Dataset, c: TrainConfig, sizes: Sizes) -> Dataset:
-    """The data, whose ids are in the model's vocabulary. Raises UserError if one is not."""
+    """Check that all token ids are in the model's vocabulary, and return the data. Raises UserError
+    if not.
+    """
     provenance.check_vocabulary(data, sizes.vocab_size, bool(c.load_model))
-    can_hold = np.iinfo(data.tokens.dtype)
-    if can_hold.min == 0 and can_hold.max < sizes.vocab_size:  # no id can be wrong: spares a pass over the file
+    limits = np.iinfo(data.tokens.dtype)
+    if limits.min == 0 and limits.max < sizes.vocab_size:  # all values are valid
         return data
     smallest, largest = data.id_range()
     if smallest < 0 or largest >= sizes.vocab_size:
         raise UserError(
-            f"{data.prefix}.bin: token id {smallest if smallest < 0 else largest}, and the model has a vocabulary of {sizes.vocab_size}; the"
-            " data was converted for another tokenizer than the model's"
+            f"{data.prefix}.bin: token id {smallest if smallest < 0 else largest} is outside the model's vocabulary of {sizes.vocab_size}; the"
+            " data was converted with another tokenizer"
         )
     return data
 
 
 def _place(folder: Path, source: dict[str, Any]) -> str:
-    """The prefix of the copy made from `source`, or of the one to be made."""
+    """The prefix of the copy converted from `source`; if there is none, the prefix to use for
+    it.
+    """
     if found := copies(folder, source):
         return found[0]
     run = run_manifest.read(folder)
     if run and "source" not in run and (old := folder / Path(run["data"]["prefix"]).name).with_suffix(".idx").exists():
-        return str(old)  # of a version that did not record sources
-    if run is None and rank_zero_only.rank == 0:  # no run needs them: a first start was refused or killed
+        return str(old)  # from a version that did not record sources
+    if run is None and rank_zero_only.rank == 0:  # left by a first start that failed before the run began
         for path in [path for prefix in copies(folder) for path in files_of(prefix)]:
             path.unlink()
     prefix = str(folder / f"data{_DOCUMENTS}")
@@ -225,19 +238,20 @@ def _place(folder: Path, source: dict[str, Any]) -> str:
 
 
 def _kind(c: TrainConfig) -> str:
-    """What data_file is read as: jsonl, or a data_type."""
+    """How data_file is read: jsonl, or a data_type."""
     return "jsonl" if c.data_type == "binidx" and c.data_file.endswith(".jsonl") else c.data_type
 
 
 def _maker(c: TrainConfig, sizes: Sizes) -> Callable[[str], object]:
-    """What makes a binidx of this prefix out of data_file."""
+    """A function that converts data_file to a binidx with a given prefix."""
     if c.data_type in char_level.TEXTS:
         return lambda prefix: char_level.characters_to_binidx(c.data_type, c.data_file, prefix, c.folder / "vocab.json")
     if c.data_type == "numpy":
         return lambda prefix: char_level.array_to_binidx(c.data_file, prefix)
     if sizes.vocab_size < 65530:
         raise UserError(
-            f"{c.data_file}: would be tokenised for World (ids to 65529), and the model has {sizes.vocab_size} words; convert it for that model"
+            f"{c.data_file}: would be converted with the World tokenizer (65529 tokens), but the model's vocabulary is {sizes.vocab_size}; convert it"
+            " with the model's tokenizer first"
         )
     return lambda prefix: _converted(c.data_file, prefix)
 

@@ -1,4 +1,4 @@
-"""One training run, from flags to checkpoints."""
+"""Train a model: a run from its flags to its checkpoints."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rwkv import checkpoint, compat
+from rwkv import adapter_files, checkpoint, compat
 from rwkv.adapters import lora
 from rwkv.commands import command, output
 from rwkv.config import TrainConfig
@@ -40,7 +40,15 @@ from rwkv.train.runtime.trainer import make_trainer, quiet_lightning
 
 @dataclass(frozen=True)
 class Result:
-    """What a run produced. Losses in nats per token: of the first step, before any update; the mean over the last tenth; the last validation loss."""
+    """Result of a run. Losses are in nats per token.
+
+    Attributes:
+        checkpoint: the last checkpoint.
+        steps: completed optimizer steps.
+        first_loss: of the first step, before any update.
+        last_loss: mean over the last tenth of the steps.
+        val_loss: the last validation loss.
+    """
 
     checkpoint: Path
     steps: int
@@ -51,7 +59,7 @@ class Result:
 
 @dataclass(frozen=True)
 class _Data:
-    """What a run trains on, and the manifest that it goes into."""
+    """The data of a run, and the run's manifest."""
 
     tokens: Dataset
     training: Samples
@@ -61,16 +69,16 @@ class _Data:
 
 @process.restored()
 def fit(flags: TrainConfig) -> Result:
-    """Train as the flags say. Everything that can be refused is refused before the first step.
-
-    The folder of the run is locked by this process, and the ranks that it starts, until this returns.
+    """Train a model. All inputs are validated before the first step, and the run's folder is locked
+    until this returns.
 
     Raises:
-        UserError: bad data, checkpoint, adapter or flags; a folder that cannot be used, or that another process uses.
+        UserError: invalid data, checkpoint, adapter or flags; the folder cannot be used, or is used
+            by another process.
     """
     checks.numbers(flags)
     peers.end_with_parent()
-    with resume_or_start.owned(flags.folder), Home(flags.folder) as home:
+    with resume_or_start.locked(flags.folder), Home(flags.folder) as home:
         quiet_lightning()
         ranks = Ranks()
         run = resolve(flags, ranks)
@@ -87,7 +95,7 @@ def fit(flags: TrainConfig) -> Result:
 
 
 def _open(run: Run, model: RWKV) -> _Data:
-    """The data of a run, converted first if it has to be."""
+    """Open the data of a run, and convert it first if necessary."""
     source = data_source.describe(run.flags)
     manifest = run_manifest.describe(run, source) | {"types": report.types(run.flags, model)}
     resume_or_start.check_source(run, manifest)
@@ -102,12 +110,12 @@ def _introduce(run: Run, model: RWKV, data: _Data, monitor: MemoryMonitor) -> No
     report.introduce(run.flags, model, data.tokens, data.training, data.held_out)
     if (limit := planning.available(run.plan)) and monitor.expected() > limit:
         say(
-            f"memory: {monitor.expected() / 1e9:.2f} GB a device predicted, and {limit / 1e9:.2f} can be used. {planning.advice(run.plan, limit)}"
+            f"memory: {monitor.expected() / 1e9:.2f} GB per device predicted, but only {limit / 1e9:.2f} GB usable. {planning.advice(run.plan, limit)}"
         )
 
 
 def _begin(run: Run, model: RWKV, data: _Data) -> State | None:
-    """Prepare the folder: the state to resume from, and the first files of a new run."""
+    """Find the state to resume from, and prepare the folder of a new run."""
     folder, manifest = run.folder, data.manifest
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     state, kept = resume_or_start.find_state(run, manifest, trained)
@@ -139,7 +147,7 @@ def _train(
     module = TrainingModule(model, data.training, c, begin, facts(run, manifest, model))
     del state  # frees its memory
     with (
-        ranks.told(),
+        ranks.passing_flags(),
         peers.starting(),
         monitor.explained(),
         peers.explained(c.world_size),
@@ -150,12 +158,12 @@ def _train(
     end = schedule.first_step(c) + schedule.total_steps(c)
     if trainer.interrupted:
         say(
-            f"stopped in step {module.step + 1:,} without saving. Run the same command to continue from the last state in {state_files.folder_of(folder)}"
+            f"stopped in step {module.step + 1:,} without saving. Run the same command to resume from the last state in {state_files.folder_of(folder)}"
         )
         raise KeyboardInterrupt
     if module.step < end:
         if rank_zero_only.rank == 0:
-            metrics.picture(now=True)
+            metrics.plot(now=True)
         say(
             f"stopped at step {module.step:,} of {end:,} and saved ({folder / checkpointer.last}). Run the same command to continue"
         )
@@ -163,20 +171,22 @@ def _train(
         signals.exit()
     result = _finish(run, folder, trainer, module, metrics)
     if monitor.peak:
-        say(f"memory: {monitor.words()}")
+        say(f"memory: {monitor.summary()}")
     if not strategy.deepspeed_was_used():
         strategy.leave_process_group()
     return result
 
 
 def run(flags: TrainConfig) -> None:
-    """`fit` in a process that does nothing else: afterwards it disconnects from the other processes. Raises UserError as fit."""
+    """`fit` for scripts: also destroys the process group afterwards. Raises UserError as `fit`."""
     fit(flags)
     strategy.leave_process_group()
 
 
 def _watched(model: RWKV, manifest: dict[str, Any]) -> Unchanged:
-    """Watches the files that training reads (on rank 0): base model and data, with their hashes from the manifest."""
+    """Watch the files that training reads (on rank 0): base model and data, with their hashes from
+    the manifest.
+    """
     inputs = Unchanged()
     if rank_zero_only.rank == 0:
         if base := manifest["base"]:
@@ -188,7 +198,7 @@ def _watched(model: RWKV, manifest: dict[str, Any]) -> Unchanged:
 
 
 def _finish(run: Run, folder: Path, trainer: pl.Trainer, module: TrainingModule, metrics: Metrics) -> Result:
-    """Draw the loss curve, and report where the results are and what to do with them."""
+    """Draw the loss curve, and report the results and possible next commands."""
     c = run.flags
     steps = module.step - schedule.first_step(c)
     if not trainer.global_step:
@@ -198,7 +208,7 @@ def _finish(run: Run, folder: Path, trainer: pl.Trainer, module: TrainingModule,
         if trainer.global_rank == 0:
             metrics.load(module.step)
     if trainer.global_rank == 0:
-        metrics.picture(now=True, must=True)
+        metrics.plot(now=True, required=True)
     curve = metrics.curve
     losses = trainer.strategy.broadcast((curve.first_loss, curve.loss.tail(0.1), curve.val_loss))  # rank 0's
     result = Result(folder / checkpoint_name(c, module.step), steps, *losses)
@@ -214,7 +224,9 @@ def _finish(run: Run, folder: Path, trainer: pl.Trainer, module: TrainingModule,
 
 
 def _saver(run: Run, home: Home, model: RWKV, manifest: dict[str, Any]) -> Callable[[str, int, Callable], None]:
-    """A function that writes a checkpoint: of the adapter if one is trained, else of the model. Called on all ranks; rank 0 writes."""
+    """Returns a function that saves a checkpoint of the adapter, or without one of the model.
+    Called on all ranks; rank 0 writes.
+    """
     fixed = {
         "tokenizer": "World" if model.sizes.vocab_size == 65536 else None,
         "data": manifest["data"]["prefix"],
@@ -228,8 +240,8 @@ def _saver(run: Run, home: Home, model: RWKV, manifest: dict[str, Any]) -> Calla
         if rank_zero_only.rank > 0:
             return
         if run.adapter:
-            adapter = setup.adapter_manifest(run.adapter, manifest["base"])
-            checkpoint.save_adapter(home.now() / name, model, adapter, {"step": step, **fixed}, weights)
+            adapter = setup.adapter_entries(run.adapter, manifest["base"])
+            adapter_files.save_adapter(home.now() / name, model, adapter, {"step": step, **fixed}, weights)
         else:
             checkpoint.save_model(home.now() / name, model, {"step": step, **fixed}, weights)
 

@@ -1,4 +1,4 @@
-"""What is in the folder of a run: which files this program wrote there, and what they say of the progress of a run."""
+"""Files in a run's folder: which ones this program wrote, and how far an earlier run got."""
 
 import json
 import re
@@ -23,7 +23,12 @@ _CORRUPT = "metrics.jsonl.corrupt"
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint in the folder: its path, N of rwkv-N.pth (-1 for rwkv-final.pth), its manifest (empty if this program did not write it)."""
+    """A checkpoint in the folder.
+
+    Attributes:
+        number: N of rwkv-N.pth; -1 for rwkv-final.pth.
+        manifest: empty if this program did not write it.
+    """
 
     path: Path
     number: int
@@ -36,7 +41,7 @@ class Saved:
 
 
 def checkpoints(folder: Path) -> list[Saved]:
-    """rwkv-N.pth by number, after rwkv-final.pth if there is one."""
+    """All rwkv-N.pth, sorted by number; rwkv-final.pth comes first."""
     found = []
     for path in _glob(folder):
         if (match := _CHECKPOINT.fullmatch(path.name)) and match[1] != "base":
@@ -45,7 +50,7 @@ def checkpoints(folder: Path) -> list[Saved]:
 
 
 def run_files(folder: Path) -> list[Path]:
-    """What has the name of a run's file, whoever wrote it, and training states."""
+    """Training states and files with the names of a run's files, whoever wrote them."""
     named = [
         path for path in _glob(folder) if path.name in _FILES or _CHECKPOINT.fullmatch(path.name.removesuffix(".json"))
     ]
@@ -53,14 +58,16 @@ def run_files(folder: Path) -> list[Path]:
 
 
 def written(folder: Path) -> list[Path]:
-    """What this program wrote for the run in this folder, as far as that is certain: the rest may be upstream's, or the user's."""
+    """Files that this program certainly wrote for the run in this folder; others may be upstream's
+    or the user's.
+    """
     here = {path.name: path for path in _glob(folder)}
     found = [here[run_manifest.NAME]] if run_manifest.NAME in here else []
     if found or _has_steps(here.get("metrics.jsonl")):
         found += [here[name] for name in here if name in ("metrics.jsonl", "loss.png") or name.startswith(_CORRUPT)]
         found += dashboards.files(folder)
     if "train_log.txt" in here and "'allow_changes':" in "".join(_beginning(here["train_log.txt"]).splitlines()[1:2]):
-        found.append(here["train_log.txt"])  # its first run has a flag that upstream's has not
+        found.append(here["train_log.txt"])  # has a flag that upstream lacks
     for name, path in here.items():
         if _CHECKPOINT.fullmatch(name.removesuffix(".json")) and _manifest(path.with_name(name.removesuffix(".json"))):
             found.append(path)
@@ -70,27 +77,31 @@ def written(folder: Path) -> list[Path]:
 
 
 def names(folder: Path, paths: Iterable[Path]) -> str:
-    """Paths relative to the folder, for a message."""
+    """Format paths relative to the folder, for messages."""
     return ", ".join(sorted(str(path.relative_to(folder)) for path in paths)) or "nothing"
 
 
 def check_places(folder: Path) -> None:
-    """Raises UserError for a folder or file in the place of what a run writes."""
+    """Raises UserError if there is a folder where the run writes a file, or a file where it needs a
+    folder.
+    """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file, and --proj_dir is a folder; choose another name")
+        raise UserError(f"{folder}: a file, but --proj_dir must be a folder; choose another name")
     if state_files.folder_of(folder).exists() and not state_files.folder_of(folder).is_dir():
         raise UserError(
-            f"{state_files.folder_of(folder)}: must be a folder, as training states are saved in it; move this file away"
+            f"{state_files.folder_of(folder)}: must be a folder, because training states are saved in it; move this file away"
         )
     for path in _glob(folder):
         if path.is_dir() and (path.name in _FILES or _CHECKPOINT.fullmatch(path.name.removesuffix(".json"))):
             raise UserError(
-                f"{path}: is a folder, and the run writes a file of this name; move it away, or choose another --proj_dir"
+                f"{path}: a folder, but the run writes a file of this name; move it away, or choose another --proj_dir"
             )
 
 
-def check_kept(c: TrainConfig) -> None:
-    """Raises UserError if the checkpoints of a new run would replace one that this program did not write."""
+def check_overwrites(c: TrainConfig) -> None:
+    """Raises UserError if a new run would overwrite a checkpoint that this program did not
+    write.
+    """
     for saved in checkpoints(c.folder):
         if saved.ours:
             continue
@@ -102,27 +113,32 @@ def check_kept(c: TrainConfig) -> None:
         )
         if final or due:
             raise UserError(
-                f"{saved.path}: this run would replace it, and this program did not write it; move it away, or choose another --proj_dir"
+                f"{saved.path}: this run would overwrite it, but it was not written by this program; move it away, or choose another --proj_dir"
             )
 
 
 def progress(folder: Path, before: dict[str, Any]) -> str:
-    """What shows that the run of manifest `before` saved a training state at some time, in words; empty if nothing does."""
+    """If the run with manifest `before` has lost its training states: a description of what is left
+    in the folder. Empty if it never saved one.
+
+    Args:
+        before: the manifest of a run without a valid state.
+    """
     c = run_manifest.flags_of(before)
     first = schedule.first_step(c)
-    if left := [path for path in state_files.leftovers(folder) if path.suffix != ".tmp"]:
-        return f"only corrupt training states ({names(folder, left)})"
-    if made := [saved.path for saved in checkpoints(folder) if _step(saved, c) > first]:
-        return f"checkpoints ({names(folder, made)}) but no training state"
+    if corrupt := [path for path in state_files.leftovers(folder) if path.suffix != ".tmp"]:
+        return f"only corrupt training states ({names(folder, corrupt)})"
+    if later := [saved.path for saved in checkpoints(folder) if _step(saved, c) > first]:
+        return f"checkpoints ({names(folder, later)}) but no training state"
     if before.get("state_saved"):
         return "a run whose training states were deleted"
     if (last := _last_step(folder / "metrics.jsonl")) > first + (c.save_every or 10):
-        return f"the metrics of {last:,} steps but no training state"
+        return f"metrics of {last:,} steps but no training state"
     return ""
 
 
 def how_to_continue(c: TrainConfig) -> str:
-    """What the user can do where a folder has no state to continue from; ends with a full stop."""
+    """Options for the user if a folder has no valid training state; ends with a full stop."""
     found = checkpoints(c.folder)
     ways = []
     if found:
@@ -149,19 +165,18 @@ def _glob(folder: Path) -> list[Path]:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """The manifest beside a checkpoint if this program wrote it; else empty."""
+    """The manifest of a checkpoint written by this program; else empty."""
     try:
         found = json.loads(checkpoint.manifest_path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     stack = found.get("stack") if isinstance(found, dict) else None
-    return (
-        found if isinstance(stack, dict) and {"rwkv-training", "rwkv-trainer"} & stack.keys() else {}
-    )  # the latter is the old name
+    # rwkv-trainer is the project's old name
+    return found if isinstance(stack, dict) and {"rwkv-training", "rwkv-trainer"} & stack.keys() else {}
 
 
 def _step(saved: Saved, c: TrainConfig) -> int:
-    """The step after which a checkpoint was made; of one without a manifest by its number."""
+    """The step of a checkpoint, from its manifest or else its number."""
     step = saved.manifest.get("step")
     return step if isinstance(step, int) else (saved.number + 1) * schedule.steps_per_epoch(c)
 
@@ -183,7 +198,7 @@ def _last_step(metrics: Path) -> int:
 
 
 def _steps(text: str) -> list[int]:
-    """The steps of the lines that can be read."""
+    """The steps of all valid lines."""
     found = []
     for line in text.splitlines():
         try:

@@ -22,7 +22,7 @@ def introduce(
     samples = schedule.total_steps(c) * schedule.samples_per_step(c)
     masked = ", part of them masked out of the loss" if training.stream.masked else ""
     validation = (
-        f"validation: {f'{c.val_file}, ' if c.val_file else ''}{len(held_out.source.stream):,} tokens that are not trained on; the validation loss is that of {held_out.total:,} samples\n"
+        f"validation: {f'{c.val_file}, ' if c.val_file else ''}{len(held_out.source.stream):,} tokens, not used in training; the validation loss is computed on {held_out.total:,} samples\n"
         if held_out
         else ""
     )
@@ -37,7 +37,7 @@ def introduce(
 
 
 def _length(c: TrainConfig, tokens: int) -> str:
-    """Where the run ends and why, and what an epoch is."""
+    """The length of the run, the flag that determines it, and the length of an epoch."""
     per_epoch, first = schedule.steps_per_epoch(c), schedule.first_step(c)
     last, flag, per_step = first + schedule.total_steps(c), schedule.ended_by(c), schedule.tokens_per_step(c)
     begin, end = first // per_epoch, -(-last // per_epoch) - 1
@@ -56,7 +56,7 @@ def _many(number: int, what: str) -> str:
 
 
 def _precision(c: TrainConfig, model: RWKV) -> str:
-    """The precision, and what the weights are kept in; `types` has the rest."""
+    """The precision, and the dtype of frozen weights; see `types` for details."""
     frozen = sorted({str(p.dtype)[6:] for p in model.parameters() if not p.requires_grad})
     return (
         f"{c.precision}" + (f", frozen weights kept in {'/'.join(frozen)}" if frozen else "") + " (all types: run.json)"
@@ -64,7 +64,7 @@ def _precision(c: TrainConfig, model: RWKV) -> str:
 
 
 def types(c: TrainConfig, model: RWKV) -> str:
-    """Data types of weights, gradients and computations, for run.json."""
+    """Describe the dtypes of weights, gradients and computations, for run.json."""
     kept = {
         trains: sorted({str(p.dtype)[6:] for p in model.parameters() if p.requires_grad == trains})
         for trains in (True, False)
@@ -88,7 +88,7 @@ def types(c: TrainConfig, model: RWKV) -> str:
 
 
 def _coverage(training: Samples, samples: int) -> str:
-    """How often so many samples go through the data, in which order, and what is never used."""
+    """How often this many samples cover the data, in which order, and which part is never used."""
     if isinstance(training, Documents):
         packed, passes = training.packed, samples / training.per_pass
         omitted = packed.too_long + packed.too_short
@@ -104,9 +104,7 @@ def _coverage(training: Samples, samples: int) -> str:
             f"{_passes(times)} the data, by prime sampling (p = {training.prime}): no position is used twice within"
             f" {_many(training.prime, 'sample')}"
         )
-    missed = math.exp(
-        -times
-    )  # of what is covered n · ctx_len / tokens times on average, by positions that are independent of each other
+    missed = math.exp(-times)  # for independent positions that cover each token `times` times on average
     rest = (
         f": about {missed:.0%} of it is never used. Use --magic_prime -1 or --doc_training 1 to use all of it"
         if missed >= 0.01

@@ -1,6 +1,6 @@
-"""Decides what a run is, from its flags, the contents of its folder and the header of its checkpoint.
+"""Resolve a run from its flags, the contents of its folder and the header of its checkpoint.
 
-The only place that changes flags. Nothing is built and nothing is written here.
+Flags are changed only here. Nothing is created or written.
 """
 
 import dataclasses
@@ -22,27 +22,28 @@ from rwkv.train.runtime.trainer import precision_of, slow_on_gpu
 
 
 def resolve(flags: TrainConfig, ranks: Ranks) -> Run:
-    """The run that these flags ask for. Rank 0 decides; the other ranks use its flags, as far as it changed them.
+    """Resolve the flags to a run. Flags that rank 0 has changed are used on all ranks.
 
     Raises:
-        UserError: flags that are wrong or do not fit together, this machine, the checkpoint or the run in the folder; --auto finds nothing that fits.
+        UserError: flags are invalid, or incompatible with each other, the machine, the checkpoint
+            or the run in the folder; --auto finds nothing that fits into memory.
     """
-    decided = ranks.receive()
-    c = stages.apply(flags) if decided is None else dataclasses.replace(flags, **decided)
+    received = ranks.receive()
+    c = stages.apply(flags) if received is None else dataclasses.replace(flags, **received)
     check(c)
     c = with_vocabulary(c)
-    before = resume_or_start.earlier(c)
+    before = resume_or_start.run_to_resume(c)
     c = _seed_and_precision(c, before)
     new_base, outdated = resume_or_start.new_base(c, before), resume_or_start.outdated(c, before)
     sizes, on_gpu = setup.sizes_of(c, new_base), machine.use_gpu(c.accelerator)
-    if c.auto and decided is None and c.my_pile_stage != 1:
-        c = _fitting(c, sizes, on_gpu)
+    if c.auto and received is None and c.my_pile_stage != 1:
+        c = _auto(c, sizes, on_gpu)
     ranks.send(flags, c)
     return Run(c, sizes, on_gpu, before, new_base, outdated)
 
 
 def _seed_and_precision(c: TrainConfig, before: dict[str, Any] | None) -> TrainConfig:
-    """With the seed and the precision that are left to the program: those of the run that is resumed, if any."""
+    """Set random_seed and precision if they are automatic: to those of the resumed run, if any."""
     seed, precision = c.random_seed, c.precision
     if seed < 0:
         seed = before["flags"]["random_seed"] if before else secrets.randbits(31)
@@ -54,15 +55,15 @@ def _seed_and_precision(c: TrainConfig, before: dict[str, Any] | None) -> TrainC
     return dataclasses.replace(c, random_seed=seed, precision=precision, my_pile_shift=shift)
 
 
-def _fitting(c: TrainConfig, sizes: Sizes, on_gpu: bool) -> TrainConfig:
-    """With what --auto chooses."""
+def _auto(c: TrainConfig, sizes: Sizes, on_gpu: bool) -> TrainConfig:
+    """Set the flags that --auto chooses."""
     c, chosen = plan.choose(c, plan.plan_of(c, sizes, on_gpu, c.precision), _usable)
     say(f"auto:  {chosen}")
     return c
 
 
 def _usable(c: TrainConfig) -> bool:
-    """Whether the strategy goes with the other flags, and works on this machine."""
+    """Whether the strategy is compatible with the other flags and available on this machine."""
     try:
         strategy.check(c)
     except UserError:

@@ -1,4 +1,6 @@
-"""Whether a run resumes the one in its folder, starts over, or is refused; and from which training state it resumes."""
+"""Decide whether to resume the run in the folder, start a new one, or reject the command; find the
+training state to resume from.
+"""
 
 import contextlib
 import secrets
@@ -20,26 +22,23 @@ from rwkv.train.resume.run_state import State
 from rwkv.train.run import NEW_BASE, Run
 from rwkv.train.runtime.lightning import rank_zero_only
 
-_SHAPING = (
-    "trained:",
-    "model:",
-    "--lora_r:",
-    "--lora_parts:",
-    "--optimizer:",
-)  # changes that tensors of a state depend on
+# changes (see run_manifest.changes) that affect which tensors a state has
+_SHAPING = ("trained:", "model:", "--lora_r:", "--lora_parts:", "--optimizer:")
 
 
-def owned(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Lock a run's folder while the block runs (on rank 0). Raises UserError if another process has locked it."""
+def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Lock a run's folder while the block runs (rank 0 only). Raises UserError if another process
+    has locked it.
+    """
     if rank_zero_only.rank > 0:
         return contextlib.nullcontext()
     return exclusive(folder / ".lock", folder, "choose another --proj_dir")
 
 
-def earlier(c: TrainConfig) -> dict[str, Any] | None:
-    """The manifest of the run to resume; None for a new run, and on all ranks but the first.
+def run_to_resume(c: TrainConfig) -> dict[str, Any] | None:
+    """The manifest of the run to resume; None for a new run, and on all ranks but rank 0.
 
-    A run with epoch_begin starts from weights alone, unless it is the run in the folder.
+    A run with another epoch_begin than that in the folder is a new run, started from weights only.
 
     Raises:
         UserError: the folder contains a run that cannot be resumed.
@@ -56,32 +55,33 @@ def earlier(c: TrainConfig) -> dict[str, Any] | None:
             f"{folder} contains files of an earlier run ({folders.names(folder, old)}) but no {run_manifest.NAME}, so the run cannot be resumed."
             f" Choose one: {folders.how_to_continue(c)}"
         )
-    folders.check_kept(c)
+    folders.check_overwrites(c)
     return None
 
 
 def new_base(c: TrainConfig, before: dict[str, Any] | None) -> Path | None:
-    """The base model that an earlier start of this LoRA run created; None for a new run, or one with load_model.
+    """The base model created by an earlier start of this LoRA run; None for a new run, or one with
+    load_model.
 
     Raises:
-        UserError: it is missing, and the run has trained on it.
+        UserError: it is missing, but an adapter was trained on it.
     """
     path = c.folder / NEW_BASE
     if c.load_model or c.overwrite or not c.adapter:
         return None
-    if rank_zero_only.rank > 0:  # does not know whether the run is new, and gets rank 0's weights in any case
+    if rank_zero_only.rank > 0:  # weights are broadcast from rank 0 in any case
         return path if path.is_file() else None
     if not before or not state_files.states(c.folder):  # nothing has been trained on it
         return None
     if not path.is_file():
         raise UserError(
-            f"{path}: missing; the adapter of this run is trained on it. Put it back, or give --overwrite to start over"
+            f"{path}: missing; the adapter of this run is trained on it. Restore it, or use --overwrite to start over"
         )
     return path
 
 
 def outdated(c: TrainConfig, before: dict[str, Any] | None) -> tuple[Path, ...]:
-    """Files of an earlier run in the folder, to be deleted once everything that can be refused has been checked."""
+    """Files of an earlier run in the folder, to be deleted after all checks have passed."""
     if rank_zero_only.rank > 0 or before:
         return ()
     old = folders.written(c.folder) if c.overwrite else state_files.leftovers(c.folder)
@@ -92,7 +92,9 @@ def outdated(c: TrainConfig, before: dict[str, Any] | None) -> tuple[Path, ...]:
 
 
 def delete(run: Run, used: Path) -> None:
-    """Delete the `outdated` files except those of the data that is `used`, and report which."""
+    """Delete the run's `outdated` files, except those of the data with prefix `used`; report
+    which.
+    """
     kept = {path.resolve() for path in data_source.files_of(str(used))}
     deleted = [path for path in run.outdated if path.resolve() not in kept]
     for path in deleted:
@@ -102,25 +104,32 @@ def delete(run: Run, used: Path) -> None:
 
 
 def check_source(run: Run, manifest: dict[str, Any]) -> None:
-    """Raises UserError if data_file is not what the resumed run was made from, unless `allow_changes` is given; called before it is converted."""
+    """Raises UserError if data_file differs from that of the resumed run, unless `allow_changes` is
+    given. Called before it is converted.
+    """
     before = _before(run)
     if before and not run.flags.allow_changes:
         changed = run_manifest.changes(before, manifest)
         if any(line.startswith("data file") for line in changed):
-            refuse_changes(run.folder, changed)
+            reject_changes(run.folder, changed)
 
 
 def find_state(
     run: Run, manifest: dict[str, Any], trained: Mapping[str, torch.nn.Parameter]
 ) -> tuple[State | None, dict[str, Any]]:
-    """The training state to resume from, None for a run that has not saved one; and what the manifest takes over from the resumed run.
+    """Find the training state to resume from.
 
     Args:
         manifest: of this run.
         trained: the parameters that this run trains, by name.
 
+    Returns:
+        The state, None if the run has not saved one; and entries that the manifest inherits from
+        the resumed run.
+
     Raises:
-        UserError: flags or data have changed and `allow_changes` is not given, or the state does not fit them; no valid state.
+        UserError: flags or data have changed without `allow_changes`; the state does not match
+            them; there is no valid state.
     """
     c, folder, before = run.flags, run.folder, _before(run)
     if not before:
@@ -128,14 +137,14 @@ def find_state(
     kept: dict[str, Any] = {"id": before.get("id") or secrets.token_hex(8)}
     changed = run_manifest.changes(before, manifest)
     if changed and not c.allow_changes:
-        refuse_changes(folder, changed)
+        reject_changes(folder, changed)
     state = state_files.newest(folder)
     if state is None and (found := folders.progress(folder, before)):
         raise UserError(
             f"{folder} contains {found}, so the run cannot be resumed. Choose one: {folders.how_to_continue(c)}"
         )
     if state:
-        _check_serves(c, state, kept["id"], trained, changed)
+        _check_state(c, state, kept["id"], trained, changed)
         kept["state_saved"] = True
     history = before.get("changed", [])
     if changed:
@@ -154,16 +163,18 @@ def find_state(
 
 
 def _before(run: Run) -> dict[str, Any] | None:
-    """The manifest of the resumed run, to compare with: with its base where this run created one."""
+    """The manifest of the resumed run for comparison, with `base` set as in this run if it was
+    created by the run.
+    """
     if not run.before or run.flags.load_model or run.before["flags"].get("load_model"):
         return run.before
     if run.new_base:
-        return run.before | {"base": run.before["base"] or run.base}  # earlier versions did not record it
-    return run.before | {"base": None}  # killed before its first state: the new base is created again
+        return run.before | {"base": run.before["base"] or run.base}  # not recorded by earlier versions
+    return run.before | {"base": None}  # killed before its first state: the base will be created again
 
 
 def _say_rates(old: TrainConfig, new: TrainConfig, step: int) -> None:
-    """Report a jump of the learning rate that a changed --epoch_count causes."""
+    """Report a jump of the learning rate caused by a changed --epoch_count."""
     then, now = (schedule.learning_rate(x, step - schedule.first_step(new)) for x in (old, new))
     if old.epoch_count != new.epoch_count and then != now:
         falls = f" and then {'falls' if new.lr_final < new.lr_init else 'rises'} until epoch {new.epoch_count}"
@@ -173,28 +184,30 @@ def _say_rates(old: TrainConfig, new: TrainConfig, step: int) -> None:
         )
 
 
-def refuse_changes(folder: Path, changed: list[str]) -> None:
-    """Raises UserError: with these changes the command does not resume the run in the folder."""
+def reject_changes(folder: Path, changed: list[str]) -> None:
+    """Raises UserError, which lists the changes and what the user can do."""
     raise UserError(
         f"{folder} contains a run with other flags or data (then → now):\n  "
         + "\n  ".join(changed)
-        + "\nChoose one: use the old values; --allow_changes, to continue with the new ones; --overwrite, to start over; another --proj_dir, for"
-        " another run"
+        + "\nChoose one: use the old values; --allow_changes to continue with the new ones; --overwrite to start over; another --proj_dir for"
+        " a new run"
     )
 
 
-def _check_serves(
+def _check_state(
     c: TrainConfig,
     state: State,
     run_id: str,
     trained: Mapping[str, torch.nn.Parameter],
     changed: list[str],
 ) -> None:
-    """Raises UserError if a state belongs to another run, or if its tensors are not those that this run trains."""
+    """Raises UserError if a state belongs to another run, or its tensors do not match the
+    parameters that this run trains.
+    """
     path = state_files.folder_of(c.folder) / f"step-{state.step}.pt"
     if state.run.get("id", run_id) != run_id:
         raise UserError(
-            f"{path}: a training state of another run; move it away, and run again to continue from a state of this run"
+            f"{path}: a training state of another run; move it away, and run again to resume from a state of this run"
         )
     shapes = {name: list(parameter.shape) for name, parameter in trained.items()}
     stored = {name: list(weight.shape) for name, weight in state.weights.items()}
@@ -209,13 +222,13 @@ def _check_serves(
     ]
     kinds = {"adam" if "exp_avg" in moments else "adafactor" for moments in state.optimizer.values() if moments}
     if kinds - {c.optimizer}:
-        wrong.insert(0, f"it was saved with --optimizer {kinds.pop()}, and this run has {c.optimizer}")
+        wrong.insert(0, f"it was saved with --optimizer {kinds.pop()}, but this run has {c.optimizer}")
     if not wrong:
         return
     causes = [line for line in changed if line.startswith(_SHAPING)]
     if not causes:
         raise UserError(
-            f"{path}: not a training state of this run ({sorted(wrong)[0]}); move it away, and run again to continue from another"
+            f"{path}: does not match this run ({sorted(wrong)[0]}); move it away, and run again to resume from another state"
         )
     raise UserError(
         "--allow_changes: the training state cannot be used with\n  "

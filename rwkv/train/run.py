@@ -1,4 +1,4 @@
-"""What a run is: decided once by `rwkv.train.resolve`, before anything is built, and not changed afterwards."""
+"""The immutable description of a run, created by `rwkv.train.resolve`."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +11,7 @@ from rwkv.memory import plan
 from rwkv.memory.estimate import Plan
 from rwkv.models import Sizes
 
-NEW_BASE = "rwkv-base.pth"  # in the folder of a LoRA run: the base model, if it was created by the run
+NEW_BASE = "rwkv-base.pth"  # in the folder of a LoRA run: the base model, if the run created it
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Run:
     """A training run.
 
     Attributes:
-        flags: the resolved flags; seed, precision and vocabulary are no longer left to the program.
+        flags: the resolved flags, without automatic values.
         sizes: of the model.
         on_gpu: whether it trains on GPUs.
-        before: the manifest of the run that it resumes; None for a new run, and on all ranks but the first.
-        new_base: the base model that an earlier start of this run created; None if there is none.
-        outdated: files of an earlier run in the folder, which are deleted when this one starts.
+        before: the manifest of the run to resume; None for a new run, and on all ranks but rank 0.
+        new_base: the base model created by an earlier start of this run; None if there is none.
+        outdated: files of an earlier run in the folder, to be deleted when this one starts.
     """
 
     flags: TrainConfig
@@ -41,12 +41,12 @@ class Run:
 
     @property
     def adapter(self) -> LoRAConfig | None:
-        """The flags of the adapter that is trained; None if all weights are."""
+        """The flags of the adapter; None if all weights are trained."""
         return self.flags.adapter
 
     @property
     def base_path(self) -> str:
-        """The model that an adapter is trained on."""
+        """Path of the base model of an adapter."""
         return self.flags.load_model or str(self.folder / NEW_BASE)
 
     @cached_property
@@ -57,5 +57,5 @@ class Run:
 
     @cached_property
     def plan(self) -> Plan:
-        """What it takes in memory."""
+        """The memory plan."""
         return plan.plan_of(self.flags, self.sizes, self.on_gpu, self.flags.precision)

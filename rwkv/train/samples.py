@@ -1,4 +1,4 @@
-"""Training and validation samples, as the flags ask for them."""
+"""Create the training and validation samples selected by the flags."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from rwkv.errors import UserError
 
 
 def check(c: TrainConfig) -> None:
-    """Raises UserError for flags that do not go together."""
+    """Raises UserError for invalid or incompatible sampling flags."""
     documents = c.doc_training or c.doc_training_seq
     if documents and (c.magic_prime or c.my_pile_shift > 0):
         raise UserError(
@@ -31,7 +31,7 @@ def check(c: TrainConfig) -> None:
         raise UserError(f"--random_seed {c.random_seed} must be less than {1 << 32}, or -1 for a random one")
     if not 0 <= c.val_split < 1:
         raise UserError(
-            f"--val_split {c.val_split} must be at least 0 and less than 1: the share of the documents to hold out"
+            f"--val_split {c.val_split} must be at least 0 and less than 1: the fraction of documents used for validation"
         )
     if c.val_every < 0 or c.val_samples < 0:
         raise UserError("--val_every and --val_samples must not be negative")
@@ -53,10 +53,12 @@ def check(c: TrainConfig) -> None:
 
 
 def make(c: TrainConfig, data: Dataset, validation: Dataset | None = None) -> tuple[Samples, ValidationSamples | None]:
-    """Samples to train on, and those of the validation set: of `validation`, or held out of `data` if val_split asks for them.
+    """Training samples, and validation samples from `validation`, or from a part of `data` with
+    val_split.
 
     Raises:
-        UserError: data too short for a context on either side, a prime that cannot serve, no document that fits, no token that counts.
+        UserError: training or validation data is too short, magic_prime is invalid, no document
+            fits, or the loss mask excludes all tokens.
     """
     options: dict[str, Any] = {"separator": c.doc_sep, "chatml": bool(c.chatml_mask)}
     if validation is not None:
@@ -74,7 +76,9 @@ def make(c: TrainConfig, data: Dataset, validation: Dataset | None = None) -> tu
 
 
 def _roles(data: Dataset) -> str:
-    """Which roles the messages of the data have, if its manifest says so and none is the assistant."""
+    """For an error message: the roles in the data according to its manifest, if none is the
+    assistant.
+    """
     contents = (provenance.read(data.prefix) or {}).get("contents")
     roles = contents.get("roles") if isinstance(contents, dict) else None
     if not isinstance(roles, dict) or not roles or "assistant" in roles:
@@ -86,13 +90,9 @@ def _source(c: TrainConfig, data: Dataset, stream: Stream, held_out: bool = Fals
     if stream.masked and not stream.has_targets():
         where = "validation set" if held_out else "data"
         raise UserError(
-            f"no token of the {where} counts in the loss: "
-            + (
-                "--chatml_mask 1 finds no answer in it"
-                if c.chatml_mask
-                else f"the mask beside the tokens is all 0{_roles(data)}"
-            )
-            + "; see what the data holds with scripts/inspect_data.py"
+            f"no token of the {where} contributes to the loss: "
+            + ("--chatml_mask 1 finds no answer in it" if c.chatml_mask else f"its loss mask is all 0{_roles(data)}")
+            + "; inspect the data with scripts/inspect_data.py"
         )
     common: dict[str, Any] = {
         "stream": stream,

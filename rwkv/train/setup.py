@@ -1,4 +1,4 @@
-"""The model that a run trains, and the adapter in it."""
+"""Create or load the model of a run, and its adapter."""
 
 import math
 import random
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rwkv import checkpoint, compat
+from rwkv import adapter_files, checkpoint, compat
 from rwkv.adapters import lora
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.convert import char_level
@@ -23,10 +23,11 @@ from rwkv.train.runtime import strategy
 
 
 def sizes_of(c: TrainConfig, new_base: Path | None = None) -> Sizes:
-    """The sizes of the model, from the header of load_model or `new_base`, else from the flags.
+    """The sizes of the model, from load_model or `new_base`, else from the flags. Reads only the
+    checkpoint's header.
 
     Raises:
-        UserError: the checkpoint is not a model, or flags disagree with it.
+        UserError: the checkpoint is not a model, or differs from the flags.
     """
     given = version.sizes_given(c)
     if c.load_model and c.my_pile_stage != 1:
@@ -35,13 +36,11 @@ def sizes_of(c: TrainConfig, new_base: Path | None = None) -> Sizes:
             return replace(sizes, **given)
         if c.data_type in char_level.TEXTS and c.vocab_size != sizes.vocab_size:
             raise UserError(
-                f"{c.load_model}: has a vocabulary of {sizes.vocab_size}, and --data_type {c.data_type} makes one of the text's"
+                f"{c.load_model}: its vocabulary has {sizes.vocab_size} tokens, but --data_type {c.data_type} uses one of the text's"
                 f" {c.vocab_size} characters; convert the text for the model with scripts/convert.py"
             )
-        if wrong := [f"--{k} {v}, and it has {getattr(sizes, k)}" for k, v in given.items() if v != getattr(sizes, k)]:
-            raise UserError(
-                f"{c.load_model}: {'; '.join(wrong)}. Sizes come from the checkpoint: leave these flags out"
-            )
+        if wrong := [f"--{k} {v}, but it has {getattr(sizes, k)}" for k, v in given.items() if v != getattr(sizes, k)]:
+            raise UserError(f"{c.load_model}: {'; '.join(wrong)}. Sizes come from the checkpoint: omit these flags")
         return sizes
     if new_base:
         return checkpoint.sizes_of(checkpoint.read_tensors(new_base), new_base)
@@ -49,10 +48,11 @@ def sizes_of(c: TrainConfig, new_base: Path | None = None) -> Sizes:
 
 
 def build(run: Run) -> RWKV:
-    """The model of a run, with its adapter. Seeds the random number generators, so that new weights are the same on all ranks.
+    """The model of a run, with its adapter. Seeds the random number generators, so that all ranks
+    create the same weights.
 
     Raises:
-        UserError: the checkpoint or the adapter is not valid, or is not what the flags say.
+        UserError: the checkpoint or the adapter is invalid, or does not match the flags.
     """
     seed_generators(run.flags.random_seed)
     model = load_or_create(run)
@@ -69,13 +69,16 @@ def seed_generators(seed: int) -> None:
 
 
 def load_or_create(run: Run) -> RWKV:
-    """The model without an adapter: load_model, or the base that this run created, or a new one with upstream's initial weights."""
+    """The model without adapter: from load_model, or the base that this run created earlier, or a
+    new one.
+    """
     c = run.flags
     if c.load_model and c.load_partial:
         model = create(c, run.sizes)
         checkpoint.fill(model, checkpoint.read_tensors(c.load_model), c.load_model, partial=True)
         return model
-    # A base that this run created is not initialised again: LAPACK's threads and MKL's version would change it.
+    # a base created by this run is loaded: initialising it again may give other weights (LAPACK,
+    # MKL)
     path = c.load_model or run.new_base
     if not path:
         return create(c, run.sizes)
@@ -92,23 +95,23 @@ def create(c: TrainConfig, sizes: Sizes) -> RWKV:
 
 
 def _frozen_dtype(c: TrainConfig) -> torch.dtype:
-    """The data type of frozen matrices."""
+    """The dtype of frozen matrices."""
     if not c.adapter:
         return torch.float32
-    asked = c.adapter.lora_base
-    wanted = c.precision if asked == "auto" else asked
+    requested = c.adapter.lora_base
+    wanted = c.precision if requested == "auto" else requested
     if wanted == "bf16" and not (strategy.alone(c) or machine.use_gpu(c.accelerator) or compat.gloo_sends_bf16()):
-        if asked == "bf16":
+        if requested == "bf16":
             raise UserError(
-                "--lora_base bf16: processes on CPUs cannot send each other bf16 with this torch, as ddp does when it starts; leave it out, and the"
-                " base is kept in fp32, or take the modern stack (make venv STACK=modern)"
+                "--lora_base bf16: ddp on CPUs broadcasts the weights, and gloo in this torch version does not support bf16; omit it to use an fp32"
+                " base, or use the modern stack (make venv STACK=modern)"
             )
         return torch.float32
     return torch.bfloat16 if wanted == "bf16" else torch.float32
 
 
 def _attach_adapter(model: RWKV, run: Run, c: LoRAConfig) -> None:
-    """Inject LoRA and freeze the rest; load --lora_load."""
+    """Inject LoRA, freeze all other parameters, and load --lora_load."""
     parts = list(lora.parts_in(c.lora_parts))
     try:
         lora.inject(model, parts, c.lora_r, c.lora_alpha, c.lora_dropout)
@@ -117,49 +120,53 @@ def _attach_adapter(model: RWKV, run: Run, c: LoRAConfig) -> None:
     lora.mark_trainable(model, parts)
     lora.store_frozen(model, _frozen_dtype(c))
     if c.lora_load:
-        stored = checkpoint.adapter_manifest(c.lora_load).get(
-            "alpha"
-        )  # None in upstream's adapters: then the flag counts
+        # upstream's adapters do not store alpha
+        stored = adapter_files.read_manifest(c.lora_load).get("alpha")
         alpha = c.lora_alpha if stored is None else None
         base, digest = (c.load_model, run.base["sha256"]) if c.load_model and run.base else (None, None)
-        tensors, known = checkpoint.inspect_adapter(c.lora_load, base, alpha, digest)
+        tensors, known = adapter_files.inspect_adapter(c.lora_load, base, alpha, digest)
         _compare(model, c, known)
-        checkpoint.load_adapter(model, c.lora_load, tensors, known["parts"])  # parts that it lacks start as in the base
+        # parts that the adapter lacks keep their initial values
+        adapter_files.load_adapter(model, c.lora_load, tensors, known["parts"])
 
 
-def adapter_manifest(c: LoRAConfig, base: dict[str, str]) -> dict[str, Any]:
-    """What the manifest of an adapter says: rank, alpha, parts and the base model."""
+def adapter_entries(c: LoRAConfig, base: dict[str, str]) -> dict[str, Any]:
+    """Manifest entries of an adapter: rank, alpha, parts and the base model."""
     parts = list(lora.parts_in(c.lora_parts))
     return {"r": c.lora_r, "alpha": c.lora_alpha, "parts": parts, "base": base["path"], "base_sha256": base["sha256"]}
 
 
 def _compare(model: RWKV, c: LoRAConfig, known: dict[str, Any]) -> None:
-    """Raises UserError unless the run can continue from an adapter of which this is known."""
+    """Raises UserError if the rank, alpha or parts of a loaded adapter (`known`) do not match the
+    flags.
+    """
     possible = model.version.PARTS
     theirs, ours = known["parts"], possible.normal(lora.parts_in(c.lora_parts))
     merge = f"merge it into its base and train a new one: scripts/merge_lora.py --adapter {shlex.quote(c.lora_load)}"
     matrices = any(map(possible.layers_of, theirs))  # without them rank and alpha do not matter
     if matrices and known["r"] != c.lora_r:
         raise UserError(
-            f"{c.lora_load}: this adapter has rank {known['r']}, and --lora_r is {c.lora_r}; a rank cannot be changed. Give --lora_r {known['r']}, or {merge}"
+            f"{c.lora_load}: this adapter has rank {known['r']}, but --lora_r is {c.lora_r}; the rank cannot be changed. Use --lora_r {known['r']}, or {merge}"
         )
     if matrices and known["alpha"] != c.lora_alpha:
         raise UserError(
-            f"{c.lora_load}: this adapter was trained with alpha {known['alpha']:g}, and --lora_alpha is {c.lora_alpha:g}, which would scale it by"
-            f" {c.lora_alpha / known['alpha'] if known['alpha'] else math.inf:g}. Give --lora_alpha {known['alpha']:g}, or {merge}"
+            f"{c.lora_load}: this adapter was trained with alpha {known['alpha']:g}, but --lora_alpha is {c.lora_alpha:g}, which would scale it by"
+            f" {c.lora_alpha / known['alpha'] if known['alpha'] else math.inf:g}. Use --lora_alpha {known['alpha']:g}, or {merge}"
         )
-    has, takes = (
+    stored, requested = (
         {layer for part in parts for layer in possible.layers_of(part) or (part,)} for parts in (theirs, ours)
     )
-    if more := has - takes:
+    if lost := stored - requested:
         raise UserError(
-            f"{c.lora_load}: this adapter has parts that --lora_parts {c.lora_parts} does not have ({', '.join(sorted(more))}), and would lose them. Give"
+            f"{c.lora_load}: this adapter has parts that --lora_parts {c.lora_parts} lacks ({', '.join(sorted(lost))}); they would be lost. Use"
             f" --lora_parts {','.join(theirs)} or more, or {merge}"
         )
 
 
 def write_base(run: Run, model: RWKV) -> dict[str, str]:
-    """Save the new model that LoRA was injected into, before it trains; without it the adapter is useless. Returns its path and SHA-256."""
+    """Save the new base model before the adapter is trained, which is unusable without it. Returns
+    its path and SHA-256.
+    """
     path = run.folder / NEW_BASE
     checkpoint.save_model(path, model, {"step": 0})
     return {"path": str(path), "sha256": sha256(path)}

@@ -1,7 +1,8 @@
 """Upstream's --my_pile_stage: the flags that each stage of pretraining sets.
 
-Stage 1 writes initial weights. Stages 2, 3 and 4 continue from the newest rwkv-N.pth of the folder, in epochs of 40320 samples, as many as the data
-has. Stages 2 and 3 use prime sampling, stage 4 samples at random positions.
+Stage 1 writes initial weights. Stages 2, 3 and 4 continue from the newest rwkv-N.pth in the folder,
+with epochs of 40320 samples and as many epochs as the data has. Stages 2 and 3 use prime sampling,
+stage 4 uses random positions.
 """
 
 import dataclasses
@@ -25,22 +26,25 @@ from rwkv.train.run import Run
 from rwkv.train.runtime.lightning import rank_zero_only
 from rwkv.train.setup import create, seed_generators
 
-EPOCH = 40320  # samples: 8!, which most batch sizes divide
+EPOCH = 40320  # samples: 8!, divisible by most batch sizes
 _SET = ("load_model", "epoch_begin", "warmup_steps", "magic_prime", "epoch_steps", "epoch_count")
 
 
 def apply(c: TrainConfig) -> TrainConfig:
-    """The flags with what stage 2, 3 or 4 sets: load_model, epoch_begin, warmup_steps, magic_prime, epoch_steps, epoch_count.
+    """Set the flags of stage 2, 3 or 4: load_model, epoch_begin, warmup_steps, magic_prime,
+    epoch_steps, epoch_count.
 
-    A run of the same stage in the folder keeps its values, so that it can be resumed; without a training state it continues from its newest checkpoint.
+    If the folder contains a run of the same stage, its values are used, so that it can be resumed;
+    without a training state it continues from its newest checkpoint.
 
     Raises:
-        UserError: no weights to start from; the batch does not divide 40320; the data is too short for an epoch.
+        UserError: no weights to start from; 40320 is not divisible by the batch size; the data is
+            too short for an epoch.
     """
     if not c.my_pile_stage or not c.data_file or c.data_type != "binidx":
         return c
     if c.adapter:
-        raise UserError(f"--my_pile_stage {c.my_pile_stage} belongs to pretraining; leave it out for LoRA")
+        raise UserError(f"--my_pile_stage {c.my_pile_stage} is for pretraining; omit it for LoRA")
     if c.my_pile_stage == 1:
         return c
     folder = c.folder
@@ -56,24 +60,24 @@ def apply(c: TrainConfig) -> TrainConfig:
             (n for n in range(1, EPOCH + 1) if EPOCH % n == 0 and n % c.world_size == 0),
             key=lambda n: abs(n - batch),
         )
-        fits = (
+        advice = (
             f"the nearest --micro_bsz is {near[0] // c.world_size}"
             if near
             else f"no --micro_bsz fits {c.world_size} devices"
         )
         raise UserError(
-            f"--my_pile_stage {c.my_pile_stage}: its epochs of {EPOCH} samples cannot be divided by a batch of {batch}; {fits}"
+            f"--my_pile_stage {c.my_pile_stage}: its epochs of {EPOCH} samples are not divisible by the batch size {batch}; {advice}"
         )
     prime = c.magic_prime if c.magic_prime > 0 else offsets.magic_prime(size, c.ctx_len)
     if prime < EPOCH:
         raise UserError(
-            f"--my_pile_stage {c.my_pile_stage}: its epochs have {EPOCH} samples, and {c.data_file} has {max(0, offsets.slots(size, c.ctx_len))}"
-            f" contexts of {c.ctx_len}; omit the flag and give --magic_prime -1 with --epoch_steps and --epoch_count"
+            f"--my_pile_stage {c.my_pile_stage}: its epochs have {EPOCH} samples, but {c.data_file} has only {max(0, offsets.slots(size, c.ctx_len))}"
+            f" contexts of {c.ctx_len} tokens; omit the flag and use --magic_prime -1 with --epoch_steps and --epoch_count"
         )
     number, weights = _newest(folder, only_init=c.overwrite)
     if not weights:
         raise UserError(
-            f"--my_pile_stage {c.my_pile_stage}: no rwkv-init.pth or rwkv-N.pth in {folder}; make one with --my_pile_stage 1"
+            f"--my_pile_stage {c.my_pile_stage}: no rwkv-init.pth or rwkv-N.pth in {folder}; create one with --my_pile_stage 1"
         )
     warmup = c.warmup_steps if c.warmup_steps >= 0 or number < 0 else 10 if c.my_pile_stage == 2 else 30
     values = (str(weights), number + 1, warmup, 0 if c.my_pile_stage == 4 else prime, EPOCH // batch, prime // EPOCH)
@@ -82,11 +86,13 @@ def apply(c: TrainConfig) -> TrainConfig:
 
 
 def write_initial(run: Run) -> Path:
-    """Stage 1: write initial weights to rwkv-init.pth; returns its path. Raises UserError if the file exists."""
+    """Stage 1: write initial weights to rwkv-init.pth; returns its path. Raises UserError if the
+    file exists, unless --overwrite is given.
+    """
     c, path = run.flags, run.folder / "rwkv-init.pth"
     if path.exists() and not c.overwrite:
         raise UserError(
-            f"{path} exists already; continue with --my_pile_stage 2 or 3, or give --overwrite to replace it"
+            f"{path} already exists; continue with --my_pile_stage 2 or 3, or use --overwrite to replace it"
         )
     seed_generators(c.random_seed)
     model = create(c, run.sizes)
@@ -102,36 +108,38 @@ def write_initial(run: Run) -> Path:
 
 @torch.no_grad()
 def _resize_into(model: RWKV, path: str) -> None:
-    """Copy a checkpoint into a model of other sizes, with linear interpolation where the number of rows differs.
+    """Copy a checkpoint into a model of other sizes, with linear interpolation between rows if
+    their number differs.
 
     Raises:
-        UserError: a tensor that the model does not have, or whose rows have another length.
+        UserError: the model lacks a tensor, or its rows have another length.
     """
     parameters, tensors = dict(model.named_parameters()), checkpoint.read_tensors(path)
     checkpoint.check_finite(tensors, path)
     for name, tensor in tensors.items():
         if name not in parameters:
-            raise UserError(f"{path}: {name} is not in a model of these sizes; give at least its --n_layer")
+            raise UserError(f"{path}: a model of these sizes has no {name}; give at least the checkpoint's --n_layer")
         rows, target = _rows(tensor.float()), _rows(parameters[name])
         if rows.shape[1:] != target.shape[1:]:
             raise UserError(
-                f"{path}: {name} is {list(tensor.shape)}, and must be {list(parameters[name].shape)}; only vectors and the number of rows can be resized"
+                f"{path}: {name} is {list(tensor.shape)}, expected {list(parameters[name].shape)}; only vectors and the number of rows can be resized"
             )
-        position = (
-            torch.arange(len(target), dtype=torch.float64) * len(rows) / len(target)
-        )  # upstream's: row i of n at i·m/n of m
+        # as upstream: row i of n is at position i·m/n of m
+        position = torch.arange(len(target), dtype=torch.float64) * len(rows) / len(target)
         low = position.floor().long().clamp(max=len(rows) - 1)
         part = (position - low).to(rows.dtype).clamp(max=1).view(-1, *[1] * (rows.dim() - 1))
         target.copy_(torch.lerp(rows[low], rows[(low + 1).clamp(max=len(rows) - 1)], part))
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """A matrix unchanged, anything with one row as a vector."""
+    """Return matrices unchanged, and flatten all other tensors to vectors."""
     return tensor if tensor.squeeze().dim() > 1 else tensor.view(-1)
 
 
 def _newest(folder: Path, only_init: bool) -> tuple[int, Path | None]:
-    """The number of the newest checkpoint that is not truncated, and its path; -1 stands for rwkv-init.pth."""
+    """Number and path of the newest checkpoint that is not truncated; the number is -1 for
+    rwkv-init.pth, and if there is none.
+    """
     found = {
         -1 if match[1] == "init" else int(match[1]): path
         for path in folder.glob("*")

@@ -28,7 +28,9 @@ TRANSFORMERS = (
     ("time_mix_v", "time_mix_value"),
     ("time_mix_r", "time_mix_receptance"),
 )
-"""Substrings of BlinkDL's and of transformers' RWKV-4 tensor names, to be replaced in this order."""
+"""Substrings of BlinkDL's and of transformers' RWKV-4 tensor names, to be replaced in this
+order.
+"""
 
 
 def upstream_name(name: str) -> str:

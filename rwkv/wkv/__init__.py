@@ -1,4 +1,6 @@
-"""WKV operators: the recurrences over time of RWKV models. `wkv4` and `wkv7` here are the functions; their packages have the same names."""
+"""WKV operators, the recurrences of RWKV models. `wkv4` and `wkv7` here are the functions, not their
+packages.
+"""
 
 from rwkv.wkv.wkv4 import empty_state, wkv4
 from rwkv.wkv.wkv7 import wkv7

@@ -1,4 +1,4 @@
-"""Choose the implementation of an operator, and explain why the others are unavailable."""
+"""Choose the implementation of an operator, and explain why others are unavailable."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from rwkv.kernels import load
 
 def _why_not_cuda(x: Tensor) -> str | None:
     if x.device.type != "cuda":
-        return f"the inputs are on {x.device}; this implementation needs an NVIDIA GPU"
+        return f"the inputs are on {x.device}; this implementation needs them on an NVIDIA GPU"
     if x.dtype == torch.float64:
         return 'the inputs are fp64; the kernels compute in fp32. Use impl="reference"'
     return load.why_unavailable_on(x.device.index)
@@ -36,11 +36,11 @@ _WHY_UNAVAILABLE: dict[str, Callable[[Tensor], str | None]] = {
 def choose(
     operator: str, implementations: Mapping[str, Callable[..., Any]], impl: str, x: Tensor
 ) -> Callable[..., Any]:
-    """The implementation `impl` of an operator for inputs like `x`; "auto" is the first available one.
+    """The implementation `impl` of an operator for inputs like `x`; "auto": the first available.
 
     Raises:
         ValueError: `impl` is unknown.
-        RuntimeError: `impl` is unavailable; the message says why and what to do.
+        RuntimeError: `impl` is unavailable; the message has the reason and a remedy.
     """
     if impl == "auto":
         reasons: list[str] = []

@@ -8,7 +8,7 @@ from rwkv.data.dataset import Contexts, Documents
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_micro_batches_keep_order_and_count_targets_per_step(make_stream, accumulate):
+def test_micro_batch_order_and_target_counts(make_stream, accumulate):
     mask = [i % 7 > 3 or i > 300 for i in range(400)]
     samples = Contexts(make_stream([range(400)], mask), 10, 100, seed=3, prime=29, rank=1, world_size=2)
     batches = Batches(samples, 6, 3, 2, accumulate)
@@ -20,7 +20,7 @@ def test_micro_batches_keep_order_and_count_targets_per_step(make_stream, accumu
             assert torch.equal(found, torch.stack(parts))
         begin = 6 + 2 * (i - i % accumulate)
         assert targets == sum(int(samples[begin + j][2].sum()) for j in range(2 * accumulate))
-    assert torch.equal(batches[1][0], read[1][0])  # again, and out of order
+    assert torch.equal(batches[1][0], read[1][0])  # read again, out of order
     with pytest.raises(IndexError):
         batches[len(batches)]
 

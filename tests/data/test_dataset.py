@@ -1,4 +1,4 @@
-"""Samples: windows, whole documents, sharding over ranks, validation; errors for invalid settings."""
+"""Samples: windows, whole documents, sharding over ranks, validation; invalid settings."""
 
 import numpy as np
 import pytest
@@ -109,7 +109,7 @@ def test_resume_yields_same_batches(kinds, kind, seed, world, batch, steps, epoc
         flags = {"samples": steps * batch, "seed": seed, "rank": rank, "world_size": world}
         whole, resumed = make(stream, **flags), make(stream, **flags)
         for data in (whole, resumed):
-            _ = data[0]  # what was asked for before changes nothing
+            _ = data[0]  # earlier reads have no effect
             data.epoch = epoch
         first = min(stop, steps - 1) * batch
         never_stopped = list(DataLoader(whole, batch))[first // batch :]
@@ -131,7 +131,7 @@ def test_sample_numbers_are_unique(kinds, kind, seed, world, samples, epochs):
             numbers += [data.number(i) for i in range(samples)]
             windows += [data.window(data.number(i)) for i in range(samples)]
     assert sorted(numbers) == list(range(epochs * samples * world))
-    if kind != "random":  # there distinct numbers may draw the same place, as upstream's do
+    if kind != "random":  # random sampling may draw the same position twice, as upstream
         for turn in range(0, len(numbers), period := 89 if kind == "prime" else data.per_pass):
             of_a_turn = [w for n, w in zip(numbers, windows, strict=True) if turn <= n < turn + period]
             assert len(set(of_a_turn)) == len(of_a_turn)

@@ -80,7 +80,7 @@ def test_counts_match_plain_python(tmp_path_factory, pieces, documents, piece, d
 def test_vocabulary_guess(tmp_path, write_jsonl, root):
     world = converted(root / "data/example.jsonl", tmp_path / "world")
     assert inspect(Dataset(world), 64, 2).vocabulary == "World"
-    # line breaks are 187 in 20B, a byte that begins no character in World
+    # line breaks are 187 in 20B; in World it is a byte that starts no character
     with writer(tmp_path / "neox") as out:
         for i in range(50):
             out.add([1000 + i, 310, 187, 187, 2000 + i, 0])

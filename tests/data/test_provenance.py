@@ -81,7 +81,7 @@ def test_other_data_with_world_model(write_jsonl, tmp_path, byte_tokenizer):
         train_on(prefix, 50277)
     for rows, load_model in ((259, "base.pth"), (320, "base.pth"), (5000, "")):  # padded; new
         assert len(train_on(prefix, rows, load_model)) == 1
-    Path(f"{prefix}.json").unlink()  # as upstream's tool leaves it
+    Path(f"{prefix}.json").unlink()  # as written by upstream's tool
     assert len(train_on(prefix, 65536)) == 1
 
 
@@ -134,7 +134,7 @@ def test_verify_takes_flags_from_manifest(script, write_jsonl, tmp_path, byte_to
         assert "splits: train (omitted: test)" in printed
     made(tmp_path / "in/test.jsonl", tmp_path / "q", tokenizer_type="HFTokenizer", vocab_file=str(byte_tokenizer[0]))
     arguments = ("--data_file", "q_text_document", "--verify", tmp_path / "in/test.jsonl", "--ctx_len", 1, "--json")
-    # too short for a context; nothing else
+    # only too short for a context
     found = json.loads(script("inspect_data.py", *arguments, status=1).stdout)
     assert (found["verified"], found["samples"], len(found["problems"])) == (1, ["d<|endoftext|>"], 1)
 

@@ -47,7 +47,7 @@ def test_split_partitions_documents(make_stream, monkeypatch_module, seed, share
     data = make_stream(documents)._data
     try:
         sides = split(data, share, 0)
-    except UserError:  # all documents fell on one side
+    except UserError:  # all documents are on one side
         assume(False)
     seen = []
     for spans in sides:

@@ -61,7 +61,7 @@ def test_text_roundtrip(tokenizer, text):
 def test_every_id_decodes(tokenizer):
     assert (
         len(tokenizer.decode_bytes(range(1, LARGEST_ID + 1))) > 300_000
-    )  # the library's decoder panics on the first lone byte
+    )  # the library's decoder panics on a single byte of a character
     half = "好".encode()[:2]
     assert tokenizer.decode_bytes([half[0] + 1, half[1] + 1]) == half  # ids 1 … 256 are the bytes
     assert tokenizer.decode([half[0] + 1]) == "\ufffd"

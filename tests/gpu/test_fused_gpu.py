@@ -1,4 +1,6 @@
-"""The CUDA unit's fused operations on a GPU: right to fp64, equal to torch's, the same bits twice, nothing waited for, memory as stated."""
+"""The fused CUDA kernels on a GPU: accuracy against fp64, agreement with torch's operations,
+determinism, no host synchronisation, memory.
+"""
 
 import fused_cases as cases
 import pytest
@@ -14,8 +16,8 @@ from rwkv.models.v4 import Sizes
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 
 
-def test_the_compiled_unit_and_not_its_absence_is_tested():
-    assert isinstance(native._kernels(torch.zeros(1, device="cuda")), gpu.Unit)
+def test_compiled_kernels_in_use():
+    assert isinstance(native._kernels(torch.zeros(1, device="cuda")), gpu.CudaKernels)
 
 
 @pytest.mark.parametrize("stream", GPU_STREAMS, ids=str)
@@ -42,7 +44,7 @@ def test_gates_and_squared_relu(stream):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-def test_dropout_draws_what_the_cpu_draws(dtype):
+def test_dropout_mask_matches_cpu(dtype):
     for count in (5003, 5000):
         cases.dropout(dtype, count, "cuda")
 
@@ -53,16 +55,16 @@ def test_loss(dtype, words):
     cases.loss(dtype, words, words, "cuda")
 
 
-def test_what_is_not_finite_is_not_hidden():
+def test_nan_and_inf_propagate():
     cases.not_finite("cuda")
 
 
-def test_the_same_bits_twice():
+def test_deterministic():
     first, second = (cases.all_gradients("cuda", (4, 1024, 768)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_work_is_ordered_on_the_callers_stream():
+def test_runs_on_current_stream():
     k = normal((300, 256), FP32, 0).cuda()
     expected = native.relu2(k)
     torch.cuda.synchronize()
@@ -71,48 +73,50 @@ def test_work_is_ordered_on_the_callers_stream():
         torch.cuda._sleep(200_000_000)
         late.copy_(k)
         y = native.relu2(late)
-        assert not side.query()  # nothing waited
+        assert not side.query()  # no synchronisation
     side.synchronize()
     assert torch.equal(y, expected)
 
 
 @pytest.fixture
 def step():
-    """A training step, by the unit given, of a small model: its loss, its gradients, and what it kept for the backward pass."""
+    """Loss, gradients and bytes of saved activations of a step of a small model with the given
+    kernels.
+    """
 
-    def run(unit, grad_cp=False, dtype=BF16):
+    def run(kernels, grad_cp=False, dtype=BF16):
         model = RWKV(Sizes(2, 256, 1000, 256, 1024), grad_cp)
         torch.manual_seed(0)
         model.initialise(1e-4)
         model.cuda()
         tokens = torch.randint(1000, (2, 257), generator=torch.Generator().manual_seed(1)).cuda()
-        before, native._kernels = native._kernels, unit
+        before, native._kernels = native._kernels, kernels
         try:
             torch.cuda.synchronize()
             start = torch.cuda.memory_allocated()
             with torch.autocast("cuda", dtype=dtype, enabled=dtype != FP32):
                 hidden, _ = model.hidden(tokens[:, :-1])
                 loss = head_loss(hidden, model.head.weight, tokens[:, 1:])
-            kept = torch.cuda.memory_allocated() - start
+            saved = torch.cuda.memory_allocated() - start
             loss.backward()
         finally:
             native._kernels = before
-        return loss.detach(), [p.grad for p in model.parameters()], kept
+        return loss.detach(), [p.grad for p in model.parameters()], saved
 
     return run
 
 
 @pytest.mark.parametrize("grad_cp", [False, True])
-def test_a_step_is_the_one_that_torchs_operations_make_and_keeps_no_more(step, grad_cp):
+def test_step_matches_torch_operations(step, grad_cp):
     ours, theirs = step(native._kernels, grad_cp, FP32), step(lambda *_: None, grad_cp, FP32)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=0)
     for a, b in zip(ours[1], theirs[1], strict=True):
         assert float((a - b).abs().max()) <= 1e-4 * float(b.abs().max().clamp_min(1e-3))
-    assert ours[2] <= theirs[2]
+    assert ours[2] <= theirs[2]  # saved activations
 
 
-def test_no_host_sync_inside_a_step(step):
-    step(native._kernels)  # kernels and libraries are loaded
+def test_no_host_sync(step):
+    step(native._kernels)  # loads kernels and libraries
     model = RWKV(Sizes(2, 256, 1000, 256, 1024))
     model.initialise(1e-4)
     model.cuda()

@@ -1,4 +1,6 @@
-"""Training on a GPU: the CPU's curve in fp32, falling losses in tf32, bf16 and fp16, and a model that both devices read alike."""
+"""Training on a GPU: losses in fp32 match the CPU, tf32, bf16 and fp16 follow fp32, and inference
+matches the CPU.
+"""
 
 import json
 
@@ -10,7 +12,7 @@ from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import mask_path
 from rwkv.train.fit import fit
 from rwkv.train.loop.module import TrainingModule
-from tests.train.test_asked import FIRST, LAST, WAYS
+from tests.train.test_host_sync import FIRST, LAST, VARIANTS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 
@@ -36,13 +38,13 @@ def losses(make_data, tmp_path):
     return run
 
 
-def test_full_tuning_in_fp32_follows_the_cpu(losses):
+def test_full_tuning_fp32_matches_cpu(losses):
     on = [losses(TrainConfig, device, precision="fp32", accelerator=device, **MODEL) for device in ("cpu", "gpu")]
     assert on[0][-1] < on[0][0]
-    torch.testing.assert_close(*on, rtol=1e-4, atol=0)  # sums in another order, through 20 steps of Adam
+    torch.testing.assert_close(*on, rtol=1e-4, atol=0)  # different summation order, then 20 steps of Adam
 
 
-def test_lora_in_fp32_follows_the_cpu(losses, make_base):
+def test_lora_fp32_matches_cpu(losses, make_base):
     base = str(make_base(**MODEL))
     flags = {"load_model": base, "lora": True, "lora_r": 4, "lora_alpha": 8, "precision": "fp32"}
     on = [losses(LoRAConfig, device, accelerator=device, **flags) for device in ("cpu", "gpu")]
@@ -51,39 +53,41 @@ def test_lora_in_fp32_follows_the_cpu(losses, make_base):
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
-def test_lower_precisions_train(losses, precision):
+def test_low_precision_follows_fp32(losses, precision):
     exact = losses(TrainConfig, "fp32", precision="fp32", accelerator="gpu", **MODEL)
     rounded = losses(TrainConfig, precision, precision=precision, accelerator="gpu", **MODEL)
     assert rounded[-1] < rounded[0]
-    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)  # 8 significant bits in bf16, in every product
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)  # matmuls in bf16 have 8 significant bits
 
 
-def test_checkpointed_blocks_change_memory_and_nothing_else(losses):
-    kept, again = (
+def test_gradient_checkpointing_same_losses(losses):
+    saved, recomputed = (
         losses(TrainConfig, f"grad_cp{n}", precision="fp32", accelerator="gpu", grad_cp=n, **MODEL) for n in (0, 1)
     )
-    torch.testing.assert_close(kept, again, rtol=1e-6, atol=0)
+    torch.testing.assert_close(saved, recomputed, rtol=1e-6, atol=0)
 
 
-def test_a_state_is_carried_token_by_token_on_a_gpu(make_base):
+def test_token_by_token_matches_parallel(make_base):
     model = checkpoint.load_model(make_base(**MODEL), device="cuda")
     tokens = torch.randint(300, (2, 50), device="cuda")
     with torch.no_grad():
         whole, _ = model(tokens)
-        state, pieces = None, []
+        state, chunks = None, []
         for t in range(50):
             logits, state = model(tokens[:, t : t + 1], state)
-            pieces.append(logits)
+            chunks.append(logits)
         on_cpu, _ = checkpoint.load_model(make_base(**MODEL))(tokens.cpu())
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(chunks, 1), whole, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole.cpu(), on_cpu, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("way", [*WAYS, "fp16"])
+@pytest.mark.parametrize("variant", [*VARIANTS, "fp16"])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_no_step_waits_for_the_gpu(monkeypatch, make_base, make_data, tmp_path, way, method, masked):
-    """torch raises where its own code waits, from the beginning of step FIRST to that of step LAST, which is saved."""
+def test_no_host_sync(monkeypatch, make_base, make_data, tmp_path, variant, method, masked):
+    """torch's sync debug mode raises on any synchronisation from the start of step FIRST to the
+    start of step LAST.
+    """
     steps = []
 
     def begins(self, batch, batch_idx, begin=TrainingModule.on_train_batch_start):
@@ -98,8 +102,8 @@ def test_no_step_waits_for_the_gpu(monkeypatch, make_base, make_data, tmp_path, 
         "epoch_steps": 100,
         "max_steps": LAST + 1,
         "accelerator": "gpu",
-    }  # tokens enough for a sorting kernel
-    flags |= {"precision": "fp16"} if way == "fp16" else {"precision": "fp32"} | WAYS[way]
+    }  # enough tokens for a sorting kernel
+    flags |= {"precision": "fp16"} if variant == "fp16" else {"precision": "fp32"} | VARIANTS[variant]
     flags |= {"tbptt_len": 300} if "tbptt_len" in flags else {}
     config, model = TrainConfig, MODEL
     if method == "lora":

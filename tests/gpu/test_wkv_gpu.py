@@ -1,4 +1,4 @@
-"""The CUDA unit on a GPU: right to fp64, the same bits twice, on the stream and in the thread it is called from, memory as stated."""
+"""The WKV CUDA kernels on a GPU: accuracy, determinism, streams, CUDA graphs, memory."""
 
 import pytest
 import torch
@@ -13,14 +13,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def on_gpu(arguments):
     moved = {id(x): x.cuda() for x in arguments if x is not None}
-    return [moved.get(id(x)) for x in arguments]  # one tensor stays one
+    return [moved.get(id(x)) for x in arguments]  # arguments that are the same tensor stay so
 
 
 def cuda(w, u, k, v, state=None, reset=None, initial=None):
     return wkv4(w, u, k, v, state, reset, initial=initial, impl="cuda")
 
 
-def test_auto_takes_the_cuda_unit(monkeypatch):
+def test_auto_selects_cuda(monkeypatch):
     monkeypatch.setattr(reference, "wkv4", lambda *_: pytest.fail("auto fell back to the reference"))
     wkv4(*on_gpu(inputs(1, 3, 2))[:6])
 
@@ -30,7 +30,7 @@ def test_auto_takes_the_cuda_unit(monkeypatch):
     "shape", [(1, 1, 1), (2, 15, 33), (3, 16, 768), (1, 33, 5), (2, 97, 130), (5, 300, 70), (1, 700, 768)]
 )
 @pytest.mark.parametrize(("state", "reset", "initial"), [(False,) * 3, (True, True, False), (True, True, True)])
-def test_fp32_equals_fp64(shape, scale, state, reset, initial):
+def test_fp32_close_to_fp64(shape, scale, state, reset, initial):
     seed = hash((shape, scale)) % 1000
     arguments = inputs(*shape, scale=scale, state=state, reset=reset, initial=initial, seed=seed)
     fast = outputs_and_gradients(cuda, *on_gpu(arguments))
@@ -45,18 +45,18 @@ def test_half_precision_is_rounded_fp32(dtype):
 
 
 @pytest.mark.parametrize("segment", [16, 48, 1024])
-def test_any_split_in_time_gives_the_same(segment):
+def test_any_segment_length(segment):
     arguments = inputs(2, 500, 64)
     moved = on_gpu(arguments)
     assert load.why_unavailable_on(0) is None
-    unit = native.cuda_kernels(0, lambda: torch.cuda.current_stream().cuda_stream, segment)
-    fast = outputs_and_gradients(lambda *x: native.run(unit, *x), *moved)
+    kernels = native.cuda_kernels(0, lambda: torch.cuda.current_stream().cuda_stream, segment)
+    fast = outputs_and_gradients(lambda *x: native.run(kernels, *x), *moved)
     slow = outputs_and_gradients(reference.wkv4, *arguments)
     truth = outputs_and_gradients(reference.wkv4, *in_fp64(arguments))
     assert_close({name: x.cpu() for name, x in fast.items()}, slow, truth, arguments)
 
 
-def test_long_sequences_agree_with_fp64():
+def test_long_sequence():
     arguments = inputs(1, 16384, 8, reset=False, state=False)
     with torch.no_grad():
         fast, _ = cuda(*on_gpu(arguments))
@@ -64,13 +64,13 @@ def test_long_sequences_agree_with_fp64():
     torch.testing.assert_close(fast.double(), exact, rtol=1e-4, atol=1e-5)  # 16384 decays rounded to fp32
 
 
-def test_same_bits_twice():
+def test_deterministic():
     arguments = on_gpu(inputs(4, 2048, 768))
     first, second = (outputs_and_gradients(cuda, *arguments) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_what_is_not_finite_is_not_hidden():
+def test_nan_and_inf_propagate():
     w, u, k, v, *_ = inputs(1, 50, 4, state=False, reset=False)
     for bad in (float("nan"), float("inf")):
         broken = k.clone()
@@ -79,21 +79,21 @@ def test_what_is_not_finite_is_not_hidden():
         assert torch.equal(y.isnan(), reference.wkv4(w, u, broken, v)[0].isnan())
 
 
-def test_work_is_ordered_on_the_callers_stream():
+def test_runs_on_current_stream():
     w, u, k, v, *_ = on_gpu(inputs(2, 300, 256, state=False, reset=False))
     expected = cuda(w, u, k, v)[0]
     torch.cuda.synchronize()
     side, late = torch.cuda.Stream(), torch.zeros_like(k)
     with torch.cuda.stream(side):
-        torch.cuda._sleep(200_000_000)  # a tenth of a second: work on another stream would run before k arrives
+        torch.cuda._sleep(200_000_000)  # 0.1 s: work on another stream would run before the copy
         late.copy_(k)
         y = cuda(w, u, late, v)[0]
-        assert not side.query()  # nothing waited
+        assert not side.query()  # no synchronisation
     side.synchronize()
     assert torch.equal(y, expected)
 
 
-def test_it_can_be_captured_in_a_graph():
+def test_cuda_graph_capture():
     w, u, k, v, *_ = on_gpu(inputs(2, 300, 256, state=False, reset=False))
     expected = cuda(w, u, k, v)[0]
     graph = torch.cuda.CUDAGraph()
@@ -106,7 +106,7 @@ def test_it_can_be_captured_in_a_graph():
 
 @pytest.mark.parametrize("length", [4096, 16384])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_what_is_stated(dtype, length):
+def test_documented_memory(dtype, length):
     shape = (2, length, 1024)
     w, u = (torch.randn(1024, device="cuda") for _ in range(2))
     leaves = [-w.exp(), u, *(torch.randn(shape, device="cuda", dtype=dtype) for _ in range(2))]
@@ -116,12 +116,13 @@ def test_memory_is_what_is_stated(dtype, length):
     torch.cuda.reset_peak_memory_stats()
     y, _ = cuda(*leaves)
     numbers = leaves[2].numel()
-    # cuda/README.md: y, and 3/16 fp32 a number for the kept states; the rest is [B, segments, ...]
+    # cuda/README.md: y, and 3/16 fp32 per element for the saved states; the rest is [B, segments,
+    # ...]
     saved = torch.cuda.memory_allocated() - before
     assert saved <= numbers * (y.element_size() + 4 * 3 / 16) * 1.02 + (1 << 20)
     torch.autograd.grad(y, leaves, gy)
     peak = torch.cuda.max_memory_allocated() - before
-    # then gk and gv, and 5 fp32 per channel and segment of at least 32 tokens
+    # plus gk and gv, and 5 fp32 per channel and segment of at least 32 tokens
     assert peak <= numbers * (3 * y.element_size() + 4 * 3 / 16 + 4 * 5 / 32) * 1.02 + (1 << 20)
 
 
@@ -129,15 +130,15 @@ def test_memory_is_what_is_stated(dtype, length):
     not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 48 << 30,
     reason="needs 48 GiB of GPU memory",
 )
-def test_offsets_have_64_bits():
-    length, channels, tail = 1_100_000, 2048, 64  # 2.25 · 10^9 numbers
+def test_64_bit_offsets():
+    length, channels, tail = 1_100_000, 2048, 64  # 2.25 · 10^9 elements
     w, u, *_ = on_gpu(inputs(1, 1, channels, state=False, reset=False))
     k, v = (torch.randn(1, length, channels, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(2))
     y, last = cuda(w, u, k, v)
     _, before = cuda(w, u, k[:, :-tail].detach(), v[:, :-tail].detach())
     k1, v1 = (x[:, -tail:].detach().clone().requires_grad_() for x in (k, v))
     y1, last1 = cuda(w, u, k1, v1, before)
-    torch.testing.assert_close(y[:, -tail:], y1, rtol=2**-7, atol=2**-7)  # split elsewhere, then rounded to 8 bits
+    torch.testing.assert_close(y[:, -tail:], y1, rtol=2**-7, atol=2**-7)  # other segments, rounded to 8 bits
     torch.testing.assert_close(last, last1, rtol=1e-4, atol=1e-4)
     gy = torch.zeros_like(y)
     gy[:, -tail:] = torch.randn(1, tail, channels, device="cuda", dtype=torch.bfloat16)

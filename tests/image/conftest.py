@@ -1,4 +1,6 @@
-"""These tests belong to an image: test_inside.py runs in it, test_outside.py runs it. On any other occasion there is nothing to collect."""
+"""Collect the image tests only where they apply: test_inside.py in a container, test_outside.py
+beside an image.
+"""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What the image holds, seen from inside: docker compose run --rm test."""
+"""The image's contents, tested in a container: docker compose run --rm test."""
 
 import importlib.metadata
 import json
@@ -17,10 +17,10 @@ from rwkv.train.runtime.strategy import deepspeed_config
 
 ROOT = Path(__file__).parents[2]
 STACK = os.environ["RWKV_STACK"]
-ARCHS = {"cu117": [60, 70, 75, 80, 86], "modern": [75, 80, 86, 89, 90, 100, 120]}[STACK]  # README's word
+ARCHS = {"cu117": [60, 70, 75, 80, 86], "modern": [75, 80, 86, 89, 90, 100, 120]}[STACK]  # as documented
 
 
-def test_the_versions_are_those_of_the_stack():
+def test_stack_versions():
     wanted = {
         "cu117": {"torch": "1.13.1", "deepspeed": "0.7.0", "pytorch-lightning": "1.9.5"},
         "modern": {"torch": "2.13.0", "deepspeed": "0.19.8", "pytorch-lightning": "2.6.6"},
@@ -33,7 +33,7 @@ def test_the_versions_are_those_of_the_stack():
         assert sys.version_info[:2] == (3, 10)
 
 
-def test_the_packages_agree_with_each_other_and_with_the_lock():
+def test_packages_match_lock():
     done = subprocess.run(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", "check"],
         capture_output=True,
@@ -46,7 +46,7 @@ def test_the_packages_agree_with_each_other_and_with_the_lock():
     assert {finding.name: finding.status for finding in examine("out")}["packages"] == "ok"
 
 
-def test_it_runs_as_nobody_in_particular():
+def test_runs_as_unprivileged_user():
     assert os.getuid() != 0
     assert os.access(ROOT / "out", os.W_OK)
     assert os.access(ROOT / "models", os.W_OK)
@@ -54,17 +54,17 @@ def test_it_runs_as_nobody_in_particular():
         assert not os.access(path, os.W_OK), path
 
 
-def test_there_is_no_compiler():
+def test_no_compiler():
     assert [name for name in ("cc", "gcc", "g++", "c++", "clang", "nvcc", "ld", "make") if shutil.which(name)] == []
 
 
-def test_the_kernels_are_there_for_every_gpu_of_the_stack_and_are_what_their_manifest_says():
+def test_kernels_for_every_gpu_of_stack():
     import torch
 
     from rwkv.kernels import build, load
 
     assert build.why_unavailable() is None  # sources, sizes, files
-    assert load.why_unavailable() is None  # it loads
+    assert load.why_unavailable() is None
     manifest = build.manifest()
     assert manifest["torch"] == torch.__version__
     files = manifest["device"]["files"]
@@ -76,7 +76,7 @@ def test_the_kernels_are_there_for_every_gpu_of_the_stack_and_are_what_their_man
         assert content.startswith(b"\x7fELF" if name.endswith(".cubin") else b"//"), name
 
 
-def test_the_operator_computes_what_the_reference_does():
+def test_operator_matches_reference():
     from rwkv.doctor import examine
 
     findings = {finding.name: finding for finding in examine("out")}
@@ -84,7 +84,7 @@ def test_the_operator_computes_what_the_reference_does():
     assert findings["DeepSpeed"].status == "ok", findings["DeepSpeed"]
 
 
-def test_the_doctor_finds_nothing_to_mend():
+def test_doctor_reports_no_failure():
     done = subprocess.run(
         [sys.executable, "scripts/doctor.py", "--folder", "out", "--json", "true"],
         cwd=ROOT,
@@ -99,12 +99,12 @@ def test_the_doctor_finds_nothing_to_mend():
 
 @pytest.mark.parametrize("name", sorted(ZEROS))
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_deepspeed_reads_the_configuration_of_every_strategy_and_refuses_a_wrong_one(name, precision):
+def test_deepspeed_accepts_strategy_config(name, precision):
     """DeepSpeed 0.7.0's configuration breaks on pydantic 2, while the package still imports."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     config = deepspeed_config(TrainConfig(strategy=name, micro_bsz=4))
-    if precision != "fp32":  # as Lightning adds it
+    if precision != "fp32":  # as Lightning does
         config[precision] = {"enabled": True}
     read = DeepSpeedConfig(config)
     assert read.zero_optimization_stage == ZEROS[name].stage
@@ -116,8 +116,10 @@ def test_deepspeed_reads_the_configuration_of_every_strategy_and_refuses_a_wrong
 
 
 @pytest.mark.skipif(STACK != "cu117", reason="newer DeepSpeeds have no such extension")
-def test_deepspeeds_engine_needs_no_compiler():
-    """DeepSpeed 0.7.0 compiles an extension when its engine is made. Whole runs: tests/train/test_strategies.py."""
+def test_deepspeed_extension_without_compiler():
+    """DeepSpeed 0.7.0 compiles an extension when the engine is created. (Training with DeepSpeed:
+    tests/train/test_strategies.py.)
+    """
     from rwkv import compat
 
     compat.import_deepspeed(on_gpu=True)

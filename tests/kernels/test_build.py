@@ -1,4 +1,6 @@
-"""Kernels are compiled ahead of time, without nvcc or a toolkit; messages about missing or stale ones say what to run."""
+"""Kernels are compiled ahead of time without nvcc or the CUDA toolkit; missing or stale ones name
+the command to run.
+"""
 
 import json
 import locale
@@ -25,26 +27,25 @@ KERNELS |= {"wkv4_scan", "wkv4_scan_gradient"}
 ONE, TWO = (
     ("fp32", "bf16", "fp16", "any"),
     ("fp32", "bf16", "fp16", "fp32_bf16", "fp32_fp16", "any"),
-)  # dtypes; of stream and inside
+)  # dtypes; dtypes of residual stream and computation
 KERNELS |= {
     f"fused_{what}_{dtype}"
-    for what in ("mix", "mix_gradient", "relu2", "relu2_gradient", "dropout", "loss")
+    for what in ("gate", "gate_gradient", "mix", "mix_gradient", "relu2", "relu2_gradient", "dropout", "loss")
     for dtype in ONE
 }
-KERNELS |= {
-    f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums", "gate", "gate_gradient") for dtype in TWO
-}
+KERNELS |= {f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums") for dtype in TWO}
 ARCHS = build.all_archs()
-# Each takes ten seconds: all with RWKV_KERNELS_ALL=1 and in images, else the oldest, Ampere and the newest.
+# Each takes ten seconds: all with RWKV_KERNELS_ALL=1 and in images, otherwise the oldest, Ampere
+# and the newest.
 COMPILED = ARCHS if os.environ.get("RWKV_KERNELS_ALL") == "1" else sorted({ARCHS[0], 80, ARCHS[-1]})
-BUILT = list(build.manifest()["device"].get("files", ()))  # of this machine's GPUs, or of all
+BUILT = list(build.manifest()["device"].get("files", ()))  # for this machine's GPUs, or for all
 
 
-def test_the_compiler_is_the_one_of_torchs_cuda():
+def test_compiler_matches_torch_cuda():
     assert COMPILER.version.split(".")[0] == torch.version.cuda.split(".")[0]
 
 
-def test_all_archs_are_those_of_the_stack():
+def test_architectures_of_stack():
     if COMPILER.version == "11.7":
         assert ARCHS == [60, 70, 75, 80, 86]
     else:
@@ -53,15 +54,16 @@ def test_all_archs_are_those_of_the_stack():
 
 
 @pytest.mark.parametrize("arch", COMPILED)
-def test_it_compiles_without_warnings_within_the_budget(arch):
+def test_compiles_within_register_budget(arch):
     _, log = COMPILER.compile(*build.device_sources(), f"sm_{arch}", build.DEVICE_OPTIONS)
     assert "warning" not in log
     assert "error" not in log
     used = nvrtc.resources(log)
     assert set(used) == KERNELS
     for name, use in used.items():
-        # wkv4_gradient has 16 tokens and their states in registers: it may have all that a thread can have. A block that is as wide as a row
-        # has up to 1024 threads, of 64 each; what goes element by element leaves room for all that an SM can run, or nearly so
+        # wkv4_gradient keeps 16 tokens and their states in registers and may use the maximum. Row
+        # kernels have blocks of up to 1024 threads, hence 64 registers. Elementwise kernels aim at
+        # full occupancy.
         rows, small = (
             ("fused_norm_fp", "fused_norm_bf", "fused_norm_any", "fused_norm_gradient", "fused_loss"),
             ("fused_gate", "fused_relu2", "fused_dropout"),
@@ -76,7 +78,7 @@ def test_it_compiles_without_warnings_within_the_budget(arch):
             else 128
         )
         assert use["registers"] <= most, name
-        # local memory: nothing but what the register allocator may spill, whatever T is (72 bytes in wkv4_gradient on sm_120)
+        # local memory: register spills only (72 bytes in wkv4_gradient on sm_120), independent of T
         assert max(use["stack"], use["spill_stores"], use["spill_loads"]) <= 80, name
     name = f"rwkv_sm_{arch}.cubin"
     assert name not in BUILT or used == build.manifest()["device"]["files"][name]
@@ -84,23 +86,23 @@ def test_it_compiles_without_warnings_within_the_budget(arch):
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if f"rwkv_sm_{arch}.cubin" in BUILT])
-def test_a_cubin_holds_the_kernels_for_its_arch(arch):
+def test_cubin_contains_kernels(arch):
     path = build.folder() / f"rwkv_sm_{arch}.cubin"
     text = subprocess.run(["readelf", "-h", "-s", "-W", path], capture_output=True, text=True, check=True).stdout
     assert "NVIDIA CUDA architecture" in text
     flags = int(re.search(r"Flags:\s+0x([0-9a-f]+)", text)[1], 16)
-    assert arch in (flags & 0xFF, flags >> 8 & 0xFF)  # CUDA 11 and 13 put it into different bytes
+    assert arch in (flags & 0xFF, flags >> 8 & 0xFF)  # CUDA 11 and 13 use different bytes
     assert set(re.findall(r"FUNC\s+GLOBAL\s.*\s(\w+)$", text, re.MULTILINE)) == KERNELS
 
 
 @pytest.mark.skipif(not any(name.endswith(".ptx") for name in BUILT), reason="built for this machine's GPUs alone")
-def test_the_ptx_is_for_the_newest_arch():
+def test_ptx_for_newest_architecture():
     text = (build.folder() / f"rwkv_compute_{ARCHS[-1]}.ptx").read_text()
     assert f".target sm_{ARCHS[-1]}" in text
     assert set(re.findall(r"\.visible \.entry (\w+)\(", text)) == KERNELS
 
 
-def test_the_manifest_says_how_it_was_made():
+def test_manifest_contents():
     manifest = build.manifest()
     assert manifest["source_hash"] == build.source_hash()
     assert manifest["torch"] == torch.__version__
@@ -108,7 +110,7 @@ def test_the_manifest_says_how_it_was_made():
     assert manifest["device"]["options"] == build.DEVICE_OPTIONS
 
 
-def test_source_that_does_not_compile_shows_the_compilers_words(tmp_path):
+def test_compile_error(tmp_path):
     (tmp_path / "bad.cu").write_text("__global__ void f() { nonsense; }")
     with pytest.raises(
         RuntimeError, match=r'bad.cu for sm_80:\nbad.cu\(1\): error: identifier "nonsense" is undefined'
@@ -116,8 +118,8 @@ def test_source_that_does_not_compile_shows_the_compilers_words(tmp_path):
         COMPILER.compile(tmp_path / "bad.cu", {}, "sm_80", [])
 
 
-def test_compiling_leaves_the_locale_alone(tmp_path):
-    """NVRTC 11.7 sets its thread's to C, after which Python would read and write ASCII there."""
+def test_compiler_keeps_locale(tmp_path):
+    """NVRTC 11.7 sets the locale to C, in which Python reads and writes ASCII."""
     (tmp_path / "empty.cu").write_text("")
     before = locale.getpreferredencoding(False)
     COMPILER.compile(tmp_path / "empty.cu", {}, f"sm_{ARCHS[0]}", [])
@@ -126,7 +128,7 @@ def test_compiling_leaves_the_locale_alone(tmp_path):
 
 @pytest.fixture
 def compiled_for(tmp_path, monkeypatch):
-    """A folder whose manifest lists these files."""
+    """A kernel folder whose manifest lists the given files."""
 
     def make(*names: str):
         (tmp_path / "manifest.json").write_text(
@@ -151,12 +153,12 @@ def compiled_for(tmp_path, monkeypatch):
         ((12, 0), "rwkv_compute_86.ptx"),
     ],
 )
-def test_a_gpu_gets_the_code_that_fits_it(compiled_for, capability, file):
+def test_device_code_for_capability(compiled_for, capability, file):
     compiled_for(*(f"rwkv_sm_{arch}.cubin" for arch in (60, 70, 75, 80, 86)), "rwkv_compute_86.ptx")
     assert build.device_code(capability).name == file
 
 
-def test_a_gpu_that_no_code_fits_is_told_what_there_is(compiled_for, monkeypatch):
+def test_no_code_for_gpu(compiled_for, monkeypatch):
     compiled_for("rwkv_sm_75.cubin", "rwkv_sm_120.cubin", "rwkv_compute_120.ptx")
     with pytest.raises(
         LookupError, match="compute capability 6.1 and the CUDA kernels are compiled for 7.5, 12.0; (use|run)"
@@ -170,10 +172,10 @@ def test_a_gpu_that_no_code_fits_is_told_what_there_is(compiled_for, monkeypatch
         build.device_code((8, 0))
 
 
-def test_a_missing_or_stale_library_says_what_to_run(tmp_path, monkeypatch):
+def test_missing_or_stale_library(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "folder", lambda: tmp_path)
     assert "not compiled" in build.why_unavailable()
-    (tmp_path / "manifest.json").write_text('{"source_ha')  # what a full disk may leave
+    (tmp_path / "manifest.json").write_text('{"source_ha')  # as a full disk may leave it
     assert "not compiled" in build.why_unavailable()
     (tmp_path / "manifest.json").write_text('{"source_hash": "0123456789abcdef"}')
     assert "compiled from other sources" in build.why_unavailable()
@@ -189,38 +191,38 @@ def test_a_missing_or_stale_library_says_what_to_run(tmp_path, monkeypatch):
     assert not build.usable()
 
 
-def test_what_was_refused_is_looked_at_again_when_make_kernels_has_run_and_not_before(copied, monkeypatch):
-    looked = []
-    load._why_unavailable.cache_clear()  # an earlier test may have asked about a manifest of the same time
+def test_failed_load_cached_until_rebuild(copied, monkeypatch):
+    checks = []
+    load._why_unavailable.cache_clear()  # an earlier test may have cached the same manifest time
     monkeypatch.setattr(load, "_loaded", False)
-    monkeypatch.setattr(
-        load.torch.ops, "load_library", lambda path: None
-    )  # a second copy in one process would be refused by torch
+    monkeypatch.setattr(load.torch.ops, "load_library", lambda path: None)  # torch rejects a second copy in one process
     with monkeypatch.context() as patch:
         patch.setattr(
-            load.build, "why_unavailable", lambda: looked.append(1) or "it is not compiled; run: make kernels"
+            load.build, "why_unavailable", lambda: checks.append(1) or "it is not compiled; run: make kernels"
         )
         for _ in range(3):
             assert "make kernels" in load.why_unavailable()
-    assert len(looked) <= 1
+    assert len(checks) == 1
     (build.folder() / "manifest.json").touch()
     assert load.why_unavailable() is None
 
 
-def test_what_is_loaded_is_not_looked_at_again(monkeypatch):
+def test_loaded_library_not_rechecked(monkeypatch):
     assert load.why_unavailable() is None
-    monkeypatch.setattr(build, "stamp", lambda: pytest.fail("a file was looked at"))
+    monkeypatch.setattr(build, "stamp", lambda: pytest.fail("checked the files again"))
     assert load.why_unavailable() is None
 
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
-    """The compiled units in a folder that a test may break; building there counts and copies them again."""
-    true, builds = build.folder(), []
+    """A copy of the compiled kernels that a test may damage. A build there restores the copy and is
+    counted in the returned list.
+    """
+    original, builds = build.folder(), []
 
     def copy():
         builds.append(1)
-        shutil.copytree(true, tmp_path / "lib", dirs_exist_ok=True)
+        shutil.copytree(original, tmp_path / "lib", dirs_exist_ok=True)
 
     copy()
     monkeypatch.setattr(build, "folder", lambda: tmp_path / "lib")
@@ -234,22 +236,22 @@ def gpus(monkeypatch, *capabilities):
     monkeypatch.setattr(build.torch.cuda, "get_device_capability", lambda i: capabilities[i])
 
 
-def test_wanted_targets_are_those_of_the_gpus_or_all(monkeypatch):
+def test_needed_targets(monkeypatch):
     monkeypatch.setattr(build, "all_archs", lambda: [75, 80, 86])
     monkeypatch.delenv("RWKV_KERNELS_ALL", raising=False)
     gpus(monkeypatch)
-    assert build.wanted() == []
+    assert build.needed_targets() == []
     gpus(monkeypatch, (8, 9), (7, 5), (8, 9))
-    assert build.wanted() == ["sm_86", "sm_75"]
+    assert build.needed_targets() == ["sm_86", "sm_75"]
     gpus(monkeypatch, (9, 0))  # newer than the compiler
-    assert build.wanted() == ["compute_86"]
-    gpus(monkeypatch, (6, 1))  # older than the stack: the other one has code
-    assert build.wanted() == []
+    assert build.needed_targets() == ["compute_86"]
+    gpus(monkeypatch, (6, 1))  # older than the stack supports
+    assert build.needed_targets() == []
     monkeypatch.setenv("RWKV_KERNELS_ALL", "1")
-    assert build.wanted() == ["sm_86", "sm_80", "sm_75", "compute_86"]
+    assert build.needed_targets() == ["sm_86", "sm_80", "sm_75", "compute_86"]
 
 
-def test_a_gpu_without_code_is_built_for(copied, monkeypatch):
+def test_build_for_new_gpu(copied, monkeypatch):
     manifest = build.manifest()
     manifest["device"]["files"] = {}
     (build.folder() / "manifest.json").write_text(json.dumps(manifest))
@@ -262,14 +264,14 @@ def test_a_gpu_without_code_is_built_for(copied, monkeypatch):
     assert copied == [1]
 
 
-def test_what_is_current_is_not_built_again(copied, capsys):
+def test_current_build_skipped(copied, capsys):
     build.main()
     assert copied == []
     assert "is current" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("broken", ["rwkv.so", "manifest.json", *BUILT[:1], *BUILT[-1:]])
-def test_make_kernels_mends_what_it_is_said_to_mend(copied, broken):
+def test_rebuild_after_damage(copied, broken):
     for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:100])):
         damage(build.folder() / broken)
         assert "run: make kernels" in build.why_unavailable()
@@ -279,14 +281,14 @@ def test_make_kernels_mends_what_it_is_said_to_mend(copied, broken):
         assert build.why_unavailable() is None
 
 
-def test_a_library_that_does_not_load_is_built_again(copied):
+def test_rebuild_unloadable_library(copied):
     library = build.library()
     library.write_bytes(b"?" * library.stat().st_size)
     build.main()
     assert copied == [1]
 
 
-def test_a_build_that_is_broken_off_leaves_nothing_usable(tmp_path, monkeypatch):
+def test_interrupted_build(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "folder", lambda: tmp_path)
     (tmp_path / "manifest.json").write_text(f'{{"source_hash": "{build.source_hash()}"}}')
 
@@ -300,13 +302,13 @@ def test_a_build_that_is_broken_off_leaves_nothing_usable(tmp_path, monkeypatch)
     assert "make kernels" in build.why_unavailable()
 
 
-def test_as_many_targets_are_compiled_at_a_time_as_there_are_cores(monkeypatch):
-    begun, two = [], threading.Barrier(2)
+def test_parallel_compilation(monkeypatch):
+    started, two = [], threading.Barrier(2)
 
     def compiled(_, target):
-        begun.append(target)
-        if len(begun) <= 2:
-            two.wait(timeout=30)  # raises if no second one begins
+        started.append(target)
+        if len(started) <= 2:
+            two.wait(timeout=30)  # raises unless a second one starts at the same time
         return target, {}
 
     monkeypatch.setattr(build, "_compile", compiled)
@@ -315,8 +317,8 @@ def test_as_many_targets_are_compiled_at_a_time_as_there_are_cores(monkeypatch):
     assert list(build._build_device()["files"]) == [*(f"sm_{arch}" for arch in reversed(ARCHS)), f"compute_{ARCHS[-1]}"]
 
 
-def test_two_builds_at_once_make_one(tmp_path):
-    """The second waits for the first and finds nothing left to do."""
+def test_concurrent_builds(tmp_path):
+    """The second build waits for the first and does nothing."""
     program = f"""
 import pathlib, sys, time
 from rwkv.kernels import build
@@ -335,8 +337,8 @@ build.build()
     assert (tmp_path / "builds").read_text() == "x"
 
 
-def test_ninja_is_found_beside_python():
-    """The environment's own: it need not be activated, and the system need not have one."""
+def test_ninja_next_to_python():
+    """ninja of the environment is found without activating it."""
     program = """
 from rwkv import compat
 from rwkv.kernels import build
@@ -356,6 +358,6 @@ build._build_host()
     assert done.stdout == "found\n", done.stderr
 
 
-def test_no_toolkit_is_asked_for():
+def test_no_cuda_toolkit_in_sources():
     for path in [*build.SOURCES.rglob("*.[hc]*"), *build.SOURCES.parent.glob("rwkv/kernels/*.py")]:
         assert not re.search(r"#include <cuda|CUDA_HOME|CUDAExtension|bin/nvcc", path.read_text(encoding="utf-8")), path

@@ -1,4 +1,4 @@
-"""The CUDA unit's fused operations, executed on a CPU (fake_gpu.py): their numbers, and what is launched for them."""
+"""The fused CUDA kernels, executed on a CPU (fake_gpu.py): results and launches."""
 
 import fused_cases as cases
 import pytest
@@ -25,9 +25,9 @@ def gpu(tmp_path_factory):
 @settings(max_examples=25, deadline=None)
 @given(stream=st.sampled_from(GPU_STREAMS), rows=st.sampled_from([1, 19]), channels=NORM_SIZES, seed=SEEDS)
 @example(stream=GPU_STREAMS[2], rows=1, channels=768, seed=0)
-@example(stream=GPU_STREAMS[0], rows=1, channels=8192 + 64, seed=1)  # more than a block holds in registers
-@example(stream=GPU_STREAMS[1], rows=1, channels=1024 + 33, seed=2)  # number by number, likewise
-def test_norm_is_layer_norm_and_adds_the_gradient_that_flows_past(gpu, stream, rows, channels, seed):
+@example(stream=GPU_STREAMS[0], rows=1, channels=8192 + 64, seed=1)  # more than fits a block's registers
+@example(stream=GPU_STREAMS[1], rows=1, channels=1024 + 33, seed=2)  # the same, not vectorised
+def test_norm(gpu, stream, rows, channels, seed):
     gpu.call("fused", "norm", stream, rows, channels, seed)
 
 
@@ -37,7 +37,7 @@ def test_norm_is_layer_norm_and_adds_the_gradient_that_flows_past(gpu, stream, r
     count=st.sampled_from([1, 2, 3]), reset=st.booleans(), seed=SEEDS,
 )  # fmt: skip
 @example(dtype=FP32, channels=768, length=37, count=3, reset=True, seed=0)
-def test_mix_is_token_shift(gpu, dtype, channels, length, count, reset, seed):
+def test_mix(gpu, dtype, channels, length, count, reset, seed):
     gpu.call("fused", "mix", dtype, length, channels, count, reset, seed)
 
 
@@ -49,24 +49,24 @@ def test_gates_and_squared_relu(gpu, stream, count, scale, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [5003, 5000])
-def test_dropout_draws_what_the_cpu_draws(gpu, dtype, count):
+def test_dropout_mask_matches_cpu(gpu, dtype, count):
     gpu.call("fused", "dropout", dtype, count)
 
 
 @settings(max_examples=25, deadline=None)
 @given(dtype=DTYPES, words=st.sampled_from([2, 31, 32, 33, 1000, 1001]), seed=SEEDS)
-@example(dtype=torch.bfloat16, words=20_000, seed=0)  # each thread has several of a row
-def test_the_loss_is_cross_entropy_and_its_gradient_softmax_with_l2wrap(gpu, dtype, words, seed):
+@example(dtype=torch.bfloat16, words=20_000, seed=0)  # several elements of a row per thread
+def test_loss(gpu, dtype, words, seed):
     gpu.call("fused", "loss", dtype, words, seed)
 
 
-def test_what_is_not_finite_is_not_hidden(gpu):
+def test_nan_and_inf_propagate(gpu):
     gpu.call("fused", "not_finite")
 
 
-def test_minus_infinity_is_a_probability_of_zero(gpu):
+def test_loss_of_minus_infinity(gpu):
     logits, targets = normal((3, 2048), FP32, 0), torch.tensor([5, 1000, 2047])
-    logits[:, :5] = logits[1, 8:16] = -float("inf")  # also all eight of a thread
+    logits[:, :5] = logits[1, 8:16] = -float("inf")  # including all eight elements of a thread
     stats = gpu.call("operation", "loss", logits, targets, 0.0, False)
     loss = stats[:, 1].log() + stats[:, 0] - stats[:, 2]
     torch.testing.assert_close(
@@ -74,33 +74,31 @@ def test_minus_infinity_is_a_probability_of_zero(gpu):
     )
 
 
-def test_a_target_outside_the_vocabulary_makes_the_loss_nan_and_reads_nothing(gpu):
+def test_target_out_of_range_is_nan(gpu):
     for target in (-1, 64, 1 << 40):
         stats = gpu.call("operation", "loss", normal((2, 64), FP32, 0), torch.tensor([3, target]), 0.0, True)
         assert stats[:, 2].isnan().tolist() == [False, True]
 
 
-def test_tensors_that_begin_anywhere_are_taken_number_by_number(gpu):
-    """Whole rows of a larger tensor that begin at no multiple of 16 bytes."""
-    whole = normal((3, 8), torch.bfloat16, 0).flatten()
-    k = whole[1:17].view(
-        2, 8
-    )  # pickling moves tensors with their storage, so this one begins 2 bytes behind a boundary
+def test_unaligned_input(gpu):
+    """Rows whose address is not a multiple of 16 bytes."""
+    base = normal((3, 8), torch.bfloat16, 0).flatten()
+    k = base[1:17].view(2, 8)  # pickling keeps the storage: 2 bytes after a boundary
     assert torch.equal(gpu.call("operation", "relu2_forward", k), torch.relu(k.float()).square().bfloat16())
 
 
-def test_sums_over_rows_have_one_order(gpu):
+def test_deterministic_row_sums(gpu):
     first, second = (gpu.call("fused", "all_gradients") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     for ours, cpus in zip(first, cases.all_gradients(), strict=True):
-        torch.testing.assert_close(ours, cpus, rtol=1e-5, atol=1e-5)  # sums in another order
+        torch.testing.assert_close(ours, cpus, rtol=1e-5, atol=1e-5)  # different summation order
 
 
 @pytest.mark.parametrize("affine", [True, False])
-def test_each_operation_is_one_launch_on_the_stream_and_sums_one_more(gpu, affine):
+def test_launches_per_operation(gpu, affine):
     x, w, stats = normal((2, 50, 64), FP32, 0), torch.ones(64), torch.ones(100, 2)
     gpu.call("calls")
-    gpu.call("operation", "norm_backward", x, None, x, w, stats, affine)
+    gpu.call("operation", "norm_backward", x, x, w, stats, affine)
     launches = [call.split()[1:] for call in gpu.call("calls") if call.startswith("cuLaunchKernel")]
     rows = [
         "fused_norm_gradient_fp32",
@@ -108,12 +106,12 @@ def test_each_operation_is_one_launch_on_the_stream_and_sums_one_more(gpu, affin
         hex(STREAM),
         "1",
         "1",
-    ]  # a warp, of which 8 threads have work
+    ]  # one warp, 8 threads of it busy
     sums = ["fused_norm_sums_fp32", *"1 1 1 128 1 1 0".split(), hex(STREAM), "1", "1"]
     assert launches == [rows, sums][: 1 + affine]
 
 
-def test_a_row_gets_a_block_as_wide_as_it_is(gpu):
+def test_block_size_follows_row_length(gpu):
     for channels, threads in ((768, 96), (5120, 640), (8192, 1024), (20480, 1024), (33, 64)):
         gpu.call("calls")
         gpu.call(
@@ -130,7 +128,7 @@ def test_a_row_gets_a_block_as_wide_as_it_is(gpu):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_whole_vectors_get_the_kernel_of_their_dtypes_and_other_rows_that_of_any(gpu, dtype):
+def test_kernel_selection_by_dtype_and_width(gpu, dtype):
     name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     pair = "fp32" if dtype == FP32 else f"fp32_{name}"
     for channels, one, two in ((64, name, pair), (60, "any", "any")):
@@ -149,7 +147,7 @@ def test_whole_vectors_get_the_kernel_of_their_dtypes_and_other_rows_that_of_any
         assert launches == [f"fused_relu2_{one}", f"fused_norm_{two}"]
 
 
-def test_nothing_is_launched_for_nothing(gpu):
+def test_empty_input_launches_nothing(gpu):
     gpu.call("calls")
     assert gpu.call("operation", "relu2_forward", torch.zeros(0, 8)).shape == (0, 8)
     assert gpu.call("operation", "loss", torch.zeros(0, 8), torch.zeros(0, dtype=torch.long), 0.0, True).shape == (0, 3)
@@ -159,7 +157,7 @@ def test_nothing_is_launched_for_nothing(gpu):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("relu2_forward", (torch.zeros(2, 2, dtype=torch.float64),), "takes fp32, bf16 or fp16"),
+        ("relu2_forward", (torch.zeros(2, 2, dtype=torch.float64),), "take fp32, bf16 or fp16"),
         (
             "relu2_backward",
             (torch.zeros(2, 3), torch.zeros(2, 2)),
@@ -169,7 +167,7 @@ def test_nothing_is_launched_for_nothing(gpu):
         (
             "norm_forward",
             (torch.zeros(2, 3).bfloat16(), torch.zeros(3), torch.zeros(3), 1e-5, FP32),
-            "stream in bf16 goes with bf16",
+            "LayerNorm of bf16 inputs returns bf16, not fp32",
         ),
         (
             "mix_forward",
@@ -180,7 +178,7 @@ def test_nothing_is_launched_for_nothing(gpu):
         ("dropout", (torch.zeros(3), 0, 1.0), "p must be at least 0 and less than 1"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_launched(gpu, name, arguments, message):
+def test_invalid_arguments(gpu, name, arguments, message):
     gpu.call("calls")
     with pytest.raises(RuntimeError, match=message):
         gpu.call("operation", name, *arguments)

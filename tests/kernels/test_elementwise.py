@@ -1,4 +1,6 @@
-"""The fused operations against plain formulas of torch, values and gradients, with every vector width (fused_cases.py)."""
+"""The fused operations against plain torch formulas: values and gradients for every vector width
+(fused_cases.py).
+"""
 
 import fused_cases as cases
 import pytest
@@ -9,19 +11,19 @@ from hypothesis import strategies as st
 
 from rwkv.kernels.elementwise import native
 
-WIDTHS = st.sampled_from(["baseline", "avx2", "avx512", "avx512_bf16", "torch"])  # the last: without the compiled unit
+WIDTHS = st.sampled_from(["baseline", "avx2", "avx512", "avx512_bf16", "torch"])  # "torch": no compiled kernels
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
 @pytest.fixture(autouse=True)
-def unit():
-    """The compiled unit, and not its absence, is what is tested; whatever width a test took, the widest is back after it."""
+def compiled_kernels():
+    """Require the compiled kernels; restore the widest vectors after a test."""
     assert native._kernels(torch.zeros(1)) is torch.ops.rwkv
     yield
-    take("")
+    set_width("")
 
 
-def take(width):
+def set_width(width):
     native._kernels = COMPILED if width != "torch" else lambda *tensors: None
     torch.ops.rwkv.cpu_vectors("" if width == "torch" else width)
 
@@ -31,12 +33,12 @@ COMPILED = native._kernels
 
 @settings(max_examples=40, deadline=None)
 @given(stream=st.sampled_from(STREAMS), width=WIDTHS, channels=NORM_SIZES, seed=st.integers(0, 2**31))
-def test_norm_is_layer_norm_and_adds_the_gradient_that_flows_past(stream, width, channels, seed):
-    take(width)
+def test_norm(stream, width, channels, seed):
+    set_width(width)
     cases.norm(stream, 19, channels, seed)
 
 
-def test_autocast_says_what_is_inside():
+def test_autocast_output_dtype():
     x, w, b = normal((2, 3, 8), torch.float32, 0), torch.ones(8), torch.zeros(8)
     assert native.norm(x, w, b, 1e-5).dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -48,8 +50,8 @@ def test_autocast_says_what_is_inside():
     dtype=DTYPES, width=WIDTHS, channels=SIZES, length=st.sampled_from([1, 2, 19]),
     count=st.sampled_from([1, 2, 3]), reset=st.booleans(), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_mix_is_token_shift(dtype, width, channels, length, count, reset, seed):
-    take(width)
+def test_mix(dtype, width, channels, length, count, reset, seed):
+    set_width(width)
     cases.mix(dtype, length, channels, count, reset, seed)
 
 
@@ -62,18 +64,18 @@ def test_mix_is_token_shift(dtype, width, channels, length, count, reset, seed):
     seed=st.integers(0, 2**31),
 )
 def test_gates_and_squared_relu(stream, width, count, scale, seed):
-    take(width)
+    set_width(width)
     cases.gates(stream, count, scale, seed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", ["baseline", "avx2", "avx512", "avx512_bf16"])
-def test_dropout_draws_the_same_with_any_width_and_without_the_unit(dtype, width):
-    take(width)
+def test_dropout_independent_of_vector_width(dtype, width):
+    set_width(width)
     cases.dropout(dtype, 5003)
 
 
-def test_dropout_drops_a_share_p_whatever_the_seed_and_independently():
+def test_dropout_statistics():
     x = torch.ones(1 << 20)
     masks = [native.dropout(x, seed, 0.25) == 0 for seed in (1, 2, 3)]
     for mask in masks:  # the standard deviation of a share is 0.0004
@@ -85,23 +87,23 @@ def test_dropout_drops_a_share_p_whatever_the_seed_and_independently():
 
 @settings(max_examples=30, deadline=None)
 @given(dtype=DTYPES, width=WIDTHS, words=st.sampled_from([2, 31, 32, 33, 1000]), seed=st.integers(0, 2**31))
-def test_the_loss_is_cross_entropy_and_its_gradient_softmax_with_l2wrap(dtype, width, words, seed):
-    take(width)
+def test_loss(dtype, width, words, seed):
+    set_width(width)
     cases.loss(dtype, words, seed)
 
 
 @pytest.mark.parametrize("width", ["baseline", "avx2", "avx512", "avx512_bf16", "torch"])
-def test_what_is_not_finite_is_not_hidden(width):
-    take(width)
+def test_nan_and_inf_propagate(width):
+    set_width(width)
     cases.not_finite()
 
 
-def test_a_target_outside_the_vocabulary_is_refused():
-    with pytest.raises(IndexError, match="target 7 is not below the vocabulary of 7"):
-        native.softmax_gradient(torch.zeros(2, 7), torch.tensor([3, 7]), 1e-4, True)
+def test_target_out_of_range():
+    with pytest.raises(IndexError, match="target 7 is outside the vocabulary of 7"):
+        native.cross_entropy_(torch.zeros(2, 7), torch.tensor([3, 7]), 1e-4, True)
 
 
-def test_gradients_are_the_same_bits_with_any_number_of_threads():
+def test_deterministic_across_thread_counts():
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2):
@@ -112,7 +114,7 @@ def test_gradients_are_the_same_bits_with_any_number_of_threads():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_model_without_compiled_kernels_is_the_same(make_model, monkeypatch):
+def test_model_without_compiled_kernels(make_model, monkeypatch):
     tokens = torch.randint(50, (2, 23), generator=torch.Generator().manual_seed(1))
     found = []
     for kernels in (native._kernels, lambda *tensors: None):
@@ -121,5 +123,5 @@ def test_model_without_compiled_kernels_is_the_same(make_model, monkeypatch):
         logits, _ = model(tokens)
         (logits * normal(logits.shape, torch.float32, 3)).sum().backward()
         found.append([logits.detach(), *(p.grad for p in model.parameters())])
-    for ours, plain in zip(*found, strict=True):  # fp32, sums in another order
+    for ours, plain in zip(*found, strict=True):  # fp32, different summation order
         assert float((ours - plain).abs().max()) <= 1e-5 * float(plain.abs().max().clamp_min(1))

@@ -11,7 +11,7 @@ from rwkv.kernels.head_loss import head_loss
 
 
 class PlainL2Wrap(torch.autograd.Function):
-    """Upstream's, as described: identity forward, max · 1e-4 / (B·T) at the argmax backward."""
+    """L2Wrap of upstream: identity forward, max · 1e-4 / (B·T) at the argmax backward."""
 
     @staticmethod
     def forward(ctx, value, logits):
@@ -40,15 +40,15 @@ def both(x, weight, targets):
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 7, 1000])
-def test_equals_cross_entropy_with_l2wrap(monkeypatch, chunk_tokens):
+def test_matches_cross_entropy_with_l2wrap(monkeypatch, chunk_tokens):
     monkeypatch.setattr(loss, "CHUNK_BYTES", chunk_tokens * 4 * 37)
     torch.manual_seed(0)
     x, weight, targets = torch.randn(3, 5, 8), torch.randn(37, 8) * 3, torch.randint(37, (3, 5))
     for plain, chunked in zip(*both(x, weight, targets), strict=True):
-        torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-6)  # fp32, sums in another order
+        torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-6)  # fp32, different summation order
 
 
-def test_l2wrap_follows_the_scale_of_the_loss():
+def test_l2wrap_scales_with_loss():
     torch.manual_seed(0)
     x, weight, targets = torch.randn(2, 5, 8, requires_grad=True), torch.randn(37, 8) * 3, torch.randint(37, (2, 5))
     (whole,) = torch.autograd.grad(head_loss(x, weight, targets), x)
@@ -56,14 +56,7 @@ def test_l2wrap_follows_the_scale_of_the_loss():
     torch.testing.assert_close(half, whole / 2, rtol=1e-6, atol=0)
 
 
-def test_a_frozen_head_gets_no_gradient_and_costs_none():
-    x, weight = torch.randn(1, 4, 8, requires_grad=True), torch.randn(20, 8)
-    head_loss(x, weight, torch.zeros(1, 4, dtype=torch.long)).backward()
-    assert weight.grad is None
-    assert x.grad is not None
-
-
-def test_huge_logits_stay_finite():
+def test_huge_logits():
     x = torch.full((1, 2, 4), 1e4, requires_grad=True)
     value = head_loss(x, torch.randn(10, 4) * 10, torch.tensor([[0, 1]]))
     value.backward()
@@ -72,7 +65,7 @@ def test_huge_logits_stay_finite():
 
 
 @pytest.mark.parametrize("chunk_tokens", [2, 1000])
-def test_only_counted_targets_are_in_the_mean_and_in_l2wrap(monkeypatch, chunk_tokens):
+def test_loss_mask(monkeypatch, chunk_tokens):
     monkeypatch.setattr(loss, "CHUNK_BYTES", chunk_tokens * 4 * 37)
     torch.manual_seed(0)
     x, weight, targets = (
@@ -86,7 +79,9 @@ def test_only_counted_targets_are_in_the_mean_and_in_l2wrap(monkeypatch, chunk_t
     logits = x @ weight.t()
     each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(3, 5)
     n = int(counts.sum())
-    torch.testing.assert_close(value, (each * counts).sum() / n, rtol=1e-5, atol=1e-6)  # fp32, sums in another order
+    torch.testing.assert_close(
+        value, (each * counts).sum() / n, rtol=1e-5, atol=1e-6
+    )  # fp32, different summation order
     wrap = 0.5e-4 * logits.max(-1).values.square()  # its derivative is L2Wrap's
     expected = torch.autograd.grad(((each + wrap) * counts).sum() / n, (x, weight))
     for ours, plain in zip(gradients, expected, strict=True):
@@ -94,7 +89,7 @@ def test_only_counted_targets_are_in_the_mean_and_in_l2wrap(monkeypatch, chunk_t
     assert not gradients[0][~counts].any()
 
 
-def test_a_batch_without_a_counted_target_is_zero_and_moves_nothing():
+def test_no_targets():
     x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(37, 8, requires_grad=True)
     value = head_loss(x, weight, torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.bool))
     value.backward()
@@ -103,7 +98,7 @@ def test_a_batch_without_a_counted_target_is_zero_and_moves_nothing():
     assert not weight.grad.any()
 
 
-def test_counting_every_target_changes_no_bit():
+def test_all_ones_mask():
     torch.manual_seed(0)
     x, weight, targets = torch.randn(3, 5, 8), torch.randn(37, 8) * 3, torch.randint(37, (3, 5))
     assert torch.equal(head_loss(x, weight, targets), head_loss(x, weight, targets, torch.ones(3, 5, dtype=torch.bool)))
@@ -119,11 +114,26 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def test_frozen_head():
+    """A frozen head gets no gradient, and its matmul is skipped."""
+    gradients, counts = [], []
+    for frozen in (True, False):
+        torch.manual_seed(0)
+        x, weight = torch.randn(1, 4, 8, requires_grad=True), torch.randn(20, 8, requires_grad=not frozen)
+        with Calls() as mode:
+            head_loss(x, weight, torch.zeros(1, 4, dtype=torch.long)).backward()
+        assert (weight.grad is None) == frozen
+        gradients.append(x.grad)
+        counts.append(mode.count)
+    assert torch.equal(*gradients)
+    assert counts[0] < counts[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_larger_vocabulary_takes_no_more_kernels(monkeypatch, dtype):
-    """Where no library copies what it multiplies, as on GPUs, each product of a chunk is one kernel."""
-    monkeypatch.setattr(loss, "needs_room", lambda *_: False)
-    monkeypatch.setattr(linear, "needs_room", lambda *_: False)
+def test_kernel_count_independent_of_vocabulary(monkeypatch, dtype):
+    """Without the workspace of CPU libraries, as on GPUs, each matmul of a chunk is one kernel."""
+    monkeypatch.setattr(loss, "uses_onednn", lambda *_: False)
+    monkeypatch.setattr(linear, "uses_onednn", lambda *_: False)
 
     def calls(vocab: int) -> int:
         monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 4 * vocab)  # four tokens

@@ -1,4 +1,4 @@
-"""The linear layer against torch's own, and what it keeps."""
+"""The linear layer against torch's, and its saved activations."""
 
 import pytest
 import torch
@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from rwkv.kernels.elementwise import native
 from rwkv.kernels.linear import Matrix, linear
 
-SHAPES = [(1, 3, 5), (7, 33, 65), (40, 200, 300), (300, 512, 96)]  # rows, out, in: small ones and ones for oneDNN
+SHAPES = [(1, 3, 5), (7, 33, 65), (40, 200, 300), (300, 512, 96)]  # rows, out, in; the large ones use oneDNN
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_products_and_gradients_equal_torchs(shape, dtype):
+def test_matches_torch_linear(shape, dtype):
     rows, out, inside = shape
     torch.manual_seed(0)
     x, weight, g = torch.randn(2, rows, inside), torch.randn(out, inside), torch.randn(2, rows, out)
@@ -25,7 +25,8 @@ def test_products_and_gradients_equal_torchs(shape, dtype):
     own = F.linear(*theirs)
     own.backward(g.to(dtype))
     share = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float64: 1e-14}[dtype]
-    # torch 1.13.1 rounds partial sums to bf16 on processors without AVX-512: no further from the truth than twice what its own product is.
+    # torch 1.13.1 rounds partial sums to bf16 on CPUs without AVX-512, hence the factor of torch's
+    # own error.
     for a, b, t in (
         (y, expected, own),
         (ours[0].grad, truth[0].grad, theirs[0].grad),
@@ -34,40 +35,40 @@ def test_products_and_gradients_equal_torchs(shape, dtype):
         assert bool((a.double() - b).abs().max() <= share * b.abs().max() + 2 * (t.double() - b).abs().max())
 
 
-def test_products_repeat_bit_for_bit():
+def test_deterministic():
     torch.manual_seed(0)
     x, weight = torch.randn(300, 96, requires_grad=True), torch.randn(512, 96, requires_grad=True)
     twice = [(linear(x, weight), *torch.autograd.grad(linear(x, weight).sin().sum(), (x, weight))) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*twice, strict=True))
 
 
-def kept(run) -> list[torch.Tensor]:
-    """What is kept for the backward pass."""
+def saved_tensors(run) -> list[torch.Tensor]:
+    """Tensors saved for the backward pass."""
     tensors = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
         run()
     return tensors
 
 
-def test_a_frozen_layer_keeps_nothing_but_its_weight():
+def test_frozen_layer_saves_weight_only():
     layer, x = Matrix(8, 16, bias=False), torch.randn(2, 5, 8, requires_grad=True)
     layer.weight.requires_grad_(False)
-    assert [t.data_ptr() for t in kept(lambda: layer(x))] == [layer.weight.data_ptr()]
+    assert [t.data_ptr() for t in saved_tensors(lambda: layer(x))] == [layer.weight.data_ptr()]
 
 
-def test_trained_layer_saves_what_recomputes_its_input():
+def test_trained_layer_recomputes_input():
     layer, k = Matrix(8, 16, bias=False), torch.randn(2, 5, 8, requires_grad=True)
-    torch.nn.init.normal_(layer.weight)  # a Matrix holds whatever lay in its memory, NaN too
+    torch.nn.init.normal_(layer.weight)  # a new Matrix is uninitialised
     x = native.relu2(k)
-    found = {t.data_ptr() for t in kept(lambda: layer(x))}
+    found = {t.data_ptr() for t in saved_tensors(lambda: layer(x))}
     assert found == {layer.weight.data_ptr(), k.data_ptr()}
-    plainly = torch.autograd.grad(F.linear(torch.relu(k).square(), layer.weight).sin().sum(), (k, layer.weight))
+    plain = torch.autograd.grad(F.linear(torch.relu(k).square(), layer.weight).sin().sum(), (k, layer.weight))
     ours = torch.autograd.grad(layer(x).sin().sum(), (k, layer.weight))
-    for a, b in zip(ours, plainly, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # fp32, sums in another order
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # fp32, different summation order
 
 
-def test_autocast_computes_in_bf16_and_leaves_gradients_in_fp32():
+def test_autocast_bf16_with_fp32_gradients():
     layer, x = Matrix(40, 50, bias=False), torch.randn(3, 9, 40, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)

@@ -1,4 +1,4 @@
-"""Memory limits of control groups at every level, and the memory of the GPU that torch uses."""
+"""Memory limits of cgroups at every level, and the memory of the visible GPUs."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,9 @@ MIB = 1 << 20
 
 @pytest.fixture
 def cgroups(tmp_path):
-    """A process's /proc files, and hierarchies with these limits: (version, root of the mount, path of the process, {group: limit})."""
+    """Create the /proc files of a process, and cgroup hierarchies: (version, root of the mount,
+    path of the process, {group: limit}).
+    """
 
     def make(*hierarchies) -> Path:
         groups, mounts = [], ["22 1 0:20 / /proc rw - proc proc rw", "23 1 0:21 / /run rw - tmpfs  rw"]
@@ -37,7 +39,7 @@ def cgroups(tmp_path):
 NONE = 1 << 62
 CASES = {
     "a job of Slurm or systemd": ([(2, "/", "/a/b/c", {"a": "max", "a/b": 500 * MIB, "a/b/c": "max"})], 500 * MIB),
-    "the lowest holds": ([(2, "/", "/a/b", {"a": 300 * MIB, "a/b": 400 * MIB})], 300 * MIB),
+    "the lowest of two": ([(2, "/", "/a/b", {"a": 300 * MIB, "a/b": 400 * MIB})], 300 * MIB),
     "version 1": (
         [(1, "/", "/slurm/job_1/step_0", {"slurm/job_1": 200 * MIB, "slurm/job_1/step_0": 0x7FFFFFFFFFFFF000})],
         200 * MIB,
@@ -54,17 +56,17 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_smallest_limit_of_all_levels_holds(cgroups, case):
+def test_smallest_cgroup_limit(cgroups, case):
     hierarchies, limit = CASES[case]
     assert machine._cgroup(cgroups(*hierarchies)) == limit
 
 
-def test_without_proc_there_is_no_limit(tmp_path):
+def test_no_proc_no_limit(tmp_path):
     assert machine._cgroup(tmp_path / "none") == NONE
 
 
-def test_a_gpu_s_memory_is_that_of_the_devices_that_torch_sees(monkeypatch):
-    """Whatever NVML calls number 0: it knows neither CUDA_VISIBLE_DEVICES nor MIG instances."""
+def test_gpu_memory_of_visible_devices(monkeypatch):
+    """NVML's device order ignores CUDA_VISIBLE_DEVICES and MIG instances, so torch's is used."""
     sizes, shared = [24, 8, 80], [0, 0, 1]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(sizes))
@@ -89,6 +91,6 @@ def test_a_gpu_s_memory_is_that_of_the_devices_that_torch_sees(monkeypatch):
     assert machine.gpu_used(0) == 0
 
 
-def test_without_a_gpu_its_memory_is_unknown(monkeypatch):
+def test_gpu_memory_without_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert machine.memory_of(gpu=True) == 0

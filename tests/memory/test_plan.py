@@ -1,4 +1,4 @@
-"""--auto from the words of a command line to the trainer, on GPUs of a given memory that are not there."""
+"""--auto from the command line to the trainer, on simulated GPUs."""
 
 import importlib
 from dataclasses import replace
@@ -21,13 +21,15 @@ SIZES = Sizes(2, 64, 500, 64, 256)
 HOST = 64 * 10**9
 
 
-class Begun(Exception):
-    """Raised where the trainer would be made, which needs the GPUs."""
+class TrainerCreated(Exception):
+    """Raised in place of creating the trainer, which needs GPUs."""
 
 
 @pytest.fixture
-def begin(monkeypatch, make_data, tmp_path):
-    """Run a command line on GPUs of `memory` bytes each, as far as the trainer: the flags that it would get."""
+def resolved_flags(monkeypatch, make_data, tmp_path):
+    """Run a command line on simulated GPUs of `memory` bytes each; returns the flags passed to the
+    trainer.
+    """
     fit = importlib.import_module("rwkv.train.fit")
 
     def run(kind, memory: int, *words: str, host: int = HOST):
@@ -36,7 +38,7 @@ def begin(monkeypatch, make_data, tmp_path):
         monkeypatch.setattr(compat, "deepspeed_refusal", lambda on_gpu: None)
 
         def make_trainer(run, callbacks):
-            raise Begun(run.flags)
+            raise TrainerCreated(run.flags)
 
         monkeypatch.setattr(fit, "make_trainer", make_trainer)
         sizes = ["--n_layer", "2", "--n_embd", "64", "--vocab_size", "500"]
@@ -51,9 +53,9 @@ def begin(monkeypatch, make_data, tmp_path):
             "4",
         ]
         common += ["--epoch_steps", "3", "--epoch_count", "1", "--precision", "bf16", "--random_seed", "1", "--auto"]
-        with pytest.raises(Begun) as begun:
+        with pytest.raises(TrainerCreated) as caught:
             fit.fit(parse(kind, "", [*sizes, *common, *words]))
-        return begun.value.args[0]
+        return caught.value.args[0]
 
     return run
 
@@ -62,11 +64,11 @@ def plan(**changed) -> Plan:
     return replace(Plan(SIZES, lora=False, ctx_len=128, micro_bsz=4), **changed)
 
 
-def room_for(p: Plan) -> int:
+def memory_for(p: Plan) -> int:
     return round((estimate(p).total + 1) / planning.USABLE)
 
 
-STEPS = [  # devices, the plan that just fits, and the flags that come of it
+STEPS = [  # devices, the plan that just fits, and the expected flags
     (1, {}, (4, 1, 0, "auto")),
     (1, {"micro_bsz": 2, "accumulate": 2}, (2, 2, 0, "auto")),
     (1, {"micro_bsz": 1, "accumulate": 4, "grad_cp": True}, (1, 4, 1, "auto")),
@@ -85,44 +87,45 @@ STEPS = [  # devices, the plan that just fits, and the flags that come of it
 
 
 @pytest.mark.parametrize(("devices", "fitting", "expected"), STEPS)
-def test_auto_takes_the_flags_that_cost_least(begin, capsys, devices, fitting, expected):
+def test_auto_picks_cheapest_flags(resolved_flags, capsys, devices, fitting, expected):
     wanted = plan(devices=devices, per_node=devices, **fitting)
-    config = begin(TrainConfig, room_for(wanted), "--devices", str(devices))
+    config = resolved_flags(TrainConfig, memory_for(wanted), "--devices", str(devices))
     chosen = planning.plan_of(config, SIZES, True, "bf16")
     assert estimate(chosen).total <= estimate(wanted).total
     assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp, config.strategy) == expected
     assert config.micro_bsz * config.accumulate_grad_batches == 4
     assert config.epoch_steps == 3 * 4 // config.micro_bsz
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
         f"auto:  --micro_bsz {expected[0]} --accumulate_grad_batches {expected[1]} --grad_cp {expected[2]} --strategy {expected[3]}: "
-        in said
+        in printed
     )
 
 
-def test_lora_is_chosen_for_alike(begin, capsys):
+def test_auto_for_lora(resolved_flags, capsys):
     wanted = plan(lora=True, micro_bsz=1, accumulate=4, devices=8, per_node=8)
-    config = begin(LoRAConfig, room_for(wanted), "--devices", "8", "--lora", "1")
+    config = resolved_flags(LoRAConfig, memory_for(wanted), "--devices", "8", "--lora", "1")
     assert (config.micro_bsz, config.grad_cp, config.strategy) == (1, 0, "auto")
-    assert f"of {planning.USABLE * room_for(wanted) / 1e9:.2f} GB" in capsys.readouterr().out
+    assert f"of {planning.USABLE * memory_for(wanted) / 1e9:.2f} GB" in capsys.readouterr().out
 
 
-def test_auto_leaves_out_what_this_machine_or_another_flag_refuses(begin, monkeypatch):
-    offloaded = room_for(plan(micro_bsz=1, accumulate=4, grad_cp=True, strategy="deepspeed_stage_2_offload"))
+def test_auto_respects_host_memory_and_flags(resolved_flags, monkeypatch):
+    offloaded = memory_for(plan(micro_bsz=1, accumulate=4, grad_cp=True, strategy="deepspeed_stage_2_offload"))
     with pytest.raises(
         UserError,
-        match=r"--strategy deepspeed_stage_2_offload would fit there, but takes [\d.]+ GB of the host, which has 0\.1\. Take LoRA",
+        match=r"--strategy deepspeed_stage_2_offload would fit, but needs [\d.]+ GB of host memory; 0\.1 GB are usable\. Use LoRA",
     ):
-        begin(TrainConfig, offloaded, host=10**8)
-    factored = room_for(plan(micro_bsz=1, accumulate=4, grad_cp=True, optimizer="adafactor"))
-    assert begin(TrainConfig, factored, "--optimizer", "adafactor").strategy == "auto"
-    with pytest.raises(UserError, match="--auto: nothing fits"):  # DeepSpeed, which would, takes no Adafactor
-        begin(TrainConfig, offloaded, "--optimizer", "adafactor")
-    with pytest.raises(UserError, match="--auto: nothing fits"):  # nor does it leave steps out
-        begin(TrainConfig, offloaded, "--on_nan", "skip")
+        resolved_flags(TrainConfig, offloaded, host=10**8)
+    factored = memory_for(plan(micro_bsz=1, accumulate=4, grad_cp=True, optimizer="adafactor"))
+    assert resolved_flags(TrainConfig, factored, "--optimizer", "adafactor").strategy == "auto"
+    # only DeepSpeed would fit, which supports neither Adafactor nor skipping steps
+    with pytest.raises(UserError, match="--auto: nothing fits"):
+        resolved_flags(TrainConfig, offloaded, "--optimizer", "adafactor")
+    with pytest.raises(UserError, match="--auto: nothing fits"):
+        resolved_flags(TrainConfig, offloaded, "--on_nan", "skip")
 
 
-def test_on_a_gpu_too_out_of_memory_is_an_error_with_a_remedy(monkeypatch):
+def test_cuda_out_of_memory_message(monkeypatch):
     total, used = 24 * 10**9, 23 * 10**9
     monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: total)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: used)
@@ -130,29 +133,28 @@ def test_on_a_gpu_too_out_of_memory_is_an_error_with_a_remedy(monkeypatch):
     wanted = plan(sizes=published("1.5b"), ctx_len=1024, micro_bsz=1)
     watch = MemoryMonitor(wanted, 0)
     watch._device = torch.device("cuda")
-    with pytest.raises(UserError) as told, watch.explained():
+    with pytest.raises(UserError) as caught, watch.explained():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    assert f"{watch.expected() / 1e9:.2f} GB were predicted on each device and 23.00 GB were in use" in str(told.value)
-    assert "of 24.00 GB. The cheapest change that fits: --grad_cp 1, --strategy deepspeed_stage_2_offload (" in str(
-        told.value
-    )
+    message = str(caught.value)
+    assert f"{watch.expected() / 1e9:.2f} GB per device were predicted; 23.00 GB of 24.00 GB were in use" in message
+    assert "The cheapest change that fits: --grad_cp 1, --strategy deepspeed_stage_2_offload (" in message
     with pytest.raises(RuntimeError, match="shapes"), watch.explained():  # another error stays what it is
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
-def test_where_the_memory_is_unknown_nothing_is_reckoned_with_zero(begin, capsys, monkeypatch):
-    config = begin(TrainConfig, 0, "--grad_cp", "1")
+def test_unknown_gpu_memory(resolved_flags, capsys, monkeypatch):
+    config = resolved_flags(TrainConfig, 0, "--grad_cp", "1")
     assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp, config.strategy) == (4, 1, 1, "auto")
-    said = capsys.readouterr().out
-    assert "auto:  the memory of this device is unknown; flags stay as given" in said
-    assert "can be used" not in said
+    printed = capsys.readouterr().out
+    assert "auto:  the memory size of this device is unknown; flags unchanged" in printed
+    assert "GB usable" not in printed
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10**9)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     watch = MemoryMonitor(plan(sizes=published("1.5b"), ctx_len=1024, micro_bsz=1), 0)
     watch._device = torch.device("cuda")
     with (
-        pytest.raises(UserError, match=r"1\.00 GB were in use when no more could be had\. ") as told,
+        pytest.raises(UserError, match=r"1\.00 GB were in use when an allocation failed\. ") as caught,
         watch.explained(),
     ):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    assert "0.00 GB" not in str(told.value)
+    assert "0.00 GB" not in str(caught.value)

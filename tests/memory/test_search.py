@@ -1,4 +1,4 @@
-"""What is said to fit does, what is said to be the largest is, and the table in README is the program's."""
+"""Suggested changes fit, reported maxima are maximal, and the table in the README is current."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from rwkv.memory.estimate import Plan, estimate
 from rwkv.models.version import published
 
 
-def test_the_largest_batch_and_context_are_the_largest():
+def test_largest_batch_and_context():
     plan = Plan(published("1.5b"), grad_cp=True)
     limit = 12 * memory.GB
     for what, unit in (("micro_bsz", 1), ("ctx_len", 16)):
@@ -27,7 +27,7 @@ def test_the_largest_batch_and_context_are_the_largest():
 
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_remedy_fits_and_is_the_first_that_does(gpu, method):
+def test_remedy_is_first_that_fits(gpu, method):
     plan = Plan(published("1.5b"), lora=method == "lora", micro_bsz=8, gpu=gpu)
     for share in (0.9, 0.6, 0.4):
         limit = round(estimate(plan).total * share)
@@ -46,14 +46,14 @@ def test_the_remedy_fits_and_is_the_first_that_does(gpu, method):
 @pytest.mark.parametrize(
     ("strategy", "optimizer"), [("auto", "adam"), ("auto", "adafactor"), ("deepspeed_stage_2", "adam")]
 )
-def test_no_change_puts_adafactor_under_deepspeed(strategy, optimizer):
+def test_no_adafactor_with_deepspeed(strategy, optimizer):
     plan = Plan(published("1.5b"), lora=False, strategy=strategy, optimizer=optimizer)
     changed = [q for _, q in search.changes(plan)]
     assert any(q.optimizer == "adafactor" for q in changed)
     assert not any(q.optimizer == "adafactor" and q.stage for q in changed)
 
 
-def test_the_readme_s_table_is_the_program_s(root, script):
+def test_readme_table(root, script):
     made = script("estimate.py", "--table").stdout.strip()
     assert made == search.table()
     for name in ("README.md", "README.zh.md"):
@@ -61,20 +61,20 @@ def test_the_readme_s_table_is_the_program_s(root, script):
         assert made.splitlines()[2:] == [line for line in text.splitlines() if re.match(r"\| [\d.]+b \|", line)], name
 
 
-def test_the_program_says_what_fits(script, make_base):
-    said = script("estimate.py", "--model", "7b", "--method", "full", "--card", 24).stdout
-    assert "no, on 24 GB" in said
-    assert "48 GB" in said
-    assert not [line for line in said.splitlines() if line.endswith("0.00     0.00")]
-    said = script(
+def test_estimate_output(script, make_base):
+    printed = script("estimate.py", "--model", "7b", "--method", "full", "--card", 24).stdout
+    assert "no, on 24 GB" in printed
+    assert "48 GB" in printed
+    assert not [line for line in printed.splitlines() if line.endswith("0.00     0.00")]
+    printed = script(
         "estimate.py", "--model", "3b", "--method", "full", "--grad_cp", 1, "--micro_bsz", 1, "--card", "RTX 4090"
     ).stdout
-    # what is on the host is part of what a change costs
+    # the cost of a change includes host memory
     assert re.search(
-        r"to fit: +--strategy deepspeed_stage_2_offload: 8\.\d GB on the card, and \d\d\.\d GB of the machine's memory",
-        said,
-    ), said
-    assert "micro_bsz:   none fits at ctx_len 1024" in said
+        r"to fit: +--strategy deepspeed_stage_2_offload: 8\.\d GB on the card, and \d\d\.\d GB of host memory",
+        printed,
+    ), printed
+    assert "micro_bsz:   none fits at ctx_len 1024" in printed
     assert "got 24GB" in script("estimate.py", "--model", "3b", "--card", "24GB", status=1).stderr
     found = json.loads(
         script("estimate.py", "--load_model", make_base(), "--card", 24, "--micro_bsz", 2, "--json").stdout

@@ -1,4 +1,4 @@
-"""Upstream's initial weights, rule by rule, written out a second time from their description."""
+"""Upstream's initial weights, against a second implementation from their description."""
 
 import math
 
@@ -17,7 +17,7 @@ def fresh(layers=3, D=8, A=12, F=40, V=100, scale=6e-4, pre_ffn=False) -> RWKV:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5])
-def test_time_parameters_follow_the_formulas(layers):
+def test_time_parameters(layers):
     D, A = 8, 12
     for layer, block in enumerate(fresh(layers, D, A).blocks):
         r = layer / (layers - 1) if layers > 1 else 0
@@ -35,12 +35,11 @@ def test_time_parameters_follow_the_formulas(layers):
             "ffn.time_mix_r": [v**s for v in x],
         }
         for name, values in expected.items():
-            torch.testing.assert_close(
-                block.get_parameter(name).flatten(), torch.tensor(values), rtol=1e-6, atol=1e-6
-            )  # fp32
+            found = block.get_parameter(name).flatten()
+            torch.testing.assert_close(found, torch.tensor(values), rtol=1e-6, atol=1e-6)  # fp32
 
 
-def test_matrices_are_zero_or_orthogonal_with_their_gain():
+def test_matrices_zero_or_orthogonal():
     model = fresh(2, D=8, A=12, F=40, V=100)
     gains = {"att.value": math.sqrt(12 / 8), "ffn.key": math.sqrt(40 / 8)}
     for block in model.blocks:
@@ -52,26 +51,26 @@ def test_matrices_are_zero_or_orthogonal_with_their_gain():
 
 
 def columns(weight, gain):
-    """W with more rows than columns and orthogonal: WᵀW = gain² I."""
+    """W, with more rows than columns, is orthogonal: WᵀW = gain² I."""
     torch.testing.assert_close(
         weight.t() @ weight, gain**2 * torch.eye(weight.shape[1]), rtol=1e-4, atol=1e-4
     )  # fp32 QR
 
 
-def test_narrow_matrices_have_gain_one_and_a_small_head_one_half():
+def test_orthogonal_gain_of_narrow_matrices():
     model = fresh(1, D=16, A=16, V=10)
     value, head = model.blocks[0].att.value.weight, model.head.weight
     torch.testing.assert_close(value @ value.t(), torch.eye(16), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(head @ head.t(), 0.25 * torch.eye(10), rtol=1e-4, atol=1e-4)
 
 
-def test_embedding_is_uniform_in_the_learning_rate():
+def test_embedding_scale():
     weight = fresh(V=5000, scale=6e-4).emb.weight.detach()
     assert float(weight.abs().max()) <= 6e-4
     assert float(weight.std()) == pytest.approx(6e-4 / math.sqrt(3), rel=0.02)  # of a uniform; 40 000 draws
 
 
-def test_layer_norms_are_neutral():
+def test_layer_norms():
     model = fresh(pre_ffn=True)
     for name, p in model.named_parameters():
         if ".ln" in name or name.startswith("ln_out"):

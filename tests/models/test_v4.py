@@ -1,4 +1,4 @@
-"""RWKV-4 against transformers' implementation, and parallel against token by token."""
+"""RWKV-4 against transformers' implementation, and parallel against token-by-token evaluation."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def transformers_twin(model: RWKV) -> RwkvForCausalLM:
         vocab_size=s.vocab_size, hidden_size=s.n_embd, num_hidden_layers=s.n_layer, attention_hidden_size=s.dim_att,
         intermediate_size=s.dim_ffn, rescale_every=0, tie_word_embeddings=False, use_cache=False,
     )  # fmt: skip
-    with no_init_weights():  # its initialisation divides by n_layer − 1
+    with no_init_weights():  # its initialisation divides by n_layer - 1
         twin = RwkvForCausalLM(config)
     state = {}
     for name, value in model.state_dict().items():
@@ -40,12 +40,12 @@ SIZES = [{}, {"n_layer": 1}, {"n_layer": 3, "n_embd": 24, "dim_att": 40, "dim_ff
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_logits_and_gradients_equal_transformers(make_model, sizes):
+def test_logits_and_gradients_match_transformers(make_model, sizes):
     model = make_model(**sizes)
     twin = transformers_twin(model)
     tokens = torch.randint(50, (3, 29), generator=torch.Generator().manual_seed(1))
     ours, theirs = model(tokens)[0], twin(tokens).logits
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # fp32, sums in another order
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # fp32, different summation order
     weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
     (ours * weights).sum().backward()
     (theirs * weights).sum().backward()
@@ -59,7 +59,7 @@ def test_logits_and_gradients_equal_transformers(make_model, sizes):
 
 
 @pytest.mark.parametrize("sizes", [*SIZES, {"pre_ffn": True}, {"n_layer": 1, "pre_ffn": True}])
-def test_token_by_token_equals_parallel(make_model, sizes):
+def test_token_by_token_matches_parallel(make_model, sizes):
     model = make_model(**sizes).eval()
     tokens = torch.randint(50, (2, 37), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -68,14 +68,12 @@ def test_token_by_token_equals_parallel(make_model, sizes):
         for t in range(tokens.shape[1]):
             logits, state = model(tokens[:, t : t + 1], state)
             rows.append(logits)
-    torch.testing.assert_close(
-        torch.cat(rows, 1), parallel, rtol=1e-5, atol=1e-5
-    )  # fp32 matrix products of other shapes
+    torch.testing.assert_close(torch.cat(rows, 1), parallel, rtol=1e-5, atol=1e-5)  # fp32 matmuls of other shapes
     for ours, theirs in zip(state, last, strict=True):
         torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-5, atol=1e-5)
 
 
-def test_gradient_checkpointing_changes_no_gradient(make_model):
+def test_gradient_checkpointing_same_gradients(make_model):
     tokens = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(1))
     gradients = []
     for grad_cp in (False, True):
@@ -83,17 +81,18 @@ def test_gradient_checkpointing_changes_no_gradient(make_model):
         model.grad_cp = grad_cp
         model(tokens)[0].square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
-    for kept, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(kept, recomputed, rtol=0, atol=0)  # the same operations
+    for saved, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(saved, recomputed, rtol=0, atol=0)  # the same operations
 
 
 @pytest.mark.parametrize("grad_cp", [False, True])
 @pytest.mark.parametrize("sizes", [{}, {"pre_ffn": True}], ids=str)
-def test_dropout_is_upstreams_of_the_embedding_and_of_the_stream_after_every_mix(make_model, grad_cp, sizes):
+def test_dropout_placement_matches_upstream(make_model, grad_cp, sizes):
+    """Dropout applies to the embedding and to the residual stream after every mix."""
     model, p = make_model(**sizes), 0.3
     model.grad_cp, model.dropout = grad_cp, p
     tokens = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(1))
-    without = model.eval()(tokens)[0].detach()  # not in evaluation
+    without = model.eval()(tokens)[0].detach()  # no dropout in evaluation
     torch.manual_seed(3)
     found = model.train()(tokens)[0]
     found.square().sum().backward()
@@ -112,10 +111,10 @@ def test_dropout_is_upstreams_of_the_embedding_and_of_the_stream_after_every_mix
     torch.testing.assert_close(found, theirs)
     assert not torch.allclose(found, without, rtol=0.1)
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(ours[name], parameter.grad)  # the gradient of the mask by autograd
+        torch.testing.assert_close(ours[name], parameter.grad)
 
 
-def test_pre_ffn_replaces_the_time_mix_of_block_0(make_model):
+def test_pre_ffn_replaces_first_time_mix(make_model):
     names = dict(make_model(pre_ffn=True).named_parameters())
     assert "blocks.0.ffnPre.key.weight" in names
     assert "blocks.0.att.key.weight" not in names
@@ -124,13 +123,13 @@ def test_pre_ffn_replaces_the_time_mix_of_block_0(make_model):
 
 @pytest.mark.parametrize("sizes", [*SIZES, {"pre_ffn": True}])
 @pytest.mark.parametrize("grad_cp", [False, True])
-def test_packed_documents_give_the_logits_and_gradients_of_documents_run_alone(make_model, sizes, grad_cp):
+def test_packed_documents_match_separate_documents(make_model, sizes, grad_cp):
     lengths = [[5, 1, 9, 14], [29]]
     tokens = torch.randint(50, (2, 29), generator=torch.Generator().manual_seed(1))
     weights = torch.randn(2, 29, 50, generator=torch.Generator().manual_seed(2))
     reset = torch.zeros(2, 29, dtype=torch.bool)
     reset[0, [0, 5, 6, 15]] = True
-    packed, alone = make_model(**sizes), make_model(**sizes)
+    packed, separate = make_model(**sizes), make_model(**sizes)
     packed.grad_cp = grad_cp
     logits, state = packed(tokens, reset=reset)
     (logits * weights).sum().backward()
@@ -138,20 +137,19 @@ def test_packed_documents_give_the_logits_and_gradients_of_documents_run_alone(m
         begin = 0
         for length in parts:
             piece = slice(begin, begin + length)
-            single, last = alone(tokens[row : row + 1, piece])
-            torch.testing.assert_close(
-                logits[row, piece], single[0], rtol=1e-5, atol=1e-5
-            )  # fp32 matrix products of other shapes
+            single, last = separate(tokens[row : row + 1, piece])
+            # fp32 matmuls of other shapes
+            torch.testing.assert_close(logits[row, piece], single[0], rtol=1e-5, atol=1e-5)
             (single[0] * weights[row, piece]).sum().backward()
             begin += length
         for ours, theirs in zip(state, last, strict=True):
             torch.testing.assert_close([x[row] for x in ours], [x[0] for x in theirs], rtol=1e-5, atol=1e-5)
-    for (name, ours), theirs in zip(packed.named_parameters(), alone.parameters(), strict=True):
+    for (name, ours), theirs in zip(packed.named_parameters(), separate.parameters(), strict=True):
         # relative to the largest element: small ones are differences of large ones
         assert float((ours.grad - theirs.grad).abs().max()) <= 2e-5 * float(theirs.grad.abs().max().clamp_min(1)), name
 
 
-def test_no_gradient_crosses_a_document_start(make_model):
+def test_no_gradient_across_documents(make_model):
     model = make_model()
     tokens = torch.randint(50, (1, 12), generator=torch.Generator().manual_seed(1))
     reset = torch.zeros(1, 12, dtype=torch.bool)
@@ -168,7 +166,7 @@ def test_no_gradient_crosses_a_document_start(make_model):
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_block_keeps_what_the_docstring_says(make_model, stored, autocast, trained):
+def test_saved_activation_bytes_match_docstring(make_model, stored, autocast, trained):
     D, A, F, B, T = 32, 48, 96, 2, 64
     model = make_model(n_layer=3, n_embd=D, dim_att=A, dim_ffn=F)
     for parameter in model.parameters():
@@ -185,5 +183,5 @@ def test_a_block_keeps_what_the_docstring_says(make_model, stored, autocast, tra
         torch.autograd.graph.saved_tensors_hooks(lambda t: found.__setitem__(t.data_ptr(), t) or t, lambda t: t),
     ):
         block(x, state)
-    kept = sum(t.numel() * t.element_size() for at, t in found.items() if at not in own and t.numel() > B * T)
-    assert kept == B * T * (2 * (s * D + 8) + e * (3 * A + F + 2 * D) + 0.75 * A) + B * 24 * A
+    saved = sum(t.numel() * t.element_size() for at, t in found.items() if at not in own and t.numel() > B * T)
+    assert saved == B * T * (2 * (s * D + 8) + e * (3 * A + F + 2 * D) + 0.75 * A) + B * 24 * A

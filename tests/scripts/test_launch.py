@@ -25,7 +25,7 @@ FLAGS = ["--", "scripts/lora.py", "--lora_r", "4"]
 
 def launch(root, *words, status=0, **environment) -> str:
     """The command that launch.sh would run, or its error."""
-    kept = {name: os.environ[name] for name in ("HOME",) if name in os.environ} | {
+    inherited = {name: os.environ[name] for name in ("HOME",) if name in os.environ} | {
         "PATH": os.environ["PATH"],
         "PY": "python",
     }
@@ -33,7 +33,7 @@ def launch(root, *words, status=0, **environment) -> str:
         [str(word) for word in (root / "scripts/launch.sh", "--print", *words)],
         capture_output=True,
         text=True,
-        env=kept | environment,
+        env=inherited | environment,
         check=False,
     )
     assert done.returncode == status, done.stderr
@@ -73,8 +73,8 @@ def test_hostfile_starts_every_host(root, commands, tmp_path):
     commands(reach='shift; exec sh -c "$*"')
     hosts = tmp_path / "hosts"
     hosts.write_text("# the rack\nalpha slots=4\n\nbeta slots=4")
-    said = launch(root, "--hostfile", hosts, "--", "scripts/lora.py", "--lora_r", "4", SSH="reach")
-    assert said == command(2, 0, 4, "alpha") + command(2, 1, 4, "alpha")
+    printed = launch(root, "--hostfile", hosts, "--", "scripts/lora.py", "--lora_r", "4", SSH="reach")
+    assert printed == command(2, 0, 4, "alpha") + command(2, 1, 4, "alpha")
 
 
 def test_slurm(root, commands):
@@ -146,7 +146,7 @@ def test_kubernetes_command_without_compiler(root, make_base, make_data, tmp_pat
         "TORCH_EXTENSIONS_DIR": str(tmp_path / "compiled"),
     }
     environment |= {"PYTHONDONTWRITEBYTECODE": "1"}
-    if compat.stack() == "cu117":  # whose DeepSpeed trains on GPUs only
+    if compat.stack() == "cu117":  # its DeepSpeed trains on GPUs only
         environment["PYTHONPATH"] = os.pathsep.join(
             map(str, (root, root / "tests/train", root / "tests/train/stand_in"))
         )
@@ -161,7 +161,7 @@ def test_kubernetes_command_without_compiler(root, make_base, make_data, tmp_pat
 
 REFUSED = [
     ([], "nothing to launch"),
-    (["--", "x.py"], "give --nodes, --node and --master, or --hostfile"),
+    (["--", "x.py"], "pass --nodes, --node and --master, or --hostfile"),
     (["--nodes", "2", "--node", "2", "--master", "a", "--", "x.py"], "--node 2 of --nodes 2"),
     (["--nods", "2"], "--nods is not a flag"),
     (["--hostfile", "none", "--", "x.py"], "none: no such file"),
@@ -182,7 +182,7 @@ def test_invalid_hostfile(root, tmp_path):
         (
             "-oProxyCommand=x slots=1\n",
             "-oProxyCommand=x is not a machine's name or address",
-        ),  # or ssh takes it as an option
+        ),  # ssh would read it as an option
     ):
         hosts.write_text(text)
         assert complaint in launch(root, "--hostfile", hosts, "--", "x.py", status=2)
@@ -281,7 +281,7 @@ def test_two_hosts_match_one_process(root, hosts, machine, commands, flags, scri
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    # sums in another order
+    # different summation order
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
@@ -292,8 +292,8 @@ def test_dead_host_then_resume(root, hosts, machine, flags, tmp_path):
         def on(i: int, name: str) -> subprocess.Popen:
             words = ["--nodes", 2, "--node", i, "--master", next(iter(hosts)), "--devices", 1, *training]
             command = [str(word) for word in ("ip", "netns", "exec", name, root / "scripts/launch.sh", *words)]
-            said = open(tmp_path / f"{name}.txt", "a")  # noqa: SIM115, the process's for as long as it runs
-            return subprocess.Popen(command, cwd=root, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+            log = open(tmp_path / f"{name}.txt", "a")  # noqa: SIM115, in use while the process runs
+            return subprocess.Popen(command, cwd=root, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
         return [on(i, name) for i, name in enumerate(hosts.values())]
 
@@ -302,8 +302,8 @@ def test_dead_host_then_resume(root, hosts, machine, flags, tmp_path):
     while not list((tmp_path / "run/resume").glob("step-*.pt")) and time.monotonic() < until:
         time.sleep(0.05)
     os.killpg(second.pid, signal.SIGKILL)
-    # Its rank may be in a session of its own: what is left in the namespace goes too, as a machine
-    # takes all with it.
+    # Its rank may be in another session: kill every process of the namespace, as when a machine
+    # dies.
     left = subprocess.run(
         ["ip", "netns", "pids", list(hosts.values())[1]], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -314,7 +314,7 @@ def test_dead_host_then_resume(root, hosts, machine, flags, tmp_path):
     while "failed (exitcode: 1)" not in (tmp_path / f"{next(iter(hosts.values()))}.txt").read_text():
         assert time.monotonic() < until, "the other host did not notice"
         time.sleep(0.1)
-    # torchrun of torch 1.13.1 itself would wait five minutes for the lost one
+    # torchrun of torch 1.13.1 would wait five minutes for the lost host
     os.killpg(first.pid, signal.SIGKILL)
     for process in (first, second):
         process.wait(10)
@@ -335,5 +335,5 @@ def test_dead_host_then_resume(root, hosts, machine, flags, tmp_path):
         capture_output=True,
         timeout=100,
     )
-    # bit for bit, on one machine that never stopped
+    # bit-identical to an uninterrupted run on one host
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rwkv.adapter_files import save_adapter
 from rwkv.adapters import lora
-from rwkv.checkpoint import load_model, read_manifest, read_tensors, save_adapter, save_model
+from rwkv.checkpoint import load_model, read_manifest, read_tensors, save_model
 from rwkv.config import ExportConfig, MergeConfig
 from rwkv.errors import UserError
 from rwkv.files import sha256
@@ -92,9 +93,7 @@ def test_merged_model_dtype_and_manifest(tuned, tmp_path, capsys):
 def test_missing_base(tuned, tmp_path):
     base, adapter = tuned()
     base.unlink()
-    with pytest.raises(
-        UserError, match=r"its base \.\./base.pth, which the .json beside it names, is not there; give --base"
-    ):
+    with pytest.raises(UserError, match=r"its base \.\./base.pth \(named in its .json\) does not exist; give --base"):
         main("merge_lora")(MergeConfig(adapter=str(adapter), output=str(tmp_path / "merged.pth")))
 
 
@@ -103,7 +102,7 @@ def test_export_with_misleading_suffix(tuned, tmp_path, name):
     base, _ = tuned()
     with pytest.raises(
         UserError,
-        match=rf"{name}: files that end in .* are not written; end the name in .pth, .safetensors, or in nothing",
+        match=rf"{name}: cannot write .* files; use the suffix .pth, .safetensors, or none",
     ):
         main("export")(ExportConfig(model=str(base), output=str(tmp_path / name)))
     assert not (tmp_path / name).exists()
@@ -112,10 +111,10 @@ def test_export_with_misleading_suffix(tuned, tmp_path, name):
 def test_failed_export_check_writes_nothing(tuned, tmp_path, make_model):
     model = make_model()
     with torch.no_grad():
-        model.head.weight.fill_(3e38)  # finite, and its logits are not
+        model.head.weight.fill_(3e38)  # finite, but its logits are not
     save_model(tmp_path / "large.pth", model, {})
     for name in ("x.pth", "x.safetensors", "hf-v1.5"):
-        with pytest.raises(UserError, match="nothing can be proved; nothing is written"):
+        with pytest.raises(UserError, match="the export cannot be verified; nothing is written"):
             main("export")(ExportConfig(model=str(tmp_path / "large.pth"), output=str(tmp_path / name)))
         assert not (tmp_path / name).exists()
         assert not list(tmp_path.glob(".*"))

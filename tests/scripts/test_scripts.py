@@ -8,7 +8,8 @@ import re
 import pytest
 import torch
 
-from rwkv.checkpoint import load_model, load_tuned, read_manifest, read_tensors
+from rwkv.adapter_files import load_tuned
+from rwkv.checkpoint import load_model, read_manifest, read_tensors
 from rwkv.data.tokenizer import WorldTokenizer
 
 TRAINING = [
@@ -73,11 +74,11 @@ def test_end_to_end_pipeline(script, write_jsonl, tmp_path):
     torch.testing.assert_close(
         load_model(tmp_path / "merged.pth")(tokens)[0], load_tuned(base, adapter)[0](tokens)[0], rtol=1e-4, atol=1e-4
     )  # as above
-    asked = [
+    answers = [
         script("generate.py", "--model", *model, "--ask", "1?", "--temperature", 0, "--max_tokens", 5).stdout
         for model in (["merged.pth"], [base, "--lora", adapter])
     ]
-    assert asked[0] == asked[1]
+    assert answers[0] == answers[1]
     chat = script("generate.py", "--model", "merged.pth", "--max_tokens", 3, stdin="hello\n\n/reset\nagain\n/quit\n")
     assert chat.stdout.count("Assistant:") == 2
     script("finetune.py", "--load_model", "merged.pth", "--data_file", data, "--proj_dir", "full", *TRAINING)
@@ -100,7 +101,7 @@ def test_upstream_converter_command_and_shards(script, write_jsonl, tmp_path):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help(script, name):
     text = script(f"{name}.py", "--help").stdout
-    assert f"python scripts/{name}.py" in text  # a command to start from
+    assert f"python scripts/{name}.py" in text  # an example command
     assert "--config" in text
 
 
@@ -111,8 +112,8 @@ def test_help(script, name):
         ("convert", [], "--input is missing"),
         ("pretrain", [], "--data_file is missing"),
         ("finetune", ["--data_file", "x"], "--load_model FILE"),
-        ("lora", ["--data_file", "x"], "LoRA tunes a model that exists"),
-        ("merge_lora", [], "--adapter and --output are needed"),
+        ("lora", ["--data_file", "x"], "LoRA needs a pretrained model"),
+        ("merge_lora", [], "--adapter and --output are required"),
         ("inspect_data", [], "--data_file is missing"),
         ("inspect_data", ["--data_file", "none"], "none.idx: no such file"),
         ("generate", [], "--model is missing"),
@@ -139,7 +140,7 @@ def test_merge_keeps_dtype_and_existing_file(script, make_base, tmp_path):
     } | adapter
     torch.save(adapter, tmp_path / "upstream.pth")
     assert (
-        "its alpha is not known"
+        "its alpha is unknown"
         in script(
             "merge_lora.py", "--adapter", "upstream.pth", "--base", "half.pth", "--output", "m.pth", status=1
         ).stderr
@@ -156,14 +157,14 @@ def test_merge_keeps_dtype_and_existing_file(script, make_base, tmp_path):
     ).bfloat16()
     assert torch.equal(merged["blocks.0.att.key.weight"], expected)
     assert all(torch.equal(merged[key], half[key]) for key in half if key != "blocks.0.att.key.weight")
-    assert "m.pth exists already" in script("merge_lora.py", "16", "half.pth", "upstream.pth", "m.pth", status=1).stderr
+    assert "m.pth already exists" in script("merge_lora.py", "16", "half.pth", "upstream.pth", "m.pth", status=1).stderr
 
 
 def test_generate_with_other_vocabulary(script, make_base):
     assert "not the World vocabulary" in script("generate.py", "--model", make_base(), "--prompt", "x", status=1).stderr
 
 
-def test_demo_corpus_contains_every_token_of_the_demo_questions(script, root, tmp_path):
+def test_demo_corpus_covers_question_tokens(script, root, tmp_path):
     script("demo_corpus.py", "corpus.jsonl")
     texts = [json.loads(line)["text"] for line in (tmp_path / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
     assert any("argparse" in text for text in texts)

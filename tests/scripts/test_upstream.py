@@ -38,7 +38,7 @@ COMMANDS = {
         --micro_bsz 8 --n_layer 24 --n_embd 2048 --pre_ffn 0 --head_qk 0
         --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.999 --adam_eps 1e-8
         --accelerator gpu --devices 8 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 0""",
-    # between two with DeepSpeed: it must not end the process groups that DeepSpeed keeps
+    # a run without DeepSpeed between two with it must keep DeepSpeed's process groups
     "BlinkDL, enwik8": """--load_model "" --wandb "" --proj_dir "OUT" --data_file "TEXT" --data_type "utf-8" --vocab_size 0
         --ctx_len 512 --epoch_steps 5000 --epoch_count 500 --epoch_begin 0 --epoch_save 5
         --micro_bsz 12 --n_layer 6 --n_embd 512 --pre_ffn 0 --head_qk 0
@@ -50,21 +50,18 @@ COMMANDS = {
         --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.999 --adam_eps 1e-8
         --accelerator gpu --devices 1 --precision fp16 --strategy deepspeed_stage_2_offload --grad_cp 1""",
     "Blealtan": LORA.replace("ACCUMULATE", "--accumulate_grad_batches 4") + " --lora_parts=att,ffn,time,ln",
-    "Blealtan, going on": LORA.replace("ACCUMULATE", "--accumulate_grad_batches 4")
+    "Blealtan, continuing": LORA.replace("ACCUMULATE", "--accumulate_grad_batches 4")
     + " --lora_load ADAPTER --lora_parts=att,ffn,time,ln",
     "m8than": LORA.replace("ACCUMULATE", "") + " --lora_parts=att,ffn,time,ln --seq_data 1 --seq_data_sep 0",
 }
 SIZES = {"n_layer": 2, "n_embd": 16}
-# tokens of a context where the command has more: seconds instead of minutes without bf16
-# instructions
+# upper limit of ctx_len: seconds instead of minutes on CPUs without bf16 instructions
 SHORT = 64
 
 
 @pytest.fixture(scope="module", autouse=True)
-def parted():
-    """Undo what ddp and DeepSpeed leave in the process: its process group and environment
-    variables.
-    """
+def process_restored():
+    """Remove the process group and environment variables that ddp and DeepSpeed leave behind."""
     before = dict(os.environ)
     yield
     if not strategy.deepspeed_was_used():
@@ -125,13 +122,11 @@ def test_upstream_training_command(name, paths, tmp_path):
             and (field := known.get(word[2:], word[2:]))
             and "=" not in word
         ):
-            # the flag means what it says
+            # the flag sets the field of its name
             assert getattr(config, field) == type(getattr(config, field))(value), word
     config = replace(config, **SIZES, devices=1, max_steps=1, random_seed=1, ctx_len=min(config.ctx_len, SHORT))
     if not torch.cuda.is_available():
-        with pytest.raises(
-            UserError, match="--accelerator gpu: torch sees no GPU; check nvidia-smi, or omit the flag"
-        ):
+        with pytest.raises(UserError, match="--accelerator gpu: torch sees no GPU; check nvidia-smi, or omit the flag"):
             fit(config)
         config = replace(config, accelerator="auto")
     if refusal := compat.deepspeed_refusal(torch.cuda.is_available()) if "deepspeed" in config.strategy else None:
@@ -146,7 +141,7 @@ def test_upstream_training_command(name, paths, tmp_path):
     result = fit(config)
     assert (result.steps, result.checkpoint.name) == (1, "rwkv-final.pth")
     vocabulary = read_manifest(result.checkpoint)["sizes"]["vocab_size"]
-    # to a new model all words are alike
+    # a new model predicts a uniform distribution
     assert result.first_loss == pytest.approx(np.log(vocabulary), rel=0.1)
     assert vocabulary == {"dummy": 13, "utf-8": 14}.get(config.data_type, 50277)
     assert any(".lora_A" in key for key in read_tensors(result.checkpoint)) == (kind is LoRAConfig)

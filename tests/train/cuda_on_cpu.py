@@ -1,7 +1,10 @@
-"""A stand-in for a GPU and for NCCL, with which DeepSpeed 0.7.0 trains on a CPU. DeepSpeed's, Lightning's and the project's own code are the real ones.
+"""A fake GPU and NCCL, with which DeepSpeed 0.7.0 trains on a CPU. DeepSpeed, Lightning and this
+project run unmodified.
 
-Tensors stay on the CPU: streams and events do nothing, the current CUDA device is the CPU. Collectives are gloo's, with what NCCL has and gloo has not.
-For a process of its own (ranks.py), as nothing is put back; or for all processes of a command, by PYTHONPATH (stand_in/sitecustomize.py).
+Tensors stay on the CPU: streams and events do nothing, and the current CUDA device is the CPU.
+Collectives use gloo, extended by what only NCCL supports. Nothing is restored, so install it in a
+separate process (run_trainings.py), or in all processes of a command through PYTHONPATH
+(stand_in/sitecustomize.py).
 """
 
 import contextlib
@@ -18,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def install() -> None:
-    """Make runs with `--accelerator cpu` take DeepSpeed's and our own code for GPUs."""
+    """Make runs with `--accelerator cpu` use the GPU code of DeepSpeed and of this project."""
     _cuda()
     _fp16()
     _nccl()
@@ -29,7 +32,7 @@ def install() -> None:
 
 
 class _Stream:
-    """torch.cuda.Stream and Event: all that was launched is done."""
+    """torch.cuda.Stream and Event; all work is complete."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -42,7 +45,7 @@ class _Stream:
 
 
 class Waits:
-    """How often the host waited for all of the GPU."""
+    """Number of torch.cuda.synchronize calls."""
 
     count = 0
 
@@ -67,7 +70,7 @@ def _cuda() -> None:
     tensor.cuda = lambda self, *_, **__: self
     tensor.pin_memory = lambda self, *_: self
     tensor.record_stream = lambda *_: None
-    for name in ("empty", "zeros"):  # a CPU build of torch pins nothing
+    for name in ("empty", "zeros"):  # CPU builds of torch cannot pin memory
         setattr(torch, name, _unpinned(getattr(torch, name)))
 
 
@@ -76,14 +79,18 @@ def _unpinned(make: Any) -> Any:
 
 
 def _fp16() -> None:
-    """What our model computes in fp16 by operations that this torch has for fp16 on GPUs alone: in fp32 and rounded once, as products are there."""
+    """Run operations that this torch supports in fp16 on GPUs only in fp32, rounding the result
+    once.
+    """
     module, tensor = torch, Tensor
     module.mm, module.relu = _widened(torch.mm), _widened(torch.relu)  # type: ignore[assignment]
     tensor.__matmul__, tensor.addmm_ = _widened(Tensor.__matmul__), _widened(Tensor.addmm_)  # type: ignore[assignment]
 
 
 def _widened(operation: Any) -> Any:
-    """With fp32 copies of fp16 arguments; the result goes to `out`, or for addmm_ into its tensor."""
+    """Run `operation` with fp16 arguments converted to fp32. The result goes to `out`, or in place
+    for addmm_.
+    """
 
     def run(*arguments: Any, out: Tensor | None = None, **options: Any) -> Tensor:
         if not any(isinstance(x, Tensor) and x.dtype == torch.float16 for x in arguments):
@@ -100,7 +107,9 @@ class _Done:
 
 
 def _nccl() -> None:
-    """Sums in 16 bits are rounded once, as two ranks' are by NCCL; gloo has no bf16."""
+    """Collectives of 16-bit tensors in fp32, rounded once, as NCCL's for two ranks; gloo has no
+    bf16.
+    """
     for name in ("broadcast", "all_reduce", "reduce"):
         setattr(dist, name, _in_place(getattr(dist, name)))
     gather, reduce = dist.all_gather, dist.all_reduce
@@ -140,14 +149,14 @@ def _in_place(collective: Any) -> Any:
         value = tensor.to(_sendable(tensor.dtype))
         collective(value, *arguments, **options)
         if value is not tensor:
-            tensor.detach().copy_(value)  # a weight, when training begins
+            tensor.detach().copy_(value)  # detach: parameters are broadcast when training starts
         return _Done()
 
     return send
 
 
 class _Torch(types.ModuleType):
-    """torch, with the CPU for every device."""
+    """The torch module, with the CPU in place of every device."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -172,9 +181,7 @@ def _deepspeed() -> None:
 
     engine.DeepSpeedEngine._set_distributed_vars = set_distributed_vars
 
-    def split_by_dtype(
-        tensors: list[Tensor],
-    ) -> list[list[Tensor]]:  # DeepSpeed's goes by the names of CUDA tensors' types
+    def split_by_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:  # DeepSpeed's compares names of CUDA types
         found: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
             found.setdefault(tensor.dtype, []).append(tensor)

@@ -1,4 +1,9 @@
-"""torch's fused Adam, which GPUs have, on a CPU."""
+"""torch's fused Adam of GPUs, on a CPU.
+
+torch 2.13 has a fused CPU kernel. torch 1.13.1 has not: there the kernel's formula replaces it, so
+that tests cover everything around the kernel, but not the kernel. test_optimizer.py checks the
+formula against torch's kernels.
+"""
 
 import torch
 
@@ -6,23 +11,23 @@ from rwkv import compat
 
 
 def on_a_cpu(monkeypatch) -> None:
-    """Runs on a CPU take the optimizer that runs on a GPU take. torch 2.13's kernel is on CPUs too; in the place of 1.13.1's stands its formula."""
+    """Make runs on a CPU use the optimizer of GPUs."""
     monkeypatch.setattr(compat, "on_gpus", lambda groups: True)
     if compat.stack() != "cu117":
         return
-    monkeypatch.setattr(torch, "_fused_adam_", _fused_adam)
+    monkeypatch.setattr(torch, "_fused_adam_", formula)
     begin = torch.optim.Adam.__init__
 
-    def without_asking_for_a_gpu(self, *arguments, fused=False, **keywords):
+    def without_gpu_check(self, *arguments, fused=False, **keywords):
         begin(self, *arguments, **keywords)
         self.defaults["fused"] = fused
         for group in self.param_groups:
             group["fused"] = fused
 
-    monkeypatch.setattr(torch.optim.Adam, "__init__", without_asking_for_a_gpu)
+    monkeypatch.setattr(torch.optim.Adam, "__init__", without_gpu_check)
 
 
-def _fused_adam(
+def formula(
     params,
     grads,
     averages,
@@ -40,9 +45,10 @@ def _fused_adam(
     grad_scale,
     found_inf,
 ):
+    """torch._fused_adam_ of torch 1.13.1, without amsgrad and maximize."""
     assert not amsgrad
     assert not maximize
-    go = torch.tensor(1.0) if found_inf is None else 1 - found_inf
+    update = torch.tensor(1.0) if found_inf is None else 1 - found_inf
     for p, g, m, v, step in zip(params, grads, averages, squares, steps, strict=True):
         g = g if grad_scale is None else g / grad_scale
         g = g + weight_decay * p
@@ -50,4 +56,4 @@ def _fused_adam(
         size = lr / (1 - beta1**step)
         moved = p - size * mean / (square.sqrt() / (1 - beta2**step).sqrt() + eps)
         for old, new in ((m, mean), (v, square), (p, moved)):
-            old.copy_(torch.where(go > 0, new, old))
+            old.copy_(torch.where(update > 0, new, old))

@@ -1,4 +1,6 @@
-"""Upstream's other kinds of data become binidx on the way: characters, arrays of ids, sums."""
+"""Upstream's other data types are converted to binidx: text, numpy arrays, dummy data. Sources are
+compared on resume.
+"""
 
 import json
 import os
@@ -30,12 +32,12 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("kind", ["utf-8", "utf-16le"])
-def test_the_characters_of_a_text_are_its_tokens(kind, tmp_path):
+def test_text_characters(kind, tmp_path):
     text = "Ein Käfig ging\r\neinen Vogel suchen. 鳥 🐦\n" * 3
     (tmp_path / "t.txt").write_bytes(text.encode(kind))
     flags = {**FLAGS, "data_type": kind, "data_file": str(tmp_path / "t.txt"), "proj_dir": str(tmp_path / "run")}
     fit(TrainConfig(**flags, max_steps=1))
-    read = text.replace("\r\n", "\n")  # as Python reads text, upstream's way
+    read = text.replace("\r\n", "\n")  # as Python's text mode does upstream
     words = sorted(set(read))
     assert json.loads((tmp_path / "run/vocab.json").read_text(encoding="utf-8")) == {
         str(i): word for i, word in enumerate(words)
@@ -43,19 +45,19 @@ def test_the_characters_of_a_text_are_its_tokens(kind, tmp_path):
     data = Dataset(tmp_path / "run/data_text_document")
     assert [words[i] for i in data.tokens] == list(read)
     assert len(data) == 1
-    result = fit(TrainConfig(**flags))  # goes on, with the same data
+    result = fit(TrainConfig(**flags))  # resumes with the same data
     assert result.steps == 2
     assert read_manifest(result.checkpoint)["sizes"]["vocab_size"] == len(words)
     other = {**flags, "proj_dir": str(tmp_path / "other"), "load_model": str(result.checkpoint)}
     (tmp_path / "t.txt").write_bytes("other".encode(kind))
     with pytest.raises(
         UserError,
-        match=f"has a vocabulary of {len(words)}, and --data_type {kind} makes one of the text's 5 characters",
+        match=f"its vocabulary has {len(words)} tokens, but --data_type {kind} uses one of the text's 5 characters",
     ):
         fit(TrainConfig(**{**other, "n_layer": 0, "n_embd": 0}))
 
 
-def test_an_array_of_ids_is_a_stream(tmp_path):
+def test_numpy_array(tmp_path):
     ids = np.random.default_rng(0).integers(0, 50277, 300)
     np.save(tmp_path / "train.npy", ids)
     flags = {
@@ -70,7 +72,7 @@ def test_an_array_of_ids_is_a_stream(tmp_path):
     assert (data.tokens.dtype, data.tokens.tolist(), len(data)) == (np.uint16, ids.tolist(), 1)
 
 
-def test_dummy_data_are_right_sums(tmp_path):
+def test_dummy_data(tmp_path):
     fit(TrainConfig(**FLAGS, data_type="dummy", proj_dir=str(tmp_path / "run")))
     words = json.loads((tmp_path / "run/vocab.json").read_text())
     assert set(words.values()) == set("0123456789+=.")
@@ -80,7 +82,7 @@ def test_dummy_data_are_right_sums(tmp_path):
     assert all(int(a) + int(b) == int(c) for a, b, c in (one.replace("+", "=").split("=") for one in sums))
 
 
-def test_a_stream_longer_than_an_index_can_count_is_several_documents(tmp_path, monkeypatch):
+def test_long_stream_is_split(tmp_path, monkeypatch):
     monkeypatch.setattr(binidx, "_MAX_DOCUMENT", 10)
     with binidx.writer(tmp_path / "d") as out:
         out.add_stream(np.arange(begin, end) for begin, end in ((0, 4), (4, 4), (4, 33), (33, 40)))
@@ -89,9 +91,11 @@ def test_a_stream_longer_than_an_index_can_count_is_several_documents(tmp_path, 
     assert list(data.sizes) == [10, 10, 10, 10]
 
 
-def test_processes_that_a_launcher_started_want_a_binidx(tmp_path, write_jsonl, monkeypatch):
+def test_no_conversion_under_launcher(tmp_path, write_jsonl, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")  # as torchrun sets it
-    with pytest.raises(UserError, match="text.jsonl: a launcher has started all processes.*scripts/convert.py"):
+    with pytest.raises(
+        UserError, match="text.jsonl: cannot be converted in a run started by a launcher.*scripts/convert.py"
+    ):
         fit(
             TrainConfig(
                 **FLAGS, devices=2, data_file=str(write_jsonl({"text": "x" * 99})), proj_dir=str(tmp_path / "run")
@@ -104,24 +108,24 @@ def test_processes_that_a_launcher_started_want_a_binidx(tmp_path, write_jsonl, 
     ("flags", "complaint"),
     [
         ({"data_type": "uint16"}, "uint16 is not one of binidx, numpy, .*--doc_training 1"),
-        ({"data_type": "wds_img"}, "images"),
+        ({"data_type": "wds_img"}, "image models"),
         ({"data_type": "utf8"}, "convert it"),
-        ({"data_type": "utf-8", "vocab_size": 50277}, "--vocab_size 50277, and .* has 3 different characters"),
+        ({"data_type": "utf-8", "vocab_size": 50277}, "--vocab_size 50277: .* has 3 different characters"),
         ({"data_type": "utf-16le"}, "is not utf-16le"),
         ({"data_type": "utf-8", "data_file": "none"}, "none: No such file"),
         ({"data_type": "utf-8", "data_file": ""}, "--data_file is missing"),
         ({"data_type": "numpy"}, "not a .npy file"),
-        ({"data_type": "utf-8", "my_pile_stage": 3}, "wants a binidx"),
+        ({"data_type": "utf-8", "my_pile_stage": 3}, "needs a binidx"),
     ],
     ids=str,
 )
-def test_what_cannot_be_read_is_refused(tmp_path, flags, complaint):
+def test_invalid_data(tmp_path, flags, complaint):
     (tmp_path / "t").write_bytes(b"abc" * 11)
     with pytest.raises(UserError, match=complaint):
         fit(TrainConfig(**{**FLAGS, "data_file": str(tmp_path / "t"), "proj_dir": str(tmp_path / "run"), **flags}))
     assert not (tmp_path / "run").exists()
     np.save(tmp_path / "two.npy", np.zeros((2, 2)))
-    with pytest.raises(UserError, match=r"holds float64 \[2, 2\]"):
+    with pytest.raises(UserError, match=r"an array of float64 \[2, 2\]"):
         fit(
             TrainConfig(**FLAGS, data_type="numpy", data_file=str(tmp_path / "two.npy"), proj_dir=str(tmp_path / "run"))
         )
@@ -140,18 +144,18 @@ NO_BINIDX = [
         {},
         "a .json file. .*--input '.*a b.json' --output_prefix '.*a b'; then give --data_file '.*a b_text_document'",
     ),
-    ("ids.npy", {}, "a NumPy file: give --data_type numpy"),
-    ("corpus", {}, "a file that is no binidx"),
+    ("ids.npy", {}, "a NumPy file: also give --data_type numpy"),
+    ("corpus", {}, "not a binidx"),
     ("folder/", {}, "a folder. Convert it first: .*--output_prefix \\S*folder; "),
-    ("sample", {"sample_text_document"}, "sample_text_document.idx is there: give --data_file .*sample_text_document"),
-    ("sample.bin", {"sample"}, r"without the ending: give --data_file \S*sample$"),
-    ("sample.idx", {"sample"}, r"without the ending: give --data_file \S*sample$"),
+    ("sample", {"sample_text_document"}, "sample_text_document.idx exists: use --data_file .*sample_text_document"),
+    ("sample.bin", {"sample"}, r"without .bin: --data_file \S*sample$"),
+    ("sample.idx", {"sample"}, r"without .idx: --data_file \S*sample$"),
     ("gone", {}, "no such data .*gone.idx: no such file"),
 ]
 
 
 @pytest.mark.parametrize(("name", "binidx_of", "words"), NO_BINIDX, ids=[case[0] for case in NO_BINIDX])
-def test_what_is_no_binidx_is_told_what_it_is_and_how_to_convert_it(name, binidx_of, words, make_data, tmp_path):
+def test_not_a_binidx(name, binidx_of, words, make_data, tmp_path):
     for prefix in binidx_of:
         make_data(100, name=prefix)
     if not binidx_of and name != "gone":
@@ -163,9 +167,7 @@ def test_what_is_no_binidx_is_told_what_it_is_and_how_to_convert_it(name, binidx
 
 @pytest.mark.parametrize("kind", ["jsonl", "sft", "JSON"])
 def test_the_kinds_of_other_trainers_are_answered(kind, tmp_path):
-    with pytest.raises(
-        UserError, match=f"--data_type {kind}: leave the flag out; a .jsonl file is recognised by its name"
-    ):
+    with pytest.raises(UserError, match=f"--data_type {kind}: omit the flag; a .jsonl file is recognised by its name"):
         fit(TrainConfig(**FLAGS, data_type=kind, data_file="mine.jsonl", proj_dir=str(tmp_path / "run")))
 
 
@@ -213,7 +215,7 @@ def broken(path):
 @pytest.mark.parametrize(
     "change", [other_file, edited, edited_in_place_with_size_and_time, broken], ids=lambda x: x.__name__
 )
-def test_a_source_that_is_not_what_the_run_was_made_from_is_refused(change, tmp_path):
+def test_changed_source(change, tmp_path):
     path, folder = tmp_path / "a.jsonl", tmp_path / "run"
     config = TrainConfig(**JSONL, data_file=jsonl(path, "document"), proj_dir=str(folder))
     fit(config)
@@ -235,27 +237,25 @@ def test_a_source_that_is_not_what_the_run_was_made_from_is_refused(change, tmp_
         assert run["data"]["prefix"] != str(folder / "data_text_document")
         assert any(line.startswith("data file: ") for line in run["changed"][0]["changes"])
         assert any(line.startswith("data (SHA-256, bytes)") for line in run["changed"][0]["changes"])
-        fit(changed(config, max_steps=3))  # continues with what was allowed
+        fit(changed(config, max_steps=3))  # continues with the changed source
     path.write_bytes(original)
     fit(changed(config, data_file=str(path), proj_dir=str(tmp_path / "same")))
     config = changed(config, data_file=str(path), max_steps=4, allow_changes=change is not broken)
-    fit(config)  # and with the original again, from its copy
+    fit(config)  # with the original again, from the run's copy
     assert json.loads((folder / "run.json").read_text())["data"]["prefix"] == str(folder / "data_text_document")
 
 
-def test_a_source_that_was_deleted_is_refused_and_its_copy_used_if_allowed(tmp_path, capsys):
+def test_deleted_source(tmp_path, capsys):
     path, folder = tmp_path / "a.jsonl", tmp_path / "run"
     config = TrainConfig(**JSONL, data_file=jsonl(path, "document"), proj_dir=str(folder))
     fit(config)
     (tmp_path / "copied.jsonl").write_bytes(path.read_bytes())
-    fit(
-        changed(config, max_steps=2, data_file=str(tmp_path / "copied.jsonl"))
-    )  # the same bytes elsewhere are the same data
+    fit(changed(config, max_steps=2, data_file=str(tmp_path / "copied.jsonl")))  # same content, another path
     with pytest.raises(UserError, match="gone.jsonl: no such file"):
         fit(changed(config, max_steps=3, data_file=str(tmp_path / "gone.jsonl"), allow_changes=True))
     (tmp_path / "copied.jsonl").unlink()
     config = changed(config, max_steps=3, data_file=str(tmp_path / "copied.jsonl"))
-    with pytest.raises(UserError, match="copied.jsonl: no such file; the run in .* was made from it.*--allow_changes"):
+    with pytest.raises(UserError, match="copied.jsonl: no such file; the run in .* used it.*--allow_changes"):
         fit(config)
     capsys.readouterr()
     fit(changed(config, allow_changes=True))
@@ -268,7 +268,7 @@ def test_a_source_that_was_deleted_is_refused_and_its_copy_used_if_allowed(tmp_p
 
 
 @pytest.mark.parametrize("kind", ["utf-8", "numpy"])
-def test_other_kinds_of_sources_are_compared_too(kind, tmp_path):
+def test_changed_text_or_numpy_source(kind, tmp_path):
     path = tmp_path / ("t.npy" if kind == "numpy" else "t.txt")
 
     def write(shift):
@@ -291,7 +291,7 @@ def test_other_kinds_of_sources_are_compared_too(kind, tmp_path):
         fit(changed(config, max_steps=2))
 
 
-def test_the_copy_of_a_run_is_made_again_if_it_was_deleted(tmp_path):
+def test_deleted_copy_rebuilt(tmp_path):
     config = TrainConfig(**JSONL, data_file=jsonl(tmp_path / "a.jsonl", "document"), proj_dir=str(tmp_path / "run"))
     fit(config)
     for path in (tmp_path / "run").glob("data*"):
@@ -301,16 +301,16 @@ def test_the_copy_of_a_run_is_made_again_if_it_was_deleted(tmp_path):
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-def test_a_refused_first_start_does_not_block_the_corrected_command(tmp_path):
+def test_start_after_failed_start(tmp_path):
     folder = tmp_path / "run"
     config = TrainConfig(**JSONL, data_file=jsonl(tmp_path / "a.jsonl", "document"), proj_dir=str(folder))
     with pytest.raises(UserError, match="one sample of ctx_len 5000 needs 5002"):
         fit(changed(config, ctx_len=5000))
     made = (folder / "data_text_document.bin").stat().st_mtime_ns
-    fit(config)  # with the copy that is there
+    fit(config)  # with the existing copy
     assert (folder / "data_text_document.bin").stat().st_mtime_ns == made
     other = changed(config, proj_dir=str(tmp_path / "other"), ctx_len=5000)
-    with pytest.raises(UserError, match="one context"):
+    with pytest.raises(UserError, match="one sample of ctx_len 5000"):
         fit(other)
     fit(changed(other, ctx_len=8, data_file=jsonl(tmp_path / "b.jsonl", "another")))  # other data after a refusal
     prefix = json.loads((tmp_path / "other/run.json").read_text())["data"]["prefix"]
@@ -320,7 +320,7 @@ def test_a_refused_first_start_does_not_block_the_corrected_command(tmp_path):
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
-def test_a_conversion_that_was_killed_anywhere_does_not_block_the_same_command(renames, tmp_path, root):
+def test_start_after_killed_conversion(renames, tmp_path, root):
     folder = tmp_path / "run"
     flags = {**JSONL, "data_file": jsonl(tmp_path / "a.jsonl", "document"), "proj_dir": str(folder)}
     (tmp_path / "site").mkdir()
@@ -332,7 +332,7 @@ def killed(old, new, **keywords):
     if not left[0]: os.killpg(0, 9)
     replace(old, new, **keywords)
 os.replace = killed
-""")  # wherever the conversion runs
+""")  # in whichever process the conversion runs
     program = f"from rwkv.config import TrainConfig; from rwkv.train.fit import fit; fit(TrainConfig(**{flags!r}))"
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -349,7 +349,7 @@ os.replace = killed
     assert losses(folder) == losses(tmp_path / "whole")
 
 
-def test_a_binidx_of_the_user_in_the_folder_is_left_alone(tmp_path, make_data):
+def test_binidx_of_user_kept(tmp_path, make_data):
     folder = tmp_path / "run"
     folder.mkdir()
     prefix = make_data(100, name="run/data_text_document")
@@ -359,7 +359,7 @@ def test_a_binidx_of_the_user_in_the_folder_is_left_alone(tmp_path, make_data):
     fit(changed(config, overwrite=True))
     fit(changed(config, overwrite=True, data_file=prefix))
     assert {path: content(folder)[path] for path in before} == before
-    assert not list(folder.glob("data-*"))  # the copy of the earlier run went
+    assert not list(folder.glob("data-*"))  # the copy of the earlier run was deleted
 
 
 def change_mask(prefix):
@@ -379,7 +379,7 @@ def other_documents(prefix):
     os.replace(f"{prefix}2.idx", f"{prefix}.idx")
 
 
-def test_mask_and_index_belong_to_the_data_of_a_run(make_data, tmp_path):
+def test_changed_mask_or_index(make_data, tmp_path):
     prefix = make_data(200)
     binidx.mask_path(prefix).write_bytes(bytes([0, 1] * 100))
     config = TrainConfig(**{**FLAGS, "vocab_size": 50}, data_file=prefix, proj_dir=str(tmp_path / "run"), max_steps=1)
@@ -399,7 +399,7 @@ def test_mask_and_index_belong_to_the_data_of_a_run(make_data, tmp_path):
     fit(changed(config, max_steps=2))
 
 
-def test_of_large_data_blocks_are_compared(make_data, tmp_path, monkeypatch):
+def test_large_data_hashed_in_blocks(make_data, tmp_path, monkeypatch):
     monkeypatch.setattr("rwkv.files._MAX_HASHED", 1000)
     prefix = make_data(100_000)
     config = TrainConfig(**{**FLAGS, "vocab_size": 50}, data_file=prefix, proj_dir=str(tmp_path / "run"), max_steps=1)

@@ -1,4 +1,4 @@
-"""What a run says at its start, held against a count of what it trains on."""
+"""The coverage that a run reports at its start, against a count of the training samples."""
 
 import itertools
 import re
@@ -24,7 +24,7 @@ def data(tmp_path):
 
 @pytest.mark.parametrize("flags", [{}, {"magic_prime": -1}, {"doc_training": 1}], ids=str)
 @pytest.mark.parametrize("count", [60, 400])
-def test_how_often_each_document_is_seen_is_what_is_counted(data, flags, count):
+def test_coverage_matches_count(data, flags, count):
     c = TrainConfig(ctx_len=CTX, micro_bsz=1, epoch_steps=count, epoch_count=1, **flags)
     training, _ = samples.make(c, data)
     seen = np.zeros(len(training.stream), int)
@@ -33,11 +33,11 @@ def test_how_often_each_document_is_seen_is_what_is_counted(data, flags, count):
         seen[begin + 1 : end] += 1  # targets
         seen[begin] += bool(flags.get("doc_training"))
     of_documents = [seen[begin:end].mean() for begin, end in itertools.pairwise(Stream(data).document_starts())]
-    said = report._coverage(training, count)
-    times = float(re.search(r"([\d.]+) pass", said)[1])
-    assert times == pytest.approx(np.mean(of_documents), rel=0.1)  # of 300 documents that are alike; two digits
+    printed = report._coverage(training, count)
+    times = float(re.search(r"([\d.]+) pass", printed)[1])
+    assert times == pytest.approx(np.mean(of_documents), rel=0.1)  # 300 similar documents; two digits printed
     if not flags:
-        missed = re.search(r"about (\d+)% of it is never used", said)
+        missed = re.search(r"about (\d+)% of it is never used", printed)
         assert (int(missed[1]) if missed else 0) == pytest.approx(100 * np.mean(seen == 0), abs=4)
     elif "magic_prime" in flags:
         assert seen.max() <= np.ceil(count / training.prime)

@@ -1,4 +1,6 @@
-"""A run that was stopped, however, goes on as if it never had: the same losses and the same weights, bit for bit."""
+"""A resumed run is bit-identical to an uninterrupted one, in losses and weights, however it was
+stopped.
+"""
 
 import json
 import os
@@ -50,7 +52,7 @@ def assert_same_run(folder, whole, name="rwkv-2.pth"):
 
 
 def make(kind, make_base, make_data, **flags):
-    """A config of full tuning or of LoRA, both with dropout, accumulation and warm-up."""
+    """A config of full tuning or LoRA, with dropout, accumulation and warmup."""
     common = {
         **FLAGS,
         "data_file": make_data(300),
@@ -69,23 +71,23 @@ def changed(config, **flags):
 
 
 @pytest.mark.parametrize("kind", ["lora", "all"])
-def test_stopped_at_every_step_and_started_again_is_the_run_that_never_stopped(kind, make_base, make_data, tmp_path):
+def test_resume_at_every_step(kind, make_base, make_data, tmp_path):
     config = make(kind, make_base, make_data, proj_dir=str(tmp_path / "whole"))
     fit(config)
-    for steps in range(1, 6):  # six steps in all, two an epoch
+    for steps in range(1, 6):  # six steps in total, two per epoch
         fit(changed(config, proj_dir=str(tmp_path / "run"), max_steps=steps))
-        torch.manual_seed(99)  # as another process begins
+        torch.manual_seed(99)  # as in a new process
         random.seed(99)
         np.random.seed(99)
     fit(changed(config, proj_dir=str(tmp_path / "run")))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     state = state_files.newest(tmp_path / "run")
     trained = read_tensors(tmp_path / "run/rwkv-2.pth").keys()
-    assert state.weights.keys() == state.optimizer.keys() == trained  # LoRA keeps what trains, and no more
+    assert state.weights.keys() == state.optimizer.keys() == trained  # trainable parameters only
     assert len(state_files.states(tmp_path / "run")) == 2
 
 
-def test_a_run_of_its_own_seed_goes_on_with_it(make_data, tmp_path):
+def test_resume_keeps_drawn_seed(make_data, tmp_path):
     config = TrainConfig(**FLAGS | NEW | {"random_seed": -1}, data_file=make_data(200), proj_dir=str(tmp_path / "run"))
     fit(changed(config, max_steps=5))
     fit(config)
@@ -94,19 +96,19 @@ def test_a_run_of_its_own_seed_goes_on_with_it(make_data, tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_more_epochs_go_on_where_fewer_ended(make_data, tmp_path, capsys):
+def test_more_epochs(make_data, tmp_path, capsys):
     config = TrainConfig(**FLAGS | NEW, data_file=make_data(200), proj_dir=str(tmp_path / "run"))
     fit(changed(config, epoch_count=1))
     fit(config)
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 13))
-    said = capsys.readouterr().out
-    assert "continuing from step 4: 8 steps left" in said
-    assert "--epoch_count changed from 1 to 3, so the learning rate jumps from" in said
+    printed = capsys.readouterr().out
+    assert "continuing from step 4: 8 steps left" in printed
+    assert "--epoch_count changed from 1 to 3, so the learning rate jumps from" in printed
     assert {path.name for path in (tmp_path / "run").glob("*.pth")} == {"rwkv-0.pth", "rwkv-2.pth"}
 
 
 def flip_a_bit(path):
-    """In the middle, where tensors lie."""
+    """Flip a bit in the middle, in a tensor."""
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
     path.write_bytes(raw)
@@ -117,20 +119,20 @@ def cut_short(path):
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_short])
-def test_a_damaged_newest_state_falls_back_loudly_to_the_one_before(damage, make_base, make_data, tmp_path, capsys):
+def test_corrupt_state_falls_back(damage, make_base, make_data, tmp_path, capsys):
     config = make("all", make_base, make_data, proj_dir=str(tmp_path / "run"), save_every=1)
     fit(changed(config, max_steps=4))
     newest = state_files.states(tmp_path / "run")[0]
     damage(newest)
     fit(config)
-    said = capsys.readouterr().out
-    assert f"{newest} is corrupt" in said
-    assert "continuing from step 3: " in said
+    printed = capsys.readouterr().out
+    assert f"{newest} is corrupt" in printed
+    assert "continuing from step 3: " in printed
     fit(changed(config, proj_dir=str(tmp_path / "whole")))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     for path in state_files.states(tmp_path / "run"):
         damage(path)
-    for _ in range(2):  # however often it is started, as a job that is restarted on failure
+    for _ in range(2):  # as a job that restarts on failure
         with pytest.raises(
             UserError, match=r"only corrupt training states \(resume/step-.*--load_model .*rwkv-2.pth --epoch_begin 3"
         ):
@@ -138,7 +140,7 @@ def test_a_damaged_newest_state_falls_back_loudly_to_the_one_before(damage, make
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_flags_and_data_that_change_the_run_are_refused_with_what_they_were(make_base, make_data, tmp_path):
+def test_changed_flags_and_data(make_base, make_data, tmp_path):
     config = make("lora", make_base, make_data, proj_dir=str(tmp_path / "run"))
     fit(changed(config, max_steps=2))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -154,35 +156,32 @@ def test_flags_and_data_that_change_the_run_are_refused_with_what_they_were(make
     assert {path: path.read_bytes() for path in before} == before
     shutil.copy(tmp_path / "data.bin", tmp_path / "moved.bin")
     shutil.copy(tmp_path / "data.idx", tmp_path / "moved.idx")
-    fit(
-        changed(config, data_file=str(tmp_path / "moved"), val_every=0, max_steps=3)
-    )  # the same bytes elsewhere are the same data
+    fit(changed(config, data_file=str(tmp_path / "moved"), val_every=0, max_steps=3))  # same content, another path
     fit(changed(config, lr_init=0.1, allow_changes=True, max_steps=4))
     run = json.loads((tmp_path / "run/run.json").read_text())
     assert run["changed"] == [{"after_step": 3, "changes": ["--lr_init: 0.001 → 0.1"]}]
 
 
-def test_the_same_batch_in_other_pieces_goes_on_with_the_same_data(make_base, make_data, tmp_path):
+def test_resume_with_other_micro_batch(make_base, make_data, tmp_path):
     config = make("all", make_base, make_data, magic_prime=-1, dropout=0.0)
-    pieces = {"micro_bsz": 4, "accumulate_grad_batches": 1, "epoch_steps": 2}
+    other = {"micro_bsz": 4, "accumulate_grad_batches": 1, "epoch_steps": 2}
     fit(changed(config, proj_dir=str(tmp_path / "whole")))
     fit(changed(config, proj_dir=str(tmp_path / "run"), max_steps=3))
-    fit(changed(config, proj_dir=str(tmp_path / "run"), **pieces))
+    fit(changed(config, proj_dir=str(tmp_path / "run"), **other))
     ours, theirs = losses(tmp_path / "run"), losses(tmp_path / "whole")
     assert [line[2:] for line in ours] == [line[2:] for line in theirs]
-    assert [line[1] for line in ours] == pytest.approx(
-        [line[1] for line in theirs], rel=1e-5
-    )  # fp32 sums in another order
+    # fp32, different summation order
+    assert [line[1] for line in ours] == pytest.approx([line[1] for line in theirs], rel=1e-5)
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_last_state(make_base, make_data, tmp_path, monkeypatch):
+def test_disk_full_keeps_last_state(make_base, make_data, tmp_path, monkeypatch):
     config = make("all", make_base, make_data, proj_dir=str(tmp_path / "run"), save_every=1)
-    room = files.reserve
+    reserve = files.reserve
 
     def full(file, size):
         if len(state_files.states(tmp_path / "run")) == 2:
             raise OSError(28, "No space left on device")
-        room(file, size)
+        reserve(file, size)
 
     monkeypatch.setattr(checkpoint, "reserve", full)
     with pytest.raises(UserError, match=r"rwkv-0.pth: no space left on the device; free some space .* run again"):
@@ -195,7 +194,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_state(make_base, make_data
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_disk_that_is_full_for_the_metrics_is_an_error_in_words_below_the_bar(make_base, make_data, tmp_path, root):
+def test_disk_full_for_metrics(make_base, make_data, tmp_path, root):
     config = make("all", make_base, make_data, proj_dir=str(tmp_path / "run"), epoch_steps=400)
     limit = "import resource, runpy, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     argv = command(root, config, save_every=1000, epoch_save=1000)
@@ -219,7 +218,7 @@ def command(root, config, **flags):
 
 
 def start_until(argv, folder, step):
-    """The process of a run, once it has made so many steps."""
+    """Start a run and return its process after `step` steps."""
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
     while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < step:
@@ -230,17 +229,17 @@ def start_until(argv, folder, step):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_signal_loses_no_step(number, status, make_base, make_data, tmp_path, root):
-    # long enough that the signal comes before the end
+def test_resume_after_signal(number, status, make_base, make_data, tmp_path, root):
+    # enough steps for the signal to arrive before the end
     config = make("lora", make_base, make_data, proj_dir=str(tmp_path / "run"), epoch_steps=400, save_every=5)
     process = start_until(command(root, config), tmp_path / "run", 8)
     process.send_signal(number)
-    said, errors = process.communicate(timeout=60)
+    printed, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
     made = lines(tmp_path / "run")[-1]["step"]
     assert made < 600
     if number != signal.SIGKILL:
-        assert f"stopped at step {made} of 600 and saved" in said
+        assert f"stopped at step {made} of 600 and saved" in printed
         assert (
             state_files.newest(tmp_path / "run").step == made == read_manifest(tmp_path / "run/rwkv-final.pth")["step"]
         )
@@ -251,11 +250,10 @@ def test_a_signal_loses_no_step(number, status, make_base, make_data, tmp_path, 
 
 
 @pytest.mark.parametrize("kind", ["lora", "all"])
-def test_a_second_process_in_the_folder_of_a_run_is_refused_and_nothing_is_lost(
-    kind, make_base, make_data, tmp_path, root
-):
+def test_second_process_in_folder(kind, make_base, make_data, tmp_path, root):
     config = make(kind, make_base, make_data, proj_dir=str(tmp_path / "run"), epoch_steps=400, save_every=5)
     process = start_until(command(root, config), tmp_path / "run", 8)
+    process.send_signal(signal.SIGSTOP)  # it holds the folder, however long the others take
     try:
         for flags in ({}, {"overwrite": True}, {"allow_changes": True, "lr_init": 1e-4}):
             done = subprocess.run(
@@ -270,15 +268,15 @@ def test_a_second_process_in_the_folder_of_a_run_is_refused_and_nothing_is_lost(
         process.communicate()
     made = lines(tmp_path / "run")[-1]["step"]
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, made + 1))
-    fit(changed(config, max_steps=made + 5))  # what the killed process left is no obstacle
+    fit(changed(config, max_steps=made + 5))  # despite files of the killed process
     fit(changed(config, proj_dir=str(tmp_path / "whole"), max_steps=made + 5))
     assert_same_run(tmp_path / "run", tmp_path / "whole", "rwkv-final.pth")
     assert not (tmp_path / "run/.lock").exists()
 
 
-def test_two_ranks_with_dropout_go_on_bit_for_bit(make_base, make_data, tmp_path, root):
+def test_resume_two_ranks(make_base, make_data, tmp_path, root):
     config = make("lora", make_base, make_data, devices=2, micro_bsz=1, epoch_steps=200, save_every=3, precision="bf16")
-    # One rank is told to end; both end after the same step.
+    # SIGTERM to one rank ends both after the same step.
     process = start_until(command(root, config, proj_dir=tmp_path / "run"), tmp_path / "run", 4)
     child = int(
         subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()[0]

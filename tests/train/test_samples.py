@@ -1,4 +1,4 @@
-"""What the flags for documents, masks and held-out data promise, in whole runs against plain computations."""
+"""Runs with documents, loss masks and validation data, against plain computations."""
 
 import itertools
 import json
@@ -22,12 +22,12 @@ from rwkv.train.fit import fit
 CTX = 12
 FLAGS = {"ctx_len": CTX, "micro_bsz": 3, "epoch_steps": 4, "epoch_count": 2, "random_seed": 1, "accelerator": "cpu"}
 FLAGS |= {"precision": "fp32"}
-STILL = {"lr_init": 0.0, "lr_final": 0.0}
+NO_UPDATE = {"lr_init": 0.0, "lr_final": 0.0}
 
 
 @pytest.fixture
 def documents(tmp_path):
-    """A binidx of 120 documents that end with 0, and a mask in which about half of the tokens count."""
+    """A binidx of 120 documents that end with 0, and a loss mask of about half of the tokens."""
     generator = torch.Generator().manual_seed(5)
     with writer(tmp_path / "d_text_document") as out:
         for _ in range(120):
@@ -45,7 +45,9 @@ def lines(folder):
 
 
 def plain_mean(model, items, reset: bool) -> tuple[float, int]:
-    """Mean cross-entropy over the counted targets, each document alone if reset: no operator knows of resets or masks here."""
+    """Mean cross-entropy over the masked targets and their number, computed without resets and
+    masks in the model; with `reset` each document separately.
+    """
     total = count = 0
     for x, y, counts, starts in items:
         edges = [0, *(t for t in range(1, len(x)) if reset and starts[t]), len(x)]
@@ -62,10 +64,10 @@ def plain_mean(model, items, reset: bool) -> tuple[float, int]:
 @pytest.mark.parametrize(
     "mode", [{}, {"doc_training": 1}, {"doc_training_seq": 1, "min_ctx_len": CTX}, {"magic_prime": -1}], ids=str
 )
-def test_the_loss_is_the_mean_over_counted_targets_of_documents_run_alone(make_base, documents, tmp_path, mode, reset):
+def test_loss_is_mean_over_masked_targets(make_base, documents, tmp_path, mode, reset):
     base = make_base()
     config = TrainConfig(
-        **FLAGS | STILL,
+        **FLAGS | NO_UPDATE,
         **mode,
         doc_reset=reset,
         load_model=str(base),
@@ -77,14 +79,14 @@ def test_the_loss_is_the_mean_over_counted_targets_of_documents_run_alone(make_b
     data, _ = samples.make(config, Dataset(documents))
     for step, line in enumerate(lines(tmp_path / "run")):
         expected, count = plain_mean(load_model(base), [data[i] for i in range(3 * step, 3 * step + 3)], bool(reset))
-        assert line["loss"] == pytest.approx(expected, rel=1e-5)  # fp32, sums in another order
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)  # fp32, different summation order
         assert line["targets"] == count
 
 
-def test_a_held_out_loss_is_that_of_the_held_out_documents(make_base, documents, tmp_path):
+def test_validation_loss(make_base, documents, tmp_path):
     base = make_base()
     config = TrainConfig(
-        **FLAGS | STILL,
+        **FLAGS | NO_UPDATE,
         load_model=str(base),
         data_file=documents,
         proj_dir=str(tmp_path / "run"),
@@ -99,14 +101,14 @@ def test_a_held_out_loss_is_that_of_the_held_out_documents(make_base, documents,
     items = [tuple(map(torch.from_numpy, (p.ids[:-1], p.ids[1:], p.loss_mask[1:], p.starts[:-1]))) for p in contexts]
     expected, _ = plain_mean(load_model(base), items, False)
     found = {line["step"]: line["val_loss"] for line in lines(tmp_path / "run") if "val_loss" in line}
-    assert list(found) == [3, 4, 6, 8]  # every third, and the ends of epochs
+    assert list(found) == [3, 4, 6, 8]  # every third step, and ends of epochs
     assert list(found.values()) == pytest.approx([expected] * 4, rel=1e-5)
     assert result.val_loss == found[8]
 
 
 @pytest.fixture
 def other(tmp_path, documents):
-    """Further documents as a validation set, their mask another."""
+    """Other documents with another loss mask, as a validation set."""
     generator = torch.Generator().manual_seed(6)
     with writer(tmp_path / "v_text_document") as out:
         for length in range(2, CTX + 2):
@@ -117,10 +119,10 @@ def other(tmp_path, documents):
 
 
 @pytest.mark.parametrize("mode", [{}, {"doc_training": 1, "doc_reset": 1}], ids=str)
-def test_a_validation_file_is_read_as_the_data_are_and_changes_no_step(make_base, documents, other, tmp_path, mode):
+def test_val_file(make_base, documents, other, tmp_path, mode):
     base = make_base()
     flags = FLAGS | mode | {"load_model": str(base), "data_file": documents, "val_samples": 0}
-    config = TrainConfig(**flags | STILL, val_file=other, val_every=3, proj_dir=str(tmp_path / "run"))
+    config = TrainConfig(**flags | NO_UPDATE, val_file=other, val_every=3, proj_dir=str(tmp_path / "run"))
     result = fit(config)
     _, held_out = samples.make(config, Dataset(documents), Dataset(other))
     expected, _ = plain_mean(load_model(base), [held_out[i] for i in range(len(held_out))], bool(mode))
@@ -134,7 +136,7 @@ def test_a_validation_file_is_read_as_the_data_are_and_changes_no_step(make_base
     assert all(torch.equal(without[key], given[key]) for key in without)
 
 
-def test_another_validation_file_is_seen_when_a_run_is_resumed(make_base, documents, other, tmp_path):
+def test_changed_val_file(make_base, documents, other, tmp_path):
     flags = FLAGS | {
         "load_model": str(make_base()),
         "data_file": documents,
@@ -147,26 +149,26 @@ def test_another_validation_file_is_seen_when_a_run_is_resumed(make_base, docume
     for path in tmp_path.glob("v_text_document*"):
         (moved / path.name).write_bytes(path.read_bytes())
     flags["val_file"] = str(moved / "v_text_document")
-    fit(TrainConfig(**flags, max_steps=4))  # the same in another place
+    fit(TrainConfig(**flags, max_steps=4))  # same content, another path
     ids = (moved / "v_text_document.bin").read_bytes()
     (moved / "v_text_document.bin").write_bytes(ids[:-4] + b"\1\0\0\0")
     with pytest.raises(UserError, match="validation set"):
         fit(TrainConfig(**flags, max_steps=6))
-    fit(TrainConfig(**flags | {"val_file": ""}, max_steps=6))  # no step depends on it
+    fit(TrainConfig(**flags | {"val_file": ""}, max_steps=6))  # allowed: training does not depend on it
 
 
-def test_a_validation_file_that_cannot_serve_is_refused(make_base, documents, make_data, tmp_path):
+def test_invalid_val_file(make_base, documents, make_data, tmp_path):
     flags = FLAGS | {"load_model": str(make_base()), "data_file": documents, "proj_dir": str(tmp_path / "run")}
-    with pytest.raises(UserError, match="is --data_file: its loss would be that of training"):
+    with pytest.raises(UserError, match="is the training data"):
         fit(TrainConfig(**flags, val_file=documents))
     with pytest.raises(UserError, match=r"--val_file .*short: the data has 9 tokens"):
         fit(TrainConfig(**flags, val_file=make_data(9, name="short")))
-    with pytest.raises(UserError, match=r"large\.bin: token id \d+, and the model has a vocabulary of 50"):
+    with pytest.raises(UserError, match=r"large\.bin: token id \d+ is outside the model's vocabulary of 50"):
         fit(TrainConfig(**flags, val_file=make_data(90, vocab=900, name="large")))
     assert not (tmp_path / "run").exists()
 
 
-def test_no_training_sample_holds_a_held_out_document(documents):
+def test_training_and_validation_disjoint(documents):
     config = TrainConfig(**FLAGS, data_file=documents, val_split=0.2, doc_training=1)
     training, held = samples.make(config, Dataset(documents))
     seen = [
@@ -178,7 +180,7 @@ def test_no_training_sample_holds_a_held_out_document(documents):
     assert not seen[0] & seen[1]
 
 
-def test_watching_the_held_out_loss_changes_no_bit_of_a_run(make_base, documents, tmp_path):
+def test_validation_does_not_affect_training(make_base, documents, tmp_path):
     common = {**FLAGS, "load_model": str(make_base()), "data_file": documents, "lora_dropout": 0.3, "val_split": 0.2}
     runs = [
         fit(LoRAConfig(**common, proj_dir=str(tmp_path / f"{every}"), val_every=every)).checkpoint for every in (0, 1)
@@ -187,7 +189,7 @@ def test_watching_the_held_out_loss_changes_no_bit_of_a_run(make_base, documents
     assert all(torch.equal(once[key], often[key]) for key in once)
 
 
-def test_two_processes_weigh_their_counted_targets_as_one_with_twice_the_batch(make_base, documents, tmp_path, root):
+def test_two_processes_match_one_with_masked_targets(make_base, documents, tmp_path, root):
     base = make_base()
     flags = {
         "load_model": base,
@@ -216,12 +218,11 @@ def test_two_processes_weigh_their_counted_targets_as_one_with_twice_the_batch(m
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-5), key
     weights = [read_tensors(tmp_path / name / "rwkv-0.pth") for name in ("one", "two")]
     for key in weights[0]:
-        torch.testing.assert_close(
-            weights[0][key], weights[1][key], rtol=1e-4, atol=1e-5, msg=key
-        )  # fp32 means in another order, through Adam
+        # fp32 means in different order, then Adam
+        torch.testing.assert_close(weights[0][key], weights[1][key], rtol=1e-4, atol=1e-5, msg=key)
 
 
-def test_a_step_without_a_counted_target_moves_nothing_and_goes_on(make_base, documents, tmp_path):
+def test_step_without_targets(make_base, documents, tmp_path):
     tokens = len(Dataset(documents).tokens)
     mask_path(documents).write_bytes(bytes(tokens - 1) + b"\1")
     base = make_base()
@@ -251,7 +252,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("flags", "complaint"), REFUSED)
-def test_flags_that_cannot_be_are_refused_before_the_first_step(documents, tmp_path, flags, complaint):
+def test_invalid_flags(documents, tmp_path, flags, complaint):
     with pytest.raises(UserError, match=complaint):
         fit(
             TrainConfig(
@@ -269,13 +270,13 @@ def test_flags_that_cannot_be_are_refused_before_the_first_step(documents, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mask_of_zeros_is_refused(documents, tmp_path):
+def test_all_zero_mask(documents, tmp_path):
     mask_path(documents).write_bytes(bytes(len(Dataset(documents).tokens)))
-    with pytest.raises(UserError, match="no token of the data counts in the loss: the mask beside the tokens is all 0"):
+    with pytest.raises(UserError, match="no token of the data contributes to the loss: its loss mask is all 0"):
         samples.make(TrainConfig(**FLAGS, data_file=documents), Dataset(documents))
 
 
-def test_a_mask_of_zeros_is_explained_by_the_roles_of_the_data(write_jsonl):
+def test_all_zero_mask_names_roles(write_jsonl):
     questions = write_jsonl(*({"messages": [{"role": "用户", "content": f"what is {i}?"}]} for i in range(9)))
     prefix = convert(ConvertConfig(input=str(questions), workers=1)).pairs[0][0]
     with pytest.raises(UserError, match=r"all 0, no message has the role assistant \(found: user 9\)"):

@@ -1,4 +1,4 @@
-"""What a LoRA run starts from: a new base that is kept, adapters with fewer parts or other ones."""
+"""What a LoRA run starts from: a new base that is saved, or adapters with fewer or other parts."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ NEW = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, "lora_parts": "att,ffn"}
 
 @pytest.fixture
 def config(make_data, tmp_path):
-    """LoRA on a new base."""
+    """Config of LoRA on a new base."""
     return LoRAConfig(**TUNE, **NEW, data_file=make_data(300), proj_dir=str(tmp_path / "run"))
 
 
@@ -40,8 +40,10 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_resumed_run_trains_on_the_base_in_its_file(config, tmp_path, monkeypatch):
-    """Initialised again it could be another: orthogonal matrices depend on the machine's LAPACK."""
+def test_resume_uses_saved_base(config, tmp_path, monkeypatch):
+    """Initialising again could give another base: orthogonal matrices depend on the machine's
+    LAPACK.
+    """
     fit(changed(config, proj_dir=str(tmp_path / "whole")))
     fit(changed(config, max_steps=5))
     base = sha256(tmp_path / "run/rwkv-base.pth")
@@ -63,23 +65,23 @@ def test_a_resumed_run_trains_on_the_base_in_its_file(config, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("wrong", ["replaced", "missing"])
-def test_a_base_that_was_replaced_or_is_missing_is_refused(config, tmp_path, make_model, wrong):
+def test_replaced_or_missing_base(config, tmp_path, make_model, wrong):
     fit(changed(config, max_steps=5))
     path = tmp_path / "run/rwkv-base.pth"
-    kept = path.read_bytes()
+    original = path.read_bytes()
     if wrong == "missing":
         path.unlink()
     else:
         checkpoint.save_model(path, make_model(seed=7), {})
     with pytest.raises(
-        UserError, match=r"base model \(SHA-256\)" if wrong == "replaced" else "rwkv-base.pth: missing; .* Put it back"
+        UserError, match=r"base model \(SHA-256\)" if wrong == "replaced" else "rwkv-base.pth: missing; .* Restore it"
     ):
         fit(config)
-    path.write_bytes(kept)
+    path.write_bytes(original)
     assert fit(config).steps == 8
 
 
-def test_a_run_that_did_not_record_its_base_resumes(config, tmp_path):
+def test_resume_without_recorded_base(config, tmp_path):
     fit(changed(config, max_steps=5))
     run = json.loads((tmp_path / "run/run.json").read_text())
     (tmp_path / "run/run.json").write_text(json.dumps(run | {"base": None}))
@@ -91,7 +93,7 @@ def test_a_run_that_did_not_record_its_base_resumes(config, tmp_path):
 
 @pytest.fixture
 def tuned(make_base, make_data, tmp_path):
-    """Flags of LoRA on a base that exists, and what makes an adapter with some of them."""
+    """Flags of LoRA on an existing base, and a function that trains an adapter."""
     common = TUNE | {"load_model": str(make_base()), "data_file": make_data(300), "lora_dropout": 0.0}
 
     def make(name, **flags):
@@ -110,7 +112,7 @@ def tuned(make_base, make_data, tmp_path):
         ("att", "att"),
     ],
 )
-def test_an_adapter_with_fewer_parts_is_continued_and_the_rest_starts_from_the_base(tuned, fewer, more):
+def test_lora_load_with_fewer_parts(tuned, fewer, more):
     common, make = tuned
     adapter = make("few", lora_parts=fewer).checkpoint
     result = make("more", lora_parts=more, lora_load=str(adapter), lr_init=0.0, lr_final=0.0, max_steps=1)
@@ -128,23 +130,23 @@ REFUSED = [
     (
         {"lora_parts": "att,ffn,time"},
         {"lora_parts": "att,ln"},
-        r"parts that --lora_parts att,ln does not have \(ffn.key, .*time\).* Give --lora_parts att,ffn,time or",
+        r"parts that --lora_parts att,ln lacks \(ffn.key, .*time\).* Use --lora_parts att,ffn,time or",
     ),
     (
         {"lora_r": 8},
         {"lora_r": 4},
-        "has rank 8, and --lora_r is 4; a rank cannot be changed. Give --lora_r 8, or merge it .*merge_lora.py",
+        "has rank 8, but --lora_r is 4; the rank cannot be changed. Use --lora_r 8, or merge it .*merge_lora.py",
     ),
     (
         {"lora_alpha": 32},
         {"lora_alpha": 16},
-        "was trained with alpha 32, and --lora_alpha is 16, .* by 0.5. Give --lora_alpha 32, or merge it",
+        "was trained with alpha 32, but --lora_alpha is 16, .* by 0.5. Use --lora_alpha 32, or merge it",
     ),
 ]
 
 
 @pytest.mark.parametrize(("first", "then", "complaint"), REFUSED)
-def test_an_adapter_that_cannot_be_continued_is_refused_with_what_to_do(tuned, tmp_path, first, then, complaint):
+def test_incompatible_adapter(tuned, tmp_path, first, then, complaint):
     _, make = tuned
     adapter = make("a", **first).checkpoint
     with pytest.raises(UserError, match=complaint):
@@ -152,7 +154,7 @@ def test_an_adapter_that_cannot_be_continued_is_refused_with_what_to_do(tuned, t
     assert not (tmp_path / "b").exists()
 
 
-def test_an_adapter_that_lacks_a_tensor_of_its_own_parts_is_refused(tuned, tmp_path):
+def test_incomplete_adapter(tuned, tmp_path):
     _, make = tuned
     adapter = make("a", lora_parts="att,ln").checkpoint
     tensors = read_tensors(adapter)

@@ -1,4 +1,4 @@
-"""Upstream's stages of pretraining, as reference/upstream.md describes them: each number here is worked out by hand."""
+"""Upstream's pretraining stages; expected values are computed by hand from upstream's rules."""
 
 import json
 import math
@@ -13,7 +13,8 @@ from rwkv.train import stages
 from rwkv.train.fit import fit
 from rwkv.train.loop import optimizer
 
-# 81000 tokens hold 80999 contexts of one; the largest prime below that leaves 2 when divided by 3, and 40320 goes into it twice
+# 81000 tokens have 80999 contexts of length 1; magic_prime is the largest prime below with
+# remainder 2 modulo 3, and an epoch of 40320 samples fits twice
 FLAGS = {
     "ctx_len": 1,
     "micro_bsz": 4032,
@@ -33,8 +34,9 @@ def flags(make_data, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_stage_1_takes_the_flags_of_the_training_that_follows(flags, tmp_path, precision):
-    # as RWKV-LM's demo-training-prepare.sh types it: nothing is trained, so that neither DeepSpeed nor a GPU is needed
+def test_stage_1_ignores_training_flags(flags, tmp_path, precision):
+    # as in RWKV-LM's demo-training-prepare.sh: nothing is trained, so neither DeepSpeed nor a GPU
+    # is needed
     fit(
         TrainConfig(
             **flags | {"strategy": "deepspeed_stage_2", "precision": precision, "accelerator": "gpu"}, my_pile_stage=1
@@ -43,11 +45,11 @@ def test_stage_1_takes_the_flags_of_the_training_that_follows(flags, tmp_path, p
     assert (tmp_path / "run/rwkv-init.pth").is_file()
 
 
-def test_the_stages_in_a_row(flags, tmp_path):
+def test_stages_in_sequence(flags, tmp_path):
     fit(TrainConfig(**flags, my_pile_stage=1))
     new = read_tensors(tmp_path / "run/rwkv-init.pth")
     assert not new["blocks.0.att.key.weight"].any()  # upstream's rule
-    with pytest.raises(UserError, match="rwkv-init.pth exists already"):
+    with pytest.raises(UserError, match="rwkv-init.pth already exists"):
         fit(TrainConfig(**flags, my_pile_stage=1))
     assert fit(TrainConfig(**flags, my_pile_stage=3)).steps == 20
     run = json.loads((tmp_path / "run/run.json").read_text())["flags"]
@@ -60,30 +62,31 @@ def test_the_stages_in_a_row(flags, tmp_path):
     assert {path.name for path in (tmp_path / "run").glob("*.pth")} == {"rwkv-init.pth", "rwkv-0.pth", "rwkv-1.pth"}
 
 
-def test_a_stage_goes_on_exactly_and_from_upstreams_files(flags, tmp_path):
+def test_resume_stage(flags, tmp_path):
     fit(TrainConfig(**flags, my_pile_stage=1))
     fit(TrainConfig(**flags, my_pile_stage=3, max_steps=13))
     whole = tmp_path / "whole"
     whole.mkdir()
     (whole / "rwkv-init.pth").write_bytes((tmp_path / "run/rwkv-init.pth").read_bytes())
-    assert fit(TrainConfig(**flags, my_pile_stage=3)).steps == 20  # at step 13, though rwkv-0.pth is there
+    assert fit(TrainConfig(**flags, my_pile_stage=3)).steps == 20  # from step 13, although rwkv-0.pth exists
     fit(TrainConfig(**flags | {"proj_dir": str(whole)}, my_pile_stage=3))
     ours, theirs = (read_tensors(folder / "rwkv-1.pth") for folder in (tmp_path / "run", whole))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    bare = tmp_path / "bare"  # what upstream leaves
+    bare = tmp_path / "bare"  # as left by upstream
     bare.mkdir()
     (bare / "rwkv-0.pth").write_bytes((whole / "rwkv-0.pth").read_bytes())
     (bare / "rwkv-1.pth").write_bytes((whole / "rwkv-1.pth").read_bytes()[:-50])
     for stage, warmup in ((2, 10), (3, 30)):
         found = stages.apply(TrainConfig(**flags | {"proj_dir": str(bare)}, my_pile_stage=stage))
         assert (found.load_model, found.epoch_begin, found.warmup_steps) == (str(bare / "rwkv-0.pth"), 1, warmup)
-    assert (
-        stages.apply(TrainConfig(**flags | {"proj_dir": str(bare)}, my_pile_stage=4)).magic_prime == 0
-    )  # at random places
+    # random sampling
+    assert stages.apply(TrainConfig(**flags | {"proj_dir": str(bare)}, my_pile_stage=4)).magic_prime == 0
 
 
 def stretched(old, n):
-    """upstream's: number i of n stands at i · m/n of m, between two it is linear, from the last on it is the last."""
+    """Upstream's resizing from m to n elements: element i is interpolated linearly at position i ·
+    m/n, clamped to the last.
+    """
     found = []
     for i in range(n):
         place = i / n * len(old)
@@ -94,7 +97,7 @@ def stretched(old, n):
     return torch.stack(found)
 
 
-def test_stage_1_stretches_the_weights_of_load_model(flags, make_base, make_model, tmp_path):
+def test_stage_1_resizes_load_model(flags, make_base, make_model, tmp_path):
     base = make_base(n_embd=8)
     fit(TrainConfig(**flags | {"vocab_size": 70, "n_layer": 3}, my_pile_stage=1, load_model=str(base)))
     old, new = read_tensors(base), read_tensors(tmp_path / "run/rwkv-init.pth")
@@ -102,7 +105,7 @@ def test_stage_1_stretches_the_weights_of_load_model(flags, make_base, make_mode
         torch.testing.assert_close(new[name], stretched(old[name], 70))
     assert all(torch.equal(new[name], old[name]) for name in old if name not in ("emb.weight", "head.weight"))
     assert not new["blocks.2.att.output.weight"].any()  # new, by upstream's rule
-    # vectors grow: of a model without matrices that would have to
+    # vectors of another width, which only a model without matrices of that width allows
     grown = make_model(n_embd=8, vocab_size=50, dim_att=12)
     vectors = {name: x for name, x in old.items() if "time_decay" in name or name == "ln_out.bias"}
     torch.save(vectors, tmp_path / "vectors.pth")
@@ -112,33 +115,42 @@ def test_stage_1_stretches_the_weights_of_load_model(flags, make_base, make_mode
 
 
 @pytest.mark.parametrize(
-    ("other", "complaint"), [({"n_layer": 1}, "blocks.1.* is not in a model"), ({"n_embd": 16}, "only vectors and")]
+    ("other", "complaint"),
+    [({"n_layer": 1}, "a model of these sizes has no blocks.1."), ({"n_embd": 16}, "only vectors and")],
 )
-def test_what_cannot_be_stretched_is_refused(flags, make_base, tmp_path, other, complaint):
+def test_stage_1_size_mismatch(flags, make_base, tmp_path, other, complaint):
     with pytest.raises(UserError, match=complaint):
         fit(TrainConfig(**flags | other, my_pile_stage=1, load_model=str(make_base(n_embd=8))))
     assert not (tmp_path / "run/rwkv-init.pth").exists()
 
 
-def test_load_partial_begins_anew_what_the_checkpoint_lacks(flags, make_base, tmp_path):
-    base, still = (
+def test_load_partial(flags, make_base, tmp_path):
+    base, no_update = (
         make_base(n_embd=8),
         {"ctx_len": 8, "micro_bsz": 2, "epoch_steps": 1, "epoch_count": 1, "lr_init": 0.0, "lr_final": 0.0},
     )
-    grown = {**flags, **still, "n_layer": 4, "n_embd": 0, "vocab_size": 0, "load_model": str(base), "load_partial": 1}
+    grown = {
+        **flags,
+        **no_update,
+        "n_layer": 4,
+        "n_embd": 0,
+        "vocab_size": 0,
+        "load_model": str(base),
+        "load_partial": 1,
+    }
     result = fit(TrainConfig(**grown))
     old, new = read_tensors(base), read_tensors(result.checkpoint)
     assert all(torch.equal(new[name], old[name]) for name in old)
     assert {name.split(".")[1] for name in new.keys() - old.keys()} == {"2", "3"}
     as_before = fit(TrainConfig(**grown | {"n_layer": 0, "load_partial": 0, "proj_dir": str(tmp_path / "before")}))
-    assert result.first_loss == pytest.approx(as_before.first_loss, rel=1e-6)  # new layers pass on what they are given
-    with pytest.raises(UserError, match="misshapen"):
+    assert result.first_loss == pytest.approx(as_before.first_loss, rel=1e-6)  # new layers start as identity
+    with pytest.raises(UserError, match="wrong shape"):
         fit(TrainConfig(**grown | {"n_embd": 16, "proj_dir": str(tmp_path / "wide")}))
     with pytest.raises(UserError, match="--load_partial 1 completes --load_model"):
         fit(TrainConfig(**grown | {"load_model": "", "proj_dir": str(tmp_path / "none")}))
 
 
-def test_stage_2_learns_what_is_called_time_five_times_as_fast(make_model):
+def test_stage_2_lr_of_time_parameters(make_model):
     found = {
         name: g["lr_scale"] for g in optimizer.groups(make_model(), TrainConfig(my_pile_stage=2)) for name in g["names"]
     }
@@ -146,26 +158,26 @@ def test_stage_2_learns_what_is_called_time_five_times_as_fast(make_model):
 
 
 REFUSED = [
-    ({"micro_bsz": 11}, "cannot be divided by a batch of 11; the nearest --micro_bsz is 10"),
-    ({"ctx_len": 4}, "has 20249 contexts of 4"),
-    ({}, "no rwkv-init.pth or rwkv-N.pth in .*; make one with --my_pile_stage 1"),
+    ({"micro_bsz": 11}, "are not divisible by the batch size 11; the nearest --micro_bsz is 10"),
+    ({"ctx_len": 4}, "has only 20249 contexts of 4"),
+    ({}, "no rwkv-init.pth or rwkv-N.pth in .*; create one with --my_pile_stage 1"),
 ]
 
 
 @pytest.mark.parametrize(("other", "complaint"), REFUSED)
-def test_what_a_stage_cannot_do_is_refused(flags, other, complaint):
+def test_invalid_stage_flags(flags, other, complaint):
     with pytest.raises(UserError, match=complaint):
         fit(TrainConfig(**flags | other, my_pile_stage=3))
-    with pytest.raises(UserError, match="belongs to pretraining"):
+    with pytest.raises(UserError, match="is for pretraining"):
         fit(LoRAConfig(**flags | other, my_pile_stage=3))
 
 
-def test_finetune_finds_the_checkpoint_of_a_stage_in_the_folder(flags, script, tmp_path):
-    """As upstream: --load_model is not needed, and the newest rwkv-N.pth is taken."""
+def test_finetune_finds_stage_checkpoint(flags, script, tmp_path):
+    """As upstream: --load_model is not needed, and the newest rwkv-N.pth is loaded."""
     fit(TrainConfig(**flags, my_pile_stage=1))
     words = [str(word) for key, value in (flags | {"max_steps": 1}).items() for word in (f"--{key}", value)]
     script("finetune.py", *words, "--my_pile_stage", "3")
     run = json.loads((tmp_path / "run/run.json").read_text())["flags"]
     assert run["load_model"].endswith("rwkv-init.pth")
     done = script("finetune.py", *words, status=1)
-    assert "tuning needs a model to start from" in done.stderr
+    assert "full tuning needs a model: pass --load_model" in done.stderr

@@ -1,6 +1,8 @@
-"""The equivalence gate: every strategy, with two processes, makes the steps that one process makes with the same global batch.
+"""Every strategy, with two processes, takes the same steps as one process with the same global
+batch.
 
-All runs of two processes share one pair of processes (ranks.py). DeepSpeed 0.7.0, which trains on GPUs only, gets a stand-in for them (cuda_on_cpu.py).
+All runs of two processes share one pair of processes (run_trainings.py). DeepSpeed 0.7.0, which
+trains on GPUs only, uses a fake GPU (cuda_on_cpu.py).
 """
 
 import json
@@ -23,15 +25,16 @@ from rwkv.train.fit import fit
 from rwkv.train.runtime import strategy
 
 STRATEGIES = ["ddp", *(name for name in strategy.ZEROS if name != "deepspeed")]
-TOLERANCE = 1e-5  # fp32: sums run in another order; seen are 2e-7
+TOLERANCE = 1e-5  # fp32, different summation order; measured 2e-7
 STEPS = 6
 
-# Two kinds of runs, as each hides an error of the other's: a gradient of the wrong size does not show where it is clipped to a given norm anyway
-# (Adam would not show it either, but for its ε), and clipping by the wrong norm not where nothing is clipped.
+# Two kinds of runs, as each hides some errors: with clipping a wrong gradient scale has no effect
+# (with Adam only through ε), and without clipping a wrong norm has none.
 CLIPPED = {"grad_clip": 0.1}
 SCALED = {"grad_clip": 0.0, "adam_eps": 1e-2}
 LORA = {"grad_clip": 0.1, "lora_dropout": 0.0, "lora_r": 4}
-# Ranks and micro-batches have differently many targets, and a validation set of 3 samples leaves one rank without.
+# Target counts differ between ranks and micro-batches, and 3 validation samples leave one rank
+# without a last batch.
 DOCUMENTS = {"doc_training": 1, "doc_reset": 1, "val_split": 0.2, "val_every": 2, "val_samples": 3, "magic_prime": 0}
 ALONE = {  # one process
     "clipped": ("full", {"micro_bsz": 4, **CLIPPED}),
@@ -40,12 +43,12 @@ ALONE = {  # one process
     "lora": ("lora", {"micro_bsz": 4, **LORA}),
     "documents": ("full", {"micro_bsz": 4, **CLIPPED, **DOCUMENTS}),
 }
-PAIRED = {  # two processes: what they are like, kind, flags
+PAIRED = {  # two processes: the run of ALONE that they match, kind, flags
     "full": ("clipped", "full", {"micro_bsz": 2, **CLIPPED}),
     "accumulated": ("scaled", "full", {"micro_bsz": 1, "accumulate_grad_batches": 2, **SCALED}),
     "lora with gradient checkpointing": ("lora", "lora", {"micro_bsz": 2, "grad_cp": 1, **LORA}),
     "documents": ("documents", "full", {"micro_bsz": 1, "accumulate_grad_batches": 2, **CLIPPED, **DOCUMENTS}),
-    "pieces": ("clipped", "full", {"micro_bsz": 2, "tbptt_len": 3, "exact": True, **CLIPPED}),
+    "chunks": ("clipped", "full", {"micro_bsz": 2, "tbptt_len": 3, "exact": True, **CLIPPED}),
     "gradient checkpointing": ("clipped", "full", {"micro_bsz": 2, "grad_cp": 1, **CLIPPED}),
 }
 EVERYWHERE = ["full", "accumulated", "lora with gradient checkpointing"]
@@ -54,9 +57,9 @@ CASES = sorted(
     for name in STRATEGIES
     for case in PAIRED
     if case in EVERYWHERE
-    or (name in ("ddp", "deepspeed_stage_2", "deepspeed_stage_3") and (name, case) != ("deepspeed_stage_3", "pieces"))
+    or (name in ("ddp", "deepspeed_stage_2", "deepspeed_stage_3") and (name, case) != ("deepspeed_stage_3", "chunks"))
 )
-CHANGED = [  # the strategy of the first three steps, and that of the others; "one" is one process
+CHANGED = [  # the strategies of the first three and of the other steps; "one" is one process
     (before, after)
     for before, after in [
         ("one", "ddp"),
@@ -79,11 +82,11 @@ SPOILED = {  # a gradient of the third step is multiplied
     "inf in fp16, stage 2 offload": ("deepspeed_stage_2_offload", "lora", "fp16", math.inf),
     "inf in fp16, stage 3": ("deepspeed_stage_3", "full", "fp16", math.inf),
 }
-SOLO = {  # DeepSpeed on one GPU
+SOLO = {  # DeepSpeed with one process
     "deepspeed_stage_1": ("full", {}),
     "deepspeed_stage_2": ("full", {"ds_config": "all_reduce.json"}),
     "deepspeed_stage_2_offload": ("lora", {}),
-    "deepspeed_stage_3": ("full", {"grad_cp": 1, "ds_config": ""}),  # small weights stay gathered, as is the default
+    "deepspeed_stage_3": ("full", {"grad_cp": 1, "ds_config": ""}),  # small parameters stay gathered, the default
 }
 LOW = [
     name for name in ("deepspeed_stage_1", "deepspeed_stage_2_offload", "deepspeed_stage_3") if name in STRATEGIES
@@ -92,7 +95,7 @@ LOW = [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, make_model) -> Path:
-    """The folder in which all runs lie, by name."""
+    """Run all trainings; returns the folder with a subfolder per run."""
     folder = tmp_path_factory.mktemp("strategies")
     checkpoint.save_model(folder / "base.pth", make_model(), {})
     generator = torch.Generator().manual_seed(0)
@@ -129,21 +132,28 @@ def runs(tmp_path_factory, make_model) -> Path:
     paired, ends = [], []
     for name, case in CASES:
         _, kind, own = PAIRED[case]
-        paired.append([kind, flags(f"{name}, {case}", {**own, **spread(name, folder)})])
+        paired.append([kind, flags(f"{name}, {case}", {**own, **process_flags(name, folder)})])
     for kind, own in (("full", CLIPPED), ("lora", LORA)):
         paired += [
-            [kind, flags(f"{name}, {kind}, bf16", {"micro_bsz": 2, "precision": "bf16", **own, **spread(name, folder)})]
+            [
+                kind,
+                flags(
+                    f"{name}, {kind}, bf16", {"micro_bsz": 2, "precision": "bf16", **own, **process_flags(name, folder)}
+                ),
+            ]
             for name in LOW
         ]
     for name in LOW:
-        half = flags(f"{name}, bf16, stopped", {"micro_bsz": 2, "precision": "bf16", **CLIPPED, **spread(name, folder)})
+        half = flags(
+            f"{name}, bf16, stopped", {"micro_bsz": 2, "precision": "bf16", **CLIPPED, **process_flags(name, folder)}
+        )
         paired += [["full", {**half, "max_steps": 3}], ["full", half]]
     for kind, flags_of in (("full", CLIPPED), ("lora", LORA)):
         halves = {}
         for before, after in CHANGED:
             name = f"{before}, then {after}, {kind}"
             sides = [
-                flags_of | ({"micro_bsz": 4} if side == "one" else {"micro_bsz": 2, **spread(side, folder)})
+                flags_of | ({"micro_bsz": 4} if side == "one" else {"micro_bsz": 2, **process_flags(side, folder)})
                 for side in (before, after)
             ]
             halves[name] = [flags(name, {**sides[0], "max_steps": 3}), flags(name, sides[1])]
@@ -157,30 +167,32 @@ def runs(tmp_path_factory, make_model) -> Path:
         ends += [(kind, both[1]) for name, both in halves.items() if name.split(", ")[1] == "then one"]
     for name, (which, kind, precision, value) in SPOILED.items():
         case = {"full": CLIPPED, "lora": LORA}[kind] | {"micro_bsz": 2, "precision": precision, "spoil": [3, value]}
-        paired.append([kind, flags(name, {**case, **spread(which, folder)})])
+        paired.append([kind, flags(name, {**case, **process_flags(which, folder)})])
     solo = []
     for name, (kind, own) in SOLO.items():
         own = {key: value and str(folder / value) if key == "ds_config" else value for key, value in own.items()}
-        case = ALONE["clipped" if kind == "full" else "lora"][1] | spread(name, folder) | {"devices": 1} | own
+        case = ALONE["clipped" if kind == "full" else "lora"][1] | process_flags(name, folder) | {"devices": 1} | own
         solo.append([kind, flags(f"{name}, one process", case)])
     (folder / "all_reduce.json").write_text(json.dumps({"zero_optimization": {"reduce_scatter": False}}))
     (folder / "wrong.json").write_text(json.dumps({"zero_optimization": {"sub_group_size": "many"}}))
     wrong = {"strategy": "deepspeed_stage_3", "ds_config": str(folder / "wrong.json"), "spoil": [0, 1.0]}
     solo.append(["full", flags("refused", {"micro_bsz": 4, **wrong})])
-    together(folder, paired, solo)
+    run_processes(folder, paired, solo)
     for kind, end in ends:
         alone(kind, end)
     return folder
 
 
-def spread(name: str, folder: Path) -> dict:
-    """Flags of two processes. Models as small as these ZeRO-3 would not share out, unless told."""
+def process_flags(name: str, folder: Path) -> dict:
+    """Flags for two processes. By default ZeRO-3 would not shard models as small as these."""
     deepspeed = {"ds_bucket_mb": 1, "ds_config": str(folder / "whole.json")} if name in strategy.ZEROS else {}
     return {"devices": 2, "strategy": name, **deepspeed}
 
 
-def together(folder: Path, paired: list, solo: list) -> None:
-    """Run trainings in two processes, and at the same time others in one. None of them finds a compiler, or anything else, by PATH."""
+def run_processes(folder: Path, paired: list, solo: list) -> None:
+    """Run trainings in two processes and, at the same time, others in one. Their PATH is empty, so
+    that they find no compiler.
+    """
     (folder / "nothing").mkdir()
     ranks = []
     for name, trainings, count in (("paired", paired, 2), ("solo", solo, 1)):
@@ -197,11 +209,11 @@ def together(folder: Path, paired: list, solo: list) -> None:
         }
         common |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         common |= {"PATH": str(folder / "nothing"), "TORCH_EXTENSIONS_DIR": str(folder / "compiled")}
-        command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(folder / f"{name}.json")]
+        command = [sys.executable, str(Path(__file__).with_name("run_trainings.py")), str(folder / f"{name}.json")]
         for rank in range(count):
-            with open(folder / f"{name}{rank}.txt", "w") as said:
+            with open(folder / f"{name}{rank}.txt", "w") as log:
                 environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                ranks.append(subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT))
+                ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
         ends = [rank.wait(600) for rank in ranks]
     finally:
@@ -219,7 +231,7 @@ def column(run: Path, key: str = "loss") -> list[float]:
 
 
 @pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{name}, {case}" for name, case in CASES])
-def test_two_processes_make_the_steps_of_one(runs, name, case):
+def test_two_processes_match_one(runs, name, case):
     alone, run = runs / PAIRED[case][0], runs / f"{name}, {case}"
     assert len(column(run)) == STEPS
     for key in ("loss", "val_loss", "lr", "targets", "grad_norm"):
@@ -227,21 +239,20 @@ def test_two_processes_make_the_steps_of_one(runs, name, case):
     ours, theirs = read_tensors(run / "rwkv-0.pth"), read_tensors(alone / "rwkv-0.pth")
     assert ours.keys() == theirs.keys()
     for key in ours:
-        torch.testing.assert_close(
-            ours[key], theirs[key], rtol=1e-4, atol=1e-5, msg=key
-        )  # six steps of Adam on gradients that differ as above
+        # six steps of Adam on gradients that differ as above
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5, msg=key)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize(("before", "after"), CHANGED)
-def test_a_run_goes_on_under_another_strategy(runs, before, after, kind):
+def test_resume_with_other_strategy(runs, before, after, kind):
     run, alone = runs / f"{before}, then {after}, {kind}", runs / {"full": "clipped", "lora": "lora"}[kind]
     assert [line["step"] for line in lines(run)] == [*range(1, STEPS + 1)]
     assert column(run) == pytest.approx(column(alone), rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", SOLO)
-def test_deepspeed_alone_makes_the_steps_of_a_plain_run(runs, name):
+def test_deepspeed_single_process_matches_plain(runs, name):
     run, plain = runs / f"{name}, one process", runs / ("clipped" if SOLO[name][0] == "full" else "lora")
     assert len(column(run)) == STEPS
     for key in ("loss", "grad_norm"):
@@ -249,9 +260,11 @@ def test_deepspeed_alone_makes_the_steps_of_a_plain_run(runs, name):
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_a_gradient_that_is_not_finite_ends_a_run_but_in_fp16(runs, case):
-    """In fp16 it is how the loss scale is found: such a step is skipped. Nowhere else may a step be skipped without a word."""
-    norms = [line["grad_norm"] for line in lines(runs / case)]  # what is not finite is None there
+def test_nan_gradient_ends_run_except_fp16(runs, case):
+    """In fp16 such steps are skipped, to find the loss scale. In other precisions no step may be
+    skipped silently.
+    """
+    norms = [line["grad_norm"] for line in lines(runs / case)]  # None: NaN or Inf
     if " fp16" in case:
         assert norms[2] is None
         assert len(norms) == STEPS
@@ -259,15 +272,15 @@ def test_a_gradient_that_is_not_finite_ends_a_run_but_in_fp16(runs, case):
         assert not (runs / case / "error.txt").exists()
     else:
         assert norms[2:] == [None]
-        said = (runs / case / "error.txt").read_text()
-        assert re.match(r"step 3: the norm of the gradient is (nan|inf)", said)
-        assert "--on_nan skip" not in said  # DeepSpeed has none
+        printed = (runs / case / "error.txt").read_text()
+        assert re.match(r"step 3: the norm of the gradient is (nan|inf)", printed)
+        assert "--on_nan skip" not in printed  # DeepSpeed has none
 
 
-def test_a_configuration_that_deepspeed_refuses_is_no_traceback(runs):
-    said = (runs / "refused/error.txt").read_text()
-    assert said.startswith(f"--ds_config {runs / 'wrong.json'}: DeepSpeed refuses it (")
-    assert "sub_group_size" in said
+def test_invalid_ds_config_value(runs):
+    printed = (runs / "refused/error.txt").read_text()
+    assert printed.startswith(f"--ds_config {runs / 'wrong.json'}: rejected by DeepSpeed (")
+    assert "sub_group_size" in printed
 
 
 def facts(run: Path) -> dict:
@@ -275,33 +288,36 @@ def facts(run: Path) -> dict:
 
 
 def test_deepspeed_compiles_nothing(runs):
-    """https://github.com/BlinkDL/RWKV-LM/issues/158, https://github.com/deepspeedai/DeepSpeed/issues/1687: ninja, g++ or Python.h is missing at run time."""
+    """ninja, g++ and Python.h may be missing at run time:
+    https://github.com/BlinkDL/RWKV-LM/issues/158,
+    https://github.com/deepspeedai/DeepSpeed/issues/1687
+    """
     assert not (runs / "compiled").exists()
 
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "ddp"])
-def test_deepspeed_takes_no_more_than_it_needs(runs, name):
+def test_deepspeed_overhead(runs, name):
     full, lora = facts(runs / f"{name}, full"), facts(runs / f"{name}, lora with gradient checkpointing")
     trained = sum(value.numel() for value in read_tensors(runs / "base.pth").values())
-    assert full["bucket"] == trained  # --ds_bucket_mb 1 is a million
+    assert full["bucket"] == trained  # --ds_bucket_mb 1 would be a million
     assert lora["bucket"] < full["bucket"] / 5
-    assert full["gathered"] == lora["gathered"] == 0  # ZeRO-3 keeps no weight gathered for a whole pass
-    assert full["timed"] == lora["timed"] == 0  # its timers would wait for the GPU
-    if compat.stack() == "cu117":  # which takes its code for GPUs: there when torch's fused Adam asks
+    assert full["gathered"] == lora["gathered"] == 0  # ZeRO-3 gathers no parameter for a full pass
+    assert full["timed"] == lora["timed"] == 0  # DeepSpeed's timers would synchronise with the GPU
+    if compat.stack() == "cu117":  # the model is on the device before torch's fused Adam checks it
         assert full["moved"][0] == "cpu"
 
 
 def test_deepspeed_does_not_flood_the_log(runs):
-    said = (runs / "paired0.txt").read_text()
-    assert said.count("unknown inputs or outputs") <= 1
+    printed = (runs / "paired0.txt").read_text()
+    assert printed.count("unknown inputs or outputs") <= 1
 
 
-def test_accumulation_makes_the_steps_of_one_batch(runs):
+def test_accumulation_matches_single_batch(runs):
     assert column(runs / "accumulated") == pytest.approx(column(runs / "scaled"), rel=TOLERANCE)
 
 
-def test_the_gate_can_fail(runs):
-    """Each property that the runs share by design shows in their losses: clipping, the size of the gradient."""
+def test_comparison_detects_differences(runs):
+    """Clipping and the gradient scale affect the losses by far more than the tolerance."""
     clipped, scaled = column(runs / "clipped"), column(runs / "scaled")
     assert clipped[0] == scaled[0]
     assert max(abs(a / b - 1) for a, b in zip(clipped[1:], scaled[1:], strict=True)) > 100 * TOLERANCE
@@ -309,8 +325,9 @@ def test_the_gate_can_fail(runs):
 
 @pytest.mark.parametrize("name", LOW)
 @pytest.mark.parametrize(("kind", "alone"), [("full", "clipped"), ("lora", "lora")])
-def test_deepspeed_in_bf16_follows_and_saves_fp32(runs, name, kind, alone):
-    # DeepSpeed holds the weights in bf16 (8 significant bits) and steps in fp32; autocast, the others' way, rounds them in products only
+def test_deepspeed_bf16(runs, name, kind, alone):
+    # DeepSpeed stores bf16 parameters (8 significant bits) and fp32 master weights; autocast rounds
+    # in matmuls only
     run = runs / f"{name}, {kind}, bf16"
     assert column(run) == pytest.approx(column(runs / alone), rel=0.02)
     assert column(run) != column(runs / alone)
@@ -318,13 +335,13 @@ def test_deepspeed_in_bf16_follows_and_saves_fp32(runs, name, kind, alone):
     assert (inside["weights"], inside["masters"]) == (["torch.bfloat16"], ["torch.float32"])
     saved = read_tensors(run / "rwkv-0.pth")
     assert {value.dtype for value in saved.values()} == {torch.float32}
-    # of the masters: digits that the weights, in bf16, have not. (Where there are thousands of numbers, not all happen to be round.)
+    # the master weights were saved: not all elements of a matrix are exact in bf16
     matrices = [value for value in saved.values() if value.dim() == 2]
     assert all(not torch.equal(value, value.bfloat16().float()) for value in matrices)
 
 
 @pytest.mark.parametrize("name", LOW)
-def test_a_run_in_bf16_goes_on_from_its_masters_as_if_never_stopped(runs, name):
+def test_deepspeed_bf16_resume(runs, name):
     whole, stopped = runs / f"{name}, full, bf16", runs / f"{name}, bf16, stopped"
     assert column(stopped) == column(whole)
     assert len(column(whole)) == STEPS

@@ -1,6 +1,8 @@
-"""Our trainer against a plain PyTorch one, written from the description of the upstream trainers and sharing no code with ours.
+"""Our trainer against a plain PyTorch trainer, written from the description of the upstream
+trainers, without shared code.
 
-Same weights, data order and flags: the losses agree to 1e-4 relative in fp32. They are equal in exact arithmetic; sums run in another order.
+With the same weights, data order and flags the losses agree to 1e-4 relative in fp32: only the
+summation order differs.
 """
 
 import json
@@ -15,7 +17,7 @@ from rwkv.checkpoint import read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.train.fit import fit
 
-TOLERANCE = 5e-6  # the promise is 1e-4; seen are some 1e-7, and without L2Wrap some 1e-5
+TOLERANCE = 5e-6  # documented: 1e-4; measured: about 1e-7, and about 1e-5 without L2Wrap
 
 
 class L2Wrap(torch.autograd.Function):
@@ -30,7 +32,7 @@ class L2Wrap(torch.autograd.Function):
         maxx, ids = torch.max(y, -1, keepdim=True)
         gy = torch.zeros_like(y)
         gy.scatter_(-1, ids, maxx * (1e-4 / (y.shape[0] * y.shape[1])))
-        return grad_output, gy * grad_output  # scaled with the loss, as ours; upstream does not scale it
+        return grad_output, gy * grad_output  # scaled with the loss, unlike upstream's
 
 
 def forward(p: dict, x: torch.Tensor, lora: tuple | None) -> torch.Tensor:
@@ -59,7 +61,7 @@ def forward(p: dict, x: torch.Tensor, lora: tuple | None) -> torch.Tensor:
         decay, first = torch.exp(p[f"{att}.time_decay"]), p[f"{att}.time_first"]
         num = den = torch.zeros_like(k[:, 0])
         out = []
-        for t in range(k.shape[1]):  # keys are small here: no shift of the exponent is needed
+        for t in range(k.shape[1]):  # keys are small: no shift of the exponents is needed
             e, bonus = torch.exp(k[:, t]), torch.exp(first + k[:, t])
             out.append((num + bonus * v[:, t]) / (den + bonus))
             num, den = torch.exp(-decay) * num + e * v[:, t], torch.exp(-decay) * den + e
@@ -74,7 +76,9 @@ def forward(p: dict, x: torch.Tensor, lora: tuple | None) -> torch.Tensor:
 
 
 def plain_trainer(p: dict, trained: list[str], stream: np.ndarray, steps: int, c: dict, lora=None) -> list[float]:
-    """Losses of `steps` steps. The rate is set before each step; the gradient norm is clipped to 1; three groups by name."""
+    """Losses of `steps` steps, with the learning rate set before each step, gradient norm clipped
+    to 1, and parameter groups by name.
+    """
     p = {key: value.clone() for key, value in p.items()}
     for key in trained:
         p[key].requires_grad_()
@@ -146,7 +150,7 @@ def agree(mine: list[float], p: dict, trained: list[str], stream: np.ndarray, c:
     ids=["decaying rate", "constant rate with warm-up", "weight decay", "accumulation"],
 )
 @pytest.mark.parametrize("one_sample", [False, True], ids=["prime sampling", "one sample"])
-def test_thirty_steps_of_full_tuning_follow_upstream(make_base, make_data, tmp_path, extra, one_sample):
+def test_full_tuning_matches_upstream(make_base, make_data, tmp_path, extra, one_sample):
     base = make_base(n_layer=3, dim_att=24)
     ctx = 15
     data = make_data(ctx + 2 if one_sample else 500)
@@ -188,8 +192,8 @@ def test_thirty_steps_of_full_tuning_follow_upstream(make_base, make_data, tmp_p
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_thirty_steps_of_a_stage_follow_upstream(make_base, make_data, tmp_path, stage):
-    """Nothing is given but the data and rwkv-init.pth: an epoch of 40320 samples, the prime, and the rates follow from the stage."""
+def test_stage_matches_upstream(make_base, make_data, tmp_path, stage):
+    """The stage determines the epoch (40320 samples), the prime and the learning rates."""
     data, run = make_data(7 * 40400), tmp_path / "run"
     base = make_base("base.pth", n_layer=3, dim_att=24)
     run.mkdir()
@@ -206,7 +210,7 @@ def test_thirty_steps_of_a_stage_follow_upstream(make_base, make_data, tmp_path,
 @pytest.mark.parametrize("parts", ["att,ln,time", "att,ffn,time,ln"])
 @pytest.mark.parametrize("lr_final", [5e-3, 5e-4], ids=["constant rate", "decaying rate"])
 @pytest.mark.parametrize("grad_cp", [0, 1])
-def test_twenty_steps_of_lora_follow_upstream(make_base, make_data, tmp_path, parts, lr_final, grad_cp):
+def test_lora_matches_upstream(make_base, make_data, tmp_path, parts, lr_final, grad_cp):
     base, data, ctx = make_base(n_layer=2), make_data(500), 15
     flags = {
         "ctx_len": ctx,
@@ -228,7 +232,7 @@ def test_twenty_steps_of_lora_follow_upstream(make_base, make_data, tmp_path, pa
         "precision": "fp32",
         "random_seed": 3,
     }
-    # The adapter's first values are random: take them from a run that changes nothing, and go on from there.
+    # The adapter's initial values are random: take them from a run with a learning rate of 0.
     fit(
         LoRAConfig(**flags | {"lr_init": 0.0, "lr_final": 0.0}, **common, proj_dir=str(tmp_path / "start"), max_steps=1)
     )

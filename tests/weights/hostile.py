@@ -14,7 +14,7 @@ import torch
 
 MARKER = "ran"
 
-# what a pickle may name, and arguments with which it would leave the marker or bring in more code
+# functions that a pickle may name, with arguments that would create the marker or load more code
 CALLS = {
     "os system": (f"touch {MARKER}",),
     "posix system": (f"touch {MARKER}",),

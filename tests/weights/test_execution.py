@@ -1,4 +1,4 @@
-"""No module calls a loader that can execute code from a file, and every script rejects such files."""
+"""No module uses a loader that can execute code; every script rejects such files."""
 
 import ast
 import re
@@ -52,7 +52,7 @@ def test_no_advice_to_use_executing_loader():
     for path in SOURCES:
         assert "weights_only" not in path.read_text(encoding="utf-8") or path.name == "pth.py", (
             path
-        )  # which says why it is no protection
+        )  # it explains why that is no protection
 
 
 PROGRAMS = {

@@ -9,16 +9,9 @@ import pytest
 import torch
 
 from rwkv import checkpoint
+from rwkv.adapter_files import find_base, inspect_adapter, load_combined, load_tuned, save_adapter
 from rwkv.adapters import lora
-from rwkv.checkpoint import (
-    find_base,
-    inspect_adapter,
-    load_combined,
-    load_model,
-    load_tuned,
-    read_manifest,
-    save_adapter,
-)
+from rwkv.checkpoint import load_model, read_manifest
 from rwkv.errors import UserError, printable
 from rwkv.files import sha256
 
@@ -82,7 +75,7 @@ def test_not_a_manifest(tuned, content):
     Path(f"{adapter}.json").write_bytes(content)
     for read in (read_manifest, inspect_adapter, find_base):
         if content.startswith(b'{"alpha"') and read is read_manifest:
-            continue  # a number, if a large one, where Python has no limit of digits
+            continue  # valid where Python does not limit the digits of numbers
         with pytest.raises(UserError, match="adapter.pth.json"):
             read(adapter)
 
@@ -104,7 +97,7 @@ def test_base_path_relative_to_adapter(tuned, tmp_path, monkeypatch):
     base, adapter = tuned
     assert read_manifest(adapter)["base"] == "../base.pth"
     assert find_base(adapter).samefile(base)
-    shutil.move(tmp_path / "run", tmp_path / "moved")  # both are moved, or one
+    shutil.move(tmp_path / "run", tmp_path / "moved")  # move both, or one
     adapter = tmp_path / "moved/adapter.pth"
     assert find_base(adapter).samefile(base)
     shutil.move(base, tmp_path / "moved/base.pth")
@@ -137,7 +130,7 @@ def test_base_verified_before_reading(tuned, tmp_path, monkeypatch):
     read = checkpoint.read_tensors
     monkeypatch.setattr(checkpoint, "read_tensors", lambda path: (seen.append(Path(path).name), read(path))[1])
     for load in (lambda: load_tuned(other, adapter), lambda: load_combined(other, [adapter], [1.0])):
-        with pytest.raises(UserError, match="an adapter for another base"):
+        with pytest.raises(UserError, match="adapter of another base"):
             load()
     assert set(seen) == {"adapter.pth"}
 
@@ -159,7 +152,7 @@ def test_no_absolute_paths(tmp_path, make_model):
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), -2.0])
 def test_alpha_flag_must_be_positive(tuned, alpha):
-    with pytest.raises(UserError, match="it is a number above 0"):
+    with pytest.raises(UserError, match="must be a positive number"):
         inspect_adapter(tuned[1], alpha=alpha)
 
 

@@ -15,7 +15,7 @@ import hostile
 import pytest
 import torch
 
-from rwkv import checkpoint
+from rwkv import adapter_files, checkpoint
 from rwkv.errors import FileFormatError, UserError
 from rwkv.train.resume import state_files
 from rwkv.weights import pth
@@ -24,7 +24,7 @@ READERS = {
     "pth": pth.load,
     "model": checkpoint.load_model,
     "tensors": checkpoint.read_tensors,
-    "adapter": checkpoint.inspect_adapter,
+    "adapter": adapter_files.inspect_adapter,
     "state": state_files.read,
 }
 
@@ -44,7 +44,7 @@ def refused(path: Path, read=pth.load) -> str:
         warnings.simplefilter("error")
         with pytest.raises(
             ValueError if read is state_files.read else (FileFormatError, UserError)
-        ) as error:  # a state's reader has an error of its own
+        ) as error:  # states have another error class
             read(path)
     assert not Path(hostile.MARKER).exists(), path
     assert "weights_only" not in str(error.value)
@@ -201,7 +201,7 @@ def test_recursive_containers():
     pth.load(written(hostile.archive(b"\x80\x02]q\x00(" + b"h\x00" * 10 + b"e.")))
     levels = [
         b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) for i in range(40)
-    ]  # each twice the one before
+    ]  # each contains the previous one twice
     pth.load(written(hostile.archive(b"\x80\x02]q\x000" + b"0".join(levels) + b".")))
     refused(written(hostile.archive(b"\x80\x02]" + b"\x85" * 100_000 + b".")))
     # as a key of a dictionary
@@ -249,7 +249,7 @@ def test_archive_layout_enforced():
                 file.writestr(name, content)
         refused(Path("x.pth"))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zipfile's, of the second name
+        warnings.simplefilter("ignore")  # of zipfile, about the duplicate name
         with zipfile.ZipFile("x.pth", "w") as file:
             for name, content in [*records.items(), *records.items()]:
                 file.writestr(name, content)

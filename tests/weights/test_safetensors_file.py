@@ -12,7 +12,7 @@ import torch
 
 from rwkv import checkpoint
 from rwkv.errors import UserError
-from rwkv.files import abandoned, whole
+from rwkv.files import abandoned, atomic_write
 from rwkv.weights import safetensors_file
 
 TENSORS = {
@@ -35,13 +35,13 @@ def test_bytes_match_library(tmp_path):
 
 def test_temporary_file_stays_locked(tmp_path):
     path = tmp_path / "x.safetensors"
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         before = os.stat(temporary).st_ino
         safetensors_file.save(TENSORS, temporary)
         assert os.stat(temporary).st_ino == before
         with open(temporary, "rb") as file, pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        assert not abandoned(path)  # so that no other writer deletes it
+        assert not abandoned(path)  # no other writer may delete it
     assert safetensors.torch.load_file(path).keys() == TENSORS.keys()
 
 
@@ -69,7 +69,7 @@ except checkpoint.UserError as error:
 
 @pytest.mark.parametrize("name", ["x.gguf", "x.onnx", "x.safetensor", "x.PTH", "x.zip"])
 def test_misleading_suffix(name):
-    with pytest.raises(UserError, match="files that end in"):
+    with pytest.raises(UserError, match="cannot write"):
         checkpoint.check_output(name)
 
 

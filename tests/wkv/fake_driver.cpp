@@ -1,5 +1,5 @@
-// A stand-in for NVIDIA's driver: records every call the launcher makes, and runs cuda/common/gpu.cu, compiled for the host, over all blocks
-// and threads. tests/wkv/fake_gpu.py builds it as libcuda.so.1.
+// A fake NVIDIA driver: records the launcher's calls, and runs cuda/common/gpu.cu, compiled for the
+// host, over all blocks and threads. tests/wkv/fake_gpu.py builds it as libcuda.so.1.
 #include <immintrin.h>
 #include <ucontext.h>
 
@@ -20,7 +20,8 @@ typedef float wkv_float;
 typedef unsigned wkv_bits;
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 
-// The threads of a block take turns: each runs to its next barrier, then the next one does. A barrier that only some of them reach is a defect.
+// The threads of a block take turns: each runs to its next barrier, then the next one does. It is an
+// error if only some of them reach a barrier.
 struct Thread {
   ucontext_t at;
   std::vector<char> stack = std::vector<char>(1 << 16);
@@ -52,7 +53,7 @@ static void run_block() {
       swapcontext(&scheduler, &block[thread_in_block].at);
       left -= block[thread_in_block].ended;
     }
-    if (left && left != before) std::abort();  // some have ended, others wait for them
+    if (left && left != before) std::abort();  // some have ended while others wait
   }
 }
 WKV_FN void barrier() { swapcontext(&block[thread_in_block].at, &scheduler); }
@@ -85,7 +86,7 @@ WKV_FN long long thread_index() { return (long long)block_index * threads_of_blo
 
 struct Kernel {
   std::function<void(const void*)> run;
-  bool barriers;  // its threads take turns; those of the others run one after the other
+  bool barriers;  // whether its threads take turns; otherwise they run one after the other
 };
 template <class Args> static Kernel kernel(void (*function)(Args), bool barriers = false) {
   return {[=](const void* args) { function(*static_cast<const std::remove_const_t<Args>*>(args)); }, barriers};
@@ -94,9 +95,9 @@ template <class Args> static Kernel kernel(void (*function)(Args), bool barriers
 #define WKV_OF(E) WKV(wkv4_summary_##E), WKV(wkv4_output_##E), WKV(wkv4_summary_gradient_##E), WKV(wkv4_gradient_##E)
 #define FUSED(name) {#name, kernel(fused::name)}
 #define FUSED_ROW(name) {#name, kernel(fused::name, true)}
-#define FUSED_OF_TWO(E) FUSED_ROW(fused_norm_##E), FUSED_ROW(fused_norm_gradient_##E), FUSED(fused_norm_sums_##E), FUSED(fused_gate_##E), FUSED(fused_gate_gradient_##E)
+#define FUSED_OF_TWO(E) FUSED_ROW(fused_norm_##E), FUSED_ROW(fused_norm_gradient_##E), FUSED(fused_norm_sums_##E)
 #define FUSED_OF(E)                                                                                                            \
-  FUSED_OF_TWO(E), FUSED(fused_mix_##E), FUSED(fused_mix_gradient_##E), FUSED(fused_relu2_##E), FUSED(fused_relu2_gradient_##E), \
+  FUSED_OF_TWO(E), FUSED(fused_gate_##E), FUSED(fused_gate_gradient_##E), FUSED(fused_mix_##E), FUSED(fused_mix_gradient_##E), FUSED(fused_relu2_##E), FUSED(fused_relu2_gradient_##E), \
       FUSED(fused_dropout_##E), FUSED_ROW(fused_loss_##E)
 static const std::map<std::string, Kernel> kernels = {WKV_OF(fp32), WKV_OF(bf16), WKV_OF(fp16), WKV(wkv4_scan), WKV(wkv4_scan_gradient),
                                                       FUSED_OF(fp32), FUSED_OF(bf16), FUSED_OF(fp16), FUSED_OF(any), FUSED_OF_TWO(fp32_bf16), FUSED_OF_TWO(fp32_fp16)};
@@ -104,7 +105,7 @@ static const std::map<std::string, Kernel> kernels = {WKV_OF(fp32), WKV_OF(bf16)
 static std::ostringstream record;
 static std::string answer, failing;
 static int failure;
-static int contexts;  // dummies to point at
+static int contexts;  // dummy targets of handles
 static std::vector<void*> current;
 
 static int done(const std::string& call) {
@@ -120,8 +121,8 @@ template <class... A> static std::string call(const char* name, A... a) {
 }
 
 extern "C" {
-const char* fake_calls() { answer = record.str(); record.str(""); return answer.c_str(); }  // since the last time
-void fake_failure(const char* which, int result) { failing = which; failure = result; }       // calls that begin so fail from now on
+const char* fake_calls() { answer = record.str(); record.str(""); return answer.c_str(); }  // since the last call
+void fake_failure(const char* which, int result) { failing = which; failure = result; }       // calls starting with `which` return `result`
 
 int cuInit(unsigned flags) { return done(call("cuInit", flags)); }
 int cuGetErrorName(int, const char** name) { *name = "CUDA_ERROR_FAKE"; return 0; }

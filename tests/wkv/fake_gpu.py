@@ -1,8 +1,9 @@
-"""Runs the CUDA kernels on a CPU, in a process of its own: the real launcher, with fake_driver.cpp in the driver's place.
+"""Runs the CUDA kernels on a CPU in a separate process: the real launcher with a fake driver
+(fake_driver.cpp).
 
     python fake_gpu.py LIBRARY     then pickled requests on stdin, pickled answers on stdout
 
-A process of its own, so that a GPU's real driver and this one never meet.
+The separate process keeps the fake driver apart from a real one.
 """
 
 import ctypes
@@ -17,7 +18,7 @@ STREAM, DEVICE = 0x5EED, 3
 
 
 def build(folder: Path) -> Path:
-    """Compile the stand-in driver."""
+    """Compile the fake driver."""
     library = folder / "libcuda.so.1"
     command = [
         "g++",
@@ -38,13 +39,15 @@ def build(folder: Path) -> Path:
 
 
 class FakeGPU:
-    """The other end: `call(name, ...)` runs a function of Served there, and raises here what it raised."""
+    """The client: `call(name, ...)` runs a method of `Server` in the other process and raises its
+    errors.
+    """
 
     def __init__(self, library: Path):
         here = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
-        }  # the sources that the kernels are compiled from, wherever rwkv is installed from
+        }  # this checkout, wherever rwkv is installed
         self._process = subprocess.Popen(
             [sys.executable, __file__, str(library)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=here
         )
@@ -62,16 +65,14 @@ class FakeGPU:
         self._process.wait(timeout=30)
 
 
-class Served:
-    """What runs in the other process."""
+class Server:
+    """The methods of the other process."""
 
     def __init__(self, library: str):
-        self.driver = ctypes.CDLL(
-            library, mode=ctypes.RTLD_GLOBAL
-        )  # the launcher's dlopen("libcuda.so.1") finds it by its soname
+        self.driver = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)  # found by the launcher's dlopen("libcuda.so.1")
         self.driver.fake_calls.restype = ctypes.c_char_p
         from rwkv.kernels import load
-        from rwkv.wkv.wkv4 import native  # after the stand-in, which the launcher then finds
+        from rwkv.wkv.wkv4 import native  # after the fake driver is loaded
 
         assert load.why_unavailable() is None, load.why_unavailable()
         self.native = native
@@ -86,7 +87,7 @@ class Served:
         return self.native.run(kernels, w, u, k, v, state, reset, initial)
 
     def bytes(self, segment, w, u, k, v, state, reset, initial):
-        """As wkv4, with the bytes of `reset` as they are: pickling a bool would make each 0 or 1."""
+        """As wkv4, with `reset` as raw bytes: pickling bool tensors normalises them to 0 and 1."""
         import torch
 
         return self.wkv4(segment, w, u, k, v, state, reset.view(torch.bool), initial)
@@ -102,27 +103,29 @@ class Served:
         assert_half_is_rounded_fp32(lambda *x: self.wkv4(segment, *x), dtype, inputs)
 
     def gradients(self, segment, gy, gstate, w, u, k, v, state, reset, initial):
-        """Of w, u, k, v, state, initial, from either output or both; None is no gradient."""
+        """Gradients of w, u, k, v, state and initial for output gradients gy and gstate (None: no
+        gradient).
+        """
         kernels = self.native.cuda_kernels(DEVICE, lambda: STREAM, segment)
         _, _, saved = kernels.forward(w, u, k, v, state, initial, reset)
         return kernels.backward(w, u, k, v, initial, reset, saved, gy, gstate)
 
     def fused(self, name, *arguments):
-        """A check of fused_cases.py, by the CUDA unit; None, or what all_gradients gives."""
+        """Run a check of fused_cases.py with the CUDA kernels; returns its result."""
         import fused_cases
 
         from rwkv.kernels import gpu
         from rwkv.kernels.elementwise import native as fused
 
-        unit = gpu.Unit(DEVICE, lambda: STREAM)
-        fused._kernels = lambda *tensors: None if any(t.dtype not in fused._DTYPES for t in tensors) else unit
+        kernels = gpu.CudaKernels(DEVICE, lambda: STREAM)
+        fused._kernels = lambda *tensors: None if any(t.dtype not in fused._DTYPES for t in tensors) else kernels
         return getattr(fused_cases, name)(*arguments)
 
     def operation(self, name, *arguments):
-        """One of rwkv.kernels.gpu."""
+        """Run an operation of rwkv.kernels.gpu."""
         from rwkv.kernels import gpu
 
-        return getattr(gpu.Unit(DEVICE, lambda: STREAM), name)(*arguments)
+        return getattr(gpu.CudaKernels(DEVICE, lambda: STREAM), name)(*arguments)
 
     def calls(self):
         return self.driver.fake_calls().decode().splitlines()
@@ -132,7 +135,7 @@ class Served:
 
 
 def main() -> None:
-    served, answers = Served(sys.argv[1]), sys.stdout.buffer
+    server, answers = Server(sys.argv[1]), sys.stdout.buffer
     sys.stdout = sys.stderr
     while True:
         try:
@@ -140,7 +143,7 @@ def main() -> None:
         except EOFError:
             return
         try:
-            answer = getattr(served, name)(*arguments)
+            answer = getattr(server, name)(*arguments)
         except Exception as error:
             answer = RuntimeError(f"{type(error).__name__}: {error}")
         pickle.dump(answer, answers)

@@ -1,6 +1,7 @@
-"""The fused operations against plain formulas of torch in fp64, values and gradients: for the CPU unit, the CUDA unit on a CPU, and on a GPU.
+"""Checks of the fused operations against plain torch formulas in fp64, values and gradients. Used
+for the CPU kernels, and for the CUDA kernels on a CPU and on a GPU.
 
-Each check takes numbers only, so that another process may be asked for it by name (fake_gpu.py).
+Every check takes plain values, so that another process can run it by name (fake_gpu.py).
 """
 
 import contextlib
@@ -12,10 +13,10 @@ from hypothesis import strategies as st
 from rwkv.kernels.elementwise import native, reference
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-STREAMS = [(FP32, FP32), (BF16, BF16), (FP32, BF16)]  # residual stream, inside
+STREAMS = [(FP32, FP32), (BF16, BF16), (FP32, BF16)]  # dtypes of residual stream and computation
 GPU_STREAMS = [*STREAMS, (FP16, FP16), (FP32, FP16)]
 SIZES = st.sampled_from([1, 3, 16, 31, 32, 33, 64, 100, 257])
-NORM_SIZES = SIZES.filter(lambda c: c > 9)  # fewer cancel
+NORM_SIZES = SIZES.filter(lambda c: c > 9)  # the variance of fewer elements may cancel
 ROUNDING = {FP32: 2e-6, BF16: 2**-8, FP16: 2**-11}
 
 
@@ -24,8 +25,8 @@ def normal(shape, dtype, seed):
 
 
 @contextlib.contextmanager
-def products_in(dtype):
-    """As under torch.autocast, on any device."""
+def computing_in(dtype):
+    """As torch.autocast, on any device."""
     before = native.compute_dtype
     native.compute_dtype = lambda x: dtype
     try:
@@ -35,7 +36,9 @@ def products_in(dtype):
 
 
 def check(operation, formula, inputs, seed, device):
-    """`operation` on `inputs` against `formula` on the same numbers in fp64: outputs, and gradients of a random combination of them."""
+    """Compare `operation` with `formula` in fp64 on the same inputs: outputs, and gradients of a
+    random linear combination of them.
+    """
     generator = torch.Generator().manual_seed(seed)
     ours = [x.to(device, copy=True).requires_grad_(x.is_floating_point()) if x is not None else None for x in inputs]
     truth = [x.double().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
@@ -51,8 +54,10 @@ def check(operation, formula, inputs, seed, device):
 
 
 def close(x, truth):
-    """Within a rounding of what x is stored in: in bf16 and fp16 of its own size (or a hundredth of the largest), in fp32 of the largest or of the terms,
-    which are near 1, as sums may cancel."""
+    """`x` is within its dtype's rounding error of `truth`. bf16, fp16: relative to each element, or
+    1 % of the largest. fp32: relative to the largest element and to the terms of sums (near 1),
+    which may cancel.
+    """
     share, short = ROUNDING[x.dtype], x.dtype != FP32
     assert x.shape == truth.shape
     limit = share * torch.maximum(truth.abs(), truth.abs().max().clamp_min(1) * (1e-2 if short else 1))
@@ -61,7 +66,7 @@ def close(x, truth):
 
 
 def recomputes(y):
-    """What the backward pass recomputes has the same bits."""
+    """The recomputation in the backward pass is bit-identical."""
     again = native.recompute_of(y)
     assert torch.equal(again.function(*again.inputs), y)
 
@@ -71,7 +76,7 @@ def norm(stream, rows, channels, seed, device="cpu"):
     w, b = normal(channels, FP32, seed + 1), normal(channels, FP32, seed + 2)
 
     def ours(x, w, b):
-        with products_in(stream[1]):
+        with computing_in(stream[1]):
             y = native.norm(x, w, b, 1e-5)
         assert y.dtype == stream[1]
         recomputes(y)
@@ -113,7 +118,7 @@ def gates(stream, count, scale, seed, device="cpu"):
 
 
 def dropout(dtype, count, device="cpu"):
-    """The numbers dropped are plain.dropout's, whoever drops them."""
+    """The mask equals that of `reference.dropout` on every device."""
     x = normal((7, count), dtype, 0) + 5
     for seed, p in ((0, 0.01), (12345, 0.5), (2**31 - 1, 0.9)):
         y, expected = native.dropout(x.to(device), seed, p).cpu(), reference.dropout(x, seed, p)
@@ -136,16 +141,16 @@ def loss(dtype, words, seed, device="cpu"):
     top = logits.double().max(1, keepdim=True)
     gradient = exact.grad.scatter_add(
         1, (logits == top.values).int().argmax(1, keepdim=True), top.values * 1e-4
-    )  # the first of several
-    kept = logits.to(device, copy=True)
-    close(native.softmax_gradient(kept, targets.to(device), 1e-4, False).view(1), expected.detach().view(1))
-    assert torch.equal(kept.cpu(), logits)
-    native.softmax_gradient(kept, targets.to(device), 1e-4, True)
-    close(kept, gradient)
+    )  # the first maximum
+    buffer = logits.to(device, copy=True)
+    close(native.cross_entropy_(buffer, targets.to(device), 1e-4, False).view(1), expected.detach().view(1))
+    assert torch.equal(buffer.cpu(), logits)
+    native.cross_entropy_(buffer, targets.to(device), 1e-4, True)
+    close(buffer, gradient)
 
 
 def not_finite(device="cpu"):
-    """NaN and Inf come out where they go in; rows and tokens beside them do not see them."""
+    """NaN and Inf propagate to the outputs that depend on them, and to no other rows or tokens."""
     for bad in (float("nan"), float("inf")):
         x, ones, zeros = normal((2, 5, 64), FP32, 0), torch.ones(64, device=device), torch.zeros(64, device=device)
         x[1, 2, 7] = bad
@@ -159,13 +164,13 @@ def not_finite(device="cpu"):
         for column in (0, 7):
             logits = normal((3, 64), FP32, 1)
             logits[1, column] = bad
-            assert not native.softmax_gradient(
+            assert not native.cross_entropy_(
                 logits.to(device), torch.tensor([1, 2, 3], device=device), 0.0, True
             ).isfinite()
 
 
 def all_gradients(device="cpu", shape=(3, 41, 96)):
-    """Of a few operations one after the other, to be compared bit for bit."""
+    """Gradients of a few consecutive operations, to be compared bit for bit."""
     channels = shape[-1]
     x, m = (
         normal(shape, FP32, 0).to(device).requires_grad_(),

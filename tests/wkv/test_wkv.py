@@ -1,4 +1,4 @@
-"""The operator's contract: every implementation gives the reference's numbers, and says why when it cannot run."""
+"""Implementations of WKV match the reference, or report why they are unavailable."""
 
 import itertools
 
@@ -19,7 +19,7 @@ def cpu(w, u, k, v, state=None, reset=None, initial=None):
 
 
 def naive(w, u, k, v):
-    """The formula, term by term, in fp64: no state, no shift."""
+    """The formula term by term, without state and without shifting exponents."""
     y = torch.zeros_like(k)
     for t in range(k.shape[1]):
         i = torch.arange(t, dtype=w.dtype)
@@ -29,14 +29,14 @@ def naive(w, u, k, v):
     return y
 
 
-def test_reference_is_the_formula():
+def test_reference_matches_formula():
     w, u, k, v, *_ = inputs(2, 9, 5, state=False, reset=False, dtype=torch.float64)
     torch.testing.assert_close(
         reference.wkv4(w, u, k, v)[0], naive(w, u, k, v), rtol=1e-12, atol=1e-12
     )  # fp64 rounding
 
 
-def test_reference_gradients_are_the_finite_differences():
+def test_reference_gradcheck():
     w, u, k, v, first, starts, _ = inputs(2, 4, 3, dtype=torch.float64)
 
     def y(w, u, k, v, a, b):
@@ -47,14 +47,14 @@ def test_reference_gradients_are_the_finite_differences():
     )
 
 
-def test_gradient_through_a_carried_state_is_exact():
+def test_gradient_through_carried_state():
     w, u, k, v, *_ = inputs(2, 12, 3, state=False, reset=False, dtype=torch.float64)
     leaves = [x.requires_grad_() for x in (w, u, k, v)]
     whole = torch.autograd.grad(reference.wkv4(*leaves)[0].sin().sum(), leaves)
     y1, state = reference.wkv4(w, u, k[:, :5], v[:, :5])
     y2, _ = reference.wkv4(w, u, k[:, 5:], v[:, 5:], state)
-    pieces = torch.autograd.grad(torch.cat([y1, y2], 1).sin().sum(), leaves)
-    torch.testing.assert_close(whole, pieces, rtol=1e-10, atol=1e-10)  # fp64 rounding
+    chunks = torch.autograd.grad(torch.cat([y1, y2], 1).sin().sum(), leaves)
+    torch.testing.assert_close(whole, chunks, rtol=1e-10, atol=1e-10)  # fp64 rounding
 
 
 @settings(max_examples=40, deadline=None)
@@ -68,7 +68,7 @@ def test_gradient_through_a_carried_state_is_exact():
     initial=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_compiled_unit_equals_reference(batch, length, channels, scale, state, reset, initial, seed):
+def test_kernels_match_reference(batch, length, channels, scale, state, reset, initial, seed):
     arguments = inputs(
         batch, length, channels, scale=scale, state=state, reset=reset, initial=initial and reset, seed=seed
     )
@@ -76,30 +76,50 @@ def test_compiled_unit_equals_reference(batch, length, channels, scale, state, r
     assert_close(fast, slow, outputs_and_gradients(reference.wkv4, *in_fp64(arguments)), arguments)
 
 
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+@pytest.mark.parametrize("name", ["y", "gw", "gu", "gk", "gv", "gstate"])
+def test_accuracy_check_detects_errors(name, scale):
+    """`assert_close` rejects 10 % in all elements, and 1 % in the channel with the smallest
+    elements. (gw and gu are sums over time; in channels in which they cancel rounding errors are as
+    large.)
+    """
+    arguments = inputs(2, 64, 65, scale=scale)
+    slow = outputs_and_gradients(reference.wkv4, *arguments)
+    truth = outputs_and_gradients(reference.wkv4, *in_fp64(arguments))
+    assert_close(slow, slow, truth, arguments)
+    smallest = int(truth[name].abs().reshape(-1, 65).amax(0).argmin())
+    for channels, factor in ((slice(None), 1.1), (smallest, 1.01))[: 1 if name in ("gw", "gu") else 2]:
+        wrong = slow[name].clone()
+        wrong[..., channels] *= factor
+        with pytest.raises(AssertionError, match=f"^{name}, "):
+            assert_close(slow | {name: wrong}, slow, truth, arguments)
+
+
 @pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
 def vectors(request):
-    """The CPU unit with vectors of this width, where the processor has them."""
+    """Run the CPU kernels with vectors of this width, if the CPU has them."""
     if torch.ops.rwkv.cpu_vectors(request.param) != request.param:
         torch.ops.rwkv.cpu_vectors("")
-        pytest.skip("this processor has no such vectors")
+        pytest.skip("this CPU has no such vectors")
     yield request.param
     torch.ops.rwkv.cpu_vectors("")
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 1), (2, 33, 31), (1, 40, 33), (2, 17, 96), (1, 20, 768)])
-def test_every_vector_width_gives_the_same_numbers(vectors, shape):
+def test_vector_widths_match_reference(vectors, shape):
     arguments = inputs(*shape)
     fast, slow = outputs_and_gradients(cpu, *arguments), outputs_and_gradients(reference.wkv4, *arguments)
     assert_close(fast, slow, outputs_and_gradients(reference.wkv4, *in_fp64(arguments)), arguments)
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 1), (2, 33, 31), (1, 40, 33), (2, 17, 96), (1, 20, 768)])
-def test_bf16_is_fp32_rounded_at_the_end(vectors, shape):
+def test_bf16_is_rounded_fp32(vectors, shape):
     assert_half_is_rounded_fp32(cpu, torch.bfloat16, inputs(*shape))
 
 
-def test_keys_far_apart_in_one_channel_change_nothing_in_the_others(vectors):
-    # A chunk runs on one scale unless a channel of its block forbids it: the same numbers either way.
+def test_extreme_keys_in_one_channel(vectors):
+    # A chunk uses a single scale unless a channel of its block prevents it; the results are the
+    # same.
     for scale in (1.0, 4.0):
         near = inputs(2, 50, 16, scale=scale, reset=False)
         far = [x.clone() for x in near[:5]]
@@ -107,55 +127,51 @@ def test_keys_far_apart_in_one_channel_change_nothing_in_the_others(vectors):
         far[2][:, ::7, 3] = 80.0
         far[2][:, 1::7, 3] = -80.0
         others = [c for c in range(16) if c != 3]
-        apart = outputs_and_gradients(cpu, *far)
+        with_far = outputs_and_gradients(cpu, *far)
         for name, ours in outputs_and_gradients(cpu, *near).items():
             size = ours[..., others].abs().amax().item()
+            # rounding of the exponents
             torch.testing.assert_close(
-                ours[..., others], apart[name][..., others], rtol=0, atol=3e-5 * size, msg=name
-            )  # rounded exponents
+                ours[..., others], with_far[name][..., others], rtol=0, atol=3e-5 * size, msg=name
+            )
 
 
 @pytest.mark.parametrize("size", [20.0, 58.0, 59.5, 61.0, 100.0])
-def test_keys_around_the_size_up_to_which_they_need_no_scale(vectors, size):
+def test_keys_near_rescaling_threshold(vectors, size):
     w, u, k, v, first, *_ = inputs(2, 50, 40, reset=False)
     u, first[:, 2] = u.clamp(-1, 1), torch.where(first[:, 2] > 0, size, -size)
-    for keys in (
-        k.sign() * size,
-        torch.full_like(k, size),
-        torch.full_like(k, -size),
-        k,
-    ):  # k alone: a state far from small keys
+    # the last: small keys, far from the state
+    for keys in (k.sign() * size, torch.full_like(k, size), torch.full_like(k, -size), k):
         arguments = (w, u, keys, v, first, None, first)
         fast, slow = outputs_and_gradients(cpu, *arguments), outputs_and_gradients(reference.wkv4, *arguments)
         assert_close(fast, slow, outputs_and_gradients(reference.wkv4, *in_fp64(arguments)), arguments)
 
 
-def test_gradients_of_gradients_are_refused():
+def test_no_second_derivatives():
     k = torch.randn(1, 3, 4, requires_grad=True)
     y, _ = cpu(-torch.ones(4), torch.ones(4), k, k)
     with pytest.raises(RuntimeError, match='no second derivatives.*impl="reference"'):
         torch.autograd.grad(y.sum(), k, create_graph=True)
 
 
-def test_long_sequences_agree():
+def test_long_sequence():
     arguments = inputs(1, 4097, 3, reset=False)
     fast, slow = outputs_and_gradients(cpu, *arguments), outputs_and_gradients(reference.wkv4, *arguments)
     for name in slow:
-        torch.testing.assert_close(
-            fast[name], slow[name], rtol=1e-4, atol=1e-4, msg=name
-        )  # gw sums 4097 terms in fp32, in another order
+        # gw sums 4097 terms in fp32, in different order
+        torch.testing.assert_close(fast[name], slow[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
-def test_pieces_with_carried_state_equal_the_whole(impl):
+def test_chunks_match_full_sequence(impl):
     w, u, k, v, first, starts, _ = inputs(2, 70, 20)
     whole, last = wkv4(w, u, k, v, first, starts, impl=impl)
     for cuts in ([1] * 70, [33, 37], [69, 1]):
-        state, pieces = first, []
+        state, chunks = first, []
         for k1, v1, r1 in zip(k.split(cuts, 1), v.split(cuts, 1), starts.split(cuts, 1), strict=True):
             y, state = wkv4(w, u, k1, v1, state, r1, initial=first, impl=impl)
-            pieces.append(y)
-        torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-6, atol=1e-6)  # the same operations
+            chunks.append(y)
+        torch.testing.assert_close(torch.cat(chunks, 1), whole, rtol=1e-6, atol=1e-6)  # the same operations
         torch.testing.assert_close(state, last, rtol=1e-6, atol=1e-6)
 
 
@@ -171,24 +187,26 @@ def test_reset_makes_documents_independent(impl):
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 def test_reset_returns_to_the_given_state(impl):
-    """Two packed documents give what each gives alone, and the gradient of their first state is the sum."""
+    """Packed documents match separate documents, and the initial state's gradient is the sum over
+    documents.
+    """
     w, u, k, v, first, *_ = inputs(2, 40, 33, reset=False)
     starts = torch.zeros(2, 40, dtype=torch.bool)
     starts[0, 21] = starts[1, 0] = starts[1, 20] = starts[1, 39] = True
-    packed, apart = ([x.clone().requires_grad_() for x in (w, u, k, v, first)] for _ in range(2))
+    packed, separate = ([x.clone().requires_grad_() for x in (w, u, k, v, first)] for _ in range(2))
     y, _ = wkv4(*packed, starts, impl=impl)
     expected = []
     for row, cuts in enumerate(((0, 21, 40), (0, 20, 39, 40))):
-        a, b, c, d, state = apart
+        a, b, c, d, state = separate
         parts = [
             wkv4(a, b, c[row, None, i:j], d[row, None, i:j], state[row, None], impl=impl)[0]
             for i, j in itertools.pairwise(cuts)
         ]
         expected.append(torch.cat(parts, 1))
     torch.testing.assert_close(y, torch.cat(expected), rtol=1e-5, atol=1e-6)
-    gradients = (torch.autograd.grad(out.sin().sum(), x) for out, x in ((y, packed), (torch.cat(expected), apart)))
+    gradients = (torch.autograd.grad(out.sin().sum(), x) for out, x in ((y, packed), (torch.cat(expected), separate)))
     for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # sums in another order
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # different summation order
 
 
 def test_package_and_function_share_a_name():
@@ -198,21 +216,21 @@ def test_package_and_function_share_a_name():
     assert module.segment_length(1, 16, 1) == 32
 
 
-def test_compiled_unit_is_deterministic():
+def test_deterministic():
     arguments = inputs(3, 100, 70)
     first, second = (outputs_and_gradients(cpu, *arguments) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-PAYLOADS = [0x7FC00000, 0x7FC00001, 0x7FFFFFFF, 0x7F800001, 0x7F800000, 0xFF800000]  # NaNs, ∞, -∞ by their bits
+PAYLOADS = [0x7FC00000, 0x7FC00001, 0x7FFFFFFF, 0x7F800001, 0x7F800000, 0xFF800000]  # bits of NaNs, ∞ and -∞
 
 
-# w is at most 0, and p a maximum of keys that came before: an infinite one has shown itself then
+# w <= 0, and p is a maximum of earlier keys: +∞ in either would have shown before
 NOT_FINITE = [(where, bits) for where in "wukvabp" for bits in PAYLOADS if not (where in "wp" and bits == 0x7F800000)]
 
 
 @pytest.mark.parametrize(("where", "bits"), NOT_FINITE)
-def test_what_is_not_finite_is_not_hidden(vectors, where, bits):
+def test_nan_and_inf_propagate(vectors, where, bits):
     w, u, k, v, first, *_ = inputs(1, 5, 40, reset=False)
     target = {"w": w, "u": u, "k": k[0, 2], "v": v[0, 2], "a": first[0, 0], "b": first[0, 1], "p": first[0, 2]}[where]
     target.view(torch.int32)[1] = torch.tensor(bits - (1 << 32 if bits >> 31 else 0), dtype=torch.int32)
@@ -220,35 +238,35 @@ def test_what_is_not_finite_is_not_hidden(vectors, where, bits):
     assert not hidden.any()
 
 
-def test_a_masked_first_token_is_as_undefined_as_in_the_reference():
+def test_masked_first_token():
     w, u, k, v, *_ = inputs(1, 5, 4, state=False, reset=False)
-    k[0, 0, 1] = -float("inf")  # nothing has any weight
+    k[0, 0, 1] = -float("inf")  # no term has any weight: 0 / 0
     assert torch.equal(wkv4(w, u, k, v, impl="cpu")[0].isnan(), wkv4(w, u, k, v, impl="reference")[0].isnan())
 
 
-def test_a_state_of_zeros_is_a_state_like_any_other():
+def test_zero_state():
     w, u, k, v, *_ = inputs(2, 20, 40, state=False, reset=False)
     zeros = torch.zeros(2, 3, 40)
     for low in (60.0, 80.0):  # far below the state's maximum, which is 0
         ours, theirs = (wkv4(w, u, k - low, v, zeros, impl=impl)[0] for impl in ("cpu", "reference"))
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)  # exponents of 80, rounded: 80 · 2^-24 of e^x
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)  # rounded exponents of 80: 80 · 2^-24 of e^x
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
-def test_no_gradient_of_a_document_reaches_the_one_before(impl):
+def test_no_gradient_across_documents(impl):
     w, u, k, v, first, *_ = inputs(1, 40, 33, reset=False)
     starts = torch.zeros(1, 40, dtype=torch.bool)
     starts[0, 21] = True
     leaves = [x.requires_grad_() for x in (k, v, first)]
     y, _ = wkv4(w, u, k, v, first, starts, initial=empty_state(1, 33), impl=impl)
     gy = torch.ones_like(y)
-    gy[:, 21:] = float("nan")  # not even this
+    gy[:, 21:] = float("nan")
     gradients = torch.autograd.grad(y, leaves, gy)
     assert all(g[:, :21].isfinite().all() for g in gradients)
     assert gradients[1][:, 21:].isnan().any()
 
 
-def test_a_gradient_may_come_from_either_output_alone():
+def test_gradient_of_single_output():
     arguments = inputs(2, 40, 33)
     for pick in (lambda y, last: y.sin().sum(), lambda y, last: last[:, :2].sin().sum()):
         gradients = []
@@ -258,9 +276,8 @@ def test_a_gradient_may_come_from_either_output_alone():
                 torch.autograd.grad(pick(*wkv4(*leaves, arguments[5], impl=impl)), leaves, allow_unused=True)
             )
         for ours, theirs in zip(*gradients, strict=True):
-            torch.testing.assert_close(
-                ours, torch.zeros_like(ours) if theirs is None else theirs, rtol=1e-4, atol=1e-5
-            )  # sums over 40 tokens
+            expected = torch.zeros_like(ours) if theirs is None else theirs
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)  # sums over 40 tokens
 
 
 def test_empty_state_is_no_state():
@@ -268,7 +285,7 @@ def test_empty_state_is_no_state():
     assert torch.equal(wkv4(w, u, k, v)[0], wkv4(w, u, k, v, empty_state(2, 4))[0])
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_shape_mismatch():
     w, u, k, v, first, starts, _ = inputs(2, 5, 4)
     with pytest.raises(ValueError, match=r"w must be \[4\]"):
         wkv4(w[:3], u, k, v)
@@ -282,7 +299,7 @@ def test_shapes_that_do_not_fit_are_refused():
         wkv4(w, u, k, v, impl="fast")
 
 
-def test_what_is_not_on_ks_device_or_of_another_kind_is_refused():
+def test_device_and_reset_dtype_mismatch():
     w, u, k, v, first, starts, _ = inputs(2, 5, 4)
     with pytest.raises(ValueError, match="u is on meta and k on cpu"):
         wkv4(w, u.to("meta"), k, v)
@@ -290,7 +307,7 @@ def test_what_is_not_on_ks_device_or_of_another_kind_is_refused():
         wkv4(w, u, k, v, first, starts.int())
 
 
-def test_other_dtypes_are_refused_by_name():
+def test_unsupported_dtypes():
     w, u, k, v, *_ = inputs(1, 5, 4, state=False, reset=False)
     with pytest.raises(ValueError, match="must be floating-point; got torch.int64"):
         wkv4(w, u, k.long(), v.long())
@@ -298,7 +315,7 @@ def test_other_dtypes_are_refused_by_name():
         wkv4(w, u, k.bfloat16(), v)
 
 
-def test_a_bool_of_any_byte_is_true():
+def test_bool_with_any_nonzero_byte():
     w, u, k, v, *_ = inputs(1, 20, 8, state=False, reset=False)
     starts = torch.zeros(1, 20, dtype=torch.uint8)
     starts[0, 7] = 2
@@ -306,19 +323,19 @@ def test_a_bool_of_any_byte_is_true():
     assert torch.equal(wkv4(w, u, k, v, None, odd, impl="cpu")[0], wkv4(w, u, k, v, None, starts > 0, impl="cpu")[0])
 
 
-def test_a_unit_by_name_says_why_it_cannot_be_used():
+def test_unavailable_impl():
     with pytest.raises(RuntimeError, match='impl="cuda" is unavailable: the inputs are on cpu'.replace('"', "'")):
         wkv4(*inputs(1, 3, 2)[:4], impl="cuda")
     with pytest.raises(RuntimeError, match="is unavailable: the inputs are on meta"):
         wkv4(*(x.to("meta") for x in inputs(1, 3, 2)[:4]), impl="cpu")
 
 
-def test_auto_takes_the_compiled_unit(monkeypatch):
+def test_auto_selects_cpu_kernels(monkeypatch):
     monkeypatch.setattr(reference, "wkv4", lambda *_: pytest.fail("auto fell back to the reference"))
     wkv4(*inputs(1, 3, 2)[:4])
 
 
-def test_auto_says_why_it_is_slow(monkeypatch):
+def test_auto_fallback_warning(monkeypatch):
     monkeypatch.setattr(load, "why_unavailable", lambda: "it is not compiled for torch 0.0; run: make kernels")
     with pytest.warns(UserWarning, match=r"unavailable(?s:.)*cpu: it is not compiled for torch 0.0; run: make kernels"):
         y, _ = wkv4(*inputs(1, 3, 2)[:4])
@@ -327,7 +344,7 @@ def test_auto_says_why_it_is_slow(monkeypatch):
         wkv4(*inputs(1, 3, 2)[:4], impl="cpu")
 
 
-def test_fp64_goes_to_the_reference():
+def test_fp64_uses_reference():
     arguments = inputs(1, 3, 2, dtype=torch.float64)[:4]
     with pytest.warns(UserWarning, match="fp64"):
         y, _ = wkv.wkv4(*arguments)

@@ -100,7 +100,7 @@ def records(chunk: Chunk, lines: Sequence[bytes], keys: Sequence[str]) -> Iterat
             with open_source(source) as (file, _):
                 data = file.read(source.max_record + 1)
             if len(data) > source.max_record:
-                source.refuse_size("the whole file (--split_lines makes every line a document)")
+                source.reject_size("the whole file (--split_lines makes every line a document)")
             if source.plain and len(data) < source.size:
                 raise UserError(
                     f"{source.path}: was truncated while it was read; convert again when nothing writes to it"

@@ -123,7 +123,7 @@ def _convert(
         raise UserError(f"{same}: the conversion would overwrite its own input; give another --output-prefix")
     beside = [rejects_path, *([shards.manifest_path(prefix)] if shard else [])]
     if not config.force:
-        binidx.refuse_existing(prefixes, beside)
+        binidx.reject_existing(prefixes, beside)
 
     for note in found.notes:
         print(note, file=sys.stderr, flush=True)

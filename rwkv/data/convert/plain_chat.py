@@ -22,8 +22,9 @@ def segments(text: str) -> list[tuple[str, bool]] | None:
 
     A turn begins at the start or after a blank line (or after any line break, if no answer follows
     a blank line) with a label such as `User:`, `Assistant:`, `Human:`, `Question:`, `Instruction:`,
-    `用户：`. The first label of each side determines which labels are recognised, so that a line such
-    as `Answer:` inside an answer is not a turn. An answer extends from its colon to the next turn.
+    `用户：`. The first label of each side determines which labels are recognised, so that a line
+    such as `Answer:` inside an answer is not a turn. An answer extends from its colon to the next
+    turn.
     """
     for blank_line in (True, False):
         marks = _turns(text, blank_line)

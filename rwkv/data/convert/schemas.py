@@ -102,7 +102,7 @@ def conversation(record: Mapping[str, Any], kind: str = "auto") -> Conversation 
     if found is None:
         if kind != "auto":
             raise BadRecord(
-                f"--format {kind} expects {_expected(kind)}, and it has {', '.join(map(repr, list(record)[:8])) or 'nothing'}"
+                f"--format {kind} expects {_expected(kind)}, but it has {', '.join(map(repr, list(record)[:8])) or 'nothing'}"
             )
         return None
     while found.messages and found.messages[-1].role == roles.USER and found.messages[-1].empty:

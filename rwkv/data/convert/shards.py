@@ -113,7 +113,7 @@ def _merge(
     force: bool,
 ) -> list[tuple[str, int, int]]:
     if not force:
-        binidx.refuse_existing(prefixes, [rejects])
+        binidx.reject_existing(prefixes, [rejects])
     with binidx.writers(prefixes, dtype, masked, [rejects]) as (out, (rejected,)):
         for key, one in zip(names, out, strict=True):
             for part in parts:

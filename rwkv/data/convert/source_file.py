@@ -71,7 +71,7 @@ class Source:
             f"a record of more than {size}; if this is intended and fits into memory, raise --max_record_mb"
         )
 
-    def refuse_size(self, where: str) -> NoReturn:
+    def reject_size(self, where: str) -> NoReturn:
         """Raise UserError for a record over max_record."""
         raise UserError(f"{self.path}, {where}: {self.too_large}")
 
@@ -106,7 +106,7 @@ def open_source(source: Source) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
 def read_line(source: Source, file: BinaryIO, where: str) -> bytes:
     """The next line of a file. Raises UserError if it is longer than max_record."""
     line = file.readline(source.max_record + 1)
-    return source.refuse_size(where) if len(line) > source.max_record else line
+    return source.reject_size(where) if len(line) > source.max_record else line
 
 
 class Transcoded(io.RawIOBase):

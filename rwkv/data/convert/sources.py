@@ -71,29 +71,33 @@ def find(spec: str, split_lines: bool = False, split: str = "", encoding: str = 
     if input_format and input_format not in FORMATS:
         raise UserError(f"--input_format {input_format}: expected one of {', '.join(FORMATS)}")
     encodings.check(encoding)
-    found, asked, direct = Found(), splits.parse(split), False
+    found, requested, direct = Found(), splits.parse(split), False
     known: set[str] = set()
     for word in words(spec):
         path = Path(os.path.expanduser(word)) if not os.path.exists(word) else Path(word)
         if path.is_dir():
-            paths = _folder(path, asked, found, known)
+            paths = _folder(path, requested, found, known)
         elif glob.has_magic(str(path)) and not path.exists():
             paths = [x for x in map(Path, glob.iglob(str(path), recursive=True)) if _is_input(x, x.parent)]
             if not paths:
                 raise UserError(f"{word}: matches no file that can be converted")
             paths = _chosen(
-                natural_order.natural(paths), Path(os.path.commonpath([x.parent for x in paths])), asked, found, known
+                natural_order.natural(paths),
+                Path(os.path.commonpath([x.parent for x in paths])),
+                requested,
+                found,
+                known,
             )
         else:
             paths, direct = [path], True
         if len(paths) > 1:
             found.notes.append(f"order: {natural_order.format_names(paths)}")
         found.sources += [_source(x, split_lines, input_format if paths == [path] else "", encoding) for x in paths]
-    if asked and known and not found.used:
+    if requested and known and not found.used:
         raise UserError(
             f"--split {split}: no such split; there {'is' if len(known) == 1 else 'are'} {', '.join(sorted(known))}"
         )
-    if asked and asked != ["all"] and not known:
+    if requested and requested != ["all"] and not known:
         raise UserError(f"--split {split}: {spec} has no splits; drop the flag")
     if input_format and found.sources and not direct:
         raise UserError(
@@ -149,9 +153,9 @@ def ours(path: Path) -> bool:
     return path.name.endswith(".rejects.jsonl") or (path.suffix == ".json" and path.with_suffix(".idx").exists())
 
 
-def _folder(folder: Path, asked: Sequence[str], found: Found, known: set[str]) -> list[Path]:
+def _folder(folder: Path, requested: Sequence[str], found: Found, known: set[str]) -> list[Path]:
     if dataset := splits.dataset(folder):
-        return _of_splits(dataset, folder, asked, found, known)
+        return _of_splits(dataset, folder, requested, found, known)
     paths, other = [], []
     for path in _walk(folder):
         if _is_input(path, folder):
@@ -164,19 +168,19 @@ def _folder(folder: Path, asked: Sequence[str], found: Found, known: set[str]) -
         )
     if other:
         found.notes.append(f"skipped: {natural_order.format_names(natural_order.natural(other))}: unknown format")
-    return _chosen(natural_order.natural(paths), folder, asked, found, known)
+    return _chosen(natural_order.natural(paths), folder, requested, found, known)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
     """All files below a folder, following links; hidden folders are skipped."""
 
-    def refuse(error: OSError) -> None:
+    def fail(error: OSError) -> None:
         raise UserError(
             f"{error.filename}: cannot be read ({error.strerror}); change its permissions, or list the other files"
         )
 
     seen = set()
-    for at, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+    for at, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         here = os.stat(at)
         if (here.st_dev, here.st_ino) in seen:  # a cycle of links
             folders.clear()
@@ -195,14 +199,14 @@ def _is_input(path: Path, root: Path) -> bool:
     return path.is_file()
 
 
-def _chosen(paths: list[Path], root: Path, asked: Sequence[str], found: Found, known: set[str]) -> list[Path]:
+def _chosen(paths: list[Path], root: Path, requested: Sequence[str], found: Found, known: set[str]) -> list[Path]:
     if len(paths) == 1:
         return paths
     by_split, rest = splits.of_files(paths, root)
     if not by_split:
         return paths
-    chosen = _of_splits(by_split, root, asked, found, known)
-    if asked == ["all"]:
+    chosen = _of_splits(by_split, root, requested, found, known)
+    if requested == ["all"]:
         return natural_order.natural([*chosen, *rest])
     if rest:
         found.notes.append(
@@ -212,10 +216,10 @@ def _chosen(paths: list[Path], root: Path, asked: Sequence[str], found: Found, k
 
 
 def _of_splits(
-    by_split: Mapping[str, list[Path]], root: Path, asked: Sequence[str], found: Found, known: set[str]
+    by_split: Mapping[str, list[Path]], root: Path, requested: Sequence[str], found: Found, known: set[str]
 ) -> list[Path]:
     known.update(by_split)
-    names = splits.choose(list(by_split), asked, root)
+    names = splits.choose(list(by_split), requested, root)
     found.used += [name for name in names if name not in found.used]
     found.omitted += [name for name in by_split if name not in names and name not in found.omitted]
     return [path for name in names for path in by_split[name]]

@@ -32,21 +32,21 @@ def family(name: str) -> str:
     return _FAMILY[match[1]] if match else ""
 
 
-def choose(names: Sequence[str], asked: Sequence[str], where: Path) -> list[str]:
+def choose(names: Sequence[str], requested: Sequence[str], where: Path) -> list[str]:
     """The splits to convert: those requested by name or family (dev for validation), by default the
     training split.
 
     Raises:
         UserError: there is no training split, or several.
     """
-    if "all" in asked:
+    if "all" in requested:
         return list(names)
-    if asked:
+    if requested:
         return [
             name
             for name in names
-            if name.casefold() in asked
-            or (family(name) and family(name) in map(family, asked) and name.casefold() in _FAMILY)
+            if name.casefold() in requested
+            or (family(name) and family(name) in map(family, requested) and name.casefold() in _FAMILY)
         ]
     if "train" in names:
         return ["train"]

@@ -77,7 +77,7 @@ def _array(
         """Read another block into the buffer; False at the end of the file."""
         nonlocal buffer, at
         if len(buffer) - at > source.max_record:
-            source.refuse_size(f"element {number + 1}")
+            source.reject_size(f"element {number + 1}")
         block = text.read(max(source_file.CHUNK, len(buffer) - at))
         buffer, at = buffer[at:] + block, 0
         return bool(block)
@@ -161,7 +161,7 @@ def _csv(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[in
         while some := text.readline(source.max_record + 1):
             size = size + len(some) if record == line else len(some)
             if size > source.max_record:
-                source.refuse_size(f"line {line}")
+                source.reject_size(f"line {line}")
             yield some
 
     record = 0  # first line of the current record

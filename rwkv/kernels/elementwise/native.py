@@ -1,12 +1,14 @@
-"""Elementwise operations of a block with their gradients: single passes over memory by the compiled kernels, else by
-torch (reference.py) and autograd.
+"""The elementwise operations of a block and their gradients: by the compiled kernels in one pass
+over memory, otherwise by torch (reference.py) and autograd.
 
-To save memory, a gradient recomputes cheap tensors: outputs of these operations carry a `Recompute`, and an operation
-that needs such an output in its backward pass saves what the Recompute needs, which is saved anyway, instead of the
-output itself. So matmul inputs and the outputs of norms and WKV are never saved. Any operation in between drops the
-Recompute, and the tensor itself is saved.
+To save memory, backward passes recompute cheap tensors. Outputs of these operations carry a
+`Recompute`; an operation that needs such an output in its backward pass saves the inputs of the
+Recompute, which are saved anyway, instead of the output. So matmul inputs and the outputs of norms
+and WKV are never saved. Any other operation in between drops the Recompute, and the tensor itself
+is saved.
 
-Parameters are used where they are passed in, in the forward pass of the module that owns them.
+Parameters are read in the forward pass of the module that owns them, where ZeRO-3 has gathered
+them.
 """
 
 import functools
@@ -24,21 +26,21 @@ from rwkv.kernels.elementwise import reference
 
 @dataclass(frozen=True)
 class Recompute:
-    """How a tensor is recomputed in a backward pass: function(*inputs)."""
+    """Recomputes a tensor in the backward pass: function(*inputs)."""
 
     function: Callable[..., Tensor]
     inputs: tuple[Tensor | None, ...]
 
 
 def recomputed(y: Tensor, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-    """y = function(*inputs), marked so that gradients recompute it from the inputs. They must not change until then."""
+    """Let backward passes recompute y = function(*inputs). Inputs must not change until then."""
     if torch.is_grad_enabled():
         y.recompute = Recompute(function, tuple(None if t is None else t.detach() for t in inputs))  # type: ignore[attr-defined]
     return y
 
 
 def recompute_of(x: Tensor) -> Recompute:
-    """How x is recomputed; x itself where it carries no Recompute."""
+    """The Recompute of x; if it has none, one that saves x itself."""
     return getattr(x, "recompute", None) or Recompute(_passthrough, (x.detach(),))
 
 
@@ -47,20 +49,20 @@ def _passthrough(x: Tensor) -> Tensor:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matmuls of x are computed in: autocast's where it is on, else x's own."""
+    """The dtype of matmuls with x: autocast's if enabled, else x's."""
     return compat.autocast_dtype(x.device.type) or x.dtype
 
 
 def _kernels(*tensors: Tensor) -> Any:
-    """The compiled operations for tensors like these, on a CPU or an NVIDIA GPU; None where there are none, e.g. for fp64.
+    """The compiled operations for these tensors; None if unavailable, e.g. for fp64.
 
-    `wkv4` reports why the kernels are unavailable: all are in the same library.
+    `wkv4`, which is in the same library, reports why they are unavailable.
     """
     if any(t.dtype not in _DTYPES for t in tensors):
         return None
     if all(t.is_cuda for t in tensors):
         device = tensors[0].device.index
-        return gpu.unit(device) if load.why_unavailable_on(device) is None else None
+        return gpu.cuda_kernels(device) if load.why_unavailable_on(device) is None else None
     if any(t.device.type != "cpu" or t.dtype == torch.float16 for t in tensors) or load.why_unavailable():
         return None
     return torch.ops.rwkv
@@ -82,7 +84,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx, gy):
         x, weight, stats = ctx.saved_tensors
         affine = any(ctx.needs_input_grad[1:3])
-        return *_kernels(x).norm_backward(gy.contiguous(), None, x, weight, stats, affine), None, None
+        return *_kernels(x).norm_backward(gy.contiguous(), x, weight, stats, affine), None, None
 
 
 def _norm(eps: float, dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ def _norm(eps: float, dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tenso
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm of x [..., D] with weight and bias [D] and fp32 statistics; the result is in x's compute dtype.
+    """LayerNorm of x [..., D] with weight and bias [D], returned in x's compute dtype.
 
     Saves x and 8 bytes per token.
     """
@@ -99,17 +101,17 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return reference.norm(x, weight, bias, eps, dtype)
     x = x.contiguous()
     y = _Norm.apply(x, weight, bias, eps, dtype)
-    # copies of the parameters: ZeRO-3 has them gathered here, and perhaps not where y is recomputed
+    # copy the parameters: under ZeRO-3 they may not be gathered when y is recomputed
     copies = (t.detach().float().clone() for t in (weight, bias))
     return recomputed(y, functools.partial(_norm, eps, dtype), x, *copies)
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, last, initial, reset, weights, again):
-        trained = ctx.needs_input_grad[4]  # x is needed for the gradient of the weights alone
-        ctx.again = again.function if trained else None
-        ctx.save_for_backward(last, initial, reset, weights, *(again.inputs if trained else ()))
+    def forward(ctx, x, last, initial, reset, weights, recompute):
+        trained = ctx.needs_input_grad[4]  # only the gradient of the weights needs x
+        ctx.recompute = recompute.function if trained else None
+        ctx.save_for_backward(last, initial, reset, weights, *(recompute.inputs if trained else ()))
         return tuple(_kernels(x).mix_forward(x, last, initial, reset, weights))
 
     @staticmethod
@@ -117,9 +119,9 @@ class _Mix(torch.autograd.Function):
     def backward(ctx, *gy):
         last, initial, reset, weights, *inputs = ctx.saved_tensors
         grads = [g.contiguous() for g in gy]
-        x = ctx.again(*inputs) if ctx.again else grads[0]
+        x = ctx.recompute(*inputs) if ctx.recompute else grads[0]
         backward = _kernels(grads[0]).mix_backward
-        gx, glast, gweights = backward(grads, x, last, initial, reset, weights, ctx.again is not None)
+        gx, glast, gweights = backward(grads, x, last, initial, reset, weights, ctx.recompute is not None)
         ginitial = None
         if ctx.needs_input_grad[2] and reset is not None:
             starts = (g.masked_fill(~reset[..., None], 0).sum(1, dtype=torch.float32) for g in grads)
@@ -128,64 +130,70 @@ class _Mix(torch.autograd.Function):
 
 
 def _mix(
-    again: Callable[..., Tensor],
+    recompute: Callable[..., Tensor],
     last: Tensor,
     initial: Tensor,
     reset: Tensor | None,
     weights: Tensor,
     *inputs: Tensor | None,
 ) -> Tensor:
-    x = again(*inputs)
+    x = recompute(*inputs)
     return _kernels(x).mix_forward(x, last, initial, reset, weights)[0]
 
 
 def mix(
     x: Tensor, last: Tensor, reset: Tensor | None, weights: list[Tensor], initial: Tensor | None = None
 ) -> list[Tensor]:
-    """Token shift: m·x + (1 − m)·(the token before) for each m of `weights`, up to three with D elements each.
+    """Token shift: m·x + (1 − m)·previous for each m of `weights`.
 
-    x [B, T, D]; `last` [B, D] is the token before the first; reset [B, T] bool or None: where it is True the token
-    before is `initial` [B, D], by default `last`. Saves x.
+    Args:
+        x: [B, T, D].
+        last: [B, D], the token before the first.
+        reset: [B, T] bool, True where a document starts; None: nowhere.
+        weights: up to three, with D elements each.
+        initial: [B, D], the token before a document start; None: `last`.
+
+    Saves x if the weights are trained.
     """
     stacked = torch.cat([m.reshape(1, -1) for m in weights])
     last = last.to(x.dtype).contiguous()
     initial = last if initial is None else initial.to(x.dtype).contiguous()
     if _kernels(x) is None:
         return reference.mix(x, last, initial, reset, stacked)
-    again, stacked = recompute_of(x), stacked.float()
-    mixed = _Mix.apply(x.contiguous(), last, initial, reset, stacked, again)
-    function = functools.partial(_mix, again.function)
+    recompute, stacked = recompute_of(x), stacked.float()
+    mixed = _Mix.apply(x.contiguous(), last, initial, reset, stacked, recompute)
+    function = functools.partial(_mix, recompute.function)
     return [
-        recomputed(y, function, last, initial, reset, m, *again.inputs)
+        recomputed(y, function, last, initial, reset, m, *recompute.inputs)
         for y, m in zip(mixed, stacked.detach().split(1), strict=True)
     ]
 
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, r, v, again):
-        ctx.again = again.function
-        ctx.save_for_backward(r, *again.inputs)
-        return _kernels(r).gate_forward(None, r, v)
+    def forward(ctx, r, v, recompute):
+        ctx.recompute = recompute.function
+        ctx.save_for_backward(r, *recompute.inputs)
+        return _kernels(r).gate_forward(r, v)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         r, *inputs = ctx.saved_tensors
-        return *_kernels(r).gate_backward(g.contiguous(), r, ctx.again(*inputs).contiguous()), None
+        return *_kernels(r).gate_backward(g.contiguous(), r, ctx.recompute(*inputs).contiguous()), None
 
 
-def _gate(again: Callable[..., Tensor], r: Tensor, *inputs: Tensor | None) -> Tensor:
-    return _kernels(r).gate_forward(None, r, again(*inputs).contiguous())
+def _gate(recompute: Callable[..., Tensor], r: Tensor, *inputs: Tensor | None) -> Tensor:
+    return _kernels(r).gate_forward(r, recompute(*inputs).contiguous())
 
 
 def gate(r: Tensor, v: Tensor) -> Tensor:
-    """σ(r)·v of two tensors of one shape and dtype. Saves r and v."""
+    """σ(r)·v of two tensors of the same shape and dtype. Saves r and v."""
     if _kernels(r, v) is None:
         return reference.gate(r, v)
-    r, again = r.contiguous(), recompute_of(v)
-    y = _Gate.apply(r, v.contiguous(), again)
-    return recomputed(y, functools.partial(_gate, again.function), r, *again.inputs)
+    r, recompute = r.contiguous(), recompute_of(v)
+    y = _Gate.apply(r, v.contiguous(), recompute)
+    return recomputed(y, functools.partial(_gate, recompute.function), r, *recompute.inputs)
 
 
 class _Relu2(torch.autograd.Function):
@@ -231,19 +239,21 @@ def drop(x: Tensor, p: float) -> Tensor:
 
 
 def new_seed() -> int:
-    """A seed for dropout from the CPU's generator, which gradient checkpointing restores, so that it draws the same again."""
+    """A seed for dropout from the CPU generator, which gradient checkpointing restores."""
     return int(torch.randint(1 << 31, ()))
 
 
 def dropout(x: Tensor, seed: int, p: float) -> Tensor:
-    """x / (1 − p), or 0 with probability p, by a hash of the element's index and the seed (reference.dropout), so that no
-    mask is saved. No gradient."""
+    """x / (1 − p), or 0 with probability p; not differentiable.
+
+    A hash of element index and seed decides (reference.dropout), so no mask is saved.
+    """
     kernels = _kernels(x)
     return kernels.dropout(x.contiguous(), seed, p) if kernels else reference.dropout(x, seed, p)
 
 
 def dropout_add_(y: Tensor, x: Tensor, seed: int, p: float) -> None:
-    """y += dropout(x), in place, on contiguous tensors of one shape and dtype. No gradient."""
+    """y += dropout(x) for contiguous tensors of the same shape and dtype; not differentiable."""
     kernels = _kernels(y)
     if kernels:
         kernels.dropout_add(y, x.contiguous(), seed, p)
@@ -251,15 +261,18 @@ def dropout_add_(y: Tensor, x: Tensor, seed: int, p: float) -> None:
         y += reference.dropout(x, seed, p)
 
 
-def softmax_gradient(logits: Tensor, targets: Tensor, pull: float, want: bool) -> Tensor:
-    """Σ over tokens of the cross-entropy of logits [N, V] at targets [N], fp32. With `want` the logits are overwritten with
-    its gradient, with pull · max added at each token's largest logit (the first of several)."""
+def cross_entropy_(logits: Tensor, targets: Tensor, l2wrap: float, want_gradient: bool) -> Tensor:
+    """The summed cross-entropy of logits [N, V] at targets [N], scalar fp32.
+
+    With `want_gradient` the logits are overwritten with its gradient, plus l2wrap · max at each
+    token's largest logit (the first one of equals).
+    """
     kernels = _kernels(logits)
     if kernels:
-        stats = kernels.loss(logits, targets.contiguous(), pull, want)
+        stats = kernels.loss(logits, targets.contiguous(), l2wrap, want_gradient)
     else:
-        stats, gradient = reference.softmax(logits, targets, pull)
-        if want:
+        stats, gradient = reference.softmax(logits, targets, l2wrap)
+        if want_gradient:
             logits.copy_(gradient)
     top, total, at_target = stats.unbind(1)
     return (total.log() + top - at_target).sum()

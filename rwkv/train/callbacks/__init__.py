@@ -1,1 +1,1 @@
-"""What happens around a step: metrics, checkpoints, signals, memory."""
+"""Lightning callbacks: metrics, checkpoints, signals, memory."""

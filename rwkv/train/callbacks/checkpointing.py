@@ -1,4 +1,4 @@
-"""Saving of training states, and of checkpoints under upstream's names; restoring a state."""
+"""Save training states, and checkpoints under upstream's names; restore states."""
 
 import time
 from collections.abc import Callable
@@ -17,12 +17,14 @@ from rwkv.train.resume.unchanged import Unchanged
 from rwkv.train.runtime import zero
 from rwkv.train.runtime.lightning import pl
 
-_SHARE = 0.02  # of the time that saving states may take, where --save_every does not say how often
-_SECONDS = 10  # the least between two states, likewise
+_SHARE = 0.02  # without --save_every: the maximum fraction of time spent on saving states,
+_SECONDS = 10  # and the minimum interval between states
 
 
 def checkpoint_name(c: TrainConfig, step: int) -> str:
-    """The checkpoint that is due after this step (from epoch 0); empty if none is."""
+    """File name of the checkpoint that is due after this step (counted from epoch 0); empty if none
+    is.
+    """
     epoch, inside = divmod(step, schedule.steps_per_epoch(c))
     ends = step == schedule.first_step(c) + schedule.total_steps(c)
     if not inside and ((epoch - 1 - c.epoch_begin) % c.epoch_save == 0 or ends):
@@ -31,15 +33,18 @@ def checkpoint_name(c: TrainConfig, step: int) -> str:
 
 
 def complete(c: TrainConfig, folder: Path, begin: run_state.State, save: Callable[[str, int, Callable], None]) -> None:
-    """Write the checkpoint that is due after the step of a state, if it is missing: the run ended before it was written, or it was deleted."""
+    """Write the checkpoint that was due at the step of a training state, if it is missing (deleted,
+    or the run was killed before writing it).
+    """
     name = checkpoint_name(c, begin.step)
     if name and not ((folder / name).exists() and checkpoint.read_manifest(folder / name).get("step") == begin.step):
         save(name, begin.step, lambda names: {one: begin.weights[one] for one in names})
-        say(f"{folder / name} was missing; it is written again from the training state of step {begin.step:,}")
+        say(f"{folder / name} was missing; written from the training state of step {begin.step:,}")
 
 
 class Restorer(pl.Callback):
-    """Restores the training state to resume from, then writes the manifest: until then the old one is valid.
+    """Restores the training state to resume from; then writes the manifest, which would otherwise
+    not match the state on disk.
 
     Args:
         begin: the state, on rank 0; None for a new run.
@@ -59,15 +64,17 @@ class Restorer(pl.Callback):
 
 
 class Checkpointer(pl.Callback):
-    """Saves training states periodically, rwkv-N.pth after every epoch_save-th epoch and the last, rwkv-final.pth if the run ends or is
-    interrupted within an epoch.
+    """Saves training states periodically, rwkv-N.pth after every epoch_save-th and the last epoch,
+    and rwkv-final.pth if the run ends or is interrupted within an epoch.
 
     Args:
-        run: the run's manifest, which goes into every state.
-        save: save(name, step, gather) writes a checkpoint; called on every rank, and gather(names) puts parameters together on rank 0.
+        run: the run's manifest, saved with every state.
+        save: save(name, step, gather) writes a checkpoint; called on every rank. gather(names)
+            returns full parameters on rank 0.
         inputs: the files that the run reads; if one was changed, nothing more is saved.
 
-    Attribute `last`: the name of the latest checkpoint.
+    Attributes:
+        last: the name of the latest checkpoint.
     """
 
     def __init__(
@@ -106,20 +113,21 @@ class Checkpointer(pl.Callback):
             return
         self._last = step
         if checkpoint_name(c, step) or step >= self._next or trainer.should_stop:
-            self._metrics.read(trainer, module)  # nothing of a step that went wrong is saved
+            self._metrics.read(trainer, module)  # raises if the step must not be saved
         name = checkpoint_name(c, step) or ("rwkv-final.pth" if trainer.should_stop else "")
-        # A state comes before the checkpoint of its step: from it `complete` writes that of a run that was killed between them.
+        # the state is saved first: if the run is killed before saving the checkpoint, `complete`
+        # writes it on resume
         if name or step >= self._next:
             started = time.perf_counter()
             self._inputs.check()
-            taken = run_state.capture(trainer, module, self._run)
+            state = run_state.capture(trainer, module, self._run)
             if trainer.global_rank == 0:
                 self._metrics.sync()
-                state_files.write(self._home.now(), taken)
+                state_files.write(self._home.now(), state)
                 if not self._run.get("state_saved"):
                     self._run["state_saved"] = True
                     run_manifest.write(self._home.now(), self._run)
-                self._metrics.picture()
+                self._metrics.plot()
             self._next = step + (c.save_every or self._interval(trainer, step, started))
             self._saved, self._since = step, time.perf_counter()
         if name:
@@ -134,7 +142,9 @@ class Checkpointer(pl.Callback):
             self.last = name
 
     def _interval(self, trainer: pl.Trainer, step: int, started: float) -> int:
-        """Steps until the next state, so that saving takes a small share of the time; the same on all ranks."""
-        a_step = (started - self._since) / max(1, step - self._saved)
-        a_save = time.perf_counter() - started
-        return trainer.strategy.broadcast(max(1, int(max(a_save / _SHARE, _SECONDS) / max(a_step, 1e-6))))
+        """Steps until the next state, chosen so that saving takes at most _SHARE of the time; the
+        same on all ranks.
+        """
+        per_step = (started - self._since) / max(1, step - self._saved)
+        saving = time.perf_counter() - started
+        return trainer.strategy.broadcast(max(1, int(max(saving / _SHARE, _SECONDS) / max(per_step, 1e-6))))

@@ -1,18 +1,21 @@
-"""The curves of a run in constant memory: however many steps there are, a few thousand averages of them are kept."""
+"""Loss curves in constant memory: at most a few thousand averages, independent of the number of
+steps.
+"""
 
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
-CAPACITY = 4096  # averages of a series; below that every value is kept as it is
+CAPACITY = 4096  # maximum number of averages in a series; up to that many values are kept exactly
 
 
 class Series:
-    """Values by step. Once there are `capacity` averages, neighbours are merged two by two, and each then stands for twice as many values.
+    """Averages of values by step. When there are `capacity` averages, adjacent pairs are merged,
+    and each average covers twice as many values.
 
     Attributes:
-        steps: the last step that each average includes.
-        means, lows, highs, counts: of the values in it.
+        steps: the last step of each average.
+        means, lows, highs, counts: mean, minimum, maximum and number of its values.
         rates: the learning rate at that step.
     """
 
@@ -24,14 +27,14 @@ class Series:
         self.highs: list[float] = []
         self.counts: list[int] = []
         self.rates: list[float] = []
-        self._width = 1  # values in an average that is complete
+        self._width = 1  # values in a complete average
 
     def __len__(self) -> int:
         return len(self.steps)
 
     @property
     def width(self) -> int:
-        """Values in an average."""
+        """Number of values in a complete average."""
         return self._width
 
     def add(self, step: int, value: float, rate: float = 0.0) -> None:
@@ -46,7 +49,7 @@ class Series:
             return
         if len(self.steps) == self.capacity:
             self._halve()
-            self.add(step, value, rate)  # there may be space in the last average now
+            self.add(step, value, rate)  # the last average may be incomplete now
             return
         self.steps.append(step)
         self.means.append(value)
@@ -67,7 +70,9 @@ class Series:
         self._width *= 2
 
     def tail(self, share: float) -> float:
-        """The mean of the last `share` of the values, at least one of them; NaN without values. Exact up to `capacity` values."""
+        """The mean of the last `share` of all values (at least one); NaN if there are none. Exact
+        up to `capacity` values.
+        """
         wanted = left = max(1, int(sum(self.counts) * share))
         total = 0.0
         for count, mean in zip(reversed(self.counts), reversed(self.means), strict=True):
@@ -80,15 +85,15 @@ class Series:
 
 @dataclass
 class Curve:
-    """What a run's lines of metrics.jsonl add up to.
+    """Summary of the lines of a run's metrics.jsonl.
 
     Attributes:
-        loss, validation: by step; steps without a finite loss are omitted.
-        first_loss: of the first step, NaN without one.
-        val_loss: the newest validation loss, None without one.
+        loss, validation: losses by step; steps without a finite loss are omitted.
+        first_loss: of the first step; NaN before it.
+        val_loss: the latest validation loss; None before the first.
         best: step and value of the lowest validation loss.
-        last: the newest step.
-        count: lines.
+        last: the latest step.
+        count: number of lines.
     """
 
     loss: Series = field(default_factory=Series)
@@ -103,7 +108,7 @@ class Curve:
     _values: int = 0
 
     def add(self, line: dict[str, Any], epoch: int) -> None:
-        """Add a line of metrics.jsonl, which belongs to this epoch; constant time."""
+        """Add a line of metrics.jsonl, of a step in this epoch; amortised constant time."""
         step, loss, val_loss = line["step"], line["loss"], line.get("val_loss")
         self.last, self.count = step, self.count + 1
         if epoch != self._epoch:
@@ -120,5 +125,5 @@ class Curve:
                 self.best = (step, val_loss)
 
     def epoch_mean(self) -> float:
-        """The mean loss of the newest epoch so far; NaN if no step of it had a finite one."""
+        """The mean loss of the current epoch so far; NaN if no step had a finite loss."""
         return self._sum / self._values if self._values else math.nan

@@ -1,4 +1,4 @@
-"""The figures of every step on the dashboards that were asked for: Weights & Biases, TensorBoard."""
+"""Log metrics to Weights & Biases and TensorBoard."""
 
 import contextlib
 import io
@@ -18,27 +18,31 @@ from rwkv.train.loop import schedule
 
 
 class Dashboard(Protocol):
-    """Somewhere that figures go."""
+    """A backend for logging metrics."""
 
-    def log(self, step: int, figures: dict[str, float]) -> None:
-        """The figures of an optimizer step."""
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Log the metrics of an optimizer step."""
 
     def sync(self) -> None:
-        """Bring all of them to disk: a state of the run is about to be saved."""
+        """Write everything to disk; called before a training state is saved."""
 
     def close(self) -> None:
-        """The run ends."""
+        """End logging."""
 
 
 def make(c: TrainConfig, folder: Path, step: int) -> list[Dashboard]:
-    """Those that the flags ask for, of a run in `folder` that has made `step` steps."""
+    """Create the dashboards selected by the flags, for a run in `folder` that has completed `step`
+    steps.
+    """
     return ([WandB(c, folder, new=step == schedule.first_step(c))] if c.wandb else []) + (
         [TensorBoard(folder, step)] if c.tensorboard else []
     )
 
 
-def figures(line: dict[str, Any], weight_decay: float) -> dict[str, float]:
-    """A line of metrics.jsonl under the names of upstream's panels, memory apart; what is no number is left out."""
+def metrics_of(line: dict[str, Any], weight_decay: float) -> dict[str, float]:
+    """Convert a line of metrics.jsonl to metrics with upstream's names, and memory/* for memory;
+    values that are None are omitted.
+    """
     found = {key: line.get(key) for key in ("loss", "val_loss", "lr", "grad_norm", "targets")}
     found |= {"wd": weight_decay, "Gtokens": line["tokens"] / 1e9, "kt/s": line["tokens_per_s"] / 1e3}
     memory = {key: line[key] for key in line if key.endswith("_mib") and key != "peak_mib"} | line["peak_mib"]
@@ -47,38 +51,40 @@ def figures(line: dict[str, Any], weight_decay: float) -> dict[str, float]:
 
 
 class WandB:
-    """A run of Weights & Biases: online with a key and a network, else offline in the run's folder, which is then said.
+    """Logs to Weights & Biases: online if there are a key and a connection, else offline to the
+    run's folder, with a message.
 
-    It bears the name of the folder, and keeps its id there, so that a run that is resumed is the same one.
+    The run is named after the folder. Its id is stored there, so that a resumed run continues the
+    same W&B run.
     """
 
-    SECONDS = 20  # that the server may take to answer
+    TIMEOUT = 20  # seconds for an answer of the server
 
     def __init__(self, c: TrainConfig, folder: Path, new: bool):
-        import wandb  # a second to import: only where it is asked for
+        import wandb  # takes a second, so imported on use
 
-        with contextlib.redirect_stderr(io.StringIO()):  # a remark on a setting that nobody has set
+        with contextlib.redirect_stderr(io.StringIO()):  # hide a note about a default setting
             key, server = wandb.api.api_key, wandb.Settings().base_url
-        chosen = os.environ.get("WANDB_MODE", "online" if key else "offline")  # the user's, in any case
-        reason = "" if key else "there is no key: run `wandb login`"
-        if chosen == "online" and not self._answers(server):
-            chosen, reason = "offline", f"{server} does not answer"
-        place = folder / "wandb" / "run-id.txt"
-        if new or not place.exists():
-            place.parent.mkdir(exist_ok=True)
-            place.write_text(secrets.token_hex(4), encoding="utf-8")
+        mode = os.environ.get("WANDB_MODE", "online" if key else "offline")
+        reason = "" if key else "no API key: run `wandb login`"
+        if mode == "online" and not self._answers(server):
+            mode, reason = "offline", f"{server} does not answer"
+        run_id = folder / "wandb" / "run-id.txt"
+        if new or not run_id.exists():
+            run_id.parent.mkdir(exist_ok=True)
+            run_id.write_text(secrets.token_hex(4), encoding="utf-8")
         options: dict[str, Any] = {
             "project": c.wandb,
             "dir": str(folder),
             "config": vars(c),
             "name": folder.resolve().name,
         }
-        options |= {"id": place.read_text(encoding="utf-8").strip(), "mode": chosen}
-        options["settings"] = wandb.Settings(silent=True, init_timeout=3 * self.SECONDS)
+        options |= {"id": run_id.read_text(encoding="utf-8").strip(), "mode": mode}
+        options["settings"] = wandb.Settings(silent=True, init_timeout=3 * self.TIMEOUT)
         try:
-            self._run = wandb.init(**options, resume="allow" if chosen == "online" else None)
+            self._run = wandb.init(**options, resume="allow" if mode == "online" else None)
         except wandb.errors.Error as error:
-            if chosen != "online":
+            if mode != "online":
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self._run = wandb.init(**options | {"mode": "offline"})
@@ -90,36 +96,36 @@ class WandB:
 
     @classmethod
     def _answers(cls, server: str) -> bool:
-        """Whether there is a server, through a proxy if the environment names one; wandb itself would try for minutes."""
+        """Whether the server answers (through the environment's proxy, if any); wandb itself would
+        retry for minutes.
+        """
         try:
-            with urllib.request.urlopen(server, timeout=cls.SECONDS):
+            with urllib.request.urlopen(server, timeout=cls.TIMEOUT):
                 return True
         except urllib.error.HTTPError:
             return True
         except (OSError, ValueError):
             return False
 
-    def log(self, step: int, figures: dict[str, float]) -> None:
-        self._run.log(figures, step=step)
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
 
     def sync(self) -> None:
-        """wandb writes as it likes."""
+        """Do nothing: wandb writes asynchronously."""
 
     def close(self) -> None:
         self._run.finish()
 
 
 class TensorBoard:
-    """Event files in proj_dir/tensorboard, one for each time that the run was started.
+    """Writes event files to proj_dir/tensorboard, one per start of the run.
 
-    By tensorboardX's writer, and not the thread that it offers around it: that one dies of a full disk unheard, and kill -9 loses what it has
-    not written when a state is saved.
+    Uses tensorboardX's synchronous writer: its asynchronous one ignores a full disk, and may lose
+    events before a saved training state if the process is killed.
     """
 
-    FOLDER, SECONDS = (
-        "tensorboard",
-        10,
-    )  # SECONDS: between two times that what is written is brought to disk, to be looked at
+    FOLDER = "tensorboard"
+    FLUSH_SECONDS = 10  # interval of flushes
 
     def __init__(self, folder: Path, step: int):
         from tensorboardX.event_file_writer import EventsWriter
@@ -128,19 +134,20 @@ class TensorBoard:
 
         self._event, self._scalar = Event, scalar
         (folder / self.FOLDER).mkdir(parents=True, exist_ok=True)
-        # Named by the second; numbered, as two may begin in one, and as TensorBoard reads files in the order of their names.
+        # the timestamp in the name has seconds only; the number keeps names unique and in order, as
+        # TensorBoard sorts them
         self._writer = EventsWriter(str(folder / self.FOLDER / "events"), f".{len(files(folder)):04}")
-        # Whatever earlier files say of this step and later ones TensorBoard then drops.
+        # makes TensorBoard drop events of this and later steps from earlier files
         self._writer.write_event(
             Event(step=step + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
         )
         self.sync()
 
-    def log(self, step: int, figures: dict[str, float]) -> None:
+    def log(self, step: int, values: dict[str, float]) -> None:
         now = time.time()
-        for name, value in figures.items():
+        for name, value in values.items():
             self._writer.write_event(self._event(step=step, wall_time=now, summary=self._scalar(name, value)))
-        if now - self._synced > self.SECONDS:
+        if now - self._synced > self.FLUSH_SECONDS:
             self.sync()
 
     def sync(self) -> None:

@@ -1,4 +1,6 @@
-"""Memory use of a run: the peak of each phase of a step, compared with the prediction; running out of memory is an error with a remedy."""
+"""Measure the peak memory of each phase of a step, compare it with the prediction, and explain
+out-of-memory errors.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,23 +16,29 @@ PHASES = ("forward", "backward", "optimizer")
 
 
 class MemoryMonitor(pl.Callback):
-    """Peaks in bytes: of torch's allocator on a GPU (what is in use on the whole GPU beside it), else of this process's resident memory.
+    """Measures peak memory in bytes: on a GPU of torch's allocator, else the resident memory of
+    this process.
+
+    Args:
+        plan: for the prediction.
+        resting: resident bytes of this process before the model was created.
 
     Attributes:
-        peaks: of the phases of the last step, accumulated batches together. Where the kernel does not let the peak begin anew
-            (/proc/self/clear_refs), each is the peak so far.
-        peak: so far, over all steps.
+        peaks: of each phase of the last step, over all its micro-batches. If the kernel does not
+            support resetting the peak (/proc/self/clear_refs), the peak so far.
+        peak: over all steps so far.
     """
 
     def __init__(self, plan: estimate.Plan, resting: int):
-        """`resting`: resident bytes of this process before it had a model."""
         self.plan, self.predicted = plan, estimate.estimate(plan)
         self.peaks, self.peak, self._stepped = dict.fromkeys(PHASES, 0), 0, -1
         self._offset = -estimate.CONTEXT if plan.gpu else resting + estimate.LOADED - plan.process
         self._device = torch.device("cpu")
 
     def expected(self) -> int:
-        """Bytes predicted, for this process as it began (on a GPU without what torch's allocator does not see)."""
+        """Predicted peak in bytes, comparable with `peak`: corrected by `resting`, or on a GPU
+        without the CUDA context.
+        """
         return self.predicted.total + self._offset
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
@@ -49,20 +57,22 @@ class MemoryMonitor(pl.Callback):
         self._note("optimizer")
 
     def line(self) -> dict[str, int | dict[str, int]]:
-        """For metrics.jsonl, MiB."""
+        """Entries for metrics.jsonl, in MiB."""
         found: dict[str, int | dict[str, int]] = {"peak_mib": {name: value >> 20 for name, value in self.peaks.items()}}
         if self._device.type == "cuda":
             found |= {"rss_peak_mib": machine.rss_peak() >> 20, "gpu_peak_mib": self.peak >> 20}
             return found | {"gpu_used_mib": machine.gpu_used(self._device.index or 0) >> 20}
         return found | {"rss_peak_mib": self.peak >> 20}
 
-    def words(self) -> str:
-        """Predicted against measured."""
-        return f"{self.expected() / 1e9:.2f} GB a device predicted, {self.peak / 1e9:.2f} GB measured ({self.peak / self.expected():.0%})"
+    def summary(self) -> str:
+        """Predicted and measured peak, as text."""
+        return f"{self.expected() / 1e9:.2f} GB per device predicted, {self.peak / 1e9:.2f} GB measured ({self.peak / self.expected():.0%})"
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Out of memory becomes a UserError with prediction, measurement and the cheapest remedy."""
+        """Convert out-of-memory errors to UserErrors with the prediction, the measured peak and the
+        cheapest change that fits.
+        """
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -70,15 +80,16 @@ class MemoryMonitor(pl.Callback):
                 raise
             limit = planning.available(self.plan)
             self.peak = max(self.peak, self._read())
-            # What it was refused at is less than there is: others use the machine too.
+            # other processes may use memory: less than `limit` was available if the peak is below
+            # the prediction
             usable = (
                 min(limit or self.peak, self.peak)
                 if self.peak and (self.peak < self.expected() or not limit)
                 else limit
             )
             raise UserError(
-                f"out of memory. {self.expected() / 1e9:.2f} GB were predicted on each device and {self.peak / 1e9:.2f} GB were in use when no more"
-                f" could be had{f', of {limit / planning.USABLE / 1e9:.2f} GB' if limit else ''}. {planning.advice(self.plan, usable - self._offset)}"
+                f"out of memory. {self.expected() / 1e9:.2f} GB per device were predicted; {self.peak / 1e9:.2f} GB"
+                f"{f' of {limit / planning.USABLE / 1e9:.2f} GB' if limit else ''} were in use when an allocation failed. {planning.advice(self.plan, usable - self._offset)}"
             ) from error
 
     def _note(self, phase: str) -> None:
@@ -86,7 +97,7 @@ class MemoryMonitor(pl.Callback):
         self.peak = max(self.peak, self.peaks[phase])
 
     def _read(self) -> int:
-        """The peak since the last call."""
+        """The peak since the last call, in bytes."""
         if self._device.type != "cuda":
             return machine.rss_peak(restart=True)
         peak = torch.cuda.max_memory_allocated(self._device)
@@ -95,7 +106,7 @@ class MemoryMonitor(pl.Callback):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether torch, its libraries or Python could not get memory."""
+    """Whether an error means that torch, its libraries or Python ran out of memory."""
     text = str(error)
     signs = ("can't allocate memory", "out of memory", "not enough memory", "std::bad_alloc", "Cannot allocate memory")
     return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or any(sign in text for sign in signs)

@@ -1,4 +1,4 @@
-"""Stops or skips steps whose loss or gradient is NaN or Inf."""
+"""Detect NaN and Inf in losses and gradients."""
 
 import math
 
@@ -11,7 +11,7 @@ from rwkv.train.resume import state_files
 from rwkv.train.resume.home import Home
 from rwkv.train.runtime import strategy
 
-MAX_SKIPPED = 20  # consecutive steps that --on_nan skip tolerates; after more the weights themselves are corrupt
+MAX_SKIPPED = 20  # consecutive steps that --on_nan skip tolerates; more mean that the weights are corrupt
 
 
 class NonFiniteGuard:
@@ -25,10 +25,11 @@ class NonFiniteGuard:
 
         Args:
             samples: number of samples up to and including this step, over all ranks.
-            norm: of the gradient; None if it need not be checked.
+            norm: of the gradient; None: not checked.
 
         Raises:
-            UserError: the loss or the norm is NaN or Inf; names the step, its batch and the last valid state. Nothing of the step has been saved.
+            UserError: the loss or the norm is NaN or Inf; names the step, its batch and the last
+                valid state. The step has not been saved.
         """
         wrong = [
             (what, x)

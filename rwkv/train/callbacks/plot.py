@@ -1,4 +1,4 @@
-"""loss.png: the loss, the validation loss and the learning rate of a run by step."""
+"""Draw loss.png: loss, validation loss and learning rate by step."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,15 +11,16 @@ from rwkv.train.callbacks.curve import Curve, Series
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_FEW = 40  # steps that are drawn as points too
-_DWARFED = 3  # the first steps are cut off where the whole range is so many times that of the rest
+_FEW = 40  # up to this many values are drawn as points
+_CUT = 3  # the first steps are cut off if the full range is this many times that of the rest
 
 
 def plot(curve: Curve, image: Path, title: str) -> None:
-    """Draw the loss of every step, its mean over a twentieth of the run, the learning rate, and the validation loss with its best value.
+    """Draw the loss of every step, its moving mean, the learning rate, and the validation loss with
+    its best value.
 
-    Of a run of more than a few thousand steps the range and the mean of neighbouring ones are drawn. Where the first steps dwarf the rest, they are
-    cut off, and the largest of them is named.
+    For more than a few thousand steps, ranges and means of neighbouring steps are drawn. If the
+    losses of the first steps are much larger, they are cut off, with a note.
 
     Raises:
         UserError: the disk is full, or read-only.
@@ -86,7 +87,7 @@ def plot(curve: Curve, image: Path, title: str) -> None:
 
 
 def _moving_mean(loss: Series) -> tuple[np.ndarray, int]:
-    """The mean over the last twentieth of the run at each place that has so much before it, and how many steps that is."""
+    """The moving mean over a twentieth of the run, and its window in steps."""
     if not len(loss):
         return np.zeros(0), 1
     width = max(1, len(loss) // 20)
@@ -96,7 +97,9 @@ def _moving_mean(loss: Series) -> tuple[np.ndarray, int]:
 
 
 def _limit(axes: "Axes", curve: Curve) -> None:
-    """Limits of the loss that the first steps do not decide alone."""
+    """Set the limits of the loss axis, cutting off the first steps if they are much larger than the
+    rest.
+    """
     values = np.array([*curve.loss.means])
     rest = values[len(values) // 10 :]
     if len(values) < _FEW:
@@ -110,7 +113,7 @@ def _limit(axes: "Axes", curve: Curve) -> None:
         ]
         low, high = min([low, *after]), max([high, *after])
     space = (high - low) * 0.08 or 0.05 * max(1e-3, abs(high))
-    if max(curve.loss.highs) - low > _DWARFED * (high - low + 2 * space):
+    if max(curve.loss.highs) - low > _CUT * (high - low + 2 * space):
         axes.set_ylim(low - space, high + space)
         text = f"↑ the first steps: up to {max(curve.loss.highs):.3g}"
         axes.annotate(text, (0.01, 0.97), xycoords="axes fraction", va="top", fontsize="small", color="tab:blue")

@@ -1,4 +1,6 @@
-"""How far a run is: a bar on a terminal, one line a minute anywhere else, and once how long the run will take."""
+"""Report progress: a bar in a terminal, otherwise one line per minute; and once an estimate of the
+remaining time.
+"""
 
 import shutil
 import sys
@@ -10,24 +12,27 @@ from tqdm import tqdm
 
 from rwkv.train.console import Unfailing, duration
 
-LINE_SECONDS = 60  # between two lines where there is no terminal
-_BAR = 12  # cells that the bar keeps before a figure is shown beside it
-_MEASURED = (
-    10,
-    3,
-)  # seconds and steps after which the time of the run is estimated; the first step, which is slower, is not counted
+LINE_SECONDS = 60  # interval of lines without a terminal
+_BAR = 12  # minimum width of the bar
+_MEASURED = (10, 3)  # seconds and steps before the remaining time is estimated, without the first step
 _WINDOW = 50  # steps of the running mean
 
 
 class Progress:
-    """Args: total: steps of the run. done: steps before this process. quiet: another process reports."""
+    """Progress of a run.
+
+    Args:
+        total: steps of the run.
+        done: steps completed before this process.
+        quiet: print nothing.
+    """
 
     def __init__(self, total: int, done: int, quiet: bool = False):
         self._total, self._done, self._first, self._quiet = total, done, done, quiet
         self._losses: deque[float] = deque(maxlen=_WINDOW)
         self._file = Unfailing(sys.stderr)
         self._bar: Any = None
-        self._begun = self._told = 0.0
+        self._begun = self._printed = 0.0
         self._estimated = False
         if not quiet and sys.stderr.isatty():
             look = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -36,7 +41,12 @@ class Progress:
             )
 
     def step(self, loss: float | None, figures: list[str]) -> None:
-        """A step has been made; loss: None if it was not finite. `figures`: what to show beside the running mean of the loss, most important first."""
+        """Report a completed step.
+
+        Args:
+            loss: None if it was not finite.
+            figures: texts to show after the running mean of the loss, most important first.
+        """
         if self._quiet:
             return
         now, self._done = time.monotonic(), self._done + 1
@@ -60,9 +70,9 @@ class Progress:
     def _line(self, now: float, figures: list[str]) -> None:
         left = self._left(now)
         first_estimate = left is not None and not self._estimated and left > LINE_SECONDS
-        if self._told and not first_estimate and now - self._told < LINE_SECONDS and self._done < self._total:
+        if self._printed and not first_estimate and now - self._printed < LINE_SECONDS and self._done < self._total:
             return
-        self._told, self._estimated = now, self._estimated or left is not None
+        self._printed, self._estimated = now, self._estimated or left is not None
         rest = "" if left is None or self._done >= self._total else f", {duration(left)} left"
         share = f"{self._done / max(1, self._total):.0%}"
         print(
@@ -72,14 +82,16 @@ class Progress:
         )
 
     def _left(self, now: float) -> float | None:
-        """Seconds that the rest will take, by the steps of this process but its first; None while they are too few."""
+        """Estimated remaining seconds, from the steps of this process after its first; None if
+        there are too few.
+        """
         steps, passed = self._done - self._first - 1, now - self._begun
         if steps < 1 or passed < _MEASURED[0] or (steps < _MEASURED[1] and passed < 3 * _MEASURED[0]):
             return None
         return passed / steps * (self._total - self._done)
 
     def _fitting(self, figures: list[str]) -> str:
-        """As many figures as leave space for a bar, the loss in any case."""
+        """As many figures as fit beside the bar, at least the loss."""
         width = shutil.get_terminal_size().columns
         left = width - len(f"100%|| {self._total}/{self._total} [00:00:00<00:00:00, ]") - _BAR
         shown = figures[:1]
@@ -90,7 +102,7 @@ class Progress:
         return ", ".join(shown)
 
     def close(self) -> None:
-        """Leave the bar as it is; what follows begins on a line of its own."""
+        """Close the bar; later output starts on a new line."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -1,4 +1,6 @@
-"""A signal stops the run after the current step and saves it; a second signal stops it immediately."""
+"""Handle signals: the first stops the run after the current step and saves it, the second stops it
+immediately.
+"""
 
 import os
 import signal
@@ -13,18 +15,22 @@ from rwkv.train.console import say, silence
 from rwkv.train.loop.module import TrainingModule
 from rwkv.train.runtime.lightning import pl
 
-# Ctrl-C; kill, Slurm, docker stop; a closed terminal; Slurm's and LSF's warning before the time limit.
+# Ctrl-C; kill, Slurm, docker stop; a closed terminal; Slurm's and LSF's warning before the time
+# limit
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-SAME = 2.0  # seconds in which a further signal is the first one once more: make, Slurm and systemd signal a whole process group, and its parent forwards it
+# Seconds in which further signals are duplicates of the first: make, Slurm and systemd signal the
+# whole process group, and parents forward signals too.
+SAME = 2.0
 
 
 class Signals(pl.Callback):
     """Handles signals during training.
 
     Args:
-        unsaved: how many steps are lost if the run is stopped without saving.
+        unsaved: returns the number of steps that are lost if the run stops without saving.
 
-    Attribute `received`: the number of the first signal that came, else 0.
+    Attributes:
+        received: number of the first signal received; 0 before it.
     """
 
     def __init__(self, unsaved: Callable[[], int] = lambda: 0) -> None:
@@ -36,25 +42,23 @@ class Signals(pl.Callback):
         self._terminals: list[int] = []
 
     def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
-        if threading.current_thread() is not threading.main_thread():  # only there can Python take signals
+        if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
             return
         self._module, self._terminals = module, [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         for number in SIGNALS:
-            if (
-                number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN
-            ):  # nohup: the run outlives its terminal
+            if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:  # e.g. by nohup
                 continue
-            self._before[number] = signal.signal(number, self._take)
+            self._before[number] = signal.signal(number, self._handle)
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.received and now - self._at < SAME:
             return
         if self.received:
-            self._give_back()
+            self._restore()
             signal.raise_signal(number)
             return
-        if number == signal.SIGHUP:  # nothing can be printed there any more, and an attempt would be an error
+        if number == signal.SIGHUP:  # the terminal is closed: writing to it would fail
             for descriptor in self._terminals:
                 silence(descriptor)
         self.received, self._at, self._module.stop = number, now, True
@@ -69,18 +73,20 @@ class Signals(pl.Callback):
             )
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        self._give_back()
+        self._restore()
 
-    def _give_back(self) -> None:
-        # Not to Lightning's handlers, which wait for a better moment: a later signal is in earnest.
+    def _restore(self) -> None:
+        # default handlers, not Lightning's, which delay the signal
         for number in self._before:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         self._before = {}
 
     def exit(self) -> None:
-        """End the process with the status that a signal ends one with: 130 after SIGINT, 143 after SIGTERM (also where another rank received it)."""
+        """Exit with the status of a process ended by the received signal: 130 for SIGINT, 143 for
+        SIGTERM, also if another rank received it.
+        """
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS[1:]:  # a late copy of the signal changes nothing any more
+            for number in SIGNALS[1:]:  # ignore late duplicates
                 signal.signal(number, signal.SIG_IGN)
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt

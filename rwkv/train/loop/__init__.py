@@ -1,1 +1,1 @@
-"""What happens in a step: loss, optimizer, schedule, validation."""
+"""The training step: loss, optimizer, learning-rate schedule, validation."""

@@ -1,6 +1,6 @@
-"""Adam on a CPU in one pass over memory, by the compiled unit (cuda/adam_cpu_loops.h).
+"""Fused Adam for CPUs: a compiled kernel (cuda/adam_cpu_loops.h) with one pass over memory.
 
-torch's has some ten passes over weights, gradients and moments, and room for two tensors like the largest, whose pages are new in every step.
+torch's Adam makes about ten passes, and allocates two temporary tensors per parameter.
 """
 
 import torch
@@ -10,8 +10,10 @@ from rwkv import compat
 from rwkv.kernels import load
 
 
-def takes(groups: list[dict]) -> bool:
-    """Whether the unit is compiled and all parameters of these groups are for it: fp32 on a CPU, contiguous."""
+def supports(groups: list[dict]) -> bool:
+    """Whether the kernel is available and supports all parameters of these groups: fp32 on a CPU,
+    contiguous.
+    """
     if compat.on_gpus(groups):
         return False
     parameters = [p for group in groups for p in group["params"]]
@@ -19,11 +21,14 @@ def takes(groups: list[dict]) -> bool:
     return fit and load.why_unavailable() is None
 
 
-class OnePass(torch.optim.Adam):
-    """torch's Adam, or AdamW if decoupled, and its state; steps differ by fp32 rounding. Without amsgrad and maximize: ValueError.
+class FusedAdam(torch.optim.Adam):
+    """torch's Adam (AdamW if `decoupled`) with the same state; updates differ by fp32 rounding
+    only.
+
+    amsgrad and maximize are not supported: `step` raises ValueError.
 
     Attributes:
-        clip: what the next step multiplies gradients by, and that step alone.
+        clip: factor for the gradients in the next step only.
     """
 
     clip = 1.0
@@ -34,14 +39,14 @@ class OnePass(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """As torch's."""
+        """As torch.optim.Adam.step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             if group["amsgrad"] or group["maximize"]:
-                raise ValueError("Adam in one pass knows neither amsgrad nor maximize")
+                raise ValueError("FusedAdam does not support amsgrad or maximize")
             for p in group["params"]:
                 if p.grad is not None:
                     self._update(p, p.grad, group)
@@ -66,6 +71,6 @@ class OnePass(torch.optim.Adam):
         torch.ops.rwkv.adam(p, gradient.contiguous(), *moments, *rates)
 
 
-def norm(gradients: list[Tensor]) -> Tensor:
-    """Of all of them together, a scalar; 0 of none."""
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """L2 norm over all gradients, a scalar; 0 for an empty list."""
     return torch.norm(torch.stack([torch.norm(g) for g in gradients])) if gradients else torch.tensor(0.0)

@@ -1,4 +1,4 @@
-"""The Lightning module: batches in, one training step of an RWKV model, rates by the schedule."""
+"""The Lightning module: training step, data loader, optimizer, gradient clipping."""
 
 import math
 from collections.abc import Sequence
@@ -13,31 +13,36 @@ from rwkv.data.batches import Batches
 from rwkv.data.dataset import Samples
 from rwkv.models import RWKV
 from rwkv.train.loop import adam, optimizer, schedule, tbptt
-from rwkv.train.loop.optimizer import leave_out_unless_finite
+from rwkv.train.loop.optimizer import skip_step_unless_finite
 from rwkv.train.runtime import ranks, strategy
 from rwkv.train.runtime.lightning import pl
 
 
 class TrainingModule(pl.LightningModule):
-    """Cross-entropy with L2Wrap on `Batches`; rates are set before every optimizer step.
+    """Trains an RWKV model with cross-entropy and L2Wrap on `Batches`.
 
-    The loss of an optimizer step is the sum over the targets of its global batch (all micro-batches of all ranks) divided by their number,
-    however many of them each micro-batch and each rank has; so is the gradient.
+    The loss of an optimizer step is the mean over all targets of its global batch (all
+    micro-batches of all ranks), even if they are unevenly distributed; so is the gradient.
 
-    One epoch of Lightning's is all that this process runs; ours are counted in steps. What a batch holds depends on its number alone, so
-    that a run may begin at any step.
+    To Lightning the whole run is one epoch; the project's epochs are numbers of steps. The content
+    of a batch depends only on its index, so training can start at any step.
+
+    Args:
+        begin: optimizer steps and samples (over all ranks) before this process's first step,
+            counted from epoch 0; rank 0's value is used on all ranks. None: the start of the run.
+        facts: values that must be the same on all ranks (ranks.facts).
 
     Attributes:
-        begin: where this process begins: optimizer steps and samples (over all ranks) before it, from epoch 0. Rank 0's holds for all.
-        loss: of the last micro-batch, detached, a scalar: its share of the step's loss, scaled such that the mean over the micro-batches of
-            all ranks is the step's loss.
-        targets: of the last micro-batch, times the number of ranks, a scalar: the sum over a step's micro-batches, averaged over the ranks, is
-            the number of targets in the step. On the device, as nothing in a step waits for it.
-        grad_norm: of the last optimizer step, before it was cut to grad_clip, over all ranks; None where the strategy keeps it to itself.
-        stop: whether this process was asked to end; the run ends after a step before which any was.
+        loss: of the last micro-batch, a detached scalar, scaled so that the mean over all
+            micro-batches and ranks is the loss of the step.
+        targets: of the last micro-batch, a scalar on the device, scaled so that the sum over
+            micro-batches, averaged over ranks, is the number of targets in the step.
+        grad_norm: of the last optimizer step over all ranks, before clipping; None if the strategy
+            does not provide it.
+        stop: set to end the run: it ends after the current step if any rank has set it.
     """
 
-    device: torch.device  # Lightning's
+    device: torch.device  # set by Lightning
 
     def __init__(
         self,
@@ -47,36 +52,35 @@ class TrainingModule(pl.LightningModule):
         begin: tuple[int, int] | None = None,
         facts: dict[str, Any] | None = None,
     ):
-        """`facts`: what has to be the same on all ranks (ranks.facts)."""
         super().__init__()
         self.model, self.data, self.config, self._facts = model, data, config, facts or {}
         self.begin = begin or (schedule.first_step(config), schedule.first_sample(config))
         self.loss, self.targets, self.stop = torch.tensor(float("nan")), torch.tensor(0), False
         self.grad_norm: Tensor | None = None
-        self._targets: Tensor | float = 1.0  # in a rank's micro-batches of the optimizer step, averaged over the ranks
-        self._let_go = 0  # the last step whose gradients are gone
+        self._targets: Tensor | float = 1.0  # targets of this optimizer step, averaged over the ranks
+        self._freed = 0  # the last step whose gradients were freed
 
     @property
     def step(self) -> int:
-        """Optimizer steps made, from epoch 0."""
+        """Completed optimizer steps, counted from epoch 0."""
         return self.begin[0] + self.trainer.global_step
 
     @property
     def samples(self) -> int:
-        """Samples taken, from epoch 0, over all ranks."""
+        """Samples used so far over all ranks, counted from epoch 0."""
         return self.begin[1] + self.trainer.global_step * schedule.samples_per_step(self.config)
 
     def setup(self, stage: str) -> None:
         ranks.compare(self._facts)
-        # Rank 0 alone has looked into the folder of the run.
+        # only rank 0 has read the run's folder
         self.begin, self.data.seed = self.trainer.strategy.broadcast((self.begin, self.data.seed))
-        # From here on random numbers are for dropout, whose masks differ between ranks; a state that is restored brings its own.
+        # for dropout, whose masks must differ between ranks; a restored state replaces it
         torch.manual_seed(self.data.seed + self.trainer.global_rank)
 
     def transfer_batch_to_device(
         self, batch: Sequence[Tensor], device: torch.device, dataloader_idx: int
     ) -> list[Tensor]:
-        # All but counts, which say how many rows the head computes, and their sum: the host has to know.
+        # the loss mask (2) and number of targets (4) stay on the CPU, where their values are needed
         return [part.to(device, non_blocking=True) if i in (0, 1, 3) else part for i, part in enumerate(batch)]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -88,8 +92,8 @@ class TrainingModule(pl.LightningModule):
         steps = schedule.first_step(c) + schedule.total_steps(c) - self.begin[0]
         first = -(-self.begin[1] // trainer.world_size)
         batches = Batches(self.data, first, max(0, steps), c.micro_bsz, c.accumulate_grad_batches)
-        # A batch is a slice of a memory-mapped file: cheaper in this process than from a worker. The loader would take a seed from the
-        # run's random numbers, though it needs none.
+        # No workers: a batch is a slice of a memory-mapped file. With its own generator, the loader
+        # does not draw a seed from the global one.
         return DataLoader(batches, batch_size=None, pin_memory=self.device.type == "cuda", generator=torch.Generator())
 
     def on_train_batch_start(self, batch, batch_idx) -> None:
@@ -98,46 +102,49 @@ class TrainingModule(pl.LightningModule):
         optimizer.set_rates(self.trainer.optimizers[0], rate, schedule.weight_decay(self.config, step))
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *arguments, **keywords) -> None:
-        # In place of Lightning's, which does the same and keeps the norm to itself.
-        if strategy.zero(self.config):  # DeepSpeed holds and clips them
+        # replaces Lightning's implementation, which does not expose the norm
+        if strategy.zero(self.config):  # DeepSpeed clips
             return
         gradients = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if isinstance(made := self.trainer.optimizers[0], adam.OnePass):
-            self.grad_norm = adam.norm([p.grad for p in gradients])
-            made.clip = float(torch.clamp((self.config.grad_clip or math.inf) / (self.grad_norm + 1e-6), max=1))
+        if isinstance(fused := self.trainer.optimizers[0], adam.FusedAdam):
+            self.grad_norm = adam.total_norm([p.grad for p in gradients])
+            fused.clip = float(torch.clamp((self.config.grad_clip or math.inf) / (self.grad_norm + 1e-6), max=1))
         else:
             self.grad_norm = torch.nn.utils.clip_grad_norm_(gradients, self.config.grad_clip or math.inf).detach()
-        # Gradients are averaged over the ranks by now: all see the same.
+        # gradients have been all-reduced: every rank decides the same
         if self.config.on_nan == "skip":
-            leave_out_unless_finite(optimizer, gradients, self.grad_norm)
+            skip_step_unless_finite(optimizer, gradients, self.grad_norm)
 
     def on_train_batch_end(self, *_) -> None:
-        # Lightning lets gradients go after the next forward pass: they would stand beside all that it keeps.
-        if self.trainer.global_step != self._let_go:
-            self._let_go = self.trainer.global_step
+        # free gradients before the next forward pass saves activations; Lightning frees them after
+        # it
+        if self.trainer.global_step != self._freed:
+            self._freed = self.trainer.global_step
             for parameter in self.parameters():
                 parameter.grad = None
 
     def mean_loss(self, batch: Sequence[Tensor]) -> tuple[Tensor, int]:
-        """Mean loss over the targets of a batch that contribute to it, a scalar, and how many they are; 0 if there is none.
+        """Mean loss over the targets selected by the loss mask, a scalar (0 if there are none), and
+        their number.
 
         Args:
-            batch: x, y, and where not every target contributes counts and reset, [B, T] each, as transfer_batch_to_device makes it.
+            batch: x and y; unless all targets contribute also loss_mask and reset; [B, T] each,
+                from transfer_batch_to_device.
         """
         x, y = batch[:2]
-        counts, reset = batch[2:4] if len(batch) > 2 else (None, None)
+        loss_mask, reset = batch[2:4] if len(batch) > 2 else (None, None)
         reset = reset if self.data.reset else None
-        count = y.numel() if counts is None else int(counts.sum())
+        count = y.numel() if loss_mask is None else int(loss_mask.sum())
         if 0 < self.config.tbptt_len < y.shape[1]:
-            return tbptt.mean_loss(self.model, x, y, counts, reset, self.config.tbptt_len, self.config.exact), count
+            return tbptt.mean_loss(self.model, x, y, loss_mask, reset, self.config.tbptt_len, self.config.exact), count
         hidden, _ = self.model.hidden(x, reset=reset)
-        return self.model.head(hidden, y, counts), count
+        return self.model.head(hidden, y, loss_mask), count
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         loss, count = self.mean_loss(batch)
         if not self.data.plain:
-            # Lightning divides each loss by the number of micro-batches, and gradients are averaged over the ranks: as if every micro-batch had as
-            # many targets as the others. Each is to weigh as much as it has.
+            # Lightning and the all-reduce weight all micro-batches equally; weight each by its
+            # number of targets instead
             accumulate, world_size = self.config.accumulate_grad_batches, self.trainer.world_size
             if batch_idx % accumulate == 0:
                 self._targets = self._mean_targets(int(batch[4]), loss.device)
@@ -147,7 +154,9 @@ class TrainingModule(pl.LightningModule):
         return loss
 
     def _mean_targets(self, mine: int, device: torch.device) -> Tensor | float:
-        """Of the ranks' numbers of targets, at least 1e-6; where there are several ranks an fp32 scalar on the device."""
+        """The number of targets averaged over ranks, at least 1e-6; with several ranks as an fp32
+        scalar on the device.
+        """
         if self.trainer.world_size == 1:
             return max(mine, 1e-6)
         return strategy.mean(torch.full((), mine, device=device, dtype=torch.float64)).clamp_min(1e-6).float()

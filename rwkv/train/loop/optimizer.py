@@ -11,8 +11,8 @@ from rwkv.train.runtime import strategy
 
 
 def groups(model: RWKV, c: TrainConfig) -> list[dict]:
-    """Parameter groups with `lr_scale` and `decays`, by the rules of the model's version (lr_scale, decays). A parameter with a
-    scale other than 1 does not decay. Frozen parameters are in none.
+    """Parameter groups of the trainable parameters, with keys `lr_scale` and `decays` from the
+    model's version. Only parameters with lr_scale 1 have weight decay.
     """
     found: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
@@ -34,54 +34,59 @@ def groups(model: RWKV, c: TrainConfig) -> list[dict]:
 
 
 def make(model: RWKV, c: TrainConfig) -> torch.optim.Optimizer:
-    """Adam over the trainable parameters, AdamW where weight_decay > 0; the schedule sets rates and decays before every step. Or Adafactor
-    (Shazeer & Stern 2018, arXiv:1804.04235) by transformers.
+    """Create the optimizer of the trainable parameters: Adam, AdamW if weight_decay > 0, or
+    Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) from transformers. `set_rates` must be called
+    before every step.
 
-    Adam is torch's, fused on a GPU, on a CPU in one pass by the compiled unit; under DeepSpeed its own where it is compiled.
+    Adam is torch's fused one on a GPU and `adam.FusedAdam` on a CPU; with DeepSpeed its own, if
+    compiled.
     """
     if c.optimizer == "adafactor":
         return _adafactor(groups(model, c), c.lr_init)
     options = {"lr": c.lr_init, "betas": (c.beta1, c.beta2), "eps": c.adam_eps}
     zero = strategy.zero(c)
     if zero and (kind := compat.deepspeed_adam(zero.offload_optimizer)):
-        return kind(groups(model, c), **options)  # without a decay AdamW is Adam
-    if not zero and adam.takes(found := groups(model, c)):
-        return adam.OnePass(found, c.weight_decay > 0, **options)
+        return kind(groups(model, c), **options)  # AdamW is Adam without weight decay
+    if not zero and adam.supports(found := groups(model, c)):
+        return adam.FusedAdam(found, c.weight_decay > 0, **options)
     fused = not (zero and zero.offload_optimizer)
     return compat.adam(groups(model, c), c.weight_decay > 0, fused, deepspeed=bool(zero), **options)
 
 
 def _adafactor(groups: list[dict], rate: float) -> torch.optim.Optimizer:
-    from transformers.optimization import Adafactor  # seconds to import: only where it is asked for
+    from transformers.optimization import Adafactor  # takes seconds to import, so imported on use
 
     class WithClosure(Adafactor):
+        # Lightning's closure runs forward and backward; transformers calls it with gradients
+        # disabled
         @torch.no_grad()
-        def step(
-            self, closure=None
-        ):  # transformers' calls it without gradients, and Lightning's closure is the backward pass
+        def step(self, closure=None):
             with torch.enable_grad():
                 loss = None if closure is None else closure()
             super().step()
             return loss
 
-    # The schedule's rates as they are: neither relative to the step's number nor to the size of the weights.
+    # use the schedule's learning rate unchanged
     return WithClosure(groups, lr=rate, relative_step=False, scale_parameter=False, warmup_init=False)
 
 
-def leave_out_unless_finite(made: torch.optim.Optimizer, parameters: list[nn.Parameter], norm: torch.Tensor) -> None:
-    """Let the coming step of an optimizer be none, weights and its state as they are, if the norm of the gradient of `parameters` is no finite number.
+def skip_step_unless_finite(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], norm: torch.Tensor
+) -> None:
+    """Make the optimizer's next step leave weights and state unchanged if the gradient norm of
+    `parameters` is NaN or Inf.
 
-    Adam on a GPU decides there; for others the host asks, which waits for the device.
+    Fused Adam checks it on the GPU; other optimizers need a synchronisation.
     """
-    if hasattr(made, "found_inf"):
-        made.found_inf = compat.like_step((~torch.isfinite(norm)).float())
+    if hasattr(optimizer, "found_inf"):
+        optimizer.found_inf = compat.like_step((~torch.isfinite(norm)).float())
     elif not torch.isfinite(norm):
         for parameter in parameters:
-            parameter.grad = None  # what has none is passed over
+            parameter.grad = None  # optimizers skip parameters without gradient
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rate: float, decay: float) -> None:
-    """Set every group's learning rate and weight decay for the step to come."""
+    """Set every group's learning rate and weight decay for the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
         if group["decays"]:

@@ -1,14 +1,15 @@
-"""The learning rate and the weight decay at a step: pure functions, as upstream's formulas.
+"""Learning rate and weight decay by step, with upstream's formulas.
 
-Steps are optimizer steps. With accumulation an epoch has epoch_steps / accumulate_grad_batches of them, so that the decay ends with
-the run (upstream counts batches there and decays too slowly).
+Steps are optimizer steps: with accumulation an epoch has epoch_steps / accumulate_grad_batches of
+them, so that the schedule ends with the run. (Upstream counts batches, so its schedule ends too
+late.)
 """
 
 import math
 
 from rwkv.config import TrainConfig
 
-WARMUP_START = 0.2  # the share of the rate that warm-up begins with
+WARMUP_START = 0.2  # initial warm-up factor of the learning rate
 
 
 def steps_per_epoch(c: TrainConfig) -> int:
@@ -17,17 +18,17 @@ def steps_per_epoch(c: TrainConfig) -> int:
 
 
 def ends_epoch(c: TrainConfig, step: int) -> bool:
-    """Whether an epoch, or the run, ends with this optimizer step (from epoch 0)."""
+    """Whether an epoch or the run ends with this optimizer step (counted from epoch 0)."""
     return step % steps_per_epoch(c) == 0 or step == first_step(c) + total_steps(c)
 
 
 def first_step(c: TrainConfig) -> int:
-    """Optimizer steps that lie before this run, in the epochs before epoch_begin."""
+    """Optimizer steps in the epochs before epoch_begin."""
     return c.epoch_begin * steps_per_epoch(c)
 
 
 def first_sample(c: TrainConfig) -> int:
-    """Samples that lie before this run, over all devices."""
+    """Samples in the epochs before epoch_begin, over all devices."""
     return c.epoch_begin * c.epoch_steps * c.world_size * c.micro_bsz
 
 
@@ -42,12 +43,14 @@ def tokens_per_step(c: TrainConfig) -> int:
 
 
 def total_steps(c: TrainConfig) -> int:
-    """Optimizer steps of the run, from its first: until epoch_count, my_exit, max_steps or my_exit_tokens, whichever comes first."""
+    """Optimizer steps of the run, until epoch_count, my_exit, max_steps or my_exit_tokens,
+    whichever comes first.
+    """
     return max(0, min(_ends(c).values()))
 
 
 def ended_by(c: TrainConfig) -> str:
-    """The flag that ends the run."""
+    """The name of the flag that ends the run."""
     ends = _ends(c)
     return min(ends, key=ends.__getitem__)
 
@@ -63,7 +66,7 @@ def _ends(c: TrainConfig) -> dict[str, int]:
 
 
 def _progress(c: TrainConfig, step: int) -> float:
-    """How far the decay is, 0 to 1; `step` counts from epoch 0."""
+    """Progress of the schedule, 0 to 1; `step` counts from epoch 0."""
     per_epoch = steps_per_epoch(c)
     begin = c.my_pile_edecay * per_epoch
     length = (c.epoch_count - c.my_pile_edecay) * per_epoch - c.warmup_steps
@@ -71,10 +74,11 @@ def _progress(c: TrainConfig, step: int) -> float:
 
 
 def learning_rate(c: TrainConfig, run_step: int) -> float:
-    """The rate of optimizer step `run_step` (from 0) of this run.
+    """The learning rate of optimizer step `run_step` (from 0) of this run.
 
-    Constant if lr_init equals lr_final; else lr_init (lr_final / lr_init)^q, or linear in q if either is 0, with q from 0 to 1 over the
-    epochs; or a cosine over my_exit_tokens. Warm-up multiplies it by 0.2 + 0.8 · run_step / warmup_steps, also where it is constant.
+    With q from 0 to 1 over the epochs: lr_init · (lr_final / lr_init)^q, or linear in q if either
+    is 0. With my_exit_tokens: a cosine over that many tokens, or if it is negative the mean of
+    both. During warm-up it is multiplied by 0.2 + 0.8 · run_step / warmup_steps.
     """
     step = run_step + first_step(c)
     rate = c.lr_init
@@ -100,7 +104,9 @@ def _cosine(c: TrainConfig, step: int) -> float:
 
 
 def weight_decay(c: TrainConfig, run_step: int) -> float:
-    """The decay of optimizer step `run_step`: constant, or exponentially to weight_decay_final."""
+    """The weight decay of optimizer step `run_step`: constant, or exponential to
+    weight_decay_final.
+    """
     if c.weight_decay <= 0 or c.weight_decay_final <= 0:
         return max(0.0, c.weight_decay)
     q = _progress(c, run_step + first_step(c))

@@ -1,9 +1,11 @@
-"""Truncated BPTT: the loss of long sequences, chunk by chunk in time, with the state carried from chunk to chunk.
+"""Truncated BPTT: the loss of long sequences in chunks, with the recurrent state carried between
+chunks.
 
-Truncated backpropagation through time (Williams & Peng 1990) stops the gradient at chunk borders: a token learns from
-what follows in its own chunk. The exact way runs over the sequence twice: forward for the state before each chunk, then
-backward, where every chunk is recomputed from its state and passes the gradient of that state to the chunk before.
-Either way one chunk at a time is in memory, in the exact way also one state per chunk.
+Truncated backpropagation through time (Williams & Peng 1990) stops gradients at chunk boundaries.
+With `exact`, gradients are those of the whole sequence: one forward pass stores the state before
+each chunk; then, from last to first, every chunk is recomputed from its state and passes the
+gradient of that state to the previous chunk. Memory is that of one chunk; with `exact` also one
+state per chunk.
 """
 
 from collections.abc import Iterator
@@ -19,10 +21,11 @@ from rwkv.models.state import State, leaves, map_state
 def mean_loss(
     model: RWKV, x: Tensor, y: Tensor, loss_mask: Tensor | None, reset: Tensor | None, length: int, exact: bool
 ) -> Tensor:
-    """`head_loss` of a batch, [B, T] each, in chunks of `length` tokens: the mean over all of them, 0 if no target contributes.
+    """The mean loss of a batch (tensors [B, T]) in chunks of `length` tokens; 0 if no target
+    contributes.
 
-    Its value is that of the whole sequence in any case, its gradient if `exact`. The gradients are computed in the forward
-    pass, as head_loss computes its own, and the backward pass only scales them.
+    The value equals that of the whole sequence; the gradient does only if `exact`. As in head_loss,
+    gradients are computed in the forward pass, and the backward pass scales them.
     """
     trained = [p for p in model.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
     return _Chunked.apply(_Sequence(model, x, y, loss_mask, reset, length), exact, *trained)
@@ -36,7 +39,7 @@ class _Sequence:
         self.count = max(1, _targets(y, loss_mask))
 
     def loss(self, chunk: slice, state: State) -> tuple[Tensor, State]:
-        """The sum over the chunk's targets, and the state after it."""
+        """The loss summed over the chunk's targets, and the state after the chunk."""
         x, y, loss_mask, reset = self.select(chunk)
         hidden, state = self.model.hidden(x, state, reset)
         return head_loss(hidden, self.model.head.weight, y, loss_mask) * _targets(y, loss_mask), state
@@ -47,7 +50,9 @@ class _Sequence:
         return x[:, chunk].contiguous(), y[:, chunk].contiguous(), loss_mask, reset
 
     def states(self) -> list[tuple[State, Tensor]]:
-        """The state before each chunk, and that of the random generator, so that dropout draws the same again."""
+        """The model's and the random generator's state before each chunk (for identical dropout
+        masks).
+        """
         before, state = [], self.start
         for chunk in self.chunks:
             before.append((state, torch.get_rng_state()))
@@ -68,7 +73,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale):
-        grads, ctx.grads = ctx.grads, None  # released: they become the parameters' .grad without a copy
+        grads, ctx.grads = ctx.grads, None  # not shared, so autograd uses them as .grad without a copy
         return None, None, *(grad if grad is None else grad.mul_(scale / ctx.count) for grad in grads)
 
 
@@ -83,22 +88,22 @@ def _forwards(sequence: _Sequence, trained: tuple[nn.Parameter, ...], grads: lis
 
 
 def _backwards(sequence: _Sequence, trained: tuple[nn.Parameter, ...], grads: list[Tensor | None]) -> Iterator[Tensor]:
-    before, onward = sequence.states(), None  # the gradients of the state after the chunk
+    before, state_grads = sequence.states(), None  # gradients of the state after the chunk
     random = torch.get_rng_state()
-    for chunk, (state, drawn) in zip(reversed(sequence.chunks), reversed(before), strict=True):
-        torch.set_rng_state(drawn)
+    for chunk, (state, rng_state) in zip(reversed(sequence.chunks), reversed(before), strict=True):
+        torch.set_rng_state(rng_state)
         with torch.enable_grad():
             state = map_state(lambda tensor: tensor.detach().requires_grad_(), state)
             loss, after = sequence.loss(chunk, state)
         ends = [(loss, torch.ones_like(loss))]
-        if onward:
-            ends += zip(leaves(after), onward, strict=True)
+        if state_grads:
+            ends += zip(leaves(after), state_grads, strict=True)
         ends = [(end, grad) for end, grad in ends if end.requires_grad and grad is not None]
         found = torch.autograd.grad(
             [end for end, _ in ends], [*trained, *leaves(state)], [grad for _, grad in ends], allow_unused=True
         )
         _add(grads, found[: len(trained)])
-        onward = found[len(trained) :]
+        state_grads = found[len(trained) :]
         yield loss.detach()
     torch.set_rng_state(random)
 
@@ -110,5 +115,5 @@ def _targets(y: Tensor, loss_mask: Tensor | None) -> int:
 def _add(grads: list[Tensor | None], found: tuple[Tensor | None, ...]) -> None:
     for i, grad in enumerate(found):
         if grad is not None:
-            held = grads[i]
-            grads[i] = grad if held is None else held.add_(grad)
+            total = grads[i]
+            grads[i] = grad if total is None else total.add_(grad)

@@ -1,4 +1,4 @@
-"""The loss on held-out samples."""
+"""The validation loss."""
 
 import math
 
@@ -11,10 +11,12 @@ from rwkv.train.runtime import strategy
 
 
 @torch.no_grad()
-def held_out_loss(module: TrainingModule, samples: ValidationSamples, batch_size: int) -> float:
-    """Mean cross-entropy in nats over the counted targets of all samples, over all ranks, without dropout; nan where nothing counts.
+def validation_loss(module: TrainingModule, samples: ValidationSamples, batch_size: int) -> float:
+    """Mean cross-entropy in nats over all targets of all ranks that contribute, without dropout;
+    NaN if there are none.
 
-    Draws no random number, so that a run is the same with and without it.
+    Does not change the state of the random number generators, so validation does not affect
+    training.
     """
     samples.rank, samples.world_size = module.trainer.global_rank, module.trainer.world_size
     training = module.model.training

@@ -1,1 +1,1 @@
-"""What a run keeps on disk, and how it is resumed."""
+"""Files of a run and resuming from them: manifest, metrics, training states."""

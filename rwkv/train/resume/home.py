@@ -9,7 +9,9 @@ from rwkv.train.runtime.lightning import rank_zero_only
 
 
 class Home:
-    """A folder that is tracked when it is renamed or moved on its file system, while the block runs (on rank 0, the only one that writes there)."""
+    """Context manager that tracks a folder through renames and moves within its file system. Only
+    on rank 0, which writes to it.
+    """
 
     def __init__(self, folder: Path):
         self._folder, self._descriptor = folder, -1
@@ -42,7 +44,7 @@ class Home:
         moved = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
         if not mine.st_nlink or not moved.is_dir():
             raise UserError(
-                f"{self._folder} was deleted while the run was writing to it, with all that was saved; run again to start over"
+                f"{self._folder} was deleted during the run, with everything saved in it; run again to start over"
             )
         say(f"note: {self._folder} is now {moved}; the run continues there. Give --proj_dir {moved} to resume it later")
         self._folder = moved

@@ -1,4 +1,6 @@
-"""metrics.jsonl, one line per optimizer step, as a file: read in bounded memory, truncated where a run resumes, and never a reason to refuse one."""
+"""metrics.jsonl, one line per optimizer step: read with constant memory, truncated on resume,
+repaired if corrupt.
+"""
 
 import math
 import os
@@ -8,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from rwkv.files import whole
+from rwkv.files import atomic_write
 from rwkv.train.console import say
 
 NAME = "metrics.jsonl"
@@ -16,7 +18,9 @@ _MAX_DOCUMENT = 1 << 20  # bytes; a longer line was not written by a run
 
 
 def parse(raw: bytes) -> dict[str, Any] | None:
-    """A line as the dictionary that was written; None if it is not one: not JSON, without step, loss or learning rate, or with values of another type."""
+    """Parse a line; None if it is invalid: not JSON, without step, loss or lr, or with values of
+    wrong types.
+    """
     try:
         line = orjson.loads(raw)
     except ValueError:
@@ -28,7 +32,7 @@ def parse(raw: bytes) -> dict[str, Any] | None:
         or not {"loss", "lr"} <= line.keys()
     ):
         return None
-    loss, val_loss = line["loss"], line.get("val_loss")  # null: NaN or Inf
+    loss, val_loss = line["loss"], line.get("val_loss")  # null for NaN or Inf
     return (
         line
         if _number(line["lr"]) and (loss is None or _number(loss)) and (val_loss is None or _number(val_loss))
@@ -41,7 +45,7 @@ def _number(value: Any) -> bool:
 
 
 def read(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
-    """The lines of the file that have an end: where each ends in the file, its bytes, and what `parse` makes of them."""
+    """Iterate over the complete lines of the file: (end offset, bytes, result of `parse`)."""
     with open(path, "rb") as file:
         end = 0
         while raw := file.readline(_MAX_DOCUMENT):
@@ -54,37 +58,36 @@ def read(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
 
 
 def keep_steps(path: Path, last: int, begin: int, add: Callable[[dict[str, Any]], None]) -> None:
-    """Truncate the file after step `last`, and hand every line that remains to `add`, in order. A run that began after step `begin` is expected to have
-    a line for every later step; if not, this is said.
+    """Truncate the file after step `last`, and call `add` with every remaining line, in order.
 
-    What is no line of a run (a power cut, two writers, an editor) is dropped; the file as it was is then kept beside it as metrics.jsonl.corrupt,
-    and this is said. The file is read once, a line at a time; it is rewritten only where lines are dropped in its middle.
+    Invalid and repeated lines (after a power failure, concurrent writers or edits) are dropped with
+    a warning, and the original file is saved as metrics.jsonl.corrupt. A warning is also printed if
+    lines of steps after `begin` are missing. The file is read once, line by line, and rewritten
+    only if lines within it are dropped.
     """
-    end, newest, kept, wrong = 0, 0, 0, 0
+    end, newest, kept, invalid = 0, 0, 0, 0
     for after, _, line in read(path) if path.exists() else ():
         if line is None or line["step"] <= newest:
-            wrong += 1
+            invalid += 1
             continue
         if line["step"] > last:
             break
         end, newest, kept = after, line["step"], kept + (line["step"] > begin)
         add(line)
-    if wrong:
-        aside = _free(path.with_name(f"{path.name}.corrupt"))
-        with whole(path) as temporary:
+    if invalid:
+        backup = _unused(path.with_name(f"{path.name}.corrupt"))
+        with atomic_write(path) as temporary:
             with open(temporary, "wb") as file:
                 _copy(path, file.write, last)
-            os.replace(path, aside)
-        say(
-            f"warning: {path}: {wrong:,} invalid or repeated lines were dropped; the file as it was is now {aside.name}"
-        )
+            os.replace(path, backup)
+        say(f"warning: {path}: dropped {invalid:,} invalid or repeated lines; the original file is now {backup.name}")
     elif path.exists() and end < path.stat().st_size:
         with open(path, "r+b") as file:
             file.truncate(end)
             os.fsync(file.fileno())
     if missing := last - begin - kept:
         say(
-            f"warning: {path} has no line for {missing:,} of the {last - begin:,} steps made so far; the run itself is not affected"
+            f"warning: {path} has no line for {missing:,} of the {last - begin:,} completed steps; the run itself is not affected"
         )
 
 
@@ -98,8 +101,8 @@ def _copy(path: Path, write: Callable[[bytes], Any], last: int) -> None:
             write(raw)
 
 
-def _free(path: Path) -> Path:
-    """The path, or the first of path.2, path.3, … that does not exist."""
+def _unused(path: Path) -> Path:
+    """The first of path, path.2, path.3, … that does not exist."""
     number, found = 1, path
     while found.exists():
         number += 1

@@ -1,4 +1,6 @@
-"""run.json, the manifest of a run: everything needed to repeat it, and to compare it with the command that resumes it."""
+"""run.json, the manifest of a run: everything needed to reproduce it, and to check that a command
+resumes it with the same settings.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -23,10 +25,10 @@ _ROOT = Path(__file__).parents[3]
 _GIT = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
 NAME = "run.json"
 
-# Flags that leave every step as it is: where a run ends, where files lie, how it is watched, what machine does it.
-_FREE = {
+# flags that may change on resume: they do not affect the steps, or are compared in another form
+_NOT_COMPARED = {
     *("proj_dir", "overwrite", "allow_changes", "random_seed"),
-    *("load_model", "lora_load", "data_file", "data_type", "val_file"),  # these by their content
+    *("load_model", "lora_load", "data_file", "data_type", "val_file"),  # compared by content
     *(
         "max_steps",
         "epoch_count",
@@ -39,21 +41,19 @@ _FREE = {
         "tensorboard",
         "on_nan",
     ),
-    *("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "pre_ffn"),  # these by the model's sizes
+    *("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "pre_ffn"),  # compared as the model's sizes
     *("strategy", "ds_bucket_mb", "ds_config", "accelerator", "grad_cp", "precision"),
-    *(
-        "micro_bsz",
-        "accumulate_grad_batches",
-        "devices",
-        "num_nodes",
-        "epoch_steps",
-        "auto",
-    ),  # these by what they come to
+    # compared as samples per step and steps per epoch
+    *("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes", "epoch_steps", "auto"),
 }
 
 
 def describe(run: Run, source: dict[str, Any] | None) -> dict[str, Any]:
-    """The manifest of a run without its data (see `data_of`). `source`: the file that is converted (rwkv.train.data_source)."""
+    """The manifest of a run, without its data (see `data_of`).
+
+    Args:
+        source: description of the file to be converted (rwkv.train.data_source.describe).
+    """
     lock, kernel = _ROOT / "env/locks" / f"{compat.stack()}.txt", build.folder() / "manifest.json"
     c, adapter = run.flags, run.adapter.lora_load if run.adapter else ""
     return {
@@ -73,7 +73,7 @@ def describe(run: Run, source: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def data_of(data: Dataset) -> dict[str, Any]:
-    """What identifies a binidx that a run reads, with its index and its mask, if it has one."""
+    """Size and hashes of a binidx, its index and its loss mask (if any)."""
     raw, mask = Path(f"{data.prefix}.bin"), mask_path(data.prefix)
     return {
         "prefix": str(data.prefix),
@@ -85,14 +85,16 @@ def data_of(data: Dataset) -> dict[str, Any]:
 
 
 def data_files(data: dict[str, Any]) -> list[tuple[Path, str]]:
-    """The files of `data_of`, each with its fingerprint."""
+    """The files described by `data_of`, with their fingerprints."""
     prefix = data["prefix"]
     files = [(Path(f"{prefix}.bin"), data["sha256"]), (Path(f"{prefix}.idx"), data["index_sha256"])]
     return files + ([(mask_path(prefix), data["mask_sha256"])] if data["mask_sha256"] else [])
 
 
 def _revision() -> str | None:
-    """The commit of this program, with + if files differ from it; None where there is no git."""
+    """The program's git commit, followed by + if there are uncommitted changes; None without
+    git.
+    """
     found = (
         [subprocess.run(["git", "-C", _ROOT, *words], capture_output=True, text=True, check=False) for words in _GIT]
         if shutil.which("git")
@@ -128,15 +130,15 @@ def read(folder: Path) -> dict[str, Any] | None:
         raise UserError(
             f"{path}: not valid JSON ({error}); choose another --proj_dir, or --overwrite to start over"
         ) from error
-    if wrong := _wrong(run):
+    if problem := _problem(run):
         raise UserError(
-            f"{path}: not the manifest of a run ({wrong}); choose another --proj_dir, or --overwrite to start over"
+            f"{path}: not the manifest of a run ({problem}); choose another --proj_dir, or --overwrite to start over"
         )
     return run
 
 
-def _wrong(run: Any) -> str:
-    """What is wrong with a manifest; empty if nothing is."""
+def _problem(run: Any) -> str:
+    """Why a manifest is invalid; empty if it is valid."""
     if not isinstance(run, dict):
         return f"it contains a {type(run).__name__}"
     for key, kind in {
@@ -164,14 +166,14 @@ def _wrong(run: Any) -> str:
     if not all(isinstance(entry, dict) and "changes" in entry for entry in _listed(run)):
         return '"changed" is not a list of changes'
     try:
-        _essence(run)
+        _compared(run)
     except (ArithmeticError, TypeError, ValueError, KeyError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
 
 def _kind_of(default: Any) -> Any:
-    """The type of a flag's value, by its default; a flag of floats may have a whole one."""
+    """The type of a flag's value, from its default; numbers may be int or float."""
     return int | float if isinstance(default, int | float) and not isinstance(default, bool) else type(default)
 
 
@@ -186,8 +188,8 @@ def write(folder: Path, run: dict[str, Any]) -> None:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What would make the steps to come others than those of the run before, a line each."""
-    old, new = _essence(before), _essence(now)
+    """Differences between two manifests that would change the training steps, one line each."""
+    old, new = _compared(before), _compared(now)
     found = [f"{key}: {_short(old[key])} → {_short(new[key])}" for key in old if key in new and old[key] != new[key]]
     sources = [run["source"] for run in (before, now) if run.get("source")]
     if len(sources) == 2 and sources[0]["sha256"] != sources[1]["sha256"]:
@@ -207,11 +209,14 @@ def flags_of(run: dict[str, Any]) -> TrainConfig:
     )
 
 
-def _essence(run: dict[str, Any]) -> dict[str, Any]:
+def _compared(run: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that determine its steps."""
     flags, c = run["flags"], flags_of(run)
     lora = bool(flags.get("lora"))
     kept = {
-        f"--{key}": value for key, value in flags.items() if key not in _FREE and (lora or not key.startswith("lora"))
+        f"--{key}": value
+        for key, value in flags.items()
+        if key not in _NOT_COMPARED and (lora or not key.startswith("lora"))
     }
     found = {
         "trained": "an adapter" if lora else "all weights",
@@ -222,7 +227,7 @@ def _essence(run: dict[str, Any]) -> dict[str, Any]:
         "steps in an epoch": schedule.steps_per_epoch(c),
         "--precision": run["precision"],
         "base model (SHA-256)": (run["base"] or {}).get("sha256"),
-        # A validation set changes no step: it may be added to a run, or left out; another one would make its losses incomparable.
+        # a validation set may be added or removed; with another one, losses would not be comparable
         **(
             {"validation set (SHA-256, bytes)": (held["sha256"], held["bytes"])}
             if (held := run.get("validation"))
@@ -237,7 +242,7 @@ def _essence(run: dict[str, Any]) -> dict[str, Any]:
             "missing; the copy that was converted from it is used" if source.get("missing") else "present"
         )
     data = run.get("data", {})
-    if data.get("sha256"):  # older manifests have none of data above 4 GiB
+    if data.get("sha256"):  # older manifests lack it for data above 4 GiB
         found["data (SHA-256, bytes)"] = (data["sha256"], data["bytes"])
     if "index_sha256" in data:
         found["documents, in the index (SHA-256)"] = data["index_sha256"]

@@ -1,7 +1,8 @@
-"""All that a run is at an optimizer step, whatever its strategy: with it the run goes on as if it had never stopped.
+"""The training state between two optimizer steps, independent of the parallel strategy. A resumed
+run gives the same results as an uninterrupted one.
 
-`capture` and `restore` are the seam between this form, in which every weight stands once and whole under its name, and what a strategy
-makes of it in memory. Both are called by every rank.
+`capture` converts from the strategy's (possibly sharded) tensors to full tensors by name, `restore`
+converts back. Both are collective operations.
 """
 
 import random
@@ -18,21 +19,22 @@ from rwkv.train.loop.module import TrainingModule
 from rwkv.train.runtime import zero
 from rwkv.train.runtime.lightning import pl
 
-FORMAT = 1  # of the file; a later one is refused by name
+FORMAT = 1  # version of the file format; files of later versions are rejected
 
 
 @dataclass
 class State:
-    """A run between two optimizer steps. Everything in it is a tensor, a number, a string, or a list or dictionary of these.
+    """A training state. Consists of tensors, numbers, strings, and lists and dictionaries of these.
 
     Attributes:
-        step: optimizer steps made, from epoch 0.
-        samples: samples taken, from epoch 0, over all ranks: where the data goes on.
-        weights: of what trains, by name, in the precision that the optimizer keeps them in.
-        optimizer: its state of each of them, by name: `step`, `exp_avg`, `exp_avg_sq`.
-        scaler: of the loss, in fp16; else empty.
-        rng: of every rank: torch, its GPU, numpy, Python.
-        run: the run's manifest: flags and what it was made from.
+        step: completed optimizer steps, counted from epoch 0.
+        samples: samples used so far over all ranks, counted from epoch 0; data reading resumes
+            there.
+        weights: trained parameters by name, in the optimizer's precision.
+        optimizer: optimizer state by parameter name, e.g. `step`, `exp_avg`, `exp_avg_sq`.
+        scaler: state of the loss scaler in fp16; else empty.
+        rng: random number generator states of every rank: torch, CUDA, numpy, Python.
+        run: the run's manifest.
     """
 
     step: int
@@ -45,7 +47,9 @@ class State:
 
 
 def capture(trainer: pl.Trainer, module: TrainingModule, run: dict[str, Any]) -> State:
-    """The run as it is now. Weights and optimizer state are not copied: write them before the next step. Rank 0's is complete."""
+    """Capture the current training state; complete on rank 0. Weights and optimizer state are not
+    copied, so write the state before the next step.
+    """
     optimizer, trained = trainer.optimizers[0], _trained(module)
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return State(
@@ -60,12 +64,13 @@ def capture(trainer: pl.Trainer, module: TrainingModule, run: dict[str, Any]) ->
 
 
 def restore(trainer: pl.Trainer, module: TrainingModule, state: State | None) -> None:
-    """Put a state back, rank 0's into every rank, and use it up; called once the strategy has set up model and optimizer.
+    """Restore rank 0's state on all ranks, after the strategy has set up model and optimizer.
+    Tensors are removed from `state` to free memory.
 
-    Where there are more ranks than there were, the further ones keep their own random numbers.
+    Additional ranks, which the state has no random number generator state for, keep their own.
     """
-    state, take = _shared(state, module.device)
-    zero.put_back(_trained(module), trainer.optimizers[0], take, state.scaler)
+    state, fetch = _broadcast(state, module.device)
+    zero.restore(_trained(module), trainer.optimizers[0], fetch, state.scaler)
     if state.scaler and getattr(trainer.precision_plugin, "scaler", None):
         trainer.precision_plugin.scaler.load_state_dict(state.scaler)
     if trainer.global_rank < len(state.rng):
@@ -107,7 +112,9 @@ def _gathered(mine: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def split(value: Any) -> tuple[Any, list[Tensor]]:
-    """A value as what JSON can hold, and its tensors: {"tensor": i} stands for the i-th. Tuples become lists."""
+    """Separate a nested value into a JSON-serialisable part and a list of tensors: the i-th is
+    replaced by {"tensor": i}. Tuples become lists.
+    """
     tensors: list[Tensor] = []
 
     def walk(x: Any) -> Any:
@@ -122,7 +129,7 @@ def split(value: Any) -> tuple[Any, list[Tensor]]:
 
 
 def join(shell: Any, tensors: Sequence[Tensor]) -> Any:
-    """What `split` took apart."""
+    """Inverse of `split`."""
     if isinstance(shell, dict):
         return (
             tensors[shell["tensor"]]
@@ -132,30 +139,32 @@ def join(shell: Any, tensors: Sequence[Tensor]) -> Any:
     return [join(inside, tensors) for inside in shell] if isinstance(shell, list) else shell
 
 
-def _shared(state: State | None, device: torch.device) -> tuple[State, zero.Take]:
-    """Rank 0's state on every rank but for weights and optimizer, and what hands out those, one parameter at a time, and lets them go, so that no rank
-    holds more than one that it has no use for. Ranks need no file of their own."""
+def _broadcast(state: State | None, device: torch.device) -> tuple[State, zero.Fetch]:
+    """Broadcast rank 0's state: returns it without weights and optimizer state, and a function that
+    broadcasts these for one parameter at a time, so that each rank holds only one in addition to
+    its own.
+    """
 
-    def mine(name: str) -> dict[str, Any]:
+    def pop(name: str) -> dict[str, Any]:
         return {"weight": state.weights.pop(name), **state.optimizer.pop(name, {})} if state else {}
 
     if state and (not dist.is_initialized() or dist.get_world_size() == 1):
-        return state, mine
-    told: list[Any] = [None]
-    if state:  # rank 0's
-        kept = {name: {"weight": weight, **state.optimizer.get(name, {})} for name, weight in state.weights.items()}
-        told = [
+        return state, pop
+    message: list[Any] = [None]
+    if state:  # on rank 0
+        tensors = {name: {"weight": weight, **state.optimizer.get(name, {})} for name, weight in state.weights.items()}
+        message = [
             (
                 replace(state, weights={}, optimizer={}),
-                {name: {key: _Like.of(x) for key, x in of.items()} for name, of in kept.items()},
+                {name: {key: _Like.of(x) for key, x in of.items()} for name, of in tensors.items()},
             )
         ]
-        del kept
-    dist.broadcast_object_list(told, src=0, device=device if device.type == "cuda" else None)
-    rest, described = told[0]
+        del tensors
+    dist.broadcast_object_list(message, src=0, device=device if device.type == "cuda" else None)
+    rest, described = message[0]
 
-    def take(name: str) -> dict[str, Any]:
-        found = mine(name)
+    def fetch(name: str) -> dict[str, Any]:
+        found = pop(name)
         for key, like in described[name].items():
             if isinstance(like, _Like):
                 found[key] = (
@@ -166,12 +175,12 @@ def _shared(state: State | None, device: torch.device) -> tuple[State, zero.Take
                 found[key] = like
         return found
 
-    return rest, take
+    return rest, fetch
 
 
 @dataclass(frozen=True)
 class _Like:
-    """What a tensor is like."""
+    """Shape and dtype of a tensor."""
 
     shape: torch.Size
     dtype: torch.dtype

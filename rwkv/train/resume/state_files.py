@@ -1,4 +1,6 @@
-"""The resumable states of a run, on disk: each written atomically, the last two kept, the newest valid one taken."""
+"""Files of training states: written atomically, the last two are kept, and the newest valid one is
+loaded.
+"""
 
 import errno
 import json
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from rwkv import checkpoint
 from rwkv.errors import UserError
-from rwkv.files import abandoned, whole
+from rwkv.files import abandoned, atomic_write
 from rwkv.train.console import say
 from rwkv.train.resume.run_state import FORMAT, State, join, split
 from rwkv.weights import pth
@@ -23,12 +25,12 @@ _KINDS = {"step": int, "samples": int, "weights": dict, "optimizer": dict, "scal
 
 
 def folder_of(run: Path) -> Path:
-    """Where the run in this folder keeps its states."""
+    """The subfolder for training states of a run's folder."""
     return run / "resume"
 
 
 def states(run: Path) -> list[Path]:
-    """The states of a run, newest first."""
+    """Paths of a run's training states, newest first."""
     found = [
         (int(match[1]), path)
         for path in folder_of(run).glob("step-*.pt")
@@ -38,15 +40,16 @@ def states(run: Path) -> list[Path]:
 
 
 def write(run: Path, state: State) -> Path:
-    """Write a state, then delete all but the last two, and temporary files of a killed run.
+    """Write a state; then delete all but the last two, and temporary files of killed runs. Returns
+    its path.
 
     Raises:
-        UserError: the disk is full. What was there before is untouched.
+        UserError: the disk is full; earlier states are unchanged.
     """
     path = folder_of(run) / f"step-{state.step}.pt"
     shell, tensors = split(vars(state))
-    with whole(path) as temporary:
-        # torch 1.13.1's loader that runs no code knows no floats: what is no tensor is text.
+    with atomic_write(path) as temporary:
+        # as text, because the restricted loader of torch 1.13.1 does not support floats
         checkpoint.save({"format": FORMAT, "tensors": tensors, "text": json.dumps(shell)}, temporary)
     for old in states(run)[KEPT:]:
         old.unlink()
@@ -57,37 +60,38 @@ def write(run: Path, state: State) -> Path:
 
 
 def leftovers(run: Path) -> list[Path]:
-    """All that runs wrote into the folder of the states: valid states, corrupt ones, files of a killed run."""
+    """All files of training states: valid, corrupt, and temporary files of killed runs."""
     return sorted(path for path in folder_of(run).glob("*") if _OURS.fullmatch(path.name))
 
 
 def newest(run: Path) -> State | None:
-    """The newest valid state; None if there is none. A corrupt one is renamed to `.corrupt`, and the state before it is taken.
+    """Load the newest valid state; None if there is none. Corrupt ones are renamed to `.corrupt`
+    and skipped with a warning.
 
     Raises:
-        UserError: one that cannot be read, or that was written by a later version of this program.
+        UserError: a state cannot be read, or was written by a later version of this program.
     """
     for path in states(run):
         try:
             return read(path)
         except CorruptState as error:
-            aside = path.rename(f"{path}.corrupt")
-            say(f"warning: {path} is corrupt ({error}); it is now {aside.name}, and the state before it is used")
+            renamed = path.rename(f"{path}.corrupt")
+            say(f"warning: {path} is corrupt ({error}); renamed to {renamed.name}, using the previous state")
     return None
 
 
 class CorruptState(ValueError):
-    """A file that is not what was written: cut short, changed, or no training state at all."""
+    """A file is truncated, modified, or not a training state."""
 
 
 def read(path: Path) -> State:
-    """A state from its file, its tensors mapped where possible. Runs no code from it.
+    """Load a state, with memory-mapped tensors if possible. No code in the file is executed.
 
     Raises:
-        CorruptState: not the bytes that were written, or not a state.
+        CorruptState: the file is corrupt, or not a training state.
         UserError: the file cannot be read, or was written by a later version.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would block
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would block
         raise CorruptState("a folder, pipe or device, not a file")
     try:
         with open(path, "rb") as file:
@@ -97,7 +101,7 @@ def read(path: Path) -> State:
             f"{path}: this training state cannot be read ({error.strerror}); make it readable and run again"
         ) from error
     try:
-        content = pth.load(path, verify=True)  # with torch's CRC-32 of every tensor
+        content = pth.load(path, verify=True)  # checks the CRC-32 of every tensor
     except (UserError, MemoryError):
         raise
     except Exception as error:  # corrupt bytes raise almost anything
@@ -114,7 +118,7 @@ def read(path: Path) -> State:
 
 
 def _state(content: Any, path: Path) -> State:
-    """A state from what its file contains, its parts checked."""
+    """Build a state from the content of its file, and check the types of its parts."""
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise CorruptState("not a training state")
     if content["format"] > FORMAT:
@@ -124,9 +128,8 @@ def _state(content: Any, path: Path) -> State:
         state = State(**parts)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CorruptState(f"not a training state ({type(error).__name__}: {error})") from error
-    whole = all(isinstance(getattr(state, name), kind) for name, kind in _KINDS.items())
     if not (
-        whole
+        all(isinstance(getattr(state, name), kind) for name, kind in _KINDS.items())
         and state.step >= 0
         and state.samples >= 0
         and all(isinstance(x, Tensor) for x in state.weights.values())

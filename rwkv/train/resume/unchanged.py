@@ -1,4 +1,6 @@
-"""Detects changes of memory-mapped files: overwriting them in place would silently change the run."""
+"""Detect in-place changes of memory-mapped files, which would silently change the results of a
+run.
+"""
 
 import contextlib
 import os
@@ -16,7 +18,7 @@ from rwkv.files import fingerprint
 @dataclass
 class _File:
     path: Path
-    handle: int  # of the file that is mapped, whatever has its name since
+    handle: int  # of the mapped file, even if the path now is another file
     content: Callable[[str], str]
     known: str
     mapped: Callable[[], bool]
@@ -25,8 +27,9 @@ class _File:
 
 
 class Unchanged:
-    """Watches files by size and modification time and, if these changed, by content. A file that was replaced under its name does not count: the old
-    one stays mapped."""
+    """Watches files by size and modification time and, if these changed, by content. Replacing a
+    file is allowed, as the old one stays mapped.
+    """
 
     def __init__(self) -> None:
         self._files: list[_File] = []
@@ -56,23 +59,20 @@ class Unchanged:
                 continue
             if file.content(f"/proc/self/fd/{file.handle}") != file.known:
                 raise UserError(
-                    f"{file.path}: was changed in place while this run was using it, so the steps since the last saved state may be wrong, and are not"
-                    " saved. Put its old content back and run the same command to continue from that state. (To replace a file that is in use, write"
+                    f"{file.path}: was changed in place during the run, so the steps since the last saved state may be wrong and are not"
+                    " saved. Restore its content and run the same command to resume from that state. (To replace a file in use, write"
                     " the new one under another name and rename it.)"
                 )
             file.size, file.time = now.st_size, now.st_mtime_ns
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """If a file was changed, an error in the block is reported with this cause. Ends the watch."""
+        """If an error occurs in the block and a file was changed, raise the UserError of `check`
+        instead. Closes all files.
+        """
         try:
             yield
-        except (
-            ArithmeticError,
-            LookupError,
-            RuntimeError,
-            ValueError,
-        ):  # such as an id that the vocabulary does not have
+        except (ArithmeticError, LookupError, RuntimeError, ValueError):  # e.g. a token id outside the vocabulary
             self.check()
             raise
         finally:
@@ -81,7 +81,9 @@ class Unchanged:
 
 
 def frozen_in(model: nn.Module, path: str) -> Callable[[], bool]:
-    """A function that tells whether frozen weights are still mapped from the file that they were loaded from."""
+    """Returns a function that tells whether frozen weights are still memory-mapped from the
+    file.
+    """
 
     def test() -> bool:
         pages = mapped_tensors.Pages(path)

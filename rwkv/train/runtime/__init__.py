@@ -1,1 +1,1 @@
-"""The process, its devices and its peers: Lightning trainer, strategies, ranks."""
+"""Lightning trainer, parallel strategies, ranks and process settings."""

@@ -1,4 +1,4 @@
-"""The names of Lightning that training uses, and rank 0 of a run on several machines."""
+"""Imports from Lightning, and a correct rank_zero_only.rank on several machines."""
 
 import os
 
@@ -7,7 +7,8 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 if "RANK" not in os.environ and (os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0") != "0":
-    # Until processes are connected, Lightning knows the local rank only; every machine would have a rank 0.
+    # before the process group is initialised, Lightning uses the local rank: each machine would
+    # have a rank 0
     rank_zero_only.rank = max(1, rank_zero_only.rank)
 
 __all__ = ["DeepSpeedStrategy", "pl", "rank_zero_only"]

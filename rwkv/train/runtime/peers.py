@@ -1,4 +1,6 @@
-"""The processes of one run: none outlives the one that started it, and when one ends the others report it and end."""
+"""The processes of a run: ranks end when the process that started them ends, and report when
+another rank has ended.
+"""
 
 import contextlib
 import ctypes
@@ -8,9 +10,9 @@ from collections.abc import Iterator
 
 from rwkv.errors import UserError
 
-_STARTED_BY = "RWKV_STARTED_BY"  # in the environment of the ranks that rank 0 starts: its process id
+_STARTED_BY = "RWKV_STARTED_BY"  # environment variable of ranks started by rank 0: its process id
 _SET_PDEATHSIG = 1  # of prctl(2)
-# Error messages of gloo, NCCL and torch's store when another process has ended.
+# error messages of gloo, NCCL and torch's store when another process has ended
 _SIGNS = (
     *(
         "Connection closed by peer",
@@ -31,18 +33,20 @@ _SIGNS = (
 
 
 def end_with_parent() -> None:
-    """End a rank that rank 0 started as soon as rank 0 ends; otherwise it would hold GPU memory until a collective operation times out."""
+    """Kill this process when rank 0, which started it, ends; otherwise it would keep GPU memory
+    until a collective operation times out.
+    """
     parent = os.environ.get(_STARTED_BY)
     if not parent or "LOCAL_RANK" not in os.environ:
         return
     ctypes.CDLL(None, use_errno=True).prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(parent):  # it ended before
+    if os.getppid() != int(parent):  # it has already ended
         os._exit(1)
 
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Ranks that are started in this block end with this process (`end_with_parent`)."""
+    """Make ranks started in this block end with this process (see `end_with_parent`)."""
     before = os.environ.get(_STARTED_BY)
     os.environ[_STARTED_BY] = str(os.getpid())
     try:
@@ -56,7 +60,9 @@ def starting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(ranks: int) -> Iterator[None]:
-    """With several ranks: an error caused by the end of another rank becomes a UserError, and a UserError that Lightning has wrapped is raised again."""
+    """With several ranks: convert errors caused by the end of another rank to UserErrors, and
+    re-raise UserErrors that Lightning has wrapped.
+    """
     try:
         yield
     except Exception as error:
@@ -72,6 +78,6 @@ def explained(ranks: int) -> Iterator[None]:
         if not lines:
             raise
         raise UserError(
-            f"another process of this run has ended or cannot be reached ({lines[0][:200]}). See its own message; if it has none, it was killed, perhaps for lack"
-            " of memory (see dmesg). Run the same command to continue from the last saved state"
+            f"another process of this run has ended or cannot be reached ({lines[0][:200]}). See its own message; if there is none, it was killed, perhaps"
+            " because it ran out of memory (see dmesg). Run the same command to resume from the last saved state"
         ) from error

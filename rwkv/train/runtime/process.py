@@ -1,4 +1,6 @@
-"""Process-wide settings that training changes, and their restoration, so that a program can call `fit` as a function."""
+"""Restore process-wide settings that training changes, so that programs can call `fit` as a
+function.
+"""
 
 import contextlib
 import logging
@@ -12,14 +14,15 @@ _LOGGERS = ("pytorch_lightning", "lightning_fabric")
 
 
 def denormals_are_flushed() -> bool:
-    """Whether arithmetic on CPUs flushes denormal numbers to zero; torch can set this but not read it."""
+    """Whether the CPU flushes denormals to zero; torch has no getter for this."""
     return (torch.tensor(1e-310, dtype=torch.float64) * 1).item() == 0
 
 
 @contextlib.contextmanager
 def restored() -> Iterator[None]:
-    """Restores on exit what a training run sets for its process: environment variables, flushing of denormals, TF32 switches, warning filters
-    and log levels. Usable as a decorator. Not covered: the random number generators, which the caller seeds by `--random_seed`."""
+    """On exit, restore environment variables, flushing of denormals, TF32 settings, warning filters
+    and log levels. Usable as a decorator. The random number generators are not restored.
+    """
     environment, flushed = dict(os.environ), denormals_are_flushed()
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     matmul, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32

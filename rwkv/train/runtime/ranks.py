@@ -1,7 +1,7 @@
-"""All ranks train with the flags that rank 0 resolved, and compare them once they are connected.
+"""Pass rank 0's resolved flags to all ranks, and compare flags and inputs once they are connected.
 
-What is left to the program (a random seed, `--precision auto`, `--auto`, the run to resume) may come out differently on two machines, which would
-then train different models, or hang in a collective operation.
+Values chosen automatically (random seed, `--precision auto`, `--auto`, the run to resume) may
+differ between machines; the ranks would train different models, or hang in a collective operation.
 """
 
 import contextlib
@@ -24,10 +24,11 @@ from rwkv.train.runtime import strategy
 from rwkv.train.runtime.lightning import rank_zero_only
 
 _RESOLVED = "RWKV_RESOLVED_FLAGS"  # environment variable for the ranks that Lightning starts
-_WAIT = timedelta(minutes=30)  # for an answer of rank 0
-_RUNS = itertools.count()  # of this process
+_WAIT = timedelta(minutes=30)  # timeout for an answer of rank 0
+_RUNS = itertools.count()  # number of runs in this process
 
-# Flags that may differ between ranks: paths (files are compared by content), what only rank 0 does, and what has been resolved.
+# flags that may differ between ranks: paths (files are compared by content), those used on rank 0
+# only, and those already resolved
 _OWN = {
     *("proj_dir", "data_file", "val_file", "load_model", "lora_load", "ds_config", "wandb", "tensorboard", "overwrite"),
     *("allow_changes", "accelerator", "auto", "random_seed"),
@@ -35,10 +36,11 @@ _OWN = {
 
 
 class Ranks:
-    """Hands rank 0's flags to the other ranks before they are connected.
+    """Passes rank 0's flags to the other ranks before the process group is initialised.
 
-    Ranks that Lightning starts get them in an environment variable, ranks that torchrun starts through its store. With another launcher every rank
-    resolves its own flags, and `compare` reports differences.
+    Ranks started by Lightning get them in an environment variable, ranks started by torchrun
+    through its store. With other launchers every rank resolves its own flags, and `compare` reports
+    differences.
     """
 
     def __init__(self) -> None:
@@ -47,24 +49,25 @@ class Ranks:
         self._store = _store()
 
     def receive(self) -> dict[str, Any] | None:
-        """What rank 0 changed in its flags; None if this rank has to resolve its own.
+        """The flags that rank 0 changed, with their values; None if this rank has to resolve its
+        own.
 
         Raises:
             UserError: rank 0 does not answer.
         """
         if self._first or not (self._store or os.environ.get(_RESOLVED)):
             return None
-        if told := os.environ.get(_RESOLVED):
-            return json.loads(told)
+        if changes := os.environ.get(_RESOLVED):
+            return json.loads(changes)
         try:
             return json.loads(self._store.get("flags"))
-        except RuntimeError as error:  # torch 2's DistError is one
+        except RuntimeError as error:  # base class of torch 2's DistError
             raise UserError(
                 f"rank {rank_zero_only.rank}: no flags received from rank 0 ({str(error).splitlines()[0]}); see the messages of rank 0 for the reason"
             ) from error
 
     def send(self, flags: TrainConfig, resolved: TrainConfig) -> None:
-        """On rank 0: tell the other ranks what was changed in the flags."""
+        """On rank 0: send the changed flags to the other ranks."""
         if not self._first:
             return
         before = dataclasses.asdict(flags)
@@ -73,8 +76,8 @@ class Ranks:
             self._store.set("flags", json.dumps(self._changes))
 
     @contextlib.contextmanager
-    def told(self) -> Iterator[None]:
-        """Ranks that are started in this block receive the flags."""
+    def passing_flags(self) -> Iterator[None]:
+        """Pass the flags to ranks started in this block."""
         before = os.environ.get(_RESOLVED)
         os.environ[_RESOLVED] = json.dumps(self._changes)
         try:
@@ -87,7 +90,9 @@ class Ranks:
 
 
 def _store() -> Any:
-    """torchrun's key-value store, which its processes reach before they are connected; None without one."""
+    """torchrun's key-value store, available before the process group is initialised; None without
+    torchrun.
+    """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     store = dist.TCPStore(
@@ -101,12 +106,12 @@ def _store() -> Any:
 
 
 def facts(run: Run, manifest: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """What must be the same on all ranks, from a run, its manifest and its model: JSON values by name."""
+    """JSON values by name that must be the same on all ranks."""
     weights = [[name, list(strategy.shape(p)), str(p.dtype), p.requires_grad] for name, p in model.named_parameters()]
     found = {f"--{name}": value for name, value in dataclasses.asdict(run.flags).items() if name not in _OWN}
     found |= {"model": manifest["model"], "precision": manifest["precision"]}
     files = ["data", "validation"]
-    files += ["base"] if run.flags.load_model else []  # a new base is on rank 0 alone
+    files += ["base"] if run.flags.load_model else []  # a new base is written by rank 0 only
     files += ["adapter"] if run.adapter and run.adapter.lora_load else []
     for key in files:
         found[key] = {name: x for name, x in (manifest.get(key) or {}).items() if name not in ("prefix", "path")}
@@ -116,10 +121,10 @@ def facts(run: Run, manifest: dict[str, Any], model: nn.Module) -> dict[str, Any
 
 
 def compare(mine: dict[str, Any]) -> None:
-    """Compare the `facts` of all ranks after they have connected; called by every rank.
+    """Compare the `facts` of all ranks; a collective operation.
 
     Raises:
-        UserError: on every rank, if one differs from rank 0. The ranks are disconnected.
+        UserError: on every rank, if one differs from rank 0; the process group is destroyed.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
@@ -133,8 +138,7 @@ def compare(mine: dict[str, Any]) -> None:
         ]:
             strategy.leave_process_group()
             raise UserError(
-                f"rank {rank} would train something else than rank 0. "
+                f"rank {rank} differs from rank 0. "
                 + "; ".join(wrong)
-                + ". Start every rank with the same command, the same"
-                " versions and the same files; where a flag is auto, give its value (such as --precision fp32)"
+                + ". Start every rank with the same command, versions and files; replace auto by a value (such as --precision fp32)"
             )

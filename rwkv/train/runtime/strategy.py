@@ -1,6 +1,7 @@
 """Parallel strategies: a single device, DDP, or DeepSpeed's ZeRO stages with and without offload.
 
-All make the same steps from the same batches (tests/train/test_strategies.py). DeepSpeed is imported only where one of its stages is asked for.
+All compute the same updates from the same batches (tests/train/test_strategies.py). DeepSpeed is
+imported only if used.
 """
 
 import contextlib
@@ -23,7 +24,8 @@ from rwkv.memory import machine
 from rwkv.memory.zero import STRATEGIES, ZEROS, Zero
 from rwkv.train.runtime.lightning import DeepSpeedStrategy
 
-# The keys of a DeepSpeed configuration that --ds_config may set; DeepSpeed itself takes any word at its top level for a key and passes over it.
+# Keys that --ds_config may set. DeepSpeed itself ignores unknown top-level keys, such as misspelt
+# ones.
 _OFFLOAD = {
     "device",
     "nvme_path",
@@ -50,7 +52,7 @@ _KEYS = {
     "zero_optimization.offload_optimizer": _OFFLOAD - {"buffer_size", "max_in_cpu"},
     "zero_optimization.offload_param": _OFFLOAD - {"fast_init", "pipeline_read", "pipeline_write"},
 }  # fmt: skip
-_FLAGS = {
+_SET_BY_FLAGS = {
     "train_batch_size": "--micro_bsz, --devices, --num_nodes and --accumulate_grad_batches",
     "train_micro_batch_size_per_gpu": "--micro_bsz",
     "gradient_accumulation_steps": "--accumulate_grad_batches",
@@ -65,12 +67,14 @@ _FLAGS = {
 
 
 def zero(c: TrainConfig) -> Zero | None:
-    """What DeepSpeed does in this run; None without it."""
+    """The ZeRO configuration of this run; None without DeepSpeed."""
     return ZEROS.get(c.strategy)
 
 
 def check(c: TrainConfig) -> None:
-    """Raises UserError for a strategy that there is not, or not here, and for a DeepSpeed configuration with a key that nobody would read."""
+    """Raises UserError if the strategy is unknown, unavailable or incompatible with other flags, or
+    the DeepSpeed configuration is invalid.
+    """
     if c.strategy not in STRATEGIES:
         nearest = difflib.get_close_matches(c.strategy, STRATEGIES, 1, 0.5)
         raise UserError(
@@ -82,7 +86,7 @@ def check(c: TrainConfig) -> None:
     if not zero(c):
         if c.ds_config:
             raise UserError(
-                f"--ds_config {c.ds_config} is for DeepSpeed, and --strategy is {c.strategy}; give --strategy deepspeed_stage_2, say"
+                f"--ds_config {c.ds_config} needs DeepSpeed, but --strategy is {c.strategy}; use e.g. --strategy deepspeed_stage_2"
             )
         return
     if ZEROS[c.strategy].stage == 3 and c.tbptt_len:
@@ -99,24 +103,28 @@ def check(c: TrainConfig) -> None:
 
 
 def shape(parameter: nn.Parameter) -> torch.Size:
-    """Of the whole parameter. Under ZeRO-3 its own shape is [0]."""
+    """The full shape of a parameter, also if it is sharded by ZeRO-3, where its local shape is
+    [0].
+    """
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def make(c: TrainConfig, gpu: bool) -> "ZeroStrategy | str | None":
-    """What Lightning's trainer takes as strategy; None for one device alone."""
+    """The strategy for Lightning's trainer; None for a single device."""
     if zero(c):
         return ZeroStrategy(deepspeed_config(c), gpu)
     return None if alone(c) else "ddp_find_unused_parameters_false"
 
 
 def alone(c: TrainConfig) -> bool:
-    """Whether one process trains without any connection to others."""
+    """Whether the run has a single process and no process group."""
     return c.strategy == "auto" and c.world_size == 1
 
 
 def mean(x: Tensor) -> Tensor:
-    """Of all ranks' x. Lightning's reduce begins with a barrier, for which NCCL has the host wait for the GPU; this does not wait."""
+    """The mean of x over all ranks. Unlike Lightning's reduce it has no barrier, so the host does
+    not wait for the GPU.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return x
     total = x.clone()
@@ -125,30 +133,34 @@ def mean(x: Tensor) -> Tensor:
 
 
 def deepspeed_was_used() -> bool:
-    """Whether a run of this process used DeepSpeed, which keeps its process groups for the life of the process and
-    fails once they are destroyed."""
+    """Whether this process has used DeepSpeed, which needs its process groups until the process
+    exits.
+    """
     comm = sys.modules.get("deepspeed.comm.comm")
     return getattr(comm, "cdb", None) is not None
 
 
 def leave_process_group() -> None:
-    """Disconnect from the other processes of the run; called by all of them before they exit. A process that exits while connected may be aborted by
-    its communication threads ("terminate called without an active exception"), which a launcher reports as a failure."""
+    """Destroy the process group; a collective operation, to be called before exit. Otherwise a
+    process may be aborted by its communication threads ("terminate called without an active
+    exception"), which launchers report as a failure.
+    """
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def deepspeed_config(c: TrainConfig) -> dict[str, Any]:
-    """The DeepSpeed configuration that the flags make, with --ds_config on top. Batch, accumulation, clipping and precision are Lightning's to add.
+    """The DeepSpeed configuration from the flags, with --ds_config merged into it. Lightning adds
+    batch size, accumulation, clipping and precision.
 
     Raises:
-        UserError: --ds_config is no JSON object, has a key that DeepSpeed does not know, or one that a flag stands for.
+        UserError: --ds_config is not a JSON object, or has a key that is unknown or set by a flag.
     """
-    kind, bucket = ZEROS[c.strategy], c.ds_bucket_mb * 1000 * 1000  # upstream's: numbers, not bytes
+    kind, bucket = ZEROS[c.strategy], c.ds_bucket_mb * 1000 * 1000  # in elements, as upstream
     config: dict[str, Any] = {
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's Adam does where DeepSpeed's is not compiled
+        "zero_force_ds_cpu_optimizer": False,  # allow torch's Adam if DeepSpeed's is not compiled
         "train_micro_batch_size_per_gpu": c.micro_bsz,
         **compat.deepspeed_options(),
         "zero_optimization": {
@@ -166,7 +178,7 @@ def deepspeed_config(c: TrainConfig) -> dict[str, Any]:
     if c.ds_config:
         extra = _read(c.ds_config)
         _check_keys(extra, "", c.ds_config)
-        _lay_on(config, extra)
+        _merge(config, extra)
     return config
 
 
@@ -178,36 +190,37 @@ def _read(path: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"--ds_config {path}: not valid JSON ({error})") from error
     if not isinstance(extra, dict):
-        raise UserError(f"--ds_config {path}: holds {type(extra).__name__}, not an object of DeepSpeed's keys")
+        raise UserError(f"--ds_config {path}: contains {type(extra).__name__}, not a JSON object with DeepSpeed's keys")
     return extra
 
 
-def _check_keys(given: Mapping[str, Any], place: str, path: str) -> None:
+def _check_keys(given: Mapping[str, Any], section: str, path: str) -> None:
     for key, value in given.items():
-        name = f"{place}.{key}".lstrip(".")
-        if name in _FLAGS:
-            raise UserError(f"--ds_config {path}: {name} is set by {_FLAGS[name]}; leave it out there")
-        if key not in _KEYS[place]:
-            nearest = difflib.get_close_matches(key, _KEYS[place], 1, 0.0)[0]
-            raise UserError(
-                f"--ds_config {path}: DeepSpeed has no key {name} that could be set here; the nearest is {nearest}"
-            )
+        name = f"{section}.{key}".lstrip(".")
+        if name in _SET_BY_FLAGS:
+            raise UserError(f"--ds_config {path}: {name} is set by {_SET_BY_FLAGS[name]}; remove it from the file")
+        if key not in _KEYS[section]:
+            nearest = difflib.get_close_matches(key, _KEYS[section], 1, 0.0)[0]
+            raise UserError(f"--ds_config {path}: unknown or unsupported key {name}; did you mean {nearest}?")
         if name in _KEYS:
             if not isinstance(value, dict):
-                raise UserError(f"--ds_config {path}: {name} is an object of keys; it is {json.dumps(value)}")
+                raise UserError(f"--ds_config {path}: {name} must be an object; it is {json.dumps(value)}")
             _check_keys(value, name, path)
 
 
-def _lay_on(config: dict[str, Any], extra: Mapping[str, Any]) -> None:
+def _merge(config: dict[str, Any], extra: Mapping[str, Any]) -> None:
+    """Merge `extra` into `config`, recursively and in place."""
     for key, value in extra.items():
         if isinstance(value, dict) and isinstance(config.get(key), dict):
-            _lay_on(config[key], value)
+            _merge(config[key], value)
         else:
             config[key] = value
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """Lightning's DeepSpeed strategy, made to train as the others do; also on CPUs, which Lightning refuses and newer DeepSpeeds can."""
+    """Lightning's DeepSpeed strategy with the same results as the other strategies. Also runs on
+    CPUs, which Lightning does not allow but newer DeepSpeed versions support.
+    """
 
     def __init__(self, config: dict[str, Any], gpu: bool):
         compat.import_deepspeed(gpu)
@@ -220,14 +233,14 @@ class ZeroStrategy(DeepSpeedStrategy):
         return super().root_device if self._gpu else torch.device("cpu", self.local_rank)
 
     def setup_environment(self) -> None:
-        """As Lightning's, which refuses a CPU here."""
+        """As in Lightning, without its check for a GPU."""
         if self._gpu:
             super().setup_environment()
         else:
             super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
-        """As Lightning's, which asks CUDA for the devices' numbers here."""
+        """As in Lightning, without its use of CUDA device indices."""
         if self._gpu:
             super().setup_distributed()
         else:
@@ -236,15 +249,16 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @contextlib.contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Nothing: the model exists already, and init_deepspeed partitions it. Lightning's would wrap the constructors of all modules, which 0.7.0 does not
-        undo where one is inherited."""
+        """Do nothing: the model exists and init_deepspeed shards it. Lightning would patch the
+        constructors of all modules, and DeepSpeed 0.7.0 does not undo this for inherited ones.
+        """
         yield
 
     def init_deepspeed(self) -> None:
-        """Weights to where DeepSpeed wants them, the engine, and an optimizer that has made no step.
+        """Place the parameters, create the engine, and reset the optimizer's step count.
 
         Raises:
-            UserError: DeepSpeed refuses what --ds_config says.
+            UserError: DeepSpeed rejects --ds_config.
         """
         try:
             self._init_deepspeed()
@@ -252,38 +266,45 @@ class ZeroStrategy(DeepSpeedStrategy):
             if not (path := self._module.config.ds_config):
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"--ds_config {path}: DeepSpeed refuses it ({reason})") from error
+            raise UserError(f"--ds_config {path}: rejected by DeepSpeed ({reason})") from error
 
     def _init_deepspeed(self) -> None:
         import deepspeed
 
-        self._fit_buckets()
+        self._limit_buckets()
         if self.zero_stage_3:
             self._module.model.reentrant = compat.zero3_recomputes_reentrantly()
-            # Partitioned one by one: the whole model is never on a GPU. The engine by itself would first move it there (0.7.0).
-            for parameter in self._module.parameters():  # the engine does that to a model that is not partitioned yet
+            # Shard parameters one by one, so that the whole model never is on a GPU; the engine of
+            # 0.7.0 would move it there first. The engine converts dtypes only of unsharded models.
+            for parameter in self._module.parameters():
                 parameter.data = parameter.data.to(self._dtype())
             deepspeed.zero.Init(module=self.lightning_module, config_dict_or_path=self.config, dtype=self._dtype())
         if self._gpu:
-            # As the engine will: torch's fused Adam needs its parameters on the GPU when it is made. Under stage 3 they are empty by now.
+            # torch's fused Adam needs parameters on the GPU at construction (in stage 3 they are
+            # empty by now)
             self._module.to(self.root_device)
         super().init_deepspeed()
-        engine: Any = self.optimizers[0]  # DeepSpeed's, around torch's
+        engine: Any = self.optimizers[0]  # DeepSpeed's wrapper of torch's optimizer
         compat.forget_steps(engine.optimizer)
 
-    def _fit_buckets(self) -> None:
-        """Buckets no larger than all gradients together: DeepSpeed allocates them whole (memory._buckets reckons so)."""
+    def _limit_buckets(self) -> None:
+        """Limit bucket sizes to the number of trained elements, as DeepSpeed allocates buckets in
+        full (see rwkv.memory.estimate).
+        """
         zero: Any = self.config["zero_optimization"]  # type: ignore[index]  # a dict since __init__
         trained = sum(shape(parameter).numel() for parameter in self._module.parameters() if parameter.requires_grad)
         for key in ("allgather_bucket_size", "reduce_bucket_size"):
             zero[key] = min(zero[key], max(1, trained))
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Lightning has divided the loss by the accumulated batches already; DeepSpeed would once more, and the gradient be as much too small."""
+        """As in Lightning, but DeepSpeed does not divide the loss by accumulate_grad_batches, as
+        Lightning already has.
+        """
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As Lightning's; the module learns the norm that DeepSpeed clipped by, inf where a gradient was NaN or infinite and the step was skipped.
+        """As in Lightning; also sets the module's grad_norm: the norm used for clipping, or inf if
+        DeepSpeed skipped the step because a gradient was NaN or Inf.
 
         Raises:
             UserError: gradients overflow fp16 at the smallest loss scale.
@@ -296,19 +317,19 @@ class ZeroStrategy(DeepSpeedStrategy):
             if "loss scale already at minimum" not in str(error):
                 raise
             raise UserError(
-                "--precision fp16: the gradients overflow at the smallest loss scale. Give --precision bf16 or fp32, or a lower --lr_init"
+                "--precision fp16: the gradients overflow at the smallest loss scale. Use --precision bf16 or fp32, or a lower --lr_init"
             ) from error
         norm = engine.get_global_grad_norm()
-        if engine.skipped_steps > skipped:  # 0.7.0 leaves the norm of the step before
+        if engine.skipped_steps > skipped:  # 0.7.0 returns the norm of the previous step
             norm = math.inf
-        # A number goes to the GPU with the kernel that fills a tensor; to copy one there would wait.
+        # torch.full does not synchronise, a copy from the host would
         self._module.grad_norm = (
             norm if norm is None or isinstance(norm, Tensor) else torch.full((), float(norm), device=self.root_device)
         )
         return done
 
     @property
-    def _module(self) -> Any:  # by the time that it is asked for it is there
+    def _module(self) -> Any:
         return self.lightning_module
 
     def _dtype(self) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The Lightning trainer out of the flags."""
+"""Create the Lightning trainer from the flags."""
 
 import logging
 import warnings
@@ -18,9 +18,9 @@ def quiet_lightning() -> None:
     """Hide Lightning's informational messages, and warnings that do not apply here."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # A run that is finished already has an empty loader.
+    # a completed run has an empty loader
     warnings.filterwarnings("ignore", ".*does not have many workers.*|.*returned 0 length.*|.*across ranks is zero.*")
-    warnings.filterwarnings("ignore", ".*DeepSpeed handles gradient clipping internally.*")  # as it should
+    warnings.filterwarnings("ignore", ".*DeepSpeed handles gradient clipping internally.*")
 
 
 def precision_of(c: TrainConfig) -> Literal["fp32", "tf32", "bf16", "fp16"]:
@@ -35,14 +35,13 @@ def precision_of(c: TrainConfig) -> Literal["fp32", "tf32", "bf16", "fp16"]:
 
 def slow_on_gpu(c: TrainConfig, precision: str) -> str:
     """A note if the selected `precision` is not the fastest one of the GPU; else empty."""
-    if (
-        precision != "fp32" or not machine.use_gpu(c.accelerator) or min(_capabilities()) < (7, 0)
-    ):  # Volta has the first tensor cores
+    # Volta (7.0) has the first tensor cores
+    if precision != "fp32" or not machine.use_gpu(c.accelerator) or min(_capabilities()) < (7, 0):
         return ""
     i = _capabilities().index(min(_capabilities()))
     return (
-        f"note:  {torch.cuda.get_device_name(i)} does not multiply bf16, so --precision auto is fp32; --precision fp16 would be several times"
-        " faster there, with less range: large activations may overflow"
+        f"note:  {torch.cuda.get_device_name(i)} does not support bf16, so --precision auto is fp32; --precision fp16 would be several times"
+        " faster, but large activations may overflow"
     )
 
 
@@ -52,7 +51,9 @@ def _capabilities() -> list[tuple[int, int]]:
 
 
 def make_trainer(run: Run, callbacks: list[pl.Callback]) -> pl.Trainer:
-    """A trainer that goes through the module's batches once; metrics, progress and checkpoints are left to the callbacks."""
+    """A trainer that makes one pass over the module's batches; the callbacks do metrics, progress
+    and checkpoints.
+    """
     c = run.flags
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
     trainer = pl.Trainer(

@@ -21,31 +21,33 @@ def wkv4(
     initial: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """RWKV-4's attention-free mixing over time (Peng et al. 2023, arXiv:2305.13048, eq. 14), in
-    max-shifted fp32:
+    """The time mixing of RWKV-4 (Peng et al. 2023, arXiv:2305.13048, eq. 14).
 
-        y_t = (Σ_{i<t} e^{(t−1−i)w + k_i} v_i + e^{u+k_t} v_t) / (Σ_{i<t} e^{(t−1−i)w + k_i} + e^{u+k_t})
+        y_t = (Σ_{i<t} e^{(t−1−i)w + k_i} v_i + e^{u+k_t} v_t)
+            / (Σ_{i<t} e^{(t−1−i)w + k_i}     + e^{u+k_t}    )
+
+    Computed in fp32, and in a stable form with a running maximum of the exponents.
 
     Args:
         w: [C] fp32, −exp(time_decay): log-decay per step, ≤ 0.
         u: [C], time_first: the bonus of the current token.
         k, v: [B, T, C] fp32, bf16 or fp16; any B, T ≥ 1, C.
-        state: [B, 3, C] fp32, numerator, denominator and running maximum before the first token;
+        state: [B, 3, C] fp32, numerator, denominator and running maximum before the first token.
             None: the empty state.
         reset: [B, T] bool, True where a document starts: the state before that token is `initial`.
-        initial: [B, 3, C] fp32, the state of a document's start; None: `state`. Pass it where `state` is
+        initial: [B, 3, C] fp32, the state at a document start; None: `state`. Pass it if `state` is
             carried over from earlier tokens.
-        impl: "cuda" or "cpu" (compiled), "reference" (a loop over time), or "auto": the first of these
-            that is available.
+        impl: "cuda" or "cpu" (compiled), "reference" (a loop over time), or "auto": the first one
+            available.
 
     Returns:
         y [B, T, C] in k's dtype, and the state [B, 3, C] fp32 after the last token.
-        Gradients flow to w, u, k, v and to the numerator and denominator of `state` and `initial`; the
-        gradient of `initial` is summed over the resets. The running maximum is a scale: no gradient.
+        Differentiable in w, u, k, v and the numerator and denominator of `state` and `initial`. The
+        running maximum is only a scale and has no gradient.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match, an unknown impl.
-        RuntimeError: the requested impl is unavailable; the message says why and what to do.
+        ValueError: mismatched shapes, dtypes or devices, or an unknown impl.
+        RuntimeError: the impl is unavailable; the message has the reason and a remedy.
     """
     _check(w, u, k, v, state, reset, initial)
     implementations = {"cuda": native.wkv4_cuda, "cpu": native.wkv4_cpu, "reference": reference.wkv4}
@@ -75,7 +77,7 @@ def _check(
         if tensor.shape != shapes[name]:
             raise ValueError(f"{name} must be {list(shapes[name])} for k {list(k.shape)}; got {list(tensor.shape)}")
         if tensor.device != k.device:
-            raise ValueError(f"{name} is on {tensor.device} and k on {k.device}; move them to one device")
+            raise ValueError(f"{name} is on {tensor.device} and k on {k.device}; move them to the same device")
         if name != "reset" and not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating-point; got {tensor.dtype}")
     if not k.is_floating_point():

@@ -1,4 +1,4 @@
-"""Autograd over the compiled WKV kernels (torch.ops.rwkv.wkv4_*)."""
+"""Autograd for the compiled WKV kernels (torch.ops.rwkv.wkv4_*)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,17 +6,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-KEEP = 16  # tokens per saved state: WKV4_KEEP in cuda/wkv4/wkv4_args.h
-THREADS = 1 << 17  # that fill a GPU (measured on an H100: docs/results.md)
+SAVE_INTERVAL = 16  # tokens per saved state: WKV4_SAVE_INTERVAL in cuda/wkv4/wkv4_args.h
+THREADS = 1 << 17  # enough to fill a GPU (measured on an H100: docs/results.md)
 
 
 def segment_length(batch: int, length: int, channels: int) -> int:
-    """Tokens per GPU thread. The sequence is split until about THREADS threads have work, but into no
-    less than two saved states each, and only if that at least quadruples the threads (a split reads k and
-    v a second time)."""
+    """Tokens per GPU thread.
+
+    The sequence is split into about THREADS threads, each with at least two saved states, but only
+    if that gives at least four times as many threads (splitting reads k and v twice).
+    """
     segments = THREADS // max(1, batch * channels)
-    tokens = length if segments < 4 else max(2 * KEEP, -(-length // segments))
-    return -(-tokens // KEEP) * KEEP
+    tokens = length if segments < 4 else max(2 * SAVE_INTERVAL, -(-length // segments))
+    return -(-tokens // SAVE_INTERVAL) * SAVE_INTERVAL
 
 
 class Kernels(NamedTuple):
@@ -28,12 +30,12 @@ class Kernels(NamedTuple):
 
 
 def cpu_kernels() -> Kernels:
-    """fp32 and bf16, on the CPU."""
+    """The CPU kernels, for fp32 and bf16."""
     return Kernels(torch.ops.rwkv.wkv4_cpu_forward, torch.ops.rwkv.wkv4_cpu_backward)
 
 
 def cuda_kernels(device: int, stream: Callable[[], int], segment: int) -> Kernels:
-    """fp32, bf16 and fp16, on a GPU. `stream` returns the stream for each launch."""
+    """The CUDA kernels, for fp32, bf16 and fp16. `stream` returns the stream of each launch."""
     ops = torch.ops.rwkv
     return Kernels(
         lambda *tensors: ops.wkv4_cuda_forward(*tensors, segment, device, stream()),
@@ -52,7 +54,7 @@ class _WKV4(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gy, glast):
-        if torch.is_grad_enabled():  # once_differentiable says so too, but is slower
+        if torch.is_grad_enabled():  # once_differentiable would do the same, but is slower
             raise RuntimeError(
                 'wkv4: the compiled kernels have no second derivatives (create_graph=True); use impl="reference"'
             )
@@ -74,7 +76,7 @@ def run(
     reset: Tensor | None,
     initial: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`rwkv.wkv.wkv4` with these kernels; `initial` None is the empty state."""
+    """`rwkv.wkv.wkv4` with these kernels; `initial=None` is the empty state."""
     state = None if state is None else state.float().contiguous()
     initial = None if initial is None or reset is None else initial.float().contiguous()
     reset = None if reset is None else reset.contiguous()
@@ -85,7 +87,7 @@ def run(
 def wkv4_cpu(
     w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, reset: Tensor | None, initial: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """On CPU tensors; fp16 is converted to fp32 and back."""
+    """`rwkv.wkv.wkv4` for CPU tensors; fp16 is converted to fp32 and back."""
     if k.dtype != torch.float16:
         return run(cpu_kernels(), w, u, k, v, state, reset, initial)
     y, last = run(cpu_kernels(), w, u, k.float(), v.float(), state, reset, initial)
@@ -95,7 +97,7 @@ def wkv4_cpu(
 def wkv4_cuda(
     w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, reset: Tensor | None, initial: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """On tensors of one GPU, on its current stream."""
+    """`rwkv.wkv.wkv4` for tensors on one GPU, on its current stream."""
     device = k.device.index
     kernels = cuda_kernels(device, lambda: torch.cuda.current_stream(device).cuda_stream, segment_length(*k.shape))
     return run(kernels, w, u, k, v, state, reset, initial)

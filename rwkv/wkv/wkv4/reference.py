@@ -1,4 +1,4 @@
-"""The WKV recurrence as a plain loop over time, differentiated by autograd: the ground truth in tests."""
+"""The WKV recurrence as a loop over time with autograd: the ground truth of the tests."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def wkv4(
     reset: Tensor | None = None,
     initial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`rwkv.wkv.wkv4` in fp32, or in fp64 if k is fp64. Without `initial` a reset returns to `state`."""
+    """`rwkv.wkv.wkv4` in fp32, or in fp64 if k is fp64. `initial` defaults to `state`."""
     compute = torch.float64 if k.dtype == torch.float64 else torch.float32
     dtype, (batch, length, channels) = k.dtype, k.shape
     w, u, k, v = (x.to(compute) for x in (w, u, k, v))
@@ -28,7 +28,7 @@ def wkv4(
         if reset is not None:
             a, b, p = torch.where(reset[:, t, None, None], initial, torch.stack([a, b, p], 1)).unbind(1)
         kt, vt = k[:, t], v[:, t]
-        # The maximum is only a scale: y does not depend on it, so it stays out of the graph.
+        # The maximum is only a scale: y does not depend on it, so it is detached.
         q = torch.maximum(p, u + kt).detach()
         past, now = torch.exp(p.detach() - q), torch.exp(u + kt - q)
         outputs.append((past * a + now * vt) / (past * b + now))

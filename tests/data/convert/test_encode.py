@@ -59,7 +59,7 @@ def test_chats_and_text_with_mask(tmp_path, write_jsonl, workers):
     ("record", "expected"),
     [
         # https://github.com/axolotl-ai-cloud/axolotl/issues/752: role names differ between data
-        # sets; nothing of these was trained on
+        # sets, so that no answer was found
         (
             {"messages": [{"role": "User", "content": "1+1?"}, {"role": "Assistant", "content": "2"}]},
             "User: 1+1?\n\nAssistant:⟦ 2\n\n∎⟧",
@@ -146,8 +146,8 @@ def test_blank_records_skipped_and_counted(write_jsonl):
 
 
 def test_warning_for_documents_without_answer(write_jsonl):
-    # https://github.com/axolotl-ai-cloud/axolotl/issues/1761: labels that are all masked make NaN,
-    # or nothing is learned
+    # https://github.com/axolotl-ai-cloud/axolotl/issues/1761: with all labels masked the loss is
+    # NaN, or nothing is learned
     question = {"messages": CHAT["messages"][:1]}
     done = run(write_jsonl(question, question))
     assert done.report[-1].startswith("warning: 2 of 2 documents contain no token that contributes to the loss")

@@ -64,6 +64,6 @@ in_subprocess.convert(ConvertConfig(input={str(pipe)!r}, input_format="jsonl", o
             try:
                 held.write(b" ")
                 time.sleep(0.05)
-            except BrokenPipeError:  # nobody reads any more
+            except BrokenPipeError:  # the reader has ended
                 ended = True
         assert ended

@@ -19,7 +19,7 @@ from rwkv.errors import UserError
 TEXT = st.text(st.characters(blacklist_categories=["Cs"]), max_size=40).filter(str.strip)
 NO_NUL = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0")).filter(
     str.strip
-)  # csv of Python 3.10 refuses NUL
+)  # csv of Python 3.10 rejects NUL
 ONE_LINE = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\n\r"), min_size=1).filter(
     str.strip
 )
@@ -91,7 +91,7 @@ def test_unicode_roundtrip(tmp_path, small_chunks, kind, compression, data):
     path = tmp_path / f"x.{kind}{compression}"
     path.write_bytes(COMPRESSIONS[compression](write(texts)))
     assert read(path) == texts
-    # three shards have what one has
+    # three shards have the same contents as one file
     assert [text for i in range(3) for text in read(path, (i, 3))] == texts
 
 

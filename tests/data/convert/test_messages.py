@@ -26,7 +26,7 @@ def test_openai_sharegpt_and_pairs():
 
 
 def test_null_is_absent():
-    # what a column of parquet makes of messages with different fields
+    # messages with different fields in a parquet column
     one = {"role": "user", "content": "a", "tool_calls": None, "weight": None, "reasoning_content": None, "from": None}
     assert read(one) == [("user", "a", None)]
 
@@ -90,7 +90,7 @@ def test_weights():
         assert read(answer | flag) == [("assistant", "a", train)]
     assert read({"role": "user", "content": "a", "weight": 1}) == [
         ("user", "a", None)
-    ]  # the value that means nothing in OpenAI's format
+    ]  # a value without meaning in OpenAI's format
     assert read({"role": "user", "content": "a", "train": True}) == [("user", "a", True)]
 
 

@@ -78,14 +78,14 @@ def test_20b_bytes_match_upstream(write_jsonl, tmp_path, byte_tokenizer):
     path, ids = byte_tokenizer
     text = write_jsonl({"text": "Hell"}, {"text": "e\u0301<|endoftext|>"})
     run(text, tmp_path / "out", tokenizer_type="HFTokenizer", vocab_file=str(path))
-    # NFC; bytes above 0xa1 stand for themselves in the alphabet
+    # NFC; the alphabet maps bytes above 0xa1 to themselves
     composed = [ids[chr(byte)] for byte in "é".encode()]
     assert pair(tmp_path / "out_text_document") == upstream_bytes([[257, 258, 0], [*composed, 0, 0]], "H", 8)
 
 
 def test_wrong_vocabulary(write_jsonl, tmp_path, byte_tokenizer):
     text, world = write_jsonl({"text": "a"}), tmp_path / "rwkv_vocab_v20230424.txt"
-    # upstream's command line names it; it need not be there
+    # upstream's command names the file, but it need not exist
     run(text, tmp_path / "as_upstream", vocab_file=str(world))
     world.write_bytes(b"1 '\\x00' 1\r\n")
     with pytest.raises(UserError, match=r"not the World vocabulary, which is built in"):
@@ -203,7 +203,7 @@ def test_skipped_records_written(tmp_path, small_chunks):
     assert WorldTokenizer().decode(data.document(70)) == texts[71]
     (tmp_path / "in/a.jsonl").write_text('{"text": "a"}')
     run(tmp_path / "in/a.jsonl", tmp_path / "out", force=True)
-    assert not done.rejects_file.exists()  # it spoke of other data
+    assert not done.rejects_file.exists()  # it described other data
 
 
 def test_existing_output_needs_force(write_jsonl, tmp_path):
@@ -215,7 +215,7 @@ def test_existing_output_needs_force(write_jsonl, tmp_path):
     run(new, tmp_path / "out", append_eod=False, force=True)
     assert WorldTokenizer().decode(Dataset(prefix).tokens) == "new and longer"
     Path(f"{prefix}.idx").unlink()
-    # not ours to judge
+    # not checked
     with pytest.raises(UserError, match=r"out_text_document.bin already exist"):
         run(new, tmp_path / "out")
 
@@ -323,17 +323,17 @@ def test_kill_at_random_time_then_rerun(tmp_path):
             child.wait()
             killed += 1
         visible = {path.name for path in out.iterdir() if not path.name.startswith(".")}
-        if "p_text_document.idx" in visible:  # what makes it usable comes last
+        if "p_text_document.idx" in visible:  # the index is written last
             assert {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in visible} == digest
         else:
             with pytest.raises(UserError, match=r"p_text_document.idx: no such file"):
                 Dataset(out / "p_text_document")
-    assert killed >= 5  # on a machine whose speed varies
+    assert killed >= 5  # the speed of machines varies
     complete = (out / "p_text_document.idx").exists()
     subprocess.run([*command, *(["--force"] if complete else [])], capture_output=True, check=True)
     assert {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()
-    } == digest  # nor are temporaries left
+    } == digest  # and no temporary files are left
 
 
 def test_kill_between_renames_then_rerun(write_jsonl, tmp_path, monkeypatch):

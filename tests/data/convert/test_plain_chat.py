@@ -28,10 +28,10 @@ def marked(text):
         "用户：1？\n\n助手：⟦2\n\n⟧用户：3",
         "USER: 1?\n\nASSISTANT:⟦ 2⟧",
         "User: 1?\nAssistant:⟦ 2\n⟧User: 3?\nAssistant:⟦ 4⟧",  # without blank lines
-        # labels of another kind are text
+        # other labels are text
         "User: 1?\n\nAssistant:⟦ a\n\nb\n\nNote: c\n\nQuestion: d\n\nAnswer: e\n\n⟧User: f",
         "User: 1?\nAssistant: no\n\nAssistant:⟦ 2⟧",
-        "User: 1?\n\nAssistant: \n\nUser: 2?\n\nAssistant:⟦ 3⟧",  # an empty answer is none
+        "User: 1?\n\nAssistant: \n\nUser: 2?\n\nAssistant:⟦ 3⟧",  # an empty answer is not an answer
         "Title\n\nUser: 1?\n\nAssistant:⟦ 2⟧",
         "User: 1?\n\nTool: 3\n\nAssistant:⟦ 2\n\n⟧Tool: 4\n\nAssistant:⟦ 5⟧",
     ],

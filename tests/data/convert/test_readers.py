@@ -198,7 +198,7 @@ def test_unreadable_row_is_one_bad_record(tmp_path, kind):
     times = pyarrow.array([0, 2**62, 0], pyarrow.timestamp("us"))
     for column, complaint in ((times, "cannot be read"), (texts, "cannot be read")):
         if kind == "arrow" and column is texts:
-            continue  # the whole batch is not valid, and refused
+            continue  # the whole batch is invalid and rejected
         table = pyarrow.table(
             {"text": pyarrow.array(["x", "y", "z"]), "messages": column} if column is times else {"text": column}
         )

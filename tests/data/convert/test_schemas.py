@@ -1,4 +1,4 @@
-"""Schema detection of instruction data and chats; unsupported records are rejected, never dropped."""
+"""Schema detection of instruction data and chats; unsupported records are rejected."""
 
 import pytest
 
@@ -148,7 +148,7 @@ def test_unsupported_records(record, complaint):
 def test_explicit_format():
     both = {"text": "t", "question": "q", "answer": "a", "response": "b", "chosen": 1, "rejected": 2}
     assert read(both, "question_answer") == ("question_answer", turns("q", "a"))
-    with pytest.raises(BadRecord, match='--format alpaca expects "instruction" and "output".*, and it has \'text\''):
+    with pytest.raises(BadRecord, match='--format alpaca expects "instruction" and "output".*, but it has \'text\''):
         schemas.conversation({"text": "t"}, "alpaca")
     with pytest.raises(BadRecord, match="--format messages expects a list"):
         schemas.conversation({"text": "t"}, "messages")

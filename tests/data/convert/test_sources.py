@@ -260,7 +260,7 @@ def test_unreadable_subfolder():
         write(folder, "a.jsonl", "closed/b.jsonl")
         (folder / "closed").chmod(0)
         folder.chmod(0o755)
-        if os.geteuid() == 0:  # to whom nothing is closed
+        if os.geteuid() == 0:  # root can read everything
             os.seteuid(65534)
             try:
                 with pytest.raises(UserError, match=r"closed: cannot be read \(Permission denied\)"):
@@ -327,7 +327,7 @@ def test_file_changed_during_conversion(tmp_path, monkeypatch, change, kind):
         if not done:
             done.append(True)
             change(path)
-            # a clock that is coarser than this test
+            # the clock may be too coarse for this test
             if path.exists() and path.stat().st_size == first.st_size:
                 os.utime(path, ns=(first.st_atime_ns, first.st_mtime_ns + 1_000_000))
         yield from real(*arguments)
@@ -359,7 +359,7 @@ import runpy, sys, rwkv.data.convert.pipeline as c
 real = c.inputs.chunks
 def chunks(*a):
     yield from real(*a)
-    open({str(pipe)!r}, "w").close()  # reached with the lock held; then until the test has read
+    open({str(pipe)!r}, "w").close()  # blocks with the lock held, until the test reads
     open({str(pipe)!r}).close()
 c.inputs.chunks = lambda sources, fields, shard=None: chunks(sources, fields, shard) if shard else real(sources, fields)
 sys.argv = {command[1:]!r}

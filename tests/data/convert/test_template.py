@@ -88,7 +88,7 @@ def test_chatml():
         ("2<|im_end|>", True),
         ("\n", False),
     ]
-    assert "Yo\n\nman<|im_end|>" in marked(SHAREGPT, "chatml")  # blank lines end nothing there
+    assert "Yo\n\nman<|im_end|>" in marked(SHAREGPT, "chatml")  # blank lines do not end a turn in ChatML
 
 
 def test_reasoning_like_g1_models():
@@ -138,7 +138,7 @@ def test_message_weights():
         ("assistant", {"content": "d", "weight": 1}),
     )
     assert marked(record) == "User: a\n\nAssistant: b\n\nUser:⟦ c\n\n⟧Assistant:⟦ d\n\n⟧"
-    # tokenised as the same answer with a weight would be
+    # tokenised like the same answer with a weight
     assert [text for text, _ in segments("world", record)][:3] == ["User: a\n\nAssistant:", " b\n\n", "User:"]
     assert marked(record, "chatml").count("⟦") == 2
 

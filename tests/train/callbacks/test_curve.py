@@ -1,4 +1,4 @@
-"""What is kept of a run's curves does not grow with the run, and what is said of them is what all values give."""
+"""Recorded curves have bounded size, and their statistics match those of all values."""
 
 import math
 import random
@@ -9,7 +9,7 @@ from rwkv.train.callbacks.curve import Curve, Series
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 100, 12345])
-def test_a_series_is_bounded_and_its_averages_are_those_of_the_values(count):
+def test_series_is_bounded_and_exact(count):
     draw = random.Random(count)
     values = [draw.gauss(3, 1) for _ in range(count)]
     series = Series(capacity=8)
@@ -25,10 +25,10 @@ def test_a_series_is_bounded_and_its_averages_are_those_of_the_values(count):
         assert series.means[i] == pytest.approx(sum(part) / len(part))
         assert (series.lows[i], series.highs[i], series.rates[i]) == (min(part), max(part), end / 10)
         begin = end
-    assert len(set(series.counts[:-1])) <= 1  # all averages but the newest stand for equally many
+    assert len(set(series.counts[:-1])) <= 1  # all averages except the last cover the same number of values
 
 
-def test_the_tail_is_exact_up_to_the_capacity_and_near_above():
+def test_tail_average():
     series = Series(capacity=64)
     for step in range(1, 51):
         series.add(step, float(step))
@@ -40,7 +40,7 @@ def test_the_tail_is_exact_up_to_the_capacity_and_near_above():
     assert math.isnan(Series().tail(0.1))
 
 
-def test_a_curve_knows_first_best_and_newest_and_the_mean_of_its_epoch():
+def test_curve_statistics():
     curve = Curve()
     assert math.isnan(curve.first_loss)
     losses, validation = [None, 4.0, 3.0, None, 2.0], {2: 5.0, 3: 1.5, 5: 2.5}

@@ -1,4 +1,4 @@
-"""wandb and TensorBoard show the figures of metrics.jsonl, every step once, also of a run that was stopped."""
+"""wandb and TensorBoard show the values of metrics.jsonl, every step once, also after a resume."""
 
 import json
 import os
@@ -31,7 +31,9 @@ FLAGS |= {"accelerator": "cpu", "precision": "fp32", "val_split": 0.2, "val_ever
 
 
 def events(path):
-    """The events of a file: of each its length, 8 bytes, their checksum, the event, its checksum (TFRecord)."""
+    """The events of a TFRecord file: for each its length (8 bytes), a checksum of it, the event,
+    its checksum.
+    """
     data, at = path.read_bytes(), 0
     while at < len(data):
         (length,) = struct.unpack_from("<Q", data, at)
@@ -44,7 +46,9 @@ def events(path):
 
 
 def shown(folder):
-    """{name: {step: value}} as TensorBoard shows a folder: where a run starts anew, what stood there of its steps goes."""
+    """{name: {step: value}} as TensorBoard shows a folder: a start event removes earlier values of
+    later steps.
+    """
     found = {}
     for path in sorted(folder.glob("*tfevents*")):
         for event in events(path):
@@ -59,7 +63,7 @@ def shown(folder):
     return found
 
 
-def test_tensorboard_shows_every_step_once_also_where_a_run_goes_back(make_data, tmp_path):
+def test_tensorboard_after_rewind(make_data, tmp_path):
     folder = tmp_path / "run"
     config = {
         **FLAGS,
@@ -70,7 +74,7 @@ def test_tensorboard_shows_every_step_once_also_where_a_run_goes_back(make_data,
         "weight_decay": 0.1,
     }
     fit(TrainConfig(**config, max_steps=4))
-    state_files.states(folder)[0].unlink()  # as if it had been killed before: steps 3 and 4 are made again
+    state_files.states(folder)[0].unlink()  # as if killed before saving it: steps 3 and 4 are repeated
     assert state_files.newest(folder).step == 2
     fit(TrainConfig(**config))
     lines, found = (
@@ -90,7 +94,7 @@ def test_tensorboard_shows_every_step_once_also_where_a_run_goes_back(make_data,
     assert shown(folder / "tensorboard")["loss"].keys() == {1}
 
 
-def test_a_disk_that_is_full_for_tensorboard_ends_the_run_in_words(make_data, tmp_path, monkeypatch):
+def test_tensorboard_disk_full(make_data, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -101,29 +105,29 @@ def test_a_disk_that_is_full_for_tensorboard_ends_the_run_in_words(make_data, tm
 
 @pytest.fixture
 def without_key(monkeypatch, tmp_path):
-    """Neither a key of the machine's user nor what the environment says of wandb."""
+    """Hide the user's wandb key and environment variables."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
-def test_wandb_logs_offline_without_a_key_and_says_how_to_upload(make_data, tmp_path, without_key, capfd):
+def test_wandb_offline_without_key(make_data, tmp_path, without_key, capfd):
     config = {**FLAGS, "data_file": make_data(200), "proj_dir": str(tmp_path / "a run"), "wandb": "test"}
     fit(TrainConfig(**config, max_steps=2))
     fit(TrainConfig(**config))
     made = sorted((tmp_path / "a run/wandb").glob("offline-run-*/*.wandb"))
     assert len(made) == 2
-    assert len({path.name for path in made}) == 1  # a resumed run is the same one
-    said = capfd.readouterr()
-    assert "wandb: offline (there is no key: run `wandb login`). Upload the run later with: " in said.out
-    assert f"-m wandb sync '{made[0].parent}'" in said.out
-    assert "WARNING" not in said.out + said.err
+    assert len({path.name for path in made}) == 1  # resuming continues the same wandb run
+    printed = capfd.readouterr()
+    assert "wandb: offline (no API key: run `wandb login`). Upload the run later with: " in printed.out
+    assert f"-m wandb sync '{made[0].parent}'" in printed.out
+    assert "WARNING" not in printed.out + printed.err
     fit(TrainConfig(**config, overwrite=True))
     assert len({path.name for path in (tmp_path / "a run/wandb").glob("offline-run-*/*.wandb")}) == 2
 
 
-def test_wandb_without_a_network_goes_offline_soon(make_data, tmp_path, without_key, monkeypatch, capfd):
-    with socket.socket() as unused:  # a port that nobody listens on
+def test_wandb_offline_without_network(make_data, tmp_path, without_key, monkeypatch, capfd):
+    with socket.socket() as unused:  # a port without a listener
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
@@ -135,6 +139,6 @@ def test_wandb_without_a_network_goes_offline_soon(make_data, tmp_path, without_
 
 
 def test_a_server_that_keeps_silent_does_not_hold_up_the_run(monkeypatch):
-    monkeypatch.setattr(dashboards.WandB, "SECONDS", 0.2)
+    monkeypatch.setattr(dashboards.WandB, "TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert not dashboards.WandB._answers(f"http://127.0.0.1:{silent.getsockname()[1]}")

@@ -1,4 +1,4 @@
-"""Memory of real runs: watched, predicted, chosen by --auto, and explained where it ends."""
+"""Memory of real runs: measured, predicted, chosen by --auto, and reported when it runs out."""
 
 import json
 import re
@@ -26,7 +26,8 @@ FLAGS = {
     "accelerator": "cpu",
     "precision": "fp32",
 }
-# 21 million parameters, and as much again for a batch: large beside a process's own memory, and a second a step.
+# 21 million parameters, and the same again for a batch: large compared with the process, and 1 s
+# per step.
 MIDDLE = {
     "n_layer": 6,
     "n_embd": 384,
@@ -47,7 +48,7 @@ def command(root, name, flags):
     ]
 
 
-def test_every_line_has_the_peak_of_each_phase(make_data, tmp_path):
+def test_peak_memory_per_phase(make_data, tmp_path):
     fit(
         TrainConfig(
             **FLAGS, n_layer=2, n_embd=16, vocab_size=50, data_file=make_data(200), proj_dir=str(tmp_path / "run")
@@ -69,7 +70,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_run_takes_the_resident_memory_that_was_predicted(make_data, tmp_path, root, shape):
+def test_predicted_resident_memory(make_data, tmp_path, root, shape):
     flags = MIDDLE | {
         "data_file": make_data(20000, vocab=8192),
         "proj_dir": tmp_path / "run",
@@ -80,14 +81,16 @@ def test_a_run_takes_the_resident_memory_that_was_predicted(make_data, tmp_path,
     done = subprocess.run(command(root, "pretrain.py", flags), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     predicted, measured = map(
-        float, re.search(r"memory: ([\d.]+) GB a device predicted, ([\d.]+) GB measured", done.stdout).groups()
+        float, re.search(r"memory: ([\d.]+) GB per device predicted, ([\d.]+) GB measured", done.stdout).groups()
     )
-    # tests/memory/test_estimate.py holds the allocator's bytes to a few per cent; here the process, its libraries and its heap add to them.
+    # tests/memory/test_estimate.py checks the allocator's bytes to a few per cent; process and heap
+    # add to them.
     assert 0.85 * predicted < measured < 1.25 * predicted, done.stdout
 
 
-def test_out_of_memory_is_an_error_with_a_remedy(make_data, tmp_path, root):
-    # A real limit on the address space: what this process needs to begin with, and half a gigabyte for a batch that wants several.
+def test_out_of_memory_message(make_data, tmp_path, root):
+    # A real limit on the address space: what the process needs at first plus 1.5 GB, for a batch
+    # that needs more.
     flags = MIDDLE | {
         "micro_bsz": 64,
         "data_file": make_data(50000, vocab=8192),
@@ -108,11 +111,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert "error: out of memory." in done.stderr
-    assert "were predicted on each device and" in done.stderr
+    assert "GB per device were predicted; " in done.stderr
     assert "--micro_bsz" in done.stderr.split("The cheapest change that fits:")[1]
 
 
-def test_torch_s_own_words_are_understood():
+def test_recognises_torch_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert out_of_memory(caught.value)
@@ -121,7 +124,7 @@ def test_torch_s_own_words_are_understood():
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-def test_auto_keeps_the_step_and_fits(make_base, make_data, tmp_path, monkeypatch, capsys):
+def test_auto_keeps_step(make_base, make_data, tmp_path, monkeypatch, capsys):
     flags = FLAGS | {
         "load_model": str(make_base()),
         "data_file": make_data(400),
@@ -139,12 +142,11 @@ def test_auto_keeps_the_step_and_fits(make_base, make_data, tmp_path, monkeypatc
     assert "auto:  --micro_bsz 2 --accumulate_grad_batches 2 --grad_cp 0" in capsys.readouterr().out
     plain, auto = (checkpoint.read_tensors(tmp_path / name / "rwkv-0.pth") for name in ("plain", "auto"))
     for key in plain:
-        torch.testing.assert_close(
-            plain[key], auto[key], rtol=1e-4, atol=1e-5, msg=key
-        )  # the same sums in another order, through Adam
+        # different summation order, then Adam
+        torch.testing.assert_close(plain[key], auto[key], rtol=1e-4, atol=1e-5, msg=key)
 
 
-def test_auto_says_so_where_nothing_fits(make_data, tmp_path, monkeypatch):
+def test_auto_nothing_fits(make_data, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: 1 << 20)
     with pytest.raises(UserError, match=r"--auto: nothing fits into 0\.00 GB"):
         fit(
@@ -160,7 +162,7 @@ def test_auto_says_so_where_nothing_fits(make_data, tmp_path, monkeypatch):
         )
 
 
-def test_adafactor_learns_and_keeps_a_row_and_a_column(make_data, tmp_path):
+def test_adafactor_learns_with_factored_state(make_data, tmp_path):
     from rwkv.memory import estimate
     from rwkv.models import RWKV
     from rwkv.train.loop import optimizer
@@ -182,23 +184,23 @@ def test_adafactor_learns_and_keeps_a_row_and_a_column(make_data, tmp_path):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     made.step()
-    kept = sum(
+    state_bytes = sum(
         x.numel() * x.element_size()
         for state in made.state.values()
         for x in state.values()
         if torch.is_tensor(x) and x.dim()
     )
     plan = planning.plan_of(config, model.sizes, False, "fp32")
-    mixes = 4 * 2 * 5  # of [1, 1, D], a row of one number each, which the prediction leaves out
-    assert kept == estimate.estimate(plan).device["optimizer"] + mixes
-    assert kept < 0.2 * 8 * estimate.total(model.sizes)
+    mixes = 4 * 2 * 5  # rows of one element of the [1, 1, D] parameters, not in the prediction
+    assert state_bytes == estimate.estimate(plan).device["optimizer"] + mixes
+    assert state_bytes < 0.2 * 8 * estimate.total(model.sizes)
 
 
-def test_adafactor_under_deepspeed_is_refused(make_data, tmp_path, monkeypatch):
+def test_no_adafactor_with_deepspeed(make_data, tmp_path, monkeypatch):
     from rwkv.train import checks
     from rwkv.train.runtime import strategy
 
-    monkeypatch.setattr(strategy, "check", lambda c: None)  # which refuses DeepSpeed on this machine already
+    monkeypatch.setattr(strategy, "check", lambda c: None)  # it may reject DeepSpeed on this machine before
     with pytest.raises(UserError, match="--optimizer adafactor with --strategy deepspeed_stage_2"):
         checks.check(
             TrainConfig(**FLAGS, data_file=make_data(200), optimizer="adafactor", strategy="deepspeed_stage_2")

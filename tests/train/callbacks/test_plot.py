@@ -1,4 +1,4 @@
-"""loss.png of runs of every length: what is said on it, and what its axes show."""
+"""loss.png for runs of every length: legend and axes."""
 
 import math
 import random
@@ -15,7 +15,7 @@ from rwkv.train.callbacks.plot import plot
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
-    """Draws a run of so many steps; its two axes, and the legend as text."""
+    """Draw a run of `count` steps; returns its two axes and the legend's texts."""
     figures = []
     monkeypatch.setattr(plots, "save", lambda figure, image: (figures.append(figure), figure.savefig(image, dpi=50))[0])
 
@@ -36,7 +36,7 @@ def drawn(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 4, 19, 20, 45, 1000, 10000])
-def test_ticks_are_steps_and_no_mean_is_of_one(drawn, count):
+def test_ticks_and_legend(drawn, count):
     (left, right), legend = drawn(count, lambda step: 3 / (1 + step))
     figure = left.figure
     figure.canvas.draw()
@@ -49,7 +49,7 @@ def test_ticks_are_steps_and_no_mean_is_of_one(drawn, count):
     assert right.yaxis.get_offset_text().get_text() == ""
 
 
-def test_first_steps_that_dwarf_the_rest_do_not_set_the_axis(drawn):
+def test_large_initial_loss_clipped(drawn):
     draw = random.Random(1)
     (left, _), _ = drawn(500, lambda step: 1.3 + 8 * math.exp(-step / 5) + draw.gauss(0, 0.02))
     assert left.get_ylim()[1] < 2
@@ -59,7 +59,7 @@ def test_first_steps_that_dwarf_the_rest_do_not_set_the_axis(drawn):
     assert not left.texts
 
 
-def test_the_best_value_is_marked(drawn):
+def test_best_value_marked(drawn):
     (left, _), legend = drawn(400, lambda step: 3 - step / 1000, validation=50)
     best = next(text for text in legend if text.startswith("best validation loss"))
     assert best.endswith("step 200")
@@ -70,13 +70,15 @@ def test_the_best_value_is_marked(drawn):
 
 
 @pytest.mark.parametrize("title", ["小说/输出: LoRA, 60 steps", "a$b_c^d: \\alpha", "\t\n"])
-def test_any_title_is_drawn_without_a_warning(drawn, title):
+def test_any_title(drawn, title):
     (left, _), _ = drawn(3, float, title=title)
     assert "\n" not in left.get_title()
 
 
-def test_flushed_denormals_make_no_warning(root, tmp_path):
-    """numpy warns of them once a process, when it is first asked for the smallest numbers; training has them flushed."""
+def test_no_warning_with_flushed_denormals(root, tmp_path):
+    """With flushed denormals, as in training, numpy warns once per process on the first use of
+    finfo.
+    """
     program = """
 import warnings
 warnings.simplefilter("error")

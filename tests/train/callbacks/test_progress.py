@@ -1,4 +1,4 @@
-"""What a terminal and a log see of a run, at a given time."""
+"""Progress of a run in a terminal and in a log, over simulated time."""
 
 import io
 import itertools
@@ -12,7 +12,7 @@ from rwkv.train.console import duration
 
 
 class Clock:
-    """A time that passes only when it is told to."""
+    """A clock that a test advances."""
 
     def __init__(self):
         self.now = 1000.0
@@ -34,7 +34,7 @@ def steps(shown, clock, count, seconds, loss=2.0):
         shown.step(loss, ["val 2.345", "1,234 tokens/s", "lr 6.00e-04", "0.36 GB"])
 
 
-def test_a_log_gets_a_line_at_the_start_one_a_minute_and_one_at_the_end(clock, monkeypatch):
+def test_log_line_per_minute(clock, monkeypatch):
     log = io.StringIO()
     monkeypatch.setattr("sys.stderr", log)
     shown = Progress(1000, 0)
@@ -44,12 +44,12 @@ def test_a_log_gets_a_line_at_the_start_one_a_minute_and_one_at_the_end(clock, m
     assert "\r" not in log.getvalue()
     at = [int(re.search(r"step ([\d,]+) of 1,000", line)[1].replace(",", "")) for line in lines]
     assert (at[0], at[-1]) == (1, 1000)
-    assert all(119 <= b - a <= 121 for a, b in itertools.pairwise(at[1:-1]))  # 120 steps are a minute
-    assert "about 8 min left" in lines[1]  # as soon as it is known: 0.5 s a step
+    assert all(119 <= b - a <= 121 for a, b in itertools.pairwise(at[1:-1]))  # 120 steps per minute
+    assert "about 8 min left" in lines[1]
     assert "(100%): loss 2.000, val 2.345, 1,234 tokens/s" in lines[-1]
 
 
-def test_a_finite_running_mean_is_shown(clock, monkeypatch):
+def test_running_mean_ignores_nan(clock, monkeypatch):
     log = io.StringIO()
     monkeypatch.setattr("sys.stderr", log)
     shown = Progress(4, 0)
@@ -63,7 +63,7 @@ def test_a_finite_running_mean_is_shown(clock, monkeypatch):
     ]
 
 
-def test_another_rank_prints_nothing(clock, monkeypatch):
+def test_other_ranks_are_quiet(clock, monkeypatch):
     log = io.StringIO()
     monkeypatch.setattr("sys.stderr", log)
     shown = Progress(10, 0, quiet=True)
@@ -73,7 +73,7 @@ def test_another_rank_prints_nothing(clock, monkeypatch):
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-def test_the_bar_fits_the_terminal(clock, monkeypatch, columns):
+def test_bar_fits_terminal(clock, monkeypatch, columns):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -83,15 +83,15 @@ def test_the_bar_fits_the_terminal(clock, monkeypatch, columns):
     shown._bar.mininterval = 0
     steps(shown, clock, 86, 1)
     shown.close()
-    said = terminal.getvalue()
-    bars = [line for line in re.split(r"[\r\n]+", said) if "/6000 [" in line]
+    printed = terminal.getvalue()
+    bars = [line for line in re.split(r"[\r\n]+", printed) if "/6000 [" in line]
     assert bars
     for bar in bars:
         assert len(bar) <= columns
         assert "loss 2.000" in bar or bar is bars[0]
         assert len(re.search(r"\|(.*)\|", bar)[1]) >= 8
     assert ("0.36 GB" in bars[-1]) == (columns == 200)
-    assert "time: about 1 h 39 min left" in said
+    assert "time: about 1 h 39 min left" in printed
 
 
 DURATIONS = {
@@ -108,5 +108,5 @@ DURATIONS |= {47 * 3600: "47 h", 49 * 3600: "2 days 1 h", 72 * 3600: "3 days"}
 
 
 @pytest.mark.parametrize(("seconds", "text"), DURATIONS.items())
-def test_a_duration_in_words(seconds, text):
+def test_duration(seconds, text):
     assert duration(seconds) == f"about {text}"

@@ -1,4 +1,6 @@
-"""Whatever ends a run from outside, also twice within two seconds, finds it saved; only a later signal stops it without."""
+"""A signal ends a run after saving, also when repeated within two seconds; a later one stops it
+without saving.
+"""
 
 import fcntl
 import json
@@ -28,7 +30,7 @@ FLAGS = {
 
 @pytest.fixture
 def arguments(make_base, make_data, tmp_path):
-    """Of a run that lasts until it is ended, and saves only then."""
+    """Flags of a run that trains until it is stopped, and saves only then."""
     flags = FLAGS | {"load_model": make_base(), "data_file": make_data(300), "proj_dir": tmp_path / "run"}
     return [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
 
@@ -42,7 +44,7 @@ def wait_for_steps(process, folder, count=3):
 
 
 def is_saved(folder):
-    """Whether the newest state is that of the last step."""
+    """Whether the newest training state is of the last step."""
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     return state_files.newest(folder).step == last
 
@@ -50,32 +52,34 @@ def is_saved(folder):
 @pytest.mark.parametrize(
     "numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)]
 )
-def test_a_second_signal_within_two_seconds_is_the_same(arguments, tmp_path, root, numbers):
+def test_repeated_signal_saves(arguments, tmp_path, root, numbers):
     command = [sys.executable, str(root / "scripts/finetune.py"), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_steps(process, tmp_path / "run")
     for number in numbers:
         process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + numbers[0], said
-    assert "finishing this step, then saving" in said
-    assert said.count("would be lost") == 1
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + numbers[0], printed
+    assert "finishing this step, then saving" in printed
+    assert printed.count("would be lost") == 1
     assert is_saved(tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
-def test_a_hangup_and_a_warning_signal_save_as_sigterm_does(arguments, tmp_path, root, number):
+def test_sighup_and_sigusr1_save(arguments, tmp_path, root, number):
     command = [sys.executable, str(root / "scripts/finetune.py"), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_steps(process, tmp_path / "run")
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, said
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, printed
     assert is_saved(tmp_path / "run")
 
 
-def test_a_terminal_that_is_closed_leaves_a_saved_run(arguments, tmp_path, root):
-    """As when a window is closed or ssh is cut off: SIGHUP, and every later write to the terminal is an error."""
+def test_closed_terminal_saves(arguments, tmp_path, root):
+    """As when a window is closed or ssh disconnects: SIGHUP, and every later write to the terminal
+    fails.
+    """
     ours, theirs = pty.openpty()
 
     def attach():
@@ -93,7 +97,7 @@ def test_a_terminal_that_is_closed_leaves_a_saved_run(arguments, tmp_path, root)
         assert process.poll() is None
         assert time.monotonic() < until
         try:
-            os.read(ours, 1 << 16)  # or the run waits for a reader
+            os.read(ours, 1 << 16)  # otherwise the run blocks on a full terminal buffer
         except BlockingIOError:
             time.sleep(0.02)
     os.close(ours)
@@ -101,7 +105,7 @@ def test_a_terminal_that_is_closed_leaves_a_saved_run(arguments, tmp_path, root)
     assert is_saved(tmp_path / "run")
 
 
-def test_nohup_outlives_a_hangup(arguments, tmp_path, root):
+def test_nohup_ignores_sighup(arguments, tmp_path, root):
     command = ["nohup", sys.executable, str(root / "scripts/finetune.py"), *arguments]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
@@ -115,7 +119,7 @@ def test_nohup_outlives_a_hangup(arguments, tmp_path, root):
     assert is_saved(tmp_path / "run")
 
 
-def test_a_reader_that_goes_away_does_not_end_the_run(arguments, tmp_path, root):
+def test_closed_pipe_does_not_end_run(arguments, tmp_path, root):
     command = [sys.executable, str(root / "scripts/finetune.py"), *arguments, "--max_steps", "20"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
@@ -124,8 +128,8 @@ def test_a_reader_that_goes_away_does_not_end_the_run(arguments, tmp_path, root)
     assert state_files.newest(tmp_path / "run").step == 20
 
 
-def test_a_whole_group_under_make_is_signalled_and_the_run_is_saved(arguments, tmp_path, root):
-    """make hands the signal on, so that the run gets it twice."""
+def test_signal_to_make_process_group(arguments, tmp_path, root):
+    """make forwards the signal, so that the run receives it twice."""
     command = ["make", "-C", str(root), "finetune", f"PY={sys.executable}", f"ARGS={' '.join(arguments)}"]
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     process = subprocess.Popen(
@@ -133,10 +137,10 @@ def test_a_whole_group_under_make_is_signalled_and_the_run_is_saved(arguments, t
     )
     wait_for_steps(process, tmp_path / "run")
     os.killpg(process.pid, signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=60)
     assert process.returncode != 0
-    until = time.monotonic() + 30  # make may be gone before the run is
-    while "stopped at step" not in said and not state_files.states(tmp_path / "run"):
+    until = time.monotonic() + 30  # make may end before the run does
+    while "stopped at step" not in printed and not state_files.states(tmp_path / "run"):
         assert time.monotonic() < until
         time.sleep(0.1)
     assert is_saved(tmp_path / "run")
@@ -158,7 +162,7 @@ while True:
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGHUP, -signal.SIGHUP), (signal.SIGINT, -2)]
 )
-def test_a_later_signal_stops_without_saving(root, number, status):
+def test_later_signal_stops_without_saving(root, number, status):
     process = subprocess.Popen(
         [sys.executable, "-c", LATER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=root
     )
@@ -169,6 +173,6 @@ def test_a_later_signal_stops_without_saving(root, number, status):
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == status  # as of a process that does not take the signal
-    assert "WITHOUT saving (7 steps would be lost)" in said
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == status  # killed by the signal
+    assert "WITHOUT saving (7 steps would be lost)" in printed

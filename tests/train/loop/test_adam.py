@@ -1,4 +1,6 @@
-"""Adam in one pass is torch's Adam and AdamW, whatever the vector width, and their states go both ways."""
+"""One-pass Adam matches torch's Adam and AdamW for every vector width, and their states are
+interchangeable.
+"""
 
 import copy
 
@@ -16,8 +18,8 @@ SHAPES = st.sampled_from([(), (1,), (3,), (31,), (32, 1), (1, 1, 33), (5, 13), (
 
 
 @pytest.fixture(autouse=True)
-def unit():
-    """The compiled unit is there; whatever width a test took, the widest is back after it."""
+def compiled_kernels():
+    """Require the compiled kernels; restore the widest vectors after a test."""
     assert load.why_unavailable() is None
     yield
     torch.ops.rwkv.cpu_vectors("")
@@ -34,7 +36,7 @@ def parameter(shape=(5, 13), seed=0):
 
 
 def one_pass(p, decoupled=False, **options):
-    return adam.OnePass([{"params": [p]}], decoupled, **{"lr": 1e-2, "weight_decay": 0.1, **options})
+    return adam.FusedAdam([{"params": [p]}], decoupled, **{"lr": 1e-2, "weight_decay": 0.1, **options})
 
 
 def torchs(p, decoupled=False, **options):
@@ -48,25 +50,26 @@ def torchs(p, decoupled=False, **options):
     decay=st.sampled_from([0.0, 1e-3, 0.5]), step=st.sampled_from([0, 1, 9, 1000, 10**6]), clip=st.sampled_from([1.0, 1e-3, 0.7]),
     size=st.sampled_from([1.0, 1e-4, 1e3]), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_a_step_is_torchs_in_fp64(width, shape, decoupled, lr, betas, eps, decay, step, clip, size, seed):
+def test_step_matches_torch_fp64(width, shape, decoupled, lr, betas, eps, decay, step, clip, size, seed):
     torch.ops.rwkv.cpu_vectors(width)
     options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": decay}
     p, g, m, v = (normal(shape, seed + i) * scale for i, scale in enumerate((1, size, size / 3, size)))
     v = v**2
-    kept = torch.tensor(float(step))
+    count = torch.tensor(float(step))
     ours, truth = torch.nn.Parameter(p.clone()), torch.nn.Parameter(p.double())
     ours.grad, truth.grad = g.clone(), g.double() * clip
     mine, theirs = one_pass(ours, decoupled, **options), torchs(truth, decoupled, **options)
-    mine.state[ours] = {"step": kept.clone(), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
-    theirs.state[truth] = {"step": kept.clone(), "exp_avg": m.double(), "exp_avg_sq": v.double()}
+    mine.state[ours] = {"step": count.clone(), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    theirs.state[truth] = {"step": count.clone(), "exp_avg": m.double(), "exp_avg_sq": v.double()}
     mine.clip = clip
     mine.step()
     theirs.step()
-    assert torch.equal(ours.grad, g)  # clipping is part of the pass
+    assert torch.equal(ours.grad, g)  # clipping happens in the pass, not in place
     new, right = mine.state[ours], theirs.state[truth]
     assert float(new["step"]) == step + 1
 
-    # Of every term a few roundings of fp32; what the terms are where they cancel, the sum is not. Numbers below fp32's normal ones may be 0.
+    # A few fp32 roundings of every term (not of the sum, as terms may cancel). Denormals may be
+    # flushed to 0.
     rounding, least = 2.0**-24, 1e-37
     gradient = clip * g.double().abs() + (0 if decoupled else decay) * p.double().abs()
     square = betas[1] * v.double() + (1 - betas[1]) * gradient**2
@@ -82,7 +85,7 @@ def test_a_step_is_torchs_in_fp64(width, shape, decoupled, lr, betas, eps, decay
 
 
 @pytest.mark.parametrize("decoupled", [False, True], ids=["Adam", "AdamW"])
-def test_thirty_steps_are_torchs(decoupled):
+def test_thirty_steps_match_torch(decoupled):
     ours, theirs = parameter(), parameter()
     mine, right = one_pass(ours, decoupled), torchs(theirs, decoupled)
     for step in range(30):
@@ -94,15 +97,14 @@ def test_thirty_steps_are_torchs(decoupled):
         mine.step()
         right.step()
         assert mine.clip == 1
-    torch.testing.assert_close(
-        ours, theirs, rtol=1e-5, atol=1e-6
-    )  # thirty updates of at most 1e-2, each to fp32's rounding
+    # fp32 rounding of thirty updates of at most 1e-2
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("decoupled", [False, True], ids=["Adam", "AdamW"])
 @pytest.mark.parametrize("begins", [one_pass, torchs], ids=["from ours", "from torch's"])
-def test_a_state_goes_on_with_the_other(decoupled, begins):
-    """A run that was saved before there was one pass, or goes on where the unit is not compiled."""
+def test_state_interchangeable_with_torch(decoupled, begins):
+    """As when resuming a run of an older version, or where the kernels are not compiled."""
 
     def run(makers):
         p, saved = parameter(), None
@@ -124,26 +126,26 @@ def test_a_state_goes_on_with_the_other(decoupled, begins):
         torch.testing.assert_close(saved["state"][0][name], value, rtol=1e-6, atol=1e-7)
 
 
-def test_what_it_does_not_know_is_refused():
+def test_unsupported_options():
     for option in ({"amsgrad": True}, {"maximize": True}):
-        with pytest.raises(ValueError, match="neither amsgrad nor maximize"):
+        with pytest.raises(ValueError, match="does not support amsgrad or maximize"):
             one_pass(parameter(), **option).step()
 
 
-def test_what_the_unit_does_not_take_is_refused_by_name():
+def test_invalid_state():
     p = parameter()
     made = one_pass(p)
     made.step()
     made.state[p]["exp_avg"] = made.state[p]["exp_avg"].double()
     with pytest.raises(RuntimeError, match="exp_avg must be a contiguous Float tensor"):
         made.step()
-    with pytest.raises(RuntimeError, match="steps of Adam count from 1"):
+    with pytest.raises(RuntimeError, match="Adam steps count from 1"):
         torch.ops.rwkv.adam(*(normal((3,), i) for i in range(4)), 0.0, 0.1, 0.9, 0.99, 1e-8, 0.0, False, 1.0)
 
 
-def test_parameters_without_a_gradient_and_the_closure_are_as_torchs():
+def test_closure_and_missing_gradient():
     p, idle = parameter(), torch.nn.Parameter(torch.ones(3))
-    made = adam.OnePass([{"params": [p, idle]}], False, lr=0.1)
+    made = adam.FusedAdam([{"params": [p, idle]}], False, lr=0.1)
 
     def closure():
         p.grad = None
@@ -154,20 +156,20 @@ def test_parameters_without_a_gradient_and_the_closure_are_as_torchs():
     before = p.detach().clone()
     assert made.step(closure) == (before**2).sum()
     assert set(made.state) == {p}
-    torch.testing.assert_close(p.detach(), before - 0.1 * before.sign())  # Adam's first step is of the rate's size
+    torch.testing.assert_close(p.detach(), before - 0.1 * before.sign())  # Adam's first step has size lr
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_the_norm_is_of_all_gradients(count):
+def test_gradient_norm(count):
     made = [parameter(seed=2 * i) for i in range(count)]
     expected = torch.nn.utils.clip_grad_norm_(made, float("inf"))
-    torch.testing.assert_close(adam.norm([p.grad for p in made]), expected)
+    torch.testing.assert_close(adam.total_norm([p.grad for p in made]), expected)
 
 
-def test_it_is_taken_where_the_unit_is_compiled_and_fits(make_model, monkeypatch):
+def test_one_pass_adam_selected(make_model, monkeypatch):
     for decay, decoupled in ((0.0, False), (0.1, True)):
         made = optimizer.make(make_model(), TrainConfig(weight_decay=decay))
-        assert (type(made), made.decoupled) == (adam.OnePass, decoupled)
+        assert (type(made), made.decoupled) == (adam.FusedAdam, decoupled)
     assert type(optimizer.make(make_model().bfloat16(), TrainConfig())) is torch.optim.Adam
     monkeypatch.setattr(adam.load, "why_unavailable", lambda: "not compiled")
     assert type(optimizer.make(make_model(), TrainConfig())) is torch.optim.Adam

@@ -1,4 +1,6 @@
-"""The loss of an optimizer step is the sum over the targets of its global batch divided by their number, however the batch is divided."""
+"""The loss of an optimizer step is the mean over all targets of the global batch, however the batch
+is divided.
+"""
 
 import json
 import subprocess
@@ -12,9 +14,9 @@ from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import mask_path, writer
 from rwkv.train.fit import fit
 
-TOLERANCE = 1e-5  # fp32: the same sums in another order
+TOLERANCE = 1e-5  # fp32, different summation order
 STEPS = 4
-# No clipping, which would hide a gradient of the wrong size, and an ε beside which Adam does not hide it either.
+# No clipping and a large ε: clipping or Adam's normalisation would hide a wrong gradient scale.
 FLAGS = {
     "ctx_len": 12,
     "epoch_count": 1,
@@ -25,7 +27,7 @@ FLAGS = {
     "lr_final": 1e-3,
 }
 FLAGS |= {"grad_clip": 0.0, "adam_eps": 1e-2}
-WAYS = {
+VARIANTS = {
     "masked": {"magic_prime": -1},
     "masked at random places": {},
     "masked with resets": {"doc_reset": 1},
@@ -39,7 +41,9 @@ WAYS = {
 
 @pytest.fixture
 def masked(tmp_path):
-    """A binidx of 90 documents that end with 0. Few targets of some contribute to the loss, all of others, of every third document none."""
+    """A binidx of 90 documents that end with 0. One target, all targets or no target of a document
+    contribute to the loss.
+    """
     generator = torch.Generator().manual_seed(5)
     mask = []
     with writer(tmp_path / "d_text_document") as out:
@@ -56,7 +60,7 @@ def lines(folder):
 
 
 def same(one, other):
-    """Two runs made the same steps."""
+    """Assert that two runs took the same steps."""
     assert [line["step"] for line in lines(other)] == [*range(1, STEPS + 1)]
     for key in ("loss", "targets", "grad_norm", "lr", "val_loss"):
         ours, theirs = ([line[key] for line in lines(run) if key in line] for run in (one, other))
@@ -67,10 +71,10 @@ def same(one, other):
 
 
 @pytest.mark.parametrize(
-    ("kind", "way"), [*((TrainConfig, way) for way in WAYS), (LoRAConfig, "masked"), (LoRAConfig, "padded")]
+    ("kind", "variant"), [*((TrainConfig, name) for name in VARIANTS), (LoRAConfig, "masked"), (LoRAConfig, "padded")]
 )
-def test_accumulation_makes_the_steps_of_one_batch(make_base, masked, tmp_path, kind, way):
-    flags = FLAGS | WAYS[way] | {"load_model": str(make_base()), "data_file": masked}
+def test_accumulation_matches_single_batch(make_base, masked, tmp_path, kind, variant):
+    flags = FLAGS | VARIANTS[variant] | {"load_model": str(make_base()), "data_file": masked}
     flags |= {"lora_dropout": 0.0} if kind is LoRAConfig else {}
     for k in (1, 2, 4):
         fit(
@@ -88,9 +92,9 @@ def test_accumulation_makes_the_steps_of_one_batch(make_base, masked, tmp_path, 
     same(tmp_path / "1", tmp_path / "4")
 
 
-def test_micro_batches_and_steps_without_a_target_are_no_obstacle(make_base, masked, tmp_path):
+def test_micro_batches_without_targets(make_base, masked, tmp_path):
     size = mask_path(masked).stat().st_size
-    mask_path(masked).write_bytes(bytes(i // 25 % 2 for i in range(size)))  # whole samples without one
+    mask_path(masked).write_bytes(bytes(i // 25 % 2 for i in range(size)))  # some samples have no target
     flags = FLAGS | {"load_model": str(make_base()), "data_file": masked, "doc_training_seq": 1, "min_ctx_len": 12}
     for k in (1, 2):
         fit(
@@ -112,14 +116,14 @@ def trained(root, *arguments):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(("way", "val_samples"), [("masked with resets", 7), ("padded", 0)])
-def test_two_processes_make_the_steps_of_one_and_read_the_same_validation_set(
-    make_base, masked, tmp_path, root, way, val_samples
-):
-    """Also where a validation set of an odd number of samples leaves one rank with more batches than the other."""
+@pytest.mark.parametrize(("variant", "val_samples"), [("masked with resets", 7), ("padded", 0)])
+def test_two_processes_match_one(make_base, masked, tmp_path, root, variant, val_samples):
+    """Including a validation set with an odd number of samples: one rank has more batches than the
+    other.
+    """
     flags = (
         FLAGS
-        | WAYS[way]
+        | VARIANTS[variant]
         | {"load_model": make_base(), "data_file": masked, "val_split": 0.3, "val_every": 1, "val_samples": val_samples}
     )
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]

@@ -1,4 +1,4 @@
-"""Layerwise rates and what decays."""
+"""Layerwise learning rates, weight decay and skipped steps."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def scales(model, **flags):
     }
 
 
-def test_layerwise_rates_are_upstreams(make_model):
+def test_layerwise_lr_matches_upstream(make_model):
     model = make_model()
     found = scales(model)
     assert set(found) == {name for name, _ in model.named_parameters()}
@@ -25,11 +25,11 @@ def test_layerwise_rates_are_upstreams(make_model):
         assert not decays
 
 
-def test_layerwise_rates_can_be_left_out(make_model):
+def test_layerwise_lr_off(make_model):
     assert set(scales(make_model(), layerwise_lr=0).values()) == {(1.0, False)}
 
 
-def test_only_matrices_decay(make_model):
+def test_weight_decay_on_matrices_only(make_model):
     for name, (_, decays) in scales(make_model(), weight_decay=0.1).items():
         assert decays == (
             name in ("emb.weight", "head.weight")
@@ -37,13 +37,13 @@ def test_only_matrices_decay(make_model):
         )
 
 
-def test_frozen_parameters_are_left_out(make_model):
+def test_frozen_parameters_excluded(make_model):
     model = make_model()
     model.emb.weight.requires_grad_(False)
     assert "emb.weight" not in scales(model)
 
 
-def test_rates_and_decays_reach_their_groups(make_model):
+def test_rates_and_decay_per_group(make_model):
     for decay in (0.0, 0.1):
         made = optimizer.make(make_model(), TrainConfig(weight_decay=decay))
         optimizer.set_rates(made, 1e-3, decay / 2)
@@ -54,8 +54,8 @@ def test_rates_and_decays_reach_their_groups(make_model):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_gradients_beyond_fp16s_range_leave_a_step_out_on_the_device(make_model, monkeypatch, decay):
-    """As torch's GradScaler calls it, which itself scales on GPUs only."""
+def test_fp16_overflow_skips_step_on_device(make_model, monkeypatch, decay):
+    """As called by torch's GradScaler, which is active on GPUs only."""
     fused_adam.on_a_cpu(monkeypatch)
     model = make_model()
     made, scaler = optimizer.make(model, TrainConfig(weight_decay=decay)), compat.grad_scaler()(enabled=False)
@@ -72,17 +72,59 @@ def test_gradients_beyond_fp16s_range_leave_a_step_out_on_the_device(make_model,
         assert {int(state["step"]) for state in made.state.values()} == {steps}
         before = [p.detach().clone() for p in model.parameters()]
     assert made.found_inf is None
-    # torch 1.13.1 subtracts found_inf from the steps, one kernel for each where their shapes differ
+    # with other shapes torch 1.13.1 would launch one kernel per parameter to subtract found_inf
+    # from the steps
     assert set(shapes) == {state["step"].shape for state in made.state.values()}
 
 
+@pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_fused_adam_formula(found_inf, decay):
+    """The formula that replaces torch 1.13.1's fused Adam in tests, against torch's Adam, and the
+    fused CPU kernel of torch 2.
+    """
+
+    def tensors():
+        torch.manual_seed(0)
+        p, g, m, v = ([torch.randn(n) for n in (3, 70)] for _ in range(4))
+        return p, g, m, [x.square() for x in v], [], [torch.tensor(5.0) for _ in range(2)]
+
+    rates = {
+        "lr": 1e-2,
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "weight_decay": decay,
+        "eps": 1e-8,
+        "amsgrad": False,
+        "maximize": False,
+    }
+    flag = None if found_inf is None else torch.tensor(found_inf)
+    ours = tensors()
+    fused_adam.formula(*ours, **rates, grad_scale=None, found_inf=flag)
+    if found_inf:
+        theirs = tensors()
+    elif compat.stack() == "cu117":
+        theirs = tensors()
+        made = torch.optim.Adam(
+            [torch.nn.Parameter(x) for x in theirs[0]], lr=1e-2, betas=(0.9, 0.99), weight_decay=decay
+        )
+        for x, g, m, v in zip(made.param_groups[0]["params"], *theirs[1:4], strict=True):
+            x.grad, made.state[x] = g, {"step": torch.tensor(4.0), "exp_avg": m, "exp_avg_sq": v}
+        made.step()
+    else:
+        theirs = tensors()
+        torch._fused_adam_(*theirs, **rates, grad_scale=None, found_inf=flag)
+    for mine, right in zip(ours[:1] + ours[2:4], theirs[:1] + theirs[2:4], strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("fused", "place"), [(True, "meta"), (False, "cpu")])
-def test_a_saved_step_goes_where_the_optimizer_counts(fused, place):
-    """On a GPU's side where Adam is fused. The device `meta` stands for a GPU."""
+def test_restored_step_device(fused, place):
+    """The step count is on the GPU for fused Adam only. The meta device stands for a GPU."""
     parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))
     made = torch.optim.Adam([{"params": [parameter], "names": ["p"]}])
     made.param_groups[0]["fused"] = fused
-    zero.put_back(
+    zero.restore(
         {"p": parameter},
         made,
         lambda name: {

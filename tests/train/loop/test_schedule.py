@@ -1,4 +1,4 @@
-"""Rates and decays at single steps, worked out by hand from upstream's formulas."""
+"""Learning rates and weight decay at single steps, computed by hand from upstream's formulas."""
 
 import math
 
@@ -23,36 +23,36 @@ def config(**flags) -> TrainConfig:
     )
 
 
-def test_exponential_decay_ends_at_lr_final():
+def test_exponential_decay():
     c = config()
     assert learning_rate(c, 49) == pytest.approx(1e-4)  # q = 50/100: the geometric mean
     assert learning_rate(c, 99) == pytest.approx(1e-5)
     assert learning_rate(c, 500) == pytest.approx(1e-5)
 
 
-def test_the_default_warmup_of_minus_one_shifts_the_decay_as_upstream_does():
+def test_default_warmup_offset():
     # q = (s + 1 + 1) / (total + 1)
     assert learning_rate(config(warmup_steps=-1), 49) == pytest.approx(1e-3 * 0.01 ** (51 / 101))
 
 
-def test_linear_if_an_end_is_zero_and_constant_if_both_are_equal():
+def test_linear_and_constant_schedule():
     assert learning_rate(config(lr_final=0.0), 49) == pytest.approx(5e-4)
     assert learning_rate(config(lr_final=1e-3), 49) == 1e-3
 
 
-def test_warmup_rises_from_a_fifth_also_at_a_constant_rate():
+def test_warmup():
     c = config(warmup_steps=20, lr_final=1e-3)
     assert [learning_rate(c, s) for s in (0, 10, 20)] == pytest.approx([2e-4, 6e-4, 1e-3])
     assert learning_rate(config(warmup_steps=20), 0) == pytest.approx(0.2 * 1e-3)  # q is clamped to 0
 
 
-def test_the_decay_begins_after_edecay_epochs():
+def test_edecay_delays_decay():
     c = config(my_pile_edecay=5)
     assert learning_rate(c, 40) == 1e-3
     assert learning_rate(c, 74) == pytest.approx(1e-4)  # 25 of 50 steps
 
 
-def test_a_run_from_epoch_n_goes_on_where_the_decay_stood():
+def test_epoch_begin_continues_decay():
     assert learning_rate(config(epoch_begin=3), 19) == learning_rate(config(), 49)
 
 
@@ -65,22 +65,22 @@ def test_cosine_over_tokens():
     )
 
 
-def test_the_default_warmup_of_minus_one_shifts_the_cosine_too():
+def test_default_warmup_offset_of_cosine():
     q = (50 * 16 + 16) / (1600 + 16)
     assert learning_rate(config(my_exit_tokens=1600, warmup_steps=-1), 50) == pytest.approx(
         1e-3 * (0.505 + 0.495 * math.cos(math.pi * q))
     )
 
 
-def test_accumulation_does_not_slow_the_decay():
-    # upstream counts optimizer steps against batches: with k = 2 it would end at the geometric mean
+def test_accumulation_keeps_schedule():
+    # upstream divides optimizer steps by batches: with k = 2 its decay ends at the geometric mean
     c = config(accumulate_grad_batches=2)
     assert (steps_per_epoch(c), total_steps(c), tokens_per_step(c)) == (5, 50, 32)
     assert learning_rate(c, 24) == pytest.approx(1e-4)
     assert learning_rate(c, 49) == pytest.approx(1e-5)
 
 
-def test_the_run_ends_at_whichever_end_comes_first():
+def test_total_steps():
     assert total_steps(config()) == 100
     assert total_steps(config(epoch_begin=4)) == 60
     assert total_steps(config(max_steps=7)) == 7
@@ -89,9 +89,9 @@ def test_the_run_ends_at_whichever_end_comes_first():
     assert total_steps(config(epoch_begin=10)) == 0
 
 
-def test_weight_decay_goes_exponentially_to_its_end():
+def test_weight_decay_schedule():
     assert weight_decay(config(), 5) == 0
     assert weight_decay(config(weight_decay=0.1), 70) == 0.1
     assert weight_decay(config(weight_decay=0.1, weight_decay_final=0.001), 49) == pytest.approx(0.01)
-    # with a constant rate upstream crashes here: its q is undefined
+    # upstream crashes with a constant learning rate, as its q is undefined
     assert weight_decay(config(weight_decay=0.1, weight_decay_final=0.001, lr_final=1e-3), 99) == pytest.approx(0.001)

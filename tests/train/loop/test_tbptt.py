@@ -1,4 +1,6 @@
-"""Sequences in pieces: the value of the whole, its gradient if exact, memory for a piece."""
+"""Truncated BPTT: the loss of the full sequence, its gradient with --exact, activation memory of a
+chunk.
+"""
 
 import subprocess
 import sys
@@ -23,7 +25,7 @@ def batch(rows=2, length=23, vocab=50, masked=True):
 
 
 def gradients(model, loss):
-    torch.manual_seed(5)  # of dropout
+    torch.manual_seed(5)  # for dropout
     names, parameters = zip(*[(name, p) for name, p in model.named_parameters() if p.requires_grad], strict=True)
     value = loss()
     return value, dict(zip(names, torch.autograd.grad(3 * value, parameters), strict=True))
@@ -36,7 +38,7 @@ def whole(model, x, y, counts, reset):
 def assert_same(found, wanted):
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-6)
     for name, grad in wanted[1].items():
-        # Sums in another order: fp32's rounding of the largest entries.
+        # Different summation order: fp32 rounding of the largest entries.
         torch.testing.assert_close(
             found[1][name],
             grad,
@@ -49,7 +51,7 @@ def assert_same(found, wanted):
 @pytest.mark.parametrize("length", [1, 5, 8, 22])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("tuned", ["all", "lora"])
-def test_exact_gradients_are_those_of_the_whole(make_model, length, masked, tuned):
+def test_exact_gradients_match_full_sequence(make_model, length, masked, tuned):
     model = make_model()
     if tuned == "lora":
         lora.inject(model, ["att", "ffn"], 4, 8)
@@ -62,7 +64,7 @@ def test_exact_gradients_are_those_of_the_whole(make_model, length, masked, tune
     assert_same(found, gradients(model, lambda: whole(model, *data)))
 
 
-def test_truncated_gradients_end_at_the_borders(make_model):
+def test_truncated_gradients(make_model):
     model, (x, y, counts, reset) = make_model(), batch()
 
     def plain_loop():
@@ -85,12 +87,11 @@ def test_truncated_gradients_end_at_the_borders(make_model):
     assert_same(found, wanted)
     exact = gradients(model, lambda: whole(model, x, y, counts, reset))
     torch.testing.assert_close(found[0], exact[0], rtol=1e-5, atol=1e-6)
-    assert (
-        float((found[1]["blocks.0.att.key.weight"] - exact[1]["blocks.0.att.key.weight"]).abs().max()) > 1e-4
-    )  # the two ways do differ
+    difference = found[1]["blocks.0.att.key.weight"] - exact[1]["blocks.0.att.key.weight"]
+    assert float(difference.abs().max()) > 1e-4  # truncated and exact gradients differ
 
 
-def test_dropout_is_the_same_when_a_piece_is_computed_again(make_model):
+def test_recomputation_repeats_dropout(make_model):
     def run(exact):
         model = make_model()
         lora.inject(model, ["att", "ffn"], 4, 8, dropout=0.5)
@@ -102,19 +103,17 @@ def test_dropout_is_the_same_when_a_piece_is_computed_again(make_model):
         return found, torch.rand(1)
 
     (truncated, after), (exact, after_exact) = run(False), run(True)
-    torch.testing.assert_close(
-        truncated[0], exact[0], rtol=1e-5, atol=1e-6
-    )  # the value knows only the forward pass: the same masks
+    torch.testing.assert_close(truncated[0], exact[0], rtol=1e-5, atol=1e-6)  # the same masks in the forward pass
     assert torch.equal(after, after_exact)
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_bf16_follows_fp32(make_model, exact):
+def test_bf16_close_to_fp32(make_model, exact):
     model, data = make_model(), batch(masked=False)
     wanted = gradients(model, lambda: tbptt.mean_loss(model, *data, 5, exact))
     with torch.autocast("cpu", torch.bfloat16):
         found = gradients(model, lambda: tbptt.mean_loss(model, *data, 5, exact))
-    for name, grad in wanted[1].items():  # 8 bits, a few roundings one after the other
+    for name, grad in wanted[1].items():  # a few consecutive roundings to 8 bits
         assert float((found[1][name] - grad).norm()) < 0.05 * float(grad.norm()) + 1e-7, name
 
 
@@ -136,15 +135,15 @@ print(peak(8192) - first)
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_memory_is_that_of_a_piece(exact):
+def test_memory_per_chunk(exact):
     grown = float(
         subprocess.run([sys.executable, "-c", MEMORY, str(exact)], check=True, capture_output=True, text=True).stdout
     )
-    # In MiB. Seen were 4; the whole takes 135 there.
+    # MiB. Measured: 4; the full sequence takes 135.
     assert grown < 15
 
 
-def test_a_run_in_exact_pieces_is_the_run_of_the_whole(make_data, make_base, tmp_path):
+def test_exact_run_matches_plain_run(make_data, make_base, tmp_path):
     data, base = make_data(200), make_base()
     for config, more in ((TrainConfig, SMALL), (LoRAConfig, TUNE | {"load_model": str(base), "lora_dropout": 0.0})):
         losses = []
@@ -156,6 +155,6 @@ def test_a_run_in_exact_pieces_is_the_run_of_the_whole(make_data, make_base, tmp
         assert losses[0][0] != losses[0][-1]
 
 
-def test_exact_without_pieces_is_refused(make_data):
+def test_exact_needs_tbptt_len(make_data):
     with pytest.raises(UserError, match="--exact applies to --tbptt_len only"):
         fit(TrainConfig(**SMALL, data_file=make_data(200), exact=True))

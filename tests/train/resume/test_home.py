@@ -1,4 +1,6 @@
-"""A run whose folder is renamed while it trains continues there, and nothing is lost; one whose folder is deleted ends with a message."""
+"""A run follows its folder when it is renamed during training, and ends with an error when it is
+deleted.
+"""
 
 import json
 import os
@@ -28,7 +30,7 @@ FLAGS = {
 
 @pytest.fixture
 def after_step(monkeypatch):
-    """Do something once, after a step of the run."""
+    """Call a function after a step of the run."""
 
     def plan(step, act):
         made = TrainingModule.on_train_batch_end
@@ -43,15 +45,15 @@ def after_step(monkeypatch):
     return plan
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["alone", "with another folder in its place"])
-def test_a_renamed_folder_is_followed(make_data, tmp_path, after_step, capsys, monkeypatch, again):
+@pytest.mark.parametrize("replaced", [False, True], ids=["renamed", "renamed and replaced by another folder"])
+def test_renamed_folder_is_followed(make_data, tmp_path, after_step, capsys, monkeypatch, replaced):
     config = TrainConfig(
         **FLAGS, accelerator="cpu", data_file=make_data(200), proj_dir=str(tmp_path / "run"), save_every=2, epoch_save=1
     )
 
     def rename():
         os.rename(tmp_path / "run", tmp_path / "新 run")
-        if again:
+        if replaced:
             (tmp_path / "run").mkdir()
 
     after_step(3, rename)
@@ -71,17 +73,17 @@ def test_a_renamed_folder_is_followed(make_data, tmp_path, after_step, capsys, m
     assert fit(TrainConfig(**vars(config) | {"proj_dir": str(tmp_path / "新 run"), "epoch_count": 3})).steps == 18
 
 
-def test_a_deleted_folder_ends_the_run_with_a_message(make_data, tmp_path, after_step):
+def test_deleted_folder_ends_run(make_data, tmp_path, after_step):
     config = TrainConfig(
         **FLAGS, accelerator="cpu", data_file=make_data(200), proj_dir=str(tmp_path / "run"), save_every=2
     )
     after_step(3, lambda: shutil.rmtree(tmp_path / "run"))
-    with pytest.raises(UserError, match="run was deleted while the run was writing to it"):
+    with pytest.raises(UserError, match="run was deleted during the run"):
         fit(config)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_stays_is_its_own(tmp_path):
+def test_unchanged_folder(tmp_path):
     with Home(tmp_path) as home:
         assert home.now() == tmp_path
         before = len(os.listdir("/proc/self/fd"))
@@ -89,9 +91,8 @@ def test_a_folder_that_stays_is_its_own(tmp_path):
     assert home.now() == tmp_path
 
 
-@pytest.mark.parametrize("name", ["rwkv-0.pth"])
-def test_the_checkpoint_of_a_renamed_folder_is_whole(make_data, tmp_path, after_step, name):
+def test_checkpoint_in_renamed_folder(make_data, tmp_path, after_step):
     config = TrainConfig(**FLAGS, accelerator="cpu", data_file=make_data(200), proj_dir=str(tmp_path / "run"))
     after_step(6, lambda: os.rename(tmp_path / "run", tmp_path / "moved"))
     fit(config)
-    assert read_tensors(tmp_path / "moved" / name)
+    assert read_tensors(tmp_path / "moved/rwkv-0.pth")

@@ -1,4 +1,6 @@
-"""metrics.jsonl never keeps a run from being resumed, whatever has become of it, and costs the same however long it is."""
+"""A run resumes whatever the contents of metrics.jsonl, and its cost per step does not grow with
+the file.
+"""
 
 import json
 import tracemalloc
@@ -19,8 +21,8 @@ def line(step, /, **other):
     )
 
 
-def kept(path, last, begin=0):
-    """What is handed on, and the lines of the file after it."""
+def kept_steps(path, last, begin=0):
+    """The steps left in the file, which are also those passed on."""
     found = []
     metrics_file.keep_steps(path, last, begin, found.append)
     steps = [json.loads(raw)["step"] for raw in path.read_bytes().splitlines()]
@@ -29,11 +31,11 @@ def kept(path, last, begin=0):
 
 
 @pytest.mark.parametrize("last", [0, 1, 5, 9, 10, 20])
-def test_a_file_is_truncated_in_place_after_the_step(tmp_path, last):
+def test_truncated_in_place_after_step(tmp_path, last):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"".join(map(line, range(1, 11))))
     inode = path.stat().st_ino
-    assert kept(path, last) == list(range(1, min(last, 10) + 1))
+    assert kept_steps(path, last) == list(range(1, min(last, 10) + 1))
     assert path.stat().st_ino == inode
     assert [x.name for x in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -65,46 +67,45 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_no_line_is_dropped_and_the_file_as_it_was_is_kept(tmp_path, capsys, wrong):
+def test_invalid_line_dropped_and_copy_kept(tmp_path, capsys, wrong):
     path = tmp_path / "metrics.jsonl"
     before = line(1) + line(2) + line(3) + WRONG[wrong] + line(6) + line(7) + line(8)
     path.write_bytes(before)
-    assert kept(path, 7) == [1, 2, 3, 6, 7]
+    assert kept_steps(path, 7) == [1, 2, 3, 6, 7]
     assert (tmp_path / "metrics.jsonl.corrupt").read_bytes() == before
-    said = capsys.readouterr().out
-    assert "metrics.jsonl.corrupt" in said
-    assert "no line for 2 of the 7 steps" in said
+    printed = capsys.readouterr().out
+    assert "metrics.jsonl.corrupt" in printed
+    assert "no line for 2 of the 7 completed steps" in printed
     path.write_bytes(line(3) + WRONG[wrong])
-    assert kept(path, 7) == [3]
+    assert kept_steps(path, 7) == [3]
     assert (tmp_path / "metrics.jsonl.corrupt.2").read_bytes() == line(3) + WRONG[
         wrong
-    ]  # and the first one is not overwritten
+    ]  # the first copy is not overwritten
     assert (tmp_path / "metrics.jsonl.corrupt").read_bytes() == before
 
 
 @pytest.mark.parametrize("tail", [b'{"step": 4, "lo', b"\0" * 5000, b"\xff", line(4)[:-1]])
-def test_a_last_line_without_its_end_is_dropped(tmp_path, tail):
+def test_incomplete_last_line_dropped(tmp_path, tail):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line(1) + line(2) + line(3) + tail)
-    assert kept(path, 3) == [1, 2, 3]
+    assert kept_steps(path, 3) == [1, 2, 3]
     assert [x.name for x in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_missing_file_and_missing_lines_are_said(tmp_path, capsys):
+def test_missing_lines_reported(tmp_path, capsys):
     metrics_file.keep_steps(tmp_path / "metrics.jsonl", 0, 0, lambda line: None)
     assert capsys.readouterr().out == ""
     metrics_file.keep_steps(tmp_path / "metrics.jsonl", 9, 4, lambda line: None)
-    assert "no line for 5 of the 5 steps" in capsys.readouterr().out
-    (tmp_path / "metrics.jsonl").write_bytes(
-        b"".join(map(line, (1, 2, 5, 6, 9)))
-    )  # steps 3 and 4 belong to a run before this one
+    assert "no line for 5 of the 5 completed steps" in capsys.readouterr().out
+    # steps up to 4 belong to an earlier run
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(map(line, (1, 2, 5, 6, 9))))
     metrics_file.keep_steps(tmp_path / "metrics.jsonl", 9, 4, lambda line: None)
-    assert "no line for 2 of the 5 steps" in capsys.readouterr().out
+    assert "no line for 2 of the 5 completed steps" in capsys.readouterr().out
 
 
-def test_memory_does_not_depend_on_the_number_of_lines(tmp_path):
+def test_memory_independent_of_length(tmp_path):
     path, peaks = tmp_path / "metrics.jsonl", []
-    for count in (10_000, 40_000):  # both more than the averages that a curve keeps
+    for count in (10_000, 40_000):  # both more than the capacity of a curve
         path.write_bytes(b"".join(map(line, range(1, count + 1))))
         curve = Curve()
         tracemalloc.start()
@@ -116,7 +117,7 @@ def test_memory_does_not_depend_on_the_number_of_lines(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["garbage", "NULs", "not UTF-8", "without loss"])
-def test_a_run_with_such_a_file_resumes_and_draws(make_data, tmp_path, capsys, wrong):
+def test_resume_with_invalid_line(make_data, tmp_path, capsys, wrong):
     flags = {
         "n_layer": 1,
         "n_embd": 8,
@@ -143,8 +144,10 @@ def test_a_run_with_such_a_file_resumes_and_draws(make_data, tmp_path, capsys, w
     assert "already complete" in capsys.readouterr().out
 
 
-def test_a_step_reads_no_file_and_keeps_no_line(make_data, tmp_path, monkeypatch):
-    """A step late in a run does what one at its start does: the file is read once, when the run starts."""
+def test_constant_cost_per_step(make_data, tmp_path, monkeypatch):
+    """The file is read once, when the run resumes, and buffers do not grow with the number of
+    steps.
+    """
     reads, sizes = [], []
     read, report = metrics_file.read, metrics.Metrics._report
     monkeypatch.setattr(metrics_file, "read", lambda path: (reads.append(path), read(path))[1])
@@ -164,11 +167,13 @@ def test_a_step_reads_no_file_and_keeps_no_line(make_data, tmp_path, monkeypatch
         "epoch_count": 1,
         "random_seed": 1,
     }
-    fit(
-        TrainConfig(
-            **flags, accelerator="cpu", precision="fp32", data_file=make_data(200), proj_dir=str(tmp_path / "run")
-        )
+    config = TrainConfig(
+        **flags, accelerator="cpu", precision="fp32", data_file=make_data(200), proj_dir=str(tmp_path / "run")
     )
-    assert len(sizes) == 150
+    fit(TrainConfig(**vars(config) | {"max_steps": 10}))
+    sizes.clear()
+    reads.clear()
+    fit(config)
+    assert len(sizes) == 140
     assert max(sizes) <= sizes[0]
-    assert not reads
+    assert len(reads) == 1

@@ -1,4 +1,6 @@
-"""A file that a run has mapped and that is changed in place ends the run before anything is saved; a replaced one does not."""
+"""A run ends before saving if a memory-mapped input was changed in place; replacing the file has no
+effect.
+"""
 
 import json
 import os
@@ -27,7 +29,7 @@ FLAGS = {
 
 @pytest.fixture
 def after(monkeypatch):
-    """Have something done after a step of the run."""
+    """Call a function once, after a step of the run."""
 
     def plan(step, do):
         def noted(self, *arguments):
@@ -53,16 +55,14 @@ def losses(folder):
 
 
 @pytest.mark.parametrize("which", ["base.pth", "data.bin", "data.idx", "data_mask.bin"])
-def test_an_input_that_is_changed_in_place_ends_the_run_and_is_put_back(which, after, make_base, make_data, tmp_path):
+def test_input_changed_in_place_ends_run(which, after, make_base, make_data, tmp_path):
     data, path = make_data(200), tmp_path / which
     (tmp_path / "data_mask.bin").write_bytes(bytes([1, 1, 0, 1] * 50))
     config = {**FLAGS, "load_model": str(make_base()), "data_file": data}
     good = path.read_bytes()
     at = len(good) // 2
     after(6, lambda: overwrite(path, at, bytes([good[at] ^ 1])))
-    with pytest.raises(
-        UserError, match=rf"{which}: was changed in place while this run was using it.*the same command"
-    ):
+    with pytest.raises(UserError, match=rf"{which}: was changed in place during the run.*the same command"):
         fit(LoRAConfig(**config, proj_dir=str(tmp_path / "run")))
     assert [state.name for state in state_files.states(tmp_path / "run")] == ["step-4.pt"]
     assert not list((tmp_path / "run").glob("rwkv-*"))
@@ -72,16 +72,14 @@ def test_an_input_that_is_changed_in_place_ends_the_run_and_is_put_back(which, a
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-def test_an_id_that_the_vocabulary_does_not_have_is_told_by_its_cause(after, make_base, make_data, tmp_path):
+def test_invalid_id_after_change(after, make_base, make_data, tmp_path):
     data = make_data(200)
     after(2, lambda: overwrite(tmp_path / "data.bin", 0, b"\xff" * 400))
     with pytest.raises(UserError, match="data.bin: was changed in place"):
         fit(LoRAConfig(**FLAGS, load_model=str(make_base()), data_file=data, proj_dir=str(tmp_path / "run")))
 
 
-def test_a_touched_or_replaced_input_and_a_base_that_is_no_longer_read_are_no_reason_to_end(
-    after, make_base, make_data, make_model, tmp_path
-):
+def test_harmless_input_changes(after, make_base, make_data, make_model, tmp_path):
     data, base = make_data(200), make_base()
 
     def change():
@@ -95,5 +93,5 @@ def test_a_touched_or_replaced_input_and_a_base_that_is_no_longer_read_are_no_re
     assert len(losses(tmp_path / "run")) == 12
     checkpoint.save_model(base, make_model(), {})
     after(6, lambda: overwrite(base, 3000, b"\0" * 8))
-    fit(TrainConfig(**config, proj_dir=str(tmp_path / "full")))  # all its weights train: none is read from the file
+    fit(TrainConfig(**config, proj_dir=str(tmp_path / "full")))  # all parameters train: the base is no longer read
     assert len(losses(tmp_path / "full")) == 12

@@ -1,4 +1,6 @@
-"""A process prepared for training keeps its memory, and knows no denormals."""
+"""A process prepared for training reuses freed memory and flushes denormals; --precision auto on
+CPUs.
+"""
 
 import platform
 import subprocess
@@ -18,7 +20,7 @@ if {prepared}:
 def step():
     for tensor in [torch.empty(3 << 18) for _ in range(6)]:  # 3 MB each, freed together
         tensor.fill_(1)
-for _ in range(20):  # until the heap has settled
+for _ in range(20):  # until the heap is stable
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
@@ -38,9 +40,10 @@ def faults_and_denormal(prepared: bool) -> tuple[int, float]:
 @pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's; other C libraries keep memory by rules of their own"
 )
-def test_a_step_takes_the_memory_that_the_step_before_freed():
-    # 18 MB in pages of 4 KiB are 4608 faults a step: seen were 0 in twenty steps, and 39,000 in a process not prepared, where glibc's rules, which
-    # adapt to what was freed before, mostly give memory back, and sometimes not: so of that process only the denormal is asked.
+def test_freed_memory_is_reused():
+    # 18 MB in pages of 4 KiB are 4608 faults per step. Measured in 20 steps: 0, and 39,000 in an
+    # unprepared process; but as glibc adapts its thresholds, the latter varies, and only its
+    # denormals are checked.
     faults, denormal = faults_and_denormal(prepared=True)
     assert faults < 500
     assert denormal == 0
@@ -58,7 +61,7 @@ PROCESSORS = [(ZEN_3, "fp32"), (SKYLAKE, "fp32"), (ZEN_4, "bf16"), (SAPPHIRE_RAP
 
 
 @pytest.mark.parametrize(("flags", "chosen"), PROCESSORS)
-def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch, flags, chosen):
+def test_auto_precision_by_cpu_features(monkeypatch, flags, chosen):
     text = f"processor\t: 0\nmodel name\t: avx512_bf16\nflags\t\t: {flags}\nbugs\t\t: amx_bf16\n\nprocessor\t: 1\nflags\t\t: avx512_bf16\n"
     read = Path.read_text
     monkeypatch.setattr(
@@ -69,7 +72,7 @@ def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch, flags, chos
         assert trainer.precision_of(config(accelerator="cpu", precision="tf32")) == "tf32"
 
 
-def test_auto_is_fp32_where_the_processor_does_not_say_what_it_can(monkeypatch):
+def test_auto_precision_without_cpuinfo(monkeypatch):
     def refused(*_, **__):
         raise FileNotFoundError("/proc/cpuinfo")
 

@@ -1,4 +1,4 @@
-"""No process of a run outlives the others for long, and the end of one is said by the others."""
+"""When a process of a run ends, the others end soon with an error message."""
 
 import os
 import re
@@ -25,7 +25,7 @@ FLAGS = {
 
 
 def alive(pid):
-    """Whether there is such a process, and it has not ended."""
+    """Whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -47,7 +47,7 @@ def wait_until(what, seconds=90):
 
 @pytest.fixture
 def two_ranks(make_base, make_data, tmp_path, root):
-    """A run of two processes, and what it writes."""
+    """A run of two processes."""
     flags = FLAGS | {"load_model": make_base(), "data_file": make_data(300), "proj_dir": tmp_path / "run"}
     command = [
         sys.executable,
@@ -65,7 +65,7 @@ def two_ranks(make_base, make_data, tmp_path, root):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["before the ranks have met", "while they train"])
-def test_a_killed_parent_leaves_no_rank_behind(two_ranks, tmp_path, training):
+def test_killed_parent_ends_ranks(two_ranks, tmp_path, training):
     child = wait_until(lambda: children(two_ranks.pid))[0]
     if training:
         wait_until(
@@ -76,18 +76,18 @@ def test_a_killed_parent_leaves_no_rank_behind(two_ranks, tmp_path, training):
     wait_until(lambda: not alive(child), 60)
 
 
-def test_a_killed_rank_ends_the_others_with_a_message(two_ranks, tmp_path):
+def test_killed_rank_ends_others(two_ranks, tmp_path):
     wait_until(
         lambda: (tmp_path / "run/metrics.jsonl").exists() and (tmp_path / "run/metrics.jsonl").stat().st_size > 1000
     )
     os.kill(children(two_ranks.pid)[0], signal.SIGKILL)
-    said, _ = two_ranks.communicate(timeout=60)
+    printed, _ = two_ranks.communicate(timeout=60)
     assert two_ranks.returncode == 1
-    assert "error: another process of this run has ended or cannot be reached" in said
-    assert "Traceback" not in said
+    assert "error: another process of this run has ended or cannot be reached" in printed
+    assert "Traceback" not in printed
 
 
-def test_a_full_disk_of_a_run_of_two_ranks_is_an_error_in_one_line(make_base, make_data, tmp_path, root):
+def test_disk_full_with_two_ranks(make_base, make_data, tmp_path, root):
     flags = FLAGS | {"load_model": make_base(), "data_file": make_data(300), "proj_dir": tmp_path / "run"}
     words = [
         str(root / "scripts/finetune.py"),
@@ -102,7 +102,7 @@ def test_a_full_disk_of_a_run_of_two_ranks_is_an_error_in_one_line(make_base, ma
     assert "Traceback" not in done.stderr
 
 
-def test_only_errors_of_the_connection_are_taken_for_it():
+def test_connection_errors_recognised():
     with pytest.raises(RuntimeError, match="shapes"), peers.explained(2):
         raise RuntimeError("shapes do not match")
     with pytest.raises(RuntimeError, match="Connection closed"), peers.explained(1):
@@ -111,9 +111,9 @@ def test_only_errors_of_the_connection_are_taken_for_it():
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:598] Connection closed by peer [127.0.0.1]:1")
 
 
-def test_the_environment_is_as_it_was():
+def test_environment_restored():
     before = dict(os.environ)
     with peers.starting():
         assert os.environ["RWKV_STARTED_BY"] == str(os.getpid())
     assert dict(os.environ) == before
-    peers.end_with_parent()  # nobody's rank
+    peers.end_with_parent()  # no effect in a process that no rank started

@@ -1,4 +1,6 @@
-"""All ranks train with the flags that rank 0 resolved, however they were started; ranks that differ end with a message."""
+"""All ranks use the flags that rank 0 resolved, whichever launcher started them; ranks that differ
+end with an error.
+"""
 
 import dataclasses
 import json
@@ -18,7 +20,7 @@ from rwkv.train.run import Run
 from rwkv.train.runtime import ranks
 from rwkv.train.runtime.lightning import rank_zero_only
 
-# One rank's processor multiplies bf16, the other's does not.
+# The CPU of one rank has bf16 instructions, the other's has not.
 PROGRAM = """
 import os, runpy
 from rwkv.train.runtime import cpu
@@ -35,7 +37,9 @@ def port() -> int:
 
 @pytest.fixture
 def train(make_base, make_data, tmp_path, root):
-    """Start LoRA on two processes in a folder of the run; which rank has bf16, how they are started, further flags."""
+    """Train LoRA on two processes: the run's folder, the rank with bf16, the launcher's command,
+    further flags.
+    """
     (tmp_path / "train.py").write_text(PROGRAM)
     flags = {
         "load_model": make_base(),
@@ -73,11 +77,11 @@ def train(make_base, make_data, tmp_path, root):
                     cwd=tmp_path,
                 )
             )
-        said = []
+        printed = []
         for process in started:
-            said.append(process.communicate(timeout=300)[0])
-            assert process.returncode == status, said
-        return "\n".join(said)
+            printed.append(process.communicate(timeout=300)[0])
+            assert process.returncode == status, printed
+        return "\n".join(printed)
 
     return run
 
@@ -98,35 +102,33 @@ STARTERS = {
 
 
 @pytest.mark.parametrize("starter", STARTERS)
-def test_ranks_use_rank_zeros_precision_and_seed(train, tmp_path, starter):
+def test_ranks_use_precision_and_seed_of_rank_0(train, tmp_path, starter):
     words = STARTERS[starter]
     words = [*words, "--master_port", str(port())] if words else []
     train("run", 1, *words, max_steps=3)
     precision, seed, losses = decided(tmp_path / "run")
     assert precision == "fp32"
     words = [*words[:-1], str(port())] if words else []
-    train("run", 0, *words)  # on rank 0's own it would be bf16 now
+    train("run", 0, *words)  # a new run would use bf16 now
     assert decided(tmp_path / "run")[:2] == (precision, seed)
     train("whole", -1, precision="fp32", random_seed=seed)
     assert decided(tmp_path / "whole")[2] == decided(tmp_path / "run")[2]
     assert decided(tmp_path / "run")[2][:3] == losses
     rng = [state["torch"] for state in state_files.newest(tmp_path / "run").rng]
     assert len(rng) == 2
-    assert not torch.equal(*rng)  # each drops other elements
+    assert not torch.equal(*rng)  # different dropout masks
 
 
-def test_different_flags_of_ranks_are_refused(train, tmp_path):
-    # Another launcher, which offers no store: each rank decides by itself.
-    said = train("run", 1, status=1, ranks=("0", "1"), random_seed=1)
-    assert "Traceback" not in said
-    assert said.count("error: rank 1 would train something else than rank 0. --precision: bf16, rank 0: fp32") == 2, (
-        said
-    )
-    assert "give its value (such as --precision fp32)" in said
+def test_ranks_with_different_flags(train, tmp_path):
+    # A launcher without a store: each rank resolves its own flags.
+    printed = train("run", 1, status=1, ranks=("0", "1"), random_seed=1)
+    assert "Traceback" not in printed
+    assert printed.count("error: rank 1 differs from rank 0. --precision: bf16, rank 0: fp32") == 2, printed
+    assert "replace auto by a value (such as --precision fp32)" in printed
     assert not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text()
 
 
-def test_what_only_rank_zero_knows_is_not_compared():
+def test_compared_facts():
     c = LoRAConfig(data_file="d", n_layer=1, n_embd=8)
     manifest = {
         "model": {},
@@ -141,18 +143,18 @@ def test_what_only_rank_zero_knows_is_not_compared():
         return ranks.facts(run, manifest | (changed or {}), model or torch.nn.Linear(2, 2))
 
     mine = facts(c)
-    kept = {
+    resumed = {
         "base": {"path": "run/rwkv-base.pth", "sha256": "2"},
         "data": {"prefix": "elsewhere/d", "sha256": "1"},
     }
-    assert facts(dataclasses.replace(c, data_file="elsewhere/d", random_seed=3), kept) == mine
+    assert facts(dataclasses.replace(c, data_file="elsewhere/d", random_seed=3), resumed) == mine
     given = dataclasses.replace(c, load_model="base.pth")
     found = [facts(given, {"base": {"path": "base.pth", "sha256": x}}) for x in "23"]
     assert found[0] != found[1]
     assert facts(c, model=torch.nn.Linear(2, 2).bfloat16()) != mine
 
 
-def test_ranks_that_lightning_starts_receive_what_rank_zero_changed(monkeypatch):
+def test_lightning_ranks_receive_resolved_flags(monkeypatch):
     monkeypatch.delenv(ranks._RESOLVED, raising=False)
     monkeypatch.setattr(rank_zero_only, "rank", 0)
     first, flags = ranks.Ranks(), TrainConfig(proj_dir="here", micro_bsz=8)
@@ -160,12 +162,12 @@ def test_ranks_that_lightning_starts_receive_what_rank_zero_changed(monkeypatch)
     first.send(flags, dataclasses.replace(flags, precision="bf16", micro_bsz=4))
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     assert ranks.Ranks().receive() is None  # another launcher: this rank resolves its own flags
-    with first.told():
+    with first.passing_flags():
         assert ranks.Ranks().receive() == {"precision": "bf16", "micro_bsz": 4}
     assert ranks._RESOLVED not in os.environ
 
 
-def test_ranks_that_torchrun_starts_receive_what_rank_zero_changed(monkeypatch):
+def test_torchrun_ranks_receive_resolved_flags(monkeypatch):
     store = dist.TCPStore("127.0.0.1", number := port(), is_master=True, wait_for_workers=False)
     for name, value in {
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -174,7 +176,7 @@ def test_ranks_that_torchrun_starts_receive_what_rank_zero_changed(monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     runs = iter((0, 0, 1, 1))
-    monkeypatch.setattr(ranks, "_RUNS", runs)  # each process counts its own
+    monkeypatch.setattr(ranks, "_RUNS", runs)  # counted by each process
     for precision in ("bf16", "fp32"):  # two runs of the same processes
         monkeypatch.setattr(rank_zero_only, "rank", 0)
         ranks.Ranks().send(TrainConfig(), TrainConfig(precision=precision))

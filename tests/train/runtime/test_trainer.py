@@ -1,4 +1,4 @@
-"""--precision auto on GPUs that are not there."""
+"""--precision auto on simulated GPUs."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from rwkv.train.runtime import trainer
 CASES = [  # compute capabilities of the visible GPUs, the precision, whether fp16 is recommended
     ([(8, 0)], "bf16", False),
     ([(9, 0), (12, 0)], "bf16", False),
-    ([(7, 5)], "fp32", True),  # torch 2 says that bf16 is supported there: it is emulated
+    ([(7, 5)], "fp32", True),  # torch 2 reports bf16 as supported, but emulates it
     ([(7, 0)], "fp32", True),
     ([(6, 1)], "fp32", False),
     ([(8, 6), (7, 5)], "fp32", True),
@@ -17,7 +17,7 @@ CASES = [  # compute capabilities of the visible GPUs, the precision, whether fp
 
 
 @pytest.mark.parametrize(("capabilities", "precision", "fp16"), CASES)
-def test_auto_is_bf16_where_every_gpu_multiplies_it(monkeypatch, capabilities, precision, fp16):
+def test_auto_precision_by_gpu(monkeypatch, capabilities, precision, fp16):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
@@ -26,5 +26,5 @@ def test_auto_is_bf16_where_every_gpu_multiplies_it(monkeypatch, capabilities, p
     assert trainer.precision_of(TrainConfig()) == precision
     note = trainer.slow_on_gpu(TrainConfig(), precision)
     assert ("--precision fp16 would be several times faster" in note) == fp16
-    assert not fp16 or f"GPU {min(capabilities)} does not multiply bf16" in note
+    assert not fp16 or f"GPU {min(capabilities)} does not support bf16" in note
     assert trainer.slow_on_gpu(TrainConfig(accelerator="cpu"), "fp32") == ""

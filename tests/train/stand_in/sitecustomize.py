@@ -1,4 +1,6 @@
-"""Imported by every Python with this folder in PYTHONPATH: puts the stand-in for a GPU (cuda_on_cpu.py) into the processes that torchrun starts."""
+"""Imported by every Python with this folder in PYTHONPATH: installs the fake GPU (cuda_on_cpu.py)
+in the processes that torchrun starts.
+"""
 
 import os
 

@@ -1,6 +1,6 @@
-"""Nothing between two steps makes the host wait for a GPU: seen on a CPU whose tensors are taken for a GPU's (asked.py)."""
-
-import json
+"""No training step synchronises the host with the GPU; tested on a CPU with a fake device
+(host_sync.py).
+"""
 
 import pytest
 import torch
@@ -14,18 +14,20 @@ from rwkv.train.callbacks import metrics
 from rwkv.train.fit import fit
 from rwkv.train.loop.module import TrainingModule
 from tests.train import fused_adam
-from tests.train.asked import Asked, Device
+from tests.train.host_sync import FakeDevice, HostSync
 from tests.train.test_fit import SMALL, TUNE, lines, poisoned
 
-FIRST, LAST = 2, 5  # steps that nothing may wait in; the last ends the run, and saves it
+FIRST, LAST = 2, 5  # no synchronisation from step FIRST to before step LAST, which is the last and saves
 
 
 @pytest.fixture
 def device(monkeypatch):
-    """Runs train on it: model and batches are its own, and it is armed from the beginning of step FIRST to the beginning of step LAST."""
-    made = Device()
+    """Train on a fake device: it holds the model and the batches, and is armed from the start of
+    step FIRST to the start of step LAST.
+    """
+    made = FakeDevice()
 
-    def fit_on_it(trainer, module, fit=compat.fit):
+    def fit_on_device(trainer, module, fit=compat.fit):
         made.place(list(module.parameters()))
         with made:
             fit(trainer, module)
@@ -36,16 +38,14 @@ def device(monkeypatch):
 
     def transferred(self, batch, device, dataloader_idx, transfer=TrainingModule.transfer_batch_to_device):
         moved = transfer(self, batch, device, dataloader_idx)
-        made.place(
-            [new for i, new in enumerate(moved) if i != 2]
-        )  # that on a GPU counts stays behind is for tests/gpu to see
+        made.place([new for i, new in enumerate(moved) if i != 2])  # the target count stays on the host
         return moved
 
     def read(self, read=metrics.PendingScalars.read):
-        with made.disarmed():  # a step later: tests/train/test_fit.py
+        with made.disarmed():  # reads the previous step's values: tests/train/test_fit.py
             return read(self)
 
-    monkeypatch.setattr(compat, "fit", fit_on_it)
+    monkeypatch.setattr(compat, "fit", fit_on_device)
     monkeypatch.setattr(TrainingModule, "on_train_batch_start", begins)
     monkeypatch.setattr(TrainingModule, "transfer_batch_to_device", transferred)
     monkeypatch.setattr(metrics.PendingScalars, "read", read)
@@ -54,12 +54,12 @@ def device(monkeypatch):
     return made
 
 
-WAYS = {
+VARIANTS = {
     "plain": {},
     "reset": {"doc_reset": 1},
     "grad_cp": {"grad_cp": 1},
-    "pieces": {"tbptt_len": 3},
-    "exact pieces": {"tbptt_len": 3, "exact": True},
+    "chunks": {"tbptt_len": 3},
+    "exact chunks": {"tbptt_len": 3, "exact": True},
     "accumulated": {"accumulate_grad_batches": 2, "epoch_steps": 200},
     "decay": {"weight_decay": 0.1},
     "skip": {"on_nan": "skip"},
@@ -69,25 +69,23 @@ WAYS = {
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_no_step_waits(device, make_base, make_data, tmp_path, way, method, masked):
+def test_no_host_sync(device, make_base, make_data, tmp_path, variant, method, masked):
     config, flags = TrainConfig, SMALL
     if method == "lora":
         config, flags = LoRAConfig, TUNE | {"load_model": str(make_base()), "lora_dropout": 0.1}
     data = make_data(500)
     if masked:
         mask_path(data).write_bytes(bytes(i % 3 > 0 for i in range(500)))
-    flags = flags | {"epoch_steps": 100, "epoch_count": 1, "max_steps": LAST + 1} | WAYS[way]
+    flags = flags | {"epoch_steps": 100, "epoch_count": 1, "max_steps": LAST + 1} | VARIANTS[variant]
     fit(config(**flags, data_file=data, proj_dir=str(tmp_path / "run")))
     assert device.seen > 100 * (LAST - FIRST)  # a step of this model has some 300 operations
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, LAST + 2))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_a_step_that_is_left_out_on_the_device_is_the_one_that_the_host_leaves_out(
-    make_base, tmp_path, monkeypatch, decay
-):
+def test_device_skips_same_step_as_host(make_base, tmp_path, monkeypatch, decay):
     flags = poisoned(make_base, tmp_path) | {"on_nan": "skip", "weight_decay": decay}
     made = []
     for name in ("host", "device"):
@@ -102,13 +100,8 @@ def test_a_step_that_is_left_out_on_the_device_is_the_one_that_the_host_leaves_o
         assert (one["loss"] is None) == (other["loss"] is None)
         assert one["loss"] is None or other["loss"] == pytest.approx(one["loss"], rel=1e-5)
     for key, value in weights.items():
-        torch.testing.assert_close(
-            same[key], value, rtol=1e-4, atol=1e-6, equal_nan=True
-        )  # Adam by another order of the same operations
-
-
-def asks(how):
-    return pytest.param(how, id=how.__name__)
+        # the same operations in different order
+        torch.testing.assert_close(same[key], value, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def item(x):
@@ -147,17 +140,17 @@ def masked_loss(x):
     return head_loss(x, torch.ones(5, 3), torch.zeros(2, dtype=torch.long), x[:, 0] > 0)
 
 
-@pytest.mark.parametrize(
-    "how", [asks(f) for f in (item, truth, mask, nonzero, tolist, to_cpu, numpy, set_by_mask, masked_loss)]
-)
-def test_asking_is_seen(how):
-    x, device = torch.ones(2, 3), Device()
+SYNCING = [item, truth, mask, nonzero, tolist, to_cpu, numpy, set_by_mask, masked_loss]
+
+
+@pytest.mark.parametrize("read", SYNCING, ids=lambda function: function.__name__)
+def test_sync_detected(read):
+    x, device = torch.ones(2, 3), FakeDevice()
     device.place(x)
     with device:
-        how(torch.ones(2, 3))  # the host's own
-        how(x)  # not armed
+        read(torch.ones(2, 3))  # on the host
+        read(x)  # not armed
         device.armed = True
-        how(torch.ones(2, 3))
-        with pytest.raises(Asked):
-            how(x * 1)
-    assert json.dumps(x.tolist()) == "[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]"
+        read(torch.ones(2, 3))
+        with pytest.raises(HostSync):
+            read(x * 1)

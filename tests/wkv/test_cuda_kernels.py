@@ -1,4 +1,6 @@
-"""The CUDA unit, executed on a CPU: the kernels' numbers, and what the launcher asks of the driver (fake_gpu.py)."""
+"""The WKV CUDA kernels, executed on a CPU (fake_gpu.py): results, and the launcher's calls of the
+driver.
+"""
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def image():
-    """Any ELF file: the fake driver has its own kernels."""
+    """Any ELF file; the fake driver has its own kernels."""
     return str(build.library())
 
 
@@ -33,7 +35,7 @@ def gpu(library, image):
 
 @pytest.fixture
 def fresh(library):
-    """One that has loaded nothing yet, and that a test may break."""
+    """A fake GPU without loaded kernels, which a test may break."""
     fake = FakeGPU(library)
     yield fake
     fake.close()
@@ -51,7 +53,7 @@ def fresh(library):
     initial=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_kernels_equal_the_reference(gpu, batch, length, channels, segment, scale, state, reset, initial, seed):
+def test_kernels_match_reference(gpu, batch, length, channels, segment, scale, state, reset, initial, seed):
     arguments = inputs(
         batch, length, channels, scale=scale, state=state, reset=reset, initial=initial and reset, seed=seed
     )
@@ -60,13 +62,12 @@ def test_kernels_equal_the_reference(gpu, batch, length, channels, segment, scal
     assert_close(fast, slow, outputs_and_gradients(reference.wkv4, *in_fp64(arguments)), arguments)
 
 
-def test_long_sequences_agree(gpu):
+def test_long_sequence(gpu):
     arguments = inputs(1, 4097, 3, reset=False)
     fast, slow = gpu.call("outputs_and_gradients", 32, *arguments), outputs_and_gradients(reference.wkv4, *arguments)
     for name in slow:
-        torch.testing.assert_close(
-            fast[name], slow[name], rtol=1e-4, atol=1e-4, msg=name
-        )  # gw sums 4097 terms in fp32, in another order
+        # gw sums 4097 terms in fp32, in different order
+        torch.testing.assert_close(fast[name], slow[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -76,55 +77,59 @@ def test_half_precision_is_rounded_fp32(gpu, dtype, segment):
 
 
 def gradients_of_the_sum(w, u, k, v):
-    """Of the sum of all y, by the loop: what the outgoing state is a multiple of does not matter to it."""
+    """Gradients of y.sum() by the reference loop."""
     leaves = [x.clone().requires_grad_() for x in (w, u, k, v)]
     return torch.autograd.grad(reference.wkv4(*leaves)[0].sum(), leaves)
 
 
-def test_an_error_does_not_grow_with_the_number_of_segments(gpu):
-    """One early key outweighs all others and hardly decays: its gradient passes through 25 segments, and the running maximum, near 200,
-    is rounded anew for every token."""
+def test_error_independent_of_segment_count(gpu):
+    """A large early key with slow decay: its gradient passes through 25 segments, and the running
+    maximum, near 200, is rounded at every token.
+    """
     w, u, k, v, *_ = inputs(1, 400, 33, state=False, reset=False)
     w, k[:, 5] = -torch.linspace(0.01, 0.1, 33), torch.linspace(150.0, 250.0, 33)
     fast = gpu.call("gradients", 16, torch.ones_like(k), None, w, u, k, v, None, None, None)[3]
     truth = gradients_of_the_sum(*in_fp64((w, u, k, v)))[3]
-    assert (
-        fast - truth
-    ).abs().max() <= 2e-6 * truth.abs().max()  # were it corrected for that rounding at every segment: 1e-3
+    # with a rounding error per segment it would be 1e-3
+    assert (fast - truth).abs().max() <= 2e-6 * truth.abs().max()
 
 
-def test_gradients_are_nearer_to_the_truth_than_the_loops(gpu):
-    """Keys near 200 that decay slowly: the loop rounds the running maximum for every token, the scan once for every segment of 16."""
+def test_gradients_more_accurate_than_loop(gpu):
+    """Keys near 200 with slow decay: the loop rounds the running maximum at every token, the scan
+    once per segment of 16.
+    """
     _, u, k, v, *_ = inputs(1, 400, 33, state=False, reset=False)
     arguments = -torch.linspace(0.01, 0.1, 33), u, k + 200, v
     fast = gpu.call("gradients", 16, torch.ones_like(k), None, *arguments, None, None, None)
     slow, truth = gradients_of_the_sum(*arguments), gradients_of_the_sum(*in_fp64(arguments))
-    # Seen: an eighth and a sixth. By the product of the tokens' factors, instead of the scan's, both are more than half; without the
-    # correction for the drift inside a segment gk is a fifth.
+    # Measured: 1/8 and 1/6 of the loop's error. With the product of the tokens' factors instead of
+    # the scan's, both exceed 1/2; without the correction for drift inside a segment gk has 1/5.
     for name, index, times in (("gk", 2, 7), ("gv", 3, 3)):
         ours, theirs = ((x[index] - truth[index]).abs().max() for x in (fast, slow))
         assert ours <= theirs / times, name
 
 
-def test_the_incoming_states_gradient_is_free_of_drift_inside_segments(gpu):
-    """A state near e^200 that outweighs all keys: inside a segment its scale is rounded anew for every token, to 2^-17."""
+def test_state_gradient_without_drift(gpu):
+    """A state near e^200 outweighs all keys: inside a segment its scale is rounded at every token,
+    to 2^-17.
+    """
     _, u, k, v, first, *_ = inputs(1, 400, 33, reset=False)
     w, first[:, 2] = -torch.linspace(0.01, 0.1, 33), torch.linspace(190.0, 210.0, 33)
     leaves = [x.double().requires_grad_() for x in (w, u, k, v, first)]
     (truth,) = torch.autograd.grad(reference.wkv4(*leaves)[0].sum(), leaves[4])
     fast = gpu.call("gradients", 16, torch.ones_like(k), None, w, u, k, v, first, None, None)[4]
-    assert (fast - truth).abs().max() <= 2e-6 * truth.abs().max()  # from the segments' own runs: 1e-4
+    assert (fast - truth).abs().max() <= 2e-6 * truth.abs().max()  # 1e-4 with the drift
 
 
-def test_a_gradient_may_come_from_either_output_alone(gpu):
+def test_gradient_of_single_output(gpu):
     arguments = inputs(2, 70, 33)
     gy, gstate = torch.randn(2, 70, 33), torch.randn(2, 3, 33)
     both = gpu.call("gradients", 32, gy, gstate, *arguments)
-    apart = [
+    separate = [
         gpu.call("gradients", 32, gy, None, *arguments),
         gpu.call("gradients", 32, torch.zeros_like(gy), gstate, *arguments),
     ]
-    for whole, first, second in zip(both, *apart, strict=True):  # a gradient is linear in those it comes from
+    for whole, first, second in zip(both, *separate, strict=True):  # linear in the output gradients
         torch.testing.assert_close(first + second, whole, rtol=1e-4, atol=1e-5)
     for one_segment in (32, 128):
         with_zeros = gpu.call("gradients", one_segment, gy, torch.zeros_like(gstate), *arguments)
@@ -134,19 +139,19 @@ def test_a_gradient_may_come_from_either_output_alone(gpu):
         )
 
 
-def test_no_gradient_of_a_document_reaches_the_one_before(gpu):
+def test_no_gradient_across_documents(gpu):
     w, u, k, v, first, *_ = inputs(1, 100, 33, reset=False)
     starts = torch.zeros(1, 100, dtype=torch.bool)
     starts[0, 53] = True
     gy = torch.ones(1, 100, 33)
-    gy[:, 53:] = float("nan")  # not even this
+    gy[:, 53:] = float("nan")
     for segment in (16, 128):
         _, _, gk, gv, gfirst, _ = gpu.call("gradients", segment, gy, None, w, u, k, v, first, starts, None)
         assert all(x.isfinite().all() for x in (gk[:, :53], gv[:, :53], gfirst)), segment
         assert gv[:, 53:].isnan().any()
 
 
-def test_a_bool_of_any_byte_is_true(gpu):
+def test_bool_with_any_nonzero_byte(gpu):
     w, u, k, v, *_ = inputs(1, 20, 8, state=False, reset=False)
     starts = torch.zeros(1, 20, dtype=torch.uint8)
     starts[0, 7] = 2
@@ -154,25 +159,25 @@ def test_a_bool_of_any_byte_is_true(gpu):
     assert torch.equal(gpu.call("bytes", 32, w, u, k, v, None, starts, None)[0], plain)
 
 
-def test_pieces_with_carried_state_equal_the_whole(gpu):
+def test_chunks_match_full_sequence(gpu):
     w, u, k, v, first, starts, _ = inputs(2, 100, 20)
     whole, last = gpu.call("wkv4", 32, w, u, k, v, first, starts, first)
-    state, pieces = first, []
+    state, chunks = first, []
     for k1, v1, r1 in zip(k.split(41, 1), v.split(41, 1), starts.split(41, 1), strict=True):
         y, state = gpu.call("wkv4", 16, w, u, k1, v1, state, r1, first)
-        pieces.append(y)
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)  # split elsewhere: other roundings
+        chunks.append(y)
+    torch.testing.assert_close(torch.cat(chunks, 1), whole, rtol=1e-5, atol=1e-5)  # other segments round differently
     torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
 
 
-def test_the_same_bits_twice(gpu):
+def test_deterministic(gpu):
     arguments = inputs(2, 100, 33)
     first, second = (gpu.call("outputs_and_gradients", 32, *arguments) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_hidden(gpu, bad):
+def test_nan_and_inf_propagate(gpu, bad):
     w, u, k, v, *_ = inputs(1, 50, 4, state=False, reset=False)
     k[0, 20, 1] = bad
     y, _ = gpu.call("wkv4", 16, w, u, k, v, None, None, None)
@@ -183,7 +188,7 @@ def launches(calls):
     return [call.split()[1:] for call in calls if call.startswith("cuLaunchKernel")]
 
 
-def test_the_driver_is_asked_once_per_device_and_kernel_and_the_context_is_given_back(fresh, image):
+def test_driver_calls_are_cached(fresh, image):
     fresh.call("load", image)
     fresh.call("load", image)
     opening = ["cuInit 0", f"cuDeviceGet {DEVICE}", f"cuDevicePrimaryCtxRetain {100 + DEVICE}"]
@@ -197,7 +202,7 @@ def test_the_driver_is_asked_once_per_device_and_kernel_and_the_context_is_given
     assert fresh.call("calls") == launch
 
 
-def test_kernels_are_launched_in_order_on_the_stream_with_enough_threads(gpu):
+def test_launch_order_and_grid(gpu):
     gpu.call("calls")
     gpu.call("outputs_and_gradients", 32, *inputs(2, 100, 70))
     names = [
@@ -208,12 +213,12 @@ def test_kernels_are_launched_in_order_on_the_stream_with_enough_threads(gpu):
         "wkv4_scan_gradient",
         "wkv4_gradient_fp32",
     ]
-    blocks = {True: -(-2 * 70 // 128), False: -(-2 * 4 * 70 // 128)}  # a thread per channel, or per channel and segment
+    blocks = {True: -(-2 * 70 // 128), False: -(-2 * 4 * 70 // 128)}  # one thread per channel (and segment)
     grid = [[name, str(blocks["scan" in name]), *"1 1 128 1 1 0".split(), hex(STREAM), "1", "1"] for name in names]
     assert launches(gpu.call("calls")) == grid
 
 
-def test_one_segment_needs_one_kernel_each_way(gpu):
+def test_single_segment_launches(gpu):
     gpu.call("calls")
     gpu.call("outputs_and_gradients", 112, *inputs(2, 100, 70))
     assert [name for name, *_ in launches(gpu.call("calls"))] == ["wkv4_output_fp32", "wkv4_gradient_fp32"]
@@ -224,21 +229,21 @@ def test_one_segment_needs_one_kernel_each_way(gpu):
     [
         ("cuInit", 100, "cuInit: CUDA_ERROR_FAKE .a made-up error."),
         ("cuDevicePrimaryCtxRetain", 2, "cuDevicePrimaryCtxRetain: CUDA_ERROR_FAKE"),
-        ("cuModuleLoadData", 209, "no code for this GPU: run make kernels"),
-        ("cuModuleLoadData", 222, "driver is older than the compiler of these kernels: update it"),
+        ("cuModuleLoadData", 209, "no kernels for this GPU: run make kernels"),
+        ("cuModuleLoadData", 222, "driver is too old for these kernels: update it"),
     ],
 )
-def test_a_refusal_of_the_driver_says_which_call_and_what_to_do(fresh, image, call, result, message):
+def test_driver_error(fresh, image, call, result, message):
     fresh.call("fail", call, result)
     with pytest.raises(RuntimeError, match=message):
         fresh.call("load", image)
     fresh.call("fail", "nothing", 0)
     fresh.call("calls")
-    fresh.call("load", image)  # nothing half-done is left behind
+    fresh.call("load", image)  # a later load starts from the beginning
     assert "cuModuleLoadData ELF 1" in fresh.call("calls")
 
 
-def test_a_failed_launch_is_an_error_and_gives_the_context_back(fresh, image):
+def test_launch_error_restores_context(fresh, image):
     fresh.call("load", image)
     fresh.call("fail", "cuLaunchKernel wkv4_scan", 700)
     with pytest.raises(RuntimeError, match="cuLaunchKernel wkv4_scan: CUDA_ERROR_FAKE.*CUDA_LAUNCH_BLOCKING=1"):
@@ -246,29 +251,29 @@ def test_a_failed_launch_is_an_error_and_gives_the_context_back(fresh, image):
     assert fresh.call("calls")[-1] == "cuCtxPopCurrent"
 
 
-def test_nothing_is_launched_before_the_kernels_are_loaded(fresh):
-    with pytest.raises(RuntimeError, match=f"no kernels are loaded for device {DEVICE}"):
+def test_launch_before_load(fresh):
+    with pytest.raises(RuntimeError, match=f"no kernels loaded for device {DEVICE}"):
         fresh.call("wkv4", 32, *inputs(1, 10, 8))
 
 
-def test_a_file_that_is_not_there_says_what_to_run(fresh):
+def test_missing_cubin(fresh):
     with pytest.raises(RuntimeError, match=r"none.cubin cannot be read; run: make kernels"):
         fresh.call("load", "none.cubin")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
-def test_without_a_driver_it_says_so():
+def test_no_driver():
     assert load.why_unavailable() is None
     with pytest.raises(RuntimeError, match="no NVIDIA driver found"):
         torch.ops.rwkv.cuda_load(0, str(build.library()))
 
 
-def test_segments_fill_a_gpu_and_no_more():
+def test_segment_length():
     for batch in (1, 3, 16, 200):
         for length in (1, 16, 100, 1024, 16384, 10**6):
             for channels in (1, 768, 5120, 70000):
                 tokens = native.segment_length(batch, length, channels)
                 threads = batch * channels * -(-length // tokens)
-                assert tokens % native.KEEP == 0
+                assert tokens % native.SAVE_INTERVAL == 0
                 assert threads <= max(native.THREADS, batch * channels)
-                assert tokens <= 2 * native.KEEP or tokens >= length or threads > native.THREADS / 2.5
+                assert tokens <= 2 * native.SAVE_INTERVAL or tokens >= length or threads > native.THREADS / 2.5

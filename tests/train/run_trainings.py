@@ -1,8 +1,10 @@
-"""Trainings one after another in one process of several: python ranks.py TRAININGS.json, with RANK, WORLD_SIZE and so on set as torchrun sets them.
+"""Run several trainings in one process of a distributed run: python run_trainings.py
+TRAININGS.json, with RANK, WORLD_SIZE etc. set as by torchrun.
 
-Starting processes and importing torch takes longer than these trainings, so they share both. The file holds [kind, flags] of each; a flag `spoil`, [step,
-value], multiplies a gradient of that step by the value, and such a run may end with a UserError, which error.txt then holds. Beside what a training under
-DeepSpeed leaves, facts.json says what it was like inside.
+The trainings share the processes, as starting Python and importing torch takes longer than
+training. The file contains [kind, flags] of each. The extra flag `spoil`, [step, value], multiplies
+a gradient of that step by the value; such a run may end with a UserError, which is written to
+error.txt. Trainings with DeepSpeed also write facts.json (Watched).
 """
 
 import importlib
@@ -21,8 +23,10 @@ from rwkv.train.runtime import strategy
 
 
 class Watched(strategy.ZeroStrategy):
-    """Writes facts.json. `weights`, `masters`: dtypes of what is computed with, and of what the optimizer steps on; `bucket`: elements; `moved`: where the
-    model went before the optimizer was made; `gathered`: parameters that are gathered for a whole pass; `timed`: micro-batches that were timed."""
+    """Writes facts.json. `weights`, `masters`: dtypes of the parameters and of the optimizer's
+    master weights; `bucket`: elements; `moved`: devices of the model before the optimizer was
+    created; `gathered`: parameters gathered for a full pass; `timed`: micro-batches timed.
+    """
 
     spoil: list | None = None
 
@@ -36,7 +40,7 @@ class Watched(strategy.ZeroStrategy):
         zero = engine.optimizer
         masters = getattr(zero, "fp32_partitioned_groups_flat", None) or getattr(
             zero, "single_partition_of_fp32_groups", []
-        )  # stage 3; 1 and 2
+        )  # stage 3; stages 1 and 2
         self.facts = {
             "weights": sorted({str(getattr(p, "ds_tensor", p).dtype) for p in engine.module.parameters()}),
             "masters": sorted({str(part.dtype) for part in masters}),
@@ -70,11 +74,11 @@ check = resolve.check
 
 def train(kind: str, flags: dict) -> None:
     Watched.spoil = flags.pop("spoil", None)
-    resolve.check = (lambda _: None) if flags["precision"] == "fp16" else check  # which asks for a GPU
+    resolve.check = (lambda _: None) if flags["precision"] == "fp16" else check  # check requires a GPU for fp16
     if flags["precision"] == "fp16" and compat.stack() == "modern":
         compat.import_deepspeed(on_gpu=False)
         accelerator = type(importlib.import_module("deepspeed.accelerator").get_accelerator())
-        accelerator.is_fp16_supported = lambda _: True  # as a GPU; this torch computes in fp16 on a CPU
+        accelerator.is_fp16_supported = lambda _: True  # as a GPU; this torch supports fp16 on CPUs
     config = {"full": TrainConfig, "lora": LoRAConfig}[kind](**flags)
     try:
         training.fit(config)
@@ -88,7 +92,7 @@ if __name__ == "__main__":
     if compat.stack() == "cu117":
         cuda_on_cpu.install()
     strategy.ZeroStrategy = Watched
-    leave, strategy.leave_process_group = strategy.leave_process_group, lambda: None  # one connection for all of them
+    leave, strategy.leave_process_group = strategy.leave_process_group, lambda: None  # shared by all trainings
     for kind, flags in json.loads(Path(sys.argv[1]).read_text()):
         train(kind, flags)
     leave()

@@ -1,4 +1,6 @@
-"""A CPU that takes some tensors for a GPU's, so that what would make the host wait for one is seen without one."""
+"""Detect host synchronisations without a GPU: some CPU tensors are treated as a GPU's, and reading
+their values raises.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,30 +13,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rwkv import compat
 
 aten = torch.ops.aten
-# The operations of torch whose result the host needs before it can go on: a number, or a size that depends on numbers.
-_ASKING = {
+# Operations whose result the host needs before it can continue: a value, or a size that depends on
+# values.
+_SYNCING = {
     "_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "nonzero_static", "_unique", "_unique2", "unique_consecutive",
     "unique_dim", "bincount", "repeat_interleave.Tensor", "allclose", "histc", "is_pinned",
 }  # fmt: skip
-_READING = {
-    "cpu",
-    "tolist",
-    "numpy",
-    "__array__",
-}  # with a tensor on a CPU these ask for nothing that could be seen below
+_READING = {"cpu", "tolist", "numpy", "__array__"}  # on CPU tensors these dispatch no operation
 
 
-class Asked(AssertionError):
-    """The host asked for a number of the device."""
+class HostSync(AssertionError):
+    """The host read a value of a device tensor."""
 
 
-class Device(TorchDispatchMode):
-    """Tensors given to `place`, and all that is computed from them, are the device's. While it is `armed`, asking for their numbers raises Asked.
+class FakeDevice(TorchDispatchMode):
+    """Treats tensors passed to `place`, and everything computed from them, as on a device. While
+    `armed`, reading their values raises HostSync.
 
-    Not seen: copies between main memory and a GPU, as here both are one (tests/gpu sees them).
+    Copies between host and device are not detected, as both share memory (tests/gpu detects them).
 
     Attributes:
-        seen: operations on the device's tensors while armed.
+        seen: number of operations on device tensors while armed.
     """
 
     def __init__(self) -> None:
@@ -51,24 +50,24 @@ class Device(TorchDispatchMode):
         self._reading.__exit__(*arguments)
 
     def place(self, x: Any) -> None:
-        """Take a tensor, or those in lists, for the device's."""
+        """Treat a tensor, or the tensors in (nested) lists, as on the device."""
         if isinstance(x, torch.Tensor):
             if x.numel():
                 storage = compat.storage(x)
-                self._storages[storage.data_ptr()] = storage  # kept, so that no other comes to lie there
+                self._storages[storage.data_ptr()] = storage  # a reference, so that the address is not reused
         elif isinstance(x, list | tuple):
             for part in x:
                 self.place(part)
 
     def holds(self, x: Any) -> bool:
-        """Whether it is the device's, or any in a list."""
+        """Whether a tensor, or any tensor in (nested) lists, is on the device."""
         if isinstance(x, torch.Tensor):
             return compat.storage(x).data_ptr() in self._storages
         return isinstance(x, list | tuple) and any(self.holds(part) for part in x)
 
     @contextlib.contextmanager
     def disarmed(self) -> Iterator[None]:
-        """What may wait."""
+        """Allow host synchronisations."""
         before, self.armed = self.armed, False
         try:
             yield
@@ -87,10 +86,10 @@ class Device(TorchDispatchMode):
                 "index_put_",
                 "_index_put_impl_",
             )
-            if {packet, f"{packet}.{overload}"} & _ASKING or (
+            if {packet, f"{packet}.{overload}"} & _SYNCING or (
                 by_mask and any(i is not None and i.dtype == torch.bool for i in args[1])
             ):
-                raise Asked(f"{function} waits for the device")
+                raise HostSync(f"{function} waits for the device")
         result = function(*args, **kwargs)
         if ours:
             self.place(result)
@@ -98,12 +97,12 @@ class Device(TorchDispatchMode):
 
 
 class _Reading(TorchFunctionMode):
-    def __init__(self, device: Device):
+    def __init__(self, device: FakeDevice):
         super().__init__()
         self._device = device
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
         if self._device.armed and name in _READING and self._device.holds(args[0]):
-            raise Asked(f"Tensor.{name} waits for the device")
+            raise HostSync(f"Tensor.{name} waits for the device")
         return function(*args, **(kwargs or {}))

@@ -1,0 +1,195 @@
+"""Read and write files of LoRA adapters; load models with adapters."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv import checkpoint
+from rwkv.adapters import lora
+from rwkv.errors import UserError
+from rwkv.files import sha256
+from rwkv.models import RWKV, version
+from rwkv.weights import kinds, peft_adapter
+from rwkv.weights import manifest as manifests
+
+PathLike = str | Path
+
+
+def save_adapter(
+    path: PathLike,
+    model: RWKV,
+    adapter: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write only the adapter.
+
+    Args:
+        adapter: for the manifest: r, alpha, parts, base, base_sha256.
+        weights: as in checkpoint.save_model.
+    """
+    tensors = lora.adapter_state(model, adapter["parts"]) if weights is None else weights
+    checkpoint.write_tensors(path, tensors, {"kind": "adapter", **checkpoint.describe(model), **adapter, **manifest})
+
+
+def read_manifest(path: PathLike) -> dict[str, Any]:
+    """An adapter's manifest: `<path>.json`, or for peft r and alpha from adapter_config.json; empty
+    if there is neither.
+
+    Raises:
+        UserError: a value in it is invalid.
+    """
+    parts = version.DEFAULT.PARTS.names
+    if config := peft_adapter.config_of(Path(path)):
+        return manifests.check_adapter(peft_adapter.described(config), config, parts)
+    return manifests.check_adapter(manifests.read(path), manifests.path_of(path), parts)
+
+
+def find_base(path: PathLike) -> Path | None:
+    """The base model named in an adapter's manifest; None if there is none or it is not found
+    (`rwkv.weights.manifest.find_base`).
+    """
+    return manifests.find_base(read_manifest(path), path)
+
+
+def inspect_adapter(
+    path: PathLike, base: PathLike | None = None, alpha: float | None = None, base_sha256: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read an adapter without loading its base: its tensors, and a dictionary of r, parts, alpha,
+    base, base_sha256.
+
+    r and parts are inferred from the tensors (r from the manifest if no tensor has it); alpha, base
+    and base_sha256 come from the manifest, else from the arguments.
+
+    Args:
+        path: the adapter; also a folder written by peft, or the file in it.
+        base: the base model; its hash must be that in the manifest.
+        alpha: required if the manifest has none; otherwise it must be the same.
+        base_sha256: the hash of `base`, if known.
+
+    Raises:
+        UserError: not an adapter; it contains NaN or Inf; it belongs to another base; alpha is
+            unknown or differs from the manifest.
+    """
+    tensors = checkpoint.read_tensors(peft_adapter.file_of(Path(path)))
+    if kind := kinds.other_than_adapter(tensors):
+        raise UserError(f"{path}: {kind}")
+    manifest = read_manifest(path)
+    ranks = {value.shape[0] if value.dim() else 0 for key, value in tensors.items() if key.endswith(".lora_A")}
+    of_version = version.VERSIONS[manifest.get("version", version.DEFAULT.NAME)].PARTS
+    foreign, parts = lora.foreign_layers(tensors, of_version), lora.parts_of(tensors, of_version)
+    if foreign:
+        raise UserError(
+            f"{path}: adapts {checkpoint.list_names(foreign)}, but only {', '.join(of_version.layers)} can have adapters here; merge it with the"
+            " program that wrote it, and use the merged model"
+        )
+    if len(ranks) > 1:
+        raise UserError(
+            f"{path}: its layers have different ranks ({', '.join(map(str, sorted(ranks)))}); only a single rank is supported"
+        )
+    if not parts:
+        raise UserError(f"{path}: not a LoRA adapter (its tensors are {checkpoint.list_names(sorted(tensors), 3)})")
+    checkpoint.check_finite(tensors, path)
+    known: dict[str, Any] = {
+        "r": ranks.pop() if ranks else manifest.get("r", 1),
+        "parts": parts,
+        **{k: manifest[k] for k in ("alpha", "base", "base_sha256") if k in manifest},
+    }
+    if known["r"] < 1 or known["r"] != manifest.get("r", known["r"]):
+        raise UserError(
+            f"{path}: rank {known['r']}, but {manifests.path_of(path).name} says {manifest.get('r')}; that manifest belongs to another file"
+        )
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise UserError(f"{path}: alpha {alpha}: must be a positive number, the one that the adapter was trained with")
+    if alpha is not None and known.setdefault("alpha", alpha) != alpha:
+        raise UserError(
+            f"{path}: trained with alpha {known['alpha']:g}, not {alpha:g}; omit alpha, or give {known['alpha']:g}"
+        )
+    if "alpha" not in known:
+        raise UserError(
+            f"{path}: its alpha is unknown (no {manifests.path_of(path).name} with alpha beside it); give the one it was trained with as --lora_alpha"
+        )
+    if base is not None:
+        if not os.path.isfile(base):
+            raise UserError(f"{base}: no such base model (of adapter {path}); give the file it was trained on")
+        known["base"], expected = str(base), known.get("base_sha256")
+        known["base_sha256"] = base_sha256 or sha256(base)
+        if expected and known["base_sha256"] != expected.lower():
+            raise UserError(
+                f"{path}: adapter of another base: trained on {manifest.get('base')} (SHA-256 {expected[:12]}…), but {base} has"
+                f" {str(known['base_sha256'])[:12]}…; give the base it was trained on"
+            )
+    return tensors, known
+
+
+def load_adapter(model: RWKV, path: PathLike, tensors: Mapping[str, Tensor], parts: list[str]) -> None:
+    """Copy an adapter's tensors into a model prepared by lora.inject. Raises UserError naming keys
+    that do not fit.
+    """
+    shapes = {name: dict(model.named_parameters())[name].shape for name in lora.adapter_names(model, parts)}
+    checkpoint.copy_tensors(model, tensors, shapes, path)
+
+
+def load_tuned(
+    base: PathLike, adapter: PathLike, alpha: float | None = None, matrices: torch.dtype | None = None
+) -> tuple[RWKV, dict[str, torch.dtype]]:
+    """Load a base model in fp32 with its adapter, unmerged; returns the model and the base's stored
+    dtypes.
+
+    Args:
+        matrices: dtype of matrices, instead of fp32.
+
+    Raises UserError as checkpoint.load_model and inspect_adapter do.
+    """
+    tensors, known = inspect_adapter(adapter, base, alpha)
+    model = checkpoint.load_model(base, matrices=matrices)
+    lora.inject(model, known["parts"], known["r"], known["alpha"])
+    load_adapter(model, adapter, tensors, known["parts"])
+    return model, checkpoint.stored_dtypes(base)
+
+
+def load_combined(
+    base: PathLike, adapters: Sequence[PathLike], weights: Sequence[float], alpha: float | None = None
+) -> tuple[RWKV, dict[str, torch.dtype]]:
+    """As load_tuned, with a weighted sum of several adapters of one base (lora.combine).
+
+    Raises UserError as checkpoint.load_model and inspect_adapter do.
+    """
+    found, parts, r = [], set(), 0
+    for path, weight in zip(adapters, weights, strict=True):  # fails early if the base is wrong
+        tensors, known = inspect_adapter(path, base, alpha)
+        found.append((tensors, known["alpha"] / known["r"], weight))
+        parts |= set(known["parts"])
+        r += known["r"]
+    model = checkpoint.load_model(base)
+    for (tensors, _, _), path in zip(found, adapters, strict=True):
+        _check_shapes(model, tensors, path)
+    combined = lora.combine(found, dict(model.named_parameters()))
+    lora.inject(model, parts, r, r)
+    load_adapter(model, " + ".join(map(str, adapters)), combined, list(parts))
+    return model, checkpoint.stored_dtypes(base)
+
+
+def _check_shapes(model: RWKV, tensors: Mapping[str, Tensor], path: PathLike) -> None:
+    """Compare an adapter's shapes with the model's layers. Raises UserError naming keys that do not
+    fit.
+    """
+    parameters = dict(model.named_parameters())
+    shapes: dict[str, torch.Size] = {}
+    for key, value in tensors.items():
+        name, adapts, half = key.rpartition(".lora_")
+        weight = parameters.get(f"{name}.weight" if adapts else key)
+        if weight is not None and adapts:
+            r = value.shape[0 if half == "A" else -1] if value.dim() else 0
+            shapes[key] = torch.Size([r, weight.shape[1]] if half == "A" else [weight.shape[0], r])
+        elif weight is not None:
+            shapes[key] = weight.shape
+    absent = {
+        f"{key[:-1]}{other}" for key in tensors if key.endswith((".lora_A", ".lora_B")) for other in "AB"
+    } - tensors.keys()
+    checkpoint.check_keys(tensors, {**shapes, **{key: torch.Size() for key in absent}}, path)
