@@ -44,7 +44,7 @@ def read_manifest(path: PathLike) -> dict[str, Any]:
     Raises:
         UserError: a value in it is invalid.
     """
-    parts = version.DEFAULT.PARTS.names
+    parts = {name: known.PARTS.names for name, known in version.VERSIONS.items()}
     if config := peft_adapter.config_of(Path(path)):
         return manifests.check_adapter(peft_adapter.described(config), config, parts)
     return manifests.check_adapter(manifests.read(path), manifests.path_of(path), parts)
@@ -77,11 +77,11 @@ def inspect_adapter(
             unknown or differs from the manifest.
     """
     tensors = checkpoint.read_tensors(peft_adapter.file_of(Path(path)))
-    if kind := kinds.other_than_adapter(tensors):
+    if kind := kinds.other_than_adapter(tensors, version.fully_trained):
         raise UserError(f"{path}: {kind}")
     manifest = read_manifest(path)
     ranks = {value.shape[0] if value.dim() else 0 for key, value in tensors.items() if key.endswith(".lora_A")}
-    of_version = version.VERSIONS[manifest.get("version", version.DEFAULT.NAME)].PARTS
+    of_version = _version_of(tensors, manifest, base).PARTS
     foreign, parts = lora.foreign_layers(tensors, of_version), lora.parts_of(tensors, of_version)
     if foreign:
         raise UserError(
@@ -125,6 +125,17 @@ def inspect_adapter(
                 f" {str(known['base_sha256'])[:12]}…; give the base it was trained on"
             )
     return tensors, known
+
+
+def _version_of(
+    tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], base: PathLike | None
+) -> version.Version:
+    """An adapter's version: from its manifest, else its base, else its tensors' names."""
+    if "version" in manifest:
+        return version.VERSIONS[manifest["version"]]
+    if base is not None and os.path.isfile(base):
+        return version.version_of(checkpoint.sizes_of(checkpoint.read_tensors(base), base))
+    return version.fitting(tensors)
 
 
 def load_adapter(model: RWKV, path: PathLike, tensors: Mapping[str, Tensor], parts: list[str]) -> None:

@@ -45,22 +45,22 @@ def make_plan(c: EstimateConfig):
     for name in ("ctx_len", "micro_bsz", "devices", "num_nodes", "accumulate_grad_batches", "lora_r", "ds_bucket_mb"):
         if getattr(c, name) < 1:
             raise UserError(f"--{name} must be at least 1; it is {getattr(c, name)}")
-    if c.model and c.model.lower() not in version.DEFAULT.PUBLISHED:
+    kind, sizes = version.named(c.version), None
+    if c.load_model:
+        sizes = checkpoint.sizes_of(checkpoint.read_tensors(c.load_model), c.load_model)
+        kind = version.version_of(sizes)
+    if c.model and c.model.lower() not in kind.PUBLISHED:
         raise UserError(
-            f"--model {c.model} is not one of {', '.join(version.DEFAULT.PUBLISHED)}; pass --load_model, or --n_layer and --n_embd"
+            f"--model {c.model} is not one of {', '.join(kind.PUBLISHED)}; pass --load_model, or --n_layer and --n_embd"
         )
     if c.strategy not in STRATEGIES:
         raise UserError(f"--strategy {c.strategy} is not one of {', '.join(STRATEGIES)}")
-    if unknown := set(lora.parts_in(c.lora_parts)) - set(version.DEFAULT.PARTS.names):
+    if unknown := set(lora.parts_in(c.lora_parts)) - set(kind.PARTS.names):
         raise UserError(
-            f"--lora_parts {c.lora_parts}: {', '.join(sorted(unknown))} is not one of {', '.join(version.DEFAULT.PARTS.names)}"
+            f"--lora_parts {c.lora_parts}: {', '.join(sorted(unknown))} is not one of {', '.join(kind.PARTS.names)}"
         )
-    if c.load_model:
-        sizes = checkpoint.sizes_of(checkpoint.read_tensors(c.load_model), c.load_model)
-    elif c.model:
-        sizes = version.published(c.model)
-    else:
-        sizes = version.DEFAULT.Sizes(**version.sizes_given(c))
+    if sizes is None:
+        sizes = version.published(c.model, kind) if c.model else version.new_sizes(c, kind)
     return plan_of(c, sizes, c.accelerator == "gpu", c.precision)
 
 

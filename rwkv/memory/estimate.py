@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rwkv.adapters import lora
 from rwkv.kernels.head_loss import CHUNK_BYTES, SLICE
 from rwkv.memory.zero import ZEROS
 from rwkv.models import Sizes
@@ -149,8 +150,8 @@ class Estimate:
 
 
 def matrices(s: Sizes) -> dict[str, torch.Size]:
-    """The shape of every matrix of the model, by module name."""
-    return {name.removesuffix(".weight"): shape for name, shape in shapes(s).items() if len(shape) == 2}
+    """The shape of every linear layer, embedding and head, by module name."""
+    return {name.removesuffix(".weight"): shape for name, shape in shapes(s).items() if lora.is_matrix(name, shape)}
 
 
 def adapted(p: Plan) -> list[torch.Size]:
@@ -161,11 +162,16 @@ def adapted(p: Plan) -> list[torch.Size]:
 
 def trained(p: Plan) -> int:
     """The number of trained elements."""
-    if not p.lora:
-        return total(p.sizes)
+    adapters = sum(p.r * (rows + columns) for rows, columns in adapted(p))
+    return adapters + sum(shape.numel() for shape in _fully_trained(p))
+
+
+def _fully_trained(p: Plan) -> list[torch.Size]:
+    """The shapes of trained tensors, without adapters."""
     parts = version_of(p.sizes).PARTS
-    whole = sum(shape.numel() for name, shape in shapes(p.sizes).items() if parts.fully_trained(name, p.parts))
-    return whole + sum(p.r * (rows + columns) for rows, columns in adapted(p))
+    return [
+        shape for name, shape in shapes(p.sizes).items() if not p.lora or parts.fully_trained(name, p.parts)
+    ]
 
 
 def total(s: Sizes) -> int:
@@ -299,10 +305,8 @@ def _round(parts: dict[str, float]) -> dict[str, int]:
 def _optimizer(p: Plan, n_trained: int) -> float:
     if p.optimizer == "adam":
         return 8.0 * n_trained
-    if p.lora:
-        found = [torch.Size(shape) for rows, columns in adapted(p) for shape in ((p.r, columns), (rows, p.r))]
-    else:
-        found = list(matrices(p.sizes).values())
+    found = [torch.Size(shape) for rows, columns in adapted(p) for shape in ((p.r, columns), (rows, p.r))]
+    found += [shape for shape in _fully_trained(p) if len(shape) == 2]
     rest = n_trained - sum(shape.numel() for shape in found)
     return 4.0 * (sum(map(sum, found)) + rest)
 
@@ -327,8 +331,8 @@ def _backward_workspace(p: Plan) -> Blocks:
     recomputed inputs.
     """
     D, F, N, e = p.sizes.n_embd, p.sizes.dim_ffn, p.tokens, p.e
-    blocks: Blocks = [(e * D * N, 3), (e * F * N, 1 if p.lora else 2)]
-    return blocks if p.lora else [*blocks, (e * D * F, 1), (4 * D * F, 1)]
+    blocks: Blocks = [(version_of(p.sizes).workspace_bytes(p.sizes, e) * N, 1)]
+    return blocks if p.lora else [*blocks, (e * F * N, 1), (e * D * F, 1), (4 * D * F, 1)]
 
 
 def _optimizer_workspace(p: Plan) -> Blocks:

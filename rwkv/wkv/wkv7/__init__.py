@@ -1,4 +1,4 @@
-"""The WKV operator of RWKV-7."""
+"""The WKV operator of RWKV-7, and its time-mix (time_mix.py)."""
 
 import torch
 from torch import Tensor
@@ -25,30 +25,32 @@ def wkv7(
     initial: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """RWKV-7's generalised delta rule (Peng et al. 2025, arXiv:2503.14456, eq. 17), per head with state
-    S [N (value), N (key)]:
+    """The time mixing of RWKV-7, a generalised delta rule (Peng et al. 2025, arXiv:2503.14456, eq.
+    17), per head with state S [N (value), N (key)]:
 
         S_t = S_{t−1} (diag(e^{w_t}) + a_t b_tᵀ) + v_t k_tᵀ
         y_t = S_t r_t
 
+    Computed in fp32.
+
     Args:
-        r, k, v, a, b: [B, T, H, N] fp32, bf16 or fp16; any B, T ≥ 1, H; N a multiple of 16. In the model
-            a is minus the normalised removal key and b is that key times the in-context learning rate.
+        r, k, v, a, b: [B, T, H, N] fp32, bf16 or fp16; any B, T ≥ 1, H; N a multiple of 16. In the
+            model, a is minus the normalised removal key, and b is that key times the in-context
+            learning rate.
         w: [B, T, H, N] fp32, log-decay per step, ≤ 0.
-        state: [B, H, N, N] fp32, before the first token; None: zeros.
+        state: [B, H, N, N] fp32, before the first token. None: zeros.
         reset: [B, T] bool, True where a document starts: the state before that token is `initial`.
-        initial: [B, H, N, N] fp32, the state of a document's start; None: `state`. Pass it where `state`
+        initial: [B, H, N, N] fp32, the state at a document start; None: `state`. Pass it if `state`
             is carried over from earlier tokens.
-        impl: "cpu" (compiled), "reference" (a loop over time), or "auto": the first of these that is
-            available.
+        impl: "cpu" (compiled), "reference" (a loop over time), or "auto": the first one available.
 
     Returns:
-        y [B, T, H, N] in r's dtype, and the state [B, H, N, N] fp32 after the last token. Gradients flow
-        to all inputs; the gradient of `initial` is summed over the resets.
+        y [B, T, H, N] in r's dtype, and the state [B, H, N, N] fp32 after the last token.
+        Differentiable in all inputs; the gradient of `initial` is summed over the resets.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match, an unknown impl.
-        RuntimeError: the requested impl is unavailable; the message says why and what to do.
+        ValueError: mismatched shapes, dtypes or devices, or an unknown impl.
+        RuntimeError: the impl is unavailable; the message has the reason and a remedy.
     """
     _check(r, w, k, v, a, b, state, reset, initial)
     implementations = {"cpu": native.wkv7_cpu, "reference": reference.wkv7}
@@ -83,7 +85,7 @@ def _check(
             expected = list(shapes.get(name, r.shape))
             raise ValueError(f"{name} must be {expected} for r {list(r.shape)}; got {list(tensor.shape)}")
         if tensor.device != r.device:
-            raise ValueError(f"{name} is on {tensor.device} and r on {r.device}; move them to one device")
+            raise ValueError(f"{name} is on {tensor.device} and r on {r.device}; move them to the same device")
         if name == "reset" and tensor.dtype != torch.bool:
             raise ValueError(f"reset must be bool; got {tensor.dtype}")
         if name in ("w", "state", "initial") and not tensor.is_floating_point():

@@ -1,4 +1,4 @@
-"""The WKV7 recurrence as a plain loop over time, differentiated by autograd: the ground truth in tests."""
+"""The WKV7 recurrence as a loop over time with autograd: the ground truth of the tests."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def wkv7(
     reset: Tensor | None = None,
     initial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`rwkv.wkv.wkv7` in fp32, or in fp64 if r is fp64. Without `initial` a reset returns to `state`."""
+    """`rwkv.wkv.wkv7` in fp32, or in fp64 if r is fp64. `initial` defaults to `state`."""
     compute = torch.float64 if r.dtype == torch.float64 else torch.float32
     dtype, (batch, length, heads, size) = r.dtype, r.shape
     r, w, k, v, a, b = (x.to(compute) for x in (r, w, k, v, a, b))
