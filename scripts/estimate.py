@@ -18,9 +18,10 @@ from rwkv.errors import UserError
 def main(config: EstimateConfig) -> None:
     from rwkv.cards import memory_of_card
     from rwkv.memory import estimate, search
+    from rwkv.models import version
 
     if config.table:
-        print(search.table())
+        print(search.table(version.named(config.version)))
         return
     plan = make_plan(config)
     found, card = estimate.estimate(plan), memory_of_card(config.card) or present(config)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rwkv.memory.estimate import GB, Estimate, Plan, estimate
 from rwkv.models import Sizes
-from rwkv.models.version import DEFAULT, published
+from rwkv.models.version import DEFAULT, Version, published
 
 GUIDE = {"1.5b": 15, "3b": 24, "7b": 48, "14b": 80}
 """GB for full fine-tuning according to the community's guide, by model size."""
@@ -171,7 +171,7 @@ def as_dict(p: Plan, found: Estimate, card: float = 0) -> dict[str, Any]:
     return answer | ({"card_gb": card, **on_card(p, card)} if card else {})
 
 
-def table() -> str:
+def table(version: Version = DEFAULT) -> str:
     """The table in the documentation: GB per GPU for ctx_len 1024, micro_bsz 1, bf16, --grad_cp 1
     on one GPU; and the guide's.
     """
@@ -179,8 +179,8 @@ def table() -> str:
         "| model | LoRA | full | full, Adafactor | full, ZeRO-2 offload (host) | guide |",
         "|---|---|---|---|---|---|",
     ]
-    for name in DEFAULT.PUBLISHED:
-        plan = Plan(published(name), grad_cp=True)
+    for name in version.PUBLISHED:
+        plan = Plan(published(name, version), grad_cp=True)
         full = replace(plan, lora=False)
         factored, spread = (
             estimate(replace(full, optimizer="adafactor")),
@@ -188,5 +188,5 @@ def table() -> str:
         )
         cells = [f"{estimate(q).total / GB:.1f}" for q in (plan, full)] + [f"{factored.total / GB:.1f}"]
         cells.append(f"{spread.total / GB:.1f} ({math.ceil(spread.host_total / GB)})")
-        rows.append(f"| {name} | {' | '.join(cells)} | {GUIDE.get(name, '')} |")
+        rows.append(f"| {name} | {' | '.join(cells)} | {guide_of(plan.sizes) or ''} |")
     return "\n".join(rows)
