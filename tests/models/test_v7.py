@@ -120,9 +120,9 @@ def test_token_by_token_matches_parallel(make, sizes):
         for t in range(37):
             logits, state = model(tokens()[:, t : t + 1], state)
             rows.append(logits)
-    torch.testing.assert_close(torch.cat(rows, 1), parallel, rtol=1e-4, atol=1e-5)  # fp32 matmuls of other shapes
+    torch.testing.assert_close(torch.cat(rows, 1), parallel, rtol=1e-4, atol=1e-4)  # fp32 matmuls of other shapes
     for ours, theirs in zip(state, last, strict=True):
-        torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -204,7 +204,8 @@ def test_gradient_of_single_output():
             results.append(torch.autograd.grad(out, leaves, allow_unused=True))
         for ours, theirs in zip(*results, strict=True):
             expected = torch.zeros_like(ours) if theirs is None else theirs
-            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)  # sums over 20 tokens
+            # fp32 rounding of sums over 20 tokens
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * max(1.0, float(expected.abs().max())))
 
 
 def test_zero_removal_key():
