@@ -241,7 +241,8 @@ def estimate(p: Plan) -> Estimate:
         complete = [(4.0 * shape.numel(), 1) for shape in shapes(s).values()]
     # the head's gradient is computed in the forward pass
     head: Blocks = [] if p.lora else [((e if zero else 4.0) * s.vocab_size * s.n_embd, 1)]
-    partial = head + (complete if p.accumulate > 1 or zero >= 2 else [])
+    accumulated = complete if p.accumulate > 1 or zero >= 2 else []
+    partial = head + accumulated
     block, outer, temporary = _block(p), _outside(p), _backward_workspace(p)
     # with grad_cp the input of the first block is saved by ln0 anyway
     inside = (
@@ -258,6 +259,12 @@ def estimate(p: Plan) -> Estimate:
         "logits": [],
     }
     phases: dict[str, Parts] = {
+        "last block": {
+            **persistent,
+            "gradients": accumulated,
+            "activations": inside + outer,
+            "workspace": [*buckets, (version_of(s).forward_bytes(s, e) * p.tokens, p.grad_cp)],
+        },
         "forward": {
             **persistent,
             "gradients": partial,
@@ -283,8 +290,8 @@ def estimate(p: Plan) -> Estimate:
         name: {part: sum(size * count for size, count in blocks) for part, blocks in parts.items()}
         for name, parts in phases.items()
     }
-    ends = (peaks["backward"], peaks.pop("end of backward"))
-    peaks["backward"] = max(ends, key=lambda parts: sum(parts.values()))
+    for name, other in (("forward", "last block"), ("backward", "end of backward")):
+        peaks[name] = max((peaks[name], peaks.pop(other)), key=lambda parts: sum(parts.values()))
     if not p.gpu:
         for parts in peaks.values():
             parts["heap"] = p.heap * sum(size for part, size in parts.items() if part not in ("weights", "optimizer"))
@@ -331,7 +338,7 @@ def _backward_workspace(p: Plan) -> Blocks:
     recomputed inputs.
     """
     D, F, N, e = p.sizes.n_embd, p.sizes.dim_ffn, p.tokens, p.e
-    blocks: Blocks = [(version_of(p.sizes).workspace_bytes(p.sizes, e) * N, 1)]
+    blocks: Blocks = [(version_of(p.sizes).backward_bytes(p.sizes, e) * N, 1)]
     return blocks if p.lora else [*blocks, (e * F * N, 1), (e * D * F, 1), (4 * D * F, 1)]
 
 

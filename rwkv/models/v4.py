@@ -265,7 +265,12 @@ def saved_bytes(sizes: Sizes, e: int) -> float:
     return e * (4 * D + F) + (3 * e + 0.75) * A + 16
 
 
-def workspace_bytes(sizes: Sizes, e: int) -> float:
+def forward_bytes(sizes: Sizes, e: int) -> float:
+    """In the channel-mix: input and output of the squared ReLU, and six tensors of width D."""
+    return e * (2 * sizes.dim_ffn + 6 * sizes.n_embd)
+
+
+def backward_bytes(sizes: Sizes, e: int) -> float:
     """Three gradients of the residual stream's width, and one of the channel-mix's."""
     return e * (3 * sizes.n_embd + sizes.dim_ffn)
 

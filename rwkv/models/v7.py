@@ -153,25 +153,26 @@ class TimeMix(nn.Module):
         """x [B, T, C], shift [B, C], state [B, H, N, N], v_first [B, T, C] (None in block 0), reset
         [B, T] → y [B, T, C], state, v_first.
         """
+        found = self._project(x, shift, v_first is not None, reset)
+        v0 = None if v_first is None else self.v0
+        vectors = Parameters(*self.ln_x(), self.r_k, self.w0, self.a0, v0, self.k_k, self.k_a)
+        y, state = time_mix(found, v_first, vectors, state, reset, eps=EPS)
+        return self.output(y), state, found.v if v_first is None else v_first
+
+    def _project(self, x: Tensor, shift: Tensor, later: bool, reset: Tensor | None) -> Projections:
+        """The outputs of the linear layers; `later`: not in block 0."""
         empty = torch.zeros_like(shift)
         xr, xw, xk = native.mix(x, shift, reset, [1 - self.x_r, 1 - self.x_w, 1 - self.x_k], empty)
         xv, xa, xg = native.mix(x, shift, reset, [1 - self.x_v, 1 - self.x_a, 1 - self.x_g], empty)
-        later = v_first is not None
-        v = self.value(xv)
-        found = Projections(
+        return Projections(
             r=self.receptance(xr),
             g=_low_rank(xg, self.g1, self.g2, torch.sigmoid),
             k=self.key(xk),
-            v=v,
+            v=self.value(xv),
             w=_low_rank(xw, self.w1, self.w2, torch.tanh),
             a=_low_rank(xa, self.a1, self.a2),
             mix=_low_rank(xv, self.v1, self.v2) if later else None,
         )
-        vectors = Parameters(
-            *self.ln_x(), self.r_k, self.w0, self.a0, self.v0 if later else None, self.k_k, self.k_a
-        )
-        y, state = time_mix(found, v_first, vectors, state, reset, eps=EPS)
-        return self.output(y), state, v_first if later else v
 
 
 def _low_rank(x: Tensor, down: Tensor, up: Tensor, between: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -334,11 +335,18 @@ def saved_bytes(sizes: Sizes, e: int) -> float:
     return e * (11 * sizes.n_embd + ranks + sizes.dim_ffn) + sizes.head_size * sizes.n_embd / 4 + 16
 
 
-def workspace_bytes(sizes: Sizes, e: int) -> float:
-    """The larger of the channel-mix's, as RWKV-4's, and the time-mix's, whose gradients between the
-    linear layers are computed in fp32.
+def forward_bytes(sizes: Sizes, e: int) -> float:
+    """In the time-mix: ten tensors between the linear layers, and others in fp32. Measured
+    (tests/memory/test_estimate.py).
     """
-    return max(e * (3 * sizes.n_embd + sizes.dim_ffn), 4 * 20 * sizes.n_embd)
+    return (10 * e + 46) * sizes.n_embd
+
+
+def backward_bytes(sizes: Sizes, e: int) -> float:
+    """The larger of the channel-mix's, as RWKV-4's, and the time-mix's, which is recomputed in
+    fp32. Measured, as above.
+    """
+    return max(e * (3 * sizes.n_embd + sizes.dim_ffn), 4 * 22 * sizes.n_embd)
 
 
 def transformers_config(sizes: Sizes) -> dict[str, Any]:

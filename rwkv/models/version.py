@@ -90,8 +90,11 @@ class Version(Protocol):
     def saved_bytes(self, sizes: Any, e: int) -> float:
         """Bytes of saved activations per token and block, with e bytes per element."""
 
-    def workspace_bytes(self, sizes: Any, e: int) -> float:
-        """Bytes per token of temporary tensors in the backward pass of a block, at their peak."""
+    def forward_bytes(self, sizes: Any, e: int) -> float:
+        """Peak bytes per token of temporary tensors in the forward pass of a block that saves none."""
+
+    def backward_bytes(self, sizes: Any, e: int) -> float:
+        """Peak bytes per token of temporary tensors in the backward pass of a block."""
 
     def transformers_config(self, sizes: Any) -> dict[str, Any]:
         """config.json for transformers. Raises ValueError if transformers does not support the

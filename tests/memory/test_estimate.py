@@ -20,7 +20,7 @@ from rwkv.train.loop.adam import FusedAdam
 from rwkv.train.runtime import cpu
 
 SMALL = Sizes(3, 48, 100, 32, 80)
-SMALL_7 = v7.Sizes(3, 48, 100, 80, 16, 8, 16, 24, 40)
+SMALL_7 = v7.Sizes(3, 48, 100, 80, 48, 8, 8, 8, 8)
 
 
 def build(p: Plan) -> RWKV:

@@ -21,6 +21,7 @@ from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.train.fit import fit
 
 TOLERANCE = 5e-6  # documented: 1e-4; measured: about 1e-7, and about 1e-5 without L2Wrap
+TOLERANCE_7 = 2e-5  # measured: at most 1.1e-5, of the same size as against the plain trainer in fp64
 
 
 class L2Wrap(torch.autograd.Function):
@@ -160,12 +161,13 @@ def ours(tmp_path) -> list[float]:
 
 
 def agree(mine: list[float], p: dict, trained: list[str], stream: np.ndarray, c: dict, lora=None, rules=V4):
+    tolerance = TOLERANCE if rules is V4 else TOLERANCE_7
     theirs, still = (
         plain_trainer(p, trained, stream, len(mine), flags, lora, rules)
         for flags in (c, {**c, "lr_init": 0.0, "lr_final": 0.0})
     )
-    np.testing.assert_allclose(mine, theirs, rtol=TOLERANCE)
-    assert np.max(np.abs(np.divide(mine, still) - 1)) > 100 * TOLERANCE, (
+    np.testing.assert_allclose(mine, theirs, rtol=tolerance)
+    assert np.max(np.abs(np.divide(mine, still) - 1)) > 100 * tolerance, (
         "the comparison is empty unless the model learns"
     )
 
