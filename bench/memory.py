@@ -2,9 +2,9 @@
 
     python bench/memory.py [MODEL,METHOD,PRECISION,GRAD_CP,CTX_LEN,OPTIMIZER ...]
 
-Example of a row: 1.5b,lora,bf16,1,1024,adam. The default is ROWS; its largest row needs 17 GB. Each
-row runs in its own process: three steps with random weights and tokens. A cell shows the prediction
-in GB and the measurement in percent of it:
+Example of a row: 1.5b,lora,bf16,1,1024,adam; of RWKV-7: 7:1.5b,lora,… . The default is ROWS; its
+largest row needs 17 GB. Each row runs in its own process: three steps with random weights and
+tokens. A cell shows the prediction in GB and the measurement in percent of it:
 - weights, gradients, optimizer: bytes of the tensors
 - saved activations and the peak of each phase: torch's profiler, in the last step
 - resident: peak of the process in the second step, less its size before the model was created
@@ -21,7 +21,7 @@ from rwkv.adapters import lora
 from rwkv.config import TrainConfig
 from rwkv.memory import estimate, machine
 from rwkv.models import RWKV
-from rwkv.models.version import published
+from rwkv.models.version import named, published
 from rwkv.train.loop import optimizer
 from rwkv.train.runtime import cpu
 
@@ -38,7 +38,8 @@ TENSORS, PHASES = ("weights", "gradients", "optimizer", "saved"), ("forward", "b
 
 def plan_of(row: str) -> estimate.Plan:
     model, method, precision, grad_cp, ctx_len, kind = row.split(",")
-    sizes = published(model)
+    number, _, name = model.rpartition(":")
+    sizes = published(name, named(number))
     return estimate.Plan(
         sizes,
         method == "lora",
@@ -60,8 +61,8 @@ class Step:
     def __init__(self, p: estimate.Plan):
         self.precision = p.precision
         self.model = model = RWKV(p.sizes, p.grad_cp)
-        for parameter in model.parameters():  # one at a time, directly in its final dtype
-            dtype = DTYPES[p.precision] if p.lora and parameter.dim() == 2 else torch.float32
+        for name, parameter in model.named_parameters():  # one at a time, directly in its final dtype
+            dtype = DTYPES[p.precision] if p.lora and lora.is_matrix(name, parameter.shape) else torch.float32
             parameter.data = torch.empty(parameter.shape, dtype=dtype).normal_(0, parameter.shape[-1] ** -0.5)
         if p.lora:
             lora.inject(model, p.parts, p.r, 2 * p.r, 0.01)

@@ -44,10 +44,10 @@ def read_manifest(path: PathLike) -> dict[str, Any]:
     Raises:
         UserError: a value in it is invalid.
     """
-    known = version.DEFAULT.PARTS.names, version.VERSIONS.keys()
+    parts = {name: known.PARTS.names for name, known in version.VERSIONS.items()}
     if config := peft_adapter.config_of(Path(path)):
-        return manifests.check_adapter(peft_adapter.read_config(config), config, *known)
-    return manifests.check_adapter(manifests.read(path), manifests.path_of(path), *known)
+        return manifests.check_adapter(peft_adapter.read_config(config), config, parts)
+    return manifests.check_adapter(manifests.read(path), manifests.path_of(path), parts)
 
 
 def find_base(path: PathLike) -> Path | None:
@@ -77,11 +77,11 @@ def inspect_adapter(
             unknown or differs from the manifest.
     """
     tensors = checkpoint.read_tensors(peft_adapter.file_of(Path(path)))
-    if kind := kinds.why_not_adapter(tensors):
+    if kind := kinds.why_not_adapter(tensors, version.fully_trained):
         raise UserError(f"{path}: {kind}")
     manifest = read_manifest(path)
     ranks = {value.shape[0] if value.dim() else 0 for key, value in tensors.items() if key.endswith(".lora_A")}
-    of_version = version.VERSIONS[manifest.get("version", version.DEFAULT.NAME)].PARTS
+    of_version = _version_of(tensors, manifest, base).PARTS
     foreign, parts = lora.foreign_layers(tensors, of_version), lora.parts_of(tensors, of_version)
     if foreign:
         raise UserError(
@@ -127,6 +127,15 @@ def inspect_adapter(
                 f" {str(known['base_sha256'])[:12]}…; use the base it was trained on"
             )
     return tensors, known
+
+
+def _version_of(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], base: PathLike | None) -> version.Version:
+    """An adapter's version: from its manifest, else its base, else its tensors' names."""
+    if "version" in manifest:
+        return version.VERSIONS[manifest["version"]]
+    if base is not None and os.path.isfile(base):
+        return version.version_of(checkpoint.sizes_of(checkpoint.read_tensors(base), base))
+    return version.fitting(tensors)
 
 
 def load_adapter(model: RWKV, path: PathLike, tensors: Mapping[str, Tensor], parts: list[str]) -> None:

@@ -188,7 +188,7 @@ def load_model(
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         source = tensors.pop(name).detach()
-        value = source.to(device, (matrices if lora.is_matrix(source) else None) or dtype).contiguous()
+        value = source.to(device, (matrices if lora.is_matrix(name, source.shape) else None) or dtype).contiguous()
         if compat.storage(value).data_ptr() in seen:  # tied in the file; trained separately
             value = value.clone()
         seen.add(compat.storage(value).data_ptr())

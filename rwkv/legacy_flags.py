@@ -28,11 +28,11 @@ class Unsupported:
 
 _NEO, _V5, _V7, _PEFT = "RWKV-v4neo", "RWKV-v5's trainer and RWKV-PEFT", "RWKV-7's trainer (train_temp)", "RWKV-PEFT"
 _TOOL, _LIGHTNING, _HF = "the upstream programs", "pytorch-lightning's Trainer", "Hugging Face trainers"
-_ONLY_4 = "this project trains RWKV-4 only, so omit it for an RWKV-4 model"
+_STATE = "it trains the initial state, which is not supported here: omit it"
 
 
 def _version(number: int) -> str:
-    return f"it selects RWKV-{number}, and {_ONLY_4}; RWKV-{number} is trained by {'RWKV-PEFT or train_temp' if number == 7 else 'RWKV-v5 of RWKV-LM'}"
+    return f"it selects RWKV-{number}; RWKV-4 and RWKV-7 can be trained here"
 
 
 _IMAGES = {
@@ -52,9 +52,13 @@ NOT_SUPPORTED = {
     "my_qa_mask": Unsupported(_NEO, "use --chatml_mask 1, or a mask file beside the data: P_text_mask.bin", ("0",)),
     "my_testing": Unsupported(
         "RWKV-LM and RWKV-PEFT",
-        f"it selects an experimental model, and {_ONLY_4}",
+        "it selects an experimental model; RWKV-4 and RWKV-7 can be trained here",
         ("",),
-        {"x05": _version(5), "x06": _version(6), "x07": _version(7)},
+        {
+            "x05": _version(5),
+            "x06": _version(6),
+            "x070": "it selects RWKV-7: use --version 7 for a new model; the version of --load_model is recognised",
+        },
     ),
     "head_qk": Unsupported(_NEO, "omit it: models with a head_q and head_k are not supported", ("0",)),
     "tiny_att_dim": Unsupported(_NEO, "omit it: models with tiny attention are not supported", ("0",)),
@@ -64,23 +68,20 @@ NOT_SUPPORTED = {
     ),
     **{name: Unsupported(_NEO, "omit it: it belongs to image models", (off,)) for name, off in _IMAGES.items()},
     "cuda_cleanup": Unsupported(_NEO, "omit it: the CUDA cache is never emptied during a run", ("0",)),
-    "head_size_a": Unsupported(_V5, f"RWKV-4 has no heads, and {_ONLY_4}", ("64",)),
-    "head_size_divisor": Unsupported(_V5, f"RWKV-4 has no heads, and {_ONLY_4}", ("8",)),
+    "head_size_a": Unsupported(_V5, "use --head_size for a new RWKV-7 model; RWKV-4 has no heads", ("64",)),
+    "head_size_divisor": Unsupported(_V5, "omit it: it is always 8", ("8",)),
     "train_type": Unsupported(
         _V5,
         "omit it",
         ("", "none"),
         {
             "infctx": "it carries the state between the chunks of a long context: use --tbptt_len N",
-            "state": f"it trains the initial state of RWKV-5 to 7, and {_ONLY_4}",
-            "fullstate": f"it trains the initial state of RWKV-7, and {_ONLY_4}",
+            "state": _STATE,
+            "fullstate": _STATE,
         },
     ),
     # RWKV-v7/train_temp
-    "train_stage": Unsupported(
-        _V7, f"its stages 1, 2 and 3 are --my_pile_stage 1, 2 and 3 here; {_ONLY_4.replace(', so omit it for an RWKV-4 model', '')}", ("0",)
-    ),
-    "head_size": Unsupported(_V7, f"RWKV-4 has no heads, and {_ONLY_4}"),
+    "train_stage": Unsupported(_V7, "its stages 1, 2 and 3 are --my_pile_stage 1, 2 and 3 here", ("0",)),
     "head_chunk": Unsupported(_V7, "omit it: the loss never holds all logits in memory", ("0",)),
     "kernel": Unsupported(_V7, "omit it: the WKV kernel for this device is chosen automatically", ("",)),
     # Joluck/RWKV-PEFT (also JL-er/RWKV-PEFT)
@@ -98,7 +99,7 @@ NOT_SUPPORTED = {
     "train_parts": Unsupported(_PEFT, "use --lora_parts, such as --lora_parts att,ffn,time,ln"),
     **{f"{name}_config": Unsupported(_PEFT, _ADAPTERS) for name in ("pissa", "disha", "bone", "miss", "lisa", "state")},
     **{name: Unsupported(_PEFT, _ADAPTERS) for name in ("LISA", "lisa_r", "lisa_k", "PISSA", "svd_niter", "pissa_load", "pissa_init", "bone_load", "bone_r")},
-    "state_tune": Unsupported(_PEFT, f"it trains the initial state of RWKV-5 to 7, and {_ONLY_4}"),
+    "state_tune": Unsupported(_PEFT, _STATE),
     "quant": Unsupported(_PEFT, _NO_QUANTISATION, ("none",)),
     "merge": Unsupported(_PEFT, "a run saves the adapter; scripts/merge_lora.py merges it into its base", ("0",)),
     "dataload": Unsupported(

@@ -18,9 +18,10 @@ from rwkv.errors import UserError
 def main(config: EstimateConfig) -> None:
     from rwkv.cards import memory_of_card
     from rwkv.memory import estimate, search
+    from rwkv.models import version
 
     if config.table:
-        print(search.table())
+        print(search.table(version.named(config.version)))
         return
     plan = make_plan(config)
     found, card = estimate.estimate(plan), memory_of_card(config.card) or memory_of_machine(config)
@@ -45,24 +46,24 @@ def make_plan(c: EstimateConfig):
     for name in ("ctx_len", "micro_bsz", "devices", "num_nodes", "accumulate_grad_batches", "lora_r", "ds_bucket_mb"):
         if getattr(c, name) < 1:
             raise UserError(f"--{name} must be at least 1; it is {getattr(c, name)}")
-    if c.model and c.model.lower() not in version.DEFAULT.PUBLISHED:
-        raise UserError(
-            f"--model {c.model} is not one of {', '.join(version.DEFAULT.PUBLISHED)}; pass --load_model, or --n_layer and --n_embd"
-        )
-    if c.strategy not in STRATEGIES:
-        raise UserError(f"--strategy {c.strategy} is not one of {', '.join(STRATEGIES)}")
-    if unknown := set(lora.parts_in(c.lora_parts)) - set(version.DEFAULT.PARTS.names):
-        raise UserError(
-            f"--lora_parts {c.lora_parts}: {', '.join(sorted(unknown))} is not one of {', '.join(version.DEFAULT.PARTS.names)}"
-        )
+    kind, sizes = version.named(c.version), None
     if c.load_model:
         tensors = checkpoint.read_tensors(c.load_model)
         sizes = checkpoint.sizes_of(tensors, c.load_model)
         checkpoint.check_shapes(tensors, sizes, c.load_model)
-    elif c.model:
-        sizes = version.published(c.model)
-    else:
-        sizes = version.DEFAULT.Sizes(**version.sizes_given(c))
+        kind = version.version_of(sizes)
+    if c.model and c.model.lower() not in kind.PUBLISHED:
+        raise UserError(
+            f"--model {c.model} is not one of {', '.join(kind.PUBLISHED)}; pass --load_model, or --n_layer and --n_embd"
+        )
+    if c.strategy not in STRATEGIES:
+        raise UserError(f"--strategy {c.strategy} is not one of {', '.join(STRATEGIES)}")
+    if unknown := set(lora.parts_in(c.lora_parts)) - set(kind.PARTS.names):
+        raise UserError(
+            f"--lora_parts {c.lora_parts}: {', '.join(sorted(unknown))} is not one of {', '.join(kind.PARTS.names)}"
+        )
+    if sizes is None:
+        sizes = version.published(c.model, kind) if c.model else version.new_sizes(c, kind)
     return plan_of(c, sizes, c.accelerator == "gpu", c.precision)
 
 

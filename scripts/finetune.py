@@ -1,4 +1,4 @@
-"""Fine-tune all weights of an RWKV-4 model (full fine-tuning).
+"""Fine-tune all weights of a model (full fine-tuning).
 
     python scripts/finetune.py --load_model base.pth --data_file mine.jsonl --proj_dir out/tuned \\
         --lr_init 1e-5 --lr_final 1e-5

@@ -1,4 +1,4 @@
-"""Run an RWKV-4 World model: continue a prompt, answer a question, or chat.
+"""Run a World model: continue a prompt, answer a question, or chat.
 
     python scripts/generate.py --model merged.pth --ask "What is RWKV?"
     python scripts/generate.py --model base.pth --lora out/lora/rwkv-0.pth --prompt "Once upon" \\

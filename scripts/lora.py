@@ -1,4 +1,4 @@
-"""Fine-tune an RWKV-4 model with LoRA: train a small adapter while the model stays frozen.
+"""Fine-tune a model with LoRA: train a small adapter while the model stays frozen.
 
     python scripts/lora.py --load_model base.pth --data_file mine.jsonl --proj_dir out/lora \\
         --lora_r 8 --lora_alpha 32 --lr_init 1e-4 --lr_final 1e-4 \\

@@ -1,4 +1,4 @@
-"""Pretrain a new RWKV-4 model, or continue from --load_model.
+"""Pretrain a new model, or continue from --load_model.
 
     python scripts/pretrain.py --data_file text.jsonl --n_layer 12 --n_embd 768 --proj_dir out/base
 

@@ -23,7 +23,7 @@ from rwkv import checkpoint, compat
 from rwkv.data.binidx import Dataset, mask_path, writer
 from rwkv.data.token_stream import Stream
 from rwkv.models import RWKV
-from rwkv.models.v4 import Sizes
+from rwkv.models.version import VERSIONS
 from rwkv.train.runtime.lightning import rank_zero_only
 from rwkv.train.runtime.process import denormals_are_flushed
 
@@ -116,11 +116,10 @@ def root() -> Path:
 def make_model():
     """Create a small model of random parameters. None is zero, so that no gradient vanishes."""
 
-    def make(seed: int = 0, **sizes) -> RWKV:
-        sizes = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, **sizes}
-        sizes = {"dim_att": sizes["n_embd"], "dim_ffn": 4 * sizes["n_embd"], **sizes}
+    def make(seed: int = 0, version: str = "4", **sizes) -> RWKV:
+        sizes = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, **({"head_size": 16} if version == "7" else {}), **sizes}
         torch.manual_seed(seed)
-        model = RWKV(Sizes(**sizes))
+        model = RWKV(VERSIONS[version].Sizes(**sizes))
         model.initialise(emb_scale=1e-2)
         with torch.no_grad():
             for parameter in model.parameters():

@@ -142,6 +142,62 @@ def test_adapter_roundtrip(tmp_path, make_base, parts):
     assert (manifest["kind"], manifest["r"], manifest["alpha"], manifest["parts"]) == ("adapter", 4, 12, parts)
 
 
+@pytest.mark.parametrize(
+    ("parts", "found"),
+    [(["att"], ["att"]), (["att", "ffn"], ["att", "ffn"]), (["att", "time", "ln"], ["att", "time", "ln"])],
+    ids=str,
+)
+def test_rwkv7_adapter_without_manifest(tmp_path, make_base, parts, found):
+    """As RWKV-PEFT writes them: the version is that of the base. RWKV-4's `att` lacks output."""
+    base = make_base(version="7", n_embd=32)
+    model = load_model(base).eval()
+    lora.inject(model, parts, 4, 12)
+    for name in lora.adapter_names(model, parts):
+        torch.nn.init.normal_(model.get_parameter(name), std=0.1)
+    known = {"r": 4, "alpha": 12, "parts": parts, "base": str(base), "base_sha256": sha256(base)}
+    save_adapter(tmp_path / "adapter.pth", model, known, {})
+    assert read_manifest(tmp_path / "adapter.pth")["version"] == "7"
+    checkpoint.manifest_path(tmp_path / "adapter.pth").unlink()
+    assert inspect_adapter(tmp_path / "adapter.pth", base, 12)[1]["parts"] == found
+    tokens = torch.arange(20)[None]
+    assert torch.equal(load_tuned(base, tmp_path / "adapter.pth", 12)[0].eval()(tokens)[0], model(tokens)[0])
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("unused", [False, True])
+def test_rwkv7_roundtrip(tmp_path, make_model, suffix, unused):
+    """v0, v1, v2 of block 0, which nothing uses, are written if they were read."""
+    model = make_model(version="7", n_embd=32, v_in_block_0=unused, rank_g=40)
+    checkpoint.save_model(tmp_path / f"x{suffix}", model, {})
+    again = load_model(tmp_path / f"x{suffix}")
+    assert again.sizes == model.sizes
+    checkpoint.save_model(tmp_path / f"y{suffix}", again, {})
+    first, second = (read_tensors(tmp_path / f"{name}{suffix}") for name in "xy")
+    assert ("blocks.0.att.v1" in first) == unused
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t.pop("blocks.1.att.w0"), r"missing: blocks.1.att.w0$"),
+        (lambda t: t.pop("blocks.0.att.r_k"), r"not an RWKV-7 checkpoint \(no blocks.0.att.r_k\)"),
+        (lambda t: t.update({"blocks.1.att.g2": torch.zeros(4, 32)}), r"wrong shape: blocks.1.att.g2 \[4, 32\]"),
+        (lambda t: t.update({"blocks.0.att.v1": torch.zeros(32, 32)}), "missing: blocks.0.att.v0, blocks.0.att.v2"),
+        (lambda t: t.update({"blocks.0.att.r_k": torch.zeros(3, 16)}), r"r_k is \[3, 16\], but the width is 32"),
+        (lambda t: t.update({"blocks.0.att.r_k": torch.zeros(4, 8)}), "head size is 8; it must be a multiple of 16"),
+        (lambda t: t.update({"blocks.0.ffn.s_emb.weight": torch.zeros(50, 4)}), "an RWKV-7a"),
+    ],
+)
+def test_invalid_rwkv7_checkpoints(tmp_path, make_model, change, complaint):
+    tensors = {name: p.detach() for name, p in make_model(version="7", n_embd=32).named_parameters()}
+    change(tensors)
+    torch.save(tensors, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=complaint):
+        load_model(tmp_path / "x.pth")
+
+
 def test_adapter_of_other_base(tmp_path, make_base):
     _, adapter, _ = tuned(tmp_path, make_base)
     other = make_base("other.pth", seed=5)

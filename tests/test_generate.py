@@ -46,8 +46,9 @@ class ScriptedModel(torch.nn.Module):
         return logits
 
 
-def test_greedy_matches_parallel_model(make_model):
-    model = make_model(vocab_size=257).eval()
+@pytest.mark.parametrize("version", ["4", "7"])
+def test_greedy_matches_parallel_model(make_model, version):
+    model = make_model(version=version, vocab_size=257).eval()
     session = Session(model, ByteTokenizer())
     session.read("abc")
     text = "".join(session.write(GREEDY, 12))

@@ -110,8 +110,8 @@ class LoRALinear(nn.Module):
 def inject(model: RWKV, parts: Collection[str], r: int, alpha: float, dropout: float = 0.0) -> list[str]:
     """Add adapters to all linear layers of these parts, in place; returns the layers' names.
 
-    For RWKV-4, `att` is key, value and receptance of every time-mix (without output, as upstream),
-    `ffn` all layers of every channel-mix.
+    `att` is key, value and receptance of every time-mix, in RWKV-7 also output; `ffn` all layers of
+    every channel-mix.
 
     Raises:
         ValueError: a part is unknown, r < 1, or the model has none of these layers.
@@ -190,17 +190,18 @@ def mark_trainable(model: RWKV, parts: Collection[str]) -> None:
 
 def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Convert frozen matrices to this dtype and all other parameters to fp32, in place, one at a
-    time. (Vectors are small, and decays need the precision.)
+    time. (The others are small, and decays need the precision.)
     """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(
-            dtype if is_matrix(parameter) and not parameter.requires_grad else torch.float32
-        )
+    for name, parameter in model.named_parameters():
+        frozen = is_matrix(name, parameter.shape) and not parameter.requires_grad
+        parameter.data = parameter.data.to(dtype if frozen else torch.float32)
 
 
-def is_matrix(weight: Tensor) -> bool:
-    """Whether a parameter is a matrix; vectors may be stored as [1, 1, D]."""
-    return weight.squeeze().dim() >= 2
+def is_matrix(name: str, shape: torch.Size) -> bool:
+    """Whether a parameter is the weight of a linear layer, the embedding or the head; not the
+    low-rank matrices of RWKV-7's time-mix, which are trained as a whole.
+    """
+    return name.endswith(".weight") and len(shape) == 2
 
 
 def adapter_state(model: RWKV, parts: Collection[str]) -> dict[str, Tensor]:

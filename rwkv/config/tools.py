@@ -92,7 +92,10 @@ class EstimateConfig:
     load_model: str = ""
     """Checkpoint to read the model's sizes from."""
     model: str = ""
-    """Instead of load_model: a published size (0.1b, 0.4b, 1.5b, 3b, 7b, 14b)."""
+    """Instead of load_model: a published size (0.1b, 0.4b, 1.5b, 3b, 7b, 14b; with version 7: 0.1b,
+    0.4b, 1.5b, 2.9b, 7.2b, 13.3b)."""
+    version: str = ""
+    """RWKV version of model, or of n_layer and the following: 4 or 7. Omitted: 4."""
     n_layer: int = 0
     """Number of layers L, without load_model and model. 0: 6."""
     n_embd: int = 0
@@ -100,7 +103,9 @@ class EstimateConfig:
     vocab_size: int = 0
     """Vocabulary size V. 0: 65536."""
     dim_att: int = 0
-    """Channels of the time-mix. 0: n_embd."""
+    """RWKV-4: channels of the time-mix. 0: n_embd."""
+    head_size: int = 0
+    """RWKV-7: channels of a head. 0: 64."""
     dim_ffn: int = 0
     """Hidden channels of the channel-mix. 0: 4 n_embd."""
     method: Literal["lora", "full"] = "lora"

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rwkv.adapters import lora
 from rwkv.kernels.head_loss import CHUNK_BYTES, SLICE
 from rwkv.memory.zero import ZEROS
 from rwkv.models import Sizes
@@ -151,8 +152,8 @@ class Estimate:
 
 
 def matrices(s: Sizes) -> dict[str, torch.Size]:
-    """The shape of every matrix of the model, by module name."""
-    return {name.removesuffix(".weight"): shape for name, shape in shapes(s).items() if len(shape) == 2}
+    """The shape of every linear layer, embedding and head, by module name."""
+    return {name.removesuffix(".weight"): shape for name, shape in shapes(s).items() if lora.is_matrix(name, shape)}
 
 
 def adapted(p: Plan) -> list[torch.Size]:
@@ -163,11 +164,14 @@ def adapted(p: Plan) -> list[torch.Size]:
 
 def trained(p: Plan) -> int:
     """The number of trained elements."""
-    if not p.lora:
-        return total(p.sizes)
+    adapters = sum(p.r * (rows + columns) for rows, columns in adapted(p))
+    return adapters + sum(shape.numel() for shape in _fully_trained(p))
+
+
+def _fully_trained(p: Plan) -> list[torch.Size]:
+    """The shapes of trained tensors, without adapters."""
     parts = version_of(p.sizes).PARTS
-    whole = sum(shape.numel() for name, shape in shapes(p.sizes).items() if parts.fully_trained(name, p.parts))
-    return whole + sum(p.r * (rows + columns) for rows, columns in adapted(p))
+    return [shape for name, shape in shapes(p.sizes).items() if not p.lora or parts.fully_trained(name, p.parts)]
 
 
 def total(s: Sizes) -> int:
@@ -237,7 +241,8 @@ def estimate(p: Plan) -> Estimate:
         complete = [(4.0 * shape.numel(), 1) for shape in shapes(s).values()]
     # the head's gradient is computed in the forward pass
     head: Blocks = [] if p.lora else [((e if zero else 4.0) * s.vocab_size * s.n_embd, 1)]
-    partial = head + (complete if p.accumulate > 1 or zero >= 2 else [])
+    accumulated = complete if p.accumulate > 1 or zero >= 2 else []
+    partial = head + accumulated
     block, outer, temporary = _block(p), _outside(p), _backward_workspace(p)
     # with grad_cp the input of the first block is saved by ln0 anyway
     inside = (
@@ -254,6 +259,12 @@ def estimate(p: Plan) -> Estimate:
         "logits": [],
     }
     phases: dict[str, Parts] = {
+        "last block": {
+            **persistent,
+            "gradients": accumulated,
+            "activations": inside + outer,
+            "workspace": [*buckets, (version_of(s).forward_bytes(s, e) * p.tokens, p.grad_cp)],
+        },
         "forward": {
             **persistent,
             "gradients": partial,
@@ -279,8 +290,8 @@ def estimate(p: Plan) -> Estimate:
         name: {part: sum(size * count for size, count in blocks) for part, blocks in parts.items()}
         for name, parts in phases.items()
     }
-    ends = (peaks["backward"], peaks.pop("end of backward"))
-    peaks["backward"] = max(ends, key=lambda parts: sum(parts.values()))
+    for name, other in (("forward", "last block"), ("backward", "end of backward")):
+        peaks[name] = max((peaks[name], peaks.pop(other)), key=lambda parts: sum(parts.values()))
     if not p.gpu:
         for parts in peaks.values():
             parts["heap"] = p.heap * sum(size for part, size in parts.items() if part not in ("weights", "optimizer"))
@@ -301,10 +312,8 @@ def _round(parts: dict[str, float]) -> dict[str, int]:
 def _optimizer(p: Plan, n_trained: int) -> float:
     if p.optimizer == "adam":
         return 8.0 * n_trained
-    if p.lora:
-        found = [torch.Size(shape) for rows, columns in adapted(p) for shape in ((p.r, columns), (rows, p.r))]
-    else:
-        found = list(matrices(p.sizes).values())
+    found = [torch.Size(shape) for rows, columns in adapted(p) for shape in ((p.r, columns), (rows, p.r))]
+    found += [shape for shape in _fully_trained(p) if len(shape) == 2]
     rest = n_trained - sum(shape.numel() for shape in found)
     return 4.0 * (sum(map(sum, found)) + rest)
 
@@ -329,8 +338,8 @@ def _backward_workspace(p: Plan) -> Blocks:
     recomputed inputs.
     """
     D, F, N, e = p.sizes.n_embd, p.sizes.dim_ffn, p.tokens, p.e
-    blocks: Blocks = [(e * D * N, 3), (e * F * N, 1 if p.lora else 2)]
-    return blocks if p.lora else [*blocks, (e * D * F, 1), (4 * D * F, 1)]
+    blocks: Blocks = [(version_of(p.sizes).backward_bytes(p.sizes, e) * N, 1)]
+    return blocks if p.lora else [*blocks, (e * F * N, 1), (e * D * F, 1), (4 * D * F, 1)]
 
 
 def _optimizer_workspace(p: Plan) -> Blocks:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rwkv.memory.estimate import GB, Estimate, Plan, estimate
 from rwkv.models import Sizes
-from rwkv.models.version import DEFAULT, published
+from rwkv.models.version import DEFAULT, Version, published
 
 GUIDE = {"1.5b": 15, "3b": 24, "7b": 48, "14b": 80}
 """GB for full fine-tuning according to the community's guide, by model size."""
@@ -171,7 +171,7 @@ def as_dict(p: Plan, found: Estimate, card: float = 0) -> dict[str, Any]:
     return result | ({"card_gb": card, **on_card(p, card)} if card else {})
 
 
-def table() -> str:
+def table(version: Version = DEFAULT) -> str:
     """The README's table: GB on one GPU (in brackets: on the host) at ctx_len 1024, micro_bsz 1,
     bf16 and --grad_cp 1; and the figures of the community guide.
     """
@@ -179,12 +179,12 @@ def table() -> str:
         "| model | LoRA | full | full, Adafactor | full, ZeRO-2 offload (host) | guide |",
         "|---|---|---|---|---|---|",
     ]
-    for name in DEFAULT.PUBLISHED:
-        plan = Plan(published(name), grad_cp=True)
+    for name in version.PUBLISHED:
+        plan = Plan(published(name, version), grad_cp=True)
         full = replace(plan, lora=False)
         adafactor = estimate(replace(full, optimizer="adafactor"))
         offload = estimate(replace(full, strategy="deepspeed_stage_2_offload"))
         cells = [f"{found.total / GB:.1f}" for found in (estimate(plan), estimate(full), adafactor)]
         cells.append(f"{offload.total / GB:.1f} ({math.ceil(offload.host_total / GB)})")
-        rows.append(f"| {name} | {' | '.join(cells)} | {GUIDE.get(name, '')} |")
+        rows.append(f"| {name} | {' | '.join(cells)} | {guide_of(plan.sizes) or ''} |")
     return "\n".join(rows)

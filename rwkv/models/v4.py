@@ -265,6 +265,16 @@ def saved_bytes(sizes: Sizes, e: int) -> float:
     return e * (4 * D + F) + (3 * e + 0.75) * A + 16
 
 
+def forward_bytes(sizes: Sizes, e: int) -> float:
+    """In the channel-mix: input and output of the squared ReLU, and six tensors of width D."""
+    return e * (2 * sizes.dim_ffn + 6 * sizes.n_embd)
+
+
+def backward_bytes(sizes: Sizes, e: int) -> float:
+    """Three gradients of the residual stream's width, and one of the channel-mix's."""
+    return e * (3 * sizes.n_embd + sizes.dim_ffn)
+
+
 def transformers_config(sizes: Sizes) -> dict[str, Any]:
     """The config of RwkvForCausalLM. Raises ValueError for pre_ffn, which it does not support."""
     if sizes.pre_ffn:

@@ -1,4 +1,4 @@
-"""The interface of version modules (v4.py), and detection of a checkpoint's version.
+"""The interface of version modules (v4.py, v7.py), and detection of a checkpoint's version.
 
 A version is one module. Code outside rwkv.models and rwkv.wkv does not depend on version numbers.
 """
@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rwkv.models import v4
-from rwkv.models.parts import Parts
+from rwkv.errors import UserError
+from rwkv.models import v4, v7
+from rwkv.models.parts import Parts, layer_of
 
 Shapes = Mapping[str, torch.Size]
 
@@ -89,13 +90,19 @@ class Version(Protocol):
     def saved_bytes(self, sizes: Any, e: int) -> float:
         """Bytes of saved activations per token and block, with e bytes per element."""
 
+    def forward_bytes(self, sizes: Any, e: int) -> float:
+        """Peak bytes per token of temporary tensors in the forward pass of a block without saving."""
+
+    def backward_bytes(self, sizes: Any, e: int) -> float:
+        """Peak bytes per token of temporary tensors in the backward pass of a block."""
+
     def transformers_config(self, sizes: Any) -> dict[str, Any]:
         """config.json for transformers. Raises ValueError if transformers does not support the
         model.
         """
 
 
-VERSIONS: dict[str, Version] = {v4.NAME: v4}
+VERSIONS: dict[str, Version] = {v4.NAME: v4, v7.NAME: v7}
 DEFAULT: Version = v4  # version of new models
 
 
@@ -104,15 +111,54 @@ def version_of(sizes: Sizes) -> Version:
     return next(version for version in VERSIONS.values() if isinstance(sizes, version.Sizes))
 
 
-def published(name: str) -> Sizes:
+def named(name: str) -> Version:
+    """The version of this name, e.g. "7"; DEFAULT for an empty name. Raises UserError."""
+    if name and name not in VERSIONS:
+        raise UserError(f"--version {name}: not one of {', '.join(VERSIONS)}")
+    return VERSIONS[name] if name else DEFAULT
+
+
+def published(name: str, version: Version = DEFAULT) -> Sizes:
     """Sizes of a published model, e.g. "1.5b". Raises KeyError."""
-    return DEFAULT.PUBLISHED[name.lower()]
+    return version.PUBLISHED[name.lower()]
 
 
-def sizes_given(flags: object, version: Version = DEFAULT) -> dict[str, int]:
-    """The sizes that `flags` sets (attributes that are not 0), by name."""
-    values = {field.name: getattr(flags, field.name, 0) for field in fields(version.Sizes)}
-    return {name: value for name, value in values.items() if value}
+def sizes_given(flags: object, version: Version) -> dict[str, int]:
+    """The non-zero sizes among the attributes of `flags`. Raises UserError for one that models of
+    this version lack.
+    """
+    every = dict.fromkeys(field.name for known in VERSIONS.values() for field in fields(known.Sizes))
+    given = {name: value for name in every if (value := getattr(flags, name, 0))}
+    possible = {field.name for field in fields(version.Sizes)}
+    if wrong := [name for name in given if name not in possible]:
+        raise UserError(f"--{wrong[0]} {given[wrong[0]]}: RWKV-{version.NAME} models have no {wrong[0]}; omit it")
+    return given
+
+
+def new_sizes(flags: object, version: Version) -> Sizes:
+    """Sizes of a new model, from attributes of `flags`. Raises UserError if they are invalid."""
+    given = sizes_given(flags, version)
+    try:
+        return version.Sizes(**given)
+    except ValueError as error:
+        raise UserError(f"{' '.join(f'--{name} {value}' for name, value in given.items())}: {error}") from None
+
+
+def fully_trained(name: str) -> bool:
+    """Whether a parameter of this name is fully trained by a part of an adapter, in any version."""
+    return any(version.PARTS.fully_trained(name, version.PARTS.full) for version in VERSIONS.values())
+
+
+def fitting(names: Iterable[str]) -> Version:
+    """The first version whose adapters can have tensors of these names, else DEFAULT."""
+    for version in VERSIONS.values():
+        parts = version.PARTS
+        if all(
+            parts.fully_trained(name, parts.full) or layer_of(name.rpartition(".lora_")[0]) in parts.layers
+            for name in names
+        ):
+            return version
+    return DEFAULT
 
 
 def layer_numbers(names: Iterable[str]) -> set[int]:

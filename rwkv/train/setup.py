@@ -28,22 +28,28 @@ def sizes_of(c: TrainConfig, new_base: Path | None = None) -> Sizes:
     Raises:
         UserError: the checkpoint is not a model, or differs from the flags.
     """
-    given = version.sizes_given(c)
-    if c.load_model and c.my_pile_stage != 1:
-        sizes: Any = checkpoint.sizes_of(checkpoint.read_tensors(c.load_model), c.load_model)
-        if c.load_partial:
-            return replace(sizes, **given)
-        if c.data_type in char_level.TEXTS and c.vocab_size != sizes.vocab_size:
-            raise UserError(
-                f"{c.load_model}: its vocabulary has {sizes.vocab_size} tokens, but --data_type {c.data_type} uses one of the text's"
-                f" {c.vocab_size} characters; convert the text for the model with scripts/convert.py"
-            )
-        if wrong := [f"--{k} {v}, but it has {getattr(sizes, k)}" for k, v in given.items() if v != getattr(sizes, k)]:
-            raise UserError(f"{c.load_model}: {'; '.join(wrong)}. Sizes come from the checkpoint: omit these flags")
+    path = c.load_model or new_base
+    if not path or (c.my_pile_stage == 1 and c.version):
+        return version.new_sizes(c, version.named(c.version))
+    sizes: Any = checkpoint.sizes_of(checkpoint.read_tensors(path), path)
+    kind = version.version_of(sizes)
+    if c.version and version.named(c.version) is not kind:
+        raise UserError(f"{path}: an RWKV-{kind.NAME} model, but --version is {c.version}; omit the flag")
+    if c.my_pile_stage == 1:
+        return version.new_sizes(c, kind)
+    if not c.load_model:
         return sizes
-    if new_base:
-        return checkpoint.sizes_of(checkpoint.read_tensors(new_base), new_base)
-    return version.DEFAULT.Sizes(**given)
+    given = version.sizes_given(c, kind)
+    if c.load_partial:
+        return replace(sizes, **given)
+    if c.data_type in char_level.TEXTS and c.vocab_size != sizes.vocab_size:
+        raise UserError(
+            f"{path}: its vocabulary has {sizes.vocab_size} tokens, but --data_type {c.data_type} uses one of the text's"
+            f" {c.vocab_size} characters; convert the text for the model with scripts/convert.py"
+        )
+    if wrong := [f"--{k} {v}, but it has {getattr(sizes, k)}" for k, v in given.items() if v != getattr(sizes, k)]:
+        raise UserError(f"{path}: {'; '.join(wrong)}. Sizes come from the checkpoint: omit these flags")
+    return sizes
 
 
 def build(run: Run) -> RWKV:

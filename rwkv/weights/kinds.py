@@ -3,7 +3,7 @@ architecture.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
@@ -16,6 +16,8 @@ _WRAPPERS = (
 _PREFIX = re.compile(rf"^(?:{_WRAPPERS}\.)+(?=(?:emb|head|ln_out|blocks|embeddings)\.)")
 _INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PEFT = re.compile(r"\.lora_([AB])(?:\.(?!weight$)\w+)?\.weight$")
+
+_SUPPORTED = "RWKV-4 and RWKV-7 (x070) models"
 
 TRANSFORMERS = (
     ("blocks.", "rwkv.blocks."),
@@ -47,7 +49,7 @@ def upstream_name(name: str) -> str:
 
 
 def why_not_model(tensors: Mapping[str, Tensor]) -> str | None:
-    """What the tensors are and what to do, if they are known to be something else than an RWKV-4
+    """What the tensors are and what to do, if they are known to be something else than a supported
     model; else None.
     """
     if part := _part_of_model(tensors):
@@ -62,18 +64,18 @@ def why_not_model(tensors: Mapping[str, Tensor]) -> str | None:
     return _version(tensors) or _other_model(tensors)
 
 
-def why_not_adapter(tensors: Mapping[str, Tensor]) -> str | None:
-    """What the tensors are (if known) and what to do, if they are not a LoRA adapter; else None."""
+def why_not_adapter(tensors: Mapping[str, Tensor], fully_trained: Callable[[str], bool]) -> str | None:
+    """What the tensors are (if known) and what to do, if they are not a LoRA adapter; else None.
+
+    Args:
+        fully_trained: whether an adapter can have a tensor of this name beside lora_A and lora_B.
+    """
     if found := _part_of_model(tensors):
         return found
     if any(name in tensors for name in ("emb.weight", "head.weight")):
         version = _version(tensors) or "a whole model"
         return f"not a LoRA adapter but {version}. An adapter has only lora_A and lora_B, and some vectors"
-    unknown = [
-        name
-        for name in tensors
-        if not re.search(r"\.lora_[AB]$|\.(att|ffn|ffnPre)\.time_\w+$|\.ln[012]\.(weight|bias)$", name)
-    ]
+    unknown = [name for name in tensors if not (re.search(r"\.lora_[AB]$", name) or fully_trained(name))]
     if unknown:
         return (
             f"not a LoRA adapter ({_list_names(unknown)} is not part of one)"
@@ -101,28 +103,28 @@ def _part_of_model(tensors: Mapping[str, Tensor]) -> str | None:
         return "an adapter that is not LoRA on weight matrices. Merge it with the program that wrote it, and use the merged model"
     if tensors and all(re.search(r"\.(time_state|ts_state)$", name) for name in tensors):
         return (
-            "a tuned state (state tuning: only time_state), which is neither a model nor a LoRA adapter. RWKV-4 has none; use it with the RWKV-5, 6 or"
-            " 7 model that it was trained for, in a program that loads states"
+            "a tuned state (state tuning: only time_state), which is neither a model nor a LoRA adapter, and cannot be used here. Use it with the"
+            " model that it was trained for, in a program that loads states"
         )
     return None
 
 
 def _version(tensors: Mapping[str, Tensor]) -> str | None:
-    """An RWKV model of another version than 4, or RWKV-4 with unsupported parts; None for
-    others.
-    """
-    train = "; only RWKV-4 models are supported here"
+    """An RWKV model of an unsupported version, or RWKV-4 with unsupported parts; else None."""
+    train = f"; only {_SUPPORTED} are supported here"
     layer = r"^blocks\.\d+\."
     tests = (
         (rf"{layer}ffn\.enn\.", 'RWKV-8 ("Heron", a research version)'),
         (rf"{layer}qkv\.", "RWKV-7b (DEA attention, a research version)"),
         (rf"{layer}ffn\.s_emb", "RWKV-7a (DeepEmbed)"),
-        (rf"{layer}att\.(r_k|k_k|x_r|w0)$", "RWKV-7 (x070)"),
+        (rf"{layer}att\.(r_k|k_k|x_r|w0)$", ""),  # RWKV-7 (x070)
         (rf"{layer}att\.time_maa_rkvw_w1$", "an experimental version of RWKV-6 (x060b or x060c)"),
         (rf"{layer}att\.gate_w1$", "an experimental version of RWKV-6 (x060a)"),
         (rf"{layer}att\.time_maa", "RWKV-6 (x060)"),
     )
     for pattern, name in tests:
+        if _any_matches(tensors, pattern) and not name:
+            return None
         if _any_matches(tensors, pattern):
             return f"an {name} model{train}" if name[0] == "R" else f"{name}{train}"
     decay = next((tensor for name, tensor in tensors.items() if re.search(rf"{layer}att\.time_decay$", name)), None)
@@ -149,7 +151,7 @@ def _other_model(tensors: Mapping[str, Tensor]) -> str | None:
     if _any_matches(names, r"^(model\.)?layers\.\d+\.attn\.(r_proj|x_r|time_decay)") or _any_matches(
         names, r"^rwkv7\."
     ):
-        return "an RWKV-7 or RWKV-6 model with the tensor names of flash-linear-attention or transformers; only RWKV-4 models are supported here"
+        return "an RWKV-7 or RWKV-6 model with the tensor names of flash-linear-attention or transformers. Use the .pth that it was converted from"
     if _any_matches(names, r"^(token_embd|blk\.\d+\.)"):
         return "a model with the tensor names of GGUF (llama.cpp). Use the .pth that it was converted from"
     if _any_matches(

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +68,12 @@ def _kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def check_adapter(
-    manifest: dict[str, Any], where: PathLike, parts: Iterable[str], versions: Collection[str]
-) -> dict[str, Any]:
+def check_adapter(manifest: dict[str, Any], where: PathLike, parts: Mapping[str, Iterable[str]]) -> dict[str, Any]:
     """Validate type and range of every value used from an adapter's manifest.
 
     Args:
         where: the manifest's path, for messages.
-        parts: valid names in its `parts`.
-        versions: supported RWKV versions.
+        parts: valid names in its `parts`, by RWKV version.
 
     Raises:
         UserError: an invalid value, with its key.
@@ -93,13 +90,14 @@ def check_adapter(
         raise UserError(
             f"{where}: its kind is {str(manifest['kind'])[:80]!r}: the file that it describes is not a LoRA adapter; use an adapter"
         )
-    if "version" in manifest and manifest["version"] not in versions:
-        raise wrong("version", f"a supported RWKV version ({', '.join(versions)})")
+    if "version" in manifest and manifest["version"] not in [*parts]:
+        raise wrong("version", f"a supported RWKV version ({', '.join(parts)})")
     if "alpha" in manifest and not (is_number(manifest["alpha"]) and 0 < manifest["alpha"] <= _MAX_ALPHA):
         raise wrong("alpha", f"a number above 0 and up to {_MAX_ALPHA:,.0f}")
     if "r" in manifest and not (type(manifest["r"]) is int and 0 < manifest["r"] <= _MAX_RANK):
         raise wrong("r", "a positive integer")
-    known = set(parts)
+    possible = [parts[manifest["version"]]] if "version" in manifest else parts.values()
+    known = {name for names in possible for name in names}
     if "parts" in manifest and not (
         isinstance(manifest["parts"], list) and all(isinstance(x, str) and x in known for x in manifest["parts"])
     ):

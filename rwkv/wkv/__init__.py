@@ -1,5 +1,8 @@
-"""WKV operators, the recurrences of RWKV models. `wkv4` here is the function, not its package."""
+"""WKV operators, the recurrences of RWKV models. `wkv4` and `wkv7` are the functions here, not the
+packages.
+"""
 
 from rwkv.wkv.wkv4 import empty_state, wkv4
+from rwkv.wkv.wkv7 import wkv7
 
-__all__ = ["empty_state", "wkv4"]
+__all__ = ["empty_state", "wkv4", "wkv7"]

@@ -13,13 +13,14 @@ from rwkv.adapters import lora
 from rwkv.kernels.head_loss import head_loss
 from rwkv.memory import estimate as memory
 from rwkv.memory.estimate import Plan, estimate
-from rwkv.models import RWKV
+from rwkv.models import RWKV, v7
 from rwkv.models.v4 import Sizes
-from rwkv.models.version import published
+from rwkv.models.version import VERSIONS, published
 from rwkv.train.loop.adam import FusedAdam
 from rwkv.train.runtime import cpu
 
 SMALL = Sizes(3, 48, 100, 32, 80)
+SMALL_7 = v7.Sizes(3, 48, 100, 80, 48, 8, 8, 8, 8)
 
 
 def build(p: Plan) -> RWKV:
@@ -50,7 +51,7 @@ PARTS = [
 
 
 @pytest.mark.parametrize("parts", [(), *PARTS], ids=",".join)
-@pytest.mark.parametrize("sizes", [SMALL, replace(SMALL, pre_ffn=True)], ids=["plain", "pre_ffn"])
+@pytest.mark.parametrize("sizes", [SMALL, replace(SMALL, pre_ffn=True), SMALL_7], ids=["plain", "pre_ffn", "RWKV-7"])
 def test_parameter_counts_and_weight_bytes(sizes, parts):
     plan = Plan(sizes, lora=bool(parts), parts=parts, r=4, precision="bf16")
     model = build(plan)
@@ -77,16 +78,21 @@ def saved(p: Plan) -> int:
 
 @pytest.mark.parametrize("parts", [(), *PARTS], ids=",".join)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_saved_activation_bytes_per_block(precision, parts):
+@pytest.mark.parametrize("small", [SMALL, SMALL_7], ids=["RWKV-4", "RWKV-7"])
+def test_saved_activation_bytes_per_block(small, precision, parts):
     def plan(layers: int, tokens: int) -> Plan:
-        sizes = Sizes(layers, 48, 64, 32, 80)
+        sizes = replace(small, n_layer=layers)
         return Plan(sizes, lora=bool(parts), parts=parts, r=4, precision=precision, gpu=False, ctx_len=tokens)
 
     # Differences cancel what does not grow with the tokens (mixing weights, decays) or is outside
     # the blocks.
     size = {(layers, tokens): saved(plan(layers, tokens)) for layers in (2, 4) for tokens in (64, 128)}
     block = (size[4, 128] - size[4, 64] - size[2, 128] + size[2, 64]) / 2 / 64
-    assert block == memory.saved_bytes(plan(2, 64))
+    expected = memory.saved_bytes(plan(2, 64))
+    if small is SMALL_7 and parts:  # without gradients of frozen weights, some of their inputs are not saved
+        assert 0.9 * expected <= block <= expected
+    else:
+        assert block == expected
 
 
 def peaks(p: Plan) -> dict[str, int]:
@@ -116,14 +122,15 @@ def peaks(p: Plan) -> dict[str, int]:
 
 
 # Every pair of two values occurs once; bf16 is slow on CPUs without bf16 instructions.
+@pytest.mark.parametrize("version", ["4", "7"])
 @pytest.mark.parametrize(
     ("kind", "precision", "grad_cp"),
     [("lora", "fp32", False), ("full", "fp32", True), ("full", "bf16", False), ("lora", "bf16", True)],
 )
-def test_predicted_peak_of_step(kind, precision, grad_cp):
+def test_predicted_peak_of_step(kind, precision, grad_cp, version):
     width = 256 if precision == "fp32" else 128
     plan = Plan(
-        Sizes(8 if precision == "fp32" else 4, width, 2048, width, 4 * width),
+        VERSIONS[version].Sizes(8 if precision == "fp32" else 4, width, 2048),
         lora=kind == "lora",
         precision=precision,
         grad_cp=grad_cp,

@@ -162,3 +162,27 @@ def test_incomplete_adapter(tuned, tmp_path):
     checkpoint.write_tensors(tmp_path / "cut.pth", tensors, read_manifest(adapter))
     with pytest.raises(UserError, match="blocks.1.att.key.lora_B"):
         make("b", lora_parts="att,ffn,ln", lora_load=str(tmp_path / "cut.pth"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ({"version": "5"}, "--version 5: not one of 4, 7"),
+        ({"version": "7", "dim_att": 32}, "--dim_att 32: RWKV-7 models have no dim_att"),
+        ({"version": "7", "pre_ffn": 1}, "--pre_ffn 1: RWKV-7 models have no pre_ffn"),
+        ({"head_size": 16}, "--head_size 16: RWKV-4 models have no head_size"),
+        ({"version": "7", "n_embd": 40, "head_size": 16}, "width 40 is not a multiple of the head size 16"),
+    ],
+    ids=str,
+)
+def test_size_flags_of_another_version(config, flags, complaint):
+    with pytest.raises(UserError, match=complaint):
+        fit(changed(config, **flags))
+
+
+def test_version_of_checkpoint_differs(config, make_base):
+    base = make_base(version="7", n_embd=32)
+    with pytest.raises(UserError, match="an RWKV-7 model, but --version is 4"):
+        fit(changed(config, load_model=str(base), version="4", n_layer=0, n_embd=0, vocab_size=0))
+    with pytest.raises(UserError, match="--head_size 32, but it has 16"):
+        fit(changed(config, load_model=str(base), head_size=32, n_layer=0, n_embd=0, vocab_size=0))

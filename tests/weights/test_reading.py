@@ -187,7 +187,6 @@ VERSIONS = {
     "RWKV-8": block(ffn__enn__weight=(50, 16), att__r_k=(2, 8)),
     "RWKV-7b": block(qkv__qq__weight=(16, 16), ffn__s_emb__weight=(50, 16), att__r_k=(2, 8)),
     "RWKV-7a": block(ffn__s_emb__weight=(50, 16), att__r_k=(2, 8)),
-    r"RWKV-7 \(x070\)": block(att__r_k=(2, 8), att__x_r=(1, 1, 16)),
     r"RWKV-6 \(x060b or x060c\)": block(att__time_maa_x=(1, 1, 16), att__time_maa_rkvw_w1=(16, 4)),
     r"RWKV-6 \(x060a\)": block(att__time_maa_x=(1, 1, 16), att__gate_w1=(16, 4)),
     r"RWKV-6 \(x060\)": block(att__time_maa_x=(1, 1, 16), att__gate__weight=(16, 16)),

@@ -31,7 +31,8 @@ _NOT_COMPARED = {
     *("load_model", "lora_load", "data_file", "data_type", "val_file"),  # compared by content
     *("max_steps", "epoch_count", "my_exit", "epoch_save", "save_every", "val_every", "val_samples"),
     *("wandb", "tensorboard", "on_nan"),
-    *("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "pre_ffn"),  # compared as the model's sizes
+    # compared as the model's sizes
+    *("version", "n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "pre_ffn", "head_size"),
     *("strategy", "ds_bucket_mb", "ds_config", "accelerator", "grad_cp", "precision"),
     # compared as samples per step and steps per epoch
     *("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes", "epoch_steps", "auto"),

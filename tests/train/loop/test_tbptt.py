@@ -51,8 +51,9 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("length", [1, 5, 8, 22])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("tuned", ["all", "lora"])
-def test_exact_gradients_match_full_sequence(make_model, length, masked, tuned):
-    model = make_model()
+@pytest.mark.parametrize("version", ["4", "7"])
+def test_exact_gradients_match_full_sequence(make_model, length, masked, tuned, version):
+    model = make_model(version=version)
     if tuned == "lora":
         lora.inject(model, ["att", "ffn"], 4, 8)
         lora.mark_trainable(model, ["att", "ffn", "ln", "time"])

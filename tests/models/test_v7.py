@@ -1,0 +1,303 @@
+"""RWKV-7 against PyPI's `rwkv`, a float64 loop written from its description, and itself evaluated
+in other ways.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import v7_loop
+
+from rwkv.adapters import lora
+from rwkv.models import RWKV, version
+from rwkv.models.v7 import PARTS, PUBLISHED, Sizes, decays, lr_scale
+
+ORACLE = Path(sys.prefix) / "oracle"
+# -I: the oracle's `rwkv` must not be ours. torch 1.13's load has no mmap.
+PROGRAM = """
+import json, os, sys, torch
+os.environ |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": "1"}
+load = torch.load
+torch.load = lambda *a, mmap=None, **k: load(*a, **k)
+sys.path.insert(0, sys.argv[1])
+from rwkv.model import RWKV
+model, tokens = RWKV(sys.argv[2], "cpu fp32"), json.loads(sys.argv[4])
+whole, last = model.forward(list(tokens), None, full_output=True)
+state, single = None, []
+for token in tokens:
+    logits, state = model.forward([token], state)
+    single.append(logits.clone())
+torch.save([whole, last, torch.stack(single), state], sys.argv[3])
+"""
+SIZES = [
+    {},
+    {"n_layer": 1},
+    {"n_layer": 3, "n_embd": 64, "head_size": 32, "dim_ffn": 80},
+    {"v_in_block_0": True},
+    {"rank_w": 8, "rank_a": 16, "rank_v": 24, "rank_g": 40},
+]
+
+
+@pytest.fixture
+def make(make_model):
+    return lambda **sizes: make_model(version="7", **{"n_embd": 32, **sizes})
+
+
+def tokens(batch=2, length=37, vocab=50):
+    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.skipif(
+    bool(os.environ.get("PY")), reason="make was given a Python of its own, and installs no oracle beside it"
+)
+@pytest.mark.parametrize("n_layer", [1, 3])
+def test_logits_and_states_match_pypi_rwkv(make, tmp_path, n_layer):
+    assert ORACLE.is_dir(), "the oracle is installed by: make test"
+    model = make(n_layer=n_layer, n_embd=128, head_size=64).eval()
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    torch.save(weights, tmp_path / "model.pth")
+    ids = tokens(1, 20)[0].tolist()
+    command = [sys.executable, "-I", "-c", PROGRAM, ORACLE, tmp_path / "model", tmp_path / "out.pt", json.dumps(ids)]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    whole, last, single, state = torch.load(tmp_path / "out.pt")
+    with torch.no_grad():
+        logits, ours = model(torch.tensor([ids]))
+    theirs = [torch.stack(found) if isinstance(found, list) else found for found in (whole, single)]
+    for found in theirs:
+        torch.testing.assert_close(logits[0], found, rtol=1e-4, atol=1e-4)  # fp32, different order of sums
+    for other in (last, state):
+        assert len(other) == 3 * n_layer
+        for mine, found in zip((t for block in ours for t in block), other, strict=True):
+            torch.testing.assert_close(mine[0], found.view_as(mine[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_rwkv7_is_recognised_by_the_oracle_keys(make):
+    """Keys of a released file: no v0, v1, v2 in block 0."""
+    names = set(dict(make().named_parameters()))
+    att = "x_r x_w x_k x_v x_a x_g w0 w1 w2 a0 a1 a2 g1 g2 k_k k_a r_k".split()
+    att += [f"{name}.weight" for name in ("receptance", "key", "value", "output", "ln_x")] + ["ln_x.bias"]
+    every = {"emb.weight", "head.weight", "ln_out.weight", "ln_out.bias", "blocks.0.ln0.weight", "blocks.0.ln0.bias"}
+    for i in (0, 1):
+        every |= {f"blocks.{i}.{name}.{end}" for name in ("ln1", "ln2") for end in ("weight", "bias")}
+        every |= {f"blocks.{i}.att.{name}" for name in [*att, *(["v0", "v1", "v2"] if i else [])]}
+        every |= {f"blocks.{i}.ffn.{name}" for name in ("x_k", "key.weight", "value.weight")}
+    assert names == every
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_logits_and_gradients_match_float64_loop(make, sizes):
+    model = make(**sizes)
+    ours = model(tokens())[0]
+    p = {name: parameter.detach().double().requires_grad_() for name, parameter in model.named_parameters()}
+    theirs = v7_loop.forward(p, tokens())
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)  # fp32
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("blocks.0.att.v") and name[-1] in "012":
+            assert parameter.grad is None
+            assert p[name].grad is None
+            continue
+        expected = p[name].grad
+        # relative to the largest element: small ones are differences of large ones
+        error = float((parameter.grad - expected).abs().max())
+        assert error <= 5e-5 * float(expected.abs().max().clamp_min(1)), f"{name}: {error}"
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_token_by_token_matches_parallel(make, sizes):
+    model = make(**sizes).eval()
+    with torch.no_grad():
+        parallel, last = model(tokens())
+        state, rows = None, []
+        for t in range(37):
+            logits, state = model(tokens()[:, t : t + 1], state)
+            rows.append(logits)
+    torch.testing.assert_close(torch.cat(rows, 1), parallel, rtol=1e-4, atol=1e-4)  # fp32 matmuls of other shapes
+    for ours, theirs in zip(state, last, strict=True):
+        torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradient_checkpointing_same_gradients(make, reentrant, frozen):
+    """Also the gradient of v_first, which passes through every block."""
+    gradients = []
+    for grad_cp in (False, True):
+        model = make(n_layer=3)
+        model.grad_cp, model.reentrant = grad_cp, reentrant
+        if frozen:
+            lora.inject(model, ["att"], 2, 4)
+            lora.mark_trainable(model, ["att"])
+            torch.manual_seed(4)
+            for name, parameter in model.named_parameters():
+                if ".lora_" in name:
+                    parameter.data = torch.randn_like(parameter)
+        model(tokens())[0].square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, saved in gradients[0].items():
+        assert torch.equal(saved, gradients[1][name]), name  # the same operations
+
+
+@pytest.mark.parametrize("sizes", SIZES[:3], ids=str)
+@pytest.mark.parametrize("grad_cp", [False, True])
+def test_packed_documents_match_separate_documents(make, sizes, grad_cp):
+    lengths = [[5, 1, 9, 22], [37]]
+    weights = torch.randn(2, 37, 50, generator=torch.Generator().manual_seed(2))
+    reset = torch.zeros(2, 37, dtype=torch.bool)
+    reset[0, [0, 5, 6, 15]] = True
+    packed, separate = make(**sizes), make(**sizes)
+    packed.grad_cp = grad_cp
+    logits, state = packed(tokens(), reset=reset)
+    (logits * weights).sum().backward()
+    for row, parts in enumerate(lengths):
+        begin = 0
+        for length in parts:
+            piece = slice(begin, begin + length)
+            single, last = separate(tokens()[row : row + 1, piece])
+            # fp32 matmuls of other shapes
+            torch.testing.assert_close(logits[row, piece], single[0], rtol=1e-4, atol=1e-4)
+            (single[0] * weights[row, piece]).sum().backward()
+            begin += length
+        for ours, theirs in zip(state, last, strict=True):
+            torch.testing.assert_close([x[row] for x in ours], [x[0] for x in theirs], rtol=1e-4, atol=1e-4)
+    for (name, ours), theirs in zip(packed.named_parameters(), separate.parameters(), strict=True):
+        # relative to the largest element: small ones are differences of large ones
+        assert float((ours.grad - theirs.grad).abs().max()) <= 5e-5 * float(theirs.grad.abs().max().clamp_min(1)), name
+
+
+def test_bf16_is_close_to_fp32(make):
+    """Matmuls in bf16 (8 bits); decays, WKV and norms in fp32."""
+    model = make(n_layer=3, n_embd=64).eval()
+    with torch.no_grad():
+        full = model(tokens())[0]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = model(tokens())[0]
+    assert float((half - full).norm() / full.norm()) < 0.05
+
+
+# ---- sizes ----
+
+
+def test_published_ranks():
+    """Those of the released files (w, a, v, g)."""
+    expected = {
+        "0.1b": (64, 64, 32, 128), "0.4b": (64, 64, 32, 128), "1.5b": (96, 96, 64, 256), "2.9b": (96, 96, 64, 320),
+        "7.2b": (128, 128, 96, 480), "13.3b": (192, 192, 128, 384),
+    }  # fmt: skip
+    found = {name: (s.rank_w, s.rank_a, s.rank_v, s.rank_g) for name, s in PUBLISHED.items()}
+    assert found == expected
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_sizes_from_shapes(make, sizes):
+    model = make(**sizes)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    found = version.detect(shapes)
+    assert found[0].NAME == "7"
+    if model.sizes.n_layer > 1:
+        assert found[1] == model.sizes
+    assert {name: p.shape for name, p in RWKV(found[1]).named_parameters()} == shapes
+
+
+def test_impossible_head_size():
+    with pytest.raises(ValueError, match="width 100 is not a multiple of the head size 64"):
+        Sizes(2, 100)
+    with pytest.raises(ValueError, match="head size is 24; it must be a multiple of 16"):
+        Sizes(2, 48, head_size=24)
+
+
+# ---- initial weights, learning rates, adapters ----
+
+
+def fresh(layers=3, C=64, V=100, N=32, **sizes) -> RWKV:
+    torch.manual_seed(0)
+    model = RWKV(Sizes(layers, C, V, head_size=N, **sizes))
+    model.initialise(6e-4)
+    return model
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_initial_vectors(layers):
+    C, N = 64, 32
+    for layer, block in enumerate(fresh(layers, C, N=N, v_in_block_0=True).blocks):
+        r = layer / (layers - 1) if layers > 1 else 0
+        s = 1 - layer / layers
+        n = range(C)
+        z = [((i % N) - (N - 1) / 2) / ((N - 1) / 2) for i in n]
+        zigzag, ramp = [v * abs(v) for v in z], [i / (C - 1) - 0.5 for i in n]
+        expected = {
+            **{f"att.x_{q}": [1 - (i / C) ** (0.2 * s) for i in n] for q in "rg"},
+            **{f"att.x_{q}": [1 - (i / C) ** (0.9 * s) for i in n] for q in "wa"},
+            **{f"att.x_{q}": [1 - (i / C) ** (0.7 * s) for i in n] for q in "kv"},
+            "att.w0": [-6 + 6 * (i / (C - 1)) ** (1 + r**0.3) + 0.5 + 2.5 * zigzag[i] for i in n],
+            "att.a0": [-0.19 + 0.3 * zigzag[i] + 0.4 * ramp[i] for i in n],
+            "att.v0": [0.73 - 0.4 * ramp[i] for i in n],
+            "att.k_k": [0.71 - 0.1 * ramp[i] for i in n],
+            "att.k_a": [1.02] * C,
+            "att.r_k": [-0.04] * C,
+            "att.ln_x.weight": [((1 + layer) / layers) ** 0.7] * C,
+            "att.ln_x.bias": [0.0] * C,
+            "ffn.x_k": [1 - (i / C) ** (s**4) for i in n],
+        }
+        for name, values in expected.items():
+            found = block.get_parameter(name).flatten()
+            torch.testing.assert_close(found, torch.tensor(values), rtol=1e-6, atol=1e-6)  # fp32
+
+
+def assert_orthogonal(weight, gain):
+    weight = weight.detach() if weight.shape[0] <= weight.shape[1] else weight.detach().t()
+    torch.testing.assert_close(weight @ weight.t(), gain**2 * torch.eye(len(weight)), rtol=1e-4, atol=1e-4)  # fp32 QR
+
+
+def test_initial_matrices():
+    model = fresh(2)
+    assert float(model.emb.weight.abs().max()) <= 1e-4
+    assert_orthogonal(model.head.weight, 0.5 * math.sqrt(100 / 64))
+    for i, block in enumerate(model.blocks):
+        assert not block.att.output.weight.any()
+        assert not block.ffn.value.weight.any()
+        for part, gain in ((block.att.receptance, 1), (block.att.key, 0.1), (block.att.value, 1), (block.ffn.key, 1)):
+            assert_orthogonal(part.weight, gain)
+        for name in "wavg" if i else "wag":
+            down, up = block.att.get_parameter(f"{name}1"), block.att.get_parameter(f"{name}2")
+            assert not down.any()
+            assert_orthogonal(up, 0.1 * max(1, math.sqrt(up.shape[0] / up.shape[1])))
+        for name in ("ln1", "ln2"):
+            assert bool((block.get_parameter(f"{name}.weight") == 1).all())
+
+
+def test_frozen_matrices_not_zero():
+    model = RWKV(Sizes(2, 64, 100, head_size=32))
+    model.initialise(6e-4, frozen=True)
+    assert model.blocks[0].att.output.weight.any()
+    assert model.blocks[0].ffn.value.weight.any()
+
+
+def test_learning_rate_and_decay_groups(make):
+    for name, parameter in make().named_parameters():
+        assert lr_scale(name, False) == (2 if name.endswith("att.w0") else 1)
+        assert lr_scale(name, True) == (5 if name.endswith("att.w0") else 1)
+        matrix = name in ("emb.weight", "head.weight") or name.split(".")[-2] in (
+            "receptance", "key", "value", "output",
+        )  # fmt: skip
+        assert decays(name, parameter.shape) == matrix, name
+
+
+def test_adapter_parts(make):
+    model = make(v_in_block_0=True)
+    names = dict(model.named_parameters())
+    assert lora.inject(model, ["att", "ffn"], 2, 4) == [
+        f"blocks.{i}.{layer}" for i in (0, 1) for layer in (*PARTS.layers_of("att"), *PARTS.layers_of("ffn"))
+    ]
+    lora.mark_trainable(model, ["att", "ffn", "time", "ln"])
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    unused = {f"blocks.0.att.v{i}" for i in range(3)}
+    assert frozen == {name for name in names if lora.is_matrix(name, names[name].shape)} | unused

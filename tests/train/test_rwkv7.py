@@ -1,0 +1,86 @@
+"""Runs of RWKV-7: resuming, documents, chunks, precision, a new base, stages."""
+
+import json
+
+import pytest
+import torch
+
+from rwkv.checkpoint import load_model, read_tensors
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.train.fit import fit
+
+RUN = {
+    "ctx_len": 16,
+    "micro_bsz": 2,
+    "epoch_steps": 6,
+    "epoch_count": 2,
+    "random_seed": 1,
+    "accelerator": "cpu",
+    "precision": "fp32",
+}
+NEW = {"version": "7", "n_layer": 2, "n_embd": 32, "head_size": 16, "vocab_size": 50}
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_files(one, other):
+    first, second = read_tensors(one), read_tensors(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, LoRAConfig])
+def test_resumed_run_matches_uninterrupted(make_data, tmp_path, kind):
+    flags = {**RUN, **NEW, "data_file": make_data(400)}
+    flags |= {"lora_parts": "att,ffn,time,ln", "lr_init": 1e-2} if kind is LoRAConfig else {}
+    whole = fit(kind(**flags, proj_dir=str(tmp_path / "whole")))
+    fit(kind(**flags, proj_dir=str(tmp_path / "parts"), max_steps=5))
+    parts = fit(kind(**flags, proj_dir=str(tmp_path / "parts")))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert_same_files(whole.checkpoint, parts.checkpoint)
+
+
+@pytest.mark.parametrize("extra", [{}, {"doc_reset": 1, "doc_sep": 7}], ids=str)
+def test_exact_chunks_match_whole_context(make_data, tmp_path, extra):
+    flags = {**RUN, **NEW, **extra, "data_file": make_data(400), "lr_init": 1e-3}
+    fit(TrainConfig(**flags, proj_dir=str(tmp_path / "whole")))
+    fit(TrainConfig(**flags, proj_dir=str(tmp_path / "chunks"), tbptt_len=5, exact=True))
+    # fp32 sums in other order, over 12 steps
+    assert losses(tmp_path / "chunks") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    fit(TrainConfig(**flags, proj_dir=str(tmp_path / "recomputed"), grad_cp=1))
+    assert losses(tmp_path / "recomputed") == losses(tmp_path / "whole")
+
+
+def test_documents_and_mask(make_data, tmp_path):
+    flags = {**RUN, **NEW, "data_file": make_data(600), "doc_sep": 7, "min_ctx_len": 4}
+    fit(TrainConfig(**flags, proj_dir=str(tmp_path / "run"), doc_training=1))
+    found = losses(tmp_path / "run")
+    assert len(found) == 12
+    assert found[-1] < found[0]
+
+
+def test_bf16_follows_fp32(make_data, tmp_path):
+    flags = {**RUN, **NEW, "data_file": make_data(400), "lr_init": 1e-3}
+    for precision in ("fp32", "bf16"):
+        fit(TrainConfig(**flags | {"precision": precision}, proj_dir=str(tmp_path / precision)))
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.01)
+
+
+def test_frozen_low_rank_matrices_keep_their_precision(make_base, make_data, tmp_path):
+    """Linear layers are stored in bf16; what `time` could train stays as in the base."""
+    base = make_base(version="7", n_embd=32)
+    flags = {**RUN, "data_file": make_data(400), "load_model": str(base), "precision": "bf16", "lr_init": 0.0}
+    fit(LoRAConfig(**flags | {"lr_final": 0.0}, lora_parts="att,time", proj_dir=str(tmp_path / "run"), max_steps=1))
+    adapter, weights = read_tensors(tmp_path / "run/rwkv-final.pth"), read_tensors(base)
+    assert torch.equal(adapter["blocks.1.att.w1"], weights["blocks.1.att.w1"])
+
+
+def test_stages(make_data, tmp_path):
+    flags = {"ctx_len": 7, "micro_bsz": 8, "data_file": make_data(7 * 40400), "proj_dir": str(tmp_path / "run")}
+    machine = {"accelerator": "cpu", "precision": "fp32", "random_seed": 0}
+    fit(TrainConfig(**flags, **machine, **NEW, my_pile_stage=1))
+    assert load_model(tmp_path / "run/rwkv-init.pth").version.NAME == "7"
+    fit(TrainConfig(**flags, **machine, my_pile_stage=3, max_steps=2))
+    assert len(losses(tmp_path / "run")) == 2
