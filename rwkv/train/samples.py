@@ -39,12 +39,9 @@ def check(c: TrainConfig) -> None:
         raise UserError(
             f"--val_file {c.val_file} and --val_split {c.val_split} both give the validation set; use only one of them"
         )
-    if c.val_file.endswith((".jsonl", ".json", ".txt")) or (c.val_file and c.data_type not in ("binidx", "numpy")):
+    if c.val_file and c.data_type not in ("binidx", "numpy"):
         raise UserError(
-            f"--val_file {c.val_file} must be a binidx of the same tokens as --data_file: convert it first, with"
-            f" python scripts/convert.py --input {c.val_file} --output-prefix PREFIX, and give PREFIX_text_document"
-            if c.data_type in ("binidx", "numpy")
-            else f"--val_file {c.val_file}: --data_type {c.data_type} has its own vocabulary; use --val_split for validation"
+            f"--val_file {c.val_file}: --data_type {c.data_type} has its own vocabulary; use --val_split for validation"
         )
     if c.val_every and not (c.val_split or c.val_file):
         raise UserError(
