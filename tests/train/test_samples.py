@@ -146,7 +146,7 @@ def test_changed_val_file(make_base, documents, other, tmp_path):
     fit(TrainConfig(**flags, max_steps=2))
     moved = tmp_path / "moved"
     moved.mkdir()
-    for path in tmp_path.glob("v_text_document*"):
+    for path in tmp_path.glob("v_text_*"):
         (moved / path.name).write_bytes(path.read_bytes())
     flags["val_file"] = str(moved / "v_text_document")
     fit(TrainConfig(**flags, max_steps=4))  # same content, another path
