@@ -5,7 +5,9 @@ STACK ?= cu117
 VENV ?= $(if $(filter cu117,$(STACK)),.venv,.venv-$(STACK))
 LOCKS := $(wildcard env/locks/$(STACK).txt env/locks/$(STACK)-deepspeed.txt)
 KERNELS := rwkv/kernels/lib/.$(STACK)
+space := $() $()
 ifdef PY
+override PY := $(subst $(space),\$(space),$(subst \$(space),$(space),$(PY)))# blanks, escaped once also in a sub-make
 .PHONY: $(KERNELS)
 MAKE_COMMAND := make PY=$(PY)
 else
@@ -15,8 +17,9 @@ READY := $(VENV)/.ready
 ORACLE := $(VENV)/oracle/.ready
 endif
 # Run the code of this checkout. Jobs also get the make command that started them, so that they print commands in the same form (rwkv/commands.py).
-CODE = PYTHONPATH='$(CURDIR)'$${PYTHONPATH:+:$$PYTHONPATH}
-JOB = $(CODE) RWKV_MAKE='$(MAKE_COMMAND)' $(if $(findstring w,$(firstword -$(MAKEFLAGS))),RWKV_MAKE_FOLDER='$(CURDIR)') PY=$(PY)
+HERE := '$(subst ','\'',$(CURDIR))'
+CODE = PYTHONPATH=$(HERE)$${PYTHONPATH:+:$$PYTHONPATH}
+JOB = $(CODE) RWKV_MAKE='$(MAKE_COMMAND)' $(if $(findstring w,$(firstword -$(MAKEFLAGS))),RWKV_MAKE_FOLDER=$(HERE)) PY=$(PY)
 # Reject misspelt variables: ARG="--load_model ..." would be ignored and the demo would run.
 VARIABLES := ARGS PY STACK VENV TOOLS CLEAN_DEMO OUT PYTHON PYENV_ROOT CONDA BASE_IMAGE BUILT ENGINE ENGINE_OPTIONS NO_CACHE UPGRADE DOCKER_WORK LOG \
   SHELL MAKEFLAGS MAKEOVERRIDES MAKEFILES CURDIR COMPOSE_% CUDA_% NCCL_% GLOO_% OMP_% MKL_% RWKV_% WANDB_% HF_% TORCH_% PYTORCH_% PIP_% UV_% %_PROXY %_proxy
@@ -53,7 +56,7 @@ image:  ## build the container image of the stack; BASE_IMAGE=... selects anothe
 
 # Exit status 75 of engine.sh means that there is no Docker engine: skip the tests instead of failing.
 test-image: venv $(TOOLS)/.ready  ## build the image and test it, inside and outside (ARGS goes to pytest)
-	@docker/engine.sh docker/test_image.sh $(STACK) $(PY) $(CURDIR)/$(TOOLS)/bin/docker-compose $(ARGS) || \
+	@docker/engine.sh docker/test_image.sh $(STACK) $(PY) $(HERE)/$(TOOLS)/bin/docker-compose $(ARGS) || \
 	  { status=$$?; [ $$status = 75 ] && echo 'test-image: skipped, see above'; }
 
 reproduce:  ## build the image twice, the second time without a cache, and compare packages and kernels

@@ -101,8 +101,9 @@ def inspect_adapter(
         **{k: manifest[k] for k in ("alpha", "base", "base_sha256") if k in manifest},
     }
     if known["r"] < 1 or known["r"] != manifest.get("r", known["r"]):
+        described = peft_adapter.config_of(Path(path)) or manifests.path_of(path)
         raise UserError(
-            f"{path}: rank {known['r']}, but {manifests.path_of(path).name} states {manifest.get('r')}; that manifest belongs to another file"
+            f"{path}: rank {known['r']}, but {described.name} states {manifest.get('r')}; that file belongs to another adapter"
         )
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise UserError(f"{path}: alpha {alpha}: must be a positive number, the one that the adapter was trained with")

@@ -30,7 +30,8 @@ def command(job: str, *arguments: object) -> str:
         return f"{prefix} {job} {_make_variable('ARGS', flags(*arguments))}" if arguments else f"{prefix} {job}"
     if service := os.environ.get("RWKV_CONTAINER"):
         return f"{service} {flags(job, *arguments)}"
-    return flags(_short(sys.executable), _short(ROOT / "scripts" / f"{_SCRIPTS.get(job, job)}.py"), *arguments)
+    script = _short(ROOT / "scripts" / f"{_SCRIPTS.get(job, job)}.py")
+    return _path() + flags(_short(sys.executable), script, *arguments)
 
 
 def target(name: str) -> str:
@@ -43,9 +44,17 @@ def target(name: str) -> str:
     return f"make {name}" + (f" PY={shlex.quote(sys.executable)}" if stack is None else stack)
 
 
-def output(name: str) -> str:
-    """An output path for printed commands: in a container only out/ is writable."""
-    return f"out/{name}" if os.environ.get("RWKV_CONTAINER") else name
+def output(path: str) -> str:
+    """An output path for printed commands: in a container only in out/ and models/."""
+    if not os.environ.get("RWKV_CONTAINER") or path.startswith(("out/", "models/")):
+        return path
+    return f"out/{Path(path).name}"
+
+
+def _path() -> str:
+    """`PYTHONPATH=… ` if this package is found through it: it may be set for this process alone."""
+    entries = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return f"PYTHONPATH={shlex.quote(_short(ROOT))} " if str(ROOT) in map(os.path.abspath, entries) else ""
 
 
 def _make() -> str:

@@ -10,7 +10,9 @@ question="What is LoRA?"
 bold='' plain=''
 if [ -t 1 ] && [ -z "${NO_COLOR:-}" ]; then bold=$'\033[1m' plain=$'\033[0m'; fi
 heading() { printf '\n%s%s%s\n' "$bold" "$*" "$plain"; }
-run() { printf '$%s\n' "$(printf ' %q' "$@")"; "$@"; }
+lib=''  # printed before a command where $py alone would not find this checkout
+[ "$("$py" -I -c 'import rwkv; print(rwkv.__path__[0])' 2>/dev/null)" = "$PWD/rwkv" ] || lib=" PYTHONPATH=$(printf %q "$PWD")"
+run() { printf '$%s%s\n' "$lib" "$(printf ' %q' "$@")"; "$@"; }
 ask() {  # print the model's answer on one line, without the note that it was cut off
   "$py" scripts/generate.py --model "$1" --ask "$question" --temperature 0 --max_tokens 40 2> >(grep -v "^\[cut off" >&2) | tr '\n' ' '
 }

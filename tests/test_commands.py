@@ -62,11 +62,28 @@ def test_printed_command_runs(tmp_path, monkeypatch):
     assert (tmp_path / f"{NAMES[2]}_text_document.idx").is_file()
 
 
+def test_checkout_found_through_pythonpath(tmp_path, monkeypatch):
+    """PYTHONPATH may have been set for one command alone: `PYTHONPATH=. python scripts/lora.py`."""
+    for name in ("RWKV_MAKE", "RWKV_CONTAINER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", ".")
+    assert command("doctor").startswith("PYTHONPATH=. ")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"/elsewhere:{ROOT}")
+    assert command("doctor").startswith(f"PYTHONPATH={ROOT} ")
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    assert command("doctor").startswith(shlex.quote(sys.executable))
+
+
 def test_commands_in_container(monkeypatch):
     monkeypatch.delenv("RWKV_MAKE", raising=False)
     monkeypatch.setenv("RWKV_CONTAINER", "docker compose run --rm")
     assert command("merge", "--adapter", "out/a b.pth") == "docker compose run --rm merge --adapter 'out/a b.pth'"
     assert output("merged.pth") == "out/merged.pth"
+    assert output("data/mine") == "out/mine"  # data/ is read-only there
+    assert output("out/mine") == "out/mine"
+    assert output("models/mine") == "models/mine"
     assert "RWKV_CONTAINER: docker compose run --rm\n" in (ROOT / "compose.yaml").read_text(encoding="utf-8")
 
 

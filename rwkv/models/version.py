@@ -91,7 +91,7 @@ class Version(Protocol):
         """Bytes of saved activations per token and block, with e bytes per element."""
 
     def forward_bytes(self, sizes: Any, e: int) -> float:
-        """Peak bytes per token of temporary tensors in a block's forward pass that saves nothing."""
+        """Peak bytes per token of temporary tensors of a block's forward pass, if none is saved."""
 
     def backward_bytes(self, sizes: Any, e: int) -> float:
         """Peak bytes per token of temporary tensors in the backward pass of a block."""

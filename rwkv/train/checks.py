@@ -25,7 +25,11 @@ _LARGEST = 1 << 62  # limit for integers
 
 
 def numbers(c: TrainConfig) -> None:
-    """Raise UserError if a numeric flag is out of range, NaN or infinite. Must be called first."""
+    """Raise UserError if a numeric flag is out of range, NaN or infinite, or proj_dir is empty.
+    Must be called first.
+    """
+    if not c.proj_dir.strip():
+        raise UserError("--proj_dir is empty: pass the folder of the run, or . for the current one")
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -60,6 +64,10 @@ def check(c: TrainConfig) -> None:
             "LoRA needs a pretrained model: pass it as --load_model, or train one with scripts/pretrain.py first. For a new, random base"
             " (frozen) pass --n_layer and --n_embd"
         )
+    if c.adapter and c.adapter.lora_load and not c.load_model:
+        raise UserError(
+            f"--lora_load {c.adapter.lora_load}: an adapter works with the base that it was trained on only; give that base as --load_model"
+        )
     data_source.check(c)
     if c.epoch_steps % c.accumulate_grad_batches:
         raise UserError(
@@ -78,6 +86,7 @@ def check(c: TrainConfig) -> None:
     if c.exact and not c.tbptt_len:
         raise UserError("--exact applies to --tbptt_len only: pass --tbptt_len, the length of a chunk, too")
     samples.check(c)
+    data_source.check_validation(c)
     # stage 1 only writes initial weights; upstream's demo-training-prepare.sh gives device and
     # strategy anyway
     if c.my_pile_stage == 1:

@@ -19,7 +19,7 @@ import numpy as np
 from rwkv import commands
 from rwkv.config import ConvertConfig, TrainConfig
 from rwkv.data import provenance
-from rwkv.data.binidx import Dataset, mask_path
+from rwkv.data.binidx import Dataset, index_path, mask_path
 from rwkv.data.convert import char_level, in_subprocess, sources
 from rwkv.errors import UserError
 from rwkv.files import fingerprint, write_json
@@ -54,13 +54,17 @@ def check(c: TrainConfig) -> None:
             f"--my_pile_stage {c.my_pile_stage} needs a binidx, but --data_type is {c.data_type}; convert it with scripts/convert.py"
         )
     if _kind(c) == "binidx" and not os.path.exists(f"{c.data_file}.idx"):
-        raise UserError(f"{c.data_file}: {_no_binidx(c.data_file)}")
-    if c.val_file and c.data_type in ("binidx", "numpy") and not os.path.exists(f"{c.val_file}.idx"):
+        raise UserError(f"{c.data_file}: {_no_binidx(c.data_file, '--data_file')}")
+
+
+def check_validation(c: TrainConfig) -> None:
+    """Raises UserError if val_file is not a binidx."""
+    if c.val_file and not index_path(c.val_file).exists():
         raise UserError(f"--val_file {c.val_file}: {_no_binidx(c.val_file, '--val_file')}")
 
 
-def _no_binidx(path: str, flag: str = "--data_file") -> str:
-    """Error message if there is no binidx with this prefix: why, and what to do."""
+def _no_binidx(path: str, flag: str) -> str:
+    """Error message if there is no binidx with the prefix given as `flag`: why, and what to do."""
     documents = f"{path}{_DOCUMENTS}"
     if os.path.exists(f"{documents}.idx"):
         return f"no such binidx, but {documents}.idx exists: use {commands.flags(flag, documents)}"
@@ -68,13 +72,14 @@ def _no_binidx(path: str, flag: str = "--data_file") -> str:
     if ending in (".idx", ".bin") and os.path.exists(f"{bare}.idx"):
         return f"pass the prefix of a binidx, without {ending}: {commands.flags(flag, bare)}"
     if not os.path.exists(path):
-        return f"no such data ({path}.idx: no such file); pass the prefix of a binidx{', or a .jsonl file' if flag == '--data_file' else ''}"
+        or_jsonl = ", or a .jsonl file" if flag == "--data_file" else ""
+        return f"no such data ({path}.idx: no such file); pass the prefix of a binidx{or_jsonl}"
     name, what = Path(path).name.lower(), "a folder" if os.path.isdir(path) else "not a binidx"
     if name.endswith((".npy", ".npz")):
         return (
-            "a NumPy file, which only --data_file can be"
-            if flag != "--data_file"
-            else "a NumPy file: also pass --data_type numpy (for an .npy file of token ids)"
+            "a NumPy file: also pass --data_type numpy (for an .npy file of token ids)"
+            if flag == "--data_file"
+            else "a NumPy file, which only --data_file can be"
         )
     kind = next((kind for kind in _CONVERTIBLE if any(name.endswith(kind + end) for end in ("", ".gz", ".zst"))), "")
     if kind or os.path.isdir(path):
@@ -82,7 +87,7 @@ def _no_binidx(path: str, flag: str = "--data_file") -> str:
         prefix = path
         while kind and os.path.splitext(prefix)[1].lower() in (*_CONVERTIBLE, ".gz", ".zst"):
             prefix = os.path.splitext(prefix)[0]
-        prefix = prefix.rstrip("/")
+        prefix = commands.output(prefix.rstrip("/"))
         convert = commands.command("convert", "--input", path, "--output_prefix", prefix)
         return f"{what}. Convert it first: {convert}; then use {commands.flags(flag, prefix + _DOCUMENTS)}"
     return f"{what}, and its format cannot be inferred from its name; convert it with scripts/convert.py (jsonl, json, txt, csv, parquet and others)"

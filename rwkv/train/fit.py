@@ -122,7 +122,7 @@ def _begin(run: Run, model: RWKV, data: _Data) -> State | None:
     state, inherited = resume_or_start.find_state(run, manifest, trained)
     manifest.update(inherited)
     if rank_zero_only.rank == 0:
-        resume_or_start.delete(run, data.tokens.prefix)
+        resume_or_start.delete(run, [x["prefix"] for x in (manifest["data"], manifest["validation"]) if x])
         folder.mkdir(parents=True, exist_ok=True)
         if not run.before:
             run_manifest.write(folder, manifest)

@@ -1,5 +1,6 @@
 """Files in a run's folder: which ones this program wrote, and how far an earlier run got."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -8,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rwkv import checkpoint
+from rwkv import adapter_files, checkpoint
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
 from rwkv.train import data_source
 from rwkv.train.callbacks import dashboards
 from rwkv.train.loop import schedule
 from rwkv.train.resume import run_manifest, state_files
+from rwkv.train.run import NEW_BASE
 
 _FILES = ("run.json", "metrics.jsonl", "train_log.txt", "loss.png")
 _CHECKPOINT = re.compile(r"rwkv-(\d+|final|base)\.pth")
-_CORRUPT = "metrics.jsonl.corrupt"
+_CORRUPT = re.compile(r"metrics\.jsonl\.corrupt(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def own_files(folder: Path) -> list[Path]:
     found = [by_name[run_manifest.NAME]] if run_manifest.NAME in by_name else []
     if found or _has_steps(by_name.get("metrics.jsonl")):
         found += [
-            by_name[name] for name in by_name if name in ("metrics.jsonl", "loss.png") or name.startswith(_CORRUPT)
+            by_name[name] for name in by_name if name in ("metrics.jsonl", "loss.png") or _CORRUPT.fullmatch(name)
         ]
         found += dashboards.files(folder)
     if "train_log.txt" in by_name and "'allow_changes':" in "".join(
@@ -103,9 +105,19 @@ def check_paths(folder: Path) -> None:
 
 
 def check_overwrites(c: TrainConfig) -> None:
-    """Raise UserError if a new run would overwrite a checkpoint that this program did not
-    write.
+    """Raise UserError if a new run would overwrite a checkpoint or picture that this program did
+    not write.
     """
+    picture, base = c.folder / "loss.png", c.folder / NEW_BASE
+    if picture.exists() and picture not in own_files(c.folder):
+        raise UserError(
+            f"{picture}: this run would overwrite it, but it was not written by this program; move it away, or choose another --proj_dir"
+        )
+    if c.adapter and not c.load_model and base.exists() and not _manifest(base):
+        raise UserError(
+            f"{base}: this run would overwrite it with a new base, but it was not written by this program; pass it as --load_model to"
+            " train on it, move it away, or choose another --proj_dir"
+        )
     for saved in checkpoints(c.folder):
         if saved.is_own:
             continue
@@ -149,7 +161,7 @@ def how_to_continue(c: TrainConfig) -> str:
         newest = found[-1]
         path = shlex.quote(str(newest.path))
         adapter = newest.manifest.get("kind", "adapter" if c.adapter else "") == "adapter"
-        base = c.load_model or newest.manifest.get("base")
+        base = c.load_model or _base_of(newest)
         load = (
             f"--load_model {shlex.quote(str(base))} --lora_load {path}" if adapter and base else f"--load_model {path}"
         )
@@ -164,6 +176,13 @@ def how_to_continue(c: TrainConfig) -> str:
     options.append(f"to start over at step 0: --overwrite, which deletes {names(c.folder, own_files(c.folder))}")
     options.append("or choose another --proj_dir")
     return "; ".join(options) + "."
+
+
+def _base_of(saved: Saved) -> Path | None:
+    """The base that an adapter's manifest names, relative to its folder; None if not found."""
+    with contextlib.suppress(UserError):
+        return adapter_files.find_base(saved.path)
+    return None
 
 
 def _glob(folder: Path) -> list[Path]:

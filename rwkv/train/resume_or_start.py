@@ -4,7 +4,7 @@ training state to resume from.
 
 import contextlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,11 @@ def outdated(c: TrainConfig, before: dict[str, Any] | None) -> tuple[Path, ...]:
     return tuple(old)
 
 
-def delete(run: Run, used: Path) -> None:
-    """Delete the run's `outdated` files, except those of the data with prefix `used`; report
+def delete(run: Run, used: Iterable[str]) -> None:
+    """Delete the run's `outdated` files, except those of the data with the prefixes `used`; report
     which.
     """
-    kept = {path.resolve() for path in data_source.files_of(str(used))}
+    kept = {path.resolve() for prefix in used for path in data_source.files_of(prefix)}
     deleted = [path for path in run.outdated if path.resolve() not in kept]
     for path in deleted:
         path.unlink()

@@ -2,7 +2,6 @@
 
 import math
 import random
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from rwkv import adapter_files, checkpoint, compat
 from rwkv.adapters import lora
+from rwkv.commands import command, output
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.convert import char_level
 from rwkv.errors import UserError
@@ -148,7 +148,8 @@ def _compare(model: RWKV, c: LoRAConfig, known: dict[str, Any]) -> None:
     """
     possible = model.version.PARTS
     theirs, ours = known["parts"], possible.normal(lora.parts_in(c.lora_parts))
-    merge = f"merge it into its base and train a new one: scripts/merge_lora.py --adapter {shlex.quote(c.lora_load)}"
+    into = ("merge", "--adapter", c.lora_load, "--base", c.load_model, "--output", output("merged.pth"))
+    merge = f"merge it into its base and train a new one: {command(*into)}"
     matrices = any(map(possible.layers_of, theirs))  # without them rank and alpha do not matter
     if matrices and known["r"] != c.lora_r:
         raise UserError(

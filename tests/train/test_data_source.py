@@ -165,6 +165,25 @@ def test_not_a_binidx(name, binidx_of, message, make_data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("name", "binidx_of", "words"), NO_BINIDX, ids=[case[0] for case in NO_BINIDX])
+def test_validation_data_is_not_a_binidx(name, binidx_of, words, make_data, tmp_path):
+    data = make_data(100)
+    for prefix in binidx_of:
+        make_data(100, name=prefix)
+    if not binidx_of and name != "gone":
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("text")
+    flags = {**FLAGS, "vocab_size": 50, "data_file": data, "proj_dir": str(tmp_path / "run"), "max_steps": 1}
+    if name in ("sample.bin", "sample.idx"):  # accepted with their ending
+        fit(TrainConfig(**flags, val_file=str(tmp_path / name)))
+        return
+    words = words.replace("--data_file", "--val_file").replace(
+        "a NumPy file: also give --data_type numpy", "not a binidx"
+    )
+    with pytest.raises(UserError, match=f"--val_file .*{words}"):
+        fit(TrainConfig(**flags, val_file=str(tmp_path) + "/" + name))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "sft", "JSON"])
 def test_data_type_of_other_trainers(kind, tmp_path):
     with pytest.raises(UserError, match=f"--data_type {kind}: omit the flag; a .jsonl file is recognised by its name"):
@@ -397,6 +416,21 @@ def test_changed_mask_or_index(make_data, tmp_path):
         for path, raw in zip(files, good, strict=True):
             path.write_bytes(raw)
     fit(changed(config, max_steps=2))
+
+
+def test_changed_mask_or_index_of_validation_data(make_data, tmp_path):
+    prefix = make_data(200, name="val")
+    binidx.mask_path(prefix).write_bytes(bytes([0, 1] * 100))
+    flags = {**FLAGS, "vocab_size": 50, "data_file": make_data(200), "proj_dir": str(tmp_path / "run")}
+    config = TrainConfig(**flags, val_file=prefix, max_steps=1)
+    fit(config)
+    change_mask(prefix)
+    with pytest.raises(UserError, match="validation loss mask"):
+        fit(changed(config, max_steps=2))
+    change_mask(prefix)
+    other_documents(prefix)
+    with pytest.raises(UserError, match="validation documents, in the index"):
+        fit(changed(config, max_steps=2))
 
 
 def test_large_data_hashed_in_blocks(make_data, tmp_path, monkeypatch):

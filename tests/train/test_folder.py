@@ -407,6 +407,67 @@ def test_overwrite_deletes_own_files_only(upstreams, finished, capsys):
             assert after["train_log.txt"].startswith(raw)
 
 
+def test_overwrite_keeps_validation_data(finished, tmp_path, write_jsonl):
+    folder = tmp_path / "run"
+    config = changed(finished[0], proj_dir=str(folder), vocab_size=65536, max_steps=1)
+    fit(changed(config, data_file=str(write_jsonl(*[{"text": f"document {i}"} for i in range(30)]))))
+    copy = {path: raw for path, raw in content(folder).items() if path.name.startswith("data_text_document")}
+    assert len(copy) == 4
+    fit(changed(config, val_file=str(folder / "data_text_document"), overwrite=True))
+    assert {path: content(folder)[path] for path in copy} == copy
+
+
+@pytest.mark.parametrize("name", ["loss.png", "vocab.json"])
+def test_other_files_of_user_kept(name, tmp_path):
+    (tmp_path / "text.txt").write_text("hello " * 30)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / name).write_text('{"1": "hello"}')
+    text = {"data_type": "utf-8", "data_file": str(tmp_path / "text.txt"), "max_steps": 1, "overwrite": True}
+    config = TrainConfig(**FLAGS | NEW | {"vocab_size": 0}, **text, proj_dir=str(folder))
+    before = content(folder)
+    with pytest.raises(UserError, match=f"{name}: this run would overwrite it, but"):
+        fit(config)
+    assert content(folder) == before
+    (folder / name).unlink()
+    fit(config)
+    (folder / "metrics.jsonl.corrupt.mine").write_text("mine")
+    fit(config)  # may replace the files of a run, and only these
+    assert (folder / "metrics.jsonl.corrupt.mine").read_text() == "mine"
+
+
+def test_empty_folder_name(finished):
+    with pytest.raises(UserError, match="--proj_dir is empty"):
+        fit(changed(finished[0], proj_dir=""))
+
+
+def test_base_of_user_kept(make_base, make_data, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(make_base(), folder / "rwkv-base.pth")
+    config = LoRAConfig(**FLAGS | NEW, data_file=make_data(200), proj_dir=str(folder), overwrite=True)
+    before = content(folder)
+    with pytest.raises(UserError, match="rwkv-base.pth: this run would overwrite it with a new base"):
+        fit(config)
+    assert content(folder) == before
+    (folder / "rwkv-base.pth").unlink()
+    fit(changed(config, max_steps=1))
+    fit(changed(config, max_steps=1))  # a base that a run has made may be replaced
+
+
+def test_advice_for_lora_run_on_new_base(make_data, tmp_path, monkeypatch):
+    """A manifest names the base relative to its own folder; advice is pasted elsewhere."""
+    config = LoRAConfig(**FLAGS | NEW, data_file=make_data(200), proj_dir=str(tmp_path / "run"))
+    fit(changed(config, epoch_count=1))
+    no_state(tmp_path / "run")
+    with pytest.raises(UserError, match=rf"--load_model {tmp_path}/run/rwkv-base.pth --lora_load") as error:
+        fit(changed(config, epoch_count=1))
+    model, adapter = re.search(r"--load_model (\S+) --lora_load (\S+) --epoch_begin 1", str(error.value)).groups()
+    monkeypatch.chdir("/")
+    sizes = dict.fromkeys(NEW, 0)
+    fit(changed(config, **sizes, load_model=model, lora_load=adapter, epoch_begin=1, epoch_count=2))
+
+
 def test_advice_for_lora_run_without_state(make_base, make_data, tmp_path):
     base = make_base()
     config = LoRAConfig(**FLAGS, load_model=str(base), data_file=make_data(200), proj_dir=str(tmp_path / "a b"))
@@ -417,6 +478,14 @@ def test_advice_for_lora_run_without_state(make_base, make_data, tmp_path):
     ):
         fit(config)
     fit(changed(config, lora_load=str(tmp_path / "a b/rwkv-0.pth"), epoch_begin=1))
+
+
+def test_adapter_needs_its_base(make_base, make_data, tmp_path):
+    config = LoRAConfig(**FLAGS, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run"))
+    adapter = fit(changed(config, max_steps=1)).checkpoint
+    with pytest.raises(UserError, match="the base that it was trained on only; give that base as --load_model"):
+        fit(changed(config, **NEW, load_model="", lora_load=str(adapter), proj_dir=str(tmp_path / "other")))
+    assert not (tmp_path / "other").exists()
 
 
 def test_lora_load_compared_by_content(make_base, make_data, tmp_path):
@@ -434,6 +503,12 @@ def test_lora_load_compared_by_content(make_base, make_data, tmp_path):
     fit(changed(started, max_steps=2, lora_load=str(tmp_path / "same.pth")))  # same adapter, another name
     with pytest.raises(UserError, match=r"--lora_load \(SHA-256\): [0-9a-f]{64} → none"):
         fit(changed(started, lora_load=""))
+
+
+def test_same_parts_in_other_words(make_base, make_data, tmp_path):
+    config = LoRAConfig(**FLAGS, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run"))
+    fit(changed(config, max_steps=1))
+    fit(changed(config, max_steps=2, lora_parts="time, ln,att.value,att.key,att.receptance"))
 
 
 INCOMPATIBLE = [

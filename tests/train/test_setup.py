@@ -135,7 +135,7 @@ INCOMPATIBLE = [
     (
         {"lora_r": 8},
         {"lora_r": 4},
-        "has rank 8, but --lora_r is 4; the rank cannot be changed. Use --lora_r 8, or merge it .*merge_lora.py",
+        "has rank 8, but --lora_r is 4; the rank cannot be changed. Use --lora_r 8, or merge it .*merge_lora.py --adapter .*/a/rwkv-1.pth --base .*/base.pth --output merged.pth$",
     ),
     (
         {"lora_alpha": 32},

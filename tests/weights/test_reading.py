@@ -1,5 +1,6 @@
 """Files given by mistake are identified by content, and the error says what to do."""
 
+import dataclasses
 import io
 import json
 import os
@@ -17,7 +18,9 @@ import torch
 from rwkv import adapter_files, checkpoint
 from rwkv.adapter_files import inspect_adapter
 from rwkv.checkpoint import load_model, read_tensors
+from rwkv.config import LoRAConfig
 from rwkv.errors import UserError
+from rwkv.train.fit import fit
 
 
 def block(**shapes) -> dict[str, torch.Tensor]:
@@ -127,7 +130,13 @@ VALUES = {
     "tensor": (torch.zeros(2), "contains a Tensor, not a dictionary of tensors"),
     "empty": ({}, "an empty dictionary"),
     "a number among tensors": ({"emb.weight": torch.zeros(2, 2), "step": 3}, "its entry 'step' is a int, not a tensor"),
-    "numbers as keys": ({0: torch.zeros(2)}, "its entry '0' is a Tensor"),
+    "numbers as keys": ({0: torch.zeros(2)}, "its key 0 is a int, not the name of a tensor"),
+    "bytes as keys": ({b"emb.weight": torch.zeros(2)}, "its key b'emb.weight' is a bytes, not the name"),
+    "two models": (
+        {"model": {"emb.weight": torch.zeros(2)}, "state_dict": {"emb.weight": torch.ones(2)}},
+        "has tensors under state_dict and model",
+    ),
+    "a step among tensors": ({**block(**ATT), "step": torch.tensor(3)}, "not a checkpoint of a model: step is int64"),
     "optimizer": (
         {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4}]},
         "an optimizer state",
@@ -387,6 +396,37 @@ def test_peft_adapter_loaded(tmp_path, make_base, make_model, ending, form):
             )  # fp32, different summation order
     with pytest.raises(UserError, match="a folder with a peft adapter, not a model"):
         load_model(folder)
+
+
+def test_training_continues_peft_adapter(tmp_path, make_base, make_model, make_data):
+    folder = peft_folder(tmp_path / "pf", peft_tensors(make_model()))
+    flags = {"ctx_len": 8, "micro_bsz": 1, "epoch_steps": 2, "epoch_count": 1, "max_steps": 1, "accelerator": "cpu"}
+    config = LoRAConfig(
+        **flags,
+        load_model=str(make_base()),
+        data_file=make_data(200),
+        proj_dir=str(tmp_path / "run"),
+        lora_load=str(folder),
+        lora_r=4,
+        lora_alpha=8,
+        lora_parts="att.key,ffn.value",
+        lr_init=0,
+        lr_final=0,
+    )
+    made = read_tensors(fit(config).checkpoint)
+    expected = read_tensors(folder / "adapter_model.safetensors")
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name], expected[name]) for name in made)
+    fit(dataclasses.replace(config, max_steps=2))
+    peft_folder(tmp_path / "pf", {name: 2 * tensor for name, tensor in expected.items()})
+    with pytest.raises(UserError, match=r"--lora_load \(SHA-256\)"):
+        fit(dataclasses.replace(config, max_steps=2))
+
+
+def test_rank_differs_from_adapter_config(tmp_path, make_model):
+    folder = peft_folder(tmp_path / "pf", peft_tensors(make_model()), r=8)
+    with pytest.raises(UserError, match=r"pf: rank 4, but adapter_config.json says 8; that file belongs to another"):
+        inspect_adapter(folder)
 
 
 def test_rslora_scale_matches_peft(tmp_path, make_model):

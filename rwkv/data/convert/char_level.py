@@ -2,6 +2,7 @@
 arrays of ids (numpy).
 """
 
+import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,12 +35,24 @@ def characters_to_binidx(kind: str, path: str, prefix: str, vocabulary_file: Pat
     known = vocabulary(kind, path)
     if not known:
         raise UserError(f"{path}: the file is empty; use a file with text")
+    if vocabulary_file.exists() and not _is_vocabulary(vocabulary_file):
+        raise UserError(
+            f"{vocabulary_file}: this run would overwrite it, but it is not a vocabulary of characters; move it away, or choose another --proj_dir"
+        )
     write_json(vocabulary_file, dict(enumerate(known)))
     codes = _codes(known)
     with binidx.writer(prefix, _dtype(len(known))) as out:
         out.add_stream(np.searchsorted(codes, _codes(block)) for block in _text(kind, path))
         tokenizer = {"name": "characters", "vocab_size": len(known), "eod": None, "sha256": None}
         _describe(out, tokenizer, path if kind != "dummy" else "", kind)
+
+
+def _is_vocabulary(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and all(isinstance(x, str) and len(x) == 1 for x in found.values())
 
 
 def array_to_binidx(path: str, prefix: str) -> None:

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from rwkv import compat
+from rwkv.adapters import lora
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import Dataset, mask_path
 from rwkv.errors import UserError
 from rwkv.files import fingerprint, sha256, write_json
 from rwkv.kernels import build
+from rwkv.models import version
 from rwkv.train.loop import schedule
 from rwkv.train.run import Run
+from rwkv.weights import peft_adapter
 
 _ROOT = Path(__file__).parents[3]
 _GIT = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
@@ -58,7 +61,7 @@ def describe(run: Run, source: dict[str, Any] | None) -> dict[str, Any]:
         "precision": c.precision,
         "model": vars(run.sizes),
         "base": run.base,
-        "adapter": {"path": adapter, "sha256": sha256(adapter)} if adapter else None,
+        "adapter": {"path": adapter, "sha256": sha256(peft_adapter.file_of(Path(adapter)))} if adapter else None,
         "source": source,
     }
 
@@ -181,11 +184,19 @@ def write(folder: Path, run: dict[str, Any]) -> None:
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Differences between two manifests that would change the training steps, one line each."""
     old, new = _compared(before), _compared(now)
+    if "--lora_parts" in old and _same_parts(old["--lora_parts"], new.get("--lora_parts", "")):
+        old.pop("--lora_parts")
     found = [f"{key}: {_short(old[key])} → {_short(new[key])}" for key in old if key in new and old[key] != new[key]]
     sources = [run["source"] for run in (before, now) if run.get("source")]
     if len(sources) == 2 and sources[0]["sha256"] != sources[1]["sha256"]:
         found.insert(0, "data file: " + " → ".join(f"{one['path']} (SHA-256 {one['sha256'][:16]}…)" for one in sources))
     return found
+
+
+def _same_parts(old: str, new: str) -> bool:
+    """Whether two values of --lora_parts mean the same: `att` is key, value and receptance."""
+    known = version.DEFAULT.PARTS
+    return known.normal(lora.parts_in(old)) == known.normal(lora.parts_in(new))
 
 
 def _short(value: Any) -> str:
@@ -203,7 +214,7 @@ def flags_of(run: dict[str, Any]) -> TrainConfig:
 def _compared(run: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that determine its steps."""
     flags, c = run["flags"], flags_of(run)
-    lora = bool(flags.get("lora"))
+    lora, held = bool(flags.get("lora")), run.get("validation")
     kept = {
         f"--{key}": value
         for key, value in flags.items()
@@ -219,12 +230,11 @@ def _compared(run: dict[str, Any]) -> dict[str, Any]:
         "--precision": run["precision"],
         "base model (SHA-256)": (run["base"] or {}).get("sha256"),
         # a validation set may be added or removed; with another one, losses would not be comparable
-        **(
-            {"validation set (SHA-256, bytes)": (held["sha256"], held["bytes"])}
-            if (held := run.get("validation"))
-            else {}
-        ),
+        **({"validation set (SHA-256, bytes)": (held["sha256"], held["bytes"])} if held else {}),
     }
+    if held and "index_sha256" in held:
+        found["validation documents, in the index (SHA-256)"] = held["index_sha256"]
+        found["validation loss mask (SHA-256)"] = held["mask_sha256"]
     if "adapter" in run:
         found["--lora_load (SHA-256)"] = (run["adapter"] or {}).get("sha256")
     if source := run.get("source"):

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from rwkv.commands import flags
 from rwkv.errors import UserError
 from rwkv.train.console import say
 from rwkv.train.runtime.lightning import rank_zero_only
@@ -46,6 +47,8 @@ class TrackedFolder:
             raise UserError(
                 f"{self._folder} was deleted during the run, with everything saved in it; run again to start over"
             )
-        say(f"note: {self._folder} is now {moved}; the run continues there. Pass --proj_dir {moved} to resume it later")
+        say(
+            f"note: {self._folder} is now {moved}; the run continues there. Pass {flags('--proj_dir', moved)} to resume it later"
+        )
         self._folder = moved
         return moved
