@@ -263,7 +263,7 @@ REFUSED = [
     ({"val_split": 1.0}, "less than 1"),
     ({"val_every": 5}, "needs a validation set: give --val_file, or --val_split"),
     ({"val_file": "v", "val_split": 0.5}, "both give the validation set"),
-    ({"val_file": "v.jsonl"}, r"must be a binidx.* scripts/convert.py --input v.jsonl --output-prefix PREFIX"),
+    ({"val_file": "v.jsonl"}, r"--val_file v.jsonl: no such data"),
     ({"val_file": "v", "data_type": "utf-8"}, "has its own vocabulary"),
     ({"val_file": "none"}, "none"),
     ({"val_split": 0.5, "val_samples": -1}, "must not be negative"),
