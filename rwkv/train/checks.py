@@ -78,6 +78,7 @@ def check(c: TrainConfig) -> None:
     if c.exact and not c.tbptt_len:
         raise UserError("--exact applies to --tbptt_len only: give the length of a chunk with it too")
     samples.check(c)
+    data_source.check_validation(c)
     # stage 1 only writes initial weights; upstream's demo-training-prepare.sh gives device and
     # strategy anyway
     if c.my_pile_stage == 1:

@@ -55,7 +55,11 @@ def check(c: TrainConfig) -> None:
         )
     if _kind(c) == "binidx" and not os.path.exists(f"{c.data_file}.idx"):
         raise UserError(f"{c.data_file}: {_no_binidx(c.data_file)}")
-    if c.val_file and c.data_type in ("binidx", "numpy") and not os.path.exists(f"{c.val_file}.idx"):
+
+
+def check_validation(c: TrainConfig) -> None:
+    """Raises UserError if val_file is not a binidx."""
+    if c.val_file and not os.path.exists(f"{c.val_file}.idx"):
         raise UserError(f"--val_file {c.val_file}: {_no_binidx(c.val_file, '--val_file')}")
 
 
