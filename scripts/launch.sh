@@ -74,8 +74,8 @@ fi
 
 # Slurm and Kubeflow set environment variables: Kubeflow those of torchrun (PET_*), older versions those of one process per pod (RANK).
 if [[ -z $nodes && ${SLURM_NODEID:-} ]]; then
-  [[ ${SLURM_LOCALID:-0} == 0 ]] || refuse "srun started several tasks on this machine; it needs one: --ntasks-per-node 1"
-  [[ $SLURM_NNODES == 1 || ${SLURM_STEP_ID:-} ]] || refuse "this runs on the first of $SLURM_NNODES machines only; start it with srun"
+  [[ ${SLURM_LOCALID:-0} == 0 ]] || fail "srun started several tasks on this machine; it needs one: --ntasks-per-node 1"
+  [[ $SLURM_NNODES == 1 || ${SLURM_STEP_ID:-} ]] || fail "this runs on the first of $SLURM_NNODES machines only; start it with srun"
   nodes=$SLURM_NNODES node=$SLURM_NODEID
   master=${master:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
   devices=${devices:-${SLURM_GPUS_ON_NODE:-}}
