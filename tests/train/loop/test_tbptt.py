@@ -35,7 +35,7 @@ def whole(model, x, y, counts, reset):
     return head_loss(model.hidden(x, reset=reset)[0], model.head.weight, y, counts)
 
 
-def assert_same(found, wanted, share=1e-5):
+def assert_same(found, wanted):
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-6)
     for name, grad in wanted[1].items():
         # Different summation order: fp32 rounding of the largest entries.
@@ -43,7 +43,7 @@ def assert_same(found, wanted, share=1e-5):
             found[1][name],
             grad,
             rtol=1e-5,
-            atol=share * float(grad.abs().max()) + 1e-9,
+            atol=1e-5 * float(grad.abs().max()) + 1e-9,
             msg=lambda m, n=name: f"{n}: {m}",
         )
 
@@ -52,6 +52,7 @@ def assert_same(found, wanted, share=1e-5):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("tuned", ["all", "lora"])
 @pytest.mark.parametrize("version", ["4", "7"])
+@pytest.mark.filterwarnings("ignore:wkv7 falls back")
 def test_exact_gradients_match_full_sequence(make_model, length, masked, tuned, version):
     model = make_model(version=version)
     if tuned == "lora":
@@ -60,10 +61,11 @@ def test_exact_gradients_match_full_sequence(make_model, length, masked, tuned, 
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(p)
+    if version == "7":  # its norms by head magnify fp32 rounding more than the tolerance
+        model.double()
     data = batch(masked=masked)
     found = gradients(model, lambda: tbptt.mean_loss(model, *data, length, exact=True))
-    # RWKV-7 normalises keys and outputs of heads, some of which are small
-    assert_same(found, gradients(model, lambda: whole(model, *data)), share=1e-5 if version == "4" else 1e-4)
+    assert_same(found, gradients(model, lambda: whole(model, *data)))
 
 
 def test_truncated_gradients(make_model):
