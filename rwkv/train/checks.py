@@ -66,7 +66,7 @@ def check(c: TrainConfig) -> None:
         )
     if c.adapter and c.adapter.lora_load and not c.load_model:
         raise UserError(
-            f"--lora_load {c.adapter.lora_load}: an adapter works with the base that it was trained on only; give that base as --load_model"
+            f"--lora_load {c.adapter.lora_load}: an adapter works with the base that it was trained on only; pass that base as --load_model"
         )
     data_source.check(c)
     if c.epoch_steps % c.accumulate_grad_batches:

@@ -483,7 +483,7 @@ def test_advice_for_lora_run_without_state(make_base, make_data, tmp_path):
 def test_adapter_needs_its_base(make_base, make_data, tmp_path):
     config = LoRAConfig(**FLAGS, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run"))
     adapter = fit(changed(config, max_steps=1)).checkpoint
-    with pytest.raises(UserError, match="the base that it was trained on only; give that base as --load_model"):
+    with pytest.raises(UserError, match="the base that it was trained on only; pass that base as --load_model"):
         fit(changed(config, **NEW, load_model="", lora_load=str(adapter), proj_dir=str(tmp_path / "other")))
     assert not (tmp_path / "other").exists()
 

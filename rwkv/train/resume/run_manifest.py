@@ -59,6 +59,7 @@ def describe(run: Run, source: dict[str, Any] | None) -> dict[str, Any]:
         if kernel.exists()
         else None,
         "precision": c.precision,
+        "version": version.version_of(run.sizes).NAME,
         "model": vars(run.sizes),
         "base": run.base,
         "adapter": {"path": adapter, "sha256": sha256(peft_adapter.file_of(Path(adapter)))} if adapter else None,
@@ -184,19 +185,15 @@ def write(folder: Path, run: dict[str, Any]) -> None:
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Differences between two manifests that would change the training steps, one line each."""
     old, new = _compared(before), _compared(now)
-    if "--lora_parts" in old and _same_parts(old["--lora_parts"], new.get("--lora_parts", "")):
-        old.pop("--lora_parts")
+    if "--lora_parts" in old and "--lora_parts" in new:
+        parts = version.VERSIONS[now["version"]].PARTS
+        if len({tuple(parts.normal(lora.parts_in(run["--lora_parts"]))) for run in (old, new)}) == 1:
+            old.pop("--lora_parts")  # the same parts, possibly written in another way
     found = [f"{key}: {_short(old[key])} → {_short(new[key])}" for key in old if key in new and old[key] != new[key]]
     sources = [run["source"] for run in (before, now) if run.get("source")]
     if len(sources) == 2 and sources[0]["sha256"] != sources[1]["sha256"]:
         found.insert(0, "data file: " + " → ".join(f"{one['path']} (SHA-256 {one['sha256'][:16]}…)" for one in sources))
     return found
-
-
-def _same_parts(old: str, new: str) -> bool:
-    """Whether two values of --lora_parts mean the same: `att` is key, value and receptance."""
-    known = version.DEFAULT.PARTS
-    return known.normal(lora.parts_in(old)) == known.normal(lora.parts_in(new))
 
 
 def _short(value: Any) -> str:
