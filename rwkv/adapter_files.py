@@ -127,9 +127,7 @@ def inspect_adapter(
     return tensors, known
 
 
-def _version_of(
-    tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], base: PathLike | None
-) -> version.Version:
+def _version_of(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], base: PathLike | None) -> version.Version:
     """An adapter's version: from its manifest, else its base, else its tensors' names."""
     if "version" in manifest:
         return version.VERSIONS[manifest["version"]]

@@ -169,9 +169,7 @@ def trained(p: Plan) -> int:
 def _fully_trained(p: Plan) -> list[torch.Size]:
     """The shapes of trained tensors, without adapters."""
     parts = version_of(p.sizes).PARTS
-    return [
-        shape for name, shape in shapes(p.sizes).items() if not p.lora or parts.fully_trained(name, p.parts)
-    ]
+    return [shape for name, shape in shapes(p.sizes).items() if not p.lora or parts.fully_trained(name, p.parts)]
 
 
 def total(s: Sizes) -> int:

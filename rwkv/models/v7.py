@@ -258,9 +258,7 @@ def recognise(shapes: Mapping[str, torch.Size], n_layer: int) -> Sizes:
         raise ValueError("a tensor without elements")
     if heads * head_size != n_embd:
         raise ValueError(f"blocks.0.att.r_k is [{heads}, {head_size}], but the width is {n_embd}")
-    return Sizes(
-        n_layer, n_embd, vocab_size, dim_ffn, head_size, **found, v_in_block_0="blocks.0.att.v1" in shapes
-    )
+    return Sizes(n_layer, n_embd, vocab_size, dim_ffn, head_size, **found, v_in_block_0="blocks.0.att.v1" in shapes)
 
 
 def initialise(model: Any, emb_scale: float, frozen: bool) -> None:

@@ -91,7 +91,9 @@ class Version(Protocol):
         """Bytes of saved activations per token and block, with e bytes per element."""
 
     def forward_bytes(self, sizes: Any, e: int) -> float:
-        """Peak bytes per token of temporary tensors in the forward pass of a block that saves none."""
+        """Peak bytes per token of temporary tensors in the forward pass of a block that saves
+        none.
+        """
 
     def backward_bytes(self, sizes: Any, e: int) -> float:
         """Peak bytes per token of temporary tensors in the backward pass of a block."""
@@ -136,7 +138,7 @@ def sizes_given(flags: object, version: Version) -> dict[str, int]:
 
 
 def new_sizes(flags: object, version: Version) -> Sizes:
-    """Sizes of a new model, from the attributes of `flags`. Raises UserError if they are invalid."""
+    """Sizes of a new model, from the attributes of `flags`. Raises UserError for invalid ones."""
     given = sizes_given(flags, version)
     try:
         return version.Sizes(**given)
@@ -150,7 +152,7 @@ def fully_trained(name: str) -> bool:
 
 
 def fitting(names: Iterable[str]) -> Version:
-    """The first version whose adapters can have tensors of these names; DEFAULT if there is none."""
+    """The first version whose adapters can have tensors of these names, or DEFAULT."""
     for version in VERSIONS.values():
         parts = version.PARTS
         if all(

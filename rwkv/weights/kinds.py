@@ -110,7 +110,7 @@ def _part_of_model(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _version(tensors: Mapping[str, Tensor]) -> str | None:
-    """An RWKV model of an unsupported version, or RWKV-4 with unsupported parts; None for others."""
+    """An RWKV model of an unsupported version or with unsupported parts; None for others."""
     train = f"; {_SUPPORTED} can be used here"
     layer = r"^blocks\.\d+\."
     tests = (

@@ -68,9 +68,7 @@ def _kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def check_adapter(
-    manifest: dict[str, Any], where: PathLike, parts: Mapping[str, Iterable[str]]
-) -> dict[str, Any]:
+def check_adapter(manifest: dict[str, Any], where: PathLike, parts: Mapping[str, Iterable[str]]) -> dict[str, Any]:
     """Validate type and range of every value used from an adapter's manifest.
 
     Args:

@@ -300,7 +300,9 @@ def test_rwkv7_lora_matches_upstream(make_base, make_data, tmp_path, parts):
     common = {"load_model": str(base), "data_file": data, "magic_prime": 29, "lora_parts": parts, "lora_dropout": 0.0}
     common |= {"lora_r": 4, "lora_alpha": 16, "accelerator": "cpu", "precision": "fp32", "random_seed": 3}
     # The adapter's initial values are random: take them from a run with a learning rate of 0.
-    fit(LoRAConfig(**flags | {"lr_init": 0.0, "lr_final": 0.0}, **common, proj_dir=str(tmp_path / "start"), max_steps=1))
+    fit(
+        LoRAConfig(**flags | {"lr_init": 0.0, "lr_final": 0.0}, **common, proj_dir=str(tmp_path / "start"), max_steps=1)
+    )
     start = tmp_path / "start/rwkv-final.pth"
     fit(LoRAConfig(**flags, **common, proj_dir=str(tmp_path / "run"), lora_load=str(start)))
     adapter, losses = read_tensors(start), ours(tmp_path)

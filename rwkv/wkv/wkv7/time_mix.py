@@ -117,8 +117,7 @@ class _TimeMix(torch.autograd.Function):
         wanted = ctx.needs_input_grad[3:]
         with torch.enable_grad():
             v_first, *tensors = (
-                None if t is None else t.detach().requires_grad_(want)
-                for t, want in zip(tensors, wanted, strict=True)
+                None if t is None else t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)
             )
             x, p = _split(tensors)
             made = _keys(x, v_first, p)

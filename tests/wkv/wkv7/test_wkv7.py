@@ -1,4 +1,4 @@
-"""The compiled WKV7 operator matches the reference in float64, and reports why it is unavailable."""
+"""The compiled WKV7 operator matches the reference in float64, or reports why it is unavailable."""
 
 import itertools
 import math
