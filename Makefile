@@ -7,16 +7,16 @@ LOCKS := $(wildcard env/locks/$(STACK).txt env/locks/$(STACK)-deepspeed.txt)
 KERNELS := rwkv/kernels/lib/.$(STACK)
 ifdef PY
 .PHONY: $(KERNELS)
-SAY := make PY=$(PY)
+MAKE_COMMAND := make PY=$(PY)
 else
-SAY := make$(if $(filter cu117,$(STACK)),, STACK=$(STACK))$(if $(filter command environment,$(firstword $(origin VENV))), VENV=$(VENV))
+MAKE_COMMAND := make$(if $(filter cu117,$(STACK)),, STACK=$(STACK))$(if $(filter command environment,$(firstword $(origin VENV))), VENV=$(VENV))
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 ORACLE := $(VENV)/oracle/.ready
 endif
-# Run the code of this checkout. Jobs also get the command they were started with, to print matching commands (rwkv/commands.py).
+# Run the code of this checkout. Jobs also get the make command that started them, so that they print commands in the same form (rwkv/commands.py).
 CODE = PYTHONPATH='$(CURDIR)'$${PYTHONPATH:+:$$PYTHONPATH}
-JOB = $(CODE) RWKV_MAKE='$(SAY)' $(if $(findstring w,$(firstword -$(MAKEFLAGS))),RWKV_MAKE_FOLDER='$(CURDIR)') PY=$(PY)
+JOB = $(CODE) RWKV_MAKE='$(MAKE_COMMAND)' $(if $(findstring w,$(firstword -$(MAKEFLAGS))),RWKV_MAKE_FOLDER='$(CURDIR)') PY=$(PY)
 # Reject misspelt variables: ARG="--load_model ..." would be ignored and the demo would run.
 VARIABLES := ARGS PY STACK VENV TOOLS CLEAN_DEMO OUT PYTHON PYENV_ROOT CONDA BASE_IMAGE BUILT ENGINE ENGINE_OPTIONS NO_CACHE UPGRADE DOCKER_WORK LOG \
   SHELL MAKEFLAGS MAKEOVERRIDES MAKEFILES CURDIR COMPOSE_% CUDA_% NCCL_% GLOO_% OMP_% MKL_% RWKV_% WANDB_% HF_% TORCH_% PYTORCH_% PIP_% UV_% %_PROXY %_proxy
@@ -69,7 +69,7 @@ kernels: $(READY)  ## compile the kernels for this machine (ALL=1: for every GPU
 $(KERNELS): $(READY) $(wildcard cuda/*/*.h cuda/*/*.cpp cuda/*/*.cu) rwkv/kernels/build.py rwkv/kernels/nvrtc.py rwkv/compat.py
 	@$(MAKE) --silent kernels
 
-lora: venv  ## LoRA tuning; without ARGS the full pipeline on a toy dataset
+lora: venv  ## LoRA fine-tuning; without ARGS the full pipeline on a toy dataset
 ifeq ($(strip $(ARGS)),)
 	@$(JOB) scripts/demo.sh
 else

@@ -138,9 +138,11 @@ def speed(folder: Path, megabytes: float) -> None:
     assert tokens == slow_tokens == written
     print(f"{size:.0f} MB of text, {tokens:,} tokens, 2 cores; times include process start unless noted")
     print(
-        f"converter, 2 workers    {size / min(ours):6.1f} MB/s   of {', '.join(f'{size / x:.1f}' for x in ours)}; {start:.2f} s of it is start-up"
+        f"converter, 2 workers    {size / min(ours):6.1f} MB/s   best of {', '.join(f'{size / x:.1f}' for x in ours)}; start-up takes {start:.2f} s"
     )
-    print(f"library's batch alone   {size / min(theirs):6.1f} MB/s   of {', '.join(f'{size / x:.1f}' for x in theirs)}")
+    print(
+        f"library batch encoding  {size / min(theirs):6.1f} MB/s   best of {', '.join(f'{size / x:.1f}' for x in theirs)}"
+    )
     print(f"pure-Python trie        {size / slow:6.1f} MB/s")
     print(f"converter : trie        {slow / min(ours):6.1f} ×      target: 15")
     print(f"converter : library     {100 * min(theirs) / min(ours):6.0f} %      target: 75")

@@ -6,8 +6,8 @@
 #include <ATen/Parallel.h>
 #include <cmath>
 
-// y = e^x for x [n] fp32, `times` passes over blocks that fit the L1 cache, each pass on other
-// values.
+// y = e^x for x [n] fp32, `times` passes over blocks that fit the L1 cache, each pass on
+// different values.
 void exponentials(const at::Tensor& x, const at::Tensor& y, int64_t times) {
   const float* from = x.data_ptr<float>();
   float* to = y.data_ptr<float>();

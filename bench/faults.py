@@ -47,22 +47,22 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="random seed of the kill times")
     parser.add_argument("--kind", choices=KINDS, help="run this kind only")
     arguments = parser.parse_args()
-    moments, equal = random.Random(arguments.seed), True
+    rng, equal = random.Random(arguments.seed), True
     steps = 50 * (arguments.kills + 1)  # more than can be completed between kills
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         inputs = make_inputs(folder)
         for kind in [arguments.kind] if arguments.kind else KINDS:
             script, flags = KINDS[kind]
-            given = FLAGS | flags | inputs | {"epoch_steps": 2 * steps}
+            all_flags = FLAGS | flags | inputs | {"epoch_steps": 2 * steps}
             argv = [
                 sys.executable,
                 str(SCRIPTS / script),
-                *(str(word) for key, value in given.items() for word in (f"--{key}", value)),
+                *(str(word) for key, value in all_flags.items() for word in (f"--{key}", value)),
             ]
             uninterrupted, killed = folder / f"{script}-uninterrupted", folder / f"{script}-killed"
             subprocess.run([*argv, "--proj_dir", uninterrupted], capture_output=True, check=True)
-            kills = [kill([*argv, "--proj_dir", str(killed)], killed, moments) for _ in range(arguments.kills)]
+            kills = [kill([*argv, "--proj_dir", str(killed)], killed, rng) for _ in range(arguments.kills)]
             subprocess.run([*argv, "--proj_dir", killed], capture_output=True, check=True)
             different = differences(killed, uninterrupted)
             equal = equal and not different
@@ -85,19 +85,19 @@ def make_inputs(folder: Path) -> dict[str, str]:
     return {"load_model": str(folder / "base.pth"), "data_file": str(folder / "data")}
 
 
-def kill(argv: list[str], folder: Path, moments: random.Random) -> int:
+def kill(argv: list[str], folder: Path, rng: random.Random) -> int:
     """Start or resume the run, kill it after a few random steps; returns the last logged step."""
     saved = state_files.states(folder)
-    goal = (int(saved[0].stem.removeprefix("step-")) if saved else 0) + moments.randint(0, MAX_STEPS)
+    goal = (int(saved[0].stem.removeprefix("step-")) if saved else 0) + rng.randint(0, MAX_STEPS)
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    if moments.random() < 0.2:
-        time.sleep(moments.uniform(0, 5))  # while it starts
+    if rng.random() < 0.2:
+        time.sleep(rng.uniform(0, 5))  # while it starts
     else:
         while len(losses(folder)) < goal:
             if process.poll() is not None:
                 raise SystemExit(f"a run exited by itself: {process.stderr.read().decode()}")
             time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.1))
+        time.sleep(rng.uniform(0, 0.1))
     process.kill()
     process.communicate()
     return len(losses(folder))

@@ -28,28 +28,29 @@ from rwkv.models.version import DEFAULT
 SECONDS = 2.0  # per kind of sampling
 
 
-def make(prefix: Path, tokens: int) -> Stream:
-    random, left = np.random.default_rng(0), tokens
+def make_stream(prefix: Path, tokens: int) -> Stream:
+    """Write a binidx with this many random tokens, and open it as a stream."""
+    random, remaining = np.random.default_rng(0), tokens
     with writer(prefix) as out:
-        while left > 0:
-            length = min(left, int(random.integers(100, 1500)))
+        while remaining > 0:
+            length = min(remaining, int(random.integers(100, 1500)))
             out.add(random.integers(1, 60000, length).tolist())
-            left -= length
+            remaining -= length
     return Stream(Dataset(str(prefix)))
 
 
-def rate(samples, batch: int, gpu: bool) -> float:
-    """Tokens/s of batches, moved to the GPU if there is one."""
+def tokens_per_second(samples, batch: int, gpu: bool) -> float:
+    """Tokens/s of a data loader over these samples, with the copy to the GPU if `gpu`."""
     loader = iter(DataLoader(samples, batch, pin_memory=gpu, generator=torch.Generator()))
     next(loader)
-    started, taken = time.perf_counter(), 0
+    started, tokens = time.perf_counter(), 0
     for parts in itertools.takewhile(lambda _: time.perf_counter() - started < SECONDS, loader):
         if gpu:
             parts = [part.to("cuda", non_blocking=True) for part in parts]
-        taken += parts[0].numel()
+        tokens += parts[0].numel()
     if gpu:
         torch.cuda.synchronize()
-    return taken / (time.perf_counter() - started)
+    return tokens / (time.perf_counter() - started)
 
 
 def main() -> None:
@@ -60,9 +61,9 @@ def main() -> None:
     parser.add_argument("--peak_tflops", type=float, default=989.0)
     c = parser.parse_args()
     gpu = torch.cuda.is_available()
-    need = {name: c.peak_tflops * 1e12 / (6 * estimate.total(sizes)) for name, sizes in DEFAULT.PUBLISHED.items()}
+    required = {name: c.peak_tflops * 1e12 / (6 * estimate.total(sizes)) for name, sizes in DEFAULT.PUBLISHED.items()}
     with tempfile.TemporaryDirectory() as folder:
-        stream = make(Path(folder) / "data", c.tokens)
+        stream = make_stream(Path(folder) / "data", c.tokens)
         common = {"stream": stream, "ctx_len": c.ctx_len, "samples": 1 << 30}
         prime = offsets.magic_prime(len(stream), c.ctx_len)
         kinds = {
@@ -74,16 +75,16 @@ def main() -> None:
         print(
             f"T{c.ctx_len} B{c.micro_bsz}, {len(stream):,} tokens, {'pinned and copied to the GPU' if gpu else 'on a CPU'}, torch {torch.__version__}"
         )
-        print("sampling            tokens/s   ms/batch   × what 0.1b needs      × 1.5b   × 14b")
+        print("sampling            tokens/s   ms/batch   × needed for 0.1b      × 1.5b   × 14b")
         for name, samples in kinds.items():
-            found = rate(samples, c.micro_bsz, gpu)
-            times = [found / need[model] for model in ("0.1b", "1.5b", "14b")]
+            speed = tokens_per_second(samples, c.micro_bsz, gpu)
+            times = [speed / required[model] for model in ("0.1b", "1.5b", "14b")]
             print(
-                f"{name:18} {found:10,.0f} {1e3 * c.micro_bsz * c.ctx_len / found:10.3f} {times[0]:22.1f} {times[1]:8.0f} {times[2]:7.0f}"
+                f"{name:18} {speed:10,.0f} {1e3 * c.micro_bsz * c.ctx_len / speed:10.3f} {times[0]:22.1f} {times[1]:8.0f} {times[2]:7.0f}"
             )
         print(
             f"tokens/s that {c.peak_tflops:.0f} TFLOP/s can consume at most: "
-            + ", ".join(f"{name} {value:,.0f}" for name, value in need.items())
+            + ", ".join(f"{name} {value:,.0f}" for name, value in required.items())
         )
 
 

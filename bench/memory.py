@@ -127,12 +127,12 @@ def main(rows: list[str]) -> None:
             print(f"{row:34}  exited with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
             continue
         found, p = json.loads(done.stdout.splitlines()[-1]), plan_of(row)
-        ahead = estimate.estimate(p)
-        first, last = ahead.phase_parts["forward"], ahead.phase_parts["optimizer"]
+        estimated = estimate.estimate(p)
+        first, last = estimated.phase_parts["forward"], estimated.phase_parts["optimizer"]
         predicted = [first["weights"], last["gradients"], first["optimizer"], first["activations"] + first["gradients"]]
-        predicted += [ahead.tensors[name] for name in PHASES]
+        predicted += [estimated.tensors[name] for name in PHASES]
         measured = [found[name] for name in TENSORS] + [found["phases"][name] for name in PHASES]
-        predicted += [max(ahead.tensors.values()), ahead.total - p.process + estimate.LOADED]
+        predicted += [max(estimated.tensors.values()), estimated.total - p.process + estimate.LOADED]
         measured += [max(found["phases"].values()), found["resident"]]
         print(
             f"{row:34}"

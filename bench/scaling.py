@@ -42,9 +42,9 @@ def worker(width: int, ctx_len: int, micro_bsz: int, layers: int, rounds: int) -
     before, times = machine.rss(), []
     machine.rss_peak(restart=True)
     for _ in range(1 + rounds):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         step()
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - started)
     return min(times[1:]), (machine.rss_peak() - before) / 1e9
 
 
@@ -59,7 +59,7 @@ def measure(width: int, rounds: int, at: dict[str, int]) -> list[float]:
     return json.loads(done.stdout)
 
 
-def line(values: tuple[int, ...], costs: list[float]) -> tuple[float, float, float]:
+def fit_line(values: tuple[int, ...], costs: list[float]) -> tuple[float, float, float]:
     """a, b of cost = a + b · value by least squares of relative errors, and the largest error."""
     x, y = np.array(values, float), np.array(costs)
     a, b = np.linalg.lstsq(np.stack([1 / y, x / y], 1), np.ones(len(y)), rcond=None)[0]
@@ -78,15 +78,15 @@ def main() -> None:
         print(json.dumps(worker(*c.worker)))
         return
     figure, axes = plt.subplots(2, 3, figsize=(9, 5), constrained_layout=True)
-    known = {}
+    measured = {}
     for column, (name, every) in enumerate(VARIED.items()):
         points = [START | {name: value} for value in every]
         points = [at for at in points if at["ctx_len"] * at["micro_bsz"] <= c.most]
         values = tuple(at[name] for at in points)
         for at in points:
             key = tuple(at.values())
-            known[key] = known.get(key) or measure(c.width, c.rounds, at)
-            seconds, gigabytes = known[key]
+            measured[key] = measured.get(key) or measure(c.width, c.rounds, at)
+            seconds, gigabytes = measured[key]
             tokens = at["ctx_len"] * at["micro_bsz"]
             print(
                 f"T{at['ctx_len']:6} B{at['micro_bsz']:3} L{at['layers']:3}: {seconds:8.3f} s {1e3 * seconds / tokens:7.3f} ms/token"
@@ -94,13 +94,13 @@ def main() -> None:
                 flush=True,
             )
         for row, label in enumerate(COSTS):
-            costs = [known[tuple(at.values())][row] for at in points]
-            a, b, off = line(values, costs)
-            print(f"{label} against {NAMES[name]}: {a:.3g} + {b:.3g} x, largest error {off:.0%}")
+            costs = [measured[tuple(at.values())][row] for at in points]
+            a, b, error = fit_line(values, costs)
+            print(f"{label} against {NAMES[name]}: {a:.3g} + {b:.3g} x, largest error {error:.0%}")
             axis = axes[row][column]
             axis.plot(values, costs, "o")
             axis.plot(values, [a + b * value for value in values], "-")
-            axis.set_title(f"{a:.2g} + {b:.2g} x, ±{off:.0%}", fontsize=9)
+            axis.set_title(f"{a:.2g} + {b:.2g} x, ±{error:.0%}", fontsize=9)
             axis.set(xscale="log", yscale="log", xlabel=NAMES[name], ylabel=label)
             axis.set_xticks(values)
             axis.set_xticklabels([str(value) for value in values], fontsize=8)

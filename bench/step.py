@@ -1,7 +1,7 @@
 """Benchmark a training step against transformers + peft, and against its own matmuls alone.
 
     python bench/step.py [--sizes 12,768,65536] [--ctx_len 512] [--micro_bsz 1] [--rounds 5]
-        [--let_go 0] [--kinds lora,full] [--precisions fp32,bf16] [--ours]
+        [--free_loss 0] [--kinds lora,full] [--precisions fp32,bf16] [--ours]
 
 Every contender runs in its own process, and they alternate step by step, so that other load affects
 all of them. Same random weights, tokens and targets; LoRA r 8 on key, value and receptance of att
@@ -13,11 +13,11 @@ Printed: tokens/s of the best and the median step, peak resident memory of the s
 memory before loading a model (the libraries), and the loss of the first step.
 
 The loss tensor stays alive until the next step's replaces it, as in a plain `loss = model(...)`
-loop; with --let_go 1 it is freed before, as in Lightning. On a CPU this reduces the memory of
+loop; with --free_loss 1 it is freed before, as in Lightning. On a CPU this reduces the memory of
 `theirs` by up to two fifths, because of fragmentation in glibc.
 
-`products` is a loop over exactly the matmuls of our step, with the same shapes, dtype and library;
-`torch products` runs them with torch's `@`, in a process without our CPU settings, like `theirs`.
+`matmuls` is a loop over exactly the matmuls of our step, with the same shapes, dtype and library;
+`torch matmuls` runs them with torch's `@`, in a process without our CPU settings, like `theirs`.
 On a GPU, also model FLOPs utilisation relative to --peak_tflops, and NVML's memory.
 """
 
@@ -100,7 +100,7 @@ def ours(c: argparse.Namespace):
 
     def step() -> float:
         nonlocal loss
-        loss = None if c.let_go else loss
+        loss = None if c.free_loss else loss
         with torch.autocast(c.device, dtype=torch.bfloat16, enabled=c.precision == "bf16"):
             hidden, _ = model.hidden(ids[:, :-1])
             loss = head_loss(hidden, model.head.weight, ids[:, 1:])
@@ -132,7 +132,7 @@ def theirs(c: argparse.Namespace):
 
     def step() -> float:
         nonlocal loss
-        loss = None if c.let_go else loss
+        loss = None if c.free_loss else loss
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         adam.step()
@@ -147,33 +147,33 @@ def shapes(c: argparse.Namespace) -> list[tuple[int, int, int, bool, bool]]:
     layers, width, vocab = c.sizes
     rows, full = c.micro_bsz * c.ctx_len, c.kind == "full"
     matrices = [(width, width)] * 4 + [(4 * width, width), (width, width), (width, 4 * width)]
-    found = [(rows, out, inside, full, bool(c.grad_cp)) for _ in range(layers) for out, inside in matrices]
+    found = [(rows, out, columns, full, bool(c.grad_cp)) for _ in range(layers) for out, columns in matrices]
     chunk = max(1, CHUNK_BYTES // (4 * vocab))
     return found + [(min(chunk, rows - begin), vocab, width, full, False) for begin in range(0, rows, chunk)]
 
 
-def products(c: argparse.Namespace, plain: bool = False):
+def matmuls_alone(c: argparse.Namespace, plain: bool = False):
     """Only the matmuls of our step."""
-    dtype, made = DTYPES[c.precision], {}
+    dtype, weights = DTYPES[c.precision], {}
     work = []
-    for index, (rows, out, inside, full, again) in enumerate(shapes(c)):
+    for index, (rows, out, columns, full, recomputed) in enumerate(shapes(c)):
         key = "head" if out == c.sizes[2] else index
-        weight = made.setdefault(key, torch.randn(out, inside, device=c.device).to(dtype))
+        weight = weights.setdefault(key, torch.randn(out, columns, device=c.device).to(dtype))
         work.append(
             (
-                torch.randn(rows, inside, device=c.device).to(dtype),
+                torch.randn(rows, columns, device=c.device).to(dtype),
                 torch.randn(rows, out, device=c.device).to(dtype),
                 weight,
                 full,
-                again,
+                recomputed,
             )
         )
     head = torch.empty(max(rows for rows, *_ in shapes(c)), c.sizes[2], device=c.device, dtype=dtype)
 
     def step() -> float:
-        for x, g, weight, full, again in work:
+        for x, g, weight, full, recomputed in work:
             out = head[: len(x)] if weight.shape[0] == c.sizes[2] else None
-            if again:
+            if recomputed:
                 x @ weight.t() if plain else linear_forward(x, weight)
             if plain:
                 torch.mm(x, weight.t(), out=out) if out is not None else x @ weight.t()
@@ -193,7 +193,12 @@ def products(c: argparse.Namespace, plain: bool = False):
     return step
 
 
-MAKERS = {"ours": ours, "theirs": theirs, "products": products, "torch products": lambda c: products(c, plain=True)}
+STEPS = {
+    "ours": ours,
+    "theirs": theirs,
+    "matmuls": matmuls_alone,
+    "torch matmuls": lambda c: matmuls_alone(c, plain=True),
+}
 
 
 def resident(c: argparse.Namespace, key: str = "VmRSS") -> float:
@@ -205,11 +210,11 @@ def resident(c: argparse.Namespace, key: str = "VmRSS") -> float:
 
 
 def peak(c: argparse.Namespace) -> float:
-    """Peak GB since the last `restart`."""
+    """Peak GB since the last `reset_peak`."""
     return torch.cuda.max_memory_allocated() / 1e9 if c.device == "cuda" else resident(c, "VmHWM")
 
 
-def restart(c: argparse.Namespace) -> None:
+def reset_peak(c: argparse.Namespace) -> None:
     if c.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -217,26 +222,26 @@ def restart(c: argparse.Namespace) -> None:
 
 
 def worker(c: argparse.Namespace) -> None:
-    """Run a step for each line on stdin; answer with its seconds, loss and the peak memory so
-    far."""
+    """Run one step for each line on stdin; print its seconds, loss, the peak memory so far and the
+    GPU memory in use."""
     answers, sys.stdout = sys.stdout, sys.stderr
     c.libraries = float("nan")
-    if c.worker in ("theirs", "torch products"):
+    if c.worker in ("theirs", "torch matmuls"):
         torch.set_flush_denormal(True)
     else:
         cpu.prepare()
-    step = MAKERS[c.worker](c)
-    restart(c)
+    step = STEPS[c.worker](c)
+    reset_peak(c)
     print(c.libraries, file=answers, flush=True)
     for _ in sys.stdin:
         started = time.perf_counter()
         loss = step()
         if c.device == "cuda":
             torch.cuda.synchronize()
-        print(json.dumps([time.perf_counter() - started, loss, peak(c), used()]), file=answers, flush=True)
+        print(json.dumps([time.perf_counter() - started, loss, peak(c), gpu_memory_used()]), file=answers, flush=True)
 
 
-def used() -> float:
+def gpu_memory_used() -> float:
     """GB in use on the GPU by any process; nan without a GPU."""
     if not torch.cuda.is_available():
         return float("nan")
@@ -248,17 +253,11 @@ class Contender:
     """A worker process and its measurements."""
 
     def __init__(self, c: argparse.Namespace, name: str, kind: str, precision: str):
-        self.name, self.kind, self.precision, self.times, self.loss, self.memory = (
-            name,
-            kind,
-            precision,
-            [],
-            float("nan"),
-            0.0,
-        )
+        self.name, self.kind, self.precision = name, kind, precision
+        self.times, self.loss, self.memory = [], float("nan"), 0.0
         arguments = ["--worker", name, "--kind", kind, "--precision", precision, "--sizes", ",".join(map(str, c.sizes))]
         arguments += ["--folder", str(Path(c.folder) / precision)]
-        for flag in ("ctx_len", "micro_bsz", "grad_cp", "let_go", "device"):
+        for flag in ("ctx_len", "micro_bsz", "grad_cp", "free_loss", "device"):
             arguments += [f"--{flag}", str(getattr(c, flag))]
         self.process = subprocess.Popen(
             [sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -279,6 +278,11 @@ class Contender:
             self.loss = loss
         self.times.append(seconds)
 
+    @property
+    def timed(self) -> list[float]:
+        """Seconds of every step but the first, which is a warm-up."""
+        return self.times[1:] or self.times
+
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
@@ -286,7 +290,7 @@ class Contender:
 
 def compare(c: argparse.Namespace) -> list[Contender]:
     """Run every contender for the requested kinds and precisions."""
-    done = []
+    contenders = []
     with tempfile.TemporaryDirectory() as c.folder:
         for precision in c.precisions.split(","):
             folder = Path(c.folder) / precision
@@ -305,52 +309,51 @@ def compare(c: argparse.Namespace) -> list[Contender]:
                 [sys.executable, __file__, "--worker", "write", *given, *(["--ours"] if c.ours else [])], check=True
             )
         for kind in c.kinds.split(","):
-            names = ["ours"] if c.ours else ["ours", "products", "torch products", "theirs"]
+            names = ["ours"] if c.ours else ["ours", "matmuls", "torch matmuls", "theirs"]
             group = [Contender(c, name, kind, precision) for precision in c.precisions.split(",") for name in names]
             for _ in range(c.rounds):
                 for contender in group:
                     contender.step()
             for contender in group:
                 contender.close()
-            done += group
-    return done
+            contenders += group
+    return contenders
 
 
-def table(c: argparse.Namespace, done: list[Contender]) -> None:
+def print_table(c: argparse.Namespace, contenders: list[Contender]) -> None:
     count = c.micro_bsz * c.ctx_len
     layers, width, vocab = c.sizes
     cores = f"{torch.get_num_threads()} threads" if c.device == "cpu" else torch.cuda.get_device_name()
     print(
-        f"L{layers} D{width} V{vocab} T{c.ctx_len} B{c.micro_bsz}{' grad_cp' if c.grad_cp else ''}{' let_go' if c.let_go else ''}, {cores}, torch {torch.__version__}, {c.rounds} steps each"
+        f"L{layers} D{width} V{vocab} T{c.ctx_len} B{c.micro_bsz}{' grad_cp' if c.grad_cp else ''}{' free_loss' if c.free_loss else ''}, {cores}, torch {torch.__version__}, {c.rounds} steps each"
     )
     print("kind  dtype  contender        tokens/s  (median)   s/step  GFLOP/s  peak GB  libraries  first loss")
     found = {}
-    for x in done:
-        rest = x.times[1:] or x.times  # the first one is a warm-up
-        best = min(rest)
-        found[x.kind, x.precision, x.name] = (count / best, x.memory, x.loss, x.memory - x.libraries)
+    for x in contenders:
+        best, median = min(x.timed), statistics.median(x.timed)
+        found[x.kind, x.precision, x.name] = x
         flops = sum(
-            2 * rows * out * inside * (2 + full + again)
-            for rows, out, inside, full, again in shapes(argparse.Namespace(**{**vars(c), "kind": x.kind}))
+            2 * rows * out * columns * (2 + full + recomputed)
+            for rows, out, columns, full, recomputed in shapes(argparse.Namespace(**{**vars(c), "kind": x.kind}))
         )
         gpu = f"  MFU {flops / best / c.peak_tflops / 1e10:.1f} %, {x.used:.2f} GB in use" if c.device == "cuda" else ""
         print(
-            f"{x.kind:5} {x.precision:6} {x.name:15} {count / best:9.1f} {count / statistics.median(rest):9.1f} {best:9.3f} {flops / best / 1e9:8.0f}"
+            f"{x.kind:5} {x.precision:6} {x.name:15} {count / best:9.1f} {count / median:9.1f} {best:9.3f} {flops / best / 1e9:8.0f}"
             f" {x.memory:8.2f} {x.libraries:10.2f}  {x.loss:.4f}{gpu}"
         )
     for kind, precision in dict.fromkeys((k, p) for k, p, name in found if name == "theirs"):
-        us, them, bare, torchs = (
-            found[kind, precision, name] for name in ("ours", "theirs", "products", "torch products")
+        ours, theirs, matmuls, torch_matmuls = (
+            found[kind, precision, name] for name in ("ours", "theirs", "matmuls", "torch matmuls")
         )
         print(
-            f"{kind} {precision}: {us[0] / them[0]:.1f} × theirs, {us[1] / them[1]:.2f} of its memory ({us[3] / them[3]:.2f} without libraries), losses differ"
-            f" by {abs(us[2] - them[2]):.1e}; {100 * us[0] / bare[0]:.0f} % of the speed of its matmuls, {100 * us[0] / torchs[0]:.0f} % of torch's"
+            f"{kind} {precision}: {min(theirs.timed) / min(ours.timed):.1f} × theirs, {ours.memory / theirs.memory:.2f} of its memory ({(ours.memory - ours.libraries) / (theirs.memory - theirs.libraries):.2f} without libraries), losses differ"
+            f" by {abs(ours.loss - theirs.loss):.1e}; {100 * min(matmuls.timed) / min(ours.timed):.0f} % of the speed of its matmuls, {100 * min(torch_matmuls.timed) / min(ours.timed):.0f} % of torch's"
         )
     for kind in c.kinds.split(","):
-        us, them = found.get((kind, "bf16", "ours")), found.get((kind, "fp32", "theirs"))
-        if us and them:
+        ours, theirs = found.get((kind, "bf16", "ours")), found.get((kind, "fp32", "theirs"))
+        if ours and theirs:
             print(
-                f"{kind} bf16 against their default, fp32: {us[0] / them[0]:.1f} ×, {us[1] / them[1]:.2f} of its memory, losses differ by {abs(us[2] - them[2]):.1e}"
+                f"{kind} bf16 against their default, fp32: {min(theirs.timed) / min(ours.timed):.1f} ×, {ours.memory / theirs.memory:.2f} of its memory, losses differ by {abs(ours.loss - theirs.loss):.1e}"
             )
 
 
@@ -363,13 +366,13 @@ def main() -> None:
     parser.add_argument("--micro_bsz", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--grad_cp", type=int, default=0)
-    parser.add_argument("--let_go", type=int, default=0, help="1: free the loss before the next step")
+    parser.add_argument("--free_loss", type=int, default=0, help="1: free the loss before the next step")
     parser.add_argument("--kinds", default="lora,full")
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--ours", action="store_true", help="run only our implementation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peak_tflops", type=float, default=989.0, help="peak of the GPU in bf16 (default: H100)")
-    parser.add_argument("--worker", choices=[*MAKERS, "write"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=[*STEPS, "write"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--kind", default="lora", help=argparse.SUPPRESS)
     parser.add_argument("--precision", default="fp32", help=argparse.SUPPRESS)
@@ -380,7 +383,7 @@ def main() -> None:
     elif c.worker:
         worker(c)
     else:
-        table(c, compare(c))
+        print_table(c, compare(c))
 
 
 if __name__ == "__main__":

@@ -93,10 +93,8 @@ def main(batch: int, length: int, channels: int) -> None:
     leaves = {dtype: [z.detach().requires_grad_() for z in (w, u, k, v)] for dtype, (k, v, _) in tensors.items()}
     x, y = -torch.rand(count), torch.empty(count)
     with tempfile.TemporaryDirectory() as folder:
-        source, flags = (
-            str(Path(__file__).with_name("exponentials.cpp")),
-            ["-O3", "-fopenmp", "-ffast-math", "-march=native"],
-        )
+        source = str(Path(__file__).with_name("exponentials.cpp"))
+        flags = ["-O3", "-fopenmp", "-ffast-math", "-march=native"]
         floor = cpp_extension.load("exponentials", [source], extra_cflags=flags, build_directory=folder)
         vectors = torch.ops.rwkv.cpu_vectors("") if load.why_unavailable() is None else ""
         library = by_library(folder, w, u, *tensors[torch.float32]) if vectors.startswith("avx512") else None

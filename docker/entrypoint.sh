@@ -11,7 +11,7 @@ case $stack in
   *) cuda_major=13 ;;
 esac
 
-refuse() {  # PROBLEM FIX
+fail() {  # PROBLEM FIX
   echo "error: $1" >&2
   echo "  fix: $2" >&2
   if [ -n "${RWKV_ANYWAY:-}" ]; then
@@ -22,38 +22,39 @@ refuse() {  # PROBLEM FIX
   exit 78  # EX_CONFIG
 }
 
-gpu_is_wanted() { [ "${RWKV_DEVICE:-gpu}" != cpu ] && [[ " $* " != *" --accelerator cpu "* && " $* " != *" --accelerator=cpu "* ]]; }
+needs_gpu() { [ "${RWKV_DEVICE:-gpu}" != cpu ] && [[ " $* " != *" --accelerator cpu "* && " $* " != *" --accelerator=cpu "* ]]; }
 
 check_gpu() {
-  local seen driver name capability fix other=modern archs oldest own cuda
-  if ! command -v nvidia-smi >/dev/null || ! seen=$(nvidia-smi --query-gpu=driver_version,name,compute_cap --format=csv,noheader 2>/dev/null) || [ -z "$seen" ]; then
+  local gpus driver name capability fix other=modern archs oldest own cuda
+  if ! command -v nvidia-smi >/dev/null || ! gpus=$(nvidia-smi --query-gpu=driver_version,name,compute_cap --format=csv,noheader 2>/dev/null) || [ -z "$gpus" ]; then
     # an old driver may not know compute_cap
-    if ! command -v nvidia-smi >/dev/null || ! seen=$(nvidia-smi --query-gpu=driver_version,name --format=csv,noheader 2>/dev/null) || [ -z "$seen" ]; then
-      refuse "no GPU is visible in this container" \
+    if ! command -v nvidia-smi >/dev/null || ! gpus=$(nvidia-smi --query-gpu=driver_version,name --format=csv,noheader 2>/dev/null) || [ -z "$gpus" ]; then
+      fail "no GPU is visible in this container" \
         "docker run --gpus all (install the NVIDIA Container Toolkit first); without a GPU -e RWKV_DEVICE=cpu, or with compose COMPOSE_FILE=compose.yaml:compose.cpu.yaml in .env (make compose-env writes it)"
       return 0
     fi
   fi
   archs=$(find rwkv/kernels/lib -name 'rwkv_sm_*.cubin' 2>/dev/null | sed -E 's/.*_sm_([0-9]+)\.cubin/\1/' | sort -n | tr '\n' ' ')
+  archs=${archs% }
   drivers "$cuda_major"
   while IFS=, read -r driver name capability; do
     driver=${driver// /} name=${name# } capability=${capability// /}
     if [ "${driver%%.*}" -lt "$oldest" ]; then
-      refuse "the NVIDIA driver is $driver, but CUDA $cuda in this image needs $oldest or later" "update the driver of the host to $own or later$([ "$stack" = cu117 ] || { drivers 11; echo ", or use the image of the cu117 stack, which needs $oldest"; })"
+      fail "the NVIDIA driver is $driver, but CUDA $cuda in this image needs $oldest or later" "update the driver of the host to $own or later$([ "$stack" = cu117 ] || { drivers 11; echo ", or use the image of the cu117 stack, which needs $oldest"; })"
     elif [ "${driver%%.*}" -lt "$own" ]; then
       echo "warning: the NVIDIA driver is $driver; for CUDA $cuda in this image, $own or later is recommended" >&2
     fi
     [[ "$capability" =~ ^[0-9]+\.[0-9]$ ]] || continue
     if ! has_code "$capability" "$archs"; then
       if [ "$stack" = cu117 ] && [ "${capability%.*}" -lt 6 ]; then
-        fix="no stack supports it; -e RWKV_DEVICE=cpu trains on the CPU"
+        fix="no stack supports this GPU; pass -e RWKV_DEVICE=cpu to train on the CPU"
       else
         [ "$stack" = cu117 ] || other=cu117
         fix="use the image of the $other stack: make image STACK=$other, and STACK=$other in .env"
       fi
-      refuse "$name has compute capability $capability, and the $stack stack has kernels for ${archs:-none }only" "$fix"
+      fail "$name has compute capability $capability, and the $stack stack has kernels only for ${archs:-no GPU}" "$fix"
     fi
-  done <<<"$seen"
+  done <<<"$gpus"
 }
 
 drivers() {  # CUDA_MAJOR: sets oldest (minimum driver), own (recommended driver) and cuda (the stack's CUDA version)
@@ -72,14 +73,14 @@ has_code() {  # CAPABILITY ARCHS: a cubin runs on GPUs with the same major and t
 check_shm() {
   local mib
   mib=$(($(stat --file-system --format '%b * %S' /dev/shm) / 1048576)) || mib=0
-  [ "$mib" -ge 1024 ] || refuse "shared memory (/dev/shm) has $mib MiB, and data workers and NCCL need 1024" "docker run --ipc=host, or --shm-size=8g (compose.yaml sets it)"
+  [ "$mib" -ge 1024 ] || fail "shared memory (/dev/shm) has $mib MiB, and data workers and NCCL need 1024" "docker run --ipc=host, or --shm-size=8g (compose.yaml sets it)"
 }
 
 check_writable() {  # FOLDER...
   local folder
   for folder in "$@"; do
     if ! [ -w "$folder" ] || ! (f=$(mktemp "$folder/.writable.XXXXXX") && rm "$f") 2>/dev/null; then
-      refuse "$folder is not writable by user $(id -u), group $(id -g)" "chown -R $(id -u):$(id -g) the folder mounted at $PWD/$folder, or set UID and GID in .env to its owner (make compose-env writes them)"
+      fail "$folder is not writable by user $(id -u), group $(id -g)" "chown -R $(id -u):$(id -g) the folder mounted at $PWD/$folder, or set UID and GID in .env to its owner (make compose-env writes them)"
     fi
   done
 }
@@ -92,12 +93,12 @@ help_requested() { [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; }
 case $job in
   lora | finetune | pretrain | demo)
     if ! help_requested "$@"; then
-      if gpu_is_wanted "$@"; then check_gpu; fi
+      if needs_gpu "$@"; then check_gpu; fi
       check_shm
       check_writable out
     fi ;;
   generate)
-    if ! help_requested "$@" && gpu_is_wanted "$@"; then check_gpu; fi ;;
+    if ! help_requested "$@" && needs_gpu "$@"; then check_gpu; fi ;;
   convert | merge | export)
     help_requested "$@" || check_writable out ;;
 esac

@@ -3,11 +3,11 @@
 set -euo pipefail
 stack=${1:?usage: reproduce.sh STACK}
 cd "$(dirname "$0")/.."
-found=$(mktemp -d)
-trap 'rm -rf "$found"' EXIT
+outputs=$(mktemp -d)
+trap 'rm -rf "$outputs"' EXIT
 docker/image.sh "$stack"
-docker/contents.sh "rwkv-training:$stack" >"$found/first"
+docker/contents.sh "rwkv-training:$stack" >"$outputs/first"
 NO_CACHE=1 docker/image.sh "$stack"
-docker/contents.sh "rwkv-training:$stack" >"$found/second"
-diff "$found/first" "$found/second" || { echo "reproduce: the two builds differ" >&2; exit 1; }
-echo "reproduce: both builds have the same $(wc -l <"$found/first") packages and kernel files; sources $(sed -n 's/^sources //p' "$found/first" | cut -c1-12)"
+docker/contents.sh "rwkv-training:$stack" >"$outputs/second"
+diff "$outputs/first" "$outputs/second" || { echo "reproduce: the two builds differ" >&2; exit 1; }
+echo "reproduce: both builds have the same $(wc -l <"$outputs/first") packages and kernel files; sources $(sed -n 's/^sources //p' "$outputs/first" | cut -c1-12)"

@@ -13,12 +13,12 @@ if [ -z "${tool:-}" ]; then
 fi
 run=("$tool" run --name rwkv)
 if [ "$(basename "$tool")" = micromamba ]; then  # it cannot update a missing environment, and asks for confirmation
-  there=$("$tool" env list --json | grep -cE '/rwkv"' || true)
-  "$tool" "$([ "$there" -gt 0 ] && echo update || echo create)" --yes --name rwkv --file environment.yml
+  existing=$("$tool" env list --json | grep -cE '/rwkv"' || true)
+  "$tool" "$([ "$existing" -gt 0 ] && echo update || echo create)" --yes --name rwkv --file environment.yml
 else
   "$tool" env update --name rwkv --file environment.yml
   run=("$tool" run --no-capture-output --name rwkv)
 fi
 "${run[@]}" env/install.sh python cu117
 "${run[@]}" python -c 'from rwkv.kernels import build; build.main()'
-echo "Now: $(basename "$tool") activate rwkv, then the scripts: python scripts/lora.py --help"
+echo "next: $(basename "$tool") activate rwkv, then the scripts: python scripts/lora.py --help"

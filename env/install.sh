@@ -5,7 +5,7 @@ set -euo pipefail
 python=${1:?usage: install.sh PYTHON STACK}
 stack=${2:?usage: install.sh PYTHON STACK}
 cd "$(dirname "$0")/.."
-export UV_COMPILE_BYTECODE=1  # processes start slowly without, where PYTHONDONTWRITEBYTECODE is set or the folder is read-only
+export UV_COMPILE_BYTECODE=1  # otherwise processes start slowly if PYTHONDONTWRITEBYTECODE is set or the folder is read-only
 quiet=--quiet
 if [ -t 1 ]; then quiet=; fi  # show the progress of large downloads on a terminal
 install() { env/uv.sh "$python" pip install --python "$python" ${quiet:+"$quiet"} --no-deps --no-build-isolation "$@"; }

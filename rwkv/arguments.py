@@ -1,5 +1,5 @@
-"""Normalise a command line before parsing: accept upstream's spellings, and explain every argument
-that is not valid.
+"""Normalise a command line before parsing: accept upstream's spellings, and explain every invalid
+argument.
 """
 
 import dataclasses
@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 import sys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -30,15 +31,15 @@ PROGRAMS = {
     "DoctorConfig": "scripts/doctor.py",
 }
 """Scripts by the dataclass of their flags."""
-_TEXTS = ("prompt", "ask")  # flags whose values may be blank or begin with dashes
+_FREE_TEXT = ("prompt", "ask")  # flags whose values may be blank or begin with dashes
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 _DASHES = "-–—−‐‑"
 _FLAG = re.compile(r"--[A-Za-z][\w-]*(=|$)")
-_CLOSE = 0.85  # minimum similarity of a suggested flag
+_MIN_SIMILARITY = 0.85  # minimum similarity of a suggested flag
 
 
 class UsageError(UserError):
-    """An invalid command line; the message has one line per mistake. Scripts exit with status 2."""
+    """An invalid command line; the message has one line per error. Scripts exit with status 2."""
 
 
 def read(argv: Sequence[str], config: type[Any], passed: Sequence[str] = ()) -> list[str]:
@@ -55,12 +56,12 @@ def read(argv: Sequence[str], config: type[Any], passed: Sequence[str] = ()) -> 
     Raises:
         UserError: flags of upstream programs that have no counterpart here, unless their value
             turns them off.
-        UsageError: all other mistakes.
+        UsageError: all other errors.
     """
     reader = _Reader(config, passed)
-    reader.read([_unwound(argument) for argument in argv])
-    if reader.wrong or reader.foreign:
-        raise (UsageError if reader.wrong else UserError)("\nerror: ".join([*reader.wrong, *reader.foreign]))
+    reader.read([_without_carriage_return(argument) for argument in argv])
+    if reader.errors or reader.unsupported:
+        raise (UsageError if reader.errors else UserError)("\nerror: ".join([*reader.errors, *reader.unsupported]))
     return [*reader.configured, *reader.found]
 
 
@@ -89,7 +90,7 @@ def convert(field: "dataclasses.Field[Any]", text: str) -> str:
         try:
             return str(int(text))
         except ValueError:
-            raise ValueError("a whole number, such as 8 or 1000") from None
+            raise ValueError("an integer, such as 8 or 1000") from None
     try:
         number = float(text)
     except ValueError:
@@ -105,95 +106,112 @@ class _Reader:
         self.config, self.passed = config, {flag.removeprefix("--") for flag in passed}
         self.found: list[str] = []
         self.configured: list[str] = []
-        self.wrong: list[str] = []
-        self.foreign: list[str] = []
+        self.errors: list[str] = []
+        self.unsupported: list[str] = []
 
     def read(self, argv: list[str]) -> None:
-        """Read all arguments into `found`, `wrong` and `foreign`."""
+        """Read all arguments into `found`, `errors` and `unsupported`."""
         position = 0
         while position < len(argv):
             argument = argv[position]
             position += 1
             if not _FLAG.match(argument):
-                self.wrong.append(self.stray(argument, argv[: position - 1]))
-                # the shell ended the command here: later mistakes are consequences
+                self.errors.append(self.explain_stray(argument, argv[: position - 1]))
+                # the shell ended the command here: later errors are consequences
                 if _blank(argument):
-                    self.wrong, self.foreign = self.wrong[-1:], []
+                    self.errors, self.unsupported = self.errors[-1:], []
                     return
                 if argument[0] in _DASHES:  # meant as a flag
-                    position += len(_leading(_values(argv, position)))
+                    position += len(_until_blank(_values(argv, position)))
                 continue
             name, equals, value = argument.partition("=")
-            flag, following = _spelled(name), _values(argv, position)
+            flag, following = _flag_name(name), _values(argv, position)
             field = self.fields.get(ALIASES.get(flag, flag))
             if flag == "config":
                 position += not equals
-                self.file(value if equals else "".join(argv[position - 1 : position]))
+                self.read_file(value if equals else "".join(argv[position - 1 : position]))
             elif field is None and flag in self.passed:
                 self.found.append(argument)
             elif field is None:
-                taken = [] if equals else _leading(following)
-                self.unknown(name, flag, value if equals else " ".join(taken))
+                taken = [] if equals else _until_blank(following)
+                self.unknown_flag(name, flag, value if equals else " ".join(taken))
                 position += len(taken)
             elif equals:
-                self.take(name, field, value)
+                self.set_value(name, field, value)
             elif field.type is bool:
                 switched = bool(following) and following[0].strip().lower() in _TRUE + _FALSE
-                self.take(name, field, following[0] if switched else "true")
+                self.set_value(name, field, following[0] if switched else "true")
                 position += switched
-            elif field.name in LISTS and (words := _leading(following)):
-                self.take(name, field, ",".join(words))
+            elif field.name in LISTS and (words := _until_blank(following)):
+                self.set_value(name, field, ",".join(words))
                 position += len(words)
-            elif position < len(argv) and (following or (field.name in _TEXTS and not self.known(argv[position]))):
-                self.take(name, field, argv[position])
+            elif position < len(argv) and (
+                following or (field.name in _FREE_TEXT and not self.mentions_flag(argv[position]))
+            ):
+                self.set_value(name, field, argv[position])
                 position += 1
             else:
-                self.wrong.append(f"{name}: needs a value{_example(field)}")
+                self.errors.append(f"{name}: needs a value{_example(field)}")
 
-    def take(self, name: str, field: "dataclasses.Field[Any]", value: str, where: str = "") -> None:
-        """Record the value of a known flag, or the mistake in it."""
-        if value and _blank(value) and (field.name not in _TEXTS or value.strip(" ") in ("\r", "\\")):
-            self.wrong.append(f"{where}{name}: instead of a value {_why_blank(value)}")
+    def set_value(self, name: str, field: "dataclasses.Field[Any]", value: str, where: str = "") -> None:
+        """Record the value of a known flag, or an error if it is invalid."""
+        if value and _blank(value) and (field.name not in _FREE_TEXT or value.strip(" ") in ("\r", "\\")):
+            self.errors.append(f"{where}{name}: instead of a value {_explain_blank(value)}")
             return
         try:
             (self.configured if where else self.found).append(f"--{field.name}={convert(field, value)}")
         except ValueError as error:
-            self.wrong.append(f"{where}{name}: expected {error}; got {value or 'an empty value'}")
+            self.errors.append(f"{where}{name}: expected {error}; got {value or 'an empty value'}")
 
-    def unknown(self, name: str, flag: str, value: str, where: str = "") -> None:
-        """Record a flag that this program does not have: whose it is, or which one was meant."""
+    def unknown_flag(self, name: str, flag: str, value: str, where: str = "") -> None:
+        """Record an error for an unknown flag; names the program that has it, or a similar flag."""
         lowered = flag.lower()
-        near = difflib.get_close_matches(lowered, self.fields, 1, _CLOSE)
+        near = difflib.get_close_matches(lowered, self.fields, 1, _MIN_SIMILARITY)
         entry = NOT_SUPPORTED.get(flag) or NOT_SUPPORTED.get(lowered)
         others = [program for kind, program in PROGRAMS.items() if flag in getattr(flags, kind).__dataclass_fields__]
         if flag in IGNORED or (entry and value in entry.off):
             return
         if lowered in self.fields:
-            self.wrong.append(f"{where}{name}: flags are lower case: --{lowered}")
-        elif others and not (entry and (issubclass(self.config, flags.TrainConfig) or self.known(entry.advice))):
-            self.wrong.append(f"{where}{name}: not a flag of this program, but of {' and '.join(others[:1])}")
+            self.errors.append(f"{where}{name}: flags are lower case: --{lowered}")
+        elif others and not (
+            entry and (issubclass(self.config, flags.TrainConfig) or self.mentions_flag(entry.advice))
+        ):
+            self.errors.append(f"{where}{name}: not a flag of this program, but of {others[0]}")
         elif entry:
-            answer = entry.answer(name, value)
-            elsewhere = [
-                word for word in re.findall(r"--\w+", entry.advice) if word.removeprefix("--") not in self.fields
-            ]
-            self.foreign.append(where + answer + (" (in the training scripts)" if elsewhere else ""))
+            answer = entry.message(name, value)
+            self.unsupported.append(where + answer + self.other_program(entry.advice))
         else:
             hint = f"did you mean --{near[0]}?" if near else f"see {Path(sys.argv[0]).name} --help"
-            self.wrong.append(f"{where}unknown flag {name}: {hint}")
+            self.errors.append(f"{where}unknown flag {name}: {hint}")
 
-    def known(self, text: str) -> bool:
+    def other_program(self, advice: str) -> str:
+        """` (in PROGRAM)`, the program whose flags the advice names; empty if it is this one."""
+        named = re.findall(r"--(\w+)", advice)
+        if not named or any(word in self.fields for word in named):
+            return ""
+        if named[0] in flags.LoRAConfig.__dataclass_fields__:
+            return " (in the training scripts)"
+        return (
+            f" (in {next(x for kind, x in PROGRAMS.items() if named[0] in getattr(flags, kind).__dataclass_fields__)})"
+        )
+
+    def mentions_flag(self, text: str) -> bool:
         """Whether the text contains a flag of this program."""
         return any(word.replace("-", "_") in self.fields for word in re.findall(r"--([A-Za-z][\w-]*)", text))
 
-    def stray(self, argument: str, before: list[str]) -> str:
+    def explain_stray(self, argument: str, before: list[str]) -> str:
         """Explain an argument that belongs to no flag."""
         after = f" after {' '.join(before[-2:])}" if before else ""
         if _blank(argument):
-            return f"argument {len(before) + 1}{after}: {_why_blank(argument)}"
+            return f"argument {len(before) + 1}{after}: {_explain_blank(argument)}"
+        if hidden := next((letter for letter in argument if unicodedata.category(letter) == "Cf"), ""):
+            return (
+                f"argument {len(before) + 1}{after}: {argument.replace(hidden, '') or 'it'} contains an invisible character (U+{ord(hidden):04X},"
+                " copied from a web page?); type it again"
+            )
         if argument.lstrip("-")[:1] in tuple(_DASHES):
             return f'{argument}: the dash is not the ASCII "-" (copied from a web page?); type --{argument.lstrip(_DASHES)}'
-        if argument.startswith("-") and _spelled(argument.lstrip("-").split("=")[0]) in self.fields:
+        if argument.startswith("-") and _flag_name(argument.lstrip("-").split("=")[0]) in self.fields:
             return f"{argument}: flags begin with two dashes: --{argument.lstrip('-')}"
         if argument.split("=")[0] in self.fields:
             return f"{argument}: flags begin with two dashes: --{argument}"
@@ -203,34 +221,34 @@ class _Reader:
             )
         return f'unexpected argument {argument}{after}: every value needs its flag before it, and one with spaces needs quotes, such as "my data.jsonl"'
 
-    def file(self, path: str) -> None:
+    def read_file(self, path: str) -> None:
         """Read the flags of a YAML file."""
         for key, value in _yaml(path).items():
-            name, where = f"--{_spelled(str(key))}", f"{path}: "
+            name, where = f"--{_flag_name(str(key))}", f"{path}: "
             field = self.fields.get(ALIASES.get(name[2:], name[2:]))
             if isinstance(value, list) and not any(isinstance(word, list | dict) for word in value):
                 value = ",".join(value)
             if not isinstance(value, str):
-                self.wrong.append(
+                self.errors.append(
                     f"{where}{key}: expected one value, not a {'list' if isinstance(value, list) else 'mapping'}"
                 )
             elif field is None:
-                self.unknown(str(key), name[2:], value, where)
+                self.unknown_flag(str(key), name[2:], value, where)
             elif value not in ("null", "~"):
-                self.take(str(key), field, value, where)
+                self.set_value(str(key), field, value, where)
 
 
-def _spelled(name: str) -> str:
+def _flag_name(name: str) -> str:
     return name.removeprefix("--").replace("-", "_")
 
 
 def _values(argv: list[str], position: int) -> list[str]:
-    """The arguments from position up to the next flag."""
+    """The arguments from `position` up to the next flag."""
     end = next((i for i in range(position, len(argv)) if _FLAG.match(argv[i])), len(argv))
     return argv[position:end]
 
 
-def _leading(words: list[str]) -> list[str]:
+def _until_blank(words: list[str]) -> list[str]:
     """The words before the first blank one."""
     return list(itertools.takewhile(lambda word: not word or not _blank(word), words))
 
@@ -239,7 +257,7 @@ def _blank(argument: str) -> bool:
     return not argument.strip() or argument.strip() == "\\"
 
 
-def _unwound(argument: str) -> str:
+def _without_carriage_return(argument: str) -> str:
     """Remove the trailing carriage return that a script with CRLF line endings leaves, and print a
     note.
     """
@@ -253,7 +271,7 @@ def _unwound(argument: str) -> str:
     return argument
 
 
-def _why_blank(argument: str) -> str:
+def _explain_blank(argument: str) -> str:
     if "\r" in argument:
         return (
             "there is a carriage return: the script has Windows line endings (CRLF), so the command ends here and its other lines are lost;"
@@ -270,7 +288,7 @@ def _why_blank(argument: str) -> str:
 def _example(field: "dataclasses.Field[Any]") -> str:
     if get_origin(field.type) is Literal:
         return f": {', '.join(map(str, get_args(field.type)))}"
-    return ", a whole number" if field.type is int else ", a number" if field.type is float else ""
+    return ", an integer" if field.type is int else ", a number" if field.type is float else ""
 
 
 def _yaml(path: str) -> dict[Any, Any]:

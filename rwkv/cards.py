@@ -19,15 +19,15 @@ smallest.
 """
 _SERIES = re.compile(r"nvidia|geforce|quadro|tesla|rtx|gtx|\b(?:pcie|sxm\d*|nvl|hbm\w*|laptop|mobile|gpu|generation)\b")
 _SIZE = re.compile(r"\b(\d+) ?gi?b?\b")
-_MAX_GB = 1000  # a larger number is a card's name
+_MAX_GB = 1000  # a larger number, such as 4090, is a name
 
 
 def memory_of_card(text: str) -> float:
-    """Memory of a card in GB, from a number or a name such as `RTX 4090`, `4090` or `A100 80GB`; 0
+    """Memory of a GPU in GB, from a number or a name such as `RTX 4090`, `4090` or `A100 80GB`; 0
     for an empty string.
 
     Raises:
-        UserError: neither a number of GB nor a known card.
+        UserError: neither a number of GB nor a known GPU.
     """
     if not text:
         return 0

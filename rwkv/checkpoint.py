@@ -42,23 +42,23 @@ def read_tensors(path: PathLike) -> dict[str, Tensor]:
     return {key: value.clone() if value.data_ptr() % value.element_size() else value for key, value in tensors.items()}
 
 
-ENDINGS = (".pth", ".safetensors", ".pt", ".bin", "")
+SUFFIXES = (".pth", ".safetensors", ".pt", ".bin", "")
 """File name suffixes of weights; all but .safetensors are written with torch.save."""
 
 
-def check_output(path: PathLike, endings: Sequence[str] = ENDINGS) -> Path:
+def check_output(path: PathLike, suffixes: Sequence[str] = SUFFIXES) -> Path:
     """Check the path of an output file. Raises UserError if its suffix belongs to another format,
     or it is a folder.
     """
     path = Path(path)
-    ending = path.suffix if re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) else ""  # `v1.5` has no suffix
-    if ending not in endings:
-        known = ", ".join(x for x in endings if x)
+    suffix = path.suffix if re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) else ""  # `v1.5` has no suffix
+    if suffix not in suffixes:
+        known = ", ".join(x for x in suffixes if x)
         raise UserError(
-            f"{path}: cannot write {ending} files; use the suffix {known}" + (", or none" * ("" in endings))
+            f"{path}: cannot write {suffix} files; use the suffix {known}" + (", or none" if "" in suffixes else "")
         )
     if os.path.isdir(path):
-        raise UserError(f"{path}: a folder; give a file name")
+        raise UserError(f"{path}: a folder; pass a file name")
     return path
 
 
@@ -123,7 +123,7 @@ def sizes_of(tensors: Mapping[str, Tensor], path: PathLike) -> Sizes:
     """The model's sizes, from the shapes of its tensors. Raises UserError if these are not a
     supported model.
     """
-    if kind := kinds.other_than_model(tensors):
+    if kind := kinds.why_not_model(tensors):
         raise UserError(f"{path}: {kind}")
     try:
         return version.detect({name: tensor.shape for name, tensor in tensors.items()})[1]
@@ -189,7 +189,7 @@ def load_model(
     for name, parameter in parameters.items():
         source = tensors.pop(name).detach()
         value = source.to(device, (matrices if lora.is_matrix(name, source.shape) else None) or dtype).contiguous()
-        if compat.storage(value).data_ptr() in seen:  # tied in the file; train separately
+        if compat.storage(value).data_ptr() in seen:  # tied in the file; trained separately
             value = value.clone()
         seen.add(compat.storage(value).data_ptr())
         parameter.data = value
@@ -237,12 +237,12 @@ def save_model(
 
 
 def describe(model: RWKV) -> dict[str, Any]:
-    """Manifest entries of every file of a model: its version and sizes."""
+    """Manifest entries that describe a model: its version and sizes."""
     return {"version": model.version.NAME, "sizes": vars(model.sizes)}
 
 
 def copy_tensors(model: RWKV, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: PathLike) -> None:
-    """Copy tensors into the parameters named in `shapes`. Raises UserError as check_keys."""
+    """Copy tensors into the parameters named in `shapes`. Raises UserError like check_keys."""
     check_keys(tensors, shapes, path)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -251,7 +251,7 @@ def copy_tensors(model: RWKV, tensors: Mapping[str, Tensor], shapes: Mapping[str
 
 
 def check_keys(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: PathLike) -> None:
-    """Raises UserError unless the tensors have exactly these names and shapes."""
+    """Raise UserError unless the tensors have exactly these names and shapes."""
     missing, unexpected = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
     misshapen = [
         f"{key} {list(tensors[key].shape)}, expected {list(shapes[key])}"
@@ -271,8 +271,8 @@ def _file_size(value: Any) -> int:
     """Upper bound of the size in bytes of a file written by torch.save."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size() + 1024  # name, header and alignment
-    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return 1024 + sum(map(_file_size, inside)) if inside else 64
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return 1024 + sum(map(_file_size, items)) if items else 64
 
 
 def list_names(keys: Sequence[str], most: int = 5) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import sys
 import traceback
@@ -56,25 +57,28 @@ def parse(config: type[Config], description: str, argv: Sequence[str] | None = N
 
 
 @contextlib.contextmanager
-def sentences() -> Iterator[None]:
-    """Print UserErrors and OSErrors as one line on stderr and exit with status 1; Ctrl-C exits with
-    130.
+def report_errors() -> Iterator[None]:
+    """Print a UserError or OSError as one line on stderr and exit with status 1; Ctrl-C exits with
+    status 130.
 
-    Other errors keep their traceback; RWKV_TRACEBACK=1 prints it for all.
+    Other errors print a traceback; with RWKV_TRACEBACK=1 all errors do. Characters that stdout's
+    encoding lacks are printed as "?".
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
     except UserError as error:
-        _end(str(error))
+        _exit(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of stdout has exited, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        _end(in_words(error))
+        _exit(format_os_error(error))
     except MemoryError as error:
-        _end(
+        _exit(
             f"out of memory on the host{f' ({error})' if str(error) else ''}; close other programs, or use a smaller model or input"
         )
 
@@ -85,15 +89,15 @@ _REMEDIES = {
     errno.EROFS: "write to another folder",
     errno.EACCES: "change its permissions, or use another file or folder",
     errno.EPERM: "change its permissions, or use another file or folder",
-    errno.EISDIR: "give a file",
+    errno.EISDIR: "pass a file",
     errno.ENAMETOOLONG: "use a shorter name",
     errno.EMFILE: "raise the limit: ulimit -n 65536",
     errno.EIO: "check the disk or network drive",
 }
 
 
-def in_words(error: OSError) -> str:
-    """One line: the file or files, the operating system's message, and what to do."""
+def format_os_error(error: OSError) -> str:
+    """Format an error as one line: the files, the operating system's message, and what to do."""
     files = " -> ".join(
         os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)
     )
@@ -102,15 +106,15 @@ def in_words(error: OSError) -> str:
     return ": ".join(filter(None, [files[:300], what])) + (f"; {remedy}" if remedy else "")
 
 
-def _end(message: str) -> NoReturn:
+def _exit(message: str) -> NoReturn:
     if os.environ.get("RWKV_TRACEBACK"):
         traceback.print_exc()
     sys.exit(printable(f"error: {message}"))
 
 
 def _group(parser: ArgumentParser, config: type[Any]) -> None:
-    """Group the flags in --help: the essential ones, those of `config` itself, then those of each
-    dataclass that it is composed of, under its docstring.
+    """Group the flags in --help: essential flags, those of `config` itself, then those of each
+    dataclass that it inherits from, with its docstring as the title.
     """
     groups = {"Essential": [name for name in ESSENTIAL if name in config.__dataclass_fields__]}
     for part in (config, *reversed(config.__mro__[1:])):
@@ -128,7 +132,7 @@ def _group(parser: ArgumentParser, config: type[Any]) -> None:
 
 class _Help(DefaultHelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text.strip()  # keep the example commands of a script's docstring on their lines
+        return text.strip()  # do not wrap: a script's docstring contains commands
 
 
 class _Parser(ArgumentParser):

@@ -1,4 +1,4 @@
-"""Commands printed for the user to paste, in the form in which this process was started: make,
+"""Commands to print for the user, in the form in which this process was started: make,
 container or script.
 
 The Makefile sets RWKV_MAKE (`make` with the variables that select the Python) and RWKV_MAKE_FOLDER
@@ -21,10 +21,10 @@ def flags(*arguments: object) -> str:
 
 
 def command(job: str, *arguments: object) -> str:
-    """The command that runs a job (`lora`, `merge`, `generate`, …: make target, compose service or
-    script) with these arguments.
+    """The command that runs a job (`lora`, `merge`, `generate`, …) with these arguments: a make
+    target, compose service or script.
 
-    It can be pasted into a shell in the same folder; arguments are quoted.
+    Arguments are quoted, so that it can be pasted into a shell in the same folder.
     """
     if prefix := _make():
         return f"{prefix} {job} {_make_variable('ARGS', flags(*arguments))}" if arguments else f"{prefix} {job}"
@@ -44,7 +44,7 @@ def target(name: str) -> str:
 
 
 def output(name: str) -> str:
-    """A path that a printed command can write to: in a container only out/ is writable."""
+    """An output path for printed commands: in a container only out/ is writable."""
     return f"out/{name}" if os.environ.get("RWKV_CONTAINER") else name
 
 

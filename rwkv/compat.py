@@ -39,20 +39,20 @@ def trainer_options(precision: str, strategy: Any) -> dict[str, Any]:
 
 
 def process_bytes() -> int:
-    """Resident memory of a training process after one step, without its model, in bytes: the
-    libraries.
+    """Resident memory of a training process after one step, without its model: the libraries, in
+    bytes.
     """
     return (290 if stack() == "cu117" else 555) << 20
 
 
-def heap_share() -> float:
-    """On a CPU: freed memory that glibc cannot reuse, per byte of temporary tensors; measured in
-    small runs (docs/results.md).
+def heap_overhead() -> float:
+    """On a CPU: memory that is freed but that glibc cannot reuse, per byte of temporary tensors;
+    measured in small runs (docs/results.md).
     """
     return 0.8 if stack() == "cu117" else 0.3
 
 
-def wake_mkl() -> None:
+def enable_mkl_avx2() -> None:
     """Let MKL use AVX2 on AMD CPUs; call before the first matmul.
 
     torch 1.13.1 bundles MKL 2020.0, which avoids AVX2 on non-Intel CPUs and runs fp32 GEMM at about
@@ -71,7 +71,7 @@ def _avx2_but_not_intel() -> bool:
     return "GenuineIntel" not in cpu and {"avx2", "fma"} <= set(cpu.split())
 
 
-def onednn_product() -> Any:
+def onednn_matmul() -> Any:
     """A function (x [N, in], W [out, in]) → x Wᵀ that calls oneDNN's fp32 matmul on a CPU; None on
     torch 1, whose oneDNN needs another memory layout. torch.compile uses the same operator.
     """
@@ -83,9 +83,9 @@ def onednn_product() -> Any:
     return lambda x, weight: linear(x, weight, None, "none", [], "")
 
 
-def gloo_sends_bf16() -> bool:
-    """Whether gloo can broadcast bf16, as DDP does with all weights at the start. torch 1.13.1
-    raises "Invalid scalar type".
+def gloo_supports_bf16() -> bool:
+    """Whether gloo can broadcast bf16 tensors, as DDP does with all weights at the start. torch
+    1.13.1 raises "Invalid scalar type".
     """
     return stack() != "cu117"
 
@@ -108,13 +108,11 @@ def fit(trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
         signal.signal(signal.SIGINT, on_interrupt)
 
 
-def deepspeed_refusal(on_gpu: bool) -> str | None:
+def why_deepspeed_unavailable(on_gpu: bool) -> str | None:
     """Why DeepSpeed cannot train here, or None. Versions before 0.9 require a CUDA device."""
     if importlib.util.find_spec("deepspeed") is None:
-        return (
-            "DeepSpeed is not installed; make venv installs it, and --strategy ddp trains on several devices without it"
-        )
-    if not on_gpu and old_deepspeed():
+        return "DeepSpeed is not installed; run make venv to install it, or use --strategy ddp"
+    if not on_gpu and is_old_deepspeed():
         version = importlib.metadata.version("deepspeed")
         return f"DeepSpeed {version} trains on GPUs only; on a CPU use --strategy ddp, or the modern stack (make venv STACK=modern)"
     return None
@@ -128,14 +126,14 @@ def import_deepspeed(on_gpu: bool) -> None:
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     deepspeed = importlib.import_module("deepspeed")
-    if old_deepspeed():
-        importlib.import_module("rwkv.deepspeed07").correct()
+    if is_old_deepspeed():
+        importlib.import_module("rwkv.deepspeed07").apply()
     elif not on_gpu:
-        # it would compile for a minute while the ranks wait; gloo is as good
+        # compiling it would take a minute while the ranks wait; gloo works as well
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def old_deepspeed() -> bool:
+def is_old_deepspeed() -> bool:
     """Whether DeepSpeed is version 0.7 (the cu117 stack) or 0.8."""
     return importlib.metadata.version("deepspeed").startswith(("0.7.", "0.8."))
 
@@ -144,7 +142,7 @@ def deepspeed_options() -> dict[str, Any]:
     """Configuration keys for this version of DeepSpeed. Its throughput timer would synchronise with
     the GPU twice per micro-batch.
     """
-    return {} if old_deepspeed() else {"timers": {"throughput": {"enabled": False}}}
+    return {} if is_old_deepspeed() else {"timers": {"throughput": {"enabled": False}}}
 
 
 def zero3_recomputes_reentrantly() -> bool:
@@ -153,10 +151,17 @@ def zero3_recomputes_reentrantly() -> bool:
     The non-reentrant one recomputes inside the backward pass of a block's last operation. DeepSpeed
     0.7.0 then partitions the block's weights before their gradients are computed.
     """
-    return old_deepspeed()
+    return is_old_deepspeed()
 
 
-def forget_steps(optimizer: "torch.optim.Optimizer") -> None:
+def zero3_broadcasts_weights() -> bool:
+    """Whether ZeRO-3 starts from rank 0's weights, as all other strategies do. DeepSpeed 0.7.0
+    shards the weights that each rank has.
+    """
+    return not is_old_deepspeed()
+
+
+def reset_step_counts(optimizer: "torch.optim.Optimizer") -> None:
     """Reset the optimizer's step counts to 0.
 
     DeepSpeed 0.7.0 allocates the optimizer state with a step on zero gradients. Adam's bias
@@ -187,17 +192,16 @@ def adam(
     if not (fused and on_gpus(groups)):
         return kind(groups, **options)
     if stack() == "cu117" and not deepspeed:
-        made = _fused_adam()(groups, decoupled, fused=True, **options)
+        optimizer = _fused_adam()(groups, decoupled, fused=True, **options)
     elif "fused" not in inspect.signature(kind).parameters:
         return kind(groups, foreach=True, **options)
     else:
-        made = kind(groups, fused=True, **options)
-    made.found_inf = None
-    # Lightning refuses gradient clipping with optimizers that unscale fp16 gradients themselves.
-    # Ours
-    # are unscaled before the step.
-    made._step_supports_amp_scaling = False
-    return made
+        optimizer = kind(groups, fused=True, **options)
+    optimizer.found_inf = None
+    # Lightning rejects gradient clipping with optimizers that unscale fp16 gradients themselves;
+    # here they are unscaled before the step.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def on_gpus(groups: list[dict[str, Any]]) -> bool:
@@ -276,12 +280,12 @@ def grad_scaler() -> Any:
         def _maybe_opt_step(self, optimizer: Any, state: Any, *arguments: Any, **keywords: Any) -> Any:
             if not hasattr(optimizer, "found_inf"):
                 return super()._maybe_opt_step(optimizer, state, *arguments, **keywords)
-            given, found = optimizer.found_inf, like_step(sum(state["found_inf_per_device"].values()))
-            optimizer.found_inf = found if given is None else torch.maximum(given, found)
+            previous, found = optimizer.found_inf, like_step(sum(state["found_inf_per_device"].values()))
+            optimizer.found_inf = found if previous is None else torch.maximum(previous, found)
             try:
                 return optimizer.step(*arguments, **keywords)
             finally:
-                optimizer.found_inf = given
+                optimizer.found_inf = previous
 
     return GradScaler
 
@@ -395,7 +399,7 @@ def pythons() -> list[str]:
 
 def drivers() -> dict[str, tuple[int, int]]:
     """For each major CUDA version: the oldest NVIDIA driver that supports its minor versions, and
-    the driver released with the version we use.
+    the driver released with this stack's version.
     """
     lines = Path(__file__).with_name("drivers.txt").read_text(encoding="utf-8").splitlines()
     return {
@@ -410,5 +414,5 @@ def storage(tensor: Any) -> Any:
 
 
 def untyped_storage(tensor: Any) -> Any:
-    """A tensor's storage as bytes; torch 1 has it behind the typed storage."""
+    """A tensor's untyped storage; torch 1 wraps it in the typed storage."""
     return tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor.storage().untyped()

@@ -10,11 +10,11 @@ import torch
 
 
 @functools.cache
-def correct() -> None:
-    """Apply all patches, once per process, before the first engine is created."""
+def apply() -> None:
+    """Apply all patches. Called once per process, before the first engine is created."""
     _flatten_without_compiling()
     _reduce_in_the_gradients_dtype()
-    _do_not_time_throughput()
+    _disable_throughput_timer()
 
 
 def _flatten_without_compiling() -> None:
@@ -40,10 +40,10 @@ def _reduce_in_the_gradients_dtype() -> None:
     def allreduce_bucket(
         self: Any, bucket: list[torch.Tensor], communication_data_type: Any = None, **options: Any
     ) -> torch.Tensor:
-        return reduce_bucket(self, bucket, communication_data_type or _communicated(self, bucket[0]), **options)
+        return reduce_bucket(self, bucket, communication_data_type or _reduction_dtype(self, bucket[0]), **options)
 
     def gradient_reduction_w_predivide(self: Any, tensor: torch.Tensor) -> torch.Tensor:
-        configured, self.communication_data_type = self.communication_data_type, _communicated(self, tensor)
+        configured, self.communication_data_type = self.communication_data_type, _reduction_dtype(self, tensor)
         try:
             return reduce_tensor(self, tensor)
         finally:
@@ -52,7 +52,7 @@ def _reduce_in_the_gradients_dtype() -> None:
     zero.allreduce_bucket, zero.gradient_reduction_w_predivide = allreduce_bucket, gradient_reduction_w_predivide
 
 
-def _communicated(optimizer: Any, gradient: torch.Tensor) -> torch.dtype:
+def _reduction_dtype(optimizer: Any, gradient: torch.Tensor) -> torch.dtype:
     """The dtype in which to reduce a gradient: communication_data_type, or its own if that is fp16,
     the default.
     """
@@ -60,8 +60,8 @@ def _communicated(optimizer: Any, gradient: torch.Tensor) -> torch.dtype:
     return gradient.dtype if configured == torch.float16 else configured
 
 
-def _do_not_time_throughput() -> None:
-    """The throughput timer synchronises with the GPU twice per micro-batch."""
+def _disable_throughput_timer() -> None:
+    """The throughput timer would synchronise with the GPU twice per micro-batch."""
     from deepspeed.utils.timer import ThroughputTimer
 
     ThroughputTimer.start = ThroughputTimer.stop = lambda *_, **__: None

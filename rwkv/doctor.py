@@ -1,4 +1,4 @@
-"""Check machine and environment for training; every problem comes with a remedy."""
+"""Check whether this machine and environment can train; every problem has a remedy."""
 
 import contextlib
 import importlib
@@ -42,7 +42,7 @@ class Finding:
     remedy: str = ""
 
 
-def examine(folder: str | Path = ".") -> Iterator[Finding]:
+def run_checks(folder: str | Path = ".") -> Iterator[Finding]:
     """Run all checks; `folder` is where runs will write. Changes and downloads nothing."""
     for check in (
         _python,
@@ -112,7 +112,7 @@ def _packages() -> Iterator[Finding]:
             if installed != version:
                 wrong.append(f"{package} {installed} (locked {version})")
     if not wrong:
-        yield Finding("packages", "ok", f"all {count} as locked for the stack {stack}")
+        yield Finding("packages", "ok", f"all {count} match the lock file of the {stack} stack")
         return
     more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
     yield Finding(
@@ -127,7 +127,7 @@ def _gpus() -> Iterator[Finding]:
         major = int(driver.split(".")[0])
         status: Status = "fail" if major < oldest else "warn" if major < own else "ok"
         remedy = (
-            f"CUDA {torch.version.cuda} came with driver {own} and needs {oldest} at least: update it"
+            f"CUDA {torch.version.cuda} needs driver {oldest} or later ({own} recommended): update the driver"
             if major < own
             else ""
         )
@@ -149,9 +149,9 @@ def _gpus() -> Iterator[Finding]:
         properties = torch.cuda.get_device_properties(index)
         found = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, compute capability {properties.major}.{properties.minor}"
         archs = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)]
-        drives = any(arch // 10 == properties.major and arch % 10 <= properties.minor for arch in archs)
-        remedy = f"torch {torch.__version__} has no code for it (only for {', '.join(map(str, archs))}): use the other stack (README)"
-        yield Finding(f"GPU {index}", "ok" if drives else "fail", found, "" if drives else remedy)
+        supported = any(arch // 10 == properties.major and arch % 10 <= properties.minor for arch in archs)
+        remedy = f"torch {torch.__version__} has no kernels for it (only for {', '.join(map(str, archs))}): use the other stack (README)"
+        yield Finding(f"GPU {index}", "ok" if supported else "fail", found, "" if supported else remedy)
 
 
 def _driver() -> str:
@@ -182,35 +182,38 @@ def _compilers() -> Iterator[Finding]:
     ninja = _version(shutil.which("ninja", path=path), "(.+)")
     missing = "none" + ("; the kernels are compiled already" if built else "")
     yield Finding(
-        "ninja", "ok" if ninja or built else "warn", ninja or missing, "" if ninja or built else "make venv installs it"
+        "ninja",
+        "ok" if ninja or built else "warn",
+        ninja or missing,
+        "" if ninja or built else "run make venv to install it",
     )
     nvrtc = compat.nvrtc()
     yield Finding(
         "NVRTC",
         "ok",
-        f"{nvrtc.name}; nvcc is not needed" if nvrtc else "none: kernels for the CPU alone can be compiled",
+        f"{nvrtc.name}; nvcc is not needed" if nvrtc else "none: only CPU kernels can be compiled",
     )
     nvcc, cuda = _version(shutil.which("nvcc"), r"release ([\d.]+)"), torch.version.cuda or "none"
-    serves = (
+    use = (
         "DeepSpeed can compile its own CUDA ops"
         if nvcc == cuda
         else f"not needed; DeepSpeed's own CUDA ops would need {cuda}"
     )
-    yield Finding("nvcc", "ok", f"{nvcc}, {serves}" if nvcc else "none: not needed")
+    yield Finding("nvcc", "ok", f"{nvcc}, {use}" if nvcc else "none: not needed")
 
 
 def _version(program: str | None, pattern: str) -> str:
-    """The version that a program prints; empty if there is no program."""
+    """The version that `program --version` prints; empty if `program` is None."""
     if not program:
         return ""
     found = re.search(
         pattern, subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
     )
-    return found[1] if found else "of an unknown version"
+    return found[1] if found else "unknown version"
 
 
 def _kernels() -> Iterator[Finding]:
-    """Whether each compiled WKV backend loads and matches the reference."""
+    """Check that each compiled WKV backend loads and matches the reference."""
     reason = load.why_unavailable()
     if reason:
         yield Finding(
@@ -220,19 +223,19 @@ def _kernels() -> Iterator[Finding]:
             f"{target('kernels')}; without them training is about a thousand times slower",
         )
     else:
-        yield _right("WKV on the CPU", torch.device("cpu"), torch.ops.rwkv.cpu_vectors(""))
+        yield _check_wkv("WKV on the CPU", torch.device("cpu"), torch.ops.rwkv.cpu_vectors(""))
     for index in range(torch.cuda.device_count()):
         name = f"WKV on GPU {index}"
         reason = load.why_unavailable_on(index)
         if reason:
             yield Finding(name, "fail", reason.split("; run:")[0], target("kernels"))
         else:
-            yield _right(
+            yield _check_wkv(
                 name, torch.device("cuda", index), build.device_code(torch.cuda.get_device_capability(index)).name
             )
 
 
-def _right(name: str, device: torch.device, found: str) -> Finding:
+def _check_wkv(name: str, device: torch.device, found: str) -> Finding:
     generator = torch.Generator().manual_seed(0)
     w, u, k, v = (
         -torch.rand(70, generator=generator),
@@ -249,7 +252,7 @@ def _right(name: str, device: torch.device, found: str) -> Finding:
     return Finding(
         name,
         "fail",
-        f"{found}, off by {error:.0e}",
+        f"{found}, differs from the reference by {error:.0e}",
         f"rm -r rwkv/kernels/lib and {target('kernels')}; if it persists, please report it",
     )
 
@@ -263,8 +266,8 @@ def _deepspeed() -> Iterator[Finding]:
         yield Finding(
             "DeepSpeed",
             "warn",
-            f"does not import ({type(error).__name__}: {error})",
-            "make venv; training without it works",
+            f"cannot be imported ({type(error).__name__}: {error})",
+            "make venv; without it, training works with the other strategies",
         )
         return
     found = f"{importlib.metadata.version('deepspeed')}, compiled ops: {', '.join(ops) or 'none (torch has a fused Adam)'}; no compiler is needed to train with it"
@@ -273,7 +276,7 @@ def _deepspeed() -> Iterator[Finding]:
             "DeepSpeed",
             "warn",
             f"{found}; {', '.join(broken)}",
-            "install that CUDA library; torch's Adam is used until then",
+            "install the missing CUDA library; until then torch's Adam is used",
         )
     else:
         yield Finding("DeepSpeed", "ok", found)
@@ -315,7 +318,7 @@ def _entropy() -> Iterator[Finding]:
             "entropy",
             "warn" if low else "ok",
             f"{bits} bits",
-            "seeding may wait: sudo apt install haveged" if low else "",
+            "seeding may block at start-up: sudo apt install haveged" if low else "",
         )
 
 
@@ -336,13 +339,13 @@ def _writable(folder: Path) -> Iterator[Finding]:
         "temporary files": Path(tempfile.gettempdir()),
         "caches": Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")),
     }
-    shut = [f"{what} ({place})" for what, place in places.items() if not _can_write(place)]
-    remedy = f"user {os.getuid()} must be able to write there: chown, another folder, or TMPDIR, XDG_CACHE_HOME"
+    unwritable = [f"{what} ({place})" for what, place in places.items() if not _can_write(place)]
+    remedy = f"give user {os.getuid()} write access (chown), or set another folder, TMPDIR or XDG_CACHE_HOME"
     yield Finding(
         "writable",
-        "fail" if shut else "ok",
-        f"not: {', '.join(shut)}" if shut else ", ".join(places),
-        remedy if shut else "",
+        "fail" if unwritable else "ok",
+        f"no write access to {', '.join(unwritable)}" if unwritable else ", ".join(places),
+        remedy if unwritable else "",
     )
 
 

@@ -21,18 +21,18 @@ from rwkv.errors import UserError
 
 _FULL = {
     errno.ENOSPC: "no space left on the device",
-    errno.EDQUOT: "your quota is used up",
-    errno.EFBIG: "larger than a file may be here",
+    errno.EDQUOT: "the disk quota is exceeded",
+    errno.EFBIG: "the file exceeds the maximum file size",
 }
-_UMASK = os.umask(0)  # can only be read by setting it, which is not thread-safe: once, at import
+_UMASK = os.umask(0)  # reading it means setting it, which is not thread-safe: once, at import
 os.umask(_UMASK)
 _MAX_HASHED = 4 << 30  # bytes up to which `fingerprint` hashes the whole file (takes some seconds)
-_HELD: set[int] = set()  # file descriptors of the locks held by this process
+_held_locks: set[int] = set()  # file descriptors of the locks held by this process
 
 
 def _release_inherited_locks() -> None:
-    while _HELD:
-        os.close(_HELD.pop())
+    while _held_locks:
+        os.close(_held_locks.pop())
 
 
 os.register_at_fork(after_in_child=_release_inherited_locks)  # children must not keep locks alive
@@ -44,7 +44,7 @@ def exclusive(path: str | os.PathLike, what: str | os.PathLike, advice: str = "c
 
     The lock is a flock: the kernel releases it when the process ends, so a lock file left by a
     killed process does not block. Afterwards the file is removed, with the folders created for it.
-    If the file system has no locks, a warning is printed and the block runs.
+    If the file system does not support locks, a warning is printed and the block runs.
 
     Args:
         path: the lock file; it contains host, process id, command and start time of the holder.
@@ -58,7 +58,7 @@ def exclusive(path: str | os.PathLike, what: str | os.PathLike, advice: str = "c
     path = Path(path)
     made = [folder for folder in path.parents if not os.path.exists(folder)]
     try:
-        with full_disk(path, "Nothing was written"):
+        with disk_errors(path, "Nothing was written"):
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, locked = _locked(path, what, advice)
     except OSError as error:
@@ -66,11 +66,11 @@ def exclusive(path: str | os.PathLike, what: str | os.PathLike, advice: str = "c
         raise UserError(
             f"{what}: cannot be written to ({error.strerror}: {error.filename or path}); {advice}"
         ) from error
-    _HELD.add(handle)
+    _held_locks.add(handle)
     try:
         if not locked:
             print(
-                f"warning: {what}: this file system has no locks; take care that no other process uses it",
+                f"warning: {what}: this file system does not support locks; make sure that no other process uses it",
                 file=sys.stderr,
                 flush=True,
             )
@@ -79,7 +79,7 @@ def exclusive(path: str | os.PathLike, what: str | os.PathLike, advice: str = "c
         with contextlib.suppress(OSError):  # the folder may have been moved or replaced
             if os.path.samestat(os.stat(path), os.fstat(handle)):
                 path.unlink()
-        _HELD.discard(handle)
+        _held_locks.discard(handle)
         os.close(handle)
         _remove_empty(made)
 
@@ -96,7 +96,7 @@ def _locked(path: Path, what: str | os.PathLike, advice: str) -> tuple[int, bool
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 holder = _holder(handle)
                 os.close(handle)
-                raise UserError(f"{what}: in use by {holder}. Wait until it ends or stop it; or {advice}") from error
+                raise UserError(f"{what}: in use by {holder}. Wait until it ends, stop it, or {advice}") from error
             locked = False
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(handle)):
@@ -123,7 +123,7 @@ def _holder(handle: int) -> str:
         found = json.loads(os.pread(handle, 1 << 16, 0))
         words = f"process {found['pid']} on {found['host']} since {found['since']} ({found['command']})"
     except (OSError, ValueError, KeyError, TypeError):
-        # it has locked, but not yet written the file
+        # the holder has locked the file, but not yet written to it
         return "another process"
     return "".join(letter if letter.isprintable() else "?" for letter in words)
 
@@ -159,7 +159,7 @@ def atomic_writes(parts: Sequence[str | os.PathLike], marks: Sequence[str | os.P
     that name is removed.
     """
     targets = [Path(path) for path in (*parts, *marks)]
-    with full_disk(targets[0], "Nothing was written"), contextlib.ExitStack() as stack:
+    with disk_errors(targets[0], "Nothing was written"), contextlib.ExitStack() as stack:
         temporaries = [stack.enter_context(_temporary(path)) for path in targets]
         yield temporaries
         for temporary in filter(Path.exists, temporaries):
@@ -179,26 +179,26 @@ def atomic_writes(parts: Sequence[str | os.PathLike], marks: Sequence[str | os.P
 
 
 @contextlib.contextmanager
-def full_disk(path: str | os.PathLike, left: str) -> Iterator[None]:
-    """Convert disk-full and read-only errors into UserErrors about `path`; `left` is what the
-    message says of existing files.
+def disk_errors(path: str | os.PathLike, outcome: str) -> Iterator[None]:
+    """Convert disk-full and read-only errors into UserErrors about `path`; `outcome` says what
+    happened to existing files.
     """
     try:
         yield
     except OSError as error:
         if error.errno == errno.EROFS:
             raise UserError(
-                f"{path}: this file system is read-only; write to another place, in the container to out/"
+                f"{path}: this file system is read-only; write to another folder (in the container: out/)"
             ) from error
         if error.errno not in _FULL:
             raise
         raise UserError(
-            f"{path}: {_FULL[error.errno]}; free some space or write to another place, and run again. {left}"
+            f"{path}: {_FULL[error.errno]}; free some space or write to another disk, and run again. {outcome}"
         ) from error
 
 
-def abandoned(path: str | os.PathLike) -> list[Path]:
-    """Temporary files of `path` left by killed processes."""
+def stale_temporaries(path: str | os.PathLike) -> list[Path]:
+    """Temporary files of `path` that killed processes left behind."""
     path, found = Path(path), []
     pattern = re.compile(rf"\.{re.escape(path.name)}\.\w{{8}}(?:\.(\w+-\d+-\d+))?\.tmp")
     for name in os.listdir(path.parent) if path.parent.is_dir() else ():
@@ -209,7 +209,7 @@ def abandoned(path: str | os.PathLike) -> list[Path]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 found.append(path.parent / name)
             except OSError as error:
-                # In use; or the file system has no locks, and the name contains the owner.
+                # in use; or the file system does not support locks, and the name contains the owner
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) and match[1] and _has_ended(match[1]):
                     found.append(path.parent / name)
     return found
@@ -287,14 +287,14 @@ def _temporary(path: Path) -> Iterator[Path]:
     processes and are removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in abandoned(path):
+    for stale in stale_temporaries(path):
         stale.unlink(missing_ok=True)
     while True:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            # no locks: put the owner into the name
+            # locks are not supported: put the owner into the name
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 owned = f"{name.removesuffix('.tmp')}.{_owner()}.tmp"
                 os.rename(name, owned)
@@ -318,7 +318,7 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def regular(path: str | os.PathLike, what: str = "file") -> Iterator[BinaryIO]:
+def open_regular(path: str | os.PathLike, what: str = "file") -> Iterator[BinaryIO]:
     """Open a regular file for reading. FIFOs, devices and directories are rejected without opening
     them, which could block.
 
@@ -333,7 +333,7 @@ def regular(path: str | os.PathLike, what: str = "file") -> Iterator[BinaryIO]:
         if stat.S_ISDIR(found.st_mode):
             raise UserError(f"{path}: a folder, not a {what}")
         if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path}: a device or pipe, not a {what}; give a regular file")
+            raise UserError(f"{path}: a device or pipe, not a {what}; use a regular file")
         # O_NONBLOCK: a FIFO that replaces the file meanwhile cannot block either
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
@@ -342,7 +342,7 @@ def regular(path: str | os.PathLike, what: str = "file") -> Iterator[BinaryIO]:
         raise UserError(f"{path}: {_unreadable(error, what)}") from error
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise UserError(f"{path}: a device or pipe, not a {what}; give a regular file")
+            raise UserError(f"{path}: a device or pipe, not a {what}; use a regular file")
         yield file
 
 
@@ -351,9 +351,9 @@ def _unreadable(error: Exception, what: str) -> str:
     if number in (errno.ENOENT, errno.ENOTDIR):
         return f"no such {what}"
     if number in (errno.EACCES, errno.EPERM):
-        return f"no permission to read this {what}; give yourself read access (chmod, chown), or run as its owner"
+        return f"no permission to read this {what}; change its permissions (chmod, chown), or run as its owner"
     if number == errno.ENAMETOOLONG:
-        return f"no {what}: the name is longer than a file name can be"
+        return f"no {what}: the name is too long"
     if number == errno.ELOOP:
         return f"no such {what}: its symbolic links form a loop"
     return f"no {what} can have this name ({error})" if number is None else f"cannot be read ({os.strerror(number)})"

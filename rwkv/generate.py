@@ -17,6 +17,7 @@ from rwkv.errors import UserError
 from rwkv.models import RWKV, State
 
 _PREFILL = 256  # prompt tokens per forward pass
+_COLDEST = 1e-4  # temperature, in effect greedy; logits divided by a smaller one may overflow
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Sampling:
     penalty_decay: float = 0.996
 
 
-def choose(
+def sample_token(
     logits: Tensor, sampling: Sampling, counts: dict[int, float], generator: torch.Generator | None = None
 ) -> int:
     """Sample the next token from logits [V]; `counts` are the decayed counts of earlier tokens."""
@@ -40,10 +41,11 @@ def choose(
         logits[token] -= sampling.presence_penalty + sampling.frequency_penalty * count
     if sampling.temperature <= 0:
         return int(logits.argmax())
-    probabilities, tokens = torch.softmax(logits / sampling.temperature, -1).sort(descending=True)
+    logits /= max(sampling.temperature, _COLDEST)
+    probabilities, tokens = torch.softmax(logits, -1).sort(descending=True)
     before = probabilities.cumsum(0) - probabilities
     dropped = before >= sampling.top_p
-    dropped[0] = False  # always keep the likeliest token
+    dropped[0] = False  # always keep the most likely token
     probabilities = probabilities.masked_fill(dropped, 0)
     return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 
@@ -69,8 +71,8 @@ def matrices_dtype(requested: str, stored: torch.dtype, gpu: bool) -> torch.dtyp
 
 
 class Session:
-    """The model's state after the text read and written so far, which begins with EOD as every
-    document in training.
+    """The model's state after the text read and written so far, which begins with EOD, like every
+    training document.
 
     Attributes:
         ended: why the last `write` ended: "eod", "stop" (a stop text), "length" (max_tokens) or
@@ -106,9 +108,8 @@ class Session:
         removed from it.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        hold = (
-            max((len(text) for text in stop), default=1) - 1
-        )  # characters withheld because they may begin a stop text
+        # characters withheld because they may begin a stop text
+        hold = max((len(text) for text in stop), default=1) - 1
         counts: dict[int, float] = {}
         text, shown = "", 0
         self.ended = "length"
@@ -118,7 +119,7 @@ class Session:
             if cancelled():
                 self.ended = "cancelled"
                 break
-            token = choose(self.logits, sampling, counts, generator)
+            token = sample_token(self.logits, sampling, counts, generator)
             if token == self.tokenizer.eod:
                 self.ended = "eod"
                 break
@@ -181,7 +182,7 @@ class Chat:
     ) -> Iterator[str]:
         """Generate the answer to a message; yields it without surrounding whitespace.
 
-        If the caller stops early, the yielded text is the answer.
+        If the caller stops early, the answer is the text yielded so far.
         """
         session = self.session
         session.read(question(text))

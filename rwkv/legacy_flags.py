@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Foreign:
-    """An unsupported flag of another program.
+class Unsupported:
+    """A flag of another program that is not supported here.
 
     Attributes:
         program: the program it belongs to.
@@ -20,8 +20,8 @@ class Foreign:
     off: tuple[str, ...] = ()
     values: Mapping[str, str] = field(default_factory=dict)
 
-    def answer(self, flag: str, value: str) -> str:
-        """The error message: whose flag it is, and what to use instead."""
+    def message(self, flag: str, value: str) -> str:
+        """The error message: which program the flag belongs to, and what to use instead."""
         advice = next((text for begin, text in self.values.items() if value.startswith(begin)), self.advice)
         return f"{flag}{' ' * bool(value)}{value}: a flag of {self.program} that is not supported here; {advice}"
 
@@ -46,11 +46,11 @@ _ADAPTERS = "LoRA is the only adapter here: omit it"
 
 NOT_SUPPORTED = {
     # BlinkDL/RWKV-LM, RWKV-v4neo, and the same in RWKV-v5
-    "my_pile_version": Foreign(
+    "my_pile_version": Unsupported(
         _NEO, "it reads a list of datasets: convert them to one, and prime sampling uses it with --magic_prime -1", ("1",)
     ),
-    "my_qa_mask": Foreign(_NEO, "use --chatml_mask 1, or a mask file beside the data: P_text_mask.bin", ("0",)),
-    "my_testing": Foreign(
+    "my_qa_mask": Unsupported(_NEO, "use --chatml_mask 1, or a mask file beside the data: P_text_mask.bin", ("0",)),
+    "my_testing": Unsupported(
         "RWKV-LM and RWKV-PEFT",
         "it selects an experimental model; RWKV-4 and RWKV-7 can be trained here",
         ("",),
@@ -60,17 +60,17 @@ NOT_SUPPORTED = {
             "x070": "it selects RWKV-7: use --version 7 for a new model; the version of --load_model is recognised",
         },
     ),
-    "head_qk": Foreign(_NEO, "omit it: models with a head_q and head_k are not supported", ("0",)),
-    "tiny_att_dim": Foreign(_NEO, "omit it: models with tiny attention are not supported", ("0",)),
-    "tiny_att_layer": Foreign(_NEO, "omit it: models with tiny attention are not supported", ("-999",)),
-    "my_sample_len": Foreign(
+    "head_qk": Unsupported(_NEO, "omit it: models with a head_q and head_k are not supported", ("0",)),
+    "tiny_att_dim": Unsupported(_NEO, "omit it: models with tiny attention are not supported", ("0",)),
+    "tiny_att_layer": Unsupported(_NEO, "omit it: models with tiny attention are not supported", ("-999",)),
+    "my_sample_len": Unsupported(
         _NEO, "it belongs to --data_type uint16: documents of a binidx and --doc_training 1 do the same", ("0",)
     ),
-    **{name: Foreign(_NEO, "omit it: it belongs to image models", (off,)) for name, off in _IMAGES.items()},
-    "cuda_cleanup": Foreign(_NEO, "omit it: the cache of the GPU's allocator is not emptied during a run", ("0",)),
-    "head_size_a": Foreign(_V5, "use --head_size for a new RWKV-7 model; RWKV-4 has no heads", ("64",)),
-    "head_size_divisor": Foreign(_V5, "omit it: it is always 8", ("8",)),
-    "train_type": Foreign(
+    **{name: Unsupported(_NEO, "omit it: it belongs to image models", (off,)) for name, off in _IMAGES.items()},
+    "cuda_cleanup": Unsupported(_NEO, "omit it: the CUDA cache is never emptied during a run", ("0",)),
+    "head_size_a": Unsupported(_V5, "use --head_size for a new RWKV-7 model; RWKV-4 has no heads", ("64",)),
+    "head_size_divisor": Unsupported(_V5, "omit it: it is always 8", ("8",)),
+    "train_type": Unsupported(
         _V5,
         "omit it",
         ("", "none"),
@@ -81,11 +81,11 @@ NOT_SUPPORTED = {
         },
     ),
     # RWKV-v7/train_temp
-    "train_stage": Foreign(_V7, "its stages 1, 2 and 3 are --my_pile_stage 1, 2 and 3 here", ("0",)),
-    "head_chunk": Foreign(_V7, "omit it: the loss never holds all logits in memory", ("0",)),
-    "kernel": Foreign(_V7, "omit it: the WKV kernel for this device is chosen automatically", ("",)),
+    "train_stage": Unsupported(_V7, "its stages 1, 2 and 3 are --my_pile_stage 1, 2 and 3 here", ("0",)),
+    "head_chunk": Unsupported(_V7, "omit it: the loss never holds all logits in memory", ("0",)),
+    "kernel": Unsupported(_V7, "omit it: the WKV kernel for this device is chosen automatically", ("",)),
     # Joluck/RWKV-PEFT (also JL-er/RWKV-PEFT)
-    "peft": Foreign(
+    "peft": Unsupported(
         _PEFT,
         "of its methods only LoRA exists here, which is what scripts/lora.py trains",
         (),
@@ -94,57 +94,62 @@ NOT_SUPPORTED = {
             "none": "tuning all weights is what scripts/finetune.py does: omit it",
         },
     ),
-    "peft_config": Foreign(_PEFT, "give its entries as flags: --lora_r, --lora_alpha, --lora_dropout, --lora_parts"),
-    "lora_config": Foreign(_PEFT, "give its entries as flags: --lora_load, --lora_r, --lora_alpha, --lora_dropout, --lora_parts"),
-    "train_parts": Foreign(_PEFT, "use --lora_parts, such as --lora_parts att,ffn,time,ln"),
-    **{f"{name}_config": Foreign(_PEFT, _ADAPTERS) for name in ("pissa", "disha", "bone", "miss", "lisa", "state")},
-    **{name: Foreign(_PEFT, _ADAPTERS) for name in ("LISA", "lisa_r", "lisa_k", "PISSA", "svd_niter", "pissa_load", "pissa_init", "bone_load", "bone_r")},
-    "state_tune": Foreign(_PEFT, _STATE),
-    "quant": Foreign(_PEFT, _NO_QUANTISATION, ("none",)),
-    "merge": Foreign(_PEFT, "a run saves the adapter; scripts/merge_lora.py merges it into its base", ("0",)),
-    "dataload": Foreign(
+    "peft_config": Unsupported(_PEFT, "pass its entries as flags: --lora_r, --lora_alpha, --lora_dropout, --lora_parts"),
+    "lora_config": Unsupported(_PEFT, "pass its entries as flags: --lora_load, --lora_r, --lora_alpha, --lora_dropout, --lora_parts"),
+    "train_parts": Unsupported(_PEFT, "use --lora_parts, such as --lora_parts att,ffn,time,ln"),
+    **{f"{name}_config": Unsupported(_PEFT, _ADAPTERS) for name in ("pissa", "disha", "bone", "miss", "lisa", "state")},
+    **{name: Unsupported(_PEFT, _ADAPTERS) for name in ("LISA", "lisa_r", "lisa_k", "PISSA", "svd_niter", "pissa_load", "pissa_init", "bone_load", "bone_r")},
+    "state_tune": Unsupported(_PEFT, _STATE),
+    "quant": Unsupported(_PEFT, _NO_QUANTISATION, ("none",)),
+    "merge": Unsupported(_PEFT, "a run saves the adapter; scripts/merge_lora.py merges it into its base", ("0",)),
+    "dataload": Unsupported(
         _PEFT,
-        "use --doc_training 1 for whole documents, padded; without it contexts begin at random places",
+        "use --doc_training 1 for whole documents, padded; without it, samples start at random offsets",
         ("get",),
         {"pad": "use --doc_training 1: whole documents, padded", "only": "use --doc_training 1: whole documents, padded"},
     ),
-    "loss_mask": Foreign(
+    "loss_mask": Unsupported(
         _PEFT,
         "convert chats with scripts/convert.py: it writes a loss mask, which training uses without a flag",
         ("none",),
         {"pad": "omit it: padding never contributes to the loss"},
     ),
-    "mask_id": Foreign(_PEFT, "convert chats with scripts/convert.py: it writes a loss mask, which training uses without a flag"),
-    "data_shuffle": Foreign(_PEFT, "--doc_training 1 reads documents in random order, --doc_training_seq 1 in the order of the file"),
-    "sft_field": Foreign(_PEFT, "convert the data with scripts/convert.py first"),
-    "sft_split": Foreign(_PEFT, "convert the data with scripts/convert.py first", ("train",)),
-    "chunk_ctx": Foreign(_PEFT, "use --tbptt_len N: tokens in a chunk, the state carried from one to the next"),
-    "op": Foreign(_PEFT, "omit it: the WKV kernel for this device is chosen automatically"),
-    "fla": Foreign(_PEFT, "omit it: the WKV kernel for this device is chosen automatically"),
-    "fused_kernel": Foreign(_PEFT, "omit it: fused kernels are used wherever they are available"),
-    "optim": Foreign(_PEFT, "use --optimizer adam or --optimizer adafactor", ("none",)),
-    "avg_loss": Foreign(_PEFT, "omit it: with --accumulate_grad_batches the loss is always the mean over the whole step", ("0",)),
-    "lr_schedule": Foreign(
+    "mask_id": Unsupported(_PEFT, "convert chats with scripts/convert.py: it writes a loss mask, which training uses without a flag"),
+    "data_shuffle": Unsupported(_PEFT, "--doc_training 1 reads documents in random order, --doc_training_seq 1 in the order of the file"),
+    "sft_field": Unsupported(_PEFT, "convert the data with scripts/convert.py first"),
+    "sft_split": Unsupported(_PEFT, "convert the data with scripts/convert.py first", ("train",)),
+    "chunk_ctx": Unsupported(_PEFT, "use --tbptt_len N: tokens in a chunk, the state carried from one to the next"),
+    "op": Unsupported(_PEFT, "omit it: the WKV kernel for this device is chosen automatically"),
+    "fla": Unsupported(_PEFT, "omit it: the WKV kernel for this device is chosen automatically"),
+    "fused_kernel": Unsupported(_PEFT, "omit it: fused kernels are used wherever they are available"),
+    "optim": Unsupported(_PEFT, "use --optimizer adam or --optimizer adafactor", ("none",)),
+    "avg_loss": Unsupported(_PEFT, "omit it: with --accumulate_grad_batches the loss is always the mean over the whole step", ("0",)),
+    "lr_schedule": Unsupported(
         _PEFT,
         "the rate decays exponentially from --lr_init to --lr_final; with --my_exit_tokens by a cosine",
         (),
         {"cos": "use --my_exit_tokens N for a cosine decay over N tokens", "wsd": "for a constant rate set --lr_init and --lr_final to the same"},
     ),
-    "emb": Foreign("Blealtan's LoRA fork and RWKV-PEFT", "the embedding is not trained by LoRA: omit it, or tune all weights with scripts/finetune.py"),
+    "emb": Unsupported("Blealtan's LoRA fork and RWKV-PEFT", "the embedding is not trained by LoRA: omit it, or tune all weights with scripts/finetune.py"),
+    # RWKV-PEFT's merge.py
+    "base_model": Unsupported(f"{_PEFT}'s merge.py", "use --base"),
+    "lora_checkpoint": Unsupported(f"{_PEFT}'s merge.py", "use --adapter"),
+    "lora_init": Unsupported(f"{_PEFT}'s merge.py", "omit it: it belongs to PiSSA, and only LoRA adapters can be merged here", ("none", "")),
+    "type": Unsupported(f"{_PEFT}'s merge.py", "omit it: only LoRA adapters can be merged here", ("lora",)),
     # the converter's
-    "dataset_impl": Foreign(_TOOL, "omit it: the memory-mapped format is the only one", ("mmap",)),
-    "merge_file": Foreign(_TOOL, "omit it: neither World nor 20B has one", ("",)),
-    # pytorch-lightning's, which upstream's trainers take over
-    "gradient_clip_val": Foreign(_LIGHTNING, "use --grad_clip"),
-    "gpus": Foreign(_LIGHTNING, "use --devices"),
-    "num_processes": Foreign(_LIGHTNING, "use --devices"),
-    "max_epochs": Foreign(_LIGHTNING, "use --epoch_count"),
-    "default_root_dir": Foreign(_LIGHTNING, "use --proj_dir"),
-    "val_check_interval": Foreign(_LIGHTNING, "use --val_split and --val_every"),
-    "resume_from_checkpoint": Foreign(_LIGHTNING, "omit it: the same command continues the run in --proj_dir"),
-    "auto_scale_batch_size": Foreign(_LIGHTNING, "use --auto"),
+    "dataset_impl": Unsupported(_TOOL, "omit it: the memory-mapped format is the only one", ("mmap",)),
+    "merge_file": Unsupported(_TOOL, "omit it: neither World nor 20B has one", ("",)),
+    # pytorch-lightning's, which upstream's trainers accept
+    "gradient_clip_val": Unsupported(_LIGHTNING, "use --grad_clip"),
+    "gpus": Unsupported(_LIGHTNING, "use --devices"),
+    "num_processes": Unsupported(_LIGHTNING, "use --devices"),
+    "max_epochs": Unsupported(_LIGHTNING, "use --epoch_count"),
+    "default_root_dir": Unsupported(_LIGHTNING, "use --proj_dir"),
+    "val_check_interval": Unsupported(_LIGHTNING, "use --val_split and --val_every"),
+    "resume_from_checkpoint": Unsupported(_LIGHTNING, "omit it: the same command continues the run in --proj_dir"),
+    "auto_scale_batch_size": Unsupported(_LIGHTNING, "use --auto"),
     **{
-        name: Foreign(_LIGHTNING, "omit it")
+        name: Unsupported(_LIGHTNING, "omit it")
         for name in (
             "logger", "enable_checkpointing", "enable_model_summary", "num_sanity_val_steps", "check_val_every_n_epoch", "log_every_n_steps",
             "replace_sampler_ddp", "sync_batchnorm", "benchmark", "deterministic", "detect_anomaly", "profiler", "overfit_batches",
@@ -153,36 +158,39 @@ NOT_SUPPORTED = {
         )
     },
     # Hugging Face's Trainer, LLaMA-Factory and the like
-    "learning_rate": Foreign(_HF, "use --lr_init and --lr_final"),
-    "lr": Foreign(_HF, "use --lr_init and --lr_final"),
-    "num_train_epochs": Foreign(_HF, "use --epoch_count, and --epoch_steps for the length of an epoch"),
-    "epochs": Foreign(_HF, "use --epoch_count, and --epoch_steps for the length of an epoch"),
-    "per_device_train_batch_size": Foreign(_HF, "use --micro_bsz"),
-    "batch_size": Foreign(_HF, "use --micro_bsz"),
-    "gradient_accumulation_steps": Foreign(_HF, "use --accumulate_grad_batches"),
-    "gradient_checkpointing": Foreign(_HF, "use --grad_cp 1"),
-    "max_grad_norm": Foreign(_HF, "use --grad_clip"),
-    "output_dir": Foreign(_HF, "use --proj_dir"),
-    "model_name_or_path": Foreign(_HF, "use --load_model"),
-    "train_file": Foreign(_HF, "use --data_file"),
-    "dataset": Foreign(_HF, "use --data_file"),
-    "max_seq_length": Foreign(_HF, "use --ctx_len"),
-    "cutoff_len": Foreign(_HF, "use --ctx_len"),
-    "save_steps": Foreign(_HF, "use --save_every, or --epoch_save for checkpoints"),
-    "warmup_ratio": Foreign(_HF, "use --warmup_steps"),
-    "seed": Foreign(_HF, "use --random_seed"),
-    "bf16": Foreign(_HF, "use --precision bf16"),
-    "fp16": Foreign(_HF, "use --precision fp16"),
-    "lora_rank": Foreign(_HF, "use --lora_r"),
-    "lora_target": Foreign(_HF, "use --lora_parts, such as --lora_parts att,ffn,time,ln"),
-    "target_modules": Foreign(_HF, "use --lora_parts, such as --lora_parts att,ffn,time,ln"),
-    "deepspeed": Foreign(_HF, "use --strategy deepspeed_stage_2, and --ds_config for further keys"),
-    "patience": Foreign("trainers with early stopping", "there is none here: --val_split 0.01 shows the validation loss, Ctrl-C ends a run and saves it"),
+    "learning_rate": Unsupported(_HF, "use --lr_init and --lr_final"),
+    "lr": Unsupported(_HF, "use --lr_init and --lr_final"),
+    "num_train_epochs": Unsupported(_HF, "use --epoch_count, and --epoch_steps for the length of an epoch"),
+    "epochs": Unsupported(_HF, "use --epoch_count, and --epoch_steps for the length of an epoch"),
+    "per_device_train_batch_size": Unsupported(_HF, "use --micro_bsz"),
+    "batch_size": Unsupported(_HF, "use --micro_bsz"),
+    "gradient_accumulation_steps": Unsupported(_HF, "use --accumulate_grad_batches"),
+    "gradient_checkpointing": Unsupported(_HF, "use --grad_cp 1"),
+    "max_grad_norm": Unsupported(_HF, "use --grad_clip"),
+    "output_dir": Unsupported(_HF, "use --proj_dir"),
+    "model_name_or_path": Unsupported(_HF, "use --load_model"),
+    "train_file": Unsupported(_HF, "use --data_file"),
+    "dataset": Unsupported(_HF, "use --data_file"),
+    "max_seq_length": Unsupported(_HF, "use --ctx_len"),
+    "cutoff_len": Unsupported(_HF, "use --ctx_len"),
+    "save_steps": Unsupported(_HF, "use --save_every, or --epoch_save for checkpoints"),
+    "warmup_ratio": Unsupported(_HF, "use --warmup_steps"),
+    "seed": Unsupported(_HF, "use --random_seed"),
+    "bf16": Unsupported(_HF, "use --precision bf16; when generating or exporting --dtype bf16"),
+    "fp16": Unsupported(_HF, "use --precision fp16; when generating or exporting --dtype fp16"),
+    "local_rank": Unsupported(
+        "launchers (torch.distributed.launch, deepspeed)", "omit it: --devices N starts N processes, and scripts/launch.sh several machines"
+    ),
+    "lora_rank": Unsupported(_HF, "use --lora_r"),
+    "lora_target": Unsupported(_HF, "use --lora_parts, such as --lora_parts att,ffn,time,ln"),
+    "target_modules": Unsupported(_HF, "use --lora_parts, such as --lora_parts att,ffn,time,ln"),
+    "deepspeed": Unsupported(_HF, "use --strategy deepspeed_stage_2, and --ds_config for further keys"),
+    "patience": Unsupported("trainers with early stopping", "there is none here: --val_split 0.01 shows the validation loss, Ctrl-C ends a run and saves it"),
     # inference
-    "max_new_tokens": Foreign(_HF, "use --max_tokens"),
-    "max_length": Foreign(_HF, "use --max_tokens"),
-    "top_k": Foreign("other generators", "use --top_p"),
-    "repetition_penalty": Foreign(_HF, "use --presence_penalty and --frequency_penalty"),
+    "max_new_tokens": Unsupported(_HF, "use --max_tokens"),
+    "max_length": Unsupported(_HF, "use --max_tokens"),
+    "top_k": Unsupported("other generators", "use --top_p"),
+    "repetition_penalty": Unsupported(_HF, "use --presence_penalty and --frequency_penalty"),
 }  # fmt: skip
 
 IGNORED = ("num_docs", "log_interval", "enable_progress_bar")

@@ -4,7 +4,7 @@ Pages are read on access, shared between processes, and can be dropped again if 
 written to; writes do not change the file. A model therefore takes memory only for what is accessed,
 such as the embedding rows of tokens that occur. Atomic replacement of the file (rwkv.files) does
 not affect its tensors; overwriting or truncating it in place changes them or kills the process
-(SIGBUS).
+(SIGBUS; a run checks its files before every batch).
 """
 
 import ctypes
@@ -29,7 +29,7 @@ class Pages:
         places = [line.split(maxsplit=5) for line in lines]
         self._ranges = [tuple(int(x, 16) for x in place[0].split("-")) for place in places if place[5:] == [name]]
 
-    def hold(self, tensor: Tensor) -> bool:
+    def contains(self, tensor: Tensor) -> bool:
         """Whether a tensor is in the mapped file."""
         begin = tensor.data_ptr()
         return any(low <= begin and begin + _bytes(tensor) <= high for low, high in self._ranges)
@@ -38,7 +38,7 @@ class Pages:
         """Drop the pages of a mapped contiguous tensor that will not be read soon. Values written
         to it are lost.
         """
-        if tensor.device.type == "cpu" and self.hold(tensor):
+        if tensor.device.type == "cpu" and self.contains(tensor):
             page = mmap.PAGESIZE
             # only pages that belong to the tensor alone
             begin = -(-tensor.data_ptr() // page) * page
@@ -48,7 +48,7 @@ class Pages:
         """Drop all pages between the first and last of these tensors, including pages shared by
         neighbours.
         """
-        ours = [(tensor.data_ptr(), tensor.data_ptr() + _bytes(tensor)) for tensor in tensors if self.hold(tensor)]
+        ours = [(tensor.data_ptr(), tensor.data_ptr() + _bytes(tensor)) for tensor in tensors if self.contains(tensor)]
         if ours:
             begin, end = min(begin for begin, _ in ours), max(end for _, end in ours)
             if any(low <= begin and end <= high for low, high in self._ranges):

@@ -39,8 +39,8 @@ def base_of(adapter: str) -> Path:
         return base
     named = adapter_files.read_manifest(adapter).get("base")
     if named:
-        raise UserError(f"{adapter}: its base {named} (named in its .json) does not exist; give --base")
-    raise UserError(f"{adapter}: no .json beside it names its base; give --base")
+        raise UserError(f"{adapter}: its base {named} (named in its .json) does not exist; pass --base")
+    raise UserError(f"{adapter}: no .json beside it names its base; pass --base")
 
 
 def merge(
@@ -92,7 +92,7 @@ def merge(
     origin: dict[str, Any] = {
         key: manifest[key] for key in ("base_sha256", "tokenizer", "data", "data_sha256") if key in manifest
     }
-    sources = {manifests.portable(path, output): weight for path, weight in zip(adapters, weights, strict=True)}
+    sources = {manifests.relative_path(path, output): weight for path, weight in zip(adapters, weights, strict=True)}
     checkpoint.save_model(output, model, {"merged_from": sources, "base": str(base), **origin}, check=compare)
     dtypes = sorted({_short(dtype) for dtype in stored.values()})
     return Merged(dtypes) if unmerged is None else Merged(dtypes, found[0], float(unmerged.abs().max()))

@@ -27,8 +27,8 @@ def new(width: float = 8, height: float = 4.5) -> "tuple[Figure, Axes]":
         import numpy.ma
         from matplotlib.figure import Figure  # takes 25 MB, so imported on use
 
-        # Cached here, with the warning silenced: training flushes denormals to 0, about which numpy
-        # warns.
+        # numpy warns if denormals are flushed to 0, as in training. It caches the result of finfo,
+        # so compute it here with the warning silenced.
         for kind in (numpy.float32, numpy.float64):
             numpy.finfo(kind)
 
@@ -58,7 +58,7 @@ def set_title(axes: "Axes", text: str) -> None:
     axes.set_title(shown, fontfamily=families, parse_math=False)
 
 
-def counted(value: float, _: Any = None) -> str:
+def format_count(value: float, _: Any = None) -> str:
     """Format a count as an axis label."""
     return f"{value:,.0f}" if value == round(value) else ""
 
@@ -94,5 +94,5 @@ def _has(path: str) -> frozenset[str]:
         font = FT2Font(path)
         return frozenset(map(chr, font.get_charmap())) if font.scalable else frozenset()
     except (OSError, RuntimeError, ValueError):
-        # coloured emoji, a format that FreeType was not built with
+        # for example colour fonts, if FreeType was built without support for them
         return frozenset()

@@ -3,6 +3,7 @@ chat.
 """
 
 import contextlib
+import io
 import math
 import select
 import signal
@@ -19,18 +20,18 @@ from rwkv.errors import UserError
 from rwkv.generate import Chat, Sampling, Session
 
 HELP = """/help               this list
-/exit, /quit        end the chat, as Ctrl-D does
+/exit, /quit        end the chat (also Ctrl-D)
 /retry              answer the last message again
-/reset              forget the conversation
-/temperature X      0: always the likeliest token; larger: more varied
-Ctrl-C stops an answer; twice at the prompt it ends the chat. Pasted lines are one message.
-A message that begins with / is sent with a space before it."""
-_TWICE = 5  # seconds within which a second Ctrl-C ends the chat
-_PASTE = 0.05  # seconds within which further lines belong to a paste
+/reset              start a new conversation
+/temperature X      0: always the most likely token; higher: more varied
+Ctrl-C stops an answer; pressed twice at the prompt, it ends the chat. Pasted lines are one message.
+To send a message that begins with /, put a space before it."""
+_EXIT_SECONDS = 5  # within which a second Ctrl-C ends the chat
+_PASTE_SECONDS = 0.05  # within which further lines belong to the same paste
 
 
 def cut_note(max_tokens: int) -> str:
-    """The note after an answer that ended because of --max_tokens."""
+    """The note after an answer that was cut off at --max_tokens."""
     return f"[cut off at --max_tokens {max_tokens}]"
 
 
@@ -52,12 +53,14 @@ class Conversation:
 
     def run(self) -> None:
         """Run the chat until /exit or the end of stdin."""
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # see decodable
         if self.interactive:
             _edit_lines()
             _say("Chat. /help lists the commands, Ctrl-C stops an answer, /exit or Ctrl-D ends.")
         while (message := self.read()) is not None:
             if message.startswith("/"):
-                if not self.obey(*message.split(maxsplit=1)):
+                if not self.execute(*message.split(maxsplit=1)):
                     return
             elif message.strip():
                 session = self.chat.session
@@ -68,25 +71,25 @@ class Conversation:
         """The next message; None at the end of the chat."""
         if not self.interactive:
             line = sys.stdin.readline()
-            return _text(line.rstrip("\n")) if line else None
+            return decodable(line.rstrip("\n")) if line else None
         interrupted = -math.inf
         while True:
             try:
                 lines = [input("User: ")]
-                while select.select([sys.stdin], [], [], _PASTE)[0]:
+                while select.select([sys.stdin], [], [], _PASTE_SECONDS)[0]:
                     lines.append(input())
-                return _text("\n".join(lines))
+                return decodable("\n".join(lines))
             except EOFError:
                 print()
                 return None
             except KeyboardInterrupt:
                 print()
-                if time.monotonic() - interrupted < _TWICE:
+                if time.monotonic() - interrupted < _EXIT_SECONDS:
                     return None
                 interrupted = time.monotonic()
                 _say("[Ctrl-C again, or /exit, ends the chat]")
 
-    def obey(self, command: str, argument: str = "") -> bool:
+    def execute(self, command: str, argument: str = "") -> bool:
         """Execute a command; False if it ends the chat."""
         argument = argument.strip()
         if command in ("/exit", "/quit"):
@@ -95,7 +98,7 @@ class Conversation:
             _say(HELP)
         elif command == "/reset":
             self.chat, self.last = Chat(self.begin()), None
-            _say("[the conversation is forgotten]")
+            _say("[new conversation]")
         elif command == "/retry":
             if self.last is None:
                 _say("[/retry: there is no message yet]")
@@ -111,32 +114,45 @@ class Conversation:
         return True
 
     def temperature(self, text: str) -> None:
-        """Set the temperature, or print it."""
+        """Set the temperature; without `text`, print it."""
         try:
             value = float(text) if text else self.sampling.temperature
         except ValueError:
             value = math.nan
         if not 0 <= value < math.inf:
-            _say(f"[/temperature: expected a number from 0, such as 0.8; got {text}]")
+            _say(f"[/temperature: expected a number of at least 0, such as 0.8; got {text}]")
             return
         self.sampling = replace(self.sampling, temperature=value)
         _say(f"[temperature {value:g}]")
 
     def answer(self, message: str) -> None:
-        """Print the answer as it is generated, until it is complete or Ctrl-C."""
+        """Print the answer as it is generated, until it is complete or Ctrl-C.
+
+        A second Ctrl-C does not wait for the model to read the message, and forgets it.
+        """
+        session = self.chat.session
+        before = session.state, session.logits
         print("Assistant:", end=" ", flush=True)
-        with _quiet(self.interactive) as stopped:
-            for text in self.chat.ask(message, self.sampling, self.max_tokens, self.generator, stopped):
-                print(text, end="", flush=True)
+        try:
+            with _echo_disabled(self.interactive) as stopped:
+                for text in self.chat.ask(message, self.sampling, self.max_tokens, self.generator, stopped):
+                    print(text, end="", flush=True)
+        except KeyboardInterrupt:
+            if not self.interactive:
+                raise
+            session.state, session.logits = before
+            print(flush=True)
+            _say("[stopped; this message is forgotten]")
+            return
         print(flush=True)
         if stopped():
             _say("[stopped]")
-        elif self.chat.session.ended == "length":
+        elif session.ended == "length":
             _say(cut_note(self.max_tokens))
 
 
 @contextlib.contextmanager
-def _quiet(interactive: bool) -> Iterator[Callable[[], bool]]:
+def _echo_disabled(interactive: bool) -> Iterator[Callable[[], bool]]:
     """Disable the terminal's echo while an answer is printed. Yields a function: whether Ctrl-C was
     pressed.
     """
@@ -170,11 +186,11 @@ def _edit_lines() -> None:
     with contextlib.suppress(ImportError):
         import readline
 
-        readline.parse_and_bind("set enable-bracketed-paste on")  # Python switches it off
+        readline.parse_and_bind("set enable-bracketed-paste on")  # Python disables it
 
 
-def _text(typed: str) -> str:
-    """The input, with invalid UTF-8 replaced by U+FFFD."""
+def decodable(typed: str) -> str:
+    """A message or argument, with invalid UTF-8 replaced by U+FFFD."""
     return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
@@ -189,8 +205,13 @@ def check_sampling(sampling: Sampling, max_tokens: int, seed: int) -> None:
         UserError: a flag is out of range.
     """
     for name, value, valid, expected in (
-        ("temperature", sampling.temperature, sampling.temperature >= 0, "0 (always the likeliest token) or more"),
-        ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "more than 0 and at most 1"),
+        (
+            "temperature",
+            sampling.temperature,
+            sampling.temperature >= 0,
+            "at least 0 (0: always the most likely token)",
+        ),
+        ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "greater than 0 and at most 1"),
         ("penalty_decay", sampling.penalty_decay, 0 <= sampling.penalty_decay <= 1, "from 0 to 1"),
         (
             "presence_penalty",
@@ -205,7 +226,7 @@ def check_sampling(sampling: Sampling, max_tokens: int, seed: int) -> None:
             "from -100 to 100, usually 0 to 2",
         ),
         ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
-        ("seed", seed, -1 <= seed < 1 << 63, "-1 (another each time), or from 0 to 2^63 - 1"),
+        ("seed", seed, -1 <= seed < 1 << 63, "-1 (a new seed each time), or from 0 to 2^63 - 1"),
     ):
         if not valid:
             raise UserError(f"--{name} {value}: it must be {expected}")

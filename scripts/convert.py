@@ -21,13 +21,13 @@ bad records. Output files are written atomically. On several machines:
     python scripts/convert.py --output-prefix out/big --merge
 """
 
-from rwkv.cli import parse, sentences
+from rwkv.cli import parse, report_errors
 from rwkv.commands import flags
 from rwkv.config import ConvertConfig
 from rwkv.errors import UserError
 
 if __name__ == "__main__":
-    with sentences():
+    with report_errors():
         config = parse(ConvertConfig, __doc__)
         if config.merge:
             if not config.output_prefix:

@@ -9,12 +9,12 @@ question="What is LoRA?"
 
 bold='' plain=''
 if [ -t 1 ] && [ -z "${NO_COLOR:-}" ]; then bold=$'\033[1m' plain=$'\033[0m'; fi
-tell() { printf '\n%s%s%s\n' "$bold" "$*" "$plain"; }
+heading() { printf '\n%s%s%s\n' "$bold" "$*" "$plain"; }
 run() { printf '$%s\n' "$(printf ' %q' "$@")"; "$@"; }
-ask() {  # its answer on one line, without the remark that it is cut off
+ask() {  # print the model's answer on one line, without the note that it was cut off
   "$py" scripts/generate.py --model "$1" --ask "$question" --temperature 0 --max_tokens 40 2> >(grep -v "^\[cut off" >&2) | tr '\n' ' '
 }
-loss() {  # of the first step, and mean of the last 10 %, as the run reports them
+loss() {  # print the loss of the first step and the mean of the last 10 %, as the run reports them
   "$py" - "$1" <<'END'
 import json, sys
 losses = [json.loads(line)["loss"] for line in open(sys.argv[1])]
@@ -23,26 +23,26 @@ print(f"{losses[0]:.2f} -> {sum(tail) / len(tail):.2f}")
 END
 }
 
-tell "1. Pretraining text: documentation from Python's standard library"
+heading "1. Pretraining text: documentation from Python's standard library"
 run "$py" scripts/demo_corpus.py "$out/corpus.jsonl"
 
-tell "2. Conversion: text to tokens, World vocabulary, binidx format"
+heading "2. Conversion: text to tokens, World vocabulary, binidx format"
 run "$py" scripts/convert.py --input "$out/corpus.jsonl" --force
 run "$py" scripts/convert.py --input data/example.jsonl --output-prefix "$out/example" --force
 
-tell "3. Pretraining: a new model with 13 million parameters"
+heading "3. Pretraining: a new model with 13 million parameters"
 run "$py" scripts/pretrain.py --data_file "$out/corpus_text_document" --proj_dir "$out/base" --overwrite --n_layer 2 --n_embd 96 \
   --ctx_len 128 --micro_bsz 3 --epoch_count 1 --epoch_steps 300 --lr_init 8e-3 --lr_final 2e-3 --magic_prime -1 --random_seed 1 --precision fp32
 
-tell "4. LoRA: the base is frozen, an adapter learns the 40 questions and answers in data/example.jsonl"
+heading "4. LoRA: the base is frozen, an adapter learns the 40 questions and answers in data/example.jsonl"
 run "$py" scripts/lora.py --load_model "$out/base/rwkv-0.pth" --data_file "$out/example_text_document" --proj_dir "$out/lora" --overwrite \
   --lora_r 48 --lora_alpha 48 --lora_dropout 0 --lora_parts att,ffn,time,ln \
   --ctx_len 64 --micro_bsz 2 --epoch_count 1 --epoch_steps 750 --lr_init 8e-3 --lr_final 1e-3 --random_seed 2 --precision fp32
 
-tell "5. Merging: the adapter is added to the weights"
+heading "5. Merging: the adapter is added to the weights"
 run "$py" scripts/merge_lora.py --adapter "$out/lora/rwkv-0.pth" --output "$out/tuned.pth" --force
 
-tell "6. Result"
+heading "6. Result"
 before=$(ask "$out/base/rwkv-0.pth")
 after=$(ask "$out/tuned.pth")
 cat <<EOF

@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from rwkv.cli import sentences
+from rwkv.cli import report_errors
 from rwkv.errors import UserError
 from rwkv.files import atomic_write
 
@@ -40,7 +40,7 @@ def corpus() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    with sentences():
+    with report_errors():
         if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
             raise UserError(f"expected one argument, the file to write.\n{__doc__}")
         texts = list(corpus())

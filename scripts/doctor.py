@@ -10,7 +10,7 @@ import dataclasses
 import json
 import sys
 
-from rwkv.cli import parse, sentences
+from rwkv.cli import parse, report_errors
 from rwkv.config import DoctorConfig
 
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
@@ -21,10 +21,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def main(config: DoctorConfig) -> int:
-    from rwkv.doctor import examine
+    from rwkv.doctor import run_checks
 
     findings = []
-    for finding in examine(config.folder):
+    for finding in run_checks(config.folder):
         findings.append(finding)
         if not config.json:
             print(
@@ -41,5 +41,5 @@ def main(config: DoctorConfig) -> int:
 
 
 if __name__ == "__main__":
-    with sentences():
+    with report_errors():
         sys.exit(main(parse(DoctorConfig, __doc__)))

@@ -10,7 +10,7 @@ card, and the cheapest change that would make the run fit.
 
 import json
 
-from rwkv.cli import parse, sentences
+from rwkv.cli import parse, report_errors
 from rwkv.config import EstimateConfig
 from rwkv.errors import UserError
 
@@ -24,7 +24,7 @@ def main(config: EstimateConfig) -> None:
         print(search.table(version.named(config.version)))
         return
     plan = make_plan(config)
-    found, card = estimate.estimate(plan), memory_of_card(config.card) or present(config)
+    found, card = estimate.estimate(plan), memory_of_card(config.card) or memory_of_machine(config)
     if config.json:
         print(json.dumps(search.as_dict(plan, found, card), indent=2))
     else:
@@ -48,7 +48,9 @@ def make_plan(c: EstimateConfig):
             raise UserError(f"--{name} must be at least 1; it is {getattr(c, name)}")
     kind, sizes = version.named(c.version), None
     if c.load_model:
-        sizes = checkpoint.sizes_of(checkpoint.read_tensors(c.load_model), c.load_model)
+        tensors = checkpoint.read_tensors(c.load_model)
+        sizes = checkpoint.sizes_of(tensors, c.load_model)
+        checkpoint.check_shapes(tensors, sizes, c.load_model)
         kind = version.version_of(sizes)
     if c.model and c.model.lower() not in kind.PUBLISHED:
         raise UserError(
@@ -65,7 +67,7 @@ def make_plan(c: EstimateConfig):
     return plan_of(c, sizes, c.accelerator == "gpu", c.precision)
 
 
-def present(c: EstimateConfig) -> float:
+def memory_of_machine(c: EstimateConfig) -> float:
     """GB of this machine's GPU, or of its memory with --accelerator cpu; 0 without a GPU."""
     from rwkv.memory.machine import memory_of
 
@@ -73,5 +75,5 @@ def present(c: EstimateConfig) -> float:
 
 
 if __name__ == "__main__":
-    with sentences():
+    with report_errors():
         main(parse(EstimateConfig, __doc__))

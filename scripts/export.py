@@ -13,7 +13,7 @@ import os
 import shutil
 from pathlib import Path
 
-from rwkv.cli import parse, sentences
+from rwkv.cli import parse, report_errors
 from rwkv.config import ExportConfig
 from rwkv.errors import UserError, printable
 
@@ -70,5 +70,5 @@ def main(config: ExportConfig) -> None:
 
 
 if __name__ == "__main__":
-    with sentences():
+    with report_errors():
         main(parse(ExportConfig, __doc__))

@@ -9,7 +9,7 @@
 
 import sys
 
-from rwkv.cli import parse, sentences
+from rwkv.cli import parse, report_errors
 from rwkv.config import GenerateConfig
 from rwkv.errors import UserError
 
@@ -21,7 +21,7 @@ def main(config: GenerateConfig) -> None:
     from rwkv.data.tokenizer import WorldTokenizer
     from rwkv.generate import Chat, Sampling, Session, matrices_dtype
     from rwkv.memory import machine
-    from rwkv.terminal import Conversation, check_sampling, cut_note
+    from rwkv.terminal import Conversation, check_sampling, cut_note, decodable
 
     if not config.model:
         raise UserError("--model is missing: the checkpoint to run")
@@ -35,7 +35,7 @@ def main(config: GenerateConfig) -> None:
         config.temperature, config.top_p, config.presence_penalty, config.frequency_penalty, config.penalty_decay
     )
     check_sampling(sampling, config.max_tokens, config.seed)
-    compat.wake_mkl()
+    compat.enable_mkl_avx2()
     gpu = machine.use_gpu(config.accelerator)
     if config.accelerator == "gpu" and not gpu:
         raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or use --accelerator cpu")
@@ -62,19 +62,19 @@ def main(config: GenerateConfig) -> None:
         return
     session = begin()
     if config.prompt:
-        prompt = config.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        prompt = decodable(config.prompt)
         session.read(prompt)
         print(prompt, end="")
         texts = session.write(sampling, config.max_tokens, (), generator)
     else:
-        texts = Chat(session).ask(config.ask, sampling, config.max_tokens, generator)
-    for text in texts:
-        print(text, end="", flush=True)
+        texts = Chat(session).ask(decodable(config.ask), sampling, config.max_tokens, generator)
+    for part in texts:
+        print(part, end="", flush=True)
     print(flush=True)
     if config.ask and session.ended == "length":
         print(cut_note(config.max_tokens), file=sys.stderr)
 
 
 if __name__ == "__main__":
-    with sentences():
+    with report_errors():
         main(parse(GenerateConfig, __doc__))

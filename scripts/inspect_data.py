@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from rwkv.cli import parse, sentences
+from rwkv.cli import parse, report_errors
 from rwkv.config import InspectConfig
 from rwkv.errors import UserError
 
@@ -51,5 +51,5 @@ def main(config: InspectConfig) -> int:
 
 
 if __name__ == "__main__":
-    with sentences():
+    with report_errors():
         sys.exit(main(parse(InspectConfig, __doc__)))

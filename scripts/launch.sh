@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Start one run on several machines, with one process per GPU.
 #
-# This folder, the data and the models must have the same paths on all machines. --proj_dir must be on
-# shared storage, or at least readable again by the first machine. After losing a machine, repeat the
+# This folder, the data and the models must have the same paths on all machines. --proj_dir must be on shared
+# storage, or at least on storage that the first machine can still read afterwards. If a machine fails, repeat the
 # command to resume from the last training state; the processes on the other machines exit by
 # themselves (torchrun of torch 1.13.1: after up to 5 minutes).
 #
@@ -24,44 +24,44 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 
-refuse() { echo "error: $*" >&2; exit 2; }
+fail() { echo "error: $*" >&2; exit 2; }
 
 nodes='' node='' master='' devices='' port='' hostfile='' print=''
 while (($#)); do
   case $1 in
-    --nodes | --node | --master | --devices | --port | --hostfile) (($# > 1)) || refuse "$1 needs a value"; printf -v "${1#--}" %s "$2"; shift 2 ;;
+    --nodes | --node | --master | --devices | --port | --hostfile) (($# > 1)) || fail "$1 needs a value"; printf -v "${1#--}" %s "$2"; shift 2 ;;
     --print) print=1; shift ;;
     -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit ;;
     --) shift; break ;;
-    *) refuse "$1 is not a flag of launch.sh (see --help); the script and its flags come after --" ;;
+    *) fail "$1 is not a flag of launch.sh (see --help); the script and its flags come after --" ;;
   esac
 done
-(($#)) || refuse "nothing to launch: pass a script after --, such as -- scripts/lora.py --load_model base.pth --data_file mine.jsonl"
+(($#)) || fail "nothing to launch: pass a script after --, such as -- scripts/lora.py --load_model base.pth --data_file mine.jsonl"
 
 # With a hostfile: run this script on each machine by ssh. If one fails, stop the others.
 if [[ $hostfile ]]; then
-  [[ -r $hostfile ]] || refuse "--hostfile $hostfile: no such file"
+  [[ -r $hostfile ]] || fail "--hostfile $hostfile: no such file"
   hosts=() slots=()
   while read -r host rest || [[ $host ]]; do
     [[ -z $host || $host == \#* ]] && continue
-    [[ $host =~ ^[A-Za-z0-9_][A-Za-z0-9_.:%@-]*$ ]] || refuse "--hostfile $hostfile: $host is not a machine's name or address"
-    [[ -z $rest || $rest =~ ^slots=([1-9][0-9]*)[[:space:]]*$ ]] || refuse "--hostfile $hostfile: a line is 'address slots=N'; got '$host $rest'"
+    [[ $host =~ ^[A-Za-z0-9_][A-Za-z0-9_.:%@-]*$ ]] || fail "--hostfile $hostfile: $host is not a host name or address"
+    [[ -z $rest || $rest =~ ^slots=([1-9][0-9]*)[[:space:]]*$ ]] || fail "--hostfile $hostfile: expected lines such as 'address slots=N'; got '$host $rest'"
     hosts+=("$host") slots+=("${BASH_REMATCH[1]:-}")
     [[ $rest ]] || slots[-1]=''
-    [[ ${slots[-1]} == "${slots[0]}" ]] || refuse "--hostfile $hostfile: $host has other slots than ${hosts[0]}; every machine must run the same number of processes"
+    [[ ${slots[-1]} == "${slots[0]}" ]] || fail "--hostfile $hostfile: slots of $host and ${hosts[0]} differ; every machine must run the same number of processes"
   done <"$hostfile"
-  ((${#hosts[@]})) || refuse "--hostfile $hostfile: names no machine"
-  carried=()
+  ((${#hosts[@]})) || fail "--hostfile $hostfile: no machine listed"
+  forwarded=()
   for name in PY GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME OMP_NUM_THREADS; do
-    [[ ${!name:-} ]] && carried+=("$name=${!name}")
+    [[ ${!name:-} ]] && forwarded+=("$name=${!name}")
   done
   started=()
   trap 'kill "${started[@]}" 2>/dev/null || true' EXIT
   for i in "${!hosts[@]}"; do
     count=${devices:-${slots[$i]}}
-    command=(env "${carried[@]}" "$here/scripts/launch.sh" --nodes ${#hosts[@]} --node "$i" --master "${master:-${hosts[0]}}" ${port:+--port "$port"}
+    command=(env "${forwarded[@]}" "$here/scripts/launch.sh" --nodes ${#hosts[@]} --node "$i" --master "${master:-${hosts[0]}}" ${port:+--port "$port"}
       ${count:+--devices "$count"} ${print:+--print} -- "$@")
-    # -tt: the remote processes get SIGHUP when the connection closes. %q: the command passes another shell.
+    # -tt: the remote processes get SIGHUP when the connection closes. %q: the remote shell parses the command again.
     # shellcheck disable=SC2086
     ${SSH:-ssh -tt -o BatchMode=yes --} "${hosts[$i]}" "cd $(printf %q "$PWD") && exec $(printf '%q ' "${command[@]}")" </dev/null &
     started+=($!)
@@ -72,22 +72,29 @@ if [[ $hostfile ]]; then
   exit
 fi
 
-# Slurm and Kubeflow set environment variables; Kubeflow those of torchrun, older versions those of one process per pod.
+# Slurm and Kubeflow set environment variables: Kubeflow those of torchrun (PET_*), older versions those of one process per pod (RANK).
 if [[ -z $nodes && ${SLURM_NODEID:-} ]]; then
+  [[ ${SLURM_LOCALID:-0} == 0 ]] || refuse "srun started several tasks on this machine; it needs one: --ntasks-per-node 1"
+  [[ $SLURM_NNODES == 1 || ${SLURM_STEP_ID:-} ]] || refuse "this runs on the first of $SLURM_NNODES machines only; start it with srun"
   nodes=$SLURM_NNODES node=$SLURM_NODEID
   master=${master:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
   devices=${devices:-${SLURM_GPUS_ON_NODE:-}}
-  export SLURM_JOB_NAME=interactive # or Lightning would take Slurm tasks as ranks
+  export SLURM_JOB_NAME=interactive # otherwise Lightning treats Slurm tasks as ranks
 elif [[ -z $nodes && ${PET_NNODES:-} ]]; then
   nodes=${PET_NNODES%%:*} node=$PET_NODE_RANK master=${master:-$PET_MASTER_ADDR} port=${port:-$PET_MASTER_PORT}
   [[ ${PET_NPROC_PER_NODE:-} =~ ^[0-9]+$ ]] && devices=${devices:-$PET_NPROC_PER_NODE}
 elif [[ -z $nodes && ${MASTER_ADDR:-} && ${WORLD_SIZE:-} && ${RANK:-} ]]; then
   nodes=$WORLD_SIZE node=$RANK master=${master:-$MASTER_ADDR} port=${port:-${MASTER_PORT:-}}
 fi
-[[ $nodes && $node && $master ]] || refuse "pass --nodes, --node and --master, or --hostfile; or run it under Slurm or Kubeflow (see --help)"
-[[ $nodes =~ ^[1-9][0-9]*$ && $node =~ ^[0-9]+$ && $node -lt $nodes ]] || refuse "--node $node of --nodes $nodes: nodes are numbered from 0"
+[[ $nodes && $node && $master ]] || fail "pass --nodes, --node and --master, or --hostfile; or run it under Slurm or Kubeflow (see --help)"
+[[ $nodes =~ ^[1-9][0-9]*$ && $node =~ ^[0-9]+$ && $node -lt $nodes ]] || fail "--node $node of --nodes $nodes: nodes are numbered from 0"
 if [[ -z $devices ]]; then
-  devices=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
+  # like CUDA, which uses the devices in CUDA_VISIBLE_DEVICES up to the first invalid one, such as -1
+  if [[ -v CUDA_VISIBLE_DEVICES ]]; then
+    devices=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^ *\(-.*\)\?$/,$d' | wc -l)
+  else
+    devices=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU ' || true)
+  fi
   ((devices)) || devices=1
 fi
 python=${PY:-$here/.venv/bin/python}

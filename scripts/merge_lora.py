@@ -2,7 +2,7 @@
 
     python scripts/merge_lora.py --adapter out/lora/rwkv-0.pth --output merged.pth
     python scripts/merge_lora.py --adapter a.pth,b.pth --weights 0.7,0.3 --output both.pth
-    # upstream's form: alpha, base, adapter, output
+    # positional arguments as upstream: alpha, base, adapter, output
     python scripts/merge_lora.py [--use-gpu] 32 base.pth lora.pth merged.pth
 
 The merged model keeps the dtypes of the base. An adapter trained on another base is rejected.
@@ -12,29 +12,38 @@ import math
 import os
 import sys
 
-from rwkv.cli import parse, sentences
+from rwkv.cli import parse, report_errors
 from rwkv.config import MergeConfig
 from rwkv.errors import UserError, printable
 
 
-def positional(argv: list[str]) -> list[str]:
-    """Upstream's `[--use-gpu] alpha base adapter output` as flags; else argv unchanged."""
+def from_upstream_form(argv: list[str]) -> list[str]:
+    """Convert upstream's arguments `[--use-gpu] alpha base adapter output` to flags; return any
+    other argv unchanged.
+
+    Raises:
+        UserError: positional arguments, but not four.
+    """
     switches = [word for word in argv if word in ("--use-gpu", "--use_gpu", "--force")]
     words = [word for word in argv if word not in switches]
-    if len(words) != 4 or any(word.startswith("--") for word in words):
+    if any(word.startswith("-") for word in words) or not "".join(words).strip():
         return argv
+    if len(words) != 4:
+        raise UserError(
+            f"arguments without flags are LORA_ALPHA BASE ADAPTER OUTPUT, in this order; there are {len(words)}. Or use --adapter, --base and --output"
+        )
     flags = zip(("--lora_alpha", "--base", "--adapter", "--output"), words, strict=True)
     return [*(f"{flag}={word}" for flag, word in flags), *switches]
 
 
-def numbers(text: str, count: int) -> list[float]:
-    """The weights of the adapters from --weights, by default 1 each."""
+def adapter_weights(text: str, count: int) -> list[float]:
+    """The adapters' weights from --weights; by default 1 each. Raises UserError if invalid."""
     try:
         found = [float(word) for word in text.split(",")] if text else [1.0] * count
     except ValueError:
-        raise UserError(f"--weights {text}: numbers separated by commas, such as 0.7,0.3") from None
+        raise UserError(f"--weights {text}: expected numbers separated by commas, such as 0.7,0.3") from None
     if not all(map(math.isfinite, found)):
-        raise UserError(f"--weights {text}: finite numbers separated by commas, such as 0.7,0.3")
+        raise UserError(f"--weights {text}: expected finite numbers separated by commas, such as 0.7,0.3")
     if len(found) != count:
         raise UserError(
             f"--weights {text}: {len(found)} weights for {count} adapters; pass one for each, or omit --weights"
@@ -54,11 +63,11 @@ def main(config: MergeConfig) -> None:
     if os.path.lexists(config.output) and not config.force:
         raise UserError(f"{config.output} already exists; pass --force to replace it, or choose another --output")
     adapters = [path.strip() for path in config.adapter.split(",") if path.strip()]
-    if os.path.exists(config.adapter):  # a name with a comma
+    if os.path.exists(config.adapter):  # a file name that contains a comma
         adapters = [config.adapter]
-    weights = numbers(config.weights, len(adapters))
+    weights = adapter_weights(config.weights, len(adapters))
     if config.use_gpu and not torch.cuda.is_available():
-        raise UserError("--use_gpu: torch sees no GPU; check nvidia-smi, or omit it")
+        raise UserError("--use_gpu: torch sees no GPU; check nvidia-smi, or omit --use_gpu to merge on the CPU")
     device = "cuda" if config.use_gpu else "cpu"
     alpha = config.lora_alpha or None
     merged = merge(config.output, adapters, weights, config.base, alpha, max(0, config.check_tokens), device)
@@ -71,5 +80,5 @@ def main(config: MergeConfig) -> None:
 
 
 if __name__ == "__main__":
-    with sentences():
-        main(parse(MergeConfig, __doc__, positional(sys.argv[1:])))
+    with report_errors():
+        main(parse(MergeConfig, __doc__, from_upstream_form(sys.argv[1:])))

@@ -6,11 +6,11 @@
 epochs or --max_steps steps.
 """
 
-from rwkv.cli import parse, sentences
+from rwkv.cli import parse, report_errors
 from rwkv.config import TrainConfig
 
 if __name__ == "__main__":
-    with sentences():
+    with report_errors():
         config = parse(TrainConfig, __doc__)
         from rwkv.train.fit import run  # after parsing, so that --help does not import torch
 

@@ -22,7 +22,7 @@ esac
 
 sudo=""
 [ "$(id -u)" = 0 ] || sudo=sudo
-act() { if [ -n "$dry" ]; then echo "would run: $*"; else echo "+ $*"; "$@"; fi; }
+run_or_print() { if [ -n "$dry" ]; then echo "would run: $*"; else echo "+ $*"; "$@"; fi; }
 
 # haveged provides entropy; ninja and g++ compile the CPU kernels
 wanted=(haveged ninja-build python3-pip python-is-python3 g++ make git curl ca-certificates)
@@ -32,13 +32,13 @@ for package in "${wanted[@]}"; do
   [ "$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")
 done
 if [ ${#missing[@]} -gt 0 ]; then
-  act $sudo apt-get update
-  act $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y "${missing[@]}"
+  run_or_print $sudo apt-get update
+  run_or_print $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y "${missing[@]}"
 else
   echo "ok: ${wanted[*]}"
 fi
 if command -v systemctl >/dev/null && [ -d /run/systemd/system ] && ! systemctl is-active --quiet haveged; then
-  act $sudo systemctl enable --now haveged
+  run_or_print $sudo systemctl enable --now haveged
 fi
 
 # The driver is only checked, never installed: choosing one is up to you and may need a reboot.
@@ -70,15 +70,15 @@ if [ -n "$conda" ]; then
     source=https://github.com/conda-forge/miniforge/releases/latest/download/$installer
     folder=/tmp/miniforge.XXXXXX  # not writable by others
     [ -n "$dry" ] || folder=$(mktemp -d "$folder")
-    fetch() { act curl --proto =https --fail --location --silent --show-error --output "$folder/$1" "$source$2"; }
+    fetch() { run_or_print curl --proto =https --fail --location --silent --show-error --output "$folder/$1" "$source$2"; }
     fetch "$installer" ""
     fetch sha256 .sha256
     if [ -z "$dry" ] && ! echo "$(cut -d ' ' -f 1 "$folder/sha256")  $folder/$installer" | sha256sum --check --quiet; then
       echo "error: the SHA-256 of $source does not match; nothing was installed, run this again" >&2
       exit 1
     fi
-    act bash "$folder/$installer" -b -p "$HOME/miniforge3"
-    act rm -r "$folder"
+    run_or_print bash "$folder/$installer" -b -p "$HOME/miniforge3"
+    run_or_print rm -r "$folder"
     echo "now run: source $HOME/miniforge3/bin/activate"
   fi
 fi

@@ -1,7 +1,10 @@
 """Shared fixtures: a tiny model, tiny data, the command line."""
 
+import contextlib
+import gc
 import json
 import locale
+import logging
 import os
 import random
 import resource
@@ -21,12 +24,13 @@ from rwkv.data.binidx import Dataset, mask_path, writer
 from rwkv.data.token_stream import Stream
 from rwkv.models import RWKV
 from rwkv.models.version import VERSIONS
+from rwkv.train.runtime.lightning import rank_zero_only
 from rwkv.train.runtime.process import denormals_are_flushed
 
 ROOT = Path(__file__).parents[1]
 for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # set by `make test`; tests run make themselves
     os.environ.pop(_name, None)
-compat.wake_mkl()  # as training does: tests compare runs in this process and in others bit for bit
+compat.enable_mkl_avx2()  # as training does: tests compare runs in this process and in others bit for bit
 # No deadline: an fsync to a busy disk may be slow. Derandomized: the same examples in every run.
 hypothesis.settings.register_profile("rwkv", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("rwkv")
@@ -54,6 +58,9 @@ def process_state() -> dict[str, object]:
         "signal handlers": {number.name: signal.getsignal(number) for number in HANDLED},
         # packages may extend sys.path when imported
         "sys.path": [path for path in sys.path if "site-packages" not in path],
+        "rank": rank_zero_only.rank,
+        "garbage collection": gc.isenabled(),
+        "disabled logging": logging.root.manager.disable,
         "torch threads": torch.get_num_threads(),
         "torch default dtype": torch.get_default_dtype(),
         "torch grad mode": torch.is_grad_enabled(),
@@ -65,23 +72,39 @@ def process_state() -> dict[str, object]:
     }
 
 
+@contextlib.contextmanager
+def unchanged(what: str):
+    """Fail if the block leaves process-wide state changed."""
+    before = process_state()
+    yield
+    after = process_state()
+    changed = {name: f"{before[name]} -> {after[name]}" for name in before if before[name] != after[name]}
+    assert not changed, f"{what} changed process-wide state: {changed}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _process_state_unchanged_by_module():
+    """Fail a module whose module-scoped fixtures leave process-wide state changed. They run before
+    the state is read for a test.
+    """
+    with unchanged("a fixture of the module"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _process_state_unchanged():
     """Fail a test that leaves process-wide state changed. Every test starts with the same random
     seed, whatever ran before it.
     """
-    before = process_state()
     generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    yield
-    random.setstate(generators[0])
-    np.random.set_state(generators[1])
-    torch.set_rng_state(generators[2])
-    after = process_state()
-    changed = {name: f"{before[name]} -> {after[name]}" for name in before if before[name] != after[name]}
-    assert not changed, f"the test changed process-wide state: {changed}"
+    with unchanged("the test"):
+        yield
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])
+        torch.set_rng_state(generators[2])
 
 
 @pytest.fixture(scope="session")
@@ -151,12 +174,12 @@ def byte_tokenizer(tmp_path):
     """A tokenizer.json like that of the 20B models: NFC, byte-level BPE, <|endoftext|> = 0."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<|endoftext|>": 0, **{letter: i for i, letter in enumerate(alphabet, 1)}, "He": 257, "ll": 258}
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("H", "e"), ("l", "l")]))
-    made.normalizer = tokenizers.normalizers.NFC()
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(["<|endoftext|>"])
-    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("H", "e"), ("l", "l")]))
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
     return tmp_path / "tokenizer.json", {letter: i for i, letter in enumerate(alphabet, 1)}
 
 
@@ -180,7 +203,7 @@ def script(tmp_path):
         name: str, *arguments, status: int = 0, stdin: str = "", environment: dict | None = None
     ) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-        done = subprocess.run(
+        result = subprocess.run(
             command,
             input=stdin,
             capture_output=True,
@@ -190,7 +213,7 @@ def script(tmp_path):
             timeout=300,
             check=False,
         )
-        assert done.returncode == status, f"{name} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done
+        assert result.returncode == status, f"{name} ended with {result.returncode}\n{result.stdout}\n{result.stderr}"
+        return result
 
     return run

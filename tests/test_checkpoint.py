@@ -67,7 +67,7 @@ def test_deepspeed_prefix_removed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "message"),
     [
         (lambda t: t.pop("blocks.1.ln2.bias"), "missing: blocks.1.ln2.bias"),
         (lambda t: t.update({"blocks.1.extra": torch.zeros(1)}), "unexpected: blocks.1.extra"),
@@ -83,11 +83,11 @@ def test_deepspeed_prefix_removed(tmp_path):
         (lambda t: t.update({"blocks.0.att.time_decay": torch.zeros(4, 6)}), "version 5 or later"),
     ],
 )
-def test_mismatched_keys(tmp_path, change, complaint):
+def test_mismatched_keys(tmp_path, change, message):
     tensors = upstream_tensors()
     change(tensors)
     torch.save(tensors, tmp_path / "bad.pth")
-    with pytest.raises(UserError, match=f"bad.pth: .*{complaint}"):
+    with pytest.raises(UserError, match=f"bad.pth: .*{message}"):
         load_model(tmp_path / "bad.pth")
 
 

@@ -8,16 +8,16 @@ import re
 import pytest
 
 from rwkv import config as flags
-from rwkv.cli import parse, printable, sentences
-from rwkv.config import ConvertConfig, GenerateConfig, LoRAConfig, TrainConfig
+from rwkv.cli import parse, printable, report_errors
+from rwkv.config import ConvertConfig, ExportConfig, GenerateConfig, LoRAConfig, MergeConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.legacy_flags import NOT_SUPPORTED
 
 
-def refused(argv, capsys, config=LoRAConfig):
-    with pytest.raises(SystemExit) as exit_:
+def parse_error(argv, capsys, config=LoRAConfig):
+    with pytest.raises(SystemExit) as caught:
         parse(config, "", argv)
-    assert exit_.value.code == 2
+    assert caught.value.code == 2
     return capsys.readouterr().err
 
 
@@ -39,7 +39,7 @@ def test_upstream_spellings():
 
 
 def test_unknown_flag_suggests_nearest(capsys):
-    assert "did you mean --n_layer?" in refused(["--n_layers", "3"], capsys)
+    assert "did you mean --n_layer?" in parse_error(["--n_layers", "3"], capsys)
 
 
 def test_unsupported_upstream_flags():
@@ -76,8 +76,8 @@ def test_upstream_converter_command():
 
 
 def test_wrong_type_or_choice(capsys):
-    assert "n_layer" in refused(["--n_layer", "many"], capsys)
-    assert "grad_cp" in refused(["--grad_cp", "2"], capsys)
+    assert "n_layer" in parse_error(["--n_layer", "many"], capsys)
+    assert "grad_cp" in parse_error(["--grad_cp", "2"], capsys)
 
 
 def test_command_line_overrides_config_file(tmp_path):
@@ -105,14 +105,14 @@ def test_upstream_defaults():
         "my_exit_tokens": 0, "lora_load": "", "lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.01, "lora_parts": "att,ln,time",
     }  # fmt: skip
     ours = dataclasses.asdict(LoRAConfig()) | dataclasses.asdict(TrainConfig())
-    assert LoRAConfig().warmup_steps == 0  # the LoRA fork's
+    assert LoRAConfig().warmup_steps == 0  # the default of the LoRA fork
     assert {name: ours[name] for name in upstream} == upstream
 
 
 def test_user_error_has_no_traceback():
-    with pytest.raises(SystemExit) as exit_, sentences():
+    with pytest.raises(SystemExit) as caught, report_errors():
         raise UserError("what, where, what to do")
-    assert exit_.value.code == "error: what, where, what to do"
+    assert caught.value.code == "error: what, where, what to do"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_user_error_has_no_traceback():
         ("--loss_mask pad", "padding never contributes to the loss"),
         ("--loss_mask qa", "scripts/convert.py: it writes a loss mask"),
         ("--dataload pad", "use --doc_training 1"),
-        ('--lora_config {"lora_r":32}', "give its entries as flags: --lora_load, --lora_r"),
+        ('--lora_config {"lora_r":32}', "pass its entries as flags: --lora_load, --lora_r"),
         ("--train_parts time ln", "--train_parts time ln: .* use --lora_parts"),
         ("--fused_kernel", "--fused_kernel: a flag of RWKV-PEFT"),
         ("--head_size_a 128", "use --head_size for a new RWKV-7 model"),
@@ -157,7 +157,9 @@ def test_flags_named_in_advice_exist(name):
 
 
 def test_all_mistakes_reported_together(capsys):
-    lines = refused(["--n_layers", "3", "--micro_bsz", "two", "--peft", "lora", "--lora_r", "8"], capsys).splitlines()
+    lines = parse_error(
+        ["--n_layers", "3", "--micro_bsz", "two", "--peft", "lora", "--lora_r", "8"], capsys
+    ).splitlines()
     assert [line.split(":")[0] for line in lines] == ["error"] * 3
     assert "usage" not in "".join(lines)
 
@@ -166,17 +168,29 @@ def test_all_mistakes_reported_together(capsys):
     "flag", ["--quark", "--lora_a", "--top_kk", "--loss", "--vocabulary_hash", "--emb_dim", "--beta3", "--head_scale"]
 )
 def test_no_suggestion_for_distant_name(flag, capsys):
-    assert "did you mean" not in refused([flag, "1"], capsys)
+    assert "did you mean" not in parse_error([flag, "1"], capsys)
+
+
+def test_flags_of_upstreams_merge_program():
+    line = "--base_model b.pth --lora_checkpoint a.pth --lora_init i.pth --type lora"
+    with pytest.raises(UserError) as error:
+        parse(MergeConfig, "", line.split())
+    for words in ("merge.py that is not supported here; use --base\n", "use --adapter\n", "it belongs to PiSSA"):
+        assert words in f"{error.value}\n"
+    with pytest.raises(UserError, match=r"use --base \(in scripts/merge_lora.py\)"):
+        parse(LoRAConfig, "", line.split()[:2])
+    with pytest.raises(UserError, match="when generating or exporting --dtype fp16$"):
+        parse(ExportConfig, "", ["--fp16"])
 
 
 def test_flag_of_another_script(capsys):
-    assert "not a flag of this program, but of scripts/generate.py" in refused(["--ask", "x"], capsys)
-    assert "but of scripts/lora.py" in refused(["--lora_r", "8"], capsys, TrainConfig)
-    assert "but of scripts/merge_lora.py" in refused(["--adapter", "a.pth"], capsys, GenerateConfig)
+    assert "not a flag of this program, but of scripts/generate.py" in parse_error(["--ask", "x"], capsys)
+    assert "but of scripts/lora.py" in parse_error(["--lora_r", "8"], capsys, TrainConfig)
+    assert "but of scripts/merge_lora.py" in parse_error(["--adapter", "a.pth"], capsys, GenerateConfig)
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "expected"),
     [
         # a script with CRLF, or with a space after the backslash:
         # https://github.com/community-scripts/ProxmoxVE/issues/14362
@@ -196,14 +210,16 @@ def test_flag_of_another_script(capsys):
         (["\u2013lora_r", "8"], "not the ASCII .*; type --lora_r"),
         (["-lora_r", "8"], "two dashes: --lora_r"),
         (["lora_r=8"], "two dashes: --lora_r=8"),
+        (["--lora_r", "8", "\u200b"], r"argument 3 .*: it contains an invisible character \(U\+200B"),
+        (["\ufeff--lora"], r"--lora contains an invisible character \(U\+FEFF"),
         (["--LORA_R", "8"], "lower case: --lora_r"),
-        (["--n_layer"], "--n_layer: needs a value, a whole number"),
+        (["--n_layer"], "--n_layer: needs a value, an integer"),
         (["--precision", "--lora"], "--precision: needs a value: auto, fp32"),
     ],
 )
-def test_stray_argument(argv, says, capsys):
-    message = refused(argv, capsys)
-    assert re.search(says, message), message
+def test_stray_argument(argv, expected, capsys):
+    message = parse_error(argv, capsys)
+    assert re.search(expected, message), message
     assert len(message.splitlines()) == 1
 
 
@@ -215,11 +231,11 @@ def test_trailing_carriage_return_removed(capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "expected"),
     [
-        (["--n_layer", "two"], "--n_layer: expected a whole number, such as 8 or 1000; got two"),
-        (["--n_layer", "1e3"], "--n_layer: expected a whole number"),
-        (["--n_layer", ""], "--n_layer: expected a whole number, such as 8 or 1000; got an empty value"),
+        (["--n_layer", "two"], "--n_layer: expected an integer, such as 8 or 1000; got two"),
+        (["--n_layer", "1e3"], "--n_layer: expected an integer"),
+        (["--n_layer", ""], "--n_layer: expected an integer, such as 8 or 1000; got an empty value"),
         (["--lr_init", "1,5"], "--lr_init: expected a number, such as 0.01 or 1e-4; got 1,5"),
         (["--lr_init", "nan"], "--lr_init: expected a finite number"),
         (["--precision", "16"], "--precision: expected one of auto, fp32, tf32, bf16, fp16; got 16"),
@@ -227,9 +243,9 @@ def test_trailing_carriage_return_removed(capsys):
         (["--overwrite=maybe"], "--overwrite: expected true or false; got maybe"),
     ],
 )
-def test_wrong_value_type(argv, says, capsys):
-    message = refused(argv, capsys)
-    assert message.startswith(f"error: {says}")
+def test_wrong_value_type(argv, expected, capsys):
+    message = parse_error(argv, capsys)
+    assert message.startswith(f"error: {expected}")
     assert len(message.splitlines()) == 1
 
 
@@ -254,10 +270,10 @@ def test_text_values_verbatim(text):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "expected"),
     [
         (b"n_layers: 3\n", "c.yaml: unknown flag n_layers: did you mean --n_layer?"),
-        (b"n_layer: two\n", "c.yaml: n_layer: expected a whole number, such as 8 or 1000; got two"),
+        (b"n_layer: two\n", "c.yaml: n_layer: expected an integer, such as 8 or 1000; got two"),
         (b"n_layer: {a: 1}\n", "c.yaml: n_layer: expected one value, not a mapping"),
         (b"peft: lora\n", "c.yaml: peft lora: a flag of RWKV-PEFT"),
         ("n_layer: 3\n".encode("utf-16"), "c.yaml: not UTF-8 but UTF-16; save it as UTF-8"),
@@ -267,7 +283,7 @@ def test_text_values_verbatim(text):
         (None, "c.yaml: No such file or directory"),
     ],
 )
-def test_invalid_config_file(content, says, tmp_path, capsys):
+def test_invalid_config_file(content, expected, tmp_path, capsys):
     if content is not None:
         (tmp_path / "c.yaml").write_bytes(content)
     try:
@@ -276,7 +292,7 @@ def test_invalid_config_file(content, says, tmp_path, capsys):
         message = str(error)
     except SystemExit:
         message = capsys.readouterr().err
-    assert says in message
+    assert expected in message
 
 
 def test_print_config_roundtrip(tmp_path, capsys):
@@ -316,11 +332,11 @@ def test_help_starts_with_essential_flags(capsys):
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "expected"),
     [
         (FileNotFoundError("shared library missing"), "error: shared library missing"),
         (FileNotFoundError(), "error: FileNotFoundError"),
-        (IsADirectoryError(errno.EISDIR, "Is a directory", "data"), "error: data: Is a directory; give a file"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "data"), "error: data: Is a directory; pass a file"),
         (
             OSError(errno.ENAMETOOLONG, "File name too long", "x" * 999),
             f"error: {'x' * 300}: File name too long; use a shorter name",
@@ -334,26 +350,27 @@ def test_help_starts_with_essential_flags(capsys):
         (MemoryError(), "error: out of memory on the host; .*"),
     ],
 )
-def test_os_error_message(error, says):
-    with pytest.raises(SystemExit) as exit_, sentences():
+def test_os_error_message(error, expected):
+    with pytest.raises(SystemExit) as caught, report_errors():
         raise error
-    assert re.fullmatch(says, exit_.value.code)
+    assert re.fullmatch(expected, caught.value.code)
 
 
 def test_control_characters_escaped():
-    with pytest.raises(SystemExit) as exit_, sentences():
+    with pytest.raises(SystemExit) as caught, report_errors():
         raise UserError("bad\x1b]0;owned\x07\x9b31m name")
-    assert exit_.value.code == r"error: bad\x1b]0;owned\x07\x9b31m name"
+    assert caught.value.code == r"error: bad\x1b]0;owned\x07\x9b31m name"
     assert printable("好\n\té") == "好\n\té"
 
 
-OTHERS = {"--config", "--help", "--flag"} | {
-    # flags of other programs: nvidia-smi, git, nvcc, docker, tensorboard
+OTHER_PROGRAMS = {"--config", "--help", "--flag"} | {
+    # flags of other programs: nvidia-smi, git, nvcc, docker, tensorboard, srun
     "--version", "--porcelain", "--untracked_files", "--std", "--ptxas_options", "--gpu_architecture", "--ipc", "--shm_size", "--gpus", "--logdir",
+    "--ntasks_per_node",
 }  # fmt: skip
-UPSTREAMS = {"--my_sample_len"}
+UPSTREAM_FLAGS = {"--my_sample_len"}
 # modules that print commands of other scripts
-ADVISING = {"fit.py", "samples.py", "data_source.py", "setup.py"}
+PRINT_COMMANDS = {"fit.py", "samples.py", "data_source.py", "setup.py"}
 
 
 def messages(path):
@@ -375,11 +392,11 @@ def test_flags_named_in_messages_exist(root):
         # modules that name flags of other trainers
         if path.name in ("legacy_flags.py", "arguments.py"):
             continue
-        known = training if "train" in path.parts and path.name not in ADVISING else NAMES
+        known = training if "train" in path.parts and path.name not in PRINT_COMMANDS else NAMES
         for text in messages(path):
             named = {
                 flag.replace("-", "_").replace("__", "--", 1)
                 for flag in re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", text)
             }
-            unknown = {flag for flag in named if flag[2:] not in known} - OTHERS - UPSTREAMS
+            unknown = {flag for flag in named if flag[2:] not in known} - OTHER_PROGRAMS - UPSTREAM_FLAGS
             assert not unknown, f"{path.relative_to(root)}: {text}"

@@ -15,9 +15,9 @@ NAMES = ["plain", "a b%20c", "模型 数据", "a 'b' \"c\" 模型 $HOME `x` $(y)
 
 
 @pytest.fixture(params=["python", "make", "make -C"])
-def way(request, monkeypatch):
-    """Set the environment of one way of starting a program; returns the folder in which the user
-    pastes.
+def working_folder(request, monkeypatch):
+    """Set the environment as one way of starting a program does; returns the folder in which the
+    user pastes the command.
     """
     for name in ("RWKV_MAKE", "RWKV_MAKE_FOLDER", "RWKV_CONTAINER"):
         monkeypatch.delenv(name, raising=False)
@@ -45,11 +45,11 @@ def paste(line: str, folder: Path) -> subprocess.CompletedProcess:
     )
 
 
-def test_printed_command_roundtrip(way, tmp_path, monkeypatch):
+def test_printed_command_roundtrip(working_folder, tmp_path, monkeypatch):
     # https://github.com/josStorer/RWKV-Runner/issues/108
     monkeypatch.chdir(ROOT)
-    done = paste(command("doctor", "--config", tmp_path / f"{NAMES[-1]}.yaml"), way)
-    assert f"error: --config {tmp_path / NAMES[-1]}.yaml: No such file or directory" in done.stderr
+    result = paste(command("doctor", "--config", tmp_path / f"{NAMES[-1]}.yaml"), working_folder)
+    assert f"error: --config {tmp_path / NAMES[-1]}.yaml: No such file or directory" in result.stderr
 
 
 def test_printed_command_runs(tmp_path, monkeypatch):
@@ -57,8 +57,8 @@ def test_printed_command_runs(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / f"{NAMES[1]}.jsonl").write_text('{"text": "hello"}\n')
-    done = paste(command("convert", "--output_prefix", f"{NAMES[2]}", "--input", f"{NAMES[1]}.jsonl"), tmp_path)
-    assert done.returncode == 0, done.stderr
+    result = paste(command("convert", "--output_prefix", f"{NAMES[2]}", "--input", f"{NAMES[1]}.jsonl"), tmp_path)
+    assert result.returncode == 0, result.stderr
     assert (tmp_path / f"{NAMES[2]}_text_document.idx").is_file()
 
 

@@ -16,19 +16,19 @@ from rwkv import compat
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])  # fp16 needs a GPU
-@pytest.mark.parametrize("alone", [True, False])
-def test_trainer_options_without_warning(precision, alone):
+@pytest.mark.parametrize("single", [True, False])
+def test_trainer_options_without_warning(precision, single):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trainer = pl.Trainer(
             accelerator="cpu",
-            devices=1 if alone else 2,
+            devices=1 if single else 2,
             logger=False,
             enable_checkpointing=False,
-            **compat.trainer_options(precision, None if alone else "ddp_find_unused_parameters_false"),
+            **compat.trainer_options(precision, None if single else "ddp_find_unused_parameters_false"),
         )
     assert ("bf16" in str(trainer.precision)) == (precision == "bf16")
-    assert trainer.world_size == (1 if alone else 2)
+    assert trainer.world_size == (1 if single else 2)
 
 
 def interrupted(module):
@@ -52,8 +52,8 @@ def test_other_exit_propagates():
 
 def test_cpp_extension_is_silent():
     program = "from rwkv import compat; print(compat.cpp_extension().__name__)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("torch.utils.cpp_extension\n", "")
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("torch.utils.cpp_extension\n", "")
 
 
 AMD, INTEL = (
@@ -63,11 +63,11 @@ AMD, INTEL = (
 
 
 @pytest.mark.parametrize(
-    ("cpu", "wakes"),
+    ("cpu", "sets_variable"),
     [(AMD, True), (INTEL, False), (AMD.replace("avx2", "sse2"), False), (None, False)],
     ids=["amd", "intel", "old", "unknown"],
 )
-def test_mkl_avx2_on_amd(cpu, wakes, monkeypatch):
+def test_mkl_avx2_on_amd(cpu, sets_variable, monkeypatch):
     def text(*_, **__):
         if cpu is None:
             raise FileNotFoundError
@@ -77,10 +77,10 @@ def test_mkl_avx2_on_amd(cpu, wakes, monkeypatch):
     monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "")
     monkeypatch.delenv("MKL_DEBUG_CPU_TYPE")
     monkeypatch.setattr(Path, "read_text", text)
-    compat.wake_mkl()
-    assert os.environ.get("MKL_DEBUG_CPU_TYPE") == ("5" if wakes and compat.stack() == "cu117" else None)
+    compat.enable_mkl_avx2()
+    assert os.environ.get("MKL_DEBUG_CPU_TYPE") == ("5" if sets_variable and compat.stack() == "cu117" else None)
     monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "4")  # set by the user
-    compat.wake_mkl()
+    compat.enable_mkl_avx2()
     assert os.environ["MKL_DEBUG_CPU_TYPE"] == "4"
 
 

@@ -83,10 +83,10 @@ def output(step: dict, folder: Path, **environment: str) -> tuple[int, str]:
     written = folder / "output"
     written.write_text("")
     environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "GITHUB_OUTPUT": str(written)}
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", "-eo", "pipefail", "-c", step["run"]], cwd=ROOT, env=environment, capture_output=True, check=False
     )
-    return done.returncode, written.read_text()
+    return result.returncode, written.read_text()
 
 
 def test_release_tags(tmp_path):
@@ -95,11 +95,11 @@ def test_release_tags(tmp_path):
     status, version = output(project, tmp_path)
     assert (status, version) == (0, f"version={rwkv.__version__}\n")
     tags = next(step for step in steps(ROOT / ".github/workflows/release.yml") if step.get("id") == "tags")
-    given = {"STACK": "cu117", "REGISTRY": "registry.example/someone", "VERSION": "1.2.3"}
+    variables = {"STACK": "cu117", "REGISTRY": "registry.example/someone", "VERSION": "1.2.3"}
     prefix = "registry.example/someone/rwkv-training:"
-    wanted = f"host=registry.example\ntags<<END\n{prefix}a\n{prefix}b\nEND\n"
-    assert output(tags, tmp_path, **given, GITHUB_REF_NAME="v1.2.3") == (0, wanted)
-    assert output(tags, tmp_path, **given, GITHUB_REF_NAME="v1.2.4") == (1, "")
+    expected = f"host=registry.example\ntags<<END\n{prefix}a\n{prefix}b\nEND\n"
+    assert output(tags, tmp_path, **variables, GITHUB_REF_NAME="v1.2.3") == (0, expected)
+    assert output(tags, tmp_path, **variables, GITHUB_REF_NAME="v1.2.4") == (1, "")
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def pinned(tmp_path):
     return run
 
 
-def used(folder: Path) -> set[str]:
+def actions(folder: Path) -> set[str]:
     files = [*(folder / ".github").rglob("*.yml")]
     return set(re.findall(r"uses: ([a-z-]+/.*)", "".join(path.read_text() for path in files)))
 
@@ -132,10 +132,10 @@ def test_pin_writes_commits_and_digests(pinned):
     commit, digest = "a" * 40, "sha256:" + "b" * 64
     # an annotated tag: its own hash comes before the commit's
     git = f"printf '%s\\trefs/tags/x\\n%s\\trefs/tags/x^{{}}\\n' {'c' * 40} {commit}"
-    before = used(pinned.folder)
+    before = actions(pinned.folder)
     for _ in range(2):  # the second run reads what the first has written
         assert pinned(git, f"echo {digest}").returncode == 0
-        assert used(pinned.folder) == {
+        assert actions(pinned.folder) == {
             re.sub(r"@(?:[0-9a-f]{40} # )?(v\d+)", rf"@{commit} # \1", name) for name in before
         }
         assert f"ARG BASE_IMAGE=ubuntu:22.04@{digest}\n" in (pinned.folder / "docker/Dockerfile").read_text()
@@ -146,9 +146,9 @@ def test_failed_pin_changes_nothing(pinned):
     before = {
         path: path.read_text() for path in pinned.folder.rglob("*") if path.is_file() and path.parent.name != "bin"
     }
-    done = pinned("exit 128", "exit 1")
-    assert done.returncode == 1
-    assert done.stderr.count("could not be looked up") == len(used(ROOT)) + 1
+    result = pinned("exit 128", "exit 1")
+    assert result.returncode == 1
+    assert result.stderr.count("could not be looked up") == len(actions(ROOT)) + 1
     assert {path: path.read_text() for path in before} == before
 
 
@@ -171,23 +171,23 @@ def engine(tmp_path):
 def test_engine_disk_space(engine, tmp_path):
     (tmp_path / "df").write_text("#!/bin/bash\necho Avail; echo 12\n")
     (tmp_path / "df").chmod(0o755)
-    done = engine("exit 1")
+    result = engine("exit 1")
     work = tmp_path / "work"
-    assert (done.returncode, done.stdout) == (75, "")
-    assert done.stderr.startswith(f"no container engine: building an image needs 20 GB in {work}, and 12 GB are free")
-    assert "DOCKER_WORK" in done.stderr
+    assert (result.returncode, result.stdout) == (75, "")
+    assert result.stderr.startswith(f"no container engine: building an image needs 20 GB in {work}, and 12 GB are free")
+    assert "DOCKER_WORK" in result.stderr
 
 
 def test_running_engine_used(engine):
-    done = engine("echo 27.0.1")
-    assert (done.returncode, done.stdout) == (0, "ran with the machine's Docker 27.0.1\n")
+    result = engine("echo 27.0.1")
+    assert (result.returncode, result.stdout) == (0, "ran with the machine's Docker 27.0.1\n")
 
 
 @pytest.mark.parametrize(
     ("options", "reason"), [({"uid": "1000"}, "needs root"), ({"debian": "exit 1"}, "needs Debian")]
 )
 def test_no_engine(engine, options, reason):
-    done = engine("exit 1", **options)
-    assert (done.returncode, done.stdout) == (75, "")
-    assert done.stderr.startswith("no container engine: docker is not installed or not running")
-    assert reason in done.stderr
+    result = engine("exit 1", **options)
+    assert (result.returncode, result.stdout) == (75, "")
+    assert result.stderr.startswith("no container engine: docker is not installed or not running")
+    assert reason in result.stderr

@@ -79,8 +79,8 @@ def job(words: list[str]) -> tuple[str, list[str]] | None:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_commands_parse_and_their_files_exist(page):
-    made = {"out/demo/base/rwkv-0.pth", "out/demo/tuned.pth"}  # created by the demo
-    assert all(f"{path.removeprefix('out/demo/')}" in read("scripts/demo.sh") for path in made)
+    existing = {"out/demo/base/rwkv-0.pth", "out/demo/tuned.pth"}  # created by the demo
+    assert all(f"{path.removeprefix('out/demo/')}" in read("scripts/demo.sh") for path in existing)
     for words in commands(page.read_text(encoding="utf-8")):
         name, flags = job(words) or ("", [])
         if name not in CONFIGS:  # bench and test have other parsers
@@ -91,13 +91,15 @@ def test_commands_parse_and_their_files_exist(page):
             if not isinstance(path, str) or (name, flag) == ("estimate", "model"):  # --lora true, --model 7b
                 continue
             for part in filter(None, path.split(",")):
-                assert part in made or list(ROOT.glob(part)), f"{part}: made by no earlier command of {page_id(page)}"
+                assert part in existing or list(ROOT.glob(part)), (
+                    f"{part}: created by no earlier command of {page_id(page)}"
+                )
         if name == "convert" and values["output_prefix"]:
-            made.add(f"{values['output_prefix']}_text_document")
+            existing.add(f"{values['output_prefix']}_text_document")
         if name in ("lora", "finetune", "pretrain"):
-            made.add(f"{values['proj_dir']}/rwkv-{values['epoch_count'] - 1}.pth")
+            existing.add(f"{values['proj_dir']}/rwkv-{values['epoch_count'] - 1}.pth")
         if name in ("merge", "export"):
-            made.add(values["output"])
+            existing.add(values["output"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
@@ -119,7 +121,7 @@ def test_links_and_images_resolve(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_files_named_in_the_text_exist(page):
+def test_files_named_in_text_exist(page):
     for path in re.findall(
         r"`((?:scripts|rwkv|bench|data|tests|cuda|docs)/[\w./-]+)`", page.read_text(encoding="utf-8")
     ):

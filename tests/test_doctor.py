@@ -10,16 +10,16 @@ from rwkv import compat, doctor
 from rwkv.kernels import build, load
 
 
-def found(name, folder="."):
-    return next(finding for finding in doctor.examine(folder) if finding.name == name)
+def check(name, folder="."):
+    return next(finding for finding in doctor.run_checks(folder) if finding.name == name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_no_failure_without_gpu(script):
-    done = script("doctor.py")
-    assert "FAIL" not in done.stdout
-    assert "training runs on the CPU" in done.stdout
-    assert "of the reference" in done.stdout
+    result = script("doctor.py")
+    assert "FAIL" not in result.stdout
+    assert "training runs on the CPU" in result.stdout
+    assert "of the reference" in result.stdout
 
 
 def test_json_output(script, tmp_path):
@@ -35,29 +35,29 @@ def test_json_output(script, tmp_path):
 def test_exit_status(script, tmp_path):
     closed = tmp_path / "closed"
     closed.touch()  # a file in place of a folder: not writable even for root
-    done = script("doctor.py", "--folder", closed, status=1)
-    assert "FAIL  writable" in done.stdout
-    assert "error" in done.stdout
+    result = script("doctor.py", "--folder", closed, status=1)
+    assert "FAIL  writable" in result.stdout
+    assert "error" in result.stdout
 
 
 def test_missing_or_wrong_kernels(monkeypatch):
     monkeypatch.setattr(load, "why_unavailable", lambda: "it is not compiled for torch 0.0; run: make kernels")
-    finding = found("WKV on the CPU")
+    finding = check("WKV on the CPU")
     assert (finding.status, finding.found) == ("warn", "it is not compiled for torch 0.0")
     assert "make kernels" in finding.remedy
     monkeypatch.undo()
     assert load.why_unavailable() is None
-    assert doctor._right("x", torch.device("cpu"), "lib").status == "ok"
+    assert doctor._check_wkv("x", torch.device("cpu"), "lib").status == "ok"
     monkeypatch.setattr(doctor, "wkv4", lambda *inputs: (inputs[3] * inputs[0] + inputs[1] * inputs[2], None))
-    wrong = doctor._right("x", torch.device("cpu"), "lib")
+    wrong = doctor._check_wkv("x", torch.device("cpu"), "lib")
     assert wrong.status == "fail"
-    assert "off by" in wrong.found
+    assert "differs from the reference by" in wrong.found
 
 
 def test_package_differs_from_lock(monkeypatch):
     version = doctor.importlib.metadata.version
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.1" if name == "numpy" else version(name))
-    finding = found("packages")
+    finding = check("packages")
     assert finding.status == "warn"
     assert "numpy 0.1 (locked" in finding.found
     assert f"make venv STACK={compat.stack()}" in finding.remedy
@@ -66,37 +66,37 @@ def test_package_differs_from_lock(monkeypatch):
 def test_nvcc_and_ninja_optional(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(doctor.sys, "executable", str(tmp_path / "python"))
-    assert (found("nvcc").status, found("nvcc").found) == ("ok", "none: not needed")
-    assert (found("ninja").status, found("ninja").found) == ("ok", "none; the kernels are compiled already")
+    assert (check("nvcc").status, check("nvcc").found) == ("ok", "none: not needed")
+    assert (check("ninja").status, check("ninja").found) == ("ok", "none; the kernels are compiled already")
     monkeypatch.setattr(build, "why_unavailable", lambda: "not there")
-    assert (found("ninja").status, found("ninja").remedy) == ("warn", "make venv installs it")
-    for name, says in (("nvcc", "Cuda compilation tools, release 11.7, V11.7.99"), ("ninja", "1.13.0")):
-        (tmp_path / name).write_text(f"#!/bin/sh\necho '{says}'\n")
+    assert (check("ninja").status, check("ninja").remedy) == ("warn", "run make venv to install it")
+    for name, expected in (("nvcc", "Cuda compilation tools, release 11.7, V11.7.99"), ("ninja", "1.13.0")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{expected}'\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setattr(torch.version, "cuda", "11.7")
-    assert found("nvcc").found == "11.7, DeepSpeed can compile its own CUDA ops"
+    assert check("nvcc").found == "11.7, DeepSpeed can compile its own CUDA ops"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert found("nvcc").found == "11.7, not needed; DeepSpeed's own CUDA ops would need 13.0"
-    assert found("ninja").found == "1.13.0"
+    assert check("nvcc").found == "11.7, not needed; DeepSpeed's own CUDA ops would need 13.0"
+    assert check("ninja").found == "1.13.0"
 
 
 def test_broken_deepspeed_op(monkeypatch):
-    real, wanting = doctor.importlib.import_module, "libcurand.so.10: cannot open shared object file"
+    real, missing = doctor.importlib.import_module, "libcurand.so.10: cannot open shared object file"
 
-    def stands_in(name, package=None):
+    def fake_import(name, package=None):
         if name == "deepspeed.git_version_info":
             return SimpleNamespace(installed_ops={"cpu_adam": True, "fused_adam": True, "sparse_attn": False})
         if name == "deepspeed.ops.adam.cpu_adam_op":  # as in an image whose base has no CUDA
-            raise ImportError(wanting)
+            raise ImportError(missing)
         return SimpleNamespace() if name == "deepspeed.ops.adam.fused_adam_op" else real(name, package)
 
-    monkeypatch.setattr(doctor.importlib, "import_module", stands_in)
-    assert compat.deepspeed_ops() == {"cpu_adam": wanting, "fused_adam": ""}
+    monkeypatch.setattr(doctor.importlib, "import_module", fake_import)
+    assert compat.deepspeed_ops() == {"cpu_adam": missing, "fused_adam": ""}
     assert compat.deepspeed_adam(offloaded=True) is None
     assert compat.deepspeed_adam(offloaded=False) is not None
-    finding = found("DeepSpeed")
+    finding = check("DeepSpeed")
     assert finding.status == "warn"
-    assert f"cpu_adam does not load ({wanting})" in finding.found
+    assert f"cpu_adam does not load ({missing})" in finding.found
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_old_driver(monkeypatch, driver, cuda, status):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     findings = list(doctor._gpus())
     assert findings[0].status == status
-    assert ("update it" in findings[0].remedy) == (status != "ok")
+    assert ("update the driver" in findings[0].remedy) == (status != "ok")
 
 
 def with_gpu(monkeypatch, capability, archs):
@@ -155,17 +155,17 @@ def test_no_compiler(monkeypatch):
 
 def test_low_disk_and_memory(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(total=64 << 20, free=1 << 30))
-    assert "--ipc=host" in found("shared memory").remedy
-    assert "free some space" in found("disk").remedy
+    assert "--ipc=host" in check("shared memory").remedy
+    assert "free some space" in check("disk").remedy
 
 
 def test_failing_check_does_not_stop_others(monkeypatch):
     monkeypatch.setattr(doctor.platform, "python_version", lambda: 1 / 0)
-    findings = list(doctor.examine())
+    findings = list(doctor.run_checks())
     assert "ZeroDivisionError" in findings[0].found
     assert len(findings) > 10
 
 
 def test_writes_nothing(tmp_path):
-    list(doctor.examine(tmp_path))
+    list(doctor.run_checks(tmp_path))
     assert list(tmp_path.iterdir()) == []

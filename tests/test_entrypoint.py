@@ -18,7 +18,7 @@ CUBINS = {"cu117": (60, 70, 75, 80, 86), "modern": (75, 80, 86, 89, 90, 100, 120
 
 
 @pytest.fixture
-def enter(tmp_path):
+def entrypoint(tmp_path):
     """Run the entry point in a copy of the image's folder, with simulated GPUs, shared memory and
     permissions.
     """
@@ -54,20 +54,20 @@ def enter(tmp_path):
     return run
 
 
-def test_supported_gpu_and_driver(enter):
+def test_supported_gpu_and_driver(entrypoint):
     ada = "NVIDIA GeForce RTX 4090, 8.9"  # runs the code for 8.6
     for gpus, stack, driver in (
         ((A100,), "cu117", "515.43.04"),
         ((ada, P100), "cu117", "535.1"),
         ((H100,), "modern", "580.65.06"),
     ):
-        done = enter("lora", "--x", "1", gpus=gpus, stack=stack, driver=driver)
-        assert (done.returncode, done.stdout, done.stderr) == (0, "ran scripts/lora.py --x 1\n", "")
+        result = entrypoint("lora", "--x", "1", gpus=gpus, stack=stack, driver=driver)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "ran scripts/lora.py --x 1\n", "")
 
 
-def test_lora_without_flags_runs_demo(enter):
-    assert enter("lora").stdout == enter().stdout == "demo with python\n"
-    assert enter("lora", "--load_model", "a b").stdout == "ran scripts/lora.py --load_model a b\n"
+def test_lora_without_flags_runs_demo(entrypoint):
+    assert entrypoint("lora").stdout == entrypoint().stdout == "demo with python\n"
+    assert entrypoint("lora", "--load_model", "a b").stdout == "ran scripts/lora.py --load_model a b\n"
 
 
 @pytest.mark.parametrize(
@@ -82,12 +82,12 @@ def test_lora_without_flags_runs_demo(enter):
         (["echo", "any other command"], "any other command"),
     ],
 )
-def test_job_dispatch(enter, job, command):
-    done = enter(*job)
-    assert (done.returncode, done.stdout, done.stderr) == (0, command + "\n", "")
+def test_job_dispatch(entrypoint, job, command):
+    result = entrypoint(*job)
+    assert (result.returncode, result.stdout, result.stderr) == (0, command + "\n", "")
 
 
-REFUSALS = {
+ERRORS = {
     "no GPU": ({"gpus": ()}, "no GPU is visible", ("--gpus all", "RWKV_DEVICE=cpu", "compose.cpu.yaml")),
     "old driver": (
         {"driver": "440.33.01"},
@@ -107,21 +107,21 @@ REFUSALS = {
     "second GPU": ({"gpus": [A100, H100]}, "H100 80GB HBM3 has compute capability 9.0", ("STACK=modern",)),
     "old GPU": (
         {"gpus": [P100], "stack": "modern", "driver": "580.1"},
-        "6.0, and the modern stack has kernels for 75",
+        "6.0, and the modern stack has kernels only for 75",
         ("STACK=cu117",),
     ),
-    "older than the oldest": ({"gpus": ["Tesla K80, 3.7"]}, "3.7, and the cu117 stack has kernels for 60", ()),
+    "older than all supported": ({"gpus": ["Tesla K80, 3.7"]}, "3.7, and the cu117 stack has kernels only for 60", ()),
     "shm": ({"shm_mib": 64}, "/dev/shm) has 64 MiB", ("--ipc=host", "--shm-size")),
     "not writable": ({"writable": False}, f"out is not writable by user {os.getuid()}", ("chown -R", "UID and GID")),
 }
 
 
-@pytest.mark.parametrize("case", REFUSALS)
-def test_error_with_remedy(enter, case):
-    options, what, remedies = REFUSALS[case]
-    done = enter("lora", **options)
-    assert (done.returncode, done.stdout) == (78, "")
-    first, fix, rest = done.stderr.splitlines()
+@pytest.mark.parametrize("case", ERRORS)
+def test_error_with_remedy(entrypoint, case):
+    options, what, remedies = ERRORS[case]
+    result = entrypoint("lora", **options)
+    assert (result.returncode, result.stdout) == (78, "")
+    first, fix, rest = result.stderr.splitlines()
     assert first.startswith("error: ")
     assert what in first
     assert fix.startswith("  fix: ")
@@ -135,33 +135,33 @@ def test_error_with_remedy(enter, case):
     [("cu117", driver) for driver in ("449", "450", "470.182.03", "514.9", "515")]
     + [("modern", "579"), ("modern", "580")],
 )
-def test_driver_rule_matches_doctor(enter, monkeypatch, stack, driver):
+def test_driver_rule_matches_doctor(entrypoint, monkeypatch, stack, driver):
     monkeypatch.setattr(doctor, "_driver", lambda: driver)
     monkeypatch.setattr(torch.version, "cuda", {"cu117": "11.7", "modern": "13.0"}[stack])
     status = next(doctor._gpus()).status
-    done = enter("lora", stack=stack, driver=driver)
-    assert (done.returncode, done.stderr.partition(":")[0]) == {
+    result = entrypoint("lora", stack=stack, driver=driver)
+    assert (result.returncode, result.stderr.partition(":")[0]) == {
         "ok": (0, ""),
         "warn": (0, "warning"),
         "fail": (78, "error"),
     }[status]
 
 
-@pytest.mark.parametrize("case", REFUSALS)
-def test_rwkv_anyway_overrides_errors(enter, case):
-    options, what, _ = REFUSALS[case]
-    done = enter("lora", RWKV_ANYWAY="1", **options)
-    assert (done.returncode, done.stdout) == (0, "demo with python\n")
-    assert what in done.stderr
+@pytest.mark.parametrize("case", ERRORS)
+def test_rwkv_anyway_overrides_errors(entrypoint, case):
+    options, what, _ = ERRORS[case]
+    result = entrypoint("lora", RWKV_ANYWAY="1", **options)
+    assert (result.returncode, result.stdout) == (0, "demo with python\n")
+    assert what in result.stderr
 
 
-def test_jobs_without_gpu(enter):
+def test_jobs_without_gpu(entrypoint):
     for job in (["lora", "--help"], ["inspect"], ["generate", "--accelerator", "cpu"]):
-        assert enter(*job, gpus=()).returncode == 0, job
-    assert enter("lora", gpus=(), RWKV_DEVICE="cpu").stdout == "demo with python\n"
-    assert enter("generate", gpus=()).returncode == 78
+        assert entrypoint(*job, gpus=()).returncode == 0, job
+    assert entrypoint("lora", gpus=(), RWKV_DEVICE="cpu").stdout == "demo with python\n"
+    assert entrypoint("generate", gpus=()).returncode == 78
 
 
-def test_jobs_without_output(enter):
-    assert enter("generate", writable=False, shm_mib=64).returncode == 0
-    assert enter("merge", writable=False).returncode == 78
+def test_jobs_without_output(entrypoint):
+    assert entrypoint("generate", writable=False, shm_mib=64).returncode == 0
+    assert entrypoint("merge", writable=False).returncode == 78

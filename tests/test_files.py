@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from rwkv.errors import UserError
-from rwkv.files import abandoned, atomic_write, atomic_writes, exclusive, sha256, write_json
+from rwkv.files import atomic_write, atomic_writes, exclusive, sha256, stale_temporaries, write_json
 
 
 def test_old_file_kept_until_complete(tmp_path):
@@ -52,7 +52,7 @@ def test_files_written_together_marker_last(tmp_path, monkeypatch):
         part.write_text("new")
         mark.write_text("new")
         gone.unlink()
-    assert order == [("part", False), ("mark", False)]  # an old mark never lies beside a new part
+    assert order == [("part", False), ("mark", False)]  # the old mark is removed before the new part appears
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"part": "new", "mark": "new"}
 
 
@@ -62,10 +62,10 @@ def test_stale_temporaries_removed(tmp_path):
         f"import os; from rwkv.files import atomic_write\nwith atomic_write({str(path)!r}): os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", program], check=False)
-    (left,) = abandoned(path)
+    (stale,) = stale_temporaries(path)
     with atomic_write(path) as mine:
-        assert not left.exists()
-        assert abandoned(path) == []
+        assert not stale.exists()
+        assert stale_temporaries(path) == []
         with atomic_write(path) as other:  # another run at the same time
             assert mine.exists()
             other.write_text("other")
@@ -74,11 +74,11 @@ def test_stale_temporaries_removed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "words"),
-    [(errno.ENOSPC, "no space left on the device"), (errno.EDQUOT, "quota"), (errno.EFBIG, "larger")],
+    ("number", "message"),
+    [(errno.ENOSPC, "no space left on the device"), (errno.EDQUOT, "quota"), (errno.EFBIG, "maximum file size")],
 )
-def test_disk_full(tmp_path, number, words):
-    with pytest.raises(UserError, match=f"f: .*{words}.*; free some space"), atomic_write(tmp_path / "f"):
+def test_disk_full(tmp_path, number, message):
+    with pytest.raises(UserError, match=f"f: .*{message}.*; free some space"), atomic_write(tmp_path / "f"):
         raise OSError(number, "")
     with pytest.raises(OSError, match="other"), atomic_write(tmp_path / "f"):
         raise OSError(errno.EIO, "other")
@@ -101,12 +101,12 @@ def test_sha256(tmp_path):
 
 
 def test_read_only_file_system(tmp_path, monkeypatch):
-    def refuse(dir, **keywords):
+    def read_only(dir, **keywords):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
 
-    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    monkeypatch.setattr("tempfile.mkstemp", read_only)
     with (
-        pytest.raises(UserError, match="f: this file system is read-only; write to another place"),
+        pytest.raises(UserError, match="f: this file system is read-only; write to another folder"),
         atomic_write(tmp_path / "f"),
     ):
         pass
@@ -133,18 +133,18 @@ def test_lock_is_exclusive_and_released_on_kill(tmp_path):
     path = tmp_path / "a/b/.lock"
     process = holder(path, "if os.fork() == 0: print(flush=True); time.sleep(60)")
     try:
-        assert process.stdout.readline() == b"\n"  # parent and child have both begun
+        assert process.stdout.readline() == b"\n"  # parent and child have both started
         with (
             pytest.raises(
                 UserError,
-                match=rf"out: in use by process {process.pid} on .* \(-c --flag 'a b'\)\. .*; or choose another --proj_dir",
+                match=rf"out: in use by process {process.pid} on .* \(-c --flag 'a b'\)\. .*, or choose another --proj_dir",
             ),
             exclusive(path, "out", "choose another --proj_dir"),
         ):
             raise AssertionError
         process.kill()
         process.wait()
-        with exclusive(path, "out"):  # though its child lives
+        with exclusive(path, "out"):  # although its child still runs
             assert json.loads(path.read_text())["pid"] == os.getpid()
             with pytest.raises(UserError, match=f"in use by process {os.getpid()}"), exclusive(path, "out"):
                 pass
@@ -191,8 +191,8 @@ def test_lock_contention(tmp_path):
 import os, time
 from rwkv.errors import UserError
 from rwkv.files import exclusive
-until = time.monotonic() + 1.5
-while time.monotonic() < until:
+deadline = time.monotonic() + 1.5
+while time.monotonic() < deadline:
     try:
         with exclusive({str(tmp_path / "x/.lock")!r}, "x"):
             handle = os.open({str(tmp_path / "held")!r}, os.O_CREAT | os.O_EXCL)
@@ -206,12 +206,12 @@ while time.monotonic() < until:
 
 
 def test_file_system_without_locks(tmp_path, monkeypatch, capsys):
-    def refuse(*_):
+    def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     with exclusive(tmp_path / ".lock", "out"):
-        assert "out: this file system has no locks" in capsys.readouterr().err
+        assert "out: this file system does not support locks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["file/.lock", "n" * 300 + "/.lock", "folder"])

@@ -9,12 +9,12 @@ from rwkv.data.binidx import Dataset
 from rwkv.data.convert.pipeline import convert
 from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError
-from rwkv.generate import Chat, Sampling, Session, choose, matrices_dtype, question
+from rwkv.generate import Chat, Sampling, Session, matrices_dtype, question, sample_token
 
 GREEDY = Sampling(temperature=0)
 
 
-class Letters:
+class ByteTokenizer:
     """A byte-level tokenizer for a model with a vocabulary of 257; 0 is EOD."""
 
     eod = 0
@@ -26,12 +26,12 @@ class Letters:
         return bytes(i - 1 for i in ids if i)
 
 
-class Script(torch.nn.Module):
+class ScriptedModel(torch.nn.Module):
     """A fake model that writes a given text: the token count determines the next byte."""
 
     def __init__(self, text: str, skip: int):
         super().__init__()
-        self.ids, self.skip = [*Letters().encode(text), 0], skip
+        self.ids, self.skip = [*ByteTokenizer().encode(text), 0], skip
         self.emb = torch.nn.Embedding(1, 1)
         self.seen = []
 
@@ -49,21 +49,21 @@ class Script(torch.nn.Module):
 @pytest.mark.parametrize("version", ["4", "7"])
 def test_greedy_matches_parallel_model(make_model, version):
     model = make_model(version=version, vocab_size=257).eval()
-    session = Session(model, Letters())
+    session = Session(model, ByteTokenizer())
     session.read("abc")
     text = "".join(session.write(GREEDY, 12))
-    ids = [0, *Letters().encode("abc")]
+    ids = [0, *ByteTokenizer().encode("abc")]
     with torch.no_grad():
         for _ in range(12):
             ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
             if ids[-1] == 0:
                 break
-    assert text == Letters().decode_bytes(ids[4:]).decode("utf-8", errors="replace")
+    assert text == ByteTokenizer().decode_bytes(ids[4:]).decode("utf-8", errors="replace")
 
 
 def test_each_token_computed_once():
-    model = Script("hello", skip=3)
-    session = Session(model, Letters())
+    model = ScriptedModel("hello", skip=3)
+    session = Session(model, ByteTokenizer())
     session.read("ab")
     assert "".join(session.write(GREEDY, 50)) == "hello"  # ends at EOD
     assert [len(ids) for ids in model.seen] == [1, 2, 1, 1, 1, 1, 1]
@@ -71,7 +71,7 @@ def test_each_token_computed_once():
 
 def test_constant_cost_per_token(make_model):
     model = make_model(vocab_size=257)
-    session = Session(model, Letters())
+    session = Session(model, ByteTokenizer())
     tokens = []
     hidden = model.hidden
     model.hidden = lambda ids, state: tokens.append(ids.numel()) or hidden(ids, state)
@@ -84,23 +84,23 @@ def test_constant_cost_per_token(make_model):
 
 @pytest.mark.parametrize("text", ["Yes.\n\nUser: no", "你好。\n\nUser:", "a\n\nUse\n\nUser: x", "\n\nUser: x"])
 def test_stop_text_removed(text):
-    model = Script(text, skip=1)
-    session = Session(model, Letters())
+    model = ScriptedModel(text, skip=1)
+    session = Session(model, ByteTokenizer())
     answer = "".join(session.write(GREEDY, 100, stop=("\n\nUser:",)))
     assert answer == text[: text.index("\n\nUser:")]
     assert session.state == 1 + len(answer.encode())  # the state after the answer, without the stop text
 
 
 def test_streams_complete_characters():
-    pieces = list(Session(Script("a好b", skip=1), Letters()).write(GREEDY, 50))
-    assert pieces == ["a", "好", "b"]
+    chunks = list(Session(ScriptedModel("a好b", skip=1), ByteTokenizer()).write(GREEDY, 50))
+    assert chunks == ["a", "好", "b"]
 
 
 def test_incomplete_character_replaced():
-    assert "".join(Session(Script("好", skip=1), Letters()).write(GREEDY, 2)) == "\ufffd"
+    assert "".join(Session(ScriptedModel("好", skip=1), ByteTokenizer()).write(GREEDY, 2)) == "\ufffd"
 
 
-class Answers(torch.nn.Module):
+class AnsweringModel(torch.nn.Module):
     """A fake model whose state is the ids read so far, and which writes the given answers after
     each "Assistant:".
     """
@@ -125,9 +125,9 @@ class Answers(torch.nn.Module):
 
 @pytest.mark.parametrize("end", ["", "\n", "\n\n", "\n\n\n", "\n\nUser: and then", " \n\n"])
 def test_chat_tokens_match_converter(tmp_path, write_jsonl, end):
-    # the separator after an answer is two line breaks in both; a chat once read four
+    # an answer is followed by two line breaks in both; a chat used to append four
     turns = [("What is\r\n\r\nthis? ", "Blue.\nSky"), ("你好", "你好！"), ("\n1+1?", "2")]
-    session = Session(Answers(*(f" {answer}{end}" for _, answer in turns)), WorldTokenizer())
+    session = Session(AnsweringModel(*(f" {answer}{end}" for _, answer in turns)), WorldTokenizer())
     chat = Chat(session)
     shown = ["".join(chat.ask(text, GREEDY, 50)) for text, _ in turns]
     assert shown == [answer for _, answer in turns]
@@ -141,7 +141,7 @@ def test_chat_tokens_match_converter(tmp_path, write_jsonl, end):
 
 
 def test_stopped_answer_is_a_turn():
-    session = Session(Answers(" one two three four"), WorldTokenizer())
+    session = Session(AnsweringModel(" one two three four"), WorldTokenizer())
     part = next(answer := Chat(session).ask("count", GREEDY, 50))
     answer.close()  # Ctrl-C
     assert session.tokenizer.decode_bytes(session.state).decode() == f"User: count\n\nAssistant: {part}\n\n"
@@ -149,11 +149,16 @@ def test_stopped_answer_is_a_turn():
 
 def test_temperature_zero_and_penalties():
     logits = torch.tensor([1.0, 3.0, 2.5])
-    assert choose(logits, GREEDY, {}) == 1
-    assert choose(logits, Sampling(0, presence_penalty=0.6), {1: 1.0}) == 2
-    assert choose(logits, Sampling(0, frequency_penalty=0.3), {1: 1.0}) == 1
-    assert choose(logits, Sampling(0, frequency_penalty=0.3), {1: 2.0}) == 2
+    assert sample_token(logits, GREEDY, {}) == 1
+    assert sample_token(logits, Sampling(0, presence_penalty=0.6), {1: 1.0}) == 2
+    assert sample_token(logits, Sampling(0, frequency_penalty=0.3), {1: 1.0}) == 1
+    assert sample_token(logits, Sampling(0, frequency_penalty=0.3), {1: 2.0}) == 2
     assert logits.tolist() == [1.0, 3.0, 2.5]
+
+
+def test_tiny_temperature_is_greedy():
+    for temperature in (1e-3, 1e-40, 5e-324):
+        assert sample_token(torch.tensor([1.0, 3.0, 2.0]), Sampling(temperature), {}) == 1
 
 
 def test_top_p_and_temperature():
@@ -161,7 +166,7 @@ def test_top_p_and_temperature():
     generator = torch.Generator().manual_seed(0)
 
     def share(sampling, n=4000):
-        drawn = torch.tensor([choose(logits, sampling, {}, generator) for _ in range(n)])
+        drawn = torch.tensor([sample_token(logits, sampling, {}, generator) for _ in range(n)])
         return torch.bincount(drawn, minlength=4) / n
 
     # 4000 draws: standard deviation at most 0.008
@@ -179,7 +184,7 @@ def test_top_p_and_temperature():
 def test_same_seed_same_text(make_model):
     model = make_model(vocab_size=257)
     texts = [
-        "".join(Session(model, Letters()).write(Sampling(), 30, generator=torch.Generator().manual_seed(s)))
+        "".join(Session(model, ByteTokenizer()).write(Sampling(), 30, generator=torch.Generator().manual_seed(s)))
         for s in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -200,16 +205,16 @@ def test_matrices_keep_stored_dtype(make_base):
     full, half = (checkpoint.load_model(base, matrices=dtype) for dtype in (None, torch.bfloat16))
     assert {half.emb.weight.dtype, half.blocks[0].att.key.weight.dtype} == {torch.bfloat16}
     assert half.blocks[0].att.time_decay.dtype == torch.float32
-    one, other = Session(full, Letters()), Session(half, Letters(), torch.bfloat16)
-    one.read("hello")
-    other.read("hello")
-    assert other.logits.dtype == torch.float32
-    # eight bits, two layers
-    torch.testing.assert_close(one.logits, other.logits, rtol=0.05, atol=0.05)
+    full_session, half_session = Session(full, ByteTokenizer()), Session(half, ByteTokenizer(), torch.bfloat16)
+    full_session.read("hello")
+    half_session.read("hello")
+    assert half_session.logits.dtype == torch.float32
+    # bf16 keeps 8 significant bits; two layers
+    torch.testing.assert_close(full_session.logits, half_session.logits, rtol=0.05, atol=0.05)
 
 
 def test_nan_logits(make_model):
     model = make_model(vocab_size=257)
     torch.nn.init.constant_(model.head.weight, torch.nan)
     with pytest.raises(UserError, match="NaN or Inf; use --dtype fp32"):
-        Session(model, Letters())
+        Session(model, ByteTokenizer())

@@ -15,29 +15,29 @@ def test_import_contracts_hold():
     """The contracts are in pyproject.toml, under tool.importlinter."""
     pytest.importorskip("importlinter")
     program = "from importlinter.cli import lint_imports_command; lint_imports_command()"
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", program, "--no-cache"], capture_output=True, text=True, cwd=ROOT, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_import_is_silent():
     names = [str(module).replace("/", ".").removesuffix(".__init__") for module in MODULES]
     program = f"""
 import importlib, os, subprocess, sys
-def refuse(*arguments, **keywords): raise AssertionError(f"import started a process: {{arguments}}")
+def forbid(*arguments, **keywords): raise AssertionError(f"import started a process: {{arguments}}")
 for name in {names}: importlib.import_module(name) if name != "rwkv.train.fit" else None
-subprocess.Popen = os.system = refuse  # not before: Lightning and torch start processes when imported
+subprocess.Popen = os.system = forbid  # not before: Lightning and torch start processes when imported
 for name in [n for n in sys.modules if n.split(".")[0] == "rwkv"]: del sys.modules[name]
 for name in {names}: importlib.import_module(name)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def tracked() -> list[str]:
-    done = subprocess.run(["git", "ls-files", "--cached"], capture_output=True, text=True, cwd=ROOT, check=True)
-    return done.stdout.split()
+    result = subprocess.run(["git", "ls-files", "--cached"], capture_output=True, text=True, cwd=ROOT, check=True)
+    return result.stdout.split()
 
 
 def test_no_large_files():

@@ -15,15 +15,20 @@ ROOT = Path(__file__).parents[1]
 TARGETS = "venv env tools image test-image reproduce compose-env lora finetune pretrain convert inspect merge generate export doctor estimate demo test test-gpu bench lint lock pin licenses sbom clean".split()
 # Whether make of this checkout created this Python. It would recreate the environment of another
 # checkout.
-MADE = (Path(sys.prefix) / ".ready").exists() and ROOT in Path(sys.prefix).resolve().parents
-OURS = {"STACK": "cu117" if importlib.metadata.version("torch").startswith("1.") else "modern", "VENV": sys.prefix}
+OWN_ENVIRONMENT = (Path(sys.prefix) / ".ready").exists() and ROOT in Path(sys.prefix).resolve().parents
+OWN_VARIABLES = {
+    "STACK": "cu117" if importlib.metadata.version("torch").startswith("1.") else "modern",
+    "VENV": sys.prefix,
+}
 
 
 def make(*arguments, **variables):
     """Run make on the stack of this Python."""
-    own = {name: value for name, value in os.environ.items() if name not in ("ARGS", "PY", "STACK", "VENV")}
-    own |= {"MAKEFLAGS": "", "MAKELEVEL": ""} | (OURS if MADE else {"PY": sys.executable}) | variables
-    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, env=own)
+    environment = {name: value for name, value in os.environ.items() if name not in ("ARGS", "PY", "STACK", "VENV")}
+    environment |= (
+        {"MAKEFLAGS": "", "MAKELEVEL": ""} | (OWN_VARIABLES if OWN_ENVIRONMENT else {"PY": sys.executable}) | variables
+    )
+    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
 
 
 def test_help_lists_targets():
@@ -37,25 +42,25 @@ def test_readme_targets_exist():
     assert set(re.findall(r"`make ([\w-]+)", (ROOT / "README.md").read_text(encoding="utf-8"))) <= set(listed)
 
 
-@pytest.mark.skipif(not MADE, reason="make did not make this Python")
+@pytest.mark.skipif(not OWN_ENVIRONMENT, reason="this environment was not created by make")
 def test_make_venv_up_to_date():
     started = time.monotonic()
-    done = make("venv")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    result = make("venv")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert time.monotonic() - started < 2
 
 
 def test_args_reach_script():
-    done = make("lora", "ARGS=--load_model none.pth --data_file none")
-    assert done.returncode != 0
-    assert "none: no such data" in done.stderr
+    result = make("lora", "ARGS=--load_model none.pth --data_file none")
+    assert result.returncode != 0
+    assert "none: no such data" in result.stderr
 
 
 @pytest.mark.parametrize("word", ["ARG=--load_model x", "args=--load_model x", "load_model=x.pth", "STAK=modern"])
 def test_unknown_variable(word):
-    done = make("lora", word)
-    assert done.returncode == 2
-    assert f"{word.split('=')[0]} is not a variable of this Makefile; pass flags of a job as ARGS=" in done.stderr
+    result = make("lora", word)
+    assert result.returncode == 2
+    assert f"{word.split('=')[0]} is not a variable of this Makefile; pass flags of a job as ARGS=" in result.stderr
 
 
 def test_environment_variables_on_command_line():
@@ -83,12 +88,12 @@ def test_given_python_used(tmp_path, target, given):
     python.write_text(f"#!/usr/bin/env bash\nset -f; echo $PYTHONPATH $* >>{tmp_path}/called\n")
     python.chmod(0o755)
     variables = {"VENV": str(tmp_path / "venv"), "OUT": str(tmp_path / "out")}
-    done = (
+    result = (
         make(target, f"PY={python}", **variables)
         if given == "on the command line"
         else make(target, PY=str(python), **variables)
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     first, *rest = (tmp_path / "called").read_text().splitlines()
     assert first.startswith(str(ROOT))  # PYTHONPATH, as this checkout is not installed there
     assert "build.main()" in first
@@ -97,8 +102,10 @@ def test_given_python_used(tmp_path, target, given):
     assert not (tmp_path / "venv").exists()
 
 
-@pytest.mark.parametrize(("folder", "says"), [([], "make PY={} / "), (["-C", str(ROOT)], "make PY={} / " + str(ROOT))])
-def test_rwkv_make_variable(tmp_path, folder, says):
+@pytest.mark.parametrize(
+    ("folder", "expected"), [([], "make PY={} / "), (["-C", str(ROOT)], "make PY={} / " + str(ROOT))]
+)
+def test_rwkv_make_variable(tmp_path, folder, expected):
     python = tmp_path / "python"
     python.write_text(
         f"#!/usr/bin/env bash\nset -f; echo $PYTHONPATH $RWKV_MAKE / $RWKV_MAKE_FOLDER >>{tmp_path}/called\n"
@@ -107,7 +114,7 @@ def test_rwkv_make_variable(tmp_path, folder, says):
     assert make(*folder, "merge", f"PY={python}", ARGS="x").returncode == 0
     last = (tmp_path / "called").read_text().splitlines()[-1]
     assert last.startswith(str(ROOT))
-    assert last.split(" ", 1)[1].strip() == says.format(python).strip()
+    assert last.split(" ", 1)[1].strip() == expected.format(python).strip()
 
 
 def test_copied_checkout_runs_own_code(tmp_path):
@@ -120,39 +127,41 @@ def test_copied_checkout_runs_own_code(tmp_path):
             (tmp_path / "copy here").mkdir()
             shutil.copy(source, tmp_path / "copy here" / name)
     (tmp_path / "copy here/scripts/doctor.py").write_text("import rwkv; print(rwkv.__file__)")
-    done = subprocess.run(
+    result = subprocess.run(
         ["make", "--dry-run", "doctor", f"PY={sys.executable}"],
         cwd=tmp_path / "copy here",
         capture_output=True,
         text=True,
         check=True,
     )
-    line = done.stdout.splitlines()[-1]
-    done = subprocess.run(["bash", "-c", line], cwd=tmp_path / "copy here", capture_output=True, text=True, check=True)
-    assert done.stdout == f"{tmp_path}/copy here/rwkv/__init__.py\n"
+    line = result.stdout.splitlines()[-1]
+    result = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path / "copy here", capture_output=True, text=True, check=True
+    )
+    assert result.stdout == f"{tmp_path}/copy here/rwkv/__init__.py\n"
 
 
 def test_demo_without_escape_codes(tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/usr/bin/env bash\necho 1\n")
     python.chmod(0o755)
-    done = make("demo", f"PY={python}", OUT=str(tmp_path / "a b"))
-    assert "\033" not in done.stdout
-    assert f"scripts/demo_corpus.py {tmp_path}/a\\ b/corpus.jsonl" in done.stdout  # quoted for the shell
+    result = make("demo", f"PY={python}", OUT=str(tmp_path / "a b"))
+    assert "\033" not in result.stdout
+    assert f"scripts/demo_corpus.py {tmp_path}/a\\ b/corpus.jsonl" in result.stdout  # quoted for the shell
 
 
 def test_unknown_stack(tmp_path):
-    done = make("venv", STACK="cu99", VENV=str(tmp_path / "venv"), PY="")
-    assert done.returncode != 0
-    assert "STACK=cu99 is not one of cu117, modern" in done.stderr
+    result = make("venv", STACK="cu99", VENV=str(tmp_path / "venv"), PY="")
+    assert result.returncode != 0
+    assert "STACK=cu99 is not one of cu117, modern" in result.stderr
 
 
 @pytest.mark.parametrize(("stack", "folder"), [("cu117", ".venv"), ("modern", ".venv-modern")])
 def test_environment_per_stack(stack, folder):
     command = ["make", "--dry-run", "--always-make", "venv", f"STACK={stack}"]
     clean = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=clean)
-    assert done.stdout.startswith(f"env/venv.sh {folder} {stack}\n")
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=clean)
+    assert result.stdout.startswith(f"env/venv.sh {folder} {stack}\n")
 
 
 @pytest.fixture
@@ -176,39 +185,39 @@ def venv(tmp_path, path, stack, **environment):
 
 @pytest.mark.parametrize(("stack", "version"), [("cu117", "3.10"), ("modern", "3.12")])
 def test_no_python(tmp_path, bare, stack, version):
-    done = venv(tmp_path, bare, stack)
-    assert done.returncode == 1
-    for way in (
+    result = venv(tmp_path, bare, stack)
+    assert result.returncode == 1
+    for remedy in (
         "apt install python3.10",
         f"pyenv install {version}",
         "pip install uv",
         "make env",
         "make venv PYTHON=",
     ):
-        assert way in done.stderr
+        assert remedy in result.stderr
 
 
 @pytest.mark.parametrize(("stack", "versions"), [("cu117", "3.10"), ("modern", "3.10 to 3.13")])
 def test_wrong_python(tmp_path, bare, stack, versions):
-    done = venv(tmp_path, bare, stack, PYTHON="/nowhere/python3")
-    assert done.returncode == 1
-    assert f"PYTHON=/nowhere/python3 is not a working Python {versions} with" in done.stderr
+    result = venv(tmp_path, bare, stack, PYTHON="/nowhere/python3")
+    assert result.returncode == 1
+    assert f"PYTHON=/nowhere/python3 is not a working Python {versions} with" in result.stderr
 
 
-@pytest.mark.parametrize(("stack", "suits"), [("cu117", [10]), ("modern", [10, 11, 12, 13])])
-def test_supported_pythons_per_stack(tmp_path, bare, stack, suits):
+@pytest.mark.parametrize(("stack", "supported"), [("cu117", [10]), ("modern", [10, 11, 12, 13])])
+def test_supported_pythons_per_stack(tmp_path, bare, stack, supported):
     python = tmp_path / "python"
     for minor in range(8, 15):
         python.write_text(
             f'#!/usr/bin/env bash\nexec {sys.executable} -c "import sys; sys.version_info = (3, {minor}, 1); $2" "${{@:3}}"\n'
         )
         python.chmod(0o755)
-        done = venv(tmp_path, bare, stack, PYTHON=str(python))
-        assert (f"{stack} stack on {python}; installing" in done.stdout) == (minor in suits)
-        assert (f"{python} is not a working Python" in done.stderr) == (minor not in suits)
+        result = venv(tmp_path, bare, stack, PYTHON=str(python))
+        assert (f"{stack} stack on {python}; installing" in result.stdout) == (minor in supported)
+        assert (f"{python} is not a working Python" in result.stderr) == (minor not in supported)
 
 
-FAKE = """#!/usr/bin/env bash
+FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in *version_info*) exit 0;; esac
 echo "found $0" >&2; exit 7
 """
@@ -225,32 +234,32 @@ echo "found $0" >&2; exit 7
 def test_python_on_path_and_pyenv(tmp_path, bare, stack, place):
     python = tmp_path / place
     python.parent.mkdir(parents=True, exist_ok=True)
-    python.write_text(FAKE)
+    python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
-    done = venv(tmp_path, bare, stack)
-    assert place.split("/")[-1] in done.stdout
-    assert "found " in done.stderr
+    result = venv(tmp_path, bare, stack)
+    assert place.split("/")[-1] in result.stdout
+    assert "found " in result.stderr
 
 
 def test_disk_full_keeps_old_environment(tmp_path, bare):
-    (bare / "python3.10").write_text(FAKE)
+    (bare / "python3.10").write_text(FAKE_PYTHON)
     (bare / "df").write_text("#!/usr/bin/env bash\necho Filesystem; echo /dev/vda 99999999 0 5242880 97% /\n")
     for tool in ("python3.10", "df"):
         (bare / tool).chmod(0o755)
     for tool in ("du", "cut"):
         (bare / tool).symlink_to(shutil.which(tool))
     (tmp_path / "v").mkdir()
-    done = venv(tmp_path, bare, "cu117")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("Not enough disk space: the cu117 stack needs 6 GB ")
-    assert done.stderr.endswith(" (3.9 GB afterwards); 5 GB are free.\n")
+    result = venv(tmp_path, bare, "cu117")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("Not enough disk space: the cu117 stack needs 6 GB ")
+    assert result.stderr.endswith(" (3.9 GB afterwards); 5 GB are free.\n")
     assert (tmp_path / "v").is_dir()
 
 
 @pytest.mark.parametrize(("stack", "version"), [("cu117", "3.10"), ("modern", "3.12")])
 def test_python_through_uv(tmp_path, bare, stack, version):
     python = tmp_path / "uv-python"
-    python.write_text(FAKE)
+    python.write_text(FAKE_PYTHON)
     (bare / "uv").write_text(f'#!/usr/bin/env bash\n[ "$*" = "python find --system {version}" ] && echo {python}\n')
     for path in (python, bare / "uv"):
         path.chmod(0o755)

@@ -24,11 +24,11 @@ from pathlib import Path
 from rwkv.checkpoint import load_model
 def peak():
     return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-def of_the_file():
+def file_rss():
     found, name = 0, None
-    for words in map(str.split, Path("/proc/self/smaps").read_text().splitlines()):
-        name = words[-1] if "-" in words[0] else name
-        found += int(words[1]) << 10 if words[0] == "Rss:" and name == sys.argv[1] else 0
+    for fields in map(str.split, Path("/proc/self/smaps").read_text().splitlines()):
+        name = fields[-1] if "-" in fields[0] else name
+        found += int(fields[1]) << 10 if fields[0] == "Rss:" and name == sys.argv[1] else 0
     return found
 for dtype in (torch.float32, torch.bfloat16):
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
@@ -40,7 +40,7 @@ for dtype in (torch.float32, torch.bfloat16):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         with torch.no_grad():
             model(torch.arange(0, 32768, 512)[None])
-        print(of_the_file())
+        print(file_rss())
     del model
 """
 
@@ -80,7 +80,7 @@ def test_training_does_not_modify_file(tmp_path, make_model, suffix):
     save_model(path, make_model(), {})
     before, model = sha256(path), load_model(path)
     pages = mapped_tensors.Pages(path)
-    assert all(pages.hold(parameter) for parameter in model.parameters())
+    assert all(pages.contains(parameter) for parameter in model.parameters())
     adam, tokens = torch.optim.Adam(model.parameters(), lr=0.1), torch.arange(20)[None]
     for _ in range(2):
         model(tokens)[0].logsumexp(-1).sum().backward()
@@ -107,7 +107,7 @@ def test_save_over_mapped_file(tmp_path, make_model, suffix):
     assert torch.equal(model(tokens)[0], expected)
 
 
-def rezipped(source, target, **options):
+def repack(source, target, **options):
     """A zip archive repacked without torch's alignment."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", **options) as new:
         for record in old.infolist():
@@ -118,12 +118,12 @@ def other_forms(folder, tensors):
     """The same tensors in files of current torch, of torch before 1.6, and repacked by other
     programs.
     """
-    torch.save(tensors, folder / "now.pth")
+    torch.save(tensors, folder / "current.pth")
     torch.save(tensors, folder / "old.pth", _use_new_zipfile_serialization=False)
-    rezipped(folder / "now.pth", folder / "unaligned.pth")
-    rezipped(folder / "now.pth", folder / "compressed.pth", compression=zipfile.ZIP_DEFLATED)
-    safetensors.torch.save_file(tensors, folder / "now.safetensors")
-    header = (folder / "now.safetensors").read_bytes()
+    repack(folder / "current.pth", folder / "unaligned.pth")
+    repack(folder / "current.pth", folder / "compressed.pth", compression=zipfile.ZIP_DEFLATED)
+    safetensors.torch.save_file(tensors, folder / "current.safetensors")
+    header = (folder / "current.safetensors").read_bytes()
     # blanks may follow the header, so that tensors begin at any address
     size = int.from_bytes(header[:8], "little") + 3
     (folder / "unaligned.safetensors").write_bytes(
@@ -132,11 +132,11 @@ def other_forms(folder, tensors):
     return [
         folder / name
         for name in (
-            "now.pth",
+            "current.pth",
             "old.pth",
             "unaligned.pth",
             "compressed.pth",
-            "now.safetensors",
+            "current.safetensors",
             "unaligned.safetensors",
         )
     ]
@@ -176,8 +176,8 @@ def test_view_saved_without_its_base(tmp_path, make_model):
     tensors["emb.weight"], tensors["head.weight"] = big[:50], torch.randn(16, 50).t()
     torch.save(tensors, tmp_path / "views.pth")
     model = load_model(tmp_path / "views.pth")
-    save_model(tmp_path / "again.pth", model, {})
+    save_model(tmp_path / "copy.pth", model, {})
     assert all(
-        torch.equal(value, tensors[name]) for name, value in checkpoint.read_tensors(tmp_path / "again.pth").items()
+        torch.equal(value, tensors[name]) for name, value in checkpoint.read_tensors(tmp_path / "copy.pth").items()
     )
-    assert (tmp_path / "again.pth").stat().st_size < (tmp_path / "views.pth").stat().st_size - 900 * 16 * 4
+    assert (tmp_path / "copy.pth").stat().st_size < (tmp_path / "views.pth").stat().st_size - 900 * 16 * 4

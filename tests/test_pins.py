@@ -24,12 +24,12 @@ HERE = "cu117" if importlib.metadata.version("torch").startswith("1.") else "mod
 
 def pins(stack: str) -> dict[str, str]:
     if stack == "tools":
-        wanted = PYPROJECT["dependency-groups"]["tools"]
+        requirements = PYPROJECT["dependency-groups"]["tools"]
     else:
-        wanted = (
+        requirements = (
             PROJECT["dependencies"] + PROJECT["optional-dependencies"][stack] + PROJECT["optional-dependencies"]["dev"]
         )
-    return dict(line.split("==") for line in wanted)
+    return dict(line.split("==") for line in requirements)
 
 
 def locked(stack: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -20,32 +21,32 @@ PROGRAM = """
 import sys, time, torch
 from rwkv.generate import Sampling, Session
 from rwkv.terminal import Conversation
-class Letters:
+class ByteTokenizer:
     eod = 0
     def encode(self, text): return [byte + 1 for byte in text.encode()]
     def decode_bytes(self, ids): return bytes(i - 1 for i in ids if i)
-class Echo(torch.nn.Module):  # answers with the message in capitals; "long" without end
+class Echo(torch.nn.Module):  # answers with the message in capitals; to "long", without end
     def __init__(self):
         super().__init__()
         self.emb = torch.nn.Embedding(1, 1)
     def hidden(self, tokens, state):
         return torch.zeros(1, 1, 1), (state or ()) + tuple(tokens[0].tolist())
     def head(self, hidden):
-        text = Letters().decode_bytes(session.state).decode(errors="replace")
+        text = ByteTokenizer().decode_bytes(session.state).decode(errors="replace")
         question, _, answer = text[text.rindex("User: ") + 6 :].partition("\\n\\nAssistant:") if "User: " in text else ("", "", "")
         want = " " + (question.upper() if "long" not in question else "very " * 10**4)
         time.sleep(0.01 if "long" in question else 0)
         logits = torch.zeros(257)
-        logits[(Letters().encode(want[len(answer)]) if len(answer) < len(want) else [0])[0]] = 9
+        logits[(ByteTokenizer().encode(want[len(answer)]) if len(answer) < len(want) else [0])[0]] = 9
         return logits
-class Loose(Session):
+class TracedSession(Session):
     def __init__(self, *a):
         global session
         session = self
         self.state = None
         super().__init__(*a)
 print("ready", file=sys.stderr)
-Conversation(lambda: Loose(Echo(), Letters()), Sampling(temperature=0), int(sys.argv[1])).run()
+Conversation(lambda: TracedSession(Echo(), ByteTokenizer()), Sampling(temperature=0), int(sys.argv[1])).run()
 print("ended", file=sys.stderr)
 """
 
@@ -98,9 +99,9 @@ def terminal():
         return started[-1]
 
     yield start
-    for one in started:
-        os.close(one.fd)
-        os.waitpid(one.pid, 0)
+    for chat in started:
+        os.close(chat.fd)
+        os.waitpid(chat.pid, 0)
 
 
 def test_chat_line_editing_history_and_commands(terminal):
@@ -114,16 +115,16 @@ def test_chat_line_editing_history_and_commands(terminal):
     chat.type("/retry\n")
     chat.wait("Assistant: HELLO\n")
     chat.wait("User: ")
-    for command, says in (
+    for command, expected in (
         ("/help", "/temperature X"),
         ("/temperature 0.0", "[temperature 0]"),
-        ("/temperature hot", "[/temperature: expected a number from 0, such as 0.8; got hot]"),
+        ("/temperature hot", "[/temperature: expected a number of at least 0, such as 0.8; got hot]"),
         ("/nonsense x", "[unknown command /nonsense: /help lists the commands"),
-        ("/reset", "[the conversation is forgotten]"),
+        ("/reset", "[new conversation]"),
         ("/retry", "[/retry: there is no message yet]"),
     ):
         chat.type(f"{command}\n")
-        chat.wait(says)
+        chat.wait(expected)
         chat.wait("User: ")
     chat.type(" /x\n")
     chat.wait("Assistant: /X\n")
@@ -155,6 +156,22 @@ def test_ctrl_c(terminal):
     chat.interrupt("ended")
 
 
+def test_second_ctrl_c_keeps_the_chat(terminal):
+    chat = terminal(10**6)
+    chat.type("hello\n")
+    chat.wait("HELLO\n")
+    chat.wait("User: ")
+    chat.type("long\n")
+    chat.wait("very")
+    os.kill(chat.pid, signal.SIGSTOP)  # both signals arrive before the chat looks at the first
+    os.kill(chat.pid, signal.SIGINT)
+    os.kill(chat.pid, signal.SIGCONT)
+    chat.interrupt("[stopped")
+    chat.wait("User: ")
+    chat.type("again\n")
+    chat.wait("AGAIN\n")
+
+
 def test_truncated_answer_is_marked(terminal):
     chat = terminal(4)
     chat.type("hello\n")
@@ -162,23 +179,22 @@ def test_truncated_answer_is_marked(terminal):
 
 
 def test_piped_input_prints_answers_only():
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", PROGRAM, "100"],
-        input="hello\n\n/reset\nyou\n/exit\nnot read\n",
+        input=b"hello\n\n/reset\nyou\xff\n/exit\nnot read\n",  # one byte is not UTF-8
         capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "utf-8:strict"},
         check=True,
     )
-    assert done.stdout == "Assistant: HELLO\nAssistant: YOU\n"
+    assert result.stdout.decode() == "Assistant: HELLO\nAssistant: YOU\ufffd\n"
 
 
 @pytest.mark.parametrize(
-    ("flags", "max_tokens", "seed", "says"),
+    ("flags", "max_tokens", "seed", "expected"),
     [
-        ({"top_p": 7}, 1, 0, "--top_p 7: it must be more than 0 and at most 1"),
+        ({"top_p": 7}, 1, 0, "--top_p 7: it must be greater than 0 and at most 1"),
         ({"top_p": 0.0}, 1, 0, "--top_p 0.0"),
-        ({"temperature": -1}, 1, 0, "--temperature -1: it must be 0"),
+        ({"temperature": -1}, 1, 0, "--temperature -1: it must be at least 0"),
         ({"penalty_decay": 1.5}, 1, 0, "--penalty_decay 1.5: it must be from 0 to 1"),
         ({"presence_penalty": 1e9}, 1, 0, "--presence_penalty"),
         ({}, 0, 0, "--max_tokens 0: it must be at least 1"),
@@ -186,6 +202,6 @@ def test_piped_input_prints_answers_only():
         ({}, 1, 1 << 64, "--seed"),
     ],
 )
-def test_invalid_sampling_flags(flags, max_tokens, seed, says):
-    with pytest.raises(UserError, match=says):
+def test_invalid_sampling_flags(flags, max_tokens, seed, expected):
+    with pytest.raises(UserError, match=expected):
         check_sampling(Sampling(**flags), max_tokens, seed)

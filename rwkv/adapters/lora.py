@@ -43,7 +43,7 @@ def _adapted_layers(names: Collection[str]) -> set[str]:
     return {layer_of(re.sub(r"\.lora_[AB]$", "", name)) for name in names if name.endswith((".lora_A", ".lora_B"))}
 
 
-class _Adapted(torch.autograd.Function):
+class _LoRAFunction(torch.autograd.Function):
     # Saves x, or the tensors from which it is recomputed, and A x, which has r elements per token.
     @staticmethod
     def forward(ctx, x, weight, a, b, scale, dropout, recompute):
@@ -51,7 +51,7 @@ class _Adapted(torch.autograd.Function):
         ctx.scale, ctx.dropout, ctx.recompute = scale, dropout, recompute.function
         ctx.seed = native.new_seed() if dropout else 0
         y = linear_forward(flat, weight.to(dtype))
-        low = linear_forward(_dropped(ctx, flat), a.to(dtype))  # [N, r]
+        low = linear_forward(_apply_dropout(ctx, flat), a.to(dtype))  # [N, r]
         y.addmm_(low, b.to(dtype).t(), alpha=scale)
         ctx.save_for_backward(weight, a, b, low, *recompute.inputs)
         return y.view(*x.shape[:-1], -1)
@@ -64,7 +64,7 @@ class _Adapted(torch.autograd.Function):
         glow = linear_grad_input(flat, b.to(dtype)).mul_(ctx.scale)  # [N, r]
         if ctx.needs_input_grad[2]:
             x = rows(ctx.recompute(*inputs))
-            ga = (glow.t() @ _dropped(ctx, x)).to(a.dtype)
+            ga = (glow.t() @ _apply_dropout(ctx, x)).to(a.dtype)
         if ctx.needs_input_grad[3]:
             gb = (low.t() @ flat).mul_(ctx.scale).t().to(b.dtype)  # computed as [r, out]: the faster layout
         if ctx.needs_input_grad[0]:
@@ -77,7 +77,7 @@ class _Adapted(torch.autograd.Function):
         return gx, None, ga, gb, None, None, None
 
 
-def _dropped(ctx, x: Tensor) -> Tensor:
+def _apply_dropout(ctx, x: Tensor) -> Tensor:
     return native.dropout(x, ctx.seed, ctx.dropout) if ctx.dropout else x
 
 
@@ -99,7 +99,7 @@ class LoRALinear(nn.Module):
         """x [..., in] → [..., out], in the compute dtype."""
         x = x.to(native.compute_dtype(x))
         p = self.dropout if self.training else 0.0
-        return _Adapted.apply(x, self.weight, self.lora_A, self.lora_B, self.scale, p, native.recompute_of(x))
+        return _LoRAFunction.apply(x, self.weight, self.lora_A, self.lora_B, self.scale, p, native.recompute_of(x))
 
     @torch.no_grad()
     def merged(self) -> Tensor:
@@ -135,8 +135,8 @@ def inject(model: RWKV, parts: Collection[str], r: int, alpha: float, dropout: f
 def combine(
     adapters: Sequence[tuple[Mapping[str, Tensor], float, float]], base: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Combine adapters to one that computes W + Σ weight · scale · B A; its rank is the sum of
-    their ranks, its scale is 1.
+    """Combine adapters into one that computes W + Σ weight · scale · B A. Its rank is the sum of
+    their ranks, and its scale is 1.
 
     Fully trained tensors become base + Σ weight · (tensor − base).
 
@@ -155,15 +155,15 @@ def combine(
                 weight * (tensors[name].float() - start) for tensors, _, weight in adapters if name in tensors
             )
             continue
-        down = name.endswith("A")
-        size = next(t[name].shape[1 if down else 0] for t, _, _ in adapters if name in t)
+        is_a = name.endswith("A")
+        size = next(t[name].shape[1 if is_a else 0] for t, _, _ in adapters if name in t)
         blocks = [
-            tensors[name].float() * (1 if down else scale * weight)
+            tensors[name].float() * (1 if is_a else scale * weight)
             if name in tensors
-            else torch.zeros((rank, size) if down else (size, rank))
+            else torch.zeros((rank, size) if is_a else (size, rank))
             for (tensors, scale, weight), rank in zip(adapters, ranks, strict=True)
         ]
-        combined[name] = torch.cat(blocks, 0 if down else 1)
+        combined[name] = torch.cat(blocks, 0 if is_a else 1)
     return combined
 
 
@@ -212,13 +212,13 @@ def adapter_state(model: RWKV, parts: Collection[str]) -> dict[str, Tensor]:
 
 def merge(model: nn.Module) -> None:
     """Merge all adapters into their layers' weights, in place, and restore plain linear layers."""
-    for name, layer in list(_adapted(model)):
+    for name, layer in list(_lora_layers(model)):
         plain = Matrix(layer.weight.shape[1], layer.weight.shape[0], bias=False)
         plain.weight = nn.Parameter(layer.merged())
         _replace(model, name, plain)
 
 
-def _adapted(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             yield name, module

@@ -14,7 +14,7 @@ class ConvertConfig:
     and of the Hugging Face Hub; - for stdin, or a pipe, with input_format. Files of a folder are
     read in natural order: ch2 before ch10, 第二章 before 第十章."""
     input_format: Literal["", "jsonl", "json", "txt", "csv", "tsv", "parquet", "arrow"] = ""
-    """Format of the input if it does not follow from the file name, such as for a pipe.
+    """Format of the input if the file name does not determine it, such as for a pipe.
     Compression is detected."""
     split: str = ""
     """Splits of a dataset to convert, separated by commas: train, validation, test or other names;
@@ -34,7 +34,7 @@ class ConvertConfig:
     """End every document with the tokenizer's end-of-document token, as training expects.
     (Upstream's tool does so only with --append-eod.)"""
     dtype: Literal["uint16", "int32"] = "uint16"
-    """uint16 is large enough for all ids of World and 20B; int32 writes the same bytes as
+    """uint16 can represent all ids of World and 20B; int32 writes the same bytes as
     upstream's tool for World, at twice the size."""
     tokenizer_type: Literal["RWKVTokenizer", "HFTokenizer"] = "RWKVTokenizer"
     """RWKVTokenizer: the World vocabulary of 65536 tokens. HFTokenizer: the tokenizer.json given as
@@ -116,7 +116,7 @@ class InspectConfig:
     mask: str = "auto"
     """verify: the loss mask, as in the conversion."""
     on_error: Literal["stop", "skip"] = "stop"
-    """verify: skip if invalid records were skipped."""
+    """verify: skip, if invalid records were skipped in the conversion."""
     vocab_file: str = ""
     """The tokenizer.json used in the conversion. Omitted: from the manifest, else World."""
     samples: int = 3

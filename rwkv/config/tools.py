@@ -99,17 +99,17 @@ class EstimateConfig:
     n_layer: int = 0
     """Number of layers L, without load_model and model. 0: 6."""
     n_embd: int = 0
-    """Width D. 0: 512."""
+    """Embedding width D. 0: 512."""
     vocab_size: int = 0
-    """Vocabulary V. 0: 65536."""
+    """Vocabulary size V. 0: 65536."""
     dim_att: int = 0
     """RWKV-4: channels of the time-mix. 0: n_embd."""
     head_size: int = 0
     """RWKV-7: channels of a head. 0: 64."""
     dim_ffn: int = 0
-    """Channels inside the channel-mix. 0: 4 n_embd."""
+    """Hidden channels of the channel-mix. 0: 4 n_embd."""
     method: Literal["lora", "full"] = "lora"
-    """Fine-tune with LoRA, or all weights."""
+    """lora: train an adapter; full: train all weights."""
     lora_r: int = 8
     """Rank of the adapter."""
     lora_parts: str = "att,ln,time"
@@ -137,7 +137,7 @@ class EstimateConfig:
     num_nodes: int = 1
     """Number of machines."""
     accelerator: Literal["cpu", "gpu"] = "gpu"
-    """Device of the run. cpu: device and host memory are the same."""
+    """Device of the run. cpu: device memory is host memory."""
     card: str = ""
     """GPU to plan for, in GB (24) or by name ("RTX 4090", "A100 80GB"): print what fits, and the
     largest batch and context. Omitted: the GPU of this machine. With accelerator=cpu: host memory

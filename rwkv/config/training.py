@@ -34,7 +34,7 @@ class Paths:
     """Start over in a proj_dir that contains a run. By default that run is resumed."""
     allow_changes: bool = False
     """Resume the run in proj_dir although flags or data have changed. By default any change is
-    refused, with the old and the new value."""
+    rejected, with the old and the new value."""
 
 
 @dataclass
@@ -138,8 +138,8 @@ class Documents:
     """Token id that also ends a document, for doc_training and doc_reset. -1: document boundaries
     come from the index only."""
     min_ctx_len: int = 0
-    """doc_training: join documents until a sample has this many tokens. 0: ctx_len / 4. The least
-    padding: ctx_len."""
+    """doc_training: join documents until a sample has this many tokens. 0: ctx_len / 4. Use ctx_len
+    for the least padding."""
     chatml_mask: Literal[0, 1] = 0
     """1: only answers contribute to the loss: the tokens after 50279 187, up to and including 50278
     (ChatML with the 20B vocabulary). Not needed for chats converted by scripts/convert.py, which
@@ -152,8 +152,8 @@ class Validation:
 
     val_split: float = 0.0
     """Fraction of the documents used for validation instead of training, the same in every run;
-    reported as val_loss in metrics.jsonl. With few long documents, the last fraction of the tokens.
-    0: no validation."""
+    reported as val_loss in metrics.jsonl. If that is fewer than two documents, the last part of the
+    tokens is used. 0: no validation."""
     val_file: str = ""
     """A separate binidx (prefix) for validation, instead of val_split. Its loss mask and the
     document flags apply as for data_file."""
@@ -204,8 +204,8 @@ class Optimizer:
     """Maximum gradient norm. 0: no clipping."""
     on_nan: Literal["stop", "skip"] = "stop"
     """If the loss or the gradient is NaN or Inf: stop ends the run and reports the step, its batch
-    and the last valid state; skip skips the update, and stops after more than 20 skipped steps in a
-    row (with Adafactor it synchronises with the GPU in every step)."""
+    and the last valid state; skip skips the update, and stops after more than 20 consecutive
+    skipped steps (with Adafactor it synchronises with the GPU in every step)."""
 
 
 @dataclass
@@ -224,10 +224,11 @@ class Machine:
     _offload the optimizer (in stage 3 also the parameters) is in CPU memory. All give the same
     training curve."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """auto: bf16 if all GPUs (Ampere or later) or the CPU (AVX512-BF16, AMX) support it natively,
-    else fp32. Matmuls run in bf16/fp16; trainable weights, gradients, Adam moments, WKV and the
-    loss stay in fp32. fp16 uses loss scaling. DeepSpeed keeps bf16/fp16 weights and gradients with
-    fp32 master weights, which are saved. The data types in use are reported at the start."""
+    """auto: bf16 if all GPUs of the run (Ampere or later) or the CPU (AVX512-BF16, AMX) support it
+    natively, else fp32. Matmuls run in bf16/fp16; trainable weights, gradients, Adam moments, WKV
+    and the loss stay in fp32. fp16 uses loss scaling. DeepSpeed keeps bf16/fp16 weights and
+    gradients with fp32 master weights, which are saved. The data types in use are reported at the
+    start."""
     grad_cp: Literal[0, 1] = 0
     """1: gradient checkpointing: recompute each block in the backward pass. Less memory, a third
     slower."""
@@ -260,7 +261,7 @@ class TrainConfig(Logging, Machine, Optimizer, Validation, Documents, Sampling, 
 
     @property
     def folder(self) -> Path:
-        """The folder of the run."""
+        """The folder of the run (proj_dir)."""
         return Path(self.proj_dir)
 
     @property
@@ -293,7 +294,7 @@ class LoRAConfig(TrainConfig):
     """Dropout on the input of the adapter."""
     lora_base: Literal["auto", "bf16", "fp32"] = "auto"
     """Data type of the frozen matrices. auto: bf16 with --precision bf16 (World models are stored
-    in it), else fp32."""
+    in bf16), else fp32."""
     lora_parts: str = "att,ln,time"
     """What is trained, separated by commas: adapters on the matrices of att (key, value,
     receptance; in RWKV-7 also output) and ffn (key, value; in RWKV-4 also receptance), or on single

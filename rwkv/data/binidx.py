@@ -11,6 +11,7 @@ byte per token; 1 contributes to the loss. Without it all tokens do. P.json: the
 import bisect
 import contextlib
 import mmap
+import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 
 from rwkv import files
 from rwkv.errors import UserError
-from rwkv.files import abandoned, atomic_writes
+from rwkv.files import atomic_writes, stale_temporaries
 
 MANIFEST = "rwkv binidx"  # marks the manifest of a binidx (rwkv.data.provenance)
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -112,7 +113,7 @@ class Writer:
         self.tokens += Path(f"{prefix}.bin").stat().st_size // self.dtype.itemsize
 
     def finish(self) -> None:
-        """Write the rest of the index, in blocks of constant size."""
+        """Write the rest of the index, in blocks of constant size (bounded memory)."""
         at = 0
         with open(self._index.name, "rb") as written:
             self._index.flush()
@@ -129,7 +130,7 @@ class Writer:
 
 
 def pack(ids: Sequence[int], dtype: str) -> bytes:
-    """Ids as bytes of the .bin file. Raises ValueError if one does not fit the dtype."""
+    """Encode ids as bytes of the .bin file. Raises ValueError if one does not fit the dtype."""
     try:
         return struct.pack(f"<{len(ids)}{_STRUCT_CODES[dtype]}", *ids)
     except struct.error as error:
@@ -138,13 +139,18 @@ def pack(ids: Sequence[int], dtype: str) -> bytes:
 
 
 def document_prefix(output_prefix: str | Path, key: str) -> str:
-    """Upstream's name for the pair of files: `P_text_document`."""
+    """The prefix of a binidx under upstream's naming: `P_text_document`."""
     return f"{output_prefix}_{key}_document"
 
 
 def mask_path(prefix: str | Path) -> Path:
     """Path of a binidx's loss mask: `P_<key>_mask.bin` beside `P_<key>_document.bin`."""
     return Path(f"{str(prefix).removesuffix('_document')}_mask.bin")
+
+
+def index_path(prefix: str | Path) -> Path:
+    """Path of a binidx's index; the prefix may end in .bin or .idx."""
+    return Path(f"{str(prefix).removesuffix('.bin').removesuffix('.idx')}.idx")
 
 
 @contextlib.contextmanager
@@ -170,7 +176,7 @@ def reject_existing(prefixes: Sequence[str | Path], beside: Sequence[Path] = ())
     """
     for prefix in prefixes:
         index = Path(f"{prefix}.idx")
-        if not index.exists() and abandoned(index):
+        if not index.exists() and stale_temporaries(index):
             continue
         manifest = Path(f"{prefix}.json")
         paths = [
@@ -180,9 +186,9 @@ def reject_existing(prefixes: Sequence[str | Path], beside: Sequence[Path] = ())
             *beside,
             *([] if _is_manifest(manifest) else [manifest]),
         ]
-        if there := [str(path) for path in paths if path.exists()]:
+        if existing := [str(path) for path in paths if path.exists()]:
             raise UserError(
-                f"{' and '.join(there)} already exist; give --force to replace them, or another --output-prefix"
+                f"{' and '.join(existing)} already exist; pass --force to replace them, or another --output-prefix"
             )
 
 
@@ -197,7 +203,7 @@ def _is_manifest(path: Path) -> bool:
 def writers(
     prefixes: Sequence[str | Path], dtype: str = "uint16", mask: bool = False, beside: Sequence[Path] = ()
 ) -> Iterator[tuple[list[Writer], list[Path]]]:
-    """Write several binidx atomically, each with a loss mask if `mask`: all files appear if the
+    """Write several binidx atomically, each with a loss mask if `mask`. All files appear if the
     block succeeds, none otherwise.
 
     Tokens, mask, manifest and index are one set: a mask or manifest of an earlier conversion is
@@ -213,8 +219,8 @@ def writers(
     n = len(prefixes)
     parts = [Path(f"{prefix}.bin") for prefix in prefixes] + [mask_path(prefix) for prefix in prefixes]
     parts += [*(Path(f"{prefix}.json") for prefix in prefixes), *beside]
-    # The index is removed first and renamed last: it never describes other tokens than those beside
-    # it.
+    # The index is removed first and renamed last, so that it never describes the tokens of another
+    # conversion.
     with (
         atomic_writes(parts, [Path(f"{prefix}.idx") for prefix in prefixes]) as temporaries,
         contextlib.ExitStack() as stack,
@@ -222,18 +228,21 @@ def writers(
         masks, manifests = temporaries[n : 2 * n], temporaries[2 * n : 3 * n]
         for unwanted in [*manifests, *([] if mask else masks)]:
             unwanted.unlink()
-        open_ = lambda paths: [stack.enter_context(open(path, "wb")) for path in paths]  # noqa: E731
-        files = zip(
-            open_(temporaries[-n:]),
-            open_(temporaries[:n]),
-            open_(masks) if mask else [None] * n,
+
+        def open_all(paths: Sequence[Path]) -> list[BinaryIO]:
+            return [stack.enter_context(open(path, "wb")) for path in paths]
+
+        parts_of_each = zip(
+            open_all(temporaries[-n:]),
+            open_all(temporaries[:n]),
+            open_all(masks) if mask else [None] * n,
             manifests,
             strict=True,
         )
-        made = [Writer(*some, dtype) for some in files]
-        yield made, temporaries[3 * n : len(parts)]
-        for one in made:
-            one.finish()
+        opened = [Writer(*handles, dtype) for handles in parts_of_each]
+        yield opened, temporaries[3 * n : len(parts)]
+        for output in opened:
+            output.finish()
 
 
 @contextlib.contextmanager
@@ -256,8 +265,9 @@ class Dataset:
     """
 
     def __init__(self, prefix: str | Path):
-        self.prefix = Path(str(prefix).removesuffix(".bin").removesuffix(".idx"))
-        index, data = Path(f"{self.prefix}.idx"), Path(f"{self.prefix}.bin")
+        index = index_path(prefix)
+        self.prefix = index.with_name(index.name.removesuffix(".idx"))
+        data = Path(f"{self.prefix}.bin")
         for path in (index, data):
             if not path.is_file():
                 raise UserError(
@@ -275,11 +285,17 @@ class Dataset:
             raise UserError(f"{data}: contains no tokens; convert again from a source with text")
         self.tokens = np.memmap(data, dtype, "r")
         self.mask = self._open_mask()
+        mapped: list[tuple[Path, Any]] = [(data, self.tokens), (index, self.sizes), (mask_path(self.prefix), self.mask)]
+        self._mapped = [(path, array._mmap, array._mmap.size()) for path, array in mapped if array is not None]
 
     def _open_mask(self) -> np.ndarray | None:
         path = mask_path(self.prefix)
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
+        if not path.is_file():
+            raise UserError(
+                f"{path}: not a file, or a link to a file that does not exist; restore the loss mask, or remove it to train on all tokens"
+            )
         if path.stat().st_size != self._total:
             raise UserError(
                 f"{path}: {path.stat().st_size} bytes, but {self.prefix}.bin has {self._total} tokens; a mask has one byte per token."
@@ -308,10 +324,24 @@ class Dataset:
         low, high = (bisect.bisect_left(self._pointers, at * self._width) for at in (begin, end))
         return self._pointers[low:high] // self._width
 
+    def check_sizes(self) -> None:
+        """Check that no file was truncated since it was opened; called before reading. (An access
+        beyond the end of a mapped file kills the process.)
+
+        Raises:
+            UserError: a file was truncated.
+        """
+        for path, file, size in self._mapped:
+            if file.size() < size:  # of the mapped file, also if it was replaced by another one
+                raise UserError(
+                    f"{path}: was truncated while in use, from {size} to {file.size()} bytes; restore it and run again"
+                )
+
     def id_range(self) -> tuple[int, int]:
         """The smallest and largest token id; reads the whole file."""
         step, ranges = 1 << 24, []
         for i in range(0, len(self.tokens), step):
+            self.check_sizes()
             part = self.tokens[i : i + step]
             ranges.append((int(part.min()), int(part.max())))
             self.release()

@@ -96,7 +96,7 @@ class Contexts(Samples):
         size = len(self.stream)
         if size < self.ctx_len + 2:
             raise UserError(
-                f"the data has {size} tokens, but one sample of ctx_len {self.ctx_len} needs {self.ctx_len + 2}; give more text"
+                f"the data has {size} tokens, but one sample of ctx_len {self.ctx_len} needs {self.ctx_len + 2}; use more text"
                 + (f", or --ctx_len {size - 2} or less" if size > 2 else "")
             )
         if self.prime:
@@ -178,7 +178,7 @@ class Documents(Samples):
     loss.
 
     A pass visits every sample once, in order if `sequential`, else in a new random order per pass;
-    ranks shard it.
+    samples are sharded over the ranks.
 
     Raises:
         UserError: no document fits a context.
@@ -193,7 +193,7 @@ class Documents(Samples):
         if not len(self.packed.windows):
             raise UserError(
                 f"none of {self.packed.too_long + self.packed.too_short} documents has 2 to {self.ctx_len + 1} tokens, as --doc_training with"
-                f" --ctx_len {self.ctx_len} needs; give a larger --ctx_len, the right --doc_sep, or drop --doc_training"
+                f" --ctx_len {self.ctx_len} needs; use a larger --ctx_len, the correct --doc_sep, or omit --doc_training"
             )
 
     @property
@@ -201,9 +201,9 @@ class Documents(Samples):
         return False
 
     def window(self, number: int) -> tuple[int, int]:
-        turn, position = divmod(number, self.per_pass)
+        pass_number, position = divmod(number, self.per_pass)
         return self.sequential_window(
-            position if self.sequential else offsets.shuffled(self.seed, turn, position, self.per_pass)
+            position if self.sequential else offsets.shuffled(self.seed, pass_number, position, self.per_pass)
         )
 
     def sequential_window(self, i: int) -> tuple[int, int]:

@@ -57,7 +57,7 @@ def draw(counts: np.ndarray, image: Path, title: str, ctx_len: int) -> None:
     else:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.set_ylim(0, counts.max() * 1.12)
-    axes.yaxis.set_major_formatter(FuncFormatter(plots.counted))
+    axes.yaxis.set_major_formatter(FuncFormatter(plots.format_count))
     axes.set(xlabel="tokens in a document", ylabel="documents")
     plots.set_title(axes, title)
     axes.grid(alpha=0.3, axis="y")

@@ -3,16 +3,16 @@
 import codecs
 import hashlib
 import math
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from rwkv.data import histogram, offsets, provenance
 from rwkv.data.binidx import Dataset, mask_path
+from rwkv.data.progress_bar import progress_bar
 from rwkv.data.tokenizer import EOD, LARGEST_ID, VOCAB_SIZE, HFTokenizer, WorldTokenizer
 from rwkv.errors import UserError
 
@@ -52,7 +52,7 @@ class Inspection:
     steps: int = 0  # of micro_bsz contexts, to see each once
     magic_prime: int = 0
     samples: list[str] = field(default_factory=list)
-    verified: int | None = None  # documents that decode to the source; None: not asked
+    verified: int | None = None  # documents that decode to the source; None: not requested
     manifest: dict | None = None  # of rwkv.data.provenance; None: there is none
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
@@ -73,18 +73,18 @@ def inspect(
     found = Inspection(
         str(data.prefix), str(data.tokens.dtype), len(data), len(data.tokens), ctx_len=ctx_len, micro_bsz=micro_bsz
     )
-    with tempfile.TemporaryFile() as spill, _bar(len(data.tokens), "inspect", "token") as bar:
+    with tempfile.TemporaryFile() as spill, progress_bar(len(data.tokens), "inspect", " tokens", 0.5) as bar:
         hashes = np.memmap(spill, np.uint64, "w+", shape=len(data))
-        _walk(data, found, hashes, bar)
-        found.repeated, found.repeated_examples = _repeated(hashes)
+        _scan(data, found, hashes, bar)
+        found.repeated, found.repeated_examples = _count_duplicates(hashes)
     found.vocabulary = _vocabulary(data, found)
     found.manifest = _manifest(data, found)
     if known := tokenizer or (WorldTokenizer() if found.vocabulary == "World" else None):
-        found.samples = [known.decode(_begin(data, i, 200)) for i in _spread(len(data), samples)]
+        found.samples = [known.decode(_first_tokens(data, i, 200)) for i in _evenly_spaced(len(data), samples)]
     found.contexts = offsets.slots(found.tokens, ctx_len)
     found.steps = math.ceil(found.contexts / micro_bsz)
     found.magic_prime = offsets.magic_prime(found.tokens, ctx_len)
-    _judge(found, data)
+    _find_problems(found, data)
     return found
 
 
@@ -102,11 +102,11 @@ def verify(
     """
     if found.vocabulary != "World" and not tokenizer:
         found.problems.append(
-            f"cannot be verified: the ids are not World's, but {found.vocabulary}; give the tokenizer.json as --vocab_file"
+            f"cannot be verified: the ids are not World's, but {found.vocabulary}; pass the tokenizer.json as --vocab_file"
         )
         return
     known, number, before = tokenizer or WorldTokenizer(), 0, 0
-    with _bar(size, "verify", "B") as bar:
+    with progress_bar(size, "verify", "B", 0.5) as bar:
         for text, done in texts:
             bar.update(done - before)
             before = done
@@ -138,7 +138,7 @@ def format_report(found: Inspection) -> str:
         f"data:       {found.prefix}, {found.dtype}",
         f"size:       {found.documents:,} documents, {found.tokens:,} tokens, {mean:,.0f} per document on average, {found.longest:,} in the longest",
         f"source:     {provenance.summary(found.manifest)}",
-        f"vocabulary: {found.vocabulary}, judged by its ids ({found.smallest_id} to {found.largest_id})",
+        f"vocabulary: {found.vocabulary}, inferred from the ids ({found.smallest_id} to {found.largest_id})",
         f"EOD:        {found.with_eod:,} of {found.documents:,} documents end with token {EOD}",
         f"duplicates: {found.repeated:,} documents equal an earlier one"
         + "".join(f"; {b:,} equals {a:,}" for a, b in found.repeated_examples[:3]),
@@ -178,13 +178,7 @@ def _format_epoch(found: Inspection) -> str:
     )
 
 
-def _bar(total: int, what: str, unit: str) -> tqdm:
-    return tqdm(
-        total=total, unit=unit, unit_scale=True, desc=what, mininterval=0.5 if sys.stderr.isatty() else 15, delay=0.5
-    )
-
-
-def _walk(data: Dataset, found: Inspection, hashes: np.ndarray, bar: tqdm) -> None:
+def _scan(data: Dataset, found: Inspection, hashes: np.ndarray, bar: Any) -> None:
     low, high, counted, wrong_mask = math.inf, -math.inf, 0, False
     lengths, uncounted, read = np.zeros(histogram.BINS, np.int64), 0, 0
     for first in range(0, len(data), _CHUNK):
@@ -221,7 +215,7 @@ def _walk(data: Dataset, found: Inspection, hashes: np.ndarray, bar: tqdm) -> No
             found.problems.append(f"{mask_path(data.prefix)}: contains bytes other than 0 and 1; convert again")
 
 
-def _repeated(hashes: np.ndarray) -> tuple[int, list[list[int]]]:
+def _count_duplicates(hashes: np.ndarray) -> tuple[int, list[list[int]]]:
     """Number of hashes equal to an earlier one, and examples as pairs of document numbers (from 1).
 
     Works on one partition of the hash values at a time, to bound memory.
@@ -239,16 +233,16 @@ def _repeated(hashes: np.ndarray) -> tuple[int, list[list[int]]]:
 
 
 def _vocabulary(data: Dataset, found: Inspection) -> str:
-    """World, 20B or unknown, by the range of the ids and by whether documents decoded as World are
-    valid UTF-8.
+    """World, 20B or unknown, inferred from the range of ids, and from whether documents decoded as
+    World are valid UTF-8.
 
     20B documents are not: their line break decodes to an incomplete sequence.
     """
     if found.smallest_id < 0 or found.largest_id > LARGEST_ID:
         return "unknown"
     tokenizer, readable, read = WorldTokenizer(), 0, 0
-    for i in _spread(len(data), _VOCABULARY_SAMPLES):
-        ids = _begin(data, i, 4096)
+    for i in _evenly_spaced(len(data), _VOCABULARY_SAMPLES):
+        ids = _first_tokens(data, i, 4096)
         if ids:
             read += 1
             text = tokenizer.decode_bytes(ids)
@@ -278,22 +272,22 @@ def _is_utf8(text: bytes) -> bool:
     return True
 
 
-def _begin(data: Dataset, i: int, length: int) -> list[int]:
+def _first_tokens(data: Dataset, i: int, length: int) -> list[int]:
     begin, end = data.span(i)
     return data.tokens[begin : min(end, begin + length)].tolist()
 
 
-def _spread(count: int, chosen: int) -> Iterator[int]:
+def _evenly_spaced(count: int, chosen: int) -> Iterator[int]:
     chosen = min(chosen, count)
     return (offsets.spread(i, chosen, count) for i in range(chosen))
 
 
-def _judge(found: Inspection, data: Dataset) -> None:
+def _find_problems(found: Inspection, data: Dataset) -> None:
     problems, remarks = found.problems, found.remarks
     if found.smallest_id < 0 or found.largest_id >= VOCAB_SIZE:
         wrong = found.smallest_id if found.smallest_id < 0 else found.largest_id
         problems.append(
-            f"token id {wrong} is in no vocabulary of RWKV-4 (World has {VOCAB_SIZE}); convert with the model's tokenizer"
+            f"token id {wrong} is not in any RWKV-4 vocabulary (World has {VOCAB_SIZE}); convert with the model's tokenizer"
         )
     elif found.vocabulary == "unknown":
         problems.append(
@@ -301,7 +295,7 @@ def _judge(found: Inspection, data: Dataset) -> None:
         )
     if found.tokens < found.ctx_len + 2:
         problems.append(
-            f"{found.tokens:,} tokens, but one sample of ctx_len {found.ctx_len} needs {found.ctx_len + 2}; give more text or a smaller --ctx_len"
+            f"{found.tokens:,} tokens, but one sample of ctx_len {found.ctx_len} needs {found.ctx_len + 2}; use more text or a smaller --ctx_len"
         )
     if found.with_eod < found.documents:
         problems.append(

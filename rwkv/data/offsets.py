@@ -32,16 +32,16 @@ def prime_offset(number: int, prime: int, ctx_len: int, shift: int = 0) -> int:
     return (factor * number**3 % prime) * ctx_len + shift
 
 
-def shuffled(seed: int, turn: int, position: int, count: int) -> int:
-    """Element `position` of a pseudorandom permutation of 0 … count − 1 keyed by (seed, turn),
-    computed without storing it.
+def shuffled(seed: int, pass_number: int, position: int, count: int) -> int:
+    """Element `position` of a pseudorandom permutation of 0 … count − 1 keyed by (seed,
+    pass_number), computed without storing it.
 
     A Feistel network over the next power of four, iterated until the result is below count (cycle
     walking; less than four iterations on average).
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1
-    key = hashlib.blake2b(f"{seed} {turn} {count}".encode(), digest_size=16).digest()
+    key = hashlib.blake2b(f"{seed} {pass_number} {count}".encode(), digest_size=16).digest()
     while True:
         left, right = position >> half, position & low
         for step in range(_ROUNDS):
@@ -70,11 +70,11 @@ def magic_prime(size: int, ctx_len: int) -> int:
 
 
 def is_prime(n: int) -> bool:
-    """Miller-Rabin with the bases that decide every n below 3.3e24 (Sorenson and Webster 2015)."""
+    """Miller-Rabin test; exact for n < 3.3e24 with these bases (Sorenson and Webster 2015)."""
     bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
     if n < 2 or any(n % q == 0 for q in bases):
         return n in bases
-    odd, twos = n - 1, 0
+    odd, twos = n - 1, 0  # n − 1 = odd · 2^twos
     while odd % 2 == 0:
         odd, twos = odd // 2, twos + 1
     for base in bases:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rwkv.config import ConvertConfig
-from rwkv.data.binidx import MANIFEST, Dataset
+from rwkv.data.binidx import MANIFEST, Dataset, mask_path
 from rwkv.data.tokenizer import LARGEST_ID, VOCAB_SIZE, HFTokenizer, WorldTokenizer
 from rwkv.errors import UserError
 from rwkv.files import sha256
@@ -95,7 +95,7 @@ def load(data: Dataset) -> dict[str, Any] | None:
     """The manifest of an open binidx; None if there is none, as with files of upstream's tool.
 
     Raises:
-        UserError: it is corrupt, or describes other data.
+        UserError: it is corrupt, or describes other data, or a loss mask that is missing.
     """
     path = path_of(data.prefix)
     found = read(data.prefix)
@@ -103,6 +103,11 @@ def load(data: Dataset) -> dict[str, Any] | None:
         raise UserError(
             f"{path}: describes {found['documents']:,} documents with {found['tokens']:,} tokens, but {data.prefix}.bin contains"
             f" {len(data):,} with {len(data.tokens):,}; it belongs to another conversion: convert again, or remove it"
+        )
+    if found and found["counted"] is not None and data.mask is None:
+        raise UserError(
+            f"{mask_path(data.prefix)}: no such file, but {path} says that a loss mask was written, with which {found['counted']:,} of"
+            f" {found['tokens']:,} tokens contribute to the loss. Copy the mask too, or convert again; to train on all tokens, remove {path}"
         )
     return found
 

@@ -87,7 +87,10 @@ class Stream:
         return starts[np.diff(starts, prepend=-1) > 0]
 
     def _ranges(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """The ranges of the dataset's tokens that make up stream positions [begin, end)."""
+        """The ranges of the dataset's tokens that make up stream positions [begin, end). Raises
+        UserError if its files were truncated.
+        """
+        self._data.check_sizes()
         i = int(np.searchsorted(self._ends, begin, "right"))
         while begin < end:
             low, high = self._spans[i].tolist()
@@ -148,7 +151,7 @@ def split(data: Dataset, share: float, ctx_len: int) -> tuple[np.ndarray, np.nda
         if size < ctx_len + 2:
             raise UserError(
                 f"--val_split {share}: leaves {size} tokens for {side}, but one sample of ctx_len {ctx_len} needs {ctx_len + 2};"
-                " give another share, a smaller --ctx_len, or more text"
+                " use another fraction, a smaller --ctx_len, or more text"
             )
     return train, held
 

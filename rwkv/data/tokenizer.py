@@ -12,8 +12,8 @@ from rwkv import compat
 from rwkv.errors import UserError
 
 rwkv_tokenizer = compat.rwkv_tokenizer()
-EOD = 0  # end of document; decodes to no text
-LARGEST_ID = 65529
+EOD = 0  # end of document; decodes to the empty string
+LARGEST_ID = 65529  # of the World vocabulary
 VOCAB_SIZE = 65536  # vocabulary size of World checkpoints
 
 
@@ -52,7 +52,7 @@ class WorldTokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def as_decoded(self, text: str) -> str:
-        """What the ids of a text decode to: the text itself."""
+        """The text that the ids of `text` decode to: `text` itself."""
         return text
 
 
@@ -69,13 +69,15 @@ class HFTokenizer:
     def __init__(self, path: str | Path):
         import tokenizers
 
+        if not str(path):
+            raise UserError("--vocab_file is missing: --tokenizer_type HFTokenizer needs a tokenizer.json")
         if not Path(path).is_file():
             raise UserError(
                 f"{path}: no such file. --tokenizer_type HFTokenizer needs a tokenizer.json as --vocab_file"
             )
         try:
             self._library = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises no specific exception
             raise UserError(f"{path}: not a tokenizer.json ({error})") from error
         self._library.no_padding()
         self._library.no_truncation()
@@ -100,7 +102,7 @@ class HFTokenizer:
         return self._library.decode(list(ids), skip_special_tokens=False)
 
     def as_decoded(self, text: str) -> str:
-        """What the ids of a text decode to: the text after the tokenizer's normalisation (NFC for
+        """The text that the ids of `text` decode to: `text` in the tokenizer's normal form (NFC for
         20B).
         """
         return self._library.normalizer.normalize_str(text) if self._library.normalizer else text

@@ -72,7 +72,7 @@ def manifest() -> dict:
         return {}
 
 
-def stamp() -> int:
+def build_time_ns() -> int:
     """The time of the last complete build for this torch, in ns; 0 if there is none."""
     try:
         return (folder() / "manifest.json").stat().st_mtime_ns
@@ -81,14 +81,14 @@ def stamp() -> int:
 
 
 def why_unavailable() -> str | None:
-    """Why the host library cannot be used, with a remedy; None if it can."""
-    written = manifest()
-    if "source_hash" not in written:
+    """Why the host library is unavailable, and what to do; None if it is available."""
+    built = manifest()
+    if "source_hash" not in built:
         return f"not compiled for torch {torch.__version__}; run: {target('kernels')}"
-    if SOURCES.is_dir() and written["source_hash"] != source_hash():
-        hashes = f"{written['source_hash'][:12]}, now {source_hash()[:12]}"
+    if SOURCES.is_dir() and built["source_hash"] != source_hash():
+        hashes = f"{built['source_hash'][:12]}, now {source_hash()[:12]}"
         return f"compiled from other sources (hash {hashes}); run: {target('kernels')}"
-    for name, size in written.get("sizes", {}).items():
+    for name, size in built.get("sizes", {}).items():
         path = folder() / name
         if not path.is_file():
             return f"{path} is missing; run: {target('kernels')}"
@@ -111,10 +111,12 @@ def device_code(capability: tuple[int, int]) -> Path:
     if compat.nvrtc() is None:
         raise LookupError(f"the CUDA kernels are not compiled: {NO_NVRTC}; run: make venv, then make kernels")
     compiled = ", ".join(f"{arch // 10}.{arch % 10}" for arch in _archs(names)) or "no GPU"
-    fact = f"the GPU has compute capability {major}.{minor} and the CUDA kernels are compiled for {compiled}"
+    problem = f"the GPU has compute capability {major}.{minor} and the CUDA kernels are compiled for {compiled}"
     if _best(capability, _targets(all_archs())) is None:
-        raise LookupError(f"{fact}; use the other stack: make venv STACK=modern for newer GPUs, cu117 for older ones")
-    raise LookupError(f"{fact}; run: {target('kernels')}")
+        raise LookupError(
+            f"{problem}; use the other stack: make venv STACK=modern for newer GPUs, cu117 for older ones"
+        )
+    raise LookupError(f"{problem}; run: {target('kernels')}")
 
 
 def _best(capability: tuple[int, int], names: Iterable[str]) -> str | None:
@@ -173,7 +175,7 @@ def build() -> None:
         )
     folder().mkdir(parents=True, exist_ok=True)
     with open(folder() / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be building; then nothing is left to do
+        fcntl.flock(lock, fcntl.LOCK_EX)  # if another process is building, wait; then nothing is left to do
         if not usable():
             _build()
 
@@ -185,34 +187,34 @@ def usable() -> bool:
     files = manifest().get("device", {}).get("files", {})
     if not {_file_name(name) for name in needed_targets()} <= set(files):
         return False
-    loads = f"import torch; torch.ops.load_library({str(library())!r})"
-    return subprocess.run([sys.executable, "-c", loads], capture_output=True, check=False).returncode == 0
+    program = f"import torch; torch.ops.load_library({str(library())!r})"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
 
 
 def _build() -> None:
-    (folder() / "manifest.json").unlink(missing_ok=True)  # first: an interrupted build leaves nothing usable
+    (folder() / "manifest.json").unlink(missing_ok=True)  # first, so that an interrupted build is not used
     for old in folder().glob("rwkv*"):
         old.unlink()
-    before = time.time()
+    started = time.time()
     with ThreadPoolExecutor(1) as pool:
         compiled = pool.submit(_build_device)
         _build_host()
         device = compiled.result()
-    written = {
+    manifest_entries = {
         "source_hash": source_hash(),
         "torch": torch.__version__,
         "sizes": {path.name: path.stat().st_size for path in sorted(folder().glob("rwkv*"))},
         "host": {"file": library().name, "options": HOST_OPTIONS},
         "device": device,
     }
-    write_json(folder() / "manifest.json", written)
+    write_json(folder() / "manifest.json", manifest_entries)
     if not device:
         gpus = f"no CUDA kernels: {NO_NVRTC}"
     elif not device["files"]:
         gpus = "no CUDA kernels: no GPU found (ALL=1 compiles for every GPU of the stack)"
     else:
         gpus = f"{device['compiler']} for {', '.join(device['files'])}"
-    print(f"kernels: {library()}; {gpus}; {time.time() - before:.0f} s")
+    print(f"kernels: {library()}; {gpus}; {time.time() - started:.0f} s")
 
 
 def _build_host() -> None:

@@ -1,4 +1,4 @@
-"""Head, cross-entropy and L2Wrap in chunks of tokens, so that never all logits are in memory."""
+"""Head, cross-entropy and L2Wrap in chunks of tokens: only one chunk of logits is in memory."""
 
 import torch
 from torch import Tensor

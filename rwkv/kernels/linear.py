@@ -1,7 +1,7 @@
 """A linear layer without bias that saves little for the backward pass, and its three matmuls.
 
 On CPUs, torch's fp32 matmuls call MKL, which does not use the full vector width of non-Intel
-processors. Large matmuls call oneDNN instead where torch offers it (compat.onednn_product,
+processors. Large matmuls call oneDNN instead where torch offers it (compat.onednn_matmul,
 docs/decisions/001). The choice depends only on the shape, so that runs repeat bit for bit.
 """
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from rwkv import compat
 from rwkv.kernels.elementwise.native import compute_dtype, recompute_of
 
-SMALL = 1 << 20  # multiplications below which the set-up of oneDNN costs more than it gains
+MIN_ONEDNN_MULTIPLICATIONS = 1 << 20  # for smaller matmuls the set-up of oneDNN costs more than it gains
 
-_onednn = compat.onednn_product()
+_onednn = compat.onednn_matmul()
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -23,7 +23,7 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.shape[0] > 1
-        and x.shape[0] * weight.numel() >= SMALL
+        and x.shape[0] * weight.numel() >= MIN_ONEDNN_MULTIPLICATIONS
     )
 
 

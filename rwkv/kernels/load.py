@@ -19,7 +19,7 @@ def why_unavailable() -> str | None:
     global _loaded
     if _loaded:  # called by every operator: a file check would take up to a tenth of its time
         return None
-    reason = _why_unavailable(build.stamp())
+    reason = _why_unavailable(build.build_time_ns())
     _loaded = reason is None
     return reason
 
@@ -42,7 +42,7 @@ def why_unavailable_on(device: int) -> str | None:
     """
     if device in _devices:
         return None
-    reason = _why_unavailable_on(device, build.stamp())
+    reason = _why_unavailable_on(device, build.build_time_ns())
     if reason is None:
         _devices.add(device)
     return reason

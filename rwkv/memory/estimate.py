@@ -3,16 +3,18 @@
 All sizes are in bytes. Shapes are those of the model (rwkv.models.rwkv.shapes). The rules:
 
     weights      4 per element (autocast keeps fp32 masters), 2 for frozen matrices stored in bf16;
-    `e` under DeepSpeed gradients    4 per trained element, freed after the step; `e` under
-    DeepSpeed; twice with DDP (buckets) optimizer    Adam 8 per trained element, 12 under DeepSpeed
-    (with its fp32 master); Adafactor a row and a column of
-                 each matrix
+                 `e` under DeepSpeed
+    gradients    4 per trained element, freed after the step; `e` under DeepSpeed; twice with DDP
+                 (its buckets)
+    optimizer    Adam 8 per trained element, 12 under DeepSpeed (with its fp32 master); Adafactor a
+                 row and a column of each matrix
     activations  `saved_bytes` of every block, or only its input with grad_cp; and those saved
-    outside the blocks logits       one chunk (rwkv.kernels.head_loss), and the head's weight in the
-    dtype of matmuls workspace    temporary tensors of a pass; DeepSpeed's buckets and, in stage 3,
-    gathered weights heap         on a CPU, freed memory that glibc cannot reuse: a measured
-    fraction of all temporary parts process      the libraries: on a CPU, their resident size after
-    the first step
+                 outside the blocks
+    logits       one chunk (rwkv.kernels.head_loss), and the head's weight in the dtype of matmuls
+    workspace    temporary tensors of a pass; DeepSpeed's buckets and, in stage 3, gathered weights
+    heap         on a CPU, freed memory that glibc cannot reuse: a measured fraction of all
+                 temporary parts
+    process      the libraries: on a CPU, their resident size after the first step
 
 DeepSpeed shards as in the ZeRO paper (Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1): stage 1
 the optimizer, 2 also the gradients, 3 also the weights; offload moves them to the host. `e` is the
@@ -32,8 +34,8 @@ from rwkv.models.rwkv import shapes
 from rwkv.models.version import version_of
 
 GB = 10**9
-# CUDA context and libraries on a GPU, which torch's allocator does not report. Assumed, not
-# measured.
+# CUDA context and libraries on a GPU, which torch's allocator does not report. This value is an
+# assumption, not a measurement.
 CONTEXT = 600 << 20
 PROCESS = 290 << 20  # process with torch 1.13.1 and Lightning after a first step, without a model
 LOADED = 20 << 20  # part of PROCESS that torch loads in the first step; measured 16 to 34 MiB
@@ -47,9 +49,9 @@ class Plan:
 
     Attributes:
         base: dtype of frozen matrices, as --lora_base.
-        devices: number over all machines; `per_node`: on each machine.
+        devices: number of devices on all machines; `per_node`: on one machine.
         gpu: whether they are GPUs.
-        process: bytes of a process without model (see PROCESS).
+        process: bytes of a process without a model (see PROCESS).
         heap: see HEAP.
     """
 
@@ -74,7 +76,7 @@ class Plan:
 
     @property
     def e(self) -> int:
-        """Bytes per element of the matmuls' dtype."""
+        """Bytes per element in matmuls."""
         return 2 if self.precision in ("bf16", "fp16") else 4
 
     @property
@@ -110,8 +112,8 @@ Parts = dict[str, Blocks]
 
 @dataclass
 class Estimate:
-    """Bytes by part: at the peak of each phase of a step per device (`phase_parts`), and per
-    machine on the host.
+    """Bytes by part: per device at the peak of each phase of a step (`phase_parts`), and per
+    machine in host memory.
 
     All parts of a phase but `process` and `heap` are allocated by torch.
     """

@@ -7,7 +7,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-_UNLIMITED = 1 << 62
+_UNLIMITED = 1 << 62  # bytes; more than any limit
 
 
 def use_gpu(accelerator: str) -> bool:
@@ -69,7 +69,7 @@ def rss_peak(restart: bool = False) -> int:
 def _status(name: str) -> int:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
 

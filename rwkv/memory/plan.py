@@ -11,11 +11,11 @@ from rwkv.errors import UserError
 from rwkv.memory import estimate, machine, search
 from rwkv.models import Sizes
 
-USABLE = 0.92  # fraction of the memory to plan for; the rest covers fragmentation and the error of the prediction
+USABLE = 0.92  # fraction of memory to plan for; the rest covers fragmentation and prediction errors
 
 
 def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision: str) -> estimate.Plan:
-    """The memory plan of a run or an estimate. With tbptt_len, its context length is one chunk."""
+    """The memory plan for these flags. With tbptt_len, its context length is that of one chunk."""
     adapter: dict[str, Any] = {"lora": False}
     if a := (c.adapter if isinstance(c, TrainConfig) else c):
         lora_used = isinstance(c, TrainConfig) or c.method == "lora"
@@ -35,7 +35,7 @@ def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision:
         ds_bucket_mb=c.ds_bucket_mb,
         gpu=gpu,
         process=compat.process_bytes(),
-        heap=compat.heap_share(),
+        heap=compat.heap_overhead(),
     )
 
 
@@ -64,7 +64,7 @@ def choose(c: TrainConfig, plan: estimate.Plan, usable: Callable[[TrainConfig], 
         return c, "the memory size of this device is unknown; flags unchanged"
     strategies = [c.strategy]
     if c.strategy == "auto" and plan.gpu and c.optimizer == "adam":
-        strategies += [name for name in search.offered(c.world_size) if usable(replace(c, strategy=name))]
+        strategies += [name for name in search.deepspeed_candidates(c.world_size) if usable(replace(c, strategy=name))]
     host = USABLE * machine.memory_of(gpu=False)
     short, last = "", plan
     for last in search.candidates(plan, strategies):
@@ -92,7 +92,7 @@ def choose(c: TrainConfig, plan: estimate.Plan, usable: Callable[[TrainConfig], 
 
 def advice(plan: estimate.Plan, limit: int) -> str:
     """The cheapest change that would fit, as a sentence."""
-    found = search.remedy(plan, limit)
+    found = search.cheapest_change(plan, limit)
     if found is None:
         return "No known change of flags fits; use a smaller model, or a device with more memory"
     return f"The cheapest change that fits: {found[0]} ({estimate.estimate(found[1]).total / 1e9:.2f} GB predicted)"

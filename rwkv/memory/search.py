@@ -51,7 +51,7 @@ def candidates(p: Plan, strategies: Iterable[str]) -> Iterator[Plan]:
 
 
 def changes(p: Plan) -> Iterator[tuple[str, Plan]]:
-    """Changes that need less memory, the cheapest first: (flags, changed plan)."""
+    """Changes that reduce memory, as (flags, changed plan), the cheapest first."""
 
     def flags(q: Plan) -> str:
         words = []
@@ -65,43 +65,43 @@ def changes(p: Plan) -> Iterator[tuple[str, Plan]]:
         words += [f"--ctx_len {q.ctx_len}"] if q.ctx_len != p.ctx_len else []
         return ", ".join(words)
 
-    tried = [q for q in candidates(p, [p.strategy]) if q.grad_cp or not p.grad_cp]
+    plans = [q for q in candidates(p, [p.strategy]) if q.grad_cp or not p.grad_cp]
     least = replace(p, grad_cp=True, micro_bsz=1, accumulate=p.accumulate * p.micro_bsz)
     half = replace(least, precision="bf16")
-    tried += [half] if p.e == 4 else []
+    plans += [half] if p.e == 4 else []
     if p.gpu and not p.stage and p.optimizer == "adam":  # the only one supported with DeepSpeed
-        tried += [replace(half, strategy=name) for name in offered(p.devices)]
+        plans += [replace(half, strategy=name) for name in deepspeed_candidates(p.devices)]
     if not p.lora:
-        tried += [
+        plans += [
             replace(half, optimizer="adafactor", strategy="auto" if p.stage else p.strategy),
             replace(half, lora=True, optimizer="adam"),
         ]
     context = p.ctx_len // 2
     while context >= 64:
-        tried.append(replace(half, ctx_len=context))
+        plans.append(replace(half, ctx_len=context))
         if not p.lora:
-            tried.append(replace(half, lora=True, ctx_len=context))
+            plans.append(replace(half, lora=True, ctx_len=context))
         context //= 2
-    for q in tried:
+    for q in plans:
         if q != p:
             yield flags(q), q
 
 
-def offered(devices: int) -> list[str]:
+def deepspeed_candidates(devices: int) -> list[str]:
     """DeepSpeed strategies to try for this number of devices, from fast to slow."""
     offload = ["deepspeed_stage_2_offload", "deepspeed_stage_3_offload"]
     return offload if devices == 1 else ["deepspeed_stage_2", "deepspeed_stage_3", *offload]
 
 
-def remedy(p: Plan, limit: int) -> tuple[str, Plan] | None:
-    """The cheapest change with which the run fits into `limit` bytes per device, as (flags, changed
+def cheapest_change(p: Plan, limit: int) -> tuple[str, Plan] | None:
+    """The cheapest change that makes the run fit into `limit` bytes per device, as (flags, changed
     plan); None if there is none.
     """
     return next(((words, q) for words, q in changes(p) if estimate(q).total <= limit), None)
 
 
 def format_estimate(p: Plan, found: Estimate, card: float = 0) -> str:
-    """Format an estimate as a table in GB; with `card`, also what fits on a card of that many
+    """Format an estimate as a table in GB; with `card`, also what fits on a GPU with that many
     GB.
     """
     lines = [f"{'GB':<13}{'device':>9}{'host':>9}"]
@@ -125,7 +125,7 @@ def format_estimate(p: Plan, found: Estimate, card: float = 0) -> str:
 
 
 def guide_of(s: Sizes) -> int | None:
-    """The guide's GB for these sizes; None if it has none."""
+    """The GB that the community guide states for these sizes; None if it lists none."""
     return next((gb for name, gb in GUIDE.items() if DEFAULT.PUBLISHED[name] == s), None)
 
 
@@ -140,7 +140,7 @@ def on_card(p: Plan, card: float) -> dict[str, Any]:
         count, fixed = largest(p, limit, what), f"{other} {getattr(p, other)}"
         return f"at most {count:,} at {fixed}" if count else f"none fits at {fixed}"
 
-    answer: dict[str, Any] = {
+    result: dict[str, Any] = {
         "fits": f"yes, on {card:g} GB"
         if found.total <= limit
         else f"no, on {card:g} GB: it needs {found.total / GB:.1f}",
@@ -148,32 +148,32 @@ def on_card(p: Plan, card: float) -> dict[str, Any]:
         "ctx_len": most("ctx_len", "micro_bsz"),
     }
     if found.total > limit:
-        change = remedy(p, limit)
+        change = cheapest_change(p, limit)
         if change:
             less = estimate(change[1])
             host = "" if not p.gpu else f" on the card, and {less.host_total / GB:.1f} GB of host memory"
-            answer["to fit"] = f"{change[0]}: {less.total / GB:.1f} GB{host}"
+            result["to fit"] = f"{change[0]}: {less.total / GB:.1f} GB{host}"
         else:
-            answer["to fit"] = "no known change makes it fit; use a smaller model"
-    return answer
+            result["to fit"] = "no known change of flags fits; use a smaller model"
+    return result
 
 
 def as_dict(p: Plan, found: Estimate, card: float = 0) -> dict[str, Any]:
-    """As format_estimate, in bytes, for --json."""
-    answer = {
+    """The contents of format_estimate as a dictionary, in bytes, for --json."""
+    result = {
         "plan": asdict(p),
         "device": found.device,
         "host": found.host,
         "phases": found.phases,
         "device_total": found.total,
     }
-    answer |= {"host_total": found.host_total, "guide_gb": guide_of(p.sizes)}
-    return answer | ({"card_gb": card, **on_card(p, card)} if card else {})
+    result |= {"host_total": found.host_total, "guide_gb": guide_of(p.sizes)}
+    return result | ({"card_gb": card, **on_card(p, card)} if card else {})
 
 
 def table(version: Version = DEFAULT) -> str:
-    """The table in the documentation: GB per GPU for ctx_len 1024, micro_bsz 1, bf16, --grad_cp 1
-    on one GPU; and the guide's.
+    """The README's table: GB on one GPU (in brackets: on the host) at ctx_len 1024, micro_bsz 1,
+    bf16 and --grad_cp 1; and the figures of the community guide.
     """
     rows = [
         "| model | LoRA | full | full, Adafactor | full, ZeRO-2 offload (host) | guide |",
@@ -182,11 +182,9 @@ def table(version: Version = DEFAULT) -> str:
     for name in version.PUBLISHED:
         plan = Plan(published(name, version), grad_cp=True)
         full = replace(plan, lora=False)
-        factored, spread = (
-            estimate(replace(full, optimizer="adafactor")),
-            estimate(replace(full, strategy="deepspeed_stage_2_offload")),
-        )
-        cells = [f"{estimate(q).total / GB:.1f}" for q in (plan, full)] + [f"{factored.total / GB:.1f}"]
-        cells.append(f"{spread.total / GB:.1f} ({math.ceil(spread.host_total / GB)})")
+        adafactor = estimate(replace(full, optimizer="adafactor"))
+        offload = estimate(replace(full, strategy="deepspeed_stage_2_offload"))
+        cells = [f"{found.total / GB:.1f}" for found in (estimate(plan), estimate(full), adafactor)]
+        cells.append(f"{offload.total / GB:.1f} ({math.ceil(offload.host_total / GB)})")
         rows.append(f"| {name} | {' | '.join(cells)} | {guide_of(plan.sizes) or ''} |")
     return "\n".join(rows)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Zero:
-    """What DeepSpeed shards over the ranks (stage 1: optimizer state, 2: also gradients, 3: also
+    """What DeepSpeed shards over the ranks (stage 1: optimizer state; 2: also gradients; 3: also
     parameters), and what it offloads to the CPU."""
 
     stage: int

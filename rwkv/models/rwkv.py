@@ -89,7 +89,7 @@ class RWKV(nn.Module):
             reset: bool [B, T], True at the first token of a document, where the state is reset.
         """
         x = self.emb(tokens)
-        if state is None:  # like x: with ZeRO-3, accessing the embedding's weight would keep it gathered
+        if state is None:  # like x, because ZeRO-3 keeps the embedding's weight gathered after an access
             state = self.initial_state(tokens.shape[0], x)
         p = self.dropout if self.training else 0.0
         x, carry, after = dropout(x, p), (), []

@@ -170,7 +170,7 @@ class Block(nn.Module):
 
 
 def initial_state(sizes: Sizes, batch: int, like: Tensor) -> tuple[Tensor, ...]:
-    """See rwkv.models.version.Version, also for all functions below."""
+    """See rwkv.models.version.Version, which also describes the functions below."""
     zeros = torch.zeros(batch, sizes.n_embd, device=like.device, dtype=like.dtype)
     return zeros, empty_state(batch, sizes.dim_att, like.device), zeros
 
@@ -188,7 +188,7 @@ def recognise(shapes: Mapping[str, torch.Size], n_layer: int) -> Sizes:
     dim_att = shapes[decays[0]][0] if decays else n_embd
     dim_ffn = shapes["blocks.0.ffn.key.weight"][0]
     if not all((n_embd, vocab_size, dim_att, dim_ffn)):
-        raise ValueError("a tensor without elements")
+        raise ValueError("a tensor has no elements")
     return Sizes(n_layer, n_embd, vocab_size, dim_att, dim_ffn, pre_ffn)
 
 

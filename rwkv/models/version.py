@@ -109,7 +109,7 @@ DEFAULT: Version = v4  # version of new models
 
 
 def version_of(sizes: Sizes) -> Version:
-    """The version of these sizes."""
+    """The version that a Sizes object belongs to."""
     return next(version for version in VERSIONS.values() if isinstance(sizes, version.Sizes))
 
 
@@ -126,8 +126,8 @@ def published(name: str, version: Version = DEFAULT) -> Sizes:
 
 
 def sizes_given(flags: object, version: Version) -> dict[str, int]:
-    """The non-zero sizes among the attributes of `flags`. Raises UserError for one that models of
-    this version lack.
+    """The sizes that `flags` sets (attributes that are not 0), by name. Raises UserError for one
+    that models of this version lack.
     """
     every = dict.fromkeys(field.name for known in VERSIONS.values() for field in fields(known.Sizes))
     given = {name: value for name in every if (value := getattr(flags, name, 0))}

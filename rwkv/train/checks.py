@@ -25,7 +25,7 @@ _LARGEST = 1 << 62  # limit for integers
 
 
 def numbers(c: TrainConfig) -> None:
-    """Raises UserError if a numeric flag is out of range, NaN or infinite. Must be called first."""
+    """Raise UserError if a numeric flag is out of range, NaN or infinite. Must be called first."""
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -36,12 +36,12 @@ def numbers(c: TrainConfig) -> None:
         for name in names:
             value = getattr(c, name, low)
             if value < low:
-                words = (
+                requirement = (
                     "must not be negative"
                     if low == 0
                     else f"must be at least {max(low, 0) if name == 'my_pile_shift' else low}"
                 )
-                raise UserError(f"--{name} {words}; it is {value}")
+                raise UserError(f"--{name} {requirement}; it is {value}")
     for name in ("lora_dropout", "dropout", "beta1", "beta2", "val_split"):
         if not 0 <= getattr(c, name, 0) < 1:
             raise UserError(f"--{name} must be at least 0 and less than 1; it is {getattr(c, name)}")
@@ -52,13 +52,13 @@ def numbers(c: TrainConfig) -> None:
 
 
 def check(c: TrainConfig) -> None:
-    """Raises UserError for missing flags, and flags incompatible with each other or with this
+    """Raise UserError for missing flags, and flags incompatible with each other or with this
     machine. Called after `numbers`.
     """
     if c.adapter and not c.load_model and not (c.n_layer and c.n_embd):
         raise UserError(
-            "LoRA needs a pretrained model: give it with --load_model, or train one with scripts/pretrain.py first. For a new, random base"
-            " (frozen) give --n_layer and --n_embd"
+            "LoRA needs a pretrained model: pass it as --load_model, or train one with scripts/pretrain.py first. For a new, random base"
+            " (frozen) pass --n_layer and --n_embd"
         )
     data_source.check(c)
     if c.epoch_steps % c.accumulate_grad_batches:
@@ -70,13 +70,13 @@ def check(c: TrainConfig) -> None:
             f"nothing to train: --epoch_begin {c.epoch_begin} is not before --epoch_count {c.epoch_count}, or --my_exit_tokens has been reached"
         )
     if c.epoch_begin and not c.load_model:
-        raise UserError(f"--epoch_begin {c.epoch_begin} continues a run: give its checkpoint with --load_model")
+        raise UserError(f"--epoch_begin {c.epoch_begin} continues a run: pass its checkpoint as --load_model")
     if c.adapter and c.epoch_begin and not c.adapter.lora_load:
-        raise UserError(f"--epoch_begin {c.epoch_begin} continues a LoRA run: give its adapter with --lora_load")
+        raise UserError(f"--epoch_begin {c.epoch_begin} continues a LoRA run: pass its adapter as --lora_load")
     if c.load_partial and (not c.load_model or c.adapter):
         raise UserError("--load_partial 1 completes --load_model in pretraining and full fine-tuning; omit it")
     if c.exact and not c.tbptt_len:
-        raise UserError("--exact applies to --tbptt_len only: give the length of a chunk with it too")
+        raise UserError("--exact applies to --tbptt_len only: pass --tbptt_len, the length of a chunk, too")
     samples.check(c)
     # stage 1 only writes initial weights; upstream's demo-training-prepare.sh gives device and
     # strategy anyway

@@ -13,7 +13,7 @@ from rwkv.errors import printable
 from rwkv.train.runtime.lightning import rank_zero_only
 
 
-class Unfailing:
+class BestEffortStream:
     """A text stream that ignores write errors, e.g. after the terminal was closed or `head` has
     exited.
     """
@@ -57,7 +57,7 @@ def say(text: str) -> None:
     are ignored.
     """
     with tqdm.external_write_mode(file=sys.stdout, nolock=True):
-        print(printable(text), file=Unfailing(sys.stdout), flush=True)
+        print(printable(text), file=BestEffortStream(sys.stdout), flush=True)
 
 
 def duration(seconds: float) -> str:

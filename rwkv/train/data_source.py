@@ -38,7 +38,7 @@ _ADVICE = {
 
 
 def check(c: TrainConfig) -> None:
-    """Raises UserError if data_type is not supported, or data_file is not of that type."""
+    """Raise UserError if data_type is not supported, or data_file is not of that type."""
     if c.data_type.lower().strip(".") in _NOT_NEEDED:
         raise UserError(
             f"--data_type {c.data_type}: omit the flag; a .jsonl file is recognised by its name and converted when the run starts"
@@ -55,21 +55,27 @@ def check(c: TrainConfig) -> None:
         )
     if _kind(c) == "binidx" and not os.path.exists(f"{c.data_file}.idx"):
         raise UserError(f"{c.data_file}: {_no_binidx(c.data_file)}")
+    if c.val_file and c.data_type in ("binidx", "numpy") and not os.path.exists(f"{c.val_file}.idx"):
+        raise UserError(f"--val_file {c.val_file}: {_no_binidx(c.val_file, '--val_file')}")
 
 
-def _no_binidx(path: str) -> str:
+def _no_binidx(path: str, flag: str = "--data_file") -> str:
     """Error message if there is no binidx with this prefix: why, and what to do."""
     documents = f"{path}{_DOCUMENTS}"
     if os.path.exists(f"{documents}.idx"):
-        return f"no such binidx, but {documents}.idx exists: use --data_file {documents}"
+        return f"no such binidx, but {documents}.idx exists: use {commands.flags(flag, documents)}"
     bare, ending = os.path.splitext(path)
     if ending in (".idx", ".bin") and os.path.exists(f"{bare}.idx"):
-        return f"give the prefix of a binidx, without {ending}: --data_file {bare}"
+        return f"pass the prefix of a binidx, without {ending}: {commands.flags(flag, bare)}"
     if not os.path.exists(path):
-        return f"no such data ({path}.idx: no such file); give the prefix of a binidx, or a .jsonl file"
+        return f"no such data ({path}.idx: no such file); pass the prefix of a binidx{', or a .jsonl file' if flag == '--data_file' else ''}"
     name, what = Path(path).name.lower(), "a folder" if os.path.isdir(path) else "not a binidx"
     if name.endswith((".npy", ".npz")):
-        return "a NumPy file: also give --data_type numpy (for an .npy file of token ids)"
+        return (
+            "a NumPy file, which only --data_file can be"
+            if flag != "--data_file"
+            else "a NumPy file: also pass --data_type numpy (for an .npy file of token ids)"
+        )
     kind = next((kind for kind in _CONVERTIBLE if any(name.endswith(kind + end) for end in ("", ".gz", ".zst"))), "")
     if kind or os.path.isdir(path):
         what = f"a {name[name.rindex(kind) :]} file" if kind else what
@@ -78,8 +84,8 @@ def _no_binidx(path: str) -> str:
             prefix = os.path.splitext(prefix)[0]
         prefix = prefix.rstrip("/")
         convert = commands.command("convert", "--input", path, "--output_prefix", prefix)
-        return f"{what}. Convert it first: {convert}; then give {commands.flags('--data_file', prefix + _DOCUMENTS)}"
-    return f"{what}, and its format cannot be told from its name; convert it with scripts/convert.py (jsonl, json, txt, csv, parquet and others)"
+        return f"{what}. Convert it first: {convert}; then use {commands.flags(flag, prefix + _DOCUMENTS)}"
+    return f"{what}, and its format cannot be inferred from its name; convert it with scripts/convert.py (jsonl, json, txt, csv, parquet and others)"
 
 
 def with_vocabulary(c: TrainConfig) -> TrainConfig:
@@ -169,23 +175,23 @@ def open_data(c: TrainConfig, sizes: Sizes, source: dict[str, Any] | None = None
     """
     prefix = c.data_file
     if source is not None:
-        prefix = _place(c.folder, source)
-        make = _maker(c, sizes)
+        prefix = _copy_prefix(c.folder, source)
+        make = _converter(c, sizes)
         if rank_zero_only.rank == 0 and not Path(f"{prefix}.idx").exists():
             if c.world_size > 1 and "LOCAL_RANK" in os.environ:  # the other ranks would not wait for it
                 raise UserError(
                     f"{c.data_file or c.data_type}: cannot be converted in a run started by a launcher; convert it first, with"
-                    " scripts/convert.py or a run of one process, and give the binidx as --data_file"
+                    " scripts/convert.py or a run of one process, and pass the binidx as --data_file"
                 )
             try:
-                # first, so that files of a killed conversion are recognised
+                # written first, so that the files of a killed conversion are recognised
                 write_json(f"{prefix}{_RECORD}", source)
                 make(prefix)
             except BaseException:
                 for path in files_of(prefix):
                     path.unlink()
                 raise
-    return _checked(Dataset(prefix), c, sizes)
+    return _check_ids(Dataset(prefix), c, sizes)
 
 
 def open_validation(c: TrainConfig, sizes: Sizes) -> Dataset | None:
@@ -198,11 +204,11 @@ def open_validation(c: TrainConfig, sizes: Sizes) -> Dataset | None:
     if os.path.samefile(
         f"{data.prefix}.bin", f"{c.data_file}.bin" if os.path.exists(f"{c.data_file}.bin") else os.devnull
     ):
-        raise UserError(f"--val_file {c.val_file} is the training data; give other data, or use --val_split 0.01")
-    return _checked(data, c, sizes)
+        raise UserError(f"--val_file {c.val_file} is the training data; use other data, or use --val_split 0.01")
+    return _check_ids(data, c, sizes)
 
 
-def _checked(data: Dataset, c: TrainConfig, sizes: Sizes) -> Dataset:
+def _check_ids(data: Dataset, c: TrainConfig, sizes: Sizes) -> Dataset:
     """Check that all token ids are in the model's vocabulary, and return the data. Raises UserError
     if not.
     """
@@ -219,7 +225,7 @@ def _checked(data: Dataset, c: TrainConfig, sizes: Sizes) -> Dataset:
     return data
 
 
-def _place(folder: Path, source: dict[str, Any]) -> str:
+def _copy_prefix(folder: Path, source: dict[str, Any]) -> str:
     """The prefix of the copy converted from `source`; if there is none, the prefix to use for
     it.
     """
@@ -242,7 +248,7 @@ def _kind(c: TrainConfig) -> str:
     return "jsonl" if c.data_type == "binidx" and c.data_file.endswith(".jsonl") else c.data_type
 
 
-def _maker(c: TrainConfig, sizes: Sizes) -> Callable[[str], object]:
+def _converter(c: TrainConfig, sizes: Sizes) -> Callable[[str], object]:
     """A function that converts data_file to a binidx with a given prefix."""
     if c.data_type in char_level.TEXTS:
         return lambda prefix: char_level.characters_to_binidx(c.data_type, c.data_file, prefix, c.folder / "vocab.json")
@@ -253,10 +259,10 @@ def _maker(c: TrainConfig, sizes: Sizes) -> Callable[[str], object]:
             f"{c.data_file}: would be converted with the World tokenizer (65529 tokens), but the model's vocabulary is {sizes.vocab_size}; convert it"
             " with the model's tokenizer first"
         )
-    return lambda prefix: _converted(c.data_file, prefix)
+    return lambda prefix: _convert_jsonl(c.data_file, prefix)
 
 
-def _converted(path: str, prefix: str) -> None:
+def _convert_jsonl(path: str, prefix: str) -> None:
     for line in in_subprocess.convert(
         ConvertConfig(input=path, output_prefix=prefix.removesuffix(_DOCUMENTS), force=True)
     ):

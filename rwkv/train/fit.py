@@ -19,7 +19,7 @@ from rwkv.memory import machine
 from rwkv.memory import plan as planning
 from rwkv.models import RWKV
 from rwkv.train import checks, data_source, report, resume_or_start, samples, setup, stages
-from rwkv.train.callbacks.checkpointing import Checkpointer, Restorer, checkpoint_name, complete
+from rwkv.train.callbacks.checkpointing import Checkpointer, Restorer, checkpoint_name, write_missing_checkpoint
 from rwkv.train.callbacks.memory import MemoryMonitor
 from rwkv.train.callbacks.metrics import Metrics
 from rwkv.train.callbacks.signals import Signals
@@ -28,11 +28,11 @@ from rwkv.train.loop import schedule
 from rwkv.train.loop.module import TrainingModule
 from rwkv.train.resolve import resolve
 from rwkv.train.resume import run_manifest, state_files
-from rwkv.train.resume.home import Home
 from rwkv.train.resume.run_state import State
-from rwkv.train.resume.unchanged import Unchanged, frozen_in
+from rwkv.train.resume.tracked_folder import TrackedFolder
+from rwkv.train.resume.watched_files import WatchedFiles, frozen_in
 from rwkv.train.run import Run
-from rwkv.train.runtime import cpu, peers, process, strategy
+from rwkv.train.runtime import cpu, launcher, peers, process, strategy
 from rwkv.train.runtime.lightning import pl, rank_zero_only
 from rwkv.train.runtime.ranks import Ranks, facts
 from rwkv.train.runtime.trainer import make_trainer, quiet_lightning
@@ -77,8 +77,9 @@ def fit(flags: TrainConfig) -> Result:
             by another process.
     """
     checks.numbers(flags)
+    launcher.check(flags)
     peers.end_with_parent()
-    with resume_or_start.locked(flags.folder), Home(flags.folder) as home:
+    with resume_or_start.locked(flags.folder), TrackedFolder(flags.folder) as tracked:
         quiet_lightning()
         ranks = Ranks()
         run = resolve(flags, ranks)
@@ -89,9 +90,9 @@ def fit(flags: TrainConfig) -> Result:
         model = setup.build(run)
         monitor = MemoryMonitor(run.plan, resting)
         data = _open(run, model)
-        _introduce(run, model, data, monitor)
+        _report_start(run, model, data, monitor)
         state = _begin(run, model, data)
-        return _train(run, model, data, state, home, ranks, monitor)
+        return _train(run, model, data, state, tracked, ranks, monitor)
 
 
 def _open(run: Run, model: RWKV) -> _Data:
@@ -106,8 +107,8 @@ def _open(run: Run, model: RWKV) -> _Data:
     return _Data(tokens, *samples.make(run.flags, tokens, validation), manifest)
 
 
-def _introduce(run: Run, model: RWKV, data: _Data, monitor: MemoryMonitor) -> None:
-    report.introduce(run.flags, model, data.tokens, data.training, data.held_out)
+def _report_start(run: Run, model: RWKV, data: _Data, monitor: MemoryMonitor) -> None:
+    report.start(run.flags, model, data.tokens, data.training, data.held_out)
     if (limit := planning.available(run.plan)) and monitor.expected() > limit:
         say(
             f"memory: {monitor.expected() / 1e9:.2f} GB per device predicted, but only {limit / 1e9:.2f} GB usable. {planning.advice(run.plan, limit)}"
@@ -118,8 +119,8 @@ def _begin(run: Run, model: RWKV, data: _Data) -> State | None:
     """Find the state to resume from, and prepare the folder of a new run."""
     folder, manifest = run.folder, data.manifest
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    state, kept = resume_or_start.find_state(run, manifest, trained)
-    manifest.update(kept)
+    state, inherited = resume_or_start.find_state(run, manifest, trained)
+    manifest.update(inherited)
     if rank_zero_only.rank == 0:
         resume_or_start.delete(run, data.tokens.prefix)
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,28 +134,34 @@ def _begin(run: Run, model: RWKV, data: _Data) -> State | None:
 
 
 def _train(
-    run: Run, model: RWKV, data: _Data, state: State | None, home: Home, ranks: Ranks, monitor: MemoryMonitor
+    run: Run,
+    model: RWKV,
+    data: _Data,
+    state: State | None,
+    tracked: TrackedFolder,
+    ranks: Ranks,
+    monitor: MemoryMonitor,
 ) -> Result:
     c, manifest = run.flags, data.manifest
-    save = _saver(run, home, model, manifest)
+    save = _saver(run, tracked, model, manifest)
     if state:
-        complete(c, run.folder, state, save)
-    metrics, inputs = Metrics(c, home, monitor, data.held_out), _watched(model, manifest)
-    checkpointer = Checkpointer(c, home, manifest, save, metrics, inputs)
+        write_missing_checkpoint(c, run.folder, state, save)
+    metrics, inputs = Metrics(c, tracked, monitor, data.held_out), _watched(model, manifest)
+    checkpointer = Checkpointer(c, tracked, manifest, save, metrics, inputs)
     signals = Signals(checkpointer.unsaved)
-    trainer = make_trainer(run, [monitor, Restorer(home, state, manifest), metrics, checkpointer, signals])
+    trainer = make_trainer(run, [monitor, Restorer(tracked, state, manifest), metrics, checkpointer, signals])
     begin = (state.step, state.samples) if state else None
     module = TrainingModule(model, data.training, c, begin, facts(run, manifest, model))
     del state  # frees its memory
     with (
         ranks.passing_flags(),
-        peers.starting(),
-        monitor.explained(),
-        peers.explained(c.world_size),
-        inputs.explained(),
+        peers.children_end_with_this_process(),
+        monitor.explain_errors(),
+        peers.explain_errors(c.world_size),
+        inputs.explain_errors(),
     ):
         compat.fit(trainer, module)
-    folder = home.now()
+    folder = tracked.path()
     end = schedule.first_step(c) + schedule.total_steps(c)
     if trainer.interrupted:
         say(
@@ -183,11 +190,11 @@ def run(flags: TrainConfig) -> None:
     strategy.leave_process_group()
 
 
-def _watched(model: RWKV, manifest: dict[str, Any]) -> Unchanged:
+def _watched(model: RWKV, manifest: dict[str, Any]) -> WatchedFiles:
     """Watch the files that training reads (on rank 0): base model and data, with their hashes from
     the manifest.
     """
-    inputs = Unchanged()
+    inputs = WatchedFiles()
     if rank_zero_only.rank == 0:
         if base := manifest["base"]:
             inputs.watch(Path(base["path"]), base["sha256"], sha256, frozen_in(model, base["path"]))
@@ -223,8 +230,10 @@ def _finish(run: Run, folder: Path, trainer: pl.Trainer, module: TrainingModule,
     return result
 
 
-def _saver(run: Run, home: Home, model: RWKV, manifest: dict[str, Any]) -> Callable[[str, int, Callable], None]:
-    """Returns a function that saves a checkpoint of the adapter, or without one of the model.
+def _saver(
+    run: Run, tracked: TrackedFolder, model: RWKV, manifest: dict[str, Any]
+) -> Callable[[str, int, Callable], None]:
+    """A function that saves a checkpoint of the adapter, or of the model if there is no adapter.
     Called on all ranks; rank 0 writes.
     """
     fixed = {
@@ -241,8 +250,8 @@ def _saver(run: Run, home: Home, model: RWKV, manifest: dict[str, Any]) -> Calla
             return
         if run.adapter:
             adapter = setup.adapter_entries(run.adapter, manifest["base"])
-            adapter_files.save_adapter(home.now() / name, model, adapter, {"step": step, **fixed}, weights)
+            adapter_files.save_adapter(tracked.path() / name, model, adapter, {"step": step, **fixed}, weights)
         else:
-            checkpoint.save_model(home.now() / name, model, {"step": step, **fixed}, weights)
+            checkpoint.save_model(tracked.path() / name, model, {"step": step, **fixed}, weights)
 
     return save

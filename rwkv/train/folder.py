@@ -35,7 +35,7 @@ class Saved:
     manifest: dict[str, Any]
 
     @property
-    def ours(self) -> bool:
+    def is_own(self) -> bool:
         """Whether this program wrote it."""
         return bool(self.manifest)
 
@@ -57,18 +57,22 @@ def run_files(folder: Path) -> list[Path]:
     return [*named, *state_files.states(folder)]
 
 
-def written(folder: Path) -> list[Path]:
-    """Files that this program certainly wrote for the run in this folder; others may be upstream's
+def own_files(folder: Path) -> list[Path]:
+    """Files that this program wrote for the run in this folder; all others may be upstream's
     or the user's.
     """
-    here = {path.name: path for path in _glob(folder)}
-    found = [here[run_manifest.NAME]] if run_manifest.NAME in here else []
-    if found or _has_steps(here.get("metrics.jsonl")):
-        found += [here[name] for name in here if name in ("metrics.jsonl", "loss.png") or name.startswith(_CORRUPT)]
+    by_name = {path.name: path for path in _glob(folder)}
+    found = [by_name[run_manifest.NAME]] if run_manifest.NAME in by_name else []
+    if found or _has_steps(by_name.get("metrics.jsonl")):
+        found += [
+            by_name[name] for name in by_name if name in ("metrics.jsonl", "loss.png") or name.startswith(_CORRUPT)
+        ]
         found += dashboards.files(folder)
-    if "train_log.txt" in here and "'allow_changes':" in "".join(_beginning(here["train_log.txt"]).splitlines()[1:2]):
-        found.append(here["train_log.txt"])  # has a flag that upstream lacks
-    for name, path in here.items():
+    if "train_log.txt" in by_name and "'allow_changes':" in "".join(
+        _beginning(by_name["train_log.txt"]).splitlines()[1:2]
+    ):
+        found.append(by_name["train_log.txt"])  # has a flag that upstream lacks
+    for name, path in by_name.items():
         if _CHECKPOINT.fullmatch(name.removesuffix(".json")) and _manifest(path.with_name(name.removesuffix(".json"))):
             found.append(path)
     for prefix in data_source.copies(folder):
@@ -81,8 +85,8 @@ def names(folder: Path, paths: Iterable[Path]) -> str:
     return ", ".join(sorted(str(path.relative_to(folder)) for path in paths)) or "nothing"
 
 
-def check_places(folder: Path) -> None:
-    """Raises UserError if there is a folder where the run writes a file, or a file where it needs a
+def check_paths(folder: Path) -> None:
+    """Raise UserError if there is a folder where the run writes a file, or a file where it needs a
     folder.
     """
     if folder.exists() and not folder.is_dir():
@@ -99,11 +103,11 @@ def check_places(folder: Path) -> None:
 
 
 def check_overwrites(c: TrainConfig) -> None:
-    """Raises UserError if a new run would overwrite a checkpoint that this program did not
+    """Raise UserError if a new run would overwrite a checkpoint that this program did not
     write.
     """
     for saved in checkpoints(c.folder):
-        if saved.ours:
+        if saved.is_own:
             continue
         final = saved.number < 0
         ends = schedule.first_step(c) + schedule.total_steps(c)
@@ -117,9 +121,9 @@ def check_overwrites(c: TrainConfig) -> None:
             )
 
 
-def progress(folder: Path, before: dict[str, Any]) -> str:
-    """If the run with manifest `before` has lost its training states: a description of what is left
-    in the folder. Empty if it never saved one.
+def describe_loss_of_states(folder: Path, before: dict[str, Any]) -> str:
+    """Describe what is left of the run with manifest `before` if its training states are lost.
+    Empty if it never saved one.
 
     Args:
         before: the manifest of a run without a valid state.
@@ -140,7 +144,7 @@ def progress(folder: Path, before: dict[str, Any]) -> str:
 def how_to_continue(c: TrainConfig) -> str:
     """Options for the user if a folder has no valid training state; ends with a full stop."""
     found = checkpoints(c.folder)
-    ways = []
+    options = []
     if found:
         newest = found[-1]
         path = shlex.quote(str(newest.path))
@@ -150,14 +154,16 @@ def how_to_continue(c: TrainConfig) -> str:
             f"--load_model {shlex.quote(str(base))} --lora_load {path}" if adapter and base else f"--load_model {path}"
         )
         if newest.number < 0:
-            ways.append(f"to continue from {newest.path.name} with a new optimizer: {load} and another --proj_dir")
+            options.append(f"to continue from {newest.path.name} with a new optimizer: {load} and another --proj_dir")
         else:
             begin = newest.number + 1
             more = f" --epoch_count {begin + 1} (or more)" if c.epoch_count <= begin else ""
-            ways.append(f"to continue from {newest.path.name} with a new optimizer: {load} --epoch_begin {begin}{more}")
-    ways.append(f"to start over at step 0: --overwrite, which deletes {names(c.folder, written(c.folder))}")
-    ways.append("or choose another --proj_dir")
-    return "; ".join(ways) + "."
+            options.append(
+                f"to continue from {newest.path.name} with a new optimizer: {load} --epoch_begin {begin}{more}"
+            )
+    options.append(f"to start over at step 0: --overwrite, which deletes {names(c.folder, own_files(c.folder))}")
+    options.append("or choose another --proj_dir")
+    return "; ".join(options) + "."
 
 
 def _glob(folder: Path) -> list[Path]:

@@ -11,23 +11,21 @@ from rwkv.train.loop import schedule
 from rwkv.train.runtime import strategy
 
 
-def introduce(
-    c: TrainConfig, model: RWKV, data: Dataset, training: Samples, held_out: ValidationSamples | None
-) -> None:
+def start(c: TrainConfig, model: RWKV, data: Dataset, training: Samples, held_out: ValidationSamples | None) -> None:
     """Report what is trained, on which data, for how long."""
     s = model.sizes
-    every = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    what = "all trained" if trained == every else f"{trained / 1e6:.2f} million trained"
+    what = "all trained" if trained == total else f"{trained / 1e6:.2f} million trained"
     samples = schedule.total_steps(c) * schedule.samples_per_step(c)
-    masked = ", part of them masked out of the loss" if training.stream.masked else ""
+    masked = ", some of them masked out of the loss" if training.stream.masked else ""
     validation = (
         f"validation: {f'{c.val_file}, ' if c.val_file else ''}{len(held_out.source.stream):,} tokens, not used in training; the validation loss is computed on {held_out.total:,} samples\n"
         if held_out
         else ""
     )
     say(
-        f"model: RWKV-{model.version.NAME}, L{s.n_layer} D{s.n_embd} V{s.vocab_size}, {every / 1e6:.2f} million parameters, {what}\n"
+        f"model: RWKV-{model.version.NAME}, L{s.n_layer} D{s.n_embd} V{s.vocab_size}, {total / 1e6:.2f} million parameters, {what}\n"
         f"data: {data.prefix}, {len(data):,} documents, {len(data.tokens):,} tokens{masked}\n"
         + validation
         + f"length: {_length(c, len(data.tokens))}\n"
@@ -46,12 +44,12 @@ def _length(c: TrainConfig, tokens: int) -> str:
     else:
         which = f"epoch {end}" if begin == end else f"epochs {begin} to {end}"
     return (
-        f"{_many(last - first, 'step')} of {per_step:,} tokens (--{flag} {getattr(c, flag)}), {which}. One epoch here = {_many(per_epoch, 'step')} ="
+        f"{_count(last - first, 'step')} of {per_step:,} tokens (--{flag} {getattr(c, flag)}), {which}. One epoch here = {_count(per_epoch, 'step')} ="
         f" {per_epoch * per_step:,} tokens (set by --epoch_steps, not by your data; your data is {tokens:,} tokens)"
     )
 
 
-def _many(number: int, what: str) -> str:
+def _count(number: int, what: str) -> str:
     return f"{number:,} {what}" + "s" * (number != 1)
 
 
@@ -59,30 +57,32 @@ def _precision(c: TrainConfig, model: RWKV) -> str:
     """The precision, and the dtype of frozen weights; see `types` for details."""
     frozen = sorted({str(p.dtype)[6:] for p in model.parameters() if not p.requires_grad})
     return (
-        f"{c.precision}" + (f", frozen weights kept in {'/'.join(frozen)}" if frozen else "") + " (all types: run.json)"
+        f"{c.precision}"
+        + (f", frozen weights stored in {'/'.join(frozen)}" if frozen else "")
+        + " (all data types: run.json)"
     )
 
 
 def types(c: TrainConfig, model: RWKV) -> str:
-    """Describe the dtypes of weights, gradients and computations, for run.json."""
-    kept = {
+    """Describe the data types of weights, gradients and computations, for run.json."""
+    stored = {
         trains: sorted({str(p.dtype)[6:] for p in model.parameters() if p.requires_grad == trains})
         for trains in (True, False)
     }
     precision = c.precision
-    products = {"tf32": "float32 by tf32 (10 bits)", "bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
-    read = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
-    trained = "/".join(kept[True])
+    matmuls = {"tf32": "tf32 (float32 with a 10-bit mantissa)", "bf16": "bfloat16", "fp16": "float16"}.get(
+        precision, "float32"
+    )
+    inputs = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
+    trained = "/".join(stored[True])
     weights = f"trained weights {trained} (they are the master weights), gradients {trained}, Adam's moments {trained}"
-    if strategy.zero(c) and read != "float32":
-        kept[False] = kept[False] and [read]
-        weights = (
-            f"trained weights and gradients {read}, their master weights and Adam's moments float32 (DeepSpeed's way)"
-        )
+    if strategy.zero(c) and inputs != "float32":
+        stored[False] = stored[False] and [inputs]
+        weights = f"trained weights and gradients {inputs}, their master weights and Adam's moments float32 (as DeepSpeed stores them)"
     return (
         f"{precision}: {weights}"
-        + (f", frozen weights {'/'.join(kept[False])}" if kept[False] else "")
-        + f", matrix products {products}, WKV reads {read} and computes in float32, loss float32"
+        + (f", frozen weights {'/'.join(stored[False])}" if stored[False] else "")
+        + f", matmuls {matmuls}, WKV inputs {inputs}, WKV computation float32, loss float32"
         + (", scaled" if precision == "fp16" else "")
     )
 
@@ -94,15 +94,15 @@ def _coverage(training: Samples, samples: int) -> str:
         omitted = packed.too_long + packed.too_short
         order = "in order" if training.sequential else "shuffled"
         return (
-            f"{_passes(passes)} the documents, {order}; one pass = {_many(training.per_pass, 'sample')} of whole documents"
-            + (f"; {_many(omitted, 'document')} omitted: too long or too short" if omitted else "")
+            f"{_passes(passes)} the documents, {order}; one pass = {_count(training.per_pass, 'sample')} of whole documents"
+            + (f"; {_count(omitted, 'document')} omitted: too long or too short" if omitted else "")
             + (f"; {1 - passes:.0%} of the samples are never used" if passes < 0.995 else "")
         )
     times = samples * training.ctx_len / len(training.stream)
     if isinstance(training, Contexts) and training.prime:
         return (
             f"{_passes(times)} the data, by prime sampling (p = {training.prime}): no position is used twice within"
-            f" {_many(training.prime, 'sample')}"
+            f" {_count(training.prime, 'sample')}"
         )
     missed = math.exp(-times)  # for independent positions that cover each token `times` times on average
     rest = (

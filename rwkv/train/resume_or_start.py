@@ -46,7 +46,7 @@ def run_to_resume(c: TrainConfig) -> dict[str, Any] | None:
     if rank_zero_only.rank > 0:
         return None
     folder = c.folder
-    folders.check_places(folder)
+    folders.check_paths(folder)
     before = None if c.overwrite else run_manifest.read(folder)
     if before and before["flags"]["epoch_begin"] == c.epoch_begin:
         return before
@@ -84,7 +84,7 @@ def outdated(c: TrainConfig, before: dict[str, Any] | None) -> tuple[Path, ...]:
     """Files of an earlier run in the folder, to be deleted after all checks have passed."""
     if rank_zero_only.rank > 0 or before:
         return ()
-    old = folders.written(c.folder) if c.overwrite else state_files.leftovers(c.folder)
+    old = folders.own_files(c.folder) if c.overwrite else state_files.leftovers(c.folder)
     inputs = {Path(path).resolve() for path in (c.load_model, c.adapter.lora_load if c.adapter else "") if path}
     if used := [path for path in old if path.resolve() in inputs]:
         raise UserError(f"--overwrite would delete {used[0]}, which this run starts from; choose another --proj_dir")
@@ -104,10 +104,10 @@ def delete(run: Run, used: Path) -> None:
 
 
 def check_source(run: Run, manifest: dict[str, Any]) -> None:
-    """Raises UserError if data_file differs from that of the resumed run, unless `allow_changes` is
+    """Raise UserError if data_file differs from that of the resumed run, unless `allow_changes` is
     given. Called before it is converted.
     """
-    before = _before(run)
+    before = _comparable_manifest(run)
     if before and not run.flags.allow_changes:
         changed = run_manifest.changes(before, manifest)
         if any(line.startswith("data file") for line in changed):
@@ -131,26 +131,26 @@ def find_state(
         UserError: flags or data have changed without `allow_changes`; the state does not match
             them; there is no valid state.
     """
-    c, folder, before = run.flags, run.folder, _before(run)
+    c, folder, before = run.flags, run.folder, _comparable_manifest(run)
     if not before:
         return None, {"id": secrets.token_hex(8)}
-    kept: dict[str, Any] = {"id": before.get("id") or secrets.token_hex(8)}
+    inherited: dict[str, Any] = {"id": before.get("id") or secrets.token_hex(8)}
     changed = run_manifest.changes(before, manifest)
     if changed and not c.allow_changes:
         reject_changes(folder, changed)
     state = state_files.newest(folder)
-    if state is None and (found := folders.progress(folder, before)):
+    if state is None and (found := folders.describe_loss_of_states(folder, before)):
         raise UserError(
             f"{folder} contains {found}, so the run cannot be resumed. Choose one: {folders.how_to_continue(c)}"
         )
     if state:
-        _check_state(c, state, kept["id"], trained, changed)
-        kept["state_saved"] = True
+        _check_state(c, state, inherited["id"], trained, changed)
+        inherited["state_saved"] = True
     history = before.get("changed", [])
     if changed:
         history = [*history, {"after_step": state.step if state else 0, "changes": changed}]
     if history:
-        kept["changed"] = history
+        inherited["changed"] = history
     step = state.step if state else schedule.first_step(c)
     left = schedule.first_step(c) + schedule.total_steps(c) - step
     say(
@@ -158,11 +158,11 @@ def find_state(
         + "".join(f"\n  changed: {line}" for line in changed)
     )
     if left > 0:
-        _say_rates(run_manifest.flags_of(before), c, step)
-    return state, kept
+        _report_rate_jump(run_manifest.flags_of(before), c, step)
+    return state, inherited
 
 
-def _before(run: Run) -> dict[str, Any] | None:
+def _comparable_manifest(run: Run) -> dict[str, Any] | None:
     """The manifest of the resumed run for comparison, with `base` set as in this run if it was
     created by the run.
     """
@@ -173,19 +173,19 @@ def _before(run: Run) -> dict[str, Any] | None:
     return run.before | {"base": None}  # killed before its first state: the base will be created again
 
 
-def _say_rates(old: TrainConfig, new: TrainConfig, step: int) -> None:
+def _report_rate_jump(old: TrainConfig, new: TrainConfig, step: int) -> None:
     """Report a jump of the learning rate caused by a changed --epoch_count."""
     then, now = (schedule.learning_rate(x, step - schedule.first_step(new)) for x in (old, new))
     if old.epoch_count != new.epoch_count and then != now:
-        falls = f" and then {'falls' if new.lr_final < new.lr_init else 'rises'} until epoch {new.epoch_count}"
+        trend = f" and then {'falls' if new.lr_final < new.lr_init else 'rises'} until epoch {new.epoch_count}"
         say(
-            f"note: --epoch_count changed from {old.epoch_count} to {new.epoch_count}, so the learning rate jumps from {then:.3g} to {now:.3g} now{falls}."
-            " For a constant rate use --lr_init = --lr_final"
+            f"note: --epoch_count changed from {old.epoch_count} to {new.epoch_count}, so the learning rate jumps from {then:.3g} to {now:.3g} now{trend}."
+            " For a constant learning rate, set --lr_init and --lr_final to the same value"
         )
 
 
 def reject_changes(folder: Path, changed: list[str]) -> None:
-    """Raises UserError, which lists the changes and what the user can do."""
+    """Raise UserError, which lists the changes and what the user can do."""
     raise UserError(
         f"{folder} contains a run with other flags or data (then → now):\n  "
         + "\n  ".join(changed)
@@ -201,7 +201,7 @@ def _check_state(
     trained: Mapping[str, torch.nn.Parameter],
     changed: list[str],
 ) -> None:
-    """Raises UserError if a state belongs to another run, or its tensors do not match the
+    """Raise UserError if a state belongs to another run, or its tensors do not match the
     parameters that this run trains.
     """
     path = state_files.folder_of(c.folder) / f"step-{state.step}.pt"

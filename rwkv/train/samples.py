@@ -11,7 +11,7 @@ from rwkv.errors import UserError
 
 
 def check(c: TrainConfig) -> None:
-    """Raises UserError for invalid or incompatible sampling flags."""
+    """Raise UserError for invalid or incompatible sampling flags. `checks.numbers` runs first."""
     documents = c.doc_training or c.doc_training_seq
     if documents and (c.magic_prime or c.my_pile_shift > 0):
         raise UserError(
@@ -19,36 +19,25 @@ def check(c: TrainConfig) -> None:
         )
     if c.my_random_steps and not c.magic_prime:
         raise UserError(
-            f"--my_random_steps {c.my_random_steps} applies to prime sampling: give --magic_prime too, or omit it"
+            f"--my_random_steps {c.my_random_steps} applies to prime sampling: pass --magic_prime too, or omit it"
         )
     if c.min_ctx_len and not documents:
-        raise UserError(f"--min_ctx_len {c.min_ctx_len} applies to --doc_training 1: give that too, or omit it")
-    if not 0 <= c.min_ctx_len <= c.ctx_len:
-        raise UserError(f"--min_ctx_len {c.min_ctx_len} must be 0 to --ctx_len {c.ctx_len}")
+        raise UserError(f"--min_ctx_len {c.min_ctx_len} applies to --doc_training 1: pass both, or omit it")
+    if c.min_ctx_len > c.ctx_len:
+        raise UserError(f"--min_ctx_len {c.min_ctx_len} must not be greater than --ctx_len {c.ctx_len}")
     if c.doc_sep < -1:
         raise UserError(f"--doc_sep {c.doc_sep} must be a token id, or -1 for none")
-    if c.random_seed >= 1 << 32:
-        raise UserError(f"--random_seed {c.random_seed} must be less than {1 << 32}, or -1 for a random one")
-    if not 0 <= c.val_split < 1:
-        raise UserError(
-            f"--val_split {c.val_split} must be at least 0 and less than 1: the fraction of documents used for validation"
-        )
-    if c.val_every < 0 or c.val_samples < 0:
-        raise UserError("--val_every and --val_samples must not be negative")
     if c.val_file and c.val_split:
         raise UserError(
-            f"--val_file {c.val_file} and --val_split {c.val_split} both give the validation set; use only one of them"
+            f"--val_file {c.val_file} and --val_split {c.val_split} both define the validation set; use only one of them"
         )
-    if c.val_file.endswith((".jsonl", ".json", ".txt")) or (c.val_file and c.data_type not in ("binidx", "numpy")):
+    if c.val_file and c.data_type not in ("binidx", "numpy"):
         raise UserError(
-            f"--val_file {c.val_file} must be a binidx of the same tokens as --data_file: convert it first, with"
-            f" python scripts/convert.py --input {c.val_file} --output-prefix PREFIX, and give PREFIX_text_document"
-            if c.data_type in ("binidx", "numpy")
-            else f"--val_file {c.val_file}: --data_type {c.data_type} has its own vocabulary; use --val_split for validation"
+            f"--val_file {c.val_file}: --data_type {c.data_type} has its own vocabulary; use --val_split for validation"
         )
     if c.val_every and not (c.val_split or c.val_file):
         raise UserError(
-            f"--val_every {c.val_every} needs a validation set: give --val_file, or --val_split, such as 0.01"
+            f"--val_every {c.val_every} needs a validation set: pass --val_file, or --val_split, such as 0.01"
         )
 
 

@@ -16,7 +16,6 @@ from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.convert import char_level
 from rwkv.errors import UserError
 from rwkv.files import sha256
-from rwkv.memory import machine
 from rwkv.models import RWKV, Sizes, version
 from rwkv.train.run import NEW_BASE, Run
 from rwkv.train.runtime import strategy
@@ -88,7 +87,7 @@ def load_or_create(run: Run) -> RWKV:
     path = c.load_model or run.new_base
     if not path:
         return create(c, run.sizes)
-    model = checkpoint.load_model(path, matrices=_frozen_dtype(c))
+    model = checkpoint.load_model(path, matrices=_frozen_dtype(run))
     model.grad_cp, model.dropout = bool(c.grad_cp), c.dropout
     return model
 
@@ -100,13 +99,14 @@ def create(c: TrainConfig, sizes: Sizes) -> RWKV:
     return model
 
 
-def _frozen_dtype(c: TrainConfig) -> torch.dtype:
+def _frozen_dtype(run: Run) -> torch.dtype:
     """The dtype of frozen matrices."""
+    c = run.flags
     if not c.adapter:
         return torch.float32
     requested = c.adapter.lora_base
     wanted = c.precision if requested == "auto" else requested
-    if wanted == "bf16" and not (strategy.alone(c) or machine.use_gpu(c.accelerator) or compat.gloo_sends_bf16()):
+    if wanted == "bf16" and not (strategy.is_single_process(c) or run.on_gpu or compat.gloo_supports_bf16()):
         if requested == "bf16":
             raise UserError(
                 "--lora_base bf16: ddp on CPUs broadcasts the weights, and gloo in this torch version does not support bf16; omit it to use an fp32"
@@ -124,7 +124,7 @@ def _attach_adapter(model: RWKV, run: Run, c: LoRAConfig) -> None:
     except ValueError as error:
         raise UserError(f"--lora_parts {c.lora_parts} --lora_r {c.lora_r}: {error}") from error
     lora.mark_trainable(model, parts)
-    lora.store_frozen(model, _frozen_dtype(c))
+    lora.store_frozen(model, _frozen_dtype(run))
     if c.lora_load:
         # upstream's adapters do not store alpha
         stored = adapter_files.read_manifest(c.lora_load).get("alpha")
@@ -143,7 +143,7 @@ def adapter_entries(c: LoRAConfig, base: dict[str, str]) -> dict[str, Any]:
 
 
 def _compare(model: RWKV, c: LoRAConfig, known: dict[str, Any]) -> None:
-    """Raises UserError if the rank, alpha or parts of a loaded adapter (`known`) do not match the
+    """Raise UserError if the rank, alpha or parts of a loaded adapter (`known`) do not match the
     flags.
     """
     possible = model.version.PARTS

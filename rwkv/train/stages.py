@@ -26,8 +26,8 @@ from rwkv.train.run import Run
 from rwkv.train.runtime.lightning import rank_zero_only
 from rwkv.train.setup import create, seed_generators
 
-EPOCH = 40320  # samples: 8!, divisible by most batch sizes
-_SET = ("load_model", "epoch_begin", "warmup_steps", "magic_prime", "epoch_steps", "epoch_count")
+EPOCH = 40320  # samples; 8!, so divisible by most batch sizes
+_FLAGS_SET = ("load_model", "epoch_begin", "warmup_steps", "magic_prime", "epoch_steps", "epoch_count")
 
 
 def apply(c: TrainConfig) -> TrainConfig:
@@ -48,11 +48,13 @@ def apply(c: TrainConfig) -> TrainConfig:
     if c.my_pile_stage == 1:
         return c
     folder = c.folder
-    before = None if c.overwrite else run_manifest.read(folder)
-    if before and before["flags"].get("my_pile_stage") == c.my_pile_stage:
-        lost = "" if state_files.states(folder) else folders.progress(folder, before)
+    previous = None if c.overwrite else run_manifest.read(folder)
+    if previous and previous["flags"].get("my_pile_stage") == c.my_pile_stage:
+        lost = "" if state_files.states(folder) else folders.describe_loss_of_states(folder, previous)
         if not lost:
-            return dataclasses.replace(c, **{name: before["flags"][name] for name in _SET if name in before["flags"]})
+            return dataclasses.replace(
+                c, **{name: previous["flags"][name] for name in _FLAGS_SET if name in previous["flags"]}
+            )
         say(f"{folder} contains {lost}: the run continues from its newest checkpoint, with a new optimizer")
     batch, size = c.world_size * c.micro_bsz, len(Dataset(c.data_file).tokens) - max(0, c.my_pile_shift)
     if EPOCH % batch:
@@ -81,7 +83,7 @@ def apply(c: TrainConfig) -> TrainConfig:
         )
     warmup = c.warmup_steps if c.warmup_steps >= 0 or number < 0 else 10 if c.my_pile_stage == 2 else 30
     values = (str(weights), number + 1, warmup, 0 if c.my_pile_stage == 4 else prime, EPOCH // batch, prime // EPOCH)
-    changes: dict[str, Any] = dict(zip(_SET, values, strict=True))
+    changes: dict[str, Any] = dict(zip(_FLAGS_SET, values, strict=True))
     return dataclasses.replace(c, **changes)
 
 
@@ -94,6 +96,9 @@ def write_initial(run: Run) -> Path:
         raise UserError(
             f"{path} already exists; continue with --my_pile_stage 2 or 3, or use --overwrite to replace it"
         )
+    if c.load_model:  # a whole model of this version, of any size
+        tensors = checkpoint.read_tensors(c.load_model)
+        checkpoint.check_shapes(tensors, checkpoint.sizes_of(tensors, c.load_model), c.load_model)
     seed_generators(c.random_seed)
     model = create(c, run.sizes)
     if c.load_model:
@@ -118,7 +123,9 @@ def _resize_into(model: RWKV, path: str) -> None:
     checkpoint.check_finite(tensors, path)
     for name, tensor in tensors.items():
         if name not in parameters:
-            raise UserError(f"{path}: a model of these sizes has no {name}; give at least the checkpoint's --n_layer")
+            raise UserError(
+                f"{path}: a model of these sizes has no {name}; use at least the --n_layer of the checkpoint"
+            )
         rows, target = _rows(tensor.float()), _rows(parameters[name])
         if rows.shape[1:] != target.shape[1:]:
             raise UserError(

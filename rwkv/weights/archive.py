@@ -22,10 +22,9 @@ _END, _END64, _LOCATOR, _CENTRAL, _LOCAL = b"PK\x05\x06", b"PK\x06\x06", b"PK\x0
 _ENCRYPTED = 1 << 0 | 1 << 6 | 1 << 13  # flags: encrypted, strong encryption, encrypted headers
 _SIZES_FOLLOW = 1 << 3  # flag: the local header has no sizes
 _STORED, _DEFLATED = 0, 8
-_MAX_INFLATED, _MAX_RATIO = (
-    64 << 20,
-    50,
-)  # decompressed size of all records: in bytes, or relative to the file's (larger wins)
+# maximum decompressed size of all records: in bytes, or relative to the file's size if that is more
+_MAX_INFLATED = 64 << 20
+_MAX_RATIO = 50
 
 
 class Record(NamedTuple):
@@ -49,7 +48,7 @@ class NotPlain(FileFormatError):
 
 
 class Archive:
-    """The records of an open zip file by name, without the top folder."""
+    """The records of an open zip file, by name without the top folder."""
 
     def __init__(self, file: BinaryIO):
         """Parse the directory of the archive; the records themselves are not read.
@@ -174,7 +173,7 @@ class Archive:
             records[short] = Record(start, stored, full, method == _DEFLATED, crc)
         if inflated > max(_MAX_INFLATED, _MAX_RATIO * self.size):
             raise FileFormatError(
-                f"its compressed records state {inflated:,} bytes, far more than a file of {self.size:,} bytes should hold"
+                f"its compressed records expand to {inflated:,} bytes, too many for a file of {self.size:,} bytes"
             )
         return records
 
@@ -205,21 +204,21 @@ def _zip64(extra: bytes, *values: int) -> list[int]:
                 raise FileFormatError("its zip64 directory is corrupt")
             wide = extra[at + 4 : at + 4 + size]
         at += 4 + size
-    made = []
+    found = []
     for value in values:
         if value == 0xFFFFFFFF:
             if len(wide) < 8:
                 raise FileFormatError("its zip64 directory is corrupt")
             value, wide = int.from_bytes(wide[:8], "little"), wide[8:]
-        made.append(value)
-    return made
+        found.append(value)
+    return found
 
 
 def _names(raw: list[bytes]) -> list[str]:
     """The records' names without their common top folder."""
     names = [name.decode("utf-8", "replace") for name in raw]
     if any(re.search(r"(^|/)(constants\.pkl|code/)", name) for name in names):
-        raise NotPlain("a TorchScript program (torch.jit.save), which is code. Give the original state_dict", names)
+        raise NotPlain("a TorchScript program (torch.jit.save), which is code. Use the original state_dict", names)
     tops = {name.partition("/")[0] for name in names}
     short = [name.partition("/")[2] for name in names]
     if "data.pkl" not in short:

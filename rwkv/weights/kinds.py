@@ -17,8 +17,6 @@ _PREFIX = re.compile(rf"^(?:{_WRAPPERS}\.)+(?=(?:emb|head|ln_out|blocks|embeddin
 _INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PEFT = re.compile(r"\.lora_([AB])(?:\.(?!weight$)\w+)?\.weight$")
 
-_SUPPORTED = "RWKV-4 and RWKV-7 (x070) models"
-
 TRANSFORMERS = (
     ("blocks.", "rwkv.blocks."),
     ("emb.", "rwkv.embeddings."),
@@ -48,7 +46,7 @@ def upstream_name(name: str) -> str:
     return name
 
 
-def other_than_model(tensors: Mapping[str, Tensor]) -> str | None:
+def why_not_model(tensors: Mapping[str, Tensor]) -> str | None:
     """What the tensors are and what to do, if they are known to be something else than a supported
     model; else None.
     """
@@ -56,15 +54,15 @@ def other_than_model(tensors: Mapping[str, Tensor]) -> str | None:
         return part
     if any(".lora_" in name for name in tensors):
         if "emb.weight" in tensors:
-            return "a model together with a LoRA adapter that is not merged; merge it with the program that wrote it, or give its base model"
+            return "a model together with a LoRA adapter that is not merged; merge it with the program that wrote it, or use its base model"
         return (
-            "a LoRA adapter, not a model. Give its base model; if a program does not accept an adapter, merge"
-            " both first with scripts/merge_lora.py, and give the merged model"
+            "a LoRA adapter, not a model. Use its base model; if a program does not accept an adapter, merge"
+            " both first with scripts/merge_lora.py, and use the merged model"
         )
     return _version(tensors) or _other_model(tensors)
 
 
-def other_than_adapter(tensors: Mapping[str, Tensor], fully_trained: Callable[[str], bool]) -> str | None:
+def why_not_adapter(tensors: Mapping[str, Tensor], fully_trained: Callable[[str], bool]) -> str | None:
     """What the tensors are (if known) and what to do, if they are not a LoRA adapter; else None.
 
     Args:
@@ -78,29 +76,29 @@ def other_than_adapter(tensors: Mapping[str, Tensor], fully_trained: Callable[[s
     unknown = [name for name in tensors if not (re.search(r"\.lora_[AB]$", name) or fully_trained(name))]
     if unknown:
         return (
-            f"not a LoRA adapter ({_some(unknown)} is not part of one)"
+            f"not a LoRA adapter ({_list_names(unknown)} is not part of one)"
             if len(unknown) < len(tensors)
-            else _nothing_known(tensors)
+            else _not_adapter(tensors)
         )
     return None
 
 
-def _has(tensors: Iterable[str], pattern: str) -> bool:
+def _any_matches(tensors: Iterable[str], pattern: str) -> bool:
     return any(re.search(pattern, name) for name in tensors)
 
 
 def _part_of_model(tensors: Mapping[str, Tensor]) -> str | None:
-    if _has(tensors, r"\.(bone|disha|miss)$"):
+    if _any_matches(tensors, r"\.(bone|disha|miss)$"):
         return (
-            "an adapter of Bone, DiSHA or MiSS (RWKV-PEFT), which is not LoRA and cannot be used here. Merge it with RWKV-PEFT, and give the"
+            "an adapter of Bone, DiSHA or MiSS (RWKV-PEFT), which is not LoRA and cannot be used here. Merge it with RWKV-PEFT, and use the"
             " merged model"
         )
-    if _has(tensors, r"\.init_lora_[AB]$"):
-        return "the initial matrices of PiSSA (RWKV-PEFT), which are not an adapter. Merge the adapter with RWKV-PEFT, and give the merged model"
-    if _has(tensors, r"lora_magnitude_vector"):
-        return "a DoRA adapter (it has lora_magnitude_vector), which is not plain LoRA. Merge it with peft (merge_and_unload), and give the merged model"
-    if _has(tensors, r"\.(hada_w1_[ab]|lokr_w1|oft_r|vera_lambda_[bd]|ia3_l|lora_embedding_[AB]|lora_E)\b"):
-        return "an adapter of another kind than LoRA on matrices. Merge it with the program that wrote it, and give the merged model"
+    if _any_matches(tensors, r"\.init_lora_[AB]$"):
+        return "the initial matrices of PiSSA (RWKV-PEFT), which are not an adapter. Merge the adapter with RWKV-PEFT, and use the merged model"
+    if _any_matches(tensors, r"lora_magnitude_vector"):
+        return "a DoRA adapter (it has lora_magnitude_vector), which is not plain LoRA. Merge it with peft (merge_and_unload), and use the merged model"
+    if _any_matches(tensors, r"\.(hada_w1_[ab]|lokr_w1|oft_r|vera_lambda_[bd]|ia3_l|lora_embedding_[AB]|lora_E)\b"):
+        return "an adapter that is not LoRA on weight matrices. Merge it with the program that wrote it, and use the merged model"
     if tensors and all(re.search(r"\.(time_state|ts_state)$", name) for name in tensors):
         return (
             "a tuned state (state tuning: only time_state), which is neither a model nor a LoRA adapter, and cannot be used here. Use it with the"
@@ -111,7 +109,7 @@ def _part_of_model(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _version(tensors: Mapping[str, Tensor]) -> str | None:
     """An RWKV model of an unsupported version or with unsupported parts; None for others."""
-    train = f"; {_SUPPORTED} can be used here"
+    train = "; only RWKV-4 and RWKV-7 (x070) models are supported here"
     layer = r"^blocks\.\d+\."
     tests = (
         (rf"{layer}ffn\.enn\.", 'RWKV-8 ("Heron", a research version)'),
@@ -123,53 +121,53 @@ def _version(tensors: Mapping[str, Tensor]) -> str | None:
         (rf"{layer}att\.time_maa", "RWKV-6 (x060)"),
     )
     for pattern, name in tests:
-        if _has(tensors, pattern) and not name:
+        if _any_matches(tensors, pattern) and not name:
             return None
-        if _has(tensors, pattern):
+        if _any_matches(tensors, pattern):
             return f"an {name} model{train}" if name[0] == "R" else f"{name}{train}"
     decay = next((tensor for name, tensor in tensors.items() if re.search(rf"{layer}att\.time_decay$", name)), None)
-    if _has(tensors, rf"{layer}att\.gate\.weight$"):
+    if _any_matches(tensors, rf"{layer}att\.gate\.weight$"):
         later = decay is not None and decay.dim() >= 2 and decay.shape[1] > 1
         return f"an RWKV-5.{2 if later else 1} model{train}"
-    if _has(tensors, rf"{layer}att\.ln_x\."):
+    if _any_matches(tensors, rf"{layer}att\.ln_x\."):
         return f"an RWKV-5.0 model{train}"
     if decay is not None and decay.dim() != 1:
         return f"an RWKV model of version 5 or later (att.time_decay is not a vector){train}"
-    if _has(tensors, r"^head_[qk]\.weight$|\.tiny_"):
+    if _any_matches(tensors, r"^head_[qk]\.weight$|\.tiny_"):
         return "an RWKV-4 model with head_q and head_k or with tiny attention, which are not supported"
-    if _has(tensors, rf"{layer}att\.time_(w|ww|alpha|beta|gamma|curve)$"):
+    if _any_matches(tensors, rf"{layer}att\.time_(w|ww|alpha|beta|gamma|curve)$"):
         return f"an RWKV model of a version before 4{train}"
     return None
 
 
 def _other_model(tensors: Mapping[str, Tensor]) -> str | None:
     names = list(tensors)
-    if _has(names, r"\.weight_(mx|rx|my|ry)$|\.weight_scale|_(mx|rx|my|ry)$"):
-        return (
-            "a model quantised to 8 bits for inference (PyPI rwkv's fp16i8). Give the .pth that it was converted from"
-        )
-    if _has(names, r"\.(qweight|qzeros|g_idx|absmax|quant_map|scales|SCB|weight_format)$|quant_state"):
-        return "a quantised model (GPTQ, AWQ or bitsandbytes). Give the original, in fp32, bf16 or fp16"
-    if _has(names, r"^(model\.)?layers\.\d+\.attn\.(r_proj|x_r|time_decay)") or _has(names, r"^rwkv7\."):
-        return "an RWKV-7 or RWKV-6 model with the tensor names of flash-linear-attention or transformers. Give the .pth that it was converted from"
-    if _has(names, r"^(token_embd|blk\.\d+\.)"):
-        return "a model with the tensor names of GGUF (llama.cpp). Give the .pth that it was converted from"
-    if _has(
+    if _any_matches(names, r"\.weight_(mx|rx|my|ry)$|\.weight_scale|_(mx|rx|my|ry)$"):
+        return "a model quantised to 8 bits for inference (PyPI rwkv's fp16i8). Use the .pth that it was converted from"
+    if _any_matches(names, r"\.(qweight|qzeros|g_idx|absmax|quant_map|scales|SCB|weight_format)$|quant_state"):
+        return "a quantised model (GPTQ, AWQ or bitsandbytes). Use the original, in fp32, bf16 or fp16"
+    if _any_matches(names, r"^(model\.)?layers\.\d+\.attn\.(r_proj|x_r|time_decay)") or _any_matches(
+        names, r"^rwkv7\."
+    ):
+        return "an RWKV-7 or RWKV-6 model with the tensor names of flash-linear-attention or transformers. Use the .pth that it was converted from"
+    if _any_matches(names, r"^(token_embd|blk\.\d+\.)"):
+        return "a model with the tensor names of GGUF (llama.cpp). Use the .pth that it was converted from"
+    if _any_matches(
         names,
         r"layers\.\d+\.(self_attn|mixer|attention)\.|^(transformer\.)?h\.\d+\.|^gpt_neox\.|encoder\.layer\.\d+|^(unet|vae|first_stage_model|cond_stage_model)\.",
     ):
-        return f"a model of another architecture, not RWKV (its tensors are {_some(names)})"
+        return f"a model of another architecture, not RWKV (its tensors are {_list_names(names)})"
     if names and all(tensor.numel() == 0 for tensor in tensors.values()):
         return (
-            "a checkpoint whose weights are in other files (its tensors are empty: DeepSpeed's ZeRO stage 3). Collect them with the zero_to_fp32.py that"
-            " is beside it, and give what it writes"
+            "a checkpoint whose weights are in other files (its tensors are empty: DeepSpeed's ZeRO stage 3). Merge them with the zero_to_fp32.py that"
+            " is beside it, and use its output"
         )
     return None
 
 
-def _nothing_known(tensors: Mapping[str, Tensor]) -> str:
-    return _other_model(tensors) or f"not a LoRA adapter (its tensors are {_some(list(tensors))})"
+def _not_adapter(tensors: Mapping[str, Tensor]) -> str:
+    return _other_model(tensors) or f"not a LoRA adapter (its tensors are {_list_names(list(tensors))})"
 
 
-def _some(names: list[str]) -> str:
+def _list_names(names: list[str]) -> str:
     return ", ".join(printable(name)[:100] for name in sorted(names)[:3]) + (", …" if len(names) > 3 else "")

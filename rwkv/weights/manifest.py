@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv.errors import UserError
-from rwkv.files import regular, sha256
+from rwkv.files import open_regular, sha256
 
 _MAX_BYTES = 16 << 20
 _MAX_ALPHA = 1e6  # typical values are 1 to 1000
@@ -36,11 +36,11 @@ def read(path: PathLike) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file. Raises UserError if the file contains anything else."""
-    with regular(path, "manifest") as file:
+    with open_regular(path, "manifest") as file:
         data = file.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
         raise UserError(
-            f"{path}: larger than {_MAX_BYTES >> 20} MiB, which no manifest is; delete it, or give the right one"
+            f"{path}: larger than {_MAX_BYTES >> 20} MiB, too large for a manifest; delete it, or replace it by the correct one"
         )
     try:
         found = json.loads(data.decode("utf-8-sig"))
@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a manifest: its arrays or objects are nested too deeply") from error
     except ValueError as error:
         raise UserError(
-            f"{path}: not valid JSON ({error}). Fix it, or delete it and give its values as flags"
+            f"{path}: not valid JSON ({error}). Fix it, or delete it and pass its values as flags"
         ) from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: contains a JSON {_kind(found)}, not an object that describes a checkpoint")
@@ -83,15 +83,15 @@ def check_adapter(manifest: dict[str, Any], where: PathLike, parts: Mapping[str,
         value = manifest[key]
         shown = _kind(value) if isinstance(value, dict | list) else repr(value)[:80]
         return UserError(
-            f"{where}: its {key} is {shown}, not {wanted}. Fix it there, or delete the file and give the value as a flag"
+            f"{where}: its {key} is {shown}, not {wanted}. Fix it there, or delete the file and pass the value as a flag"
         )
 
     if "kind" in manifest and manifest["kind"] != "adapter":
         raise UserError(
-            f"{where}: its kind is {str(manifest['kind'])[:80]!r}: the file that it describes is not a LoRA adapter; give an adapter"
+            f"{where}: its kind is {str(manifest['kind'])[:80]!r}: the file that it describes is not a LoRA adapter; use an adapter"
         )
     if "version" in manifest and manifest["version"] not in [*parts]:
-        raise wrong("version", f"an RWKV version that can be used here: {', '.join(map(repr, parts))}")
+        raise wrong("version", f"a supported RWKV version ({', '.join(parts)})")
     if "alpha" in manifest and not (is_number(manifest["alpha"]) and 0 < manifest["alpha"] <= _MAX_ALPHA):
         raise wrong("alpha", f"a number above 0 and up to {_MAX_ALPHA:,.0f}")
     if "r" in manifest and not (type(manifest["r"]) is int and 0 < manifest["r"] <= _MAX_RANK):
@@ -118,7 +118,7 @@ def is_number(value: Any) -> bool:
     """Whether a value from JSON is a finite number."""
     try:
         return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:  # an integer beyond what a float holds
+    except OverflowError:  # an integer beyond the range of a float
         return False
 
 
@@ -132,7 +132,7 @@ def _is_path(value: Any) -> bool:
     return True
 
 
-def portable(base: PathLike, beside: PathLike) -> str:
+def relative_path(base: PathLike, beside: PathLike) -> str:
     """The path of a base model relative to the folder of `beside`, so that both can be moved and no
     absolute path is published.
     """
@@ -147,7 +147,7 @@ def without_absolute_paths(manifest: Mapping[str, Any], beside: PathLike) -> dic
 
     def moved(key: str, value: Any) -> Any:
         if isinstance(value, str) and value and (key == "base" or os.path.isabs(value)):
-            return portable(value, beside)
+            return relative_path(value, beside)
         return {k: moved(k, x) for k, x in value.items()} if isinstance(value, dict) else value
 
     return {key: moved(key, value) for key, value in manifest.items()}

@@ -35,8 +35,8 @@ def config_of(path: Path) -> Path | None:
     return path.parent / CONFIG if path.name in _FILES and os.path.isfile(path.parent / CONFIG) else None
 
 
-def described(config: Path) -> dict[str, Any]:
-    """r and alpha, as in our manifests.
+def read_config(config: Path) -> dict[str, Any]:
+    """Read r and alpha from adapter_config.json, in the form of our manifests.
 
     Raises:
         UserError: not LoRA, or LoRA with a feature that is not supported here, by its key in the
@@ -46,13 +46,13 @@ def described(config: Path) -> dict[str, Any]:
     kind = found.get("peft_type")
     if kind != "LORA":
         raise UserError(
-            f"{config}: describes an adapter of type {_shown(kind)}, but only LORA is supported; merge it with peft, and give the merged model"
+            f"{config}: describes an adapter of type {_shown(kind)}, but only LORA is supported; merge it with peft, and use the merged model"
         )
     initial = found.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower().startswith(("pissa", "olora", "corda", "loftq")):
         raise UserError(
             f"{config}: initialised with init_lora_weights {_shown(initial)}, which changes the base as well; convert it with peft"
-            " (save_pretrained with path_initial_model_for_weight_conversion), or merge it with peft and give the merged model"
+            " (save_pretrained with path_initial_model_for_weight_conversion), or merge it with peft and use the merged model"
         )
     for key, meaning in {
         "use_dora": "DoRA",
@@ -70,11 +70,11 @@ def described(config: Path) -> dict[str, Any]:
     }.items():
         if found.get(key):
             raise UserError(
-                f"{config}: has {key} ({meaning}), which is not supported here; merge it with peft (merge_and_unload), and give the merged model"
+                f"{config}: has {key} ({meaning}), which is not supported here; merge it with peft (merge_and_unload), and use the merged model"
             )
     if found.get("bias", "none") != "none":
         raise UserError(
-            f"{config}: trains biases (bias is {_shown(found['bias'])}), but RWKV's linear layers have none; merge it with peft, and give the merged model"
+            f"{config}: trains biases (bias is {_shown(found['bias'])}), but RWKV's linear layers have none; merge it with peft, and use the merged model"
         )
     r, alpha = found.get("r"), found.get("lora_alpha")
     if type(r) is not int or r < 1:

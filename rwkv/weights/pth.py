@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rwkv import compat
 from rwkv.errors import FileFormatError
-from rwkv.files import regular
+from rwkv.files import open_regular
 from rwkv.weights.archive import MAGIC, Archive
 from rwkv.weights.unpickle import ITEM_BYTES, DType, StorageSpec, TensorSpec, Unpickler
 
@@ -40,26 +40,26 @@ def load(path: str | os.PathLike, verify: bool = False) -> Any:
         FileFormatError: another format, truncated, or it has a tensor that is not dense or has an
             unusual dtype.
     """
-    with regular(path, "checkpoint") as file:
+    with open_regular(path, "checkpoint") as file:
         head = os.pread(file.fileno(), 4, 0)
         if head == MAGIC:
-            return _zipped(file, verify)
+            return _load_zip(file, verify)
         if head[:1] == b"\x80":
-            return _legacy(file)
+            return _load_legacy(file)
     raise FileFormatError("it is not a file of torch.save")
 
 
-def _zipped(file: BinaryIO, verify: bool) -> Any:
+def _load_zip(file: BinaryIO, verify: bool) -> Any:
     try:
         archive = Archive(file)
     except FileFormatError as error:
-        raise _truncated(file, error) from error
+        raise _explain_truncation(file, error) from error
     if "byteorder" in archive.records and archive.read("byteorder", 16) != sys.byteorder.encode():
         raise FileFormatError("it was written on a machine with another byte order")
     if verify:
         archive.verify()
     shell = Unpickler(archive.read("data.pkl", _MAX_PICKLE)).load()
-    mapped = _mapped(file, archive.size)
+    mapped = _map_file(file, archive.size)
     made: dict[str, Any] = {}
 
     def storage(spec: StorageSpec) -> Any:
@@ -69,17 +69,17 @@ def _zipped(file: BinaryIO, verify: bool) -> Any:
             if record is None:
                 raise FileFormatError(f"it has no record {name}, but a tensor refers to it")
             if record.deflated:
-                _same_size(spec, record.size)
-                made[spec.key] = compat.untyped_storage(_bytes(archive.read(name)))
+                _check_size(spec, record.size)
+                made[spec.key] = compat.untyped_storage(_byte_tensor(archive.read(name)))
             else:
                 made[spec.key] = mapped[record.begin : record.begin + record.size]
-        _same_size(spec, made[spec.key].nbytes())
+        _check_size(spec, made[spec.key].nbytes())
         return made[spec.key]
 
-    return _filled(shell, storage)
+    return _fill_in(shell, storage)
 
 
-def _legacy(file: BinaryIO) -> Any:
+def _load_legacy(file: BinaryIO) -> Any:
     size = os.fstat(file.fileno()).st_size
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         reader = Unpickler(data)
@@ -107,35 +107,35 @@ def _legacy(file: BinaryIO) -> Any:
             at += 8 + spec.nbytes
     if at > size:
         raise FileFormatError(f"it is truncated: it has {size:,} bytes of {at:,}")
-    mapped = _mapped(file, size)
+    mapped = _map_file(file, size)
     made: dict[str, Any] = {}
 
     def storage(spec: StorageSpec) -> Any:
-        _same_size(spec, wanted[spec.key].nbytes)
+        _check_size(spec, wanted[spec.key].nbytes)
         if spec.key not in made:
             made[spec.key] = mapped[places[spec.key] : places[spec.key] + spec.nbytes]
         return made[spec.key]
 
-    return _filled(shell, storage)
+    return _fill_in(shell, storage)
 
 
-def _mapped(file: BinaryIO, size: int) -> Any:
+def _map_file(file: BinaryIO, size: int) -> Any:
     """The bytes of an open file as a storage, mapped copy-on-write; by descriptor, as the path may
     name another file by now.
     """
     return torch.UntypedStorage.from_file(f"/proc/self/fd/{file.fileno()}", False, size)
 
 
-def _bytes(data: bytes) -> Tensor:
+def _byte_tensor(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
-def _same_size(spec: StorageSpec, size: int) -> None:
+def _check_size(spec: StorageSpec, size: int) -> None:
     if spec.nbytes != size:
         raise FileFormatError(f"its record data/{spec.key} has {size:,} bytes, but its tensors need {spec.nbytes:,}")
 
 
-def _truncated(file: BinaryIO, error: FileFormatError) -> FileFormatError:
+def _explain_truncation(file: BinaryIO, error: FileFormatError) -> FileFormatError:
     """If the archive is truncated, an error with the number of bytes its tensors need (data.pkl is
     the first record); else `error`.
     """
@@ -156,7 +156,7 @@ def _truncated(file: BinaryIO, error: FileFormatError) -> FileFormatError:
     )
 
 
-def _filled(shell: Any, storage: Callable[[StorageSpec], Any]) -> Any:
+def _fill_in(shell: Any, storage: Callable[[StorageSpec], Any]) -> Any:
     """The value with each TensorSpec and DType replaced by the tensor or dtype."""
     made: dict[int, Any] = {}
 
@@ -203,7 +203,7 @@ def _tensor(spec: TensorSpec, where: str, storage: Callable[[StorageSpec], Any])
             " expanded tensor); save tensor.contiguous()"
         )
     dtype = getattr(torch, spec.dtype)
-    bytes_of_it = storage(spec.storage)
+    untyped = storage(spec.storage)
     if not elements:
         return torch.empty(spec.shape, dtype=dtype)
-    return torch.empty(0, dtype=dtype).set_(bytes_of_it, spec.offset, spec.shape, spec.stride)
+    return torch.empty(0, dtype=dtype).set_(untyped, spec.offset, spec.shape, spec.stride)

@@ -4,6 +4,7 @@ names.
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rwkv.errors import FileFormatError, UserError, printable
-from rwkv.files import regular
+from rwkv.files import open_regular
 from rwkv.weights import kinds, pth, recognise
 from rwkv.weights.archive import MAGIC
 
@@ -35,8 +36,8 @@ def tensors_of(path: str | os.PathLike) -> dict[str, Tensor]:
     """
     path = Path(path)
     if os.path.isdir(path):
-        raise UserError(f"{path}: {recognise.folder(path)}")
-    with regular(path, "checkpoint") as file:
+        raise UserError(f"{path}: {recognise.describe_folder(path)}")
+    with open_regular(path, "checkpoint") as file:
         head = os.pread(file.fileno(), 9, 0)
         if is_safetensors(file):
             found: Any = _safetensors(path, file)
@@ -44,10 +45,10 @@ def tensors_of(path: str | os.PathLike) -> dict[str, Tensor]:
             try:
                 found = pth.load(path)
             except FileFormatError as error:
-                raise UserError(f"{path}: {recognise.reason(error)}") from error
+                raise UserError(f"{path}: {recognise.describe_error(error)}") from error
         else:
-            raise UserError(f"{path}: {recognise.content(file)}")
-    return _floating(_renamed(_unwrapped(found, path), path), path)
+            raise UserError(f"{path}: {recognise.describe_file(file)}")
+    return _check_floating_point(_rename(_unwrap(found, path), path), path)
 
 
 def is_safetensors(file: BinaryIO) -> bool:
@@ -77,30 +78,35 @@ def _safetensors(path: Path, file: BinaryIO) -> dict[str, Tensor]:
     if needed > size:
         raise UserError(f"{path}: truncated: it has {size:,} bytes of {needed:,}. Download or copy it again")
     if strange := next((name for name, (dtype, _) in stored.items() if dtype not in _DTYPES), None):
-        raise UserError(f"{path}: {_cannot(strange, str(stored[strange][0]), list(stored))}")
+        raise UserError(f"{path}: {_unusable_dtype(strange, str(stored[strange][0]), list(stored))}")
     try:
         return safetensors.torch.load_file(path)  # memory-mapped by the library
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, KeyError, OverflowError) as error:
         raise UserError(f"{path}: not a valid safetensors file ({_first_line(error)})") from error
 
 
-def _unwrapped(value: Any, path: Path) -> dict[str, Tensor]:
+def _unwrap(value: Any, path: Path) -> dict[str, Tensor]:
     for _ in range(4):
         if not isinstance(value, dict):
             break
         if {"format", "tensors", "text"} <= value.keys():
-            raise UserError(f"{path}: the training state of a run, not a model; give the run's newest rwkv-N.pth")
+            raise UserError(f"{path}: the training state of a run, not a model; use the run's newest rwkv-N.pth")
         if value.keys() & {"_strategy", "_version", "_rescale_layer"}:
             raise UserError(
-                f"{path}: converted for inference by the PyPI package rwkv (its matrices are transposed and rescaled); give the .pth that it was"
+                f"{path}: converted for inference by the PyPI package rwkv (its matrices are transposed and rescaled); use the .pth that it was"
                 " converted from"
             )
         if value and all(isinstance(x, Tensor) for x in value.values()):
             break
-        inside = next((value[key] for key in _WRAPPERS if isinstance(value.get(key), dict) and value[key]), None)
-        if inside is None:
+        inside = [key for key in _WRAPPERS if isinstance(value.get(key), dict) and value[key]]
+        filled = [key for key in inside if _has_tensors(value[key])]
+        if len(filled) > 1:
+            raise UserError(
+                f"{path}: has tensors under {' and '.join(filled)}; save the one that you want to a file of its own, and use that file"
+            )
+        if not inside:
             break
-        value = inside
+        value = value[(filled or inside)[0]]
     if isinstance(value, dict):
         if value.keys() >= {"state", "param_groups"} or value.keys() & {
             "optimizer_state_dict",
@@ -108,53 +114,63 @@ def _unwrapped(value: Any, path: Path) -> dict[str, Tensor]:
             "optimizer",
         }:
             raise UserError(
-                f"{path}: an optimizer state, not a model (its keys are {_some(value)}); give the weights of the same run"
+                f"{path}: an optimizer state, not a model (its keys are {_list_keys(value)}); use the weights of the same run"
             )
         if not value:
-            raise UserError(f"{path}: an empty dictionary, not a model; give the model's state_dict")
+            raise UserError(f"{path}: an empty dictionary, not a model; use the model's state_dict")
     if isinstance(value, list) and value and all(isinstance(x, Tensor) for x in value):
         raise UserError(
-            f"{path}: a list of {len(value)} tensors, such as an inference state, not a model; give the model's state_dict"
+            f"{path}: a list of {len(value)} tensors, such as an inference state, not a model; use the model's state_dict"
         )
     if not isinstance(value, dict):
         raise UserError(
-            f"{path}: contains a {type(value).__name__}, not a dictionary of tensors; give the model's state_dict"
+            f"{path}: contains a {type(value).__name__}, not a dictionary of tensors; use the model's state_dict"
         )
     for name, x in value.items():
-        if not isinstance(name, str) or not isinstance(x, Tensor):
+        if not isinstance(name, str):
+            raise UserError(
+                f"{path}: its key {str(name)[:100]} is a {type(name).__name__}, not the name of a tensor; use the model's state_dict"
+            )
+        if not isinstance(x, Tensor):
             kind = type(x).__name__
             raise UserError(
-                f"{path}: its entry {str(name)[:100]!r} is a {kind}, not a tensor; give the model's state_dict alone"
+                f"{path}: its entry {str(name)[:100]!r} is a {kind}, not a tensor; use the model's state_dict alone"
             )
     return value
 
 
-def _renamed(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    made: dict[str, Tensor] = {}
+def _has_tensors(value: Any, depth: int = 4) -> bool:
+    return isinstance(value, Tensor) or (
+        isinstance(value, dict) and depth > 0 and any(_has_tensors(x, depth - 1) for x in value.values())
+    )
+
+
+def _rename(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         ours = kinds.upstream_name(name)
-        if ours in made:
+        if ours in renamed:
             raise UserError(f"{path}: has {ours[:200]} twice, once as {name[:200]}; remove one of them")
-        made[ours] = tensor
-    return made
+        renamed[ours] = tensor
+    return renamed
 
 
-def _floating(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _check_floating_point(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise UserError(f"{path}: {_cannot(name, str(tensor.dtype).removeprefix('torch.'), list(tensors))}")
+            raise UserError(f"{path}: {_unusable_dtype(name, str(tensor.dtype).removeprefix('torch.'), list(tensors))}")
     return tensors
 
 
-def _cannot(name: str, dtype: str, names: list[str]) -> str:
-    bits = "8" in dtype or "4" in dtype
-    kind = "quantised for inference" if bits else "not a checkpoint of a model"
+def _unusable_dtype(name: str, dtype: str, names: list[str]) -> str:
+    few_bits = re.search(r"[A-Za-z][48](?!\d)", dtype)  # int8, F8_E4M3, float4_…, but not int64
+    kind = "quantised for inference" if few_bits else "not a checkpoint of a model"
     if any(x.endswith(("_mx", "_rx", "_my", "_ry")) for x in names):
         kind = "quantised to 8 bits for inference (PyPI rwkv's fp16i8)"
-    return f"{kind}: {printable(name)[:200]} is {dtype}; give the original, in float32, bfloat16 or float16"
+    return f"{kind}: {printable(name)[:200]} is {dtype}; use the original, in float32, bfloat16 or float16"
 
 
-def _some(value: dict) -> str:
+def _list_keys(value: dict) -> str:
     return ", ".join(printable(key)[:50] for key in list(value)[:4])
 
 

@@ -26,7 +26,7 @@ def test_adapted_layers_match_upstream(make_model, parts):
 
 
 @pytest.mark.parametrize(
-    ("parts", "same"),
+    ("parts", "normalised"),
     [
         (["att.output"], ["att.output"]),
         (["ffn.value", "att.key", "ln"], ["att.key", "ffn.value", "ln"]),
@@ -34,13 +34,13 @@ def test_adapted_layers_match_upstream(make_model, parts):
         (["att", "att.output", "ffn.key"], ["att", "att.output", "ffn.key"]),
     ],
 )
-def test_single_matrix_parts(make_model, parts, same):
+def test_single_matrix_parts(make_model, parts, normalised):
     model = make_model(pre_ffn=True)
     names = lora.inject(model, parts, 3, 6)
-    wanted = {m for part in parts if part not in ("time", "ln") for m in MATRICES.get(part, [part])}
-    assert {name.split(".", 2)[2].replace("ffnPre", "ffn") for name in names} == wanted
-    assert any("ffnPre" in name for name in names) == any(m.startswith("ffn") for m in wanted)
-    assert lora.parts_of(lora.adapter_state(model, parts), PARTS) == PARTS.normal(parts) == same
+    expected = {m for part in parts if part not in ("time", "ln") for m in MATRICES.get(part, [part])}
+    assert {name.split(".", 2)[2].replace("ffnPre", "ffn") for name in names} == expected
+    assert any("ffnPre" in name for name in names) == any(m.startswith("ffn") for m in expected)
+    assert lora.parts_of(lora.adapter_state(model, parts), PARTS) == PARTS.normal(parts) == normalised
 
 
 def test_trainable_parameters_match_upstream(make_model):
@@ -72,18 +72,18 @@ def test_initialisation_is_identity(make_model):
 
 
 def test_outputs_and_gradients_match_peft(make_model):
-    ours, theirs = make_model(), make_model()
+    ours, base = make_model(), make_model()
     lora.inject(ours, ["att", "ffn"], 4, 12)
     lora.mark_trainable(ours, ["att", "ffn"])
     randomise(ours)
     config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=r".*\.(att|ffn)\.(key|value|receptance)")
-    twin = peft.get_peft_model(theirs, config)
-    state = dict(twin.named_parameters())
+    peft_model = peft.get_peft_model(base, config)
+    state = dict(peft_model.named_parameters())
     for name, parameter in ours.named_parameters():
         if ".lora_" in name:
             state[f"base_model.model.{name}.default.weight"].data.copy_(parameter.data)
     ours(TOKENS)[0].square().sum().backward()
-    twin(TOKENS)[0].square().sum().backward()
+    peft_model(TOKENS)[0].square().sum().backward()
     for name, parameter in ours.named_parameters():
         if ".lora_" in name:
             torch.testing.assert_close(
@@ -94,7 +94,7 @@ def test_outputs_and_gradients_match_peft(make_model):
 
 
 def test_weighted_combination_matches_peft(make_model):
-    weights, adapters, twin = (0.7, -0.4), [], None
+    weights, adapters, peft_model = (0.7, -0.4), [], None
     for i, (part, r, alpha) in enumerate((("att", 4, 12), ("ffn", 2, 8))):  # different ranks, scales and layers
         model, config = (
             make_model(),
@@ -104,29 +104,29 @@ def test_weighted_combination_matches_peft(make_model):
         lora.inject(model, [part], r, alpha)
         randomise(model)
         adapters.append((lora.adapter_state(model, [part]), alpha / r, weights[i]))
-        if twin is None:
-            twin = peft.get_peft_model(make_model(), config, f"{i}")
+        if peft_model is None:
+            peft_model = peft.get_peft_model(make_model(), config, f"{i}")
         else:
-            twin.add_adapter(f"{i}", config)
-        state = dict(twin.named_parameters())
+            peft_model.add_adapter(f"{i}", config)
+        state = dict(peft_model.named_parameters())
         for name, tensor in adapters[-1][0].items():
             state[f"base_model.model.{name}.{i}.weight"].data.copy_(tensor * (weights[i] if "lora_B" in name else 1))
     ours = make_model()
     lora.inject(ours, ["att", "ffn"], 6, 6)
     for name, tensor in lora.combine(adapters, dict(ours.named_parameters())).items():
         dict(ours.named_parameters())[name].data.copy_(tensor)
-    twin.base_model.set_adapter(["0", "1"])  # both active
+    peft_model.base_model.set_adapter(["0", "1"])  # both adapters are active
     torch.testing.assert_close(
-        ours(TOKENS)[0], twin(TOKENS)[0], rtol=1e-4, atol=1e-4
+        ours(TOKENS)[0], peft_model(TOKENS)[0], rtol=1e-4, atol=1e-4
     )  # fp32, different summation order
 
 
 def test_weighted_combination_of_full_parameters(make_model):
     base = dict(make_model().named_parameters())
     name = "blocks.0.ln1.weight"
-    theirs = [({name: base[name] + step}, 1.0, weight) for step, weight in ((1.0, 0.5), (-2.0, 0.25))]
-    torch.testing.assert_close(lora.combine(theirs, base)[name], base[name] + 0.5 - 0.5)
-    torch.testing.assert_close(lora.combine(theirs[:1], base)[name], base[name] + 0.5)
+    adapters = [({name: base[name] + step}, 1.0, weight) for step, weight in ((1.0, 0.5), (-2.0, 0.25))]
+    torch.testing.assert_close(lora.combine(adapters, base)[name], base[name] + 0.5 - 0.5)
+    torch.testing.assert_close(lora.combine(adapters[:1], base)[name], base[name] + 0.5)
 
 
 def test_dropout_in_training_only(make_model):
@@ -194,16 +194,16 @@ def test_dropout_gradients_match_finite_differences(make_model, grad_cp):
 
     loss().backward()
     trained = [p for p in model.parameters() if p.requires_grad]
-    along = [torch.randn_like(p) for p in trained]
-    slope = sum(float((p.grad * d).sum()) for p, d in zip(trained, along, strict=True))
-    ends = []
+    direction = [torch.randn_like(p) for p in trained]
+    slope = sum(float((p.grad * d).sum()) for p, d in zip(trained, direction, strict=True))
+    losses = []
     for step in (1e-5, -2e-5):
         with torch.no_grad():
-            for p, d in zip(trained, along, strict=True):
+            for p, d in zip(trained, direction, strict=True):
                 p += step * d
-            ends.append(float(loss()))
+            losses.append(float(loss()))
     # central difference in fp64: its error is the third derivative
-    assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(slope, rel=1e-4)
+    assert (losses[0] - losses[1]) / 2e-5 == pytest.approx(slope, rel=1e-4)
 
 
 def test_saved_activations_are_rank_sized(make_model):
@@ -211,6 +211,6 @@ def test_saved_activations_are_rank_sized(make_model):
     x, saved = torch.randn(3, 5, 16, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x)
-    own = {p.data_ptr() for p in layer.parameters()} | {x.data_ptr()}
+    parameters = {p.data_ptr() for p in layer.parameters()} | {x.data_ptr()}
     # r elements per token, and no dropout mask
-    assert [t.shape for t in saved if t.data_ptr() not in own] == [(15, 2)]
+    assert [t.shape for t in saved if t.data_ptr() not in parameters] == [(15, 2)]

@@ -14,9 +14,9 @@ def test_micro_batch_order_and_target_counts(make_stream, accumulate):
     batches = Batches(samples, 6, 3, 2, accumulate)
     read = [batches[i] for i in range(len(batches))]
     assert len(read) == 3 * accumulate
-    for i, (x, y, counts, reset, targets) in enumerate(read):
-        wanted = [samples[6 + 2 * i + j] for j in range(2)]
-        for found, parts in zip((x, y, counts, reset), zip(*wanted, strict=True), strict=True):
+    for i, (x, y, loss_mask, reset, targets) in enumerate(read):
+        expected = [samples[6 + 2 * i + j] for j in range(2)]
+        for found, parts in zip((x, y, loss_mask, reset), zip(*expected, strict=True), strict=True):
             assert torch.equal(found, torch.stack(parts))
         begin = 6 + 2 * (i - i % accumulate)
         assert targets == sum(int(samples[begin + j][2].sum()) for j in range(2 * accumulate))

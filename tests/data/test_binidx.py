@@ -106,7 +106,7 @@ def test_open_with_or_without_suffix(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "complaint"),
+    ("damage", "message"),
     [
         (lambda bin, idx: idx.unlink(), r"p.idx: no such file"),
         (lambda bin, idx: bin.unlink(), r"p.bin: no such file"),
@@ -141,12 +141,20 @@ def test_open_with_or_without_suffix(tmp_path):
         (lambda bin, idx: bin.write_bytes(bin.read_bytes() + b"\0\0"), r"8 bytes, but its index describes 3 tokens"),
     ],
 )
-def test_corrupt_file_error(tmp_path, damage, complaint):
+def test_corrupt_file_error(tmp_path, damage, message):
     with writer(tmp_path / "p") as out:
         out.add([1, 2])
         out.add([3])
     damage(tmp_path / "p.bin", tmp_path / "p.idx")
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=message):
+        Dataset(tmp_path / "p")
+
+
+def test_mask_is_not_a_file(tmp_path):
+    with writer(tmp_path / "p") as out:
+        out.add([1, 2, 3])
+    (tmp_path / "p_mask.bin").symlink_to("moved")
+    with pytest.raises(UserError, match=r"p_mask.bin: not a file, or a link to a file that does not exist"):
         Dataset(tmp_path / "p")
 
 

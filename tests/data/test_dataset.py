@@ -45,8 +45,8 @@ def test_prime_order_matches_upstream(stream):
 
 
 def test_random_first_precedes_prime_sampling(stream):
-    # upstream: at random where ii = 1, 2, … is less than my_random_steps, then the primes of ii −
-    # my_random_steps
+    # upstream: random offsets while ii = 1, 2, … is less than my_random_steps, then the prime
+    # offsets of ii − my_random_steps
     data = Contexts(stream, 10, 12, seed=5, prime=89, random_first=4)
     random = Contexts(stream, 10, 12, seed=5)
     assert [data.offset(i) for i in range(12)] == [
@@ -57,18 +57,18 @@ def test_random_first_precedes_prime_sampling(stream):
 
 @pytest.mark.parametrize("prime", [0, 89])
 def test_ranks_shard_single_process_order(stream, prime):
-    alone = Contexts(stream, 10, 12, seed=5, prime=prime)
-    shared = [Contexts(stream, 10, 6, seed=5, prime=prime, rank=rank, world_size=2) for rank in (0, 1)]
+    single = Contexts(stream, 10, 12, seed=5, prime=prime)
+    sharded = [Contexts(stream, 10, 6, seed=5, prime=prime, rank=rank, world_size=2) for rank in (0, 1)]
     for epoch in (0, 1):
-        for data in (alone, *shared):
+        for data in (single, *sharded):
             data.epoch = epoch
-        assert [alone.offset(i) for i in range(12)] == [shared[i % 2].offset(i // 2) for i in range(12)]
+        assert [single.offset(i) for i in range(12)] == [sharded[i % 2].offset(i // 2) for i in range(12)]
 
 
 def test_data_shorter_than_ctx_len(make_stream):
     with pytest.raises(
         UserError,
-        match=r"has 9 tokens, but one sample of ctx_len 8 needs 10; give more text, or --ctx_len 7 or less",
+        match=r"has 9 tokens, but one sample of ctx_len 8 needs 10; use more text, or --ctx_len 7 or less",
     ):
         Contexts(make_stream([range(9)]), 8, 1)
     Contexts(make_stream([range(10)]), 8, 1)
@@ -107,15 +107,15 @@ def test_resume_yields_same_batches(kinds, kind, seed, world, batch, steps, epoc
     make, stream = kinds[kind]
     for rank in range(world):
         flags = {"samples": steps * batch, "seed": seed, "rank": rank, "world_size": world}
-        whole, resumed = make(stream, **flags), make(stream, **flags)
-        for data in (whole, resumed):
+        complete, resumed = make(stream, **flags), make(stream, **flags)
+        for data in (complete, resumed):
             _ = data[0]  # earlier reads have no effect
             data.epoch = epoch
         first = min(stop, steps - 1) * batch
-        never_stopped = list(DataLoader(whole, batch))[first // batch :]
-        gone_on = list(DataLoader(Subset(resumed, range(first, len(resumed))), batch))
-        assert len(never_stopped) == len(gone_on)
-        for ours, theirs in zip(gone_on, never_stopped, strict=True):
+        expected = list(DataLoader(complete, batch))[first // batch :]
+        actual = list(DataLoader(Subset(resumed, range(first, len(resumed))), batch))
+        assert len(expected) == len(actual)
+        for ours, theirs in zip(actual, expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -133,17 +133,17 @@ def test_sample_numbers_are_unique(kinds, kind, seed, world, samples, epochs):
     assert sorted(numbers) == list(range(epochs * samples * world))
     if kind != "random":  # random sampling may draw the same position twice, as upstream
         for turn in range(0, len(numbers), period := 89 if kind == "prime" else data.per_pass):
-            of_a_turn = [w for n, w in zip(numbers, windows, strict=True) if turn <= n < turn + period]
-            assert len(set(of_a_turn)) == len(of_a_turn)
+            in_pass = [w for n, w in zip(numbers, windows, strict=True) if turn <= n < turn + period]
+            assert len(set(in_pass)) == len(in_pass)
 
 
 def test_reset_at_document_starts(make_stream, documents):
     data = Contexts(make_stream(documents), 20, 30, seed=1, reset=True)
     seen = 0
     for i in range(30):
-        x, y, counts, reset = data[i]
+        x, y, loss_mask, reset = data[i]
         assert reset.tolist() == [token % 100 == 0 for token in x.tolist()]
-        assert counts.tolist() == [token % 100 != 0 for token in y.tolist()]
+        assert loss_mask.tolist() == [token % 100 != 0 for token in y.tolist()]
         seen += int(reset.sum())
     assert seen > 30
     plain = Contexts(make_stream(documents), 20, 30, seed=1)
@@ -154,8 +154,8 @@ def test_loss_mask_aligned_with_targets(make_stream, documents):
     ids = [token for document in documents for token in document]
     data = Contexts(make_stream(documents, mask=[token % 3 == 0 for token in ids]), 20, 30, seed=1)
     for i in range(30):
-        _, y, counts, reset = data[i]
-        assert counts.tolist() == [token % 3 == 0 for token in y.tolist()]
+        _, y, loss_mask, reset = data[i]
+        assert loss_mask.tolist() == [token % 3 == 0 for token in y.tolist()]
         assert not reset.any()
 
 
@@ -168,12 +168,12 @@ def test_documents_once_per_pass_with_masked_padding(make_stream, documents, seq
     for turn in range(3):
         seen = []
         for i in range(data.per_pass):
-            x, y, counts, starts = data[turn * data.per_pass + i]
+            x, y, loss_mask, starts = data[turn * data.per_pass + i]
             whole = [x[0].item(), *y.tolist()]
             length = len(whole) - whole[::-1].index(next(token for token in reversed(whole) if token))
             assert whole[length:] == [0] * (13 - length)
-            assert not counts[length - 1 :].any()
-            assert counts[: length - 1].tolist() == [not reset or token % 100 != 0 for token in whole[1:length]]
+            assert not loss_mask[length - 1 :].any()
+            assert loss_mask[: length - 1].tolist() == [not reset or token % 100 != 0 for token in whole[1:length]]
             assert starts.tolist() == [reset and token % 100 == 0 and token > 0 for token in x.tolist()]
             seen.append(tuple(whole[:length]))
         passes.append(seen)
@@ -188,7 +188,7 @@ def test_documents_once_per_pass_with_masked_padding(make_stream, documents, seq
 def test_no_document_fits(make_stream, documents):
     with pytest.raises(
         UserError,
-        match=r"none of 2 documents has 2 to 5 tokens.*--ctx_len 4 needs; give a larger --ctx_len, the right --doc_sep",
+        match=r"none of 2 documents has 2 to 5 tokens.*--ctx_len 4 needs; use a larger --ctx_len, the correct --doc_sep",
     ):
         Documents(make_stream([range(6), [1]]), 4, 1)
 
@@ -212,29 +212,29 @@ def as_starts(sizes):
 
 @given(sizes=st.lists(st.integers(1, 30)), ctx_len=st.integers(1, 20), data=st.data())
 def test_pack_keeps_documents_whole_and_within_ctx_len(sizes, ctx_len, data):
-    enough = data.draw(st.integers(1, ctx_len))
+    min_tokens = data.draw(st.integers(1, ctx_len))
     edges = as_starts(sizes).tolist()
-    packed = pack(as_starts(sizes), ctx_len, enough)
+    packed = pack(as_starts(sizes), ctx_len, min_tokens)
     covered = set()
     for begin, end in packed.windows.tolist():
         assert begin in edges
         assert end in edges
         assert 2 <= end - begin <= ctx_len + 1
         inside = [edge for edge in edges if begin < edge < end]
-        assert all(edge - begin < enough for edge in inside), "took a document more than it needed"
+        assert all(edge - begin < min_tokens for edge in inside), "contains a document more than needed"
         after = [edge for edge in edges if edge > end]
-        if end - begin < enough and after:
+        if end - begin < min_tokens and after:
             assert after[0] - begin > ctx_len + 1, "stopped too early"
         assert not covered & set(range(begin, end))
         covered |= set(range(begin, end))
-    left = [size for size, begin in zip(sizes, edges, strict=False) if begin not in covered]
+    dropped = [size for size, begin in zip(sizes, edges, strict=False) if begin not in covered]
     assert packed.too_long == sum(size > ctx_len + 1 for size in sizes)
-    assert sorted(left) == sorted([size for size in sizes if size > ctx_len + 1] + [1] * packed.too_short)
+    assert sorted(dropped) == sorted([size for size in sizes if size > ctx_len + 1] + [1] * packed.too_short)
 
 
 def test_pack_example():
-    # 2 + 3 reach 5; 4 alone, as 20 does not fit beside it; 20 is skipped; 5 is enough by itself; 1
-    # holds no target
+    # 2 + 3 reach 5; 4 stays alone, as 20 does not fit with it; 20 is skipped; 5 reaches 5 alone; 1
+    # has no target
     packed = pack(as_starts([2, 3, 4, 20, 5, 1]), ctx_len=10, min_tokens=5)
     assert packed.windows.tolist() == [[0, 5], [5, 9], [29, 34]]
     assert (packed.too_long, packed.too_short) == (1, 1)

@@ -26,8 +26,8 @@ from rwkv.data.tokenizer import HFTokenizer
 
 
 @pytest.fixture(scope="module")
-def pieces():
-    """Sets the chunk size; the vocabulary is loaded once, not per example."""
+def set_chunk():
+    """Set the chunk size. The vocabulary is loaded once, not per example."""
     with pytest.MonkeyPatch.context() as patch:
         tokenizer = inspection.WorldTokenizer()
         patch.setattr(inspection, "WorldTokenizer", lambda: tokenizer)
@@ -44,11 +44,11 @@ DOCUMENT = st.lists(st.integers(0, 300), max_size=12)
 
 @given(
     documents=st.lists(DOCUMENT | st.sampled_from([[1, 2, 0], [0], [5] * 9]), min_size=1, max_size=30).filter(any),
-    piece=st.integers(1, 50),
+    chunk=st.integers(1, 50),
     data=st.data(),
 )
-def test_counts_match_plain_python(tmp_path_factory, pieces, documents, piece, data):
-    pieces(piece)
+def test_counts_match_plain_python(tmp_path_factory, set_chunk, documents, chunk, data):
+    set_chunk(chunk)
     prefix = tmp_path_factory.mktemp("inspect") / "p_text_document"
     with writer(prefix) as out:
         for document in documents:
@@ -64,10 +64,10 @@ def test_counts_match_plain_python(tmp_path_factory, pieces, documents, piece, d
     assert found.too_long == sum(len(document) > 7 for document in documents)
     assert found.longest == max(map(len, documents))
     firsts: dict = {}
-    again = [[firsts[tuple(d)], n] for n, d in enumerate(documents, 1) if firsts.setdefault(tuple(d), n) != n]
-    assert found.repeated == len(again)
-    assert all(pair in again for pair in found.repeated_examples)
-    assert bool(found.repeated_examples) == bool(again)
+    duplicates = [[firsts[tuple(d)], n] for n, d in enumerate(documents, 1) if firsts.setdefault(tuple(d), n) != n]
+    assert found.repeated == len(duplicates)
+    assert all(pair in duplicates for pair in found.repeated_examples)
+    assert bool(found.repeated_examples) == bool(duplicates)
     bins = collections.Counter(len(document).bit_length() for document in documents)
     assert found.lengths == [bins[k] for k in range(histogram.BINS)]
     assert found.counted == sum(mask)
@@ -89,7 +89,7 @@ def test_vocabulary_guess(tmp_path, write_jsonl, root):
         out.add([1, 70000, 0] * 50)
     found = inspect(Dataset(tmp_path / "other"), 64, 2)
     assert found.vocabulary == "unknown"
-    assert "token id 70000 is in no vocabulary" in found.problems[0]
+    assert "token id 70000 is not in any RWKV-4 vocabulary" in found.problems[0]
 
 
 def test_valid_file_has_no_problem(tmp_path, root):
@@ -112,15 +112,15 @@ PROBLEMS = [
 ]
 
 
-@pytest.mark.parametrize(("documents", "mask", "complaint"), PROBLEMS)
-def test_problems(tmp_path, documents, mask, complaint):
+@pytest.mark.parametrize(("documents", "mask", "message"), PROBLEMS)
+def test_problems(tmp_path, documents, mask, message):
     with writer(tmp_path / "p") as out:
         for document in documents:
             out.add(document)
     if mask:
         mask_path(tmp_path / "p").write_bytes(bytes(mask))
     found = inspect(Dataset(tmp_path / "p"), 10, 1)
-    assert len([problem for problem in found.problems if complaint in problem]) == 1, found.problems
+    assert len([problem for problem in found.problems if message in problem]) == 1, found.problems
     assert f"PROBLEM:    {found.problems[0]}" in format_report(found)
 
 
@@ -167,7 +167,7 @@ def test_verify_with_other_tokenizer(write_jsonl, tmp_path, byte_tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("others", "complaint"),
+    ("others", "message"),
     [
         (
             [TEXTS[0], "zweites, mit Umlaut", TEXTS[2]],
@@ -179,11 +179,11 @@ def test_verify_with_other_tokenizer(write_jsonl, tmp_path, byte_tokenizer):
     ],
     ids=["another character", "fewer", "more", "longer"],
 )
-def test_verify_reports_difference(write_jsonl, tmp_path, others, complaint):
+def test_verify_reports_difference(write_jsonl, tmp_path, others, message):
     prefix = converted(write_jsonl(*({"text": text} for text in TEXTS)), tmp_path / "p")
     found = verified(prefix, write_jsonl(*({"text": text} for text in others), name="other.jsonl"))
     assert found.verified is None
-    assert any(complaint in problem for problem in found.problems), found.problems
+    assert any(message in problem for problem in found.problems), found.problems
 
 
 def test_inspect_memory_is_constant(tmp_path, root):
@@ -201,8 +201,8 @@ inspection._CHUNK = 1 << 20
 inspection.inspect(Dataset({str(tmp_path / name)!r}), 1024, 12)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 """
-        done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout))
+        result = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+        peaks.append(int(result.stdout))
     assert peaks[1] - peaks[0] < 20, peaks  # MiB; the large file is 54 MiB larger
 
 

@@ -71,11 +71,11 @@ def test_shuffled_is_permutation(seed, turn, count):
 
 
 def test_shuffled_is_uniform():
-    places = [[0] * 7 for _ in range(7)]
+    counts = [[0] * 7 for _ in range(7)]
     for turn in range(2000):
         for i in range(7):
-            places[i][shuffled(turn % 10, turn, i, 7)] += 1
-    for row in places:
+            counts[i][shuffled(turn % 10, turn, i, 7)] += 1
+    for row in counts:
         assert min(row) > 210  # 286 expected, standard deviation 16
         assert max(row) < 360
     assert len({tuple(shuffled(0, turn, i, 50) for i in range(50)) for turn in range(100)}) == 100

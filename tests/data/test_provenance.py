@@ -19,7 +19,7 @@ from rwkv.train.data_source import open_data
 CHAT = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}
 
 
-def made(source, prefix, **flags):
+def converted(source, prefix, **flags):
     return convert(ConvertConfig(**{"input": str(source), "output_prefix": str(prefix), "workers": 1, **flags})).pairs[
         0
     ][0]
@@ -31,7 +31,7 @@ def train_on(prefix, rows, load_model="base.pth"):
 
 def test_manifest_contents(write_jsonl, tmp_path):
     source = write_jsonl(CHAT, CHAT)
-    prefix = made(source, tmp_path / "p")
+    prefix = converted(source, tmp_path / "p")
     data, found = Dataset(prefix), json.loads(Path(f"{prefix}.json").read_bytes())
     assert found == provenance.load(data)
     assert (found["documents"], found["tokens"], found["counted"]) == (2, len(data.tokens), int(data.mask.sum()))
@@ -45,18 +45,29 @@ def test_manifest_contents(write_jsonl, tmp_path):
     assert "source:     tokenizer World (65,536 tokens), from" in format_report(inspect(data, 4, 1))
 
 
+def test_missing_mask(write_jsonl, tmp_path):
+    """Data whose mask was not copied with it is not trained on in full without a word."""
+    prefix = converted(write_jsonl(CHAT), tmp_path / "p")
+    mask_path(prefix).unlink()
+    with pytest.raises(UserError, match=r"p_text_mask.bin: no such file, but .*p_text_document.json says .* 3 of 13"):
+        train_on(prefix, 65536)
+    assert any("p_text_mask.bin: no such file" in problem for problem in inspect(Dataset(prefix), 4, 1).problems)
+    Path(f"{prefix}.json").unlink()  # the way to train on all tokens
+    assert train_on(prefix, 65536).mask is None
+
+
 def test_merged_manifest_equals_single_run(write_jsonl, tmp_path):
     source = write_jsonl(*[CHAT] * 9)
-    whole = provenance.read(made(source, tmp_path / "whole"))
+    whole = provenance.read(converted(source, tmp_path / "whole"))
     for i in range(2):
-        made(source, tmp_path / "parts", shard=f"{i}/2")
+        converted(source, tmp_path / "parts", shard=f"{i}/2")
     merge(str(tmp_path / "parts"), False)
     assert provenance.read(tmp_path / "parts_text_document") == whole
 
 
 @pytest.mark.parametrize("rows", [50277, 50304, 260])
 def test_world_data_with_other_model(write_jsonl, tmp_path, rows):
-    prefix = made(write_jsonl({"text": "\x01\x02"}), tmp_path / "p")
+    prefix = converted(write_jsonl({"text": "\x01\x02"}), tmp_path / "p")
     assert Dataset(prefix).tokens.max() < rows  # every id would fit
     with pytest.raises(
         UserError,
@@ -69,7 +80,7 @@ def test_world_data_with_other_model(write_jsonl, tmp_path, rows):
 
 def test_other_data_with_world_model(write_jsonl, tmp_path, byte_tokenizer):
     text = write_jsonl({"text": "Hell"})
-    prefix = made(text, tmp_path / "p", tokenizer_type="HFTokenizer", vocab_file=str(byte_tokenizer[0]))
+    prefix = converted(text, tmp_path / "p", tokenizer_type="HFTokenizer", vocab_file=str(byte_tokenizer[0]))
     assert provenance.read(prefix)["tokenizer"]["sha256"] == hashlib.sha256(byte_tokenizer[0].read_bytes()).hexdigest()
     for load_model in ("base.pth", ""):
         with pytest.raises(
@@ -86,7 +97,7 @@ def test_other_data_with_world_model(write_jsonl, tmp_path, byte_tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"),
+    ("content", "message"),
     [
         (b"{", "is corrupt"),
         (b'{"kind": "rwkv binidx", "format": 1}', "is corrupt"),
@@ -94,17 +105,17 @@ def test_other_data_with_world_model(write_jsonl, tmp_path, byte_tokenizer):
         (b"[" * 100_000, "is corrupt"),
     ],
 )
-def test_corrupt_manifest(write_jsonl, tmp_path, content, complaint):
-    prefix = made(write_jsonl({"text": "a"}), tmp_path / "p")
+def test_corrupt_manifest(write_jsonl, tmp_path, content, message):
+    prefix = converted(write_jsonl({"text": "a"}), tmp_path / "p")
     Path(f"{prefix}.json").write_bytes(content)
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=message):
         train_on(prefix, 65536)
-    assert any(complaint in problem for problem in inspect(Dataset(prefix), 4, 1).problems)
+    assert any(message in problem for problem in inspect(Dataset(prefix), 4, 1).problems)
 
 
 def test_manifest_of_other_data(write_jsonl, tmp_path):
-    prefix = made(write_jsonl({"text": "a"}), tmp_path / "p")
-    other = made(write_jsonl({"text": "a"}, {"text": "b"}), tmp_path / "q")
+    prefix = converted(write_jsonl({"text": "a"}), tmp_path / "p")
+    other = converted(write_jsonl({"text": "a"}, {"text": "b"}), tmp_path / "q")
     for end in (".bin", ".idx"):
         Path(f"{prefix}{end}").write_bytes(Path(f"{other}{end}").read_bytes())
     with pytest.raises(UserError, match=r"p_text_document.json: describes 1 documents .* contains 2"):
@@ -125,14 +136,16 @@ def test_verify_takes_flags_from_manifest(script, write_jsonl, tmp_path, byte_to
         "ftfy": True,
         "split": "train",
     }
-    made(tmp_path / "in", tmp_path / "p", **flags)
+    converted(tmp_path / "in", tmp_path / "p", **flags)
     for key in ("text", "title"):
         printed = script(
             "inspect_data.py", "--data_file", f"p_{key}_document", "--verify", tmp_path / "in", "--ctx_len", 2
         ).stdout
         assert "verified:   all 3 documents" in printed
         assert "splits: train (omitted: test)" in printed
-    made(tmp_path / "in/test.jsonl", tmp_path / "q", tokenizer_type="HFTokenizer", vocab_file=str(byte_tokenizer[0]))
+    converted(
+        tmp_path / "in/test.jsonl", tmp_path / "q", tokenizer_type="HFTokenizer", vocab_file=str(byte_tokenizer[0])
+    )
     arguments = ("--data_file", "q_text_document", "--verify", tmp_path / "in/test.jsonl", "--ctx_len", 1, "--json")
     # only too short for a context
     found = json.loads(script("inspect_data.py", *arguments, status=1).stdout)
@@ -140,9 +153,9 @@ def test_verify_takes_flags_from_manifest(script, write_jsonl, tmp_path, byte_to
 
 
 def test_stale_files_removed(write_jsonl, tmp_path):
-    prefix = made(write_jsonl(CHAT), tmp_path / "p")
+    prefix = converted(write_jsonl(CHAT), tmp_path / "p")
     assert mask_path(prefix).exists()
-    made(write_jsonl({"text": "a"}), tmp_path / "p", force=True)
+    converted(write_jsonl({"text": "a"}), tmp_path / "p", force=True)
     assert not mask_path(prefix).exists()
     assert Dataset(prefix).mask is None
     assert provenance.load(Dataset(prefix))["counted"] is None
@@ -151,5 +164,5 @@ def test_stale_files_removed(write_jsonl, tmp_path):
 def test_folder_skips_converter_output(write_jsonl, tmp_path):
     write_jsonl({"text": "a"})
     for _ in range(2):
-        prefix = made(tmp_path, tmp_path / "p", force=True)
+        prefix = converted(tmp_path, tmp_path / "p", force=True)
     assert [Path(source["path"]).name for source in provenance.read(prefix)["sources"]] == ["text.jsonl"]

@@ -21,16 +21,16 @@ def test_read_matches_plain_lists(make_stream, monkeypatch_module, documents, se
     monkeypatch_module.setattr(module, "_CHUNK", chunk)
     ids = flat(documents)
     mask = data.draw(st.lists(st.integers(0, 1), min_size=len(ids), max_size=len(ids)))
-    made = make_stream(documents, mask, separator=separator)
+    stream = make_stream(documents, mask, separator=separator)
     numbers = [i for i, document in enumerate(documents) for _ in document]
     starts = [t == 0 or numbers[t] != numbers[t - 1] or (separator == 0 and ids[t - 1] == 0) for t in range(len(ids))]
     begin = data.draw(st.integers(0, len(ids) - 1))
     end = data.draw(st.integers(begin + 1, len(ids)))
-    piece = made.read(begin, end)
-    assert piece.ids.tolist() == made.ids(begin, end).tolist() == ids[begin:end]
-    assert piece.loss_mask.tolist() == [bool(m) for m in mask[begin:end]]
-    assert piece.starts.tolist() == starts[begin:end]
-    assert made.document_starts().tolist() == [*np.flatnonzero(starts), len(ids)]
+    part = stream.read(begin, end)
+    assert part.ids.tolist() == stream.ids(begin, end).tolist() == ids[begin:end]
+    assert part.loss_mask.tolist() == [bool(m) for m in mask[begin:end]]
+    assert part.starts.tolist() == starts[begin:end]
+    assert stream.document_starts().tolist() == [*np.flatnonzero(starts), len(ids)]
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +51,11 @@ def test_split_partitions_documents(make_stream, monkeypatch_module, seed, share
         assume(False)
     seen = []
     for spans in sides:
-        made = Stream(data, spans)
-        ids = made.ids(0, len(made)).tolist()
+        stream = Stream(data, spans)
+        ids = stream.ids(0, len(stream)).tolist()
         numbers = sorted(set(ids))
         assert ids == [i for i in numbers for _ in documents[i]], "in the order of the file"
-        starts = made.document_starts()
+        starts = stream.document_starts()
         assert [ids[t] for t in starts[:-1]] == numbers
         assert starts[-1] == len(ids)
         seen += numbers
@@ -63,21 +63,21 @@ def test_split_partitions_documents(make_stream, monkeypatch_module, seed, share
 
 
 def test_split_is_stable_when_documents_are_appended(make_stream):
-    held = []
+    validation = []
     for count in (2000, 3000):
         data = make_stream([[i, i] for i in range(count)])._data
-        made = Stream(data, split(data, 0.1, 10)[1])
-        held.append(set(made.ids(0, len(made)).tolist()))
-    assert held[0] == {i for i in held[1] if i < 2000}
-    assert 220 < len(held[1]) < 380  # 300 expected, standard deviation 16
+        stream = Stream(data, split(data, 0.1, 10)[1])
+        validation.append(set(stream.ids(0, len(stream)).tolist()))
+    assert validation[0] == {i for i in validation[1] if i < 2000}
+    assert 220 < len(validation[1]) < 380  # 300 expected, standard deviation 16
 
 
 def test_split_of_few_documents(make_stream):
     data = make_stream([range(60), range(60, 100)])._data
-    train, held = (Stream(data, spans) for spans in split(data, 0.2, 10))
+    train, validation = (Stream(data, spans) for spans in split(data, 0.2, 10))
     assert train.ids(0, len(train)).tolist() == list(range(80))
-    assert held.ids(0, len(held)).tolist() == list(range(80, 100))
-    assert held.document_starts().tolist() == [0, 20]
+    assert validation.ids(0, len(validation)).tolist() == list(range(80, 100))
+    assert validation.document_starts().tolist() == [0, 20]
 
 
 def test_split_too_small(make_stream):
@@ -103,6 +103,6 @@ def test_chatml_mask_at_any_offset(make_stream, ids, data):
             inside = inside or document[max(0, t - 2) : t] == [OPEN, BREAK]
             expected.append(inside)
             inside = inside and token != CLOSE
-    made = make_stream([ids[:cut], ids[cut:]], chatml=True)
+    stream = make_stream([ids[:cut], ids[cut:]], chatml=True)
     begin = data.draw(st.integers(0, len(ids) - 1))
-    assert made.read(begin, len(ids)).loss_mask.tolist() == expected[begin:]
+    assert stream.read(begin, len(ids)).loss_mask.tolist() == expected[begin:]

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv.data.tokenizer import LARGEST_ID, VOCAB_SIZE, WorldTokenizer
+from rwkv.data.tokenizer import LARGEST_ID, VOCAB_SIZE, HFTokenizer, WorldTokenizer
+from rwkv.errors import UserError
 
 ORACLE = Path(sys.prefix) / "oracle"
 PROGRAM = """
@@ -31,9 +32,7 @@ def tokenizer():
     return WorldTokenizer()
 
 
-@pytest.mark.skipif(
-    bool(os.environ.get("PY")), reason="make was given a Python of its own, and installs no oracle beside it"
-)
+@pytest.mark.skipif(bool(os.environ.get("PY")), reason="PY selects another Python, into which make installs no oracle")
 def test_ids_match_reference_tokenizer(tokenizer, root):
     assert ORACLE.is_dir(), "the oracle is installed by: make test"
     texts = TEXTS + [
@@ -41,14 +40,14 @@ def test_ids_match_reference_tokenizer(tokenizer, root):
     ]
     texts += [(root / page).read_text(encoding="utf-8") for page in ("README.md", "README.zh.md", "rwkv/checkpoint.py")]
     # -I: the oracle's `rwkv` must not be ours
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-I", "-c", PROGRAM, str(ORACLE)],
         input=json.dumps(texts),
         capture_output=True,
         text=True,
         check=True,
     )
-    assert [tokenizer.encode(text) for text in texts] == json.loads(done.stdout)
+    assert [tokenizer.encode(text) for text in texts] == json.loads(result.stdout)
 
 
 @given(text=st.text(st.characters(blacklist_categories=["Cs"])))
@@ -72,3 +71,12 @@ def test_eod_unused_and_invalid_ids(tokenizer):
     for wrong in (-1, VOCAB_SIZE):
         with pytest.raises(ValueError, match="not a World token id"):
             tokenizer.decode([wrong])
+
+
+def test_missing_tokenizer_file(tmp_path):
+    with pytest.raises(
+        UserError, match="^--vocab_file is missing: --tokenizer_type HFTokenizer needs a tokenizer.json"
+    ):
+        HFTokenizer("")
+    with pytest.raises(UserError, match="none.json: no such file"):
+        HFTokenizer(tmp_path / "none.json")

@@ -50,9 +50,9 @@ def test_dropout_mask_matches_cpu(dtype):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-@pytest.mark.parametrize("words", [2, 33, 1000, 50277, 65536])
-def test_loss(dtype, words):
-    cases.loss(dtype, words, words, "cuda")
+@pytest.mark.parametrize("vocab", [2, 33, 1000, 50277, 65536])
+def test_loss(dtype, vocab):
+    cases.loss(dtype, vocab, vocab, "cuda")
 
 
 def test_nan_and_inf_propagate():
@@ -123,7 +123,7 @@ def test_no_host_sync(step):
     adam = torch.optim.Adam(model.parameters(), fused=True)
     tokens = torch.randint(1000, (2, 257)).pin_memory()
 
-    def one():
+    def train_step():
         ids = tokens.to("cuda", non_blocking=True)
         with torch.autocast("cuda", dtype=BF16):
             hidden, _ = model.hidden(ids[:, :-1])
@@ -133,10 +133,10 @@ def test_no_host_sync(step):
         adam.step()
         adam.zero_grad(set_to_none=True)
 
-    one()
+    train_step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        one()
+        train_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -38,18 +38,18 @@ def losses(make_data, tmp_path):
     return run
 
 
-def test_full_tuning_fp32_matches_cpu(losses):
-    on = [losses(TrainConfig, device, precision="fp32", accelerator=device, **MODEL) for device in ("cpu", "gpu")]
-    assert on[0][-1] < on[0][0]
-    torch.testing.assert_close(*on, rtol=1e-4, atol=0)  # different summation order, then 20 steps of Adam
+def test_full_fine_tuning_fp32_matches_cpu(losses):
+    curves = [losses(TrainConfig, device, precision="fp32", accelerator=device, **MODEL) for device in ("cpu", "gpu")]
+    assert curves[0][-1] < curves[0][0]
+    torch.testing.assert_close(*curves, rtol=1e-4, atol=0)  # different summation order, then 20 steps of Adam
 
 
 def test_lora_fp32_matches_cpu(losses, make_base):
     base = str(make_base(**MODEL))
     flags = {"load_model": base, "lora": True, "lora_r": 4, "lora_alpha": 8, "precision": "fp32"}
-    on = [losses(LoRAConfig, device, accelerator=device, **flags) for device in ("cpu", "gpu")]
-    assert on[0][-1] < on[0][0]
-    torch.testing.assert_close(*on, rtol=1e-4, atol=0)
+    curves = [losses(LoRAConfig, device, accelerator=device, **flags) for device in ("cpu", "gpu")]
+    assert curves[0][-1] < curves[0][0]
+    torch.testing.assert_close(*curves, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
@@ -90,12 +90,12 @@ def test_no_host_sync(monkeypatch, make_base, make_data, tmp_path, variant, meth
     """
     steps = []
 
-    def begins(self, batch, batch_idx, begin=TrainingModule.on_train_batch_start):
+    def on_start(self, batch, batch_idx, begin=TrainingModule.on_train_batch_start):
         steps.append(self.step)
         torch.cuda.set_sync_debug_mode("error" if FIRST <= self.step < LAST else "default")
         begin(self, batch, batch_idx)
 
-    monkeypatch.setattr(TrainingModule, "on_train_batch_start", begins)
+    monkeypatch.setattr(TrainingModule, "on_train_batch_start", on_start)
     flags = RUN | {
         "ctx_len": 1024,
         "micro_bsz": 4,

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def on_gpu(arguments):
     moved = {id(x): x.cuda() for x in arguments if x is not None}
-    return [moved.get(id(x)) for x in arguments]  # arguments that are the same tensor stay so
+    return [moved.get(id(x)) for x in arguments]  # a tensor passed twice stays one tensor
 
 
 def cuda(w, u, k, v, state=None, reset=None, initial=None):
@@ -115,15 +115,15 @@ def test_documented_memory(dtype, length):
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     y, _ = cuda(*leaves)
-    numbers = leaves[2].numel()
+    elements = leaves[2].numel()
     # cuda/README.md: y, and 3/16 fp32 per element for the saved states; the rest is [B, segments,
     # ...]
     saved = torch.cuda.memory_allocated() - before
-    assert saved <= numbers * (y.element_size() + 4 * 3 / 16) * 1.02 + (1 << 20)
+    assert saved <= elements * (y.element_size() + 4 * 3 / 16) * 1.02 + (1 << 20)
     torch.autograd.grad(y, leaves, gy)
     peak = torch.cuda.max_memory_allocated() - before
     # plus gk and gv, and 5 fp32 per channel and segment of at least 32 tokens
-    assert peak <= numbers * (3 * y.element_size() + 4 * 3 / 16 + 4 * 5 / 32) * 1.02 + (1 << 20)
+    assert peak <= elements * (3 * y.element_size() + 4 * 3 / 16 + 4 * 5 / 32) * 1.02 + (1 << 20)
 
 
 @pytest.mark.skipif(
@@ -144,5 +144,5 @@ def test_64_bit_offsets():
     gy[:, -tail:] = torch.randn(1, tail, channels, device="cuda", dtype=torch.bfloat16)
     ours = torch.autograd.grad(y, (k, v), gy)
     theirs = torch.autograd.grad(y1, (k1, v1), gy[:, -tail:].contiguous())
-    for whole, piece in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(whole[:, -tail:], piece, rtol=2**-6, atol=2**-6)
+    for whole, part in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(whole[:, -tail:], part, rtol=2**-6, atol=2**-6)

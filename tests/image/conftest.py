@@ -1,5 +1,5 @@
-"""Collect the image tests only where they apply: test_inside.py in a container, test_outside.py
-beside an image.
+"""Collect the image tests only where they can run: test_inside.py in a container, test_outside.py
+on a host with an image.
 """
 
 import os

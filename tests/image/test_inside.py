@@ -21,11 +21,11 @@ ARCHS = {"cu117": [60, 70, 75, 80, 86], "modern": [75, 80, 86, 89, 90, 100, 120]
 
 
 def test_stack_versions():
-    wanted = {
+    expected = {
         "cu117": {"torch": "1.13.1", "deepspeed": "0.7.0", "pytorch-lightning": "1.9.5"},
         "modern": {"torch": "2.13.0", "deepspeed": "0.19.8", "pytorch-lightning": "2.6.6"},
     }[STACK]
-    assert {name: importlib.metadata.version(name).split("+")[0] for name in wanted} == wanted
+    assert {name: importlib.metadata.version(name).split("+")[0] for name in expected} == expected
     import torch
 
     assert torch.version.cuda.split(".")[0] == {"cu117": "11", "modern": "13"}[STACK]
@@ -34,16 +34,16 @@ def test_stack_versions():
 
 
 def test_packages_match_lock():
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", "check"],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stdout.strip()) == (0, "No broken requirements found.")
-    from rwkv.doctor import examine
+    assert (result.returncode, result.stdout.strip()) == (0, "No broken requirements found.")
+    from rwkv.doctor import run_checks
 
-    assert {finding.name: finding.status for finding in examine("out")}["packages"] == "ok"
+    assert {finding.name: finding.status for finding in run_checks("out")}["packages"] == "ok"
 
 
 def test_runs_as_unprivileged_user():
@@ -77,24 +77,24 @@ def test_kernels_for_every_gpu_of_stack():
 
 
 def test_operator_matches_reference():
-    from rwkv.doctor import examine
+    from rwkv.doctor import run_checks
 
-    findings = {finding.name: finding for finding in examine("out")}
+    findings = {finding.name: finding for finding in run_checks("out")}
     assert findings["WKV on the CPU"].status == "ok", findings["WKV on the CPU"]
     assert findings["DeepSpeed"].status == "ok", findings["DeepSpeed"]
 
 
 def test_doctor_reports_no_failure():
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "scripts/doctor.py", "--folder", "out", "--json", "true"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    findings = json.loads(done.stdout)
+    findings = json.loads(result.stdout)
     assert [finding for finding in findings if finding["status"] == "fail"] == []
-    assert done.returncode == 0
+    assert result.returncode == 0
 
 
 @pytest.mark.parametrize("name", sorted(ZEROS))

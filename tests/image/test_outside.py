@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 IMAGE = os.environ["RWKV_TEST_IMAGE"]
 FILES = ["compose.yaml", "compose.cpu.yaml", "tests/image/compose.engine.yaml"]
 SERVICES = sorted(yaml.safe_load((ROOT / "compose.yaml").read_text())["services"])
-USER = os.getuid() or 1000  # of the jobs
+USER = os.getuid() or 1000  # runs the jobs
 ISOLATED = ("--network", "none", "--read-only", "--tmpfs", "/tmp:exec")
 
 
@@ -77,7 +77,7 @@ def test_no_healthcheck():
 
 
 SMI = "#!/bin/bash\necho '%s'\n"
-REFUSALS = {
+ERRORS = {
     "no GPU": ((), None, "no GPU is visible"),
     "old driver": ((), "440.33.01, NVIDIA A100, 8.0", "driver is 440.33.01"),
     "GPU without code": ((), "590.1, Tesla K80, 3.7", "3.7, and the "),
@@ -90,18 +90,18 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSALS)
+@pytest.mark.parametrize("case", ERRORS)
 def test_entrypoint_errors(tmp_path, case):
-    options, gpu, what = REFUSALS[case]
+    options, gpu, what = ERRORS[case]
     if gpu:
         smi = tmp_path / "nvidia-smi"
         smi.write_text(SMI % gpu)
         smi.chmod(0o755)
         options = (*options, "-v", f"{smi}:/usr/bin/nvidia-smi:ro")
-    done = container("lora", options=options)
-    assert done.returncode == 78, done.stderr
-    assert what in done.stderr
-    assert "fix: " in done.stderr
+    result = container("lora", options=options)
+    assert result.returncode == 78, result.stderr
+    assert what in result.stderr
+    assert "fix: " in result.stderr
     anyway = container(
         "lora", "--load_model", "none.pth", "--data_file", "none", options=(*options, "-e", "RWKV_ANYWAY=1")
     )
@@ -111,9 +111,9 @@ def test_entrypoint_errors(tmp_path, case):
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_service_help(compose, service):
-    done = compose("run", "--rm", service, "--help")
-    assert done.returncode == 0, done.stderr
-    assert "usage:" in (done.stdout + done.stderr).lower()
+    result = compose("run", "--rm", service, "--help")
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in (result.stdout + result.stderr).lower()
 
 
 def test_gpu_reservations(compose):
@@ -128,17 +128,17 @@ def test_gpu_reservations(compose):
     assert reserving("compose.yaml") == set(SERVICES) - {"convert", "inspect", "estimate", "export"}
     assert reserving(*FILES[:2]) == set()
     if shutil.which("nvidia-container-runtime") is None:
-        done = compose("run", "--rm", "doctor", files=["compose.yaml", "tests/image/compose.engine.yaml"])
-        assert "could not select device driver" in done.stderr  # quoted in the FAQ
+        result = compose("run", "--rm", "doctor", files=["compose.yaml", "tests/image/compose.engine.yaml"])
+        assert "could not select device driver" in result.stderr  # quoted in the FAQ
         assert compose("run", "--rm", "doctor", files=FILES).returncode == 0
 
 
 def test_convert_writes_to_out(compose):
-    refused = compose("run", "--rm", "-T", "convert", "--input", "data/example.jsonl")
-    assert refused.returncode == 1
-    assert "this file system is read-only; write to another place" in refused.stderr
-    done = compose("run", "--rm", "-T", "convert", "--input", "data/example.jsonl", "--output-prefix", "out/example")
-    assert done.returncode == 0, done.stderr
+    failed = compose("run", "--rm", "-T", "convert", "--input", "data/example.jsonl")
+    assert failed.returncode == 1
+    assert "this file system is read-only; write to another folder" in failed.stderr
+    result = compose("run", "--rm", "-T", "convert", "--input", "data/example.jsonl", "--output-prefix", "out/example")
+    assert result.returncode == 0, result.stderr
     assert {path.name for path in compose.out.iterdir()} == {
         f"example_text_document.{end}" for end in ("bin", "idx", "json")
     }
@@ -146,20 +146,20 @@ def test_convert_writes_to_out(compose):
 
 
 def test_inside():
-    done = container(
+    result = container(
         "test", "tests/image", "-p", "no:cacheprovider", options=("-e", "RWKV_DEVICE=cpu", "--shm-size", "2g")
     )
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\[100%\]", done.stdout)
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"\[100%\]", result.stdout)
 
 
 def test_demo_without_network(compose):
     started = time.monotonic()
-    done = compose("run", "--rm", "lora")
+    result = compose("run", "--rm", "lora")
     print(f"the demo in the container: {time.monotonic() - started:.0f} s")
-    assert done.returncode == 0, done.stdout + done.stderr
-    answer = re.search(r"^after: +What is LoRA\? *(.*)$", done.stdout, re.MULTILINE)[1]
+    assert result.returncode == 0, result.stdout + result.stderr
+    answer = re.search(r"^after: +What is LoRA\? *(.*)$", result.stdout, re.MULTILINE)[1]
     assert "LoRA" in answer
     assert (compose.out / "demo/tuned.pth").stat().st_size > 10_000_000
     assert {path.stat().st_uid for path in compose.out.rglob("*")} == {USER}

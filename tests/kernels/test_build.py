@@ -24,19 +24,17 @@ KERNELS = {
     for dtype in ("fp32", "bf16", "fp16")
 }
 KERNELS |= {"wkv4_scan", "wkv4_scan_gradient"}
-ONE, TWO = (
-    ("fp32", "bf16", "fp16", "any"),
-    ("fp32", "bf16", "fp16", "fp32_bf16", "fp32_fp16", "any"),
-)  # dtypes; dtypes of residual stream and computation
+DTYPES = ("fp32", "bf16", "fp16", "any")
+STREAMS = ("fp32", "bf16", "fp16", "fp32_bf16", "fp32_fp16", "any")  # dtypes of residual stream and computation
 KERNELS |= {
     f"fused_{what}_{dtype}"
     for what in ("gate", "gate_gradient", "mix", "mix_gradient", "relu2", "relu2_gradient", "dropout", "loss")
-    for dtype in ONE
+    for dtype in DTYPES
 }
-KERNELS |= {f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums") for dtype in TWO}
+KERNELS |= {f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums") for dtype in STREAMS}
 ARCHS = build.all_archs()
-# Each takes ten seconds: all with RWKV_KERNELS_ALL=1 and in images, otherwise the oldest, Ampere
-# and the newest.
+# Compiling takes ten seconds per architecture: all with RWKV_KERNELS_ALL=1 and in images, otherwise
+# the oldest, Ampere and the newest.
 COMPILED = ARCHS if os.environ.get("RWKV_KERNELS_ALL") == "1" else sorted({ARCHS[0], 80, ARCHS[-1]})
 BUILT = list(build.manifest()["device"].get("files", ()))  # for this machine's GPUs, or for all
 
@@ -58,9 +56,9 @@ def test_compiles_within_register_budget(arch):
     _, log = COMPILER.compile(*build.device_sources(), f"sm_{arch}", build.DEVICE_OPTIONS)
     assert "warning" not in log
     assert "error" not in log
-    used = nvrtc.resources(log)
-    assert set(used) == KERNELS
-    for name, use in used.items():
+    resources = nvrtc.resources(log)
+    assert set(resources) == KERNELS
+    for name, use in resources.items():
         # wkv4_gradient keeps 16 tokens and their states in registers and may use the maximum. Row
         # kernels have blocks of up to 1024 threads, hence 64 registers. Elementwise kernels aim at
         # full occupancy.
@@ -68,7 +66,7 @@ def test_compiles_within_register_budget(arch):
             ("fused_norm_fp", "fused_norm_bf", "fused_norm_any", "fused_norm_gradient", "fused_loss"),
             ("fused_gate", "fused_relu2", "fused_dropout"),
         )
-        most = (
+        limit = (
             255
             if name.startswith("wkv4_gradient")
             else 64
@@ -77,11 +75,11 @@ def test_compiles_within_register_budget(arch):
             if name.startswith(small)
             else 128
         )
-        assert use["registers"] <= most, name
+        assert use["registers"] <= limit, name
         # local memory: register spills only (72 bytes in wkv4_gradient on sm_120), independent of T
         assert max(use["stack"], use["spill_stores"], use["spill_loads"]) <= 80, name
     name = f"rwkv_sm_{arch}.cubin"
-    assert name not in BUILT or used == build.manifest()["device"]["files"][name]
+    assert name not in BUILT or resources == build.manifest()["device"]["files"][name]
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
@@ -95,7 +93,7 @@ def test_cubin_contains_kernels(arch):
     assert set(re.findall(r"FUNC\s+GLOBAL\s.*\s(\w+)$", text, re.MULTILINE)) == KERNELS
 
 
-@pytest.mark.skipif(not any(name.endswith(".ptx") for name in BUILT), reason="built for this machine's GPUs alone")
+@pytest.mark.skipif(not any(name.endswith(".ptx") for name in BUILT), reason="built for this machine's GPUs only")
 def test_ptx_for_newest_architecture():
     text = (build.folder() / f"rwkv_compute_{ARCHS[-1]}.ptx").read_text()
     assert f".target sm_{ARCHS[-1]}" in text
@@ -191,7 +189,7 @@ def test_missing_or_stale_library(tmp_path, monkeypatch):
     assert not build.usable()
 
 
-def test_failed_load_cached_until_rebuild(copied, monkeypatch):
+def test_failed_load_cached_until_rebuild(builds, monkeypatch):
     checks = []
     load._why_unavailable.cache_clear()  # an earlier test may have cached the same manifest time
     monkeypatch.setattr(load, "_loaded", False)
@@ -209,26 +207,26 @@ def test_failed_load_cached_until_rebuild(copied, monkeypatch):
 
 def test_loaded_library_not_rechecked(monkeypatch):
     assert load.why_unavailable() is None
-    monkeypatch.setattr(build, "stamp", lambda: pytest.fail("checked the files again"))
+    monkeypatch.setattr(build, "build_time_ns", lambda: pytest.fail("checked the files again"))
     assert load.why_unavailable() is None
 
 
 @pytest.fixture
-def copied(tmp_path, monkeypatch):
-    """A copy of the compiled kernels that a test may damage. A build there restores the copy and is
-    counted in the returned list.
+def builds(tmp_path, monkeypatch):
+    """Use a copy of the compiled kernels, which a test may damage. A build restores the copy and
+    adds an entry to the returned list.
     """
-    original, builds = build.folder(), []
+    original, count = build.folder(), []
 
     def copy():
-        builds.append(1)
+        count.append(1)
         shutil.copytree(original, tmp_path / "lib", dirs_exist_ok=True)
 
     copy()
     monkeypatch.setattr(build, "folder", lambda: tmp_path / "lib")
     monkeypatch.setattr(build, "_build", copy)
-    builds.clear()
-    return builds
+    count.clear()
+    return count
 
 
 def gpus(monkeypatch, *capabilities):
@@ -251,41 +249,41 @@ def test_needed_targets(monkeypatch):
     assert build.needed_targets() == ["sm_86", "sm_80", "sm_75", "compute_86"]
 
 
-def test_build_for_new_gpu(copied, monkeypatch):
+def test_build_for_new_gpu(builds, monkeypatch):
     manifest = build.manifest()
     manifest["device"]["files"] = {}
     (build.folder() / "manifest.json").write_text(json.dumps(manifest))
     monkeypatch.delenv("RWKV_KERNELS_ALL", raising=False)
     gpus(monkeypatch)
     build.main()
-    assert copied == []
+    assert builds == []
     gpus(monkeypatch, (8, 0))
     build.main()
-    assert copied == [1]
+    assert builds == [1]
 
 
-def test_current_build_skipped(copied, capsys):
+def test_current_build_skipped(builds, capsys):
     build.main()
-    assert copied == []
+    assert builds == []
     assert "is current" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("broken", ["rwkv.so", "manifest.json", *BUILT[:1], *BUILT[-1:]])
-def test_rebuild_after_damage(copied, broken):
+def test_rebuild_after_damage(builds, broken):
     for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:100])):
         damage(build.folder() / broken)
         assert "run: make kernels" in build.why_unavailable()
-        copied.clear()
+        builds.clear()
         build.main()
-        assert copied == [1]
+        assert builds == [1]
         assert build.why_unavailable() is None
 
 
-def test_rebuild_unloadable_library(copied):
+def test_rebuild_unloadable_library(builds):
     library = build.library()
     library.write_bytes(b"?" * library.stat().st_size)
     build.main()
-    assert copied == [1]
+    assert builds == [1]
 
 
 def test_interrupted_build(tmp_path, monkeypatch):
@@ -303,12 +301,12 @@ def test_interrupted_build(tmp_path, monkeypatch):
 
 
 def test_parallel_compilation(monkeypatch):
-    started, two = [], threading.Barrier(2)
+    started, barrier = [], threading.Barrier(2)
 
     def compiled(_, target):
         started.append(target)
         if len(started) <= 2:
-            two.wait(timeout=30)  # raises unless a second one starts at the same time
+            barrier.wait(timeout=30)  # raises unless a second one starts at the same time
         return target, {}
 
     monkeypatch.setattr(build, "_compile", compiled)
@@ -332,8 +330,8 @@ def slow():
 build._build = slow
 build.build()
 """
-    both = [subprocess.Popen([sys.executable, "-c", program], cwd=build.SOURCES.parent) for _ in range(2)]
-    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    processes = [subprocess.Popen([sys.executable, "-c", program], cwd=build.SOURCES.parent) for _ in range(2)]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0]
     assert (tmp_path / "builds").read_text() == "x"
 
 
@@ -347,7 +345,7 @@ def stop(*_, **__): found.verify_ninja_availability(); print("found"); raise Sys
 found.load = stop
 build._build_host()
 """
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
@@ -355,7 +353,7 @@ build._build_host()
         env={"PATH": "/nowhere"},
         check=False,
     )
-    assert done.stdout == "found\n", done.stderr
+    assert result.stdout == "found\n", result.stderr
 
 
 def test_no_cuda_toolkit_in_sources():

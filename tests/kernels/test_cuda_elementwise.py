@@ -54,10 +54,10 @@ def test_dropout_mask_matches_cpu(gpu, dtype, count):
 
 
 @settings(max_examples=25, deadline=None)
-@given(dtype=DTYPES, words=st.sampled_from([2, 31, 32, 33, 1000, 1001]), seed=SEEDS)
-@example(dtype=torch.bfloat16, words=20_000, seed=0)  # several elements of a row per thread
-def test_loss(gpu, dtype, words, seed):
-    gpu.call("fused", "loss", dtype, words, seed)
+@given(dtype=DTYPES, vocab=st.sampled_from([2, 31, 32, 33, 1000, 1001]), seed=SEEDS)
+@example(dtype=torch.bfloat16, vocab=20_000, seed=0)  # several elements of a row per thread
+def test_loss(gpu, dtype, vocab, seed):
+    gpu.call("fused", "loss", dtype, vocab, seed)
 
 
 def test_nan_and_inf_propagate(gpu):

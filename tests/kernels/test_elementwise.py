@@ -86,10 +86,10 @@ def test_dropout_statistics():
 
 
 @settings(max_examples=30, deadline=None)
-@given(dtype=DTYPES, width=WIDTHS, words=st.sampled_from([2, 31, 32, 33, 1000]), seed=st.integers(0, 2**31))
-def test_loss(dtype, width, words, seed):
+@given(dtype=DTYPES, width=WIDTHS, vocab=st.sampled_from([2, 31, 32, 33, 1000]), seed=st.integers(0, 2**31))
+def test_loss(dtype, width, vocab, seed):
     set_width(width)
-    cases.loss(dtype, words, seed)
+    cases.loss(dtype, vocab, seed)
 
 
 @pytest.mark.parametrize("width", ["baseline", "avx2", "avx512", "avx512_bf16", "torch"])

@@ -1,4 +1,4 @@
-"""The chunked loss against the plain form."""
+"""The chunked loss against a plain implementation."""
 
 import pytest
 import torch
@@ -21,11 +21,13 @@ class PlainL2Wrap(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         (logits,) = ctx.saved_tensors
-        top, at = logits.max(-1, keepdim=True)
-        return grad_output, torch.zeros_like(logits).scatter_(-1, at, top * 1e-4 / (logits.shape[0] * logits.shape[1]))
+        top, index = logits.max(-1, keepdim=True)
+        return grad_output, torch.zeros_like(logits).scatter_(
+            -1, index, top * 1e-4 / (logits.shape[0] * logits.shape[1])
+        )
 
 
-def both(x, weight, targets):
+def plain_and_chunked(x, weight, targets):
     results = []
     for plain in (True, False):
         a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -44,7 +46,7 @@ def test_matches_cross_entropy_with_l2wrap(monkeypatch, chunk_tokens):
     monkeypatch.setattr(loss, "CHUNK_BYTES", chunk_tokens * 4 * 37)
     torch.manual_seed(0)
     x, weight, targets = torch.randn(3, 5, 8), torch.randn(37, 8) * 3, torch.randint(37, (3, 5))
-    for plain, chunked in zip(*both(x, weight, targets), strict=True):
+    for plain, chunked in zip(*plain_and_chunked(x, weight, targets), strict=True):
         torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-6)  # fp32, different summation order
 
 
@@ -73,20 +75,20 @@ def test_loss_mask(monkeypatch, chunk_tokens):
         (torch.randn(37, 8) * 3).requires_grad_(),
         torch.randint(37, (3, 5)),
     )
-    counts = torch.rand(3, 5) < 0.4
-    value = head_loss(x, weight, targets, counts)
+    mask = torch.rand(3, 5) < 0.4
+    value = head_loss(x, weight, targets, mask)
     gradients = torch.autograd.grad(value, (x, weight))
     logits = x @ weight.t()
-    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(3, 5)
-    n = int(counts.sum())
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(3, 5)
+    n = int(mask.sum())
     torch.testing.assert_close(
-        value, (each * counts).sum() / n, rtol=1e-5, atol=1e-6
+        value, (losses * mask).sum() / n, rtol=1e-5, atol=1e-6
     )  # fp32, different summation order
     wrap = 0.5e-4 * logits.max(-1).values.square()  # its derivative is L2Wrap's
-    expected = torch.autograd.grad(((each + wrap) * counts).sum() / n, (x, weight))
+    expected = torch.autograd.grad(((losses + wrap) * mask).sum() / n, (x, weight))
     for ours, plain in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
-    assert not gradients[0][~counts].any()
+    assert not gradients[0][~mask].any()
 
 
 def test_no_targets():
@@ -104,7 +106,9 @@ def test_all_ones_mask():
     assert torch.equal(head_loss(x, weight, targets), head_loss(x, weight, targets, torch.ones(3, 5, dtype=torch.bool)))
 
 
-class Calls(TorchDispatchMode):
+class CallCounter(TorchDispatchMode):
+    """Count the operations that torch dispatches."""
+
     def __init__(self):
         super().__init__()
         self.count = 0
@@ -120,7 +124,7 @@ def test_frozen_head():
     for frozen in (True, False):
         torch.manual_seed(0)
         x, weight = torch.randn(1, 4, 8, requires_grad=True), torch.randn(20, 8, requires_grad=not frozen)
-        with Calls() as mode:
+        with CallCounter() as mode:
             head_loss(x, weight, torch.zeros(1, 4, dtype=torch.long)).backward()
         assert (weight.grad is None) == frozen
         gradients.append(x.grad)
@@ -138,7 +142,7 @@ def test_kernel_count_independent_of_vocabulary(monkeypatch, dtype):
     def calls(vocab: int) -> int:
         monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 4 * vocab)  # four tokens
         x, weight = torch.randn(8, 6, dtype=dtype, requires_grad=True), torch.randn(vocab, 6, requires_grad=True)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16), Calls() as mode:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16), CallCounter() as mode:
             head_loss(x, weight, torch.arange(8))
         return mode.count
 

@@ -13,26 +13,30 @@ SHAPES = [(1, 3, 5), (7, 33, 65), (40, 200, 300), (300, 512, 96)]  # rows, out, 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_matches_torch_linear(shape, dtype):
-    rows, out, inside = shape
+    rows, out_features, in_features = shape
     torch.manual_seed(0)
-    x, weight, g = torch.randn(2, rows, inside), torch.randn(out, inside), torch.randn(2, rows, out)
+    x, weight, g = (
+        torch.randn(2, rows, in_features),
+        torch.randn(out_features, in_features),
+        torch.randn(2, rows, out_features),
+    )
     ours = [x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
     truth = [t.detach().double().requires_grad_() for t in ours]
     y, expected = linear(*ours), F.linear(*truth)
     y.backward(g.to(dtype))
     expected.backward(g.to(dtype).double())
     theirs = [t.detach().requires_grad_() for t in ours]
-    own = F.linear(*theirs)
-    own.backward(g.to(dtype))
-    share = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float64: 1e-14}[dtype]
+    torch_y = F.linear(*theirs)
+    torch_y.backward(g.to(dtype))
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float64: 1e-14}[dtype]
     # torch 1.13.1 rounds partial sums to bf16 on CPUs without AVX-512, hence the factor of torch's
     # own error.
     for a, b, t in (
-        (y, expected, own),
+        (y, expected, torch_y),
         (ours[0].grad, truth[0].grad, theirs[0].grad),
         (ours[1].grad, truth[1].grad, theirs[1].grad),
     ):
-        assert bool((a.double() - b).abs().max() <= share * b.abs().max() + 2 * (t.double() - b).abs().max())
+        assert bool((a.double() - b).abs().max() <= tolerance * b.abs().max() + 2 * (t.double() - b).abs().max())
 
 
 def test_deterministic():

@@ -63,17 +63,17 @@ def test_parameter_counts_and_weight_bytes(sizes, parts):
 def saved(p: Plan) -> int:
     """Bytes that autograd saves in a forward pass, without parameters; a storage counts once."""
     model = build(p)
-    own, found = {compat.storage(x).data_ptr() for x in model.parameters()}, {}
+    weights, found = {compat.storage(x).data_ptr() for x in model.parameters()}, {}
 
     def pack(x):
-        whole = compat.storage(x)
-        if whole.data_ptr() not in own:
-            found[whole.data_ptr()] = whole  # a reference, so that the address is not reused
+        storage = compat.storage(x)
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage  # a reference, so that the address is not reused
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         forward(p, model)
-    return sum(whole.nbytes() for whole in found.values())
+    return sum(storage.nbytes() for storage in found.values())
 
 
 @pytest.mark.parametrize("parts", [(), *PARTS], ids=",".join)
@@ -86,8 +86,8 @@ def test_saved_activation_bytes_per_block(small, precision, parts):
 
     # Differences cancel what does not grow with the tokens (mixing weights, decays) or is outside
     # the blocks.
-    at = {(layers, tokens): saved(plan(layers, tokens)) for layers in (2, 4) for tokens in (64, 128)}
-    block = (at[4, 128] - at[4, 64] - at[2, 128] + at[2, 64]) / 2 / 64
+    size = {(layers, tokens): saved(plan(layers, tokens)) for layers in (2, 4) for tokens in (64, 128)}
+    block = (size[4, 128] - size[4, 64] - size[2, 128] + size[2, 64]) / 2 / 64
     expected = memory.saved_bytes(plan(2, 64))
     if small is SMALL_7 and parts:  # without gradients of frozen weights, some of their inputs are not saved
         assert 0.9 * expected <= block <= expected
@@ -166,12 +166,12 @@ STATES = ("weights", "gradients", "optimizer")
 @pytest.mark.parametrize("devices", [1, 2, 8, 64])
 def test_zero_matches_paper(devices):
     plan = replace(Plan(published("1.5b"), lora=False, devices=devices, per_node=8), precision="fp16")
-    numbers = memory.total(plan.sizes)
+    parameters = memory.total(plan.sizes)
     for stage, expected in ((1, 4 + 12 / devices), (2, 2 + 14 / devices), (3, 16 / devices)):  # K = 12, figure 1
-        made = estimate(replace(plan, strategy=f"deepspeed_stage_{stage}"))
-        found, states = made.phases["optimizer"], made.phase_parts["optimizer"]
-        assert sum(states[name] for name in STATES) == pytest.approx(expected * numbers, rel=1e-6)
-        assert found >= expected * numbers
+        result = estimate(replace(plan, strategy=f"deepspeed_stage_{stage}"))
+        found, states = result.phases["optimizer"], result.phase_parts["optimizer"]
+        assert sum(states[name] for name in STATES) == pytest.approx(expected * parameters, rel=1e-6)
+        assert found >= expected * parameters
 
 
 def test_zero_matches_deepspeed_estimators():
@@ -182,18 +182,18 @@ def test_zero_matches_deepspeed_estimators():
 
     for name in ("0.4b", "7b"):
         plan = Plan(published(name), lora=False, devices=8, per_node=8)
-        numbers = memory.total(plan.sizes)
-        host, device = stage_2(numbers, 8, 1, cpu_offload=True, additional_buffer_factor=1.0)[:2]
+        parameters = memory.total(plan.sizes)
+        host, device = stage_2(parameters, 8, 1, cpu_offload=True, additional_buffer_factor=1.0)[:2]
         ours = estimate(replace(plan, strategy="deepspeed_stage_2_offload"))
         assert sum(ours.phase_parts["optimizer"][part] for part in STATES) == device
         # DeepSpeed: the larger of 4 bytes per parameter and process (8) while loading, and 16 of
         # states. Ours: their sum.
         assert sum(ours.host.get(part, 0) for part in ("optimizer", "loading")) == pytest.approx(host, rel=0.01)
-        _, device = stage_2(numbers, 8, 1, cpu_offload=False)[:2]
+        _, device = stage_2(parameters, 8, 1, cpu_offload=False)[:2]
         ours = estimate(replace(plan, strategy="deepspeed_stage_2"))
         # DeepSpeed counts full gradients in addition to their shard
         assert 0.5 * device < sum(ours.phase_parts["optimizer"][part] for part in STATES) <= device
-        _, device, _ = stage_3(numbers, 0, 8, 1, cpu_offload=False, cpu_offload_params=False)
+        _, device, _ = stage_3(parameters, 0, 8, 1, cpu_offload=False, cpu_offload_params=False)
         ours = estimate(replace(plan, strategy="deepspeed_stage_3"))
         # DeepSpeed: 18 bytes per parameter; the paper: 16
         assert sum(ours.phase_parts["optimizer"][part] for part in STATES) == pytest.approx(device, rel=0.12)

@@ -20,13 +20,13 @@ def cgroups(tmp_path):
     def make(*hierarchies) -> Path:
         groups, mounts = [], ["22 1 0:20 / /proc rw - proc proc rw", "23 1 0:21 / /run rw - tmpfs  rw"]
         for i, (version, root, path, values) in enumerate(hierarchies):
-            point = tmp_path / f"fs{i} with a space"
+            mount_point = tmp_path / f"fs{i} with a space"
             for group, limit in values.items():
-                (point / group).mkdir(parents=True, exist_ok=True)
-                (point / group / {1: "memory.limit_in_bytes", 2: "memory.max"}[version]).write_text(f"{limit}\n")
+                (mount_point / group).mkdir(parents=True, exist_ok=True)
+                (mount_point / group / {1: "memory.limit_in_bytes", 2: "memory.max"}[version]).write_text(f"{limit}\n")
             system = {1: "cgroup cgroup rw,memory", 2: "cgroup2 cgroup2 rw,nsdelegate"}[version]
             mounts.append(
-                f"3{i} 1 0:3{i} {root} {str(point).replace(' ', chr(92) + '040')} rw,nosuid shared:9 - {system}"
+                f"3{i} 1 0:3{i} {root} {str(mount_point).replace(' ', chr(92) + '040')} rw,nosuid shared:9 - {system}"
             )
             groups.append({1: f"7:cpu,cpuacct:/elsewhere\n4:memory:{path}", 2: f"0::{path}"}[version])
         (tmp_path / "cgroup").write_text("\n".join(groups) + "\n")
@@ -48,8 +48,8 @@ CASES = {
     "a container with a namespace": ([(2, "/", "/", {".": 700 * MIB})], 700 * MIB),
     "a container without one": ([(2, "/docker/1f", "/docker/1f/x", {".": 600 * MIB, "x": "max"})], 600 * MIB),
     "a container that was moved": ([(2, "/docker/1f", "/docker/2e", {".": 600 * MIB})], 600 * MIB),
-    "outside of the namespace": ([(2, "/", "/../../system", {".": 650 * MIB})], 650 * MIB),
-    "a group that is gone": ([(2, "/", "/a/gone", {"a": 650 * MIB})], 650 * MIB),
+    "outside the namespace": ([(2, "/", "/../../system", {".": 650 * MIB})], 650 * MIB),
+    "a deleted group": ([(2, "/", "/a/gone", {"a": 650 * MIB})], 650 * MIB),
     "no limit": ([(2, "/", "/a", {"a": "max"})], NONE),
     "no hierarchy": ([], NONE),
 }
@@ -84,10 +84,10 @@ def test_gpu_memory_of_visible_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (3 * MIB, 10 * MIB))
     assert machine.gpu_used(0) == 7 * MIB
 
-    def refused(i):
+    def unsupported(i):
         raise RuntimeError("CUDA error: operation not supported")
 
-    monkeypatch.setattr(torch.cuda, "mem_get_info", refused)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", unsupported)
     assert machine.gpu_used(0) == 0
 
 

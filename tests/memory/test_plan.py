@@ -32,10 +32,10 @@ def resolved_flags(monkeypatch, make_data, tmp_path):
     """
     fit = importlib.import_module("rwkv.train.fit")
 
-    def run(kind, memory: int, *words: str, host: int = HOST):
+    def run(kind, memory: int, *flags: str, host: int = HOST):
         monkeypatch.setattr(machine, "use_gpu", lambda accelerator: True)
         monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: memory if gpu else host)
-        monkeypatch.setattr(compat, "deepspeed_refusal", lambda on_gpu: None)
+        monkeypatch.setattr(compat, "why_deepspeed_unavailable", lambda on_gpu: None)
 
         def make_trainer(run, callbacks):
             raise TrainerCreated(run.flags)
@@ -54,7 +54,7 @@ def resolved_flags(monkeypatch, make_data, tmp_path):
         ]
         common += ["--epoch_steps", "3", "--epoch_count", "1", "--precision", "bf16", "--random_seed", "1", "--auto"]
         with pytest.raises(TrainerCreated) as caught:
-            fit.fit(parse(kind, "", [*sizes, *common, *words]))
+            fit.fit(parse(kind, "", [*sizes, *common, *flags]))
         return caught.value.args[0]
 
     return run
@@ -88,10 +88,10 @@ STEPS = [  # devices, the plan that just fits, and the expected flags
 
 @pytest.mark.parametrize(("devices", "fitting", "expected"), STEPS)
 def test_auto_picks_cheapest_flags(resolved_flags, capsys, devices, fitting, expected):
-    wanted = plan(devices=devices, per_node=devices, **fitting)
-    config = resolved_flags(TrainConfig, memory_for(wanted), "--devices", str(devices))
+    target = plan(devices=devices, per_node=devices, **fitting)
+    config = resolved_flags(TrainConfig, memory_for(target), "--devices", str(devices))
     chosen = planning.plan_of(config, SIZES, True, "bf16")
-    assert estimate(chosen).total <= estimate(wanted).total
+    assert estimate(chosen).total <= estimate(target).total
     assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp, config.strategy) == expected
     assert config.micro_bsz * config.accumulate_grad_batches == 4
     assert config.epoch_steps == 3 * 4 // config.micro_bsz
@@ -103,10 +103,10 @@ def test_auto_picks_cheapest_flags(resolved_flags, capsys, devices, fitting, exp
 
 
 def test_auto_for_lora(resolved_flags, capsys):
-    wanted = plan(lora=True, micro_bsz=1, accumulate=4, devices=8, per_node=8)
-    config = resolved_flags(LoRAConfig, memory_for(wanted), "--devices", "8", "--lora", "1")
+    target = plan(lora=True, micro_bsz=1, accumulate=4, devices=8, per_node=8)
+    config = resolved_flags(LoRAConfig, memory_for(target), "--devices", "8", "--lora", "1")
     assert (config.micro_bsz, config.grad_cp, config.strategy) == (1, 0, "auto")
-    assert f"of {planning.USABLE * memory_for(wanted) / 1e9:.2f} GB" in capsys.readouterr().out
+    assert f"of {planning.USABLE * memory_for(target) / 1e9:.2f} GB" in capsys.readouterr().out
 
 
 def test_auto_respects_host_memory_and_flags(resolved_flags, monkeypatch):
@@ -130,15 +130,15 @@ def test_cuda_out_of_memory_message(monkeypatch):
     monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: total)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: used)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    wanted = plan(sizes=published("1.5b"), ctx_len=1024, micro_bsz=1)
-    watch = MemoryMonitor(wanted, 0)
-    watch._device = torch.device("cuda")
-    with pytest.raises(UserError) as caught, watch.explained():
+    target = plan(sizes=published("1.5b"), ctx_len=1024, micro_bsz=1)
+    monitor = MemoryMonitor(target, 0)
+    monitor._device = torch.device("cuda")
+    with pytest.raises(UserError) as caught, monitor.explain_errors():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     message = str(caught.value)
-    assert f"{watch.expected() / 1e9:.2f} GB per device were predicted; 23.00 GB of 24.00 GB were in use" in message
+    assert f"{monitor.expected() / 1e9:.2f} GB per device were predicted; 23.00 GB of 24.00 GB were in use" in message
     assert "The cheapest change that fits: --grad_cp 1, --strategy deepspeed_stage_2_offload (" in message
-    with pytest.raises(RuntimeError, match="shapes"), watch.explained():  # another error stays what it is
+    with pytest.raises(RuntimeError, match="shapes"), monitor.explain_errors():  # other errors are not changed
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
@@ -150,11 +150,11 @@ def test_unknown_gpu_memory(resolved_flags, capsys, monkeypatch):
     assert "GB usable" not in printed
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10**9)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    watch = MemoryMonitor(plan(sizes=published("1.5b"), ctx_len=1024, micro_bsz=1), 0)
-    watch._device = torch.device("cuda")
+    monitor = MemoryMonitor(plan(sizes=published("1.5b"), ctx_len=1024, micro_bsz=1), 0)
+    monitor._device = torch.device("cuda")
     with (
         pytest.raises(UserError, match=r"1\.00 GB were in use when an allocation failed\. ") as caught,
-        watch.explained(),
+        monitor.explain_errors(),
     ):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     assert "0.00 GB" not in str(caught.value)

@@ -16,11 +16,11 @@ def test_largest_batch_and_context():
     plan = Plan(published("1.5b"), grad_cp=True)
     limit = 12 * memory.GB
     for what, unit in (("micro_bsz", 1), ("ctx_len", 16)):
-        most = search.largest(plan, limit, what)
+        largest = search.largest(plan, limit, what)
         assert (
-            estimate(replace(plan, **{what: most})).total
+            estimate(replace(plan, **{what: largest})).total
             <= limit
-            < estimate(replace(plan, **{what: most + unit})).total
+            < estimate(replace(plan, **{what: largest + unit})).total
         )
     assert search.largest(replace(plan, lora=False), limit, "micro_bsz") == 0
 
@@ -31,16 +31,16 @@ def test_remedy_is_first_that_fits(gpu, method):
     plan = Plan(published("1.5b"), lora=method == "lora", micro_bsz=8, gpu=gpu)
     for share in (0.9, 0.6, 0.4):
         limit = round(estimate(plan).total * share)
-        words, changed = search.remedy(plan, limit)
+        change, changed = search.cheapest_change(plan, limit)
         assert estimate(changed).total <= limit
         before = [q for _, q in search.changes(plan)]
         assert all(estimate(q).total > limit for q in before[: before.index(changed)])
-        for flag, value in re.findall(r"--(\w+) (\w+)", words):
+        for flag, value in re.findall(r"--(\w+) (\w+)", change):
             assert str(getattr(changed, {"accumulate_grad_batches": "accumulate"}.get(flag, flag))) in (
                 value,
                 {"1": "True"}.get(value),
             )
-    assert search.remedy(plan, 1000) is None
+    assert search.cheapest_change(plan, 1000) is None
 
 
 @pytest.mark.parametrize(
@@ -54,11 +54,11 @@ def test_no_adafactor_with_deepspeed(strategy, optimizer):
 
 
 def test_readme_table(root, script):
-    made = script("estimate.py", "--table").stdout.strip()
-    assert made == search.table()
+    table = script("estimate.py", "--table").stdout.strip()
+    assert table == search.table()
     for name in ("README.md", "README.zh.md"):
         text = (root / name).read_text(encoding="utf-8")
-        assert made.splitlines()[2:] == [line for line in text.splitlines() if re.match(r"\| [\d.]+b \|", line)], name
+        assert table.splitlines()[2:] == [line for line in text.splitlines() if re.match(r"\| [\d.]+b \|", line)], name
 
 
 def test_estimate_output(script, make_base):

@@ -18,7 +18,7 @@ RENAMED = {
 }  # fmt: skip
 
 
-def transformers_twin(model: RWKV) -> RwkvForCausalLM:
+def transformers_model(model: RWKV) -> RwkvForCausalLM:
     """The same weights in transformers' model."""
     s = model.sizes
     config = RwkvConfig(
@@ -26,14 +26,14 @@ def transformers_twin(model: RWKV) -> RwkvForCausalLM:
         intermediate_size=s.dim_ffn, rescale_every=0, tie_word_embeddings=False, use_cache=False,
     )  # fmt: skip
     with no_init_weights():  # its initialisation divides by n_layer - 1
-        twin = RwkvForCausalLM(config)
+        hf_model = RwkvForCausalLM(config)
     state = {}
     for name, value in model.state_dict().items():
         for ours, theirs in RENAMED.items():
             name = name.replace(ours, theirs)
         state[name] = value
-    twin.load_state_dict(state)
-    return twin.train()
+    hf_model.load_state_dict(state)
+    return hf_model.train()
 
 
 SIZES = [{}, {"n_layer": 1}, {"n_layer": 3, "n_embd": 24, "dim_att": 40, "dim_ffn": 52}, {"dim_att": 8, "dim_ffn": 20}]
@@ -42,14 +42,14 @@ SIZES = [{}, {"n_layer": 1}, {"n_layer": 3, "n_embd": 24, "dim_att": 40, "dim_ff
 @pytest.mark.parametrize("sizes", SIZES)
 def test_logits_and_gradients_match_transformers(make_model, sizes):
     model = make_model(**sizes)
-    twin = transformers_twin(model)
+    hf_model = transformers_model(model)
     tokens = torch.randint(50, (3, 29), generator=torch.Generator().manual_seed(1))
-    ours, theirs = model(tokens)[0], twin(tokens).logits
+    ours, theirs = model(tokens)[0], hf_model(tokens).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # fp32, different summation order
     weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
     (ours * weights).sum().backward()
     (theirs * weights).sum().backward()
-    gradients = dict(twin.named_parameters())
+    gradients = dict(hf_model.named_parameters())
     for name, parameter in model.named_parameters():
         for a, b in RENAMED.items():
             name = name.replace(a, b)
@@ -136,11 +136,11 @@ def test_packed_documents_match_separate_documents(make_model, sizes, grad_cp):
     for row, parts in enumerate(lengths):
         begin = 0
         for length in parts:
-            piece = slice(begin, begin + length)
-            single, last = separate(tokens[row : row + 1, piece])
+            span = slice(begin, begin + length)
+            single, last = separate(tokens[row : row + 1, span])
             # fp32 matmuls of other shapes
-            torch.testing.assert_close(logits[row, piece], single[0], rtol=1e-5, atol=1e-5)
-            (single[0] * weights[row, piece]).sum().backward()
+            torch.testing.assert_close(logits[row, span], single[0], rtol=1e-5, atol=1e-5)
+            (single[0] * weights[row, span]).sum().backward()
             begin += length
         for ours, theirs in zip(state, last, strict=True):
             torch.testing.assert_close([x[row] for x in ours], [x[0] for x in theirs], rtol=1e-5, atol=1e-5)
@@ -175,7 +175,7 @@ def test_saved_activation_bytes_match_docstring(make_model, stored, autocast, tr
             parameter.data = parameter.data.to(stored)
     s = 2 if stored == torch.bfloat16 else 4
     e = 2 if autocast or stored == torch.bfloat16 else 4
-    found, own = {}, {p.data_ptr() for p in model.parameters()}
+    found, parameters = {}, {p.data_ptr() for p in model.parameters()}
     block, x = model.blocks[1], torch.randn(B, T, D).to(stored).requires_grad_()
     state = model.initial_state(B)[1]
     with (
@@ -183,5 +183,5 @@ def test_saved_activation_bytes_match_docstring(make_model, stored, autocast, tr
         torch.autograd.graph.saved_tensors_hooks(lambda t: found.__setitem__(t.data_ptr(), t) or t, lambda t: t),
     ):
         block(x, state)
-    saved = sum(t.numel() * t.element_size() for at, t in found.items() if at not in own and t.numel() > B * T)
+    saved = sum(t.numel() * t.element_size() for at, t in found.items() if at not in parameters and t.numel() > B * T)
     assert saved == B * T * (2 * (s * D + 8) + e * (3 * A + F + 2 * D) + 0.75 * A) + B * 24 * A

@@ -23,21 +23,21 @@ COMMAND = "-m torch.distributed.run --nnodes {} --node_rank {} --nproc_per_node 
 FLAGS = ["--", "scripts/lora.py", "--lora_r", "4"]
 
 
-def launch(root, *words, status=0, **environment) -> str:
+def launch(root, *arguments, status=0, **environment) -> str:
     """The command that launch.sh would run, or its error."""
     inherited = {name: os.environ[name] for name in ("HOME",) if name in os.environ} | {
         "PATH": os.environ["PATH"],
         "PY": "python",
     }
-    done = subprocess.run(
-        [str(word) for word in (root / "scripts/launch.sh", "--print", *words)],
+    result = subprocess.run(
+        [str(word) for word in (root / "scripts/launch.sh", "--print", *arguments)],
         capture_output=True,
         text=True,
         env=inherited | environment,
         check=False,
     )
-    assert done.returncode == status, done.stderr
-    return done.stderr if status else done.stdout
+    assert result.returncode == status, result.stderr
+    return result.stderr if status else result.stdout
 
 
 def command(nodes, node, devices, master, port=29500) -> str:
@@ -59,14 +59,16 @@ def commands(tmp_path, monkeypatch):
 
 
 def test_torchrun_per_host(root):
-    words = ("--nodes", 3, "--node", 2, "--master", "10.0.0.1")
-    assert launch(root, *words, "--devices", 8, *FLAGS) == command(3, 2, 8, "10.0.0.1")
+    arguments = ("--nodes", 3, "--node", 2, "--master", "10.0.0.1")
+    assert launch(root, *arguments, "--devices", 8, *FLAGS) == command(3, 2, 8, "10.0.0.1")
 
 
 def test_one_process_per_gpu(root, commands):
-    commands(nvidia_smi="echo GPU 0; echo GPU 1")
-    words = ("--nodes", 1, "--node", 0, "--master", "localhost", "--port", 1234)
-    assert launch(root, *words, *FLAGS) == command(1, 0, 2, "localhost", 1234)
+    commands(nvidia_smi="echo 'GPU 0: A (UUID: x)'; echo '  MIG 1g Device 0: (UUID: y)'; echo 'GPU 1: A (UUID: z)'")
+    arguments = ("--nodes", 1, "--node", 0, "--master", "localhost", "--port", 1234)
+    assert launch(root, *arguments, *FLAGS) == command(1, 0, 2, "localhost", 1234)
+    for visible, count in {"3": 1, "0,2,5": 3, "GPU-1f, MIG-2e": 2, "": 1, "-1": 1, "1,-1,2": 1}.items():
+        assert launch(root, *arguments, *FLAGS, CUDA_VISIBLE_DEVICES=visible) == command(1, 0, count, "localhost", 1234)
 
 
 def test_hostfile_starts_every_host(root, commands, tmp_path):
@@ -80,7 +82,9 @@ def test_hostfile_starts_every_host(root, commands, tmp_path):
 def test_slurm(root, commands):
     commands(scontrol='test "$*" = "show hostnames node[7-8]" && printf "node7\\nnode8\\n"')
     slurm = {"SLURM_NODEID": "1", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_GPUS_ON_NODE": "8"}
-    assert launch(root, *FLAGS, **slurm) == command(2, 1, 8, "node7")
+    assert launch(root, *FLAGS, **slurm, SLURM_STEP_ID="0", SLURM_LOCALID="0") == command(2, 1, 8, "node7")
+    assert "one: --ntasks-per-node 1" in launch(root, *FLAGS, status=2, **slurm, SLURM_STEP_ID="0", SLURM_LOCALID="1")
+    assert "of 2 machines only; start it with srun" in launch(root, *FLAGS, status=2, **slurm)
 
 
 def test_kubeflow(root):
@@ -106,10 +110,10 @@ def test_kubernetes_manifest_flags_exist(root):
         program, dashes, script, *flags = container["command"]
         assert (root / program).stat().st_mode & 0o111
         assert dashes == "--"
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, root / script, *flags, "--print_config"], capture_output=True, text=True, check=False
         )
-        assert done.returncode == 0, done.stderr
+        assert result.returncode == 0, result.stderr
         mounted = {mount["name"] for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in replica["template"]["spec"]["volumes"]}
 
@@ -127,7 +131,7 @@ def test_kubernetes_command_without_compiler(root, make_base, make_data, tmp_pat
     (tools / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (tools / "python").chmod(0o755)
     files = {"base.pth": make_base(), "data_text_document": make_data(400), "out": tmp_path / "out"}
-    words = [re.sub("/run-files/(.*)", lambda found: str(files[found[1]]), word) for word in container["command"]]
+    arguments = [re.sub("/run-files/(.*)", lambda found: str(files[found[1]]), word) for word in container["command"]]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -148,18 +152,18 @@ def test_kubernetes_command_without_compiler(root, make_base, make_data, tmp_pat
     environment |= {"PYTHONDONTWRITEBYTECODE": "1"}
     if compat.stack() == "cu117":  # its DeepSpeed trains on GPUs only
         environment["PYTHONPATH"] = os.pathsep.join(
-            map(str, (root, root / "tests/train", root / "tests/train/stand_in"))
+            map(str, (root, root / "tests/train", root / "tests/train/fake_gpu"))
         )
-    shorter = ["--ctx_len=8", "--epoch_steps=2", "--magic_prime=-1", "--accelerator=cpu"]
-    done = subprocess.run(
-        [*words, *shorter], cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False
+    overrides = ["--ctx_len=8", "--epoch_steps=2", "--magic_prime=-1", "--accelerator=cpu"]
+    result = subprocess.run(
+        [*arguments, *overrides], cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     assert len(losses(tmp_path / "out")) == 2
     assert not (tmp_path / "compiled").exists()
 
 
-REFUSED = [
+INVALID_ARGUMENTS = [
     ([], "nothing to launch"),
     (["--", "x.py"], "pass --nodes, --node and --master, or --hostfile"),
     (["--nodes", "2", "--node", "2", "--master", "a", "--", "x.py"], "--node 2 of --nodes 2"),
@@ -168,47 +172,47 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("words", "complaint"), REFUSED)
-def test_invalid_launch(root, words, complaint):
-    assert complaint in launch(root, *words, status=2)
+@pytest.mark.parametrize(("arguments", "message"), INVALID_ARGUMENTS)
+def test_invalid_launch(root, arguments, message):
+    assert message in launch(root, *arguments, status=2)
 
 
 def test_invalid_hostfile(root, tmp_path):
     hosts = tmp_path / "hosts"
-    for text, complaint in (
-        ("a slots=0\n", "a line is 'address slots=N'"),
-        ("a slots=1\nb slots=2\n", "b has other slots"),
-        ("#\n", "names no machine"),
+    for text, message in (
+        ("a slots=0\n", "expected lines such as 'address slots=N'"),
+        ("a slots=1\nb slots=2\n", "slots of b and a differ"),
+        ("#\n", "no machine listed"),
         (
             "-oProxyCommand=x slots=1\n",
-            "-oProxyCommand=x is not a machine's name or address",
+            "-oProxyCommand=x is not a host name or address",
         ),  # ssh would read it as an option
     ):
         hosts.write_text(text)
-        assert complaint in launch(root, "--hostfile", hosts, "--", "x.py", status=2)
+        assert message in launch(root, "--hostfile", hosts, "--", "x.py", status=2)
 
 
-def _ip(*words) -> None:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+def _ip(*arguments) -> None:
+    result = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise OSError(f"ip {' '.join(arguments)}: {result.stderr.strip()}")
 
 
 @pytest.fixture(scope="module")
 def hosts():
     """Two hosts, as network namespaces with one link between them: name to address."""
     names = [f"rwkv{os.getpid()}{letter}" for letter in "ab"]
-    wires = [f"w{os.getpid()}{letter}" for letter in "ab"]
+    interfaces = [f"w{os.getpid()}{letter}" for letter in "ab"]
     with contextlib.ExitStack() as stack:
         try:
             for name in names:
                 _ip("netns", "add", name)
                 stack.callback(subprocess.run, ["ip", "netns", "del", name], capture_output=True, check=False)
-            _ip("link", "add", wires[0], "type", "veth", "peer", "name", wires[1])
-            for i, (name, wire) in enumerate(zip(names, wires, strict=True)):
-                _ip("link", "set", wire, "netns", name, "name", "wire")
-                _ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "wire")
-                for link in ("lo", "wire"):
+            _ip("link", "add", interfaces[0], "type", "veth", "peer", "name", interfaces[1])
+            for i, (name, interface) in enumerate(zip(names, interfaces, strict=True)):
+                _ip("link", "set", interface, "netns", name, "name", "veth0")
+                _ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "veth0")
+                for link in ("lo", "veth0"):
                     _ip("-n", name, "link", "set", link, "up")
         except (OSError, FileNotFoundError) as error:
             pytest.skip(f"no network namespaces here: {error}")
@@ -222,7 +226,7 @@ def losses(folder: Path) -> list[float]:
 @pytest.fixture
 def flags(make_base, make_data, tmp_path):
     def make(folder: str, steps: int, *more) -> list[str]:
-        words = [
+        arguments = [
             "--load_model",
             make_base(),
             "--data_file",
@@ -234,7 +238,7 @@ def flags(make_base, make_data, tmp_path):
             "--magic_prime",
             -1,
         ]
-        words += [
+        arguments += [
             "--epoch_count",
             1,
             "--epoch_steps",
@@ -246,25 +250,25 @@ def flags(make_base, make_data, tmp_path):
             "--lr_init",
             1e-2,
         ]
-        words += ["--precision", "fp32", *more]
-        return [str(word) for word in words]
+        arguments += ["--precision", "fp32", *more]
+        return [str(word) for word in arguments]
 
     return make
 
 
 @pytest.fixture
-def machine(monkeypatch):
+def launch_environment(monkeypatch):
     monkeypatch.setenv("PY", sys.executable)
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "wire")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "veth0")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def test_two_hosts_match_one_process(root, hosts, machine, commands, flags, script, tmp_path):
+def test_two_hosts_match_one_process(root, hosts, launch_environment, commands, flags, script, tmp_path):
     cases = "\n".join(f'{address}) exec ip netns exec {name} sh -c "$*";;' for address, name in hosts.items())
     commands(reach=f"host=$1; shift; case $host in\n{cases}\nesac")
     (tmp_path / "hosts").write_text("".join(f"{address} slots=1\n" for address in hosts))
     script("finetune.py", *flags("one", 6, "--micro_bsz", 4))
-    done = subprocess.run(
+    result = subprocess.run(
         [
             root / "scripts/launch.sh",
             "--hostfile",
@@ -280,55 +284,55 @@ def test_two_hosts_match_one_process(root, hosts, machine, commands, flags, scri
         timeout=200,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     # different summation order
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
-def test_dead_host_then_resume(root, hosts, machine, flags, tmp_path):
+def test_dead_host_then_resume(root, hosts, launch_environment, flags, tmp_path):
     training = ["--", "scripts/finetune.py", *flags("run", 200, "--micro_bsz", 2, "--save_every", 10)]
 
     def start() -> list[subprocess.Popen]:
-        def on(i: int, name: str) -> subprocess.Popen:
-            words = ["--nodes", 2, "--node", i, "--master", next(iter(hosts)), "--devices", 1, *training]
-            command = [str(word) for word in ("ip", "netns", "exec", name, root / "scripts/launch.sh", *words)]
+        def start_on(i: int, name: str) -> subprocess.Popen:
+            arguments = ["--nodes", 2, "--node", i, "--master", next(iter(hosts)), "--devices", 1, *training]
+            command = [str(word) for word in ("ip", "netns", "exec", name, root / "scripts/launch.sh", *arguments)]
             log = open(tmp_path / f"{name}.txt", "a")  # noqa: SIM115, in use while the process runs
             return subprocess.Popen(command, cwd=root, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
-        return [on(i, name) for i, name in enumerate(hosts.values())]
+        return [start_on(i, name) for i, name in enumerate(hosts.values())]
 
     first, second = start()
-    until = time.monotonic() + 100
-    while not list((tmp_path / "run/resume").glob("step-*.pt")) and time.monotonic() < until:
+    deadline = time.monotonic() + 100
+    while not list((tmp_path / "run/resume").glob("step-*.pt")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(second.pid, signal.SIGKILL)
     # Its rank may be in another session: kill every process of the namespace, as when a machine
     # dies.
-    left = subprocess.run(
+    pids = subprocess.run(
         ["ip", "netns", "pids", list(hosts.values())[1]], capture_output=True, text=True, check=True
     ).stdout.split()
-    for process in map(int, left):
+    for process in map(int, pids):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-    until = time.monotonic() + 100
+    deadline = time.monotonic() + 100
     while "failed (exitcode: 1)" not in (tmp_path / f"{next(iter(hosts.values()))}.txt").read_text():
-        assert time.monotonic() < until, "the other host did not notice"
+        assert time.monotonic() < deadline, "the other host did not notice"
         time.sleep(0.1)
     # torchrun of torch 1.13.1 would wait five minutes for the lost host
     os.killpg(first.pid, signal.SIGKILL)
     for process in (first, second):
         process.wait(10)
-    made = len(losses(tmp_path / "run"))
-    assert 0 < made < 200
+    steps = len(losses(tmp_path / "run"))
+    assert 0 < steps < 200
 
-    ends = [process.wait(100) for process in start()]
-    assert ends == [0, 0], "".join((tmp_path / f"{name}.txt").read_text() for name in hosts.values())
+    exit_codes = [process.wait(100) for process in start()]
+    assert exit_codes == [0, 0], "".join((tmp_path / f"{name}.txt").read_text() for name in hosts.values())
     assert "continuing from step" in (tmp_path / f"{next(iter(hosts.values()))}.txt").read_text()
-    never = ["--nodes", "1", "--node", "0", "--master", "127.0.0.1", "--devices", "2"]
-    whole = ["--", "scripts/finetune.py", *flags("whole", 200, "--micro_bsz", 2)]
+    one_host = ["--nodes", "1", "--node", "0", "--master", "127.0.0.1", "--devices", "2"]
+    uninterrupted = ["--", "scripts/finetune.py", *flags("uninterrupted", 200, "--micro_bsz", 2)]
     environment = {key: value for key, value in os.environ.items() if key != "GLOO_SOCKET_IFNAME"}
     subprocess.run(
-        [root / "scripts/launch.sh", *never, *whole],
+        [root / "scripts/launch.sh", *one_host, *uninterrupted],
         cwd=root,
         env=environment,
         check=True,
@@ -336,4 +340,4 @@ def test_dead_host_then_resume(root, hosts, machine, flags, tmp_path):
         timeout=100,
     )
     # bit-identical to an uninterrupted run on one host
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "uninterrupted")

@@ -93,7 +93,7 @@ def test_merged_model_dtype_and_manifest(tuned, tmp_path, capsys):
 def test_missing_base(tuned, tmp_path):
     base, adapter = tuned()
     base.unlink()
-    with pytest.raises(UserError, match=r"its base \.\./base.pth \(named in its .json\) does not exist; give --base"):
+    with pytest.raises(UserError, match=r"its base \.\./base.pth \(named in its .json\) does not exist; pass --base"):
         main("merge_lora")(MergeConfig(adapter=str(adapter), output=str(tmp_path / "merged.pth")))
 
 

@@ -32,13 +32,13 @@ SCRIPTS = ["convert", "export", "finetune", "generate", "inspect_data", "lora", 
 
 def test_end_to_end_pipeline(script, write_jsonl, tmp_path):
     text = write_jsonl(*({"text": f"User: {i}?\n\nAssistant: {i}."} for i in range(30)))
-    done = script("convert.py", "--input", text)
-    assert "30 documents" in done.stdout
-    assert re.search(r"100%.*B/s, 30 documents, [\d,]+ tokens", done.stderr), "no progress bar"
+    result = script("convert.py", "--input", text)
+    assert "30 documents" in result.stdout
+    assert re.search(r"100%.*B/s, 30 documents, [\d,]+ tokens", result.stderr), "no progress bar"
     data = tmp_path / "text_text_document"
     script("pretrain.py", "--data_file", data, "--n_layer", 1, "--n_embd", 8, "--proj_dir", "base", *TRAINING)
     base = tmp_path / "base/rwkv-0.pth"
-    done = script(
+    result = script(
         "lora.py",
         "--load_model",
         base,
@@ -55,11 +55,11 @@ def test_end_to_end_pipeline(script, write_jsonl, tmp_path):
         1e-2,
         *TRAINING,
     )
-    assert "loss" in done.stderr, "no progress bar"
-    assert not re.search("warn|deprecat", done.stderr, re.IGNORECASE), done.stderr
+    assert "loss" in result.stderr, "no progress bar"
+    assert not re.search("warn|deprecat", result.stderr, re.IGNORECASE), result.stderr
     adapter = tmp_path / "lora/rwkv-0.pth"
-    done = script("merge_lora.py", "--adapter", adapter, "--output", "merged.pth")
-    difference = float(re.search(r"largest logit difference .* (\S+) \(", done.stdout)[1])
+    result = script("merge_lora.py", "--adapter", adapter, "--output", "merged.pth")
+    difference = float(re.search(r"largest logit difference .* (\S+) \(", result.stdout)[1])
     assert difference < 1e-4  # fp32 rounding of logits of order 1
     (tmp_path / "positional.pth").touch()
     script("merge_lora.py", "--force", "8", base, adapter, "positional.pth")  # upstream's form
@@ -131,7 +131,7 @@ def test_help(script, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "complaint"),
+    ("name", "arguments", "message"),
     [
         ("convert", ["--input", "none.jsonl"], "none.jsonl: no such file"),
         ("convert", [], "--input is missing"),
@@ -145,11 +145,11 @@ def test_help(script, name):
         ("generate", ["--model", "none.pth"], "none.pth: no such checkpoint"),
     ],
 )
-def test_missing_flags(script, name, arguments, complaint):
-    done = script(f"{name}.py", *arguments, status=1)
-    assert done.stderr.startswith("error: ")
-    assert complaint in done.stderr
-    assert "Traceback" not in done.stderr
+def test_missing_flags(script, name, arguments, message):
+    result = script(f"{name}.py", *arguments, status=1)
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_merge_keeps_dtype_and_existing_file(script, make_base, tmp_path):
@@ -207,10 +207,10 @@ def test_inspect_output_and_exit_status(script, write_jsonl, tmp_path):
     )
     script("convert.py", "--input", f"{first},{second}", "--output-prefix", "both")
     flags = ["--data_file", "both_text_document", "--ctx_len", 8]
-    done = script("inspect_data.py", *flags, "--verify", f"{first},{second}")
-    assert "all 80 documents decode to the source" in done.stdout
+    result = script("inspect_data.py", *flags, "--verify", f"{first},{second}")
+    assert "all 80 documents decode to the source" in result.stdout
     assert (tmp_path / "both_text_document_lengths.png").read_bytes().startswith(b"\x89PNG")
-    assert not re.search("warn|deprecat", done.stderr, re.IGNORECASE), done.stderr
+    assert not re.search("warn|deprecat", result.stderr, re.IGNORECASE), result.stderr
     found = json.loads(
         script("inspect_data.py", *flags, "--verify", first, "--json", "--png", "x.png", status=1).stdout
     )

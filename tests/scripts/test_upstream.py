@@ -1,7 +1,7 @@
 """Upstream's commands from their READMEs and scripts, with other paths and smaller models.
 
-BlinkDL: the examples at the top of RWKV-v4neo/train.py, which the README refers to. Blealtan,
-m8than. J: README of json2binidx.
+BlinkDL: the examples at the top of RWKV-v4neo/train.py, to which the README refers. Blealtan and
+m8than: their READMEs. The converter: the README of json2binidx.
 """
 
 import os
@@ -60,7 +60,7 @@ SHORT = 64
 
 
 @pytest.fixture(scope="module", autouse=True)
-def process_restored():
+def restored_process():
     """Remove the process group and environment variables that ddp and DeepSpeed leave behind."""
     before = dict(os.environ)
     yield
@@ -112,10 +112,10 @@ def test_upstream_training_command(name, paths, tmp_path):
     line = COMMANDS[name]
     for word, path in {**paths, "OUT": tmp_path / "out"}.items():
         line = re.sub(rf"\b{word}\b", str(path), line)
-    words, kind = shlex.split(line), LoRAConfig if "--lora" in line else TrainConfig
-    config = parse(kind, "", words)
+    arguments, kind = shlex.split(line), LoRAConfig if "--lora" in line else TrainConfig
+    config = parse(kind, "", arguments)
     known = {"head_qk": None, "seq_data": "doc_training_seq", "seq_data_sep": "doc_sep"}
-    for word, value in zip(words, [*words[1:], ""], strict=True):
+    for word, value in zip(arguments, [*arguments[1:], ""], strict=True):
         if (
             word.startswith("--")
             and not value.startswith("--")
@@ -129,10 +129,13 @@ def test_upstream_training_command(name, paths, tmp_path):
         with pytest.raises(UserError, match="--accelerator gpu: torch sees no GPU; check nvidia-smi, or omit the flag"):
             fit(config)
         config = replace(config, accelerator="auto")
-    if refusal := compat.deepspeed_refusal(torch.cuda.is_available()) if "deepspeed" in config.strategy else None:
+    reason = None
+    if "deepspeed" in config.strategy:
+        reason = compat.why_deepspeed_unavailable(torch.cuda.is_available())
+    if reason:
         with pytest.raises(UserError, match="--strategy ddp"):
             fit(replace(config, precision="fp32"))
-        assert "--strategy ddp" in refusal
+        assert "--strategy ddp" in reason
         config = replace(config, strategy="ddp")
     if config.precision == "fp16" and not torch.cuda.is_available():
         with pytest.raises(UserError, match="fp16 needs a GPU; on a CPU use bf16 or fp32"):
@@ -152,6 +155,8 @@ def test_upstream_merge_command(script, paths, tmp_path):
     # <lora_checkpoint.pth> <output.pth>
     script("merge_lora.py", "16", paths["BASE"], paths["ADAPTER"], "output.pth")
     assert read_tensors(tmp_path / "output.pth").keys() == read_tensors(paths["BASE"]).keys()
+    said = script("merge_lora.py", "16", paths["BASE"], paths["ADAPTER"], status=1).stderr
+    assert "LORA_ALPHA BASE ADAPTER OUTPUT, in this order; there are 3" in said
     if not torch.cuda.is_available():
         assert (
             "no GPU"

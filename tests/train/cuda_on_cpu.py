@@ -4,7 +4,7 @@ project run unmodified.
 Tensors stay on the CPU: streams and events do nothing, and the current CUDA device is the CPU.
 Collectives use gloo, extended by what only NCCL supports. Nothing is restored, so install it in a
 separate process (run_trainings.py), or in all processes of a command through PYTHONPATH
-(stand_in/sitecustomize.py).
+(fake_gpu/sitecustomize.py).
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def install() -> None:
     _cuda()
     _fp16()
     _nccl()
-    compat.deepspeed_refusal = lambda on_gpu: None
+    compat.why_deepspeed_unavailable = lambda on_gpu: None
     compat.import_deepspeed(on_gpu=True)
     _deepspeed()
     _lightning()

@@ -1,8 +1,8 @@
-"""torch's fused Adam of GPUs, on a CPU.
+"""torch's fused Adam for GPUs, on a CPU.
 
-torch 2.13 has a fused CPU kernel. torch 1.13.1 has not: there the kernel's formula replaces it, so
-that tests cover everything around the kernel, but not the kernel. test_optimizer.py checks the
-formula against torch's kernels.
+torch 2.13 has a fused CPU kernel. torch 1.13.1 has none, so its formula is used instead: tests
+cover everything around the kernel, but not the kernel itself. test_optimizer.py checks the formula
+against torch's kernels.
 """
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from rwkv import compat
 
 
-def on_a_cpu(monkeypatch) -> None:
+def use_on_cpu(monkeypatch) -> None:
     """Make runs on a CPU use the optimizer of GPUs."""
     monkeypatch.setattr(compat, "on_gpus", lambda groups: True)
     if compat.stack() != "cu117":

@@ -2,9 +2,9 @@
 TRAININGS.json, with RANK, WORLD_SIZE etc. set as by torchrun.
 
 The trainings share the processes, as starting Python and importing torch takes longer than
-training. The file contains [kind, flags] of each. The extra flag `spoil`, [step, value], multiplies
-a gradient of that step by the value; such a run may end with a UserError, which is written to
-error.txt. Trainings with DeepSpeed also write facts.json (Watched).
+training. The file contains [kind, flags] of each training. The extra flag `gradient_factor`,
+[step, value], multiplies a gradient of that step by the value; such a run may end with a UserError,
+which is written to error.txt. Trainings with DeepSpeed also write facts.json (RecordingStrategy).
 """
 
 import importlib
@@ -22,13 +22,13 @@ from rwkv.train import resolve
 from rwkv.train.runtime import strategy
 
 
-class Watched(strategy.ZeroStrategy):
-    """Writes facts.json. `weights`, `masters`: dtypes of the parameters and of the optimizer's
+class RecordingStrategy(strategy.ZeroStrategy):
+    """Write facts.json. `weights`, `masters`: dtypes of the parameters and of the optimizer's
     master weights; `bucket`: elements; `moved`: devices of the model before the optimizer was
     created; `gathered`: parameters gathered for a full pass; `timed`: micro-batches timed.
     """
 
-    spoil: list | None = None
+    gradient_factor: list | None = None
 
     def init_deepspeed(self) -> None:
         module, moved = self.lightning_module, []
@@ -48,8 +48,8 @@ class Watched(strategy.ZeroStrategy):
             "moved": moved,
             "gathered": 0,
         }
-        if self.spoil:
-            step, value = self.spoil
+        if self.gradient_factor:
+            step, value = self.gradient_factor
             trained = [p for p in module.parameters() if p.requires_grad]
             trained[-1].register_hook(lambda gradient: gradient * value if module.step + 1 == step else gradient)
 
@@ -73,7 +73,7 @@ check = resolve.check
 
 
 def train(kind: str, flags: dict) -> None:
-    Watched.spoil = flags.pop("spoil", None)
+    RecordingStrategy.gradient_factor = flags.pop("gradient_factor", None)
     resolve.check = (lambda _: None) if flags["precision"] == "fp16" else check  # check requires a GPU for fp16
     if flags["precision"] == "fp16" and compat.stack() == "modern":
         compat.import_deepspeed(on_gpu=False)
@@ -83,7 +83,7 @@ def train(kind: str, flags: dict) -> None:
     try:
         training.fit(config)
     except UserError as error:
-        if not Watched.spoil:
+        if not RecordingStrategy.gradient_factor:
             raise
         (Path(config.proj_dir) / "error.txt").write_text(str(error))
 
@@ -91,7 +91,7 @@ def train(kind: str, flags: dict) -> None:
 if __name__ == "__main__":
     if compat.stack() == "cu117":
         cuda_on_cpu.install()
-    strategy.ZeroStrategy = Watched
+    strategy.ZeroStrategy = RecordingStrategy
     leave, strategy.leave_process_group = strategy.leave_process_group, lambda: None  # shared by all trainings
     for kind, flags in json.loads(Path(sys.argv[1]).read_text()):
         train(kind, flags)

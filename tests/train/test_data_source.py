@@ -38,21 +38,21 @@ def test_text_characters(kind, tmp_path):
     flags = {**FLAGS, "data_type": kind, "data_file": str(tmp_path / "t.txt"), "proj_dir": str(tmp_path / "run")}
     fit(TrainConfig(**flags, max_steps=1))
     read = text.replace("\r\n", "\n")  # as Python's text mode does upstream
-    words = sorted(set(read))
+    characters = sorted(set(read))
     assert json.loads((tmp_path / "run/vocab.json").read_text(encoding="utf-8")) == {
-        str(i): word for i, word in enumerate(words)
+        str(i): character for i, character in enumerate(characters)
     }
     data = Dataset(tmp_path / "run/data_text_document")
-    assert [words[i] for i in data.tokens] == list(read)
+    assert [characters[i] for i in data.tokens] == list(read)
     assert len(data) == 1
     result = fit(TrainConfig(**flags))  # resumes with the same data
     assert result.steps == 2
-    assert read_manifest(result.checkpoint)["sizes"]["vocab_size"] == len(words)
+    assert read_manifest(result.checkpoint)["sizes"]["vocab_size"] == len(characters)
     other = {**flags, "proj_dir": str(tmp_path / "other"), "load_model": str(result.checkpoint)}
     (tmp_path / "t.txt").write_bytes("other".encode(kind))
     with pytest.raises(
         UserError,
-        match=f"its vocabulary has {len(words)} tokens, but --data_type {kind} uses one of the text's 5 characters",
+        match=f"its vocabulary has {len(characters)} tokens, but --data_type {kind} uses one of the text's 5 characters",
     ):
         fit(TrainConfig(**{**other, "n_layer": 0, "n_embd": 0}))
 
@@ -74,12 +74,12 @@ def test_numpy_array(tmp_path):
 
 def test_dummy_data(tmp_path):
     fit(TrainConfig(**FLAGS, data_type="dummy", proj_dir=str(tmp_path / "run")))
-    words = json.loads((tmp_path / "run/vocab.json").read_text())
-    assert set(words.values()) == set("0123456789+=.")
-    text = "".join(words[str(i)] for i in Dataset(tmp_path / "run/data_text_document").tokens[:40_000])
+    vocabulary = json.loads((tmp_path / "run/vocab.json").read_text())
+    assert set(vocabulary.values()) == set("0123456789+=.")
+    text = "".join(vocabulary[str(i)] for i in Dataset(tmp_path / "run/data_text_document").tokens[:40_000])
     sums = text.strip(".").split("..")[:-1]
     assert len(sums) > 2000
-    assert all(int(a) + int(b) == int(c) for a, b, c in (one.replace("+", "=").split("=") for one in sums))
+    assert all(int(a) + int(b) == int(c) for a, b, c in (term.replace("+", "=").split("=") for term in sums))
 
 
 def test_long_stream_is_split(tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_no_conversion_under_launcher(tmp_path, write_jsonl, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "complaint"),
+    ("flags", "message"),
     [
         ({"data_type": "uint16"}, "uint16 is not one of binidx, numpy, .*--doc_training 1"),
         ({"data_type": "wds_img"}, "image models"),
@@ -119,9 +119,9 @@ def test_no_conversion_under_launcher(tmp_path, write_jsonl, monkeypatch):
     ],
     ids=str,
 )
-def test_invalid_data(tmp_path, flags, complaint):
+def test_invalid_data(tmp_path, flags, message):
     (tmp_path / "t").write_bytes(b"abc" * 11)
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=message):
         fit(TrainConfig(**{**FLAGS, "data_file": str(tmp_path / "t"), "proj_dir": str(tmp_path / "run"), **flags}))
     assert not (tmp_path / "run").exists()
     np.save(tmp_path / "two.npy", np.zeros((2, 2)))
@@ -135,16 +135,16 @@ NO_BINIDX = [
     (
         "r.txt",
         {},
-        r"r.txt: a .txt file. Convert it first: .*convert.py --input \S*r.txt --output_prefix \S*r; then give --data_file \S*r_text_document$",
+        r"r.txt: a .txt file. Convert it first: .*convert.py --input \S*r.txt --output_prefix \S*r; then pass --data_file \S*r_text_document$",
     ),
     ("r.jsonl.gz", {}, r"a .jsonl.gz file. Convert it first: .* --output_prefix \S*/r; "),
     ("R.PARQUET", {}, "a .parquet file. Convert it first"),
     (
         "a b.json",
         {},
-        "a .json file. .*--input '.*a b.json' --output_prefix '.*a b'; then give --data_file '.*a b_text_document'",
+        "a .json file. .*--input '.*a b.json' --output_prefix '.*a b'; then pass --data_file '.*a b_text_document'",
     ),
-    ("ids.npy", {}, "a NumPy file: also give --data_type numpy"),
+    ("ids.npy", {}, "a NumPy file: also pass --data_type numpy"),
     ("corpus", {}, "not a binidx"),
     ("folder/", {}, "a folder. Convert it first: .*--output_prefix \\S*folder; "),
     ("sample", {"sample_text_document"}, "sample_text_document.idx exists: use --data_file .*sample_text_document"),
@@ -154,19 +154,19 @@ NO_BINIDX = [
 ]
 
 
-@pytest.mark.parametrize(("name", "binidx_of", "words"), NO_BINIDX, ids=[case[0] for case in NO_BINIDX])
-def test_not_a_binidx(name, binidx_of, words, make_data, tmp_path):
+@pytest.mark.parametrize(("name", "binidx_of", "message"), NO_BINIDX, ids=[case[0] for case in NO_BINIDX])
+def test_not_a_binidx(name, binidx_of, message, make_data, tmp_path):
     for prefix in binidx_of:
         make_data(100, name=prefix)
     if not binidx_of and name != "gone":
         (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("text")
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         fit(TrainConfig(**FLAGS, vocab_size=50, data_file=str(tmp_path) + "/" + name, proj_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "sft", "JSON"])
-def test_the_kinds_of_other_trainers_are_answered(kind, tmp_path):
+def test_data_type_of_other_trainers(kind, tmp_path):
     with pytest.raises(UserError, match=f"--data_type {kind}: omit the flag; a .jsonl file is recognised by its name"):
         fit(TrainConfig(**FLAGS, data_type=kind, data_file="mine.jsonl", proj_dir=str(tmp_path / "run")))
 
@@ -199,7 +199,7 @@ def edited(path):
     return jsonl(path, "changed!", 20)
 
 
-def edited_in_place_with_size_and_time(path):
+def edited_keeping_size_and_time(path):
     before = path.stat()
     path.write_text(path.read_text().replace("number 7", "number 8"))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -212,9 +212,7 @@ def broken(path):
     return str(path)
 
 
-@pytest.mark.parametrize(
-    "change", [other_file, edited, edited_in_place_with_size_and_time, broken], ids=lambda x: x.__name__
-)
+@pytest.mark.parametrize("change", [other_file, edited, edited_keeping_size_and_time, broken], ids=lambda x: x.__name__)
 def test_changed_source(change, tmp_path):
     path, folder = tmp_path / "a.jsonl", tmp_path / "run"
     config = TrainConfig(**JSONL, data_file=jsonl(path, "document"), proj_dir=str(folder))
@@ -297,8 +295,8 @@ def test_deleted_copy_rebuilt(tmp_path):
     for path in (tmp_path / "run").glob("data*"):
         path.unlink()
     fit(changed(config, max_steps=2))
-    fit(changed(config, max_steps=2, proj_dir=str(tmp_path / "whole")))
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    fit(changed(config, max_steps=2, proj_dir=str(tmp_path / "new")))
+    assert losses(tmp_path / "run") == losses(tmp_path / "new")
 
 
 def test_start_after_failed_start(tmp_path):
@@ -306,13 +304,15 @@ def test_start_after_failed_start(tmp_path):
     config = TrainConfig(**JSONL, data_file=jsonl(tmp_path / "a.jsonl", "document"), proj_dir=str(folder))
     with pytest.raises(UserError, match="one sample of ctx_len 5000 needs 5002"):
         fit(changed(config, ctx_len=5000))
-    made = (folder / "data_text_document.bin").stat().st_mtime_ns
+    built = (folder / "data_text_document.bin").stat().st_mtime_ns
     fit(config)  # with the existing copy
-    assert (folder / "data_text_document.bin").stat().st_mtime_ns == made
+    assert (folder / "data_text_document.bin").stat().st_mtime_ns == built
     other = changed(config, proj_dir=str(tmp_path / "other"), ctx_len=5000)
     with pytest.raises(UserError, match="one sample of ctx_len 5000"):
         fit(other)
-    fit(changed(other, ctx_len=8, data_file=jsonl(tmp_path / "b.jsonl", "another")))  # other data after a refusal
+    fit(
+        changed(other, ctx_len=8, data_file=jsonl(tmp_path / "b.jsonl", "another"))
+    )  # other data after the rejected start
     prefix = json.loads((tmp_path / "other/run.json").read_text())["data"]["prefix"]
     assert prefix == str(tmp_path / "other/data_text_document")
     fit(changed(other, ctx_len=8, data_file=str(tmp_path / "b.jsonl"), proj_dir=str(tmp_path / "plain")))
@@ -334,7 +334,7 @@ def killed(old, new, **keywords):
 os.replace = killed
 """)  # in whichever process the conversion runs
     program = f"from rwkv.config import TrainConfig; from rwkv.train.fit import fit; fit(TrainConfig(**{flags!r}))"
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
         cwd=root,
@@ -342,11 +342,11 @@ os.replace = killed
         start_new_session=True,
         check=False,
     )
-    assert done.returncode == -9, done.stderr
+    assert result.returncode == -9, result.stderr
     assert (folder / "data_text_document.source.json").exists()
     fit(TrainConfig(**flags))
-    fit(TrainConfig(**flags | {"proj_dir": str(tmp_path / "whole")}))
-    assert losses(folder) == losses(tmp_path / "whole")
+    fit(TrainConfig(**flags | {"proj_dir": str(tmp_path / "new")}))
+    assert losses(folder) == losses(tmp_path / "new")
 
 
 def test_binidx_of_user_kept(tmp_path, make_data):
@@ -386,13 +386,13 @@ def test_changed_mask_or_index(make_data, tmp_path):
     fit(config)
     files = [binidx.mask_path(prefix), tmp_path / "data.idx"]
     good = [path.read_bytes() for path in files]
-    for change, words in (
+    for change, message in (
         (change_mask, "loss mask"),
         (delete_mask, "loss mask .SHA-256.: [0-9a-f]{64} → none"),
         (other_documents, "documents, in the index"),
     ):
         change(prefix)
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             fit(changed(config, max_steps=2))
         for path, raw in zip(files, good, strict=True):
             path.write_bytes(raw)

@@ -1,4 +1,4 @@
-"""Output files and results of whole runs, and errors before the first step."""
+"""Output files and results of complete runs, and errors before the first step."""
 
 import json
 import re
@@ -99,14 +99,14 @@ def test_epoch_begin_continues_data_and_schedule(make_data, tmp_path):
             load_model=str(folder / "rwkv-0.pth"),
         )
     )
-    whole = tmp_path / "whole"
-    fit(TrainConfig(**SMALL | {"epoch_count": 2}, data_file=data, proj_dir=str(whole), magic_prime=-1))
-    resumed, once = lines(folder), lines(whole)
+    uninterrupted = tmp_path / "uninterrupted"
+    fit(TrainConfig(**SMALL | {"epoch_count": 2}, data_file=data, proj_dir=str(uninterrupted), magic_prime=-1))
+    resumed, expected = lines(folder), lines(uninterrupted)
     assert [line["step"] for line in resumed] == list(range(1, 9))
     assert read_manifest(folder / "rwkv-1.pth")["step"] == 8
-    assert [line["lr"] for line in resumed] == [line["lr"] for line in once]
+    assert [line["lr"] for line in resumed] == [line["lr"] for line in expected]
     # the next batch with the same weights; later steps differ, as Adam's state is lost
-    assert resumed[4]["loss"] == pytest.approx(once[4]["loss"], rel=1e-6)
+    assert resumed[4]["loss"] == pytest.approx(expected[4]["loss"], rel=1e-6)
 
 
 def test_rewind_drops_later_metrics(make_data, tmp_path):
@@ -140,9 +140,9 @@ def test_ctrl_c_saves(make_base, make_data, tmp_path, root):
     ]
     command = [str(word) for word in (sys.executable, root / "scripts/finetune.py", *flags)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    until = time.monotonic() + 60
+    deadline = time.monotonic() + 60
     while not (tmp_path / "run/metrics.jsonl").exists() or not lines(tmp_path / "run"):
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
@@ -203,7 +203,7 @@ def test_lora_load(make_base, make_data, tmp_path):
         "magic_prime": -1,
     }
     first = fit(LoRAConfig(**common, proj_dir=str(tmp_path / "a"), lr_init=1e-2))
-    again = fit(
+    second = fit(
         LoRAConfig(
             **common,
             proj_dir=str(tmp_path / "b"),
@@ -213,7 +213,7 @@ def test_lora_load(make_base, make_data, tmp_path):
             max_steps=1,
         )
     )
-    ours, theirs = read_tensors(again.checkpoint), read_tensors(first.checkpoint)
+    ours, theirs = read_tensors(second.checkpoint), read_tensors(first.checkpoint)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert any(value.any() for key, value in theirs.items() if key.endswith("lora_B"))
 
@@ -270,8 +270,10 @@ def test_ddp_matches_one_process(make_base, make_data, tmp_path, root):
     common += ["--precision", "fp32", "--magic_prime", -1, "--lr_init", 1e-3]
     for name, extra in (("one", ["--micro_bsz", 4]), ("two", ["--micro_bsz", 2, "--devices", 2])):
         command = [sys.executable, root / "scripts/finetune.py", *common, *extra, "--proj_dir", tmp_path / name]
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
+        result = subprocess.run(
+            [str(word) for word in command], capture_output=True, text=True, timeout=300, check=False
+        )
+        assert result.returncode == 0, result.stderr
     one, two = (checkpoint.read_tensors(tmp_path / name / "rwkv-0.pth") for name in ("one", "two"))
     for key in one:
         # fp32 means in different order, then Adam
@@ -280,7 +282,7 @@ def test_ddp_matches_one_process(make_base, make_data, tmp_path, root):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-REFUSED = [
+INVALID_FLAGS = [
     ({"data_file": ""}, "--data_file is missing"),
     ({"data_file": "nothing"}, r"nothing.idx: no such file"),
     ({"ctx_len": 199}, r"has 200 tokens, but one sample of ctx_len 199 needs 201"),
@@ -299,15 +301,15 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "complaint"), REFUSED)
-def test_invalid_flags(make_data, tmp_path, flags, complaint):
+@pytest.mark.parametrize(("flags", "message"), INVALID_FLAGS)
+def test_invalid_flags(make_data, tmp_path, flags, message):
     data = make_data(200)
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=message):
         fit(TrainConfig(**{**SMALL, "data_file": data, "proj_dir": str(tmp_path / "run"), **flags}))
     assert not (tmp_path / "run").exists()
 
 
-LORA_REFUSED = [
+INVALID_LORA_FLAGS = [
     ({"load_model": ""}, "LoRA needs a pretrained model"),
     ({"lora_parts": "att,emb"}, "LoRA parts are any of"),
     ({"lora_r": 0}, "at least 1"),
@@ -316,10 +318,10 @@ LORA_REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "complaint"), LORA_REFUSED)
-def test_invalid_lora_flags(make_base, make_data, tmp_path, flags, complaint):
+@pytest.mark.parametrize(("flags", "message"), INVALID_LORA_FLAGS)
+def test_invalid_lora_flags(make_base, make_data, tmp_path, flags, message):
     base, data = make_base(), make_data(200)
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=message):
         fit(
             LoRAConfig(
                 **{**TUNE, "load_model": str(base), "data_file": data, "proj_dir": str(tmp_path / "run"), **flags}
@@ -397,7 +399,7 @@ def test_incomplete_metrics_line_dropped(make_data, tmp_path):
 def test_lora_load_without_matrices(make_base, make_data, tmp_path):
     common = {**TUNE, "load_model": str(make_base()), "data_file": make_data(200), "lora_parts": "time,ln"}
     first = fit(LoRAConfig(**common, proj_dir=str(tmp_path / "a")))
-    again = fit(
+    second = fit(
         LoRAConfig(
             **common,
             proj_dir=str(tmp_path / "b"),
@@ -407,7 +409,7 @@ def test_lora_load_without_matrices(make_base, make_data, tmp_path):
             max_steps=1,
         )
     )
-    ours, theirs = read_tensors(again.checkpoint), read_tensors(first.checkpoint)
+    ours, theirs = read_tensors(second.checkpoint), read_tensors(first.checkpoint)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
@@ -446,15 +448,15 @@ def test_deferred_metrics_match_immediate(make_base, make_data, tmp_path, monkey
     """
     flags, data = poisoned(make_base, tmp_path), make_data(500)
     read, found, printed = [], [], []
-    whole = metrics.Metrics._read
+    read_metrics = metrics.Metrics._read
 
-    def noted(self, trainer, module, made):
-        read.append(module.step - made.line["step"])
-        whole(self, trainer, module, made)
+    def recording_read(self, trainer, module, pending):
+        read.append(module.step - pending.line["step"])
+        read_metrics(self, trainer, module, pending)
 
-    monkeypatch.setattr(metrics.Metrics, "_read", noted)
+    monkeypatch.setattr(metrics.Metrics, "_read", recording_read)
     for late in (False, True):
-        monkeypatch.setattr(metrics, "waits_one_step", lambda device, late=late: late)
+        monkeypatch.setattr(metrics, "reads_one_step_late", lambda device, late=late: late)
         read.clear()
         fit(TrainConfig(**SMALL | {"epoch_count": 2}, data_file=data, proj_dir=str(tmp_path / f"run{late}")))
         assert set(read) == ({0, 1} if late else {0})
@@ -474,18 +476,18 @@ def test_deferred_metrics_match_immediate(make_base, make_data, tmp_path, monkey
 def test_on_nan_skip(make_base, tmp_path):
     flags = poisoned(make_base, tmp_path)
     result = fit(TrainConfig(**flags, proj_dir=str(tmp_path / "run"), on_nan="skip"))
-    left_out = [line["step"] for line in lines(tmp_path / "run") if line["loss"] is None]
-    assert 0 < len(left_out) < result.steps == 12
+    skipped = [line["step"] for line in lines(tmp_path / "run") if line["loss"] is None]
+    assert 0 < len(skipped) < result.steps == 12
     weights, before = read_tensors(result.checkpoint), read_tensors(flags["load_model"])
     assert all(value.isfinite().all() for name, value in weights.items() if name != "emb.weight")
     assert not torch.equal(weights["head.weight"], before["head.weight"])
     assert {int(moments["step"]) for moments in state_files.newest(tmp_path / "run").optimizer.values()} == {
-        12 - len(left_out)
+        12 - len(skipped)
     }
     tensors = read_tensors(flags["load_model"])
     tensors["ln_out.weight"][:] = 3e38  # every step overflows
     torch.save(tensors, tmp_path / "lost.pth")
-    with pytest.raises(UserError, match="step 21: .* 21 steps in a row"):
+    with pytest.raises(UserError, match="step 21: .* 21 consecutive steps"):
         fit(
             TrainConfig(
                 **flags | {"load_model": str(tmp_path / "lost.pth"), "epoch_steps": 30},
@@ -532,9 +534,10 @@ def test_run_manifest_and_dtypes(make_base, make_data, tmp_path, capsys, monkeyp
     flags = TUNE | {"load_model": str(base), "data_file": data, "proj_dir": str(tmp_path / "run")}
     fit(LoRAConfig(**flags | {"precision": "bf16"}, wandb="test"))
     printed = capsys.readouterr().out
-    assert "precision: bf16, frozen weights kept in bfloat16/float32 (all types: run.json)" in printed
+    assert "precision: bf16, frozen weights stored in bfloat16/float32 (all data types: run.json)" in printed
     assert (
-        "One epoch here = 4 steps = 64 tokens (set by --epoch_steps, not by your data; your data is 200 tokens)" in printed
+        "One epoch here = 4 steps = 64 tokens (set by --epoch_steps, not by your data; your data is 200 tokens)"
+        in printed
     )
     run = json.loads((tmp_path / "run/run.json").read_text())
     types = run["types"]
@@ -542,7 +545,7 @@ def test_run_manifest_and_dtypes(make_base, make_data, tmp_path, capsys, monkeyp
         "bf16: trained weights float32 (they are the master weights), gradients float32, Adam's moments float32, frozen weights"
         in types
     )
-    assert "matrix products bfloat16, WKV reads bfloat16 and computes in float32" in types
+    assert "matmuls bfloat16, WKV inputs bfloat16, WKV computation float32" in types
     assert (run["base"]["sha256"], run["data"]["sha256"], run["seed"]) == (sha256(base), sha256(f"{data}.bin"), 1)
     assert re.fullmatch(r"[0-9a-f]{40}\+?", run["git"] or "0" * 40)
     assert run["stack"]["torch"] == torch.__version__.split("+")[0]
@@ -552,7 +555,7 @@ def test_run_manifest_and_dtypes(make_base, make_data, tmp_path, capsys, monkeyp
 
 
 def test_bf16_base_without_bf16_broadcast(make_base, make_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(compat, "gloo_sends_bf16", lambda: False)  # as torch 1.13.1, on CPUs
+    monkeypatch.setattr(compat, "gloo_supports_bf16", lambda: False)  # as torch 1.13.1, on CPUs
     flags = {
         **TUNE,
         "load_model": str(make_base()),
@@ -580,8 +583,8 @@ def test_lora_on_bf16_base_follows_fp32(make_base, make_data, tmp_path, monkeypa
     flags = {
         "fp32": {},
         "bf16": {},
-        "whole": {"precision": "bf16", "lora_base": "fp32"},
-        "stored": {"precision": "fp32", "lora_base": "bf16"},
+        "bf16 on an fp32 base": {"precision": "bf16", "lora_base": "fp32"},
+        "fp32 on a bf16 base": {"precision": "fp32", "lora_base": "bf16"},
     }
     for name, given in flags.items():
         fit(LoRAConfig(**common | {"precision": name} | given, proj_dir=str(tmp_path / name)))

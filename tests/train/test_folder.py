@@ -56,13 +56,7 @@ def run(finished, tmp_path):
     return changed(config, proj_dir=str(tmp_path / "run")), tmp_path / "run"
 
 
-def spoil(state):
-    content = torch.load(state)
-    shutil.rmtree(state) if state.is_dir() else state.unlink()
-    return content
-
-
-def later(state):
+def from_later_version(state):
     content = torch.load(state)
     torch.save({**content, "format": content["format"] + 1}, state)
 
@@ -94,7 +88,7 @@ def a_file(run):
 
 def later_versions(run):
     for state in state_files.states(run):
-        later(state)
+        from_later_version(state)
 
 
 def no_manifest(run):
@@ -128,16 +122,16 @@ LOST = [
 ]
 
 
-@pytest.mark.parametrize(("lose", "words"), LOST, ids=lambda x: getattr(x, "__name__", ""))
-def test_no_silent_restart(lose, words, run):
+@pytest.mark.parametrize(("lose", "message"), LOST, ids=lambda x: getattr(x, "__name__", ""))
+def test_no_silent_restart(lose, message, run):
     config, folder = run
     lose(folder)
     before = content(folder)
     for _ in range(2):  # as a job that restarts on failure
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             fit(config)
     assert sorted(content(folder).values()) == sorted(before.values())  # a corrupt state may have been renamed
-    if "--epoch_begin 3" in words:  # follow the advice
+    if "--epoch_begin 3" in message:  # follow the advice
         weights = read_tensors(folder / "rwkv-2.pth")
         fit(
             changed(
@@ -153,14 +147,14 @@ def test_no_silent_restart(lose, words, run):
             )
         )
         assert all(torch.equal(value, weights[name]) for name, value in read_tensors(folder / "rwkv-3.pth").items())
-    if "deletes" in words:
+    if "deletes" in message:
         fit(changed(config, overwrite=True, max_steps=1))
         assert read_manifest(folder / "rwkv-final.pth")["step"] == 1
 
 
 def test_killed_before_first_state(run):
     config, folder = run
-    whole = [line["loss"] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+    uninterrupted = [line["loss"] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
     no_checkpoints_either(folder)
     manifest = json.loads((folder / "run.json").read_text())
     del manifest["state_saved"]
@@ -168,7 +162,7 @@ def test_killed_before_first_state(run):
     metrics_lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(metrics_lines[:7]))
     fit(config)
-    assert [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == whole
+    assert [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == uninterrupted
     no_checkpoints_either(folder)
     manifest["flags"]["save_every"] = 6  # a state should exist
     (folder / "run.json").write_text(json.dumps(manifest))
@@ -190,7 +184,7 @@ def test_missing_checkpoint_rewritten(due, run, capsys):
     assert all(torch.equal(value, weights[name]) for name, value in read_tensors(folder / due).items())
 
 
-def folder_in_its_place(path):
+def replaced_by_folder(path):
     path.unlink()
     path.mkdir()
 
@@ -219,7 +213,7 @@ def no_tensors(path):
     torch.save({**torch.load(path), "tensors": []}, path)
 
 
-def nothing_in_it(path):
+def empty_dictionary(path):
     torch.save({}, path)
 
 
@@ -230,13 +224,13 @@ def directory_bits(path):
 
 
 DAMAGE = [
-    folder_in_its_place,
+    replaced_by_folder,
     empty,
     another_file,
     without_a_part,
     wrong_type,
     no_tensors,
-    nothing_in_it,
+    empty_dictionary,
     directory_bits,
 ]
 
@@ -291,10 +285,10 @@ def test_state_of_another_run(run, tmp_path):
 def test_unreadable_state(run, monkeypatch):
     _, folder = run
 
-    def refuse(path, *arguments, **keywords):
+    def deny(path, *arguments, **keywords):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("builtins.open", deny)
     with pytest.raises(UserError, match="step-12.pt: this training state cannot be read .Permission denied"):
         state_files.newest(folder)
     monkeypatch.undo()
@@ -312,11 +306,11 @@ MANIFESTS = [
 ]
 
 
-@pytest.mark.parametrize(("raw", "words"), MANIFESTS, ids=lambda x: str(x)[:20])
-def test_invalid_manifest(raw, words, run):
+@pytest.mark.parametrize(("raw", "message"), MANIFESTS, ids=lambda x: str(x)[:20])
+def test_invalid_manifest(raw, message, run):
     config, folder = run
     (folder / "run.json").write_bytes(raw)
-    with pytest.raises(UserError, match=f"run.json: .*{words}.*; choose another --proj_dir, or --overwrite"):
+    with pytest.raises(UserError, match=f"run.json: .*{message}.*; choose another --proj_dir, or --overwrite"):
         fit(config)
     fit(changed(config, overwrite=True, max_steps=1))
 
@@ -324,19 +318,19 @@ def test_invalid_manifest(raw, words, run):
 def test_manifest_with_missing_or_wrong_values(run):
     _config, folder = run
     good = json.loads((folder / "run.json").read_text())
-    spoiled, rejected = [], 0
+    invalid, rejected = [], 0
     for key in good:
-        spoiled += [
+        invalid += [
             {k: v for k, v in good.items() if k != key},
             *({**good, key: value} for value in (None, 3, "x", [], {})),
         ]
         if isinstance(good[key], dict):
             for inner in good[key]:
-                spoiled.append({**good, key: {k: v for k, v in good[key].items() if k != inner}})
-                spoiled += [{**good, key: {**good[key], inner: value}} for value in (None, "x", [1], {"a": 1}, -1, 0)]
+                invalid.append({**good, key: {k: v for k, v in good[key].items() if k != inner}})
+                invalid += [{**good, key: {**good[key], inner: value}} for value in (None, "x", [1], {"a": 1}, -1, 0)]
     from rwkv.train.resume import run_manifest
 
-    for run_json in spoiled:
+    for run_json in invalid:
         (folder / "run.json").write_text(json.dumps(run_json))
         try:
             read = run_manifest.read(folder)
@@ -345,7 +339,7 @@ def test_manifest_with_missing_or_wrong_values(run):
             continue
         run_manifest.changes(read, good)
         run_manifest.changes(good, read)
-    assert 0 < rejected < len(spoiled)
+    assert 0 < rejected < len(invalid)
 
 
 @pytest.mark.parametrize(
@@ -433,16 +427,16 @@ def test_lora_load_compared_by_content(make_base, make_data, tmp_path):
     with pytest.raises(UserError, match=r"--lora_load \(SHA-256\): none → [0-9a-f]{64}"):
         fit(changed(config, lora_load=str(other)))
     assert content(tmp_path / "run") == before
-    began = changed(config, proj_dir=str(tmp_path / "began"), lora_load=str(other))
-    fit(changed(began, max_steps=1))
+    started = changed(config, proj_dir=str(tmp_path / "started"), lora_load=str(other))
+    fit(changed(started, max_steps=1))
     shutil.copy(other, tmp_path / "same.pth")
     shutil.copy(f"{other}.json", tmp_path / "same.pth.json")
-    fit(changed(began, max_steps=2, lora_load=str(tmp_path / "same.pth")))  # same adapter, another name
+    fit(changed(started, max_steps=2, lora_load=str(tmp_path / "same.pth")))  # same adapter, another name
     with pytest.raises(UserError, match=r"--lora_load \(SHA-256\): [0-9a-f]{64} → none"):
-        fit(changed(began, lora_load=""))
+        fit(changed(started, lora_load=""))
 
 
-UNSERVED = [
+INCOMPATIBLE = [
     ({"lora_r": 4}, "--lora_r: 8 → 4"),
     ({"lora_parts": "att,ffn,time,ln"}, "--lora_parts: att,ln,time → att,ffn,time,ln"),
     ({"lora_parts": "att"}, "--lora_parts: att,ln,time → att"),
@@ -451,13 +445,14 @@ UNSERVED = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "words"), UNSERVED, ids=str)
-def test_allow_changes_incompatible_state(flags, words, make_base, make_data, tmp_path):
+@pytest.mark.parametrize(("flags", "message"), INCOMPATIBLE, ids=str)
+def test_allow_changes_incompatible_state(flags, message, make_base, make_data, tmp_path):
     config = LoRAConfig(**FLAGS, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run"))
     fit(changed(config, max_steps=2))
     before = content(tmp_path / "run")
     with pytest.raises(
-        UserError, match=rf"(?s)--allow_changes: the training state cannot be used with\n  {words}.*another --proj_dir"
+        UserError,
+        match=rf"(?s)--allow_changes: the training state cannot be used with\n  {message}.*another --proj_dir",
     ):
         fit(changed(config, allow_changes=True, **flags))
     assert content(tmp_path / "run") == before

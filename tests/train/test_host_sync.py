@@ -25,33 +25,33 @@ def device(monkeypatch):
     """Train on a fake device: it holds the model and the batches, and is armed from the start of
     step FIRST to the start of step LAST.
     """
-    made = FakeDevice()
+    fake = FakeDevice()
 
     def fit_on_device(trainer, module, fit=compat.fit):
-        made.place(list(module.parameters()))
-        with made:
+        fake.place(list(module.parameters()))
+        with fake:
             fit(trainer, module)
 
-    def begins(self, batch, batch_idx, begin=TrainingModule.on_train_batch_start):
-        made.armed = FIRST <= self.step < LAST
+    def on_start(self, batch, batch_idx, begin=TrainingModule.on_train_batch_start):
+        fake.armed = FIRST <= self.step < LAST
         begin(self, batch, batch_idx)
 
-    def transferred(self, batch, device, dataloader_idx, transfer=TrainingModule.transfer_batch_to_device):
+    def transfer_batch(self, batch, device, dataloader_idx, transfer=TrainingModule.transfer_batch_to_device):
         moved = transfer(self, batch, device, dataloader_idx)
-        made.place([new for i, new in enumerate(moved) if i != 2])  # the target count stays on the host
+        fake.place([new for i, new in enumerate(moved) if i != 2])  # the target count stays on the host
         return moved
 
     def read(self, read=metrics.PendingScalars.read):
-        with made.disarmed():  # reads the previous step's values: tests/train/test_fit.py
+        with fake.disarmed():  # reads the previous step's values: tests/train/test_fit.py
             return read(self)
 
     monkeypatch.setattr(compat, "fit", fit_on_device)
-    monkeypatch.setattr(TrainingModule, "on_train_batch_start", begins)
-    monkeypatch.setattr(TrainingModule, "transfer_batch_to_device", transferred)
+    monkeypatch.setattr(TrainingModule, "on_train_batch_start", on_start)
+    monkeypatch.setattr(TrainingModule, "transfer_batch_to_device", transfer_batch)
     monkeypatch.setattr(metrics.PendingScalars, "read", read)
-    monkeypatch.setattr(metrics, "waits_one_step", lambda device: True)
-    fused_adam.on_a_cpu(monkeypatch)
-    return made
+    monkeypatch.setattr(metrics, "reads_one_step_late", lambda device: True)
+    fused_adam.use_on_cpu(monkeypatch)
+    return fake
 
 
 VARIANTS = {
@@ -87,15 +87,15 @@ def test_no_host_sync(device, make_base, make_data, tmp_path, variant, method, m
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_device_skips_same_step_as_host(make_base, tmp_path, monkeypatch, decay):
     flags = poisoned(make_base, tmp_path) | {"on_nan": "skip", "weight_decay": decay}
-    made = []
+    runs = []
     for name in ("host", "device"):
         if name == "device":
-            monkeypatch.setattr(metrics, "waits_one_step", lambda device: True)
-            fused_adam.on_a_cpu(monkeypatch)
+            monkeypatch.setattr(metrics, "reads_one_step_late", lambda device: True)
+            fused_adam.use_on_cpu(monkeypatch)
         result = fit(TrainConfig(**flags, proj_dir=str(tmp_path / name)))
         assert any(line["loss"] is None for line in lines(tmp_path / name))
-        made.append((lines(tmp_path / name), read_tensors(result.checkpoint)))
-    (host, weights), (device, same) = made
+        runs.append((lines(tmp_path / name), read_tensors(result.checkpoint)))
+    (host, weights), (device, same) = runs
     for one, other in zip(host, device, strict=True):
         assert (one["loss"] is None) == (other["loss"] is None)
         assert one["loss"] is None or other["loss"] == pytest.approx(one["loss"], rel=1e-5)

@@ -32,10 +32,10 @@ def test_coverage_matches_count(data, flags, count):
         begin, end = training.window(number)
         seen[begin + 1 : end] += 1  # targets
         seen[begin] += bool(flags.get("doc_training"))
-    of_documents = [seen[begin:end].mean() for begin, end in itertools.pairwise(Stream(data).document_starts())]
+    passes_per_document = [seen[begin:end].mean() for begin, end in itertools.pairwise(Stream(data).document_starts())]
     printed = report._coverage(training, count)
     times = float(re.search(r"([\d.]+) pass", printed)[1])
-    assert times == pytest.approx(np.mean(of_documents), rel=0.1)  # 300 similar documents; two digits printed
+    assert times == pytest.approx(np.mean(passes_per_document), rel=0.1)  # 300 similar documents; two digits printed
     if not flags:
         missed = re.search(r"about (\d+)% of it is never used", printed)
         assert (int(missed[1]) if missed else 0) == pytest.approx(100 * np.mean(seen == 0), abs=4)

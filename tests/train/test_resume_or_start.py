@@ -44,9 +44,9 @@ def losses(folder):
     return [(line["step"], line["loss"], line["lr"], line["tokens"]) for line in lines(folder)]
 
 
-def assert_same_run(folder, whole, name="rwkv-2.pth"):
-    assert losses(folder) == losses(whole)
-    ours, theirs = read_tensors(folder / name), read_tensors(whole / name)
+def assert_same_run(folder, uninterrupted, name="rwkv-2.pth"):
+    assert losses(folder) == losses(uninterrupted)
+    ours, theirs = read_tensors(folder / name), read_tensors(uninterrupted / name)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
@@ -72,7 +72,7 @@ def changed(config, **flags):
 
 @pytest.mark.parametrize("kind", ["lora", "all"])
 def test_resume_at_every_step(kind, make_base, make_data, tmp_path):
-    config = make(kind, make_base, make_data, proj_dir=str(tmp_path / "whole"))
+    config = make(kind, make_base, make_data, proj_dir=str(tmp_path / "uninterrupted"))
     fit(config)
     for steps in range(1, 6):  # six steps in total, two per epoch
         fit(changed(config, proj_dir=str(tmp_path / "run"), max_steps=steps))
@@ -80,7 +80,7 @@ def test_resume_at_every_step(kind, make_base, make_data, tmp_path):
         random.seed(99)
         np.random.seed(99)
     fit(changed(config, proj_dir=str(tmp_path / "run")))
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted")
     state = state_files.newest(tmp_path / "run")
     trained = read_tensors(tmp_path / "run/rwkv-2.pth").keys()
     assert state.weights.keys() == state.optimizer.keys() == trained  # trainable parameters only
@@ -92,8 +92,8 @@ def test_resume_keeps_drawn_seed(make_data, tmp_path):
     fit(changed(config, max_steps=5))
     fit(config)
     seed = json.loads((tmp_path / "run/run.json").read_text())["flags"]["random_seed"]
-    fit(changed(config, random_seed=seed, proj_dir=str(tmp_path / "whole")))
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    fit(changed(config, random_seed=seed, proj_dir=str(tmp_path / "uninterrupted")))
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted")
 
 
 def test_more_epochs(make_data, tmp_path, capsys):
@@ -128,8 +128,8 @@ def test_corrupt_state_falls_back(damage, make_base, make_data, tmp_path, capsys
     printed = capsys.readouterr().out
     assert f"{newest} is corrupt" in printed
     assert "continuing from step 3: " in printed
-    fit(changed(config, proj_dir=str(tmp_path / "whole")))
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    fit(changed(config, proj_dir=str(tmp_path / "uninterrupted")))
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted")
     for path in state_files.states(tmp_path / "run"):
         damage(path)
     for _ in range(2):  # as a job that restarts on failure
@@ -137,7 +137,7 @@ def test_corrupt_state_falls_back(damage, make_base, make_data, tmp_path, capsys
             UserError, match=r"only corrupt training states \(resume/step-.*--load_model .*rwkv-2.pth --epoch_begin 3"
         ):
             fit(config)
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted")
 
 
 def test_changed_flags_and_data(make_base, make_data, tmp_path):
@@ -165,10 +165,10 @@ def test_changed_flags_and_data(make_base, make_data, tmp_path):
 def test_resume_with_other_micro_batch(make_base, make_data, tmp_path):
     config = make("all", make_base, make_data, magic_prime=-1, dropout=0.0)
     other = {"micro_bsz": 4, "accumulate_grad_batches": 1, "epoch_steps": 2}
-    fit(changed(config, proj_dir=str(tmp_path / "whole")))
+    fit(changed(config, proj_dir=str(tmp_path / "uninterrupted")))
     fit(changed(config, proj_dir=str(tmp_path / "run"), max_steps=3))
     fit(changed(config, proj_dir=str(tmp_path / "run"), **other))
-    ours, theirs = losses(tmp_path / "run"), losses(tmp_path / "whole")
+    ours, theirs = losses(tmp_path / "run"), losses(tmp_path / "uninterrupted")
     assert [line[2:] for line in ours] == [line[2:] for line in theirs]
     # fp32, different summation order
     assert [line[1] for line in ours] == pytest.approx([line[1] for line in theirs], rel=1e-5)
@@ -190,19 +190,19 @@ def test_disk_full_keeps_last_state(make_base, make_data, tmp_path, monkeypatch)
     assert not (tmp_path / "run/rwkv-0.pth").exists()
     monkeypatch.undo()
     fit(config)
-    fit(changed(config, proj_dir=str(tmp_path / "whole")))
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    fit(changed(config, proj_dir=str(tmp_path / "uninterrupted")))
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted")
 
 
 def test_disk_full_for_metrics(make_base, make_data, tmp_path, root):
     config = make("all", make_base, make_data, proj_dir=str(tmp_path / "run"), epoch_steps=400)
     limit = "import resource, runpy, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     argv = command(root, config, save_every=1000, epoch_save=1000)
-    done = subprocess.run([argv[0], "-c", limit, *argv[1:]], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1
-    last = done.stderr.rstrip().splitlines()[-1]
+    result = subprocess.run([argv[0], "-c", limit, *argv[1:]], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    last = result.stderr.rstrip().splitlines()[-1]
     assert re.fullmatch(
-        r"error: .*/(metrics.jsonl|train_log.txt): larger than a file may be here; free some space .*continues from its last state",
+        r"error: .*/(metrics.jsonl|train_log.txt): the file exceeds the maximum file size; free some space .*continues from its last state",
         last,
     )
 
@@ -220,10 +220,10 @@ def command(root, config, **flags):
 def start_until(argv, folder, step):
     """Start a run and return its process after `step` steps."""
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 120
+    deadline = time.monotonic() + 120
     while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < step:
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     return process
 
@@ -236,16 +236,16 @@ def test_resume_after_signal(number, status, make_base, make_data, tmp_path, roo
     process.send_signal(number)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
-    made = lines(tmp_path / "run")[-1]["step"]
-    assert made < 600
+    last = lines(tmp_path / "run")[-1]["step"]
+    assert last < 600
     if number != signal.SIGKILL:
-        assert f"stopped at step {made} of 600 and saved" in printed
+        assert f"stopped at step {last} of 600 and saved" in printed
         assert (
-            state_files.newest(tmp_path / "run").step == made == read_manifest(tmp_path / "run/rwkv-final.pth")["step"]
+            state_files.newest(tmp_path / "run").step == last == read_manifest(tmp_path / "run/rwkv-final.pth")["step"]
         )
-    fit(changed(config, max_steps=made + 5))
-    fit(changed(config, proj_dir=str(tmp_path / "whole"), max_steps=made + 5))
-    assert_same_run(tmp_path / "run", tmp_path / "whole", "rwkv-final.pth")
+    fit(changed(config, max_steps=last + 5))
+    fit(changed(config, proj_dir=str(tmp_path / "uninterrupted"), max_steps=last + 5))
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted", "rwkv-final.pth")
     assert not list((tmp_path / "run").rglob(".*.tmp"))
 
 
@@ -256,21 +256,21 @@ def test_second_process_in_folder(kind, make_base, make_data, tmp_path, root):
     process.send_signal(signal.SIGSTOP)  # it holds the folder, however long the others take
     try:
         for flags in ({}, {"overwrite": True}, {"allow_changes": True, "lr_init": 1e-4}):
-            done = subprocess.run(
+            result = subprocess.run(
                 command(root, config, **flags), capture_output=True, text=True, timeout=120, check=False
             )
-            assert done.returncode == 1
+            assert result.returncode == 1
             assert re.match(
-                rf"error: .*/run: in use by process {process.pid} on .*; or choose another --proj_dir\n$", done.stderr
-            ), done.stderr
+                rf"error: .*/run: in use by process {process.pid} on .*, or choose another --proj_dir\n$", result.stderr
+            ), result.stderr
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    made = lines(tmp_path / "run")[-1]["step"]
-    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, made + 1))
-    fit(changed(config, max_steps=made + 5))  # despite files of the killed process
-    fit(changed(config, proj_dir=str(tmp_path / "whole"), max_steps=made + 5))
-    assert_same_run(tmp_path / "run", tmp_path / "whole", "rwkv-final.pth")
+    last = lines(tmp_path / "run")[-1]["step"]
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, last + 1))
+    fit(changed(config, max_steps=last + 5))  # despite files of the killed process
+    fit(changed(config, proj_dir=str(tmp_path / "uninterrupted"), max_steps=last + 5))
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted", "rwkv-final.pth")
     assert not (tmp_path / "run/.lock").exists()
 
 
@@ -284,10 +284,10 @@ def test_resume_two_ranks(make_base, make_data, tmp_path, root):
     os.kill(child, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
-    made = lines(tmp_path / "run")[-1]["step"]
-    for folder in ("run", "whole"):
-        argv = command(root, config, proj_dir=tmp_path / folder, max_steps=made + 5)
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
+    last = lines(tmp_path / "run")[-1]["step"]
+    for folder in ("run", "uninterrupted"):
+        argv = command(root, config, proj_dir=tmp_path / folder, max_steps=last + 5)
+        result = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+        assert result.returncode == 0, result.stderr
     assert len(state_files.newest(tmp_path / "run").rng) == 2
-    assert_same_run(tmp_path / "run", tmp_path / "whole", "rwkv-final.pth")
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted", "rwkv-final.pth")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 
@@ -49,14 +50,14 @@ def plain_mean(model, items, reset: bool) -> tuple[float, int]:
     masks in the model; with `reset` each document separately.
     """
     total = count = 0
-    for x, y, counts, starts in items:
+    for x, y, loss_mask, starts in items:
         edges = [0, *(t for t in range(1, len(x)) if reset and starts[t]), len(x)]
         for begin, end in itertools.pairwise(edges):
             with torch.no_grad():
                 logits = model(x[None, begin:end])[0][0]
             each = F.cross_entropy(logits, y[begin:end], reduction="none")
-            total += float(each[counts[begin:end]].double().sum())
-            count += int(counts[begin:end].sum())
+            total += float(each[loss_mask[begin:end]].double().sum())
+            count += int(loss_mask[begin:end].sum())
     return total / count, count
 
 
@@ -96,8 +97,8 @@ def test_validation_loss(make_base, documents, tmp_path):
     )
     result = fit(config)
     data = Dataset(documents)
-    held = Stream(data, split(data, 0.2, CTX)[1])
-    contexts = [held.read(i, i + CTX + 1) for i in range(0, len(held) - CTX, CTX)]
+    validation = Stream(data, split(data, 0.2, CTX)[1])
+    contexts = [validation.read(i, i + CTX + 1) for i in range(0, len(validation) - CTX, CTX)]
     items = [tuple(map(torch.from_numpy, (p.ids[:-1], p.ids[1:], p.loss_mask[1:], p.starts[:-1]))) for p in contexts]
     expected, _ = plain_mean(load_model(base), items, False)
     found = {line["step"]: line["val_loss"] for line in lines(tmp_path / "run") if "val_loss" in line}
@@ -124,8 +125,8 @@ def test_val_file(make_base, documents, other, tmp_path, mode):
     flags = FLAGS | mode | {"load_model": str(base), "data_file": documents, "val_samples": 0}
     config = TrainConfig(**flags | NO_UPDATE, val_file=other, val_every=3, proj_dir=str(tmp_path / "run"))
     result = fit(config)
-    _, held_out = samples.make(config, Dataset(documents), Dataset(other))
-    expected, _ = plain_mean(load_model(base), [held_out[i] for i in range(len(held_out))], bool(mode))
+    _, validation = samples.make(config, Dataset(documents), Dataset(other))
+    expected, _ = plain_mean(load_model(base), [validation[i] for i in range(len(validation))], bool(mode))
     found = {line["step"]: line["val_loss"] for line in lines(tmp_path / "run") if "val_loss" in line}
     assert list(found) == [3, 4, 6, 8]
     assert list(found.values()) == pytest.approx([expected] * 4, rel=1e-5)
@@ -157,6 +158,27 @@ def test_changed_val_file(make_base, documents, other, tmp_path):
     fit(TrainConfig(**flags | {"val_file": ""}, max_steps=6))  # allowed: training does not depend on it
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (
+            "v.jsonl",
+            r"a .jsonl file. Convert it first: .*convert.* --input .*v.jsonl .*; then give --val_file .*v_text_document",
+        ),
+        ("my v.csv", r"a .csv file. Convert it first: .*; then give --val_file '.*my v_text_document'"),
+        ("no", r"no such data \(.*no.idx: no such file\); give the prefix of a binidx$"),
+        ("folder", r"a folder. Convert it first"),
+    ],
+)
+def test_val_file_that_is_no_binidx(make_base, documents, tmp_path, name, says):
+    (tmp_path / "folder").mkdir()
+    for file in ("v.jsonl", "my v.csv"):
+        (tmp_path / file).write_text("text\n")
+    flags = {"load_model": str(make_base()), "data_file": documents, "proj_dir": str(tmp_path / "run"), "ctx_len": 8}
+    with pytest.raises(UserError, match=f"--val_file .*: {says}"):
+        fit(TrainConfig(**flags, val_file=str(tmp_path / name)))
+
+
 def test_invalid_val_file(make_base, documents, make_data, tmp_path):
     flags = FLAGS | {"load_model": str(make_base()), "data_file": documents, "proj_dir": str(tmp_path / "run")}
     with pytest.raises(UserError, match="is the training data"):
@@ -170,10 +192,10 @@ def test_invalid_val_file(make_base, documents, make_data, tmp_path):
 
 def test_training_and_validation_disjoint(documents):
     config = TrainConfig(**FLAGS, data_file=documents, val_split=0.2, doc_training=1)
-    training, held = samples.make(config, Dataset(documents))
+    training, validation = samples.make(config, Dataset(documents))
     seen = [
         {tuple(x.tolist()) for x, *_ in (source.item(*source.sequential_window(i)) for i in range(source.per_pass))}
-        for source in (training, held.source)
+        for source in (training, validation.source)
     ]
     assert seen[0]
     assert seen[1]
@@ -211,8 +233,10 @@ def test_two_processes_match_one_with_masked_targets(make_base, documents, tmp_p
     common = [word for name, value in flags.items() for word in (f"--{name}", value)]
     for name, extra in (("one", ["--micro_bsz", 2]), ("two", ["--micro_bsz", 1, "--devices", 2])):
         command = [sys.executable, root / "scripts/finetune.py", *common, *extra, "--proj_dir", tmp_path / name]
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
+        result = subprocess.run(
+            [str(word) for word in command], capture_output=True, text=True, timeout=300, check=False
+        )
+        assert result.returncode == 0, result.stderr
     one, two = (lines(tmp_path / name) for name in ("one", "two"))
     for key in ("loss", "val_loss", "targets"):
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-5), key
@@ -229,19 +253,20 @@ def test_step_without_targets(make_base, documents, tmp_path):
     result = fit(
         TrainConfig(**FLAGS, load_model=str(base), data_file=documents, proj_dir=str(tmp_path / "run"), max_steps=1)
     )
-    assert [(line["loss"], line["targets"]) for line in lines(tmp_path / "run")] == [(0, 0)]
+    assert [(line["loss"], line["targets"]) for line in lines(tmp_path / "run")] == [(None, 0)]
+    assert math.isnan(result.last_loss)  # a loss of 0 would be the best of the run
     before, after = read_tensors(base), read_tensors(result.checkpoint)
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-REFUSED = [
+INVALID_FLAGS = [
     ({"doc_training": 1, "magic_prime": -1}, "use only one of them"),
     ({"min_ctx_len": 5}, "applies to --doc_training 1"),
-    ({"doc_training": 1, "min_ctx_len": CTX + 1}, f"must be 0 to --ctx_len {CTX}"),
+    ({"doc_training": 1, "min_ctx_len": CTX + 1}, f"must not be greater than --ctx_len {CTX}"),
     ({"doc_sep": -2}, "must be a token id, or -1"),
     ({"val_split": 1.0}, "less than 1"),
-    ({"val_every": 5}, "needs a validation set: give --val_file, or --val_split"),
-    ({"val_file": "v", "val_split": 0.5}, "both give the validation set"),
+    ({"val_every": 5}, "needs a validation set: pass --val_file, or --val_split"),
+    ({"val_file": "v", "val_split": 0.5}, "both define the validation set"),
     ({"val_file": "v.jsonl"}, r"must be a binidx.* scripts/convert.py --input v.jsonl --output-prefix PREFIX"),
     ({"val_file": "v", "data_type": "utf-8"}, "has its own vocabulary"),
     ({"val_file": "none"}, "none"),
@@ -251,9 +276,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "complaint"), REFUSED)
-def test_invalid_flags(documents, tmp_path, flags, complaint):
-    with pytest.raises(UserError, match=complaint):
+@pytest.mark.parametrize(("flags", "message"), INVALID_FLAGS)
+def test_invalid_flags(documents, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
         fit(
             TrainConfig(
                 **{

@@ -44,21 +44,21 @@ def test_resume_uses_saved_base(config, tmp_path, monkeypatch):
     """Initialising again could give another base: orthogonal matrices depend on the machine's
     LAPACK.
     """
-    fit(changed(config, proj_dir=str(tmp_path / "whole")))
+    fit(changed(config, proj_dir=str(tmp_path / "uninterrupted")))
     fit(changed(config, max_steps=5))
     base = sha256(tmp_path / "run/rwkv-base.pth")
     initialise = RWKV.initialise
 
-    def otherwise(model, **options):
+    def other_initialise(model, **options):
         initialise(model, **options)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1)
 
-    monkeypatch.setattr(RWKV, "initialise", otherwise)
+    monkeypatch.setattr(RWKV, "initialise", other_initialise)
     shutil.move(tmp_path / "run", tmp_path / "moved")  # nothing depends on where the folder is
     result = fit(changed(config, proj_dir=str(tmp_path / "moved")))
-    assert losses(tmp_path / "moved") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "moved") == losses(tmp_path / "uninterrupted")
     assert read_manifest(result.checkpoint)["base_sha256"] == base == sha256(tmp_path / "moved/rwkv-base.pth")
     run = json.loads((tmp_path / "moved/run.json").read_text())
     assert run["base"]["sha256"] == base
@@ -126,7 +126,7 @@ def test_lora_load_with_fewer_parts(tuned, fewer, more):
             assert torch.equal(after[name], base[name])
 
 
-REFUSED = [
+INCOMPATIBLE = [
     (
         {"lora_parts": "att,ffn,time"},
         {"lora_parts": "att,ln"},
@@ -145,11 +145,11 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("first", "then", "complaint"), REFUSED)
-def test_incompatible_adapter(tuned, tmp_path, first, then, complaint):
+@pytest.mark.parametrize(("first", "then", "message"), INCOMPATIBLE)
+def test_incompatible_adapter(tuned, tmp_path, first, then, message):
     _, make = tuned
     adapter = make("a", **first).checkpoint
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=message):
         make("b", **then, lora_load=str(adapter))
     assert not (tmp_path / "b").exists()
 

@@ -65,17 +65,17 @@ def test_stages_in_sequence(flags, tmp_path):
 def test_resume_stage(flags, tmp_path):
     fit(TrainConfig(**flags, my_pile_stage=1))
     fit(TrainConfig(**flags, my_pile_stage=3, max_steps=13))
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    (whole / "rwkv-init.pth").write_bytes((tmp_path / "run/rwkv-init.pth").read_bytes())
+    uninterrupted = tmp_path / "uninterrupted"
+    uninterrupted.mkdir()
+    (uninterrupted / "rwkv-init.pth").write_bytes((tmp_path / "run/rwkv-init.pth").read_bytes())
     assert fit(TrainConfig(**flags, my_pile_stage=3)).steps == 20  # from step 13, although rwkv-0.pth exists
-    fit(TrainConfig(**flags | {"proj_dir": str(whole)}, my_pile_stage=3))
-    ours, theirs = (read_tensors(folder / "rwkv-1.pth") for folder in (tmp_path / "run", whole))
+    fit(TrainConfig(**flags | {"proj_dir": str(uninterrupted)}, my_pile_stage=3))
+    ours, theirs = (read_tensors(folder / "rwkv-1.pth") for folder in (tmp_path / "run", uninterrupted))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     bare = tmp_path / "bare"  # as left by upstream
     bare.mkdir()
-    (bare / "rwkv-0.pth").write_bytes((whole / "rwkv-0.pth").read_bytes())
-    (bare / "rwkv-1.pth").write_bytes((whole / "rwkv-1.pth").read_bytes()[:-50])
+    (bare / "rwkv-0.pth").write_bytes((uninterrupted / "rwkv-0.pth").read_bytes())
+    (bare / "rwkv-1.pth").write_bytes((uninterrupted / "rwkv-1.pth").read_bytes()[:-50])
     for stage, warmup in ((2, 10), (3, 30)):
         found = stages.apply(TrainConfig(**flags | {"proj_dir": str(bare)}, my_pile_stage=stage))
         assert (found.load_model, found.epoch_begin, found.warmup_steps) == (str(bare / "rwkv-0.pth"), 1, warmup)
@@ -83,16 +83,16 @@ def test_resume_stage(flags, tmp_path):
     assert stages.apply(TrainConfig(**flags | {"proj_dir": str(bare)}, my_pile_stage=4)).magic_prime == 0
 
 
-def stretched(old, n):
+def resized(old, n):
     """Upstream's resizing from m to n elements: element i is interpolated linearly at position i ·
     m/n, clamped to the last.
     """
     found = []
     for i in range(n):
-        place = i / n * len(old)
-        low = math.floor(place)
+        position = i / n * len(old)
+        low = math.floor(position)
         found.append(
-            old[-1] if place >= len(old) - 1 else old[low] * (1 - (place - low)) + old[low + 1] * (place - low)
+            old[-1] if position >= len(old) - 1 else old[low] * (1 - (position - low)) + old[low + 1] * (position - low)
         )
     return torch.stack(found)
 
@@ -102,7 +102,7 @@ def test_stage_1_resizes_load_model(flags, make_base, make_model, tmp_path):
     fit(TrainConfig(**flags | {"vocab_size": 70, "n_layer": 3}, my_pile_stage=1, load_model=str(base)))
     old, new = read_tensors(base), read_tensors(tmp_path / "run/rwkv-init.pth")
     for name in ("emb.weight", "head.weight"):
-        torch.testing.assert_close(new[name], stretched(old[name], 70))
+        torch.testing.assert_close(new[name], resized(old[name], 70))
     assert all(torch.equal(new[name], old[name]) for name in old if name not in ("emb.weight", "head.weight"))
     assert not new["blocks.2.att.output.weight"].any()  # new, by upstream's rule
     # vectors of another width, which only a model without matrices of that width allows
@@ -110,18 +110,34 @@ def test_stage_1_resizes_load_model(flags, make_base, make_model, tmp_path):
     vectors = {name: x for name, x in old.items() if "time_decay" in name or name == "ln_out.bias"}
     torch.save(vectors, tmp_path / "vectors.pth")
     stages._resize_into(grown, str(tmp_path / "vectors.pth"))
-    torch.testing.assert_close(grown.blocks[1].att.time_decay.detach(), stretched(old["blocks.1.att.time_decay"], 12))
+    torch.testing.assert_close(grown.blocks[1].att.time_decay.detach(), resized(old["blocks.1.att.time_decay"], 12))
     assert torch.equal(grown.ln_out.bias, old["ln_out.bias"])
 
 
 @pytest.mark.parametrize(
-    ("other", "complaint"),
+    ("other", "message"),
     [({"n_layer": 1}, "a model of these sizes has no blocks.1."), ({"n_embd": 16}, "only vectors and")],
 )
-def test_stage_1_size_mismatch(flags, make_base, tmp_path, other, complaint):
-    with pytest.raises(UserError, match=complaint):
+def test_stage_1_size_mismatch(flags, make_base, tmp_path, other, message):
+    with pytest.raises(UserError, match=message):
         fit(TrainConfig(**flags | other, my_pile_stage=1, load_model=str(make_base(n_embd=8))))
     assert not (tmp_path / "run/rwkv-init.pth").exists()
+
+
+def test_stage_1_needs_whole_model(flags, make_base, tmp_path):
+    tensors = read_tensors(make_base(n_embd=8))
+    later = {name: x[None] if "time_decay" in name else x for name, x in tensors.items()}
+    times = {name: x for name, x in tensors.items() if ".time_" in name}
+    for content, complaint in (
+        (later, "version 5 or later"),
+        ({**tensors, "head.weight": tensors["head.weight"][:0]}, r"wrong shape: head.weight \[0, 8\]"),
+        (times, "not an RWKV-4 checkpoint"),  # an adapter of the part time
+        ({name: x for name, x in tensors.items() if "ln_out" not in name}, "missing: ln_out"),
+    ):
+        torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(UserError, match=f"x.pth: .*{complaint}"):
+            fit(TrainConfig(**flags, my_pile_stage=1, load_model=str(tmp_path / "x.pth")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_load_partial(flags, make_base, tmp_path):
@@ -157,27 +173,33 @@ def test_stage_2_lr_of_time_parameters(make_model):
     assert all(scale == (5 if "time_" in name else 1) for name, scale in found.items())
 
 
-REFUSED = [
+INVALID_STAGE_FLAGS = [
     ({"micro_bsz": 11}, "are not divisible by the batch size 11; the nearest --micro_bsz is 10"),
     ({"ctx_len": 4}, "has only 20249 contexts of 4"),
     ({}, "no rwkv-init.pth or rwkv-N.pth in .*; create one with --my_pile_stage 1"),
 ]
 
 
-@pytest.mark.parametrize(("other", "complaint"), REFUSED)
-def test_invalid_stage_flags(flags, other, complaint):
-    with pytest.raises(UserError, match=complaint):
+@pytest.mark.parametrize(("other", "message"), INVALID_STAGE_FLAGS)
+def test_invalid_stage_flags(flags, other, message):
+    with pytest.raises(UserError, match=message):
         fit(TrainConfig(**flags | other, my_pile_stage=3))
     with pytest.raises(UserError, match="is for pretraining"):
         fit(LoRAConfig(**flags | other, my_pile_stage=3))
 
 
+@pytest.mark.parametrize("name", ["micro_bsz", "ctx_len"])
+def test_zero_rejected_before_stage_arithmetic(flags, name):
+    with pytest.raises(UserError, match=f"--{name} must be at least 1"):
+        fit(TrainConfig(**{**flags, name: 0}, my_pile_stage=2))
+
+
 def test_finetune_finds_stage_checkpoint(flags, script, tmp_path):
     """As upstream: --load_model is not needed, and the newest rwkv-N.pth is loaded."""
     fit(TrainConfig(**flags, my_pile_stage=1))
-    words = [str(word) for key, value in (flags | {"max_steps": 1}).items() for word in (f"--{key}", value)]
-    script("finetune.py", *words, "--my_pile_stage", "3")
+    arguments = [str(word) for key, value in (flags | {"max_steps": 1}).items() for word in (f"--{key}", value)]
+    script("finetune.py", *arguments, "--my_pile_stage", "3")
     run = json.loads((tmp_path / "run/run.json").read_text())["flags"]
     assert run["load_model"].endswith("rwkv-init.pth")
-    done = script("finetune.py", *words, status=1)
-    assert "full tuning needs a model: pass --load_model" in done.stderr
+    result = script("finetune.py", *arguments, status=1)
+    assert "full fine-tuning needs a model: pass --load_model" in result.stderr

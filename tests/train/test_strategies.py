@@ -36,14 +36,14 @@ LORA = {"grad_clip": 0.1, "lora_dropout": 0.0, "lora_r": 4}
 # Target counts differ between ranks and micro-batches, and 3 validation samples leave one rank
 # without a last batch.
 DOCUMENTS = {"doc_training": 1, "doc_reset": 1, "val_split": 0.2, "val_every": 2, "val_samples": 3, "magic_prime": 0}
-ALONE = {  # one process
+ONE_PROCESS = {  # one process
     "clipped": ("full", {"micro_bsz": 4, **CLIPPED}),
     "scaled": ("full", {"micro_bsz": 4, **SCALED}),
     "accumulated": ("full", {"micro_bsz": 2, "accumulate_grad_batches": 2, **SCALED}),
     "lora": ("lora", {"micro_bsz": 4, **LORA}),
     "documents": ("full", {"micro_bsz": 4, **CLIPPED, **DOCUMENTS}),
 }
-PAIRED = {  # two processes: the run of ALONE that they match, kind, flags
+TWO_PROCESSES = {  # two processes: the run of ONE_PROCESS to match, kind, flags
     "full": ("clipped", "full", {"micro_bsz": 2, **CLIPPED}),
     "accumulated": ("scaled", "full", {"micro_bsz": 1, "accumulate_grad_batches": 2, **SCALED}),
     "lora with gradient checkpointing": ("lora", "lora", {"micro_bsz": 2, "grad_cp": 1, **LORA}),
@@ -51,15 +51,15 @@ PAIRED = {  # two processes: the run of ALONE that they match, kind, flags
     "chunks": ("clipped", "full", {"micro_bsz": 2, "tbptt_len": 3, "exact": True, **CLIPPED}),
     "gradient checkpointing": ("clipped", "full", {"micro_bsz": 2, "grad_cp": 1, **CLIPPED}),
 }
-EVERYWHERE = ["full", "accumulated", "lora with gradient checkpointing"]
+WITH_EVERY_STRATEGY = ["full", "accumulated", "lora with gradient checkpointing"]
 CASES = sorted(
     (name, case)
     for name in STRATEGIES
-    for case in PAIRED
-    if case in EVERYWHERE
+    for case in TWO_PROCESSES
+    if case in WITH_EVERY_STRATEGY
     or (name in ("ddp", "deepspeed_stage_2", "deepspeed_stage_3") and (name, case) != ("deepspeed_stage_3", "chunks"))
 )
-CHANGED = [  # the strategies of the first three and of the other steps; "one" is one process
+STRATEGY_CHANGES = [  # strategy of the first three steps, and of the others; "one" is one process
     (before, after)
     for before, after in [
         ("one", "ddp"),
@@ -73,7 +73,7 @@ CHANGED = [  # the strategies of the first three and of the other steps; "one" i
     ]
     if {before, after} <= {"one", *STRATEGIES}
 ]
-SPOILED = {  # a gradient of the third step is multiplied
+BAD_GRADIENTS = {  # a gradient of the third step is multiplied
     "nan in fp32, stage 2": ("deepspeed_stage_2", "full", "fp32", math.nan),
     "nan in fp32, stage 3": ("deepspeed_stage_3", "lora", "fp32", math.nan),
     "inf in bf16, stage 1": ("deepspeed_stage_1", "full", "bf16", math.inf),
@@ -88,7 +88,8 @@ SOLO = {  # DeepSpeed with one process
     "deepspeed_stage_2_offload": ("lora", {}),
     "deepspeed_stage_3": ("full", {"grad_cp": 1, "ds_config": ""}),  # small parameters stay gathered, the default
 }
-LOW = [
+OWN_SEEDS = ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"]  # each rank draws a seed and creates its own weights
+BF16 = [
     name for name in ("deepspeed_stage_1", "deepspeed_stage_2_offload", "deepspeed_stage_3") if name in STRATEGIES
 ]  # in bf16
 
@@ -102,7 +103,7 @@ def runs(tmp_path_factory, make_model) -> Path:
     with writer(folder / "data") as out:
         for length in torch.randint(3, 20, (40,), generator=generator).tolist():
             out.add([*torch.randint(1, 50, (length,), generator=generator).tolist(), 0])
-    (folder / "whole.json").write_text(
+    (folder / "shard_all.json").write_text(
         json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 2000}})
     )
 
@@ -127,11 +128,11 @@ def runs(tmp_path_factory, make_model) -> Path:
     def alone(kind: str, flags: dict) -> None:
         fit({"full": TrainConfig, "lora": LoRAConfig}[kind](**flags))
 
-    for name, (kind, case) in ALONE.items():
+    for name, (kind, case) in ONE_PROCESS.items():
         alone(kind, flags(name, case))
-    paired, ends = [], []
+    paired, last_halves = [], []
     for name, case in CASES:
-        _, kind, own = PAIRED[case]
+        _, kind, own = TWO_PROCESSES[case]
         paired.append([kind, flags(f"{name}, {case}", {**own, **process_flags(name, folder)})])
     for kind, own in (("full", CLIPPED), ("lora", LORA)):
         paired += [
@@ -141,16 +142,16 @@ def runs(tmp_path_factory, make_model) -> Path:
                     f"{name}, {kind}, bf16", {"micro_bsz": 2, "precision": "bf16", **own, **process_flags(name, folder)}
                 ),
             ]
-            for name in LOW
+            for name in BF16
         ]
-    for name in LOW:
+    for name in BF16:
         half = flags(
             f"{name}, bf16, stopped", {"micro_bsz": 2, "precision": "bf16", **CLIPPED, **process_flags(name, folder)}
         )
         paired += [["full", {**half, "max_steps": 3}], ["full", half]]
     for kind, flags_of in (("full", CLIPPED), ("lora", LORA)):
         halves = {}
-        for before, after in CHANGED:
+        for before, after in STRATEGY_CHANGES:
             name = f"{before}, then {after}, {kind}"
             sides = [
                 flags_of | ({"micro_bsz": 4} if side == "one" else {"micro_bsz": 2, **process_flags(side, folder)})
@@ -164,28 +165,42 @@ def runs(tmp_path_factory, make_model) -> Path:
             for name, both in halves.items()
             for half in (both[:1] if name.split(", ")[1] == "then one" else both)
         ]
-        ends += [(kind, both[1]) for name, both in halves.items() if name.split(", ")[1] == "then one"]
-    for name, (which, kind, precision, value) in SPOILED.items():
-        case = {"full": CLIPPED, "lora": LORA}[kind] | {"micro_bsz": 2, "precision": precision, "spoil": [3, value]}
+        last_halves += [(kind, both[1]) for name, both in halves.items() if name.split(", ")[1] == "then one"]
+    for name, (which, kind, precision, value) in BAD_GRADIENTS.items():
+        case = {"full": CLIPPED, "lora": LORA}[kind] | {
+            "micro_bsz": 2,
+            "precision": precision,
+            "gradient_factor": [3, value],
+        }
         paired.append([kind, flags(name, {**case, **process_flags(which, folder)})])
+    new = {"load_model": "", "n_layer": 2, "n_embd": 16, "vocab_size": 50, "random_seed": -1, **CLIPPED}
+    paired += [
+        ["full", flags(f"{name}, own seeds", {"micro_bsz": 2, **new, **process_flags(name, folder)})]
+        for name in OWN_SEEDS
+    ]
     solo = []
     for name, (kind, own) in SOLO.items():
         own = {key: value and str(folder / value) if key == "ds_config" else value for key, value in own.items()}
-        case = ALONE["clipped" if kind == "full" else "lora"][1] | process_flags(name, folder) | {"devices": 1} | own
+        case = (
+            ONE_PROCESS["clipped" if kind == "full" else "lora"][1] | process_flags(name, folder) | {"devices": 1} | own
+        )
         solo.append([kind, flags(f"{name}, one process", case)])
     (folder / "all_reduce.json").write_text(json.dumps({"zero_optimization": {"reduce_scatter": False}}))
     (folder / "wrong.json").write_text(json.dumps({"zero_optimization": {"sub_group_size": "many"}}))
-    wrong = {"strategy": "deepspeed_stage_3", "ds_config": str(folder / "wrong.json"), "spoil": [0, 1.0]}
-    solo.append(["full", flags("refused", {"micro_bsz": 4, **wrong})])
+    wrong = {"strategy": "deepspeed_stage_3", "ds_config": str(folder / "wrong.json"), "gradient_factor": [0, 1.0]}
+    solo.append(["full", flags("invalid", {"micro_bsz": 4, **wrong})])
     run_processes(folder, paired, solo)
-    for kind, end in ends:
-        alone(kind, end)
+    for kind, half in last_halves:
+        alone(kind, half)
+    for name in OWN_SEEDS:
+        seed = json.loads((folder / f"{name}, own seeds/run.json").read_text())["seed"]
+        alone("full", flags(f"{name}, seed of rank 0", {"micro_bsz": 4, **new, "random_seed": seed}))
     return folder
 
 
 def process_flags(name: str, folder: Path) -> dict:
     """Flags for two processes. By default ZeRO-3 would not shard models as small as these."""
-    deepspeed = {"ds_bucket_mb": 1, "ds_config": str(folder / "whole.json")} if name in strategy.ZEROS else {}
+    deepspeed = {"ds_bucket_mb": 1, "ds_config": str(folder / "shard_all.json")} if name in strategy.ZEROS else {}
     return {"devices": 2, "strategy": name, **deepspeed}
 
 
@@ -215,11 +230,11 @@ def run_processes(folder: Path, paired: list, solo: list) -> None:
                 environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
-        ends = [rank.wait(600) for rank in ranks]
+        exit_codes = [rank.wait(600) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert ends == [0, 0, 0], "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("*[01].txt")))
+    assert exit_codes == [0, 0, 0], "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("*[01].txt")))
 
 
 def lines(run: Path) -> list[dict]:
@@ -232,7 +247,7 @@ def column(run: Path, key: str = "loss") -> list[float]:
 
 @pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{name}, {case}" for name, case in CASES])
 def test_two_processes_match_one(runs, name, case):
-    alone, run = runs / PAIRED[case][0], runs / f"{name}, {case}"
+    alone, run = runs / TWO_PROCESSES[case][0], runs / f"{name}, {case}"
     assert len(column(run)) == STEPS
     for key in ("loss", "val_loss", "lr", "targets", "grad_norm"):
         assert column(run, key) == pytest.approx(column(alone, key), rel=TOLERANCE), key
@@ -243,8 +258,14 @@ def test_two_processes_match_one(runs, name, case):
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5, msg=key)
 
 
+@pytest.mark.parametrize("name", OWN_SEEDS)
+def test_weights_of_rank_0_on_all_ranks(runs, name):
+    """These processes have no store to pass rank 0's seed on."""
+    assert column(runs / f"{name}, own seeds") == pytest.approx(column(runs / f"{name}, seed of rank 0"), rel=TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize(("before", "after"), CHANGED)
+@pytest.mark.parametrize(("before", "after"), STRATEGY_CHANGES)
 def test_resume_with_other_strategy(runs, before, after, kind):
     run, alone = runs / f"{before}, then {after}, {kind}", runs / {"full": "clipped", "lora": "lora"}[kind]
     assert [line["step"] for line in lines(run)] == [*range(1, STEPS + 1)]
@@ -259,7 +280,7 @@ def test_deepspeed_single_process_matches_plain(runs, name):
         assert column(run, key) == pytest.approx(column(plain, key), rel=TOLERANCE), key
 
 
-@pytest.mark.parametrize("case", SPOILED)
+@pytest.mark.parametrize("case", BAD_GRADIENTS)
 def test_nan_gradient_ends_run_except_fp16(runs, case):
     """In fp16 such steps are skipped, to find the loss scale. In other precisions no step may be
     skipped silently.
@@ -274,11 +295,11 @@ def test_nan_gradient_ends_run_except_fp16(runs, case):
         assert norms[2:] == [None]
         printed = (runs / case / "error.txt").read_text()
         assert re.match(r"step 3: the norm of the gradient is (nan|inf)", printed)
-        assert "--on_nan skip" not in printed  # DeepSpeed has none
+        assert "--on_nan skip" not in printed  # not supported with DeepSpeed
 
 
 def test_invalid_ds_config_value(runs):
-    printed = (runs / "refused/error.txt").read_text()
+    printed = (runs / "invalid/error.txt").read_text()
     assert printed.startswith(f"--ds_config {runs / 'wrong.json'}: rejected by DeepSpeed (")
     assert "sub_group_size" in printed
 
@@ -307,7 +328,7 @@ def test_deepspeed_overhead(runs, name):
         assert full["moved"][0] == "cpu"
 
 
-def test_deepspeed_does_not_flood_the_log(runs):
+def test_deepspeed_warns_once(runs):
     printed = (runs / "paired0.txt").read_text()
     assert printed.count("unknown inputs or outputs") <= 1
 
@@ -323,7 +344,7 @@ def test_comparison_detects_differences(runs):
     assert max(abs(a / b - 1) for a, b in zip(clipped[1:], scaled[1:], strict=True)) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", LOW)
+@pytest.mark.parametrize("name", BF16)
 @pytest.mark.parametrize(("kind", "alone"), [("full", "clipped"), ("lora", "lora")])
 def test_deepspeed_bf16(runs, name, kind, alone):
     # DeepSpeed stores bf16 parameters (8 significant bits) and fp32 master weights; autocast rounds
@@ -331,8 +352,8 @@ def test_deepspeed_bf16(runs, name, kind, alone):
     run = runs / f"{name}, {kind}, bf16"
     assert column(run) == pytest.approx(column(runs / alone), rel=0.02)
     assert column(run) != column(runs / alone)
-    inside = facts(run)
-    assert (inside["weights"], inside["masters"]) == (["torch.bfloat16"], ["torch.float32"])
+    recorded = facts(run)
+    assert (recorded["weights"], recorded["masters"]) == (["torch.bfloat16"], ["torch.float32"])
     saved = read_tensors(run / "rwkv-0.pth")
     assert {value.dtype for value in saved.values()} == {torch.float32}
     # the master weights were saved: not all elements of a matrix are exact in bf16
@@ -340,10 +361,10 @@ def test_deepspeed_bf16(runs, name, kind, alone):
     assert all(not torch.equal(value, value.bfloat16().float()) for value in matrices)
 
 
-@pytest.mark.parametrize("name", LOW)
+@pytest.mark.parametrize("name", BF16)
 def test_deepspeed_bf16_resume(runs, name):
-    whole, stopped = runs / f"{name}, full, bf16", runs / f"{name}, bf16, stopped"
-    assert column(stopped) == column(whole)
-    assert len(column(whole)) == STEPS
-    ours, theirs = read_tensors(stopped / "rwkv-0.pth"), read_tensors(whole / "rwkv-0.pth")
+    uninterrupted, stopped = runs / f"{name}, full, bf16", runs / f"{name}, bf16, stopped"
+    assert column(stopped) == column(uninterrupted)
+    assert len(column(uninterrupted)) == STEPS
+    ours, theirs = read_tensors(stopped / "rwkv-0.pth"), read_tensors(uninterrupted / "rwkv-0.pth")
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

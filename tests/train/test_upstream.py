@@ -156,19 +156,19 @@ def plain_trainer(
     return losses
 
 
-def ours(tmp_path) -> list[float]:
+def losses_of(tmp_path) -> list[float]:
     return [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
 
 
-def agree(mine: list[float], p: dict, trained: list[str], stream: np.ndarray, c: dict, lora=None, rules=V4):
+def assert_match(losses: list[float], p: dict, trained: list[str], stream: np.ndarray, c: dict, lora=None, rules=V4):
     tolerance = TOLERANCE if rules is V4 else TOLERANCE_7
-    theirs, still = (
-        plain_trainer(p, trained, stream, len(mine), flags, lora, rules)
+    expected, constant = (
+        plain_trainer(p, trained, stream, len(losses), flags, lora, rules)
         for flags in (c, {**c, "lr_init": 0.0, "lr_final": 0.0})
     )
-    np.testing.assert_allclose(mine, theirs, rtol=tolerance)
-    assert np.max(np.abs(np.divide(mine, still) - 1)) > 100 * tolerance, (
-        "the comparison is empty unless the model learns"
+    np.testing.assert_allclose(losses, expected, rtol=tolerance)
+    assert np.max(np.abs(np.divide(losses, constant) - 1)) > 100 * tolerance, (
+        "the comparison means nothing unless the model learns"
     )
 
 
@@ -178,7 +178,7 @@ def agree(mine: list[float], p: dict, trained: list[str], stream: np.ndarray, c:
     ids=["decaying rate", "constant rate with warm-up", "weight decay", "accumulation"],
 )
 @pytest.mark.parametrize("one_sample", [False, True], ids=["prime sampling", "one sample"])
-def test_full_tuning_matches_upstream(make_base, make_data, tmp_path, extra, one_sample):
+def test_full_fine_tuning_matches_upstream(make_base, make_data, tmp_path, extra, one_sample):
     base = make_base(n_layer=3, dim_att=24)
     ctx = 15
     data = make_data(ctx + 2 if one_sample else 500)
@@ -214,9 +214,9 @@ def test_full_tuning_matches_upstream(make_base, make_data, tmp_path, extra, one
             accumulate_grad_batches=accumulate,
         )
     )
-    weights, losses = read_tensors(base), ours(tmp_path)
+    weights, losses = read_tensors(base), losses_of(tmp_path)
     assert len(losses) == 30
-    agree(losses, weights, sorted(weights), np.fromfile(f"{data}.bin", "<u2"), c)
+    assert_match(losses, weights, sorted(weights), np.fromfile(f"{data}.bin", "<u2"), c)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -232,7 +232,7 @@ def test_stage_matches_upstream(make_base, make_data, tmp_path, stage):
     prime = max(n for n in range(40320, 40400) if n % 3 == 2 and all(n % q for q in range(2, 202)))
     c = {**flags, "epoch_steps": 40320 // 8, "epoch_count": 1, "prime": prime, "stage": stage}
     p = read_tensors(base)
-    agree(ours(tmp_path), p, list(p), np.fromfile(f"{data}.bin", "<u2"), c)
+    assert_match(losses_of(tmp_path), p, list(p), np.fromfile(f"{data}.bin", "<u2"), c)
 
 
 @pytest.mark.parametrize("parts", ["att,ln,time", "att,ffn,time,ln"])
@@ -269,9 +269,11 @@ def test_lora_matches_upstream(make_base, make_data, tmp_path, parts, lr_final, 
     adapter = read_tensors(start)
     assert all(not value.any() for key, value in adapter.items() if key.endswith("lora_B"))
     c = {**flags, "prime": 29, "warmup_steps": 0}  # the LoRA fork's default
-    losses = ours(tmp_path)
+    losses = losses_of(tmp_path)
     assert len(losses) == 20
-    agree(losses, read_tensors(base) | adapter, sorted(adapter), np.fromfile(f"{data}.bin", "<u2"), c, lora=(4, 16))
+    assert_match(
+        losses, read_tensors(base) | adapter, sorted(adapter), np.fromfile(f"{data}.bin", "<u2"), c, lora=(4, 16)
+    )
 
 
 @pytest.mark.parametrize("grad_cp", [0, 1])
@@ -282,11 +284,11 @@ def test_rwkv7_full_tuning_matches_upstream(make_base, make_data, tmp_path, weig
     flags |= {"weight_decay": weight_decay}
     common = {"load_model": str(base), "data_file": data, "proj_dir": str(tmp_path / "run"), "magic_prime": 29}
     fit(TrainConfig(**flags, **common, accelerator="cpu", precision="fp32", random_seed=0, grad_cp=grad_cp))
-    weights, losses = read_tensors(base), ours(tmp_path)
+    weights, losses = read_tensors(base), losses_of(tmp_path)
     assert len(losses) == 30
     trained = sorted(name for name in weights if not name.startswith(("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")))  # fmt: skip
     c = {**flags, "prime": 29}
-    agree(losses, weights, trained, np.fromfile(f"{data}.bin", "<u2"), c, rules=V7)
+    assert_match(losses, weights, trained, np.fromfile(f"{data}.bin", "<u2"), c, rules=V7)
     unused = [name for name in weights if name not in trained]
     tuned = read_tensors(tmp_path / "run/rwkv-0.pth")
     assert unused
@@ -305,7 +307,7 @@ def test_rwkv7_lora_matches_upstream(make_base, make_data, tmp_path, parts):
     )
     start = tmp_path / "start/rwkv-final.pth"
     fit(LoRAConfig(**flags, **common, proj_dir=str(tmp_path / "run"), lora_load=str(start)))
-    adapter, losses = read_tensors(start), ours(tmp_path)
+    adapter, losses = read_tensors(start), losses_of(tmp_path)
     assert len(losses) == 30
     p, c = read_tensors(base) | adapter, {**flags, "prime": 29, "warmup_steps": 0}
-    agree(losses, p, sorted(adapter), np.fromfile(f"{data}.bin", "<u2"), c, lora=(4, 16), rules=V7)
+    assert_match(losses, p, sorted(adapter), np.fromfile(f"{data}.bin", "<u2"), c, lora=(4, 16), rules=V7)

@@ -103,11 +103,11 @@ def other_instructions() -> dict[str, bytes]:
 
 def archive(pickled: bytes, records: dict[str, bytes] | None = None, top: str = "archive") -> bytes:
     """A zip archive like torch.save's with this data.pkl."""
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w") as file:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
         for name, data in {"data.pkl": pickled, "version": b"3\n", **(records or {})}.items():
             file.writestr(f"{top}/{name}", data)
-    return made.getvalue()
+    return buffer.getvalue()
 
 
 def legacy(pickled: bytes, place: int) -> bytes:

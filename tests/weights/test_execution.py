@@ -99,10 +99,10 @@ def test_scripts_reject_executable_files(script, make_base, make_data, tmp_path,
         adapter,
     )
     (tmp_path / "adapter.pth.json").write_text(f'{{"alpha": 2, "base": "{bad.name}"}}')
-    words = [word.format(bad=bad, base=base, adapter=adapter) for word in PROGRAMS[name]]
-    done = script(*words, status=1)
-    assert done.stderr.startswith("error: ")
-    assert "TorchScript" in done.stderr
-    assert "Traceback" not in done.stderr
+    arguments = [word.format(bad=bad, base=base, adapter=adapter) for word in PROGRAMS[name]]
+    result = script(*arguments, status=1)
+    assert result.stderr.startswith("error: ")
+    assert "TorchScript" in result.stderr
+    assert "Traceback" not in result.stderr
     assert not (tmp_path / hostile.MARKER).exists()
-    assert "weights_only" not in done.stdout + done.stderr
+    assert "weights_only" not in result.stdout + result.stderr

@@ -34,17 +34,17 @@ CONTENTS = {
     "html after blanks": (b"\n\n  <html lang='zh'>\xe4\xbd\xa0", "a web page"),
     "XML": (
         b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
-        "an XML text, probably a server's error.*AccessDenied",
+        "XML text, probably a server's error.*AccessDenied",
     ),
-    "JSON": (b'{"error": "Repository not found"}', "a JSON text, not a model.*Repository not found"),
+    "JSON": (b'{"error": "Repository not found"}', "JSON text, not a model.*Repository not found"),
     "index": (b'{"metadata": {}, "weight_map": {"a": "b"}}', "the index of a model in several files"),
     "config.json": (
         b'{"architectures": ["RwkvForCausalLM"], "model_type": "rwkv"}',
-        "the settings of a transformers model",
+        "the configuration of a transformers model",
     ),
-    "adapter_config.json": (b'{"peft_type": "LORA", "r": 8}', "the settings of a peft adapter"),
-    "text": (b"Once upon a time", 'a text, not a model: "Once upon a time'),
-    "text in UTF-16": ("hello world".encode("utf-16"), "a text, not a model"),
+    "adapter_config.json": (b'{"peft_type": "LORA", "r": 8}', "the configuration of a peft adapter"),
+    "text": (b"Once upon a time", 'text, not a model: "Once upon a time'),
+    "text in UTF-16": ("hello world".encode("utf-16"), "text, not a model"),
     "text with escapes": (b"\x1b[31mred\x1b[0m", "not a model"),
     "empty": (b"", "empty. Download it again"),
     "zeros": (bytes(5000), "an incomplete download"),
@@ -56,42 +56,42 @@ CONTENTS = {
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
     "ONNX": (b"\x08\x07\x12\x07pytorch\x1a\x051.13" + bytes(100), "an ONNX model"),
     "parquet": (b"PAR1" + bytes(100), "a parquet file: data"),
-    "random": (bytes([0xDE, 0xAD, 0xBE, 0xEF]) * 100, "not a checkpoint: its content is neither"),
+    "random": (bytes([0xDE, 0xAD, 0xBE, 0xEF]) * 100, "not a checkpoint: neither a torch.save nor"),
     "a pickle": (pickle.dumps({"a": 1}, 4), "not one that torch.save wrote"),
 }
 
 
 def numpy_file() -> bytes:
-    made = io.BytesIO()
-    np.save(made, np.zeros(3))
-    return made.getvalue()
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    return buffer.getvalue()
 
 
 def numpy_archive() -> bytes:
-    made = io.BytesIO()
-    np.savez(made, a=np.zeros(3))
-    return made.getvalue()
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.zeros(3))
+    return buffer.getvalue()
 
 
 def zip_of(*names: str) -> bytes:
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w") as file:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
         for name in names:
             file.writestr(name, b"x")
-    return made.getvalue()
+    return buffer.getvalue()
 
 
 def tar_of() -> bytes:
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w") as file:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as file:
         file.addfile(tarfile.TarInfo("model.pth"))
-    return made.getvalue()
+    return buffer.getvalue()
 
 
 CONTENTS |= {
     "numpy": (numpy_file(), "a numpy array"),
     "numpy archive": (numpy_archive(), r"a numpy archive \(.npz\)"),
-    "zip": (zip_of("a/model.pth"), "a zip archive. Unpack it, and give a/model.pth from it"),
+    "zip": (zip_of("a/model.pth"), "a zip archive. Unpack it, and use a/model.pth from it"),
     "zip of something": (zip_of("readme.txt"), "a zip archive, but not one that torch.save wrote"),
     "tar": (tar_of(), "a tar archive. Unpack it first"),
 }
@@ -141,11 +141,11 @@ VALUES = {
         {"_strategy": "cpu fp32", "_version": 0.7, "_rescale_layer": 0, "emb.weight": torch.zeros(2, 2)},
         "converted for inference by the PyPI package rwkv",
     ),
-    "numpy inside": ({"emb.weight": np.zeros((2, 2))}, "a file with numpy arrays in it"),
+    "numpy inside": ({"emb.weight": np.zeros((2, 2))}, "a file that contains numpy arrays"),
     "a whole model": ({"model": torch.nn.Linear(2, 2)}, "a whole model object, which is code"),
     "settings": (
         {"args": __import__("argparse").Namespace(a=1)},
-        "a training checkpoint with settings beside the weights",
+        "a training checkpoint that contains more than weights",
     ),
     "int8": (
         {**block(**ATT), "emb.weight": torch.zeros(50, 16, dtype=torch.int8)},
@@ -264,7 +264,7 @@ def test_transformers_rwkv4_model(script, make_base, tmp_path):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
         load_model(tmp_path / "hf" / name)
-    with pytest.raises(UserError, match=r"hf: a transformers folder; give the file in it: .*hf/model.safetensors"):
+    with pytest.raises(UserError, match=r"hf: a transformers folder; use the file in it: .*hf/model.safetensors"):
         load_model(tmp_path / "hf")
     (tmp_path / "hf/model.safetensors").rename(tmp_path / "hf/model.safetensors.index.json")
     with pytest.raises(UserError, match="with a model in several files"):
@@ -278,7 +278,7 @@ def test_folders_identified(tmp_path):
     (tmp_path / "run/rwkv-3.pth").touch()
     for folder, message in {
         "ds": "DeepSpeed",
-        "run": "give a file in it, such as .*rwkv-3.pth",
+        "run": "use a file in it, such as .*rwkv-3.pth",
         ".": "a folder",
     }.items():
         with pytest.raises(UserError, match=message):
@@ -341,13 +341,13 @@ def test_huge_layer_number_fails_fast(tmp_path, make_model):
 
 def peft_tensors(model, names=("att.key", "ffn.value"), form="base_model.model.{}.lora_{}.weight"):
     generator = torch.Generator().manual_seed(3)
-    made = {}
+    tensors = {}
     for layer in range(len(model.blocks)):
         for name in names:
             out, columns = model.get_parameter(f"blocks.{layer}.{name}.weight").shape
             for half, shape in (("A", (4, columns)), ("B", (out, 4))):
-                made[form.format(f"blocks.{layer}.{name}", half)] = torch.randn(shape, generator=generator) * 0.1
-    return made
+                tensors[form.format(f"blocks.{layer}.{name}", half)] = torch.randn(shape, generator=generator) * 0.1
+    return tensors
 
 
 def peft_folder(folder: Path, tensors, ending=".safetensors", **settings) -> Path:

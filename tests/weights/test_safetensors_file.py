@@ -12,7 +12,7 @@ import torch
 
 from rwkv import checkpoint
 from rwkv.errors import UserError
-from rwkv.files import abandoned, atomic_write
+from rwkv.files import atomic_write, stale_temporaries
 from rwkv.weights import safetensors_file
 
 TENSORS = {
@@ -41,7 +41,7 @@ def test_temporary_file_stays_locked(tmp_path):
         assert os.stat(temporary).st_ino == before
         with open(temporary, "rb") as file, pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        assert not abandoned(path)  # no other writer may delete it
+        assert not stale_temporaries(path)  # no other writer may delete it
     assert safetensors.torch.load_file(path).keys() == TENSORS.keys()
 
 
@@ -61,8 +61,8 @@ try:
 except checkpoint.UserError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
-    assert "larger than a file may be here" in done.stdout
+    result = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert "the file exceeds the maximum file size" in result.stdout
     assert path.read_bytes() == before
     assert not list(tmp_path.glob(".*"))
 

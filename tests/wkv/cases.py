@@ -26,7 +26,7 @@ def inputs(batch, length, channels, *, scale=1.0, state=True, reset=True, initia
 
 def in_fp64(arguments):
     wide = {id(x): x.double() for x in arguments if x is not None and x.is_floating_point()}
-    return [wide.get(id(x), x) for x in arguments]  # arguments that are the same tensor stay so
+    return [wide.get(id(x), x) for x in arguments]  # a tensor passed twice stays one tensor
 
 
 def running_maximum(w, k, first, starts, initial):
@@ -64,24 +64,24 @@ def outputs_and_gradients(wkv4, w, u, k, v, first, starts, initial):
 
 
 ROUNDING = 2.0**-24  # of fp32
-# Multiples of ROUNDING · (1 + |exponents|) that the root mean square may be off: over all elements,
-# and within each channel. Measured on the CPU kernels with both stacks (240 random inputs of
-# test_wkv.py's kinds): at most 4.7 and 17. The CUDA kernels, on a CPU, need at most 0.4 of the
+# The allowed root mean square error, in multiples of ROUNDING · (1 + |exponents|): over all
+# elements, and within each channel. Measured on the CPU kernels with both stacks (240 random inputs
+# of test_wkv.py's kinds): at most 4.7 and 17. The CUDA kernels, on a CPU, need at most 0.4 of the
 # allowed errors.
 RMS, CHANNEL = 12, 40
 UNDERFLOW = 1e-36  # below it a term may be flushed to zero
 
 
-def assert_close(fast, slow, truth, arguments, share=1e-5):
+def assert_close(fast, slow, truth, arguments, rtol=1e-5):
     """Check every output and gradient of `fast` against `truth` (fp64): the largest error relative
     to the largest element, the RMS of the error relative to the RMS, and the same within each
-    channel, so that small gradients beside large ones count too. Twice the error of the fp32 loop
-    `slow` is allowed in addition.
+    channel, so that errors of small gradients are not hidden by large ones. Twice the error of the
+    fp32 loop `slow` is allowed in addition.
 
-    An exponent x is rounded to 2^-24 |x|, which changes e^x by that share: with keys of ±80 it is
-    most of the error.
+    An exponent x is rounded to 2^-24 |x|, which changes e^x by as much, relatively: with keys of
+    ±80 this is most of the error.
     """
-    for name, checks in errors(fast, slow, truth, arguments, share).items():
+    for name, checks in errors(fast, slow, truth, arguments, rtol).items():
         for check, (error, allowed) in checks.items():
             worst = int((error - allowed).argmax())
             assert bool((error <= allowed).all()), (
@@ -89,7 +89,7 @@ def assert_close(fast, slow, truth, arguments, share=1e-5):
             )
 
 
-def errors(fast, slow, truth, arguments, share=1e-5):
+def errors(fast, slow, truth, arguments, rtol=1e-5):
     """{name: {check: (error, allowed error)}} of `assert_close`: tensors of one element, or one per
     channel.
     """
@@ -105,21 +105,21 @@ def errors(fast, slow, truth, arguments, share=1e-5):
     terms = truth["gv"].abs() * (_largest(v) + _largest(truth["y"]))
     sums = {"y": _rms(v), "gk": _rms(terms), "gu": terms.sum((0, 1)), "gw": terms.sum((0, 1))}
 
-    found = {}
+    result = {}
     for name, exact in truth.items():
-        off, loop = (x[name].double() - exact for x in (fast, slow))
+        error, loop_error = (x[name].double() - exact for x in (fast, slow))
         size = max(1.0, exact.abs().max().item())
         if name == "ginitial":  # a sum over resets
             size *= 2
         if name == "gw":  # a sum over time of terms as large as the state, which cancel
             size = 2 * max(size, length * truth["state"].abs().max().item())
-        allowed = (share + 4 * ROUNDING * largest) * size + 2 * loop.abs().max()
-        found[name] = {"largest": (off.abs().max()[None], allowed[None])}
+        allowed = (rtol + 4 * ROUNDING * largest) * size + 2 * loop_error.abs().max()
+        result[name] = {"largest": (error.abs().max()[None], allowed[None])}
         scale = rounding * (_rms(exact) + sums.get(name, 0)) + UNDERFLOW
-        over_all = RMS * _rms(scale[:, None]) + 2 * _rms(loop.reshape(-1, 1))
-        found[name]["RMS"] = _rms(off.reshape(-1, 1)), over_all
-        found[name]["channel"] = _rms(off), CHANNEL * scale + 2 * _rms(loop)
-    return found
+        over_all = RMS * _rms(scale[:, None]) + 2 * _rms(loop_error.reshape(-1, 1))
+        result[name]["RMS"] = _rms(error.reshape(-1, 1)), over_all
+        result[name]["channel"] = _rms(error), CHANNEL * scale + 2 * _rms(loop_error)
+    return result
 
 
 def _largest(x):

@@ -108,7 +108,7 @@ static int failure;
 static int contexts;  // dummy targets of handles
 static std::vector<void*> current;
 
-static int done(const std::string& call) {
+static int log_call(const std::string& call) {
   record << call << "\n";
   return failing.size() && call.compare(0, failing.size(), failing) == 0 ? failure : 0;
 }
@@ -124,27 +124,27 @@ extern "C" {
 const char* fake_calls() { answer = record.str(); record.str(""); return answer.c_str(); }  // since the last call
 void fake_failure(const char* which, int result) { failing = which; failure = result; }       // calls starting with `which` return `result`
 
-int cuInit(unsigned flags) { return done(call("cuInit", flags)); }
+int cuInit(unsigned flags) { return log_call(call("cuInit", flags)); }
 int cuGetErrorName(int, const char** name) { *name = "CUDA_ERROR_FAKE"; return 0; }
 int cuGetErrorString(int, const char** text) { *text = "a made-up error"; return 0; }
-int cuDeviceGet(int* device, int ordinal) { *device = 100 + ordinal; return done(call("cuDeviceGet", ordinal)); }
-int cuDevicePrimaryCtxRetain(void** context, int device) { *context = &contexts; return done(call("cuDevicePrimaryCtxRetain", device)); }
-int cuCtxPushCurrent_v2(void* context) { current.push_back(context); return done("cuCtxPushCurrent"); }
-int cuCtxPopCurrent_v2(void** context) { *context = current.back(); current.pop_back(); return done("cuCtxPopCurrent"); }
+int cuDeviceGet(int* device, int ordinal) { *device = 100 + ordinal; return log_call(call("cuDeviceGet", ordinal)); }
+int cuDevicePrimaryCtxRetain(void** context, int device) { *context = &contexts; return log_call(call("cuDevicePrimaryCtxRetain", device)); }
+int cuCtxPushCurrent_v2(void* context) { current.push_back(context); return log_call("cuCtxPushCurrent"); }
+int cuCtxPopCurrent_v2(void** context) { *context = current.back(); current.pop_back(); return log_call("cuCtxPopCurrent"); }
 int cuModuleLoadData(void** module, const void* image) {
   *module = &contexts;
-  return done(call("cuModuleLoadData", std::string(static_cast<const char*>(image) + 1, 3), current.size()));
+  return log_call(call("cuModuleLoadData", std::string(static_cast<const char*>(image) + 1, 3), current.size()));
 }
 int cuModuleGetFunction(void** function, void*, const char* name) {
   const auto found = kernels.find(name);
   *function = found == kernels.end() ? nullptr : const_cast<void*>(static_cast<const void*>(&*found));
-  const int result = done(call("cuModuleGetFunction", name));
+  const int result = log_call(call("cuModuleGetFunction", name));
   return *function ? result : 500;
 }
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream,
                    void** parameters, void** extra) {
   const auto& [name, kernel] = *static_cast<const std::pair<const std::string, Kernel>*>(function);
-  const int result = done(call("cuLaunchKernel", name, gx, gy, gz, bx, by, bz, shared, stream, extra == nullptr, current.size()));
+  const int result = log_call(call("cuLaunchKernel", name, gx, gy, gz, bx, by, bz, shared, stream, extra == nullptr, current.size()));
   if (result) return result;
   threads_of_block = bx;
   running = [run = kernel.run, args = parameters[0]] { run(args); };

@@ -54,21 +54,21 @@ def check(operation, formula, inputs, seed, device):
 
 
 def close(x, truth):
-    """`x` is within its dtype's rounding error of `truth`. bf16, fp16: relative to each element, or
-    1 % of the largest. fp32: relative to the largest element and to the terms of sums (near 1),
-    which may cancel.
+    """Assert that `x` is within its dtype's rounding error of `truth`. bf16, fp16: relative to each
+    element, or 1 % of the largest. fp32: relative to the largest element and to the terms of sums
+    (near 1), which may cancel.
     """
-    share, short = ROUNDING[x.dtype], x.dtype != FP32
+    rounding, half = ROUNDING[x.dtype], x.dtype != FP32
     assert x.shape == truth.shape
-    limit = share * torch.maximum(truth.abs(), truth.abs().max().clamp_min(1) * (1e-2 if short else 1))
-    off = (x.cpu().double() - truth).abs()
-    assert bool((off <= limit).all()), float((off - limit).max().detach())
+    limit = rounding * torch.maximum(truth.abs(), truth.abs().max().clamp_min(1) * (1e-2 if half else 1))
+    error = (x.cpu().double() - truth).abs()
+    assert bool((error <= limit).all()), float((error - limit).max().detach())
 
 
 def recomputes(y):
-    """The recomputation in the backward pass is bit-identical."""
-    again = native.recompute_of(y)
-    assert torch.equal(again.function(*again.inputs), y)
+    """Assert that the recomputation in the backward pass is bit-identical."""
+    recompute = native.recompute_of(y)
+    assert torch.equal(recompute.function(*recompute.inputs), y)
 
 
 def norm(stream, rows, channels, seed, device="cpu"):
@@ -90,11 +90,11 @@ def mix(dtype, length, channels, count, reset, seed, device="cpu"):
     last, initial = (normal((2, channels), dtype, seed + i) for i in (1, 3))
     starts = normal((2, length), FP32, seed + 2) > 0.5 if reset else None
     weights = [torch.rand(1, 1, channels, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)]
-    there = starts.to(device) if reset else None
+    device_starts = starts.to(device) if reset else None
 
     def ours(x, last, *weights):
         initial, *weights = weights if reset else (None, *weights)
-        mixed = native.mix(x, last, there, list(weights), initial)
+        mixed = native.mix(x, last, device_starts, list(weights), initial)
         for y in mixed:
             recomputes(y)
         return tuple(mixed)
@@ -125,15 +125,15 @@ def dropout(dtype, count, device="cpu"):
         assert torch.equal(y == 0, expected == 0)
         tolerance = {"rtol": 2 * ROUNDING[dtype], "atol": 0}
         torch.testing.assert_close(y, expected, **tolerance)
-        onto = torch.ones_like(x, device=device)
-        native.dropout_add_(onto, x.to(device), seed, p)
-        torch.testing.assert_close(onto.cpu(), 1 + expected, **tolerance)
+        residual = torch.ones_like(x, device=device)
+        native.dropout_add_(residual, x.to(device), seed, p)
+        torch.testing.assert_close(residual.cpu(), 1 + expected, **tolerance)
 
 
-def loss(dtype, words, seed, device="cpu"):
+def loss(dtype, vocab, seed, device="cpu"):
     logits, targets = (
-        normal((5, words), dtype, seed) * 4,
-        torch.randint(words, (5,), generator=torch.Generator().manual_seed(seed)),
+        normal((5, vocab), dtype, seed) * 4,
+        torch.randint(vocab, (5,), generator=torch.Generator().manual_seed(seed)),
     )
     exact = logits.double().requires_grad_()
     expected = F.cross_entropy(exact, targets, reduction="sum")

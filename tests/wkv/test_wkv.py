@@ -186,7 +186,7 @@ def test_reset_makes_documents_independent(impl):
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
-def test_reset_returns_to_the_given_state(impl):
+def test_reset_restores_initial_state(impl):
     """Packed documents match separate documents, and the initial state's gradient is the sum over
     documents.
     """
@@ -209,7 +209,7 @@ def test_reset_returns_to_the_given_state(impl):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # different summation order
 
 
-def test_package_and_function_share_a_name():
+def test_wkv4_is_function_and_package():
     from rwkv.wkv.wkv4 import native as module
 
     assert callable(wkv.wkv4)

@@ -2,7 +2,7 @@
 nesting.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rwkv.data.convert import source_file
@@ -11,6 +11,23 @@ from rwkv.data.convert.source_file import Source
 from rwkv.errors import UserError
 
 MAX_DEPTH = 100  # levels of nesting in a record
+
+
+class Row(dict):
+    """A record of which only some fields were read.
+
+    Attributes:
+        omitted: names of the others.
+    """
+
+    omitted: Sequence[str] = ()
+
+    def __init__(self, fields: Mapping[str, Any], omitted: Sequence[str] = ()):
+        super().__init__(fields)
+        self.omitted = omitted
+
+    def __reduce__(self):
+        return Row, (dict(self), self.omitted)
 
 
 def select_columns(source: Source, names: Sequence[str], fields: Sequence[str]) -> list[str]:
@@ -25,8 +42,8 @@ def keep_fields(record: Any, fields: Sequence[str]) -> Any:
     """The given fields of a record; if it has none of them, all its keys with None, for the error
     message.
     """
-    if isinstance(record, dict) and (some := {key: record[key] for key in fields if key in record}):
-        return some
+    if isinstance(record, dict) and (kept := {key: record[key] for key in fields if key in record}):
+        return Row(kept, [key for key in record if key not in kept and record[key] not in (None, "")])
     return dict.fromkeys(record) if isinstance(record, dict) else record
 
 
@@ -34,20 +51,20 @@ def batches(source: Source, rows: Iterator[tuple[int, Any]]) -> Iterator[list[tu
     """Group rows into lists of about CHUNK characters. BadRecords pass through; too large or deep
     rows become BadRecords.
     """
-    some, size = [], 0
+    batch, size = [], 0
     for number, row in rows:
-        long = nested_length(row, MAX_DEPTH)
-        if long is None:
-            row, long = BadRecord(f"nested too deeply (more than {MAX_DEPTH} levels)"), 0
-        if long > source.max_record:
-            row, long = source.too_large, 0
-        some.append((number, row))
-        size += long
-        if size >= source_file.CHUNK or len(some) == 1 << 14:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some
+        length = nested_length(row, MAX_DEPTH)
+        if length is None:
+            row, length = BadRecord(f"nested too deeply (more than {MAX_DEPTH} levels)"), 0
+        if length > source.max_record:
+            row, length = source.too_large, 0
+        batch.append((number, row))
+        size += length
+        if size >= source_file.CHUNK or len(batch) == 1 << 14:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def nested_length(value: Any, deepest: int) -> int | None:
@@ -57,13 +74,13 @@ def nested_length(value: Any, deepest: int) -> int | None:
     total, level, depth = 0, [value], 0
     while level:
         below: list[Any] = []
-        for one in level:
-            if isinstance(one, str | bytes):
-                total += len(one)
-            elif isinstance(one, dict):
-                below += one.values()
-            elif isinstance(one, list):
-                below += one
+        for item in level:
+            if isinstance(item, str | bytes):
+                total += len(item)
+            elif isinstance(item, dict):
+                below += item.values()
+            elif isinstance(item, list):
+                below += item
         level, depth = below, depth + 1
         if depth > deepest + 1:
             return None

@@ -1,5 +1,5 @@
-"""Upstream's data types without documents: character-level text (utf-8, utf-16le, dummy) and arrays
-of ids (numpy).
+"""Upstream's data types that have no documents: character-level text (utf-8, utf-16le, dummy) and
+arrays of ids (numpy).
 """
 
 import zipfile
@@ -33,7 +33,7 @@ def characters_to_binidx(kind: str, path: str, prefix: str, vocabulary_file: Pat
     """
     known = vocabulary(kind, path)
     if not known:
-        raise UserError(f"{path}: the file is empty; give some text")
+        raise UserError(f"{path}: the file is empty; use a file with text")
     write_json(vocabulary_file, dict(enumerate(known)))
     codes = _codes(known)
     with binidx.writer(prefix, _dtype(len(known))) as out:
@@ -93,7 +93,7 @@ def _text(kind: str, path: str) -> Iterator[str]:
         raise UserError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: is not {kind} ({error}); give its --data_type, or convert it with scripts/convert.py"
+            f"{path}: is not {kind} ({error}); set --data_type to its encoding, or convert it with scripts/convert.py"
         ) from error
 
 

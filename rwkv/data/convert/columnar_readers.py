@@ -6,14 +6,14 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
-from rwkv.data.convert.batches import batches, select_columns
+from rwkv.data.convert.batches import Row, batches, select_columns
 from rwkv.data.convert.jsonl import BadRecord
 from rwkv.data.convert.source_file import Source
 from rwkv.errors import UserError
 
-_BATCH = 1 << 28  # bytes that a batch of parquet rows may have
+_BATCH = 1 << 28  # maximum bytes of a batch of parquet rows
 _DICTIONARY_PAGE = 2  # Thrift's PageType of a dictionary
-_EXPANDED = 1 << 26  # bytes of rows converted to Python objects at a time
+_EXPANDED = 1 << 26  # bytes of rows to convert to Python objects at a time
 
 
 def _parquet(
@@ -29,6 +29,7 @@ def _parquet(
         try:
             table = parquet.ParquetFile(file)
             columns = select_columns(source, table.schema_arrow.names, fields)
+            omitted = [name for name in table.schema_arrow.names if name not in columns]
             size, kept = _batch(table, file, columns)
             if kept:
                 table = parquet.ParquetFile(file, read_dictionary=kept)
@@ -37,7 +38,7 @@ def _parquet(
                 at, end = (source.size * i // count for i in (group, group + 1))
                 if begins[0] <= at < begins[1]:
                     row_batches = table.iter_batches(size, row_groups=[group], columns=columns)
-                    for rows, share in _shares(batches(source, _rows(row_batches, number)), end - at):
+                    for rows, share in _shares(batches(source, _rows(row_batches, number, omitted)), end - at):
                         yield {"rows": rows}, share
                 number += table.metadata.row_group(group).num_rows
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
@@ -99,6 +100,7 @@ def _arrow(
             stream = file if source.compression else stack.enter_context(pyarrow.OSFile(str(source.stored)))
             reader = stack.enter_context(pyarrow.ipc.open_stream(stream))
             columns, number, before = select_columns(source, reader.schema.names, fields), 0, 0
+            omitted = [name for name in reader.schema.names if name not in columns]
             while True:
                 at = 0 if source.compression else before
                 try:
@@ -108,20 +110,20 @@ def _arrow(
                 before = 0 if source.compression else stream.tell()
                 if begins[0] <= at < begins[1]:
                     batch = batch.select(columns)
-                    batch.validate(full=True)  # offsets outside the buffers would be followed
-                    for rows, share in _shares(batches(source, _rows([batch], number)), before - at):
+                    batch.validate(full=True)  # otherwise invalid offsets would read outside the buffers
+                    for rows, share in _shares(batches(source, _rows([batch], number, omitted)), before - at):
                         yield {"rows": rows}, None if source.compression else share
                 number += batch.num_rows
         except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise
             raise UserError(
-                f"{source.path}: not an arrow stream, as save_to_disk writes it, or corrupt ({error})"
+                f"{source.path}: not an Arrow stream (as written by save_to_disk), or corrupt ({error})"
             ) from error
 
 
-def _rows(batches: Iterable, number: int) -> Iterator[tuple[int, Any]]:
-    """Numbered rows, converted a few at a time, as one dictionary value may be in all of them.
+def _rows(batches: Iterable, number: int, omitted: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    """Numbered rows, converted a few at a time, because all of them may share one dictionary value.
     Unreadable rows are BadRecords.
     """
     for batch in batches:
@@ -134,7 +136,7 @@ def _rows(batches: Iterable, number: int) -> Iterator[tuple[int, Any]]:
                 rows = [_row(part.slice(i, 1)) for i in range(part.num_rows)]
             for row in rows:
                 number += 1
-                yield number, row
+                yield number, row if isinstance(row, BadRecord) else Row(row, omitted)
 
 
 def _row(part: Any) -> Any:

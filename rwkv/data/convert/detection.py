@@ -11,10 +11,10 @@ from rwkv.data.convert.source_file import Source
 from rwkv.data.convert.template import Template
 from rwkv.errors import UserError
 
-_LOOKED_AT = 64  # files examined, and records examined per file
+_EXAMINED = 64  # files, and records per file
 
 
-def template_for(config: ConvertConfig, some: Sequence[Source], keys: Sequence[str]) -> Template | None:
+def template_for(config: ConvertConfig, source_list: Sequence[Source], keys: Sequence[str]) -> Template | None:
     """The requested chat template, or the default one if records are conversations; None for text.
 
     Whether they are is given by --format, or by the first records.
@@ -25,11 +25,11 @@ def template_for(config: ConvertConfig, some: Sequence[Source], keys: Sequence[s
     if config.format == "text":
         if config.chat_template:
             raise UserError(
-                "--format text and --chat_template, which is for chats, exclude each other: drop one of them"
+                "--format text and --chat_template, which is for chats, are mutually exclusive: omit one of them"
             )
         return None
     default = "world" if config.tokenizer_type == "RWKVTokenizer" else "chatml"
-    first = _first_schema(some, keys) if config.format == "auto" else config.format
+    first = _first_schema(source_list, keys) if config.format == "auto" else config.format
     if config.chat_template or config.format != "auto" or set(keys) & set(schemas.MESSAGES):
         return Template(config.chat_template or default)
     if keys == ["text"]:
@@ -37,19 +37,19 @@ def template_for(config: ConvertConfig, some: Sequence[Source], keys: Sequence[s
     parts = set(keys) & {name for pair in schemas.PAIRS.values() for name in pair}
     if first and (len(parts) > 1 or parts & {pair[0] for pair in schemas.PAIRS.values()}):
         raise UserError(
-            f"--jsonl_keys {config.jsonl_keys} would separate questions from answers, but the records are conversations ({first}): drop the flag"
+            f"--jsonl_keys {config.jsonl_keys} would separate questions from answers, but the records are conversations ({first}): omit the flag"
             " to train on the answers, or add --format text to convert each key as text"
         )
     return None
 
 
-def _first_schema(some: Sequence[Source], keys: Sequence[str]) -> str:
+def _first_schema(source_list: Sequence[Source], keys: Sequence[str]) -> str:
     """The schema of the first conversation among the first records of the files; empty if there is
     none.
     """
-    for source in [source for source in some if source.kind not in ("txt", "lines")][:_LOOKED_AT]:
+    for source in [source for source in source_list if source.kind not in ("txt", "lines")][:_EXAMINED]:
         try:
-            schema = next(filter(None, map(_schema, itertools.islice(_records(source, keys), _LOOKED_AT))), "")
+            schema = next(filter(None, map(_schema, itertools.islice(_records(source, keys), _EXAMINED))), "")
         except UserError:  # reported with its location when the file is converted
             continue
         if schema and schema != "text":

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rwkv.data import binidx
-from rwkv.data.convert import plain_chat, schemas
+from rwkv.data.convert import plain_chat, roles, schemas
 from rwkv.data.convert.inputs import Chunk, lines_of, records
-from rwkv.data.convert.jsonl import BadRecord, text_under
+from rwkv.data.convert.jsonl import BadRecord, text_of
 from rwkv.data.convert.messages import Conversation
 from rwkv.data.convert.template import Template
 from rwkv.data.tokenizer import HFTokenizer, WorldTokenizer
@@ -71,7 +71,7 @@ class Encoder:
             UserError: a token id does not fit the dtype.
         """
         lines = lines_of(chunk)
-        packed = [_Packed() for _ in self.keys]
+        packed = [_PackedDocuments() for _ in self.keys]
         rejects = []
         counts: Counter = Counter()
         seen: list[tuple] = []  # counted at the end: faster than updating a Counter per record
@@ -80,19 +80,21 @@ class Encoder:
             try:
                 if isinstance(record, BadRecord):
                     raise record
-                for one, segments in zip(packed, [self.segments(record, key, seen) for key in self.keys], strict=True):
+                for column, segments in zip(
+                    packed, [self.segments(record, key, seen) for key in self.keys], strict=True
+                ):
                     if segments:
-                        self._add(one, segments, counts)
+                        self._add(column, segments, counts)
             except BadRecord as error:
                 del seen[known:]
-                rejects.append((number, str(error), _shown(lines[number] if lines else record)))
+                rejects.append((number, str(error), _as_text(lines[number] if lines else record)))
                 if self.stop:
                     break
         counts.update(seen)
         return Encoded(
-            [b"".join(one.tokens) for one in packed],
-            [binidx.pack(one.sizes, "int32") for one in packed],
-            [b"".join(one.masks) for one in packed],
+            [b"".join(column.tokens) for column in packed],
+            [binidx.pack(column.sizes, "int32") for column in packed],
+            [b"".join(column.masks) for column in packed],
             len(lines),
             rejects,
             counts,
@@ -120,17 +122,22 @@ class Encoder:
             if why := conversation.skipped:
                 seen.append(("skipped", why))
                 return []
-            found = self.template.segments(self._repaired(conversation))
+            found = self.template.segments(self._fix_conversation(conversation))
             if not found:
                 seen.append(("skipped", "conversations that the chat template renders to nothing"))
                 return []
             for message in conversation.messages:
                 seen += [("role", message.role), ("name", message.role, message.name[:40])]
+                seen += [("unused", "messages", key[:40]) for key in message.unused]
             seen.append(("schema", conversation.schema))
             seen += [("remark", remark) for remark in conversation.remarks]
+            seen += [("unused", "records", key[:40]) for key in conversation.unused]
             return found
+        if self.template and isinstance(record, dict) and record and all(value is None for value in record.values()):
+            seen.append(("skipped", "records without a value"))
+            return []
         try:
-            text = text_under(key, record)
+            text = text_of(key, record)
         except BadRecord as error:
             if (
                 self.template is None
@@ -140,14 +147,14 @@ class Encoder:
                 and schemas.conversation(record)
             ):
                 raise BadRecord(
-                    f"{error}; the record is a conversation, but others are texts: give --chat_template world to convert both"
+                    f"{error}; the record is a conversation, but others are texts: pass --chat_template world to convert both"
                 ) from error
             raise
-        if not text or text.isspace():
+        if roles.blank(text):
             seen.append(("skipped", "blank texts"))
             return []
         if self.ftfy:
-            text = _repair(text)
+            text = _fix_unicode(text)
         seen.append(("schema", "text"))
         if self.mask != "answers":
             return [(text, True)]
@@ -156,13 +163,13 @@ class Encoder:
         seen.append(("plain", ""))
         return [(text, True)]
 
-    def _repaired(self, conversation: Conversation) -> Conversation:
+    def _fix_conversation(self, conversation: Conversation) -> Conversation:
         if self.ftfy:
             for message in conversation.messages:
-                message.content, message.reasoning = _repair(message.content), _repair(message.reasoning)
+                message.content, message.reasoning = _fix_unicode(message.content), _fix_unicode(message.reasoning)
         return conversation
 
-    def _add(self, packed: "_Packed", segments: list[tuple[str, bool]], counts: Counter) -> None:
+    def _add(self, packed: "_PackedDocuments", segments: list[tuple[str, bool]], counts: Counter) -> None:
         """Encode and pack one document. Packing each immediately keeps its ids in cache, which
         takes a third of the time.
         """
@@ -171,11 +178,11 @@ class Encoder:
         for text, trains in segments:
             if world and "<|e" in text and (ends := sum(map(text.count, _ENDS))):
                 counts["warning", _ENDS_ARE_TEXT] += ends
-            some = self.tokenizer.encode(text)
-            ids = ids + some if ids else some
+            new_ids = self.tokenizer.encode(text)
+            ids = ids + new_ids if ids else new_ids
             if masked:
-                trained += trains * len(some)
-                packed.masks.append(bytes([trains]) * len(some))
+                trained += trains * len(new_ids)
+                packed.masks.append(bytes([trains]) * len(new_ids))
         if self.append_eod:
             ids.append(self.tokenizer.eod)
         if masked:
@@ -199,7 +206,7 @@ _ENDS_ARE_TEXT = (
 
 
 @dataclass
-class _Packed:
+class _PackedDocuments:
     """The encoded documents of one key."""
 
     tokens: list[bytes] = field(default_factory=list)
@@ -207,13 +214,13 @@ class _Packed:
     masks: list[bytes] = field(default_factory=list)
 
 
-def _repair(text: str) -> str:
+def _fix_unicode(text: str) -> str:
     import ftfy
 
     return ftfy.fix_text(text)
 
 
-def _shown(record) -> str:
+def _as_text(record) -> str:
     if isinstance(record, bytes):
         return record.decode("utf-8", "backslashreplace").rstrip("\r")
     return "" if isinstance(record, BadRecord) else json.dumps(record, ensure_ascii=False, default=str)

@@ -1,14 +1,18 @@
-"""Guess the encoding of text that is not UTF-8, and advise on it."""
+"""Guess the encoding of text that is not UTF-8, and suggest how to convert it."""
 
 import codecs
+import re
 import shlex
 from collections.abc import Sequence
 
 from rwkv.data.convert.source_file import TEXT, Source, open_source
 from rwkv.errors import UserError
 
-_LOOK = 1 << 16  # bytes examined per file
-_MANY = 2000  # files examined to count those that are not UTF-8
+_CYRILLIC = ("cp1251", "koi8-r", "cp866", "iso8859-5")
+_CANDIDATES = ("gb18030", "big5", "shift_jis", "euc_jp", "euc_kr", "cp1252", *_CYRILLIC)
+_FREQUENT = frozenset("оеаинтсрвл")  # two thirds of the letters of Russian
+_BLOCK = 1 << 16  # bytes examined per file
+_MAX_FILES = 2000  # files examined to count those that are not UTF-8
 _NAMES = {
     "gb18030": "GBK",
     "big5": "Big5",
@@ -16,6 +20,11 @@ _NAMES = {
     "euc_jp": "EUC-JP",
     "euc_kr": "EUC-KR",
     "utf-16": "UTF-16",
+    "utf-32": "UTF-32",
+    "koi8-r": "KOI8-R",
+    "cp866": "CP866",
+    "iso8859-5": "ISO 8859-5",
+    "cp1251": "Windows-1251",
     "cp1252": "Windows-1252",
 }
 
@@ -46,24 +55,24 @@ def is_utf8_text(source: Source, encoding: str) -> bool:
     """
     if same_as_utf8(encoding):
         return True
-    head = look(source)
+    head = sample(source)
     if not valid_utf8(head):
         return False
-    # decodes the same in both, unless the encoding has several bytes per character
+    # ASCII decodes the same in both, unless the encoding uses several bytes for each character
     if head.isascii():
         return b"\0" not in head and len("a".encode(encoding)) > 1
     text = head.decode("utf-8", "ignore")
     return any(letter > "\u07ff" for letter in text) or sum(letter > "\x7f" for letter in text) >= 10
 
 
-def look(source: Source) -> bytes:
+def sample(source: Source) -> bytes:
     """The first block of a file that contains non-ASCII bytes, or its last block; empty if the file
     is corrupt.
     """
     try:
         with open_source(source) as (file, _):
-            head = file.read(_LOOK)
-            while head.isascii() and (more := file.read(_LOOK)):
+            head = file.read(_BLOCK)
+            while head.isascii() and (more := file.read(_BLOCK)):
                 head = more
             return head
     except (UserError, OSError):
@@ -83,6 +92,8 @@ def guess(data: bytes) -> str:
     """The likely encoding of bytes, by its Python name; "" if unknown, or if they are UTF-8 with
     errors.
     """
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # the former begins as UTF-16's
+        return "utf-32"
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     if b"\0" in data:
@@ -92,7 +103,7 @@ def guess(data: bytes) -> str:
         kept = sum(byte >= 0x80 for byte in data.decode("utf-8", "ignore").encode())
         if kept > 0.5 * multi:
             return ""  # UTF-8 with some errors
-    scores = {name: _score(data, name) for name in ("gb18030", "big5", "shift_jis", "euc_jp", "euc_kr", "cp1252")}
+    scores = {name: _score(data, name) for name in _CANDIDATES}
     best = max(scores, key=lambda name: scores[name])
     return best if scores[best] > 0.5 else ""
 
@@ -121,10 +132,15 @@ def _score(data: bytes, encoding: str) -> float:
     letters = [letter for letter in text if letter > "\x7f"]
     if not letters or (encoding == "euc_kr" and len(letters) < 8):
         return 0
-    return sum(_usual(letter, encoding) for letter in letters) / len(letters)
+    words = sum(map(len, re.findall(r"[^\x00-\x7f]{2,}", text))) > 0.7 * len(letters) and len(letters) >= 8
+    if encoding in _CYRILLIC:
+        return 1.3 if words and sum(letter in _FREQUENT for letter in letters) > 0.45 * len(letters) else 0
+    if encoding == "cp1252" and words:
+        return 0  # another alphabet: accented letters are rarely side by side
+    return sum(_plausibility(letter, encoding) for letter in letters) / len(letters)
 
 
-def _usual(letter: str, encoding: str) -> float:
+def _plausibility(letter: str, encoding: str) -> float:
     if encoding == "cp1252":  # letters of European languages
         return 0.6 if (letter.isalpha() and letter < "\u0180") or letter in "‘’“”–—…«»°€£" else 0
     try:
@@ -136,9 +152,8 @@ def _usual(letter: str, encoding: str) -> float:
     if "\u3040" <= letter <= "\u30ff":
         return 1.2 if encoding in ("shift_jis", "euc_jp") else 0.1
     if "\uac00" <= letter <= "\ud7a3":
-        return (
-            1.05 if encoding == "euc_kr" else 0
-        )  # the same bytes are common Chinese characters in GBK, but Chinese has others too
+        # the same bytes are common Chinese characters in GBK, but Chinese texts contain others too
+        return 1.05 if encoding == "euc_kr" else 0
     if "\u4e00" <= letter <= "\u9fff":
         common = {
             "gb18030": 0xB0 <= lead <= 0xD7,
@@ -156,15 +171,16 @@ def advice(failed: Source, sources: Sequence[Source]) -> str:
     """Advice to append to the error about a file that is not UTF-8: its likely encoding, the fix,
     and how many files it concerns.
     """
-    found = guess(look(failed))
+    found = guess(sample(failed))
     name = _NAMES.get(found.removesuffix("-le").removesuffix("-be"), found)
-    text = [source for source in sources if source.kind in TEXT][:_MANY]
-    wrong = [source for source in text if not valid_utf8(look(source))]
+    text = [source for source in sources if source.kind in TEXT][:_MAX_FILES]
+    wrong = [source for source in text if not valid_utf8(sample(source))]
     count = ""
     if len(text) > 1 and wrong:
         names = ", ".join(source.path.name for source in wrong[:3]) + (", …" if len(wrong) > 3 else "")
         count = f" ({len(wrong):,} of {len(text):,} files are not UTF-8: {names})"
     if not found:
-        return f"; save the file as UTF-8, or give its encoding as --encoding NAME{count}"
-    command = f"iconv -f {found.upper()} -t UTF-8 {shlex.quote(str(failed.path))} > new{failed.path.suffix}"
-    return f"; it looks like {name}. Give --encoding {found}, or save it as UTF-8: {command}{count}"
+        return f"; save the file as UTF-8, or pass its encoding as --encoding NAME{count}"
+    charset = re.sub("-([LB]E)$", r"\1", found.upper().replace("_", "-"))  # as iconv spells it
+    command = f"iconv -f {charset} -t UTF-8 {shlex.quote(str(failed.path))} > new{failed.path.suffix}"
+    return f"; it looks like {name}. Pass --encoding {found}, or save it as UTF-8: {command}{count}"

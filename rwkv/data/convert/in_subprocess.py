@@ -1,5 +1,5 @@
-"""Convert in a subprocess: the training process has threads, so it must not fork workers, and would
-not return the memory used.
+"""Convert in a subprocess: the training process has threads and must not fork workers, and it would
+not return the memory to the system.
 """
 
 import ctypes

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv.data.convert import columnar_readers, source_file, text_readers
-from rwkv.data.convert.jsonl import BadRecord, parse, utf8
+from rwkv.data.convert.jsonl import BadRecord, decode_utf8, parse
 from rwkv.data.convert.source_file import BOM, Source, open_source, read_line
 from rwkv.errors import UserError
 
@@ -69,9 +69,9 @@ def chunks(sources: Sequence[Source], fields: Sequence[str], shard: tuple[int, i
         if not (begins[0] < source.size and begins[1] > 0 if splits else begins[0] == 0 < begins[1]):
             continue
         if small and (
-            source.kind != "txt" or len(small) == 1000 or sum(one.size for one in small) >= source_file.CHUNK
+            source.kind != "txt" or len(small) == 1000 or sum(file.size for file in small) >= source_file.CHUNK
         ):
-            yield Chunk(small[0], sum(one.size for one in small), files=small)
+            yield Chunk(small[0], sum(file.size for file in small), files=small)
             small = []
         if source.kind == "txt":
             small.append(source)
@@ -82,7 +82,7 @@ def chunks(sources: Sequence[Source], fields: Sequence[str], shard: tuple[int, i
         else:
             yield from _reading(source, _READERS[source.kind], fields, begins if splits else (0, source.size + 1))
     if small:
-        yield Chunk(small[0], sum(one.size for one in small), files=small)
+        yield Chunk(small[0], sum(file.size for file in small), files=small)
 
 
 def records(chunk: Chunk, lines: Sequence[bytes], keys: Sequence[str]) -> Iterator[tuple[int, Any]]:
@@ -107,7 +107,11 @@ def records(chunk: Chunk, lines: Sequence[bytes], keys: Sequence[str]) -> Iterat
                 )
             yield number, _attempt(source, functools.partial(_document, source, keys), data.removeprefix(BOM))
         return
-    read = parse if chunk.source.kind == "jsonl" else lambda line: dict.fromkeys(keys, utf8(line.removesuffix(b"\r")))
+    read = (
+        parse
+        if chunk.source.kind == "jsonl"
+        else lambda line: dict.fromkeys(keys, decode_utf8(line.removesuffix(b"\r")))
+    )
     for number, line in enumerate(lines):
         if len(line) > chunk.source.max_record:
             yield number, chunk.source.too_large
@@ -168,7 +172,7 @@ def _attempt(source: Source, read: Callable[[bytes], Any], data: bytes) -> Any:
     try:
         return read(data)
     except BadRecord as error:
-        # the decoder marked invalid bytes so
+        # Utf8Stream turns bytes that are not valid in the encoding into invalid UTF-8
         if source.encoding and str(error).startswith("not UTF-8"):
             return BadRecord(f"not {source.encoding}")
         return error
@@ -176,7 +180,7 @@ def _attempt(source: Source, read: Callable[[bytes], Any], data: bytes) -> Any:
 
 def _document(source: Source, keys: Sequence[str], data: bytes) -> dict[str, str]:
     """The record of a txt file, with line endings normalised to \\n unless keep_crlf."""
-    text = utf8(data)
+    text = decode_utf8(data)
     if not source.keep_crlf and "\r" in text:
         text = text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")
     return dict.fromkeys(keys, text)

@@ -17,13 +17,13 @@ class BadRecord(ValueError):
 
 
 def _integer(digits: str) -> float:
-    return int(digits) if len(digits) < 4000 else math.inf  # Python refuses longer ones
+    return int(digits) if len(digits) < 4000 else math.inf  # Python rejects longer ones
 
 
 DECODER = json.JSONDecoder(parse_int=_integer)
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object with these members, for object_pairs_hook. Raises BadRecord if a key occurs
     twice.
     """
@@ -31,11 +31,11 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [key for key, _ in pairs]
         twice = next(key for key in names if names.count(key) > 1)
-        raise BadRecord(f"the key {encodable(twice)[:40]!r} occurs twice in one object; remove one of them")
+        raise BadRecord(f"the key {check_encodable(twice)[:40]!r} occurs twice in one object; remove one of them")
     return found
 
 
-_UNIQUE = json.JSONDecoder(parse_int=_integer, object_pairs_hook=unique)
+_UNIQUE = json.JSONDecoder(parse_int=_integer, object_pairs_hook=reject_duplicate_keys)
 
 
 def parse(line: bytes) -> Any:
@@ -47,7 +47,7 @@ def parse(line: bytes) -> Any:
     except orjson.JSONDecodeError:
         # the standard library accepts more (NaN, numbers of any size) and reports errors better
         pass
-    text = utf8(line)
+    text = decode_utf8(line)
     try:
         return _UNIQUE.decode(text)
     except BadRecord:
@@ -72,6 +72,8 @@ def _reason(text: str, error: json.JSONDecodeError) -> str:
     for begin, what in _FOREIGN:
         if stripped.startswith(begin):
             return what
+    if stripped.startswith("\ufeff"):
+        return "a byte order mark (U+FEFF) at the start of the line, as left by joining files; remove it"
     if "\r" in stripped and "\n" not in stripped and msg in ("Extra data", "Expecting value"):
         return r"the lines end with a carriage return alone; convert it: tr '\r' '\n' < old > new"
     if msg == "Extra data" and text[at:].strip() == ",":
@@ -80,20 +82,20 @@ def _reason(text: str, error: json.JSONDecodeError) -> str:
         return f"there is more after the first value, at column {at + 1}: {text[at : at + 20]!r}; {_ONE_A_LINE}"
     if stripped in ("[", "]", "],", "[{", "}]"):
         return (
-            f"part of a JSON array over several lines; {_ONE_A_LINE}: name the file .json, or give --input_format json"
+            f"part of a JSON array over several lines; {_ONE_A_LINE}: name the file .json, or pass --input_format json"
         )
     if stripped.startswith("[") and at >= len(text.rstrip()):
-        return f"the beginning of a JSON array; {_ONE_A_LINE}: name the file .json, or give --input_format json"
+        return f"the beginning of a JSON array; {_ONE_A_LINE}: name the file .json, or pass --input_format json"
     if stripped in ("{", "}", "},") or (at >= len(text.rstrip()) and not msg.startswith("Unterminated")):
         return f"the value does not end on this line; {_ONE_A_LINE}: write each on one line, such as with `jq -c . old > new`, or make a .json array"
-    if found := hint(text, at, msg):
+    if found := likely_cause(text, at, msg):
         return f"{found}, at column {at + 1}"
     if msg.startswith("Unterminated string"):
         return f"the string that begins at column {at + 1} does not end on this line; truncated, or a line break inside it, which must be written \\n"
     return f"{msg[0].lower()}{msg[1:]} at column {at + 1}"
 
 
-def hint(text: str, at: int, msg: str) -> str:
+def likely_cause(text: str, at: int, msg: str) -> str:
     """The likely cause of the json module's error `msg` at a position; "" if unknown."""
     after, before = text[at : at + 1], text[:at].rstrip()[-1:]
     if after == "'" or (before == "'" and "'" in text):
@@ -102,6 +104,8 @@ def hint(text: str, at: int, msg: str) -> str:
         return r"a tab or another control character inside a string; write \t, or \u and its code"
     if (after and after in "}]" and before == ",") or msg.startswith("Illegal trailing comma"):
         return f"a comma before the closing {text[at:].lstrip(',').lstrip()[:1]}; remove it"
+    if text[at : at + 2] in ("//", "/*") or after == "#":
+        return "a comment; JSON has none"
     if word := re.match(r"(None|True|False|undefined)\b", text[at:]):
         return f"{word[1]}; JSON writes null, true, false"
     if re.match(r"[^\W\d]\w*\s*:", text[at:]) and msg.startswith("Expecting property name"):
@@ -112,7 +116,6 @@ def hint(text: str, at: int, msg: str) -> str:
 
 
 _FOREIGN = (
-    ("version https://git-lfs", "a Git LFS pointer, not the file itself; run git lfs pull"),
     ("<!DOCTYPE", "a web page, not JSON; download the file itself"),
     ("<!doctype", "a web page, not JSON; download the file itself"),
     ("<html", "a web page, not JSON; download the file itself"),
@@ -125,7 +128,7 @@ _MAGIC = (
 )
 
 
-def repeated(text: str, value: Any) -> BadRecord | None:
+def duplicate_key(text: str, value: Any) -> BadRecord | None:
     """The error if a key occurs twice in an object of a JSON text that was decoded to `value`; else
     None.
     """
@@ -157,7 +160,7 @@ def _keys(value: Any) -> int:
     return count
 
 
-def utf8(line: bytes) -> str:
+def decode_utf8(line: bytes) -> str:
     """The text of a line's bytes. Raises BadRecord if they are not UTF-8."""
     try:
         return line.decode("utf-8")
@@ -168,7 +171,7 @@ def utf8(line: bytes) -> str:
         ) from error
 
 
-def text_under(key: str, record: Any) -> str:
+def text_of(key: str, record: Any) -> str:
     """The text of a record. Raises BadRecord if it is not an object, lacks the key, or has no text
     under it.
     """
@@ -186,10 +189,10 @@ def text_under(key: str, record: Any) -> str:
         text = "\n\n".join(text)
     if not isinstance(text, str):
         raise BadRecord(f'"{key}" is a {type(text).__name__}, not a string')
-    return encodable(text)
+    return check_encodable(text)
 
 
-def encodable(text: str) -> str:
+def check_encodable(text: str) -> str:
     """The text itself. Raises BadRecord if it contains a lone surrogate."""
     try:
         text.isascii() or text.encode("utf-8")

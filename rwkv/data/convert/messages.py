@@ -3,16 +3,30 @@ the loss.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rwkv.data.convert import roles
-from rwkv.data.convert.jsonl import BadRecord, encodable
+from rwkv.data.convert.jsonl import BadRecord, check_encodable
 
-REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
+REASONING = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "thought",
+    "thoughts",
+    "think",
+    "chain_of_thought",
+    "reasoning_trace",
+    "思考",
+    "思维链",
+    "推理",
+)
+NUMBERS = ("id", "_id", "idx", "index", "uuid")  # number a record or message, and are not content
 _ROLE, _CONTENT = ("role", "from", "speaker"), ("content", "value", "text", "message", "utterance")
-_FLAGS = ("weight", "train", "loss")
+_FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
+_USED = {*REASONING, *_FLAGS, "tool_calls", "function_call", "tool_call_id"}
 _SPANS = ("train_detail", "training_detail")
 _THINKING = ("thinking", "reasoning", "think")
 _TEXT = ("text", "input_text", "output_text")
@@ -31,6 +45,7 @@ class Message:
         calls: tool calls: objects with "name" and "arguments", or text if the data has only text.
         train: whether it contributes to the loss, if the data says so; None: determined by the
             role.
+        unused: other fields of the message, which were not converted.
     """
 
     role: str
@@ -39,11 +54,12 @@ class Message:
     reasoning: str = ""
     calls: list[Any] = field(default_factory=list)
     train: bool | None = None
+    unused: Sequence[str] = ()
 
     @property
     def empty(self) -> bool:
         """Whether it has neither text, reasoning nor tool calls."""
-        return not (self.content.strip() or self.reasoning.strip() or self.calls)
+        return roles.blank(self.content) and roles.blank(self.reasoning) and not self.calls
 
 
 @dataclass
@@ -54,12 +70,16 @@ class Conversation:
         schema: schema of the record, such as alpaca.
         tools: the tools that the assistant may call, as given in the record.
         remarks: notes for the user about the record.
+        used: the fields of the record, in lower case, that were converted.
+        unused: its other fields.
     """
 
     messages: list[Message]
     schema: str
     tools: list[Any] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+    unused: Sequence[str] = ()
 
     @property
     def skipped(self) -> str:
@@ -87,7 +107,11 @@ def read(entries: Any, key: str, train: bool | None = None) -> list[Message]:
             and 1.
     """
     if isinstance(entries, str):
-        entries = json_or_text(entries)
+        entries = json_or_text(text := entries)
+        if isinstance(entries, str) and text.lstrip()[:1] in ("[", "{"):
+            raise BadRecord(f'"{key}" is a text that is not JSON, such as Python\'s notation; write it with json.dumps')
+    if isinstance(entries, dict):
+        entries = _transposed(entries)
     if not isinstance(entries, Sequence) or isinstance(entries, str | bytes):
         raise BadRecord(f'"{key}" is not a list of messages')
     found = []
@@ -100,7 +124,17 @@ def read(entries: Any, key: str, train: bool | None = None) -> list[Message]:
     return found
 
 
-def call(value: Any, where: str) -> Any:
+def _transposed(columns: dict) -> Any:
+    """Messages from an object of equally long lists, as the datasets library stores a Sequence of
+    objects; the object itself if it is not such.
+    """
+    lists = list(columns.values())
+    if not lists or not all(isinstance(one, list) for one in lists) or len({len(one) for one in lists}) > 1:
+        return columns
+    return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
+
+
+def parse_call(value: Any, where: str) -> Any:
     """Normalise a tool call of OpenAI's or ShareGPT's form to {"name", "arguments"}; text that is
     not JSON stays text.
 
@@ -110,7 +144,7 @@ def call(value: Any, where: str) -> Any:
     if isinstance(value, str):
         value = text if isinstance(value := json_or_text(text := value), str) else value
         if not isinstance(value, dict):
-            return encodable(text.strip())
+            return check_encodable(text.strip())
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
@@ -128,7 +162,7 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def one_of(mapping: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
+def first_present(mapping: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
     """The first of the names that is present and not null, with its value; ("", None) if none
     is.
     """
@@ -138,18 +172,29 @@ def one_of(mapping: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
     return "", None
 
 
+def unused(fields: Mapping[str, Any], used: Collection[str]) -> list[str]:
+    """The fields with a value that are not in `used`, nor only number a record."""
+    return [
+        key
+        for key, value in fields.items()
+        if key not in used and key not in NUMBERS and value not in (None, "", [], {})
+    ]
+
+
 def _messages(entry: Any, where: str) -> Iterator[Message]:
     if not isinstance(entry, dict):
         raise BadRecord(f"{where} is a {type(entry).__name__}, not an object")
     entry = {str(key).casefold(): value for key, value in entry.items()}
-    _, name = one_of(entry, _ROLE)
+    role_key, name = first_present(entry, _ROLE)
     if name is None and (pairs := _by_role(entry)):
         yield from (_message(role, text, {}, where) for role, text in pairs)
         return
     if not isinstance(name, str):
         raise BadRecord(f'{where} has no "role" (or "from")')
-    present = next((key for key in _CONTENT if key in entry), None)
-    yield _message(name, entry[present] if present else None, entry, where)
+    present, content = first_present(entry, _CONTENT)
+    message = _message(name, content, entry, where)
+    message.unused = unused(entry, {role_key, present, *_USED})
+    yield message
 
 
 def _by_role(entry: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -172,7 +217,7 @@ def _message(name: str, content: Any, entry: Mapping[str, Any], where: str) -> M
         raise BadRecord(f"{where} has the unknown role {name[:40]!r}; known are {roles.known()}; rename it in the data")
     message = Message(role, "", name, train=_train(entry, role, where))
     text, message.reasoning = _text(content, where)
-    key, reasoning = one_of(entry, REASONING)
+    key, reasoning = first_present(entry, REASONING)
     if key and not isinstance(reasoning, str):
         raise BadRecord(f'{where} has a {type(reasoning).__name__} under "{key}", not a string')
     if reasoning and reasoning.strip():
@@ -183,7 +228,7 @@ def _message(name: str, content: Any, entry: Mapping[str, Any], where: str) -> M
                 )
         else:
             message.reasoning = (
-                f"{message.reasoning}\n{reasoning}".strip() if message.reasoning else encodable(reasoning)
+                f"{message.reasoning}\n{reasoning}".strip() if message.reasoning else check_encodable(reasoning)
             )
     message.calls = _calls(entry, where)
     if (
@@ -194,7 +239,9 @@ def _message(name: str, content: Any, entry: Mapping[str, Any], where: str) -> M
         role = roles.CALL  # "function" is a call in LLaMA-Factory, a result in OpenAI's format
     if role == roles.CALL:
         message.role, calls = roles.ASSISTANT, json_or_text(text or "")
-        message.calls += [call(item, where) for item in (calls if isinstance(calls, list) else [text or ""]) if item]
+        message.calls += [
+            parse_call(item, where) for item in (calls if isinstance(calls, list) else [text or ""]) if item
+        ]
         text = ""
     if text is None and not (message.calls or message.reasoning):
         raise BadRecord(f'{where} has no text under "content" (or "value")')
@@ -211,7 +258,7 @@ def _text(content: Any, where: str) -> tuple[str | None, str]:
     none.
     """
     if content is None or isinstance(content, str):
-        return content and encodable(content), ""
+        return content and check_encodable(content), ""
     if not isinstance(content, list):
         raise BadRecord(f"{where} has no text: its content is a {type(content).__name__}")
     texts: list[str] = []
@@ -222,7 +269,7 @@ def _text(content: Any, where: str) -> tuple[str | None, str]:
             continue
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if isinstance(part, dict) and kind in _THINKING:
-            _, text = one_of(part, (*_THINKING, "text", "content"))
+            _, text = first_present(part, (*_THINKING, "text", "content"))
             target = reasoning
         else:
             text = part.get("text") if isinstance(part, dict) and kind in (*_TEXT, None) else None
@@ -230,7 +277,7 @@ def _text(content: Any, where: str) -> tuple[str | None, str]:
         if not isinstance(text, str):
             raise BadRecord(f"{where} has no text in a part of type {str(kind)[:40]!r}; only text can be trained on")
         target.append(text)
-    return encodable("".join(texts)) if texts else None, encodable("\n".join(reasoning))
+    return check_encodable("".join(texts)) if texts else None, check_encodable("\n".join(reasoning))
 
 
 def _calls(entry: Mapping[str, Any], where: str) -> list[Any]:
@@ -241,9 +288,9 @@ def _calls(entry: Mapping[str, Any], where: str) -> list[Any]:
     if calls:
         if not isinstance(calls, list):
             raise BadRecord(f'{where} has "tool_calls" that are no list')
-        found += [call(item, where) for item in calls]
+        found += [parse_call(item, where) for item in calls]
     if entry.get("function_call"):
-        found.append(call(entry["function_call"], where))
+        found.append(parse_call(entry["function_call"], where))
     return found
 
 

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from rwkv.config import ConvertConfig
 from rwkv.data import binidx, provenance
 from rwkv.data.convert import encodings, inputs, report, schemas, shards, sources
@@ -20,6 +18,7 @@ from rwkv.data.convert.inputs import Chunk
 from rwkv.data.convert.jsonl import BadRecord
 from rwkv.data.convert.pool import Pool
 from rwkv.data.convert.source_file import Source
+from rwkv.data.progress_bar import progress_bar
 from rwkv.data.tokenizer import HFTokenizer, WorldTokenizer, same_vocabulary
 from rwkv.errors import UserError
 
@@ -64,7 +63,10 @@ def convert(config: ConvertConfig) -> Converted:
     keys = shards.keys(config.jsonl_keys)
     shard = shards.parse(config.shard)
     prefix = shards.prefix(config.output_prefix or default_prefix(config.input, found.sources), shard)
-    with binidx.exclusive(prefix, [binidx.document_prefix(prefix, key) for key in keys]), _explained(found.sources):
+    with (
+        binidx.exclusive(prefix, [binidx.document_prefix(prefix, key) for key in keys]),
+        _explain_errors(found.sources),
+    ):
         return _convert(config, found, keys, shard, prefix)
 
 
@@ -80,24 +82,26 @@ def find(config: ConvertConfig) -> sources.Found:
     if not found.sources:
         raise UserError(f"--input {config.input}: no such file")
     found.sources = [
-        replace(one, keep_crlf=config.keep_crlf, max_record=config.max_record_mb << 20) for one in found.sources
+        replace(source, keep_crlf=config.keep_crlf, max_record=config.max_record_mb << 20) for source in found.sources
     ]
     return found
 
 
 @contextlib.contextmanager
-def _explained(some: Sequence[Source]) -> Iterator[None]:
-    """Explain the error of a conversion where possible: a file that changed meanwhile, an encoding
-    other than UTF-8.
+def _explain_errors(source_list: Sequence[Source]) -> Iterator[None]:
+    """Explain errors of a conversion where possible: a file changed meanwhile, or its encoding is
+    not UTF-8.
     """
     try:
         yield
     except Exception as error:
-        sources.check_unchanged(some)
+        sources.check_unchanged(source_list)
         message = str(error)
-        failed = next((one for one in some if message.startswith((f"{one.path}, ", f"{one.path}:"))), None)
+        failed = next(
+            (source for source in source_list if message.startswith((f"{source.path}, ", f"{source.path}:"))), None
+        )
         if failed and ": not UTF-8 (" in message:
-            raise UserError(message + encodings.advice(failed, some)) from error
+            raise UserError(message + encodings.advice(failed, source_list)) from error
         raise
 
 
@@ -107,20 +111,20 @@ def _convert(
     encoder = _encoder(config, found.sources, keys)
     tokenizer = encoder.tokenizer
     if config.dtype == "uint16" and tokenizer.vocab_size > 1 << 16:
-        raise UserError(f"{tokenizer.name} has {tokenizer.vocab_size} tokens, too many for uint16; give --dtype int32")
+        raise UserError(f"{tokenizer.name} has {tokenizer.vocab_size} tokens, too many for uint16; pass --dtype int32")
     prefixes = [binidx.document_prefix(prefix, key) for key in keys]
     rejects_path = Path(f"{prefix}.rejects.jsonl")
     outputs = [Path(f"{name}{end}") for name in prefixes for end in (".bin", ".idx", ".json")] + [rejects_path]
     existing = [os.stat(path) for path in outputs if path.exists()]
     if same := next(
         (
-            one.path
-            for one in found.sources
-            if existing and any(os.path.samestat(os.stat(one.stored), x) for x in existing)
+            source.path
+            for source in found.sources
+            if existing and any(os.path.samestat(os.stat(source.stored), x) for x in existing)
         ),
         None,
     ):
-        raise UserError(f"{same}: the conversion would overwrite its own input; give another --output-prefix")
+        raise UserError(f"{same}: the conversion would overwrite its own input; use another --output-prefix")
     beside = [rejects_path, *([shards.manifest_path(prefix)] if shard else [])]
     if not config.force:
         binidx.reject_existing(prefixes, beside)
@@ -130,39 +134,33 @@ def _convert(
     workers = config.workers or len(os.sched_getaffinity(0))
     fields = [*keys, *(schemas.FIELDS if encoder.template else ())]
     feed = inputs.chunks(found.sources, fields, shard or (0, 1))
-    places = _Places()
+    locations = _Locations()
     count = 0
     counts: Counter = Counter()
     with (
         Pool(encoder, workers) as pool,
         binidx.writers(prefixes, config.dtype, encoder.masked, beside) as (out, (rejects, *manifest)),
-        tqdm(
-            total=_bytes(found.sources, shard),
-            unit="B",
-            unit_scale=True,
-            desc="convert",
-            mininterval=0.5 if sys.stderr.isatty() else 15,
-        ) as bar,
+        progress_bar(_bytes(found.sources, shard), "convert", "B") as bar,
     ):
         # backslashreplace turns lone surrogates into JSON escapes
         with open(rejects, "w", encoding="utf-8", errors="backslashreplace") as rejected:
             for chunk, encoded in pool.map(feed):
                 for number, wrong, record in encoded.rejects:
-                    place = places.of(chunk, number)
+                    place = locations.of(chunk, number)
                     if encoder.stop:
                         raise UserError(f"{place}: {wrong}")
                     line = {"place": place, "error": wrong, "record": record}
                     rejected.write(json.dumps(line, ensure_ascii=False) + "\n")
                     count += 1
-                places.passed(chunk, encoded.lines)
+                locations.passed(chunk, encoded.lines)
                 counts.update(encoded.counts)
-                for one, *parts in zip(out, encoded.tokens, encoded.sizes, encoded.masks, strict=True):
-                    one.add_packed(*parts)
+                for output, *parts in zip(out, encoded.tokens, encoded.sizes, encoded.masks, strict=True):
+                    output.add_packed(*parts)
                 bar.update(chunk.size)
                 bar.set_postfix_str(
-                    f"{out[0].documents:,} documents, {sum(one.tokens for one in out):,} tokens", refresh=False
+                    f"{out[0].documents:,} documents, {sum(output.tokens for output in out):,} tokens", refresh=False
                 )
-        pairs = [(name, one.documents, one.tokens) for name, one in zip(prefixes, out, strict=True)]
+        pairs = [(name, output.documents, output.tokens) for name, output in zip(prefixes, out, strict=True)]
         if not shard and (empty := [key for key, pair in zip(keys, pairs, strict=True) if not pair[1]]):
             skipped = f" that can be read: {count} bad records were skipped" if count else ""
             blank = "".join(f". Skipped {key[1]}: {number}" for key, number in counts.items() if key[0] == "skipped")
@@ -176,7 +174,7 @@ def _convert(
             and counts["plain", ""] == sum(pair[1] for pair in pairs)
         ):
             raise UserError(
-                f"--mask answers: no document of {config.input} has turns such as User: and Assistant:; drop the flag"
+                f"--mask answers: no document of {config.input} has turns such as User: and Assistant:; omit the flag"
             )
         if not count:
             rejects.unlink()
@@ -185,13 +183,13 @@ def _convert(
             tokenizer_entry, found.sources, provenance.flags_of(config), sources.splits_of(found)
         )
         sources.check_unchanged(found.sources)
-        for key, one in zip(keys, out, strict=True):
+        for key, output in zip(keys, out, strict=True):
             provenance.write(
-                one.manifest,
+                output.manifest,
                 {**described, "key": key, "contents": report.summary(counts)},
-                one.documents,
-                one.tokens,
-                one.counted,
+                output.documents,
+                output.tokens,
+                output.counted,
             )
         if shard:
             manifest[0].write_text(
@@ -209,12 +207,12 @@ def texts(config: ConvertConfig) -> tuple[Iterator[tuple[str, int]], int]:
     Raises:
         UserError: as `convert`; while iterating, for a bad record unless they are skipped.
     """
-    some, keys = find(config).sources, shards.keys(config.jsonl_keys)[:1]
-    encoder = _encoder(config, some, keys)
+    source_list, keys = find(config).sources, shards.keys(config.jsonl_keys)[:1]
+    encoder = _encoder(config, source_list, keys)
 
     def read() -> Iterator[tuple[str, int]]:
-        done, places = 0, _Places()
-        for chunk in inputs.chunks(some, [*keys, *(schemas.FIELDS if encoder.template else ())]):
+        done, locations = 0, _Locations()
+        for chunk in inputs.chunks(source_list, [*keys, *(schemas.FIELDS if encoder.template else ())]):
             done, lines = done + chunk.size, inputs.lines_of(chunk)
             for number, record in inputs.records(chunk, lines, keys):
                 try:
@@ -223,32 +221,32 @@ def texts(config: ConvertConfig) -> tuple[Iterator[tuple[str, int]], int]:
                     segments = encoder.segments(record, keys[0])
                 except BadRecord as error:
                     if encoder.stop:
-                        raise UserError(f"{places.of(chunk, number)}: {error}") from error
+                        raise UserError(f"{locations.of(chunk, number)}: {error}") from error
                     continue
                 if segments:
                     yield "".join(text for text, _ in segments), done
-            places.passed(chunk, len(lines))
+            locations.passed(chunk, len(lines))
 
-    return read(), sum(source.size for source in some)
+    return read(), sum(source.size for source in source_list)
 
 
-def default_prefix(spec: str, some: Sequence[Source]) -> str:
+def default_prefix(spec: str, source_list: Sequence[Source]) -> str:
     """Default output prefix: the input folder, or the first file without its suffixes. Raises
     UserError for a pipe.
     """
-    first = Path(os.path.expanduser(sources.words(spec)[0]))
-    path = first if first.exists() else some[0].path
+    first = Path(os.path.expanduser(sources.split_paths(spec)[0]))
+    path = first if first.exists() else source_list[0].path
     if path.is_dir():
         return str(path if path.name else path.resolve())
-    if some[0].spool:
-        raise UserError(f"{path}: the input is a pipe, so there is no default for the output; give --output_prefix")
-    while path.suffix.lower() in sources.ENDINGS:
+    if source_list[0].spool:
+        raise UserError(f"{path}: the input is a pipe, so there is no default for the output; pass --output_prefix")
+    while path.suffix.lower() in sources.SUFFIXES:
         path = path.with_suffix("")
     return str(path)
 
 
-def _encoder(config: ConvertConfig, some: Sequence[Source], keys: Sequence[str]) -> Encoder:
-    template, stop = template_for(config, some, keys), config.on_error == "stop"
+def _encoder(config: ConvertConfig, source_list: Sequence[Source], keys: Sequence[str]) -> Encoder:
+    template, stop = template_for(config, source_list, keys), config.on_error == "stop"
     return Encoder(
         _tokenizer(config),
         keys,
@@ -272,17 +270,17 @@ def _tokenizer(config: ConvertConfig) -> WorldTokenizer | HFTokenizer:
     ):
         raise UserError(
             f"{config.vocab_file}: not the World vocabulary, which is built in and need not be given;"
-            " for a tokenizer.json give --tokenizer_type HFTokenizer"
+            " for a tokenizer.json pass --tokenizer_type HFTokenizer"
         )
     return WorldTokenizer()
 
 
-def _bytes(some: Sequence[Source], shard: tuple[int, int] | None) -> int:
-    total = sum(source.size for source in some)
+def _bytes(source_list: Sequence[Source], shard: tuple[int, int] | None) -> int:
+    total = sum(source.size for source in source_list)
     return total if shard is None else total * (shard[0] + 1) // shard[1] - total * shard[0] // shard[1]
 
 
-class _Places:
+class _Locations:
     """Locations of records for messages; counts the lines of the chunks processed so far."""
 
     def __init__(self):

@@ -6,7 +6,11 @@ import re
 
 from rwkv.data.convert import roles
 
-_LABEL = re.compile(r"^[ \t]*([^\W_][^\n:：]{0,24}?)[ \t]*[:：]", re.MULTILINE)
+# also ### User:, **User:**, **User**:, [User]: and <|user|>:
+_LABEL = re.compile(
+    r"^[ \t\ufeff\u200b]*(?:#{1,6}[ \t]*|\*\*|[<\[【]\|?)?([^\W_][^\n:：]{0,24}?)(?:\*\*|\|?[>\]】])?[ \t]*[:：](?:\*\*)?",
+    re.MULTILINE,
+)
 _KINDS = {  # labels that are used together; all other known role names belong to the first kind
     "chat": "system tool observation",
     "questions": "question answer 问题 問題 答案 回答 质問 質問 вопрос ответ",
@@ -21,14 +25,14 @@ def segments(text: str) -> list[tuple[str, bool]] | None:
     """The text as consecutive (text, is an answer) segments; None if it has no assistant turn.
 
     A turn begins at the start or after a blank line (or after any line break, if no answer follows
-    a blank line) with a label such as `User:`, `Assistant:`, `Human:`, `Question:`, `Instruction:`,
-    `用户：`. The first label of each side determines which labels are recognised, so that a line
-    such as `Answer:` inside an answer is not a turn. An answer extends from its colon to the next
-    turn.
+    a blank line) with a label such as `User:`, `Assistant:`, `Human:`, `Question:`,
+    `### Instruction:`, `**User:**`, `用户：`. The first label of each side determines which labels
+    are recognised, so that a line such as `Answer:` inside an answer is not a turn. An answer
+    extends from its colon to the next turn.
     """
     for blank_line in (True, False):
         marks = _turns(text, blank_line)
-        if any(role == roles.ASSISTANT for role, _, _ in marks):
+        if any(role == roles.ASSISTANT for role, _, _ in marks) and not (blank_line and _hides_turns(text, marks)):
             break
     else:
         return None
@@ -38,6 +42,18 @@ def segments(text: str) -> list[tuple[str, bool]] | None:
             found += [(text[done:begin], False), (text[begin:end], True)]
             done = end
     return [part for part in [*found, (text[done:], False)] if part[0]]
+
+
+def _hides_turns(text: str, marks: list[tuple[str, int, int]]) -> bool:
+    """Whether an answer contains a turn of the user and then one of the assistant after single line
+    breaks: the text separates its turns in both ways.
+    """
+    every = _turns(text, False)
+    for (role, _, begin), (_, end, _) in zip(marks, [*marks[1:], ("", len(text), 0)], strict=True):
+        inside = [other for other, start, _ in every if begin < start < end]
+        if role == roles.ASSISTANT and roles.USER in inside and roles.ASSISTANT in inside[inside.index(roles.USER) :]:
+            return True
+    return False
 
 
 def _turns(text: str, blank_line: bool) -> list[tuple[str, int, int]]:
@@ -56,9 +72,9 @@ def _turns(text: str, blank_line: bool) -> list[tuple[str, int, int]]:
         if role is None or role == roles.CALL:
             continue
         if role in (roles.USER, roles.ASSISTANT):
-            of = _KIND.get(name, "chat")
-            kind = kind or of
-            if of != kind or (sides.setdefault(role, name) != name and kind != "instructions"):
+            label_kind = _KIND.get(name, "chat")
+            kind = kind or label_kind
+            if label_kind != kind or (sides.setdefault(role, name) != name and kind != "instructions"):
                 continue
         elif name not in _KIND or (role == roles.SYSTEM and found):
             continue

@@ -19,7 +19,7 @@ from typing import Any
 from rwkv.errors import UserError
 
 _AHEAD = 4  # chunks per worker in flight (queued, being processed or done), which bounds memory
-_ADVICE = "give fewer --workers, or smaller documents"
+_ADVICE = "use fewer --workers, or smaller documents"
 _KILLED = f"a worker process was killed, probably out of memory; {_ADVICE}"
 
 
@@ -73,7 +73,7 @@ class Pool:
                 try:
                     result = self._function(chunk)
                 except MemoryError as error:
-                    raise UserError(f"memory ran out; {_ADVICE}") from error
+                    raise UserError(f"out of memory; {_ADVICE}") from error
                 yield chunk, result
             return
         waiting: collections.deque[tuple[Any, Future]] = collections.deque()
@@ -157,14 +157,14 @@ def _work(function: Callable[[Any], Any], pipe: Connection, others: list[Connect
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
         while True:
             chunk = pipe.recv()
             try:
                 answer = True, function(chunk)
             except MemoryError:
-                answer = False, UserError(f"memory ran out; {_ADVICE}")
+                answer = False, UserError(f"out of memory; {_ADVICE}")
             except Exception as error:
                 answer = False, error
             except BaseException as error:  # a panic of a Rust library, which cannot be pickled
@@ -176,7 +176,7 @@ def _work(function: Callable[[Any], Any], pipe: Connection, others: list[Connect
     os._exit(0)
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     """Exit when the parent dies, even by SIGKILL."""
     if parent := multiprocessing.parent_process():
         wait([parent.sentinel])

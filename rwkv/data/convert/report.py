@@ -6,6 +6,7 @@ Workers count in a Counter with these keys:
 - ("role", role): messages
 - ("name", role, name): messages, by the role's name in the data
 - ("skipped", reason), ("remark", sentence): records
+- ("unused", "records" or "messages", field): of conversations, with a field that was not converted
 - ("warning", sentence): occurrences
 - ("plain", ""): documents without turns, where only answers should contribute to the loss
 - ("trained", ""): tokens that contribute to the loss
@@ -44,6 +45,9 @@ def lines(counts: Counter, documents: int, tokens: int, masked: bool) -> list[st
             f"note: documents without turns such as User: and Assistant:, which contribute to the loss as a whole: {plain:,}"
         )
     found += [f"note: {remark}: {number:,}" for remark, number in _of(counts, "remark").items()]
+    for whole in ("records", "messages"):
+        if unused := _second(counts, "unused", whole):
+            found.append(f"note: fields of {whole} that were not converted: {_shortened(unused)}")
     found += [f"note: skipped {why}: {number:,}" for why, number in _of(counts, "skipped").items()]
     found += [f"warning: {warning}: {number:,}" for warning, number in _of(counts, "warning").items()]
     if masked and documents and counts["untrained", ""] >= _WARN_SHARE * documents:
@@ -63,11 +67,11 @@ def summary(counts: Counter) -> dict[str, Any]:
     }
 
 
-def added(summaries: Iterable[Any]) -> dict[str, Any]:
+def add_summaries(summaries: Iterable[Any]) -> dict[str, Any]:
     """Sum of the summaries of several conversions."""
     whole: dict[str, Any] = summary(Counter())
-    for one in summaries:
-        for name, value in one.items() if isinstance(one, dict) else ():
+    for added in summaries:
+        for name, value in added.items() if isinstance(added, dict) else ():
             if isinstance(value, dict):
                 whole[name] = dict(Counter(whole.get(name, {})) + Counter(value))
             else:
@@ -91,11 +95,22 @@ def _of(counts: Counter, kind: str) -> dict[str, int]:
 
 def _named(counts: Counter, role: str) -> str:
     """The data's names of a role, if they differ from ours."""
-    names = {key[2]: number for key, number in counts.items() if key[:2] == ("name", role) and key[2]}
+    names = _second(counts, "name", role)
     if set(names) <= {role}:
         return ""
-    shown = sorted(names.items(), key=lambda item: (-item[1], item[0]))
-    return " (" + ", ".join(repr(name)[1:-1] for name, _ in shown[:4]) + (", …)" if len(shown) > 4 else ")")
+    return " (" + ", ".join([repr(name)[1:-1] for name in names][:4]) + (", …)" if len(names) > 4 else ")")
+
+
+def _shortened(numbers: dict[str, int]) -> str:
+    """The most frequent fields, with their counts."""
+    shown = [f"{repr(name)[1:-1]} {number:,}" for name, number in numbers.items()]
+    return ", ".join(shown[:8]) + (", …" if len(shown) > 8 else "")
+
+
+def _second(counts: Counter, kind: str, first: str) -> dict[str, int]:
+    """The counts of (kind, first, name) by name, in descending order."""
+    names = {key[2]: number for key, number in counts.items() if key[:2] == (kind, first) and key[2]}
+    return dict(sorted(names.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _listed(numbers: dict[str, int]) -> str:

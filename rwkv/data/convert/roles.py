@@ -51,7 +51,7 @@ def plain(name: str) -> str:
     function_call.
     """
     name = unicodedata.normalize("NFKC", name).casefold()
-    return re.sub(r"[\s_-]+", "_", name.strip("<>|[](){}【】「」:*# \t\r\n"))
+    return re.sub(r"[\s_-]+", "_", name.strip("<>|[](){}【】「」:*# \t\r\n\u200b\ufeff"))
 
 
 _ROLES = {plain(name): role for role, names in _NAMES.items() for name in names.split()}
@@ -66,6 +66,14 @@ def fold(text: str) -> str:
     """
     text = newlines(text)
     return (re.sub(r"\n{2,}", "\n", text) if "\n\n" in text else text).strip()
+
+
+def blank(text: str) -> bool:
+    """Whether a text has only white space and invisible characters, such as zero-width spaces."""
+    return _BLANK.fullmatch(text) is not None
+
+
+_BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")
 
 
 def newlines(text: str) -> str:

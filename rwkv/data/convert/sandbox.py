@@ -17,32 +17,32 @@ MEMORY = 1 << 28  # bytes of address space that a template may add to the proces
 _BITS = 1 << 12  # maximum size of an integer
 
 
-class TooMuch(Exception):
+class LimitExceeded(Exception):
     """A template exceeded a limit."""
 
 
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """transformers' settings, with bounded integers: Python cannot be interrupted within one
-    arithmetic operation.
+    """An environment with transformers' settings and bounded integers: Python cannot be interrupted
+    within one arithmetic operation.
     """
 
     intercepted_binops = frozenset(["*", "**"])
 
     def call_binop(self, context, operator, left, right):
-        """`left operator right`. Raises TooMuch if an integer would exceed _BITS bits."""
+        """`left operator right`. Raises LimitExceeded if an integer would exceed _BITS bits."""
         if isinstance(left, int) and isinstance(right, int):
             bits = (
                 max(1, left.bit_length()) * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
             )
             if bits > _BITS:
-                raise TooMuch(f"it computes with a number of {bits} bits")
+                raise LimitExceeded(f"it computes an integer of {bits} bits")
         return super().call_binop(context, operator, left, right)
 
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Raise TooMuch if the block takes more than SECONDS or MEMORY. Time is limited in the main
-    thread only (signals).
+    """Raise LimitExceeded if the block takes more than SECONDS or MEMORY. Time is limited only in
+    the main thread (by a signal).
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = _address_space() + MEMORY
@@ -60,9 +60,9 @@ def bounded() -> Iterator[None]:
             if timed:
                 signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     except MemoryError as error:
-        raise TooMuch(f"it takes more than {MEMORY >> 20} MiB of memory") from error
+        raise LimitExceeded(f"it takes more than {MEMORY >> 20} MiB of memory") from error
     except RecursionError as error:
-        raise TooMuch("it calls itself without end") from error
+        raise LimitExceeded("it recurses too deeply") from error
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         if timed:
@@ -70,7 +70,7 @@ def bounded() -> Iterator[None]:
 
 
 def _late(number, frame):
-    raise TooMuch(f"it has not ended after {SECONDS:g} seconds")
+    raise LimitExceeded(f"it did not finish within {SECONDS:g} seconds")
 
 
 def _address_space() -> int:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rwkv.data.convert import messages, roles
-from rwkv.data.convert.jsonl import BadRecord, encodable
-from rwkv.data.convert.messages import Conversation, Message, json_or_text, one_of
+from rwkv.data.convert.jsonl import BadRecord, check_encodable
+from rwkv.data.convert.messages import Conversation, Message, first_present, json_or_text
 
 MESSAGES = ("messages", "conversations")  # also as names for --jsonl_keys
 _LISTS = ("conversation", "dialogue", "dialog", "dialogs", "chat")  # only if the value is a list
@@ -44,8 +44,8 @@ _ANSWERS = (
     "输出",
     "答",
 )
-_SYSTEM = ("system", "system_prompt", "system_message", "meta_instruction")
-_REASONING = (*messages.REASONING, "complex_cot", "cot", "rationale")
+_SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "meta_instruction")
+_REASONING = (*messages.REASONING, "complex_cot", "cot", "rationale", "analysis")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _OTHER = ("text", "history", "tools", "functions", "chosen", "rejected", "kto_tag", "label", "plain_text", "prefix")
 
@@ -68,7 +68,12 @@ FIELDS = tuple(
     )
 )
 
-_TURNS = re.compile(r"(?:\A|\n)[ \t]*(Human|User|Assistant|Bot)[ \t]*[:：]", re.IGNORECASE)
+# without meaning for a conversation
+_KNOWN = {"num_turns"}
+
+_TURNS = re.compile(
+    r"(?:\A|\n)[ \t]*(Human|User|Assistant|Bot|AI|用户|人类|问|助手|机器人|答)[ \t]*[:：]", re.IGNORECASE
+)
 _MOSS = re.compile(r"(?:<\|(Human|Inner Thoughts|Commands|Results|MOSS)\|>|\[(Human|MOSS)\])[ \t]*[:：]")
 _MOSS_END = re.compile(r"<eo[a-z]>\s*\Z")
 
@@ -106,17 +111,24 @@ def conversation(record: Mapping[str, Any], kind: str = "auto") -> Conversation 
             )
         return None
     while found.messages and found.messages[-1].role == roles.USER and found.messages[-1].empty:
-        found.messages.pop()  # an empty last question without an answer
+        found.messages.pop()  # an empty final question without an answer
     if media := next((key for key in _MEDIA if fields.get(key)), None):
         raise BadRecord(f'it has "{media}"; only text can be trained on')
-    if fields.get("kto_tag", fields.get("label")) is False:
+    desirable = str(fields.get("kto_tag", fields.get("label"))).casefold()  # csv has only texts
+    if desirable == "true":
+        found.used |= {"kto_tag", "label"}
+    if desirable == "false":
         raise BadRecord("it is marked as an undesirable answer (KTO's label false); remove such records")
-    _, tools = one_of(fields, ("tools", "functions"))
+    key, tools = first_present(fields, ("tools", "functions"))
+    found.used.add(key)
     if isinstance(tools, str):
         tools = json_or_text(tools)
     if tools:
         found.tools = messages.without_nulls(tools) if isinstance(tools, list) else [tools]
-    return _with_system(found, fields)
+    found = _with_system(found, fields)
+    omitted = [name for name in getattr(record, "omitted", ()) if name.casefold() not in messages.NUMBERS]
+    found.unused = [*messages.unused(fields, found.used | _KNOWN), *omitted]
+    return found
 
 
 def _expected(kind: str) -> str:
@@ -138,7 +150,7 @@ def _messages(fields: Mapping[str, Any], kind: str) -> Conversation | None:
     )
     if key is None or fields[key] == []:
         return None
-    found = Conversation(messages.read(fields[key], key), "messages")
+    found = Conversation(messages.read(fields[key], key), "messages", used={key})
     if kind == "auto":
         others = [
             other
@@ -146,6 +158,7 @@ def _messages(fields: Mapping[str, Any], kind: str) -> Conversation | None:
             if other in fields
         ]
         if others:
+            found.used.update(others)
             found.remarks.append(f'records with "{key}" and also "{others[0]}", of which "{key}" was converted')
     return found
 
@@ -158,7 +171,7 @@ def _pair(fields: Mapping[str, Any], kind: str) -> Conversation | None:
         question, context, answer = PAIRS[kind]
         if question not in fields or answer not in fields:
             return None
-        return Conversation(_turns(fields, question, context, answer), kind)
+        return _asked_and_answered(fields, question, context, answer, kind)
     if kind != "auto":
         return None
     questions, contexts, answers = (_present(fields, names) for names in (_QUESTIONS, _CONTEXTS, _ANSWERS))
@@ -175,17 +188,25 @@ def _pair(fields: Mapping[str, Any], kind: str) -> Conversation | None:
     name = next((name for name, pair in PAIRS.items() if (pair[0], pair[2]) == (questions[0], answers[0])), "")
     if fields.get("text") is not None:
         raise BadRecord(
-            f'it has "text" and also {questions[0]!r} and {answers[0]!r}; give --format text to train on the text, or'
+            f'it has "text" and also {questions[0]!r} and {answers[0]!r}; pass --format text to train on the text, or'
             f" {f'--format {name}' if name else 'remove the text'} to train on the answers"
         )
-    turns = _turns(fields, questions[0], contexts[0] if contexts else "", answers[0])
-    return Conversation(turns, name or f"{questions[0]}_{answers[0]}")
+    context = contexts[0] if contexts else ""
+    return _asked_and_answered(fields, questions[0], context, answers[0], name or f"{questions[0]}_{answers[0]}")
 
 
 def _present(fields: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
     """The names that are present and not null; if all are null, the first that is present."""
-    there = [name for name in names if name in fields]
-    return [name for name in there if fields[name] is not None] or there[:1]
+    present = [name for name in names if name in fields]
+    return [name for name in present if fields[name] is not None] or present[:1]
+
+
+def _asked_and_answered(
+    fields: Mapping[str, Any], question: str, context: str, answer: str, schema: str
+) -> Conversation:
+    reasoning, _ = first_present(fields, _REASONING)
+    used = {question, context, answer, reasoning, "history"}
+    return Conversation(_turns(fields, question, context, answer), schema, used=used)
 
 
 def _turns(fields: Mapping[str, Any], question: str, context: str, answer: str) -> list[Message]:
@@ -197,9 +218,11 @@ def _turns(fields: Mapping[str, Any], question: str, context: str, answer: str) 
         parts = [_string(fields, key) for key in (question, context) if key]
         asked = "\n".join(part.strip() for part in parts if part.strip())
         found += _asked(asked) or [Message(roles.USER, asked)]
+    if isinstance(fields[answer], list) and any(isinstance(entry, str) for entry in fields[answer]):
+        raise BadRecord(f'"{answer}" is a list of {len(fields[answer])} texts; keep one answer, as a text')
     if isinstance(fields[answer], list):
         return found + messages.read(fields[answer], answer)
-    key, _ = one_of(fields, _REASONING)
+    key, _ = first_present(fields, _REASONING)
     entry = {"role": "assistant", "content": _string(fields, answer)} | ({"reasoning": fields[key]} if key else {})
     return found + messages.read([entry], answer)
 
@@ -236,7 +259,7 @@ def _history(fields: Mapping[str, Any]) -> list[list[Message]]:
         if any(len(pair) != 2 or not all(isinstance(text, str) for text in pair) for pair in history):
             raise BadRecord('"history" is not a list of [question, answer] pairs')
         return [
-            [Message(roles.USER, encodable(asked)), Message(roles.ASSISTANT, encodable(said))]
+            [Message(roles.USER, check_encodable(asked)), Message(roles.ASSISTANT, check_encodable(said))]
             for asked, said in history
         ]
     return [messages.read(history, "history")]
@@ -265,33 +288,34 @@ def _moss(fields: Mapping[str, Any], kind: str) -> Conversation | None:
     found: list[Message] = []
     thoughts = ""
     for name, part in parts:
-        part = encodable(_MOSS_END.sub("", part.rstrip() + "").strip())
+        part = check_encodable(_MOSS_END.sub("", part.rstrip() + "").strip())
         kind_of = name.casefold().replace("_", " ")
-        nothing = part.casefold() in ("", "none")
+        is_empty = part.casefold() in ("", "none")
         if kind_of == "inner thoughts":
-            thoughts = "" if nothing else part
+            thoughts = "" if is_empty else part
         elif kind_of == "commands":
-            if not nothing:
+            if not is_empty:
                 found.append(Message(roles.ASSISTANT, "", name, thoughts, [part]))
                 thoughts = ""
         elif kind_of in ("tool responses", "results"):
-            if not nothing:
+            if not is_empty:
                 found.append(Message(roles.TOOL, part, name))
         elif role := roles.role_of(name):
             found.append(Message(role, part, name, thoughts if role == roles.ASSISTANT else ""))
             thoughts = ""
         else:
             raise BadRecord(f"a turn of MOSS data has the unknown part {name[:40]!r}")
-    return Conversation(found, "moss")
+    return Conversation(found, "moss", used={"chat", "plain_text"})
 
 
 def _with_system(found: Conversation, fields: Mapping[str, Any]) -> Conversation:
-    key, system = one_of(fields, (*_SYSTEM, "prefix") if found.schema == "moss" else _SYSTEM)
+    key, system = first_present(fields, (*_SYSTEM, "prefix") if found.schema == "moss" else _SYSTEM)
+    found.used.add(key)
     if not key or not found.messages or not (system := _string(fields, key)).strip():
         return found
     first = found.messages[0]
     if first.role != roles.SYSTEM:
-        found.messages.insert(0, Message(roles.SYSTEM, encodable(system), key))
+        found.messages.insert(0, Message(roles.SYSTEM, check_encodable(system), key))
     elif roles.fold(first.content) != roles.fold(system):
         raise BadRecord(f'it has a system message and another text under "{key}"; keep one of them')
     return found
@@ -303,4 +327,4 @@ def _string(fields: Mapping[str, Any], key: str) -> str:
         return ""
     if not isinstance(value, str):
         raise BadRecord(f'"{key}" is a {type(value).__name__}, not a string')
-    return encodable(value)
+    return check_encodable(value)

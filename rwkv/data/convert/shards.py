@@ -76,17 +76,17 @@ def merge(output_prefix: str, force: bool) -> list[tuple[str, int, int]]:
             f"{output_prefix}: shard {', '.join(f'{i}/{count}' for i in missing)} is missing; run it with --shard, then merge again"
         )
     parts = [prefix(output_prefix, (i, count)) for i in range(count)]
-    made = [_read(manifest_path(part)) for part in parts]
-    for part, one in zip(parts, made, strict=True):
-        if one != made[0]:
-            what = "other flags" if one["flags"] != made[0]["flags"] else "other inputs"
-            raise UserError(f"{part}: was made with {what} than {parts[0]}; run it again")
-    names = keys(made[0]["flags"]["jsonl_keys"])
+    manifests = [_read(manifest_path(part)) for part in parts]
+    for part, other in zip(parts, manifests, strict=True):
+        if other != manifests[0]:
+            what = "other flags" if other["flags"] != manifests[0]["flags"] else "other inputs"
+            raise UserError(f"{part}: was created with {what} than {parts[0]}; run it again")
+    names = keys(manifests[0]["flags"]["jsonl_keys"])
     masked = binidx.mask_path(binidx.document_prefix(parts[0], names[0])).is_file()
     rejects = Path(f"{output_prefix}.rejects.jsonl")
     prefixes = [binidx.document_prefix(output_prefix, key) for key in names]
     with binidx.exclusive(output_prefix, prefixes):
-        return _merge(parts, made[0]["flags"]["dtype"], names, prefixes, masked, rejects, force)
+        return _merge(parts, manifests[0]["flags"]["dtype"], names, prefixes, masked, rejects, force)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -115,14 +115,18 @@ def _merge(
     if not force:
         binidx.reject_existing(prefixes, [rejects])
     with binidx.writers(prefixes, dtype, masked, [rejects]) as (out, (rejected,)):
-        for key, one in zip(names, out, strict=True):
+        for key, writer in zip(names, out, strict=True):
             for part in parts:
-                one.add_file(binidx.document_prefix(part, key))
+                writer.add_file(binidx.document_prefix(part, key))
             described = [provenance.read(binidx.document_prefix(part, key)) for part in parts]
             if described[0]:  # older shards have none
-                contents = report.added([other.get("contents") for other in described if other])
+                contents = report.add_summaries([other.get("contents") for other in described if other])
                 provenance.write(
-                    one.manifest, {**described[0], "contents": contents}, one.documents, one.tokens, one.counted
+                    writer.manifest,
+                    {**described[0], "contents": contents},
+                    writer.documents,
+                    writer.tokens,
+                    writer.counted,
                 )
         with open(rejected, "wb") as target:
             for part in parts:
@@ -131,4 +135,4 @@ def _merge(
                         shutil.copyfileobj(file, target)
         if not rejected.stat().st_size:
             rejected.unlink()
-    return [(one, writer.documents, writer.tokens) for one, writer in zip(prefixes, out, strict=True)]
+    return [(path, writer.documents, writer.tokens) for path, writer in zip(prefixes, out, strict=True)]

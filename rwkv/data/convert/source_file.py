@@ -68,7 +68,7 @@ class Source:
         """The error for a record over max_record."""
         size = f"{self.max_record >> 20:,} MiB" if self.max_record >> 20 else f"{self.max_record:,} bytes"
         return BadRecord(
-            f"a record of more than {size}; if this is intended and fits into memory, raise --max_record_mb"
+            f"a record larger than {size}; if this is intended and it fits into memory, raise --max_record_mb"
         )
 
     def reject_size(self, where: str) -> NoReturn:
@@ -89,17 +89,17 @@ def open_source(source: Source) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
         if source.compression:
             import pyarrow  # takes 0.2 s to import, and plain jsonl does not need it
 
-            # Not Python's zstandard, which accepts truncated files.
+            # not Python's zstandard, which accepts truncated files
             stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), source.compression)
             file = io.BufferedReader(stream, 1 << 18)
         if source.encoding:
-            file = io.BufferedReader(Transcoded(file, source.encoding), 1 << 18)
+            file = io.BufferedReader(Utf8Stream(file, source.encoding), 1 << 18)
         try:
             yield file, raw.tell
         except OSError as error:
             if error.errno:
                 raise
-            # pyarrow's
+            # raised by pyarrow
             raise UserError(f"{source.path}: corrupt or truncated ({error})") from error
 
 
@@ -109,7 +109,7 @@ def read_line(source: Source, file: BinaryIO, where: str) -> bytes:
     return source.reject_size(where) if len(line) > source.max_record else line
 
 
-class Transcoded(io.RawIOBase):
+class Utf8Stream(io.RawIOBase):
     """A file in another encoding as a stream of UTF-8.
 
     Bytes that are not valid in the encoding become invalid UTF-8, so that only the record that
@@ -117,12 +117,9 @@ class Transcoded(io.RawIOBase):
     """
 
     def __init__(self, file: BinaryIO, encoding: str):
-        self._file, self._decoder, self._left, self._ended = (
-            file,
-            codecs.getincrementaldecoder(encoding)("rwkv.mark"),
-            b"",
-            False,
-        )
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder(encoding)("rwkv.mark")
+        self._left, self._ended = b"", False
 
     def readable(self) -> bool:
         return True

@@ -14,7 +14,7 @@ from typing import Any
 from rwkv.data.convert import encodings, natural_order, source_file, splits, text_readers
 from rwkv.data.convert.source_file import BOM, Source, open_source
 from rwkv.errors import UserError
-from rwkv.files import full_disk
+from rwkv.files import disk_errors
 
 KINDS = {
     ".jsonl": "jsonl",
@@ -31,7 +31,7 @@ FORMATS = ("jsonl", "json", "txt", "csv", "tsv", "parquet", "arrow")  # of --inp
 _TABS = {".tsv", ".tab"}
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-ENDINGS = {*KINDS, *_COMPRESSIONS}
+SUFFIXES = {*KINDS, *_COMPRESSIONS}
 # Metadata of the datasets library, without records.
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
@@ -73,7 +73,7 @@ def find(spec: str, split_lines: bool = False, split: str = "", encoding: str = 
     encodings.check(encoding)
     found, requested, direct = Found(), splits.parse(split), False
     known: set[str] = set()
-    for word in words(spec):
+    for word in split_paths(spec):
         path = Path(os.path.expanduser(word)) if not os.path.exists(word) else Path(word)
         if path.is_dir():
             paths = _folder(path, requested, found, known)
@@ -81,7 +81,7 @@ def find(spec: str, split_lines: bool = False, split: str = "", encoding: str = 
             paths = [x for x in map(Path, glob.iglob(str(path), recursive=True)) if _is_input(x, x.parent)]
             if not paths:
                 raise UserError(f"{word}: matches no file that can be converted")
-            paths = _chosen(
+            paths = _select(
                 natural_order.natural(paths),
                 Path(os.path.commonpath([x.parent for x in paths])),
                 requested,
@@ -98,7 +98,7 @@ def find(spec: str, split_lines: bool = False, split: str = "", encoding: str = 
             f"--split {split}: no such split; there {'is' if len(known) == 1 else 'are'} {', '.join(sorted(known))}"
         )
     if requested and requested != ["all"] and not known:
-        raise UserError(f"--split {split}: {spec} has no splits; drop the flag")
+        raise UserError(f"--split {split}: {spec} has no splits; omit the flag")
     if input_format and found.sources and not direct:
         raise UserError(
             f"--input_format {input_format}: applies to files given by path, but {spec} is a folder or glob"
@@ -113,7 +113,7 @@ def find(spec: str, split_lines: bool = False, split: str = "", encoding: str = 
     return found
 
 
-def words(spec: str) -> list[str]:
+def split_paths(spec: str) -> list[str]:
     """Split a comma-separated list of paths. Existing paths may contain commas: the longest
     existing path wins.
     """
@@ -148,19 +148,19 @@ def check_unchanged(sources: Sequence[Source]) -> None:
             )
 
 
-def ours(path: Path) -> bool:
+def is_own_output(path: Path) -> bool:
     """Whether a file was written by the converter: rejects, or the manifest of a binidx."""
     return path.name.endswith(".rejects.jsonl") or (path.suffix == ".json" and path.with_suffix(".idx").exists())
 
 
 def _folder(folder: Path, requested: Sequence[str], found: Found, known: set[str]) -> list[Path]:
     if dataset := splits.dataset(folder):
-        return _of_splits(dataset, folder, requested, found, known)
+        return _select_splits(dataset, folder, requested, found, known)
     paths, other = [], []
     for path in _walk(folder):
         if _is_input(path, folder):
             paths.append(path)
-        elif not path.name.startswith(".") and not ours(path):
+        elif not path.name.startswith(".") and not is_own_output(path):
             other.append(path)
     if not paths:
         raise UserError(
@@ -168,7 +168,7 @@ def _folder(folder: Path, requested: Sequence[str], found: Found, known: set[str
         )
     if other:
         found.notes.append(f"skipped: {natural_order.format_names(natural_order.natural(other))}: unknown format")
-    return _chosen(natural_order.natural(paths), folder, requested, found, known)
+    return _select(natural_order.natural(paths), folder, requested, found, known)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -192,20 +192,20 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _is_input(path: Path, root: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-    if hidden or ours(path) or path.name in _METADATA or kind_of(path)[0] is None or path.is_dir():
+    if hidden or is_own_output(path) or path.name in _METADATA or kind_of(path)[0] is None or path.is_dir():
         return False
     if not path.exists():
-        raise UserError(f"{path}: a link to a file that does not exist; download it, or remove the link")
+        raise UserError(f"{path}: a broken symbolic link; download its target, or remove the link")
     return path.is_file()
 
 
-def _chosen(paths: list[Path], root: Path, requested: Sequence[str], found: Found, known: set[str]) -> list[Path]:
+def _select(paths: list[Path], root: Path, requested: Sequence[str], found: Found, known: set[str]) -> list[Path]:
     if len(paths) == 1:
         return paths
     by_split, rest = splits.of_files(paths, root)
     if not by_split:
         return paths
-    chosen = _of_splits(by_split, root, requested, found, known)
+    chosen = _select_splits(by_split, root, requested, found, known)
     if requested == ["all"]:
         return natural_order.natural([*chosen, *rest])
     if rest:
@@ -215,7 +215,7 @@ def _chosen(paths: list[Path], root: Path, requested: Sequence[str], found: Foun
     return chosen
 
 
-def _of_splits(
+def _select_splits(
     by_split: Mapping[str, list[Path]], root: Path, requested: Sequence[str], found: Found, known: set[str]
 ) -> list[Path]:
     known.update(by_split)
@@ -249,13 +249,13 @@ def _source(path: Path, split_lines: bool, input_format: str, encoding: str) -> 
         if input_format:
             kind, delimiter = ("csv", "\t") if input_format == "tsv" else (input_format, ",")
         if kind is None:
-            advice = "give its format with --input_format jsonl (or " + ", ".join(FORMATS[1:]) + ")"
+            advice = "pass its format as --input_format jsonl (or " + ", ".join(FORMATS[1:]) + ")"
             if pipe:
                 raise UserError(f"{path}: the format of a pipe is unknown; {advice}")
             raise UserError(
                 f"{path}: unknown format; the name must end in {', '.join(KINDS)}, with or without .gz or .zst, or {advice}"
             )
-        spool = _spooled(path) if pipe else ""
+        spool = _spool(path) if pipe else ""
         source = Source(
             path,
             kind,
@@ -275,24 +275,76 @@ def _source(path: Path, split_lines: bool, input_format: str, encoding: str) -> 
         source = dataclasses.replace(
             source, compression=next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
         )
-    if (
-        len(head) >= 32
-        and kind in source_file.TEXT
-        and not encoding
-        and (name := encodings.utf_16_without_mark(head, 0.7))
-    ):
-        raise UserError(f"{path}: not UTF-8: every other byte is 0; it looks like UTF-16. Give --encoding {name}")
+    if what := _other_format(source, head) or _other_text(source, split_lines, encoding):
+        raise UserError(f"{path}: {what}")
     if kind in ("json", "jsonl") and (read_as := _lines_or_array(source)):
         kind = read_as
     return dataclasses.replace(source, kind="lines" if kind == "txt" and split_lines else kind)
 
 
-def _spooled(path: Path) -> str:
+_LFS = b"version https://git-lfs.github.com/spec/"
+_SIGNATURES = {  # of other formats
+    b"\x1f\x8b": "compressed by gzip; let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; let its name end in .zst",
+    b"BZh91AY&SY": "compressed by bzip2; decompress it with bzip2 -d",
+    b"\xfd7zXZ\0": "compressed by xz; decompress it with xz -d",
+    b"PAR1": "a parquet file; let its name end in .parquet",
+    b"PK\x03\x04": "a zip archive, as .xlsx and .docx files are; extract it, or save the table as csv",
+    b"%PDF-": "a PDF; convert it to text, such as with pdftotext",
+}
+
+
+def _other_format(source: Source, head: bytes) -> str:
+    """What a file is if it is not what its name says, and what to do; empty otherwise."""
+    if source.compression:
+        magic = next(magic for magic, name in _MAGIC.items() if name == source.compression)
+        return (
+            f"not compressed by {source.compression}, as its name says; rename it"
+            if head and not head.startswith(magic)
+            else ""
+        )
+    if head.startswith(_LFS):
+        return "a Git LFS pointer, not the file itself; run git lfs pull"
+    if source.kind not in source_file.TEXT:
+        return ""
+    return next((what for magic, what in _SIGNATURES.items() if head.startswith(magic)), "")
+
+
+def _other_text(source: Source, split_lines: bool, encoding: str) -> str:
+    """Why a text file would be misread although its bytes are valid UTF-8, and what to do; empty
+    otherwise.
+    """
+    if source.kind not in source_file.TEXT:
+        return ""
+    head = _head(source)
+    if source.kind == "txt" and split_lines and b"\r" in head and b"\n" not in head:
+        return "the lines end with a carriage return alone; convert it: tr '\\r' '\\n' < old > new"
+    if encoding:
+        return ""
+    if b"\x1b$B" in head:
+        return "not UTF-8: it looks like ISO-2022-JP. Pass --encoding iso2022_jp"
+    if len(head) >= 8 and (name := encodings.utf_16_without_mark(head, 0.7)):
+        return f"not UTF-8: every other byte is 0; it looks like UTF-16. Pass --encoding {name}"
+    return ""
+
+
+def _head(source: Source) -> bytes:
+    """The beginning of a file, decompressed; empty if it is corrupt, which is reported when it is
+    read.
+    """
+    try:
+        with open_source(source) as (file, _):
+            return file.read(1 << 16)
+    except UserError:
+        return b""
+
+
+def _spool(path: Path) -> str:
     """Read a pipe into an unnamed temporary file, which exists as long as this process and its
     children.
     """
     target = os.open(_temporary_folder(), os.O_TMPFILE | os.O_RDWR)
-    with full_disk(_temporary_folder(), "Set TMPDIR to a larger disk"), open(path, "rb", 0) as pipe:
+    with disk_errors(_temporary_folder(), "Set TMPDIR to a larger disk"), open(path, "rb", 0) as pipe:
         while block := pipe.read(1 << 20):
             while block:
                 block = block[os.write(target, block) :]
@@ -306,14 +358,10 @@ def _temporary_folder() -> str:
 
 
 def _lines_or_array(source: Source) -> str:
-    """jsonl or json by the beginning of a file, as suffixes are often wrong; "": as its suffix
-    says.
+    """Detect jsonl or json by the beginning of a file, because suffixes are often wrong; "" if
+    undecided.
     """
-    try:
-        with open_source(source) as (file, _):
-            head = file.read(1 << 16).removeprefix(BOM).lstrip()
-    except UserError:
-        return ""  # corrupt, reported when it is read
+    head = _head(source).removeprefix(BOM).lstrip()
     if head[:1] == b"{":
         return "jsonl"
     return "json" if head[:1] == b"[" and not text_readers.is_json_line(head) else ""
@@ -325,7 +373,7 @@ def _with_encoding(found: Found, encoding: str) -> list[Source]:
     """
     text = [source for source in found.sources if source.kind in source_file.TEXT]
     if not text:
-        raise UserError(f"--encoding {encoding}: parquet and arrow files define their own encoding; drop the flag")
+        raise UserError(f"--encoding {encoding}: parquet and arrow files define their own encoding; omit the flag")
     utf8 = {source.path for source in text if encodings.is_utf8_text(source, encoding)}
     if utf8 and len(utf8) < len(text):
         found.notes.append(

@@ -12,12 +12,15 @@ from rwkv.data.convert import natural_order
 from rwkv.errors import UserError
 
 _FAMILIES = {
-    "train": ("train", "training", "训练", "训练集", "訓練"),
-    "validation": ("validation", "valid", "val", "dev", "验证", "验证集", "驗證"),
-    "test": ("test", "testing", "eval", "evaluation", "测试", "测试集", "測試"),
+    "train": ("train", "training", "训练", "訓練", "学習", "훈련"),
+    "validation": ("validation", "valid", "val", "dev", "heldout", "holdout", "验证", "驗證", "検証", "검증"),
+    "test": ("test", "testing", "eval", "evaluation", "测试", "測試", "评估", "評估", "テスト", "평가"),
 }
 _FAMILY = {keyword: family for family, keywords in _FAMILIES.items() for keyword in keywords}
-_KEYWORD = re.compile(rf"(?:^|[^a-z])({'|'.join(sorted(_FAMILY, key=len, reverse=True))})(?:$|[^a-z])")
+# also trainset, test_data and held-out; not latest or strain
+_KEYWORD = re.compile(
+    rf"(?:^|[^a-z])({'|'.join(sorted(_FAMILY, key=len, reverse=True))})(?:[ _-]?(?:set|data|split|集))?(?:$|[^a-z])"
+)
 _SHARDED = re.compile(r"(?:.*[-./])?([\w+]+)-\d{5}-of-\d{5}")
 
 
@@ -28,8 +31,19 @@ def parse(split: str) -> list[str]:
 
 def family(name: str) -> str:
     """train, validation or test; "" for a split of another name."""
-    match = _KEYWORD.search(name.casefold())
-    return _FAMILY[match[1]] if match else ""
+    found = _keywords(name)
+    return _FAMILY[found[0]] if found else ""
+
+
+def _keywords(name: str) -> list[str]:
+    """The words of a name that indicate a split, such as train in TrainData.json."""
+    return _KEYWORD.findall(_separated(name))
+
+
+def _separated(name: str) -> str:
+    """A name in lower case, with its words separated by spaces."""
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).casefold().replace("_", " ")
+    return re.sub(r"\b(held|hold)[ -]out", r"\1out", name)
 
 
 def choose(names: Sequence[str], requested: Sequence[str], where: Path) -> list[str]:
@@ -46,7 +60,7 @@ def choose(names: Sequence[str], requested: Sequence[str], where: Path) -> list[
             name
             for name in names
             if name.casefold() in requested
-            or (family(name) and family(name) in map(family, requested) and name.casefold() in _FAMILY)
+            or (_KEYWORD.fullmatch(_separated(name)) and family(name) in map(family, requested))
         ]
     if "train" in names:
         return ["train"]
@@ -75,8 +89,8 @@ def of_files(paths: Sequence[Path], root: Path) -> tuple[dict[str, list[Path]], 
         found.setdefault(name, []).append(path) if name else rest.append(path)
     families = {family(name) for name in found}
     if not sharded:
-        rest += [path for name, some in found.items() if not family(name) for path in some]
-        found = {name: some for name, some in found.items() if family(name)}
+        rest += [path for name, members in found.items() if not family(name) for path in members]
+        found = {name: members for name, members in found.items() if family(name)}
         if len(rest) > len(paths) / 2 or (rest and "train" not in families):
             return {}, list(paths)  # probably titles that contain such words
     if not families & {"validation", "test"}:
@@ -92,8 +106,8 @@ def _split_of(path: Path) -> tuple[str, bool]:
     if match := _SHARDED.fullmatch(stem):
         return match[1], True
     for part in (path.name, *reversed(path.parts[:-1])):
-        if matches := _KEYWORD.findall(part.casefold()):
-            return matches[-1], False
+        if found := _keywords(part):
+            return found[-1], False
     return "", False
 
 
@@ -109,26 +123,30 @@ def _described(paths: Sequence[Path], root: Path) -> tuple[dict[str, list[Path]]
 
     try:
         front = yaml.safe_load(text.split("---")[1])
-        entries = [
-            entry
-            for config in front["configs"]
-            for entry in (config["data_files"] if isinstance(config["data_files"], list) else [])
-            if isinstance(entry, dict)
-        ]
+        entries = [entry for config in front["configs"] for entry in _entries(config["data_files"])]
         patterns = [
-            (str(entry["split"]), one)
-            for entry in entries
-            for one in ([entry["path"]] if isinstance(entry["path"], str) else entry["path"])
+            (str(split), pattern)
+            for split, paths in entries
+            for pattern in ([paths] if isinstance(paths, str) else paths)
         ]
         found: dict[str, list[Path]] = {}
         for name, pattern in patterns:
-            some = set(root.glob(pattern))
-            found.setdefault(name, []).extend(path for path in paths if path in some and path not in found[name])
+            matched = set(root.glob(pattern))
+            found.setdefault(name, []).extend(path for path in paths if path in matched and path not in found[name])
     except (yaml.YAMLError, KeyError, TypeError, IndexError, ValueError, NotImplementedError):
         return None
-    found = {name: some for name, some in found.items() if some}
-    used = {path for some in found.values() for path in some}
-    return (found, [path for path in paths if path not in used]) if len(found) > 1 else None
+    found = {name: members for name, members in found.items() if members}
+    used = {path for members in found.values() for path in members}
+    return (found, [path for path in paths if path not in used]) if found else None
+
+
+def _entries(data_files: Any) -> list[tuple[str, Any]]:
+    """(split, patterns) of data_files, in all forms of the Hub; patterns alone are train."""
+    if isinstance(data_files, dict):
+        return list(data_files.items())
+    if isinstance(data_files, list) and all(isinstance(entry, dict) for entry in data_files):
+        return [(entry["split"], entry["path"]) for entry in data_files]
+    return [("train", data_files)]
 
 
 def dataset(folder: Path) -> dict[str, list[Path]]:

@@ -12,9 +12,9 @@ import jinja2
 import jinja2.ext
 
 from rwkv.data.convert import roles
-from rwkv.data.convert.jsonl import BadRecord, encodable
+from rwkv.data.convert.jsonl import BadRecord, check_encodable
 from rwkv.data.convert.messages import Conversation, Message
-from rwkv.data.convert.sandbox import Sandbox, TooMuch, bounded
+from rwkv.data.convert.sandbox import LimitExceeded, Sandbox, bounded
 from rwkv.errors import UserError
 
 _MARKS = re.compile(r"<\|im_(?:start|end)\|>")
@@ -37,12 +37,12 @@ class Template:
     def __init__(self, name: str):
         self._built_in = _BUILT_IN.get(name)
         self._name, self._text = name, "" if self._built_in else _read(name)
-        self._gets: set[str] = set()
+        self._variables: set[str] = set()
         if not self._built_in:
             self._compile(name, self._text)
 
     def _compile(self, name: str, text: str) -> None:
-        # separates generation blocks; random, so that no text contains it
+        # delimits generation blocks; random, so that no text contains it
         self._mark = secrets.token_hex(16)
         environment = Sandbox(extensions=[_Generation, "jinja2.ext.loopcontrols"], trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise
@@ -56,13 +56,13 @@ class Template:
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{name}, line {error.lineno}: not a Jinja template ({error.message})") from error
         except Exception as error:  # Jinja evaluates constant expressions while compiling
-            raise UserError(f"{name}: not a usable template ({_reason(error)})") from error
+            raise UserError(f"{name}: not a valid template ({_reason(error)})") from error
         if ("name", "generation") not in words:
             raise UserError(
                 f"{name}: has no generation block; put {{% generation %}} and {{% endgeneration %}} around what contributes to the loss"
             )
         known = {value for kind, value in words if kind in ("name", "string")}
-        self._gets = {
+        self._variables = {
             field for field in ("tools", "tool_calls", "reasoning_content") if any(field in value for value in known)
         }
 
@@ -71,7 +71,7 @@ class Template:
 
     def __setstate__(self, state: tuple[str, str]) -> None:
         self._name, self._text = state
-        self._built_in, self._gets = _BUILT_IN.get(self._name), set()
+        self._built_in, self._variables = _BUILT_IN.get(self._name), set()
         if not self._built_in:
             self._compile(*state)
 
@@ -82,9 +82,11 @@ class Template:
             BadRecord: the template rejects it, fails, or exceeds a limit.
         """
         messages = (
-            _with_tools(conversation) if conversation.tools and "tools" not in self._gets else conversation.messages
+            _with_tools(conversation)
+            if conversation.tools and "tools" not in self._variables
+            else conversation.messages
         )
-        given = [self._shown(message) for message in messages]
+        given = [self._as_variables(message) for message in messages]
         if self._built_in:
             turns = [
                 self._built_in(message.role, shown["content"]) for message, shown in zip(messages, given, strict=True)
@@ -99,7 +101,7 @@ class Template:
             raise BadRecord(f"the chat template fails: {_reason(error)}") from error
         if len(text) > _MAX_CHARACTERS:
             raise BadRecord(f"the chat template renders it to {len(text):,} characters, more than {_MAX_CHARACTERS:,}")
-        parts = encodable(text).split(self._mark)
+        parts = check_encodable(text).split(self._mark)
         marked = [index for index, _ in enumerate(parts) if index % 2]
         flags = dict(zip(marked, self._trained(messages, len(marked)), strict=True))
         return [(part, flags.get(index, False)) for index, part in enumerate(parts) if part]
@@ -108,23 +110,23 @@ class Template:
         """Whether each generation block contributes to the loss."""
         if any(message.train for message in messages if message.role != roles.ASSISTANT):
             raise BadRecord(
-                "a message that is not the assistant's is to be trained on, which only the templates world and chatml support"
+                "a message of another role than assistant contributes to the loss, which only the templates world and chatml support"
             )
         flags = [message.train is not False for message in messages if message.role == roles.ASSISTANT]
         if all(flags):
             return [True] * blocks
         if len(flags) != blocks:
             raise BadRecord(
-                f"a weight of 0 cannot be applied: the chat template marks {blocks} passages, and there are {len(flags)} assistant messages"
+                f"a weight of 0 cannot be applied: the chat template has {blocks} generation blocks, but there are {len(flags)} assistant messages"
             )
         return flags
 
-    def _shown(self, message: Message) -> dict[str, Any]:
+    def _as_variables(self, message: Message) -> dict[str, Any]:
         shown: dict[str, Any] = {"role": message.role, "name": message.name}
         content, calls, reasoning = message.content, message.calls, message.reasoning
-        if reasoning and "reasoning_content" in self._gets:
+        if reasoning and "reasoning_content" in self._variables:
             shown["reasoning_content"], reasoning = reasoning, ""
-        if calls and "tool_calls" in self._gets:
+        if calls and "tool_calls" in self._variables:
             shown["tool_calls"] = [
                 {"type": "function", "function": call} if isinstance(call, dict) else call for call in calls
             ]
@@ -138,7 +140,7 @@ class Template:
 
 def _with_tools(conversation: Conversation) -> list[Message]:
     """The messages, with the tools appended to the system message."""
-    lines = [encodable(tool) if isinstance(tool, str) else _json(tool) for tool in conversation.tools]
+    lines = [check_encodable(tool) if isinstance(tool, str) else _json(tool) for tool in conversation.tools]
     text = "\n".join(["<tools>", *lines, "</tools>"])
     first, *rest = conversation.messages
     if first.role == roles.SYSTEM:
@@ -186,17 +188,17 @@ def _read(name: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--chat_template {name}: cannot be read ({error}); give world, chatml, or a Jinja file"
+            f"--chat_template {name}: cannot be read ({error}); use world, chatml, or a Jinja file"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    text = str(error) if isinstance(error, jinja2.TemplateError | TooMuch) else f"{type(error).__name__}: {error}"
-    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text[:500])
+    text = str(error) if isinstance(error, jinja2.TemplateError | LimitExceeded) else f"{type(error).__name__}: {error}"
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text[:500])
 
 
 def _json(value: Any) -> str:
-    return encodable(json.dumps(value, ensure_ascii=False))
+    return check_encodable(json.dumps(value, ensure_ascii=False))
 
 
 def _tojson(

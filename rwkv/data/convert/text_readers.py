@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from rwkv.data.convert import source_file
 from rwkv.data.convert.batches import MAX_DEPTH, batches, keep_fields, nested_length, select_columns
-from rwkv.data.convert.jsonl import DECODER, BadRecord, hint, repeated
+from rwkv.data.convert.jsonl import DECODER, BadRecord, duplicate_key, likely_cause
 from rwkv.data.convert.source_file import BOM, Source, read_line
 from rwkv.errors import UserError
 
@@ -119,10 +119,10 @@ def _array(
                 element, end = decode(buffer, at)
                 if end == len(buffer) and more():  # a number may continue
                     continue
-                element = repeated(buffer[at:end], element) or element
+                element = duplicate_key(buffer[at:end], element) or element
                 at += end - at
             except json.JSONDecodeError as error:
-                reason = hint(buffer, error.pos, error.msg)
+                reason = likely_cause(buffer, error.pos, error.msg)
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(buffer) - 64
                 if not cut or not more():
                     raise UserError(f"{source.path}, element {number + 1}: not JSON ({reason or error.msg})") from error
@@ -158,11 +158,11 @@ def _csv(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[in
 
     def lines() -> Iterator[str]:
         size = 0  # of the current record, which may span several lines
-        while some := text.readline(source.max_record + 1):
-            size = size + len(some) if record == line else len(some)
+        while piece := text.readline(source.max_record + 1):
+            size = size + len(piece) if record == line else len(piece)
             if size > source.max_record:
                 source.reject_size(f"line {line}")
-            yield some
+            yield piece
 
     record = 0  # first line of the current record
     limit = csv.field_size_limit(sys.maxsize)  # lines are limited above

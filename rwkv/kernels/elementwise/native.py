@@ -265,7 +265,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, l2wrap: float, want_gradient
     """The summed cross-entropy of logits [N, V] at targets [N], scalar fp32.
 
     With `want_gradient` the logits are overwritten with its gradient, plus l2wrap · max at each
-    token's largest logit (the first one of equals).
+    token's largest logit (the first one in case of ties).
     """
     kernels = _kernels(logits)
     if kernels:

@@ -12,13 +12,15 @@ from rwkv.train.console import say
 from rwkv.train.loop import schedule
 from rwkv.train.loop.module import TrainingModule
 from rwkv.train.resume import run_manifest, run_state, state_files
-from rwkv.train.resume.home import Home
-from rwkv.train.resume.unchanged import Unchanged
+from rwkv.train.resume.tracked_folder import TrackedFolder
+from rwkv.train.resume.watched_files import WatchedFiles
 from rwkv.train.runtime import zero
 from rwkv.train.runtime.lightning import pl
 
-_SHARE = 0.02  # without --save_every: the maximum fraction of time spent on saving states,
-_SECONDS = 10  # and the minimum interval between states
+# Without --save_every: the maximum fraction of time spent on saving states, and the minimum
+# interval between states in seconds.
+_MAX_SAVE_SHARE = 0.02
+_MIN_INTERVAL = 10
 
 
 def checkpoint_name(c: TrainConfig, step: int) -> str:
@@ -32,13 +34,15 @@ def checkpoint_name(c: TrainConfig, step: int) -> str:
     return "rwkv-final.pth" if ends else ""
 
 
-def complete(c: TrainConfig, folder: Path, begin: run_state.State, save: Callable[[str, int, Callable], None]) -> None:
+def write_missing_checkpoint(
+    c: TrainConfig, folder: Path, begin: run_state.State, save: Callable[[str, int, Callable], None]
+) -> None:
     """Write the checkpoint that was due at the step of a training state, if it is missing (deleted,
     or the run was killed before writing it).
     """
     name = checkpoint_name(c, begin.step)
     if name and not ((folder / name).exists() and checkpoint.read_manifest(folder / name).get("step") == begin.step):
-        save(name, begin.step, lambda names: {one: begin.weights[one] for one in names})
+        save(name, begin.step, lambda names: {key: begin.weights[key] for key in names})
         say(f"{folder / name} was missing; written from the training state of step {begin.step:,}")
 
 
@@ -51,8 +55,8 @@ class Restorer(pl.Callback):
         run: the run's manifest.
     """
 
-    def __init__(self, home: Home, begin: run_state.State | None, run: dict[str, Any]):
-        self._home, self._begin, self._run = home, begin, run
+    def __init__(self, tracked: TrackedFolder, begin: run_state.State | None, run: dict[str, Any]):
+        self._folder, self._begin, self._run = tracked, begin, run
         self._continues = begin is not None
 
     def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
@@ -60,7 +64,7 @@ class Restorer(pl.Callback):
             run_state.restore(trainer, module, self._begin)
         self._begin = None  # frees its memory
         if trainer.global_rank == 0:
-            run_manifest.write(self._home.now(), self._run)
+            run_manifest.write(self._folder.path(), self._run)
 
 
 class Checkpointer(pl.Callback):
@@ -80,20 +84,14 @@ class Checkpointer(pl.Callback):
     def __init__(
         self,
         config: TrainConfig,
-        home: Home,
+        tracked: TrackedFolder,
         run: dict[str, Any],
         save: Callable[[str, int, Callable], None],
         metrics: Metrics,
-        inputs: Unchanged,
+        inputs: WatchedFiles,
     ):
-        self.config, self._home, self._run, self._save, self._metrics, self._inputs = (
-            config,
-            home,
-            run,
-            save,
-            metrics,
-            inputs,
-        )
+        self.config, self._folder, self._run = config, tracked, run
+        self._save, self._metrics, self._inputs = save, metrics, inputs
         self._module: TrainingModule | None = None
         self.last = ""
 
@@ -102,6 +100,9 @@ class Checkpointer(pl.Callback):
         self._last = self._saved = module.step
         self._next = module.step + (self.config.save_every or 10)
         self._since = time.perf_counter()
+
+    def on_train_batch_start(self, *_) -> None:
+        self._inputs.check_sizes()
 
     def unsaved(self) -> int:
         """Steps since the last state, including the current one."""
@@ -115,18 +116,18 @@ class Checkpointer(pl.Callback):
         if checkpoint_name(c, step) or step >= self._next or trainer.should_stop:
             self._metrics.read(trainer, module)  # raises if the step must not be saved
         name = checkpoint_name(c, step) or ("rwkv-final.pth" if trainer.should_stop else "")
-        # the state is saved first: if the run is killed before saving the checkpoint, `complete`
-        # writes it on resume
+        # save the state first: if the run is killed before saving the checkpoint,
+        # `write_missing_checkpoint` writes it on resume
         if name or step >= self._next:
             started = time.perf_counter()
             self._inputs.check()
             state = run_state.capture(trainer, module, self._run)
             if trainer.global_rank == 0:
                 self._metrics.sync()
-                state_files.write(self._home.now(), state)
+                state_files.write(self._folder.path(), state)
                 if not self._run.get("state_saved"):
                     self._run["state_saved"] = True
-                    run_manifest.write(self._home.now(), self._run)
+                    run_manifest.write(self._folder.path(), self._run)
                 self._metrics.plot()
             self._next = step + (c.save_every or self._interval(trainer, step, started))
             self._saved, self._since = step, time.perf_counter()
@@ -142,9 +143,11 @@ class Checkpointer(pl.Callback):
             self.last = name
 
     def _interval(self, trainer: pl.Trainer, step: int, started: float) -> int:
-        """Steps until the next state, chosen so that saving takes at most _SHARE of the time; the
-        same on all ranks.
+        """Steps until the next state, such that saving takes at most _MAX_SAVE_SHARE of the time;
+        the same on all ranks.
         """
         per_step = (started - self._since) / max(1, step - self._saved)
         saving = time.perf_counter() - started
-        return trainer.strategy.broadcast(max(1, int(max(saving / _SHARE, _SECONDS) / max(per_step, 1e-6))))
+        return trainer.strategy.broadcast(
+            max(1, int(max(saving / _MAX_SAVE_SHARE, _MIN_INTERVAL) / max(per_step, 1e-6)))
+        )

@@ -69,7 +69,7 @@ class MemoryMonitor(pl.Callback):
         return f"{self.expected() / 1e9:.2f} GB per device predicted, {self.peak / 1e9:.2f} GB measured ({self.peak / self.expected():.0%})"
 
     @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
+    def explain_errors(self) -> Iterator[None]:
         """Convert out-of-memory errors to UserErrors with the prediction, the measured peak and the
         cheapest change that fits.
         """

@@ -13,7 +13,7 @@ import torch
 
 from rwkv.config import TrainConfig
 from rwkv.data.dataset import ValidationSamples
-from rwkv.files import full_disk
+from rwkv.files import disk_errors
 from rwkv.train.callbacks import dashboards
 from rwkv.train.callbacks.curve import Curve
 from rwkv.train.callbacks.memory import MemoryMonitor
@@ -25,15 +25,15 @@ from rwkv.train.loop import schedule
 from rwkv.train.loop.module import TrainingModule
 from rwkv.train.loop.validation import validation_loss
 from rwkv.train.resume import metrics_file
-from rwkv.train.resume.home import Home
+from rwkv.train.resume.tracked_folder import TrackedFolder
 from rwkv.train.runtime import strategy, zero
 from rwkv.train.runtime.lightning import pl
 
-# minimum interval between two plots: in seconds, and as a multiple of the time that a plot takes
+# minimum interval between two plots: in seconds, and relative to the time of drawing one
 _PLOT_SECONDS, _PLOT_FACTOR = 60, 50
 
 
-def waits_one_step(device: torch.device) -> bool:
+def reads_one_step_late(device: torch.device) -> bool:
     """Whether the metrics of a step are read after the next step was launched."""
     return device.type == "cuda"
 
@@ -74,13 +74,17 @@ class Metrics(pl.Callback):
     """
 
     def __init__(
-        self, config: TrainConfig, home: Home, monitor: MemoryMonitor, validation: ValidationSamples | None = None
+        self,
+        config: TrainConfig,
+        tracked: TrackedFolder,
+        monitor: MemoryMonitor,
+        validation: ValidationSamples | None = None,
     ):
         self._monitor = monitor
-        self.config, self._home, self._validation = config, home, validation
+        self.config, self._folder, self._validation = config, tracked, validation
         self.curve = Curve()
         self._batches: list[torch.Tensor] = []
-        self._finite = NonFiniteGuard(config, home)
+        self._finite = NonFiniteGuard(config, tracked)
         self._unread: list[_Step] = []
         self._progress: Progress | None = None
         self._file: Any = None
@@ -92,28 +96,28 @@ class Metrics(pl.Callback):
         first = schedule.first_step(self.config)
         if trainer.global_rank == 0:
             self.load(module.step)
-            with self._full_disk(metrics_file.NAME):
-                self._file = open(self._home.now() / metrics_file.NAME, "a", encoding="utf-8")  # noqa: SIM115, open for the length of the run
+            with self._disk_errors(metrics_file.NAME):
+                self._file = open(self._folder.path() / metrics_file.NAME, "a", encoding="utf-8")  # noqa: SIM115, open for the length of the run
             if module.step == first:
                 self._log(f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{vars(self.config)}\n")
-            with self._full_disk("tensorboard"):
-                self._dashboards = dashboards.make(self.config, self._home.now(), module.step)
+            with self._disk_errors("tensorboard"):
+                self._dashboards = dashboards.make(self.config, self._folder.path(), module.step)
         self._progress = Progress(schedule.total_steps(self.config), module.step - first, quiet=trainer.global_rank > 0)
 
     def load(self, last: int) -> None:
         """Read the lines of earlier starts up to step `last`, and drop later ones."""
         self.curve = Curve()
-        with self._full_disk(metrics_file.NAME):
+        with self._disk_errors(metrics_file.NAME):
             metrics_file.keep_steps(
-                self._home.now() / metrics_file.NAME, last, schedule.first_step(self.config), self._add
+                self._folder.path() / metrics_file.NAME, last, schedule.first_step(self.config), self._add
             )
 
     def _add(self, line: dict[str, Any]) -> None:
         self.curve.add(line, (line["step"] - 1) // schedule.steps_per_epoch(self.config))
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: TrainingModule, outputs, batch, batch_idx: int) -> None:
-        counted = module.loss.new_zeros(()) if module.data.plain else module.targets
-        self._batches.append(torch.stack([module.loss.double(), counted.double()]))
+        targets = module.loss.new_zeros(()) if module.data.plain else module.targets
+        self._batches.append(torch.stack([module.loss.double(), targets.double()]))
         if module.step == self._last:  # gradients are still being accumulated
             return
         self._last = module.step
@@ -135,7 +139,7 @@ class Metrics(pl.Callback):
             _Step(line, module.samples, module.grad_norm is not None, PendingScalars(strategy.mean(numbers)))
         )
         if (
-            not waits_one_step(module.device)
+            not reads_one_step_late(module.device)
             or schedule.ends_epoch(self.config, module.step)
             or self._validates(module.step)
         ):
@@ -161,6 +165,7 @@ class Metrics(pl.Callback):
         )
         if not module.data.plain:
             line["targets"] = round(targets)
+            line["loss"] = loss if line["targets"] else None  # 0 would be the lowest loss of the run
         if self._validation is not None and math.isfinite(loss) and self._validates(line["step"]):
             line["val_loss"] = validation_loss(module, self._validation, self.config.micro_bsz)
             self._tick = time.perf_counter()
@@ -177,7 +182,7 @@ class Metrics(pl.Callback):
         """Flush all lines to disk, before a training state is saved."""
         if self._file:
             os.fsync(self._file.fileno())
-        with self._full_disk("tensorboard"):
+        with self._disk_errors("tensorboard"):
             for dashboard in self._dashboards:
                 dashboard.sync()
 
@@ -193,10 +198,10 @@ class Metrics(pl.Callback):
         }
         self._add(line)
         decay = schedule.weight_decay(self.config, step - schedule.first_step(self.config) - 1)
-        with self._full_disk(metrics_file.NAME):
+        with self._disk_errors(metrics_file.NAME):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-        with self._full_disk("tensorboard"):
+        with self._disk_errors("tensorboard"):
             for dashboard in self._dashboards:
                 dashboard.log(step, dashboards.metrics_of(line, decay))
         shown = [] if self.curve.val_loss is None else [f"val {self.curve.val_loss:.3f}"]
@@ -227,18 +232,18 @@ class Metrics(pl.Callback):
         started = time.monotonic()
         if not now and started < self._next_plot:
             return
-        what = "LoRA" if getattr(self.config, "lora", False) else "all weights"
+        what = "LoRA" if self.config.adapter else "all weights"
         steps = self.curve.last - schedule.first_step(self.config)
         try:
             plot(
                 self.curve,
-                self._home.now() / "loss.png",
-                f"{self._home.now().name}: {what}, {steps:,} step{'s' * (steps != 1)}",
+                self._folder.path() / "loss.png",
+                f"{self._folder.path().name}: {what}, {steps:,} step{'s' * (steps != 1)}",
             )
         except Exception as error:
             if required:
                 raise
-            say(f"warning: {self._home.now() / 'loss.png'} cannot be drawn: {error}")
+            say(f"warning: {self._folder.path() / 'loss.png'} cannot be drawn: {error}")
         drawn = time.monotonic()
         self._next_plot = drawn + max(_PLOT_SECONDS, _PLOT_FACTOR * (drawn - started))
 
@@ -249,22 +254,18 @@ class Metrics(pl.Callback):
         self._close()  # closes the progress bar before the error is printed
 
     def _close(self) -> None:
-        opened, self._progress, self._file, self._dashboards = (
-            (self._progress, self._file, *self._dashboards),
-            None,
-            None,
-            [],
-        )
-        for one in filter(None, opened):
+        opened = (self._progress, self._file, *self._dashboards)
+        self._progress, self._file, self._dashboards = None, None, []
+        for writer in filter(None, opened):
             with contextlib.suppress(OSError):  # a full disk was already reported
-                one.close()
+                writer.close()
 
     def _log(self, text: str) -> None:
         with (
-            self._full_disk("train_log.txt"),
-            open(self._home.now() / "train_log.txt", "a", encoding="utf-8") as file,
+            self._disk_errors("train_log.txt"),
+            open(self._folder.path() / "train_log.txt", "a", encoding="utf-8") as file,
         ):
             file.write(text)
 
-    def _full_disk(self, name: str) -> contextlib.AbstractContextManager[None]:
-        return full_disk(self._home.now() / name, "The run then continues from its last state")
+    def _disk_errors(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return disk_errors(self._folder.path() / name, "The run then continues from its last state")

@@ -8,7 +8,7 @@ from rwkv.train.console import say
 from rwkv.train.loop import schedule
 from rwkv.train.loop.module import TrainingModule
 from rwkv.train.resume import state_files
-from rwkv.train.resume.home import Home
+from rwkv.train.resume.tracked_folder import TrackedFolder
 from rwkv.train.runtime import strategy
 
 MAX_SKIPPED = 20  # consecutive steps that --on_nan skip tolerates; more mean that the weights are corrupt
@@ -17,8 +17,8 @@ MAX_SKIPPED = 20  # consecutive steps that --on_nan skip tolerates; more mean th
 class NonFiniteGuard:
     """Checks every step of a run, identically on all ranks."""
 
-    def __init__(self, config: TrainConfig, home: Home):
-        self.config, self._home, self._skipped = config, home, 0
+    def __init__(self, config: TrainConfig, tracked: TrackedFolder):
+        self.config, self._folder, self._skipped = config, tracked, 0
 
     def check(self, module: TrainingModule, step: int, samples: int, loss: float, norm: float | None) -> None:
         """Check a completed step. Steps that --on_nan skip has skipped are only reported.
@@ -44,13 +44,13 @@ class NonFiniteGuard:
         if self.config.on_nan == "skip" and self._skipped <= MAX_SKIPPED:
             say(f"warning: {where}; step skipped")
             return
-        saved = state_files.states(self._home.now())
+        saved = state_files.states(self._folder.path())
         good = (
             f"the last valid state is {saved[0]}; to resume from it with other flags, add --allow_changes"
             if saved
             else "nothing was saved before it"
         )
-        more = f"{self._skipped} steps in a row. " if self._skipped > 1 else ""
+        more = f"{self._skipped} consecutive steps. " if self._skipped > 1 else ""
         skip = (
             ""
             if self.config.on_nan == "skip" or strategy.zero(self.config)

@@ -19,8 +19,8 @@ def plot(curve: Curve, image: Path, title: str) -> None:
     """Draw the loss of every step, its moving mean, the learning rate, and the validation loss with
     its best value.
 
-    For more than a few thousand steps, ranges and means of neighbouring steps are drawn. If the
-    losses of the first steps are much larger, they are cut off, with a note.
+    For more than a few thousand steps, ranges and means of neighbouring steps are drawn. Losses of
+    the first or of single steps that are much larger than the rest are cut off, with a note.
 
     Raises:
         UserError: the disk is full, or read-only.
@@ -71,7 +71,7 @@ def plot(curve: Curve, image: Path, title: str) -> None:
     if len(steps) < 2:
         axes.set_xlim(curve.last - 1, curve.last + 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(plots.counted))
+    axes.xaxis.set_major_formatter(FuncFormatter(plots.format_count))
     axes.grid(alpha=0.3)
     right = axes.twinx()
     right.plot(steps, loss.rates, color="tab:orange", linewidth=1, label="learning rate")
@@ -97,8 +97,8 @@ def _moving_mean(loss: Series) -> tuple[np.ndarray, int]:
 
 
 def _limit(axes: "Axes", curve: Curve) -> None:
-    """Set the limits of the loss axis, cutting off the first steps if they are much larger than the
-    rest.
+    """Set the limits of the loss axis, cutting off the first or single steps if they are much
+    larger than the rest.
     """
     values = np.array([*curve.loss.means])
     rest = values[len(values) // 10 :]
@@ -115,5 +115,7 @@ def _limit(axes: "Axes", curve: Curve) -> None:
     space = (high - low) * 0.08 or 0.05 * max(1e-3, abs(high))
     if max(curve.loss.highs) - low > _CUT * (high - low + 2 * space):
         axes.set_ylim(low - space, high + space)
-        text = f"↑ the first steps: up to {max(curve.loss.highs):.3g}"
+        highest = int(np.argmax(curve.loss.highs))
+        which = "the first steps" if highest < len(values) // 10 else f"near step {curve.loss.steps[highest]:,}"
+        text = f"↑ {which}: up to {curve.loss.highs[highest]:.3g}"
         axes.annotate(text, (0.01, 0.97), xycoords="axes fraction", va="top", fontsize="small", color="tab:blue")

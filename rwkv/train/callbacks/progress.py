@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rwkv.train.console import Unfailing, duration
+from rwkv.train.console import BestEffortStream, duration
 
 LINE_SECONDS = 60  # interval of lines without a terminal
 _BAR = 12  # minimum width of the bar
@@ -30,14 +30,14 @@ class Progress:
     def __init__(self, total: int, done: int, quiet: bool = False):
         self._total, self._done, self._first, self._quiet = total, done, done, quiet
         self._losses: deque[float] = deque(maxlen=_WINDOW)
-        self._file = Unfailing(sys.stderr)
+        self._file = BestEffortStream(sys.stderr)
         self._bar: Any = None
-        self._begun = self._printed = 0.0
+        self._started = self._printed = 0.0
         self._estimated = False
         if not quiet and sys.stderr.isatty():
-            look = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            bar_format = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
             self._bar = tqdm(
-                total=total, initial=done, file=self._file, dynamic_ncols=True, bar_format=look, mininterval=0.5
+                total=total, initial=done, file=self._file, dynamic_ncols=True, bar_format=bar_format, mininterval=0.5
             )
 
     def step(self, loss: float | None, figures: list[str]) -> None:
@@ -50,25 +50,25 @@ class Progress:
         if self._quiet:
             return
         now, self._done = time.monotonic(), self._done + 1
-        self._begun = self._begun or now
+        self._started = self._started or now
         if loss is not None:
             self._losses.append(loss)
         mean = sum(self._losses) / len(self._losses) if self._losses else float("nan")
         figures = [f"loss {mean:.3f}", *figures]
         if self._bar is None:
-            self._line(now, figures)
+            self._print_line(now, figures)
             return
-        self._bar.set_postfix_str(self._fitting(figures), refresh=False)
+        self._bar.set_postfix_str(self._fit(figures), refresh=False)
         self._bar.update()
-        left = self._left(now)
+        left = self._seconds_left(now)
         if not self._estimated and left is not None:
             self._estimated = True
             if left > LINE_SECONDS:
                 self._bar.clear()
                 print(f"time: {duration(left)} left", file=self._file, flush=True)
 
-    def _line(self, now: float, figures: list[str]) -> None:
-        left = self._left(now)
+    def _print_line(self, now: float, figures: list[str]) -> None:
+        left = self._seconds_left(now)
         first_estimate = left is not None and not self._estimated and left > LINE_SECONDS
         if self._printed and not first_estimate and now - self._printed < LINE_SECONDS and self._done < self._total:
             return
@@ -81,16 +81,16 @@ class Progress:
             flush=True,
         )
 
-    def _left(self, now: float) -> float | None:
+    def _seconds_left(self, now: float) -> float | None:
         """Estimated remaining seconds, from the steps of this process after its first; None if
         there are too few.
         """
-        steps, passed = self._done - self._first - 1, now - self._begun
+        steps, passed = self._done - self._first - 1, now - self._started
         if steps < 1 or passed < _MEASURED[0] or (steps < _MEASURED[1] and passed < 3 * _MEASURED[0]):
             return None
         return passed / steps * (self._total - self._done)
 
-    def _fitting(self, figures: list[str]) -> str:
+    def _fit(self, figures: list[str]) -> str:
         """As many figures as fit beside the bar, at least the loss."""
         width = shutil.get_terminal_size().columns
         left = width - len(f"100%|| {self._total}/{self._total} [00:00:00<00:00:00, ]") - _BAR

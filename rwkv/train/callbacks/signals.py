@@ -15,12 +15,12 @@ from rwkv.train.console import say, silence
 from rwkv.train.loop.module import TrainingModule
 from rwkv.train.runtime.lightning import pl
 
-# Ctrl-C; kill, Slurm, docker stop; a closed terminal; Slurm's and LSF's warning before the time
-# limit
+# SIGINT: Ctrl-C. SIGTERM: kill, Slurm, docker stop. SIGHUP: a closed terminal. SIGUSR1: the warning
+# of Slurm and LSF before the time limit.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # Seconds in which further signals are duplicates of the first: make, Slurm and systemd signal the
 # whole process group, and parents forward signals too.
-SAME = 2.0
+DUPLICATE_SECONDS = 2.0
 
 
 class Signals(pl.Callback):
@@ -52,7 +52,7 @@ class Signals(pl.Callback):
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.received and now - self._at < SAME:
+        if self.received and now - self._at < DUPLICATE_SECONDS:
             return
         if self.received:
             self._restore()
@@ -63,13 +63,13 @@ class Signals(pl.Callback):
                 silence(descriptor)
         self.received, self._at, self._module.stop = number, now, True
         lost = max(1, self._unsaved())
-        lost_in_words = f"WITHOUT saving ({lost:,} step{'s' * (lost > 1)} would be lost)"
+        consequence = f"WITHOUT saving ({lost:,} step{'s' * (lost > 1)} would be lost)"
         if number == signal.SIGINT:
-            say(f"\nCtrl-C: finishing this step, then saving. Press Ctrl-C again to stop now {lost_in_words}")
+            say(f"\nCtrl-C: finishing this step, then saving. Press Ctrl-C again to stop now {consequence}")
         else:
             name = signal.Signals(number).name
             say(
-                f"\n{name}: finishing this step, then saving. Another signal, {SAME:.0f} seconds from now or later, stops now {lost_in_words}"
+                f"\n{name}: finishing this step, then saving. Another signal, {DUPLICATE_SECONDS:.0f} seconds from now or later, stops now {consequence}"
             )
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:

@@ -1,6 +1,7 @@
-"""Fused Adam for CPUs: a compiled kernel (cuda/adam_cpu_loops.h) with one pass over memory.
+"""Fused Adam for CPUs: one pass over memory in a compiled kernel.
 
-torch's Adam makes about ten passes, and allocates two temporary tensors per parameter.
+See cuda/elementwise/adam_cpu_loops.h. torch's Adam makes about ten passes, and allocates two
+temporary tensors per parameter.
 """
 
 import torch
@@ -59,7 +60,7 @@ class FusedAdam(torch.optim.Adam):
             state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         state["step"] += 1
         moments = state["exp_avg"], state["exp_avg_sq"]
-        rates = (
+        hyperparameters = (
             float(state["step"]),
             group["lr"],
             *group["betas"],
@@ -68,7 +69,7 @@ class FusedAdam(torch.optim.Adam):
             self.decoupled,
             self.clip,
         )
-        torch.ops.rwkv.adam(p, gradient.contiguous(), *moments, *rates)
+        torch.ops.rwkv.adam(p, gradient.contiguous(), *moments, *hyperparameters)
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:

@@ -116,8 +116,8 @@ class TrainingModule(pl.LightningModule):
             skip_step_unless_finite(optimizer, gradients, self.grad_norm)
 
     def on_train_batch_end(self, *_) -> None:
-        # free gradients before the next forward pass saves activations; Lightning frees them after
-        # it
+        # free gradients before the next forward pass saves activations; Lightning would do it
+        # afterwards
         if self.trainer.global_step != self._freed:
             self._freed = self.trainer.global_step
             for parameter in self.parameters():

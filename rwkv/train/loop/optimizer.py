@@ -57,8 +57,8 @@ def _adafactor(groups: list[dict], rate: float) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor  # takes seconds to import, so imported on use
 
     class WithClosure(Adafactor):
-        # Lightning's closure runs forward and backward; transformers calls it with gradients
-        # disabled
+        # Lightning's closure runs the forward and backward pass; transformers would call it with
+        # gradients disabled
         @torch.no_grad()
         def step(self, closure=None):
             with torch.enable_grad():

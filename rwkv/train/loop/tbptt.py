@@ -66,7 +66,9 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx, sequence, exact, *trained):
         ctx.count, ctx.grads = sequence.count, [None] * len(trained)
         losses = (
-            _backwards(sequence, trained, ctx.grads) if exact and trained else _forwards(sequence, trained, ctx.grads)
+            _exact_losses(sequence, trained, ctx.grads)
+            if exact and trained
+            else _truncated_losses(sequence, trained, ctx.grads)
         )
         return sum(losses) / ctx.count
 
@@ -77,7 +79,9 @@ class _Chunked(torch.autograd.Function):
         return None, None, *(grad if grad is None else grad.mul_(scale / ctx.count) for grad in grads)
 
 
-def _forwards(sequence: _Sequence, trained: tuple[nn.Parameter, ...], grads: list[Tensor | None]) -> Iterator[Tensor]:
+def _truncated_losses(
+    sequence: _Sequence, trained: tuple[nn.Parameter, ...], grads: list[Tensor | None]
+) -> Iterator[Tensor]:
     state = sequence.start
     for chunk in sequence.chunks:
         with torch.set_grad_enabled(bool(trained)):
@@ -87,25 +91,30 @@ def _forwards(sequence: _Sequence, trained: tuple[nn.Parameter, ...], grads: lis
         yield loss.detach()
 
 
-def _backwards(sequence: _Sequence, trained: tuple[nn.Parameter, ...], grads: list[Tensor | None]) -> Iterator[Tensor]:
+def _exact_losses(
+    sequence: _Sequence, trained: tuple[nn.Parameter, ...], grads: list[Tensor | None]
+) -> Iterator[Tensor]:
     before, state_grads = sequence.states(), None  # gradients of the state after the chunk
-    random = torch.get_rng_state()
+    rng_state_after = torch.get_rng_state()
     for chunk, (state, rng_state) in zip(reversed(sequence.chunks), reversed(before), strict=True):
         torch.set_rng_state(rng_state)
         with torch.enable_grad():
             state = map_state(lambda tensor: tensor.detach().requires_grad_(), state)
             loss, after = sequence.loss(chunk, state)
-        ends = [(loss, torch.ones_like(loss))]
+        outputs = [(loss, torch.ones_like(loss))]
         if state_grads:
-            ends += zip(leaves(after), state_grads, strict=True)
-        ends = [(end, grad) for end, grad in ends if end.requires_grad and grad is not None]
-        found = torch.autograd.grad(
-            [end for end, _ in ends], [*trained, *leaves(state)], [grad for _, grad in ends], allow_unused=True
+            outputs += zip(leaves(after), state_grads, strict=True)
+        outputs = [(output, grad) for output, grad in outputs if output.requires_grad and grad is not None]
+        gradients = torch.autograd.grad(
+            [output for output, _ in outputs],
+            [*trained, *leaves(state)],
+            [grad for _, grad in outputs],
+            allow_unused=True,
         )
-        _add(grads, found[: len(trained)])
-        state_grads = found[len(trained) :]
+        _add(grads, gradients[: len(trained)])
+        state_grads = gradients[len(trained) :]
         yield loss.detach()
-    torch.set_rng_state(random)
+    torch.set_rng_state(rng_state_after)
 
 
 def _targets(y: Tensor, loss_mask: Tensor | None) -> int:

@@ -14,7 +14,7 @@ from rwkv.files import atomic_write
 from rwkv.train.console import say
 
 NAME = "metrics.jsonl"
-_MAX_DOCUMENT = 1 << 20  # bytes; a longer line was not written by a run
+_MAX_LINE = 1 << 20  # bytes; a longer line was not written by a run
 
 
 def parse(raw: bytes) -> dict[str, Any] | None:
@@ -48,9 +48,9 @@ def read(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
     """Iterate over the complete lines of the file: (end offset, bytes, result of `parse`)."""
     with open(path, "rb") as file:
         end = 0
-        while raw := file.readline(_MAX_DOCUMENT):
+        while raw := file.readline(_MAX_LINE):
             cut = False
-            while not raw.endswith(b"\n") and (more := file.readline(_MAX_DOCUMENT)):
+            while not raw.endswith(b"\n") and (more := file.readline(_MAX_LINE)):
                 end, raw, cut = end + len(raw), more, True
             end += len(raw)
             if raw.endswith(b"\n"):

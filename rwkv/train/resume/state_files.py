@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rwkv import checkpoint
 from rwkv.errors import UserError
-from rwkv.files import abandoned, atomic_write
+from rwkv.files import atomic_write, stale_temporaries
 from rwkv.train.console import say
 from rwkv.train.resume.run_state import FORMAT, State, join, split
 from rwkv.weights import pth
@@ -54,7 +54,7 @@ def write(run: Path, state: State) -> Path:
     for old in states(run)[KEPT:]:
         old.unlink()
     for left in folder_of(run).glob(".step-*.tmp"):
-        for stale in abandoned(left.with_name(left.name[1:].rsplit(".", 2)[0])):
+        for stale in stale_temporaries(left.with_name(left.name[1:].rsplit(".", 2)[0])):
             stale.unlink(missing_ok=True)
     return path
 

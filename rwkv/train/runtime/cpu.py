@@ -22,7 +22,7 @@ def prepare() -> None:
     # softmax tails and Adam's moments become denormal, with which CPUs compute about ten times
     # slower
     torch.set_flush_denormal(True)
-    compat.wake_mkl()
+    compat.enable_mkl_avx2()
     # Every step frees and allocates the same tensors. By default glibc returns their memory to the
     # system in between; the page faults would take a third of the WKV operator's time
     # (docs/decisions/011-return-freed-memory.md).

@@ -14,21 +14,20 @@ _STARTED_BY = "RWKV_STARTED_BY"  # environment variable of ranks started by rank
 _SET_PDEATHSIG = 1  # of prctl(2)
 # error messages of gloo, NCCL and torch's store when another process has ended
 _SIGNS = (
-    *(
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Connection refused",
-        "Broken pipe",
-        "Socket Timeout",
-        "Timed out waiting",
-    ),
-    *(
-        "NCCL communicator was aborted",
-        "remote process exited",
-        "ncclRemoteError",
-        "Socket closed",
-        "failed to connect",
-    ),
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Socket Timeout",
+    "Timed out waiting",
+    "Timed out after",
+    "has timed out",
+    "wait timeout",
+    "NCCL communicator was aborted",
+    "remote process exited",
+    "ncclRemoteError",
+    "Socket closed",
+    "failed to connect",
 )
 
 
@@ -45,7 +44,7 @@ def end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def starting() -> Iterator[None]:
+def children_end_with_this_process() -> Iterator[None]:
     """Make ranks started in this block end with this process (see `end_with_parent`)."""
     before = os.environ.get(_STARTED_BY)
     os.environ[_STARTED_BY] = str(os.getpid())
@@ -59,7 +58,7 @@ def starting() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(ranks: int) -> Iterator[None]:
+def explain_errors(ranks: int) -> Iterator[None]:
     """With several ranks: convert errors caused by the end of another rank to UserErrors, and
     re-raise UserErrors that Lightning has wrapped.
     """
@@ -78,6 +77,6 @@ def explained(ranks: int) -> Iterator[None]:
         if not lines:
             raise
         raise UserError(
-            f"another process of this run has ended or cannot be reached ({lines[0][:200]}). See its own message; if there is none, it was killed, perhaps"
+            f"another process of this run has ended or cannot be reached ({lines[0][:200]}). See its error message; if there is none, it was killed, perhaps"
             " because it ran out of memory (see dmesg). Run the same command to resume from the last saved state"
         ) from error

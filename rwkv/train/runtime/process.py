@@ -20,16 +20,19 @@ def denormals_are_flushed() -> bool:
 
 @contextlib.contextmanager
 def restored() -> Iterator[None]:
-    """On exit, restore environment variables, flushing of denormals, TF32 settings, warning filters
-    and log levels. Usable as a decorator. The random number generators are not restored.
+    """On exit, restore environment variables, the number of threads, flushing of denormals, TF32
+    settings, warning filters and log levels. Usable as a decorator. The random number generators
+    are not restored.
     """
     environment, flushed = dict(os.environ), denormals_are_flushed()
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    threads = torch.get_num_threads()  # Lightning 2 changes it with several ranks
     matmul, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         with warnings.catch_warnings():
             yield
     finally:
+        torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = tf32
         for name, level in levels.items():

@@ -28,7 +28,8 @@ _WAIT = timedelta(minutes=30)  # timeout for an answer of rank 0
 _RUNS = itertools.count()  # number of runs in this process
 
 # flags that may differ between ranks: paths (files are compared by content), those used on rank 0
-# only, and those already resolved
+# only, and those already resolved. If the launcher has no store (srun; torchrun --standalone of
+# torch 1.13.1), every rank draws a random seed; initial weights and data order are rank 0's.
 _OWN = {
     *("proj_dir", "data_file", "val_file", "load_model", "lora_load", "ds_config", "wandb", "tensorboard", "overwrite"),
     *("allow_changes", "accelerator", "auto", "random_seed"),
@@ -140,5 +141,5 @@ def compare(mine: dict[str, Any]) -> None:
             raise UserError(
                 f"rank {rank} differs from rank 0. "
                 + "; ".join(wrong)
-                + ". Start every rank with the same command, versions and files; replace auto by a value (such as --precision fp32)"
+                + ". Start every rank with the same command, versions and files; replace auto by an explicit value (such as --precision fp32)"
             )

@@ -24,8 +24,8 @@ from rwkv.memory import machine
 from rwkv.memory.zero import STRATEGIES, ZEROS, Zero
 from rwkv.train.runtime.lightning import DeepSpeedStrategy
 
-# Keys that --ds_config may set. DeepSpeed itself ignores unknown top-level keys, such as misspelt
-# ones.
+# Keys that --ds_config may set. DeepSpeed silently ignores unknown top-level keys, so misspelt ones
+# are rejected here.
 _OFFLOAD = {
     "device",
     "nvme_path",
@@ -72,7 +72,7 @@ def zero(c: TrainConfig) -> Zero | None:
 
 
 def check(c: TrainConfig) -> None:
-    """Raises UserError if the strategy is unknown, unavailable or incompatible with other flags, or
+    """Raise UserError if the strategy is unknown, unavailable or incompatible with other flags, or
     the DeepSpeed configuration is invalid.
     """
     if c.strategy not in STRATEGIES:
@@ -81,8 +81,6 @@ def check(c: TrainConfig) -> None:
             f"--strategy {c.strategy} is not one of auto, ddp, {', '.join(ZEROS)}"
             + (f"; did you mean {nearest[0]}?" if nearest else "")
         )
-    if c.ds_bucket_mb < 1:
-        raise UserError(f"--ds_bucket_mb must be at least 1; it is {c.ds_bucket_mb}")
     if not zero(c):
         if c.ds_config:
             raise UserError(
@@ -97,7 +95,7 @@ def check(c: TrainConfig) -> None:
         raise UserError(
             f"--on_nan skip: DeepSpeed (--strategy {c.strategy}) cannot skip steps except on fp16 overflow; omit the flag, or use --strategy ddp"
         )
-    if reason := compat.deepspeed_refusal(on_gpu=machine.use_gpu(c.accelerator)):
+    if reason := compat.why_deepspeed_unavailable(on_gpu=machine.use_gpu(c.accelerator)):
         raise UserError(f"--strategy {c.strategy}: {reason}")
     deepspeed_config(c)
 
@@ -113,10 +111,10 @@ def make(c: TrainConfig, gpu: bool) -> "ZeroStrategy | str | None":
     """The strategy for Lightning's trainer; None for a single device."""
     if zero(c):
         return ZeroStrategy(deepspeed_config(c), gpu)
-    return None if alone(c) else "ddp_find_unused_parameters_false"
+    return None if is_single_process(c) else "ddp_find_unused_parameters_false"
 
 
-def alone(c: TrainConfig) -> bool:
+def is_single_process(c: TrainConfig) -> bool:
     """Whether the run has a single process and no process group."""
     return c.strategy == "auto" and c.world_size == 1
 
@@ -278,6 +276,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             # 0.7.0 would move it there first. The engine converts dtypes only of unsharded models.
             for parameter in self._module.parameters():
                 parameter.data = parameter.data.to(self._dtype())
+                if not compat.zero3_broadcasts_weights() and self._is_random(parameter):
+                    self._broadcast(parameter)
             deepspeed.zero.Init(module=self.lightning_module, config_dict_or_path=self.config, dtype=self._dtype())
         if self._gpu:
             # torch's fused Adam needs parameters on the GPU at construction (in stage 3 they are
@@ -285,7 +285,18 @@ class ZeroStrategy(DeepSpeedStrategy):
             self._module.to(self.root_device)
         super().init_deepspeed()
         engine: Any = self.optimizers[0]  # DeepSpeed's wrapper of torch's optimizer
-        compat.forget_steps(engine.optimizer)
+        compat.reset_step_counts(engine.optimizer)
+
+    def _is_random(self, parameter: nn.Parameter) -> bool:
+        """Whether the run initialised a parameter, instead of reading it from a file."""
+        c = self._module.config
+        return not c.load_model or bool(c.load_partial) or (c.adapter is not None and parameter.requires_grad)
+
+    def _broadcast(self, parameter: nn.Parameter) -> None:
+        """Use rank 0's values on all ranks. The parameter stays on the CPU."""
+        value = parameter.data.to(self.root_device)
+        dist.broadcast(value, 0)
+        parameter.data = value.cpu()
 
     def _limit_buckets(self) -> None:
         """Limit bucket sizes to the number of trained elements, as DeepSpeed allocates buckets in
@@ -322,7 +333,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         norm = engine.get_global_grad_norm()
         if engine.skipped_steps > skipped:  # 0.7.0 returns the norm of the previous step
             norm = math.inf
-        # torch.full does not synchronise, a copy from the host would
+        # torch.full does not synchronise, unlike a copy from the host
         self._module.grad_norm = (
             norm if norm is None or isinstance(norm, Tensor) else torch.full((), float(norm), device=self.root_device)
         )

@@ -28,30 +28,30 @@ def precision_of(c: TrainConfig) -> Literal["fp32", "tf32", "bf16", "fp16"]:
     if c.precision != "auto":
         return c.precision
     if machine.use_gpu(c.accelerator):
-        # torch ≥ 2.4's is_bf16_supported() is True where bf16 is emulated.
-        return "bf16" if all(major >= 8 for major, _ in _capabilities()) else "fp32"
+        # not is_bf16_supported(): since torch 2.4 it is also True where bf16 is emulated
+        return "bf16" if all(major >= 8 for major, _ in _capabilities(c)) else "fp32"
     return cpu.precision()
 
 
 def slow_on_gpu(c: TrainConfig, precision: str) -> str:
-    """A note if the selected `precision` is not the fastest one of the GPU; else empty."""
+    """A note if the selected `precision` is not the GPU's fastest one; else empty."""
     # Volta (7.0) has the first tensor cores
-    if precision != "fp32" or not machine.use_gpu(c.accelerator) or min(_capabilities()) < (7, 0):
+    if precision != "fp32" or not machine.use_gpu(c.accelerator) or min(_capabilities(c)) < (7, 0):
         return ""
-    i = _capabilities().index(min(_capabilities()))
+    i = _capabilities(c).index(min(_capabilities(c)))
     return (
         f"note:  {torch.cuda.get_device_name(i)} does not support bf16, so --precision auto is fp32; --precision fp16 would be several times"
         " faster, but large activations may overflow"
     )
 
 
-def _capabilities() -> list[tuple[int, int]]:
-    """Compute capability of every visible GPU."""
-    return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+def _capabilities(c: TrainConfig) -> list[tuple[int, int]]:
+    """Compute capability of the GPUs that the run uses: the first --devices of the visible ones."""
+    return [torch.cuda.get_device_capability(i) for i in range(min(c.devices, torch.cuda.device_count()))]
 
 
 def make_trainer(run: Run, callbacks: list[pl.Callback]) -> pl.Trainer:
-    """A trainer that makes one pass over the module's batches; the callbacks do metrics, progress
+    """Create a trainer for one pass over the module's batches; callbacks handle metrics, progress
     and checkpoints.
     """
     c = run.flags

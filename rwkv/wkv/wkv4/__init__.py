@@ -21,7 +21,7 @@ def wkv4(
     initial: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The time mixing of RWKV-4 (Peng et al. 2023, arXiv:2305.13048, eq. 14).
+    """The WKV operator of RWKV-4 (Peng et al. 2023, arXiv:2305.13048, eq. 14).
 
         y_t = (Σ_{i<t} e^{(t−1−i)w + k_i} v_i + e^{u+k_t} v_t)
             / (Σ_{i<t} e^{(t−1−i)w + k_i}     + e^{u+k_t}    )

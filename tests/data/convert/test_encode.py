@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from rwkv.config import ConvertConfig
 from rwkv.data.binidx import Dataset
@@ -22,11 +24,11 @@ def run(path, **flags):
     return convert(ConvertConfig(**{"input": str(path), "workers": 1, "force": True, **flags}))
 
 
-def marked(done):
+def marked(result):
     """The documents, with ⟦ ⟧ around the tokens that contribute to the loss and ∎ for the
     end-of-document token.
     """
-    data = Dataset(done.pairs[0][0])
+    data = Dataset(result.pairs[0][0])
     mask = np.ones(len(data.tokens), np.uint8) if data.mask is None else data.mask
     found = []
     for i in range(len(data)):
@@ -43,15 +45,15 @@ def marked(done):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_chats_and_text_with_mask(tmp_path, write_jsonl, workers):
     path = write_jsonl(CHAT, {"text": "plain"}, {"instruction": "q", "input": "", "output": "a"}, name="c.jsonl")
-    done = run(path, workers=workers)
-    assert done.masked
-    assert marked(done) == ["User: 1+1?\n\nAssistant:⟦ 2\n\n∎⟧", "⟦plain∎⟧", "User: q\n\nAssistant:⟦ a\n\n∎⟧"]
+    result = run(path, workers=workers)
+    assert result.masked
+    assert marked(result) == ["User: 1+1?\n\nAssistant:⟦ 2\n\n∎⟧", "⟦plain∎⟧", "User: q\n\nAssistant:⟦ a\n\n∎⟧"]
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"c.jsonl", "c_text_document.bin", "c_text_document.idx", "c_text_document.json", "c_text_mask.bin"}
-    assert done.report == [
+    assert result.report == [
         "records:  alpaca 1, messages 1, text 1",
         "roles:    assistant 2, user 2",
-        f"loss:     {Dataset(done.pairs[0][0]).mask.sum()} of {done.pairs[0][2]} tokens (32%) contribute to the loss; 0 of 3 documents have none",
+        f"loss:     {Dataset(result.pairs[0][0]).mask.sum()} of {result.pairs[0][2]} tokens (32%) contribute to the loss; 0 of 3 documents have none",
     ]
 
 
@@ -108,12 +110,12 @@ def test_all_file_formats_and_keys(tmp_path):
     (tmp_path / "j.json").write_text(json.dumps([CHAT]))
     (tmp_path / "l.jsonl").write_text(json.dumps(CHAT))
     (tmp_path / "c.csv").write_text('messages\n"' + json.dumps(CHAT["messages"]).replace('"', '""') + '"\n')
-    made = set()
+    outputs = set()
     for name in ("p.parquet", "j.json", "l.jsonl", "c.csv"):
         prefix = run(tmp_path / name, jsonl_keys="messages").pairs[0][0]
         assert prefix.endswith("_messages_document")
-        made.add((Path(f"{prefix}.bin").read_bytes(), Path(prefix.replace("_document", "_mask.bin")).read_bytes()))
-    assert len(made) == 1
+        outputs.add((Path(f"{prefix}.bin").read_bytes(), Path(prefix.replace("_document", "_mask.bin")).read_bytes()))
+    assert len(outputs) == 1
     parquet.write_table(
         pyarrow.Table.from_pylist([{"instruction": "q", "input": None, "output": "a", "id": 1}]), tmp_path / "a.parquet"
     )
@@ -133,9 +135,9 @@ def test_blank_records_skipped_and_counted(write_jsonl):
         {"text": "\u3000"},
         {"instruction": "q", "output": ""},
     )
-    done = run(path)
-    assert done.pairs[0][1] == 1
-    assert done.report[-3:] == [
+    result = run(path)
+    assert result.pairs[0][1] == 1
+    assert result.report[-3:] == [
         "note: skipped blank texts: 3",
         "note: skipped conversations with an empty assistant message: 2",
         "note: skipped conversations without messages: 1",
@@ -149,9 +151,9 @@ def test_warning_for_documents_without_answer(write_jsonl):
     # https://github.com/axolotl-ai-cloud/axolotl/issues/1761: with all labels masked the loss is
     # NaN, or nothing is learned
     question = {"messages": CHAT["messages"][:1]}
-    done = run(write_jsonl(question, question))
-    assert done.report[-1].startswith("warning: 2 of 2 documents contain no token that contributes to the loss")
-    assert done.report[-1].endswith("no message has the role assistant (found: user 2)")
+    result = run(write_jsonl(question, question))
+    assert result.report[-1].startswith("warning: 2 of 2 documents contain no token that contributes to the loss")
+    assert result.report[-1].endswith("no message has the role assistant (found: user 2)")
     report = run(write_jsonl(question, *[CHAT] * 200)).report
     assert "1 of 201 documents have none" in report[2]
     assert len(report) == 3
@@ -165,8 +167,8 @@ def test_unknown_role(write_jsonl):
         match=r"line 2: message 2 of \"messages\" has the unknown role 'narrator'; known are user, human, 用户",
     ):
         run(path)
-    done = run(path, on_error="skip")
-    assert (done.rejects, done.pairs[0][1]) == (1, 1)
+    result = run(path, on_error="skip")
+    assert (result.rejects, result.pairs[0][1]) == (1, 1)
 
 
 def test_unconvertible_record_error_or_skip(tmp_path, write_jsonl):
@@ -182,15 +184,15 @@ def test_unconvertible_record_error_or_skip(tmp_path, write_jsonl):
         '{"messages": 3}',
     ]
     path.write_text("\n".join([json.dumps(CHAT), *bad]))
-    for number, complaint in enumerate(
+    for number, message in enumerate(
         ("ZeroDivisionError", "preference data", "the key 'a' occurs twice", '"messages" is not a list'), 2
     ):
-        one = tmp_path / f"{number}.jsonl"
-        one.write_text("\n" * (number - 1) + bad[number - 2])
-        with pytest.raises(UserError, match=f"{number}.jsonl, line {number}: .*{complaint}"):
-            run(one, chat_template=str(template))
-    done = run(path, chat_template=str(template), on_error="skip")
-    assert (done.rejects, done.pairs[0][1]) == (4, 1)
+        single = tmp_path / f"{number}.jsonl"
+        single.write_text("\n" * (number - 1) + bad[number - 2])
+        with pytest.raises(UserError, match=f"{number}.jsonl, line {number}: .*{message}"):
+            run(single, chat_template=str(template))
+    result = run(path, chat_template=str(template), on_error="skip")
+    assert (result.rejects, result.pairs[0][1]) == (4, 1)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -202,10 +204,10 @@ def test_template_timeout_rejects_one_record(tmp_path, write_jsonl, monkeypatch,
         "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     )
     path = write_jsonl(CHAT, {"messages": [{"role": "user", "content": "loop"}]}, CHAT)
-    done = run(path, chat_template=str(template), on_error="skip", workers=workers)
-    assert (done.rejects, done.pairs[0][1]) == (1, 2)
-    assert "line 2" in done.rejects_file.read_text()
-    assert "has not ended after 0.2 seconds" in done.rejects_file.read_text()
+    result = run(path, chat_template=str(template), on_error="skip", workers=workers)
+    assert (result.rejects, result.pairs[0][1]) == (1, 2)
+    assert "line 2" in result.rejects_file.read_text()
+    assert "did not finish within 0.2 seconds" in result.rejects_file.read_text()
 
 
 def test_duplicate_key(tmp_path):
@@ -223,8 +225,8 @@ def test_duplicate_key(tmp_path):
     array.write_text('[{"text": "ok"}, {"text": "a", "text": "b"}, {"text": "ok"}]')
     with pytest.raises(UserError, match="element 2: the key 'text' occurs twice"):
         run(array)
-    assert (done := run(array, on_error="skip")).rejects == 1
-    assert done.pairs[0][1] == 2
+    assert (result := run(array, on_error="skip")).rejects == 1
+    assert result.pairs[0][1] == 2
     (tmp_path / "x.csv").write_text("text,id,text\na,1,b\n")
     with pytest.raises(UserError, match="two columns are named 'text'"):
         run(tmp_path / "x.csv")
@@ -234,7 +236,7 @@ def test_duplicate_key(tmp_path):
 
 def test_chat_among_texts(write_jsonl):
     path = write_jsonl({"text": "a"}, CHAT)
-    with pytest.raises(UserError, match=r"line 2: no \"text\" \(it has 'messages'\).*give --chat_template world"):
+    with pytest.raises(UserError, match=r"line 2: no \"text\" \(it has 'messages'\).*pass --chat_template world"):
         run(path)
     assert run(path, chat_template="world").masked
 
@@ -245,6 +247,30 @@ def test_texts_and_chats_in_separate_files(tmp_path):
     (tmp_path / "in/b.txt").write_text("b")
     (tmp_path / "in/c.json").write_text(json.dumps([{"id": 1, "question": "q", "answer": "c"}]))
     assert marked(run(tmp_path / "in")) == ["⟦a∎⟧", "⟦b∎⟧", "User: q\n\nAssistant:⟦ c\n\n∎⟧"]
+
+
+def test_unused_fields_reported_for_all_formats(tmp_path):
+    rows = [{"id": "1", "source": "web", "instruction": "q", "output": "a"}] * 2
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    (tmp_path / "x.csv").write_text("id,source,instruction,output\n" + "1,web,q,a\n" * 2)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    for name in ("x.jsonl", "x.json", "x.csv", "x.parquet"):
+        for workers in (1, 2):
+            report = run(tmp_path / name, workers=workers).report
+            assert "note: fields of records that were not converted: source 2" in report, name
+
+
+def test_records_without_a_value(write_jsonl):
+    done = run(write_jsonl({"instruction": None, "output": None}, {"instruction": "q", "output": "a"}))
+    assert marked(done) == ["User: q\n\nAssistant:⟦ a\n\n∎⟧"]
+    assert "note: skipped records without a value: 1" in done.report
+
+
+def test_invisible_texts_are_blank(write_jsonl):
+    assert marked(run(write_jsonl({"text": "\u200b\ufeff"}, {"text": "a"}))) == ["⟦a∎⟧"]
+    answer = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "\u200b"}]}
+    assert "note: skipped conversations with an empty assistant message: 1" in run(write_jsonl(answer, CHAT)).report
 
 
 def test_jsonl_keys_do_not_split_pairs(write_jsonl):
@@ -262,11 +288,11 @@ def test_jsonl_keys_do_not_split_pairs(write_jsonl):
 
 def test_mask_answers_of_plain_text(write_jsonl):
     turns = {"text": "User: 1?\n\nAssistant: 2\n\nUser: 3\n\nAssistant: 4"}
-    done = run(write_jsonl(turns, {"text": "A novel."}), mask="answers")
-    assert marked(done) == ["User: 1?\n\nAssistant:⟦ 2\n\n⟧User: 3\n\nAssistant:⟦ 4∎⟧", "⟦A novel.∎⟧"]
+    result = run(write_jsonl(turns, {"text": "A novel."}), mask="answers")
+    assert marked(result) == ["User: 1?\n\nAssistant:⟦ 2\n\n⟧User: 3\n\nAssistant:⟦ 4∎⟧", "⟦A novel.∎⟧"]
     assert (
         "note: documents without turns such as User: and Assistant:, which contribute to the loss as a whole: 1"
-        in done.report
+        in result.report
     )
     assert marked(run(write_jsonl(turns))) == [f"⟦{turns['text']}∎⟧"]  # the default
     with pytest.raises(UserError, match="--mask answers: no document of .* has turns"):
@@ -274,8 +300,8 @@ def test_mask_answers_of_plain_text(write_jsonl):
 
 
 def test_no_mask(tmp_path, write_jsonl):
-    done = run(write_jsonl(CHAT), mask="none")
-    assert marked(done) == ["⟦User: 1+1?\n\nAssistant: 2\n\n∎⟧"]
+    result = run(write_jsonl(CHAT), mask="none")
+    assert marked(result) == ["⟦User: 1+1?\n\nAssistant: 2\n\n∎⟧"]
     assert not list(tmp_path.glob("*mask*"))
 
 

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -36,14 +38,14 @@ SAMPLES = [
 
 
 def converted(source, prefix, **flags):
-    done = convert(
+    result = convert(
         ConvertConfig(**{"input": str(source), "output_prefix": str(prefix), "workers": 1, "force": True, **flags})
     )
-    data = Dataset(done.pairs[0][0])
+    data = Dataset(result.pairs[0][0])
     return [WorldTokenizer().decode(data.document(i)[:-1]) for i in range(len(data))]
 
 
-def stored(kind, texts, encoding):
+def encoded(kind, texts, encoding):
     records = [{"text": text} for text in texts]
     content = {
         "jsonl": lambda: "".join(json.dumps(record, ensure_ascii=False) + "\r\n" for record in records),
@@ -61,10 +63,10 @@ def test_encoding_guess_and_advice(tmp_path, kind, text, encoding, advised, name
         text = "A" + text
     texts = [text] if kind == "txt" else [text, "plain", text * 3]
     source = tmp_path / f"x.{kind}"
-    source.write_bytes(stored(kind, texts, encoding))
+    source.write_bytes(encoded(kind, texts, encoding))
     if b"\0" not in source.read_bytes():
         with pytest.raises(
-            UserError, match=rf"x.{kind}.*: not UTF-8 .*; it looks like {name}. Give --encoding {advised}, or save"
+            UserError, match=rf"x.{kind}.*: not UTF-8 .*; it looks like {name}. Pass --encoding {advised}, or save"
         ):
             converted(source, tmp_path / "p")
     assert converted(source, tmp_path / "p", encoding=advised) == texts
@@ -73,8 +75,8 @@ def test_encoding_guess_and_advice(tmp_path, kind, text, encoding, advised, name
 
 @pytest.mark.parametrize("kind", ["jsonl", "txt", "csv"])
 def test_utf16_detected(tmp_path, kind):
-    (tmp_path / f"x.{kind}").write_bytes(stored(kind, [CHINESE], "utf-16"))
-    with pytest.raises(UserError, match=r"it looks like UTF-16. Give --encoding utf-16"):
+    (tmp_path / f"x.{kind}").write_bytes(encoded(kind, [CHINESE], "utf-16"))
+    with pytest.raises(UserError, match=r"it looks like UTF-16. Pass --encoding utf-16"):
         converted(tmp_path / f"x.{kind}", tmp_path / "p")
 
 
@@ -83,8 +85,8 @@ def test_utf16_detected(tmp_path, kind):
 def test_utf16_without_bom_detected(tmp_path, kind, encoding):
     """English in UTF-16 is valid UTF-8, with a NUL after every letter."""
     texts = ["It was the best of times"] if kind == "txt" else ["It was the best of times", "it was the worst of times"]
-    (tmp_path / f"x.{kind}").write_bytes(stored(kind, texts, encoding))
-    with pytest.raises(UserError, match=rf"x.{kind}: not UTF-8.* it looks like UTF-16. Give --encoding {encoding}"):
+    (tmp_path / f"x.{kind}").write_bytes(encoded(kind, texts, encoding))
+    with pytest.raises(UserError, match=rf"x.{kind}: not UTF-8.* it looks like UTF-16. Pass --encoding {encoding}"):
         converted(tmp_path / f"x.{kind}", tmp_path / "p", on_error="skip")
     assert converted(tmp_path / f"x.{kind}", tmp_path / "p", encoding=encoding) == texts
 
@@ -94,7 +96,7 @@ def test_utf16_without_bom_detected(tmp_path, kind, encoding):
 def test_multibyte_characters_at_chunk_boundaries(tmp_path, monkeypatch, encoding, compressed):
     text = JAPANESE if "j" in encoding else TRADITIONAL if encoding == "big5" else CHINESE
     texts = [text[i:] + "x" * (i % 3) for i in range(20)]
-    content = stored("jsonl", texts, encoding)
+    content = encoded("jsonl", texts, encoding)
     (tmp_path / f"x.jsonl{'.gz' * compressed}").write_bytes(gzip.compress(content) if compressed else content)
     monkeypatch.setattr(source_file, "DECODE_BLOCK", 7)
     for size in (5, 64, 1000):
@@ -119,10 +121,53 @@ def test_folder_with_mixed_encodings(tmp_path, capsys):
     assert "encoding: 3 files read as gbk, 9 are UTF-8 and read as such" in capsys.readouterr().err
 
 
+RUSSIAN = "Все счастливые семьи похожи друг на друга, каждая несчастливая семья несчастлива по-своему."
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "guess"),
+    [
+        (RUSSIAN, "cp1251", "cp1251"),
+        (RUSSIAN, "koi8-r", "koi8-r"),
+        (RUSSIAN, "cp866", "cp866"),
+        (RUSSIAN, "iso8859-5", "iso8859-5"),
+        ('{"text": "déjà vu à l\'école"}', "latin-1", "cp1252"),
+        ("Ας αρχίσουμε από την αρχή, όπως πάντα.", "cp1253", ""),  # all bytes are letters in Windows-1252 too
+        ("It was the best of times", "utf-32", "utf-32"),
+    ],
+)
+def test_guess_of_other_alphabets(text, encoding, guess):
+    assert encodings.guess(text.encode(encoding)) == guess
+
+
+@pytest.mark.parametrize("encoding", ["euc_jp", "shift_jis", "utf-16-le", "koi8-r", "gb18030"])
+def test_advised_command_works(tmp_path, encoding):
+    text = RUSSIAN if encoding == "koi8-r" else JAPANESE if "j" in encoding else CHINESE + " a" * 200
+    source = tmp_path / "x.txt"
+    source.write_bytes(text.encode(encoding))
+    found = source_file.Source(source, "txt", "", source.stat().st_size)
+    command = encodings.advice(found, [found]).split(": ", 1)[1].removesuffix(" > new.txt")
+    assert subprocess.run(shlex.split(command), capture_output=True, check=True).stdout.decode() == text
+
+
+def test_text_that_is_valid_utf8_by_chance(tmp_path):
+    for text, encoding, says in (
+        (JAPANESE, "iso2022_jp", "it looks like ISO-2022-JP. Pass --encoding iso2022_jp"),
+        ("hello", "utf-16-le", "it looks like UTF-16. Pass --encoding utf-16-le"),
+    ):
+        (tmp_path / "x.txt").write_bytes(text.encode(encoding))
+        with pytest.raises(UserError, match=says):
+            converted(tmp_path / "x.txt", tmp_path / "p")
+        assert converted(tmp_path / "x.txt", tmp_path / "p", encoding=encoding) == [text]
+    (tmp_path / "x.txt").write_bytes(b"a\rb\r")
+    with pytest.raises(UserError, match="the lines end with a carriage return alone; convert it: tr"):
+        converted(tmp_path / "x.txt", tmp_path / "p", split_lines=True)
+
+
 def test_utf8_with_errors_not_misdetected(tmp_path):
     (tmp_path / "x.txt").write_bytes(CHINESE.encode() + b"\xff" + CHINESE.encode())
     with pytest.raises(
-        UserError, match=r"x.txt: not UTF-8 .*; save the file as UTF-8, or give its encoding as --encoding NAME$"
+        UserError, match=r"x.txt: not UTF-8 .*; save the file as UTF-8, or pass its encoding as --encoding NAME$"
     ):
         converted(tmp_path / "x.txt", tmp_path / "p")
     assert encodings.guess(CHINESE.encode()) == ""

@@ -42,8 +42,8 @@ from rwkv.config import ConvertConfig
 from rwkv.data.convert import in_subprocess
 in_subprocess.convert(ConvertConfig(input={str(write_jsonl({"text": "a"}))!r}, output_prefix={str(tmp_path / "p")!r}, workers=3))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == ""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == ""
     assert len(Dataset(tmp_path / "p_text_document")) == 1
 
 
@@ -56,13 +56,13 @@ from rwkv.data.convert import in_subprocess
 in_subprocess.convert(ConvertConfig(input={str(pipe)!r}, input_format="jsonl", output_prefix={str(tmp_path / "p")!r}))
 """
     process = subprocess.Popen([sys.executable, "-c", program])
-    with open(pipe, "wb", 0) as held:  # the conversion waits for more
+    with open(pipe, "wb", 0) as stream:  # the conversion waits for more input
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         end, ended = time.monotonic() + 30, False
         while not ended and time.monotonic() < end:
             try:
-                held.write(b" ")
+                stream.write(b" ")
                 time.sleep(0.05)
             except BrokenPipeError:  # the reader has ended
                 ended = True

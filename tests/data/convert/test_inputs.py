@@ -1,5 +1,6 @@
 """Documents of all file formats round-trip; errors name file and location."""
 
+import bz2
 import csv
 import gzip
 import io
@@ -163,7 +164,7 @@ def test_json_values_around_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "complaint"),
+    ("name", "data", "message"),
     [
         ("x.json", b'[{"text": "a"}, {"text": "b"', r"x.json, element 2: not JSON"),
         ("x.json", b'[{"text": "a"}, {"text": nope}]' + b" " * 200, r"x.json, element 2: not JSON \(Expecting value"),
@@ -178,27 +179,34 @@ def test_json_values_around_text(tmp_path):
         ("x.csv", b"id,text\n1,\xff\n", r"x.csv, line 1 or after: not UTF-8"),
         ("x.parquet", b"PAR1 not really", r"x.parquet: not parquet, or corrupt"),
         ("x.parquet", as_parquet(["a"])[:-20], r"x.parquet: not parquet, or corrupt"),
-        ("x.arrow", as_jsonl(["a"]), r"x.arrow: not an arrow stream"),
+        ("x.arrow", as_jsonl(["a"]), r"x.arrow: not an Arrow stream"),
         ("x.jsonl.gz", gzip.compress(as_jsonl(["a"] * 99))[:-9], r"x.jsonl.gz: corrupt or truncated"),
         ("x.jsonl.zst", zstd(as_jsonl(["a"] * 99))[:-9], r"x.jsonl.zst: corrupt or truncated"),
-        ("x.jsonl.gz", b"plain", r"x.jsonl.gz: corrupt or truncated"),
+        ("x.jsonl.gz", b"plain", r"x.jsonl.gz: not compressed by gzip, as its name says"),
+        ("x.jsonl", gzip.compress(as_jsonl(["a"])), r"x.jsonl: compressed by gzip; let its name end in .gz"),
+        ("x.csv", zstd(b"text\na\n"), r"x.csv: compressed by zstd; let its name end in .zst"),
+        ("x.json", bz2.compress(b"[]"), r"x.json: compressed by bzip2"),
+        ("x.csv", b"PK\x03\x04\xff", r"x.csv: a zip archive, as .xlsx and .docx files are"),
+        ("x.jsonl", as_parquet(["a"]), r"x.jsonl: a parquet file; let its name end in .parquet"),
+        ("x.txt", b"version https://git-lfs.github.com/spec/v1\noid", r"x.txt: a Git LFS pointer"),
+        ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid", r"x.parquet: a Git LFS pointer"),
         ("x.txt.gz", gzip.compress(b"a" * 99)[:-9], r"x.txt.gz: corrupt or truncated"),
         ("x.md", b"", r"x.md: unknown format; the name must end in .jsonl"),
         ("sub/x.md", b"", r"a folder without a file that can be converted"),
     ],
 )
-def test_corrupt_file_error(tmp_path, name, data, complaint):
+def test_corrupt_file_error(tmp_path, name, data, message):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=message):
         read(tmp_path / name if "/" not in name else tmp_path / "sub", split_lines=False)
 
 
 @pytest.mark.parametrize(
-    ("spec", "complaint"), [("none.jsonl", "none.jsonl: no such file"), ("no*.jsonl", "matches no file")]
+    ("spec", "message"), [("none.jsonl", "none.jsonl: no such file"), ("no*.jsonl", "matches no file")]
 )
-def test_missing_file_error(spec, complaint):
-    with pytest.raises(UserError, match=complaint):
+def test_missing_file_error(spec, message):
+    with pytest.raises(UserError, match=message):
         sources.find(spec)
 
 

@@ -36,11 +36,11 @@ def test_text_list_joined_and_key_selects(write_jsonl):
 def test_progress_reaches_file_size(write_jsonl):
     path = write_jsonl({"text": "a"}, {"text": "bc"})
     found, size = documents(ConvertConfig(input=str(path)))
-    assert [done for _, done in found][-1] == size == path.stat().st_size
+    assert [position for _, position in found][-1] == size == path.stat().st_size
 
 
 @pytest.mark.parametrize(
-    ("line", "complaint"),
+    ("line", "message"),
     [
         (b"{not json}", "not JSON"),
         (b'{"txt": "a"}', "no \"text\" \\(it has 'txt'\\)"),
@@ -53,15 +53,15 @@ def test_progress_reaches_file_size(write_jsonl):
         (b"[" * 100_000, "not JSON"),
     ],
 )
-def test_bad_line_error(tmp_path, line, complaint):
+def test_bad_line_error(tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"text": "good"}\n\n' + line + b"\n")
-    with pytest.raises(UserError, match=rf"bad.jsonl, line 3: .*{complaint}"):
+    with pytest.raises(UserError, match=rf"bad.jsonl, line 3: .*{message}"):
         read(path)
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"),
+    ("content", "message"),
     [
         (
             b'{"text": "a"},\n{"text": "b"},\n',
@@ -96,18 +96,19 @@ def test_bad_line_error(tmp_path, line, complaint):
             b'{"text": "cut sh\n{"text": "b"}',
             r"line 1: not JSON: the string that begins at column 10 does not end on this line",
         ),
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
-            r"line 1: not JSON: a Git LFS pointer.* run git lfs pull",
-        ),
         (b"<!DOCTYPE html>\n<html>\n", r"line 1: not JSON: a web page"),
-        (b"\x1f\x8b\x08\x00\n", r"line 1: compressed by gzip; let the name end in .gz"),
+        (b"// a\n", r"line 1: not JSON: a comment; JSON has none"),
+        (b'{"text": "a" # b\n}', r"line 1: not JSON: a comment"),
+        (
+            b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n',
+            r"line 2: not JSON: a byte order mark \(U\+FEFF\) at the start of the line",
+        ),
         (b'["a"]\n["b"]\n', r'line 1: no "text" \(it is a list\)'),
     ],
 )
-def test_not_jsonl_explained(tmp_path, content, complaint):
+def test_not_jsonl_explained(tmp_path, content, message):
     (tmp_path / "x.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=rf"x.jsonl, {complaint}"):
+    with pytest.raises(UserError, match=rf"x.jsonl, {message}"):
         read(tmp_path / "x.jsonl")
 
 
@@ -125,16 +126,16 @@ def test_jsonl_containing_array(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"),
+    ("content", "message"),
     [
         ('[{"text": "a"},]', r"a comma before the closing \]"),
         ("[{'text': 'a'}]", "single quotes"),
         ('[{"text": None}]', "None; JSON writes null"),
     ],
 )
-def test_array_error(tmp_path, content, complaint):
+def test_array_error(tmp_path, content, message):
     (tmp_path / "x.json").write_text(content)
-    with pytest.raises(UserError, match=rf"x.json, element \d: not JSON \({complaint}"):
+    with pytest.raises(UserError, match=rf"x.json, element \d: not JSON \({message}"):
         read(tmp_path / "x.json")
 
 

@@ -7,7 +7,7 @@ from rwkv.data.convert.jsonl import BadRecord
 
 
 def read(*entries):
-    return [(one.role, one.content, one.train) for one in messages.read(list(entries), "messages")]
+    return [(message.role, message.content, message.train) for message in messages.read(list(entries), "messages")]
 
 
 def test_openai_sharegpt_and_pairs():
@@ -27,8 +27,31 @@ def test_openai_sharegpt_and_pairs():
 
 def test_null_is_absent():
     # messages with different fields in a parquet column
-    one = {"role": "user", "content": "a", "tool_calls": None, "weight": None, "reasoning_content": None, "from": None}
-    assert read(one) == [("user", "a", None)]
+    message = {
+        "role": "user",
+        "content": "a",
+        "tool_calls": None,
+        "weight": None,
+        "reasoning_content": None,
+        "from": None,
+    }
+    assert read(message) == [("user", "a", None)]
+    mixed = {"role": "user", "content": None, "from": None, "value": "a"}
+    assert read(mixed) == [("user", "a", None)]
+
+
+def test_unused_fields():
+    entry = {"role": "tool", "content": "a", "Mask": 1, "text": "b", "id": "1", "tool_call_id": "2", "audio": None}
+    (message,) = messages.read([entry], "messages")
+    assert message.unused == ["mask", "text"]
+    (message,) = messages.read([{"role": "assistant", "content": "a", "weight": 1, "thinking": "b"}], "messages")
+    assert message.unused == []
+
+
+def test_object_of_lists():
+    # a Sequence of objects in the datasets library
+    (message, other) = messages.read({"from": ["human", "gpt"], "value": ["a", "b"]}, "conversations")
+    assert (message.role, other.role, other.content) == ("user", "assistant", "b")
 
 
 def test_content_parts():
@@ -37,7 +60,7 @@ def test_content_parts():
     assert (message.content, message.reasoning) == ("ab", "hm")
 
 
-@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "Reasoning_Content"])
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "Reasoning_Content", "think"])
 def test_reasoning_keys(key):
     # https://github.com/fw-ai/cookbook/pull/378: it used to be dropped, and models never learned to
     # produce it
@@ -84,6 +107,8 @@ def test_weights():
         ({"weight": 0}, False),
         ({"weight": 1}, True),
         ({"train": False}, False),
+        ({"loss_mask": 0}, False),
+        ({"trainable": False}, False),
         ({"loss": True}, True),
         ({"weight": 1, "train": False}, False),
     ):
@@ -95,9 +120,10 @@ def test_weights():
 
 
 @pytest.mark.parametrize(
-    ("entries", "complaint"),
+    ("entries", "message"),
     [
         ("hi", '"messages" is not a list of messages'),
+        ("[{'role': 'user', 'content': 'a'}]", '"messages" is a text that is not JSON.*json.dumps'),
         ({"a": 1}, '"messages" is not a list of messages'),
         (["hi"], 'message 1 of "messages" is a str, not an object'),
         ([{"value": "a"}], 'message 1 of "messages" has no "role" \\(or "from"\\)'),
@@ -126,6 +152,6 @@ def test_weights():
         ([{"role": "assistant", "content": None, "tool_calls": "f"}], '"tool_calls" that are no list'),
     ],
 )
-def test_unsupported_messages(entries, complaint):
-    with pytest.raises(BadRecord, match=complaint):
+def test_unsupported_messages(entries, message):
+    with pytest.raises(BadRecord, match=message):
         messages.read(entries, "messages")

@@ -41,10 +41,10 @@ def upstream_bytes(documents, letter, code):
     data = b"".join(struct.pack(f"<{len(ids)}{letter}", *ids) for ids in documents)
     index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(documents), len(documents) + 1)
     index += b"".join(struct.pack("<i", len(ids)) for ids in documents)
-    at = 0
+    offset = 0
     for ids in documents:
-        index += struct.pack("<q", at)
-        at += width * len(ids)
+        index += struct.pack("<q", offset)
+        offset += width * len(ids)
     return data, index + b"".join(struct.pack("<q", i) for i in range(len(documents) + 1))
 
 
@@ -66,10 +66,10 @@ def small_chunks(monkeypatch):
 def test_world_bytes_match_upstream(write_jsonl, tmp_path, dtype, letter, code, append_eod):
     write_jsonl(*({"text": text} for text in TEXTS), {"text": ""}, name="a.jsonl")
     write_jsonl({"text": "more"}, name="b.jsonl")
-    done = run(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", tmp_path / "new/out", dtype=dtype, append_eod=append_eod)
+    result = run(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", tmp_path / "new/out", dtype=dtype, append_eod=append_eod)
     expected = [WorldTokenizer().encode(text) + [0] * append_eod for text in [*TEXTS, "more"]]
     prefix = str(tmp_path / "new/out_text_document")
-    assert done.pairs == [(prefix, 4, sum(map(len, expected)))]
+    assert result.pairs == [(prefix, 4, sum(map(len, expected)))]
     assert pair(prefix) == upstream_bytes(expected, letter, code)
     assert names(tmp_path / "new") == ["out_text_document.bin", "out_text_document.idx", "out_text_document.json"]
 
@@ -123,7 +123,7 @@ def make_inputs(folder):
     return texts
 
 
-def everything(folder, prefix):
+def outputs(folder, prefix):
     return {
         path.name.removeprefix(prefix): path.read_bytes()
         for path in folder.iterdir()
@@ -135,17 +135,17 @@ def test_bytes_independent_of_workers_and_shards(tmp_path, small_chunks):
     make_inputs(tmp_path / "in")
     flags = {"on_error": "skip", "jsonl_keys": "text,title"}
     for workers in (1, 2, 3):
-        done = run(tmp_path / "in", tmp_path / f"w{workers}", workers=workers, **flags)
-        assert done.rejects == 2
-    expected = everything(tmp_path, "w1")
+        result = run(tmp_path / "in", tmp_path / f"w{workers}", workers=workers, **flags)
+        assert result.rejects == 2
+    expected = outputs(tmp_path, "w1")
     assert len(expected) == 7
-    assert everything(tmp_path, "w2") == everything(tmp_path, "w3") == expected
+    assert outputs(tmp_path, "w2") == outputs(tmp_path, "w3") == expected
     for n in (2, 5):
         for i in range(n):
             run(tmp_path / "in", tmp_path / f"s{n}", shard=f"{i}/{n}", workers=1 + i % 2, **flags)
         pairs = merge(str(tmp_path / f"s{n}"), force=False)
         assert [documents for _, documents, _ in pairs] == [299, 299]
-        merged = {name: data for name, data in everything(tmp_path, f"s{n}").items() if "-of-" not in name}
+        merged = {name: data for name, data in outputs(tmp_path, f"s{n}").items() if "-of-" not in name}
         assert merged == expected
 
 
@@ -159,12 +159,12 @@ def test_mismatched_shards(write_jsonl, tmp_path):
         merge(out, False)
     run(text, out, shard="1/2", append_eod=False)
     with pytest.raises(
-        UserError, match=r"out.00001-of-00002: was made with other flags than .*out.00000-of-00002; run it again"
+        UserError, match=r"out.00001-of-00002: was created with other flags than .*out.00000-of-00002; run it again"
     ):
         merge(out, False)
     run(text, out, shard="1/2", force=True)
     merge(out, False)
-    with pytest.raises(UserError, match=r"already exist; give --force"):
+    with pytest.raises(UserError, match=r"already exist; pass --force"):
         merge(out, False)
     (tmp_path / "out.00001-of-00002.shard").write_text("[]")
     with pytest.raises(UserError, match=r"out.00001-of-00002.shard: is corrupt; run this shard again"):
@@ -190,9 +190,9 @@ def test_bad_record_stops(tmp_path, small_chunks):
 
 def test_skipped_records_written(tmp_path, small_chunks):
     texts = make_inputs(tmp_path / "in")
-    done = run(tmp_path / "in", tmp_path / "out", on_error="skip", workers=2)
-    assert (done.rejects, done.pairs[0][1]) == (2, 299)
-    first, second = map(json.loads, done.rejects_file.read_text().splitlines())
+    result = run(tmp_path / "in", tmp_path / "out", on_error="skip", workers=2)
+    assert (result.rejects, result.pairs[0][1]) == (2, 299)
+    first, second = map(json.loads, result.rejects_file.read_text().splitlines())
     assert first == {
         "place": f"{tmp_path}/in/a.jsonl, line 71",
         "error": '"text" is a int, not a string',
@@ -203,19 +203,19 @@ def test_skipped_records_written(tmp_path, small_chunks):
     assert WorldTokenizer().decode(data.document(70)) == texts[71]
     (tmp_path / "in/a.jsonl").write_text('{"text": "a"}')
     run(tmp_path / "in/a.jsonl", tmp_path / "out", force=True)
-    assert not done.rejects_file.exists()  # it described other data
+    assert not result.rejects_file.exists()  # it described other data
 
 
 def test_existing_output_needs_force(write_jsonl, tmp_path):
     prefix = run(write_jsonl({"text": "old"}), tmp_path / "out", append_eod=False).pairs[0][0]
     new = write_jsonl({"text": "new and longer"})
-    with pytest.raises(UserError, match="already exist; give --force"):
+    with pytest.raises(UserError, match="already exist; pass --force"):
         run(new, tmp_path / "out")
     assert WorldTokenizer().decode(Dataset(prefix).tokens) == "old"
     run(new, tmp_path / "out", append_eod=False, force=True)
     assert WorldTokenizer().decode(Dataset(prefix).tokens) == "new and longer"
     Path(f"{prefix}.idx").unlink()
-    # not checked
+    # an output without its index also needs --force
     with pytest.raises(UserError, match=r"out_text_document.bin already exist"):
         run(new, tmp_path / "out")
 
@@ -244,12 +244,13 @@ def test_nothing_to_convert(tmp_path):
 
 def test_ftfy(write_jsonl, tmp_path):
     text = write_jsonl({"text": "donâ€™t"})
-    run(text, tmp_path / "as_it_is", append_eod=False)
+    run(text, tmp_path / "unchanged", append_eod=False)
     run(text, tmp_path / "repaired", append_eod=False, ftfy=True)
-    as_it_is, repaired = (
-        WorldTokenizer().decode(Dataset(tmp_path / f"{name}_text_document").tokens) for name in ("as_it_is", "repaired")
+    unchanged, repaired = (
+        WorldTokenizer().decode(Dataset(tmp_path / f"{name}_text_document").tokens)
+        for name in ("unchanged", "repaired")
     )
-    assert (as_it_is, repaired) == ("donâ€™t", "don't")
+    assert (unchanged, repaired) == ("donâ€™t", "don't")
 
 
 @pytest.mark.parametrize(
@@ -271,17 +272,17 @@ def test_default_output_prefix(tmp_path, monkeypatch, spec, prefix):
     assert converting.default_prefix(spec, sources) == prefix
 
 
-def limit_files():
+def limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
 def test_disk_full(write_jsonl, tmp_path):
     text = write_jsonl(*({"text": "word " * 1000} for _ in range(100)))
     command = [sys.executable, str(SCRIPT), "--input", str(text), "--workers", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit_files, check=False)
-    assert done.returncode == 1
-    assert "text_text_document.bin: larger than a file may be here; free some space" in done.stderr
-    assert "Traceback" not in done.stderr
+    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit_file_size, check=False)
+    assert result.returncode == 1
+    assert "text_text_document.bin: the file exceeds the maximum file size; free some space" in result.stderr
+    assert "Traceback" not in result.stderr
     assert names(tmp_path) == ["text.jsonl"]
 
 
@@ -293,8 +294,8 @@ def test_killed_worker(write_jsonl, tmp_path, monkeypatch):
 
 
 def test_kill_at_random_time_then_rerun(tmp_path):
-    """Twenty runs are killed with SIGKILL at random times; a run that finishes first must be
-    correct.
+    """Twenty runs are killed with SIGKILL at random times. If the index is visible afterwards, the
+    output must be complete.
     """
     text = tmp_path / "in.jsonl"
     chats = [
@@ -306,7 +307,7 @@ def test_kill_at_random_time_then_rerun(tmp_path):
     command = [sys.executable, str(SCRIPT), "--input", str(text), "--output-prefix", str(out / "p"), "--workers", "2"]
     started = time.monotonic()
     subprocess.run(command, capture_output=True, check=True)
-    whole = time.monotonic() - started
+    duration = time.monotonic() - started
     digest = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()}
     assert sorted(digest) == ["p_text_document.bin", "p_text_document.idx", "p_text_document.json", "p_text_mask.bin"]
     killed = 0
@@ -317,7 +318,7 @@ def test_kill_at_random_time_then_rerun(tmp_path):
                 path.unlink()
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            child.wait(whole * moment)
+            child.wait(duration * moment)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()

@@ -28,6 +28,13 @@ def marked(text):
         "用户：1？\n\n助手：⟦2\n\n⟧用户：3",
         "USER: 1?\n\nASSISTANT:⟦ 2⟧",
         "User: 1?\nAssistant:⟦ 2\n⟧User: 3?\nAssistant:⟦ 4⟧",  # without blank lines
+        "### Instruction:\nq\n\n### Input:\ni\n\n### Response:⟦\na⟧",
+        "### Human: 1?\n### Assistant:⟦ 2⟧",
+        "**User:** 1?\n\n**Assistant:**⟦ 2\n\n⟧**User:** 3",
+        "**User**: 1?\n\n**Assistant**:⟦ 2⟧",
+        "<|user|>: 1?\n\n[Assistant]:⟦ 2⟧",
+        "\u200bUser: 1?\n\n\u200bAssistant:⟦ 2⟧",
+        "User: 1?\n\nAssistant:⟦ 2\n⟧User: 3?\nAssistant:⟦ 4⟧",  # both ways in one text
         # other labels are text
         "User: 1?\n\nAssistant:⟦ a\n\nb\n\nNote: c\n\nQuestion: d\n\nAnswer: e\n\n⟧User: f",
         "User: 1?\nAssistant: no\n\nAssistant:⟦ 2⟧",

@@ -1,4 +1,4 @@
-"""Readers bound memory, survive malicious files, and reject a bad record alone."""
+"""Readers bound memory, withstand malicious files, and reject single bad records."""
 
 import gzip
 import io
@@ -25,11 +25,11 @@ LONG = "a" * 1_500_000
 
 
 def converted(source, prefix, **flags):
-    done = convert(
+    result = convert(
         ConvertConfig(**{"input": str(source), "output_prefix": str(prefix), "workers": 1, "force": True, **flags})
     )
-    data = Dataset(done.pairs[0][0])
-    return [WorldTokenizer().decode(data.document(i)[:-1]) for i in range(len(data))], done
+    data = Dataset(result.pairs[0][0])
+    return [WorldTokenizer().decode(data.document(i)[:-1]) for i in range(len(data))], result
 
 
 def arrow_bytes(table):
@@ -73,7 +73,7 @@ TOO_LARGE = {
 def test_record_too_large(tmp_path, name):
     content, place = TOO_LARGE[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name}, .*({place}).*: a record of more than 1 MiB.*raise --max_record_mb"):
+    with pytest.raises(UserError, match=rf"{name}, .*({place}).*: a record larger than 1 MiB.*raise --max_record_mb"):
         converted(tmp_path / name, tmp_path / "p", max_record_mb=1)
     if name != "nolines.jsonl":
         texts, _ = converted(tmp_path / name, tmp_path / "p", max_record_mb=2)
@@ -118,20 +118,20 @@ print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 10
 """
     for name, rows in (("dictionary.parquet", 60), ("nested.parquet", 60), ("dictionary.arrow", 60), ("lines.jsonl.gz", 0),
                        ("array.json.gz", 0), ("document.txt.gz", 0)):  # fmt: skip
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-c", program, str(tmp_path / name)], capture_output=True, text=True, check=False
         )
-        assert done.returncode == 0, f"{name}: {done.stderr}"
-        count, used = map(int, done.stdout.splitlines()[-1].split())
-        assert count == rows, (name, done.stdout)
-        assert rows or "a record of more than 64 MiB" in done.stdout
+        assert result.returncode == 0, f"{name}: {result.stderr}"
+        count, used = map(int, result.stdout.splitlines()[-1].split())
+        assert count == rows, (name, result.stdout)
+        assert rows or "a record larger than 64 MiB" in result.stdout
         assert used < 450, f"{name}: {used} MiB"
 
 
 def test_arrow_offsets_out_of_bounds(tmp_path):
     good = arrow_bytes(pyarrow.table({"text": ["first", "second", "third"]}))
     offsets = struct.pack("<4i", 0, 5, 11, 16)
-    at = good.index(offsets)
+    start = good.index(offsets)
     for wrong in (
         (0, -100_000, 11, 16),
         (0, 1_500_000_000, 11, 16),
@@ -139,16 +139,16 @@ def test_arrow_offsets_out_of_bounds(tmp_path):
         (0, 11, 5, 16),
         (0, 5, 11, 40),
     ):
-        (tmp_path / "x.arrow").write_bytes(good[:at] + struct.pack("<4i", *wrong) + good[at + 16 :])
-        done = subprocess.run(
+        (tmp_path / "x.arrow").write_bytes(good[:start] + struct.pack("<4i", *wrong) + good[start + 16 :])
+        result = subprocess.run(
             [sys.executable, str(SCRIPT), "--input", str(tmp_path / "x.arrow"), "--workers", "1"],
             capture_output=True,
             text=True,
             check=False,
         )
-        assert done.returncode == 1, (wrong, done.stderr)
-        assert "x.arrow: not an arrow stream, as save_to_disk writes it, or corrupt" in done.stderr
-        assert "Traceback" not in done.stderr
+        assert result.returncode == 1, (wrong, result.stderr)
+        assert "x.arrow: not an Arrow stream (as written by save_to_disk), or corrupt" in result.stderr
+        assert "Traceback" not in result.stderr
 
 
 def nested(depth):
@@ -176,9 +176,9 @@ def test_bad_element_is_one_bad_record(tmp_path, kind, element, workers):
     unit = "element" if kind == "json" else "line"
     with pytest.raises(UserError, match=rf"x.{kind}, {unit} 2: .*({BAD_ELEMENTS[element]})"):
         converted(tmp_path / f"x.{kind}", tmp_path / "p", workers=workers)
-    texts, done = converted(tmp_path / f"x.{kind}", tmp_path / "p", on_error="skip", workers=workers)
+    texts, result = converted(tmp_path / f"x.{kind}", tmp_path / "p", on_error="skip", workers=workers)
     assert texts == ["before", ']}"after']
-    (reject,) = map(json.loads, done.rejects_file.read_bytes().splitlines())
+    (reject,) = map(json.loads, result.rejects_file.read_bytes().splitlines())
     assert reject["place"].endswith(f"x.{kind}, {unit} 2")
 
 
@@ -186,8 +186,8 @@ def test_deeply_nested_element_skipped(tmp_path, monkeypatch):
     (tmp_path / "x.json").write_text(f'[{{"text": "a"}}, {{"x": "[{{\\"", "text": {nested(20_000)}}}, {{"text": "b"}}]')
     for size in (3, 17, 1000):
         monkeypatch.setattr(source_file, "CHUNK", size)
-        texts, done = converted(tmp_path / "x.json", tmp_path / "p", on_error="skip")
-        assert (texts, done.rejects) == (["a", "b"], 1)
+        texts, result = converted(tmp_path / "x.json", tmp_path / "p", on_error="skip")
+        assert (texts, result.rejects) == (["a", "b"], 1)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
@@ -196,7 +196,7 @@ def test_unreadable_row_is_one_bad_record(tmp_path, kind):
         3, *pyarrow.array([b"a", b"\xff\xfe", b"c"], pyarrow.binary()).buffers()[1:]
     )
     times = pyarrow.array([0, 2**62, 0], pyarrow.timestamp("us"))
-    for column, complaint in ((times, "cannot be read"), (texts, "cannot be read")):
+    for column, message in ((times, "cannot be read"), (texts, "cannot be read")):
         if kind == "arrow" and column is texts:
             continue  # the whole batch is invalid and rejected
         table = pyarrow.table(
@@ -207,9 +207,9 @@ def test_unreadable_row_is_one_bad_record(tmp_path, kind):
         with pytest.raises(UserError, match=rf"x.{kind}, row {1 if column is times else 2}: "):
             converted(tmp_path / f"x.{kind}", tmp_path / "p", jsonl_keys=keys)
         if column is texts:
-            found, done = converted(tmp_path / f"x.{kind}", tmp_path / "p", on_error="skip")
-            assert (found, done.rejects) == (["a", "c"], 1)
-            assert complaint in done.rejects_file.read_text()
+            found, result = converted(tmp_path / f"x.{kind}", tmp_path / "p", on_error="skip")
+            assert (found, result.rejects) == (["a", "c"], 1)
+            assert message in result.rejects_file.read_text()
 
 
 def test_npz_named_npy(tmp_path):

@@ -20,6 +20,8 @@ def test_report_lines_and_warnings():
             ("plain", ""): 1,
             ("skipped", "blank texts"): 2,
             ("remark", "something"): 1,
+            ("unused", "records", "id\x1b"): 3,
+            ("unused", "messages", "mask"): 1,
         }
     )
     assert report.lines(counts, 4, 40, True) == [
@@ -28,6 +30,8 @@ def test_report_lines_and_warnings():
         "loss:     10 of 40 tokens (25%) contribute to the loss; 1 of 4 documents have none",
         "note: documents without turns such as User: and Assistant:, which contribute to the loss as a whole: 1",
         "note: something: 1",
+        "note: fields of records that were not converted: id\\x1b 3",
+        "note: fields of messages that were not converted: mask 1",
         "note: skipped blank texts: 2",
         "warning: 1 of 4 documents contain no token that contributes to the loss; nothing is learned from them: they have no answer, or only"
         " answers with weight 0",
@@ -39,8 +43,8 @@ def test_plain_text_has_no_report():
 
 
 def test_summaries_add_up():
-    one, two = (
+    first, second = (
         Counter({("schema", "text"): 1, ("role", "user"): 2, ("trained", ""): 3}),
         Counter({("schema", "moss"): 4, ("role", "user"): 5}),
     )
-    assert report.added([report.summary(one), report.summary(two), None]) == report.summary(one + two)
+    assert report.add_summaries([report.summary(first), report.summary(second), None]) == report.summary(first + second)

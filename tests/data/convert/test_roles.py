@@ -34,6 +34,12 @@ def test_unknown_names(name):
     assert roles.role_of(name) is None
 
 
+def test_blank():
+    assert all(map(roles.blank, ("", " \n", "\u200b\ufeff", "\u3000\u2060")))
+    assert not roles.blank("\u200ba")
+    assert roles.role_of("\u200buser") == "user"
+
+
 def upstream(text):
     """RWKV-7 G1's rule for the text of a turn, as stated in its template file."""
     return re.sub(r"\n{2,}", "\n", text.replace("\r\n", "\n")).strip()

@@ -8,7 +8,7 @@ from rwkv.data.convert.jsonl import BadRecord
 
 def read(record, kind="auto"):
     found = schemas.conversation(record, kind)
-    return found and (found.schema, [(one.role, one.content, one.reasoning) for one in found.messages])
+    return found and (found.schema, [(message.role, message.content, message.reasoning) for message in found.messages])
 
 
 def turns(*texts):
@@ -22,6 +22,7 @@ SCHEMAS = [
     ({"instruction": "q", "output": "a", "history": [["1", "2"]]}, "alpaca", turns("1", "2", "q", "a")),
     # BELLE
     ({"instruction": "Human:一\nAssistant:二\nHuman:三\nAssistant:", "input": "", "output": "四"}, "alpaca", turns("一", "二", "三", "四")),
+    ({"instruction": "用户：一\n助手：二\n用户：三\n助手：", "output": "四"}, "alpaca", turns("一", "二", "三", "四")),
     ({"kind": "NLI", "input": "q", "target": "a"}, "firefly", turns("q", "a")),
     ({"instruction": "q", "context": "c", "response": "a", "category": "qa"}, "dolly", turns("q\nc", "a")),
     ({"prompt": "q", "completion": "a"}, "prompt_completion", turns("q", "a")),
@@ -63,7 +64,7 @@ def test_moss():
         "Tool Responses": "<|Results|>: None<eor>\n",
     }
     found = schemas.conversation({"meta_instruction": "s", "num_turns": 2, "chat": {"turn_2": plain, "turn_1": turn}})
-    shown = [(one.role, one.content, one.reasoning, one.calls) for one in found.messages]
+    shown = [(message.role, message.content, message.reasoning, message.calls) for message in found.messages]
     assert (found.schema, shown) == (
         "moss",
         [
@@ -105,7 +106,7 @@ def test_conversational_prompt_trains_completion_only():
         "prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "1"}],
         "completion": [{"role": "assistant", "content": "a"}],
     }
-    assert [one.train for one in schemas.conversation(record).messages] == [False, False, None]
+    assert [message.train for message in schemas.conversation(record).messages] == [False, False, None]
 
 
 def test_tools_are_kept():
@@ -118,10 +119,12 @@ def test_tools_are_kept():
 
 
 @pytest.mark.parametrize(
-    ("record", "complaint"),
+    ("record", "message"),
     [
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference data"),
         ({"chosen": [], "rejected": []}, "preference data"),
+        ({"question": "q", "answer": ["good", "bad"]}, '"answer" is a list of 2 texts; keep one answer'),
+        ({"prompt": "q", "completion": "a", "label": "False"}, "undesirable"),  # a column of csv
         ({"prompt": "q", "completion": "a", "label": False}, "undesirable"),
         ({"messages": [{"role": "user", "content": "q"}], "images": ["a.png"]}, 'it has "images"; only text'),
         (
@@ -129,7 +132,7 @@ def test_tools_are_kept():
             "it has 'response' and 'answer', and only one of them can be the answer; .* --format",
         ),
         ({"instruction": "q", "question": "p", "answer": "a"}, "only one of them can be the question"),
-        ({"text": "t", "instruction": "q", "output": "a"}, "give --format text .*, or --format alpaca"),
+        ({"text": "t", "instruction": "q", "output": "a"}, "pass --format text .*, or --format alpaca"),
         ({"instruction": "q", "output": 3}, '"output" is a int'),
         ({"instruction": "q", "output": "a", "history": [["1"]]}, '"history" is not a list of'),
         (
@@ -140,9 +143,20 @@ def test_tools_are_kept():
         ({"conversations": "hi"}, '"conversations" is not a list of messages'),
     ],
 )
-def test_unsupported_records(record, complaint):
-    with pytest.raises(BadRecord, match=complaint):
+def test_unsupported_records(record, message):
+    with pytest.raises(BadRecord, match=message):
         schemas.conversation(record)
+
+
+def test_unused_fields():
+    chat = [{"role": "user", "content": "q"}]
+    for record, expected in (
+        ({"messages": chat, "id": 1, "Reasoning": "r", "context": "c", "tags": []}, ["reasoning", "context"]),
+        ({"instruction": "q", "output": "a", "history": [], "thinking": "t", "label": True}, []),
+        ({"instruction": "q", "output": "a", "label": 0}, ["label"]),
+        ({"messages": chat, "system": "s", "tools": [{"name": "f"}], "prompt": "q"}, []),  # prompt is in a remark
+    ):
+        assert schemas.conversation(record).unused == expected
 
 
 def test_explicit_format():

@@ -36,7 +36,7 @@ def write(folder, *names):
         path.write_text(name if name.endswith(".txt") else line(name), encoding="utf-8")
 
 
-def found(spec, **flags):
+def names_of(spec, **flags):
     return [path.name for path in (source.path for source in sources.find(str(spec), **flags).sources)]
 
 
@@ -78,6 +78,11 @@ SHARDED = (
             "",
             ("a.txt", "b.txt", "c.txt", "Night train.txt", "The Test.txt"),
         ),
+        (("trainset.jsonl", "TestSet.jsonl"), "", ("trainset.jsonl",)),
+        (("TrainData.jsonl", "TestData.jsonl"), "test", ("TestData.jsonl",)),
+        (("train.jsonl", "held_out.jsonl"), "", ("train.jsonl",)),
+        (("train.jsonl", "hold-out.jsonl"), "validation", ("hold-out.jsonl",)),
+        (("学習.jsonl", "検証.jsonl"), "", ("学習.jsonl",)),
         (("protest.txt", "latest.txt", "strain.txt"), "", ("protest.txt", "latest.txt", "strain.txt")),
     ],
 )
@@ -98,22 +103,30 @@ def test_hub_readme_splits(tmp_path):
     (tmp_path / "README.md").write_text(
         "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: [one.jsonl, th*.jsonl]\n  - split: test\n    path: two.jsonl\n---\n# Text\n"
     )
-    assert found(tmp_path) == ["one.jsonl", "three.jsonl"]
-    assert found(tmp_path, split="test") == ["two.jsonl"]
+    assert names_of(tmp_path) == ["one.jsonl", "three.jsonl"]
+    assert names_of(tmp_path, split="test") == ["two.jsonl"]
+    # the other forms of data_files, in which two.jsonl is not for training
+    for files in (
+        "\n    train: t*e.jsonl\n    test: two.jsonl",
+        " th*.jsonl",
+        "\n  - split: train\n    path: three.jsonl",
+    ):
+        (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:{files}\n---\n")
+        assert names_of(tmp_path) == ["three.jsonl"], files
 
 
 def test_missing_or_ambiguous_split(tmp_path):
     write(tmp_path, "hub/train.jsonl", "hub/test.jsonl", "x.jsonl", "only/dev.jsonl", "only/test.jsonl", "two/train_a-00000-of-00001.jsonl",
           "two/train_b-00000-of-00001.jsonl", "two/test_a-00000-of-00001.jsonl")  # fmt: skip
-    for spec, split, complaint in (
+    for spec, split, message in (
         ("hub", "holdout", r"--split holdout: no such split; there are test, train"),
         ("x.jsonl", "train", r"--split train: .*x.jsonl has no splits"),
         ("only", "", r"only: has no split for training \(dev, test\); choose with --split NAME"),
         ("two", "", r"two: has several splits for training"),
     ):
-        with pytest.raises(UserError, match=complaint):
+        with pytest.raises(UserError, match=message):
             sources.find(str(tmp_path / spec), split=split)
-    assert found(tmp_path / "two", split="train_b") == ["train_b-00000-of-00001.jsonl"]
+    assert names_of(tmp_path / "two", split="train_b") == ["train_b-00000-of-00001.jsonl"]
 
 
 def test_splits_in_manifest_and_output(tmp_path, capsys):
@@ -171,7 +184,7 @@ def test_datasets_folder_path_traversal(tmp_path, state, splits):
 def test_natural_chapter_order(tmp_path):
     names = ["ch1.txt", "ch2.txt", "Ch10.txt", "第1章.txt", "第2章.txt", "第10章.txt", "第一百章.txt"]
     write(tmp_path, *names)
-    assert found(tmp_path) == names
+    assert names_of(tmp_path) == names
     chinese = [
         "第一章",
         "第二章",
@@ -186,22 +199,45 @@ def test_natural_chapter_order(tmp_path):
         "第一千章",
     ]
     write(tmp_path / "b", *(f"{name}.txt" for name in chinese))
-    assert found(tmp_path / "b") == [f"{name}.txt" for name in chinese]
+    assert names_of(tmp_path / "b") == [f"{name}.txt" for name in chinese]
     write(tmp_path / "c", "卷十/2.txt", "卷二/10.txt", "卷二/9.txt", "１０.txt", "９.txt")
     assert [str(source.path.relative_to(tmp_path / "c")) for source in sources.find(str(tmp_path / "c")).sources] == [
         "9.txt".replace("9", "９"), "10.txt".replace("10", "１０"), "卷二/9.txt", "卷二/10.txt", "卷十/2.txt"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["一、开端", "二、发展", "三、高潮", "十、结局"],
+        ["故事一", "故事二", "故事三", "故事十"],
+        ["红楼梦（上）", "红楼梦（中）", "红楼梦（下）"],
+        ["第壹章", "第贰章", "第拾章", "第廿一章"],
+        ["①", "②", "⑩"],
+        ["Chapter I", "Chapter II", "Chapter V", "Chapter IX", "Chapter X", "Chapter XI"],
+        ["Part A", "Part B", "Part C", "Part D"],
+        ["chapter one", "chapter two", "chapter ten", "chapter twenty", "chapter twenty-one"],
+        ["chapter_1", "Chapter 2", "chapter-3", "chapter 10"],
+        ["1", "1.5", "1.10", "2"],
+        ["楔子", "第一章", "第二章", "尾声"],
+        ["Prologue", "Chapter 1", "Chapter 2", "Epilogue"],
+        ["book a", "book b"],
+    ],
+)
+def test_numbers_in_names(tmp_path, names):
+    write(tmp_path, *(f"{name}.txt" for name in reversed(names)))
+    assert names_of(tmp_path) == [f"{name}.txt" for name in names]
 
 
 def test_names_with_commas_spaces_and_tilde(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path, "a b%20c,d.jsonl", "other.jsonl", "x.jsonl", "with,comma/1.jsonl", "e.jsonl ")
-    assert found("a b%20c,d.jsonl,other.jsonl") == ["a b%20c,d.jsonl", "other.jsonl"]
-    assert found("other.jsonl, a b%20c,d.jsonl ,x.jsonl") == ["other.jsonl", "a b%20c,d.jsonl", "x.jsonl"]
-    assert found("~/x.jsonl,with,comma") == ["x.jsonl", "1.jsonl"]
-    assert found("~/o*.jsonl") == ["other.jsonl"]
+    assert names_of("a b%20c,d.jsonl,other.jsonl") == ["a b%20c,d.jsonl", "other.jsonl"]
+    assert names_of("other.jsonl, a b%20c,d.jsonl ,x.jsonl") == ["other.jsonl", "a b%20c,d.jsonl", "x.jsonl"]
+    assert names_of("~/x.jsonl,with,comma") == ["x.jsonl", "1.jsonl"]
+    assert names_of("~/o*.jsonl") == ["other.jsonl"]
     with pytest.raises(UserError, match=r"^none: no such file"):
-        found("x.jsonl,none")
+        names_of("x.jsonl,none")
 
 
 def test_delimiter_by_suffix(tmp_path):
@@ -216,13 +252,13 @@ def test_delimiter_by_suffix(tmp_path):
 def test_input_format_overrides_suffix(tmp_path):
     (tmp_path / "noending").write_bytes(gzip.compress(line("a").encode()))
     with pytest.raises(UserError, match=r"unknown format.* --input_format jsonl"):
-        found(tmp_path / "noending")
+        names_of(tmp_path / "noending")
     assert converted(tmp_path / "noending", tmp_path / "p", input_format="jsonl") == ["a"]
     (tmp_path / "t").write_text("text\tb\nx\t1\n")
     assert converted(tmp_path / "t", tmp_path / "q", input_format="tsv") == ["x"]
     write(tmp_path / "d", "x.jsonl")
     with pytest.raises(UserError, match=r"--input_format jsonl: applies to files given by path"):
-        found(tmp_path / "d", input_format="jsonl")
+        names_of(tmp_path / "d", input_format="jsonl")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -240,18 +276,18 @@ def test_named_pipe(tmp_path, workers):
 def test_stdin_and_process_substitution(tmp_path, spec):
     write(tmp_path, "x.jsonl")
     command = f"{sys.executable} {SCRIPT} --input {spec} --output-prefix p --input_format jsonl --workers 2 < x.jsonl"
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
     assert len(Dataset(tmp_path / "p_text_document")) == 1
     if spec == "-":
-        done = subprocess.run(
+        result = subprocess.run(
             ["bash", "-c", command.replace("--output-prefix p", "")],
             cwd=tmp_path,
             capture_output=True,
             text=True,
             check=False,
         )
-        assert (done.returncode, "give --output_prefix" in done.stderr) == (1, True)
+        assert (result.returncode, "pass --output_prefix" in result.stderr) == (1, True)
 
 
 def test_unreadable_subfolder():
@@ -281,10 +317,10 @@ def test_symlinks(tmp_path):
     (tmp_path / "in/data/a.jsonl").symlink_to(tmp_path / "blobs/x.jsonl")
     (tmp_path / "in/linked").symlink_to(tmp_path / "blobs")
     (tmp_path / "blobs/back").symlink_to(tmp_path / "in")
-    assert found(tmp_path / "in") == ["a.jsonl", "x.jsonl"]
+    assert names_of(tmp_path / "in") == ["a.jsonl", "x.jsonl"]
     (tmp_path / "in/b.jsonl").symlink_to(tmp_path / "gone.jsonl")
-    with pytest.raises(UserError, match=r"b.jsonl: a link to a file that does not exist"):
-        found(tmp_path / "in")
+    with pytest.raises(UserError, match=r"b.jsonl: a broken symbolic link"):
+        names_of(tmp_path / "in")
 
 
 def test_unknown_formats_reported(tmp_path):
@@ -321,11 +357,11 @@ def test_file_changed_during_conversion(tmp_path, monkeypatch, change, kind):
     content = "".join(line(f"{i} word") for i in range(1000)).encode()
     path.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
     first = path.stat()
-    real, done = inputs.records, []
+    real, changed = inputs.records, []
 
     def records(*arguments):
-        if not done:
-            done.append(True)
+        if not changed:
+            changed.append(True)
             change(path)
             # the clock may be too coarse for this test
             if path.exists() and path.stat().st_size == first.st_size:
@@ -365,14 +401,14 @@ c.inputs.chunks = lambda sources, fields, shard=None: chunks(sources, fields, sh
 sys.argv = {command[1:]!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    one = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     pipe.read_bytes()
-    with pytest.raises(UserError, match=rf"p: in use by process {one.pid} on .* choose another --output-prefix"):
+    with pytest.raises(UserError, match=rf"p: in use by process {first.pid} on .* choose another --output-prefix"):
         converted(tmp_path / "b.jsonl", tmp_path / "p", force=True)
     pipe.write_bytes(b"")
-    assert one.wait(60) == 0, one.stderr.read()
-    one.stdout.close()
-    one.stderr.close()
+    assert first.wait(60) == 0, first.stderr.read()
+    first.stdout.close()
+    first.stderr.close()
     assert len(Dataset(tmp_path / "p_text_document")) == 3000
     assert not [x for x in tmp_path.iterdir() if x.name.startswith(".")]
     assert converted(tmp_path / "b.jsonl", tmp_path / "p", force=True) == ["b.jsonl"]
@@ -401,8 +437,8 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     left = {path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".tmp"}
     assert left
     time.sleep(0.01)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "p_text_document.bin",
         "p_text_document.idx",

@@ -34,15 +34,15 @@ def events(path):
     """The events of a TFRecord file: for each its length (8 bytes), a checksum of it, the event,
     its checksum.
     """
-    data, at = path.read_bytes(), 0
-    while at < len(data):
-        (length,) = struct.unpack_from("<Q", data, at)
-        for begin, size in ((at, 8), (at + 12, length)):
+    data, offset = path.read_bytes(), 0
+    while offset < len(data):
+        (length,) = struct.unpack_from("<Q", data, offset)
+        for begin, size in ((offset, 8), (offset + 12, length)):
             crc = crc32c(data[begin : begin + size])
             masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
             assert (masked,) == struct.unpack_from("<I", data, begin + size)
-        yield Event.FromString(data[at + 12 : at + 12 + length])
-        at += 16 + length
+        yield Event.FromString(data[offset + 12 : offset + 12 + length])
+        offset += 16 + length
 
 
 def shown(folder):
@@ -54,12 +54,13 @@ def shown(folder):
         for event in events(path):
             if event.session_log.status == SessionLog.START:
                 found = {
-                    name: {step: value for step, value in of.items() if step < event.step} for name, of in found.items()
+                    name: {step: value for step, value in values.items() if step < event.step}
+                    for name, values in found.items()
                 }
             for value in event.summary.value:
-                of = found.setdefault(value.tag, {})
-                assert event.step not in of, f"{value.tag} has step {event.step} twice"
-                of[event.step] = value.simple_value
+                values = found.setdefault(value.tag, {})
+                assert event.step not in values, f"{value.tag} has step {event.step} twice"
+                values[event.step] = value.simple_value
     return found
 
 
@@ -115,12 +116,12 @@ def test_wandb_offline_without_key(make_data, tmp_path, without_key, capfd):
     config = {**FLAGS, "data_file": make_data(200), "proj_dir": str(tmp_path / "a run"), "wandb": "test"}
     fit(TrainConfig(**config, max_steps=2))
     fit(TrainConfig(**config))
-    made = sorted((tmp_path / "a run/wandb").glob("offline-run-*/*.wandb"))
-    assert len(made) == 2
-    assert len({path.name for path in made}) == 1  # resuming continues the same wandb run
+    runs = sorted((tmp_path / "a run/wandb").glob("offline-run-*/*.wandb"))
+    assert len(runs) == 2
+    assert len({path.name for path in runs}) == 1  # resuming continues the same wandb run
     printed = capfd.readouterr()
     assert "wandb: offline (no API key: run `wandb login`). Upload the run later with: " in printed.out
-    assert f"-m wandb sync '{made[0].parent}'" in printed.out
+    assert f"-m wandb sync '{runs[0].parent}'" in printed.out
     assert "WARNING" not in printed.out + printed.err
     fit(TrainConfig(**config, overwrite=True))
     assert len({path.name for path in (tmp_path / "a run/wandb").glob("offline-run-*/*.wandb")}) == 2
@@ -138,7 +139,7 @@ def test_wandb_offline_without_network(make_data, tmp_path, without_key, monkeyp
     assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_a_server_that_keeps_silent_does_not_hold_up_the_run(monkeypatch):
+def test_wandb_unresponsive_server(monkeypatch):
     monkeypatch.setattr(dashboards.WandB, "TIMEOUT", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        assert not dashboards.WandB._answers(f"http://127.0.0.1:{silent.getsockname()[1]}")
+    with socket.create_server(("127.0.0.1", 0)) as unresponsive:
+        assert not dashboards.WandB._answers(f"http://127.0.0.1:{unresponsive.getsockname()[1]}")

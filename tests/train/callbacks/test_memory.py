@@ -26,9 +26,9 @@ FLAGS = {
     "accelerator": "cpu",
     "precision": "fp32",
 }
-# 21 million parameters, and the same again for a batch: large compared with the process, and 1 s
-# per step.
-MIDDLE = {
+# 21 million parameters, and about as much memory for a batch: large compared with the process, at
+# 1 s per step.
+MEDIUM = {
     "n_layer": 6,
     "n_embd": 384,
     "vocab_size": 8192,
@@ -62,7 +62,7 @@ def test_peak_memory_per_phase(make_data, tmp_path):
 
 
 SHAPES = {
-    "middle": {},
+    "medium": {},
     "grad_cp": {"grad_cp": 1},
     # as `make lora` pretrains
     "demo": {"n_layer": 2, "n_embd": 96, "vocab_size": 65536, "ctx_len": 128, "micro_bsz": 3, "epoch_steps": 3},
@@ -71,48 +71,50 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_predicted_resident_memory(make_data, tmp_path, root, shape):
-    flags = MIDDLE | {
+    flags = MEDIUM | {
         "data_file": make_data(20000, vocab=8192),
         "proj_dir": tmp_path / "run",
         "accelerator": "cpu",
         "precision": "fp32",
     }
     flags |= SHAPES[shape]
-    done = subprocess.run(command(root, "pretrain.py", flags), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    predicted, measured = map(
-        float, re.search(r"memory: ([\d.]+) GB per device predicted, ([\d.]+) GB measured", done.stdout).groups()
+    result = subprocess.run(
+        command(root, "pretrain.py", flags), capture_output=True, text=True, timeout=300, check=False
     )
-    # tests/memory/test_estimate.py checks the allocator's bytes to a few per cent; process and heap
+    assert result.returncode == 0, result.stderr
+    predicted, measured = map(
+        float, re.search(r"memory: ([\d.]+) GB per device predicted, ([\d.]+) GB measured", result.stdout).groups()
+    )
+    # tests/memory/test_estimate.py checks the allocator's bytes to a few percent; process and heap
     # add to them.
-    assert 0.85 * predicted < measured < 1.25 * predicted, done.stdout
+    assert 0.85 * predicted < measured < 1.25 * predicted, result.stdout
 
 
 def test_out_of_memory_message(make_data, tmp_path, root):
-    # A real limit on the address space: what the process needs at first plus 1.5 GB, for a batch
+    # A real limit on the address space: that of the process after imports plus 1.5 GB, for a batch
     # that needs more.
-    flags = MIDDLE | {
+    flags = MEDIUM | {
         "micro_bsz": 64,
         "data_file": make_data(50000, vocab=8192),
         "proj_dir": tmp_path / "run",
         "accelerator": "cpu",
     }
     flags |= {"precision": "fp32"}
-    words = command(root, "pretrain.py", flags)
+    arguments = command(root, "pretrain.py", flags)
     program = f"""
 import resource, runpy, sys
-sys.argv = {words[1:]!r}
+sys.argv = {arguments[1:]!r}
 import rwkv.train.fit
 from rwkv.memory import machine
 resource.setrlimit(resource.RLIMIT_AS, [machine._status("VmSize") + (1500 << 20)] * 2)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    assert "error: out of memory." in done.stderr
-    assert "GB per device were predicted; " in done.stderr
-    assert "--micro_bsz" in done.stderr.split("The cheapest change that fits:")[1]
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    assert "error: out of memory." in result.stderr
+    assert "GB per device were predicted; " in result.stderr
+    assert "--micro_bsz" in result.stderr.split("The cheapest change that fits:")[1]
 
 
 def test_recognises_torch_out_of_memory():
@@ -180,13 +182,13 @@ def test_adafactor_learns_with_factored_state(make_data, tmp_path):
     result = fit(config)
     assert result.last_loss < 0.7 * result.first_loss
     model = RWKV(Sizes(2, 16, 50, 16, 64))
-    made = optimizer.make(model, config)
+    adafactor = optimizer.make(model, config)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    made.step()
+    adafactor.step()
     state_bytes = sum(
         x.numel() * x.element_size()
-        for state in made.state.values()
+        for state in adafactor.state.values()
         for x in state.values()
         if torch.is_tensor(x) and x.dim()
     )

@@ -59,6 +59,13 @@ def test_large_initial_loss_clipped(drawn):
     assert not left.texts
 
 
+def test_single_large_losses_clipped(drawn):
+    draw = random.Random(1)
+    (left, _), _ = drawn(1000, lambda step: 80 if step == 501 else 3 + draw.gauss(0, 0.02))
+    assert left.get_ylim()[1] < 4
+    assert left.texts[0].get_text() == "↑ near step 501: up to 80"
+
+
 def test_best_value_marked(drawn):
     (left, _), legend = drawn(400, lambda step: 3 - step / 1000, validation=50)
     best = next(text for text in legend if text.startswith("best validation loss"))
@@ -93,5 +100,5 @@ curve.add({"step": 1, "loss": 2.0, "lr": 1e-4}, 0)
 plot(curve, Path(sys.argv[1]), "x")
 """
     command = [sys.executable, "-c", program, str(tmp_path / "x.png")]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stderr) == (0, "")

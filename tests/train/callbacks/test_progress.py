@@ -23,9 +23,9 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    made = Clock()
-    monkeypatch.setattr(progress.time, "monotonic", made)
-    return made
+    simulated = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", simulated)
+    return simulated
 
 
 def steps(shown, clock, count, seconds, loss=2.0):
@@ -42,9 +42,9 @@ def test_log_line_per_minute(clock, monkeypatch):
     shown.close()
     lines = log.getvalue().splitlines()
     assert "\r" not in log.getvalue()
-    at = [int(re.search(r"step ([\d,]+) of 1,000", line)[1].replace(",", "")) for line in lines]
-    assert (at[0], at[-1]) == (1, 1000)
-    assert all(119 <= b - a <= 121 for a, b in itertools.pairwise(at[1:-1]))  # 120 steps per minute
+    logged = [int(re.search(r"step ([\d,]+) of 1,000", line)[1].replace(",", "")) for line in lines]
+    assert (logged[0], logged[-1]) == (1, 1000)
+    assert all(119 <= b - a <= 121 for a, b in itertools.pairwise(logged[1:-1]))  # 120 steps per minute
     assert "about 8 min left" in lines[1]
     assert "(100%): loss 2.000, val 2.345, 1,234 tokens/s" in lines[-1]
 

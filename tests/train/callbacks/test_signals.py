@@ -36,10 +36,10 @@ def arguments(make_base, make_data, tmp_path):
 
 
 def wait_for_steps(process, folder, count=3):
-    until = time.monotonic() + 120
+    deadline = time.monotonic() + 120
     while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < count:
         assert process.poll() is None
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
@@ -80,27 +80,27 @@ def test_closed_terminal_saves(arguments, tmp_path, root):
     """As when a window is closed or ssh disconnects: SIGHUP, and every later write to the terminal
     fails.
     """
-    ours, theirs = pty.openpty()
+    controller, terminal = pty.openpty()
 
     def attach():
         os.setsid()
-        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
     command = [sys.executable, str(root / "scripts/finetune.py"), *arguments]
     process = subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=attach, pass_fds=[theirs]
+        command, stdin=terminal, stdout=terminal, stderr=terminal, preexec_fn=attach, pass_fds=[terminal]
     )
-    os.close(theirs)
-    os.set_blocking(ours, False)
-    until = time.monotonic() + 120
+    os.close(terminal)
+    os.set_blocking(controller, False)
+    deadline = time.monotonic() + 120
     while not (tmp_path / "run/metrics.jsonl").exists() or (tmp_path / "run/metrics.jsonl").stat().st_size < 1000:
         assert process.poll() is None
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         try:
-            os.read(ours, 1 << 16)  # otherwise the run blocks on a full terminal buffer
+            os.read(controller, 1 << 16)  # otherwise the run blocks on a full terminal buffer
         except BlockingIOError:
             time.sleep(0.02)
-    os.close(ours)
+    os.close(controller)
     assert process.wait(timeout=60) == 128 + signal.SIGHUP
     assert is_saved(tmp_path / "run")
 
@@ -112,8 +112,8 @@ def test_nohup_ignores_sighup(arguments, tmp_path, root):
     )
     wait_for_steps(process, tmp_path / "run")
     process.send_signal(signal.SIGHUP)
-    made = len((tmp_path / "run/metrics.jsonl").read_text().splitlines())
-    wait_for_steps(process, tmp_path / "run", made + 20)
+    count = len((tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    wait_for_steps(process, tmp_path / "run", count + 20)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143
     assert is_saved(tmp_path / "run")
@@ -139,20 +139,20 @@ def test_signal_to_make_process_group(arguments, tmp_path, root):
     os.killpg(process.pid, signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode != 0
-    until = time.monotonic() + 30  # make may end before the run does
+    deadline = time.monotonic() + 30  # make may end before the run does
     while "stopped at step" not in printed and not state_files.states(tmp_path / "run"):
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     assert is_saved(tmp_path / "run")
 
 
-LATER = """
+LATER_SIGNAL = """
 import signal, sys, time
 from types import SimpleNamespace
 from rwkv.train.callbacks import signals
-signals.SAME = 0.2
-taken = signals.Signals(lambda: 7)
-taken.on_train_start(None, SimpleNamespace(stop=False))
+signals.DUPLICATE_SECONDS = 0.2
+handler = signals.Signals(lambda: 7)
+handler.on_train_start(None, SimpleNamespace(stop=False))
 print("ready", flush=True)
 while True:
     time.sleep(0.01)
@@ -164,7 +164,7 @@ while True:
 )
 def test_later_signal_stops_without_saving(root, number, status):
     process = subprocess.Popen(
-        [sys.executable, "-c", LATER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=root
+        [sys.executable, "-c", LATER_SIGNAL], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=root
     )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)

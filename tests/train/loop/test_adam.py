@@ -39,7 +39,7 @@ def one_pass(p, decoupled=False, **options):
     return adam.FusedAdam([{"params": [p]}], decoupled, **{"lr": 1e-2, "weight_decay": 0.1, **options})
 
 
-def torchs(p, decoupled=False, **options):
+def torch_adam(p, decoupled=False, **options):
     return (torch.optim.AdamW if decoupled else torch.optim.Adam)([p], **{"lr": 1e-2, "weight_decay": 0.1, **options})
 
 
@@ -58,70 +58,70 @@ def test_step_matches_torch_fp64(width, shape, decoupled, lr, betas, eps, decay,
     count = torch.tensor(float(step))
     ours, truth = torch.nn.Parameter(p.clone()), torch.nn.Parameter(p.double())
     ours.grad, truth.grad = g.clone(), g.double() * clip
-    mine, theirs = one_pass(ours, decoupled, **options), torchs(truth, decoupled, **options)
-    mine.state[ours] = {"step": count.clone(), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
-    theirs.state[truth] = {"step": count.clone(), "exp_avg": m.double(), "exp_avg_sq": v.double()}
-    mine.clip = clip
-    mine.step()
-    theirs.step()
-    assert torch.equal(ours.grad, g)  # clipping happens in the pass, not in place
-    new, right = mine.state[ours], theirs.state[truth]
+    one_pass_opt, torch_opt = one_pass(ours, decoupled, **options), torch_adam(truth, decoupled, **options)
+    one_pass_opt.state[ours] = {"step": count.clone(), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    torch_opt.state[truth] = {"step": count.clone(), "exp_avg": m.double(), "exp_avg_sq": v.double()}
+    one_pass_opt.clip = clip
+    one_pass_opt.step()
+    torch_opt.step()
+    assert torch.equal(ours.grad, g)  # the gradient is clipped within the pass, not in place
+    new, expected = one_pass_opt.state[ours], torch_opt.state[truth]
     assert float(new["step"]) == step + 1
 
     # A few fp32 roundings of every term (not of the sum, as terms may cancel). Denormals may be
     # flushed to 0.
-    rounding, least = 2.0**-24, 1e-37
+    rounding, smallest = 2.0**-24, 1e-37
     gradient = clip * g.double().abs() + (0 if decoupled else decay) * p.double().abs()
     square = betas[1] * v.double() + (1 - betas[1]) * gradient**2
     assert bool(
-        ((new["exp_avg"] - right["exp_avg"]).abs() <= 6 * rounding * (m.double().abs() + gradient) + least).all()
+        ((new["exp_avg"] - expected["exp_avg"]).abs() <= 6 * rounding * (m.double().abs() + gradient) + smallest).all()
     )
-    assert bool(((new["exp_avg_sq"] - right["exp_avg_sq"]).abs() <= 8 * rounding * square + least).all())
-    root, first = (1 - betas[1] ** (step + 1)) ** 0.5, 1 - betas[0] ** (step + 1)
-    below = right["exp_avg_sq"].sqrt() / root + eps
-    off = 1 + square / right["exp_avg_sq"].clamp_min(least)  # how far the terms of v cancel
-    update = lr / first * (m.double().abs() + gradient) / below * off
-    assert bool(((ours - truth).abs() <= rounding * (3 * p.double().abs() + 16 * update) + least).all())
+    assert bool(((new["exp_avg_sq"] - expected["exp_avg_sq"]).abs() <= 8 * rounding * square + smallest).all())
+    root, correction = (1 - betas[1] ** (step + 1)) ** 0.5, 1 - betas[0] ** (step + 1)
+    denominator = expected["exp_avg_sq"].sqrt() / root + eps
+    cancellation = 1 + square / expected["exp_avg_sq"].clamp_min(smallest)  # how far the terms of v cancel
+    update = lr / correction * (m.double().abs() + gradient) / denominator * cancellation
+    assert bool(((ours - truth).abs() <= rounding * (3 * p.double().abs() + 16 * update) + smallest).all())
 
 
 @pytest.mark.parametrize("decoupled", [False, True], ids=["Adam", "AdamW"])
 def test_thirty_steps_match_torch(decoupled):
     ours, theirs = parameter(), parameter()
-    mine, right = one_pass(ours, decoupled), torchs(theirs, decoupled)
+    one_pass_opt, torch_opt = one_pass(ours, decoupled), torch_adam(theirs, decoupled)
     for step in range(30):
         ours.grad, theirs.grad = (normal((13, 5), 100 + step).t() for _ in range(2))  # not contiguous
-        for group in (mine.param_groups[0], right.param_groups[0]):
+        for group in (one_pass_opt.param_groups[0], torch_opt.param_groups[0]):
             group["lr"] = 1e-2 / (1 + step)
-        mine.clip = 0.5
+        one_pass_opt.clip = 0.5
         theirs.grad.mul_(0.5)
-        mine.step()
-        right.step()
-        assert mine.clip == 1
+        one_pass_opt.step()
+        torch_opt.step()
+        assert one_pass_opt.clip == 1
     # fp32 rounding of thirty updates of at most 1e-2
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("decoupled", [False, True], ids=["Adam", "AdamW"])
-@pytest.mark.parametrize("begins", [one_pass, torchs], ids=["from ours", "from torch's"])
-def test_state_interchangeable_with_torch(decoupled, begins):
-    """As when resuming a run of an older version, or where the kernels are not compiled."""
+@pytest.mark.parametrize("first", [one_pass, torch_adam], ids=["from ours", "from torch's"])
+def test_state_interchangeable_with_torch(decoupled, first):
+    """For example when a run of an older version is resumed, or if the kernels are not compiled."""
 
     def run(makers):
         p, saved = parameter(), None
         for step, make in enumerate(makers):
-            made = make(p, decoupled)
+            opt = make(p, decoupled)
             if saved:
-                made.load_state_dict(saved)
+                opt.load_state_dict(saved)
             p.grad = normal(p.shape, step)
-            made.step()
-            saved = copy.deepcopy(made.state_dict())
+            opt.step()
+            saved = copy.deepcopy(opt.state_dict())
         return p.detach(), saved
 
-    other = torchs if begins is one_pass else one_pass
-    (here, saved), (there, right) = run([begins, begins, other, other]), run([begins] * 4)
-    torch.testing.assert_close(here, there, rtol=1e-6, atol=1e-7)
-    assert saved["state"].keys() == right["state"].keys()
-    for name, value in right["state"][0].items():
+    other = torch_adam if first is one_pass else one_pass
+    (switched, saved), (unchanged, expected) = run([first, first, other, other]), run([first] * 4)
+    torch.testing.assert_close(switched, unchanged, rtol=1e-6, atol=1e-7)
+    assert saved["state"].keys() == expected["state"].keys()
+    for name, value in expected["state"][0].items():
         assert (saved["state"][0][name].dtype, saved["state"][0][name].shape) == (value.dtype, value.shape)
         torch.testing.assert_close(saved["state"][0][name], value, rtol=1e-6, atol=1e-7)
 
@@ -134,18 +134,18 @@ def test_unsupported_options():
 
 def test_invalid_state():
     p = parameter()
-    made = one_pass(p)
-    made.step()
-    made.state[p]["exp_avg"] = made.state[p]["exp_avg"].double()
+    opt = one_pass(p)
+    opt.step()
+    opt.state[p]["exp_avg"] = opt.state[p]["exp_avg"].double()
     with pytest.raises(RuntimeError, match="exp_avg must be a contiguous Float tensor"):
-        made.step()
+        opt.step()
     with pytest.raises(RuntimeError, match="Adam steps count from 1"):
         torch.ops.rwkv.adam(*(normal((3,), i) for i in range(4)), 0.0, 0.1, 0.9, 0.99, 1e-8, 0.0, False, 1.0)
 
 
 def test_closure_and_missing_gradient():
     p, idle = parameter(), torch.nn.Parameter(torch.ones(3))
-    made = adam.FusedAdam([{"params": [p, idle]}], False, lr=0.1)
+    opt = adam.FusedAdam([{"params": [p, idle]}], False, lr=0.1)
 
     def closure():
         p.grad = None
@@ -154,22 +154,22 @@ def test_closure_and_missing_gradient():
         return loss.detach()
 
     before = p.detach().clone()
-    assert made.step(closure) == (before**2).sum()
-    assert set(made.state) == {p}
+    assert opt.step(closure) == (before**2).sum()
+    assert set(opt.state) == {p}
     torch.testing.assert_close(p.detach(), before - 0.1 * before.sign())  # Adam's first step has size lr
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_gradient_norm(count):
-    made = [parameter(seed=2 * i) for i in range(count)]
-    expected = torch.nn.utils.clip_grad_norm_(made, float("inf"))
-    torch.testing.assert_close(adam.total_norm([p.grad for p in made]), expected)
+    parameters = [parameter(seed=2 * i) for i in range(count)]
+    expected = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
+    torch.testing.assert_close(adam.total_norm([p.grad for p in parameters]), expected)
 
 
 def test_one_pass_adam_selected(make_model, monkeypatch):
     for decay, decoupled in ((0.0, False), (0.1, True)):
-        made = optimizer.make(make_model(), TrainConfig(weight_decay=decay))
-        assert (type(made), made.decoupled) == (adam.FusedAdam, decoupled)
+        opt = optimizer.make(make_model(), TrainConfig(weight_decay=decay))
+        assert (type(opt), opt.decoupled) == (adam.FusedAdam, decoupled)
     assert type(optimizer.make(make_model().bfloat16(), TrainConfig())) is torch.optim.Adam
     monkeypatch.setattr(adam.load, "why_unavailable", lambda: "not compiled")
     assert type(optimizer.make(make_model(), TrainConfig())) is torch.optim.Adam

@@ -45,9 +45,9 @@ def test_frozen_parameters_excluded(make_model):
 
 def test_rates_and_decay_per_group(make_model):
     for decay in (0.0, 0.1):
-        made = optimizer.make(make_model(), TrainConfig(weight_decay=decay))
-        optimizer.set_rates(made, 1e-3, decay / 2)
-        for group in made.param_groups:
+        opt = optimizer.make(make_model(), TrainConfig(weight_decay=decay))
+        optimizer.set_rates(opt, 1e-3, decay / 2)
+        for group in opt.param_groups:
             assert group["lr"] == 1e-3 * group["lr_scale"]
             assert group["weight_decay"] == (decay / 2 if group["decays"] else 0)
             assert (group["betas"], group["eps"]) == ((0.9, 0.99), 1e-8)
@@ -56,25 +56,25 @@ def test_rates_and_decay_per_group(make_model):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_fp16_overflow_skips_step_on_device(make_model, monkeypatch, decay):
     """As called by torch's GradScaler, which is active on GPUs only."""
-    fused_adam.on_a_cpu(monkeypatch)
+    fused_adam.use_on_cpu(monkeypatch)
     model = make_model()
-    made, scaler = optimizer.make(model, TrainConfig(weight_decay=decay)), compat.grad_scaler()(enabled=False)
-    optimizer.set_rates(made, 1e-3, decay)
-    shapes, step = [], made.step
-    made.step = lambda *arguments, **keywords: (shapes.append(made.found_inf.shape), step(*arguments, **keywords))[1]
+    opt, scaler = optimizer.make(model, TrainConfig(weight_decay=decay)), compat.grad_scaler()(enabled=False)
+    optimizer.set_rates(opt, 1e-3, decay)
+    shapes, step = [], opt.step
+    opt.step = lambda *arguments, **keywords: (shapes.append(opt.found_inf.shape), step(*arguments, **keywords))[1]
     before = [p.detach().clone() for p in model.parameters()]
     for found, steps in ((0.0, 1), (1.0, 1), (0.0, 2)):
         for p in model.parameters():
             p.grad = torch.full_like(p, float("inf") if found else 1.0)
-        scaler._maybe_opt_step(made, {"found_inf_per_device": {torch.device("cpu"): torch.tensor([found])}})
+        scaler._maybe_opt_step(opt, {"found_inf_per_device": {torch.device("cpu"): torch.tensor([found])}})
         same = [torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
         assert all(same) if found else not any(same)
-        assert {int(state["step"]) for state in made.state.values()} == {steps}
+        assert {int(state["step"]) for state in opt.state.values()} == {steps}
         before = [p.detach().clone() for p in model.parameters()]
-    assert made.found_inf is None
+    assert opt.found_inf is None
     # with other shapes torch 1.13.1 would launch one kernel per parameter to subtract found_inf
     # from the steps
-    assert set(shapes) == {state["step"].shape for state in made.state.values()}
+    assert set(shapes) == {state["step"].shape for state in opt.state.values()}
 
 
 @pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
@@ -105,12 +105,12 @@ def test_fused_adam_formula(found_inf, decay):
         theirs = tensors()
     elif compat.stack() == "cu117":
         theirs = tensors()
-        made = torch.optim.Adam(
+        opt = torch.optim.Adam(
             [torch.nn.Parameter(x) for x in theirs[0]], lr=1e-2, betas=(0.9, 0.99), weight_decay=decay
         )
-        for x, g, m, v in zip(made.param_groups[0]["params"], *theirs[1:4], strict=True):
-            x.grad, made.state[x] = g, {"step": torch.tensor(4.0), "exp_avg": m, "exp_avg_sq": v}
-        made.step()
+        for x, g, m, v in zip(opt.param_groups[0]["params"], *theirs[1:4], strict=True):
+            x.grad, opt.state[x] = g, {"step": torch.tensor(4.0), "exp_avg": m, "exp_avg_sq": v}
+        opt.step()
     else:
         theirs = tensors()
         torch._fused_adam_(*theirs, **rates, grad_scale=None, found_inf=flag)
@@ -122,11 +122,11 @@ def test_fused_adam_formula(found_inf, decay):
 def test_restored_step_device(fused, place):
     """The step count is on the GPU for fused Adam only. The meta device stands for a GPU."""
     parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))
-    made = torch.optim.Adam([{"params": [parameter], "names": ["p"]}])
-    made.param_groups[0]["fused"] = fused
+    opt = torch.optim.Adam([{"params": [parameter], "names": ["p"]}])
+    opt.param_groups[0]["fused"] = fused
     zero.restore(
         {"p": parameter},
-        made,
+        opt,
         lambda name: {
             "weight": torch.zeros(3),
             "step": torch.tensor(4.0),
@@ -135,6 +135,6 @@ def test_restored_step_device(fused, place):
         },
         {},
     )
-    assert made.state[parameter]["step"].device.type == place
-    assert made.state[parameter]["step"].shape == (compat.like_step(torch.zeros(1)).shape if fused else ())
-    assert made.state[parameter]["exp_avg"].device.type == "meta"
+    assert opt.state[parameter]["step"].device.type == place
+    assert opt.state[parameter]["step"].shape == (compat.like_step(torch.zeros(1)).shape if fused else ())
+    assert opt.state[parameter]["exp_avg"].device.type == "meta"

@@ -31,13 +31,13 @@ def gradients(model, loss):
     return value, dict(zip(names, torch.autograd.grad(3 * value, parameters), strict=True))
 
 
-def whole(model, x, y, counts, reset):
-    return head_loss(model.hidden(x, reset=reset)[0], model.head.weight, y, counts)
+def full_sequence_loss(model, x, y, loss_mask, reset):
+    return head_loss(model.hidden(x, reset=reset)[0], model.head.weight, y, loss_mask)
 
 
-def assert_same(found, wanted):
-    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-6)
-    for name, grad in wanted[1].items():
+def assert_same(found, expected):
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    for name, grad in expected[1].items():
         # Different summation order: fp32 rounding of the largest entries.
         torch.testing.assert_close(
             found[1][name],
@@ -65,11 +65,11 @@ def test_exact_gradients_match_full_sequence(make_model, length, masked, tuned, 
         model.double()
     data = batch(masked=masked)
     found = gradients(model, lambda: tbptt.mean_loss(model, *data, length, exact=True))
-    assert_same(found, gradients(model, lambda: whole(model, *data)))
+    assert_same(found, gradients(model, lambda: full_sequence_loss(model, *data)))
 
 
 def test_truncated_gradients(make_model):
-    model, (x, y, counts, reset) = make_model(), batch()
+    model, (x, y, loss_mask, reset) = make_model(), batch()
 
     def plain_loop():
         state, total = None, 0
@@ -79,17 +79,17 @@ def test_truncated_gradients(make_model):
             hidden, state = model.hidden(x[:, i : i + 5], state, reset[:, i : i + 5].contiguous())
             total = (
                 total
-                + head_loss(hidden, model.head.weight, y[:, i : i + 5], counts[:, i : i + 5])
-                * counts[:, i : i + 5].sum()
+                + head_loss(hidden, model.head.weight, y[:, i : i + 5], loss_mask[:, i : i + 5])
+                * loss_mask[:, i : i + 5].sum()
             )
-        return total / counts.sum()
+        return total / loss_mask.sum()
 
-    found, wanted = (
-        gradients(model, lambda: tbptt.mean_loss(model, x, y, counts, reset, 5, exact=False)),
+    found, expected = (
+        gradients(model, lambda: tbptt.mean_loss(model, x, y, loss_mask, reset, 5, exact=False)),
         gradients(model, plain_loop),
     )
-    assert_same(found, wanted)
-    exact = gradients(model, lambda: whole(model, x, y, counts, reset))
+    assert_same(found, expected)
+    exact = gradients(model, lambda: full_sequence_loss(model, x, y, loss_mask, reset))
     torch.testing.assert_close(found[0], exact[0], rtol=1e-5, atol=1e-6)
     difference = found[1]["blocks.0.att.key.weight"] - exact[1]["blocks.0.att.key.weight"]
     assert float(difference.abs().max()) > 1e-4  # truncated and exact gradients differ
@@ -114,10 +114,10 @@ def test_recomputation_repeats_dropout(make_model):
 @pytest.mark.parametrize("exact", [False, True])
 def test_bf16_close_to_fp32(make_model, exact):
     model, data = make_model(), batch(masked=False)
-    wanted = gradients(model, lambda: tbptt.mean_loss(model, *data, 5, exact))
+    expected = gradients(model, lambda: tbptt.mean_loss(model, *data, 5, exact))
     with torch.autocast("cpu", torch.bfloat16):
         found = gradients(model, lambda: tbptt.mean_loss(model, *data, 5, exact))
-    for name, grad in wanted[1].items():  # a few consecutive roundings to 8 bits
+    for name, grad in expected[1].items():  # a few consecutive roundings to 8 bits
         assert float((found[1][name] - grad).norm()) < 0.05 * float(grad.norm()) + 1e-7, name
 
 
@@ -140,11 +140,11 @@ print(peak(8192) - first)
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_memory_per_chunk(exact):
-    grown = float(
+    growth = float(
         subprocess.run([sys.executable, "-c", MEMORY, str(exact)], check=True, capture_output=True, text=True).stdout
     )
     # MiB. Measured: 4; the full sequence takes 135.
-    assert grown < 15
+    assert growth < 15
 
 
 def test_exact_run_matches_plain_run(make_data, make_base, tmp_path):

@@ -152,11 +152,11 @@ def test_constant_cost_per_step(make_data, tmp_path, monkeypatch):
     read, report = metrics_file.read, metrics.Metrics._report
     monkeypatch.setattr(metrics_file, "read", lambda path: (reads.append(path), read(path))[1])
 
-    def noted(self, line):
+    def recording_report(self, line):
         report(self, line)
         sizes.append(sum(len(x) for x in vars(self).values() if isinstance(x, list | dict)))
 
-    monkeypatch.setattr(metrics.Metrics, "_report", noted)
+    monkeypatch.setattr(metrics.Metrics, "_report", recording_report)
     flags = {
         "n_layer": 1,
         "n_embd": 8,

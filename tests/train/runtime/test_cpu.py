@@ -38,7 +38,7 @@ def faults_and_denormal(prepared: bool) -> tuple[int, float]:
 
 
 @pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's; other C libraries keep memory by rules of their own"
+    platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's; other C libraries have their own rules"
 )
 def test_freed_memory_is_reused():
     # 18 MB in pages of 4 KiB are 4608 faults per step. Measured in 20 steps: 0, and 39,000 in an
@@ -73,8 +73,8 @@ def test_auto_precision_by_cpu_features(monkeypatch, flags, chosen):
 
 
 def test_auto_precision_without_cpuinfo(monkeypatch):
-    def refused(*_, **__):
+    def not_found(*_, **__):
         raise FileNotFoundError("/proc/cpuinfo")
 
-    monkeypatch.setattr(Path, "read_text", refused)
+    monkeypatch.setattr(Path, "read_text", not_found)
     assert cpu.precision() == "fp32"

@@ -1,4 +1,4 @@
-"""When a process of a run ends, the others end soon with an error message."""
+"""If one process of a run ends, the others end soon after with an error message."""
 
 import os
 import re
@@ -33,14 +33,14 @@ def alive(pid):
 
 
 def children(pid):
-    done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
-    return [int(word) for word in done.stdout.split()]
+    result = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return [int(word) for word in result.stdout.split()]
 
 
-def wait_until(what, seconds=90):
-    until = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < until
+def wait_until(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     return found
 
@@ -89,31 +89,51 @@ def test_killed_rank_ends_others(two_ranks, tmp_path):
 
 def test_disk_full_with_two_ranks(make_base, make_data, tmp_path, root):
     flags = FLAGS | {"load_model": make_base(), "data_file": make_data(300), "proj_dir": tmp_path / "run"}
-    words = [
+    arguments = [
         str(root / "scripts/finetune.py"),
         *(str(word) for key, value in flags.items() for word in (f"--{key}", value)),
     ]
     limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    done = subprocess.run(
-        [sys.executable, "-c", limit, *words], capture_output=True, text=True, timeout=120, check=False
+    result = subprocess.run(
+        [sys.executable, "-c", limit, *arguments], capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.returncode == 1
-    assert re.search(r"^error: .*: larger than a file may be here; .*run again", done.stderr, re.M), done.stderr
-    assert "Traceback" not in done.stderr
+    assert result.returncode == 1
+    assert re.search(r"^error: .*: the file exceeds the maximum file size; .*run again", result.stderr, re.M), (
+        result.stderr
+    )
+    assert "Traceback" not in result.stderr
 
 
 def test_connection_errors_recognised():
-    with pytest.raises(RuntimeError, match="shapes"), peers.explained(2):
+    with pytest.raises(RuntimeError, match="shapes"), peers.explain_errors(2):
         raise RuntimeError("shapes do not match")
-    with pytest.raises(RuntimeError, match="Connection closed"), peers.explained(1):
+    with pytest.raises(RuntimeError, match="Connection closed"), peers.explain_errors(1):
         raise RuntimeError("Connection closed by peer")
-    with pytest.raises(UserError, match="Connection closed by peer"), peers.explained(2):
+    with pytest.raises(UserError, match="Connection closed by peer"), peers.explain_errors(2):
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:598] Connection closed by peer [127.0.0.1]:1")
+
+
+TIMEOUTS = [  # of torch 1.13.1 and 2.13
+    "The client socket has timed out after 3s while trying to connect to (127.0.0.1, 29999).",
+    "Socket Timeout",
+    "The client socket has timed out after 3000ms while trying to connect to (127.0.0.1, 29999).",
+    "Timed out after 4 seconds waiting for clients. 1/2 clients joined.",
+    "wait timeout after 3000ms, keys: /x",
+]
+
+
+@pytest.mark.parametrize("message", TIMEOUTS)
+def test_rendezvous_timeout_recognised(message):
+    with (
+        pytest.raises(UserError, match="another process of this run has ended or cannot be reached"),
+        peers.explain_errors(2),
+    ):
+        raise TimeoutError(message)
 
 
 def test_environment_restored():
     before = dict(os.environ)
-    with peers.starting():
+    with peers.children_end_with_this_process():
         assert os.environ["RWKV_STARTED_BY"] == str(os.getpid())
     assert dict(os.environ) == before
     peers.end_with_parent()  # no effect in a process that no rank started

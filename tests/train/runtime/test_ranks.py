@@ -20,7 +20,7 @@ from rwkv.train.run import Run
 from rwkv.train.runtime import ranks
 from rwkv.train.runtime.lightning import rank_zero_only
 
-# The CPU of one rank has bf16 instructions, the other's has not.
+# Only the CPU of one rank has bf16 instructions.
 PROGRAM = """
 import os, runpy
 from rwkv.train.runtime import cpu
@@ -29,7 +29,7 @@ runpy.run_path(os.environ["SCRIPT"], run_name="__main__")
 """
 
 
-def port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
@@ -52,17 +52,17 @@ def train(make_base, make_data, tmp_path, root):
     flags |= {"accelerator": "cpu", "devices": 2, "lora_dropout": 0.2, "lr_init": 1e-2}
     common = {**os.environ, "PYTHONPATH": str(root), "SCRIPT": str(root / "scripts/lora.py"), "OMP_NUM_THREADS": "1"}
 
-    def run(folder: str, bf16: int, *starter, status: int = 0, ranks=("",), **more) -> str:
-        words = [
+    def run(folder: str, bf16: int, *launcher, status: int = 0, ranks=("",), **more) -> str:
+        arguments = [
             str(word)
             for name, value in {**flags, "proj_dir": tmp_path / folder, **more}.items()
             for word in (f"--{name}", value)
         ]
-        command = [sys.executable, *starter, str(tmp_path / "train.py"), *words]
-        environment = {**common, "BF16": str(bf16), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port())}
+        command = [sys.executable, *launcher, str(tmp_path / "train.py"), *arguments]
+        environment = {**common, "BF16": str(bf16), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         started = []
         for rank in ranks:
-            own = (
+            rank_variables = (
                 {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
                 if rank
                 else {}
@@ -70,7 +70,7 @@ def train(make_base, make_data, tmp_path, root):
             started.append(
                 subprocess.Popen(
                     command,
-                    env=environment | own,
+                    env=environment | rank_variables,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     text=True,
@@ -86,7 +86,7 @@ def train(make_base, make_data, tmp_path, root):
     return run
 
 
-def decided(folder) -> tuple[str, int, list[float]]:
+def resolved(folder) -> tuple[str, int, list[float]]:
     run = json.loads((folder / "run.json").read_text())
     return (
         run["precision"],
@@ -95,25 +95,25 @@ def decided(folder) -> tuple[str, int, list[float]]:
     )
 
 
-STARTERS = {
+LAUNCHERS = {
     "processes that Lightning starts": [],
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"],
 }
 
 
-@pytest.mark.parametrize("starter", STARTERS)
-def test_ranks_use_precision_and_seed_of_rank_0(train, tmp_path, starter):
-    words = STARTERS[starter]
-    words = [*words, "--master_port", str(port())] if words else []
-    train("run", 1, *words, max_steps=3)
-    precision, seed, losses = decided(tmp_path / "run")
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ranks_use_precision_and_seed_of_rank_0(train, tmp_path, launcher):
+    arguments = LAUNCHERS[launcher]
+    arguments = [*arguments, "--master_port", str(free_port())] if arguments else []
+    train("run", 1, *arguments, max_steps=3)
+    precision, seed, losses = resolved(tmp_path / "run")
     assert precision == "fp32"
-    words = [*words[:-1], str(port())] if words else []
-    train("run", 0, *words)  # a new run would use bf16 now
-    assert decided(tmp_path / "run")[:2] == (precision, seed)
-    train("whole", -1, precision="fp32", random_seed=seed)
-    assert decided(tmp_path / "whole")[2] == decided(tmp_path / "run")[2]
-    assert decided(tmp_path / "run")[2][:3] == losses
+    arguments = [*arguments[:-1], str(free_port())] if arguments else []
+    train("run", 0, *arguments)  # a new run would use bf16 now
+    assert resolved(tmp_path / "run")[:2] == (precision, seed)
+    train("uninterrupted", -1, precision="fp32", random_seed=seed)
+    assert resolved(tmp_path / "uninterrupted")[2] == resolved(tmp_path / "run")[2]
+    assert resolved(tmp_path / "run")[2][:3] == losses
     rng = [state["torch"] for state in state_files.newest(tmp_path / "run").rng]
     assert len(rng) == 2
     assert not torch.equal(*rng)  # different dropout masks
@@ -124,11 +124,11 @@ def test_ranks_with_different_flags(train, tmp_path):
     printed = train("run", 1, status=1, ranks=("0", "1"), random_seed=1)
     assert "Traceback" not in printed
     assert printed.count("error: rank 1 differs from rank 0. --precision: bf16, rank 0: fp32") == 2, printed
-    assert "replace auto by a value (such as --precision fp32)" in printed
+    assert "replace auto by an explicit value (such as --precision fp32)" in printed
     assert not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text()
 
 
-def test_compared_facts():
+def test_facts_compared_between_ranks():
     c = LoRAConfig(data_file="d", n_layer=1, n_embd=8)
     manifest = {
         "model": {},
@@ -142,16 +142,16 @@ def test_compared_facts():
         run = Run(flags, Sizes(1, 8, 50, 8, 32), on_gpu=False)
         return ranks.facts(run, manifest | (changed or {}), model or torch.nn.Linear(2, 2))
 
-    mine = facts(c)
+    expected = facts(c)
     resumed = {
         "base": {"path": "run/rwkv-base.pth", "sha256": "2"},
         "data": {"prefix": "elsewhere/d", "sha256": "1"},
     }
-    assert facts(dataclasses.replace(c, data_file="elsewhere/d", random_seed=3), resumed) == mine
+    assert facts(dataclasses.replace(c, data_file="elsewhere/d", random_seed=3), resumed) == expected
     given = dataclasses.replace(c, load_model="base.pth")
     found = [facts(given, {"base": {"path": "base.pth", "sha256": x}}) for x in "23"]
     assert found[0] != found[1]
-    assert facts(c, model=torch.nn.Linear(2, 2).bfloat16()) != mine
+    assert facts(c, model=torch.nn.Linear(2, 2).bfloat16()) != expected
 
 
 def test_lightning_ranks_receive_resolved_flags(monkeypatch):
@@ -168,7 +168,7 @@ def test_lightning_ranks_receive_resolved_flags(monkeypatch):
 
 
 def test_torchrun_ranks_receive_resolved_flags(monkeypatch):
-    store = dist.TCPStore("127.0.0.1", number := port(), is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", number := free_port(), is_master=True, wait_for_workers=False)
     for name, value in {
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "MASTER_ADDR": "127.0.0.1",

@@ -16,6 +16,7 @@ import torch
 from rwkv import compat
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
+from rwkv.train import checks
 from rwkv.train.loop import adam, optimizer
 from rwkv.train.runtime import strategy
 from tests.train import fused_adam
@@ -28,7 +29,7 @@ def config(**flags) -> TrainConfig:
 @pytest.fixture
 def deepspeed_available(monkeypatch):
     """Pretend that DeepSpeed can train on this machine."""
-    monkeypatch.setattr(compat, "deepspeed_refusal", lambda on_gpu: None)
+    monkeypatch.setattr(compat, "why_deepspeed_unavailable", lambda on_gpu: None)
 
 
 @pytest.fixture
@@ -51,7 +52,9 @@ def test_deepspeed_not_installed(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else find(name, *rest)
     )
-    with pytest.raises(UserError, match="DeepSpeed is not installed; make venv installs it, and --strategy ddp"):
+    with pytest.raises(
+        UserError, match="DeepSpeed is not installed; run make venv to install it, or use --strategy ddp"
+    ):
         strategy.check(config(strategy="deepspeed_stage_1"))
     strategy.check(config(strategy="ddp"))
 
@@ -69,15 +72,15 @@ def test_deepspeed_07_on_cpu():
 
 def test_deepspeed_config(deepspeed_available):
     for name, kind in strategy.ZEROS.items():
-        made = strategy.deepspeed_config(config(strategy=name, ds_bucket_mb=3, micro_bsz=5))
-        zero = made["zero_optimization"]
+        settings = strategy.deepspeed_config(config(strategy=name, ds_bucket_mb=3, micro_bsz=5))
+        zero = settings["zero_optimization"]
         assert (zero["stage"], "offload_optimizer" in zero, "offload_param" in zero) == (
             kind.stage,
             kind.offload_optimizer,
             kind.offload_weights,
         )
         assert zero["allgather_bucket_size"] == zero["reduce_bucket_size"] == 3_000_000
-        assert made["train_micro_batch_size_per_gpu"] == 5
+        assert settings["train_micro_batch_size_per_gpu"] == 5
 
 
 def test_deepspeed_config_valid(deepspeed_available):
@@ -94,10 +97,10 @@ def test_ds_config_merged(deepspeed_available, ds_config):
             "zero_optimization": {"overlap_comm": False, "offload_optimizer": {"pin_memory": True}},
         }
     )
-    made = strategy.deepspeed_config(config(strategy="deepspeed_stage_2_offload", ds_config=path))
-    assert made["wall_clock_breakdown"]
-    assert not made["zero_optimization"]["overlap_comm"]
-    assert made["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    settings = strategy.deepspeed_config(config(strategy="deepspeed_stage_2_offload", ds_config=path))
+    assert settings["wall_clock_breakdown"]
+    assert not settings["zero_optimization"]["overlap_comm"]
+    assert settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
 
 
 WRONG = [
@@ -121,9 +124,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("content", "complaint"), WRONG)
-def test_invalid_ds_config(deepspeed_available, ds_config, content, complaint):
-    with pytest.raises(UserError, match=complaint):
+@pytest.mark.parametrize(("content", "message"), WRONG)
+def test_invalid_ds_config(deepspeed_available, ds_config, content, message):
+    with pytest.raises(UserError, match=message):
         strategy.check(config(strategy="deepspeed_stage_3", ds_config=ds_config(content)))
 
 
@@ -137,7 +140,7 @@ def test_invalid_flags(deepspeed_available, ds_config):
     with pytest.raises(UserError, match="--on_nan skip: DeepSpeed .* cannot skip steps"):
         strategy.check(config(strategy="deepspeed_stage_1", on_nan="skip"))
     with pytest.raises(UserError, match="--ds_bucket_mb must be at least 1"):
-        strategy.check(config(strategy="deepspeed", ds_bucket_mb=0))
+        checks.numbers(config(strategy="deepspeed", ds_bucket_mb=0))
 
 
 def test_known_keys_exist_in_deepspeed():
@@ -176,7 +179,7 @@ def test_allocation_step_not_counted():
         if allocate:  # as DeepSpeed 0.7.0 does in initialize_optimizer_states
             weight.grad = torch.zeros(3)
             adam.step()
-            compat.forget_steps(adam)
+            compat.reset_step_counts(adam)
         weight.grad = torch.tensor([1.0, -2.0, 3.0])
         adam.step()
         assert adam.param_groups[0]["step"] == 1
@@ -189,9 +192,9 @@ def test_allocation_step_not_counted():
 def test_torch_adam_without_compiled_ops(make_model, decay):
     ops = importlib.import_module("deepspeed.git_version_info").installed_ops
     for name in ("auto", "deepspeed_stage_2", "deepspeed_stage_2_offload"):
-        made = optimizer.make(make_model(), config(strategy=name, weight_decay=decay))
+        opt = optimizer.make(make_model(), config(strategy=name, weight_decay=decay))
         compiled = name != "auto" and ops.get("cpu_adam" if "offload" in name else "fused_adam")
-        assert type(made).__module__.startswith(
+        assert type(opt).__module__.startswith(
             "deepspeed." if compiled else "torch." if name != "auto" else "rwkv.train.loop.adam"
         )
 
@@ -209,23 +212,23 @@ def test_adam_on_gpu(make_model, monkeypatch, name, decay):
 
     def trained(strategy_name):
         model = make_model()
-        made = optimizer.make(model, config(weight_decay=decay, strategy=strategy_name))
+        opt = optimizer.make(model, config(weight_decay=decay, strategy=strategy_name))
         generator = torch.Generator().manual_seed(0)
         for _ in range(3):
-            optimizer.set_rates(made, 1e-2, decay)
+            optimizer.set_rates(opt, 1e-2, decay)
             for p in model.parameters():
                 p.grad = torch.randn(p.shape, generator=generator)
-            made.step()
-        return model, made
+            opt.step()
+        return model, opt
 
     expected, one_pass = trained("auto")
     assert type(one_pass) is adam.FusedAdam
-    fused_adam.on_a_cpu(monkeypatch)
-    model, made = trained(name)
+    fused_adam.use_on_cpu(monkeypatch)
+    model, opt = trained(name)
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # fp32, three steps
     foreach = decay > 0 and name == "deepspeed_stage_1" and compat.stack() == "cu117"
     fused = name != "deepspeed_stage_1_offload" and not foreach
-    for group in made.param_groups:
+    for group in opt.param_groups:
         assert (bool(group.get("fused")), bool(group.get("foreach"))) == (fused, foreach)
-    assert not getattr(made, "_step_supports_amp_scaling", False)  # otherwise Lightning would refuse to clip
+    assert not getattr(opt, "_step_supports_amp_scaling", False)  # otherwise Lightning would refuse to clip

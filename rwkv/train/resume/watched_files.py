@@ -26,7 +26,7 @@ class _File:
     time: int
 
 
-class Unchanged:
+class WatchedFiles:
     """Watches files by size and modification time and, if these changed, by content. Replacing a
     file is allowed, as the old one stays mapped.
     """
@@ -52,7 +52,7 @@ class Unchanged:
         self._files.append(_File(path, handle, content, known, mapped, found.st_size, found.st_mtime_ns))
 
     def check(self) -> None:
-        """Raises UserError if a file was changed in place since it was given to `watch`."""
+        """Raise UserError if a file was changed in place since it was given to `watch`."""
         for file in self._files:
             now = os.fstat(file.handle)
             if (now.st_size, now.st_mtime_ns) == (file.size, file.time) or not file.mapped():
@@ -65,8 +65,15 @@ class Unchanged:
                 )
             file.size, file.time = now.st_size, now.st_mtime_ns
 
+    def check_sizes(self) -> None:
+        """Raises UserError as `check` does, if a file was truncated. An access to the missing part
+        would kill the process (SIGBUS).
+        """
+        if any(os.fstat(file.handle).st_size < file.size for file in self._files):
+            self.check()
+
     @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
+    def explain_errors(self) -> Iterator[None]:
         """If an error occurs in the block and a file was changed, raise the UserError of `check`
         instead. Closes all files.
         """
@@ -81,12 +88,12 @@ class Unchanged:
 
 
 def frozen_in(model: nn.Module, path: str) -> Callable[[], bool]:
-    """Returns a function that tells whether frozen weights are still memory-mapped from the
+    """A function that returns whether frozen weights of the model are still memory-mapped from the
     file.
     """
 
     def test() -> bool:
         pages = mapped_tensors.Pages(path)
-        return any(pages.hold(parameter) for parameter in model.parameters() if not parameter.requires_grad)
+        return any(pages.contains(parameter) for parameter in model.parameters() if not parameter.requires_grad)
 
     return test

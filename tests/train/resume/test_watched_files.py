@@ -32,13 +32,29 @@ def after(monkeypatch):
     """Call a function once, after a step of the run."""
 
     def plan(step, do):
-        def noted(self, *arguments):
-            if self.step == step and not done:
-                done.append(do())
+        def hook(self, *arguments):
+            if self.step == step and not calls:
+                calls.append(do())
             return before(self, *arguments)
 
-        done, before = [], module.TrainingModule.training_step
-        monkeypatch.setattr(module.TrainingModule, "training_step", noted)
+        calls, before = [], module.TrainingModule.training_step
+        monkeypatch.setattr(module.TrainingModule, "training_step", hook)
+
+    return plan
+
+
+@pytest.fixture
+def between(monkeypatch):
+    """Call a function once, between two steps of the run."""
+
+    def plan(step, do):
+        def noted(self, *arguments):
+            before(self, *arguments)
+            if self.step == step and not done:
+                done.append(do())
+
+        done, before = [], module.TrainingModule.on_train_batch_end
+        monkeypatch.setattr(module.TrainingModule, "on_train_batch_end", noted)
 
     return plan
 
@@ -68,8 +84,20 @@ def test_input_changed_in_place_ends_run(which, after, make_base, make_data, tmp
     assert not list((tmp_path / "run").glob("rwkv-*"))
     path.write_bytes(good)
     fit(LoRAConfig(**config, proj_dir=str(tmp_path / "run")))
-    fit(LoRAConfig(**config, proj_dir=str(tmp_path / "whole")))
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    fit(LoRAConfig(**config, proj_dir=str(tmp_path / "uninterrupted")))
+    assert losses(tmp_path / "run") == losses(tmp_path / "uninterrupted")
+
+
+@pytest.mark.parametrize("which", ["base.pth", "data.bin", "data.idx", "data_mask.bin"])
+def test_truncated_input_is_no_bus_error(which, between, make_base, make_data, tmp_path):
+    """An access to a mapped page beyond the end of the file would kill this process."""
+    data = make_data(200)
+    (tmp_path / "data_mask.bin").write_bytes(bytes([1, 1, 0, 1] * 50))
+    config = {**FLAGS, "load_model": str(make_base()), "data_file": data, "doc_reset": 1, "precision": "fp32"}
+    between(6, lambda: os.truncate(tmp_path / which, 0))
+    with pytest.raises(UserError, match=rf"{which}: was changed in place during the run.*the same command"):
+        fit(LoRAConfig(**config, proj_dir=str(tmp_path / "run")))
+    assert [state.name for state in state_files.states(tmp_path / "run")] == ["step-4.pt"]
 
 
 def test_invalid_id_after_change(after, make_base, make_data, tmp_path):

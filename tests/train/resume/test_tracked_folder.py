@@ -14,7 +14,7 @@ from rwkv.errors import UserError
 from rwkv.train.fit import fit
 from rwkv.train.loop.module import TrainingModule
 from rwkv.train.resume import state_files
-from rwkv.train.resume.home import Home
+from rwkv.train.resume.tracked_folder import TrackedFolder
 
 FLAGS = {
     "n_layer": 1,
@@ -33,10 +33,10 @@ def after_step(monkeypatch):
     """Call a function after a step of the run."""
 
     def plan(step, act):
-        made = TrainingModule.on_train_batch_end
+        original = TrainingModule.on_train_batch_end
 
         def hook(self, *arguments):
-            made(self, *arguments)
+            original(self, *arguments)
             if self.step == step:
                 act()
 
@@ -62,13 +62,15 @@ def test_renamed_folder_is_followed(make_data, tmp_path, after_step, capsys, mon
     assert f"{tmp_path / 'run'} is now {tmp_path / '新 run'}; the run continues there" in capsys.readouterr().out
     assert not list((tmp_path / "run").glob("*"))
     monkeypatch.undo()
-    fit(TrainConfig(**vars(config) | {"proj_dir": str(tmp_path / "whole")}))
+    fit(TrainConfig(**vars(config) | {"proj_dir": str(tmp_path / "uninterrupted")}))
     ours, theirs = (
         [json.loads(x)["loss"] for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("新 run", "whole")
+        for name in ("新 run", "uninterrupted")
     )
     assert ours == theirs
-    assert {x.name for x in (tmp_path / "新 run").glob("[!.]*")} == {x.name for x in (tmp_path / "whole").glob("[!.]*")}
+    assert {x.name for x in (tmp_path / "新 run").glob("[!.]*")} == {
+        x.name for x in (tmp_path / "uninterrupted").glob("[!.]*")
+    }
     assert state_files.newest(tmp_path / "新 run").step == 12
     assert fit(TrainConfig(**vars(config) | {"proj_dir": str(tmp_path / "新 run"), "epoch_count": 3})).steps == 18
 
@@ -84,11 +86,11 @@ def test_deleted_folder_ends_run(make_data, tmp_path, after_step):
 
 
 def test_unchanged_folder(tmp_path):
-    with Home(tmp_path) as home:
-        assert home.now() == tmp_path
+    with TrackedFolder(tmp_path) as tracked:
+        assert tracked.path() == tmp_path
         before = len(os.listdir("/proc/self/fd"))
     assert len(os.listdir("/proc/self/fd")) == before - 1
-    assert home.now() == tmp_path
+    assert tracked.path() == tmp_path
 
 
 def test_checkpoint_in_renamed_folder(make_data, tmp_path, after_step):

@@ -1,4 +1,4 @@
-"""The folder of a run, also after it was renamed while the run was using it."""
+"""The folder of a run, tracked through renames while the run is using it."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from rwkv.train.console import say
 from rwkv.train.runtime.lightning import rank_zero_only
 
 
-class Home:
+class TrackedFolder:
     """Context manager that tracks a folder through renames and moves within its file system. Only
     on rank 0, which writes to it.
     """
@@ -16,7 +16,7 @@ class Home:
     def __init__(self, folder: Path):
         self._folder, self._descriptor = folder, -1
 
-    def __enter__(self) -> "Home":
+    def __enter__(self) -> "TrackedFolder":
         if rank_zero_only.rank == 0:
             self._descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
         return self
@@ -26,7 +26,7 @@ class Home:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def now(self) -> Path:
+    def path(self) -> Path:
         """The current path.
 
         Raises:
@@ -34,18 +34,18 @@ class Home:
         """
         if self._descriptor < 0:
             return self._folder
-        mine = os.fstat(self._descriptor)
+        tracked = os.fstat(self._descriptor)
         try:
-            there = os.stat(self._folder)
+            current = os.stat(self._folder)
         except OSError:
-            there = None
-        if there and (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
+            current = None
+        if current and (current.st_dev, current.st_ino) == (tracked.st_dev, tracked.st_ino):
             return self._folder
         moved = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
-        if not mine.st_nlink or not moved.is_dir():
+        if not tracked.st_nlink or not moved.is_dir():
             raise UserError(
                 f"{self._folder} was deleted during the run, with everything saved in it; run again to start over"
             )
-        say(f"note: {self._folder} is now {moved}; the run continues there. Give --proj_dir {moved} to resume it later")
+        say(f"note: {self._folder} is now {moved}; the run continues there. Pass --proj_dir {moved} to resume it later")
         self._folder = moved
         return moved
