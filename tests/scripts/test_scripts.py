@@ -34,7 +34,7 @@ def test_end_to_end_pipeline(script, write_jsonl, tmp_path):
     text = write_jsonl(*({"text": f"User: {i}?\n\nAssistant: {i}."} for i in range(30)))
     result = script("convert.py", "--input", text)
     assert "30 documents" in result.stdout
-    assert re.search(r"100%.*B/s, 30 documents, [\d,]+ tokens", result.stderr), "no progress bar"
+    assert result.stderr == ""  # without a terminal progress is printed once a minute
     data = tmp_path / "text_text_document"
     script("pretrain.py", "--data_file", data, "--n_layer", 1, "--n_embd", 8, "--proj_dir", "base", *TRAINING)
     base = tmp_path / "base/rwkv-0.pth"
