@@ -89,7 +89,7 @@ def _no_binidx(path: str, flag: str) -> str:
             prefix = os.path.splitext(prefix)[0]
         prefix = commands.output(prefix.rstrip("/"))
         convert = commands.command("convert", "--input", path, "--output_prefix", prefix)
-        return f"{what}. Convert it first: {convert}; then use {commands.flags(flag, prefix + _DOCUMENTS)}"
+        return f"{what}. Convert it first: {convert}; then pass {commands.flags(flag, prefix + _DOCUMENTS)}"
     return f"{what}, and its format cannot be inferred from its name; convert it with scripts/convert.py (jsonl, json, txt, csv, parquet and others)"
 
 

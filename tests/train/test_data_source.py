@@ -177,7 +177,7 @@ def test_validation_data_is_not_a_binidx(name, binidx_of, words, make_data, tmp_
         fit(TrainConfig(**flags, val_file=str(tmp_path / name)))
         return
     words = words.replace("--data_file", "--val_file").replace(
-        "a NumPy file: also give --data_type numpy", "not a binidx"
+        "a NumPy file: also pass --data_type numpy", "a NumPy file, which only --data_file can be"
     )
     with pytest.raises(UserError, match=f"--val_file .*{words}"):
         fit(TrainConfig(**flags, val_file=str(tmp_path) + "/" + name))

@@ -61,7 +61,7 @@ def test_renamed_folder_is_followed(make_data, tmp_path, after_step, capsys, mon
     assert result.checkpoint == tmp_path / "新 run/rwkv-1.pth"
     said = capsys.readouterr().out
     assert f"{tmp_path / 'run'} is now {tmp_path / '新 run'}; the run continues there" in said
-    assert f"Give --proj_dir '{tmp_path}/新 run' to resume it later" in said
+    assert f"Pass --proj_dir '{tmp_path}/新 run' to resume it later" in said
     assert not list((tmp_path / "run").glob("*"))
     monkeypatch.undo()
     fit(TrainConfig(**vars(config) | {"proj_dir": str(tmp_path / "uninterrupted")}))
