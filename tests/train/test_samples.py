@@ -163,10 +163,10 @@ def test_changed_val_file(make_base, documents, other, tmp_path):
     [
         (
             "v.jsonl",
-            r"a .jsonl file. Convert it first: .*convert.* --input .*v.jsonl .*; then give --val_file .*v_text_document",
+            r"a .jsonl file. Convert it first: .*convert.* --input .*v.jsonl .*; then pass --val_file .*v_text_document",
         ),
-        ("my v.csv", r"a .csv file. Convert it first: .*; then give --val_file '.*my v_text_document'"),
-        ("no", r"no such data \(.*no.idx: no such file\); give the prefix of a binidx$"),
+        ("my v.csv", r"a .csv file. Convert it first: .*; then pass --val_file '.*my v_text_document'"),
+        ("no", r"no such data \(.*no.idx: no such file\); pass the prefix of a binidx$"),
         ("folder", r"a folder. Convert it first"),
     ],
 )
