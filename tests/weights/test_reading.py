@@ -425,7 +425,7 @@ def test_training_continues_peft_adapter(tmp_path, make_base, make_model, make_d
 
 def test_rank_differs_from_adapter_config(tmp_path, make_model):
     folder = peft_folder(tmp_path / "pf", peft_tensors(make_model()), r=8)
-    with pytest.raises(UserError, match=r"pf: rank 4, but adapter_config.json says 8; that file belongs to another"):
+    with pytest.raises(UserError, match=r"pf: rank 4, but adapter_config.json states 8; that file belongs to another"):
         inspect_adapter(folder)
 
 
