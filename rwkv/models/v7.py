@@ -367,5 +367,5 @@ def backward_bytes(sizes: Sizes, e: int) -> float:
 
 
 def transformers_config(sizes: Sizes) -> dict[str, Any]:
-    """Raises ValueError."""
+    """Raise ValueError: transformers has no RWKV-7 model."""
     raise ValueError("transformers does not support RWKV-7")

@@ -58,7 +58,7 @@ def check(c: TrainConfig) -> None:
 
 
 def check_validation(c: TrainConfig) -> None:
-    """Raises UserError if val_file is not a binidx."""
+    """Raise UserError if val_file is not a binidx."""
     if c.val_file and not index_path(c.val_file).exists():
         raise UserError(f"--val_file {c.val_file}: {_no_binidx(c.val_file, '--val_file')}")
 

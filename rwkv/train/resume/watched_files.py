@@ -66,7 +66,7 @@ class WatchedFiles:
             file.size, file.time = now.st_size, now.st_mtime_ns
 
     def check_sizes(self) -> None:
-        """Raises UserError as `check` does, if a file was truncated. An access to the missing part
+        """Raise UserError as `check` does, if a file was truncated. An access to the missing part
         would kill the process (SIGBUS).
         """
         if any(os.fstat(file.handle).st_size < file.size for file in self._files):

@@ -21,7 +21,7 @@ def backward(*tensors: Tensor | None) -> Any:
 
 
 def refuse_second_derivatives() -> None:
-    """Raises RuntimeError in a backward pass with create_graph. (once_differentiable would do the
+    """Raise RuntimeError in a backward pass with create_graph. (once_differentiable would do the
     same, but is slower.)
     """
     if torch.is_grad_enabled():
