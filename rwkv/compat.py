@@ -161,6 +161,18 @@ def zero3_broadcasts_weights() -> bool:
     return not is_old_deepspeed()
 
 
+def cuda_graphs_are_tested() -> bool:
+    """Whether training from a CUDA graph has been tested with this torch: from 2.0 on."""
+    import torch
+
+    return hasattr(torch, "compile")
+
+
+def graph_options() -> dict[str, Any]:
+    """Options of torch.cuda.make_graphed_callables. (RWKV-7's block 0 has unused parameters.)"""
+    return {"allow_unused_input": True} if cuda_graphs_are_tested() else {}
+
+
 def reset_step_counts(optimizer: "torch.optim.Optimizer") -> None:
     """Reset the optimizer's step counts to 0.
 

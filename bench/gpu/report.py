@@ -47,7 +47,9 @@ def parts(out: Path, ptx: Path | None) -> dict[str, Part]:
         "steps": Part(150, bench("steps")),
         "strategies": Part(120, bench("strategies")),
         "elementwise": Part(40, bench("elementwise")),
-        "demo": Part(90, ("env", f"PY={python}", f"OUT={Path(tempfile.gettempdir()) / 'rwkv-gpu-demo'}", "scripts/demo.sh")),
+        "demo": Part(
+            90, ("env", f"PY={python}", f"OUT={Path(tempfile.gettempdir()) / 'rwkv-gpu-demo'}", "scripts/demo.sh")
+        ),
         "doctor": Part(40, (python, "scripts/doctor.py")),
         "wkv4": Part(60, (*bench("wkv4"), "--quick")),
         "ptx": Part(40, (python, HERE / "ptx.py", ptx or "")),

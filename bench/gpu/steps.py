@@ -128,7 +128,10 @@ def measure(row: Row, device: str, tiny: bool, peak: float, steps: int = 6) -> d
     sizes = published(row.model, version)
     sizes = type(sizes)(**{**vars(sizes), "vocab_size": row.vocab})
     if tiny:
-        sizes, row = version.Sizes(n_layer=2, n_embd=64, vocab_size=128, dim_ffn=256), row._replace(tokens=32, vocab=128)
+        sizes, row = (
+            version.Sizes(n_layer=2, n_embd=64, vocab_size=128, dim_ffn=256),
+            row._replace(tokens=32, vocab=128),
+        )
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     model = random_model(row, sizes, device)

@@ -37,7 +37,9 @@ RUN = {
     "lr_final": 1e-3,
     "grad_clip": 1.0,
 }
-ZERO = {f"stage {stage}": {"strategy": f"deepspeed_stage_{stage}"} for stage in ("1", "2", "3", "2_offload", "3_offload")}
+ZERO = {
+    f"stage {stage}": {"strategy": f"deepspeed_stage_{stage}"} for stage in ("1", "2", "3", "2_offload", "3_offload")
+}
 # (method, precision, name, flags); "plain" comes first for each method and precision
 CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("full", "bf16", "plain", {}),

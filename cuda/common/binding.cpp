@@ -50,8 +50,8 @@ TORCH_LIBRARY(rwkv, library) {
         gpu::gate_backward);
   fused("relu2_forward", "Tensor k", "Tensor", cpu::relu2_forward, gpu::relu2_forward);
   fused("relu2_backward", "Tensor g, Tensor k", "Tensor", cpu::relu2_backward, gpu::relu2_backward);
-  fused("dropout", "Tensor x, int seed, float p", "Tensor", cpu::dropout, gpu::dropout);
-  fused("dropout_add", "Tensor(a!) y, Tensor x, int seed, float p", "()", cpu::dropout_add, gpu::dropout_add);
+  fused("dropout", "Tensor x, Tensor seed, float p", "Tensor", cpu::dropout, gpu::dropout);
+  fused("dropout_add", "Tensor(a!) y, Tensor x, Tensor seed, float p", "()", cpu::dropout_add, gpu::dropout_add);
   fused("loss", "Tensor(a!) logits, Tensor target, float l2wrap, bool gradient", "Tensor", cpu::loss, gpu::loss);
   library.def(
       "adam(Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, float step, float rate, float beta1, float beta2, "

@@ -52,8 +52,8 @@ Tensor gate_forward(const Tensor& r, const Tensor& v);
 std::tuple<Tensor, Tensor> gate_backward(const Tensor& g, const Tensor& r, const Tensor& v);
 Tensor relu2_forward(const Tensor& k);
 Tensor relu2_backward(const Tensor& g, const Tensor& k);
-Tensor dropout(const Tensor& x, int64_t seed, double p);
-void dropout_add(const Tensor& y, const Tensor& x, int64_t seed, double p);
+Tensor dropout(const Tensor& x, const Tensor& seed, double p);
+void dropout_add(const Tensor& y, const Tensor& x, const Tensor& seed, double p);
 Tensor loss(const Tensor& logits, const Tensor& target, double l2wrap, bool gradient);
 void adam(const Tensor& p, const Tensor& g, const Tensor& m, const Tensor& v, double step, double rate, double beta1,
           double beta2, double eps, double decay, bool decoupled, double clip);  // CPU only
@@ -83,8 +83,8 @@ std::tuple<Tensor, Tensor> gate_backward(const Tensor& g, const Tensor& r, const
                                          int64_t stream);
 Tensor relu2_forward(const Tensor& k, int64_t device, int64_t stream);
 Tensor relu2_backward(const Tensor& g, const Tensor& k, int64_t device, int64_t stream);
-Tensor dropout(const Tensor& x, int64_t seed, double p, int64_t device, int64_t stream);
-void dropout_add(const Tensor& y, const Tensor& x, int64_t seed, double p, int64_t device, int64_t stream);
+Tensor dropout(const Tensor& x, const Tensor& seed, double p, int64_t device, int64_t stream);
+void dropout_add(const Tensor& y, const Tensor& x, const Tensor& seed, double p, int64_t device, int64_t stream);
 Tensor loss(const Tensor& logits, const Tensor& target, double l2wrap, bool gradient, int64_t device, int64_t stream);
 
 }  // namespace gpu

@@ -49,7 +49,7 @@ class _LoRAFunction(torch.autograd.Function):
     def forward(ctx, x, weight, a, b, scale, dropout, recompute):
         flat, dtype = rows(x), x.dtype
         ctx.scale, ctx.dropout, ctx.recompute = scale, dropout, recompute.function
-        ctx.seed = native.new_seed() if dropout else 0
+        ctx.seed = native.new_seed(x.device) if dropout else None
         y = linear_forward(flat, weight.to(dtype))
         low = linear_forward(_apply_dropout(ctx, flat), a.to(dtype))  # [N, r]
         y.addmm_(low, b.to(dtype).t(), alpha=scale)

@@ -51,6 +51,7 @@ class Plan:
         base: dtype of frozen matrices, as --lora_base.
         devices: number of devices on all machines; `per_node`: on one machine.
         gpu: whether they are GPUs.
+        graph: whether the blocks run from a CUDA graph (--cuda_graph), whose memory is never freed.
         process: bytes of a process without a model (see PROCESS).
         heap: see HEAP.
     """
@@ -71,6 +72,7 @@ class Plan:
     accumulate: int = 1
     ds_bucket_mb: int = 200
     gpu: bool = True
+    graph: bool = False
     process: int = PROCESS
     heap: float = HEAP
 
@@ -241,7 +243,9 @@ def estimate(p: Plan) -> Estimate:
         complete = [(4.0 * shape.numel(), 1) for shape in shapes(s).values()]
     # the head's gradient is computed in the forward pass
     head: Blocks = [] if p.lora else [((e if zero else 4.0) * s.vocab_size * s.n_embd, 1)]
-    accumulated = complete if p.accumulate > 1 or zero >= 2 else []
+    if p.graph and p.accumulate > 1:  # the graph's, and their sum
+        complete = [(size, 2 * count) for size, count in complete]
+    accumulated = complete if p.graph or p.accumulate > 1 or zero >= 2 else []
     partial = head + accumulated
     block, outer, temporary = _block(p), _outside(p), _backward_workspace(p)
     # with grad_cp the input of the first block is saved by ln0 anyway
@@ -286,6 +290,11 @@ def estimate(p: Plan) -> Estimate:
         },
         "optimizer": {**persistent, "gradients": complete, "workspace": _optimizer_workspace(p) + buckets},
     }
+    if p.graph:  # its activations, temporary tensors and gradients
+        captured = phases["backward"]
+        for parts in phases.values():
+            parts |= {"activations": captured["activations"], "workspace": temporary + buckets}
+        phases["optimizer"]["workspace"] = phases["optimizer"]["workspace"] + _optimizer_workspace(p)
     peaks = {
         name: {part: sum(size * count for size, count in blocks) for part, blocks in parts.items()}
         for name, parts in phases.items()

@@ -224,7 +224,7 @@ def relu2(k: Tensor) -> Tensor:
 class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, p):
-        ctx.seed, ctx.p = new_seed(), p
+        ctx.seed, ctx.p = new_seed(x.device), p
         return dropout(x, ctx.seed, p)
 
     @staticmethod
@@ -238,21 +238,27 @@ def drop(x: Tensor, p: float) -> Tensor:
     return _Drop.apply(x, p)
 
 
-def new_seed() -> int:
-    """A seed for dropout from the CPU generator, which gradient checkpointing restores."""
-    return int(torch.randint(1 << 31, ()))
+def new_seed(device: torch.device) -> Tensor:
+    """A seed for dropout, a scalar int64 on `device`, from the CPU generator, which gradient
+    checkpointing restores. While a CUDA graph is captured: from the GPU's generator, so that every
+    replay draws another one.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.randint(1 << 31, (), device=device)
+    return torch.full((), int(torch.randint(1 << 31, ())), device=device)
 
 
-def dropout(x: Tensor, seed: int, p: float) -> Tensor:
+def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """x / (1 − p), or 0 with probability p; not differentiable.
 
-    A hash of element index and seed decides (reference.dropout), so no mask is saved.
+    A hash of element index and seed (see new_seed) decides (reference.dropout), so no mask is
+    saved.
     """
     kernels = _kernels(x)
     return kernels.dropout(x.contiguous(), seed, p) if kernels else reference.dropout(x, seed, p)
 
 
-def dropout_add_(y: Tensor, x: Tensor, seed: int, p: float) -> None:
+def dropout_add_(y: Tensor, x: Tensor, seed: Tensor, p: float) -> None:
     """y += dropout(x) for contiguous tensors of the same shape and dtype; not differentiable."""
     kernels = _kernels(y)
     if kernels:
