@@ -110,6 +110,18 @@ class Server:
         _, _, saved = kernels.forward(w, u, k, v, state, initial, reset)
         return kernels.backward(w, u, k, v, initial, reset, saved, gy, gstate)
 
+    def wkv7(self, narrow, *tensors, state=None, reset=None, initial=None):
+        from rwkv.wkv.wkv7 import native
+
+        kernels = native.cuda_kernels(tensors[0], DEVICE, lambda: STREAM, narrow)
+        return native.run(kernels, *tensors, state, reset, state if initial is None else initial)
+
+    def wkv7_case(self, name, narrow, *arguments):
+        """Run a function of wkv7_cases.py with the CUDA kernels; returns its result."""
+        import wkv7_cases
+
+        return getattr(wkv7_cases, name)(lambda *x, **named: self.wkv7(narrow, *x, **named), *arguments)
+
     def fused(self, name, *arguments):
         """Run a check of fused_cases.py with the CUDA kernels; returns its result."""
         import fused_cases
