@@ -110,7 +110,7 @@ test: venv $(ORACLE)  ## run the tests (ARGS is passed to pytest)
 # Use the stack for this GPU (make test-gpu STACK=modern), or PY= with an existing Python.
 test-gpu: venv  ## tests and benchmarks that need an NVIDIA GPU
 	$(CODE) $(PY) -m pytest tests/gpu -m gpu $(ARGS)
-	$(CODE) $(PY) bench/wkv_gpu.py
+	$(CODE) $(PY) bench/gpu/wkv4.py
 
 bench: venv  ## benchmark a training step against transformers + peft and against its matmuls alone
 	@$(CODE) $(PY) bench/step.py $(ARGS)

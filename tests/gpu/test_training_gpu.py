@@ -10,6 +10,7 @@ import torch
 from rwkv import checkpoint
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import mask_path
+from rwkv.models.version import VERSIONS
 from rwkv.train.fit import fit
 from rwkv.train.loop.module import TrainingModule
 from tests.train.test_host_sync import FIRST, LAST, VARIANTS
@@ -38,8 +39,10 @@ def losses(make_data, tmp_path):
     return run
 
 
-def test_full_fine_tuning_fp32_matches_cpu(losses):
-    curves = [losses(TrainConfig, device, precision="fp32", accelerator=device, **MODEL) for device in ("cpu", "gpu")]
+@pytest.mark.parametrize("version", list(VERSIONS))
+def test_full_fine_tuning_fp32_matches_cpu(losses, version):
+    flags = {"precision": "fp32", "version": version, **MODEL}
+    curves = [losses(TrainConfig, device, accelerator=device, **flags) for device in ("cpu", "gpu")]
     assert curves[0][-1] < curves[0][0]
     torch.testing.assert_close(*curves, rtol=1e-4, atol=0)  # different summation order, then 20 steps of Adam
 

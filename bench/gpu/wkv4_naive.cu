@@ -1,4 +1,4 @@
-// The baseline of bench/wkv_gpu.py: one thread per channel processes all of T, in blocks of 32
+// The baseline of bench/gpu/wkv4.py: one thread per channel processes all of T, in blocks of 32
 // threads. The backward pass first writes every state to `states`, then runs backward in time.
 #define WKV_FN static __device__ __forceinline__
 typedef float wkv_float;

@@ -1,6 +1,6 @@
 """Benchmark the WKV CUDA kernels against a one-thread-per-channel kernel and the PyTorch loop.
 
-    python bench/wkv_gpu.py [--quick] [--json FILE]
+    python bench/gpu/wkv4.py [--quick] [--json FILE]
 
 Times are in milliseconds per call: medians of CUDA events around 20 calls, which are launched while
 the GPU is still busy with other work. `floor` is the time to read each input and write each output
@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 import torch
+from timing import copy_speed, median_ms
 
 from rwkv import compat
 from rwkv.kernels import build, load, nvrtc
@@ -21,36 +22,6 @@ from rwkv.wkv import wkv4
 from rwkv.wkv.wkv4 import native
 
 HERE = Path(__file__).parent
-
-
-CALLS = 20  # between two events
-AHEAD = 20_000_000  # cycles (about 10 ms) that keep the GPU busy while the host launches the calls
-
-
-def median_ms(run, budget_ms: float = 200) -> float:
-    """GPU milliseconds per call, without launch overhead: the median over about `budget_ms`.
-
-    After a warm-up, each measurement times CALLS calls, or one call if it is slow.
-    """
-
-    def timed(calls: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        torch.cuda._sleep(AHEAD)
-        start.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / calls
-
-    for _ in range(2):
-        run()
-    calls = CALLS if timed(1) < 10 else 1
-    times = []
-    while len(times) < 5 or (sum(times) * calls < budget_ms and len(times) < 50):
-        times.append(timed(calls))
-    return sorted(times)[len(times) // 2]
 
 
 class Naive:
@@ -85,13 +56,6 @@ class Naive:
     def _check(result: int) -> None:
         if result:
             raise RuntimeError(f"the CUDA driver returned {result}")
-
-
-def copy_speed() -> float:
-    """Bytes read and written per millisecond by a large device-to-device copy."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / median_ms(lambda: target.copy_(source))
 
 
 def measure(shape: tuple[int, int, int], dtype: torch.dtype, naive: Naive, speed: float, loop: bool) -> dict:
