@@ -21,7 +21,7 @@ import tables
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 LEAST = 15  # seconds; a part is not started with less time left
-PARTS = ("kernels", "tests", "steps", "strategies", "elementwise", "demo", "doctor", "wkv4", "ptx", "races")
+PARTS = ("kernels", "tests", "steps", "strategies", "elementwise", "demo", "doctor", "wkv4", "wkv7", "ptx", "races")
 
 
 class Part(NamedTuple):
@@ -47,9 +47,12 @@ def parts(out: Path, ptx: Path | None) -> dict[str, Part]:
         "steps": Part(150, bench("steps")),
         "strategies": Part(120, bench("strategies")),
         "elementwise": Part(40, bench("elementwise")),
-        "demo": Part(90, ("env", f"PY={python}", f"OUT={Path(tempfile.gettempdir()) / 'rwkv-gpu-demo'}", "scripts/demo.sh")),
+        "demo": Part(
+            90, ("env", f"PY={python}", f"OUT={Path(tempfile.gettempdir()) / 'rwkv-gpu-demo'}", "scripts/demo.sh")
+        ),
         "doctor": Part(40, (python, "scripts/doctor.py")),
         "wkv4": Part(60, (*bench("wkv4"), "--quick")),
+        "wkv7": Part(40, (*bench("wkv7"), "--quick")),
         "ptx": Part(40, (python, HERE / "ptx.py", ptx or "")),
         "races": Part(60, (*racecheck, python, HERE / "races.py")),
     }

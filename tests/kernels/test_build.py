@@ -70,7 +70,7 @@ def test_compiles_within_register_budget(arch):
     for name, use in resources.items():
         # wkv4_gradient keeps 16 tokens and their states in registers and may use the maximum. Row
         # kernels have blocks of up to 1024 threads, hence 64 registers. Elementwise kernels aim at
-        # full occupancy. wkv7 has the state of a head, and its gradient, in the registers of a block.
+        # full occupancy. wkv7 has the state of a head, and its gradient, in a block's registers.
         rows, small = (
             ("fused_norm_fp", "fused_norm_bf", "fused_norm_any", "fused_norm_gradient", "fused_loss"),
             ("fused_gate", "fused_relu2", "fused_dropout"),
@@ -85,8 +85,10 @@ def test_compiles_within_register_budget(arch):
             else 128
         )
         assert use["registers"] <= limit, name
-        # local memory: register spills only (72 bytes in wkv4_gradient on sm_120), independent of T
-        assert max(use["stack"], use["spill_stores"], use["spill_loads"]) <= 80, name
+        # local memory: register spills only (72 bytes in wkv4_gradient on sm_120; more for the head
+        # sizes of RWKV-7 that no published model has), independent of T
+        spills = {"wkv7_gradient_128": 160, "wkv7_gradient_256": 800}.get(name, 80)
+        assert max(use["stack"], use["spill_stores"], use["spill_loads"]) <= spills, name
     name = f"rwkv_sm_{arch}.cubin"
     assert name not in BUILT or resources == build.manifest()["device"]["files"][name]
 

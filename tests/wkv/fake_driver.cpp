@@ -58,13 +58,14 @@ static void run_block() {
 }
 WKV_FN void barrier() { swapcontext(&block[thread_in_block].at, &scheduler); }
 WKV_FN void warp_barrier() { barrier(); }
+// Two buffers in turn: one barrier separates writing and reading, and the next shuffle uses the other.
 template <class V> WKV_FN V shuffle_xor(V x, int mask) {
-  static V given[1024];
-  given[thread_in_block] = x;
+  static V given[2][1024];
+  static unsigned char turn[1024];
+  V* now = given[turn[thread_in_block] ^= 1];
+  now[thread_in_block] = x;
   barrier();
-  x = given[thread_in_block ^ unsigned(mask)];
-  barrier();
-  return x;
+  return now[thread_in_block ^ unsigned(mask)];
 }
 
 WKV_FN float wkv_exp(float x) { return std::exp(x); }

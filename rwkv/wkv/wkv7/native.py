@@ -11,9 +11,10 @@ HEAD_SIZE = 64  # up to this size the CUDA kernels compute in any dtype, above i
 
 
 class Kernels(NamedTuple):
-    """forward(r, w, k, v, a, b, state, initial, reset) -> (y, state, saved states); None for a state:
-    zeros. backward(r, w, k, v, a, b, initial, reset, saved states, gy, gstate) -> gradients of r, w,
-    k, v, a, b, state and initial."""
+    """forward(r, w, k, v, a, b, state, initial, reset) -> (y, state, saved states), and
+    backward(r, w, k, v, a, b, initial, reset, saved states, gy, gstate) -> gradients of r, w, k, v,
+    a, b, state and initial. None for a state: zeros.
+    """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
@@ -42,7 +43,9 @@ def _converted(kernels: Kernels) -> Kernels:
     """The kernels in fp32 for inputs of another dtype, to which y and the gradients are rounded."""
 
     def forward(r, *others):
-        y, last, saved = kernels.forward(*(x if x is None or x.dtype == torch.bool else x.float() for x in (r, *others)))
+        y, last, saved = kernels.forward(
+            *(x if x is None or x.dtype == torch.bool else x.float() for x in (r, *others))
+        )
         return y.to(r.dtype), last, saved
 
     def backward(r, *others):
