@@ -31,11 +31,35 @@ template <class S, class T> WKV_FN void update(State<S>& x, const Values<S>& s, 
 template <class S, class T> WKV_FN void removed(Values<S>& s, const State<S>& x, const T& at, int i_token, const Place& p) {
   Keys<S> a;
   keys<S>(a, at.x[A][i_token], p);
-  EACH_ROW {
-    s[i] = 0;
-    EACH_COLUMN s[i] += x[i][j] * a[j];
-  }
+  EACH_ROW s[i] = dot<S>(x[i], a);
   sum_columns<S>(s, p);
+}
+
+// The staged tokens. y of a token is summed over columns together with s of the next one: the state
+// does not wait for it.
+template <class S, bool RESETS>
+WKV_FN void outputs(Four<float> (&ys)[S::STAGE][S::BLOCK_ROWS / 4], State<S>& x, const Tokens<S, B + 1>& tokens,
+                    const Wkv7Args& q, const Place& p) {
+  float sums[2 * S::ROWS];  // s, then y of the token before
+  const auto write = [&](int i_token) {
+    if (p.lane == 0) EACH_ROW ((float*)ys[i_token])[p.local + i] = sums[S::ROWS + i];
+  };
+  EACH_ROW sums[S::ROWS + i] = 0;
+  _Pragma("unroll 2") for (int i_token = 0; i_token < S::STAGE; i_token++) {
+    if (RESETS && tokens.starts[i_token]) read_state<S>(x, state_of(q.initial, q, p), q, p);
+    Keys<S> key;
+    keys<S>(key, tokens.x[A][i_token], p);
+    EACH_ROW sums[i] = dot<S>(x[i], key);
+    sum_columns<S>(sums, p);
+    if (i_token) write(i_token - 1);
+    Values<S> s;
+    EACH_ROW s[i] = sums[i];
+    update<S>(x, s, tokens, i_token, p);
+    keys<S>(key, tokens.x[R][i_token], p);
+    EACH_ROW sums[S::ROWS + i] = dot<S>(x[i], key);
+  }
+  sum_columns<S>(sums, p);
+  write(S::STAGE - 1);
 }
 
 template <class S> WKV_FN void output(const Wkv7Args& q) {
@@ -47,26 +71,13 @@ template <class S> WKV_FN void output(const Wkv7Args& q) {
   read_state<S>(x, state_of(q.first, q, p), q, p);
   Fetched<S, B + 1> next = fetch<S, B + 1>(q, p, 0);
   for (long long begin = 0; begin < q.T; begin += S::STAGE) {
+    if (begin % WKV7_INTERVAL == 0) write_state<S>(saved(q, p, begin / WKV7_INTERVAL), x, q, p);
     barrier();
     put<S, B + 1>(tokens, next, p, 0);
     barrier();
     next = fetch<S, B + 1>(q, p, begin + S::STAGE);
-    NO_UNROLL for (int i_token = 0; i_token < S::STAGE; i_token++) {
-      const long long t = begin + i_token;
-      if (t % WKV7_INTERVAL == 0 && t < q.T) write_state<S>(saved(q, p, t / WKV7_INTERVAL), x, q, p);
-      if (tokens.starts[i_token]) read_state<S>(x, state_of(q.initial, q, p), q, p);
-      Values<S> s, y;
-      removed<S>(s, x, tokens, i_token, p);
-      update<S>(x, s, tokens, i_token, p);
-      Keys<S> r;
-      keys<S>(r, tokens.x[R][i_token], p);
-      EACH_ROW {
-        y[i] = 0;
-        EACH_COLUMN y[i] += x[i][j] * r[j];
-      }
-      sum_columns<S>(y, p);
-      if (p.lane == 0) EACH_ROW ((float*)ys[i_token])[p.local + i] = y[i];
-    }
+    if (any_starts<S, B + 1>(tokens)) outputs<S, true>(ys, x, tokens, q, p);
+    else outputs<S, false>(ys, x, tokens, q, p);
     barrier();
     constexpr int VECTORS = S::BLOCK_ROWS / 4;
     for (int at = p.thread; at < S::STAGE * VECTORS; at += S::THREADS) {
@@ -148,16 +159,10 @@ WKV_FN void token_gradient(State<S>& G, const State<S>& x, GradientMemory<S>& m,
   keys<S>(key, at.x[R][i_token], p);
   EACH_ROW EACH_COLUMN G[i][j] += gy[i] * key[j];
   keys<S>(key, at.x[B][i_token], p);
-  EACH_ROW {
-    gs[i] = 0;
-    EACH_COLUMN gs[i] += G[i][j] * key[j];
-  }
-  sum_columns<S>(gs, p);
+  EACH_ROW gs[i] = dot<S>(G[i], key);
   keys<S>(key, at.x[K][i_token], p);
-  EACH_ROW {
-    gv[i] = 0;
-    EACH_COLUMN gv[i] += G[i][j] * key[j];
-  }
+  EACH_ROW gv[i] = dot<S>(G[i], key);
+  sum_columns<S>(gs, p);
   sum_columns<S>(gv, p);
   values<S>(v, at.x[V][i_token], p.row);
   float* here = (float*)m.values[slot] + p.local;

@@ -125,6 +125,11 @@ WKV_FN void put(Tokens<S, TENSORS>& to, const Fetched<S, TENSORS>& from, const P
   }
   if (p.thread < S::STAGE) to.starts[slot + p.thread] = from.starts;
 }
+template <class S, int TENSORS> WKV_FN bool any_starts(const Tokens<S, TENSORS>& tokens) {
+  bool any = false;
+  UNROLL for (int i = 0; i < S::STAGE; i++) any |= tokens.starts[i];
+  return any;
+}
 template <class S> WKV_FN void keys(Keys<S>& to, const Four<float>* from, const Place& p) {
   EACH_GROUP {
     const Four<float> four = from[g * S::LANES + p.lane];
@@ -132,15 +137,28 @@ template <class S> WKV_FN void keys(Keys<S>& to, const Four<float>* from, const 
   }
 }
 template <class S> WKV_FN void values(Values<S>& to, const Four<float>* from, int row) {
-  EACH_ROW to[i] = row + i < S::WIDTH ? ((const float*)from)[row + i] : 0;  // the last rows of a block may not exist
+  struct alignas(4 * S::ROWS) Rows { float x[S::ROWS]; };
+  const Rows rows = *(const Rows*)((const float*)from + row);
+  EACH_ROW to[i] = rows.x[i];
 }
 
 // ---- sums ----
 
+// Of the columns of this thread; two sums, for shorter chains of dependent operations.
+template <class S> WKV_FN float dot(const Keys<S>& x, const Keys<S>& y) {
+  float even = 0, odd = 0;
+  UNROLL for (int j = 0; j < S::COLUMNS; j += 2) {
+    even += x[j] * y[j];
+    odd += x[j + 1] * y[j + 1];
+  }
+  return even + odd;
+}
+
 // Sums over the columns of all threads with these rows, in each of them.
-template <class S> WKV_FN void sum_columns(Values<S>& x, const Place& p) {
+template <class S, int COUNT> WKV_FN void sum_columns(float (&x)[COUNT], const Place& p) {
   if (S::ROWS != 4) {
-    UNROLL for (int mask = 1; mask < S::LANES; mask *= 2) EACH_ROW x[i] += shuffle_xor(x[i], mask);
+    UNROLL for (int mask = 1; mask < S::LANES; mask *= 2)
+      UNROLL for (int i = 0; i < COUNT; i++) x[i] += shuffle_xor(x[i], mask);
     return;
   }
   // The same in half as many shuffles: each thread sums one row, and they exchange the sums.
