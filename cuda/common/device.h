@@ -30,6 +30,7 @@ WKV_FN unsigned thread_number() { return threadIdx.x; }
 WKV_FN unsigned block_size() { return blockDim.x; }
 WKV_FN long long thread_index() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
 WKV_FN void barrier() { __syncthreads(); }
+WKV_FN void warp_barrier() { __syncwarp(); }
 template <class V> WKV_FN V shuffle_xor(V x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 #if __CUDA_ARCH__ >= 800
 WKV_FN unsigned short float_to_bf16(float x) {

@@ -24,6 +24,15 @@ KERNELS = {
     for dtype in ("fp32", "bf16", "fp16")
 }
 KERNELS |= {"wkv4_scan", "wkv4_scan_gradient"}
+KERNELS |= {
+    f"wkv7_{what}_{kind}"
+    for what, kinds in {
+        "output": ("fp32", "bf16", "fp16", "128", "256"),
+        "narrow_output": ("fp32", "bf16", "fp16"),
+        "gradient": ("fp32", "bf16", "fp16", "128", "256"),
+    }.items()
+    for kind in kinds
+}
 DTYPES = ("fp32", "bf16", "fp16", "any")
 STREAMS = ("fp32", "bf16", "fp16", "fp32_bf16", "fp32_fp16", "any")  # dtypes of residual stream and computation
 KERNELS |= {
@@ -61,14 +70,14 @@ def test_compiles_within_register_budget(arch):
     for name, use in resources.items():
         # wkv4_gradient keeps 16 tokens and their states in registers and may use the maximum. Row
         # kernels have blocks of up to 1024 threads, hence 64 registers. Elementwise kernels aim at
-        # full occupancy.
+        # full occupancy. wkv7 has the state of a head, and its gradient, in a block's registers.
         rows, small = (
             ("fused_norm_fp", "fused_norm_bf", "fused_norm_any", "fused_norm_gradient", "fused_loss"),
             ("fused_gate", "fused_relu2", "fused_dropout"),
         )
         limit = (
             255
-            if name.startswith("wkv4_gradient")
+            if name.startswith(("wkv4_gradient", "wkv7_gradient", "wkv7_output_128", "wkv7_output_256"))
             else 64
             if name.startswith(rows)
             else 48
@@ -76,8 +85,10 @@ def test_compiles_within_register_budget(arch):
             else 128
         )
         assert use["registers"] <= limit, name
-        # local memory: register spills only (72 bytes in wkv4_gradient on sm_120), independent of T
-        assert max(use["stack"], use["spill_stores"], use["spill_loads"]) <= 80, name
+        # local memory: register spills only (72 bytes in wkv4_gradient on sm_120; more for the head
+        # sizes of RWKV-7 that no published model has), independent of T
+        spills = {"wkv7_gradient_128": 160, "wkv7_gradient_256": 800}.get(name, 80)
+        assert max(use["stack"], use["spill_stores"], use["spill_loads"]) <= spills, name
     name = f"rwkv_sm_{arch}.cubin"
     assert name not in BUILT or resources == build.manifest()["device"]["files"][name]
 

@@ -42,7 +42,8 @@ def wkv7(
         reset: [B, T] bool, True where a document starts: the state before that token is `initial`.
         initial: [B, H, N, N] fp32, the state at a document start; None: `state`. Pass it if `state`
             is carried over from earlier tokens.
-        impl: "cpu" (compiled), "reference" (a loop over time), or "auto": the first one available.
+        impl: "cuda" or "cpu" (compiled), "reference" (a loop over time), or "auto": the first one
+            available.
 
     Returns:
         y [B, T, H, N] in r's dtype, and the state [B, H, N, N] fp32 after the last token.
@@ -53,7 +54,7 @@ def wkv7(
         RuntimeError: the impl is unavailable; the message has the reason and a remedy.
     """
     _check(r, w, k, v, a, b, state, reset, initial)
-    implementations = {"cpu": native.wkv7_cpu, "reference": reference.wkv7}
+    implementations = {"cuda": native.wkv7, "cpu": native.wkv7, "reference": reference.wkv7}
     run = dispatch.choose("wkv7", implementations, impl, r)
     return run(r, w, k, v, a, b, state, reset, state if initial is None else initial)
 

@@ -1,23 +1,67 @@
 """Autograd for the compiled WKV7 kernels (torch.ops.rwkv.wkv7_*)."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+FEW_HEADS = 256  # up to this many in the batch, their states are split over several blocks of the GPU
+HEAD_SIZE = 64  # up to this size the CUDA kernels compute in any dtype, above it in fp32 only
 
-def forward(*tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """forward(r, w, k, v, a, b, state, initial, reset) -> (y, state, saved states); None for a
-    state: zeros.
+
+class Kernels(NamedTuple):
+    """forward(r, w, k, v, a, b, state, initial, reset) -> (y, state, saved states), and
+    backward(r, w, k, v, a, b, initial, reset, saved states, gy, gstate) -> gradients of r, w, k, v,
+    a, b, state and initial. None for a state: zeros.
     """
-    return torch.ops.rwkv.wkv7_cpu_forward(*tensors)
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
 
 
-def backward(*tensors: Tensor | None) -> Any:
-    """backward(r, w, k, v, a, b, initial, reset, saved states, gy, gstate) -> gradients of r, w, k,
-    v, a, b, state and initial.
+def cpu_kernels(r: Tensor) -> Kernels:
+    """The CPU kernels, for fp32 and bf16; fp16 is converted."""
+    kernels = Kernels(torch.ops.rwkv.wkv7_cpu_forward, torch.ops.rwkv.wkv7_cpu_backward)
+    return _converted(kernels) if r.dtype == torch.float16 else kernels
+
+
+def cuda_kernels(r: Tensor, device: int, stream: Callable[[], int], narrow: bool | None = None) -> Kernels:
+    """The CUDA kernels for inputs like `r`. `stream` returns the stream of each launch; `narrow`
+    splits the state of a head over several blocks (None: with few heads).
     """
-    return torch.ops.rwkv.wkv7_cpu_backward(*tensors)
+    ops = torch.ops.rwkv
+    few = r.shape[0] * r.shape[2] <= FEW_HEADS if narrow is None else narrow
+    kernels = Kernels(
+        lambda *tensors: ops.wkv7_cuda_forward(*tensors, few, device, stream()),
+        lambda *tensors: ops.wkv7_cuda_backward(*tensors, device, stream()),
+    )
+    return _converted(kernels) if r.dtype != torch.float32 and r.shape[-1] > HEAD_SIZE else kernels
+
+
+def _converted(kernels: Kernels) -> Kernels:
+    """The kernels in fp32 for inputs of another dtype, to which y and the gradients are rounded."""
+
+    def forward(r, *others):
+        y, last, saved = kernels.forward(
+            *(x if x is None or x.dtype == torch.bool else x.float() for x in (r, *others))
+        )
+        return y.to(r.dtype), last, saved
+
+    def backward(r, *others):
+        found = kernels.backward(*(x if x is None or x.dtype == torch.bool else x.float() for x in (r, *others)))
+        gr, gw, *grads, gstate, ginitial = found
+        return gr.to(r.dtype), gw, *(x.to(r.dtype) for x in grads), gstate, ginitial
+
+    return Kernels(forward, backward)
+
+
+def kernels_for(r: Tensor) -> Kernels:
+    """The kernels for the device of `r`; on a GPU they run on torch's current stream."""
+    if r.device.type == "cpu":
+        return cpu_kernels(r)
+    device = r.device.index
+    return cuda_kernels(r, device, lambda: torch.cuda.current_stream(device).cuda_stream)
 
 
 def refuse_second_derivatives() -> None:
@@ -32,8 +76,9 @@ def refuse_second_derivatives() -> None:
 
 class _WKV7(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, r, w, k, v, a, b, state, initial, reset):
-        y, last, saved = forward(r, w, k, v, a, b, state, initial, reset)
+    def forward(ctx, kernels, r, w, k, v, a, b, state, initial, reset):
+        y, last, saved = kernels.forward(r, w, k, v, a, b, state, initial, reset)
+        ctx.kernels = kernels
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(r, w, k, v, a, b, initial, reset, saved)
         return y, last
@@ -44,12 +89,13 @@ class _WKV7(torch.autograd.Function):
         *inputs, initial, reset, saved = ctx.saved_tensors
         gy = torch.zeros_like(inputs[0]) if gy is None else gy.contiguous()
         glast = None if glast is None else glast.contiguous()
-        *grads, gstate, ginitial = backward(*inputs, initial, reset, saved, gy, glast)
+        *grads, gstate, ginitial = ctx.kernels.backward(*inputs, initial, reset, saved, gy, glast)
         wanted = ctx.needs_input_grad
-        return *grads, gstate if wanted[6] else None, ginitial if wanted[7] else None, None
+        return None, *grads, gstate if wanted[7] else None, ginitial if wanted[8] else None, None
 
 
-def wkv7_cpu(
+def run(
+    kernels: Kernels,
     r: Tensor,
     w: Tensor,
     k: Tensor,
@@ -60,13 +106,14 @@ def wkv7_cpu(
     reset: Tensor | None,
     initial: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`rwkv.wkv.wkv7` for CPU tensors; fp16 is converted to fp32 and back. `initial=None` is the
-    empty state.
-    """
-    dtype = r.dtype
-    r, k, v, a, b = ((x.float() if dtype == torch.float16 else x).contiguous() for x in (r, k, v, a, b))
+    """`rwkv.wkv.wkv7` with these kernels; `initial=None` is the empty state."""
+    r, k, v, a, b = (x.contiguous() for x in (r, k, v, a, b))
     state = None if state is None else state.float().contiguous()
     initial = None if initial is None or reset is None else initial.float().contiguous()
     reset = None if reset is None else reset.contiguous()
-    y, last = _WKV7.apply(r, w.float().contiguous(), k, v, a, b, state, initial, reset)
-    return y.to(dtype), last
+    return _WKV7.apply(kernels, r, w.float().contiguous(), k, v, a, b, state, initial, reset)
+
+
+def wkv7(r: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`rwkv.wkv.wkv7` with the kernels for the device of `r`."""
+    return run(kernels_for(r), r, *others)  # type: ignore[arg-type]

@@ -6,7 +6,6 @@ are rounded to the dtype of the linear layers.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -69,7 +68,7 @@ def time_mix(
         eps: of the normalisation by head.
         impl: as for rwkv.wkv.wkv7.
     """
-    run = dispatch.choose("wkv7", {"cpu": _compiled, "reference": _by_autograd}, impl, x.r)
+    run = dispatch.choose("wkv7", {"cuda": _compiled, "cpu": _compiled, "reference": _by_autograd}, impl, x.r)
     return run(x, v_first, p, state, reset, eps)
 
 
@@ -80,18 +79,15 @@ def _by_autograd(
     state: Tensor,
     reset: Tensor | None,
     eps: float,
-    wkv7: Callable[..., tuple[Tensor, Tensor]] = reference.wkv7,
 ) -> tuple[Tensor, Tensor]:
     w, k, v, a, b = _keys(x, v_first, p)
-    y, state = wkv7(_heads(x.r, p), w, k, v, a, b, state, reset, torch.zeros_like(state))
+    y, state = reference.wkv7(_heads(x.r, p), w, k, v, a, b, state, reset, torch.zeros_like(state))
     return _output(y, x, k, v, p, eps), state
 
 
 def _compiled(
     x: Projections, v_first: Tensor | None, p: Parameters, state: Tensor, reset: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    if x.r.dtype == torch.float16:
-        return _by_autograd(x, v_first, p, state, reset, eps, native.wkv7_cpu)
     x = Projections(*(None if t is None else t.contiguous() for t in x))  # type: ignore[arg-type]
     reset = None if reset is None else reset.contiguous()
     return _TimeMix.apply(eps, reset, state.float().contiguous(), v_first, *x, *p)
@@ -102,7 +98,8 @@ class _TimeMix(torch.autograd.Function):
     def forward(ctx, eps, reset, state, v_first, *tensors):
         x, p = _split(tensors)
         inputs = _keys(x, v_first, p)
-        y, last, saved = native.forward(_heads(x.r, p), *inputs, state, None, reset)
+        r = _heads(x.r, p)
+        y, last, saved = native.kernels_for(r).forward(r, *inputs, state, None, reset)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
         # copy the parameters: under ZeRO-3 they may not be gathered in the backward pass
@@ -131,7 +128,8 @@ class _TimeMix(torch.autograd.Function):
         r = _heads(x.r.detach(), p)
         with torch.no_grad():
             inputs = [t.detach() for t in inputs]
-            gr2, *of_inputs, gstate, _ = native.backward(r, *inputs, None, reset, saved, gy.contiguous(), glast)
+            found = native.kernels_for(r).backward(r, *inputs, None, reset, saved, gy.contiguous(), glast)
+            gr2, *of_inputs, gstate, _ = found
             of_inputs[1] += gk
             of_inputs[2] += gv
             gr = None if gr is None else gr.add_(gr2.flatten(2))

@@ -1,18 +1,16 @@
 """The compiled WKV7 operator matches the reference in float64, and explains its absence."""
 
 import itertools
-import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wkv7_cases import assert_close, assert_half_is_rounded_fp32, in_fp64, inputs, outputs_and_gradients, starts, states
 
 from rwkv.kernels import load
 from rwkv.wkv import wkv7
 from rwkv.wkv.wkv7 import empty_state, reference
-
-NAMES = ("gr", "gw", "gk", "gv", "ga", "gb", "gstate", "ginitial")
 
 
 def cpu(*tensors, state=None, reset=None, initial=None):
@@ -23,46 +21,9 @@ def loop(*tensors, state=None, reset=None, initial=None):
     return reference.wkv7(*tensors, state, reset, initial)
 
 
-def inputs(batch, length, heads, size, *, scale=1.0, seed=0):
-    """r, w, k, v, a, b as in the model; `scale` of the decay before its sigmoid."""
-    g = torch.Generator().manual_seed(seed)
-    r, z, k, v, removal, rate = (torch.randn(batch, length, heads, size, generator=g) for _ in range(6))
-    removal = torch.nn.functional.normalize(removal, dim=-1)
-    w = -math.exp(-0.5) * torch.sigmoid(z * scale)
-    return [r, w, k, v, -removal, removal * torch.sigmoid(rate)]
-
-
-def states(batch, heads, size, seed=1):
-    return torch.randn(batch, heads, size, size, generator=torch.Generator().manual_seed(seed))
-
-
-def starts(batch, length, share=0.2, seed=2):
-    return torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < share
-
-
-def outputs_and_gradients(run, tensors, state=None, reset=None, initial=None, dtype=None):
-    """y, the last state, and all gradients, for random gradients of both outputs."""
-    leaves = [
-        None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in (*tensors, state, initial)
-    ]
-    y, last = run(*leaves[:6], state=leaves[6], reset=reset, initial=leaves[7])
-    g = torch.Generator().manual_seed(3)
-    gy, glast = (torch.randn(x.shape, generator=g, dtype=torch.float64) for x in (y, last))
-    ((gy * y).sum() + (glast * last).sum()).backward()
-    found = {name: x.grad for name, x in zip(NAMES, leaves, strict=True) if x is not None}
-    return {"y": y.detach(), "state": last.detach(), **found}
-
-
-def assert_close(fast, truth, share=4e-6):
-    """Errors relative to the largest element: fp32 rounding over the steps that a state lasts."""
-    for name, exact in truth.items():
-        error = float((fast[name].double() - exact).abs().max())
-        assert error <= share * max(1.0, float(exact.abs().max())), f"{name}: {error}"
-
-
 def check(tensors, state=None, reset=None, initial=None):
     fast = outputs_and_gradients(cpu, tensors, state, reset, initial)
-    assert_close(fast, outputs_and_gradients(loop, tensors, state, reset, initial, torch.float64))
+    assert_close(fast, in_fp64(tensors, state, reset, initial))
 
 
 def test_reference_matches_formula():
@@ -117,18 +78,7 @@ def test_vector_widths_match_reference(vectors, size):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_is_rounded_fp32(dtype):
-    """bf16 and fp16 compute in fp32: the results are those for the same inputs, rounded once."""
-    r, w, *others = inputs(2, 19, 2, 64)
-    rounded = [r.to(dtype), w, *(x.to(dtype) for x in others)]
-    results = []
-    for kind in (dtype, torch.float32):
-        leaves = [x.detach().to(torch.float32 if x is w else kind).requires_grad_() for x in rounded]
-        y, last = cpu(*leaves, state=states(2, 2, 64))
-        assert (y.dtype, last.dtype) == (kind, torch.float32)
-        gy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(dtype).to(kind)
-        results.append([y.detach(), last.detach(), *torch.autograd.grad(y, leaves, gy)])
-    for name, half, full in zip(("y", "state", *NAMES), *results, strict=False):
-        assert torch.equal(half, full.to(half.dtype)), name
+    assert_half_is_rounded_fp32(cpu, dtype, inputs(2, 19, 2, 64), states(2, 2, 64))
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
@@ -270,7 +220,7 @@ def test_invalid_arguments():
     }.items():
         with pytest.raises(ValueError, match=message):
             wkv7(*arguments)
-    with pytest.raises(ValueError, match="not one of auto, cpu, reference"):
+    with pytest.raises(ValueError, match="not one of auto, cuda, cpu, reference"):
         wkv7(*tensors, impl="fast")
 
 

@@ -1,0 +1,231 @@
+"""The WKV7 CUDA kernels on a GPU: accuracy, determinism, streams, CUDA graphs, memory."""
+
+import itertools
+
+import pytest
+import torch
+from wkv7_cases import (
+    assert_close,
+    assert_half_is_rounded_fp32,
+    in_fp64,
+    inputs,
+    outputs_and_gradients,
+    starts,
+    states,
+)
+
+from rwkv.kernels import load
+from rwkv.wkv import wkv7
+from rwkv.wkv.wkv7 import native, reference
+from rwkv.wkv.wkv7.time_mix import Parameters, Projections, time_mix
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
+
+
+def on_gpu(*arguments):
+    """Tensors, lists of tensors, and None."""
+    return [None if x is None else [t.cuda() for t in x] if isinstance(x, list) else x.cuda() for x in arguments]
+
+
+def cuda(*tensors, state=None, reset=None, initial=None):
+    return wkv7(*tensors, state, reset, initial=initial, impl="cuda")
+
+
+def kernels(tensors, narrow):
+    assert load.why_unavailable_on(0) is None
+    return native.cuda_kernels(tensors[0], 0, lambda: torch.cuda.current_stream().cuda_stream, narrow)
+
+
+def check(tensors, state=None, reset=None, initial=None):
+    arguments = on_gpu(tensors, state, reset, initial)
+    assert_close(outputs_and_gradients(cuda, *arguments), in_fp64(*arguments))
+
+
+def test_auto_selects_cuda(monkeypatch):
+    monkeypatch.setattr(reference, "wkv7", lambda *_: pytest.fail("auto fell back to the reference"))
+    wkv7(*on_gpu(inputs(1, 3, 1, 64))[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 64), (2, 15, 3, 64), (1, 16, 2, 64), (2, 17, 1, 64), (3, 97, 5, 64)])
+@pytest.mark.parametrize(("state", "reset", "initial"), [(False,) * 3, (True, True, False), (True, True, True)])
+def test_fp32_close_to_fp64(shape, state, reset, initial):
+    batch, length, heads, size = shape
+    check(
+        inputs(*shape, seed=length),
+        states(batch, heads, size) if state else None,
+        starts(batch, length) if reset else None,
+        states(batch, heads, size, 4) if initial else None,
+    )
+
+
+@pytest.mark.parametrize("size", [16, 48, 80, 128, 144, 256])
+def test_head_sizes(size):
+    check(inputs(2, 35, 2, size), states(2, 2, size), starts(2, 35))
+
+
+@pytest.mark.parametrize("scale", [0.1, 20.0])
+def test_decays(scale):
+    check(inputs(1, 600, 2, 64, scale=scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [64, 128])
+def test_half_is_rounded_fp32(dtype, size):
+    assert_half_is_rounded_fp32(cuda, dtype, *on_gpu(inputs(3, 100, 5, size), states(3, 5, size)))
+
+
+@pytest.mark.parametrize("batch", [1, 40])  # splits states over blocks, or not
+def test_deterministic(batch):
+    arguments = on_gpu(inputs(batch, 600, 12, 64), states(batch, 12, 64), starts(batch, 600, 0.01))
+    first, second = (outputs_and_gradients(cuda, *arguments) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_independent_of_split(dtype):
+    r, w, *others = on_gpu(inputs(4, 100, 12, 64))[0]
+    tensors = [r.to(dtype), w, *(x.to(dtype) for x in others)]
+    both = [kernels(tensors, narrow).forward(*tensors, None, None, None) for narrow in (False, True)]
+    assert all(torch.equal(one, other) for one, other in zip(*both, strict=True))
+
+
+def test_no_gradient_across_documents():
+    reset = torch.zeros(1, 40, dtype=torch.bool)
+    reset[0, 21] = True
+    tensors, first, reset = on_gpu(inputs(1, 40, 2, 64), states(1, 2, 64), reset)
+    leaves = [x.requires_grad_() for x in (*tensors, first)]
+    y, _ = cuda(*leaves[:6], state=leaves[6], reset=reset, initial=torch.zeros_like(first))
+    gy = torch.ones_like(y)
+    gy[:, 21:] = float("nan")
+    *gradients, gstate = torch.autograd.grad(y, leaves, gy)
+    assert all(g[:, :21].isfinite().all() for g in gradients)
+    assert gstate.isfinite().all()
+    assert gradients[2][:, 21:].isnan().any()
+
+
+def test_nan_propagates():
+    for i in range(6):
+        tensors = inputs(1, 20, 1, 64)
+        tensors[i][0, 3, 0, 2] = float("nan")
+        expected = reference.wkv7(*tensors)[0].isnan()
+        assert torch.equal(cuda(*on_gpu(tensors)[0])[0].isnan().cpu(), expected), i
+
+
+def test_chunks_match_full_sequence():
+    tensors, first, reset = on_gpu(inputs(2, 70, 2, 64), states(2, 2, 64), starts(2, 70))
+    whole, last = cuda(*tensors, state=first, reset=reset)
+    state, parts = first, []
+    for begin, end in itertools.pairwise((0, 1, 33, 69, 70)):
+        part = [x[:, begin:end] for x in tensors]
+        y, state = cuda(*part, state=state, reset=reset[:, begin:end], initial=first)
+        parts.append(y)
+    assert torch.equal(torch.cat(parts, 1), whole)  # the same operations
+    assert torch.equal(state, last)
+
+
+def test_unaligned_inputs():
+    """The kernels read four elements at once; a tensor may start anywhere in its storage."""
+    tensors = on_gpu(inputs(1, 33, 2, 64))[0]
+    shifted = []
+    for x in tensors:
+        storage = torch.empty(x.numel() + 1, device="cuda")
+        shifted.append(storage[1:].view(x.shape).copy_(x))
+    assert torch.equal(cuda(*shifted)[0], cuda(*tensors)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_time_mix(dtype):
+    """The gradients of everything between the linear layers, against float64."""
+    g = torch.Generator().manual_seed(0)
+    heads, channels = 3, 3 * 64
+
+    def normal(*shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=g).to("cuda", dtype)
+
+    x = Projections(*(normal(2, 40, channels, dtype=dtype) for _ in range(7)))
+    p = Parameters(normal(channels), normal(channels), normal(heads, 64), *(normal(1, 1, channels) for _ in range(5)))
+    v_first, state = normal(2, 40, channels, dtype=dtype), normal(2, heads, 64, 64)
+    reset = starts(2, 40).cuda()
+    gy, glast = normal(2, 40, channels), normal(2, heads, 64, 64)
+    results = []
+    for impl, kind in (("cuda", None), ("reference", torch.float64)):
+        leaves = [t.to(kind or t.dtype).detach().requires_grad_() for t in (v_first, state, *x, *p)]
+        y, last = time_mix(Projections(*leaves[2:9]), leaves[0], Parameters(*leaves[9:]), leaves[1], reset,
+                           eps=64e-5, impl=impl)  # fmt: skip
+        results.append([y, last, *torch.autograd.grad((gy * y).sum() + (glast * last).sum(), leaves)])
+    for ours, truth in zip(*results, strict=True):
+        # fp32 rounding; in half precision, the inputs and the output of WKV are rounded
+        allowed = (1e-5 if dtype == torch.float32 else 0.03) * max(1.0, float(truth.abs().max()))
+        assert float((ours - truth).abs().max()) <= allowed
+
+
+def test_runs_on_current_stream():
+    tensors = on_gpu(inputs(2, 300, 4, 64))[0]
+    expected = cuda(*tensors)[0]
+    torch.cuda.synchronize()
+    side, late = torch.cuda.Stream(), torch.zeros_like(tensors[2])
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)  # 0.1 s: work on another stream would run before the copy
+        late.copy_(tensors[2])
+        y = cuda(*tensors[:2], late, *tensors[3:])[0]
+        assert not side.query()  # no synchronisation
+    side.synchronize()
+    assert torch.equal(y, expected)
+
+
+def test_cuda_graph_capture():
+    tensors = on_gpu(inputs(2, 300, 4, 64))[0]
+    expected = cuda(*tensors)[0]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = cuda(*tensors)[0]
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_documented_memory(dtype):
+    r, w, *others = on_gpu(inputs(2, 4096, 16, 64))[0]
+    leaves = [x.requires_grad_() for x in (r.to(dtype), w, *(x.to(dtype) for x in others))]
+    gy = torch.randn_like(leaves[0])
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y, last = cuda(*leaves)
+    elements = y.numel()
+    # cuda/README.md: y, the last state, and N/4 bytes per element for the saved states
+    saved = torch.cuda.memory_allocated() - before
+    assert saved <= elements * (y.element_size() + 64 / 4) + 4 * last.numel() + (1 << 20)
+    torch.autograd.grad(y, leaves, gy)
+    peak = torch.cuda.max_memory_allocated() - before
+    # plus six gradients, and a few states per head
+    assert peak <= elements * (6 * y.element_size() + 4 + 64 / 4) + 8 * 4 * last.numel() + (1 << 20)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 48 << 30,
+    reason="needs 48 GiB of GPU memory",
+)
+def test_64_bit_offsets():
+    """The saved states of the last row lie 2^31 elements after the first."""
+    batch, length, heads = 2, 70_000, 64
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def normal():
+        return torch.randn(batch, length, heads, 64, generator=g, device="cuda", dtype=torch.bfloat16)
+
+    removal = torch.nn.functional.normalize(normal(), dim=-1)
+    leaves = [normal(), -0.6 * torch.rand_like(removal, dtype=torch.float32), normal(), normal(), -removal, removal / 2]
+    gy = normal()
+    ours, theirs = [], []
+    for found, rows in ((ours, slice(0, 2)), (theirs, slice(1, 2))):
+        y, last, saved = kernels(leaves, False).forward(*(x[rows] for x in leaves), None, None, None)
+        found += [y, last]
+        found += kernels(leaves, False).backward(*(x[rows] for x in leaves), None, None, saved, gy[rows], None)[:7]
+        del saved
+    assert saved_elements(batch, length, heads) > 1 << 31
+    assert all(torch.equal(whole[1:], row) for whole, row in zip(ours, theirs, strict=True))
+
+
+def saved_elements(batch, length, heads):
+    return batch * heads * -(-length // 16) * 64 * 64
