@@ -21,6 +21,10 @@ from rwkv.wkv import wkv4
 from rwkv.wkv.wkv4 import reference
 
 
+def run_cuda(w, u, k, v, state=None, reset=None, initial=None):
+    return wkv4(w, u, k, v, state, reset, initial=initial, impl="cuda")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ptx", type=Path)
@@ -35,7 +39,7 @@ def main() -> None:
     for shape in ((2, 97, 130), (1, 700, 768)):
         arguments = inputs(*shape, seed=3)
         moved = [x if x is None else x.cuda() for x in arguments]
-        ours = outputs_and_gradients(lambda *x: wkv4(*x, impl="cuda"), *moved)
+        ours = outputs_and_gradients(run_cuda, *moved)
         slow = outputs_and_gradients(reference.wkv4, *arguments)
         truth = outputs_and_gradients(reference.wkv4, *in_fp64(arguments))
         assert_close({name: x.cpu() for name, x in ours.items()}, slow, truth, arguments)

@@ -35,6 +35,7 @@ class Part(NamedTuple):
 def parts(out: Path, ptx: Path | None) -> dict[str, Part]:
     """The parts by name, in the order of their value."""
     python = sys.executable
+    one_thread = ("env", "OMP_NUM_THREADS=1")  # for each of the workers
     workers = str(min(12, os.cpu_count() or 1))
 
     def bench(name: str) -> tuple[str | Path, ...]:
@@ -43,7 +44,7 @@ def parts(out: Path, ptx: Path | None) -> dict[str, Part]:
     racecheck = ("compute-sanitizer", "--tool", "racecheck", "--kernel-regex", "kns=fused_", "--print-limit", "5")
     found = {
         "kernels": Part(120, (python, "-c", "from rwkv.kernels import build; build.main()")),
-        "tests": Part(150, (python, "-m", "pytest", "tests/gpu", "-m", "gpu", "--timeout", "100", "-n", workers)),
+        "tests": Part(150, (*one_thread, python, "-m", "pytest", "tests/gpu", "-m", "gpu", "-vv", "-n", workers)),
         "steps": Part(150, bench("steps")),
         "strategies": Part(120, bench("strategies")),
         "elementwise": Part(40, bench("elementwise")),

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from rwkv.adapters import lora
-from rwkv.kernels.head_loss import CHUNK_BYTES, SLICE
+from rwkv.kernels.head_loss import SLICE, chunk_tokens
 from rwkv.memory.zero import ZEROS
 from rwkv.models import Sizes
 from rwkv.models.parts import layer_of
@@ -329,7 +329,7 @@ def _optimizer(p: Plan, n_trained: int) -> float:
 
 def _logits(p: Plan) -> Blocks:
     s, e = p.sizes, p.e
-    rows = min(max(1, CHUNK_BYTES // (4 * s.vocab_size)), p.tokens)
+    rows = min(chunk_tokens(s.vocab_size, "cuda" if p.gpu else "cpu"), p.tokens)
     chunk, part = rows * s.vocab_size, min(s.vocab_size, SLICE)
     blocks: Blocks = [(e * chunk, 1)]
     if (p.frozen if p.lora else 4) != e and not p.stage:

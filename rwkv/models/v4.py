@@ -20,7 +20,7 @@ WKV also saves its initial state and on a CPU its final state, 12 A bytes per ba
 Outputs of norms, WKV and other elementwise operations are recomputed
 (rwkv.kernels.elementwise.native). With grad_cp a block saves only its input (s·D), and one block at
 a time is recomputed. Outside the blocks: s·D + 8 for ln_out, e·D for the gradient that head_loss
-computes, and during head_loss the logits of one chunk (head_loss.CHUNK_BYTES in fp32).
+computes, and during head_loss the logits of one chunk (head_loss.chunk_tokens).
 """
 
 import math

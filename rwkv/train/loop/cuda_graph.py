@@ -79,10 +79,10 @@ class GraphedBlocks:
             sample.append(torch.zeros_like(reset))
         # Dropout draws seeds also while capturing; a resumed run, which captures at another step,
         # must continue with the same ones. Casts of weights cannot be cached: a replay repeats them.
-        dtype = torch.get_autocast_gpu_dtype()
+        dtype = compat.autocast_dtype("cuda")
         with (
             torch.random.fork_rng([device]),
-            torch.autocast("cuda", dtype, torch.is_autocast_enabled(), cache_enabled=False),
+            torch.autocast("cuda", dtype or torch.float32, dtype is not None, cache_enabled=False),
         ):
             torch.cuda.make_graphed_callables(self._blocks, tuple(sample), **compat.graph_options())
 
