@@ -1,4 +1,4 @@
-"""Benchmark training steps on a GPU: time, host time, MFU, and peak memory relative to the prediction.
+"""Benchmark training steps on a GPU: time, MFU, and peak memory relative to the prediction.
 
     python bench/gpu/steps.py [--json FILE] [--only TEXT] [--device cpu --tiny]
 
@@ -7,12 +7,14 @@ Printed for each row:
 - ms: median of steps with a synchronisation after each; host: until the host has started a step
 - ahead: per step without synchronisation, as in training; tokens/s and MFU are of this time
 - MFU: operations of the matmuls (without recomputation) over the speed of a large bf16 matmul
-- peak: of torch's allocator, and the prediction of rwkv.memory.estimate for it
+- peak: of torch's allocator, and the prediction of rwkv.memory.estimate for it. With a graph it is
+  reserved memory: what the graph holds is not counted as allocated
 `graph`: the blocks run from a CUDA graph, as in training by default.
 """
 
 import argparse
 import collections
+import gc
 import json
 import statistics
 import time
@@ -167,6 +169,7 @@ def measure(row: Row, device: str, tiny: bool, peak: float, steps: int = 6) -> d
         step()
     synchronize()
     ahead = (time.perf_counter() - begin) / steps
+    peak_memory = torch.cuda.max_memory_reserved if row.graph else torch.cuda.max_memory_allocated
     plan = estimate.Plan(
         sizes,
         row.kind == "lora",
@@ -184,7 +187,7 @@ def measure(row: Row, device: str, tiny: bool, peak: float, steps: int = 6) -> d
         "tokens_per_s": row.batch * row.tokens / ahead,
         "mfu": operations(row, sizes) / ahead / peak,
         "loss": float(first),
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0,
+        "peak_gb": peak_memory() / 1e9 if on_gpu else 0.0,
         "predicted_gb": max(estimate.estimate(plan).tensors.values()) / 1e9,
     }
     if row.profiled and on_gpu:
@@ -222,6 +225,7 @@ def main() -> None:
                 print(f"    GPU ms (launches): {', '.join(parts)}", flush=True)
         results.append(found)
         if c.device == "cuda":
+            gc.collect()  # a CUDA graph and its model refer to each other
             torch.cuda.empty_cache()
         if c.json:
             c.json.write_text(json.dumps({"matmul_tflops": peak / 1e12, "rows": results}))

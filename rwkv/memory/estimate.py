@@ -37,6 +37,7 @@ GB = 10**9
 # CUDA context and libraries on a GPU, which torch's allocator does not report. This value is an
 # assumption, not a measurement.
 CONTEXT = 600 << 20
+BLAS = 32 << 20  # a workspace of cuBLAS, which has one for each thread and stream; measured on an H100
 PROCESS = 290 << 20  # process with torch 1.13.1 and Lightning after a first step, without a model
 LOADED = 20 << 20  # part of PROCESS that torch loads in the first step; measured 16 to 34 MiB
 HEAP = 0.5  # of gradients, activations, logits, workspace; torch 1.13.1, glibc 2.36: measured 0.3 to 1.1
@@ -238,6 +239,8 @@ def estimate(p: Plan) -> Estimate:
             host["weights"] = weights * _per_node(p)
             weights = 0.0
     buckets: Blocks = [(_buckets(p, n_elements, n_trained), 1)]
+    if p.gpu:  # forward and backward pass; a graph is captured on other streams
+        buckets += [(BLAS, 5 if p.graph else 2)]
     complete: Blocks = [(gradients, 1)] if zero else [(4.0, n_trained)]
     if not (p.lora or zero):
         complete = [(4.0 * shape.numel(), 1) for shape in shapes(s).values()]

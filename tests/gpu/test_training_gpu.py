@@ -88,7 +88,7 @@ def test_cuda_graph_same_losses(losses, make_base, method, variant):
     if method == "lora":
         config, model = LoRAConfig, {"load_model": str(make_base(**MODEL)), "lora_dropout": 0.0, "lora_r": 4}
     graphed, plain = (losses(config, use, cuda_graph=use, **flags, **model) for use in ("on", "off"))
-    assert graphed[-1] < graphed[0]
+    assert len(set(graphed)) == len(graphed)  # each step trains
     torch.testing.assert_close(graphed, plain, rtol=1e-5, atol=0)  # cuBLAS may choose other kernels
 
 

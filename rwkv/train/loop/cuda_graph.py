@@ -78,7 +78,8 @@ class GraphedBlocks:
         if reset is not None:
             sample.append(torch.zeros_like(reset))
         # Dropout draws seeds also while capturing; a resumed run, which captures at another step,
-        # must continue with the same ones. Casts of weights cannot be cached: a replay repeats them.
+        # must continue with the same ones. Casts of weights cannot be cached: replays repeat them.
+        compat.expect_gradients_of_another_stream()
         dtype = compat.autocast_dtype("cuda")
         with (
             torch.random.fork_rng([device]),
