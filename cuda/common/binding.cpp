@@ -29,6 +29,15 @@ TORCH_LIBRARY(rwkv, library) {
        "(Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate, Tensor ginitial)", cpu::wkv4_backward,
        gpu::wkv4_backward);
   library.def(
+      "wkv6_cpu_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, Tensor? state, Tensor? initial, "
+      "Tensor? reset) -> (Tensor y, Tensor state, Tensor saved)",
+      cpu::wkv6_forward);
+  library.def(
+      "wkv6_cpu_backward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, Tensor? initial, Tensor? reset, "
+      "Tensor saved, Tensor gy, Tensor? gstate) -> (Tensor gr, Tensor gw, Tensor gk, Tensor gv, Tensor gu, "
+      "Tensor gstate, Tensor ginitial)",
+      cpu::wkv6_backward);
+  library.def(
       "wkv7_cpu_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, Tensor? initial, "
       "Tensor? reset) -> (Tensor y, Tensor state, Tensor saved)",
       cpu::wkv7_forward);
