@@ -32,7 +32,12 @@ _STATE = "it trains the initial state, which is not supported here: omit it"
 
 
 def _version(number: int) -> str:
-    return f"it selects RWKV-{number}; RWKV-4 and RWKV-7 can be trained here"
+    return (
+        f"it selects RWKV-{number}: use --version {number} for a new model; the version of --load_model is recognised"
+    )
+
+
+_VERSIONS = "RWKV-4, RWKV-6 and RWKV-7 can be trained here"
 
 
 _IMAGES = {
@@ -52,12 +57,13 @@ NOT_SUPPORTED = {
     "my_qa_mask": Unsupported(_NEO, "use --chatml_mask 1, or a mask file beside the data: P_text_mask.bin", ("0",)),
     "my_testing": Unsupported(
         "RWKV-LM and RWKV-PEFT",
-        "it selects an experimental model; RWKV-4 and RWKV-7 can be trained here",
+        f"it selects an experimental model; {_VERSIONS}",
         ("",),
         {
-            "x05": _version(5),
-            "x06": _version(6),
-            "x070": "it selects RWKV-7: use --version 7 for a new model; the version of --load_model is recognised",
+            "x05": f"it selects RWKV-5; {_VERSIONS}",
+            **{f"x060{variant}": f"it selects an experimental version of RWKV-6; {_VERSIONS}" for variant in "abc"},
+            "x060": _version(6),
+            "x070": _version(7),
         },
     ),
     "head_qk": Unsupported(_NEO, "omit it: models with a head_q and head_k are not supported", ("0",)),
@@ -68,7 +74,7 @@ NOT_SUPPORTED = {
     ),
     **{name: Unsupported(_NEO, "omit it: it belongs to image models", (off,)) for name, off in _IMAGES.items()},
     "cuda_cleanup": Unsupported(_NEO, "omit it: the CUDA cache is never emptied during a run", ("0",)),
-    "head_size_a": Unsupported(_V5, "use --head_size for a new RWKV-7 model; RWKV-4 has no heads", ("64",)),
+    "head_size_a": Unsupported(_V5, "use --head_size for a new RWKV-6 or RWKV-7 model; RWKV-4 has no heads", ("64",)),
     "head_size_divisor": Unsupported(_V5, "omit it: it is always 8", ("8",)),
     "train_type": Unsupported(
         _V5,

@@ -117,7 +117,7 @@ def make_model():
     """Create a small model of random parameters. None is zero, so that no gradient vanishes."""
 
     def make(seed: int = 0, version: str = "4", **sizes) -> RWKV:
-        sizes = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, **({"head_size": 16} if version == "7" else {}), **sizes}
+        sizes = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, **({"head_size": 16} if version != "4" else {}), **sizes}
         torch.manual_seed(seed)
         model = RWKV(VERSIONS[version].Sizes(**sizes))
         model.initialise(emb_scale=1e-2)

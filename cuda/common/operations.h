@@ -1,5 +1,5 @@
 // The operators behind torch.ops.rwkv (binding.cpp), for CPUs and, with the device and the stream
-// to launch on, for GPUs. Implemented in wkv4.cpp, wkv7.cpp, fused.cpp and fused_gpu.cpp. None of
+// to launch on, for GPUs. Implemented in wkv4.cpp, wkv6.cpp, wkv7.cpp, fused.cpp and fused_gpu.cpp. None of
 // torch's headers that declare every operator are included: they dominate compile time.
 #pragma once
 #include <ATen/core/Tensor.h>
@@ -23,6 +23,8 @@ using at::Tensor;
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;  // y, state, saved
 // Of w, u, k, v, state and initial; the last is undefined without `initial`.
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// Of r, w, k, v, u, state and initial; the last is undefined without `initial`.
+using Wkv6GradientTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 // Of r, w, k, v, a, b, state and initial; the last is undefined without `initial`.
 using Wkv7GradientTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -33,6 +35,11 @@ Outputs wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Te
 Gradients wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
                         const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& saved,
                         const Tensor& gy, const Optional<Tensor>& gstate);
+Outputs wkv6_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& u,
+                     const Optional<Tensor>& state, const Optional<Tensor>& initial, const Optional<Tensor>& reset);
+Wkv6GradientTensors wkv6_backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& u,
+                                  const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& saved,
+                                  const Tensor& gy, const Optional<Tensor>& gstate);
 Outputs wkv7_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
                      const Tensor& b, const Optional<Tensor>& state, const Optional<Tensor>& initial,
                      const Optional<Tensor>& reset);

@@ -85,14 +85,15 @@ def test_end_to_end_pipeline(script, write_jsonl, tmp_path):
     assert read_manifest(tmp_path / "full/rwkv-0.pth")["kind"] == "model"
 
 
-def test_end_to_end_rwkv7(script, write_jsonl, tmp_path):
+@pytest.mark.parametrize("version", ["6", "7"])
+def test_end_to_end_later_versions(script, write_jsonl, tmp_path, version):
     """The version is given once, for the new model, and recognised from then on."""
     text = write_jsonl(*({"text": f"User: {i}?\n\nAssistant: {i}."} for i in range(30)))
-    new = ["--version", 7, "--n_layer", 2, "--n_embd", 32, "--head_size", 16]
+    new = ["--version", version, "--n_layer", 2, "--n_embd", 32, "--head_size", 16]
     done = script("pretrain.py", "--data_file", text, *new, "--proj_dir", "base", *TRAINING)
-    assert "model: RWKV-7, L2 D32" in done.stdout + done.stderr
+    assert f"model: RWKV-{version}, L2 D32" in done.stdout + done.stderr
     base, adapter = tmp_path / "base/rwkv-0.pth", tmp_path / "lora/rwkv-0.pth"
-    assert read_manifest(base)["version"] == "7"
+    assert read_manifest(base)["version"] == version
     tune = ["--load_model", base, "--data_file", text, "--proj_dir", "lora", "--lr_init", 1e-2]
     script("lora.py", *tune, "--lora_r", 2, "--lora_parts", "att,ffn,time,ln", *TRAINING)
     done = script("merge_lora.py", "--adapter", adapter, "--output", "merged.pth")
@@ -103,11 +104,11 @@ def test_end_to_end_rwkv7(script, write_jsonl, tmp_path):
     ]
     assert answers[0] == answers[1]
     script("finetune.py", "--load_model", "merged.pth", "--data_file", text, "--proj_dir", "full", *TRAINING)
-    assert read_manifest(tmp_path / "full/rwkv-0.pth")["version"] == "7"
+    assert read_manifest(tmp_path / "full/rwkv-0.pth")["version"] == version
     script("export.py", "--model", "merged.pth", "--output", "half.safetensors", "--dtype", "bf16")
-    assert load_model(tmp_path / "half.safetensors").version.NAME == "7"
+    assert version == load_model(tmp_path / "half.safetensors").version.NAME
     refused = script("export.py", "--model", "merged.pth", "--output", "hf", status=1).stderr
-    assert "transformers does not support RWKV-7; export to .pth or .safetensors" in refused
+    assert f"transformers does not support RWKV-{version}; export to .pth or .safetensors" in refused
 
 
 def test_upstream_converter_command_and_shards(script, write_jsonl, tmp_path):

@@ -12,7 +12,8 @@ them.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,47 @@ def recompute_of(x: Tensor) -> Recompute:
 
 def _passthrough(x: Tensor) -> Tensor:
     return x
+
+
+class _Cheap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, sources, saved, *inputs):
+        ctx.function, ctx.sources = function, sources
+        ctx.save_for_backward(*saved)
+        return function(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        wanted = ctx.needs_input_grad[3:]
+        inputs = [t if t is None else t.detach() for t in _restore(ctx.sources, ctx.saved_tensors)]
+        leaves = [t.requires_grad_() for t, want in zip(inputs, wanted, strict=True) if t is not None and want]
+        with torch.enable_grad():
+            y = ctx.function(*inputs)
+        found = iter(torch.autograd.grad(y, leaves, g))
+        return None, None, None, *(next(found) if want else None for want in wanted)
+
+
+_Sources = list[tuple[Callable[..., Tensor], int]]  # function and number of arguments for each tensor
+
+
+def _restore(sources: _Sources, saved: Iterable[Tensor | None]) -> list[Tensor | None]:
+    rest = iter(saved)
+    return [function(*itertools.islice(rest, count)) for function, count in sources]
+
+
+def _repeat(function: Callable[..., Tensor], sources: _Sources, *saved: Tensor | None) -> Tensor:
+    return function(*_restore(sources, saved))
+
+
+def cheap(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    """function(*inputs), a few torch operations that are repeated in the backward pass: for their
+    gradients, and wherever their result is needed. Saves only what recomputes the inputs.
+    """
+    kinds = [Recompute(_passthrough, (None,)) if t is None else recompute_of(t) for t in inputs]
+    sources, saved = [(kind.function, len(kind.inputs)) for kind in kinds], [t for kind in kinds for t in kind.inputs]
+    y = _Cheap.apply(function, sources, saved, *inputs)
+    return recomputed(y, functools.partial(_repeat, function, sources), *saved)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
