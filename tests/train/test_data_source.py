@@ -5,8 +5,6 @@ compared on resume.
 import json
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -339,7 +337,7 @@ def test_start_after_failed_start(tmp_path):
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
-def test_start_after_killed_conversion(renames, tmp_path, root):
+def test_start_after_killed_conversion(renames, start, tmp_path, root):
     folder = tmp_path / "run"
     flags = {**JSONL, "data_file": jsonl(tmp_path / "a.jsonl", "document"), "proj_dir": str(folder)}
     (tmp_path / "site").mkdir()
@@ -352,15 +350,13 @@ def killed(old, new, **keywords):
     replace(old, new, **keywords)
 os.replace = killed
 """)  # in whichever process the conversion runs
-    program = f"from rwkv.config import TrainConfig; from rwkv.train.fit import fit; fit(TrainConfig(**{flags!r}))"
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(root)])},
-        start_new_session=True,
-        check=False,
+    (tmp_path / "program.py").write_text(
+        "import os; os.setsid()\n"
+        "from rwkv.config import TrainConfig; from rwkv.train.fit import fit\n"
+        f"fit(TrainConfig(**{flags!r}))"
     )
+    path = os.pathsep.join([str(tmp_path / "site"), str(root)])
+    result = start(tmp_path / "program.py", environment={**os.environ, "PYTHONPATH": path}).result()
     assert result.returncode == -9, result.stderr
     assert (folder / "data_text_document.source.json").exists()
     fit(TrainConfig(**flags))
