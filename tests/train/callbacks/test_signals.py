@@ -80,6 +80,7 @@ fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 for number in range(3):
     os.dup2(terminal, number)
 os.close(terminal)
+sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
