@@ -9,7 +9,6 @@ import os
 import random
 import resource
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -210,12 +209,6 @@ def start(tmp_path):
         process.wait(60)
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @pytest.fixture
 def two_ranks(start):
     """Run a script in two processes of one run, as a launcher without a store does; returns what
@@ -223,7 +216,7 @@ def two_ranks(start):
     """
 
     def run(path: str | Path, *arguments, status: int = 0, **environment) -> str:
-        common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
+        common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(forked.free_port()), **environment}
         common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
         started = [
             start(path, *arguments, "--devices", 2, environment=common | {"RANK": rank, "LOCAL_RANK": rank})

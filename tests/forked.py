@@ -10,6 +10,7 @@ import multiprocessing.forkserver
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -92,3 +93,10 @@ def _main(argv: list[str], cwd: str, environment: dict[str, str], streams: list[
     except KeyboardInterrupt:  # Python then ends by the signal
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
+
+
+def free_port() -> int:
+    """A port that no process listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
