@@ -20,7 +20,8 @@ import tokenizers
 import torch
 
 from rwkv import checkpoint, compat
-from rwkv.data.binidx import Dataset, mask_path, writer
+from rwkv.data.binidx import Dataset, mask_path
+from rwkv.data.binidx_writer import writer
 from rwkv.data.token_stream import Stream
 from rwkv.models import RWKV
 from rwkv.models.version import VERSIONS

@@ -11,7 +11,7 @@ import pytest
 
 from rwkv.checkpoint import read_manifest
 from rwkv.config import TrainConfig
-from rwkv.data import binidx
+from rwkv.data import binidx, binidx_writer
 from rwkv.data.binidx import Dataset
 from rwkv.errors import UserError
 from rwkv.train.fit import fit
@@ -82,7 +82,7 @@ def test_dummy_data(tmp_path):
 
 def test_long_stream_is_split(tmp_path, monkeypatch):
     monkeypatch.setattr(binidx, "_MAX_DOCUMENT", 10)
-    with binidx.writer(tmp_path / "d") as out:
+    with binidx_writer.writer(tmp_path / "d") as out:
         out.add_stream(np.arange(begin, end) for begin, end in ((0, 4), (4, 4), (4, 33), (33, 40)))
     data = Dataset(tmp_path / "d")
     assert data.tokens.tolist() == list(range(40))
@@ -388,7 +388,7 @@ def delete_mask(prefix):
 
 def other_documents(prefix):
     tokens = Dataset(prefix).tokens.tolist()
-    with binidx.writer(f"{prefix}2") as out:
+    with binidx_writer.writer(f"{prefix}2") as out:
         out.add(tokens[:70])
         out.add(tokens[70:])
     os.replace(f"{prefix}2.idx", f"{prefix}.idx")

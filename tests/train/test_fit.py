@@ -13,7 +13,8 @@ from rwkv.adapter_files import load_tuned
 from rwkv.adapters import lora
 from rwkv.checkpoint import load_model, read_manifest, read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
-from rwkv.data.binidx import Dataset, writer
+from rwkv.data.binidx import Dataset
+from rwkv.data.binidx_writer import writer
 from rwkv.data.dataset import Contexts
 from rwkv.data.token_stream import Stream
 from rwkv.errors import UserError

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from rwkv.checkpoint import load_model, read_tensors
 from rwkv.config import ConvertConfig, LoRAConfig, TrainConfig
-from rwkv.data.binidx import Dataset, mask_path, writer
+from rwkv.data.binidx import Dataset, mask_path
+from rwkv.data.binidx_writer import writer
 from rwkv.data.convert.pipeline import convert
 from rwkv.data.token_stream import Stream, split
 from rwkv.errors import UserError

@@ -10,7 +10,8 @@ import torch
 
 from rwkv.checkpoint import read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
-from rwkv.data.binidx import mask_path, writer
+from rwkv.data.binidx import mask_path
+from rwkv.data.binidx_writer import writer
 from rwkv.train.fit import fit
 
 TOLERANCE = 1e-5  # fp32, different summation order
