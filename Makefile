@@ -104,8 +104,8 @@ $(VENV)/oracle/.ready: $(VENV)/.ready tests/oracle.txt
 	$(PY) -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps --target $(@D) -r tests/oracle.txt
 	@touch $@
 
-test: venv $(ORACLE)  ## run the tests (ARGS is passed to pytest)
-	$(CODE) $(PY) -m pytest $(ARGS)
+test: venv $(ORACLE)  ## run the tests in two processes (ARGS is passed to pytest; ARGS="-n 8": in eight)
+	$(CODE) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 # Use the stack for this GPU (make test-gpu STACK=modern), or PY= with an existing Python.
 test-gpu: venv  ## tests and benchmarks that need an NVIDIA GPU
