@@ -1,6 +1,6 @@
 """Check and measure this project on one GPU, and write a report (`make gpu-report`).
 
-    python bench/gpu/report.py [--out FOLDER] [--seconds 540] [--ptx FILE] [--only PARTS] [--results]
+    python bench/gpu/report.py [--out FOLDER] [--seconds N] [--ptx FILE] [--only PARTS] [--results]
 
 Each part runs in its own process with a time limit; if one fails, the others still run. Written to
 FOLDER: PART.log, PART.json, and report.md with the tables, which names the parts that failed or did

@@ -20,7 +20,7 @@ import torch
 
 from rwkv import checkpoint
 from rwkv.config import LoRAConfig, TrainConfig
-from rwkv.data.binidx import writer
+from rwkv.data.binidx_writer import writer
 from rwkv.models import RWKV
 from rwkv.models.version import named
 
