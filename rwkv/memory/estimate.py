@@ -295,8 +295,8 @@ def estimate(p: Plan) -> Estimate:
     }
     if p.graph:  # its activations, temporary tensors and gradients
         captured = phases["backward"]
-        for parts in phases.values():
-            parts |= {"activations": captured["activations"], "workspace": temporary + buckets}
+        for phase in phases.values():
+            phase |= {"activations": captured["activations"], "workspace": temporary + buckets}
         phases["optimizer"]["workspace"] = phases["optimizer"]["workspace"] + _optimizer_workspace(p)
     peaks = {
         name: {part: sum(size * count for size, count in blocks) for part, blocks in parts.items()}

@@ -1,5 +1,7 @@
 """Run the blocks of a model in training from a CUDA graph."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from rwkv.kernels import load
 from rwkv.models import RWKV
 
 
-def resolve(c: TrainConfig, on_gpu: bool) -> str:
+def resolve(c: TrainConfig, on_gpu: bool) -> Literal["on", "off"]:
     """ "on" or "off" for --cuda_graph.
 
     Raises:
@@ -92,5 +94,6 @@ class GraphedBlocks:
         added to them.
         """
         trained = [p for p in parameters if p.grad is not None]
-        for parameter, copy in zip(trained, torch._foreach_mul([p.grad for p in trained], 1.0), strict=True):
+        gradients = [p.grad for p in trained if p.grad is not None]
+        for parameter, copy in zip(trained, torch._foreach_mul(gradients, 1.0), strict=True):
             parameter.grad = copy
