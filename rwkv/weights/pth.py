@@ -20,7 +20,8 @@ from rwkv import compat
 from rwkv.errors import FileFormatError
 from rwkv.files import open_regular
 from rwkv.weights.archive import MAGIC, Archive
-from rwkv.weights.unpickle import ITEM_BYTES, DType, StorageSpec, TensorSpec, Unpickler
+from rwkv.weights.pickled_names import ITEM_BYTES, DType, StorageSpec, TensorSpec
+from rwkv.weights.unpickle import Unpickler
 
 _LEGACY = 0x1950A86A20F9469CFC6C  # the first pickle in a file of torch before 1.6
 _USABLE = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")

@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 from rwkv.errors import FileFormatError, printable
 from rwkv.weights.archive import NotPlain
-from rwkv.weights.unpickle import Forbidden
+from rwkv.weights.pickled_names import Forbidden
 
 _AGAIN = "Download it again"
 _MAGIC = (

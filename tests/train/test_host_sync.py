@@ -13,9 +13,9 @@ from rwkv.kernels.head_loss import head_loss
 from rwkv.train.callbacks import metrics
 from rwkv.train.fit import fit
 from rwkv.train.loop.module import TrainingModule
-from tests.train import fused_adam
+from tests.train import fused_adam_on_cpu
 from tests.train.host_sync import FakeDevice, HostSync
-from tests.train.test_fit import SMALL, TUNE, lines, poisoned
+from tests.train.small_runs import SMALL, TUNE, lines, poisoned
 
 FIRST, LAST = 2, 5  # no synchronisation from step FIRST to before step LAST, which is the last and saves
 
@@ -42,7 +42,7 @@ def device(monkeypatch):
         return moved
 
     def read(self, read=metrics.PendingScalars.read):
-        with fake.disarmed():  # reads the previous step's values: tests/train/test_fit.py
+        with fake.disarmed():  # reads the previous step's values: tests/train/test_nan.py
             return read(self)
 
     monkeypatch.setattr(compat, "fit", fit_on_device)
@@ -50,7 +50,7 @@ def device(monkeypatch):
     monkeypatch.setattr(TrainingModule, "transfer_batch_to_device", transfer_batch)
     monkeypatch.setattr(metrics.PendingScalars, "read", read)
     monkeypatch.setattr(metrics, "reads_one_step_late", lambda device: True)
-    fused_adam.use_on_cpu(monkeypatch)
+    fused_adam_on_cpu.use_on_cpu(monkeypatch)
     return fake
 
 
@@ -91,7 +91,7 @@ def test_device_skips_same_step_as_host(make_base, tmp_path, monkeypatch, decay)
     for name in ("host", "device"):
         if name == "device":
             monkeypatch.setattr(metrics, "reads_one_step_late", lambda device: True)
-            fused_adam.use_on_cpu(monkeypatch)
+            fused_adam_on_cpu.use_on_cpu(monkeypatch)
         result = fit(TrainConfig(**flags, proj_dir=str(tmp_path / name)))
         assert any(line["loss"] is None for line in lines(tmp_path / name))
         runs.append((lines(tmp_path / name), read_tensors(result.checkpoint)))

@@ -7,15 +7,15 @@ temporary tensors per parameter.
 import torch
 from torch import Tensor
 
-from rwkv import compat
 from rwkv.kernels import load
+from rwkv.train.runtime import fused_adam
 
 
 def supports(groups: list[dict]) -> bool:
     """Whether the kernel is available and supports all parameters of these groups: fp32 on a CPU,
     contiguous.
     """
-    if compat.on_gpus(groups):
+    if fused_adam.on_gpus(groups):
         return False
     parameters = [p for group in groups for p in group["params"]]
     fit = all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in parameters)

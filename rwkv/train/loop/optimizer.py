@@ -7,7 +7,7 @@ from rwkv import compat
 from rwkv.config import TrainConfig
 from rwkv.models import RWKV
 from rwkv.train.loop import adam
-from rwkv.train.runtime import strategy
+from rwkv.train.runtime import fused_adam, strategy
 
 
 def groups(model: RWKV, c: TrainConfig) -> list[dict]:
@@ -50,7 +50,7 @@ def make(model: RWKV, c: TrainConfig) -> torch.optim.Optimizer:
     if not zero and adam.supports(found := groups(model, c)):
         return adam.FusedAdam(found, c.weight_decay > 0, **options)
     fused = not (zero and zero.offload_optimizer)
-    return compat.adam(groups(model, c), c.weight_decay > 0, fused, deepspeed=bool(zero), **options)
+    return fused_adam.adam(groups(model, c), c.weight_decay > 0, fused, deepspeed=bool(zero), **options)
 
 
 def _adafactor(groups: list[dict], rate: float) -> torch.optim.Optimizer:
@@ -79,7 +79,7 @@ def skip_step_unless_finite(
     Fused Adam checks it on the GPU; other optimizers need a synchronisation.
     """
     if hasattr(optimizer, "found_inf"):
-        optimizer.found_inf = compat.like_step((~torch.isfinite(norm)).float())
+        optimizer.found_inf = fused_adam.like_step((~torch.isfinite(norm)).float())
     elif not torch.isfinite(norm):
         for parameter in parameters:
             parameter.grad = None  # optimizers skip parameters without gradient

@@ -10,7 +10,7 @@ from rwkv import compat
 from rwkv.config import TrainConfig
 from rwkv.memory import machine
 from rwkv.train.run import Run
-from rwkv.train.runtime import cpu, strategy
+from rwkv.train.runtime import cpu, fused_adam, strategy
 from rwkv.train.runtime.lightning import pl
 
 
@@ -71,5 +71,5 @@ def make_trainer(run: Run, callbacks: list[pl.Callback]) -> pl.Trainer:
         enable_model_summary=False,
     )
     if run.on_gpu and getattr(trainer.precision_plugin, "scaler", None):
-        trainer.precision_plugin.scaler = compat.grad_scaler()()
+        trainer.precision_plugin.scaler = fused_adam.grad_scaler()()
     return trainer

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rwkv import compat
+from rwkv.train.runtime import fused_adam
 from rwkv.train.runtime.strategy import shape
 
 
@@ -141,7 +141,7 @@ def restore(parameters: Mapping[str, nn.Parameter], optimizer: Any, fetch: Fetch
                 states[name] = {key: x.clone() if isinstance(x, Tensor) else x for key, x in state.items()}
                 if isinstance(step := states[name].get("step"), Tensor):  # torch 1.13.1 does not move it
                     states[name]["step"] = (
-                        compat.like_step(step.to(parameter.device)) if name in fused else step.to("cpu").reshape(())
+                        fused_adam.like_step(step.to(parameter.device)) if name in fused else step.to("cpu").reshape(())
                     )
         names = [name for group in optimizer.param_groups for name in group["names"]]
         optimizer.load_state_dict(
@@ -171,7 +171,7 @@ def _restore_moments(shard: Shard, optimizer: torch.optim.Optimizer, state: Mapp
     step = float(state["step"])
     if type(optimizer).__module__.startswith("torch."):
         known["step"] = (
-            compat.like_step(torch.tensor(step, device=shard.flat.device))
+            fused_adam.like_step(torch.tensor(step, device=shard.flat.device))
             if shard.group.get("fused")
             else torch.tensor(step)
         )

@@ -6,8 +6,8 @@ import torch
 from rwkv import compat
 from rwkv.config import TrainConfig
 from rwkv.train.loop import optimizer
-from rwkv.train.runtime import zero
-from tests.train import fused_adam
+from rwkv.train.runtime import fused_adam, zero
+from tests.train import fused_adam_on_cpu
 
 
 def scales(model, **flags):
@@ -56,9 +56,9 @@ def test_rates_and_decay_per_group(make_model):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_fp16_overflow_skips_step_on_device(make_model, monkeypatch, decay):
     """As called by torch's GradScaler, which is active on GPUs only."""
-    fused_adam.use_on_cpu(monkeypatch)
+    fused_adam_on_cpu.use_on_cpu(monkeypatch)
     model = make_model()
-    opt, scaler = optimizer.make(model, TrainConfig(weight_decay=decay)), compat.grad_scaler()(enabled=False)
+    opt, scaler = optimizer.make(model, TrainConfig(weight_decay=decay)), fused_adam.grad_scaler()(enabled=False)
     optimizer.set_rates(opt, 1e-3, decay)
     shapes, step = [], opt.step
     opt.step = lambda *arguments, **keywords: (shapes.append(opt.found_inf.shape), step(*arguments, **keywords))[1]
@@ -100,7 +100,7 @@ def test_fused_adam_formula(found_inf, decay):
     }
     flag = None if found_inf is None else torch.tensor(found_inf)
     ours = tensors()
-    fused_adam.formula(*ours, **rates, grad_scale=None, found_inf=flag)
+    fused_adam_on_cpu.formula(*ours, **rates, grad_scale=None, found_inf=flag)
     if found_inf:
         theirs = tensors()
     elif compat.stack() == "cu117":
@@ -136,5 +136,5 @@ def test_restored_step_device(fused, place):
         {},
     )
     assert opt.state[parameter]["step"].device.type == place
-    assert opt.state[parameter]["step"].shape == (compat.like_step(torch.zeros(1)).shape if fused else ())
+    assert opt.state[parameter]["step"].shape == (fused_adam.like_step(torch.zeros(1)).shape if fused else ())
     assert opt.state[parameter]["exp_avg"].device.type == "meta"

@@ -15,7 +15,7 @@ from rwkv.kernels.head_loss import head_loss
 from rwkv.models.state import map_state
 from rwkv.train.fit import fit
 from rwkv.train.loop import tbptt
-from tests.train.test_fit import SMALL, TUNE, lines
+from tests.train.small_runs import SMALL, TUNE, lines
 
 
 def batch(rows=2, length=23, vocab=50, masked=True):

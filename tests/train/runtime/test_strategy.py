@@ -19,7 +19,7 @@ from rwkv.errors import UserError
 from rwkv.train import checks
 from rwkv.train.loop import adam, optimizer
 from rwkv.train.runtime import strategy
-from tests.train import fused_adam
+from tests.train import fused_adam_on_cpu
 
 
 def config(**flags) -> TrainConfig:
@@ -202,9 +202,9 @@ def test_torch_adam_without_compiled_ops(make_model, decay):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["auto", "deepspeed_stage_1", "deepspeed_stage_1_offload"])
 def test_adam_on_gpu(make_model, monkeypatch, name, decay):
-    """The optimizer of a GPU (on a CPU: fused_adam.py) takes the same steps as one-pass Adam on a
-    CPU. It is fused, or foreach where torch has no fused AdamW; with optimizer offload its state is
-    on the CPU, and it is neither.
+    """The optimizer of a GPU (on a CPU: fused_adam_on_cpu.py) takes the same steps as one-pass Adam
+    on a CPU. It is fused, or foreach where torch has no fused AdamW; with optimizer offload its
+    state is on the CPU, and it is neither.
     """
     ops = importlib.import_module("deepspeed.git_version_info").installed_ops
     if name != "auto" and ops.get("cpu_adam" if "offload" in name else "fused_adam"):
@@ -223,7 +223,7 @@ def test_adam_on_gpu(make_model, monkeypatch, name, decay):
 
     expected, one_pass = trained("auto")
     assert type(one_pass) is adam.FusedAdam
-    fused_adam.use_on_cpu(monkeypatch)
+    fused_adam_on_cpu.use_on_cpu(monkeypatch)
     model, opt = trained(name)
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # fp32, three steps

@@ -8,11 +8,12 @@ against torch's kernels.
 import torch
 
 from rwkv import compat
+from rwkv.train.runtime import fused_adam
 
 
 def use_on_cpu(monkeypatch) -> None:
     """Make runs on a CPU use the optimizer of GPUs."""
-    monkeypatch.setattr(compat, "on_gpus", lambda groups: True)
+    monkeypatch.setattr(fused_adam, "on_gpus", lambda groups: True)
     if compat.stack() != "cu117":
         return
     monkeypatch.setattr(torch, "_fused_adam_", formula)

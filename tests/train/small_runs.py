@@ -1,0 +1,38 @@
+"""Flags of small runs, shared by several test modules."""
+
+import json
+
+import torch
+
+from rwkv.checkpoint import read_tensors
+from rwkv.data.binidx_writer import writer
+
+SMALL = {
+    "n_layer": 2,
+    "n_embd": 16,
+    "vocab_size": 50,
+    "ctx_len": 8,
+    "micro_bsz": 2,
+    "epoch_steps": 4,
+    "epoch_count": 3,
+    "random_seed": 1,
+    "accelerator": "cpu",
+    "precision": "fp32",
+}
+TUNE = {key: value for key, value in SMALL.items() if key not in ("n_layer", "n_embd", "vocab_size")}
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def poisoned(make_base, tmp_path):
+    """Flags with a base whose embedding of token 49 overflows in the first norm, and data with that
+    token once.
+    """
+    tensors = read_tensors(make_base())
+    tensors["emb.weight"][49] = 3e38  # finite, as load_model requires; the sum overflows
+    torch.save(tensors, tmp_path / "nan.pth")
+    with writer(tmp_path / "data") as out:
+        out.add([i % 40 for i in range(105)] + [49] + [i % 40 for i in range(94)])
+    return {**TUNE, "load_model": str(tmp_path / "nan.pth"), "data_file": str(tmp_path / "data"), "magic_prime": 23}
