@@ -29,7 +29,7 @@ class Unsupported:
 _NEO, _V5, _PEFT = "RWKV-v4neo", "RWKV-v5's trainer and RWKV-PEFT", "RWKV-PEFT"
 _TOOL, _LIGHTNING, _HF = "the upstream programs", "pytorch-lightning's Trainer", "Hugging Face trainers"
 _STATE = "it trains the initial state, which is not supported here: omit it"
-_VERSIONS = "RWKV-4, RWKV-6 and RWKV-7 can be trained here"
+_VERSIONS = "RWKV-4, RWKV-5.2, RWKV-6 and RWKV-7 can be trained here"
 
 
 _IMAGES = {
@@ -52,7 +52,8 @@ NOT_SUPPORTED = {
         f"it selects an experimental model; {_VERSIONS}",
         ("",),
         {
-            "x05": f"it selects RWKV-5; {_VERSIONS}",
+            **{f"x052{variant}": f"it selects an experimental version of RWKV-5; {_VERSIONS}" for variant in "abc"},
+            "x05": f"it selects an early version of RWKV-5; {_VERSIONS}",
             **{f"x060{variant}": f"it selects an experimental version of RWKV-6; {_VERSIONS}" for variant in "abc"},
         },
     ),
@@ -64,7 +65,7 @@ NOT_SUPPORTED = {
     ),
     **{name: Unsupported(_NEO, "omit it: it belongs to image models", (off,)) for name, off in _IMAGES.items()},
     "cuda_cleanup": Unsupported(_NEO, "omit it: the CUDA cache is never emptied during a run", ("0",)),
-    "head_size_a": Unsupported(_V5, "use --head_size for a new RWKV-6 or RWKV-7 model; RWKV-4 has no heads", ("64",)),
+    "head_size_a": Unsupported(_V5, "use --head_size for a new model of RWKV-5 to 7; RWKV-4 has no heads", ("64",)),
     "head_size_divisor": Unsupported(_V5, "omit it: it is always 8", ("8",)),
     "train_type": Unsupported(
         _V5,
@@ -190,6 +191,7 @@ IGNORED = (
 )
 """Flags that are accepted and ignored."""
 EQUIVALENT = {
+    ("my_testing", "x052"): ("version", "5.2"),
     ("my_testing", "x060"): ("version", "6"),
     ("my_testing", "x070"): ("version", "7"),
     ("peft", "lora"): ("lora", "true"),

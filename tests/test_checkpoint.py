@@ -147,7 +147,7 @@ def test_adapter_roundtrip(tmp_path, make_base, parts):
     [(["att"], ["att"]), (["att", "ffn"], ["att", "ffn"]), (["att", "time", "ln"], ["att", "time", "ln"])],
     ids=str,
 )
-@pytest.mark.parametrize("version", ["6", "7"])
+@pytest.mark.parametrize("version", ["5.2", "6", "7"])
 def test_adapter_of_later_version_without_manifest(tmp_path, make_base, version, parts, found):
     """As RWKV-PEFT writes them: the version is that of the base. RWKV-4's `att` lacks output."""
     base = make_base(version=version, n_embd=32)
@@ -180,12 +180,30 @@ def test_rwkv7_roundtrip(tmp_path, make_model, suffix, unused):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_rwkv6_roundtrip(tmp_path, make_model, suffix):
-    model = make_model(version="6", n_embd=32, dim_att=48, rank_mix=40, rank_w=24)
+@pytest.mark.parametrize(("version", "ranks"), [("5.2", {}), ("6", {"rank_mix": 40, "rank_w": 24})])
+def test_roundtrip_of_versions_with_gate(tmp_path, make_model, suffix, version, ranks):
+    model = make_model(version=version, n_embd=32, dim_att=48, **ranks)
     checkpoint.save_model(tmp_path / f"x{suffix}", model, {})
     again = load_model(tmp_path / f"x{suffix}")
     assert again.sizes == model.sizes
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t.pop("blocks.1.att.time_mix_v"), r"missing: blocks.1.att.time_mix_v$"),
+        (lambda t: t.update({"blocks.0.att.time_decay": torch.zeros(2)}), "an RWKV-5.1 model"),
+        (lambda t: t.update({"blocks.0.att.time_decay": torch.zeros(2, 4, 4)}), r"time_decay is \[2, 4, 4\], not"),
+        (lambda t: t.update({"blocks.0.ffn.time_mix_k": torch.zeros(32)}), r"wrong shape: blocks.0.ffn.time_mix_k"),
+    ],
+)
+def test_invalid_rwkv5_checkpoints(tmp_path, make_model, change, complaint):
+    tensors = {name: p.detach() for name, p in make_model(version="5.2", n_embd=32).named_parameters()}
+    change(tensors)
+    torch.save(tensors, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=complaint):
+        load_model(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ class ModelSize:
     """Version and size of a new model."""
 
     version: str = ""
-    """RWKV version: 4, 6 or 7. Omitted: from load_model, else 4."""
+    """RWKV version: 4, 5.2 (or 5), 6 or 7. Omitted: from load_model, else 4."""
     n_layer: int = 0
     """Number of layers L. 0: from load_model, else 6."""
     n_embd: int = 0
@@ -50,14 +50,14 @@ class ModelSize:
     vocab_size: int = 0
     """Vocabulary size V. 0: from load_model, else 65536 (World)."""
     dim_att: int = 0
-    """RWKV-4 and 6: channels of the time-mix. 0: from load_model, else n_embd."""
+    """RWKV-4 to 6: channels of the time-mix. 0: from load_model, else n_embd."""
     dim_ffn: int = 0
-    """Hidden channels of the channel-mix. 0: from load_model, else 4 n_embd; in RWKV-6 3.5
-    n_embd."""
+    """Hidden channels of the channel-mix. 0: from load_model, else 4 n_embd; in RWKV-5 and 6
+    3.5 n_embd."""
     pre_ffn: Literal[0, 1] = 0
     """RWKV-4: 1: block 0 has a channel-mix instead of a time-mix. Read from load_model if given."""
     head_size: int = 0
-    """RWKV-6 and 7: channels of a head, a multiple of 16. 0: from load_model, else 64."""
+    """RWKV-5 to 7: channels of a head, a multiple of 16. 0: from load_model, else 64."""
 
 
 @dataclass
@@ -117,8 +117,8 @@ class Sampling:
     load_model, resize its vectors and vocabulary by linear interpolation. 2, 3: continue from the
     newest rwkv-N.pth in proj_dir with prime sampling, in epochs of 40320 samples until the data is
     used; sets load_model, epoch_begin, epoch_steps, epoch_count and magic_prime. 2: time_mix,
-    time_decay and time_first (in RWKV-6 time_maa, time_decay and time_faaaa, in RWKV-7 w0) use five
-    times the learning rate. 4: as 3, at random offsets. 0: off."""
+    time_decay and time_first (in RWKV-5 and 6 time_mix, time_maa, time_decay and time_faaaa, in
+    RWKV-7 w0) use five times the learning rate. 4: as 3, at random offsets. 0: off."""
 
 
 @dataclass
@@ -171,7 +171,7 @@ class Optimizer:
 
     lr_init: float = 6e-4
     """Initial learning rate. The embedding of a new RWKV-4 model is uniform in ± lr_init, of a new
-    RWKV-6 or 7 model in ±1e-4."""
+    RWKV-5, 6 or 7 model in ±1e-4."""
     lr_final: float = 1e-5
     """Final learning rate, reached by exponential decay from lr_init; by linear decay if either is
     0."""
@@ -304,10 +304,10 @@ class LoRAConfig(TrainConfig):
     in bf16), else fp32."""
     lora_parts: str = "att,ln,time"
     """What is trained, separated by commas: adapters on the matrices of att (key, value,
-    receptance; in RWKV-7 also output, in RWKV-6 output and gate) and ffn (key, value; before RWKV-7
-    also receptance), or on single ones, such as att.output or ffn.key, in every block; directly,
-    the parameters of the time-mix (time; in RWKV-6 and 7 with its low-rank matrices) and LayerNorms
-    (ln; in RWKV-6 and 7 also ln_x and ln_out)."""
+    receptance; in RWKV-7 also output, in RWKV-5 and 6 output and gate) and ffn (key, value; before
+    RWKV-7 also receptance), or on single ones, such as att.output or ffn.key, in every block;
+    directly, the parameters of the time-mix (time; in RWKV-6 and 7 with its low-rank matrices) and
+    LayerNorms (ln; in RWKV-5 to 7 also ln_x and ln_out)."""
 
     @property
     def adapter(self) -> "LoRAConfig | None":

@@ -221,7 +221,7 @@ def forward_bytes(sizes: Sizes, e: int) -> float:
     """The larger of the channel-mix's, as RWKV-4's, and the time-mix's, which mixes and normalises
     in fp32. Measured (tests/memory/test_estimate.py).
     """
-    return max(e * (2 * sizes.dim_ffn + 6 * sizes.n_embd), 31 * sizes.n_embd)
+    return max(e * (2 * sizes.dim_ffn + 6 * sizes.n_embd), 35 * sizes.n_embd)
 
 
 def backward_bytes(sizes: Sizes, e: int) -> float:

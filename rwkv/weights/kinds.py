@@ -17,7 +17,7 @@ _PREFIX = re.compile(rf"^(?:{_WRAPPERS}\.)+(?=(?:emb|head|ln_out|blocks|embeddin
 _INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PEFT = re.compile(r"\.lora_([AB])(?:\.(?!weight$)\w+)?\.weight$")
 
-_SUPPORTED = "RWKV-4, RWKV-6 (x060) and RWKV-7 (x070) models"
+_SUPPORTED = "RWKV-4, RWKV-5.2 (x052), RWKV-6 (x060) and RWKV-7 (x070) models"
 
 TRANSFORMERS = (
     ("blocks.", "rwkv.blocks."),
@@ -130,7 +130,7 @@ def _version(tensors: Mapping[str, Tensor]) -> str | None:
     decay = next((tensor for name, tensor in tensors.items() if re.search(rf"{layer}att\.time_decay$", name)), None)
     if _any_matches(tensors, rf"{layer}att\.gate\.weight$"):
         later = decay is not None and decay.dim() >= 2 and decay.shape[1] > 1
-        return f"an RWKV-5.{2 if later else 1} model{train}"
+        return None if later else f"an RWKV-5.1 model{train}"  # RWKV-5.2 (x052)
     if _any_matches(tensors, rf"{layer}att\.ln_x\."):
         return f"an RWKV-5.0 model{train}"
     if decay is not None and decay.dim() != 1:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import v5_loop
 import v6_loop
 
 from rwkv.adapters import lora
-from rwkv.models import RWKV, v6, version
+from rwkv.models import RWKV, v5, v6, version
 from rwkv.models.gated_heads import PARTS, decays, lr_scale
 
 ORACLE = Path(sys.prefix) / "oracle"
@@ -34,8 +35,11 @@ for token in tokens:
     single.append(logits.clone())
 torch.save([whole, last, torch.stack(single), state], sys.argv[3])
 """
-LOOPS = {"6": v6_loop.forward}
+LOOPS = {"5.2": v5_loop.forward, "6": v6_loop.forward}
 SIZES = [
+    ("5.2", {}),
+    ("5.2", {"n_layer": 1}),
+    ("5.2", {"n_layer": 3, "n_embd": 48, "dim_att": 64, "head_size": 32, "dim_ffn": 80}),
     ("6", {}),
     ("6", {"n_layer": 1}),
     ("6", {"n_layer": 3, "n_embd": 48, "dim_att": 64, "head_size": 32, "dim_ffn": 80}),
@@ -55,8 +59,8 @@ def tokens(batch=2, length=37, vocab=50):
 @pytest.mark.skipif(
     bool(os.environ.get("PY")), reason="make was given a Python of its own, and installs no oracle beside it"
 )
-@pytest.mark.parametrize("number", LOOPS)
-@pytest.mark.parametrize("n_layer", [1, 3])
+# the oracle recognises RWKV-5 from the second block on
+@pytest.mark.parametrize(("number", "n_layer"), [("5.2", 2), ("6", 1), ("6", 3)])
 def test_logits_and_states_match_pypi_rwkv(make, tmp_path, number, n_layer):
     assert ORACLE.is_dir(), "the oracle is installed by: make test"
     model = make(number, {"n_layer": n_layer, "n_embd": 128, "head_size": 64}).eval()
@@ -74,13 +78,15 @@ def test_logits_and_states_match_pypi_rwkv(make, tmp_path, number, n_layer):
     for other in (last, state):
         assert len(other) == 3 * n_layer
         for mine, found in zip((t for block in ours for t in block), other, strict=True):
-            torch.testing.assert_close(mine[0], found.view_as(mine[0]), rtol=1e-4, atol=1e-4)
+            largest = float(found.abs().max())  # about 100 in WKV states, whose small elements are differences
+            torch.testing.assert_close(mine[0], found.view_as(mine[0]), rtol=1e-4, atol=1e-4 * max(1.0, largest / 10))
 
 
 TENSORS = {
+    "5.2": "mix_k mix_v mix_r mix_g decay faaaa",
     "6": "maa_x maa_w maa_k maa_v maa_r maa_g maa_w1 maa_w2 decay decay_w1 decay_w2 faaaa",
 }
-CHANNEL_MIX = {"6": "maa_k maa_r"}
+CHANNEL_MIX = {"5.2": "mix_k mix_r", "6": "maa_k maa_r"}
 
 
 @pytest.mark.parametrize("number", LOOPS)
@@ -155,7 +161,7 @@ def test_gradient_checkpointing_same_gradients(make, number, reentrant, frozen):
         assert torch.equal(saved, gradients[1][name]), name  # the same operations
 
 
-@pytest.mark.parametrize(("number", "sizes"), SIZES[::2], ids=str)
+@pytest.mark.parametrize(("number", "sizes"), SIZES[::3] + SIZES[2::3], ids=str)
 @pytest.mark.parametrize("grad_cp", [False, True])
 def test_packed_documents_match_separate_documents(make, number, sizes, grad_cp):
     lengths = [[5, 1, 9, 22], [37]]
@@ -219,6 +225,10 @@ def test_published_ranks():
     assert found == {"1.6b": (32, 64, 7168), "3b": (32, 64, 8960), "7b": (64, 128, 14336), "14b": (64, 128, 14336)}
 
 
+def test_version_5_is_5_2():
+    assert version.named("5") is version.named("5.2") is v5
+
+
 @pytest.mark.parametrize(("number", "sizes"), SIZES, ids=str)
 def test_sizes_from_shapes(make, number, sizes):
     model = make(number, sizes)
@@ -257,6 +267,9 @@ def expected_vectors(number, layer, layers, D):
     }
     mixes = {"k": [i**s for i in x], "v": [i**s + 0.3 * r for i in x], "r": [i ** (s / 2) for i in x]}
     mixes["g"] = mixes["r"]
+    if number == "5.2":
+        found |= {f"att.time_mix_{q}": mixes[q] for q in "kvrg"}
+        return found | {f"ffn.time_mix_{q}": mixes["k"] for q in "kr"}
     found |= {f"att.time_maa_{q}": [1 - m for m in mixes["k" if q in "xw" else q]] for q in "xwkvrg"}
     return found | {f"ffn.time_maa_{q}": [1 - i ** (s**3) for i in x] for q in "kr"}
 

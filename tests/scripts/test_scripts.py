@@ -92,7 +92,7 @@ def test_end_to_end_pipeline(script, write_jsonl, tmp_path):
     assert read_manifest(tmp_path / "full/rwkv-0.pth")["kind"] == "model"
 
 
-@pytest.mark.parametrize("version", ["6", "7"])
+@pytest.mark.parametrize("version", ["5.2", "6", "7"])
 def test_end_to_end_later_versions(script, write_jsonl, tmp_path, version):
     """The version is given once, for the new model, and recognised from then on."""
     text = write_jsonl(*({"text": f"User: {i}?\n\nAssistant: {i}."} for i in range(30)))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import v5_loop
 import v6_loop
 import v7_loop
 
@@ -111,8 +112,12 @@ V7 = Rules(
     lambda name, stage_2: (5.0 if stage_2 else 2.0) if name.endswith("att.w0") else 1.0,
     decays_by_name,
 )
-RULES = {"6": Rules(v6_loop.forward, scale_v6, decays_by_name), "7": V7}
-SIZES = {"6": {}, "7": {"v_in_block_0": True}}
+RULES = {
+    "5.2": Rules(v5_loop.forward, scale_v6, decays_by_name),
+    "6": Rules(v6_loop.forward, scale_v6, decays_by_name),
+    "7": V7,
+}
+SIZES = {"5.2": {}, "6": {}, "7": {"v_in_block_0": True}}
 
 
 def plain_trainer(

@@ -1,4 +1,4 @@
-"""Runs of RWKV-6 and RWKV-7: resuming, documents, chunks, precision, a new base, stages."""
+"""Runs of RWKV-5.2, 6 and 7: resuming, documents, chunks, precision, a new base, stages."""
 
 import json
 
@@ -21,7 +21,7 @@ RUN = {
 SIZES = {"n_layer": 2, "n_embd": 32, "head_size": 16, "vocab_size": 50}
 
 
-@pytest.fixture(params=["6", "7"])
+@pytest.fixture(params=["5.2", "6", "7"])
 def new(request):
     """Flags of a new model."""
     return {**SIZES, "version": request.param}

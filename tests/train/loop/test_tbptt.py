@@ -51,7 +51,7 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("length", [1, 5, 8, 22])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("tuned", ["all", "lora"])
-@pytest.mark.parametrize("version", ["4", "6", "7"])
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
 @pytest.mark.filterwarnings("ignore:wkv[67] falls back")
 def test_exact_gradients_match_full_sequence(make_model, length, masked, tuned, version):
     model = make_model(version=version)
