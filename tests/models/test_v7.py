@@ -1,5 +1,5 @@
-"""RWKV-7 against PyPI's `rwkv` and `rwkv7-hf`, a float64 loop written from its description, and itself evaluated
-in other ways.
+"""RWKV-7 against PyPI's `rwkv` and `rwkv7-hf`, a float64 loop written from its description, and
+itself evaluated in other ways.
 """
 
 import json
