@@ -1,13 +1,14 @@
 """Benchmark a training step against transformers + peft, and against its own matmuls alone.
 
-    python bench/step.py [--sizes 12,768,65536] [--ctx_len 512] [--micro_bsz 1] [--rounds 5]
-        [--free_loss 0] [--kinds lora,full] [--precisions fp32,bf16] [--ours]
+    python bench/step.py [--version 4] [--sizes 12,768,65536] [--ctx_len 512] [--micro_bsz 1]
+        [--rounds 5] [--free_loss 0] [--kinds lora,full] [--precisions fp32,bf16] [--ours]
+        [--profile]
 
 Every contender runs in its own process, and they alternate step by step, so that other load affects
 all of them. Same random weights, tokens and targets; LoRA r 8 on key, value and receptance of att
-with dropout 0.01, or full tuning; Adam. Weights are loaded from disk, evicted from the page cache,
-in the dtype of the run: ours from a .pth, theirs with from_pretrained and its defaults from the
-folder that scripts/export.py writes.
+(RWKV-7: also output) with dropout 0.01, or full tuning; Adam. Weights are loaded from disk, evicted
+from the page cache, in the dtype of the run: ours from a .pth, theirs with from_pretrained and its
+defaults from a transformers folder (RWKV-7: of PyPI's rwkv7-hf, which make test installs).
 
 Printed: tokens/s of the best and the median step, peak resident memory of the steps after loading,
 memory before loading a model (the libraries), and the loss of the first step.
@@ -24,6 +25,7 @@ On a GPU, also model FLOPs utilisation relative to --peak_tflops, and NVML's mem
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -31,57 +33,48 @@ import tempfile
 import time
 from pathlib import Path
 
+import step_models
 import torch
 
-from rwkv import checkpoint, export
+from rwkv import checkpoint
 from rwkv.adapters import lora
 from rwkv.config import TrainConfig
-from rwkv.files import atomic_write, write_json
 from rwkv.kernels.head_loss import SLICE, chunk_tokens, head_loss
 from rwkv.kernels.linear import linear_forward, linear_grad_input, linear_grad_weight, uses_onednn
-from rwkv.models import RWKV
-from rwkv.models.v4 import Sizes
 from rwkv.train.loop import optimizer
 from rwkv.train.runtime import cpu
 
-PARTS, R, ALPHA, DROPOUT = ("key", "value", "receptance"), 8, 32, 0.01
+R, ALPHA, DROPOUT = 8, 32, 0.01
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def write(c: argparse.Namespace) -> None:
-    """Write random weights to c.folder/base.pth and, for transformers, to c.folder/hf."""
-    layers, width, vocab = c.sizes
-    model = RWKV(Sizes(layers, width, vocab, width, 4 * width))
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            value = torch.empty(parameter.shape).normal_(0, parameter.shape[1] ** -0.5, generator=generator)
-        elif "decay" in name:
-            value = torch.linspace(-5, 3, len(parameter))
-        else:
-            value = torch.full(
-                parameter.shape, {"time_first": -1.2, "weight": 1.0, "bias": 0.0}.get(name.split(".")[-1], 0.5)
-            )
-        parameter.data = value.to(DTYPES[c.precision])
-    folder = Path(c.folder)
-    checkpoint.save_model(folder / "base.pth", model, {})
-    if not c.ours:
-        (folder / "hf").mkdir()
-        with atomic_write(folder / "hf" / "model.safetensors") as temporary:
-            checkpoint.save_safetensors(export.transformers_names(export.tensors_of(model, "keep")), temporary)
-        write_json(folder / "hf" / "config.json", export.transformers_config(model, c.ctx_len, DTYPES[c.precision]))
-    for path in folder.rglob("*.*"):
-        if path.is_file():
-            # evict from the page cache: a file just written would have larger folios than one read
-            with open(path, "r+b") as file:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def tokens(c: argparse.Namespace) -> torch.Tensor:
     return torch.randint(c.sizes[2], (c.micro_bsz, c.ctx_len + 1), generator=torch.Generator().manual_seed(1)).to(
         c.device
     )
+
+
+def theirs(c: argparse.Namespace):
+    """A step of transformers and peft, with the model in the run's dtype and its own loss."""
+    models = step_models.THEIRS[c.version]()
+    ids = tokens(c)
+    c.libraries = resident(c)
+    model = models.load(Path(c.folder) / "hf", DTYPES[c.precision]).to(c.device)
+    if c.kind == "lora":
+        model = models.adapt(model, R, ALPHA, DROPOUT)
+    model.train()
+    adam, loss = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4), None
+
+    def step() -> float:
+        nonlocal loss
+        loss = None if c.free_loss else loss
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
 
 
 def ours(c: argparse.Namespace):
@@ -112,42 +105,12 @@ def ours(c: argparse.Namespace):
     return step
 
 
-def theirs(c: argparse.Namespace):
-    """A step of transformers and peft, with the model in the run's dtype and its own loss."""
-    import peft
-    from transformers import RwkvForCausalLM
-
-    ids = tokens(c)
-    c.libraries = resident(c)
-    model = RwkvForCausalLM.from_pretrained(
-        Path(c.folder) / "hf", torch_dtype=DTYPES[c.precision], rescale_every=0, use_cache=False
-    ).to(c.device)
-    if c.kind == "lora":
-        target = rf".*\.attention\.({'|'.join(PARTS)})"
-        model = peft.get_peft_model(
-            model, peft.LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=target)
-        )
-    model.train()
-    adam, loss = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4), None
-
-    def step() -> float:
-        nonlocal loss
-        loss = None if c.free_loss else loss
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        adam.step()
-        adam.zero_grad(set_to_none=True)
-        return float(loss.detach())
-
-    return step
-
-
 def shapes(c: argparse.Namespace) -> list[tuple[int, int, int, bool, bool]]:
     """(rows, out, in, has a weight gradient, is recomputed) of every matmul of a forward pass."""
-    layers, width, vocab = c.sizes
+    _, width, vocab = c.sizes
     rows, full = c.micro_bsz * c.ctx_len, c.kind == "full"
-    matrices = [(width, width)] * 4 + [(4 * width, width), (width, width), (width, 4 * width)]
-    found = [(rows, out, columns, full, bool(c.grad_cp)) for _ in range(layers) for out, columns in matrices]
+    matrices = step_models.matrices(step_models.sizes(c))
+    found = [(rows, out, columns, full, bool(c.grad_cp)) for out, columns in matrices]
     chunk = chunk_tokens(vocab, c.device)
     return found + [(min(chunk, rows - begin), vocab, width, full, False) for begin in range(0, rows, chunk)]
 
@@ -199,6 +162,25 @@ STEPS = {
     "matmuls": matmuls_alone,
     "torch matmuls": lambda c: matmuls_alone(c, plain=True),
 }
+
+
+def profile(c: argparse.Namespace) -> None:
+    """Print the time of the operators of our step, and the share of the compiled WKV kernels."""
+    with tempfile.TemporaryDirectory() as c.folder:
+        c.ours, c.kind, c.precision = True, c.kinds.split(",")[0], c.precisions.split(",")[0]
+        cpu.prepare()
+        step_models.write(c, DTYPES[c.precision])
+        step = ours(c)
+        step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            for _ in range(c.rounds):
+                step()
+    averages = found.key_averages()
+    print(averages.table(sort_by="self_cpu_time_total", row_limit=15))
+    total = sum(x.self_cpu_time_total for x in averages)
+    for part in ("forward", "backward"):
+        wkv = sum(x.cpu_time_total for x in averages if re.match(rf"rwkv::wkv\d_cpu_{part}", x.key))
+        print(f"{c.kind} {c.precision}: WKV {part} {100 * wkv / total:.1f} % of {total / c.rounds / 1e6:.3f} s")
 
 
 def resident(c: argparse.Namespace, key: str = "VmRSS") -> float:
@@ -257,7 +239,7 @@ class Contender:
         self.times, self.loss, self.memory = [], float("nan"), 0.0
         arguments = ["--worker", name, "--kind", kind, "--precision", precision, "--sizes", ",".join(map(str, c.sizes))]
         arguments += ["--folder", str(Path(c.folder) / precision)]
-        for flag in ("ctx_len", "micro_bsz", "grad_cp", "free_loss", "device"):
+        for flag in ("version", "ctx_len", "micro_bsz", "grad_cp", "free_loss", "device"):
             arguments += [f"--{flag}", str(getattr(c, flag))]
         self.process = subprocess.Popen(
             [sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -296,14 +278,11 @@ def compare(c: argparse.Namespace) -> list[Contender]:
             folder = Path(c.folder) / precision
             folder.mkdir()
             given = [
-                "--sizes",
-                ",".join(map(str, c.sizes)),
-                "--ctx_len",
-                str(c.ctx_len),
-                "--precision",
-                precision,
-                "--folder",
-                str(folder),
+                *("--version", c.version),
+                *("--sizes", ",".join(map(str, c.sizes))),
+                *("--ctx_len", str(c.ctx_len)),
+                *("--precision", precision),
+                *("--folder", str(folder)),
             ]
             subprocess.run(
                 [sys.executable, __file__, "--worker", "write", *given, *(["--ours"] if c.ours else [])], check=True
@@ -362,6 +341,7 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=lambda text: tuple(map(int, text.split(","))), default=(12, 768, 65536), help="L,D,V"
     )
+    parser.add_argument("--version", choices=[*step_models.THEIRS], default="4")
     parser.add_argument("--ctx_len", type=int, default=512)
     parser.add_argument("--micro_bsz", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
@@ -370,6 +350,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="lora,full")
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--ours", action="store_true", help="run only our implementation")
+    parser.add_argument("--profile", action="store_true", help="print the operators of our step, and the share of WKV")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peak_tflops", type=float, default=989.0, help="peak of the GPU in bf16 (default: H100)")
     parser.add_argument("--worker", choices=[*STEPS, "write"], help=argparse.SUPPRESS)
@@ -379,9 +360,11 @@ def main() -> None:
     c = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     if c.worker == "write":
-        write(c)
+        step_models.write(c, DTYPES[c.precision])
     elif c.worker:
         worker(c)
+    elif c.profile:
+        profile(c)
     else:
         print_table(c, compare(c))
 

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from packaging.markers import Marker
@@ -22,8 +22,10 @@ from packaging.markers import Marker
 from rwkv import compat
 from rwkv.commands import target
 from rwkv.kernels import build, load
-from rwkv.wkv import wkv4
+from rwkv.wkv import wkv4, wkv6, wkv7
 from rwkv.wkv.wkv4 import reference
+from rwkv.wkv.wkv6 import reference as reference6
+from rwkv.wkv.wkv7 import reference as reference7
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
@@ -237,16 +239,21 @@ def _kernels() -> Iterator[Finding]:
 
 def _check_wkv(name: str, device: torch.device, found: str) -> Finding:
     generator = torch.Generator().manual_seed(0)
-    w, u, k, v = (
-        -torch.rand(70, generator=generator),
-        *(torch.randn(shape, generator=generator) for shape in ((70,), (2, 100, 70), (2, 100, 70))),
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    error = _error(
+        reference.wkv4,
+        wkv4,
+        [-torch.rand(70, generator=generator), normal(70), *(normal(2, 100, 70) for _ in range(2))],
+        device,
     )
-    results = []
-    for run, place in ((reference.wkv4, torch.device("cpu")), (wkv4, device)):
-        leaves = [x.to(place).requires_grad_() for x in (w, u, k, v)]
-        y, _ = run(*leaves)
-        results.append([x.cpu() for x in (y.detach(), *torch.autograd.grad(y.sin().sum(), leaves))])
-    error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*reversed(results), strict=True))
+    r, w, k, v, b = (normal(2, 40, 2, 32) for _ in range(5))
+    w, b = -w.sigmoid(), torch.nn.functional.normalize(b, dim=-1)
+    error = max(error, _error(reference7.wkv7, wkv7, [r, w, k, v, -b, 0.5 * b], device))
+    if device.type == "cpu":  # wkv6 has no CUDA kernel
+        error = max(error, _error(reference6.wkv6, wkv6, [r, w, k, v, normal(2, 32)], device))
     if error < 1e-4:  # sums over 200 tokens in fp32, in another order
         return Finding(name, "ok", f"{found}, within {error:.0e} of the reference")
     return Finding(
@@ -255,6 +262,18 @@ def _check_wkv(name: str, device: torch.device, found: str) -> Finding:
         f"{found}, differs from the reference by {error:.0e}",
         f"rm -r rwkv/kernels/lib and {target('kernels')}; if it persists, please report it",
     )
+
+
+def _error(expected: Any, run: Any, inputs: list[torch.Tensor], device: torch.device) -> float:
+    """Largest difference of outputs and gradients of `expected` on the CPU and of `run`, each
+    relative to the largest element.
+    """
+    results = []
+    for function, place in ((expected, torch.device("cpu")), (run, device)):
+        leaves = [x.to(place).requires_grad_() for x in inputs]
+        y, _ = function(*leaves)
+        results.append([x.cpu() for x in (y.detach(), *torch.autograd.grad(y.sin().sum(), leaves))])
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*reversed(results), strict=True))
 
 
 def _deepspeed() -> Iterator[Finding]:

@@ -49,10 +49,15 @@ def test_missing_or_wrong_kernels(monkeypatch, tmp_path):
     monkeypatch.undo()
     assert load.why_unavailable() is None
     assert doctor._check_wkv("x", torch.device("cpu"), "lib").status == "ok"
-    monkeypatch.setattr(doctor, "wkv4", lambda *inputs: (inputs[3] * inputs[0] + inputs[1] * inputs[2], None))
-    wrong = doctor._check_wkv("x", torch.device("cpu"), "lib")
-    assert wrong.status == "fail"
-    assert "differs from the reference by" in wrong.found
+    for name, broken in (
+        ("wkv4", lambda *inputs: (inputs[3] * inputs[0] + inputs[1] * inputs[2], None)),
+        ("wkv7", lambda *inputs: (sum(inputs), None)),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(doctor, name, broken)
+            wrong = doctor._check_wkv("x", torch.device("cpu"), "lib")
+        assert wrong.status == "fail"
+        assert "differs from the reference by" in wrong.found
 
 
 def test_package_differs_from_lock(monkeypatch, tmp_path):

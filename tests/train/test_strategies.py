@@ -33,6 +33,11 @@ STEPS = 6
 CLIPPED = {"grad_clip": 0.1}
 SCALED = {"grad_clip": 0.0, "adam_eps": 1e-2}
 LORA = {"grad_clip": 0.1, "lora_dropout": 0.0, "lora_r": 4}
+# Parameters that modules use without a layer (mixing weights, low-rank matrices, the norm by head),
+# and the value of block 0, which passes through every block. v_in_block_0: parameters that are not
+# used.
+RWKV7 = {"load_model": "base7.pth", "lr_init": 1e-3}
+LORA7 = {**RWKV7, **LORA, "lora_parts": "att,ffn,time,ln"}
 # Target counts differ between ranks and micro-batches, and 3 validation samples leave one rank
 # without a last batch.
 DOCUMENTS = {"doc_training": 1, "doc_reset": 1, "val_split": 0.2, "val_every": 2, "val_samples": 3, "magic_prime": 0}
@@ -42,6 +47,8 @@ ONE_PROCESS = {  # one process
     "accumulated": ("full", {"micro_bsz": 2, "accumulate_grad_batches": 2, **SCALED}),
     "lora": ("lora", {"micro_bsz": 4, **LORA}),
     "documents": ("full", {"micro_bsz": 4, **CLIPPED, **DOCUMENTS}),
+    "RWKV-7": ("full", {"micro_bsz": 4, **SCALED, **RWKV7}),
+    "RWKV-7, lora": ("lora", {"micro_bsz": 4, **LORA7}),
 }
 TWO_PROCESSES = {  # two processes: the run of ONE_PROCESS to match, kind, flags
     "full": ("clipped", "full", {"micro_bsz": 2, **CLIPPED}),
@@ -50,15 +57,25 @@ TWO_PROCESSES = {  # two processes: the run of ONE_PROCESS to match, kind, flags
     "documents": ("documents", "full", {"micro_bsz": 1, "accumulate_grad_batches": 2, **CLIPPED, **DOCUMENTS}),
     "chunks": ("clipped", "full", {"micro_bsz": 2, "tbptt_len": 3, "exact": True, **CLIPPED}),
     "gradient checkpointing": ("clipped", "full", {"micro_bsz": 2, "grad_cp": 1, **CLIPPED}),
+    "RWKV-7": ("RWKV-7", "full", {"micro_bsz": 2, **SCALED, **RWKV7}),
+    "RWKV-7 with gradient checkpointing": ("RWKV-7", "full", {"micro_bsz": 2, "grad_cp": 1, **SCALED, **RWKV7}),
+    "RWKV-7, lora": ("RWKV-7, lora", "lora", {"micro_bsz": 2, **LORA7}),
+    "RWKV-7, lora with gradient checkpointing": ("RWKV-7, lora", "lora", {"micro_bsz": 2, "grad_cp": 1, **LORA7}),
 }
-WITH_EVERY_STRATEGY = ["full", "accumulated", "lora with gradient checkpointing"]
-CASES = sorted(
-    (name, case)
-    for name in STRATEGIES
-    for case in TWO_PROCESSES
-    if case in WITH_EVERY_STRATEGY
-    or (name in ("ddp", "deepspeed_stage_2", "deepspeed_stage_3") and (name, case) != ("deepspeed_stage_3", "chunks"))
-)
+MAIN = ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"]
+STRATEGIES_OF = {
+    "full": STRATEGIES,
+    "accumulated": STRATEGIES,
+    "lora with gradient checkpointing": STRATEGIES,
+    "documents": MAIN,
+    "chunks": ["ddp", "deepspeed_stage_2"],
+    "gradient checkpointing": MAIN,
+    "RWKV-7": ["ddp", "deepspeed_stage_1", "deepspeed_stage_3"],
+    "RWKV-7 with gradient checkpointing": ["deepspeed_stage_2", "deepspeed_stage_3"],
+    "RWKV-7, lora": ["deepspeed_stage_3"],
+    "RWKV-7, lora with gradient checkpointing": MAIN,
+}
+CASES = sorted((name, case) for case, names in STRATEGIES_OF.items() for name in names)
 STRATEGY_CHANGES = [  # strategy of the first three steps, and of the others; "one" is one process
     (before, after)
     for before, after in [
@@ -99,17 +116,18 @@ def runs(tmp_path_factory, make_model) -> Path:
     """Run all trainings; returns the folder with a subfolder per run."""
     folder = tmp_path_factory.mktemp("strategies")
     checkpoint.save_model(folder / "base.pth", make_model(), {})
+    checkpoint.save_model(folder / "base7.pth", make_model(version="7", n_layer=3, v_in_block_0=True), {})
     generator = torch.Generator().manual_seed(0)
     with writer(folder / "data") as out:
         for length in torch.randint(3, 20, (40,), generator=generator).tolist():
             out.add([*torch.randint(1, 50, (length,), generator=generator).tolist(), 0])
-    (folder / "shard_all.json").write_text(
-        json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 2000}})
-    )
+    # shard every parameter, and release it after the forward pass of its module
+    none = dict.fromkeys(("param_persistence_threshold", "max_reuse_distance", "max_live_parameters"), 0)
+    stage_3 = {f"stage3_{name}": value for name, value in none.items()}
+    (folder / "shard_all.json").write_text(json.dumps({"zero_optimization": {**stage_3, "sub_group_size": 2000}}))
 
     def flags(name: str, case: dict) -> dict:
         return {
-            "load_model": str(folder / "base.pth"),
             "data_file": str(folder / "data"),
             "proj_dir": str(folder / name),
             "ctx_len": 8,
@@ -123,6 +141,7 @@ def runs(tmp_path_factory, make_model) -> Path:
             "weight_decay": 0.1,
             "precision": "fp32",
             **case,
+            "load_model": str(folder / model) if (model := case.get("load_model", "base.pth")) else "",
         }
 
     def alone(kind: str, flags: dict) -> None:
@@ -323,6 +342,8 @@ def test_deepspeed_overhead(runs, name):
     assert full["bucket"] == trained  # --ds_bucket_mb 1 would be a million
     assert lora["bucket"] < full["bucket"] / 5
     assert full["gathered"] == lora["gathered"] == 0  # ZeRO-3 gathers no parameter for a full pass
+    if name == "deepspeed_stage_3":
+        assert facts(runs / f"{name}, RWKV-7")["gathered"] == 0
     assert full["timed"] == lora["timed"] == 0  # DeepSpeed's timers would synchronise with the GPU
     if compat.stack() == "cu117":  # the model is on the device before torch's fused Adam checks it
         assert full["moved"][0] == "cpu"

@@ -102,7 +102,8 @@ class _TimeMix(torch.autograd.Function):
         y, last, saved = native.kernels_for(r).forward(r, *inputs, state, None, reset)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
-        # copy the parameters: under ZeRO-3 they may not be gathered in the backward pass
+        # copy the parameters: ZeRO-3 may have released them by the backward pass, and a view would
+        # keep the buffer that they were gathered into
         copies = (None if t is None else t.detach().clone() for t in p)
         ctx.save_for_backward(reset, y, saved, v_first, *x, *copies)
         return _output(y, x, inputs[1], inputs[2], p, eps), last
