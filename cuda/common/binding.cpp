@@ -32,8 +32,8 @@ TORCH_LIBRARY(rwkv, library) {
   define_pair("wkv7_cpu_forward", "wkv7_cuda_forward", wkv7_inputs + "Tensor? state, Tensor? initial, Tensor? reset",
               ", bool narrow", "(Tensor y, Tensor state, Tensor saved)", cpu::wkv7_forward, gpu::wkv7_forward);
   define_pair("wkv7_cpu_backward", "wkv7_cuda_backward",
-              wkv7_inputs + "Tensor? initial, Tensor? reset, Tensor saved, Tensor gy, Tensor? gstate", "",
-              "(Tensor gr, Tensor gw, Tensor gk, Tensor gv, Tensor ga, Tensor gb, Tensor gstate, Tensor ginitial)",
+              wkv7_inputs + "Tensor? initial, Tensor? reset, Tensor saved, Tensor gy, Tensor? gstate",
+              ", bool chunks", "(Tensor gr, Tensor gw, Tensor gk, Tensor gv, Tensor ga, Tensor gb, Tensor gstate, Tensor ginitial)",
               cpu::wkv7_backward, gpu::wkv7_backward);
   fused("norm_forward", "Tensor x, Tensor w, Tensor b, float eps, ScalarType y_dtype", "(Tensor y, Tensor stats)",
         cpu::norm_forward, gpu::norm_forward);

@@ -74,8 +74,8 @@ Outputs wkv7_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Te
                      const Optional<Tensor>& reset, bool narrow, int64_t device, int64_t stream);
 Wkv7GradientTensors wkv7_backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
                                   const Tensor& b, const Optional<Tensor>& initial, const Optional<Tensor>& reset,
-                                  const Tensor& saved, const Tensor& gy, const Optional<Tensor>& gstate, int64_t device,
-                                  int64_t stream);
+                                  const Tensor& saved, const Tensor& gy, const Optional<Tensor>& gstate, bool chunks,
+                                  int64_t device, int64_t stream);
 std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const Tensor& w, const Tensor& b, double eps,
                                         at::ScalarType y_dtype, int64_t device, int64_t stream);
 std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& gy, const Tensor& x, const Tensor& w,

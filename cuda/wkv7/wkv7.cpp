@@ -192,10 +192,12 @@ Outputs gpu::wkv7_forward(const Tensor& r, const Tensor& w, const Tensor& k, con
 Wkv7GradientTensors gpu::wkv7_backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v,
                                        const Tensor& a, const Tensor& b, const Optional<Tensor>& initial,
                                        const Optional<Tensor>& reset, const Tensor& saved, const Tensor& gy,
-                                       const Optional<Tensor>& gstate, int64_t device, int64_t stream) {
+                                       const Optional<Tensor>& gstate, bool chunks_of_tokens,
+                                       int64_t device, int64_t stream) {
   check_inputs(r, w, k, v, a, b, nullptr, or_null(initial), or_null(reset));
   check_gradient_inputs(r, saved, gy, or_null(gstate));
   const CudaPlan plan = cuda_plan(r, false);
+  TORCH_CHECK(!chunks_of_tokens || r.size(3) == 64, "wkv7: chunks are for heads of 64 elements; got ", r.size(3));
   const int64_t B = r.size(0), T = r.size(1), H = r.size(2), N = r.size(3);
   const auto fp32 = r.options().dtype(at::kFloat);
   const int64_t row_blocks = (N + plan.rows_backward - 1) / plan.rows_backward;
@@ -206,7 +208,7 @@ Wkv7GradientTensors gpu::wkv7_backward(const Tensor& r, const Tensor& w, const T
   const Tensor ginitial = or_null(initial) ? w.new_empty({B, H, N, N}) : Tensor();
   if (r.numel() > 0) {
     const Tensor work = r.new_empty(
-        {B * H * row_blocks, wkv7_work_floats(plan.width, int(plan.rows_backward / WKV7_WARP_ROWS))}, fp32);
+        {chunks_of_tokens ? 0 : B * H * row_blocks, wkv7_work_floats(plan.width, int(plan.rows_backward / WKV7_WARP_ROWS))}, fp32);
     const Tensor r4 = aligned(r), w4 = aligned(w), k4 = aligned(k), v4 = aligned(v), a4 = aligned(a), b4 = aligned(b),
                  gy4 = aligned(gy);
     const Optional<Tensor> initial4 = aligned(initial), gstate4 = aligned(gstate);
@@ -220,7 +222,10 @@ Wkv7GradientTensors gpu::wkv7_backward(const Tensor& r, const Tensor& w, const T
     args.gk = gk.data_ptr(), args.gv = gv.data_ptr(), args.ga = ga.data_ptr(), args.gb = gb.data_ptr();
     args.gfirst = gfirst.data_ptr<float>(),
     args.ginitial = or_null(initial) ? ginitial.data_ptr<float>() : nullptr;
-    launch(device, stream, "wkv7_gradient_" + plan.kind, plan.rows_backward, args);
+    if (chunks_of_tokens)
+      launcher::launch(device, reinterpret_cast<void*>(stream), "wkv7_chunk_gradient_" + plan.kind, B * H,
+                       32 * WKV7_CHUNK_WARPS, &args, WKV7_CHUNK_MEMORY);
+    else launch(device, stream, "wkv7_gradient_" + plan.kind, plan.rows_backward, args);
   }
   return {sum_row_blocks(gr), sum_row_blocks(gw), sum_row_blocks(gk), gv,
           sum_row_blocks(ga), sum_row_blocks(gb), gfirst, ginitial};

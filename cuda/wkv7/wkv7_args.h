@@ -6,7 +6,9 @@ enum {
   WKV7_WARP_ROWS = 8,    // rows of a state per warp
   WKV7_WARPS = 8,        // per block, so that a block has the 64 rows of a head of the usual size
   WKV7_NARROW_WARPS = 2, // per block of wkv7_narrow_output_*, for few heads
-  WKV7_WIDE_WARPS = 4    // per block of wkv7_gradient_128 and _256, to fit 48 KiB of shared memory
+  WKV7_WIDE_WARPS = 4,   // per block of wkv7_gradient_128 and _256, to fit 48 KiB of shared memory
+  WKV7_CHUNK_WARPS = 4,  // per block of wkv7_chunk_gradient_*, which has a head
+  WKV7_CHUNK_MEMORY = 84992  // bytes of shared memory of such a block
 };
 
 struct Wkv7Args {

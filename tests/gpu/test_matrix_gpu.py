@@ -1,4 +1,4 @@
-"""common/matrix.h on a GPU: a thread's elements are the documented ones, and products are accurate."""
+"""common/matrix.h on a GPU: threads have the documented elements, and products are accurate."""
 
 import ctypes
 from pathlib import Path

@@ -16,6 +16,7 @@
 #define WKV_MEMBER inline
 #define KERNEL(...) extern "C" void
 #define SHARED static
+#define SHARED_FLOATS(name) static float name[1 << 15]
 typedef float wkv_float;
 typedef unsigned wkv_bits;
 struct alignas(16) uint4 { unsigned x, y, z, w; };
@@ -84,6 +85,27 @@ WKV_FN unsigned thread_number() { return thread_in_block; }
 WKV_FN unsigned block_size() { return threads_of_block; }
 WKV_FN long long thread_index() { return (long long)block_index * threads_of_block + thread_in_block; }
 
+// Products on tensor cores (common/matrix.h): they ignore the 13 low bits of their operands.
+#define MATRIX_UNITS 1
+#include "common/matrix.h"
+static void multiply_add(float (&d)[4], const Split (&a)[4], const Split (&b)[2]) {
+  struct Given { Split a[4], b[2]; };
+  static Given given[2][1024];
+  static unsigned char turn[1024];
+  Given* now = given[turn[thread_in_block] ^= 1];
+  std::memcpy(now[thread_in_block].a, a, sizeof(a));
+  std::memcpy(now[thread_in_block].b, b, sizeof(b));
+  barrier();
+  now += thread_in_block / 32 * 32;
+  const auto tf32 = [](unsigned x) { return as_float(x & 0xffffe000u); };
+  const unsigned g = thread_in_block % 32 / 4, t = thread_in_block % 4;
+  for (unsigned e = 0; e < 4; e++)
+    for (unsigned k = 0; k < 8; k++) {
+      const Split x = now[g * 4 + k % 4].a[k / 4 * 2 + e / 2], y = now[(2 * t + e % 2) * 4 + k % 4].b[k / 4];
+      d[e] += tf32(x.low) * tf32(y.high) + tf32(x.high) * tf32(y.low) + tf32(x.high) * tf32(y.high);
+    }
+}
+
 #include "common/gpu.cu"
 
 struct Kernel {
@@ -96,7 +118,8 @@ template <class Args> static Kernel kernel(void (*function)(Args), bool barriers
 #define WKV(name) {#name, kernel(wkv::name)}
 #define WKV_OF(E) WKV(wkv4_summary_##E), WKV(wkv4_output_##E), WKV(wkv4_summary_gradient_##E), WKV(wkv4_gradient_##E)
 #define WKV7(name) {#name, kernel(wkv7::name, true)}
-#define WKV7_OF(E) WKV7(wkv7_output_##E), WKV7(wkv7_narrow_output_##E), WKV7(wkv7_gradient_##E)
+#define WKV7_CHUNKS(name) {#name, kernel(wkv7_chunks::name, true)}
+#define WKV7_OF(E) WKV7(wkv7_output_##E), WKV7(wkv7_narrow_output_##E), WKV7(wkv7_gradient_##E), WKV7_CHUNKS(wkv7_chunk_gradient_##E)
 #define FUSED(name) {#name, kernel(fused::name)}
 #define FUSED_ROW(name) {#name, kernel(fused::name, true)}
 #define FUSED_OF_TWO(E) FUSED_ROW(fused_norm_##E), FUSED_ROW(fused_norm_gradient_##E), FUSED(fused_norm_sums_##E)
@@ -145,6 +168,9 @@ int cuModuleGetFunction(void** function, void*, const char* name) {
   *function = found == kernels.end() ? nullptr : const_cast<void*>(static_cast<const void*>(&*found));
   const int result = log_call(call("cuModuleGetFunction", name));
   return *function ? result : 500;
+}
+int cuFuncSetAttribute(void* function, int attribute, int value) {
+  return log_call(call("cuFuncSetAttribute", static_cast<const std::pair<const std::string, Kernel>*>(function)->first, attribute, value));
 }
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream,
                    void** parameters, void** extra) {

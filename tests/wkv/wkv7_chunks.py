@@ -61,7 +61,7 @@ class Chunk:
         return y, X * self.last + self.V.mT @ self.K2 + self.U.mT @ self.B2
 
     def backward(self, r, k, a, b, gy, G):
-        """Gradients of r, w, k, v, a, b, S and initial, from those of y and of the next state, G."""
+        """Gradients of r, w, k, v, a, b, S and initial from those of y and the next state, G."""
         gU = self.RB.mT @ gy + self.B2 @ G.mT
         Z = self.inverted.mT @ gU  # gradient of A' Xᵀ + M(A', K') V
         gv = self.RK.mT @ gy + self.K2 @ G.mT + self.AK.mT @ Z

@@ -26,15 +26,21 @@ def cpu_kernels(r: Tensor) -> Kernels:
     return _converted(kernels) if r.dtype == torch.float16 else kernels
 
 
-def cuda_kernels(r: Tensor, device: int, stream: Callable[[], int], narrow: bool | None = None) -> Kernels:
-    """The CUDA kernels for inputs like `r`. `stream` returns the stream of each launch; `narrow`
-    splits the state of a head over several blocks (None: with few heads).
+def cuda_kernels(
+    r: Tensor, device: int, stream: Callable[[], int], narrow: bool | None = None, chunks: bool = False
+) -> Kernels:
+    """The CUDA kernels for inputs like `r`. `stream` returns the stream of each launch.
+
+    Args:
+        narrow: split the state of a head over several blocks; None: with few heads.
+        chunks: compute gradients by matrix products over chunks of tokens. For heads of 64, w not
+            below −2, and GPUs of compute capability 8.0 or later.
     """
     ops = torch.ops.rwkv
     few = r.shape[0] * r.shape[2] <= FEW_HEADS if narrow is None else narrow
     kernels = Kernels(
         lambda *tensors: ops.wkv7_cuda_forward(*tensors, few, device, stream()),
-        lambda *tensors: ops.wkv7_cuda_backward(*tensors, device, stream()),
+        lambda *tensors: ops.wkv7_cuda_backward(*tensors, chunks, device, stream()),
     )
     return _converted(kernels) if r.dtype != torch.float32 and r.shape[-1] > HEAD_SIZE else kernels
 
