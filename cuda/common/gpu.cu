@@ -2,4 +2,5 @@
 #include "wkv4/wkv4.cu"
 #include "wkv7/wkv7.cu"
 #include "wkv7/wkv7_chunks.cu"
+#include "wkv7/wkv7_scan.cu"
 #include "elementwise/fused.cu"

@@ -47,9 +47,13 @@ static void run_block() {
     t.at.uc_link = &scheduler;
     makecontext(&t.at, run_thread, 0);
   }
-  for (unsigned left = threads_of_block; left;) {
+  // Every other time in reverse, so that results show whether threads depend on each other without a
+  // barrier between them.
+  bool reverse = false;
+  for (unsigned left = threads_of_block; left; reverse = !reverse) {
     const unsigned before = left;
-    for (thread_in_block = 0; thread_in_block < threads_of_block; thread_in_block++) {
+    for (unsigned i = 0; i < threads_of_block; i++) {
+      thread_in_block = reverse ? threads_of_block - 1 - i : i;
       if (block[thread_in_block].ended) continue;
       swapcontext(&scheduler, &block[thread_in_block].at);
       left -= block[thread_in_block].ended;
@@ -119,7 +123,7 @@ template <class Args> static Kernel kernel(void (*function)(Args), bool barriers
 #define WKV_OF(E) WKV(wkv4_summary_##E), WKV(wkv4_output_##E), WKV(wkv4_summary_gradient_##E), WKV(wkv4_gradient_##E)
 #define WKV7(name) {#name, kernel(wkv7::name, true)}
 #define WKV7_CHUNKS(name) {#name, kernel(wkv7_chunks::name, true)}
-#define WKV7_OF(E) WKV7(wkv7_output_##E), WKV7(wkv7_narrow_output_##E), WKV7(wkv7_gradient_##E), WKV7_CHUNKS(wkv7_chunk_gradient_##E)
+#define WKV7_OF(E) WKV7(wkv7_output_##E), WKV7(wkv7_narrow_output_##E), WKV7(wkv7_gradient_##E), WKV7_CHUNKS(wkv7_chunk_gradient_##E), WKV7_CHUNKS(wkv7_parallel_gradient_##E), WKV7_CHUNKS(wkv7_parallel_output_##E), WKV7_CHUNKS(wkv7_prepare_output_##E), WKV7_CHUNKS(wkv7_prepare_gradient_##E)
 #define FUSED(name) {#name, kernel(fused::name)}
 #define FUSED_ROW(name) {#name, kernel(fused::name, true)}
 #define FUSED_OF_TWO(E) FUSED_ROW(fused_norm_##E), FUSED_ROW(fused_norm_gradient_##E), FUSED(fused_norm_sums_##E)
@@ -127,7 +131,7 @@ template <class Args> static Kernel kernel(void (*function)(Args), bool barriers
   FUSED_OF_TWO(E), FUSED(fused_gate_##E), FUSED(fused_gate_gradient_##E), FUSED(fused_mix_##E), FUSED(fused_mix_gradient_##E), FUSED(fused_relu2_##E), FUSED(fused_relu2_gradient_##E), \
       FUSED(fused_dropout_##E), FUSED_ROW(fused_loss_##E)
 static const std::map<std::string, Kernel> kernels = {WKV_OF(fp32), WKV_OF(bf16), WKV_OF(fp16), WKV(wkv4_scan), WKV(wkv4_scan_gradient),
-                                                      WKV7_OF(fp32), WKV7_OF(bf16), WKV7_OF(fp16), WKV7(wkv7_output_128), WKV7(wkv7_output_256), WKV7(wkv7_gradient_128), WKV7(wkv7_gradient_256),
+                                                      WKV7_OF(fp32), WKV7_OF(bf16), WKV7_OF(fp16), WKV7_CHUNKS(wkv7_scan_output), WKV7_CHUNKS(wkv7_scan_gradient), WKV7(wkv7_output_128), WKV7(wkv7_output_256), WKV7(wkv7_gradient_128), WKV7(wkv7_gradient_256),
                                                       FUSED_OF(fp32), FUSED_OF(bf16), FUSED_OF(fp16), FUSED_OF(any), FUSED_OF_TWO(fp32_bf16), FUSED_OF_TWO(fp32_fp16)};
 
 static std::ostringstream record;

@@ -26,21 +26,30 @@ def cpu_kernels(r: Tensor) -> Kernels:
     return _converted(kernels) if r.dtype == torch.float16 else kernels
 
 
-def cuda_kernels(
-    r: Tensor, device: int, stream: Callable[[], int], narrow: bool | None = None, chunks: bool = False
-) -> Kernels:
-    """The CUDA kernels for inputs like `r`. `stream` returns the stream of each launch.
+class Methods(NamedTuple):
+    """How the CUDA kernels compute.
 
-    Args:
-        narrow: split the state of a head over several blocks; None: with few heads.
-        chunks: compute gradients by matrix products over chunks of tokens. For heads of 64, w not
-            below −2, and GPUs of compute capability 8.0 or later.
+    forward: "wide" and "narrow" go through time token by token, with a head in one block of the GPU
+        or in four; "parallel" computes all chunks of 16 tokens at once, but for a scan.
+    backward: "tokens", token by token; "chunks", chunk by chunk; "parallel", as forward.
+
+    Chunks are for heads of 64, w not below −2, and GPUs of compute capability 8.0 or later.
     """
-    ops = torch.ops.rwkv
-    few = r.shape[0] * r.shape[2] <= FEW_HEADS if narrow is None else narrow
+
+    forward: str
+    backward: str
+
+
+def methods_for(r: Tensor) -> Methods:
+    return Methods("narrow" if r.shape[0] * r.shape[2] <= FEW_HEADS else "wide", "tokens")
+
+
+def cuda_kernels(r: Tensor, device: int, stream: Callable[[], int], methods: Methods | None = None) -> Kernels:
+    """The CUDA kernels for inputs like `r`. `stream` returns the stream of each launch."""
+    ops, chosen = torch.ops.rwkv, methods or methods_for(r)
     kernels = Kernels(
-        lambda *tensors: ops.wkv7_cuda_forward(*tensors, few, device, stream()),
-        lambda *tensors: ops.wkv7_cuda_backward(*tensors, chunks, device, stream()),
+        lambda *tensors: ops.wkv7_cuda_forward(*tensors, chosen.forward, device, stream()),
+        lambda *tensors: ops.wkv7_cuda_backward(*tensors, chosen.backward, device, stream()),
     )
     return _converted(kernels) if r.dtype != torch.float32 and r.shape[-1] > HEAD_SIZE else kernels
 

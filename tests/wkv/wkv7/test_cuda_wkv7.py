@@ -8,6 +8,8 @@ from wkv7_cases import assert_close, in_fp64, inputs, starts, states
 
 from rwkv.kernels import build
 
+NARROW, WIDE, CHUNKS, PARALLEL = ("narrow", "tokens"), ("wide", "tokens"), ("wide", "chunks"), ("parallel", "parallel")
+
 
 @pytest.fixture(scope="module")
 def gpu(tmp_path_factory):
@@ -17,31 +19,31 @@ def gpu(tmp_path_factory):
     fake.close()
 
 
-def check(gpu, kind, tensors, state=None, reset=None, initial=None):
-    fast = gpu.call("wkv7_case", "outputs_and_gradients", kind, tensors, state, reset, initial)
+def check(gpu, methods, tensors, state=None, reset=None, initial=None):
+    fast = gpu.call("wkv7_case", "outputs_and_gradients", methods, tensors, state, reset, initial)
     assert_close(fast, in_fp64(tensors, state, reset, initial))
 
 
-@pytest.mark.parametrize("kind", ["narrow", "wide", "chunks"])
+@pytest.mark.parametrize("methods", [NARROW, WIDE, CHUNKS, PARALLEL])
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 35])
-def test_lengths(gpu, length, kind):
-    check(gpu, kind, inputs(1, length, 1, 64, seed=length), states(1, 1, 64))
+def test_lengths(gpu, length, methods):
+    check(gpu, methods, inputs(1, length, 1, 64, seed=length), states(1, 1, 64))
 
 
 @pytest.mark.parametrize("size", [16, 48, 80, 128, 144, 256])
 def test_head_sizes(gpu, size):
-    check(gpu, "wide" if size % 32 else "narrow", inputs(1, 19, 1, size), states(1, 1, size), starts(1, 19))
+    check(gpu, WIDE if size % 32 else NARROW, inputs(1, 19, 1, size), states(1, 1, size), starts(1, 19))
 
 
 @pytest.mark.parametrize(
     ("state", "reset", "initial"),
     [(False, False, False), (False, True, False), (True, True, False), (True, True, True), (False, True, True)],
 )
-@pytest.mark.parametrize("kind", ["wide", "chunks"])
-def test_states_and_resets(gpu, state, reset, initial, kind):
+@pytest.mark.parametrize("methods", [WIDE, CHUNKS, PARALLEL])
+def test_states_and_resets(gpu, state, reset, initial, methods):
     check(
         gpu,
-        kind,
+        methods,
         inputs(2, 20, 2, 64),
         states(2, 2, 64) if state else None,
         starts(2, 20) if reset else None,
@@ -50,25 +52,25 @@ def test_states_and_resets(gpu, state, reset, initial, kind):
 
 
 @pytest.mark.parametrize("scale", [0.1, 20.0])
-@pytest.mark.parametrize("kind", ["wide", "chunks"])
-def test_decays(gpu, scale, kind):
-    check(gpu, kind, inputs(1, 40, 1, 64, scale=scale))
+@pytest.mark.parametrize("methods", [WIDE, CHUNKS, PARALLEL])
+def test_decays(gpu, scale, methods):
+    check(gpu, methods, inputs(1, 40, 1, 64, scale=scale))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("size", "kind"), [(64, "wide"), (64, "narrow"), (64, "chunks"), (128, "wide")])
-def test_half_is_rounded_fp32(gpu, dtype, size, kind):
-    gpu.call("wkv7_case", "assert_half_is_rounded_fp32", kind, dtype, inputs(1, 19, 2, size), states(1, 2, size))
+@pytest.mark.parametrize(("size", "methods"), [(64, WIDE), (64, NARROW), (64, CHUNKS), (64, PARALLEL), (128, WIDE)])
+def test_half_is_rounded_fp32(gpu, dtype, size, methods):
+    gpu.call("wkv7_case", "assert_half_is_rounded_fp32", methods, dtype, inputs(1, 19, 2, size), states(1, 2, size))
 
 
-@pytest.mark.parametrize("kind", ["wide", "chunks"])
-def test_no_gradient_across_documents(gpu, kind):
+@pytest.mark.parametrize("methods", [WIDE, CHUNKS, PARALLEL])
+def test_no_gradient_across_documents(gpu, methods):
     reset = torch.zeros(1, 20, dtype=torch.bool)
     reset[0, 7] = True
     gy = torch.ones(1, 20, 1, 64)
     gy[:, 7:] = float("nan")
     initial = torch.zeros(1, 1, 64, 64)
-    *gradients, gstate, _ = gpu.call("wkv7_gradients", kind, inputs(1, 20, 1, 64), states(1, 1, 64), initial, reset, gy)
+    *gradients, gstate, _ = gpu.call("wkv7_gradients", methods, inputs(1, 20, 1, 64), states(1, 1, 64), initial, reset, gy)
     assert all(g[:, :7].isfinite().all() for g in gradients)
     assert gstate.isfinite().all()
     assert gradients[2][:, 7:].isnan().any()
@@ -76,7 +78,7 @@ def test_no_gradient_across_documents(gpu, kind):
 
 def test_results_of_narrow_blocks_are_the_same(gpu):
     arguments = inputs(2, 20, 2, 64)
-    both = [gpu.call("wkv7", kind, *arguments) for kind in ("narrow", "wide")]
+    both = [gpu.call("wkv7", methods, *arguments) for methods in (NARROW, WIDE)]
     assert all(torch.equal(one, other) for one, other in zip(*both, strict=True))
 
 
@@ -87,19 +89,19 @@ def test_unaligned_inputs(gpu):
 
 
 @pytest.mark.parametrize(
-    ("size", "kind", "expected"),
+    ("size", "methods", "expected"),
     [
-        (64, "wide", ["wkv7_output_fp32 6 1 1 256", "wkv7_gradient_fp32 6 1 1 256"]),
-        (64, "narrow", ["wkv7_narrow_output_fp32 24 1 1 64", "wkv7_gradient_fp32 6 1 1 256"]),
-        (64, "chunks", ["wkv7_output_fp32 6 1 1 256", "wkv7_chunk_gradient_fp32 6 1 1 128 1 1 84992"]),
-        (32, "narrow", ["wkv7_narrow_output_fp32 12 1 1 64", "wkv7_gradient_fp32 6 1 1 256"]),
-        (80, "narrow", ["wkv7_output_128 12 1 1 256", "wkv7_gradient_128 18 1 1 128"]),
+        (64, WIDE, ["wkv7_output_fp32 6 1 1 256", "wkv7_gradient_fp32 6 1 1 256"]),
+        (64, NARROW, ["wkv7_narrow_output_fp32 24 1 1 64", "wkv7_gradient_fp32 6 1 1 256"]),
+        (64, CHUNKS, ["wkv7_output_fp32 6 1 1 256", "wkv7_chunk_gradient_fp32 6 1 1 128 1 1 84992"]),
+        (32, NARROW, ["wkv7_narrow_output_fp32 12 1 1 64", "wkv7_gradient_fp32 6 1 1 256"]),
+        (80, NARROW, ["wkv7_output_128 12 1 1 256", "wkv7_gradient_128 18 1 1 128"]),
     ],
 )
-def test_launches(gpu, size, kind, expected):
+def test_launches(gpu, size, methods, expected):
     """One block for 64 rows of a head; 16 rows if the states are split, 32 in wide gradients."""
     gpu.call("calls")
-    gpu.call("wkv7_case", "outputs_and_gradients", kind, inputs(2, 1, 3, size))
+    gpu.call("wkv7_case", "outputs_and_gradients", methods, inputs(2, 1, 3, size))
     calls = [call for call in gpu.call("calls") if call.startswith("cuLaunchKernel")]
     assert [call.split(maxsplit=1)[1].startswith(start) for call, start in zip(calls, expected, strict=True)] == [
         True
