@@ -1,7 +1,6 @@
 // The operators behind torch.ops.rwkv (binding.cpp), for CPUs and, with the device and the stream
-// to launch on, for GPUs. Implemented in wkv4.cpp, wkv7.cpp, wkv7_gpu.cpp, fused.cpp and
-// fused_gpu.cpp. None of
-// torch's headers that declare every operator are included: they dominate compile time.
+// to launch on, for GPUs. Implemented in wkv4.cpp, wkv7.cpp, wkv7_gpu.cpp, fused.cpp, fused_gpu.cpp.
+// None of torch's headers that declare every operator are included: they dominate compile time.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <torch/version.h>
