@@ -21,7 +21,7 @@ HERE := '$(subst ','\'',$(CURDIR))'
 CODE = PYTHONPATH=$(HERE)$${PYTHONPATH:+:$$PYTHONPATH}
 JOB = $(CODE) RWKV_MAKE='$(MAKE_COMMAND)' $(if $(findstring w,$(firstword -$(MAKEFLAGS))),RWKV_MAKE_FOLDER=$(HERE)) PY=$(PY)
 # Reject misspelt variables: ARG="--load_model ..." would be ignored and the demo would run.
-VARIABLES := ARGS PY STACK VENV TOOLS CLEAN_DEMO OUT PYTHON PYENV_ROOT CONDA BASE_IMAGE BUILT ENGINE ENGINE_OPTIONS NO_CACHE UPGRADE DOCKER_WORK LOG \
+VARIABLES := ARGS RESULTS PY STACK VENV TOOLS CLEAN_DEMO OUT PYTHON PYENV_ROOT CONDA BASE_IMAGE BUILT ENGINE ENGINE_OPTIONS NO_CACHE UPGRADE DOCKER_WORK LOG \
   SHELL MAKEFLAGS MAKEOVERRIDES MAKEFILES CURDIR COMPOSE_% CUDA_% NCCL_% GLOO_% OMP_% MKL_% RWKV_% WANDB_% HF_% TORCH_% PYTORCH_% PIP_% UV_% %_PROXY %_proxy
 UNKNOWN := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v)))
 ifneq ($(UNKNOWN),)
@@ -30,7 +30,7 @@ endif
 TOOLS := .venv-tools
 CLEAN_DEMO := out/demo
 .DEFAULT_GOAL := help
-.PHONY: help venv env tools image test-image reproduce compose-env kernels lora finetune pretrain convert inspect merge generate export doctor estimate demo test test-gpu bench lint lock pin licenses sbom clean
+.PHONY: help venv env tools image test-image reproduce compose-env kernels lora finetune pretrain convert inspect merge generate export doctor estimate demo test test-gpu gpu-report bench lint lock pin licenses sbom clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -104,13 +104,16 @@ $(VENV)/oracle/.ready: $(VENV)/.ready tests/oracle.txt
 	$(PY) -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps --target $(@D) -r tests/oracle.txt
 	@touch $@
 
-test: venv $(ORACLE)  ## run the tests (ARGS is passed to pytest)
-	$(CODE) $(PY) -m pytest $(ARGS)
+test: venv $(ORACLE)  ## run the tests in two processes (ARGS is passed to pytest; ARGS="-n 8": in eight)
+	$(CODE) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 # Use the stack for this GPU (make test-gpu STACK=modern), or PY= with an existing Python.
 test-gpu: venv  ## tests and benchmarks that need an NVIDIA GPU
 	$(CODE) $(PY) -m pytest tests/gpu -m gpu $(ARGS)
 	$(CODE) $(PY) bench/gpu/wkv4.py
+
+gpu-report: venv  ## check and measure on one GPU in at most 9 minutes (RESULTS=1: into docs/results.md)
+	$(CODE) $(PY) bench/gpu/report.py $(if $(RESULTS),--results) $(ARGS)
 
 bench: venv  ## benchmark a training step against transformers + peft and against its matmuls alone
 	@$(CODE) $(PY) bench/step.py $(ARGS)

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from rwkv import checkpoint
-from rwkv.data.binidx import writer
+from rwkv.data.binidx_writer import writer
 from rwkv.models import RWKV
 from rwkv.models.v4 import Sizes
 from rwkv.train.resume import state_files

@@ -19,7 +19,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from rwkv.data import offsets
-from rwkv.data.binidx import Dataset, writer
+from rwkv.data.binidx import Dataset
+from rwkv.data.binidx_writer import writer
 from rwkv.data.dataset import Contexts, Documents
 from rwkv.data.token_stream import Stream
 from rwkv.memory import estimate

@@ -2,7 +2,7 @@
 
     python bench/memory.py [MODEL,METHOD,PRECISION,GRAD_CP,CTX_LEN,OPTIMIZER ...]
 
-Example of a row: 1.5b,lora,bf16,1,1024,adam; of RWKV-7: 7:1.5b,lora,… . The default is ROWS; its
+Example of a row: 1.5b,lora,bf16,1,1024,adam; of RWKV-6: 6:1.6b,lora,… . The default is ROWS; its
 largest row needs 17 GB. Each row runs in its own process: three steps with random weights and
 tokens. A cell shows the prediction in GB and the measurement in percent of it:
 - weights, gradients, optimizer: bytes of the tensors

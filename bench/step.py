@@ -37,7 +37,7 @@ from rwkv import checkpoint, export
 from rwkv.adapters import lora
 from rwkv.config import TrainConfig
 from rwkv.files import atomic_write, write_json
-from rwkv.kernels.head_loss import CHUNK_BYTES, SLICE, head_loss
+from rwkv.kernels.head_loss import SLICE, chunk_tokens, head_loss
 from rwkv.kernels.linear import linear_forward, linear_grad_input, linear_grad_weight, uses_onednn
 from rwkv.models import RWKV
 from rwkv.models.v4 import Sizes
@@ -148,7 +148,7 @@ def shapes(c: argparse.Namespace) -> list[tuple[int, int, int, bool, bool]]:
     rows, full = c.micro_bsz * c.ctx_len, c.kind == "full"
     matrices = [(width, width)] * 4 + [(4 * width, width), (width, width), (width, 4 * width)]
     found = [(rows, out, columns, full, bool(c.grad_cp)) for _ in range(layers) for out, columns in matrices]
-    chunk = max(1, CHUNK_BYTES // (4 * vocab))
+    chunk = chunk_tokens(vocab, c.device)
     return found + [(min(chunk, rows - begin), vocab, width, full, False) for begin in range(0, rows, chunk)]
 
 

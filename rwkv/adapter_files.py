@@ -80,6 +80,11 @@ def inspect_adapter(
     if kind := kinds.why_not_adapter(tensors, version.fully_trained):
         raise UserError(f"{path}: {kind}")
     manifest = read_manifest(path)
+    if not manifest and (initial := _pissa_matrices(Path(path))):
+        raise UserError(
+            f"{path}: an adapter of PiSSA (RWKV-PEFT): {initial.name} beside it has the initial matrices, which were subtracted from the base."
+            " Merge both with RWKV-PEFT, and use the merged model"
+        )
     ranks = {value.shape[0] if value.dim() else 0 for key, value in tensors.items() if key.endswith(".lora_A")}
     of_version = _version_of(tensors, manifest, base).PARTS
     foreign, parts = lora.foreign_layers(tensors, of_version), lora.parts_of(tensors, of_version)
@@ -128,6 +133,17 @@ def inspect_adapter(
                 f" {str(known['base_sha256'])[:12]}…; use the base it was trained on"
             )
     return tensors, known
+
+
+def _pissa_matrices(path: Path) -> Path | None:
+    """The file with PiSSA's initial matrices that RWKV-PEFT writes beside an adapter. The adapter
+    itself looks like LoRA.
+    """
+    for name in ("init_pissa.pth", "init_lora.pth"):
+        file = path.parent / name
+        if file.is_file() and any(".init_lora_" in key for key in checkpoint.read_tensors(file)):
+            return file
+    return None
 
 
 def _version_of(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], base: PathLike | None) -> version.Version:

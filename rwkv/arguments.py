@@ -17,7 +17,7 @@ import yaml
 
 from rwkv import config as flags
 from rwkv.errors import UserError
-from rwkv.legacy_flags import ALIASES, IGNORED, LISTS, NOT_SUPPORTED
+from rwkv.legacy_flags import ALIASES, EQUIVALENT, IGNORED, LISTS, NOT_SUPPORTED
 
 PROGRAMS = {
     "TrainConfig": "scripts/finetune.py and scripts/pretrain.py",
@@ -155,6 +155,7 @@ class _Reader:
 
     def set_value(self, name: str, field: "dataclasses.Field[Any]", value: str, where: str = "") -> None:
         """Record the value of a known flag, or an error if it is invalid."""
+        _, value = EQUIVALENT.get((field.name, value), (field.name, value))
         if value and _blank(value) and (field.name not in _FREE_TEXT or value.strip(" ") in ("\r", "\\")):
             self.errors.append(f"{where}{name}: instead of a value {_explain_blank(value)}")
             return
@@ -170,6 +171,10 @@ class _Reader:
         entry = NOT_SUPPORTED.get(flag) or NOT_SUPPORTED.get(lowered)
         others = [program for kind, program in PROGRAMS.items() if flag in getattr(flags, kind).__dataclass_fields__]
         if flag in IGNORED or (entry and value in entry.off):
+            return
+        same, meant = EQUIVALENT.get((flag, value), ("", ""))
+        if same in self.fields:
+            self.set_value(name, self.fields[same], meant, where)
             return
         if lowered in self.fields:
             self.errors.append(f"{where}{name}: flags are lower case: --{lowered}")

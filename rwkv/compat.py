@@ -161,6 +161,28 @@ def zero3_broadcasts_weights() -> bool:
     return not is_old_deepspeed()
 
 
+def cuda_graphs_are_tested() -> bool:
+    """Whether training from a CUDA graph has been tested with this torch: from 2.0 on."""
+    import torch
+
+    return hasattr(torch, "compile")
+
+
+def graph_options() -> dict[str, Any]:
+    """Options of torch.cuda.make_graphed_callables. (RWKV-7's block 0 has unused parameters.)"""
+    return {"allow_unused_input": True} if cuda_graphs_are_tested() else {}
+
+
+def expect_gradients_of_another_stream() -> None:
+    """Silence newer torch's warning that gradients come from another stream than the default one:
+    a CUDA graph is captured on its own.
+    """
+    import torch
+
+    if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+
+
 def reset_step_counts(optimizer: "torch.optim.Optimizer") -> None:
     """Reset the optimizer's step counts to 0.
 

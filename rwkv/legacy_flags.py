@@ -26,13 +26,10 @@ class Unsupported:
         return f"{flag}{' ' * bool(value)}{value}: a flag of {self.program} that is not supported here; {advice}"
 
 
-_NEO, _V5, _V7, _PEFT = "RWKV-v4neo", "RWKV-v5's trainer and RWKV-PEFT", "RWKV-7's trainer (train_temp)", "RWKV-PEFT"
+_NEO, _V5, _PEFT = "RWKV-v4neo", "RWKV-v5's trainer and RWKV-PEFT", "RWKV-PEFT"
 _TOOL, _LIGHTNING, _HF = "the upstream programs", "pytorch-lightning's Trainer", "Hugging Face trainers"
 _STATE = "it trains the initial state, which is not supported here: omit it"
-
-
-def _version(number: int) -> str:
-    return f"it selects RWKV-{number}; RWKV-4 and RWKV-7 can be trained here"
+_VERSIONS = "RWKV-4, RWKV-6 and RWKV-7 can be trained here"
 
 
 _IMAGES = {
@@ -52,12 +49,11 @@ NOT_SUPPORTED = {
     "my_qa_mask": Unsupported(_NEO, "use --chatml_mask 1, or a mask file beside the data: P_text_mask.bin", ("0",)),
     "my_testing": Unsupported(
         "RWKV-LM and RWKV-PEFT",
-        "it selects an experimental model; RWKV-4 and RWKV-7 can be trained here",
+        f"it selects an experimental model; {_VERSIONS}",
         ("",),
         {
-            "x05": _version(5),
-            "x06": _version(6),
-            "x070": "it selects RWKV-7: use --version 7 for a new model; the version of --load_model is recognised",
+            "x05": f"it selects RWKV-5; {_VERSIONS}",
+            **{f"x060{variant}": f"it selects an experimental version of RWKV-6; {_VERSIONS}" for variant in "abc"},
         },
     ),
     "head_qk": Unsupported(_NEO, "omit it: models with a head_q and head_k are not supported", ("0",)),
@@ -68,7 +64,7 @@ NOT_SUPPORTED = {
     ),
     **{name: Unsupported(_NEO, "omit it: it belongs to image models", (off,)) for name, off in _IMAGES.items()},
     "cuda_cleanup": Unsupported(_NEO, "omit it: the CUDA cache is never emptied during a run", ("0",)),
-    "head_size_a": Unsupported(_V5, "use --head_size for a new RWKV-7 model; RWKV-4 has no heads", ("64",)),
+    "head_size_a": Unsupported(_V5, "use --head_size for a new RWKV-6 or RWKV-7 model; RWKV-4 has no heads", ("64",)),
     "head_size_divisor": Unsupported(_V5, "omit it: it is always 8", ("8",)),
     "train_type": Unsupported(
         _V5,
@@ -80,17 +76,13 @@ NOT_SUPPORTED = {
             "fullstate": _STATE,
         },
     ),
-    # RWKV-v7/train_temp
-    "train_stage": Unsupported(_V7, "its stages 1, 2 and 3 are --my_pile_stage 1, 2 and 3 here", ("0",)),
-    "head_chunk": Unsupported(_V7, "omit it: the loss never holds all logits in memory", ("0",)),
-    "kernel": Unsupported(_V7, "omit it: the WKV kernel for this device is chosen automatically", ("",)),
     # Joluck/RWKV-PEFT (also JL-er/RWKV-PEFT)
     "peft": Unsupported(
         _PEFT,
         "of its methods only LoRA exists here, which is what scripts/lora.py trains",
         (),
         {
-            "lora": "LoRA is what scripts/lora.py trains: omit it",
+            "lora": "LoRA is what scripts/lora.py trains: use that script",
             "none": "tuning all weights is what scripts/finetune.py does: omit it",
         },
     ),
@@ -119,9 +111,6 @@ NOT_SUPPORTED = {
     "sft_field": Unsupported(_PEFT, "convert the data with scripts/convert.py first"),
     "sft_split": Unsupported(_PEFT, "convert the data with scripts/convert.py first", ("train",)),
     "chunk_ctx": Unsupported(_PEFT, "use --tbptt_len N: tokens in a chunk, the state carried from one to the next"),
-    "op": Unsupported(_PEFT, "omit it: the WKV kernel for this device is chosen automatically"),
-    "fla": Unsupported(_PEFT, "omit it: the WKV kernel for this device is chosen automatically"),
-    "fused_kernel": Unsupported(_PEFT, "omit it: fused kernels are used wherever they are available"),
     "optim": Unsupported(_PEFT, "use --optimizer adam or --optimizer adafactor", ("none",)),
     "avg_loss": Unsupported(_PEFT, "omit it: with --accumulate_grad_batches the loss is always the mean over the whole step", ("0",)),
     "lr_schedule": Unsupported(
@@ -193,10 +182,23 @@ NOT_SUPPORTED = {
     "repetition_penalty": Unsupported(_HF, "use --presence_penalty and --frequency_penalty"),
 }  # fmt: skip
 
-IGNORED = ("num_docs", "log_interval", "enable_progress_bar")
+IGNORED = (
+    *("num_docs", "log_interval", "enable_progress_bar"),
+    # implementations of the same function: the one for this device is chosen automatically, and
+    # the loss never holds all logits in memory (RWKV-v7/train_temp, RWKV-PEFT)
+    *("head_chunk", "kernel", "op", "fla", "fused_kernel"),
+)
 """Flags that are accepted and ignored."""
+EQUIVALENT = {
+    ("my_testing", "x060"): ("version", "6"),
+    ("my_testing", "x070"): ("version", "7"),
+    ("peft", "lora"): ("lora", "true"),
+    ("load_model", "0"): ("load_model", ""),  # in the commands of RWKV-v7/train_temp
+}
+"""Flags with a value, and what they are here; for programs that have this flag."""
 ALIASES = {
     "vocab": "vocab_file",
+    "train_stage": "my_pile_stage",  # in RWKV-v7/train_temp
     "seq_data": "doc_training_seq",  # as m8than's README calls it
     "seq_data_sep": "doc_sep",
 }

@@ -20,12 +20,14 @@ import tokenizers
 import torch
 
 from rwkv import checkpoint, compat
-from rwkv.data.binidx import Dataset, mask_path, writer
+from rwkv.data.binidx import Dataset, mask_path
+from rwkv.data.binidx_writer import writer
 from rwkv.data.token_stream import Stream
 from rwkv.models import RWKV
 from rwkv.models.version import VERSIONS
 from rwkv.train.runtime.lightning import rank_zero_only
 from rwkv.train.runtime.process import denormals_are_flushed
+from tests import forked
 
 ROOT = Path(__file__).parents[1]
 for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # set by `make test`; tests run make themselves
@@ -117,7 +119,7 @@ def make_model():
     """Create a small model of random parameters. None is zero, so that no gradient vanishes."""
 
     def make(seed: int = 0, version: str = "4", **sizes) -> RWKV:
-        sizes = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, **({"head_size": 16} if version == "7" else {}), **sizes}
+        sizes = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, **({"head_size": 16} if version != "4" else {}), **sizes}
         torch.manual_seed(seed)
         model = RWKV(VERSIONS[version].Sizes(**sizes))
         model.initialise(emb_scale=1e-2)
@@ -194,25 +196,63 @@ def write_jsonl(tmp_path):
 
 
 @pytest.fixture
-def script(tmp_path):
+def start(tmp_path):
+    """Start a script, or another Python file; it is killed when the test ends."""
+    started = []
+
+    def start(path: str | Path, *arguments, **options) -> forked.Process:
+        started.append(forked.Process([ROOT / "scripts" / path, *arguments], tmp_path, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+
+
+@pytest.fixture
+def two_ranks(start):
+    """Run a script in two processes of one run, as a launcher without a store does; returns what
+    both printed.
+    """
+
+    def run(path: str | Path, *arguments, status: int = 0, **environment) -> str:
+        common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(forked.free_port()), **environment}
+        common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+        started = [
+            start(path, *arguments, "--devices", 2, environment=common | {"RANK": rank, "LOCAL_RANK": rank})
+            for rank in "01"
+        ]
+        results = [process.result() for process in started]
+        assert [result.returncode for result in results] == [status] * 2, results
+        return "".join(result.stdout + result.stderr for result in results)
+
+    return run
+
+
+@pytest.fixture
+def script(start, tmp_path):
     """Run a script as a user does. An unexpected exit status fails the test with the script's
-    output.
+    output. `fresh`: start Python anew, instead of forking it (tests/forked.py).
     """
 
     def run(
-        name: str, *arguments, status: int = 0, stdin: str = "", environment: dict | None = None
+        name: str, *arguments, status: int = 0, stdin: str = "", environment: dict | None = None, fresh: bool = False
     ) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-        result = subprocess.run(
-            command,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=environment,
-            timeout=300,
-            check=False,
-        )
+        if fresh:
+            command = [sys.executable, ROOT / "scripts" / name, *arguments]
+            result = subprocess.run(
+                [str(word) for word in command],
+                input=stdin,
+                capture_output=True,
+                text=True,
+                cwd=tmp_path,
+                env=environment,
+                timeout=300,
+                check=False,
+            )
+        else:
+            result = start(name, *arguments, stdin=stdin, environment=environment).result()
         assert result.returncode == status, f"{name} ended with {result.returncode}\n{result.stdout}\n{result.stderr}"
         return result
 

@@ -147,16 +147,17 @@ def test_adapter_roundtrip(tmp_path, make_base, parts):
     [(["att"], ["att"]), (["att", "ffn"], ["att", "ffn"]), (["att", "time", "ln"], ["att", "time", "ln"])],
     ids=str,
 )
-def test_rwkv7_adapter_without_manifest(tmp_path, make_base, parts, found):
+@pytest.mark.parametrize("version", ["6", "7"])
+def test_adapter_of_later_version_without_manifest(tmp_path, make_base, version, parts, found):
     """As RWKV-PEFT writes them: the version is that of the base. RWKV-4's `att` lacks output."""
-    base = make_base(version="7", n_embd=32)
+    base = make_base(version=version, n_embd=32)
     model = load_model(base).eval()
     lora.inject(model, parts, 4, 12)
     for name in lora.adapter_names(model, parts):
         torch.nn.init.normal_(model.get_parameter(name), std=0.1)
     known = {"r": 4, "alpha": 12, "parts": parts, "base": str(base), "base_sha256": sha256(base)}
     save_adapter(tmp_path / "adapter.pth", model, known, {})
-    assert read_manifest(tmp_path / "adapter.pth")["version"] == "7"
+    assert read_manifest(tmp_path / "adapter.pth")["version"] == version
     checkpoint.manifest_path(tmp_path / "adapter.pth").unlink()
     assert inspect_adapter(tmp_path / "adapter.pth", base, 12)[1]["parts"] == found
     tokens = torch.arange(20)[None]
@@ -176,6 +177,34 @@ def test_rwkv7_roundtrip(tmp_path, make_model, suffix, unused):
     assert ("blocks.0.att.v1" in first) == unused
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_rwkv6_roundtrip(tmp_path, make_model, suffix):
+    model = make_model(version="6", n_embd=32, dim_att=48, rank_mix=40, rank_w=24)
+    checkpoint.save_model(tmp_path / f"x{suffix}", model, {})
+    again = load_model(tmp_path / f"x{suffix}")
+    assert again.sizes == model.sizes
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t.pop("blocks.1.att.time_maa_w"), r"missing: blocks.1.att.time_maa_w$"),
+        (lambda t: t.pop("blocks.0.att.time_faaaa"), r"not an RWKV-6 checkpoint \(no blocks.0.att.time_faaaa\)"),
+        (lambda t: t.update({"blocks.1.att.time_decay_w2": torch.zeros(4, 32)}), r"wrong shape: .*decay_w2 \[4, 32\]"),
+        (lambda t: t.update({"blocks.0.att.time_faaaa": torch.zeros(4, 8)}), "head size is 8; it must be a multiple"),
+        (lambda t: t.update({"blocks.0.att.time_maa_rkvw_w1": torch.zeros(32, 8)}), "x060b or x060c"),
+        (lambda t: t.update({"blocks.0.att.gate_w1": torch.zeros(32, 8)}), "x060a"),
+    ],
+)
+def test_invalid_rwkv6_checkpoints(tmp_path, make_model, change, complaint):
+    tensors = {name: p.detach() for name, p in make_model(version="6", n_embd=32).named_parameters()}
+    change(tensors)
+    torch.save(tensors, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=complaint):
+        load_model(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize(

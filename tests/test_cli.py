@@ -43,11 +43,19 @@ def test_unknown_flag_suggests_nearest(capsys):
 
 
 def test_unsupported_upstream_flags():
-    for i, (name, entry) in enumerate(NOT_SUPPORTED.items()):
-        assert not hasattr(LoRAConfig, name)
-        argv = ([f"--{name}", "7"], [f"--{name}=7"], [f"--{name.replace('_', '-')}", "7"])[i % 3]
-        with pytest.raises(UserError, match=f"--.* 7: .*not supported here; {re.escape(entry.advice[:20])}"):
-            parse(LoRAConfig, "", argv)
+    for spell in (
+        lambda name: [f"--{name}", "7"],
+        lambda name: [f"--{name}=7"],
+        lambda name: [f"--{name.replace('_', '-')}", "7"],
+    ):
+        with pytest.raises(UserError) as error:  # all are reported
+            parse(LoRAConfig, "", [word for name in NOT_SUPPORTED for word in spell(name)])
+        lines = str(error.value).splitlines()
+        for name, entry in NOT_SUPPORTED.items():
+            assert not hasattr(LoRAConfig, name)
+            flag = spell(name)[0].removesuffix("=7")
+            wanted = f"{flag} 7: .*not supported here; {re.escape(entry.advice[:20])}"
+            assert len([line for line in lines if re.search(wanted, line)]) == 1, wanted
     off = [(f"--{name}", value) for name, entry in NOT_SUPPORTED.items() for value in entry.off]
     for argv in ([f"{flag}={value}" for flag, value in off], [word for pair in off for word in pair]):
         assert parse(LoRAConfig, "", ["--n_layer", "3", *argv, "--lora"]).n_layer == 3
@@ -118,24 +126,18 @@ def test_user_error_has_no_traceback():
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
-        ("--peft lora", "--peft lora: a flag of RWKV-PEFT .*; LoRA is what scripts/lora.py trains: omit it"),
         ("--peft bone", "--peft bone: .* only LoRA exists here"),
         ("--quant nf4", "--quant nf4: a flag of RWKV-PEFT .*--lora_base bf16"),
-        ("--my_testing x070", "--my_testing x070: .* it selects RWKV-7: use --version 7"),
+        ("--my_testing x060b", "it selects an experimental version of RWKV-6"),
         ("--my_testing x052a", "it selects RWKV-5"),
         ("--train_type infctx", "--train_type infctx: .* use --tbptt_len"),
         ("--train_type state", "trains the initial state, which is not supported here"),
-        ("--train_stage 3", "--train_stage 3: a flag of RWKV-7's trainer .* --my_pile_stage 1, 2 and 3"),
-        ("--head_chunk 4096", "RWKV-7's trainer"),
-        ("--kernel @rwkv3", "RWKV-7's trainer"),
-        ("--op cuda", "--op cuda: a flag of RWKV-PEFT .* chosen automatically"),
         ("--loss_mask pad", "padding never contributes to the loss"),
         ("--loss_mask qa", "scripts/convert.py: it writes a loss mask"),
         ("--dataload pad", "use --doc_training 1"),
         ('--lora_config {"lora_r":32}', "pass its entries as flags: --lora_load, --lora_r"),
         ("--train_parts time ln", "--train_parts time ln: .* use --lora_parts"),
-        ("--fused_kernel", "--fused_kernel: a flag of RWKV-PEFT"),
-        ("--head_size_a 128", "use --head_size for a new RWKV-7 model"),
+        ("--head_size_a 128", "use --head_size for a new RWKV-6 or RWKV-7 model"),
         ("--gradient_clip_val 1", "use --grad_clip"),
         ("--per_device_train_batch_size 4", "use --micro_bsz"),
         ("--lora_rank 8", "use --lora_r"),
@@ -149,6 +151,32 @@ def test_flags_of_other_trainers(line, answer):
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_command_of_train_temp():
+    line = "--load_model 0 --wandb x --proj_dir p --my_testing x070 --ctx_len 512 --train_stage 1 --epoch_count 1 --epoch_begin 0"
+    line += " --data_file d --my_exit_tokens 1498226207 --magic_prime 2926181 --num_nodes 1 --micro_bsz 1 --n_layer 12 --n_embd 768"
+    line += (
+        " --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 --data_type binidx"
+    )
+    line += " --vocab_size 65536 --weight_decay 0.001 --epoch_save 1 --head_size 64 --accelerator cpu --devices 1 --precision bf16"
+    line += " --strategy deepspeed_stage_2 --grad_cp 1 --enable_progress_bar True --ds_bucket_mb 200 --head_chunk 4096 --kernel @rwkv3"
+    config = parse(TrainConfig, "", line.split())
+    assert (config.load_model, config.version, config.head_size, config.my_pile_stage) == ("", "7", 64, 1)
+    assert (config.my_exit_tokens, config.magic_prime, config.proj_dir) == (1498226207, 2926181, "p")
+
+
+def test_command_of_rwkv_peft():
+    line = (
+        "--load_model m.pth --proj_dir p --data_file d --vocab_size 65536 --n_layer 12 --n_embd 768 --data_type binidx"
+    )
+    line += " --dataload get --loss_mask none --ctx_len 512 --micro_bsz 4 --epoch_steps 10 --epoch_count 1 --epoch_save 1 --lr_init 2e-5"
+    line += " --lr_final 2e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 --accelerator cpu --precision bf16 --devices 1"
+    line += " --strategy deepspeed_stage_1 --grad_cp 1 --my_testing x070 --peft lora --op fla --fused_kernel --quant none --train_type none"
+    config = parse(LoRAConfig, "", line.split())
+    assert (config.load_model, config.version, config.lora, config.ctx_len) == ("m.pth", "7", True, 512)
+    with pytest.raises(UserError, match="LoRA is what scripts/lora.py trains: use that script"):
+        parse(TrainConfig, "", line.split())
+
+
 @pytest.mark.parametrize("name", NOT_SUPPORTED)
 def test_flags_named_in_advice_exist(name):
     entry = NOT_SUPPORTED[name]
@@ -158,7 +186,7 @@ def test_flags_named_in_advice_exist(name):
 
 def test_all_mistakes_reported_together(capsys):
     lines = parse_error(
-        ["--n_layers", "3", "--micro_bsz", "two", "--peft", "lora", "--lora_r", "8"], capsys
+        ["--n_layers", "3", "--micro_bsz", "two", "--peft", "bone", "--lora_r", "8"], capsys
     ).splitlines()
     assert [line.split(":")[0] for line in lines] == ["error"] * 3
     assert "usage" not in "".join(lines)
@@ -275,7 +303,7 @@ def test_text_values_verbatim(text):
         (b"n_layers: 3\n", "c.yaml: unknown flag n_layers: did you mean --n_layer?"),
         (b"n_layer: two\n", "c.yaml: n_layer: expected an integer, such as 8 or 1000; got two"),
         (b"n_layer: {a: 1}\n", "c.yaml: n_layer: expected one value, not a mapping"),
-        (b"peft: lora\n", "c.yaml: peft lora: a flag of RWKV-PEFT"),
+        (b"peft: bone\n", "c.yaml: peft bone: a flag of RWKV-PEFT"),
         ("n_layer: 3\n".encode("utf-16"), "c.yaml: not UTF-8 but UTF-16; save it as UTF-8"),
         (b"proj_dir: \xb5\xc8\n", "c.yaml: not UTF-8"),
         (b"a: [\n", "c.yaml, line 2: not YAML"),

@@ -16,7 +16,7 @@ def check(name, folder="."):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_no_failure_without_gpu(script):
-    result = script("doctor.py")
+    result = script("doctor.py", fresh=True)
     assert "FAIL" not in result.stdout
     assert "training runs on the CPU" in result.stdout
     assert "of the reference" in result.stdout

@@ -46,7 +46,7 @@ class ScriptedModel(torch.nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("version", ["4", "7"])
+@pytest.mark.parametrize("version", ["4", "6", "7"])
 def test_greedy_matches_parallel_model(make_model, version):
     model = make_model(version=version, vocab_size=257).eval()
     session = Session(model, ByteTokenizer())

@@ -7,7 +7,7 @@ The share counts the bytes of every input and every output once.
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +17,47 @@ from rwkv.kernels import gpu, load
 
 SHAPES = ((8, 1024, 2048), (8, 1024, 5120), (1, 1024, 2048))  # batch, tokens, channels
 LOSSES = ((256, 65536), (2048, 65536), (256, 50277), (2048, 50277))  # rows of a chunk, vocabulary
+Case = tuple[str, float, Callable[[], object]]
+"""Name, bytes moved, and the call."""
+
+
+def block_cases(ops: gpu.CudaKernels, batch: int, tokens: int, width: int) -> Iterator[Case]:
+    """The operations of a block, in bf16."""
+    bf16 = torch.bfloat16
+    x, g = (torch.randn(batch, tokens, width, device="cuda", dtype=bf16) for _ in range(2))
+    k = torch.randn(batch * tokens, 4 * width, device="cuda", dtype=bf16)
+    weight, bias = torch.randn(width, device="cuda"), torch.randn(width, device="cuda")
+    weights, last = torch.rand(3, width, device="cuda"), torch.zeros(batch, width, device="cuda", dtype=bf16)
+    total, seed = torch.zeros_like(x), torch.tensor(7, device="cuda")
+    _, stats = ops.norm_forward(x, weight, bias, 1e-5, bf16)
+    size = 2.0 * x.numel()
+    yield "norm", 2 * size, lambda: ops.norm_forward(x, weight, bias, 1e-5, bf16)
+    for trained in (False, True):
+        name = "trained" if trained else "frozen"
+        yield (
+            f"norm backward, {name}",
+            3 * size,
+            lambda trained=trained: ops.norm_backward(g, x, weight, stats, trained),
+        )
+        yield (
+            f"mix of 3 backward, {name}",
+            (5 if trained else 4) * size,
+            lambda trained=trained: ops.mix_backward([g, g, g], x, last, None, None, weights, trained),
+        )
+    yield "mix of 3", 4 * size, lambda: ops.mix_forward(x, last, None, None, weights)
+    yield "gate", 3 * size, lambda: ops.gate_forward(x, g)
+    yield "gate backward", 5 * size, lambda: ops.gate_backward(g, x, g)
+    yield "relu2", 8 * size, lambda: ops.relu2_forward(k)
+    yield "relu2 backward", 12 * size, lambda: ops.relu2_backward(k, k)
+    yield "dropout", 2 * size, lambda: ops.dropout(x, seed, 0.01)
+    yield "dropout, added", 3 * size, lambda: ops.dropout_add(total, x, seed, 0.01)
+
+
+def loss_cases(ops: gpu.CudaKernels, rows: int, vocab: int) -> Iterator[Case]:
+    """The loss and its gradient, in bf16."""
+    logits = torch.randn(rows, vocab, device="cuda", dtype=torch.bfloat16)
+    targets = torch.randint(vocab, (rows,), device="cuda")
+    yield "loss", 4.0 * logits.numel(), lambda: ops.loss(logits, targets, 1e-4, True)
 
 
 def main() -> None:
@@ -26,46 +67,16 @@ def main() -> None:
     torch.cuda.init()
     if reason := load.why_unavailable_on(0):
         raise SystemExit(reason)
-    ops, speed, bf16 = gpu.cuda_kernels(0), copy_speed(), torch.bfloat16
-    results = []
+    ops, speed = gpu.cuda_kernels(0), copy_speed()
     print(f"copy {speed / 1e9:.2f} TB/s")
-
-    def measure(shape: str, name: str, tensors: float, run: Callable[[], object]) -> None:
-        ms = median_ms(run, budget_ms=20)
-        results.append({"shape": shape, "operation": name, "ms": ms, "share": tensors / speed / ms})
-        print(f"{shape:16} {name:26} {ms:8.4f} ms {100 * tensors / speed / ms:5.0f} %", flush=True)
-
-    for batch, tokens, width in SHAPES:
-        shape = f"{batch}, {tokens}, {width}"
-        x, g = (torch.randn(batch, tokens, width, device="cuda", dtype=bf16) for _ in range(2))
-        k = torch.randn(batch * tokens, 4 * width, device="cuda", dtype=bf16)
-        weight, bias = torch.randn(width, device="cuda"), torch.randn(width, device="cuda")
-        weights, last = torch.rand(3, width, device="cuda"), torch.zeros(batch, width, device="cuda", dtype=bf16)
-        size = 2.0 * x.numel()
-        _, stats = ops.norm_forward(x, weight, bias, 1e-5, bf16)
-        total = torch.zeros_like(x)
-        for name, tensors, run in (
-            ("norm", 2, lambda: ops.norm_forward(x, weight, bias, 1e-5, bf16)),
-            ("norm backward, frozen", 3, lambda: ops.norm_backward(g, x, weight, stats, False)),
-            ("norm backward, trained", 3, lambda: ops.norm_backward(g, x, weight, stats, True)),
-            ("mix of 3", 4, lambda: ops.mix_forward(x, last, None, None, weights)),
-            ("mix of 3 backward, frozen", 4, lambda: ops.mix_backward([g, g, g], x, last, None, None, weights, False)),
-            ("mix of 3 backward, trained", 5, lambda: ops.mix_backward([g, g, g], x, last, None, None, weights, True)),
-            ("gate", 3, lambda: ops.gate_forward(x, g)),
-            ("gate backward", 5, lambda: ops.gate_backward(g, x, g)),
-            ("relu2", 8, lambda: ops.relu2_forward(k)),
-            ("relu2 backward", 12, lambda: ops.relu2_backward(k, k)),
-            ("dropout", 2, lambda: ops.dropout(x, 7, 0.01)),
-            ("dropout, added", 3, lambda: ops.dropout_add(total, x, 7, 0.01)),
-        ):
-            try:
-                measure(shape, name, tensors * size, run)
-            except Exception as error:
-                print(f"{shape:16} {name}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
-    for rows, vocab in LOSSES:
-        logits, targets = torch.randn(rows, vocab, device="cuda", dtype=bf16), torch.randint(vocab, (rows,)).cuda()
-        bytes_moved = 4.0 * logits.numel()
-        measure(f"{rows}, {vocab}", "loss", bytes_moved, lambda: ops.loss(logits, targets, 1e-4, True))
+    results = []
+    for cases, shapes in ((block_cases, SHAPES), (loss_cases, LOSSES)):
+        for sizes in shapes:
+            shape = ", ".join(map(str, sizes))
+            for name, moved, run in cases(ops, *sizes):
+                ms = median_ms(run, budget_ms=20)
+                results.append({"shape": shape, "operation": name, "ms": ms, "share": moved / speed / ms})
+                print(f"{shape:16} {name:28} {ms:8.4f} ms {100 * moved / speed / ms:5.0f} %", flush=True)
     if c.json:
         c.json.write_text(json.dumps(results))
 

@@ -1,6 +1,6 @@
 """Check and measure this project on one GPU, and write a report (`make gpu-report`).
 
-    python bench/gpu/report.py [--out FOLDER] [--seconds 540] [--ptx FILE] [--only PART,...] [--results]
+    python bench/gpu/report.py [--out FOLDER] [--seconds N] [--ptx FILE] [--only PARTS] [--results]
 
 Each part runs in its own process with a time limit; if one fails, the others still run. Written to
 FOLDER: PART.log, PART.json, and report.md with the tables, which names the parts that failed or did
@@ -35,6 +35,7 @@ class Part(NamedTuple):
 def parts(out: Path, ptx: Path | None) -> dict[str, Part]:
     """The parts by name, in the order of their value."""
     python = sys.executable
+    one_thread = ("env", "OMP_NUM_THREADS=1")  # for each of the workers
     workers = str(min(12, os.cpu_count() or 1))
 
     def bench(name: str) -> tuple[str | Path, ...]:
@@ -43,9 +44,9 @@ def parts(out: Path, ptx: Path | None) -> dict[str, Part]:
     racecheck = ("compute-sanitizer", "--tool", "racecheck", "--kernel-regex", "kns=fused_", "--print-limit", "5")
     found = {
         "kernels": Part(120, (python, "-c", "from rwkv.kernels import build; build.main()")),
-        "tests": Part(150, (python, "-m", "pytest", "tests/gpu", "-m", "gpu", "--timeout", "100", "-n", workers)),
-        "steps": Part(150, bench("steps")),
-        "strategies": Part(120, bench("strategies")),
+        "tests": Part(130, (*one_thread, python, "-m", "pytest", "tests/gpu", "-m", "gpu", "-vv", "-n", workers)),
+        "steps": Part(110, bench("steps")),
+        "strategies": Part(70, bench("strategies")),
         "elementwise": Part(40, bench("elementwise")),
         "demo": Part(
             90, ("env", f"PY={python}", f"OUT={Path(tempfile.gettempdir()) / 'rwkv-gpu-demo'}", "scripts/demo.sh")

@@ -1,4 +1,4 @@
-"""Benchmark training steps on a GPU: time, host time, MFU, and peak memory relative to the prediction.
+"""Benchmark training steps on a GPU: time, MFU, and peak memory relative to the prediction.
 
     python bench/gpu/steps.py [--json FILE] [--only TEXT] [--device cpu --tiny]
 
@@ -7,12 +7,14 @@ Printed for each row:
 - ms: median of steps with a synchronisation after each; host: until the host has started a step
 - ahead: per step without synchronisation, as in training; tokens/s and MFU are of this time
 - MFU: operations of the matmuls (without recomputation) over the speed of a large bf16 matmul
-- peak: of torch's allocator, and the prediction of rwkv.memory.estimate for it
-Rows that vary one thing (chunks of the loss, dropout, a CUDA graph) follow the row they vary.
+- peak: of torch's allocator, and the prediction of rwkv.memory.estimate for it. With a graph it is
+  reserved memory: what the graph holds is not counted as allocated
+`graph`: the blocks run from a CUDA graph, as in training by default.
 """
 
 import argparse
 import collections
+import gc
 import json
 import statistics
 import time
@@ -26,15 +28,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from rwkv.adapters import lora
 from rwkv.config import TrainConfig
-from rwkv.kernels import head_loss as loss_module
 from rwkv.kernels.head_loss import head_loss
 from rwkv.memory import estimate
 from rwkv.memory.estimate import matrices
 from rwkv.models import RWKV
 from rwkv.models.version import named, published
 from rwkv.train.loop import optimizer
+from rwkv.train.loop.cuda_graph import GraphedBlocks
 
-MB = 1 << 20
 LARGEST = ("gemm", "cutlass", "nvjet", "cublas", "splitk", "gemv")  # in the names of matmul kernels
 
 
@@ -48,25 +49,27 @@ class Row(NamedTuple):
     vocab: int = 65536
     dropout: float = 0.01
     grad_cp: bool = False
-    chunk_mb: int = 0
     graph: bool = False
     profiled: bool = False
 
 
 ROWS = (
     Row("1.5b LoRA B8", "4", "1.5b", "lora", 8, profiled=True),
-    Row("  loss in chunks of 2048 tokens", "4", "1.5b", "lora", 8, chunk_mb=512),
-    Row("  no dropout", "4", "1.5b", "lora", 8, dropout=0),
-    Row("  --grad_cp 1", "4", "1.5b", "lora", 8, grad_cp=True),
+    Row("1.5b LoRA B8, graph", "4", "1.5b", "lora", 8, graph=True),
+    Row("1.5b LoRA B8, graph, no dropout", "4", "1.5b", "lora", 8, dropout=0, graph=True),
+    Row("1.5b LoRA B8, graph, no dropout, --grad_cp 1", "4", "1.5b", "lora", 8, dropout=0, grad_cp=True, graph=True),
     Row("1.5b LoRA B1", "4", "1.5b", "lora", 1, profiled=True),
-    Row("  no dropout", "4", "1.5b", "lora", 1, dropout=0),
-    Row("  no dropout, CUDA graph", "4", "1.5b", "lora", 1, dropout=0, graph=True),
+    Row("1.5b LoRA B1, graph", "4", "1.5b", "lora", 1, graph=True),
     Row("0.1b full B8", "4", "0.1b", "full", 8, profiled=True),
-    Row("  loss in chunks of 2048 tokens", "4", "0.1b", "full", 8, chunk_mb=512),
-    Row("7b LoRA B4", "4", "7b", "lora", 4),
-    Row("1.5b full B1", "4", "1.5b", "full", 1),
-    Row("0.1b LoRA B8", "4", "0.1b", "lora", 8),
-    Row("  vocabulary of 50277", "4", "0.1b", "lora", 8, vocab=50277),
+    Row("0.1b full B8, graph", "4", "0.1b", "full", 8, graph=True),
+    Row("7b LoRA B4, graph", "4", "7b", "lora", 4, graph=True),
+    Row("7b LoRA B1, graph", "4", "7b", "lora", 1, graph=True),
+    Row("1.5b full B1, graph", "4", "1.5b", "full", 1, graph=True),
+    Row("0.1b LoRA B8, graph", "4", "0.1b", "lora", 8, graph=True),
+    Row("RWKV-7 0.1b LoRA B8", "7", "0.1b", "lora", 8, profiled=True),
+    Row("RWKV-7 0.1b LoRA B8, graph", "7", "0.1b", "lora", 8, graph=True),
+    Row("RWKV-7 1.5b LoRA B1, graph", "7", "1.5b", "lora", 1, graph=True),
+    Row("RWKV-7 1.5b LoRA B4, graph", "7", "1.5b", "lora", 4, graph=True),
 )
 
 
@@ -128,7 +131,10 @@ def measure(row: Row, device: str, tiny: bool, peak: float, steps: int = 6) -> d
     sizes = published(row.model, version)
     sizes = type(sizes)(**{**vars(sizes), "vocab_size": row.vocab})
     if tiny:
-        sizes, row = version.Sizes(n_layer=2, n_embd=64, vocab_size=128, dim_ffn=256), row._replace(tokens=32, vocab=128)
+        sizes, row = (
+            version.Sizes(n_layer=2, n_embd=64, vocab_size=128, dim_ffn=256),
+            row._replace(tokens=32, vocab=128),
+        )
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     model = random_model(row, sizes, device)
@@ -136,42 +142,20 @@ def measure(row: Row, device: str, tiny: bool, peak: float, steps: int = 6) -> d
     ids = torch.randint(row.vocab, (row.batch, row.tokens + 1), device=device)
     trained = [p for p in model.parameters() if p.requires_grad]
 
-    def forward_backward() -> torch.Tensor:
-        with torch.autocast(device, dtype=torch.bfloat16):
-            hidden, _ = model.hidden(ids[:, :-1])
-            loss = head_loss(hidden, model.head.weight, ids[:, 1:])
-        loss.backward()
-        return loss.detach()
-
-    def finish() -> None:
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        adam.step()
+    blocks = GraphedBlocks(model) if row.graph else lambda tokens: model.hidden(tokens)[0]
 
     def step() -> torch.Tensor:
-        loss = forward_backward()
-        finish()
+        with torch.autocast(device, dtype=torch.bfloat16):
+            hidden = blocks(ids[:, :-1])
+            loss = head_loss(hidden, model.head.weight, ids[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        adam.step()
         adam.zero_grad(set_to_none=True)
-        return loss
+        return loss.detach()
 
     for _ in range(3):
         first = step()
-    if row.graph:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            forward_backward()
-            adam.zero_grad(set_to_none=True)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = forward_backward()
-
-        def step() -> torch.Tensor:
-            graph.replay()
-            finish()
-            return captured
-
-        step()
     synchronize()
     times, host = [], []
     for _ in range(steps):
@@ -185,8 +169,15 @@ def measure(row: Row, device: str, tiny: bool, peak: float, steps: int = 6) -> d
         step()
     synchronize()
     ahead = (time.perf_counter() - begin) / steps
+    peak_memory = torch.cuda.max_memory_reserved if row.graph else torch.cuda.max_memory_allocated
     plan = estimate.Plan(
-        sizes, row.kind == "lora", ctx_len=row.tokens, micro_bsz=row.batch, grad_cp=row.grad_cp, gpu=on_gpu
+        sizes,
+        row.kind == "lora",
+        ctx_len=row.tokens,
+        micro_bsz=row.batch,
+        grad_cp=row.grad_cp,
+        gpu=on_gpu,
+        graph=row.graph,
     )
     found = {
         **row._asdict(),
@@ -196,7 +187,7 @@ def measure(row: Row, device: str, tiny: bool, peak: float, steps: int = 6) -> d
         "tokens_per_s": row.batch * row.tokens / ahead,
         "mfu": operations(row, sizes) / ahead / peak,
         "loss": float(first),
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0,
+        "peak_gb": peak_memory() / 1e9 if on_gpu else 0.0,
         "predicted_gb": max(estimate.estimate(plan).tensors.values()) / 1e9,
     }
     if row.profiled and on_gpu:
@@ -214,19 +205,17 @@ def main() -> None:
     peak = matmul_speed() if c.device == "cuda" else 1e12
     print(f"a large bf16 matmul: {peak / 1e12:.0f} TFLOP/s", flush=True)
     results: list[dict[str, Any]] = []
-    defaults = loss_module.CHUNK_BYTES
     for row in ROWS:
         if c.only not in row.name or (row.graph and c.device == "cpu"):
             continue
-        loss_module.CHUNK_BYTES = row.chunk_mb * MB or defaults
         try:
             found = measure(row, c.device, c.tiny, peak)
         except Exception as error:  # a row that fails does not end the others
-            print(f"{row.name:34} {type(error).__name__}: {str(error).splitlines()[0][:200]}", flush=True)
+            print(f"{row.name:46} {type(error).__name__}: {str(error).splitlines()[0][:200]}", flush=True)
             found = row._asdict() | {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
         else:
             print(
-                f"{row.name:34} {found['ms']:8.2f} ms, host {found['host_ms']:7.2f}, ahead {found['ahead_ms']:8.2f}:"
+                f"{row.name:46} {found['ms']:8.2f} ms, host {found['host_ms']:7.2f}, ahead {found['ahead_ms']:8.2f}:"
                 f" {found['tokens_per_s']:9,.0f} tokens/s, MFU {100 * found['mfu']:4.1f} %;"
                 f" peak {found['peak_gb']:.2f} of {found['predicted_gb']:.2f} GB; loss {found['loss']:.3f}",
                 flush=True,
@@ -236,6 +225,7 @@ def main() -> None:
                 print(f"    GPU ms (launches): {', '.join(parts)}", flush=True)
         results.append(found)
         if c.device == "cuda":
+            gc.collect()  # a CUDA graph and its model refer to each other
             torch.cuda.empty_cache()
         if c.json:
             c.json.write_text(json.dumps({"matmul_tflops": peak / 1e12, "rows": results}))

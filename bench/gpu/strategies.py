@@ -20,7 +20,7 @@ import torch
 
 from rwkv import checkpoint
 from rwkv.config import LoRAConfig, TrainConfig
-from rwkv.data.binidx import writer
+from rwkv.data.binidx_writer import writer
 from rwkv.models import RWKV
 from rwkv.models.version import named
 
@@ -37,7 +37,10 @@ RUN = {
     "lr_final": 1e-3,
     "grad_clip": 1.0,
 }
-ZERO = {f"stage {stage}": {"strategy": f"deepspeed_stage_{stage}"} for stage in ("1", "2", "3", "2_offload", "3_offload")}
+ZERO = {
+    f"stage {stage}": {"strategy": f"deepspeed_stage_{stage}"} for stage in ("1", "2", "3", "2_offload", "3_offload")
+}
+VALIDATED = {"val_split": 0.3, "val_every": 4}  # trains on other samples
 # (method, precision, name, flags); "plain" comes first for each method and precision
 CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("full", "bf16", "plain", {}),
@@ -50,7 +53,8 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("full", "fp16", "plain", {}),
     ("full", "fp16", "stage 2", ZERO["stage 2"]),
     ("full", "tf32", "plain", {}),
-    ("full", "bf16", "stage 3, validation", ZERO["stage 3"] | {"val_split": 0.3, "val_every": 4}),
+    ("full", "bf16 validated", "plain", VALIDATED),
+    ("full", "bf16 validated", "stage 3", ZERO["stage 3"] | VALIDATED),
 ]
 
 
@@ -70,7 +74,7 @@ def run(folder: Path, method: str, precision: str, name: str, flags: dict[str, A
 
     run_folder = folder / f"{method} {precision} {name}".replace(" ", "_")
     paths = {"load_model": str(folder / "base.pth"), "data_file": str(folder / "data"), "proj_dir": str(run_folder)}
-    fit(CONFIGS[method](**RUN, **paths, **flags, precision=precision, accelerator=accelerator))
+    fit(CONFIGS[method](**RUN, **paths, **flags, precision=precision.split()[0], accelerator=accelerator))
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     print(json.dumps(lines))
 
@@ -117,7 +121,7 @@ def main() -> None:
             results.append({"name": title, "difference": difference, "first": losses[0], **last})
             print(
                 f"{title:34} loss {losses[0]:.4f} to {losses[-1]:.4f}, difference from plain {difference:.1e};"
-                f" norm {last.get('grad_norm')}; peak {last.get('gpu_peak_mib')} MiB, NVML {last.get('nvml_mib')} MiB",
+                f" norm {last.get('grad_norm')}; peak {last.get('gpu_peak_mib')} MiB, in use on the GPU {last.get('gpu_used_mib')} MiB",
                 flush=True,
             )
     if c.json:

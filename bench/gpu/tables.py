@@ -113,7 +113,9 @@ SECTIONS = {
 
 
 def report(conditions: str, outcomes: dict[str, str], out: Path) -> str:
-    """The report as Markdown. `outcomes`: what came of each part; `out`: the folder of the JSON files."""
+    """The report as Markdown. `outcomes`: the outcome of each part; `out`: the folder of the JSON
+    files.
+    """
     lines = [f"{conditions}.", "", table(("part", "outcome"), outcomes.items())]
     for name, (title, section) in SECTIONS.items():
         if (found := load(out / f"{name}.json")) is not None and name in outcomes:

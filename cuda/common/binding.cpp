@@ -28,6 +28,15 @@ TORCH_LIBRARY(rwkv, library) {
   wkv4("backward", "Tensor? initial, Tensor? reset, Tensor saved, Tensor gy, Tensor? gstate",
        "(Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate, Tensor ginitial)", cpu::wkv4_backward,
        gpu::wkv4_backward);
+  library.def(
+      "wkv6_cpu_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, Tensor? state, Tensor? initial, "
+      "Tensor? reset) -> (Tensor y, Tensor state, Tensor saved)",
+      cpu::wkv6_forward);
+  library.def(
+      "wkv6_cpu_backward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, Tensor? initial, Tensor? reset, "
+      "Tensor saved, Tensor gy, Tensor? gstate) -> (Tensor gr, Tensor gw, Tensor gk, Tensor gv, Tensor gu, "
+      "Tensor gstate, Tensor ginitial)",
+      cpu::wkv6_backward);
   const std::string wkv7_inputs = "Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, ";
   define_pair("wkv7_cpu_forward", "wkv7_cuda_forward", wkv7_inputs + "Tensor? state, Tensor? initial, Tensor? reset",
               ", str method", "(Tensor y, Tensor state, Tensor saved)", cpu::wkv7_forward, gpu::wkv7_forward);
@@ -49,8 +58,8 @@ TORCH_LIBRARY(rwkv, library) {
         gpu::gate_backward);
   fused("relu2_forward", "Tensor k", "Tensor", cpu::relu2_forward, gpu::relu2_forward);
   fused("relu2_backward", "Tensor g, Tensor k", "Tensor", cpu::relu2_backward, gpu::relu2_backward);
-  fused("dropout", "Tensor x, int seed, float p", "Tensor", cpu::dropout, gpu::dropout);
-  fused("dropout_add", "Tensor(a!) y, Tensor x, int seed, float p", "()", cpu::dropout_add, gpu::dropout_add);
+  fused("dropout", "Tensor x, Tensor seed, float p", "Tensor", cpu::dropout, gpu::dropout);
+  fused("dropout_add", "Tensor(a!) y, Tensor x, Tensor seed, float p", "()", cpu::dropout_add, gpu::dropout_add);
   fused("loss", "Tensor(a!) logits, Tensor target, float l2wrap, bool gradient", "Tensor", cpu::loss, gpu::loss);
   library.def(
       "adam(Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, float step, float rate, float beta1, float beta2, "

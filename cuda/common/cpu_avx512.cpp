@@ -4,6 +4,7 @@
 #define WKV_BYTES 64
 #define LOOPS(operations) operations##_loops_avx512
 #include "wkv4/wkv4_cpu_loops.h"
+#include "wkv6/wkv6_cpu_loops.h"
 #include "wkv7/wkv7_cpu_loops.h"
 #include "elementwise/fused_cpu_loops.h"
 #endif

@@ -1,6 +1,7 @@
 // The operators behind torch.ops.rwkv (binding.cpp), for CPUs and, with the device and the stream
-// to launch on, for GPUs. Implemented in wkv4.cpp, wkv7.cpp, wkv7_gpu.cpp, fused.cpp, fused_gpu.cpp.
-// None of torch's headers that declare every operator are included: they dominate compile time.
+// to launch on, for GPUs. Implemented in wkv4.cpp, wkv6.cpp, wkv7.cpp, wkv7_gpu.cpp, fused.cpp and
+// fused_gpu.cpp. None of torch's headers that declare every operator are included: they dominate
+// compile time.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <torch/version.h>
@@ -24,6 +25,8 @@ using at::Tensor;
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;  // y, state, saved
 // Of w, u, k, v, state and initial; the last is undefined without `initial`.
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// Of r, w, k, v, u, state and initial; the last is undefined without `initial`.
+using Wkv6GradientTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 // Of r, w, k, v, a, b, state and initial; the last is undefined without `initial`.
 using Wkv7GradientTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -34,6 +37,11 @@ Outputs wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Te
 Gradients wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
                         const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& saved,
                         const Tensor& gy, const Optional<Tensor>& gstate);
+Outputs wkv6_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& u,
+                     const Optional<Tensor>& state, const Optional<Tensor>& initial, const Optional<Tensor>& reset);
+Wkv6GradientTensors wkv6_backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& u,
+                                  const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& saved,
+                                  const Tensor& gy, const Optional<Tensor>& gstate);
 Outputs wkv7_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
                      const Tensor& b, const Optional<Tensor>& state, const Optional<Tensor>& initial,
                      const Optional<Tensor>& reset);
@@ -53,8 +61,8 @@ Tensor gate_forward(const Tensor& r, const Tensor& v);
 std::tuple<Tensor, Tensor> gate_backward(const Tensor& g, const Tensor& r, const Tensor& v);
 Tensor relu2_forward(const Tensor& k);
 Tensor relu2_backward(const Tensor& g, const Tensor& k);
-Tensor dropout(const Tensor& x, int64_t seed, double p);
-void dropout_add(const Tensor& y, const Tensor& x, int64_t seed, double p);
+Tensor dropout(const Tensor& x, const Tensor& seed, double p);
+void dropout_add(const Tensor& y, const Tensor& x, const Tensor& seed, double p);
 Tensor loss(const Tensor& logits, const Tensor& target, double l2wrap, bool gradient);
 void adam(const Tensor& p, const Tensor& g, const Tensor& m, const Tensor& v, double step, double rate, double beta1,
           double beta2, double eps, double decay, bool decoupled, double clip);  // CPU only
@@ -91,8 +99,8 @@ std::tuple<Tensor, Tensor> gate_backward(const Tensor& g, const Tensor& r, const
                                          int64_t stream);
 Tensor relu2_forward(const Tensor& k, int64_t device, int64_t stream);
 Tensor relu2_backward(const Tensor& g, const Tensor& k, int64_t device, int64_t stream);
-Tensor dropout(const Tensor& x, int64_t seed, double p, int64_t device, int64_t stream);
-void dropout_add(const Tensor& y, const Tensor& x, int64_t seed, double p, int64_t device, int64_t stream);
+Tensor dropout(const Tensor& x, const Tensor& seed, double p, int64_t device, int64_t stream);
+void dropout_add(const Tensor& y, const Tensor& x, const Tensor& seed, double p, int64_t device, int64_t stream);
 Tensor loss(const Tensor& logits, const Tensor& target, double l2wrap, bool gradient, int64_t device, int64_t stream);
 
 }  // namespace gpu

@@ -196,22 +196,25 @@ Tensor relu2_backward(const Tensor& g, const Tensor& k) {
   return gk;
 }
 
-static void drop(const Tensor& x, const Tensor& y, bool add, int64_t seed, double p) {
+static void drop(const Tensor& x, const Tensor& y, bool add, const Tensor& seed, double p) {
   contiguous(x, "x");
+  TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == at::kLong && seed.device() == x.device(),
+              "seed must be one int64 on ", x.device());
   check_like(y, "y", x);
   TORCH_CHECK(p >= 0 && p < 1, "p must be at least 0 and less than 1; got ", p);
   const auto below = uint32_t(p * 4294967296.0);
+  const auto value = uint32_t(*seed.data_ptr<int64_t>());
   const auto run = loops().dropout[dtype(x)];
   parallel_ranges(x.numel(), GRAIN, [&](int64_t begin, int64_t end) {
-    run(x.data_ptr(), y.data_ptr(), add, uint32_t(seed), below, float(1 / (1 - p)), begin, end);
+    run(x.data_ptr(), y.data_ptr(), add, value, below, float(1 / (1 - p)), begin, end);
   });
 }
-Tensor dropout(const Tensor& x, int64_t seed, double p) {
+Tensor dropout(const Tensor& x, const Tensor& seed, double p) {
   const Tensor y = x.new_empty(x.sizes());
   drop(x, y, false, seed, p);
   return y;
 }
-void dropout_add(const Tensor& y, const Tensor& x, int64_t seed, double p) { drop(x, y, true, seed, p); }
+void dropout_add(const Tensor& y, const Tensor& x, const Tensor& seed, double p) { drop(x, y, true, seed, p); }
 
 // ---- loss ----
 

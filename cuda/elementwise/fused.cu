@@ -339,11 +339,12 @@ template <class E> WKV_FN void relu2_gradient(const FusedEach& q, E io) {
 }
 template <class E> WKV_FN void dropout(const FusedEach& q, E io) {
   constexpr int W = E::W;
+  const unsigned seed = (unsigned)*q.seed;
   for_each_element<W>(q.N, [&](long long at) {
     const Vec<W> x = io.get(q.k, at);
     Vec<W> y = {};
     if (q.add) y = io.get(q.y, at);
-    EACH y.x[i] += fused_hash((unsigned)(at + i), q.seed) < q.below ? 0.0f : x.x[i] * q.scale;
+    EACH y.x[i] += fused_hash((unsigned)(at + i), seed) < q.below ? 0.0f : x.x[i] * q.scale;
     io.put(q.y, at, y);
   });
 }

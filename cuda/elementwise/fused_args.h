@@ -77,7 +77,8 @@ struct FusedEach {
   const void *k, *g;
   void* y;
   bool add;  // y += dropout(k)
-  unsigned seed, below;
+  const long long* seed;  // in device memory, so that each replay of a CUDA graph can use another one
+  unsigned below;
   float scale;
   int dtype;
 };

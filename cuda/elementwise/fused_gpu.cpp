@@ -214,18 +214,19 @@ Tensor relu2_backward(const Tensor& g, const Tensor& k, int64_t device, int64_t 
   return gk;
 }
 
-static void drop(const Tensor& x, const Tensor& y, bool add, int64_t seed, double p, const Launch& launch) {
+static void drop(const Tensor& x, const Tensor& y, bool add, const Tensor& seed, double p, const Launch& launch) {
   TORCH_CHECK(p >= 0 && p < 1, "p must be at least 0 and less than 1; got ", p);
+  check(seed, "seed", x, at::kLong, {});
   FusedEach q{};
-  q.add = add, q.seed = unsigned(seed), q.below = unsigned(p * 4294967296.0), q.scale = float(1 / (1 - p));
+  q.add = add, q.seed = static_cast<const long long*>(seed.data_ptr()), q.below = unsigned(p * 4294967296.0), q.scale = float(1 / (1 - p));
   launch_elementwise("dropout", q, x, nullptr, y, launch);
 }
-Tensor dropout(const Tensor& x, int64_t seed, double p, int64_t device, int64_t stream) {
+Tensor dropout(const Tensor& x, const Tensor& seed, double p, int64_t device, int64_t stream) {
   const Tensor y = x.new_empty(x.sizes());
   drop(x, y, false, seed, p, {device, stream});
   return y;
 }
-void dropout_add(const Tensor& y, const Tensor& x, int64_t seed, double p, int64_t device, int64_t stream) {
+void dropout_add(const Tensor& y, const Tensor& x, const Tensor& seed, double p, int64_t device, int64_t stream) {
   drop(x, y, true, seed, p, {device, stream});
 }
 

@@ -49,7 +49,7 @@ class _LoRAFunction(torch.autograd.Function):
     def forward(ctx, x, weight, a, b, scale, dropout, recompute):
         flat, dtype = rows(x), x.dtype
         ctx.scale, ctx.dropout, ctx.recompute = scale, dropout, recompute.function
-        ctx.seed = native.new_seed() if dropout else 0
+        ctx.seed = native.new_seed(x.device) if dropout else None
         y = linear_forward(flat, weight.to(dtype))
         low = linear_forward(_apply_dropout(ctx, flat), a.to(dtype))  # [N, r]
         y.addmm_(low, b.to(dtype).t(), alpha=scale)
@@ -110,8 +110,8 @@ class LoRALinear(nn.Module):
 def inject(model: RWKV, parts: Collection[str], r: int, alpha: float, dropout: float = 0.0) -> list[str]:
     """Add adapters to all linear layers of these parts, in place; returns the layers' names.
 
-    `att` is key, value and receptance of every time-mix, in RWKV-7 also output; `ffn` all layers of
-    every channel-mix.
+    `att` is key, value and receptance of every time-mix, in later versions than RWKV-4 all its
+    linear layers; `ffn` all layers of every channel-mix.
 
     Raises:
         ValueError: a part is unknown, r < 1, or the model has none of these layers.
@@ -199,7 +199,7 @@ def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 def is_matrix(name: str, shape: torch.Size) -> bool:
     """Whether a parameter is the weight of a linear layer, the embedding or the head; not the
-    low-rank matrices of RWKV-7's time-mix, which are trained as a whole.
+    low-rank matrices of a time-mix, which are trained as a whole.
     """
     return name.endswith(".weight") and len(shape) == 2
 

@@ -92,10 +92,10 @@ class EstimateConfig:
     load_model: str = ""
     """Checkpoint to read the model's sizes from."""
     model: str = ""
-    """Instead of load_model: a published size (0.1b, 0.4b, 1.5b, 3b, 7b, 14b; with version 7: 0.1b,
-    0.4b, 1.5b, 2.9b, 7.2b, 13.3b)."""
+    """Instead of load_model: a published size (0.1b, 0.4b, 1.5b, 3b, 7b, 14b; with version 6: 1.6b,
+    3b, 7b, 14b; with version 7: 0.1b, 0.4b, 1.5b, 2.9b, 7.2b, 13.3b)."""
     version: str = ""
-    """RWKV version of model, or of n_layer and the following: 4 or 7. Omitted: 4."""
+    """RWKV version of model, or of n_layer and the following: 4, 6 or 7. Omitted: 4."""
     n_layer: int = 0
     """Number of layers L, without load_model and model. 0: 6."""
     n_embd: int = 0
@@ -103,11 +103,11 @@ class EstimateConfig:
     vocab_size: int = 0
     """Vocabulary size V. 0: 65536."""
     dim_att: int = 0
-    """RWKV-4: channels of the time-mix. 0: n_embd."""
+    """RWKV-4 and 6: channels of the time-mix. 0: n_embd."""
     head_size: int = 0
-    """RWKV-7: channels of a head. 0: 64."""
+    """RWKV-6 and 7: channels of a head. 0: 64."""
     dim_ffn: int = 0
-    """Hidden channels of the channel-mix. 0: 4 n_embd."""
+    """Hidden channels of the channel-mix. 0: 4 n_embd, in RWKV-6 3.5 n_embd."""
     method: Literal["lora", "full"] = "lora"
     """lora: train an adapter; full: train all weights."""
     lora_r: int = 8

@@ -42,7 +42,7 @@ class ModelSize:
     """Version and size of a new model."""
 
     version: str = ""
-    """RWKV version: 4 or 7. Omitted: from load_model, else 4."""
+    """RWKV version: 4, 6 or 7. Omitted: from load_model, else 4."""
     n_layer: int = 0
     """Number of layers L. 0: from load_model, else 6."""
     n_embd: int = 0
@@ -50,13 +50,14 @@ class ModelSize:
     vocab_size: int = 0
     """Vocabulary size V. 0: from load_model, else 65536 (World)."""
     dim_att: int = 0
-    """RWKV-4: channels of the time-mix. 0: from load_model, else n_embd."""
+    """RWKV-4 and 6: channels of the time-mix. 0: from load_model, else n_embd."""
     dim_ffn: int = 0
-    """Hidden channels of the channel-mix. 0: from load_model, else 4 n_embd."""
+    """Hidden channels of the channel-mix. 0: from load_model, else 4 n_embd; in RWKV-6 3.5
+    n_embd."""
     pre_ffn: Literal[0, 1] = 0
     """RWKV-4: 1: block 0 has a channel-mix instead of a time-mix. Read from load_model if given."""
     head_size: int = 0
-    """RWKV-7: channels of a head, a multiple of 16. 0: from load_model, else 64."""
+    """RWKV-6 and 7: channels of a head, a multiple of 16. 0: from load_model, else 64."""
 
 
 @dataclass
@@ -116,8 +117,8 @@ class Sampling:
     load_model, resize its vectors and vocabulary by linear interpolation. 2, 3: continue from the
     newest rwkv-N.pth in proj_dir with prime sampling, in epochs of 40320 samples until the data is
     used; sets load_model, epoch_begin, epoch_steps, epoch_count and magic_prime. 2: time_mix,
-    time_decay and time_first (in RWKV-7 w0) use five times the learning rate. 4: as 3, at random
-    offsets. 0: off."""
+    time_decay and time_first (in RWKV-6 time_maa, time_decay and time_faaaa, in RWKV-7 w0) use five
+    times the learning rate. 4: as 3, at random offsets. 0: off."""
 
 
 @dataclass
@@ -170,7 +171,7 @@ class Optimizer:
 
     lr_init: float = 6e-4
     """Initial learning rate. The embedding of a new RWKV-4 model is uniform in ± lr_init, of a new
-    RWKV-7 model in ±1e-4."""
+    RWKV-6 or 7 model in ±1e-4."""
     lr_final: float = 1e-5
     """Final learning rate, reached by exponential decay from lr_init; by linear decay if either is
     0."""
@@ -232,6 +233,12 @@ class Machine:
     grad_cp: Literal[0, 1] = 0
     """1: gradient checkpointing: recompute each block in the backward pass. Less memory, a third
     slower."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """On one GPU, capture the forward and backward pass of the blocks once as a CUDA graph and
+    replay it in every step, so that Python does not start each kernel: small batches train several
+    times as fast. on: end with an error if the other flags do not allow it (several devices,
+    DeepSpeed, tbptt_len, grad_cp with dropout). Gradients and activations stay allocated for the
+    whole run."""
     auto: bool = False
     """Choose micro_bsz, accumulate_grad_batches and grad_cp (on GPUs also the strategy) so that the
     predicted memory fits, without changing the effective batch of micro_bsz samples. The choice is
@@ -297,10 +304,10 @@ class LoRAConfig(TrainConfig):
     in bf16), else fp32."""
     lora_parts: str = "att,ln,time"
     """What is trained, separated by commas: adapters on the matrices of att (key, value,
-    receptance; in RWKV-7 also output) and ffn (key, value; in RWKV-4 also receptance), or on single
-    ones, such as att.output or ffn.key, in every block; directly, the parameters of the time-mix
-    (time; in RWKV-7 with its low-rank matrices) and LayerNorms (ln; in RWKV-7 also ln_x and
-    ln_out)."""
+    receptance; in RWKV-7 also output, in RWKV-6 output and gate) and ffn (key, value; before RWKV-7
+    also receptance), or on single ones, such as att.output or ffn.key, in every block; directly,
+    the parameters of the time-mix (time; in RWKV-6 and 7 with its low-rank matrices) and LayerNorms
+    (ln; in RWKV-6 and 7 also ln_x and ln_out)."""
 
     @property
     def adapter(self) -> "LoRAConfig | None":

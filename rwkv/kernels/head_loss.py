@@ -7,8 +7,15 @@ from rwkv.kernels.elementwise import native
 from rwkv.kernels.linear import linear_forward, linear_grad_input, linear_grad_weight, rows, uses_onednn
 
 L2WRAP = 1e-4  # upstream's factor
-CHUNK_BYTES = 64 << 20  # fp32 logits per chunk: 256 tokens at V = 65536
+# Size of a chunk's logits in fp32, by device type: 256 and 1024 tokens at V = 65536. On a GPU fewer
+# chunks need fewer launches; larger ones could overflow in fp16, which sums gradients of a chunk.
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 SLICE = 1 << 11  # vocabulary entries per matmul with oneDNN, to limit its copies (docs/decisions/002)
+
+
+def chunk_tokens(vocab: int, device: str) -> int:
+    """Tokens per chunk for a vocabulary of this size on a device of this type."""
+    return max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (4 * vocab))
 
 
 def _logits(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
@@ -49,7 +56,7 @@ class _HeadLoss(torch.autograd.Function):
         gx = torch.empty_like(x) if want_x else None
         gweight = torch.zeros_like(weight) if want_weight else None
         computed = weight.to(x.dtype)
-        size = max(1, CHUNK_BYTES // (4 * vocab))
+        size = chunk_tokens(vocab, x.device.type)
         buffer = x.new_empty(min(size, count), vocab)
         for begin in range(0, count, size):
             chunk = x[begin : begin + size]

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from rwkv.adapters import lora
-from rwkv.kernels.head_loss import CHUNK_BYTES, SLICE
+from rwkv.kernels.head_loss import SLICE, chunk_tokens
 from rwkv.memory.zero import ZEROS
 from rwkv.models import Sizes
 from rwkv.models.parts import layer_of
@@ -37,6 +37,7 @@ GB = 10**9
 # CUDA context and libraries on a GPU, which torch's allocator does not report. This value is an
 # assumption, not a measurement.
 CONTEXT = 600 << 20
+BLAS = 32 << 20  # a workspace of cuBLAS, which has one for each thread and stream; measured on an H100
 PROCESS = 290 << 20  # process with torch 1.13.1 and Lightning after a first step, without a model
 LOADED = 20 << 20  # part of PROCESS that torch loads in the first step; measured 16 to 34 MiB
 HEAP = 0.5  # of gradients, activations, logits, workspace; torch 1.13.1, glibc 2.36: measured 0.3 to 1.1
@@ -51,6 +52,7 @@ class Plan:
         base: dtype of frozen matrices, as --lora_base.
         devices: number of devices on all machines; `per_node`: on one machine.
         gpu: whether they are GPUs.
+        graph: whether the blocks run from a CUDA graph (--cuda_graph), whose memory is never freed.
         process: bytes of a process without a model (see PROCESS).
         heap: see HEAP.
     """
@@ -71,6 +73,7 @@ class Plan:
     accumulate: int = 1
     ds_bucket_mb: int = 200
     gpu: bool = True
+    graph: bool = False
     process: int = PROCESS
     heap: float = HEAP
 
@@ -236,12 +239,16 @@ def estimate(p: Plan) -> Estimate:
             host["weights"] = weights * _per_node(p)
             weights = 0.0
     buckets: Blocks = [(_buckets(p, n_elements, n_trained), 1)]
+    if p.gpu:  # forward and backward pass; a graph is captured on other streams
+        buckets += [(BLAS, 5 if p.graph else 2)]
     complete: Blocks = [(gradients, 1)] if zero else [(4.0, n_trained)]
     if not (p.lora or zero):
         complete = [(4.0 * shape.numel(), 1) for shape in shapes(s).values()]
     # the head's gradient is computed in the forward pass
     head: Blocks = [] if p.lora else [((e if zero else 4.0) * s.vocab_size * s.n_embd, 1)]
-    accumulated = complete if p.accumulate > 1 or zero >= 2 else []
+    if p.graph and p.accumulate > 1:  # the graph's, and their sum
+        complete = [(size, 2 * count) for size, count in complete]
+    accumulated = complete if p.graph or p.accumulate > 1 or zero >= 2 else []
     partial = head + accumulated
     block, outer, temporary = _block(p), _outside(p), _backward_workspace(p)
     # with grad_cp the input of the first block is saved by ln0 anyway
@@ -286,6 +293,11 @@ def estimate(p: Plan) -> Estimate:
         },
         "optimizer": {**persistent, "gradients": complete, "workspace": _optimizer_workspace(p) + buckets},
     }
+    if p.graph:  # its activations, temporary tensors and gradients
+        captured = phases["backward"]
+        for phase in phases.values():
+            phase |= {"activations": captured["activations"], "workspace": temporary + buckets}
+        phases["optimizer"]["workspace"] = phases["optimizer"]["workspace"] + _optimizer_workspace(p)
     peaks = {
         name: {part: sum(size * count for size, count in blocks) for part, blocks in parts.items()}
         for name, parts in phases.items()
@@ -320,7 +332,7 @@ def _optimizer(p: Plan, n_trained: int) -> float:
 
 def _logits(p: Plan) -> Blocks:
     s, e = p.sizes, p.e
-    rows = min(max(1, CHUNK_BYTES // (4 * s.vocab_size)), p.tokens)
+    rows = min(chunk_tokens(s.vocab_size, "cuda" if p.gpu else "cpu"), p.tokens)
     chunk, part = rows * s.vocab_size, min(s.vocab_size, SLICE)
     blocks: Blocks = [(e * chunk, 1)]
     if (p.frozen if p.lora else 4) != e and not p.stage:

@@ -34,6 +34,7 @@ def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision:
         accumulate=c.accumulate_grad_batches,
         ds_bucket_mb=c.ds_bucket_mb,
         gpu=gpu,
+        graph=getattr(c, "cuda_graph", "off") == "on",
         process=compat.process_bytes(),
         heap=compat.heap_overhead(),
     )

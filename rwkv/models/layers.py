@@ -1,4 +1,4 @@
-"""Layers shared by all versions: normalisation, uninitialised linear layers, dropout."""
+"""Layers shared by versions: normalisation, uninitialised linear layers, dropout."""
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,18 @@ class Norm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] → normalised x, in the dtype of matmuls."""
         return native.norm(x, self.weight, self.bias, self.eps)
+
+
+class HeadNorm(nn.Module):
+    """Weight and bias of the normalisation by head."""
+
+    def __init__(self, size: int, device: Device = None):
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.zeros(size, device=device)) for _ in range(2))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Copies of weight and bias. (ZeRO-3 gathers them only in forward.)"""
+        return self.weight.clone(), self.bias.clone()
 
 
 def matrix(rows: int, columns: int, device: Device = None) -> Matrix:

@@ -88,9 +88,14 @@ class RWKV(nn.Module):
             state: the state before the first token; None: that at the start of a document.
             reset: bool [B, T], True at the first token of a document, where the state is reset.
         """
-        x = self.emb(tokens)
+        return self.after_embedding(self.emb(tokens), state, reset)
+
+    def after_embedding(
+        self, x: Tensor, state: State | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """The embedded tokens x [B, T, D] → what `hidden` returns. Other arguments as there."""
         if state is None:  # like x, because ZeRO-3 keeps the embedding's weight gathered after an access
-            state = self.initial_state(tokens.shape[0], x)
+            state = self.initial_state(len(x), x)
         p = self.dropout if self.training else 0.0
         x, carry, after = dropout(x, p), (), []
         for block, before in zip(self.blocks, state, strict=True):
@@ -109,7 +114,9 @@ class RWKV(nn.Module):
         if not (self.grad_cp and torch.is_grad_enabled()):
             return block(*arguments)
         if not self.reentrant:
-            return checkpoint(block, *arguments, use_reentrant=False)
+            x = arguments[0]  # in a CUDA graph the state of random generators cannot be read; it has no dropout
+            capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+            return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=not capturing)
         return _checkpoint_reentrant(block, *arguments)
 
 

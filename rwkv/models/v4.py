@@ -20,7 +20,7 @@ WKV also saves its initial state and on a CPU its final state, 12 A bytes per ba
 Outputs of norms, WKV and other elementwise operations are recomputed
 (rwkv.kernels.elementwise.native). With grad_cp a block saves only its input (s·D), and one block at
 a time is recomputed. Outside the blocks: s·D + 8 for ln_out, e·D for the gradient that head_loss
-computes, and during head_loss the logits of one chunk (head_loss.CHUNK_BYTES in fp32).
+computes, and during head_loss the logits of one chunk (head_loss.chunk_tokens).
 """
 
 import math
@@ -40,7 +40,7 @@ NAME = "4"
 PARTS = Parts(
     {"att": ("att.key", "att.value", "att.receptance"), "ffn": ("ffn.key", "ffn.receptance", "ffn.value")},
     ("att.output",),
-    {"time": r"\.(att|ffn|ffnPre)\.time_\w+$", "ln": r"\.ln[012]\.(weight|bias)$"},
+    {"time": r"\.(att|ffn|ffnPre)\.time_(decay|first|mix_[kvr])$", "ln": r"\.ln[012]\.(weight|bias)$"},
 )
 
 
@@ -181,6 +181,8 @@ def recognise(shapes: Mapping[str, torch.Size], n_layer: int) -> Sizes:
     decays = [key for layer in range(n_layer) if (key := f"blocks.{layer}.att.time_decay") in shapes]
     matrices = ["emb.weight", "blocks.0.ffn.key.weight"]
     missing = [key for key in matrices if len(shapes.get(key, ())) != 2]
+    if decays and len(shapes[decays[0]]) != 1:
+        raise ValueError(f"{decays[0]} is not a vector")
     missing += [] if decays or pre_ffn else ["blocks.*.att.time_decay"]
     if missing:
         raise ValueError(f"no {', '.join(missing)}")

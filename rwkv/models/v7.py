@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from rwkv.kernels.elementwise import native
 from rwkv.kernels.linear import linear
-from rwkv.models.layers import Device, Norm, dropout, matrix
+from rwkv.models.layers import Device, HeadNorm, Norm, dropout, matrix
 from rwkv.models.parts import Parts
 from rwkv.wkv.wkv7 import MAX_HEAD_SIZE, empty_state
 from rwkv.wkv.wkv7.time_mix import Parameters, Projections, time_mix
@@ -108,18 +108,6 @@ PUBLISHED = {
 
 def _parameter(*shape: int, device: Device) -> nn.Parameter:
     return nn.Parameter(torch.zeros(shape, device=device))
-
-
-class HeadNorm(nn.Module):
-    """Weight and bias of the normalisation by head."""
-
-    def __init__(self, size: int, device: Device = None):
-        super().__init__()
-        self.weight, self.bias = _parameter(size, device=device), _parameter(size, device=device)
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Copies of weight and bias. (ZeRO-3 gathers them only in forward.)"""
-        return self.weight.clone(), self.bias.clone()
 
 
 class TimeMix(nn.Module):

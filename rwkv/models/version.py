@@ -1,4 +1,4 @@
-"""The interface of version modules (v4.py, v7.py), and detection of a checkpoint's version.
+"""The interface of version modules (v4.py, v6.py, v7.py), and detection of a checkpoint's version.
 
 A version is one module. Code outside rwkv.models and rwkv.wkv does not depend on version numbers.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv.errors import UserError
-from rwkv.models import v4, v7
+from rwkv.models import v4, v6, v7
 from rwkv.models.parts import Parts, layer_of
 
 Shapes = Mapping[str, torch.Size]
@@ -102,7 +102,7 @@ class Version(Protocol):
         """
 
 
-VERSIONS: dict[str, Version] = {v4.NAME: v4, v7.NAME: v7}
+VERSIONS: dict[str, Version] = {v4.NAME: v4, v6.NAME: v6, v7.NAME: v7}
 DEFAULT: Version = v4  # version of new models
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
-from rwkv.memory import machine, plan
+from rwkv.memory import estimate, machine, plan
 from rwkv.models import Sizes
 from rwkv.train import resume_or_start, setup, stages
 from rwkv.train.checks import check
 from rwkv.train.console import say
 from rwkv.train.data_source import with_vocabulary
+from rwkv.train.loop import cuda_graph
 from rwkv.train.run import Run
 from rwkv.train.runtime import strategy
 from rwkv.train.runtime.ranks import Ranks
@@ -38,6 +39,8 @@ def resolve(flags: TrainConfig, ranks: Ranks) -> Run:
     sizes, on_gpu = setup.sizes_of(c, new_base), machine.use_gpu(c.accelerator)
     if c.auto and received is None and c.my_pile_stage != 1:
         c = _auto(c, sizes, on_gpu)
+    if received is None:
+        c = _with_cuda_graph(c, sizes, on_gpu)
     ranks.send(flags, c)
     return Run(c, sizes, on_gpu, before, new_base, outdated)
 
@@ -60,6 +63,16 @@ def _auto(c: TrainConfig, sizes: Sizes, on_gpu: bool) -> TrainConfig:
     c, chosen = plan.choose(c, plan.plan_of(c, sizes, on_gpu, c.precision), _usable)
     say(f"auto:  {chosen}")
     return c
+
+
+def _with_cuda_graph(c: TrainConfig, sizes: Sizes, on_gpu: bool) -> TrainConfig:
+    """Set cuda_graph if it is automatic: on if possible, and if its memory fits."""
+    resolved = dataclasses.replace(c, cuda_graph=cuda_graph.resolve(c, on_gpu))
+    if c.cuda_graph == "auto" and resolved.cuda_graph == "on":
+        planned = plan.plan_of(resolved, sizes, on_gpu, c.precision)
+        if 0 < plan.available(planned) < estimate.estimate(planned).total:
+            return dataclasses.replace(c, cuda_graph="off")
+    return resolved
 
 
 def _usable(c: TrainConfig) -> bool:

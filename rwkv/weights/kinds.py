@@ -17,7 +17,7 @@ _PREFIX = re.compile(rf"^(?:{_WRAPPERS}\.)+(?=(?:emb|head|ln_out|blocks|embeddin
 _INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PEFT = re.compile(r"\.lora_([AB])(?:\.(?!weight$)\w+)?\.weight$")
 
-_SUPPORTED = "RWKV-4 and RWKV-7 (x070) models"
+_SUPPORTED = "RWKV-4, RWKV-6 (x060) and RWKV-7 (x070) models"
 
 TRANSFORMERS = (
     ("blocks.", "rwkv.blocks."),
@@ -120,7 +120,7 @@ def _version(tensors: Mapping[str, Tensor]) -> str | None:
         (rf"{layer}att\.(r_k|k_k|x_r|w0)$", ""),  # RWKV-7 (x070)
         (rf"{layer}att\.time_maa_rkvw_w1$", "an experimental version of RWKV-6 (x060b or x060c)"),
         (rf"{layer}att\.gate_w1$", "an experimental version of RWKV-6 (x060a)"),
-        (rf"{layer}att\.time_maa", "RWKV-6 (x060)"),
+        (rf"{layer}att\.time_maa", ""),  # RWKV-6 (x060)
     )
     for pattern, name in tests:
         if _any_matches(tensors, pattern) and not name:

@@ -19,7 +19,8 @@ from pyarrow import parquet
 from rwkv import plots
 from rwkv.config import ConvertConfig
 from rwkv.data import histogram, inspection
-from rwkv.data.binidx import Dataset, mask_path, writer
+from rwkv.data.binidx import Dataset, mask_path
+from rwkv.data.binidx_writer import writer
 from rwkv.data.convert.pipeline import convert, texts
 from rwkv.data.inspection import format_report, inspect, verify
 from rwkv.data.tokenizer import HFTokenizer

@@ -108,11 +108,12 @@ def step():
 
 @pytest.mark.parametrize("grad_cp", [False, True])
 def test_step_matches_torch_operations(step, grad_cp):
+    step(native._kernels, grad_cp, FP32)  # allocates cuBLAS's workspace
     ours, theirs = step(native._kernels, grad_cp, FP32), step(lambda *_: None, grad_cp, FP32)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=0)
     for a, b in zip(ours[1], theirs[1], strict=True):
         assert float((a - b).abs().max()) <= 1e-4 * float(b.abs().max().clamp_min(1e-3))
-    assert ours[2] <= theirs[2]  # saved activations
+    assert ours[2] <= theirs[2] + (4 << 10)  # saved activations; and a copy of ln_out's parameters
 
 
 def test_no_host_sync(step):

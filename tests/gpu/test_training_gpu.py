@@ -12,6 +12,7 @@ from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import mask_path
 from rwkv.models.version import VERSIONS
 from rwkv.train.fit import fit
+from rwkv.train.loop.cuda_graph import GraphedBlocks
 from rwkv.train.loop.module import TrainingModule
 from tests.train.test_host_sync import FIRST, LAST, VARIANTS
 
@@ -70,6 +71,48 @@ def test_gradient_checkpointing_same_losses(losses):
     torch.testing.assert_close(saved, recomputed, rtol=1e-6, atol=0)
 
 
+GRAPHED = {
+    "plain": {},
+    "accumulated": {"accumulate_grad_batches": 2},
+    "reset": {"doc_reset": 1},
+    "grad_cp": {"grad_cp": 1},
+    "fp16": {"precision": "fp16"},
+}
+
+
+@pytest.mark.parametrize("variant", GRAPHED)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_cuda_graph_same_losses(losses, make_base, method, variant):
+    flags = {"precision": "fp32", "accelerator": "gpu", **GRAPHED[variant]}
+    config, model = TrainConfig, MODEL
+    if method == "lora":
+        config, model = LoRAConfig, {"load_model": str(make_base(**MODEL)), "lora_dropout": 0.0, "lora_r": 4}
+    graphed, plain = (losses(config, use, cuda_graph=use, **flags, **model) for use in ("on", "off"))
+    assert len(set(graphed)) == len(graphed)  # each step trains
+    torch.testing.assert_close(graphed, plain, rtol=1e-5, atol=0)  # cuBLAS may choose other kernels
+
+
+def test_cuda_graph_resumes_exactly_with_dropout(losses, make_base):
+    flags = {"load_model": str(make_base(**MODEL)), "lora_dropout": 0.2, "precision": "fp32", "accelerator": "gpu"}
+    whole = losses(LoRAConfig, "whole", cuda_graph="on", **flags)
+    losses(LoRAConfig, "parts", cuda_graph="on", max_steps=7, **flags)
+    assert losses(LoRAConfig, "parts", cuda_graph="on", **flags) == whole
+
+
+def test_cuda_graph_draws_dropout_in_every_replay(make_base):
+    model = checkpoint.load_model(make_base(**MODEL), device="cuda")
+    model.dropout = 0.5
+    blocks, tokens = GraphedBlocks(model.train()), torch.randint(300, (2, 50), device="cuda")
+    first, second = (blocks(tokens).detach().clone() for _ in range(2))
+    assert not torch.equal(first, second)
+    torch.cuda.manual_seed(5)
+    third = blocks(tokens).detach().clone()
+    torch.cuda.manual_seed(5)
+    assert torch.equal(blocks(tokens), third)
+    shorter = blocks(tokens[:, :20])  # without the graph
+    assert shorter.shape == (2, 20, 64)
+
+
 def test_token_by_token_matches_parallel(make_base):
     model = checkpoint.load_model(make_base(**MODEL), device="cuda")
     tokens = torch.randint(300, (2, 50), device="cuda")
@@ -85,7 +128,7 @@ def test_token_by_token_matches_parallel(make_base):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("variant", [*VARIANTS, "fp16"])
+@pytest.mark.parametrize("variant", [*VARIANTS, "fp16", "without graph"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_no_host_sync(monkeypatch, make_base, make_data, tmp_path, variant, method, masked):
     """torch's sync debug mode raises on any synchronisation from the start of step FIRST to the
@@ -106,7 +149,8 @@ def test_no_host_sync(monkeypatch, make_base, make_data, tmp_path, variant, meth
         "max_steps": LAST + 1,
         "accelerator": "gpu",
     }  # enough tokens for a sorting kernel
-    flags |= {"precision": "fp16"} if variant == "fp16" else {"precision": "fp32"} | VARIANTS[variant]
+    gpu_only = {"fp16": {"precision": "fp16"}, "without graph": {"cuda_graph": "off"}}
+    flags |= {"precision": "fp32"} | {**VARIANTS, **gpu_only}[variant]
     flags |= {"tbptt_len": 300} if "tbptt_len" in flags else {}
     config, model = TrainConfig, MODEL
     if method == "lora":

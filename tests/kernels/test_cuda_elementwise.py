@@ -175,7 +175,8 @@ def test_empty_input_launches_nothing(gpu):
             "x must be contiguous .B, T, D.",
         ),
         ("loss", (torch.zeros(2, 3), torch.zeros(3, dtype=torch.long), 0.0, False), "target must be"),
-        ("dropout", (torch.zeros(3), 0, 1.0), "p must be at least 0 and less than 1"),
+        ("dropout", (torch.zeros(3), torch.tensor(0), 1.0), "p must be at least 0 and less than 1"),
+        ("dropout", (torch.zeros(3), torch.zeros((), dtype=torch.int32), 0.1), "seed must be"),
     ],
 )
 def test_invalid_arguments(gpu, name, arguments, message):

@@ -77,12 +77,12 @@ def test_dropout_independent_of_vector_width(dtype, width):
 
 def test_dropout_statistics():
     x = torch.ones(1 << 20)
-    masks = [native.dropout(x, seed, 0.25) == 0 for seed in (1, 2, 3)]
+    masks = [native.dropout(x, torch.tensor(seed), 0.25) == 0 for seed in (1, 2, 3)]
     for mask in masks:  # the standard deviation of a share is 0.0004
         assert abs(float(mask.float().mean()) - 0.25) < 0.0025
         assert abs(float((mask[1:] & mask[:-1]).float().mean()) - 0.0625) < 0.0025
     assert abs(float((masks[0] & masks[1]).float().mean()) - 0.0625) < 0.0025
-    assert float(native.dropout(x, 9, 0.25).mean()) == pytest.approx(1, abs=0.005)
+    assert float(native.dropout(x, torch.tensor(9), 0.25).mean()) == pytest.approx(1, abs=0.005)
 
 
 @settings(max_examples=30, deadline=None)

@@ -43,7 +43,7 @@ def plain_and_chunked(x, weight, targets):
 
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 7, 1000])
 def test_matches_cross_entropy_with_l2wrap(monkeypatch, chunk_tokens):
-    monkeypatch.setattr(loss, "CHUNK_BYTES", chunk_tokens * 4 * 37)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", {"cpu": chunk_tokens * 4 * 37})
     torch.manual_seed(0)
     x, weight, targets = torch.randn(3, 5, 8), torch.randn(37, 8) * 3, torch.randint(37, (3, 5))
     for plain, chunked in zip(*plain_and_chunked(x, weight, targets), strict=True):
@@ -68,7 +68,7 @@ def test_huge_logits():
 
 @pytest.mark.parametrize("chunk_tokens", [2, 1000])
 def test_loss_mask(monkeypatch, chunk_tokens):
-    monkeypatch.setattr(loss, "CHUNK_BYTES", chunk_tokens * 4 * 37)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", {"cpu": chunk_tokens * 4 * 37})
     torch.manual_seed(0)
     x, weight, targets = (
         torch.randn(3, 5, 8, requires_grad=True),
@@ -140,7 +140,7 @@ def test_kernel_count_independent_of_vocabulary(monkeypatch, dtype):
     monkeypatch.setattr(linear, "uses_onednn", lambda *_: False)
 
     def calls(vocab: int) -> int:
-        monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 4 * vocab)  # four tokens
+        monkeypatch.setattr(loss, "CHUNK_BYTES", {"cpu": 4 * 4 * vocab})  # four tokens
         x, weight = torch.randn(8, 6, dtype=dtype, requires_grad=True), torch.randn(vocab, 6, requires_grad=True)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16), CallCounter() as mode:
             head_loss(x, weight, torch.arange(8))

@@ -13,13 +13,14 @@ from rwkv.adapters import lora
 from rwkv.kernels.head_loss import head_loss
 from rwkv.memory import estimate as memory
 from rwkv.memory.estimate import Plan, estimate
-from rwkv.models import RWKV, v7
+from rwkv.models import RWKV, v6, v7
 from rwkv.models.v4 import Sizes
 from rwkv.models.version import VERSIONS, published
 from rwkv.train.loop.adam import FusedAdam
 from rwkv.train.runtime import cpu
 
 SMALL = Sizes(3, 48, 100, 32, 80)
+SMALL_6 = v6.Sizes(3, 48, 100, 32, 80, 16, 8, 8)
 SMALL_7 = v7.Sizes(3, 48, 100, 80, 48, 8, 8, 8, 8)
 
 
@@ -51,7 +52,11 @@ PARTS = [
 
 
 @pytest.mark.parametrize("parts", [(), *PARTS], ids=",".join)
-@pytest.mark.parametrize("sizes", [SMALL, replace(SMALL, pre_ffn=True), SMALL_7], ids=["plain", "pre_ffn", "RWKV-7"])
+@pytest.mark.parametrize(
+    "sizes",
+    [SMALL, replace(SMALL, pre_ffn=True), SMALL_6, SMALL_7],
+    ids=["plain", "pre_ffn", "RWKV-6", "RWKV-7"],
+)
 def test_parameter_counts_and_weight_bytes(sizes, parts):
     plan = Plan(sizes, lora=bool(parts), parts=parts, r=4, precision="bf16")
     model = build(plan)
@@ -78,7 +83,7 @@ def saved(p: Plan) -> int:
 
 @pytest.mark.parametrize("parts", [(), *PARTS], ids=",".join)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("small", [SMALL, SMALL_7], ids=["RWKV-4", "RWKV-7"])
+@pytest.mark.parametrize("small", [SMALL, SMALL_6, SMALL_7], ids=["RWKV-4", "RWKV-6", "RWKV-7"])
 def test_saved_activation_bytes_per_block(small, precision, parts):
     def plan(layers: int, tokens: int) -> Plan:
         sizes = replace(small, n_layer=layers)
@@ -122,7 +127,7 @@ def peaks(p: Plan) -> dict[str, int]:
 
 
 # Every pair of two values occurs once; bf16 is slow on CPUs without bf16 instructions.
-@pytest.mark.parametrize("version", ["4", "7"])
+@pytest.mark.parametrize("version", ["4", "6", "7"])
 @pytest.mark.parametrize(
     ("kind", "precision", "grad_cp"),
     [("lora", "fp32", False), ("full", "fp32", True), ("full", "bf16", False), ("lora", "bf16", True)],

@@ -1,5 +1,5 @@
-"""RWKV-7 against PyPI's `rwkv`, a float64 loop written from its description, and itself evaluated
-in other ways.
+"""RWKV-7 against PyPI's `rwkv` and `rwkv7-hf`, a float64 loop written from its description, and
+itself evaluated in other ways.
 """
 
 import json
@@ -34,6 +34,31 @@ for token in tokens:
     single.append(logits.clone())
 torch.save([whole, last, torch.stack(single), state], sys.argv[3])
 """
+# rwkv7-hf has its own names and shapes, and gradients by autograd
+PROGRAM_HF = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from rwkv7_hf.converter import infer_config, translate_name
+from rwkv7_hf.modeling_rwkv7 import RWKV7ForCausalLM
+weights, ids, factors = torch.load(sys.argv[2])
+config = infer_config(weights, "float32", "reference", False)
+config.use_cache = False
+model = RWKV7ForCausalLM(config).train()
+theirs, ours = dict(model.named_parameters()), {}
+for name, weight in weights.items():
+    other, transposed = translate_name(name, config.num_hidden_layers)
+    ours[name] = (theirs.pop(other), transposed)
+    target = ours[name][0]
+    target.data.copy_((weight.t() if transposed else weight).reshape(target.shape))
+assert not theirs, theirs.keys()
+logits = model(input_ids=ids).logits
+(logits * factors).sum().backward()
+gradients = {name: p.grad.t() if transposed else p.grad for name, (p, transposed) in ours.items()}
+torch.save([logits.detach(), {name: grad.reshape(weights[name].shape) for name, grad in gradients.items()}], sys.argv[3])
+"""
+needs_oracle = pytest.mark.skipif(
+    bool(os.environ.get("PY")), reason="make was given a Python of its own, and installs no oracle beside it"
+)
 SIZES = [
     {},
     {"n_layer": 1},
@@ -52,19 +77,22 @@ def tokens(batch=2, length=37, vocab=50):
     return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.skipif(
-    bool(os.environ.get("PY")), reason="make was given a Python of its own, and installs no oracle beside it"
-)
+def ask_oracle(program, *arguments):
+    """Run a program beside the packages of tests/oracle.txt."""
+    assert ORACLE.is_dir(), "the oracle is installed by: make test"
+    command = [sys.executable, "-I", "-c", program, ORACLE, *arguments]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_oracle
 @pytest.mark.parametrize("n_layer", [1, 3])
 def test_logits_and_states_match_pypi_rwkv(make, tmp_path, n_layer):
-    assert ORACLE.is_dir(), "the oracle is installed by: make test"
     model = make(n_layer=n_layer, n_embd=128, head_size=64).eval()
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     torch.save(weights, tmp_path / "model.pth")
     ids = tokens(1, 20)[0].tolist()
-    command = [sys.executable, "-I", "-c", PROGRAM, ORACLE, tmp_path / "model", tmp_path / "out.pt", json.dumps(ids)]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    ask_oracle(PROGRAM, tmp_path / "model", tmp_path / "out.pt", json.dumps(ids))
     whole, last, single, state = torch.load(tmp_path / "out.pt")
     with torch.no_grad():
         logits, ours = model(torch.tensor([ids]))
@@ -75,6 +103,26 @@ def test_logits_and_states_match_pypi_rwkv(make, tmp_path, n_layer):
         assert len(other) == 3 * n_layer
         for mine, found in zip((t for block in ours for t in block), other, strict=True):
             torch.testing.assert_close(mine[0], found.view_as(mine[0]), rtol=1e-4, atol=1e-4)
+
+
+@needs_oracle
+@pytest.mark.parametrize("sizes", [{"n_layer": 1}, {"n_layer": 3, "rank_w": 8, "rank_a": 16, "rank_v": 24}], ids=str)
+def test_logits_and_gradients_match_rwkv7_hf(make, tmp_path, sizes):
+    model = make(**sizes, n_embd=128, head_size=64, dim_ffn=320)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    ids = 1 + tokens(2, 20, 49)  # theirs pads with token 0, whose embedding has no gradient
+    factors = torch.randn(2, 20, 50, generator=torch.Generator().manual_seed(2))
+    torch.save([weights, ids, factors], tmp_path / "in.pt")
+    ask_oracle(PROGRAM_HF, tmp_path / "in.pt", tmp_path / "out.pt")
+    logits, gradients = torch.load(tmp_path / "out.pt")
+    ours = model(ids)[0]
+    torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-4)  # fp32, different order of sums
+    (ours * factors).sum().backward()
+    assert gradients.keys() == weights.keys()
+    for name, parameter in model.named_parameters():
+        # relative to the largest element: small ones are differences of large ones
+        error = float((parameter.grad - gradients[name]).abs().max())
+        assert error <= 5e-5 * float(gradients[name].abs().max().clamp_min(1)), f"{name}: {error}"
 
 
 def test_rwkv7_is_recognised_by_the_oracle_keys(make):

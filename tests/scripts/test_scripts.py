@@ -31,12 +31,15 @@ SCRIPTS = ["convert", "export", "finetune", "generate", "inspect_data", "lora", 
 
 
 def test_end_to_end_pipeline(script, write_jsonl, tmp_path):
+    """Each script once in a fresh Python."""
     text = write_jsonl(*({"text": f"User: {i}?\n\nAssistant: {i}."} for i in range(30)))
-    result = script("convert.py", "--input", text)
+    result = script("convert.py", "--input", text, fresh=True)
     assert "30 documents" in result.stdout
     assert result.stderr == ""  # without a terminal progress is printed once a minute
     data = tmp_path / "text_text_document"
-    script("pretrain.py", "--data_file", data, "--n_layer", 1, "--n_embd", 8, "--proj_dir", "base", *TRAINING)
+    script(
+        "pretrain.py", "--data_file", data, "--n_layer", 1, "--n_embd", 8, "--proj_dir", "base", *TRAINING, fresh=True
+    )
     base = tmp_path / "base/rwkv-0.pth"
     result = script(
         "lora.py",
@@ -54,11 +57,12 @@ def test_end_to_end_pipeline(script, write_jsonl, tmp_path):
         "--lr_init",
         1e-2,
         *TRAINING,
+        fresh=True,
     )
     assert "loss" in result.stderr, "no progress bar"
     assert not re.search("warn|deprecat", result.stderr, re.IGNORECASE), result.stderr
     adapter = tmp_path / "lora/rwkv-0.pth"
-    result = script("merge_lora.py", "--adapter", adapter, "--output", "merged.pth")
+    result = script("merge_lora.py", "--adapter", adapter, "--output", "merged.pth", fresh=True)
     difference = float(re.search(r"largest logit difference .* (\S+) \(", result.stdout)[1])
     assert difference < 1e-4  # fp32 rounding of logits of order 1
     (tmp_path / "positional.pth").touch()
@@ -79,20 +83,24 @@ def test_end_to_end_pipeline(script, write_jsonl, tmp_path):
         for model in (["merged.pth"], [base, "--lora", adapter])
     ]
     assert answers[0] == answers[1]
-    chat = script("generate.py", "--model", "merged.pth", "--max_tokens", 3, stdin="hello\n\n/reset\nagain\n/quit\n")
+    dialogue = "hello\n\n/reset\nagain\n/quit\n"
+    chat = script("generate.py", "--model", "merged.pth", "--max_tokens", 3, stdin=dialogue, fresh=True)
     assert chat.stdout.count("Assistant:") == 2
-    script("finetune.py", "--load_model", "merged.pth", "--data_file", data, "--proj_dir", "full", *TRAINING)
+    script(
+        "finetune.py", "--load_model", "merged.pth", "--data_file", data, "--proj_dir", "full", *TRAINING, fresh=True
+    )
     assert read_manifest(tmp_path / "full/rwkv-0.pth")["kind"] == "model"
 
 
-def test_end_to_end_rwkv7(script, write_jsonl, tmp_path):
+@pytest.mark.parametrize("version", ["6", "7"])
+def test_end_to_end_later_versions(script, write_jsonl, tmp_path, version):
     """The version is given once, for the new model, and recognised from then on."""
     text = write_jsonl(*({"text": f"User: {i}?\n\nAssistant: {i}."} for i in range(30)))
-    new = ["--version", 7, "--n_layer", 2, "--n_embd", 32, "--head_size", 16]
+    new = ["--version", version, "--n_layer", 2, "--n_embd", 32, "--head_size", 16]
     done = script("pretrain.py", "--data_file", text, *new, "--proj_dir", "base", *TRAINING)
-    assert "model: RWKV-7, L2 D32" in done.stdout + done.stderr
+    assert f"model: RWKV-{version}, L2 D32" in done.stdout + done.stderr
     base, adapter = tmp_path / "base/rwkv-0.pth", tmp_path / "lora/rwkv-0.pth"
-    assert read_manifest(base)["version"] == "7"
+    assert read_manifest(base)["version"] == version
     tune = ["--load_model", base, "--data_file", text, "--proj_dir", "lora", "--lr_init", 1e-2]
     script("lora.py", *tune, "--lora_r", 2, "--lora_parts", "att,ffn,time,ln", *TRAINING)
     done = script("merge_lora.py", "--adapter", adapter, "--output", "merged.pth")
@@ -103,11 +111,11 @@ def test_end_to_end_rwkv7(script, write_jsonl, tmp_path):
     ]
     assert answers[0] == answers[1]
     script("finetune.py", "--load_model", "merged.pth", "--data_file", text, "--proj_dir", "full", *TRAINING)
-    assert read_manifest(tmp_path / "full/rwkv-0.pth")["version"] == "7"
+    assert read_manifest(tmp_path / "full/rwkv-0.pth")["version"] == version
     script("export.py", "--model", "merged.pth", "--output", "half.safetensors", "--dtype", "bf16")
-    assert load_model(tmp_path / "half.safetensors").version.NAME == "7"
+    assert version == load_model(tmp_path / "half.safetensors").version.NAME
     refused = script("export.py", "--model", "merged.pth", "--output", "hf", status=1).stderr
-    assert "transformers does not support RWKV-7; export to .pth or .safetensors" in refused
+    assert f"transformers does not support RWKV-{version}; export to .pth or .safetensors" in refused
 
 
 def test_upstream_converter_command_and_shards(script, write_jsonl, tmp_path):
@@ -125,7 +133,7 @@ def test_upstream_converter_command_and_shards(script, write_jsonl, tmp_path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help(script, name):
-    text = script(f"{name}.py", "--help").stdout
+    text = script(f"{name}.py", "--help", fresh=True).stdout
     assert f"python scripts/{name}.py" in text  # an example command
     assert "--config" in text
 
@@ -207,7 +215,7 @@ def test_inspect_output_and_exit_status(script, write_jsonl, tmp_path):
     )
     script("convert.py", "--input", f"{first},{second}", "--output-prefix", "both")
     flags = ["--data_file", "both_text_document", "--ctx_len", 8]
-    result = script("inspect_data.py", *flags, "--verify", f"{first},{second}")
+    result = script("inspect_data.py", *flags, "--verify", f"{first},{second}", fresh=True)
     assert "all 80 documents decode to the source" in result.stdout
     assert (tmp_path / "both_text_document_lengths.png").read_bytes().startswith(b"\x89PNG")
     assert not re.search("warn|deprecat", result.stderr, re.IGNORECASE), result.stderr

@@ -17,7 +17,8 @@ from rwkv import compat
 from rwkv.checkpoint import read_manifest, read_tensors
 from rwkv.cli import parse
 from rwkv.config import LoRAConfig, TrainConfig
-from rwkv.data.binidx import Dataset, writer
+from rwkv.data.binidx import Dataset
+from rwkv.data.binidx_writer import writer
 from rwkv.errors import UserError
 from rwkv.train.fit import fit
 from rwkv.train.runtime import strategy

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import cuda_on_cpu
 
-from rwkv import compat
+from rwkv import compat, plots
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.train import fit as training
@@ -92,6 +92,7 @@ if __name__ == "__main__":
     if compat.stack() == "cu117":
         cuda_on_cpu.install()
     strategy.ZeroStrategy = RecordingStrategy
+    plots.save = lambda figure, image: None  # drawing takes longer than training
     leave, strategy.leave_process_group = strategy.leave_process_group, lambda: None  # shared by all trainings
     for kind, flags in json.loads(Path(sys.argv[1]).read_text()):
         train(kind, flags)

@@ -5,15 +5,13 @@ compared on resume.
 import json
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from rwkv.checkpoint import read_manifest
 from rwkv.config import TrainConfig
-from rwkv.data import binidx
+from rwkv.data import binidx, binidx_writer
 from rwkv.data.binidx import Dataset
 from rwkv.errors import UserError
 from rwkv.train.fit import fit
@@ -84,7 +82,7 @@ def test_dummy_data(tmp_path):
 
 def test_long_stream_is_split(tmp_path, monkeypatch):
     monkeypatch.setattr(binidx, "_MAX_DOCUMENT", 10)
-    with binidx.writer(tmp_path / "d") as out:
+    with binidx_writer.writer(tmp_path / "d") as out:
         out.add_stream(np.arange(begin, end) for begin, end in ((0, 4), (4, 4), (4, 33), (33, 40)))
     data = Dataset(tmp_path / "d")
     assert data.tokens.tolist() == list(range(40))
@@ -339,7 +337,7 @@ def test_start_after_failed_start(tmp_path):
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
-def test_start_after_killed_conversion(renames, tmp_path, root):
+def test_start_after_killed_conversion(renames, start, tmp_path, root):
     folder = tmp_path / "run"
     flags = {**JSONL, "data_file": jsonl(tmp_path / "a.jsonl", "document"), "proj_dir": str(folder)}
     (tmp_path / "site").mkdir()
@@ -352,15 +350,13 @@ def killed(old, new, **keywords):
     replace(old, new, **keywords)
 os.replace = killed
 """)  # in whichever process the conversion runs
-    program = f"from rwkv.config import TrainConfig; from rwkv.train.fit import fit; fit(TrainConfig(**{flags!r}))"
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(root)])},
-        start_new_session=True,
-        check=False,
+    (tmp_path / "program.py").write_text(
+        "import os; os.setsid()\n"
+        "from rwkv.config import TrainConfig; from rwkv.train.fit import fit\n"
+        f"fit(TrainConfig(**{flags!r}))"
     )
+    path = os.pathsep.join([str(tmp_path / "site"), str(root)])
+    result = start(tmp_path / "program.py", environment={**os.environ, "PYTHONPATH": path}).result()
     assert result.returncode == -9, result.stderr
     assert (folder / "data_text_document.source.json").exists()
     fit(TrainConfig(**flags))
@@ -392,7 +388,7 @@ def delete_mask(prefix):
 
 def other_documents(prefix):
     tokens = Dataset(prefix).tokens.tolist()
-    with binidx.writer(f"{prefix}2") as out:
+    with binidx_writer.writer(f"{prefix}2") as out:
         out.add(tokens[:70])
         out.add(tokens[70:])
     os.replace(f"{prefix}2.idx", f"{prefix}.idx")

@@ -3,8 +3,6 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -15,7 +13,8 @@ from rwkv.adapter_files import load_tuned
 from rwkv.adapters import lora
 from rwkv.checkpoint import load_model, read_manifest, read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
-from rwkv.data.binidx import Dataset, writer
+from rwkv.data.binidx import Dataset
+from rwkv.data.binidx_writer import writer
 from rwkv.data.dataset import Contexts
 from rwkv.data.token_stream import Stream
 from rwkv.errors import UserError
@@ -45,7 +44,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_output_files(make_data, tmp_path):
+def test_output_files(drawing, make_data, tmp_path):
     data = make_data(200)
     result = fit(TrainConfig(**SMALL, data_file=data, proj_dir=str(tmp_path / "run"), epoch_save=2))
     names = {path.name for path in (tmp_path / "run").iterdir()}
@@ -125,7 +124,7 @@ def test_rewind_drops_later_metrics(make_data, tmp_path):
     assert [line["step"] for line in lines(folder)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_ctrl_c_saves(make_base, make_data, tmp_path, root):
+def test_ctrl_c_saves(start, make_base, make_data, tmp_path):
     flags = [
         "--load_model",
         make_base(),
@@ -138,8 +137,7 @@ def test_ctrl_c_saves(make_base, make_data, tmp_path, root):
         "--accelerator",
         "cpu",
     ]
-    command = [str(word) for word in (sys.executable, root / "scripts/finetune.py", *flags)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = start("finetune.py", *flags)
     deadline = time.monotonic() + 60
     while not (tmp_path / "run/metrics.jsonl").exists() or not lines(tmp_path / "run"):
         assert time.monotonic() < deadline
@@ -249,7 +247,7 @@ def test_bf16_follows_fp32(make_base, make_data, tmp_path):
     assert {value.dtype for value in read_tensors(runs["bf16"].checkpoint).values()} == {torch.float32}
 
 
-def test_ddp_matches_one_process(make_base, make_data, tmp_path, root):
+def test_ddp_matches_one_process(script, two_ranks, make_base, make_data, tmp_path):
     base, data = make_base(), make_data(300)
     common = [
         "--load_model",
@@ -268,12 +266,8 @@ def test_ddp_matches_one_process(make_base, make_data, tmp_path, root):
         "cpu",
     ]
     common += ["--precision", "fp32", "--magic_prime", -1, "--lr_init", 1e-3]
-    for name, extra in (("one", ["--micro_bsz", 4]), ("two", ["--micro_bsz", 2, "--devices", 2])):
-        command = [sys.executable, root / "scripts/finetune.py", *common, *extra, "--proj_dir", tmp_path / name]
-        result = subprocess.run(
-            [str(word) for word in command], capture_output=True, text=True, timeout=300, check=False
-        )
-        assert result.returncode == 0, result.stderr
+    script("finetune.py", *common, "--micro_bsz", 4, "--proj_dir", "one")
+    two_ranks("finetune.py", *common, "--micro_bsz", 2, "--proj_dir", "two")
     one, two = (checkpoint.read_tensors(tmp_path / name / "rwkv-0.pth") for name in ("one", "two"))
     for key in one:
         # fp32 means in different order, then Adam

@@ -39,7 +39,7 @@ def content(folder):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Config and folder of a completed run, to be copied by tests."""
-    from rwkv.data.binidx import writer
+    from rwkv.data.binidx_writer import writer
 
     folder = tmp_path_factory.mktemp("finished")
     with writer(folder / "data") as out:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from rwkv.config import TrainConfig
-from rwkv.data.binidx import Dataset, writer
+from rwkv.data.binidx import Dataset
+from rwkv.data.binidx_writer import writer
 from rwkv.data.token_stream import Stream
 from rwkv.train import report, samples
 

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -194,11 +193,15 @@ def test_disk_full_keeps_last_state(make_base, make_data, tmp_path, monkeypatch)
     assert_same_run(tmp_path / "run", tmp_path / "uninterrupted")
 
 
-def test_disk_full_for_metrics(make_base, make_data, tmp_path, root):
+def test_disk_full_for_metrics(start, make_base, make_data, tmp_path, root):
     config = make("all", make_base, make_data, proj_dir=str(tmp_path / "run"), epoch_steps=400)
-    limit = "import resource, runpy, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    argv = command(root, config, save_every=1000, epoch_save=1000)
-    result = subprocess.run([argv[0], "-c", limit, *argv[1:]], capture_output=True, text=True, timeout=120, check=False)
+    script, *arguments = command(config, save_every=1000, epoch_save=1000)
+    limited = tmp_path / "limited.py"
+    limited.write_text(
+        "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))\n"
+        f"runpy.run_path({str(root / 'scripts' / script)!r}, run_name='__main__')"
+    )
+    result = start(limited, *arguments).result()
     assert result.returncode == 1
     last = result.stderr.rstrip().splitlines()[-1]
     assert re.fullmatch(
@@ -207,19 +210,15 @@ def test_disk_full_for_metrics(make_base, make_data, tmp_path, root):
     )
 
 
-def command(root, config, **flags):
+def command(config, **flags):
+    """The script and its arguments."""
     given = {key: value for key, value in {**vars(config), **flags}.items() if value != getattr(type(config)(), key)}
     script = "lora.py" if isinstance(config, LoRAConfig) else "finetune.py"
-    return [
-        sys.executable,
-        str(root / "scripts" / script),
-        *(str(word) for key, value in given.items() for word in (f"--{key}", value)),
-    ]
+    return [script, *(str(word) for key, value in given.items() for word in (f"--{key}", value))]
 
 
-def start_until(argv, folder, step):
-    """Start a run and return its process after `step` steps."""
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def run_until(process, folder, step):
+    """Wait until a run has taken `step` steps; returns its process."""
     deadline = time.monotonic() + 120
     while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < step:
         assert process.poll() is None, process.communicate()
@@ -229,10 +228,10 @@ def start_until(argv, folder, step):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_resume_after_signal(number, status, make_base, make_data, tmp_path, root):
+def test_resume_after_signal(number, status, start, make_base, make_data, tmp_path):
     # enough steps for the signal to arrive before the end
     config = make("lora", make_base, make_data, proj_dir=str(tmp_path / "run"), epoch_steps=400, save_every=5)
-    process = start_until(command(root, config), tmp_path / "run", 8)
+    process = run_until(start(*command(config)), tmp_path / "run", 8)
     process.send_signal(number)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
@@ -250,22 +249,21 @@ def test_resume_after_signal(number, status, make_base, make_data, tmp_path, roo
 
 
 @pytest.mark.parametrize("kind", ["lora", "all"])
-def test_second_process_in_folder(kind, make_base, make_data, tmp_path, root):
+def test_second_process_in_folder(kind, start, make_base, make_data, tmp_path):
     config = make(kind, make_base, make_data, proj_dir=str(tmp_path / "run"), epoch_steps=400, save_every=5)
-    process = start_until(command(root, config), tmp_path / "run", 8)
+    process = run_until(start(*command(config)), tmp_path / "run", 8)
     process.send_signal(signal.SIGSTOP)  # it holds the folder, however long the others take
     try:
-        for flags in ({}, {"overwrite": True}, {"allow_changes": True, "lr_init": 1e-4}):
-            result = subprocess.run(
-                command(root, config, **flags), capture_output=True, text=True, timeout=120, check=False
-            )
+        flags = ({}, {"overwrite": True}, {"allow_changes": True, "lr_init": 1e-4})
+        for other in [start(*command(config, **more)) for more in flags]:
+            result = other.result()
             assert result.returncode == 1
             assert re.match(
                 rf"error: .*/run: in use by process {process.pid} on .*, or choose another --proj_dir\n$", result.stderr
             ), result.stderr
     finally:
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.wait(60)
     last = lines(tmp_path / "run")[-1]["step"]
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, last + 1))
     fit(changed(config, max_steps=last + 5))  # despite files of the killed process
@@ -274,10 +272,10 @@ def test_second_process_in_folder(kind, make_base, make_data, tmp_path, root):
     assert not (tmp_path / "run/.lock").exists()
 
 
-def test_resume_two_ranks(make_base, make_data, tmp_path, root):
+def test_resume_two_ranks(start, two_ranks, make_base, make_data, tmp_path):
     config = make("lora", make_base, make_data, devices=2, micro_bsz=1, epoch_steps=200, save_every=3, precision="bf16")
     # SIGTERM to one rank ends both after the same step.
-    process = start_until(command(root, config, proj_dir=tmp_path / "run"), tmp_path / "run", 4)
+    process = run_until(start(*command(config, proj_dir=tmp_path / "run")), tmp_path / "run", 4)
     child = int(
         subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()[0]
     )
@@ -286,8 +284,6 @@ def test_resume_two_ranks(make_base, make_data, tmp_path, root):
     assert process.returncode == 143, errors
     last = lines(tmp_path / "run")[-1]["step"]
     for folder in ("run", "uninterrupted"):
-        argv = command(root, config, proj_dir=tmp_path / folder, max_steps=last + 5)
-        result = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
-        assert result.returncode == 0, result.stderr
+        two_ranks(*command(config, proj_dir=tmp_path / folder, max_steps=last + 5))
     assert len(state_files.newest(tmp_path / "run").rng) == 2
     assert_same_run(tmp_path / "run", tmp_path / "uninterrupted", "rwkv-final.pth")

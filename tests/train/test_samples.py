@@ -3,8 +3,6 @@
 import itertools
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +10,8 @@ import torch.nn.functional as F
 
 from rwkv.checkpoint import load_model, read_tensors
 from rwkv.config import ConvertConfig, LoRAConfig, TrainConfig
-from rwkv.data.binidx import Dataset, mask_path, writer
+from rwkv.data.binidx import Dataset, mask_path
+from rwkv.data.binidx_writer import writer
 from rwkv.data.convert.pipeline import convert
 from rwkv.data.token_stream import Stream, split
 from rwkv.errors import UserError
@@ -211,7 +210,7 @@ def test_validation_does_not_affect_training(make_base, documents, tmp_path):
     assert all(torch.equal(once[key], often[key]) for key in once)
 
 
-def test_two_processes_match_one_with_masked_targets(make_base, documents, tmp_path, root):
+def test_two_processes_match_one_with_masked_targets(script, two_ranks, make_base, documents, tmp_path):
     base = make_base()
     flags = {
         "load_model": base,
@@ -231,12 +230,8 @@ def test_two_processes_match_one_with_masked_targets(make_base, documents, tmp_p
         "precision": "fp32",
     }
     common = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    for name, extra in (("one", ["--micro_bsz", 2]), ("two", ["--micro_bsz", 1, "--devices", 2])):
-        command = [sys.executable, root / "scripts/finetune.py", *common, *extra, "--proj_dir", tmp_path / name]
-        result = subprocess.run(
-            [str(word) for word in command], capture_output=True, text=True, timeout=300, check=False
-        )
-        assert result.returncode == 0, result.stderr
+    script("finetune.py", *common, "--micro_bsz", 2, "--proj_dir", "one")
+    two_ranks("finetune.py", *common, "--micro_bsz", 1, "--proj_dir", "two")
     one, two = (lines(tmp_path / name) for name in ("one", "two"))
     for key in ("loss", "val_loss", "targets"):
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-5), key

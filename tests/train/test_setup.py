@@ -167,7 +167,7 @@ def test_incomplete_adapter(tuned, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        ({"version": "5"}, "--version 5: not one of 4, 7"),
+        ({"version": "5"}, "--version 5: not one of 4, 6, 7"),
         ({"version": "7", "dim_att": 32}, "--dim_att 32: RWKV-7 models have no dim_att"),
         ({"version": "7", "pre_ffn": 1}, "--pre_ffn 1: RWKV-7 models have no pre_ffn"),
         ({"head_size": 16}, "--head_size 16: RWKV-4 models have no head_size"),

@@ -20,7 +20,7 @@ import torch
 from rwkv import checkpoint, compat
 from rwkv.checkpoint import read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
-from rwkv.data.binidx import writer
+from rwkv.data.binidx_writer import writer
 from rwkv.train.fit import fit
 from rwkv.train.runtime import strategy
 

@@ -40,7 +40,7 @@ WRONG = {
     "base": [5, [], {}, True, "", "a\0b", "\ud800", "x" * 5000],
     "base_sha256": [5, [], "abc", "\x1b[2J", True, "g" * 64],
     "kind": ["model", 3, None],
-    "version": ["6", 4, ["7"]],
+    "version": ["8", 4, ["7"]],
 }
 
 

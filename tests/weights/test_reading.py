@@ -198,7 +198,6 @@ VERSIONS = {
     "RWKV-7a": block(ffn__s_emb__weight=(50, 16), att__r_k=(2, 8)),
     r"RWKV-6 \(x060b or x060c\)": block(att__time_maa_x=(1, 1, 16), att__time_maa_rkvw_w1=(16, 4)),
     r"RWKV-6 \(x060a\)": block(att__time_maa_x=(1, 1, 16), att__gate_w1=(16, 4)),
-    r"RWKV-6 \(x060\)": block(att__time_maa_x=(1, 1, 16), att__gate__weight=(16, 16)),
     "RWKV-5.2": block(att__gate__weight=(16, 16), att__time_decay=(2, 8), att__ln_x__weight=(16,)),
     "RWKV-5.1 ": block(att__gate__weight=(16, 16), att__time_decay=(2,), att__ln_x__weight=(16,)),
     "RWKV-5.1 model": block(att__gate__weight=(16, 16), att__time_decay=(2, 1), att__ln_x__weight=(16,)),

@@ -121,12 +121,13 @@ def dropout(dtype, count, device="cpu"):
     """The mask equals that of `reference.dropout` on every device."""
     x = normal((7, count), dtype, 0) + 5
     for seed, p in ((0, 0.01), (12345, 0.5), (2**31 - 1, 0.9)):
-        y, expected = native.dropout(x.to(device), seed, p).cpu(), reference.dropout(x, seed, p)
+        on_device = torch.tensor(seed, device=device)
+        y, expected = native.dropout(x.to(device), on_device, p).cpu(), reference.dropout(x, seed, p)
         assert torch.equal(y == 0, expected == 0)
         tolerance = {"rtol": 2 * ROUNDING[dtype], "atol": 0}
         torch.testing.assert_close(y, expected, **tolerance)
         residual = torch.ones_like(x, device=device)
-        native.dropout_add_(residual, x.to(device), seed, p)
+        native.dropout_add_(residual, x.to(device), on_device, p)
         torch.testing.assert_close(residual.cpu(), 1 + expected, **tolerance)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv.data import binidx, provenance
+from rwkv.data import binidx_writer, provenance
 from rwkv.data.convert.source_file import Source
 from rwkv.errors import UserError
 from rwkv.files import write_json
@@ -41,7 +41,7 @@ def characters_to_binidx(kind: str, path: str, prefix: str, vocabulary_file: Pat
         )
     write_json(vocabulary_file, dict(enumerate(known)))
     codes = _codes(known)
-    with binidx.writer(prefix, _dtype(len(known))) as out:
+    with binidx_writer.writer(prefix, _dtype(len(known))) as out:
         out.add_stream(np.searchsorted(codes, _codes(block)) for block in _text(kind, path))
         tokenizer = {"name": "characters", "vocab_size": len(known), "eod": None, "sha256": None}
         _describe(out, tokenizer, path if kind != "dummy" else "", kind)
@@ -72,12 +72,12 @@ def array_to_binidx(path: str, prefix: str) -> None:
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or not len(ids):
         raise UserError(f"{path}: an array of {ids.dtype} {list(ids.shape)}; token ids must be a 1-D array of integers")
     blocks = [slice(begin, begin + _BLOCK) for begin in range(0, len(ids), _BLOCK)]
-    with binidx.writer(prefix, _dtype(1 + max(int(ids[block].max()) for block in blocks))) as out:
+    with binidx_writer.writer(prefix, _dtype(1 + max(int(ids[block].max()) for block in blocks))) as out:
         out.add_stream(np.array(ids[block]) for block in blocks)
         _describe(out, None, path, "numpy")
 
 
-def _describe(out: binidx.Writer, tokenizer: dict | None, path: str, kind: str) -> None:
+def _describe(out: binidx_writer.Writer, tokenizer: dict | None, path: str, kind: str) -> None:
     stat = Path(path).stat() if path else None
     sources = (
         [

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rwkv.data import binidx
+from rwkv.data import binidx_writer
 from rwkv.data.convert import plain_chat, roles, schemas
 from rwkv.data.convert.inputs import Chunk, lines_of, records
 from rwkv.data.convert.jsonl import BadRecord, text_of
@@ -21,7 +21,7 @@ class Encoded:
     """The encoded documents of a chunk.
 
     Attributes:
-        tokens, sizes, masks: arguments of binidx.Writer.add_packed, per key.
+        tokens, sizes, masks: arguments of binidx_writer.Writer.add_packed, per key.
         lines: number of lines in the chunk; 0 if it does not consist of lines.
         rejects: (number in the chunk or source, reason, the record as text) of bad records.
         counts: statistics, see rwkv.data.convert.report.
@@ -93,7 +93,7 @@ class Encoder:
         counts.update(seen)
         return Encoded(
             [b"".join(column.tokens) for column in packed],
-            [binidx.pack(column.sizes, "int32") for column in packed],
+            [binidx_writer.pack(column.sizes, "int32") for column in packed],
             [b"".join(column.masks) for column in packed],
             len(lines),
             rejects,
@@ -192,7 +192,7 @@ class Encoder:
             counts["trained", ""] += trained
             counts["untrained", ""] += not trained
         try:
-            packed.tokens.append(binidx.pack(ids, self.dtype))
+            packed.tokens.append(binidx_writer.pack(ids, self.dtype))
         except ValueError as error:
             raise UserError(str(error)) from error
         packed.sizes.append(len(ids))

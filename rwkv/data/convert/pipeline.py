@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rwkv.config import ConvertConfig
-from rwkv.data import binidx, provenance
+from rwkv.data import binidx, binidx_writer, provenance
 from rwkv.data.convert import encodings, inputs, report, schemas, shards, sources
 from rwkv.data.convert.detection import template_for
 from rwkv.data.convert.encode import Encoder
@@ -64,7 +64,7 @@ def convert(config: ConvertConfig) -> Converted:
     shard = shards.parse(config.shard)
     prefix = shards.prefix(config.output_prefix or default_prefix(config.input, found.sources), shard)
     with (
-        binidx.exclusive(prefix, [binidx.document_prefix(prefix, key) for key in keys]),
+        binidx_writer.exclusive(prefix, [binidx.document_prefix(prefix, key) for key in keys]),
         _explain_errors(found.sources),
     ):
         return _convert(config, found, keys, shard, prefix)
@@ -127,7 +127,7 @@ def _convert(
         raise UserError(f"{same}: the conversion would overwrite its own input; use another --output-prefix")
     beside = [rejects_path, *([shards.manifest_path(prefix)] if shard else [])]
     if not config.force:
-        binidx.reject_existing(prefixes, beside)
+        binidx_writer.reject_existing(prefixes, beside)
 
     for note in found.notes:
         print(note, file=sys.stderr, flush=True)
@@ -139,7 +139,7 @@ def _convert(
     counts: Counter = Counter()
     with (
         Pool(encoder, workers) as pool,
-        binidx.writers(prefixes, config.dtype, encoder.masked, beside) as (out, (rejects, *manifest)),
+        binidx_writer.writers(prefixes, config.dtype, encoder.masked, beside) as (out, (rejects, *manifest)),
         progress_bar(_bytes(found.sources, shard), "convert", "B") as bar,
     ):
         # backslashreplace turns lone surrogates into JSON escapes

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv.config import ConvertConfig
-from rwkv.data import binidx, provenance
+from rwkv.data import binidx, binidx_writer, provenance
 from rwkv.data.convert import report
 from rwkv.data.convert.source_file import Source
 from rwkv.errors import UserError
@@ -85,7 +85,7 @@ def merge(output_prefix: str, force: bool) -> list[tuple[str, int, int]]:
     masked = binidx.mask_path(binidx.document_prefix(parts[0], names[0])).is_file()
     rejects = Path(f"{output_prefix}.rejects.jsonl")
     prefixes = [binidx.document_prefix(output_prefix, key) for key in names]
-    with binidx.exclusive(output_prefix, prefixes):
+    with binidx_writer.exclusive(output_prefix, prefixes):
         return _merge(parts, manifests[0]["flags"]["dtype"], names, prefixes, masked, rejects, force)
 
 
@@ -113,8 +113,8 @@ def _merge(
     force: bool,
 ) -> list[tuple[str, int, int]]:
     if not force:
-        binidx.reject_existing(prefixes, [rejects])
-    with binidx.writers(prefixes, dtype, masked, [rejects]) as (out, (rejected,)):
+        binidx_writer.reject_existing(prefixes, [rejects])
+    with binidx_writer.writers(prefixes, dtype, masked, [rejects]) as (out, (rejected,)):
         for key, writer in zip(names, out, strict=True):
             for part in parts:
                 writer.add_file(binidx.document_prefix(part, key))

@@ -12,7 +12,8 @@ them.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,47 @@ def recompute_of(x: Tensor) -> Recompute:
 
 def _passthrough(x: Tensor) -> Tensor:
     return x
+
+
+class _Cheap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, sources, saved, *inputs):
+        ctx.function, ctx.sources = function, sources
+        ctx.save_for_backward(*saved)
+        return function(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        wanted = ctx.needs_input_grad[3:]
+        inputs = [t if t is None else t.detach() for t in _restore(ctx.sources, ctx.saved_tensors)]
+        leaves = [t.requires_grad_() for t, want in zip(inputs, wanted, strict=True) if t is not None and want]
+        with torch.enable_grad():
+            y = ctx.function(*inputs)
+        found = iter(torch.autograd.grad(y, leaves, g))
+        return None, None, None, *(next(found) if want else None for want in wanted)
+
+
+_Sources = list[tuple[Callable[..., Tensor], int]]  # function and number of arguments for each tensor
+
+
+def _restore(sources: _Sources, saved: Iterable[Tensor | None]) -> list[Tensor | None]:
+    rest = iter(saved)
+    return [function(*itertools.islice(rest, count)) for function, count in sources]
+
+
+def _repeat(function: Callable[..., Tensor], sources: _Sources, *saved: Tensor | None) -> Tensor:
+    return function(*_restore(sources, saved))
+
+
+def cheap(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    """function(*inputs), a few torch operations that are repeated in the backward pass: for their
+    gradients, and wherever their result is needed. Saves only what recomputes the inputs.
+    """
+    kinds = [Recompute(_passthrough, (None,)) if t is None else recompute_of(t) for t in inputs]
+    sources, saved = [(kind.function, len(kind.inputs)) for kind in kinds], [t for kind in kinds for t in kind.inputs]
+    y = _Cheap.apply(function, sources, saved, *inputs)
+    return recomputed(y, functools.partial(_repeat, function, sources), *saved)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -224,7 +266,7 @@ def relu2(k: Tensor) -> Tensor:
 class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, p):
-        ctx.seed, ctx.p = new_seed(), p
+        ctx.seed, ctx.p = new_seed(x.device), p
         return dropout(x, ctx.seed, p)
 
     @staticmethod
@@ -238,21 +280,27 @@ def drop(x: Tensor, p: float) -> Tensor:
     return _Drop.apply(x, p)
 
 
-def new_seed() -> int:
-    """A seed for dropout from the CPU generator, which gradient checkpointing restores."""
-    return int(torch.randint(1 << 31, ()))
+def new_seed(device: torch.device) -> Tensor:
+    """A seed for dropout, a scalar int64 on `device`, from the CPU generator, which gradient
+    checkpointing restores. While a CUDA graph is captured: from the GPU's generator, so that every
+    replay draws another one.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.randint(1 << 31, (), device=device)
+    return torch.full((), int(torch.randint(1 << 31, ())), device=device)
 
 
-def dropout(x: Tensor, seed: int, p: float) -> Tensor:
+def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """x / (1 − p), or 0 with probability p; not differentiable.
 
-    A hash of element index and seed decides (reference.dropout), so no mask is saved.
+    A hash of element index and seed (see new_seed) decides (reference.dropout), so no mask is
+    saved.
     """
     kernels = _kernels(x)
     return kernels.dropout(x.contiguous(), seed, p) if kernels else reference.dropout(x, seed, p)
 
 
-def dropout_add_(y: Tensor, x: Tensor, seed: int, p: float) -> None:
+def dropout_add_(y: Tensor, x: Tensor, seed: Tensor, p: float) -> None:
     """y += dropout(x) for contiguous tensors of the same shape and dtype; not differentiable."""
     kernels = _kernels(y)
     if kernels:

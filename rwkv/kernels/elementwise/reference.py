@@ -56,7 +56,7 @@ def softmax(logits: Tensor, targets: Tensor, l2wrap: float) -> tuple[Tensor, Ten
     return torch.cat([top, total, at_target], 1), gradient
 
 
-def dropout(x: Tensor, seed: int, p: float) -> Tensor:
+def dropout(x: Tensor, seed: int | Tensor, p: float) -> Tensor:
     """x / (1 − p), or 0 with probability p.
 
     Element i is dropped if a 32-bit hash of i and the seed is below p · 2³².

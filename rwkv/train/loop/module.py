@@ -13,6 +13,7 @@ from rwkv.data.batches import Batches
 from rwkv.data.dataset import Samples
 from rwkv.models import RWKV
 from rwkv.train.loop import adam, optimizer, schedule, tbptt
+from rwkv.train.loop.cuda_graph import GraphedBlocks
 from rwkv.train.loop.optimizer import skip_step_unless_finite
 from rwkv.train.runtime import ranks, strategy
 from rwkv.train.runtime.lightning import pl
@@ -57,8 +58,10 @@ class TrainingModule(pl.LightningModule):
         self.begin = begin or (schedule.first_step(config), schedule.first_sample(config))
         self.loss, self.targets, self.stop = torch.tensor(float("nan")), torch.tensor(0), False
         self.grad_norm: Tensor | None = None
+        self._accumulated = 0  # micro-batches of this optimizer step before the current one
         self._targets: Tensor | float = 1.0  # targets of this optimizer step, averaged over the ranks
         self._freed = 0  # the last step whose gradients were freed
+        self._graph = GraphedBlocks(model) if config.cuda_graph == "on" else None
 
     @property
     def step(self) -> int:
@@ -115,6 +118,10 @@ class TrainingModule(pl.LightningModule):
         if self.config.on_nan == "skip":
             skip_step_unless_finite(optimizer, gradients, self.grad_norm)
 
+    def on_after_backward(self) -> None:
+        if self._graph and self.config.accumulate_grad_batches > 1 and self._accumulated == 0:
+            self._graph.keep_gradients(list(self.model.parameters()))
+
     def on_train_batch_end(self, *_) -> None:
         # free gradients before the next forward pass saves activations; Lightning would do it
         # afterwards
@@ -137,16 +144,20 @@ class TrainingModule(pl.LightningModule):
         count = y.numel() if loss_mask is None else int(loss_mask.sum())
         if 0 < self.config.tbptt_len < y.shape[1]:
             return tbptt.mean_loss(self.model, x, y, loss_mask, reset, self.config.tbptt_len, self.config.exact), count
-        hidden, _ = self.model.hidden(x, reset=reset)
+        if self._graph and self.training:
+            hidden = self._graph(x, reset)
+        else:
+            hidden, _ = self.model.hidden(x, reset=reset)
         return self.model.head(hidden, y, loss_mask), count
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        self._accumulated = batch_idx % self.config.accumulate_grad_batches
         loss, count = self.mean_loss(batch)
         if not self.data.plain:
             # Lightning and the all-reduce weight all micro-batches equally; weight each by its
             # number of targets instead
             accumulate, world_size = self.config.accumulate_grad_batches, self.trainer.world_size
-            if batch_idx % accumulate == 0:
+            if self._accumulated == 0:
                 self._targets = self._mean_targets(int(batch[4]), loss.device)
             loss = loss * (count * accumulate / self._targets)
             self.targets = loss.detach().new_full((), count * world_size, dtype=torch.float64)

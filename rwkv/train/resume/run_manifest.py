@@ -36,7 +36,7 @@ _NOT_COMPARED = {
     *("wandb", "tensorboard", "on_nan"),
     # compared as the model's sizes
     *("version", "n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "pre_ffn", "head_size"),
-    *("strategy", "ds_bucket_mb", "ds_config", "accelerator", "grad_cp", "precision"),
+    *("strategy", "ds_bucket_mb", "ds_config", "accelerator", "grad_cp", "cuda_graph", "precision"),
     # compared as samples per step and steps per epoch
     *("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes", "epoch_steps", "auto"),
 }

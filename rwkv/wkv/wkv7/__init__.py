@@ -1,5 +1,8 @@
 """The WKV operator of RWKV-7, and its time-mix (time_mix.py)."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,6 +57,7 @@ def wkv7(
         RuntimeError: the impl is unavailable; the message has the reason and a remedy.
     """
     _check(r, w, k, v, a, b, state, reset, initial)
+    implementations: dict[str, Callable[..., Any]]
     implementations = {"cuda": native.wkv7, "cpu": native.wkv7, "reference": reference.wkv7}
     run = dispatch.choose("wkv7", implementations, impl, r)
     return run(r, w, k, v, a, b, state, reset, state if initial is None else initial)

@@ -2,14 +2,12 @@
 without saving.
 """
 
-import fcntl
 import json
 import os
 import pty
 import signal
 import subprocess
 import sys
-import termios
 import time
 
 import pytest
@@ -52,13 +50,12 @@ def is_saved(folder):
 @pytest.mark.parametrize(
     "numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)]
 )
-def test_repeated_signal_saves(arguments, tmp_path, root, numbers):
-    command = [sys.executable, str(root / "scripts/finetune.py"), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def test_repeated_signal_saves(start, arguments, tmp_path, numbers):
+    process = start("finetune.py", *arguments)
     wait_for_steps(process, tmp_path / "run")
     for number in numbers:
         process.send_signal(number)
-    printed, _ = process.communicate(timeout=60)
+    printed = "".join(process.communicate(timeout=60))
     assert process.returncode == 128 + numbers[0], printed
     assert "finishing this step, then saving" in printed
     assert printed.count("would be lost") == 1
@@ -66,31 +63,35 @@ def test_repeated_signal_saves(arguments, tmp_path, root, numbers):
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
-def test_sighup_and_sigusr1_save(arguments, tmp_path, root, number):
-    command = [sys.executable, str(root / "scripts/finetune.py"), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def test_sighup_and_sigusr1_save(start, arguments, tmp_path, number):
+    process = start("finetune.py", *arguments)
     wait_for_steps(process, tmp_path / "run")
     process.send_signal(number)
-    printed, _ = process.communicate(timeout=60)
+    printed = "".join(process.communicate(timeout=60))
     assert process.returncode == 128 + number, printed
     assert is_saved(tmp_path / "run")
 
 
-def test_closed_terminal_saves(arguments, tmp_path, root):
+IN_TERMINAL = """
+import fcntl, os, runpy, sys, termios
+os.setsid()
+terminal = os.open(sys.argv.pop(1), os.O_RDWR)
+fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+for number in range(3):
+    os.dup2(terminal, number)
+os.close(terminal)
+sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def test_closed_terminal_saves(start, arguments, tmp_path, root):
     """As when a window is closed or ssh disconnects: SIGHUP, and every later write to the terminal
     fails.
     """
     controller, terminal = pty.openpty()
-
-    def attach():
-        os.setsid()
-        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
-
-    command = [sys.executable, str(root / "scripts/finetune.py"), *arguments]
-    process = subprocess.Popen(
-        command, stdin=terminal, stdout=terminal, stderr=terminal, preexec_fn=attach, pass_fds=[terminal]
-    )
-    os.close(terminal)
+    (tmp_path / "program.py").write_text(IN_TERMINAL)
+    process = start(tmp_path / "program.py", os.ttyname(terminal), root / "scripts/finetune.py", *arguments)
     os.set_blocking(controller, False)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/metrics.jsonl").exists() or (tmp_path / "run/metrics.jsonl").stat().st_size < 1000:
@@ -100,6 +101,7 @@ def test_closed_terminal_saves(arguments, tmp_path, root):
             os.read(controller, 1 << 16)  # otherwise the run blocks on a full terminal buffer
         except BlockingIOError:
             time.sleep(0.02)
+    os.close(terminal)
     os.close(controller)
     assert process.wait(timeout=60) == 128 + signal.SIGHUP
     assert is_saved(tmp_path / "run")
@@ -147,32 +149,26 @@ def test_signal_to_make_process_group(arguments, tmp_path, root):
 
 
 LATER_SIGNAL = """
-import signal, sys, time
+import signal, sys
 from types import SimpleNamespace
 from rwkv.train.callbacks import signals
-signals.DUPLICATE_SECONDS = 0.2
-handler = signals.Signals(lambda: 7)
-handler.on_train_start(None, SimpleNamespace(stop=False))
-print("ready", flush=True)
-while True:
-    time.sleep(0.01)
+clock = SimpleNamespace(now=0.0)
+signals.time = SimpleNamespace(monotonic=lambda: clock.now)
+signals.Signals(lambda: 7).on_train_start(None, SimpleNamespace(stop=False))
+number = int(sys.argv[1])
+signal.raise_signal(number)
+clock.now = signals.DUPLICATE_SECONDS - 0.1
+signal.raise_signal(number)
+print("still running", flush=True)
+clock.now = signals.DUPLICATE_SECONDS + 0.1
+signal.raise_signal(number)
 """
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGHUP, -signal.SIGHUP), (signal.SIGINT, -2)]
-)
-def test_later_signal_stops_without_saving(root, number, status):
-    process = subprocess.Popen(
-        [sys.executable, "-c", LATER_SIGNAL], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=root
-    )
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    time.sleep(0.1)
-    process.send_signal(number)
-    time.sleep(0.5)
-    assert process.poll() is None
-    process.send_signal(number)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == status  # killed by the signal
-    assert "WITHOUT saving (7 steps would be lost)" in printed
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_later_signal_stops_without_saving(start, tmp_path, number):
+    (tmp_path / "program.py").write_text(LATER_SIGNAL)
+    result = start(tmp_path / "program.py", int(number)).result()
+    assert result.returncode == -number, result.stderr  # killed by the signal
+    assert "WITHOUT saving (7 steps would be lost)" in result.stdout
+    assert result.stdout.endswith("still running\n")

@@ -4,15 +4,14 @@ is divided.
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from rwkv.checkpoint import read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
-from rwkv.data.binidx import mask_path, writer
+from rwkv.data.binidx import mask_path
+from rwkv.data.binidx_writer import writer
 from rwkv.train.fit import fit
 
 TOLERANCE = 1e-5  # fp32, different summation order
@@ -114,14 +113,8 @@ def test_micro_batches_without_targets(make_base, masked, tmp_path):
     assert_same_steps(tmp_path / "1", tmp_path / "2")
 
 
-def run_finetune(root, *arguments):
-    command = [sys.executable, root / "scripts/finetune.py", *arguments]
-    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
 @pytest.mark.parametrize(("variant", "val_samples"), [("masked with resets", 7), ("padded", 0)])
-def test_two_processes_match_one(make_base, masked, tmp_path, root, variant, val_samples):
+def test_two_processes_match_one(two_ranks, make_base, masked, tmp_path, variant, val_samples):
     """Including a validation set with an odd number of samples: one rank has more batches than the
     other.
     """
@@ -139,8 +132,8 @@ def test_two_processes_match_one(make_base, masked, tmp_path, root, variant, val
             proj_dir=str(tmp_path / "one"),
         )
     )
-    run_finetune(
-        root,
+    two_ranks(
+        "finetune.py",
         *arguments,
         "--micro_bsz",
         1,
@@ -148,8 +141,6 @@ def test_two_processes_match_one(make_base, masked, tmp_path, root, variant, val
         2,
         "--epoch_steps",
         2 * STEPS,
-        "--devices",
-        2,
         "--proj_dir",
         tmp_path / "two",
     )

@@ -51,8 +51,8 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("length", [1, 5, 8, 22])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("tuned", ["all", "lora"])
-@pytest.mark.parametrize("version", ["4", "7"])
-@pytest.mark.filterwarnings("ignore:wkv7 falls back")
+@pytest.mark.parametrize("version", ["4", "6", "7"])
+@pytest.mark.filterwarnings("ignore:wkv[67] falls back")
 def test_exact_gradients_match_full_sequence(make_model, length, masked, tuned, version):
     model = make_model(version=version)
     if tuned == "lora":
@@ -61,7 +61,7 @@ def test_exact_gradients_match_full_sequence(make_model, length, masked, tuned, 
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(p)
-    if version == "7":  # its norms by head magnify fp32 rounding more than the tolerance
+    if version != "4":  # norms by head magnify fp32 rounding more than the tolerance
         model.double()
     data = batch(masked=masked)
     found = gradients(model, lambda: tbptt.mean_loss(model, *data, length, exact=True))

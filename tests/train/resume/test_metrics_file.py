@@ -117,7 +117,7 @@ def test_memory_independent_of_length(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["garbage", "NULs", "not UTF-8", "without loss"])
-def test_resume_with_invalid_line(make_data, tmp_path, capsys, wrong):
+def test_resume_with_invalid_line(drawing, make_data, tmp_path, capsys, wrong):
     flags = {
         "n_layer": 1,
         "n_embd": 8,

@@ -64,7 +64,11 @@ INVALID = [
     (TORCHRUN, 1, r"torchrun means 2 processes \(WORLD_SIZE\), but --devices 1 --num_nodes 1 means 1. Make them equal"),
     (TORCHRUN, 4, "torchrun means 2 processes"),
     (SRUN, 1, r"srun means 8 processes \(SLURM_NTASKS\), but --devices 1"),
-    ({key: SRUN[key] for key in SRUN.keys() - {"SLURM_NTASKS_PER_NODE"}}, 8, "srun without --ntasks-per-node"),
+    (
+        {key: value for key, value in SRUN.items() if key != "SLURM_NTASKS_PER_NODE"},
+        8,
+        "srun without --ntasks-per-node",
+    ),
     ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, 1, r"the environment means 2 processes \(WORLD_SIZE\)"),
     ({"OMPI_COMM_WORLD_SIZE": "2"}, 2, "mpirun gives the processes no ranks"),
     ({"PMI_SIZE": "2"}, 1, "mpirun gives the processes no ranks"),

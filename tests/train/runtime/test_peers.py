@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -46,22 +45,14 @@ def wait_until(condition, seconds=90):
 
 
 @pytest.fixture
-def two_ranks(make_base, make_data, tmp_path, root):
-    """A run of two processes."""
+def two_ranks(start, make_base, make_data, tmp_path):
+    """A run of two processes; Lightning starts the second."""
     flags = FLAGS | {"load_model": make_base(), "data_file": make_data(300), "proj_dir": tmp_path / "run"}
-    command = [
-        sys.executable,
-        root / "scripts/finetune.py",
-        *(word for key, value in flags.items() for word in (f"--{key}", value)),
-    ]
-    process = subprocess.Popen(
-        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = start("finetune.py", *(word for key, value in flags.items() for word in (f"--{key}", value)))
     yield process
-    for pid in [*children(process.pid), process.pid]:
+    for pid in children(process.pid):
         if alive(pid):
             os.kill(pid, signal.SIGKILL)
-    process.communicate()
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["before the ranks have met", "while they train"])
@@ -71,8 +62,8 @@ def test_killed_parent_ends_ranks(two_ranks, tmp_path, training):
         wait_until(
             lambda: (tmp_path / "run/metrics.jsonl").exists() and (tmp_path / "run/metrics.jsonl").stat().st_size > 1000
         )
-    two_ranks.kill()
-    two_ranks.wait()
+    two_ranks.send_signal(signal.SIGKILL)
+    two_ranks.wait(60)
     wait_until(lambda: not alive(child), 60)
 
 
@@ -81,22 +72,20 @@ def test_killed_rank_ends_others(two_ranks, tmp_path):
         lambda: (tmp_path / "run/metrics.jsonl").exists() and (tmp_path / "run/metrics.jsonl").stat().st_size > 1000
     )
     os.kill(children(two_ranks.pid)[0], signal.SIGKILL)
-    printed, _ = two_ranks.communicate(timeout=60)
+    printed = "".join(two_ranks.communicate(timeout=60))
     assert two_ranks.returncode == 1
     assert "error: another process of this run has ended or cannot be reached" in printed
     assert "Traceback" not in printed
 
 
-def test_disk_full_with_two_ranks(make_base, make_data, tmp_path, root):
+def test_disk_full_with_two_ranks(start, make_base, make_data, tmp_path, root):
     flags = FLAGS | {"load_model": make_base(), "data_file": make_data(300), "proj_dir": tmp_path / "run"}
-    arguments = [
-        str(root / "scripts/finetune.py"),
-        *(str(word) for key, value in flags.items() for word in (f"--{key}", value)),
-    ]
-    limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    result = subprocess.run(
-        [sys.executable, "-c", limit, *arguments], capture_output=True, text=True, timeout=120, check=False
+    limited = tmp_path / "limited.py"
+    limited.write_text(
+        "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))\n"
+        f"runpy.run_path({str(root / 'scripts/finetune.py')!r}, run_name='__main__')"
     )
+    result = start(limited, *(word for key, value in flags.items() for word in (f"--{key}", value))).result()
     assert result.returncode == 1
     assert re.search(r"^error: .*: the file exceeds the maximum file size; .*run again", result.stderr, re.M), (
         result.stderr

@@ -5,7 +5,6 @@ end with an error.
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -19,6 +18,7 @@ from rwkv.train.resume import state_files
 from rwkv.train.run import Run
 from rwkv.train.runtime import ranks
 from rwkv.train.runtime.lightning import rank_zero_only
+from tests.forked import free_port
 
 # Only the CPU of one rank has bf16 instructions.
 PROGRAM = """
@@ -29,16 +29,10 @@ runpy.run_path(os.environ["SCRIPT"], run_name="__main__")
 """
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @pytest.fixture
-def train(make_base, make_data, tmp_path, root):
-    """Train LoRA on two processes: the run's folder, the rank with bf16, the launcher's command,
-    further flags.
+def train(start, two_ranks, make_base, make_data, tmp_path, root):
+    """Train LoRA on two processes: the run's folder, the rank with bf16, who starts the processes
+    ("Lightning", "torchrun", or nobody), further flags.
     """
     (tmp_path / "train.py").write_text(PROGRAM)
     flags = {
@@ -50,38 +44,34 @@ def train(make_base, make_data, tmp_path, root):
         "epoch_steps": 6,
     }
     flags |= {"accelerator": "cpu", "devices": 2, "lora_dropout": 0.2, "lr_init": 1e-2}
-    common = {**os.environ, "PYTHONPATH": str(root), "SCRIPT": str(root / "scripts/lora.py"), "OMP_NUM_THREADS": "1"}
+    common = {"PYTHONPATH": str(root), "SCRIPT": str(root / "scripts/lora.py"), "OMP_NUM_THREADS": "1"}
 
-    def run(folder: str, bf16: int, *launcher, status: int = 0, ranks=("",), **more) -> str:
+    def run(folder: str, bf16: int, launcher: str = "", status: int = 0, **more) -> str:
         arguments = [
             str(word)
             for name, value in {**flags, "proj_dir": tmp_path / folder, **more}.items()
             for word in (f"--{name}", value)
         ]
-        command = [sys.executable, *launcher, str(tmp_path / "train.py"), *arguments]
-        environment = {**common, "BF16": str(bf16), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        started = []
-        for rank in ranks:
-            rank_variables = (
-                {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-                if rank
-                else {}
+        environment = {**common, "BF16": str(bf16)}
+        if not launcher:
+            return two_ranks(tmp_path / "train.py", *arguments, status=status, **environment)
+        environment = os.environ | environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        if launcher == "Lightning":
+            result = start(tmp_path / "train.py", *arguments, environment=environment).result()
+        else:
+            torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
+            torchrun += ["--master_port", str(free_port()), str(tmp_path / "train.py")]
+            result = subprocess.run(
+                [sys.executable, *torchrun, *arguments],
+                env=environment,
+                capture_output=True,
+                text=True,
+                cwd=tmp_path,
+                timeout=300,
+                check=False,
             )
-            started.append(
-                subprocess.Popen(
-                    command,
-                    env=environment | rank_variables,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    cwd=tmp_path,
-                )
-            )
-        printed = []
-        for process in started:
-            printed.append(process.communicate(timeout=300)[0])
-            assert process.returncode == status, printed
-        return "\n".join(printed)
+        assert result.returncode == status, result
+        return result.stdout + result.stderr
 
     return run
 
@@ -95,21 +85,12 @@ def resolved(folder) -> tuple[str, int, list[float]]:
     )
 
 
-LAUNCHERS = {
-    "processes that Lightning starts": [],
-    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"],
-}
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["Lightning", "torchrun"])
 def test_ranks_use_precision_and_seed_of_rank_0(train, tmp_path, launcher):
-    arguments = LAUNCHERS[launcher]
-    arguments = [*arguments, "--master_port", str(free_port())] if arguments else []
-    train("run", 1, *arguments, max_steps=3)
+    train("run", 1, launcher, max_steps=3)
     precision, seed, losses = resolved(tmp_path / "run")
     assert precision == "fp32"
-    arguments = [*arguments[:-1], str(free_port())] if arguments else []
-    train("run", 0, *arguments)  # a new run would use bf16 now
+    train("run", 0, launcher)  # a new run would use bf16 now
     assert resolved(tmp_path / "run")[:2] == (precision, seed)
     train("uninterrupted", -1, precision="fp32", random_seed=seed)
     assert resolved(tmp_path / "uninterrupted")[2] == resolved(tmp_path / "run")[2]
@@ -121,7 +102,7 @@ def test_ranks_use_precision_and_seed_of_rank_0(train, tmp_path, launcher):
 
 def test_ranks_with_different_flags(train, tmp_path):
     # A launcher without a store: each rank resolves its own flags.
-    printed = train("run", 1, status=1, ranks=("0", "1"), random_seed=1)
+    printed = train("run", 1, status=1, random_seed=1)
     assert "Traceback" not in printed
     assert printed.count("error: rank 1 differs from rank 0. --precision: bf16, rank 0: fp32") == 2, printed
     assert "replace auto by an explicit value (such as --precision fp32)" in printed

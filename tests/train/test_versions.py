@@ -1,4 +1,4 @@
-"""Runs of RWKV-7: resuming, documents, chunks, precision, a new base, stages."""
+"""Runs of RWKV-6 and RWKV-7: resuming, documents, chunks, precision, a new base, stages."""
 
 import json
 
@@ -18,7 +18,13 @@ RUN = {
     "accelerator": "cpu",
     "precision": "fp32",
 }
-NEW = {"version": "7", "n_layer": 2, "n_embd": 32, "head_size": 16, "vocab_size": 50}
+SIZES = {"n_layer": 2, "n_embd": 32, "head_size": 16, "vocab_size": 50}
+
+
+@pytest.fixture(params=["6", "7"])
+def new(request):
+    """Flags of a new model."""
+    return {**SIZES, "version": request.param}
 
 
 def losses(folder):
@@ -32,8 +38,8 @@ def assert_same_files(one, other):
 
 
 @pytest.mark.parametrize("kind", [TrainConfig, LoRAConfig])
-def test_resumed_run_matches_uninterrupted(make_data, tmp_path, kind):
-    flags = {**RUN, **NEW, "data_file": make_data(400)}
+def test_resumed_run_matches_uninterrupted(make_data, tmp_path, kind, new):
+    flags = {**RUN, **new, "data_file": make_data(400)}
     flags |= {"lora_parts": "att,ffn,time,ln", "lr_init": 1e-2} if kind is LoRAConfig else {}
     whole = fit(kind(**flags, proj_dir=str(tmp_path / "whole")))
     fit(kind(**flags, proj_dir=str(tmp_path / "parts"), max_steps=5))
@@ -43,8 +49,8 @@ def test_resumed_run_matches_uninterrupted(make_data, tmp_path, kind):
 
 
 @pytest.mark.parametrize("extra", [{}, {"doc_reset": 1, "doc_sep": 7}], ids=str)
-def test_exact_chunks_match_whole_context(make_data, tmp_path, extra):
-    flags = {**RUN, **NEW, **extra, "data_file": make_data(400), "lr_init": 1e-3}
+def test_exact_chunks_match_whole_context(make_data, tmp_path, extra, new):
+    flags = {**RUN, **new, **extra, "data_file": make_data(400), "lr_init": 1e-3}
     fit(TrainConfig(**flags, proj_dir=str(tmp_path / "whole")))
     fit(TrainConfig(**flags, proj_dir=str(tmp_path / "chunks"), tbptt_len=5, exact=True))
     # fp32 sums in other order, over 12 steps
@@ -53,34 +59,36 @@ def test_exact_chunks_match_whole_context(make_data, tmp_path, extra):
     assert losses(tmp_path / "recomputed") == losses(tmp_path / "whole")
 
 
-def test_documents_and_mask(make_data, tmp_path):
-    flags = {**RUN, **NEW, "data_file": make_data(600), "doc_sep": 7, "min_ctx_len": 4}
+def test_documents_and_mask(make_data, tmp_path, new):
+    flags = {**RUN, **new, "data_file": make_data(600), "doc_sep": 7, "min_ctx_len": 4}
     fit(TrainConfig(**flags, proj_dir=str(tmp_path / "run"), doc_training=1))
     found = losses(tmp_path / "run")
     assert len(found) == 12
     assert found[-1] < found[0]
 
 
-def test_bf16_follows_fp32(make_data, tmp_path):
-    flags = {**RUN, **NEW, "data_file": make_data(400), "lr_init": 1e-3}
+def test_bf16_follows_fp32(make_data, tmp_path, new):
+    flags = {**RUN, **new, "data_file": make_data(400), "lr_init": 1e-3}
     for precision in ("fp32", "bf16"):
         fit(TrainConfig(**flags | {"precision": precision}, proj_dir=str(tmp_path / precision)))
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.01)
 
 
-def test_frozen_low_rank_matrices_keep_their_precision(make_base, make_data, tmp_path):
+@pytest.mark.parametrize(("version", "low_rank"), [("6", "time_maa_w1"), ("7", "w1")])
+def test_frozen_low_rank_matrices_keep_their_precision(make_base, make_data, tmp_path, version, low_rank):
     """Linear layers are stored in bf16; what `time` could train stays as in the base."""
-    base = make_base(version="7", n_embd=32)
+    base, key = make_base(version=version, n_embd=32), f"blocks.1.att.{low_rank}"
     flags = {**RUN, "data_file": make_data(400), "load_model": str(base), "precision": "bf16", "lr_init": 0.0}
     fit(LoRAConfig(**flags | {"lr_final": 0.0}, lora_parts="att,time", proj_dir=str(tmp_path / "run"), max_steps=1))
     adapter, weights = read_tensors(tmp_path / "run/rwkv-final.pth"), read_tensors(base)
-    assert torch.equal(adapter["blocks.1.att.w1"], weights["blocks.1.att.w1"])
+    assert torch.equal(adapter[key], weights[key])
 
 
-def test_stages(make_data, tmp_path):
+def test_stages(make_data, tmp_path, new):
     flags = {"ctx_len": 7, "micro_bsz": 8, "data_file": make_data(7 * 40400), "proj_dir": str(tmp_path / "run")}
     machine = {"accelerator": "cpu", "precision": "fp32", "random_seed": 0}
-    fit(TrainConfig(**flags, **machine, **NEW, my_pile_stage=1))
-    assert load_model(tmp_path / "run/rwkv-init.pth").version.NAME == "7"
+    fit(TrainConfig(**flags, **machine, **new, my_pile_stage=1))
+    initial = load_model(tmp_path / "run/rwkv-init.pth")
+    assert new["version"] == initial.version.NAME
     fit(TrainConfig(**flags, **machine, my_pile_stage=3, max_steps=2))
     assert len(losses(tmp_path / "run")) == 2

@@ -1,0 +1,149 @@
+"""What RWKV-5 and RWKV-6 share: sizes, the gated normalisation by head, initial values, parameter
+groups.
+
+Sources: Peng et al. 2024, arXiv:2404.05892; BlinkDL's RWKV-LM/RWKV-v5/src.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv.kernels.elementwise.reference import upcast
+from rwkv.models.layers import HeadNorm
+from rwkv.models.parts import Parts
+from rwkv.wkv.wkv6 import MAX_HEAD_SIZE
+
+PARTS = Parts(
+    {
+        "att": ("att.receptance", "att.key", "att.value", "att.output", "att.gate"),
+        "ffn": ("ffn.key", "ffn.value", "ffn.receptance"),
+    },
+    (),
+    {"time": r"\.(att|ffn)\.time_\w+$", "ln": r"\.(ln[012]|ln_x)\.(weight|bias)$|^ln_out\.(weight|bias)$"},
+)
+EPS = 64e-5  # of the normalisation by head
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of an RWKV-5 or RWKV-6 model. dim_att defaults to n_embd, dim_ffn to 3.5 · n_embd.
+
+    Raises:
+        ValueError: head_size is not possible, or does not divide dim_att.
+    """
+
+    n_layer: int = 6
+    n_embd: int = 512
+    vocab_size: int = 65536
+    dim_att: int = 0
+    dim_ffn: int = 0
+    head_size: int = 0
+
+    def __post_init__(self):
+        usual = {"dim_att": self.n_embd, "dim_ffn": max(32, self.n_embd * 7 // 64 * 32), "head_size": 64}
+        for name, value in usual.items():
+            object.__setattr__(self, name, getattr(self, name) or value)
+        if self.head_size % 16 or not 0 < self.head_size <= MAX_HEAD_SIZE:
+            raise ValueError(f"the head size is {self.head_size}; it must be a multiple of 16, at most {MAX_HEAD_SIZE}")
+        if self.dim_att % self.head_size:
+            raise ValueError(f"the width {self.dim_att} is not a multiple of the head size {self.head_size}")
+
+    @property
+    def heads(self) -> int:
+        """Number of heads H."""
+        return self.dim_att // self.head_size
+
+
+def mixing_weight(size: int, device: Any) -> nn.Parameter:
+    """A weight of a token and its predecessor, by channel [1, 1, D]."""
+    return nn.Parameter(torch.full((1, 1, size), 0.5, device=device))
+
+
+def gated_norm(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """norm(y) · silu(g), normalised by head: y [B, T, H, N], g [B, T, A], weight and bias [A] →
+    [B, T, A].
+    """
+    normed = F.layer_norm(upcast(y), y.shape[-1:], eps=EPS).flatten(2) * upcast(weight) + upcast(bias)
+    return (normed * F.silu(upcast(g))).to(g.dtype)
+
+
+def position(mix: Tensor) -> Tensor:
+    """i/D for channel i, in the shape of the mixing weights [1, 1, D]."""
+    return (torch.arange(mix.shape[-1], dtype=torch.float64) / mix.shape[-1]).view(1, 1, -1)
+
+
+def initialise_decay(decay: Tensor, bonus: Tensor, norm: HeadNorm, layer: int, layers: int) -> None:
+    """Initial decays spread over the channels, bonuses [H, N], and normalisation by head, of a
+    block.
+    """
+    depth = layer / (layers - 1) if layers > 1 else 0.0  # from 0 in the first block to 1 in the last
+    A = bonus.numel()
+    n = torch.arange(A, dtype=torch.float64)
+    ramp = n / max(A - 1, 1)
+    decay.copy_((-6 + 5 * ramp ** (0.7 + 1.3 * depth)).view(decay.shape))
+    bonus.copy_((depth * (1 - ramp) + 0.1 * ((n + 1) % 3 - 1)).view(bonus.shape))
+    norm.weight.fill_(((1 + layer) / layers) ** 0.7)
+    norm.bias.zero_()
+
+
+# matrices initialised to zero, so that every block is the identity; and those of gain 0.1
+_ZERO = (".att.output.weight", ".ffn.value.weight", ".ffn.receptance.weight")
+_SMALL = (".att.key.weight", ".att.gate.weight")
+
+
+def initialise_matrices(model: nn.Module, frozen: bool) -> None:
+    """Initial embedding, head and linear layers, and LayerNorms."""
+    for part in model.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.reset_parameters()
+    for name, weight in model.named_parameters():
+        if name == "emb.weight":
+            weight.uniform_(-1e-4, 1e-4)
+        elif name == "head.weight":
+            rows, columns = weight.shape
+            nn.init.orthogonal_(weight, gain=0.5 * (math.sqrt(rows / columns) if rows > columns else 1.0))
+        elif name.endswith(_ZERO) and not frozen:
+            weight.zero_()
+        elif name.endswith(".weight") and weight.dim() == 2:
+            nn.init.orthogonal_(weight, gain=0.1 if name.endswith(_SMALL) else 1.0)
+
+
+def lr_scale(name: str, stage_2: bool) -> float:
+    """2 for decays, 1 for others; in stage 2, 5 for decays, bonuses and mixing weights. Low-rank
+    matrices always 1.
+    """
+    last = name.rpartition(".")[2]
+    if not last.startswith("time_") or last.endswith(("_w1", "_w2")):
+        return 1.0
+    return 5.0 if stage_2 else 2.0 if last == "time_decay" else 1.0
+
+
+def decays(name: str, shape: torch.Size) -> bool:
+    """True for linear layers, embedding and head; False for vectors and low-rank matrices."""
+    return name.endswith(".weight") and sum(size > 1 for size in shape) >= 2
+
+
+def common_sizes(shapes: Any, n_layer: int) -> dict[str, int]:
+    """The fields of Sizes, from the shapes of emb, time_faaaa and ffn.key of block 0.
+
+    Raises:
+        ValueError: one of them is missing or empty.
+    """
+    needed = ["emb.weight", "blocks.0.att.time_faaaa", "blocks.0.ffn.key.weight"]
+    if missing := [key for key in needed if len(shapes.get(key, ())) != 2]:
+        raise ValueError(f"no {', '.join(missing)}")
+    (vocab_size, n_embd), (heads, head_size), (dim_ffn, _) = (shapes[key] for key in needed)
+    if not all((n_embd, vocab_size, dim_ffn, heads, head_size)):
+        raise ValueError("a tensor has no elements")
+    return {
+        "n_layer": n_layer,
+        "n_embd": n_embd,
+        "vocab_size": vocab_size,
+        "dim_att": heads * head_size,
+        "dim_ffn": dim_ffn,
+        "head_size": head_size,
+    }
