@@ -53,7 +53,7 @@ def parts(out: Path, ptx: Path | None) -> dict[str, Part]:
         ),
         "doctor": Part(40, (python, "scripts/doctor.py")),
         "wkv4": Part(60, (*bench("wkv4"), "--quick")),
-        "wkv7": Part(40, (*bench("wkv7"), "--quick")),
+        "wkv7": Part(60, (*bench("wkv7"), "--quick")),
         "ptx": Part(40, (python, HERE / "ptx.py", ptx or "")),
         "races": Part(60, (*racecheck, python, HERE / "races.py")),
     }

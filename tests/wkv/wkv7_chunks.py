@@ -1,17 +1,17 @@
-"""WKV7 in chunks of tokens (the WY form) with tensors: the formulas of cuda/wkv7/wkv7_chunks.cu.
+"""WKV7 in chunks of tokens (the WY form) with tensors.
 
 Within a chunk, with c the sum of w since the later of the chunk's and the document's start, the
 decays go into the keys:
 
     R' = r e^c     A' = a e^(c of the token before)     K' = k e^−c     B' = b e^−c
 
-so that products of rows are those of tokens after decay. D is 1 where row and column are in the
-same document, M(x, y) = D ⊙ (x yᵀ) below the diagonal, M₊ includes it. X is the state before the
-token's document or the chunk: S, or the initial state after a reset. Then, with rows of tokens,
+so that products of rows are those of tokens after decay. M(x, y) = x yᵀ below the diagonal, M₊
+includes it, and both are 0 for tokens of different documents. X is the state at the later of the
+chunk's and the document's start: S, or the initial state after a reset. With rows of tokens,
 
     U = (1 − M(A', B'))⁻¹ (A' Xᵀ + M(A', K') V)        U: S_{t−1} a_t of every token
     Y = R' Xᵀ + M₊(R', K') V + M₊(R', B') U
-    S ← X e^c + Vᵀ K" + Uᵀ B"                           c of the last token; K" = k e^(c of the last − c)
+    S ← X e^c + Vᵀ K" + Uᵀ B"             c of the last token; K" = k e^(c of the last − c)
 """
 
 import torch
@@ -61,7 +61,7 @@ class Chunk:
         return y, X * self.last + self.V.mT @ self.K2 + self.U.mT @ self.B2
 
     def backward(self, r, k, a, b, gy, G):
-        """Gradients of r, w, k, v, a, b, S and initial, from those of y and of the next state, G."""
+        """Gradients of r, w, k, v, a, b, S and initial from those of y and the next state, G."""
         gU = self.RB.mT @ gy + self.B2 @ G.mT
         Z = self.inverted.mT @ gU  # gradient of A' Xᵀ + M(A', K') V
         gv = self.RK.mT @ gy + self.K2 @ G.mT + self.AK.mT @ Z
@@ -80,7 +80,8 @@ class Chunk:
         X = torch.where(self.resets, self.initial, self.S)
         # c of every token; c of the last one also decays the state and is in K" and B"
         gc = gr * r - gk * k - gb * b
-        gc[:, :, -1:] += (K2 * self.K2 + B2 * self.B2).sum(2, keepdim=True) + self.last * (G * X).sum(2, keepdim=True)
+        gc[:, :, -1:] += (K2 * self.K2 + B2 * self.B2).sum(2, keepdim=True)
+        gc[:, :, -1:] += self.last * (G * X).sum(2, keepdim=True)
         before = ga * a  # c − w
         gw = torch.einsum("bts,bhtn->bhsn", self.low[:, 0].to(gc.dtype), gc + before) - before
         early = self.early.to(gy.dtype)
