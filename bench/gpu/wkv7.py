@@ -6,7 +6,8 @@ Times are in milliseconds per call: medians of CUDA events around 20 calls, whic
 the GPU is still busy with other work. `floor` is the time to read each input and write each output
 once at the speed of a large copy on the same GPU: r, w, k, v, a, b, y forward; these, gy, and six
 gradients backward, without the states that the forward pass saves (N/4 bytes per element, as many
-bytes again with bf16). The methods are those of rwkv.wkv.wkv7.native.Methods. A shape that fails is
+bytes again with bf16). `narrow` has the rows of a head in four blocks;
+`chunks` computes gradients by matrix products. A shape that fails is
 reported, and the others are still measured.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -46,18 +48,20 @@ def measure(shape: Shape, dtype: torch.dtype, speed: float, loop: bool) -> dict:
         raise RuntimeError(reason)
     result = dict(zip(("B", "T", "H"), shape, strict=True), dtype=str(dtype).removeprefix("torch."))
 
-    def kernels(methods: native.Methods) -> native.Kernels:
-        return native.cuda_kernels(gy, device, lambda: torch.cuda.current_stream().cuda_stream, methods)
+    def kernels(narrow: bool | None, chunks: bool = False) -> native.Kernels:
+        return native.cuda_kernels(gy, device, lambda: torch.cuda.current_stream().cuda_stream, narrow, chunks)
 
-    for method in ("tokens", "parallel"):
-        forward = kernels(native.Methods(forward=method)).forward
-        _, _, saved = forward(*inputs, None, None, None)
-        result[f"forward_{method}"] = median_ms(lambda forward=forward: forward(*inputs, None, None, None))
-    for method in ("tokens", "chunks", "parallel"):
-        backward = kernels(native.Methods(backward=method)).backward
-        result[f"backward_{method}"] = median_ms(
-            lambda backward=backward: backward(*inputs, None, None, saved, gy, None)
-        )
+    def forward(narrow: bool | None) -> Callable[[], tuple]:
+        return lambda: kernels(narrow).forward(*inputs, None, None, None)
+
+    y, _, saved = forward(None)()
+    for name, narrow in (("wide", False), ("narrow", True)):
+        if not torch.equal(forward(narrow)()[0], y):
+            raise RuntimeError(f"{name}: not the result of the chosen kernel")
+        result[name] = median_ms(forward(narrow))
+    for name, chunks in (("backward", False), ("chunks", True)):
+        backward = kernels(None, chunks).backward
+        result[name] = median_ms(lambda backward=backward: backward(*inputs, None, None, saved, gy, None))
     tensors, size = gy.numel(), gy.element_size()
     result["forward_floor"] = tensors * (6 * size + 4) / speed
     result["backward_floor"] = tensors * (12 * size - size + 8) / speed
@@ -81,10 +85,9 @@ def main() -> None:
     speed = copy_speed()
     compiler = build.manifest().get("device", {}).get("compiler")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {compiler}; copy {speed / 1e9:.2f} TB/s")
-    directions = {"forward": ("tokens", "parallel"), "backward": ("tokens", "chunks", "parallel")}
-    columns = [f"{direction}_{method}" for direction, methods in directions.items() for method in methods]
     print(
-        f"{'B':>3} {'T':>5} {'H':>3} {'dtype':>9} | {' | '.join(f'{name:>17} ms, × floor' for name in columns)} | loop"
+        f"{'B':>3} {'T':>5} {'H':>3} {'dtype':>9} | {'wide ms':>8} {'× floor':>7} {'narrow ms':>9} {'× floor':>7} |"
+        f" {'bwd ms':>8} {'× floor':>7} {'ns/token':>8} | {'chunks ms':>9} {'× floor':>7} {'ns/token':>8} | loop / operator"
     )
     results, failed = [], 0
     for dtype in (torch.bfloat16, torch.float32):
@@ -96,11 +99,13 @@ def main() -> None:
                 failed += 1
                 continue
             results.append(r)
-            floors = {name: r[f"{name.split('_')[0]}_floor"] for name in columns}
             print(
-                f"{r['B']:3} {r['T']:5} {r['H']:3} {r['dtype']:>9} | "
-                + " | ".join(f"{r[name]:17.3f} {r[name] / floors[name]:11.2f}" for name in columns)
-                + (f" | {r['reference']:.0f} / {r['cuda']:.3f} ms" if "cuda" in r else " |"),
+                f"{r['B']:3} {r['T']:5} {r['H']:3} {r['dtype']:>9} |"
+                f" {r['wide']:8.3f} {r['wide'] / r['forward_floor']:7.2f}"
+                f" {r['narrow']:9.3f} {r['narrow'] / r['forward_floor']:7.2f} |"
+                f" {r['backward']:8.3f} {r['backward'] / r['backward_floor']:7.2f} {r['backward'] / r['T'] * 1e6:8.0f} |"
+                f" {r['chunks']:9.3f} {r['chunks'] / r['backward_floor']:7.2f} {r['chunks'] / r['T'] * 1e6:8.0f} |"
+                + (f" {r['reference']:.0f} / {r['cuda']:.3f} ms" if "cuda" in r else ""),
                 flush=True,
             )
             torch.cuda.empty_cache()

@@ -1,9 +1,9 @@
 // WKV7 kernels: the recurrence, token by token, with the state in registers.
 //
-// The rows of a state (its values) do not interact in the forward pass, so a warp has some rows and all
+// The rows of a state (its values) do not interact in the forward pass, so a warp has 8 rows and all
 // columns (keys), and sums over columns by shuffles; sums over rows, which gradients need, pass
 // through shared memory. A thread has a tile of ROWS rows, and of each group of 4 * LANES columns 4
-// adjacent ones; larger tiles read less of shared memory, which limits the speed. Tokens are staged in shared memory, with e^w for w; the next ones are loaded
+// adjacent ones. Tokens are staged in shared memory, with e^w for w; the next ones are loaded
 // meanwhile. Tokens after the last and columns and rows beyond N are zeros, and change nothing.
 //
 // Backward, WKV7_INTERVAL tokens at a time: the first pass goes from the saved state through all of
@@ -27,38 +27,43 @@ template <class S, class T> WKV_FN void update(State<S>& x, const Values<S>& s, 
   values<S>(v, at.x[V][i_token], p.row);
   EACH_ROW EACH_COLUMN x[i][j] = x[i][j] * w[j] + (s[i] * b[j] + v[i] * k[j]);
 }
-// S a, scattered
-template <class S, class T> WKV_FN float removed(Values<S>& s, const State<S>& x, const T& at, int i_token, const Place& p) {
+// s = S a
+template <class S, class T> WKV_FN void removed(Values<S>& s, const State<S>& x, const T& at, int i_token, const Place& p) {
   Keys<S> a;
   keys<S>(a, at.x[A][i_token], p);
   EACH_ROW s[i] = dot<S>(x[i], a);
-  return scattered_sum<S>(s, p);
+  sum_columns<S>(s, p);
 }
 
-// The staged tokens.
+// The staged tokens. y of a token is summed over columns together with s of the next one: the state
+// does not wait for it.
 template <class S, bool RESETS>
 WKV_FN void outputs(Four<float> (&ys)[S::STAGE][S::BLOCK_ROWS / 4], State<S>& x, const Tokens<S, B + 1>& tokens,
                     const Wkv7Args& q, const Place& p) {
-  Values<S> y = {};
+  float sums[2 * S::ROWS];  // s, then y of the token before
+  const auto write = [&](int i_token) {
+    if (p.lane == 0) EACH_ROW ((float*)ys[i_token])[p.local + i] = sums[S::ROWS + i];
+  };
+  EACH_ROW sums[S::ROWS + i] = 0;
   _Pragma("unroll 2") for (int i_token = 0; i_token < S::STAGE; i_token++) {
     if (RESETS && tokens.starts[i_token]) read_state<S>(x, state_of(q.initial, q, p), q, p);
+    Keys<S> key;
+    keys<S>(key, tokens.x[A][i_token], p);
+    EACH_ROW sums[i] = dot<S>(x[i], key);
+    sum_columns<S>(sums, p);
+    if (i_token) write(i_token - 1);
     Values<S> s;
-    removed<S>(s, x, tokens, i_token, p);
-    // y of the token before is summed here, so that the state does not wait for it
-    const float sum = scattered_sum<S>(y, p);
-    if (i_token) put_sum<S>(ys[i_token - 1], sum, p);
-    gather<S>(s, p);
+    EACH_ROW s[i] = sums[i];
     update<S>(x, s, tokens, i_token, p);
-    Keys<S> r;
-    keys<S>(r, tokens.x[R][i_token], p);
-    EACH_ROW y[i] = dot<S>(x[i], r);
+    keys<S>(key, tokens.x[R][i_token], p);
+    EACH_ROW sums[S::ROWS + i] = dot<S>(x[i], key);
   }
-  put_sum<S>(ys[S::STAGE - 1], scattered_sum<S>(y, p), p);
+  sum_columns<S>(sums, p);
+  write(S::STAGE - 1);
 }
 
 template <class S> WKV_FN void output(const Wkv7Args& q) {
   using E = typename S::E;
-  static_assert(S::BLOCK_ROWS == wkv7_rows(S::WIDTH), "");
   SHARED Tokens<S, B + 1> tokens;
   SHARED Four<float> ys[S::STAGE][S::BLOCK_ROWS / 4];
   const Place p = place<S>(q);
@@ -93,16 +98,14 @@ enum { OF_R, OF_W, OF_K, OF_A, OF_B, SUMS };  // sums over rows
 
 // A thread's part of a state of `work`, which no other thread reads.
 template <class S> WKV_FN Four<float>* work(const Wkv7Args& q, const Place& p, int slot) {
-  return (Four<float>*)(q.work + (long long)block_number() * wkv7_work_floats(S::WIDTH)) +
+  return (Four<float>*)(q.work + (long long)block_number() * wkv7_work_floats(S::WIDTH, S::WARPS)) +
          slot * (S::ROWS * S::COLUMNS / 4) * S::THREADS + p.thread;
 }
 
 template <class S> struct GradientMemory {
   Tokens<S, GY + 1> tokens;
   Four<float> values[WKV7_INTERVAL][S::BLOCK_ROWS / 4];  // s; the backward pass replaces it by gv
-  // Of two tokens in turn, if they fit: then one barrier per token is enough.
-  static constexpr int BUFFERS = S::WIDTH > 128 ? 1 : 2;
-  Four<float> partial[BUFFERS][S::WARPS][SUMS][S::VECTORS];
+  Four<float> partial[S::WARPS][SUMS][S::VECTORS];
 };
 
 // Partial sums over this warp's rows.
@@ -120,15 +123,14 @@ template <class S> WKV_FN void put_partial(Four<float>* to, const Keys<S>& x, co
 }
 // Sums the partial sums of token t and writes them as gradients; between barriers.
 template <class S>
-WKV_FN void write_sums(const GradientMemory<S>& m, const Wkv7Args& q, const Place& p, long long t, int i_token,
-                       int buffer) {
+WKV_FN void write_sums(const GradientMemory<S>& m, const Wkv7Args& q, const Place& p, long long t, int i_token) {
   using E = typename S::E;
   for (int item = p.thread; item < SUMS * S::VECTORS; item += S::THREADS) {
     const int kind = item / S::VECTORS, vector = item % S::VECTORS;
     if (t >= q.T || vector * 4 >= q.N) continue;
     Four<float> sum = {};
     UNROLL for (int warp = 0; warp < S::WARPS; warp++) {
-      const Four<float> part = m.partial[buffer][warp][kind][vector];
+      const Four<float> part = m.partial[warp][kind][vector];
       EACH_OF_4 sum.x[e] += part.x[e];
     }
     const long long at = p.row_block * q.B * q.T * q.H * q.N + token(q, p, t) + vector * 4;
@@ -147,10 +149,10 @@ WKV_FN void write_sums(const GradientMemory<S>& m, const Wkv7Args& q, const Plac
 
 // One token: from G, the gradient of the state after it, to that of the state before it, `x`.
 template <class S>
-WKV_FN void token_gradient(State<S>& G, const State<S>& x, GradientMemory<S>& m, int i_token, int slot, int buffer,
+WKV_FN void token_gradient(State<S>& G, const State<S>& x, GradientMemory<S>& m, int i_token, int slot,
                            const Place& p) {
   const auto& at = m.tokens;
-  auto& partial = m.partial[buffer][p.thread / 32];
+  const int warp = p.thread / 32;
   Values<S> gy, v, s, gs, gv;
   Keys<S> key, sum_k, sum_b, sum_w;
   values<S>(gy, at.x[GY][i_token], p.row);
@@ -160,11 +162,11 @@ WKV_FN void token_gradient(State<S>& G, const State<S>& x, GradientMemory<S>& m,
   EACH_ROW gs[i] = dot<S>(G[i], key);
   keys<S>(key, at.x[K][i_token], p);
   EACH_ROW gv[i] = dot<S>(G[i], key);
-  scattered_sum<S>(gs, p);
-  const float sum_v = scattered_sum<S>(gv, p);
-  gather<S>(gs, p);
+  sum_columns<S>(gs, p);
+  sum_columns<S>(gv, p);
   values<S>(v, at.x[V][i_token], p.row);
-  values<S>(s, m.values[slot], p.local);
+  float* here = (float*)m.values[slot] + p.local;
+  EACH_ROW s[i] = here[i];
   EACH_COLUMN {
     sum_k[j] = sum_b[j] = sum_w[j] = 0;
     EACH_ROW {
@@ -173,28 +175,28 @@ WKV_FN void token_gradient(State<S>& G, const State<S>& x, GradientMemory<S>& m,
       sum_w[j] += G[i][j] * x[i][j];
     }
   }
-  put_partial<S>(partial[OF_K], sum_k, p);
-  put_partial<S>(partial[OF_B], sum_b, p);
-  put_partial<S>(partial[OF_W], sum_w, p);
+  put_partial<S>(m.partial[warp][OF_K], sum_k, p);
+  put_partial<S>(m.partial[warp][OF_B], sum_b, p);
+  put_partial<S>(m.partial[warp][OF_W], sum_w, p);
   EACH_COLUMN {
     sum_k[j] = 0;
     EACH_ROW sum_k[j] += x[i][j] * gs[i];
   }
-  put_partial<S>(partial[OF_A], sum_k, p);
+  put_partial<S>(m.partial[warp][OF_A], sum_k, p);
   Keys<S> w;
   keys<S>(w, at.x[W][i_token], p);
   keys<S>(key, at.x[A][i_token], p);
   EACH_ROW EACH_COLUMN G[i][j] = G[i][j] * w[j] + gs[i] * key[j];
   warp_barrier();  // every thread has read s
-  put_sum<S>(m.values[slot], sum_v, p);
+  if (p.lane == 0) EACH_ROW here[i] = gv[i];
 }
 
 template <class S> WKV_FN void gradient(const Wkv7Args& q) {
   using E = typename S::E;
   constexpr int Q = wkv7_states(S::WIDTH), PARTS = WKV7_INTERVAL / S::STAGE;
-  static_assert(S::BLOCK_ROWS == wkv7_rows(S::WIDTH), "");
   SHARED GradientMemory<S> m;
   const Place p = place<S>(q);
+  const int warp = p.thread / 32;
   State<S> G, x;
   read_state<S>(G, state_of(q.glast, q, p), q, p);
   if (q.ginitial) {
@@ -202,13 +204,16 @@ template <class S> WKV_FN void gradient(const Wkv7Args& q) {
     write_state<S>(state_of(q.ginitial, q, p), x, q, p);
   }
   const long long chunks = (q.T + WKV7_INTERVAL - 1) / WKV7_INTERVAL;
+  Fetched<S, GY + 1> next;
+  if (PARTS == 1) next = fetch<S, GY + 1>(q, p, (chunks - 1) * WKV7_INTERVAL);
   for (long long chunk = chunks - 1; chunk >= 0; chunk--) {
     const long long begin = chunk * WKV7_INTERVAL;
     const auto stage = [&](int part) {
-      const Fetched<S, GY + 1> next = fetch<S, GY + 1>(q, p, begin + part * S::STAGE);
+      if (PARTS > 1) next = fetch<S, GY + 1>(q, p, begin + part * S::STAGE);
       barrier();
       put<S, GY + 1>(m.tokens, next, p, part * S::STAGE);
       barrier();
+      if (PARTS == 1 && chunk) next = fetch<S, GY + 1>(q, p, begin - WKV7_INTERVAL);
     };
     read_state<S>(x, saved(q, p, chunk), q, p);
     NO_UNROLL for (int part = 0; part < PARTS; part++) {
@@ -225,8 +230,8 @@ template <class S> WKV_FN void gradient(const Wkv7Args& q) {
         }
         if (m.tokens.starts[slot]) read_state<S>(x, state_of(q.initial, q, p), q, p);
         Values<S> s;
-        put_sum<S>(m.values[slot], removed<S>(s, x, m.tokens, i_token, p), p);
-        gather<S>(s, p);
+        removed<S>(s, x, m.tokens, i_token, p);
+        if (p.lane == 0) EACH_ROW ((float*)m.values[slot])[p.local + i] = s[i];
         update<S>(x, s, m.tokens, i_token, p);
       }
     }
@@ -249,7 +254,7 @@ template <class S> WKV_FN void gradient(const Wkv7Args& q) {
           if (m.tokens.starts[base_slot + n]) read_state<S>(x, state_of(q.initial, q, p), q, p);
           EACH_ROW EACH_COLUMN before[n][i][j] = x[i][j];
           Values<S> s, gy;
-          values<S>(s, m.values[base_slot + n], p.local);
+          EACH_ROW s[i] = ((const float*)m.values[base_slot + n])[p.local + i];
           values<S>(gy, m.tokens.x[GY][base + n], p.row);
           update<S>(x, s, m.tokens, base + n, p);
           EACH_COLUMN {
@@ -258,12 +263,11 @@ template <class S> WKV_FN void gradient(const Wkv7Args& q) {
           }
         }
         UNROLL for (int n = Q - 1; n >= 0; n--) {
-          const int buffer = n % GradientMemory<S>::BUFFERS;
-          put_partial<S>(m.partial[buffer][p.thread / 32][OF_R], sum_r[n], p);
-          token_gradient<S>(G, before[n], m, base + n, base_slot + n, buffer, p);
+          put_partial<S>(m.partial[warp][OF_R], sum_r[n], p);
+          token_gradient<S>(G, before[n], m, base + n, base_slot + n, p);
           barrier();
-          write_sums<S>(m, q, p, begin + base_slot + n, base + n, buffer);
-          if (GradientMemory<S>::BUFFERS == 1) barrier();
+          write_sums<S>(m, q, p, begin + base_slot + n, base + n);
+          barrier();
           if (m.tokens.starts[base_slot + n]) {  // the state before this token is the initial one
             if (q.ginitial) write_state<S, true>(state_of(q.ginitial, q, p), G, q, p);
             EACH_ROW EACH_COLUMN G[i][j] = 0;
@@ -284,23 +288,20 @@ template <class S> WKV_FN void gradient(const Wkv7Args& q) {
   write_state<S>(state_of(q.gfirst, q, p), G, q, p);
 }
 
-#define KERNELS_OF(E)                                                                                          \
-  KERNEL(32 * WKV7_WARPS, 3) wkv7_output_##E(const Wkv7Args q) { output<Shape<E, 64, 4, 8, WKV7_WARPS, 8>>(q); }   \
-  KERNEL(32 * WKV7_WARPS) wkv7_gradient_##E(const Wkv7Args q) { gradient<Shape<E, 64, 8, 16, WKV7_WARPS, 16>>(q); }
+#define KERNELS_OF(E)                                                                                              \
+  KERNEL(32 * WKV7_WARPS, 2) wkv7_output_##E(const Wkv7Args q) { output<Shape<E, 64, 2, WKV7_WARPS>>(q); }          \
+  KERNEL(32 * WKV7_NARROW_WARPS) wkv7_narrow_output_##E(const Wkv7Args q) {                                         \
+    output<Shape<E, 64, 2, WKV7_NARROW_WARPS>>(q);                                                                  \
+  }                                                                                                                 \
+  KERNEL(32 * WKV7_WARPS, 1) wkv7_gradient_##E(const Wkv7Args q) { gradient<Shape<E, 64, 4, WKV7_WARPS>>(q); }
 KERNELS_OF(fp32)
 KERNELS_OF(bf16)
 KERNELS_OF(fp16)
 #undef KERNELS_OF
 // Heads of more than 64 elements: fp32 only
-#define KERNELS_OF(WIDTH)                                                             \
-  KERNEL(32 * WKV7_WARPS) wkv7_output_##WIDTH(const Wkv7Args q) {                     \
-    output<Shape<fp32, WIDTH, 4, 16, WKV7_WARPS, 32 * WKV7_WARPS * 4 / WIDTH>>(q);    \
-  }                                                                                   \
-  KERNEL(32 * WKV7_WARPS) wkv7_gradient_##WIDTH(const Wkv7Args q) {                   \
-    gradient<Shape<fp32, WIDTH, 4, 16, WKV7_WARPS, 32 * WKV7_WARPS * 4 / WIDTH>>(q);  \
-  }
-KERNELS_OF(128)
-KERNELS_OF(256)
-#undef KERNELS_OF
+KERNEL(32 * WKV7_WARPS, 1) wkv7_output_128(const Wkv7Args q) { output<Shape<fp32, 128, 2, WKV7_WARPS>>(q); }
+KERNEL(32 * WKV7_WARPS, 1) wkv7_output_256(const Wkv7Args q) { output<Shape<fp32, 256, 2, WKV7_WARPS>>(q); }
+KERNEL(32 * WKV7_WIDE_WARPS) wkv7_gradient_128(const Wkv7Args q) { gradient<Shape<fp32, 128, 4, WKV7_WIDE_WARPS>>(q); }
+KERNEL(32 * WKV7_WIDE_WARPS) wkv7_gradient_256(const Wkv7Args q) { gradient<Shape<fp32, 256, 4, WKV7_WIDE_WARPS>>(q); }
 
 }  // namespace wkv7

@@ -3,7 +3,10 @@
 
 enum {
   WKV7_INTERVAL = 16,    // tokens per saved state
-  WKV7_WARPS = 4,        // per block
+  WKV7_WARP_ROWS = 8,    // rows of a state per warp
+  WKV7_WARPS = 8,        // per block, so that a block has the 64 rows of a head of the usual size
+  WKV7_NARROW_WARPS = 2, // per block of wkv7_narrow_output_*, for few heads
+  WKV7_WIDE_WARPS = 4,   // per block of wkv7_gradient_128 and _256, to fit 48 KiB of shared memory
   WKV7_CHUNK_WARPS = 4,  // per block of the kernels of wkv7_chunks.cu and wkv7_scan.cu
   // Bytes of their shared memory: gradients have two states in it, outputs one
   WKV7_GRADIENT_MEMORY = 84992,
@@ -39,8 +42,7 @@ struct Wkv7Args {
 #else
 #define WKV7_SIZE constexpr
 #endif
-WKV7_SIZE int wkv7_states(int width) { return width > 128 ? 1 : 2; }
-WKV7_SIZE int wkv7_rows(int width) { return WKV7_WARPS * (width > 64 ? 8 : 16); }  // of a state per block
-WKV7_SIZE long long wkv7_work_floats(int width) {
-  return (WKV7_INTERVAL / wkv7_states(width) - 1) * (long long)width * wkv7_rows(width);
+WKV7_SIZE int wkv7_states(int width) { return 256 / width; }
+WKV7_SIZE long long wkv7_work_floats(int width, int warps) {
+  return (WKV7_INTERVAL / wkv7_states(width) - 1) * (long long)width * warps * WKV7_WARP_ROWS;
 }

@@ -11,8 +11,8 @@ inline void check(const Tensor& x, const char* name, const Tensor& like, at::Sca
               "; got ", x.scalar_type(), " ", x.sizes(), " on ", x.device());
 }
 
-inline void check_inputs(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
-                         const Tensor& b, const Tensor* state, const Tensor* initial, const Tensor* reset) {
+inline void check_inputs(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
+                  const Tensor* state, const Tensor* initial, const Tensor* reset) {
   TORCH_CHECK(r.dim() == 4 && r.size(1) >= 1, "wkv7: r must be [B, T, H, N] with T at least 1; got ", r.sizes());
   const int64_t B = r.size(0), T = r.size(1), H = r.size(2), N = r.size(3);
   TORCH_CHECK(N % 16 == 0 && N <= WKV7_MAX_N, "wkv7: the head size must be a multiple of 16, at most ", int(WKV7_MAX_N),

@@ -14,19 +14,26 @@ namespace {
 struct Plan {
   int width;
   std::string kind;
-  int64_t blocks;  // per head
+  int64_t forward_warps, backward_warps;  // per block
 };
 
-Plan plan_of(const Tensor& r) {
-  const int64_t N = r.size(3);
-  const int width = N > 128 ? 256 : N > 64 ? 128 : 64;
-  const int64_t blocks = (N + wkv7_rows(width) - 1) / wkv7_rows(width);
-  if (width == 64 && r.scalar_type() == at::kBFloat16) return {width, "bf16", blocks};
-  if (width == 64 && r.scalar_type() == at::kHalf) return {width, "fp16", blocks};
-  TORCH_CHECK(r.scalar_type() == at::kFloat, "wkv7's CUDA kernels take fp32, and for heads of up to 64 elements bf16 "
-              "and fp16; r is ", r.scalar_type(), " ", r.sizes());
-  return {width, width == 64 ? "fp32" : std::to_string(width), blocks};
+Plan plan_of(const Tensor& r, bool narrow) {
+  if (r.size(3) > 64) {
+    TORCH_CHECK(r.scalar_type() == at::kFloat, "wkv7's CUDA kernels take fp32 for heads of more than 64 elements; r is ",
+                r.scalar_type());
+    const int width = r.size(3) > 128 ? 256 : 128;
+    return {width, std::to_string(width), WKV7_WARPS, WKV7_WIDE_WARPS};
+  }
+  const int64_t warps = narrow ? WKV7_NARROW_WARPS : WKV7_WARPS;
+  switch (r.scalar_type()) {
+    case at::kFloat: return {64, "fp32", warps, WKV7_WARPS};
+    case at::kBFloat16: return {64, "bf16", warps, WKV7_WARPS};
+    case at::kHalf: return {64, "fp16", warps, WKV7_WARPS};
+    default: TORCH_CHECK(false, "wkv7's CUDA kernels take fp32, bf16 or fp16; r is ", r.scalar_type());
+  }
 }
+
+int64_t row_blocks(int64_t N, int64_t warps) { return (N + warps * WKV7_WARP_ROWS - 1) / (warps * WKV7_WARP_ROWS); }
 
 void check_matrices(const Tensor& r, const std::string& method) {
   TORCH_CHECK(r.size(3) == 64, "wkv7: method ", method, " is for heads of 64 elements; got ", r.size(3));
@@ -74,10 +81,10 @@ Outputs gpu::wkv7_forward(const Tensor& r, const Tensor& w, const Tensor& k, con
                           const Tensor& b, const Optional<Tensor>& state, const Optional<Tensor>& initial,
                           const Optional<Tensor>& reset, const std::string& method, int64_t device, int64_t stream) {
   check_inputs(r, w, k, v, a, b, or_null(state), or_null(initial), or_null(reset));
-  const bool parallel = method == "parallel";
-  TORCH_CHECK(parallel || method == "tokens", "wkv7: no method ", method, " of outputs");
+  const bool narrow = method == "narrow", parallel = method == "parallel";
+  TORCH_CHECK(narrow || parallel || method == "wide", "wkv7: no method ", method);
   if (parallel) check_matrices(r, method);
-  const Plan plan = plan_of(r);
+  const Plan plan = plan_of(r, narrow);
   const int64_t B = r.size(0), T = r.size(1), H = r.size(2), N = r.size(3), heads = B * H;
   const auto fp32 = r.options().dtype(at::kFloat);
   const Tensor y = r.new_empty(r.sizes()), last = r.new_empty({B, H, N, N}, fp32);
@@ -95,8 +102,9 @@ Outputs gpu::wkv7_forward(const Tensor& r, const Tensor& w, const Tensor& k, con
     launch("wkv7_scan_output", heads, WKV7_CHUNK_WARPS, args);
     launch("wkv7_parallel_output_" + plan.kind, heads * chunks(T), WKV7_CHUNK_WARPS, args, WKV7_OUTPUT_MEMORY);
   } else {
-    args.row_blocks = plan.blocks;
-    launch("wkv7_output_" + plan.kind, heads * plan.blocks, WKV7_WARPS, args);
+    args.row_blocks = row_blocks(N, plan.forward_warps);
+    const std::string kernel = narrow && plan.width == 64 ? "wkv7_narrow_output_" : "wkv7_output_";
+    launch(kernel + plan.kind, heads * args.row_blocks, plan.forward_warps, args);
   }
   return {y, last, saved};
 }
@@ -109,12 +117,12 @@ Wkv7GradientTensors gpu::wkv7_backward(const Tensor& r, const Tensor& w, const T
   check_inputs(r, w, k, v, a, b, nullptr, or_null(initial), or_null(reset));
   check_gradient_inputs(r, saved, gy, or_null(gstate));
   const bool tokens = method == "tokens", parallel = method == "parallel";
-  TORCH_CHECK(tokens || parallel || method == "chunks", "wkv7: no method ", method, " of gradients");
+  TORCH_CHECK(tokens || parallel || method == "chunks", "wkv7: no method ", method);
   if (!tokens) check_matrices(r, method);
-  const Plan plan = plan_of(r);
+  const Plan plan = plan_of(r, false);
   const int64_t B = r.size(0), T = r.size(1), H = r.size(2), N = r.size(3), heads = B * H;
   const auto fp32 = r.options().dtype(at::kFloat);
-  const int64_t parts = tokens ? plan.blocks : 1;
+  const int64_t parts = tokens ? row_blocks(N, plan.backward_warps) : 1;
   const auto sum_over_rows = [&](const Tensor& of) { return of.new_empty({parts, B, T, H, N}); };
   const Tensor gr = sum_over_rows(r), gw = sum_over_rows(w), gk = sum_over_rows(k), ga = sum_over_rows(a),
                gb = sum_over_rows(b), gv = v.new_empty(v.sizes());
@@ -132,9 +140,10 @@ Wkv7GradientTensors gpu::wkv7_backward(const Tensor& r, const Tensor& w, const T
     args.ginitial = or_null(initial) ? ginitial.data_ptr<float>() : nullptr;
     const Launch launch{device, stream};
     if (tokens) {
-      const Tensor work = r.new_empty({heads * parts, wkv7_work_floats(plan.width)}, fp32);
+      const Tensor work =
+          r.new_empty({heads * parts, wkv7_work_floats(plan.width, int(plan.backward_warps))}, fp32);
       args.work = work.data_ptr<float>(), args.row_blocks = parts;
-      launch("wkv7_gradient_" + plan.kind, heads * parts, WKV7_WARPS, args);
+      launch("wkv7_gradient_" + plan.kind, heads * parts, plan.backward_warps, args);
     } else if (parallel) {
       const Tensor maps = r.new_empty({heads * chunks(T), WKV7_MAP_FLOATS}, fp32), gstates = saved.new_empty(saved.sizes());
       args.work = maps.data_ptr<float>(), args.gstates = gstates.data_ptr<float>();

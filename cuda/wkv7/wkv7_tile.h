@@ -9,17 +9,15 @@ namespace wkv7 {
 
 template <class E> struct alignas(4 * sizeof(E)) Four { E x[4]; };
 
-// A block of WARPS warps, which computes heads of up to WIDTH elements in the dtype E; LANES threads
-// share their rows, and STAGE tokens are in shared memory.
-template <class E_, int WIDTH_, int ROWS_, int LANES_, int WARPS_, int STAGE_>
+template <class E_, int WIDTH_, int ROWS_, int WARPS_>
 struct Shape {
   using E = E_;
-  static constexpr int WIDTH = WIDTH_, ROWS = ROWS_, LANES = LANES_, WARPS = WARPS_, STAGE = STAGE_;
-  static constexpr int THREADS = 32 * WARPS, BLOCK_ROWS = THREADS / LANES * ROWS;
-  static constexpr int COLUMNS = WIDTH / LANES;              // of a thread
-  static constexpr int VECTORS = WIDTH / 4;                  // per token and tensor
-  static constexpr int FETCHES = STAGE * VECTORS / THREADS;  // vectors that a thread loads of a tensor
-  static constexpr int FETCHED = STAGE / FETCHES;            // tokens between them
+  static constexpr int WIDTH = WIDTH_, ROWS = ROWS_, WARPS = WARPS_;
+  static constexpr int THREADS = 32 * WARPS, BLOCK_ROWS = WKV7_WARP_ROWS * WARPS;
+  static constexpr int LANES = 32 * ROWS / WKV7_WARP_ROWS;  // that share their rows
+  static constexpr int COLUMNS = WIDTH / LANES;             // of a thread
+  static constexpr int VECTORS = WIDTH / 4;                 // per token and tensor
+  static constexpr int STAGE = THREADS / VECTORS;           // tokens in shared memory: a vector per thread and tensor
 };
 
 template <class S> using State = float[S::ROWS][S::COLUMNS];
@@ -93,10 +91,10 @@ template <class S, int TENSORS> struct Tokens {
   bool starts[WKV7_INTERVAL > S::STAGE ? WKV7_INTERVAL : S::STAGE];
 };
 
-// Vectors of each tensor, on their way to shared memory.
+// One vector of each tensor, on its way to shared memory.
 template <class S, int TENSORS> struct Fetched {
-  Four<typename S::E> x[S::FETCHES][TENSORS];
-  Four<float> w[S::FETCHES];
+  Four<typename S::E> x[TENSORS];
+  Four<float> w;
   bool starts;
 };
 
@@ -105,14 +103,12 @@ WKV_FN Fetched<S, TENSORS> fetch(const Wkv7Args& q, const Place& p, long long be
   using E = typename S::E;
   Fetched<S, TENSORS> to = {};
   const int column = p.thread % S::VECTORS * 4;
-  UNROLL for (int n = 0; n < S::FETCHES; n++) {
-    const long long t = begin + n * S::FETCHED + p.thread / S::VECTORS;
-    if (t < q.T && column < q.N) {
-      const long long at = token(q, p, t) + column;
-      const void* tensors[] = {q.r, nullptr, q.k, q.v, q.a, q.b, q.gy};
-      UNROLL for (int i = 0; i < TENSORS; i++) if (i != W) to.x[n][i] = *(const Four<E>*)((const E*)tensors[i] + at);
-      to.w[n] = *(const Four<float>*)(q.w + at);
-    }
+  const long long t = begin + p.thread / S::VECTORS;
+  if (t < q.T && column < q.N) {
+    const long long at = token(q, p, t) + column;
+    const void* tensors[] = {q.r, nullptr, q.k, q.v, q.a, q.b, q.gy};
+    UNROLL for (int i = 0; i < TENSORS; i++) if (i != W) to.x[i] = *(const Four<E>*)((const E*)tensors[i] + at);
+    to.w = *(const Four<float>*)(q.w + at);
   }
   if (q.reset && p.thread < S::STAGE && begin + p.thread < q.T)
     to.starts = q.reset[p.batch * q.T + begin + p.thread] != 0;
@@ -121,12 +117,11 @@ WKV_FN Fetched<S, TENSORS> fetch(const Wkv7Args& q, const Place& p, long long be
 // Between barriers. `slot`: the index of the first token in `starts`.
 template <class S, int TENSORS>
 WKV_FN void put(Tokens<S, TENSORS>& to, const Fetched<S, TENSORS>& from, const Place& p, int slot) {
-  UNROLL for (int n = 0; n < S::FETCHES; n++)
-    UNROLL for (int i = 0; i < TENSORS; i++) {
-      Four<float> four;
-      EACH_OF_4 four.x[e] = i == W ? wkv_exp(from.w[n].x[e]) : load(&from.x[n][i].x[e]);
-      to.x[i][n * S::FETCHED + p.thread / S::VECTORS][p.thread % S::VECTORS] = four;
-    }
+  UNROLL for (int i = 0; i < TENSORS; i++) {
+    Four<float> four;
+    EACH_OF_4 four.x[e] = i == W ? wkv_exp(from.w.x[e]) : load(&from.x[i].x[e]);
+    to.x[i][p.thread / S::VECTORS][p.thread % S::VECTORS] = four;
+  }
   if (p.thread < S::STAGE) to.starts[slot + p.thread] = from.starts;
 }
 template <class S, int TENSORS> WKV_FN bool any_starts(const Tokens<S, TENSORS>& tokens) {
@@ -158,37 +153,25 @@ template <class S> WKV_FN float dot(const Keys<S>& x, const Keys<S>& y) {
   return even + odd;
 }
 
-// The sum over the columns of all threads with these rows, of one row: the thread's row_of().
-template <class S> WKV_FN float scattered_sum(Values<S>& x, const Place& p) {
-  UNROLL for (int half = S::ROWS / 2, mask = 1; half; half /= 2, mask *= 2) {
-    const bool upper = p.lane & mask;
-    UNROLL for (int i = 0; i < half; i++) {
-      const float kept = upper ? x[i + half] : x[i], given = upper ? x[i] : x[i + half];
-      x[i] = kept + shuffle_xor(given, mask);
-    }
+// Sums over the columns of all threads with these rows, in each of them.
+template <class S, int COUNT> WKV_FN void sum_columns(float (&x)[COUNT], const Place& p) {
+  if (S::ROWS != 4) {
+    UNROLL for (int mask = 1; mask < S::LANES; mask *= 2)
+      UNROLL for (int i = 0; i < COUNT; i++) x[i] += shuffle_xor(x[i], mask);
+    return;
   }
-  UNROLL for (int mask = S::ROWS; mask < S::LANES; mask *= 2) x[0] += shuffle_xor(x[0], mask);
-  return x[0];
-}
-template <class S> WKV_FN int row_of(const Place& p) {
-  int row = 0;
-  UNROLL for (int half = S::ROWS / 2, mask = 1; half; half /= 2, mask *= 2) row += p.lane & mask ? half : 0;
-  return row;
-}
-// The sums of all rows in each thread, from scattered_sum.
-template <class S> WKV_FN void gather(Values<S>& x, const Place& p) {
-  UNROLL for (int half = 1, mask = S::ROWS / 2; mask; half *= 2, mask /= 2) {
-    const bool upper = p.lane & mask;
-    UNROLL for (int i = 0; i < half; i++) {
-      const float own = x[i], other = shuffle_xor(own, mask);
-      x[i] = upper ? other : own;
-      x[i + half] = upper ? own : other;
-    }
-  }
-}
-// Writes scattered sums to a row of shared memory.
-template <class S> WKV_FN void put_sum(Four<float>* to, float sum, const Place& p) {
-  if (p.lane < S::ROWS) ((float*)to)[p.local + row_of<S>(p)] = sum;
+  // The same in half as many shuffles: each thread sums one row, and they exchange the sums.
+  const bool odd = p.lane & 1, high = p.lane & 2;
+  const float first = (odd ? x[S::ROWS / 2] : x[0]) + shuffle_xor(odd ? x[0] : x[S::ROWS / 2], 1);
+  const float second = (odd ? x[S::ROWS - 1] : x[1]) + shuffle_xor(odd ? x[1] : x[S::ROWS - 1], 1);
+  float sum = (high ? second : first) + shuffle_xor(high ? first : second, 2);
+  UNROLL for (int mask = 4; mask < S::LANES; mask *= 2) sum += shuffle_xor(sum, mask);
+  const float other = shuffle_xor(sum, 2), low_row = high ? other : sum, high_row = high ? sum : other;
+  const float low_pair = shuffle_xor(low_row, 1), high_pair = shuffle_xor(high_row, 1);
+  x[0] = odd ? low_pair : low_row;
+  x[1] = odd ? high_pair : high_row;
+  x[S::ROWS / 2] = odd ? low_row : low_pair;
+  x[S::ROWS - 1] = odd ? high_row : high_pair;
 }
 
 }  // namespace wkv7

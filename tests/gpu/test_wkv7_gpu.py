@@ -31,21 +31,15 @@ def cuda(*tensors, state=None, reset=None, initial=None):
     return wkv7(*tensors, state, reset, initial=initial, impl="cuda")
 
 
-def kernels(tensors, methods=None):
+def kernels(tensors, narrow=None, chunks=False):
     assert load.why_unavailable_on(0) is None
-    return native.cuda_kernels(tensors[0], 0, lambda: torch.cuda.current_stream().cuda_stream, methods)
+    return native.cuda_kernels(tensors[0], 0, lambda: torch.cuda.current_stream().cuda_stream, narrow, chunks)
 
 
-def with_matrices(methods):
-    """The operator by matrix products over chunks of tokens."""
+def by_chunks(*tensors, state=None, reset=None, initial=None):
+    initial = state if initial is None else initial
+    return native.run(kernels(tensors, chunks=True), *tensors, state, reset, initial)
 
-    def run(*tensors, state=None, reset=None, initial=None):
-        return native.run(kernels(tensors, methods), *tensors, state, reset, state if initial is None else initial)
-
-    return run
-
-
-CHUNKS, PARALLEL = native.Methods("tokens", "chunks"), native.Methods("parallel", "parallel")
 
 SMALL = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
 needs_matrix_units = pytest.mark.skipif(SMALL, reason="needs compute capability 8.0")
@@ -76,8 +70,7 @@ def test_fp32_close_to_fp64(shape, state, reset, initial):
 @needs_matrix_units
 @pytest.mark.parametrize("shape", [(1, 1, 1, 64), (2, 15, 3, 64), (1, 16, 2, 64), (2, 17, 1, 64), (3, 97, 5, 64)])
 @pytest.mark.parametrize(("state", "reset", "initial"), [(False,) * 3, (True, True, False), (True, True, True)])
-@pytest.mark.parametrize("methods", [CHUNKS, PARALLEL])
-def test_matrices_close_to_fp64(shape, state, reset, initial, methods):
+def test_chunks_close_to_fp64(shape, state, reset, initial):
     batch, length, heads, size = shape
     arguments = on_gpu(
         inputs(*shape, seed=length),
@@ -85,15 +78,14 @@ def test_matrices_close_to_fp64(shape, state, reset, initial, methods):
         starts(batch, length) if reset else None,
         states(batch, heads, size, 4) if initial else None,
     )
-    assert_close(outputs_and_gradients(with_matrices(methods), *arguments), in_fp64(*arguments))
+    assert_close(outputs_and_gradients(by_chunks, *arguments), in_fp64(*arguments))
 
 
 @needs_matrix_units
-@pytest.mark.parametrize("methods", [CHUNKS, PARALLEL])
-def test_matrices_of_many_heads(methods):
-    """As many blocks as fill the GPU, twice; the results are those of the other kernels."""
+def test_chunks_of_many_heads():
+    """As many blocks as fill the GPU, twice; the results are those of the kernel without chunks."""
     arguments = on_gpu(inputs(16, 300, 16, 64), states(16, 16, 64), starts(16, 300, 0.01))
-    first, second = (outputs_and_gradients(with_matrices(methods), *arguments) for _ in range(2))
+    first, second = (outputs_and_gradients(by_chunks, *arguments) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     others = {name: x.double() for name, x in outputs_and_gradients(cuda, *arguments).items()}
     assert_close(first, others, share=1e-5)  # the rounding of both
@@ -101,9 +93,8 @@ def test_matrices_of_many_heads(methods):
 
 @needs_matrix_units
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("methods", [CHUNKS, PARALLEL])
-def test_matrices_in_half_precision(dtype, methods):
-    assert_half_is_rounded_fp32(with_matrices(methods), dtype, *on_gpu(inputs(3, 100, 5, 64), states(3, 5, 64)))
+def test_chunks_in_half_precision(dtype):
+    assert_half_is_rounded_fp32(by_chunks, dtype, *on_gpu(inputs(3, 100, 5, 64), states(3, 5, 64)))
 
 
 @pytest.mark.parametrize("size", [16, 48, 80, 128, 144, 256])
@@ -122,11 +113,19 @@ def test_half_is_rounded_fp32(dtype, size):
     assert_half_is_rounded_fp32(cuda, dtype, *on_gpu(inputs(3, 100, 5, size), states(3, 5, size)))
 
 
-@pytest.mark.parametrize("batch", [1, 40])
+@pytest.mark.parametrize("batch", [1, 40])  # splits states over blocks, or not
 def test_deterministic(batch):
     arguments = on_gpu(inputs(batch, 600, 12, 64), states(batch, 12, 64), starts(batch, 600, 0.01))
     first, second = (outputs_and_gradients(cuda, *arguments) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_independent_of_split(dtype):
+    r, w, *others = on_gpu(inputs(4, 100, 12, 64))[0]
+    tensors = [r.to(dtype), w, *(x.to(dtype) for x in others)]
+    both = [kernels(tensors, narrow).forward(*tensors, None, None, None) for narrow in (False, True)]
+    assert all(torch.equal(one, other) for one, other in zip(*both, strict=True))
 
 
 def test_no_gradient_across_documents():
@@ -195,7 +194,7 @@ def test_time_mix(dtype):
         results.append([y, last, *torch.autograd.grad((gy * y).sum() + (glast * last).sum(), leaves)])
     for ours, truth in zip(*results, strict=True):
         # fp32 rounding; in half precision, the inputs and the output of WKV are rounded
-        allowed = (1e-5 if dtype == torch.float32 else 0.03) * max(1.0, float(truth.detach().abs().max()))
+        allowed = (1e-5 if dtype == torch.float32 else 0.03) * max(1.0, float(truth.abs().max()))
         assert float((ours - truth).abs().max()) <= allowed
 
 
@@ -259,9 +258,9 @@ def test_64_bit_offsets():
     gy = normal()
     ours, theirs = [], []
     for found, rows in ((ours, slice(0, 2)), (theirs, slice(1, 2))):
-        y, last, saved = kernels(leaves).forward(*(x[rows] for x in leaves), None, None, None)
+        y, last, saved = kernels(leaves, False).forward(*(x[rows] for x in leaves), None, None, None)
         found += [y, last]
-        found += kernels(leaves).backward(*(x[rows] for x in leaves), None, None, saved, gy[rows], None)[:7]
+        found += kernels(leaves, False).backward(*(x[rows] for x in leaves), None, None, saved, gy[rows], None)[:7]
         del saved
     assert saved_elements(batch, length, heads) > 1 << 31
     assert all(torch.equal(whole[1:], row) for whole, row in zip(ours, theirs, strict=True))

@@ -49,8 +49,7 @@ static void run_block() {
   }
   // Every other time in reverse, so that results show whether threads depend on each other without a
   // barrier between them.
-  static bool reverse = false;
-  reverse = !reverse;
+  bool reverse = false;
   for (unsigned left = threads_of_block; left; reverse = !reverse) {
     const unsigned before = left;
     for (unsigned i = 0; i < threads_of_block; i++) {
@@ -124,7 +123,7 @@ template <class Args> static Kernel kernel(void (*function)(Args), bool barriers
 #define WKV_OF(E) WKV(wkv4_summary_##E), WKV(wkv4_output_##E), WKV(wkv4_summary_gradient_##E), WKV(wkv4_gradient_##E)
 #define WKV7(name) {#name, kernel(wkv7::name, true)}
 #define WKV7_CHUNKS(name) {#name, kernel(wkv7_chunks::name, true)}
-#define WKV7_OF(E) WKV7(wkv7_output_##E), WKV7(wkv7_gradient_##E), WKV7_CHUNKS(wkv7_chunk_gradient_##E), WKV7_CHUNKS(wkv7_parallel_gradient_##E), WKV7_CHUNKS(wkv7_parallel_output_##E), WKV7_CHUNKS(wkv7_prepare_output_##E), WKV7_CHUNKS(wkv7_prepare_gradient_##E)
+#define WKV7_OF(E) WKV7(wkv7_output_##E), WKV7(wkv7_narrow_output_##E), WKV7(wkv7_gradient_##E), WKV7_CHUNKS(wkv7_chunk_gradient_##E), WKV7_CHUNKS(wkv7_parallel_gradient_##E), WKV7_CHUNKS(wkv7_parallel_output_##E), WKV7_CHUNKS(wkv7_prepare_output_##E), WKV7_CHUNKS(wkv7_prepare_gradient_##E)
 #define FUSED(name) {#name, kernel(fused::name)}
 #define FUSED_ROW(name) {#name, kernel(fused::name, true)}
 #define FUSED_OF_TWO(E) FUSED_ROW(fused_norm_##E), FUSED_ROW(fused_norm_gradient_##E), FUSED(fused_norm_sums_##E)

@@ -135,7 +135,7 @@ class Server:
         """Check that tensors one element further in memory give the same result."""
         import torch
 
-        methods = "tokens", "tokens"
+        methods = "wide", "tokens"
         shifted = [torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x) for x in tensors]
         assert all(x.data_ptr() % 16 for x in shifted)
         assert torch.equal(self.wkv7(methods, *shifted)[0], self.wkv7(methods, *tensors)[0])

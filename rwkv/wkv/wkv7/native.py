@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+FEW_HEADS = 256  # up to this many in the batch, their states are split over several blocks of the GPU
 HEAD_SIZE = 64  # up to this size the CUDA kernels compute in any dtype, above it in fp32 only
 
 
@@ -28,21 +29,26 @@ def cpu_kernels(r: Tensor) -> Kernels:
 class Methods(NamedTuple):
     """How the CUDA kernels compute.
 
-    forward: "tokens" goes through time token by token; "parallel" computes all chunks of 16 tokens
-        at once, but for a scan.
-    backward: "tokens" and "parallel", as forward; "chunks" goes through time chunk by chunk.
+    forward: "wide" and "narrow" go through time token by token, with a head in one block of the GPU
+        or in four; "parallel" computes all chunks of 16 tokens at once, but for a scan.
+    backward: "tokens", token by token; "chunks", chunk by chunk; "parallel", as forward.
 
     Chunks are for heads of 64, w not below −2, and GPUs of compute capability 8.0 or later. Their
     kernels have not run on a GPU yet, so they are not the default.
     """
 
-    forward: str = "tokens"
-    backward: str = "tokens"
+    forward: str
+    backward: str
+
+
+def methods_for(r: Tensor) -> Methods:
+    """The methods for inputs like `r`: token by token."""
+    return Methods("narrow" if r.shape[0] * r.shape[2] <= FEW_HEADS else "wide", "tokens")
 
 
 def cuda_kernels(r: Tensor, device: int, stream: Callable[[], int], methods: Methods | None = None) -> Kernels:
     """The CUDA kernels for inputs like `r`. `stream` returns the stream of each launch."""
-    ops, chosen = torch.ops.rwkv, methods or Methods()
+    ops, chosen = torch.ops.rwkv, methods or methods_for(r)
     kernels = Kernels(
         lambda *tensors: ops.wkv7_cuda_forward(*tensors, chosen.forward, device, stream()),
         lambda *tensors: ops.wkv7_cuda_backward(*tensors, chosen.backward, device, stream()),
