@@ -2,7 +2,7 @@
 
     python bench/gpu/ptx.py rwkv/kernels/lib/torch-1.13.1+cu117/rwkv_compute_86.ptx
 
-The driver compiles the PTX. Prints how long it takes, and checks operators and elementwise operations.
+The driver compiles the PTX. Prints how long it takes, and checks WKV and elementwise operations.
 """
 
 import argparse

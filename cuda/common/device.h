@@ -8,7 +8,6 @@
   extern "C" __global__ void __launch_bounds__(__VA_ARGS__)  // max threads per block, min blocks per SM
 #define WKV_MEMBER __device__ __forceinline__
 #define SHARED __shared__
-#define SHARED_FLOATS(name) extern __shared__ float name[]  // as many as the launch asks for
 typedef float wkv_float;
 typedef unsigned wkv_bits;
 // For x <= 0. Its relative error, 2^-22 + |x| 2^-23, is negligible next to the 1 of a pair.
@@ -46,8 +45,6 @@ WKV_FN unsigned short float_to_bf16(float x) {  // round to nearest even
 }
 #endif
 #endif
-
-#define UNROLL _Pragma("unroll")
 
 struct fp32 { float x; };
 struct bf16 { unsigned short bits; };

@@ -1,6 +1,4 @@
 // All CUDA kernels as one module; the file that NVRTC compiles.
 #include "wkv4/wkv4.cu"
 #include "wkv7/wkv7.cu"
-#include "wkv7/wkv7_chunks.cu"
-#include "wkv7/wkv7_scan.cu"
 #include "elementwise/fused.cu"

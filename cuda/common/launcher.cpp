@@ -13,7 +13,7 @@
 namespace launcher {
 namespace {
 
-// The part of the CUDA driver API that is used, stable since CUDA 9.0. Declared here, so that
+// The part of the CUDA driver API that is used, stable since CUDA 7.0. Declared here, so that
 // building needs no CUDA header.
 using Result = int;
 using Context = void*;
@@ -23,7 +23,7 @@ using Function = void*;
 template <class F> void find(void* library, const char* name, F& function) {
   function = reinterpret_cast<F>(dlsym(library, name));
   if (!function)
-    throw std::runtime_error(std::string("the NVIDIA driver has no ") + name + ": it predates CUDA 9.0; update it");
+    throw std::runtime_error(std::string("the NVIDIA driver has no ") + name + ": it predates CUDA 7.0; update it");
 }
 
 struct Driver {
@@ -36,7 +36,6 @@ struct Driver {
   Result (*pop)(Context*);
   Result (*load_data)(Module*, const void* image);
   Result (*get_function)(Function*, Module, const char* name);
-  Result (*set_attribute)(Function, int attribute, int value);
   Result (*launch)(Function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, void* stream, void** parameters, void** extra);
 
@@ -54,7 +53,6 @@ struct Driver {
     find(library, "cuCtxPopCurrent_v2", pop);
     find(library, "cuModuleLoadData", load_data);
     find(library, "cuModuleGetFunction", get_function);
-    find(library, "cuFuncSetAttribute", set_attribute);
     find(library, "cuLaunchKernel", launch);
     check(init(0), "cuInit");
   }
@@ -112,8 +110,7 @@ void load(int64_t device, const std::string& path) {
   devices[device] = loaded;
 }
 
-void launch(int64_t device, void* stream, const std::string& kernel, int64_t blocks, int threads, const void* args,
-            unsigned shared) {
+void launch(int64_t device, void* stream, const std::string& kernel, int64_t blocks, int threads, const void* args) {
   Context context;
   Function function;
   {
@@ -126,9 +123,6 @@ void launch(int64_t device, void* stream, const std::string& kernel, int64_t blo
       const ScopedContext current(context);
       driver().check(driver().get_function(&known, found->second.module, kernel.c_str()),
                      "cuModuleGetFunction " + kernel);
-      if (shared)
-        driver().check(driver().set_attribute(known, 8, int(shared)),  // the maximum without declaration
-                       "cuFuncSetAttribute " + kernel);
     }
     function = known;
   }
@@ -138,7 +132,7 @@ void launch(int64_t device, void* stream, const std::string& kernel, int64_t blo
   void* parameters[] = {const_cast<void*>(args)};
   const ScopedContext current(context);
   driver().check(
-      driver().launch(function, unsigned(blocks), 1, 1, unsigned(threads), 1, 1, shared, stream, parameters, nullptr),
+      driver().launch(function, unsigned(blocks), 1, 1, unsigned(threads), 1, 1, 0, stream, parameters, nullptr),
       "cuLaunchKernel " + kernel);
 }
 

@@ -12,10 +12,8 @@ namespace launcher {
 void load(int64_t device, const std::string& path);
 
 // Launches a kernel with `blocks` blocks of `threads` threads on a stream of the device, in its
-// primary context (the one torch uses), from any thread. `args` points to the kernel argument;
-// `shared`: bytes of shared memory that the kernel does not declare itself, the same in every launch.
+// primary context (the one torch uses), from any thread. `args` points to the kernel argument.
 // Asynchronous; the caller's current context is restored. Throws std::runtime_error.
-void launch(int64_t device, void* stream, const std::string& kernel, int64_t blocks, int threads, const void* args,
-            unsigned shared = 0);
+void launch(int64_t device, void* stream, const std::string& kernel, int64_t blocks, int threads, const void* args);
 
 }  // namespace launcher

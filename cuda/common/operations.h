@@ -1,5 +1,5 @@
 // The operators behind torch.ops.rwkv (binding.cpp), for CPUs and, with the device and the stream
-// to launch on, for GPUs. Implemented in wkv4.cpp, wkv6.cpp, wkv7.cpp, wkv7_gpu.cpp, fused.cpp and
+// to launch on, for GPUs. Implemented in wkv4.cpp, wkv6.cpp, wkv7.cpp, fused.cpp and
 // fused_gpu.cpp. None of torch's headers that declare every operator are included: they dominate
 // compile time.
 #pragma once
@@ -7,7 +7,6 @@
 #include <torch/version.h>
 
 #include <cstdint>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -80,11 +79,11 @@ Gradients wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const
                         int64_t stream);
 Outputs wkv7_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
                      const Tensor& b, const Optional<Tensor>& state, const Optional<Tensor>& initial,
-                     const Optional<Tensor>& reset, const std::string& method, int64_t device, int64_t stream);
+                     const Optional<Tensor>& reset, bool narrow, int64_t device, int64_t stream);
 Wkv7GradientTensors wkv7_backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
                                   const Tensor& b, const Optional<Tensor>& initial, const Optional<Tensor>& reset,
-                                  const Tensor& saved, const Tensor& gy, const Optional<Tensor>& gstate,
-                                  const std::string& method, int64_t device, int64_t stream);
+                                  const Tensor& saved, const Tensor& gy, const Optional<Tensor>& gstate, int64_t device,
+                                  int64_t stream);
 std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const Tensor& w, const Tensor& b, double eps,
                                         at::ScalarType y_dtype, int64_t device, int64_t stream);
 std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& gy, const Tensor& x, const Tensor& w,

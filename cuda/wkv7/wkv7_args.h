@@ -6,13 +6,7 @@ enum {
   WKV7_WARP_ROWS = 8,    // rows of a state per warp
   WKV7_WARPS = 8,        // per block, so that a block has the 64 rows of a head of the usual size
   WKV7_NARROW_WARPS = 2, // per block of wkv7_narrow_output_*, for few heads
-  WKV7_WIDE_WARPS = 4,   // per block of wkv7_gradient_128 and _256, to fit 48 KiB of shared memory
-  WKV7_CHUNK_WARPS = 4,  // per block of the kernels of wkv7_chunks.cu and wkv7_scan.cu
-  // Bytes of their shared memory: gradients have two states in it, outputs one
-  WKV7_GRADIENT_MEMORY = 84992,
-  WKV7_OUTPUT_MEMORY = 67584,
-  WKV7_PREPARE_MEMORY = 50176,
-  WKV7_MAP_FLOATS = 5 * 16 * 64 + 2 * 64  // per chunk, of wkv7_prepare_*
+  WKV7_WIDE_WARPS = 4    // per block of wkv7_gradient_128 and _256, to fit 48 KiB of shared memory
 };
 
 struct Wkv7Args {
@@ -25,11 +19,10 @@ struct Wkv7Args {
   float* saved;                       // [B, H, ceil(T / WKV7_INTERVAL), N, N], the states before tokens 0, 16, ...
   void* y;                            // [B, T, H, N]
   float* last;                        // [B, H, N, N], the outgoing state
-  float* work;                        // states between two saved ones: wkv7_work_floats() per block; or chunks' maps
   // Backward:
   const void* gy;                     // [B, T, H, N]
   const float* glast;                 // [B, H, N, N] or null
-  float* gstates;                     // [B, H, ceil(T / WKV7_INTERVAL), N, N], gradients of the states after chunks
+  float* work;                        // states between two saved ones: wkv7_work_floats() per block
   void *gr, *gk, *ga, *gb;            // [row_blocks, B, T, H, N], summed over row_blocks by the caller
   float* gw;                          // likewise
   void* gv;                           // [B, T, H, N]

@@ -5,6 +5,7 @@
 
 namespace wkv7 {
 
+#define UNROLL _Pragma("unroll")
 #define NO_UNROLL _Pragma("unroll 1")
 
 template <class E> struct alignas(4 * sizeof(E)) Four { E x[4]; };

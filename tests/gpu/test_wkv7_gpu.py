@@ -31,18 +31,9 @@ def cuda(*tensors, state=None, reset=None, initial=None):
     return wkv7(*tensors, state, reset, initial=initial, impl="cuda")
 
 
-def kernels(tensors, narrow=None, chunks=False):
+def kernels(tensors, narrow):
     assert load.why_unavailable_on(0) is None
-    return native.cuda_kernels(tensors[0], 0, lambda: torch.cuda.current_stream().cuda_stream, narrow, chunks)
-
-
-def by_chunks(*tensors, state=None, reset=None, initial=None):
-    initial = state if initial is None else initial
-    return native.run(kernels(tensors, chunks=True), *tensors, state, reset, initial)
-
-
-SMALL = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
-needs_matrix_units = pytest.mark.skipif(SMALL, reason="needs compute capability 8.0")
+    return native.cuda_kernels(tensors[0], 0, lambda: torch.cuda.current_stream().cuda_stream, narrow)
 
 
 def check(tensors, state=None, reset=None, initial=None):
@@ -65,36 +56,6 @@ def test_fp32_close_to_fp64(shape, state, reset, initial):
         starts(batch, length) if reset else None,
         states(batch, heads, size, 4) if initial else None,
     )
-
-
-@needs_matrix_units
-@pytest.mark.parametrize("shape", [(1, 1, 1, 64), (2, 15, 3, 64), (1, 16, 2, 64), (2, 17, 1, 64), (3, 97, 5, 64)])
-@pytest.mark.parametrize(("state", "reset", "initial"), [(False,) * 3, (True, True, False), (True, True, True)])
-def test_chunks_close_to_fp64(shape, state, reset, initial):
-    batch, length, heads, size = shape
-    arguments = on_gpu(
-        inputs(*shape, seed=length),
-        states(batch, heads, size) if state else None,
-        starts(batch, length) if reset else None,
-        states(batch, heads, size, 4) if initial else None,
-    )
-    assert_close(outputs_and_gradients(by_chunks, *arguments), in_fp64(*arguments))
-
-
-@needs_matrix_units
-def test_chunks_of_many_heads():
-    """As many blocks as fill the GPU, twice; the results are those of the kernel without chunks."""
-    arguments = on_gpu(inputs(16, 300, 16, 64), states(16, 16, 64), starts(16, 300, 0.01))
-    first, second = (outputs_and_gradients(by_chunks, *arguments) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    others = {name: x.double() for name, x in outputs_and_gradients(cuda, *arguments).items()}
-    assert_close(first, others, share=1e-5)  # the rounding of both
-
-
-@needs_matrix_units
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_chunks_in_half_precision(dtype):
-    assert_half_is_rounded_fp32(by_chunks, dtype, *on_gpu(inputs(3, 100, 5, 64), states(3, 5, 64)))
 
 
 @pytest.mark.parametrize("size", [16, 48, 80, 128, 144, 256])

@@ -30,7 +30,6 @@ KERNELS |= {
         "output": ("fp32", "bf16", "fp16", "128", "256"),
         "narrow_output": ("fp32", "bf16", "fp16"),
         "gradient": ("fp32", "bf16", "fp16", "128", "256"),
-        "chunk_gradient": ("fp32", "bf16", "fp16"),
     }.items()
     for kind in kinds
 }

@@ -16,7 +16,6 @@
 #define WKV_MEMBER inline
 #define KERNEL(...) extern "C" void
 #define SHARED static
-#define SHARED_FLOATS(name) static float name[1 << 15]
 typedef float wkv_float;
 typedef unsigned wkv_bits;
 struct alignas(16) uint4 { unsigned x, y, z, w; };
@@ -47,13 +46,9 @@ static void run_block() {
     t.at.uc_link = &scheduler;
     makecontext(&t.at, run_thread, 0);
   }
-  // Every other time in reverse, so that results show whether threads depend on each other without a
-  // barrier between them.
-  bool reverse = false;
-  for (unsigned left = threads_of_block; left; reverse = !reverse) {
+  for (unsigned left = threads_of_block; left;) {
     const unsigned before = left;
-    for (unsigned i = 0; i < threads_of_block; i++) {
-      thread_in_block = reverse ? threads_of_block - 1 - i : i;
+    for (thread_in_block = 0; thread_in_block < threads_of_block; thread_in_block++) {
       if (block[thread_in_block].ended) continue;
       swapcontext(&scheduler, &block[thread_in_block].at);
       left -= block[thread_in_block].ended;
@@ -89,27 +84,6 @@ WKV_FN unsigned thread_number() { return thread_in_block; }
 WKV_FN unsigned block_size() { return threads_of_block; }
 WKV_FN long long thread_index() { return (long long)block_index * threads_of_block + thread_in_block; }
 
-// Products on tensor cores (common/matrix.h): they ignore the 13 low bits of their operands.
-#define MATRIX_UNITS 1
-#include "common/matrix.h"
-static void multiply_add(float (&d)[4], const Split (&a)[4], const Split (&b)[2]) {
-  struct Given { Split a[4], b[2]; };
-  static Given given[2][1024];
-  static unsigned char turn[1024];
-  Given* now = given[turn[thread_in_block] ^= 1];
-  std::memcpy(now[thread_in_block].a, a, sizeof(a));
-  std::memcpy(now[thread_in_block].b, b, sizeof(b));
-  barrier();
-  now += thread_in_block / 32 * 32;
-  const auto tf32 = [](unsigned x) { return as_float(x & 0xffffe000u); };
-  const unsigned g = thread_in_block % 32 / 4, t = thread_in_block % 4;
-  for (unsigned e = 0; e < 4; e++)
-    for (unsigned k = 0; k < 8; k++) {
-      const Split x = now[g * 4 + k % 4].a[k / 4 * 2 + e / 2], y = now[(2 * t + e % 2) * 4 + k % 4].b[k / 4];
-      d[e] += tf32(x.low) * tf32(y.high) + tf32(x.high) * tf32(y.low) + tf32(x.high) * tf32(y.high);
-    }
-}
-
 #include "common/gpu.cu"
 
 struct Kernel {
@@ -122,8 +96,7 @@ template <class Args> static Kernel kernel(void (*function)(Args), bool barriers
 #define WKV(name) {#name, kernel(wkv::name)}
 #define WKV_OF(E) WKV(wkv4_summary_##E), WKV(wkv4_output_##E), WKV(wkv4_summary_gradient_##E), WKV(wkv4_gradient_##E)
 #define WKV7(name) {#name, kernel(wkv7::name, true)}
-#define WKV7_CHUNKS(name) {#name, kernel(wkv7_chunks::name, true)}
-#define WKV7_OF(E) WKV7(wkv7_output_##E), WKV7(wkv7_narrow_output_##E), WKV7(wkv7_gradient_##E), WKV7_CHUNKS(wkv7_chunk_gradient_##E), WKV7_CHUNKS(wkv7_parallel_gradient_##E), WKV7_CHUNKS(wkv7_parallel_output_##E), WKV7_CHUNKS(wkv7_prepare_output_##E), WKV7_CHUNKS(wkv7_prepare_gradient_##E)
+#define WKV7_OF(E) WKV7(wkv7_output_##E), WKV7(wkv7_narrow_output_##E), WKV7(wkv7_gradient_##E)
 #define FUSED(name) {#name, kernel(fused::name)}
 #define FUSED_ROW(name) {#name, kernel(fused::name, true)}
 #define FUSED_OF_TWO(E) FUSED_ROW(fused_norm_##E), FUSED_ROW(fused_norm_gradient_##E), FUSED(fused_norm_sums_##E)
@@ -131,7 +104,7 @@ template <class Args> static Kernel kernel(void (*function)(Args), bool barriers
   FUSED_OF_TWO(E), FUSED(fused_gate_##E), FUSED(fused_gate_gradient_##E), FUSED(fused_mix_##E), FUSED(fused_mix_gradient_##E), FUSED(fused_relu2_##E), FUSED(fused_relu2_gradient_##E), \
       FUSED(fused_dropout_##E), FUSED_ROW(fused_loss_##E)
 static const std::map<std::string, Kernel> kernels = {WKV_OF(fp32), WKV_OF(bf16), WKV_OF(fp16), WKV(wkv4_scan), WKV(wkv4_scan_gradient),
-                                                      WKV7_OF(fp32), WKV7_OF(bf16), WKV7_OF(fp16), WKV7_CHUNKS(wkv7_scan_output), WKV7_CHUNKS(wkv7_scan_gradient), WKV7(wkv7_output_128), WKV7(wkv7_output_256), WKV7(wkv7_gradient_128), WKV7(wkv7_gradient_256),
+                                                      WKV7_OF(fp32), WKV7_OF(bf16), WKV7_OF(fp16), WKV7(wkv7_output_128), WKV7(wkv7_output_256), WKV7(wkv7_gradient_128), WKV7(wkv7_gradient_256),
                                                       FUSED_OF(fp32), FUSED_OF(bf16), FUSED_OF(fp16), FUSED_OF(any), FUSED_OF_TWO(fp32_bf16), FUSED_OF_TWO(fp32_fp16)};
 
 static std::ostringstream record;
@@ -172,9 +145,6 @@ int cuModuleGetFunction(void** function, void*, const char* name) {
   *function = found == kernels.end() ? nullptr : const_cast<void*>(static_cast<const void*>(&*found));
   const int result = log_call(call("cuModuleGetFunction", name));
   return *function ? result : 500;
-}
-int cuFuncSetAttribute(void* function, int attribute, int value) {
-  return log_call(call("cuFuncSetAttribute", static_cast<const std::pair<const std::string, Kernel>*>(function)->first, attribute, value));
 }
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream,
                    void** parameters, void** extra) {

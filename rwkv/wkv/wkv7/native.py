@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-FEW_HEADS = 256  # up to this many in the batch, their states are split over several blocks of the GPU
 HEAD_SIZE = 64  # up to this size the CUDA kernels compute in any dtype, above it in fp32 only
 
 
@@ -26,32 +25,14 @@ def cpu_kernels(r: Tensor) -> Kernels:
     return _converted(kernels) if r.dtype == torch.float16 else kernels
 
 
-class Methods(NamedTuple):
-    """How the CUDA kernels compute.
-
-    forward: "wide" and "narrow" go through time token by token, with a head in one block of the GPU
-        or in four; "parallel" computes all chunks of 16 tokens at once, but for a scan.
-    backward: "tokens", token by token; "chunks", chunk by chunk; "parallel", as forward.
-
-    Chunks are for heads of 64, w not below −2, and GPUs of compute capability 8.0 or later. Their
-    kernels have not run on a GPU yet, so they are not the default.
+def cuda_kernels(r: Tensor, device: int, stream: Callable[[], int], narrow: bool = False) -> Kernels:
+    """The CUDA kernels for inputs like `r`. `stream` returns the stream of each launch; `narrow`
+    splits the state of a head over several blocks, which is not faster (docs/results.md).
     """
-
-    forward: str
-    backward: str
-
-
-def methods_for(r: Tensor) -> Methods:
-    """The methods for inputs like `r`: token by token."""
-    return Methods("narrow" if r.shape[0] * r.shape[2] <= FEW_HEADS else "wide", "tokens")
-
-
-def cuda_kernels(r: Tensor, device: int, stream: Callable[[], int], methods: Methods | None = None) -> Kernels:
-    """The CUDA kernels for inputs like `r`. `stream` returns the stream of each launch."""
-    ops, chosen = torch.ops.rwkv, methods or methods_for(r)
+    ops = torch.ops.rwkv
     kernels = Kernels(
-        lambda *tensors: ops.wkv7_cuda_forward(*tensors, chosen.forward, device, stream()),
-        lambda *tensors: ops.wkv7_cuda_backward(*tensors, chosen.backward, device, stream()),
+        lambda *tensors: ops.wkv7_cuda_forward(*tensors, narrow, device, stream()),
+        lambda *tensors: ops.wkv7_cuda_backward(*tensors, device, stream()),
     )
     return _converted(kernels) if r.dtype != torch.float32 and r.shape[-1] > HEAD_SIZE else kernels
 
