@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rwkv import compat
 from rwkv.kernels.head_loss import head_loss
 from rwkv.kernels.linear import Matrix
 from rwkv.models.layers import Device, Norm, dropout
@@ -89,6 +90,8 @@ class RWKV(nn.Module):
             reset: bool [B, T], True at the first token of a document, where the state is reset.
         """
         x = self.emb(tokens)
+        if compat.autocast_dtype(x.device.type) is None:
+            x = x.to(self.ln_out.weight.dtype)  # that of the run; a frozen embedding may be stored in bf16
         if state is None:  # like x, because ZeRO-3 keeps the embedding's weight gathered after an access
             state = self.initial_state(tokens.shape[0], x)
         p = self.dropout if self.training else 0.0
@@ -137,3 +140,11 @@ def _checkpoint_reentrant(
 def shapes(sizes: Any) -> dict[str, torch.Size]:
     """The shape of every parameter of a model of these sizes; allocates no memory for them."""
     return {name: parameter.shape for name, parameter in RWKV(sizes, device="meta").named_parameters()}
+
+
+@functools.lru_cache(maxsize=16)
+def unused(sizes: Any) -> frozenset[str]:
+    """Names of the parameters that no computation uses, and no run trains."""
+    return frozenset(
+        name for name, parameter in RWKV(sizes, device="meta").named_parameters() if not parameter.requires_grad
+    )
