@@ -165,12 +165,17 @@ class Chat:
     """A conversation in the World models' chat format, with the same tokens as the converter's for
     the same messages.
 
+    Args:
+        think: for RWKV-7 G1 models (RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt). "full": answers
+            begin with thoughts, <think>…</think>; "fast": with an empty thought, which is not part
+            of the conversation; "none": as the model likes.
+
     Attributes:
         session: the text so far; between turns it ends with a blank line.
     """
 
-    def __init__(self, session: Session):
-        self.session = session
+    def __init__(self, session: Session, think: str = "none"):
+        self.session, self.think = session, think
 
     def ask(
         self,
@@ -180,16 +185,25 @@ class Chat:
         generator: torch.Generator | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Iterator[str]:
-        """Generate the answer to a message; yields it without surrounding whitespace.
+        """Generate the answer to a message; yields it without surrounding whitespace, with the
+        thoughts before it.
 
         If the caller stops early, the answer is the text yielded so far.
         """
         session = self.session
         session.read(question(text))
         begin, answer, held = (session.state, session.logits), "", ""
+        session.read(_OPENING[self.think])
+        closing = ">" if self.think == "fast" else ""  # the rest of the opening
         try:
+            if self.think == "full":
+                answer = _OPENING["full"].lstrip()
+                yield answer
             for part in session.write(sampling, max_tokens, STOP, generator, cancelled):
-                part = held + part if answer else part.lstrip()
+                if answer:
+                    part = held + part
+                elif part := part.lstrip():
+                    part, closing = part.removeprefix(closing).lstrip(), ""
                 shown = part.rstrip()
                 held = part[len(shown) :]
                 if shown:
@@ -209,4 +223,6 @@ def question(text: str) -> str:
     return f"User: {fold(text)}\n\nAssistant:"
 
 
+# As upstream's templates, without the last ">": in text it is part of a longer token.
+_OPENING = {"none": "", "fast": " <think>\n</think", "full": " <think"}
 STOP = ("\n\nUser:",)  # where a chat answer ends, if not with EOD

@@ -44,9 +44,11 @@ class Conversation:
         sampling: Sampling,
         max_tokens: int,
         generator: torch.Generator | None = None,
+        think: str = "none",
     ):
         self.begin, self.sampling, self.max_tokens, self.generator = begin, sampling, max_tokens, generator
-        self.chat = Chat(begin())
+        self.think = think
+        self.chat = Chat(begin(), think)
         # the last message, and the session's state before it
         self.last: tuple[str, tuple] | None = None
         self.interactive = sys.stdin.isatty()
@@ -97,7 +99,7 @@ class Conversation:
         if command == "/help":
             _say(HELP)
         elif command == "/reset":
-            self.chat, self.last = Chat(self.begin()), None
+            self.chat, self.last = Chat(self.begin(), self.think), None
             _say("[new conversation]")
         elif command == "/retry":
             if self.last is None:

@@ -29,6 +29,8 @@ def main(config: GenerateConfig) -> None:
         raise UserError(
             "--prompt continues a text and --ask answers a question: pass only one of them, or neither to chat"
         )
+    if config.prompt and config.think != "none":
+        raise UserError("--think is for --ask and chats: omit it, or write the beginning of the thoughts into --prompt")
     if config.lora_alpha and not config.lora:
         raise UserError("--lora_alpha needs an adapter: pass --lora, or omit --lora_alpha")
     sampling = Sampling(
@@ -58,7 +60,7 @@ def main(config: GenerateConfig) -> None:
         return Session(model, tokenizer, dtype)
 
     if not (config.prompt or config.ask):
-        Conversation(begin, sampling, config.max_tokens, generator).run()
+        Conversation(begin, sampling, config.max_tokens, generator, config.think).run()
         return
     session = begin()
     if config.prompt:
@@ -67,7 +69,7 @@ def main(config: GenerateConfig) -> None:
         print(prompt, end="")
         texts = session.write(sampling, config.max_tokens, (), generator)
     else:
-        texts = Chat(session).ask(decodable(config.ask), sampling, config.max_tokens, generator)
+        texts = Chat(session, config.think).ask(decodable(config.ask), sampling, config.max_tokens, generator)
     for part in texts:
         print(part, end="", flush=True)
     print(flush=True)

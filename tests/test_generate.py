@@ -117,9 +117,8 @@ class AnsweringModel(torch.nn.Module):
     def head(self, hidden):
         before, _, now = self.tokenizer.decode_bytes(self.state).decode().rpartition("Assistant:")
         text = self.answers[before.count("Assistant:") % len(self.answers)]
-        ids = [*self.tokenizer.encode(text), 0, 0]
         logits = torch.zeros(65536)
-        logits[ids[len(self.tokenizer.encode(now))] if text.startswith(now) else 0] = 10
+        logits[[*self.tokenizer.encode(text[len(now) :]), 0][0] if text.startswith(now) else 0] = 10
         return logits
 
 
@@ -136,6 +135,25 @@ def test_chat_tokens_match_converter(tmp_path, write_jsonl, end):
         for turn in turns
         for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
+    data = Dataset(convert(ConvertConfig(input=str(write_jsonl({"messages": messages})), workers=1)).pairs[0][0])
+    assert session.state == [0, *data.document(0).tolist()[:-1]]
+
+
+@pytest.mark.parametrize(
+    ("think", "written", "answer"),
+    [
+        ("full", " <think>\none and\none</think>\n2", "<think>\none and\none</think>\n2"),
+        ("fast", " <think>\n</think>\n> quoted\n> 2", "> quoted\n> 2"),
+        ("fast", " <think>\n</think> 2", "2"),
+        ("none", " <think>hm</think>\n2", "<think>hm</think>\n2"),
+    ],
+)
+def test_thoughts(tmp_path, write_jsonl, think, written, answer):
+    """The tokens are those of a conversation with these answers, converted."""
+    session = Session(AnsweringModel(written), WorldTokenizer())
+    chat = Chat(session, think)
+    assert ["".join(chat.ask("1+1?", GREEDY, 50)) for _ in range(2)] == [answer] * 2
+    messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": answer}] * 2
     data = Dataset(convert(ConvertConfig(input=str(write_jsonl({"messages": messages})), workers=1)).pairs[0][0])
     assert session.state == [0, *data.document(0).tolist()[:-1]]
 

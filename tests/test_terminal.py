@@ -14,7 +14,7 @@ import pytest
 
 from rwkv.errors import UserError
 from rwkv.generate import Sampling
-from rwkv.terminal import check_sampling
+from rwkv.terminal import Conversation, check_sampling
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
@@ -205,3 +205,10 @@ def test_piped_input_prints_answers_only():
 def test_invalid_sampling_flags(flags, max_tokens, seed, expected):
     with pytest.raises(UserError, match=expected):
         check_sampling(Sampling(**flags), max_tokens, seed)
+
+
+def test_reset_keeps_think():
+    conversation = Conversation(object, Sampling(), 5, think="full")
+    for command in ((), ("/reset",)):
+        assert not command or conversation.execute(*command)
+        assert conversation.chat.think == "full"

@@ -43,6 +43,10 @@ class GenerateConfig:
     """Text to continue. Without prompt and ask: an interactive chat."""
     ask: str = ""
     """Question to answer, in the World models' format: "User: …", blank line, "Assistant:"."""
+    think: Literal["none", "fast", "full"] = "none"
+    """With ask and in chats, for RWKV-7 G1 models. full: answers begin with the model's thoughts,
+    "Assistant: <think>…</think>". fast: an empty thought is inserted, "Assistant: <think></think>".
+    none: "Assistant:"."""
     max_tokens: int = 200
     """Maximum number of generated tokens; an answer that is cut off is marked."""
     temperature: float = 1.0

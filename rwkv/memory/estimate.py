@@ -30,7 +30,7 @@ from rwkv.kernels.head_loss import SLICE, chunk_tokens
 from rwkv.memory.zero import ZEROS
 from rwkv.models import Sizes
 from rwkv.models.parts import layer_of
-from rwkv.models.rwkv import shapes
+from rwkv.models.rwkv import shapes, unused
 from rwkv.models.version import version_of
 
 GB = 10**9
@@ -173,8 +173,12 @@ def trained(p: Plan) -> int:
 
 def _fully_trained(p: Plan) -> list[torch.Size]:
     """The shapes of trained tensors, without adapters."""
-    parts = version_of(p.sizes).PARTS
-    return [shape for name, shape in shapes(p.sizes).items() if not p.lora or parts.fully_trained(name, p.parts)]
+    parts, never = version_of(p.sizes).PARTS, unused(p.sizes)
+    return [
+        shape
+        for name, shape in shapes(p.sizes).items()
+        if name not in never and (not p.lora or parts.fully_trained(name, p.parts))
+    ]
 
 
 def total(s: Sizes) -> int:
@@ -202,7 +206,7 @@ def _outside(p: Plan) -> Blocks:
     head_loss computes.
     """
     D, N, e = p.sizes.n_embd, p.tokens, p.e
-    first = (4 if not p.lora else p.frozen) * D + 8
+    first = (4 if not p.lora else max(p.frozen, e)) * D + 8
     ln0 = not p.lora or "ln" in p.parts or p.grad_cp
     return [(first * N, ln0), (e * D * N, 2), (24 * N, 1)]
 
@@ -243,7 +247,7 @@ def estimate(p: Plan) -> Estimate:
         buckets += [(BLAS, 5 if p.graph else 2)]
     complete: Blocks = [(gradients, 1)] if zero else [(4.0, n_trained)]
     if not (p.lora or zero):
-        complete = [(4.0 * shape.numel(), 1) for shape in shapes(s).values()]
+        complete = [(4.0 * shape.numel(), 1) for shape in _fully_trained(p)]
     # the head's gradient is computed in the forward pass
     head: Blocks = [] if p.lora else [((e if zero else 4.0) * s.vocab_size * s.n_embd, 1)]
     if p.graph and p.accumulate > 1:  # the graph's, and their sum

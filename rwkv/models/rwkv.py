@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rwkv import compat
 from rwkv.kernels.head_loss import head_loss
 from rwkv.kernels.linear import Matrix
 from rwkv.models.layers import Device, Norm, dropout
@@ -94,6 +95,8 @@ class RWKV(nn.Module):
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """The embedded tokens x [B, T, D] → what `hidden` returns. Other arguments as there."""
+        if compat.autocast_dtype(x.device.type) is None:
+            x = x.to(self.ln_out.weight.dtype)  # that of the run; a frozen embedding may be stored in bf16
         if state is None:  # like x, because ZeRO-3 keeps the embedding's weight gathered after an access
             state = self.initial_state(len(x), x)
         p = self.dropout if self.training else 0.0
@@ -144,3 +147,11 @@ def _checkpoint_reentrant(
 def shapes(sizes: Any) -> dict[str, torch.Size]:
     """The shape of every parameter of a model of these sizes; allocates no memory for them."""
     return {name: parameter.shape for name, parameter in RWKV(sizes, device="meta").named_parameters()}
+
+
+@functools.lru_cache(maxsize=16)
+def unused(sizes: Any) -> frozenset[str]:
+    """Names of the parameters that no computation uses, and no run trains."""
+    return frozenset(
+        name for name, parameter in RWKV(sizes, device="meta").named_parameters() if not parameter.requires_grad
+    )

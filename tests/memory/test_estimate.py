@@ -55,8 +55,8 @@ PARTS = [
 @pytest.mark.parametrize("parts", [(), *PARTS], ids=",".join)
 @pytest.mark.parametrize(
     "sizes",
-    [SMALL, replace(SMALL, pre_ffn=True), SMALL_5, SMALL_6, SMALL_7],
-    ids=["plain", "pre_ffn", "RWKV-5.2", "RWKV-6", "RWKV-7"],
+    [SMALL, replace(SMALL, pre_ffn=True), SMALL_5, SMALL_6, SMALL_7, replace(SMALL_7, v_in_block_0=True)],
+    ids=["plain", "pre_ffn", "RWKV-5.2", "RWKV-6", "RWKV-7", "RWKV-7 with unused parameters"],
 )
 def test_parameter_counts_and_weight_bytes(sizes, parts):
     plan = Plan(sizes, lora=bool(parts), parts=parts, r=4, precision="bf16")

@@ -195,6 +195,8 @@ def test_merge_keeps_dtype_and_existing_file(script, make_base, tmp_path):
 
 def test_generate_with_other_vocabulary(script, make_base):
     assert "not the World vocabulary" in script("generate.py", "--model", make_base(), "--prompt", "x", status=1).stderr
+    thoughts = script("generate.py", "--model", "x", "--prompt", "x", "--think", "full", status=1)
+    assert "--think is for --ask and chats" in thoughts.stderr
 
 
 def test_demo_corpus_covers_question_tokens(script, root, tmp_path):

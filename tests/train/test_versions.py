@@ -84,6 +84,18 @@ def test_frozen_low_rank_matrices_keep_their_precision(make_base, make_data, tmp
     assert torch.equal(adapter[key], weights[key])
 
 
+@pytest.mark.parametrize("version", ["4", "7"])
+@pytest.mark.parametrize("parts", ["time", "att,ffn,time,ln"])
+def test_fp32_run_on_bf16_base_computes_in_fp32(make_model, make_data, tmp_path, version, parts):
+    base = {name: p.detach().bfloat16() for name, p in make_model(version=version).named_parameters()}
+    torch.save(base, tmp_path / "base.pth")
+    flags = {**RUN, "data_file": make_data(400), "load_model": str(tmp_path / "base.pth"), "lr_init": 1e-2}
+    for dtype in ("fp32", "bf16"):
+        fit(LoRAConfig(**flags, lora_parts=parts, lora_base=dtype, proj_dir=str(tmp_path / dtype), max_steps=4))
+    assert losses(tmp_path / "bf16") == losses(tmp_path / "fp32")  # the same values, stored in bf16
+    assert_same_files(tmp_path / "bf16/rwkv-final.pth", tmp_path / "fp32/rwkv-final.pth")
+
+
 def test_stages(make_data, tmp_path, new):
     flags = {"ctx_len": 7, "micro_bsz": 8, "data_file": make_data(7 * 40400), "proj_dir": str(tmp_path / "run")}
     machine = {"accelerator": "cpu", "precision": "fp32", "random_seed": 0}
