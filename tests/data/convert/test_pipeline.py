@@ -135,17 +135,17 @@ def test_bytes_independent_of_workers_and_shards(tmp_path, small_chunks):
     make_inputs(tmp_path / "in")
     flags = {"on_error": "skip", "jsonl_keys": "text,title"}
     for workers in (1, 2, 3):
-        result = run(tmp_path / "in", tmp_path / f"w{workers}", workers=workers, **flags)
+        result = run(tmp_path / "in", tmp_path / f"by-{workers}", workers=workers, **flags)
         assert result.rejects == 2
-    expected = outputs(tmp_path, "w1")
+    expected = outputs(tmp_path, "by-1")
     assert len(expected) == 7
-    assert outputs(tmp_path, "w2") == outputs(tmp_path, "w3") == expected
+    assert outputs(tmp_path, "by-2") == outputs(tmp_path, "by-3") == expected
     for n in (2, 5):
         for i in range(n):
-            run(tmp_path / "in", tmp_path / f"s{n}", shard=f"{i}/{n}", workers=1 + i % 2, **flags)
-        pairs = merge(str(tmp_path / f"s{n}"), force=False)
+            run(tmp_path / "in", tmp_path / f"in-{n}", shard=f"{i}/{n}", workers=1 + i % 2, **flags)
+        pairs = merge(str(tmp_path / f"in-{n}"), force=False)
         assert [documents for _, documents, _ in pairs] == [299, 299]
-        merged = {name: data for name, data in outputs(tmp_path, f"s{n}").items() if "-of-" not in name}
+        merged = {name: data for name, data in outputs(tmp_path, f"in-{n}").items() if "-of-" not in name}
         assert merged == expected
 
 

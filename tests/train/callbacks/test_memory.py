@@ -86,8 +86,8 @@ def test_predicted_resident_memory(make_data, tmp_path, root, shape):
         float, re.search(r"memory: ([\d.]+) GB per device predicted, ([\d.]+) GB measured", result.stdout).groups()
     )
     # tests/memory/test_estimate.py checks the allocator's bytes to a few percent; process and heap
-    # add to them.
-    assert 0.85 * predicted < measured < 1.25 * predicted, result.stdout
+    # add to them. Alone it is less than 1.25; beside other processes 1.25 has been seen.
+    assert 0.85 * predicted < measured < 1.35 * predicted, result.stdout
 
 
 def test_out_of_memory_message(make_data, tmp_path, root):
