@@ -117,8 +117,8 @@ RULES = {
     "6": Rules(v6_loop.forward, scale_v6, decays_by_name),
     "7": V7,
 }
-# Larger random weights magnify fp32 rounding: with 0.2, RWKV-6's losses by the plain trainer in fp32
-# and in fp64 differ by up to 1e-3.
+# Larger random weights magnify fp32 rounding: with 0.2, the plain trainer's losses of RWKV-6 in
+# fp32 and in fp64 differ by up to 1e-3.
 BASES = {"5.2": {"noise": 0.1}, "6": {"noise": 0.1}, "7": {"v_in_block_0": True}}
 
 
