@@ -118,14 +118,14 @@ def root() -> Path:
 def make_model():
     """Create a small model of random parameters. None is zero, so that no gradient vanishes."""
 
-    def make(seed: int = 0, version: str = "4", **sizes) -> RWKV:
+    def make(seed: int = 0, version: str = "4", noise: float = 0.2, **sizes) -> RWKV:
         sizes = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, **({"head_size": 16} if version != "4" else {}), **sizes}
         torch.manual_seed(seed)
         model = RWKV(VERSIONS[version].Sizes(**sizes))
         model.initialise(emb_scale=1e-2)
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.2)
+                parameter.add_(torch.randn_like(parameter) * noise)
         return model
 
     return make

@@ -117,7 +117,9 @@ RULES = {
     "6": Rules(v6_loop.forward, scale_v6, decays_by_name),
     "7": V7,
 }
-SIZES = {"5.2": {}, "6": {}, "7": {"v_in_block_0": True}}
+# Larger random weights magnify fp32 rounding: with 0.2, the plain trainer's losses of RWKV-6 in
+# fp32 and in fp64 differ by up to 1e-3.
+BASES = {"5.2": {"noise": 0.1}, "6": {"noise": 0.1}, "7": {"v_in_block_0": True}}
 
 
 def plain_trainer(
@@ -299,7 +301,7 @@ def test_lora_matches_upstream(make_base, make_data, tmp_path, parts, lr_final, 
 def test_later_versions_full_fine_tuning_matches_upstream(
     make_base, make_data, tmp_path, version, weight_decay, grad_cp
 ):
-    base, data, ctx = make_base(version=version, n_layer=3, n_embd=32, **SIZES[version]), make_data(500), 15
+    base, data, ctx = make_base(version=version, n_layer=3, n_embd=32, **BASES[version]), make_data(500), 15
     flags = {"ctx_len": ctx, "micro_bsz": 2, "epoch_steps": 30, "epoch_count": 1, "lr_init": 5e-3, "lr_final": 5e-4}
     flags |= {"weight_decay": weight_decay}
     common = {"load_model": str(base), "data_file": data, "proj_dir": str(tmp_path / "run"), "magic_prime": 29}
@@ -318,7 +320,7 @@ def test_later_versions_full_fine_tuning_matches_upstream(
 @pytest.mark.parametrize("version", RULES)
 @pytest.mark.parametrize("parts", ["att,ln,time", "att,ffn"])
 def test_later_versions_lora_matches_upstream(make_base, make_data, tmp_path, parts, version):
-    base, data, ctx = make_base(version=version, n_layer=2, n_embd=32), make_data(500), 15
+    base, data, ctx = make_base(version=version, n_layer=2, n_embd=32, **BASES[version]), make_data(500), 15
     flags = {"ctx_len": ctx, "micro_bsz": 2, "epoch_steps": 30, "epoch_count": 1, "lr_init": 5e-3, "lr_final": 5e-4}
     common = {"load_model": str(base), "data_file": data, "magic_prime": 29, "lora_parts": parts, "lora_dropout": 0.0}
     common |= {"lora_r": 4, "lora_alpha": 16, "accelerator": "cpu", "precision": "fp32", "random_seed": 3}
