@@ -176,8 +176,9 @@ class Optimizer:
     """Final learning rate, reached by exponential decay from lr_init; by linear decay if either is
     0."""
     warmup_steps: int = -1
-    """Optimizer steps of linear warm-up, from 20% of the learning rate; also applies to a constant
-    learning rate (in the LoRA fork only to a decaying one)."""
+    """Optimizer steps of linear warm-up, as upstream from 20% of the learning rate (RWKV-4) or 1%
+    (later versions); also applies to a constant learning rate (in the LoRA fork only to a decaying
+    one)."""
     my_pile_edecay: int = 0
     """Epochs before the learning rate starts to decay."""
     my_exit_tokens: int = 0

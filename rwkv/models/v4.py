@@ -37,6 +37,7 @@ from rwkv.models.parts import Parts
 from rwkv.wkv import empty_state, wkv4
 
 NAME = "4"
+WARMUP_START = 0.2
 PARTS = Parts(
     {"att": ("att.key", "att.value", "att.receptance"), "ffn": ("ffn.key", "ffn.receptance", "ffn.value")},
     ("att.output",),

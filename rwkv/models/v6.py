@@ -36,6 +36,7 @@ from rwkv.models.layers import Device, HeadNorm, Norm, dropout, matrix
 from rwkv.wkv.wkv6 import empty_state, wkv6
 
 NAME = "6"
+WARMUP_START = 0.01
 PARTS, lr_scale, decays = gated_heads.PARTS, gated_heads.lr_scale, gated_heads.decays
 
 

@@ -36,6 +36,7 @@ from rwkv.wkv.wkv7 import MAX_HEAD_SIZE, empty_state
 from rwkv.wkv.wkv7.time_mix import Parameters, Projections, time_mix
 
 NAME = "7"
+WARMUP_START = 0.01
 PARTS = Parts(
     {"att": ("att.receptance", "att.key", "att.value", "att.output"), "ffn": ("ffn.key", "ffn.value")},
     (),

@@ -50,6 +50,10 @@ class Version(Protocol):
         """The version, e.g. "4"."""
 
     @property
+    def WARMUP_START(self) -> float:
+        """Initial warm-up factor of the learning rate in upstream's trainer."""
+
+    @property
     def PUBLISHED(self) -> Mapping[str, Any]:
         """Sizes of the published models by name, e.g. "1.5b"."""
 

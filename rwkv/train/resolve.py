@@ -11,6 +11,7 @@ from rwkv.config import TrainConfig
 from rwkv.errors import UserError
 from rwkv.memory import estimate, machine, plan
 from rwkv.models import Sizes
+from rwkv.models.version import version_of
 from rwkv.train import resume_or_start, setup, stages
 from rwkv.train.checks import check
 from rwkv.train.console import say
@@ -37,6 +38,7 @@ def resolve(flags: TrainConfig, ranks: Ranks) -> Run:
     c = _seed_and_precision(c, before)
     new_base, outdated = resume_or_start.new_base(c, before), resume_or_start.outdated(c, before)
     sizes, on_gpu = setup.sizes_of(c, new_base), machine.use_gpu(c.accelerator)
+    c = dataclasses.replace(c, version=version_of(sizes).NAME)
     if c.auto and received is None and c.my_pile_stage != 1:
         c = _auto(c, sizes, on_gpu)
     if received is None:

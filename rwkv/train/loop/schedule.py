@@ -8,8 +8,7 @@ late.)
 import math
 
 from rwkv.config import TrainConfig
-
-WARMUP_START = 0.2  # initial warm-up factor of the learning rate
+from rwkv.models.version import named
 
 
 def steps_per_epoch(c: TrainConfig) -> int:
@@ -78,7 +77,8 @@ def learning_rate(c: TrainConfig, run_step: int) -> float:
 
     With q from 0 to 1 over the epochs: lr_init · (lr_final / lr_init)^q, or linear in q if either
     is 0. With my_exit_tokens: a cosine over that many tokens, or if it is negative the mean of
-    both. During warm-up it is multiplied by 0.2 + 0.8 · run_step / warmup_steps.
+    both. During warm-up it is multiplied by s + (1 − s) · run_step / warmup_steps with the
+    version's WARMUP_START s.
     """
     step = run_step + first_step(c)
     rate = c.lr_init
@@ -92,7 +92,8 @@ def learning_rate(c: TrainConfig, run_step: int) -> float:
             cosine = c.lr_init * _cosine(c, step)
             rate = cosine if c.my_exit_tokens > 0 else (cosine + rate) / 2
     if run_step < c.warmup_steps:
-        rate *= WARMUP_START + (1 - WARMUP_START) * run_step / c.warmup_steps
+        start = named(c.version).WARMUP_START
+        rate *= start + (1 - start) * run_step / c.warmup_steps
     return rate
 
 

@@ -46,6 +46,12 @@ def test_warmup():
     assert learning_rate(config(warmup_steps=20), 0) == pytest.approx(0.2 * 1e-3)  # q is clamped to 0
 
 
+@pytest.mark.parametrize("version", ["5.2", "6", "7"])
+def test_warmup_of_later_versions(version):
+    c = config(warmup_steps=20, lr_final=1e-3, version=version)
+    assert [learning_rate(c, s) for s in (0, 10, 20)] == pytest.approx([1e-5, 5.05e-4, 1e-3])
+
+
 def test_edecay_delays_decay():
     c = config(my_pile_edecay=5)
     assert learning_rate(c, 40) == 1e-3
