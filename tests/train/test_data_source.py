@@ -81,7 +81,7 @@ def test_dummy_data(tmp_path):
 
 
 def test_long_stream_is_split(tmp_path, monkeypatch):
-    monkeypatch.setattr(binidx, "_MAX_DOCUMENT", 10)
+    monkeypatch.setattr(binidx_writer, "_MAX_DOCUMENT", 10)
     with binidx_writer.writer(tmp_path / "d") as out:
         out.add_stream(np.arange(begin, end) for begin, end in ((0, 4), (4, 4), (4, 33), (33, 40)))
     data = Dataset(tmp_path / "d")
