@@ -96,7 +96,9 @@ class RWKV(nn.Module):
     ) -> tuple[Tensor, State]:
         """The embedded tokens x [B, T, D] → what `hidden` returns. Other arguments as there."""
         if compat.autocast_dtype(x.device.type) is None:
-            x = x.to(self.ln_out.weight.dtype)  # that of the run; a frozen embedding may be stored in bf16
+            # the dtype of the run; a frozen embedding may be stored in bf16. (ZeRO-3 would keep
+            # ln_out.weight gathered after an access by name.)
+            x = x.to(next(self.ln_out.parameters()).dtype)
         if state is None:  # like x, because ZeRO-3 keeps the embedding's weight gathered after an access
             state = self.initial_state(len(x), x)
         p = self.dropout if self.training else 0.0
