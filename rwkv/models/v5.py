@@ -31,6 +31,7 @@ from rwkv.wkv.wkv6 import empty_state, wkv6
 
 NAME = "5.2"
 WARMUP_START = 0.01
+HAS_CUDA_KERNELS = False
 PARTS, lr_scale, decays = gated_heads.PARTS, gated_heads.lr_scale, gated_heads.decays
 
 

@@ -10,6 +10,7 @@ from rwkv.config import TrainConfig
 from rwkv.errors import UserError
 from rwkv.kernels import load
 from rwkv.models import RWKV
+from rwkv.models.version import named
 
 
 def resolve(c: TrainConfig, on_gpu: bool) -> Literal["on", "off"]:
@@ -31,6 +32,8 @@ def _why_not(c: TrainConfig, on_gpu: bool) -> str | None:
         return "it needs a GPU"
     if c.world_size > 1 or c.strategy != "auto":
         return "it needs a single GPU and --strategy auto"
+    if not named(c.version).HAS_CUDA_KERNELS:
+        return f"RWKV-{named(c.version).NAME} has no CUDA kernel, and the graph would contain every step of a loop"
     if c.tbptt_len:
         return "it is incompatible with --tbptt_len, whose chunks hand on their state"
     if c.grad_cp and (c.dropout or (c.adapter and c.adapter.lora_dropout)):
@@ -61,21 +64,21 @@ class GraphedBlocks:
     def __init__(self, model: RWKV):
         self._model = model
         self._shape: torch.Size | None = None
+        self._blocks: _Blocks | None = None  # None also if the kernels are not compiled: no graph then
 
     def __call__(self, tokens: Tensor, reset: Tensor | None = None) -> Tensor:
         """tokens [B, T], reset bool [B, T] or None → the head's input [B, T, D]."""
         x = self._model.emb(tokens)
         if self._shape is None:
-            self._capture(x, reset)
-        if x.shape != self._shape:
+            self._shape = x.shape
+            if load.why_unavailable_on(x.device.index) is None:
+                self._blocks = self._captured(x, reset)
+        if self._blocks is None or x.shape != self._shape:
             return self._model.after_embedding(x, None, reset)[0]
         return self._blocks(*((x,) if reset is None else (x, reset)))
 
-    def _capture(self, x: Tensor, reset: Tensor | None) -> None:
-        device = x.device
-        if reason := load.why_unavailable_on(device.index):
-            raise UserError(f"--cuda_graph needs the compiled kernels: {reason}")
-        self._shape, self._blocks = x.shape, _Blocks(self._model).train()
+    def _captured(self, x: Tensor, reset: Tensor | None) -> _Blocks:
+        device, blocks = x.device, _Blocks(self._model).train()
         sample = [x.detach().clone().requires_grad_(x.requires_grad)]
         if reset is not None:
             sample.append(torch.zeros_like(reset))
@@ -87,7 +90,8 @@ class GraphedBlocks:
             torch.random.fork_rng([device]),
             torch.autocast("cuda", dtype or torch.float32, dtype is not None, cache_enabled=False),
         ):
-            torch.cuda.make_graphed_callables(self._blocks, tuple(sample), **compat.graph_options())
+            torch.cuda.make_graphed_callables(blocks, tuple(sample), **compat.graph_options())
+        return blocks
 
     def keep_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Copy the gradients out of the graph's memory, so that those of further batches can be

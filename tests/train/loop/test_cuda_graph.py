@@ -1,10 +1,12 @@
 """When blocks run from a CUDA graph. That they do it right: tests/gpu/test_training_gpu.py."""
 
 import pytest
+import torch
 
 from rwkv import compat
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
+from rwkv.kernels import load
 from rwkv.memory.estimate import Plan, estimate
 from rwkv.models.version import published
 from rwkv.train.loop import cuda_graph
@@ -25,6 +27,8 @@ BY_DEFAULT = "on" if compat.cuda_graphs_are_tested() else "off"
         (TrainConfig(strategy="ddp"), "--strategy auto"),
         (TrainConfig(strategy="deepspeed_stage_2"), "--strategy auto"),
         (TrainConfig(tbptt_len=64), "--tbptt_len"),
+        (TrainConfig(version="7"), None),
+        (TrainConfig(version="6"), "RWKV-6 has no CUDA kernel"),
     ],
 )
 def test_used_if_possible(config, reason):
@@ -40,6 +44,12 @@ def test_used_if_possible(config, reason):
         cuda_graph.resolve(config, False)
     config.cuda_graph = "off"
     assert cuda_graph.resolve(config, True) == "off"
+
+
+def test_no_graph_without_compiled_kernels(make_model, monkeypatch):
+    monkeypatch.setattr(load, "why_unavailable_on", lambda device: "not compiled")
+    model, tokens = make_model().train(), torch.randint(50, (2, 9))
+    assert torch.equal(cuda_graph.GraphedBlocks(model)(tokens), model.hidden(tokens)[0])
 
 
 @pytest.mark.parametrize("lora", [False, True])
