@@ -237,9 +237,9 @@ class Machine:
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """On one GPU, capture the forward and backward pass of the blocks once as a CUDA graph and
     replay it in every step, so that Python does not start each kernel: small batches train several
-    times as fast. on: end with an error if the other flags do not allow it (several devices,
-    DeepSpeed, tbptt_len, grad_cp with dropout, RWKV-5.2 and 6). Gradients and activations stay allocated for the
-    whole run."""
+    times as fast. on: end with an error if that is not possible (several devices, DeepSpeed,
+    tbptt_len, grad_cp with dropout, RWKV-5.2 and 6). Gradients and activations stay allocated for
+    the whole run."""
     auto: bool = False
     """Choose micro_bsz, accumulate_grad_batches and grad_cp (on GPUs also the strategy) so that the
     predicted memory fits, without changing the effective batch of micro_bsz samples. The choice is
