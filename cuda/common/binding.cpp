@@ -39,7 +39,7 @@ TORCH_LIBRARY(rwkv, library) {
       cpu::wkv6_backward);
   const std::string wkv7_inputs = "Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, ";
   define_pair("wkv7_cpu_forward", "wkv7_cuda_forward", wkv7_inputs + "Tensor? state, Tensor? initial, Tensor? reset",
-              ", bool narrow", "(Tensor y, Tensor state, Tensor saved)", cpu::wkv7_forward, gpu::wkv7_forward);
+              "", "(Tensor y, Tensor state, Tensor saved)", cpu::wkv7_forward, gpu::wkv7_forward);
   define_pair("wkv7_cpu_backward", "wkv7_cuda_backward",
               wkv7_inputs + "Tensor? initial, Tensor? reset, Tensor saved, Tensor gy, Tensor? gstate", "",
               "(Tensor gr, Tensor gw, Tensor gk, Tensor gv, Tensor ga, Tensor gb, Tensor gstate, Tensor ginitial)",

@@ -79,7 +79,7 @@ Gradients wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const
                         int64_t stream);
 Outputs wkv7_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
                      const Tensor& b, const Optional<Tensor>& state, const Optional<Tensor>& initial,
-                     const Optional<Tensor>& reset, bool narrow, int64_t device, int64_t stream);
+                     const Optional<Tensor>& reset, int64_t device, int64_t stream);
 Wkv7GradientTensors wkv7_backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
                                   const Tensor& b, const Optional<Tensor>& initial, const Optional<Tensor>& reset,
                                   const Tensor& saved, const Tensor& gy, const Optional<Tensor>& gstate, int64_t device,

@@ -1,21 +1,21 @@
-"""What RWKV-5 and RWKV-6 share: sizes, the gated normalisation by head, initial values, parameter
-groups.
+"""What RWKV-5 and RWKV-6 share: sizes, gated WKV with normalisation by head, initial decays,
+parameter groups.
 
 Sources: Peng et al. 2024, arXiv:2404.05892; BlinkDL's RWKV-LM/RWKV-v5/src.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from rwkv.kernels.elementwise import native
 from rwkv.kernels.elementwise.reference import upcast
-from rwkv.models.layers import HeadNorm
+from rwkv.models.layers import HeadNorm, check_heads
 from rwkv.models.parts import Parts
-from rwkv.wkv.wkv6 import MAX_HEAD_SIZE
+from rwkv.wkv import wkv6
 
 PARTS = Parts(
     {
@@ -47,20 +47,12 @@ class Sizes:
         usual = {"dim_att": self.n_embd, "dim_ffn": max(32, self.n_embd * 7 // 64 * 32), "head_size": 64}
         for name, value in usual.items():
             object.__setattr__(self, name, getattr(self, name) or value)
-        if self.head_size % 16 or not 0 < self.head_size <= MAX_HEAD_SIZE:
-            raise ValueError(f"the head size is {self.head_size}; it must be a multiple of 16, at most {MAX_HEAD_SIZE}")
-        if self.dim_att % self.head_size:
-            raise ValueError(f"the width {self.dim_att} is not a multiple of the head size {self.head_size}")
+        check_heads(self.dim_att, self.head_size)
 
     @property
     def heads(self) -> int:
         """Number of heads H."""
         return self.dim_att // self.head_size
-
-
-def mixing_weight(size: int, device: Any) -> nn.Parameter:
-    """A weight of a token and its predecessor, by channel [1, 1, D]."""
-    return nn.Parameter(torch.full((1, 1, size), 0.5, device=device))
 
 
 def gated_norm(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -71,9 +63,31 @@ def gated_norm(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return (normed * F.silu(upcast(g))).to(g.dtype)
 
 
-def position(mix: Tensor) -> Tensor:
-    """i/D for channel i, in the shape of the mixing weights [1, 1, D]."""
-    return (torch.arange(mix.shape[-1], dtype=torch.float64) / mix.shape[-1]).view(1, 1, -1)
+def gated_wkv(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    u: Tensor,
+    norm: tuple[Tensor, Tensor],
+    state: Tensor,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """WKV over time, normalised by head, gated by g.
+
+    Args:
+        r, k, v, g: [B, T, A].
+        w, u: log-decay [B, T, H, N] or [H, N], and bonus [H, N].
+        norm: weight and bias of the normalisation [A].
+        state: [B, H, N, N]; after a reset [B, T] it is zero.
+
+    Returns:
+        [B, T, A], and the state after the last token.
+    """
+    r, k, v = (t.view(*t.shape[:2], *u.shape) for t in (r, k, v))
+    y, state = wkv6(r, w, k, v, u, state, reset, initial=None if reset is None else torch.zeros_like(state))
+    return native.cheap(gated_norm, y, g, *norm), state
 
 
 def initialise_decay(decay: Tensor, bonus: Tensor, norm: HeadNorm, layer: int, layers: int) -> None:
@@ -90,28 +104,6 @@ def initialise_decay(decay: Tensor, bonus: Tensor, norm: HeadNorm, layer: int, l
     norm.bias.zero_()
 
 
-# matrices initialised to zero, so that every block is the identity; and those of gain 0.1
-_ZERO = (".att.output.weight", ".ffn.value.weight", ".ffn.receptance.weight")
-_SMALL = (".att.key.weight", ".att.gate.weight")
-
-
-def initialise_matrices(model: nn.Module, frozen: bool) -> None:
-    """Initial embedding, head and linear layers, and LayerNorms."""
-    for part in model.modules():
-        if isinstance(part, nn.LayerNorm):
-            part.reset_parameters()
-    for name, weight in model.named_parameters():
-        if name == "emb.weight":
-            weight.uniform_(-1e-4, 1e-4)
-        elif name == "head.weight":
-            rows, columns = weight.shape
-            nn.init.orthogonal_(weight, gain=0.5 * (math.sqrt(rows / columns) if rows > columns else 1.0))
-        elif name.endswith(_ZERO) and not frozen:
-            weight.zero_()
-        elif name.endswith(".weight") and weight.dim() == 2:
-            nn.init.orthogonal_(weight, gain=0.1 if name.endswith(_SMALL) else 1.0)
-
-
 def lr_scale(name: str, stage_2: bool) -> float:
     """2 for decays, 1 for others; in stage 2, 5 for decays, bonuses and mixing weights. Low-rank
     matrices always 1.
@@ -120,11 +112,6 @@ def lr_scale(name: str, stage_2: bool) -> float:
     if not last.startswith("time_") or last.endswith(("_w1", "_w2")):
         return 1.0
     return 5.0 if stage_2 else 2.0 if last == "time_decay" else 1.0
-
-
-def decays(name: str, shape: torch.Size) -> bool:
-    """True for linear layers, embedding and head; False for vectors and low-rank matrices."""
-    return name.endswith(".weight") and sum(size > 1 for size in shape) >= 2
 
 
 def common_sizes(shapes: Any, n_layer: int) -> dict[str, int]:

@@ -32,7 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from rwkv.kernels.elementwise import native
-from rwkv.models.layers import Device, Norm, dropout, matrix
+from rwkv.models import layers, parameters
+from rwkv.models.layers import Device, matrix, mixing_weight
+from rwkv.models.parameters import gain, position
 from rwkv.models.parts import Parts
 from rwkv.wkv import empty_state, wkv4
 
@@ -73,10 +75,6 @@ PUBLISHED = {
 }
 
 
-def _mix(size: int, device: Device) -> nn.Parameter:
-    return nn.Parameter(torch.full((1, 1, size), 0.5, device=device))
-
-
 class TimeMix(nn.Module):
     """Computes r, k, v from each token and its predecessor; WKV over time; gated by σ(r)."""
 
@@ -85,7 +83,7 @@ class TimeMix(nn.Module):
         D, A = sizes.n_embd, sizes.dim_att
         self.time_decay = nn.Parameter(torch.zeros(A, device=device))
         self.time_first = nn.Parameter(torch.zeros(A, device=device))
-        self.time_mix_k, self.time_mix_v, self.time_mix_r = (_mix(D, device) for _ in range(3))
+        self.time_mix_k, self.time_mix_v, self.time_mix_r = (mixing_weight(D, device) for _ in range(3))
         self.key, self.value, self.receptance = (matrix(A, D, device) for _ in range(3))
         self.output = matrix(D, A, device)
 
@@ -115,10 +113,9 @@ def _wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, reset: Tens
 class ChannelMix(nn.Module):
     """Gated feed-forward network with squared ReLU, on each token and its predecessor."""
 
-    def __init__(self, sizes: Sizes, device: Device = None):
+    def __init__(self, D: int, F: int, device: Device = None):
         super().__init__()
-        D, F = sizes.n_embd, sizes.dim_ffn
-        self.time_mix_k, self.time_mix_r = _mix(D, device), _mix(D, device)
+        self.time_mix_k, self.time_mix_r = mixing_weight(D, device), mixing_weight(D, device)
         self.key, self.receptance, self.value = matrix(F, D, device), matrix(D, D, device), matrix(D, F, device)
 
     def forward(self, x: Tensor, shift: Tensor, reset: Tensor | None = None) -> Tensor:
@@ -128,47 +125,24 @@ class ChannelMix(nn.Module):
         return native.gate(r, self.value(native.relu2(k)))
 
 
-class Block(nn.Module):
-    """x += time-mix(ln1 x); x += channel-mix(ln2 x). Block 0 first normalises the embedding."""
+class Block(layers.Block):
+    """layers.Block; with `pre_ffn`, block 0 has a channel-mix instead of its time-mix."""
 
     def __init__(self, sizes: Sizes, layer: int, device: Device = None):
-        super().__init__()
-        D = sizes.n_embd
-        if layer == 0:
-            self.ln0 = Norm(D, device=device)
-        self.ln1, self.ln2 = Norm(D, device=device), Norm(D, device=device)
+        D, F = sizes.n_embd, sizes.dim_ffn
+        super().__init__(D, layer, device)
         if layer == 0 and sizes.pre_ffn:
-            self.ffnPre = ChannelMix(sizes, device)
+            self.ffnPre = ChannelMix(D, F, device)
         else:
             self.att = TimeMix(sizes, device)
-        self.ffn = ChannelMix(sizes, device)
+        self.ffn = ChannelMix(D, F, device)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: tuple[Tensor, ...],
-        carry: tuple[Tensor, ...] = (),
-        reset: Tensor | None = None,
-        p: float = 0.0,
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """x [B, T, D] → [B, T, D], the state after the last token, and `carry` unchanged.
-
-        Args:
-            p: dropout probability of the residual stream.
-        """
-        att_shift, wkv, ffn_shift = state
-        if hasattr(self, "ln0"):
-            x = self.ln0(x)
-        a = self.ln1(x)
+    def time_mix(
+        self, x: Tensor, shift: Tensor, wkv: Tensor, carry: tuple[Tensor, ...], reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         if hasattr(self, "att"):
-            y, wkv = self.att(a, att_shift, wkv, reset)
-        else:
-            y = self.ffnPre(a, att_shift, reset)
-        x = dropout(x + y, p)
-        f = self.ln2(x)
-        x = dropout(x + self.ffn(f, ffn_shift, reset), p)
-        # a view of the last token would keep the whole tensor in memory
-        return x, (a[:, -1].clone(), wkv, f[:, -1].clone()), carry
+            return super().time_mix(x, shift, wkv, carry, reset)
+        return self.ffnPre(x, shift, reset), wkv, carry
 
 
 def initial_state(sizes: Sizes, batch: int, like: Tensor) -> tuple[Tensor, ...]:
@@ -212,9 +186,9 @@ def initialise(model: Any, emb_scale: float, frozen: bool) -> None:
             if isinstance(part, TimeMix):
                 _initialise_time_mix(part, depth, height)
             elif isinstance(part, ChannelMix):
-                position = _position(part.time_mix_k)
-                part.time_mix_k.copy_(position**height)
-                part.time_mix_r.copy_(position**height)
+                i = position(part.time_mix_k)
+                part.time_mix_k.copy_(i**height)
+                part.time_mix_r.copy_(i**height)
             elif isinstance(part, nn.LayerNorm):
                 part.reset_parameters()
     model.ln_out.reset_parameters()
@@ -225,30 +199,23 @@ def initialise(model: Any, emb_scale: float, frozen: bool) -> None:
             _initialise_matrix(name.removesuffix(".weight"), weight, frozen)
 
 
-def _position(mix: Tensor) -> Tensor:
-    """i/D for channel i, in the shape of the mixing weights [1, 1, D]."""
-    return (torch.arange(mix.shape[-1], dtype=torch.float64) / mix.shape[-1]).view(1, 1, -1)
-
-
 def _initialise_time_mix(part: TimeMix, depth: float, height: float) -> None:
     A = part.time_decay.shape[0]
     h = torch.arange(A, dtype=torch.float64)
     part.time_decay.copy_(-5 + 8 * (h / max(A - 1, 1)) ** (0.7 + 1.3 * depth))
     zigzag = ((h + 1) % 3 - 1) * 0.5
     part.time_first.copy_(math.log(0.3) + zigzag)
-    position = _position(part.time_mix_k)
-    part.time_mix_k.copy_(position**height)
-    part.time_mix_v.copy_(position**height + 0.3 * depth)
-    part.time_mix_r.copy_(position ** (0.5 * height))
+    i = position(part.time_mix_k)
+    part.time_mix_k.copy_(i**height)
+    part.time_mix_v.copy_(i**height + 0.3 * depth)
+    part.time_mix_r.copy_(i ** (0.5 * height))
 
 
 def _initialise_matrix(name: str, weight: Tensor, frozen: bool) -> None:
-    rows, columns = weight.shape
-    gain = math.sqrt(rows / columns) if rows > columns else 1.0
     if name.endswith(_ZERO) and not frozen:
         weight.zero_()
     else:
-        nn.init.orthogonal_(weight, gain=gain * (0.5 if name == "head" else 1.0))
+        nn.init.orthogonal_(weight, gain=gain(weight) * (0.5 if name == "head" else 1.0))
 
 
 def lr_scale(name: str, stage_2: bool) -> float:
@@ -258,9 +225,7 @@ def lr_scale(name: str, stage_2: bool) -> float:
     return 2.0 if "time_decay" in name else 3.0 if "time_first" in name else 1.0
 
 
-def decays(name: str, shape: torch.Size) -> bool:
-    """True for matrices; False for vectors, including those stored as [1, 1, D]."""
-    return sum(size > 1 for size in shape) >= 2
+decays = parameters.decays
 
 
 def saved_bytes(sizes: Sizes, e: int) -> float:

@@ -30,15 +30,16 @@ from torch import Tensor, nn
 from rwkv.kernels.elementwise import native
 from rwkv.kernels.elementwise.reference import upcast
 from rwkv.kernels.linear import linear
-from rwkv.models import gated_heads
-from rwkv.models.gated_heads import gated_norm, mixing_weight, position
-from rwkv.models.layers import Device, HeadNorm, Norm, dropout, matrix
-from rwkv.wkv.wkv6 import empty_state, wkv6
+from rwkv.models import gated_heads, layers, parameters
+from rwkv.models.gated_heads import gated_wkv
+from rwkv.models.layers import Device, HeadNorm, matrix, mixing_weight
+from rwkv.models.parameters import initialise_matrices, position
+from rwkv.wkv.wkv6 import empty_state
 
 NAME = "6"
 WARMUP_START = 0.01
 HAS_CUDA_KERNELS = False
-PARTS, lr_scale, decays = gated_heads.PARTS, gated_heads.lr_scale, gated_heads.decays
+PARTS, lr_scale, decays = gated_heads.PARTS, gated_heads.lr_scale, parameters.decays
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,8 @@ class TimeMix(nn.Module):
         v = self.value(native.cheap(mixed, x, before, self.time_maa_v, *next(parts)))
         r = self.receptance(native.cheap(mixed, x, before, self.time_maa_r, *next(parts)))
         g = self.gate(native.cheap(mixed, x, before, self.time_maa_g, *next(parts)))
-        r, k, v = (t.view(*t.shape[:2], *heads) for t in (r, k, v))
-        initial = None if reset is None else torch.zeros_like(state)
-        y, state = wkv6(r, w, k, v, self.time_faaaa, state, reset, initial=initial)
-        return self.output(native.cheap(gated_norm, y, g, *self.ln_x())), state
+        y, state = gated_wkv(r, w, k, v, g, self.time_faaaa, self.ln_x(), state, reset)
+        return self.output(y), state
 
 
 def mixed(x: Tensor, before: Tensor, maa: Tensor, low: Tensor, up: Tensor) -> Tensor:
@@ -132,40 +131,12 @@ class ChannelMix(nn.Module):
         return native.gate(r, self.value(native.relu2(k)))
 
 
-class Block(nn.Module):
-    """x += time-mix(ln1 x); x += channel-mix(ln2 x). Block 0 first normalises the embedding."""
+class Block(layers.Block):
+    """layers.Block with the mixes of this version."""
 
     def __init__(self, sizes: Sizes, layer: int, device: Device = None):
-        super().__init__()
-        D = sizes.n_embd
-        if layer == 0:
-            self.ln0 = Norm(D, device=device)
-        self.ln1, self.ln2 = Norm(D, device=device), Norm(D, device=device)
+        super().__init__(sizes.n_embd, layer, device)
         self.att, self.ffn = TimeMix(sizes, device), ChannelMix(sizes, device)
-
-    def forward(
-        self,
-        x: Tensor,
-        state: tuple[Tensor, ...],
-        carry: tuple[Tensor, ...] = (),
-        reset: Tensor | None = None,
-        p: float = 0.0,
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """x [B, T, D] → [B, T, D], the state after the last token, and `carry` unchanged.
-
-        Args:
-            p: dropout probability of the residual stream.
-        """
-        att_shift, wkv, ffn_shift = state
-        if hasattr(self, "ln0"):
-            x = self.ln0(x)
-        a = self.ln1(x)
-        y, wkv = self.att(a, att_shift, wkv, reset)
-        x = dropout(x + y, p)
-        f = self.ln2(x)
-        x = dropout(x + self.ffn(f, ffn_shift, reset), p)
-        # a view of the last token would keep the whole tensor in memory
-        return x, (a[:, -1].clone(), wkv, f[:, -1].clone()), carry
 
 
 def initial_state(sizes: Sizes, batch: int, like: Tensor) -> tuple[Tensor, ...]:
@@ -209,7 +180,7 @@ def initialise(model: Any, emb_scale: float, frozen: bool) -> None:
         gated_heads.initialise_decay(att.time_decay, att.time_faaaa, att.ln_x, layer, L)
         ffn.time_maa_k.copy_(1 - i ** (height**3))
         ffn.time_maa_r.copy_(1 - i ** (height**3))
-    gated_heads.initialise_matrices(model, frozen)
+    initialise_matrices(model, frozen)
 
 
 def saved_bytes(sizes: Sizes, e: int) -> float:

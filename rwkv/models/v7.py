@@ -20,7 +20,6 @@ Activations saved for the backward pass, in bytes per token and block, with e an
 All else is recomputed (rwkv.kernels.elementwise.native, rwkv.wkv.wkv7.time_mix).
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,9 +29,11 @@ from torch import Tensor, nn
 
 from rwkv.kernels.elementwise import native
 from rwkv.kernels.linear import linear
-from rwkv.models.layers import Device, HeadNorm, Norm, dropout, matrix
+from rwkv.models import layers, parameters
+from rwkv.models.layers import Device, HeadNorm, check_heads, matrix
+from rwkv.models.parameters import gain, initialise_matrices, position
 from rwkv.models.parts import Parts
-from rwkv.wkv.wkv7 import MAX_HEAD_SIZE, empty_state
+from rwkv.wkv.wkv7 import empty_state
 from rwkv.wkv.wkv7.time_mix import Parameters, Projections, time_mix
 
 NAME = "7"
@@ -82,10 +83,7 @@ class Sizes:
         }
         for name, value in usual.items():
             object.__setattr__(self, name, getattr(self, name) or value)
-        if self.head_size % 16 or not 0 < self.head_size <= MAX_HEAD_SIZE:
-            raise ValueError(f"the head size is {self.head_size}; it must be a multiple of 16, at most {MAX_HEAD_SIZE}")
-        if C % self.head_size:
-            raise ValueError(f"the width {C} is not a multiple of the head size {self.head_size}")
+        check_heads(C, self.head_size)
 
     @property
     def heads(self) -> int:
@@ -205,40 +203,19 @@ class ChannelMix(nn.Module):
         return self.value(native.relu2(self.key(xk)))
 
 
-class Block(nn.Module):
-    """x += time-mix(ln1 x); x += channel-mix(ln2 x). Block 0 first normalises the embedding."""
+class Block(layers.Block):
+    """layers.Block with the mixes of this version; passes v_first on."""
 
     def __init__(self, sizes: Sizes, layer: int, device: Device = None):
-        super().__init__()
-        C = sizes.n_embd
-        if layer == 0:
-            self.ln0 = Norm(C, device=device)
-        self.ln1, self.ln2 = Norm(C, device=device), Norm(C, device=device)
+        super().__init__(sizes.n_embd, layer, device)
         self.att, self.ffn = TimeMix(sizes, layer, device), ChannelMix(sizes, device)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: tuple[Tensor, ...],
-        carry: tuple[Tensor, ...] = (),
-        reset: Tensor | None = None,
-        p: float = 0.0,
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """x [B, T, C] → [B, T, C], the state after the last token, and `carry`: v_first.
-
-        Args:
-            p: dropout probability of the residual stream.
-        """
-        att_shift, wkv, ffn_shift = state
-        if hasattr(self, "ln0"):
-            x = self.ln0(x)
-        a = self.ln1(x)
-        y, wkv, v_first = self.att(a, att_shift, wkv, *(carry or (None,)), reset)
-        x = dropout(x + y, p)
-        f = self.ln2(x)
-        x = dropout(x + self.ffn(f, ffn_shift, reset), p)
-        # a view of the last token would keep the whole tensor in memory
-        return x, (a[:, -1].clone(), wkv, f[:, -1].clone()), (v_first,)
+    def time_mix(
+        self, x: Tensor, shift: Tensor, wkv: Tensor, carry: tuple[Tensor, ...], reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """As in layers.Block; `carry` is (v_first,), in block 0 ()."""
+        y, wkv, v_first = self.att(x, shift, wkv, *(carry or (None,)), reset)
+        return y, wkv, (v_first,)
 
 
 def initial_state(sizes: Sizes, batch: int, like: Tensor) -> tuple[Tensor, ...]:
@@ -276,36 +253,18 @@ def initialise(model: Any, emb_scale: float, frozen: bool) -> None:
     """
     L = len(model.blocks)
     for layer, block in enumerate(model.blocks):
-        for part in block.children():
-            if isinstance(part, nn.LayerNorm):
-                part.reset_parameters()
         depth = layer / (L - 1) if L > 1 else 0.0  # from 0 in the first layer to 1 in the last
         _initialise_time_mix(block.att, layer, L, depth)
-        block.ffn.x_k.copy_(1 - _position(block.ffn.x_k) ** ((1 - layer / L) ** 4))
-    model.ln_out.reset_parameters()
-    for name, weight in model.named_parameters():
-        if name == "emb.weight":
-            weight.uniform_(-1e-4, 1e-4)
-        elif name == "head.weight":
-            rows, columns = weight.shape
-            nn.init.orthogonal_(weight, gain=0.5 * (math.sqrt(rows / columns) if rows > columns else 1.0))
-        elif name.endswith((".att.output.weight", ".ffn.value.weight")) and not frozen:
-            weight.zero_()
-        elif name.endswith(".weight") and weight.dim() == 2:
-            nn.init.orthogonal_(weight, gain=0.1 if name.endswith(".att.key.weight") else 1.0)
-
-
-def _position(mix: Tensor) -> Tensor:
-    """i/C for channel i, in the shape of the mixing weights [1, 1, C]."""
-    return (torch.arange(mix.shape[-1], dtype=torch.float64) / mix.shape[-1]).view(1, 1, -1)
+        block.ffn.x_k.copy_(1 - position(block.ffn.x_k) ** ((1 - layer / L) ** 4))
+    initialise_matrices(model, frozen)
 
 
 def _initialise_time_mix(att: TimeMix, layer: int, layers: int, depth: float) -> None:
     height = 1 - layer / layers  # from 1 in the first layer to 1/L in the last
-    position = _position(att.x_r)
-    C, N = position.shape[-1], att.r_k.shape[1]
+    i = position(att.x_r)
+    C, N = i.shape[-1], att.r_k.shape[1]
     for name, power in (("r", 0.2), ("w", 0.9), ("k", 0.7), ("v", 0.7), ("a", 0.9), ("g", 0.2)):
-        getattr(att, f"x_{name}").copy_(1 - position ** (power * height))
+        getattr(att, f"x_{name}").copy_(1 - i ** (power * height))
     n = torch.arange(C, dtype=torch.float64).view(1, 1, -1)
     ramp, z = n / max(C - 1, 1) - 0.5, ((n % N) - (N - 1) / 2) / ((N - 1) / 2)
     zigzag = z * z.abs()
@@ -317,8 +276,7 @@ def _initialise_time_mix(att: TimeMix, layer: int, layers: int, depth: float) ->
         if hasattr(att, f"{name}1"):
             getattr(att, f"{name}1").zero_()
             up = getattr(att, f"{name}2")
-            rows, columns = up.shape
-            nn.init.orthogonal_(up, gain=0.1 * (math.sqrt(rows / columns) if rows > columns else 1.0))
+            nn.init.orthogonal_(up, gain=0.1 * gain(up))
     att.k_k.copy_(0.71 - 0.1 * ramp)
     att.k_a.fill_(1.02)
     att.r_k.fill_(-0.04)
@@ -331,9 +289,7 @@ def lr_scale(name: str, stage_2: bool) -> float:
     return (5.0 if stage_2 else 2.0) if name.endswith(".att.w0") else 1.0
 
 
-def decays(name: str, shape: torch.Size) -> bool:
-    """True for linear layers, embedding and head; False for vectors and low-rank matrices."""
-    return name.endswith(".weight") and sum(size > 1 for size in shape) >= 2
+decays = parameters.decays
 
 
 def saved_bytes(sizes: Sizes, e: int) -> float:

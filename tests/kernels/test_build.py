@@ -28,7 +28,6 @@ KERNELS |= {
     f"wkv7_{what}_{kind}"
     for what, kinds in {
         "output": ("fp32", "bf16", "fp16", "128", "256"),
-        "narrow_output": ("fp32", "bf16", "fp16"),
         "gradient": ("fp32", "bf16", "fp16", "128", "256"),
     }.items()
     for kind in kinds

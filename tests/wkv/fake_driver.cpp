@@ -96,7 +96,7 @@ template <class Args> static Kernel kernel(void (*function)(Args), bool barriers
 #define WKV(name) {#name, kernel(wkv::name)}
 #define WKV_OF(E) WKV(wkv4_summary_##E), WKV(wkv4_output_##E), WKV(wkv4_summary_gradient_##E), WKV(wkv4_gradient_##E)
 #define WKV7(name) {#name, kernel(wkv7::name, true)}
-#define WKV7_OF(E) WKV7(wkv7_output_##E), WKV7(wkv7_narrow_output_##E), WKV7(wkv7_gradient_##E)
+#define WKV7_OF(E) WKV7(wkv7_output_##E), WKV7(wkv7_gradient_##E)
 #define FUSED(name) {#name, kernel(fused::name)}
 #define FUSED_ROW(name) {#name, kernel(fused::name, true)}
 #define FUSED_OF_TWO(E) FUSED_ROW(fused_norm_##E), FUSED_ROW(fused_norm_gradient_##E), FUSED(fused_norm_sums_##E)

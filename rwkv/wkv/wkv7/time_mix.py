@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rwkv.kernels.elementwise.reference import upcast
 from rwkv.wkv import dispatch
+from rwkv.wkv.autograd import refuse_second_derivatives
 from rwkv.wkv.wkv7 import native, reference
 
 STRONGEST = -math.exp(-0.5)  # log-decay per token
@@ -110,7 +111,7 @@ class _TimeMix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gout, glast):
-        native.refuse_second_derivatives()
+        refuse_second_derivatives("wkv7")
         reset, y, saved, *tensors = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
         with torch.enable_grad():
