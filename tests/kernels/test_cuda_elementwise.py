@@ -3,7 +3,7 @@
 import fused_cases as cases
 import pytest
 import torch
-from fake_gpu import STREAM, FakeGPU, build
+from fake_gpu import STREAM, FakeGPU
 from fused_cases import FP32, GPU_STREAMS, NORM_SIZES, SIZES, normal
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -15,8 +15,8 @@ SEEDS = st.integers(0, 2**31)
 
 
 @pytest.fixture(scope="module")
-def gpu(tmp_path_factory):
-    fake = FakeGPU(build(tmp_path_factory.mktemp("driver")))
+def gpu(fake_driver):
+    fake = FakeGPU(fake_driver)
     fake.call("load", str(kernels.library()))
     yield fake
     fake.close()

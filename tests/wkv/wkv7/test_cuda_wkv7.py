@@ -3,15 +3,14 @@
 import pytest
 import torch
 from fake_gpu import FakeGPU
-from fake_gpu import build as build_driver
 from head_cases import WKV7, assert_close, inputs7, starts, states
 
 from rwkv.kernels import build
 
 
 @pytest.fixture(scope="module")
-def gpu(tmp_path_factory):
-    fake = FakeGPU(build_driver(tmp_path_factory.mktemp("driver")))
+def gpu(fake_driver):
+    fake = FakeGPU(fake_driver)
     fake.call("load", str(build.library()))
     yield fake
     fake.close()
