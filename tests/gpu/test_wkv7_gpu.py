@@ -107,7 +107,7 @@ def test_chunks_match_full_sequence():
     assert torch.equal(state, last)
 
 
-def test_unaligned_inputs7():
+def test_unaligned_inputs():
     """The kernels read four elements at once; a tensor may start anywhere in its storage."""
     tensors = on_gpu(inputs7(1, 33, 2, 64))[0]
     shifted = []

@@ -68,7 +68,7 @@ def test_no_gradient_across_documents(gpu):
     assert gradients[2][:, 7:].isnan().any()
 
 
-def test_unaligned_inputs7(gpu):
+def test_unaligned_inputs(gpu):
     """The kernels read four elements at once; a tensor may start anywhere in its storage."""
     tensors = inputs7(1, 9, 1, 64)
     gpu.call("wkv7_unaligned", tensors)
