@@ -18,9 +18,8 @@ def main(config: GenerateConfig) -> None:
     import torch
 
     from rwkv import adapter_files, checkpoint, compat
-    from rwkv.data.tokenizer import WorldTokenizer
-    from rwkv.generate import Chat, Sampling, Session, matrices_dtype
-    from rwkv.memory import machine
+    from rwkv.generate import Chat, Sampling, Session
+    from rwkv.serve import served
     from rwkv.terminal import Conversation, check_sampling, cut_note, decodable
 
     if not config.model:
@@ -38,22 +37,14 @@ def main(config: GenerateConfig) -> None:
     )
     check_sampling(sampling, config.max_tokens, config.seed)
     compat.enable_mkl_avx2()
-    gpu = machine.use_gpu(config.accelerator)
-    if config.accelerator == "gpu" and not gpu:
-        raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or use --accelerator cpu")
-    dtype = matrices_dtype(
-        config.dtype, checkpoint.read_tensors(config.model).get("head.weight", torch.empty(0)).dtype, gpu
-    )
+    device, dtype = served.device_and_dtype(config.model, config.accelerator, config.dtype)
     if config.lora:
         model, _ = adapter_files.load_tuned(config.model, config.lora, config.lora_alpha or None, matrices=dtype)
-        model.to("cuda" if gpu else "cpu")
+        model.to(device)
     else:
-        model = checkpoint.load_model(config.model, "cuda" if gpu else "cpu", matrices=dtype)
-    if model.sizes.vocab_size != WorldTokenizer.vocab_size:
-        raise UserError(
-            f"{config.model}: {model.sizes.vocab_size} tokens, not the World vocabulary of 65536; only World models can generate text"
-        )
-    tokenizer, generator = WorldTokenizer(), torch.Generator(model.emb.weight.device)
+        model = checkpoint.load_model(config.model, device, matrices=dtype)
+    tokenizer = served.world_tokenizer(model, config.model)
+    generator = torch.Generator(model.emb.weight.device)
     generator.manual_seed(config.seed) if config.seed >= 0 else generator.seed()
 
     def begin() -> Session:

@@ -1,6 +1,7 @@
 """The flags of every program, as typed dataclasses: name, type, default, help text."""
 
 from rwkv.config.conversion import ConvertConfig, InspectConfig
+from rwkv.config.serving import ServeConfig
 from rwkv.config.tools import DoctorConfig, EstimateConfig, ExportConfig, GenerateConfig, MergeConfig
 from rwkv.config.training import LoRAConfig, TrainConfig
 
@@ -13,5 +14,6 @@ __all__ = [
     "InspectConfig",
     "LoRAConfig",
     "MergeConfig",
+    "ServeConfig",
     "TrainConfig",
 ]

@@ -1,0 +1,190 @@
+"""The models that are served by name: a base, and adapters and tuned states on it, which share the
+base's weights in memory.
+"""
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rwkv import adapter_files, checkpoint
+from rwkv.adapters import lora
+from rwkv.data.tokenizer import WorldTokenizer
+from rwkv.errors import UserError
+from rwkv.generate import matrices_dtype
+from rwkv.memory import machine
+from rwkv.models import RWKV, State
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that requests can name.
+
+    Attributes:
+        model: the weights. Models of the same object are decoded in one batch.
+        state: WKV states before the first token, [1, H, N, N] for each block; None: the model's.
+        source: the files, for messages.
+    """
+
+    name: str
+    model: RWKV
+    state: tuple[Tensor, ...] | None = None
+    source: str = ""
+
+
+def device_and_dtype(path: str, accelerator: str, dtype: str) -> tuple[str, torch.dtype | None]:
+    """The device of a model, and the dtype of its matrices and matmuls (None: fp32), by the flags
+    --accelerator and --dtype.
+
+    Raises:
+        UserError: there is no such device, or it does not support the dtype.
+    """
+    gpu = machine.use_gpu(accelerator)
+    if accelerator == "gpu" and not gpu:
+        raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or use --accelerator cpu")
+    stored = checkpoint.read_tensors(path).get("head.weight", torch.empty(0)).dtype
+    return "cuda" if gpu else "cpu", matrices_dtype(dtype, stored, gpu)
+
+
+def world_tokenizer(model: RWKV, path: str) -> WorldTokenizer:
+    """The tokenizer of a model. Raises UserError if its vocabulary is another."""
+    if model.sizes.vocab_size != WorldTokenizer.vocab_size:
+        raise UserError(
+            f"{path}: {model.sizes.vocab_size} tokens, not the World vocabulary of 65536; only World models can generate text"
+        )
+    return WorldTokenizer()
+
+
+def with_adapter(base: RWKV, path: str, base_path: str, alpha: float | None) -> RWKV:
+    """A model with an adapter, unmerged. It shares all of the base's parameters, except those that
+    the adapter trained as a whole.
+
+    Raises UserError like adapter_files.inspect_adapter and load_adapter.
+    """
+    tensors, known = adapter_files.inspect_adapter(path, base_path, alpha)
+    # copies the modules, not the parameters
+    model = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+    lora.inject(model, known["parts"], known["r"], known["alpha"])
+    for name in lora.adapter_names(model, known["parts"]):
+        if ".lora_" not in name:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, nn.Parameter(base.get_parameter(name).detach().clone()))
+    adapter_files.load_adapter(model, path, tensors, known["parts"])
+    return model.eval()
+
+
+def load_state(path: str, model: RWKV) -> tuple[Tensor, ...]:
+    """The WKV states of a file of state tuning, `blocks.{i}.att.time_state` [H, N (value), N (key)]
+    for every block; as Served.state.
+
+    RWKV-5 and 6 keep their state as [H, N (key), N (value)], so it is transposed for them, as by
+    the PyPI package rwkv.
+
+    Raises:
+        UserError: not a tuned state, or of another size or version.
+    """
+    tensors = checkpoint.read_tensors(path)
+    states = model.initial_state(1)
+    if model.version.NAME == "4":
+        raise UserError(f"{path}: RWKV-4 models have no tuned states; use an adapter")
+    expected = {f"blocks.{i}.att.time_state": state[1].shape[1:] for i, state in enumerate(states)}
+    checkpoint.check_keys(tensors, expected, path)
+    checkpoint.check_finite(tensors, path)
+    found = []
+    for name, state in zip(expected, states, strict=True):
+        value = tensors[name].to(state[1].device, state[1].dtype)
+        found.append((value if model.version.NAME == "7" else value.transpose(-1, -2))[None].contiguous())
+    return tuple(found)
+
+
+def named_files(flag: str, text: str) -> dict[str, str]:
+    """The files of a flag `NAME=FILE,NAME=FILE`; without NAME= the file's stem is the name.
+
+    Raises:
+        UserError: a name occurs twice, or a file is missing.
+    """
+    found: dict[str, str] = {}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, path = entry.partition("=")
+        if not equals or "/" in name:
+            name, path = Path(entry).stem, entry
+        if not path:
+            raise UserError(f"--{flag} {entry}: no file after {name}=")
+        if name in found:
+            raise UserError(f"--{flag}: two of the files are named {name}; name them yourself: --{flag} NAME=FILE,...")
+        found[name] = path
+    return found
+
+
+def check_names(base: str, adapters: Mapping[str, str], states: Mapping[str, str]) -> None:
+    """Check the names of all models, before any is loaded.
+
+    Raises:
+        UserError: a name is invalid or occurs twice, or a state belongs to an unknown adapter.
+    """
+    names = [base, *adapters, *(name.partition(":")[0] for name in states)]
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise UserError(f"{name!r} is no name of a model: use letters, digits and . _ -, at most 64")
+        if names.count(name) > 1:
+            raise UserError(f"two models are named {name}; choose other names: NAME=FILE, and --name for the base")
+    for name in states:
+        adapter = name.partition(":")[2]
+        if adapter and adapter not in adapters:
+            raise UserError(
+                f"--state {name}=...: there is no adapter named {adapter} (--lora: {', '.join(adapters) or 'none'})"
+            )
+
+
+def load(
+    path: str,
+    name: str = "base",
+    adapters: Mapping[str, str] | None = None,
+    states: Mapping[str, str] | None = None,
+    *,
+    alpha: float | None = None,
+    device: str = "cpu",
+    matrices: torch.dtype | None = None,
+) -> dict[str, Served]:
+    """Load a base model, adapters and tuned states; returns the models by name, the base first.
+
+    Args:
+        adapters: files by name.
+        states: files by name; `NAME:ADAPTER` is a state for base + adapter.
+        alpha: lora_alpha of adapters without a manifest.
+        matrices: dtype of matrices, instead of fp32.
+
+    Raises UserError like checkpoint.load_model, check_names, with_adapter and load_state.
+    """
+    adapters, states = adapters or {}, states or {}
+    check_names(name, adapters, states)
+    base = checkpoint.load_model(path, device, matrices=matrices).eval()
+    base.requires_grad_(False)
+    served = {name: Served(name, base, None, path)}
+    for adapter, file in adapters.items():
+        model = with_adapter(base, file, path, alpha).to(device).requires_grad_(False)
+        served[adapter] = Served(adapter, model, None, f"{path} + {file}")
+    for entry, file in states.items():
+        own, _, adapter = entry.partition(":")
+        model = served[adapter or name].model
+        served[own] = Served(own, model, load_state(file, model), f"{served[adapter or name].source} + {file}")
+    return served
+
+
+def initial_state(served: Served, dtype: torch.dtype | None = None) -> State:
+    """The state before the first token, batch size 1.
+
+    Args:
+        dtype: of matmuls, if not fp32.
+    """
+    weight = served.model.ln_out.weight
+    state = served.model.initial_state(1, torch.empty(0, device=weight.device, dtype=dtype or weight.dtype))
+    if served.state is None:
+        return state
+    return tuple((att, tuned, ffn) for (att, _, ffn), tuned in zip(state, served.state, strict=True))
