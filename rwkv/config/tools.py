@@ -43,6 +43,16 @@ class GenerateConfig:
     """Text to continue. Without prompt and ask: an interactive chat."""
     ask: str = ""
     """Question to answer, in the World models' format: "User: …", blank line, "Assistant:"."""
+    prompts: str = ""
+    """A .jsonl file to answer instead: one object per line, with a text under "prompt" or "ask", or
+    chat messages under "messages"."""
+    output: str = ""
+    """With prompts: the .jsonl file for the answers: the same objects in the same order, with
+    "answer" and "finish_reason" ("stop", or "length" if cut off)."""
+    batch: int = 16
+    """With prompts: number of sequences that are generated at a time."""
+    force: bool = False
+    """With prompts: replace an existing output."""
     think: Literal["none", "fast", "full"] = "none"
     """With ask and in chats, for RWKV-7 G1 models. full: answers begin with the model's thoughts,
     "Assistant: <think>…</think>". fast: an empty thought is inserted, "Assistant: <think></think>".
@@ -61,7 +71,8 @@ class GenerateConfig:
     penalty_decay: float = 0.996
     """Decay of the counts behind frequency_penalty, per generated token (0 to 1)."""
     seed: int = -1
-    """Random seed of sampling. -1: different each time."""
+    """Random seed of sampling. -1: different each time. With prompts it counts up from one to the
+    next, so that answers do not depend on batch."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Data type of the matrices and matmuls. auto: on a GPU that of the checkpoint, on a CPU
     fp32.
