@@ -220,7 +220,7 @@ class _Run:
     """The sequences of one call, and their events.
 
     Raises:
-        ApiError: the queue is full.
+        ApiError: the queue is full, or the server is shutting down.
     """
 
     def __init__(self, call: Call, engine: decoding.Engine, state: dict[str, Any], retry_after: int):
@@ -257,6 +257,8 @@ class _Run:
                 kind="rate_limit_error",
                 headers={"Retry-After": str(retry_after)},
             ) from None
+        except decoding.Closed:
+            raise _shutting_down() from None
         self._note()
 
     def cancel(self) -> None:
@@ -283,7 +285,7 @@ class _Run:
             if event.finish == "error":
                 raise ApiError(event.error, status=500, kind="server_error")
             if event.finish == "cancelled":
-                raise ApiError("the server is shutting down", status=503, kind="server_error")
+                raise _shutting_down()
             answer = self._answers[index]
             yield index, answer.add(event.text) if answer else event.text, event.tokens, event.finish
 
@@ -329,6 +331,10 @@ class _Run:
             yield b"data: [DONE]\n\n"
         except ApiError as error:
             yield _event(error.body)
+
+
+def _shutting_down() -> ApiError:
+    return ApiError("the server is shutting down", status=503, kind="server_error")
 
 
 def _event(value: Any) -> bytes:

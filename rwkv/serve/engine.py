@@ -33,6 +33,10 @@ class Full(Exception):
     """The queue has no room for a request."""
 
 
+class Closed(Exception):
+    """The engine accepts no more requests."""
+
+
 @dataclass(frozen=True)
 class Token:
     """A generated token, with its log-probability and the most likely tokens instead of it, before
@@ -198,6 +202,7 @@ class Engine:
 
     Attributes:
         changed: notified when there is work. Its lock guards the queue.
+        closed: whether `close` was called.
         mean_seconds: that a sequence took from its first step to its end, of late.
     """
 
@@ -214,7 +219,7 @@ class Engine:
         self.served, self.tokenizer, self.dtype = dict(served), tokenizer, dtype
         self.max_batch, self.max_queue = max_batch, max_queue
         self.cache = StateCache(cache_bytes)
-        self.changed, self.mean_seconds = threading.Condition(), 0.0
+        self.changed, self.mean_seconds, self.closed = threading.Condition(), 0.0, False
         self._queue: deque[Request] = deque()
         self._groups = {id(one.model): _Group(one.model.eval()) for one in self.served.values()}
 
@@ -233,8 +238,11 @@ class Engine:
 
         Raises:
             Full: there is no room for all of them.
+            Closed: after `close`.
         """
         with self.changed:
+            if self.closed:
+                raise Closed
             free = max(0, self.max_batch - self.running) + self.max_queue - len(self._queue)
             if len(requests) > free:
                 raise Full
@@ -247,17 +255,11 @@ class Engine:
             request.cancelled = True
             self.changed.notify()
 
-    def cancel_all(self) -> None:
-        """End all requests. Not while `step` runs."""
+    def close(self) -> None:
+        """End all requests before their next token, and accept no more. Thread-safe."""
         with self.changed:
-            queued = list(self._queue)
-            self._queue.clear()
-        for request in queued:
-            request.emit(Event(finish="cancelled"))
-        for group in self._groups.values():
-            for sequence in group.sequences:
-                sequence.fail("cancelled")
-            group.reading, group.rows, group.state = [], [], None
+            self.closed = True
+            self.changed.notify()
 
     def idle(self) -> bool:
         """Whether there is nothing to do."""
@@ -272,7 +274,7 @@ class Engine:
         for group in self._groups.values():
             try:
                 for sequence in group.sequences:
-                    if sequence.request.cancelled and not sequence.done:
+                    if (sequence.request.cancelled or self.closed) and not sequence.done:
                         sequence.fail("cancelled")
                 group.reading = [sequence for sequence in group.reading if not sequence.done]
                 group.regroup(())
@@ -293,7 +295,7 @@ class Engine:
             with self.changed:
                 if not self._queue:
                     return
-                cancelled = next((request for request in self._queue if request.cancelled), None)
+                cancelled = next((request for request in self._queue if request.cancelled or self.closed), None)
                 if cancelled is None and self.running >= self.max_batch:
                     return
                 request = cancelled or self._queue[0]
@@ -379,7 +381,7 @@ class Engine:
         )
         for i, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             if not finite[i]:
-                sequence.fail("error", "the model's logits are NaN or Inf; start the server with --dtype fp32")
+                sequence.fail("error", "the model's logits are NaN or Inf; use --dtype fp32")
                 continue
             most = sequence.request.logprobs
             logprob = None if most is None else _logprobs(logits[i], token, most)

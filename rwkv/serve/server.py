@@ -1,5 +1,6 @@
 """The HTTP server: its socket, signals, start and end."""
 
+import asyncio
 import contextlib
 import errno
 import ipaddress
@@ -17,6 +18,8 @@ from rwkv.errors import UserError
 from rwkv.serve import app
 from rwkv.serve.access import LOOPBACK
 from rwkv.serve.worker import Worker
+
+_CLOSING_SECONDS = 5  # for cancelled requests to be answered
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -74,16 +77,21 @@ class Server(uvicorn.Server):
             loop="asyncio",
             http="h11",
             ws="none",
-            timeout_graceful_shutdown=max(1, round(seconds)),
+            timeout_graceful_shutdown=max(1, round(seconds + _CLOSING_SECONDS)),
             h11_max_incomplete_event_size=1 << 16,  # bytes of headers
         )
         super().__init__(config)
-        self._started = started
+        self._started, self._worker, self._seconds = started, worker, seconds
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to accept connections."""
         await super().startup(sockets)
         self._started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer what is running, and cancel what has not ended after `seconds`."""
+        asyncio.get_running_loop().call_later(self._seconds, self._worker.engine.close)
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

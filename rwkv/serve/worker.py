@@ -13,13 +13,13 @@ class Worker:
     """
 
     def __init__(self, engine: Engine):
-        self.engine, self._closing = engine, False
+        self.engine = engine
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
 
     @property
     def alive(self) -> bool:
         """Whether requests are being processed."""
-        return self._thread.is_alive() and not self._closing
+        return self._thread.is_alive() and not self.engine.closed
 
     def start(self) -> None:
         """Start the thread."""
@@ -27,9 +27,7 @@ class Worker:
 
     def close(self) -> None:
         """Cancel all requests, and wait until the thread has ended."""
-        with self.engine.changed:
-            self._closing = True
-            self.engine.changed.notify()
+        self.engine.close()
         if self._thread.ident is not None:
             self._thread.join()
 
@@ -37,9 +35,8 @@ class Worker:
         engine = self.engine
         while True:
             with engine.changed:
-                while engine.idle() and not self._closing:
+                while engine.idle():
+                    if engine.closed:
+                        return
                     engine.changed.wait()
-                if self._closing:
-                    break
             engine.step()
-        engine.cancel_all()
