@@ -14,7 +14,7 @@ from rwkv.cli import parse
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "README.zh.md", *(ROOT / "docs").rglob("*.md")])
 TRANSLATED = [("README.md", "README.zh.md")] + [
-    (f"docs/{name}.md", f"docs/zh/{name}.md") for name in ("guide", "data-formats", "gpus-and-memory", "faq")
+    (f"docs/{name}.md", f"docs/zh/{name}.md") for name in ("guide", "data-formats", "gpus-and-memory", "faq", "serving")
 ]
 CONFIGS = {
     "lora": config.LoRAConfig,
@@ -24,6 +24,7 @@ CONFIGS = {
     "inspect": config.InspectConfig,
     "merge": config.MergeConfig,
     "generate": config.GenerateConfig,
+    "serve": config.ServeConfig,
     "export": config.ExportConfig,
     "estimate": config.EstimateConfig,
     "doctor": config.DoctorConfig,
@@ -32,7 +33,7 @@ SCRIPTS = {"inspect_data": "inspect", "merge_lora": "merge"}
 TARGETS = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 SERVICES = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
 COMMAND = re.compile(r"^(?:    )?((?:make|python|docker|git|conda) .*)$", re.MULTILINE)
-INPUTS = ("load_model", "data_file", "input", "adapter", "model", "lora", "lora_load", "verify")
+INPUTS = ("load_model", "data_file", "input", "adapter", "model", "lora", "lora_load", "verify", "prompts")
 
 
 def page_id(page: Path) -> str:
@@ -71,6 +72,7 @@ def job(words: list[str]) -> tuple[str, list[str]] | None:
         return SCRIPTS.get(path.stem, path.stem), words[2:]
     if words[:2] == ["docker", "compose"] and words[2] == "run":
         assert words[3] == "--rm"
+        words = [word for word in words if word != "--service-ports"]
         assert words[4] in SERVICES, words
         return (words[4], words[5:]) if len(words) > 5 else None
     assert words[0] in ("git", "docker", "cd", "conda"), words
@@ -79,7 +81,7 @@ def job(words: list[str]) -> tuple[str, list[str]] | None:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_commands_parse_and_their_files_exist(page):
-    existing = {"out/demo/base/rwkv-0.pth", "out/demo/tuned.pth"}  # created by the demo
+    existing = {"out/demo/base/rwkv-0.pth", "out/demo/lora/rwkv-0.pth", "out/demo/tuned.pth"}  # created by the demo
     assert all(f"{path.removeprefix('out/demo/')}" in read("scripts/demo.sh") for path in existing)
     for words in commands(page.read_text(encoding="utf-8")):
         name, flags = job(words) or ("", [])
@@ -91,6 +93,7 @@ def test_commands_parse_and_their_files_exist(page):
             if not isinstance(path, str) or (name, flag) == ("estimate", "model"):  # --lora true, --model 7b
                 continue
             for part in filter(None, path.split(",")):
+                part = part.rpartition("=")[2]  # serve: NAME=FILE
                 assert part in existing or list(ROOT.glob(part)), (
                     f"{part}: created by no earlier command of {page_id(page)}"
                 )
@@ -98,7 +101,7 @@ def test_commands_parse_and_their_files_exist(page):
             existing.add(f"{values['output_prefix']}_text_document")
         if name in ("lora", "finetune", "pretrain"):
             existing.add(f"{values['proj_dir']}/rwkv-{values['epoch_count'] - 1}.pth")
-        if name in ("merge", "export"):
+        if name in ("merge", "export", "generate") and values["output"]:
             existing.add(values["output"])
 
 

@@ -65,6 +65,11 @@ def test_supported_gpu_and_driver(entrypoint):
         assert (result.returncode, result.stdout, result.stderr) == (0, "ran scripts/lora.py --x 1\n", "")
 
 
+def test_server_listens_where_told(entrypoint):
+    told = entrypoint("serve", "--model", "m", RWKV_HOST="0.0.0.0").stdout  # compose.yaml
+    assert told == "ran scripts/serve.py --host 0.0.0.0 --model m\n"
+
+
 def test_lora_without_flags_runs_demo(entrypoint):
     assert entrypoint("lora").stdout == entrypoint().stdout == "demo with python\n"
     assert entrypoint("lora", "--load_model", "a b").stdout == "ran scripts/lora.py --load_model a b\n"
@@ -76,6 +81,7 @@ def test_lora_without_flags_runs_demo(entrypoint):
         (["generate", "--ask", "x"], "ran scripts/generate.py --ask x"),
         (["inspect"], "ran scripts/inspect_data.py"),
         (["merge", "--adapter", "a"], "ran scripts/merge_lora.py --adapter a"),
+        (["serve", "--model", "a b"], "ran scripts/serve.py --model a b"),
         (["test", "tests/gpu"], "ran -m pytest tests/gpu"),
         (["newer", "--flag"], "ran scripts/newer.py --flag"),
         (["shell", "-c", "echo hello"], "hello"),

@@ -27,7 +27,7 @@ TRAINING = [
     "cpu",
 ]
 TRAINING += ["--precision", "fp32"]
-SCRIPTS = ["convert", "export", "finetune", "generate", "inspect_data", "lora", "merge_lora", "pretrain"]
+SCRIPTS = ["convert", "export", "finetune", "generate", "inspect_data", "lora", "merge_lora", "pretrain", "serve"]
 
 
 def test_end_to_end_pipeline(script, write_jsonl, tmp_path):
@@ -150,6 +150,8 @@ def test_help(script, name):
         ("inspect_data", [], "--data_file is missing"),
         ("inspect_data", ["--data_file", "none"], "none.idx: no such file"),
         ("generate", [], "--model is missing"),
+        ("serve", [], "--model is missing"),
+        ("serve", ["--model", "none.pth"], "none.pth: no such checkpoint"),
         ("generate", ["--model", "none.pth"], "none.pth: no such checkpoint"),
     ],
 )
