@@ -23,7 +23,8 @@ from rwkv.models import RWKV
 from rwkv.models.version import named
 from rwkv.sampling import Sampling
 from rwkv.serve import messages
-from rwkv.serve.engine import Engine, Event, Request
+from rwkv.serve.engine import Engine
+from rwkv.serve.requests import Event, Request
 from rwkv.serve.served import Served
 from tests.serve.models import serving
 

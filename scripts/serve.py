@@ -8,6 +8,7 @@
 Ctrl-C ends it.
 """
 
+import functools
 import os
 
 from rwkv.cli import parse, report_errors
@@ -68,8 +69,9 @@ def main(config: ServeConfig) -> None:
             ),
             config.max_body_kb << 10,
             key,
-            server.accepted_hosts(listening, config.host),
+            server.accepted_hosts(listening, config.host, key),
             [origin.strip() for origin in config.cors_origins.split(",") if origin.strip()],
+            functools.partial(print, flush=True),
         )
         server.run(listening, Worker(engine), settings, config.shutdown_seconds)
 

@@ -39,7 +39,8 @@ class Access:
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if self._hosts and name not in self._hosts:
             return ApiError(
-                f"the host {name[:100]!r} is not served here; open the server by the address it printed", status=403
+                f"the host {name[:100]!r} is not served here; use the address that the server printed, or set an API key",
+                status=403,
             )
         if not self._key or not path.startswith("/v1"):
             return None

@@ -8,6 +8,8 @@ import contextlib
 import functools
 import hashlib
 import re
+import sys
+import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +24,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from rwkv.serve import engine as decoding
-from rwkv.serve import protocol
+from rwkv.serve import protocol, requests
 from rwkv.serve.access import Access, Log
-from rwkv.serve.engine import Event, Token
+from rwkv.serve.engine import Engine
 from rwkv.serve.protocol import ApiError, Call, Limits
+from rwkv.serve.requests import Event, Token
 from rwkv.serve.worker import Worker
 from rwkv.text_stream import Answer
 
@@ -76,9 +78,7 @@ def create(worker: Worker, settings: Settings) -> Starlette:
         exception_handlers={
             ApiError: lambda request, error: _error_response(error),
             HTTPException: _http_error,
-            Exception: lambda request, error: _error_response(
-                ApiError("internal error; see the server's output", status=500, kind="server_error")
-            ),
+            Exception: _internal_error,
         },
     )
 
@@ -89,6 +89,12 @@ def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) 
 
 def _error_response(error: ApiError) -> Response:
     return _json(error.body, error.status, error.headers)
+
+
+def _internal_error(request: Request, error: Exception) -> Response:
+    traceback.print_exception(type(error), error, error.__traceback__, file=sys.stderr)
+    message = "internal error; the output of the server has the details"
+    return _error_response(ApiError(message, status=500, kind="server_error"))
 
 
 def _http_error(request: Request, error: Exception) -> Response:
@@ -223,8 +229,11 @@ class _Run:
         ApiError: the queue is full, or the server is shutting down.
     """
 
-    def __init__(self, call: Call, engine: decoding.Engine, state: dict[str, Any], retry_after: int):
+    def __init__(self, call: Call, engine: Engine, state: dict[str, Any], retry_after: int):
         self.call, self.engine, self._state = call, engine, state
+        most = engine.max_batch + engine.max_queue
+        if len(call.prompts) * call.n > most:
+            raise ApiError(f"this server generates at most {most} choices at a time", "n")
         loop, self._events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
 
         def emit(index: int, event: Event) -> None:
@@ -232,7 +241,7 @@ class _Run:
                 loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
         self.requests = [
-            decoding.Request(
+            requests.Request(
                 model=call.model,
                 prompt=prompt,
                 sampling=call.sampling,
@@ -249,7 +258,7 @@ class _Run:
         self._answers = [Answer(call.think) if call.kind == "chat" else None for _ in self.requests]
         try:
             engine.submit(self.requests)
-        except decoding.Full:
+        except requests.Full:
             raise ApiError(
                 f"the queue is full; try again in {retry_after} s",
                 status=429,
@@ -257,7 +266,7 @@ class _Run:
                 kind="rate_limit_error",
                 headers={"Retry-After": str(retry_after)},
             ) from None
-        except decoding.Closed:
+        except requests.Closed:
             raise _shutting_down() from None
         self._note()
 
@@ -291,8 +300,8 @@ class _Run:
 
     def usage(self) -> dict[str, Any]:
         """The usage object."""
-        requests = self.requests[:: self.call.n]  # a prompt counts once
-        cached = sum(max(0, request.cached - self.call.uncounted) for request in requests)
+        prompts = self.requests[:: self.call.n]  # a prompt counts once
+        cached = sum(max(0, request.cached - self.call.uncounted) for request in prompts)
         return protocol.usage(self.call, cached, sum(request.generated for request in self.requests))
 
     async def whole(self) -> dict[str, Any]:

@@ -11,8 +11,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,79 +19,14 @@ from torch import Tensor
 from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.models import RWKV, State
 from rwkv.models.state import map_state
-from rwkv.sampling import Sampling, sample_tokens
+from rwkv.sampling import sample_tokens
 from rwkv.serve.cache import StateCache
+from rwkv.serve.requests import Closed, Event, Full, Request, Token
 from rwkv.serve.served import Served, initial_state
 from rwkv.text_stream import TextStream
 
 _CHUNK = 256  # prompt tokens per step and model, over all prompts: others wait no longer than for these
 _SHARED = 16  # tokens that prompts must have in common for a state after these to be saved
-
-
-class Full(Exception):
-    """The queue has no room for a request."""
-
-
-class Closed(Exception):
-    """The engine accepts no more requests."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """A generated token, with its log-probability and the most likely tokens instead of it, before
-    temperature and penalties.
-    """
-
-    id: int
-    bytes: bytes
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-    offset: int  # characters of text before it
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a sequence has generated since its last event.
-
-    Attributes:
-        tokens: those that begin in `text`, if log-probabilities were requested.
-        finish: why the sequence ended: "stop" (EOD or a stop text), "length", "cancelled" or
-            "error"; "" if it goes on.
-    """
-
-    text: str = ""
-    tokens: tuple[Token, ...] = ()
-    finish: str = ""
-    error: str = ""
-
-
-@dataclass(eq=False)
-class Request:
-    """One sequence to generate.
-
-    Args:
-        prompt: token ids, at least one.
-        seed: of sampling; None: a new one.
-        logprobs: number of most likely tokens to report with each token; None: no
-            log-probabilities.
-        emit: called with every Event, in the thread of the engine. It must not wait.
-
-    Attributes:
-        cached: prompt tokens whose state was in the cache.
-        generated: generated tokens, without EOD.
-    """
-
-    model: str
-    prompt: Sequence[int]
-    sampling: Sampling
-    max_tokens: int
-    emit: Callable[[Event], None]
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-    logprobs: int | None = None
-    cached: int = field(default=0, init=False)
-    generated: int = field(default=0, init=False)
-    cancelled: bool = field(default=False, init=False)
 
 
 class _Sequence:
@@ -283,10 +217,10 @@ class Engine:
                 if group.reading:
                     self._read(group)
             except Exception as error:  # e.g. out of memory: ends these requests, not the server
-                traceback.print_exc(file=sys.stderr)
+                message = _failure(error)
                 for sequence in group.sequences:
                     if not sequence.done:
-                        sequence.fail("error", f"{type(error).__name__} while generating; see the server's output")
+                        sequence.fail("error", message)
                 group.reading, group.rows, group.state = [], [], None
 
     def _admit(self) -> None:
@@ -300,14 +234,18 @@ class Engine:
                     return
                 request = cancelled or self._queue[0]
                 self._queue.remove(request)
-                if cancelled is None:
-                    served = self.served[request.model]
-                    sequence = _Sequence(request, served, initial_state(served, self.dtype))
-                    self._groups[id(served.model)].reading.append(sequence)
             if cancelled is not None:
                 request.emit(Event(finish="cancelled"))
-            elif self.cache.most:
-                self._look_up(sequence)
+                continue
+            served = self.served[request.model]
+            try:
+                sequence = _Sequence(request, served, initial_state(served, self.dtype))
+                if self.cache.most:
+                    self._look_up(sequence)
+            except Exception as error:
+                request.emit(Event(finish="error", error=_failure(error)))
+                continue
+            self._groups[id(served.model)].reading.append(sequence)
 
     def _look_up(self, sequence: _Sequence) -> None:
         """Begin with a state from the cache, and plan what to save."""
@@ -389,6 +327,12 @@ class Engine:
             sequence.accept(token, b"" if eod else self.tokenizer.decode_bytes([token]), eod, logprob)
             if sequence.done:
                 self.mean_seconds += 0.1 * (time.monotonic() - sequence.begun - self.mean_seconds)
+
+
+def _failure(error: Exception) -> str:
+    """The message of an error for clients; its traceback goes to stderr."""
+    traceback.print_exception(type(error), error, error.__traceback__, file=sys.stderr)
+    return f"{type(error).__name__} while generating; the output of the server has the details"
 
 
 def _logprobs(logits: Tensor, token: int, most: int) -> tuple[float, list[tuple[int, float]]]:

@@ -12,7 +12,8 @@ from rwkv.errors import UserError
 from rwkv.files import atomic_write, open_regular
 from rwkv.sampling import Sampling
 from rwkv.serve import messages
-from rwkv.serve.engine import Engine, Event, Request
+from rwkv.serve.engine import Engine
+from rwkv.serve.requests import Event, Request
 from rwkv.text_stream import STOP, Answer
 
 _KINDS = ("prompt", "ask", "messages")

@@ -10,7 +10,7 @@ from typing import Any
 from rwkv.data.tokenizer import LARGEST_ID, WorldTokenizer
 from rwkv.sampling import Sampling
 from rwkv.serve import messages
-from rwkv.serve.engine import Token
+from rwkv.serve.requests import Token
 from rwkv.serve.served import Served
 from rwkv.text_stream import OPENING, STOP
 

@@ -15,6 +15,7 @@ from rwkv import adapter_files, checkpoint
 from rwkv.adapters import lora
 from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError
+from rwkv.files import sha256
 from rwkv.generate import matrices_dtype
 from rwkv.memory import machine
 from rwkv.models import RWKV, State
@@ -61,13 +62,18 @@ def world_tokenizer(model: RWKV, path: str) -> WorldTokenizer:
     return WorldTokenizer()
 
 
-def with_adapter(base: RWKV, path: str, base_path: str, alpha: float | None) -> RWKV:
+def with_adapter(base: RWKV, path: str, base_path: str, base_sha256: str, alpha: float | None = None) -> RWKV:
     """A model with an adapter, unmerged. It shares all of the base's parameters, except those that
     the adapter trained as a whole.
 
+    Args:
+        base_sha256: the hash of the base's file.
+        alpha: of adapters without one in their manifest.
+
     Raises UserError like adapter_files.inspect_adapter and load_adapter.
     """
-    tensors, known = adapter_files.inspect_adapter(path, base_path, alpha)
+    alpha = None if "alpha" in adapter_files.read_manifest(path) else alpha
+    tensors, known = adapter_files.inspect_adapter(path, base_path, alpha, base_sha256)
     # copies the modules, not the parameters
     model = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
     lora.inject(model, known["parts"], known["r"], known["alpha"])
@@ -157,7 +163,7 @@ def load(
     Args:
         adapters: files by name.
         states: files by name; `NAME:ADAPTER` is a state for base + adapter.
-        alpha: lora_alpha of adapters without a manifest.
+        alpha: as in with_adapter.
         matrices: dtype of matrices, instead of fp32.
 
     Raises UserError like checkpoint.load_model, check_names, with_adapter and load_state.
@@ -167,8 +173,9 @@ def load(
     base = checkpoint.load_model(path, device, matrices=matrices).eval()
     base.requires_grad_(False)
     served = {name: Served(name, base, None, path)}
+    digest = sha256(path) if adapters else ""
     for adapter, file in adapters.items():
-        model = with_adapter(base, file, path, alpha).to(device).requires_grad_(False)
+        model = with_adapter(base, file, path, digest, alpha).to(device).requires_grad_(False)
         served[adapter] = Served(adapter, model, None, f"{path} + {file}")
     for entry, file in states.items():
         own, _, adapter = entry.partition(":")

@@ -20,6 +20,9 @@ from rwkv.serve.access import LOOPBACK
 from rwkv.serve.worker import Worker
 
 _CLOSING_SECONDS = 5  # for cancelled requests to be answered
+# Longer than clients keep idle connections (httpx: 5 s): one that the server closes just as the
+# client uses it again loses the request.
+_KEEP_ALIVE_SECONDS = 65
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -77,6 +80,7 @@ class Server(uvicorn.Server):
             loop="asyncio",
             http="h11",
             ws="none",
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=max(1, round(seconds + _CLOSING_SECONDS)),
             h11_max_incomplete_event_size=1 << 16,  # bytes of headers
         )
@@ -116,11 +120,11 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def accepted_hosts(listening: socket.socket, host: str) -> tuple[str, ...]:
+def accepted_hosts(listening: socket.socket, host: str, api_key: str) -> tuple[str, ...]:
     """Names that a Host header may have: those of this machine, if only it can connect; empty: any
-    name.
+    name. With an API key too: web pages do not know it, and reverse proxies may keep their name.
     """
-    return (*LOOPBACK, host.lower()) if is_local(listening) else ()
+    return (*LOOPBACK, host.lower()) if is_local(listening) and not api_key else ()
 
 
 def run(listening: socket.socket, worker: Worker, settings: app.Settings, seconds: float = 10) -> None:

@@ -11,7 +11,8 @@ import torch
 from rwkv import adapter_files, checkpoint
 from rwkv.adapters import lora
 from rwkv.serve import app, server
-from rwkv.serve.engine import Engine, Event, Request
+from rwkv.serve.engine import Engine
+from rwkv.serve.requests import Event, Request
 from rwkv.serve.worker import Worker
 
 SIZES = {"n_layer": 2, "n_embd": 32, "vocab_size": 257}

@@ -9,7 +9,8 @@ from rwkv.generate import Session
 from rwkv.models.state import leaves
 from rwkv.sampling import Sampling
 from rwkv.serve import served
-from rwkv.serve.engine import Engine, Full
+from rwkv.serve.engine import Engine
+from rwkv.serve.requests import Full
 from tests.serve import models
 from tests.serve.models import Collected
 

@@ -262,6 +262,14 @@ def test_http_errors(url):
     assert preflight[0] == 405  # a browser does not send the request
 
 
+def test_internal_error(url, monkeypatch, capfd):
+    monkeypatch.setattr(Engine, "submit", lambda *arguments: 1 / 0)
+    status, _, body = send(url, "POST", "/v1/completions", {"model": "base", "prompt": "x"})
+    monkeypatch.undo()
+    assert (status, json.loads(body)["error"]["type"]) == (500, "server_error")
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
 def test_health_and_log(url, log):
     status, _, body = send(url, "GET", "/health")
     assert (status, json.loads(body)["status"], json.loads(body)["models"]) == (200, "ok", ["base", "tuned"])
@@ -277,6 +285,7 @@ def test_api_key_and_origins(loaded):
     engine = Engine(loaded, WorldTokenizer())
     settings = app.Settings(api_key="sécret", origins=("https://example.com",), write=lambda line: None)
     with models.serving(engine, settings) as url:
+        assert send(url, "GET", "/health", Host="proxy.example")[0] == 200
         for key in (None, "Bearer wrong", "Bearer ", "sécret", "Basic sécret"):
             headers = {"Authorization": key.encode()} if key else {}
             status, sent, body = send(url, "GET", "/v1/models", **headers)
