@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,7 +61,7 @@ def sample_tokens(
     rows = rows / torch.tensor(temperatures, device=rows.device)[:, None]
     total = rows.logsumexp(-1, keepdim=True)
     values, candidates = rows.topk(min(_LIKELIEST, rows.shape[-1]), -1)  # in descending order
-    likeliest, candidates = (values - total).exp().cpu().double(), candidates.cpu()
+    likeliest, candidates = (values - total).exp().cpu().double().numpy(), candidates.cpu()
     for row, i in enumerate(drawing):
         u = float(_uniform(generators[i]))
         top_p, whole = samplings[i].top_p, likeliest.shape[-1] == rows.shape[-1]
@@ -69,7 +70,7 @@ def sample_tokens(
             tokens[i] = int(candidates[row, place])
             continue
         ordered, order = (rows[row] - total[row]).sort(descending=True)
-        tokens[i] = int(order[_place(ordered.exp().cpu().double(), top_p, u, True)])
+        tokens[i] = int(order[_place(ordered.exp().cpu().double().numpy(), top_p, u, True)])
     return tokens
 
 
@@ -78,12 +79,12 @@ def _uniform(generator: torch.Generator | None) -> Tensor:
     return torch.rand((), generator=generator, device=device, dtype=torch.float64)
 
 
-def _place(probabilities: Tensor, top_p: float, u: float, whole: bool) -> int | None:
+def _place(probabilities: np.ndarray, top_p: float, u: float, whole: bool) -> int | None:
     """The place of the sampled token among descending probabilities [K]: the most likely tokens up
     to a sum of top_p are kept, always at least one; u, in [0, 1), selects one of them. None if more
     probabilities are needed; `whole`: there are no more.
     """
-    sums = probabilities.cumsum(0)
+    sums = probabilities.cumsum()
     kept = int((sums - probabilities < top_p).sum())
     if top_p >= 1:
         mass, kept = float(sums[-1]) if whole else 1.0, len(sums)
@@ -92,7 +93,7 @@ def _place(probabilities: Tensor, top_p: float, u: float, whole: bool) -> int | 
     else:
         kept = max(kept, 1)
         mass = float(sums[kept - 1])
-    place = int((sums[:kept] <= u * mass).sum())
+    place = int(np.searchsorted(sums[:kept], u * mass, side="right"))
     if place == len(sums) and not whole:
         return None
     return min(place, kept - 1)
