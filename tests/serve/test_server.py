@@ -2,10 +2,10 @@
 
 import asyncio
 import contextlib
-import functools
 import http.client
 import json
 import re
+import runpy
 import signal
 import socket
 from pathlib import Path
@@ -13,10 +13,11 @@ from pathlib import Path
 import openai
 import pytest
 
-from rwkv.config import ConvertConfig
+from rwkv.config import ConvertConfig, ServeConfig
 from rwkv.data.binidx import Dataset
 from rwkv.data.convert.pipeline import convert
 from rwkv.data.tokenizer import WorldTokenizer
+from rwkv.errors import UserError
 from rwkv.generate import Chat, Session
 from rwkv.sampling import Sampling
 from rwkv.serve import app, messages, served
@@ -323,7 +324,7 @@ def test_disconnect_cancels(loaded, stream):
 def test_signal_ends_the_server(start, make_model, tmp_path, number):
     """A short request is finished, a long one is cancelled after --shutdown_seconds; status 0."""
     base = models.base(make_model, tmp_path, "7", models.WORLD)
-    process = start("serve.py", "--model", base, "--port", 0, "--shutdown_seconds", 3, "--max_tokens", 10**8)
+    process = start("serve.py", "--model", base, "--port", 0, "--shutdown_seconds", 2, "--max_tokens", 10**8)
     output = Path(process._files[1].name)
     models.wait_until(lambda: "Ctrl-C ends" in output.read_text())
     url = re.search(r"serving base at (http://127\.0\.0\.1:\d+) ", output.read_text())[1]
@@ -342,16 +343,23 @@ def test_signal_ends_the_server(start, make_model, tmp_path, number):
     )
 
 
-def test_startup_errors(script, make_base, tmp_path, monkeypatch):
-    base = make_base()  # of another vocabulary
-    run = functools.partial(script, "serve.py", "--model", base, status=1)
-    assert "only World models can generate text" in run("--port", 0).stderr
+def test_startup_errors(make_base, tmp_path, root):
+    base = str(make_base())  # of another vocabulary
+    main = runpy.run_path(str(root / "scripts/serve.py"))["main"]
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        message = run("--port", taken.getsockname()[1]).stderr
-    assert "is in use by another program; stop it, or use another --port" in message
-    assert "no such address" in run("--host", "no.such.host.invalid").stderr
-    assert "two models are named base" in run("--lora", f"base={base}").stderr
-    assert "none.pth: no such checkpoint" in run("--port", 0, "--lora", tmp_path / "none.pth").stderr
+        port = taken.getsockname()[1]
+        cases = [
+            ({"port": 0}, "only World models can generate text"),
+            ({"port": port}, f"127.0.0.1:{port} is in use by another program; stop it, or use another --port"),
+            ({"host": "192.0.2.1"}, "is no address of this machine"),  # reserved for documentation
+            ({"port": 70000}, "from 0 to 65535"),
+            ({"max_batch": 0}, "--max_batch 0: it must be at least 1"),
+            ({"lora": f"base={base}"}, "two models are named base"),
+            ({"port": 0, "lora": str(tmp_path / "none.pth")}, "none.pth: no such checkpoint"),
+        ]
+        for flags, message in cases:
+            with pytest.raises(UserError, match=re.escape(message)):
+                main(ServeConfig(model=base, accelerator="cpu", **flags))
 
 
 def test_load(loaded):
