@@ -21,7 +21,7 @@ class Paths:
     into proj_dir first; for other kinds see data_type."""
     proj_dir: str = "out"
     """Output folder of the run: checkpoints rwkv-N.pth after epoch N, metrics.jsonl, train_log.txt,
-    loss.png."""
+    loss.png, and report.html to look at in a browser, also during the run."""
     data_type: str = "binidx"
     """Format of data_file; not needed for .jsonl files and binidx. numpy: an .npy file of token
     ids. utf-8, utf-16le: text with characters as tokens; vocab_size is their number,
@@ -163,6 +163,11 @@ class Validation:
     epoch and of the run."""
     val_samples: int = 256
     """Number of validation samples, evenly spaced and always the same. 0: all."""
+    keep_best: bool = False
+    """Also keep the checkpoint of the lowest validation loss, as rwkv-best.pth in proj_dir."""
+    patience: int = 0
+    """Early stopping: end the run, as at its last step, after N validations in a row that were not
+    lower than the lowest before them. With a larger N the same command continues. 0: off."""
 
 
 @dataclass
@@ -261,6 +266,14 @@ class Logging:
     tensorboard: bool = False
     """Also write metrics for TensorBoard to proj_dir/tensorboard. To view them: pip install
     tensorboard; tensorboard --logdir out."""
+    sample_every: int = 0
+    """Write samples before the first step, every N optimizer steps and at the end, always with the
+    most likely token: to samples.jsonl, and side by side in report.html. Does not affect the
+    training. 0: off."""
+    sample_ask: str = ""
+    """With sample_every: questions to answer, separated by "|". Omitted: the beginnings of three
+    validation documents (without validation, of training documents), up to the first token that
+    contributes to the loss, or a quarter of the document."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ _AT_LEAST: dict[float, tuple[str, ...]] = {
     1: ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count", "epoch_save", "devices", "num_nodes", "ds_bucket_mb", "lora_r"),
     0: (
         *("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size", "tbptt_len", "max_steps", "epoch_begin", "save_every", "my_exit"),
-        *("my_random_steps", "min_ctx_len", "val_every", "val_samples", "my_pile_edecay"),
+        *("my_random_steps", "min_ctx_len", "val_every", "val_samples", "my_pile_edecay", "patience", "sample_every"),
         *("lr_init", "lr_final", "weight_decay", "grad_clip", "adam_eps"),
     ),
     -1: ("warmup_steps", "magic_prime", "my_pile_shift", "random_seed", "weight_decay_final"),

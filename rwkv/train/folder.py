@@ -13,13 +13,14 @@ from rwkv import adapter_files, checkpoint
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
 from rwkv.train import data_source
+from rwkv.train.callbacks import best as bests
 from rwkv.train.callbacks import dashboards
 from rwkv.train.loop import schedule
 from rwkv.train.resume import run_manifest, state_files
 from rwkv.train.run import NEW_BASE
 
 _FILES = ("run.json", "metrics.jsonl", "train_log.txt", "loss.png")
-_CHECKPOINT = re.compile(r"rwkv-(\d+|final|base)\.pth")
+_CHECKPOINT = re.compile(r"rwkv-(\d+|final|best|base)\.pth")
 _CORRUPT = re.compile(r"metrics\.jsonl\.corrupt(\.\d+)?")
 
 
@@ -43,10 +44,12 @@ class Saved:
 
 
 def checkpoints(folder: Path) -> list[Saved]:
-    """All rwkv-N.pth, sorted by number; rwkv-final.pth comes first."""
+    """All rwkv-N.pth, sorted by number; rwkv-final.pth comes first. (rwkv-best.pth and
+    rwkv-base.pth are none: a run does not continue from them.)
+    """
     found = []
     for path in _glob(folder):
-        if (match := _CHECKPOINT.fullmatch(path.name)) and match[1] != "base":
+        if (match := _CHECKPOINT.fullmatch(path.name)) and match[1] not in ("base", "best"):
             found.append(Saved(path, -1 if match[1] == "final" else int(match[1]), _manifest(path)))
     return sorted(found, key=lambda saved: saved.number)
 
@@ -117,6 +120,10 @@ def check_overwrites(c: TrainConfig) -> None:
         raise UserError(
             f"{base}: this run would overwrite it with a new base, but it was not written by this program; pass it as --load_model to"
             " train on it, move it away, or choose another --proj_dir"
+        )
+    if c.keep_best and (best := c.folder / bests.NAME).exists() and not _manifest(best):
+        raise UserError(
+            f"{best}: --keep_best true would overwrite it, but it was not written by this program; move it away, or choose another --proj_dir"
         )
     for saved in checkpoints(c.folder):
         if saved.is_own:

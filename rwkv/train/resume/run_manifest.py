@@ -33,7 +33,7 @@ _NOT_COMPARED = {
     *("proj_dir", "overwrite", "allow_changes", "random_seed"),
     *("load_model", "lora_load", "data_file", "data_type", "val_file"),  # compared by content
     *("max_steps", "epoch_count", "my_exit", "epoch_save", "save_every", "val_every", "val_samples"),
-    *("wandb", "tensorboard", "on_nan"),
+    *("keep_best", "patience", "sample_every", "sample_ask", "wandb", "tensorboard", "on_nan"),
     # compared as the model's sizes
     *("version", "n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "pre_ffn", "head_size"),
     *("strategy", "ds_bucket_mb", "ds_config", "accelerator", "grad_cp", "cuda_graph", "precision"),
