@@ -96,6 +96,13 @@ def check(c: TrainConfig) -> None:
     if c.precision == "fp16" and not machine.use_gpu(c.accelerator):
         raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     strategy.check(c)
+    if c.sample_ask and not c.sample_every:
+        raise UserError("--sample_ask needs --sample_every N, the number of steps between two samples")
+    if c.sample_every and (sharded := strategy.zero(c)) and sharded.stage == 3:
+        raise UserError(
+            f"--sample_every {c.sample_every}: with --strategy {c.strategy} no process has all weights to write samples with; use --strategy"
+            " deepspeed_stage_2, or omit it"
+        )
     if c.optimizer == "adafactor" and strategy.zero(c):
         raise UserError(
             f"--optimizer adafactor with --strategy {c.strategy}: Adafactor needs 2-D parameters, and ZeRO flattens them; use --optimizer adam, or a strategy without DeepSpeed"

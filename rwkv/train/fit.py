@@ -13,7 +13,9 @@ from rwkv.adapters import lora
 from rwkv.commands import command, output
 from rwkv.config import TrainConfig
 from rwkv.data.binidx import Dataset
+from rwkv.data.convert import char_level
 from rwkv.data.dataset import Samples, ValidationSamples
+from rwkv.data.decoding import vocabulary_of
 from rwkv.files import sha256
 from rwkv.memory import machine
 from rwkv.memory import plan as planning
@@ -30,6 +32,7 @@ from rwkv.train.callbacks.checkpointing import (
 )
 from rwkv.train.callbacks.memory import MemoryMonitor
 from rwkv.train.callbacks.metrics import Metrics
+from rwkv.train.callbacks.sampling import Sampler, prompts
 from rwkv.train.callbacks.signals import Signals
 from rwkv.train.console import say
 from rwkv.train.loop import schedule
@@ -158,7 +161,12 @@ def _train(
     metrics, inputs = Metrics(c, tracked, monitor, data.held_out), _watched(model, manifest)
     checkpointer = Checkpointer(c, tracked, manifest, save, metrics, inputs, best)
     signals = Signals(checkpointer.unsaved)
-    trainer = make_trainer(run, [monitor, Restorer(tracked, state, manifest), metrics, checkpointer, signals])
+    callbacks = [monitor, Restorer(tracked, state, manifest), metrics, checkpointer, signals]
+    if c.sample_every:
+        vocabulary = vocabulary_of(data.tokens, run.sizes.vocab_size, _characters(c))
+        chosen = prompts(c, (data.held_out.source if data.held_out else data.training).stream, vocabulary)
+        callbacks.insert(-1, Sampler(c, tracked, chosen, vocabulary, metrics, checkpointer))
+    trainer = make_trainer(run, callbacks)
     begin = (state.step, state.samples) if state else None
     module = TrainingModule(model, data.training, c, begin, facts(run, manifest, model), last)
     del state  # frees its memory
@@ -198,6 +206,11 @@ def run(flags: TrainConfig) -> None:
     """`fit` for scripts: also destroys the process group afterwards. Raises UserError as `fit`."""
     fit(flags)
     strategy.leave_process_group()
+
+
+def _characters(c: TrainConfig) -> Path | None:
+    """The vocabulary file of character-level data; None for other data."""
+    return c.folder / "vocab.json" if c.data_type in char_level.TEXTS else None
 
 
 def _watched(model: RWKV, manifest: dict[str, Any]) -> WatchedFiles:

@@ -19,7 +19,7 @@ from rwkv.train.loop import schedule
 from rwkv.train.resume import run_manifest, state_files
 from rwkv.train.run import NEW_BASE
 
-_FILES = ("run.json", "metrics.jsonl", "train_log.txt", "loss.png")
+_FILES = ("run.json", "metrics.jsonl", "train_log.txt", "loss.png", "samples.jsonl")
 _CHECKPOINT = re.compile(r"rwkv-(\d+|final|best|base)\.pth")
 _CORRUPT = re.compile(r"metrics\.jsonl\.corrupt(\.\d+)?")
 
@@ -70,7 +70,9 @@ def own_files(folder: Path) -> list[Path]:
     found = [by_name[run_manifest.NAME]] if run_manifest.NAME in by_name else []
     if found or _has_steps(by_name.get("metrics.jsonl")):
         found += [
-            by_name[name] for name in by_name if name in ("metrics.jsonl", "loss.png") or _CORRUPT.fullmatch(name)
+            by_name[name]
+            for name in by_name
+            if name in ("metrics.jsonl", "loss.png", "samples.jsonl") or _CORRUPT.fullmatch(name)
         ]
         found += dashboards.files(folder)
     if "train_log.txt" in by_name and "'allow_changes':" in "".join(

@@ -83,7 +83,8 @@ def stop_of(validations, patience):
 @pytest.mark.parametrize("patience", [1, 3])
 def test_patience_stops_like_the_end_of_a_run(whole, config, tmp_path, capsys, patience):
     expected = stop_of(validations(whole), patience)
-    assert expected and expected < 20
+    assert expected is not None
+    assert expected < 20
     stopping = in_folder(config, tmp_path / "run", patience=patience)
     result = fit(stopping)
     assert (result.steps, read_manifest(result.checkpoint)["step"]) == (expected, expected)
