@@ -82,7 +82,7 @@ def vocabulary_of(data: Dataset, rows: int, characters: Path | None = None) -> V
         return HFTokenizer(path)
     tokenizer = (provenance.read(data.prefix) or {}).get("tokenizer")
     if rows == VOCAB_SIZE and (tokenizer is None or tokenizer["name"] == WorldTokenizer.name):
-        return WorldTokenizer()
+        return WorldTokenizer(encodes=False)
     return Numbers()
 
 

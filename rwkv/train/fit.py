@@ -32,6 +32,7 @@ from rwkv.train.callbacks.checkpointing import (
 )
 from rwkv.train.callbacks.memory import MemoryMonitor
 from rwkv.train.callbacks.metrics import Metrics
+from rwkv.train.callbacks.report_page import ReportPage
 from rwkv.train.callbacks.sampling import Sampler, prompts
 from rwkv.train.callbacks.signals import Signals
 from rwkv.train.console import say
@@ -161,11 +162,14 @@ def _train(
     metrics, inputs = Metrics(c, tracked, monitor, data.held_out), _watched(model, manifest)
     checkpointer = Checkpointer(c, tracked, manifest, save, metrics, inputs, best)
     signals = Signals(checkpointer.unsaved)
-    callbacks = [monitor, Restorer(tracked, state, manifest), metrics, checkpointer, signals]
+    vocabulary = vocabulary_of(data.tokens, run.sizes.vocab_size, _characters(c))
+    page = ReportPage(
+        c, tracked, manifest, metrics, monitor, data.tokens, data.training, data.held_out, vocabulary, model
+    )
+    callbacks = [monitor, Restorer(tracked, state, manifest), metrics, checkpointer, page, signals]
     if c.sample_every:
-        vocabulary = vocabulary_of(data.tokens, run.sizes.vocab_size, _characters(c))
         chosen = prompts(c, (data.held_out.source if data.held_out else data.training).stream, vocabulary)
-        callbacks.insert(-1, Sampler(c, tracked, chosen, vocabulary, metrics, checkpointer))
+        callbacks.insert(-2, Sampler(c, tracked, chosen, vocabulary, metrics, checkpointer))
     trainer = make_trainer(run, callbacks)
     begin = (state.step, state.samples) if state else None
     module = TrainingModule(model, data.training, c, begin, facts(run, manifest, model), last)
@@ -189,12 +193,15 @@ def _train(
     if module.step < end and not early:
         if rank_zero_only.rank == 0:
             metrics.plot(now=True)
+        page.write("stopped and saved")
         say(
             f"stopped at step {module.step:,} of {end:,} and saved ({folder / checkpointer.last}). Run the same command to continue"
         )
         strategy.leave_process_group()
         signals.exit()
     result = _finish(run, folder, trainer, module, metrics, best, early)
+    page.write("stopped early" if early else "complete", best.describe() if early else "")
+    say(f"look:  {folder / 'report.html'}")
     if monitor.peak:
         say(f"memory: {monitor.summary()}")
     if not strategy.deepspeed_was_used():

@@ -15,11 +15,12 @@ from rwkv.errors import UserError
 from rwkv.train import data_source
 from rwkv.train.callbacks import best as bests
 from rwkv.train.callbacks import dashboards
+from rwkv.train.callbacks.page.document import GENERATOR
 from rwkv.train.loop import schedule
 from rwkv.train.resume import run_manifest, state_files
 from rwkv.train.run import NEW_BASE
 
-_FILES = ("run.json", "metrics.jsonl", "train_log.txt", "loss.png", "samples.jsonl")
+_FILES = ("run.json", "metrics.jsonl", "train_log.txt", "loss.png", "samples.jsonl", "report.html")
 _CHECKPOINT = re.compile(r"rwkv-(\d+|final|best|base)\.pth")
 _CORRUPT = re.compile(r"metrics\.jsonl\.corrupt(\.\d+)?")
 
@@ -75,6 +76,8 @@ def own_files(folder: Path) -> list[Path]:
             if name in ("metrics.jsonl", "loss.png", "samples.jsonl") or _CORRUPT.fullmatch(name)
         ]
         found += dashboards.files(folder)
+    if "report.html" in by_name and GENERATOR in _beginning(by_name["report.html"]):
+        found.append(by_name["report.html"])
     if "train_log.txt" in by_name and "'allow_changes':" in "".join(
         _beginning(by_name["train_log.txt"]).splitlines()[1:2]
     ):
@@ -113,8 +116,10 @@ def check_overwrites(c: TrainConfig) -> None:
     """Raise UserError if a new run would overwrite a checkpoint or picture that this program did
     not write.
     """
-    picture, base = c.folder / "loss.png", c.folder / NEW_BASE
-    if picture.exists() and picture not in own_files(c.folder):
+    base, own = c.folder / NEW_BASE, own_files(c.folder)
+    for picture in (c.folder / "loss.png", c.folder / "report.html"):
+        if not picture.exists() or picture in own:
+            continue
         raise UserError(
             f"{picture}: this run would overwrite it, but it was not written by this program; move it away, or choose another --proj_dir"
         )
