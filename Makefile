@@ -30,7 +30,7 @@ endif
 TOOLS := .venv-tools
 CLEAN_DEMO := out/demo
 .DEFAULT_GOAL := help
-.PHONY: help venv env tools image test-image reproduce compose-env kernels lora finetune pretrain convert inspect merge generate export doctor estimate demo test test-gpu gpu-report bench lint lock pin licenses sbom clean
+.PHONY: help venv env tools image test-image reproduce compose-env kernels lora finetune pretrain convert inspect merge generate evaluate export doctor estimate demo test test-gpu gpu-report bench lint lock pin licenses sbom clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,12 +79,13 @@ else
 	@$(JOB) $(PY) scripts/lora.py $(ARGS)
 endif
 
-finetune pretrain convert generate export doctor estimate: venv
+finetune pretrain convert generate evaluate export doctor estimate: venv
 	@$(JOB) $(PY) scripts/$@.py $(ARGS)
 finetune:  ## full fine-tuning
 pretrain:  ## train a new model
 convert:  ## text and chats to binidx
 generate:  ## run a model: --ask, --prompt, or a chat
+evaluate:  ## perplexity, bits per byte and benchmark tasks of models and adapters, in one table
 export:  ## export a model: safetensors, transformers, another dtype
 estimate:  ## estimate the memory of a run; find settings that fit a GPU
 doctor:  ## check this machine: what works, what is missing, how to fix it

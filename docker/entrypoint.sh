@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The image's entry point: entrypoint.sh JOB [FLAG...]. JOB is a script (lora finetune pretrain convert
-# inspect merge generate doctor ...), demo, test, shell, or any other command. `lora` without flags runs
+# inspect merge generate evaluate doctor ...), demo, test, shell, or any other command. `lora` without flags runs
 # the demo. Checks first, before torch is imported, whether the job can run, and prints what is wrong and
 # how to fix it. RWKV_ANYWAY=1: continue despite failed checks. RWKV_DEVICE=cpu: do not require a GPU.
 set -euo pipefail
@@ -97,7 +97,7 @@ case $job in
       check_shm
       check_writable out
     fi ;;
-  generate)
+  generate | evaluate)
     if ! help_requested "$@" && needs_gpu "$@"; then check_gpu; fi ;;
   convert | merge | export)
     help_requested "$@" || check_writable out ;;

@@ -26,6 +26,7 @@ PROGRAMS = {
     "InspectConfig": "scripts/inspect_data.py",
     "MergeConfig": "scripts/merge_lora.py",
     "GenerateConfig": "scripts/generate.py",
+    "EvaluateConfig": "scripts/evaluate.py",
     "ExportConfig": "scripts/export.py",
     "EstimateConfig": "scripts/estimate.py",
     "DoctorConfig": "scripts/doctor.py",

@@ -71,6 +71,56 @@ class GenerateConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """Evaluation."""
+
+    model: str = ""
+    """Checkpoint to evaluate; several, separated by commas, are compared with the first."""
+    lora: str = ""
+    """LoRA adapters of the model, separated by commas; each is compared with the model without
+    adapter."""
+    lora_alpha: float = 0
+    """lora_alpha of the adapters. Omitted: from their manifests."""
+    data_file: str = ""
+    """What to score: binidx prefixes or files of documents (txt, jsonl and all others that convert
+    reads), separated by commas. Each is a row of the table."""
+    run: str = ""
+    """Instead of data_file: the folder of a run (its proj_dir), to score its validation set: its
+    val_file, or the part of its data that val_split held out."""
+    val_split: float = 0.0
+    """Score only the part of a binidx that a run with this val_split holds out. 0: all of it."""
+    by: str = ""
+    """With .jsonl files: a field of the records, such as source; each of its values is a row."""
+    mask: Literal["auto", "answers", "none"] = "auto"
+    """For files that are converted, which tokens count. auto: in conversations the answers, in text
+    all. answers: also in text only the answers. none: all. (A binidx has its own loss mask.)"""
+    vocab_file: str = ""
+    """A tokenizer.json, for models with another vocabulary than World. Omitted for a binidx: from
+    its manifest."""
+    ctx_len: int = 0
+    """Score windows of this many tokens, without the context before a window, as in training. 0:
+    the whole document is context; memory does not grow with its length."""
+    micro_bsz: int = 8
+    """Documents in one forward pass."""
+    tasks: str = ""
+    """Tasks of lm-evaluation-harness, separated by commas; needs make lm-eval once. Tasks that
+    download their data need a network."""
+    include_path: str = ""
+    """Folder with definitions (.yaml) of your own tasks."""
+    num_fewshot: int = -1
+    """Solved examples before each question. -1: as the task defines."""
+    limit: int = 0
+    """Evaluate only the first N questions of each task. 0: all."""
+    output: str = ""
+    """Also write the results to this .json file."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Data type of the matrices and matmuls. auto: on a GPU that of the checkpoint, on a CPU
+    fp32."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: a GPU if there is one."""
+
+
+@dataclass
 class ExportConfig:
     """Export of a model for other programs."""
 
