@@ -30,7 +30,7 @@ endif
 TOOLS := .venv-tools
 CLEAN_DEMO := out/demo
 .DEFAULT_GOAL := help
-.PHONY: help venv env tools image test-image reproduce compose-env kernels lora finetune pretrain convert inspect merge generate evaluate export doctor estimate demo test test-gpu gpu-report bench lint lock pin licenses sbom clean
+.PHONY: help venv env tools image test-image reproduce compose-env kernels lora finetune pretrain convert inspect merge generate evaluate export doctor estimate demo lm-eval test test-gpu gpu-report bench lint lock pin licenses sbom clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -98,6 +98,18 @@ merge: venv  ## merge an adapter into its base
 
 demo: venv  ## the full pipeline on a toy dataset (the same as make lora without ARGS)
 	@$(JOB) scripts/demo.sh
+
+lm-eval: venv  ## install lm-evaluation-harness beside the environment, for make evaluate ARGS="--tasks ..."
+ifdef READY
+	@$(MAKE) --silent $(VENV)/lm_eval/.ready
+else
+	@echo 'PY selects your own Python; install it there: $(PY) -m pip install lm-eval' >&2; exit 1
+endif
+
+$(VENV)/lm_eval/.ready: $(VENV)/.ready env/locks/lm-eval-$(STACK).txt
+	rm -rf $(@D)
+	env/uv.sh $(PY) pip install --python $(PY) --quiet --require-hashes --no-deps --no-build-isolation --target $(@D) -r env/locks/lm-eval-$(STACK).txt
+	@touch $@
 
 # An independent implementation to compare with in tests; not installed into the environment.
 $(VENV)/oracle/.ready: $(VENV)/.ready tests/oracle.txt

@@ -34,9 +34,11 @@ def find() -> bool:
 def check(c: EvaluateConfig) -> None:
     """Raise UserError if lm-evaluation-harness is not installed, or does not know the tasks."""
     if not find():
-        raise UserError(
-            f"--tasks {c.tasks}: lm-evaluation-harness is not installed; install it with {target('lm-eval')}, or into your own Python with pip install lm-eval"
-        )
+        how = "it is not in the image: run this job outside the container, after make lm-eval"
+        if not os.environ.get("RWKV_CONTAINER"):
+            make = target("lm-eval")  # with PY=, a Python that is not this project's
+            how = f"install it with {f'{sys.executable} -m pip install lm-eval' if 'PY=' in make else make}"
+        raise UserError(f"--tasks {c.tasks}: lm-evaluation-harness is not installed; {how}")
     if c.include_path and not os.path.isdir(c.include_path):
         raise UserError(f"--include_path {c.include_path}: no such folder")
     known = _manager(c)

@@ -138,5 +138,7 @@ def test_errors(results, make_model, monkeypatch):
 
 def test_not_installed(monkeypatch):
     monkeypatch.setattr(harness, "find", lambda: False)
-    with pytest.raises(UserError, match="lm-evaluation-harness is not installed; install it with .*lm-eval"):
+    with pytest.raises(
+        UserError, match="lm-evaluation-harness is not installed; install it with .*(make|pip install) lm-eval"
+    ):
         harness.check(EvaluateConfig(tasks="x"))

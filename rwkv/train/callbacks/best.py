@@ -13,8 +13,10 @@ from rwkv.config import TrainConfig
 from rwkv.errors import UserError
 
 NAME = "rwkv-best.pth"
-_FLAGS = ("ctx_len", "val_split", "val_samples", "chatml_mask", "doc_reset", "doc_sep", "doc_training")
-_FLAGS += ("doc_training_seq", "min_ctx_len")
+_FLAGS = (
+    *("ctx_len", "val_split", "val_samples", "chatml_mask", "doc_reset", "doc_sep", "doc_training"),
+    *("doc_training_seq", "min_ctx_len"),
+)
 
 
 class Best:

@@ -43,7 +43,7 @@ def write_missing_checkpoints(
     """Write the checkpoints that were due at the step of a training state, if they are missing
     (deleted, or the run was killed before writing them).
     """
-    due = {checkpoint_name(c, begin.step) or (FINAL if best.exhausted else ""): {}}
+    due: dict[str, dict[str, Any]] = {checkpoint_name(c, begin.step) or (FINAL if best.exhausted else ""): {}}
     if c.keep_best and best.step == begin.step:
         due[bests.NAME] = best.entries(best.loss)
     for name, entries in due.items():
