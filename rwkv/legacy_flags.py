@@ -175,7 +175,6 @@ NOT_SUPPORTED = {
     "lora_target": Unsupported(_HF, "use --lora_parts, such as --lora_parts att,ffn,time,ln"),
     "target_modules": Unsupported(_HF, "use --lora_parts, such as --lora_parts att,ffn,time,ln"),
     "deepspeed": Unsupported(_HF, "use --strategy deepspeed_stage_2, and --ds_config for further keys"),
-    "patience": Unsupported("trainers with early stopping", "there is none here: --val_split 0.01 shows the validation loss, Ctrl-C ends a run and saves it"),
     # inference
     "max_new_tokens": Unsupported(_HF, "use --max_tokens"),
     "max_length": Unsupported(_HF, "use --max_tokens"),

@@ -113,7 +113,7 @@ LOST = [
     ),
     (
         no_checkpoints_either,
-        "a run whose training states were deleted.*--overwrite, which deletes loss.png, metrics.jsonl, run.json",
+        "a run whose training states were deleted.*--overwrite, which deletes loss.png, metrics.jsonl, report.html, run.json",
     ),
     (a_file, "run/resume: must be a folder"),
     (later_versions, "step-12.pt: written by a later version of this program"),
@@ -343,7 +343,7 @@ def test_manifest_with_missing_or_wrong_values(run):
 
 
 @pytest.mark.parametrize(
-    "name", ["metrics.jsonl", "train_log.txt", "loss.png", "run.json", "rwkv-0.pth", "rwkv-final.pth"]
+    "name", ["metrics.jsonl", "train_log.txt", "loss.png", "report.html", "run.json", "rwkv-0.pth", "rwkv-final.pth"]
 )
 def test_folder_in_place_of_file(name, finished, tmp_path):
     (tmp_path / "run" / name).mkdir(parents=True)
@@ -417,7 +417,7 @@ def test_overwrite_keeps_validation_data(finished, tmp_path, write_jsonl):
     assert {path: content(folder)[path] for path in copy} == copy
 
 
-@pytest.mark.parametrize("name", ["loss.png", "vocab.json"])
+@pytest.mark.parametrize("name", ["loss.png", "report.html", "vocab.json"])
 def test_other_files_of_user_kept(name, tmp_path):
     (tmp_path / "text.txt").write_text("hello " * 30)
     folder = tmp_path / "run"

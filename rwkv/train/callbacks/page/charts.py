@@ -17,15 +17,15 @@ def charts(curve: Curve, memory: dict[str, float]) -> dict[str, Any]:
     """The charts by name. `memory`: predicted and available bytes per device (0: unknown)."""
     marks = [
         {"y": size / 1e9, "name": pair(name), "color": color}
-        for name, color in (("predicted", "var(--amber)"), ("available", "var(--red)"))
+        for name, color in (("predicted", "amber"), ("available", "red"))
         if (size := memory.get(name, 0.0)) and _near(size, curve.memory)
     ]
     return {
         "loss": _loss(curve),
-        "speed": _single("tokens per second", curve.speed, "var(--violet)", zero=True),
-        "memory": {**_single("measured", curve.memory, "var(--green)", 1 / 1e9, zero=True), "marks": marks},
-        "rate": _single("Learning rate", _rates(curve.loss), "var(--amber)", zero=True),
-        "norm": _single("Gradient norm", curve.norm, "var(--blue)"),
+        "speed": _single("tokens per second", curve.speed, "violet", zero=True),
+        "memory": {**_single("measured", curve.memory, "green", 1 / 1e9, zero=True), "marks": marks},
+        "rate": _single("Learning rate", _rates(curve.loss), "amber", zero=True),
+        "norm": _single("Gradient norm", curve.norm, "blue"),
     }
 
 
@@ -48,17 +48,17 @@ def thin(series: Series, most: int = POINTS) -> dict[str, list[float]]:
 def _loss(curve: Curve) -> dict[str, Any]:
     steps, validation = thin(curve.loss), thin(curve.validation)
     smooth = _moving_mean(steps)
-    lines: list[dict[str, Any]] = [{"name": pair("loss of a step"), "color": "var(--blue)", "width": 1.2, **steps}]
+    lines: list[dict[str, Any]] = [{"name": pair("loss of a step"), "color": "blue", "width": 1.2, **steps}]
     if len(steps["x"]) < 2 * _SMOOTH:
         lines[0] |= {"width": 2, "dots": True}
     else:
         lines[0]["faint"] = True
-        lines.append({"name": pair("moving mean"), "color": "var(--blue)", "width": 2.4, **smooth})
+        lines.append({"name": pair("moving mean"), "color": "blue", "width": 2.4, **smooth})
     if not any(high > low for low, high in zip(steps["low"], steps["high"], strict=True)):
         lines[0] = {key: value for key, value in lines[0].items() if key not in ("low", "high")}
     dots = len(validation["x"]) <= 60
     shown = {key: validation[key] for key in ("x", "y")}
-    lines.append({"name": pair("validation loss"), "color": "var(--green)", "width": 2, "dots": dots, **shown})
+    lines.append({"name": pair("validation loss"), "color": "green", "width": 2, "dots": dots, **shown})
     found: dict[str, Any] = {"lines": lines, "empty": pair("no step yet")}
     if curve.best:
         found |= {"best": [curve.best[0], _round(curve.best[1])], "bestName": _best_name(curve.best)}

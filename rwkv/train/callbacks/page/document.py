@@ -4,16 +4,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from rwkv.data.decoding import Example
 from rwkv.train.callbacks.curve import Curve
-from rwkv.train.callbacks.page.assets import SCRIPT, STYLE
 from rwkv.train.callbacks.page.charts import charts
 from rwkv.train.callbacks.page.texts import both, pair
 
 GENERATOR = '<meta name="generator" content="rwkv-training">'  # identifies pages of this program
-_COLOURS = ("--blue", "--violet", "--green", "--amber", "--red", "--dim")
+_COLOURS = ("blue", "violet", "green", "amber", "red", "dim")  # classes of the style sheet
 _SAMPLES = 8  # of a prompt that are shown
 
 
@@ -79,10 +79,14 @@ def render(facts: Facts) -> str:
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">{GENERATOR}\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(facts.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n"
+        f"<title>{escape(facts.title)}</title>\n<style>{_file('page.css')}</style>\n</head>\n<body>\n<main>\n{body}\n"
         f"<footer>{both('updated')} {escape(facts.updated)} · {footer}</footer>\n</main>\n"
-        f'<script type="application/json" id="page">{script}</script>\n<script>{SCRIPT}</script>\n</body>\n</html>\n'
+        f'<script type="application/json" id="page">{script}</script>\n<script>{_file("page.js")}</script>\n</body>\n</html>\n'
     )
+
+
+def _file(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _header(facts: Facts) -> str:
@@ -149,8 +153,8 @@ def _memory(facts: Facts) -> str:
         shown.append(("other", rest))
     bar, names = "", ""
     for (name, size), colour in zip(shown, _COLOURS, strict=False):
-        bar += f'<i style="width:{100 * size / total:.2f}%;background:var({colour})"></i>'
-        names += f'<span><i style="background:var({colour})"></i>{both(name)} {_gb(size)}</span>'
+        bar += f'<i class="c-{colour}" style="width:{100 * size / total:.2f}%"></i>'
+        names += f'<span><i class="c-{colour}"></i>{both(name)} {_gb(size)}</span>'
     rows = f'<tr><th>{both("phase")}</th><th class="num">{both("predicted")}</th><th class="num">{both("measured")}</th></tr>'
     for name, predicted, measured in facts.phases:
         found = _gb(measured) if measured else "–"
