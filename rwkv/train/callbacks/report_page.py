@@ -59,13 +59,13 @@ class ReportPage(pl.Callback):
         self.config, self._folder, self._manifest = config, tracked, manifest
         self._metrics, self._monitor, self._vocabulary = metrics, monitor, vocabulary
         self._training, self._step = training, schedule.first_step(config)
-        self._next = 0.0
+        self._next, self._started = 0.0, False
         self._examples: list[Example] | None = None
         self._data = _about_data(data, training, held_out, vocabulary)
         self._size = _about_model(model)
 
     def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
-        self._step = module.step
+        self._step, self._started = module.step, True
         self.write("running")
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: TrainingModule, *_) -> None:
@@ -74,7 +74,8 @@ class ReportPage(pl.Callback):
             self.write("running")
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, KeyboardInterrupt):
+        # a start that fails, such as one that cannot restore its state, changes nothing
+        if self._started and not isinstance(exception, KeyboardInterrupt):
             self.write("failed", str(exception) or type(exception).__name__)
 
     @rank_zero_only
