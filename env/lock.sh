@@ -28,8 +28,8 @@ for lock in cu117 cu117-deepspeed modern modern-deepspeed lm-eval-cu117 lm-eval-
 for stack in cu117 modern; do
   awk -v lock="env/locks/$stack" '/^[a-z]/ { to = lock (/^deepspeed=/ ? "-deepspeed.txt" : ".txt") } to { print >>to }' "$new/$stack.txt"
 done
-for stack in cu117 modern; do  # only what is not in the stack
-  awk 'NR == FNR { known[$1]; next } /^[a-z]/ { on = !($1 in known) } on' "$new/$stack.pins" "$new/lm-eval-$stack.txt" >>"env/locks/lm-eval-$stack.txt"
+for stack in cu117 modern; do  # only what is not in the stack, on every platform
+  awk '{ line = $0; sub(/ \\$/, "", line) } NR == FNR { known[line]; next } /^[a-z]/ { on = !($1 in known || line in known) } on' "$new/$stack.pins" "$new/lm-eval-$stack.txt" >>"env/locks/lm-eval-$stack.txt"
 done
 awk '/^[a-z]/ { on = 1 } on' "$new/tools.txt" >>env/locks/tools.txt
 awk '/^[a-z]/ { on = /^uv==/ } on' "$new/cu117.txt" >>env/locks/uv.txt  # for env/uv.sh

@@ -41,7 +41,12 @@ def check(c: EvaluateConfig) -> None:
         raise UserError(f"--tasks {c.tasks}: lm-evaluation-harness is not installed; {how}")
     if c.include_path and not os.path.isdir(c.include_path):
         raise UserError(f"--include_path {c.include_path}: no such folder")
-    known = _manager(c)
+    try:
+        known = _manager(c)
+    except ImportError as error:
+        raise UserError(
+            f"--tasks {c.tasks}: lm-evaluation-harness is not completely installed ({error}); install it again"
+        ) from error
     if unknown := [name for name in _names(c) if not known.match_tasks([name])]:
         raise UserError(
             f"--tasks {c.tasks}: unknown task {unknown[0]}; pass a name of lm-evaluation-harness, or the folder with its definition as --include_path"
