@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from rwkv.adapters import state
 from rwkv.kernels.elementwise import native
 from rwkv.kernels.linear import Matrix, linear_forward, linear_grad_input, rows
 from rwkv.models import RWKV
@@ -111,7 +112,8 @@ def inject(model: RWKV, parts: Collection[str], r: int, alpha: float, dropout: f
     """Add adapters to all linear layers of these parts, in place; returns the layers' names.
 
     `att` is key, value and receptance of every time-mix, in later versions than RWKV-4 all its
-    linear layers; `ffn` all layers of every channel-mix.
+    linear layers; `ffn` all layers of every channel-mix. `state` adds an initial state
+    (rwkv.adapters.state).
 
     Raises:
         ValueError: a part is unknown, r < 1, or the model has none of these layers.
@@ -127,6 +129,8 @@ def inject(model: RWKV, parts: Collection[str], r: int, alpha: float, dropout: f
     names = [name for name, module in modules if isinstance(module, nn.Linear) and layer_of(name) in wanted]
     if wanted and not names:
         raise ValueError(f"this model has no linear layer of the parts {', '.join(parts)}")
+    if state.PART in parts:
+        state.attach(model)
     for name in names:
         _replace(model, name, LoRALinear(model.get_parameter(f"{name}.weight"), r, alpha, dropout))
     return names
@@ -138,7 +142,8 @@ def combine(
     """Combine adapters into one that computes W + Σ weight · scale · B A. Its rank is the sum of
     their ranks, and its scale is 1.
 
-    Fully trained tensors become base + Σ weight · (tensor − base).
+    Fully trained tensors become base + Σ weight · (tensor − base); an initial state that the base
+    lacks counts as zeros.
 
     Args:
         adapters: (tensors, scale α/r, weight) of each.
@@ -150,7 +155,7 @@ def combine(
     ]
     for name in sorted({name for tensors, _, _ in adapters for name in tensors}):
         if not re.search(r"\.lora_[AB]$", name):
-            start = base[name].float()
+            start = base[name].float() if name in base else torch.zeros(())
             combined[name] = start + sum(
                 weight * (tensors[name].float() - start) for tensors, _, weight in adapters if name in tensors
             )
@@ -206,8 +211,8 @@ def is_matrix(name: str, shape: torch.Size) -> bool:
 
 def adapter_state(model: RWKV, parts: Collection[str]) -> dict[str, Tensor]:
     """The adapter's tensors under upstream's names, e.g. `blocks.0.att.key.lora_A`."""
-    state = dict(model.named_parameters())
-    return {name: state[name].detach() for name in adapter_names(model, parts)}
+    parameters = dict(model.named_parameters())
+    return {name: parameters[name].detach() for name in adapter_names(model, parts)}
 
 
 def merge(model: nn.Module) -> None:

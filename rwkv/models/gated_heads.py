@@ -5,7 +5,7 @@ Sources: Peng et al. 2024, arXiv:2404.05892; BlinkDL's RWKV-LM/RWKV-v5/src.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv.kernels.elementwise.reference import upcast
-from rwkv.models.layers import HeadNorm
+from rwkv.models.layers import HeadNorm, repeated
 from rwkv.models.parts import Parts
 from rwkv.wkv.wkv6 import MAX_HEAD_SIZE
 
@@ -23,7 +23,11 @@ PARTS = Parts(
         "ffn": ("ffn.key", "ffn.value", "ffn.receptance"),
     },
     (),
-    {"time": r"\.(att|ffn)\.time_\w+$", "ln": r"\.(ln[012]|ln_x)\.(weight|bias)$|^ln_out\.(weight|bias)$"},
+    {
+        "time": r"\.(att|ffn)\.time_(?!state$)\w+$",
+        "ln": r"\.(ln[012]|ln_x)\.(weight|bias)$|^ln_out\.(weight|bias)$",
+        "state": r"\.att\.time_state$",
+    },
 )
 EPS = 64e-5  # of the normalisation by head
 
@@ -42,6 +46,7 @@ class Sizes:
     dim_att: int = 0
     dim_ffn: int = 0
     head_size: int = 0
+    time_state: bool = field(default=False, kw_only=True)  # documents begin with att.time_state
 
     def __post_init__(self):
         usual = {"dim_att": self.n_embd, "dim_ffn": max(32, self.n_embd * 7 // 64 * 32), "head_size": 64}
@@ -61,6 +66,26 @@ class Sizes:
 def mixing_weight(size: int, device: Any) -> nn.Parameter:
     """A weight of a token and its predecessor, by channel [1, 1, D]."""
     return nn.Parameter(torch.full((1, 1, size), 0.5, device=device))
+
+
+def initial_state_parameter(sizes: Sizes, device: Any) -> nn.Parameter | None:
+    """att.time_state [H, N (value), N (key)], as in upstream's files; None without one."""
+    shape = sizes.heads, sizes.head_size, sizes.head_size
+    return nn.Parameter(torch.zeros(shape, device=device)) if sizes.time_state else None
+
+
+def wkv_state(time_state: Tensor) -> Tensor:
+    """[H, N (key), N (value)], WKV's layout, from att.time_state."""
+    return time_state.mT
+
+
+def after_reset(time_state: Tensor | None, state: Tensor, reset: Tensor | None) -> Tensor | None:
+    """WKV's state at the start of a document, for every batch row of `state`; None without
+    resets.
+    """
+    if reset is None:
+        return None
+    return torch.zeros_like(state) if time_state is None else repeated(wkv_state(time_state), len(state))
 
 
 def gated_norm(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -114,10 +139,10 @@ def initialise_matrices(model: nn.Module, frozen: bool) -> None:
 
 def lr_scale(name: str, stage_2: bool) -> float:
     """2 for decays, 1 for others; in stage 2, 5 for decays, bonuses and mixing weights. Low-rank
-    matrices always 1.
+    matrices and initial states always 1.
     """
     last = name.rpartition(".")[2]
-    if not last.startswith("time_") or last.endswith(("_w1", "_w2")):
+    if not last.startswith("time_") or last.endswith(("_w1", "_w2", "_state")):
         return 1.0
     return 5.0 if stage_2 else 2.0 if last == "time_decay" else 1.0
 
@@ -127,7 +152,7 @@ def decays(name: str, shape: torch.Size) -> bool:
     return name.endswith(".weight") and sum(size > 1 for size in shape) >= 2
 
 
-def common_sizes(shapes: Any, n_layer: int) -> dict[str, int]:
+def common_sizes(shapes: Any, n_layer: int) -> dict[str, Any]:
     """The fields of Sizes, from the shapes of emb, time_faaaa and ffn.key of block 0.
 
     Raises:
@@ -146,4 +171,5 @@ def common_sizes(shapes: Any, n_layer: int) -> dict[str, int]:
         "dim_att": heads * head_size,
         "dim_ffn": dim_ffn,
         "head_size": head_size,
+        "time_state": "blocks.0.att.time_state" in shapes,
     }

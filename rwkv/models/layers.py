@@ -36,6 +36,13 @@ def matrix(rows: int, columns: int, device: Device = None) -> Matrix:
     return Matrix(columns, rows, bias=False, device=device)
 
 
+def repeated(x: Tensor, batch: int) -> Tensor:
+    """x [...] for every row of a batch: [batch, ...], a copy. (ZeRO-3 frees parameters after a
+    module's forward pass.)
+    """
+    return x.unsqueeze(0).repeat(batch, *[1] * x.dim())
+
+
 def dropout(x: Tensor, p: float) -> Tensor:
     """Dropout with probability p; returns x for p = 0."""
     return native.drop(x, p) if p else x

@@ -5,6 +5,10 @@ names are those of BlinkDL's checkpoints. The state of a block consists of the l
 time-mix [B, D], the WKV state [B, 3, A] in fp32 (rwkv.wkv), and the last input of its channel-mix
 [B, D].
 
+A tuned initial state, `att.time_state` [3, A], is the WKV state before the first token: numerator
+aa, denominator bb, maximum exponent pp, as in PyPI's `rwkv`. A new one is all zeros, which is the
+empty state; pp is only a scale and stays 0.
+
 Activations saved for the backward pass, in bytes per token and block. e: bytes per element in
 matmuls (2 in bf16); s: bytes per element of the residual stream (2 if the embedding is stored in
 bf16, else 4):
@@ -25,14 +29,14 @@ computes, and during head_loss the logits of one chunk (head_loss.chunk_tokens).
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rwkv.kernels.elementwise import native
-from rwkv.models.layers import Device, Norm, dropout, matrix
+from rwkv.models.layers import Device, Norm, dropout, matrix, repeated
 from rwkv.models.parts import Parts
 from rwkv.wkv import empty_state, wkv4
 
@@ -42,7 +46,11 @@ HAS_CUDA_KERNELS = True
 PARTS = Parts(
     {"att": ("att.key", "att.value", "att.receptance"), "ffn": ("ffn.key", "ffn.receptance", "ffn.value")},
     ("att.output",),
-    {"time": r"\.(att|ffn|ffnPre)\.time_(decay|first|mix_[kvr])$", "ln": r"\.ln[012]\.(weight|bias)$"},
+    {
+        "time": r"\.(att|ffn|ffnPre)\.time_(decay|first|mix_[kvr])$",
+        "ln": r"\.ln[012]\.(weight|bias)$",
+        "state": r"\.att\.time_state$",
+    },
 )
 
 
@@ -56,6 +64,7 @@ class Sizes:
     dim_att: int = 0
     dim_ffn: int = 0
     pre_ffn: bool = False  # block 0 has a channel-mix instead of a time-mix
+    time_state: bool = field(default=False, kw_only=True)  # documents begin with att.time_state
 
     def __post_init__(self):
         object.__setattr__(self, "dim_att", self.dim_att or self.n_embd)
@@ -88,6 +97,7 @@ class TimeMix(nn.Module):
         self.time_mix_k, self.time_mix_v, self.time_mix_r = (_mix(D, device) for _ in range(3))
         self.key, self.value, self.receptance = (matrix(A, D, device) for _ in range(3))
         self.output = matrix(D, A, device)
+        self.time_state = nn.Parameter(torch.zeros(3, A, device=device)) if sizes.time_state else None
 
     def forward(self, x: Tensor, shift: Tensor, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, D], shift [B, D], state [B, 3, A], reset [B, T] → y [B, T, D], state."""
@@ -96,7 +106,9 @@ class TimeMix(nn.Module):
         )
         k, v, r = self.key(xk), self.value(xv), self.receptance(xr)  # [B, T, A]
         # the decay is computed in fp32: bf16 would round exp(−exp(w)) to 1
-        y, state = _wkv(-torch.exp(self.time_decay.float()), self.time_first, k, v, state, reset)
+        tuned = reset is not None and self.time_state is not None
+        initial = repeated(wkv_state(self.time_state), len(x)) if tuned else None
+        y, state = _wkv(-torch.exp(self.time_decay.float()), self.time_first, k, v, state, reset, initial)
         return self.output(native.gate(r, y)), state
 
 
@@ -106,9 +118,12 @@ def _wkv(*inputs: Any) -> tuple[Tensor, Tensor]:
     return native.recomputed(y, lambda *inputs: _wkv4(*inputs)[0], *inputs), state
 
 
-def _wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As wkv4, with the empty state after a reset."""
-    initial = None if reset is None else empty_state(k.shape[0], k.shape[2], k.device)
+def _wkv4(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, reset: Tensor | None, initial: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As wkv4; `initial=None` is the empty state."""
+    if reset is not None and initial is None:
+        initial = empty_state(k.shape[0], k.shape[2], k.device)
     return wkv4(w, u, k, v, state, reset, initial=initial)
 
 
@@ -177,6 +192,14 @@ def initial_state(sizes: Sizes, batch: int, like: Tensor) -> tuple[Tensor, ...]:
     return zeros, empty_state(batch, sizes.dim_att, like.device), zeros
 
 
+def wkv_state(time_state: Tensor) -> Tensor:
+    """Negative denominators count as 0: the average would have no bound. Their gradient is that of
+    the denominator, so that they can grow again.
+    """
+    a, b, p = time_state.unbind(0)
+    return torch.stack([a, b + (b.clamp(min=0) - b).detach(), p])
+
+
 def recognise(shapes: Mapping[str, torch.Size], n_layer: int) -> Sizes:
     """Sizes from the shapes of emb, the first time_decay, and ffn.key of block 0."""
     pre_ffn = "blocks.0.ffnPre.key.weight" in shapes
@@ -193,7 +216,8 @@ def recognise(shapes: Mapping[str, torch.Size], n_layer: int) -> Sizes:
     dim_ffn = shapes["blocks.0.ffn.key.weight"][0]
     if not all((n_embd, vocab_size, dim_att, dim_ffn)):
         raise ValueError("a tensor has no elements")
-    return Sizes(n_layer, n_embd, vocab_size, dim_att, dim_ffn, pre_ffn)
+    time_state = any(f"blocks.{layer}.att.time_state" in shapes for layer in range(n_layer))
+    return Sizes(n_layer, n_embd, vocab_size, dim_att, dim_ffn, pre_ffn, time_state=time_state)
 
 
 # matrices initialised to zero, so that every block is the identity
@@ -221,7 +245,7 @@ def initialise(model: Any, emb_scale: float, frozen: bool) -> None:
     for name, weight in model.named_parameters():
         if name == "emb.weight":
             weight.uniform_(-emb_scale, emb_scale)
-        elif weight.dim() == 2:
+        elif weight.dim() == 2 and not name.endswith("time_state"):
             _initialise_matrix(name.removesuffix(".weight"), weight, frozen)
 
 
@@ -252,15 +276,19 @@ def _initialise_matrix(name: str, weight: Tensor, frozen: bool) -> None:
 
 
 def lr_scale(name: str, stage_2: bool) -> float:
-    """2 for time_decay, 3 for time_first, 1 for others; in stage 2, 5 for all time_ parameters."""
-    if stage_2 and "time_" in name:
+    """2 for time_decay, 3 for time_first, 1 for others; in stage 2, 5 for all time_ parameters but
+    initial states.
+    """
+    if stage_2 and "time_" in name and not name.endswith("time_state"):
         return 5.0
     return 2.0 if "time_decay" in name else 3.0 if "time_first" in name else 1.0
 
 
 def decays(name: str, shape: torch.Size) -> bool:
-    """True for matrices; False for vectors, including those stored as [1, 1, D]."""
-    return sum(size > 1 for size in shape) >= 2
+    """True for matrices; False for vectors, including those stored as [1, 1, D], and for initial
+    states.
+    """
+    return sum(size > 1 for size in shape) >= 2 and not name.endswith("time_state")
 
 
 def saved_bytes(sizes: Sizes, e: int) -> float:
@@ -280,7 +308,11 @@ def backward_bytes(sizes: Sizes, e: int) -> float:
 
 
 def transformers_config(sizes: Sizes) -> dict[str, Any]:
-    """The config of RwkvForCausalLM. Raises ValueError for pre_ffn, which it does not support."""
+    """The config of RwkvForCausalLM. Raises ValueError for pre_ffn and initial states, which it does
+    not support.
+    """
+    if sizes.time_state:
+        raise ValueError("transformers' RWKV has no place for a tuned initial state (att.time_state)")
     if sizes.pre_ffn:
         raise ValueError(
             "transformers' RWKV does not support --pre_ffn 1 (a channel-mix instead of the first time-mix)"

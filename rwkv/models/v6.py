@@ -39,6 +39,7 @@ NAME = "6"
 WARMUP_START = 0.01
 HAS_CUDA_KERNELS = False
 PARTS, lr_scale, decays = gated_heads.PARTS, gated_heads.lr_scale, gated_heads.decays
+wkv_state = gated_heads.wkv_state
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class TimeMix(nn.Module):
         self.receptance, self.key, self.value, self.gate = (matrix(A, D, device) for _ in range(4))
         self.output = matrix(D, A, device)
         self.ln_x = HeadNorm(A, device)
+        self.time_state = gated_heads.initial_state_parameter(sizes, device)
 
     def forward(self, x: Tensor, shift: Tensor, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, D], shift [B, D], state [B, H, N, N], reset [B, T] → y [B, T, D], state."""
@@ -95,7 +97,7 @@ class TimeMix(nn.Module):
         r = self.receptance(native.cheap(mixed, x, before, self.time_maa_r, *next(parts)))
         g = self.gate(native.cheap(mixed, x, before, self.time_maa_g, *next(parts)))
         r, k, v = (t.view(*t.shape[:2], *heads) for t in (r, k, v))
-        initial = None if reset is None else torch.zeros_like(state)
+        initial = gated_heads.after_reset(self.time_state, state, reset)
         y, state = wkv6(r, w, k, v, self.time_faaaa, state, reset, initial=initial)
         return self.output(native.cheap(gated_norm, y, g, *self.ln_x())), state
 

@@ -22,7 +22,7 @@ All else is recomputed (rwkv.kernels.elementwise.native, rwkv.wkv.wkv7.time_mix)
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from rwkv.kernels.elementwise import native
 from rwkv.kernels.linear import linear
-from rwkv.models.layers import Device, HeadNorm, Norm, dropout, matrix
+from rwkv.models.layers import Device, HeadNorm, Norm, dropout, matrix, repeated
 from rwkv.models.parts import Parts
 from rwkv.wkv.wkv7 import MAX_HEAD_SIZE, empty_state
 from rwkv.wkv.wkv7.time_mix import Parameters, Projections, time_mix
@@ -45,6 +45,7 @@ PARTS = Parts(
         # without v0, v1, v2 of block 0, which are not used
         "time": r"(?<!blocks\.0)\.att\.v[012]$|\.att\.(x_[rwkvag]|[wa][012]|g[12]|k_k|k_a|r_k)$|\.ffn\.x_k$",
         "ln": r"\.(ln[012]|ln_x)\.(weight|bias)$|^ln_out\.(weight|bias)$",
+        "state": r"\.att\.time_state$",
     },
 )
 EPS = 64e-5  # of the normalisation by head
@@ -69,6 +70,7 @@ class Sizes:
     rank_v: int = 0  # of the share of v_first
     rank_g: int = 0  # of the gate
     v_in_block_0: bool = False  # block 0 has v0, v1 and v2, unused, as in files of upstream's trainer
+    time_state: bool = field(default=False, kw_only=True)  # documents begin with att.time_state
 
     def __post_init__(self):
         C = self.n_embd
@@ -154,6 +156,9 @@ class TimeMix(nn.Module):
         self.r_k = _parameter(sizes.heads, sizes.head_size, device=device)
         self.receptance, self.key, self.value, self.output = (matrix(C, C, device) for _ in range(4))
         self.ln_x = HeadNorm(C, device)
+        # [H, N (value), N (key)], as in upstream's files
+        shape = sizes.heads, sizes.head_size, sizes.head_size
+        self.time_state = _parameter(*shape, device=device) if sizes.time_state else None
 
     def forward(
         self, x: Tensor, shift: Tensor, state: Tensor, v_first: Tensor | None, reset: Tensor | None = None
@@ -165,7 +170,8 @@ class TimeMix(nn.Module):
         v0 = None if v_first is None else self.v0
         weight, bias = self.ln_x()
         vectors = Parameters(weight, bias, self.r_k, self.w0, self.a0, v0, self.k_k, self.k_a)
-        y, state = time_mix(found, v_first, vectors, state, reset, eps=EPS)
+        initial = None if self.time_state is None or reset is None else repeated(self.time_state, len(x))
+        y, state = time_mix(found, v_first, vectors, state, reset, initial, eps=EPS)
         return self.output(y), state, found.v if v_first is None else v_first
 
     def _project(self, x: Tensor, shift: Tensor, later: bool, reset: Tensor | None) -> Projections:
@@ -247,6 +253,11 @@ def initial_state(sizes: Sizes, batch: int, like: Tensor) -> tuple[Tensor, ...]:
     return zeros, empty_state(batch, sizes.heads, sizes.head_size, like.device), zeros
 
 
+def wkv_state(time_state: Tensor) -> Tensor:
+    """att.time_state has WKV's layout."""
+    return time_state
+
+
 def recognise(shapes: Mapping[str, torch.Size], n_layer: int) -> Sizes:
     """Sizes from the shapes of emb, r_k and ffn.key of block 0, and the low-rank matrices of the
     last block.
@@ -267,7 +278,8 @@ def recognise(shapes: Mapping[str, torch.Size], n_layer: int) -> Sizes:
         raise ValueError("a tensor without elements")
     if heads * head_size != n_embd:
         raise ValueError(f"blocks.0.att.r_k is [{heads}, {head_size}], but the width is {n_embd}")
-    return Sizes(n_layer, n_embd, vocab_size, dim_ffn, head_size, **found, v_in_block_0="blocks.0.att.v1" in shapes)
+    kept = {"v_in_block_0": "blocks.0.att.v1" in shapes, "time_state": "blocks.0.att.time_state" in shapes}
+    return Sizes(n_layer, n_embd, vocab_size, dim_ffn, head_size, **found, **kept)
 
 
 def initialise(model: Any, emb_scale: float, frozen: bool) -> None:

@@ -39,6 +39,12 @@ class Sizes(Protocol):
     def dim_ffn(self) -> int:
         """Width of the channel-mix."""
 
+    @property
+    def time_state(self) -> bool:
+        """Whether every time-mix has a tuned initial state of WKV, `att.time_state`, with which
+        documents begin.
+        """
+
     def __hash__(self) -> int: ...
 
 
@@ -77,8 +83,13 @@ class Version(Protocol):
         """
 
     def initial_state(self, sizes: Any, batch: int, like: Tensor) -> tuple[Tensor, ...]:
-        """A block's state before the first token, with the device and dtype of `like` (some parts
-        are always fp32).
+        """A block's empty state, with the device and dtype of `like` (some parts are always fp32):
+        the last input of the time-mix, the WKV state, the last input of the channel-mix.
+        """
+
+    def wkv_state(self, time_state: Tensor) -> Tensor:
+        """The WKV state of a block, without a batch dimension, from its tuned initial state
+        `att.time_state`, whose layout is that of upstream's files.
         """
 
     def recognise(self, shapes: Shapes, n_layer: int) -> Any:
