@@ -1,4 +1,4 @@
-"""Read and write files of LoRA adapters; load models with adapters."""
+"""Read and write files of LoRA adapters and tuned states; load models with them."""
 
 import math
 import os
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from rwkv import checkpoint
 from rwkv.adapters import lora
+from rwkv.adapters import state as states
 from rwkv.errors import UserError
 from rwkv.files import sha256
-from rwkv.models import RWKV, version
+from rwkv.models import RWKV, State, version
 from rwkv.weights import kinds, peft_adapter
 from rwkv.weights import manifest as manifests
 
@@ -27,14 +28,16 @@ def save_adapter(
     manifest: Mapping[str, Any],
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write only the adapter.
+    """Write only the adapter, which may be a tuned state.
 
     Args:
-        adapter: for the manifest: r, alpha, parts, base, base_sha256.
+        adapter: for the manifest: r, alpha, parts, base, base_sha256; a tuned state has no r and
+            alpha.
         weights: as in checkpoint.save_model.
     """
     tensors = lora.adapter_state(model, adapter["parts"]) if weights is None else weights
-    checkpoint.write_tensors(path, tensors, {"kind": "adapter", **checkpoint.describe(model), **adapter, **manifest})
+    kind = "state" if states.is_state(tensors) else "adapter"
+    checkpoint.write_tensors(path, tensors, {"kind": kind, **checkpoint.describe(model), **adapter, **manifest})
 
 
 def read_manifest(path: PathLike) -> dict[str, Any]:
@@ -100,6 +103,8 @@ def inspect_adapter(
     if not parts:
         raise UserError(f"{path}: not a LoRA adapter (its tensors are {checkpoint.list_names(sorted(tensors), 3)})")
     checkpoint.check_finite(tensors, path)
+    if not ranks:  # neither matters
+        manifest, alpha = {"alpha": 1.0, **manifest}, None
     known: dict[str, Any] = {
         "r": ranks.pop() if ranks else manifest.get("r", 1),
         "parts": parts,
@@ -155,6 +160,35 @@ def _version_of(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], base
     return version.fitting(tensors)
 
 
+def load_state(path: PathLike, model: RWKV, base: PathLike | None = None) -> State:
+    """The state of `model` before the first token, for one batch row, from a tuned state: pass it
+    to the model with the first tokens. The model itself does not change.
+
+    Args:
+        path: written by scripts/state.py or RWKV-PEFT.
+        base: the file of the model; its hash must be that in the state's manifest, if it has one.
+
+    Raises:
+        UserError: not a tuned state, or one of another model.
+    """
+    return states.state_of(model, _state_tensors(path, model, base))
+
+
+def attach_state(path: PathLike, model: RWKV, base: PathLike | None = None) -> None:
+    """Let documents begin with a tuned state, in place. Arguments and errors as in `load_state`."""
+    tensors = _state_tensors(path, model, base)
+    states.attach(model)
+    checkpoint.copy_tensors(model, tensors, states.shapes_of(model), path)
+
+
+def _state_tensors(path: PathLike, model: RWKV, base: PathLike | None) -> dict[str, Tensor]:
+    tensors, known = inspect_adapter(path, base)
+    if known["parts"] != [states.PART]:
+        raise UserError(f"{path}: not a tuned state (only att.time_state) but a LoRA adapter; pass it as --lora")
+    checkpoint.check_keys(tensors, states.shapes_of(model), path)
+    return tensors
+
+
 def load_adapter(model: RWKV, path: PathLike, tensors: Mapping[str, Tensor], parts: list[str]) -> None:
     """Copy an adapter's tensors into a model prepared by lora.inject. Raises UserError naming keys
     that do not fit.
@@ -193,12 +227,12 @@ def load_combined(
         tensors, known = inspect_adapter(path, base, alpha)
         found.append((tensors, known["alpha"] / known["r"], weight))
         parts |= set(known["parts"])
-        r += known["r"]
+        r += known["r"] * any(name.endswith(".lora_A") for name in tensors)
     model = checkpoint.load_model(base)
     for (tensors, _, _), path in zip(found, adapters, strict=True):
         _check_shapes(model, tensors, path)
     combined = lora.combine(found, dict(model.named_parameters()))
-    lora.inject(model, parts, r, r)
+    lora.inject(model, parts, max(1, r), max(1, r))
     load_adapter(model, " + ".join(map(str, adapters)), combined, list(parts))
     return model, checkpoint.stored_dtypes(base)
 
@@ -217,6 +251,8 @@ def _check_shapes(model: RWKV, tensors: Mapping[str, Tensor], path: PathLike) ->
             shapes[key] = torch.Size([r, weight.shape[1]] if half == "A" else [weight.shape[0], r])
         elif weight is not None:
             shapes[key] = weight.shape
+    if any(key.endswith(".time_state") for key in tensors):
+        shapes |= states.shapes_of(model)
     absent = {
         f"{key[:-1]}{other}" for key in tensors if key.endswith((".lora_A", ".lora_B")) for other in "AB"
     } - tensors.keys()

@@ -71,21 +71,33 @@ def matrices_dtype(requested: str, stored: torch.dtype, gpu: bool) -> torch.dtyp
 
 
 class Session:
-    """The model's state after the text read and written so far, which begins with EOD, like every
-    training document.
+    """The model's state after the text read and written so far. The text begins with EOD, which is
+    before every document in training; with a tuned initial state, which replaces it, at once.
 
     Attributes:
         ended: why the last `write` ended: "eod", "stop" (a stop text), "length" (max_tokens) or
             "cancelled".
         dtype: dtype of matmuls, if not the weights'.
+
+    Args:
+        state: a tuned initial state, for one batch row (rwkv.adapter_files.load_state). Without
+            it that of the model, if it has one.
     """
 
-    def __init__(self, model: RWKV, tokenizer: WorldTokenizer, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: RWKV,
+        tokenizer: WorldTokenizer,
+        dtype: torch.dtype | None = None,
+        state: State | None = None,
+    ):
         self.dtype = dtype
         self.model, self.tokenizer = model.eval(), tokenizer
         self.ended = ""
-        self.state: State | None = None
-        self.logits = self._feed([tokenizer.eod])
+        self.state = state
+        tuned = state is not None or any(name.endswith(".time_state") for name, _ in model.named_parameters())
+        # before the first token nothing is known about it
+        self.logits = model.emb.weight.new_zeros(len(model.emb.weight)) if tuned else self._feed([tokenizer.eod])
 
     def read(self, text: str) -> None:
         """Feed a text to the model."""

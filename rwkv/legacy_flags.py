@@ -28,7 +28,9 @@ class Unsupported:
 
 _NEO, _V5, _PEFT = "RWKV-v4neo", "RWKV-v5's trainer and RWKV-PEFT", "RWKV-PEFT"
 _TOOL, _LIGHTNING, _HF = "the upstream programs", "pytorch-lightning's Trainer", "Hugging Face trainers"
-_STATE = "it trains the initial state, which is not supported here: omit it"
+_STATE = (
+    "the initial state is tuned by scripts/state.py, or scripts/finetune.py with --train_type state: use one of them"
+)
 _VERSIONS = "RWKV-4, RWKV-5.2, RWKV-6 and RWKV-7 can be trained here"
 
 
@@ -73,8 +75,8 @@ NOT_SUPPORTED = {
         ("", "none"),
         {
             "infctx": "it carries the state between the chunks of a long context: use --tbptt_len N",
+            "fullstate": "of the state, only WKV's is tuned here: use scripts/state.py, or scripts/finetune.py with --train_type state",
             "state": _STATE,
-            "fullstate": _STATE,
         },
     ),
     # Joluck/RWKV-PEFT (also JL-er/RWKV-PEFT)
@@ -92,7 +94,7 @@ NOT_SUPPORTED = {
     "train_parts": Unsupported(_PEFT, "use --lora_parts, such as --lora_parts att,ffn,time,ln"),
     **{f"{name}_config": Unsupported(_PEFT, _ADAPTERS) for name in ("pissa", "disha", "bone", "miss", "lisa", "state")},
     **{name: Unsupported(_PEFT, _ADAPTERS) for name in ("LISA", "lisa_r", "lisa_k", "PISSA", "svd_niter", "pissa_load", "pissa_init", "bone_load", "bone_r")},
-    "state_tune": Unsupported(_PEFT, _STATE),
+    "state_tune": Unsupported(_PEFT, _STATE, ("0",)),
     "quant": Unsupported(_PEFT, _NO_QUANTISATION, ("none",)),
     "merge": Unsupported(_PEFT, "a run saves the adapter; scripts/merge_lora.py merges it into its base", ("0",)),
     "dataload": Unsupported(
@@ -195,6 +197,8 @@ EQUIVALENT = {
     ("my_testing", "x060"): ("version", "6"),
     ("my_testing", "x070"): ("version", "7"),
     ("peft", "lora"): ("lora", "true"),
+    ("state_tune", "1"): ("train_type", "state"),
+    ("train_type", "states"): ("train_type", "state"),  # in RWKV-LM's RWKV-v5
     ("load_model", "0"): ("load_model", ""),  # in the commands of RWKV-v7/train_temp
 }
 """Flags with a value, and what they are here; for programs that have this flag."""

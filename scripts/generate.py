@@ -3,6 +3,8 @@
     python scripts/generate.py --model merged.pth --ask "What is RWKV?"
     python scripts/generate.py --model base.pth --lora out/lora/rwkv-0.pth --prompt "Once upon" \\
         --temperature 0.8
+    # begin with a tuned state (scripts/state.py)
+    python scripts/generate.py --model base.pth --state out/state/rwkv-0.pth --ask "What is RWKV?"
     # chat: /help lists the commands, /exit or Ctrl-D quits
     python scripts/generate.py --model merged.pth
 """
@@ -49,6 +51,8 @@ def main(config: GenerateConfig) -> None:
         model.to("cuda" if gpu else "cpu")
     else:
         model = checkpoint.load_model(config.model, "cuda" if gpu else "cpu", matrices=dtype)
+    if config.state:
+        adapter_files.attach_state(config.state, model, config.model)
     if model.sizes.vocab_size != WorldTokenizer.vocab_size:
         raise UserError(
             f"{config.model}: {model.sizes.vocab_size} tokens, not the World vocabulary of 65536; only World models can generate text"

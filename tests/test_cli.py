@@ -7,9 +7,19 @@ import re
 
 import pytest
 
+from rwkv import arguments
 from rwkv import config as flags
 from rwkv.cli import parse, printable, report_errors
-from rwkv.config import ConvertConfig, ExportConfig, GenerateConfig, LoRAConfig, MergeConfig, TrainConfig
+from rwkv.config import (
+    ConvertConfig,
+    ExportConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    LoRAConfig,
+    MergeConfig,
+    StateConfig,
+    TrainConfig,
+)
 from rwkv.errors import UserError
 from rwkv.legacy_flags import NOT_SUPPORTED
 
@@ -132,7 +142,8 @@ def test_user_error_has_no_traceback():
         ("--my_testing x052a", "it selects an experimental version of RWKV-5"),
         ("--my_testing x051a", "it selects an early version of RWKV-5"),
         ("--train_type infctx", "--train_type infctx: .* use --tbptt_len"),
-        ("--train_type state", "trains the initial state, which is not supported here"),
+        ("--train_type state", "scripts/state.py, or scripts/finetune.py with --train_type state"),
+        ("--train_type fullstate", "of the state, only WKV's is tuned here: use scripts/state.py"),
         ("--loss_mask pad", "padding never contributes to the loss"),
         ("--loss_mask qa", "scripts/convert.py: it writes a loss mask"),
         ("--dataload pad", "use --doc_training 1"),
@@ -150,6 +161,24 @@ def test_flags_of_other_trainers(line, answer):
     with pytest.raises(UserError, match=answer) as error:
         parse(LoRAConfig, "", line.split())
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_state_tuning_has_its_own_defaults(tmp_path):
+    (tmp_path / "c.yaml").write_text("train_type: states\n")
+    for argv in (
+        ["--train_type=states"],
+        ["--train-type", "state"],
+        ["--state_tune", "1"],
+        ["--config", str(tmp_path / "c.yaml")],
+    ):
+        assert arguments.value([*argv, "--no_flag"], FinetuneConfig, "train_type") == "state"
+        assert parse(StateConfig, "", argv) == StateConfig()
+    assert arguments.value(["--train_type", "none"], FinetuneConfig, "train_type") == "none"
+    assert arguments.value([], FinetuneConfig, "train_type") == ""
+    assert (StateConfig().lr_init, StateConfig().lr_final, StateConfig().warmup_steps) == (1, 0.01, 10)
+    assert FinetuneConfig().adapter is None
+    with pytest.raises(UserError, match="--train_type infctx: .* use --tbptt_len"):
+        parse(FinetuneConfig, "", ["--train_type", "infctx"])
 
 
 def test_command_of_train_temp():
@@ -416,7 +445,7 @@ def messages(path):
 
 
 def test_flags_named_in_messages_exist(root):
-    training = {field.name for config in (LoRAConfig, TrainConfig) for field in dataclasses.fields(config)}
+    training = {field.name for config in (LoRAConfig, FinetuneConfig) for field in dataclasses.fields(config)}
     for path in [*(root / "rwkv").rglob("*.py"), *(root / "scripts").glob("*.py")]:
         # modules that name flags of other trainers
         if path.name in ("legacy_flags.py", "arguments.py"):

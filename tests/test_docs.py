@@ -14,11 +14,13 @@ from rwkv.cli import parse
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "README.zh.md", *(ROOT / "docs").rglob("*.md")])
 TRANSLATED = [("README.md", "README.zh.md")] + [
-    (f"docs/{name}.md", f"docs/zh/{name}.md") for name in ("guide", "data-formats", "gpus-and-memory", "faq")
+    (f"docs/{name}.md", f"docs/zh/{name}.md")
+    for name in ("guide", "state-tuning", "data-formats", "gpus-and-memory", "faq")
 ]
 CONFIGS = {
     "lora": config.LoRAConfig,
-    "finetune": config.TrainConfig,
+    "state": config.StateConfig,
+    "finetune": config.FinetuneConfig,
     "pretrain": config.TrainConfig,
     "convert": config.ConvertConfig,
     "inspect": config.InspectConfig,
@@ -32,7 +34,7 @@ SCRIPTS = {"inspect_data": "inspect", "merge_lora": "merge"}
 TARGETS = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 SERVICES = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
 COMMAND = re.compile(r"^(?:    )?((?:make|python|docker|git|conda) .*)$", re.MULTILINE)
-INPUTS = ("load_model", "data_file", "input", "adapter", "model", "lora", "lora_load", "verify")
+INPUTS = ("load_model", "data_file", "input", "adapter", "model", "lora", "lora_load", "state", "verify")
 
 
 def page_id(page: Path) -> str:
@@ -96,7 +98,7 @@ def test_commands_parse_and_their_files_exist(page):
                 )
         if name == "convert" and values["output_prefix"]:
             existing.add(f"{values['output_prefix']}_text_document")
-        if name in ("lora", "finetune", "pretrain"):
+        if name in ("lora", "state", "finetune", "pretrain"):
             existing.add(f"{values['proj_dir']}/rwkv-{values['epoch_count'] - 1}.pth")
         if name in ("merge", "export"):
             existing.add(values["output"])

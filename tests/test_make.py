@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = "venv env tools image test-image reproduce compose-env lora finetune pretrain convert inspect merge generate export doctor estimate demo test test-gpu bench lint lock pin licenses sbom clean".split()
+TARGETS = "venv env tools image test-image reproduce compose-env lora state finetune pretrain convert inspect merge generate export doctor estimate demo test test-gpu bench lint lock pin licenses sbom clean".split()
 # Whether make of this checkout created this Python. It would recreate the environment of another
 # checkout.
 OWN_ENVIRONMENT = (Path(sys.prefix) / ".ready").exists() and ROOT in Path(sys.prefix).resolve().parents
@@ -69,7 +69,7 @@ def test_environment_variables_on_command_line():
 
 JOBS = {
     name: f"scripts/{name}.py"
-    for name in ("finetune", "pretrain", "convert", "generate", "export", "doctor", "estimate")
+    for name in ("state", "finetune", "pretrain", "convert", "generate", "export", "doctor", "estimate")
 }
 JOBS |= {
     "lora": "scripts/demo_corpus.py",

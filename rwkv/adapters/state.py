@@ -36,7 +36,7 @@ def attach(model: RWKV) -> None:
     for name, shape in shapes_of(model).items():
         mix = model.get_submodule(name.rpartition(".")[0])
         zeros = torch.zeros(shape, device=model.emb.weight.device)
-        mix.time_state = nn.Parameter(zeros)  # type: ignore[assignment]
+        mix.time_state = nn.Parameter(zeros)
 
 
 def shapes_of(model: RWKV) -> dict[str, torch.Size]:

@@ -9,8 +9,9 @@ class MergeConfig:
     """Merging an adapter into its base."""
 
     adapter: str = ""
-    """LoRA adapter (.pth or .safetensors); alpha and base are read from its manifest (.json).
-    Several adapters for one base, separated by commas, are added."""
+    """LoRA adapter or tuned state (.pth or .safetensors); alpha and base are read from its manifest
+    (.json). Several for one base, separated by commas, are added. A tuned state becomes part of the
+    merged model (att.time_state)."""
     weights: str = ""
     """Weight of each adapter, separated by commas, such as 0.7,0.3. Omitted: 1 for each."""
     output: str = ""
@@ -39,6 +40,8 @@ class GenerateConfig:
     """LoRA adapter to apply, without merging."""
     lora_alpha: float = 0
     """lora_alpha of the adapter. Omitted: from its manifest."""
+    state: str = ""
+    """Tuned state (scripts/state.py, or of RWKV-PEFT) with which the text or the chat begins."""
     prompt: str = ""
     """Text to continue. Without prompt and ask: an interactive chat."""
     ask: str = ""
@@ -112,8 +115,8 @@ class EstimateConfig:
     """RWKV-5 to 7: channels of a head. 0: 64."""
     dim_ffn: int = 0
     """Hidden channels of the channel-mix. 0: 4 n_embd, in RWKV-5 and 6 3.5 n_embd."""
-    method: Literal["lora", "full"] = "lora"
-    """lora: train an adapter; full: train all weights."""
+    method: Literal["lora", "state", "full"] = "lora"
+    """lora: train an adapter; state: train the initial state; full: train all weights."""
     lora_r: int = 8
     """Rank of the adapter."""
     lora_parts: str = "att,ln,time"

@@ -5,9 +5,9 @@ Blealtan/RWKV-LM-LoRA), so that their command lines work here. Differences are s
 docstrings, which --help prints.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -282,6 +282,16 @@ class TrainConfig(Logging, Machine, Optimizer, Validation, Documents, Sampling, 
         """The flags of the adapter that is trained; None if all weights are."""
         return None
 
+    @property
+    def trains(self) -> str:
+        """What is trained: "all weights", "LoRA" or "initial state"."""
+        return "LoRA" if self.adapter else "all weights"
+
+    @property
+    def load_flag(self) -> str:
+        """The flag of the adapter to continue from."""
+        return "--lora_load"
+
 
 @dataclass
 class LoRAConfig(TrainConfig):
@@ -307,9 +317,58 @@ class LoRAConfig(TrainConfig):
     """What is trained, separated by commas: adapters on the matrices of att (key, value,
     receptance; in RWKV-7 also output, in RWKV-5 and 6 output and gate) and ffn (key, value; before
     RWKV-7 also receptance), or on single ones, such as att.output or ffn.key, in every block;
-    directly, the parameters of the time-mix (time; in RWKV-6 and 7 with its low-rank matrices) and
-    LayerNorms (ln; in RWKV-5 to 7 also ln_x and ln_out)."""
+    directly, the parameters of the time-mix (time; in RWKV-6 and 7 with its low-rank matrices),
+    LayerNorms (ln; in RWKV-5 to 7 also ln_x and ln_out), and the state with which documents begin
+    (state; see scripts/state.py)."""
 
     @property
     def adapter(self) -> "LoRAConfig | None":
         return self if self.lora else None
+
+
+@dataclass
+class FinetuneConfig(TrainConfig):
+    """Full fine-tuning and state tuning."""
+
+    train_type: Literal["none", "state"] = "none"
+    """none: train all weights. state: state tuning, which trains only the state with which the
+    model begins a document (att.time_state of every block), while all weights stay frozen; with the
+    defaults of scripts/state.py (lr_init 1, lr_final 0.01, warmup_steps 10, doc_reset 1)."""
+    state_load: str = ""
+    """State tuning: tuned state to continue from."""
+
+    @property
+    def adapter(self) -> LoRAConfig | None:
+        if self.train_type == "none":
+            return None
+        # an adapter without matrices: only the part `state`
+        shared = {field.name: getattr(self, field.name) for field in fields(TrainConfig)}
+        tuned: dict[str, Any] = {"lora_parts": "state", "lora_r": 1, "lora_alpha": 1.0, "lora_dropout": 0.0}
+        return LoRAConfig(**shared, **tuned, lora_load=self.state_load)
+
+    @property
+    def trains(self) -> str:
+        return "initial state" if self.train_type == "state" else "all weights"
+
+    @property
+    def load_flag(self) -> str:
+        return "--state_load"
+
+
+@dataclass
+class StateConfig(FinetuneConfig):
+    """State tuning."""
+
+    train_type: Literal["none", "state"] = "state"
+    """state: state tuning, which trains only the state with which the model begins a document
+    (att.time_state of every block), while all weights stay frozen. none: train all weights."""
+    lr_init: float = 1.0
+    """Initial learning rate. State tuning needs a very high one: upstream's guides use 1 → 0.01
+    (RWKV-LM), or 0.01 → 0.0001 (RWKV-PEFT). Lower it if the loss jumps. Large models need less."""
+    lr_final: float = 0.01
+    """Final learning rate, reached by the lr_schedule."""
+    warmup_steps: int = 10
+    """As in training; upstream's guide to state tuning uses 10."""
+    doc_reset: Literal[0, 1] = 1
+    """1: each document begins with the tuned state, so that documents do not influence each other;
+    the first token of a document is then no target. 0: one continuous stream, as upstream."""

@@ -106,8 +106,9 @@ class TimeMix(nn.Module):
         )
         k, v, r = self.key(xk), self.value(xv), self.receptance(xr)  # [B, T, A]
         # the decay is computed in fp32: bf16 would round exp(−exp(w)) to 1
-        tuned = reset is not None and self.time_state is not None
-        initial = repeated(wkv_state(self.time_state), len(x)) if tuned else None
+        initial = None
+        if reset is not None and self.time_state is not None:
+            initial = repeated(wkv_state(self.time_state), len(x))
         y, state = _wkv(-torch.exp(self.time_decay.float()), self.time_first, k, v, state, reset, initial)
         return self.output(native.gate(r, y)), state
 
@@ -308,8 +309,8 @@ def backward_bytes(sizes: Sizes, e: int) -> float:
 
 
 def transformers_config(sizes: Sizes) -> dict[str, Any]:
-    """The config of RwkvForCausalLM. Raises ValueError for pre_ffn and initial states, which it does
-    not support.
+    """The config of RwkvForCausalLM. Raises ValueError for pre_ffn and initial states, which it
+    does not support.
     """
     if sizes.time_state:
         raise ValueError("transformers' RWKV has no place for a tuned initial state (att.time_state)")

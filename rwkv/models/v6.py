@@ -184,7 +184,7 @@ def recognise(shapes: Mapping[str, torch.Size], n_layer: int) -> Sizes:
     needed = ["blocks.0.att.time_maa_x", "blocks.0.att.gate.weight", *ranks.values()]
     if missing := [key for key in needed if len(shapes.get(key, ())) < 2]:
         raise ValueError(f"no {', '.join(missing)}")
-    found = {name: shapes[key][-2] for name, key in ranks.items()}
+    found: dict[str, Any] = {name: shapes[key][-2] for name, key in ranks.items()}
     if not all(found.values()):
         raise ValueError("a tensor has no elements")
     return Sizes(**gated_heads.common_sizes(shapes, n_layer), **found)

@@ -273,7 +273,7 @@ def recognise(shapes: Mapping[str, torch.Size], n_layer: int) -> Sizes:
     vocab_size, n_embd = shapes["emb.weight"]
     heads, head_size = shapes["blocks.0.att.r_k"]
     dim_ffn = shapes["blocks.0.ffn.key.weight"][0]
-    found = {f"rank_{name}": shapes[key][1] for name, key in ranks.items()}
+    found: dict[str, Any] = {f"rank_{name}": shapes[key][1] for name, key in ranks.items()}
     if not all((n_embd, vocab_size, dim_ffn, heads, head_size, *found.values())):
         raise ValueError("a tensor without elements")
     if heads * head_size != n_embd:

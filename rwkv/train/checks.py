@@ -61,12 +61,12 @@ def check(c: TrainConfig) -> None:
     """
     if c.adapter and not c.load_model and not (c.n_layer and c.n_embd):
         raise UserError(
-            "LoRA needs a pretrained model: pass it as --load_model, or train one with scripts/pretrain.py first. For a new, random base"
+            f"{c.trains} needs a pretrained model: pass it as --load_model, or train one with scripts/pretrain.py first. For a new, random base"
             " (frozen) pass --n_layer and --n_embd"
         )
     if c.adapter and c.adapter.lora_load and not c.load_model:
         raise UserError(
-            f"--lora_load {c.adapter.lora_load}: an adapter works with the base that it was trained on only; pass that base as --load_model"
+            f"{c.load_flag} {c.adapter.lora_load}: it works with the base that it was trained on only; pass that base as --load_model"
         )
     data_source.check(c)
     if c.epoch_steps % c.accumulate_grad_batches:
@@ -80,7 +80,7 @@ def check(c: TrainConfig) -> None:
     if c.epoch_begin and not c.load_model:
         raise UserError(f"--epoch_begin {c.epoch_begin} continues a run: pass its checkpoint as --load_model")
     if c.adapter and c.epoch_begin and not c.adapter.lora_load:
-        raise UserError(f"--epoch_begin {c.epoch_begin} continues a LoRA run: pass its adapter as --lora_load")
+        raise UserError(f"--epoch_begin {c.epoch_begin} continues a run: pass its last checkpoint as {c.load_flag}")
     if c.load_partial and (not c.load_model or c.adapter):
         raise UserError("--load_partial 1 completes --load_model in pretraining and full fine-tuning; omit it")
     if c.exact and not c.tbptt_len:

@@ -225,8 +225,9 @@ def _finish(run: Run, folder: Path, trainer: pl.Trainer, module: TrainingModule,
         f" {result.checkpoint}, {folder / 'loss.png'}"
     )
     if run.adapter:
+        flag = "--lora" if c.trains == "LoRA" else "--state"
         say(f"merge: {command('merge', '--adapter', result.checkpoint, '--output', output('merged.pth'))}")
-        say(f"talk:  {command('generate', '--model', run.base_path, '--lora', result.checkpoint)}")
+        say(f"talk:  {command('generate', '--model', run.base_path, flag, result.checkpoint)}")
     return result
 
 

@@ -160,11 +160,10 @@ def how_to_continue(c: TrainConfig) -> str:
     if found:
         newest = found[-1]
         path = shlex.quote(str(newest.path))
-        adapter = newest.manifest.get("kind", "adapter" if c.adapter else "") == "adapter"
+        kind = newest.manifest.get("kind", "adapter" if c.trains == "LoRA" else "state" if c.adapter else "")
+        flag = {"adapter": "--lora_load", "state": "--state_load"}.get(kind)
         base = c.load_model or _base_of(newest)
-        load = (
-            f"--load_model {shlex.quote(str(base))} --lora_load {path}" if adapter and base else f"--load_model {path}"
-        )
+        load = f"--load_model {shlex.quote(str(base))} {flag} {path}" if flag and base else f"--load_model {path}"
         if newest.number < 0:
             options.append(f"to continue from {newest.path.name} with a new optimizer: {load} and another --proj_dir")
         else:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from rwkv import adapter_files, checkpoint, compat
-from rwkv.adapters import lora
+from rwkv.adapters import lora, state
 from rwkv.commands import command, output
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.convert import char_level
@@ -117,7 +117,9 @@ def _frozen_dtype(run: Run) -> torch.dtype:
 
 
 def _attach_adapter(model: RWKV, run: Run, c: LoRAConfig) -> None:
-    """Inject LoRA, freeze all other parameters, and load --lora_load."""
+    """Inject LoRA or the initial state, freeze all other parameters, and load the adapter to
+    continue from.
+    """
     parts = list(lora.parts_in(c.lora_parts))
     try:
         lora.inject(model, parts, c.lora_r, c.lora_alpha, c.lora_dropout)
@@ -131,15 +133,20 @@ def _attach_adapter(model: RWKV, run: Run, c: LoRAConfig) -> None:
         alpha = c.lora_alpha if stored is None else None
         base, digest = (c.load_model, run.base["sha256"]) if c.load_model and run.base else (None, None)
         tensors, known = adapter_files.inspect_adapter(c.lora_load, base, alpha, digest)
+        if parts == [state.PART] != known["parts"]:
+            raise UserError(f"{c.lora_load}: not a tuned state, which has only att.time_state; it is a LoRA adapter")
         _compare(model, c, known)
         # parts that the adapter lacks keep their initial values
         adapter_files.load_adapter(model, c.lora_load, tensors, known["parts"])
 
 
 def adapter_entries(c: LoRAConfig, base: dict[str, str]) -> dict[str, Any]:
-    """Manifest entries of an adapter: rank, alpha, parts and the base model."""
+    """Manifest entries of an adapter: the base model, parts, and unless it is only an initial
+    state, rank and alpha.
+    """
     parts = list(lora.parts_in(c.lora_parts))
-    return {"r": c.lora_r, "alpha": c.lora_alpha, "parts": parts, "base": base["path"], "base_sha256": base["sha256"]}
+    of_lora = {} if parts == [state.PART] else {"r": c.lora_r, "alpha": c.lora_alpha}
+    return {**of_lora, "parts": parts, "base": base["path"], "base_sha256": base["sha256"]}
 
 
 def _compare(model: RWKV, c: LoRAConfig, known: dict[str, Any]) -> None:

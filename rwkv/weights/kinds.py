@@ -54,6 +54,11 @@ def why_not_model(tensors: Mapping[str, Tensor]) -> str | None:
     """
     if part := _part_of_model(tensors):
         return part
+    if tensors and all(name.endswith(".time_state") for name in tensors):
+        return (
+            "a tuned state (state tuning: only time_state), not a model. Pass the model that it was trained for, and this file as --state; or write"
+            " both into one file with scripts/merge_lora.py"
+        )
     if any(".lora_" in name for name in tensors):
         if "emb.weight" in tensors:
             return "a model together with a LoRA adapter that is not merged; merge it with the program that wrote it, or use its base model"
@@ -101,10 +106,10 @@ def _part_of_model(tensors: Mapping[str, Tensor]) -> str | None:
         return "a DoRA adapter (it has lora_magnitude_vector), which is not plain LoRA. Merge it with peft (merge_and_unload), and use the merged model"
     if _any_matches(tensors, r"\.(hada_w1_[ab]|lokr_w1|oft_r|vera_lambda_[bd]|ia3_l|lora_embedding_[AB]|lora_E)\b"):
         return "an adapter that is not LoRA on weight matrices. Merge it with the program that wrote it, and use the merged model"
-    if tensors and all(re.search(r"\.(time_state|ts_state)$", name) for name in tensors):
+    if _any_matches(tensors, r"\.ts_state$"):
         return (
-            "a tuned state (state tuning: only time_state), which is neither a model nor a LoRA adapter, and cannot be used here. Use it with the"
-            " model that it was trained for, in a program that loads states"
+            "a tuned state with token shifts (RWKV-PEFT's fullstate: ts_state), which cannot be used here; only WKV's state (time_state) can. Use it"
+            " with the program that wrote it"
         )
     return None
 

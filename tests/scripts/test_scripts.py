@@ -27,7 +27,7 @@ TRAINING = [
     "cpu",
 ]
 TRAINING += ["--precision", "fp32"]
-SCRIPTS = ["convert", "export", "finetune", "generate", "inspect_data", "lora", "merge_lora", "pretrain"]
+SCRIPTS = ["convert", "export", "finetune", "generate", "inspect_data", "lora", "merge_lora", "pretrain", "state"]
 
 
 def test_end_to_end_pipeline(script, write_jsonl, tmp_path):
@@ -145,6 +145,8 @@ def test_help(script, name):
         ("convert", [], "--input is missing"),
         ("pretrain", [], "--data_file is missing"),
         ("finetune", ["--data_file", "x"], "--load_model FILE"),
+        ("state", ["--data_file", "x"], "state tuning needs a model: pass --load_model FILE"),
+        ("finetune", ["--train_type", "infctx"], "use --tbptt_len"),
         ("lora", ["--data_file", "x"], "LoRA needs a pretrained model"),
         ("merge_lora", [], "--adapter and --output are required"),
         ("inspect_data", [], "--data_file is missing"),

@@ -201,7 +201,7 @@ VERSIONS = {
     "RWKV-5.1 ": block(att__gate__weight=(16, 16), att__time_decay=(2,), att__ln_x__weight=(16,)),
     "RWKV-5.1 model": block(att__gate__weight=(16, 16), att__time_decay=(2, 1), att__ln_x__weight=(16,)),
     "RWKV-5.0": block(att__time_decay=(2,), att__ln_x__weight=(16,), ffn__key__weight=(64, 16)),
-    "a tuned state": {"blocks.0.att.time_state": torch.zeros(2, 8, 8), "blocks.1.att.time_state": torch.zeros(2, 8, 8)},
+    "a tuned state with token shifts": {"blocks.0.att.ts_state": torch.zeros(16)},
     "Bone, DiSHA": {"blocks.0.att.key.bone": torch.zeros(4, 16)},
     "DiSHA or MiSS": {"blocks.0.att.key.disha": torch.zeros(4, 16)},
     "initial matrices of PiSSA": {"model.blocks.0.att.key.init_lora_A": torch.zeros(4, 16)},

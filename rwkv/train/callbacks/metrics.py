@@ -232,13 +232,12 @@ class Metrics(pl.Callback):
         started = time.monotonic()
         if not now and started < self._next_plot:
             return
-        what = "LoRA" if self.config.adapter else "all weights"
         steps = self.curve.last - schedule.first_step(self.config)
         try:
             plot(
                 self.curve,
                 self._folder.path() / "loss.png",
-                f"{self._folder.path().name}: {what}, {steps:,} step{'s' * (steps != 1)}",
+                f"{self._folder.path().name}: {self.config.trains}, {steps:,} step{'s' * (steps != 1)}",
             )
         except Exception as error:
             if required:

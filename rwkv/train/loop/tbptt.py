@@ -54,7 +54,8 @@ class _Sequence:
         """The model's and the random generator's state before each chunk (for identical dropout
         masks).
         """
-        before, state = [], None
+        before: list[tuple[State | None, Tensor]] = []
+        state: State | None = None
         for chunk in self.chunks:
             before.append((state, torch.get_rng_state()))
             x, _, _, reset = self.select(chunk)
@@ -83,7 +84,7 @@ class _Chunked(torch.autograd.Function):
 def _truncated_losses(
     sequence: _Sequence, trained: tuple[nn.Parameter, ...], grads: list[Tensor | None]
 ) -> Iterator[Tensor]:
-    state = None
+    state: State | None = None
     for chunk in sequence.chunks:
         with torch.set_grad_enabled(bool(trained)):
             loss, state = sequence.loss(chunk, state and map_state(Tensor.detach, state))
