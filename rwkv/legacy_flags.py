@@ -116,12 +116,6 @@ NOT_SUPPORTED = {
     "chunk_ctx": Unsupported(_PEFT, "use --tbptt_len N: tokens in a chunk, the state carried from one to the next"),
     "optim": Unsupported(_PEFT, "use --optimizer adam or --optimizer adafactor", ("none",)),
     "avg_loss": Unsupported(_PEFT, "omit it: with --accumulate_grad_batches the loss is always the mean over the whole step", ("0",)),
-    "lr_schedule": Unsupported(
-        _PEFT,
-        "the rate decays exponentially from --lr_init to --lr_final; with --my_exit_tokens by a cosine",
-        (),
-        {"cos": "use --my_exit_tokens N for a cosine decay over N tokens", "wsd": "for a constant rate set --lr_init and --lr_final to the same"},
-    ),
     "emb": Unsupported("Blealtan's LoRA fork and RWKV-PEFT", "the embedding is not trained by LoRA: omit it, or tune all weights with scripts/finetune.py"),
     # RWKV-PEFT's merge.py
     "base_model": Unsupported(f"{_PEFT}'s merge.py", "use --base"),
@@ -196,6 +190,7 @@ EQUIVALENT = {
     ("my_testing", "x052"): ("version", "5.2"),
     ("my_testing", "x060"): ("version", "6"),
     ("my_testing", "x070"): ("version", "7"),
+    ("lr_schedule", "cos"): ("lr_schedule", "cosine"),
     ("peft", "lora"): ("lora", "true"),
     ("state_tune", "1"): ("train_type", "state"),
     ("train_type", "states"): ("train_type", "state"),  # in RWKV-LM's RWKV-v5

@@ -5,6 +5,7 @@ Blealtan/RWKV-LM-LoRA), so that their command lines work here. Differences are s
 docstrings, which --help prints.
 """
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -173,8 +174,16 @@ class Optimizer:
     """Initial learning rate. The embedding of a new RWKV-4 model is uniform in ± lr_init, of a new
     RWKV-5, 6 or 7 model in ±1e-4."""
     lr_final: float = 1e-5
-    """Final learning rate, reached by exponential decay from lr_init; by linear decay if either is
-    0."""
+    """Final learning rate, reached by lr_schedule from lr_init."""
+    lr_schedule: Literal["auto", "exp", "linear", "cosine", "wsd", "constant"] = "auto"
+    """Course of the learning rate from lr_init, after warmup_steps and my_pile_edecay, to lr_final
+    at the end of epoch_count. auto: upstream's, exponential decay, linear if lr_init or lr_final is
+    0, with my_exit_tokens its cosine. exp: exponential. linear. cosine: half a cosine. wsd:
+    constant, then linear decay in the last lr_decay_steps. constant: lr_init throughout."""
+    lr_decay_steps: int = 0
+    """wsd: optimizer steps of the decay. 0: lr_decay_fraction of the run."""
+    lr_decay_fraction: float = 0.1
+    """wsd: length of the decay as a fraction of the optimizer steps after warm-up."""
     warmup_steps: int = -1
     """Optimizer steps of linear warm-up, as upstream from 20% of the learning rate (RWKV-4) or 1%
     (later versions); also applies to a constant learning rate (in the LoRA fork only to a decaying
@@ -313,10 +322,17 @@ class LoRAConfig(TrainConfig):
     lora_base: Literal["auto", "bf16", "fp32"] = "auto"
     """Data type of the frozen matrices. auto: bf16 with --precision bf16 (World models are stored
     in bf16), else fp32."""
+    use_dora: bool = False
+    """DoRA: also train the length of every row of the adapted matrices (lora_magnitude_vector), as
+    peft. It takes more memory and time than LoRA, and DoRA adapters cannot be added when merging."""
+    use_rslora: bool = False
+    """rsLoRA: scale the adapter's output by lora_alpha / √lora_r, so that the best learning rate
+    depends less on the rank."""
     lora_parts: str = "att,ln,time"
     """What is trained, separated by commas: adapters on the matrices of att (key, value,
     receptance; in RWKV-7 also output, in RWKV-5 and 6 output and gate) and ffn (key, value; before
-    RWKV-7 also receptance), or on single ones, such as att.output or ffn.key, in every block;
+    RWKV-7 also receptance), on all matrices of the blocks (all-linear), or on single ones, such as
+    att.output or ffn.key, in every block;
     directly, the parameters of the time-mix (time; in RWKV-6 and 7 with its low-rank matrices),
     LayerNorms (ln; in RWKV-5 to 7 also ln_x and ln_out), and the state with which documents begin
     (state; see scripts/state.py)."""
@@ -324,6 +340,11 @@ class LoRAConfig(TrainConfig):
     @property
     def adapter(self) -> "LoRAConfig | None":
         return self if self.lora else None
+
+    @property
+    def alpha(self) -> float:
+        """The adapter's output is scaled by alpha / lora_r."""
+        return self.lora_alpha * math.sqrt(self.lora_r) if self.use_rslora else self.lora_alpha
 
 
 @dataclass

@@ -16,7 +16,7 @@ _AT_LEAST: dict[float, tuple[str, ...]] = {
     1: ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count", "epoch_save", "devices", "num_nodes", "ds_bucket_mb", "lora_r"),
     0: (
         *("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size", "tbptt_len", "max_steps", "epoch_begin", "save_every", "my_exit"),
-        *("my_random_steps", "min_ctx_len", "val_every", "val_samples", "my_pile_edecay"),
+        *("my_random_steps", "min_ctx_len", "val_every", "val_samples", "my_pile_edecay", "lr_decay_steps"),
         *("lr_init", "lr_final", "weight_decay", "grad_clip", "adam_eps"),
     ),
     -1: ("warmup_steps", "magic_prime", "my_pile_shift", "random_seed", "weight_decay_final"),
@@ -77,6 +77,7 @@ def check(c: TrainConfig) -> None:
         raise UserError(
             f"nothing to train: --epoch_begin {c.epoch_begin} is not before --epoch_count {c.epoch_count}, or --my_exit_tokens has been reached"
         )
+    schedule.check(c)
     if c.epoch_begin and not c.load_model:
         raise UserError(f"--epoch_begin {c.epoch_begin} continues a run: pass its checkpoint as --load_model")
     if c.adapter and c.epoch_begin and not c.adapter.lora_load:

@@ -29,6 +29,7 @@ def start(c: TrainConfig, model: RWKV, data: Dataset, training: Samples, held_ou
         f"data: {data.prefix}, {len(data):,} documents, {len(data.tokens):,} tokens{masked}\n"
         + validation
         + f"length: {_length(c, len(data.tokens))}\n"
+        + f"learning rate: {schedule.describe(c)}\n"
         + f"coverage: {_coverage(training, samples)}; seed {training.seed}\n"
         + f"precision: {_precision(c, model)}"
     )

@@ -152,7 +152,7 @@ def test_merged_matches_unmerged(make_model, sizes):
 
 
 def test_invalid_parts_and_rank(make_model):
-    with pytest.raises(ValueError, match=r"parts are any of att, ffn, time, ln, att.key, .*; got emb"):
+    with pytest.raises(ValueError, match=r"parts are any of att, ffn, all-linear, time, ln, state, att.key, .*; got emb"):
         lora.inject(make_model(), ["att", "emb"], 4, 8)
     with pytest.raises(ValueError, match="got none"):
         lora.inject(make_model(), [], 4, 8)
