@@ -63,11 +63,11 @@ def find_base(path: PathLike) -> Path | None:
 def inspect_adapter(
     path: PathLike, base: PathLike | None = None, alpha: float | None = None, base_sha256: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read an adapter without loading its base: its tensors, and a dictionary of r, parts, alpha,
-    base, base_sha256.
+    """Read an adapter without loading its base: its tensors, and a dictionary of r, parts,
+    use_dora, alpha, base, base_sha256.
 
-    r and parts are inferred from the tensors (r from the manifest if no tensor has it); alpha, base
-    and base_sha256 come from the manifest, else from the arguments.
+    r, parts and use_dora are inferred from the tensors (r from the manifest if no tensor has it);
+    alpha, base and base_sha256 come from the manifest, else from the arguments.
 
     Args:
         path: the adapter; also a folder written by peft, or the file in it.
@@ -108,6 +108,7 @@ def inspect_adapter(
     known: dict[str, Any] = {
         "r": ranks.pop() if ranks else manifest.get("r", 1),
         "parts": parts,
+        "use_dora": lora.uses_dora(tensors),
         **{k: manifest[k] for k in ("alpha", "base", "base_sha256") if k in manifest},
     }
     if known["r"] < 1 or known["r"] != manifest.get("r", known["r"]):
@@ -210,7 +211,7 @@ def load_tuned(
     """
     tensors, known = inspect_adapter(adapter, base, alpha)
     model = checkpoint.load_model(base, matrices=matrices)
-    lora.inject(model, known["parts"], known["r"], known["alpha"])
+    lora.inject(model, known["parts"], known["r"], known["alpha"], dora=known["use_dora"])
     load_adapter(model, adapter, tensors, known["parts"])
     return model, checkpoint.stored_dtypes(base)
 
@@ -225,6 +226,12 @@ def load_combined(
     found, parts, r = [], set(), 0
     for path, weight in zip(adapters, weights, strict=True):  # fails early if the base is wrong
         tensors, known = inspect_adapter(path, base, alpha)
+        if known["use_dora"]:
+            if len(adapters) == 1 and weight == 1:
+                return load_tuned(base, path, alpha)
+            raise UserError(
+                f"{path}: a DoRA adapter, whose effect is not a sum: it cannot be added to others or weighted; merge it alone, with weight 1"
+            )
         found.append((tensors, known["alpha"] / known["r"], weight))
         parts |= set(known["parts"])
         r += known["r"] * any(name.endswith(".lora_A") for name in tensors)

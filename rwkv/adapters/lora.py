@@ -1,11 +1,15 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685) on a model's linear layers: inject, freeze, save,
-combine, merge.
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) and DoRA (Liu et al. 2024, arXiv:2402.09353) on a model's
+linear layers: inject, freeze, save, combine, merge.
 
 x ──► W ───────────────► + ──► y        y = W x + (α/r) · B A dropout(x)
 └──► A [r, in] ► B [out, r] ─┘          W is frozen; B starts at zero (no change at first)
 
+DoRA multiplies every element of y by m / ‖row of W + (α/r) B A‖, where the vector m is trained too;
+it begins with the norms of W's rows, and no gradient flows through the norm. (With dropout, peft
+also drops inputs of W.)
+
 In addition to the model's saved activations, an adapter saves e·r bytes per token (e: 2 in bf16, 4
-in fp32). The adaptable layers of a model are defined by its version (PARTS).
+in fp32), with DoRA e·(r + out). The adaptable layers of a model are defined by its version (PARTS).
 """
 
 import math
@@ -20,6 +24,10 @@ from rwkv.kernels.elementwise import native
 from rwkv.kernels.linear import Matrix, linear_forward, linear_grad_input, rows
 from rwkv.models import RWKV
 from rwkv.models.parts import Parts, layer_of
+
+_MAGNITUDE = "magnitude_vector"  # lora_magnitude_vector, peft's name
+_TINY = 1e-12  # a row of zeros has a finite quotient
+_ROWS = 1024  # of a matrix converted to fp32 at a time
 
 
 def parts_in(flag: str) -> tuple[str, ...]:
@@ -41,7 +49,12 @@ def foreign_layers(names: Collection[str], known: Parts) -> list[str]:
 
 
 def _adapted_layers(names: Collection[str]) -> set[str]:
-    return {layer_of(re.sub(r"\.lora_[AB]$", "", name)) for name in names if name.endswith((".lora_A", ".lora_B"))}
+    return {layer_of(found[1]) for name in names if (found := re.fullmatch(rf"(.*)\.lora_(A|B|{_MAGNITUDE})", name))}
+
+
+def uses_dora(names: Collection[str]) -> bool:
+    """Whether an adapter whose tensors have these names is DoRA."""
+    return any(name.endswith(f".lora_{_MAGNITUDE}") for name in names)
 
 
 class _LoRAFunction(torch.autograd.Function):
@@ -83,32 +96,56 @@ def _apply_dropout(ctx, x: Tensor) -> Tensor:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer without bias, plus a trainable product of rank r. The weight's name
-    does not change.
+    """A frozen linear layer without bias, plus a trainable product of rank r, with DoRA (`dora`)
+    also scaled by row. The weight's name does not change.
     """
 
-    def __init__(self, weight: nn.Parameter, r: int, alpha: float, dropout: float = 0.0):
+    def __init__(self, weight: nn.Parameter, r: int, alpha: float, dropout: float = 0.0, dora: bool = False):
         super().__init__()
         out, columns = weight.shape
         self.weight = weight.requires_grad_(False)
         self.lora_A = nn.Parameter(torch.empty(r, columns, device=weight.device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(out, r, device=weight.device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        norms = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.float32) if dora else None
+        self.lora_magnitude_vector = None if norms is None else nn.Parameter(norms)
         self.scale, self.dropout = alpha / r, dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in the compute dtype."""
         x = x.to(native.compute_dtype(x))
         p = self.dropout if self.training else 0.0
-        return _LoRAFunction.apply(x, self.weight, self.lora_A, self.lora_B, self.scale, p, native.recompute_of(x))
+        y = _LoRAFunction.apply(x, self.weight, self.lora_A, self.lora_B, self.scale, p, native.recompute_of(x))
+        if self.lora_magnitude_vector is None:
+            return y
+        return y * (self.lora_magnitude_vector / self._norms()).to(y.dtype)
+
+    @torch.no_grad()
+    def _norms(self) -> Tensor:
+        """The norms of the rows of W + (α/r) B A, [out]: without this matrix, from
+        ‖w + s b A‖² = ‖w‖² + 2 s (w Aᵀ)·b + s² b (A Aᵀ) bᵀ for every row w and b.
+        """
+        compute = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        a, found = self.lora_A.to(compute), []
+        for w, b in zip(self.weight.split(_ROWS), self.lora_B.to(compute).split(_ROWS), strict=True):
+            w, b = w.to(compute), self.scale * b
+            own = torch.linalg.vector_norm(w, dim=1).square()
+            found.append(own + ((2 * (w @ a.t()) + b @ (a @ a.t())) * b).sum(1))
+        return torch.cat(found).clamp_min(0).sqrt().clamp_min(_TINY)
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """W + (α/r) B A in W's dtype, computed in fp32."""
-        return (self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())).to(self.weight.dtype)
+        """The weight of a linear layer with the same outputs, in W's dtype, computed in fp32."""
+        merged = self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())
+        if self.lora_magnitude_vector is not None:
+            norms = torch.linalg.vector_norm(merged, dim=1).clamp_min(_TINY)
+            merged *= (self.lora_magnitude_vector / norms).unsqueeze(1)
+        return merged.to(self.weight.dtype)
 
 
-def inject(model: RWKV, parts: Collection[str], r: int, alpha: float, dropout: float = 0.0) -> list[str]:
+def inject(
+    model: RWKV, parts: Collection[str], r: int, alpha: float, dropout: float = 0.0, dora: bool = False
+) -> list[str]:
     """Add adapters to all linear layers of these parts, in place; returns the layers' names.
 
     `att` is key, value and receptance of every time-mix, in later versions than RWKV-4 all its
@@ -132,7 +169,7 @@ def inject(model: RWKV, parts: Collection[str], r: int, alpha: float, dropout: f
     if state.PART in parts:
         state.attach(model)
     for name in names:
-        _replace(model, name, LoRALinear(model.get_parameter(f"{name}.weight"), r, alpha, dropout))
+        _replace(model, name, LoRALinear(model.get_parameter(f"{name}.weight"), r, alpha, dropout, dora))
     return names
 
 
@@ -173,8 +210,8 @@ def combine(
 
 
 def adapter_names(model: RWKV, parts: Collection[str]) -> list[str]:
-    """Names of the parameters in an adapter of these parts: lora_A and lora_B of their layers, and
-    fully trained tensors.
+    """Names of the parameters in an adapter of these parts: lora_A and lora_B of their layers (with
+    DoRA also lora_magnitude_vector), and fully trained tensors.
     """
     known = model.version.PARTS
     layers = {layer for part in parts for layer in known.layers_of(part)}

@@ -121,6 +121,8 @@ class EstimateConfig:
     """Rank of the adapter."""
     lora_parts: str = "att,ln,time"
     """What is trained, as in training."""
+    use_dora: bool = False
+    """Whether the adapter is DoRA."""
     lora_base: Literal["auto", "bf16", "fp32"] = "auto"
     """Data type of the frozen matrices, as in training."""
     optimizer: Literal["adam", "adafactor"] = "adam"

@@ -324,7 +324,7 @@ class LoRAConfig(TrainConfig):
     in bf16), else fp32."""
     use_dora: bool = False
     """DoRA: also train the length of every row of the adapted matrices (lora_magnitude_vector), as
-    peft. It takes more memory and time than LoRA, and DoRA adapters cannot be added when merging."""
+    peft. It takes more memory and time than LoRA, and DoRA adapters cannot be added in a merge."""
     use_rslora: bool = False
     """rsLoRA: scale the adapter's output by lora_alpha / √lora_r, so that the best learning rate
     depends less on the rank."""

@@ -49,6 +49,7 @@ class Plan:
     """The parameters of a run that determine its memory usage.
 
     Attributes:
+        dora: whether adapters are DoRA.
         base: dtype of frozen matrices, as --lora_base.
         devices: number of devices on all machines; `per_node`: on one machine.
         gpu: whether they are GPUs.
@@ -61,6 +62,7 @@ class Plan:
     lora: bool = True
     r: int = 8
     parts: tuple[str, ...] = ("att", "ln", "time")
+    dora: bool = False
     ctx_len: int = 1024
     micro_bsz: int = 1
     precision: str = "bf16"
@@ -167,8 +169,12 @@ def adapted(p: Plan) -> list[torch.Size]:
 
 def trained(p: Plan) -> int:
     """The number of trained elements."""
-    adapters = sum(p.r * (rows + columns) for rows, columns in adapted(p))
-    return adapters + sum(shape.numel() for shape in _fully_trained(p))
+    return _of_adapters(p) + sum(shape.numel() for shape in _fully_trained(p))
+
+
+def _of_adapters(p: Plan) -> int:
+    """The number of elements of adapters on matrices."""
+    return sum(p.r * (rows + columns) + rows * p.dora for rows, columns in adapted(p))
 
 
 def _fully_trained(p: Plan) -> list[torch.Size]:
@@ -188,9 +194,11 @@ def total(s: Sizes) -> int:
 
 def saved_bytes(p: Plan) -> float:
     """Bytes per token and block saved for the backward pass: those of the model, and r elements per
-    adapter.
+    adapter, with DoRA also its output before the scaling.
     """
-    return version_of(p.sizes).saved_bytes(p.sizes, p.e) + len(adapted(p)) * p.r * p.e / p.sizes.n_layer
+    found = adapted(p)
+    width = len(found) * p.r + sum(rows for rows, _ in found) * p.dora
+    return version_of(p.sizes).saved_bytes(p.sizes, p.e) + width * p.e / p.sizes.n_layer
 
 
 def _block(p: Plan) -> Blocks:
@@ -219,7 +227,7 @@ def estimate(p: Plan) -> Estimate:
     """Estimate the memory usage of a run, per device and per host."""
     s, e, n = p.sizes, p.e, p.devices
     n_elements, n_trained = total(s), trained(p)
-    adapters = sum(p.r * (rows + columns) for rows, columns in adapted(p))
+    adapters = _of_adapters(p)
     zero, share = p.stage, n if p.stage else 1
     if zero:
         weights = e * (n_elements + adapters) / (share if zero == 3 else 1)

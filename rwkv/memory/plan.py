@@ -20,7 +20,7 @@ def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision:
     if a := (c.adapter if isinstance(c, TrainConfig) else c):
         lora_used = isinstance(c, TrainConfig) or c.method != "full"
         parts = (state.PART,) if getattr(c, "method", "") == "state" else lora.parts_in(a.lora_parts)
-        adapter = {"lora": lora_used, "r": a.lora_r, "parts": parts, "base": a.lora_base}
+        adapter = {"lora": lora_used, "r": a.lora_r, "parts": parts, "dora": a.use_dora, "base": a.lora_base}
         if lora_used and state.PART in parts:
             sizes = replace(cast(Any, sizes), time_state=True)
     return estimate.Plan(

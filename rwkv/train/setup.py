@@ -122,7 +122,7 @@ def _attach_adapter(model: RWKV, run: Run, c: LoRAConfig) -> None:
     """
     parts = list(lora.parts_in(c.lora_parts))
     try:
-        lora.inject(model, parts, c.lora_r, c.lora_alpha, c.lora_dropout)
+        lora.inject(model, parts, c.lora_r, c.alpha, c.lora_dropout, c.use_dora)
     except ValueError as error:
         raise UserError(f"--lora_parts {c.lora_parts} --lora_r {c.lora_r}: {error}") from error
     lora.mark_trainable(model, parts)
@@ -130,7 +130,7 @@ def _attach_adapter(model: RWKV, run: Run, c: LoRAConfig) -> None:
     if c.lora_load:
         # upstream's adapters do not store alpha
         stored = adapter_files.read_manifest(c.lora_load).get("alpha")
-        alpha = c.lora_alpha if stored is None else None
+        alpha = c.alpha if stored is None else None
         base, digest = (c.load_model, run.base["sha256"]) if c.load_model and run.base else (None, None)
         tensors, known = adapter_files.inspect_adapter(c.lora_load, base, alpha, digest)
         if parts == [state.PART] != known["parts"]:
@@ -142,10 +142,10 @@ def _attach_adapter(model: RWKV, run: Run, c: LoRAConfig) -> None:
 
 def adapter_entries(c: LoRAConfig, base: dict[str, str]) -> dict[str, Any]:
     """Manifest entries of an adapter: the base model, parts, and unless it is only an initial
-    state, rank and alpha.
+    state, rank and alpha: the output is scaled by alpha / r, also with rsLoRA.
     """
     parts = list(lora.parts_in(c.lora_parts))
-    of_lora = {} if parts == [state.PART] else {"r": c.lora_r, "alpha": c.lora_alpha}
+    of_lora = {} if parts == [state.PART] else {"r": c.lora_r, "alpha": c.alpha, "use_dora": c.use_dora}
     return {**of_lora, "parts": parts, "base": base["path"], "base_sha256": base["sha256"]}
 
 
@@ -162,10 +162,17 @@ def _compare(model: RWKV, c: LoRAConfig, known: dict[str, Any]) -> None:
         raise UserError(
             f"{c.lora_load}: this adapter has rank {known['r']}, but --lora_r is {c.lora_r}; the rank cannot be changed. Use --lora_r {known['r']}, or {merge}"
         )
-    if matrices and known["alpha"] != c.lora_alpha:
+    if matrices and known["use_dora"] != c.use_dora:
+        its, ours_is = ("DoRA", "LoRA") if known["use_dora"] else ("LoRA", "DoRA")
         raise UserError(
-            f"{c.lora_load}: this adapter was trained with alpha {known['alpha']:g}, but --lora_alpha is {c.lora_alpha:g}, which would scale it by"
-            f" {c.lora_alpha / known['alpha'] if known['alpha'] else math.inf:g}. Use --lora_alpha {known['alpha']:g}, or {merge}"
+            f"{c.lora_load}: this is a {its} adapter, and the run trains {ours_is}; pass --use_dora {str(known['use_dora']).lower()}, or {merge}"
+        )
+    if matrices and known["alpha"] != c.alpha:
+        given = f"--lora_alpha is {c.lora_alpha:g}" + (f" (with --use_rslora {c.alpha:g})" if c.use_rslora else "")
+        stored_alpha = known["alpha"] / math.sqrt(c.lora_r) if c.use_rslora else known["alpha"]
+        raise UserError(
+            f"{c.lora_load}: this adapter was trained with alpha {known['alpha']:g}, but {given}, which would scale it by"
+            f" {c.alpha / known['alpha'] if known['alpha'] else math.inf:g}. Use --lora_alpha {stored_alpha:g}, or {merge}"
         )
     stored, requested = (
         {layer for part in parts for layer in possible.layers_of(part) or (part,)} for parts in (theirs, ours)

@@ -42,6 +42,7 @@ def upstream_name(name: str) -> str:
     """
     name = _PREFIX.sub("", _INSIDE.sub("", name))
     name = _PEFT.sub(r".lora_\1", name)
+    name = re.sub(r"\.(lora_magnitude_vector)\.(?:\w+\.)?weight$", r".\1", name)
     if re.match(r"(?:blocks\.\d+\.(?:attention|feed_forward|pre_ln)|embeddings)\.", name):
         for ours, theirs in TRANSFORMERS:
             name = name.replace(theirs.removeprefix("rwkv."), ours)
@@ -73,14 +74,17 @@ def why_not_adapter(tensors: Mapping[str, Tensor], fully_trained: Callable[[str]
     """What the tensors are (if known) and what to do, if they are not a LoRA adapter; else None.
 
     Args:
-        fully_trained: whether an adapter can have a tensor of this name beside lora_A and lora_B.
+        fully_trained: whether an adapter can have a tensor of this name beside lora_A, lora_B and
+            lora_magnitude_vector (DoRA).
     """
     if found := _part_of_model(tensors):
         return found
     if any(name in tensors for name in ("emb.weight", "head.weight")):
         version = _version(tensors) or "a whole model"
         return f"not a LoRA adapter but {version}. An adapter has only lora_A and lora_B, and some vectors"
-    unknown = [name for name in tensors if not (re.search(r"\.lora_[AB]$", name) or fully_trained(name))]
+    unknown = [
+        name for name in tensors if not (re.search(r"\.lora_([AB]|magnitude_vector)$", name) or fully_trained(name))
+    ]
     if unknown:
         return (
             f"not a LoRA adapter ({_list_names(unknown)} is not part of one)"
@@ -102,8 +106,6 @@ def _part_of_model(tensors: Mapping[str, Tensor]) -> str | None:
         )
     if _any_matches(tensors, r"\.init_lora_[AB]$"):
         return "the initial matrices of PiSSA (RWKV-PEFT), which are not an adapter. Merge the adapter with RWKV-PEFT, and use the merged model"
-    if _any_matches(tensors, r"lora_magnitude_vector"):
-        return "a DoRA adapter (it has lora_magnitude_vector), which is not plain LoRA. Merge it with peft (merge_and_unload), and use the merged model"
     if _any_matches(tensors, r"\.(hada_w1_[ab]|lokr_w1|oft_r|vera_lambda_[bd]|ia3_l|lora_embedding_[AB]|lora_E)\b"):
         return "an adapter that is not LoRA on weight matrices. Merge it with the program that wrote it, and use the merged model"
     if _any_matches(tensors, r"\.ts_state$"):

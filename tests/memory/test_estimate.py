@@ -30,7 +30,7 @@ def build(p: Plan) -> RWKV:
     model = RWKV(p.sizes, p.grad_cp)
     model.initialise(1e-2)
     if p.lora:
-        lora.inject(model, p.parts, p.r, 16)
+        lora.inject(model, p.parts, p.r, 16, dora=p.dora)
         lora.mark_trainable(model, p.parts)
         lora.store_frozen(model, torch.bfloat16 if p.frozen == 2 else torch.float32)
     return model
@@ -64,6 +64,28 @@ def test_parameter_counts_and_weight_bytes(sizes, parts):
     assert memory.total(sizes) == sum(p.numel() for p in RWKV(sizes).parameters())
     assert memory.trained(plan) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert estimate(plan).device["weights"] == sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+ADAPTERS = {"state": {"parts": ("state",)}, "DoRA": {"parts": ("all-linear", "ln"), "dora": True}}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("sizes", [SMALL, SMALL_5, SMALL_6, SMALL_7], ids=["4", "5.2", "6", "7"])
+def test_counts_of_states_and_dora(sizes, kind):
+    plan = Plan(replace(sizes, time_state=kind == "state"), r=4, precision="bf16", **ADAPTERS[kind])
+    model = build(replace(plan, sizes=sizes))
+    assert memory.trained(plan) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert estimate(plan).device["weights"] == sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "grad_cp"), [("state", "4", False), ("state", "7", True), ("DoRA", "4", False)]
+)
+def test_predicted_peak_with_states_and_dora(kind, version, grad_cp):
+    sizes = VERSIONS[version].Sizes(4, 128, 512, time_state=kind == "state")
+    plan = Plan(sizes, precision="fp32", grad_cp=grad_cp, ctx_len=256, gpu=False, **ADAPTERS[kind])
+    measured, predicted = peaks(plan), estimate(plan).tensors
+    assert max(measured.values()) == pytest.approx(max(predicted.values()), rel=0.1)
 
 
 def saved(p: Plan) -> int:

@@ -205,7 +205,6 @@ VERSIONS = {
     "Bone, DiSHA": {"blocks.0.att.key.bone": torch.zeros(4, 16)},
     "DiSHA or MiSS": {"blocks.0.att.key.disha": torch.zeros(4, 16)},
     "initial matrices of PiSSA": {"model.blocks.0.att.key.init_lora_A": torch.zeros(4, 16)},
-    "DoRA": {"base_model.model.blocks.0.att.key.lora_magnitude_vector.weight": torch.zeros(16)},
     "flash-linear-attention": {"model.layers.0.attn.r_proj.weight": torch.zeros(16, 16)},
     "names of GGUF": {"blk.0.attn_norm.weight": torch.zeros(16)},
     "another architecture": {"model.layers.0.self_attn.q_proj.weight": torch.zeros(16, 16)},
@@ -437,7 +436,6 @@ def test_rslora_scale_matches_peft(tmp_path, make_model):
     [
         ({"peft_type": "IA3"}, "of type 'IA3', but only LORA"),
         ({"peft_type": ["x"]}, "of type list"),
-        ({"use_dora": True}, "has use_dora"),
         ({"rank_pattern": {"att.key": 8}}, "has rank_pattern"),
         ({"modules_to_save": ["head"]}, "has modules_to_save"),
         ({"init_lora_weights": "pissa_niter_4"}, "initialised with init_lora_weights 'pissa_niter_4'"),

@@ -142,7 +142,9 @@ def check(c: TrainConfig) -> None:
             f"--lr_schedule {c.lr_schedule} with --my_exit_tokens {c.my_exit_tokens}, which has a cosine of its own: omit one of them"
         )
     if c.lr_schedule == "exp" and not (c.lr_init and c.lr_final):
-        raise UserError("--lr_schedule exp: --lr_init and --lr_final must be greater than 0; or use --lr_schedule linear")
+        raise UserError(
+            "--lr_schedule exp: --lr_init and --lr_final must be greater than 0; or use --lr_schedule linear"
+        )
     if not 0 < c.lr_decay_fraction <= 1:
         raise UserError(f"--lr_decay_fraction must be greater than 0 and at most 1; it is {c.lr_decay_fraction}")
     if c.lr_decay_steps > max(1, _length(c)):
