@@ -13,6 +13,7 @@ from rwkv import checkpoint
 from rwkv.adapters import lora
 from rwkv.errors import UserError
 from rwkv.files import sha256
+from rwkv.formats.lazy import Lazy
 from rwkv.models import RWKV, version
 from rwkv.weights import kinds, peft_adapter
 from rwkv.weights import manifest as manifests
@@ -121,6 +122,10 @@ def inspect_adapter(
             f"{path}: its alpha is unknown (no {manifests.path_of(path).name} with alpha beside it); pass the one it was trained with as --lora_alpha"
         )
     if base is not None:
+        if os.path.isdir(base):
+            raise UserError(
+                f"{base}: a folder, given as the base of adapter {path}. Make one file of it: python scripts/export.py --model {base} --output base.pth"
+            )
         if not os.path.isfile(base):
             raise UserError(
                 f"{base}: no such file, given as the base of adapter {path}; use the model that the adapter was trained on"
@@ -181,6 +186,40 @@ def load_tuned(
     return model, checkpoint.stored_dtypes(base)
 
 
+def merged(
+    tensors: Mapping[str, Lazy], base: PathLike, adapter: PathLike, alpha: float | None = None
+) -> dict[str, Lazy]:
+    """The tensors of a base with an adapter merged into them, each when it is computed, adapted
+    matrices in fp32: W + (α/r) B A.
+
+    Args:
+        tensors: those of `base`, under BlinkDL's names.
+
+    Raises UserError like inspect_adapter, and naming keys that do not fit.
+    """
+    found, known = inspect_adapter(adapter, base, alpha)
+    _check_shapes({name: tensor.shape for name, tensor in tensors.items()}, found, adapter)
+    scale, result = known["alpha"] / known["r"], dict(tensors)
+    for name, tensor in found.items():
+        layer, adapted, half = name.rpartition(".lora_")
+        if not adapted:
+            result[name] = Lazy.of(tensor)
+        elif half == "A":
+            result[f"{layer}.weight"] = _with_product(
+                tensors[f"{layer}.weight"], tensor, found[f"{layer}.lora_B"], scale
+            )
+    return result
+
+
+def _with_product(weight: Lazy, a: Tensor, b: Tensor, scale: float) -> Lazy:
+    def add(tensor: Tensor) -> Tensor:
+        if tensor.device.type == "meta":
+            return tensor.float()
+        return torch.addmm(tensor.float(), b.float(), a.float(), alpha=scale)
+
+    return weight.then(add)
+
+
 def load_combined(
     base: PathLike, adapters: Sequence[PathLike], weights: Sequence[float], alpha: float | None = None
 ) -> tuple[RWKV, dict[str, torch.dtype]]:
@@ -196,27 +235,26 @@ def load_combined(
         r += known["r"]
     model = checkpoint.load_model(base)
     for (tensors, _, _), path in zip(found, adapters, strict=True):
-        _check_shapes(model, tensors, path)
+        _check_shapes({name: parameter.shape for name, parameter in model.named_parameters()}, tensors, path)
     combined = lora.combine(found, dict(model.named_parameters()))
     lora.inject(model, parts, r, r)
     load_adapter(model, " + ".join(map(str, adapters)), combined, list(parts))
     return model, checkpoint.stored_dtypes(base)
 
 
-def _check_shapes(model: RWKV, tensors: Mapping[str, Tensor], path: PathLike) -> None:
-    """Compare an adapter's shapes with the model's layers. Raises UserError naming keys that do not
-    fit.
+def _check_shapes(model: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], path: PathLike) -> None:
+    """Compare an adapter's shapes with those of the model's parameters. Raises UserError naming
+    keys that do not fit.
     """
-    parameters = dict(model.named_parameters())
     shapes: dict[str, torch.Size] = {}
     for key, value in tensors.items():
         name, adapts, half = key.rpartition(".lora_")
-        weight = parameters.get(f"{name}.weight" if adapts else key)
+        weight = model.get(f"{name}.weight" if adapts else key)
         if weight is not None and adapts:
             r = value.shape[0 if half == "A" else -1] if value.dim() else 0
-            shapes[key] = torch.Size([r, weight.shape[1]] if half == "A" else [weight.shape[0], r])
+            shapes[key] = torch.Size([r, weight[1]] if half == "A" else [weight[0], r])
         elif weight is not None:
-            shapes[key] = weight.shape
+            shapes[key] = weight
     absent = {
         f"{key[:-1]}{other}" for key in tensors if key.endswith((".lora_A", ".lora_B")) for other in "AB"
     } - tensors.keys()

@@ -17,9 +17,10 @@ from rwkv import __version__, compat, mapped_tensors
 from rwkv.adapters import lora
 from rwkv.errors import UserError
 from rwkv.files import atomic_write, reserve, write_json
+from rwkv.formats.lazy import Lazy
 from rwkv.models import RWKV, Sizes, version
 from rwkv.models.rwkv import shapes
-from rwkv.weights import kinds, reading, safetensors_file
+from rwkv.weights import kinds, pth_writer, reading, safetensors_file
 from rwkv.weights import manifest as manifests
 
 PathLike = str | Path
@@ -64,25 +65,30 @@ def check_output(path: PathLike, suffixes: Sequence[str] = SUFFIXES) -> Path:
 
 def write_tensors(
     path: PathLike,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | Mapping[str, Lazy],
     manifest: Mapping[str, Any],
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write tensors to `path` and their manifest to `<path>.json`; each file atomically.
+    """Write tensors to `path` and their manifest to `<path>.json`; each file atomically. Lazy
+    tensors are computed and written one by one.
 
     Args:
         check: called with the complete temporary file before it is renamed to `path`; if it raises,
             nothing is written.
     """
     path = Path(path)
-    tensors = _compact(tensors)
+    lazy = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Lazy)}
+    whole = _compact({name: tensor for name, tensor in tensors.items() if not isinstance(tensor, Lazy)})
+    del tensors
     stack = {"rwkv-training": __version__, "torch": torch.__version__}
     with atomic_write(path) as temporary:
         if path.suffix == ".safetensors":
-            safetensors_file.save(tensors, temporary)
+            safetensors_file.save(lazy or whole, temporary)
+        elif lazy:
+            pth_writer.save(lazy, temporary)
         else:
-            save(tensors, temporary)
-        del tensors  # frees copies before the check
+            save(whole, temporary)
+        del whole  # frees copies before the check
         if check:
             check(temporary)
         # delete the old manifest first and write the new one last, so that a manifest never
@@ -179,7 +185,19 @@ def load_model(
         UserError: not a supported checkpoint; a key is missing, unexpected or misshapen, or
             contains NaN or Inf; names the keys.
     """
-    tensors = read_tensors(path)
+    return model_of(read_tensors(path), path, device, dtype, matrices)
+
+
+def model_of(
+    tensors: dict[str, Tensor],
+    path: PathLike,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    matrices: torch.dtype | None = None,
+) -> RWKV:
+    """Like load_model, from tensors that were read from `path`; they are removed from the
+    dictionary.
+    """
     pages, seen = mapped_tensors.Pages(path), set()
     sizes = sizes_of(tensors, path)
     check_shapes(tensors, sizes, path)

@@ -75,16 +75,29 @@ class ExportConfig:
     """Export of a model for other programs."""
 
     model: str = ""
-    """Model checkpoint to export. Merge adapters first (scripts/merge_lora.py)."""
+    """Model to export: a .pth or .safetensors file, or a folder of transformers or
+    flash-linear-attention. Omitted: the base named in the manifest of lora."""
+    lora: str = ""
+    """LoRA adapter to merge into the model, tensor by tensor; also a folder written by peft."""
+    lora_alpha: float = 0
+    """lora_alpha of the adapter. Omitted: from its manifest."""
     output: str = ""
-    """A .pth or .safetensors file, or a folder for transformers."""
-    dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"
-    """Data type of the weights. keep: unchanged."""
+    """File, or folder, to write."""
+    format: Literal["auto", "pth", "safetensors", "gguf", "transformers", "fla", "peft", "st", "rwkv.cpp"] = "auto"
+    """auto: by the suffix of output: .pth, .safetensors, .gguf, .st or .bin (rwkv.cpp); without a
+    suffix a folder: RWKV-4 as transformers, RWKV-7 as fla. gguf: RWKV-6 and 7, for llama.cpp.
+    transformers: for RWKV-7 the layout of the official RWKV/RWKV7-* folders. fla: the layout of
+    flash-linear-attention, RWKV-7. peft: only the adapter, as a folder for peft."""
+    dtype: Literal["keep", "fp32", "bf16", "fp16", "q8_0"] = "keep"
+    """Data type of the weights. keep: unchanged if the format can hold it (st: fp16; rwkv.cpp: fp16
+    instead of bf16). q8_0: 8 bits, only for gguf."""
     ctx_len: int = 1024
     """Context length for config.json of transformers; the model itself has no limit."""
+    max_shard_gb: float = 4
+    """Folders: split the weights into files of at most this many GB (10⁹ bytes)."""
     check_tokens: int = 64
-    """Compare the exported model with the original on this many random tokens (in fp32: needs 8
-    bytes per parameter). 0: no check."""
+    """Compare the logits of the exported model with those of the original on this many random
+    tokens, in fp32. 0: compare only the weights."""
     force: bool = False
     """Replace existing output."""
 

@@ -108,6 +108,13 @@ class HFTokenizer:
         return self._library.normalizer.normalize_str(text) if self._library.normalizer else text
 
 
+def world_vocabulary() -> list[bytes]:
+    """The bytes of the World vocabulary's tokens, by id; empty for EOD and the unused ids above
+    65529.
+    """
+    return list(_bytes_of_ids())
+
+
 def same_vocabulary(path: str | Path) -> bool:
     """Whether a vocabulary file is the World models'; line endings may differ."""
     ours, theirs = (Path(file).read_bytes().replace(b"\r\n", b"\n").rstrip() for file in (_vocabulary(), path))

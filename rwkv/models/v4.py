@@ -277,21 +277,3 @@ def forward_bytes(sizes: Sizes, e: int) -> float:
 def backward_bytes(sizes: Sizes, e: int) -> float:
     """Three gradients of the residual stream's width, and one of the channel-mix's."""
     return e * (3 * sizes.n_embd + sizes.dim_ffn)
-
-
-def transformers_config(sizes: Sizes) -> dict[str, Any]:
-    """The config of RwkvForCausalLM. Raises ValueError for pre_ffn, which it does not support."""
-    if sizes.pre_ffn:
-        raise ValueError(
-            "transformers' RWKV does not support --pre_ffn 1 (a channel-mix instead of the first time-mix)"
-        )
-    return {
-        "architectures": ["RwkvForCausalLM"],
-        "model_type": "rwkv",
-        "vocab_size": sizes.vocab_size,
-        "hidden_size": sizes.n_embd,
-        "num_hidden_layers": sizes.n_layer,
-        "attention_hidden_size": sizes.dim_att,
-        "intermediate_size": sizes.dim_ffn,
-        "layer_norm_epsilon": 1e-5,
-    }

@@ -231,8 +231,3 @@ def backward_bytes(sizes: Sizes, e: int) -> float:
     Measured, as above.
     """
     return max(e * (3 * sizes.n_embd + sizes.dim_ffn), 4 * 5 * sizes.n_embd)
-
-
-def transformers_config(sizes: Sizes) -> dict[str, Any]:
-    """Raise ValueError: transformers has no RWKV-6 model."""
-    raise ValueError("transformers does not support RWKV-6")

@@ -354,8 +354,3 @@ def backward_bytes(sizes: Sizes, e: int) -> float:
     fp32. Measured, as above.
     """
     return max(e * (3 * sizes.n_embd + sizes.dim_ffn), 4 * 22 * sizes.n_embd)
-
-
-def transformers_config(sizes: Sizes) -> dict[str, Any]:
-    """Raise ValueError: transformers has no RWKV-7 model."""
-    raise ValueError("transformers does not support RWKV-7")

@@ -104,11 +104,6 @@ class Version(Protocol):
     def backward_bytes(self, sizes: Any, e: int) -> float:
         """Peak bytes per token of temporary tensors in the backward pass of a block."""
 
-    def transformers_config(self, sizes: Any) -> dict[str, Any]:
-        """config.json for transformers. Raises ValueError if transformers does not support the
-        model.
-        """
-
 
 VERSIONS: dict[str, Version] = {v4.NAME: v4, v5.NAME: v5, v6.NAME: v6, v7.NAME: v7}
 ALIASES = {"5": v5.NAME}

@@ -1,6 +1,7 @@
 """Create or load the model of a run, and its adapter."""
 
 import math
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from rwkv.files import sha256
 from rwkv.models import RWKV, Sizes, version
 from rwkv.train.run import NEW_BASE, Run
 from rwkv.train.runtime import strategy
+from rwkv.weights import recognise
 
 
 def sizes_of(c: TrainConfig, new_base: Path | None = None) -> Sizes:
@@ -31,6 +33,8 @@ def sizes_of(c: TrainConfig, new_base: Path | None = None) -> Sizes:
     path = c.load_model or new_base
     if not path or (c.my_pile_stage == 1 and c.version):
         return version.new_sizes(c, version.named(c.version))
+    if os.path.isdir(path):  # runs compare and hash their base as a file
+        raise UserError(f"{path}: {recognise.describe_folder(Path(path))}")
     sizes: Any = checkpoint.sizes_of(checkpoint.read_tensors(path), path)
     kind = version.version_of(sizes)
     if c.version and version.named(c.version) is not kind:

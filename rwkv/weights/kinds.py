@@ -8,42 +8,27 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor
 
 from rwkv.errors import printable
+from rwkv.formats.transformers import RWKV4_NAMES
 
 # Prefixes added by wrappers: DataParallel, DeepSpeed, torch.compile, FSDP, Lightning modules, peft.
-_WRAPPERS = (
-    r"(?:module|model|net|network|rwkv|transformer|backbone|base_model|_forward_module|_orig_mod|_fsdp_wrapped_module)"
-)
+_WRAPPERS = r"(?:module|model|net|network|rwkv7?|transformer|backbone|base_model|_forward_module|_orig_mod|_fsdp_wrapped_module)"
 _PREFIX = re.compile(rf"^(?:{_WRAPPERS}\.)+(?=(?:emb|head|ln_out|blocks|embeddings)\.)")
 _INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PEFT = re.compile(r"\.lora_([AB])(?:\.(?!weight$)\w+)?\.weight$")
 
 _SUPPORTED = "RWKV-4, RWKV-5.2 (x052), RWKV-6 (x060) and RWKV-7 (x070) models"
 
-TRANSFORMERS = (
-    ("blocks.", "rwkv.blocks."),
-    ("emb.", "rwkv.embeddings."),
-    ("ln_out.", "rwkv.ln_out."),
-    (".ln0.", ".pre_ln."),
-    (".att.", ".attention."),
-    (".ffn.", ".feed_forward."),
-    ("time_mix_k", "time_mix_key"),
-    ("time_mix_v", "time_mix_value"),
-    ("time_mix_r", "time_mix_receptance"),
-)
-"""Substrings of BlinkDL's and of transformers' RWKV-4 tensor names, to be replaced in this
-order.
-"""
-
 
 def upstream_name(name: str) -> str:
     """BlinkDL's name for a tensor name of a wrapper, peft or transformers.
 
-    Examples: `module.blocks.0.…`, `….lora_A.default.weight`, `rwkv.blocks.0.attention.…`.
+    Examples: `module.blocks.0.…`, `….lora_A.default.weight`, `rwkv.blocks.0.attention.…`,
+    `rwkv7.blocks.0.att.…`.
     """
     name = _PREFIX.sub("", _INSIDE.sub("", name))
     name = _PEFT.sub(r".lora_\1", name)
     if re.match(r"(?:blocks\.\d+\.(?:attention|feed_forward|pre_ln)|embeddings)\.", name):
-        for ours, theirs in TRANSFORMERS:
+        for ours, theirs in RWKV4_NAMES:
             name = name.replace(theirs.removeprefix("rwkv."), ours)
     return name
 
@@ -148,10 +133,11 @@ def _other_model(tensors: Mapping[str, Tensor]) -> str | None:
         return "a model quantised to 8 bits for inference (PyPI rwkv's fp16i8). Use the .pth that it was converted from"
     if _any_matches(names, r"\.(qweight|qzeros|g_idx|absmax|quant_map|scales|SCB|weight_format)$|quant_state"):
         return "a quantised model (GPTQ, AWQ or bitsandbytes). Use the original, in fp32, bf16 or fp16"
-    if _any_matches(names, r"^(model\.)?layers\.\d+\.attn\.(r_proj|x_r|time_decay)") or _any_matches(
-        names, r"^rwkv7\."
-    ):
-        return "an RWKV-7 or RWKV-6 model with the tensor names of flash-linear-attention or transformers. Use the .pth that it was converted from"
+    if _any_matches(names, r"^(model\.)?layers\.\d+\.attn\.(r_proj|x_r|x_proj)"):
+        return (
+            "an RWKV-6 model, or a part of an RWKV-7 model, with the tensor names of flash-linear-attention. Of these, only"
+            " whole RWKV-7 models can be read; use the .pth that it was converted from"
+        )
     if _any_matches(names, r"^(token_embd|blk\.\d+\.)"):
         return "a model with the tensor names of GGUF (llama.cpp). Use the .pth that it was converted from"
     if _any_matches(
