@@ -1,5 +1,8 @@
-"""Programs of others that tests run beside the environment: the packages of tests/oracle.txt."""
+"""Programs of others that tests run beside the environment (the packages of tests/oracle.txt), and
+our script.
+"""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -24,3 +27,12 @@ def ask(program: str, *arguments: Any) -> Any:
     done = subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def script_main() -> Any:
+    """The main function of scripts/export.py."""
+    path = Path(__file__).parents[2] / "scripts/export.py"
+    spec = importlib.util.spec_from_file_location("export_script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main

@@ -1,6 +1,5 @@
 """llama.cpp itself (PyPI's xllamacpp) reads our GGUF files, and gives the same probabilities."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError
 from rwkv.formats import gguf, gguf_file
 from rwkv.models.rwkv import shapes
-from tests.formats.oracle import ask, needs_oracle
+from tests.formats.oracle import ask, needs_oracle, script_main
 
 PROMPT = list(b"RWKV is an")
 LLAMA_CPP = """
@@ -34,14 +33,6 @@ print(json.dumps(found))
 """
 # Of log-probabilities. llama.cpp rounds the inputs of matmuls to the dtype of the matrix.
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 6e-2, "q8_0": 6e-2}
-
-
-def script_main():
-    path = Path(__file__).parents[2] / "scripts/export.py"
-    spec = importlib.util.spec_from_file_location("export_script", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 @needs_oracle
