@@ -85,7 +85,7 @@ finetune:  ## full fine-tuning
 pretrain:  ## train a new model
 convert:  ## text and chats to binidx
 generate:  ## run a model: --ask, --prompt, or a chat
-export:  ## export a model: safetensors, transformers, another dtype
+export:  ## export a model, or a base + adapter: GGUF, transformers, safetensors, ...; import folders
 estimate:  ## estimate the memory of a run; find settings that fit a GPU
 doctor:  ## check this machine: what works, what is missing, how to fix it
 

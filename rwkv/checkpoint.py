@@ -137,7 +137,7 @@ def sizes_of(tensors: Mapping[str, Tensor], path: PathLike) -> Sizes:
         raise UserError(f"{path}: {error}; its tensors are {list_names(sorted(tensors), 3)}") from None
 
 
-def check_shapes(tensors: Mapping[str, Tensor], sizes: Sizes, path: PathLike) -> None:
+def check_shapes(tensors: Mapping[str, Tensor] | Mapping[str, Lazy], sizes: Sizes, path: PathLike) -> None:
     """Compare a checkpoint's shapes with those of a model of these sizes, without building it.
     Raises UserError naming the keys that differ.
     """
@@ -268,7 +268,9 @@ def copy_tensors(model: RWKV, tensors: Mapping[str, Tensor], shapes: Mapping[str
             parameters[key].copy_(value)
 
 
-def check_keys(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: PathLike) -> None:
+def check_keys(
+    tensors: Mapping[str, Tensor] | Mapping[str, Lazy], shapes: Mapping[str, torch.Size], path: PathLike
+) -> None:
     """Raise UserError unless the tensors have exactly these names and shapes."""
     missing, unexpected = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
     misshapen = [

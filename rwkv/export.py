@@ -23,7 +23,7 @@ from rwkv import adapter_files, checkpoint, mapped_tensors
 from rwkv.errors import UserError
 from rwkv.files import atomic_write
 from rwkv.formats import gguf, gguf_file, rwkv_cpp, web_rwkv
-from rwkv.formats.lazy import Lazy
+from rwkv.formats.lazy import Lazy, parts
 from rwkv.models import RWKV, version
 from rwkv.models.rwkv import shapes, unused
 from rwkv.weights import safetensors_file
@@ -176,8 +176,8 @@ def export_file(
     vocabulary = _vocabulary_for_gguf(source) if kind == "gguf" else []
     expected = logits_of(source.load(), tokens) if tokens else None
 
-    def verify(file: Path, read: Callable[[Path], dict[str, Tensor]], dtypes: list[str]) -> None:
-        found.append(compare(source, read(file), expected, dtypes))
+    def verify(file: Path, read: Callable[[Path], Mapping[str, Tensor | Lazy]], dtypes: list[str]) -> None:
+        found.append(compare(source, read(file), expected, dtypes, file))
 
     if kind in ("pth", "safetensors"):
         tensors = source.cast(dtype)
@@ -235,28 +235,32 @@ def short_dtypes(tensors: Any) -> list[str]:
     return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
 
 
-def compare(source: Source, written: dict[str, Tensor], expected: Tensor | None, dtypes: list[str]) -> Exported:
+def compare(
+    source: Source, written: Mapping[str, Tensor | Lazy], expected: Tensor | None, dtypes: list[str], path: Path
+) -> Exported:
     """Compare the tensors of a written file, under BlinkDL's names, with the source.
 
     Args:
         expected: the source's logits (`logits_of`); None: compare only weights.
+        path: the file or folder, which is mapped.
 
     Raises:
         UserError: a tensor is missing or misshapen, or a weight or logit is NaN or Inf.
     """
-    checkpoint.check_shapes(written, source.sizes, "the exported file")
-    difference, ignored = 0.0, unused(source.sizes)
-    for name, lazy in source.tensors.items():
-        if name in ignored:  # formats may leave it out
-            continue
-        ours, theirs = lazy.make().float(), written[name].float()
-        difference = max(difference, float((ours - theirs).abs().max())) if ours.numel() else difference
-        lazy.release()
+    found = {name: tensor if isinstance(tensor, Lazy) else Lazy.of(tensor) for name, tensor in written.items()}
+    checkpoint.check_shapes(found, source.sizes, "the exported file")
+    difference, pages = 0.0, mapped_tensors.Pages(path)
+    for name in source.tensors.keys() - unused(source.sizes):  # formats may leave these out
+        ours, theirs = source.tensors[name].make(), found[name].make()
+        for mine, other in zip(parts(ours), parts(theirs), strict=True):
+            difference = max(difference, float((mine.float() - other.float()).abs().max()))
+        source.tensors[name].release()
+        pages.drop(theirs)
     if expected is None:
         return Exported(dtypes, difference)
-    matrices = written["emb.weight"].dtype
-    theirs = logits_of(checkpoint.model_of(written, "the exported file", matrices=matrices), len(expected))
-    return judged(dtypes, difference, expected, theirs)
+    whole = {name: tensor.make() for name, tensor in found.items()}
+    model = checkpoint.model_of(whole, path, matrices=whole["emb.weight"].dtype)
+    return judged(dtypes, difference, expected, logits_of(model, len(expected)))
 
 
 def judged(dtypes: list[str], weights: float, expected: Tensor, theirs: Tensor) -> Exported:

@@ -101,7 +101,8 @@ def export_folder(
                 files.pop(name).unlink()
             with as_folder(files) as folder:
                 dtypes = short_dtypes(tensors.values())
-                found = compare(source, _read(folder, source), None if source.version == "4" else expected, dtypes)
+                logits = None if source.version == "4" else expected
+                found = compare(source, _read(folder, source), logits, dtypes, folder)
                 if source.version == "4" and expected is not None:
                     found = judged(dtypes, found.weights, expected, _logits_in_transformers(folder, source, tokens))
     except BaseException:

@@ -4,6 +4,7 @@ Names and shapes are those of llama.cpp's converter. Vectors, and matrices that 
 fp32 only, are F32; the other matrices F32, F16, BF16 or Q8_0 (rwkv.formats.gguf_file).
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,7 +76,7 @@ def _name(name: str) -> str:
     return name
 
 
-def restore(found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def restore(found: Mapping[str, Lazy], shapes: Mapping[str, torch.Size]) -> dict[str, Lazy]:
     """The reverse of `convert`.
 
     Args:
@@ -84,15 +85,20 @@ def restore(found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> di
     restored = {}
     for name, shape in shapes.items():
         if re.match(r"blocks\.0\.att\.v[012]$", name):
-            restored[name] = torch.zeros(shape)
+            restored[name] = Lazy.of(torch.zeros(shape))
         elif match := _MIXED.match(name):
             kind = "x" if f"{match[1]}x_r" in shapes else "time_maa"
             fused = re.sub(r"^blocks\.(\d+)\.att\.$", r"blk.\1.time_mix_lerp_fused.weight", match[1])
-            restored[name] = found[fused][_ORDER[kind].index(match[2])].reshape(shape)
+            restored[name] = found[fused].then(functools.partial(_row, _ORDER[kind].index(match[2]), shape))
+        elif _TRANSPOSED.search(name):
+            restored[name] = found[_name(name)].then(lambda x: x.transpose(-2, -1))
         else:
-            tensor = found[_name(name)]
-            restored[name] = tensor.transpose(-2, -1) if _TRANSPOSED.search(name) else tensor.reshape(shape)
+            restored[name] = found[_name(name)].then(functools.partial(torch.reshape, shape=shape))
     return restored
+
+
+def _row(number: int, shape: torch.Size, fused: Tensor) -> Tensor:
+    return fused[number].reshape(shape)
 
 
 def type_of(name: str, shape: Sequence[int], dtype: str) -> str:

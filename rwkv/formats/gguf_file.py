@@ -12,6 +12,7 @@ Q8_0 are blocks of 32 values of a row: an fp16 scale, the block's largest absolu
 32 8-bit integers, the multiples of it that are nearest to the values.
 """
 
+import functools
 import mmap
 import struct
 from collections.abc import Iterator, Mapping
@@ -134,8 +135,9 @@ def _quantise(values: np.ndarray) -> np.ndarray:
     return data
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file. F32, F16 and BF16 are mapped copy-on-write, Q8_0 is decoded to fp32.
+def read(path: Path) -> dict[str, Lazy]:
+    """The tensors of a file. F32, F16 and BF16 are mapped copy-on-write; Q8_0 is decoded to fp32
+    when it is computed.
 
     Raises:
         FileFormatError: not GGUF, corrupt, or with another tensor type.
@@ -180,7 +182,7 @@ class _Reader:
             self.at += _BYTES[kind]
 
 
-def _tensors(reader: _Reader) -> dict[str, Tensor]:
+def _tensors(reader: _Reader) -> dict[str, Lazy]:
     _, tensors, metadata = reader.take("<IQQ")
     for _ in range(metadata):
         reader.text()
@@ -195,9 +197,13 @@ def _tensors(reader: _Reader) -> dict[str, Tensor]:
         kind, count = _TYPES[number], int(np.prod(shape))
         data = reader.data[begin + offset : begin + offset + _size(count, kind)]
         if kind == "Q8_0":
-            blocks = np.frombuffer(data, _Q8_0)
-            values = torch.from_numpy(blocks["values"] * blocks["scale"].astype(np.float32)[:, None])
+            found[name] = Lazy(torch.Size(shape), torch.float32, functools.partial(_decode, data, shape))
         else:
-            values = torch.frombuffer(data, dtype=_DTYPES[kind])
-        found[name] = values.reshape(shape)
+            found[name] = Lazy.of(torch.frombuffer(data, dtype=_DTYPES[kind]).reshape(shape))
     return found
+
+
+def _decode(data: memoryview, shape: tuple[int, ...]) -> Tensor:
+    """Q8_0 in fp32."""
+    blocks = np.frombuffer(data, _Q8_0)
+    return torch.from_numpy(blocks["values"] * blocks["scale"].astype(np.float32)[:, None]).reshape(shape)

@@ -12,9 +12,17 @@ from torch import Tensor
 
 from rwkv.errors import UserError
 
+_ELEMENTS = 1 << 20
+
 
 def _nothing() -> None:
     pass
+
+
+def parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Views of a tensor's rows, of about a million elements each, to bound temporary memory."""
+    rows = tensor.unsqueeze(0) if tensor.dim() < 2 else tensor
+    return rows.split(max(1, _ELEMENTS * len(rows) // max(1, rows.numel())))
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Lazy:
 
         def convert(tensor: Tensor) -> Tensor:
             found = tensor.to(dtype)
-            if found.device.type != "meta" and not torch.isfinite(found).all():
+            if found.device.type != "meta" and not all(torch.isfinite(part).all() for part in parts(found)):
                 short = str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
                 raise UserError(f"{name} is not finite in {short}; use --dtype bf16 or fp32")
             return found

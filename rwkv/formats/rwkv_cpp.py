@@ -9,14 +9,15 @@ the program uses them: RWKV-5's decay as exp(−exp(w)), RWKV-4's as −exp(w), 
 transposed.
 """
 
-import os
+import functools
+import math
+import mmap
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,34 +73,38 @@ def _stored(name: str, tensor: Lazy, version: str, heads: int) -> Lazy:
     return tensor
 
 
-def restore(tensors: Mapping[str, Tensor], version: str) -> dict[str, Tensor]:
-    """The reverse of `convert`, in fp32."""
-    width = tensors["emb.weight"].shape[1]
-    found: dict[str, Tensor] = {}
+def restore(tensors: Mapping[str, Lazy], version: str) -> dict[str, Lazy]:
+    """The reverse of `convert`; all that is stored differently is computed in fp32."""
+    found: dict[str, Lazy] = {}
     for name, tensor in tensors.items():
-        tensor = tensor.float()
         if name.endswith(".att.x_rwkvag"):
-            for letter, row in zip(_MIXED, tensor, strict=True):
-                found[name.replace("x_rwkvag", f"x_{letter}")] = row.reshape(1, 1, width)
+            for i, letter in enumerate(_MIXED):
+                found[name.replace("x_rwkvag", f"x_{letter}")] = tensor.then(functools.partial(_row, i))
             continue
         if _LOW_RANK.search(name):
-            tensor = tensor.t()
+            tensor = tensor.then(lambda x: x.t())
         elif name.endswith(".time_maa_w2"):
-            tensor = tensor.transpose(1, 2)
+            tensor = tensor.then(lambda x: x.transpose(1, 2))
         elif name.endswith(".time_faaaa"):
-            tensor = tensor.squeeze(-1)
+            tensor = tensor.then(lambda x: x.squeeze(-1))
         elif name.endswith(".time_decay"):
-            if version == "4":
-                tensor = torch.log(-tensor)
-            elif version == "5.2":
-                # a decay that fp32 rounds to 0 would become infinite
-                tensor = torch.log(-torch.log(tensor.clamp(min=1e-37))).squeeze(-1)
-            else:
-                tensor = tensor.reshape(1, 1, -1)
+            tensor = tensor.then(_DECAYS[version])
         elif re.search(r"\.time_(mix|maa)_\w$", name):
-            tensor = tensor.reshape(1, 1, -1)
+            tensor = tensor.then(lambda x: x.reshape(1, 1, -1))
         found[name] = tensor
     return found
+
+
+_DECAYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "4": lambda x: torch.log(-x),
+    # a decay that fp32 rounds to 0 would become infinite
+    "5.2": lambda x: torch.log(-torch.log(x.clamp(min=1e-37))).squeeze(-1),
+    "6": lambda x: x.reshape(1, 1, -1),
+}
+
+
+def _row(number: int, fused: Tensor) -> Tensor:
+    return fused[number].reshape(1, 1, -1)
 
 
 def write(path: Path, tensors: Mapping[str, Lazy], n_layer: int, dtype: torch.dtype) -> None:
@@ -122,26 +127,37 @@ def write(path: Path, tensors: Mapping[str, Lazy], n_layer: int, dtype: torch.dt
         file.truncate()
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read(path: Path) -> dict[str, Lazy]:
     """The tensors of an unquantised file, mapped. Raises FileFormatError for any other file."""
     with open(path, "rb") as file:
         head = file.read(24)
         if len(head) < 24 or struct.unpack("=2i", head[:8]) != (MAGIC, FILE_VERSION):
             raise FileFormatError("not a file of rwkv.cpp")
-        found: dict[str, Tensor] = {}
-        size = os.fstat(file.fileno()).st_size
-        while file.tell() < size:
-            name, shape, dtype = _entry(file)
-            kind, begin = (np.dtype("float32"), np.dtype("float16"))[dtype], file.tell()
-            count = int(np.prod(shape))
-            if begin + count * kind.itemsize > size:
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        found: dict[str, Lazy] = {}
+        while file.tell() < len(mapped):
+            name, shape, number = _entry(file)
+            begin, dtype = file.tell(), DTYPES[number]
+            size = math.prod(shape) * (2 if number else 4)
+            file.seek(begin + size)
+            if file.tell() > len(mapped):
                 raise FileFormatError(f"truncated: {name} is incomplete")
-            # a mapped array starts at any offset; torch needs aligned elements
-            raw = np.memmap(path, np.uint8, "c", begin, count * kind.itemsize)
-            array = raw.view(kind) if begin % kind.itemsize == 0 else np.frombuffer(bytearray(raw), kind)
-            found[name] = torch.from_numpy(np.asarray(array)).reshape(shape)
-            file.seek(begin + count * kind.itemsize)
+            if begin % 4:  # misaligned for torch
+                make = functools.partial(_copied, path, begin, size, dtype, shape)
+            else:
+                make = functools.partial(_mapped, mapped[begin : begin + size], dtype, shape)
+            found[name] = Lazy(torch.Size(shape), dtype, make)
     return found
+
+
+def _mapped(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return torch.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+def _copied(path: Path, begin: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    with open(path, "rb") as file:
+        file.seek(begin)
+        return torch.frombuffer(bytearray(file.read(size)), dtype=dtype).reshape(shape)
 
 
 def _entry(file: BinaryIO) -> tuple[str, tuple[int, ...], int]:
