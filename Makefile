@@ -21,7 +21,7 @@ HERE := '$(subst ','\'',$(CURDIR))'
 CODE = PYTHONPATH=$(HERE)$${PYTHONPATH:+:$$PYTHONPATH}
 JOB = $(CODE) RWKV_MAKE='$(MAKE_COMMAND)' $(if $(findstring w,$(firstword -$(MAKEFLAGS))),RWKV_MAKE_FOLDER=$(HERE)) PY=$(PY)
 # Reject misspelt variables: ARG="--load_model ..." would be ignored and the demo would run.
-VARIABLES := ARGS RESULTS PY STACK VENV TOOLS CLEAN_DEMO OUT PYTHON PYENV_ROOT CONDA BASE_IMAGE BUILT ENGINE ENGINE_OPTIONS NO_CACHE UPGRADE DOCKER_WORK LOG \
+VARIABLES := $(if $(filter model,$(MAKECMDGOALS))$(filter-out 0,$(MAKELEVEL)),MODEL) ARGS RESULTS PY STACK VENV TOOLS CLEAN_DEMO OUT PYTHON PYENV_ROOT CONDA BASE_IMAGE BUILT ENGINE ENGINE_OPTIONS NO_CACHE UPGRADE DOCKER_WORK LOG \
   SHELL MAKEFLAGS MAKEOVERRIDES MAKEFILES CURDIR COMPOSE_% CUDA_% NCCL_% GLOO_% OMP_% MKL_% RWKV_% WANDB_% HF_% TORCH_% PYTORCH_% PIP_% UV_% %_PROXY %_proxy
 UNKNOWN := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v)))
 ifneq ($(UNKNOWN),)
@@ -30,7 +30,7 @@ endif
 TOOLS := .venv-tools
 CLEAN_DEMO := out/demo
 .DEFAULT_GOAL := help
-.PHONY: help venv env tools image test-image reproduce compose-env kernels lora finetune pretrain convert inspect merge generate export doctor estimate demo test test-gpu gpu-report bench lint lock pin licenses sbom clean
+.PHONY: help venv env tools image test-image reproduce compose-env kernels lora finetune pretrain convert inspect merge generate export doctor estimate model demo test test-gpu gpu-report bench lint lock pin licenses sbom clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +88,9 @@ generate:  ## run a model: --ask, --prompt, or a chat
 export:  ## export a model: safetensors, transformers, another dtype
 estimate:  ## estimate the memory of a run; find settings that fit a GPU
 doctor:  ## check this machine: what works, what is missing, how to fix it
+
+model: venv  ## fetch a published model into models/ (MODEL=rwkv7-g1-0.4b); without MODEL list them
+	@$(JOB) $(PY) scripts/fetch.py $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 inspect: venv  ## inspect a binidx dataset before training on it
 	@$(JOB) $(PY) scripts/inspect_data.py $(ARGS)

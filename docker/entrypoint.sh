@@ -101,6 +101,8 @@ case $job in
     if ! help_requested "$@" && needs_gpu "$@"; then check_gpu; fi ;;
   convert | merge | export)
     help_requested "$@" || check_writable out ;;
+  model)
+    help_requested "$@" || check_writable models ;;
 esac
 
 case $job in
@@ -108,6 +110,7 @@ case $job in
   lora) if [ $# -gt 0 ]; then exec "$python" scripts/lora.py "$@"; else PY=$python exec scripts/demo.sh; fi ;;
   inspect) exec "$python" scripts/inspect_data.py "$@" ;;
   merge) exec "$python" scripts/merge_lora.py "$@" ;;
+  model) exec "$python" scripts/fetch.py "$@" ;;
   test) if [ $# -gt 0 ]; then exec "$python" -m pytest "$@"; else exec "$python" -m pytest tests/image; fi ;;
   shell) exec bash "$@" ;;
   *) if [ -f "scripts/$job.py" ]; then exec "$python" "scripts/$job.py" "$@"; else exec "$job" "$@"; fi ;;

@@ -24,6 +24,7 @@ PROGRAMS = {
     "LoRAConfig": "scripts/lora.py",
     "ConvertConfig": "scripts/convert.py",
     "InspectConfig": "scripts/inspect_data.py",
+    "FetchConfig": "scripts/fetch.py",
     "MergeConfig": "scripts/merge_lora.py",
     "GenerateConfig": "scripts/generate.py",
     "ExportConfig": "scripts/export.py",

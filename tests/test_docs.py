@@ -14,7 +14,7 @@ from rwkv.cli import parse
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "README.zh.md", *(ROOT / "docs").rglob("*.md")])
 TRANSLATED = [("README.md", "README.zh.md")] + [
-    (f"docs/{name}.md", f"docs/zh/{name}.md") for name in ("guide", "data-formats", "gpus-and-memory", "faq")
+    (f"docs/{name}.md", f"docs/zh/{name}.md") for name in ("guide", "models", "data-formats", "gpus-and-memory", "faq")
 ]
 CONFIGS = {
     "lora": config.LoRAConfig,
@@ -27,11 +27,12 @@ CONFIGS = {
     "export": config.ExportConfig,
     "estimate": config.EstimateConfig,
     "doctor": config.DoctorConfig,
+    "model": config.FetchConfig,
 }
-SCRIPTS = {"inspect_data": "inspect", "merge_lora": "merge"}
+SCRIPTS = {"inspect_data": "inspect", "merge_lora": "merge", "fetch": "model"}
 TARGETS = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 SERVICES = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
-COMMAND = re.compile(r"^(?:    )?((?:make|python|docker|git|conda) .*)$", re.MULTILINE)
+COMMAND = re.compile(r"^(?:    )?(?:[A-Z_]+=\S+ )?((?:make|python|docker|git|conda) .*)$", re.MULTILINE)
 INPUTS = ("load_model", "data_file", "input", "adapter", "model", "lora", "lora_load", "verify")
 
 
@@ -62,8 +63,11 @@ def job(words: list[str]) -> tuple[str, list[str]] | None:
         variables = dict(word.split("=", 1) for word in words[1:] if "=" in word)
         targets = [word for word in words[1:] if "=" not in word]
         assert set(targets) <= TARGETS, words
-        assert set(variables) <= {"ARGS", "STACK", "PY"}, words
+        assert set(variables) <= {"ARGS", "STACK", "PY", *(["MODEL"] if targets == ["model"] else [])}, words
         assert variables.get("STACK", "modern") in ("cu117", "modern")
+        if targets == ["model"]:
+            chosen = ["--model", variables["MODEL"]] if "MODEL" in variables else []
+            return "model", [*chosen, *shlex.split(variables.get("ARGS", ""))]
         return (targets[0], shlex.split(variables["ARGS"])) if "ARGS" in variables else None
     if words[0] == "python":
         path = Path(words[1])
@@ -88,7 +92,8 @@ def test_commands_parse_and_their_files_exist(page):
         values = vars(parse(CONFIGS[name], "", flags))
         for flag in INPUTS:
             path = values.get(flag)
-            if not isinstance(path, str) or (name, flag) == ("estimate", "model"):  # --lora true, --model 7b
+            # --lora true, --model 7b
+            if not isinstance(path, str) or (name, flag) in (("estimate", "model"), ("model", "model")):
                 continue
             for part in filter(None, path.split(",")):
                 assert part in existing or list(ROOT.glob(part)), (
@@ -98,6 +103,8 @@ def test_commands_parse_and_their_files_exist(page):
             existing.add(f"{values['output_prefix']}_text_document")
         if name in ("lora", "finetune", "pretrain"):
             existing.add(f"{values['proj_dir']}/rwkv-{values['epoch_count'] - 1}.pth")
+        if name == "model" and values["model"]:
+            existing.add(f"models/{values['model']}.pth")
         if name in ("merge", "export"):
             existing.add(values["output"])
 

@@ -1,7 +1,7 @@
 """The flags of every program, as typed dataclasses: name, type, default, help text."""
 
 from rwkv.config.conversion import ConvertConfig, InspectConfig
-from rwkv.config.tools import DoctorConfig, EstimateConfig, ExportConfig, GenerateConfig, MergeConfig
+from rwkv.config.tools import DoctorConfig, EstimateConfig, ExportConfig, FetchConfig, GenerateConfig, MergeConfig
 from rwkv.config.training import LoRAConfig, TrainConfig
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "DoctorConfig",
     "EstimateConfig",
     "ExportConfig",
+    "FetchConfig",
     "GenerateConfig",
     "InspectConfig",
     "LoRAConfig",

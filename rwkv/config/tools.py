@@ -1,7 +1,29 @@
-"""Flags of the programs that merge, generate, export, estimate and check."""
+"""Flags of the programs that fetch, merge, generate, export, estimate and check."""
 
 from dataclasses import dataclass
 from typing import Literal
+
+
+@dataclass
+class FetchConfig:
+    """Fetching a published model."""
+
+    model: str = ""
+    """What to fetch: a model of --list (rwkv7-g1-0.4b: the newest file of that size), a file name
+    of an official repository or its beginning (rwkv7-g1a-0.4b), owner/repo or owner/repo/file of
+    the hub, or the address of the file's page. Omitted: as --list."""
+    output: str = "models"
+    """Folder for the model. If it is already there, nothing is downloaded and no network is
+    needed."""
+    newest: bool = False
+    """Ask the hub also if the model is here: fetch a newer file, or compare the SHA-256 of the one
+    here. Older files stay, as adapters depend on them."""
+    revision: str = ""
+    """Branch, tag or commit of the repository. Omitted: the newest."""
+    force: bool = False
+    """Download again, and replace a file of the same name."""
+    list: bool = False
+    """Print the known models with their sizes and the memory that training takes."""
 
 
 @dataclass
