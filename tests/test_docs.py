@@ -14,7 +14,8 @@ from rwkv.cli import parse
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "README.zh.md", *(ROOT / "docs").rglob("*.md")])
 TRANSLATED = [("README.md", "README.zh.md")] + [
-    (f"docs/{name}.md", f"docs/zh/{name}.md") for name in ("guide", "models", "data-formats", "gpus-and-memory", "faq")
+    (f"docs/{name}.md", f"docs/zh/{name}.md")
+    for name in ("guide", "models", "recipes", "data-formats", "gpus-and-memory", "faq")
 ]
 CONFIGS = {
     "lora": config.LoRAConfig,
