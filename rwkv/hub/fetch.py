@@ -98,7 +98,11 @@ def _download(found: remote.Repository, file: remote.RemoteFile, target: Path, f
         )
     if begun:
         print(f"continuing at {begun / 1e9:.2f} GB", flush=True)
-    remote.download(found, file, partial)
+    try:
+        remote.download(found, file, partial)
+    except KeyboardInterrupt:
+        print(f"\nstopped; run the same command again to continue, or delete {partial}")
+        raise
     if (actual := sha256(partial)) != file.sha256:
         partial.unlink()
         raise UserError(

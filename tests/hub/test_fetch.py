@@ -258,6 +258,18 @@ def test_disk_full_keeps_the_beginning(hub, monkeypatch, tmp_path):
     assert [p.stat().st_size for p in (tmp_path / "models").iterdir()] == [100]
 
 
+def test_ctrl_c_says_how_to_continue(hub, monkeypatch, capsys):
+    from huggingface_hub import file_download
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(file_download, "http_get", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        get("rwkv7-g1-0.1b")
+    assert "stopped; run the same command again to continue, or delete models/.rwkv7" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
