@@ -193,11 +193,11 @@ class Chat:
         session = self.session
         session.read(question(text))
         begin, answer, held = (session.state, session.logits), "", ""
-        session.read(_OPENING[self.think])
+        session.read(OPENING[self.think])
         closing = ">" if self.think == "fast" else ""  # the rest of the opening
         try:
             if self.think == "full":
-                answer = _OPENING["full"].lstrip()
+                answer = OPENING["full"].lstrip()
                 yield answer
             for part in session.write(sampling, max_tokens, STOP, generator, cancelled):
                 if answer:
@@ -224,5 +224,5 @@ def question(text: str) -> str:
 
 
 # As upstream's templates, without the last ">": in text it is part of a longer token.
-_OPENING = {"none": "", "fast": " <think>\n</think", "full": " <think"}
+OPENING = {"none": "", "fast": " <think>\n</think", "full": " <think"}
 STOP = ("\n\nUser:",)  # where a chat answer ends, if not with EOD

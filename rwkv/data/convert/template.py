@@ -22,8 +22,8 @@ _MAX_CHARACTERS = 1 << 26  # of a rendered conversation
 
 
 class Template:
-    """A chat template: `world`, `chatml`, or a Jinja file that is rendered with `messages`, a list
-    of {role, content}.
+    """A chat template: `world`, `g1`, `chatml`, or a Jinja file that is rendered with `messages`, a
+    list of {role, content}.
 
     As in transformers, `{% generation %} … {% endgeneration %}` encloses what the assistant says,
     including its end marker. A template that mentions `tools`, `tool_calls` or `reasoning_content`
@@ -34,10 +34,10 @@ class Template:
         UserError: no such file, not Jinja, or no generation block.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, text: str | None = None):
         self._built_in = _BUILT_IN.get(name)
-        self._name, self._text = name, "" if self._built_in else _read(name)
-        self._variables: set[str] = set()
+        self._name, self._text = name, "" if self._built_in else _read(name) if text is None else text
+        self._variables: set[str] = {"reasoning_content"} if name == "g1" else set()
         if not self._built_in:
             self._compile(name, self._text)
 
@@ -70,10 +70,7 @@ class Template:
         return self._name, self._text
 
     def __setstate__(self, state: tuple[str, str]) -> None:
-        self._name, self._text = state
-        self._built_in, self._variables = _BUILT_IN.get(self._name), set()
-        if not self._built_in:
-            self._compile(*state)
+        self.__init__(*state)  # type: ignore[misc]  # compiled templates cannot be pickled
 
     def segments(self, conversation: Conversation) -> list[tuple[str, bool]]:
         """The text of a conversation as consecutive (text, contributes to the loss) segments.
@@ -88,10 +85,7 @@ class Template:
         )
         given = [self._as_variables(message) for message in messages]
         if self._built_in:
-            turns = [
-                self._built_in(message.role, shown["content"]) for message, shown in zip(messages, given, strict=True)
-            ]
-            return _joined(messages, turns)
+            return _joined(messages, [self._built_in(shown) for shown in given])
         try:
             with bounded():
                 text = self._template.render(messages=given, tools=conversation.tools or None)
@@ -110,7 +104,7 @@ class Template:
         """Whether each generation block contributes to the loss."""
         if any(message.train for message in messages if message.role != roles.ASSISTANT):
             raise BadRecord(
-                "a message of another role than assistant contributes to the loss, which only the templates world and chatml support"
+                "a message of another role than assistant contributes to the loss, which only the templates world, g1 and chatml support"
             )
         flags = [message.train is not False for message in messages if message.role == roles.ASSISTANT]
         if all(flags):
@@ -148,21 +142,40 @@ def _with_tools(conversation: Conversation) -> list[Message]:
     return [Message(roles.SYSTEM, text), first, *rest]
 
 
-def _world(role: str, content: str) -> tuple[str, str, str]:
+def _world(message: dict[str, Any]) -> tuple[str, str, str]:
     """A turn in the World models' format: (before the message, message with its end marker, after).
     A blank line ends a turn.
     """
-    return f"{role.capitalize()}:", f" {roles.fold(content)}\n\n", ""
+    return f"{message['role'].capitalize()}:", f" {roles.fold(message['content'])}\n\n", ""
 
 
-def _chatml(role: str, content: str) -> tuple[str, str, str]:
+def _g1(message: dict[str, Any]) -> tuple[str, str, str]:
+    """A turn in the format of the RWKV-7 G1 models (RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt), as
+    `_world`.
+
+    Answers begin with thoughts. Where the data has none they are empty, and as generation inserts
+    empty thoughts (--think fast), they do not contribute to the loss. The models know the roles
+    system, user and assistant; results of tools are messages of the user.
+    """
+    role, content = message["role"], roles.fold(message["content"])
+    if role == roles.TOOL:
+        return "User:", f" <tool_response>\n{content}\n</tool_response>\n\n", ""
+    if role != roles.ASSISTANT or content.startswith("<think>"):
+        return _world(message)
+    thoughts = roles.fold(message.get("reasoning_content", ""))
+    # the last ">" belongs to the next token, as in rwkv/generate.py
+    opening = "Assistant: <think" if thoughts else "Assistant: <think>\n</think"
+    return opening, (f">\n{thoughts}\n</think>" if thoughts else ">") + f"\n{content}\n\n", ""
+
+
+def _chatml(message: dict[str, Any]) -> tuple[str, str, str]:
     """A turn in ChatML, as `_world`."""
-    if found := _MARKS.search(content):
+    if found := _MARKS.search(message["content"]):
         raise BadRecord(f"a message contains {found[0]}, which separates messages in chatml")
-    return f"<|im_start|>{role}\n", f"{content.strip()}<|im_end|>", "\n"
+    return f"<|im_start|>{message['role']}\n", f"{message['content'].strip()}<|im_end|>", "\n"
 
 
-_BUILT_IN = {"world": _world, "chatml": _chatml}
+_BUILT_IN = {"world": _world, "g1": _g1, "chatml": _chatml}
 
 
 def _joined(messages: list[Message], turns: list[tuple[str, str, str]]) -> list[tuple[str, bool]]:
@@ -188,7 +201,7 @@ def _read(name: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--chat_template {name}: cannot be read ({error}); use world, chatml, or a Jinja file"
+            f"--chat_template {name}: cannot be read ({error}); use world, g1, chatml, or a Jinja file"
         ) from error
 
 

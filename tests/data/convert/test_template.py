@@ -15,7 +15,7 @@ from rwkv.data.convert.jsonl import BadRecord
 from rwkv.data.convert.schemas import conversation
 from rwkv.data.convert.template import Template
 from rwkv.errors import UserError
-from rwkv.generate import question
+from rwkv.generate import OPENING, question
 
 OPENAI = {
     "messages": [
@@ -97,6 +97,42 @@ def test_reasoning_like_g1_models():
     assert marked(record) == "User: 1+1?\n\nAssistant:⟦ <think>one\nand one</think>\n2\n\n⟧"
 
 
+def test_g1():
+    record = chat(
+        ("system", "Be brief."),
+        ("user", "1+1?"),
+        ("assistant", {"reasoning_content": "one\n\nand one", "content": "2"}),
+        ("user", "2+2?"),
+        ("assistant", "4"),
+    )
+    assert marked(record, "g1") == (
+        "System: Be brief.\n\nUser: 1+1?\n\nAssistant: <think⟦>\none\nand one\n</think>\n2\n\n⟧"
+        "User: 2+2?\n\nAssistant: <think>\n</think⟦>\n4\n\n⟧"
+    )
+    thoughts_in_text = chat(("user", "q"), ("assistant", "<think>t</think>\na"))
+    assert marked(thoughts_in_text, "g1") == marked(thoughts_in_text, "world")
+
+
+def test_g1_begins_as_generation_does():
+    """The untrained part before an answer is the prompt of generate --think full and fast."""
+    for think, turn in ("full", {"reasoning": "t", "content": "a"}), ("fast", "a"):
+        (prompt, _), _answer = segments("g1", chat(("user", "q"), ("assistant", turn)))
+        assert prompt == question("q") + OPENING[think]
+
+
+def test_g1_tools():
+    record = chat(
+        ("user", "how many?"),
+        ("assistant", {"content": None, "tool_calls": [{"name": "count", "arguments": {}}]}),
+        ("tool", "20"),
+        ("assistant", "20."),
+    )
+    assert marked(record, "g1") == (
+        'User: how many?\n\nAssistant: <think>\n</think⟦>\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>\n\n⟧'
+        "User: <tool_response>\n20\n</tool_response>\n\nAssistant: <think>\n</think⟦>\n20.\n\n⟧"
+    )
+
+
 def test_tool_calls_trained_results_not():
     # https://github.com/hiyouga/LlamaFactory/issues/5866
     record = {
@@ -157,7 +193,7 @@ def test_custom_template(tmp_path):
         ("assistant", {"content": "d", "reasoning": "r"}),
     )
     assert marked(record, path) == "Qa\nAb|Qc\nA⟦<think>r</think>\nd|⟧"
-    with pytest.raises(BadRecord, match="only the templates world and chatml support"):
+    with pytest.raises(BadRecord, match="only the templates world, g1 and chatml support"):
         segments(path, chat(("user", {"content": "a", "train": True}), ("assistant", "b")))
 
 
