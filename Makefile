@@ -72,9 +72,9 @@ kernels: $(READY)  ## compile the kernels for this machine (ALL=1: for every GPU
 $(KERNELS): $(READY) $(wildcard cuda/*/*.h cuda/*/*.cpp cuda/*/*.cu) rwkv/kernels/build.py rwkv/kernels/nvrtc.py rwkv/compat.py
 	@$(MAKE) --silent kernels
 
-lora: venv  ## LoRA fine-tuning; without ARGS the full pipeline on a toy dataset
-ifeq ($(strip $(ARGS)),)
-	@$(JOB) scripts/demo.sh
+lora: venv  ## LoRA fine-tuning; without ARGS (or ARGS="--version 4") the full pipeline on a toy dataset
+ifeq ($(filter-out --version 4 7,$(ARGS)),)
+	@$(JOB) scripts/demo.sh $(ARGS)
 else
 	@$(JOB) $(PY) scripts/lora.py $(ARGS)
 endif
@@ -96,7 +96,7 @@ merge: venv  ## merge an adapter into its base
 	@$(JOB) $(PY) scripts/merge_lora.py $(ARGS)
 
 demo: venv  ## the full pipeline on a toy dataset (the same as make lora without ARGS)
-	@$(JOB) scripts/demo.sh
+	@$(JOB) scripts/demo.sh $(ARGS)
 
 # An independent implementation to compare with in tests; not installed into the environment.
 $(VENV)/oracle/.ready: $(VENV)/.ready tests/oracle.txt

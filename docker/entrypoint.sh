@@ -104,8 +104,8 @@ case $job in
 esac
 
 case $job in
-  demo) PY=$python exec scripts/demo.sh ;;
-  lora) if [ $# -gt 0 ]; then exec "$python" scripts/lora.py "$@"; else PY=$python exec scripts/demo.sh; fi ;;
+  demo) PY=$python exec scripts/demo.sh "$@" ;;
+  lora) case "$*" in '' | '--version 4' | '--version 7') PY=$python exec scripts/demo.sh "$@" ;; *) exec "$python" scripts/lora.py "$@" ;; esac ;;
   inspect) exec "$python" scripts/inspect_data.py "$@" ;;
   merge) exec "$python" scripts/merge_lora.py "$@" ;;
   test) if [ $# -gt 0 ]; then exec "$python" -m pytest "$@"; else exec "$python" -m pytest tests/image; fi ;;

@@ -67,6 +67,7 @@ def test_supported_gpu_and_driver(entrypoint):
 
 def test_lora_without_flags_runs_demo(entrypoint):
     assert entrypoint("lora").stdout == entrypoint().stdout == "demo with python\n"
+    assert entrypoint("lora", "--version", "4").stdout == "demo with python\n"
     assert entrypoint("lora", "--load_model", "a b").stdout == "ran scripts/lora.py --load_model a b\n"
 
 

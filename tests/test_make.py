@@ -171,6 +171,24 @@ def test_demo_without_escape_codes(tmp_path):
     assert f"scripts/demo_corpus.py {tmp_path}/a\\ b/corpus.jsonl" in result.stdout  # quoted for the shell
 
 
+@pytest.mark.parametrize(
+    ("target", "arguments", "printed"),
+    [
+        ("lora", "", "--version 7 --n_layer 2 --n_embd 128"),
+        ("lora", "--version 4", "--version 4 --n_layer 2 --n_embd 96"),
+        ("demo", "--version 7", "--version 7 --n_layer 2 --n_embd 128"),
+        ("demo", "--version 5.2", "error: --version 5.2: the demo takes only --version 4 or --version 7"),
+    ],
+)
+def test_version_of_demo(tmp_path, target, arguments, printed):
+    python = tmp_path / "python"
+    python.write_text("#!/usr/bin/env bash\necho 1\n")
+    python.chmod(0o755)
+    result = make(target, f"PY={python}", f"ARGS={arguments}", OUT=str(tmp_path / "out"))
+    assert printed in result.stdout + result.stderr
+    assert (result.returncode == 0) == ("error" not in printed)
+
+
 def test_unknown_stack(tmp_path):
     result = make("venv", STACK="cu99", VENV=str(tmp_path / "venv"), PY="")
     assert result.returncode != 0

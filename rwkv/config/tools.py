@@ -96,10 +96,10 @@ class EstimateConfig:
     load_model: str = ""
     """Checkpoint to read the model's sizes from."""
     model: str = ""
-    """Instead of load_model: a published size (0.1b, 0.4b, 1.5b, 3b, 7b, 14b; with version 5.2:
-    0.4b, 1.5b, 3b, 7b; with 6: 1.6b, 3b, 7b, 14b; with 7: 0.1b, 0.4b, 1.5b, 2.9b, 7.2b, 13.3b)."""
+    """Instead of load_model: a published size (0.1b, 0.4b, 1.5b, 2.9b, 7.2b, 13.3b; with version
+    4: 0.1b, 0.4b, 1.5b, 3b, 7b, 14b; with 5.2: 0.4b, 1.5b, 3b, 7b; with 6: 1.6b, 3b, 7b, 14b)."""
     version: str = ""
-    """RWKV version of model, or of n_layer and the following: 4, 5.2, 6 or 7. Omitted: 4."""
+    """RWKV version of model, or of n_layer and the following: 4, 5.2, 6 or 7. Omitted: 7."""
     n_layer: int = 0
     """Number of layers L, without load_model and model. 0: 6."""
     n_embd: int = 0

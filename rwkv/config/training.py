@@ -42,7 +42,7 @@ class ModelSize:
     """Version and size of a new model."""
 
     version: str = ""
-    """RWKV version: 4, 5.2 (or 5), 6 or 7. Omitted: from load_model, else 4."""
+    """RWKV version: 4, 5.2 (or 5), 6 or 7. Omitted: from load_model, else 7."""
     n_layer: int = 0
     """Number of layers L. 0: from load_model, else 6."""
     n_embd: int = 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from rwkv.memory.estimate import GB, Estimate, Plan, estimate
 from rwkv.models import Sizes
-from rwkv.models.version import DEFAULT, Version, published
+from rwkv.models.version import DEFAULT, VERSIONS, Version, published
 
 GUIDE = {"1.5b": 15, "3b": 24, "7b": 48, "14b": 80}
 """GB for full fine-tuning according to the community's guide, by model size."""
@@ -125,8 +125,11 @@ def format_estimate(p: Plan, found: Estimate, card: float = 0) -> str:
 
 
 def guide_of(s: Sizes) -> int | None:
-    """The GB that the community guide states for these sizes; None if it lists none."""
-    return next((gb for name, gb in GUIDE.items() if DEFAULT.PUBLISHED[name] == s), None)
+    """The GB that the community guide states for a published RWKV-4 or RWKV-7 model; None for other
+    sizes.
+    """
+    versions = (VERSIONS["4"], VERSIONS["7"])
+    return next((gb for name, gb in GUIDE.items() for v in versions if published(name, v) == s), None)
 
 
 def on_card(p: Plan, card: float) -> dict[str, Any]:

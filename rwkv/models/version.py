@@ -112,7 +112,8 @@ class Version(Protocol):
 
 VERSIONS: dict[str, Version] = {v4.NAME: v4, v5.NAME: v5, v6.NAME: v6, v7.NAME: v7}
 ALIASES = {"5": v5.NAME}
-DEFAULT: Version = v4  # version of new models
+DEFAULT: Version = v7  # version of new models
+_ROUNDED = {"3b": "2.9b", "7b": "7.2b", "14b": "13.3b"}  # other names of published models
 
 
 def version_of(sizes: Sizes) -> Version:
@@ -129,8 +130,14 @@ def named(name: str) -> Version:
 
 
 def published(name: str, version: Version = DEFAULT) -> Sizes:
-    """Sizes of a published model, e.g. "1.5b". Raises KeyError."""
-    return version.PUBLISHED[name.lower()]
+    """Sizes of a published model, e.g. "1.5b"; "7b" also names the 7.2b one. Raises UserError."""
+    known = version.PUBLISHED
+    found = known.get(name.lower()) or known.get(_ROUNDED.get(name.lower(), ""))
+    if not found:
+        raise UserError(
+            f"--model {name} is not one of {', '.join(known)} (RWKV-{version.NAME}); pass --load_model, or --n_layer and --n_embd"
+        )
+    return found
 
 
 def sizes_given(flags: object, version: Version) -> dict[str, int]:

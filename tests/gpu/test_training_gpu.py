@@ -27,7 +27,7 @@ RUN = {
     "lr_init": 1e-3,
     "lr_final": 1e-3,
 }
-MODEL = {"n_layer": 2, "n_embd": 64, "vocab_size": 300}
+MODEL = {"version": "4", "n_layer": 2, "n_embd": 64, "vocab_size": 300}
 
 
 @pytest.fixture

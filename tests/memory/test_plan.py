@@ -41,7 +41,7 @@ def resolved_flags(monkeypatch, make_data, tmp_path):
             raise TrainerCreated(run.flags)
 
         monkeypatch.setattr(fit, "make_trainer", make_trainer)
-        sizes = ["--n_layer", "2", "--n_embd", "64", "--vocab_size", "500"]
+        sizes = ["--version", "4", "--n_layer", "2", "--n_embd", "64", "--vocab_size", "500"]
         common = [
             "--data_file",
             make_data(3000, vocab=500),

@@ -38,7 +38,19 @@ def test_end_to_end_pipeline(script, write_jsonl, tmp_path):
     assert result.stderr == ""  # without a terminal progress is printed once a minute
     data = tmp_path / "text_text_document"
     script(
-        "pretrain.py", "--data_file", data, "--n_layer", 1, "--n_embd", 8, "--proj_dir", "base", *TRAINING, fresh=True
+        "pretrain.py",
+        "--data_file",
+        data,
+        "--version",
+        4,
+        "--n_layer",
+        1,
+        "--n_embd",
+        8,
+        "--proj_dir",
+        "base",
+        *TRAINING,
+        fresh=True,
     )
     base = tmp_path / "base/rwkv-0.pth"
     result = script(

@@ -55,7 +55,7 @@ COMMANDS = {
     + " --lora_load ADAPTER --lora_parts=att,ffn,time,ln",
     "m8than": LORA.replace("ACCUMULATE", "") + " --lora_parts=att,ffn,time,ln --seq_data 1 --seq_data_sep 0",
 }
-SIZES = {"n_layer": 2, "n_embd": 16}
+SIZES = {"version": "4", "n_layer": 2, "n_embd": 16}
 # upper limit of ctx_len: seconds instead of minutes on CPUs without bf16 instructions
 SHORT = 64
 

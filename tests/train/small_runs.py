@@ -8,6 +8,7 @@ from rwkv.checkpoint import read_tensors
 from rwkv.data.binidx_writer import writer
 
 SMALL = {
+    "version": "4",
     "n_layer": 2,
     "n_embd": 16,
     "vocab_size": 50,
@@ -19,7 +20,7 @@ SMALL = {
     "accelerator": "cpu",
     "precision": "fp32",
 }
-TUNE = {key: value for key, value in SMALL.items() if key not in ("n_layer", "n_embd", "vocab_size")}
+TUNE = {key: value for key, value in SMALL.items() if key not in ("version", "n_layer", "n_embd", "vocab_size")}
 
 
 def lines(folder):

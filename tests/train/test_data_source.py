@@ -18,6 +18,7 @@ from rwkv.train.fit import fit
 
 FLAGS = {
     "n_layer": 1,
+    "version": "4",
     "n_embd": 8,
     "ctx_len": 8,
     "micro_bsz": 2,

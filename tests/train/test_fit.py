@@ -128,7 +128,7 @@ def test_ctrl_c_saves(start, make_base, make_data, tmp_path):
 
 def test_jsonl_converted(write_jsonl, tmp_path):
     path = write_jsonl(*({"text": f"document number {i}"} for i in range(20)))
-    sizes = {"n_layer": 1, "n_embd": 8, "vocab_size": 65536}
+    sizes = {"version": "4", "n_layer": 1, "n_embd": 8, "vocab_size": 65536}
     result = fit(TrainConfig(**SMALL | sizes | {"max_steps": 2}, data_file=str(path), proj_dir=str(tmp_path / "run")))
     assert read_manifest(result.checkpoint)["tokenizer"] == "World"
     assert (tmp_path / "run/data_text_document.idx").exists()

@@ -25,7 +25,7 @@ FLAGS = {
     "random_seed": 1,
     "accelerator": "cpu",
 }
-NEW = {"n_layer": 1, "n_embd": 8, "vocab_size": 50}
+NEW = {"version": "4", "n_layer": 1, "n_embd": 8, "vocab_size": 50}
 
 
 def changed(config, **flags):

@@ -32,7 +32,7 @@ FLAGS = {
     "lr_init": 1e-3,
 }
 FLAGS |= {"precision": "fp32"}
-NEW = {"n_layer": 2, "n_embd": 16, "vocab_size": 50}
+NEW = {"version": "4", "n_layer": 2, "n_embd": 16, "vocab_size": 50}
 
 
 def lines(folder):

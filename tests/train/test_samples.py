@@ -279,6 +279,7 @@ def test_invalid_flags(documents, tmp_path, flags, message):
                 **{
                     **FLAGS,
                     "n_layer": 1,
+                    "version": "4",
                     "n_embd": 8,
                     "vocab_size": 50,
                     "data_file": documents,

@@ -23,7 +23,7 @@ TUNE = {
     "accelerator": "cpu",
     "lr_init": 1e-2,
 }
-NEW = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, "lora_parts": "att,ffn"}
+NEW = {"version": "4", "n_layer": 2, "n_embd": 16, "vocab_size": 50, "lora_parts": "att,ffn"}
 
 
 @pytest.fixture

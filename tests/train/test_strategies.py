@@ -192,7 +192,7 @@ def runs(tmp_path_factory, make_model) -> Path:
             "gradient_factor": [3, value],
         }
         paired.append([kind, flags(name, {**case, **process_flags(which, folder)})])
-    new = {"load_model": "", "n_layer": 2, "n_embd": 16, "vocab_size": 50, "random_seed": -1, **CLIPPED}
+    new = {"load_model": "", "version": "4", "n_layer": 2, "n_embd": 16, "vocab_size": 50, "random_seed": -1, **CLIPPED}
     paired += [
         ["full", flags(f"{name}, own seeds", {"micro_bsz": 2, **new, **process_flags(name, folder)})]
         for name in OWN_SEEDS

@@ -19,6 +19,7 @@ from rwkv.train.resume import state_files
 
 FLAGS = {
     "n_layer": 2,
+    "version": "4",
     "n_embd": 16,
     "vocab_size": 50,
     "ctx_len": 8,

@@ -30,6 +30,7 @@ FLAGS = {
 # 1 s per step.
 MEDIUM = {
     "n_layer": 6,
+    "version": "4",
     "n_embd": 384,
     "vocab_size": 8192,
     "ctx_len": 512,
@@ -51,7 +52,13 @@ def command(root, name, flags):
 def test_peak_memory_per_phase(make_data, tmp_path):
     fit(
         TrainConfig(
-            **FLAGS, n_layer=2, n_embd=16, vocab_size=50, data_file=make_data(200), proj_dir=str(tmp_path / "run")
+            **FLAGS,
+            version="4",
+            n_layer=2,
+            n_embd=16,
+            vocab_size=50,
+            data_file=make_data(200),
+            proj_dir=str(tmp_path / "run"),
         )
     )
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -65,7 +72,15 @@ SHAPES = {
     "medium": {},
     "grad_cp": {"grad_cp": 1},
     # as `make lora` pretrains
-    "demo": {"n_layer": 2, "n_embd": 96, "vocab_size": 65536, "ctx_len": 128, "micro_bsz": 3, "epoch_steps": 3},
+    "demo": {
+        "version": "7",
+        "n_layer": 2,
+        "n_embd": 128,
+        "vocab_size": 65536,
+        "ctx_len": 128,
+        "micro_bsz": 3,
+        "epoch_steps": 3,
+    },
 }
 
 
@@ -155,6 +170,7 @@ def test_auto_nothing_fits(make_data, tmp_path, monkeypatch):
             TrainConfig(
                 **FLAGS,
                 n_layer=2,
+                version="4",
                 n_embd=16,
                 vocab_size=50,
                 data_file=make_data(200),
@@ -172,6 +188,7 @@ def test_adafactor_learns_with_factored_state(make_data, tmp_path):
     config = TrainConfig(
         **FLAGS | {"epoch_steps": 40},
         n_layer=2,
+        version="4",
         n_embd=16,
         vocab_size=50,
         optimizer="adafactor",

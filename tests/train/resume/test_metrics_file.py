@@ -120,6 +120,7 @@ def test_memory_independent_of_length(tmp_path):
 def test_resume_with_invalid_line(drawing, make_data, tmp_path, capsys, wrong):
     flags = {
         "n_layer": 1,
+        "version": "4",
         "n_embd": 8,
         "vocab_size": 50,
         "ctx_len": 8,
@@ -159,6 +160,7 @@ def test_constant_cost_per_step(make_data, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics.Metrics, "_report", recording_report)
     flags = {
         "n_layer": 1,
+        "version": "4",
         "n_embd": 8,
         "vocab_size": 50,
         "ctx_len": 4,

@@ -18,6 +18,7 @@ from rwkv.train.resume.tracked_folder import TrackedFolder
 
 FLAGS = {
     "n_layer": 1,
+    "version": "4",
     "n_embd": 8,
     "vocab_size": 50,
     "ctx_len": 8,

@@ -110,7 +110,7 @@ def test_ranks_with_different_flags(train, tmp_path):
 
 
 def test_facts_compared_between_ranks():
-    c = LoRAConfig(data_file="d", n_layer=1, n_embd=8)
+    c = LoRAConfig(data_file="d", version="4", n_layer=1, n_embd=8)
     manifest = {
         "model": {},
         "precision": "fp32",
