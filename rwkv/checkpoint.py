@@ -17,6 +17,7 @@ from rwkv import __version__, compat, mapped_tensors
 from rwkv.adapters import lora
 from rwkv.errors import UserError
 from rwkv.files import atomic_write, reserve, write_json
+from rwkv.kernels import quant
 from rwkv.models import RWKV, Sizes, version
 from rwkv.models.rwkv import shapes
 from rwkv.weights import kinds, reading, safetensors_file
@@ -165,6 +166,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.float32,
     matrices: torch.dtype | None = None,
+    quantise: str | None = None,
 ) -> RWKV:
     """Load a model from a checkpoint; its sizes are inferred from the shapes.
 
@@ -174,6 +176,8 @@ def load_model(
     Args:
         dtype: of all parameters; None: as stored.
         matrices: dtype of matrices, instead of `dtype`.
+        quantise: nf4 or int8: the linear layers of the blocks are frozen and quantised
+            (rwkv.kernels.quant), each as it is read, so that the whole model is never in memory.
 
     Raises:
         UserError: not a supported checkpoint; a key is missing, unexpected or misshapen, or
@@ -188,6 +192,10 @@ def load_model(
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         source = tensors.pop(name).detach()
+        if quantise and lora.is_quantisable(name, source.shape):
+            model.get_submodule(name.removesuffix(".weight")).weight = quant.KINDS[quantise](source).to(device)
+            pages.drop(source)
+            continue
         value = source.to(device, (matrices if lora.is_matrix(name, source.shape) else None) or dtype).contiguous()
         if compat.storage(value).data_ptr() in seen:  # tied in the file; trained separately
             value = value.clone()

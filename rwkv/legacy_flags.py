@@ -36,9 +36,6 @@ _IMAGES = {
     "my_img_version": "0", "my_img_size": "0", "my_img_bit": "0", "my_img_clip": "x", "my_img_clip_scale": "1", "my_img_l1_scale": "0",
     "my_img_encoder": "x", "my_ffn_shift": "1", "my_att_shift": "1", "my_pos_emb": "0",
 }  # fmt: skip
-_NO_QUANTISATION = (
-    "the base model is not quantised: omit it, and use --lora_base bf16 to keep it in half the memory of fp32"
-)
 _ADAPTERS = "LoRA is the only adapter here: omit it"
 
 NOT_SUPPORTED = {
@@ -93,7 +90,7 @@ NOT_SUPPORTED = {
     **{f"{name}_config": Unsupported(_PEFT, _ADAPTERS) for name in ("pissa", "disha", "bone", "miss", "lisa", "state")},
     **{name: Unsupported(_PEFT, _ADAPTERS) for name in ("LISA", "lisa_r", "lisa_k", "PISSA", "svd_niter", "pissa_load", "pissa_init", "bone_load", "bone_r")},
     "state_tune": Unsupported(_PEFT, _STATE),
-    "quant": Unsupported(_PEFT, _NO_QUANTISATION, ("none",)),
+    "quant": Unsupported(_PEFT, "use --lora_base nf4 or --lora_base int8, which quantise the base model", ("none",)),
     "merge": Unsupported(_PEFT, "a run saves the adapter; scripts/merge_lora.py merges it into its base", ("0",)),
     "dataload": Unsupported(
         _PEFT,
@@ -195,6 +192,8 @@ EQUIVALENT = {
     ("my_testing", "x060"): ("version", "6"),
     ("my_testing", "x070"): ("version", "7"),
     ("peft", "lora"): ("lora", "true"),
+    ("quant", "nf4"): ("lora_base", "nf4"),
+    ("quant", "int8"): ("lora_base", "int8"),
     ("load_model", "0"): ("load_model", ""),  # in the commands of RWKV-v7/train_temp
 }
 """Flags with a value, and what they are here; for programs that have this flag."""

@@ -127,7 +127,7 @@ def test_user_error_has_no_traceback():
     ("line", "answer"),
     [
         ("--peft bone", "--peft bone: .* only LoRA exists here"),
-        ("--quant nf4", "--quant nf4: a flag of RWKV-PEFT .*--lora_base bf16"),
+        ("--quant fp4", "--quant fp4: a flag of RWKV-PEFT .*--lora_base nf4"),
         ("--my_testing x060b", "it selects an experimental version of RWKV-6"),
         ("--my_testing x052a", "it selects an experimental version of RWKV-5"),
         ("--my_testing x051a", "it selects an early version of RWKV-5"),

@@ -60,6 +60,11 @@ TORCH_LIBRARY(rwkv, library) {
   fused("dropout", "Tensor x, Tensor seed, float p", "Tensor", cpu::dropout, gpu::dropout);
   fused("dropout_add", "Tensor(a!) y, Tensor x, Tensor seed, float p", "()", cpu::dropout_add, gpu::dropout_add);
   fused("loss", "Tensor(a!) logits, Tensor target, float l2wrap, bool gradient", "Tensor", cpu::loss, gpu::loss);
+  fused("nf4_dense",
+        "Tensor packed, Tensor levels, Tensor absmax, Tensor absmax_levels, Tensor group_absmax, Tensor offset, "
+        "int[] sizes, ScalarType dtype",
+        "Tensor", cpu::nf4_dense, gpu::nf4_dense);
+  fused("int8_dense", "Tensor x, Tensor absmax, ScalarType dtype", "Tensor", cpu::int8_dense, gpu::int8_dense);
   library.def(
       "adam(Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, float step, float rate, float beta1, float beta2, "
       "float eps, float decay, bool decoupled, float clip) -> ()",

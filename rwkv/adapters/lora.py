@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv.kernels.elementwise import native
-from rwkv.kernels.linear import Matrix, linear_forward, linear_grad_input, rows
+from rwkv.kernels.linear import Matrix, Weight, dense, linear_forward, linear_grad_input, quantised, rows
 from rwkv.models import RWKV
 from rwkv.models.parts import Parts, layer_of
 
@@ -50,10 +50,11 @@ class _LoRAFunction(torch.autograd.Function):
         flat, dtype = rows(x), x.dtype
         ctx.scale, ctx.dropout, ctx.recompute = scale, dropout, recompute.function
         ctx.seed = native.new_seed(x.device) if dropout else None
-        y = linear_forward(flat, weight.to(dtype))
+        ctx.quantised = quantised(weight)
+        y = linear_forward(flat, weight)
         low = linear_forward(_apply_dropout(ctx, flat), a.to(dtype))  # [N, r]
         y.addmm_(low, b.to(dtype).t(), alpha=scale)
-        ctx.save_for_backward(weight, a, b, low, *recompute.inputs)
+        ctx.save_for_backward(None if ctx.quantised else weight, a, b, low, *recompute.inputs)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -68,7 +69,7 @@ class _LoRAFunction(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             gb = (low.t() @ flat).mul_(ctx.scale).t().to(b.dtype)  # computed as [r, out]: the faster layout
         if ctx.needs_input_grad[0]:
-            gx = linear_grad_input(flat, weight.to(dtype))
+            gx = linear_grad_input(flat, ctx.quantised or weight)
             if ctx.dropout:
                 native.dropout_add_(gx, glow @ a.to(dtype), ctx.seed, ctx.dropout)
             else:
@@ -86,7 +87,7 @@ class LoRALinear(nn.Module):
     does not change.
     """
 
-    def __init__(self, weight: nn.Parameter, r: int, alpha: float, dropout: float = 0.0):
+    def __init__(self, weight: Weight, r: int, alpha: float, dropout: float = 0.0):
         super().__init__()
         out, columns = weight.shape
         self.weight = weight.requires_grad_(False)
@@ -103,8 +104,9 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """W + (α/r) B A in W's dtype, computed in fp32."""
-        return (self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())).to(self.weight.dtype)
+        """W + (α/r) B A in W's dtype (fp32 if W is quantised), computed in fp32."""
+        dtype = torch.float32 if quantised(self.weight) else self.weight.dtype
+        return (dense(self.weight, torch.float32) + self.scale * (self.lora_B.float() @ self.lora_A.float())).to(dtype)
 
 
 def inject(model: RWKV, parts: Collection[str], r: int, alpha: float, dropout: float = 0.0) -> list[str]:
@@ -128,7 +130,7 @@ def inject(model: RWKV, parts: Collection[str], r: int, alpha: float, dropout: f
     if wanted and not names:
         raise ValueError(f"this model has no linear layer of the parts {', '.join(parts)}")
     for name in names:
-        _replace(model, name, LoRALinear(model.get_parameter(f"{name}.weight"), r, alpha, dropout))
+        _replace(model, name, LoRALinear(model.get_submodule(name).weight, r, alpha, dropout))
     return names
 
 
@@ -202,6 +204,14 @@ def is_matrix(name: str, shape: torch.Size) -> bool:
     low-rank matrices of a time-mix, which are trained as a whole.
     """
     return name.endswith(".weight") and len(shape) == 2
+
+
+def is_quantisable(name: str, shape: torch.Size) -> bool:
+    """Whether --lora_base nf4 and int8 quantise a parameter: the linear layers of the blocks. Not
+    the embedding, which is a lookup, nor the head, to which the loss is more sensitive; in large
+    models they are few parameters.
+    """
+    return is_matrix(name, shape) and name.startswith("blocks.")
 
 
 def adapter_state(model: RWKV, parts: Collection[str]) -> dict[str, Tensor]:

@@ -118,7 +118,7 @@ class EstimateConfig:
     """Rank of the adapter."""
     lora_parts: str = "att,ln,time"
     """What is trained, as in training."""
-    lora_base: Literal["auto", "bf16", "fp32"] = "auto"
+    lora_base: Literal["auto", "bf16", "fp32", "nf4", "int8"] = "auto"
     """Data type of the frozen matrices, as in training."""
     optimizer: Literal["adam", "adafactor"] = "adam"
     """As in training."""

@@ -300,9 +300,11 @@ class LoRAConfig(TrainConfig):
     reads it there."""
     lora_dropout: float = 0.01
     """Dropout on the input of the adapter."""
-    lora_base: Literal["auto", "bf16", "fp32"] = "auto"
+    lora_base: Literal["auto", "bf16", "fp32", "nf4", "int8"] = "auto"
     """Data type of the frozen matrices. auto: bf16 with --precision bf16 (World models are stored
-    in bf16), else fp32."""
+    in bf16), else fp32. nf4 (QLoRA: 4 bits, a quarter of bf16) and int8 (half of bf16) quantise
+    those of the blocks of --load_model while it is read; slower, and merging uses the original
+    weights."""
     lora_parts: str = "att,ln,time"
     """What is trained, separated by commas: adapters on the matrices of att (key, value,
     receptance; in RWKV-7 also output, in RWKV-5 and 6 output and gate) and ffn (key, value; before
@@ -313,3 +315,8 @@ class LoRAConfig(TrainConfig):
     @property
     def adapter(self) -> "LoRAConfig | None":
         return self if self.lora else None
+
+    @property
+    def quantised(self) -> str | None:
+        """nf4 or int8, if the base is quantised."""
+        return self.lora_base if self.lora_base in ("nf4", "int8") else None

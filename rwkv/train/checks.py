@@ -68,6 +68,10 @@ def check(c: TrainConfig) -> None:
         raise UserError(
             f"--lora_load {c.adapter.lora_load}: an adapter works with the base that it was trained on only; pass that base as --load_model"
         )
+    if c.adapter and c.adapter.quantised and not c.load_model:
+        raise UserError(
+            f"--lora_base {c.adapter.lora_base} quantises a pretrained model: pass it as --load_model, or omit --lora_base for a new base"
+        )
     data_source.check(c)
     if c.epoch_steps % c.accumulate_grad_batches:
         raise UserError(

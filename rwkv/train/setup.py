@@ -87,7 +87,7 @@ def load_or_create(run: Run) -> RWKV:
     path = c.load_model or run.new_base
     if not path:
         return create(c, run.sizes)
-    model = checkpoint.load_model(path, matrices=_frozen_dtype(run))
+    model = checkpoint.load_model(path, matrices=_frozen_dtype(run), quantise=c.adapter and c.adapter.quantised)
     model.grad_cp, model.dropout = bool(c.grad_cp), c.dropout
     return model
 
@@ -100,11 +100,11 @@ def create(c: TrainConfig, sizes: Sizes) -> RWKV:
 
 
 def _frozen_dtype(run: Run) -> torch.dtype:
-    """The dtype of frozen matrices."""
+    """The dtype of frozen matrices that are not quantised."""
     c = run.flags
     if not c.adapter:
         return torch.float32
-    requested = c.adapter.lora_base
+    requested = "auto" if c.adapter.quantised else c.adapter.lora_base
     wanted = c.precision if requested == "auto" else requested
     if wanted == "bf16" and not (strategy.is_single_process(c) or run.on_gpu or compat.gloo_supports_bf16()):
         if requested == "bf16":

@@ -41,6 +41,7 @@ KERNELS |= {
     for dtype in DTYPES
 }
 KERNELS |= {f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums") for dtype in STREAMS}
+KERNELS |= {f"quant_{what}_{dtype}" for what in ("nf4", "int8") for dtype in ("fp32", "bf16", "fp16")}
 ARCHS = build.all_archs()
 # Compiling takes ten seconds per architecture: all with RWKV_KERNELS_ALL=1 and in images, otherwise
 # the oldest, Ampere and the newest.
@@ -73,7 +74,7 @@ def test_compiles_within_register_budget(arch):
         # full occupancy. wkv7 has the state of a head, and its gradient, in a block's registers.
         rows, small = (
             ("fused_norm_fp", "fused_norm_bf", "fused_norm_any", "fused_norm_gradient", "fused_loss"),
-            ("fused_gate", "fused_relu2", "fused_dropout"),
+            ("fused_gate", "fused_relu2", "fused_dropout", "quant_"),
         )
         limit = (
             255
