@@ -2,8 +2,8 @@
 
 NF4   QLoRA (Dettmers et al. 2023, arXiv:2305.14314): blocks of 64 elements, in row order, divided
       by their absmax and rounded to 16 levels, the quantiles of a normal distribution. The absmax
-      are quantised too: less their mean, in groups of 256, to the 256 levels of "dynamic" 8-bit numbers
-      (Dettmers et al. 2022, arXiv:2110.02861). 4.127 bits per element.
+      are quantised too: less their mean, in groups of 256, to the 256 levels of "dynamic" 8-bit
+      numbers (Dettmers et al. 2022, arXiv:2110.02861). 4.127 bits per element.
 int8  LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), without its outliers: each row is divided
       by its absmax and rounded to multiples of 1/127.
 
@@ -40,11 +40,14 @@ def nf4_levels(device: torch.device | str = "cpu") -> Tensor:
 @functools.lru_cache
 def absmax_levels(device: torch.device | str = "cpu") -> Tensor:
     """[256], ascending: 0, 1, and for i = 0 to 6 the middles of 2^i equal parts of [0.1, 1], times
-    ±10^(i − 6).
+    ±10^(i − 6). The bounds of the parts are rounded as by torch.linspace of torch 2 (that of 1.13
+    rounds otherwise): the first half counts from 0.1, the second from 1.
     """
-    levels = [0.0, 1.0]
+    levels, start = [0.0, 1.0], torch.tensor(0.1)
     for i in range(7):
-        bounds = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        parts = 2**i
+        step, k = ((1 - start) / parts).double(), torch.arange(parts + 1).double()
+        bounds = torch.where(k < (parts + 1) // 2, start.double() + step * k, 1 - step * (parts - k)).float()
         middles = 10.0 ** (i - 6) * ((bounds[:-1] + bounds[1:]) / 2)
         levels += [*middles.tolist(), *(-middles).tolist()]
     return torch.tensor(sorted(levels), device=device)

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rwkv import compat
 from rwkv.adapters import lora
+from rwkv.kernels import quant
 from rwkv.kernels.head_loss import head_loss
 from rwkv.memory import estimate as memory
 from rwkv.memory.estimate import Plan, estimate
@@ -30,6 +31,9 @@ def build(p: Plan) -> RWKV:
     model = RWKV(p.sizes, p.grad_cp)
     model.initialise(1e-2)
     if p.lora:
+        for name, parameter in list(model.named_parameters()):
+            if p.quantised and lora.is_quantisable(name, parameter.shape):
+                model.get_submodule(name.removesuffix(".weight")).weight = quant.KINDS[p.quantised](parameter)
         lora.inject(model, p.parts, p.r, 16)
         lora.mark_trainable(model, p.parts)
         lora.store_frozen(model, torch.bfloat16 if p.frozen == 2 else torch.float32)
@@ -64,6 +68,15 @@ def test_parameter_counts_and_weight_bytes(sizes, parts):
     assert memory.total(sizes) == sum(p.numel() for p in RWKV(sizes).parameters())
     assert memory.trained(plan) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert estimate(plan).device["weights"] == sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+@pytest.mark.parametrize("sizes", [SMALL, SMALL_5, SMALL_6, SMALL_7], ids=["RWKV-4", "RWKV-5.2", "RWKV-6", "RWKV-7"])
+def test_weight_bytes_of_quantised_base(sizes, base):
+    plan = Plan(sizes, parts=("att", "ffn"), r=4, precision="bf16", base=base)
+    model = build(plan)
+    stored = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert estimate(plan).device["weights"] == stored + sum(m.nbytes for m in quant.quantised_in(model))
 
 
 def saved(p: Plan) -> int:
@@ -108,6 +121,7 @@ def peaks(p: Plan) -> dict[str, int]:
     model = build(p)
     adam = FusedAdam([{"params": [x for x in model.parameters() if x.requires_grad]}], False)
     now, found, loss = sum(x.numel() * x.element_size() for x in model.parameters()), {}, []
+    now += sum(matrix.nbytes for matrix in quant.quantised_in(model))
 
     def run(name, work):
         nonlocal now
@@ -131,13 +145,20 @@ def peaks(p: Plan) -> dict[str, int]:
 @pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
 @pytest.mark.parametrize(
     ("kind", "precision", "grad_cp"),
-    [("lora", "fp32", False), ("full", "fp32", True), ("full", "bf16", False), ("lora", "bf16", True)],
+    [
+        ("lora", "fp32", False),
+        ("full", "fp32", True),
+        ("full", "bf16", False),
+        ("lora", "bf16", True),
+        ("nf4", "fp32", True),
+    ],
 )
 def test_predicted_peak_of_step(kind, precision, grad_cp, version):
     width = 256 if precision == "fp32" else 128
     plan = Plan(
         VERSIONS[version].Sizes(8 if precision == "fp32" else 4, width, 2048),
-        lora=kind == "lora",
+        lora=kind != "full",
+        base="nf4" if kind == "nf4" else "auto",
         precision=precision,
         grad_cp=grad_cp,
         ctx_len=512,
