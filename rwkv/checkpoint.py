@@ -193,7 +193,8 @@ def load_model(
     for name, parameter in parameters.items():
         source = tensors.pop(name).detach()
         if quantise and lora.is_quantisable(name, source.shape):
-            model.get_submodule(name.removesuffix(".weight")).weight = quant.KINDS[quantise](source).to(device)
+            layer: Any = model.get_submodule(name.removesuffix(".weight"))
+            layer.set_quantised(quant.KINDS[quantise](source).to(device))
             pages.drop(source)
             continue
         value = source.to(device, (matrices if lora.is_matrix(name, source.shape) else None) or dtype).contiguous()

@@ -97,11 +97,16 @@ class Matrix(nn.Linear):
     """nn.Linear without bias, computed by `linear`.
 
     The weight is uninitialised until a checkpoint is loaded or RWKV.initialise is called, so that
-    large models are not initialised twice. It may be replaced by a Quantised.
+    large models are not initialised twice.
     """
 
     def reset_parameters(self) -> None:
         """Does nothing. (torch's skip_init would import torch.compiler: 2 s and 150 MB.)"""
+
+    def set_quantised(self, weight: Quantised) -> None:
+        """Use a frozen, quantised matrix instead of the parameter."""
+        del self.weight
+        self.weight = weight  # type: ignore[assignment]  # a submodule of the same name
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""

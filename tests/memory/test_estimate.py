@@ -33,7 +33,7 @@ def build(p: Plan) -> RWKV:
     if p.lora:
         for name, parameter in list(model.named_parameters()):
             if p.quantised and lora.is_quantisable(name, parameter.shape):
-                model.get_submodule(name.removesuffix(".weight")).weight = quant.KINDS[p.quantised](parameter)
+                model.get_submodule(name.removesuffix(".weight")).set_quantised(quant.KINDS[p.quantised](parameter))
         lora.inject(model, p.parts, p.r, 16)
         lora.mark_trainable(model, p.parts)
         lora.store_frozen(model, torch.bfloat16 if p.frozen == 2 else torch.float32)

@@ -49,6 +49,7 @@ ONE_PROCESS = {  # one process
     "documents": ("full", {"micro_bsz": 4, **CLIPPED, **DOCUMENTS}),
     "RWKV-7": ("full", {"micro_bsz": 4, **SCALED, **RWKV7}),
     "RWKV-7, lora": ("lora", {"micro_bsz": 4, **LORA7}),
+    "RWKV-7, nf4": ("lora", {"micro_bsz": 4, "lora_base": "nf4", **LORA7}),
 }
 TWO_PROCESSES = {  # two processes: the run of ONE_PROCESS to match, kind, flags
     "full": ("clipped", "full", {"micro_bsz": 2, **CLIPPED}),
@@ -61,6 +62,7 @@ TWO_PROCESSES = {  # two processes: the run of ONE_PROCESS to match, kind, flags
     "RWKV-7 with gradient checkpointing": ("RWKV-7", "full", {"micro_bsz": 2, "grad_cp": 1, **SCALED, **RWKV7}),
     "RWKV-7, lora": ("RWKV-7, lora", "lora", {"micro_bsz": 2, **LORA7}),
     "RWKV-7, lora with gradient checkpointing": ("RWKV-7, lora", "lora", {"micro_bsz": 2, "grad_cp": 1, **LORA7}),
+    "RWKV-7, nf4": ("RWKV-7, nf4", "lora", {"micro_bsz": 2, "lora_base": "nf4", **LORA7}),
 }
 MAIN = ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"]
 STRATEGIES_OF = {
@@ -74,6 +76,7 @@ STRATEGIES_OF = {
     "RWKV-7 with gradient checkpointing": ["deepspeed_stage_2", "deepspeed_stage_3"],
     "RWKV-7, lora": ["deepspeed_stage_3"],
     "RWKV-7, lora with gradient checkpointing": MAIN,
+    "RWKV-7, nf4": ["ddp"],
 }
 CASES = sorted((name, case) for case, names in STRATEGIES_OF.items() for name in names)
 STRATEGY_CHANGES = [  # strategy of the first three steps, and of the others; "one" is one process
