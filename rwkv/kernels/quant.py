@@ -70,7 +70,7 @@ def _scaled(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def _nearest_in_table(x: Tensor, levels: Tensor) -> Tensor:
     """As _nearest for x in [−1, 1], by a table of 65536 values, as bitsandbytes quantises the
-    absmax on CPUs. The level differs from the nearest for 0.1 % of them.
+    absmax on CPUs. The level differs from the nearest for 0.2 % of them.
     """
     table = _nearest(torch.arange(65536) / 65535 * 2 - 1, levels)
     return table[(((x + 1) * 0.5) * 65535 + 0.5).long()]
