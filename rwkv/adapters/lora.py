@@ -11,6 +11,7 @@ in fp32). The adaptable layers of a model are defined by its version (PARTS).
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ class LoRALinear(nn.Module):
     def __init__(self, weight: Weight, r: int, alpha: float, dropout: float = 0.0):
         super().__init__()
         out, columns = weight.shape
-        self.weight = weight.requires_grad_(False)
+        self.weight: Weight = weight.requires_grad_(False)
         self.lora_A = nn.Parameter(torch.empty(r, columns, device=weight.device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(out, r, device=weight.device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -105,7 +106,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> Tensor:
         """W + (α/r) B A in W's dtype (fp32 if W is quantised), computed in fp32."""
-        dtype = torch.float32 if quantised(self.weight) else self.weight.dtype
+        dtype = self.weight.dtype if isinstance(self.weight, Tensor) else torch.float32
         return (dense(self.weight, torch.float32) + self.scale * (self.lora_B.float() @ self.lora_A.float())).to(dtype)
 
 
@@ -130,7 +131,8 @@ def inject(model: RWKV, parts: Collection[str], r: int, alpha: float, dropout: f
     if wanted and not names:
         raise ValueError(f"this model has no linear layer of the parts {', '.join(parts)}")
     for name in names:
-        _replace(model, name, LoRALinear(model.get_submodule(name).weight, r, alpha, dropout))
+        layer: Any = model.get_submodule(name)
+        _replace(model, name, LoRALinear(layer.weight, r, alpha, dropout))
     return names
 
 

@@ -87,7 +87,8 @@ def load_or_create(run: Run) -> RWKV:
     path = c.load_model or run.new_base
     if not path:
         return create(c, run.sizes)
-    model = checkpoint.load_model(path, matrices=_frozen_dtype(run), quantise=c.adapter and c.adapter.quantised)
+    kind = c.adapter.quantised if c.adapter else None
+    model = checkpoint.load_model(path, matrices=_frozen_dtype(run), quantise=kind)
     model.grad_cp, model.dropout = bool(c.grad_cp), c.dropout
     return model
 
