@@ -23,7 +23,7 @@ from rwkv.kernels import gpu, load
 
 BLOCK, GROUP = 64, 256
 _CHUNK = 1 << 22  # elements quantised at a time; a multiple of BLOCK
-_TINY = 1e-38  # instead of an absmax of 0
+_TINY = 2.0**-126  # instead of an absmax of 0; a smaller one is 0 while training flushes denormals
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,

@@ -129,6 +129,17 @@ def test_error_below_half_a_step(kind, step):
 
 
 @pytest.mark.parametrize("kind", [NF4, Int8])
+@pytest.mark.parametrize("flush", [False, True])
+def test_zeros(kind, flush):
+    """New models have such matrices; training flushes denormals."""
+    torch.set_flush_denormal(flush)
+    try:
+        assert not kind(torch.zeros(64, 128)).dense(torch.float32).any()
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("kind", [NF4, Int8])
 def test_quantised_in_parts(kind, monkeypatch):
     x = matrices()["300 x 1024 torch.float32"]
     whole = kind(x)
