@@ -18,7 +18,7 @@ from rwkv.train.fit import fit
 from tests.train.small_runs import TUNE, lines
 
 COMMON = {"ctx_len": 32, "micro_bsz": 8, "accelerator": "cpu", "precision": "fp32", "random_seed": 1, "magic_prime": -1}
-TUNED = {**COMMON, "lora_r": 8, "lora_parts": "att,ffn,ln,time", "lora_dropout": 0.0, "lr_init": 5e-3, "lr_final": 1e-3}
+TUNED = {**COMMON, "lora_r": 8, "lora_parts": "att,ffn,ln,time", "lora_dropout": 0.0, "lr_init": 2e-3, "lr_final": 1e-3}
 
 
 def write_text(prefix, jump, seed):
