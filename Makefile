@@ -21,7 +21,7 @@ HERE := '$(subst ','\'',$(CURDIR))'
 CODE = PYTHONPATH=$(HERE)$${PYTHONPATH:+:$$PYTHONPATH}
 JOB = $(CODE) RWKV_MAKE='$(MAKE_COMMAND)' $(if $(findstring w,$(firstword -$(MAKEFLAGS))),RWKV_MAKE_FOLDER=$(HERE)) PY=$(PY)
 # Reject misspelt variables: ARG="--load_model ..." would be ignored and the demo would run.
-VARIABLES := ARGS RESULTS PY STACK VENV TOOLS CLEAN_DEMO OUT PYTHON PYENV_ROOT CONDA BASE_IMAGE BUILT ENGINE ENGINE_OPTIONS NO_CACHE UPGRADE DOCKER_WORK LOG \
+VARIABLES := $(if $(filter model,$(MAKECMDGOALS))$(filter-out 0,$(MAKELEVEL)),MODEL) ARGS RESULTS PY STACK VENV TOOLS CLEAN_DEMO OUT PYTHON PYENV_ROOT CONDA BASE_IMAGE BUILT ENGINE ENGINE_OPTIONS NO_CACHE UPGRADE DOCKER_WORK LOG \
   SHELL MAKEFLAGS MAKEOVERRIDES MAKEFILES CURDIR COMPOSE_% CUDA_% NCCL_% GLOO_% OMP_% MKL_% RWKV_% WANDB_% HF_% TORCH_% PYTORCH_% PIP_% UV_% %_PROXY %_proxy
 UNKNOWN := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v)))
 ifneq ($(UNKNOWN),)
@@ -30,7 +30,7 @@ endif
 TOOLS := .venv-tools
 CLEAN_DEMO := out/demo
 .DEFAULT_GOAL := help
-.PHONY: help venv env tools image test-image reproduce compose-env kernels lora finetune pretrain convert inspect merge generate export doctor estimate demo test test-gpu gpu-report bench lint lock pin licenses sbom clean
+.PHONY: help venv env tools image test-image reproduce compose-env kernels lora state finetune pretrain convert inspect merge generate serve evaluate export doctor estimate model demo lm-eval test test-gpu gpu-report bench lint lock pin licenses sbom clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,15 +79,21 @@ else
 	@$(JOB) $(PY) scripts/lora.py $(ARGS)
 endif
 
-finetune pretrain convert generate export doctor estimate: venv
+state finetune pretrain convert generate serve evaluate export doctor estimate: venv
 	@$(JOB) $(PY) scripts/$@.py $(ARGS)
+state:  ## state tuning: train only the state with which a model begins
 finetune:  ## full fine-tuning
 pretrain:  ## train a new model
 convert:  ## text and chats to binidx
-generate:  ## run a model: --ask, --prompt, or a chat
-export:  ## export a model: safetensors, transformers, another dtype
+generate:  ## run a model: --ask, --prompt, a file of prompts, or a chat
+serve:  ## serve models over an OpenAI-compatible API, with a chat page
+evaluate:  ## perplexity, bits per byte and benchmark tasks of models and adapters, in one table
+export:  ## export a model, or a base + adapter: GGUF, transformers, safetensors, ...; import folders
 estimate:  ## estimate the memory of a run; find settings that fit a GPU
 doctor:  ## check this machine: what works, what is missing, how to fix it
+
+model: venv  ## fetch a published model into models/ (MODEL=rwkv7-g1-0.4b); without MODEL list them
+	@$(JOB) $(PY) scripts/fetch.py $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 inspect: venv  ## inspect a binidx dataset before training on it
 	@$(JOB) $(PY) scripts/inspect_data.py $(ARGS)
@@ -97,6 +103,18 @@ merge: venv  ## merge an adapter into its base
 
 demo: venv  ## the full pipeline on a toy dataset (the same as make lora without ARGS)
 	@$(JOB) scripts/demo.sh $(ARGS)
+
+lm-eval: venv  ## install lm-evaluation-harness beside the environment, for make evaluate ARGS="--tasks ..."
+ifdef READY
+	@$(MAKE) --silent $(VENV)/lm_eval/.ready
+else
+	@echo 'PY selects your own Python; install it there: $(PY) -m pip install lm-eval' >&2; exit 1
+endif
+
+$(VENV)/lm_eval/.ready: $(VENV)/.ready env/locks/lm-eval-$(STACK).txt
+	rm -rf $(@D)
+	env/uv.sh $(PY) pip install --python $(PY) --quiet --require-hashes --no-deps --no-build-isolation --target $(@D) -r env/locks/lm-eval-$(STACK).txt
+	@touch $@
 
 # An independent implementation to compare with in tests; not installed into the environment.
 $(VENV)/oracle/.ready: $(VENV)/.ready tests/oracle.txt

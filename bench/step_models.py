@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from rwkv import checkpoint, export
+from rwkv import checkpoint
 from rwkv.files import atomic_write, write_json
+from rwkv.formats import transformers
+from rwkv.formats.lazy import Lazy
 from rwkv.models import RWKV, version
 
 
@@ -79,8 +81,10 @@ class Transformers:
 
     def write(self, folder: Path, model: RWKV, ctx_len: int, dtype: torch.dtype) -> None:
         with atomic_write(folder / "model.safetensors") as temporary:
-            checkpoint.save_safetensors(export.transformers_names(export.tensors_of(model, "keep")), temporary)
-        write_json(folder / "config.json", export.transformers_config(model, ctx_len, dtype))
+            tensors = {name: Lazy.of(parameter.detach()) for name, parameter in model.named_parameters()}
+            checkpoint.save_safetensors(transformers.to_rwkv4(tensors), temporary)
+        config = transformers.rwkv4_config(model.sizes, ctx_len)
+        write_json(folder / "config.json", {**config, "torch_dtype": str(dtype).removeprefix("torch.")})
 
     def load(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         from transformers import RwkvForCausalLM

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The image's entry point: entrypoint.sh JOB [FLAG...]. JOB is a script (lora finetune pretrain convert
-# inspect merge generate doctor ...), demo, test, shell, or any other command. `lora` without flags runs
+# The image's entry point: entrypoint.sh JOB [FLAG...]. JOB is a script (lora state finetune pretrain convert
+# inspect merge generate serve evaluate doctor ...), demo, test, shell, or any other command. `lora` without flags runs
 # the demo. Checks first, before torch is imported, whether the job can run, and prints what is wrong and
 # how to fix it. RWKV_ANYWAY=1: continue despite failed checks. RWKV_DEVICE=cpu: do not require a GPU.
 set -euo pipefail
@@ -91,16 +91,18 @@ shift || true
 python=${PYTHON:-python}
 help_requested() { [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; }
 case $job in
-  lora | finetune | pretrain | demo)
+  lora | state | finetune | pretrain | demo)
     if ! help_requested "$@"; then
       if needs_gpu "$@"; then check_gpu; fi
       check_shm
       check_writable out
     fi ;;
-  generate)
+  generate | serve | evaluate)
     if ! help_requested "$@" && needs_gpu "$@"; then check_gpu; fi ;;
   convert | merge | export)
     help_requested "$@" || check_writable out ;;
+  model)
+    help_requested "$@" || check_writable models ;;
 esac
 
 case $job in
@@ -108,6 +110,8 @@ case $job in
   lora) case "$*" in '' | '--version 4' | '--version 7') PY=$python exec scripts/demo.sh "$@" ;; *) exec "$python" scripts/lora.py "$@" ;; esac ;;
   inspect) exec "$python" scripts/inspect_data.py "$@" ;;
   merge) exec "$python" scripts/merge_lora.py "$@" ;;
+  serve) exec "$python" scripts/serve.py ${RWKV_HOST:+--host "$RWKV_HOST"} "$@" ;;
+  model) exec "$python" scripts/fetch.py "$@" ;;
   test) if [ $# -gt 0 ]; then exec "$python" -m pytest "$@"; else exec "$python" -m pytest tests/image; fi ;;
   shell) exec bash "$@" ;;
   *) if [ -f "scripts/$job.py" ]; then exec "$python" "scripts/$job.py" "$@"; else exec "$job" "$@"; fi ;;

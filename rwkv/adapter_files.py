@@ -1,4 +1,4 @@
-"""Read and write files of LoRA adapters; load models with adapters."""
+"""Read and write files of LoRA adapters and tuned states; load models with them."""
 
 import math
 import os
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from rwkv import checkpoint
 from rwkv.adapters import lora
+from rwkv.adapters import state as states
 from rwkv.errors import UserError
 from rwkv.files import sha256
-from rwkv.models import RWKV, version
+from rwkv.formats.lazy import Lazy
+from rwkv.models import RWKV, State, version
 from rwkv.weights import kinds, peft_adapter
 from rwkv.weights import manifest as manifests
 
@@ -27,14 +29,16 @@ def save_adapter(
     manifest: Mapping[str, Any],
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write only the adapter.
+    """Write only the adapter, which may be a tuned state.
 
     Args:
-        adapter: for the manifest: r, alpha, parts, base, base_sha256.
+        adapter: for the manifest: r, alpha, parts, base, base_sha256; a tuned state has no r and
+            alpha.
         weights: as in checkpoint.save_model.
     """
     tensors = lora.adapter_state(model, adapter["parts"]) if weights is None else weights
-    checkpoint.write_tensors(path, tensors, {"kind": "adapter", **checkpoint.describe(model), **adapter, **manifest})
+    kind = "state" if states.is_state(tensors) else "adapter"
+    checkpoint.write_tensors(path, tensors, {"kind": kind, **checkpoint.describe(model), **adapter, **manifest})
 
 
 def read_manifest(path: PathLike) -> dict[str, Any]:
@@ -60,11 +64,11 @@ def find_base(path: PathLike) -> Path | None:
 def inspect_adapter(
     path: PathLike, base: PathLike | None = None, alpha: float | None = None, base_sha256: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read an adapter without loading its base: its tensors, and a dictionary of r, parts, alpha,
-    base, base_sha256.
+    """Read an adapter without loading its base: its tensors, and a dictionary of r, parts,
+    use_dora, alpha, base, base_sha256.
 
-    r and parts are inferred from the tensors (r from the manifest if no tensor has it); alpha, base
-    and base_sha256 come from the manifest, else from the arguments.
+    r, parts and use_dora are inferred from the tensors (r from the manifest if no tensor has it);
+    alpha, base and base_sha256 come from the manifest, else from the arguments.
 
     Args:
         path: the adapter; also a folder written by peft, or the file in it.
@@ -100,9 +104,12 @@ def inspect_adapter(
     if not parts:
         raise UserError(f"{path}: not a LoRA adapter (its tensors are {checkpoint.list_names(sorted(tensors), 3)})")
     checkpoint.check_finite(tensors, path)
+    if not ranks:  # neither matters
+        manifest, alpha = {"alpha": 1.0, **manifest}, None
     known: dict[str, Any] = {
         "r": ranks.pop() if ranks else manifest.get("r", 1),
         "parts": parts,
+        "use_dora": lora.uses_dora(tensors),
         **{k: manifest[k] for k in ("alpha", "base", "base_sha256") if k in manifest},
     }
     if known["r"] < 1 or known["r"] != manifest.get("r", known["r"]):
@@ -121,6 +128,10 @@ def inspect_adapter(
             f"{path}: its alpha is unknown (no {manifests.path_of(path).name} with alpha beside it); pass the one it was trained with as --lora_alpha"
         )
     if base is not None:
+        if os.path.isdir(base):
+            raise UserError(
+                f"{base}: a folder, given as the base of adapter {path}. Make one file of it: python scripts/export.py --model {base} --output base.pth"
+            )
         if not os.path.isfile(base):
             raise UserError(
                 f"{base}: no such file, given as the base of adapter {path}; use the model that the adapter was trained on"
@@ -155,6 +166,40 @@ def _version_of(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], base
     return version.fitting(tensors)
 
 
+def load_state(path: PathLike, model: RWKV, base: PathLike | None = None) -> State:
+    """The state of `model` before the first token, for one batch row, from a tuned state: pass it
+    to the model with the first tokens. The model itself does not change.
+
+    Args:
+        path: written by scripts/state.py or RWKV-PEFT.
+        base: the file of the model; its hash must be that in the state's manifest, if it has one.
+
+    Raises:
+        UserError: not a tuned state, or one of another model.
+    """
+    return states.state_of(model, _state_tensors(path, model, base))
+
+
+def attach_state(path: PathLike, model: RWKV, base: PathLike | None = None) -> None:
+    """Let documents begin with a tuned state, in place. Arguments and errors as in `load_state`."""
+    tensors = _state_tensors(path, model, base)
+    states.attach(model)
+    checkpoint.copy_tensors(model, tensors, states.shapes_of(model.sizes), path)
+
+
+def _state_tensors(path: PathLike, model: RWKV, base: PathLike | None) -> dict[str, Tensor]:
+    tensors, _ = inspect_adapter(path, base)
+    check_is_state(path)
+    checkpoint.check_keys(tensors, states.shapes_of(model.sizes), path)
+    return tensors
+
+
+def check_is_state(path: PathLike) -> None:
+    """Raise UserError if an adapter has more than a tuned state."""
+    if inspect_adapter(path)[1]["parts"] != [states.PART]:
+        raise UserError(f"{path}: not a tuned state (only att.time_state) but a LoRA adapter; pass it as --lora")
+
+
 def load_adapter(model: RWKV, path: PathLike, tensors: Mapping[str, Tensor], parts: list[str]) -> None:
     """Copy an adapter's tensors into a model prepared by lora.inject. Raises UserError naming keys
     that do not fit.
@@ -176,9 +221,42 @@ def load_tuned(
     """
     tensors, known = inspect_adapter(adapter, base, alpha)
     model = checkpoint.load_model(base, matrices=matrices)
-    lora.inject(model, known["parts"], known["r"], known["alpha"])
+    lora.inject(model, known["parts"], known["r"], known["alpha"], dora=known["use_dora"])
     load_adapter(model, adapter, tensors, known["parts"])
     return model, checkpoint.stored_dtypes(base)
+
+
+def merged(
+    tensors: Mapping[str, Lazy], base: PathLike, adapter: PathLike, alpha: float | None = None
+) -> dict[str, Lazy]:
+    """The tensors of a base with an adapter merged into them, each when it is computed, adapted
+    matrices in fp32: W + (α/r) B A.
+
+    Args:
+        tensors: those of `base`, under BlinkDL's names.
+
+    Raises UserError like inspect_adapter, and naming keys that do not fit.
+    """
+    found, known = inspect_adapter(adapter, base, alpha)
+    _check_shapes({name: tensor.shape for name, tensor in tensors.items()}, found, adapter)
+    scale, result = known["alpha"] / known["r"], dict(tensors)
+    for name, tensor in found.items():
+        layer, adapted, half = name.rpartition(".lora_")
+        if not adapted:
+            result[name] = Lazy.of(tensor)
+        elif half == "A":
+            b, magnitudes = found[f"{layer}.lora_B"], found.get(f"{layer}.lora_magnitude_vector")
+            result[f"{layer}.weight"] = _with_product(tensors[f"{layer}.weight"], tensor, b, scale, magnitudes)
+    return result
+
+
+def _with_product(weight: Lazy, a: Tensor, b: Tensor, scale: float, magnitudes: Tensor | None) -> Lazy:
+    def add(tensor: Tensor) -> Tensor:
+        if tensor.device.type == "meta":
+            return tensor.float()
+        return lora.merged(tensor, a, b, scale, magnitudes)
+
+    return weight.then(add)
 
 
 def load_combined(
@@ -191,32 +269,40 @@ def load_combined(
     found, parts, r = [], set(), 0
     for path, weight in zip(adapters, weights, strict=True):  # fails early if the base is wrong
         tensors, known = inspect_adapter(path, base, alpha)
+        if known["use_dora"]:
+            if len(adapters) == 1 and weight == 1:
+                return load_tuned(base, path, alpha)
+            raise UserError(
+                f"{path}: a DoRA adapter, whose effect is not a sum: it cannot be added to others or weighted; merge it alone, with weight 1"
+            )
         found.append((tensors, known["alpha"] / known["r"], weight))
         parts |= set(known["parts"])
-        r += known["r"]
+        r += known["r"] * any(name.endswith(".lora_A") for name in tensors)
     model = checkpoint.load_model(base)
     for (tensors, _, _), path in zip(found, adapters, strict=True):
-        _check_shapes(model, tensors, path)
+        _check_shapes({name: parameter.shape for name, parameter in model.named_parameters()}, tensors, path)
     combined = lora.combine(found, dict(model.named_parameters()))
-    lora.inject(model, parts, r, r)
+    lora.inject(model, parts, max(1, r), max(1, r))
     load_adapter(model, " + ".join(map(str, adapters)), combined, list(parts))
     return model, checkpoint.stored_dtypes(base)
 
 
-def _check_shapes(model: RWKV, tensors: Mapping[str, Tensor], path: PathLike) -> None:
-    """Compare an adapter's shapes with the model's layers. Raises UserError naming keys that do not
-    fit.
+def _check_shapes(model: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], path: PathLike) -> None:
+    """Compare an adapter's shapes with those of the model's parameters. Raises UserError naming
+    keys that do not fit.
     """
-    parameters = dict(model.named_parameters())
     shapes: dict[str, torch.Size] = {}
     for key, value in tensors.items():
         name, adapts, half = key.rpartition(".lora_")
-        weight = parameters.get(f"{name}.weight" if adapts else key)
+        weight = model.get(f"{name}.weight" if adapts else key)
         if weight is not None and adapts:
             r = value.shape[0 if half == "A" else -1] if value.dim() else 0
-            shapes[key] = torch.Size([r, weight.shape[1]] if half == "A" else [weight.shape[0], r])
+            possible = {"A": [r, weight[1]], "B": [weight[0], r], "magnitude_vector": [weight[0]]}
+            shapes[key] = torch.Size(possible[half])
         elif weight is not None:
-            shapes[key] = weight.shape
+            shapes[key] = weight
+    if any(key.endswith(".time_state") for key in tensors):
+        shapes |= states.shapes_of(version.detect(model)[1])
     absent = {
         f"{key[:-1]}{other}" for key in tensors if key.endswith((".lora_A", ".lora_B")) for other in "AB"
     } - tensors.keys()

@@ -2,6 +2,7 @@
 argument.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import itertools
@@ -21,11 +22,16 @@ from rwkv.legacy_flags import ALIASES, EQUIVALENT, IGNORED, LISTS, NOT_SUPPORTED
 
 PROGRAMS = {
     "TrainConfig": "scripts/finetune.py and scripts/pretrain.py",
+    "FinetuneConfig": "scripts/finetune.py",
+    "StateConfig": "scripts/state.py",
     "LoRAConfig": "scripts/lora.py",
     "ConvertConfig": "scripts/convert.py",
     "InspectConfig": "scripts/inspect_data.py",
+    "FetchConfig": "scripts/fetch.py",
     "MergeConfig": "scripts/merge_lora.py",
     "GenerateConfig": "scripts/generate.py",
+    "ServeConfig": "scripts/serve.py",
+    "EvaluateConfig": "scripts/evaluate.py",
     "ExportConfig": "scripts/export.py",
     "EstimateConfig": "scripts/estimate.py",
     "DoctorConfig": "scripts/doctor.py",
@@ -63,6 +69,15 @@ def read(argv: Sequence[str], config: type[Any], passed: Sequence[str] = ()) -> 
     if reader.errors or reader.unsupported:
         raise (UsageError if reader.errors else UserError)("\nerror: ".join([*reader.errors, *reader.unsupported]))
     return [*reader.configured, *reader.found]
+
+
+def value(argv: Sequence[str], config: type[Any], name: str) -> str:
+    """The value of one flag, empty if it is not given; mistakes are left to `read`."""
+    reader = _Reader(config, ())
+    with contextlib.suppress(UserError):
+        reader.read(list(argv))
+    found = [word for word in (*reader.configured, *reader.found) if word.startswith(f"--{name}=")]
+    return found[-1].partition("=")[2] if found else ""
 
 
 def convert(field: "dataclasses.Field[Any]", text: str) -> str:
@@ -162,7 +177,11 @@ class _Reader:
         try:
             (self.configured if where else self.found).append(f"--{field.name}={convert(field, value)}")
         except ValueError as error:
-            self.errors.append(f"{where}{name}: expected {error}; got {value or 'an empty value'}")
+            entry = NOT_SUPPORTED.get(field.name)
+            if entry and any(value.startswith(begin) for begin in entry.values):
+                self.unsupported.append(where + entry.message(name, value))
+            else:
+                self.errors.append(f"{where}{name}: expected {error}; got {value or 'an empty value'}")
 
     def unknown_flag(self, name: str, flag: str, value: str, where: str = "") -> None:
         """Record an error for an unknown flag; names the program that has it, or a similar flag."""

@@ -17,9 +17,11 @@ from rwkv import __version__, compat, mapped_tensors
 from rwkv.adapters import lora
 from rwkv.errors import UserError
 from rwkv.files import atomic_write, reserve, write_json
+from rwkv.formats.lazy import Lazy
+from rwkv.kernels import quant
 from rwkv.models import RWKV, Sizes, version
 from rwkv.models.rwkv import shapes
-from rwkv.weights import kinds, reading, safetensors_file
+from rwkv.weights import kinds, pth_writer, reading, safetensors_file
 from rwkv.weights import manifest as manifests
 
 PathLike = str | Path
@@ -64,25 +66,30 @@ def check_output(path: PathLike, suffixes: Sequence[str] = SUFFIXES) -> Path:
 
 def write_tensors(
     path: PathLike,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | Mapping[str, Lazy],
     manifest: Mapping[str, Any],
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write tensors to `path` and their manifest to `<path>.json`; each file atomically.
+    """Write tensors to `path` and their manifest to `<path>.json`; each file atomically. Lazy
+    tensors are computed and written one by one.
 
     Args:
         check: called with the complete temporary file before it is renamed to `path`; if it raises,
             nothing is written.
     """
     path = Path(path)
-    tensors = _compact(tensors)
+    lazy = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Lazy)}
+    whole = _compact({name: tensor for name, tensor in tensors.items() if not isinstance(tensor, Lazy)})
+    del tensors
     stack = {"rwkv-training": __version__, "torch": torch.__version__}
     with atomic_write(path) as temporary:
         if path.suffix == ".safetensors":
-            safetensors_file.save(tensors, temporary)
+            safetensors_file.save(lazy or whole, temporary)
+        elif lazy:
+            pth_writer.save(lazy, temporary)
         else:
-            save(tensors, temporary)
-        del tensors  # frees copies before the check
+            save(whole, temporary)
+        del whole  # frees copies before the check
         if check:
             check(temporary)
         # delete the old manifest first and write the new one last, so that a manifest never
@@ -131,7 +138,7 @@ def sizes_of(tensors: Mapping[str, Tensor], path: PathLike) -> Sizes:
         raise UserError(f"{path}: {error}; its tensors are {list_names(sorted(tensors), 3)}") from None
 
 
-def check_shapes(tensors: Mapping[str, Tensor], sizes: Sizes, path: PathLike) -> None:
+def check_shapes(tensors: Mapping[str, Tensor] | Mapping[str, Lazy], sizes: Sizes, path: PathLike) -> None:
     """Compare a checkpoint's shapes with those of a model of these sizes, without building it.
     Raises UserError naming the keys that differ.
     """
@@ -165,6 +172,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.float32,
     matrices: torch.dtype | None = None,
+    quantise: str | None = None,
 ) -> RWKV:
     """Load a model from a checkpoint; its sizes are inferred from the shapes.
 
@@ -174,12 +182,27 @@ def load_model(
     Args:
         dtype: of all parameters; None: as stored.
         matrices: dtype of matrices, instead of `dtype`.
+        quantise: nf4 or int8: the linear layers of the blocks are frozen and quantised
+            (rwkv.kernels.quant), each as it is read, so that the whole model is never in memory.
 
     Raises:
         UserError: not a supported checkpoint; a key is missing, unexpected or misshapen, or
             contains NaN or Inf; names the keys.
     """
-    tensors = read_tensors(path)
+    return model_of(read_tensors(path), path, device, dtype, matrices, quantise)
+
+
+def model_of(
+    tensors: dict[str, Tensor],
+    path: PathLike,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    matrices: torch.dtype | None = None,
+    quantise: str | None = None,
+) -> RWKV:
+    """Like load_model, from tensors that were read from `path`; they are removed from the
+    dictionary.
+    """
     pages, seen = mapped_tensors.Pages(path), set()
     sizes = sizes_of(tensors, path)
     check_shapes(tensors, sizes, path)
@@ -188,6 +211,11 @@ def load_model(
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         source = tensors.pop(name).detach()
+        if quantise and lora.is_quantisable(name, source.shape):
+            layer: Any = model.get_submodule(name.removesuffix(".weight"))
+            layer.set_quantised(quant.KINDS[quantise](source).to(device))
+            pages.drop(source)
+            continue
         value = source.to(device, (matrices if lora.is_matrix(name, source.shape) else None) or dtype).contiguous()
         if compat.storage(value).data_ptr() in seen:  # tied in the file; trained separately
             value = value.clone()
@@ -250,7 +278,9 @@ def copy_tensors(model: RWKV, tensors: Mapping[str, Tensor], shapes: Mapping[str
             parameters[key].copy_(value)
 
 
-def check_keys(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: PathLike) -> None:
+def check_keys(
+    tensors: Mapping[str, Tensor] | Mapping[str, Lazy], shapes: Mapping[str, torch.Size], path: PathLike
+) -> None:
     """Raise UserError unless the tensors have exactly these names and shapes."""
     missing, unexpected = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
     misshapen = [

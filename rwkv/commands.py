@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-_SCRIPTS = {"inspect": "inspect_data", "merge": "merge_lora"}
+_SCRIPTS = {"inspect": "inspect_data", "merge": "merge_lora", "model": "fetch"}
 
 
 def flags(*arguments: object) -> str:

@@ -322,3 +322,10 @@ def storage(tensor: Any) -> Any:
 def untyped_storage(tensor: Any) -> Any:
     """A tensor's untyped storage; torch 1 wraps it in the typed storage."""
     return tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor.storage().untyped()
+
+
+def record(storage: Any) -> Any:
+    """An untyped storage as PyTorchFileWriter.write_record accepts it: in torch 1.13.1 its
+    address.
+    """
+    return storage if stack() == "modern" else storage.data_ptr()

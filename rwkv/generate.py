@@ -2,11 +2,9 @@
 text before it.
 """
 
-import codecs
 import collections
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,39 +13,10 @@ from rwkv.data.convert.roles import fold
 from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError
 from rwkv.models import RWKV, State
+from rwkv.sampling import Sampling, sample_token
+from rwkv.text_stream import OPENING, STOP, Answer, TextStream
 
 _PREFILL = 256  # prompt tokens per forward pass
-_COLDEST = 1e-4  # temperature, in effect greedy; logits divided by a smaller one may overflow
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling parameters. temperature 0 is greedy. Penalties are those of ChatRWKV: presence +
-    frequency · count, with counts multiplied by `penalty_decay` after every token."""
-
-    temperature: float = 1.0
-    top_p: float = 0.85
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    penalty_decay: float = 0.996
-
-
-def sample_token(
-    logits: Tensor, sampling: Sampling, counts: dict[int, float], generator: torch.Generator | None = None
-) -> int:
-    """Sample the next token from logits [V]; `counts` are the decayed counts of earlier tokens."""
-    logits = logits.float().clone()
-    for token, count in counts.items():
-        logits[token] -= sampling.presence_penalty + sampling.frequency_penalty * count
-    if sampling.temperature <= 0:
-        return int(logits.argmax())
-    logits /= max(sampling.temperature, _COLDEST)
-    probabilities, tokens = torch.softmax(logits, -1).sort(descending=True)
-    before = probabilities.cumsum(0) - probabilities
-    dropped = before >= sampling.top_p
-    dropped[0] = False  # always keep the most likely token
-    probabilities = probabilities.masked_fill(dropped, 0)
-    return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 
 
 def matrices_dtype(requested: str, stored: torch.dtype, gpu: bool) -> torch.dtype | None:
@@ -71,21 +40,33 @@ def matrices_dtype(requested: str, stored: torch.dtype, gpu: bool) -> torch.dtyp
 
 
 class Session:
-    """The model's state after the text read and written so far, which begins with EOD, like every
-    training document.
+    """The model's state after the text read and written so far. The text begins with EOD, which is
+    before every document in training; with a tuned initial state, which replaces it, at once.
 
     Attributes:
         ended: why the last `write` ended: "eod", "stop" (a stop text), "length" (max_tokens) or
             "cancelled".
         dtype: dtype of matmuls, if not the weights'.
+
+    Args:
+        state: a tuned initial state, for one batch row (rwkv.adapter_files.load_state). Without
+            it that of the model, if it has one.
     """
 
-    def __init__(self, model: RWKV, tokenizer: WorldTokenizer, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: RWKV,
+        tokenizer: WorldTokenizer,
+        dtype: torch.dtype | None = None,
+        state: State | None = None,
+    ):
         self.dtype = dtype
         self.model, self.tokenizer = model.eval(), tokenizer
         self.ended = ""
-        self.state: State | None = None
-        self.logits = self._feed([tokenizer.eod])
+        self.state = state
+        tuned = state is not None or any(name.endswith(".time_state") for name, _ in model.named_parameters())
+        # before the first token nothing is known about it
+        self.logits = model.emb.weight.new_zeros(len(model.emb.weight)) if tuned else self._feed([tokenizer.eod])
 
     def read(self, text: str) -> None:
         """Feed a text to the model."""
@@ -107,14 +88,10 @@ class Session:
         Afterwards the state is that at the end of the yielded text: a generated stop text is
         removed from it.
         """
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        # characters withheld because they may begin a stop text
-        hold = max((len(text) for text in stop), default=1) - 1
-        counts: dict[int, float] = {}
-        text, shown = "", 0
+        stream, counts = TextStream(stop), dict[int, float]()
         self.ended = "length"
         # (number of characters, state and logits after them)
-        marks = collections.deque([(0, self.state, self.logits)], maxlen=hold + 8)
+        marks = collections.deque([(0, self.state, self.logits)], maxlen=stream.hold + 8)
         for _ in range(max_tokens):
             if cancelled():
                 self.ended = "cancelled"
@@ -123,28 +100,26 @@ class Session:
             if token == self.tokenizer.eod:
                 self.ended = "eod"
                 break
-            counts = {t: c * sampling.penalty_decay for t, c in counts.items()}
-            counts[token] = counts.get(token, 0.0) + 1
-            text += decoder.decode(self.tokenizer.decode_bytes([token]))
-            found = [at for word in stop if (at := text.find(word, max(0, shown - hold))) >= 0]
-            if found:
+            counts = sampling.count(counts, token)
+            part = stream.add(self.tokenizer.decode_bytes([token]))
+            if stream.stopped:
                 self.ended = "stop"
-                self._rewind(marks, text, min(found))
-                text = text[: min(found)]
-                break
+                self._rewind(marks, stream.text)
+                if part:
+                    yield part
+                return
             self.logits = self._feed([token])
-            if len(text) > marks[-1][0] and not decoder.getstate()[0]:  # not inside a character
-                marks.append((len(text), self.state, self.logits))
-            if len(text) - hold > shown:
-                yield text[shown : len(text) - hold]
-                shown = len(text) - hold
-        text += decoder.decode(b"", final=True)
-        if len(text) > shown:
-            yield text[shown:]
+            if len(stream.text) > marks[-1][0] and not stream.inside_character:
+                marks.append((len(stream.text), self.state, self.logits))
+            if part:
+                yield part
+        if part := stream.end():
+            yield part
 
-    def _rewind(self, marks: collections.deque, text: str, end: int) -> None:
-        at, self.state, self.logits = next(mark for mark in reversed(marks) if mark[0] <= end)
-        self.read(text[at:end])
+    def _rewind(self, marks: collections.deque, text: str) -> None:
+        """Return to the state after `text`, the beginning of what was generated."""
+        at, self.state, self.logits = next(mark for mark in reversed(marks) if mark[0] <= len(text))
+        self.read(text[at:])
 
     @torch.inference_mode()
     def _feed(self, ids: Sequence[int]) -> Tensor:
@@ -192,28 +167,19 @@ class Chat:
         """
         session = self.session
         session.read(question(text))
-        begin, answer, held = (session.state, session.logits), "", ""
+        begin, answer = (session.state, session.logits), Answer(self.think)
         session.read(OPENING[self.think])
-        closing = ">" if self.think == "fast" else ""  # the rest of the opening
         try:
-            if self.think == "full":
-                answer = OPENING["full"].lstrip()
-                yield answer
+            if opening := answer.begin():
+                yield opening
             for part in session.write(sampling, max_tokens, STOP, generator, cancelled):
-                if answer:
-                    part = held + part
-                elif part := part.lstrip():
-                    part, closing = part.removeprefix(closing).lstrip(), ""
-                shown = part.rstrip()
-                held = part[len(shown) :]
-                if shown:
-                    answer += shown
+                if shown := answer.add(part):
                     yield shown
         finally:
             # re-encode the answer with its closing blank line, so that the tokens are those of
             # training data
             session.state, session.logits = begin
-            session.read(f" {answer}\n\n" if answer else "\n\n")
+            session.read(f" {answer.text}\n\n" if answer.text else "\n\n")
 
 
 def question(text: str) -> str:
@@ -221,8 +187,3 @@ def question(text: str) -> str:
     because they end turns.
     """
     return f"User: {fold(text)}\n\nAssistant:"
-
-
-# As upstream's templates, without the last ">": in text it is part of a longer token.
-OPENING = {"none": "", "fast": " <think>\n</think", "full": " <think"}
-STOP = ("\n\nUser:",)  # where a chat answer ends, if not with EOD

@@ -28,7 +28,9 @@ class Unsupported:
 
 _NEO, _V5, _PEFT = "RWKV-v4neo", "RWKV-v5's trainer and RWKV-PEFT", "RWKV-PEFT"
 _TOOL, _LIGHTNING, _HF = "the upstream programs", "pytorch-lightning's Trainer", "Hugging Face trainers"
-_STATE = "it trains the initial state, which is not supported here: omit it"
+_STATE = (
+    "the initial state is tuned by scripts/state.py, or scripts/finetune.py with --train_type state: use one of them"
+)
 _VERSIONS = "RWKV-4, RWKV-5.2, RWKV-6 and RWKV-7 can be trained here"
 
 
@@ -36,9 +38,6 @@ _IMAGES = {
     "my_img_version": "0", "my_img_size": "0", "my_img_bit": "0", "my_img_clip": "x", "my_img_clip_scale": "1", "my_img_l1_scale": "0",
     "my_img_encoder": "x", "my_ffn_shift": "1", "my_att_shift": "1", "my_pos_emb": "0",
 }  # fmt: skip
-_NO_QUANTISATION = (
-    "the base model is not quantised: omit it, and use --lora_base bf16 to keep it in half the memory of fp32"
-)
 _ADAPTERS = "LoRA is the only adapter here: omit it"
 
 NOT_SUPPORTED = {
@@ -73,8 +72,8 @@ NOT_SUPPORTED = {
         ("", "none"),
         {
             "infctx": "it carries the state between the chunks of a long context: use --tbptt_len N",
+            "fullstate": "of the state, only WKV's is tuned here: use scripts/state.py, or scripts/finetune.py with --train_type state",
             "state": _STATE,
-            "fullstate": _STATE,
         },
     ),
     # Joluck/RWKV-PEFT (also JL-er/RWKV-PEFT)
@@ -92,8 +91,8 @@ NOT_SUPPORTED = {
     "train_parts": Unsupported(_PEFT, "use --lora_parts, such as --lora_parts att,ffn,time,ln"),
     **{f"{name}_config": Unsupported(_PEFT, _ADAPTERS) for name in ("pissa", "disha", "bone", "miss", "lisa", "state")},
     **{name: Unsupported(_PEFT, _ADAPTERS) for name in ("LISA", "lisa_r", "lisa_k", "PISSA", "svd_niter", "pissa_load", "pissa_init", "bone_load", "bone_r")},
-    "state_tune": Unsupported(_PEFT, _STATE),
-    "quant": Unsupported(_PEFT, _NO_QUANTISATION, ("none",)),
+    "state_tune": Unsupported(_PEFT, _STATE, ("0",)),
+    "quant": Unsupported(_PEFT, "use --lora_base nf4 or --lora_base int8, which quantise the base model", ("none",)),
     "merge": Unsupported(_PEFT, "a run saves the adapter; scripts/merge_lora.py merges it into its base", ("0",)),
     "dataload": Unsupported(
         _PEFT,
@@ -114,12 +113,6 @@ NOT_SUPPORTED = {
     "chunk_ctx": Unsupported(_PEFT, "use --tbptt_len N: tokens in a chunk, the state carried from one to the next"),
     "optim": Unsupported(_PEFT, "use --optimizer adam or --optimizer adafactor", ("none",)),
     "avg_loss": Unsupported(_PEFT, "omit it: with --accumulate_grad_batches the loss is always the mean over the whole step", ("0",)),
-    "lr_schedule": Unsupported(
-        _PEFT,
-        "the rate decays exponentially from --lr_init to --lr_final; with --my_exit_tokens by a cosine",
-        (),
-        {"cos": "use --my_exit_tokens N for a cosine decay over N tokens", "wsd": "for a constant rate set --lr_init and --lr_final to the same"},
-    ),
     "emb": Unsupported("Blealtan's LoRA fork and RWKV-PEFT", "the embedding is not trained by LoRA: omit it, or tune all weights with scripts/finetune.py"),
     # RWKV-PEFT's merge.py
     "base_model": Unsupported(f"{_PEFT}'s merge.py", "use --base"),
@@ -175,7 +168,6 @@ NOT_SUPPORTED = {
     "lora_target": Unsupported(_HF, "use --lora_parts, such as --lora_parts att,ffn,time,ln"),
     "target_modules": Unsupported(_HF, "use --lora_parts, such as --lora_parts att,ffn,time,ln"),
     "deepspeed": Unsupported(_HF, "use --strategy deepspeed_stage_2, and --ds_config for further keys"),
-    "patience": Unsupported("trainers with early stopping", "there is none here: --val_split 0.01 shows the validation loss, Ctrl-C ends a run and saves it"),
     # inference
     "max_new_tokens": Unsupported(_HF, "use --max_tokens"),
     "max_length": Unsupported(_HF, "use --max_tokens"),
@@ -194,7 +186,12 @@ EQUIVALENT = {
     ("my_testing", "x052"): ("version", "5.2"),
     ("my_testing", "x060"): ("version", "6"),
     ("my_testing", "x070"): ("version", "7"),
+    ("lr_schedule", "cos"): ("lr_schedule", "cosine"),
     ("peft", "lora"): ("lora", "true"),
+    ("state_tune", "1"): ("train_type", "state"),
+    ("train_type", "states"): ("train_type", "state"),  # in RWKV-LM's RWKV-v5
+    ("quant", "nf4"): ("lora_base", "nf4"),
+    ("quant", "int8"): ("lora_base", "int8"),
     ("load_model", "0"): ("load_model", ""),  # in the commands of RWKV-v7/train_temp
 }
 """Flags with a value, and what they are here; for programs that have this flag."""

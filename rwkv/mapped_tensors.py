@@ -17,17 +17,23 @@ from torch import Tensor
 
 
 class Pages:
-    """The address ranges at which this process maps a file; none if /proc is not available."""
+    """The address ranges at which this process maps a file, or the files in a folder; none if /proc
+    is not available.
+    """
 
     def __init__(self, path: str | os.PathLike):
-        name = os.path.realpath(path)
+        names = {os.path.realpath(path)}
+        if os.path.isdir(path):
+            names = {os.path.realpath(os.path.join(path, name)) for name in os.listdir(path)}
         try:
             lines = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
         except OSError:
             lines = []
         # address-address, mode, offset, device, inode, path
         places = [line.split(maxsplit=5) for line in lines]
-        self._ranges = [tuple(int(x, 16) for x in place[0].split("-")) for place in places if place[5:] == [name]]
+        self._ranges = [
+            tuple(int(x, 16) for x in place[0].split("-")) for place in places if place[5:] and place[5] in names
+        ]
 
     def contains(self, tensor: Tensor) -> bool:
         """Whether a tensor is in the mapped file."""

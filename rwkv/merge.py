@@ -1,4 +1,4 @@
-"""Merge LoRA adapters into their base, and verify the result by comparing logits."""
+"""Merge LoRA adapters and tuned states into their base, and compare logits to verify it."""
 
 import math
 from collections.abc import Sequence
@@ -74,10 +74,11 @@ def merge(
         )
     lora.merge(model)
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(stored[name])
+        dtype = stored.get(name, torch.float32)  # a base may have no initial state
+        parameter.data = parameter.data.to(dtype)
         if not torch.isfinite(parameter).all():
             raise UserError(
-                f"{names}: {name} of the merged model is NaN or Inf in {_short(stored[name])}; nothing is written."
+                f"{names}: {name} of the merged model is NaN or Inf in {_short(dtype)}; nothing is written."
                 " Either alpha or --weights are too large, or the base's dtype cannot represent the sum"
             )
     found: list[float] = []

@@ -1,16 +1,19 @@
-"""Export a model to a format that other programs read, and verify the logits.
+"""Export a model to a format that other programs read, and verify what was written.
 
     python scripts/export.py --model tuned.pth --output tuned.safetensors --dtype bf16
-    # a folder for transformers' RwkvForCausalLM.from_pretrained
+    # an adapter, merged into its base, for llama.cpp and Ollama
+    python scripts/export.py --model base.pth --lora rwkv-0.pth --output tuned.gguf --dtype q8_0
+    # a folder for transformers
     python scripts/export.py --model tuned.pth --output tuned-hf
+    # a transformers folder back into one file
+    python scripts/export.py --model tuned-hf --output tuned.pth
 
-The suffix of the output selects the format: .pth (read by ChatRWKV, rwkv.cpp and the PyPI package
-rwkv), .safetensors, or a folder for transformers.
+The suffix of the output selects the format: .pth (ChatRWKV, PyPI's rwkv), .safetensors, .gguf
+(llama.cpp, Ollama), .st (web-rwkv, Ai00), .bin (rwkv.cpp), or a folder for transformers. See
+docs/export.md.
 """
 
-import json
 import os
-import shutil
 from pathlib import Path
 
 from rwkv.cli import parse, report_errors
@@ -19,54 +22,45 @@ from rwkv.errors import UserError, printable
 
 
 def main(config: ExportConfig) -> None:
-    from rwkv import checkpoint, export
-    from rwkv.files import atomic_writes
+    from rwkv import checkpoint, export, export_folder, merge
 
-    if not config.model or not config.output:
+    base = config.model or (str(merge.base_of(config.lora)) if config.lora else "")
+    if not base or not config.output:
         raise UserError("--model and --output are required")
     output = Path(config.output)
-    folder = config.output.endswith("/") or (os.path.isdir(output) and output.suffix not in (".pth", ".safetensors"))
-    if not folder:
-        checkpoint.check_output(output, (".pth", ".safetensors", ""))
-    written = output if output.suffix in (".pth", ".safetensors") and not folder else output / "model.safetensors"
+    kind = export.format_of(config.output) if config.format == "auto" else config.format
+    folder = kind in ("folder", *export_folder.FORMATS)
+    written = export_folder.existing(output) if folder else output
+    if not folder and os.path.isdir(output):
+        raise UserError(f"{output}: a folder; pass a file name")
     if os.path.lexists(written) and not config.force:
         raise UserError(f"{written} already exists; pass --force to replace it, or choose another --output")
-    model = checkpoint.load_model(config.model, dtype=None)
-    tensors = export.tensors_of(model, config.dtype)
-    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
-    origin = {
-        "exported_from": os.path.abspath(config.model),
-        **{k: v for k, v in checkpoint.read_manifest(config.model).items() if k in ("tokenizer", "step")},
-    }
-    found: tuple[float, float] | None = None
-
-    def verify(file: Path, described: Path | None = None) -> None:
-        nonlocal found
-        if config.check_tokens:
-            found = export.difference(model, file, config.check_tokens, described)
-
-    if written is output:
-        checkpoint.write_tensors(output, tensors, {"kind": "model", **checkpoint.describe(model), **origin}, verify)
+    if kind == "peft":
+        export_folder.export_adapter(config.lora, base, output, config.lora_alpha or None)
+        print(printable(f"exported: {output} (peft adapter)"))
+        return
+    source = export.open_source(base, config.lora, config.lora_alpha or None, config.state)
+    tokens = max(0, config.check_tokens)
+    if folder:
+        kind = export_folder.layout_of(kind, source)
+    export.check_state(kind, source)
+    if folder:
+        dtype = export.dtype_in(kind, config.dtype, source)
+        shard = int(config.max_shard_gb * 1e9)
+        found = export_folder.export_folder(source, output, kind, dtype, tokens, config.ctx_len, shard)
     else:
-        settings = export.transformers_config(model, config.ctx_len, tensors["head.weight"].dtype)
-        made = not output.exists()
-        output.mkdir(parents=True, exist_ok=True)
-        try:
-            with atomic_writes([written, output / "config.json"]) as (weights, described):
-                checkpoint.save_safetensors(export.transformers_names(tensors), weights)
-                described.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-                verify(weights, described)
-        except BaseException:
-            if made:
-                shutil.rmtree(output)
-            raise
-    print(printable(f"exported: {output} ({', '.join(dtypes)})"))
-    if found:
-        print(
-            printable(
-                f"check:    largest logit difference from {config.model} {found[0]:.2e} (largest logit {found[1]:.2f})"
-            )
-        )
+        dtype = export.dtype_in(kind, config.dtype, source)
+        origin = {
+            "exported_from": os.path.abspath(base),
+            **({"adapter": os.path.abspath(config.lora)} if config.lora else {}),
+            **{k: v for k, v in checkpoint.read_manifest(base).items() if k in ("tokenizer", "step")},
+        }
+        found = export.export_file(source, output, kind, dtype, tokens, origin)
+    print(printable(f"exported: {output} ({', '.join(found.dtypes)})"))
+    checked = f"largest difference from {source.label}: weights {found.weights:.2e}"
+    if found.logits is not None:
+        checked += f", logits {found.logits:.2e} (largest logit {found.largest:.2f})"
+    print(printable(f"check:    {checked}"))
 
 
 if __name__ == "__main__":

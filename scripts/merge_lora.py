@@ -1,7 +1,9 @@
-"""Merge a LoRA adapter into its base, and verify the logits against base + adapter.
+"""Merge a LoRA adapter or a tuned state into its base, and compare logits with base + adapter.
 
     python scripts/merge_lora.py --adapter out/lora/rwkv-0.pth --output merged.pth
     python scripts/merge_lora.py --adapter a.pth,b.pth --weights 0.7,0.3 --output both.pth
+    # a tuned state becomes part of the model, which then begins every text with it
+    python scripts/merge_lora.py --adapter out/state/rwkv-0.pth --output tuned.pth
     # positional arguments as upstream: alpha, base, adapter, output
     python scripts/merge_lora.py [--use-gpu] 32 base.pth lora.pth merged.pth
 

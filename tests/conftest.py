@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny model, tiny data, the command line."""
 
 import contextlib
+import fcntl
 import gc
 import json
 import locale
@@ -43,6 +44,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 SET_BY_OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}  # the second by importing torch._dynamo
+
+
+def pytest_collection_finish() -> None:
+    """Let later garbage collections (DeepSpeed requests many) skip what is imported now."""
+    gc.collect()
+    gc.freeze()
 
 
 def process_state() -> dict[str, object]:
@@ -183,6 +190,20 @@ def byte_tokenizer(tmp_path):
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     return tmp_path / "tokenizer.json", {letter: i for i, letter in enumerate(alphabet, 1)}
+
+
+@pytest.fixture(scope="session")
+def fake_driver(tmp_path_factory) -> Path:
+    """The fake CUDA driver of tests/wkv/fake_gpu.py, compiled once for all test processes."""
+    import fake_gpu
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "driver"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = folder / "libcuda.so.1"
+        return library if library.exists() else fake_gpu.build(folder)
 
 
 @pytest.fixture

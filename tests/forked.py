@@ -5,6 +5,7 @@ process is like one that a user starts: its own arguments, folder, environment, 
 exit status. Not tested this way: importing, and what Python does at exit.
 """
 
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -83,6 +84,7 @@ def _main(argv: list[str], cwd: str, environment: dict[str, str], streams: list[
         os.close(opened)
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    gc.freeze()  # garbage collections skip what the server has imported, and leave its memory shared
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)

@@ -13,7 +13,7 @@ import rwkv
 
 ROOT = Path(__file__).parents[1]
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
-SCRIPTS = {"inspect_data": "inspect", "merge_lora": "merge"}
+SCRIPTS = {"inspect_data": "inspect", "merge_lora": "merge", "fetch": "model"}
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 
 

@@ -14,25 +14,30 @@ from rwkv.cli import parse
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "README.zh.md", *(ROOT / "docs").rglob("*.md")])
 TRANSLATED = [("README.md", "README.zh.md")] + [
-    (f"docs/{name}.md", f"docs/zh/{name}.md") for name in ("guide", "data-formats", "gpus-and-memory", "faq")
+    (f"docs/{name}.md", f"docs/zh/{name}.md")
+    for name in "guide models recipes export state-tuning evaluation serving data-formats gpus-and-memory faq".split()
 ]
 CONFIGS = {
     "lora": config.LoRAConfig,
-    "finetune": config.TrainConfig,
+    "state": config.StateConfig,
+    "finetune": config.FinetuneConfig,
     "pretrain": config.TrainConfig,
     "convert": config.ConvertConfig,
     "inspect": config.InspectConfig,
     "merge": config.MergeConfig,
     "generate": config.GenerateConfig,
+    "serve": config.ServeConfig,
+    "evaluate": config.EvaluateConfig,
     "export": config.ExportConfig,
     "estimate": config.EstimateConfig,
     "doctor": config.DoctorConfig,
+    "model": config.FetchConfig,
 }
-SCRIPTS = {"inspect_data": "inspect", "merge_lora": "merge"}
+SCRIPTS = {"inspect_data": "inspect", "merge_lora": "merge", "fetch": "model"}
 TARGETS = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 SERVICES = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
-COMMAND = re.compile(r"^(?:    )?((?:make|python|docker|git|conda) .*)$", re.MULTILINE)
-INPUTS = ("load_model", "data_file", "input", "adapter", "model", "lora", "lora_load", "verify")
+COMMAND = re.compile(r"^(?:    )?(?:[A-Z_]+=\S+ )?((?:make|python|docker|git|conda) .*)$", re.MULTILINE)
+INPUTS = ("load_model", "data_file", "input", "adapter", "model", "lora", "lora_load", "state", "verify", "prompts")
 
 
 def page_id(page: Path) -> str:
@@ -62,8 +67,11 @@ def job(words: list[str]) -> tuple[str, list[str]] | None:
         variables = dict(word.split("=", 1) for word in words[1:] if "=" in word)
         targets = [word for word in words[1:] if "=" not in word]
         assert set(targets) <= TARGETS, words
-        assert set(variables) <= {"ARGS", "STACK", "PY"}, words
+        assert set(variables) <= {"ARGS", "STACK", "PY", *(["MODEL"] if targets == ["model"] else [])}, words
         assert variables.get("STACK", "modern") in ("cu117", "modern")
+        if targets == ["model"]:
+            chosen = ["--model", variables["MODEL"]] if "MODEL" in variables else []
+            return "model", [*chosen, *shlex.split(variables.get("ARGS", ""))]
         return (targets[0], shlex.split(variables["ARGS"])) if "ARGS" in variables else None
     if words[0] == "python":
         path = Path(words[1])
@@ -71,6 +79,7 @@ def job(words: list[str]) -> tuple[str, list[str]] | None:
         return SCRIPTS.get(path.stem, path.stem), words[2:]
     if words[:2] == ["docker", "compose"] and words[2] == "run":
         assert words[3] == "--rm"
+        words = [word for word in words if word != "--service-ports"]
         assert words[4] in SERVICES, words
         return (words[4], words[5:]) if len(words) > 5 else None
     assert words[0] in ("git", "docker", "cd", "conda"), words
@@ -79,7 +88,7 @@ def job(words: list[str]) -> tuple[str, list[str]] | None:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_commands_parse_and_their_files_exist(page):
-    existing = {"out/demo/base/rwkv-0.pth", "out/demo/tuned.pth"}  # created by the demo
+    existing = {"out/demo/base/rwkv-0.pth", "out/demo/lora/rwkv-0.pth", "out/demo/tuned.pth"}  # created by the demo
     assert all(f"{path.removeprefix('out/demo/')}" in read("scripts/demo.sh") for path in existing)
     for words in commands(page.read_text(encoding="utf-8")):
         name, flags = job(words) or ("", [])
@@ -88,17 +97,21 @@ def test_commands_parse_and_their_files_exist(page):
         values = vars(parse(CONFIGS[name], "", flags))
         for flag in INPUTS:
             path = values.get(flag)
-            if not isinstance(path, str) or (name, flag) == ("estimate", "model"):  # --lora true, --model 7b
+            # --lora true, --model 7b
+            if not isinstance(path, str) or (name, flag) in (("estimate", "model"), ("model", "model")):
                 continue
             for part in filter(None, path.split(",")):
+                part = part.rpartition("=")[2]  # serve: NAME=FILE
                 assert part in existing or list(ROOT.glob(part)), (
                     f"{part}: created by no earlier command of {page_id(page)}"
                 )
         if name == "convert" and values["output_prefix"]:
             existing.add(f"{values['output_prefix']}_text_document")
-        if name in ("lora", "finetune", "pretrain"):
+        if name in ("lora", "state", "finetune", "pretrain"):
             existing.add(f"{values['proj_dir']}/rwkv-{values['epoch_count'] - 1}.pth")
-        if name in ("merge", "export"):
+        if name == "model" and values["model"]:
+            existing.add(f"models/{values['model']}.pth")
+        if name in ("merge", "export", "generate") and values["output"]:
             existing.add(values["output"])
 
 

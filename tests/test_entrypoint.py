@@ -26,7 +26,7 @@ def entrypoint(tmp_path):
     def run(*arguments, gpus=(A100,), driver="535.54.03", stack="cu117", shm_mib=8192, writable=True, **environment):
         home = tmp_path / "opt"
         shutil.rmtree(home, ignore_errors=True)
-        for folder in ("docker", "scripts", "out", "bin", "rwkv/kernels/lib/torch"):
+        for folder in ("docker", "scripts", "out", "models", "bin", "rwkv/kernels/lib/torch"):
             (home / folder).mkdir(parents=True)
         shutil.copy(ROOT / "docker/entrypoint.sh", home / "docker")
         shutil.copy(ROOT / "rwkv/drivers.txt", home / "rwkv")
@@ -65,6 +65,11 @@ def test_supported_gpu_and_driver(entrypoint):
         assert (result.returncode, result.stdout, result.stderr) == (0, "ran scripts/lora.py --x 1\n", "")
 
 
+def test_server_listens_where_told(entrypoint):
+    told = entrypoint("serve", "--model", "m", RWKV_HOST="0.0.0.0").stdout  # compose.yaml
+    assert told == "ran scripts/serve.py --host 0.0.0.0 --model m\n"
+
+
 def test_lora_without_flags_runs_demo(entrypoint):
     assert entrypoint("lora").stdout == entrypoint().stdout == "demo with python\n"
     assert entrypoint("lora", "--version", "4").stdout == "demo with python\n"
@@ -76,7 +81,9 @@ def test_lora_without_flags_runs_demo(entrypoint):
     [
         (["generate", "--ask", "x"], "ran scripts/generate.py --ask x"),
         (["inspect"], "ran scripts/inspect_data.py"),
+        (["model", "--list"], "ran scripts/fetch.py --list"),
         (["merge", "--adapter", "a"], "ran scripts/merge_lora.py --adapter a"),
+        (["serve", "--model", "a b"], "ran scripts/serve.py --model a b"),
         (["test", "tests/gpu"], "ran -m pytest tests/gpu"),
         (["newer", "--flag"], "ran scripts/newer.py --flag"),
         (["shell", "-c", "echo hello"], "hello"),
@@ -166,3 +173,4 @@ def test_jobs_without_gpu(entrypoint):
 def test_jobs_without_output(entrypoint):
     assert entrypoint("generate", writable=False, shm_mib=64).returncode == 0
     assert entrypoint("merge", writable=False).returncode == 78
+    assert "models is not writable" in entrypoint("model", writable=False).stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = "venv env tools image test-image reproduce compose-env lora finetune pretrain convert inspect merge generate export doctor estimate demo test test-gpu bench lint lock pin licenses sbom clean".split()
+TARGETS = "venv env tools image test-image reproduce compose-env lora state finetune pretrain convert inspect merge generate serve evaluate export doctor estimate model demo lm-eval test test-gpu bench lint lock pin licenses sbom clean".split()
 # Whether make of this checkout created this Python. It would recreate the environment of another
 # checkout.
 OWN_ENVIRONMENT = (Path(sys.prefix) / ".ready").exists() and ROOT in Path(sys.prefix).resolve().parents
@@ -63,18 +63,40 @@ def test_unknown_variable(word):
     assert f"{word.split('=')[0]} is not a variable of this Makefile; pass flags of a job as ARGS=" in result.stderr
 
 
+def test_model_variable(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!/usr/bin/env bash\nset -f; echo $* >>{tmp_path}/called\n")
+    python.chmod(0o755)
+    assert make("model", "MODEL=rwkv7-g1-0.1b", f"PY={python}", ARGS="--newest").returncode == 0
+    *_, last = (tmp_path / "called").read_text().splitlines()
+    assert last == "scripts/fetch.py --model rwkv7-g1-0.1b --newest"
+    assert "MODEL is not a variable" in make("lora", "MODEL=x", f"PY={python}").stderr  # lora would ignore it
+
+
 def test_environment_variables_on_command_line():
     assert make("help", "CUDA_VISIBLE_DEVICES=1", "OMP_NUM_THREADS=2").returncode == 0
 
 
 JOBS = {
     name: f"scripts/{name}.py"
-    for name in ("finetune", "pretrain", "convert", "generate", "export", "doctor", "estimate")
+    for name in (
+        "state",
+        "finetune",
+        "pretrain",
+        "convert",
+        "generate",
+        "serve",
+        "evaluate",
+        "export",
+        "doctor",
+        "estimate",
+    )
 }
 JOBS |= {
     "lora": "scripts/demo_corpus.py",
     "demo": "scripts/demo_corpus.py",
     "merge": "scripts/merge_lora.py",
+    "model": "scripts/fetch.py",
     "inspect": "scripts/inspect_data.py",
     "test": "-m pytest",
     "test-gpu": "-m pytest tests/gpu -m gpu",

@@ -88,6 +88,7 @@ def test_lock_is_complete_and_minimal():
 
 def test_locked_files_have_hashes():
     locks = [f"env/locks/{stack}{part}.txt" for stack in STACKS for part in ("", "-deepspeed")]
+    locks += [f"env/locks/lm-eval-{stack}.txt" for stack in STACKS]
     locks += ["env/locks/tools.txt", "env/locks/uv.txt"]
     npm = {"env/locks/package.json", "env/locks/package-lock.json"}  # integrity in place of hashes
     assert {path.name for path in (ROOT / "env/locks").iterdir()} == {Path(name).name for name in [*locks, *npm]}
@@ -101,6 +102,18 @@ def test_locked_files_have_hashes():
 def test_installed_versions_match_lock():
     for name, version in locked(HERE).items():
         assert importlib.metadata.version(name).split("+")[0] == version, name
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_lm_eval_lock_is_beside_the_stack(stack):
+    """It is installed into a folder of its own, and must not replace what the stack has."""
+    text = (ROOT / f"env/locks/lm-eval-{stack}.txt").read_text()
+    found = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.MULTILINE))
+    assert [f"lm-eval=={found['lm-eval']}"] == PROJECT["optional-dependencies"]["lm-eval"]
+    stacks = (ROOT / f"env/locks/{stack}.txt").read_text()
+    everywhere = re.findall(r"^([\w.-]+)===?\S+ \\$", stacks, re.MULTILINE)  # without a marker
+    assert len(everywhere) > 50
+    assert set(found) & set(everywhere) <= {"fsspec"}
 
 
 def test_documented_stack_versions():

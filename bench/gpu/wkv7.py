@@ -6,15 +6,13 @@ Times are in milliseconds per call: medians of CUDA events around 20 calls, whic
 the GPU is still busy with other work. `floor` is the time to read each input and write each output
 once at the speed of a large copy on the same GPU: r, w, k, v, a, b, y forward; these, gy, and six
 gradients backward, without the states that the forward pass saves (N/4 bytes per element, as many
-bytes again with bf16). `narrow` has the rows of a head in four blocks. A shape that fails is
-reported, and the others are still measured.
+bytes again with bf16). A shape that fails is reported, and the others are still measured.
 """
 
 import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -46,19 +44,10 @@ def measure(shape: Shape, dtype: torch.dtype, speed: float, loop: bool) -> dict:
     if reason := load.why_unavailable_on(device):
         raise RuntimeError(reason)
     result = dict(zip(("B", "T", "H"), shape, strict=True), dtype=str(dtype).removeprefix("torch."))
-
-    def kernels(narrow: bool) -> native.Kernels:
-        return native.cuda_kernels(gy, device, lambda: torch.cuda.current_stream().cuda_stream, narrow)
-
-    def forward(narrow: bool) -> Callable[[], tuple]:
-        return lambda: kernels(narrow).forward(*inputs, None, None, None)
-
-    y, _, saved = forward(False)()
-    for name, narrow in (("wide", False), ("narrow", True)):
-        if not torch.equal(forward(narrow)()[0], y):
-            raise RuntimeError(f"{name}: not the result of the chosen kernel")
-        result[name] = median_ms(forward(narrow))
-    result["backward"] = median_ms(lambda: kernels(False).backward(*inputs, None, None, saved, gy, None))
+    kernels = native.cuda_kernels(gy, device, lambda: torch.cuda.current_stream().cuda_stream)
+    saved = kernels.forward(*inputs, None, None, None)[2]
+    result["forward"] = median_ms(lambda: kernels.forward(*inputs, None, None, None))
+    result["backward"] = median_ms(lambda: kernels.backward(*inputs, None, None, saved, gy, None))
     tensors, size = gy.numel(), gy.element_size()
     result["forward_floor"] = tensors * (6 * size + 4) / speed
     result["backward_floor"] = tensors * (12 * size - size + 8) / speed
@@ -83,7 +72,7 @@ def main() -> None:
     compiler = build.manifest().get("device", {}).get("compiler")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {compiler}; copy {speed / 1e9:.2f} TB/s")
     print(
-        f"{'B':>3} {'T':>5} {'H':>3} {'dtype':>9} | {'wide ms':>8} {'× floor':>7} {'narrow ms':>9} {'× floor':>7} |"
+        f"{'B':>3} {'T':>5} {'H':>3} {'dtype':>9} | {'fwd ms':>8} {'× floor':>7} |"
         f" {'bwd ms':>8} {'× floor':>7} {'ns/token':>8} | loop / operator"
     )
     results, failed = [], 0
@@ -98,8 +87,7 @@ def main() -> None:
             results.append(r)
             print(
                 f"{r['B']:3} {r['T']:5} {r['H']:3} {r['dtype']:>9} |"
-                f" {r['wide']:8.3f} {r['wide'] / r['forward_floor']:7.2f}"
-                f" {r['narrow']:9.3f} {r['narrow'] / r['forward_floor']:7.2f} |"
+                f" {r['forward']:8.3f} {r['forward'] / r['forward_floor']:7.2f} |"
                 f" {r['backward']:8.3f} {r['backward'] / r['backward_floor']:7.2f} {r['backward'] / r['T'] * 1e6:8.0f} |"
                 + (f" {r['reference']:.0f} / {r['cuda']:.3f} ms" if "cuda" in r else ""),
                 flush=True,

@@ -39,7 +39,7 @@ TORCH_LIBRARY(rwkv, library) {
       cpu::wkv6_backward);
   const std::string wkv7_inputs = "Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, ";
   define_pair("wkv7_cpu_forward", "wkv7_cuda_forward", wkv7_inputs + "Tensor? state, Tensor? initial, Tensor? reset",
-              ", bool narrow", "(Tensor y, Tensor state, Tensor saved)", cpu::wkv7_forward, gpu::wkv7_forward);
+              "", "(Tensor y, Tensor state, Tensor saved)", cpu::wkv7_forward, gpu::wkv7_forward);
   define_pair("wkv7_cpu_backward", "wkv7_cuda_backward",
               wkv7_inputs + "Tensor? initial, Tensor? reset, Tensor saved, Tensor gy, Tensor? gstate", "",
               "(Tensor gr, Tensor gw, Tensor gk, Tensor gv, Tensor ga, Tensor gb, Tensor gstate, Tensor ginitial)",
@@ -60,6 +60,11 @@ TORCH_LIBRARY(rwkv, library) {
   fused("dropout", "Tensor x, Tensor seed, float p", "Tensor", cpu::dropout, gpu::dropout);
   fused("dropout_add", "Tensor(a!) y, Tensor x, Tensor seed, float p", "()", cpu::dropout_add, gpu::dropout_add);
   fused("loss", "Tensor(a!) logits, Tensor target, float l2wrap, bool gradient", "Tensor", cpu::loss, gpu::loss);
+  fused("nf4_dense",
+        "Tensor packed, Tensor levels, Tensor absmax, Tensor absmax_levels, Tensor group_absmax, Tensor offset, "
+        "int[] sizes, ScalarType dtype",
+        "Tensor", cpu::nf4_dense, gpu::nf4_dense);
+  fused("int8_dense", "Tensor x, Tensor absmax, ScalarType dtype", "Tensor", cpu::int8_dense, gpu::int8_dense);
   library.def(
       "adam(Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, float step, float rate, float beta1, float beta2, "
       "float eps, float decay, bool decoupled, float clip) -> ()",

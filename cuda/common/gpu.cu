@@ -2,3 +2,4 @@
 #include "wkv4/wkv4.cu"
 #include "wkv7/wkv7.cu"
 #include "elementwise/fused.cu"
+#include "quant/quant.cu"

@@ -1,20 +1,15 @@
-// Host code for operators with a matrix-valued state by head (WKV6): checks of arguments, and the
-// parallel loop over heads.
+// Host code of the operators with a matrix-valued state by head (WKV6, WKV7): checks of arguments,
+// and the parallel loop over heads.
 #pragma once
 #include <ATen/Parallel.h>
 
 #include <vector>
 
-#include "common/operations.h"
+#include "common/arguments.h"
 
 namespace heads {
 
-inline void check(const char* op, const Tensor& x, const char* name, const Tensor& like, at::ScalarType dtype,
-                  at::IntArrayRef sizes) {
-  TORCH_CHECK(x.sizes() == sizes && x.scalar_type() == dtype && x.device() == like.device() && x.is_contiguous(), op,
-              ": ", name, " must be a contiguous ", dtype, " tensor of sizes ", sizes, " on ", like.device(), "; got ",
-              x.scalar_type(), " ", x.sizes(), " on ", x.device());
-}
+using arguments::check;
 
 // Checks r [B, T, H, N], and the states and resets, which may be null.
 inline void check_common(const char* op, const Tensor& r, int max_N, const Tensor* state, const Tensor* initial,
@@ -28,15 +23,13 @@ inline void check_common(const char* op, const Tensor& r, int max_N, const Tenso
   if (reset) check(op, *reset, "reset", r, at::kBool, {B, T});
 }
 
-inline const float* floats(const Tensor* x) { return x ? x->data_ptr<float>() : nullptr; }
-// A bool tensor may hold any nonzero byte for true.
-inline const uint8_t* flags(const Tensor* x) { return x ? static_cast<const uint8_t*>(x->data_ptr()) : nullptr; }
-
-// The index of the loops for r's dtype: 0 for fp32, 1 for bf16.
-inline int cpu_dtype(const char* op, const Tensor& r) {
-  TORCH_CHECK(r.is_cpu() && (r.scalar_type() == at::kFloat || r.scalar_type() == at::kBFloat16), op,
-              "'s CPU kernels take fp32 or bf16 on a CPU; r is ", r.scalar_type(), " on ", r.device());
-  return r.scalar_type() == at::kBFloat16;
+// Checks what the backward pass gets besides the inputs.
+inline void check_gradients(const char* op, const Tensor& r, int64_t chunks, const Tensor& saved, const Tensor& gy,
+                            const Tensor* gstate) {
+  const int64_t B = r.size(0), H = r.size(2), N = r.size(3);
+  check(op, saved, "saved", r, at::kFloat, {B, H, chunks, N, N});
+  check(op, gy, "gy", r, r.scalar_type(), r.sizes());
+  if (gstate) check(op, *gstate, "gstate", r, at::kFloat, {B, H, N, N});
 }
 
 // Calls work(row, head, scratch) for each head of each batch row, in parallel.

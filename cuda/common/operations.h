@@ -1,6 +1,6 @@
 // The operators behind torch.ops.rwkv (binding.cpp), for CPUs and, with the device and the stream
-// to launch on, for GPUs. Implemented in wkv4.cpp, wkv6.cpp, wkv7.cpp, fused.cpp and
-// fused_gpu.cpp. None of torch's headers that declare every operator are included: they dominate
+// to launch on, for GPUs. Implemented in wkv4.cpp, wkv6.cpp, wkv7.cpp, fused.cpp, fused_gpu.cpp,
+// quant.cpp and quant_gpu.cpp. None of torch's headers that declare every operator are included: they dominate
 // compile time.
 #pragma once
 #include <ATen/core/Tensor.h>
@@ -66,6 +66,10 @@ Tensor loss(const Tensor& logits, const Tensor& target, double l2wrap, bool grad
 void adam(const Tensor& p, const Tensor& g, const Tensor& m, const Tensor& v, double step, double rate, double beta1,
           double beta2, double eps, double decay, bool decoupled, double clip);  // CPU only
 
+Tensor nf4_dense(const Tensor& packed, const Tensor& levels, const Tensor& absmax, const Tensor& absmax_levels,
+                 const Tensor& group_absmax, const Tensor& offset, at::IntArrayRef sizes, at::ScalarType dtype);
+Tensor int8_dense(const Tensor& x, const Tensor& absmax, at::ScalarType dtype);
+
 }  // namespace cpu
 
 namespace gpu {
@@ -79,7 +83,7 @@ Gradients wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const
                         int64_t stream);
 Outputs wkv7_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
                      const Tensor& b, const Optional<Tensor>& state, const Optional<Tensor>& initial,
-                     const Optional<Tensor>& reset, bool narrow, int64_t device, int64_t stream);
+                     const Optional<Tensor>& reset, int64_t device, int64_t stream);
 Wkv7GradientTensors wkv7_backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
                                   const Tensor& b, const Optional<Tensor>& initial, const Optional<Tensor>& reset,
                                   const Tensor& saved, const Tensor& gy, const Optional<Tensor>& gstate, int64_t device,
@@ -101,5 +105,10 @@ Tensor relu2_backward(const Tensor& g, const Tensor& k, int64_t device, int64_t 
 Tensor dropout(const Tensor& x, const Tensor& seed, double p, int64_t device, int64_t stream);
 void dropout_add(const Tensor& y, const Tensor& x, const Tensor& seed, double p, int64_t device, int64_t stream);
 Tensor loss(const Tensor& logits, const Tensor& target, double l2wrap, bool gradient, int64_t device, int64_t stream);
+
+Tensor nf4_dense(const Tensor& packed, const Tensor& levels, const Tensor& absmax, const Tensor& absmax_levels,
+                 const Tensor& group_absmax, const Tensor& offset, at::IntArrayRef sizes, at::ScalarType dtype,
+                 int64_t device, int64_t stream);
+Tensor int8_dense(const Tensor& x, const Tensor& absmax, at::ScalarType dtype, int64_t device, int64_t stream);
 
 }  // namespace gpu

@@ -5,45 +5,40 @@
 #include <algorithm>
 #include <string>
 
+#include "common/arguments.h"
 #include "common/cpu_width.h"
 #include "common/launcher.h"
-#include "common/operations.h"
 #include "wkv4/wkv4_args.h"
 #include "wkv4/wkv4_cpu.h"
 
 namespace {
 
-const float* floats(const Tensor* x) { return x ? x->data_ptr<float>() : nullptr; }
+using arguments::check;
+using arguments::flags;
+using arguments::floats;
+
 // Sum over the rows of [rows, C].
 Tensor sum_rows(const Tensor& x) { return x.size(0) == 1 ? x.select(0, 0) : x.sum(0); }
-// A bool tensor may hold any nonzero byte for true.
-const uint8_t* flags(const Tensor* x) { return x ? static_cast<const uint8_t*>(x->data_ptr()) : nullptr; }
-
-void check(const Tensor& x, const char* name, const Tensor& like, at::ScalarType dtype, at::IntArrayRef sizes) {
-  TORCH_CHECK(x.sizes() == sizes && x.scalar_type() == dtype && x.device() == like.device() && x.is_contiguous(),
-              "wkv4: ", name, " must be a contiguous ", dtype, " tensor of sizes ", sizes, " on ", like.device(),
-              "; got ", x.scalar_type(), " ", x.sizes(), " on ", x.device());
-}
 
 void check_inputs(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor* state,
                   const Tensor* initial, const Tensor* reset) {
   TORCH_CHECK(k.dim() == 3 && k.size(1) >= 1, "wkv4: k must be [B, T, C] with T at least 1; got ", k.sizes());
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
-  check(w, "w", k, at::kFloat, {C});
-  check(u, "u", k, at::kFloat, {C});
-  check(k, "k", k, k.scalar_type(), {B, T, C});
-  check(v, "v", k, k.scalar_type(), {B, T, C});
-  if (state) check(*state, "state", k, at::kFloat, {B, 3, C});
-  if (initial) check(*initial, "initial", k, at::kFloat, {B, 3, C});
-  if (reset) check(*reset, "reset", k, at::kBool, {B, T});
+  check("wkv4", w, "w", k, at::kFloat, {C});
+  check("wkv4", u, "u", k, at::kFloat, {C});
+  check("wkv4", k, "k", k, k.scalar_type(), {B, T, C});
+  check("wkv4", v, "v", k, k.scalar_type(), {B, T, C});
+  if (state) check("wkv4", *state, "state", k, at::kFloat, {B, 3, C});
+  if (initial) check("wkv4", *initial, "initial", k, at::kFloat, {B, 3, C});
+  if (reset) check("wkv4", *reset, "reset", k, at::kBool, {B, T});
 }
 
 void check_gradient_inputs(const Tensor& k, const Tensor& saved, int64_t states, const Tensor& gy,
                            const Tensor* gstate) {
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
-  check(saved, "saved", k, at::kFloat, {B, states, 3, C});
-  check(gy, "gy", k, k.scalar_type(), {B, T, C});
-  if (gstate) check(*gstate, "gstate", k, at::kFloat, {B, 3, C});
+  check("wkv4", saved, "saved", k, at::kFloat, {B, states, 3, C});
+  check("wkv4", gy, "gy", k, k.scalar_type(), {B, T, C});
+  if (gstate) check("wkv4", *gstate, "gstate", k, at::kFloat, {B, 3, C});
 }
 
 // ---- CPU: parallel over (batch row) x (channels) ----
@@ -55,12 +50,6 @@ const Wkv4Loops& loops() {
   if (cpu_width() == Width::avx2) return wkv4_loops_avx2;
 #endif
   return wkv4_loops_baseline;
-}
-
-int cpu_dtype(const Tensor& k) {
-  TORCH_CHECK(k.is_cpu() && (k.scalar_type() == at::kFloat || k.scalar_type() == at::kBFloat16),
-              "wkv4's CPU kernels take fp32 or bf16 on a CPU; k is ", k.scalar_type(), " on ", k.device());
-  return k.scalar_type() == at::kBFloat16;
 }
 
 // Each thread gets contiguous channels, in full blocks, of as few rows as possible.
@@ -83,7 +72,7 @@ Outputs cpu::wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, con
                           const Optional<Tensor>& state, const Optional<Tensor>& initial,
                           const Optional<Tensor>& reset) {
   check_inputs(w, u, k, v, or_null(state), or_null(initial), or_null(reset));
-  const int dtype = cpu_dtype(k);
+  const int dtype = arguments::cpu_dtype("wkv4", k, "k");
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
   const auto fp32 = k.options().dtype(at::kFloat);
   const int64_t chunks = (T + WKV4_SAVE_INTERVAL - 1) / WKV4_SAVE_INTERVAL;
@@ -102,7 +91,7 @@ Gradients cpu::wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, 
                              const Tensor& gy, const Optional<Tensor>& gstate) {
   check_inputs(w, u, k, v, nullptr, or_null(initial), or_null(reset));
   check_gradient_inputs(k, saved, (k.size(1) + WKV4_SAVE_INTERVAL - 1) / WKV4_SAVE_INTERVAL + 1, gy, or_null(gstate));
-  const int dtype = cpu_dtype(k);
+  const int dtype = arguments::cpu_dtype("wkv4", k, "k");
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
   const auto fp32 = k.options().dtype(at::kFloat);
   const Tensor gw = k.new_empty({B, C}, fp32), gu = k.new_empty({B, C}, fp32), gk = k.new_empty(k.sizes()),

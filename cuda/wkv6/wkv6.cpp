@@ -6,9 +6,9 @@
 
 namespace {
 
-using heads::check;
-using heads::flags;
-using heads::floats;
+using arguments::check;
+using arguments::flags;
+using arguments::floats;
 
 void check_inputs(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& u,
                   const Tensor* state, const Tensor* initial, const Tensor* reset) {
@@ -27,7 +27,7 @@ Wkv6Problem problem(const Tensor& r, const Tensor& w, const Tensor& k, const Ten
           floats(&u), flags(reset), floats(state), floats(initial), saved.data_ptr<float>()};
 }
 
-int64_t chunks(int64_t T) { return (T + WKV6_SAVE_INTERVAL - 1) / WKV6_SAVE_INTERVAL; }
+int64_t chunks(const Tensor& r) { return (r.size(1) + WKV6_SAVE_INTERVAL - 1) / WKV6_SAVE_INTERVAL; }
 
 const Wkv6Loops& loops() {
 #ifdef __x86_64__
@@ -44,10 +44,10 @@ Outputs cpu::wkv6_forward(const Tensor& r, const Tensor& w, const Tensor& k, con
                           const Optional<Tensor>& state, const Optional<Tensor>& initial,
                           const Optional<Tensor>& reset) {
   check_inputs(r, w, k, v, u, or_null(state), or_null(initial), or_null(reset));
-  const int dtype = heads::cpu_dtype("wkv6", r);
-  const int64_t B = r.size(0), T = r.size(1), H = r.size(2), N = r.size(3);
+  const int dtype = arguments::cpu_dtype("wkv6", r, "r");
+  const int64_t B = r.size(0), H = r.size(2), N = r.size(3);
   const Tensor y = r.new_empty(r.sizes()), last = w.new_empty({B, H, N, N});
-  const Tensor saved = w.new_empty({B, H, chunks(T), N, N});
+  const Tensor saved = w.new_empty({B, H, chunks(r), N, N});
   const Wkv6Problem q = problem(r, w, k, v, u, or_null(state), or_null(initial), or_null(reset), saved);
   const Wkv6Outputs out{y.data_ptr(), last.data_ptr<float>()};
   heads::each(r, wkv6_forward_scratch(N),
@@ -59,11 +59,9 @@ Wkv6GradientTensors cpu::wkv6_backward(const Tensor& r, const Tensor& w, const T
                                        const Tensor& u, const Optional<Tensor>& initial, const Optional<Tensor>& reset,
                                        const Tensor& saved, const Tensor& gy, const Optional<Tensor>& gstate) {
   check_inputs(r, w, k, v, u, nullptr, or_null(initial), or_null(reset));
-  const int dtype = heads::cpu_dtype("wkv6", r);
-  const int64_t B = r.size(0), T = r.size(1), H = r.size(2), N = r.size(3);
-  check("wkv6", saved, "saved", r, at::kFloat, {B, H, chunks(T), N, N});
-  check("wkv6", gy, "gy", r, r.scalar_type(), r.sizes());
-  if (or_null(gstate)) check("wkv6", *or_null(gstate), "gstate", r, at::kFloat, {B, H, N, N});
+  const int dtype = arguments::cpu_dtype("wkv6", r, "r");
+  const int64_t B = r.size(0), H = r.size(2), N = r.size(3);
+  heads::check_gradients("wkv6", r, chunks(r), saved, gy, or_null(gstate));
   const Tensor gr = r.new_empty(r.sizes()), gk = k.new_empty(k.sizes()), gv = v.new_empty(v.sizes());
   const Tensor gw = w.dim() == 2 ? w.new_empty({B, H, N}) : w.new_empty(w.sizes()), gu = u.new_empty({B, H, N});
   const Tensor gfirst = w.new_empty({B, H, N, N});

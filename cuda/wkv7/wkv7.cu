@@ -290,9 +290,6 @@ template <class S> WKV_FN void gradient(const Wkv7Args& q) {
 
 #define KERNELS_OF(E)                                                                                              \
   KERNEL(32 * WKV7_WARPS, 2) wkv7_output_##E(const Wkv7Args q) { output<Shape<E, 64, 2, WKV7_WARPS>>(q); }          \
-  KERNEL(32 * WKV7_NARROW_WARPS) wkv7_narrow_output_##E(const Wkv7Args q) {                                         \
-    output<Shape<E, 64, 2, WKV7_NARROW_WARPS>>(q);                                                                  \
-  }                                                                                                                 \
   KERNEL(32 * WKV7_WARPS, 1) wkv7_gradient_##E(const Wkv7Args q) { gradient<Shape<E, 64, 4, WKV7_WARPS>>(q); }
 KERNELS_OF(fp32)
 KERNELS_OF(bf16)

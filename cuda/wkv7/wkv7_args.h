@@ -2,11 +2,10 @@
 #pragma once
 
 enum {
-  WKV7_INTERVAL = 16,    // tokens per saved state
-  WKV7_WARP_ROWS = 8,    // rows of a state per warp
-  WKV7_WARPS = 8,        // per block, so that a block has the 64 rows of a head of the usual size
-  WKV7_NARROW_WARPS = 2, // per block of wkv7_narrow_output_*, for few heads
-  WKV7_WIDE_WARPS = 4    // per block of wkv7_gradient_128 and _256, to fit 48 KiB of shared memory
+  WKV7_INTERVAL = 16,  // tokens per saved state
+  WKV7_WARP_ROWS = 8,  // rows of a state per warp
+  WKV7_WARPS = 8,      // per block, so that a block has the 64 rows of a head of the usual size
+  WKV7_WIDE_WARPS = 4  // per block of wkv7_gradient_128 and _256, to fit 48 KiB of shared memory
 };
 
 struct Wkv7Args {

@@ -1,24 +1,34 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685) on a model's linear layers: inject, freeze, save,
-combine, merge.
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) and DoRA (Liu et al. 2024, arXiv:2402.09353) on a model's
+linear layers: inject, freeze, save, combine, merge.
 
 x ──► W ───────────────► + ──► y        y = W x + (α/r) · B A dropout(x)
 └──► A [r, in] ► B [out, r] ─┘          W is frozen; B starts at zero (no change at first)
 
+DoRA multiplies every element of y by m / ‖row of W + (α/r) B A‖, where the vector m is trained too;
+it begins with the norms of W's rows, and no gradient flows through the norm. (With dropout, peft
+also drops inputs of W.)
+
 In addition to the model's saved activations, an adapter saves e·r bytes per token (e: 2 in bf16, 4
-in fp32). The adaptable layers of a model are defined by its version (PARTS).
+in fp32), with DoRA e·(r + out). The adaptable layers of a model are defined by its version (PARTS).
 """
 
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rwkv.adapters import state
 from rwkv.kernels.elementwise import native
-from rwkv.kernels.linear import Matrix, linear_forward, linear_grad_input, rows
+from rwkv.kernels.linear import Matrix, Weight, dense, linear_forward, linear_grad_input, quantised, rows
 from rwkv.models import RWKV
 from rwkv.models.parts import Parts, layer_of
+
+_MAGNITUDE = "magnitude_vector"  # lora_magnitude_vector, peft's name
+_TINY = 1e-12  # a row of zeros has a finite quotient
+_ROWS = 1024  # of a matrix converted to fp32 at a time
 
 
 def parts_in(flag: str) -> tuple[str, ...]:
@@ -40,7 +50,12 @@ def foreign_layers(names: Collection[str], known: Parts) -> list[str]:
 
 
 def _adapted_layers(names: Collection[str]) -> set[str]:
-    return {layer_of(re.sub(r"\.lora_[AB]$", "", name)) for name in names if name.endswith((".lora_A", ".lora_B"))}
+    return {layer_of(found[1]) for name in names if (found := re.fullmatch(rf"(.*)\.lora_(A|B|{_MAGNITUDE})", name))}
+
+
+def uses_dora(names: Collection[str]) -> bool:
+    """Whether an adapter whose tensors have these names is DoRA."""
+    return any(name.endswith(f".lora_{_MAGNITUDE}") for name in names)
 
 
 class _LoRAFunction(torch.autograd.Function):
@@ -50,10 +65,11 @@ class _LoRAFunction(torch.autograd.Function):
         flat, dtype = rows(x), x.dtype
         ctx.scale, ctx.dropout, ctx.recompute = scale, dropout, recompute.function
         ctx.seed = native.new_seed(x.device) if dropout else None
-        y = linear_forward(flat, weight.to(dtype))
+        ctx.quantised = quantised(weight)
+        y = linear_forward(flat, weight)
         low = linear_forward(_apply_dropout(ctx, flat), a.to(dtype))  # [N, r]
         y.addmm_(low, b.to(dtype).t(), alpha=scale)
-        ctx.save_for_backward(weight, a, b, low, *recompute.inputs)
+        ctx.save_for_backward(None if ctx.quantised else weight, a, b, low, *recompute.inputs)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -68,7 +84,7 @@ class _LoRAFunction(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             gb = (low.t() @ flat).mul_(ctx.scale).t().to(b.dtype)  # computed as [r, out]: the faster layout
         if ctx.needs_input_grad[0]:
-            gx = linear_grad_input(flat, weight.to(dtype))
+            gx = linear_grad_input(flat, ctx.quantised or weight)
             if ctx.dropout:
                 native.dropout_add_(gx, glow @ a.to(dtype), ctx.seed, ctx.dropout)
             else:
@@ -82,36 +98,73 @@ def _apply_dropout(ctx, x: Tensor) -> Tensor:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer without bias, plus a trainable product of rank r. The weight's name
-    does not change.
+    """A frozen linear layer without bias, plus a trainable product of rank r, with DoRA (`dora`)
+    also scaled by row. The weight's name does not change.
     """
 
-    def __init__(self, weight: nn.Parameter, r: int, alpha: float, dropout: float = 0.0):
+    def __init__(self, weight: Weight, r: int, alpha: float, dropout: float = 0.0, dora: bool = False):
         super().__init__()
         out, columns = weight.shape
-        self.weight = weight.requires_grad_(False)
+        self.weight: Weight = weight.requires_grad_(False)
         self.lora_A = nn.Parameter(torch.empty(r, columns, device=weight.device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(out, r, device=weight.device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        norms = torch.linalg.vector_norm(dense(weight, torch.float32).detach(), dim=1) if dora else None
+        self.lora_magnitude_vector = None if norms is None else nn.Parameter(norms)
         self.scale, self.dropout = alpha / r, dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in the compute dtype."""
         x = x.to(native.compute_dtype(x))
         p = self.dropout if self.training else 0.0
-        return _LoRAFunction.apply(x, self.weight, self.lora_A, self.lora_B, self.scale, p, native.recompute_of(x))
+        y = _LoRAFunction.apply(x, self.weight, self.lora_A, self.lora_B, self.scale, p, native.recompute_of(x))
+        if self.lora_magnitude_vector is None:
+            return y
+        return y * (self.lora_magnitude_vector / self._norms()).to(y.dtype)
+
+    @torch.no_grad()
+    def _norms(self) -> Tensor:
+        """The norms of the rows of W + (α/r) B A, [out]: without this matrix, from
+        ‖w + s b A‖² = ‖w‖² + 2 s (w Aᵀ)·b + s² b (A Aᵀ) bᵀ for every row w and b.
+        """
+        weight = self.weight if isinstance(self.weight, Tensor) else self.weight.dense(torch.float32)
+        compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        a, found = self.lora_A.to(compute), []
+        for w, b in zip(weight.split(_ROWS), self.lora_B.to(compute).split(_ROWS), strict=True):
+            w, b = w.to(compute), self.scale * b
+            own = torch.linalg.vector_norm(w, dim=1).square()
+            found.append(own + ((2 * (w @ a.t()) + b @ (a @ a.t())) * b).sum(1))
+        return torch.cat(found).clamp_min(0).sqrt().clamp_min(_TINY)
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """W + (α/r) B A in W's dtype, computed in fp32."""
-        return (self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())).to(self.weight.dtype)
+        """The weight of a linear layer with the same outputs, in W's dtype (if quantised: fp32),
+        computed in fp32.
+        """
+        dtype = self.weight.dtype if isinstance(self.weight, Tensor) else torch.float32
+        weight = dense(self.weight, torch.float32)
+        return merged(weight, self.lora_A, self.lora_B, self.scale, self.lora_magnitude_vector).to(dtype)
 
 
-def inject(model: RWKV, parts: Collection[str], r: int, alpha: float, dropout: float = 0.0) -> list[str]:
+def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitudes: Tensor | None = None) -> Tensor:
+    """W + scale · B A in fp32 [out, in]; with DoRA's magnitudes [out], its rows have these
+    lengths.
+    """
+    found = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
+    if magnitudes is not None:
+        norms = torch.linalg.vector_norm(found, dim=1).clamp_min(_TINY)
+        found *= (magnitudes / norms).unsqueeze(1)
+    return found
+
+
+def inject(
+    model: RWKV, parts: Collection[str], r: int, alpha: float, dropout: float = 0.0, dora: bool = False
+) -> list[str]:
     """Add adapters to all linear layers of these parts, in place; returns the layers' names.
 
     `att` is key, value and receptance of every time-mix, in later versions than RWKV-4 all its
-    linear layers; `ffn` all layers of every channel-mix.
+    linear layers; `ffn` all layers of every channel-mix. `state` adds an initial state
+    (rwkv.adapters.state).
 
     Raises:
         ValueError: a part is unknown, r < 1, or the model has none of these layers.
@@ -127,8 +180,11 @@ def inject(model: RWKV, parts: Collection[str], r: int, alpha: float, dropout: f
     names = [name for name, module in modules if isinstance(module, nn.Linear) and layer_of(name) in wanted]
     if wanted and not names:
         raise ValueError(f"this model has no linear layer of the parts {', '.join(parts)}")
+    if state.PART in parts:
+        state.attach(model)
     for name in names:
-        _replace(model, name, LoRALinear(model.get_parameter(f"{name}.weight"), r, alpha, dropout))
+        layer: Any = model.get_submodule(name)
+        _replace(model, name, LoRALinear(layer.weight, r, alpha, dropout, dora))
     return names
 
 
@@ -138,7 +194,8 @@ def combine(
     """Combine adapters into one that computes W + Σ weight · scale · B A. Its rank is the sum of
     their ranks, and its scale is 1.
 
-    Fully trained tensors become base + Σ weight · (tensor − base).
+    Fully trained tensors become base + Σ weight · (tensor − base); an initial state that the base
+    lacks counts as zeros.
 
     Args:
         adapters: (tensors, scale α/r, weight) of each.
@@ -150,7 +207,7 @@ def combine(
     ]
     for name in sorted({name for tensors, _, _ in adapters for name in tensors}):
         if not re.search(r"\.lora_[AB]$", name):
-            start = base[name].float()
+            start = base[name].float() if name in base else torch.zeros(())
             combined[name] = start + sum(
                 weight * (tensors[name].float() - start) for tensors, _, weight in adapters if name in tensors
             )
@@ -168,8 +225,8 @@ def combine(
 
 
 def adapter_names(model: RWKV, parts: Collection[str]) -> list[str]:
-    """Names of the parameters in an adapter of these parts: lora_A and lora_B of their layers, and
-    fully trained tensors.
+    """Names of the parameters in an adapter of these parts: lora_A and lora_B of their layers (with
+    DoRA also lora_magnitude_vector), and fully trained tensors.
     """
     known = model.version.PARTS
     layers = {layer for part in parts for layer in known.layers_of(part)}
@@ -204,10 +261,18 @@ def is_matrix(name: str, shape: torch.Size) -> bool:
     return name.endswith(".weight") and len(shape) == 2
 
 
+def is_quantisable(name: str, shape: torch.Size) -> bool:
+    """Whether --lora_base nf4 and int8 quantise a parameter: the linear layers of the blocks. Not
+    the embedding, which is a lookup, nor the head, to which the loss is more sensitive; in large
+    models they are few parameters.
+    """
+    return is_matrix(name, shape) and name.startswith("blocks.")
+
+
 def adapter_state(model: RWKV, parts: Collection[str]) -> dict[str, Tensor]:
     """The adapter's tensors under upstream's names, e.g. `blocks.0.att.key.lora_A`."""
-    state = dict(model.named_parameters())
-    return {name: state[name].detach() for name in adapter_names(model, parts)}
+    parameters = dict(model.named_parameters())
+    return {name: parameters[name].detach() for name in adapter_names(model, parts)}
 
 
 def merge(model: nn.Module) -> None:

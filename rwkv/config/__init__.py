@@ -1,17 +1,31 @@
 """The flags of every program, as typed dataclasses: name, type, default, help text."""
 
 from rwkv.config.conversion import ConvertConfig, InspectConfig
-from rwkv.config.tools import DoctorConfig, EstimateConfig, ExportConfig, GenerateConfig, MergeConfig
-from rwkv.config.training import LoRAConfig, TrainConfig
+from rwkv.config.serving import ServeConfig
+from rwkv.config.tools import (
+    DoctorConfig,
+    EstimateConfig,
+    EvaluateConfig,
+    ExportConfig,
+    FetchConfig,
+    GenerateConfig,
+    MergeConfig,
+)
+from rwkv.config.training import FinetuneConfig, LoRAConfig, StateConfig, TrainConfig
 
 __all__ = [
     "ConvertConfig",
     "DoctorConfig",
     "EstimateConfig",
+    "EvaluateConfig",
     "ExportConfig",
+    "FetchConfig",
+    "FinetuneConfig",
     "GenerateConfig",
     "InspectConfig",
     "LoRAConfig",
     "MergeConfig",
+    "ServeConfig",
+    "StateConfig",
     "TrainConfig",
 ]

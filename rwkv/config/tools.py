@@ -1,7 +1,29 @@
-"""Flags of the programs that merge, generate, export, estimate and check."""
+"""Flags of the programs that fetch, merge, generate, export, estimate and check."""
 
 from dataclasses import dataclass
 from typing import Literal
+
+
+@dataclass
+class FetchConfig:
+    """Fetching a published model."""
+
+    model: str = ""
+    """What to fetch: a model of --list (rwkv7-g1-0.4b: the newest file of that size), a file name
+    of an official repository or its beginning (rwkv7-g1a-0.4b), owner/repo or owner/repo/file of
+    the hub, or the address of the file's page. Omitted: as --list."""
+    output: str = "models"
+    """Folder for the model. If it is already there, nothing is downloaded and no network is
+    needed."""
+    newest: bool = False
+    """Ask the hub also if the model is here: fetch a newer file, or compare the SHA-256 of the one
+    here. Older files stay, as adapters depend on them."""
+    revision: str = ""
+    """Branch, tag or commit of the repository. Omitted: the newest."""
+    force: bool = False
+    """Download again, and replace a file of the same name."""
+    list: bool = False
+    """Print the known models with their sizes and the memory that training takes."""
 
 
 @dataclass
@@ -9,8 +31,9 @@ class MergeConfig:
     """Merging an adapter into its base."""
 
     adapter: str = ""
-    """LoRA adapter (.pth or .safetensors); alpha and base are read from its manifest (.json).
-    Several adapters for one base, separated by commas, are added."""
+    """LoRA adapter or tuned state (.pth or .safetensors); alpha and base are read from its manifest
+    (.json). Several for one base, separated by commas, are added. A tuned state becomes part of the
+    merged model (att.time_state)."""
     weights: str = ""
     """Weight of each adapter, separated by commas, such as 0.7,0.3. Omitted: 1 for each."""
     output: str = ""
@@ -39,10 +62,22 @@ class GenerateConfig:
     """LoRA adapter to apply, without merging."""
     lora_alpha: float = 0
     """lora_alpha of the adapter. Omitted: from its manifest."""
+    state: str = ""
+    """Tuned state (scripts/state.py, or of RWKV-PEFT) with which the text or the chat begins."""
     prompt: str = ""
     """Text to continue. Without prompt and ask: an interactive chat."""
     ask: str = ""
     """Question to answer, in the World models' format: "User: …", blank line, "Assistant:"."""
+    prompts: str = ""
+    """A .jsonl file to answer instead: one object per line, with a text under "prompt" or "ask", or
+    chat messages under "messages"."""
+    output: str = ""
+    """With prompts: the .jsonl file for the answers: the same objects in the same order, with
+    "answer" and "finish_reason" ("stop", or "length" if cut off)."""
+    batch: int = 16
+    """With prompts: number of sequences that are generated at a time."""
+    force: bool = False
+    """With prompts: replace an existing output."""
     think: Literal["none", "fast", "full"] = "none"
     """With ask and in chats, for RWKV-7 G1 models. full: answers begin with the model's thoughts,
     "Assistant: <think>…</think>". fast: an empty thought is inserted, "Assistant: <think></think>".
@@ -61,7 +96,8 @@ class GenerateConfig:
     penalty_decay: float = 0.996
     """Decay of the counts behind frequency_penalty, per generated token (0 to 1)."""
     seed: int = -1
-    """Random seed of sampling. -1: different each time."""
+    """Random seed of sampling. -1: different each time. With prompts it counts up from one to the
+    next, so that answers do not depend on batch."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Data type of the matrices and matmuls. auto: on a GPU that of the checkpoint, on a CPU
     fp32.
@@ -71,20 +107,86 @@ class GenerateConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """Evaluation."""
+
+    model: str = ""
+    """Checkpoint to evaluate; several, separated by commas, are compared with the first."""
+    lora: str = ""
+    """LoRA adapters of the model, separated by commas; each is compared with the model without
+    adapter."""
+    lora_alpha: float = 0
+    """lora_alpha of the adapters. Omitted: from their manifests."""
+    data_file: str = ""
+    """What to score: binidx prefixes or files of documents (txt, jsonl and all others that convert
+    reads), separated by commas. Each is a row of the table."""
+    run: str = ""
+    """Instead of data_file: the folder of a run (its proj_dir), to score its validation set: its
+    val_file, or the part of its data that val_split held out."""
+    val_split: float = 0.0
+    """Score only the part of a binidx that a run with this val_split holds out. 0: all of it."""
+    by: str = ""
+    """With .jsonl files: a field of the records, such as source; each of its values is a row."""
+    mask: Literal["auto", "answers", "none"] = "auto"
+    """For files that are converted, which tokens count. auto: in conversations the answers, in text
+    all. answers: also in text only the answers. none: all. (A binidx has its own loss mask.)"""
+    vocab_file: str = ""
+    """A tokenizer.json, for models with another vocabulary than World. Omitted for a binidx: from
+    its manifest."""
+    ctx_len: int = 0
+    """Score windows of this many tokens, without the context before a window, as in training. 0:
+    the whole document is context; memory does not grow with its length."""
+    micro_bsz: int = 8
+    """Documents in one forward pass."""
+    tasks: str = ""
+    """Tasks of lm-evaluation-harness, separated by commas; needs make lm-eval once. Tasks that
+    download their data need a network."""
+    include_path: str = ""
+    """Folder with definitions (.yaml) of your own tasks."""
+    num_fewshot: int = -1
+    """Solved examples before each question. -1: as the task defines."""
+    limit: int = 0
+    """Evaluate only the first N questions of each task. 0: all."""
+    output: str = ""
+    """Also write the results to this .json file."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Data type of the matrices and matmuls. auto: on a GPU that of the checkpoint, on a CPU
+    fp32."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: a GPU if there is one."""
+
+
+@dataclass
 class ExportConfig:
     """Export of a model for other programs."""
 
     model: str = ""
-    """Model checkpoint to export. Merge adapters first (scripts/merge_lora.py)."""
+    """Model to export: a .pth or .safetensors file, or a folder of transformers or
+    flash-linear-attention. Omitted: the base named in the manifest of lora."""
+    lora: str = ""
+    """LoRA adapter to merge into the model, tensor by tensor; also a folder written by peft."""
+    lora_alpha: float = 0
+    """lora_alpha of the adapter. Omitted: from its manifest."""
+    state: str = ""
+    """Tuned state to write into the model, which then begins with it. For pth, safetensors and
+    st."""
     output: str = ""
-    """A .pth or .safetensors file, or a folder for transformers."""
-    dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"
-    """Data type of the weights. keep: unchanged."""
+    """File, or folder, to write."""
+    format: Literal["auto", "pth", "safetensors", "gguf", "transformers", "fla", "peft", "st", "rwkv.cpp"] = "auto"
+    """auto: by the suffix of output: .pth, .safetensors, .gguf, .st or .bin (rwkv.cpp); without a
+    suffix a folder: RWKV-4 as transformers, RWKV-7 as fla. gguf: RWKV-6 and 7, for llama.cpp.
+    transformers: for RWKV-7 the layout of the official RWKV/RWKV7-* folders. fla: the layout of
+    flash-linear-attention, RWKV-7. peft: only the adapter, as a folder for peft."""
+    dtype: Literal["keep", "fp32", "bf16", "fp16", "q8_0"] = "keep"
+    """Data type of the weights. keep: unchanged if the format can hold it (st: fp16; rwkv.cpp: fp16
+    instead of bf16). q8_0: 8 bits, only for gguf."""
     ctx_len: int = 1024
     """Context length for config.json of transformers; the model itself has no limit."""
+    max_shard_gb: float = 4
+    """Folders: split the weights into files of at most this many GB (10⁹ bytes)."""
     check_tokens: int = 64
-    """Compare the exported model with the original on this many random tokens (in fp32: needs 8
-    bytes per parameter). 0: no check."""
+    """Compare the logits of the exported model with those of the original on this many random
+    tokens, in fp32. 0: compare only the weights."""
     force: bool = False
     """Replace existing output."""
 
@@ -112,13 +214,15 @@ class EstimateConfig:
     """RWKV-5 to 7: channels of a head. 0: 64."""
     dim_ffn: int = 0
     """Hidden channels of the channel-mix. 0: 4 n_embd, in RWKV-5 and 6 3.5 n_embd."""
-    method: Literal["lora", "full"] = "lora"
-    """lora: train an adapter; full: train all weights."""
+    method: Literal["lora", "state", "full"] = "lora"
+    """lora: train an adapter; state: train the initial state; full: train all weights."""
     lora_r: int = 8
     """Rank of the adapter."""
     lora_parts: str = "att,ln,time"
     """What is trained, as in training."""
-    lora_base: Literal["auto", "bf16", "fp32"] = "auto"
+    use_dora: bool = False
+    """Whether the adapter is DoRA."""
+    lora_base: Literal["auto", "bf16", "fp32", "nf4", "int8"] = "auto"
     """Data type of the frozen matrices, as in training."""
     optimizer: Literal["adam", "adafactor"] = "adam"
     """As in training."""

@@ -5,9 +5,10 @@ Blealtan/RWKV-LM-LoRA), so that their command lines work here. Differences are s
 docstrings, which --help prints.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -21,7 +22,7 @@ class Paths:
     into proj_dir first; for other kinds see data_type."""
     proj_dir: str = "out"
     """Output folder of the run: checkpoints rwkv-N.pth after epoch N, metrics.jsonl, train_log.txt,
-    loss.png."""
+    loss.png, and report.html to look at in a browser, also during the run."""
     data_type: str = "binidx"
     """Format of data_file; not needed for .jsonl files and binidx. numpy: an .npy file of token
     ids. utf-8, utf-16le: text with characters as tokens; vocab_size is their number,
@@ -163,6 +164,11 @@ class Validation:
     epoch and of the run."""
     val_samples: int = 256
     """Number of validation samples, evenly spaced and always the same. 0: all."""
+    keep_best: bool = False
+    """Also keep the checkpoint of the lowest validation loss, as rwkv-best.pth in proj_dir."""
+    patience: int = 0
+    """Early stopping: end the run, as at its last step, after N validations in a row that were not
+    lower than the lowest before them. With a larger N the same command continues. 0: off."""
 
 
 @dataclass
@@ -173,8 +179,16 @@ class Optimizer:
     """Initial learning rate. The embedding of a new RWKV-4 model is uniform in ± lr_init, of a new
     RWKV-5, 6 or 7 model in ±1e-4."""
     lr_final: float = 1e-5
-    """Final learning rate, reached by exponential decay from lr_init; by linear decay if either is
-    0."""
+    """Final learning rate, reached by lr_schedule from lr_init."""
+    lr_schedule: Literal["auto", "exp", "linear", "cosine", "wsd", "constant"] = "auto"
+    """Course of the learning rate from lr_init, after warmup_steps and my_pile_edecay, to lr_final
+    at the end of epoch_count. auto: upstream's, exponential decay, linear if lr_init or lr_final is
+    0, with my_exit_tokens its cosine. exp: exponential. linear. cosine: half a cosine. wsd:
+    constant, then linear decay in the last lr_decay_steps. constant: lr_init throughout."""
+    lr_decay_steps: int = 0
+    """wsd: optimizer steps of the decay. 0: lr_decay_fraction of the run."""
+    lr_decay_fraction: float = 0.1
+    """wsd: length of the decay as a fraction of the optimizer steps after warm-up."""
     warmup_steps: int = -1
     """Optimizer steps of linear warm-up, as upstream from 20% of the learning rate (RWKV-4) or 1%
     (later versions); also applies to a constant learning rate (in the LoRA fork only to a decaying
@@ -261,6 +275,14 @@ class Logging:
     tensorboard: bool = False
     """Also write metrics for TensorBoard to proj_dir/tensorboard. To view them: pip install
     tensorboard; tensorboard --logdir out."""
+    sample_every: int = 0
+    """Write samples before the first step, every N optimizer steps and at the end, always with the
+    most likely token: to samples.jsonl, and side by side in report.html. Does not affect the
+    training. 0: off."""
+    sample_ask: str = ""
+    """With sample_every: questions to answer, separated by "|". Omitted: the beginnings of three
+    validation documents (without validation, of training documents), up to the first token that
+    contributes to the loss, or a quarter of the document."""
 
 
 @dataclass
@@ -282,6 +304,16 @@ class TrainConfig(Logging, Machine, Optimizer, Validation, Documents, Sampling, 
         """The flags of the adapter that is trained; None if all weights are."""
         return None
 
+    @property
+    def trains(self) -> str:
+        """What is trained: "all weights", "LoRA" or "initial state"."""
+        return "LoRA" if self.adapter else "all weights"
+
+    @property
+    def load_flag(self) -> str:
+        """The flag of the adapter to continue from."""
+        return "--lora_load"
+
 
 @dataclass
 class LoRAConfig(TrainConfig):
@@ -300,16 +332,84 @@ class LoRAConfig(TrainConfig):
     reads it there."""
     lora_dropout: float = 0.01
     """Dropout on the input of the adapter."""
-    lora_base: Literal["auto", "bf16", "fp32"] = "auto"
+    lora_base: Literal["auto", "bf16", "fp32", "nf4", "int8"] = "auto"
     """Data type of the frozen matrices. auto: bf16 with --precision bf16 (World models are stored
-    in bf16), else fp32."""
+    in bf16), else fp32. nf4 (QLoRA: 4 bits, a quarter of bf16) and int8 (half of bf16) quantise
+    those of the blocks of --load_model while it is read; slower, and merging uses the original
+    weights."""
+    use_dora: bool = False
+    """DoRA: also train the length of every row of the adapted matrices (lora_magnitude_vector), as
+    peft. It takes more memory and time than LoRA, and DoRA adapters cannot be added in a merge."""
+    use_rslora: bool = False
+    """rsLoRA: scale the adapter's output by lora_alpha / √lora_r, so that the best learning rate
+    depends less on the rank."""
     lora_parts: str = "att,ln,time"
     """What is trained, separated by commas: adapters on the matrices of att (key, value,
     receptance; in RWKV-7 also output, in RWKV-5 and 6 output and gate) and ffn (key, value; before
-    RWKV-7 also receptance), or on single ones, such as att.output or ffn.key, in every block;
-    directly, the parameters of the time-mix (time; in RWKV-6 and 7 with its low-rank matrices) and
-    LayerNorms (ln; in RWKV-5 to 7 also ln_x and ln_out)."""
+    RWKV-7 also receptance), on all matrices of the blocks (all-linear), or on single ones, such as
+    att.output or ffn.key, in every block;
+    directly, the parameters of the time-mix (time; in RWKV-6 and 7 with its low-rank matrices),
+    LayerNorms (ln; in RWKV-5 to 7 also ln_x and ln_out), and the state with which documents begin
+    (state; see scripts/state.py)."""
 
     @property
     def adapter(self) -> "LoRAConfig | None":
         return self if self.lora else None
+
+    @property
+    def quantised(self) -> str | None:
+        """nf4 or int8, if the base is quantised."""
+        return self.lora_base if self.lora_base in ("nf4", "int8") else None
+
+    @property
+    def alpha(self) -> float:
+        """The adapter's output is scaled by alpha / lora_r."""
+        return self.lora_alpha * math.sqrt(self.lora_r) if self.use_rslora else self.lora_alpha
+
+
+@dataclass
+class FinetuneConfig(TrainConfig):
+    """Full fine-tuning and state tuning."""
+
+    train_type: Literal["none", "state"] = "none"
+    """none: train all weights. state: state tuning, which trains only the state with which the
+    model begins a document (att.time_state of every block), while all weights stay frozen; with the
+    defaults of scripts/state.py (lr_init 1, lr_final 0.01, warmup_steps 10, doc_reset 1)."""
+    state_load: str = ""
+    """State tuning: tuned state to continue from."""
+
+    @property
+    def adapter(self) -> LoRAConfig | None:
+        if self.train_type == "none":
+            return None
+        # an adapter without matrices: only the part `state`
+        shared = {field.name: getattr(self, field.name) for field in fields(TrainConfig)}
+        tuned: dict[str, Any] = {"lora_parts": "state", "lora_r": 1, "lora_alpha": 1.0, "lora_dropout": 0.0}
+        return LoRAConfig(**shared, **tuned, lora_load=self.state_load)
+
+    @property
+    def trains(self) -> str:
+        return "initial state" if self.train_type == "state" else "all weights"
+
+    @property
+    def load_flag(self) -> str:
+        return "--state_load"
+
+
+@dataclass
+class StateConfig(FinetuneConfig):
+    """State tuning."""
+
+    train_type: Literal["none", "state"] = "state"
+    """state: state tuning, which trains only the state with which the model begins a document
+    (att.time_state of every block), while all weights stay frozen. none: train all weights."""
+    lr_init: float = 1.0
+    """Initial learning rate. State tuning needs a very high one: upstream's guides use 1 → 0.01
+    (RWKV-LM), or 0.01 → 0.0001 (RWKV-PEFT). Lower it if the loss jumps. Large models need less."""
+    lr_final: float = 0.01
+    """Final learning rate, reached by the lr_schedule."""
+    warmup_steps: int = 10
+    """As in training; upstream's guide to state tuning uses 10."""
+    doc_reset: Literal[0, 1] = 1
+    """1: each document begins with the tuned state, so that documents do not influence each other;
+    the first token of a document is then no target. 0: one continuous stream, as upstream."""

@@ -287,7 +287,7 @@ def _find_problems(found: Inspection, data: Dataset) -> None:
     if found.smallest_id < 0 or found.largest_id >= VOCAB_SIZE:
         wrong = found.smallest_id if found.smallest_id < 0 else found.largest_id
         problems.append(
-            f"token id {wrong} is not in any RWKV-4 vocabulary (World has {VOCAB_SIZE}); convert with the model's tokenizer"
+            f"token id {wrong} is not in any RWKV vocabulary (World has {VOCAB_SIZE}); convert with the model's tokenizer"
         )
     elif found.vocabulary == "unknown":
         problems.append(

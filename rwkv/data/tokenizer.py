@@ -18,18 +18,23 @@ VOCAB_SIZE = 65536  # vocabulary size of World checkpoints
 
 
 class WorldTokenizer:
-    """The World models' vocabulary, rwkv_vocab_v20230424: ids 1 … 65529; 0 is EOD."""
+    """The World models' vocabulary, rwkv_vocab_v20230424: ids 1 … 65529; 0 is EOD.
+
+    Args:
+        encodes: load the library now, which takes 240 MB; else when a text is encoded.
+    """
 
     name = "World"
     eod = EOD
     vocab_size = VOCAB_SIZE
 
-    def __init__(self):
-        self._library = _world()
+    def __init__(self, encodes: bool = True):
+        if encodes:  # before worker processes are forked, which then share it
+            _world()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
-        return self._library.encode(text)
+        return _world().encode(text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the ids, which may end inside a character. EOD and the unused ids above
@@ -108,6 +113,13 @@ class HFTokenizer:
         return self._library.normalizer.normalize_str(text) if self._library.normalizer else text
 
 
+def world_vocabulary() -> list[bytes]:
+    """The bytes of the World vocabulary's tokens, by id; empty for EOD and the unused ids above
+    65529.
+    """
+    return list(_bytes_of_ids())
+
+
 def same_vocabulary(path: str | Path) -> bool:
     """Whether a vocabulary file is the World models'; line endings may differ."""
     ours, theirs = (Path(file).read_bytes().replace(b"\r\n", b"\n").rstrip() for file in (_vocabulary(), path))
@@ -132,7 +144,8 @@ def _bytes_of_ids() -> list[bytes]:
         for line in lines:
             number, literal = line.split(" ", 1)
             literal, length = literal.rsplit(" ", 1)
-            token = ast.literal_eval(literal)
+            simple = literal[0] in "'\"" and literal[0] == literal[-1] and "\\" not in literal
+            token = literal[1:-1] if simple else ast.literal_eval(literal)
             token = token.encode("utf-8") if isinstance(token, str) else token
             if len(token) != int(length):
                 raise ValueError(f"{vocabulary}: id {number} has {len(token)} bytes, but the line says {int(length)}")

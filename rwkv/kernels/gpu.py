@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 OPERATIONS = ("norm_forward", "norm_backward", "mix_forward", "mix_backward", "gate_forward", "gate_backward", "relu2_forward",
-              "relu2_backward", "dropout", "dropout_add", "loss")  # fmt: skip
+              "relu2_backward", "dropout", "dropout_add", "loss", "nf4_dense", "int8_dense")  # fmt: skip
 
 
 class CudaKernels:

@@ -10,10 +10,24 @@ from torch import Tensor, nn
 
 from rwkv import compat
 from rwkv.kernels.elementwise.native import compute_dtype, recompute_of
+from rwkv.kernels.quant import Quantised
 
 MIN_ONEDNN_MULTIPLICATIONS = 1 << 20  # for smaller matmuls the set-up of oneDNN costs more than it gains
 
 _onednn = compat.onednn_matmul()
+
+Weight = Tensor | Quantised
+"""A matrix [out, in]. A quantised one is frozen, and dense only during a matmul."""
+
+
+def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The matrix in this dtype; in new memory only if it is quantised or has another one."""
+    return weight.dense(dtype) if isinstance(weight, Quantised) else weight.to(dtype)
+
+
+def quantised(weight: Weight) -> Quantised | None:
+    """The matrix, if it is quantised; autograd saves a reference to it, and no dense matrix."""
+    return weight if isinstance(weight, Quantised) else None
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -27,13 +41,15 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def linear_forward(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ: [N, in], [out, in] → [N, out]."""
+def linear_forward(x: Tensor, weight: Weight) -> Tensor:
+    """x Wᵀ in x's dtype: [N, in], [out, in] → [N, out]."""
+    weight = dense(weight, x.dtype)
     return _onednn(x, weight) if uses_onednn(x, weight) else x @ weight.t()
 
 
-def linear_grad_input(g: Tensor, weight: Tensor) -> Tensor:
-    """g W, the gradient of x: [N, out], [out, in] → [N, in]."""
+def linear_grad_input(g: Tensor, weight: Weight) -> Tensor:
+    """g W, the gradient of x, in g's dtype: [N, out], [out, in] → [N, in]."""
+    weight = dense(weight, g.dtype)
     return _onednn(g, weight.t()) if uses_onednn(g, weight) else g @ weight
 
 
@@ -51,23 +67,23 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, recompute):
         trained = ctx.needs_input_grad[1]
-        ctx.recompute = recompute.function
-        ctx.save_for_backward(weight, *(recompute.inputs if trained else ()))
-        return linear_forward(rows(x), weight.to(x.dtype)).view(*x.shape[:-1], -1)
+        ctx.recompute, ctx.quantised = recompute.function, quantised(weight)
+        ctx.save_for_backward(None if ctx.quantised else weight, *(recompute.inputs if trained else ()))
+        return linear_forward(rows(x), weight).view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         weight, *inputs = ctx.saved_tensors
-        flat, gx, gw = rows(g), None, None
+        weight, flat, gx, gw = ctx.quantised or weight, rows(g), None, None
         if ctx.needs_input_grad[0]:
-            gx = linear_grad_input(flat, weight.to(g.dtype)).view(*g.shape[:-1], -1)
+            gx = linear_grad_input(flat, weight).view(*g.shape[:-1], -1)
         if ctx.needs_input_grad[1]:
             gw = linear_grad_weight(flat, rows(ctx.recompute(*inputs))).to(weight.dtype)
         return gx, gw, None
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Weight) -> Tensor:
     """x Wᵀ in x's compute dtype: [..., in] → [..., out].
 
     Saves the inputs that recompute x (see rwkv.kernels.elementwise.native); nothing if the weight
@@ -86,6 +102,11 @@ class Matrix(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Does nothing. (torch's skip_init would import torch.compiler: 2 s and 150 MB.)"""
+
+    def set_quantised(self, weight: Quantised) -> None:
+        """Use a frozen, quantised matrix instead of the parameter."""
+        del self.weight
+        self.weight = weight  # type: ignore[assignment]  # a submodule of the same name
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""

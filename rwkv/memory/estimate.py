@@ -2,8 +2,8 @@
 
 All sizes are in bytes. Shapes are those of the model (rwkv.models.rwkv.shapes). The rules:
 
-    weights      4 per element (autocast keeps fp32 masters), 2 for frozen matrices stored in bf16;
-                 `e` under DeepSpeed
+    weights      4 per element (autocast keeps fp32 masters), 2 for frozen matrices stored in bf16,
+                 0.52 in nf4, 1 in int8; `e` under DeepSpeed
     gradients    4 per trained element, freed after the step; `e` under DeepSpeed; twice with DDP
                  (its buckets)
     optimizer    Adam 8 per trained element, 12 under DeepSpeed (with its fp32 master); Adafactor a
@@ -11,7 +11,8 @@ All sizes are in bytes. Shapes are those of the model (rwkv.models.rwkv.shapes).
     activations  `saved_bytes` of every block, or only its input with grad_cp; and those saved
                  outside the blocks
     logits       one chunk (rwkv.kernels.head_loss), and the head's weight in the dtype of matmuls
-    workspace    temporary tensors of a pass; DeepSpeed's buckets and, in stage 3, gathered weights
+    workspace    temporary tensors of a pass, with a dequantised matrix; DeepSpeed's buckets and, in
+                 stage 3, gathered weights
     heap         on a CPU, freed memory that glibc cannot reuse: a measured fraction of all
                  temporary parts
     process      the libraries: on a CPU, their resident size after the first step
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from rwkv.adapters import lora
+from rwkv.kernels import quant
 from rwkv.kernels.head_loss import SLICE, chunk_tokens
 from rwkv.memory.zero import ZEROS
 from rwkv.models import Sizes
@@ -49,6 +51,7 @@ class Plan:
     """The parameters of a run that determine its memory usage.
 
     Attributes:
+        dora: whether adapters are DoRA.
         base: dtype of frozen matrices, as --lora_base.
         devices: number of devices on all machines; `per_node`: on one machine.
         gpu: whether they are GPUs.
@@ -61,6 +64,7 @@ class Plan:
     lora: bool = True
     r: int = 8
     parts: tuple[str, ...] = ("att", "ln", "time")
+    dora: bool = False
     ctx_len: int = 1024
     micro_bsz: int = 1
     precision: str = "bf16"
@@ -84,8 +88,13 @@ class Plan:
 
     @property
     def frozen(self) -> int:
-        """Bytes per element of a frozen matrix."""
-        return 2 if (self.precision if self.base == "auto" else self.base) == "bf16" else 4
+        """Bytes per element of a frozen matrix that is not quantised."""
+        return 2 if (self.precision if self.base == "auto" or self.quantised else self.base) == "bf16" else 4
+
+    @property
+    def quantised(self) -> str:
+        """nf4 or int8, if the matrices of the blocks are quantised; else empty."""
+        return self.base if self.lora and self.base in quant.KINDS else ""
 
     @property
     def layers(self) -> set[str]:
@@ -167,8 +176,12 @@ def adapted(p: Plan) -> list[torch.Size]:
 
 def trained(p: Plan) -> int:
     """The number of trained elements."""
-    adapters = sum(p.r * (rows + columns) for rows, columns in adapted(p))
-    return adapters + sum(shape.numel() for shape in _fully_trained(p))
+    return _of_adapters(p) + sum(shape.numel() for shape in _fully_trained(p))
+
+
+def _of_adapters(p: Plan) -> int:
+    """The number of elements of adapters on matrices."""
+    return sum(p.r * (rows + columns) + rows * p.dora for rows, columns in adapted(p))
 
 
 def _fully_trained(p: Plan) -> list[torch.Size]:
@@ -188,9 +201,11 @@ def total(s: Sizes) -> int:
 
 def saved_bytes(p: Plan) -> float:
     """Bytes per token and block saved for the backward pass: those of the model, and r elements per
-    adapter.
+    adapter, with DoRA also its output before the scaling.
     """
-    return version_of(p.sizes).saved_bytes(p.sizes, p.e) + len(adapted(p)) * p.r * p.e / p.sizes.n_layer
+    found = adapted(p)
+    width = len(found) * p.r + sum(rows for rows, _ in found) * p.dora
+    return version_of(p.sizes).saved_bytes(p.sizes, p.e) + width * p.e / p.sizes.n_layer
 
 
 def _block(p: Plan) -> Blocks:
@@ -211,6 +226,16 @@ def _outside(p: Plan) -> Blocks:
     return [(first * N, ln0), (e * D * N, 2), (24 * N, 1)]
 
 
+def _quantised(p: Plan) -> list[torch.Size]:
+    """The shape of every quantised matrix."""
+    return [shape for name, shape in shapes(p.sizes).items() if p.quantised and lora.is_quantisable(name, shape)]
+
+
+def _dequantised(p: Plan) -> Blocks:
+    """The largest quantised matrix, dense during a matmul."""
+    return [(p.e * max((shape.numel() for shape in _quantised(p)), default=0), 1)]
+
+
 def _per_node(p: Plan) -> int:
     return max(1, min(p.devices, p.per_node))
 
@@ -219,14 +244,16 @@ def estimate(p: Plan) -> Estimate:
     """Estimate the memory usage of a run, per device and per host."""
     s, e, n = p.sizes, p.e, p.devices
     n_elements, n_trained = total(s), trained(p)
-    adapters = sum(p.r * (rows + columns) for rows, columns in adapted(p))
+    adapters = _of_adapters(p)
     zero, share = p.stage, n if p.stage else 1
     if zero:
         weights = e * (n_elements + adapters) / (share if zero == 3 else 1)
         gradients = e * n_trained / (share if zero >= 2 else 1)
     elif p.lora:
         whole = sum(shape.numel() for shape in matrices(s).values())
-        weights = p.frozen * whole + 4 * (n_elements - whole + adapters)
+        small = _quantised(p)
+        weights = p.frozen * (whole - sum(shape.numel() for shape in small)) + 4 * (n_elements - whole + adapters)
+        weights += sum(quant.nbytes(p.quantised, shape) for shape in small)
         gradients = 4.0 * n_trained
     else:
         weights, gradients = 4.0 * n_elements, 4.0 * n_trained
@@ -274,7 +301,7 @@ def estimate(p: Plan) -> Estimate:
             **persistent,
             "gradients": accumulated,
             "activations": inside + outer,
-            "workspace": [*buckets, (version_of(s).forward_bytes(s, e) * p.tokens, p.grad_cp)],
+            "workspace": [*buckets, (version_of(s).forward_bytes(s, e) * p.tokens, p.grad_cp), *_dequantised(p)],
         },
         "forward": {
             **persistent,
@@ -313,7 +340,8 @@ def estimate(p: Plan) -> Estimate:
             parts["heap"] = p.heap * sum(size for part, size in parts.items() if part not in ("weights", "optimizer"))
     phase_parts = {name: _round(parts | {"process": CONTEXT if p.gpu else p.process}) for name, parts in peaks.items()}
     if p.gpu:
-        loading = 4 * (n_elements + adapters) * _per_node(p)  # each process loads the model to the host first
+        # each process loads the model to the host first
+        loading = (weights if p.quantised else 4 * (n_elements + adapters)) * _per_node(p)
         host = {"process": p.process * _per_node(p), "loading": max(0.0, loading - sum(host.values()))} | host
     else:
         device = Estimate(phase_parts, {}).device
@@ -354,7 +382,7 @@ def _backward_workspace(p: Plan) -> Blocks:
     recomputed inputs.
     """
     D, F, N, e = p.sizes.n_embd, p.sizes.dim_ffn, p.tokens, p.e
-    blocks: Blocks = [(version_of(p.sizes).backward_bytes(p.sizes, e) * N, 1)]
+    blocks: Blocks = [(version_of(p.sizes).backward_bytes(p.sizes, e) * N, 1), *_dequantised(p)]
     return blocks if p.lora else [*blocks, (e * F * N, 1), (e * D * F, 1), (4 * D * F, 1)]
 
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from rwkv import compat
-from rwkv.adapters import lora
+from rwkv.adapters import lora, state
 from rwkv.config import EstimateConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.memory import estimate, machine, search
@@ -18,8 +18,11 @@ def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision:
     """The memory plan for these flags. With tbptt_len, its context length is that of one chunk."""
     adapter: dict[str, Any] = {"lora": False}
     if a := (c.adapter if isinstance(c, TrainConfig) else c):
-        lora_used = isinstance(c, TrainConfig) or c.method == "lora"
-        adapter = {"lora": lora_used, "r": a.lora_r, "parts": lora.parts_in(a.lora_parts), "base": a.lora_base}
+        lora_used = isinstance(c, TrainConfig) or c.method != "full"
+        parts = (state.PART,) if getattr(c, "method", "") == "state" else lora.parts_in(a.lora_parts)
+        adapter = {"lora": lora_used, "r": a.lora_r, "parts": parts, "dora": a.use_dora, "base": a.lora_base}
+        if lora_used and state.PART in parts:
+            sizes = replace(cast(Any, sizes), time_state=True)
     return estimate.Plan(
         sizes,
         **adapter,

@@ -62,6 +62,7 @@ def changes(p: Plan) -> Iterator[tuple[str, Plan]]:
         words += [f"--strategy {q.strategy}"] if q.strategy != p.strategy else []
         words += [f"--optimizer {q.optimizer}"] if q.optimizer != p.optimizer else []
         words += ["LoRA (scripts/lora.py)"] if q.lora and not p.lora else []
+        words += [f"--lora_base {q.base}"] if q.base != p.base else []
         words += [f"--ctx_len {q.ctx_len}"] if q.ctx_len != p.ctx_len else []
         return ", ".join(words)
 
@@ -69,7 +70,8 @@ def changes(p: Plan) -> Iterator[tuple[str, Plan]]:
     least = replace(p, grad_cp=True, micro_bsz=1, accumulate=p.accumulate * p.micro_bsz)
     half = replace(least, precision="bf16")
     plans += [half] if p.e == 4 else []
-    if p.gpu and not p.stage and p.optimizer == "adam":  # the only one supported with DeepSpeed
+    plans += [replace(half, base="nf4")] if p.lora and not p.quantised and not p.stage else []
+    if p.gpu and not p.stage and not p.quantised and p.optimizer == "adam":  # the only one supported with DeepSpeed
         plans += [replace(half, strategy=name) for name in deepspeed_candidates(p.devices)]
     if not p.lora:
         plans += [

@@ -1,21 +1,21 @@
-"""What RWKV-5 and RWKV-6 share: sizes, the gated normalisation by head, initial values, parameter
-groups.
+"""What RWKV-5 and RWKV-6 share: sizes, gated WKV with normalisation by head, initial decays,
+parameter groups.
 
 Sources: Peng et al. 2024, arXiv:2404.05892; BlinkDL's RWKV-LM/RWKV-v5/src.
 """
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rwkv.kernels.elementwise import native
 from rwkv.kernels.elementwise.reference import upcast
-from rwkv.models.layers import HeadNorm
+from rwkv.models.layers import HeadNorm, check_heads, repeated
 from rwkv.models.parts import Parts
-from rwkv.wkv.wkv6 import MAX_HEAD_SIZE
+from rwkv.wkv import wkv6
 
 PARTS = Parts(
     {
@@ -23,7 +23,11 @@ PARTS = Parts(
         "ffn": ("ffn.key", "ffn.value", "ffn.receptance"),
     },
     (),
-    {"time": r"\.(att|ffn)\.time_\w+$", "ln": r"\.(ln[012]|ln_x)\.(weight|bias)$|^ln_out\.(weight|bias)$"},
+    {
+        "time": r"\.(att|ffn)\.time_(?!state$)\w+$",
+        "ln": r"\.(ln[012]|ln_x)\.(weight|bias)$|^ln_out\.(weight|bias)$",
+        "state": r"\.att\.time_state$",
+    },
 )
 EPS = 64e-5  # of the normalisation by head
 
@@ -42,15 +46,13 @@ class Sizes:
     dim_att: int = 0
     dim_ffn: int = 0
     head_size: int = 0
+    time_state: bool = field(default=False, kw_only=True)  # documents begin with att.time_state
 
     def __post_init__(self):
         usual = {"dim_att": self.n_embd, "dim_ffn": max(32, self.n_embd * 7 // 64 * 32), "head_size": 64}
         for name, value in usual.items():
             object.__setattr__(self, name, getattr(self, name) or value)
-        if self.head_size % 16 or not 0 < self.head_size <= MAX_HEAD_SIZE:
-            raise ValueError(f"the head size is {self.head_size}; it must be a multiple of 16, at most {MAX_HEAD_SIZE}")
-        if self.dim_att % self.head_size:
-            raise ValueError(f"the width {self.dim_att} is not a multiple of the head size {self.head_size}")
+        check_heads(self.dim_att, self.head_size)
 
     @property
     def heads(self) -> int:
@@ -58,9 +60,24 @@ class Sizes:
         return self.dim_att // self.head_size
 
 
-def mixing_weight(size: int, device: Any) -> nn.Parameter:
-    """A weight of a token and its predecessor, by channel [1, 1, D]."""
-    return nn.Parameter(torch.full((1, 1, size), 0.5, device=device))
+def initial_state_parameter(sizes: Sizes, device: Any) -> nn.Parameter | None:
+    """att.time_state [H, N (value), N (key)], as in upstream's files; None without one."""
+    shape = sizes.heads, sizes.head_size, sizes.head_size
+    return nn.Parameter(torch.zeros(shape, device=device)) if sizes.time_state else None
+
+
+def wkv_state(time_state: Tensor) -> Tensor:
+    """[H, N (key), N (value)], WKV's layout, from att.time_state."""
+    return time_state.mT
+
+
+def after_reset(time_state: Tensor | None, state: Tensor, reset: Tensor | None) -> Tensor | None:
+    """WKV's state at the start of a document, for every batch row of `state`; None without
+    resets.
+    """
+    if reset is None:
+        return None
+    return torch.zeros_like(state) if time_state is None else repeated(wkv_state(time_state), len(state))
 
 
 def gated_norm(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -71,9 +88,34 @@ def gated_norm(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return (normed * F.silu(upcast(g))).to(g.dtype)
 
 
-def position(mix: Tensor) -> Tensor:
-    """i/D for channel i, in the shape of the mixing weights [1, 1, D]."""
-    return (torch.arange(mix.shape[-1], dtype=torch.float64) / mix.shape[-1]).view(1, 1, -1)
+def gated_wkv(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    u: Tensor,
+    norm: tuple[Tensor, Tensor],
+    state: Tensor,
+    reset: Tensor | None,
+    time_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """WKV over time, normalised by head, gated by g.
+
+    Args:
+        r, k, v, g: [B, T, A].
+        w, u: log-decay [B, T, H, N] or [H, N], and bonus [H, N].
+        norm: weight and bias of the normalisation [A].
+        state: [B, H, N, N].
+        reset: [B, T] bool, True where a document starts.
+        time_state: the state at the start of a document, as in checkpoints; None: zeros.
+
+    Returns:
+        [B, T, A], and the state after the last token.
+    """
+    r, k, v = (t.view(*t.shape[:2], *u.shape) for t in (r, k, v))
+    y, state = wkv6(r, w, k, v, u, state, reset, initial=after_reset(time_state, state, reset))
+    return native.cheap(gated_norm, y, g, *norm), state
 
 
 def initialise_decay(decay: Tensor, bonus: Tensor, norm: HeadNorm, layer: int, layers: int) -> None:
@@ -90,44 +132,17 @@ def initialise_decay(decay: Tensor, bonus: Tensor, norm: HeadNorm, layer: int, l
     norm.bias.zero_()
 
 
-# matrices initialised to zero, so that every block is the identity; and those of gain 0.1
-_ZERO = (".att.output.weight", ".ffn.value.weight", ".ffn.receptance.weight")
-_SMALL = (".att.key.weight", ".att.gate.weight")
-
-
-def initialise_matrices(model: nn.Module, frozen: bool) -> None:
-    """Initial embedding, head and linear layers, and LayerNorms."""
-    for part in model.modules():
-        if isinstance(part, nn.LayerNorm):
-            part.reset_parameters()
-    for name, weight in model.named_parameters():
-        if name == "emb.weight":
-            weight.uniform_(-1e-4, 1e-4)
-        elif name == "head.weight":
-            rows, columns = weight.shape
-            nn.init.orthogonal_(weight, gain=0.5 * (math.sqrt(rows / columns) if rows > columns else 1.0))
-        elif name.endswith(_ZERO) and not frozen:
-            weight.zero_()
-        elif name.endswith(".weight") and weight.dim() == 2:
-            nn.init.orthogonal_(weight, gain=0.1 if name.endswith(_SMALL) else 1.0)
-
-
 def lr_scale(name: str, stage_2: bool) -> float:
     """2 for decays, 1 for others; in stage 2, 5 for decays, bonuses and mixing weights. Low-rank
-    matrices always 1.
+    matrices and initial states always 1.
     """
     last = name.rpartition(".")[2]
-    if not last.startswith("time_") or last.endswith(("_w1", "_w2")):
+    if not last.startswith("time_") or last.endswith(("_w1", "_w2", "_state")):
         return 1.0
     return 5.0 if stage_2 else 2.0 if last == "time_decay" else 1.0
 
 
-def decays(name: str, shape: torch.Size) -> bool:
-    """True for linear layers, embedding and head; False for vectors and low-rank matrices."""
-    return name.endswith(".weight") and sum(size > 1 for size in shape) >= 2
-
-
-def common_sizes(shapes: Any, n_layer: int) -> dict[str, int]:
+def common_sizes(shapes: Any, n_layer: int) -> dict[str, Any]:
     """The fields of Sizes, from the shapes of emb, time_faaaa and ffn.key of block 0.
 
     Raises:
@@ -146,4 +161,5 @@ def common_sizes(shapes: Any, n_layer: int) -> dict[str, int]:
         "dim_att": heads * head_size,
         "dim_ffn": dim_ffn,
         "head_size": head_size,
+        "time_state": "blocks.0.att.time_state" in shapes,
     }

@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+ALL = "all-linear"
+"""The part with all linear layers of the blocks."""
 _LAYER = re.compile(r"^(.*\.)?(att|ffn)(Pre)?\.(\w+)$")
 
 
@@ -38,10 +40,12 @@ class Parts:
     @property
     def names(self) -> tuple[str, ...]:
         """All names of parts."""
-        return (*self.groups, *self.full, *self.layers)
+        return (*self.groups, ALL, *self.full, *self.layers)
 
     def layers_of(self, part: str) -> tuple[str, ...]:
         """The layers of a block that get adapters for a part; none for fully trained tensors."""
+        if part == ALL:
+            return self.layers
         return () if part in self.full else self.groups.get(part, (part,))
 
     def fully_trained(self, name: str, parts: Collection[str]) -> bool:

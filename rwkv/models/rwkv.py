@@ -3,6 +3,7 @@ checkpointing.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from rwkv import compat
 from rwkv.kernels.head_loss import head_loss
 from rwkv.kernels.linear import Matrix
-from rwkv.models.layers import Device, Norm, dropout
+from rwkv.models.layers import Device, Norm, dropout, repeated
 from rwkv.models.state import State
 from rwkv.models.version import Version, version_of
 
@@ -77,7 +78,29 @@ class RWKV(nn.Module):
         """The state before the first token of a document, with the device and dtype of `like`
         (default: the embedding, which must not be sharded).
         """
-        like = self.emb.weight if like is None else like
+        empty = self._empty_state(batch, self.emb.weight if like is None else like)
+        return self.with_wkv(empty, self._tuned())
+
+    def _tuned(self) -> dict[int, Tensor]:
+        found = {i: getattr(getattr(block, "att", None), "time_state", None) for i, block in enumerate(self.blocks)}
+        return {i: time_state for i, time_state in found.items() if time_state is not None}
+
+    def with_wkv(self, state: State, tuned: Mapping[int, Tensor]) -> State:
+        """A state with the WKV states of these blocks replaced by tuned ones.
+
+        Args:
+            tuned: `att.time_state` by block.
+        """
+
+        def replaced(i: int, block: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if i not in tuned:
+                return block
+            wkv = self.version.wkv_state(tuned[i]).to(block[1])
+            return block[0], repeated(wkv, len(block[1])), *block[2:]
+
+        return tuple(replaced(i, block) for i, block in enumerate(state))
+
+    def _empty_state(self, batch: int, like: Tensor) -> State:
         block = self.version.initial_state(self.sizes, batch, like)
         return tuple(block for _ in self.blocks)
 
@@ -86,7 +109,8 @@ class RWKV(nn.Module):
         last token.
 
         Args:
-            state: the state before the first token; None: that at the start of a document.
+            state: the state before the first token; None: that at the start of a document, which
+                is empty, or tuned (`sizes.time_state`).
             reset: bool [B, T], True at the first token of a document, where the state is reset.
         """
         return self.after_embedding(self.emb(tokens), state, reset)
@@ -100,7 +124,11 @@ class RWKV(nn.Module):
             # ln_out.weight gathered after an access by name.)
             x = x.to(next(self.ln_out.parameters()).dtype)
         if state is None:  # like x, because ZeRO-3 keeps the embedding's weight gathered after an access
-            state = self.initial_state(len(x), x)
+            state = self._empty_state(len(x), x)
+            if self.sizes.time_state:  # the blocks reset to it; ZeRO-3 gathers it only there
+                starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+                starts[:, 0] = True
+                reset = starts if reset is None else reset | starts
         p = self.dropout if self.training else 0.0
         x, carry, after = dropout(x, p), (), []
         for block, before in zip(self.blocks, state, strict=True):

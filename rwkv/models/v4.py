@@ -5,6 +5,10 @@ names are those of BlinkDL's checkpoints. The state of a block consists of the l
 time-mix [B, D], the WKV state [B, 3, A] in fp32 (rwkv.wkv), and the last input of its channel-mix
 [B, D].
 
+A tuned initial state, `att.time_state` [3, A], is the WKV state before the first token: numerator
+aa, denominator bb, maximum exponent pp, as in PyPI's `rwkv`. A new one is all zeros, which is the
+empty state; pp is only a scale and stays 0.
+
 Activations saved for the backward pass, in bytes per token and block. e: bytes per element in
 matmuls (2 in bf16); s: bytes per element of the residual stream (2 if the embedding is stored in
 bf16, else 4):
@@ -25,14 +29,16 @@ computes, and during head_loss the logits of one chunk (head_loss.chunk_tokens).
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rwkv.kernels.elementwise import native
-from rwkv.models.layers import Device, Norm, dropout, matrix
+from rwkv.models import layers, parameters
+from rwkv.models.layers import Device, matrix, mixing_weight, repeated
+from rwkv.models.parameters import gain, position
 from rwkv.models.parts import Parts
 from rwkv.wkv import empty_state, wkv4
 
@@ -42,7 +48,11 @@ HAS_CUDA_KERNELS = True
 PARTS = Parts(
     {"att": ("att.key", "att.value", "att.receptance"), "ffn": ("ffn.key", "ffn.receptance", "ffn.value")},
     ("att.output",),
-    {"time": r"\.(att|ffn|ffnPre)\.time_(decay|first|mix_[kvr])$", "ln": r"\.ln[012]\.(weight|bias)$"},
+    {
+        "time": r"\.(att|ffn|ffnPre)\.time_(decay|first|mix_[kvr])$",
+        "ln": r"\.ln[012]\.(weight|bias)$",
+        "state": r"\.att\.time_state$",
+    },
 )
 
 
@@ -56,6 +66,7 @@ class Sizes:
     dim_att: int = 0
     dim_ffn: int = 0
     pre_ffn: bool = False  # block 0 has a channel-mix instead of a time-mix
+    time_state: bool = field(default=False, kw_only=True)  # documents begin with att.time_state
 
     def __post_init__(self):
         object.__setattr__(self, "dim_att", self.dim_att or self.n_embd)
@@ -73,10 +84,6 @@ PUBLISHED = {
 }
 
 
-def _mix(size: int, device: Device) -> nn.Parameter:
-    return nn.Parameter(torch.full((1, 1, size), 0.5, device=device))
-
-
 class TimeMix(nn.Module):
     """Computes r, k, v from each token and its predecessor; WKV over time; gated by σ(r)."""
 
@@ -85,9 +92,10 @@ class TimeMix(nn.Module):
         D, A = sizes.n_embd, sizes.dim_att
         self.time_decay = nn.Parameter(torch.zeros(A, device=device))
         self.time_first = nn.Parameter(torch.zeros(A, device=device))
-        self.time_mix_k, self.time_mix_v, self.time_mix_r = (_mix(D, device) for _ in range(3))
+        self.time_mix_k, self.time_mix_v, self.time_mix_r = (mixing_weight(D, device) for _ in range(3))
         self.key, self.value, self.receptance = (matrix(A, D, device) for _ in range(3))
         self.output = matrix(D, A, device)
+        self.time_state = nn.Parameter(torch.zeros(3, A, device=device)) if sizes.time_state else None
 
     def forward(self, x: Tensor, shift: Tensor, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, D], shift [B, D], state [B, 3, A], reset [B, T] → y [B, T, D], state."""
@@ -96,7 +104,10 @@ class TimeMix(nn.Module):
         )
         k, v, r = self.key(xk), self.value(xv), self.receptance(xr)  # [B, T, A]
         # the decay is computed in fp32: bf16 would round exp(−exp(w)) to 1
-        y, state = _wkv(-torch.exp(self.time_decay.float()), self.time_first, k, v, state, reset)
+        initial = None
+        if reset is not None and self.time_state is not None:
+            initial = repeated(wkv_state(self.time_state), len(x))
+        y, state = _wkv(-torch.exp(self.time_decay.float()), self.time_first, k, v, state, reset, initial)
         return self.output(native.gate(r, y)), state
 
 
@@ -106,19 +117,21 @@ def _wkv(*inputs: Any) -> tuple[Tensor, Tensor]:
     return native.recomputed(y, lambda *inputs: _wkv4(*inputs)[0], *inputs), state
 
 
-def _wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As wkv4, with the empty state after a reset."""
-    initial = None if reset is None else empty_state(k.shape[0], k.shape[2], k.device)
+def _wkv4(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, reset: Tensor | None, initial: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As wkv4; `initial=None` is the empty state."""
+    if reset is not None and initial is None:
+        initial = empty_state(k.shape[0], k.shape[2], k.device)
     return wkv4(w, u, k, v, state, reset, initial=initial)
 
 
 class ChannelMix(nn.Module):
     """Gated feed-forward network with squared ReLU, on each token and its predecessor."""
 
-    def __init__(self, sizes: Sizes, device: Device = None):
+    def __init__(self, D: int, F: int, device: Device = None):
         super().__init__()
-        D, F = sizes.n_embd, sizes.dim_ffn
-        self.time_mix_k, self.time_mix_r = _mix(D, device), _mix(D, device)
+        self.time_mix_k, self.time_mix_r = mixing_weight(D, device), mixing_weight(D, device)
         self.key, self.receptance, self.value = matrix(F, D, device), matrix(D, D, device), matrix(D, F, device)
 
     def forward(self, x: Tensor, shift: Tensor, reset: Tensor | None = None) -> Tensor:
@@ -128,53 +141,38 @@ class ChannelMix(nn.Module):
         return native.gate(r, self.value(native.relu2(k)))
 
 
-class Block(nn.Module):
-    """x += time-mix(ln1 x); x += channel-mix(ln2 x). Block 0 first normalises the embedding."""
+class Block(layers.Block):
+    """layers.Block; with `pre_ffn`, block 0 has a channel-mix instead of its time-mix."""
 
     def __init__(self, sizes: Sizes, layer: int, device: Device = None):
-        super().__init__()
-        D = sizes.n_embd
-        if layer == 0:
-            self.ln0 = Norm(D, device=device)
-        self.ln1, self.ln2 = Norm(D, device=device), Norm(D, device=device)
+        D, F = sizes.n_embd, sizes.dim_ffn
+        super().__init__(D, layer, device)
         if layer == 0 and sizes.pre_ffn:
-            self.ffnPre = ChannelMix(sizes, device)
+            self.ffnPre = ChannelMix(D, F, device)
         else:
             self.att = TimeMix(sizes, device)
-        self.ffn = ChannelMix(sizes, device)
+        self.ffn = ChannelMix(D, F, device)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: tuple[Tensor, ...],
-        carry: tuple[Tensor, ...] = (),
-        reset: Tensor | None = None,
-        p: float = 0.0,
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """x [B, T, D] → [B, T, D], the state after the last token, and `carry` unchanged.
-
-        Args:
-            p: dropout probability of the residual stream.
-        """
-        att_shift, wkv, ffn_shift = state
-        if hasattr(self, "ln0"):
-            x = self.ln0(x)
-        a = self.ln1(x)
+    def time_mix(
+        self, x: Tensor, shift: Tensor, wkv: Tensor, carry: tuple[Tensor, ...], reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         if hasattr(self, "att"):
-            y, wkv = self.att(a, att_shift, wkv, reset)
-        else:
-            y = self.ffnPre(a, att_shift, reset)
-        x = dropout(x + y, p)
-        f = self.ln2(x)
-        x = dropout(x + self.ffn(f, ffn_shift, reset), p)
-        # a view of the last token would keep the whole tensor in memory
-        return x, (a[:, -1].clone(), wkv, f[:, -1].clone()), carry
+            return super().time_mix(x, shift, wkv, carry, reset)
+        return self.ffnPre(x, shift, reset), wkv, carry
 
 
 def initial_state(sizes: Sizes, batch: int, like: Tensor) -> tuple[Tensor, ...]:
     """See rwkv.models.version.Version, which also describes the functions below."""
     zeros = torch.zeros(batch, sizes.n_embd, device=like.device, dtype=like.dtype)
     return zeros, empty_state(batch, sizes.dim_att, like.device), zeros
+
+
+def wkv_state(time_state: Tensor) -> Tensor:
+    """Negative denominators count as 0: the average would have no bound. Their gradient is that of
+    the denominator, so that they can grow again.
+    """
+    a, b, p = time_state.unbind(0)
+    return torch.stack([a, b + (b.clamp(min=0) - b).detach(), p])
 
 
 def recognise(shapes: Mapping[str, torch.Size], n_layer: int) -> Sizes:
@@ -193,7 +191,8 @@ def recognise(shapes: Mapping[str, torch.Size], n_layer: int) -> Sizes:
     dim_ffn = shapes["blocks.0.ffn.key.weight"][0]
     if not all((n_embd, vocab_size, dim_att, dim_ffn)):
         raise ValueError("a tensor has no elements")
-    return Sizes(n_layer, n_embd, vocab_size, dim_att, dim_ffn, pre_ffn)
+    time_state = any(f"blocks.{layer}.att.time_state" in shapes for layer in range(n_layer))
+    return Sizes(n_layer, n_embd, vocab_size, dim_att, dim_ffn, pre_ffn, time_state=time_state)
 
 
 # matrices initialised to zero, so that every block is the identity
@@ -212,22 +211,17 @@ def initialise(model: Any, emb_scale: float, frozen: bool) -> None:
             if isinstance(part, TimeMix):
                 _initialise_time_mix(part, depth, height)
             elif isinstance(part, ChannelMix):
-                position = _position(part.time_mix_k)
-                part.time_mix_k.copy_(position**height)
-                part.time_mix_r.copy_(position**height)
+                i = position(part.time_mix_k)
+                part.time_mix_k.copy_(i**height)
+                part.time_mix_r.copy_(i**height)
             elif isinstance(part, nn.LayerNorm):
                 part.reset_parameters()
     model.ln_out.reset_parameters()
     for name, weight in model.named_parameters():
         if name == "emb.weight":
             weight.uniform_(-emb_scale, emb_scale)
-        elif weight.dim() == 2:
+        elif weight.dim() == 2 and not name.endswith("time_state"):
             _initialise_matrix(name.removesuffix(".weight"), weight, frozen)
-
-
-def _position(mix: Tensor) -> Tensor:
-    """i/D for channel i, in the shape of the mixing weights [1, 1, D]."""
-    return (torch.arange(mix.shape[-1], dtype=torch.float64) / mix.shape[-1]).view(1, 1, -1)
 
 
 def _initialise_time_mix(part: TimeMix, depth: float, height: float) -> None:
@@ -236,31 +230,29 @@ def _initialise_time_mix(part: TimeMix, depth: float, height: float) -> None:
     part.time_decay.copy_(-5 + 8 * (h / max(A - 1, 1)) ** (0.7 + 1.3 * depth))
     zigzag = ((h + 1) % 3 - 1) * 0.5
     part.time_first.copy_(math.log(0.3) + zigzag)
-    position = _position(part.time_mix_k)
-    part.time_mix_k.copy_(position**height)
-    part.time_mix_v.copy_(position**height + 0.3 * depth)
-    part.time_mix_r.copy_(position ** (0.5 * height))
+    i = position(part.time_mix_k)
+    part.time_mix_k.copy_(i**height)
+    part.time_mix_v.copy_(i**height + 0.3 * depth)
+    part.time_mix_r.copy_(i ** (0.5 * height))
 
 
 def _initialise_matrix(name: str, weight: Tensor, frozen: bool) -> None:
-    rows, columns = weight.shape
-    gain = math.sqrt(rows / columns) if rows > columns else 1.0
     if name.endswith(_ZERO) and not frozen:
         weight.zero_()
     else:
-        nn.init.orthogonal_(weight, gain=gain * (0.5 if name == "head" else 1.0))
+        nn.init.orthogonal_(weight, gain=gain(weight) * (0.5 if name == "head" else 1.0))
 
 
 def lr_scale(name: str, stage_2: bool) -> float:
-    """2 for time_decay, 3 for time_first, 1 for others; in stage 2, 5 for all time_ parameters."""
-    if stage_2 and "time_" in name:
+    """2 for time_decay, 3 for time_first, 1 for others; in stage 2, 5 for all time_ parameters but
+    initial states.
+    """
+    if stage_2 and "time_" in name and not name.endswith("time_state"):
         return 5.0
     return 2.0 if "time_decay" in name else 3.0 if "time_first" in name else 1.0
 
 
-def decays(name: str, shape: torch.Size) -> bool:
-    """True for matrices; False for vectors, including those stored as [1, 1, D]."""
-    return sum(size > 1 for size in shape) >= 2
+decays = parameters.decays
 
 
 def saved_bytes(sizes: Sizes, e: int) -> float:
@@ -277,21 +269,3 @@ def forward_bytes(sizes: Sizes, e: int) -> float:
 def backward_bytes(sizes: Sizes, e: int) -> float:
     """Three gradients of the residual stream's width, and one of the channel-mix's."""
     return e * (3 * sizes.n_embd + sizes.dim_ffn)
-
-
-def transformers_config(sizes: Sizes) -> dict[str, Any]:
-    """The config of RwkvForCausalLM. Raises ValueError for pre_ffn, which it does not support."""
-    if sizes.pre_ffn:
-        raise ValueError(
-            "transformers' RWKV does not support --pre_ffn 1 (a channel-mix instead of the first time-mix)"
-        )
-    return {
-        "architectures": ["RwkvForCausalLM"],
-        "model_type": "rwkv",
-        "vocab_size": sizes.vocab_size,
-        "hidden_size": sizes.n_embd,
-        "num_hidden_layers": sizes.n_layer,
-        "attention_hidden_size": sizes.dim_att,
-        "intermediate_size": sizes.dim_ffn,
-        "layer_norm_epsilon": 1e-5,
-    }

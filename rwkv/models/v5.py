@@ -24,15 +24,18 @@ from torch import Tensor, nn
 
 from rwkv.kernels.elementwise import native
 from rwkv.kernels.elementwise.reference import upcast
-from rwkv.models import gated_heads
-from rwkv.models.gated_heads import gated_norm, mixing_weight, position
-from rwkv.models.layers import Device, HeadNorm, Norm, dropout, matrix
-from rwkv.wkv.wkv6 import empty_state, wkv6
+from rwkv.models import gated_heads, layers, parameters
+from rwkv.models.gated_heads import gated_wkv
+from rwkv.models.layers import Device, HeadNorm, matrix, mixing_weight
+from rwkv.models.parameters import initialise_matrices, position
+from rwkv.models.v4 import ChannelMix  # the same in RWKV-5
+from rwkv.wkv.wkv6 import empty_state
 
 NAME = "5.2"
 WARMUP_START = 0.01
 HAS_CUDA_KERNELS = False
-PARTS, lr_scale, decays = gated_heads.PARTS, gated_heads.lr_scale, gated_heads.decays
+PARTS, lr_scale, decays = gated_heads.PARTS, gated_heads.lr_scale, parameters.decays
+wkv_state = gated_heads.wkv_state
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class TimeMix(nn.Module):
         self.receptance, self.key, self.value, self.gate = (matrix(A, D, device) for _ in range(4))
         self.output = matrix(D, A, device)
         self.ln_x = HeadNorm(A, device)
+        self.time_state = gated_heads.initial_state_parameter(sizes, device)
 
     def forward(self, x: Tensor, shift: Tensor, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, D], shift [B, D], state [B, H, N, N], reset [B, T] → y [B, T, D], state."""
@@ -65,63 +69,17 @@ class TimeMix(nn.Module):
         xk, xv = native.mix(x, shift, reset, [self.time_mix_k, self.time_mix_v], empty)
         xr, xg = native.mix(x, shift, reset, [self.time_mix_r, self.time_mix_g], empty)
         r, k, v, g = self.receptance(xr), self.key(xk), self.value(xv), self.gate(xg)  # [B, T, A]
-        r, k, v = (t.view(*t.shape[:2], *self.time_faaaa.shape) for t in (r, k, v))
-        # the decay is computed in fp32: bf16 would round exp(−exp(w)) to 1
-        w, initial = -torch.exp(upcast(self.time_decay)), None if reset is None else torch.zeros_like(state)
-        y, state = wkv6(r, w, k, v, self.time_faaaa, state, reset, initial=initial)
-        return self.output(native.cheap(gated_norm, y, g, *self.ln_x())), state
+        w = -torch.exp(upcast(self.time_decay))  # in fp32: bf16 would round exp(−exp(w)) to 1
+        y, state = gated_wkv(r, w, k, v, g, self.time_faaaa, self.ln_x(), state, reset, self.time_state)
+        return self.output(y), state
 
 
-class ChannelMix(nn.Module):
-    """Gated feed-forward network with squared ReLU, on each token and its predecessor."""
-
-    def __init__(self, sizes: Sizes, device: Device = None):
-        super().__init__()
-        D, F = sizes.n_embd, sizes.dim_ffn
-        self.time_mix_k, self.time_mix_r = mixing_weight(D, device), mixing_weight(D, device)
-        self.key, self.receptance, self.value = matrix(F, D, device), matrix(D, D, device), matrix(D, F, device)
-
-    def forward(self, x: Tensor, shift: Tensor, reset: Tensor | None = None) -> Tensor:
-        """x [B, T, D], shift [B, D], reset [B, T] → y [B, T, D]."""
-        xk, xr = native.mix(x, shift, reset, [self.time_mix_k, self.time_mix_r], torch.zeros_like(shift))
-        k, r = self.key(xk), self.receptance(xr)  # [B, T, F], [B, T, D]
-        return native.gate(r, self.value(native.relu2(k)))
-
-
-class Block(nn.Module):
-    """x += time-mix(ln1 x); x += channel-mix(ln2 x). Block 0 first normalises the embedding."""
+class Block(layers.Block):
+    """layers.Block with the mixes of this version."""
 
     def __init__(self, sizes: Sizes, layer: int, device: Device = None):
-        super().__init__()
-        D = sizes.n_embd
-        if layer == 0:
-            self.ln0 = Norm(D, device=device)
-        self.ln1, self.ln2 = Norm(D, device=device), Norm(D, device=device)
-        self.att, self.ffn = TimeMix(sizes, device), ChannelMix(sizes, device)
-
-    def forward(
-        self,
-        x: Tensor,
-        state: tuple[Tensor, ...],
-        carry: tuple[Tensor, ...] = (),
-        reset: Tensor | None = None,
-        p: float = 0.0,
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """x [B, T, D] → [B, T, D], the state after the last token, and `carry` unchanged.
-
-        Args:
-            p: dropout probability of the residual stream.
-        """
-        att_shift, wkv, ffn_shift = state
-        if hasattr(self, "ln0"):
-            x = self.ln0(x)
-        a = self.ln1(x)
-        y, wkv = self.att(a, att_shift, wkv, reset)
-        x = dropout(x + y, p)
-        f = self.ln2(x)
-        x = dropout(x + self.ffn(f, ffn_shift, reset), p)
-        # a view of the last token would keep the whole tensor in memory
-        return x, (a[:, -1].clone(), wkv, f[:, -1].clone()), carry
+        super().__init__(sizes.n_embd, layer, device)
+        self.att, self.ffn = TimeMix(sizes, device), ChannelMix(sizes.n_embd, sizes.dim_ffn, device)
 
 
 def initial_state(sizes: Sizes, batch: int, like: Tensor) -> tuple[Tensor, ...]:
@@ -158,7 +116,7 @@ def initialise(model: Any, emb_scale: float, frozen: bool) -> None:
         att.time_mix_r.copy_(i ** (0.5 * height))
         att.time_mix_g.copy_(i ** (0.5 * height))
         gated_heads.initialise_decay(att.time_decay, att.time_faaaa, att.ln_x, layer, L)
-    gated_heads.initialise_matrices(model, frozen)
+    initialise_matrices(model, frozen)
 
 
 def saved_bytes(sizes: Sizes, e: int) -> float:
@@ -179,8 +137,3 @@ def backward_bytes(sizes: Sizes, e: int) -> float:
     Measured, as above.
     """
     return max(e * (3 * sizes.n_embd + sizes.dim_ffn), 4 * 5 * sizes.n_embd)
-
-
-def transformers_config(sizes: Sizes) -> dict[str, Any]:
-    """Raise ValueError: transformers has no RWKV-5 model."""
-    raise ValueError("transformers does not support RWKV-5.2")

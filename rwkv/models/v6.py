@@ -30,15 +30,17 @@ from torch import Tensor, nn
 from rwkv.kernels.elementwise import native
 from rwkv.kernels.elementwise.reference import upcast
 from rwkv.kernels.linear import linear
-from rwkv.models import gated_heads
-from rwkv.models.gated_heads import gated_norm, mixing_weight, position
-from rwkv.models.layers import Device, HeadNorm, Norm, dropout, matrix
-from rwkv.wkv.wkv6 import empty_state, wkv6
+from rwkv.models import gated_heads, layers, parameters
+from rwkv.models.gated_heads import gated_wkv
+from rwkv.models.layers import Device, HeadNorm, matrix, mixing_weight
+from rwkv.models.parameters import initialise_matrices, position
+from rwkv.wkv.wkv6 import empty_state
 
 NAME = "6"
 WARMUP_START = 0.01
 HAS_CUDA_KERNELS = False
-PARTS, lr_scale, decays = gated_heads.PARTS, gated_heads.lr_scale, gated_heads.decays
+PARTS, lr_scale, decays = gated_heads.PARTS, gated_heads.lr_scale, parameters.decays
+wkv_state = gated_heads.wkv_state
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class TimeMix(nn.Module):
         self.receptance, self.key, self.value, self.gate = (matrix(A, D, device) for _ in range(4))
         self.output = matrix(D, A, device)
         self.ln_x = HeadNorm(A, device)
+        self.time_state = gated_heads.initial_state_parameter(sizes, device)
 
     def forward(self, x: Tensor, shift: Tensor, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, D], shift [B, D], state [B, H, N, N], reset [B, T] → y [B, T, D], state."""
@@ -94,10 +97,8 @@ class TimeMix(nn.Module):
         v = self.value(native.cheap(mixed, x, before, self.time_maa_v, *next(parts)))
         r = self.receptance(native.cheap(mixed, x, before, self.time_maa_r, *next(parts)))
         g = self.gate(native.cheap(mixed, x, before, self.time_maa_g, *next(parts)))
-        r, k, v = (t.view(*t.shape[:2], *heads) for t in (r, k, v))
-        initial = None if reset is None else torch.zeros_like(state)
-        y, state = wkv6(r, w, k, v, self.time_faaaa, state, reset, initial=initial)
-        return self.output(native.cheap(gated_norm, y, g, *self.ln_x())), state
+        y, state = gated_wkv(r, w, k, v, g, self.time_faaaa, self.ln_x(), state, reset, self.time_state)
+        return self.output(y), state
 
 
 def mixed(x: Tensor, before: Tensor, maa: Tensor, low: Tensor, up: Tensor) -> Tensor:
@@ -132,40 +133,12 @@ class ChannelMix(nn.Module):
         return native.gate(r, self.value(native.relu2(k)))
 
 
-class Block(nn.Module):
-    """x += time-mix(ln1 x); x += channel-mix(ln2 x). Block 0 first normalises the embedding."""
+class Block(layers.Block):
+    """layers.Block with the mixes of this version."""
 
     def __init__(self, sizes: Sizes, layer: int, device: Device = None):
-        super().__init__()
-        D = sizes.n_embd
-        if layer == 0:
-            self.ln0 = Norm(D, device=device)
-        self.ln1, self.ln2 = Norm(D, device=device), Norm(D, device=device)
+        super().__init__(sizes.n_embd, layer, device)
         self.att, self.ffn = TimeMix(sizes, device), ChannelMix(sizes, device)
-
-    def forward(
-        self,
-        x: Tensor,
-        state: tuple[Tensor, ...],
-        carry: tuple[Tensor, ...] = (),
-        reset: Tensor | None = None,
-        p: float = 0.0,
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """x [B, T, D] → [B, T, D], the state after the last token, and `carry` unchanged.
-
-        Args:
-            p: dropout probability of the residual stream.
-        """
-        att_shift, wkv, ffn_shift = state
-        if hasattr(self, "ln0"):
-            x = self.ln0(x)
-        a = self.ln1(x)
-        y, wkv = self.att(a, att_shift, wkv, reset)
-        x = dropout(x + y, p)
-        f = self.ln2(x)
-        x = dropout(x + self.ffn(f, ffn_shift, reset), p)
-        # a view of the last token would keep the whole tensor in memory
-        return x, (a[:, -1].clone(), wkv, f[:, -1].clone()), carry
 
 
 def initial_state(sizes: Sizes, batch: int, like: Tensor) -> tuple[Tensor, ...]:
@@ -182,7 +155,7 @@ def recognise(shapes: Mapping[str, torch.Size], n_layer: int) -> Sizes:
     needed = ["blocks.0.att.time_maa_x", "blocks.0.att.gate.weight", *ranks.values()]
     if missing := [key for key in needed if len(shapes.get(key, ())) < 2]:
         raise ValueError(f"no {', '.join(missing)}")
-    found = {name: shapes[key][-2] for name, key in ranks.items()}
+    found: dict[str, Any] = {name: shapes[key][-2] for name, key in ranks.items()}
     if not all(found.values()):
         raise ValueError("a tensor has no elements")
     return Sizes(**gated_heads.common_sizes(shapes, n_layer), **found)
@@ -209,7 +182,7 @@ def initialise(model: Any, emb_scale: float, frozen: bool) -> None:
         gated_heads.initialise_decay(att.time_decay, att.time_faaaa, att.ln_x, layer, L)
         ffn.time_maa_k.copy_(1 - i ** (height**3))
         ffn.time_maa_r.copy_(1 - i ** (height**3))
-    gated_heads.initialise_matrices(model, frozen)
+    initialise_matrices(model, frozen)
 
 
 def saved_bytes(sizes: Sizes, e: int) -> float:
@@ -231,8 +204,3 @@ def backward_bytes(sizes: Sizes, e: int) -> float:
     Measured, as above.
     """
     return max(e * (3 * sizes.n_embd + sizes.dim_ffn), 4 * 5 * sizes.n_embd)
-
-
-def transformers_config(sizes: Sizes) -> dict[str, Any]:
-    """Raise ValueError: transformers has no RWKV-6 model."""
-    raise ValueError("transformers does not support RWKV-6")

@@ -20,9 +20,8 @@ Activations saved for the backward pass, in bytes per token and block, with e an
 All else is recomputed (rwkv.kernels.elementwise.native, rwkv.wkv.wkv7.time_mix).
 """
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,9 +29,11 @@ from torch import Tensor, nn
 
 from rwkv.kernels.elementwise import native
 from rwkv.kernels.linear import linear
-from rwkv.models.layers import Device, HeadNorm, Norm, dropout, matrix
+from rwkv.models import layers, parameters
+from rwkv.models.layers import Device, HeadNorm, check_heads, matrix, repeated
+from rwkv.models.parameters import gain, initialise_matrices, position
 from rwkv.models.parts import Parts
-from rwkv.wkv.wkv7 import MAX_HEAD_SIZE, empty_state
+from rwkv.wkv.wkv7 import empty_state
 from rwkv.wkv.wkv7.time_mix import Parameters, Projections, time_mix
 
 NAME = "7"
@@ -45,6 +46,7 @@ PARTS = Parts(
         # without v0, v1, v2 of block 0, which are not used
         "time": r"(?<!blocks\.0)\.att\.v[012]$|\.att\.(x_[rwkvag]|[wa][012]|g[12]|k_k|k_a|r_k)$|\.ffn\.x_k$",
         "ln": r"\.(ln[012]|ln_x)\.(weight|bias)$|^ln_out\.(weight|bias)$",
+        "state": r"\.att\.time_state$",
     },
 )
 EPS = 64e-5  # of the normalisation by head
@@ -69,6 +71,7 @@ class Sizes:
     rank_v: int = 0  # of the share of v_first
     rank_g: int = 0  # of the gate
     v_in_block_0: bool = False  # block 0 has v0, v1 and v2, unused, as in files of upstream's trainer
+    time_state: bool = field(default=False, kw_only=True)  # documents begin with att.time_state
 
     def __post_init__(self):
         C = self.n_embd
@@ -82,10 +85,7 @@ class Sizes:
         }
         for name, value in usual.items():
             object.__setattr__(self, name, getattr(self, name) or value)
-        if self.head_size % 16 or not 0 < self.head_size <= MAX_HEAD_SIZE:
-            raise ValueError(f"the head size is {self.head_size}; it must be a multiple of 16, at most {MAX_HEAD_SIZE}")
-        if C % self.head_size:
-            raise ValueError(f"the width {C} is not a multiple of the head size {self.head_size}")
+        check_heads(C, self.head_size)
 
     @property
     def heads(self) -> int:
@@ -154,6 +154,9 @@ class TimeMix(nn.Module):
         self.r_k = _parameter(sizes.heads, sizes.head_size, device=device)
         self.receptance, self.key, self.value, self.output = (matrix(C, C, device) for _ in range(4))
         self.ln_x = HeadNorm(C, device)
+        # [H, N (value), N (key)], as in upstream's files
+        shape = sizes.heads, sizes.head_size, sizes.head_size
+        self.time_state = _parameter(*shape, device=device) if sizes.time_state else None
 
     def forward(
         self, x: Tensor, shift: Tensor, state: Tensor, v_first: Tensor | None, reset: Tensor | None = None
@@ -165,7 +168,8 @@ class TimeMix(nn.Module):
         v0 = None if v_first is None else self.v0
         weight, bias = self.ln_x()
         vectors = Parameters(weight, bias, self.r_k, self.w0, self.a0, v0, self.k_k, self.k_a)
-        y, state = time_mix(found, v_first, vectors, state, reset, eps=EPS)
+        initial = None if self.time_state is None or reset is None else repeated(self.time_state, len(x))
+        y, state = time_mix(found, v_first, vectors, state, reset, initial, eps=EPS)
         return self.output(y), state, found.v if v_first is None else v_first
 
     def _project(self, x: Tensor, shift: Tensor, later: bool, reset: Tensor | None) -> Projections:
@@ -205,46 +209,30 @@ class ChannelMix(nn.Module):
         return self.value(native.relu2(self.key(xk)))
 
 
-class Block(nn.Module):
-    """x += time-mix(ln1 x); x += channel-mix(ln2 x). Block 0 first normalises the embedding."""
+class Block(layers.Block):
+    """layers.Block with the mixes of this version; passes v_first on."""
 
     def __init__(self, sizes: Sizes, layer: int, device: Device = None):
-        super().__init__()
-        C = sizes.n_embd
-        if layer == 0:
-            self.ln0 = Norm(C, device=device)
-        self.ln1, self.ln2 = Norm(C, device=device), Norm(C, device=device)
+        super().__init__(sizes.n_embd, layer, device)
         self.att, self.ffn = TimeMix(sizes, layer, device), ChannelMix(sizes, device)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: tuple[Tensor, ...],
-        carry: tuple[Tensor, ...] = (),
-        reset: Tensor | None = None,
-        p: float = 0.0,
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """x [B, T, C] → [B, T, C], the state after the last token, and `carry`: v_first.
-
-        Args:
-            p: dropout probability of the residual stream.
-        """
-        att_shift, wkv, ffn_shift = state
-        if hasattr(self, "ln0"):
-            x = self.ln0(x)
-        a = self.ln1(x)
-        y, wkv, v_first = self.att(a, att_shift, wkv, *(carry or (None,)), reset)
-        x = dropout(x + y, p)
-        f = self.ln2(x)
-        x = dropout(x + self.ffn(f, ffn_shift, reset), p)
-        # a view of the last token would keep the whole tensor in memory
-        return x, (a[:, -1].clone(), wkv, f[:, -1].clone()), (v_first,)
+    def time_mix(
+        self, x: Tensor, shift: Tensor, wkv: Tensor, carry: tuple[Tensor, ...], reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """As in layers.Block; `carry` is (v_first,), in block 0 ()."""
+        y, wkv, v_first = self.att(x, shift, wkv, *(carry or (None,)), reset)
+        return y, wkv, (v_first,)
 
 
 def initial_state(sizes: Sizes, batch: int, like: Tensor) -> tuple[Tensor, ...]:
     """See rwkv.models.version.Version, also for all functions below."""
     zeros = torch.zeros(batch, sizes.n_embd, device=like.device, dtype=like.dtype)
     return zeros, empty_state(batch, sizes.heads, sizes.head_size, like.device), zeros
+
+
+def wkv_state(time_state: Tensor) -> Tensor:
+    """att.time_state has WKV's layout."""
+    return time_state
 
 
 def recognise(shapes: Mapping[str, torch.Size], n_layer: int) -> Sizes:
@@ -262,12 +250,13 @@ def recognise(shapes: Mapping[str, torch.Size], n_layer: int) -> Sizes:
     vocab_size, n_embd = shapes["emb.weight"]
     heads, head_size = shapes["blocks.0.att.r_k"]
     dim_ffn = shapes["blocks.0.ffn.key.weight"][0]
-    found = {f"rank_{name}": shapes[key][1] for name, key in ranks.items()}
+    found: dict[str, Any] = {f"rank_{name}": shapes[key][1] for name, key in ranks.items()}
     if not all((n_embd, vocab_size, dim_ffn, heads, head_size, *found.values())):
         raise ValueError("a tensor without elements")
     if heads * head_size != n_embd:
         raise ValueError(f"blocks.0.att.r_k is [{heads}, {head_size}], but the width is {n_embd}")
-    return Sizes(n_layer, n_embd, vocab_size, dim_ffn, head_size, **found, v_in_block_0="blocks.0.att.v1" in shapes)
+    kept = {"v_in_block_0": "blocks.0.att.v1" in shapes, "time_state": "blocks.0.att.time_state" in shapes}
+    return Sizes(n_layer, n_embd, vocab_size, dim_ffn, head_size, **found, **kept)
 
 
 def initialise(model: Any, emb_scale: float, frozen: bool) -> None:
@@ -276,36 +265,18 @@ def initialise(model: Any, emb_scale: float, frozen: bool) -> None:
     """
     L = len(model.blocks)
     for layer, block in enumerate(model.blocks):
-        for part in block.children():
-            if isinstance(part, nn.LayerNorm):
-                part.reset_parameters()
         depth = layer / (L - 1) if L > 1 else 0.0  # from 0 in the first layer to 1 in the last
         _initialise_time_mix(block.att, layer, L, depth)
-        block.ffn.x_k.copy_(1 - _position(block.ffn.x_k) ** ((1 - layer / L) ** 4))
-    model.ln_out.reset_parameters()
-    for name, weight in model.named_parameters():
-        if name == "emb.weight":
-            weight.uniform_(-1e-4, 1e-4)
-        elif name == "head.weight":
-            rows, columns = weight.shape
-            nn.init.orthogonal_(weight, gain=0.5 * (math.sqrt(rows / columns) if rows > columns else 1.0))
-        elif name.endswith((".att.output.weight", ".ffn.value.weight")) and not frozen:
-            weight.zero_()
-        elif name.endswith(".weight") and weight.dim() == 2:
-            nn.init.orthogonal_(weight, gain=0.1 if name.endswith(".att.key.weight") else 1.0)
-
-
-def _position(mix: Tensor) -> Tensor:
-    """i/C for channel i, in the shape of the mixing weights [1, 1, C]."""
-    return (torch.arange(mix.shape[-1], dtype=torch.float64) / mix.shape[-1]).view(1, 1, -1)
+        block.ffn.x_k.copy_(1 - position(block.ffn.x_k) ** ((1 - layer / L) ** 4))
+    initialise_matrices(model, frozen)
 
 
 def _initialise_time_mix(att: TimeMix, layer: int, layers: int, depth: float) -> None:
     height = 1 - layer / layers  # from 1 in the first layer to 1/L in the last
-    position = _position(att.x_r)
-    C, N = position.shape[-1], att.r_k.shape[1]
+    i = position(att.x_r)
+    C, N = i.shape[-1], att.r_k.shape[1]
     for name, power in (("r", 0.2), ("w", 0.9), ("k", 0.7), ("v", 0.7), ("a", 0.9), ("g", 0.2)):
-        getattr(att, f"x_{name}").copy_(1 - position ** (power * height))
+        getattr(att, f"x_{name}").copy_(1 - i ** (power * height))
     n = torch.arange(C, dtype=torch.float64).view(1, 1, -1)
     ramp, z = n / max(C - 1, 1) - 0.5, ((n % N) - (N - 1) / 2) / ((N - 1) / 2)
     zigzag = z * z.abs()
@@ -317,8 +288,7 @@ def _initialise_time_mix(att: TimeMix, layer: int, layers: int, depth: float) ->
         if hasattr(att, f"{name}1"):
             getattr(att, f"{name}1").zero_()
             up = getattr(att, f"{name}2")
-            rows, columns = up.shape
-            nn.init.orthogonal_(up, gain=0.1 * (math.sqrt(rows / columns) if rows > columns else 1.0))
+            nn.init.orthogonal_(up, gain=0.1 * gain(up))
     att.k_k.copy_(0.71 - 0.1 * ramp)
     att.k_a.fill_(1.02)
     att.r_k.fill_(-0.04)
@@ -331,9 +301,7 @@ def lr_scale(name: str, stage_2: bool) -> float:
     return (5.0 if stage_2 else 2.0) if name.endswith(".att.w0") else 1.0
 
 
-def decays(name: str, shape: torch.Size) -> bool:
-    """True for linear layers, embedding and head; False for vectors and low-rank matrices."""
-    return name.endswith(".weight") and sum(size > 1 for size in shape) >= 2
+decays = parameters.decays
 
 
 def saved_bytes(sizes: Sizes, e: int) -> float:
@@ -354,8 +322,3 @@ def backward_bytes(sizes: Sizes, e: int) -> float:
     fp32. Measured, as above.
     """
     return max(e * (3 * sizes.n_embd + sizes.dim_ffn), 4 * 22 * sizes.n_embd)
-
-
-def transformers_config(sizes: Sizes) -> dict[str, Any]:
-    """Raise ValueError: transformers has no RWKV-7 model."""
-    raise ValueError("transformers does not support RWKV-7")

@@ -39,6 +39,12 @@ class Sizes(Protocol):
     def dim_ffn(self) -> int:
         """Width of the channel-mix."""
 
+    @property
+    def time_state(self) -> bool:
+        """Whether every time-mix has a tuned initial state of WKV, `att.time_state`, with which
+        documents begin.
+        """
+
     def __hash__(self) -> int: ...
 
 
@@ -77,8 +83,13 @@ class Version(Protocol):
         """
 
     def initial_state(self, sizes: Any, batch: int, like: Tensor) -> tuple[Tensor, ...]:
-        """A block's state before the first token, with the device and dtype of `like` (some parts
-        are always fp32).
+        """A block's empty state, with the device and dtype of `like` (some parts are always fp32):
+        the last input of the time-mix, the WKV state, the last input of the channel-mix.
+        """
+
+    def wkv_state(self, time_state: Tensor) -> Tensor:
+        """The WKV state of a block, without a batch dimension, from its tuned initial state
+        `att.time_state`, whose layout is that of upstream's files.
         """
 
     def recognise(self, shapes: Shapes, n_layer: int) -> Any:
@@ -103,11 +114,6 @@ class Version(Protocol):
 
     def backward_bytes(self, sizes: Any, e: int) -> float:
         """Peak bytes per token of temporary tensors in the backward pass of a block."""
-
-    def transformers_config(self, sizes: Any) -> dict[str, Any]:
-        """config.json for transformers. Raises ValueError if transformers does not support the
-        model.
-        """
 
 
 VERSIONS: dict[str, Version] = {v4.NAME: v4, v5.NAME: v5, v6.NAME: v6, v7.NAME: v7}

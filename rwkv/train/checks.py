@@ -16,7 +16,7 @@ _AT_LEAST: dict[float, tuple[str, ...]] = {
     1: ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count", "epoch_save", "devices", "num_nodes", "ds_bucket_mb", "lora_r"),
     0: (
         *("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size", "tbptt_len", "max_steps", "epoch_begin", "save_every", "my_exit"),
-        *("my_random_steps", "min_ctx_len", "val_every", "val_samples", "my_pile_edecay"),
+        *("my_random_steps", "min_ctx_len", "val_every", "val_samples", "my_pile_edecay", "patience", "sample_every", "lr_decay_steps"),
         *("lr_init", "lr_final", "weight_decay", "grad_clip", "adam_eps"),
     ),
     -1: ("warmup_steps", "magic_prime", "my_pile_shift", "random_seed", "weight_decay_final"),
@@ -61,12 +61,16 @@ def check(c: TrainConfig) -> None:
     """
     if c.adapter and not c.load_model and not (c.n_layer and c.n_embd):
         raise UserError(
-            "LoRA needs a pretrained model: pass it as --load_model, or train one with scripts/pretrain.py first. For a new, random base"
+            f"{c.trains} needs a pretrained model: pass it as --load_model, or train one with scripts/pretrain.py first. For a new, random base"
             " (frozen) pass --n_layer and --n_embd"
         )
     if c.adapter and c.adapter.lora_load and not c.load_model:
         raise UserError(
-            f"--lora_load {c.adapter.lora_load}: an adapter works with the base that it was trained on only; pass that base as --load_model"
+            f"{c.load_flag} {c.adapter.lora_load}: it works with the base that it was trained on only; pass that base as --load_model"
+        )
+    if c.adapter and c.adapter.quantised and not c.load_model:
+        raise UserError(
+            f"--lora_base {c.adapter.lora_base} quantises a pretrained model: pass it as --load_model, or omit --lora_base for a new base"
         )
     data_source.check(c)
     if c.epoch_steps % c.accumulate_grad_batches:
@@ -77,10 +81,11 @@ def check(c: TrainConfig) -> None:
         raise UserError(
             f"nothing to train: --epoch_begin {c.epoch_begin} is not before --epoch_count {c.epoch_count}, or --my_exit_tokens has been reached"
         )
+    schedule.check(c)
     if c.epoch_begin and not c.load_model:
         raise UserError(f"--epoch_begin {c.epoch_begin} continues a run: pass its checkpoint as --load_model")
     if c.adapter and c.epoch_begin and not c.adapter.lora_load:
-        raise UserError(f"--epoch_begin {c.epoch_begin} continues a LoRA run: pass its adapter as --lora_load")
+        raise UserError(f"--epoch_begin {c.epoch_begin} continues a run: pass its last checkpoint as {c.load_flag}")
     if c.load_partial and (not c.load_model or c.adapter):
         raise UserError("--load_partial 1 completes --load_model in pretraining and full fine-tuning; omit it")
     if c.exact and not c.tbptt_len:
@@ -96,6 +101,13 @@ def check(c: TrainConfig) -> None:
     if c.precision == "fp16" and not machine.use_gpu(c.accelerator):
         raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     strategy.check(c)
+    if c.sample_ask and not c.sample_every:
+        raise UserError("--sample_ask needs --sample_every N, the number of steps between two samples")
+    if c.sample_every and (sharded := strategy.zero(c)) and sharded.stage == 3:
+        raise UserError(
+            f"--sample_every {c.sample_every}: with --strategy {c.strategy} no process has all weights to write samples with; use --strategy"
+            " deepspeed_stage_2, or omit it"
+        )
     if c.optimizer == "adafactor" and strategy.zero(c):
         raise UserError(
             f"--optimizer adafactor with --strategy {c.strategy}: Adafactor needs 2-D parameters, and ZeRO flattens them; use --optimizer adam, or a strategy without DeepSpeed"

@@ -13,15 +13,27 @@ from rwkv.adapters import lora
 from rwkv.commands import command, output
 from rwkv.config import TrainConfig
 from rwkv.data.binidx import Dataset
+from rwkv.data.convert import char_level
 from rwkv.data.dataset import Samples, ValidationSamples
+from rwkv.data.decoding import vocabulary_of
 from rwkv.files import sha256
 from rwkv.memory import machine
 from rwkv.memory import plan as planning
 from rwkv.models import RWKV
 from rwkv.train import checks, data_source, report, resume_or_start, samples, setup, stages
-from rwkv.train.callbacks.checkpointing import Checkpointer, Restorer, checkpoint_name, write_missing_checkpoint
+from rwkv.train.callbacks import best as bests
+from rwkv.train.callbacks.best import Best
+from rwkv.train.callbacks.checkpointing import (
+    FINAL,
+    Checkpointer,
+    Restorer,
+    checkpoint_name,
+    write_missing_checkpoints,
+)
 from rwkv.train.callbacks.memory import MemoryMonitor
 from rwkv.train.callbacks.metrics import Metrics
+from rwkv.train.callbacks.report_page import ReportPage
+from rwkv.train.callbacks.sampling import Sampler, prompts
 from rwkv.train.callbacks.signals import Signals
 from rwkv.train.console import say
 from rwkv.train.loop import schedule
@@ -143,15 +155,24 @@ def _train(
     monitor: MemoryMonitor,
 ) -> Result:
     c, manifest = run.flags, data.manifest
-    save = _saver(run, tracked, model, manifest)
+    save, best, last = _saver(run, tracked, model, manifest), Best(c, manifest), None
     if state:
-        write_missing_checkpoint(c, run.folder, state, save)
+        write_missing_checkpoints(c, run.folder, state, save, best)
+        last = state.step if best.exhausted else None  # --patience has ended the run
     metrics, inputs = Metrics(c, tracked, monitor, data.held_out), _watched(model, manifest)
-    checkpointer = Checkpointer(c, tracked, manifest, save, metrics, inputs)
+    checkpointer = Checkpointer(c, tracked, manifest, save, metrics, inputs, best)
     signals = Signals(checkpointer.unsaved)
-    trainer = make_trainer(run, [monitor, Restorer(tracked, state, manifest), metrics, checkpointer, signals])
+    vocabulary = vocabulary_of(data.tokens, run.sizes.vocab_size, _characters(c))
+    page = ReportPage(
+        c, tracked, manifest, metrics, monitor, data.tokens, data.training, data.held_out, vocabulary, model
+    )
+    callbacks = [monitor, Restorer(tracked, state, manifest), metrics, checkpointer, page, signals]
+    if c.sample_every:
+        chosen = prompts(c, (data.held_out.source if data.held_out else data.training).stream, vocabulary)
+        callbacks.insert(-2, Sampler(c, tracked, chosen, vocabulary, metrics, checkpointer))
+    trainer = make_trainer(run, callbacks)
     begin = (state.step, state.samples) if state else None
-    module = TrainingModule(model, data.training, c, begin, facts(run, manifest, model))
+    module = TrainingModule(model, data.training, c, begin, facts(run, manifest, model), last)
     del state  # frees its memory
     with (
         ranks.passing_flags(),
@@ -168,15 +189,19 @@ def _train(
             f"stopped in step {module.step + 1:,} without saving. Run the same command to resume from the last state in {state_files.folder_of(folder)}"
         )
         raise KeyboardInterrupt
-    if module.step < end:
+    early = module.step < end and (best.exhausted or module.end < end)
+    if module.step < end and not early:
         if rank_zero_only.rank == 0:
             metrics.plot(now=True)
+        page.write("stopped and saved")
         say(
             f"stopped at step {module.step:,} of {end:,} and saved ({folder / checkpointer.last}). Run the same command to continue"
         )
         strategy.leave_process_group()
         signals.exit()
-    result = _finish(run, folder, trainer, module, metrics)
+    result = _finish(run, folder, trainer, module, metrics, best, early)
+    page.write("stopped early" if early else "complete", best.describe() if early else "")
+    say(f"look:  {folder / 'report.html'}")
     if monitor.peak:
         say(f"memory: {monitor.summary()}")
     if not strategy.deepspeed_was_used():
@@ -188,6 +213,11 @@ def run(flags: TrainConfig) -> None:
     """`fit` for scripts: also destroys the process group afterwards. Raises UserError as `fit`."""
     fit(flags)
     strategy.leave_process_group()
+
+
+def _characters(c: TrainConfig) -> Path | None:
+    """The vocabulary file of character-level data; None for other data."""
+    return c.folder / "vocab.json" if c.data_type in char_level.TEXTS else None
 
 
 def _watched(model: RWKV, manifest: dict[str, Any]) -> WatchedFiles:
@@ -204,37 +234,43 @@ def _watched(model: RWKV, manifest: dict[str, Any]) -> WatchedFiles:
     return inputs
 
 
-def _finish(run: Run, folder: Path, trainer: pl.Trainer, module: TrainingModule, metrics: Metrics) -> Result:
-    """Draw the loss curve, and report the results and possible next commands."""
+def _finish(
+    run: Run, folder: Path, trainer: pl.Trainer, module: TrainingModule, metrics: Metrics, best: Best, early: bool
+) -> Result:
+    """Draw the loss curve, and report the results and possible next commands. `early`: whether
+    --patience ended the run.
+    """
     c = run.flags
     steps = module.step - schedule.first_step(c)
+    if early:
+        say(f"stopped early, after {steps:,} of {schedule.total_steps(c):,} steps: {best.describe()}")
     if not trainer.global_step:
-        say(
-            f"already complete ({steps:,} steps); raise --epoch_count or --max_steps to continue, or use --overwrite to start over"
-        )
+        longer = "--patience" if early else "--epoch_count or --max_steps"
+        say(f"already complete ({steps:,} steps); raise {longer} to continue, or use --overwrite to start over")
         if trainer.global_rank == 0:
             metrics.load(module.step)
     if trainer.global_rank == 0:
         metrics.plot(now=True, required=True)
     curve = metrics.curve
     losses = trainer.strategy.broadcast((curve.first_loss, curve.loss.tail(0.1), curve.val_loss))  # rank 0's
-    result = Result(folder / checkpoint_name(c, module.step), steps, *losses)
+    result = Result(folder / (checkpoint_name(c, module.step) or FINAL), steps, *losses)
     validation = "" if result.val_loss is None else f", validation loss {result.val_loss:.3f}"
     say(
         f"done:  loss {result.first_loss:.3f} (first step) → {result.last_loss:.3f} (mean of the last 10%){validation};"
         f" {result.checkpoint}, {folder / 'loss.png'}"
     )
+    if c.keep_best and best.step:
+        say(f"best:  validation loss {best.loss:.3f} at step {best.step:,}: {folder / bests.NAME}")
     if run.adapter:
+        flag = "--lora" if c.trains == "LoRA" else "--state"
         say(f"merge: {command('merge', '--adapter', result.checkpoint, '--output', output('merged.pth'))}")
-        say(f"talk:  {command('generate', '--model', run.base_path, '--lora', result.checkpoint)}")
+        say(f"talk:  {command('generate', '--model', run.base_path, flag, result.checkpoint)}")
     return result
 
 
-def _saver(
-    run: Run, tracked: TrackedFolder, model: RWKV, manifest: dict[str, Any]
-) -> Callable[[str, int, Callable], None]:
-    """A function that saves a checkpoint of the adapter, or of the model if there is no adapter.
-    Called on all ranks; rank 0 writes.
+def _saver(run: Run, tracked: TrackedFolder, model: RWKV, manifest: dict[str, Any]) -> Callable[..., None]:
+    """A function that saves a checkpoint of the adapter, or of the model if there is no adapter;
+    see Checkpointer. Called on all ranks; rank 0 writes.
     """
     fixed = {
         "tokenizer": "World" if model.sizes.vocab_size == 65536 else None,
@@ -243,15 +279,18 @@ def _saver(
         "flags": manifest["flags"],
     }
 
-    def save(name: str, step: int, gather: Callable[[Iterable[str]], dict[str, Tensor]]) -> None:
+    def save(
+        name: str, step: int, gather: Callable[[Iterable[str]], dict[str, Tensor]], entries: dict[str, Any]
+    ) -> None:
         named = dict(model.named_parameters())
         weights = gather(lora.adapter_names(model, lora.parts_in(run.adapter.lora_parts)) if run.adapter else named)
         if rank_zero_only.rank > 0:
             return
+        described = {"step": step, **fixed, **entries}
         if run.adapter:
             adapter = setup.adapter_entries(run.adapter, manifest["base"])
-            adapter_files.save_adapter(tracked.path() / name, model, adapter, {"step": step, **fixed}, weights)
+            adapter_files.save_adapter(tracked.path() / name, model, adapter, described, weights)
         else:
-            checkpoint.save_model(tracked.path() / name, model, {"step": step, **fixed}, weights)
+            checkpoint.save_model(tracked.path() / name, model, described, weights)
 
     return save

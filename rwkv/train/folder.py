@@ -13,13 +13,15 @@ from rwkv import adapter_files, checkpoint
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
 from rwkv.train import data_source
+from rwkv.train.callbacks import best as bests
 from rwkv.train.callbacks import dashboards
+from rwkv.train.callbacks.page.document import GENERATOR
 from rwkv.train.loop import schedule
 from rwkv.train.resume import run_manifest, state_files
 from rwkv.train.run import NEW_BASE
 
-_FILES = ("run.json", "metrics.jsonl", "train_log.txt", "loss.png")
-_CHECKPOINT = re.compile(r"rwkv-(\d+|final|base)\.pth")
+_FILES = ("run.json", "metrics.jsonl", "train_log.txt", "loss.png", "samples.jsonl", "report.html")
+_CHECKPOINT = re.compile(r"rwkv-(\d+|final|best|base)\.pth")
 _CORRUPT = re.compile(r"metrics\.jsonl\.corrupt(\.\d+)?")
 
 
@@ -43,10 +45,12 @@ class Saved:
 
 
 def checkpoints(folder: Path) -> list[Saved]:
-    """All rwkv-N.pth, sorted by number; rwkv-final.pth comes first."""
+    """All rwkv-N.pth, sorted by number; rwkv-final.pth comes first. (rwkv-best.pth and
+    rwkv-base.pth are none: a run does not continue from them.)
+    """
     found = []
     for path in _glob(folder):
-        if (match := _CHECKPOINT.fullmatch(path.name)) and match[1] != "base":
+        if (match := _CHECKPOINT.fullmatch(path.name)) and match[1] not in ("base", "best"):
             found.append(Saved(path, -1 if match[1] == "final" else int(match[1]), _manifest(path)))
     return sorted(found, key=lambda saved: saved.number)
 
@@ -67,9 +71,13 @@ def own_files(folder: Path) -> list[Path]:
     found = [by_name[run_manifest.NAME]] if run_manifest.NAME in by_name else []
     if found or _has_steps(by_name.get("metrics.jsonl")):
         found += [
-            by_name[name] for name in by_name if name in ("metrics.jsonl", "loss.png") or _CORRUPT.fullmatch(name)
+            by_name[name]
+            for name in by_name
+            if name in ("metrics.jsonl", "loss.png", "samples.jsonl") or _CORRUPT.fullmatch(name)
         ]
         found += dashboards.files(folder)
+    if "report.html" in by_name and GENERATOR in _beginning(by_name["report.html"]):
+        found.append(by_name["report.html"])
     if "train_log.txt" in by_name and "'allow_changes':" in "".join(
         _beginning(by_name["train_log.txt"]).splitlines()[1:2]
     ):
@@ -108,8 +116,10 @@ def check_overwrites(c: TrainConfig) -> None:
     """Raise UserError if a new run would overwrite a checkpoint or picture that this program did
     not write.
     """
-    picture, base = c.folder / "loss.png", c.folder / NEW_BASE
-    if picture.exists() and picture not in own_files(c.folder):
+    base, own = c.folder / NEW_BASE, own_files(c.folder)
+    for picture in (c.folder / "loss.png", c.folder / "report.html"):
+        if not picture.exists() or picture in own:
+            continue
         raise UserError(
             f"{picture}: this run would overwrite it, but it was not written by this program; move it away, or choose another --proj_dir"
         )
@@ -117,6 +127,10 @@ def check_overwrites(c: TrainConfig) -> None:
         raise UserError(
             f"{base}: this run would overwrite it with a new base, but it was not written by this program; pass it as --load_model to"
             " train on it, move it away, or choose another --proj_dir"
+        )
+    if c.keep_best and (best := c.folder / bests.NAME).exists() and not _manifest(best):
+        raise UserError(
+            f"{best}: --keep_best true would overwrite it, but it was not written by this program; move it away, or choose another --proj_dir"
         )
     for saved in checkpoints(c.folder):
         if saved.is_own:
@@ -160,11 +174,10 @@ def how_to_continue(c: TrainConfig) -> str:
     if found:
         newest = found[-1]
         path = shlex.quote(str(newest.path))
-        adapter = newest.manifest.get("kind", "adapter" if c.adapter else "") == "adapter"
+        kind = newest.manifest.get("kind", "adapter" if c.trains == "LoRA" else "state" if c.adapter else "")
+        flag = {"adapter": "--lora_load", "state": "--state_load"}.get(kind)
         base = c.load_model or _base_of(newest)
-        load = (
-            f"--load_model {shlex.quote(str(base))} --lora_load {path}" if adapter and base else f"--load_model {path}"
-        )
+        load = f"--load_model {shlex.quote(str(base))} {flag} {path}" if flag and base else f"--load_model {path}"
         if newest.number < 0:
             options.append(f"to continue from {newest.path.name} with a new optimizer: {load} and another --proj_dir")
         else:

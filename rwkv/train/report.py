@@ -5,6 +5,7 @@ import math
 from rwkv.config import TrainConfig
 from rwkv.data.binidx import Dataset
 from rwkv.data.dataset import Contexts, Documents, Samples, ValidationSamples
+from rwkv.kernels import quant
 from rwkv.models import RWKV
 from rwkv.train.console import say
 from rwkv.train.loop import schedule
@@ -14,7 +15,7 @@ from rwkv.train.runtime import strategy
 def start(c: TrainConfig, model: RWKV, data: Dataset, training: Samples, held_out: ValidationSamples | None) -> None:
     """Report what is trained, on which data, for how long."""
     s = model.sizes
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in model.parameters()) + sum(m.numel() for m in quant.quantised_in(model))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = "all trained" if trained == total else f"{trained / 1e6:.2f} million trained"
     samples = schedule.total_steps(c) * schedule.samples_per_step(c)
@@ -29,6 +30,7 @@ def start(c: TrainConfig, model: RWKV, data: Dataset, training: Samples, held_ou
         f"data: {data.prefix}, {len(data):,} documents, {len(data.tokens):,} tokens{masked}\n"
         + validation
         + f"length: {_length(c, len(data.tokens))}\n"
+        + f"learning rate: {schedule.describe(c)}\n"
         + f"coverage: {_coverage(training, samples)}; seed {training.seed}\n"
         + f"precision: {_precision(c, model)}"
     )
@@ -55,7 +57,7 @@ def _count(number: int, what: str) -> str:
 
 def _precision(c: TrainConfig, model: RWKV) -> str:
     """The precision, and the dtype of frozen weights; see `types` for details."""
-    frozen = sorted({str(p.dtype)[6:] for p in model.parameters() if not p.requires_grad})
+    frozen = _stored(model, trained=False)
     return (
         f"{c.precision}"
         + (f", frozen weights stored in {'/'.join(frozen)}" if frozen else "")
@@ -63,12 +65,15 @@ def _precision(c: TrainConfig, model: RWKV) -> str:
     )
 
 
+def _stored(model: RWKV, trained: bool) -> list[str]:
+    """The data types in which trained or frozen weights are stored."""
+    found = {str(p.dtype)[6:] for p in model.parameters() if p.requires_grad == trained}
+    return sorted(found | (set() if trained else {m.kind for m in quant.quantised_in(model)}))
+
+
 def types(c: TrainConfig, model: RWKV) -> str:
     """Describe the data types of weights, gradients and computations, for run.json."""
-    stored = {
-        trains: sorted({str(p.dtype)[6:] for p in model.parameters() if p.requires_grad == trains})
-        for trains in (True, False)
-    }
+    stored = {trained: _stored(model, trained) for trained in (True, False)}
     precision = c.precision
     matmuls = {"tf32": "tf32 (float32 with a 10-bit mantissa)", "bf16": "bfloat16", "fp16": "float16"}.get(
         precision, "float32"

@@ -145,7 +145,7 @@ def find_state(
         )
     if state:
         _check_state(c, state, inherited["id"], trained, changed)
-        inherited["state_saved"] = True
+        inherited |= {"state_saved": True, "best": state.run.get("best")}
     history = before.get("changed", [])
     if changed:
         history = [*history, {"after_step": state.step if state else 0, "changes": changed}]

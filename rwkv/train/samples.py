@@ -35,10 +35,11 @@ def check(c: TrainConfig) -> None:
         raise UserError(
             f"--val_file {c.val_file}: --data_type {c.data_type} has its own vocabulary; use --val_split for validation"
         )
-    if c.val_every and not (c.val_split or c.val_file):
-        raise UserError(
-            f"--val_every {c.val_every} needs a validation set: pass --val_file, or --val_split, such as 0.01"
-        )
+    for name in ("val_every", "keep_best", "patience"):
+        if getattr(c, name) and not (c.val_split or c.val_file):
+            raise UserError(
+                f"--{name} {str(getattr(c, name)).lower()} needs a validation set: pass --val_file, or --val_split, such as 0.01"
+            )
 
 
 def make(c: TrainConfig, data: Dataset, validation: Dataset | None = None) -> tuple[Samples, ValidationSamples | None]:

@@ -1,6 +1,7 @@
 """Create or load the model of a run, and its adapter."""
 
 import math
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from rwkv import adapter_files, checkpoint, compat
-from rwkv.adapters import lora
+from rwkv.adapters import lora, state
 from rwkv.commands import command, output
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.convert import char_level
@@ -19,6 +20,7 @@ from rwkv.files import sha256
 from rwkv.models import RWKV, Sizes, version
 from rwkv.train.run import NEW_BASE, Run
 from rwkv.train.runtime import strategy
+from rwkv.weights import recognise
 
 
 def sizes_of(c: TrainConfig, new_base: Path | None = None) -> Sizes:
@@ -31,6 +33,8 @@ def sizes_of(c: TrainConfig, new_base: Path | None = None) -> Sizes:
     path = c.load_model or new_base
     if not path or (c.my_pile_stage == 1 and c.version):
         return version.new_sizes(c, version.named(c.version))
+    if os.path.isdir(path):  # runs compare and hash their base as a file
+        raise UserError(f"{path}: {recognise.describe_folder(Path(path))}")
     sizes: Any = checkpoint.sizes_of(checkpoint.read_tensors(path), path)
     kind = version.version_of(sizes)
     if c.version and version.named(c.version) is not kind:
@@ -87,7 +91,8 @@ def load_or_create(run: Run) -> RWKV:
     path = c.load_model or run.new_base
     if not path:
         return create(c, run.sizes)
-    model = checkpoint.load_model(path, matrices=_frozen_dtype(run))
+    kind = c.adapter.quantised if c.adapter else None
+    model = checkpoint.load_model(path, matrices=_frozen_dtype(run), quantise=kind)
     model.grad_cp, model.dropout = bool(c.grad_cp), c.dropout
     return model
 
@@ -100,11 +105,11 @@ def create(c: TrainConfig, sizes: Sizes) -> RWKV:
 
 
 def _frozen_dtype(run: Run) -> torch.dtype:
-    """The dtype of frozen matrices."""
+    """The dtype of frozen matrices that are not quantised."""
     c = run.flags
     if not c.adapter:
         return torch.float32
-    requested = c.adapter.lora_base
+    requested = "auto" if c.adapter.quantised else c.adapter.lora_base
     wanted = c.precision if requested == "auto" else requested
     if wanted == "bf16" and not (strategy.is_single_process(c) or run.on_gpu or compat.gloo_supports_bf16()):
         if requested == "bf16":
@@ -117,10 +122,12 @@ def _frozen_dtype(run: Run) -> torch.dtype:
 
 
 def _attach_adapter(model: RWKV, run: Run, c: LoRAConfig) -> None:
-    """Inject LoRA, freeze all other parameters, and load --lora_load."""
+    """Inject LoRA or the initial state, freeze all other parameters, and load the adapter to
+    continue from.
+    """
     parts = list(lora.parts_in(c.lora_parts))
     try:
-        lora.inject(model, parts, c.lora_r, c.lora_alpha, c.lora_dropout)
+        lora.inject(model, parts, c.lora_r, c.alpha, c.lora_dropout, c.use_dora)
     except ValueError as error:
         raise UserError(f"--lora_parts {c.lora_parts} --lora_r {c.lora_r}: {error}") from error
     lora.mark_trainable(model, parts)
@@ -128,18 +135,23 @@ def _attach_adapter(model: RWKV, run: Run, c: LoRAConfig) -> None:
     if c.lora_load:
         # upstream's adapters do not store alpha
         stored = adapter_files.read_manifest(c.lora_load).get("alpha")
-        alpha = c.lora_alpha if stored is None else None
+        alpha = c.alpha if stored is None else None
         base, digest = (c.load_model, run.base["sha256"]) if c.load_model and run.base else (None, None)
         tensors, known = adapter_files.inspect_adapter(c.lora_load, base, alpha, digest)
+        if parts == [state.PART] != known["parts"]:
+            raise UserError(f"{c.lora_load}: not a tuned state, which has only att.time_state; it is a LoRA adapter")
         _compare(model, c, known)
         # parts that the adapter lacks keep their initial values
         adapter_files.load_adapter(model, c.lora_load, tensors, known["parts"])
 
 
 def adapter_entries(c: LoRAConfig, base: dict[str, str]) -> dict[str, Any]:
-    """Manifest entries of an adapter: rank, alpha, parts and the base model."""
+    """Manifest entries of an adapter: the base model, parts, and unless it is only an initial
+    state, rank and alpha: the output is scaled by alpha / r, also with rsLoRA.
+    """
     parts = list(lora.parts_in(c.lora_parts))
-    return {"r": c.lora_r, "alpha": c.lora_alpha, "parts": parts, "base": base["path"], "base_sha256": base["sha256"]}
+    of_lora = {} if parts == [state.PART] else {"r": c.lora_r, "alpha": c.alpha, "use_dora": c.use_dora}
+    return {**of_lora, "parts": parts, "base": base["path"], "base_sha256": base["sha256"]}
 
 
 def _compare(model: RWKV, c: LoRAConfig, known: dict[str, Any]) -> None:
@@ -155,10 +167,17 @@ def _compare(model: RWKV, c: LoRAConfig, known: dict[str, Any]) -> None:
         raise UserError(
             f"{c.lora_load}: this adapter has rank {known['r']}, but --lora_r is {c.lora_r}; the rank cannot be changed. Use --lora_r {known['r']}, or {merge}"
         )
-    if matrices and known["alpha"] != c.lora_alpha:
+    if matrices and known["use_dora"] != c.use_dora:
+        its, ours_is = ("DoRA", "LoRA") if known["use_dora"] else ("LoRA", "DoRA")
         raise UserError(
-            f"{c.lora_load}: this adapter was trained with alpha {known['alpha']:g}, but --lora_alpha is {c.lora_alpha:g}, which would scale it by"
-            f" {c.lora_alpha / known['alpha'] if known['alpha'] else math.inf:g}. Use --lora_alpha {known['alpha']:g}, or {merge}"
+            f"{c.lora_load}: this is a {its} adapter, and the run trains {ours_is}; pass --use_dora {str(known['use_dora']).lower()}, or {merge}"
+        )
+    if matrices and known["alpha"] != c.alpha:
+        given = f"--lora_alpha is {c.lora_alpha:g}" + (f" (with --use_rslora {c.alpha:g})" if c.use_rslora else "")
+        stored_alpha = known["alpha"] / math.sqrt(c.lora_r) if c.use_rslora else known["alpha"]
+        raise UserError(
+            f"{c.lora_load}: this adapter was trained with alpha {known['alpha']:g}, but {given}, which would scale it by"
+            f" {c.alpha / known['alpha'] if known['alpha'] else math.inf:g}. Use --lora_alpha {stored_alpha:g}, or {merge}"
         )
     stored, requested = (
         {layer for part in parts for layer in possible.layers_of(part) or (part,)} for parts in (theirs, ours)

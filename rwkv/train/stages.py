@@ -44,7 +44,7 @@ def apply(c: TrainConfig) -> TrainConfig:
     if not c.my_pile_stage or not c.data_file or c.data_type != "binidx":
         return c
     if c.adapter:
-        raise UserError(f"--my_pile_stage {c.my_pile_stage} is for pretraining; omit it for LoRA")
+        raise UserError(f"--my_pile_stage {c.my_pile_stage} is for pretraining; omit it for LoRA and state tuning")
     if c.my_pile_stage == 1:
         return c
     folder = c.folder

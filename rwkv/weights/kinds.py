@@ -8,42 +8,28 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor
 
 from rwkv.errors import printable
+from rwkv.formats.transformers import RWKV4_NAMES
 
 # Prefixes added by wrappers: DataParallel, DeepSpeed, torch.compile, FSDP, Lightning modules, peft.
-_WRAPPERS = (
-    r"(?:module|model|net|network|rwkv|transformer|backbone|base_model|_forward_module|_orig_mod|_fsdp_wrapped_module)"
-)
+_WRAPPERS = r"(?:module|model|net|network|rwkv7?|transformer|backbone|base_model|_forward_module|_orig_mod|_fsdp_wrapped_module)"
 _PREFIX = re.compile(rf"^(?:{_WRAPPERS}\.)+(?=(?:emb|head|ln_out|blocks|embeddings)\.)")
 _INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PEFT = re.compile(r"\.lora_([AB])(?:\.(?!weight$)\w+)?\.weight$")
 
 _SUPPORTED = "RWKV-4, RWKV-5.2 (x052), RWKV-6 (x060) and RWKV-7 (x070) models"
 
-TRANSFORMERS = (
-    ("blocks.", "rwkv.blocks."),
-    ("emb.", "rwkv.embeddings."),
-    ("ln_out.", "rwkv.ln_out."),
-    (".ln0.", ".pre_ln."),
-    (".att.", ".attention."),
-    (".ffn.", ".feed_forward."),
-    ("time_mix_k", "time_mix_key"),
-    ("time_mix_v", "time_mix_value"),
-    ("time_mix_r", "time_mix_receptance"),
-)
-"""Substrings of BlinkDL's and of transformers' RWKV-4 tensor names, to be replaced in this
-order.
-"""
-
 
 def upstream_name(name: str) -> str:
     """BlinkDL's name for a tensor name of a wrapper, peft or transformers.
 
-    Examples: `module.blocks.0.…`, `….lora_A.default.weight`, `rwkv.blocks.0.attention.…`.
+    Examples: `module.blocks.0.…`, `….lora_A.default.weight`, `rwkv.blocks.0.attention.…`,
+    `rwkv7.blocks.0.att.…`.
     """
     name = _PREFIX.sub("", _INSIDE.sub("", name))
     name = _PEFT.sub(r".lora_\1", name)
+    name = re.sub(r"\.(lora_magnitude_vector)\.(?:\w+\.)?weight$", r".\1", name)
     if re.match(r"(?:blocks\.\d+\.(?:attention|feed_forward|pre_ln)|embeddings)\.", name):
-        for ours, theirs in TRANSFORMERS:
+        for ours, theirs in RWKV4_NAMES:
             name = name.replace(theirs.removeprefix("rwkv."), ours)
     return name
 
@@ -54,6 +40,11 @@ def why_not_model(tensors: Mapping[str, Tensor]) -> str | None:
     """
     if part := _part_of_model(tensors):
         return part
+    if tensors and all(name.endswith(".time_state") for name in tensors):
+        return (
+            "a tuned state (state tuning: only time_state), not a model. Pass the model that it was trained for, and this file as --state; or write"
+            " both into one file with scripts/merge_lora.py"
+        )
     if any(".lora_" in name for name in tensors):
         if "emb.weight" in tensors:
             return "a model together with a LoRA adapter that is not merged; merge it with the program that wrote it, or use its base model"
@@ -68,14 +59,17 @@ def why_not_adapter(tensors: Mapping[str, Tensor], fully_trained: Callable[[str]
     """What the tensors are (if known) and what to do, if they are not a LoRA adapter; else None.
 
     Args:
-        fully_trained: whether an adapter can have a tensor of this name beside lora_A and lora_B.
+        fully_trained: whether an adapter can have a tensor of this name beside lora_A, lora_B and
+            lora_magnitude_vector (DoRA).
     """
     if found := _part_of_model(tensors):
         return found
     if any(name in tensors for name in ("emb.weight", "head.weight")):
         version = _version(tensors) or "a whole model"
         return f"not a LoRA adapter but {version}. An adapter has only lora_A and lora_B, and some vectors"
-    unknown = [name for name in tensors if not (re.search(r"\.lora_[AB]$", name) or fully_trained(name))]
+    unknown = [
+        name for name in tensors if not (re.search(r"\.lora_([AB]|magnitude_vector)$", name) or fully_trained(name))
+    ]
     if unknown:
         return (
             f"not a LoRA adapter ({_list_names(unknown)} is not part of one)"
@@ -97,14 +91,12 @@ def _part_of_model(tensors: Mapping[str, Tensor]) -> str | None:
         )
     if _any_matches(tensors, r"\.init_lora_[AB]$"):
         return "the initial matrices of PiSSA (RWKV-PEFT), which are not an adapter. Merge the adapter with RWKV-PEFT, and use the merged model"
-    if _any_matches(tensors, r"lora_magnitude_vector"):
-        return "a DoRA adapter (it has lora_magnitude_vector), which is not plain LoRA. Merge it with peft (merge_and_unload), and use the merged model"
     if _any_matches(tensors, r"\.(hada_w1_[ab]|lokr_w1|oft_r|vera_lambda_[bd]|ia3_l|lora_embedding_[AB]|lora_E)\b"):
         return "an adapter that is not LoRA on weight matrices. Merge it with the program that wrote it, and use the merged model"
-    if tensors and all(re.search(r"\.(time_state|ts_state)$", name) for name in tensors):
+    if _any_matches(tensors, r"\.ts_state$"):
         return (
-            "a tuned state (state tuning: only time_state), which is neither a model nor a LoRA adapter, and cannot be used here. Use it with the"
-            " model that it was trained for, in a program that loads states"
+            "a tuned state with token shifts (RWKV-PEFT's fullstate: ts_state), which cannot be used here; only WKV's state (time_state) can. Use it"
+            " with the program that wrote it"
         )
     return None
 
@@ -148,10 +140,11 @@ def _other_model(tensors: Mapping[str, Tensor]) -> str | None:
         return "a model quantised to 8 bits for inference (PyPI rwkv's fp16i8). Use the .pth that it was converted from"
     if _any_matches(names, r"\.(qweight|qzeros|g_idx|absmax|quant_map|scales|SCB|weight_format)$|quant_state"):
         return "a quantised model (GPTQ, AWQ or bitsandbytes). Use the original, in fp32, bf16 or fp16"
-    if _any_matches(names, r"^(model\.)?layers\.\d+\.attn\.(r_proj|x_r|time_decay)") or _any_matches(
-        names, r"^rwkv7\."
-    ):
-        return "an RWKV-7 or RWKV-6 model with the tensor names of flash-linear-attention or transformers. Use the .pth that it was converted from"
+    if _any_matches(names, r"^(model\.)?layers\.\d+\.attn\.(r_proj|x_r|x_proj)"):
+        return (
+            "an RWKV-6 model, or a part of an RWKV-7 model, with the tensor names of flash-linear-attention. Of these, only"
+            " whole RWKV-7 models can be read; use the .pth that it was converted from"
+        )
     if _any_matches(names, r"^(token_embd|blk\.\d+\.)"):
         return "a model with the tensor names of GGUF (llama.cpp). Use the .pth that it was converted from"
     if _any_matches(

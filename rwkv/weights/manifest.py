@@ -86,7 +86,7 @@ def check_adapter(manifest: dict[str, Any], where: PathLike, parts: Mapping[str,
             f"{where}: its {key} is {shown}, not {wanted}. Fix it there, or delete the file and pass the value as a flag"
         )
 
-    if "kind" in manifest and manifest["kind"] != "adapter":
+    if "kind" in manifest and manifest["kind"] not in ("adapter", "state"):
         raise UserError(
             f"{where}: its kind is {str(manifest['kind'])[:80]!r}: the file that it describes is not a LoRA adapter; use an adapter"
         )

@@ -55,7 +55,6 @@ def read_config(config: Path) -> dict[str, Any]:
             " (save_pretrained with path_initial_model_for_weight_conversion), or merge it with peft and use the merged model"
         )
     for key, meaning in {
-        "use_dora": "DoRA",
         "use_qalora": "QALoRA",
         "fan_in_fan_out": "transposed layers",
         "lora_bias": "biases",

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rwkv.errors import FileFormatError, UserError, printable
 from rwkv.files import open_regular
-from rwkv.weights import kinds, pth, recognise
+from rwkv.formats import transformers
+from rwkv.weights import folder, kinds, pth, recognise
 from rwkv.weights.archive import MAGIC
 
 # Keys under which training programs save a state_dict.
@@ -25,18 +26,29 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def tensors_of(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The floating-point tensors of a torch.save or safetensors file, on the CPU, in their stored
-    dtypes, mapped if possible.
+    """The floating-point tensors of a torch.save or safetensors file, or of a transformers folder
+    of one or several such files, on the CPU, in their stored dtypes, mapped if possible.
 
     Nested dictionaries (`state_dict`, `model`, `module`) are unwrapped, and names are converted to
-    BlinkDL's (`kinds.upstream_name`).
+    BlinkDL's (`kinds.upstream_name`, rwkv.formats.transformers).
 
     Raises:
         UserError: any other file; says what it is and what to do.
     """
     path = Path(path)
-    if os.path.isdir(path):
-        raise UserError(f"{path}: {recognise.describe_folder(path)}")
+    if not os.path.isdir(path):
+        return _check_floating_point(_rename(_of_file(path), path), path)
+    found: dict[str, Tensor] = {}
+    for file in folder.files_of(path):
+        tensors = _of_file(file)
+        if twice := next(iter(tensors.keys() & found.keys()), None):
+            raise UserError(f"{file}: has {twice[:200]}, as another file of {path} has; download the folder again")
+        found.update(tensors)
+    return _check_floating_point(_rename(found, path), path)
+
+
+def _of_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, under their names in it."""
     with open_regular(path, "checkpoint") as file:
         head = os.pread(file.fileno(), 9, 0)
         if is_safetensors(file):
@@ -48,7 +60,7 @@ def tensors_of(path: str | os.PathLike) -> dict[str, Tensor]:
                 raise UserError(f"{path}: {recognise.describe_error(error)}") from error
         else:
             raise UserError(f"{path}: {recognise.describe_file(file)}")
-    return _check_floating_point(_rename(_unwrap(found, path), path), path)
+    return _unwrap(found, path)
 
 
 def is_safetensors(file: BinaryIO) -> bool:
@@ -147,6 +159,8 @@ def _has_tensors(value: Any, depth: int = 4) -> bool:
 
 def _rename(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
+    if transformers.is_fla(tensors):
+        tensors = transformers.from_fla(tensors)
     for name, tensor in tensors.items():
         ours = kinds.upstream_name(name)
         if ours in renamed:

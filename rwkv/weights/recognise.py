@@ -104,8 +104,8 @@ def _describe_text(text: str, size: int) -> str:
     if begin.startswith(("{", "[")):
         if '"weight_map"' in begin:
             return (
-                "the index of a model in several files, not a model. Load the folder with transformers and save it as one file"
-                " (save_pretrained with max_shard_size larger than the model)"
+                "the index of a model in several files, not a model. Make one file of its folder:"
+                " python scripts/export.py --model FOLDER --output model.pth"
             )
         if '"peft_type"' in begin:
             return "the configuration of a peft adapter. Use its folder, or adapter_model.safetensors beside it"
@@ -129,8 +129,8 @@ def describe_folder(path: Path) -> str:
         return "a folder with a peft adapter, not a model. Use the model that the adapter was trained on"
     if names & {"model.safetensors.index.json", "pytorch_model.bin.index.json"}:
         return (
-            "a transformers folder with a model in several files. Load it with transformers and save it as one file (save_pretrained with max_shard_size"
-            " larger than the model)"
+            "a transformers folder with a model in several files. Make one file of it:"
+            " python scripts/export.py --model FOLDER --output model.pth"
         )
     if files := [name for name in ("model.safetensors", "pytorch_model.bin") if name in names]:
         return f"a transformers folder; use the file in it: {path / files[0]}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rwkv.files import reserve
+from rwkv.formats.lazy import Lazy
 
 _NAMES = {  # in the library's order
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32",
@@ -19,9 +20,9 @@ _NAMES = {  # in the library's order
 }  # fmt: skip
 
 
-def save(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save(tensors: Mapping[str, Tensor] | Mapping[str, Lazy], path: Path) -> None:
     """Write CPU tensors into an existing file, with the metadata transformers expects, in the
-    library's order (widest dtypes first).
+    library's order (widest dtypes first). Lazy tensors are computed one at a time.
 
     Raises:
         OSError: the disk is full.
@@ -41,6 +42,11 @@ def save(tensors: Mapping[str, Tensor], path: Path) -> None:
         reserve(file, 8 + len(header) + end)
         file.write(len(header).to_bytes(8, "little") + header)
         for name in order:
-            if tensors[name].numel():
-                file.write(memoryview(tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy()))
+            lazy = tensors[name]
+            tensor = lazy.make() if isinstance(lazy, Lazy) else lazy
+            if tensor.numel():
+                file.write(memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()))
+            del tensor
+            if isinstance(lazy, Lazy):
+                lazy.release()
         file.truncate()

@@ -6,8 +6,11 @@ import peft
 import pytest
 import torch
 
+from rwkv.adapter_files import load_tuned
 from rwkv.adapters import lora
+from rwkv.checkpoint import save_model
 from rwkv.models.v4 import PARTS
+from rwkv.models.version import VERSIONS
 
 MATRICES = {"att": ["att.key", "att.value", "att.receptance"], "ffn": ["ffn.key", "ffn.receptance", "ffn.value"]}
 TOKENS = torch.randint(50, (2, 15), generator=torch.Generator().manual_seed(0))
@@ -17,6 +20,8 @@ def randomise(model):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
+        if "lora_magnitude" in name:
+            parameter.data.mul_(torch.rand_like(parameter) + 0.5)
 
 
 @pytest.mark.parametrize("parts", [["att"], ["ffn"], ["att", "ffn"], ["att", "ffn", "time", "ln"]])
@@ -60,6 +65,25 @@ def test_trainable_parameters_match_upstream(make_model):
     assert set(lora.adapter_state(model, ["att", "time", "ln"])) == expected
 
 
+def test_dora_initialisation_is_identity(make_model):
+    model = make_model(version="7")
+    model.blocks[0].ffn.key.weight.data[3] = 0  # a row of zeros has no direction
+    before = model(TOKENS)[0]
+    lora.inject(model, ["all-linear"], 8, 32, dora=True)
+    torch.testing.assert_close(model(TOKENS)[0], before, rtol=1e-5, atol=1e-5)  # m / ‖w‖ is 1 up to rounding
+    model(TOKENS)[0].sum().backward()
+    assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if "lora" in name)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_all_linear_is_every_matrix_of_the_blocks(make_model, version):
+    model = make_model(version=version)
+    matrices = {name for name, x in model.named_parameters() if lora.is_matrix(name, x.shape) and "blocks" in name}
+    assert set(lora.inject(model, ["all-linear"], 2, 4)) == {name.removesuffix(".weight") for name in matrices}
+    parts = VERSIONS[version].PARTS
+    assert parts.normal(["all-linear"]) == lora.parts_of(lora.adapter_state(model, ["all-linear"]), parts)
+
+
 def test_initialisation_is_identity(make_model):
     model = make_model(n_embd=64)
     before = model(TOKENS)[0]
@@ -71,26 +95,47 @@ def test_initialisation_is_identity(make_model):
     assert 0.8 * bound < float(key.lora_A.detach().abs().max()) <= bound
 
 
-def test_outputs_and_gradients_match_peft(make_model):
+@pytest.mark.parametrize("dora", [False, True])
+def test_outputs_and_gradients_match_peft(make_model, dora):
     ours, base = make_model(), make_model()
-    lora.inject(ours, ["att", "ffn"], 4, 12)
+    lora.inject(ours, ["att", "ffn"], 4, 12, dora=dora)
     lora.mark_trainable(ours, ["att", "ffn"])
     randomise(ours)
-    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=r".*\.(att|ffn)\.(key|value|receptance)")
+    targets = r".*\.(att|ffn)\.(key|value|receptance)"
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets, use_dora=dora)
     peft_model = peft.get_peft_model(base, config)
-    state = dict(peft_model.named_parameters())
+    state = {}  # older versions of peft have no .weight in the name of the magnitudes
+    for name, parameter in peft_model.named_parameters():
+        state[name.removesuffix(".weight").removesuffix(".default").removeprefix("base_model.model.")] = parameter
     for name, parameter in ours.named_parameters():
         if ".lora_" in name:
-            state[f"base_model.model.{name}.default.weight"].data.copy_(parameter.data)
-    ours(TOKENS)[0].square().sum().backward()
-    peft_model(TOKENS)[0].square().sum().backward()
+            state[name].data.copy_(parameter.data)
+    found, expected = ours(TOKENS)[0], peft_model(TOKENS)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # fp32, different order of sums
+    found.square().sum().backward()
+    expected.square().sum().backward()
     for name, parameter in ours.named_parameters():
         if ".lora_" in name:
             torch.testing.assert_close(
-                parameter.grad, state[f"base_model.model.{name}.default.weight"].grad, rtol=1e-4, atol=1e-3
+                parameter.grad, state[name].grad, rtol=1e-4, atol=1e-3
             )  # fp32; gradients of 1e2 … 1e3
         else:
             assert parameter.grad is None, name
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_dora_folder_of_peft(make_model, tmp_path, rslora):
+    base = make_model()
+    save_model(tmp_path / "base.pth", base, {})
+    targets = r".*\.(att|ffn)\.(key|value|receptance)"
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets, use_dora=True, use_rslora=rslora)
+    peft_model = peft.get_peft_model(base, config)
+    randomise(peft_model)
+    peft_model.save_pretrained(str(tmp_path / "adapter"))
+    ours, _ = load_tuned(tmp_path / "base.pth", tmp_path / "adapter")
+    expected = peft_model(TOKENS)[0]
+    torch.testing.assert_close(ours(TOKENS)[0], expected, rtol=1e-4, atol=1e-4)  # fp32, different order of sums
+    assert (make_model()(TOKENS)[0] - expected).abs().max() > 0.1
 
 
 def test_weighted_combination_matches_peft(make_model):
@@ -139,11 +184,12 @@ def test_dropout_in_training_only(make_model):
     assert torch.equal(model(TOKENS)[0], model(TOKENS)[0])
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("sizes", [{}, {"n_embd": 24, "dim_att": 40, "dim_ffn": 52}, {"pre_ffn": True}])
-def test_merged_matches_unmerged(make_model, sizes):
+def test_merged_matches_unmerged(make_model, sizes, dora):
     model = make_model(**sizes).eval()
     keys = set(model.state_dict())
-    lora.inject(model, ["att", "ffn"], 4, 8)
+    lora.inject(model, ["att", "ffn"], 4, 8, dora=dora)
     randomise(model)
     unmerged = model(TOKENS)[0]
     lora.merge(model)
@@ -152,7 +198,9 @@ def test_merged_matches_unmerged(make_model, sizes):
 
 
 def test_invalid_parts_and_rank(make_model):
-    with pytest.raises(ValueError, match=r"parts are any of att, ffn, time, ln, att.key, .*; got emb"):
+    with pytest.raises(
+        ValueError, match=r"parts are any of att, ffn, all-linear, time, ln, state, att.key, .*; got emb"
+    ):
         lora.inject(make_model(), ["att", "emb"], 4, 8)
     with pytest.raises(ValueError, match="got none"):
         lora.inject(make_model(), [], 4, 8)

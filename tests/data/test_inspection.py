@@ -90,7 +90,7 @@ def test_vocabulary_guess(tmp_path, write_jsonl, root):
         out.add([1, 70000, 0] * 50)
     found = inspect(Dataset(tmp_path / "other"), 64, 2)
     assert found.vocabulary == "unknown"
-    assert "token id 70000 is not in any RWKV-4 vocabulary" in found.problems[0]
+    assert "token id 70000 is not in any RWKV vocabulary" in found.problems[0]
 
 
 def test_valid_file_has_no_problem(tmp_path, root):

@@ -4,15 +4,7 @@ import itertools
 
 import pytest
 import torch
-from wkv7_cases import (
-    assert_close,
-    assert_half_is_rounded_fp32,
-    in_fp64,
-    inputs,
-    outputs_and_gradients,
-    starts,
-    states,
-)
+from head_cases import WKV7, assert_close, assert_half_is_rounded_fp32, inputs7, outputs_and_gradients, starts, states
 
 from rwkv.kernels import load
 from rwkv.wkv import wkv7
@@ -31,19 +23,19 @@ def cuda(*tensors, state=None, reset=None, initial=None):
     return wkv7(*tensors, state, reset, initial=initial, impl="cuda")
 
 
-def kernels(tensors, narrow):
+def kernels(tensors):
     assert load.why_unavailable_on(0) is None
-    return native.cuda_kernels(tensors[0], 0, lambda: torch.cuda.current_stream().cuda_stream, narrow)
+    return native.cuda_kernels(tensors[0], 0, lambda: torch.cuda.current_stream().cuda_stream)
 
 
 def check(tensors, state=None, reset=None, initial=None):
     arguments = on_gpu(tensors, state, reset, initial)
-    assert_close(outputs_and_gradients(cuda, *arguments), in_fp64(*arguments))
+    assert_close(outputs_and_gradients(cuda, *arguments), WKV7.in_fp64(*arguments))
 
 
 def test_auto_selects_cuda(monkeypatch):
     monkeypatch.setattr(reference, "wkv7", lambda *_: pytest.fail("auto fell back to the reference"))
-    wkv7(*on_gpu(inputs(1, 3, 1, 64))[0])
+    wkv7(*on_gpu(inputs7(1, 3, 1, 64))[0])
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 64), (2, 15, 3, 64), (1, 16, 2, 64), (2, 17, 1, 64), (3, 97, 5, 64)])
@@ -51,7 +43,7 @@ def test_auto_selects_cuda(monkeypatch):
 def test_fp32_close_to_fp64(shape, state, reset, initial):
     batch, length, heads, size = shape
     check(
-        inputs(*shape, seed=length),
+        inputs7(*shape, seed=length),
         states(batch, heads, size) if state else None,
         starts(batch, length) if reset else None,
         states(batch, heads, size, 4) if initial else None,
@@ -60,39 +52,31 @@ def test_fp32_close_to_fp64(shape, state, reset, initial):
 
 @pytest.mark.parametrize("size", [16, 48, 80, 128, 144, 256])
 def test_head_sizes(size):
-    check(inputs(2, 35, 2, size), states(2, 2, size), starts(2, 35))
+    check(inputs7(2, 35, 2, size), states(2, 2, size), starts(2, 35))
 
 
 @pytest.mark.parametrize("scale", [0.1, 20.0])
 def test_decays(scale):
-    check(inputs(1, 600, 2, 64, scale=scale))
+    check(inputs7(1, 600, 2, 64, scale=scale))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [64, 128])
 def test_half_is_rounded_fp32(dtype, size):
-    assert_half_is_rounded_fp32(cuda, dtype, *on_gpu(inputs(3, 100, 5, size), states(3, 5, size)))
+    assert_half_is_rounded_fp32(cuda, dtype, *on_gpu(inputs7(3, 100, 5, size), states(3, 5, size)))
 
 
-@pytest.mark.parametrize("batch", [1, 40])  # splits states over blocks, or not
+@pytest.mark.parametrize("batch", [1, 40])
 def test_deterministic(batch):
-    arguments = on_gpu(inputs(batch, 600, 12, 64), states(batch, 12, 64), starts(batch, 600, 0.01))
+    arguments = on_gpu(inputs7(batch, 600, 12, 64), states(batch, 12, 64), starts(batch, 600, 0.01))
     first, second = (outputs_and_gradients(cuda, *arguments) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_independent_of_split(dtype):
-    r, w, *others = on_gpu(inputs(4, 100, 12, 64))[0]
-    tensors = [r.to(dtype), w, *(x.to(dtype) for x in others)]
-    both = [kernels(tensors, narrow).forward(*tensors, None, None, None) for narrow in (False, True)]
-    assert all(torch.equal(one, other) for one, other in zip(*both, strict=True))
 
 
 def test_no_gradient_across_documents():
     reset = torch.zeros(1, 40, dtype=torch.bool)
     reset[0, 21] = True
-    tensors, first, reset = on_gpu(inputs(1, 40, 2, 64), states(1, 2, 64), reset)
+    tensors, first, reset = on_gpu(inputs7(1, 40, 2, 64), states(1, 2, 64), reset)
     leaves = [x.requires_grad_() for x in (*tensors, first)]
     y, _ = cuda(*leaves[:6], state=leaves[6], reset=reset, initial=torch.zeros_like(first))
     gy = torch.ones_like(y)
@@ -105,14 +89,14 @@ def test_no_gradient_across_documents():
 
 def test_nan_propagates():
     for i in range(6):
-        tensors = inputs(1, 20, 1, 64)
+        tensors = inputs7(1, 20, 1, 64)
         tensors[i][0, 3, 0, 2] = float("nan")
         expected = reference.wkv7(*tensors)[0].isnan()
         assert torch.equal(cuda(*on_gpu(tensors)[0])[0].isnan().cpu(), expected), i
 
 
 def test_chunks_match_full_sequence():
-    tensors, first, reset = on_gpu(inputs(2, 70, 2, 64), states(2, 2, 64), starts(2, 70))
+    tensors, first, reset = on_gpu(inputs7(2, 70, 2, 64), states(2, 2, 64), starts(2, 70))
     whole, last = cuda(*tensors, state=first, reset=reset)
     state, parts = first, []
     for begin, end in itertools.pairwise((0, 1, 33, 69, 70)):
@@ -125,7 +109,7 @@ def test_chunks_match_full_sequence():
 
 def test_unaligned_inputs():
     """The kernels read four elements at once; a tensor may start anywhere in its storage."""
-    tensors = on_gpu(inputs(1, 33, 2, 64))[0]
+    tensors = on_gpu(inputs7(1, 33, 2, 64))[0]
     shifted = []
     for x in tensors:
         storage = torch.empty(x.numel() + 1, device="cuda")
@@ -160,7 +144,7 @@ def test_time_mix(dtype):
 
 
 def test_runs_on_current_stream():
-    tensors = on_gpu(inputs(2, 300, 4, 64))[0]
+    tensors = on_gpu(inputs7(2, 300, 4, 64))[0]
     expected = cuda(*tensors)[0]
     torch.cuda.synchronize()
     side, late = torch.cuda.Stream(), torch.zeros_like(tensors[2])
@@ -174,7 +158,7 @@ def test_runs_on_current_stream():
 
 
 def test_cuda_graph_capture():
-    tensors = on_gpu(inputs(2, 300, 4, 64))[0]
+    tensors = on_gpu(inputs7(2, 300, 4, 64))[0]
     expected = cuda(*tensors)[0]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -186,7 +170,7 @@ def test_cuda_graph_capture():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_documented_memory(dtype):
-    r, w, *others = on_gpu(inputs(2, 4096, 16, 64))[0]
+    r, w, *others = on_gpu(inputs7(2, 4096, 16, 64))[0]
     leaves = [x.requires_grad_() for x in (r.to(dtype), w, *(x.to(dtype) for x in others))]
     gy = torch.randn_like(leaves[0])
     before = torch.cuda.memory_allocated()
@@ -219,9 +203,9 @@ def test_64_bit_offsets():
     gy = normal()
     ours, theirs = [], []
     for found, rows in ((ours, slice(0, 2)), (theirs, slice(1, 2))):
-        y, last, saved = kernels(leaves, False).forward(*(x[rows] for x in leaves), None, None, None)
+        y, last, saved = kernels(leaves).forward(*(x[rows] for x in leaves), None, None, None)
         found += [y, last]
-        found += kernels(leaves, False).backward(*(x[rows] for x in leaves), None, None, saved, gy[rows], None)[:7]
+        found += kernels(leaves).backward(*(x[rows] for x in leaves), None, None, saved, gy[rows], None)[:7]
         del saved
     assert saved_elements(batch, length, heads) > 1 << 31
     assert all(torch.equal(whole[1:], row) for whole, row in zip(ours, theirs, strict=True))

@@ -1,22 +1,23 @@
-"""The fused CUDA kernels, executed on a CPU (fake_gpu.py): results and launches."""
+"""The elementwise CUDA kernels, executed on a CPU (fake_gpu.py): results and launches."""
 
 import fused_cases as cases
 import pytest
 import torch
-from fake_gpu import STREAM, FakeGPU, build
+from fake_gpu import STREAM, FakeGPU
 from fused_cases import FP32, GPU_STREAMS, NORM_SIZES, SIZES, normal
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rwkv.kernels import build as kernels
+from rwkv.kernels import quant
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SEEDS = st.integers(0, 2**31)
 
 
 @pytest.fixture(scope="module")
-def gpu(tmp_path_factory):
-    fake = FakeGPU(build(tmp_path_factory.mktemp("driver")))
+def gpu(fake_driver):
+    fake = FakeGPU(fake_driver)
     fake.call("load", str(kernels.library()))
     yield fake
     fake.close()
@@ -184,3 +185,31 @@ def test_invalid_arguments(gpu, name, arguments, message):
     with pytest.raises(RuntimeError, match=message):
         gpu.call("operation", name, *arguments)
     assert gpu.call("calls") == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(128, 256), (300, 70), (7, 9), (3, 1024)])  # with and without a rest
+def test_dequantisation_matches_reference(gpu, dtype, shape):
+    x = normal(shape, FP32, 0)
+    nf4, int8 = quant.NF4(x), quant.Int8(x)
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    tensors = nf4.packed, quant.nf4_levels(), nf4.absmax, quant.absmax_levels(), nf4.group_absmax, nf4.offset
+    gpu.call("calls")
+    found = gpu.call("operation", "nf4_dense", *tensors, list(shape), dtype)
+    assert torch.equal(found, quant.nf4_reference(*tensors, torch.Size(shape)).to(dtype))
+    found = gpu.call("operation", "int8_dense", int8.q, int8.absmax, dtype)
+    assert torch.equal(found, quant.int8_reference(int8.q, int8.absmax).to(dtype))
+    launches = [call.split() for call in gpu.call("calls") if call.startswith("cuLaunchKernel")]
+    assert [launch[1] for launch in launches] == [f"quant_nf4_{name}", f"quant_int8_{name}"]
+    assert {launch[2] for launch in launches} == {str(-(-x.numel() // 1024))}
+
+
+def test_dequantisation_checks_sizes(gpu):
+    with pytest.raises(RuntimeError, match="absmax must be a contiguous Float tensor of 2 elements"):
+        gpu.call("operation", "int8_dense", torch.zeros(2, 8, dtype=torch.int8), torch.zeros(3), FP32)
+    nf4 = quant.NF4(torch.ones(4, 64))
+    tensors = nf4.packed, quant.nf4_levels(), nf4.absmax, quant.absmax_levels(), nf4.group_absmax, nf4.offset
+    with pytest.raises(RuntimeError, match="packed must be a contiguous Byte tensor of 256 elements"):
+        gpu.call("operation", "nf4_dense", *tensors, [8, 64], FP32)
+    with pytest.raises(RuntimeError, match="return fp32, bf16 or fp16"):
+        gpu.call("operation", "int8_dense", torch.zeros(2, 8, dtype=torch.int8), torch.zeros(2), torch.float64)

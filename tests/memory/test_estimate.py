@@ -3,6 +3,7 @@ estimators.
 """
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rwkv import compat
 from rwkv.adapters import lora
+from rwkv.kernels import quant
 from rwkv.kernels.head_loss import head_loss
 from rwkv.memory import estimate as memory
 from rwkv.memory.estimate import Plan, estimate
@@ -30,7 +32,10 @@ def build(p: Plan) -> RWKV:
     model = RWKV(p.sizes, p.grad_cp)
     model.initialise(1e-2)
     if p.lora:
-        lora.inject(model, p.parts, p.r, 16)
+        for name, parameter in list(model.named_parameters()):
+            if p.quantised and lora.is_quantisable(name, parameter.shape):
+                model.get_submodule(name.removesuffix(".weight")).set_quantised(quant.KINDS[p.quantised](parameter))
+        lora.inject(model, p.parts, p.r, 16, dora=p.dora)
         lora.mark_trainable(model, p.parts)
         lora.store_frozen(model, torch.bfloat16 if p.frozen == 2 else torch.float32)
     return model
@@ -64,6 +69,37 @@ def test_parameter_counts_and_weight_bytes(sizes, parts):
     assert memory.total(sizes) == sum(p.numel() for p in RWKV(sizes).parameters())
     assert memory.trained(plan) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert estimate(plan).device["weights"] == sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+ADAPTERS = {"state": {"parts": ("state",)}, "DoRA": {"parts": ("all-linear", "ln"), "dora": True}}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("sizes", [SMALL, SMALL_5, SMALL_6, SMALL_7], ids=["4", "5.2", "6", "7"])
+def test_counts_of_states_and_dora(sizes, kind):
+    plan = Plan(replace(sizes, time_state=kind == "state"), r=4, precision="bf16", **ADAPTERS[kind])
+    model = build(replace(plan, sizes=sizes))
+    assert memory.trained(plan) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert estimate(plan).device["weights"] == sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "grad_cp"), [("state", "4", False), ("state", "7", True), ("DoRA", "4", False)]
+)
+def test_predicted_peak_with_states_and_dora(kind, version, grad_cp):
+    sizes = VERSIONS[version].Sizes(4, 128, 512, time_state=kind == "state")
+    plan = Plan(sizes, precision="fp32", grad_cp=grad_cp, ctx_len=256, gpu=False, **ADAPTERS[kind])
+    measured, predicted = peaks(plan), estimate(plan).tensors
+    assert max(measured.values()) == pytest.approx(max(predicted.values()), rel=0.1)
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+@pytest.mark.parametrize("sizes", [SMALL, SMALL_5, SMALL_6, SMALL_7], ids=["RWKV-4", "RWKV-5.2", "RWKV-6", "RWKV-7"])
+def test_weight_bytes_of_quantised_base(sizes, base):
+    plan = Plan(sizes, parts=("att", "ffn"), r=4, precision="bf16", base=base)
+    model = build(plan)
+    stored = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert estimate(plan).device["weights"] == stored + sum(m.nbytes for m in quant.quantised_in(model))
 
 
 def saved(p: Plan) -> int:
@@ -101,6 +137,10 @@ def test_saved_activation_bytes_per_block(small, precision, parts):
         assert block == expected
 
 
+# The profiler takes longer to convert its events than a step takes; `peaks` reads the originals.
+UNCONVERTED = mock.patch.object(torch.autograd.profiler.profile, "_parse_kineto_results", return_value=[])
+
+
 def peaks(p: Plan) -> dict[str, int]:
     """Peak bytes of torch's CPU allocator in each phase of the second step, including parameters
     and optimizer state.
@@ -108,10 +148,11 @@ def peaks(p: Plan) -> dict[str, int]:
     model = build(p)
     adam = FusedAdam([{"params": [x for x in model.parameters() if x.requires_grad]}], False)
     now, found, loss = sum(x.numel() * x.element_size() for x in model.parameters()), {}, []
+    now += sum(matrix.nbytes for matrix in quant.quantised_in(model))
 
     def run(name, work):
         nonlocal now
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with UNCONVERTED, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             work()
         events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
         found[name] = now
@@ -131,17 +172,24 @@ def peaks(p: Plan) -> dict[str, int]:
 @pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
 @pytest.mark.parametrize(
     ("kind", "precision", "grad_cp"),
-    [("lora", "fp32", False), ("full", "fp32", True), ("full", "bf16", False), ("lora", "bf16", True)],
+    [
+        ("lora", "fp32", False),
+        ("full", "fp32", True),
+        ("full", "bf16", False),
+        ("lora", "bf16", True),
+        ("nf4", "fp32", True),
+    ],
 )
 def test_predicted_peak_of_step(kind, precision, grad_cp, version):
-    width = 256 if precision == "fp32" else 128
+    sizes, tokens = ((4, 256, 2048), 512) if precision == "fp32" else ((3, 128, 1024), 128)
     plan = Plan(
-        VERSIONS[version].Sizes(8 if precision == "fp32" else 4, width, 2048),
-        lora=kind == "lora",
+        VERSIONS[version].Sizes(*((8, 256, 2048) if kind == "nf4" else sizes)),
+        lora=kind != "full",
+        base="nf4" if kind == "nf4" else "auto",
         precision=precision,
         grad_cp=grad_cp,
-        ctx_len=512,
-        micro_bsz=2 if precision == "fp32" else 1,
+        ctx_len=tokens,
+        micro_bsz=1,
         gpu=False,
     )
     measured, predicted = peaks(plan), estimate(plan).tensors

@@ -1,39 +1,17 @@
-"""RWKV-7 against PyPI's `rwkv` and `rwkv7-hf`, a float64 loop written from its description, and
-itself evaluated in other ways.
+"""What is particular to RWKV-7 (see also test_v5_to_v7.py): `rwkv7-hf` as an oracle, names, initial
+weights, parameter groups.
 """
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-import v7_loop
+from oracle import ask, needs_oracle
 
 from rwkv.adapters import lora
-from rwkv.models import RWKV, version
+from rwkv.models import RWKV
 from rwkv.models.v7 import PARTS, PUBLISHED, Sizes, decays, lr_scale
 
-ORACLE = Path(sys.prefix) / "oracle"
-# -I: the oracle's `rwkv` must not be ours. torch 1.13's load has no mmap.
-PROGRAM = """
-import json, os, sys, torch
-os.environ |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": "1"}
-load = torch.load
-torch.load = lambda *a, mmap=None, **k: load(*a, **k)
-sys.path.insert(0, sys.argv[1])
-from rwkv.model import RWKV
-model, tokens = RWKV(sys.argv[2], "cpu fp32"), json.loads(sys.argv[4])
-whole, last = model.forward(list(tokens), None, full_output=True)
-state, single = None, []
-for token in tokens:
-    logits, state = model.forward([token], state)
-    single.append(logits.clone())
-torch.save([whole, last, torch.stack(single), state], sys.argv[3])
-"""
 # rwkv7-hf has its own names and shapes, and gradients by autograd
 PROGRAM_HF = """
 import sys, torch
@@ -56,16 +34,6 @@ logits = model(input_ids=ids).logits
 gradients = {name: p.grad.t() if transposed else p.grad for name, (p, transposed) in ours.items()}
 torch.save([logits.detach(), {name: grad.reshape(weights[name].shape) for name, grad in gradients.items()}], sys.argv[3])
 """
-needs_oracle = pytest.mark.skipif(
-    bool(os.environ.get("PY")), reason="make was given a Python of its own, and installs no oracle beside it"
-)
-SIZES = [
-    {},
-    {"n_layer": 1},
-    {"n_layer": 3, "n_embd": 64, "head_size": 32, "dim_ffn": 80},
-    {"v_in_block_0": True},
-    {"rank_w": 8, "rank_a": 16, "rank_v": 24, "rank_g": 40},
-]
 
 
 @pytest.fixture
@@ -77,34 +45,6 @@ def tokens(batch=2, length=37, vocab=50):
     return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def ask_oracle(program, *arguments):
-    """Run a program beside the packages of tests/oracle.txt."""
-    assert ORACLE.is_dir(), "the oracle is installed by: make test"
-    command = [sys.executable, "-I", "-c", program, ORACLE, *arguments]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-@needs_oracle
-@pytest.mark.parametrize("n_layer", [1, 3])
-def test_logits_and_states_match_pypi_rwkv(make, tmp_path, n_layer):
-    model = make(n_layer=n_layer, n_embd=128, head_size=64).eval()
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    torch.save(weights, tmp_path / "model.pth")
-    ids = tokens(1, 20)[0].tolist()
-    ask_oracle(PROGRAM, tmp_path / "model", tmp_path / "out.pt", json.dumps(ids))
-    whole, last, single, state = torch.load(tmp_path / "out.pt")
-    with torch.no_grad():
-        logits, ours = model(torch.tensor([ids]))
-    theirs = [torch.stack(found) if isinstance(found, list) else found for found in (whole, single)]
-    for found in theirs:
-        torch.testing.assert_close(logits[0], found, rtol=1e-4, atol=1e-4)  # fp32, different order of sums
-    for other in (last, state):
-        assert len(other) == 3 * n_layer
-        for mine, found in zip((t for block in ours for t in block), other, strict=True):
-            torch.testing.assert_close(mine[0], found.view_as(mine[0]), rtol=1e-4, atol=1e-4)
-
-
 @needs_oracle
 @pytest.mark.parametrize("sizes", [{"n_layer": 1}, {"n_layer": 3, "rank_w": 8, "rank_a": 16, "rank_v": 24}], ids=str)
 def test_logits_and_gradients_match_rwkv7_hf(make, tmp_path, sizes):
@@ -113,7 +53,7 @@ def test_logits_and_gradients_match_rwkv7_hf(make, tmp_path, sizes):
     ids = 1 + tokens(2, 20, 49)  # theirs pads with token 0, whose embedding has no gradient
     factors = torch.randn(2, 20, 50, generator=torch.Generator().manual_seed(2))
     torch.save([weights, ids, factors], tmp_path / "in.pt")
-    ask_oracle(PROGRAM_HF, tmp_path / "in.pt", tmp_path / "out.pt")
+    ask(PROGRAM_HF, tmp_path / "in.pt", tmp_path / "out.pt")
     logits, gradients = torch.load(tmp_path / "out.pt")
     ours = model(ids)[0]
     torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-4)  # fp32, different order of sums
@@ -138,99 +78,6 @@ def test_rwkv7_is_recognised_by_the_oracle_keys(make):
     assert names == every
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_logits_and_gradients_match_float64_loop(make, sizes):
-    model = make(**sizes)
-    ours = model(tokens())[0]
-    p = {name: parameter.detach().double().requires_grad_() for name, parameter in model.named_parameters()}
-    theirs = v7_loop.forward(p, tokens())
-    torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)  # fp32
-    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
-    (ours * weights).sum().backward()
-    (theirs * weights).sum().backward()
-    for name, parameter in model.named_parameters():
-        if name.startswith("blocks.0.att.v") and name[-1] in "012":
-            assert parameter.grad is None
-            assert p[name].grad is None
-            continue
-        expected = p[name].grad
-        # relative to the largest element: small ones are differences of large ones
-        error = float((parameter.grad - expected).abs().max())
-        assert error <= 5e-5 * float(expected.abs().max().clamp_min(1)), f"{name}: {error}"
-
-
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_token_by_token_matches_parallel(make, sizes):
-    model = make(**sizes).eval()
-    with torch.no_grad():
-        parallel, last = model(tokens())
-        state, rows = None, []
-        for t in range(37):
-            logits, state = model(tokens()[:, t : t + 1], state)
-            rows.append(logits)
-    torch.testing.assert_close(torch.cat(rows, 1), parallel, rtol=1e-4, atol=1e-4)  # fp32 matmuls of other shapes
-    for ours, theirs in zip(state, last, strict=True):
-        torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_gradient_checkpointing_same_gradients(make, reentrant, frozen):
-    """Also the gradient of v_first, which passes through every block."""
-    gradients = []
-    for grad_cp in (False, True):
-        model = make(n_layer=3)
-        model.grad_cp, model.reentrant = grad_cp, reentrant
-        if frozen:
-            lora.inject(model, ["att"], 2, 4)
-            lora.mark_trainable(model, ["att"])
-            torch.manual_seed(4)
-            for name, parameter in model.named_parameters():
-                if ".lora_" in name:
-                    parameter.data = torch.randn_like(parameter)
-        model(tokens())[0].square().sum().backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    for name, saved in gradients[0].items():
-        assert torch.equal(saved, gradients[1][name]), name  # the same operations
-
-
-@pytest.mark.parametrize("sizes", SIZES[:3], ids=str)
-@pytest.mark.parametrize("grad_cp", [False, True])
-def test_packed_documents_match_separate_documents(make, sizes, grad_cp):
-    lengths = [[5, 1, 9, 22], [37]]
-    weights = torch.randn(2, 37, 50, generator=torch.Generator().manual_seed(2))
-    reset = torch.zeros(2, 37, dtype=torch.bool)
-    reset[0, [0, 5, 6, 15]] = True
-    packed, separate = make(**sizes), make(**sizes)
-    packed.grad_cp = grad_cp
-    logits, state = packed(tokens(), reset=reset)
-    (logits * weights).sum().backward()
-    for row, parts in enumerate(lengths):
-        begin = 0
-        for length in parts:
-            piece = slice(begin, begin + length)
-            single, last = separate(tokens()[row : row + 1, piece])
-            # fp32 matmuls of other shapes
-            torch.testing.assert_close(logits[row, piece], single[0], rtol=1e-4, atol=1e-4)
-            (single[0] * weights[row, piece]).sum().backward()
-            begin += length
-        for ours, theirs in zip(state, last, strict=True):
-            torch.testing.assert_close([x[row] for x in ours], [x[0] for x in theirs], rtol=1e-4, atol=1e-4)
-    for (name, ours), theirs in zip(packed.named_parameters(), separate.parameters(), strict=True):
-        # relative to the largest element: small ones are differences of large ones
-        assert float((ours.grad - theirs.grad).abs().max()) <= 5e-5 * float(theirs.grad.abs().max().clamp_min(1)), name
-
-
-def test_bf16_is_close_to_fp32(make):
-    """Matmuls in bf16 (8 bits); decays, WKV and norms in fp32."""
-    model = make(n_layer=3, n_embd=64).eval()
-    with torch.no_grad():
-        full = model(tokens())[0]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            half = model(tokens())[0]
-    assert float((half - full).norm() / full.norm()) < 0.05
-
-
 # ---- sizes ----
 
 
@@ -242,24 +89,6 @@ def test_published_ranks():
     }  # fmt: skip
     found = {name: (s.rank_w, s.rank_a, s.rank_v, s.rank_g) for name, s in PUBLISHED.items()}
     assert found == expected
-
-
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_sizes_from_shapes(make, sizes):
-    model = make(**sizes)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    found = version.detect(shapes)
-    assert found[0].NAME == "7"
-    if model.sizes.n_layer > 1:
-        assert found[1] == model.sizes
-    assert {name: p.shape for name, p in RWKV(found[1]).named_parameters()} == shapes
-
-
-def test_impossible_head_size():
-    with pytest.raises(ValueError, match="width 100 is not a multiple of the head size 64"):
-        Sizes(2, 100)
-    with pytest.raises(ValueError, match="head size is 24; it must be a multiple of 16"):
-        Sizes(2, 48, head_size=24)
 
 
 # ---- initial weights, learning rates, adapters ----
@@ -320,13 +149,6 @@ def test_initial_matrices():
             assert_orthogonal(up, 0.1 * max(1, math.sqrt(up.shape[0] / up.shape[1])))
         for name in ("ln1", "ln2"):
             assert bool((block.get_parameter(f"{name}.weight") == 1).all())
-
-
-def test_frozen_matrices_not_zero():
-    model = RWKV(Sizes(2, 64, 100, head_size=32))
-    model.initialise(6e-4, frozen=True)
-    assert model.blocks[0].att.output.weight.any()
-    assert model.blocks[0].ffn.value.weight.any()
 
 
 def test_learning_rate_and_decay_groups(make):

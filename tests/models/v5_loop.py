@@ -35,7 +35,7 @@ def forward(p: dict, tokens: torch.Tensor, lora: tuple | None = None) -> torch.T
         )
         u = p[f"{att}.time_faaaa"]
         r, k, v = (t.unflatten(-1, u.shape) for t in (r, k, v))
-        y = wkv(r, k, v, torch.exp(-torch.exp(p[f"{att}.time_decay"])).expand_as(r), u)
+        y = wkv(r, k, v, torch.exp(-torch.exp(p[f"{att}.time_decay"])).expand_as(r), u, p.get(f"{att}.time_state"))
         y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 64e-5).sqrt()
         y = y.flatten(2) * p[f"{att}.ln_x.weight"] + p[f"{att}.ln_x.bias"]
         x = x + linear(f"{att}.output", y * g * torch.sigmoid(g))

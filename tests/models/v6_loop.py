@@ -37,7 +37,7 @@ def forward(p: dict, tokens: torch.Tensor, lora: tuple | None = None) -> torch.T
         }
         r, k, v, g = (linear(f"{att}.{m}", mixed[m[0]]) for m in ("receptance", "key", "value", "gate"))
         w = torch.exp(-torch.exp(q["decay"] + torch.tanh(mixed["w"] @ q["decay_w1"]) @ q["decay_w2"]))
-        y = wkv(*(t.unflatten(-1, heads) for t in (r, k, v, w)), q["faaaa"])
+        y = wkv(*(t.unflatten(-1, heads) for t in (r, k, v, w)), q["faaaa"], q.get("state"))
         y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 64e-5).sqrt()
         y = y.flatten(2) * p[f"{att}.ln_x.weight"] + p[f"{att}.ln_x.bias"]
         x = x + linear(f"{att}.output", y * g * torch.sigmoid(g))
@@ -47,9 +47,12 @@ def forward(p: dict, tokens: torch.Tensor, lora: tuple | None = None) -> torch.T
     return norm("ln_out", x) @ p["head.weight"].T
 
 
-def wkv(r, k, v, w, u):
-    """y [B, T, H, N] of the recurrence, from r, k, v and the decay w [B, T, H, N], and u [H, N]."""
-    S, out = torch.zeros(r.shape[0], *u.shape, u.shape[1], dtype=r.dtype), []  # [B, H, key, value]
+def wkv(r, k, v, w, u, start=None):
+    """y [B, T, H, N] of the recurrence, from r, k, v and the decay w [B, T, H, N], u [H, N], and an
+    initial state [H, N (value), N (key)].
+    """
+    start = torch.zeros(*u.shape, u.shape[1], dtype=r.dtype) if start is None else start.transpose(1, 2)
+    S, out = start.expand(len(r), -1, -1, -1), []  # [B, H, key, value]
     for t in range(r.shape[1]):
         kv = k[:, t, ..., None] * v[:, t, :, None]
         out.append((r[:, t, ..., None] * (S + u[..., None] * kv)).sum(-2))

@@ -47,7 +47,8 @@ def forward(p: dict, tokens: torch.Tensor, lora: tuple | None = None) -> torch.T
         removal = removal / removal.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         k = k * (1 + (rate - 1) * q["k_a"])
         r, k, v, decay, rate = (t.unflatten(-1, heads) for t in (r, k, v, decay, rate))
-        S = torch.zeros(*r.shape[:1], heads[0], heads[1], heads[1], dtype=x.dtype)  # [B, H, value, key]
+        start = q.get("time_state", torch.zeros(heads[0], heads[1], heads[1], dtype=x.dtype))
+        S = start.expand(len(x), -1, -1, -1)  # [B, H, value, key]
         out = []
         for t in range(tokens.shape[1]):
             taken = (S * -removal[:, t, :, None]).sum(-1)

@@ -97,12 +97,12 @@ def test_missing_base(tuned, tmp_path):
         main("merge_lora")(MergeConfig(adapter=str(adapter), output=str(tmp_path / "merged.pth")))
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "model.onnx", "model.bin", "model.st", "model.PTH"])
+@pytest.mark.parametrize("name", ["model.onnx", "model.ggml", "model.PTH"])
 def test_export_with_misleading_suffix(tuned, tmp_path, name):
     base, _ = tuned()
     with pytest.raises(
         UserError,
-        match=rf"{name}: cannot write .* files; use the suffix .pth, .safetensors, or none",
+        match=rf"{name}: the suffix .* selects no format; use .pth, .safetensors, .gguf, .st, .bin, or none for a folder",
     ):
         main("export")(ExportConfig(model=str(base), output=str(tmp_path / name)))
     assert not (tmp_path / name).exists()

@@ -57,7 +57,7 @@ COMMANDS = {
 }
 SIZES = {"version": "4", "n_layer": 2, "n_embd": 16}
 # upper limit of ctx_len: seconds instead of minutes on CPUs without bf16 instructions
-SHORT = 64
+SHORT = 16
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,8 +78,8 @@ def paths(tmp_path_factory):
     ids = torch.randint(1, 50277, (15_000,), generator=torch.Generator().manual_seed(0)).tolist()
     np.save(folder / "train.npy", np.array(ids, dtype="uint16"))  # as prepare-data.py does
     with writer(folder / "d_text_document") as out:
-        for begin in range(0, len(ids), 60):
-            out.add([*ids[begin : begin + 60], 0])
+        for begin in range(0, len(ids), SHORT - 1):
+            out.add([*ids[begin : begin + SHORT - 1], 0])
     (folder / "enwik8").write_text("All good people read good books. " * 200)
     common = {
         "accelerator": "cpu",

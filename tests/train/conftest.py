@@ -7,6 +7,10 @@ from unittest import mock
 import pytest
 
 from rwkv import plots
+from rwkv.config import TrainConfig
+from rwkv.data.binidx_writer import writer
+from rwkv.train.fit import fit
+from tests.train import finished_run
 
 _SAVE = plots.save
 
@@ -21,3 +25,16 @@ def _drawing_off():
 def drawing(monkeypatch):
     """Draw loss.png."""
     monkeypatch.setattr(plots, "save", _SAVE)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Config and folder of a completed run, to be copied by tests."""
+    folder = tmp_path_factory.mktemp("finished")
+    with writer(folder / "data") as out:
+        out.add([i * i % 50 for i in range(200)])
+    config = TrainConfig(
+        **finished_run.FLAGS | finished_run.NEW, data_file=str(folder / "data"), proj_dir=str(folder / "run")
+    )
+    fit(config)
+    return config, folder / "run"

@@ -7,6 +7,7 @@ training. The file contains [kind, flags] of each training. The extra flag `grad
 which is written to error.txt. Trainings with DeepSpeed also write facts.json (RecordingStrategy).
 """
 
+import gc
 import importlib
 import json
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import cuda_on_cpu
 
 from rwkv import compat, plots
-from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.config import LoRAConfig, StateConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.train import fit as training
 from rwkv.train import resolve
@@ -79,7 +80,7 @@ def train(kind: str, flags: dict) -> None:
         compat.import_deepspeed(on_gpu=False)
         accelerator = type(importlib.import_module("deepspeed.accelerator").get_accelerator())
         accelerator.is_fp16_supported = lambda _: True  # as a GPU; this torch supports fp16 on CPUs
-    config = {"full": TrainConfig, "lora": LoRAConfig}[kind](**flags)
+    config = {"full": TrainConfig, "lora": LoRAConfig, "state": StateConfig}[kind](**flags)
     try:
         training.fit(config)
     except UserError as error:
@@ -91,6 +92,10 @@ def train(kind: str, flags: dict) -> None:
 if __name__ == "__main__":
     if compat.stack() == "cu117":
         cuda_on_cpu.install()
+    else:
+        compat.import_deepspeed(on_gpu=False)
+    gc.collect()
+    gc.freeze()  # ZeRO-3 collects garbage five times a run, which otherwise takes most of its time
     strategy.ZeroStrategy = RecordingStrategy
     plots.save = lambda figure, image: None  # drawing takes longer than training
     leave, strategy.leave_process_group = strategy.leave_process_group, lambda: None  # shared by all trainings

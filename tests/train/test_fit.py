@@ -22,7 +22,7 @@ def test_output_files(drawing, make_data, tmp_path):
     result = fit(TrainConfig(**SMALL, data_file=data, proj_dir=str(tmp_path / "run"), epoch_save=2))
     names = {path.name for path in (tmp_path / "run").iterdir()}
     weights = {"rwkv-0.pth", "rwkv-0.pth.json", "rwkv-2.pth", "rwkv-2.pth.json"}
-    assert names == weights | {"metrics.jsonl", "train_log.txt", "loss.png", "run.json", "resume"}
+    assert names == weights | {"metrics.jsonl", "train_log.txt", "loss.png", "report.html", "run.json", "resume"}
     metrics = lines(tmp_path / "run")
     assert [line["step"] for line in metrics] == list(range(1, 13))
     assert [line["tokens"] for line in metrics] == [16 * i for i in range(1, 13)]

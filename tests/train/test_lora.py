@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from rwkv import compat
+from rwkv import compat, plots
 from rwkv.adapter_files import load_tuned
 from rwkv.adapters import lora
 from rwkv.checkpoint import read_manifest, read_tensors
 from rwkv.config import LoRAConfig
 from rwkv.errors import UserError
 from rwkv.files import sha256
+from rwkv.merge import merge
 from rwkv.train import setup
 from rwkv.train.fit import fit
 from rwkv.train.run import Run
@@ -130,3 +131,39 @@ def test_lora_on_bf16_base_follows_fp32(make_base, make_data, tmp_path, monkeypa
     for name, curve in losses.items():
         assert curve == pytest.approx(losses["fp32"], rel=0.02)  # bf16 keeps 8 significant bits
         assert (curve == losses["fp32"]) == (name == "fp32")
+
+
+def test_dora_and_rslora_on_all_matrices(make_base, make_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "save", lambda figure, image: None)  # drawing takes longer than training
+    base = make_base(version="7")
+    flags = {**TUNE, "load_model": str(base), "data_file": make_data(200), "lr_init": 1e-2, "lora_dropout": 0.1}
+    flags |= {"lora_parts": "all-linear,ln", "use_dora": True, "use_rslora": True, "lora_r": 4, "lora_alpha": 8}
+    whole = fit(LoRAConfig(**flags, proj_dir=str(tmp_path / "whole")))
+    fit(LoRAConfig(**flags, proj_dir=str(tmp_path / "parts"), max_steps=5))
+    parts = fit(LoRAConfig(**flags, proj_dir=str(tmp_path / "parts")))
+    assert lines(tmp_path / "whole")[-1]["loss"] == lines(tmp_path / "parts")[-1]["loss"]
+    ours, theirs = read_tensors(whole.checkpoint), read_tensors(parts.checkpoint)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    before = {name: x.norm(dim=1) for name, x in read_tensors(base).items() if x.dim() == 2}
+    magnitudes = {name: x for name, x in ours.items() if name.endswith("lora_magnitude_vector")}
+    assert len(magnitudes) == sum(name.endswith("lora_B") for name in ours) > 10
+    assert all(
+        not torch.equal(x, before[name.replace("lora_magnitude_vector", "weight")]) for name, x in magnitudes.items()
+    )
+    manifest = read_manifest(whole.checkpoint)
+    assert (manifest["alpha"], manifest["use_dora"]) == (16, True)  # alpha / r = 8 / √4
+    merged = merge(str(tmp_path / "merged.pth"), [str(whole.checkpoint)], [1.0], base, check_tokens=20)
+    assert merged.difference < 1e-4 * merged.largest  # fp32 rounding of the merged weights
+    with pytest.raises(UserError, match="a DoRA adapter, .* merge it alone, with weight 1"):
+        merge(str(tmp_path / "half.pth"), [str(whole.checkpoint)], [0.5], base)
+    again = {**flags, "lora_load": str(whole.checkpoint), "max_steps": 1}
+    for change, message in (
+        ({"use_dora": False}, "this is a DoRA adapter, and the run trains LoRA; pass --use_dora true"),
+        ({"use_rslora": False}, "trained with alpha 16, but --lora_alpha is 8, .* Use --lora_alpha 16"),
+        ({"lora_alpha": 4}, r"--lora_alpha is 4 \(with --use_rslora 8\), .* scale it by 0.5. Use --lora_alpha 8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fit(LoRAConfig(**again | change, proj_dir=str(tmp_path / "other")))
+    fit(LoRAConfig(**again | {"lr_init": 0.0, "lr_final": 0.0}, proj_dir=str(tmp_path / "again")))
+    same = read_tensors(tmp_path / "again/rwkv-final.pth")
+    assert all(torch.equal(ours[key], same[key]) for key in ours)

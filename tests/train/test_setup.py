@@ -185,4 +185,4 @@ def test_version_of_checkpoint_differs(config, make_base):
     with pytest.raises(UserError, match="an RWKV-7 model, but --version is 4"):
         fit(changed(config, load_model=str(base), version="4", n_layer=0, n_embd=0, vocab_size=0))
     with pytest.raises(UserError, match="--head_size 32, but it has 16"):
-        fit(changed(config, load_model=str(base), head_size=32, n_layer=0, n_embd=0, vocab_size=0))
+        fit(changed(config, load_model=str(base), version="", head_size=32, n_layer=0, n_embd=0, vocab_size=0))

@@ -19,7 +19,7 @@ import torch
 
 from rwkv import checkpoint, compat
 from rwkv.checkpoint import read_tensors
-from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.config import LoRAConfig, StateConfig, TrainConfig
 from rwkv.data.binidx_writer import writer
 from rwkv.train.fit import fit
 from rwkv.train.runtime import strategy
@@ -38,6 +38,7 @@ LORA = {"grad_clip": 0.1, "lora_dropout": 0.0, "lora_r": 4}
 # used.
 RWKV7 = {"load_model": "base7.pth", "lr_init": 1e-3}
 LORA7 = {**RWKV7, **LORA, "lora_parts": "att,ffn,time,ln"}
+STATE = {**RWKV7, "lr_init": 0.1, "warmup_steps": 0}  # with doc_reset, whose masks differ between ranks
 # Target counts differ between ranks and micro-batches, and 3 validation samples leave one rank
 # without a last batch.
 DOCUMENTS = {"doc_training": 1, "doc_reset": 1, "val_split": 0.2, "val_every": 2, "val_samples": 3, "magic_prime": 0}
@@ -49,6 +50,8 @@ ONE_PROCESS = {  # one process
     "documents": ("full", {"micro_bsz": 4, **CLIPPED, **DOCUMENTS}),
     "RWKV-7": ("full", {"micro_bsz": 4, **SCALED, **RWKV7}),
     "RWKV-7, lora": ("lora", {"micro_bsz": 4, **LORA7}),
+    "state": ("state", {"micro_bsz": 4, **STATE}),
+    "RWKV-7, nf4": ("lora", {"micro_bsz": 4, "lora_base": "nf4", **LORA7}),
 }
 TWO_PROCESSES = {  # two processes: the run of ONE_PROCESS to match, kind, flags
     "full": ("clipped", "full", {"micro_bsz": 2, **CLIPPED}),
@@ -61,6 +64,9 @@ TWO_PROCESSES = {  # two processes: the run of ONE_PROCESS to match, kind, flags
     "RWKV-7 with gradient checkpointing": ("RWKV-7", "full", {"micro_bsz": 2, "grad_cp": 1, **SCALED, **RWKV7}),
     "RWKV-7, lora": ("RWKV-7, lora", "lora", {"micro_bsz": 2, **LORA7}),
     "RWKV-7, lora with gradient checkpointing": ("RWKV-7, lora", "lora", {"micro_bsz": 2, "grad_cp": 1, **LORA7}),
+    "state": ("state", "state", {"micro_bsz": 2, **STATE}),
+    "state with gradient checkpointing": ("state", "state", {"micro_bsz": 2, "grad_cp": 1, **STATE}),
+    "RWKV-7, nf4": ("RWKV-7, nf4", "lora", {"micro_bsz": 2, "lora_base": "nf4", **LORA7}),
 }
 MAIN = ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"]
 STRATEGIES_OF = {
@@ -74,6 +80,9 @@ STRATEGIES_OF = {
     "RWKV-7 with gradient checkpointing": ["deepspeed_stage_2", "deepspeed_stage_3"],
     "RWKV-7, lora": ["deepspeed_stage_3"],
     "RWKV-7, lora with gradient checkpointing": MAIN,
+    "state": ["ddp", "deepspeed_stage_3"],
+    "state with gradient checkpointing": ["deepspeed_stage_2", "deepspeed_stage_3"],
+    "RWKV-7, nf4": ["ddp"],
 }
 CASES = sorted((name, case) for case, names in STRATEGIES_OF.items() for name in names)
 STRATEGY_CHANGES = [  # strategy of the first three steps, and of the others; "one" is one process
@@ -145,7 +154,7 @@ def runs(tmp_path_factory, make_model) -> Path:
         }
 
     def alone(kind: str, flags: dict) -> None:
-        fit({"full": TrainConfig, "lora": LoRAConfig}[kind](**flags))
+        fit({"full": TrainConfig, "lora": LoRAConfig, "state": StateConfig}[kind](**flags))
 
     for name, (kind, case) in ONE_PROCESS.items():
         alone(kind, flags(name, case))

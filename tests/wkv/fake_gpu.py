@@ -110,17 +110,17 @@ class Server:
         _, _, saved = kernels.forward(w, u, k, v, state, initial, reset)
         return kernels.backward(w, u, k, v, initial, reset, saved, gy, gstate)
 
-    def wkv7(self, narrow, *tensors, state=None, reset=None, initial=None):
+    def wkv7(self, *tensors, state=None, reset=None, initial=None):
         from rwkv.wkv.wkv7 import native
 
-        kernels = native.cuda_kernels(tensors[0], DEVICE, lambda: STREAM, narrow)
+        kernels = native.cuda_kernels(tensors[0], DEVICE, lambda: STREAM)
         return native.run(kernels, *tensors, state, reset, state if initial is None else initial)
 
-    def wkv7_case(self, name, narrow, *arguments):
-        """Run a function of wkv7_cases.py with the CUDA kernels; returns its result."""
-        import wkv7_cases
+    def wkv7_case(self, name, *arguments):
+        """Run a function of head_cases.py with the CUDA kernels; returns its result."""
+        import head_cases
 
-        return getattr(wkv7_cases, name)(lambda *x, **named: self.wkv7(narrow, *x, **named), *arguments)
+        return getattr(head_cases, name)(self.wkv7, *arguments)
 
     def wkv7_gradients(self, tensors, state, initial, reset, gy):
         """Gradients of r, w, k, v, a, b, state and initial for the output gradient gy."""
@@ -136,7 +136,7 @@ class Server:
 
         shifted = [torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x) for x in tensors]
         assert all(x.data_ptr() % 16 for x in shifted)
-        assert torch.equal(self.wkv7(False, *shifted)[0], self.wkv7(False, *tensors)[0])
+        assert torch.equal(self.wkv7(*shifted)[0], self.wkv7(*tensors)[0])
 
     def fused(self, name, *arguments):
         """Run a check of fused_cases.py with the CUDA kernels; returns its result."""

@@ -6,17 +6,11 @@ import pytest
 import torch
 from cases import assert_close, in_fp64, inputs, outputs_and_gradients
 from fake_gpu import DEVICE, STREAM, FakeGPU
-from fake_gpu import build as build_driver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv.kernels import build, load
 from rwkv.wkv.wkv4 import native, reference
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return build_driver(tmp_path_factory.mktemp("driver"))
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +20,17 @@ def image():
 
 
 @pytest.fixture(scope="module")
-def gpu(library, image):
-    fake = FakeGPU(library)
+def gpu(fake_driver, image):
+    fake = FakeGPU(fake_driver)
     fake.call("load", image)
     yield fake
     fake.close()
 
 
 @pytest.fixture
-def fresh(library):
+def fresh(fake_driver):
     """A fake GPU without loaded kernels, which a test may break."""
-    fake = FakeGPU(library)
+    fake = FakeGPU(fake_driver)
     yield fake
     fake.close()
 

@@ -62,14 +62,14 @@ PAIRS = {
 FORMATS = ("auto", "text", "messages", "moss", *PAIRS)
 
 _NAMES = (*MESSAGES, *_LISTS, *_QUESTIONS, *_CONTEXTS, *_ANSWERS, *_SYSTEM, *_REASONING, *_MEDIA, *_OTHER)
+# the keys that are read, as they are usually spelled
 FIELDS = tuple(
     dict.fromkeys(
-        form for name in _NAMES for form in (name, name.capitalize(), name.title(), name.upper(), "Complex_CoT")
+        ["Complex_CoT", *(form for name in _NAMES for form in (name, name.capitalize(), name.title(), name.upper()))]
     )
 )
 
-# without meaning for a conversation
-_KNOWN = {"num_turns"}
+_IGNORED = {"num_turns"}
 
 _TURNS = re.compile(
     r"(?:\A|\n)[ \t]*(Human|User|Assistant|Bot|AI|用户|人类|问|助手|机器人|答)[ \t]*[:：]", re.IGNORECASE
@@ -127,7 +127,7 @@ def conversation(record: Mapping[str, Any], kind: str = "auto") -> Conversation 
         found.tools = messages.without_nulls(tools) if isinstance(tools, list) else [tools]
     found = _with_system(found, fields)
     omitted = [name for name in getattr(record, "omitted", ()) if name.casefold() not in messages.NUMBERS]
-    found.unused = [*messages.unused(fields, found.used | _KNOWN), *omitted]
+    found.unused = [*messages.unused(fields, found.used | _IGNORED), *omitted]
     return found
 
 
@@ -288,7 +288,7 @@ def _moss(fields: Mapping[str, Any], kind: str) -> Conversation | None:
     found: list[Message] = []
     thoughts = ""
     for name, part in parts:
-        part = check_encodable(_MOSS_END.sub("", part.rstrip() + "").strip())
+        part = check_encodable(_MOSS_END.sub("", part.rstrip()).strip())
         kind_of = name.casefold().replace("_", " ")
         is_empty = part.casefold() in ("", "none")
         if kind_of == "inner thoughts":

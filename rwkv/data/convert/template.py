@@ -163,7 +163,7 @@ def _g1(message: dict[str, Any]) -> tuple[str, str, str]:
     if role != roles.ASSISTANT or content.startswith("<think>"):
         return _world(message)
     thoughts = roles.fold(message.get("reasoning_content", ""))
-    # the last ">" belongs to the next token, as in rwkv/generate.py
+    # the last ">" belongs to the next token, as in rwkv/text_stream.py
     opening = "Assistant: <think" if thoughts else "Assistant: <think>\n</think"
     return opening, (f">\n{thoughts}\n</think>" if thoughts else ">") + f"\n{content}\n\n", ""
 

@@ -1,4 +1,4 @@
-"""Save training states, and checkpoints under upstream's names; restore states."""
+"""Save training states, and checkpoints under upstream's names or as the best; restore states."""
 
 import time
 from collections.abc import Callable
@@ -7,6 +7,8 @@ from typing import Any
 
 from rwkv import checkpoint
 from rwkv.config import TrainConfig
+from rwkv.train.callbacks import best as bests
+from rwkv.train.callbacks.best import Best
 from rwkv.train.callbacks.metrics import Metrics
 from rwkv.train.console import say
 from rwkv.train.loop import schedule
@@ -21,6 +23,7 @@ from rwkv.train.runtime.lightning import pl
 # interval between states in seconds.
 _MAX_SAVE_SHARE = 0.02
 _MIN_INTERVAL = 10
+FINAL = "rwkv-final.pth"  # of a run that ends within an epoch
 
 
 def checkpoint_name(c: TrainConfig, step: int) -> str:
@@ -31,19 +34,23 @@ def checkpoint_name(c: TrainConfig, step: int) -> str:
     ends = step == schedule.first_step(c) + schedule.total_steps(c)
     if not inside and ((epoch - 1 - c.epoch_begin) % c.epoch_save == 0 or ends):
         return f"rwkv-{epoch - 1}.pth"
-    return "rwkv-final.pth" if ends else ""
+    return FINAL if ends else ""
 
 
-def write_missing_checkpoint(
-    c: TrainConfig, folder: Path, begin: run_state.State, save: Callable[[str, int, Callable], None]
+def write_missing_checkpoints(
+    c: TrainConfig, folder: Path, begin: run_state.State, save: Callable[..., None], best: Best
 ) -> None:
-    """Write the checkpoint that was due at the step of a training state, if it is missing (deleted,
-    or the run was killed before writing it).
+    """Write the checkpoints that were due at the step of a training state, if they are missing
+    (deleted, or the run was killed before writing them).
     """
-    name = checkpoint_name(c, begin.step)
-    if name and not ((folder / name).exists() and checkpoint.read_manifest(folder / name).get("step") == begin.step):
-        save(name, begin.step, lambda names: {key: begin.weights[key] for key in names})
-        say(f"{folder / name} was missing; written from the training state of step {begin.step:,}")
+    due: dict[str, dict[str, Any]] = {checkpoint_name(c, begin.step) or (FINAL if best.exhausted else ""): {}}
+    if c.keep_best and best.step == begin.step:
+        due[bests.NAME] = best.entries(best.loss)
+    for name, entries in due.items():
+        path = folder / name
+        if name and not (path.exists() and checkpoint.read_manifest(path).get("step") == begin.step):
+            save(name, begin.step, lambda names: {key: begin.weights[key] for key in names}, entries)
+            say(f"{path} was missing; written from the training state of step {begin.step:,}")
 
 
 class Restorer(pl.Callback):
@@ -69,16 +76,18 @@ class Restorer(pl.Callback):
 
 class Checkpointer(pl.Callback):
     """Saves training states periodically, rwkv-N.pth after every epoch_save-th and the last epoch,
-    and rwkv-final.pth if the run ends or is interrupted within an epoch.
+    rwkv-final.pth if the run ends or is interrupted within an epoch, and rwkv-best.pth. Ends the
+    run if --patience is exhausted.
 
     Args:
         run: the run's manifest, saved with every state.
-        save: save(name, step, gather) writes a checkpoint; called on every rank. gather(names)
-            returns full parameters on rank 0.
+        save: save(name, step, gather, entries) writes a checkpoint with additional entries in its
+            manifest; called on every rank. gather(names) returns full parameters on rank 0.
         inputs: the files that the run reads; if one was changed, nothing more is saved.
 
     Attributes:
-        last: the name of the latest checkpoint.
+        last: the name of the latest checkpoint, not counting the best.
+        best: the lowest validation loss.
     """
 
     def __init__(
@@ -86,11 +95,12 @@ class Checkpointer(pl.Callback):
         config: TrainConfig,
         tracked: TrackedFolder,
         run: dict[str, Any],
-        save: Callable[[str, int, Callable], None],
+        save: Callable[..., None],
         metrics: Metrics,
         inputs: WatchedFiles,
+        best: Best,
     ):
-        self.config, self._folder, self._run = config, tracked, run
+        self.config, self._folder, self._run, self.best = config, tracked, run, best
         self._save, self._metrics, self._inputs = save, metrics, inputs
         self._module: TrainingModule | None = None
         self.last = ""
@@ -100,6 +110,9 @@ class Checkpointer(pl.Callback):
         self._last = self._saved = module.step
         self._next = module.step + (self.config.save_every or 10)
         self._since = time.perf_counter()
+        if trainer.global_rank == 0:
+            self.best.find_kept(self._folder.path())
+        self.best.set_values(trainer.strategy.broadcast(self.best.values()))
 
     def on_train_batch_start(self, *_) -> None:
         self._inputs.check_sizes()
@@ -113,14 +126,16 @@ class Checkpointer(pl.Callback):
         if step == self._last:  # gradients are still being accumulated
             return
         self._last = step
+        self._add_validation(trainer, module)
         if checkpoint_name(c, step) or step >= self._next or trainer.should_stop:
             self._metrics.read(trainer, module)  # raises if the step must not be saved
-        name = checkpoint_name(c, step) or ("rwkv-final.pth" if trainer.should_stop else "")
+        name = checkpoint_name(c, step) or (FINAL if trainer.should_stop else "")
         # save the state first: if the run is killed before saving the checkpoint,
         # `write_missing_checkpoint` writes it on resume
         if name or step >= self._next:
             started = time.perf_counter()
             self._inputs.check()
+            self._run["best"] = self.best.entry()
             state = run_state.capture(trainer, module, self._run)
             if trainer.global_rank == 0:
                 self._metrics.sync()
@@ -132,15 +147,28 @@ class Checkpointer(pl.Callback):
             self._next = step + (c.save_every or self._interval(trainer, step, started))
             self._saved, self._since = step, time.perf_counter()
         if name:
-            parameters = dict(module.model.named_parameters())
-            self._save(
-                name,
-                step,
-                lambda names: zero.weights(
-                    {n: parameters[n] for n in names}, module.trainer.optimizers[0], module.device
-                ),
-            )
+            self._write(name, module, {})
             self.last = name
+
+    def _add_validation(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        """Compare the validation loss of this step, if there is one, with the lowest."""
+        if self._metrics.validated != module.step:
+            return
+        loss = self._metrics.val_loss
+        if self.best.add(module.step, loss):
+            self._inputs.check()
+            self._write(bests.NAME, module, self.best.entries(loss))
+        if self.best.exhausted:
+            trainer.should_stop = True
+
+    def _write(self, name: str, module: TrainingModule, entries: dict[str, Any]) -> None:
+        parameters, optimizer = dict(module.model.named_parameters()), module.trainer.optimizers[0]
+        self._save(
+            name,
+            module.step,
+            lambda names: zero.weights({n: parameters[n] for n in names}, optimizer, module.device),
+            entries,
+        )
 
     def _interval(self, trainer: pl.Trainer, step: int, started: float) -> int:
         """Steps until the next state, such that saving takes at most _MAX_SAVE_SHARE of the time;

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 CAPACITY = 4096  # maximum number of averages in a series; up to that many values are kept exactly
+_COARSE = 512  # of series that are only looked at
 
 
 class Series:
@@ -89,20 +90,26 @@ class Curve:
 
     Attributes:
         loss, validation: losses by step; steps without a finite loss are omitted.
+        speed, memory, norm: tokens per second, peak memory per device in bytes, and norm of the
+            gradient by step.
         first_loss: of the first step; NaN before it.
         val_loss: the latest validation loss; None before the first.
         best: step and value of the lowest validation loss.
-        last: the latest step.
+        last, tokens: the latest step, and the tokens up to it.
         count: number of lines.
     """
 
     loss: Series = field(default_factory=Series)
     validation: Series = field(default_factory=Series)
+    speed: Series = field(default_factory=lambda: Series(_COARSE))
+    memory: Series = field(default_factory=lambda: Series(_COARSE))
+    norm: Series = field(default_factory=lambda: Series(_COARSE))
     first_loss: float = math.nan
     val_loss: float | None = None
     best: tuple[int, float] | None = None
     last: int = 0
     count: int = 0
+    tokens: int = 0
     _epoch: int = -1
     _sum: float = 0.0
     _values: int = 0
@@ -111,6 +118,16 @@ class Curve:
         """Add a line of metrics.jsonl, of a step in this epoch; amortised constant time."""
         step, loss, val_loss = line["step"], line["loss"], line.get("val_loss")
         self.last, self.count = step, self.count + 1
+        self.tokens = _number(line.get("tokens")) or self.tokens
+        peaks = line.get("peak_mib")
+        peak = max(map(_number, peaks.values()), default=0) if isinstance(peaks, dict) else 0
+        for series, value in (
+            (self.speed, line.get("tokens_per_s")),
+            (self.memory, peak * 2**20),
+            (self.norm, line.get("grad_norm")),
+        ):
+            if number := _number(value):
+                series.add(step, number)
         if epoch != self._epoch:
             self._epoch, self._sum, self._values = epoch, 0.0, 0
         if loss is not None:
@@ -127,3 +144,8 @@ class Curve:
     def epoch_mean(self) -> float:
         """The mean loss of the current epoch so far; NaN if no step had a finite loss."""
         return self._sum / self._values if self._values else math.nan
+
+
+def _number(value: Any) -> Any:
+    """A positive finite number; 0 for anything else."""
+    return value if type(value) in (int, float) and math.isfinite(value) and value > 0 else 0

@@ -71,6 +71,7 @@ class Metrics(pl.Callback):
 
     Attributes:
         curve: summary of all lines, including earlier starts of the run (on rank 0).
+        validated, val_loss: step and result of the latest validation of this process, on all ranks.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Metrics(pl.Callback):
         self._monitor = monitor
         self.config, self._folder, self._validation = config, tracked, validation
         self.curve = Curve()
+        self.validated, self.val_loss = -1, math.nan
         self._batches: list[torch.Tensor] = []
         self._finite = NonFiniteGuard(config, tracked)
         self._unread: list[_Step] = []
@@ -167,8 +169,9 @@ class Metrics(pl.Callback):
             line["targets"] = round(targets)
             line["loss"] = loss if line["targets"] else None  # 0 would be the lowest loss of the run
         if self._validation is not None and math.isfinite(loss) and self._validates(line["step"]):
-            line["val_loss"] = validation_loss(module, self._validation, self.config.micro_bsz)
-            self._tick = time.perf_counter()
+            self.val_loss = validation_loss(module, self._validation, self.config.micro_bsz)
+            self.validated, line["val_loss"] = line["step"], self.val_loss
+            self.restart_clock()
         if trainer.global_rank == 0:
             self._report(line | pending.line)
         # with loss scaling, overflows are normal: the scaler skips the step and reduces the scale
@@ -177,6 +180,10 @@ class Metrics(pl.Callback):
         )
         checked = norm if pending.has_norm and not scaled else None
         self._finite.check(module, line["step"], pending.samples, loss, checked)
+
+    def restart_clock(self) -> None:
+        """Exclude the time since the last step from the throughput of the next."""
+        self._tick = time.perf_counter()
 
     def sync(self) -> None:
         """Flush all lines to disk, before a training state is saved."""
@@ -232,13 +239,12 @@ class Metrics(pl.Callback):
         started = time.monotonic()
         if not now and started < self._next_plot:
             return
-        what = "LoRA" if self.config.adapter else "all weights"
         steps = self.curve.last - schedule.first_step(self.config)
         try:
             plot(
                 self.curve,
                 self._folder.path() / "loss.png",
-                f"{self._folder.path().name}: {what}, {steps:,} step{'s' * (steps != 1)}",
+                f"{self._folder.path().name}: {self.config.trains}, {steps:,} step{'s' * (steps != 1)}",
             )
         except Exception as error:
             if required:

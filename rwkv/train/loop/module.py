@@ -31,6 +31,8 @@ class TrainingModule(pl.LightningModule):
     Args:
         begin: optimizer steps and samples (over all ranks) before this process's first step,
             counted from epoch 0; rank 0's value is used on all ranks. None: the start of the run.
+        end: the last step, counted from epoch 0; rank 0's value is used on all ranks. None: that of
+            the schedule.
         facts: values that must be the same on all ranks (ranks.facts).
 
     Attributes:
@@ -52,8 +54,10 @@ class TrainingModule(pl.LightningModule):
         config: TrainConfig,
         begin: tuple[int, int] | None = None,
         facts: dict[str, Any] | None = None,
+        end: int | None = None,
     ):
         super().__init__()
+        self.end = schedule.first_step(config) + schedule.total_steps(config) if end is None else end
         self.model, self.data, self.config, self._facts = model, data, config, facts or {}
         self.begin = begin or (schedule.first_step(config), schedule.first_sample(config))
         self.loss, self.targets, self.stop = torch.tensor(float("nan")), torch.tensor(0), False
@@ -76,7 +80,8 @@ class TrainingModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         ranks.compare(self._facts)
         # only rank 0 has read the run's folder
-        self.begin, self.data.seed = self.trainer.strategy.broadcast((self.begin, self.data.seed))
+        shared = (self.begin, self.end, self.data.seed)
+        self.begin, self.end, self.data.seed = self.trainer.strategy.broadcast(shared)
         # for dropout, whose masks must differ between ranks; a restored state replaces it
         torch.manual_seed(self.data.seed + self.trainer.global_rank)
 
@@ -92,7 +97,7 @@ class TrainingModule(pl.LightningModule):
     def train_dataloader(self) -> DataLoader:
         c, trainer = self.config, self.trainer
         self.data.rank, self.data.world_size = trainer.global_rank, trainer.world_size
-        steps = schedule.first_step(c) + schedule.total_steps(c) - self.begin[0]
+        steps = self.end - self.begin[0]
         first = -(-self.begin[1] // trainer.world_size)
         batches = Batches(self.data, first, max(0, steps), c.micro_bsz, c.accumulate_grad_batches)
         # No workers: a batch is a slice of a memory-mapped file. With its own generator, the loader

@@ -8,6 +8,7 @@ late.)
 import math
 
 from rwkv.config import TrainConfig
+from rwkv.errors import UserError
 from rwkv.models.version import named
 
 
@@ -75,14 +76,24 @@ def _progress(c: TrainConfig, step: int) -> float:
 def learning_rate(c: TrainConfig, run_step: int) -> float:
     """The learning rate of optimizer step `run_step` (from 0) of this run.
 
-    With q from 0 to 1 over the epochs: lr_init · (lr_final / lr_init)^q, or linear in q if either
-    is 0. With my_exit_tokens: a cosine over that many tokens, or if it is negative the mean of
-    both. During warm-up it is multiplied by s + (1 − s) · run_step / warmup_steps with the
+    With q from 0 to 1 over the epochs, by lr_schedule:
+
+        exp       lr_init · (lr_final / lr_init)^q
+        linear    lr_init + (lr_final − lr_init) · q
+        cosine    lr_init + (lr_final − lr_init) · (1 − cos πq) / 2
+        wsd       as linear, with q from 0 to 1 over the last decay_steps
+        constant  lr_init
+        auto      exp, linear if either is 0; with my_exit_tokens a cosine over that many tokens, or
+                  if it is negative the mean of both
+
+    During warm-up it is multiplied by s + (1 − s) · run_step / warmup_steps with the
     version's WARMUP_START s.
     """
     step = run_step + first_step(c)
     rate = c.lr_init
-    if c.lr_init != c.lr_final:
+    if c.lr_schedule not in ("auto", "constant"):
+        rate = _scheduled(c, step)
+    elif c.lr_init != c.lr_final and c.lr_schedule == "auto":
         q = _progress(c, step)
         if c.lr_init == 0 or c.lr_final == 0:
             rate = c.lr_init + (c.lr_final - c.lr_init) * q
@@ -95,6 +106,65 @@ def learning_rate(c: TrainConfig, run_step: int) -> float:
         start = named(c.version).WARMUP_START
         rate *= start + (1 - start) * run_step / c.warmup_steps
     return rate
+
+
+def _scheduled(c: TrainConfig, step: int) -> float:
+    q, span = _progress(c, step), c.lr_final - c.lr_init
+    if c.lr_schedule == "exp":
+        return c.lr_init * (c.lr_final / c.lr_init) ** q
+    if c.lr_schedule == "cosine":
+        return c.lr_init + span * (1 - math.cos(math.pi * q)) / 2
+    if c.lr_schedule == "wsd":
+        steps = decay_steps(c)
+        q = _clamp((step + 1 - (c.epoch_count * steps_per_epoch(c) - steps)) / steps)
+    return c.lr_init + span * q
+
+
+def decay_steps(c: TrainConfig) -> int:
+    """Optimizer steps of the decay of lr_schedule wsd: lr_decay_steps, else lr_decay_fraction of
+    those after warm-up.
+    """
+    return c.lr_decay_steps or max(1, round(c.lr_decay_fraction * _length(c)))
+
+
+def _length(c: TrainConfig) -> int:
+    """Optimizer steps of the schedule, after warm-up and my_pile_edecay."""
+    return (c.epoch_count - c.my_pile_edecay) * steps_per_epoch(c) - max(0, c.warmup_steps)
+
+
+def check(c: TrainConfig) -> None:
+    """Raise UserError if lr_schedule is incompatible with other flags."""
+    wsd = TrainConfig.lr_decay_steps, TrainConfig.lr_decay_fraction
+    if c.lr_schedule != "wsd" and (c.lr_decay_steps, c.lr_decay_fraction) != wsd:
+        raise UserError("--lr_decay_steps and --lr_decay_fraction are for --lr_schedule wsd: pass it too, or omit them")
+    if c.lr_schedule != "auto" and c.my_exit_tokens:
+        raise UserError(
+            f"--lr_schedule {c.lr_schedule} with --my_exit_tokens {c.my_exit_tokens}, which has a cosine of its own: omit one of them"
+        )
+    if c.lr_schedule == "exp" and not (c.lr_init and c.lr_final):
+        raise UserError(
+            "--lr_schedule exp: --lr_init and --lr_final must be greater than 0; or use --lr_schedule linear"
+        )
+    if not 0 < c.lr_decay_fraction <= 1:
+        raise UserError(f"--lr_decay_fraction must be greater than 0 and at most 1; it is {c.lr_decay_fraction}")
+    if c.lr_decay_steps > max(1, _length(c)):
+        raise UserError(
+            f"--lr_decay_steps {c.lr_decay_steps} is more than the {max(0, _length(c)):,} steps after warm-up; use fewer, or --lr_schedule linear"
+        )
+
+
+def describe(c: TrainConfig) -> str:
+    """The course of the learning rate, for the report at the start."""
+    constant = c.lr_schedule == "constant" or c.lr_init == c.lr_final
+    rate = f"{c.lr_init:g}" if constant else f"{c.lr_init:g} → {c.lr_final:g}"
+    name = {"exp": "exponential", "constant": "constant", "wsd": f"wsd, linear in the last {decay_steps(c):,} steps"}
+    kind = name.get(c.lr_schedule, c.lr_schedule)
+    if c.lr_schedule == "auto":
+        kind = "linear" if c.lr_init == 0 or c.lr_final == 0 else "exponential"
+        if c.my_exit_tokens:
+            kind = "cosine" if c.my_exit_tokens > 0 else "mean of cosine and exponential"
+    warmup = f", after {c.warmup_steps:,} steps of warm-up" if c.warmup_steps > 0 else ""
+    return f"{rate} ({'constant' if constant else kind}{warmup})"
 
 
 def _cosine(c: TrainConfig, step: int) -> float:

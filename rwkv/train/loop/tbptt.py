@@ -35,11 +35,12 @@ class _Sequence:
     def __init__(self, model: RWKV, x: Tensor, y: Tensor, loss_mask: Tensor | None, reset: Tensor | None, length: int):
         self.model, self.tensors = model, (x, y, loss_mask, reset)
         self.chunks = [slice(begin, begin + length) for begin in range(0, x.shape[1], length)]
-        self.start = model.initial_state(x.shape[0])
         self.count = max(1, _targets(y, loss_mask))
 
-    def loss(self, chunk: slice, state: State) -> tuple[Tensor, State]:
-        """The loss summed over the chunk's targets, and the state after the chunk."""
+    def loss(self, chunk: slice, state: State | None) -> tuple[Tensor, State]:
+        """The loss summed over the chunk's targets, and the state after the chunk; None: the first
+        chunk.
+        """
         x, y, loss_mask, reset = self.select(chunk)
         hidden, state = self.model.hidden(x, state, reset)
         return head_loss(hidden, self.model.head.weight, y, loss_mask) * _targets(y, loss_mask), state
@@ -49,11 +50,12 @@ class _Sequence:
         loss_mask, reset = (None if tensor is None else tensor[:, chunk].contiguous() for tensor in others)
         return x[:, chunk].contiguous(), y[:, chunk].contiguous(), loss_mask, reset
 
-    def states(self) -> list[tuple[State, Tensor]]:
+    def states(self) -> list[tuple[State | None, Tensor]]:
         """The model's and the random generator's state before each chunk (for identical dropout
         masks).
         """
-        before, state = [], self.start
+        before: list[tuple[State | None, Tensor]] = []
+        state: State | None = None
         for chunk in self.chunks:
             before.append((state, torch.get_rng_state()))
             x, _, _, reset = self.select(chunk)
@@ -82,10 +84,10 @@ class _Chunked(torch.autograd.Function):
 def _truncated_losses(
     sequence: _Sequence, trained: tuple[nn.Parameter, ...], grads: list[Tensor | None]
 ) -> Iterator[Tensor]:
-    state = sequence.start
+    state: State | None = None
     for chunk in sequence.chunks:
         with torch.set_grad_enabled(bool(trained)):
-            loss, state = sequence.loss(chunk, map_state(Tensor.detach, state))
+            loss, state = sequence.loss(chunk, state and map_state(Tensor.detach, state))
         if trained and loss.requires_grad:
             _add(grads, torch.autograd.grad(loss, trained, allow_unused=True))
         yield loss.detach()
@@ -99,7 +101,7 @@ def _exact_losses(
     for chunk, (state, rng_state) in zip(reversed(sequence.chunks), reversed(before), strict=True):
         torch.set_rng_state(rng_state)
         with torch.enable_grad():
-            state = map_state(lambda tensor: tensor.detach().requires_grad_(), state)
+            state = state and map_state(lambda tensor: tensor.detach().requires_grad_(), state)
             loss, after = sequence.loss(chunk, state)
         outputs = [(loss, torch.ones_like(loss))]
         if state_grads:
@@ -107,7 +109,7 @@ def _exact_losses(
         outputs = [(output, grad) for output, grad in outputs if output.requires_grad and grad is not None]
         gradients = torch.autograd.grad(
             [output for output, _ in outputs],
-            [*trained, *leaves(state)],
+            [*trained, *leaves(state or ())],
             [grad for _, grad in outputs],
             allow_unused=True,
         )

@@ -31,12 +31,13 @@ NAME = "run.json"
 # flags that may change on resume: they do not affect the steps, or are compared in another form
 _NOT_COMPARED = {
     *("proj_dir", "overwrite", "allow_changes", "random_seed"),
-    *("load_model", "lora_load", "data_file", "data_type", "val_file"),  # compared by content
+    *("load_model", "lora_load", "state_load", "data_file", "data_type", "val_file"),  # compared by content
     *("max_steps", "epoch_count", "my_exit", "epoch_save", "save_every", "val_every", "val_samples"),
-    *("wandb", "tensorboard", "on_nan"),
+    *("keep_best", "patience", "sample_every", "sample_ask", "wandb", "tensorboard", "on_nan"),
     # compared as the model's sizes
     *("version", "n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "pre_ffn", "head_size"),
     *("strategy", "ds_bucket_mb", "ds_config", "accelerator", "grad_cp", "cuda_graph", "precision"),
+    "train_type",  # compared as what is trained
     # compared as samples per step and steps per epoch
     *("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes", "epoch_steps", "auto"),
 }
@@ -218,8 +219,13 @@ def _compared(run: dict[str, Any]) -> dict[str, Any]:
         if key not in _NOT_COMPARED and (lora or not key.startswith("lora"))
     }
     found = {
-        "trained": "an adapter" if lora else "all weights",
-        "model": run["model"],
+        "trained": "an adapter"
+        if lora
+        else "an initial state"
+        if flags.get("train_type") == "state"
+        else "all weights",
+        # without options that are off, which earlier versions of this program lack
+        "model": {key: value for key, value in run["model"].items() if value is not False},
         **kept,
         "--random_seed": flags["random_seed"],
         "samples in a step": schedule.samples_per_step(c),
@@ -233,7 +239,7 @@ def _compared(run: dict[str, Any]) -> dict[str, Any]:
         found["validation documents, in the index (SHA-256)"] = held["index_sha256"]
         found["validation loss mask (SHA-256)"] = held["mask_sha256"]
     if "adapter" in run:
-        found["--lora_load (SHA-256)"] = (run["adapter"] or {}).get("sha256")
+        found[f"--{'lora' if lora else 'state'}_load (SHA-256)"] = (run["adapter"] or {}).get("sha256")
     if source := run.get("source"):
         found["data file is read as"] = source["read_as"]
         found[f"data file {source['path']}"] = (

@@ -62,7 +62,7 @@ def _number(name: str, default: int = 1) -> int:
 
 
 def _slurm_tasks() -> int:
-    # Lightning's exception
+    # Lightning does not treat jobs of these names as Slurm's
     return 0 if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive") else _number("SLURM_NTASKS", 0)
 
 

@@ -31,7 +31,18 @@ _RUNS = itertools.count()  # number of runs in this process
 # only, and those already resolved. If the launcher has no store (srun; torchrun --standalone of
 # torch 1.13.1), every rank draws a random seed; initial weights and data order are rank 0's.
 _OWN = {
-    *("proj_dir", "data_file", "val_file", "load_model", "lora_load", "ds_config", "wandb", "tensorboard", "overwrite"),
+    *(
+        "proj_dir",
+        "data_file",
+        "val_file",
+        "load_model",
+        "lora_load",
+        "state_load",
+        "ds_config",
+        "wandb",
+        "tensorboard",
+        "overwrite",
+    ),
     *("allow_changes", "accelerator", "auto", "random_seed"),
 }
 

@@ -87,6 +87,11 @@ def check(c: TrainConfig) -> None:
                 f"--ds_config {c.ds_config} needs DeepSpeed, but --strategy is {c.strategy}; use e.g. --strategy deepspeed_stage_2"
             )
         return
+    if c.adapter and c.adapter.quantised:
+        raise UserError(
+            f"--lora_base {c.adapter.lora_base} is not supported with DeepSpeed (--strategy {c.strategy}), which would not shard or offload"
+            " quantised matrices; use --strategy auto or ddp: with a quantised base only an adapter has gradients and optimizer states"
+        )
     if ZEROS[c.strategy].stage == 3 and c.tbptt_len:
         raise UserError(
             f"--tbptt_len is not supported with ZeRO-3 (--strategy {c.strategy}: parameters are sharded); use --strategy deepspeed_stage_2"

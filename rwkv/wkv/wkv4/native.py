@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv.wkv.autograd import prepared, refuse_second_derivatives
+
 SAVE_INTERVAL = 16  # tokens per saved state: WKV4_SAVE_INTERVAL in cuda/wkv4/wkv4_args.h
 THREADS = 1 << 17  # enough to fill a GPU (measured on an H100: docs/results.md)
 
@@ -54,10 +56,7 @@ class _WKV4(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gy, glast):
-        if torch.is_grad_enabled():  # once_differentiable would do the same, but is slower
-            raise RuntimeError(
-                'wkv4: the compiled kernels have no second derivatives (create_graph=True); use impl="reference"'
-            )
+        refuse_second_derivatives("wkv4")
         w, u, k, v, initial, reset, saved = ctx.saved_tensors
         gy = torch.zeros_like(k) if gy is None else gy.contiguous()
         glast = None if glast is None else glast.contiguous()
@@ -77,9 +76,7 @@ def run(
     initial: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`rwkv.wkv.wkv4` with these kernels; `initial=None` is the empty state."""
-    state = None if state is None else state.float().contiguous()
-    initial = None if initial is None or reset is None else initial.float().contiguous()
-    reset = None if reset is None else reset.contiguous()
+    state, reset, initial = prepared(state, reset, initial)
     w, u = w.float().contiguous(), u.float().contiguous()
     return _WKV4.apply(kernels, w, u, k.contiguous(), v.contiguous(), state, initial, reset)
 

@@ -1,4 +1,4 @@
-"""The WKV recurrence as a loop over time with autograd: the ground truth of the tests."""
+"""The WKV4 recurrence as a loop over time with autograd: the ground truth of the tests."""
 
 import torch
 from torch import Tensor

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rwkv.kernels.elementwise.native import recompute_of
+from rwkv.wkv.autograd import prepared, refuse_second_derivatives
 
 
 def forward(*tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,10 +38,7 @@ class _WKV6(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gy, glast):
-        if torch.is_grad_enabled():  # once_differentiable would do the same, but is slower
-            raise RuntimeError(
-                'wkv6: the compiled kernels have no second derivatives (create_graph=True); use impl="reference"'
-            )
+        refuse_second_derivatives("wkv6")
         r, k, v, u, initial, reset, saved, *inputs = ctx.saved_tensors
         w = ctx.recompute(*inputs)
         gy = torch.zeros_like(r) if gy is None else gy.contiguous()
@@ -66,8 +64,6 @@ def wkv6_cpu(
     dtype = r.dtype
     r, k, v = ((x.float() if dtype == torch.float16 else x).contiguous() for x in (r, k, v))
     w, u = w.float().contiguous(), u.float().contiguous()
-    state = None if state is None else state.float().contiguous()
-    initial = None if initial is None or reset is None else initial.float().contiguous()
-    reset = None if reset is None else reset.contiguous()
+    state, reset, initial = prepared(state, reset, initial)
     y, last = _WKV6.apply(r, w, k, v, u, state, initial, reset, recompute_of(w))
     return y.to(dtype), last

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from rwkv.wkv.heads import empty_state
+
 
 def wkv6(
     r: Tensor,
@@ -29,10 +31,3 @@ def wkv6(
         outputs.append((r[:, t].unsqueeze(-2) @ (S + bonus * kv)).squeeze(-2))
         S = S * decay[:, t] + kv
     return torch.stack(outputs, 1).to(dtype), S
-
-
-def empty_state(
-    batch: int, heads: int, size: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """The state before any token: zeros [B, H, N (key), N (value)]."""
-    return torch.zeros(batch, heads, size, size, device=device, dtype=dtype)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv.wkv.autograd import prepared, refuse_second_derivatives
+
 HEAD_SIZE = 64  # up to this size the CUDA kernels compute in any dtype, above it in fp32 only
 
 
@@ -25,13 +27,11 @@ def cpu_kernels(r: Tensor) -> Kernels:
     return _converted(kernels) if r.dtype == torch.float16 else kernels
 
 
-def cuda_kernels(r: Tensor, device: int, stream: Callable[[], int], narrow: bool = False) -> Kernels:
-    """The CUDA kernels for inputs like `r`. `stream` returns the stream of each launch; `narrow`
-    splits the state of a head over several blocks, which is not faster (docs/results.md).
-    """
+def cuda_kernels(r: Tensor, device: int, stream: Callable[[], int]) -> Kernels:
+    """The CUDA kernels for inputs like `r`. `stream` returns the stream of each launch."""
     ops = torch.ops.rwkv
     kernels = Kernels(
-        lambda *tensors: ops.wkv7_cuda_forward(*tensors, narrow, device, stream()),
+        lambda *tensors: ops.wkv7_cuda_forward(*tensors, device, stream()),
         lambda *tensors: ops.wkv7_cuda_backward(*tensors, device, stream()),
     )
     return _converted(kernels) if r.dtype != torch.float32 and r.shape[-1] > HEAD_SIZE else kernels
@@ -62,16 +62,6 @@ def kernels_for(r: Tensor) -> Kernels:
     return cuda_kernels(r, device, lambda: torch.cuda.current_stream(device).cuda_stream)
 
 
-def refuse_second_derivatives() -> None:
-    """Raise RuntimeError in a backward pass with create_graph. (once_differentiable would do the
-    same, but is slower.)
-    """
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            'wkv7: the compiled kernels have no second derivatives (create_graph=True); use impl="reference"'
-        )
-
-
 class _WKV7(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernels, r, w, k, v, a, b, state, initial, reset):
@@ -83,7 +73,7 @@ class _WKV7(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gy, glast):
-        refuse_second_derivatives()
+        refuse_second_derivatives("wkv7")
         *inputs, initial, reset, saved = ctx.saved_tensors
         gy = torch.zeros_like(inputs[0]) if gy is None else gy.contiguous()
         glast = None if glast is None else glast.contiguous()
@@ -106,9 +96,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """`rwkv.wkv.wkv7` with these kernels; `initial=None` is the empty state."""
     r, k, v, a, b = (x.contiguous() for x in (r, k, v, a, b))
-    state = None if state is None else state.float().contiguous()
-    initial = None if initial is None or reset is None else initial.float().contiguous()
-    reset = None if reset is None else reset.contiguous()
+    state, reset, initial = prepared(state, reset, initial)
     return _WKV7.apply(kernels, r, w.float().contiguous(), k, v, a, b, state, initial, reset)
 
 

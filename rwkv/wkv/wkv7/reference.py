@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from rwkv.wkv.heads import empty_state
+
 
 def wkv7(
     r: Tensor,
@@ -29,10 +31,3 @@ def wkv7(
         S = S * w[:, t].exp().unsqueeze(-2) + (S @ at) @ bt.mT + vt @ kt.mT
         outputs.append((S @ rt).squeeze(-1))
     return torch.stack(outputs, 1).to(dtype), S
-
-
-def empty_state(
-    batch: int, heads: int, size: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """The state before any token: zeros [B, H, N (value), N (key)]."""
-    return torch.zeros(batch, heads, size, size, device=device, dtype=dtype)

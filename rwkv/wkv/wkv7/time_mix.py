@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rwkv.kernels.elementwise.reference import upcast
 from rwkv.wkv import dispatch
+from rwkv.wkv.autograd import refuse_second_derivatives
 from rwkv.wkv.wkv7 import native, reference
 
 STRONGEST = -math.exp(-0.5)  # log-decay per token
@@ -55,6 +56,7 @@ def time_mix(
     p: Parameters,
     state: Tensor,
     reset: Tensor | None = None,
+    initial: Tensor | None = None,
     *,
     eps: float,
     impl: str = "auto",
@@ -64,12 +66,13 @@ def time_mix(
     Args:
         v_first: the value of block 0 [B, T, C]; None in block 0.
         state: [B, H, N, N] fp32.
-        reset: [B, T] bool, True where a document starts with the empty state.
+        reset: [B, T] bool, True where a document starts: the state before that token is `initial`.
+        initial: [B, H, N, N] fp32, the state at a document start; None: zeros.
         eps: of the normalisation by head.
         impl: as for rwkv.wkv.wkv7.
     """
     run = dispatch.choose("wkv7", {"cuda": _compiled, "cpu": _compiled, "reference": _by_autograd}, impl, x.r)
-    return run(x, v_first, p, state, reset, eps)
+    return run(x, v_first, p, state, reset, initial, eps)
 
 
 def _by_autograd(
@@ -78,41 +81,50 @@ def _by_autograd(
     p: Parameters,
     state: Tensor,
     reset: Tensor | None,
+    initial: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     w, k, v, a, b = _keys(x, v_first, p)
-    y, state = reference.wkv7(_heads(x.r, p), w, k, v, a, b, state, reset, torch.zeros_like(state))
+    initial = torch.zeros_like(state) if initial is None else initial
+    y, state = reference.wkv7(_heads(x.r, p), w, k, v, a, b, state, reset, initial)
     return _output(y, x, k, v, p, eps), state
 
 
 def _compiled(
-    x: Projections, v_first: Tensor | None, p: Parameters, state: Tensor, reset: Tensor | None, eps: float
+    x: Projections,
+    v_first: Tensor | None,
+    p: Parameters,
+    state: Tensor,
+    reset: Tensor | None,
+    initial: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     x = Projections(*(None if t is None else t.contiguous() for t in x))  # type: ignore[arg-type]
+    initial = None if initial is None or reset is None else initial.float().contiguous()
     reset = None if reset is None else reset.contiguous()
-    return _TimeMix.apply(eps, reset, state.float().contiguous(), v_first, *x, *p)
+    return _TimeMix.apply(eps, reset, state.float().contiguous(), initial, v_first, *x, *p)
 
 
 class _TimeMix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, eps, reset, state, v_first, *tensors):
+    def forward(ctx, eps, reset, state, initial, v_first, *tensors):
         x, p = _split(tensors)
         inputs = _keys(x, v_first, p)
         r = _heads(x.r, p)
-        y, last, saved = native.kernels_for(r).forward(r, *inputs, state, None, reset)
+        y, last, saved = native.kernels_for(r).forward(r, *inputs, state, initial, reset)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
         # copy the parameters: ZeRO-3 may have released them by the backward pass, and a view would
         # keep the buffer that they were gathered into
         copies = (None if t is None else t.detach().clone() for t in p)
-        ctx.save_for_backward(reset, y, saved, v_first, *x, *copies)
+        ctx.save_for_backward(reset, initial, y, saved, v_first, *x, *copies)
         return _output(y, x, inputs[1], inputs[2], p, eps), last
 
     @staticmethod
     def backward(ctx, gout, glast):
-        native.refuse_second_derivatives()
-        reset, y, saved, *tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[3:]
+        refuse_second_derivatives("wkv7")
+        reset, initial, y, saved, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[4:]
         with torch.enable_grad():
             v_first, *tensors = (
                 None if t is None else t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)
@@ -129,14 +141,15 @@ class _TimeMix(torch.autograd.Function):
         r = _heads(x.r.detach(), p)
         with torch.no_grad():
             inputs = [t.detach() for t in inputs]
-            found = native.kernels_for(r).backward(r, *inputs, None, reset, saved, gy.contiguous(), glast)
-            gr2, *of_inputs, gstate, _ = found
+            found = native.kernels_for(r).backward(r, *inputs, initial, reset, saved, gy.contiguous(), glast)
+            gr2, *of_inputs, gstate, ginitial = found
             of_inputs[1] += gk
             of_inputs[2] += gv
             gr = None if gr is None else gr.add_(gr2.flatten(2))
         gfirst, *of_keys = _gradients(made, [v_first, *x[2:], *p[3:]], of_inputs)
         gstate = gstate if ctx.needs_input_grad[2] else None
-        return None, None, gstate, gfirst, gr, gg, *of_keys[:5], *of_norm, *of_keys[5:]
+        ginitial = ginitial if ctx.needs_input_grad[3] else None
+        return None, None, gstate, ginitial, gfirst, gr, gg, *of_keys[:5], *of_norm, *of_keys[5:]
 
 
 def _split(tensors) -> tuple[Projections, Parameters]:

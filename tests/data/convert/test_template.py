@@ -15,7 +15,8 @@ from rwkv.data.convert.jsonl import BadRecord
 from rwkv.data.convert.schemas import conversation
 from rwkv.data.convert.template import Template
 from rwkv.errors import UserError
-from rwkv.generate import OPENING, question
+from rwkv.generate import question
+from rwkv.text_stream import OPENING
 
 OPENAI = {
     "messages": [

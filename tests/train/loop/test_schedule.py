@@ -5,6 +5,8 @@ import math
 import pytest
 
 from rwkv.config import TrainConfig
+from rwkv.errors import UserError
+from rwkv.train.loop import schedule
 from rwkv.train.loop.schedule import learning_rate, steps_per_epoch, tokens_per_step, total_steps, weight_decay
 
 
@@ -40,10 +42,12 @@ def test_linear_and_constant_schedule():
     assert learning_rate(config(lr_final=1e-3), 49) == 1e-3
 
 
-def test_warmup():
-    c = config(warmup_steps=20, lr_final=1e-3)
-    assert [learning_rate(c, s) for s in (0, 10, 20)] == pytest.approx([2e-4, 6e-4, 1e-3])
-    assert learning_rate(config(warmup_steps=20), 0) == pytest.approx(0.2 * 1e-3)  # q is clamped to 0
+@pytest.mark.parametrize(("version", "first"), [("4", 2e-4), ("6", 1e-5), ("", 1e-5)])
+def test_warmup(version, first):
+    c = config(warmup_steps=20, lr_final=1e-3, version=version)
+    assert [learning_rate(c, s) for s in (0, 10, 20)] == pytest.approx([first, (first + 1e-3) / 2, 1e-3])
+    first_step = config(warmup_steps=20, version=version)
+    assert learning_rate(first_step, 0) == pytest.approx(first)  # q is clamped to 0
 
 
 @pytest.mark.parametrize("version", ["5.2", "6", "7"])
@@ -101,3 +105,74 @@ def test_weight_decay_schedule():
     assert weight_decay(config(weight_decay=0.1, weight_decay_final=0.001), 49) == pytest.approx(0.01)
     # upstream crashes with a constant learning rate, as its q is undefined
     assert weight_decay(config(weight_decay=0.1, weight_decay_final=0.001, lr_final=1e-3), 99) == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize(
+    ("name", "at_half"),
+    [
+        ("exp", 1e-4),  # the geometric mean
+        ("linear", (1e-3 + 1e-5) / 2),
+        ("cosine", (1e-3 + 1e-5) / 2),
+        ("wsd", 1e-3),
+        ("constant", 1e-3),
+    ],
+)
+def test_named_schedules(name, at_half):
+    c = config(lr_schedule=name)
+    final = 1e-3 if name == "constant" else 1e-5
+    assert [learning_rate(c, s) for s in (49, 99, 500)] == pytest.approx([at_half, final, final])
+    rates = [learning_rate(c, s) for s in range(100)]
+    assert rates == sorted(rates, reverse=True)
+    warm = config(lr_schedule=name, warmup_steps=20, version="7")
+    assert [learning_rate(warm, s) for s in (0, 10)] == pytest.approx([1e-5, 5.05e-4], rel=0.1)  # q hardly above 0
+    assert learning_rate(warm, 99) == pytest.approx(final)
+
+
+def test_cosine_of_epochs():
+    q = 25 / 100
+    expected = 1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * q)) / 2
+    assert learning_rate(config(lr_schedule="cosine"), 24) == pytest.approx(expected)
+    assert learning_rate(config(lr_schedule="cosine", lr_init=0.0), 49) == pytest.approx(5e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [({}, 10), ({"lr_decay_fraction": 0.5}, 50), ({"lr_decay_steps": 20}, 20), ({"warmup_steps": 50}, 5)],
+)
+def test_wsd(flags, steps):
+    c = config(lr_schedule="wsd", **flags)
+    assert schedule.decay_steps(c) == steps
+    rates = [learning_rate(c, s) for s in range(50, 100)]
+    decay = [1e-3 + (1e-5 - 1e-3) * i / steps for i in range(1, steps + 1)]
+    assert rates == pytest.approx([1e-3] * (50 - steps) + decay)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lr_decay_steps": 5}, "are for --lr_schedule wsd"),
+        ({"lr_schedule": "cosine", "my_exit_tokens": 9}, "a cosine of its own: omit one"),
+        ({"lr_schedule": "exp", "lr_final": 0.0}, "must be greater than 0; or use --lr_schedule linear"),
+        ({"lr_schedule": "wsd", "lr_decay_fraction": 0.0}, "greater than 0 and at most 1; it is 0.0"),
+        ({"lr_schedule": "wsd", "lr_decay_steps": 101}, "is more than the 100 steps after warm-up"),
+    ],
+)
+def test_schedules_that_do_not_work(flags, message):
+    with pytest.raises(UserError, match=message):
+        schedule.check(config(**flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, "0.001 → 1e-05 (exponential)"),
+        ({"lr_final": 0.0, "warmup_steps": 5}, "0.001 → 0 (linear, after 5 steps of warm-up)"),
+        ({"lr_final": 1e-3}, "0.001 (constant)"),
+        ({"lr_schedule": "constant"}, "0.001 (constant)"),
+        ({"my_exit_tokens": 9}, "0.001 → 1e-05 (cosine)"),
+        ({"lr_schedule": "cosine"}, "0.001 → 1e-05 (cosine)"),
+        ({"lr_schedule": "wsd"}, "0.001 → 1e-05 (wsd, linear in the last 10 steps)"),
+    ],
+)
+def test_description(flags, expected):
+    assert schedule.describe(config(**flags)) == expected

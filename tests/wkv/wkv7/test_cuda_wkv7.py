@@ -3,34 +3,32 @@
 import pytest
 import torch
 from fake_gpu import FakeGPU
-from fake_gpu import build as build_driver
-from wkv7_cases import assert_close, in_fp64, inputs, starts, states
+from head_cases import WKV7, assert_close, inputs7, starts, states
 
 from rwkv.kernels import build
 
 
 @pytest.fixture(scope="module")
-def gpu(tmp_path_factory):
-    fake = FakeGPU(build_driver(tmp_path_factory.mktemp("driver")))
+def gpu(fake_driver):
+    fake = FakeGPU(fake_driver)
     fake.call("load", str(build.library()))
     yield fake
     fake.close()
 
 
-def check(gpu, narrow, tensors, state=None, reset=None, initial=None):
-    fast = gpu.call("wkv7_case", "outputs_and_gradients", narrow, tensors, state, reset, initial)
-    assert_close(fast, in_fp64(tensors, state, reset, initial))
+def check(gpu, tensors, state=None, reset=None, initial=None):
+    fast = gpu.call("wkv7_case", "outputs_and_gradients", tensors, state, reset, initial)
+    assert_close(fast, WKV7.in_fp64(tensors, state, reset, initial))
 
 
-@pytest.mark.parametrize("narrow", [True, False])
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 35])
-def test_lengths(gpu, length, narrow):
-    check(gpu, narrow, inputs(1, length, 1, 64, seed=length), states(1, 1, 64))
+def test_lengths(gpu, length):
+    check(gpu, inputs7(1, length, 1, 64, seed=length), states(1, 1, 64))
 
 
 @pytest.mark.parametrize("size", [16, 48, 80, 128, 144, 256])
 def test_head_sizes(gpu, size):
-    check(gpu, size % 32 == 0, inputs(1, 19, 1, size), states(1, 1, size), starts(1, 19))
+    check(gpu, inputs7(1, 19, 1, size), states(1, 1, size), starts(1, 19))
 
 
 @pytest.mark.parametrize(
@@ -40,8 +38,7 @@ def test_head_sizes(gpu, size):
 def test_states_and_resets(gpu, state, reset, initial):
     check(
         gpu,
-        state,
-        inputs(2, 20, 2, 64),
+        inputs7(2, 20, 2, 64),
         states(2, 2, 64) if state else None,
         starts(2, 20) if reset else None,
         states(2, 2, 64, 4) if initial else None,
@@ -50,13 +47,13 @@ def test_states_and_resets(gpu, state, reset, initial):
 
 @pytest.mark.parametrize("scale", [0.1, 20.0])
 def test_decays(gpu, scale):
-    check(gpu, False, inputs(1, 40, 1, 64, scale=scale))
+    check(gpu, inputs7(1, 40, 1, 64, scale=scale))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("size", "narrow"), [(64, False), (64, True), (128, False)])
-def test_half_is_rounded_fp32(gpu, dtype, size, narrow):
-    gpu.call("wkv7_case", "assert_half_is_rounded_fp32", narrow, dtype, inputs(1, 19, 2, size), states(1, 2, size))
+@pytest.mark.parametrize("size", [64, 128])
+def test_half_is_rounded_fp32(gpu, dtype, size):
+    gpu.call("wkv7_case", "assert_half_is_rounded_fp32", dtype, inputs7(1, 19, 2, size), states(1, 2, size))
 
 
 def test_no_gradient_across_documents(gpu):
@@ -65,37 +62,30 @@ def test_no_gradient_across_documents(gpu):
     gy = torch.ones(1, 20, 1, 64)
     gy[:, 7:] = float("nan")
     initial = torch.zeros(1, 1, 64, 64)
-    *gradients, gstate, _ = gpu.call("wkv7_gradients", inputs(1, 20, 1, 64), states(1, 1, 64), initial, reset, gy)
+    *gradients, gstate, _ = gpu.call("wkv7_gradients", inputs7(1, 20, 1, 64), states(1, 1, 64), initial, reset, gy)
     assert all(g[:, :7].isfinite().all() for g in gradients)
     assert gstate.isfinite().all()
     assert gradients[2][:, 7:].isnan().any()
 
 
-def test_results_of_narrow_blocks_are_the_same(gpu):
-    arguments = inputs(2, 20, 2, 64)
-    both = [gpu.call("wkv7", narrow, *arguments) for narrow in (True, False)]
-    assert all(torch.equal(one, other) for one, other in zip(*both, strict=True))
-
-
 def test_unaligned_inputs(gpu):
     """The kernels read four elements at once; a tensor may start anywhere in its storage."""
-    tensors = inputs(1, 9, 1, 64)
+    tensors = inputs7(1, 9, 1, 64)
     gpu.call("wkv7_unaligned", tensors)
 
 
 @pytest.mark.parametrize(
-    ("size", "narrow", "expected"),
+    ("size", "expected"),
     [
-        (64, False, ["wkv7_output_fp32 6 1 1 256", "wkv7_gradient_fp32 6 1 1 256"]),
-        (64, True, ["wkv7_narrow_output_fp32 24 1 1 64", "wkv7_gradient_fp32 6 1 1 256"]),
-        (32, True, ["wkv7_narrow_output_fp32 12 1 1 64", "wkv7_gradient_fp32 6 1 1 256"]),
-        (80, True, ["wkv7_output_128 12 1 1 256", "wkv7_gradient_128 18 1 1 128"]),
+        (64, ["wkv7_output_fp32 6 1 1 256", "wkv7_gradient_fp32 6 1 1 256"]),
+        (32, ["wkv7_output_fp32 6 1 1 256", "wkv7_gradient_fp32 6 1 1 256"]),
+        (80, ["wkv7_output_128 12 1 1 256", "wkv7_gradient_128 18 1 1 128"]),
     ],
 )
-def test_launches(gpu, size, narrow, expected):
-    """One block for 64 rows of a head; 16 rows if the states are split, 32 in wide gradients."""
+def test_launches(gpu, size, expected):
+    """One block for 64 rows of a head; 32 in wide gradients."""
     gpu.call("calls")
-    gpu.call("wkv7_case", "outputs_and_gradients", narrow, inputs(2, 1, 3, size))
+    gpu.call("wkv7_case", "outputs_and_gradients", inputs7(2, 1, 3, size))
     calls = [call for call in gpu.call("calls") if call.startswith("cuLaunchKernel")]
     assert [call.split(maxsplit=1)[1].startswith(start) for call, start in zip(calls, expected, strict=True)] == [
         True

@@ -1,0 +1,1 @@
+"""Evaluate models: losses on documents, and lm-evaluation-harness."""

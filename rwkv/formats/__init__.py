@@ -1,0 +1,1 @@
+"""File formats of other programs: their tensor names, shapes and files."""

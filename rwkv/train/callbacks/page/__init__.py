@@ -1,0 +1,1 @@
+"""report.html: the run as one self-contained page, in English and Chinese."""

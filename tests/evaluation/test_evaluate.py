@@ -1,0 +1,178 @@
+"""scripts/evaluate.py: models and adapters in one table, inputs, errors before work."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rwkv import checkpoint
+from rwkv.checkpoint import load_model
+from rwkv.cli import parse
+from rwkv.config import ConvertConfig, EvaluateConfig, LoRAConfig
+from rwkv.data.convert import pipeline
+from rwkv.data.tokenizer import WorldTokenizer
+from rwkv.errors import UserError
+from rwkv.evaluation import inputs, models, table
+from rwkv.evaluation.scores import Score
+from rwkv.train.fit import fit
+from scripts import evaluate
+from tests.models.test_v4 import transformers_model
+
+TEXTS = ["Hello, world.", "naïve 二 texts\nwith a second line", "x", "The same. " * 12]
+
+
+@pytest.fixture(scope="module")
+def folder(make_model, tmp_path_factory):
+    """A base of the World vocabulary, a run that tuned an adapter on it, and files to score."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    model = make_model(n_layer=1, n_embd=8, vocab_size=65536)
+    checkpoint.save_model(folder / "base.pth", model, {})
+    for name, sources in (("a", "xyxy"), ("b", "xxyy")):
+        records = [{"text": text, "source": source} for text, source in zip(TEXTS, sources, strict=True)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    chats = [
+        {"messages": [{"role": "user", "content": f"Q{i}"}, {"role": "assistant", "content": f"A{i}"}]}
+        for i in range(12)
+    ]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    pipeline.convert(ConvertConfig(input=str(folder / "chat.jsonl"), output_prefix=str(folder / "chat"), workers=1))
+    flags = {"ctx_len": 16, "micro_bsz": 2, "epoch_steps": 3, "epoch_count": 1, "random_seed": 1, "accelerator": "cpu"}
+    flags |= {"precision": "fp32", "lr_init": 1e-2, "lr_final": 1e-2, "val_split": 0.3}
+    data = str(folder / "chat_text_document")
+    fit(LoRAConfig(**flags, load_model=str(folder / "base.pth"), data_file=data, proj_dir=str(folder / "run")))
+    return folder
+
+
+def by_transformers(folder, texts):
+    """(tokens, nats) of texts, each after EOD and with EOD as its last token."""
+    model, tokenizer = transformers_model(load_model(folder / "base.pth")).eval(), WorldTokenizer()
+    tokens, nats = 0, 0.0
+    for text in texts:
+        ids = torch.tensor([[0, *tokenizer.encode(text), 0]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1]
+        tokens, nats = tokens + ids.numel() - 1, nats + float(F.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+    return tokens, nats
+
+
+@pytest.fixture
+def evaluated(folder, capsys):
+    """Run the script in this process; returns what it printed, and its JSON."""
+
+    def run(*flags):
+        config = parse(EvaluateConfig, "", ["--output", str(folder / "out.json"), *map(str, flags)])
+        evaluate.main(config)
+        return capsys.readouterr().out, json.loads((folder / "out.json").read_text())
+
+    return run
+
+
+def test_text_against_transformers(evaluated, folder):
+    printed, found = evaluated("--model", folder / "base.pth", "--data_file", f"{folder}/a.jsonl,{folder}/b.jsonl")
+    tokens, nats = by_transformers(folder, TEXTS)
+    (model,) = found["models"]
+    assert list(model["sources"]) == ["a.jsonl", "b.jsonl"]
+    for name in ("a.jsonl", "b.jsonl"):
+        one = model["sources"][name]
+        assert (one["documents"], one["tokens"]) == (4, tokens)
+        assert one["nats"] == pytest.approx(nats, rel=1e-5)  # fp32, other order of sums
+        assert one["bytes"] == sum(len(text.encode()) for text in TEXTS)
+        assert one["bits_per_byte"] == pytest.approx(nats / math.log(2) / one["bytes"], rel=1e-5)
+        assert one["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+    assert model["all"]["tokens"] == 2 * tokens
+    assert f"{nats / tokens:.3f}"[:-1] in printed
+    assert printed.count("\n") == 6  # a line about the loss, a blank one, the header, three rows
+
+
+def test_field_of_the_records(evaluated, folder):
+    _, found = evaluated("--model", folder / "base.pth", "--data_file", folder / "a.jsonl", "--by", "source")
+    sources = found["models"][0]["sources"]
+    for name, texts in (("x", TEXTS[::2]), ("y", TEXTS[1::2])):
+        tokens, nats = by_transformers(folder, texts)
+        assert (sources[name]["tokens"], sources[name]["nats"]) == (tokens, pytest.approx(nats, rel=1e-5))
+
+
+def test_base_and_adapter_on_the_validation_set_of_a_run(evaluated, folder):
+    """The held-out documents, of which the answers count."""
+    flags = ["--model", folder / "base.pth", "--lora", folder / "run/rwkv-0.pth", "--run", folder / "run"]
+    printed, found = evaluated(*flags)
+    base, tuned = (model["all"] for model in found["models"])
+    assert found["models"][1]["name"] == "+ rwkv-0.pth"
+    held = inputs.of_run(json.loads((folder / "run/run.json").read_text()), folder / "run")[0]
+    assert 0 < base["tokens"] == tuned["tokens"] == int(held.stream.read(0, len(held.stream)).loss_mask.sum())
+    assert base["documents"] < 12
+    assert tuned["loss"] < base["loss"]
+    assert f"{tuned['loss'] - base['loss']:+.4f}" in printed
+    _, again = evaluated(
+        "--model", folder / "base.pth", "--data_file", folder / "chat_text_document", "--val_split", 0.3
+    )
+    assert again["models"][0]["all"] == base
+
+
+def test_windows(evaluated, folder):
+    _, found = evaluated("--model", folder / "base.pth", "--data_file", folder / "a.jsonl", "--ctx_len", 4)
+    model, tokenizer, nats = load_model(folder / "base.pth").eval(), WorldTokenizer(), 0.0
+    for text in TEXTS:
+        ids = torch.tensor([0, *tokenizer.encode(text), 0])
+        for begin in range(0, len(ids) - 1, 4):
+            part = ids[begin : begin + 5]
+            with torch.no_grad():
+                nats += float(F.cross_entropy(model(part[None, :-1])[0][0], part[1:], reduction="sum"))
+    assert found["models"][0]["all"]["nats"] == pytest.approx(nats, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, "nothing to evaluate: pass --data_file, --run or --tasks"),
+        ({"data_file": "a.jsonl", "run": "run"}, "pass only one of them"),
+        ({"data_file": "a.jsonl", "val_split": 0.1}, "--val_split divides a binidx"),
+        ({"data_file": "chat_text_document", "by": "source"}, "--by source is a field of .jsonl files"),
+        ({"data_file": "a.jsonl", "by": "kind"}, "a.jsonl, line 1: not a JSON object with the field kind"),
+        ({"data_file": "a.jsonl", "model": ""}, "--model is missing"),
+        (
+            {"data_file": "a.jsonl", "model": "base.pth,base.pth", "lora": "run/rwkv-0.pth"},
+            "--lora with several models",
+        ),
+        ({"data_file": "a.jsonl", "lora": "base.pth"}, "base.pth: not a LoRA adapter|base.pth"),
+        ({"data_file": "nothing.txt"}, "nothing.txt: no such file, nor a binidx"),
+        ({"data_file": "a.jsonl", "micro_bsz": 0}, "--micro_bsz must be at least 1"),
+        ({"data_file": "a.jsonl", "output": "results"}, "--output results: pass the name of a .json file"),
+    ],
+)
+def test_rejected(folder, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(folder)
+    config = EvaluateConfig(**{"model": "base.pth", **flags})
+
+    def check():
+        models.check(config)
+        inputs.check(config)
+        inputs.of_files(config, tmp_path)
+
+    with pytest.raises(UserError, match=message):
+        check()
+
+
+def test_unknown_vocabulary_has_no_bytes(make_base, make_data):
+    base, data = make_base(), make_data(60)
+    config = EvaluateConfig(model=str(base), data_file=data)
+    result = models.evaluate(config, models.check(config)[0], inputs.of_files(config, None))
+    assert result.total.tokens == 60
+    assert result.total.bits_per_byte is None
+    assert "–" in table.losses([result])
+
+
+def test_columns_align_wide_characters():
+    one, two = table.Evaluated("二", "m"), table.Evaluated("+ x", "m", "x")
+    one.scores["数据"], two.scores["数据"] = Score(1, 2, 3.0, 4, 1), Score(1, 2, 4.0, 4, 0)
+    lines = table.losses([one, two]).splitlines()
+    assert lines[2].endswith("+0.5000")
+    ends = [
+        line.index(value) + len(value) + sum(x > "\u2fff" for x in line)
+        for line, value in zip(lines[1:], ("1.5000", "2.0000"), strict=True)
+    ]
+    assert ends[0] == ends[1]
+    assert np.isnan(Score().loss)

@@ -1,0 +1,188 @@
+"""Quantised matrices: equal to bitsandbytes', to their formulas, and as the weight of a layer."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv import compat
+from rwkv.adapters.lora import LoRALinear
+from rwkv.kernels import load, quant
+from rwkv.kernels.linear import linear
+from rwkv.kernels.quant import NF4, Int8
+
+ORACLE = Path(sys.prefix) / "oracle"
+DTYPES = (torch.float32, torch.bfloat16)
+SHAPES = [(128, 256), (64, 70), (7, 9), (300, 1024)]  # whole blocks, not whole, odd; more than a group
+# of bitsandbytes 0.50.2 on a CPU, printed by PROGRAM: beginnings of the SHA-256 of dense matrices
+DIGESTS = {
+    "levels": "8501941daa1b8a90",
+    "absmax levels": "e732639a65f497b4",
+    "nf4 128 x 256 torch.float32": "bfaa3da010834771",
+    "nf4 64 x 70 torch.float32": "20d427e820868f72",
+    "nf4 7 x 9 torch.float32": "0b27eca92b558e1f",
+    "nf4 300 x 1024 torch.float32": "fe7e55daaebe09a2",
+    "nf4 128 x 256 torch.bfloat16": "c8ae912c288f3de9",
+    "nf4 64 x 70 torch.bfloat16": "b37ea2bcc3aa462e",
+    "nf4 7 x 9 torch.bfloat16": "6ca9baf6cc71316c",
+    "nf4 300 x 1024 torch.bfloat16": "d27745d376a2e6bb",
+    "nf4 128 x 256 torch.float16": "b5b1340c30ac5dce",
+    "nf4 64 x 70 torch.float16": "dad50549a14a84e6",
+    "nf4 7 x 9 torch.float16": "a6d1ee43f6f95fe3",
+    "nf4 300 x 1024 torch.float16": "6520834bb9817845",
+    "int8 128 x 256 torch.float16": "29a37b1c7bc62018",
+    "int8 64 x 70 torch.float16": "710f9dacaaaf502b",
+    "int8 7 x 9 torch.float16": "818edcdb8e80367c",
+    "int8 300 x 1024 torch.float16": "117c793f7b157ec1",
+}
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import hashlib, json, torch
+from bitsandbytes import functional as F
+digest = lambda x: hashlib.sha256(x.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+found = {"levels": digest(F.get_4bit_type("nf4", "cpu")), "absmax levels": digest(F.create_dynamic_map())}
+for name, x in torch.load(sys.argv[2]).items():
+    packed, state = F.quantize_4bit(x, blocksize=64, compress_statistics=True, quant_type="nf4")
+    found[f"nf4 {name}"] = digest(F.dequantize_4bit(packed, state))
+    if x.dtype == torch.float16:  # the only one it takes
+        q, absmax, _ = F.int8_vectorwise_quant(x)
+        found[f"int8 {name}"] = digest(F.int8_vectorwise_dequant(q, absmax))
+print(json.dumps(found))
+"""
+
+
+def matrices():
+    """Matrices in each dtype, with a row and a block of zeros; the same on every machine."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for rows, columns in SHAPES:
+            # sums of four bytes of a linear congruential generator: nearly normal, and multiples of
+            # 1/8192, so that the mean of the absmax does not depend on the order of its sum
+            n, state, total = rows * columns, torch.arange(rows * columns) * 2654435761 % (1 << 32), 0
+            for _ in range(4):
+                state = (state * 1664525 + 1013904223) % (1 << 32)
+                total = total + (state >> 24)
+            x = ((total - 510).float() / 8192).view(rows, columns)
+            x[1 % rows], x.view(-1)[min(64, n - 1) : 128] = 0, 0
+            if rows == 7:
+                x[1] = 1.0  # int8 of bitsandbytes divides rows of zeros by 0
+            found[f"{rows} x {columns} {dtype}"] = x.to(dtype)
+    return found
+
+
+def digest(x):
+    return hashlib.sha256(x.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def digests():
+    found = {"levels": digest(quant.nf4_levels()), "absmax levels": digest(quant.absmax_levels())}
+    for name, x in matrices().items():
+        found[f"nf4 {name}"] = digest(NF4(x).dense(x.dtype))
+        if x.dtype == torch.float16:
+            found[f"int8 {name}"] = digest(Int8(x).dense(torch.float32))
+    return found
+
+
+def test_equals_recorded_bitsandbytes():
+    assert digests() == DIGESTS
+
+
+@pytest.mark.skipif(compat.stack() != "modern", reason="bitsandbytes needs torch 2")
+@pytest.mark.skipif(bool(os.environ.get("PY")), reason="PY selects another Python, into which make installs no oracle")
+def test_equals_bitsandbytes(tmp_path):
+    assert ORACLE.is_dir(), "the oracle is installed by: make test"
+    torch.save(matrices(), tmp_path / "in.pt")
+    command = [sys.executable, "-I", "-c", PROGRAM, ORACLE, tmp_path / "in.pt"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert digests() == json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(load.why_unavailable() is not None, reason="not compiled")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [NF4, Int8])
+def test_kernel_matches_reference(kind, dtype, monkeypatch):
+    found = [kind(x) for x in matrices().values()]
+    compiled = [matrix.dense(dtype) for matrix in found]
+    monkeypatch.setattr(quant, "_kernels", lambda *_: None)
+    for matrix, x in zip(found, compiled, strict=True):
+        assert x.dtype == dtype
+        assert torch.equal(x, matrix.dense(dtype))
+
+
+@pytest.mark.parametrize(("kind", "step"), [(NF4, 0.152), (Int8, 0.5 / 127)])
+def test_error_below_half_a_step(kind, step):
+    """Half of the widest distance of two levels, relative to the absmax of the block or row. The
+    absmax of NF4 is rounded itself, by up to a few percent of the range of all absmax.
+    """
+    x = matrices()["300 x 1024 torch.float32"]
+    error = (kind(x).dense(torch.float32) - x).abs()
+    absmax = x.abs().amax(1, keepdim=True) if kind is Int8 else x.view(-1, 64).abs().amax(1, keepdim=True)
+    relative = error.view(len(absmax), -1) / absmax.clamp(min=1e-4)
+    assert 0 < relative[absmax[:, 0] > 0].max() < step * 1.05
+
+
+@pytest.mark.parametrize("kind", [NF4, Int8])
+@pytest.mark.parametrize("flush", [False, True])
+def test_zeros(kind, flush):
+    """New models have such matrices; training flushes denormals."""
+    torch.set_flush_denormal(flush)
+    try:
+        assert not kind(torch.zeros(64, 128)).dense(torch.float32).any()
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("kind", [NF4, Int8])
+def test_quantised_in_parts(kind, monkeypatch):
+    x = matrices()["300 x 1024 torch.float32"]
+    whole = kind(x)
+    monkeypatch.setattr(quant, "_CHUNK", 1 << 12)
+    parts = kind(x)
+    assert all(torch.equal(getattr(whole, name), getattr(parts, name)) for name in kind._tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [NF4, Int8])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_layer_equals_layer_of_dense_matrix(kind, dtype, adapted):
+    """Outputs and gradients; and no dense matrix is saved for the backward pass."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = kind(torch.randn(96, 64, generator=generator))
+    start = torch.randn(2, 5, 64, generator=generator).to(dtype)
+    results, saved = [], []
+    for weight in (matrix, torch.nn.Parameter(matrix.dense(dtype), requires_grad=False)):
+        x, trained = start.clone().requires_grad_(), []
+        layer = LoRALinear(weight, 4, 8, 0.1) if adapted else None
+        if layer:
+            torch.nn.init.ones_(layer.lora_B)
+            torch.nn.init.constant_(layer.lora_A, 0.01)
+            trained = [layer.lora_A, layer.lora_B]
+        torch.manual_seed(1)  # of the dropout
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            y = layer(x) if layer else linear(x, weight)
+        y.sum().backward()
+        results.append([y, x.grad, *(parameter.grad for parameter in trained)])
+        saved.append(sizes)
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+    assert 96 * 64 in saved[1]
+    assert 96 * 64 not in saved[0]
+
+
+@pytest.mark.parametrize("kind", [NF4, Int8])
+def test_conversion_of_model_keeps_matrix(kind):
+    matrix = kind(torch.randn(32, 64))
+    before = matrix.dense(torch.float32)
+    module = torch.nn.Sequential(matrix).to(torch.bfloat16).half()
+    assert torch.equal(matrix.dense(torch.float32), before)
+    assert not [*module.parameters(), *module.buffers()]
+    assert not module.state_dict()
+    assert module.to("meta")[0].device.type == "meta"

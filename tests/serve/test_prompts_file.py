@@ -1,0 +1,108 @@
+"""generate --prompts: answers in order, the same as one by one; invalid lines and flags are
+rejected.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv import checkpoint
+from rwkv.config import GenerateConfig
+from rwkv.data.tokenizer import WorldTokenizer
+from rwkv.errors import UserError
+from rwkv.generate import Chat, Session
+from rwkv.sampling import Sampling
+from tests.serve import models
+
+ROOT = Path(__file__).parents[2]
+RECORDS = [
+    {"ask": "What is LoRA?", "id": 7},
+    {"prompt": "Once upon a time"},
+    {"messages": [{"role": "user", "content": "What is LoRA?"}]},
+    {"ask": "你好"},
+    {"prompt": "x"},
+]
+
+
+@pytest.fixture(scope="module")
+def base(make_model, tmp_path_factory):
+    return models.base(make_model, tmp_path_factory.mktemp("base"), "7", models.WORLD)
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("generate_script", ROOT / "scripts/generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_answers_equal_single_sessions(base, main, tmp_path, write_jsonl, capsys):
+    prompts, output = write_jsonl(*RECORDS), tmp_path / "answers.jsonl"
+    config = GenerateConfig(
+        model=str(base), prompts=str(prompts), output=str(output), batch=2, seed=3, temperature=0.1, max_tokens=10
+    )
+    main(config)
+    found = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    model, sampling = checkpoint.load_model(base), Sampling(0.1)
+    for i, (record, answer) in enumerate(zip(RECORDS, found, strict=True)):
+        session, generator = Session(model, WorldTokenizer()), torch.Generator().manual_seed(3 + i)
+        if "prompt" in record:
+            session.read(record["prompt"])
+            texts = session.write(sampling, 10, generator=generator)
+        else:
+            texts = Chat(session).ask(record.get("ask", "What is LoRA?"), sampling, 10, generator)
+        reason = answer["finish_reason"]
+        assert answer == {**record, "answer": "".join(texts), "finish_reason": reason}
+        assert reason == ("length" if session.ended == "length" else "stop")
+    assert capsys.readouterr().out.startswith(f"5 answers in {output}")
+    with pytest.raises(UserError, match="exists; use another --output, or --force true"):
+        main(config)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"ask": 1}', '"ask" is a int, not a string'),
+        ('{"text": "x"}', "one of the keys prompt, ask, messages; it has none"),
+        ('{"ask": "x", "prompt": "x"}', "it has prompt, ask"),
+        ('{"ask": "x", "answer": "y"}', 'it has "answer", which the output adds'),
+        ('{"messages": [{"role": "x"}]}', r"messages\[0\].role: role must be one of"),
+        ('{"ask": "x"', "not JSON"),
+        ("", "no prompts"),
+    ],
+)
+def test_invalid_files(base, main, tmp_path, line, message):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(f'{{"ask": "fine"}}\n\n{line}\n' if line else "\n")
+    where = "prompts.jsonl, line 3: " if line else "prompts.jsonl: "
+    with pytest.raises(UserError, match=f"{where}.*{message}"):
+        main(GenerateConfig(model=str(base), prompts=str(prompts), output=str(tmp_path / "out.jsonl")))
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_invalid_flags(main, tmp_path, write_jsonl):
+    prompts = str(write_jsonl(*RECORDS))
+    for flags, message in (
+        ({"output": ""}, "--prompts and --output belong together"),
+        ({"ask": "x"}, "pass only one of them"),
+        ({"batch": 0}, "--batch 0"),
+        ({"output": prompts}, "the file of prompts itself"),
+        ({"output": str(tmp_path)}, "a folder"),
+        ({"prompts": "none.jsonl"}, "none.jsonl: no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(GenerateConfig(**{"model": "none.pth", "prompts": prompts, "output": str(tmp_path / "o"), **flags}))
+
+
+def test_failed_generation_writes_nothing(base, main, tmp_path, write_jsonl):
+    tensors = checkpoint.read_tensors(base)
+    tensors["head.weight"] = torch.full_like(tensors["head.weight"], 3e38)  # overflows
+    torch.save(tensors, tmp_path / "broken.pth")
+    prompts, output = write_jsonl(*RECORDS), tmp_path / "answers.jsonl"
+    with pytest.raises(UserError, match=r"prompt \d: the model's logits are NaN or Inf.*Nothing was written"):
+        main(GenerateConfig(model=str(tmp_path / "broken.pth"), prompts=str(prompts), output=str(output)))
+    assert not output.exists()

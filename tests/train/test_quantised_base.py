@@ -1,0 +1,182 @@
+"""LoRA on a quantised base (--lora_base nf4, int8): against bf16, resuming, merging, errors."""
+
+import json
+
+import pytest
+import torch
+
+from rwkv import checkpoint, merge
+from rwkv.adapter_files import load_tuned
+from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.data.binidx_writer import writer
+from rwkv.errors import UserError
+from rwkv.files import sha256
+from rwkv.kernels import quant
+from rwkv.memory import machine
+from rwkv.models.version import VERSIONS
+from rwkv.train.fit import fit
+from tests.train.small_runs import TUNE, lines
+
+COMMON = {"ctx_len": 32, "micro_bsz": 8, "accelerator": "cpu", "precision": "fp32", "random_seed": 1, "magic_prime": -1}
+TUNED = {**COMMON, "lora_r": 8, "lora_parts": "att,ffn,ln,time", "lora_dropout": 0.0, "lr_init": 2e-3, "lr_final": 1e-3}
+
+
+def write_text(prefix, jump, seed):
+    """Tokens that count upwards by 1 or `jump`, chosen by the last token, with some noise."""
+    generator, token, tokens = torch.Generator().manual_seed(seed), 0, []
+    for noise in torch.rand(6000, generator=generator).tolist():
+        token = int(noise * 4000) % 40 if noise < 0.05 else (token + (jump if token % 3 == 0 else 1)) % 40
+        tokens.append(token)
+    with writer(prefix) as out:
+        out.add(tokens)
+    return str(prefix)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A trained base, and data that differs from its own."""
+    folder = tmp_path_factory.mktemp("trained")
+    sizes = {"version": "7", "n_layer": 2, "n_embd": 64, "head_size": 32, "vocab_size": 50}
+    flags = {
+        "data_file": write_text(folder / "a", 7, 0),
+        "proj_dir": str(folder / "base"),
+        "lr_init": 3e-3,
+        "lr_final": 1e-3,
+    }
+    result = fit(TrainConfig(**COMMON, **sizes, **flags, epoch_steps=100, epoch_count=1))
+    assert result.last_loss < 0.6 * result.first_loss
+    return {"load_model": str(result.checkpoint), "data_file": write_text(folder / "b", 11, 1)}
+
+
+@pytest.fixture(scope="module")
+def curves(trained, tmp_path_factory):
+    """LoRA runs on the trained base, by --lora_base: results and losses of each step."""
+    found = {}
+    for base in ("bf16", "int8", "nf4"):
+        folder = tmp_path_factory.mktemp(base)
+        flags = LoRAConfig(
+            **TUNED, **trained, lora_base=base, epoch_steps=50, epoch_count=1, proj_dir=str(folder / "run")
+        )
+        result = fit(flags)
+        found[base] = flags, result, [line["loss"] for line in lines(folder / "run")]
+    return found
+
+
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_final_loss_within_a_percent_of_bf16(curves, base):
+    (_, expected, reference), (_, found, losses) = curves["bf16"], curves[base]
+    assert expected.last_loss < 0.8 * expected.first_loss
+    assert found.last_loss == pytest.approx(expected.last_loss, rel=0.01)
+    assert losses != reference
+    assert losses == pytest.approx(reference, rel=0.05)
+
+
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_resumes_bit_for_bit(trained, tmp_path, base):
+    flags = {
+        **TUNED,
+        **trained,
+        "lora_base": base,
+        "lora_dropout": 0.1,
+        "micro_bsz": 2,
+        "epoch_steps": 4,
+        "epoch_count": 1,
+    }
+    whole = fit(LoRAConfig(**flags, proj_dir=str(tmp_path / "whole")))
+    fit(LoRAConfig(**flags, proj_dir=str(tmp_path / "parts"), max_steps=2))
+    parts = fit(LoRAConfig(**flags, proj_dir=str(tmp_path / "parts")))
+    ours, theirs = (checkpoint.read_tensors(result.checkpoint) for result in (parts, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    losses = [[line["loss"] for line in lines(tmp_path / name)] for name in ("parts", "whole")]
+    assert losses[0] == losses[1]
+
+
+def test_merges_into_original_weights(curves, trained, tmp_path):
+    """Not into dequantised ones: what was not adapted is unchanged, the rest is W + (α/r) B A."""
+    _, result, _ = curves["nf4"]
+    assert checkpoint.read_manifest(result.checkpoint)["base_sha256"] == sha256(trained["load_model"])
+    merge.merge(str(tmp_path / "merged.pth"), [str(result.checkpoint)], [1.0])
+    base, merged = (checkpoint.read_tensors(path) for path in (trained["load_model"], tmp_path / "merged.pth"))
+    adapter = checkpoint.read_tensors(result.checkpoint)
+    for name, tensor in merged.items():
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_A" in adapter:
+            expected = base[name] + 32 / 8 * (adapter[f"{layer}.lora_B"] @ adapter[f"{layer}.lora_A"])
+            torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-6)  # one fp32 rounding
+        else:
+            trained_whole = name in adapter  # base + (tensor − base), rounded
+            torch.testing.assert_close(
+                tensor,
+                adapter[name] if trained_whole else base[name],
+                rtol=1e-6 * trained_whole,
+                atol=1e-6 * trained_whole,
+            )
+    ids = torch.randint(40, (1, 20))
+    with torch.no_grad():
+        ours = checkpoint.load_model(tmp_path / "merged.pth").eval()(ids)[0]
+        theirs = load_tuned(trained["load_model"], result.checkpoint)[0].eval()(ids)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("version", sorted(VERSIONS))
+def test_every_version_quantises_its_blocks(make_base, make_data, tmp_path, version):
+    base = make_base(version=version, n_embd=32)
+    model = checkpoint.load_model(base, quantise="nf4")
+    names = {
+        name for name, shape in checkpoint.read_tensors(base).items() if shape.dim() == 2 and name.endswith(".weight")
+    }
+    found = {name for name, module in model.named_modules() if isinstance(module, quant.Quantised)}
+    assert found == names - {"emb.weight", "head.weight"}
+    # a base of the dequantised matrices trains the same steps, bit for bit
+    tensors = checkpoint.read_tensors(base)
+    for name in found:
+        tensors[name] = model.get_submodule(name).dense(torch.float32)
+    torch.save(tensors, tmp_path / "dense.pth")
+    losses = []
+    for kind, path in (("nf4", base), ("fp32", tmp_path / "dense.pth")):
+        flags = {**TUNE, "load_model": str(path), "data_file": make_data(200), "lora_parts": "att,ffn,ln,time"}
+        fit(LoRAConfig(**flags, grad_cp=1, lora_base=kind, max_steps=2, proj_dir=str(tmp_path / kind)))
+        losses.append([line["loss"] for line in lines(tmp_path / kind)])
+    assert losses[0] == losses[1]
+    types = [json.loads((tmp_path / kind / "run.json").read_text())["types"] for kind in ("nf4", "fp32")]
+    assert "frozen weights float32/nf4" in types[0]
+    assert "nf4" not in types[1]
+
+
+def test_loading_never_holds_the_whole_model(make_base):
+    path = make_base(version="4", n_layer=12, n_embd=512, vocab_size=64)
+    size = path.stat().st_size
+    assert size > 150 << 20
+    before = machine.rss_peak(restart=True)
+    before = machine.rss()
+    model = checkpoint.load_model(path, quantise="nf4")
+    kept = sum(matrix.nbytes for matrix in quant.quantised_in(model))
+    assert kept < 0.14 * size
+    # besides the quantised model: one matrix of 4 MB with a few temporary copies
+    assert machine.rss_peak() - before < kept + (64 << 20)
+
+
+def test_bf16_run(trained, tmp_path):
+    result = fit(
+        LoRAConfig(
+            **{**TUNED, **trained, "precision": "bf16", "micro_bsz": 1},
+            lora_base="nf4",
+            max_steps=2,
+            proj_dir=str(tmp_path / "run"),
+        )
+    )
+    assert result.steps == 2
+    assert 0 < result.last_loss < 5
+
+
+def test_errors(trained, tmp_path):
+    flags = {**TUNED, "proj_dir": str(tmp_path / "run"), "lora_base": "nf4"}
+    sizes = {"version": "4", "n_layer": 1, "n_embd": 32, "vocab_size": 50}
+    with pytest.raises(UserError, match="--lora_base nf4 quantises a pretrained model: pass it as --load_model"):
+        fit(LoRAConfig(**flags, **sizes, data_file=trained["data_file"]))
+    with pytest.raises(
+        UserError, match="--lora_base nf4 is not supported with DeepSpeed .--strategy deepspeed_stage_2"
+    ):
+        fit(LoRAConfig(**flags, **trained, strategy="deepspeed_stage_2"))
+    assert not (tmp_path / "run").exists()
