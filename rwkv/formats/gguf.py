@@ -65,8 +65,9 @@ def convert(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
             tensor = tensor.then(lambda x: x.reshape(-1))
         theirs = _name(name)
         found[theirs] = tensor
-        if placeholder := re.match(r"blk\.0\.time_mix_a([012])\.weight$", theirs):
-            found[f"blk.0.time_mix_v{placeholder[1]}.weight"] = tensor  # read, but not used, by llama.cpp
+        if match := re.match(r"blk\.0\.time_mix_a([012])\.weight$", theirs):
+            # llama.cpp requires v0, v1 and v2 in block 0 too, without using their values
+            found[f"blk.0.time_mix_v{match[1]}.weight"] = tensor
     return found
 
 

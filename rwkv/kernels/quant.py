@@ -11,6 +11,7 @@ Levels and every rounding are those of bitsandbytes 0.50 on a CPU, so that the d
 equal bit for bit (tests/kernels/test_quant.py).
 """
 
+import abc
 import functools
 import math
 from collections.abc import Callable
@@ -76,7 +77,7 @@ def _nearest_in_table(x: Tensor, levels: Tensor) -> Tensor:
     return table[(((x + 1) * 0.5) * 65535 + 0.5).long()]
 
 
-class Quantised(nn.Module):
+class Quantised(nn.Module, abc.ABC):
     """A frozen matrix [rows, columns] in few bits. Used in place of a parameter.
 
     Its tensors are neither parameters nor buffers: they are not trained, saved or converted to
@@ -90,9 +91,9 @@ class Quantised(nn.Module):
         super().__init__()
         self.shape = shape
 
+    @abc.abstractmethod
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix in this dtype, in new memory."""
-        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
