@@ -15,6 +15,7 @@ MAKE_COMMAND := make$(if $(filter cu117,$(STACK)),, STACK=$(STACK))$(if $(filter
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 ORACLE := $(VENV)/oracle/.ready
+ORACLE_LOCKS := tests/oracle.txt $(wildcard tests/oracle-$(STACK).txt)
 endif
 # Run the code of this checkout. Jobs also get the make command that started them, so that they print commands in the same form (rwkv/commands.py).
 HERE := '$(subst ','\'',$(CURDIR))'
@@ -117,9 +118,9 @@ $(VENV)/lm_eval/.ready: $(VENV)/.ready env/locks/lm-eval-$(STACK).txt
 	@touch $@
 
 # An independent implementation to compare with in tests; not installed into the environment.
-$(VENV)/oracle/.ready: $(VENV)/.ready tests/oracle.txt
+$(VENV)/oracle/.ready: $(VENV)/.ready $(ORACLE_LOCKS)
 	rm -rf $(@D)
-	$(PY) -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps --target $(@D) -r tests/oracle.txt
+	$(PY) -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps --target $(@D) $(ORACLE_LOCKS:%=-r %)
 	@touch $@
 
 test: venv $(ORACLE)  ## run the tests in two processes (ARGS is passed to pytest; ARGS="-n 8": in eight)

@@ -92,7 +92,7 @@ def test_locked_files_have_hashes():
     locks += ["env/locks/tools.txt", "env/locks/uv.txt"]
     npm = {"env/locks/package.json", "env/locks/package-lock.json"}  # integrity in place of hashes
     assert {path.name for path in (ROOT / "env/locks").iterdir()} == {Path(name).name for name in [*locks, *npm]}
-    for name in [*locks, "tests/oracle.txt"]:
+    for name in [*locks, "tests/oracle.txt", "tests/oracle-modern.txt"]:
         entries = re.split(r"^(?=[\w.-]+==)", (ROOT / name).read_text(), flags=re.MULTILINE)[1:]
         assert entries
         assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", entry) for entry in entries), name
@@ -146,7 +146,7 @@ def test_conda_environment_pins():
 
 
 def test_no_package_index_urls():
-    for path in [*ROOT.glob("docker/**/*"), *ROOT.glob("env/**/*"), ROOT / "pyproject.toml", ROOT / "tests/oracle.txt"]:
+    for path in [*ROOT.glob("docker/**/*"), *ROOT.glob("env/**/*"), ROOT / "pyproject.toml", *ROOT.glob("tests/oracle*.txt")]:
         if path.is_file():
             assert not re.search(r"--(extra-)?index-url|--find-links|--trusted-host", path.read_text()), path
 
