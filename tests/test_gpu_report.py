@@ -41,7 +41,8 @@ def test_tables(tables, tmp_path):
     row = {"name": "a", "ms": 2.0, "host_ms": 1.0, "ahead_ms": 1.5, "tokens_per_s": 1234.0, "mfu": 0.5, "peak_gb": 2.0}
     rows = [row | {"predicted_gb": 1.6}, {"name": "b", "error": "RuntimeError: full"}]
     (tmp_path / "steps.json").write_text(json.dumps({"matmul_tflops": 785.0, "rows": rows}))
-    text = tables.report("a card", {"steps": "passed, 3 s"}, tmp_path)
+    text = tables.report({"card": "a card", "torch": "2.0"}, {"steps": "passed, 3 s"}, tmp_path)
+    assert text.startswith("a card, torch 2.0.\n")
     assert "| a | 1.5 | 1.0 | 1,234 | 50.0 % | 2.00 | 125 % |" in text
     assert "| b | RuntimeError: full |" in text
     results = tmp_path / "results.md"
@@ -56,6 +57,52 @@ def test_tables(tables, tmp_path):
 def test_results_have_the_markers(root, tables):
     text = (root / "docs" / "results.md").read_text(encoding="utf-8")
     assert 0 < text.index(tables.BEGIN) < text.index(tables.END)
+
+
+def _write_report(folder, step, kernels, torch="2.0"):
+    folder.mkdir()
+    conditions = {"card": "a card", "torch": torch, "commit": folder.name}
+    (folder / "conditions.json").write_text(json.dumps(conditions))
+    rows = [{"name": "LoRA", "ahead_ms": step}, {"name": "full", "error": "RuntimeError: full"}]
+    (folder / "steps.json").write_text(json.dumps({"rows": rows}))
+    (folder / "elementwise.json").write_text(
+        json.dumps([{"shape": "8, 2048", "operation": str(i), "ms": ms} for i, ms in enumerate(kernels)])
+    )
+    row = {"B": 1, "T": 16, "dtype": "bfloat16", "forward": 1.0, "backward": 2.0}
+    (folder / "wkv7.json").write_text(json.dumps({"results": [row]}))
+
+
+def _compare(root, before, after):
+    command = [sys.executable, str(root / "bench/gpu/compare.py"), str(before), str(after)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("step", "kernels", "slower"),
+    [
+        (10.9, (1.1, 1.3), ()),  # kernels: 1.2 on average
+        (11.1, (1.0, 1.44), ("steps: LoRA",)),
+        (9.0, (1.0, 1.8), ("elementwise: 2 kernels, geometric mean",)),
+    ],
+    ids=["within 10 %", "step", "kernels"],
+)
+def test_compare(root, tmp_path, step, kernels, slower):
+    _write_report(tmp_path / "before", 10.0, (1.0, 1.44))
+    _write_report(tmp_path / "after", step, kernels)
+    done = _compare(root, tmp_path / "before", tmp_path / "after")
+    assert done.returncode == bool(slower), done.stderr
+    assert [line.strip().split("  ")[1] for line in done.stdout.splitlines() if line.endswith("SLOWER")] == list(slower)
+    assert "1.00  wkv7: 2 kernels, geometric mean" in done.stdout
+    assert "full" not in done.stdout
+
+
+def test_compare_needs_the_same_conditions(root, tmp_path):
+    _write_report(tmp_path / "before", 1.0, (1.0,), torch="1.13")
+    _write_report(tmp_path / "after", 9.0, (9.0,))
+    done = _compare(root, tmp_path / "before", tmp_path / "after")
+    assert (done.returncode, done.stdout) == (0, "not compared: torch 1.13 and 2.0\n")
+    assert _compare(root, tmp_path / "none", tmp_path / "after").returncode == 0
+    assert _compare(root, tmp_path / "after", tmp_path / "none").returncode == 2
 
 
 def _environment(root):

@@ -3,11 +3,13 @@
     python bench/gpu/report.py [--out FOLDER] [--seconds N] [--ptx FILE] [--only PARTS] [--results]
 
 Each part runs in its own process with a time limit; if one fails, the others still run. Written to
-FOLDER: PART.log, PART.json, and report.md with the tables, which names the parts that failed or did
-not run. --results also replaces the GPU tables in docs/results.md.
+FOLDER: conditions.json, PART.log, PART.json, and report.md with the tables, which names the parts
+that failed or did not run. --results also replaces the GPU tables in docs/results.md. compare.py
+compares two such folders.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -105,7 +107,8 @@ def main() -> None:
     if unknown := set(wanted) - set(PARTS):
         parser.error(f"--only {','.join(sorted(unknown))}: not one of {', '.join(PARTS)}")
     conditions, outcomes = tables.conditions(ROOT), {}
-    print(conditions, flush=True)
+    (out / "conditions.json").write_text(json.dumps(conditions), encoding="utf-8")
+    print(tables.sentence(conditions), flush=True)
     for name, part in parts(out, c.ptx).items():
         left = c.seconds - (time.monotonic() - begin)
         if name not in wanted:

@@ -14,8 +14,8 @@ from rwkv.files import atomic_write
 BEGIN, END = "<!-- gpu-report: begin -->", "<!-- gpu-report: end -->"
 
 
-def conditions(root: Path) -> str:
-    """The card, its driver, the versions and the commit, as a sentence."""
+def conditions(root: Path) -> dict[str, str]:
+    """The card, its driver, the versions and the commit."""
 
     def output(*command: str) -> str:
         try:
@@ -26,7 +26,8 @@ def conditions(root: Path) -> str:
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     commit = output("git", "describe", "--always", "--dirty")
-    return f"{card}, driver {driver}, torch {torch.__version__}, Python {platform.python_version()}, commit {commit}"
+    versions = {"torch": torch.__version__, "Python": platform.python_version()}
+    return {"card": card, "driver": driver, **versions, "commit": commit}
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -112,11 +113,16 @@ SECTIONS = {
 }
 
 
-def report(conditions: str, outcomes: dict[str, str], out: Path) -> str:
+def sentence(conditions: dict[str, str]) -> str:
+    """The conditions in a line."""
+    return ", ".join(value if name == "card" else f"{name} {value}" for name, value in conditions.items())
+
+
+def report(conditions: dict[str, str], outcomes: dict[str, str], out: Path) -> str:
     """The report as Markdown. `outcomes`: the outcome of each part; `out`: the folder of the JSON
     files.
     """
-    lines = [f"{conditions}.", "", table(("part", "outcome"), outcomes.items())]
+    lines = [f"{sentence(conditions)}.", "", table(("part", "outcome"), outcomes.items())]
     for name, (title, section) in SECTIONS.items():
         if (found := load(out / f"{name}.json")) is not None and name in outcomes:
             lines += ["", f"### {title}", "", section(found)]
