@@ -146,7 +146,12 @@ def test_conda_environment_pins():
 
 
 def test_no_package_index_urls():
-    for path in [*ROOT.glob("docker/**/*"), *ROOT.glob("env/**/*"), ROOT / "pyproject.toml", *ROOT.glob("tests/oracle*.txt")]:
+    for path in [
+        *ROOT.glob("docker/**/*"),
+        *ROOT.glob("env/**/*"),
+        ROOT / "pyproject.toml",
+        *ROOT.glob("tests/oracle*.txt"),
+    ]:
         if path.is_file():
             assert not re.search(r"--(extra-)?index-url|--find-links|--trusted-host", path.read_text()), path
 
