@@ -1,5 +1,5 @@
-"""RWKV-5.2, 6 and 7 against PyPI's `rwkv`, float64 loops written from their descriptions, and
-themselves evaluated in other ways.
+"""RWKV-5.2, 6 and 7 match PyPI's `rwkv` and float64 loops written from their descriptions; token by
+token, in chunks and with packed documents they compute the same.
 """
 
 import json
@@ -112,11 +112,11 @@ def test_token_by_token_matches_parallel(make, number, sizes):
         for t in range(37):
             logits, state = model(tokens()[:, t : t + 1], state)
             rows.append(logits)
-        pieces, half = [], None
-        for piece in tokens().split([11, 26], 1):
-            logits, half = model(piece, half)
-            pieces.append(logits)
-    for found, end in ((rows, state), (pieces, half)):
+        chunks, chunk_state = [], None
+        for chunk in tokens().split([11, 26], 1):
+            logits, chunk_state = model(chunk, chunk_state)
+            chunks.append(logits)
+    for found, end in ((rows, state), (chunks, chunk_state)):
         torch.testing.assert_close(torch.cat(found, 1), parallel, rtol=1e-4, atol=1e-4)  # fp32 matmuls of other shapes
         for ours, theirs in zip(end, last, strict=True):
             torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-4, atol=1e-4)
@@ -155,14 +155,14 @@ def test_packed_documents_match_separate_documents(make, number, sizes, grad_cp)
     packed.grad_cp = grad_cp
     logits, state = packed(tokens(), reset=reset)
     (logits * weights).sum().backward()
-    for row, parts in enumerate(lengths):
+    for row, in_row in enumerate(lengths):
         begin = 0
-        for length in parts:
-            piece = slice(begin, begin + length)
-            single, last = separate(tokens()[row : row + 1, piece])
+        for length in in_row:
+            document = slice(begin, begin + length)
+            single, last = separate(tokens()[row : row + 1, document])
             # fp32 matmuls of other shapes
-            torch.testing.assert_close(logits[row, piece], single[0], rtol=1e-4, atol=1e-4)
-            (single[0] * weights[row, piece]).sum().backward()
+            torch.testing.assert_close(logits[row, document], single[0], rtol=1e-4, atol=1e-4)
+            (single[0] * weights[row, document]).sum().backward()
             begin += length
         for ours, theirs in zip(state, last, strict=True):
             torch.testing.assert_close([x[row] for x in ours], [x[0] for x in theirs], rtol=1e-4, atol=1e-4)
