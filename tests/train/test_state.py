@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from rwkv import adapter_files, plots
+from rwkv import adapter_files
 from rwkv.adapters import state
 from rwkv.checkpoint import load_model, read_manifest, read_tensors
 from rwkv.config import LoRAConfig, StateConfig, TrainConfig
@@ -26,11 +26,6 @@ RUN = {
     "precision": "fp32",
     "doc_sep": 7,  # of random ids: documents inside the contexts
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    monkeypatch.setattr(plots, "save", lambda figure, image: None)  # drawing takes longer than training
 
 
 @pytest.fixture

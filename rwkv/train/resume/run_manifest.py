@@ -3,6 +3,7 @@ resumes it with the same settings.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -87,6 +88,7 @@ def data_files(data: dict[str, Any]) -> list[tuple[Path, str]]:
     return files + ([(mask_path(prefix), data["mask_sha256"])] if data["mask_sha256"] else [])
 
 
+@functools.cache  # of the code that this process runs
 def _revision() -> str | None:
     """The program's git commit, followed by + if there are uncommitted changes; None without
     git.
@@ -101,6 +103,7 @@ def _revision() -> str | None:
     return found[0].stdout.strip() + ("+" if found[1].stdout else "")
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     packages = ("torch", "pytorch-lightning", "deepspeed", "numpy")
     found = {
