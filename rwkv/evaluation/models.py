@@ -1,4 +1,4 @@
-"""The models that `evaluate` compares: load one after the other, and score them."""
+"""The models that `evaluate` compares: load and score them in turn."""
 
 import os
 from collections.abc import Sequence

@@ -160,7 +160,7 @@ class _Api:
         try:
             await asyncio.wait({gone, whole}, return_when=asyncio.FIRST_COMPLETED)
             if not whole.done():
-                return Response(status_code=499)  # nobody reads it
+                return Response(status_code=499)  # the client has disconnected
             return _json(whole.result())
         finally:
             for task in (gone, whole):

@@ -226,7 +226,7 @@ def test_loaded_library_not_rechecked(monkeypatch):
 
 @pytest.fixture
 def builds(tmp_path, monkeypatch):
-    """Use a copy of the compiled kernels, which a test may damage. A build restores the copy and
+    """Use a copy of the compiled kernels, which a test may corrupt. A build restores the copy and
     adds an entry to the returned list.
     """
     original, count = build.folder(), []

@@ -78,7 +78,7 @@ def test_resumed_run_matches_uninterrupted(flags, tmp_path):
 
 
 def test_lora_with_state(flags, tmp_path):
-    """`state` is a part of an adapter; an adapter without it goes on with an empty one."""
+    """`state` is a part of an adapter; an adapter without it is continued with an empty state."""
     common = {**flags, "lora_dropout": 0.0, "lr_init": 1e-2}
     first = fit(LoRAConfig(**common, proj_dir=str(tmp_path / "a"), lora_parts="att", max_steps=2))
     second = LoRAConfig(
