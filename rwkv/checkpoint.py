@@ -25,6 +25,8 @@ from rwkv.weights import kinds, pth_writer, reading, safetensors_file
 from rwkv.weights import manifest as manifests
 
 PathLike = str | Path
+SUFFIXES = (".pth", ".safetensors", ".pt", ".bin", "")
+"""File name suffixes of weights; all but .safetensors are written with torch.save."""
 _CHUNK = 1 << 20  # elements checked at a time
 
 manifest_path, read_manifest = manifests.path_of, manifests.read
@@ -42,10 +44,6 @@ def read_tensors(path: PathLike) -> dict[str, Tensor]:
     tensors = reading.tensors_of(path)
     # misaligned tensors are copied
     return {key: value.clone() if value.data_ptr() % value.element_size() else value for key, value in tensors.items()}
-
-
-SUFFIXES = (".pth", ".safetensors", ".pt", ".bin", "")
-"""File name suffixes of weights; all but .safetensors are written with torch.save."""
 
 
 def check_output(path: PathLike, suffixes: Sequence[str] = SUFFIXES) -> Path:

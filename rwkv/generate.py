@@ -41,7 +41,7 @@ def matrices_dtype(requested: str, stored: torch.dtype, gpu: bool) -> torch.dtyp
 
 class Session:
     """The model's state after the text read and written so far. The text begins with EOD, which is
-    before every document in training; with a tuned initial state, which replaces it, at once.
+    before every document in training; a tuned initial state replaces it.
 
     Attributes:
         ended: why the last `write` ended: "eod", "stop" (a stop text), "length" (max_tokens) or
@@ -65,7 +65,7 @@ class Session:
         self.ended = ""
         self.state = state
         tuned = state is not None or any(name.endswith(".time_state") for name, _ in model.named_parameters())
-        # before the first token nothing is known about it
+        # uniform before the first token, if there is no EOD
         self.logits = model.emb.weight.new_zeros(len(model.emb.weight)) if tuned else self._feed([tokenizer.eod])
 
     def read(self, text: str) -> None:
@@ -143,7 +143,7 @@ class Chat:
     Args:
         think: for RWKV-7 G1 models (RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt). "full": answers
             begin with thoughts, <think>…</think>; "fast": with an empty thought, which is not part
-            of the conversation; "none": as the model likes.
+            of the conversation; "none": the model decides.
 
     Attributes:
         session: the text so far; between turns it ends with a blank line.

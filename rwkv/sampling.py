@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rwkv.errors import UserError
+
 _COLDEST = 1e-4  # temperature, in effect greedy; logits divided by a smaller one may overflow
 _LIKELIEST = 256  # candidates that are sorted first: they nearly always suffice, and sorting 65536 is slow
 
@@ -27,6 +29,40 @@ class Sampling:
         after = {t: c * self.penalty_decay for t, c in counts.items()}
         after[token] = after.get(token, 0.0) + 1
         return after
+
+
+def check_sampling(sampling: Sampling, max_tokens: int, seed: int) -> None:
+    """Validate the sampling flags.
+
+    Raises:
+        UserError: a flag is out of range.
+    """
+    for name, value, valid, expected in (
+        (
+            "temperature",
+            sampling.temperature,
+            sampling.temperature >= 0,
+            "at least 0 (0: always the most likely token)",
+        ),
+        ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "greater than 0 and at most 1"),
+        ("penalty_decay", sampling.penalty_decay, 0 <= sampling.penalty_decay <= 1, "from 0 to 1"),
+        (
+            "presence_penalty",
+            sampling.presence_penalty,
+            abs(sampling.presence_penalty) <= 100,
+            "from -100 to 100, usually 0 to 2",
+        ),
+        (
+            "frequency_penalty",
+            sampling.frequency_penalty,
+            abs(sampling.frequency_penalty) <= 100,
+            "from -100 to 100, usually 0 to 2",
+        ),
+        ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
+        ("seed", seed, -1 <= seed < 1 << 63, "-1 (a new seed each time), or from 0 to 2^63 - 1"),
+    ):
+        if not valid:
+            raise UserError(f"--{name} {value}: it must be {expected}")
 
 
 def sample_token(

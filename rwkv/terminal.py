@@ -16,7 +16,6 @@ from types import FrameType
 
 import torch
 
-from rwkv.errors import UserError
 from rwkv.generate import Chat, Sampling, Session
 
 HELP = """/help               this list
@@ -198,37 +197,3 @@ def decodable(typed: str) -> str:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def check_sampling(sampling: Sampling, max_tokens: int, seed: int) -> None:
-    """Validate the sampling flags.
-
-    Raises:
-        UserError: a flag is out of range.
-    """
-    for name, value, valid, expected in (
-        (
-            "temperature",
-            sampling.temperature,
-            sampling.temperature >= 0,
-            "at least 0 (0: always the most likely token)",
-        ),
-        ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "greater than 0 and at most 1"),
-        ("penalty_decay", sampling.penalty_decay, 0 <= sampling.penalty_decay <= 1, "from 0 to 1"),
-        (
-            "presence_penalty",
-            sampling.presence_penalty,
-            abs(sampling.presence_penalty) <= 100,
-            "from -100 to 100, usually 0 to 2",
-        ),
-        (
-            "frequency_penalty",
-            sampling.frequency_penalty,
-            abs(sampling.frequency_penalty) <= 100,
-            "from -100 to 100, usually 0 to 2",
-        ),
-        ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
-        ("seed", seed, -1 <= seed < 1 << 63, "-1 (a new seed each time), or from 0 to 2^63 - 1"),
-    ):
-        if not valid:
-            raise UserError(f"--{name} {value}: it must be {expected}")

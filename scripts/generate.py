@@ -32,9 +32,10 @@ def main(config: GenerateConfig) -> None:
     import torch
 
     from rwkv import adapter_files, checkpoint, compat
-    from rwkv.generate import Chat, Sampling, Session
+    from rwkv.generate import Chat, Session
+    from rwkv.sampling import Sampling, check_sampling
     from rwkv.serve import served
-    from rwkv.terminal import Conversation, check_sampling, cut_note, decodable
+    from rwkv.terminal import Conversation, cut_note, decodable
 
     if not config.model:
         raise UserError("--model is missing: the checkpoint to run")

@@ -18,21 +18,20 @@ from rwkv.errors import UserError
 
 def main(config: ServeConfig) -> None:
     from rwkv import compat
-    from rwkv.sampling import Sampling
+    from rwkv.sampling import Sampling, check_sampling
     from rwkv.serve import app, served, server
     from rwkv.serve.engine import Engine
     from rwkv.serve.protocol import Limits
     from rwkv.serve.worker import Worker
-    from rwkv.terminal import check_sampling
 
     if not config.model:
         raise UserError("--model is missing: the checkpoint to serve")
     sampling = Sampling(config.temperature, config.top_p, penalty_decay=config.penalty_decay)
     check_sampling(sampling, config.max_tokens, 0)
-    for name in ("max_prompt", "max_body_kb", "max_batch", "max_queue"):
-        if getattr(config, name) < (name != "max_queue"):
-            raise UserError(f"--{name} {getattr(config, name)}: it must be at least {int(name != 'max_queue')}")
-    for name in ("cache_mb", "shutdown_seconds"):
+    for name in ("max_prompt", "max_body_kb", "max_batch"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: it must be at least 1")
+    for name in ("max_queue", "cache_mb", "shutdown_seconds"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} {getattr(config, name)}: it must be at least 0")
     if not 0 <= config.port < 1 << 16:

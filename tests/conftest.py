@@ -254,7 +254,7 @@ def two_ranks(start):
 @pytest.fixture
 def script(start, tmp_path):
     """Run a script as a user does. An unexpected exit status fails the test with the script's
-    output. `fresh`: start Python anew, instead of forking it (tests/forked.py).
+    output. `fresh`: start a new Python, instead of forking it (tests/forked.py).
     """
 
     def run(

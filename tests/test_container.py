@@ -104,22 +104,29 @@ def test_release_tags(tmp_path):
 
 @pytest.fixture
 def pinned(tmp_path):
-    """Run env/pin.sh on a copy of the checkout, with stubs for git and docker."""
+    """Run env/pin.sh on a copy of the checkout, with repositories in a local folder instead of
+    GitHub's, and a stub for docker.
+    """
+    copy = tmp_path / "copy"
     for folder in ("docker", "env", ".github"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    shutil.copy(ROOT / "compose.yaml", tmp_path)
+        shutil.copytree(ROOT / folder, copy / folder)
+    shutil.copy(ROOT / "compose.yaml", copy)
     (tmp_path / "bin").mkdir()
 
-    def run(git: str, docker: str):
-        for name, body in (("git", git), ("docker", docker)):
-            (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
-            (tmp_path / "bin" / name).chmod(0o755)
-        environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    def run(docker: str):
+        (tmp_path / "bin/docker").write_text(f"#!/bin/bash\n{docker}\n")
+        (tmp_path / "bin/docker").chmod(0o755)
+        environment = {
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+            "GIT_CONFIG_COUNT": "1",
+            "GIT_CONFIG_KEY_0": f"url.{tmp_path}/github/.insteadOf",
+            "GIT_CONFIG_VALUE_0": "https://github.com/",
+        }
         return subprocess.run(
-            ["bash", "env/pin.sh"], cwd=tmp_path, capture_output=True, text=True, env=environment, check=False
+            ["bash", "env/pin.sh"], cwd=copy, capture_output=True, text=True, env=environment, check=False
         )
 
-    run.folder = tmp_path
+    run.folder, run.github = copy, tmp_path / "github"
     return run
 
 
@@ -128,13 +135,34 @@ def actions(folder: Path) -> set[str]:
     return set(re.findall(r"uses: ([a-z-]+/.*)", "".join(path.read_text() for path in files)))
 
 
+def tagged_repository(folder: Path, tags: set[str]) -> str:
+    """Create a repository with a commit and annotated tags of it, whose own hashes differ; returns
+    the commit.
+    """
+    folder.mkdir(parents=True)
+
+    def git(*arguments: str) -> str:
+        name = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
+        command = ["git", "-C", str(folder), *name, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message", "x")
+    for tag in tags:
+        git("tag", "--annotate", "--message", tag, tag)
+    return git("rev-parse", "HEAD")
+
+
 def test_pin_writes_commits_and_digests(pinned):
-    commit, digest = "a" * 40, "sha256:" + "b" * 64
-    # an annotated tag: its own hash comes before the commit's
-    git = f"printf '%s\\trefs/tags/x\\n%s\\trefs/tags/x^{{}}\\n' {'c' * 40} {commit}"
-    before = actions(pinned.folder)
+    digest, before = "sha256:" + "b" * 64, actions(pinned.folder)
+    commit = tagged_repository(pinned.github / "one", {re.search(r"v[\d.]+$", name)[0] for name in before})
+    for name in before:  # every action is in this repository
+        repository = pinned.github.joinpath(*name.partition("@")[0].split("/")[:2])
+        repository.parent.mkdir(exist_ok=True)
+        if not repository.exists():
+            repository.symlink_to(pinned.github / "one")
     for _ in range(2):  # the second run reads what the first has written
-        assert pinned(git, f"echo {digest}").returncode == 0
+        assert pinned(f"echo {digest}").returncode == 0
         assert actions(pinned.folder) == {
             re.sub(r"@(?:[0-9a-f]{40} # )?(v\d+)", rf"@{commit} # \1", name) for name in before
         }
@@ -146,7 +174,7 @@ def test_failed_pin_changes_nothing(pinned):
     before = {
         path: path.read_text() for path in pinned.folder.rglob("*") if path.is_file() and path.parent.name != "bin"
     }
-    result = pinned("exit 128", "exit 1")
+    result = pinned("exit 1")  # and no repositories
     assert result.returncode == 1
     assert result.stderr.count("could not be looked up") == len(actions(ROOT)) + 1
     assert {path: path.read_text() for path in before} == before

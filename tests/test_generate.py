@@ -158,6 +158,21 @@ def test_thoughts(tmp_path, write_jsonl, think, written, answer):
     assert session.state == [0, *data.document(0).tolist()[:-1]]
 
 
+def test_thoughts_of_earlier_turns_match_g1_data(tmp_path, write_jsonl):
+    """With empty thoughts, the model reads the tokens before the last answer of converted data."""
+    model, states = AnsweringModel(" <think>\n</think>\n2"), []
+    hidden = model.hidden
+    model.hidden = lambda ids, state: (states.append(hidden(ids, state)[1]), (torch.zeros(1, 1, 1), model.state))[1]
+    chat = Chat(Session(model, WorldTokenizer()), "fast")
+    assert ["".join(chat.ask("1+1?", GREEDY, 50)) for _ in range(3)] == ["2"] * 3
+    messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}] * 3
+    config = ConvertConfig(input=str(write_jsonl({"messages": messages})), workers=1, chat_template="g1")
+    data = Dataset(convert(config).pairs[0][0])
+    tokens, answer = data.document(0).tolist(), WorldTokenizer().encode(">\n2\n\n")
+    assert tokens[-1 - len(answer) : -1] == answer
+    assert [0, *tokens[: -1 - len(answer)]] in states
+
+
 def test_stopped_answer_is_a_turn():
     session = Session(AnsweringModel(" one two three four"), WorldTokenizer())
     part = next(answer := Chat(session).ask("count", GREEDY, 50))

@@ -106,7 +106,7 @@ def test_installed_versions_match_lock():
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_lm_eval_lock_is_beside_the_stack(stack):
-    """It is installed into a folder of its own, and must not replace what the stack has."""
+    """It is installed into a separate folder, and must not replace packages of the stack."""
     text = (ROOT / f"env/locks/lm-eval-{stack}.txt").read_text()
     found = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.MULTILINE))
     assert [f"lm-eval=={found['lm-eval']}"] == PROJECT["optional-dependencies"]["lm-eval"]

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from rwkv import checkpoint, plots
+from rwkv import checkpoint
 from rwkv.cards import memory_of_card
 from rwkv.cli import parse
 from rwkv.config import FinetuneConfig, LoRAConfig, StateConfig, TrainConfig
@@ -15,6 +15,7 @@ from rwkv.data.binidx_writer import writer
 from rwkv.hub import known
 from rwkv.memory.estimate import estimate
 from rwkv.memory.plan import USABLE, plan_of
+from rwkv.train.callbacks import metrics
 from rwkv.train.fit import fit
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +82,7 @@ def test_recipe_trains(recipe, small, tmp_path):
         random_seed=1,
         val_samples=2,
     )
-    with mock.patch.object(plots, "save", lambda figure, image: image.touch()):
+    with mock.patch.object(metrics, "plot", lambda curve, image, title: image.touch()):
         result = fit(config)
     assert result.steps == 2
     before = checkpoint.read_tensors(small / "base.pth")

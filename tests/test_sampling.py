@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rwkv.sampling import Sampling, sample_token, sample_tokens
+from rwkv.errors import UserError
+from rwkv.sampling import Sampling, check_sampling, sample_token, sample_tokens
 
 SAMPLINGS = [
     Sampling(temperature=0),
@@ -66,3 +67,21 @@ def test_does_not_depend_on_the_batch():
         for row, sampling, count, generator in zip(logits, SAMPLINGS, counts, generators(), strict=True)
     ]
     assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("flags", "max_tokens", "seed", "expected"),
+    [
+        ({"top_p": 7}, 1, 0, "--top_p 7: it must be greater than 0 and at most 1"),
+        ({"top_p": 0.0}, 1, 0, "--top_p 0.0"),
+        ({"temperature": -1}, 1, 0, "--temperature -1: it must be at least 0"),
+        ({"penalty_decay": 1.5}, 1, 0, "--penalty_decay 1.5: it must be from 0 to 1"),
+        ({"presence_penalty": 1e9}, 1, 0, "--presence_penalty"),
+        ({}, 0, 0, "--max_tokens 0: it must be at least 1"),
+        ({}, 1, -2, "--seed -2"),
+        ({}, 1, 1 << 64, "--seed"),
+    ],
+)
+def test_invalid_flags(flags, max_tokens, seed, expected):
+    with pytest.raises(UserError, match=expected):
+        check_sampling(Sampling(**flags), max_tokens, seed)

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from rwkv.errors import UserError
 from rwkv.generate import Sampling
-from rwkv.terminal import Conversation, check_sampling
+from rwkv.terminal import Conversation
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
@@ -187,24 +186,6 @@ def test_piped_input_prints_answers_only():
         check=True,
     )
     assert result.stdout.decode() == "Assistant: HELLO\nAssistant: YOU\ufffd\n"
-
-
-@pytest.mark.parametrize(
-    ("flags", "max_tokens", "seed", "expected"),
-    [
-        ({"top_p": 7}, 1, 0, "--top_p 7: it must be greater than 0 and at most 1"),
-        ({"top_p": 0.0}, 1, 0, "--top_p 0.0"),
-        ({"temperature": -1}, 1, 0, "--temperature -1: it must be at least 0"),
-        ({"penalty_decay": 1.5}, 1, 0, "--penalty_decay 1.5: it must be from 0 to 1"),
-        ({"presence_penalty": 1e9}, 1, 0, "--presence_penalty"),
-        ({}, 0, 0, "--max_tokens 0: it must be at least 1"),
-        ({}, 1, -2, "--seed -2"),
-        ({}, 1, 1 << 64, "--seed"),
-    ],
-)
-def test_invalid_sampling_flags(flags, max_tokens, seed, expected):
-    with pytest.raises(UserError, match=expected):
-        check_sampling(Sampling(**flags), max_tokens, seed)
 
 
 def test_reset_keeps_think():

@@ -1,6 +1,7 @@
 """The flags of every program, as typed dataclasses: name, type, default, help text."""
 
 from rwkv.config.conversion import ConvertConfig, InspectConfig
+from rwkv.config.methods import FinetuneConfig, LoRAConfig, StateConfig, TrainConfig
 from rwkv.config.serving import ServeConfig
 from rwkv.config.tools import (
     DoctorConfig,
@@ -11,7 +12,6 @@ from rwkv.config.tools import (
     GenerateConfig,
     MergeConfig,
 )
-from rwkv.config.training import FinetuneConfig, LoRAConfig, StateConfig, TrainConfig
 
 __all__ = [
     "ConvertConfig",

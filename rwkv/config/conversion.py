@@ -69,8 +69,9 @@ class ConvertConfig:
     chat_template: str = ""
     """Template that turns conversations into text: world ("User: …", blank line, "Assistant: …";
     blank lines inside a message become line breaks), g1 (for RWKV-7 G1 models: answers begin with
-    thoughts, "Assistant: <think>…</think>"), chatml, or a Jinja file. A loss mask is written to
-    P_text_mask.bin. Default for conversations: world, or chatml for HFTokenizer."""
+    the thoughts in the data, "Assistant: <think>…</think>", the last answer with empty ones if it
+    has none), chatml, or a Jinja file. A loss mask is written to P_text_mask.bin. Default for
+    conversations: world, or chatml for HFTokenizer."""
     mask: Literal["auto", "answers", "none"] = "auto"
     """Tokens that contribute to the loss. auto: the answers of conversations, and all of plain
     text. answers: only answers, also in plain text, where they follow "Assistant:", "Answer:",

@@ -20,7 +20,7 @@ class RequestLimits:
     """Nucleus sampling of requests without top_p (0 < top_p ≤ 1)."""
     penalty_decay: float = 0.996
     """Decay of the counts behind frequency_penalty, per generated token (0 to 1). OpenAI's API has
-    no such parameter; 1 is its meaning of the penalty."""
+    no such parameter; 1 gives its penalty."""
     think: Literal["none", "fast", "full"] = "none"
     """Chats of RWKV-7 G1 models, as in generate; a request may have another value as "think"."""
 

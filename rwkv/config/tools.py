@@ -122,9 +122,10 @@ class EvaluateConfig:
     reads), separated by commas. Each is a row of the table."""
     run: str = ""
     """Instead of data_file: the folder of a run (its proj_dir), to score its validation set: its
-    val_file, or the part of its data that val_split held out."""
+    val_file, or the part of its data that val_split selects."""
     val_split: float = 0.0
-    """Score only the part of a binidx that a run with this val_split holds out. 0: all of it."""
+    """Score only the part of a binidx that a run with this val_split uses for validation. 0: all of
+    it."""
     by: str = ""
     """With .jsonl files: a field of the records, such as source; each of its values is a row."""
     mask: Literal["auto", "answers", "none"] = "auto"

@@ -1,6 +1,4 @@
-"""Write binidx datasets (the format is described in rwkv.data.binidx), several at once and
-atomically.
-"""
+"""Write one or several binidx datasets (the format is described in rwkv.data.binidx) atomically."""
 
 import contextlib
 import struct

@@ -69,11 +69,11 @@ class Numbers:
         raise UserError("the tokenizer of the data is unknown, so text cannot be encoded; omit --sample_ask")
 
 
-def vocabulary_of(data: Dataset, rows: int, characters: Path | None = None) -> Vocabulary:
+def vocabulary_of(data: Dataset, vocab_size: int, characters: Path | None = None) -> Vocabulary:
     """The vocabulary of a dataset: from its manifest, else World if the model has its size.
 
     Args:
-        rows: size of the model's vocabulary.
+        vocab_size: of the model.
         characters: the vocabulary file of character-level data.
     """
     if characters is not None and characters.is_file():
@@ -81,7 +81,7 @@ def vocabulary_of(data: Dataset, rows: int, characters: Path | None = None) -> V
     if path := provenance.tokenizer_file(data):
         return HFTokenizer(path)
     tokenizer = (provenance.read(data.prefix) or {}).get("tokenizer")
-    if rows == VOCAB_SIZE and (tokenizer is None or tokenizer["name"] == WorldTokenizer.name):
+    if vocab_size == VOCAB_SIZE and (tokenizer is None or tokenizer["name"] == WorldTokenizer.name):
         return WorldTokenizer(encodes=False)
     return Numbers()
 
@@ -118,10 +118,10 @@ class Example:
     Attributes:
         pieces: (text, whether it contributes to the loss) of the first tokens; "" is the end of a
             document.
-        tokens: tokens of the sample, without padding.
-        counted: those that contribute to the loss.
-        padding: tokens of padding.
-        shown: tokens in `pieces`.
+        tokens: number of tokens of the sample, without padding.
+        counted: number of tokens that contribute to the loss.
+        padding: number of padding tokens.
+        shown: number of tokens in `pieces`.
     """
 
     pieces: list[tuple[str, bool]]
@@ -139,9 +139,9 @@ def example(samples: Samples, window: tuple[int, int], vocabulary: Vocabulary, l
     length = window[1] - window[0]
     ids = [int(x[0]), *y.tolist()][:length]
     # the first token has nothing before it to be predicted from
-    counts = [False, *(rest[0].tolist() if rest else [True] * len(y))][:length]
+    loss_mask = [False, *(rest[0].tolist() if rest else [True] * len(y))][:length]
     shown, done = [], 0
     for text, group in pieces(ids[:limit], vocabulary):
-        shown.append(("" if group == [vocabulary.eod] else text, bool(counts[done])))
+        shown.append(("" if group == [vocabulary.eod] else text, bool(loss_mask[done])))
         done += len(group)
-    return Example(shown, length, sum(counts), len(y) + 1 - length, done)
+    return Example(shown, length, sum(loss_mask), len(y) + 1 - length, done)

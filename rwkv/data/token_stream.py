@@ -143,29 +143,29 @@ def split(data: Dataset, share: float, ctx_len: int) -> tuple[np.ndarray, np.nda
     """
     if len(data) * share < 2:
         cut = round(len(data.tokens) * (1 - share))
-        train, held = np.array([[0, cut]], dtype=np.int64), np.array([[cut, len(data.tokens)]], dtype=np.int64)
+        train, validation = np.array([[0, cut]], dtype=np.int64), np.array([[cut, len(data.tokens)]], dtype=np.int64)
     else:
-        train, held = (_spans(data, share, side) for side in (False, True))
-    for spans, side in ((train, "training"), (held, "validation")):
+        train, validation = (_spans(data, share, side) for side in (False, True))
+    for spans, side in ((train, "training"), (validation, "validation")):
         size = int((spans[:, 1] - spans[:, 0]).sum())
         if size < ctx_len + 2:
             raise UserError(
                 f"--val_split {share}: leaves {size} tokens for {side}, but one sample of ctx_len {ctx_len} needs {ctx_len + 2};"
                 " use another fraction, a smaller --ctx_len, or more text"
             )
-    return train, held
+    return train, validation
 
 
-def _spans(data: Dataset, share: float, held: bool) -> np.ndarray:
+def _spans(data: Dataset, share: float, validation: bool) -> np.ndarray:
     edges: list[np.ndarray] = []
-    last = not held
+    last = not validation
     for first in range(0, len(data), _CHUNK):
         count = min(_CHUNK, len(data) - first)
         side = np.random.Generator(np.random.Philox(key=[0x5EED, first])).random(count) < share
         changes = np.flatnonzero(np.diff(side, prepend=last))
         edges.append(np.array([data.span(first + int(i))[0] for i in changes], dtype=np.int64))
         last = bool(side[-1])
-    if last == held:
+    if last == validation:
         edges.append(np.array([len(data.tokens)], dtype=np.int64))
     points = np.concatenate(edges)
     spans = points.reshape(-1, 2)

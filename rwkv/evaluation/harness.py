@@ -1,5 +1,5 @@
 """lm-evaluation-harness with a model of this project (--tasks). It is optional: `make lm-eval`
-installs it into a folder of its own, so that the locked environment stays as it is.
+installs it into a separate folder, so that the locked environment does not change.
 """
 
 import contextlib

@@ -50,9 +50,9 @@ def of_run(manifest: dict[str, Any], folder: Path) -> list[Input]:
     options = {"separator": flags.get("doc_sep", -1), "chatml": bool(flags.get("chatml_mask"))}
     if not (flags.get("doc_training") or flags.get("doc_training_seq") or flags.get("doc_reset")):
         options["separator"] = -1
-    if held := manifest.get("validation"):
-        data = Dataset(held["prefix"])
-        return [Input(f"{folder}: {held['prefix']}", data, Stream(data, **options))]
+    if entry := manifest.get("validation"):
+        data = Dataset(entry["prefix"])
+        return [Input(f"{folder}: {entry['prefix']}", data, Stream(data, **options))]
     if share := flags.get("val_split"):
         data = Dataset(manifest["data"]["prefix"])
         _, spans = split(data, share, flags["ctx_len"])

@@ -1,4 +1,4 @@
-"""The models that `evaluate` compares: load one after the other, and score them."""
+"""The models that `evaluate` compares: load and score them in turn."""
 
 import os
 from collections.abc import Sequence
@@ -31,9 +31,9 @@ def check(c: EvaluateConfig) -> list[Evaluated]:
         raise UserError("--lora with several models: pass the base of the adapters as the only --model")
     if c.lora_alpha and not adapters:
         raise UserError("--lora_alpha needs an adapter: pass --lora, or omit --lora_alpha")
-    for name, least in (("micro_bsz", 1), ("ctx_len", 0), ("limit", 0), ("num_fewshot", -1)):
-        if getattr(c, name) < least:
-            raise UserError(f"--{name} must be at least {least}; it is {getattr(c, name)}")
+    for name, minimum in (("micro_bsz", 1), ("ctx_len", 0), ("limit", 0), ("num_fewshot", -1)):
+        if getattr(c, name) < minimum:
+            raise UserError(f"--{name} must be at least {minimum}; it is {getattr(c, name)}")
     if c.accelerator == "gpu" and not machine.use_gpu("gpu"):
         raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or use --accelerator cpu")
     if c.output and (Path(c.output).suffix != ".json" or os.path.isdir(c.output)):
@@ -47,38 +47,39 @@ def check(c: EvaluateConfig) -> list[Evaluated]:
     return [*found, *(Evaluated(f"+ {names[path]}", paths[0], path) for path in adapters)]
 
 
-def evaluate(c: EvaluateConfig, wanted: Evaluated, data: Sequence[Input]) -> Evaluated:
-    """Load a model, and fill in its results.
+def evaluate(c: EvaluateConfig, entry: Evaluated, data: Sequence[Input]) -> Evaluated:
+    """Load the model of an entry, and fill in its results.
 
     Raises:
         UserError: the data does not fit the model's vocabulary.
     """
-    model, dtype = _load(c, wanted)
-    rows = model.sizes.vocab_size
-    for one in data:
-        decoder = decoder_of(one.data, rows, c.vocab_file)
+    model, dtype = _load(c, entry)
+    for item in data:
+        decoder = decoder_of(item.data, model.sizes.vocab_size, c.vocab_file)
         eod = decoder.eod if decoder else 0
         try:
-            wanted.scores[one.name] = score(model, documents(one.stream), decoder, eod, c.micro_bsz, c.ctx_len, dtype)
+            found = score(model, documents(item.stream), decoder, eod, c.micro_bsz, c.ctx_len, dtype)
         except UserError as error:
-            raise UserError(f"{one.name}: {error}") from error
-        if not wanted.scores[one.name].tokens:
+            raise UserError(f"{item.name}: {error}") from error
+        if not found.tokens:
             raise UserError(
-                f"{one.name}: no token counts; check its loss mask with scripts/inspect_data.py, or pass --mask none"
+                f"{item.name}: no token contributes to the loss; check its loss mask with scripts/inspect_data.py,"
+                " or pass --mask none"
             )
+        entry.scores[item.name] = found
     if c.tasks:
-        wanted.tasks = harness.run(c, model, dtype)
-    return wanted
+        entry.tasks = harness.run(c, model, dtype)
+    return entry
 
 
-def _load(c: EvaluateConfig, wanted: Evaluated) -> tuple[RWKV, torch.dtype | None]:
+def _load(c: EvaluateConfig, entry: Evaluated) -> tuple[RWKV, torch.dtype | None]:
     gpu = machine.use_gpu(c.accelerator)
     device = "cuda" if gpu else "cpu"
-    stored = checkpoint.read_tensors(wanted.model).get("head.weight", torch.empty(0)).dtype
+    stored = checkpoint.read_tensors(entry.model).get("head.weight", torch.empty(0)).dtype
     dtype = matrices_dtype(c.dtype, stored, gpu)
-    if not wanted.lora:
-        return checkpoint.load_model(wanted.model, device, matrices=dtype), dtype
-    model, _ = adapter_files.load_tuned(wanted.model, wanted.lora, c.lora_alpha or None, matrices=dtype)
+    if not entry.lora:
+        return checkpoint.load_model(entry.model, device, matrices=dtype), dtype
+    model, _ = adapter_files.load_tuned(entry.model, entry.lora, c.lora_alpha or None, matrices=dtype)
     return model.to(device), dtype
 
 

@@ -36,10 +36,15 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class Document:
-    """A document to score: ids int64 [n], and bool [n], True where a token counts."""
+    """A document to score.
+
+    Attributes:
+        ids: int64 [n].
+        loss_mask: bool [n], True for the tokens that are scored.
+    """
 
     ids: np.ndarray
-    counts: np.ndarray
+    loss_mask: np.ndarray
 
 
 @dataclass
@@ -47,10 +52,10 @@ class Score:
     """Sums over documents.
 
     Attributes:
-        nats: the negative log-likelihood of the counted tokens.
-        tokens, bytes: number of counted tokens, and of the bytes they decode to; bytes is 0 without
+        nats: the negative log-likelihood of the scored tokens.
+        tokens, bytes: number of scored tokens, and of the bytes they decode to; bytes is 0 without
             a decoder.
-        correct: counted tokens that were the most likely ones.
+        correct: number of scored tokens that were the most likely ones.
     """
 
     documents: int = 0
@@ -74,7 +79,7 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Bits per byte of the counted text; None if its bytes are unknown."""
+        """Bits per byte of the scored text; None if its bytes are unknown."""
         return self.nats / math.log(2) / self.bytes if self.bytes else None
 
     def as_json(self) -> dict[str, Any]:
@@ -133,9 +138,9 @@ def _pool(
         group = ordered[i : i + batch]
         losses, best = token_losses(model, [document.ids for document in group], eod, window, dtype)
         for document, nats, right in zip(group, losses, best, strict=True):
-            counts = document.counts
-            written = len(decoder.decode_bytes(document.ids[counts].tolist())) if decoder else 0
-            total += Score(1, int(counts.sum()), float(nats[counts].sum()), written, int(right[counts].sum()))
+            mask = document.loss_mask
+            size = len(decoder.decode_bytes(document.ids[mask].tolist())) if decoder else 0
+            total += Score(1, int(mask.sum()), float(nats[mask].sum()), size, int(right[mask].sum()))
     return total
 
 

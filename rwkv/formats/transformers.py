@@ -35,42 +35,28 @@ order.
 """
 
 _FLA_NAMES = (
-    (r"^emb\.", "model.embeddings."),
-    (r"^head\.", "lm_head."),
-    (r"^ln_out\.", "model.norm."),
-    (r"^blocks\.(\d+)\.ln0\.", r"model.layers.\1.pre_norm."),
-    (r"^blocks\.(\d+)\.ln1\.", r"model.layers.\1.attn_norm."),
-    (r"^blocks\.(\d+)\.ln2\.", r"model.layers.\1.ffn_norm."),
-    (r"^blocks\.(\d+)\.att\.", r"model.layers.\1.attn."),
-    (r"^blocks\.(\d+)\.ffn\.", r"model.layers.\1.ffn."),
-    (r"\.attn\.receptance\.", ".attn.r_proj."),
-    (r"\.attn\.key\.", ".attn.k_proj."),
-    (r"\.attn\.value\.", ".attn.v_proj."),
-    (r"\.attn\.output\.", ".attn.o_proj."),
-    (r"\.attn\.ln_x\.", ".attn.g_norm."),
-    (r"\.attn\.([wavg])0$", r".attn.\1_lora.lora.2.bias"),
-    (r"\.attn\.([wavg])1$", r".attn.\1_lora.lora.0.weight"),
-    (r"\.attn\.([wavg])2$", r".attn.\1_lora.lora.2.weight"),
+    (".emb.", ".embeddings."),
+    (".head.", ".lm_head."),
+    (".ln_out.", ".norm."),
+    (".blocks.", ".layers."),
+    (".ln0.", ".pre_norm."),
+    (".ln1.", ".attn_norm."),
+    (".ln2.", ".ffn_norm."),
+    (".att.", ".attn."),
+    (".attn.receptance.", ".attn.r_proj."),
+    (".attn.key.", ".attn.k_proj."),
+    (".attn.value.", ".attn.v_proj."),
+    (".attn.output.", ".attn.o_proj."),
+    (".attn.ln_x.", ".attn.g_norm."),
+    *(
+        (f".attn.{letter}{number}.", f".attn.{letter}_lora.lora.{parameter}.")
+        for letter in "wavg"
+        for number, parameter in enumerate(("2.bias", "0.weight", "2.weight"))
+    ),
 )
-_FROM_FLA = (
-    (r"^base_model\.model\.", ""),  # peft's
-    (r"^(?:model\.)?embeddings\.", "emb."),
-    (r"^lm_head\.", "head."),
-    (r"^(?:model\.)?norm\.", "ln_out."),
-    (r"^(?:model\.)?layers\.(\d+)\.", r"blocks.\1."),
-    (r"\.pre_norm\.", ".ln0."),
-    (r"\.attn_norm\.", ".ln1."),
-    (r"\.ffn_norm\.", ".ln2."),
-    (r"\.attn\.", ".att."),
-    (r"\.att\.r_proj\.", ".att.receptance."),
-    (r"\.att\.k_proj\.", ".att.key."),
-    (r"\.att\.v_proj\.", ".att.value."),
-    (r"\.att\.o_proj\.", ".att.output."),
-    (r"\.att\.g_norm\.", ".att.ln_x."),
-    (r"\.att\.([wavg])_lora\.lora\.2\.bias$", r".att.\g<1>0"),
-    (r"\.att\.([wavg])_lora\.lora\.0\.weight$", r".att.\g<1>1"),
-    (r"\.att\.([wavg])_lora\.lora\.2\.weight$", r".att.\g<1>2"),
-)
+"""Parts of BlinkDL's and of flash-linear-attention's RWKV-7 tensor names, to be replaced in this
+order, and in the reverse order to read them.
+"""
 _LOW_RANK = re.compile(r"\.att\.[wavg][12]$")
 _FLAT_IN_FLA = re.compile(r"\.att\.([wav]0|k_k|k_a)$|\.ffn\.x_k$")
 _VECTOR = re.compile(r"\.att\.(x_[rwkvag]|[wav]0|k_k|k_a)$|\.ffn\.x_k$")
@@ -90,7 +76,21 @@ def rwkv4_name(name: str) -> str:
 
 def fla_name(name: str) -> str:
     """flash-linear-attention's name of an RWKV-7 tensor."""
-    return _replace(name, _FLA_NAMES)
+    name = f".{name}."
+    for ours, theirs in _FLA_NAMES:
+        name = name.replace(ours, theirs)
+    name = name.strip(".")
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def _from_fla_name(name: str) -> str:
+    """The reverse of fla_name, also for the names of peft adapters and of the model without its
+    head.
+    """
+    name = f".{name.removeprefix('base_model.model.').removeprefix('model.')}."  # the first is peft's
+    for ours, theirs in reversed(_FLA_NAMES):
+        name = name.replace(theirs, ours)
+    return name.strip(".")
 
 
 def to_rwkv4(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
@@ -121,12 +121,12 @@ def is_fla(names: Mapping[str, Any]) -> bool:
 
 
 def from_fla(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of to_fla, also of its older layout with one `x_x` [6, C] a block. Transposed
+    """The reverse of to_fla, also for its older layout with one `x_x` [6, C] a block. Transposed
     tensors are views.
     """
     found = {}
     for name, tensor in tensors.items():
-        name = _replace(name, _FROM_FLA)
+        name = _from_fla_name(name)
         if name.endswith(".att.x_x") and tensor.dim() and tensor.shape[0] == 6:
             for letter, row in zip("rwkvag", tensor, strict=True):
                 found[f"{name[:-1]}{letter}"] = row.reshape(1, 1, -1)
@@ -240,9 +240,3 @@ def check_config(config: Mapping[str, Any], where: Any) -> None:
         raise UserError(
             f"{where}: heads of {head} channels, normalised with epsilon {head} · {epsilon}; only BlinkDL's 64e-5 is supported"
         )
-
-
-def _replace(name: str, table: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in table:
-        name = re.sub(pattern, replacement, name)
-    return name

@@ -28,8 +28,8 @@ class HeadNorm(nn.Module):
         self.weight, self.bias = (nn.Parameter(torch.zeros(size, device=device)) for _ in range(2))
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Copies of weight and bias. (ZeRO-3 gathers them only in forward, but parameters that it
-        returns until the end of the pass.)
+        """Copies of weight and bias. ZeRO-3 frees parameters after forward; those that forward
+        returned would stay gathered until the end of the pass.
         """
         return self.weight.clone(), self.bias.clone()
 

@@ -155,15 +155,15 @@ class _Api:
         run = _Run(call, self.engine, request.scope["state"], self._retry_after())
         if call.stream:
             return _Stream(run)
-        gone = asyncio.ensure_future(_disconnected(request))
-        whole = asyncio.ensure_future(run.whole())
+        disconnected = asyncio.ensure_future(_disconnected(request))
+        answer = asyncio.ensure_future(run.whole())
         try:
-            await asyncio.wait({gone, whole}, return_when=asyncio.FIRST_COMPLETED)
-            if not whole.done():
-                return Response(status_code=499)  # nobody reads it
-            return _json(whole.result())
+            await asyncio.wait({disconnected, answer}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                return Response(status_code=499)  # the client has disconnected
+            return _json(answer.result())
         finally:
-            for task in (gone, whole):
+            for task in (disconnected, answer):
                 task.cancel()
             run.cancel()
 
@@ -191,7 +191,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _body(request: Request, most: int) -> Any:
+async def _body(request: Request, limit: int) -> Any:
     """The JSON value of a body.
 
     Raises:
@@ -200,15 +200,15 @@ async def _body(request: Request, most: int) -> Any:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # web pages of other origins cannot send this without CORS
         raise ApiError("the body must be JSON: Content-Type: application/json", status=415)
-    too_large = ApiError(f"the body is larger than this server's limit of {most} bytes", status=413)
-    if int(request.headers.get("content-length", "0")) > most:
+    too_large = ApiError(f"the body is larger than this server's limit of {limit} bytes", status=413)
+    if int(request.headers.get("content-length", "0")) > limit:
         raise too_large
     data = bytearray()
 
     async def read() -> None:
         async for part in request.stream():
             data.extend(part)
-            if len(data) > most:
+            if len(data) > limit:
                 raise too_large
 
     try:
@@ -231,9 +231,9 @@ class _Run:
 
     def __init__(self, call: Call, engine: Engine, state: dict[str, Any], retry_after: int):
         self.call, self.engine, self._state = call, engine, state
-        most = engine.max_batch + engine.max_queue
-        if len(call.prompts) * call.n > most:
-            raise ApiError(f"this server generates at most {most} choices at a time", "n")
+        limit = engine.max_batch + engine.max_queue
+        if len(call.prompts) * call.n > limit:
+            raise ApiError(f"this server generates at most {limit} choices at a time", "n")
         loop, self._events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
 
         def emit(index: int, event: Event) -> None:

@@ -1,7 +1,7 @@
 """Batched recurrent decoding: sequences join and leave a batch of states between any two tokens.
 
 Each step decodes one token of every running sequence, and reads a chunk of the new prompts. Models
-with different weights (adapters of one base) are run one after the other. What a sequence generates
+with different weights (adapters of one base) are run in turn. What a sequence generates
 depends on its own request only, up to rounding: it has its own random generator.
 """
 
@@ -124,7 +124,7 @@ def stacked(states: Sequence[State]) -> State:
 
 
 class Engine:
-    """Generates for many requests at once. `step` does the work; `worker.Worker` calls it in a
+    """Generates for many requests in one batch. `step` does the work; `worker.Worker` calls it in a
     thread.
 
     Args:

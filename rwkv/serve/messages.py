@@ -20,8 +20,8 @@ class BadMessages(ValueError):
 
 
 def prompt(messages: Any, think: str = "none") -> list[str]:
-    """The prompt for the next answer, in parts that are tokenised one by one: an answer is a part
-    of its own, as in generation.
+    """The prompt for the next answer, in parts that are tokenised one by one: an answer is a
+    separate part, as in generation.
 
     Args:
         messages: a list of {"role": …, "content": …}. The content is a text or a list of parts

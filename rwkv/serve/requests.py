@@ -34,7 +34,7 @@ class Event:
     Attributes:
         tokens: those that begin in `text`, if log-probabilities were requested.
         finish: why the sequence ended: "stop" (EOD or a stop text), "length", "cancelled" or
-            "error"; "" if it goes on.
+            "error"; "" if it has not ended.
     """
 
     text: str = ""

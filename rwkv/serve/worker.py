@@ -6,11 +6,7 @@ from rwkv.serve.engine import Engine
 
 
 class Worker:
-    """Calls `engine.step` in a thread while there is work.
-
-    Attributes:
-        alive: whether the thread is running.
-    """
+    """Calls `engine.step` in a thread while there is work."""
 
     def __init__(self, engine: Engine):
         self.engine = engine

@@ -127,7 +127,7 @@ def describe(c: TrainConfig) -> dict[str, Any] | None:
         if kind == "jsonl":
             if os.path.exists(c.data_file) and not os.path.isfile(c.data_file):
                 raise UserError(f"{c.data_file}: not a regular file; convert it first with scripts/convert.py")
-            paths = [one.path for one in sources.find(c.data_file).sources]
+            paths = [file.path for file in sources.find(c.data_file).sources]
         files = [
             {"path": str(path), "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns} for path in paths
         ]
@@ -180,6 +180,8 @@ def open_data(c: TrainConfig, sizes: Sizes, source: dict[str, Any] | None = None
     """
     prefix = c.data_file
     if source is not None:
+        if rank_zero_only.rank == 0:
+            _delete_unused_copies(c.folder, source)
         prefix = _copy_prefix(c.folder, source)
         make = _converter(c, sizes)
         if rank_zero_only.rank == 0 and not Path(f"{prefix}.idx").exists():
@@ -230,6 +232,13 @@ def _check_ids(data: Dataset, c: TrainConfig, sizes: Sizes) -> Dataset:
     return data
 
 
+def _delete_unused_copies(folder: Path, source: dict[str, Any]) -> None:
+    """Delete copies of other sources that a first start left, if it failed before the run began."""
+    if run_manifest.read(folder) is None and not copies(folder, source):
+        for path in [path for prefix in copies(folder) for path in files_of(prefix)]:
+            path.unlink()
+
+
 def _copy_prefix(folder: Path, source: dict[str, Any]) -> str:
     """The prefix of the copy converted from `source`; if there is none, the prefix to use for
     it.
@@ -239,9 +248,6 @@ def _copy_prefix(folder: Path, source: dict[str, Any]) -> str:
     run = run_manifest.read(folder)
     if run and "source" not in run and (old := folder / Path(run["data"]["prefix"]).name).with_suffix(".idx").exists():
         return str(old)  # from a version that did not record sources
-    if run is None and rank_zero_only.rank == 0:  # left by a first start that failed before the run began
-        for path in [path for prefix in copies(folder) for path in files_of(prefix)]:
-            path.unlink()
     prefix = str(folder / f"data{_DOCUMENTS}")
     return (
         str(folder / f"data-{source['sha256'].removeprefix('blocks:')[:8]}{_DOCUMENTS}") if files_of(prefix) else prefix

@@ -75,7 +75,7 @@ class _Data:
 
     tokens: Dataset
     training: Samples
-    held_out: ValidationSamples | None
+    validation_samples: ValidationSamples | None
     manifest: dict[str, Any]
 
 
@@ -120,7 +120,7 @@ def _open(run: Run, model: RWKV) -> _Data:
 
 
 def _report_start(run: Run, model: RWKV, data: _Data, monitor: MemoryMonitor) -> None:
-    report.start(run.flags, model, data.tokens, data.training, data.held_out)
+    report.start(run.flags, model, data.tokens, data.training, data.validation_samples)
     if (limit := planning.available(run.plan)) and monitor.expected() > limit:
         say(
             f"memory: {monitor.expected() / 1e9:.2f} GB per device predicted, but only {limit / 1e9:.2f} GB usable. {planning.advice(run.plan, limit)}"
@@ -159,16 +159,18 @@ def _train(
     if state:
         write_missing_checkpoints(c, run.folder, state, save, best)
         last = state.step if best.exhausted else None  # --patience has ended the run
-    metrics, inputs = Metrics(c, tracked, monitor, data.held_out), _watched(model, manifest)
+    metrics, inputs = Metrics(c, tracked, monitor, data.validation_samples), _watched(model, manifest)
     checkpointer = Checkpointer(c, tracked, manifest, save, metrics, inputs, best)
     signals = Signals(checkpointer.unsaved)
     vocabulary = vocabulary_of(data.tokens, run.sizes.vocab_size, _characters(c))
     page = ReportPage(
-        c, tracked, manifest, metrics, monitor, data.tokens, data.training, data.held_out, vocabulary, model
+        c, tracked, manifest, metrics, monitor, data.tokens, data.training, data.validation_samples, vocabulary, model
     )
     callbacks = [monitor, Restorer(tracked, state, manifest), metrics, checkpointer, page, signals]
     if c.sample_every:
-        chosen = prompts(c, (data.held_out.source if data.held_out else data.training).stream, vocabulary)
+        chosen = prompts(
+            c, (data.validation_samples.source if data.validation_samples else data.training).stream, vocabulary
+        )
         callbacks.insert(-2, Sampler(c, tracked, chosen, vocabulary, metrics, checkpointer))
     trainer = make_trainer(run, callbacks)
     begin = (state.step, state.samples) if state else None
@@ -201,7 +203,7 @@ def _train(
         signals.exit()
     result = _finish(run, folder, trainer, module, metrics, best, early)
     page.write("stopped early" if early else "complete", best.describe() if early else "")
-    say(f"look:  {folder / 'report.html'}")
+    say(f"page:  {folder / 'report.html'}")
     if monitor.peak:
         say(f"memory: {monitor.summary()}")
     if not strategy.deepspeed_was_used():
@@ -264,7 +266,7 @@ def _finish(
     if run.adapter:
         flag = "--lora" if c.trains == "LoRA" else "--state"
         say(f"merge: {command('merge', '--adapter', result.checkpoint, '--output', output('merged.pth'))}")
-        say(f"talk:  {command('generate', '--model', run.base_path, flag, result.checkpoint)}")
+        say(f"chat:  {command('generate', '--model', run.base_path, flag, result.checkpoint)}")
     return result
 
 

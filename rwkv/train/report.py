@@ -12,7 +12,9 @@ from rwkv.train.loop import schedule
 from rwkv.train.runtime import strategy
 
 
-def start(c: TrainConfig, model: RWKV, data: Dataset, training: Samples, held_out: ValidationSamples | None) -> None:
+def start(
+    c: TrainConfig, model: RWKV, data: Dataset, training: Samples, validation_samples: ValidationSamples | None
+) -> None:
     """Report what is trained, on which data, for how long."""
     s = model.sizes
     total = sum(p.numel() for p in model.parameters()) + sum(m.numel() for m in quant.quantised_in(model))
@@ -21,8 +23,8 @@ def start(c: TrainConfig, model: RWKV, data: Dataset, training: Samples, held_ou
     samples = schedule.total_steps(c) * schedule.samples_per_step(c)
     masked = ", some of them masked out of the loss" if training.stream.masked else ""
     validation = (
-        f"validation: {f'{c.val_file}, ' if c.val_file else ''}{len(held_out.source.stream):,} tokens, not used in training; the validation loss is computed on {held_out.total:,} samples\n"
-        if held_out
+        f"validation: {f'{c.val_file}, ' if c.val_file else ''}{len(validation_samples.source.stream):,} tokens, not used in training; the validation loss is computed on {validation_samples.total:,} samples\n"
+        if validation_samples
         else ""
     )
     say(

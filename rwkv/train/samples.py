@@ -53,16 +53,16 @@ def make(c: TrainConfig, data: Dataset, validation: Dataset | None = None) -> tu
     options: dict[str, Any] = {"separator": c.doc_sep, "chatml": bool(c.chatml_mask)}
     if validation is not None:
         try:
-            held_out = ValidationSamples(
-                _source(c, validation, Stream(validation, **options), held_out=True), c.val_samples
+            samples = ValidationSamples(
+                _source(c, validation, Stream(validation, **options), validation=True), c.val_samples
             )
         except UserError as error:
             raise UserError(f"--val_file {c.val_file}: {error}") from error
-        return _source(c, data, Stream(data, **options)), held_out
+        return _source(c, data, Stream(data, **options)), samples
     if not c.val_split:
         return _source(c, data, Stream(data, **options)), None
-    train, held = (Stream(data, spans, **options) for spans in split(data, c.val_split, c.ctx_len))
-    return _source(c, data, train), ValidationSamples(_source(c, data, held, held_out=True), c.val_samples)
+    train, rest = (Stream(data, spans, **options) for spans in split(data, c.val_split, c.ctx_len))
+    return _source(c, data, train), ValidationSamples(_source(c, data, rest, validation=True), c.val_samples)
 
 
 def _roles(data: Dataset) -> str:
@@ -76,11 +76,10 @@ def _roles(data: Dataset) -> str:
     return f", no message has the role assistant (found: {', '.join(f'{role} {number}' for role, number in roles.items())})"
 
 
-def _source(c: TrainConfig, data: Dataset, stream: Stream, held_out: bool = False) -> Samples:
+def _source(c: TrainConfig, data: Dataset, stream: Stream, validation: bool = False) -> Samples:
     if stream.masked and not stream.has_targets():
-        where = "validation set" if held_out else "data"
         raise UserError(
-            f"no token of the {where} contributes to the loss: "
+            f"no token of the {'validation set' if validation else 'data'} contributes to the loss: "
             + ("--chatml_mask 1 finds no answer in it" if c.chatml_mask else f"its loss mask is all 0{_roles(data)}")
             + "; inspect the data with scripts/inspect_data.py"
         )
@@ -95,7 +94,7 @@ def _source(c: TrainConfig, data: Dataset, stream: Stream, held_out: bool = Fals
         return Documents(
             **common, min_tokens=c.min_ctx_len or max(1, c.ctx_len // 4), sequential=bool(c.doc_training_seq)
         )
-    if held_out:
+    if validation:
         return Contexts(**common)
     size = len(stream) - c.my_pile_shift
     prime = offsets.magic_prime(size, c.ctx_len) if c.magic_prime < 0 else c.magic_prime

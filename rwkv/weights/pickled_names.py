@@ -1,5 +1,5 @@
-"""What the names in the pickle of a checkpoint stand for: an allow-list of our own functions, which
-build plain data and descriptions of tensors.
+"""The allow-list of names in the pickle of a checkpoint, each with a function of this package that
+builds plain data or a description of a tensor.
 """
 
 import math

@@ -114,7 +114,7 @@ def _unwrap(value: Any, path: Path) -> dict[str, Tensor]:
         filled = [key for key in inside if _has_tensors(value[key])]
         if len(filled) > 1:
             raise UserError(
-                f"{path}: has tensors under {' and '.join(filled)}; save the one that you want to a file of its own, and use that file"
+                f"{path}: has tensors under {' and '.join(filled)}; save one of them to a separate file, and use that file"
             )
         if not inside:
             break

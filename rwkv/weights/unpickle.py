@@ -1,7 +1,7 @@
 """An unpickler that can only build plain data and descriptions of tensors.
 
 A pickle is a program for a stack machine that can import and call anything. This unpickler imports
-nothing: names (GLOBAL) are looked up in an allow-list of our own functions
+nothing: names (GLOBAL) are looked up in an allow-list of functions of this package
 (rwkv.weights.pickled_names), and any other name is an error. BUILD, which sets attributes, is
 accepted only for OrderedDicts and parameters, and ignored. Opcodes that torch.save does not write
 are errors.

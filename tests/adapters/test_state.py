@@ -72,7 +72,7 @@ def make(request, make_model):
 
 
 @pytest.mark.skipif(
-    bool(os.environ.get("PY")), reason="make was given a Python of its own, and installs no oracle beside it"
+    bool(os.environ.get("PY")), reason="make uses an existing Python, and does not install the oracle into it"
 )
 @pytest.mark.parametrize("of_v7", [False, True])
 def test_files_give_the_same_logits_in_pypi_rwkv(make_model, tmp_path, of_v7):
@@ -130,7 +130,7 @@ def test_gradients_match_float64(make, grad_cp):
 
 @pytest.mark.parametrize("grad_cp", [False, True])
 def test_packed_documents_equal_documents_apart(make, grad_cp):
-    """With reset, documents in one row give the logits and the gradient of rows of their own."""
+    """With reset, documents in one row give the logits and the gradient of separate rows."""
     model = attached(make())
     model.grad_cp = grad_cp
     trained = [model.get_parameter(name) for name in state.shapes_of(model.sizes)]

@@ -96,13 +96,15 @@ def test_field_of_the_records(evaluated, folder):
 
 
 def test_base_and_adapter_on_the_validation_set_of_a_run(evaluated, folder):
-    """The held-out documents, of which the answers count."""
+    """The validation documents, of which only the answers are scored."""
     flags = ["--model", folder / "base.pth", "--lora", folder / "run/rwkv-0.pth", "--run", folder / "run"]
     printed, found = evaluated(*flags)
     base, tuned = (model["all"] for model in found["models"])
     assert found["models"][1]["name"] == "+ rwkv-0.pth"
-    held = inputs.of_run(json.loads((folder / "run/run.json").read_text()), folder / "run")[0]
-    assert 0 < base["tokens"] == tuned["tokens"] == int(held.stream.read(0, len(held.stream)).loss_mask.sum())
+    validation = inputs.of_run(json.loads((folder / "run/run.json").read_text()), folder / "run")[0]
+    assert (
+        0 < base["tokens"] == tuned["tokens"] == int(validation.stream.read(0, len(validation.stream)).loss_mask.sum())
+    )
     assert base["documents"] < 12
     assert tuned["loss"] < base["loss"]
     assert f"{tuned['loss'] - base['loss']:+.4f}" in printed

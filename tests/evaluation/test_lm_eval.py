@@ -1,5 +1,5 @@
-"""lm-evaluation-harness on tasks made here, with local data, offline; skipped where it is not
-installed (make lm-eval).
+"""lm-evaluation-harness on small local tasks, offline; skipped if it is not installed (make
+lm-eval).
 """
 
 import functools

@@ -88,7 +88,7 @@ def test_documents_of_a_stream(make_stream):
     stream = make_stream([[1, 2, 0], [3, 0], [4, 5, 6, 0]], mask=[0, 1, 1, 1, 0, 0, 0, 1, 1])
     found = list(documents(stream))
     assert [document.ids.tolist() for document in found] == [[1, 2, 0], [3, 0], [4, 5, 6, 0]]
-    assert [document.counts.tolist() for document in found] == [
+    assert [document.loss_mask.tolist() for document in found] == [
         [False, True, True],
         [True, False],
         [False, False, True, True],

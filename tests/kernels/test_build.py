@@ -94,8 +94,10 @@ def test_compiles_within_register_budget(arch):
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
-@pytest.mark.parametrize("arch", [arch for arch in ARCHS if f"rwkv_sm_{arch}.cubin" in BUILT])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_cubin_contains_kernels(arch):
+    if f"rwkv_sm_{arch}.cubin" not in BUILT:
+        pytest.skip("built for this machine's GPUs only")
     path = build.folder() / f"rwkv_sm_{arch}.cubin"
     text = subprocess.run(["readelf", "-h", "-s", "-W", path], capture_output=True, text=True, check=True).stdout
     assert "NVIDIA CUDA architecture" in text
@@ -224,7 +226,7 @@ def test_loaded_library_not_rechecked(monkeypatch):
 
 @pytest.fixture
 def builds(tmp_path, monkeypatch):
-    """Use a copy of the compiled kernels, which a test may damage. A build restores the copy and
+    """Use a copy of the compiled kernels, which a test may corrupt. A build restores the copy and
     adds an entry to the returned list.
     """
     original, count = build.folder(), []

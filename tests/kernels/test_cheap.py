@@ -1,4 +1,6 @@
-"""Repeated operations (native.cheap): values and gradients of autograd, without saved results."""
+"""native.cheap has the values and gradients of autograd, and recomputes results instead of saving
+them.
+"""
 
 import pytest
 import torch

@@ -10,7 +10,7 @@ import pytest
 FOLDER = Path(sys.prefix) / "oracle"
 
 needs_oracle = pytest.mark.skipif(
-    bool(os.environ.get("PY")), reason="make was given a Python of its own, and installs no oracle beside it"
+    bool(os.environ.get("PY")), reason="make uses an existing Python, and does not install the oracle into it"
 )
 
 

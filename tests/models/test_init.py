@@ -46,11 +46,11 @@ def test_matrices_zero_or_orthogonal():
         for name in ("att.key", "att.receptance", "att.output", "ffn.value", "ffn.receptance"):
             assert not block.get_submodule(name).weight.any(), name
         for name, gain in gains.items():
-            columns(block.get_submodule(name).weight, gain)
-    columns(model.head.weight, 0.5 * math.sqrt(100 / 8))
+            assert_orthogonal_columns(block.get_submodule(name).weight, gain)
+    assert_orthogonal_columns(model.head.weight, 0.5 * math.sqrt(100 / 8))
 
 
-def columns(weight, gain):
+def assert_orthogonal_columns(weight, gain):
     """W, with more rows than columns, is orthogonal: WᵀW = gain² I."""
     torch.testing.assert_close(
         weight.t() @ weight, gain**2 * torch.eye(weight.shape[1]), rtol=1e-4, atol=1e-4

@@ -1,5 +1,5 @@
-"""RWKV-5.2, 6 and 7 against PyPI's `rwkv`, float64 loops written from their descriptions, and
-themselves evaluated in other ways.
+"""RWKV-5.2, 6 and 7 match PyPI's `rwkv` and float64 loops written from their descriptions; token by
+token, in chunks and with packed documents they compute the same.
 """
 
 import json
@@ -17,19 +17,21 @@ from rwkv.models import RWKV, version
 # torch 1.13's load has no mmap
 PROGRAM = """
 import json, os, sys, torch
-os.environ |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": sys.argv[5]}
+os.environ |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": sys.argv[4]}
 load = torch.load
 torch.load = lambda *a, mmap=None, **k: load(*a, **k)
 sys.path.insert(0, sys.argv[1])
 from rwkv.model import RWKV
-model, tokens = RWKV(sys.argv[2], "cpu fp32"), json.loads(sys.argv[4])
-whole, last = model.forward(list(tokens), None, full_output=True)
-state, single = None, []
-for token in tokens:
-    logits, state = model.forward([token], state)
-    single.append(logits.clone())
-whole = torch.stack(whole) if isinstance(whole, list) else whole
-torch.save([whole, last, torch.stack(single), state], sys.argv[3])
+tokens = json.loads(sys.argv[3])
+for path in sys.argv[5:]:
+    model = RWKV(path, "cpu fp32")
+    whole, last = model.forward(list(tokens), None, full_output=True)
+    state, single = None, []
+    for token in tokens:
+        logits, state = model.forward([token], state)
+        single.append(logits.clone())
+    whole = torch.stack(whole) if isinstance(whole, list) else whole
+    torch.save([whole, last, torch.stack(single), state], f"{sys.argv[2]}/{os.path.basename(path)}.out")
 """
 LOOPS = {"5.2": v5_loop.forward, "6": v6_loop.forward, "7": v7_loop.forward}
 UNUSUAL = {"n_layer": 3, "n_embd": 48, "dim_att": 64, "head_size": 32, "dim_ffn": 80}
@@ -60,25 +62,29 @@ def tokens(batch=2, length=37, vocab=50):
 
 
 @needs_oracle
-# the oracle recognises RWKV-5 from the second block on
-@pytest.mark.parametrize(("number", "n_layer"), [("5.2", 2), ("6", 1), ("6", 3), ("7", 1), ("7", 3)])
-def test_logits_and_states_match_pypi_rwkv(make, tmp_path, number, n_layer):
-    model = make(number, {"n_layer": n_layer, "n_embd": 128, "head_size": 64}).eval()
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    torch.save(weights, tmp_path / "model.pth")
+# the oracle recognises RWKV-5 from the second block on, and a process of it runs RWKV-7 or others
+@pytest.mark.parametrize("cases", [[("5.2", 2), ("6", 1), ("6", 3)], [("7", 1), ("7", 3)]], ids=str)
+def test_logits_and_states_match_pypi_rwkv(make, tmp_path, cases):
+    models = {}
+    for number, n_layer in cases:
+        model = make(number, {"n_layer": n_layer, "n_embd": 128, "head_size": 64}).eval()
+        path = tmp_path / f"{number}-{n_layer}"
+        torch.save({name: parameter.detach() for name, parameter in model.named_parameters()}, f"{path}.pth")
+        models[path] = model
     ids = tokens(1, 20)[0].tolist()
-    ask(PROGRAM, tmp_path / "model", tmp_path / "out.pt", json.dumps(ids), int(number == "7"))
-    whole, last, single, state = torch.load(tmp_path / "out.pt")
-    with torch.no_grad():
-        logits, ours = model(torch.tensor([ids]))
-    for found in (whole, single):
-        torch.testing.assert_close(logits[0], found, rtol=1e-4, atol=1e-4)  # fp32, different order of sums
-    for other in (last, state):
-        assert len(other) == 3 * n_layer
-        for mine, found in zip((t for block in ours for t in block), other, strict=True):
-            # WKV states of RWKV-5 and 6 reach 100; their small elements are differences
-            scale = 1.0 if number == "7" else max(1.0, float(found.abs().max()) / 10)
-            torch.testing.assert_close(mine[0], found.view_as(mine[0]), rtol=1e-4, atol=1e-4 * scale)
+    ask(PROGRAM, tmp_path, json.dumps(ids), int(cases[0][0] == "7"), *models)
+    for path, model in models.items():
+        whole, last, single, state = torch.load(f"{path}.out")
+        with torch.no_grad():
+            logits, ours = model(torch.tensor([ids]))
+        for found in (whole, single):
+            torch.testing.assert_close(logits[0], found, rtol=1e-4, atol=1e-4)  # fp32, different order of sums
+        for other in (last, state):
+            assert len(other) == 3 * model.sizes.n_layer
+            for mine, found in zip((t for block in ours for t in block), other, strict=True):
+                # WKV states of RWKV-5 and 6 reach 100; their small elements are differences
+                scale = 1.0 if cases[0][0] == "7" else max(1.0, float(found.abs().max()) / 10)
+                torch.testing.assert_close(mine[0], found.view_as(mine[0]), rtol=1e-4, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize(("number", "sizes"), SIZES, ids=str)
@@ -112,11 +118,11 @@ def test_token_by_token_matches_parallel(make, number, sizes):
         for t in range(37):
             logits, state = model(tokens()[:, t : t + 1], state)
             rows.append(logits)
-        pieces, half = [], None
-        for piece in tokens().split([11, 26], 1):
-            logits, half = model(piece, half)
-            pieces.append(logits)
-    for found, end in ((rows, state), (pieces, half)):
+        chunks, chunk_state = [], None
+        for chunk in tokens().split([11, 26], 1):
+            logits, chunk_state = model(chunk, chunk_state)
+            chunks.append(logits)
+    for found, end in ((rows, state), (chunks, chunk_state)):
         torch.testing.assert_close(torch.cat(found, 1), parallel, rtol=1e-4, atol=1e-4)  # fp32 matmuls of other shapes
         for ours, theirs in zip(end, last, strict=True):
             torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-4, atol=1e-4)
@@ -155,14 +161,14 @@ def test_packed_documents_match_separate_documents(make, number, sizes, grad_cp)
     packed.grad_cp = grad_cp
     logits, state = packed(tokens(), reset=reset)
     (logits * weights).sum().backward()
-    for row, parts in enumerate(lengths):
+    for row, in_row in enumerate(lengths):
         begin = 0
-        for length in parts:
-            piece = slice(begin, begin + length)
-            single, last = separate(tokens()[row : row + 1, piece])
+        for length in in_row:
+            document = slice(begin, begin + length)
+            single, last = separate(tokens()[row : row + 1, document])
             # fp32 matmuls of other shapes
-            torch.testing.assert_close(logits[row, piece], single[0], rtol=1e-4, atol=1e-4)
-            (single[0] * weights[row, piece]).sum().backward()
+            torch.testing.assert_close(logits[row, document], single[0], rtol=1e-4, atol=1e-4)
+            (single[0] * weights[row, document]).sum().backward()
             begin += length
         for ours, theirs in zip(state, last, strict=True):
             torch.testing.assert_close([x[row] for x in ours], [x[0] for x in theirs], rtol=1e-4, atol=1e-4)

@@ -18,21 +18,24 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 from rwkv7_hf.converter import infer_config, translate_name
 from rwkv7_hf.modeling_rwkv7 import RWKV7ForCausalLM
-weights, ids, factors = torch.load(sys.argv[2])
-config = infer_config(weights, "float32", "reference", False)
-config.use_cache = False
-model = RWKV7ForCausalLM(config).train()
-theirs, ours = dict(model.named_parameters()), {}
-for name, weight in weights.items():
-    other, transposed = translate_name(name, config.num_hidden_layers)
-    ours[name] = (theirs.pop(other), transposed)
-    target = ours[name][0]
-    target.data.copy_((weight.t() if transposed else weight).reshape(target.shape))
-assert not theirs, theirs.keys()
-logits = model(input_ids=ids).logits
-(logits * factors).sum().backward()
-gradients = {name: p.grad.t() if transposed else p.grad for name, (p, transposed) in ours.items()}
-torch.save([logits.detach(), {name: grad.reshape(weights[name].shape) for name, grad in gradients.items()}], sys.argv[3])
+cases, ids, factors = torch.load(sys.argv[2])
+found = []
+for weights in cases:
+    config = infer_config(weights, "float32", "reference", False)
+    config.use_cache = False
+    model = RWKV7ForCausalLM(config).train()
+    theirs, ours = dict(model.named_parameters()), {}
+    for name, weight in weights.items():
+        other, transposed = translate_name(name, config.num_hidden_layers)
+        ours[name] = (theirs.pop(other), transposed)
+        target = ours[name][0]
+        target.data.copy_((weight.t() if transposed else weight).reshape(target.shape))
+    assert not theirs, theirs.keys()
+    logits = model(input_ids=ids).logits
+    (logits * factors).sum().backward()
+    gradients = {name: p.grad.t() if transposed else p.grad for name, (p, transposed) in ours.items()}
+    found.append([logits.detach(), {name: grad.reshape(weights[name].shape) for name, grad in gradients.items()}])
+torch.save(found, sys.argv[3])
 """
 
 
@@ -46,23 +49,23 @@ def tokens(batch=2, length=37, vocab=50):
 
 
 @needs_oracle
-@pytest.mark.parametrize("sizes", [{"n_layer": 1}, {"n_layer": 3, "rank_w": 8, "rank_a": 16, "rank_v": 24}], ids=str)
-def test_logits_and_gradients_match_rwkv7_hf(make, tmp_path, sizes):
-    model = make(**sizes, n_embd=128, head_size=64, dim_ffn=320)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+def test_logits_and_gradients_match_rwkv7_hf(make, tmp_path):
+    sizes = ({"n_layer": 1}, {"n_layer": 3, "rank_w": 8, "rank_a": 16, "rank_v": 24})
+    models = [make(**one, n_embd=128, head_size=64, dim_ffn=320) for one in sizes]
+    cases = [{name: parameter.detach() for name, parameter in model.named_parameters()} for model in models]
     ids = 1 + tokens(2, 20, 49)  # theirs pads with token 0, whose embedding has no gradient
     factors = torch.randn(2, 20, 50, generator=torch.Generator().manual_seed(2))
-    torch.save([weights, ids, factors], tmp_path / "in.pt")
+    torch.save([cases, ids, factors], tmp_path / "in.pt")
     ask(PROGRAM_HF, tmp_path / "in.pt", tmp_path / "out.pt")
-    logits, gradients = torch.load(tmp_path / "out.pt")
-    ours = model(ids)[0]
-    torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-4)  # fp32, different order of sums
-    (ours * factors).sum().backward()
-    assert gradients.keys() == weights.keys()
-    for name, parameter in model.named_parameters():
-        # relative to the largest element: small ones are differences of large ones
-        error = float((parameter.grad - gradients[name]).abs().max())
-        assert error <= 5e-5 * float(gradients[name].abs().max().clamp_min(1)), f"{name}: {error}"
+    for model, (logits, gradients) in zip(models, torch.load(tmp_path / "out.pt"), strict=True):
+        ours = model(ids)[0]
+        torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-4)  # fp32, different order of sums
+        (ours * factors).sum().backward()
+        assert gradients.keys() == dict(model.named_parameters()).keys()
+        for name, parameter in model.named_parameters():
+            # relative to the largest element: small ones are differences of large ones
+            error = float((parameter.grad - gradients[name]).abs().max())
+            assert error <= 5e-5 * float(gradients[name].abs().max().clamp_min(1)), f"{name}: {error}"
 
 
 def test_rwkv7_is_recognised_by_the_oracle_keys(make):

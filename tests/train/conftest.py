@@ -1,4 +1,4 @@
-"""Training in tests writes loss.png without drawing it, which takes longer than the few steps of
+"""Training in tests creates loss.png without drawing it, which takes longer than the few steps of
 most runs.
 """
 
@@ -6,25 +6,25 @@ from unittest import mock
 
 import pytest
 
-from rwkv import plots
 from rwkv.config import TrainConfig
 from rwkv.data.binidx_writer import writer
+from rwkv.train.callbacks import metrics
 from rwkv.train.fit import fit
 from tests.train import finished_run
 
-_SAVE = plots.save
+_PLOT = metrics.plot
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _drawing_off():
-    with mock.patch.object(plots, "save", lambda figure, image: image.touch()):
+    with mock.patch.object(metrics, "plot", lambda curve, image, title: image.touch()):
         yield
 
 
 @pytest.fixture
 def drawing(monkeypatch):
     """Draw loss.png."""
-    monkeypatch.setattr(plots, "save", _SAVE)
+    monkeypatch.setattr(metrics, "plot", _PLOT)
 
 
 @pytest.fixture(scope="module")

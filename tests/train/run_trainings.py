@@ -15,11 +15,12 @@ from pathlib import Path
 
 import cuda_on_cpu
 
-from rwkv import compat, plots
+from rwkv import compat
 from rwkv.config import LoRAConfig, StateConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.train import fit as training
 from rwkv.train import resolve
+from rwkv.train.callbacks import metrics
 from rwkv.train.runtime import strategy
 
 
@@ -97,7 +98,7 @@ if __name__ == "__main__":
     gc.collect()
     gc.freeze()  # ZeRO-3 collects garbage five times a run, which otherwise takes most of its time
     strategy.ZeroStrategy = RecordingStrategy
-    plots.save = lambda figure, image: None  # drawing takes longer than training
+    metrics.plot = lambda curve, image, title: None  # drawing takes longer than training
     leave, strategy.leave_process_group = strategy.leave_process_group, lambda: None  # shared by all trainings
     for kind, flags in json.loads(Path(sys.argv[1]).read_text()):
         train(kind, flags)

@@ -20,11 +20,27 @@ SMALL = {
     "accelerator": "cpu",
     "precision": "fp32",
 }
+ONE_LAYER = {
+    "n_layer": 1,
+    "version": "4",
+    "n_embd": 8,
+    "ctx_len": 8,
+    "micro_bsz": 2,
+    "epoch_steps": 2,
+    "epoch_count": 1,
+    "random_seed": 1,
+    "accelerator": "cpu",
+    "precision": "fp32",
+}
 TUNE = {key: value for key, value in SMALL.items() if key not in ("version", "n_layer", "n_embd", "vocab_size")}
 
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [line["loss"] for line in lines(folder)]
 
 
 def poisoned(make_base, tmp_path):

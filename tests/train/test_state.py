@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from rwkv import adapter_files, plots
+from rwkv import adapter_files
 from rwkv.adapters import state
 from rwkv.checkpoint import load_model, read_manifest, read_tensors
 from rwkv.config import LoRAConfig, StateConfig, TrainConfig
@@ -26,11 +26,6 @@ RUN = {
     "precision": "fp32",
     "doc_sep": 7,  # of random ids: documents inside the contexts
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    monkeypatch.setattr(plots, "save", lambda figure, image: None)  # drawing takes longer than training
 
 
 @pytest.fixture
@@ -83,7 +78,7 @@ def test_resumed_run_matches_uninterrupted(flags, tmp_path):
 
 
 def test_lora_with_state(flags, tmp_path):
-    """`state` is a part of an adapter; an adapter without it goes on with an empty one."""
+    """`state` is a part of an adapter; an adapter without it is continued with an empty state."""
     common = {**flags, "lora_dropout": 0.0, "lr_init": 1e-2}
     first = fit(LoRAConfig(**common, proj_dir=str(tmp_path / "a"), lora_parts="att", max_steps=2))
     second = LoRAConfig(

@@ -29,16 +29,6 @@ def pieces(op, tensors, cuts):
         yield [x[:, i:j] for x in tensors[: op.by_token]] + list(tensors[op.by_token :])
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
-def vectors(request):
-    """Run the CPU kernels with vectors of this width, if the CPU has them."""
-    if torch.ops.rwkv.cpu_vectors(request.param) != request.param:
-        torch.ops.rwkv.cpu_vectors("")
-        pytest.skip("this CPU has no such vectors")
-    yield request.param
-    torch.ops.rwkv.cpu_vectors("")
-
-
 @pytest.mark.parametrize("size", [16, 48, 64, 256])
 def test_vector_widths_match_reference(op, vectors, size):
     op.check(op.inputs(2, 19, 2, size), states(2, 2, size), starts(2, 19))

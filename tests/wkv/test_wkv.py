@@ -95,16 +95,6 @@ def test_accuracy_check_detects_errors(name, scale):
             assert_close(slow | {name: wrong}, slow, truth, arguments)
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
-def vectors(request):
-    """Run the CPU kernels with vectors of this width, if the CPU has them."""
-    if torch.ops.rwkv.cpu_vectors(request.param) != request.param:
-        torch.ops.rwkv.cpu_vectors("")
-        pytest.skip("this CPU has no such vectors")
-    yield request.param
-    torch.ops.rwkv.cpu_vectors("")
-
-
 @pytest.mark.parametrize("shape", [(1, 5, 1), (2, 33, 31), (1, 40, 33), (2, 17, 96), (1, 20, 768)])
 def test_vector_widths_match_reference(vectors, shape):
     arguments = inputs(*shape)

@@ -69,9 +69,8 @@ def _reason(text: str, error: json.JSONDecodeError) -> str:
     before = text[:at].rstrip()[-1:]
     if not stripped.strip("\0"):
         return f"{len(stripped):,} NUL bytes, as left by a crash or a full disk; remove the line"
-    for begin, what in _FOREIGN:
-        if stripped.startswith(begin):
-            return what
+    if stripped.lower().startswith(("<!doctype", "<html")):
+        return "a web page, not JSON; download the file itself"
     if stripped.startswith("\ufeff"):
         return "a byte order mark (U+FEFF) at the start of the line, as left by joining files; remove it"
     if "\r" in stripped and "\n" not in stripped and msg in ("Extra data", "Expecting value"):
@@ -113,13 +112,6 @@ def likely_cause(text: str, at: int, msg: str) -> str:
     if msg.startswith("Expecting ',' delimiter"):
         return f'unexpected text after a value: {text[at : at + 20]!r}; a " inside a string must be written \\"'
     return ""
-
-
-_FOREIGN = (
-    ("<!DOCTYPE", "a web page, not JSON; download the file itself"),
-    ("<!doctype", "a web page, not JSON; download the file itself"),
-    ("<html", "a web page, not JSON; download the file itself"),
-)
 
 
 _MAGIC = (

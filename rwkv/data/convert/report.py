@@ -32,9 +32,9 @@ def lines(counts: Counter, documents: int, tokens: int, masked: bool) -> list[st
     schemas = _of(counts, "schema")
     if masked or set(schemas) - {"text"}:
         found.append(f"records:  {_listed(schemas)}")
-    if spoken := _of(counts, "role"):
+    if by_role := _of(counts, "role"):
         found.append(
-            "roles:    " + ", ".join(f"{role} {number:,}{_named(counts, role)}" for role, number in spoken.items())
+            "roles:    " + ", ".join(f"{role} {number:,}{_named(counts, role)}" for role, number in by_role.items())
         )
     if masked:
         trained, untrained = counts["trained", ""], counts["untrained", ""]
@@ -45,9 +45,9 @@ def lines(counts: Counter, documents: int, tokens: int, masked: bool) -> list[st
             f"note: documents without turns such as User: and Assistant:, which contribute to the loss as a whole: {plain:,}"
         )
     found += [f"note: {remark}: {number:,}" for remark, number in _of(counts, "remark").items()]
-    for whole in ("records", "messages"):
-        if unused := _second(counts, "unused", whole):
-            found.append(f"note: fields of {whole} that were not converted: {_shortened(unused)}")
+    for level in ("records", "messages"):
+        if unused := _second(counts, "unused", level):
+            found.append(f"note: fields of {level} that were not converted: {_shortened(unused)}")
     found += [f"note: skipped {why}: {number:,}" for why, number in _of(counts, "skipped").items()]
     found += [f"warning: {warning}: {number:,}" for warning, number in _of(counts, "warning").items()]
     if masked and documents and counts["untrained", ""] >= _WARN_SHARE * documents:
@@ -69,21 +69,21 @@ def summary(counts: Counter) -> dict[str, Any]:
 
 def add_summaries(summaries: Iterable[Any]) -> dict[str, Any]:
     """Sum of the summaries of several conversions."""
-    whole: dict[str, Any] = summary(Counter())
+    total: dict[str, Any] = summary(Counter())
     for added in summaries:
         for name, value in added.items() if isinstance(added, dict) else ():
             if isinstance(value, dict):
-                whole[name] = dict(Counter(whole.get(name, {})) + Counter(value))
+                total[name] = dict(Counter(total.get(name, {})) + Counter(value))
             else:
-                whole[name] = whole.get(name, 0) + value
-    return whole
+                total[name] = total.get(name, 0) + value
+    return total
 
 
 def _untrained(counts: Counter, documents: int) -> str:
-    untrained, spoken = counts["untrained", ""], _of(counts, "role")
+    untrained, by_role = counts["untrained", ""], _of(counts, "role")
     text = f"{untrained:,} of {documents:,} documents contain no token that contributes to the loss; nothing is learned from them"
-    if spoken and roles.ASSISTANT not in spoken:
-        return f"{text}: no message has the role assistant (found: {_listed(spoken)})"
+    if by_role and roles.ASSISTANT not in by_role:
+        return f"{text}: no message has the role assistant (found: {_listed(by_role)})"
     return f"{text}: they have no answer, or only answers with weight 0"
 
 

@@ -85,7 +85,8 @@ class Template:
         )
         given = [self._as_variables(message) for message in messages]
         if self._built_in:
-            return _joined(messages, [self._built_in(shown) for shown in given])
+            last = max((i for i, message in enumerate(messages) if message.role == roles.ASSISTANT), default=-1)
+            return _joined(messages, [self._built_in(shown, i == last) for i, shown in enumerate(given)])
         try:
             with bounded():
                 text = self._template.render(messages=given, tools=conversation.tools or None)
@@ -142,33 +143,37 @@ def _with_tools(conversation: Conversation) -> list[Message]:
     return [Message(roles.SYSTEM, text), first, *rest]
 
 
-def _world(message: dict[str, Any]) -> tuple[str, str, str]:
+def _world(message: dict[str, Any], last: bool) -> tuple[str, str, str]:
     """A turn in the World models' format: (before the message, message with its end marker, after).
     A blank line ends a turn.
+
+    Args:
+        last: whether it is the assistant's last message.
     """
     return f"{message['role'].capitalize()}:", f" {roles.fold(message['content'])}\n\n", ""
 
 
-def _g1(message: dict[str, Any]) -> tuple[str, str, str]:
+def _g1(message: dict[str, Any], last: bool) -> tuple[str, str, str]:
     """A turn in the format of the RWKV-7 G1 models (RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt), as
     `_world`.
 
-    Answers begin with thoughts. Where the data has none they are empty, and as generation inserts
-    empty thoughts (--think fast), they do not contribute to the loss. The models know the roles
-    system, user and assistant; results of tools are messages of the user.
+    Answers begin with the thoughts that the data has. If the last answer has none, empty thoughts
+    precede it; they do not contribute to the loss, because generation inserts them (--think fast).
+    As in generation, earlier answers have no empty thoughts. The models know the roles system, user
+    and assistant; results of tools are messages of the user.
     """
     role, content = message["role"], roles.fold(message["content"])
     if role == roles.TOOL:
         return "User:", f" <tool_response>\n{content}\n</tool_response>\n\n", ""
-    if role != roles.ASSISTANT or content.startswith("<think>"):
-        return _world(message)
     thoughts = roles.fold(message.get("reasoning_content", ""))
+    if role != roles.ASSISTANT or content.startswith("<think>") or not (thoughts or last):
+        return _world(message, last)
     # the last ">" belongs to the next token, as in rwkv/text_stream.py
     opening = "Assistant: <think" if thoughts else "Assistant: <think>\n</think"
     return opening, (f">\n{thoughts}\n</think>" if thoughts else ">") + f"\n{content}\n\n", ""
 
 
-def _chatml(message: dict[str, Any]) -> tuple[str, str, str]:
+def _chatml(message: dict[str, Any], last: bool) -> tuple[str, str, str]:
     """A turn in ChatML, as `_world`."""
     if found := _MARKS.search(message["content"]):
         raise BadRecord(f"a message contains {found[0]}, which separates messages in chatml")

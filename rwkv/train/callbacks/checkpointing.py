@@ -131,7 +131,7 @@ class Checkpointer(pl.Callback):
             self._metrics.read(trainer, module)  # raises if the step must not be saved
         name = checkpoint_name(c, step) or (FINAL if trainer.should_stop else "")
         # save the state first: if the run is killed before saving the checkpoint,
-        # `write_missing_checkpoint` writes it on resume
+        # `write_missing_checkpoints` writes it on resume
         if name or step >= self._next:
             started = time.perf_counter()
             self._inputs.check()

@@ -100,7 +100,7 @@ class MemoryMonitor(pl.Callback):
         """The peak since the last call, in bytes."""
         if self._device.type != "cuda":
             return machine.rss_peak(restart=True)
-        # what a graph's pool holds is not counted as allocated
+        # memory in the pool of a CUDA graph does not count as allocated
         peak = (torch.cuda.max_memory_reserved if self.plan.graph else torch.cuda.max_memory_allocated)(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         return peak

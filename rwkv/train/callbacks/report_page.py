@@ -52,7 +52,7 @@ class ReportPage(pl.Callback):
         monitor: MemoryMonitor,
         data: Dataset,
         training: Samples,
-        held_out: ValidationSamples | None,
+        validation_samples: ValidationSamples | None,
         vocabulary: Vocabulary,
         model: RWKV,
     ):
@@ -61,7 +61,7 @@ class ReportPage(pl.Callback):
         self._training, self._step = training, schedule.first_step(config)
         self._next, self._started = 0.0, False
         self._examples: list[Example] | None = None
-        self._data = _about_data(data, training, held_out, vocabulary)
+        self._data = _about_data(data, training, validation_samples, vocabulary)
         self._size = _about_model(model)
 
     def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
@@ -141,7 +141,7 @@ def repeat(c: TrainConfig) -> str:
 
 
 def _about_data(
-    data: Dataset, training: Samples, held_out: ValidationSamples | None, vocabulary: Vocabulary
+    data: Dataset, training: Samples, validation_samples: ValidationSamples | None, vocabulary: Vocabulary
 ) -> list[tuple[str, str]]:
     found = provenance.read(data.prefix)
     names = ", ".join(source["path"] for source in (found or {}).get("sources", [])[:5])
@@ -149,7 +149,7 @@ def _about_data(
         ("source", f"{data.prefix}" + (f" ({names})" if names else "")),
         ("documents", f"{len(data):,}"),
         ("tokens", f"{len(training.stream):,}"),
-        ("validation tokens", f"{len(held_out.source.stream):,}" if held_out else ""),
+        ("validation tokens", f"{len(validation_samples.source.stream):,}" if validation_samples else ""),
         ("tokenizer", vocabulary.name),
     ]
 

@@ -3,6 +3,7 @@ resumes it with the same settings.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -87,6 +88,7 @@ def data_files(data: dict[str, Any]) -> list[tuple[Path, str]]:
     return files + ([(mask_path(prefix), data["mask_sha256"])] if data["mask_sha256"] else [])
 
 
+@functools.cache  # of the code that this process runs
 def _revision() -> str | None:
     """The program's git commit, followed by + if there are uncommitted changes; None without
     git.
@@ -101,6 +103,7 @@ def _revision() -> str | None:
     return found[0].stdout.strip() + ("+" if found[1].stdout else "")
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     packages = ("torch", "pytorch-lightning", "deepspeed", "numpy")
     found = {
@@ -212,7 +215,7 @@ def flags_of(run: dict[str, Any]) -> TrainConfig:
 def _compared(run: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that determine its steps."""
     flags, c = run["flags"], flags_of(run)
-    lora, held = bool(flags.get("lora")), run.get("validation")
+    lora, validation = bool(flags.get("lora")), run.get("validation")
     kept = {
         f"--{key}": value
         for key, value in flags.items()
@@ -233,11 +236,11 @@ def _compared(run: dict[str, Any]) -> dict[str, Any]:
         "--precision": run["precision"],
         "base model (SHA-256)": (run["base"] or {}).get("sha256"),
         # a validation set may be added or removed; with another one, losses would not be comparable
-        **({"validation set (SHA-256, bytes)": (held["sha256"], held["bytes"])} if held else {}),
+        **({"validation set (SHA-256, bytes)": (validation["sha256"], validation["bytes"])} if validation else {}),
     }
-    if held and "index_sha256" in held:
-        found["validation documents, in the index (SHA-256)"] = held["index_sha256"]
-        found["validation loss mask (SHA-256)"] = held["mask_sha256"]
+    if validation and "index_sha256" in validation:
+        found["validation documents, in the index (SHA-256)"] = validation["index_sha256"]
+        found["validation loss mask (SHA-256)"] = validation["mask_sha256"]
     if "adapter" in run:
         found[f"--{'lora' if lora else 'state'}_load (SHA-256)"] = (run["adapter"] or {}).get("sha256")
     if source := run.get("source"):

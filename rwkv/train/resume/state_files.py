@@ -47,14 +47,14 @@ def write(run: Path, state: State) -> Path:
         UserError: the disk is full; earlier states are unchanged.
     """
     path = folder_of(run) / f"step-{state.step}.pt"
-    shell, tensors = split(vars(state))
+    values, tensors = split(vars(state))
     with atomic_write(path) as temporary:
         # as text, because the restricted loader of torch 1.13.1 does not support floats
-        checkpoint.save({"format": FORMAT, "tensors": tensors, "text": json.dumps(shell)}, temporary)
+        checkpoint.save({"format": FORMAT, "tensors": tensors, "text": json.dumps(values)}, temporary)
     for old in states(run)[KEPT:]:
         old.unlink()
-    for left in folder_of(run).glob(".step-*.tmp"):
-        for stale in stale_temporaries(left.with_name(left.name[1:].rsplit(".", 2)[0])):
+    for other in folder_of(run).glob(".step-*.tmp"):
+        for stale in stale_temporaries(other.with_name(other.name[1:].rsplit(".", 2)[0])):
             stale.unlink(missing_ok=True)
     return path
 

@@ -2,8 +2,8 @@
 MPI.
 
 Lightning takes the number of processes and ranks from these variables, and does not compare them
-with --devices and --num_nodes. With another number, every process would train alone, or wait for
-processes that nobody starts.
+with --devices and --num_nodes. If the numbers differ, every process would train alone, or wait for
+processes that are never started.
 """
 
 import os
@@ -15,12 +15,12 @@ _ADVICE = "start the run with scripts/launch.sh (its --help has a line for each 
 
 
 def check(c: TrainConfig) -> None:
-    """Check that a launcher started as many processes as the flags say. Called before the rank is
-    used.
+    """Check that a launcher started as many processes as the flags specify. Called before the rank
+    is used.
 
     Without a launcher Lightning starts the processes. A Slurm allocation with one process (sbatch
-    or salloc without srun, or one task) is no launcher; Lightning would take it for one, so the job
-    is marked as interactive.
+    or salloc without srun, or one task) is no launcher, but Lightning would treat it as one, so the
+    job is marked as interactive.
 
     Raises:
         UserError: the numbers differ, or the ranks of the processes are unknown.
@@ -37,7 +37,7 @@ def check(c: TrainConfig) -> None:
         if "WORLD_SIZE" in os.environ:
             _compare(c, "the environment", "WORLD_SIZE")
     elif _number("OMPI_COMM_WORLD_SIZE") > 1 or _number("PMI_SIZE") > 1:
-        raise UserError(f"mpirun gives the processes no ranks that PyTorch knows; {_ADVICE}")
+        raise UserError(f"mpirun does not set the ranks that PyTorch reads (RANK, WORLD_SIZE); {_ADVICE}")
     elif _number("WORLD_SIZE") > 1 or _number("RANK", 0) > 0:
         given = ", ".join(f"{name}={os.environ[name]}" for name in ("WORLD_SIZE", "RANK") if name in os.environ)
         raise UserError(

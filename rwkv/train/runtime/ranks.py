@@ -31,19 +31,20 @@ _RUNS = itertools.count()  # number of runs in this process
 # only, and those already resolved. If the launcher has no store (srun; torchrun --standalone of
 # torch 1.13.1), every rank draws a random seed; initial weights and data order are rank 0's.
 _OWN = {
-    *(
-        "proj_dir",
-        "data_file",
-        "val_file",
-        "load_model",
-        "lora_load",
-        "state_load",
-        "ds_config",
-        "wandb",
-        "tensorboard",
-        "overwrite",
-    ),
-    *("allow_changes", "accelerator", "auto", "random_seed"),
+    "accelerator",
+    "allow_changes",
+    "auto",
+    "data_file",
+    "ds_config",
+    "load_model",
+    "lora_load",
+    "overwrite",
+    "proj_dir",
+    "random_seed",
+    "state_load",
+    "tensorboard",
+    "val_file",
+    "wandb",
 }
 
 
@@ -140,12 +141,12 @@ def compare(mine: dict[str, Any]) -> None:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    for rank, theirs in enumerate(everyone):
+    all_facts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_facts, mine)
+    for rank, theirs in enumerate(all_facts):
         if wrong := [
             f"{key}: {theirs.get(key)}, rank 0: {value}"
-            for key, value in everyone[0].items()
+            for key, value in all_facts[0].items()
             if theirs.get(key) != value
         ]:
             strategy.leave_process_group()

@@ -16,6 +16,7 @@ from rwkv.data.convert.schemas import conversation
 from rwkv.data.convert.template import Template
 from rwkv.errors import UserError
 from rwkv.generate import question
+from rwkv.serve import messages
 from rwkv.text_stream import OPENING
 
 OPENAI = {
@@ -110,15 +111,23 @@ def test_g1():
         "System: Be brief.\n\nUser: 1+1?\n\nAssistant: <think⟦>\none\nand one\n</think>\n2\n\n⟧"
         "User: 2+2?\n\nAssistant: <think>\n</think⟦>\n4\n\n⟧"
     )
+    assert marked(chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")), "g1") == (
+        "User: a\n\nAssistant:⟦ b\n\n⟧User: c\n\nAssistant: <think>\n</think⟦>\nd\n\n⟧User: e\n\n"
+    )
     thoughts_in_text = chat(("user", "q"), ("assistant", "<think>t</think>\na"))
     assert marked(thoughts_in_text, "g1") == marked(thoughts_in_text, "world")
 
 
 def test_g1_begins_as_generation_does():
-    """The untrained part before an answer is the prompt of generate --think full and fast."""
+    """The untrained part before an answer is the prompt of generate --think full and fast, and all
+    before the last answer is the prompt of the server.
+    """
     for think, turn in ("full", {"reasoning": "t", "content": "a"}), ("fast", "a"):
         (prompt, _), _answer = segments("g1", chat(("user", "q"), ("assistant", turn)))
         assert prompt == question("q") + OPENING[think]
+        several = chat(("system", "s"), ("user", "p"), ("assistant", "b"), ("user", "q"), ("assistant", turn))
+        *before, _answer = [text for text, _ in segments("g1", several)]
+        assert "".join(before) == "".join(messages.prompt(several["messages"][:-1], think))
 
 
 def test_g1_tools():
@@ -129,7 +138,7 @@ def test_g1_tools():
         ("assistant", "20."),
     )
     assert marked(record, "g1") == (
-        'User: how many?\n\nAssistant: <think>\n</think⟦>\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>\n\n⟧'
+        'User: how many?\n\nAssistant:⟦ <tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>\n\n⟧'
         "User: <tool_response>\n20\n</tool_response>\n\nAssistant: <think>\n</think⟦>\n20.\n\n⟧"
     )
 

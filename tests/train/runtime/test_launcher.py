@@ -70,8 +70,8 @@ INVALID = [
         "srun without --ntasks-per-node",
     ),
     ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, 1, r"the environment means 2 processes \(WORLD_SIZE\)"),
-    ({"OMPI_COMM_WORLD_SIZE": "2"}, 2, "mpirun gives the processes no ranks"),
-    ({"PMI_SIZE": "2"}, 1, "mpirun gives the processes no ranks"),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, 2, "mpirun does not set the ranks"),
+    ({"PMI_SIZE": "2"}, 1, "mpirun does not set the ranks"),
     ({"WORLD_SIZE": "2", "RANK": "0"}, 2, "WORLD_SIZE=2, RANK=0 in the environment .* LOCAL_RANK is not set"),
     ({"RANK": "1"}, 1, "RANK=1 in the environment"),
 ]

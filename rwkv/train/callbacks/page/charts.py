@@ -8,7 +8,7 @@ import numpy as np
 from rwkv.train.callbacks.curve import Curve, Series
 from rwkv.train.callbacks.page.texts import pair
 
-POINTS = 400  # at most, of a line
+POINTS = 400  # maximum number of points of a line
 _SMOOTH = 20  # the moving mean is over 1 / _SMOOTH of the run
 _CUT = 3  # the loss axis is cut if its full range is this many times that of the later steps
 
@@ -113,7 +113,7 @@ def _moving_mean(steps: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 def _near(size: float, measured: Series) -> bool:
-    """Whether a mark is near enough to the measured memory to be in one picture."""
+    """Whether a mark is near enough to the measured memory to be shown in the same chart."""
     return not measured.highs or size < 4 * max(measured.highs)
 
 
