@@ -1,6 +1,7 @@
 """The flags of every program, as typed dataclasses: name, type, default, help text."""
 
 from rwkv.config.conversion import ConvertConfig, InspectConfig
+from rwkv.config.preference import DPOConfig
 from rwkv.config.serving import ServeConfig
 from rwkv.config.tools import (
     DoctorConfig,
@@ -15,6 +16,7 @@ from rwkv.config.training import FinetuneConfig, LoRAConfig, StateConfig, TrainC
 
 __all__ = [
     "ConvertConfig",
+    "DPOConfig",
     "DoctorConfig",
     "EstimateConfig",
     "EvaluateConfig",

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from rwkv.config.objective import Objective
+
 
 @dataclass
 class Paths:
@@ -286,7 +288,7 @@ class Logging:
 
 
 @dataclass
-class TrainConfig(Logging, Machine, Optimizer, Validation, Documents, Sampling, Length, ModelSize, Paths):
+class TrainConfig(Logging, Machine, Optimizer, Validation, Documents, Sampling, Length, Objective, ModelSize, Paths):
     """Training."""
 
     @property
@@ -298,6 +300,11 @@ class TrainConfig(Logging, Machine, Optimizer, Validation, Documents, Sampling, 
     def world_size(self) -> int:
         """Number of processes, over all machines."""
         return self.devices * self.num_nodes
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of ctx_len tokens in a sample."""
+        return 2 if self.objective == "dpo" else 1
 
     @property
     def adapter(self) -> "LoRAConfig | None":
