@@ -31,7 +31,7 @@ endif
 TOOLS := .venv-tools
 CLEAN_DEMO := out/demo
 .DEFAULT_GOAL := help
-.PHONY: help venv env tools image test-image reproduce compose-env kernels lora state finetune pretrain convert inspect merge generate serve evaluate export doctor estimate model demo lm-eval test test-gpu gpu-report bench lint lock pin licenses sbom clean
+.PHONY: help venv env tools image test-image reproduce compose-env kernels lora state dpo finetune pretrain convert inspect merge generate serve evaluate export doctor estimate model demo lm-eval test test-gpu gpu-report bench lint lock pin licenses sbom clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,9 +80,10 @@ else
 	@$(JOB) $(PY) scripts/lora.py $(ARGS)
 endif
 
-state finetune pretrain convert generate serve evaluate export doctor estimate: venv
+state dpo finetune pretrain convert generate serve evaluate export doctor estimate: venv
 	@$(JOB) $(PY) scripts/$@.py $(ARGS)
 state:  ## state tuning: train only the state with which a model begins
+dpo:  ## preference tuning on chosen and rejected answers (LoRA)
 finetune:  ## full fine-tuning
 pretrain:  ## train a new model
 convert:  ## text and chats to binidx

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The image's entry point: entrypoint.sh JOB [FLAG...]. JOB is a script (lora state finetune pretrain convert
+# The image's entry point: entrypoint.sh JOB [FLAG...]. JOB is a script (lora state dpo finetune pretrain convert
 # inspect merge generate serve evaluate doctor ...), demo, test, shell, or any other command. `lora` without flags runs
 # the demo. Checks first, before torch is imported, whether the job can run, and prints what is wrong and
 # how to fix it. RWKV_ANYWAY=1: continue despite failed checks. RWKV_DEVICE=cpu: do not require a GPU.
@@ -91,7 +91,7 @@ shift || true
 python=${PYTHON:-python}
 help_requested() { [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; }
 case $job in
-  lora | state | finetune | pretrain | demo)
+  lora | state | dpo | finetune | pretrain | demo)
     if ! help_requested "$@"; then
       if needs_gpu "$@"; then check_gpu; fi
       check_shm

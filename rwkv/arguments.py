@@ -25,6 +25,7 @@ PROGRAMS = {
     "FinetuneConfig": "scripts/finetune.py",
     "StateConfig": "scripts/state.py",
     "LoRAConfig": "scripts/lora.py",
+    "DPOConfig": "scripts/dpo.py",
     "ConvertConfig": "scripts/convert.py",
     "InspectConfig": "scripts/inspect_data.py",
     "FetchConfig": "scripts/fetch.py",

@@ -1,5 +1,6 @@
 """README and docs: every command is valid, every link resolves, both languages say the same."""
 
+import json
 import re
 import shlex
 import shutil
@@ -8,18 +9,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rwkv import config
+from rwkv import checkpoint, config
 from rwkv.cli import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "README.zh.md", *(ROOT / "docs").rglob("*.md")])
 TRANSLATED = [("README.md", "README.zh.md")] + [
     (f"docs/{name}.md", f"docs/zh/{name}.md")
-    for name in "guide models recipes export state-tuning evaluation serving data-formats gpus-and-memory faq".split()
+    for name in "guide models recipes export state-tuning preference-tuning evaluation serving data-formats gpus-and-memory faq".split()
 ]
 CONFIGS = {
     "lora": config.LoRAConfig,
     "state": config.StateConfig,
+    "dpo": config.DPOConfig,
     "finetune": config.FinetuneConfig,
     "pretrain": config.TrainConfig,
     "convert": config.ConvertConfig,
@@ -107,7 +109,7 @@ def test_commands_parse_and_their_files_exist(page):
                 )
         if name == "convert" and values["output_prefix"]:
             existing.add(f"{values['output_prefix']}_text_document")
-        if name in ("lora", "state", "finetune", "pretrain"):
+        if name in ("lora", "state", "dpo", "finetune", "pretrain"):
             existing.add(f"{values['proj_dir']}/rwkv-{values['epoch_count'] - 1}.pth")
         if name == "model" and values["model"]:
             existing.add(f"models/{values['model']}.pth")
@@ -184,3 +186,24 @@ def test_guide_commands_run(script, tmp_path):
             ran.add(name)
     assert ran == {"convert", "inspect", "estimate"}
     assert (tmp_path / "out/example_text_mask.bin").stat().st_size > 0
+
+
+def test_preference_tuning_commands_run(script, make_model, tmp_path):
+    """All of them, with a small model instead of the demo's."""
+    (tmp_path / "data").mkdir()
+    shutil.copy(ROOT / "data/preferences.jsonl", tmp_path / "data")
+    (tmp_path / "out/demo").mkdir(parents=True)
+    checkpoint.save_model(tmp_path / "out/demo/tuned.pth", make_model(version="7", vocab_size=65536, n_embd=32), {})
+    ran = []
+    for words in commands(read("docs/preference-tuning.md")):
+        name, flags = job(words) or (words[1], [])
+        flags += ["--accelerator", "cpu", "--precision", "fp32"] if name == "dpo" else []
+        result = script(next((key for key, value in SCRIPTS.items() if value == name), name) + ".py", *flags)
+        ran.append(name)
+        if name == "inspect":
+            assert "pairs:      16, with answers of" in result.stdout
+        if name == "dpo":
+            assert "done:  loss 0.693 (first step)" in result.stdout
+    assert ran == ["convert", "inspect", "dpo", "generate", "estimate"]
+    lines = (tmp_path / "out/dpo/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[-1])["reward_margin"] > json.loads(lines[0])["reward_margin"]

@@ -10,17 +10,18 @@ import pytest
 from rwkv import checkpoint
 from rwkv.cards import memory_of_card
 from rwkv.cli import parse
-from rwkv.config import FinetuneConfig, LoRAConfig, StateConfig, TrainConfig
+from rwkv.config import DPOConfig, FinetuneConfig, LoRAConfig, StateConfig, TrainConfig
 from rwkv.data.binidx_writer import writer
 from rwkv.hub import known
 from rwkv.memory.estimate import estimate
 from rwkv.memory.plan import USABLE, plan_of
 from rwkv.train.callbacks import metrics
 from rwkv.train.fit import fit
+from tests import preference_pairs
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-CONFIGS = {"lora": LoRAConfig, "state": StateConfig, "finetune": FinetuneConfig}
+CONFIGS = {"lora": LoRAConfig, "state": StateConfig, "dpo": DPOConfig, "finetune": FinetuneConfig}
 HOST = {"cpu": 8}  # GB of memory, as the recipe's comment says
 
 
@@ -30,7 +31,7 @@ def heading(recipe: Path) -> str:
 
 
 def config_of(recipe: Path, *arguments: str) -> TrainConfig:
-    job = re.search(r"make (lora|state|finetune) ", heading(recipe))[1]
+    job = re.search(r"make (lora|state|dpo|finetune) ", heading(recipe))[1]
     return parse(CONFIGS[job], "", ["--config", str(recipe), *arguments])
 
 
@@ -42,13 +43,14 @@ def named(recipe: Path) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def small(make_model, tmp_path_factory):
-    """A small model, and a binidx of 400 documents with 40 tokens each."""
+    """A small model, a binidx of 400 documents with 40 tokens each, and one of preference pairs."""
     folder = tmp_path_factory.mktemp("small")
     model = make_model(version="7", n_layer=2, n_embd=64, head_size=64, vocab_size=256)
     checkpoint.save_model(folder / "base.pth", model, {})
     with writer(folder / "data") as out:
         for document in range(400):
             out.add([(document * 7 + token) % 255 + 1 for token in range(39)] + [0])
+    preference_pairs.write(folder / "pairs_text_document", preference_pairs.random_pairs(60))
     return folder
 
 
@@ -67,9 +69,10 @@ def test_recipe_fits_its_card(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_trains(recipe, small, tmp_path):
+    data = "pairs_text_document" if config_of(recipe).objective == "dpo" else "data"
     batches = 2 * config_of(recipe).accumulate_grad_batches
     config = replace(
-        config_of(recipe, "--data_file", str(small / "data")),
+        config_of(recipe, "--data_file", str(small / data)),
         load_model=str(small / "base.pth"),
         proj_dir=str(tmp_path / "run"),
         ctx_len=64,

@@ -2,6 +2,7 @@
 
 from rwkv.config.conversion import ConvertConfig, InspectConfig
 from rwkv.config.methods import FinetuneConfig, LoRAConfig, StateConfig, TrainConfig
+from rwkv.config.preference import DPOConfig
 from rwkv.config.serving import ServeConfig
 from rwkv.config.tools import (
     DoctorConfig,
@@ -15,6 +16,7 @@ from rwkv.config.tools import (
 
 __all__ = [
     "ConvertConfig",
+    "DPOConfig",
     "DoctorConfig",
     "EstimateConfig",
     "EvaluateConfig",

@@ -55,6 +55,7 @@ class ConvertConfig:
         "text",
         "messages",
         "moss",
+        "preference",
         "alpaca",
         "dolly",
         "firefly",
@@ -64,8 +65,10 @@ class ConvertConfig:
         "question_answer",
     ] = "auto"
     """Format of the records. auto: detected from the keys of the first records. text: only the text
-    under jsonl_keys. messages: conversations, as lists of {role, content} or {from, value}. alpaca
-    (also BELLE): instruction, input, output. The others have the keys in their name."""
+    under jsonl_keys. messages: conversations, as lists of {role, content} or {from, value}.
+    preference: prompt, chosen and rejected, as for DPO (scripts/dpo.py); every record becomes two
+    documents. alpaca (also BELLE): instruction, input, output. The others have the keys in their
+    name."""
     chat_template: str = ""
     """Template that turns conversations into text: world ("User: …", blank line, "Assistant: …";
     blank lines inside a message become line breaks), g1 (for RWKV-7 G1 models: answers begin with

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from rwkv.config.objective import Objective
 from rwkv.config.training import (
     Documents,
     Length,
@@ -19,7 +20,7 @@ from rwkv.config.training import (
 
 
 @dataclass
-class TrainConfig(Logging, Machine, Optimizer, Validation, Documents, Sampling, Length, ModelSize, Paths):
+class TrainConfig(Logging, Machine, Optimizer, Validation, Documents, Sampling, Length, Objective, ModelSize, Paths):
     """Training."""
 
     @property
@@ -31,6 +32,11 @@ class TrainConfig(Logging, Machine, Optimizer, Validation, Documents, Sampling, 
     def world_size(self) -> int:
         """Number of processes, over all machines."""
         return self.devices * self.num_nodes
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of ctx_len tokens in a sample."""
+        return 2 if self.objective == "dpo" else 1
 
     @property
     def adapter(self) -> "LoRAConfig | None":

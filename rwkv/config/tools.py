@@ -217,6 +217,8 @@ class EstimateConfig:
     """Hidden channels of the channel-mix. 0: 4 n_embd, in RWKV-5 and 6 3.5 n_embd."""
     method: Literal["lora", "state", "full"] = "lora"
     """lora: train an adapter; state: train the initial state; full: train all weights."""
+    objective: Literal["lm", "dpo"] = "lm"
+    """dpo: preference tuning, whose samples are pairs of sequences."""
     lora_r: int = 8
     """Rank of the adapter."""
     lora_parts: str = "att,ln,time"

@@ -58,8 +58,18 @@ class Samples(torch.utils.data.Dataset, ABC):
 
     @property
     def plain(self) -> bool:
-        """Whether items are (x, y)."""
+        """Whether every sample has the same weight in the loss; items are (x, y) then, except those
+        of Pairs.
+        """
         return not (self.reset or self.stream.masked)
+
+    def sequences(self, number: int) -> list[tuple[int, int]]:
+        """Begin and end of the sequences that the model reads for sample `number`."""
+        return [self.window(number)]
+
+    def sequence(self, begin: int, end: int) -> tuple[Tensor, ...]:
+        """A sequence of `sequences`, as an item of windows or documents."""
+        return self.item(begin, end)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         return self.item(*self.window(self.number(index)))
@@ -221,8 +231,8 @@ class ValidationSamples(torch.utils.data.Dataset):
     them if count is 0 or larger.
 
     Ranks get equally many samples, as every forward pass is a collective operation under ZeRO-3. If
-    their number is not a multiple of world_size, items are always (x, y, loss_mask, reset), and the
-    last item of some ranks is padding with an all-False loss_mask.
+    their number is not a multiple of world_size, items always have a loss_mask (of windows: x, y,
+    loss_mask, reset), and the last item of some ranks is padding with an all-False loss_mask.
     """
 
     source: Samples
@@ -250,5 +260,5 @@ class ValidationSamples(torch.utils.data.Dataset):
         if self.total % self.world_size == 0:
             return item
         x, y, *rest = item
-        loss_mask, reset = rest or (torch.ones_like(y, dtype=torch.bool), torch.zeros_like(x, dtype=torch.bool))
-        return x, y, loss_mask & (number < self.total), reset
+        loss_mask, last = rest or (torch.ones_like(y, dtype=torch.bool), torch.zeros_like(x, dtype=torch.bool))
+        return x, y, loss_mask & (number < self.total), last

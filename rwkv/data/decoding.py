@@ -135,7 +135,7 @@ def example(samples: Samples, window: tuple[int, int], vocabulary: Vocabulary, l
     """The sample with the tokens `window` = [begin, end) of the stream, of which at most `limit`
     are shown.
     """
-    x, y, *rest = samples.item(*window)
+    x, y, *rest = samples.sequence(*window)
     length = window[1] - window[0]
     ids = [int(x[0]), *y.tolist()][:length]
     # the first token has nothing before it to be predicted from

@@ -46,10 +46,13 @@ class Inspection:
     lengths: list[int] = field(default_factory=list)  # documents per bin of rwkv.data.histogram
     counted: int | None = None  # tokens that contribute to the loss; None: no mask
     uncounted_documents: int | None = None  # documents without such a token
+    paired: bool = False  # preference pairs: chosen and rejected documents alternate
+    answers: list[int] = field(default_factory=list)  # of pairs: tokens of all chosen, and rejected answers
+    fitting: int = 0  # pairs whose documents are not longer than ctx_len + 1
     ctx_len: int = 0
     micro_bsz: int = 0
     contexts: int = 0  # non-overlapping windows of ctx_len tokens
-    steps: int = 0  # of micro_bsz contexts, to see each once
+    steps: int = 0  # of micro_bsz contexts (or pairs), to see each once
     magic_prime: int = 0
     samples: list[str] = field(default_factory=list)
     verified: int | None = None  # documents that decode to the source; None: not requested
@@ -67,22 +70,28 @@ def inspect(
         ctx_len: context length in tokens; used to compute epoch size and to flag over-long
             documents.
         micro_bsz: samples per step, for the epoch size.
-        samples: number of documents to decode.
+        samples: number of documents, or of pairs, to decode.
         tokenizer: decodes the ids if they are not World's.
     """
     found = Inspection(
         str(data.prefix), str(data.tokens.dtype), len(data), len(data.tokens), ctx_len=ctx_len, micro_bsz=micro_bsz
     )
+    found.manifest = _manifest(data, found)
+    found.paired = bool((found.manifest or {}).get("paired"))
     with tempfile.TemporaryFile() as spill, progress_bar(len(data.tokens), "inspect", " tokens", 0.5) as bar:
         hashes = np.memmap(spill, np.uint64, "w+", shape=len(data))
         _scan(data, found, hashes, bar)
         found.repeated, found.repeated_examples = _count_duplicates(hashes)
     found.vocabulary = _vocabulary(data, found)
-    found.manifest = _manifest(data, found)
     if known := tokenizer or (WorldTokenizer() if found.vocabulary == "World" else None):
-        found.samples = [known.decode(_first_tokens(data, i, 200)) for i in _evenly_spaced(len(data), samples)]
+        shown = _evenly_spaced(len(data), samples)
+        if found.paired:
+            shown = (2 * i + side for i in _evenly_spaced(len(data) // 2, samples) for side in (0, 1))
+        found.samples = [known.decode(_first_tokens(data, i, 200)) for i in shown]
     found.contexts = offsets.slots(found.tokens, ctx_len)
-    found.steps = math.ceil(found.contexts / micro_bsz)
+    if found.paired:
+        found.fitting = _fitting_pairs(data, ctx_len)
+    found.steps = math.ceil((found.fitting if found.paired else found.contexts) / micro_bsz)
     found.magic_prime = offsets.magic_prime(found.tokens, ctx_len)
     _find_problems(found, data)
     return found
@@ -147,7 +156,10 @@ def format_report(found: Inspection) -> str:
         histogram.bars(np.array(found.lengths)),
         f"epoch:      {_format_epoch(found)}",
     ]
-    lines += [f"sample:     {text!r}" for text in found.samples]
+    if found.paired:
+        lines.insert(2, f"pairs:      {_format_pairs(found)}")
+    names = ("chosen:  ", "rejected:") if found.paired else ("sample:  ",)
+    lines += [f"{names[i % len(names)]}   {text!r}" for i, text in enumerate(found.samples)]
     if found.verified is not None:
         lines.append(f"verified:   all {found.verified:,} documents decode to the source, byte for byte")
     lines += [f"remark:     {text}" for text in found.remarks]
@@ -164,7 +176,18 @@ def _format_mask(found: Inspection) -> str:
     )
 
 
+def _format_pairs(found: Inspection) -> str:
+    pairs = found.documents // 2
+    chosen, rejected = (f"{tokens / max(1, pairs):,.0f}" for tokens in found.answers)
+    return f"{pairs:,}, with answers of {chosen} tokens (chosen) and {rejected} (rejected) on average"
+
+
 def _format_epoch(found: Inspection) -> str:
+    if found.paired:
+        return (
+            f"{found.fitting:,} pairs fit --ctx_len {found.ctx_len}. With --micro_bsz {found.micro_bsz} on one device, one pass takes"
+            f" {found.steps:,} steps: --epoch_steps {found.steps}"
+        )
     if not found.contexts:
         return f"none: {found.tokens:,} tokens are less than one context of {found.ctx_len}"
     prime = (
@@ -181,6 +204,7 @@ def _format_epoch(found: Inspection) -> str:
 def _scan(data: Dataset, found: Inspection, hashes: np.ndarray, bar: Any) -> None:
     low, high, counted, wrong_mask = math.inf, -math.inf, 0, False
     lengths, uncounted, read = np.zeros(histogram.BINS, np.int64), 0, 0
+    answers = [0, 0]
     for first in range(0, len(data), _CHUNK):
         sizes = np.array(data.sizes[first : first + _CHUNK], dtype=np.int64)
         lengths += histogram.count(sizes)
@@ -208,11 +232,21 @@ def _scan(data: Dataset, found: Inspection, hashes: np.ndarray, bar: Any) -> Non
         found.with_eod += int(has_eod)
         found.empty += int(end - begin - has_eod == 0)
         counted, uncounted = counted + counts, uncounted + (counts == 0)
+        answers[i % 2] += counts
+    found.answers = answers if found.paired else []
     found.smallest_id, found.largest_id, found.lengths = int(low), int(high), lengths.tolist()
     if data.mask is not None:
         found.counted, found.uncounted_documents = counted, uncounted
         if wrong_mask:
             found.problems.append(f"{mask_path(data.prefix)}: contains bytes other than 0 and 1; convert again")
+
+
+def _fitting_pairs(data: Dataset, ctx_len: int) -> int:
+    count = 0
+    for first in range(0, len(data) - 1, _CHUNK):
+        sizes = np.array(data.sizes[: len(data) // 2 * 2][first : first + _CHUNK]).reshape(-1, 2)
+        count += int((sizes.max(1) <= ctx_len + 1).sum())
+    return count
 
 
 def _count_duplicates(hashes: np.ndarray) -> tuple[int, list[list[int]]]:
@@ -293,7 +327,9 @@ def _find_problems(found: Inspection, data: Dataset) -> None:
         problems.append(
             "the ids are neither World's nor 20B's: decoded as either, most documents are not text; convert with the model's tokenizer"
         )
-    if found.tokens < found.ctx_len + 2:
+    if found.paired:
+        _find_problems_of_pairs(found, data)
+    elif found.tokens < found.ctx_len + 2:
         problems.append(
             f"{found.tokens:,} tokens, but one sample of ctx_len {found.ctx_len} needs {found.ctx_len + 2}; use more text or a smaller --ctx_len"
         )
@@ -316,9 +352,25 @@ def _find_problems(found: Inspection, data: Dataset) -> None:
             f"{found.crlf:,} of {found.looked_at:,} documents sampled have CRLF line endings, which the model will learn to write; convert"
             " txt without --keep_crlf, or replace them in the source"
         )
-    if found.too_long:
+    if found.too_long and not found.paired:
         remarks.append(
             f"{found.too_long:,} documents are longer than ctx_len {found.ctx_len} + 1: --doc_training would skip them"
         )
-    if found.uncounted_documents:
+    if found.uncounted_documents and not found.paired:
         remarks.append(f"{found.uncounted_documents:,} documents have no token that contributes to the loss")
+
+
+def _find_problems_of_pairs(found: Inspection, data: Dataset) -> None:
+    if found.documents % 2:
+        found.problems.append(f"{found.documents:,} documents, but pairs have an even number; convert again")
+    if data.mask is None:
+        found.problems.append("no loss mask, which marks the answers of the pairs; convert again")
+    if found.uncounted_documents:
+        found.problems.append(f"{found.uncounted_documents:,} documents have no answer in the loss mask; convert again")
+    pairs = found.documents // 2
+    if not found.fitting:
+        found.problems.append(f"no pair fits --ctx_len {found.ctx_len}; use a larger one")
+    elif found.fitting < pairs:
+        found.remarks.append(
+            f"{pairs - found.fitting:,} of {pairs:,} pairs have a document longer than ctx_len {found.ctx_len} + 1: DPO skips them"
+        )

@@ -135,6 +135,7 @@ def read(prefix: str | Path) -> dict[str, Any] | None:
     valid = (
         all(isinstance(found.get(name), int) for name in ("documents", "tokens"))
         and isinstance(found.get("counted"), int | None)
+        and isinstance(found.get("paired", False), bool)
         and isinstance(found.get("flags"), dict)
         and isinstance(found.get("sources"), list)
         and all(isinstance(source, dict) and isinstance(source.get("path"), str) for source in found["sources"])
@@ -149,6 +150,16 @@ def read(prefix: str | Path) -> dict[str, Any] | None:
             f"{path}: the manifest of the data is corrupt (an entry is missing or has the wrong type); convert again, or remove it"
         )
     return found
+
+
+def paired(data: Dataset) -> bool:
+    """Whether the documents are preference pairs, by the manifest: chosen and rejected answers
+    alternate.
+
+    Raises:
+        UserError: the manifest is corrupt, or describes other data.
+    """
+    return bool((load(data) or {}).get("paired"))
 
 
 def tokenizer_file(data: Dataset) -> str:

@@ -130,6 +130,23 @@ class Stream:
         return (event[latest] == 1)[a - low :]
 
 
+def split_pairs(data: Dataset, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """As `split`, of preference pairs: chosen by the number of the pair. If fewer than two would
+    be, the last pair is used for validation.
+
+    Raises:
+        UserError: there is only one pair.
+    """
+    pairs = len(data) // 2
+    if pairs < 2:
+        raise UserError(f"--val_split {share}: the data has one pair; use more, or omit the flag")
+    if pairs * share < 2:
+        cut = data.span(2 * (pairs - 1))[0]
+        return np.array([[0, cut]], dtype=np.int64), np.array([[cut, len(data.tokens)]], dtype=np.int64)
+    train, validation = (_spans(data, share, side, 2) for side in (False, True))
+    return train, validation
+
+
 def split(data: Dataset, share: float, ctx_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Spans of the dataset for training and for validation: about `share` of the documents, chosen
     by document number alone.
@@ -156,14 +173,16 @@ def split(data: Dataset, share: float, ctx_len: int) -> tuple[np.ndarray, np.nda
     return train, validation
 
 
-def _spans(data: Dataset, share: float, validation: bool) -> np.ndarray:
+def _spans(data: Dataset, share: float, validation: bool, together: int = 1) -> np.ndarray:
+    """The spans of one side; so many documents in a row are on the same side."""
     edges: list[np.ndarray] = []
     last = not validation
-    for first in range(0, len(data), _CHUNK):
-        count = min(_CHUNK, len(data) - first)
+    groups = len(data) // together
+    for first in range(0, groups, _CHUNK):
+        count = min(_CHUNK, groups - first)
         side = np.random.Generator(np.random.Philox(key=[0x5EED, first])).random(count) < share
         changes = np.flatnonzero(np.diff(side, prepend=last))
-        edges.append(np.array([data.span(first + int(i))[0] for i in changes], dtype=np.int64))
+        edges.append(np.array([data.span(together * (first + int(i)))[0] for i in changes], dtype=np.int64))
         last = bool(side[-1])
     if last == validation:
         edges.append(np.array([len(data.tokens)], dtype=np.int64))

@@ -1,4 +1,8 @@
-"""Head, cross-entropy and L2Wrap in chunks of tokens: only one chunk of logits is in memory."""
+"""The head with a loss, in chunks of tokens, so that only one chunk of logits is in memory: mean
+cross-entropy with L2Wrap, or the log-probability of every row.
+"""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -79,6 +83,45 @@ class _HeadLoss(torch.autograd.Function):
         return None if gx is None else gx.mul_(scale), None if gweight is None else gweight.mul_(scale), None
 
 
+class _LogProbabilities(torch.autograd.Function):
+    # The backward pass recomputes the logits: the gradients of the log-probabilities, which weight
+    # the tokens, are not known before.
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        ctx.save_for_backward(x, weight, targets)
+        found = torch.empty(len(targets), device=x.device, dtype=torch.float32)
+        computed = weight.to(x.dtype)
+        for part, logits in _chunks(x, computed):
+            found[part] = native.log_probabilities_(logits, targets[part], 0.0, False)
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, weight, targets = ctx.saved_tensors
+        want_x, want_weight = ctx.needs_input_grad[:2]
+        gx = torch.empty_like(x) if want_x else None
+        gweight = torch.zeros_like(weight) if want_weight else None
+        computed, g = weight.to(x.dtype), -g[:, None]  # of the cross-entropy
+        for part, logits in _chunks(x, computed):
+            native.log_probabilities_(logits, targets[part], 0.0, True)
+            # weighted where there are D elements per token, not V
+            if gx is not None:
+                gx[part] = _gradient(logits, computed) * g[part]
+            if gweight is not None:
+                _add_grad_weight(gweight, logits, (x[part] * g[part]).to(x.dtype))
+        return gx, gweight, None
+
+
+def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The logits x Wᵀ of consecutive tokens of x [n, D], which the next chunk overwrites."""
+    size = chunk_tokens(len(weight), x.device.type)
+    buffer = x.new_empty(min(size, len(x)), len(weight))
+    for begin in range(0, len(x), size):
+        chunk = x[begin : begin + size]
+        yield slice(begin, begin + len(chunk)), _logits(chunk, weight, buffer[: len(chunk)])
+
+
 def _indices(loss_mask: Tensor, device: torch.device) -> Tensor:
     """The indices where loss_mask [N] is True, on the device, without synchronising."""
     indices = loss_mask.nonzero().squeeze(1)
@@ -111,3 +154,22 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, loss_mask: Tensor | No
         indices = _indices(loss_mask.reshape(-1), x.device)
         x, targets = x.index_select(0, indices), targets.index_select(0, indices)
     return _HeadLoss.apply(x, weight, targets)
+
+
+def log_probabilities(x: Tensor, weight: Tensor, targets: Tensor, loss_mask: Tensor) -> Tensor:
+    """The log-probability of every row's targets, in nats: Σ log softmax(x Wᵀ) at the targets that
+    loss_mask selects. There is no L2Wrap.
+
+    Args:
+        x: [B, T, D], input of the head.
+        weight: [V, D], weight of the head.
+        targets: [B, T] int64 in [0, V).
+        loss_mask: [B, T] bool; best on the CPU, as in `head_loss`.
+
+    Returns:
+        fp32 [B]; 0 for a row without selected targets.
+    """
+    shape, (x, targets) = targets.shape, (rows(x.to(native.compute_dtype(x))), targets.reshape(-1))
+    indices = _indices(loss_mask.reshape(-1), x.device)
+    found = _LogProbabilities.apply(x.index_select(0, indices), weight, targets.index_select(0, indices))
+    return found.new_zeros(targets.numel()).index_copy(0, indices, found).view(shape).sum(1)

@@ -51,6 +51,7 @@ class Plan:
     """The parameters of a run that determine its memory usage.
 
     Attributes:
+        sequences: sequences in a sample, 2 for DPO's pairs.
         dora: whether adapters are DoRA.
         base: dtype of frozen matrices, as --lora_base.
         devices: number of devices on all machines; `per_node`: on one machine.
@@ -67,6 +68,7 @@ class Plan:
     dora: bool = False
     ctx_len: int = 1024
     micro_bsz: int = 1
+    sequences: int = 1
     precision: str = "bf16"
     grad_cp: bool = False
     base: str = "auto"
@@ -104,7 +106,7 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Tokens in a micro-batch."""
-        return self.ctx_len * self.micro_bsz
+        return self.ctx_len * self.micro_bsz * self.sequences
 
     @property
     def stage(self) -> int:
@@ -324,6 +326,9 @@ def estimate(p: Plan) -> Estimate:
         },
         "optimizer": {**persistent, "gradients": complete, "workspace": _optimizer_workspace(p) + buckets},
     }
+    if p.sequences > 1:  # the loss of pairs computes the gradients of the head in the backward pass
+        phases["head"] = phases["forward"] | {"workspace": [*buckets, (e * s.n_embd * p.tokens, 1)]}
+        phases["forward"] = phases["forward"] | {"gradients": accumulated}
     if p.graph:  # its activations, temporary tensors and gradients
         captured = phases["backward"]
         for phase in phases.values():
@@ -333,7 +338,9 @@ def estimate(p: Plan) -> Estimate:
         name: {part: sum(size * count for size, count in blocks) for part, blocks in parts.items()}
         for name, parts in phases.items()
     }
-    for name, other in (("forward", "last block"), ("backward", "end of backward")):
+    for name, other in (("forward", "last block"), ("backward", "end of backward"), ("backward", "head")):
+        if other not in peaks:
+            continue
         peaks[name] = max((peaks[name], peaks.pop(other)), key=lambda parts: sum(parts.values()))
     if not p.gpu:
         for parts in peaks.values():

@@ -28,6 +28,7 @@ def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision:
         **adapter,
         ctx_len=min(c.ctx_len, getattr(c, "tbptt_len", 0) or c.ctx_len),
         micro_bsz=c.micro_bsz,
+        sequences=2 if c.objective == "dpo" else 1,
         precision=precision,
         grad_cp=bool(c.grad_cp),
         optimizer=c.optimizer,

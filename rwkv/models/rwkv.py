@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv import compat
-from rwkv.kernels.head_loss import head_loss
+from rwkv.kernels.head_loss import head_loss, log_probabilities
 from rwkv.kernels.linear import Matrix
 from rwkv.models.layers import Device, Norm, dropout, repeated
 from rwkv.models.state import State
@@ -20,14 +20,21 @@ from rwkv.models.version import Version, version_of
 
 class Head(Matrix):
     """Output layer: computes logits, or directly their loss. (ZeRO-3 gathers the weight only in
-    forward, so both are done there.)
+    forward, so all is done there.)
     """
 
-    def forward(self, x: Tensor, targets: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
-        """x [..., D] → logits [..., V]; with targets, the mean loss (see
-        rwkv.kernels.head_loss.head_loss).
+    def forward(
+        self, x: Tensor, targets: Tensor | None = None, loss_mask: Tensor | None = None, by_row: bool = False
+    ) -> Tensor:
+        """x [..., D] → logits [..., V]; with targets, the mean loss, or `by_row` the
+        log-probability of every row (see rwkv.kernels.head_loss).
         """
-        return super().forward(x) if targets is None else head_loss(x, self.weight, targets, loss_mask)
+        if targets is None:
+            return super().forward(x)
+        if by_row:
+            assert loss_mask is not None
+            return log_probabilities(x, self.weight, targets, loss_mask)
+        return head_loss(x, self.weight, targets, loss_mask)
 
 
 class RWKV(nn.Module):

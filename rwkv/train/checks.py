@@ -72,6 +72,7 @@ def check(c: TrainConfig) -> None:
         raise UserError(
             f"--lora_base {c.adapter.lora_base} quantises a pretrained model: pass it as --load_model, or omit --lora_base for a new base"
         )
+    _check_objective(c)
     data_source.check(c)
     if c.epoch_steps % c.accumulate_grad_batches:
         raise UserError(
@@ -114,3 +115,22 @@ def check(c: TrainConfig) -> None:
         )
     if c.accelerator != "cpu" and 0 < torch.cuda.device_count() < c.devices:
         raise UserError(f"--devices {c.devices}: torch sees {torch.cuda.device_count()} GPUs")
+
+
+def _check_objective(c: TrainConfig) -> None:
+    """Raise UserError for flags that are incompatible with the objective."""
+    if c.objective != "dpo":
+        for name in ("dpo_beta", "dpo_label_smoothing", "dpo_length_norm"):
+            if getattr(c, name) != getattr(TrainConfig, name):
+                raise UserError(f"--{name} applies to --objective dpo only: pass it too, or omit it")
+        return
+    if not c.load_model:
+        raise UserError("--objective dpo compares answers with those of a trained model: pass it as --load_model")
+    if c.tbptt_len:
+        raise UserError(
+            f"--tbptt_len {c.tbptt_len}: the loss of a pair depends on whole answers, so it cannot be computed in chunks; omit it, or use --grad_cp 1"
+        )
+    if not c.dpo_beta > 0:
+        raise UserError(f"--dpo_beta must be greater than 0; it is {c.dpo_beta}")
+    if not 0 <= c.dpo_label_smoothing < 0.5:
+        raise UserError(f"--dpo_label_smoothing must be at least 0 and less than 0.5; it is {c.dpo_label_smoothing}")

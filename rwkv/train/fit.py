@@ -32,6 +32,7 @@ from rwkv.train.callbacks.checkpointing import (
 )
 from rwkv.train.callbacks.memory import MemoryMonitor
 from rwkv.train.callbacks.metrics import Metrics
+from rwkv.train.callbacks.reference import Reference
 from rwkv.train.callbacks.report_page import ReportPage
 from rwkv.train.callbacks.sampling import Sampler, prompts
 from rwkv.train.callbacks.signals import Signals
@@ -167,6 +168,8 @@ def _train(
         c, tracked, manifest, metrics, monitor, data.tokens, data.training, data.validation_samples, vocabulary, model
     )
     callbacks = [monitor, Restorer(tracked, state, manifest), metrics, checkpointer, page, signals]
+    if c.objective == "dpo":
+        callbacks.insert(0, Reference(c, tracked, manifest, data.training, data.validation_samples))
     if c.sample_every:
         chosen = prompts(
             c, (data.validation_samples.source if data.validation_samples else data.training).stream, vocabulary

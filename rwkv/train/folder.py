@@ -14,13 +14,13 @@ from rwkv.config import TrainConfig
 from rwkv.errors import UserError
 from rwkv.train import data_source
 from rwkv.train.callbacks import best as bests
-from rwkv.train.callbacks import dashboards
+from rwkv.train.callbacks import dashboards, reference
 from rwkv.train.callbacks.page.document import GENERATOR
 from rwkv.train.loop import schedule
 from rwkv.train.resume import run_manifest, state_files
 from rwkv.train.run import NEW_BASE
 
-_FILES = ("run.json", "metrics.jsonl", "train_log.txt", "loss.png", "samples.jsonl", "report.html")
+_FILES = ("run.json", "metrics.jsonl", "train_log.txt", "loss.png", "samples.jsonl", "report.html", reference.NAME)
 _CHECKPOINT = re.compile(r"rwkv-(\d+|final|best|base)\.pth")
 _CORRUPT = re.compile(r"metrics\.jsonl\.corrupt(\.\d+)?")
 
@@ -73,7 +73,7 @@ def own_files(folder: Path) -> list[Path]:
         found += [
             by_name[name]
             for name in by_name
-            if name in ("metrics.jsonl", "loss.png", "samples.jsonl") or _CORRUPT.fullmatch(name)
+            if name in ("metrics.jsonl", "loss.png", "samples.jsonl", reference.NAME) or _CORRUPT.fullmatch(name)
         ]
         found += dashboards.files(folder)
     if "report.html" in by_name and GENERATOR in _beginning(by_name["report.html"]):

@@ -5,6 +5,7 @@ import math
 from rwkv.config import TrainConfig
 from rwkv.data.binidx import Dataset
 from rwkv.data.dataset import Contexts, Documents, Samples, ValidationSamples
+from rwkv.data.pairs import Pairs
 from rwkv.kernels import quant
 from rwkv.models import RWKV
 from rwkv.train.console import say
@@ -104,6 +105,13 @@ def _coverage(training: Samples, samples: int) -> str:
             f"{_passes(passes)} the documents, {order}; one pass = {_count(training.per_pass, 'sample')} of whole documents"
             + (f"; {_count(omitted, 'document')} omitted: too long or too short" if omitted else "")
             + (f"; {1 - passes:.0%} of the samples are never used" if passes < 0.995 else "")
+        )
+    if isinstance(training, Pairs):
+        passes, order = samples / training.per_pass, "in order" if training.sequential else "shuffled"
+        return (
+            f"{_passes(passes)} {_count(training.per_pass, 'pair')}, {order}"
+            + (f"; {_count(training.too_long, 'pair')} omitted: too long" if training.too_long else "")
+            + (f"; {1 - passes:.0%} of the pairs are never used" if passes < 0.995 else "")
         )
     times = samples * training.ctx_len / len(training.stream)
     if isinstance(training, Contexts) and training.prime:

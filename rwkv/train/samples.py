@@ -6,12 +6,15 @@ from rwkv.config import TrainConfig
 from rwkv.data import offsets, provenance
 from rwkv.data.binidx import Dataset
 from rwkv.data.dataset import Contexts, Documents, Samples, ValidationSamples
-from rwkv.data.token_stream import Stream, split
+from rwkv.data.pairs import Pairs
+from rwkv.data.token_stream import Stream, split, split_pairs
 from rwkv.errors import UserError
 
 
 def check(c: TrainConfig) -> None:
     """Raise UserError for invalid or incompatible sampling flags. `checks.numbers` runs first."""
+    if c.objective == "dpo":
+        _check_pairs(c)
     documents = c.doc_training or c.doc_training_seq
     if documents and (c.magic_prime or c.my_pile_shift > 0):
         raise UserError(
@@ -42,15 +45,29 @@ def check(c: TrainConfig) -> None:
             )
 
 
+def _check_pairs(c: TrainConfig) -> None:
+    """Raise UserError for flags that select windows or join documents, with preference pairs."""
+    for name in ("magic_prime", "my_pile_shift", "my_random_steps", "my_pile_stage", "min_ctx_len", "chatml_mask"):
+        if (value := getattr(c, name)) > 0 or (name == "magic_prime" and value):
+            raise UserError(
+                f"--{name} {value}: with --objective dpo a sample is one preference pair, padded to ctx_len; omit the flag"
+            )
+
+
 def make(c: TrainConfig, data: Dataset, validation: Dataset | None = None) -> tuple[Samples, ValidationSamples | None]:
     """Training samples, and validation samples from `validation`, or from a part of `data` with
     val_split.
 
     Raises:
         UserError: training or validation data is too short, magic_prime is invalid, no document
-            fits, or the loss mask excludes all tokens.
+            fits, the loss mask excludes all tokens, or data are preference pairs without objective
+            dpo, or the reverse.
     """
-    options: dict[str, Any] = {"separator": c.doc_sep, "chatml": bool(c.chatml_mask)}
+    for read in filter(None, (data, validation)):
+        _check_kind(c, read)
+    pairs = c.objective == "dpo"
+    # an end-of-document token in the middle would shift the pairs
+    options: dict[str, Any] = {"separator": -1 if pairs else c.doc_sep, "chatml": bool(c.chatml_mask)}
     if validation is not None:
         try:
             samples = ValidationSamples(
@@ -61,8 +78,28 @@ def make(c: TrainConfig, data: Dataset, validation: Dataset | None = None) -> tu
         return _source(c, data, Stream(data, **options)), samples
     if not c.val_split:
         return _source(c, data, Stream(data, **options)), None
-    train, rest = (Stream(data, spans, **options) for spans in split(data, c.val_split, c.ctx_len))
+    spans = split_pairs(data, c.val_split) if pairs else split(data, c.val_split, c.ctx_len)
+    train, rest = (Stream(data, one, **options) for one in spans)
     return _source(c, data, train), ValidationSamples(_source(c, data, rest, validation=True), c.val_samples)
+
+
+def _check_kind(c: TrainConfig, data: Dataset) -> None:
+    """Raise UserError if the data are not of the kind that the objective needs."""
+    paired = provenance.paired(data)
+    if paired and c.objective != "dpo":
+        raise UserError(
+            f"{data.prefix}: preference pairs, whose rejected answers would be learned like the chosen ones; train with scripts/dpo.py or --objective dpo,"
+            " or convert the chosen answers alone"
+        )
+    if c.objective == "dpo" and not paired:
+        raise UserError(
+            f"{data.prefix}: not preference pairs, which --objective dpo needs: convert records with prompt, chosen and rejected with"
+            " scripts/convert.py, or omit --objective"
+        )
+    if paired and data.mask is None:
+        raise UserError(f"{data.prefix}: preference pairs without a loss mask, which marks the answers; convert again")
+    if paired and (data.sizes == 0).any():
+        raise UserError(f"{data.prefix}: preference pairs with an empty document; convert again")
 
 
 def _roles(data: Dataset) -> str:
@@ -90,6 +127,8 @@ def _source(c: TrainConfig, data: Dataset, stream: Stream, validation: bool = Fa
         "seed": c.random_seed,
         "reset": bool(c.doc_reset),
     }
+    if c.objective == "dpo":
+        return Pairs(**common | {"reset": False}, sequential=bool(c.doc_training_seq))
     if c.doc_training or c.doc_training_seq:
         return Documents(
             **common, min_tokens=c.min_ctx_len or max(1, c.ctx_len // 4), sequential=bool(c.doc_training_seq)

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv.kernels import head_loss as loss
 from rwkv.kernels import linear
-from rwkv.kernels.head_loss import head_loss
+from rwkv.kernels.head_loss import head_loss, log_probabilities
 
 
 class PlainL2Wrap(torch.autograd.Function):
@@ -147,3 +147,23 @@ def test_kernel_count_independent_of_vocabulary(monkeypatch, dtype):
         return mode.count
 
     assert calls(8 * loss.SLICE) == calls(10)
+
+
+@pytest.mark.parametrize("chunk_tokens", [2, 1000])
+def test_log_probabilities_of_rows(monkeypatch, chunk_tokens):
+    monkeypatch.setattr(loss, "CHUNK_BYTES", {"cpu": chunk_tokens * 4 * 37})
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 5, 8, requires_grad=True), (torch.randn(37, 8) * 3).requires_grad_()
+    targets, mask, factors = torch.randint(37, (3, 5)), torch.rand(3, 5) < 0.5, torch.randn(3)
+    mask[1] = False
+    found = log_probabilities(x, weight, targets, mask)
+    gradients = torch.autograd.grad((found * factors).sum(), (x, weight))
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    by_token = (exact[0] @ exact[1].t()).log_softmax(-1).gather(2, targets[..., None])[..., 0]
+    expected = (by_token * mask).sum(1)
+    assert found[1] == 0
+    assert mask[[0, 2]].any(1).all()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)  # fp32 against fp64
+    for ours, theirs in zip(gradients, torch.autograd.grad((expected * factors).sum(), exact), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+    assert not gradients[0][~mask].any()

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rwkv import compat
 from rwkv.adapters import lora
+from rwkv.config import DPOConfig
 from rwkv.kernels import quant
 from rwkv.kernels.head_loss import head_loss
 from rwkv.memory import estimate as memory
@@ -19,6 +20,7 @@ from rwkv.models import RWKV, v5, v6, v7
 from rwkv.models.v4 import Sizes
 from rwkv.models.version import VERSIONS, published
 from rwkv.train.loop.adam import FusedAdam
+from rwkv.train.objectives.dpo import DPO
 from rwkv.train.runtime import cpu
 
 SMALL = Sizes(3, 48, 100, 32, 80)
@@ -42,7 +44,12 @@ def build(p: Plan) -> RWKV:
 
 
 def forward(p: Plan, model: RWKV) -> torch.Tensor:
-    ids = torch.randint(p.sizes.vocab_size, (p.micro_bsz, p.ctx_len + 1))
+    ids = torch.randint(p.sizes.vocab_size, (p.micro_bsz * p.sequences, p.ctx_len + 1))
+    if p.sequences == 2:
+        pairs = [part.reshape(p.micro_bsz, 2, -1) for part in (ids[:, :-1], ids[:, 1:])]
+        pairs += [torch.ones_like(pairs[1], dtype=torch.bool), torch.zeros(p.micro_bsz, 2)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=p.e == 2):
+            return DPO(DPOConfig()).loss(model, lambda x, reset: model.hidden(x)[0], pairs, False).mean
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=p.e == 2):
         return head_loss(model.hidden(ids[:, :-1])[0], model.head.weight, ids[:, 1:])
 
@@ -197,6 +204,29 @@ def test_predicted_peak_of_step(kind, precision, grad_cp, version):
     assert {name: measured[name] / value for name, value in predicted.items()} == {
         name: pytest.approx(1, abs=0.2) for name in predicted
     }  # in the smaller phases workspace is a larger share
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "precision", "grad_cp"),
+    [("lora", "4", "fp32", False), ("full", "7", "fp32", True), ("full", "4", "bf16", False)],
+)
+def test_predicted_peak_of_preference_pairs(kind, version, precision, grad_cp):
+    """Two sequences; the gradients of the head are computed in the backward pass."""
+    sizes, tokens = ((4, 256, 2048), 256) if precision == "fp32" else ((3, 128, 1024), 64)
+    plan = Plan(
+        VERSIONS[version].Sizes(*sizes),
+        lora=kind == "lora",
+        precision=precision,
+        grad_cp=grad_cp,
+        ctx_len=tokens,
+        sequences=2,
+        gpu=False,
+    )
+    measured, predicted = peaks(plan), estimate(plan).tensors
+    assert max(measured.values()) == pytest.approx(max(predicted.values()), rel=0.1)
+    assert {name: measured[name] / value for name, value in predicted.items()} == {
+        name: pytest.approx(1, abs=0.2) for name in predicted
+    }
 
 
 @pytest.mark.parametrize(("name", "method"), [("0.1b", "full"), ("0.4b", "lora")])

@@ -29,7 +29,7 @@ TRAINING = [
 ]
 TRAINING += ["--precision", "fp32"]
 SCRIPTS = ["convert", "export", "finetune", "generate", "inspect_data", "lora", "merge_lora", "pretrain", "serve"]
-SCRIPTS += ["state"]
+SCRIPTS += ["state", "dpo"]
 
 
 def test_end_to_end_pipeline(script, write_jsonl, tmp_path):
@@ -170,6 +170,7 @@ def test_help(script, name):
         ("pretrain", [], "--data_file is missing"),
         ("finetune", ["--data_file", "x"], "--load_model FILE"),
         ("state", ["--data_file", "x"], "state tuning needs a model: pass --load_model FILE"),
+        ("dpo", ["--data_file", "x"], "DPO needs a model that answers already: pass --load_model FILE"),
         ("finetune", ["--train_type", "infctx"], "use --tbptt_len"),
         ("lora", ["--data_file", "x"], "LoRA needs a pretrained model"),
         ("merge_lora", [], "--adapter and --output are required"),

@@ -16,7 +16,7 @@ from pathlib import Path
 import cuda_on_cpu
 
 from rwkv import compat
-from rwkv.config import LoRAConfig, StateConfig, TrainConfig
+from rwkv.config import DPOConfig, LoRAConfig, StateConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.train import fit as training
 from rwkv.train import resolve
@@ -81,7 +81,7 @@ def train(kind: str, flags: dict) -> None:
         compat.import_deepspeed(on_gpu=False)
         accelerator = type(importlib.import_module("deepspeed.accelerator").get_accelerator())
         accelerator.is_fp16_supported = lambda _: True  # as a GPU; this torch supports fp16 on CPUs
-    config = {"full": TrainConfig, "lora": LoRAConfig, "state": StateConfig}[kind](**flags)
+    config = {"full": TrainConfig, "lora": LoRAConfig, "state": StateConfig, "dpo": DPOConfig}[kind](**flags)
     try:
         training.fit(config)
     except UserError as error:

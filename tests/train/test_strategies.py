@@ -19,10 +19,11 @@ import torch
 
 from rwkv import checkpoint, compat
 from rwkv.checkpoint import read_tensors
-from rwkv.config import LoRAConfig, StateConfig, TrainConfig
+from rwkv.config import DPOConfig, LoRAConfig, StateConfig, TrainConfig
 from rwkv.data.binidx_writer import writer
 from rwkv.train.fit import fit
 from rwkv.train.runtime import strategy
+from tests import preference_pairs
 
 STRATEGIES = ["ddp", *(name for name in strategy.ZEROS if name != "deepspeed")]
 TOLERANCE = 1e-5  # fp32, different summation order; measured 2e-7
@@ -42,6 +43,9 @@ STATE = {**RWKV7, "lr_init": 0.1, "warmup_steps": 0}  # with doc_reset, whose ma
 # Target counts differ between ranks and micro-batches, and 3 validation samples leave one rank
 # without a last batch.
 DOCUMENTS = {"doc_training": 1, "doc_reset": 1, "val_split": 0.2, "val_every": 2, "val_samples": 3, "magic_prime": 0}
+# An odd number of validation pairs leaves one rank without a last one.
+PAIRS = {"data_file": "pairs_text_document", "magic_prime": 0, "val_split": 0.2, "val_every": 2, "val_samples": 3}
+PAIRS |= {"ctx_len": 20}
 ONE_PROCESS = {  # one process
     "clipped": ("full", {"micro_bsz": 4, **CLIPPED}),
     "scaled": ("full", {"micro_bsz": 4, **SCALED}),
@@ -52,6 +56,8 @@ ONE_PROCESS = {  # one process
     "RWKV-7, lora": ("lora", {"micro_bsz": 4, **LORA7}),
     "state": ("state", {"micro_bsz": 4, **STATE}),
     "RWKV-7, nf4": ("lora", {"micro_bsz": 4, "lora_base": "nf4", **LORA7}),
+    "pairs": ("dpo", {"micro_bsz": 4, **PAIRS}),
+    "pairs, all weights": ("full", {"micro_bsz": 4, "objective": "dpo", "lr_init": 1e-3, **SCALED, **PAIRS}),
 }
 TWO_PROCESSES = {  # two processes: the run of ONE_PROCESS to match, kind, flags
     "full": ("clipped", "full", {"micro_bsz": 2, **CLIPPED}),
@@ -67,6 +73,12 @@ TWO_PROCESSES = {  # two processes: the run of ONE_PROCESS to match, kind, flags
     "state": ("state", "state", {"micro_bsz": 2, **STATE}),
     "state with gradient checkpointing": ("state", "state", {"micro_bsz": 2, "grad_cp": 1, **STATE}),
     "RWKV-7, nf4": ("RWKV-7, nf4", "lora", {"micro_bsz": 2, "lora_base": "nf4", **LORA7}),
+    "pairs": ("pairs", "dpo", {"micro_bsz": 1, "accumulate_grad_batches": 2, **PAIRS}),
+    "pairs, all weights": (
+        "pairs, all weights",
+        "full",
+        {"micro_bsz": 2, "objective": "dpo", "lr_init": 1e-3, **SCALED, **PAIRS},
+    ),
 }
 MAIN = ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"]
 STRATEGIES_OF = {
@@ -83,6 +95,8 @@ STRATEGIES_OF = {
     "state": ["ddp", "deepspeed_stage_3"],
     "state with gradient checkpointing": ["deepspeed_stage_2", "deepspeed_stage_3"],
     "RWKV-7, nf4": ["ddp"],
+    "pairs": ["ddp", "deepspeed_stage_2"],
+    "pairs, all weights": ["ddp", "deepspeed_stage_3"],
 }
 CASES = sorted((name, case) for case, names in STRATEGIES_OF.items() for name in names)
 STRATEGY_CHANGES = [  # strategy of the first three steps, and of the others; "one" is one process
@@ -135,9 +149,10 @@ def runs(tmp_path_factory, make_model) -> Path:
     stage_3 = {f"stage3_{name}": value for name, value in none.items()}
     (folder / "shard_all.json").write_text(json.dumps({"zero_optimization": {**stage_3, "sub_group_size": 2000}}))
 
+    preference_pairs.write(folder / "pairs_text_document", preference_pairs.random_pairs(40))
+
     def flags(name: str, case: dict) -> dict:
         return {
-            "data_file": str(folder / "data"),
             "proj_dir": str(folder / name),
             "ctx_len": 8,
             "epoch_count": 1,
@@ -150,11 +165,12 @@ def runs(tmp_path_factory, make_model) -> Path:
             "weight_decay": 0.1,
             "precision": "fp32",
             **case,
+            "data_file": str(folder / case.get("data_file", "data")),
             "load_model": str(folder / model) if (model := case.get("load_model", "base.pth")) else "",
         }
 
     def alone(kind: str, flags: dict) -> None:
-        fit({"full": TrainConfig, "lora": LoRAConfig, "state": StateConfig}[kind](**flags))
+        fit({"full": TrainConfig, "lora": LoRAConfig, "state": StateConfig, "dpo": DPOConfig}[kind](**flags))
 
     for name, (kind, case) in ONE_PROCESS.items():
         alone(kind, flags(name, case))
@@ -279,6 +295,9 @@ def test_two_processes_match_one(runs, name, case):
     assert len(column(run)) == STEPS
     for key in ("loss", "val_loss", "lr", "targets", "grad_norm"):
         assert column(run, key) == pytest.approx(column(alone, key), rel=TOLERANCE), key
+    for key in ("reward_margin", "reward_chosen", "val_reward_margin", "val_reward_accuracy"):
+        # differences of log-probabilities of about 50
+        assert column(run, key) == pytest.approx(column(alone, key), rel=1e-3, abs=1e-5), key
     ours, theirs = read_tensors(run / "rwkv-0.pth"), read_tensors(alone / "rwkv-0.pth")
     assert ours.keys() == theirs.keys()
     for key in ours:

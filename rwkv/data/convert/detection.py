@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rwkv.config import ConvertConfig
-from rwkv.data.convert import inputs, schemas
+from rwkv.data.convert import inputs, preference, schemas
 from rwkv.data.convert.jsonl import BadRecord
 from rwkv.data.convert.source_file import Source
 from rwkv.data.convert.template import Template
@@ -14,10 +14,13 @@ from rwkv.errors import UserError
 _EXAMINED = 64  # files, and records per file
 
 
-def template_for(config: ConvertConfig, source_list: Sequence[Source], keys: Sequence[str]) -> Template | None:
-    """The requested chat template, or the default one if records are conversations; None for text.
+def template_for(
+    config: ConvertConfig, source_list: Sequence[Source], keys: Sequence[str]
+) -> tuple[Template | None, str]:
+    """The requested chat template, or the default one if records are conversations, None for text;
+    and the format of the records: preference if they are pairs, else --format.
 
-    Whether they are is given by --format, or by the first records.
+    What the records are is given by --format, or by the first ones.
 
     Raises:
         UserError: flags that contradict each other or the records.
@@ -27,20 +30,29 @@ def template_for(config: ConvertConfig, source_list: Sequence[Source], keys: Seq
             raise UserError(
                 "--format text and --chat_template, which is for chats, are mutually exclusive: omit one of them"
             )
-        return None
+        return None, config.format
     default = "world" if config.tokenizer_type == "RWKVTokenizer" else "chatml"
     first = _first_schema(source_list, keys) if config.format == "auto" else config.format
+    if first == schemas.PREFERENCE:
+        if list(keys) != ["text"]:
+            raise UserError(
+                f"--jsonl_keys {config.jsonl_keys}: the records are preference pairs, whose keys are known: omit the flag, or"
+                " add --format text to convert each key as text"
+            )
+        if config.mask == "none":
+            raise UserError("--mask none: DPO compares the answers of a pair, which the loss mask marks; omit the flag")
+        return Template(config.chat_template or default), first
     if config.chat_template or config.format != "auto" or set(keys) & set(schemas.MESSAGES):
-        return Template(config.chat_template or default)
+        return Template(config.chat_template or default), config.format
     if keys == ["text"]:
-        return Template(default) if first else None
+        return (Template(default) if first else None), config.format
     parts = set(keys) & {name for pair in schemas.PAIRS.values() for name in pair}
     if first and (len(parts) > 1 or parts & {pair[0] for pair in schemas.PAIRS.values()}):
         raise UserError(
             f"--jsonl_keys {config.jsonl_keys} would separate questions from answers, but the records are conversations ({first}): omit the flag"
             " to train on the answers, or add --format text to convert each key as text"
         )
-    return None
+    return None, config.format
 
 
 def _first_schema(source_list: Sequence[Source], keys: Sequence[str]) -> str:
@@ -63,7 +75,9 @@ def _records(source: Source, keys: Sequence[str]) -> Iterator[Any]:
 
 
 def _schema(record: Any) -> str:
-    """The schema of a record: a conversation's, or "text"; empty if unknown."""
+    """The schema of a record: a conversation's, "preference" or "text"; empty if unknown."""
+    if isinstance(record, dict) and preference.matches(record):
+        return schemas.PREFERENCE
     try:
         found = schemas.conversation(record) if isinstance(record, dict) else None
     except BadRecord:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rwkv.data import binidx_writer
-from rwkv.data.convert import plain_chat, roles, schemas
+from rwkv.data.convert import plain_chat, preference, roles, schemas
 from rwkv.data.convert.inputs import Chunk, lines_of, records
 from rwkv.data.convert.jsonl import BadRecord, text_of
 from rwkv.data.convert.messages import Conversation
@@ -43,7 +43,8 @@ class Encoder:
         keys: the fields whose texts are converted, each into its own pair of files.
         template: renders records that are conversations; None: convert text only.
         stop: stop at the first bad record of a chunk.
-        kind: schema of the records, one of schemas.FORMATS.
+        kind: schema of the records, one of schemas.FORMATS. With preference, every record becomes
+            two documents, with the chosen and with the rejected answer.
         mask: "auto": write a mask if there is a template; "answers": always, and train only on the
             answers of plain text too; "none": no mask.
     """
@@ -63,6 +64,11 @@ class Encoder:
         """Whether a loss mask is written."""
         return self.mask == "answers" or (self.mask == "auto" and self.template is not None)
 
+    @property
+    def paired(self) -> bool:
+        """Whether documents are pairs of a chosen and a rejected answer."""
+        return self.kind == schemas.PREFERENCE
+
     def __call__(self, chunk: Chunk) -> Encoded:
         """Encode the chunk's documents. Blank texts and empty conversations are skipped and counted
         by reason.
@@ -80,10 +86,10 @@ class Encoder:
             try:
                 if isinstance(record, BadRecord):
                     raise record
-                for column, segments in zip(
-                    packed, [self.segments(record, key, seen) for key in self.keys], strict=True
+                for column, documents in zip(
+                    packed, [self.documents(record, key, seen) for key in self.keys], strict=True
                 ):
-                    if segments:
+                    for segments in documents:
                         self._add(column, segments, counts)
             except BadRecord as error:
                 del seen[known:]
@@ -100,9 +106,9 @@ class Encoder:
             counts,
         )
 
-    def segments(self, record: Any, key: str, seen: list[tuple] | None = None) -> list[tuple[str, bool]]:
-        """The text of a document as consecutive (text, contributes to the loss) segments; empty if
-        the record is skipped.
+    def documents(self, record: Any, key: str, seen: list[tuple] | None = None) -> list[list[tuple[str, bool]]]:
+        """The texts of a record's documents, each as consecutive (text, contributes to the loss)
+        segments; none if the record is skipped.
 
         Args:
             seen: keys of rwkv.data.convert.report's counts are appended to it.
@@ -111,11 +117,43 @@ class Encoder:
             BadRecord: the record cannot be converted.
         """
         try:
-            return self._segments(record, key, [] if seen is None else seen)
+            found = [] if seen is None else seen
+            if self.paired:
+                return self._pair(record, found)
+            segments = self._segments(record, key, found)
+            return [segments] if segments else []
         except (BadRecord, UserError, MemoryError):
             raise
         except Exception as error:
             raise BadRecord(f"cannot be converted ({type(error).__name__}: {error})") from error
+
+    def _pair(self, record: Any, seen: list[tuple]) -> list[list[tuple[str, bool]]]:
+        if not isinstance(record, dict):
+            raise BadRecord(f"a {type(record).__name__}, not an object with a chosen and a rejected answer")
+        assert self.template  # there is one for every conversation
+        pair = preference.conversations(record)
+        for conversation in pair:
+            if why := conversation.skipped:
+                seen.append(("skipped", why))
+                return []
+        chosen, rejected = (self.template.segments(self._fix_conversation(conversation)) for conversation in pair)
+        if "".join(text for text, _ in chosen) == "".join(text for text, _ in rejected):
+            seen.append(("skipped", "pairs whose answers are identical"))
+            return []
+        for segments, key in ((chosen, "chosen"), (rejected, "rejected")):
+            if not any(trains and text for text, trains in segments):
+                raise BadRecord(f'the chat template marks nothing of "{key}" as an answer')
+        for conversation in pair:
+            self._count(conversation, seen)
+        return [chosen, rejected]
+
+    def _count(self, conversation: Conversation, seen: list[tuple]) -> None:
+        for message in conversation.messages:
+            seen += [("role", message.role), ("name", message.role, message.name[:40])]
+            seen += [("unused", "messages", key[:40]) for key in message.unused]
+        seen.append(("schema", conversation.schema))
+        seen += [("remark", remark) for remark in conversation.remarks]
+        seen += [("unused", "records", key[:40]) for key in conversation.unused]
 
     def _segments(self, record: Any, key: str, seen: list[tuple]) -> list[tuple[str, bool]]:
         if self.template and isinstance(record, dict) and (conversation := schemas.conversation(record, self.kind)):
@@ -126,12 +164,7 @@ class Encoder:
             if not found:
                 seen.append(("skipped", "conversations that the chat template renders to nothing"))
                 return []
-            for message in conversation.messages:
-                seen += [("role", message.role), ("name", message.role, message.name[:40])]
-                seen += [("unused", "messages", key[:40]) for key in message.unused]
-            seen.append(("schema", conversation.schema))
-            seen += [("remark", remark) for remark in conversation.remarks]
-            seen += [("unused", "records", key[:40]) for key in conversation.unused]
+            self._count(conversation, seen)
             return found
         if self.template and isinstance(record, dict) and record and all(value is None for value in record.values()):
             seen.append(("skipped", "records without a value"))

@@ -186,7 +186,7 @@ def _convert(
         for key, output in zip(keys, out, strict=True):
             provenance.write(
                 output.manifest,
-                {**described, "key": key, "contents": report.summary(counts)},
+                {**described, "key": key, "paired": encoder.paired, "contents": report.summary(counts)},
                 output.documents,
                 output.tokens,
                 output.counted,
@@ -218,12 +218,12 @@ def texts(config: ConvertConfig) -> tuple[Iterator[tuple[str, int]], int]:
                 try:
                     if isinstance(record, BadRecord):
                         raise record
-                    segments = encoder.segments(record, keys[0])
+                    documents = encoder.documents(record, keys[0])
                 except BadRecord as error:
                     if encoder.stop:
                         raise UserError(f"{locations.of(chunk, number)}: {error}") from error
                     continue
-                if segments:
+                for segments in documents:
                     yield "".join(text for text, _ in segments), done
             locations.passed(chunk, len(lines))
 
@@ -246,7 +246,7 @@ def default_prefix(spec: str, source_list: Sequence[Source]) -> str:
 
 
 def _encoder(config: ConvertConfig, source_list: Sequence[Source], keys: Sequence[str]) -> Encoder:
-    template, stop = template_for(config, source_list, keys), config.on_error == "stop"
+    (template, kind), stop = template_for(config, source_list, keys), config.on_error == "stop"
     return Encoder(
         _tokenizer(config),
         keys,
@@ -255,7 +255,7 @@ def _encoder(config: ConvertConfig, source_list: Sequence[Source], keys: Sequenc
         config.ftfy,
         template,
         stop,
-        config.format,
+        kind,
         config.mask,
     )
 

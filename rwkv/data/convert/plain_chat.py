@@ -30,11 +30,7 @@ def segments(text: str) -> list[tuple[str, bool]] | None:
     are recognised, so that a line such as `Answer:` inside an answer is not a turn. An answer
     extends from its colon to the next turn.
     """
-    for blank_line in (True, False):
-        marks = _turns(text, blank_line)
-        if any(role == roles.ASSISTANT for role, _, _ in marks) and not (blank_line and _hides_turns(text, marks)):
-            break
-    else:
+    if not (marks := _marks(text)):
         return None
     found, done = [], 0
     for (role, _, begin), (_, end, _) in zip(marks, [*marks[1:], ("", len(text), 0)], strict=True):
@@ -42,6 +38,28 @@ def segments(text: str) -> list[tuple[str, bool]] | None:
             found += [(text[done:begin], False), (text[begin:end], True)]
             done = end
     return [part for part in [*found, (text[done:], False)] if part[0]]
+
+
+def turns(text: str) -> list[tuple[str, str]] | None:
+    """(role, content) of the turns of a text that begins with one (see `segments`); None for
+    others.
+    """
+    marks = _marks(text)
+    if not marks or text[: marks[0][1]].strip():
+        return None
+    ends = [*(start for _, start, _ in marks[1:]), len(text)]
+    return [(role, text[begin:end].strip()) for (role, _, begin), end in zip(marks, ends, strict=True)]
+
+
+def _marks(text: str) -> list[tuple[str, int, int]]:
+    """(role, start of the turn, start of its content) of every turn; empty if the assistant has
+    none.
+    """
+    for blank_line in (True, False):
+        marks = _turns(text, blank_line)
+        if any(role == roles.ASSISTANT for role, _, _ in marks) and not (blank_line and _hides_turns(text, marks)):
+            return marks
+    return []
 
 
 def _hides_turns(text: str, marks: list[tuple[str, int, int]]) -> bool:

@@ -59,7 +59,8 @@ PAIRS = {
     "query_response": ("query", "", "response"),
     "question_answer": ("question", "", "answer"),
 }
-FORMATS = ("auto", "text", "messages", "moss", *PAIRS)
+PREFERENCE = "preference"  # see rwkv.data.convert.preference
+FORMATS = ("auto", "text", "messages", "moss", PREFERENCE, *PAIRS)
 
 _NAMES = (*MESSAGES, *_LISTS, *_QUESTIONS, *_CONTEXTS, *_ANSWERS, *_SYSTEM, *_REASONING, *_MEDIA, *_OTHER)
 # the keys that are read, as they are usually spelled
@@ -83,18 +84,17 @@ def conversation(record: Mapping[str, Any], kind: str = "auto") -> Conversation 
     case, null means absent.
 
     Args:
-        kind: one of FORMATS except text; auto: detect by the keys.
+        kind: one of FORMATS except text and preference; auto: detect by the keys.
 
     Raises:
-        BadRecord: a conversation that cannot be trained on, such as preference pairs, or a record
-            that does not match `kind`.
+        BadRecord: a conversation that cannot be trained on, or a record that does not match `kind`.
     """
-    every = {str(key).casefold(): value for key, value in record.items()}
+    every = folded(record)
     fields = {key: value for key, value in every.items() if value is not None}
     if kind == "auto" and "chosen" in fields and "rejected" in fields:
         raise BadRecord(
-            'preference data ("chosen" and "rejected", as for DPO), which is not supported; keep the chosen'
-            " answers, as messages or prompt and response, or choose the fields to use with --format"
+            'a preference pair ("chosen" and "rejected", as for DPO) among other records; convert pairs separately,'
+            " from a file that begins with one, or choose the fields to use with --format"
         )
     found = _messages(fields, kind) or _moss(fields, kind) or _pair(every, kind)
     if (
@@ -112,6 +112,23 @@ def conversation(record: Mapping[str, Any], kind: str = "auto") -> Conversation 
         return None
     while found.messages and found.messages[-1].role == roles.USER and found.messages[-1].empty:
         found.messages.pop()  # an empty final question without an answer
+    return completed(found, record, fields)
+
+
+def folded(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a record by their keys in lower case."""
+    return {str(key).casefold(): value for key, value in record.items()}
+
+
+def completed(found: Conversation, record: Mapping[str, Any], fields: Mapping[str, Any]) -> Conversation:
+    """The conversation with the record's system message, tools and unused fields.
+
+    Args:
+        fields: of the record, without nulls, by keys in lower case.
+
+    Raises:
+        BadRecord: the record has images or other media, or is an undesirable answer of KTO.
+    """
     if media := next((key for key in _MEDIA if fields.get(key)), None):
         raise BadRecord(f'it has "{media}"; only text can be trained on')
     desirable = str(fields.get("kto_tag", fields.get("label"))).casefold()  # csv has only texts
@@ -210,21 +227,33 @@ def _asked_and_answered(
 
 
 def _turns(fields: Mapping[str, Any], question: str, context: str, answer: str) -> list[Message]:
-    found = [message for pair in _history(fields) for message in pair]
-    # TRL's conversational prompts: only the completion is trained on
-    if isinstance(fields[question], list):
-        found += messages.read(fields[question], question, train=False)
-    else:
-        parts = [_string(fields, key) for key in (question, context) if key]
-        asked = "\n".join(part.strip() for part in parts if part.strip())
-        found += _asked(asked) or [Message(roles.USER, asked)]
+    found = question_turns(fields, question, context)
     if isinstance(fields[answer], list) and any(isinstance(entry, str) for entry in fields[answer]):
         raise BadRecord(f'"{answer}" is a list of {len(fields[answer])} texts; keep one answer, as a text')
     if isinstance(fields[answer], list):
         return found + messages.read(fields[answer], answer)
     key, _ = first_present(fields, _REASONING)
-    entry = {"role": "assistant", "content": _string(fields, answer)} | ({"reasoning": fields[key]} if key else {})
+    entry = {"role": "assistant", "content": string_of(fields, answer)} | ({"reasoning": fields[key]} if key else {})
     return found + messages.read([entry], answer)
+
+
+def question_keys(fields: Mapping[str, Any]) -> tuple[str, str]:
+    """The keys of a question and of its context; "" for what is missing."""
+    questions, contexts = (_present(fields, names) for names in (_QUESTIONS, _CONTEXTS))
+    return (questions or contexts or [""])[0], (contexts or [""])[0] if questions else ""
+
+
+def question_turns(fields: Mapping[str, Any], question: str, context: str) -> list[Message]:
+    """The turns before an answer: those of the history, then the question with its context."""
+    found = [message for pair in _history(fields) for message in pair]
+    # TRL's conversational prompts: only the completion is trained on
+    if isinstance(fields[question], list):
+        found += messages.read(fields[question], question, train=False)
+    else:
+        parts = [string_of(fields, key) for key in (question, context) if key]
+        asked = "\n".join(part.strip() for part in parts if part.strip())
+        found += _asked(asked) or [Message(roles.USER, asked)]
+    return found
 
 
 def _asked(text: str) -> list[Message]:
@@ -276,7 +305,7 @@ def _moss(fields: Mapping[str, Any], kind: str) -> Conversation | None:
         turns = [chat[key] for key in sorted(chat, key=lambda key: int(key[5:])) if chat[key] is not None]
         if not all(isinstance(turn, dict) for turn in turns):
             raise BadRecord('"chat" has a turn that is not an object')
-        parts = [(str(name), _string(turn, name)) for turn in turns for name in turn if turn[name] is not None]
+        parts = [(str(name), string_of(turn, name)) for turn in turns for name in turn if turn[name] is not None]
         parts = [(name, _MOSS.sub("", part, count=1) if _MOSS.match(part.lstrip()) else part) for name, part in parts]
     elif isinstance(text, str) and (marks := list(_MOSS.finditer(text))):
         ends = [*(mark.start() for mark in marks[1:]), len(text)]
@@ -311,7 +340,7 @@ def _moss(fields: Mapping[str, Any], kind: str) -> Conversation | None:
 def _with_system(found: Conversation, fields: Mapping[str, Any]) -> Conversation:
     key, system = first_present(fields, (*_SYSTEM, "prefix") if found.schema == "moss" else _SYSTEM)
     found.used.add(key)
-    if not key or not found.messages or not (system := _string(fields, key)).strip():
+    if not key or not found.messages or not (system := string_of(fields, key)).strip():
         return found
     first = found.messages[0]
     if first.role != roles.SYSTEM:
@@ -321,7 +350,8 @@ def _with_system(found: Conversation, fields: Mapping[str, Any]) -> Conversation
     return found
 
 
-def _string(fields: Mapping[str, Any], key: str) -> str:
+def string_of(fields: Mapping[str, Any], key: str) -> str:
+    """The text under a key, "" if it is absent. Raises BadRecord for another type."""
     value = fields.get(key)
     if value is None:
         return ""

@@ -315,6 +315,13 @@ def cross_entropy_(logits: Tensor, targets: Tensor, l2wrap: float, want_gradient
     With `want_gradient` the logits are overwritten with its gradient, plus l2wrap · max at each
     token's largest logit (the first one in case of ties).
     """
+    return -log_probabilities_(logits, targets, l2wrap, want_gradient).sum()
+
+
+def log_probabilities_(logits: Tensor, targets: Tensor, l2wrap: float, want_gradient: bool) -> Tensor:
+    """The log-probabilities of targets [N] by logits [N, V], fp32 [N]. Arguments as in
+    `cross_entropy_`: the gradient is that of the summed cross-entropy.
+    """
     kernels = _kernels(logits)
     if kernels:
         stats = kernels.loss(logits, targets.contiguous(), l2wrap, want_gradient)
@@ -323,4 +330,4 @@ def cross_entropy_(logits: Tensor, targets: Tensor, l2wrap: float, want_gradient
         if want_gradient:
             logits.copy_(gradient)
     top, total, at_target = stats.unbind(1)
-    return (total.log() + top - at_target).sum()
+    return at_target - (total.log() + top)

@@ -8,6 +8,7 @@ from typing import Any
 
 CAPACITY = 4096  # maximum number of averages in a series; up to that many values are kept exactly
 _COARSE = 512  # of series that are only looked at
+_PREFERENCES = ("reward_margin", "reward_accuracy")  # of DPO's metrics, those that are drawn
 
 
 class Series:
@@ -92,6 +93,8 @@ class Curve:
         loss, validation: losses by step; steps without a finite loss are omitted.
         speed, memory, norm: tokens per second, peak memory per device in bytes, and norm of the
             gradient by step.
+        preferences: DPO's margin and accuracy by step, by their names in metrics.jsonl; those of
+            the validation with `val_` before them.
         first_loss: of the first step; NaN before it.
         val_loss: the latest validation loss; None before the first.
         best: step and value of the lowest validation loss.
@@ -104,6 +107,7 @@ class Curve:
     speed: Series = field(default_factory=lambda: Series(_COARSE))
     memory: Series = field(default_factory=lambda: Series(_COARSE))
     norm: Series = field(default_factory=lambda: Series(_COARSE))
+    preferences: dict[str, Series] = field(default_factory=dict)
     first_loss: float = math.nan
     val_loss: float | None = None
     best: tuple[int, float] | None = None
@@ -128,6 +132,10 @@ class Curve:
         ):
             if number := _number(value):
                 series.add(step, number)
+        for name in (*_PREFERENCES, *(f"val_{name}" for name in _PREFERENCES)):
+            value = line.get(name)
+            if isinstance(value, int | float) and math.isfinite(value):
+                self.preferences.setdefault(name, Series(_COARSE)).add(step, value)
         if epoch != self._epoch:
             self._epoch, self._sum, self._values = epoch, 0.0, 0
         if loss is not None:

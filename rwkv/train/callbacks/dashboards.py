@@ -44,6 +44,7 @@ def metrics_of(line: dict[str, Any], weight_decay: float) -> dict[str, float]:
     values that are None are omitted.
     """
     found = {key: line.get(key) for key in ("loss", "val_loss", "lr", "grad_norm", "targets")}
+    found |= {key: value for key, value in line.items() if key.removeprefix("val_").startswith("reward_")}
     found |= {"wd": weight_decay, "Gtokens": line["tokens"] / 1e9, "kt/s": line["tokens_per_s"] / 1e3}
     memory = {key: line[key] for key in line if key.endswith("_mib") and key != "peak_mib"} | line["peak_mib"]
     found |= {f"memory/{name}": value for name, value in memory.items()}

@@ -23,7 +23,8 @@ from rwkv.train.callbacks.progress import Progress
 from rwkv.train.console import say
 from rwkv.train.loop import schedule
 from rwkv.train.loop.module import TrainingModule
-from rwkv.train.loop.validation import validation_loss
+from rwkv.train.loop.validation import validate
+from rwkv.train.objectives import choose
 from rwkv.train.resume import metrics_file
 from rwkv.train.resume.tracked_folder import TrackedFolder
 from rwkv.train.runtime import strategy, zero
@@ -119,20 +120,23 @@ class Metrics(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: TrainingModule, outputs, batch, batch_idx: int) -> None:
         targets = module.loss.new_zeros(()) if module.data.plain else module.targets
-        self._batches.append(torch.stack([module.loss.double(), targets.double()]))
+        values = torch.stack([module.loss.double(), targets.double()])
+        if module.metrics is not None:
+            values = torch.cat([values, module.metrics.double()])
+        self._batches.append(values)
         if module.step == self._last:  # gradients are still being accumulated
             return
         self._last = module.step
         batches, self._batches = torch.stack(self._batches), []
-        mean = batches[:, 0].mean()
+        mean, means = batches[:, 0].mean(), batches[:, 2:].mean(0)
         # one all-reduce for all metrics, and for the ranks' requests to stop
         norm = mean.new_full((), math.nan) if module.grad_norm is None else module.grad_norm.to(mean)
-        numbers = torch.stack([mean, mean.new_full((), module.stop), norm, batches[:, 1].sum()])
+        numbers = torch.stack([mean, mean.new_full((), module.stop), norm, batches[:, 1].sum(), *means])
         group = trainer.optimizers[0].param_groups[0]
         line = {
             "step": module.step,
             "lr": group["lr"] / group["lr_scale"],
-            "tokens": module.samples * self.config.ctx_len,
+            "tokens": module.samples * self.config.sequences * self.config.ctx_len,
             "tokens_per_s": round(schedule.tokens_per_step(self.config) / (time.perf_counter() - self._tick), 1),
             **self._monitor.line(),
         }
@@ -160,7 +164,7 @@ class Metrics(pl.Callback):
             self._read(trainer, module, self._unread.pop(0))
 
     def _read(self, trainer: pl.Trainer, module: TrainingModule, pending: "_Step") -> None:
-        loss, stop, norm, targets = pending.numbers.read()
+        loss, stop, norm, targets, *means = pending.numbers.read()
         trainer.should_stop = stop > 0
         line: dict[str, Any] = {"step": pending.line["step"], "loss": loss} | (
             {"grad_norm": norm} if pending.has_norm else {}
@@ -168,9 +172,12 @@ class Metrics(pl.Callback):
         if not module.data.plain:
             line["targets"] = round(targets)
             line["loss"] = loss if line["targets"] else None  # 0 would be the lowest loss of the run
+        names = module.objective.METRICS
+        line |= dict(zip(names, means, strict=True))
         if self._validation is not None and math.isfinite(loss) and self._validates(line["step"]):
-            self.val_loss = validation_loss(module, self._validation, self.config.micro_bsz)
+            self.val_loss, *values = validate(module, self._validation, self.config.micro_bsz)
             self.validated, line["val_loss"] = line["step"], self.val_loss
+            line |= {f"val_{name}": value for name, value in zip(names, values, strict=True)}
             self.restart_clock()
         if trainer.global_rank == 0:
             self._report(line | pending.line)
@@ -212,6 +219,9 @@ class Metrics(pl.Callback):
             for dashboard in self._dashboards:
                 dashboard.log(step, dashboards.metrics_of(line, decay))
         shown = [] if self.curve.val_loss is None else [f"val {self.curve.val_loss:.3f}"]
+        for name, short in (("reward_accuracy", "accuracy"), ("reward_margin", "margin")):
+            if line.get(name) is not None:
+                shown.append(f"{short} {line[name]:.3f}")
         shown += [f"{speed:,.0f} tokens/s", f"lr {line['lr']:.2e}", f"{self._monitor.peak / 1e9:.2f} GB"]
         if self._progress:
             self._progress.step(line["loss"], shown)
@@ -245,6 +255,7 @@ class Metrics(pl.Callback):
                 self.curve,
                 self._folder.path() / "loss.png",
                 f"{self._folder.path().name}: {self.config.trains}, {steps:,} step{'s' * (steps != 1)}",
+                choose.of(self.config).UNIT,
             )
         except Exception as error:
             if required:

@@ -15,7 +15,7 @@ _FEW = 40  # up to this many values are drawn as points
 _CUT = 3  # the first steps are cut off if the full range is this many times that of the rest
 
 
-def plot(curve: Curve, image: Path, title: str) -> None:
+def plot(curve: Curve, image: Path, title: str, unit: str = "nats per token") -> None:
     """Draw the loss of every step, its moving mean, the learning rate, and the validation loss with
     its best value.
 
@@ -66,7 +66,7 @@ def plot(curve: Curve, image: Path, title: str) -> None:
             zorder=5,
         )
     _limit(axes, curve)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.set(xlabel="optimizer step", ylabel=f"loss ({unit})")
     plots.set_title(axes, title)
     if len(steps) < 2:
         axes.set_xlim(curve.last - 1, curve.last + 1)

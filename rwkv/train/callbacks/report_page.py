@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rwkv.commands import command
-from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.config import DPOConfig, LoRAConfig, TrainConfig
 from rwkv.data import provenance
 from rwkv.data.binidx import Dataset
 from rwkv.data.dataset import Samples, ValidationSamples
@@ -22,6 +22,7 @@ from rwkv.train.callbacks.page.document import Facts, render
 from rwkv.train.console import say
 from rwkv.train.loop import schedule
 from rwkv.train.loop.module import TrainingModule
+from rwkv.train.objectives import choose
 from rwkv.train.resume.tracked_folder import TrackedFolder
 from rwkv.train.runtime.lightning import pl, rank_zero_only
 from rwkv.train.runtime.strategy import shape
@@ -96,7 +97,7 @@ class ReportPage(pl.Callback):
         c, folder, monitor = self.config, self._folder.path(), self._monitor
         if self._examples is None:  # not before: rank 0's seed is final when training starts
             first = schedule.first_sample(c)
-            windows = [self._training.window(first + i) for i in range(_EXAMPLES)]
+            windows = [window for i in range(_EXAMPLES) for window in self._training.sequences(first + i)]
             self._examples = [example(self._training, window, self._vocabulary, _TOKENS) for window in windows]
         offset = monitor.expected() - monitor.predicted.total
         parts = dict(monitor.predicted.device)
@@ -122,6 +123,7 @@ class ReportPage(pl.Callback):
             manifest=self._manifest,
             size=self._size,
             refresh=_SECONDS if status == "running" else 0,
+            unit=choose.of(c).UNIT,
             time=time.time(),
             updated=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
@@ -129,7 +131,15 @@ class ReportPage(pl.Callback):
 
 def repeat(c: TrainConfig) -> str:
     """The command that repeats a run with these resolved flags, in an empty folder."""
-    job = "lora" if isinstance(c, LoRAConfig) else "finetune" if c.load_model else "pretrain"
+    job = (
+        "dpo"
+        if isinstance(c, DPOConfig)
+        else "lora"
+        if isinstance(c, LoRAConfig)
+        else "finetune"
+        if c.load_model
+        else "pretrain"
+    )
     omitted = _NOT_REPEATED | set(_SIZES if c.load_model else ()) | set(_BY_STAGE if c.my_pile_stage else ())
     words = []
     for field in dataclasses.fields(c):

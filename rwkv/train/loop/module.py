@@ -12,17 +12,19 @@ from rwkv.config import TrainConfig
 from rwkv.data.batches import Batches
 from rwkv.data.dataset import Samples
 from rwkv.models import RWKV
-from rwkv.train.loop import adam, optimizer, schedule, tbptt
+from rwkv.train.loop import adam, optimizer, schedule
 from rwkv.train.loop.cuda_graph import GraphedBlocks
 from rwkv.train.loop.optimizer import skip_step_unless_finite
+from rwkv.train.objectives import choose
+from rwkv.train.objectives.objective import Loss
 from rwkv.train.runtime import ranks, strategy
 from rwkv.train.runtime.lightning import pl
 
 
 class TrainingModule(pl.LightningModule):
-    """Trains an RWKV model with cross-entropy and L2Wrap on `Batches`.
+    """Trains an RWKV model with an objective on `Batches`.
 
-    The loss of an optimizer step is the mean over all targets of its global batch (all
+    The loss of an optimizer step is the mean over all targets (or pairs) of its global batch (all
     micro-batches of all ranks), even if they are unevenly distributed; so is the gradient.
 
     To Lightning the whole run is one epoch; the project's epochs are numbers of steps. The content
@@ -36,6 +38,8 @@ class TrainingModule(pl.LightningModule):
         facts: values that must be the same on all ranks (ranks.facts).
 
     Attributes:
+        objective: what is minimised.
+        metrics: of the last micro-batch, those of the objective; None if it has none.
         loss: of the last micro-batch, a detached scalar, scaled so that the mean over all
             micro-batches and ranks is the loss of the step.
         targets: of the last micro-batch, a scalar on the device, scaled so that the sum over
@@ -59,6 +63,8 @@ class TrainingModule(pl.LightningModule):
         super().__init__()
         self.end = schedule.first_step(config) + schedule.total_steps(config) if end is None else end
         self.model, self.data, self.config, self._facts = model, data, config, facts or {}
+        self.objective = choose.of(config)
+        self.metrics: Tensor | None = None
         self.begin = begin or (schedule.first_step(config), schedule.first_sample(config))
         self.loss, self.targets, self.stop = torch.tensor(float("nan")), torch.tensor(0), False
         self.grad_norm: Tensor | None = None
@@ -135,29 +141,25 @@ class TrainingModule(pl.LightningModule):
             for parameter in self.parameters():
                 parameter.grad = None
 
-    def mean_loss(self, batch: Sequence[Tensor]) -> tuple[Tensor, int]:
-        """Mean loss over the targets selected by the loss mask, a scalar (0 if there are none), and
-        their number.
+    def mean_loss(self, batch: Sequence[Tensor]) -> Loss:
+        """The loss of a batch of the objective, from transfer_batch_to_device."""
+        return self.objective.loss(self.model, self._hidden, batch, self.data.reset)
 
-        Args:
-            batch: x and y; unless all targets contribute also loss_mask and reset; [B, T] each,
-                from transfer_batch_to_device.
-        """
-        x, y = batch[:2]
-        loss_mask, reset = batch[2:4] if len(batch) > 2 else (None, None)
-        reset = reset if self.data.reset else None
-        count = y.numel() if loss_mask is None else int(loss_mask.sum())
-        if 0 < self.config.tbptt_len < y.shape[1]:
-            return tbptt.mean_loss(self.model, x, y, loss_mask, reset, self.config.tbptt_len, self.config.exact), count
+    def _hidden(self, x: Tensor, reset: Tensor | None) -> Tensor:
         if self._graph and self.training:
-            hidden = self._graph(x, reset)
-        else:
-            hidden, _ = self.model.hidden(x, reset=reset)
-        return self.model.head(hidden, y, loss_mask), count
+            return self._graph(x, reset)
+        return self.plain_hidden(x, reset)
+
+    def plain_hidden(self, x: Tensor, reset: Tensor | None) -> Tensor:
+        """tokens [B, T], reset bool [B, T] or None → the head's input [B, T, D], without a CUDA
+        graph.
+        """
+        return self.model.hidden(x, reset=reset)[0]
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         self._accumulated = batch_idx % self.config.accumulate_grad_batches
-        loss, count = self.mean_loss(batch)
+        found = self.mean_loss(batch)
+        loss, count, self.metrics = found.mean, found.count, found.metrics
         if not self.data.plain:
             # Lightning and the all-reduce weight all micro-batches equally; weight each by its
             # number of targets instead

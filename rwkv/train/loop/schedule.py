@@ -39,7 +39,7 @@ def samples_per_step(c: TrainConfig) -> int:
 
 def tokens_per_step(c: TrainConfig) -> int:
     """Tokens in one optimizer step, over all devices and accumulated batches."""
-    return samples_per_step(c) * c.ctx_len
+    return samples_per_step(c) * c.sequences * c.ctx_len
 
 
 def total_steps(c: TrainConfig) -> int:

@@ -128,11 +128,16 @@ def mean(x: Tensor) -> Tensor:
     """The mean of x over all ranks. Unlike Lightning's reduce it has no barrier, so the host does
     not wait for the GPU.
     """
+    return total(x) / dist.get_world_size() if dist.is_available() and dist.is_initialized() else x
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of x over all ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
-    total = x.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
+    found = x.clone()
+    dist.all_reduce(found)
+    return found
 
 
 def deepspeed_was_used() -> bool:

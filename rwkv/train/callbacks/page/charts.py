@@ -26,6 +26,7 @@ def charts(curve: Curve, memory: dict[str, float]) -> dict[str, Any]:
         "memory": {**_single("measured", curve.memory, "green", 1 / 1e9, zero=True), "marks": marks},
         "rate": _single("Learning rate", _rates(curve.loss), "amber", zero=True),
         "norm": _single("Gradient norm", curve.norm, "blue"),
+        **{name: _preference(curve, name) for name in ("reward_margin", "reward_accuracy") if curve.preferences},
     }
 
 
@@ -95,6 +96,15 @@ def _single(name: str, series: Series, color: str, scale: float = 1.0, zero: boo
     found = thin(series)
     line = {"name": pair(name), "color": color, "x": found["x"], "y": [_round(y * scale) for y in found["y"]]}
     return {"lines": [line], "zero": zero, "empty": pair("no step yet")}
+
+
+def _preference(curve: Curve, name: str) -> dict[str, Any]:
+    """A metric of DPO, in training and of the validation."""
+    lines = []
+    for series, title, color in ((name, "training", "blue"), (f"val_{name}", "validation", "green")):
+        found = thin(curve.preferences.get(series, Series()))
+        lines.append({"name": pair(title), "color": color, "x": found["x"], "y": found["y"]})
+    return {"lines": lines, "zero": name == "reward_accuracy", "empty": pair("no step yet")}
 
 
 def _rates(loss: Series) -> Series:

@@ -35,6 +35,7 @@ class Facts:
         command: repeats the run.
         manifest: of the run.
         size: about the model, (name, value) pairs.
+        unit: of the loss.
         refresh: seconds after which the page reloads itself; 0: never.
         time, updated: when it was written, in seconds since 1970 and as text.
     """
@@ -59,6 +60,7 @@ class Facts:
     time: float
     updated: str
     message: str = ""
+    unit: str = "nats per token"
 
 
 def render(facts: Facts) -> str:
@@ -117,6 +119,8 @@ def _tiles(facts: Facts) -> str:
     if len(curve.loss):
         first = f"{both('loss of the first step')} {curve.first_loss:.3f}"
         tile("loss, mean of the last 10%", f"{curve.loss.tail(0.1):.3f}", first)
+    if "reward_accuracy" in curve.preferences:
+        tile("accuracy, mean of the last 10%", f"{curve.preferences['reward_accuracy'].tail(0.1):.0%}")
     if curve.best:
         tile("lowest validation loss", f"{curve.best[1]:.3f}", _at(curve.best[0]))
     if len(curve.speed):
@@ -141,7 +145,10 @@ def _charts(facts: Facts) -> str:
     ]
     if len(facts.curve.norm):
         small.append(chart("norm", "Gradient norm", 170))
-    return chart("loss", "Loss", 300, both("nats per token")) + f'<div class="charts">{"".join(small)}</div>'
+    if facts.curve.preferences:
+        small.insert(0, chart("reward_margin", "Reward margin", 170))
+        small.insert(1, chart("reward_accuracy", "Accuracy", 170, both("share of pairs with a positive margin")))
+    return chart("loss", "Loss", 300, both(facts.unit)) + f'<div class="charts">{"".join(small)}</div>'
 
 
 def _memory(facts: Facts) -> str:

@@ -75,6 +75,13 @@ _CHINESE = {
     "The page is not being updated any more: the process has probably ended.": "页面已不再更新：训练进程可能已经结束。",
     "no step yet": "尚未完成第一步",
     "nats per token": "nat/token",
+    "nats per pair": "nat/对",
+    "training": "训练",
+    "validation": "验证",
+    "Reward margin": "奖励差值（chosen − rejected）",
+    "Accuracy": "准确率",
+    "share of pairs with a positive margin": "奖励差值为正的比例",
+    "accuracy, mean of the last 10%": "准确率（最后 10% 的均值）",
 }
 
 

@@ -14,7 +14,7 @@ from rwkv.errors import UserError
 from rwkv.kernels.head_loss import head_loss
 from rwkv.models.state import map_state
 from rwkv.train.fit import fit
-from rwkv.train.loop import tbptt
+from rwkv.train.objectives import tbptt
 from tests.train.small_runs import SMALL, TUNE, lines
 
 
@@ -131,7 +131,7 @@ import resource, sys, torch
 torch.set_num_threads(1)
 from rwkv.models import RWKV
 from rwkv.models.v4 import Sizes
-from rwkv.train.loop import tbptt
+from rwkv.train.objectives import tbptt
 model = RWKV(Sizes(2, 64, 500, 64, 256))
 model.initialise(1e-4)
 def peak(length):
