@@ -1,14 +1,15 @@
 """Benchmark a training step against transformers + peft, and against its own matmuls alone.
 
-    python bench/step.py [--version 4] [--sizes 12,768,65536] [--ctx_len 512] [--micro_bsz 1]
-        [--rounds 5] [--free_loss 0] [--kinds lora,full] [--precisions fp32,bf16] [--ours]
-        [--profile]
+    python bench/step.py [--version 4|5.2|6|7] [--sizes 12,768,65536] [--ctx_len 512]
+        [--micro_bsz 1] [--rounds 5] [--free_loss 0] [--kinds lora,full] [--precisions fp32,bf16]
+        [--ours] [--profile]
 
 Every contender runs in its own process, and they alternate step by step, so that other load affects
 all of them. Same random weights, tokens and targets; LoRA r 8 on key, value and receptance of att
-(RWKV-7: also output) with dropout 0.01, or full tuning; Adam. Weights are loaded from disk, evicted
-from the page cache, in the dtype of the run: ours from a .pth, theirs with from_pretrained and its
-defaults from a transformers folder (RWKV-7: of PyPI's rwkv7-hf, which make test installs).
+(after RWKV-4 on all matrices of att) with dropout 0.01, or full tuning; Adam. Weights are loaded
+from disk, evicted from the page cache, in the dtype of the run: ours from a .pth, theirs with
+from_pretrained and its defaults from a transformers folder (RWKV-7: of PyPI's rwkv7-hf, which make
+test installs). RWKV-5.2 and 6 have no peer here, only the matmuls.
 
 Printed: tokens/s of the best and the median step, peak resident memory of the steps after loading,
 memory before loading a model (the libraries), and the loss of the first step.
@@ -288,7 +289,8 @@ def compare(c: argparse.Namespace) -> list[Contender]:
                 [sys.executable, __file__, "--worker", "write", *given, *(["--ours"] if c.ours else [])], check=True
             )
         for kind in c.kinds.split(","):
-            names = ["ours"] if c.ours else ["ours", "matmuls", "torch matmuls", "theirs"]
+            peer = ["theirs"] if c.version in step_models.THEIRS else []
+            names = ["ours"] if c.ours else ["ours", "matmuls", "torch matmuls", *peer]
             group = [Contender(c, name, kind, precision) for precision in c.precisions.split(",") for name in names]
             for _ in range(c.rounds):
                 for contender in group:
@@ -320,13 +322,17 @@ def print_table(c: argparse.Namespace, contenders: list[Contender]) -> None:
             f"{x.kind:5} {x.precision:6} {x.name:15} {count / best:9.1f} {count / median:9.1f} {best:9.3f} {flops / best / 1e9:8.0f}"
             f" {x.memory:8.2f} {x.libraries:10.2f}  {x.loss:.4f}{gpu}"
         )
-    for kind, precision in dict.fromkeys((k, p) for k, p, name in found if name == "theirs"):
+    for kind, precision in dict.fromkeys((k, p) for k, p, name in found if name == "matmuls"):
         ours, theirs, matmuls, torch_matmuls = (
-            found[kind, precision, name] for name in ("ours", "theirs", "matmuls", "torch matmuls")
+            found.get((kind, precision, name)) for name in ("ours", "theirs", "matmuls", "torch matmuls")
         )
+        if theirs:
+            print(
+                f"{kind} {precision}: {min(theirs.timed) / min(ours.timed):.1f} × theirs, {ours.memory / theirs.memory:.2f} of its memory ({(ours.memory - ours.libraries) / (theirs.memory - theirs.libraries):.2f} without libraries), losses differ"
+                f" by {abs(ours.loss - theirs.loss):.1e}"
+            )
         print(
-            f"{kind} {precision}: {min(theirs.timed) / min(ours.timed):.1f} × theirs, {ours.memory / theirs.memory:.2f} of its memory ({(ours.memory - ours.libraries) / (theirs.memory - theirs.libraries):.2f} without libraries), losses differ"
-            f" by {abs(ours.loss - theirs.loss):.1e}; {100 * min(matmuls.timed) / min(ours.timed):.0f} % of the speed of its matmuls, {100 * min(torch_matmuls.timed) / min(ours.timed):.0f} % of torch's"
+            f"{kind} {precision}: {100 * min(matmuls.timed) / min(ours.timed):.0f} % of the speed of its matmuls, {100 * min(torch_matmuls.timed) / min(ours.timed):.0f} % of torch's"
         )
     for kind in c.kinds.split(","):
         ours, theirs = found.get((kind, "bf16", "ours")), found.get((kind, "fp32", "theirs"))
@@ -341,7 +347,7 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=lambda text: tuple(map(int, text.split(","))), default=(12, 768, 65536), help="L,D,V"
     )
-    parser.add_argument("--version", choices=[*step_models.THEIRS], default="4")
+    parser.add_argument("--version", choices=["4", "5.2", "6", "7"], default="4")
     parser.add_argument("--ctx_len", type=int, default=512)
     parser.add_argument("--micro_bsz", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)

@@ -24,23 +24,28 @@ def sizes(c: argparse.Namespace) -> Any:
 
 def matrices(of: Any) -> list[tuple[int, int]]:
     """(out, in) of every matmul with weights in the blocks, for one token."""
-    return [
-        (shape[0], shape[1]) if name.endswith(".weight") else (shape[1], shape[0])  # low-rank matrices are transposed
-        for name, shape in ((name, p.shape) for name, p in RWKV(of, device="meta").named_parameters())
-        if name.startswith("blocks.") and len(shape) == 2 and not name.endswith(".r_k")
-    ]
+    by_head = (".r_k", ".time_faaaa", ".time_decay")
+    found = []
+    for name, parameter in RWKV(of, device="meta").named_parameters():
+        shape = tuple(parameter.shape)
+        if not name.startswith("blocks.") or name.endswith(by_head):
+            continue
+        if name.endswith(".weight") and len(shape) == 2:
+            found.append(shape)
+        elif len(shape) == 2 or (len(shape) == 3 and min(shape) > 1):  # low-rank matrices are transposed, RWKV-6's also
+            found += [(shape[-1], shape[-2])] * (shape[0] if len(shape) == 3 else 1)  # in groups
+    return found
 
 
 def write(c: argparse.Namespace, dtype: torch.dtype) -> None:
     """Write random weights to c.folder/base.pth and, for transformers, to c.folder/hf."""
     model = RWKV(sizes(c))
-    fill = {"4": _fill_4, "7": _fill_7}[c.version]
-    fill(model, torch.Generator().manual_seed(0))
+    (_fill_4 if c.version == "4" else _fill_new)(model, torch.Generator().manual_seed(0))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     folder = Path(c.folder)
     checkpoint.save_model(folder / "base.pth", model, {})
-    if not c.ours:
+    if not c.ours and c.version in THEIRS:
         (folder / "hf").mkdir()
         THEIRS[c.version]().write(folder / "hf", model, c.ctx_len, dtype)
     for path in folder.rglob("*.*"):
@@ -63,7 +68,7 @@ def _fill_4(model: RWKV, generator: torch.Generator) -> None:
         parameter.data = value
 
 
-def _fill_7(model: RWKV, generator: torch.Generator) -> None:
+def _fill_new(model: RWKV, generator: torch.Generator) -> None:
     """As a new model; no matrix is zero, as after some training."""
     torch.manual_seed(0)
     model.initialise(1e-4)

@@ -252,8 +252,7 @@ def _check_wkv(name: str, device: torch.device, found: str) -> Finding:
     r, w, k, v, b = (normal(2, 40, 2, 32) for _ in range(5))
     w, b = -w.sigmoid(), torch.nn.functional.normalize(b, dim=-1)
     error = max(error, _error(reference7.wkv7, wkv7, [r, w, k, v, -b, 0.5 * b], device))
-    if device.type == "cpu":  # wkv6 has no CUDA kernel
-        error = max(error, _error(reference6.wkv6, wkv6, [r, w, k, v, normal(2, 32)], device))
+    error = max(error, _error(reference6.wkv6, wkv6, [r, w, k, v, normal(2, 32)], device))
     if error < 1e-4:  # sums over 200 tokens in fp32, in another order
         return Finding(name, "ok", f"{found}, within {error:.0e} of the reference")
     return Finding(

@@ -51,6 +51,7 @@ def test_missing_or_wrong_kernels(monkeypatch, tmp_path):
     assert doctor._check_wkv("x", torch.device("cpu"), "lib").status == "ok"
     for name, broken in (
         ("wkv4", lambda *inputs: (inputs[3] * inputs[0] + inputs[1] * inputs[2], None)),
+        ("wkv6", lambda r, w, k, v, u: (r * k * v + w + u, None)),
         ("wkv7", lambda *inputs: (sum(inputs), None)),
     ):
         with monkeypatch.context() as patched:

@@ -23,7 +23,20 @@ import tables
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 LEAST = 15  # seconds; a part is not started with less time left
-PARTS = ("kernels", "tests", "steps", "strategies", "elementwise", "demo", "doctor", "wkv4", "wkv7", "ptx", "races")
+PARTS = (
+    "kernels",
+    "tests",
+    "steps",
+    "strategies",
+    "elementwise",
+    "demo",
+    "doctor",
+    "wkv4",
+    "wkv6",
+    "wkv7",
+    "ptx",
+    "races",
+)
 
 
 class Part(NamedTuple):
@@ -55,6 +68,7 @@ def parts(out: Path, ptx: Path | None) -> dict[str, Part]:
         ),
         "doctor": Part(40, (python, "scripts/doctor.py")),
         "wkv4": Part(60, (*bench("wkv4"), "--quick")),
+        "wkv6": Part(30, (*bench("wkv6"), "--quick")),
         "wkv7": Part(60, (*bench("wkv7"), "--quick")),
         "ptx": Part(40, (python, HERE / "ptx.py", ptx or "")),
         "races": Part(60, (*racecheck, python, HERE / "races.py")),

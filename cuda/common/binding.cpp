@@ -28,15 +28,13 @@ TORCH_LIBRARY(rwkv, library) {
   wkv4("backward", "Tensor? initial, Tensor? reset, Tensor saved, Tensor gy, Tensor? gstate",
        "(Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate, Tensor ginitial)", cpu::wkv4_backward,
        gpu::wkv4_backward);
-  library.def(
-      "wkv6_cpu_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, Tensor? state, Tensor? initial, "
-      "Tensor? reset) -> (Tensor y, Tensor state, Tensor saved)",
-      cpu::wkv6_forward);
-  library.def(
-      "wkv6_cpu_backward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, Tensor? initial, Tensor? reset, "
-      "Tensor saved, Tensor gy, Tensor? gstate) -> (Tensor gr, Tensor gw, Tensor gk, Tensor gv, Tensor gu, "
-      "Tensor gstate, Tensor ginitial)",
-      cpu::wkv6_backward);
+  const std::string wkv6_inputs = "Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, ";
+  define_pair("wkv6_cpu_forward", "wkv6_cuda_forward", wkv6_inputs + "Tensor? state, Tensor? initial, Tensor? reset",
+              "", "(Tensor y, Tensor state, Tensor saved)", cpu::wkv6_forward, gpu::wkv6_forward);
+  define_pair("wkv6_cpu_backward", "wkv6_cuda_backward",
+              wkv6_inputs + "Tensor? initial, Tensor? reset, Tensor saved, Tensor gy, Tensor? gstate", "",
+              "(Tensor gr, Tensor gw, Tensor gk, Tensor gv, Tensor gu, Tensor gstate, Tensor ginitial)",
+              cpu::wkv6_backward, gpu::wkv6_backward);
   const std::string wkv7_inputs = "Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, ";
   define_pair("wkv7_cpu_forward", "wkv7_cuda_forward", wkv7_inputs + "Tensor? state, Tensor? initial, Tensor? reset",
               "", "(Tensor y, Tensor state, Tensor saved)", cpu::wkv7_forward, gpu::wkv7_forward);

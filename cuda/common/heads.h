@@ -1,5 +1,5 @@
 // Host code of the operators with a matrix-valued state by head (WKV6, WKV7): checks of arguments,
-// and the parallel loop over heads.
+// the parallel loop over heads, and tensors for and of the CUDA kernels.
 #pragma once
 #include <ATen/Parallel.h>
 
@@ -41,5 +41,18 @@ void each(const Tensor& r, int64_t scratch, const F& work) {
     for (int64_t i = begin; i < end; i++) work(i / H, i % H, memory.data());
   });
 }
+
+// ---- CUDA ----
+
+// The kernels read four elements at once. A tensor may start in the middle of such a vector.
+inline Tensor aligned(const Tensor& x) {
+  return reinterpret_cast<uintptr_t>(x.data_ptr()) % (4 * x.element_size()) ? x.clone() : x;
+}
+inline Optional<Tensor> aligned(const Optional<Tensor>& x) {
+  return or_null(x) ? Optional<Tensor>(aligned(*x)) : x;
+}
+
+// [blocks, ...], parts of a sum by the blocks that share a head.
+inline Tensor sum_blocks(const Tensor& x) { return x.size(0) == 1 ? x.select(0, 0) : x.sum(0); }
 
 }  // namespace heads

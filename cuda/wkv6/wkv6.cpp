@@ -1,14 +1,20 @@
-// torch.ops.rwkv.wkv6_*: checks arguments, allocates outputs, and runs the CPU loops.
-#include "wkv6/wkv6_cpu.h"
+// torch.ops.rwkv.wkv6_*: checks arguments, allocates outputs, and runs the CPU loops or launches the
+// CUDA kernels.
+#include <string>
 
 #include "common/cpu_width.h"
 #include "common/heads.h"
+#include "common/launcher.h"
+#include "wkv6/wkv6_args.h"
+#include "wkv6/wkv6_cpu.h"
 
 namespace {
 
 using arguments::check;
 using arguments::flags;
 using arguments::floats;
+using heads::aligned;
+using heads::sum_blocks;
 
 void check_inputs(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& u,
                   const Tensor* state, const Tensor* initial, const Tensor* reset) {
@@ -73,4 +79,96 @@ Wkv6GradientTensors cpu::wkv6_backward(const Tensor& r, const Tensor& w, const T
   heads::each(r, wkv6_backward_scratch(N),
               [&](int64_t row, int64_t head, float* scratch) { loops().backward[dtype](q, grad, row, head, scratch); });
   return {gr, gw, gk, gv, gu, gfirst, ginitial};
+}
+
+// ---- CUDA: kernels launched on torch's stream. Only pointers are used, so tests can run this on a CPU ----
+
+namespace {
+
+// The kernels' name for heads of N elements. Heads of more than 64 are computed in fp32, with the
+// keys of a head in several blocks.
+std::string cuda_kind(const Tensor& r) {
+  if (r.size(3) > 64) {
+    TORCH_CHECK(r.scalar_type() == at::kFloat, "wkv6's CUDA kernels take fp32 for heads of more than 64 elements; r is ",
+                r.scalar_type());
+    return "wide";
+  }
+  switch (r.scalar_type()) {
+    case at::kFloat: return "fp32";
+    case at::kBFloat16: return "bf16";
+    case at::kHalf: return "fp16";
+    default: TORCH_CHECK(false, "wkv6's CUDA kernels take fp32, bf16 or fp16; r is ", r.scalar_type());
+  }
+}
+
+// Blocks per head.
+int64_t key_blocks(int64_t N) { return N <= 64 ? 1 : N / 16; }
+
+// Aligned copies of what both passes read, where it is not aligned, and pointers to it.
+struct CudaInputs {
+  Tensor r, w, k, v, u;
+  Optional<Tensor> initial;
+  Wkv6Args args{};
+
+  CudaInputs(const Tensor& r_, const Tensor& w_, const Tensor& k_, const Tensor& v_, const Tensor& u_,
+             const Optional<Tensor>& initial_, const Optional<Tensor>& reset, const Tensor& saved)
+      : r(aligned(r_)), w(aligned(w_)), k(aligned(k_)), v(aligned(v_)), u(u_), initial(aligned(initial_)) {
+    args.B = r.size(0), args.T = r.size(1), args.H = r.size(2), args.N = r.size(3);
+    args.key_blocks = key_blocks(args.N);
+    args.r = r.data_ptr(), args.k = k.data_ptr(), args.v = v.data_ptr(), args.w = floats(&w), args.u = floats(&u);
+    args.constant = w.dim() == 2;
+    args.reset = flags(or_null(reset)), args.initial = floats(or_null(initial)), args.saved = saved.data_ptr<float>();
+  }
+};
+
+void launch(int64_t device, int64_t stream, const std::string& kernel, const Wkv6Args& args) {
+  launcher::launch(device, reinterpret_cast<void*>(stream), kernel, args.B * args.H * args.key_blocks,
+                   32 * WKV6_WARPS, &args);
+}
+
+}  // namespace
+
+Outputs gpu::wkv6_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& u,
+                          const Optional<Tensor>& state, const Optional<Tensor>& initial,
+                          const Optional<Tensor>& reset, int64_t device, int64_t stream) {
+  check_inputs(r, w, k, v, u, or_null(state), or_null(initial), or_null(reset));
+  const int64_t B = r.size(0), T = r.size(1), H = r.size(2), N = r.size(3);
+  const std::string kind = cuda_kind(r);
+  const Tensor y = r.new_empty({key_blocks(N), B, T, H, N}), last = w.new_empty({B, H, N, N});
+  const Tensor saved = w.new_empty({B, H, chunks(r), N, N});
+  if (r.numel() > 0) {
+    CudaInputs inputs(r, w, k, v, u, initial, reset, saved);
+    const Optional<Tensor> state4 = aligned(state);
+    inputs.args.first = floats(or_null(state4));
+    inputs.args.y = y.data_ptr(), inputs.args.last = last.data_ptr<float>();
+    launch(device, stream, "wkv6_output_" + kind, inputs.args);
+  }
+  return {sum_blocks(y), last, saved};
+}
+
+Wkv6GradientTensors gpu::wkv6_backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v,
+                                       const Tensor& u, const Optional<Tensor>& initial, const Optional<Tensor>& reset,
+                                       const Tensor& saved, const Tensor& gy, const Optional<Tensor>& gstate,
+                                       int64_t device, int64_t stream) {
+  check_inputs(r, w, k, v, u, nullptr, or_null(initial), or_null(reset));
+  heads::check_gradients("wkv6", r, chunks(r), saved, gy, or_null(gstate));
+  const std::string kind = cuda_kind(r);
+  const int64_t B = r.size(0), T = r.size(1), H = r.size(2), N = r.size(3), blocks = key_blocks(N);
+  const Tensor gr = r.new_empty(r.sizes()), gk = k.new_empty(k.sizes()), gv = v.new_empty({blocks, B, T, H, N});
+  const Tensor gw = w.dim() == 2 ? w.new_empty({B, H, N}) : w.new_empty(w.sizes()), gu = u.new_empty({B, H, N});
+  const Tensor gfirst = w.new_empty({B, H, N, N});
+  const Tensor ginitial = or_null(initial) ? w.new_empty({B, H, N, N}) : Tensor();
+  if (r.numel() > 0) {
+    const Tensor work = w.new_empty({B * H * blocks, WKV6_WORK});
+    CudaInputs inputs(r, w, k, v, u, initial, reset, saved);
+    const Tensor gy4 = aligned(gy);
+    const Optional<Tensor> gstate4 = aligned(gstate);
+    Wkv6Args& args = inputs.args;
+    args.gy = gy4.data_ptr(), args.glast = floats(or_null(gstate4)), args.work = work.data_ptr<float>();
+    args.gr = gr.data_ptr(), args.gk = gk.data_ptr(), args.gv = gv.data_ptr();
+    args.gw = gw.data_ptr<float>(), args.gu = gu.data_ptr<float>(), args.gfirst = gfirst.data_ptr<float>();
+    args.ginitial = or_null(initial) ? ginitial.data_ptr<float>() : nullptr;
+    launch(device, stream, "wkv6_gradient_" + kind, args);
+  }
+  return {gr, gw, gk, sum_blocks(gv), gu, gfirst, ginitial};
 }

@@ -4,8 +4,9 @@
 #pragma once
 #include <stdint.h>
 
-enum { WKV6_SAVE_INTERVAL = 64 };  // tokens per saved state
-enum { WKV6_MAX_N = 256 };         // largest head size
+#include "wkv6/wkv6_args.h"
+
+enum { WKV6_MAX_N = 256 };  // largest head size
 
 struct Wkv6Problem {
   int64_t T, H, N;          // N: head size, a multiple of 16

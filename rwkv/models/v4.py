@@ -44,7 +44,6 @@ from rwkv.wkv import empty_state, wkv4
 
 NAME = "4"
 WARMUP_START = 0.2
-HAS_CUDA_KERNELS = True
 PARTS = Parts(
     {"att": ("att.key", "att.value", "att.receptance"), "ffn": ("ffn.key", "ffn.receptance", "ffn.value")},
     ("att.output",),

@@ -38,7 +38,6 @@ from rwkv.wkv.wkv6 import empty_state
 
 NAME = "6"
 WARMUP_START = 0.01
-HAS_CUDA_KERNELS = False
 PARTS, lr_scale, decays = gated_heads.PARTS, gated_heads.lr_scale, parameters.decays
 wkv_state = gated_heads.wkv_state
 

@@ -38,7 +38,6 @@ from rwkv.wkv.wkv7.time_mix import Parameters, Projections, time_mix
 
 NAME = "7"
 WARMUP_START = 0.01
-HAS_CUDA_KERNELS = True
 PARTS = Parts(
     {"att": ("att.receptance", "att.key", "att.value", "att.output"), "ffn": ("ffn.key", "ffn.value")},
     (),

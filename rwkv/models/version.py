@@ -60,10 +60,6 @@ class Version(Protocol):
         """Initial warm-up factor of the learning rate in upstream's trainer."""
 
     @property
-    def HAS_CUDA_KERNELS(self) -> bool:
-        """Whether its WKV operator runs on GPUs without the reference loop."""
-
-    @property
     def PUBLISHED(self) -> Mapping[str, Any]:
         """Sizes of the published models by name, e.g. "1.5b"."""
 

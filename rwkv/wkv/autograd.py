@@ -1,7 +1,41 @@
 """What the autograd functions of the operators share."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+
+HEAD_SIZE = 64  # up to this size the CUDA kernels of WKV6 and WKV7 compute in any dtype, above it in fp32 only
+
+
+class Kernels(NamedTuple):
+    """The two passes of WKV6 or WKV7; None for a state: zeros.
+
+    forward(*tensors, state, initial, reset) -> (y, state, saved states), and backward(*tensors,
+    initial, reset, saved states, gy, gstate) -> gradients of the tensors, state and initial. The
+    tensors are r, w, k, v, u, or r, w, k, v, a, b.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+def in_fp32(kernels: Kernels) -> Kernels:
+    """The kernels in fp32 for inputs of another dtype, to which y and the gradients are rounded."""
+
+    def upcast(tensors):
+        return (x if x is None or x.dtype == torch.bool else x.float() for x in tensors)
+
+    def forward(r, *others):
+        y, last, saved = kernels.forward(*upcast((r, *others)))
+        return y.to(r.dtype), last, saved
+
+    def backward(*given):
+        *grads, gstate, ginitial = kernels.backward(*upcast(given))
+        return *(g.to(x.dtype) for g, x in zip(grads, given, strict=False)), gstate, ginitial
+
+    return Kernels(forward, backward)
 
 
 def prepared(

@@ -24,6 +24,7 @@ KERNELS = {
     for dtype in ("fp32", "bf16", "fp16")
 }
 KERNELS |= {"wkv4_scan", "wkv4_scan_gradient"}
+KERNELS |= {f"wkv6_{what}_{kind}" for what in ("output", "gradient") for kind in ("fp32", "bf16", "fp16", "wide")}
 KERNELS |= {
     f"wkv7_{what}_{kind}"
     for what, kinds in {
@@ -70,14 +71,17 @@ def test_compiles_within_register_budget(arch):
     for name, use in resources.items():
         # wkv4_gradient keeps 16 tokens and their states in registers and may use the maximum. Row
         # kernels have blocks of up to 1024 threads, hence 64 registers. Elementwise kernels aim at
-        # full occupancy. wkv7 has the state of a head, and its gradient, in a block's registers.
+        # full occupancy. wkv6 and wkv7 have the state of a head, and its gradient, in a block's
+        # registers.
         rows, small = (
             ("fused_norm_fp", "fused_norm_bf", "fused_norm_any", "fused_norm_gradient", "fused_loss"),
             ("fused_gate", "fused_relu2", "fused_dropout", "quant_"),
         )
         limit = (
             255
-            if name.startswith(("wkv4_gradient", "wkv7_gradient", "wkv7_output_128", "wkv7_output_256"))
+            if name.startswith(
+                ("wkv4_gradient", "wkv6_gradient", "wkv7_gradient", "wkv7_output_128", "wkv7_output_256")
+            )
             else 64
             if name.startswith(rows)
             else 48

@@ -110,6 +110,18 @@ class Server:
         _, _, saved = kernels.forward(w, u, k, v, state, initial, reset)
         return kernels.backward(w, u, k, v, initial, reset, saved, gy, gstate)
 
+    def wkv6_forward(self, *tensors):
+        """The forward pass of wkv6.native.cuda_kernels."""
+        from rwkv.wkv.wkv6 import native
+
+        return native.cuda_kernels(tensors[0], DEVICE, lambda: STREAM).forward(*tensors)
+
+    def wkv6_backward(self, *tensors):
+        """The backward pass of wkv6.native.cuda_kernels."""
+        from rwkv.wkv.wkv6 import native
+
+        return native.cuda_kernels(tensors[0], DEVICE, lambda: STREAM).backward(*tensors)
+
     def wkv7(self, *tensors, state=None, reset=None, initial=None):
         from rwkv.wkv.wkv7 import native
 

@@ -10,7 +10,6 @@ from rwkv.config import TrainConfig
 from rwkv.errors import UserError
 from rwkv.kernels import load
 from rwkv.models import RWKV
-from rwkv.models.version import named
 
 
 def resolve(c: TrainConfig, on_gpu: bool) -> Literal["on", "off"]:
@@ -32,8 +31,6 @@ def _why_not(c: TrainConfig, on_gpu: bool) -> str | None:
         return "it needs a GPU"
     if c.world_size > 1 or c.strategy != "auto":
         return "it needs a single GPU and --strategy auto"
-    if not named(c.version).HAS_CUDA_KERNELS:
-        return f"RWKV-{named(c.version).NAME} has no CUDA kernel, and the graph would contain every step of a loop"
     if c.tbptt_len:
         return "it is incompatible with --tbptt_len, whose chunks hand on their state"
     if c.grad_cp and (c.dropout or (c.adapter and c.adapter.lora_dropout)):

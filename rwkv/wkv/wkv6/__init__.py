@@ -1,5 +1,8 @@
 """The WKV operator of RWKV-6 and, with a constant decay, of RWKV-5."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from rwkv.wkv import dispatch, heads
@@ -37,7 +40,8 @@ def wkv6(
         reset: [B, T] bool, True where a document starts: the state before that token is `initial`.
         initial: [B, H, N, N] fp32, the state at a document start; None: `state`. Pass it if `state`
             is carried over from earlier tokens.
-        impl: "cpu" (compiled), "reference" (a loop over time), or "auto": the first one available.
+        impl: "cuda" or "cpu" (compiled), "reference" (a loop over time), or "auto": the first one
+            available.
 
     Returns:
         y [B, T, H, N] in r's dtype, and the state [B, H, N, N] fp32 after the last token.
@@ -50,6 +54,7 @@ def wkv6(
     by_token, by_head = tuple(r.shape), tuple(r.shape[2:])
     others = {"w": (w, by_head if w.dim() == 2 else by_token), "u": (u, by_head)}
     heads.check(r, {"k": k, "v": v}, others, state, reset, initial)
-    implementations = {"cpu": native.wkv6_cpu, "reference": reference.wkv6}
+    implementations: dict[str, Callable[..., Any]]
+    implementations = {"cuda": native.wkv6, "cpu": native.wkv6, "reference": reference.wkv6}
     run = dispatch.choose("wkv6", implementations, impl, r)
     return run(r, w, k, v, u, state, reset, state if initial is None else initial)

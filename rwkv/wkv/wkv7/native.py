@@ -1,30 +1,17 @@
 """Autograd for the compiled WKV7 kernels (torch.ops.rwkv.wkv7_*)."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rwkv.wkv.autograd import prepared, refuse_second_derivatives
-
-HEAD_SIZE = 64  # up to this size the CUDA kernels compute in any dtype, above it in fp32 only
-
-
-class Kernels(NamedTuple):
-    """forward(r, w, k, v, a, b, state, initial, reset) -> (y, state, saved states), and
-    backward(r, w, k, v, a, b, initial, reset, saved states, gy, gstate) -> gradients of r, w, k, v,
-    a, b, state and initial. None for a state: zeros.
-    """
-
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
+from rwkv.wkv.autograd import HEAD_SIZE, Kernels, in_fp32, prepared, refuse_second_derivatives
 
 
 def cpu_kernels(r: Tensor) -> Kernels:
     """The CPU kernels, for fp32 and bf16; fp16 is converted."""
     kernels = Kernels(torch.ops.rwkv.wkv7_cpu_forward, torch.ops.rwkv.wkv7_cpu_backward)
-    return _converted(kernels) if r.dtype == torch.float16 else kernels
+    return in_fp32(kernels) if r.dtype == torch.float16 else kernels
 
 
 def cuda_kernels(r: Tensor, device: int, stream: Callable[[], int]) -> Kernels:
@@ -34,24 +21,7 @@ def cuda_kernels(r: Tensor, device: int, stream: Callable[[], int]) -> Kernels:
         lambda *tensors: ops.wkv7_cuda_forward(*tensors, device, stream()),
         lambda *tensors: ops.wkv7_cuda_backward(*tensors, device, stream()),
     )
-    return _converted(kernels) if r.dtype != torch.float32 and r.shape[-1] > HEAD_SIZE else kernels
-
-
-def _converted(kernels: Kernels) -> Kernels:
-    """The kernels in fp32 for inputs of another dtype, to which y and the gradients are rounded."""
-
-    def forward(r, *others):
-        y, last, saved = kernels.forward(
-            *(x if x is None or x.dtype == torch.bool else x.float() for x in (r, *others))
-        )
-        return y.to(r.dtype), last, saved
-
-    def backward(r, *others):
-        found = kernels.backward(*(x if x is None or x.dtype == torch.bool else x.float() for x in (r, *others)))
-        gr, gw, *grads, gstate, ginitial = found
-        return gr.to(r.dtype), gw, *(x.to(r.dtype) for x in grads), gstate, ginitial
-
-    return Kernels(forward, backward)
+    return in_fp32(kernels) if r.dtype != torch.float32 and r.shape[-1] > HEAD_SIZE else kernels
 
 
 def kernels_for(r: Tensor) -> Kernels:
