@@ -119,9 +119,9 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("version", ["5.2", "6", "7"])
 def test_end_to_end_later_versions(script, data, tmp_path, version):
     """The version is given once, for the new model, and recognised from then on."""
-    new = ["--version", version, "--n_layer", 2, "--n_embd", 32, "--head_size", 16]
+    new = ["--version", version, "--n_layer", 2, "--n_embd", 16, "--head_size", 16]
     done = script("pretrain.py", "--data_file", data, *new, "--proj_dir", "base", *TRAINING)
-    assert f"model: RWKV-{version}, L2 D32" in done.stdout + done.stderr
+    assert f"model: RWKV-{version}, L2 D16" in done.stdout + done.stderr
     base, adapter = tmp_path / "base/rwkv-0.pth", tmp_path / "lora/rwkv-0.pth"
     assert read_manifest(base)["version"] == version
     tune = ["--load_model", base, "--data_file", data, "--proj_dir", "lora", "--lr_init", 1e-2]
