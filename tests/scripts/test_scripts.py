@@ -137,9 +137,9 @@ def test_end_to_end_later_versions(script, data, tmp_path, version):
     assert read_manifest(tmp_path / "full/rwkv-0.pth")["version"] == version
     script("export.py", "--model", "merged.pth", "--output", "half.safetensors", "--dtype", "bf16")
     assert version == load_model(tmp_path / "half.safetensors").version.NAME
-    refused = script("export.py", "--model", "merged.pth", "--output", "hf", status=1).stderr
+    rejected = script("export.py", "--model", "merged.pth", "--output", "hf", status=1).stderr
     why = "head" if version == "7" else f"an RWKV-{version} model; a folder can be written of RWKV-4 and 7 only"
-    assert why in refused
+    assert why in rejected
 
 
 def test_upstream_converter_command_and_shards(script, write_jsonl, tmp_path):
