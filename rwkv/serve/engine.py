@@ -336,7 +336,7 @@ def _failure(error: Exception) -> str:
 
 
 def _logprobs(logits: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
-    """The log-probability of a token, and the `count` most likely tokens with theirs, from logits [V]."""
+    """From logits [V]: the log-probability of a token, and the `count` most likely tokens."""
     found = logits.log_softmax(-1)
     values, ids = found.topk(count) if count else (found[:0], found[:0].long())
     return float(found[token]), list(zip(ids.tolist(), values.tolist(), strict=True))

@@ -269,7 +269,7 @@ def test_names():
             served.named_files("lora", flag)
     with pytest.raises(UserError, match="two models are named base"):
         served.check_names("base", {"base": "x"}, {})
-    with pytest.raises(UserError, match="no name of a model"):
+    with pytest.raises(UserError, match="not a valid model name"):
         served.check_names("a b", {}, {})
     with pytest.raises(UserError, match="no adapter named none"):
         served.check_names("base", {"a": "x"}, {"s:none": "y"})

@@ -52,7 +52,7 @@ def test_startup_errors(make_base, tmp_path, root):
         cases = [
             ({"port": 0}, "only World models can generate text"),
             ({"port": port}, f"127.0.0.1:{port} is in use by another program; stop it, or use another --port"),
-            ({"host": "192.0.2.1"}, "is no address of this machine"),  # reserved for documentation
+            ({"host": "192.0.2.1"}, "is not an address of this machine"),  # reserved for documentation
             ({"port": 70000}, "from 0 to 65535"),
             ({"max_batch": 0}, "--max_batch 0: it must be at least 1"),
             ({"lora": f"base={base}"}, "two models are named base"),
