@@ -76,8 +76,8 @@ def export_folder(
         shard_bytes: size above which the weights are split into several files.
 
     Raises:
-        UserError: the layout cannot hold the model, a value overflows, or a logit is NaN or Inf;
-            nothing is written.
+        UserError: the layout cannot represent the model, a value overflows, or a logit is NaN or
+            Inf; nothing is written.
     """
     settings, tensors = _layout(source, layout, dtype, ctx_len)
     settings["torch_dtype"] = str(tensors[next(iter(tensors))].dtype).removeprefix("torch.")

@@ -27,7 +27,7 @@ from rwkv.models import RWKV
 from rwkv.models.parts import Parts, layer_of
 
 _MAGNITUDE = "magnitude_vector"  # lora_magnitude_vector, peft's name
-_TINY = 1e-12  # a row of zeros has a finite quotient
+_TINY = 1e-12  # lower bound of norms, so that a row of zeros is not divided by zero
 _ROWS = 1024  # of a matrix converted to fp32 at a time
 
 
@@ -195,7 +195,7 @@ def combine(
     their ranks, and its scale is 1.
 
     Fully trained tensors become base + Σ weight · (tensor − base); an initial state that the base
-    lacks counts as zeros.
+    lacks is treated as zeros.
 
     Args:
         adapters: (tensors, scale α/r, weight) of each.

@@ -48,7 +48,7 @@ class Lines:
         self._note = note
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing."""
 
     def __enter__(self) -> "Lines":
         return self

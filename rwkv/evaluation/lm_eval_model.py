@@ -1,6 +1,6 @@
 """A model of this project for lm-evaluation-harness.
 
-The methods are in a class of their own, which `lm` combines with lm_eval's base class, so that this
+The methods are in a separate class, which `lm` combines with lm_eval's base class, so that this
 module can be imported without lm_eval.
 """
 

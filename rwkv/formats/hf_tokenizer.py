@@ -50,8 +50,8 @@ CHAT_TEMPLATE = (
 
 
 def _tokenizer(tokens: Sequence[bytes], vocab_size: int) -> str:
-    """tokenizer.json, as the library writes it (which takes seconds, as it compiles the
-    expression).
+    """tokenizer.json, without the library, which would take seconds because it compiles the
+    expression.
     """
     letters = _letters()
     vocabulary = {"".join(letters[byte] for byte in token): i for i, token in enumerate(tokens) if token}

@@ -103,7 +103,7 @@ class Wanted:
         """The newest of these paths, by the date in its name; None if none is meant.
 
         Raises:
-            UserError: it is open which one is meant.
+            UserError: it is ambiguous.
         """
         found = sorted((name for name in names if self.pattern.fullmatch(name)), key=lambda name: (_date(name), name))
         if len(found) > 1 and not self.several:
@@ -146,7 +146,7 @@ def wanted(words: str, revision: str = "") -> Wanted:
     names = [name for name, _, _ in models()]
     near = difflib.get_close_matches(given.lower(), names, 1, 0.6)
     hint = f"did you mean {near[0]}? Known: " if near else "known are "
-    raise UserError(f"--model {given}: no known model; {hint}{', '.join(names)}; or pass owner/repo/file of the hub")
+    raise UserError(f"--model {given}: unknown model; {hint}{', '.join(names)}; or pass owner/repo/file of the hub")
 
 
 def _in_repository(words: str, path: str, revision: str) -> Wanted:

@@ -31,10 +31,10 @@ class Access:
             await self._app(scope, receive, send)
             return
         headers = dict(reversed(scope["headers"]))  # the first of each name
-        error = self._refusal(scope["path"], headers)
+        error = self._rejection(scope["path"], headers)
         await (self._answer(error) if error else self._app)(scope, receive, send)
 
-    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
+    def _rejection(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if self._hosts and name not in self._hosts:

@@ -1,8 +1,8 @@
 """Batched recurrent decoding: sequences join and leave a batch of states between any two tokens.
 
 Each step decodes one token of every running sequence, and reads a chunk of the new prompts. Models
-with different weights (adapters of one base) are run in turn. What a sequence generates
-depends on its own request only, up to rounding: it has its own random generator.
+with different weights (adapters of one base) are run in turn. What a sequence generates depends on
+its own request only, up to rounding: it has its own random generator.
 """
 
 import contextlib
@@ -132,12 +132,12 @@ class Engine:
         dtype: dtype of matmuls, if not fp32.
         max_batch: sequences that are decoded at a time.
         max_queue: requests that may wait for a place among these.
-        cache_bytes: for states of earlier prompts; 0: none are kept.
+        cache_bytes: memory for states of earlier prompts; 0: none.
 
     Attributes:
         changed: notified when there is work. Its lock guards the queue.
         closed: whether `close` was called.
-        mean_seconds: that a sequence took from its first step to its end, of late.
+        mean_seconds: moving average of the time of a sequence, from its first step to its end.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Engine:
         """Add requests to the queue, all or none. Thread-safe.
 
         Raises:
-            Full: there is no room for all of them.
+            Full: the queue has no space for all of them.
             Closed: after `close`.
         """
         with self.changed:
@@ -321,8 +321,8 @@ class Engine:
             if not finite[i]:
                 sequence.fail("error", "the model's logits are NaN or Inf; use --dtype fp32")
                 continue
-            most = sequence.request.logprobs
-            logprob = None if most is None else _logprobs(logits[i], token, most)
+            count = sequence.request.logprobs
+            logprob = None if count is None else _logprobs(logits[i], token, count)
             eod = token == self.tokenizer.eod
             sequence.accept(token, b"" if eod else self.tokenizer.decode_bytes([token]), eod, logprob)
             if sequence.done:
@@ -335,8 +335,8 @@ def _failure(error: Exception) -> str:
     return f"{type(error).__name__} while generating; the output of the server has the details"
 
 
-def _logprobs(logits: Tensor, token: int, most: int) -> tuple[float, list[tuple[int, float]]]:
-    """The log-probability of a token, and the most likely tokens with theirs, from logits [V]."""
+def _logprobs(logits: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+    """From logits [V]: the log-probability of a token, and the `count` most likely tokens."""
     found = logits.log_softmax(-1)
-    values, ids = found.topk(most) if most else (found[:0], found[:0].long())
+    values, ids = found.topk(count) if count else (found[:0], found[:0].long())
     return float(found[token]), list(zip(ids.tolist(), values.tolist(), strict=True))

@@ -119,7 +119,7 @@ def check_names(base: str, adapters: Mapping[str, str], states: Mapping[str, str
     names = [base, *adapters, *(name.partition(":")[0] for name in states)]
     for name in names:
         if not _NAME.fullmatch(name):
-            raise UserError(f"{name!r} is no name of a model: use letters, digits and . _ -, at most 64")
+            raise UserError(f"{name!r} is not a valid model name: use letters, digits and . _ -, at most 64")
         if names.count(name) > 1:
             raise UserError(f"two models are named {name}; choose other names: NAME=FILE, and --name for the base")
     for name in states:

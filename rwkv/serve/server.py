@@ -47,7 +47,7 @@ def listen(host: str, port: int) -> socket.socket:
         what = {
             errno.EADDRINUSE: "is in use by another program; stop it, or use another --port",
             errno.EACCES: "is not permitted; use a --port from 1024",
-            errno.EADDRNOTAVAIL: "is no address of this machine; use --host 127.0.0.1, or 0.0.0.0 for all",
+            errno.EADDRNOTAVAIL: "is not an address of this machine; use --host 127.0.0.1, or 0.0.0.0 for all",
         }
         raise UserError(f"{host}:{port} {what.get(error.errno or 0, f'cannot be used ({error})')}") from None
     return found

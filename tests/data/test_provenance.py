@@ -25,8 +25,8 @@ def converted(source, prefix, **flags):
     ][0]
 
 
-def train_on(prefix, rows, load_model="base.pth"):
-    return open_data(TrainConfig(data_file=prefix, load_model=load_model), Sizes(1, 8, rows, 8, 32))
+def train_on(prefix, vocab_size, load_model="base.pth"):
+    return open_data(TrainConfig(data_file=prefix, load_model=load_model), Sizes(1, 8, vocab_size, 8, 32))
 
 
 def test_manifest_contents(write_jsonl, tmp_path):
@@ -46,7 +46,7 @@ def test_manifest_contents(write_jsonl, tmp_path):
 
 
 def test_missing_mask(write_jsonl, tmp_path):
-    """Data whose mask was not copied with it is not trained on in full without a word."""
+    """Data whose mask was not copied with it is an error, not trained on as a whole."""
     prefix = converted(write_jsonl(CHAT), tmp_path / "p")
     mask_path(prefix).unlink()
     with pytest.raises(UserError, match=r"p_text_mask.bin: no such file, but .*p_text_document.json says .* 3 of 13"):
@@ -65,15 +65,15 @@ def test_merged_manifest_equals_single_run(write_jsonl, tmp_path):
     assert provenance.read(tmp_path / "parts_text_document") == whole
 
 
-@pytest.mark.parametrize("rows", [50277, 50304, 260])
-def test_world_data_with_other_model(write_jsonl, tmp_path, rows):
+@pytest.mark.parametrize("vocab_size", [50277, 50304, 260])
+def test_world_data_with_other_model(write_jsonl, tmp_path, vocab_size):
     prefix = converted(write_jsonl({"text": "\x01\x02"}), tmp_path / "p")
-    assert Dataset(prefix).tokens.max() < rows  # every id would fit
+    assert Dataset(prefix).tokens.max() < vocab_size  # every id would fit
     with pytest.raises(
         UserError,
-        match=rf"was tokenised with World .* has a vocabulary of {rows:,}.* with --tokenizer_type HFTokenizer",
+        match=rf"was tokenised with World .* has a vocabulary of {vocab_size:,}.* with --tokenizer_type HFTokenizer",
     ):
-        train_on(prefix, rows)
+        train_on(prefix, vocab_size)
     assert len(train_on(prefix, 65536)) == 1
     assert len(train_on(prefix, 65600)) == 1  # a World model with added tokens
 
@@ -90,8 +90,8 @@ def test_other_data_with_world_model(write_jsonl, tmp_path, byte_tokenizer):
             train_on(prefix, 65536, load_model)
     with pytest.raises(UserError, match=r"tokenised with tokenizer.json"):
         train_on(prefix, 50277)
-    for rows, load_model in ((259, "base.pth"), (320, "base.pth"), (5000, "")):  # padded; new
-        assert len(train_on(prefix, rows, load_model)) == 1
+    for vocab_size, load_model in ((259, "base.pth"), (320, "base.pth"), (5000, "")):  # padded; new
+        assert len(train_on(prefix, vocab_size, load_model)) == 1
     Path(f"{prefix}.json").unlink()  # as written by upstream's tool
     assert len(train_on(prefix, 65536)) == 1
 

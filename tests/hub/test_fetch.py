@@ -272,8 +272,8 @@ def test_ctrl_c_says_how_to_continue(hub, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("rwkv7-g1-0.2b", "no known model; did you mean rwkv7-g1-.*rwkv4-world-7b"),
-        ("gpt2", "no known model; known are rwkv7-g1-0.1b, "),
+        ("rwkv7-g1-0.2b", "unknown model; did you mean rwkv7-g1-.*rwkv4-world-7b"),
+        ("gpt2", "unknown model; known are rwkv7-g1-0.1b, "),
         ("out/demo/base/rwkv-0.pth", "no such repository"),
         ("../x/y", "expected owner/repo"),
         ("nobody/nothing", "nobody/nothing: no such repository, or a private one"),

@@ -119,9 +119,9 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("version", ["5.2", "6", "7"])
 def test_end_to_end_later_versions(script, data, tmp_path, version):
     """The version is given once, for the new model, and recognised from then on."""
-    new = ["--version", version, "--n_layer", 2, "--n_embd", 32, "--head_size", 16]
+    new = ["--version", version, "--n_layer", 2, "--n_embd", 16, "--head_size", 16]
     done = script("pretrain.py", "--data_file", data, *new, "--proj_dir", "base", *TRAINING)
-    assert f"model: RWKV-{version}, L2 D32" in done.stdout + done.stderr
+    assert f"model: RWKV-{version}, L2 D16" in done.stdout + done.stderr
     base, adapter = tmp_path / "base/rwkv-0.pth", tmp_path / "lora/rwkv-0.pth"
     assert read_manifest(base)["version"] == version
     tune = ["--load_model", base, "--data_file", data, "--proj_dir", "lora", "--lr_init", 1e-2]
@@ -137,9 +137,9 @@ def test_end_to_end_later_versions(script, data, tmp_path, version):
     assert read_manifest(tmp_path / "full/rwkv-0.pth")["version"] == version
     script("export.py", "--model", "merged.pth", "--output", "half.safetensors", "--dtype", "bf16")
     assert version == load_model(tmp_path / "half.safetensors").version.NAME
-    refused = script("export.py", "--model", "merged.pth", "--output", "hf", status=1).stderr
+    rejected = script("export.py", "--model", "merged.pth", "--output", "hf", status=1).stderr
     why = "head" if version == "7" else f"an RWKV-{version} model; a folder can be written of RWKV-4 and 7 only"
-    assert why in refused
+    assert why in rejected
 
 
 def test_upstream_converter_command_and_shards(script, write_jsonl, tmp_path):

@@ -94,8 +94,8 @@ def test_adapters_share_base_weights(files):
 
 
 def test_tuned_state(files):
-    """A state is [value, key] in files, as of RWKV-PEFT; RWKV-5 and 6 keep [key, value]. No EOD
-    comes before the text.
+    """Files, as RWKV-PEFT's, have states as [value, key]; RWKV-5 and 6 use [key, value]. No EOD
+    precedes the text.
     """
     _, _, loaded, tensors = files
     for name, model in (("poet", "base"), ("both", "tuned")):
@@ -269,13 +269,13 @@ def test_names():
             served.named_files("lora", flag)
     with pytest.raises(UserError, match="two models are named base"):
         served.check_names("base", {"base": "x"}, {})
-    with pytest.raises(UserError, match="no name of a model"):
+    with pytest.raises(UserError, match="not a valid model name"):
         served.check_names("a b", {}, {})
     with pytest.raises(UserError, match="no adapter named none"):
         served.check_names("base", {"a": "x"}, {"s:none": "y"})
 
 
-def test_wrong_state_refused(make_model, tmp_path):
+def test_wrong_state_rejected(make_model, tmp_path):
     base = models.base(make_model, tmp_path, "7")
     torch.save({"blocks.0.att.time_state": torch.zeros(2, 16, 16)}, tmp_path / "s.pth")
     with pytest.raises(UserError, match=r"missing: blocks\.1\.att\.time_state"):

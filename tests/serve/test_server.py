@@ -52,7 +52,7 @@ def test_startup_errors(make_base, tmp_path, root):
         cases = [
             ({"port": 0}, "only World models can generate text"),
             ({"port": port}, f"127.0.0.1:{port} is in use by another program; stop it, or use another --port"),
-            ({"host": "192.0.2.1"}, "is no address of this machine"),  # reserved for documentation
+            ({"host": "192.0.2.1"}, "is not an address of this machine"),  # reserved for documentation
             ({"port": 70000}, "from 0 to 65535"),
             ({"max_batch": 0}, "--max_batch 0: it must be at least 1"),
             ({"lora": f"base={base}"}, "two models are named base"),
@@ -64,12 +64,12 @@ def test_startup_errors(make_base, tmp_path, root):
 
 
 def test_load(loaded):
-    """64 clients, of whom each asks twice: every request is answered, or refused with status
+    """64 clients, of whom each asks twice: every request is answered, or rejected with status
     429 and the time to wait; the answers are those of an idle server.
     """
     engine = Engine(loaded, WorldTokenizer(), max_batch=16, max_queue=24, cache_bytes=1 << 20)
     with models.serving(engine) as url:
-        refusals = []
+        rejections = []
 
         async def client(all_clients: openai.AsyncOpenAI, number: int) -> list:
             answers = []
@@ -88,7 +88,7 @@ def test_load(loaded):
                         chunks = await all_clients.chat.completions.create(**options, stream=True)
                         answers.append((turn, "".join([c.choices[0].delta.content or "" async for c in chunks])))
                 except openai.RateLimitError as error:
-                    refusals.append((error.code, int(error.response.headers["retry-after"])))
+                    rejections.append((error.code, int(error.response.headers["retry-after"])))
                     answers.append(None)
             return answers
 
@@ -105,8 +105,8 @@ def test_load(loaded):
         for turn, text in filter(None, turns):
             answers.setdefault((number % 2, number % 4, turn), set()).add(text)
     assert all(len(texts) == 1 for texts in answers.values())
-    assert 0 < len(refusals) <= 2 * 64 - 40  # at least those that found a place at first were answered
-    assert {code for code, _ in refusals} == {"queue_full"}
-    assert all(1 <= seconds <= 60 for _, seconds in refusals)
+    assert 0 < len(rejections) <= 2 * 64 - 40  # at least those that found a place at first were answered
+    assert {code for code, _ in rejections} == {"queue_full"}
+    assert all(1 <= seconds <= 60 for _, seconds in rejections)
     expected = Chat(Session(loaded["base"].model, WorldTokenizer())).ask("Question 0", GREEDY, 6)
     assert answers[0, 0, 0] == {"".join(expected)}

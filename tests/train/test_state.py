@@ -1,4 +1,4 @@
-"""State tuning: what it trains and saves, and that runs resume and chunk as others do."""
+"""State tuning: what it trains and saves; it resumes and uses TBPTT like other runs."""
 
 import json
 import math
@@ -100,8 +100,8 @@ def test_lora_with_state(flags, tmp_path):
 
 def test_continues_from_a_state_with_a_new_optimizer(flags, tmp_path):
     first = fit(StateConfig(**flags, proj_dir=str(tmp_path / "a"), max_steps=3))
-    still = {"lr_init": 0.0, "lr_final": 0.0, "state_load": str(first.checkpoint), "max_steps": 1}
-    second = fit(StateConfig(**flags | still, proj_dir=str(tmp_path / "b")))
+    constant = {"lr_init": 0.0, "lr_final": 0.0, "state_load": str(first.checkpoint), "max_steps": 1}
+    second = fit(StateConfig(**flags | constant, proj_dir=str(tmp_path / "b")))
     assert_same_files(first.checkpoint, second.checkpoint)
     adapter = fit(LoRAConfig(**flags, proj_dir=str(tmp_path / "lora"), lora_parts="att,state", max_steps=1))
     with pytest.raises(UserError, match="not a tuned state, .* it is a LoRA adapter"):

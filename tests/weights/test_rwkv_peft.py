@@ -107,7 +107,7 @@ def test_own_file_needs_alpha(tmp_path, make_model, base):
 
 
 @pytest.mark.parametrize("name", ["init_lora.pth", "init_pissa.pth"])
-def test_pissa_is_refused(tmp_path, make_model, base, name):
+def test_pissa_is_rejected(tmp_path, make_model, base, name):
     """Its file looks like LoRA; its initial matrices, subtracted from the base, are in another."""
     tensors = pairs(make_model(version="7", n_layer=2), PTH)
     path = write(tmp_path / "adapter", tensors, PTH)
@@ -120,7 +120,7 @@ def test_pissa_is_refused(tmp_path, make_model, base, name):
 
 
 @pytest.mark.parametrize(("key", "kind"), [("bone", "BONE"), ("disha", "MISS"), ("miss", "SHIRA")])
-def test_other_adapters_are_refused_by_name(tmp_path, key, kind):
+def test_other_adapters_are_rejected_by_name(tmp_path, key, kind):
     torch.save({f"blocks.0.att.key.{key}": torch.zeros(R, 16)}, tmp_path / "rwkv-0.pth")
     with pytest.raises(UserError, match="an adapter of Bone, DiSHA or MiSS .*Merge it with RWKV-PEFT"):
         inspect_adapter(tmp_path / "rwkv-0.pth", alpha=ALPHA)

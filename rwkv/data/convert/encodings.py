@@ -108,15 +108,15 @@ def guess(data: bytes) -> str:
     return best if scores[best] > 0.5 else ""
 
 
-def utf_16_without_mark(data: bytes, least: float) -> str:
+def utf_16_without_mark(data: bytes, minimum: float) -> str:
     """utf-16-le or utf-16-be if bytes look like UTF-16 without a byte order mark; else "".
 
     Args:
-        least: minimum share of characters below U+0100, whose high byte is 0 (such text is valid
+        minimum: minimum share of characters below U+0100, whose high byte is 0 (such text is valid
             UTF-8 too).
     """
     even, odd = data[::2].count(0), data[1::2].count(0)
-    if max(even, odd) > least * len(data) / 2 and min(even, odd) < 0.1 * max(even, odd):
+    if max(even, odd) > minimum * len(data) / 2 and min(even, odd) < 0.1 * max(even, odd):
         return "utf-16-le" if odd > even else "utf-16-be"
     return ""
 

@@ -38,7 +38,7 @@ _BY_STAGE = ("load_model", "epoch_begin", "warmup_steps", "magic_prime", "epoch_
 
 
 class ReportPage(pl.Callback):
-    """Writes the page on rank 0; no error of it ends the run.
+    """Writes the page on rank 0. An error of writing it is a warning, and does not end the run.
 
     Args:
         manifest: of the run.

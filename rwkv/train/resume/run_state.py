@@ -106,9 +106,9 @@ def _set_rng(rng: dict[str, Any], device: torch.device) -> None:
 def _gathered(mine: dict[str, Any]) -> list[dict[str, Any]]:
     if not dist.is_initialized():
         return [mine]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, mine)
+    return states
 
 
 def split(value: Any) -> tuple[Any, list[Tensor]]:
@@ -128,15 +128,15 @@ def split(value: Any) -> tuple[Any, list[Tensor]]:
     return walk(value), tensors
 
 
-def join(shell: Any, tensors: Sequence[Tensor]) -> Any:
+def join(value: Any, tensors: Sequence[Tensor]) -> Any:
     """Inverse of `split`."""
-    if isinstance(shell, dict):
+    if isinstance(value, dict):
         return (
-            tensors[shell["tensor"]]
-            if shell.keys() == {"tensor"}
-            else {key: join(inside, tensors) for key, inside in shell.items()}
+            tensors[value["tensor"]]
+            if value.keys() == {"tensor"}
+            else {key: join(inside, tensors) for key, inside in value.items()}
         )
-    return [join(inside, tensors) for inside in shell] if isinstance(shell, list) else shell
+    return [join(inside, tensors) for inside in value] if isinstance(value, list) else value
 
 
 def _broadcast(state: State | None, device: torch.device) -> tuple[State, zero.Fetch]:

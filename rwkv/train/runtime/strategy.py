@@ -282,8 +282,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._limit_buckets()
         if self.zero_stage_3:
             self._module.model.reentrant = compat.zero3_recomputes_reentrantly()
-            # Shard parameters one by one, so that the whole model never is on a GPU; the engine of
-            # 0.7.0 would move it there first. The engine converts dtypes only of unsharded models.
+            # Shard parameters one at a time, so that the whole model is never on a GPU; the engine
+            # of 0.7.0 would move it there first. The engine converts dtypes of unsharded models
+            # only.
             for parameter in self._module.parameters():
                 parameter.data = parameter.data.to(self._dtype())
                 if not compat.zero3_broadcasts_weights() and self._is_random(parameter):

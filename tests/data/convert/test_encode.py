@@ -103,9 +103,6 @@ def test_user_reported_records(write_jsonl, record, expected):
 
 
 def test_all_file_formats_and_keys(tmp_path):
-    import pyarrow
-    from pyarrow import parquet
-
     parquet.write_table(pyarrow.Table.from_pylist([CHAT]), tmp_path / "p.parquet")
     (tmp_path / "j.json").write_text(json.dumps([CHAT]))
     (tmp_path / "l.jsonl").write_text(json.dumps(CHAT))

@@ -65,7 +65,7 @@ def test_compiled_matches_reference(first_block, reset):
 
 @pytest.mark.parametrize("wanted", ["g", "v_first", "r", "w0", "r_k", "v", "ln_bias", "state", "mix,k_a"])
 def test_gradients_of_single_inputs(wanted):
-    """Only what requires a gradient gets one: e.g. in block 0 of a LoRA run."""
+    """Only inputs that require a gradient get one, such as in block 0 of a LoRA run."""
     given = inputs()
     every = outputs_and_gradients(*given)
     some = outputs_and_gradients(*given, wanted=lambda name: name in wanted.split(","))

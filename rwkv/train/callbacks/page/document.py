@@ -213,12 +213,12 @@ def _data(facts: Facts) -> str:
 
 def _example(example: Example) -> str:
     html, opened = "", ""
-    for text, counts in example.pieces:
-        tag = "u" if counts else "s"
+    for text, in_loss in example.pieces:
+        tag = "u" if in_loss else "s"
         if tag != opened:
             html += (f"</{opened}>" if opened else "") + f"<{tag}>"
             opened = tag
-        html += escape(text) if text else f'<em class="{"c" if counts else ""}">∎</em>\n'
+        html += escape(text) if text else f'<em class="{"c" if in_loss else ""}">∎</em>\n'
     html += f"</{opened}>" if opened else ""
     if left := example.tokens - example.shown:
         html += f" <em>… {both(f'{left:,} more tokens', f'还有 {left:,} 个 token')}</em>"
@@ -252,11 +252,11 @@ def _rows(pairs: Sequence[tuple[str, str]]) -> str:
     return "".join(f"<tr><th>{both(name)}</th><td>{escape(value)}</td></tr>" for name, value in pairs if value)
 
 
-def _spread(lines: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """The first, the last and evenly spaced others."""
-    if len(lines) <= most:
+def _spread(lines: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """The first, the last and evenly spaced others, at most `limit`."""
+    if len(lines) <= limit:
         return lines
-    return [lines[round(i * (len(lines) - 1) / (most - 1))] for i in range(most)]
+    return [lines[round(i * (len(lines) - 1) / (limit - 1))] for i in range(limit)]
 
 
 def _at(step: int) -> str:
