@@ -17,6 +17,7 @@ from rwkv.data.convert.encode import Encoder
 from rwkv.data.convert.inputs import Chunk
 from rwkv.data.convert.jsonl import BadRecord
 from rwkv.data.convert.pool import Pool
+from rwkv.data.convert.ray_pool import RayPool
 from rwkv.data.convert.source_file import Source
 from rwkv.data.progress_bar import progress_bar
 from rwkv.data.tokenizer import HFTokenizer, WorldTokenizer, same_vocabulary
@@ -138,7 +139,7 @@ def _convert(
     count = 0
     counts: Counter = Counter()
     with (
-        Pool(encoder, workers) as pool,
+        RayPool(encoder, config.ray, keys, config.workers) if config.ray else Pool(encoder, workers) as pool,
         binidx_writer.writers(prefixes, config.dtype, encoder.masked, beside) as (out, (rejects, *manifest)),
         progress_bar(_bytes(found.sources, shard), "convert", "B") as bar,
     ):
