@@ -25,6 +25,7 @@ class Encoded:
         lines: number of lines in the chunk; 0 if it does not consist of lines.
         rejects: (number in the chunk or source, reason, the record as text) of bad records.
         counts: statistics, see rwkv.data.convert.report.
+        values: the values of the field `by` of the documents.
     """
 
     tokens: list[bytes]
@@ -33,6 +34,7 @@ class Encoded:
     lines: int
     rejects: list[tuple[int, str, str]]
     counts: Counter = field(default_factory=Counter)
+    values: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Encoder:
         kind: schema of the records, one of schemas.FORMATS.
         mask: "auto": write a mask if there is a template; "answers": always, and train only on the
             answers of plain text too; "none": no mask.
+        by: a field whose values are returned, for the documents of the first key; "": none.
     """
 
     tokenizer: WorldTokenizer | HFTokenizer
@@ -57,6 +60,7 @@ class Encoder:
     stop: bool = True
     kind: str = "auto"
     mask: str = "auto"
+    by: str = ""
 
     @property
     def masked(self) -> bool:
@@ -73,6 +77,7 @@ class Encoder:
         lines = lines_of(chunk)
         packed = [_PackedDocuments() for _ in self.keys]
         rejects = []
+        values: list[str] = []
         counts: Counter = Counter()
         seen: list[tuple] = []  # counted at the end: faster than updating a Counter per record
         for number, record in records(chunk, lines, self.keys):
@@ -80,9 +85,10 @@ class Encoder:
             try:
                 if isinstance(record, BadRecord):
                     raise record
-                for column, segments in zip(
-                    packed, [self.segments(record, key, seen) for key in self.keys], strict=True
-                ):
+                documents = [self.segments(record, key, seen) for key in self.keys]
+                if self.by and documents[0]:
+                    values.append(_value(record, self.by))
+                for column, segments in zip(packed, documents, strict=True):
                     if segments:
                         self._add(column, segments, counts)
             except BadRecord as error:
@@ -98,6 +104,7 @@ class Encoder:
             len(lines),
             rejects,
             counts,
+            values,
         )
 
     def segments(self, record: Any, key: str, seen: list[tuple] | None = None) -> list[tuple[str, bool]]:
@@ -212,6 +219,14 @@ class _PackedDocuments:
     tokens: list[bytes] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     masks: list[bytes] = field(default_factory=list)
+
+
+def _value(record: Any, name: str) -> str:
+    """A field of a record as text. Raises BadRecord if there is none."""
+    if not isinstance(record, dict) or name not in record:
+        raise BadRecord(f"has no field {name}")
+    value = record[name]
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _fix_unicode(text: str) -> str:
