@@ -31,7 +31,7 @@ endif
 TOOLS := .venv-tools
 CLEAN_DEMO := out/demo
 .DEFAULT_GOAL := help
-.PHONY: help venv env tools image test-image reproduce compose-env kernels lora state dpo finetune pretrain convert inspect merge generate serve evaluate export doctor estimate model demo lm-eval test test-gpu gpu-report bench lint lock pin licenses sbom clean
+.PHONY: help venv env tools image test-image reproduce compose-env kernels lora state dpo finetune pretrain convert inspect merge generate serve evaluate export doctor estimate model demo lm-eval ray test test-gpu gpu-report bench lint lock pin licenses sbom clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -113,9 +113,19 @@ else
 	@echo 'PY selects your own Python; install it there: $(PY) -m pip install lm-eval' >&2; exit 1
 endif
 
-$(VENV)/lm_eval/.ready: $(VENV)/.ready env/locks/lm-eval-$(STACK).txt
+ray: venv  ## install Ray beside the environment, for make convert ARGS="--ray ..."; ARGS="start --head" runs Ray
+ifdef READY
+	@$(MAKE) --silent $(VENV)/ray/.ready
+	$(if $(ARGS),@PYTHONPATH="$$(realpath $(VENV)/ray)" RAY_USAGE_STATS_ENABLED=$${RAY_USAGE_STATS_ENABLED:-0} $(PY) -m ray.scripts.scripts $(ARGS))
+else
+	@echo 'PY selects your own Python; install it there: $(PY) -m pip install ray, which has the command ray' >&2; exit 1
+endif
+
+$(VENV)/lm_eval/.ready: env/locks/lm-eval-$(STACK).txt
+$(VENV)/ray/.ready: env/locks/ray-$(STACK).txt
+$(VENV)/lm_eval/.ready $(VENV)/ray/.ready: $(VENV)/.ready
 	rm -rf $(@D)
-	env/uv.sh $(PY) pip install --python $(PY) --quiet --require-hashes --no-deps --no-build-isolation --target $(@D) -r env/locks/lm-eval-$(STACK).txt
+	env/uv.sh $(PY) pip install --python $(PY) --quiet --require-hashes --no-deps --no-build-isolation --target $(@D) -r $(filter env/locks/%,$^)
 	@touch $@
 
 # An independent implementation to compare with in tests; not installed into the environment.

@@ -27,7 +27,10 @@ def command(job: str, *arguments: object) -> str:
     Arguments are quoted, so that it can be pasted into a shell in the same folder.
     """
     if prefix := _make():
-        return f"{prefix} {job} {_make_variable('ARGS', flags(*arguments))}" if arguments else f"{prefix} {job}"
+        words = [f"{prefix} {job}"]
+        if job == "model" and arguments[:1] == ("--model",):  # this target has a variable for it
+            words, arguments = [*words, f"MODEL={shlex.quote(str(arguments[1]))}"], arguments[2:]
+        return " ".join([*words, *([_make_variable("ARGS", flags(*arguments))] if arguments else [])])
     if service := os.environ.get("RWKV_CONTAINER"):
         return f"{service} {flags(job, *arguments)}"
     script = _short(ROOT / "scripts" / f"{_SCRIPTS.get(job, job)}.py")

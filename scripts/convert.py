@@ -19,6 +19,8 @@ bad records. Output files are written atomically. On several machines:
     python scripts/convert.py --input big.jsonl --output-prefix out/big --shard 0/4
     # when all have finished
     python scripts/convert.py --output-prefix out/big --merge
+    # or on a Ray cluster of which this machine is a node (make ray)
+    python scripts/convert.py --input big.jsonl --output-prefix out/big --ray auto
 """
 
 from rwkv.cli import parse, report_errors

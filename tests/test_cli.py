@@ -263,9 +263,9 @@ def test_control_characters_escaped():
 
 
 OTHER_PROGRAMS = {"--config", "--help", "--flag"} | {
-    # flags of other programs: nvidia-smi, git, nvcc, docker, tensorboard, srun
+    # flags of other programs: nvidia-smi, git, nvcc, docker, tensorboard, srun, ray
     "--version", "--porcelain", "--untracked_files", "--std", "--ptxas_options", "--gpu_architecture", "--ipc", "--shm_size", "--gpus", "--logdir",
-    "--ntasks_per_node",
+    "--ntasks_per_node", "--num_cpus", "--address",
 }  # fmt: skip
 UPSTREAM_FLAGS = {"--my_sample_len"}
 # modules that print commands of other scripts

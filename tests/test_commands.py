@@ -52,6 +52,14 @@ def test_printed_command_roundtrip(working_folder, tmp_path, monkeypatch):
     assert f"error: --config {tmp_path / NAMES[-1]}.yaml: No such file or directory" in result.stderr
 
 
+def test_model_variable(monkeypatch):
+    monkeypatch.delenv("RWKV_MAKE_FOLDER", raising=False)
+    monkeypatch.setenv("RWKV_MAKE", "make STACK=modern")
+    assert command("model", "--model", "rwkv7-g1-0.4b") == "make STACK=modern model MODEL=rwkv7-g1-0.4b"
+    assert command("model", "--model", "a b", "--newest") == "make STACK=modern model MODEL='a b' ARGS=\"--newest\""
+    assert command("model", "--list") == 'make STACK=modern model ARGS="--list"'
+
+
 def test_printed_command_runs(tmp_path, monkeypatch):
     for name in ("RWKV_MAKE", "RWKV_CONTAINER"):
         monkeypatch.delenv(name, raising=False)

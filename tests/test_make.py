@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = "venv env tools image test-image reproduce compose-env lora state dpo finetune pretrain convert inspect merge generate serve evaluate export doctor estimate model demo lm-eval test test-gpu bench lint lock pin licenses sbom clean".split()
+TARGETS = "venv env tools image test-image reproduce compose-env lora state dpo finetune pretrain convert inspect merge generate serve evaluate export doctor estimate model demo lm-eval ray test test-gpu bench lint lock pin licenses sbom clean".split()
 # Whether make of this checkout created this Python. It would recreate the environment of another
 # checkout.
 OWN_ENVIRONMENT = (Path(sys.prefix) / ".ready").exists() and ROOT in Path(sys.prefix).resolve().parents

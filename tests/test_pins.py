@@ -19,6 +19,7 @@ PROJECT = PYPROJECT["project"]
 
 
 STACKS = ("cu117", "modern")
+BESIDE = ("lm-eval", "ray")  # extras that are installed into folders of their own
 HERE = "cu117" if importlib.metadata.version("torch").startswith("1.") else "modern"
 
 
@@ -88,7 +89,7 @@ def test_lock_is_complete_and_minimal():
 
 def test_locked_files_have_hashes():
     locks = [f"env/locks/{stack}{part}.txt" for stack in STACKS for part in ("", "-deepspeed")]
-    locks += [f"env/locks/lm-eval-{stack}.txt" for stack in STACKS]
+    locks += [f"env/locks/{extra}-{stack}.txt" for extra in BESIDE for stack in STACKS]
     locks += ["env/locks/tools.txt", "env/locks/uv.txt"]
     npm = {"env/locks/package.json", "env/locks/package-lock.json"}  # integrity in place of hashes
     assert {path.name for path in (ROOT / "env/locks").iterdir()} == {Path(name).name for name in [*locks, *npm]}
@@ -104,12 +105,13 @@ def test_installed_versions_match_lock():
         assert importlib.metadata.version(name).split("+")[0] == version, name
 
 
+@pytest.mark.parametrize("extra", BESIDE)
 @pytest.mark.parametrize("stack", STACKS)
-def test_lm_eval_lock_is_beside_the_stack(stack):
+def test_lock_is_beside_the_stack(stack, extra):
     """It is installed into a separate folder, and must not replace packages of the stack."""
-    text = (ROOT / f"env/locks/lm-eval-{stack}.txt").read_text()
+    text = (ROOT / f"env/locks/{extra}-{stack}.txt").read_text()
     found = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.MULTILINE))
-    assert [f"lm-eval=={found['lm-eval']}"] == PROJECT["optional-dependencies"]["lm-eval"]
+    assert [f"{extra}=={found[extra]}"] == PROJECT["optional-dependencies"][extra]
     stacks = (ROOT / f"env/locks/{stack}.txt").read_text()
     everywhere = re.findall(r"^([\w.-]+)===?\S+ \\$", stacks, re.MULTILINE)  # without a marker
     assert len(everywhere) > 50

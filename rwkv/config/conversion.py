@@ -84,6 +84,12 @@ class ConvertConfig:
     are counted and written to P.rejects.jsonl. A corrupt or truncated file always ends it."""
     workers: int = 0
     """Number of processes for tokenisation; the output does not depend on it. 0: one per core."""
+    ray: str = ""
+    """Convert on a Ray cluster (make ray). auto: the cluster that this machine is a node of,
+    or RAY_ADDRESS; HOST:PORT: the address of its head node; local: start one on this machine. This
+    machine reads the input and writes the output; the nodes need no shared file system, but the
+    same Python and packages. The output is the same as without, also if a worker or node is
+    lost."""
     shard: str = ""
     """i/n, from 0/n to n-1/n: convert only part i of n, to divide the work among machines; input
     and output_prefix must be the same for all parts. jsonl, split lines, parquet and arrow files

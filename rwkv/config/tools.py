@@ -120,6 +120,8 @@ class EvaluateConfig:
     data_file: str = ""
     """What to score: binidx prefixes or files of documents (txt, jsonl and all others that convert
     reads), separated by commas. Each is a row of the table."""
+    input_format: Literal["", "jsonl", "json", "txt", "csv", "tsv", "parquet", "arrow"] = ""
+    """Format of the files of data_file if their names do not determine it, or of a pipe (-)."""
     run: str = ""
     """Instead of data_file: the folder of a run (its proj_dir), to score its validation set: its
     val_file, or the part of its data that val_split selects."""
@@ -127,7 +129,7 @@ class EvaluateConfig:
     """Score only the part of a binidx that a run with this val_split uses for validation. 0: all of
     it."""
     by: str = ""
-    """With .jsonl files: a field of the records, such as source; each of its values is a row."""
+    """A field or column of the files, such as source; each of its values is a row."""
     mask: Literal["auto", "answers", "none"] = "auto"
     """For files that are converted, which tokens count. auto: in conversations the answers, in text
     all. answers: also in text only the answers. none: all. (A binidx has its own loss mask.)"""

@@ -13,7 +13,7 @@ from rwkv.files import sha256
 
 FORMAT = 1
 # Flags that do not affect the output's contents.
-LOCAL = {"input", "output_prefix", "shard", "workers", "force", "merge"}
+LOCAL = {"input", "output_prefix", "shard", "workers", "ray", "force", "merge"}
 # total bytes of the sources up to which they are hashed (takes a second or two)
 _MAX_HASHED = 1 << 30
 

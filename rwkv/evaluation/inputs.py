@@ -1,9 +1,10 @@
 """What `evaluate` scores: parts of binidx datasets, or files that are converted first."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rwkv.config import ConvertConfig, EvaluateConfig
 from rwkv.data import provenance
@@ -36,8 +37,10 @@ def check(c: EvaluateConfig) -> None:
     files = _parts(c.data_file)
     if c.val_split and (not files or any(not index_path(path).exists() for path in files)):
         raise UserError("--val_split divides a binidx: pass the prefix of one as --data_file, or omit it")
-    if c.by and (not files or any(not path.endswith(".jsonl") for path in files)):
-        raise UserError(f"--by {c.by} is a field of .jsonl files: pass them as --data_file, or omit it")
+    if c.by and (not files or any(index_path(path).exists() for path in files)):
+        raise UserError(
+            f"--by {c.by} is a field of records, which a binidx does not have: pass files such as .jsonl as --data_file, or omit it"
+        )
 
 
 def of_run(manifest: dict[str, Any], folder: Path) -> list[Input]:
@@ -67,6 +70,8 @@ def of_files(c: EvaluateConfig, temporary: Path) -> list[Input]:
     Raises:
         UserError: a file cannot be read.
     """
+    if c.by:
+        return _by_value(*_converted(c, c.data_file, temporary / "0"))
     found = []
     for number, path in enumerate(_parts(c.data_file)):
         if index_path(path).exists():
@@ -75,16 +80,10 @@ def of_files(c: EvaluateConfig, temporary: Path) -> list[Input]:
             spans = split(data, c.val_split, 1)[1] if c.val_split else None
             found.append(Input(Path(path).name, data, Stream(data, spans)))
             continue
-        if not c.by and not Path(path).exists():
+        if path != "-" and not Path(path).exists():
             raise UserError(f"{path}: no such file, nor a binidx ({index_path(path)})")
-        files = _by_field(Path(path), c.by, temporary / f"{number}") if c.by else [(Path(path).name, Path(path))]
-        for i, (name, file) in enumerate(files):
-            data = _converted(c, file, temporary / f"{number}-{i}", path)
-            found.append(Input(name, data, Stream(data)))
-    if c.by:  # the same value in several files is one row
-        merged: dict[str, Input] = {one.name: one for one in found}
-        if len(merged) < len(found):
-            raise UserError("--by with several files that share a value: put them into one .jsonl file")
+        data, _ = _converted(c, path, temporary / f"{number}")
+        found.append(Input(Path(path).name, data, Stream(data)))
     return found
 
 
@@ -101,9 +100,11 @@ def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _converted(c: EvaluateConfig, file: Path, prefix: Path, shown: str) -> Dataset:
+def _converted(c: EvaluateConfig, files: str, prefix: Path) -> tuple[Dataset, list[str]]:
+    """The documents of files, and for each its value of the field --by."""
     config = ConvertConfig(
-        input=str(file),
+        input=files,
+        input_format=c.input_format,
         output_prefix=str(prefix),
         mask=c.mask,
         workers=1,
@@ -111,37 +112,17 @@ def _converted(c: EvaluateConfig, file: Path, prefix: Path, shown: str) -> Datas
         tokenizer_type="HFTokenizer" if c.vocab_file else "RWKVTokenizer",
         dtype="int32" if c.vocab_file else "uint16",
     )
-    try:
-        pipeline.convert(config)
-        return Dataset(document_prefix(prefix, "text"))
-    except UserError as error:
-        raise UserError(str(error).replace(str(file), shown)) from error
+    values = pipeline.convert(config, c.by).values
+    return Dataset(document_prefix(prefix, "text")), values
 
 
-def _by_field(path: Path, field: str, folder: Path) -> list[tuple[str, Path]]:
-    """Divide a .jsonl file by the value of a field: (value, file) in the order of appearance.
-
-    Raises:
-        UserError: a record lacks the field, or it has too many values.
+def _by_value(data: Dataset, values: list[str]) -> list[Input]:
+    """Divide documents by their values, in the order of appearance. Raises UserError if there are
+    too many different ones.
     """
-    folder.mkdir()
-    names: dict[str, Path] = {}
-    try:
-        with open(path, "rb") as source:
-            for number, raw in enumerate(source, 1):
-                if not raw.strip():
-                    continue
-                try:
-                    value = json.loads(raw)[field]
-                except (ValueError, KeyError, TypeError, IndexError):
-                    raise UserError(
-                        f"{path}, line {number}: not a JSON object with the field {field} (--by {field})"
-                    ) from None
-                name = value if isinstance(value, str) else json.dumps(value)
-                if name not in names and len(names) == _MOST:
-                    raise UserError(f"{path}: --by {field} has more than {_MOST} different values; use another field")
-                with open(names.setdefault(name, folder / f"{len(names)}.jsonl"), "ab") as out:
-                    out.write(raw if raw.endswith(b"\n") else raw + b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    return list(names.items())
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for i, value in enumerate(values):
+        spans.setdefault(value, []).append(data.span(i))
+    if len(spans) > _MOST:
+        raise UserError(f"--by: the field has {len(spans):,} different values, more than {_MOST}; use another field")
+    return [Input(name, data, Stream(data, np.array(found, np.int64))) for name, found in spans.items()]

@@ -1,9 +1,14 @@
 """scripts/evaluate.py: models and adapters in one table, inputs, errors before work."""
 
+import csv
+import gzip
+import itertools
 import json
 import math
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,6 +38,7 @@ def folder(make_model, tmp_path_factory):
     for name, sources in (("a", "xyxy"), ("b", "xxyy")):
         records = [{"text": text, "source": source} for text, source in zip(TEXTS, sources, strict=True)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "many.jsonl").write_text("".join(json.dumps({"text": "a", "number": i}) + "\n" for i in range(201)))
     chats = [
         {"messages": [{"role": "user", "content": f"Q{i}"}, {"role": "assistant", "content": f"A{i}"}]}
         for i in range(12)
@@ -95,6 +101,70 @@ def test_field_of_the_records(evaluated, folder):
         assert (sources[name]["tokens"], sources[name]["nats"]) == (tokens, pytest.approx(nats, rel=1e-5))
 
 
+def write_as(kind, folder):
+    """The records of TEXTS with sources x, y, x, y in a file of this kind; returns its name."""
+    rows = [{"text": text, "source": source} for text, source in zip(TEXTS, "xyxy", strict=True)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path = folder / f"texts.{kind}"
+    if kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(lines))
+    elif kind == "jsonl.zst":
+        with pyarrow.CompressedOutputStream(str(path), "zstd") as out:
+            out.write(lines)
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "csv":
+        with open(path, "w", newline="") as out:
+            writer = csv.DictWriter(out, ["source", "text"])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path.name
+
+
+def documents(one):
+    """The texts of an input."""
+    starts = one.stream.document_starts()
+    return [WorldTokenizer().decode(one.stream.ids(a, b)) for a, b in itertools.pairwise(starts.tolist())]
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "json", "csv", "parquet"])
+def test_formats_of_files(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    name = write_as(kind, tmp_path)
+    (whole,) = inputs.of_files(EvaluateConfig(data_file=name), tmp_path / "whole")
+    assert (whole.name, documents(whole)) == (name, TEXTS)
+    (tmp_path / name).rename("unnamed")
+    config = EvaluateConfig(data_file="unnamed", input_format=kind.split(".")[0], by="source")
+    inputs.check(config)
+    found = inputs.of_files(config, tmp_path / "divided")
+    assert [(one.name, documents(one)) for one in found] == [("x", TEXTS[::2]), ("y", TEXTS[1::2])]
+
+
+def test_field_of_chats_in_two_files(tmp_path):
+    """Skipped records have no value, values that are not texts are shown as JSON, and a value in
+    two files is one row.
+    """
+    for name, levels in (("a", [1, None]), ("b", [1])):
+        records = [
+            {
+                "messages": [{"role": "user", "content": f"Q{name}"}, {"role": "assistant", "content": "A"}],
+                "level": level,
+            }
+            for level in levels
+        ]
+        records.insert(1, {"messages": [], "level": 1})
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = EvaluateConfig(data_file=f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", by="level")
+    one, null = inputs.of_files(config, tmp_path / "out")
+    turn = "User: Q{}\n\nAssistant: A\n\n"
+    assert (one.name, documents(one)) == ("1", [turn.format("a"), turn.format("b")])
+    assert (null.name, documents(null)) == ("null", [turn.format("a")])
+    counted = one.stream.read(0, len(one.stream)).loss_mask.sum()
+    assert counted == 2 * (len(WorldTokenizer().encode(" A\n\n")) + 1)
+
+
 def test_base_and_adapter_on_the_validation_set_of_a_run(evaluated, folder):
     """The validation documents, of which only the answers are scored."""
     flags = ["--model", folder / "base.pth", "--lora", folder / "run/rwkv-0.pth", "--run", folder / "run"]
@@ -132,8 +202,9 @@ def test_windows(evaluated, folder):
         ({}, "nothing to evaluate: pass --data_file, --run or --tasks"),
         ({"data_file": "a.jsonl", "run": "run"}, "pass only one of them"),
         ({"data_file": "a.jsonl", "val_split": 0.1}, "--val_split divides a binidx"),
-        ({"data_file": "chat_text_document", "by": "source"}, "--by source is a field of .jsonl files"),
-        ({"data_file": "a.jsonl", "by": "kind"}, "a.jsonl, line 1: not a JSON object with the field kind"),
+        ({"data_file": "chat_text_document", "by": "source"}, "--by source is a field of records, which a binidx"),
+        ({"data_file": "a.jsonl", "by": "kind"}, "a.jsonl, line 1: has no field kind"),
+        ({"data_file": "many.jsonl", "by": "number"}, "--by: the field has 201 different values, more than 200"),
         ({"data_file": "a.jsonl", "model": ""}, "--model is missing"),
         (
             {"data_file": "a.jsonl", "model": "base.pth,base.pth", "lora": "run/rwkv-0.pth"},

@@ -25,6 +25,7 @@ class Encoded:
         lines: number of lines in the chunk; 0 if it does not consist of lines.
         rejects: (number in the chunk or source, reason, the record as text) of bad records.
         counts: statistics, see rwkv.data.convert.report.
+        values: the values of the field `by` of the documents.
     """
 
     tokens: list[bytes]
@@ -33,6 +34,7 @@ class Encoded:
     lines: int
     rejects: list[tuple[int, str, str]]
     counts: Counter = field(default_factory=Counter)
+    values: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Encoder:
             two documents, with the chosen and with the rejected answer.
         mask: "auto": write a mask if there is a template; "answers": always, and train only on the
             answers of plain text too; "none": no mask.
+        by: a field whose values are returned, for the documents of the first key; "": none.
     """
 
     tokenizer: WorldTokenizer | HFTokenizer
@@ -58,6 +61,7 @@ class Encoder:
     stop: bool = True
     kind: str = "auto"
     mask: str = "auto"
+    by: str = ""
 
     @property
     def masked(self) -> bool:
@@ -79,6 +83,7 @@ class Encoder:
         lines = lines_of(chunk)
         packed = [_PackedDocuments() for _ in self.keys]
         rejects = []
+        values: list[str] = []
         counts: Counter = Counter()
         seen: list[tuple] = []  # counted at the end: faster than updating a Counter per record
         for number, record in records(chunk, lines, self.keys):
@@ -86,10 +91,11 @@ class Encoder:
             try:
                 if isinstance(record, BadRecord):
                     raise record
-                for column, documents in zip(
-                    packed, [self.documents(record, key, seen) for key in self.keys], strict=True
-                ):
-                    for segments in documents:
+                documents = [self.documents(record, key, seen) for key in self.keys]
+                if self.by and documents[0]:
+                    values += [_value(record, self.by)] * len(documents[0])
+                for column, texts in zip(packed, documents, strict=True):
+                    for segments in texts:
                         self._add(column, segments, counts)
             except BadRecord as error:
                 del seen[known:]
@@ -104,6 +110,7 @@ class Encoder:
             len(lines),
             rejects,
             counts,
+            values,
         )
 
     def documents(self, record: Any, key: str, seen: list[tuple] | None = None) -> list[list[tuple[str, bool]]]:
@@ -245,6 +252,14 @@ class _PackedDocuments:
     tokens: list[bytes] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     masks: list[bytes] = field(default_factory=list)
+
+
+def _value(record: Any, name: str) -> str:
+    """A field of a record as text. Raises BadRecord if there is none."""
+    if not isinstance(record, dict) or name not in record:
+        raise BadRecord(f"has no field {name}")
+    value = record[name]
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _fix_unicode(text: str) -> str:

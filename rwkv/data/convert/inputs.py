@@ -123,28 +123,36 @@ def lines_of(chunk: Chunk) -> list[bytes]:
     """The lines of a chunk, without their \\n; empty if it does not consist of lines."""
     if chunk.rows is not None or chunk.files is not None:
         return []
-    data = chunk.lines
-    if data is None:
-        begin, end = chunk.span or (0, chunk.size)
-        source = chunk.source
-        with open(source.stored, "rb") as file:
-            file.seek(max(begin - 1, 0))
-            data = file.read(end - begin)
-            if len(data) < end - begin:
-                raise UserError(
-                    f"{source.path}: was truncated while it was read; convert again when nothing writes to it"
-                )
-            if begin:  # a line that began earlier belongs to the previous chunk
-                _, newline, data = data.partition(b"\n")
-                data += file.read(1) if newline else b""
-            if data and not data.endswith(b"\n"):
-                data += read_line(source, file, f"before byte {end:,}")
-            if begin == 0:
-                data = data.removeprefix(BOM)
-    lines = data.split(b"\n")
+    lines = (_read(chunk) if chunk.lines is None else chunk.lines).split(b"\n")
     if not lines[-1]:
         lines.pop()
     return lines
+
+
+def loaded(chunk: Chunk, keys: Sequence[str]) -> Chunk:
+    """The chunk with its contents, for a worker that cannot read the source."""
+    if chunk.files is not None:
+        return Chunk(chunk.source, chunk.size, rows=list(records(chunk, [], keys)))
+    if chunk.span is not None:
+        return Chunk(chunk.source, chunk.size, lines=_read(chunk))
+    return chunk
+
+
+def _read(chunk: Chunk) -> bytes:
+    """The lines that begin in the chunk's byte range."""
+    begin, end = chunk.span or (0, chunk.size)
+    source = chunk.source
+    with open(source.stored, "rb") as file:
+        file.seek(max(begin - 1, 0))
+        data = file.read(end - begin)
+        if len(data) < end - begin:
+            raise UserError(f"{source.path}: was truncated while it was read; convert again when nothing writes to it")
+        if begin:  # a line that began earlier belongs to the previous chunk
+            _, newline, data = data.partition(b"\n")
+            data += file.read(1) if newline else b""
+        if data and not data.endswith(b"\n"):
+            data += read_line(source, file, f"before byte {end:,}")
+        return data.removeprefix(BOM) if begin == 0 else data
 
 
 def place(chunk: Chunk, number: int, lines_before: Callable[[], int]) -> str:

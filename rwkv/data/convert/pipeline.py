@@ -17,6 +17,7 @@ from rwkv.data.convert.encode import Encoder
 from rwkv.data.convert.inputs import Chunk
 from rwkv.data.convert.jsonl import BadRecord
 from rwkv.data.convert.pool import Pool
+from rwkv.data.convert.ray_pool import RayPool
 from rwkv.data.convert.source_file import Source
 from rwkv.data.progress_bar import progress_bar
 from rwkv.data.tokenizer import HFTokenizer, WorldTokenizer, same_vocabulary
@@ -34,6 +35,7 @@ class Converted:
         masked: whether loss masks were written.
         rejects: number of bad records, which were skipped and written to rejects_file.
         counts: statistics, see rwkv.data.convert.report.
+        values: the value of the field `by` for each document.
     """
 
     pairs: list[tuple[str, int, int]]
@@ -41,6 +43,7 @@ class Converted:
     rejects: int
     rejects_file: Path
     counts: Counter = field(default_factory=Counter)
+    values: list[str] = field(default_factory=list)
 
     @property
     def report(self) -> list[str]:
@@ -49,11 +52,14 @@ class Converted:
         return report.lines(self.counts, documents, tokens, self.masked)
 
 
-def convert(config: ConvertConfig) -> Converted:
+def convert(config: ConvertConfig, by: str = "") -> Converted:
     """Tokenise the input files into `P_<key>_document.bin` and `.idx` for each key, with
     `P_<key>_mask.bin` for chats.
 
     The output does not depend on the number of workers.
+
+    Args:
+        by: a field of the records; its values are returned. A record without it is a bad record.
 
     Raises:
         UserError: a bad record (with file and number), a corrupt file, existing output without
@@ -67,7 +73,7 @@ def convert(config: ConvertConfig) -> Converted:
         binidx_writer.exclusive(prefix, [binidx.document_prefix(prefix, key) for key in keys]),
         _explain_errors(found.sources),
     ):
-        return _convert(config, found, keys, shard, prefix)
+        return _convert(config, found, keys, shard, prefix, by)
 
 
 def find(config: ConvertConfig) -> sources.Found:
@@ -106,9 +112,14 @@ def _explain_errors(source_list: Sequence[Source]) -> Iterator[None]:
 
 
 def _convert(
-    config: ConvertConfig, found: sources.Found, keys: Sequence[str], shard: tuple[int, int] | None, prefix: str
+    config: ConvertConfig,
+    found: sources.Found,
+    keys: Sequence[str],
+    shard: tuple[int, int] | None,
+    prefix: str,
+    by: str,
 ) -> Converted:
-    encoder = _encoder(config, found.sources, keys)
+    encoder = replace(_encoder(config, found.sources, keys), by=by)
     tokenizer = encoder.tokenizer
     if config.dtype == "uint16" and tokenizer.vocab_size > 1 << 16:
         raise UserError(f"{tokenizer.name} has {tokenizer.vocab_size} tokens, too many for uint16; pass --dtype int32")
@@ -132,13 +143,14 @@ def _convert(
     for note in found.notes:
         print(note, file=sys.stderr, flush=True)
     workers = config.workers or len(os.sched_getaffinity(0))
-    fields = [*keys, *(schemas.FIELDS if encoder.template else ())]
+    fields = list(dict.fromkeys([*keys, *(schemas.FIELDS if encoder.template else ()), *([by] if by else [])]))
     feed = inputs.chunks(found.sources, fields, shard or (0, 1))
     locations = _Locations()
     count = 0
     counts: Counter = Counter()
+    values: list[str] = []
     with (
-        Pool(encoder, workers) as pool,
+        RayPool(encoder, config.ray, keys, config.workers) if config.ray else Pool(encoder, workers) as pool,
         binidx_writer.writers(prefixes, config.dtype, encoder.masked, beside) as (out, (rejects, *manifest)),
         progress_bar(_bytes(found.sources, shard), "convert", "B") as bar,
     ):
@@ -154,6 +166,7 @@ def _convert(
                     count += 1
                 locations.passed(chunk, encoded.lines)
                 counts.update(encoded.counts)
+                values += encoded.values
                 for output, *parts in zip(out, encoded.tokens, encoded.sizes, encoded.masks, strict=True):
                     output.add_packed(*parts)
                 bar.update(chunk.size)
@@ -195,7 +208,7 @@ def _convert(
             manifest[0].write_text(
                 json.dumps(shards.manifest(config, found.sources), indent=2) + "\n", encoding="utf-8"
             )
-    return Converted(pairs, encoder.masked, count, rejects_path, counts)
+    return Converted(pairs, encoder.masked, count, rejects_path, counts, values)
 
 
 def texts(config: ConvertConfig) -> tuple[Iterator[tuple[str, int]], int]:

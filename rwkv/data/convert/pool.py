@@ -18,9 +18,49 @@ from typing import Any
 
 from rwkv.errors import UserError
 
-_AHEAD = 4  # chunks per worker in flight (queued, being processed or done), which bounds memory
+AHEAD = 4  # chunks per worker in flight (queued, being processed or done), which bounds memory
 _ADVICE = "use fewer --workers, or smaller documents"
 _KILLED = f"a worker process was killed, probably out of memory; {_ADVICE}"
+
+
+def in_order(
+    chunks: Iterable[Any], submit: Callable[[Any], Callable[[], Any]], ahead: int
+) -> Iterator[tuple[Any, Any]]:
+    """Yield (chunk, result) in the order of the chunks, of which at most `ahead` are in flight.
+
+    A UserError raised by the iterable is raised after the results of the chunks before it.
+
+    Args:
+        submit: starts the work on a chunk; what it returns waits for the result, or raises.
+    """
+    waiting: collections.deque[tuple[Any, Callable[[], Any]]] = collections.deque()
+    feed, failure = iter(chunks), None
+    while True:
+        try:
+            for chunk in itertools.islice(feed, ahead - len(waiting)):
+                waiting.append((chunk, submit(chunk)))
+        except UserError as error:
+            feed, failure = iter(()), error
+        if not waiting:
+            break
+        chunk, result = waiting.popleft()
+        yield chunk, result()
+    if failure:
+        raise failure
+
+
+def attempt(function: Callable[[Any], Any], chunk: Any, advice: str = _ADVICE) -> tuple[bool, Any]:
+    """(True, result of the function) or (False, exception). `advice`: what to do if there is too
+    little memory.
+    """
+    try:
+        return True, function(chunk)
+    except MemoryError:
+        return False, UserError(f"out of memory; {advice}")
+    except Exception as error:
+        return False, error
+    except BaseException as error:  # a panic of a Rust library, which cannot be pickled
+        return False, RuntimeError(f"{type(error).__name__}: {error}")
 
 
 class Pool:
@@ -76,26 +116,16 @@ class Pool:
                     raise UserError(f"out of memory; {_ADVICE}") from error
                 yield chunk, result
             return
-        waiting: collections.deque[tuple[Any, Future]] = collections.deque()
-        feed, failure = iter(chunks), None
         try:
-            while True:
-                try:
-                    for chunk in itertools.islice(feed, _AHEAD * self._workers - len(waiting)):
-                        future: Future = Future()
-                        waiting.append((chunk, future))
-                        self._tasks.put((chunk, future))
-                except UserError as error:
-                    feed, failure = iter(()), error
-                if not waiting:
-                    break
-                chunk, future = waiting.popleft()
-                yield chunk, future.result()
+            yield from in_order(chunks, self._submit, AHEAD * self._workers)
         except BaseException:
             self._ok = False
             raise
-        if failure:
-            raise failure
+
+    def _submit(self, chunk: Any) -> Callable[[], Any]:
+        future: Future = Future()
+        self._tasks.put((chunk, future))
+        return future.result
 
     def _start(self) -> None:
         # fork shares the loaded vocabulary. All processes are forked before any thread starts.
@@ -162,15 +192,7 @@ def _work(function: Callable[[Any], Any], pipe: Connection, others: list[Connect
         while True:
             chunk = pipe.recv()
             try:
-                answer = True, function(chunk)
-            except MemoryError:
-                answer = False, UserError(f"out of memory; {_ADVICE}")
-            except Exception as error:
-                answer = False, error
-            except BaseException as error:  # a panic of a Rust library, which cannot be pickled
-                answer = False, RuntimeError(f"{type(error).__name__}: {error}")
-            try:
-                pipe.send(answer)
+                pipe.send(attempt(function, chunk))
             except (AttributeError, TypeError, ValueError) as error:  # cannot be pickled
                 pipe.send((False, RuntimeError(f"{type(error).__name__}: {error}")))
     os._exit(0)
