@@ -2,9 +2,10 @@
 
     python bench/memory.py [MODEL,METHOD,PRECISION,GRAD_CP,CTX_LEN,OPTIMIZER ...]
 
-Example of a row: 1.5b,lora,bf16,1,1024,adam; of RWKV-6: 6:1.6b,lora,… . The default is ROWS; its
-largest row needs 17 GB. Each row runs in its own process: three steps with random weights and
-tokens. A cell shows the prediction in GB and the measurement in percent of it:
+Example of a row: 1.5b,lora,bf16,1,1024,adam; of RWKV-6: 6:1.6b,lora,… ; METHOD dpo is LoRA on one
+preference pair. The default is ROWS; its largest row needs 17 GB. Each row runs in its own process:
+three steps with random weights and tokens. A cell shows the prediction in GB and the measurement in
+percent of it:
 - weights, gradients, optimizer: bytes of the tensors
 - saved activations and the peak of each phase: torch's profiler, in the last step
 - resident: peak of the process in the second step, less its size before the model was created
@@ -18,11 +19,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from rwkv.adapters import lora
-from rwkv.config import TrainConfig
+from rwkv.config import DPOConfig, TrainConfig
 from rwkv.memory import estimate, machine
 from rwkv.models import RWKV
 from rwkv.models.version import named, published
 from rwkv.train.loop import optimizer
+from rwkv.train.objectives.dpo import DPO
 from rwkv.train.runtime import cpu
 
 ROWS = (
@@ -30,6 +32,7 @@ ROWS = (
     "0.1b,full,fp32,0,512,adam", "0.1b,full,bf16,0,1024,adam", "0.1b,full,bf16,1,1024,adafactor",
     "0.4b,lora,fp32,0,512,adam", "0.4b,lora,bf16,0,1024,adam", "0.4b,lora,bf16,1,1024,adam",
     "0.4b,full,bf16,0,512,adam", "0.4b,full,bf16,1,1024,adam", "0.4b,full,bf16,1,1024,adafactor",
+    "0.1b,dpo,fp32,0,256,adam", "0.4b,dpo,bf16,1,512,adam",
     "1.5b,lora,bf16,0,512,adam", "1.5b,lora,bf16,1,512,adam", "1.5b,lora,bf16,1,1024,adam", "1.5b,full,bf16,1,512,adafactor",
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -42,7 +45,8 @@ def plan_of(row: str) -> estimate.Plan:
     sizes = published(name, named(number))
     return estimate.Plan(
         sizes,
-        method == "lora",
+        method != "full",
+        sequences=2 if method == "dpo" else 1,
         precision=precision,
         grad_cp=grad_cp == "1",
         ctx_len=int(ctx_len),
@@ -69,7 +73,8 @@ class Step:
             lora.mark_trainable(model, p.parts)
             lora.store_frozen(model, DTYPES["bf16" if p.frozen == 2 else "fp32"])
         self.optimizer = optimizer.make(model, TrainConfig(optimizer=p.optimizer, lr_init=1e-5))
-        self.ids = torch.randint(p.sizes.vocab_size, (p.micro_bsz, p.ctx_len + 1))
+        self.ids = torch.randint(p.sizes.vocab_size, (p.micro_bsz * p.sequences, p.ctx_len + 1))
+        self.pairs = p.sequences == 2
 
     def __call__(self, watched=lambda name, work: work()) -> int:
         """Run one step, each phase through `watched`. Returns the bytes of the gradients."""
@@ -77,7 +82,7 @@ class Step:
 
         def forward() -> None:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-                loss.append(self.model.head(self.model.hidden(self.ids[:, :-1])[0], self.ids[:, 1:]))
+                loss.append(self._of_pairs() if self.pairs else self._of_text())
 
         watched("forward", forward)
         watched("backward", lambda: loss.pop().backward())
@@ -85,6 +90,14 @@ class Step:
         watched("optimizer", self.optimizer.step)
         self.optimizer.zero_grad(set_to_none=True)
         return gradients
+
+    def _of_text(self) -> torch.Tensor:
+        return self.model.head(self.model.hidden(self.ids[:, :-1])[0], self.ids[:, 1:])
+
+    def _of_pairs(self) -> torch.Tensor:
+        x, y = (ids.reshape(-1, 2, ids.shape[1]) for ids in (self.ids[:, :-1], self.ids[:, 1:]))
+        batch = [x, y, torch.ones_like(y, dtype=torch.bool), torch.zeros(len(x), 2)]
+        return DPO(DPOConfig()).loss(self.model, lambda x, _: self.model.hidden(x)[0], batch, False).mean
 
 
 def measure(p: estimate.Plan) -> dict:

@@ -242,9 +242,9 @@ def _scan(data: Dataset, found: Inspection, hashes: np.ndarray, bar: Any) -> Non
 
 
 def _fitting_pairs(data: Dataset, ctx_len: int) -> int:
-    count = 0
-    for first in range(0, len(data) - 1, _CHUNK):
-        sizes = np.array(data.sizes[: len(data) // 2 * 2][first : first + _CHUNK]).reshape(-1, 2)
+    count, pairs = 0, data.sizes[: len(data) // 2 * 2]
+    for first in range(0, len(pairs), 2 * _CHUNK):
+        sizes = np.array(pairs[first : first + 2 * _CHUNK]).reshape(-1, 2)
         count += int((sizes.max(1) <= ctx_len + 1).sum())
     return count
 

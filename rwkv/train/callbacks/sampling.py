@@ -57,6 +57,8 @@ def prompts(c: TrainConfig, stream: Stream, vocabulary: Vocabulary) -> list[Prom
         cut = int(counted[0]) if stream.masked and len(counted) and counted[0] else max(1, len(ids) // 4)
         prompt, rest = ids[:cut][-_MAX_PROMPT:], ids[cut : cut + TOKENS]
         rest = rest[:-1] if rest and rest[-1] == vocabulary.eod else rest
+        if c.objective == "dpo":  # it may be a rejected answer
+            rest = []
         found[begin + first] = Prompt(prompt, vocabulary.decode(prompt), vocabulary.decode(rest))
     return list(found.values())
 

@@ -121,8 +121,8 @@ def test_tools_are_kept():
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference data"),
-        ({"chosen": [], "rejected": []}, "preference data"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "a preference pair .* among other records"),
+        ({"chosen": [], "rejected": []}, "a preference pair"),
         ({"question": "q", "answer": ["good", "bad"]}, '"answer" is a list of 2 texts; keep one answer'),
         ({"prompt": "q", "completion": "a", "label": "False"}, "undesirable"),  # a column of csv
         ({"prompt": "q", "completion": "a", "label": False}, "undesirable"),
