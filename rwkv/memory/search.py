@@ -61,6 +61,7 @@ def changes(p: Plan) -> Iterator[tuple[str, Plan]]:
         words += [f"--precision {q.precision}"] if q.precision != p.precision else []
         words += [f"--strategy {q.strategy}"] if q.strategy != p.strategy else []
         words += [f"--optimizer {q.optimizer}"] if q.optimizer != p.optimizer else []
+        words += ["--release_grads 1 --grad_clip 0"] if q.release_grads and not p.release_grads else []
         words += ["LoRA (scripts/lora.py)"] if q.lora and not p.lora else []
         words += [f"--lora_base {q.base}"] if q.base != p.base else []
         words += [f"--ctx_len {q.ctx_len}"] if q.ctx_len != p.ctx_len else []
@@ -74,15 +75,19 @@ def changes(p: Plan) -> Iterator[tuple[str, Plan]]:
     if p.gpu and not p.stage and not p.quantised and p.optimizer == "adam":  # the only one supported with DeepSpeed
         plans += [replace(half, strategy=name) for name in deepspeed_candidates(p.devices)]
     if not p.lora:
+        narrow = replace(half, optimizer="adamw8bit", strategy="auto" if p.stage else p.strategy)
+        plans += [narrow]
+        if p.devices == 1 and narrow.strategy == "auto" and half.accumulate == 1:
+            plans += [replace(narrow, release_grads=True)]
         plans += [
             replace(half, optimizer="adafactor", strategy="auto" if p.stage else p.strategy),
-            replace(half, lora=True, optimizer="adam"),
+            replace(half, lora=True, optimizer="adam", release_grads=False),
         ]
     context = p.ctx_len // 2
     while context >= 64:
         plans.append(replace(half, ctx_len=context))
         if not p.lora:
-            plans.append(replace(half, lora=True, ctx_len=context))
+            plans.append(replace(half, lora=True, optimizer="adam", release_grads=False, ctx_len=context))
         context //= 2
     for q in plans:
         if q != p:
