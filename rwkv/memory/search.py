@@ -183,18 +183,18 @@ def as_dict(p: Plan, found: Estimate, card: float = 0) -> dict[str, Any]:
 
 def table(version: Version = DEFAULT) -> str:
     """The README's table: GB on one GPU (in brackets: on the host) at ctx_len 1024, micro_bsz 1,
-    bf16 and --grad_cp 1; and the figures of the community guide.
+    bf16 and --grad_cp 1; adamw8bit with --release_grads 1; and the figures of the community guide.
     """
     rows = [
-        "| model | LoRA | full | full, Adafactor | full, ZeRO-2 offload (host) | guide |",
+        "| model | LoRA | full | full, adamw8bit | full, ZeRO-2 offload (host) | guide |",
         "|---|---|---|---|---|---|",
     ]
     for name in version.PUBLISHED:
         plan = Plan(published(name, version), grad_cp=True)
         full = replace(plan, lora=False)
-        adafactor = estimate(replace(full, optimizer="adafactor"))
+        narrow = estimate(replace(full, optimizer="adamw8bit", release_grads=True))
         offload = estimate(replace(full, strategy="deepspeed_stage_2_offload"))
-        cells = [f"{found.total / GB:.1f}" for found in (estimate(plan), estimate(full), adafactor)]
+        cells = [f"{found.total / GB:.1f}" for found in (estimate(plan), estimate(full), narrow)]
         cells.append(f"{offload.total / GB:.1f} ({math.ceil(offload.host_total / GB)})")
         rows.append(f"| {name} | {' | '.join(cells)} | {guide_of(plan.sizes) or ''} |")
     return "\n".join(rows)

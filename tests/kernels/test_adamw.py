@@ -28,7 +28,7 @@ DIGESTS = {
     "dense False": "633021c1738a8512",
 }
 # Its implementation in torch: that in C, for CPUs, rounds by a table that has one entry for all
-# numbers below 10^-5. A positive second moment is not rounded to 0 (docs/decisions/030).
+# numbers below 10^-5. A positive second moment is not rounded to 0 (docs/decisions/031).
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -97,6 +97,17 @@ def test_state_of_second_moment_positive():
     """m / (√v + ε) would be large if v were rounded to 0."""
     v = torch.tensor([1.0, 1e-20, 0.0]).repeat(100)
     assert torch.equal(adamw.dequantise(*adamw.quantise(v, False), False) > 0, v > 0)
+
+
+def test_small_elements_move_little_after_their_gradient():
+    """For example embeddings of tokens that no longer occur. v is 10^-8 of the block's largest."""
+    p = torch.zeros(4096)
+    state, gradient = adamw.new_state(p), torch.full((4096,), 1e-4)
+    gradient[::256] = 1.0
+    for factor in (1, 0, 0):
+        before = p.clone()
+        adamw.step(p, gradient * factor, state, torch.ones(1), 0, 1e-3, (0.9, 0.99), 1e-8, 0.0)
+        assert bool(((p - before).abs() <= 1e-3).all())
 
 
 @pytest.mark.skipif(load.why_unavailable() is not None, reason="not compiled")
