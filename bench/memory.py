@@ -3,9 +3,9 @@
     python bench/memory.py [MODEL,METHOD,PRECISION,GRAD_CP,CTX_LEN,OPTIMIZER ...]
 
 Example of a row: 1.5b,lora,bf16,1,1024,adam; of RWKV-6: 6:1.6b,lora,… ; METHOD dpo is LoRA on one
-preference pair. The default is ROWS; its largest row needs 17 GB. Each row runs in its own process:
-three steps with random weights and tokens. A cell shows the prediction in GB and the measurement in
-percent of it:
+preference pair. `-released` after an optimizer is --release_grads 1. The default is ROWS; its
+largest row needs 17 GB. Each row runs in its own process: three steps with random weights and
+tokens. A cell shows the prediction in GB and the measurement in percent of it:
 - weights, gradients, optimizer: bytes of the tensors
 - saved activations and the peak of each phase: torch's profiler, in the last step
 - resident: peak of the process in the second step, less its size before the model was created
@@ -33,6 +33,7 @@ ROWS = (
     "0.4b,lora,fp32,0,512,adam", "0.4b,lora,bf16,0,1024,adam", "0.4b,lora,bf16,1,1024,adam",
     "0.4b,full,bf16,0,512,adam", "0.4b,full,bf16,1,1024,adam", "0.4b,full,bf16,1,1024,adafactor",
     "0.1b,dpo,fp32,0,256,adam", "0.4b,dpo,bf16,1,512,adam",
+    "0.4b,full,bf16,1,1024,adamw8bit", "0.4b,full,bf16,1,1024,adamw8bit-released",
     "1.5b,lora,bf16,0,512,adam", "1.5b,lora,bf16,1,512,adam", "1.5b,lora,bf16,1,1024,adam", "1.5b,full,bf16,1,512,adafactor",
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -50,7 +51,8 @@ def plan_of(row: str) -> estimate.Plan:
         precision=precision,
         grad_cp=grad_cp == "1",
         ctx_len=int(ctx_len),
-        optimizer=kind,
+        optimizer=kind.removesuffix("-released"),
+        release_grads=kind.endswith("-released"),
         gpu=False,
     )
 
@@ -66,13 +68,15 @@ class Step:
         self.precision = p.precision
         self.model = model = RWKV(p.sizes, p.grad_cp)
         for name, parameter in model.named_parameters():  # one at a time, directly in its final dtype
-            dtype = DTYPES[p.precision] if p.lora and lora.is_matrix(name, parameter.shape) else torch.float32
+            narrow = (p.lora or p.optimizer == "adamw8bit") and lora.is_matrix(name, parameter.shape)
+            dtype = DTYPES[p.precision] if narrow else torch.float32
             parameter.data = torch.empty(parameter.shape, dtype=dtype).normal_(0, parameter.shape[-1] ** -0.5)
         if p.lora:
             lora.inject(model, p.parts, p.r, 2 * p.r, 0.01)
             lora.mark_trainable(model, p.parts)
             lora.store_frozen(model, DTYPES["bf16" if p.frozen == 2 else "fp32"])
-        self.optimizer = optimizer.make(model, TrainConfig(optimizer=p.optimizer, lr_init=1e-5))
+        flags = TrainConfig(optimizer=p.optimizer, release_grads=int(p.release_grads), lr_init=1e-5)
+        self.optimizer = optimizer.make(model, flags)
         self.ids = torch.randint(p.sizes.vocab_size, (p.micro_bsz * p.sequences, p.ctx_len + 1))
         self.pairs = p.sequences == 2
 

@@ -182,6 +182,20 @@ def expect_gradients_of_another_stream() -> None:
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
 
 
+def on_gradient(parameter: "torch.nn.Parameter", function: Any) -> Any:
+    """Call function(parameter) in every backward pass, when the parameter's gradient has been added
+    to `grad`. Returns an object that must be kept as long as the parameter.
+
+    torch 1 has no such hook for tensors, only for the node of the graph that adds gradients, to
+    which tensors refer weakly.
+    """
+    if hasattr(parameter, "register_post_accumulate_grad_hook"):
+        return parameter.register_post_accumulate_grad_hook(function)
+    node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    node.register_hook(lambda *_: function(parameter))  # type: ignore[attr-defined]
+    return node
+
+
 def reset_step_counts(optimizer: "torch.optim.Optimizer") -> None:
     """Reset the optimizer's step counts to 0.
 

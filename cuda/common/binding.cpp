@@ -63,6 +63,10 @@ TORCH_LIBRARY(rwkv, library) {
         "int[] sizes, ScalarType dtype",
         "Tensor", cpu::nf4_dense, gpu::nf4_dense);
   fused("int8_dense", "Tensor x, Tensor absmax, ScalarType dtype", "Tensor", cpu::int8_dense, gpu::int8_dense);
+  fused("adamw",
+        "Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, Tensor(d!)? m_max, Tensor(e!)? v_max, Tensor tables, "
+        "Tensor clip, int step, float rate, float beta1, float beta2, float eps, float decay, int key",
+        "()", cpu::adamw, gpu::adamw);
   library.def(
       "adam(Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, float step, float rate, float beta1, float beta2, "
       "float eps, float decay, bool decoupled, float clip) -> ()",

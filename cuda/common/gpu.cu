@@ -4,3 +4,4 @@
 #include "wkv7/wkv7.cu"
 #include "elementwise/fused.cu"
 #include "quant/quant.cu"
+#include "optimizer/adamw.cu"

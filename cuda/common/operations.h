@@ -1,6 +1,6 @@
 // The operators behind torch.ops.rwkv (binding.cpp), for CPUs and, with the device and the stream
 // to launch on, for GPUs. Implemented in wkv4.cpp, wkv6.cpp, wkv7.cpp, fused.cpp, fused_gpu.cpp,
-// quant.cpp and quant_gpu.cpp. None of torch's headers that declare every operator are included: they dominate
+// quant.cpp, quant_gpu.cpp, adamw.cpp and adamw_gpu.cpp. None of torch's headers that declare every operator are included: they dominate
 // compile time.
 #pragma once
 #include <ATen/core/Tensor.h>
@@ -69,6 +69,9 @@ void adam(const Tensor& p, const Tensor& g, const Tensor& m, const Tensor& v, do
 Tensor nf4_dense(const Tensor& packed, const Tensor& levels, const Tensor& absmax, const Tensor& absmax_levels,
                  const Tensor& group_absmax, const Tensor& offset, at::IntArrayRef sizes, at::ScalarType dtype);
 Tensor int8_dense(const Tensor& x, const Tensor& absmax, at::ScalarType dtype);
+void adamw(const Tensor& p, const Tensor& g, const Tensor& m, const Tensor& v, const Optional<Tensor>& m_max,
+           const Optional<Tensor>& v_max, const Tensor& tables, const Tensor& clip, int64_t step, double rate,
+           double beta1, double beta2, double eps, double decay, int64_t key);
 
 }  // namespace cpu
 
@@ -116,5 +119,8 @@ Tensor nf4_dense(const Tensor& packed, const Tensor& levels, const Tensor& absma
                  const Tensor& group_absmax, const Tensor& offset, at::IntArrayRef sizes, at::ScalarType dtype,
                  int64_t device, int64_t stream);
 Tensor int8_dense(const Tensor& x, const Tensor& absmax, at::ScalarType dtype, int64_t device, int64_t stream);
+void adamw(const Tensor& p, const Tensor& g, const Tensor& m, const Tensor& v, const Optional<Tensor>& m_max,
+           const Optional<Tensor>& v_max, const Tensor& tables, const Tensor& clip, int64_t step, double rate,
+           double beta1, double beta2, double eps, double decay, int64_t key, int64_t device, int64_t stream);
 
 }  // namespace gpu

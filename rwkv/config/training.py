@@ -196,10 +196,17 @@ class Optimizer:
     my_exit_tokens: int = 0
     """Cosine decay over this many tokens, after which the run ends. Negative: the mean of cosine
     and exponential decay."""
-    optimizer: Literal["adam", "adafactor"] = "adam"
-    """adafactor: transformers' Adafactor, which stores a row and a column per matrix instead of two
-    moments per parameter (no momentum; β₁, β₂ and ε are its own). Its steps differ from Adam's; for
-    full fine-tuning that does not fit into memory otherwise."""
+    optimizer: Literal["adam", "adamw8bit", "adafactor"] = "adam"
+    """adamw8bit: AdamW with the matrices in bf16 (no fp32 copy; updates are rounded up or down at
+    random, so that small ones are not lost) and moments in 8 bits: 6 bytes per parameter instead of
+    16, for full fine-tuning in less memory. Checkpoints are bf16. adafactor: transformers'
+    Adafactor, which stores a row and a column per matrix instead of two moments per parameter (no
+    momentum; β₁, β₂ and ε are its own). Its steps differ from Adam's; for full fine-tuning that
+    does not fit into memory otherwise."""
+    release_grads: Literal[0, 1] = 0
+    """1: with adamw8bit, update each parameter in the backward pass and free its gradient: 4 bytes
+    per parameter. Without clipping (grad_clip 0), accumulation, several devices or on_nan skip,
+    which need all gradients."""
     beta1: float = 0.9
     """Adam's β₁."""
     beta2: float = 0.99
@@ -219,7 +226,7 @@ class Optimizer:
     on_nan: Literal["stop", "skip"] = "stop"
     """If the loss or the gradient is NaN or Inf: stop ends the run and reports the step, its batch
     and the last valid state; skip skips the update, and stops after more than 20 consecutive
-    skipped steps (with Adafactor it synchronises with the GPU in every step)."""
+    skipped steps (with adafactor and adamw8bit it synchronises with the GPU in every step)."""
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The elementwise CUDA kernels behind the interface of the CPU operators in torch.ops.rwkv.
 
-Launches are asynchronous. Formulas: cuda/elementwise/fused.h.
+Launches are asynchronous. Formulas: cuda/elementwise/fused.h, cuda/optimizer/adamw.h.
 """
 
 import functools
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 OPERATIONS = ("norm_forward", "norm_backward", "mix_forward", "mix_backward", "gate_forward", "gate_backward", "relu2_forward",
-              "relu2_backward", "dropout", "dropout_add", "loss", "nf4_dense", "int8_dense")  # fmt: skip
+              "relu2_backward", "dropout", "dropout_add", "loss", "nf4_dense", "int8_dense", "adamw")  # fmt: skip
 
 
 class CudaKernels:

@@ -38,19 +38,25 @@ def nf4_levels(device: torch.device | str = "cpu") -> Tensor:
     return torch.tensor(_NF4, device=device)
 
 
-@functools.lru_cache
 def absmax_levels(device: torch.device | str = "cpu") -> Tensor:
+    """[256]: the levels of the absmax."""
+    return dynamic_levels(device)
+
+
+@functools.lru_cache
+def dynamic_levels(device: torch.device | str = "cpu", signed: bool = True) -> Tensor:
     """[256], ascending: 0, 1, and for i = 0 to 6 the middles of 2^i equal parts of [0.1, 1], times
-    ±10^(i − 6). The bounds of the parts are rounded as by torch.linspace of torch 2 (that of 1.13
-    rounds otherwise): the first half counts from 0.1, the second from 1.
+    ±10^(i − 6); unsigned, of 2^(i + 1) parts times 10^(i − 6). The bounds of the parts are rounded
+    as by torch.linspace of torch 2 (that of 1.13 rounds otherwise): the first half counts from 0.1,
+    the second from 1.
     """
     levels, start = [0.0, 1.0], torch.tensor(0.1)
     for i in range(7):
-        parts = 2**i
+        parts = 2**i if signed else 2 ** (i + 1)
         step, k = ((1 - start) / parts).double(), torch.arange(parts + 1).double()
         bounds = torch.where(k < (parts + 1) // 2, start.double() + step * k, 1 - step * (parts - k)).float()
         middles = 10.0 ** (i - 6) * ((bounds[:-1] + bounds[1:]) / 2)
-        levels += [*middles.tolist(), *(-middles).tolist()]
+        levels += [*middles.tolist(), *((-middles).tolist() if signed else [])]
     return torch.tensor(sorted(levels), device=device)
 
 

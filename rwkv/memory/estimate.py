@@ -7,7 +7,8 @@ All sizes are in bytes. Shapes are those of the model (rwkv.models.rwkv.shapes).
     gradients    4 per trained element, freed after the step; `e` under DeepSpeed; twice with DDP
                  (its buckets)
     optimizer    Adam 8 per trained element, 12 under DeepSpeed (with its fp32 master); Adafactor a
-                 row and a column of each matrix
+                 row and a column of each matrix; adamw8bit 2.03, and matrices and their gradients
+                 are bf16. With release_grads only one gradient at a time is in memory
     activations  `saved_bytes` of every block, or only its input with grad_cp; and those saved
                  outside the blocks
     logits       one chunk (rwkv.kernels.head_loss), and the head's weight in the dtype of matmuls
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from rwkv.adapters import lora
-from rwkv.kernels import quant
+from rwkv.kernels import adamw, quant
 from rwkv.kernels.head_loss import SLICE, chunk_tokens
 from rwkv.memory.zero import ZEROS
 from rwkv.models import Sizes
@@ -73,6 +74,7 @@ class Plan:
     grad_cp: bool = False
     base: str = "auto"
     optimizer: str = "adam"
+    release_grads: bool = False
     strategy: str = "auto"
     devices: int = 1
     per_node: int = 1
@@ -92,6 +94,11 @@ class Plan:
     def frozen(self) -> int:
         """Bytes per element of a frozen matrix that is not quantised."""
         return 2 if (self.precision if self.base == "auto" or self.quantised else self.base) == "bf16" else 4
+
+    @property
+    def matrix(self) -> int:
+        """Bytes per element of a matrix that is not quantised, without DeepSpeed."""
+        return self.frozen if self.lora else 2 if self.optimizer == "adamw8bit" else 4
 
     @property
     def quantised(self) -> str:
@@ -223,7 +230,7 @@ def _outside(p: Plan) -> Blocks:
     head_loss computes.
     """
     D, N, e = p.sizes.n_embd, p.tokens, p.e
-    first = (4 if not p.lora else max(p.frozen, e)) * D + 8
+    first = max(p.matrix, e) * D + 8
     ln0 = not p.lora or "ln" in p.parts or p.grad_cp
     return [(first * N, ln0), (e * D * N, 2), (24 * N, 1)]
 
@@ -258,7 +265,8 @@ def estimate(p: Plan) -> Estimate:
         weights += sum(quant.nbytes(p.quantised, shape) for shape in small)
         gradients = 4.0 * n_trained
     else:
-        weights, gradients = 4.0 * n_elements, 4.0 * n_trained
+        narrow = (4 - p.matrix) * sum(shape.numel() for shape in matrices(s).values())
+        weights, gradients = 4.0 * n_elements - narrow, 4.0 * n_trained - narrow
     optimizer = _optimizer(p, n_trained) / share
     if zero:
         optimizer += 4 * n_trained / share  # the fp32 master
@@ -276,9 +284,13 @@ def estimate(p: Plan) -> Estimate:
         buckets += [(BLAS, 5 if p.graph else 2)]
     complete: Blocks = [(gradients, 1)] if zero else [(4.0, n_trained)]
     if not (p.lora or zero):
-        complete = [(4.0 * shape.numel(), 1) for shape in _fully_trained(p)]
+        bytes_of = {name: p.matrix if lora.is_matrix(name, shape) else 4 for name, shape in shapes(s).items()}
+        never = unused(s)
+        complete = [(bytes_of[name] * shape.numel(), 1) for name, shape in shapes(s).items() if name not in never]
+        if p.release_grads:
+            complete = [(max(size for size, _ in complete), 1)]
     # the head's gradient is computed in the forward pass
-    head: Blocks = [] if p.lora else [((e if zero else 4.0) * s.vocab_size * s.n_embd, 1)]
+    head: Blocks = [] if p.lora else [((e if zero else p.matrix) * s.vocab_size * s.n_embd, 1)]
     if p.graph and p.accumulate > 1:  # the graph's, and their sum
         complete = [(size, 2 * count) for size, count in complete]
     accumulated = complete if p.graph or p.accumulate > 1 or zero >= 2 else []
@@ -324,7 +336,11 @@ def estimate(p: Plan) -> Estimate:
             "activations": outer + block,
             "workspace": temporary + buckets,
         },
-        "optimizer": {**persistent, "gradients": complete, "workspace": _optimizer_workspace(p) + buckets},
+        "optimizer": {
+            **persistent,
+            "gradients": [] if p.release_grads else complete,
+            "workspace": _optimizer_workspace(p) + buckets,
+        },
     }
     if p.sequences > 1:  # the loss of pairs computes the gradients of the head in the backward pass
         phases["head"] = phases["forward"] | {"workspace": [*buckets, (e * s.n_embd * p.tokens, 1)]}
@@ -348,7 +364,7 @@ def estimate(p: Plan) -> Estimate:
     phase_parts = {name: _round(parts | {"process": CONTEXT if p.gpu else p.process}) for name, parts in peaks.items()}
     if p.gpu:
         # each process loads the model to the host first
-        loading = (weights if p.quantised else 4 * (n_elements + adapters)) * _per_node(p)
+        loading = (weights if p.quantised or p.optimizer == "adamw8bit" else 4 * (n_elements + adapters)) * _per_node(p)
         host = {"process": p.process * _per_node(p), "loading": max(0.0, loading - sum(host.values()))} | host
     else:
         device = Estimate(phase_parts, {}).device
@@ -363,6 +379,8 @@ def _round(parts: dict[str, float]) -> dict[str, int]:
 def _optimizer(p: Plan, n_trained: int) -> float:
     if p.optimizer == "adam":
         return 8.0 * n_trained
+    if p.optimizer == "adamw8bit":
+        return sum(adamw.state_bytes(shape.numel()) for shape in _fully_trained(p))
     found = [torch.Size(shape) for rows, columns in adapted(p) for shape in ((p.r, columns), (rows, p.r))]
     found += [shape for shape in _fully_trained(p) if len(shape) == 2]
     rest = n_trained - sum(shape.numel() for shape in found)
@@ -374,13 +392,16 @@ def _logits(p: Plan) -> Blocks:
     rows = min(chunk_tokens(s.vocab_size, "cuda" if p.gpu else "cpu"), p.tokens)
     chunk, part = rows * s.vocab_size, min(s.vocab_size, SLICE)
     blocks: Blocks = [(e * chunk, 1)]
-    if (p.frozen if p.lora else 4) != e and not p.stage:
+    if p.matrix != e and not p.stage:
         blocks += [(e * s.vocab_size * s.n_embd, 1)]  # the head's weight in the dtype of matmuls
     if e == 4 and not p.gpu:
         blocks += [(4 * part * rows, 1)]  # oneDNN's output buffer
     if not (p.lora or p.stage) and e == 2:
         # the head's gradient of a chunk in the dtype of matmuls; a CPU also converts it to fp32
-        blocks += [(e * s.vocab_size * s.n_embd, 1), (4 * s.vocab_size * s.n_embd, not p.gpu)]
+        blocks += [
+            (e * s.vocab_size * s.n_embd, p.matrix != e),
+            (4 * s.vocab_size * s.n_embd, not p.gpu and p.matrix != e),
+        ]
     return blocks
 
 
@@ -390,12 +411,12 @@ def _backward_workspace(p: Plan) -> Blocks:
     """
     D, F, N, e = p.sizes.n_embd, p.sizes.dim_ffn, p.tokens, p.e
     blocks: Blocks = [(version_of(p.sizes).backward_bytes(p.sizes, e) * N, 1), *_dequantised(p)]
-    return blocks if p.lora else [*blocks, (e * F * N, 1), (e * D * F, 1), (4 * D * F, 1)]
+    return blocks if p.lora else [*blocks, (e * F * N, 1), (e * D * F, 1), (p.matrix * D * F, p.matrix != e)]
 
 
 def _optimizer_workspace(p: Plan) -> Blocks:
     """Temporary tensors of an optimizer step: two of the largest size; none with fused Adam."""
-    if p.stage or p.gpu or p.optimizer == "adam":
+    if p.stage or p.gpu or p.optimizer.startswith("adam"):
         return []
     if p.lora:
         return [(4.0 * max((p.r * max(shape) for shape in adapted(p)), default=0), 2)]
@@ -405,6 +426,8 @@ def _optimizer_workspace(p: Plan) -> Blocks:
 def _buckets(p: Plan, n_elements: int, n_trained: int) -> float:
     if not p.stage:
         ddp = p.devices > 1 or p.strategy.startswith("ddp")
+        if p.optimizer == "adamw8bit":
+            return float(p.matrix * n_trained) if ddp else 0.0
         return 4.0 * n_trained if ddp else 0.0
     bucket = min(p.ds_bucket_mb * 10**6, n_trained) * p.e  # as in ZeroStrategy
     buckets = 2 * bucket if p.stage >= 2 else bucket  # one is filled while the other is reduced

@@ -32,6 +32,7 @@ def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision:
         precision=precision,
         grad_cp=bool(c.grad_cp),
         optimizer=c.optimizer,
+        release_grads=bool(c.release_grads),
         strategy=c.strategy,
         devices=c.devices * c.num_nodes,
         per_node=c.devices,

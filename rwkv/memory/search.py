@@ -61,6 +61,7 @@ def changes(p: Plan) -> Iterator[tuple[str, Plan]]:
         words += [f"--precision {q.precision}"] if q.precision != p.precision else []
         words += [f"--strategy {q.strategy}"] if q.strategy != p.strategy else []
         words += [f"--optimizer {q.optimizer}"] if q.optimizer != p.optimizer else []
+        words += ["--release_grads 1 --grad_clip 0"] if q.release_grads and not p.release_grads else []
         words += ["LoRA (scripts/lora.py)"] if q.lora and not p.lora else []
         words += [f"--lora_base {q.base}"] if q.base != p.base else []
         words += [f"--ctx_len {q.ctx_len}"] if q.ctx_len != p.ctx_len else []
@@ -74,15 +75,19 @@ def changes(p: Plan) -> Iterator[tuple[str, Plan]]:
     if p.gpu and not p.stage and not p.quantised and p.optimizer == "adam":  # the only one supported with DeepSpeed
         plans += [replace(half, strategy=name) for name in deepspeed_candidates(p.devices)]
     if not p.lora:
+        narrow = replace(half, optimizer="adamw8bit", strategy="auto" if p.stage else p.strategy)
+        plans += [narrow]
+        if p.devices == 1 and narrow.strategy == "auto" and half.accumulate == 1:
+            plans += [replace(narrow, release_grads=True)]
         plans += [
             replace(half, optimizer="adafactor", strategy="auto" if p.stage else p.strategy),
-            replace(half, lora=True, optimizer="adam"),
+            replace(half, lora=True, optimizer="adam", release_grads=False),
         ]
     context = p.ctx_len // 2
     while context >= 64:
         plans.append(replace(half, ctx_len=context))
         if not p.lora:
-            plans.append(replace(half, lora=True, ctx_len=context))
+            plans.append(replace(half, lora=True, optimizer="adam", release_grads=False, ctx_len=context))
         context //= 2
     for q in plans:
         if q != p:
@@ -178,18 +183,18 @@ def as_dict(p: Plan, found: Estimate, card: float = 0) -> dict[str, Any]:
 
 def table(version: Version = DEFAULT) -> str:
     """The README's table: GB on one GPU (in brackets: on the host) at ctx_len 1024, micro_bsz 1,
-    bf16 and --grad_cp 1; and the figures of the community guide.
+    bf16 and --grad_cp 1; adamw8bit with --release_grads 1; and the figures of the community guide.
     """
     rows = [
-        "| model | LoRA | full | full, Adafactor | full, ZeRO-2 offload (host) | guide |",
+        "| model | LoRA | full | full, adamw8bit | full, ZeRO-2 offload (host) | guide |",
         "|---|---|---|---|---|---|",
     ]
     for name in version.PUBLISHED:
         plan = Plan(published(name, version), grad_cp=True)
         full = replace(plan, lora=False)
-        adafactor = estimate(replace(full, optimizer="adafactor"))
+        narrow = estimate(replace(full, optimizer="adamw8bit", release_grads=True))
         offload = estimate(replace(full, strategy="deepspeed_stage_2_offload"))
-        cells = [f"{found.total / GB:.1f}" for found in (estimate(plan), estimate(full), adafactor)]
+        cells = [f"{found.total / GB:.1f}" for found in (estimate(plan), estimate(full), narrow)]
         cells.append(f"{offload.total / GB:.1f} ({math.ceil(offload.host_total / GB)})")
         rows.append(f"| {name} | {' | '.join(cells)} | {guide_of(plan.sizes) or ''} |")
     return "\n".join(rows)

@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from rwkv import compat
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
 from rwkv.memory import machine
@@ -109,6 +110,7 @@ def check(c: TrainConfig) -> None:
             f"--sample_every {c.sample_every}: with --strategy {c.strategy} no process has all weights to write samples with; use --strategy"
             " deepspeed_stage_2, or omit it"
         )
+    _eight_bit(c)
     if c.optimizer == "adafactor" and strategy.zero(c):
         raise UserError(
             f"--optimizer adafactor with --strategy {c.strategy}: Adafactor needs 2-D parameters, and ZeRO flattens them; use --optimizer adam, or a strategy without DeepSpeed"
@@ -134,3 +136,46 @@ def _check_objective(c: TrainConfig) -> None:
         raise UserError(f"--dpo_beta must be greater than 0; it is {c.dpo_beta}")
     if not 0 <= c.dpo_label_smoothing < 0.5:
         raise UserError(f"--dpo_label_smoothing must be at least 0 and less than 0.5; it is {c.dpo_label_smoothing}")
+
+
+def _eight_bit(c: TrainConfig) -> None:
+    """Raise UserError for flags that are incompatible with --optimizer adamw8bit or
+    --release_grads.
+    """
+    if c.optimizer != "adamw8bit":
+        if c.release_grads:
+            raise UserError(
+                f"--release_grads 1 needs --optimizer adamw8bit; with --optimizer {c.optimizer} gradients are freed after the step only"
+            )
+        return
+    if c.adapter:
+        raise UserError(
+            "--optimizer adamw8bit is for training all weights (scripts/finetune.py, scripts/pretrain.py): an adapter is small, and its fp32"
+            " moments take little memory; omit it. To reduce the memory of the frozen base, use --lora_base nf4"
+        )
+    if strategy.zero(c):
+        raise UserError(
+            f"--optimizer adamw8bit is not supported with DeepSpeed (--strategy {c.strategy}), which flattens weights and keeps fp32 masters;"
+            " use --strategy auto or ddp, or --optimizer adam"
+        )
+    if c.precision == "fp16":
+        raise UserError(
+            "--optimizer adamw8bit with --precision fp16: gradients in bf16 cannot be scaled for fp16; use --precision bf16, or fp32 on GPUs without it"
+        )
+    several = c.world_size > 1 or c.strategy == "ddp"
+    if several and not machine.use_gpu(c.accelerator) and not compat.gloo_supports_bf16():
+        raise UserError(
+            "--optimizer adamw8bit: ddp on CPUs averages gradients in bf16, and gloo in this torch version does not support bf16; use one process,"
+            " or the modern stack (make venv STACK=modern)"
+        )
+    if not c.release_grads:
+        return
+    wrong = {
+        f"--grad_clip {c.grad_clip:g} needs the norm of all gradients; pass --grad_clip 0": c.grad_clip > 0,
+        f"--accumulate_grad_batches {c.accumulate_grad_batches} adds gradients up; use 1": c.accumulate_grad_batches
+        > 1,
+        "ddp averages gradients after the backward pass; use one device and --strategy auto": several,
+        "--on_nan skip needs all gradients before the first update; use --on_nan stop": c.on_nan == "skip",
+    }
+    if reason := next((reason for reason, applies in wrong.items() if applies), None):
+        raise UserError(f"--release_grads 1 updates weights in the backward pass: {reason}, or omit --release_grads")

@@ -84,6 +84,8 @@ def types(c: TrainConfig, model: RWKV) -> str:
     inputs = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
     trained = "/".join(stored[True])
     weights = f"trained weights {trained} (they are the master weights), gradients {trained}, Adam's moments {trained}"
+    if c.optimizer == "adamw8bit":
+        weights = "trained matrices and their gradients bfloat16 (no masters; stochastic rounding), other trained weights float32, AdamW's moments 8-bit, of small tensors float32"
     if strategy.zero(c) and inputs != "float32":
         stored[False] = stored[False] and [inputs]
         weights = f"trained weights and gradients {inputs}, their master weights and Adam's moments float32 (as DeepSpeed stores them)"

@@ -220,7 +220,11 @@ def _check_state(
             if shapes[name] != stored[name]
         ),
     ]
-    kinds = {"adam" if "exp_avg" in moments else "adafactor" for moments in state.optimizer.values() if moments}
+    kinds = {
+        "adam" if "exp_avg" in moments else "adamw8bit" if "moment1" in moments else "adafactor"
+        for moments in state.optimizer.values()
+        if moments
+    }
     if kinds - {c.optimizer}:
         wrong.insert(0, f"it was saved with --optimizer {kinds.pop()}, but this run has {c.optimizer}")
     if not wrong:

@@ -67,6 +67,10 @@ def build(run: Run) -> RWKV:
     model = load_or_create(run)
     if run.adapter:
         _attach_adapter(model, run, run.adapter)
+    elif (dtype := _matrix_dtype(run)) != torch.float32:
+        for name, parameter in model.named_parameters():
+            if lora.is_matrix(name, parameter.shape):
+                parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -92,7 +96,7 @@ def load_or_create(run: Run) -> RWKV:
     if not path:
         return create(c, run.sizes)
     kind = c.adapter.quantised if c.adapter else None
-    model = checkpoint.load_model(path, matrices=_frozen_dtype(run), quantise=kind)
+    model = checkpoint.load_model(path, matrices=_matrix_dtype(run), quantise=kind)
     model.grad_cp, model.dropout = bool(c.grad_cp), c.dropout
     return model
 
@@ -102,6 +106,11 @@ def create(c: TrainConfig, sizes: Sizes) -> RWKV:
     model = RWKV(sizes, bool(c.grad_cp), c.dropout)
     model.initialise(emb_scale=c.lr_init, frozen=c.adapter is not None)
     return model
+
+
+def _matrix_dtype(run: Run) -> torch.dtype:
+    """The dtype of matrices that are not quantised: linear layers, embedding and head."""
+    return torch.bfloat16 if run.flags.optimizer == "adamw8bit" else _frozen_dtype(run)
 
 
 def _frozen_dtype(run: Run) -> torch.dtype:

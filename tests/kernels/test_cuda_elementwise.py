@@ -1,5 +1,6 @@
 """The elementwise CUDA kernels, executed on a CPU (fake_gpu.py): results and launches."""
 
+import adamw_cases
 import fused_cases as cases
 import pytest
 import torch
@@ -8,8 +9,8 @@ from fused_cases import FP32, GPU_STREAMS, NORM_SIZES, SIZES, normal
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from rwkv.kernels import adamw, quant
 from rwkv.kernels import build as kernels
-from rwkv.kernels import quant
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SEEDS = st.integers(0, 2**31)
@@ -213,3 +214,21 @@ def test_dequantisation_checks_sizes(gpu):
         gpu.call("operation", "nf4_dense", *tensors, [8, 64], FP32)
     with pytest.raises(RuntimeError, match="return fp32, bf16 or fp16"):
         gpu.call("operation", "int8_dense", torch.zeros(2, 8, dtype=torch.int8), torch.zeros(2), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", adamw_cases.DTYPES, ids=str)
+@pytest.mark.parametrize("size", adamw_cases.SIZES)
+def test_adamw_equals_reference(gpu, dtype, size):
+    def launch(*arguments):  # tensors that the other process has changed come back
+        changed = gpu.call("changed", "adamw", *arguments)
+        for mine, new in zip(arguments, changed, strict=True):
+            if torch.is_tensor(mine):
+                mine.copy_(new)
+
+    gpu.call("calls")
+    found, expected = (adamw_cases.steps(dtype, size, f, count=3) for f in (launch, adamw.reference))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    launches = {call.split()[1] for call in gpu.call("calls") if call.startswith("cuLaunchKernel")}
+    assert launches == {
+        f"adamw_{'8bit' if size >= adamw.MIN_QUANTISED else 'full'}_{'bf16' if dtype == torch.bfloat16 else 'fp32'}"
+    }

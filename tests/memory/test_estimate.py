@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rwkv import compat
 from rwkv.adapters import lora
-from rwkv.config import DPOConfig
+from rwkv.config import DPOConfig, TrainConfig
 from rwkv.kernels import quant
 from rwkv.kernels.head_loss import head_loss
 from rwkv.memory import estimate as memory
@@ -19,7 +19,7 @@ from rwkv.memory.estimate import Plan, estimate
 from rwkv.models import RWKV, v5, v6, v7
 from rwkv.models.v4 import Sizes
 from rwkv.models.version import VERSIONS, published
-from rwkv.train.loop.adam import FusedAdam
+from rwkv.train.loop import optimizer
 from rwkv.train.objectives.dpo import DPO
 from rwkv.train.runtime import cpu
 
@@ -40,6 +40,10 @@ def build(p: Plan) -> RWKV:
         lora.inject(model, p.parts, p.r, 16, dora=p.dora)
         lora.mark_trainable(model, p.parts)
         lora.store_frozen(model, torch.bfloat16 if p.frozen == 2 else torch.float32)
+    elif p.optimizer == "adamw8bit":
+        for name, parameter in model.named_parameters():
+            if lora.is_matrix(name, parameter.shape):
+                parameter.data = parameter.data.bfloat16()
     return model
 
 
@@ -153,7 +157,8 @@ def peaks(p: Plan) -> dict[str, int]:
     and optimizer state.
     """
     model = build(p)
-    adam = FusedAdam([{"params": [x for x in model.parameters() if x.requires_grad]}], False)
+    flags = TrainConfig(optimizer=p.optimizer, release_grads=int(p.release_grads))
+    adam = optimizer.make(model, flags)
     now, found, loss = sum(x.numel() * x.element_size() for x in model.parameters()), {}, []
     now += sum(matrix.nbytes for matrix in quant.quantised_in(model))
 
@@ -227,6 +232,38 @@ def test_predicted_peak_of_preference_pairs(kind, version, precision, grad_cp):
     assert {name: measured[name] / value for name, value in predicted.items()} == {
         name: pytest.approx(1, abs=0.2) for name in predicted
     }
+
+
+@pytest.mark.parametrize("version", ["4", "7"])
+@pytest.mark.parametrize("released", [False, True])
+def test_predicted_peak_with_adamw8bit(version, released):
+    sizes = VERSIONS[version].Sizes(4, 128, 1024)
+    plan = Plan(sizes, lora=False, optimizer="adamw8bit", release_grads=released, precision="bf16", grad_cp=True)
+    plan = replace(plan, ctx_len=128, gpu=False)
+    model = build(plan)
+    opt = optimizer.make(model, TrainConfig(optimizer="adamw8bit"))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    opt.step()
+    bytes_of = lambda tensors: sum(x.numel() * x.element_size() for x in tensors if torch.is_tensor(x))  # noqa: E731
+    result = estimate(plan)
+    assert result.device["weights"] == bytes_of(model.parameters())
+    assert result.device["optimizer"] == bytes_of(x for state in opt.state.values() for x in state.values())
+    if not released:
+        gradients = result.phase_parts["optimizer"]["gradients"]
+        assert gradients == bytes_of(parameter.grad for parameter in model.parameters())
+    measured, predicted = peaks(plan), result.tensors
+    assert max(measured.values()) == pytest.approx(max(predicted.values()), rel=0.1)
+
+
+def test_bytes_per_parameter_of_adamw8bit():
+    """Of the largest model: 16 with Adam, 6 with adamw8bit, 4 if gradients are released."""
+    plan = replace(Plan(published("13.3b"), grad_cp=True), lora=False)
+    states = []
+    for changes in ({}, {"optimizer": "adamw8bit"}, {"optimizer": "adamw8bit", "release_grads": True}):
+        parts = estimate(replace(plan, **changes)).phase_parts["optimizer"]
+        states.append(sum(parts[name] for name in STATES) / memory.total(plan.sizes))
+    assert states == pytest.approx([16, 6.03, 4.03], rel=0.03)
 
 
 @pytest.mark.parametrize(("name", "method"), [("0.1b", "full"), ("0.4b", "lora")])

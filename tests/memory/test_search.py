@@ -36,6 +36,8 @@ def test_remedy_is_first_that_fits(gpu, method):
         before = [q for _, q in search.changes(plan)]
         assert all(estimate(q).total > limit for q in before[: before.index(changed)])
         for flag, value in re.findall(r"--(\w+) (\w+)", change):
+            if flag == "grad_clip":  # 0 with release_grads; not part of a plan
+                continue
             assert str(getattr(changed, {"accumulate_grad_batches": "accumulate"}.get(flag, flag))) in (
                 value,
                 {"1": "True"}.get(value),

@@ -167,6 +167,11 @@ class Server:
 
         return getattr(gpu.CudaKernels(DEVICE, lambda: STREAM), name)(*arguments)
 
+    def changed(self, name, *arguments):
+        """Run an operation that changes its arguments; returns them."""
+        self.operation(name, *arguments)
+        return arguments
+
     def calls(self):
         return self.driver.fake_calls().decode().splitlines()
 

@@ -31,6 +31,8 @@ def _why_not(c: TrainConfig, on_gpu: bool) -> str | None:
         return "it needs a GPU"
     if c.world_size > 1 or c.strategy != "auto":
         return "it needs a single GPU and --strategy auto"
+    if c.release_grads:
+        return "it keeps the memory of all gradients, which --release_grads 1 frees"
     if c.tbptt_len:
         return "it is incompatible with --tbptt_len, whose chunks hand on their state"
     if c.grad_cp and (c.dropout or (c.adapter and c.adapter.lora_dropout)):

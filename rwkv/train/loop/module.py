@@ -13,6 +13,7 @@ from rwkv.data.batches import Batches
 from rwkv.data.dataset import Samples
 from rwkv.models import RWKV
 from rwkv.train.loop import adam, optimizer, schedule
+from rwkv.train.loop.adamw8bit import AdamW8bit
 from rwkv.train.loop.cuda_graph import GraphedBlocks
 from rwkv.train.loop.optimizer import skip_step_unless_finite
 from rwkv.train.objectives import choose
@@ -123,10 +124,12 @@ class TrainingModule(pl.LightningModule):
         if isinstance(fused := self.trainer.optimizers[0], adam.FusedAdam):
             self.grad_norm = adam.total_norm([p.grad for p in gradients])
             fused.clip = float(torch.clamp((self.config.grad_clip or math.inf) / (self.grad_norm + 1e-6), max=1))
+        elif isinstance(fused, AdamW8bit):
+            self.grad_norm = fused.set_clip(self.config.grad_clip or math.inf)
         else:
             self.grad_norm = torch.nn.utils.clip_grad_norm_(gradients, self.config.grad_clip or math.inf).detach()
         # gradients have been all-reduced: every rank decides the same
-        if self.config.on_nan == "skip":
+        if self.config.on_nan == "skip" and self.grad_norm is not None:
             skip_step_unless_finite(optimizer, gradients, self.grad_norm)
 
     def on_after_backward(self) -> None:

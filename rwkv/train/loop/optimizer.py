@@ -7,6 +7,7 @@ from rwkv import compat
 from rwkv.config import TrainConfig
 from rwkv.models import RWKV
 from rwkv.train.loop import adam
+from rwkv.train.loop.adamw8bit import AdamW8bit
 from rwkv.train.runtime import fused_adam, strategy
 
 
@@ -34,9 +35,9 @@ def groups(model: RWKV, c: TrainConfig) -> list[dict]:
 
 
 def make(model: RWKV, c: TrainConfig) -> torch.optim.Optimizer:
-    """Create the optimizer of the trainable parameters: Adam, AdamW if weight_decay > 0, or
-    Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) from transformers. `set_rates` must be called
-    before every step.
+    """Create the optimizer of the trainable parameters: Adam, AdamW if weight_decay > 0; Adafactor
+    (Shazeer & Stern 2018, arXiv:1804.04235) from transformers; or AdamW8bit. `set_rates` must be
+    called before every step.
 
     Adam is torch's fused one on a GPU and `adam.FusedAdam` on a CPU; with DeepSpeed its own, if
     compiled.
@@ -44,6 +45,8 @@ def make(model: RWKV, c: TrainConfig) -> torch.optim.Optimizer:
     if c.optimizer == "adafactor":
         return _adafactor(groups(model, c), c.lr_init)
     options = {"lr": c.lr_init, "betas": (c.beta1, c.beta2), "eps": c.adam_eps}
+    if c.optimizer == "adamw8bit":
+        return AdamW8bit(groups(model, c), c.random_seed, bool(c.release_grads), **options)
     zero = strategy.zero(c)
     if zero and (kind := compat.deepspeed_adam(zero.offload_optimizer)):
         return kind(groups(model, c), **options)  # AdamW is Adam without weight decay
