@@ -41,8 +41,13 @@ def test_tables(tables, tmp_path):
     row = {"name": "a", "ms": 2.0, "host_ms": 1.0, "ahead_ms": 1.5, "tokens_per_s": 1234.0, "mfu": 0.5, "peak_gb": 2.0}
     rows = [row | {"predicted_gb": 1.6}, {"name": "b", "error": "RuntimeError: full"}]
     (tmp_path / "steps.json").write_text(json.dumps({"matmul_tflops": 785.0, "rows": rows}))
-    text = tables.report({"card": "a card", "torch": "2.0"}, {"steps": "passed, 3 s"}, tmp_path)
+    row = {"B": 1, "T": 1024, "H": 12, "dtype": "bfloat16", "forward": 0.3, "backward": 1.2, "forward_floor": 0.1}
+    new = {"chunk_forward": 0.1, "chunk_backward": 0.4, "token : chunk": 3.0}
+    (tmp_path / "wkv7.json").write_text(json.dumps({"results": [row | new | {"backward_floor": 0.2}]}))
+    outcomes = {"steps": "passed, 3 s", "wkv7": "passed, 4 s"}
+    text = tables.report({"card": "a card", "torch": "2.0"}, outcomes, tmp_path)
     assert text.startswith("a card, torch 2.0.\n")
+    assert "| 1, 1024, 12, bfloat16 | 0.300 (3 × floor) | 1.200 (6 × floor) | 0.100 | 0.400 | 3.00 |  |" in text
     assert "| a | 1.5 | 1.0 | 1,234 | 50.0 % | 2.00 | 125 % |" in text
     assert "| b | RuntimeError: full |" in text
     results = tmp_path / "results.md"

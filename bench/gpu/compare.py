@@ -33,8 +33,9 @@ def _times(folder: Path) -> Iterator[tuple[tuple[str, str], float]]:
     for part in KERNELS:
         for row in (_load(folder / f"{part}.json") or {"results": []})["results"]:
             shape = ", ".join(str(value) for value in row.values() if isinstance(value, (str, int)))
-            for way in ("forward", "backward"):
-                yield (part, f"{shape}: {way}"), row[way]
+            for way in ("forward", "backward", "chunk_forward", "chunk_backward"):
+                if way in row:
+                    yield (part, f"{shape}: {way}"), row[way]
 
 
 def _load(path: Path):

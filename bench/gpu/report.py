@@ -56,7 +56,15 @@ def parts(out: Path, ptx: Path | None) -> dict[str, Part]:
     def bench(name: str) -> tuple[str | Path, ...]:
         return python, HERE / f"{name}.py", "--json", out / f"{name}.json"
 
-    racecheck = ("compute-sanitizer", "--tool", "racecheck", "--kernel-regex", "kns=fused_", "--print-limit", "5")
+    racecheck = (
+        "compute-sanitizer",
+        "--tool",
+        "racecheck",
+        "--kernel-regex",
+        "kns=fused_|wkv7_chunk",
+        "--print-limit",
+        "5",
+    )
     found = {
         "kernels": Part(120, (python, "-c", "from rwkv.kernels import build; build.main()")),
         "tests": Part(130, (*one_thread, python, "-m", "pytest", "tests/gpu", "-m", "gpu", "-vv", "-n", workers)),
@@ -69,7 +77,7 @@ def parts(out: Path, ptx: Path | None) -> dict[str, Part]:
         "doctor": Part(40, (python, "scripts/doctor.py")),
         "wkv4": Part(60, (*bench("wkv4"), "--quick")),
         "wkv6": Part(30, (*bench("wkv6"), "--quick")),
-        "wkv7": Part(60, (*bench("wkv7"), "--quick")),
+        "wkv7": Part(90, (*bench("wkv7"), "--quick")),
         "ptx": Part(40, (python, HERE / "ptx.py", ptx or "")),
         "races": Part(60, (*racecheck, python, HERE / "races.py")),
     }

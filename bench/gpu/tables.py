@@ -105,11 +105,29 @@ def wkv4(found: dict[str, Any]) -> str:
     return f"A large copy moves {copy:.2f} TB/s.\n\n" + table(header, rows)
 
 
+def wkv7(found: dict[str, Any]) -> str:
+    def optional(r: dict[str, Any], name: str, form: str) -> str:
+        return format(r[name], form) if name in r else ""
+
+    rows = [
+        (
+            f"{r['B']}, {r['T']}, {r['H']}, {r['dtype']}",
+            *(f"{r[way]:.3f} ({r[way] / r[f'{way}_floor']:.0f} × floor)" for way in ("forward", "backward")),
+            *(optional(r, f"chunk_{way}", ".3f") for way in ("forward", "backward")),
+            *(optional(r, name, ".2f") for name in ("token : chunk", "fla : chunk")),
+        )
+        for r in found["results"]
+    ]
+    header = ("B, T, H, dtype", "forward, ms", "backward, ms", "by chunks: forward, ms", "backward, ms")
+    return table((*header, "token : chunk", "fla : chunk"), rows)
+
+
 SECTIONS = {
     "steps": ("Training steps", steps),
     "strategies": ("Strategies and precisions, one process", strategies),
     "elementwise": ("Elementwise kernels", elementwise),
     "wkv4": ("The WKV operator", wkv4),
+    "wkv7": ("The WKV operator of RWKV-7", wkv7),
 }
 
 

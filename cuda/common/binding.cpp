@@ -35,13 +35,23 @@ TORCH_LIBRARY(rwkv, library) {
               wkv6_inputs + "Tensor? initial, Tensor? reset, Tensor saved, Tensor gy, Tensor? gstate", "",
               "(Tensor gr, Tensor gw, Tensor gk, Tensor gv, Tensor gu, Tensor gstate, Tensor ginitial)",
               cpu::wkv6_backward, gpu::wkv6_backward);
-  const std::string wkv7_inputs = "Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, ";
-  define_pair("wkv7_cpu_forward", "wkv7_cuda_forward", wkv7_inputs + "Tensor? state, Tensor? initial, Tensor? reset",
-              "", "(Tensor y, Tensor state, Tensor saved)", cpu::wkv7_forward, gpu::wkv7_forward);
-  define_pair("wkv7_cpu_backward", "wkv7_cuda_backward",
-              wkv7_inputs + "Tensor? initial, Tensor? reset, Tensor saved, Tensor gy, Tensor? gstate", "",
-              "(Tensor gr, Tensor gw, Tensor gk, Tensor gv, Tensor ga, Tensor gb, Tensor gstate, Tensor ginitial)",
-              cpu::wkv7_backward, gpu::wkv7_backward);
+  const std::string wkv7_inputs = "Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, ",
+                    wkv7_forward = wkv7_inputs + "Tensor? state, Tensor? initial, Tensor? reset",
+                    wkv7_outputs = "(Tensor y, Tensor state, Tensor saved)",
+                    wkv7_backward =
+                        wkv7_inputs + "Tensor? initial, Tensor? reset, Tensor saved, Tensor gy, Tensor? gstate",
+                    wkv7_gradients =
+                        "(Tensor gr, Tensor gw, Tensor gk, Tensor gv, Tensor ga, Tensor gb, Tensor gstate, "
+                        "Tensor ginitial)",
+                    launch = ", int slice, int device, int stream";
+  define_pair("wkv7_cpu_forward", "wkv7_cuda_forward", wkv7_forward, "", wkv7_outputs, cpu::wkv7_forward,
+              gpu::wkv7_forward);
+  define_pair("wkv7_cpu_backward", "wkv7_cuda_backward", wkv7_backward, "", wkv7_gradients, cpu::wkv7_backward,
+              gpu::wkv7_backward);
+  library.def(("wkv7_cuda_chunk_forward(" + wkv7_forward + launch + ") -> " + wkv7_outputs).c_str(),
+              gpu::wkv7_chunk_forward);
+  library.def(("wkv7_cuda_chunk_backward(" + wkv7_backward + launch + ") -> " + wkv7_gradients).c_str(),
+              gpu::wkv7_chunk_backward);
   fused("norm_forward", "Tensor x, Tensor w, Tensor b, float eps, ScalarType y_dtype", "(Tensor y, Tensor stats)",
         cpu::norm_forward, gpu::norm_forward);
   fused("norm_backward", "Tensor gy, Tensor x, Tensor w, Tensor stats, bool affine",

@@ -97,6 +97,15 @@ Wkv7GradientTensors wkv7_backward(const Tensor& r, const Tensor& w, const Tensor
                                   const Tensor& b, const Optional<Tensor>& initial, const Optional<Tensor>& reset,
                                   const Tensor& saved, const Tensor& gy, const Optional<Tensor>& gstate, int64_t device,
                                   int64_t stream);
+Outputs wkv7_chunk_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
+                           const Tensor& b, const Optional<Tensor>& state, const Optional<Tensor>& initial,
+                           const Optional<Tensor>& reset, int64_t slice, int64_t device,
+                           int64_t stream);
+Wkv7GradientTensors wkv7_chunk_backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v,
+                                        const Tensor& a, const Tensor& b, const Optional<Tensor>& initial,
+                                        const Optional<Tensor>& reset, const Tensor& saved, const Tensor& gy,
+                                        const Optional<Tensor>& gstate, int64_t slice, int64_t device,
+                                        int64_t stream);
 std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const Tensor& w, const Tensor& b, double eps,
                                         at::ScalarType y_dtype, int64_t device, int64_t stream);
 std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& gy, const Tensor& x, const Tensor& w,

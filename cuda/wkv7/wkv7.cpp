@@ -3,26 +3,17 @@
 #include <string>
 
 #include "common/cpu_width.h"
-#include "common/heads.h"
 #include "common/launcher.h"
 #include "wkv7/wkv7_args.h"
-#include "wkv7/wkv7_cpu.h"
+#include "wkv7/wkv7_common.h"
 
 namespace {
 
-using arguments::check;
 using arguments::flags;
 using arguments::floats;
-
-void check_inputs(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
-                  const Tensor* state, const Tensor* initial, const Tensor* reset) {
-  heads::check_common("wkv7", r, WKV7_MAX_N, state, initial, reset);
-  check("wkv7", w, "w", r, at::kFloat, r.sizes());
-  check("wkv7", k, "k", r, r.scalar_type(), r.sizes());
-  check("wkv7", v, "v", r, r.scalar_type(), r.sizes());
-  check("wkv7", a, "a", r, r.scalar_type(), r.sizes());
-  check("wkv7", b, "b", r, r.scalar_type(), r.sizes());
-}
+using wkv7::aligned;
+using wkv7::check_inputs;
+using wkv7::chunks;
 
 Wkv7Problem problem(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
                     const Tensor& b, const Tensor* state, const Tensor* initial, const Tensor* reset,
@@ -30,8 +21,6 @@ Wkv7Problem problem(const Tensor& r, const Tensor& w, const Tensor& k, const Ten
   return {r.size(1), r.size(2), r.size(3), r.data_ptr(), k.data_ptr(), v.data_ptr(), a.data_ptr(), b.data_ptr(),
           floats(&w), flags(reset), floats(state), floats(initial), saved.data_ptr<float>()};
 }
-
-int64_t chunks(const Tensor& r) { return (r.size(1) + WKV7_SAVE_INTERVAL - 1) / WKV7_SAVE_INTERVAL; }
 
 const Wkv7Loops& loops() {
 #ifdef __x86_64__
@@ -108,12 +97,6 @@ CudaPlan cuda_plan(const Tensor& r) {
     default: TORCH_CHECK(false, "wkv7's CUDA kernels take fp32, bf16 or fp16; r is ", r.scalar_type());
   }
 }
-
-// The kernels read four elements at once. A tensor may start in the middle of such a vector.
-Tensor aligned(const Tensor& x) {
-  return reinterpret_cast<uintptr_t>(x.data_ptr()) % (4 * x.element_size()) ? x.clone() : x;
-}
-Optional<Tensor> aligned(const Optional<Tensor>& x) { return or_null(x) ? Optional<Tensor>(aligned(*x)) : x; }
 
 // Blocks per head.
 int64_t row_blocks(int64_t N, int warps) { return (N + warps * WKV7_WARP_ROWS - 1) / (warps * WKV7_WARP_ROWS); }

@@ -18,6 +18,17 @@ def _why_not_cuda(x: Tensor) -> str | None:
     return load.why_unavailable_on(x.device.index)
 
 
+def _why_not_cuda_chunk(r: Tensor) -> str | None:
+    if reason := _why_not_cuda(r):
+        return reason
+    if r.shape[-1] != 64:
+        return f'the heads have {r.shape[-1]} elements; it takes heads of 64; use impl="cuda"'
+    major, minor = torch.cuda.get_device_capability(r.device.index)
+    if major < 8:
+        return f'the GPU has compute capability {major}.{minor}; it needs 8.0 or higher; use impl="cuda"'
+    return None
+
+
 def _why_not_cpu(x: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"the inputs are on {x.device}; this implementation needs them on the CPU"
@@ -30,6 +41,7 @@ _WHY_UNAVAILABLE: dict[str, Callable[[Tensor], str | None]] = {
     "cuda": _why_not_cuda,
     "cpu": _why_not_cpu,
     "reference": lambda x: None,
+    "cuda-chunk": _why_not_cuda_chunk,
 }
 
 

@@ -1,8 +1,10 @@
 // A fake NVIDIA driver: records the launcher's calls, and runs cuda/common/gpu.cu, compiled for the
 // host, over all blocks and threads. tests/wkv/fake_gpu.py builds it as libcuda.so.1.
 #include <immintrin.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -20,52 +22,120 @@ typedef float wkv_float;
 typedef unsigned wkv_bits;
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 
-// The threads of a block take turns: each runs to its next barrier, then the next one does. It is an
-// error if only some of them reach a barrier.
+#define TENSOR_CORES
+
+// The threads of a block take turns: each runs until it has to wait at a barrier, of the block or of its warp. It is
+// an error if none of them can go on. Turns are taken by longjmp, as swapcontext calls the kernel.
+struct Barrier { unsigned arrived, passed; };
 struct Thread {
-  ucontext_t at;
+  ucontext_t start;
+  jmp_buf at;
   std::vector<char> stack = std::vector<char>(1 << 16);
-  bool ended;
+  bool started, ended;
+  const Barrier* waits;
+  unsigned passed;  // of `waits`, when this thread arrived
 };
 static std::vector<Thread> block;
-static ucontext_t scheduler;
+static Barrier block_barrier, warp_barriers[32];
+static jmp_buf scheduler;
 static std::function<void()> running;
 static unsigned block_index, thread_in_block, threads_of_block;
 static void run_thread() {
   running();
   block[thread_in_block].ended = true;
+  _longjmp(scheduler, 1);
+}
+__attribute__((noinline)) static void resume(Thread& t) {
+  if (_setjmp(scheduler)) return;
+  if (t.started) _longjmp(t.at, 1);
+  t.started = true;
+  setcontext(&t.start);
 }
 static void run_block() {
   if (block.size() < threads_of_block) block.resize(threads_of_block);
+  block_barrier = {};
+  std::memset(warp_barriers, 0, sizeof warp_barriers);
   for (unsigned i = 0; i < threads_of_block; i++) {
     Thread& t = block[i];
-    t.ended = false;
-    getcontext(&t.at);
-    t.at.uc_stack.ss_sp = t.stack.data();
-    t.at.uc_stack.ss_size = t.stack.size();
-    t.at.uc_link = &scheduler;
-    makecontext(&t.at, run_thread, 0);
+    t.started = t.ended = false;
+    t.waits = nullptr;
+    getcontext(&t.start);
+    t.start.uc_stack.ss_sp = t.stack.data();
+    t.start.uc_stack.ss_size = t.stack.size();
+    t.start.uc_link = nullptr;
+    makecontext(&t.start, run_thread, 0);
   }
-  for (unsigned left = threads_of_block; left;) {
-    const unsigned before = left;
+  for (bool progress = true; progress;) {
+    progress = false;
     for (thread_in_block = 0; thread_in_block < threads_of_block; thread_in_block++) {
-      if (block[thread_in_block].ended) continue;
-      swapcontext(&scheduler, &block[thread_in_block].at);
-      left -= block[thread_in_block].ended;
+      Thread& t = block[thread_in_block];
+      if (t.ended || (t.waits && t.waits->passed == t.passed)) continue;
+      progress = true;
+      resume(t);
     }
-    if (left && left != before) std::abort();  // some have ended while others wait
   }
+  for (unsigned i = 0; i < threads_of_block; i++)
+    if (!block[i].ended) std::abort();  // some threads wait for others that have ended or wait elsewhere
 }
-WKV_FN void barrier() { swapcontext(&block[thread_in_block].at, &scheduler); }
-WKV_FN void warp_barrier() { barrier(); }
-// Two buffers in turn: one barrier separates writing and reading, and the next shuffle uses the other.
+__attribute__((noinline)) static void arrive(Barrier& at, unsigned threads) {
+  Thread& t = block[thread_in_block];
+  t.waits = &at;
+  t.passed = at.passed;
+  if (++at.arrived == threads) {
+    at.arrived = 0;
+    at.passed++;
+    return;
+  }
+  if (!_setjmp(t.at)) _longjmp(scheduler, 1);
+}
+WKV_FN void barrier() { arrive(block_barrier, threads_of_block); }
+WKV_FN void warp_barrier() {
+  const unsigned warp = thread_in_block / 32;
+  arrive(warp_barriers[warp], std::min(32u, threads_of_block - 32 * warp));
+}
+// Two buffers in turn: one barrier separates writing and reading, and the next exchange uses the other.
+template <class V> struct Exchange {
+  V given[2][1024];
+  unsigned char turn[1024];
+  const V* operator()(const V& x) {
+    V* now = given[turn[thread_in_block] ^= 1];
+    now[thread_in_block] = x;
+    warp_barrier();
+    return now;
+  }
+};
 template <class V> WKV_FN V shuffle_xor(V x, int mask) {
-  static V given[2][1024];
-  static unsigned char turn[1024];
-  V* now = given[turn[thread_in_block] ^= 1];
-  now[thread_in_block] = x;
-  barrier();
-  return now[thread_in_block ^ unsigned(mask)];
+  static Exchange<V> exchange;
+  return exchange(x)[thread_in_block ^ unsigned(mask)];
+}
+
+WKV_FN float as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); return y; }
+WKV_FN unsigned as_bits(float x) { unsigned y; std::memcpy(&y, &x, 4); return y; }
+// Ties away from zero, as cvt.rna.
+WKV_FN unsigned to_tf32(float x) { return std::isfinite(x) ? (as_bits(x) + 0x1000u) & 0xffffe000u : as_bits(x); }
+static float towards_zero(double x) {
+  const float y = float(x);
+  return std::fabs(double(y)) > std::fabs(x) ? std::nextafter(y, 0.0f) : y;
+}
+// Operands as the PTX manual places them in a warp (mma.m16n8k8 with .tf32). They are cut to TF32; sums of four
+// products are exact, and are added by rounding towards zero.
+static void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  struct Operands { float a[4], b[2]; };
+  static Exchange<Operands> exchange;
+  Operands mine;
+  for (int i = 0; i < 4; i++) mine.a[i] = as_float(a[i] & 0xffffe000u);
+  for (int i = 0; i < 2; i++) mine.b[i] = as_float(b[i] & 0xffffe000u);
+  const Operands* warp = exchange(mine) + thread_in_block / 32 * 32;
+  const unsigned lane = thread_in_block % 32;
+  for (unsigned i = 0; i < 4; i++) {
+    const unsigned row = lane / 4 + (i < 2 ? 0 : 8), column = lane % 4 * 2 + (i & 1);
+    for (unsigned half = 0; half < 2; half++) {  // columns 0 to 3 of a, 4 to 7
+      double sum = d[i];
+      for (unsigned k = 0; k < 4; k++)
+        sum += double(warp[row % 8 * 4 + k].a[row / 8 + 2 * half]) * warp[column * 4 + k].b[half];
+      d[i] = towards_zero(sum);
+    }
+  }
 }
 
 WKV_FN float wkv_exp(float x) { return std::exp(x); }
@@ -73,8 +143,6 @@ WKV_FN float wkv_max(float x, float y) { return std::fmax(x, y); }
 WKV_FN float wkv_negative_magnitude(float x) { return -std::fabs(x); }
 WKV_FN float wkv_divide(float x, float y) { return x / y; }
 WKV_FN float square_root(float x) { return std::sqrt(x); }
-WKV_FN float as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); return y; }
-WKV_FN unsigned as_bits(float x) { unsigned y; std::memcpy(&y, &x, 4); return y; }
 __attribute__((target("f16c"))) static float fp16_to_float(unsigned short x) { return _cvtsh_ss(x); }
 __attribute__((target("f16c"))) static unsigned short float_to_fp16(float x) { return _cvtss_sh(x, 0); }
 WKV_FN unsigned short float_to_bf16(float x) { const unsigned bits = as_bits(x); return x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fffu; }
@@ -99,6 +167,7 @@ template <class Args> static Kernel kernel(void (*function)(Args), bool barriers
 #define WKV7_OF(E) WKV7(wkv7_output_##E), WKV7(wkv7_gradient_##E)
 #define WKV6(name) {#name, kernel(wkv6::name, true)}
 #define WKV6_OF(E) WKV6(wkv6_output_##E), WKV6(wkv6_gradient_##E)
+#define WKV7_CHUNKS(name) {#name, kernel(wkv7_chunk::name, true)}
 #define FUSED(name) {#name, kernel(fused::name)}
 #define FUSED_ROW(name) {#name, kernel(fused::name, true)}
 #define FUSED_OF_TWO(E) FUSED_ROW(fused_norm_##E), FUSED_ROW(fused_norm_gradient_##E), FUSED(fused_norm_sums_##E)
@@ -112,6 +181,7 @@ template <class Args> static Kernel kernel(void (*function)(Args), bool barriers
 static const std::map<std::string, Kernel> kernels = {WKV_OF(fp32), WKV_OF(bf16), WKV_OF(fp16), WKV(wkv4_scan), WKV(wkv4_scan_gradient),
                                                       WKV7_OF(fp32), WKV7_OF(bf16), WKV7_OF(fp16), WKV7(wkv7_output_128), WKV7(wkv7_output_256), WKV7(wkv7_gradient_128), WKV7(wkv7_gradient_256),
                                                       WKV6_OF(fp32), WKV6_OF(bf16), WKV6_OF(fp16), WKV6_OF(wide),
+                                                      WKV7_CHUNKS(wkv7_chunk_prepare), WKV7_CHUNKS(wkv7_chunk_scan), WKV7_CHUNKS(wkv7_chunk_output), WKV7_CHUNKS(wkv7_chunk_scan_gradient), WKV7_CHUNKS(wkv7_chunk_gradient),
                                                       FUSED_OF(fp32), FUSED_OF(bf16), FUSED_OF(fp16), FUSED_OF(any), FUSED_OF_TWO(fp32_bf16), FUSED_OF_TWO(fp32_fp16),
                                                       QUANT_OF(fp32), QUANT_OF(bf16), QUANT_OF(fp16), ADAMW_OF(fp32), ADAMW_OF(bf16)};
 

@@ -7,6 +7,7 @@ The separate process keeps the fake driver apart from a real one.
 """
 
 import ctypes
+import functools
 import os
 import pickle
 import subprocess
@@ -32,6 +33,7 @@ def build(folder: Path) -> Path:
         "-Wno-unknown-pragmas",
         "-Wno-maybe-uninitialized",
         "-fno-strict-aliasing",
+        "-U_FORTIFY_SOURCE",  # its longjmp refuses to change stacks
     ]
     source = Path(__file__).with_name("fake_driver.cpp")
     subprocess.run([*command, f"-I{ROOT / 'cuda'}", "-Wl,-soname,libcuda.so.1", source, "-o", library], check=True)
@@ -52,8 +54,8 @@ class FakeGPU:
             [sys.executable, __file__, str(library)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=here
         )
 
-    def call(self, name: str, *arguments):
-        pickle.dump((name, arguments), self._process.stdin)
+    def call(self, name: str, *arguments, **named):
+        pickle.dump((name, arguments, named), self._process.stdin)
         self._process.stdin.flush()
         answer = pickle.load(self._process.stdout)
         if isinstance(answer, Exception):
@@ -122,33 +124,43 @@ class Server:
 
         return native.cuda_kernels(tensors[0], DEVICE, lambda: STREAM).backward(*tensors)
 
-    def wkv7(self, *tensors, state=None, reset=None, initial=None):
+    def wkv7_kernels(self, r, chunks):
+        """The kernels by chunks with so many per launch; those token by token for 0."""
         from rwkv.wkv.wkv7 import native
 
-        kernels = native.cuda_kernels(tensors[0], DEVICE, lambda: STREAM)
+        if chunks:
+            return native.cuda_chunk_kernels(DEVICE, lambda: STREAM, chunks)
+        return native.cuda_kernels(r, DEVICE, lambda: STREAM)
+
+    def wkv7(self, *tensors, state=None, reset=None, initial=None, chunks=0):
+        from rwkv.wkv.wkv7 import native
+
+        kernels = self.wkv7_kernels(tensors[0], chunks)
         return native.run(kernels, *tensors, state, reset, state if initial is None else initial)
 
-    def wkv7_case(self, name, *arguments):
+    def wkv7_case(self, name, *arguments, chunks=0):
         """Run a function of head_cases.py with the CUDA kernels; returns its result."""
         import head_cases
 
-        return getattr(head_cases, name)(self.wkv7, *arguments)
+        return getattr(head_cases, name)(functools.partial(self.wkv7, chunks=chunks), *arguments)
 
-    def wkv7_gradients(self, tensors, state, initial, reset, gy):
+    def wkv7_gradients(self, tensors, state, initial, reset, gy, chunks=0):
         """Gradients of r, w, k, v, a, b, state and initial for the output gradient gy."""
-        from rwkv.wkv.wkv7 import native
-
-        kernels = native.cuda_kernels(tensors[0], DEVICE, lambda: STREAM)
+        kernels = self.wkv7_kernels(tensors[0], chunks)
         _, _, saved = kernels.forward(*tensors, state, initial, reset)
         return kernels.backward(*tensors, initial, reset, saved, gy, None)
 
-    def wkv7_unaligned(self, tensors):
+    def wkv7_saved(self, tensors, state, reset, chunks=0):
+        """The states that the forward pass saves."""
+        return self.wkv7_kernels(tensors[0], chunks).forward(*tensors, state, state, reset)[2]
+
+    def wkv7_unaligned(self, tensors, chunks=0):
         """Check that tensors one element further in memory give the same result."""
         import torch
 
         shifted = [torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x) for x in tensors]
         assert all(x.data_ptr() % 16 for x in shifted)
-        assert torch.equal(self.wkv7(*shifted)[0], self.wkv7(*tensors)[0])
+        assert torch.equal(self.wkv7(*shifted, chunks=chunks)[0], self.wkv7(*tensors, chunks=chunks)[0])
 
     def fused(self, name, *arguments):
         """Run a check of fused_cases.py with the CUDA kernels; returns its result."""
@@ -184,11 +196,11 @@ def main() -> None:
     sys.stdout = sys.stderr
     while True:
         try:
-            name, arguments = pickle.load(sys.stdin.buffer)
+            name, arguments, named = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         try:
-            answer = getattr(server, name)(*arguments)
+            answer = getattr(server, name)(*arguments, **named)
         except Exception as error:
             answer = RuntimeError(f"{type(error).__name__}: {error}")
         pickle.dump(answer, answers)

@@ -70,7 +70,9 @@ class Operator:
 
 
 WKV6 = Operator("wkv6", wkv6, "cuda, cpu, reference", reference6, inputs6, by_token=4, interval=64, atol=1e-5)
-WKV7 = Operator("wkv7", wkv7, "cuda, cpu, reference", reference7, inputs7, by_token=6, interval=16, atol=1e-6)
+WKV7 = Operator(
+    "wkv7", wkv7, "cuda, cpu, reference, cuda-chunk", reference7, inputs7, by_token=6, interval=16, atol=1e-6
+)
 
 
 def states(batch, heads, size, seed=1):

@@ -43,7 +43,9 @@ def wkv7(
         initial: [B, H, N, N] fp32, the state at a document start; None: `state`. Pass it if `state`
             is carried over from earlier tokens.
         impl: "cuda" or "cpu" (compiled), "reference" (a loop over time), or "auto": the first one
-            available.
+            available. "cuda-chunk": chunks of 16 tokens by matrix products, for heads of 64 on GPUs
+            of compute capability 8.0; not yet verified on a GPU, and not selected by "auto". A w
+            below −4 makes its chunk NaN there, and a NaN spreads over its chunk.
 
     Returns:
         y [B, T, H, N] in r's dtype, and the state [B, H, N, N] fp32 after the last token.
@@ -55,6 +57,11 @@ def wkv7(
     """
     heads.check(r, {"k": k, "v": v, "a": a, "b": b}, {"w": (w, tuple(r.shape))}, state, reset, initial)
     implementations: dict[str, Callable[..., Any]]
-    implementations = {"cuda": native.wkv7, "cpu": native.wkv7, "reference": reference.wkv7}
+    implementations = {
+        "cuda": native.wkv7,
+        "cpu": native.wkv7,
+        "reference": reference.wkv7,
+        "cuda-chunk": native.wkv7_chunk,  # after the reference, which is always available
+    }
     run = dispatch.choose("wkv7", implementations, impl, r)
     return run(r, w, k, v, a, b, state, reset, state if initial is None else initial)

@@ -24,12 +24,38 @@ def cuda_kernels(r: Tensor, device: int, stream: Callable[[], int]) -> Kernels:
     return in_fp32(kernels) if r.dtype != torch.float32 and r.shape[-1] > HEAD_SIZE else kernels
 
 
+def slice_length(heads: int) -> int:
+    """Chunks of each sequence per launch of the kernels by chunks, for `heads` heads in all batch
+    rows: as few as fill a GPU, since they take 26 KB of workspace per chunk and head (42 KB
+    backward).
+    """
+    return max(4, 8192 // max(1, heads))
+
+
+def cuda_chunk_kernels(device: int, stream: Callable[[], int], slice_length: int) -> Kernels:
+    """The CUDA kernels that compute chunks of 16 tokens by matrix products, for heads of 64. They
+    save the same states as those of `cuda_kernels`, so either backward fits either forward.
+    """
+    ops = torch.ops.rwkv
+    return Kernels(
+        lambda *tensors: ops.wkv7_cuda_chunk_forward(*tensors, slice_length, device, stream()),
+        lambda *tensors: ops.wkv7_cuda_chunk_backward(*tensors, slice_length, device, stream()),
+    )
+
+
 def kernels_for(r: Tensor) -> Kernels:
     """The kernels for the device of `r`; on a GPU they run on torch's current stream."""
-    if r.device.type == "cpu":
-        return cpu_kernels(r)
+    return cpu_kernels(r) if r.device.type == "cpu" else cuda_kernels(r, r.device.index, _stream(r.device.index))
+
+
+def chunk_kernels_for(r: Tensor) -> Kernels:
+    """The kernels by chunks for the GPU of `r`; they run on torch's current stream."""
     device = r.device.index
-    return cuda_kernels(r, device, lambda: torch.cuda.current_stream(device).cuda_stream)
+    return cuda_chunk_kernels(device, _stream(device), slice_length(r.shape[0] * r.shape[2]))
+
+
+def _stream(device: int) -> Callable[[], int]:
+    return lambda: torch.cuda.current_stream(device).cuda_stream
 
 
 class _WKV7(torch.autograd.Function):
@@ -73,3 +99,8 @@ def run(
 def wkv7(r: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
     """`rwkv.wkv.wkv7` with the kernels for the device of `r`."""
     return run(kernels_for(r), r, *others)  # type: ignore[arg-type]
+
+
+def wkv7_chunk(r: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`rwkv.wkv.wkv7` with the CUDA kernels by chunks."""
+    return run(chunk_kernels_for(r), r, *others)  # type: ignore[arg-type]

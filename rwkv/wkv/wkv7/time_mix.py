@@ -5,8 +5,10 @@ recomputes everything in between. All is computed in fp32 (fp64 for fp64 inputs)
 are rounded to the dtype of the linear layers.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +73,14 @@ def time_mix(
         eps: of the normalisation by head.
         impl: as for rwkv.wkv.wkv7.
     """
-    run = dispatch.choose("wkv7", {"cuda": _compiled, "cpu": _compiled, "reference": _by_autograd}, impl, x.r)
+    implementations: dict[str, Callable[..., Any]]
+    implementations = {
+        "cuda": _compiled,
+        "cpu": _compiled,
+        "reference": _by_autograd,
+        "cuda-chunk": functools.partial(_compiled, kernels_for=native.chunk_kernels_for),
+    }
+    run = dispatch.choose("wkv7", implementations, impl, _heads(x.r, p))
     return run(x, v_first, p, state, reset, initial, eps)
 
 
@@ -98,21 +107,22 @@ def _compiled(
     reset: Tensor | None,
     initial: Tensor | None,
     eps: float,
+    kernels_for: Callable[[Tensor], native.Kernels] = native.kernels_for,
 ) -> tuple[Tensor, Tensor]:
     x = Projections(*(None if t is None else t.contiguous() for t in x))  # type: ignore[arg-type]
     initial = None if initial is None or reset is None else initial.float().contiguous()
     reset = None if reset is None else reset.contiguous()
-    return _TimeMix.apply(eps, reset, state.float().contiguous(), initial, v_first, *x, *p)
+    return _TimeMix.apply(kernels_for, eps, reset, state.float().contiguous(), initial, v_first, *x, *p)
 
 
 class _TimeMix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, eps, reset, state, initial, v_first, *tensors):
+    def forward(ctx, kernels_for, eps, reset, state, initial, v_first, *tensors):
         x, p = _split(tensors)
         inputs = _keys(x, v_first, p)
         r = _heads(x.r, p)
-        y, last, saved = native.kernels_for(r).forward(r, *inputs, state, initial, reset)
-        ctx.eps = eps
+        y, last, saved = kernels_for(r).forward(r, *inputs, state, initial, reset)
+        ctx.kernels_for, ctx.eps = kernels_for, eps
         ctx.set_materialize_grads(False)
         # copy the parameters: ZeRO-3 may have released them by the backward pass, and a view would
         # keep the buffer that they were gathered into
@@ -124,7 +134,7 @@ class _TimeMix(torch.autograd.Function):
     def backward(ctx, gout, glast):
         refuse_second_derivatives("wkv7")
         reset, initial, y, saved, *tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[4:]
+        wanted = ctx.needs_input_grad[5:]
         with torch.enable_grad():
             v_first, *tensors = (
                 None if t is None else t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)
@@ -141,15 +151,15 @@ class _TimeMix(torch.autograd.Function):
         r = _heads(x.r.detach(), p)
         with torch.no_grad():
             inputs = [t.detach() for t in inputs]
-            found = native.kernels_for(r).backward(r, *inputs, initial, reset, saved, gy.contiguous(), glast)
+            found = ctx.kernels_for(r).backward(r, *inputs, initial, reset, saved, gy.contiguous(), glast)
             gr2, *of_inputs, gstate, ginitial = found
             of_inputs[1] += gk
             of_inputs[2] += gv
             gr = None if gr is None else gr.add_(gr2.flatten(2))
         gfirst, *of_keys = _gradients(made, [v_first, *x[2:], *p[3:]], of_inputs)
-        gstate = gstate if ctx.needs_input_grad[2] else None
-        ginitial = ginitial if ctx.needs_input_grad[3] else None
-        return None, None, gstate, ginitial, gfirst, gr, gg, *of_keys[:5], *of_norm, *of_keys[5:]
+        gstate = gstate if ctx.needs_input_grad[3] else None
+        ginitial = ginitial if ctx.needs_input_grad[4] else None
+        return None, None, None, gstate, ginitial, gfirst, gr, gg, *of_keys[:5], *of_norm, *of_keys[5:]
 
 
 def _split(tensors) -> tuple[Projections, Parameters]:
