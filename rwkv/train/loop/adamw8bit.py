@@ -75,6 +75,7 @@ class AdamW8bit(torch.optim.Optimizer):
             self.state[p] = {key: x.to(p.device) if isinstance(x, Tensor) else x for key, x in state.items()}
 
     def _update(self, p: nn.Parameter, name: str, group: dict[str, Any]) -> None:
+        assert p.grad is not None
         state = self.state[p]
         if not state:
             state.update(adamw.new_state(p))
