@@ -149,12 +149,12 @@ def nested(depth):
 BAD_ELEMENTS = {
     '{"text": "\\ud800"}': "half of a surrogate pair",
     '{"text": "\\ud800 and 中文"}': "half of a surrogate pair",
-    f'{{"text": {"9" * 100_000}}}': '"text" is a float',
+    f'{{"text": {"9" * 100_000}}}': '"text" is of type float',
     f'{{"text": {nested(100_000)}}}': "nested too deeply",
-    f'{{"text": {nested(700)}}}': r"nested too deeply|is a list",
+    f'{{"text": {nested(700)}}}': r"nested too deeply|is of type list",
     nested(5000): "nested too deeply",
-    '{"text": null}': "is a NoneType",
-    "3": "it is a int",
+    '{"text": null}': "is of type NoneType",
+    "3": "it is of type int",
 }
 
 
