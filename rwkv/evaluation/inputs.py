@@ -13,7 +13,7 @@ from rwkv.data.token_stream import Stream, split
 from rwkv.data.tokenizer import VOCAB_SIZE, HFTokenizer, WorldTokenizer
 from rwkv.errors import UserError
 
-_MOST = 200  # values of the field given as --by
+_MAX_VALUES = 200  # of the field given as --by
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Input:
 def check(c: EvaluateConfig) -> None:
     """Raise UserError for flags about the data that are missing or incompatible."""
     if c.data_file and c.run:
-        raise UserError("--data_file and --run both say what to score: pass only one of them")
+        raise UserError("--data_file and --run both specify the data: pass only one of them")
     if not (c.data_file or c.run or c.tasks):
         raise UserError("nothing to evaluate: pass --data_file, --run or --tasks")
     if not 0 <= c.val_split < 1:
@@ -61,7 +61,7 @@ def of_run(manifest: dict[str, Any], folder: Path) -> list[Input]:
 
 
 def of_files(c: EvaluateConfig, temporary: Path) -> list[Input]:
-    """The inputs of --data_file. Files that are no binidx are converted into the folder
+    """The inputs of --data_file. Files other than binidx are converted into the folder
     `temporary`.
 
     Raises:
@@ -81,10 +81,8 @@ def of_files(c: EvaluateConfig, temporary: Path) -> list[Input]:
         for i, (name, file) in enumerate(files):
             data = _converted(c, file, temporary / f"{number}-{i}", path)
             found.append(Input(name, data, Stream(data)))
-    if c.by:  # the same value in several files is one row
-        merged: dict[str, Input] = {one.name: one for one in found}
-        if len(merged) < len(found):
-            raise UserError("--by with several files that share a value: put them into one .jsonl file")
+    if c.by and len({one.name for one in found}) < len(found):
+        raise UserError(f"--by {c.by}: several files contain the same value; put them into one .jsonl file")
     return found
 
 
@@ -138,8 +136,10 @@ def _by_field(path: Path, field: str, folder: Path) -> list[tuple[str, Path]]:
                         f"{path}, line {number}: not a JSON object with the field {field} (--by {field})"
                     ) from None
                 name = value if isinstance(value, str) else json.dumps(value)
-                if name not in names and len(names) == _MOST:
-                    raise UserError(f"{path}: --by {field} has more than {_MOST} different values; use another field")
+                if name not in names and len(names) == _MAX_VALUES:
+                    raise UserError(
+                        f"{path}: --by {field} has more than {_MAX_VALUES} different values; use another field"
+                    )
                 with open(names.setdefault(name, folder / f"{len(names)}.jsonl"), "ab") as out:
                     out.write(raw if raw.endswith(b"\n") else raw + b"\n")
     except OSError as error:
