@@ -59,16 +59,17 @@ def run_checks(folder: str | Path = ".") -> Iterator[Finding]:
         _entropy,
     ):
         yield from _guarded(check)
-    yield from _guarded(lambda: _disk(Path(folder)))
-    yield from _guarded(lambda: _writable(Path(folder)))
+    yield from _guarded(_disk, Path(folder))
+    yield from _guarded(_writable, Path(folder))
 
 
-def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+def _guarded(check: Callable[..., Iterator[Finding]], *arguments: Path) -> Iterator[Finding]:
     try:
-        yield from check()
+        yield from check(*arguments)
     except Exception as error:  # a failing check must not stop the others
-        name = getattr(check, "__name__", "check").strip("_<>")
-        yield Finding(name, "warn", f"check failed ({type(error).__name__}: {error})", "please report this")
+        yield Finding(
+            check.__name__.strip("_"), "warn", f"check failed ({type(error).__name__}: {error})", "please report this"
+        )
 
 
 def _python() -> Iterator[Finding]:
@@ -341,7 +342,7 @@ def _entropy() -> Iterator[Finding]:
 
 
 def _disk(folder: Path) -> Iterator[Finding]:
-    free = shutil.disk_usage(folder).free / GIB
+    free = shutil.disk_usage(_existing(folder)).free / GIB
     low = free < 10
     yield Finding(
         "disk",
@@ -367,11 +368,16 @@ def _writable(folder: Path) -> Iterator[Finding]:
     )
 
 
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest parent that exists already."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
 def _can_write(place: Path) -> bool:
-    while not place.exists():  # a folder that does not exist yet
-        place = place.parent
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=_existing(place)):
             return True
     except OSError:
         return False

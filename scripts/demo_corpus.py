@@ -23,7 +23,7 @@ REPEATS = 16  # of data/demo.md, whose tokens would otherwise be too rare to lea
 
 
 def docstrings(path: Path) -> str:
-    """The docstrings of a Python file longer than a few words, separated by blank lines."""
+    """Docstrings of more than 40 characters in a Python file, separated by blank lines."""
     documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     texts = (ast.get_docstring(node) for node in nodes if isinstance(node, documented))

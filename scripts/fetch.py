@@ -2,7 +2,7 @@
 
     python scripts/fetch.py --list
     python scripts/fetch.py --model rwkv7-g1-0.4b
-    # a mirror, such as for China
+    # a mirror, e.g. in China
     HF_ENDPOINT=https://hf-mirror.com python scripts/fetch.py --model rwkv7-g1-0.4b
     python scripts/fetch.py --model rwkv7-g1a-0.1b-20250728-ctx4096.pth
 
@@ -37,5 +37,5 @@ if __name__ == "__main__":
     with report_errors():
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read when huggingface_hub is imported
         if not os.environ.get("HF_ENDPOINT"):
-            os.environ.pop("HF_ENDPOINT", None)  # compose sets it to nothing; huggingface_hub fails on that
+            os.environ.pop("HF_ENDPOINT", None)  # compose sets it to ""; huggingface_hub fails on that
         main(parse(FetchConfig, __doc__))

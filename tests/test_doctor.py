@@ -170,8 +170,16 @@ def test_low_disk_and_memory(monkeypatch):
 def test_failing_check_does_not_stop_others(monkeypatch):
     monkeypatch.setattr(doctor.platform, "python_version", lambda: 1 / 0)
     findings = list(doctor.run_checks())
+    assert (findings[0].name, findings[0].status) == ("python", "warn")
     assert "ZeroDivisionError" in findings[0].found
     assert len(findings) > 10
+
+
+def test_run_folder_need_not_exist(tmp_path):
+    found = {finding.name: finding for finding in doctor.run_checks(tmp_path / "new/run")}
+    assert found["disk"].found.endswith("GiB free")
+    assert found["writable"].found.startswith("run folder")
+    assert not (tmp_path / "new").exists()
 
 
 def test_writes_nothing(tmp_path):

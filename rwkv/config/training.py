@@ -20,7 +20,7 @@ class Paths:
     into proj_dir first; for other kinds see data_type."""
     proj_dir: str = "out"
     """Output folder of the run: checkpoints rwkv-N.pth after epoch N, metrics.jsonl, train_log.txt,
-    loss.png, and report.html to look at in a browser, also during the run."""
+    loss.png, and report.html to view in a browser, also during the run."""
     data_type: str = "binidx"
     """Format of data_file; not needed for .jsonl files and binidx. numpy: an .npy file of token
     ids. utf-8, utf-16le: text with characters as tokens; vocab_size is their number,
@@ -179,7 +179,7 @@ class Optimizer:
     lr_final: float = 1e-5
     """Final learning rate, reached by lr_schedule from lr_init."""
     lr_schedule: Literal["auto", "exp", "linear", "cosine", "wsd", "constant"] = "auto"
-    """Course of the learning rate from lr_init, after warmup_steps and my_pile_edecay, to lr_final
+    """Learning-rate schedule from lr_init, after warmup_steps and my_pile_edecay, to lr_final
     at the end of epoch_count. auto: upstream's, exponential decay, linear if lr_init or lr_final is
     0, with my_exit_tokens its cosine. exp: exponential. linear. cosine: half a cosine. wsd:
     constant, then linear decay in the last lr_decay_steps. constant: lr_init throughout."""

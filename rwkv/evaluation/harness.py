@@ -81,7 +81,7 @@ def run(c: EvaluateConfig, model: RWKV, dtype: torch.dtype | None) -> dict[tuple
             )
     except (OSError, ConnectionError) as error:
         raise UserError(
-            f"--tasks {c.tasks}: its data cannot be loaded ({' '.join(str(error).split())[:300]}); it is downloaded from huggingface.co once, or give a task of your own local files"
+            f"--tasks {c.tasks}: its data cannot be loaded ({' '.join(str(error).split())[:300]}); connect to huggingface.co once so that it can be downloaded, or name a task of your own with local data (--include_path)"
         ) from error
     return _metrics(found["results"])
 

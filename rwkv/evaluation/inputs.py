@@ -14,7 +14,7 @@ from rwkv.data.token_stream import Stream, split
 from rwkv.data.tokenizer import VOCAB_SIZE, HFTokenizer, WorldTokenizer
 from rwkv.errors import UserError
 
-_MOST = 200  # values of the field given as --by
+_MAX_VALUES = 200  # values of the field given as --by
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,6 @@ def _by_value(data: Dataset, values: list[str]) -> list[Input]:
     spans: dict[str, list[tuple[int, int]]] = {}
     for i, value in enumerate(values):
         spans.setdefault(value, []).append(data.span(i))
-    if len(spans) > _MOST:
-        raise UserError(f"--by: the field has {len(spans):,} different values, more than {_MOST}; use another field")
+    if len(spans) > _MAX_VALUES:
+        raise UserError(f"--by: the field has {len(spans):,} different values, more than {_MAX_VALUES}; use another field")
     return [Input(name, data, Stream(data, np.array(found, np.int64))) for name, found in spans.items()]

@@ -174,7 +174,7 @@ def hub_errors(repo: str, revision: str, what: str = "") -> Iterator[None]:
         if local:
             raise
         cause: BaseException = error
-        while cause.__context__ is not None:  # the first one is the plainest
+        while cause.__context__ is not None:  # the original error has the reason
             cause = cause.__context__
         reason = " ".join(str(cause).split())[:160] or type(cause).__name__
         raise UserError(

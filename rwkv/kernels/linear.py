@@ -86,8 +86,8 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """x Wᵀ in x's compute dtype: [..., in] → [..., out].
 
-    Saves the inputs that recompute x (see rwkv.kernels.elementwise.native); nothing if the weight
-    is frozen.
+    Saves the inputs from which x is recomputed (see rwkv.kernels.elementwise.native); nothing if
+    the weight is frozen.
     """
     x = x.to(compute_dtype(x))
     return _Linear.apply(x, weight, recompute_of(x))

@@ -279,7 +279,7 @@ class _Run:
     def _note(self) -> None:
         generated = sum(request.generated for request in self.requests)
         cut = ", cancelled" if self._open else ""
-        self._state["note"] = f"{self.call.model} {self.call.shown}+{generated} tokens{cut}"
+        self._state["note"] = f"{self.call.model} {self.call.prompt_tokens}+{generated} tokens{cut}"
 
     async def events(self) -> AsyncIterator[tuple[int, str, tuple[Token, ...], str]]:
         """(index of the choice, text, tokens, finish) as they are generated.

@@ -30,11 +30,11 @@ class StateCache:
     to save a state for the next one like it.
 
     Args:
-        most: bytes that all states together may use.
+        max_bytes: bytes that all states together may use.
     """
 
-    def __init__(self, most: int):
-        self.most, self.bytes = most, 0
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.bytes = max_bytes, 0
         self._entries: OrderedDict[tuple[str, bytes], Entry] = OrderedDict()
 
     def __len__(self) -> int:
@@ -64,14 +64,14 @@ class StateCache:
     def put(self, model: str, tokens: Sequence[int], state: State, hidden: Tensor) -> None:
         """Add an entry. The tensors must not change afterwards, nor be views of larger ones."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in [*leaves(state), hidden]) + _SIZE * len(tokens)
-        if size > self.most:
+        if size > self.max_bytes:
             return
         key = model, _packed(tokens)
         if key in self._entries:
             self.bytes -= self._entries.pop(key).bytes
         self._entries[key] = Entry(state, hidden, size)
         self.bytes += size
-        while self.bytes > self.most:
+        while self.bytes > self.max_bytes:
             self.bytes -= self._entries.popitem(last=False)[1].bytes
 
 

@@ -240,7 +240,7 @@ class Engine:
             served = self.served[request.model]
             try:
                 sequence = _Sequence(request, served, initial_state(served, self.dtype))
-                if self.cache.most:
+                if self.cache.max_bytes:
                     self._look_up(sequence)
             except Exception as error:
                 request.emit(Event(finish="error", error=_failure(error)))
@@ -296,14 +296,14 @@ class Engine:
         for sequence in group.rows:
             sequence.read += 1
         self._continue(group, group.rows, hidden)
-        if self.cache.most:  # the next message of a conversation may follow
+        if self.cache.max_bytes:  # the next message of a conversation may follow
             for i, sequence in enumerate(group.rows):
                 if sequence.done and not sequence.request.cancelled and sequence.read >= _SHARED:
                     self._save(sequence, group.row(i), hidden[i].clone())
         group.regroup(())
 
     def _save(self, sequence: _Sequence, state: State, hidden: Tensor) -> None:
-        if self.cache.most:
+        if self.cache.max_bytes:
             self.cache.put(sequence.served.name, sequence.tokens[: sequence.read], state, hidden)
 
     def _continue(self, group: _Group, sequences: Sequence[_Sequence], hidden: Tensor) -> None:

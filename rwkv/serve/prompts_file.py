@@ -63,7 +63,7 @@ def _parsed(record: Any, engine: Engine, model: str, think: str) -> Prompt:
         raise BadRecord(f'it has "{taken[0]}", which the output adds; rename or remove it')
     kind, value = kinds[0], record[kinds[0]]
     if kind != "messages" and not isinstance(value, str):
-        raise BadRecord(f'"{kind}" is a {type(value).__name__}, not a string')
+        raise BadRecord(f'"{kind}" is of type {type(value).__name__}, not a string')
     check_encodable(json.dumps(record, ensure_ascii=False))
     chat = [{"role": "user", "content": value}] if kind == "ask" else value
     parts = [value] if kind == "prompt" else messages.prompt(chat, think)

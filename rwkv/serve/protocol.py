@@ -78,7 +78,7 @@ class Call:
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
-    def shown(self) -> int:
+    def prompt_tokens(self) -> int:
         """Tokens of the prompts that count in usage."""
         return sum(len(prompt) - self.uncounted for prompt in self.prompts)
 
@@ -186,14 +186,14 @@ def _prompts(kind: str, body: dict[str, Any], think: str, tokenizer: WorldTokeni
 
 
 def _texts(value: Any) -> list[Any]:
-    """The prompts of /v1/completions: texts or lists of token ids."""
+    """The prompts of /v1/completions: strings or lists of token ids."""
     if isinstance(value, str) or _is_tokens(value):
         return [value]
     if isinstance(value, list) and 0 < len(value) <= MAX_PROMPTS:
         if all(isinstance(item, str) for item in value) or all(map(_is_tokens, value)):
             return value
-        raise ApiError(f"prompt must be texts, or lists of token ids from 0 to {LARGEST_ID}", "prompt")
-    raise ApiError(f"prompt must be a text, a list of token ids, or a list of 1 to {MAX_PROMPTS} of these", "prompt")
+        raise ApiError(f"prompt must be strings, or lists of token ids from 0 to {LARGEST_ID}", "prompt")
+    raise ApiError(f"prompt must be a string, a list of token ids, or a list of 1 to {MAX_PROMPTS} of these", "prompt")
 
 
 def _is_tokens(value: Any) -> bool:
@@ -240,7 +240,7 @@ def _stop(body: dict[str, Any]) -> tuple[str, ...]:
     stop = body.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(isinstance(text, str) and text for text in stop):
-        raise ApiError(f"stop must be a text, or a list of up to {MAX_STOPS} texts, none of them empty", "stop")
+        raise ApiError(f"stop must be a string, or a list of up to {MAX_STOPS} strings, none of them empty", "stop")
     return tuple(stop)
 
 
@@ -256,10 +256,10 @@ def _logprobs(kind: str, body: dict[str, Any]) -> int | None:
 def usage(call: Call, cached: int, generated: int) -> dict[str, Any]:
     """The usage object."""
     return {
-        "prompt_tokens": call.shown,
+        "prompt_tokens": call.prompt_tokens,
         "completion_tokens": generated,
-        "total_tokens": call.shown + generated,
-        "prompt_tokens_details": {"cached_tokens": min(cached, call.shown)},
+        "total_tokens": call.prompt_tokens + generated,
+        "prompt_tokens_details": {"cached_tokens": min(cached, call.prompt_tokens)},
     }
 
 

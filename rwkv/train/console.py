@@ -46,9 +46,9 @@ class BestEffortStream:
 def silence(descriptor: int) -> None:
     """Redirect a file descriptor to /dev/null."""
     with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, descriptor)
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, descriptor)
+        os.close(null)
 
 
 @rank_zero_only

@@ -168,7 +168,7 @@ def find_base(manifest: dict[str, Any], adapter: PathLike) -> Path | None:
         try:
             if os.path.isfile(path) and not any(path.samefile(other) for other in found):
                 found.append(path)
-        except OSError:  # a name too long, a folder that may not be entered
+        except OSError:  # e.g. the name is too long, or no permission for the folder
             continue
     if len(found) > 1 and (expected := manifest.get("base_sha256")):
         found.sort(key=lambda path: sha256(path) != expected.lower())

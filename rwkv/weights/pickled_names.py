@@ -99,7 +99,7 @@ def _integers(value: Any, what: str) -> tuple[int, ...]:
         or len(value) > 64
         or not all(type(x) is int and 0 <= x < _MAX_SIZE for x in value)
     ):
-        raise FileFormatError(f"it has a tensor with an impossible {what}")
+        raise FileFormatError(f"it has a tensor with an invalid {what}")
     return tuple(value)
 
 
@@ -123,7 +123,7 @@ def _in_storage(storage: StorageSpec, dtype: str, offset: Any, size: Any, stride
     shape, strides = _integers(size, "shape"), _integers(stride, "stride")
     offset = _integers([offset], "offset")[0] + storage.view
     if math.prod(max(1, n) for n in shape) >= _MAX_SIZE:
-        raise FileFormatError("it has a tensor with an impossible shape")
+        raise FileFormatError("it has a tensor with an invalid shape")
     if len(shape) != len(strides):
         raise FileFormatError("it has a tensor with more strides than dimensions, or fewer")
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if all(shape) else offset - 1
@@ -233,7 +233,7 @@ def storage_of(identity: Any) -> StorageSpec:
         and 0 <= identity[4] < _MAX_SIZE
     )
     if not valid:
-        raise FileFormatError("it refers to something outside that is not a storage of tensors")
+        raise FileFormatError("it refers to external data that is not a storage of tensors")
     view = identity[5] if len(identity) == 6 else None
     if view is None:
         return StorageSpec(identity[2], identity[1].dtype, identity[4])

@@ -141,12 +141,12 @@ def _unwrap(value: Any, path: Path) -> dict[str, Tensor]:
     for name, x in value.items():
         if not isinstance(name, str):
             raise UserError(
-                f"{path}: its key {str(name)[:100]} is a {type(name).__name__}, not the name of a tensor; use the model's state_dict"
+                f"{path}: its key {str(name)[:100]} is of type {type(name).__name__}, not the name of a tensor; use the model's state_dict"
             )
         if not isinstance(x, Tensor):
             kind = type(x).__name__
             raise UserError(
-                f"{path}: its entry {str(name)[:100]!r} is a {kind}, not a tensor; use the model's state_dict alone"
+                f"{path}: its entry {str(name)[:100]!r} is of type {kind}, not a tensor; use the model's state_dict alone"
             )
     return value
 

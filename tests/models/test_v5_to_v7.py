@@ -203,7 +203,7 @@ def test_sizes_from_shapes(make, number, sizes):
 
 
 @pytest.mark.parametrize("number", LOOPS)
-def test_impossible_head_size(number):
+def test_invalid_head_size(number):
     Sizes = version.VERSIONS[number].Sizes
     with pytest.raises(ValueError, match="width 100 is not a multiple of the head size 64"):
         Sizes(2, 100)

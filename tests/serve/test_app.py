@@ -183,7 +183,7 @@ BAD = [
     ({"n": 0}, 400, "n", "from 1 to 16"),
     ({"max_tokens": 301}, 400, "max_tokens", "from 1 to 300"),
     ({"max_completion_tokens": "5"}, 400, "max_completion_tokens", "an integer"),
-    ({"stop": list("abcde")}, 400, "stop", "up to 4 texts"),
+    ({"stop": list("abcde")}, 400, "stop", "up to 4 strings"),
     ({"stop": ""}, 400, "stop", "none of them empty"),
     ({"seed": 1.5}, 400, "seed", "an integer"),
     ({"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),

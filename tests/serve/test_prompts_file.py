@@ -66,7 +66,7 @@ def test_answers_equal_single_sessions(base, main, tmp_path, write_jsonl, capsys
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"ask": 1}', '"ask" is a int, not a string'),
+        ('{"ask": 1}', '"ask" is of type int, not a string'),
         ('{"text": "x"}', "one of the keys prompt, ask, messages; it has none"),
         ('{"ask": "x", "prompt": "x"}', "it has prompt, ask"),
         ('{"ask": "x", "answer": "y"}', 'it has "answer", which the output adds'),

@@ -23,7 +23,7 @@ def test_folder_in_place_of_file(name, finished, tmp_path):
 
 
 @pytest.fixture
-def upstreams(tmp_path):
+def upstream_folder(tmp_path):
     """A folder as left by upstream's trainer, with a file of the user."""
     folder = tmp_path / "out"
     folder.mkdir()
@@ -36,9 +36,9 @@ def upstreams(tmp_path):
     return folder
 
 
-def test_overwrite_deletes_own_files_only(upstreams, finished, capsys):
-    config = changed(finished[0], proj_dir=str(upstreams), load_model="", epoch_count=2)
-    before = content(upstreams)
+def test_overwrite_deletes_own_files_only(upstream_folder, finished, capsys):
+    config = changed(finished[0], proj_dir=str(upstream_folder), load_model="", epoch_count=2)
+    before = content(upstream_folder)
     with pytest.raises(
         UserError,
         match=r"rwkv-38.pth.*--load_model .*out/rwkv-38.pth --epoch_begin 39.*--overwrite, which deletes nothing",
@@ -48,10 +48,10 @@ def test_overwrite_deletes_own_files_only(upstreams, finished, capsys):
         UserError, match=r"rwkv-final.pth: this run would overwrite it, but it was not written by this program"
     ):
         fit(changed(config, overwrite=True))
-    (upstreams / "rwkv-final.pth").unlink()
+    (upstream_folder / "rwkv-final.pth").unlink()
     with pytest.raises(UserError, match=r"rwkv-0.pth: this run would overwrite it"):
         fit(changed(config, overwrite=True))
-    (upstreams / "rwkv-0.pth").unlink()
+    (upstream_folder / "rwkv-0.pth").unlink()
     fit(changed(config, overwrite=True))
     capsys.readouterr()
     fit(changed(config, overwrite=True, epoch_count=1))  # deletes the files of that run
@@ -66,8 +66,8 @@ def test_overwrite_deletes_own_files_only(upstreams, finished, capsys):
         "rwkv-1.pth.json",
         "resume/step-8.pt",
     } <= set(printed)
-    assert not (upstreams / "rwkv-1.pth").exists()
-    after = {str(path): raw for path, raw in content(upstreams).items()}
+    assert not (upstream_folder / "rwkv-1.pth").exists()
+    after = {str(path): raw for path, raw in content(upstream_folder).items()}
     assert {"rwkv-35.pth", "rwkv-38.pth", "notes.txt"} <= after.keys()
     for path, raw in before.items():
         if str(path) in ("rwkv-35.pth", "rwkv-38.pth", "notes.txt"):

@@ -126,9 +126,12 @@ VALUES = {
     "list": ([torch.zeros(2), torch.zeros(2)], "a list of 2 tensors, such as an inference state"),
     "tensor": (torch.zeros(2), "contains a Tensor, not a dictionary of tensors"),
     "empty": ({}, "an empty dictionary"),
-    "a number among tensors": ({"emb.weight": torch.zeros(2, 2), "step": 3}, "its entry 'step' is a int, not a tensor"),
-    "numbers as keys": ({0: torch.zeros(2)}, "its key 0 is a int, not the name of a tensor"),
-    "bytes as keys": ({b"emb.weight": torch.zeros(2)}, "its key b'emb.weight' is a bytes, not the name"),
+    "a number among tensors": (
+        {"emb.weight": torch.zeros(2, 2), "step": 3},
+        "its entry 'step' is of type int, not a tensor",
+    ),
+    "numbers as keys": ({0: torch.zeros(2)}, "its key 0 is of type int, not the name of a tensor"),
+    "bytes as keys": ({b"emb.weight": torch.zeros(2)}, "its key b'emb.weight' is of type bytes, not the name"),
     "two models": (
         {"model": {"emb.weight": torch.zeros(2)}, "state_dict": {"emb.weight": torch.ones(2)}},
         "has tensors under state_dict and model",

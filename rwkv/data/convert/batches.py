@@ -67,9 +67,9 @@ def batches(source: Source, rows: Iterator[tuple[int, Any]]) -> Iterator[list[tu
         yield batch
 
 
-def nested_length(value: Any, deepest: int) -> int | None:
-    """Characters in a record; None if it is nested deeper than `deepest` levels. Iterative, so that
-    depth is unlimited.
+def nested_length(value: Any, max_depth: int) -> int | None:
+    """Characters in a record; None if it is nested deeper than `max_depth` levels. Iterative, so
+    that depth is unlimited.
     """
     total, level, depth = 0, [value], 0
     while level:
@@ -82,6 +82,6 @@ def nested_length(value: Any, deepest: int) -> int | None:
             elif isinstance(item, list):
                 below += item
         level, depth = below, depth + 1
-        if depth > deepest + 1:
+        if depth > max_depth + 1:
             return None
     return total

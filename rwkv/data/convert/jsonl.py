@@ -171,7 +171,7 @@ def text_of(key: str, record: Any) -> str:
         has = (
             f"it has {', '.join(map(repr, list(record)[:5])) or 'nothing'}"
             if isinstance(record, dict)
-            else f"it is a {type(record).__name__}"
+            else f"it is of type {type(record).__name__}"
         )
         raise BadRecord(
             f'no "{key}" ({has}); expected {{"{key}": "..."}}, messages, or a pair such as instruction and output; or name another key with --jsonl-keys'
@@ -180,7 +180,7 @@ def text_of(key: str, record: Any) -> str:
     if isinstance(text, list) and all(isinstance(x, str) for x in text):
         text = "\n\n".join(text)
     if not isinstance(text, str):
-        raise BadRecord(f'"{key}" is a {type(text).__name__}, not a string')
+        raise BadRecord(f'"{key}" is of type {type(text).__name__}, not a string')
     return check_encodable(text)
 
 

@@ -183,7 +183,7 @@ def unused(fields: Mapping[str, Any], used: Collection[str]) -> list[str]:
 
 def _messages(entry: Any, where: str) -> Iterator[Message]:
     if not isinstance(entry, dict):
-        raise BadRecord(f"{where} is a {type(entry).__name__}, not an object")
+        raise BadRecord(f"{where} is of type {type(entry).__name__}, not an object")
     entry = {str(key).casefold(): value for key, value in entry.items()}
     role_key, name = first_present(entry, _ROLE)
     if name is None and (pairs := _by_role(entry)):
@@ -260,7 +260,7 @@ def _text(content: Any, where: str) -> tuple[str | None, str]:
     if content is None or isinstance(content, str):
         return content and check_encodable(content), ""
     if not isinstance(content, list):
-        raise BadRecord(f"{where} has no text: its content is a {type(content).__name__}")
+        raise BadRecord(f"{where} has no text: its content is of type {type(content).__name__}")
     texts: list[str] = []
     reasoning: list[str] = []
     for part in content:

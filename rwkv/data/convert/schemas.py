@@ -356,5 +356,5 @@ def string_of(fields: Mapping[str, Any], key: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise BadRecord(f'"{key}" is a {type(value).__name__}, not a string')
+        raise BadRecord(f'"{key}" is of type {type(value).__name__}, not a string')
     return check_encodable(value)

@@ -151,7 +151,7 @@ def _problem(run: Any) -> str:
         if key not in run and key != "adapter":
             return f'"{key}" is missing'
         if not isinstance(run.get(key), kind):
-            return f'"{key}" is a {type(run[key]).__name__}'
+            return f'"{key}" is of type {type(run[key]).__name__}'
     for key in ("sha256", "bytes"):
         if key not in run["data"]:
             return f'"data" has no "{key}"'

@@ -44,9 +44,9 @@ def test_progress_reaches_file_size(write_jsonl):
     [
         (b"{not json}", "not JSON"),
         (b'{"txt": "a"}', "no \"text\" \\(it has 'txt'\\)"),
-        (b'["a"]', 'no "text" \\(it is a list\\)'),
-        (b'{"text": 3}', "is a int, not a string"),
-        (b'{"text": ["a", 1]}', "is a list, not a string"),
+        (b'["a"]', 'no "text" \\(it is of type list\\)'),
+        (b'{"text": 3}', "is of type int, not a string"),
+        (b'{"text": ["a", 1]}', "is of type list, not a string"),
         (b'{"text": "\xff"}', "not UTF-8 \\(byte 11 of the line is 0xff\\)"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
         (b'{"text": "cut', "not JSON"),
@@ -103,7 +103,7 @@ def test_bad_line_error(tmp_path, line, message):
             b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n',
             r"line 2: not JSON: a byte order mark \(U\+FEFF\) at the start of the line",
         ),
-        (b'["a"]\n["b"]\n', r'line 1: no "text" \(it is a list\)'),
+        (b'["a"]\n["b"]\n', r'line 1: no "text" \(it is of type list\)'),
     ],
 )
 def test_not_jsonl_explained(tmp_path, content, message):

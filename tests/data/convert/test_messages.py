@@ -125,7 +125,7 @@ def test_weights():
         ("hi", '"messages" is not a list of messages'),
         ("[{'role': 'user', 'content': 'a'}]", '"messages" is a text that is not JSON.*json.dumps'),
         ({"a": 1}, '"messages" is not a list of messages'),
-        (["hi"], 'message 1 of "messages" is a str, not an object'),
+        (["hi"], 'message 1 of "messages" is of type str, not an object'),
         ([{"value": "a"}], 'message 1 of "messages" has no "role" \\(or "from"\\)'),
         ([{"role": 3, "content": "a"}], 'has no "role"'),
         (
@@ -134,7 +134,7 @@ def test_weights():
         ),
         ([{"role": "user", "content": None}], 'message 1 of "messages" has no text under "content"'),
         ([{"role": "user"}], "has no text"),
-        ([{"role": "user", "content": 3}], "has no text: its content is a int"),
+        ([{"role": "user", "content": 3}], "has no text: its content is of type int"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
             "has no text in a part of type 'image_url'",

@@ -181,7 +181,7 @@ def test_bad_record_stops(tmp_path, small_chunks):
     make_inputs(tmp_path / "in")
     before = names(tmp_path)
     for flags in ({"workers": 1}, {"workers": 2}, {"shard": "0/2"}, {"shard": "2/9"}):
-        with pytest.raises(UserError, match=r"in/a.jsonl, line 71: \"text\" is a int, not a string"):
+        with pytest.raises(UserError, match=r"in/a.jsonl, line 71: \"text\" is of type int, not a string"):
             run(tmp_path / "in", tmp_path / "out", **flags)
     with pytest.raises(UserError, match=r"in/b.json, element 51: no \"text\" \(it has 'no'\)"):
         run(tmp_path / "in/b.json", tmp_path / "out")
@@ -195,7 +195,7 @@ def test_skipped_records_written(tmp_path, small_chunks):
     first, second = map(json.loads, result.rejects_file.read_text().splitlines())
     assert first == {
         "place": f"{tmp_path}/in/a.jsonl, line 71",
-        "error": '"text" is a int, not a string',
+        "error": '"text" is of type int, not a string',
         "record": '{"text": 3}',
     }
     assert second["place"] == f"{tmp_path}/in/b.json, element 51"

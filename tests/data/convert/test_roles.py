@@ -10,8 +10,8 @@ from rwkv.data.convert import roles
 @pytest.mark.parametrize(
     ("role", "names"),
     [
-        # https://github.com/axolotl-ai-cloud/axolotl/issues/752: role names differ between data
-        # sets
+        # https://github.com/axolotl-ai-cloud/axolotl/issues/752: role names differ between
+        # datasets
         (
             "user",
             "user User USER human Human prompter questioner 用户 用戶 问 人类 <|user|> [Human] <|Human|>: 用户： customer instruction Ｕｓｅｒ Пользователь Người_dùng Usuário ユーザー",

@@ -133,13 +133,13 @@ def test_tools_are_kept():
         ),
         ({"instruction": "q", "question": "p", "answer": "a"}, "only one of them can be the question"),
         ({"text": "t", "instruction": "q", "output": "a"}, "pass --format text .*, or --format alpaca"),
-        ({"instruction": "q", "output": 3}, '"output" is a int'),
+        ({"instruction": "q", "output": 3}, '"output" is of type int'),
         ({"instruction": "q", "output": "a", "history": [["1"]]}, '"history" is not a list of'),
         (
             {"messages": [{"role": "system", "content": "s"}], "system": "other"},
             'a system message and another text under "system"',
         ),
-        ({"messages": [{"role": "user", "content": "q"}], "system": ["s"]}, '"system" is a list'),
+        ({"messages": [{"role": "user", "content": "q"}], "system": ["s"]}, '"system" is of type list'),
         ({"conversations": "hi"}, '"conversations" is not a list of messages'),
     ],
 )

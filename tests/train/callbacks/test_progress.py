@@ -1,4 +1,4 @@
-"""Progress of a run in a terminal and in a log, over simulated time."""
+"""Progress of a run in a terminal and in a log, with a simulated clock."""
 
 import io
 import itertools

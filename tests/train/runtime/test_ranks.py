@@ -31,8 +31,8 @@ runpy.run_path(os.environ["SCRIPT"], run_name="__main__")
 
 @pytest.fixture
 def train(start, two_ranks, make_base, make_data, tmp_path, root):
-    """Train LoRA on two processes: the run's folder, the rank with bf16, who starts the processes
-    ("Lightning", "torchrun", or no launcher), further flags.
+    """Train LoRA on two processes: the run's folder, the rank with bf16, the launcher
+    ("Lightning", "torchrun", or none), further flags.
     """
     (tmp_path / "train.py").write_text(PROGRAM)
     flags = {
