@@ -63,6 +63,16 @@ TORCH_LIBRARY(rwkv, library) {
         "int[] sizes, ScalarType dtype",
         "Tensor", cpu::nf4_dense, gpu::nf4_dense);
   fused("int8_dense", "Tensor x, Tensor absmax, ScalarType dtype", "Tensor", cpu::int8_dense, gpu::int8_dense);
+  library.def("cuda_keys_forward(Tensor[] x, Tensor[] p, int device, int stream) -> Tensor[]", gpu::keys_forward);
+  library.def(
+      "cuda_keys_backward(Tensor[] g, Tensor[] x, Tensor[] p, bool affine, int device, int stream) -> Tensor[]",
+      gpu::keys_backward);
+  library.def("cuda_head_gate_forward(Tensor[] x, Tensor[] p, float eps, int device, int stream) -> Tensor",
+              gpu::head_gate_forward);
+  library.def(
+      "cuda_head_gate_backward(Tensor g, Tensor[] x, Tensor[] p, float eps, bool affine, int device, int stream) -> "
+      "Tensor[]",
+      gpu::head_gate_backward);
   library.def(
       "adam(Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, float step, float rate, float beta1, float beta2, "
       "float eps, float decay, bool decoupled, float clip) -> ()",

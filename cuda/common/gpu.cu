@@ -3,4 +3,5 @@
 #include "wkv6/wkv6.cu"
 #include "wkv7/wkv7.cu"
 #include "elementwise/fused.cu"
+#include "elementwise/time_mix.cu"
 #include "quant/quant.cu"

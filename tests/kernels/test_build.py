@@ -41,6 +41,11 @@ KERNELS |= {
     for dtype in DTYPES
 }
 KERNELS |= {f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums") for dtype in STREAMS}
+KERNELS |= {
+    f"fused_{what}_{dtype}"
+    for what in ("keys", "keys_gradient", "head_gate", "head_gate_gradient")
+    for dtype in ("fp32", "bf16", "fp16")
+}
 KERNELS |= {f"quant_{what}_{dtype}" for what in ("nf4", "int8") for dtype in ("fp32", "bf16", "fp16")}
 ARCHS = build.all_archs()
 # Compiling takes 30 s per architecture: all with RWKV_KERNELS_ALL=1, as in GitHub's CI, otherwise
