@@ -53,6 +53,26 @@ def block_cases(ops: gpu.CudaKernels, batch: int, tokens: int, width: int) -> It
     yield "dropout, added", 3 * size, lambda: ops.dropout_add(total, x, seed, 0.01)
 
 
+def head_cases(ops: gpu.CudaKernels, batch: int, tokens: int, width: int) -> Iterator[Case]:
+    """The operations of a time-mix around WKV, in bf16: keys and gate of RWKV-7, gate of RWKV-6."""
+    heads = width // 64
+    x = [torch.randn(batch, tokens, width, device="cuda", dtype=torch.bfloat16) for _ in range(6)]
+    p = [torch.randn(heads, 64, device="cuda") for _ in range(5)]
+    grads = [torch.randn(batch, tokens, width, device="cuda"), *x]
+    size = 2.0 * x[0].numel()
+    yield "keys", 12 * size, lambda: ops.keys_forward(x, p)
+    yield "gate of RWKV-7", 6 * size, lambda: ops.head_gate_forward(x[:5], p[:3], 64e-5)
+    yield "gate of RWKV-6", 3 * size, lambda: ops.head_gate_forward(x[:2], p[:2], 64e-5)
+    for trained in (False, True):
+        name = "trained" if trained else "frozen"
+        yield f"keys backward, {name}", 20 * size, lambda trained=trained: ops.keys_backward(grads, x, p, trained)
+        yield (
+            f"gate of RWKV-7 backward, {name}",
+            11 * size,
+            lambda trained=trained: ops.head_gate_backward(x[5], x[:5], p[:3], 64e-5, trained),
+        )
+
+
 def loss_cases(ops: gpu.CudaKernels, rows: int, vocab: int) -> Iterator[Case]:
     """The loss and its gradient, in bf16."""
     logits = torch.randn(rows, vocab, device="cuda", dtype=torch.bfloat16)
@@ -70,13 +90,13 @@ def main() -> None:
     ops, speed = gpu.cuda_kernels(0), copy_speed()
     print(f"copy {speed / 1e9:.2f} TB/s")
     results = []
-    for cases, shapes in ((block_cases, SHAPES), (loss_cases, LOSSES)):
+    for cases, shapes in ((block_cases, SHAPES), (head_cases, SHAPES), (loss_cases, LOSSES)):
         for sizes in shapes:
             shape = ", ".join(map(str, sizes))
             for name, moved, run in cases(ops, *sizes):
                 ms = median_ms(run, budget_ms=20)
                 results.append({"shape": shape, "operation": name, "ms": ms, "share": moved / speed / ms})
-                print(f"{shape:16} {name:28} {ms:8.4f} ms {100 * moved / speed / ms:5.0f} %", flush=True)
+                print(f"{shape:16} {name:32} {ms:8.4f} ms {100 * moved / speed / ms:5.0f} %", flush=True)
     if c.json:
         c.json.write_text(json.dumps(results))
 

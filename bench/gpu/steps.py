@@ -70,6 +70,7 @@ ROWS = (
     Row("RWKV-7 0.1b LoRA B8, graph", "7", "0.1b", "lora", 8, graph=True),
     Row("RWKV-7 1.5b LoRA B1, graph", "7", "1.5b", "lora", 1, graph=True),
     Row("RWKV-7 1.5b LoRA B4, graph", "7", "1.5b", "lora", 4, graph=True),
+    Row("RWKV-6 1.6b LoRA B1, graph", "6", "1.6b", "lora", 1, graph=True),
 )
 
 

@@ -77,6 +77,16 @@ TORCH_LIBRARY(rwkv, library) {
         "Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, Tensor(d!)? m_max, Tensor(e!)? v_max, Tensor tables, "
         "Tensor clip, int step, float rate, float beta1, float beta2, float eps, float decay, int key",
         "()", cpu::adamw, gpu::adamw);
+  library.def("cuda_keys_forward(Tensor[] x, Tensor[] p, int device, int stream) -> Tensor[]", gpu::keys_forward);
+  library.def(
+      "cuda_keys_backward(Tensor[] g, Tensor[] x, Tensor[] p, bool affine, int device, int stream) -> Tensor[]",
+      gpu::keys_backward);
+  library.def("cuda_head_gate_forward(Tensor[] x, Tensor[] p, float eps, int device, int stream) -> Tensor",
+              gpu::head_gate_forward);
+  library.def(
+      "cuda_head_gate_backward(Tensor g, Tensor[] x, Tensor[] p, float eps, bool affine, int device, int stream) -> "
+      "Tensor[]",
+      gpu::head_gate_backward);
   library.def(
       "adam(Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, float step, float rate, float beta1, float beta2, "
       "float eps, float decay, bool decoupled, float clip) -> ()",

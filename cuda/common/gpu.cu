@@ -5,5 +5,6 @@
 #include "wkv7/wkv7_chunk.cu"
 #include "wkv7/wkv7_chunk_gradient.cu"
 #include "elementwise/fused.cu"
+#include "elementwise/time_mix.cu"
 #include "quant/quant.cu"
 #include "optimizer/adamw.cu"

@@ -1,6 +1,6 @@
 // The operators behind torch.ops.rwkv (binding.cpp), for CPUs and, with the device and the stream
 // to launch on, for GPUs. Implemented in wkv4.cpp, wkv6.cpp, wkv7.cpp, fused.cpp, fused_gpu.cpp,
-// quant.cpp, quant_gpu.cpp, adamw.cpp and adamw_gpu.cpp. None of torch's headers that declare every operator are included: they dominate
+// time_mix.cpp, quant.cpp, quant_gpu.cpp, adamw.cpp and adamw_gpu.cpp. None of torch's headers that declare every operator are included: they dominate
 // compile time.
 #pragma once
 #include <ATen/core/Tensor.h>
@@ -123,6 +123,17 @@ Tensor relu2_backward(const Tensor& g, const Tensor& k, int64_t device, int64_t 
 Tensor dropout(const Tensor& x, const Tensor& seed, double p, int64_t device, int64_t stream);
 void dropout_add(const Tensor& y, const Tensor& x, const Tensor& seed, double p, int64_t device, int64_t stream);
 Tensor loss(const Tensor& logits, const Tensor& target, double l2wrap, bool gradient, int64_t device, int64_t stream);
+// x: k, v, w, a, mix, v_first; p: w0, a0, k_k, k_a, v0 (in block 0 without mix, v_first, v0). Returns w, k, v, a, b.
+std::vector<Tensor> keys_forward(at::TensorList x, at::TensorList p, int64_t device, int64_t stream);
+// g: of w, k, v, a, b, and further summands of k and v. Returns the gradients of x, and with `affine` those of w0, a0,
+// v0, k_k, k_a [5, H, N].
+std::vector<Tensor> keys_backward(at::TensorList g, at::TensorList x, at::TensorList p, bool affine, int64_t device,
+                                  int64_t stream);
+// x: y, g; p: weight, bias; RWKV-7: also r, k, v, and r_k.
+Tensor head_gate_forward(at::TensorList x, at::TensorList p, double eps, int64_t device, int64_t stream);
+// Returns the gradients of x, and with `affine` those of weight, bias, r_k [3, H, N].
+std::vector<Tensor> head_gate_backward(const Tensor& g, at::TensorList x, at::TensorList p, double eps, bool affine,
+                                       int64_t device, int64_t stream);
 
 Tensor nf4_dense(const Tensor& packed, const Tensor& levels, const Tensor& absmax, const Tensor& absmax_levels,
                  const Tensor& group_absmax, const Tensor& offset, at::IntArrayRef sizes, at::ScalarType dtype,

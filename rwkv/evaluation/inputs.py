@@ -124,5 +124,7 @@ def _by_value(data: Dataset, values: list[str]) -> list[Input]:
     for i, value in enumerate(values):
         spans.setdefault(value, []).append(data.span(i))
     if len(spans) > _MAX_VALUES:
-        raise UserError(f"--by: the field has {len(spans):,} different values, more than {_MAX_VALUES}; use another field")
+        raise UserError(
+            f"--by: the field has {len(spans):,} different values, more than {_MAX_VALUES}; use another field"
+        )
     return [Input(name, data, Stream(data, np.array(found, np.int64))) for name, found in spans.items()]

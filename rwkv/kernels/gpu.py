@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 OPERATIONS = ("norm_forward", "norm_backward", "mix_forward", "mix_backward", "gate_forward", "gate_backward", "relu2_forward",
-              "relu2_backward", "dropout", "dropout_add", "loss", "nf4_dense", "int8_dense", "adamw")  # fmt: skip
+              "relu2_backward", "dropout", "dropout_add", "loss", "nf4_dense", "int8_dense", "adamw", "keys_forward",
+              "keys_backward", "head_gate_forward", "head_gate_backward")  # fmt: skip
 
 
 class CudaKernels:

@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv.kernels.elementwise import native
-from rwkv.kernels.elementwise.reference import upcast
+from rwkv.kernels.elementwise.by_head import gated_norm
 from rwkv.models.layers import HeadNorm, check_heads, repeated
 from rwkv.models.parts import Parts
 from rwkv.wkv import wkv6
@@ -80,14 +78,6 @@ def after_reset(time_state: Tensor | None, state: Tensor, reset: Tensor | None) 
     return torch.zeros_like(state) if time_state is None else repeated(wkv_state(time_state), len(state))
 
 
-def gated_norm(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """norm(y) · silu(g), normalised by head: y [B, T, H, N], g [B, T, A], weight and bias [A] →
-    [B, T, A].
-    """
-    normed = F.layer_norm(upcast(y), y.shape[-1:], eps=EPS).flatten(2) * upcast(weight) + upcast(bias)
-    return (normed * F.silu(upcast(g))).to(g.dtype)
-
-
 def gated_wkv(
     r: Tensor,
     w: Tensor,
@@ -115,7 +105,7 @@ def gated_wkv(
     """
     r, k, v = (t.view(*t.shape[:2], *u.shape) for t in (r, k, v))
     y, state = wkv6(r, w, k, v, u, state, reset, initial=after_reset(time_state, state, reset))
-    return native.cheap(gated_norm, y, g, *norm), state
+    return gated_norm(y, g, *norm, EPS), state
 
 
 def initialise_decay(decay: Tensor, bonus: Tensor, norm: HeadNorm, layer: int, layers: int) -> None:

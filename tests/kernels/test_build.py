@@ -42,6 +42,11 @@ KERNELS |= {
     for dtype in DTYPES
 }
 KERNELS |= {f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums") for dtype in STREAMS}
+KERNELS |= {
+    f"fused_{what}_{dtype}"
+    for what in ("keys", "keys_gradient", "head_gate", "head_gate_gradient")
+    for dtype in ("fp32", "bf16", "fp16")
+}
 KERNELS |= {f"quant_{what}_{dtype}" for what in ("nf4", "int8") for dtype in ("fp32", "bf16", "fp16")}
 KERNELS |= {f"adamw_{what}_{dtype}" for what in ("8bit", "full") for dtype in ("fp32", "bf16")}
 

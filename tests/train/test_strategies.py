@@ -39,6 +39,9 @@ LORA = {"grad_clip": 0.1, "lora_dropout": 0.0, "lora_r": 4}
 # used.
 RWKV7 = {"load_model": "base7.pth", "lr_init": 1e-3}
 LORA7 = {**RWKV7, **LORA, "lora_parts": "att,ffn,time,ln"}
+# The same for RWKV-6, and for RWKV-5.2, whose decays are the same for every token
+RWKV6, RWKV5 = ({"load_model": name, "lr_init": 1e-3} for name in ("base6.pth", "base5.pth"))
+LORA6, LORA5 = ({**model, **LORA, "lora_parts": "att,ffn,time,ln"} for model in (RWKV6, RWKV5))
 STATE = {**RWKV7, "lr_init": 0.1, "warmup_steps": 0}  # with doc_reset, whose masks differ between ranks
 # Target counts differ between ranks and micro-batches, and 3 validation samples leave one rank
 # without a last batch.
@@ -58,6 +61,10 @@ ONE_PROCESS = {  # one process
     "RWKV-7, nf4": ("lora", {"micro_bsz": 4, "lora_base": "nf4", **LORA7}),
     "pairs": ("dpo", {"micro_bsz": 4, **PAIRS}),
     "pairs, all weights": ("full", {"micro_bsz": 4, "objective": "dpo", "lr_init": 1e-3, **SCALED, **PAIRS}),
+    "RWKV-6": ("full", {"micro_bsz": 4, **SCALED, **RWKV6}),
+    "RWKV-6, lora": ("lora", {"micro_bsz": 4, **LORA6}),
+    "RWKV-5.2": ("full", {"micro_bsz": 4, **SCALED, **RWKV5}),
+    "RWKV-5.2, lora": ("lora", {"micro_bsz": 4, **LORA5}),
 }
 TWO_PROCESSES = {  # two processes: the run of ONE_PROCESS to match, kind, flags
     "full": ("clipped", "full", {"micro_bsz": 2, **CLIPPED}),
@@ -79,6 +86,10 @@ TWO_PROCESSES = {  # two processes: the run of ONE_PROCESS to match, kind, flags
         "full",
         {"micro_bsz": 2, "objective": "dpo", "lr_init": 1e-3, **SCALED, **PAIRS},
     ),
+    "RWKV-6": ("RWKV-6", "full", {"micro_bsz": 2, **SCALED, **RWKV6}),
+    "RWKV-6, lora with gradient checkpointing": ("RWKV-6, lora", "lora", {"micro_bsz": 2, "grad_cp": 1, **LORA6}),
+    "RWKV-5.2 with gradient checkpointing": ("RWKV-5.2", "full", {"micro_bsz": 2, "grad_cp": 1, **SCALED, **RWKV5}),
+    "RWKV-5.2, lora": ("RWKV-5.2, lora", "lora", {"micro_bsz": 2, **LORA5}),
 }
 MAIN = ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"]
 STRATEGIES_OF = {
@@ -97,6 +108,10 @@ STRATEGIES_OF = {
     "RWKV-7, nf4": ["ddp"],
     "pairs": ["ddp", "deepspeed_stage_2"],
     "pairs, all weights": ["ddp", "deepspeed_stage_3"],
+    "RWKV-6": ["ddp", "deepspeed_stage_3"],
+    "RWKV-6, lora with gradient checkpointing": ["deepspeed_stage_2", "deepspeed_stage_3"],
+    "RWKV-5.2 with gradient checkpointing": ["deepspeed_stage_1", "deepspeed_stage_3"],
+    "RWKV-5.2, lora": ["ddp", "deepspeed_stage_2"],
 }
 CASES = sorted((name, case) for case, names in STRATEGIES_OF.items() for name in names)
 STRATEGY_CHANGES = [  # strategy of the first three steps, and of the others; "one" is one process
@@ -140,6 +155,8 @@ def runs(tmp_path_factory, make_model) -> Path:
     folder = tmp_path_factory.mktemp("strategies")
     checkpoint.save_model(folder / "base.pth", make_model(), {})
     checkpoint.save_model(folder / "base7.pth", make_model(version="7", n_layer=3, v_in_block_0=True), {})
+    checkpoint.save_model(folder / "base6.pth", make_model(version="6"), {})
+    checkpoint.save_model(folder / "base5.pth", make_model(version="5.2"), {})
     generator = torch.Generator().manual_seed(0)
     with writer(folder / "data") as out:
         for length in torch.randint(3, 20, (40,), generator=generator).tolist():

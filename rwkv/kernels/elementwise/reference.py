@@ -42,6 +42,12 @@ def relu2(k: Tensor) -> Tensor:
     return torch.relu(upcast(k)).square().to(k.dtype)
 
 
+def gated_norm(eps: float, y: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """norm(y) · silu(g), normalised by head: y [B, T, H, N], g [B, T, A], weight and bias [A]."""
+    normed = F.layer_norm(upcast(y), y.shape[-1:], eps=eps).flatten(2) * upcast(weight) + upcast(bias)
+    return (normed * F.silu(upcast(g))).to(g.dtype)
+
+
 def softmax(logits: Tensor, targets: Tensor, l2wrap: float) -> tuple[Tensor, Tensor]:
     """Statistics [N, 3] of logits [N, V], and the gradient [N, V] of the summed cross-entropy.
 

@@ -2,7 +2,8 @@
 
 It saves the outputs of the linear layers, y, and every 16th state of WKV; the backward pass
 recomputes everything in between. All is computed in fp32 (fp64 for fp64 inputs); the inputs of WKV
-are rounded to the dtype of the linear layers.
+are rounded to the dtype of the linear layers. On a GPU, keys and output are one kernel each
+(fused.py), elsewhere operations of torch.
 """
 
 import functools
@@ -17,7 +18,7 @@ from torch import Tensor
 from rwkv.kernels.elementwise.reference import upcast
 from rwkv.wkv import dispatch
 from rwkv.wkv.autograd import refuse_second_derivatives
-from rwkv.wkv.wkv7 import native, reference
+from rwkv.wkv.wkv7 import fused, native, reference
 
 STRONGEST = -math.exp(-0.5)  # log-decay per token
 
@@ -119,7 +120,8 @@ class _TimeMix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernels_for, eps, reset, state, initial, v_first, *tensors):
         x, p = _split(tensors)
-        inputs = _keys(x, v_first, p)
+        run = fused.kernels(x, v_first, p)
+        inputs = fused.keys(run, x, v_first, p) if run else _keys(x, v_first, p)
         r = _heads(x.r, p)
         y, last, saved = kernels_for(r).forward(r, *inputs, state, initial, reset)
         ctx.kernels_for, ctx.eps = kernels_for, eps
@@ -128,38 +130,89 @@ class _TimeMix(torch.autograd.Function):
         # keep the buffer that they were gathered into
         copies = (None if t is None else t.detach().clone() for t in p)
         ctx.save_for_backward(reset, initial, y, saved, v_first, *x, *copies)
-        return _output(y, x, inputs[1], inputs[2], p, eps), last
+        k, v = inputs[1:3]
+        return fused.output(run, y, x, k, v, p, eps) if run else _output(y, x, k, v, p, eps), last
 
     @staticmethod
     def backward(ctx, gout, glast):
         refuse_second_derivatives("wkv7")
         reset, initial, y, saved, *tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[5:]
-        with torch.enable_grad():
-            v_first, *tensors = (
-                None if t is None else t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)
-            )
-            x, p = _split(tensors)
-            made = _keys(x, v_first, p)
-            inputs = [t.detach().requires_grad_() for t in made]
-            y = y.detach().requires_grad_()
-            out = _output(y, x, inputs[1], inputs[2], p, ctx.eps)
-        gout = torch.zeros_like(out) if gout is None else gout
-        gy, gk, gv, gr, gg, *of_norm = _gradients([out], [y, *inputs[1:3], *x[:2], *p[:3]], [gout])
-        assert gy is not None
+        v_first, *tensors = tensors
+        x, p = _split(tensors)
         glast = None if glast is None else glast.contiguous()
-        r = _heads(x.r.detach(), p)
-        with torch.no_grad():
-            inputs = [t.detach() for t in inputs]
-            found = ctx.kernels_for(r).backward(r, *inputs, initial, reset, saved, gy.contiguous(), glast)
-            gr2, *of_inputs, gstate, ginitial = found
-            of_inputs[1] += gk
-            of_inputs[2] += gv
-            gr = None if gr is None else gr.add_(gr2.flatten(2))
-        gfirst, *of_keys = _gradients(made, [v_first, *x[2:], *p[3:]], of_inputs)
+        gout = torch.zeros_like(x.g) if gout is None else gout.contiguous()
+        run = fused.kernels(x, v_first, p)
+
+        def of_wkv(inputs, gy):
+            r = _heads(x.r, p)
+            return ctx.kernels_for(r).backward(r, *inputs, initial, reset, saved, gy, glast)
+
+        gradients = functools.partial(_fused_gradients, run) if run else _gradients_by_autograd
+        gstate, ginitial, grads = gradients(ctx.needs_input_grad[5:], ctx.eps, gout, y, v_first, x, p, of_wkv)
         gstate = gstate if ctx.needs_input_grad[3] else None
         ginitial = ginitial if ctx.needs_input_grad[4] else None
-        return None, None, None, gstate, ginitial, gfirst, gr, gg, *of_keys[:5], *of_norm, *of_keys[5:]
+        return None, None, None, gstate, ginitial, *grads
+
+
+# of state, of initial, and of v_first, Projections and Parameters
+_Gradients = tuple[Tensor | None, Tensor | None, list[Tensor | None]]
+
+
+def _fused_gradients(
+    run: Any,
+    wanted: tuple[bool, ...],
+    eps: float,
+    gout: Tensor,
+    y: Tensor,
+    v_first: Tensor | None,
+    x: Projections,
+    p: Parameters,
+    of_wkv: Callable[..., Any],
+) -> _Gradients:
+    """The gradients by CUDA kernels. of_wkv(inputs, gy) is WKV's backward pass."""
+    inputs = fused.keys(run, x, v_first, p)
+    k, v = inputs[1:3]
+    (gy, gg, gr, *of_kv), of_norm = fused.output_gradient(run, gout, y, x, k, v, p, eps, any(wanted[8:11]))
+    gr2, *of_inputs, gstate, ginitial = of_wkv(inputs, gy)
+    gr = gr.add_(gr2.view(gr.shape))
+    (*of_x, gfirst), of_keys = fused.keys_gradient(run, [*of_inputs, *of_kv], x, v_first, p, any(wanted[11:]))
+    parameters = [
+        None if g is None or t is None else g.view(t.shape).to(t.dtype)
+        for g, t in zip([*of_norm, *of_keys], p, strict=True)
+    ]
+    return gstate, ginitial, [gfirst, gr, gg, *of_x, *parameters]
+
+
+def _gradients_by_autograd(
+    wanted: tuple[bool, ...],
+    eps: float,
+    gout: Tensor,
+    y: Tensor,
+    v_first: Tensor | None,
+    x: Projections,
+    p: Parameters,
+    of_wkv: Callable[..., Any],
+) -> _Gradients:
+    """As _fused_gradients, only those that are wanted."""
+    with torch.enable_grad():
+        v_first, *tensors = (
+            None if t is None else t.detach().requires_grad_(want)
+            for t, want in zip((v_first, *x, *p), wanted, strict=True)
+        )
+        x, p = _split(tensors)
+        made = _keys(x, v_first, p)
+        inputs = [t.detach().requires_grad_() for t in made]
+        y = y.detach().requires_grad_()
+        out = _output(y, x, inputs[1], inputs[2], p, eps)
+    gy, gk, gv, gr, gg, *of_norm = _gradients([out], [y, *inputs[1:3], *x[:2], *p[:3]], [gout])
+    assert gy is not None
+    with torch.no_grad():
+        gr2, *of_inputs, gstate, ginitial = of_wkv([t.detach() for t in inputs], gy.contiguous())
+        of_inputs[1] += gk
+        of_inputs[2] += gv
+        gr = None if gr is None else gr.add_(gr2.flatten(2))
+    gfirst, *of_keys = _gradients(made, [v_first, *x[2:], *p[3:]], of_inputs)
+    return gstate, ginitial, [gfirst, gr, gg, *of_keys[:5], *of_norm, *of_keys[5:]]
 
 
 def _split(tensors) -> tuple[Projections, Parameters]:
