@@ -2,9 +2,10 @@
 
     python bench/memory.py [MODEL,METHOD,PRECISION,GRAD_CP,CTX_LEN,OPTIMIZER ...]
 
-Example of a row: 1.5b,lora,bf16,1,1024,adam; of RWKV-6: 6:1.6b,lora,… . The default is ROWS; its
-largest row needs 17 GB. Each row runs in its own process: three steps with random weights and
-tokens. A cell shows the prediction in GB and the measurement in percent of it:
+Example of a row: 1.5b,lora,bf16,1,1024,adam; of RWKV-6: 6:1.6b,lora,… . METHOD is lora, full, or
+for LoRA on a quantised base nf4 or int8. The default is ROWS; its largest row needs 17 GB. Each row
+runs in its own process: three steps with random weights and tokens. A cell shows the prediction in
+GB and the measurement in percent of it:
 - weights, gradients, optimizer: bytes of the tensors
 - saved activations and the peak of each phase: torch's profiler, in the last step
 - resident: peak of the process in the second step, less its size before the model was created
@@ -17,8 +18,10 @@ import sys
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from rwkv import compat
 from rwkv.adapters import lora
 from rwkv.config import TrainConfig
+from rwkv.kernels import quant
 from rwkv.memory import estimate, machine
 from rwkv.models import RWKV
 from rwkv.models.version import named, published
@@ -27,6 +30,7 @@ from rwkv.train.runtime import cpu
 
 ROWS = (
     "0.1b,lora,fp32,0,1024,adam", "0.1b,lora,bf16,0,1024,adam", "0.1b,lora,bf16,1,1024,adam",
+    "0.1b,nf4,fp32,1,1024,adam", "0.1b,nf4,bf16,0,1024,adam", "0.1b,int8,fp32,1,1024,adam", "0.4b,nf4,bf16,1,1024,adam",
     "0.1b,full,fp32,0,512,adam", "0.1b,full,bf16,0,1024,adam", "0.1b,full,bf16,1,1024,adafactor",
     "0.4b,lora,fp32,0,512,adam", "0.4b,lora,bf16,0,1024,adam", "0.4b,lora,bf16,1,1024,adam",
     "0.4b,full,bf16,0,512,adam", "0.4b,full,bf16,1,1024,adam", "0.4b,full,bf16,1,1024,adafactor",
@@ -42,12 +46,15 @@ def plan_of(row: str) -> estimate.Plan:
     sizes = published(name, named(number))
     return estimate.Plan(
         sizes,
-        method == "lora",
+        method != "full",
+        base=method if method in quant.KINDS else "auto",
         precision=precision,
         grad_cp=grad_cp == "1",
         ctx_len=int(ctx_len),
         optimizer=kind,
         gpu=False,
+        process=compat.process_bytes(),
+        heap=compat.heap_overhead(),
     )
 
 
@@ -61,9 +68,13 @@ class Step:
     def __init__(self, p: estimate.Plan):
         self.precision = p.precision
         self.model = model = RWKV(p.sizes, p.grad_cp)
-        for name, parameter in model.named_parameters():  # one at a time, directly in its final dtype
+        for name, parameter in list(model.named_parameters()):  # one at a time, directly in its final dtype
             dtype = DTYPES[p.precision] if p.lora and lora.is_matrix(name, parameter.shape) else torch.float32
-            parameter.data = torch.empty(parameter.shape, dtype=dtype).normal_(0, parameter.shape[-1] ** -0.5)
+            value = torch.empty(parameter.shape, dtype=dtype).normal_(0, parameter.shape[-1] ** -0.5)
+            if p.quantised and lora.is_quantisable(name, value.shape):
+                model.get_submodule(name.removesuffix(".weight")).set_quantised(quant.KINDS[p.quantised](value))
+            else:
+                parameter.data = value
         if p.lora:
             lora.inject(model, p.parts, p.r, 2 * p.r, 0.01)
             lora.mark_trainable(model, p.parts)
@@ -91,7 +102,8 @@ def measure(p: estimate.Plan) -> dict:
     """Bytes of each part and phase of a step."""
     cpu.prepare()
     resting, step = machine.rss(), Step(p)
-    found = {"weights": bytes_of(step.model.parameters()), "gradients": step()}
+    packed = sum(matrix.nbytes for matrix in quant.quantised_in(step.model))
+    found = {"weights": packed + bytes_of(step.model.parameters()), "gradients": step()}
     found["optimizer"] = bytes_of(x for state in step.optimizer.state.values() for x in state.values())
     machine.rss_peak(restart=True)
     step()

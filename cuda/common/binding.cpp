@@ -65,6 +65,7 @@ TORCH_LIBRARY(rwkv, library) {
         "int[] sizes, ScalarType dtype",
         "Tensor", cpu::nf4_dense, gpu::nf4_dense);
   fused("int8_dense", "Tensor x, Tensor absmax, ScalarType dtype", "Tensor", cpu::int8_dense, gpu::int8_dense);
+  library.def("nf4_quantise(Tensor x, Tensor thresholds, Tensor(a!) packed) -> Tensor", cpu::nf4_quantise);
   library.def(
       "adam(Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, float step, float rate, float beta1, float beta2, "
       "float eps, float decay, bool decoupled, float clip) -> ()",

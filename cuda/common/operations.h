@@ -69,6 +69,7 @@ void adam(const Tensor& p, const Tensor& g, const Tensor& m, const Tensor& v, do
 Tensor nf4_dense(const Tensor& packed, const Tensor& levels, const Tensor& absmax, const Tensor& absmax_levels,
                  const Tensor& group_absmax, const Tensor& offset, at::IntArrayRef sizes, at::ScalarType dtype);
 Tensor int8_dense(const Tensor& x, const Tensor& absmax, at::ScalarType dtype);
+Tensor nf4_quantise(const Tensor& x, const Tensor& thresholds, const Tensor& packed);  // CPU only
 
 }  // namespace cpu
 
