@@ -2,10 +2,11 @@
 
     python bench/memory.py [MODEL,METHOD,PRECISION,GRAD_CP,CTX_LEN,OPTIMIZER ...]
 
-Example of a row: 1.5b,lora,bf16,1,1024,adam; of RWKV-6: 6:1.6b,lora,… ; METHOD dpo is LoRA on one
-preference pair. `-released` after an optimizer is --release_grads 1. The default is ROWS; its
-largest row needs 17 GB. Each row runs in its own process: three steps with random weights and
-tokens. A cell shows the prediction in GB and the measurement in percent of it:
+Example of a row: 1.5b,lora,bf16,1,1024,adam; of RWKV-6: 6:1.6b,lora,… . METHOD is lora, full, dpo
+(LoRA on one preference pair), or for LoRA on a quantised base nf4 or int8. `-released` after an
+optimizer is --release_grads 1. The default is ROWS; its largest row needs 17 GB. Each row runs in
+its own process: three steps with random weights and tokens. A cell shows the prediction in GB and
+the measurement in percent of it:
 - weights, gradients, optimizer: bytes of the tensors
 - saved activations and the peak of each phase: torch's profiler, in the last step
 - resident: peak of the process in the second step, less its size before the model was created
@@ -18,8 +19,10 @@ import sys
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from rwkv import compat
 from rwkv.adapters import lora
 from rwkv.config import DPOConfig, TrainConfig
+from rwkv.kernels import quant
 from rwkv.memory import estimate, machine
 from rwkv.models import RWKV
 from rwkv.models.version import named, published
@@ -29,6 +32,7 @@ from rwkv.train.runtime import cpu
 
 ROWS = (
     "0.1b,lora,fp32,0,1024,adam", "0.1b,lora,bf16,0,1024,adam", "0.1b,lora,bf16,1,1024,adam",
+    "0.1b,nf4,fp32,1,1024,adam", "0.1b,nf4,bf16,0,1024,adam", "0.1b,int8,fp32,1,1024,adam", "0.4b,nf4,bf16,1,1024,adam",
     "0.1b,full,fp32,0,512,adam", "0.1b,full,bf16,0,1024,adam", "0.1b,full,bf16,1,1024,adafactor",
     "0.4b,lora,fp32,0,512,adam", "0.4b,lora,bf16,0,1024,adam", "0.4b,lora,bf16,1,1024,adam",
     "0.4b,full,bf16,0,512,adam", "0.4b,full,bf16,1,1024,adam", "0.4b,full,bf16,1,1024,adafactor",
@@ -47,6 +51,7 @@ def plan_of(row: str) -> estimate.Plan:
     return estimate.Plan(
         sizes,
         method != "full",
+        base=method if method in quant.KINDS else "auto",
         sequences=2 if method == "dpo" else 1,
         precision=precision,
         grad_cp=grad_cp == "1",
@@ -54,6 +59,8 @@ def plan_of(row: str) -> estimate.Plan:
         optimizer=kind.removesuffix("-released"),
         release_grads=kind.endswith("-released"),
         gpu=False,
+        process=compat.process_bytes(),
+        heap=compat.heap_overhead(),
     )
 
 
@@ -67,10 +74,14 @@ class Step:
     def __init__(self, p: estimate.Plan):
         self.precision = p.precision
         self.model = model = RWKV(p.sizes, p.grad_cp)
-        for name, parameter in model.named_parameters():  # one at a time, directly in its final dtype
+        for name, parameter in list(model.named_parameters()):  # one at a time, directly in its final dtype
             narrow = (p.lora or p.optimizer == "adamw8bit") and lora.is_matrix(name, parameter.shape)
             dtype = DTYPES[p.precision] if narrow else torch.float32
-            parameter.data = torch.empty(parameter.shape, dtype=dtype).normal_(0, parameter.shape[-1] ** -0.5)
+            value = torch.empty(parameter.shape, dtype=dtype).normal_(0, parameter.shape[-1] ** -0.5)
+            if p.quantised and lora.is_quantisable(name, value.shape):
+                model.get_submodule(name.removesuffix(".weight")).set_quantised(quant.KINDS[p.quantised](value))
+            else:
+                parameter.data = value
         if p.lora:
             lora.inject(model, p.parts, p.r, 2 * p.r, 0.01)
             lora.mark_trainable(model, p.parts)
@@ -108,7 +119,8 @@ def measure(p: estimate.Plan) -> dict:
     """Bytes of each part and phase of a step."""
     cpu.prepare()
     resting, step = machine.rss(), Step(p)
-    found = {"weights": bytes_of(step.model.parameters()), "gradients": step()}
+    packed = sum(matrix.nbytes for matrix in quant.quantised_in(step.model))
+    found = {"weights": packed + bytes_of(step.model.parameters()), "gradients": step()}
     found["optimizer"] = bytes_of(x for state in step.optimizer.state.values() for x in state.values())
     machine.rss_peak(restart=True)
     step()

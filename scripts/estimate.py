@@ -3,6 +3,7 @@
     python scripts/estimate.py --model 7b --method lora --micro_bsz 4 --grad_cp 1 --card "RTX 4090"
     python scripts/estimate.py --load_model base.pth --method full --devices 4 \\
         --strategy deepspeed_stage_2_offload --json
+    python scripts/estimate.py --gpu 8
 
 Prints the memory on a GPU and on the host by part, the community guide's figure, what fits on a
 card, and the cheapest change that would make the run fit.
@@ -17,11 +18,16 @@ from rwkv.errors import UserError
 
 def main(config: EstimateConfig) -> None:
     from rwkv.cards import memory_of_card
+    from rwkv.memory import card as cards
     from rwkv.memory import estimate, search
     from rwkv.models import version
 
     if config.table:
         print(search.table(version.named(config.version)))
+        return
+    if config.gpu:
+        version_given = version.named(config.version) if config.version else None
+        print(cards.table(memory_of_card(config.gpu), make_plan(config), version_given))
         return
     plan = make_plan(config)
     found, card = estimate.estimate(plan), memory_of_card(config.card) or memory_of_machine(config)

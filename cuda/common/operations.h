@@ -72,6 +72,7 @@ Tensor int8_dense(const Tensor& x, const Tensor& absmax, at::ScalarType dtype);
 void adamw(const Tensor& p, const Tensor& g, const Tensor& m, const Tensor& v, const Optional<Tensor>& m_max,
            const Optional<Tensor>& v_max, const Tensor& tables, const Tensor& clip, int64_t step, double rate,
            double beta1, double beta2, double eps, double decay, int64_t key);
+Tensor nf4_quantise(const Tensor& x, const Tensor& thresholds, const Tensor& packed);  // CPU only
 
 }  // namespace cpu
 

@@ -1,7 +1,8 @@
-// torch.ops.rwkv.nf4_dense and int8_dense on a CPU, in fp32 and bf16.
+// torch.ops.rwkv.nf4_dense and int8_dense on a CPU, in fp32 and bf16, and nf4_quantise.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "quant/quant_checks.h"
@@ -20,6 +21,7 @@ inline float multiply(float x, float y) {
 #include "quant/quant.h"
 
 constexpr int64_t GRAIN = 1 << 14;  // elements per task
+constexpr float QUANT_TINY = 0x1p-126f;  // instead of an absmax of 0, as in rwkv/kernels/quant.py
 
 struct Bf16 { uint16_t bits; };
 void store(float* to, float x) { *to = x; }
@@ -61,6 +63,23 @@ template <class E> void int8(const QuantInt8& q, int64_t begin, int64_t end) {  
   }
 }
 
+// One block: the loops over its elements are inside those over the thresholds, so that the compiler
+// vectorises them.
+float quantise_nf4(const float* x, const float* thresholds, uint8_t* packed, int count) {
+  float absmax = 0, scaled[QUANT_BLOCK] = {};
+  int32_t level[QUANT_BLOCK] = {};
+  for (int i = 0; i < count; i++) absmax = std::max(absmax, std::abs(x[i]));
+  const float inverse = 1.0f / std::max(absmax, QUANT_TINY);
+  for (int i = 0; i < count; i++) scaled[i] = x[i] * inverse;
+  for (int k = 0; k < 15; k++) {
+    const float threshold = thresholds[k];
+    for (int i = 0; i < QUANT_BLOCK; i++) level[i] += scaled[i] > threshold;
+  }
+  if (count % 2) level[count] = 0;  // the unused half of the last byte
+  for (int i = 0; i < count; i += 2) packed[i / 2] = uint8_t(level[i] << 4 | level[i + 1]);
+  return absmax;
+}
+
 template <class Args> void run(const Tensor& y, void (*in_fp32)(const Args&, int64_t, int64_t),
                                void (*in_bf16)(const Args&, int64_t, int64_t), const Args& q, int64_t count,
                                int64_t elements) {
@@ -77,6 +96,25 @@ Tensor nf4_dense(const Tensor& packed, const Tensor& levels, const Tensor& absma
   const QuantNF4 q = quant::nf4_of(packed, levels, absmax, absmax_levels, group_absmax, offset, y);
   run(y, nf4<float>, nf4<Bf16>, q, absmax.numel(), QUANT_BLOCK);
   return y;
+}
+
+Tensor nf4_quantise(const Tensor& x, const Tensor& thresholds, const Tensor& packed) {
+  const int64_t N = x.numel(), blocks = (N + QUANT_BLOCK - 1) / QUANT_BLOCK;
+  quant::check(x, "x", packed, at::kFloat, N);
+  quant::check(thresholds, "thresholds", packed, at::kFloat, 15);
+  quant::check(packed, "packed", packed, at::kByte, (N + 1) / 2);
+  const Tensor absmax = x.new_empty({blocks});
+  const float *from = x.data_ptr<float>(), *bounds = thresholds.data_ptr<float>();
+  uint8_t* to = packed.data_ptr<uint8_t>();
+  float* of_block = absmax.data_ptr<float>();
+  at::parallel_for(0, blocks, GRAIN / QUANT_BLOCK, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; block++) {
+      const int64_t first = block * QUANT_BLOCK;
+      const int count = int(std::min<int64_t>(QUANT_BLOCK, N - first));
+      of_block[block] = quantise_nf4(from + first, bounds, to + first / 2, count);
+    }
+  });
+  return absmax;
 }
 
 Tensor int8_dense(const Tensor& x, const Tensor& absmax, at::ScalarType dtype) {

@@ -246,11 +246,12 @@ def mark_trainable(model: RWKV, parts: Collection[str]) -> None:
 
 
 def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert frozen matrices to this dtype and all other parameters to fp32, in place, one at a
-    time. (The others are small, and decays need the precision.)
+    """Convert frozen matrices, in RWKV-7 also the low-rank ones, to this dtype and all other
+    parameters to fp32, in place, one at a time. (The others are small, and decays need the
+    precision.)
     """
     for name, parameter in model.named_parameters():
-        frozen = is_matrix(name, parameter.shape) and not parameter.requires_grad
+        frozen = (is_matrix(name, parameter.shape) or is_low_rank(name)) and not parameter.requires_grad
         parameter.data = parameter.data.to(dtype if frozen else torch.float32)
 
 
@@ -259,6 +260,13 @@ def is_matrix(name: str, shape: torch.Size) -> bool:
     low-rank matrices of a time-mix, which are trained as a whole.
     """
     return name.endswith(".weight") and len(shape) == 2
+
+
+def is_low_rank(name: str) -> bool:
+    """Whether a parameter is a low-rank matrix of RWKV-7's time-mix, which is used in matmuls only.
+    (Those of RWKV-6 are also used in fp32.)
+    """
+    return re.search(r"\.att\.[wavg][12]$", name) is not None
 
 
 def is_quantisable(name: str, shape: torch.Size) -> bool:

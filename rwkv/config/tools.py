@@ -257,6 +257,10 @@ class EstimateConfig:
     """GPU to plan for, in GB (24) or by name ("RTX 4090", "A100 80GB"): print what fits, and the
     largest batch and context. Omitted: the GPU of this machine. With accelerator=cpu: host memory
     in GB."""
+    gpu: str = ""
+    """Print what can be trained on a GPU of this size, as for card: for each published size (of
+    version, if given) and method the longest ctx_len with micro_bsz 1 and the largest micro_bsz
+    with ctx_len 1024, with grad_cp 1. Other flags apply."""
     table: bool = False
     """Print the README's table of all published sizes instead."""
     json: bool = False

@@ -261,8 +261,9 @@ class Machine:
     the whole run."""
     auto: bool = False
     """Choose micro_bsz, accumulate_grad_batches and grad_cp (on GPUs also the strategy) so that the
-    predicted memory fits, without changing the effective batch of micro_bsz samples. The choice is
-    reported; scripts/estimate.py shows the prediction."""
+    predicted memory fits, without changing the effective batch of micro_bsz samples. For LoRA on
+    load_model with lora_base auto, then try int8 and nf4. The choice is reported and kept when the
+    run is resumed; scripts/estimate.py shows the prediction."""
     ds_bucket_mb: int = 200
     """DeepSpeed: size of a communication bucket in millions of elements. Smaller buckets take less
     memory."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from rwkv.kernels import gpu, load
 
 BLOCK, GROUP = 64, 256
-_CHUNK = 1 << 22  # elements quantised at a time; a multiple of BLOCK
+_CHUNK = 1 << 20  # elements quantised at a time; a multiple of BLOCK
 _TINY = 2.0**-126  # instead of an absmax of 0; a smaller one is 0 while training flushes denormals
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -60,9 +60,14 @@ def dynamic_levels(device: torch.device | str = "cpu", signed: bool = True) -> T
     return torch.tensor(sorted(levels), device=device)
 
 
+def _thresholds(levels: Tensor) -> Tensor:
+    """The middles between neighbouring levels."""
+    return (levels[:-1] + levels[1:]) / 2
+
+
 def _nearest(x: Tensor, levels: Tensor) -> Tensor:
     """The index of the nearest level, of two the lower one, as uint8."""
-    return torch.bucketize(x, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
+    return torch.bucketize(x, _thresholds(levels), out_int32=True).to(torch.uint8)
 
 
 def _scaled(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -146,12 +151,10 @@ class NF4(Quantised):
         super().__init__(weight.shape)
         flat = weight.detach().reshape(-1)
         self.packed, parts = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8), []
+        quantise = torch.ops.rwkv.nf4_quantise if _kernels(flat.device, torch.float32) else nf4_quantise_reference
         for begin in range(0, flat.numel(), _CHUNK):
-            scaled, absmax = _scaled(flat[begin : begin + _CHUNK].float(), BLOCK)
-            levels = nn.functional.pad(_nearest(scaled, nf4_levels()), (0, scaled.numel() % 2))
-            part = self.packed[begin // 2 : (begin + _CHUNK) // 2]
-            torch.bitwise_or(levels[::2] << 4, levels[1::2], out=part)
-            parts.append(absmax)
+            part = self.packed[begin // 2 : (begin + _CHUNK + 1) // 2]
+            parts.append(quantise(flat[begin : begin + _CHUNK].float(), _thresholds(nf4_levels()), part))
         absmax = torch.cat(parts)
         self.offset = absmax.mean().view(1)
         scaled, self.group_absmax = _scaled(absmax - self.offset, GROUP)
@@ -163,6 +166,15 @@ class NF4(Quantised):
         if kernels := _kernels(self.device, dtype):
             return kernels.nf4_dense(*tensors, list(self.shape), dtype)
         return nf4_reference(*tensors, self.shape).to(dtype)
+
+
+def nf4_quantise_reference(x: Tensor, thresholds: Tensor, packed: Tensor) -> Tensor:
+    """Quantise x [n] fp32 into `packed` [⌈n / 2⌉]; returns the absmax of its blocks [⌈n / 64⌉]."""
+    scaled, absmax = _scaled(x, BLOCK)
+    levels = torch.bucketize(scaled, thresholds, out_int32=True).to(torch.uint8)
+    levels = nn.functional.pad(levels, (0, len(levels) % 2))
+    torch.bitwise_or(levels[::2] << 4, levels[1::2], out=packed)
+    return absmax
 
 
 def nf4_reference(

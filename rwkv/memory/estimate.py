@@ -2,8 +2,8 @@
 
 All sizes are in bytes. Shapes are those of the model (rwkv.models.rwkv.shapes). The rules:
 
-    weights      4 per element (autocast keeps fp32 masters), 2 for frozen matrices stored in bf16,
-                 0.52 in nf4, 1 in int8; `e` under DeepSpeed
+    weights      4 per element (autocast keeps fp32 masters), 2 for frozen matrices stored in bf16
+                 (also RWKV-7's low-rank ones), 0.52 in nf4, 1 in int8; `e` under DeepSpeed
     gradients    4 per trained element, freed after the step; `e` under DeepSpeed; twice with DDP
                  (its buckets)
     optimizer    Adam 8 per trained element, 12 under DeepSpeed (with its fp32 master); Adafactor a
@@ -30,6 +30,7 @@ import torch
 from rwkv.adapters import lora
 from rwkv.kernels import adamw, quant
 from rwkv.kernels.head_loss import SLICE, chunk_tokens
+from rwkv.memory.result import Estimate
 from rwkv.memory.zero import ZEROS
 from rwkv.models import Sizes
 from rwkv.models.parts import layer_of
@@ -131,47 +132,6 @@ Blocks = list[tuple[float, float]]
 Parts = dict[str, Blocks]
 
 
-@dataclass
-class Estimate:
-    """Bytes by part: per device at the peak of each phase of a step (`phase_parts`), and per
-    machine in host memory.
-
-    All parts of a phase but `process` and `heap` are allocated by torch.
-    """
-
-    phase_parts: dict[str, dict[str, int]]
-    host: dict[str, int]
-
-    @property
-    def phases(self) -> dict[str, int]:
-        """The peak of each phase, per device."""
-        return {name: sum(parts.values()) for name, parts in self.phase_parts.items()}
-
-    @property
-    def device(self) -> dict[str, int]:
-        """The parts in the phase with the highest peak."""
-        return max(self.phase_parts.values(), key=lambda parts: sum(parts.values()))
-
-    @property
-    def tensors(self) -> dict[str, int]:
-        """The peak of each phase in torch's allocator."""
-        others = ("process", "heap")
-        return {
-            name: sum(size for part, size in parts.items() if part not in others)
-            for name, parts in self.phase_parts.items()
-        }
-
-    @property
-    def total(self) -> int:
-        """The peak per device."""
-        return sum(self.device.values())
-
-    @property
-    def host_total(self) -> int:
-        """Host memory per machine."""
-        return sum(self.host.values())
-
-
 def matrices(s: Sizes) -> dict[str, torch.Size]:
     """The shape of every linear layer, embedding and head, by module name."""
     return {name.removesuffix(".weight"): shape for name, shape in shapes(s).items() if lora.is_matrix(name, shape)}
@@ -200,6 +160,14 @@ def _fully_trained(p: Plan) -> list[torch.Size]:
         shape
         for name, shape in shapes(p.sizes).items()
         if name not in never and (not p.lora or parts.fully_trained(name, p.parts))
+    ]
+
+
+def _frozen_low_rank(p: Plan) -> list[torch.Size]:
+    """The shapes of RWKV-7's low-rank matrices, if they are frozen."""
+    parts = version_of(p.sizes).PARTS
+    return [
+        s for name, s in shapes(p.sizes).items() if lora.is_low_rank(name) and not parts.fully_trained(name, p.parts)
     ]
 
 
@@ -259,7 +227,7 @@ def estimate(p: Plan) -> Estimate:
         weights = e * (n_elements + adapters) / (share if zero == 3 else 1)
         gradients = e * n_trained / (share if zero >= 2 else 1)
     elif p.lora:
-        whole = sum(shape.numel() for shape in matrices(s).values())
+        whole = sum(shape.numel() for shape in [*matrices(s).values(), *_frozen_low_rank(p)])
         small = _quantised(p)
         weights = p.frozen * (whole - sum(shape.numel() for shape in small)) + 4 * (n_elements - whole + adapters)
         weights += sum(quant.nbytes(p.quantised, shape) for shape in small)

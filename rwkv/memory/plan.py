@@ -11,6 +11,7 @@ from rwkv.errors import UserError
 from rwkv.memory import estimate, machine, search
 from rwkv.models import Sizes
 
+QUANTISED = ("int8", "nf4")  # by --auto, the more accurate first
 USABLE = 0.92  # fraction of memory to plan for; the rest covers fragmentation and prediction errors
 
 
@@ -51,16 +52,20 @@ def available(plan: estimate.Plan) -> int:
     return round(USABLE * (found if plan.gpu else found / max(1, plan.per_node)))
 
 
-def choose(c: TrainConfig, plan: estimate.Plan, usable: Callable[[TrainConfig], bool]) -> tuple[TrainConfig, str]:
+def choose(
+    c: TrainConfig, plan: estimate.Plan, usable: Callable[[TrainConfig], bool], quantise: bool = False
+) -> tuple[TrainConfig, str]:
     """Choose the flags of --auto; returns them and a description. The effective batch size does not
     change: with a smaller micro_bsz more batches are accumulated.
 
     Candidates are tried from fast to slow: without gradient checkpointing, then with it, each from
-    the largest micro_bsz to the smallest; on GPUs then the same with DeepSpeed. If the memory size
-    is unknown, the flags do not change.
+    the largest micro_bsz to the smallest; then, if `quantise`, the same with --lora_base int8 and
+    nf4; on GPUs then the same with DeepSpeed. If the memory size is unknown, the flags do not
+    change.
 
     Args:
         usable: whether a strategy can be used with the other flags on this machine.
+        quantise: whether the frozen matrices may be quantised.
 
     Raises:
         UserError: nothing fits; the message suggests a change that does, if there is one.
@@ -73,7 +78,7 @@ def choose(c: TrainConfig, plan: estimate.Plan, usable: Callable[[TrainConfig], 
         strategies += [name for name in search.deepspeed_candidates(c.world_size) if usable(replace(c, strategy=name))]
     host = USABLE * machine.memory_of(gpu=False)
     short, last = "", plan
-    for last in search.candidates(plan, strategies):
+    for last in search.candidates(plan, strategies, QUANTISED if quantise else ()):
         found, micro_bsz, accumulate = estimate.estimate(last), last.micro_bsz, last.accumulate
         words = f"--micro_bsz {micro_bsz} --accumulate_grad_batches {accumulate} --grad_cp {int(last.grad_cp)} --strategy {last.strategy}"
         if found.total > limit:
@@ -83,15 +88,22 @@ def choose(c: TrainConfig, plan: estimate.Plan, usable: Callable[[TrainConfig], 
                 f"{words} would fit, but needs {found.host_total / 1e9:.1f} GB of host memory; {host / 1e9:.1f} GB are usable. "
             )
             continue
+        base: dict[str, Any] = {} if last.base == plan.base else {"lora_base": last.base}
+        why = (
+            f" --lora_base {last.base} (without quantisation even --micro_bsz 1 --grad_cp 1 does not fit)"
+            if base
+            else ""
+        )
         chosen = replace(
             c,
+            **base,
             micro_bsz=micro_bsz,
             accumulate_grad_batches=accumulate,
             epoch_steps=c.epoch_steps * (c.micro_bsz // micro_bsz),
             grad_cp=1 if last.grad_cp else 0,
             strategy=last.strategy,
         )
-        return chosen, f"{words}: {found.total / 1e9:.2f} of {limit / 1e9:.2f} GB"
+        return chosen, f"{words}{why}: {found.total / 1e9:.2f} of {limit / 1e9:.2f} GB"
     rest = "Use LoRA (scripts/lora.py), a shorter --ctx_len, or a smaller model" if short else advice(last, limit)
     raise UserError(f"--auto: nothing fits into {limit / 1e9:.2f} GB. {short}{rest}")
 

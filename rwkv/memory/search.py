@@ -5,7 +5,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from rwkv.memory.estimate import GB, Estimate, Plan, estimate
+from rwkv.memory.estimate import GB, Plan, estimate
+from rwkv.memory.result import Estimate
+from rwkv.memory.zero import ZEROS
 from rwkv.models import Sizes
 from rwkv.models.version import DEFAULT, VERSIONS, Version, published
 
@@ -38,16 +40,19 @@ def largest(p: Plan, limit: int, what: str) -> int:
     return low * unit
 
 
-def candidates(p: Plan, strategies: Iterable[str]) -> Iterator[Plan]:
+def candidates(p: Plan, strategies: Iterable[str], bases: Iterable[str] = ()) -> Iterator[Plan]:
     """Plans with the effective batch size of `p`, from fast to slow: without gradient checkpointing
-    before with it, large micro_bsz before small.
+    before with it, large micro_bsz before small. Without DeepSpeed then the same with each of
+    `bases` instead of p.base.
     """
     for strategy in strategies:
-        for grad_cp in (False, True):
-            for m in range(p.micro_bsz, 0, -1):
-                if p.micro_bsz % m == 0:
-                    accumulate = p.accumulate * p.micro_bsz // m
-                    yield replace(p, strategy=strategy, grad_cp=grad_cp, micro_bsz=m, accumulate=accumulate)
+        for base in (p.base, *(() if strategy in ZEROS else bases)):
+            for grad_cp in (False, True):
+                for m in range(p.micro_bsz, 0, -1):
+                    if p.micro_bsz % m == 0:
+                        accumulate = p.accumulate * p.micro_bsz // m
+                        plan = replace(p, strategy=strategy, grad_cp=grad_cp, micro_bsz=m, accumulate=accumulate)
+                        yield replace(plan, base=base)
 
 
 def changes(p: Plan) -> Iterator[tuple[str, Plan]]:

@@ -7,7 +7,7 @@ import dataclasses
 import secrets
 from typing import Any
 
-from rwkv.config import TrainConfig
+from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.memory import estimate, machine, plan
 from rwkv.models import Sizes
@@ -40,7 +40,7 @@ def resolve(flags: TrainConfig, ranks: Ranks) -> Run:
     sizes, on_gpu = setup.sizes_of(c, new_base), machine.use_gpu(c.accelerator)
     c = dataclasses.replace(c, version=version_of(sizes).NAME)
     if c.auto and received is None and c.my_pile_stage != 1:
-        c = _auto(c, sizes, on_gpu)
+        c = _auto(c, sizes, on_gpu, before)
     if received is None:
         c = _with_cuda_graph(c, sizes, on_gpu)
     ranks.send(flags, c)
@@ -60,9 +60,14 @@ def _seed_and_precision(c: TrainConfig, before: dict[str, Any] | None) -> TrainC
     return dataclasses.replace(c, random_seed=seed, precision=precision, my_pile_shift=shift)
 
 
-def _auto(c: TrainConfig, sizes: Sizes, on_gpu: bool) -> TrainConfig:
-    """Set the flags that --auto chooses."""
-    c, chosen = plan.choose(c, plan.plan_of(c, sizes, on_gpu, c.precision), _usable)
+def _auto(c: TrainConfig, sizes: Sizes, on_gpu: bool, before: dict[str, Any] | None) -> TrainConfig:
+    """Set the flags that --auto chooses. The base of LoRA is quantised only in a new run from
+    load_model whose --lora_base is auto; a resumed run keeps what was chosen.
+    """
+    quantise = isinstance(c, LoRAConfig) and c.lora and c.lora_base == "auto" and bool(c.load_model) and not before
+    if isinstance(c, LoRAConfig) and c.lora_base == "auto" and before and before["flags"].get("auto"):
+        c = dataclasses.replace(c, lora_base=before["flags"].get("lora_base", "auto"))
+    c, chosen = plan.choose(c, plan.plan_of(c, sizes, on_gpu, c.precision), _usable, quantise)
     say(f"auto:  {chosen}")
     return c
 

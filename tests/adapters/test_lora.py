@@ -9,6 +9,7 @@ import torch
 from rwkv.adapter_files import load_tuned
 from rwkv.adapters import lora
 from rwkv.checkpoint import save_model
+from rwkv.models import RWKV
 from rwkv.models.v4 import PARTS
 from rwkv.models.version import VERSIONS
 
@@ -223,6 +224,27 @@ def test_frozen_matrices_in_bf16(make_model):
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
         assert parameter.grad is None or parameter.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("parts", [["att"], ["att", "time"]])
+def test_frozen_low_rank_matrices_in_bf16(parts):
+    """Those of RWKV-7, unless they are trained. In bf16 they are multiplied in bf16 either way."""
+    model = RWKV(VERSIONS["7"].Sizes(2, 64, 50, head_size=32))
+    model.initialise(1e-2)
+    lora.inject(model, parts, 4, 8)
+    lora.mark_trainable(model, parts)
+    names = {f"blocks.1.att.{kind}{i}" for kind in "wavg" for i in (1, 2)}
+    with torch.no_grad():
+        for name in names:  # the first are initialised to zero
+            model.get_parameter(name).normal_(0, 0.1)
+    lora.store_frozen(model, torch.bfloat16)
+    assert {model.get_parameter(name).dtype for name in names} == {torch.float32 if "time" in parts else torch.bfloat16}
+    assert model.blocks[1].att.r_k.dtype == model.blocks[1].att.w0.dtype == torch.float32
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(TOKENS)[0]
+        for name in names:
+            model.get_parameter(name).data = model.get_parameter(name).data.float()
+        assert torch.equal(model(TOKENS)[0], found)
 
 
 @pytest.mark.filterwarnings("ignore:(?s).*reference loop")  # no compiled kernels for fp64

@@ -116,6 +116,19 @@ def test_kernel_matches_reference(kind, dtype, monkeypatch):
         assert torch.equal(x, matrix.dense(dtype))
 
 
+@pytest.mark.skipif(load.why_unavailable() is not None, reason="not compiled")
+def test_quantisation_kernel_matches_reference(monkeypatch):
+    """Also at the thresholds themselves, where the lower level is chosen, and with zeros."""
+    found = list(matrices().values())
+    found.append(torch.cat([quant._thresholds(quant.nf4_levels()), torch.ones(49), torch.zeros(64)]).view(2, 64))
+    compiled = [NF4(x) for x in found]
+    monkeypatch.setattr(quant, "_kernels", lambda *_: None)
+    for matrix, x in zip(compiled, found, strict=True):
+        reference = NF4(x)
+        assert all(torch.equal(getattr(matrix, name), getattr(reference, name)) for name in NF4._tensors)
+    assert (compiled[-1].packed[:7] >> 4).tolist() == [*range(0, 14, 2)]
+
+
 @pytest.mark.parametrize(("kind", "step"), [(NF4, 0.152), (Int8, 0.5 / 127)])
 def test_error_below_half_a_step(kind, step):
     """Half of the widest distance of two levels, relative to the absmax of the block or row. The

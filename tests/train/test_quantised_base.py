@@ -1,6 +1,7 @@
 """LoRA on a quantised base (--lora_base nf4, int8): against bf16, resuming, merging, errors."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from rwkv.data.binidx_writer import writer
 from rwkv.errors import UserError
 from rwkv.files import sha256
 from rwkv.kernels import quant
-from rwkv.memory import machine
+from rwkv.memory import machine, plan
+from rwkv.memory.estimate import estimate
 from rwkv.models.version import VERSIONS
 from rwkv.train.fit import fit
 from tests.train.small_runs import TUNE, lines
@@ -180,3 +182,28 @@ def test_errors(trained, tmp_path):
     ):
         fit(LoRAConfig(**flags, **trained, strategy="deepspeed_stage_2"))
     assert not (tmp_path / "run").exists()
+
+
+def test_auto_quantises_if_nothing_else_fits(trained, tmp_path, monkeypatch, capsys):
+    """It says so, does not override --lora_base, and a resumed run keeps what was chosen."""
+    flags = {**TUNED, **trained, "micro_bsz": 1, "grad_cp": 1, "epoch_steps": 4, "epoch_count": 1, "auto": True}
+    c = LoRAConfig(**flags, proj_dir=str(tmp_path / "run"))
+    sizes = checkpoint.sizes_of(checkpoint.read_tensors(c.load_model), c.load_model)
+    bytes_of = {
+        base: estimate(plan.plan_of(replace(c, lora_base=base), sizes, False, "fp32")) for base in ("auto", "int8")
+    }
+    limit = round((bytes_of["int8"].total + 1) / plan.USABLE)
+    assert bytes_of["int8"].total < bytes_of["auto"].total
+    monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: limit)
+    with pytest.raises(UserError, match="nothing fits"):
+        fit(replace(c, lora_base="fp32", proj_dir=str(tmp_path / "given")))
+    fit(replace(c, max_steps=2))
+    assert (
+        "--lora_base int8 (without quantisation even --micro_bsz 1 --grad_cp 1 does not fit)" in capsys.readouterr().out
+    )
+    monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: 64 << 30)
+    fit(c)
+    fit(LoRAConfig(**{**flags, "auto": False}, lora_base="int8", proj_dir=str(tmp_path / "whole")))
+    losses = [[line["loss"] for line in lines(tmp_path / name)] for name in ("run", "whole")]
+    assert losses[0] == losses[1]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["flags"]["lora_base"] == "int8"

@@ -1,0 +1,44 @@
+"""What can be trained on a GPU of a given size, as a table by version, size and method."""
+
+from dataclasses import replace
+from typing import Any
+
+from rwkv.adapters import state
+from rwkv.memory.estimate import GB, Plan
+from rwkv.memory.search import largest
+from rwkv.models.version import VERSIONS, Version, published
+
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"lora": False},
+    "LoRA": {},
+    "LoRA, int8": {"base": "int8"},
+    "LoRA, nf4": {"base": "nf4"},
+    "state": {"parts": (state.PART,), "r": 1, "dora": False},
+}
+"""Fields of a Plan, by column."""
+
+
+def longest(p: Plan, card: float) -> str:
+    """The longest ctx_len at micro_bsz 1 and the largest micro_bsz at ctx_len 1024 on `card` GB,
+    as text; "-" if ctx_len 1024 does not fit.
+    """
+    limit = round(card * GB)
+    batch = largest(replace(p, ctx_len=1024), limit, "micro_bsz")
+    return f"{largest(replace(p, micro_bsz=1), limit, 'ctx_len'):,}; {batch}" if batch else "-"
+
+
+def table(card: float, plan: Plan, version: Version | None = None) -> str:
+    """A Markdown table of all published sizes, of one version or all: what `longest` returns for
+    each of METHODS with --grad_cp 1. Other flags as in `plan`.
+    """
+    rows = [f"| RWKV | model | {' | '.join(METHODS)} |", "|---" * (2 + len(METHODS)) + "|"]
+    for kind in [version] if version else reversed(VERSIONS.values()):
+        for name in kind.PUBLISHED:
+            cells = []
+            for fields in METHODS.values():
+                sizes: Any = published(name, kind)
+                if state.PART in fields.get("parts", ()):
+                    sizes = replace(sizes, time_state=True)
+                cells.append(longest(replace(plan, sizes=sizes, grad_cp=True, **fields), card))
+            rows.append(f"| {kind.NAME} | {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)

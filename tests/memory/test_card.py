@@ -1,0 +1,29 @@
+"""The table of what can be trained on a GPU."""
+
+from dataclasses import replace
+
+from rwkv.memory import card
+from rwkv.memory.estimate import GB, Plan, estimate
+from rwkv.models.version import VERSIONS, published
+
+
+def test_longest_just_fits():
+    plan = Plan(published("0.4b"), grad_cp=True, base="nf4")
+    context, batch = (int(number.replace(",", "")) for number in card.longest(plan, 8).split("; "))
+    assert context > 1024
+    for fits, more in (
+        (replace(plan, ctx_len=context), {"ctx_len": context + 16}),
+        (replace(plan, micro_bsz=batch), {"micro_bsz": batch + 1}),
+    ):
+        assert estimate(fits).total <= 8 * GB < estimate(replace(fits, **more)).total
+
+
+def test_table_of_a_version(script):
+    printed = script("estimate.py", "--gpu", 8, "--version", "4").stdout.strip().splitlines()
+    assert printed[0] == "| RWKV | model | full | LoRA | LoRA, int8 | LoRA, nf4 | state |"
+    rows = [line.strip("| ").split(" | ") for line in printed[2:]]
+    assert [row[1] for row in rows] == [*VERSIONS["4"].PUBLISHED]
+    fitting = {row[1]: {kind for kind, cell in zip(card.METHODS, row[2:], strict=True) if cell != "-"} for row in rows}
+    assert fitting["0.1b"] == {*card.METHODS}
+    assert fitting["7b"] == {"LoRA, nf4"}
+    assert fitting["14b"] == set()
