@@ -44,8 +44,8 @@ class DPO:
                 pair without targets does not count.
         """
         x, y, loss_mask, reference = batch[:4]
-        present = loss_mask.flatten(1).any(1)
-        count, present = int(present.sum()), present.to(x.device)
+        present = loss_mask.flatten(1).any(1)  # on the CPU, so that the host does not wait for a GPU
+        count = int(present.sum())
         reward = log_probabilities(model, hidden, x, y, loss_mask, self._static) - reference
         if self._normalised:
             reward = reward / loss_mask.sum(2).clamp_min(1).to(x.device)
@@ -56,7 +56,9 @@ class DPO:
         accuracy = (margin > 0).float() + (margin == 0).float() / 2
 
         def mean(values: Tensor) -> Tensor:
-            return torch.where(present, values, torch.zeros_like(values)).sum() / max(1, count)
+            if count < len(values):
+                values = torch.where(present.to(values.device), values, torch.zeros_like(values))
+            return values.sum() / max(1, count)
 
         metrics = torch.stack([mean(values) for values in (margin, accuracy, chosen, rejected)]).detach()
         return Loss(mean(losses), count, metrics)
