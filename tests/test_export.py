@@ -15,7 +15,7 @@ TOKENS = torch.arange(1, 30)[None]
 
 def test_transformers_loads_export(script, make_base, tmp_path):
     base = make_base(n_layer=3, dim_att=24, dim_ffn=40)
-    result = script("export.py", "--model", base, "--output", "hf", fresh=True)
+    result = script("export.py", "--model", base, "--output", "hf")
     assert float(re.search(r"difference from .* (\S+) \(", result.stdout)[1]) < 1e-4  # fp32 rounding
     theirs = RwkvForCausalLM.from_pretrained(tmp_path / "hf").eval()
     with torch.no_grad():

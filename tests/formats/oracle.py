@@ -5,12 +5,14 @@ our script.
 import importlib.util
 import json
 import os
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import forked
 
 ORACLE = Path(sys.prefix) / "oracle"
 needs_oracle = pytest.mark.skipif(
@@ -18,13 +20,28 @@ needs_oracle = pytest.mark.skipif(
 )
 
 
+# The server has imported our package; the oracle's `rwkv` is another one.
+_WITHOUT_OURS = """
+import sys
+for name in [name for name in sys.modules if name.split(".")[0] == "rwkv"]:
+    del sys.modules[name]
+"""
+
+
 def ask(program: str, *arguments: Any) -> Any:
-    """The JSON that a program prints as its last line. It finds the packages in sys.argv[1], and
-    the arguments, as JSON, in sys.argv[2:].
+    """The JSON that a program prints as its last line, in a forked process (tests/forked.py). It
+    finds the packages in sys.argv[1], and the arguments, as JSON, in sys.argv[2:].
     """
     assert ORACLE.is_dir(), "the oracle is installed by: make test"
-    words = [sys.executable, "-W", "ignore", "-I", "-c", program, str(ORACLE), *map(json.dumps, arguments)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return run(_WITHOUT_OURS + program, str(ORACLE), *map(json.dumps, arguments))
+
+
+def run(program: str, *arguments: str) -> Any:
+    """The JSON that a program prints as its last line, in a forked process."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "program.py")
+        path.write_text(program, encoding="utf-8")
+        done = forked.Process([path, *arguments], folder, {**os.environ, "HF_HUB_OFFLINE": "1"}).result()
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,8 +1,6 @@
 """Exports do not hold a whole model in memory."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 
 from rwkv import checkpoint
 from rwkv.models import RWKV, v7
+from tests.formats.oracle import run
 
 # Prints by how much the peak of the process's memory grew, mapped pages included, in bytes.
 PROGRAM = """
@@ -46,9 +45,7 @@ def test_memory_does_not_grow_with_the_model(model_file, tmp_path):
     size = (tmp_path / "large.pth").stat().st_size
     kinds = [["pth", "fp16"], ["rwkv.cpp", "fp32"], ["gguf", "q8_0"]]
     arguments = json.dumps([str(tmp_path / "large.pth"), kinds, str(model_file("7", True))])
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = run(PROGRAM, arguments)
     assert size > 6e7
     for kind, grown in found.items():
         # a whole copy in bf16 would add a half; torch's allocator and Python's keep some
