@@ -191,8 +191,8 @@ def on_gradient(parameter: "torch.nn.Parameter", function: Any) -> Any:
     """
     if hasattr(parameter, "register_post_accumulate_grad_hook"):
         return parameter.register_post_accumulate_grad_hook(function)
-    node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-    node.register_hook(lambda *_: function(parameter))  # type: ignore[attr-defined]
+    node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+    node.register_hook(lambda *_: function(parameter))
     return node
 
 

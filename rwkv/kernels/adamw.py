@@ -79,7 +79,7 @@ def step(
     state["step"] += 1
     moments = state["moment1"], state["moment2"], state.get("absmax1"), state.get("absmax2")
     numbers = state["step"], rate, *betas, eps, decay, key
-    operation = _kernel(p.device) or reference
+    operation: Any = _kernel(p.device) or reference
     operation(p, gradient.contiguous(), *moments, tables(p.device), clip, *numbers)
 
 
