@@ -47,6 +47,8 @@ class Nearest(AdamW8bit):
     """Round to nearest: update in fp32, and convert."""
 
     def _update(self, p, name, group):
+        if p.grad is None:
+            return
         rounded = p.data
         p.data = p.data.float()
         gradient, p.grad = p.grad, None

@@ -11,7 +11,6 @@ than 4096 elements have fp32 moments, as in bitsandbytes.
 import functools
 import hashlib
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,7 +79,7 @@ def step(
     state["step"] += 1
     moments = state["moment1"], state["moment2"], state.get("absmax1"), state.get("absmax2")
     numbers = state["step"], rate, *betas, eps, decay, key
-    operation: Callable[..., None] = _kernel(p.device) or reference
+    operation: Any = _kernel(p.device) or reference
     operation(p, gradient.contiguous(), *moments, tables(p.device), clip, *numbers)
 
 

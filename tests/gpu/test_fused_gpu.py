@@ -2,12 +2,13 @@
 determinism, no host synchronisation, memory.
 """
 
+import adamw_cases
 import fused_cases as cases
 import pytest
 import torch
 from fused_cases import BF16, FP16, FP32, GPU_STREAMS, normal
 
-from rwkv.kernels import gpu
+from rwkv.kernels import adamw, gpu
 from rwkv.kernels.elementwise import native
 from rwkv.kernels.head_loss import head_loss
 from rwkv.models import RWKV
@@ -141,3 +142,17 @@ def test_no_host_sync(step):
         train_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", adamw_cases.DTYPES, ids=str)
+@pytest.mark.parametrize("size", [*adamw_cases.SIZES, (1 << 22) + 300])  # the last: several blocks per warp
+def test_adamw_equals_reference(dtype, size):
+    def launch(*arguments):
+        moved = [x.cuda() if torch.is_tensor(x) else x for x in arguments]
+        gpu.cuda_kernels(0).adamw(*moved)
+        for mine, new in zip(arguments, moved, strict=True):
+            if torch.is_tensor(mine):
+                mine.copy_(new)
+
+    found, expected = (adamw_cases.steps(dtype, size, f) for f in (launch, adamw.reference))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

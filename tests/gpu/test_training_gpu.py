@@ -64,6 +64,20 @@ def test_low_precision_follows_fp32(losses, precision):
     torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)  # matmuls in bf16 have 8 significant bits
 
 
+@pytest.mark.parametrize("graph", ["on", "off"])
+@pytest.mark.parametrize("version", ["4", "7"])
+def test_adamw8bit_follows_adam(losses, version, graph):
+    flags = {**MODEL, "version": version, "precision": "bf16", "accelerator": "gpu", "cuda_graph": graph}
+    exact, rounded = (losses(TrainConfig, name, optimizer=name, **flags) for name in ("adam", "adamw8bit"))
+    assert rounded[-1] < rounded[0]
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)  # as for bf16 matmuls
+    if graph == "off":
+        kept, released = (
+            losses(TrainConfig, f"{n}", optimizer="adamw8bit", grad_clip=0.0, release_grads=n, **flags) for n in (0, 1)
+        )
+        assert released == kept
+
+
 def test_gradient_checkpointing_same_losses(losses):
     saved, recomputed = (
         losses(TrainConfig, f"grad_cp{n}", precision="fp32", accelerator="gpu", grad_cp=n, **MODEL) for n in (0, 1)

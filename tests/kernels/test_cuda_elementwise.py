@@ -216,19 +216,25 @@ def test_dequantisation_checks_sizes(gpu):
         gpu.call("operation", "int8_dense", torch.zeros(2, 8, dtype=torch.int8), torch.zeros(2), torch.float64)
 
 
-@pytest.mark.parametrize("dtype", adamw_cases.DTYPES, ids=str)
-@pytest.mark.parametrize("size", adamw_cases.SIZES)
-def test_adamw_equals_reference(gpu, dtype, size):
+@pytest.fixture
+def adamw_launch(gpu):
+    """torch.ops.rwkv.adamw by the CUDA kernels."""
+
     def launch(*arguments):  # tensors that the other process has changed come back
         changed = gpu.call("changed", "adamw", *arguments)
         for mine, new in zip(arguments, changed, strict=True):
             if torch.is_tensor(mine):
                 mine.copy_(new)
 
+    return launch
+
+
+@pytest.mark.parametrize("dtype", adamw_cases.DTYPES, ids=str)
+@pytest.mark.parametrize("size", adamw_cases.SIZES)
+def test_adamw_equals_reference(gpu, adamw_launch, dtype, size):
     gpu.call("calls")
-    found, expected = (adamw_cases.steps(dtype, size, f, count=3) for f in (launch, adamw.reference))
+    found, expected = (adamw_cases.steps(dtype, size, f, count=3) for f in (adamw_launch, adamw.reference))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     launches = {call.split()[1] for call in gpu.call("calls") if call.startswith("cuLaunchKernel")}
-    assert launches == {
-        f"adamw_{'8bit' if size >= adamw.MIN_QUANTISED else 'full'}_{'bf16' if dtype == torch.bfloat16 else 'fp32'}"
-    }
+    kind = "8bit" if size >= adamw.MIN_QUANTISED else "full"
+    assert launches == {f"adamw_{kind}_{'bf16' if dtype == torch.bfloat16 else 'fp32'}"}

@@ -61,8 +61,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for p, name in zip(group["params"], group["names"], strict=True):
-                if p.grad is not None:
-                    self._update(p, name, group)
+                self._update(p, name, group)
         self._clip = None
         return loss
 
@@ -75,7 +74,8 @@ class AdamW8bit(torch.optim.Optimizer):
             self.state[p] = {key: x.to(p.device) if isinstance(x, Tensor) else x for key, x in state.items()}
 
     def _update(self, p: nn.Parameter, name: str, group: dict[str, Any]) -> None:
-        assert p.grad is not None
+        if (gradient := p.grad) is None:
+            return
         state = self.state[p]
         if not state:
             state.update(adamw.new_state(p))
@@ -84,6 +84,6 @@ class AdamW8bit(torch.optim.Optimizer):
         clip = self._one[p.device] if self._clip is None else self._clip
         key = adamw.rounding_key(self.seed, state["step"] + 1, name)
         options = group["lr"], group["betas"], group["eps"], group["weight_decay"]
-        adamw.step(p.data, p.grad, state, clip, key, *options)
+        adamw.step(p.data, gradient, state, clip, key, *options)
         if self.release:
             p.grad = None
