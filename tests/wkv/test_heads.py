@@ -32,6 +32,7 @@ def pieces(op, tensors, cuts):
 @pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
 def vectors(request):
     """Run the CPU kernels with vectors of this width, if the CPU has them."""
+    assert load.why_unavailable() is None  # loads the library
     if torch.ops.rwkv.cpu_vectors(request.param) != request.param:
         torch.ops.rwkv.cpu_vectors("")
         pytest.skip("this CPU has no such vectors")
