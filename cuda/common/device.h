@@ -39,15 +39,9 @@ WKV_FN unsigned short float_to_bf16(float x) {
   return y;
 }
 #define TENSOR_CORES
-// Rounds to TF32 (10 bits of mantissa), to nearest.
-WKV_FN unsigned to_tf32(float x) {
-  unsigned y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return y;
-}
-// d += a b for matrices a [16, 8], b [8, 8] and d [16, 8] spread over a warp. With g = lane / 4 and t = lane % 4,
-// a thread has a[g][t], a[g + 8][t], a[g][t + 4], a[g + 8][t + 4]; b[t][g], b[t + 4][g];
-// d[g][2t], d[g][2t + 1], d[g + 8][2t], d[g + 8][2t + 1].
+// d += a b for matrices a [16, 8], b [8, 8] and d [16, 8] spread over a warp, in TF32: the low 13 bits of a's and b's
+// elements do not count. With g = lane / 4 and t = lane % 4, a thread has a[g][t], a[g + 8][t], a[g][t + 4],
+// a[g + 8][t + 4]; b[t][g], b[t + 4][g]; d[g][2t], d[g][2t + 1], d[g + 8][2t], d[g + 8][2t + 1].
 WKV_FN void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

@@ -25,7 +25,7 @@ WKV_FN void put_inverse(Pairs& to, const Pairs& x, int column) {
 KERNEL(WKV7_CHUNK_THREADS, 4) wkv7_chunk_prepare(const Wkv7ChunkArgs q) {
   SHARED Tokens scaled[SCALED], values;
   SHARED Pairs pairs[WKV7_PAIRS];
-  const Place p = place(q, block_number() / q.chunks, block_number() % q.chunks);
+  const Place p = place_of_chunk(q);
   Wkv7Chunk& to = *work(q, p);
   const unsigned starts = starts_of(q, p);
   {
@@ -127,9 +127,10 @@ struct Fetched {
 template <class E>
 WKV_FN void fetch_values(float (&to)[2][4], const void* x, const Wkv7ChunkArgs& q, const Place& p) {
   const E* from = (const E*)x + offset(q, p, token(q, p, 0)) + p.warp * 16 + p.g;
+  const int left = tokens(q, p);
   UNROLL for (int tile = 0; tile < 2; tile++) UNROLL for (int e = 0; e < 2; e++) {
     const int i = 8 * tile + 2 * p.t + e;
-    const bool exists = token(q, p, i) < q.T;
+    const bool exists = i < left;
     UNROLL for (int half = 0; half < 2; half++)
       to[tile][2 * half + e] = exists ? load(from + i * q.H * N + 8 * half) : 0;
   }
@@ -249,7 +250,7 @@ KERNEL(WKV7_CHUNK_THREADS, 2) wkv7_chunk_scan(const Wkv7ChunkArgs q) { scan<fals
 // ---- y ----
 
 KERNEL(WKV7_CHUNK_THREADS, 4) wkv7_chunk_output(const Wkv7ChunkArgs q) {
-  const Place p = place(q, block_number() / q.chunks, block_number() % q.chunks);
+  const Place p = place_of_chunk(q);
   const Wkv7Chunk& from = *work(q, p);
   const int first = p.warp * 16;
   Tile<2> d[1];

@@ -20,14 +20,22 @@ struct Place {
   long long index, batch, head, chunk;  // index = batch * H + head; chunk: of this launch
   int thread, warp, g, t;               // g, t: as in mma_tf32
 };
-WKV_FN Place place(const Wkv7ChunkArgs& q, long long index, long long chunk) {
+WKV_FN Place place(const Wkv7ChunkArgs& q, unsigned index, unsigned chunk) {
   Place p;
-  p.index = index, p.batch = index / q.H, p.head = index % q.H, p.chunk = chunk;
+  p.index = index, p.batch = index / (unsigned)q.H, p.head = index % (unsigned)q.H, p.chunk = chunk;
   p.thread = (int)thread_number();
   p.warp = p.thread / 32, p.g = p.thread % 32 / 4, p.t = p.thread % 4;
   return p;
 }
+WKV_FN Place place_of_chunk(const Wkv7ChunkArgs& q) {
+  return place(q, block_number() / (unsigned)q.chunks, block_number() % (unsigned)q.chunks);
+}
 WKV_FN long long token(const Wkv7ChunkArgs& q, const Place& p, int i) { return (q.begin + p.chunk) * L + i; }
+// Tokens of this chunk, at most L.
+WKV_FN int tokens(const Wkv7ChunkArgs& q, const Place& p) {
+  const long long left = q.T - token(q, p, 0);
+  return left < L ? (int)left : L;
+}
 WKV_FN long long offset(const Wkv7ChunkArgs& q, const Place& p, long long t) {
   return ((p.batch * q.T + t) * q.H + p.head) * N;
 }
@@ -41,27 +49,23 @@ WKV_FN const float* initial(const Wkv7ChunkArgs& q, const Place& p) {
 
 // ---- products: three of TF32 give nearly fp32's precision ----
 
-// A column of 8 of the left operand: x[g][k], x[g + 8][k], x[g][k + 1], x[g + 8][k + 1] with k = 2 t. (The order
-// of k does not matter if both operands have the same: with this one a thread's result, [g][2 t], is an operand.)
-struct Left {
-  unsigned high[4], low[4];
-  WKV_MEMBER void set(float x0, float x1, float x2, float x3) {
-    const float x[4] = {x0, x1, x2, x3};
-    UNROLL for (int i = 0; i < 4; i++) {
-      high[i] = to_tf32(x[i]);
-      low[i] = to_tf32(x[i] - as_float(high[i]));
+// An operand in two parts: x rounded to TF32, and the rest, which the tensor cores cut. A NaN is in the rest at least.
+template <int COUNT> struct Operand {
+  unsigned high[COUNT], low[COUNT];
+  WKV_MEMBER void set(const float (&x)[COUNT]) {
+    UNROLL for (int i = 0; i < COUNT; i++) {
+      high[i] = (as_bits(x[i]) + 0x1000u) & 0xffffe000u;
+      low[i] = as_bits(x[i] - as_float(high[i]));
     }
   }
 };
-struct Right {
-  unsigned high[2], low[2];
-  WKV_MEMBER void set(float x0, float x1) {
-    const float x[2] = {x0, x1};
-    UNROLL for (int i = 0; i < 2; i++) {
-      high[i] = to_tf32(x[i]);
-      low[i] = to_tf32(x[i] - as_float(high[i]));
-    }
-  }
+// 8 columns of the left operand: x[g][k], x[g + 8][k], x[g][k + 1], x[g + 8][k + 1] with k = 2 t. (The order of k
+// does not matter if both operands have the same: with this one a thread's result, [g][2 t], is an operand.)
+struct Left : Operand<4> {
+  WKV_MEMBER void set(float x0, float x1, float x2, float x3) { Operand<4>::set({x0, x1, x2, x3}); }
+};
+struct Right : Operand<2> {
+  WKV_MEMBER void set(float x0, float x1) { Operand<2>::set({x0, x1}); }
 };
 // A sum of products [16, 8]: d[g][2 t], d[g][2 t + 1], d[g + 8][2 t], d[g + 8][2 t + 1]. Tensor cores round sums
 // towards zero, so the small terms are summed apart, and sums that last are formed elsewhere.
@@ -135,10 +139,9 @@ WKV_FN void state_products(Tile<TILES> (&d)[MATRICES], const Place& p, int own, 
 // A bit for each token at which a document starts.
 WKV_FN unsigned starts_of(const Wkv7ChunkArgs& q, const Place& p) {
   unsigned starts = 0;
-  if (q.reset) UNROLL for (int i = 0; i < L; i++) {
-    const long long t = token(q, p, i);
-    if (t < q.T && q.reset[p.batch * q.T + t]) starts |= 1u << i;
-  }
+  const int left = tokens(q, p);
+  if (q.reset) UNROLL for (int i = 0; i < L; i++)
+    if (i < left && q.reset[p.batch * q.T + token(q, p, i)]) starts |= 1u << i;
   return starts;
 }
 // Whether tokens j <= i are of the same document.
@@ -152,7 +155,8 @@ WKV_FN int first_start(unsigned starts) {
 // A column of this chunk's tokens; zeros after the last token.
 template <class E>
 WKV_FN void read_column(float (&to)[L], const void* x, const Wkv7ChunkArgs& q, const Place& p, int column) {
-  const long long left = q.T - token(q, p, 0), stride = q.H * N;
+  const int left = tokens(q, p);
+  const long long stride = q.H * N;
   const E* from = (const E*)x + offset(q, p, token(q, p, 0)) + column;
   UNROLL for (int i = 0; i < L; i++) to[i] = i < left ? load(from + i * stride) : 0;
 }
@@ -163,7 +167,8 @@ WKV_FN void read_column(float (&to)[L], const void* x, const Wkv7ChunkArgs& q, c
 }
 template <class E>
 WKV_FN void write_column(void* x, const float (&from)[L], const Wkv7ChunkArgs& q, const Place& p, int column) {
-  const long long left = q.T - token(q, p, 0), stride = q.H * N;
+  const int left = tokens(q, p);
+  const long long stride = q.H * N;
   E* to = (E*)x + offset(q, p, token(q, p, 0)) + column;
   UNROLL for (int i = 0; i < L; i++) if (i < left) store(to + i * stride, from[i]);
 }
@@ -176,9 +181,10 @@ WKV_FN void write_column(void* x, const float (&from)[L], const Wkv7ChunkArgs& q
 template <class E>
 WKV_FN void write_values(void* x, const Tile<2>& from, const Wkv7ChunkArgs& q, const Place& p) {
   E* to = (E*)x + offset(q, p, token(q, p, 0)) + p.warp * 16 + 2 * p.t;
+  const int left = tokens(q, p);
   UNROLL for (int i = 0; i < 2; i++) {
     const int row = p.g + 8 * i;
-    if (token(q, p, row) < q.T) UNROLL for (int tile = 0; tile < 2; tile++) UNROLL for (int e = 0; e < 2; e++)
+    if (row < left) UNROLL for (int tile = 0; tile < 2; tile++) UNROLL for (int e = 0; e < 2; e++)
       store(to + row * q.H * N + 8 * tile + e, from[tile][2 * i + e]);
   }
 }

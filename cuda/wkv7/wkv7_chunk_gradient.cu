@@ -102,7 +102,7 @@ WKV_FN void key_gradients(KeyGradients& g, GradientMemory& m, const Wkv7ChunkArg
 
 KERNEL(WKV7_CHUNK_THREADS, 3) wkv7_chunk_gradient(const Wkv7ChunkArgs q) {
   SHARED GradientMemory m;
-  const Place p = place(q, block_number() / q.chunks, block_number() % q.chunks);
+  const Place p = place_of_chunk(q);
   const Wkv7Chunk& from = *work(q, p);
   const float *state = saved(q, p), *gstate = q.gstates + (p.index * q.chunks + p.chunk) * N * N;
   const unsigned starts = starts_of(q, p);

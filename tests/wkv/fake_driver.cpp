@@ -111,8 +111,6 @@ template <class V> WKV_FN V shuffle_xor(V x, int mask) {
 
 WKV_FN float as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); return y; }
 WKV_FN unsigned as_bits(float x) { unsigned y; std::memcpy(&y, &x, 4); return y; }
-// Ties away from zero, as cvt.rna.
-WKV_FN unsigned to_tf32(float x) { return std::isfinite(x) ? (as_bits(x) + 0x1000u) & 0xffffe000u : as_bits(x); }
 static float towards_zero(double x) {
   const float y = float(x);
   return std::fabs(double(y)) > std::fabs(x) ? std::nextafter(y, 0.0f) : y;
