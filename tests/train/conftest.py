@@ -17,7 +17,7 @@ _PLOT = metrics.plot
 
 @pytest.fixture(autouse=True, scope="module")
 def _drawing_off():
-    with mock.patch.object(metrics, "plot", lambda curve, image, title: image.touch()):
+    with mock.patch.object(metrics, "plot", lambda curve, image, title, unit: image.touch()):
         yield
 
 

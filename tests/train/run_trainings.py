@@ -98,7 +98,7 @@ if __name__ == "__main__":
     gc.collect()
     gc.freeze()  # ZeRO-3 collects garbage five times a run, which otherwise takes most of its time
     strategy.ZeroStrategy = RecordingStrategy
-    metrics.plot = lambda curve, image, title: None  # drawing takes longer than training
+    metrics.plot = lambda curve, image, title, unit: None  # drawing takes longer than training
     leave, strategy.leave_process_group = strategy.leave_process_group, lambda: None  # shared by all trainings
     for kind, flags in json.loads(Path(sys.argv[1]).read_text()):
         train(kind, flags)
