@@ -85,7 +85,7 @@ def test_recipe_trains(recipe, small, tmp_path):
         random_seed=1,
         val_samples=2,
     )
-    with mock.patch.object(metrics, "plot", lambda curve, image, title: image.touch()):
+    with mock.patch.object(metrics, "plot", lambda curve, image, title, unit: image.touch()):
         result = fit(config)
     assert result.steps == 2
     before = checkpoint.read_tensors(small / "base.pth")
