@@ -10,6 +10,7 @@ from rwkv.models.version import VERSIONS, Version, published
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"lora": False},
+    "full, adamw8bit": {"lora": False, "optimizer": "adamw8bit", "release_grads": True},
     "LoRA": {},
     "LoRA, int8": {"base": "int8"},
     "LoRA, nf4": {"base": "nf4"},
@@ -29,7 +30,7 @@ def longest(p: Plan, card: float) -> str:
 
 def table(card: float, plan: Plan, version: Version | None = None) -> str:
     """A Markdown table of all published sizes, of one version or all: what `longest` returns for
-    each of METHODS with --grad_cp 1. Other flags as in `plan`.
+    each of METHODS with --grad_cp 1; adamw8bit with --release_grads 1. Other flags as in `plan`.
     """
     rows = [f"| RWKV | model | {' | '.join(METHODS)} |", "|---" * (2 + len(METHODS)) + "|"]
     for kind in [version] if version else reversed(VERSIONS.values()):

@@ -20,7 +20,7 @@ def test_longest_just_fits():
 
 def test_table_of_a_version(script):
     printed = script("estimate.py", "--gpu", 8, "--version", "4").stdout.strip().splitlines()
-    assert printed[0] == "| RWKV | model | full | LoRA | LoRA, int8 | LoRA, nf4 | state |"
+    assert printed[0] == "| RWKV | model | full | full, adamw8bit | LoRA | LoRA, int8 | LoRA, nf4 | state |"
     rows = [line.strip("| ").split(" | ") for line in printed[2:]]
     assert [row[1] for row in rows] == [*VERSIONS["4"].PUBLISHED]
     fitting = {row[1]: {kind for kind, cell in zip(card.METHODS, row[2:], strict=True) if cell != "-"} for row in rows}
