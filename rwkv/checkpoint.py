@@ -171,6 +171,7 @@ def load_model(
     dtype: torch.dtype | None = torch.float32,
     matrices: torch.dtype | None = None,
     quantise: str | None = None,
+    tensors: dict[str, Tensor] | None = None,
 ) -> RWKV:
     """Load a model from a checkpoint; its sizes are inferred from the shapes.
 
@@ -182,25 +183,13 @@ def load_model(
         matrices: dtype of matrices, instead of `dtype`.
         quantise: nf4 or int8: the linear layers of the blocks are frozen and quantised
             (rwkv.kernels.quant), each as it is read, so that the whole model is never in memory.
+        tensors: those of `path`, if they were read already; they are removed from the dictionary.
 
     Raises:
         UserError: not a supported checkpoint; a key is missing, unexpected or misshapen, or
             contains NaN or Inf; names the keys.
     """
-    return model_of(read_tensors(path), path, device, dtype, matrices, quantise)
-
-
-def model_of(
-    tensors: dict[str, Tensor],
-    path: PathLike,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = torch.float32,
-    matrices: torch.dtype | None = None,
-    quantise: str | None = None,
-) -> RWKV:
-    """Like load_model, from tensors that were read from `path`; they are removed from the
-    dictionary.
-    """
+    tensors = read_tensors(path) if tensors is None else tensors
     pages, seen = mapped_tensors.Pages(path), set()
     sizes = sizes_of(tensors, path)
     check_shapes(tensors, sizes, path)

@@ -281,7 +281,7 @@ def compare(
     if expected is None:
         return Exported(dtypes, difference)
     whole = {name: tensor.make() for name, tensor in found.items()}
-    model = checkpoint.model_of(whole, path, matrices=whole["emb.weight"].dtype)
+    model = checkpoint.load_model(path, matrices=whole["emb.weight"].dtype, tensors=whole)
     return judged(dtypes, difference, expected, logits_of(model, len(expected)))
 
 

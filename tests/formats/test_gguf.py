@@ -49,7 +49,7 @@ def test_llama_cpp_gives_our_log_probabilities(model_file, tmp_path, capsys, ver
             lazy = gguf.restore(gguf_file.read(Path(files[-1])), shapes(source.sizes))
             written = {name: tensor.make() for name, tensor in lazy.items()}
             with torch.no_grad():
-                logits = checkpoint.model_of(written, files[-1])(torch.tensor([prompt]))[0]
+                logits = checkpoint.load_model(files[-1], tensors=written)(torch.tensor([prompt]))[0]
             expected.append((dtype, logits[0, -1].log_softmax(-1)))
     for (dtype, ours), likeliest in zip(expected, ask(LLAMA_CPP, [[file, prompt] for file in files]), strict=True):
         assert len(likeliest) == 10
