@@ -18,7 +18,7 @@ pin_actions() {
       echo "$name $tag: could not be looked up; unchanged" >&2
       failed=1
     fi
-  done < <(sed -nE 's/.*uses: ([a-z-]+\/[a-z-]+)@(v[0-9.]+|[0-9a-f]{40} # (v[0-9.]+))$/\1 \2/p' "${files[@]}" | sed -E 's/ [0-9a-f]{40} # / /' | sort -u)
+  done < <(sed -nE 's/.*uses: ([a-z-]+(\/[a-z-]+)+)@(v[0-9.]+|[0-9a-f]{40} # (v[0-9.]+))$/\1 \3/p' "${files[@]}" | sed -E 's/ [0-9a-f]{40} # / /' | sort -u)
 }
 
 pin_base() {
