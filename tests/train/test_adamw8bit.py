@@ -169,6 +169,7 @@ RANKS = """
     from rwkv.models import RWKV
     from rwkv.models.v7 import Sizes
     from rwkv.train.loop import optimizer
+    from rwkv.train.runtime import strategy
     dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=2)
     torch.manual_seed(dist.get_rank())
     model = RWKV(Sizes(2, 64, 70, head_size=32))
@@ -189,7 +190,10 @@ RANKS = """
             dist.broadcast(theirs, 0)
             assert torch.equal(mine, theirs)
     print("equal")
-    dist.destroy_process_group()
+    # Without this, processes sometimes hung at their end, where the last reference to the group is
+    # deleted.
+    del wrapped
+    strategy.leave_process_group()
 """
 
 
