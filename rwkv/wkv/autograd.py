@@ -38,6 +38,38 @@ def in_fp32(kernels: Kernels) -> Kernels:
     return Kernels(forward, backward)
 
 
+def cpu_kernels(operator: str, r: Tensor) -> Kernels:
+    """The CPU kernels of wkv6 or wkv7, for fp32 and bf16; fp16 is converted."""
+    found = (getattr(torch.ops.rwkv, f"{operator}_cpu_{way}") for way in ("forward", "backward"))
+    return in_fp32(Kernels(*found)) if r.dtype == torch.float16 else Kernels(*found)
+
+
+def cuda_kernels(operator: str, r: Tensor, device: int, stream: Callable[[], int]) -> Kernels:
+    """The CUDA kernels of wkv6 or wkv7 for inputs like `r`. `stream` returns the stream of each
+    launch.
+    """
+    forward, backward = (getattr(torch.ops.rwkv, f"{operator}_cuda_{way}") for way in ("forward", "backward"))
+    kernels = Kernels(
+        lambda *tensors: forward(*tensors, device, stream()),
+        lambda *tensors: backward(*tensors, device, stream()),
+    )
+    return in_fp32(kernels) if r.dtype != torch.float32 and r.shape[-1] > HEAD_SIZE else kernels
+
+
+def current_stream(device: int) -> Callable[[], int]:
+    """Returns torch's current stream of a GPU, as a number, at each call."""
+    return lambda: torch.cuda.current_stream(device).cuda_stream
+
+
+def kernels_for(operator: str, r: Tensor) -> Kernels:
+    """The kernels of wkv6 or wkv7 for the device of `r`; on a GPU they run on torch's current
+    stream.
+    """
+    if r.device.type == "cpu":
+        return cpu_kernels(operator, r)
+    return cuda_kernels(operator, r, r.device.index, current_stream(r.device.index))
+
+
 def prepared(
     state: Tensor | None, reset: Tensor | None, initial: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

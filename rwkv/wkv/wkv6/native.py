@@ -1,36 +1,17 @@
 """Autograd for the compiled WKV6 kernels (torch.ops.rwkv.wkv6_*)."""
 
-from collections.abc import Callable
+import functools
 
 import torch
 from torch import Tensor
 
 from rwkv.kernels.elementwise.native import recompute_of
-from rwkv.wkv.autograd import HEAD_SIZE, Kernels, in_fp32, prepared, refuse_second_derivatives
+from rwkv.wkv import autograd
+from rwkv.wkv.autograd import Kernels, prepared, refuse_second_derivatives
 
-
-def cpu_kernels(r: Tensor) -> Kernels:
-    """The CPU kernels, for fp32 and bf16; fp16 is converted."""
-    kernels = Kernels(torch.ops.rwkv.wkv6_cpu_forward, torch.ops.rwkv.wkv6_cpu_backward)
-    return in_fp32(kernels) if r.dtype == torch.float16 else kernels
-
-
-def cuda_kernels(r: Tensor, device: int, stream: Callable[[], int]) -> Kernels:
-    """The CUDA kernels for inputs like `r`. `stream` returns the stream of each launch."""
-    ops = torch.ops.rwkv
-    kernels = Kernels(
-        lambda *tensors: ops.wkv6_cuda_forward(*tensors, device, stream()),
-        lambda *tensors: ops.wkv6_cuda_backward(*tensors, device, stream()),
-    )
-    return in_fp32(kernels) if r.dtype != torch.float32 and r.shape[-1] > HEAD_SIZE else kernels
-
-
-def kernels_for(r: Tensor) -> Kernels:
-    """The kernels for the device of `r`; on a GPU they run on torch's current stream."""
-    if r.device.type == "cpu":
-        return cpu_kernels(r)
-    device = r.device.index
-    return cuda_kernels(r, device, lambda: torch.cuda.current_stream(device).cuda_stream)
+cpu_kernels = functools.partial(autograd.cpu_kernels, "wkv6")
+cuda_kernels = functools.partial(autograd.cuda_kernels, "wkv6")
+kernels_for = functools.partial(autograd.kernels_for, "wkv6")
 
 
 class _WKV6(torch.autograd.Function):

@@ -1,27 +1,17 @@
 """Autograd for the compiled WKV7 kernels (torch.ops.rwkv.wkv7_*)."""
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from rwkv.wkv.autograd import HEAD_SIZE, Kernels, in_fp32, prepared, refuse_second_derivatives
+from rwkv.wkv import autograd
+from rwkv.wkv.autograd import Kernels, prepared, refuse_second_derivatives
 
-
-def cpu_kernels(r: Tensor) -> Kernels:
-    """The CPU kernels, for fp32 and bf16; fp16 is converted."""
-    kernels = Kernels(torch.ops.rwkv.wkv7_cpu_forward, torch.ops.rwkv.wkv7_cpu_backward)
-    return in_fp32(kernels) if r.dtype == torch.float16 else kernels
-
-
-def cuda_kernels(r: Tensor, device: int, stream: Callable[[], int]) -> Kernels:
-    """The CUDA kernels for inputs like `r`. `stream` returns the stream of each launch."""
-    ops = torch.ops.rwkv
-    kernels = Kernels(
-        lambda *tensors: ops.wkv7_cuda_forward(*tensors, device, stream()),
-        lambda *tensors: ops.wkv7_cuda_backward(*tensors, device, stream()),
-    )
-    return in_fp32(kernels) if r.dtype != torch.float32 and r.shape[-1] > HEAD_SIZE else kernels
+cpu_kernels = functools.partial(autograd.cpu_kernels, "wkv7")
+cuda_kernels = functools.partial(autograd.cuda_kernels, "wkv7")
+kernels_for = functools.partial(autograd.kernels_for, "wkv7")
 
 
 def slice_length(heads: int) -> int:
@@ -43,19 +33,10 @@ def cuda_chunk_kernels(device: int, stream: Callable[[], int], slice_length: int
     )
 
 
-def kernels_for(r: Tensor) -> Kernels:
-    """The kernels for the device of `r`; on a GPU they run on torch's current stream."""
-    return cpu_kernels(r) if r.device.type == "cpu" else cuda_kernels(r, r.device.index, _stream(r.device.index))
-
-
 def chunk_kernels_for(r: Tensor) -> Kernels:
     """The kernels by chunks for the GPU of `r`; they run on torch's current stream."""
     device = r.device.index
-    return cuda_chunk_kernels(device, _stream(device), slice_length(r.shape[0] * r.shape[2]))
-
-
-def _stream(device: int) -> Callable[[], int]:
-    return lambda: torch.cuda.current_stream(device).cuda_stream
+    return cuda_chunk_kernels(device, autograd.current_stream(device), slice_length(r.shape[0] * r.shape[2]))
 
 
 class _WKV7(torch.autograd.Function):
