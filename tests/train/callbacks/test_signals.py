@@ -56,8 +56,9 @@ def test_repeated_signal_saves(start, arguments, tmp_path, numbers):
     for number in numbers:
         process.send_signal(number)
     printed = "".join(process.communicate(timeout=60))
-    assert process.returncode == 128 + numbers[0], printed
-    assert "finishing this step, then saving" in printed
+    # two threads may take the two signals, and either first
+    first = next(number for number in numbers if f"{number.name}: finishing this step, then saving" in printed)
+    assert process.returncode == 128 + first, printed
     assert printed.count("would be lost") == 1
     assert is_saved(tmp_path / "run")
 
