@@ -24,6 +24,7 @@ from rwkv.adapters import lora
 from rwkv.config import DPOConfig, TrainConfig
 from rwkv.kernels import quant
 from rwkv.memory import estimate, machine
+from rwkv.memory.settings import Plan
 from rwkv.models import RWKV
 from rwkv.models.version import named, published
 from rwkv.train.loop import optimizer
@@ -44,11 +45,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TENSORS, PHASES = ("weights", "gradients", "optimizer", "saved"), ("forward", "backward", "optimizer")
 
 
-def plan_of(row: str) -> estimate.Plan:
+def plan_of(row: str) -> Plan:
     model, method, precision, grad_cp, ctx_len, kind = row.split(",")
     number, _, name = model.rpartition(":")
     sizes = published(name, named(number))
-    return estimate.Plan(
+    return Plan(
         sizes,
         method != "full",
         base=method if method in quant.KINDS else "auto",
@@ -71,7 +72,7 @@ def bytes_of(tensors) -> int:
 class Step:
     """A training step like rwkv.train's, on random weights."""
 
-    def __init__(self, p: estimate.Plan):
+    def __init__(self, p: Plan):
         self.precision = p.precision
         self.model = model = RWKV(p.sizes, p.grad_cp)
         for name, parameter in list(model.named_parameters()):  # one at a time, directly in its final dtype
@@ -115,7 +116,7 @@ class Step:
         return DPO(DPOConfig()).loss(self.model, lambda x, _: self.model.hidden(x)[0], batch, False).mean
 
 
-def measure(p: estimate.Plan) -> dict:
+def measure(p: Plan) -> dict:
     """Bytes of each part and phase of a step."""
     cpu.prepare()
     resting, step = machine.rss(), Step(p)

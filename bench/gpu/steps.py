@@ -31,6 +31,7 @@ from rwkv.config import TrainConfig
 from rwkv.kernels.head_loss import head_loss
 from rwkv.memory import estimate
 from rwkv.memory.estimate import matrices
+from rwkv.memory.settings import Plan
 from rwkv.models import RWKV
 from rwkv.models.version import named, published
 from rwkv.train.loop import optimizer
@@ -171,7 +172,7 @@ def measure(row: Row, device: str, tiny: bool, peak: float, steps: int = 6) -> d
     synchronize()
     ahead = (time.perf_counter() - begin) / steps
     peak_memory = torch.cuda.max_memory_reserved if row.graph else torch.cuda.max_memory_allocated
-    plan = estimate.Plan(
+    plan = Plan(
         sizes,
         row.kind == "lora",
         ctx_len=row.tokens,

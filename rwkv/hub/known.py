@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from urllib.parse import unquote, urlsplit
 
 from rwkv.errors import UserError
-from rwkv.memory.estimate import Plan, estimate, total
+from rwkv.memory.estimate import estimate, total
+from rwkv.memory.settings import Plan
 from rwkv.models import Sizes
 from rwkv.models.version import VERSIONS
 

@@ -4,8 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 from rwkv.adapters import state
-from rwkv.memory.estimate import GB, Plan
+from rwkv.memory.estimate import GB
 from rwkv.memory.search import largest
+from rwkv.memory.settings import Plan
 from rwkv.models.version import VERSIONS, Version, published
 
 METHODS: dict[str, dict[str, Any]] = {

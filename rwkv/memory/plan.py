@@ -9,13 +9,14 @@ from rwkv.adapters import lora, state
 from rwkv.config import EstimateConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.memory import estimate, machine, search
+from rwkv.memory.settings import Plan
 from rwkv.models import Sizes
 
 QUANTISED = ("int8", "nf4")  # by --auto, the more accurate first
 USABLE = 0.92  # fraction of memory to plan for; the rest covers fragmentation and prediction errors
 
 
-def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision: str) -> estimate.Plan:
+def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision: str) -> Plan:
     """The memory plan for these flags. With tbptt_len, its context length is that of one chunk."""
     adapter: dict[str, Any] = {"lora": False}
     if a := (c.adapter if isinstance(c, TrainConfig) else c):
@@ -24,7 +25,7 @@ def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision:
         adapter = {"lora": lora_used, "r": a.lora_r, "parts": parts, "dora": a.use_dora, "base": a.lora_base}
         if lora_used and state.PART in parts:
             sizes = replace(cast(Any, sizes), time_state=True)
-    return estimate.Plan(
+    return Plan(
         sizes,
         **adapter,
         ctx_len=min(c.ctx_len, getattr(c, "tbptt_len", 0) or c.ctx_len),
@@ -46,14 +47,14 @@ def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision:
     )
 
 
-def available(plan: estimate.Plan) -> int:
+def available(plan: Plan) -> int:
     """Bytes that a run can use on each device of this machine; 0 if unknown."""
     found = machine.memory_of(plan.gpu, plan.per_node)
     return round(USABLE * (found if plan.gpu else found / max(1, plan.per_node)))
 
 
 def choose(
-    c: TrainConfig, plan: estimate.Plan, usable: Callable[[TrainConfig], bool], quantise: bool = False
+    c: TrainConfig, plan: Plan, usable: Callable[[TrainConfig], bool], quantise: bool = False
 ) -> tuple[TrainConfig, str]:
     """Choose the flags of --auto; returns them and a description. The effective batch size does not
     change: with a smaller micro_bsz more batches are accumulated.
@@ -108,7 +109,7 @@ def choose(
     raise UserError(f"--auto: nothing fits into {limit / 1e9:.2f} GB. {short}{rest}")
 
 
-def advice(plan: estimate.Plan, limit: int) -> str:
+def advice(plan: Plan, limit: int) -> str:
     """The cheapest change that would fit, as a sentence."""
     found = search.cheapest_change(plan, limit)
     if found is None:

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from rwkv.memory.estimate import GB, Plan, estimate
+from rwkv.memory.estimate import GB, estimate
 from rwkv.memory.result import Estimate
+from rwkv.memory.settings import Plan
 from rwkv.memory.zero import ZEROS
 from rwkv.models import Sizes
 from rwkv.models.version import DEFAULT, VERSIONS, Version, published

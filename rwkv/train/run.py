@@ -8,7 +8,7 @@ from typing import Any
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.files import sha256
 from rwkv.memory import plan
-from rwkv.memory.estimate import Plan
+from rwkv.memory.settings import Plan
 from rwkv.models import Sizes
 
 NEW_BASE = "rwkv-base.pth"  # in the folder of a LoRA run: the base model, if the run created it

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from rwkv.memory import card
-from rwkv.memory.estimate import GB, Plan, estimate
+from rwkv.memory.estimate import GB, estimate
+from rwkv.memory.settings import Plan
 from rwkv.models.version import VERSIONS, published
 
 

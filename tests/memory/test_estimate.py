@@ -15,7 +15,8 @@ from rwkv.config import DPOConfig, TrainConfig
 from rwkv.kernels import quant
 from rwkv.kernels.head_loss import head_loss
 from rwkv.memory import estimate as memory
-from rwkv.memory.estimate import Plan, estimate
+from rwkv.memory.estimate import estimate
+from rwkv.memory.settings import Plan
 from rwkv.models import RWKV, v5, v6, v7
 from rwkv.models.v4 import Sizes
 from rwkv.models.version import VERSIONS, published

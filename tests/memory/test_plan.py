@@ -12,7 +12,8 @@ from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.memory import machine
 from rwkv.memory import plan as planning
-from rwkv.memory.estimate import Plan, estimate
+from rwkv.memory.estimate import estimate
+from rwkv.memory.settings import Plan
 from rwkv.models.v4 import Sizes
 from rwkv.models.version import published
 from rwkv.train.callbacks.memory import MemoryMonitor

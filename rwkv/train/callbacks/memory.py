@@ -10,6 +10,7 @@ import torch
 from rwkv.errors import UserError
 from rwkv.memory import estimate, machine
 from rwkv.memory import plan as planning
+from rwkv.memory.settings import Plan
 from rwkv.train.runtime.lightning import pl
 
 PHASES = ("forward", "backward", "optimizer")
@@ -29,7 +30,7 @@ class MemoryMonitor(pl.Callback):
         peak: over all steps so far.
     """
 
-    def __init__(self, plan: estimate.Plan, resting: int):
+    def __init__(self, plan: Plan, resting: int):
         self.plan, self.predicted = plan, estimate.estimate(plan)
         self.peaks, self.peak, self._stepped = dict.fromkeys(PHASES, 0), 0, -1
         self._offset = -estimate.CONTEXT if plan.gpu else resting + estimate.LOADED - plan.process

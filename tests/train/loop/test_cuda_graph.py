@@ -7,7 +7,8 @@ from rwkv import compat
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.kernels import load
-from rwkv.memory.estimate import Plan, estimate
+from rwkv.memory.estimate import estimate
+from rwkv.memory.settings import Plan
 from rwkv.models.version import published
 from rwkv.train.loop import cuda_graph
 
