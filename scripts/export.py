@@ -36,7 +36,9 @@ def main(config: ExportConfig) -> None:
     if os.path.lexists(written) and not config.force:
         raise UserError(f"{written} already exists; pass --force to replace it, or choose another --output")
     if kind == "peft":
-        export_folder.export_adapter(config.lora, base, output, config.lora_alpha or None)
+        if config.state:
+            raise UserError(f"--format peft has no place for --state {config.state}: omit it")
+        export_folder.export_adapter(config.lora, base, output, config.lora_alpha or None, config.dtype)
         print(printable(f"exported: {output} (peft adapter)"))
         return
     source = export.open_source(base, config.lora, config.lora_alpha or None, config.state)

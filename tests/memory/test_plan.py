@@ -109,6 +109,16 @@ def test_auto_for_lora(resolved_flags, capsys):
     assert f"of {planning.USABLE * memory_for(target) / 1e9:.2f} GB" in capsys.readouterr().out
 
 
+def test_auto_does_not_accumulate_released_gradients(resolved_flags):
+    """They are not added up: every batch would be a step of its own."""
+    flags = ["--optimizer", "adamw8bit", "--release_grads", "1", "--grad_clip", "0"]
+    narrow = plan(optimizer="adamw8bit", release_grads=True)
+    config = resolved_flags(TrainConfig, memory_for(replace(narrow, grad_cp=True)), *flags)
+    assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp) == (4, 1, 1)
+    with pytest.raises(UserError, match="--auto: nothing fits"):
+        resolved_flags(TrainConfig, memory_for(replace(narrow, micro_bsz=2, grad_cp=True)), *flags)
+
+
 def test_auto_respects_host_memory_and_flags(resolved_flags, monkeypatch):
     offloaded = memory_for(plan(micro_bsz=1, accumulate=4, grad_cp=True, strategy="deepspeed_stage_2_offload"))
     with pytest.raises(
