@@ -146,4 +146,4 @@ def _by_value(data: Dataset, values: list[str]) -> list[Input]:
         raise UserError(
             f"--by: the field has {len(spans):,} different values, more than {_MAX_VALUES}; use another field"
         )
-    return [Input(name, data, Stream(data, np.array(found, np.int64))) for name, found in spans.items()]
+    return [row for name, found in spans.items() for row in _rows(name, data, np.array(found, np.int64))]

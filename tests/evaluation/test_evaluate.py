@@ -195,6 +195,10 @@ def test_preference_pairs(evaluated, folder, tmp_path):
     assert [one.name for one in every[:2]] == ["p_text_document, chosen", "p_text_document, rejected"]
     assert documents(every[0]) == [f"User: Q{i}\n\nAssistant: yes {i}\n\n" for i in range(20)] == documents(every[2])
     assert documents(every[1]) == [f"User: Q{i}\n\nAssistant: no\n\n" for i in range(20)] == documents(every[3])
+    by = inputs.of_files(EvaluateConfig(data_file=f"{tmp_path}/pairs.jsonl", by="rejected"), tmp_path / "by")
+    assert [(one.name, documents(one)) for one in by] == [
+        (f"no, {side}", documents(one)) for side, one in zip(("chosen", "rejected"), every, strict=False)
+    ]
     flags = {"val_split": 0.3, "doc_sep": 0, "doc_reset": 1, "ctx_len": 16}
     held = inputs.of_run({"flags": flags, "data": {"prefix": prefix}}, tmp_path)
     expected = split_pairs(every[0].data, 0.3)[1]
