@@ -15,6 +15,7 @@ from rwkv.memory import plan as planning
 from rwkv.memory.estimate import Plan, estimate
 from rwkv.models.v4 import Sizes
 from rwkv.models.version import published
+from rwkv.train import resolve
 from rwkv.train.callbacks.memory import MemoryMonitor
 
 SIZES = Sizes(2, 64, 500, 64, 256)
@@ -107,6 +108,14 @@ def test_auto_for_lora(resolved_flags, capsys):
     config = resolved_flags(LoRAConfig, memory_for(target), "--devices", "8", "--lora", "1")
     assert (config.micro_bsz, config.grad_cp, config.strategy) == (1, 0, "auto")
     assert f"of {planning.USABLE * memory_for(target) / 1e9:.2f} GB" in capsys.readouterr().out
+
+
+def test_auto_respects_flags_that_exclude_a_strategy(make_data, monkeypatch):
+    """With ZeRO-3 no process has the weights to write samples with."""
+    monkeypatch.setattr(compat, "why_deepspeed_unavailable", lambda on_gpu: None)
+    c = TrainConfig(data_file=make_data(3000), version="4", n_layer=2, n_embd=64, devices=8)
+    for name, samples, usable in (("3", 0, True), ("3", 5, False), ("2_offload", 5, True)):
+        assert resolve._usable(replace(c, strategy=f"deepspeed_stage_{name}", sample_every=samples)) == usable
 
 
 def test_auto_does_not_accumulate_released_gradients(resolved_flags):
