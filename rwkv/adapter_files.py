@@ -119,9 +119,10 @@ def inspect_adapter(
         )
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise UserError(f"{path}: alpha {alpha}: must be a positive number, the one that the adapter was trained with")
-    if alpha is not None and known.setdefault("alpha", alpha) != alpha:
+    # the message has 9 digits, which may be passed
+    if alpha is not None and not math.isclose(known.setdefault("alpha", alpha), alpha, rel_tol=1e-7):
         raise UserError(
-            f"{path}: trained with alpha {known['alpha']:g}, not {alpha:g}; omit alpha, or use {known['alpha']:g}"
+            f"{path}: trained with alpha {known['alpha']:.9g}, not {alpha:.9g}; omit alpha, or use {known['alpha']:.9g}"
         )
     if "alpha" not in known:
         raise UserError(

@@ -188,6 +188,8 @@ def export_adapter(adapter: str, base: str, output: Path, alpha: float | None, d
     """
     if not adapter:
         raise UserError("--format peft writes an adapter: pass it as --lora")
+    if dtype not in ("keep", *DTYPES):
+        raise UserError(f"--dtype {dtype}: peft files cannot hold it; use {', '.join(DTYPES)}, or keep")
     found, known = adapter_files.inspect_adapter(adapter, base, alpha)
     sizes = checkpoint.sizes_of(checkpoint.read_tensors(base), base)
     lazy = {name: Lazy.of(tensor) for name, tensor in found.items()}

@@ -38,7 +38,7 @@ _IMAGES = {
     "my_img_version": "0", "my_img_size": "0", "my_img_bit": "0", "my_img_clip": "x", "my_img_clip_scale": "1", "my_img_l1_scale": "0",
     "my_img_encoder": "x", "my_ffn_shift": "1", "my_att_shift": "1", "my_pos_emb": "0",
 }  # fmt: skip
-_ADAPTERS = "LoRA is the only adapter here: omit it"
+_ADAPTERS = "the only adapters here are LoRA, also as DoRA (--use_dora), and a tuned state (scripts/state.py): omit it"
 
 NOT_SUPPORTED = {
     # BlinkDL/RWKV-LM, RWKV-v4neo, and the same in RWKV-v5
@@ -79,7 +79,7 @@ NOT_SUPPORTED = {
     # Joluck/RWKV-PEFT (also JL-er/RWKV-PEFT)
     "peft": Unsupported(
         _PEFT,
-        "of its methods only LoRA exists here, which is what scripts/lora.py trains",
+        "of its methods only LoRA exists here, also as DoRA (--use_dora): it is what scripts/lora.py trains",
         (),
         {
             "lora": "LoRA is what scripts/lora.py trains: use that script",
@@ -111,7 +111,7 @@ NOT_SUPPORTED = {
     "sft_field": Unsupported(_PEFT, "convert the data with scripts/convert.py first"),
     "sft_split": Unsupported(_PEFT, "convert the data with scripts/convert.py first", ("train",)),
     "chunk_ctx": Unsupported(_PEFT, "use --tbptt_len N: tokens in a chunk, the state carried from one to the next"),
-    "optim": Unsupported(_PEFT, "use --optimizer adam or --optimizer adafactor", ("none",)),
+    "optim": Unsupported(_PEFT, "use --optimizer adam, adamw8bit or adafactor", ("none",)),
     "avg_loss": Unsupported(_PEFT, "omit it: with --accumulate_grad_batches the loss is always the mean over the whole step", ("0",)),
     "emb": Unsupported("Blealtan's LoRA fork and RWKV-PEFT", "the embedding is not trained by LoRA: omit it, or tune all weights with scripts/finetune.py"),
     # RWKV-PEFT's merge.py

@@ -41,6 +41,9 @@ def corpus() -> Iterator[str]:
 
 if __name__ == "__main__":
     with report_errors():
+        if {"-h", "--help"} & set(sys.argv):
+            print(__doc__)
+            sys.exit()
         if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
             raise UserError(f"expected one argument, the file to write.\n{__doc__}")
         texts = list(corpus())

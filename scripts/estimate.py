@@ -15,6 +15,12 @@ from rwkv.cli import parse, report_errors
 from rwkv.config import EstimateConfig
 from rwkv.errors import UserError
 
+COLUMNS = (
+    *("load_model", "model", "n_layer", "n_embd", "vocab_size", "dim_att", "head_size", "dim_ffn"),
+    *("method", "optimizer", "release_grads", "ctx_len", "micro_bsz", "card", "json"),
+)
+"""Flags that have no effect on the table of --gpu, or are its columns."""
+
 
 def main(config: EstimateConfig) -> None:
     from rwkv.cards import memory_of_card
@@ -22,6 +28,7 @@ def main(config: EstimateConfig) -> None:
     from rwkv.memory import estimate, search
     from rwkv.models import version
 
+    check(config)
     if config.table:
         print(search.table(version.named(config.version)))
         return
@@ -39,6 +46,27 @@ def main(config: EstimateConfig) -> None:
             f"L{s.n_layer} D{s.n_embd} V{s.vocab_size}, {estimate.total(s) / 1e6:,.0f} million parameters, {estimate.trained(plan) / 1e6:,.2f} million trained\n"
         )
         print(search.format_estimate(plan, found, card))
+
+
+def check(c: EstimateConfig) -> None:
+    """Raise UserError for flags that contradict each other, or that training rejects together."""
+    for name, columns in (("table", ("load_model", "model", "gpu", "json")), ("gpu", COLUMNS)):
+        given = [other for other in columns if getattr(c, other) != getattr(EstimateConfig, other)]
+        if getattr(c, name) and given:
+            raise UserError(f"--{name} prints a table of all published sizes and methods: omit --{given[0]}")
+    lora, sharded = c.method != "full", c.strategy.startswith("deepspeed")
+    wrong = {
+        f"--optimizer {c.optimizer} is for --method full": c.optimizer == "adamw8bit" and lora,
+        f"--optimizer {c.optimizer} is not supported with --strategy {c.strategy}": c.optimizer != "adam" and sharded,
+        f"--lora_base {c.lora_base} is not supported with --strategy {c.strategy}": c.lora_base in ("nf4", "int8")
+        and lora
+        and sharded,
+        "--release_grads 1 needs --optimizer adamw8bit": c.release_grads and c.optimizer != "adamw8bit",
+        "--release_grads 1 needs one device and --accumulate_grad_batches 1": c.release_grads
+        and (c.devices * c.num_nodes > 1 or c.strategy != "auto" or c.accumulate_grad_batches > 1),
+    }
+    if reason := next((reason for reason, applies in wrong.items() if applies), None):
+        raise UserError(f"{reason}, as in training")
 
 
 def make_plan(c: EstimateConfig):

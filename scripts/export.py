@@ -27,6 +27,9 @@ def main(config: ExportConfig) -> None:
     base = config.model or (str(merge.base_of(config.lora)) if config.lora else "")
     if not base or not config.output:
         raise UserError("--model and --output are required")
+    for name in ("ctx_len", "max_shard_gb"):
+        if getattr(config, name) <= 0:
+            raise UserError(f"--{name} must be greater than 0; it is {getattr(config, name):g}")
     output = Path(config.output)
     kind = export.format_of(config.output) if config.format == "auto" else config.format
     folder = kind in ("folder", *export_folder.FORMATS)
@@ -36,7 +39,9 @@ def main(config: ExportConfig) -> None:
     if os.path.lexists(written) and not config.force:
         raise UserError(f"{written} already exists; pass --force to replace it, or choose another --output")
     if kind == "peft":
-        export_folder.export_adapter(config.lora, base, output, config.lora_alpha or None)
+        if config.state:
+            raise UserError(f"--format peft has no place for --state {config.state}: omit it")
+        export_folder.export_adapter(config.lora, base, output, config.lora_alpha or None, config.dtype)
         print(printable(f"exported: {output} (peft adapter)"))
         return
     source = export.open_source(base, config.lora, config.lora_alpha or None, config.state)

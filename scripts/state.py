@@ -13,13 +13,18 @@ the model, or write both into one file:
 scripts/finetune.py --train_type state does the same.
 """
 
+import sys
+
+from rwkv.arguments import value
 from rwkv.cli import parse, report_errors
-from rwkv.config import StateConfig
+from rwkv.config import FinetuneConfig, StateConfig
 from rwkv.errors import UserError
 
 if __name__ == "__main__":
     with report_errors():
-        config = parse(StateConfig, __doc__)
+        # all weights are not trained with the defaults of a state, such as its learning rate
+        tunes_weights = value(sys.argv[1:], StateConfig, "train_type") == "none"
+        config = parse(FinetuneConfig if tunes_weights else StateConfig, __doc__)
         if not config.load_model:
             raise UserError("state tuning needs a model: pass --load_model FILE")
         from rwkv.train.fit import run  # after parsing, so that --help does not import torch

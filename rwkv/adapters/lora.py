@@ -130,10 +130,11 @@ class LoRALinear(nn.Module):
         weight = self.weight if isinstance(self.weight, Tensor) else self.weight.dense(torch.float32)
         compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
         a, found = self.lora_A.to(compute), []
-        for w, b in zip(weight.split(_ROWS), self.lora_B.to(compute).split(_ROWS), strict=True):
-            w, b = w.to(compute), self.scale * b
-            own = torch.linalg.vector_norm(w, dim=1).square()
-            found.append(own + ((2 * (w @ a.t()) + b @ (a @ a.t())) * b).sum(1))
+        with torch.autocast(weight.device.type, enabled=False):  # its matmuls would be in bf16
+            for w, b in zip(weight.split(_ROWS), self.lora_B.to(compute).split(_ROWS), strict=True):
+                w, b = w.to(compute), self.scale * b
+                own = torch.linalg.vector_norm(w, dim=1).square()
+                found.append(own + ((2 * (w @ a.t()) + b @ (a @ a.t())) * b).sum(1))
         return torch.cat(found).clamp_min(0).sqrt().clamp_min(_TINY)
 
     @torch.no_grad()

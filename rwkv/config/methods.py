@@ -141,7 +141,8 @@ class StateConfig(FinetuneConfig):
 
     train_type: Literal["none", "state"] = "state"
     """state: state tuning, which trains only the state with which the model begins a document
-    (att.time_state of every block), while all weights stay frozen. none: train all weights."""
+    (att.time_state of every block), while all weights stay frozen. none: train all weights, with
+    the defaults of scripts/finetune.py."""
     lr_init: float = 1.0
     """Initial learning rate. State tuning needs a very high one: upstream's guides use 1 → 0.01
     (RWKV-LM), or 0.01 → 0.0001 (RWKV-PEFT). Lower it if the loss jumps. Large models need less."""

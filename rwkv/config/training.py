@@ -257,7 +257,7 @@ class Machine:
     """On one GPU, capture the forward and backward pass of the blocks once as a CUDA graph and
     replay it in every step, so that Python does not start each kernel: small batches train several
     times as fast. on: end with an error if that is not possible (several devices, DeepSpeed,
-    tbptt_len, grad_cp with dropout, RWKV-5.2 and 6). Gradients and activations stay allocated for
+    tbptt_len, grad_cp with dropout, release_grads). Gradients and activations stay allocated for
     the whole run."""
     auto: bool = False
     """Choose micro_bsz, accumulate_grad_batches and grad_cp (on GPUs also the strategy) so that the

@@ -135,7 +135,7 @@ def split_pairs(data: Dataset, share: float) -> tuple[np.ndarray, np.ndarray]:
     be, the last pair is used for validation.
 
     Raises:
-        UserError: there is only one pair.
+        UserError: a side has no pair.
     """
     pairs = len(data) // 2
     if pairs < 2:
@@ -144,6 +144,9 @@ def split_pairs(data: Dataset, share: float) -> tuple[np.ndarray, np.ndarray]:
         cut = data.span(2 * (pairs - 1))[0]
         return np.array([[0, cut]], dtype=np.int64), np.array([[cut, len(data.tokens)]], dtype=np.int64)
     train, validation = (_spans(data, share, side, 2) for side in (False, True))
+    for spans, side in ((train, "training"), (validation, "validation")):
+        if not len(spans):
+            raise UserError(f"--val_split {share}: leaves none of {pairs} pairs for {side}; use another fraction")
     return train, validation
 
 

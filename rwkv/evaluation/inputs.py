@@ -10,7 +10,7 @@ from rwkv.config import ConvertConfig, EvaluateConfig
 from rwkv.data import provenance
 from rwkv.data.binidx import Dataset, document_prefix, index_path
 from rwkv.data.convert import pipeline
-from rwkv.data.token_stream import Stream, split
+from rwkv.data.token_stream import Stream, split, split_pairs
 from rwkv.data.tokenizer import VOCAB_SIZE, HFTokenizer, WorldTokenizer
 from rwkv.errors import UserError
 
@@ -55,11 +55,11 @@ def of_run(manifest: dict[str, Any], folder: Path) -> list[Input]:
         options["separator"] = -1
     if entry := manifest.get("validation"):
         data = Dataset(entry["prefix"])
-        return [Input(f"{folder}: {entry['prefix']}", data, Stream(data, **options))]
+        return _rows(f"{folder}: {entry['prefix']}", data, None, **options)
     if share := flags.get("val_split"):
         data = Dataset(manifest["data"]["prefix"])
-        _, spans = split(data, share, flags["ctx_len"])
-        return [Input(f"{folder}: --val_split {share:g}", data, Stream(data, spans, **options))]
+        spans = _validation_part(data, share, flags["ctx_len"])
+        return _rows(f"{folder}: --val_split {share:g}", data, spans, **options)
     raise UserError(f"{folder}: this run has no validation set (--val_split or --val_file); pass --data_file instead")
 
 
@@ -77,14 +77,33 @@ def of_files(c: EvaluateConfig, temporary: Path) -> list[Input]:
         if index_path(path).exists():
             data = Dataset(path)
             # the context length matters only if the part is shorter than it
-            spans = split(data, c.val_split, 1)[1] if c.val_split else None
-            found.append(Input(Path(path).name, data, Stream(data, spans)))
+            found += _rows(Path(path).name, data, _validation_part(data, c.val_split, 1) if c.val_split else None)
             continue
         if path != "-" and not Path(path).exists():
             raise UserError(f"{path}: no such file, nor a binidx ({index_path(path)})")
         data, _ = _converted(c, path, temporary / f"{number}")
-        found.append(Input(Path(path).name, data, Stream(data)))
+        found += _rows(Path(path).name, data)
     return found
+
+
+def _validation_part(data: Dataset, share: float, ctx_len: int) -> np.ndarray:
+    """The spans that training with val_split uses for validation."""
+    return (split_pairs(data, share) if provenance.paired(data) else split(data, share, ctx_len))[1]
+
+
+def _rows(name: str, data: Dataset, spans: np.ndarray | None = None, **options: Any) -> list[Input]:
+    """One input; of preference pairs two, as rejected answers are no examples: the documents with
+    the chosen and those with the rejected answers.
+    """
+    if not provenance.paired(data):
+        return [Input(name, data, Stream(data, spans, **options))]
+    documents = np.array([data.span(i) for i in range(len(data))], np.int64).reshape(-1, 2, 2)  # of each pair
+    if spans is not None:
+        inside = np.searchsorted(spans[:, 0], documents[:, 0, 0], "right") - 1  # -1: before the first
+        documents = documents[(inside >= 0) & (documents[:, 0, 0] < spans[inside, 1])]
+    return [
+        Input(f"{name}, {side}", data, Stream(data, documents[:, i])) for i, side in enumerate(("chosen", "rejected"))
+    ]
 
 
 def decoder_of(data: Dataset, vocab_size: int, vocab_file: str) -> WorldTokenizer | HFTokenizer | None:
@@ -127,4 +146,4 @@ def _by_value(data: Dataset, values: list[str]) -> list[Input]:
         raise UserError(
             f"--by: the field has {len(spans):,} different values, more than {_MAX_VALUES}; use another field"
         )
-    return [Input(name, data, Stream(data, np.array(found, np.int64))) for name, found in spans.items()]
+    return [row for name, found in spans.items() for row in _rows(name, data, np.array(found, np.int64))]

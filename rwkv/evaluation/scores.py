@@ -3,6 +3,9 @@
 A document is scored as in training: after EOD, every token is predicted from all tokens before it
 in the document, long documents in chunks that carry the state. Tokens that a loss mask excludes are
 context only. The same input gives the same result, to the bit on one machine.
+
+A model with a tuned state begins documents with it instead of EOD, as in generation; their first
+tokens, which nothing predicts, are not scored.
 """
 
 import contextlib
@@ -138,7 +141,7 @@ def _pool(
         group = ordered[i : i + batch]
         losses, best = token_losses(model, [document.ids for document in group], eod, window, dtype)
         for document, nats, right in zip(group, losses, best, strict=True):
-            mask = document.loss_mask
+            mask = document.loss_mask & (np.arange(len(document.ids)) >= model.sizes.time_state)
             size = len(decoder.decode_bytes(document.ids[mask].tolist())) if decoder else 0
             total += Score(1, int(mask.sum()), float(nats[mask].sum()), size, int(right[mask].sum()))
     return total
@@ -149,8 +152,10 @@ def token_losses(
     model: RWKV, texts: Sequence[Sequence[int] | np.ndarray], eod: int = 0, window: int = 0, dtype: Any = None
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """For each text (ids), the loss of every token in nats, float64, given EOD and the tokens
-    before it; and whether it was the most likely token. Other arguments as in `score`.
+    before it; and whether it was the most likely token. After a tuned state instead of EOD, the
+    first token has the loss of a uniform distribution. Other arguments as in `score`.
     """
+    first = int(model.sizes.time_state)
     device, rows = model.emb.weight.device, model.sizes.vocab_size
     longest = max((len(ids) for ids in texts), default=0)
     padded = np.zeros((len(texts), longest + 1), np.int64)
@@ -162,12 +167,12 @@ def token_losses(
         raise UserError(
             f"token id {wrong} is outside the model's vocabulary of {rows}; use data converted with the model's tokenizer"
         )
-    losses, best = np.zeros((len(texts), longest)), np.zeros((len(texts), longest), bool)
+    losses, best = np.full((len(texts), longest), math.log(rows)), np.zeros((len(texts), longest), bool)
     model.eval()
     state: State | None = None
-    tokens = torch.from_numpy(padded).to(device)
+    tokens = torch.from_numpy(padded[:, first:]).to(device)
     with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
-        for begin, end in _chunks(longest, window):
+        for begin, end in _chunks(longest - first, window):
             if window and begin % window == 0:
                 state = None
             hidden, state = model.hidden(tokens[:, begin:end], state)
@@ -175,8 +180,8 @@ def token_losses(
                 b = min(end, a + _SLICE)
                 logits = model.head(hidden[:, a - begin : b - begin]).float()
                 targets = tokens[:, a + 1 : b + 1]
-                losses[:, a:b] = _cross_entropy(logits, targets).double().cpu().numpy()
-                best[:, a:b] = (logits.argmax(-1) == targets).cpu().numpy()
+                losses[:, first + a : first + b] = _cross_entropy(logits, targets).double().cpu().numpy()
+                best[:, first + a : first + b] = (logits.argmax(-1) == targets).cpu().numpy()
     found = [losses[i, : len(ids)] for i, ids in enumerate(texts)]
     if not all(np.isfinite(one).all() for one in found):
         raise UserError(

@@ -14,7 +14,7 @@ from rwkv.formats.lazy import Lazy
 
 
 def convert(tensors: Mapping[str, Lazy], version: str) -> dict[str, Lazy]:
-    """The lora_A and lora_B of an adapter under peft's names.
+    """The lora_A and lora_B of an adapter, and DoRA's magnitudes, under peft's names.
 
     Raises:
         UserError: the adapter also trains vectors, which peft cannot load.
@@ -27,7 +27,8 @@ def convert(tensors: Mapping[str, Lazy], version: str) -> dict[str, Lazy]:
                 f"the adapter also trains {name}, which peft's adapters cannot hold; merge it (--lora with another format), or train with"
                 " --lora_parts att,ffn only"
             )
-        found[f"base_model.model.{_layer(layer, version)}.lora_{half}.weight"] = tensor
+        end = "" if half == "magnitude_vector" else ".weight"
+        found[f"base_model.model.{_layer(layer, version)}.lora_{half}{end}"] = tensor
     return found
 
 
@@ -44,7 +45,8 @@ def config(names: Mapping[str, Any], r: int, alpha: float, base: str | None) -> 
         names: of the tensors, from `convert`.
         base: path or name of the base, for information.
     """
-    layers = {re.sub(r".*\.\d+\.(.*)\.lora_[AB]\.weight$", r"\1", name) for name in names}
+    layers = {re.sub(r".*\.\d+\.(.*)\.lora_(?:[AB]\.weight|magnitude_vector)$", r"\1", name) for name in names}
+    dora = any(name.endswith(".lora_magnitude_vector") for name in names)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -54,6 +56,7 @@ def config(names: Mapping[str, Any], r: int, alpha: float, base: str | None) -> 
         "lora_dropout": 0.0,
         "target_modules": sorted(layers),
         "bias": "none",
+        **({"use_dora": True} if dora else {}),
         "fan_in_fan_out": False,
         "inference_mode": True,
     }

@@ -12,10 +12,10 @@ from rwkv.models.version import VERSIONS, Version, published
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"lora": False},
     "full, adamw8bit": {"lora": False, "optimizer": "adamw8bit", "release_grads": True},
-    "LoRA": {},
-    "LoRA, int8": {"base": "int8"},
-    "LoRA, nf4": {"base": "nf4"},
-    "state": {"parts": (state.PART,), "r": 1, "dora": False},
+    "LoRA": {"lora": True},
+    "LoRA, int8": {"lora": True, "base": "int8"},
+    "LoRA, nf4": {"lora": True, "base": "nf4"},
+    "state": {"lora": True, "parts": (state.PART,), "r": 1, "dora": False},
 }
 """Fields of a Plan, by column."""
 
@@ -31,13 +31,15 @@ def longest(p: Plan, card: float) -> str:
 
 def table(card: float, plan: Plan, version: Version | None = None) -> str:
     """A Markdown table of all published sizes, of one version or all: what `longest` returns for
-    each of METHODS with --grad_cp 1; adamw8bit with --release_grads 1. Other flags as in `plan`.
+    each of METHODS with --grad_cp 1; adamw8bit with --release_grads 1. Other flags as in `plan`;
+    with DeepSpeed without the methods that it does not support.
     """
-    rows = [f"| RWKV | model | {' | '.join(METHODS)} |", "|---" * (2 + len(METHODS)) + "|"]
+    columns = {name: x for name, x in METHODS.items() if not (plan.stage and {"base", "optimizer"} & x.keys())}
+    rows = [f"| RWKV | model | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
     for kind in [version] if version else reversed(VERSIONS.values()):
         for name in kind.PUBLISHED:
             cells = []
-            for fields in METHODS.values():
+            for fields in columns.values():
                 sizes: Any = published(name, kind)
                 if state.PART in fields.get("parts", ()):
                     sizes = replace(sizes, time_state=True)

@@ -125,8 +125,9 @@ def _quantised(p: Plan) -> list[torch.Size]:
 
 
 def _dequantised(p: Plan) -> Blocks:
-    """The largest quantised matrix, dense during a matmul."""
-    return [(p.e * max((shape.numel() for shape in _quantised(p)), default=0), 1)]
+    """The largest quantised matrix, dense during a matmul; or, for DoRA's norms, in fp32."""
+    norms = [4 * shape.numel() for shape in adapted(p) if p.dora and p.quantised]
+    return [(max([p.e * shape.numel() for shape in _quantised(p)] + norms, default=0), 1)]
 
 
 def _per_node(p: Plan) -> int:

@@ -50,7 +50,8 @@ def candidates(p: Plan, strategies: Iterable[str], bases: Iterable[str] = ()) ->
         for base in (p.base, *(() if strategy in ZEROS else bases)):
             for grad_cp in (False, True):
                 for m in range(p.micro_bsz, 0, -1):
-                    if p.micro_bsz % m == 0:
+                    # accumulation needs all gradients, which release_grads frees
+                    if p.micro_bsz % m == 0 and (m == p.micro_bsz or not p.release_grads):
                         accumulate = p.accumulate * p.micro_bsz // m
                         plan = replace(p, strategy=strategy, grad_cp=grad_cp, micro_bsz=m, accumulate=accumulate)
                         yield replace(plan, base=base)

@@ -129,7 +129,7 @@ def parse(kind: str, body: Any, served: dict[str, Served], tokenizer: WorldToken
         named = f"the model {model[:100]!r} does not exist" if isinstance(model, str) else "model is missing"
         raise ApiError(f"{named}; models: {', '.join(served)}", "model", status=404, code="model_not_found")
     think = body.get("think", limits.think) if kind == "chat" else "none"
-    if think not in OPENING:
+    if not isinstance(think, str) or think not in OPENING:
         raise ApiError(f"think must be one of {', '.join(OPENING)}", "think")
     eod = not served[model].begins_tuned
     prompts = _prompts(kind, body, think, tokenizer, eod)

@@ -162,7 +162,7 @@ def _eight_bit(c: TrainConfig) -> None:
         raise UserError(
             "--optimizer adamw8bit with --precision fp16: gradients in bf16 cannot be scaled for fp16; use --precision bf16, or fp32 on GPUs without it"
         )
-    several = c.world_size > 1 or c.strategy == "ddp"
+    several = not strategy.is_single_process(c)
     if several and not machine.use_gpu(c.accelerator) and not compat.gloo_supports_bf16():
         raise UserError(
             "--optimizer adamw8bit: ddp on CPUs averages gradients in bf16, and gloo in this torch version does not support bf16; use one process,"

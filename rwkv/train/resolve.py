@@ -18,7 +18,6 @@ from rwkv.train.console import say
 from rwkv.train.data_source import with_vocabulary
 from rwkv.train.loop import cuda_graph
 from rwkv.train.run import Run
-from rwkv.train.runtime import strategy
 from rwkv.train.runtime.ranks import Ranks
 from rwkv.train.runtime.trainer import precision_of, slow_on_gpu
 
@@ -85,7 +84,7 @@ def _with_cuda_graph(c: TrainConfig, sizes: Sizes, on_gpu: bool) -> TrainConfig:
 def _usable(c: TrainConfig) -> bool:
     """Whether the strategy is compatible with the other flags and available on this machine."""
     try:
-        strategy.check(c)
+        check(c)
     except UserError:
         return False
     return True

@@ -23,7 +23,7 @@ from rwkv.train.run import NEW_BASE, Run
 from rwkv.train.runtime.lightning import rank_zero_only
 
 # changes (see run_manifest.changes) that affect which tensors a state has
-_SHAPING = ("trained:", "model:", "--lora_r:", "--lora_parts:", "--optimizer:")
+_SHAPING = ("trained:", "model:", "--lora_r:", "--lora_parts:", "--use_dora:", "--optimizer:")
 
 
 def locked(folder: Path) -> contextlib.AbstractContextManager[None]:

@@ -181,12 +181,13 @@ def _compare(model: RWKV, c: LoRAConfig, known: dict[str, Any]) -> None:
         raise UserError(
             f"{c.lora_load}: this is a {its} adapter, and the run trains {ours_is}; pass --use_dora {str(known['use_dora']).lower()}, or {merge}"
         )
-    if matrices and known["alpha"] != c.alpha:
-        given = f"--lora_alpha is {c.lora_alpha:g}" + (f" (with --use_rslora {c.alpha:g})" if c.use_rslora else "")
+    # messages have 9 digits, which may be passed as a flag
+    if matrices and not math.isclose(known["alpha"], c.alpha, rel_tol=1e-7):
+        given = f"--lora_alpha is {c.lora_alpha:.9g}" + (f" (with --use_rslora {c.alpha:.9g})" if c.use_rslora else "")
         stored_alpha = known["alpha"] / math.sqrt(c.lora_r) if c.use_rslora else known["alpha"]
         raise UserError(
-            f"{c.lora_load}: this adapter was trained with alpha {known['alpha']:g}, but {given}, which would scale it by"
-            f" {c.alpha / known['alpha'] if known['alpha'] else math.inf:g}. Use --lora_alpha {stored_alpha:g}, or {merge}"
+            f"{c.lora_load}: this adapter was trained with alpha {known['alpha']:.9g}, but {given}, which would scale it by"
+            f" {c.alpha / known['alpha'] if known['alpha'] else math.inf:g}. Use --lora_alpha {stored_alpha:.9g}, or {merge}"
         )
     stored, requested = (
         {layer for part in parts for layer in possible.layers_of(part) or (part,)} for parts in (theirs, ours)

@@ -124,6 +124,17 @@ def test_outputs_and_gradients_match_peft(make_model, dora):
             assert parameter.grad is None, name
 
 
+def test_norms_of_dora_are_fp32_in_mixed_precision(make_model):
+    model = make_model()
+    lora.inject(model, ["att"], 4, 12, dora=True)
+    randomise(model)
+    layer = model.blocks[0].att.key
+    whole = lora.merged(layer.weight, layer.lora_A, layer.lora_B, layer.scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer._norms()
+    torch.testing.assert_close(found, torch.linalg.vector_norm(whole, dim=1).detach(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_dora_folder_of_peft(make_model, tmp_path, rslora):
     base = make_model()

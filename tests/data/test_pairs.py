@@ -68,6 +68,11 @@ def test_split_keeps_pairs_together(data):
     assert [int(np.diff(spans).sum()) for spans in few] == [len(data.tokens) - (n := sum(map(len, last_pair()))), n]
 
 
+def test_split_leaves_a_pair_on_each_side(data):
+    with pytest.raises(UserError, match="--val_split 0.999: leaves none of 50 pairs for training"):
+        split_pairs(data, 0.999)
+
+
 def last_pair():
     prompt, *answers = PAIRS[-1]
     return [prompt + answer for answer in answers]

@@ -18,6 +18,7 @@ from rwkv.checkpoint import load_model
 from rwkv.cli import parse
 from rwkv.config import ConvertConfig, EvaluateConfig, LoRAConfig
 from rwkv.data.convert import pipeline
+from rwkv.data.token_stream import Stream, split_pairs
 from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError
 from rwkv.evaluation import inputs, models, table
@@ -182,6 +183,28 @@ def test_base_and_adapter_on_the_validation_set_of_a_run(evaluated, folder):
         "--model", folder / "base.pth", "--data_file", folder / "chat_text_document", "--val_split", 0.3
     )
     assert again["models"][0]["all"] == base
+
+
+def test_preference_pairs(evaluated, folder, tmp_path):
+    """Chosen and rejected answers are separate rows, also of the validation set of a run."""
+    records = [{"prompt": f"Q{i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    pipeline.convert(ConvertConfig(input=str(tmp_path / "pairs.jsonl"), output_prefix=str(tmp_path / "p"), workers=1))
+    prefix = str(tmp_path / "p_text_document")
+    every = inputs.of_files(EvaluateConfig(data_file=f"{prefix},{tmp_path}/pairs.jsonl"), tmp_path / "out")
+    assert [one.name for one in every[:2]] == ["p_text_document, chosen", "p_text_document, rejected"]
+    assert documents(every[0]) == [f"User: Q{i}\n\nAssistant: yes {i}\n\n" for i in range(20)] == documents(every[2])
+    assert documents(every[1]) == [f"User: Q{i}\n\nAssistant: no\n\n" for i in range(20)] == documents(every[3])
+    by = inputs.of_files(EvaluateConfig(data_file=f"{tmp_path}/pairs.jsonl", by="rejected"), tmp_path / "by")
+    assert [(one.name, documents(one)) for one in by] == [
+        (f"no, {side}", documents(one)) for side, one in zip(("chosen", "rejected"), every, strict=False)
+    ]
+    flags = {"val_split": 0.3, "doc_sep": 0, "doc_reset": 1, "ctx_len": 16}
+    held = inputs.of_run({"flags": flags, "data": {"prefix": prefix}}, tmp_path)
+    expected = split_pairs(every[0].data, 0.3)[1]
+    whole = inputs.Input("", held[0].data, Stream(held[0].data, expected))
+    assert sorted([*documents(held[0]), *documents(held[1])]) == sorted(documents(whole))
+    assert len(documents(held[0])) == len(documents(held[1])) > 1
 
 
 def test_windows(evaluated, folder):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rwkv.adapters import state
 from rwkv.errors import UserError
 from rwkv.evaluation import scores
 from rwkv.evaluation.scores import Document, documents, score, token_losses
@@ -103,3 +104,21 @@ def test_other_vocabulary_and_nan_rejected(make_model):
         model.ln_out.weight[0] = math.nan
     with pytest.raises(UserError, match="logits are NaN or Inf"):
         token_losses(model, [[4]])
+
+
+@pytest.mark.parametrize("version", ["4", "7"])
+def test_tuned_state_replaces_eod(make_model, version, monkeypatch):
+    model, given = make_model(version=version), texts(21, 9, 1)
+    state.attach(model)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.att.time_state.normal_()
+        logits = [model(torch.tensor([ids.tolist()]))[0][0] for ids in given]
+    monkeypatch.setattr(scores, "CHUNK", 16)
+    losses, best = token_losses(model, given)
+    for ids, found, right, row in zip(given, losses, best, logits, strict=True):
+        assert (found[0], right[0]) == (math.log(50), False)
+        expected = F.cross_entropy(row[:-1], torch.from_numpy(ids[1:]), reduction="none")
+        np.testing.assert_allclose(found[1:], expected.numpy(), rtol=1e-4, atol=1e-5)  # another order of sums
+    total = score(model, [Document(ids, np.ones(len(ids), bool)) for ids in given])
+    assert (total.tokens, total.nats) == (28, pytest.approx(sum(float(found[1:].sum()) for found in losses)))

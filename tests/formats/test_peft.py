@@ -27,10 +27,10 @@ with torch.no_grad():
 """
 
 
-def adapter_of(base, path, parts=("att", "ffn"), alpha=12.0):
+def adapter_of(base, path, parts=("att", "ffn"), alpha=12.0, dora=False):
     """Write a random adapter on a base."""
     model = checkpoint.load_model(base)
-    lora.inject(model, parts, 4, alpha)
+    lora.inject(model, parts, 4, alpha, dora=dora)
     with torch.no_grad():
         for name in lora.adapter_names(model, parts):
             model.get_parameter(name).add_(torch.randn(model.get_parameter(name).shape) * 0.1)
@@ -38,8 +38,8 @@ def adapter_of(base, path, parts=("att", "ffn"), alpha=12.0):
     return path
 
 
-def exported(base, folder):
-    adapter = adapter_of(base, folder / "adapter.pth")
+def exported(base, folder, dora=False):
+    adapter = adapter_of(base, folder / "adapter.pth", dora=dora)
     script_main()(ExportConfig(lora=str(adapter), output=str(folder / "peft"), format="peft"))
     script_main()(ExportConfig(model=str(base), output=str(folder / "hf"), check_tokens=0))
     with torch.no_grad():
@@ -53,8 +53,9 @@ def exported(base, folder):
     return logits
 
 
-def test_peft_adapts_transformers_rwkv4(model_file, tmp_path):
-    logits = exported(model_file("4"), tmp_path)
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_adapts_transformers_rwkv4(model_file, tmp_path, dora):
+    logits = exported(model_file("4"), tmp_path, dora)
     theirs = transformers.RwkvForCausalLM.from_pretrained(tmp_path / "hf")
     theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "peft")).eval()
     with torch.no_grad():
@@ -63,8 +64,9 @@ def test_peft_adapts_transformers_rwkv4(model_file, tmp_path):
 
 
 @needs_oracle
-def test_peft_adapts_rwkv7_hf(model_file, tmp_path):
-    logits = exported(model_file("7"), tmp_path)
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_adapts_rwkv7_hf(model_file, tmp_path, dora):
+    logits = exported(model_file("7"), tmp_path, dora)
     found = ask(RWKV7_HF, str(tmp_path / "hf"), str(tmp_path / "peft"), IDS)
     torch.testing.assert_close(torch.tensor(found), logits, rtol=1e-4, atol=1e-4)
     config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
@@ -76,6 +78,20 @@ def test_adapters_that_peft_cannot_hold(model_file, tmp_path):
     adapter = adapter_of(model_file("7"), tmp_path / "adapter.pth", ("att", "time"))
     with pytest.raises(UserError, match=r"the adapter also trains blocks.0.att.\w+, which peft's adapters cannot hold"):
         script_main()(ExportConfig(lora=str(adapter), output=str(tmp_path / "peft"), format="peft"))
+    for flags, message in (
+        ({"state": "state.pth"}, "--format peft has no place for --state state.pth"),
+        ({"dtype": "q8_0"}, "--dtype q8_0: peft files cannot hold it"),
+        ({"max_shard_gb": -1}, "--max_shard_gb must be greater than 0; it is -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            script_main()(ExportConfig(lora=str(adapter), output=str(tmp_path / "peft"), format="peft", **flags))
     assert not (tmp_path / "peft").exists()
     with pytest.raises(UserError, match="--format peft writes an adapter: pass it as --lora"):
         script_main()(ExportConfig(model=str(model_file("7")), output=str(tmp_path / "peft"), format="peft"))
+
+
+def test_dtype_of_the_adapter(model_file, tmp_path):
+    adapter = adapter_of(model_file("4"), tmp_path / "adapter.pth")
+    script_main()(ExportConfig(lora=str(adapter), output=str(tmp_path / "peft"), format="peft", dtype="bf16"))
+    found, original = inspect_adapter(tmp_path / "peft")[0], checkpoint.read_tensors(adapter)
+    assert all(torch.equal(tensor, original[name].bfloat16()) for name, tensor in found.items())

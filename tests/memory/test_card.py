@@ -2,10 +2,15 @@
 
 from dataclasses import replace
 
+import pytest
+
+from rwkv.config import EstimateConfig
+from rwkv.errors import UserError
 from rwkv.memory import card
 from rwkv.memory.estimate import GB, estimate
 from rwkv.memory.settings import Plan
 from rwkv.models.version import VERSIONS, published
+from scripts import estimate as estimate_script
 
 
 def test_longest_just_fits():
@@ -28,3 +33,30 @@ def test_table_of_a_version(script):
     assert fitting["0.1b"] == {*card.METHODS}
     assert fitting["7b"] == {"LoRA, nf4"}
     assert fitting["14b"] == set()
+
+
+def test_columns_do_not_depend_on_the_method_of_the_plan():
+    kind = VERSIONS["4"]
+    expected = card.table(24, Plan(published("0.1b", kind)), kind)
+    assert card.table(24, Plan(published("0.1b", kind), lora=False), kind) == expected
+    sharded = card.table(24, Plan(published("0.1b", kind), strategy="deepspeed_stage_2"), kind)
+    assert sharded.splitlines()[0] == "| RWKV | model | full | LoRA | state |"
+
+
+CONTRADICTIONS = [
+    ({"gpu": "8", "model": "7b"}, "--gpu prints a table of all published sizes and methods: omit --model"),
+    ({"gpu": "8", "method": "full"}, "omit --method"),
+    ({"gpu": "8", "json": True}, "omit --json"),
+    ({"table": True, "json": True}, "--table prints a table of all published sizes and methods: omit --json"),
+    ({"optimizer": "adamw8bit"}, "--optimizer adamw8bit is for --method full, as in training"),
+    ({"method": "full", "optimizer": "adafactor", "strategy": "deepspeed_stage_2"}, "adafactor is not supported with"),
+    ({"lora_base": "nf4", "strategy": "deepspeed_stage_3"}, "--lora_base nf4 is not supported with --strategy"),
+    ({"method": "full", "release_grads": 1}, "--release_grads 1 needs --optimizer adamw8bit"),
+    ({"method": "full", "optimizer": "adamw8bit", "release_grads": 1, "devices": 2}, "--release_grads 1 needs one dev"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), CONTRADICTIONS, ids=str)
+def test_contradictory_flags(flags, message):
+    with pytest.raises(UserError, match=message):
+        estimate_script.main(EstimateConfig(**flags))

@@ -114,6 +114,14 @@ def test_weight_bytes_of_quantised_base(sizes, base):
     assert estimate(plan).device["weights"] == stored + sum(m.nbytes for m in quant.quantised_in(model))
 
 
+def test_predicted_peak_of_dora_on_a_quantised_base():
+    """Its norms need the dense matrix in fp32, also in bf16 runs."""
+    shape = VERSIONS["4"].Sizes(2, 512, 512)
+    plan = Plan(shape, base="nf4", grad_cp=True, ctx_len=32, gpu=False, parts=("att", "ffn"), dora=True)
+    measured, predicted = peaks(plan), estimate(plan).tensors
+    assert max(measured.values()) == pytest.approx(max(predicted.values()), rel=0.1)
+
+
 def saved(p: Plan) -> int:
     """Bytes that autograd saves in a forward pass, without parameters; a storage counts once."""
     model = build(p)

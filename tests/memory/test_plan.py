@@ -16,6 +16,7 @@ from rwkv.memory.estimate import estimate
 from rwkv.memory.settings import Plan
 from rwkv.models.v4 import Sizes
 from rwkv.models.version import published
+from rwkv.train import resolve
 from rwkv.train.callbacks.memory import MemoryMonitor
 
 SIZES = Sizes(2, 64, 500, 64, 256)
@@ -108,6 +109,24 @@ def test_auto_for_lora(resolved_flags, capsys):
     config = resolved_flags(LoRAConfig, memory_for(target), "--devices", "8", "--lora", "1")
     assert (config.micro_bsz, config.grad_cp, config.strategy) == (1, 0, "auto")
     assert f"of {planning.USABLE * memory_for(target) / 1e9:.2f} GB" in capsys.readouterr().out
+
+
+def test_auto_respects_flags_that_exclude_a_strategy(make_data, monkeypatch):
+    """With ZeRO-3 no process has the weights to write samples with."""
+    monkeypatch.setattr(compat, "why_deepspeed_unavailable", lambda on_gpu: None)
+    c = TrainConfig(data_file=make_data(3000), version="4", n_layer=2, n_embd=64, devices=8)
+    for name, samples, usable in (("3", 0, True), ("3", 5, False), ("2_offload", 5, True)):
+        assert resolve._usable(replace(c, strategy=f"deepspeed_stage_{name}", sample_every=samples)) == usable
+
+
+def test_auto_does_not_accumulate_released_gradients(resolved_flags):
+    """They are not added up: every batch would be a step of its own."""
+    flags = ["--optimizer", "adamw8bit", "--release_grads", "1", "--grad_clip", "0"]
+    narrow = plan(optimizer="adamw8bit", release_grads=True)
+    config = resolved_flags(TrainConfig, memory_for(replace(narrow, grad_cp=True)), *flags)
+    assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp) == (4, 1, 1)
+    with pytest.raises(UserError, match="--auto: nothing fits"):
+        resolved_flags(TrainConfig, memory_for(replace(narrow, micro_bsz=2, grad_cp=True)), *flags)
 
 
 def test_auto_respects_host_memory_and_flags(resolved_flags, monkeypatch):

@@ -190,6 +190,7 @@ BAD = [
     ({"stream": "yes"}, 400, "stream", "true or false"),
     ({"stream_options": {"x": 1}}, 400, "stream_options", "include_usage"),
     ({"think": "much"}, 400, "think", "none, fast, full"),
+    ({"think": ["fast"]}, 400, "think", "none, fast, full"),
     (
         {"messages": [{"role": "user", "content": "a b " * 400}]},
         400,

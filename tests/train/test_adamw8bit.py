@@ -11,6 +11,7 @@ from rwkv.checkpoint import load_model, read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.kernels import adamw
+from rwkv.memory.zero import DDP
 from rwkv.train.fit import fit
 from rwkv.train.loop import adamw8bit, cuda_graph, optimizer
 from rwkv.train.resume import state_files
@@ -210,10 +211,11 @@ INVALID = [
     ({**RELEASED, "accumulate_grad_batches": 2}, "--accumulate_grad_batches 2 adds gradients up; use 1"),
     ({**RELEASED, "on_nan": "skip"}, "use --on_nan stop, or omit --release_grads"),
 ]
-if compat.gloo_supports_bf16():
-    INVALID.append(({**RELEASED, "strategy": "ddp"}, "use one device and --strategy auto"))
-else:
-    INVALID.append(({"strategy": "ddp"}, "gloo in this torch version does not support bf16"))
+for _strategy in DDP:
+    if compat.gloo_supports_bf16():
+        INVALID.append(({**RELEASED, "strategy": _strategy}, "use one device and --strategy auto"))
+    else:
+        INVALID.append(({"strategy": _strategy}, "gloo in this torch version does not support bf16"))
 
 
 @pytest.mark.parametrize(("flags", "message"), INVALID)

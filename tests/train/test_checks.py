@@ -1,8 +1,11 @@
 """Flags and data that cannot be trained with are rejected before the run starts."""
 
+import re
+
 import pytest
 import torch
 
+from rwkv.adapter_files import inspect_adapter
 from rwkv.checkpoint import read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx_writer import writer
@@ -69,6 +72,21 @@ def test_lora_load_mismatch(make_base, make_data, tmp_path):
     with pytest.raises(UserError, match="has rank 8, but --lora_r is 4"):
         fit(LoRAConfig(**common, proj_dir=str(tmp_path / "b"), lora_load=str(adapter), lora_r=4))
     assert not (tmp_path / "b").exists()
+
+
+def test_alpha_of_the_message_is_accepted(make_base, make_data, tmp_path):
+    """Of an rsLoRA adapter it has more digits than a flag."""
+    common = {**TUNE, "data_file": make_data(200), "load_model": str(make_base()), "max_steps": 1}
+    adapter = str(fit(LoRAConfig(**common, proj_dir=str(tmp_path / "a"), use_rslora=True)).checkpoint)
+    for i, rslora in enumerate((False, True)):
+        flags = {**common, "proj_dir": str(tmp_path / f"{i}"), "lora_load": adapter, "use_rslora": rslora}
+        with pytest.raises(UserError, match=r"Use --lora_alpha [\d.]+, or") as error:
+            fit(LoRAConfig(**flags, lora_alpha=16))
+        alpha = float(re.search(r"Use --lora_alpha ([\d.]+),", str(error.value))[1])
+        assert fit(LoRAConfig(**flags, lora_alpha=alpha)).steps == 1
+    with pytest.raises(UserError, match=r"omit alpha, or use [\d.]+$") as error:
+        inspect_adapter(adapter, alpha=16)
+    inspect_adapter(adapter, alpha=float(str(error.value).split()[-1]))
 
 
 def test_negative_token_id(tmp_path):

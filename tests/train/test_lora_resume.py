@@ -8,6 +8,7 @@ import pytest
 from rwkv.config import LoRAConfig
 from rwkv.errors import UserError
 from rwkv.train.fit import fit
+from rwkv.train.resume import run_manifest
 from tests.train.finished_run import FLAGS, NEW, changed, content, no_state
 
 
@@ -73,6 +74,7 @@ INCOMPATIBLE = [
     ({"lora_parts": "att"}, "--lora_parts: att,ln,time → att"),
     ({"optimizer": "adafactor"}, "--optimizer: adam → adafactor"),
     ({"lora": False}, "trained: an adapter → all weights"),
+    ({"use_dora": True}, "--use_dora: False → True"),
 ]
 
 
@@ -88,6 +90,18 @@ def test_allow_changes_incompatible_state(flags, message, make_base, make_data, 
         fit(changed(config, allow_changes=True, **flags))
     assert content(tmp_path / "run") == before
     fit(changed(config, max_steps=3))  # the original command
+
+
+def test_flags_that_an_older_program_lacked(make_base, make_data, tmp_path):
+    config = LoRAConfig(**FLAGS, load_model=str(make_base()), data_file=make_data(200), proj_dir=str(tmp_path / "run"))
+    fit(changed(config, max_steps=1))
+    run = run_manifest.read(tmp_path / "run")
+    for name in ("use_rslora", "lr_schedule", "objective", "optimizer"):
+        del run["flags"][name]
+    run_manifest.write(tmp_path / "run", run)
+    with pytest.raises(UserError, match="--lr_schedule: auto → cosine\n  --use_rslora: False → True\n"):
+        fit(changed(config, max_steps=2, use_rslora=True, lr_schedule="cosine"))
+    assert fit(changed(config, max_steps=2)).steps == 2
 
 
 def test_manifest_written_after_state_restored(make_base, make_data, tmp_path, monkeypatch):

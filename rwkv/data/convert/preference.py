@@ -50,6 +50,10 @@ def conversations(record: Mapping[str, Any]) -> tuple[Conversation, Conversation
     for key, turns in zip(KEYS, whole, strict=True):
         if differ and not any(turn.role == roles.ASSISTANT and turn.train is not False for turn in turns[shared:]):
             raise BadRecord(f'"{key}" has no answer of the assistant after the beginning that both have in common')
+        if differ and turns[shared].role != roles.ASSISTANT:
+            raise BadRecord(
+                f"the conversations differ in a message of the {turns[shared].role} before their answers, so they are not answers to the same prompt"
+            )
         for turn in turns[:shared]:
             turn.train = False
     chosen, rejected = (

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rwkv.commands import command
-from rwkv.config import DPOConfig, LoRAConfig, TrainConfig
+from rwkv.config import DPOConfig, LoRAConfig, StateConfig, TrainConfig
 from rwkv.data import provenance
 from rwkv.data.binidx import Dataset
 from rwkv.data.dataset import Samples, ValidationSamples
@@ -106,7 +106,7 @@ class ReportPage(pl.Callback):
         first_step = schedule.first_step(c)
         return Facts(
             title=folder.resolve().name,
-            subtitle=f"{'LoRA, ' if c.adapter else ''}RWKV-{c.version}, {dict(self._size)['model']}",
+            subtitle=f"{f'{c.trains}, ' if c.adapter else ''}RWKV-{c.version}, {dict(self._size)['model']}",
             status=status,
             message=message,
             step=max(self._step, self._metrics.curve.last),
@@ -136,6 +136,8 @@ def repeat(c: TrainConfig) -> str:
         if isinstance(c, DPOConfig)
         else "lora"
         if isinstance(c, LoRAConfig)
+        else "state"
+        if isinstance(c, StateConfig)
         else "finetune"
         if c.load_model
         else "pretrain"

@@ -65,11 +65,13 @@ def prompts(c: TrainConfig, stream: Stream, vocabulary: Vocabulary) -> list[Prom
 
 @torch.no_grad()
 def continuation(model: RWKV, ids: list[int], eod: int, length: int) -> list[int]:
-    """The most likely continuation of a document that begins with `ids`, up to its end. The model
-    is in evaluation mode. No random number is drawn.
+    """The most likely continuation of a document that begins with `ids` (at least one), up to its
+    end. A tuned state replaces EOD before it, as in rwkv.generate. The model is in evaluation mode.
+    No random number is drawn.
     """
     device = next(model.parameters()).device
-    tokens, state, written = torch.tensor([[max(0, eod), *ids]], device=device), None, list[int]()
+    before = [] if model.sizes.time_state else [max(0, eod)]
+    tokens, state, written = torch.tensor([[*before, *ids]], device=device), None, list[int]()
     for _ in range(length):
         hidden, state = model.hidden(tokens, state)
         token = int(model.head(hidden[0, -1]).argmax())

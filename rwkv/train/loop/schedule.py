@@ -157,14 +157,18 @@ def describe(c: TrainConfig) -> str:
     """The course of the learning rate, for the report at the start."""
     constant = c.lr_schedule == "constant" or c.lr_init == c.lr_final
     rate = f"{c.lr_init:g}" if constant else f"{c.lr_init:g} → {c.lr_final:g}"
-    name = {"exp": "exponential", "constant": "constant", "wsd": f"wsd, linear in the last {decay_steps(c):,} steps"}
+    name = {"exp": "exponential", "constant": "constant", "wsd": f"wsd, linear in the last {_steps(decay_steps(c))}"}
     kind = name.get(c.lr_schedule, c.lr_schedule)
     if c.lr_schedule == "auto":
         kind = "linear" if c.lr_init == 0 or c.lr_final == 0 else "exponential"
         if c.my_exit_tokens:
             kind = "cosine" if c.my_exit_tokens > 0 else "mean of cosine and exponential"
-    warmup = f", after {c.warmup_steps:,} steps of warm-up" if c.warmup_steps > 0 else ""
+    warmup = f", after {_steps(c.warmup_steps)} of warm-up" if c.warmup_steps > 0 else ""
     return f"{rate} ({'constant' if constant else kind}{warmup})"
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} step{'s' * (count != 1)}"
 
 
 def _cosine(c: TrainConfig, step: int) -> float:

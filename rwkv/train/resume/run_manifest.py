@@ -193,6 +193,10 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         parts = version.VERSIONS[now["version"]].PARTS
         if len({tuple(parts.normal(lora.parts_in(run["--lora_parts"]))) for run in (old, new)}) == 1:
             old.pop("--lora_parts")  # the same parts, possibly written in another way
+    defaults = {f"--{field.name}": field.default for field in dataclasses.fields(LoRAConfig)}
+    for key in sorted((new.keys() - old.keys()) & defaults.keys()):  # flags that the program did not have yet
+        if key[2:] not in before["flags"]:
+            old[key] = defaults[key]
     found = [f"{key}: {_short(old[key])} → {_short(new[key])}" for key in old if key in new and old[key] != new[key]]
     sources = [run["source"] for run in (before, now) if run.get("source")]
     if len(sources) == 2 and sources[0]["sha256"] != sources[1]["sha256"]:

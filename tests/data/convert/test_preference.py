@@ -113,6 +113,10 @@ def test_counts_and_skipped_pairs(write_jsonl):
 
 
 BAD = [
+    (
+        {"chosen": [Q, A], "rejected": [{"role": "user", "content": "another question"}, A]},
+        "the conversations differ in a message of the user before their answers",
+    ),
     ({"prompt": "q", "chosen": "a"}, "no \"rejected\" (it has 'prompt', 'chosen'); a preference pair has \"prompt\""),
     ({"chosen": "a", "rejected": "b"}, "no prompt; a preference pair has"),
     ({"chosen": [A], "rejected": [B]}, "no prompt; a preference pair has"),

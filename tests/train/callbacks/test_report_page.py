@@ -9,12 +9,13 @@ import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 from unittest import mock
 
 import pytest
 
 from rwkv.cli import parse
-from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.config import LoRAConfig, StateConfig, TrainConfig
 from rwkv.data.decoding import Example
 from rwkv.errors import UserError
 from rwkv.train.callbacks import report_page, sampling
@@ -201,6 +202,8 @@ def test_command_repeats_the_run(config, page):
     words = shlex.split(report_page.repeat(tuned))
     flags = words[next(i for i, word in enumerate(words) if word.endswith("lora.py")) + 1 :]
     assert vars(parse(LoRAConfig, "", flags)) == vars(tuned) | {"version": ""}
+    words = shlex.split(report_page.repeat(StateConfig(load_model="base.pth", data_file="d")))
+    assert [Path(words[-5]).name, *words[-4:]] == ["state.py", "--load_model", "base.pth", "--data_file", "d"]
 
 
 def test_written_during_the_run_and_after_an_error(make_base, tmp_path, monkeypatch):

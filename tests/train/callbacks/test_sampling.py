@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
+from rwkv.adapters import state
 from rwkv.checkpoint import load_model, read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import Dataset, mask_path
@@ -152,3 +153,12 @@ def test_rejected(data, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
         fit(TrainConfig(**SMALL | flags, data_file=data, proj_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_tuned_state_replaces_eod(make_model):
+    model = make_model().eval()
+    for expected in ([0, 5, 6], [5, 6]):
+        with mock.patch.object(model, "hidden", side_effect=model.hidden) as hidden:
+            sampling.continuation(model, [5, 6], 0, 1)
+        assert hidden.call_args.args[0].tolist() == [expected]
+        state.attach(model)
