@@ -24,7 +24,7 @@ struct Launches {
   int64_t heads, slice, device, stream;
   Wkv7ChunkArgs args;
 
-  // At most `slice` chunks of each sequence per launch, which bound the workspace.
+  // At most `slice` chunks of each sequence per launch: this limits the workspace.
   Launches(const Tensor& r, int64_t slice, int64_t device, int64_t stream)
       : heads(r.size(0) * r.size(2)), slice(slice), device(device), stream(stream), args{} {
     TORCH_CHECK(slice >= 1, "wkv7: the chunks per launch must be at least 1; got ", slice);
