@@ -125,11 +125,11 @@ def score(
     for document in source:
         pool.append(document)
         if len(pool) == _POOL * batch:
-            total, pool = total + _pool(model, pool, decoder, eod, batch, window, dtype), []
-    return total + _pool(model, pool, decoder, eod, batch, window, dtype)
+            total, pool = total + _score_pool(model, pool, decoder, eod, batch, window, dtype), []
+    return total + _score_pool(model, pool, decoder, eod, batch, window, dtype)
 
 
-def _pool(
+def _score_pool(
     model: RWKV, pool: list[Document], decoder: Decoder | None, eod: int, batch: int, window: int, dtype: Any
 ) -> Score:
     total = Score()
@@ -151,16 +151,16 @@ def token_losses(
     """For each text (ids), the loss of every token in nats, float64, given EOD and the tokens
     before it; and whether it was the most likely token. Other arguments as in `score`.
     """
-    device, rows = model.emb.weight.device, model.sizes.vocab_size
+    device, vocab_size = model.emb.weight.device, model.sizes.vocab_size
     longest = max((len(ids) for ids in texts), default=0)
     padded = np.zeros((len(texts), longest + 1), np.int64)
     padded[:, 0] = eod
     for row, ids in zip(padded, texts, strict=True):
         row[1 : 1 + len(ids)] = ids
-    if longest and not 0 <= padded.min() <= padded.max() < rows:
+    if longest and not 0 <= padded.min() <= padded.max() < vocab_size:
         wrong = padded.min() if padded.min() < 0 else padded.max()
         raise UserError(
-            f"token id {wrong} is outside the model's vocabulary of {rows}; use data converted with the model's tokenizer"
+            f"token id {wrong} is outside the model's vocabulary of {vocab_size}; use data converted with the model's tokenizer"
         )
     losses, best = np.zeros((len(texts), longest)), np.zeros((len(texts), longest), bool)
     model.eval()
