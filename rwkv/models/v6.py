@@ -86,7 +86,7 @@ class TimeMix(nn.Module):
         """x [B, T, D], shift [B, D], state [B, H, N, N], reset [B, T] → y [B, T, D], state."""
         heads = self.time_faaaa.shape
         weights = [torch.zeros_like(self.time_maa_x), 1 - self.time_maa_x]  # 0: the previous token itself
-        before, xx = native.mix(x, shift, reset, weights, torch.zeros_like(shift))
+        before, xx = native.mix(x, shift, reset, weights, initial=torch.zeros_like(shift))
         low = torch.tanh(linear(xx, self.time_maa_w1.t()))  # [B, T, 5 R]
         parts = zip(low.view(*low.shape[:2], 5, -1).unbind(2), self.time_maa_w2, strict=True)
         xw = native.checkpointed(mixed, x, before, self.time_maa_w, *next(parts))
@@ -127,7 +127,7 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, reset: Tensor | None = None) -> Tensor:
         """x [B, T, D], shift [B, D], reset [B, T] → y [B, T, D]."""
         weights = [1 - self.time_maa_k, 1 - self.time_maa_r]
-        xk, xr = native.mix(x, shift, reset, weights, torch.zeros_like(shift))
+        xk, xr = native.mix(x, shift, reset, weights, initial=torch.zeros_like(shift))
         k, r = self.key(xk), self.receptance(xr)  # [B, T, F], [B, T, D]
         return native.gate(r, self.value(native.relu2(k)))
 
