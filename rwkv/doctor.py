@@ -304,7 +304,9 @@ def _deepspeed() -> Iterator[Finding]:
 def _shared_memory() -> Iterator[Finding]:
     path = Path("/dev/shm")
     if not path.exists():
-        yield Finding("shared memory", "warn", "no /dev/shm", "data workers need it: mount a tmpfs there")
+        yield Finding(
+            "shared memory", "warn", "no /dev/shm", "training on several GPUs needs it (NCCL): mount a tmpfs there"
+        )
         return
     size = shutil.disk_usage(path).total
     small = size < GIB

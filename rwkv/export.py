@@ -282,10 +282,10 @@ def compare(
         return Exported(dtypes, difference)
     whole = {name: tensor.make() for name, tensor in found.items()}
     model = checkpoint.load_model(path, matrices=whole["emb.weight"].dtype, tensors=whole)
-    return judged(dtypes, difference, expected, logits_of(model, len(expected)))
+    return compare_logits(dtypes, difference, expected, logits_of(model, len(expected)))
 
 
-def judged(dtypes: list[str], weights: float, expected: Tensor, theirs: Tensor) -> Exported:
+def compare_logits(dtypes: list[str], weights: float, expected: Tensor, theirs: Tensor) -> Exported:
     """The result for logits of the original and of the exported model. Raises UserError if one is
     NaN or Inf.
     """

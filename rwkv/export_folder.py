@@ -21,7 +21,7 @@ from rwkv.export import (
     Source,
     as_folder,
     compare,
-    judged,
+    compare_logits,
     logits_of,
     random_tokens,
     short_dtypes,
@@ -104,7 +104,9 @@ def export_folder(
                 logits = None if source.version == "4" else expected
                 found = compare(source, _read(folder, source), logits, dtypes, folder)
                 if source.version == "4" and expected is not None:
-                    found = judged(dtypes, found.weights, expected, _logits_in_transformers(folder, source, tokens))
+                    found = compare_logits(
+                        dtypes, found.weights, expected, _logits_in_transformers(folder, source, tokens)
+                    )
     except BaseException:
         if made:
             shutil.rmtree(output)

@@ -6,8 +6,8 @@
         --proj_dir out/dpo --ctx_len 1024 --micro_bsz 4 --epoch_count 1 --epoch_steps 500
 
 Start from a model that answers already, such as one tuned with scripts/lora.py and merged. The
-result is a LoRA adapter, as of scripts/lora.py; --lora false trains all weights. The reference
-model is the one that the run starts from; it needs no memory of its own. scripts/lora.py,
+result is a LoRA adapter, as from scripts/lora.py; --lora false trains all weights. The reference
+model is the one that the run starts from; it takes no additional memory. scripts/lora.py,
 finetune.py and state.py with --objective dpo do the same with their defaults.
 """
 

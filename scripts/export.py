@@ -49,12 +49,11 @@ def main(config: ExportConfig) -> None:
     if folder:
         kind = export_folder.layout_of(kind, source)
     export.check_state(kind, source)
+    dtype = export.dtype_in(kind, config.dtype, source)
     if folder:
-        dtype = export.dtype_in(kind, config.dtype, source)
         shard = int(config.max_shard_gb * 1e9)
         found = export_folder.export_folder(source, output, kind, dtype, tokens, config.ctx_len, shard)
     else:
-        dtype = export.dtype_in(kind, config.dtype, source)
         origin = {
             "exported_from": os.path.abspath(base),
             **({"adapter": os.path.abspath(config.lora)} if config.lora else {}),

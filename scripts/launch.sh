@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Start one run on several machines, with one process per GPU.
 #
-# This folder, the data and the models must have the same paths on all machines. --proj_dir must be on shared
-# storage, or at least on storage that the first machine can still read afterwards. If a machine fails, repeat the
-# command to resume from the last training state; the processes on the other machines exit by
-# themselves (torchrun of torch 1.13.1: after up to 5 minutes).
+# This folder, the data and the models must have the same paths on all machines. --proj_dir must be
+# on shared storage, or at least on storage that the first machine can still read afterwards. If a
+# machine fails, repeat the command to resume from the last training state; the processes on the
+# other machines exit by themselves (torchrun of torch 1.13.1: after up to 5 minutes).
 #
 #   torchrun      On each machine, with the first one as --node 0:
 #                   scripts/launch.sh --nodes 2 --node 0 --master 10.0.0.1 -- scripts/lora.py --strategy deepspeed_stage_2 ...

@@ -1,4 +1,4 @@
-// Host code of the WKV operators: checks of tensors, and pointers to them.
+// Host code of the operators: checks of tensors, and pointers to them.
 #pragma once
 #include "common/operations.h"
 
@@ -8,6 +8,12 @@ inline void check(const char* op, const Tensor& x, const char* name, const Tenso
                   at::IntArrayRef sizes) {
   TORCH_CHECK(x.sizes() == sizes && x.scalar_type() == dtype && x.device() == like.device() && x.is_contiguous(), op,
               ": ", name, " must be a contiguous ", dtype, " tensor of sizes ", sizes, " on ", like.device(), "; got ",
+              x.scalar_type(), " ", x.sizes(), " on ", x.device());
+}
+
+inline void check_count(const Tensor& x, const char* name, const Tensor& like, at::ScalarType dtype, int64_t count) {
+  TORCH_CHECK(x.is_contiguous() && x.device() == like.device() && x.scalar_type() == dtype && x.numel() == count, name,
+              " must be a contiguous ", dtype, " tensor of ", count, " elements on ", like.device(), "; got ",
               x.scalar_type(), " ", x.sizes(), " on ", x.device());
 }
 

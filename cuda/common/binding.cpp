@@ -21,8 +21,8 @@ TORCH_LIBRARY(rwkv, library) {
     define_pair("wkv4_cpu_" + direction, "wkv4_cuda_" + direction, "Tensor w, Tensor u, Tensor k, Tensor v, " + inputs,
                 ", int segment", outputs, on_cpu, on_gpu);
   };
-  const auto fused = [&](const std::string& name, const std::string& inputs, const std::string& outputs, auto* on_cpu,
-                         auto* on_gpu) { define_pair(name, "cuda_" + name, inputs, "", outputs, on_cpu, on_gpu); };
+  const auto define = [&](const std::string& name, const std::string& inputs, const std::string& outputs, auto* on_cpu,
+                          auto* on_gpu) { define_pair(name, "cuda_" + name, inputs, "", outputs, on_cpu, on_gpu); };
   wkv4("forward", "Tensor? state, Tensor? initial, Tensor? reset", "(Tensor y, Tensor state, Tensor saved)",
        cpu::wkv4_forward, gpu::wkv4_forward);
   wkv4("backward", "Tensor? initial, Tensor? reset, Tensor saved, Tensor gy, Tensor? gstate",
@@ -52,31 +52,31 @@ TORCH_LIBRARY(rwkv, library) {
               gpu::wkv7_chunk_forward);
   library.def(("wkv7_cuda_chunk_backward(" + wkv7_backward + launch + ") -> " + wkv7_gradients).c_str(),
               gpu::wkv7_chunk_backward);
-  fused("norm_forward", "Tensor x, Tensor w, Tensor b, float eps, ScalarType y_dtype", "(Tensor y, Tensor stats)",
-        cpu::norm_forward, gpu::norm_forward);
-  fused("norm_backward", "Tensor gy, Tensor x, Tensor w, Tensor stats, bool affine",
-        "(Tensor gx, Tensor gw, Tensor gb)", cpu::norm_backward, gpu::norm_backward);
-  fused("mix_forward", "Tensor x, Tensor last, Tensor? initial, Tensor? reset, Tensor mix", "Tensor[]",
-        cpu::mix_forward, gpu::mix_forward);
-  fused("mix_backward", "Tensor[] gy, Tensor x, Tensor last, Tensor? initial, Tensor? reset, Tensor mix, bool want_mix",
-        "(Tensor gx, Tensor glast, Tensor gmix)", cpu::mix_backward, gpu::mix_backward);
-  fused("gate_forward", "Tensor r, Tensor v", "Tensor", cpu::gate_forward, gpu::gate_forward);
-  fused("gate_backward", "Tensor g, Tensor r, Tensor v", "(Tensor gr, Tensor gv)", cpu::gate_backward,
-        gpu::gate_backward);
-  fused("relu2_forward", "Tensor k", "Tensor", cpu::relu2_forward, gpu::relu2_forward);
-  fused("relu2_backward", "Tensor g, Tensor k", "Tensor", cpu::relu2_backward, gpu::relu2_backward);
-  fused("dropout", "Tensor x, Tensor seed, float p", "Tensor", cpu::dropout, gpu::dropout);
-  fused("dropout_add", "Tensor(a!) y, Tensor x, Tensor seed, float p", "()", cpu::dropout_add, gpu::dropout_add);
-  fused("loss", "Tensor(a!) logits, Tensor target, float l2wrap, bool gradient", "Tensor", cpu::loss, gpu::loss);
-  fused("nf4_dense",
-        "Tensor packed, Tensor levels, Tensor absmax, Tensor absmax_levels, Tensor group_absmax, Tensor offset, "
-        "int[] sizes, ScalarType dtype",
-        "Tensor", cpu::nf4_dense, gpu::nf4_dense);
-  fused("int8_dense", "Tensor x, Tensor absmax, ScalarType dtype", "Tensor", cpu::int8_dense, gpu::int8_dense);
-  fused("adamw",
-        "Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, Tensor(d!)? m_max, Tensor(e!)? v_max, Tensor tables, "
-        "Tensor clip, int step, float rate, float beta1, float beta2, float eps, float decay, int key",
-        "()", cpu::adamw, gpu::adamw);
+  define("norm_forward", "Tensor x, Tensor w, Tensor b, float eps, ScalarType y_dtype", "(Tensor y, Tensor stats)",
+         cpu::norm_forward, gpu::norm_forward);
+  define("norm_backward", "Tensor gy, Tensor x, Tensor w, Tensor stats, bool affine",
+         "(Tensor gx, Tensor gw, Tensor gb)", cpu::norm_backward, gpu::norm_backward);
+  define("mix_forward", "Tensor x, Tensor last, Tensor? initial, Tensor? reset, Tensor mix", "Tensor[]",
+         cpu::mix_forward, gpu::mix_forward);
+  define("mix_backward", "Tensor[] gy, Tensor x, Tensor last, Tensor? initial, Tensor? reset, Tensor mix, bool want_mix",
+         "(Tensor gx, Tensor glast, Tensor gmix)", cpu::mix_backward, gpu::mix_backward);
+  define("gate_forward", "Tensor r, Tensor v", "Tensor", cpu::gate_forward, gpu::gate_forward);
+  define("gate_backward", "Tensor g, Tensor r, Tensor v", "(Tensor gr, Tensor gv)", cpu::gate_backward,
+         gpu::gate_backward);
+  define("relu2_forward", "Tensor k", "Tensor", cpu::relu2_forward, gpu::relu2_forward);
+  define("relu2_backward", "Tensor g, Tensor k", "Tensor", cpu::relu2_backward, gpu::relu2_backward);
+  define("dropout", "Tensor x, Tensor seed, float p", "Tensor", cpu::dropout, gpu::dropout);
+  define("dropout_add", "Tensor(a!) y, Tensor x, Tensor seed, float p", "()", cpu::dropout_add, gpu::dropout_add);
+  define("loss", "Tensor(a!) logits, Tensor target, float l2wrap, bool gradient", "Tensor", cpu::loss, gpu::loss);
+  define("nf4_dense",
+         "Tensor packed, Tensor levels, Tensor absmax, Tensor absmax_levels, Tensor group_absmax, Tensor offset, "
+         "int[] sizes, ScalarType dtype",
+         "Tensor", cpu::nf4_dense, gpu::nf4_dense);
+  define("int8_dense", "Tensor x, Tensor absmax, ScalarType dtype", "Tensor", cpu::int8_dense, gpu::int8_dense);
+  define("adamw",
+         "Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, Tensor(d!)? m_max, Tensor(e!)? v_max, Tensor tables, "
+         "Tensor clip, int step, float rate, float beta1, float beta2, float eps, float decay, int key",
+         "()", cpu::adamw, gpu::adamw);
   library.def("cuda_keys_forward(Tensor[] x, Tensor[] p, int device, int stream) -> Tensor[]", gpu::keys_forward);
   library.def(
       "cuda_keys_backward(Tensor[] g, Tensor[] x, Tensor[] p, bool affine, int device, int stream) -> Tensor[]",

@@ -10,7 +10,7 @@
 #define SHARED __shared__
 typedef float wkv_float;
 typedef unsigned wkv_bits;
-// For x <= 0. Its relative error, 2^-22 + |x| 2^-23, is negligible next to the 1 of a pair.
+// For x <= 0; the relative error is 2^-22 + |x| 2^-23. (WKV4 adds e^x to e^0 = 1, next to which it is negligible.)
 WKV_FN float wkv_exp(float x) { return __expf(x); }
 WKV_FN float wkv_max(float x, float y) { return fmaxf(x, y); }
 WKV_FN float wkv_negative_magnitude(float x) { return -fabsf(x); }

@@ -1,7 +1,7 @@
 // The operators behind torch.ops.rwkv (binding.cpp), for CPUs and, with the device and the stream
-// to launch on, for GPUs. Implemented in wkv4.cpp, wkv6.cpp, wkv7.cpp, fused.cpp, fused_gpu.cpp,
-// time_mix.cpp, quant.cpp, quant_gpu.cpp, adamw.cpp and adamw_gpu.cpp. None of torch's headers that declare every operator are included: they dominate
-// compile time.
+// to launch on, for GPUs. Implemented in wkv4.cpp, wkv6.cpp, wkv7.cpp, wkv7_chunk.cpp, fused.cpp,
+// fused_gpu.cpp, time_mix.cpp, quant.cpp, quant_gpu.cpp, adamw.cpp and adamw_gpu.cpp. torch's
+// headers that declare every operator are not included: they dominate compile time.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <torch/version.h>
@@ -23,7 +23,7 @@ inline const at::Tensor* or_null(const Optional<at::Tensor>& x) {
 using at::Tensor;
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;  // y, state, saved
 // Of w, u, k, v, state and initial; the last is undefined without `initial`.
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Wkv4GradientTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 // Of r, w, k, v, u, state and initial; the last is undefined without `initial`.
 using Wkv6GradientTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 // Of r, w, k, v, a, b, state and initial; the last is undefined without `initial`.
@@ -33,9 +33,9 @@ namespace cpu {
 
 Outputs wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& state,
                      const Optional<Tensor>& initial, const Optional<Tensor>& reset);
-Gradients wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
-                        const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& saved,
-                        const Tensor& gy, const Optional<Tensor>& gstate);
+Wkv4GradientTensors wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                                  const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& saved,
+                                  const Tensor& gy, const Optional<Tensor>& gstate);
 Outputs wkv6_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& u,
                      const Optional<Tensor>& state, const Optional<Tensor>& initial, const Optional<Tensor>& reset);
 Wkv6GradientTensors wkv6_backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& u,
@@ -81,10 +81,10 @@ namespace gpu {
 Outputs wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Optional<Tensor>& state,
                      const Optional<Tensor>& initial, const Optional<Tensor>& reset, int64_t segment, int64_t device,
                      int64_t stream);
-Gradients wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
-                        const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& saved,
-                        const Tensor& gy, const Optional<Tensor>& gstate, int64_t segment, int64_t device,
-                        int64_t stream);
+Wkv4GradientTensors wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                                  const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& saved,
+                                  const Tensor& gy, const Optional<Tensor>& gstate, int64_t segment, int64_t device,
+                                  int64_t stream);
 Outputs wkv6_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& u,
                      const Optional<Tensor>& state, const Optional<Tensor>& initial, const Optional<Tensor>& reset,
                      int64_t device, int64_t stream);

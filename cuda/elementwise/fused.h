@@ -1,5 +1,5 @@
-// The elementwise formulas of an RWKV-4 block and of the loss, with their gradients, for one
-// element; shared by all devices.
+// The elementwise formulas of a block and of the loss, with their gradients, for one element; shared
+// by all devices.
 //
 // mix       m·x + (1 − m)·before        before: the previous token, or the initial one at a document start
 // gate      σ(r)·v

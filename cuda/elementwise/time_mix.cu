@@ -47,6 +47,12 @@ WKV_FN HeadPlace head_place(const TimeMixShape& q) {
   p.has_elements = element < q.N && p.begin < q.tokens;
   return p;
 }
+// Writes the sums over a slice for COUNT parameters, [slices, COUNT, channels]; nothing if `to` is null.
+template <int COUNT> WKV_FN void store_sums(float* to, const HeadPlace& p, const float (&sums)[COUNT][2]) {
+  if (!to || !p.has_elements) return;
+  to += p.slice_number * COUNT * p.channels + p.channel;
+  _Pragma("unroll") for (int n = 0; n < COUNT; n++) EACH_OF_2 to[n * p.channels + i] = sums[n][i];
+}
 
 WKV_FN TimeMixKeysParameters keys_parameters(const KeysArgs& q, const HeadPlace& p, int i) {
   if (!p.has_elements) return {};
@@ -144,15 +150,8 @@ template <class E> WKV_FN void keys_gradient(const KeysArgs& q) {
     store_pair<E>(q.gmix, at, valid, mix);
     store_pair<E>(q.gfirst, at, valid, first);
   }
-  if (!q.sums || !p.has_elements) return;
-  float* to = q.sums + p.slice_number * 5 * p.channels + p.channel;
-  EACH_OF_2 {
-    to[i] = sums[i].w0;
-    to[p.channels + i] = sums[i].a0;
-    to[2 * p.channels + i] = sums[i].v0;
-    to[3 * p.channels + i] = sums[i].k_k;
-    to[4 * p.channels + i] = sums[i].k_a;
-  }
+  store_sums<5>(q.sums, p, {{sums[0].w0, sums[1].w0}, {sums[0].a0, sums[1].a0}, {sums[0].v0, sums[1].v0},
+                            {sums[0].k_k, sums[1].k_k}, {sums[0].k_a, sums[1].k_a}});
 }
 
 struct HeadGateParameters { float weight, bias, r_k; };
@@ -242,13 +241,7 @@ template <class E> WKV_FN void head_gate_gradient(const HeadGateArgs& q) {
     store_pair<E>(q.gk, at, valid, gk);
     store_pair<E>(q.gv, at, valid, gv);
   }
-  if (!q.sums || !p.has_elements) return;
-  float* to = q.sums + p.slice_number * 3 * p.channels + p.channel;
-  EACH_OF_2 {
-    to[i] = sums[i].weight;
-    to[p.channels + i] = sums[i].bias;
-    to[2 * p.channels + i] = sums[i].r_k;
-  }
+  store_sums<3>(q.sums, p, {{sums[0].weight, sums[1].weight}, {sums[0].bias, sums[1].bias}, {sums[0].r_k, sums[1].r_k}});
 }
 
 #define KERNELS_OF(E)                                                                                       \

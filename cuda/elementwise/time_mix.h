@@ -28,8 +28,8 @@ WKV_FN TimeMixKeys time_mix_keys(const TimeMixKeysInputs& x, const TimeMixKeysPa
 struct TimeMixKeysGradients { wkv_float w, k, v, a, b; };
 // The gradient of the removal key κ.
 WKV_FN wkv_float time_mix_removal_gradient(const TimeMixKeysGradients& g, const TimeMixKeys& y) { return g.b * y.rate - g.a; }
-// Writes the gradients of the inputs, and those of the parameters. product: the sum of κ and its
-// gradient's products over the head; 0 where the norm is below 1e-12.
+// Writes the gradients of the inputs and of the parameters. product: the dot product of κ and its
+// gradient over the head; 0 where the norm is below 1e-12.
 WKV_FN void time_mix_keys_gradient(const TimeMixKeysGradients& g, const TimeMixKeysInputs& x, const TimeMixKeysParameters& p,
                                    const TimeMixKeys& y, wkv_float inverse, wkv_float product, bool later,
                                    TimeMixKeysInputs& gx, TimeMixKeysParameters& gp) {

@@ -2,16 +2,12 @@
 #pragma once
 #include <cmath>
 
-#include "common/operations.h"
+#include "common/arguments.h"
 #include "optimizer/adamw_args.h"
 
 namespace optimizer {
 
-inline void check(const Tensor& x, const char* name, const Tensor& like, at::ScalarType type, int64_t count) {
-  TORCH_CHECK(x.is_contiguous() && x.device() == like.device() && x.scalar_type() == type && x.numel() == count, name,
-              " must be a contiguous ", type, " tensor of ", count, " elements on ", like.device(), "; got ",
-              x.scalar_type(), " ", x.sizes(), " on ", x.device());
-}
+using arguments::check_count;
 
 inline AdamW adamw_of(const Tensor& p, const Tensor& g, const Tensor& m, const Tensor& v,
                       const Optional<Tensor>& m_max, const Optional<Tensor>& v_max, const Tensor& tables,
@@ -24,16 +20,16 @@ inline AdamW adamw_of(const Tensor& p, const Tensor& g, const Tensor& m, const T
   TORCH_CHECK(N < 1ll << 32, "at most 2^32 elements are supported; got ", N);
   TORCH_CHECK(step >= 1, "steps count from 1; got ", step);
   TORCH_CHECK(!mx == !vx, "both moments must have an absmax, or none");
-  check(p, "the weight", p, type, N);
-  check(g, "the gradient", p, type, N);
-  check(m, "the first moment", p, mx ? at::kByte : at::kFloat, N);
-  check(v, "the second moment", p, mx ? at::kByte : at::kFloat, N);
+  check_count(p, "the weight", p, type, N);
+  check_count(g, "the gradient", p, type, N);
+  check_count(m, "the first moment", p, mx ? at::kByte : at::kFloat, N);
+  check_count(v, "the second moment", p, mx ? at::kByte : at::kFloat, N);
   if (mx) {
-    check(*mx, "the first moment's absmax", p, at::kFloat, blocks);
-    check(*vx, "the second moment's absmax", p, at::kFloat, blocks);
+    check_count(*mx, "the first moment's absmax", p, at::kFloat, blocks);
+    check_count(*vx, "the second moment's absmax", p, at::kFloat, blocks);
   }
-  check(tables, "tables", p, at::kFloat, 4 * 256);
-  check(clip, "clip", p, at::kFloat, 1);
+  check_count(tables, "tables", p, at::kFloat, 4 * 256);
+  check_count(clip, "clip", p, at::kFloat, 1);
   return {N,
           p.data_ptr(),
           g.data_ptr(),

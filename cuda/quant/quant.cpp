@@ -100,9 +100,9 @@ Tensor nf4_dense(const Tensor& packed, const Tensor& levels, const Tensor& absma
 
 Tensor nf4_quantise(const Tensor& x, const Tensor& thresholds, const Tensor& packed) {
   const int64_t N = x.numel(), blocks = (N + QUANT_BLOCK - 1) / QUANT_BLOCK;
-  quant::check(x, "x", packed, at::kFloat, N);
-  quant::check(thresholds, "thresholds", packed, at::kFloat, 15);
-  quant::check(packed, "packed", packed, at::kByte, (N + 1) / 2);
+  arguments::check_count(x, "x", packed, at::kFloat, N);
+  arguments::check_count(thresholds, "thresholds", packed, at::kFloat, 15);
+  arguments::check_count(packed, "packed", packed, at::kByte, (N + 1) / 2);
   const Tensor absmax = x.new_empty({blocks});
   const float *from = x.data_ptr<float>(), *bounds = thresholds.data_ptr<float>();
   uint8_t* to = packed.data_ptr<uint8_t>();

@@ -86,9 +86,9 @@ Outputs cpu::wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, con
   return {y, saved.select(1, chunks).clone(), saved};
 }
 
-Gradients cpu::wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
-                             const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& saved,
-                             const Tensor& gy, const Optional<Tensor>& gstate) {
+Wkv4GradientTensors cpu::wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                                       const Optional<Tensor>& initial, const Optional<Tensor>& reset,
+                                       const Tensor& saved, const Tensor& gy, const Optional<Tensor>& gstate) {
   check_inputs(w, u, k, v, nullptr, or_null(initial), or_null(reset));
   check_gradient_inputs(k, saved, (k.size(1) + WKV4_SAVE_INTERVAL - 1) / WKV4_SAVE_INTERVAL + 1, gy, or_null(gstate));
   const int dtype = arguments::cpu_dtype("wkv4", k, "k");
@@ -133,6 +133,11 @@ Wkv4Args cuda_args(const Tensor& w, const Tensor& u, const Tensor& k, const Tens
   return args;
 }
 
+void launch(int64_t device, int64_t stream, const std::string& kernel, int64_t threads, const Wkv4Args& args) {
+  launcher::launch(device, reinterpret_cast<void*>(stream), kernel, (threads + WKV4_THREADS - 1) / WKV4_THREADS,
+                   WKV4_THREADS, &args);
+}
+
 }  // namespace
 
 Outputs gpu::wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
@@ -148,23 +153,19 @@ Outputs gpu::wkv4_forward(const Tensor& w, const Tensor& u, const Tensor& k, con
   const Tensor has_reset = k.new_empty({B, int64_t(args.segments)}, k.options().dtype(at::kBool));
   args.first = floats(or_null(state)), args.has_reset = has_reset.data_ptr<bool>(), args.y = y.data_ptr(),
   args.last = last.data_ptr<float>();
-  const auto launch = [&](const std::string& kernel, int64_t threads) {
-    launcher::launch(device, reinterpret_cast<void*>(stream), kernel, (threads + WKV4_THREADS - 1) / WKV4_THREADS,
-                     WKV4_THREADS, &args);
-  };
   if (k.numel() == 0) return {y, last, saved};
   if (args.segments > 1) {
-    launch("wkv4_summary_" + dtype, B * args.segments * C);
-    launch("wkv4_scan", B * C);
+    launch(device, stream, "wkv4_summary_" + dtype, B * args.segments * C, args);
+    launch(device, stream, "wkv4_scan", B * C, args);
   }
-  launch("wkv4_output_" + dtype, B * args.segments * C);
+  launch(device, stream, "wkv4_output_" + dtype, B * args.segments * C, args);
   return {y, last, saved};
 }
 
-Gradients gpu::wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
-                             const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& saved,
-                             const Tensor& gy, const Optional<Tensor>& gstate, int64_t segment, int64_t device,
-                             int64_t stream) {
+Wkv4GradientTensors gpu::wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                                       const Optional<Tensor>& initial, const Optional<Tensor>& reset,
+                                       const Tensor& saved, const Tensor& gy, const Optional<Tensor>& gstate,
+                                       int64_t segment, int64_t device, int64_t stream) {
   check_inputs(w, u, k, v, nullptr, or_null(initial), or_null(reset));
   check_gradient_inputs(k, saved, (k.size(1) + WKV4_SAVE_INTERVAL - 1) / WKV4_SAVE_INTERVAL, gy, or_null(gstate));
   const std::string dtype = cuda_dtype(k);
@@ -180,16 +181,12 @@ Gradients gpu::wkv4_backward(const Tensor& w, const Tensor& u, const Tensor& k, 
   args.gw = gw.data_ptr<float>(), args.gu = gu.data_ptr<float>(), args.gk = gk.data_ptr(), args.gv = gv.data_ptr(),
   args.gfirst = gfirst.data_ptr<float>();
   args.ginitial = or_null(initial) ? ginitial.data_ptr<float>() : nullptr;
-  const auto launch = [&](const std::string& kernel, int64_t threads) {
-    launcher::launch(device, reinterpret_cast<void*>(stream), kernel, (threads + WKV4_THREADS - 1) / WKV4_THREADS,
-                     WKV4_THREADS, &args);
-  };
   if (k.numel() > 0) {
     if (args.segments > 1) {
-      launch("wkv4_summary_gradient_" + dtype, rows * C);
-      launch("wkv4_scan_gradient", B * C);
+      launch(device, stream, "wkv4_summary_gradient_" + dtype, rows * C, args);
+      launch(device, stream, "wkv4_scan_gradient", B * C, args);
     }
-    launch("wkv4_gradient_" + dtype, rows * C);
+    launch(device, stream, "wkv4_gradient_" + dtype, rows * C, args);
   }
   return {sum_rows(gw), sum_rows(gu), gk, gv, gfirst, or_null(initial) ? ginitial.sum(1) : ginitial};
 }

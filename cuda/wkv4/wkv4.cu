@@ -1,4 +1,4 @@
-// WKV kernels: one thread per (batch row, time segment, channel), with channels contiguous.
+// WKV4 kernels: one thread per (batch row, time segment, channel), with channels contiguous.
 //
 // Forward: wkv4_summary runs every segment from an empty state, wkv4_scan combines these summaries
 // into every segment's incoming state, and wkv4_output runs every segment again from that state,

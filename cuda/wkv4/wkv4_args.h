@@ -1,4 +1,4 @@
-// The argument of every WKV kernel. Compiled by NVRTC and by the host compiler.
+// The argument of every WKV4 kernel. Compiled by NVRTC and by the host compiler.
 #pragma once
 
 #define WKV4_SAVE_INTERVAL 16  // tokens per saved state

@@ -1,4 +1,4 @@
-// The interface of the WKV CPU loops (one file per vector width). No C++ library header may be
+// The interface of the WKV4 CPU loops (one file per vector width). No C++ library header may be
 // included here: the linker could replace the baseline copy of an inline function by one compiled
 // for a wider vector unit.
 #pragma once

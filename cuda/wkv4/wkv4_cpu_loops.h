@@ -1,4 +1,4 @@
-// The WKV loops over time and channels, written once for vectors of WKV_BYTES bytes. A file per
+// The WKV4 loops over time and channels, written once for vectors of WKV_BYTES bytes. A file per
 // width (cpu_*.cpp) sets its target, WKV_BYTES and LOOPS and includes this one.
 #include "wkv4/wkv4_cpu.h"
 #include "common/cpu_block.h"

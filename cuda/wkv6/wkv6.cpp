@@ -138,8 +138,8 @@ Outputs gpu::wkv6_forward(const Tensor& r, const Tensor& w, const Tensor& k, con
   const Tensor saved = w.new_empty({B, H, chunks(r), N, N});
   if (r.numel() > 0) {
     CudaInputs inputs(r, w, k, v, u, initial, reset, saved);
-    const Optional<Tensor> state4 = aligned(state);
-    inputs.args.first = floats(or_null(state4));
+    const Optional<Tensor> aligned_state = aligned(state);
+    inputs.args.first = floats(or_null(aligned_state));
     inputs.args.y = y.data_ptr(), inputs.args.last = last.data_ptr<float>();
     launch(device, stream, "wkv6_output_" + kind, inputs.args);
   }
@@ -161,10 +161,10 @@ Wkv6GradientTensors gpu::wkv6_backward(const Tensor& r, const Tensor& w, const T
   if (r.numel() > 0) {
     const Tensor work = w.new_empty({B * H * blocks, WKV6_WORK});
     CudaInputs inputs(r, w, k, v, u, initial, reset, saved);
-    const Tensor gy4 = aligned(gy);
-    const Optional<Tensor> gstate4 = aligned(gstate);
+    const Tensor aligned_gy = aligned(gy);
+    const Optional<Tensor> aligned_gstate = aligned(gstate);
     Wkv6Args& args = inputs.args;
-    args.gy = gy4.data_ptr(), args.glast = floats(or_null(gstate4)), args.work = work.data_ptr<float>();
+    args.gy = aligned_gy.data_ptr(), args.glast = floats(or_null(aligned_gstate)), args.work = work.data_ptr<float>();
     args.gr = gr.data_ptr(), args.gk = gk.data_ptr(), args.gv = gv.data_ptr();
     args.gw = gw.data_ptr<float>(), args.gu = gu.data_ptr<float>(), args.gfirst = gfirst.data_ptr<float>();
     args.ginitial = or_null(initial) ? ginitial.data_ptr<float>() : nullptr;

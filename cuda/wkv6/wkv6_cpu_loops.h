@@ -79,8 +79,8 @@ void forward(const Wkv6Problem& q, const Wkv6Outputs& out, int64_t row, int64_t 
   __builtin_memcpy(out.last + index * N * N, S, N * N * sizeof(float));
 }
 
-// Gradients of one token. S: the state before it. G: gradient of the state after it, on return of S.
-// Adds to gu, and overwrites grad.
+// Gradients of one token; of_x is the gradient of x. S: the state before the token. G: the gradient
+// of the state after it; on return, that of S. Adds to gu, and overwrites grad.
 template <int FIXED>
 WKV_FN void step_backward(float* G, const float* S, const Token& x, const float* u, const float* gy, Token& grad,
                           float* gu, int64_t size) {

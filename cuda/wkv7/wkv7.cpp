@@ -11,7 +11,8 @@ namespace {
 
 using arguments::flags;
 using arguments::floats;
-using wkv7::aligned;
+using heads::aligned;
+using heads::sum_blocks;
 using wkv7::check_inputs;
 using wkv7::chunks;
 
@@ -101,13 +102,28 @@ CudaPlan cuda_plan(const Tensor& r) {
 // Blocks per head.
 int64_t row_blocks(int64_t N, int warps) { return (N + warps * WKV7_WARP_ROWS - 1) / (warps * WKV7_WARP_ROWS); }
 
+// Aligned copies of what both passes read, where it is not aligned, and pointers to it.
+struct CudaInputs {
+  Tensor r, w, k, v, a, b;
+  Optional<Tensor> initial;
+  Wkv7Args args{};
+
+  CudaInputs(const Tensor& r_, const Tensor& w_, const Tensor& k_, const Tensor& v_, const Tensor& a_,
+             const Tensor& b_, const Optional<Tensor>& initial_, const Optional<Tensor>& reset, const Tensor& saved)
+      : r(aligned(r_)), w(aligned(w_)), k(aligned(k_)), v(aligned(v_)), a(aligned(a_)), b(aligned(b_)),
+        initial(aligned(initial_)) {
+    args.B = r.size(0), args.T = r.size(1), args.H = r.size(2), args.N = r.size(3);
+    args.r = r.data_ptr(), args.w = floats(&w), args.k = k.data_ptr(), args.v = v.data_ptr(), args.a = a.data_ptr(),
+    args.b = b.data_ptr();
+    args.reset = flags(or_null(reset)), args.initial = floats(or_null(initial)), args.saved = saved.data_ptr<float>();
+  }
+};
+
 void launch(int64_t device, int64_t stream, const std::string& kernel, int warps, Wkv7Args& args) {
   args.row_blocks = row_blocks(args.N, warps);
   launcher::launch(device, reinterpret_cast<void*>(stream), kernel, args.B * args.H * args.row_blocks, 32 * warps,
                    &args);
 }
-
-Tensor sum_row_blocks(const Tensor& x) { return x.size(0) == 1 ? x.select(0, 0) : x.sum(0); }
 
 }  // namespace
 
@@ -115,21 +131,17 @@ Outputs gpu::wkv7_forward(const Tensor& r, const Tensor& w, const Tensor& k, con
                           const Tensor& b, const Optional<Tensor>& state, const Optional<Tensor>& initial,
                           const Optional<Tensor>& reset, int64_t device, int64_t stream) {
   check_inputs(r, w, k, v, a, b, or_null(state), or_null(initial), or_null(reset));
-  const int64_t B = r.size(0), T = r.size(1), H = r.size(2), N = r.size(3);
+  const int64_t B = r.size(0), H = r.size(2), N = r.size(3);
   const auto fp32 = r.options().dtype(at::kFloat);
   const std::string kind = cuda_plan(r).kind;
   const Tensor y = r.new_empty(r.sizes()), last = r.new_empty({B, H, N, N}, fp32);
   const Tensor saved = r.new_empty({B, H, chunks(r), N, N}, fp32);
   if (r.numel() == 0) return {y, last, saved};
-  const Tensor r4 = aligned(r), w4 = aligned(w), k4 = aligned(k), v4 = aligned(v), a4 = aligned(a), b4 = aligned(b);
-  const Optional<Tensor> state4 = aligned(state), initial4 = aligned(initial);
-  Wkv7Args args{};
-  args.B = B, args.T = T, args.H = H, args.N = N;
-  args.r = r4.data_ptr(), args.w = floats(&w4), args.k = k4.data_ptr(), args.v = v4.data_ptr(),
-  args.a = a4.data_ptr(), args.b = b4.data_ptr();
-  args.reset = flags(or_null(reset)), args.first = floats(or_null(state4)), args.initial = floats(or_null(initial4));
-  args.saved = saved.data_ptr<float>(), args.y = y.data_ptr(), args.last = last.data_ptr<float>();
-  launch(device, stream, "wkv7_output_" + kind, WKV7_WARPS, args);
+  CudaInputs inputs(r, w, k, v, a, b, initial, reset, saved);
+  const Optional<Tensor> aligned_state = aligned(state);
+  inputs.args.first = floats(or_null(aligned_state));
+  inputs.args.y = y.data_ptr(), inputs.args.last = last.data_ptr<float>();
+  launch(device, stream, "wkv7_output_" + kind, WKV7_WARPS, inputs.args);
   return {y, last, saved};
 }
 
@@ -143,28 +155,22 @@ Wkv7GradientTensors gpu::wkv7_backward(const Tensor& r, const Tensor& w, const T
   const int64_t B = r.size(0), T = r.size(1), H = r.size(2), N = r.size(3);
   const auto fp32 = r.options().dtype(at::kFloat);
   const int64_t blocks = row_blocks(N, plan.warps_backward);
-  const auto sum_over_rows = [&](const Tensor& of) { return of.new_empty({blocks, B, T, H, N}); };
-  const Tensor gr = sum_over_rows(r), gw = sum_over_rows(w), gk = sum_over_rows(k), ga = sum_over_rows(a),
-               gb = sum_over_rows(b), gv = v.new_empty(v.sizes());
+  const auto per_block = [&](const Tensor& x) { return x.new_empty({blocks, B, T, H, N}); };
+  const Tensor gr = per_block(r), gw = per_block(w), gk = per_block(k), ga = per_block(a), gb = per_block(b),
+               gv = v.new_empty(v.sizes());
   const Tensor gfirst = w.new_empty({B, H, N, N});
   const Tensor ginitial = or_null(initial) ? w.new_empty({B, H, N, N}) : Tensor();
   if (r.numel() > 0) {
     const Tensor work = r.new_empty({B * H * blocks, wkv7_work_floats(plan.width, plan.warps_backward)}, fp32);
-    const Tensor r4 = aligned(r), w4 = aligned(w), k4 = aligned(k), v4 = aligned(v), a4 = aligned(a), b4 = aligned(b),
-                 gy4 = aligned(gy);
-    const Optional<Tensor> initial4 = aligned(initial), gstate4 = aligned(gstate);
-    Wkv7Args args{};
-    args.B = B, args.T = T, args.H = H, args.N = N;
-    args.r = r4.data_ptr(), args.w = floats(&w4), args.k = k4.data_ptr(), args.v = v4.data_ptr(),
-    args.a = a4.data_ptr(), args.b = b4.data_ptr();
-    args.reset = flags(or_null(reset)), args.initial = floats(or_null(initial4));
-    args.saved = saved.data_ptr<float>(), args.gy = gy4.data_ptr(), args.glast = floats(or_null(gstate4));
-    args.work = work.data_ptr<float>(), args.gr = gr.data_ptr(), args.gw = gw.data_ptr<float>(),
-    args.gk = gk.data_ptr(), args.gv = gv.data_ptr(), args.ga = ga.data_ptr(), args.gb = gb.data_ptr();
-    args.gfirst = gfirst.data_ptr<float>(),
+    CudaInputs inputs(r, w, k, v, a, b, initial, reset, saved);
+    const Tensor aligned_gy = aligned(gy);
+    const Optional<Tensor> aligned_gstate = aligned(gstate);
+    Wkv7Args& args = inputs.args;
+    args.gy = aligned_gy.data_ptr(), args.glast = floats(or_null(aligned_gstate)), args.work = work.data_ptr<float>();
+    args.gr = gr.data_ptr(), args.gw = gw.data_ptr<float>(), args.gk = gk.data_ptr(), args.gv = gv.data_ptr(),
+    args.ga = ga.data_ptr(), args.gb = gb.data_ptr(), args.gfirst = gfirst.data_ptr<float>();
     args.ginitial = or_null(initial) ? ginitial.data_ptr<float>() : nullptr;
     launch(device, stream, "wkv7_gradient_" + plan.kind, plan.warps_backward, args);
   }
-  return {sum_row_blocks(gr), sum_row_blocks(gw), sum_row_blocks(gk), gv,
-          sum_row_blocks(ga), sum_row_blocks(gb), gfirst, ginitial};
+  return {sum_blocks(gr), sum_blocks(gw), sum_blocks(gk), gv, sum_blocks(ga), sum_blocks(gb), gfirst, ginitial};
 }

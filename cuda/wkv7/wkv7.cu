@@ -6,7 +6,7 @@
 // adjacent ones. Tokens are staged in shared memory, with e^w for w; the next ones are loaded
 // meanwhile. Tokens after the last and columns and rows beyond N are zeros, and change nothing.
 //
-// Backward, WKV7_INTERVAL tokens at a time: the first pass goes from the saved state through all of
+// Backward, WKV7_SAVE_INTERVAL tokens at a time: the first pass goes from the saved state through all of
 // them and puts every Q-th state into `work`; then, from the last to the first, Q states are
 // recomputed in registers. No atomics: results are bit-identical.
 //
@@ -71,7 +71,7 @@ template <class S> WKV_FN void output(const Wkv7Args& q) {
   read_state<S>(x, state_of(q.first, q, p), q, p);
   Fetched<S, B + 1> next = fetch<S, B + 1>(q, p, 0);
   for (long long begin = 0; begin < q.T; begin += S::STAGE) {
-    if (begin % WKV7_INTERVAL == 0) write_state<S>(saved(q, p, begin / WKV7_INTERVAL), x, q, p);
+    if (begin % WKV7_SAVE_INTERVAL == 0) write_state<S>(saved(q, p, begin / WKV7_SAVE_INTERVAL), x, q, p);
     barrier();
     put<S, B + 1>(tokens, next, p, 0);
     barrier();
@@ -104,7 +104,7 @@ template <class S> WKV_FN Four<float>* work(const Wkv7Args& q, const Place& p, i
 
 template <class S> struct GradientMemory {
   Tokens<S, GY + 1> tokens;
-  Four<float> values[WKV7_INTERVAL][S::BLOCK_ROWS / 4];  // s; the backward pass replaces it by gv
+  Four<float> values[WKV7_SAVE_INTERVAL][S::BLOCK_ROWS / 4];  // s; the backward pass replaces it by gv
   Four<float> partial[S::WARPS][SUMS][S::VECTORS];
 };
 
@@ -193,7 +193,7 @@ WKV_FN void token_gradient(State<S>& G, const State<S>& x, GradientMemory<S>& m,
 
 template <class S> WKV_FN void gradient(const Wkv7Args& q) {
   using E = typename S::E;
-  constexpr int Q = wkv7_states(S::WIDTH), PARTS = WKV7_INTERVAL / S::STAGE;
+  constexpr int Q = wkv7_states(S::WIDTH), PARTS = WKV7_SAVE_INTERVAL / S::STAGE;
   SHARED GradientMemory<S> m;
   const Place p = place<S>(q);
   const int warp = p.thread / 32;
@@ -203,17 +203,17 @@ template <class S> WKV_FN void gradient(const Wkv7Args& q) {
     EACH_ROW EACH_COLUMN x[i][j] = 0;
     write_state<S>(state_of(q.ginitial, q, p), x, q, p);
   }
-  const long long chunks = (q.T + WKV7_INTERVAL - 1) / WKV7_INTERVAL;
+  const long long chunks = (q.T + WKV7_SAVE_INTERVAL - 1) / WKV7_SAVE_INTERVAL;
   Fetched<S, GY + 1> next;
-  if (PARTS == 1) next = fetch<S, GY + 1>(q, p, (chunks - 1) * WKV7_INTERVAL);
+  if (PARTS == 1) next = fetch<S, GY + 1>(q, p, (chunks - 1) * WKV7_SAVE_INTERVAL);
   for (long long chunk = chunks - 1; chunk >= 0; chunk--) {
-    const long long begin = chunk * WKV7_INTERVAL;
+    const long long begin = chunk * WKV7_SAVE_INTERVAL;
     const auto stage = [&](int part) {
       if (PARTS > 1) next = fetch<S, GY + 1>(q, p, begin + part * S::STAGE);
       barrier();
       put<S, GY + 1>(m.tokens, next, p, part * S::STAGE);
       barrier();
-      if (PARTS == 1 && chunk) next = fetch<S, GY + 1>(q, p, begin - WKV7_INTERVAL);
+      if (PARTS == 1 && chunk) next = fetch<S, GY + 1>(q, p, begin - WKV7_SAVE_INTERVAL);
     };
     read_state<S>(x, saved(q, p, chunk), q, p);
     NO_UNROLL for (int part = 0; part < PARTS; part++) {
@@ -276,7 +276,7 @@ template <class S> WKV_FN void gradient(const Wkv7Args& q) {
       }
     }
     constexpr int VECTORS = S::BLOCK_ROWS / 4;
-    for (int at = p.thread; at < WKV7_INTERVAL * VECTORS; at += S::THREADS) {
+    for (int at = p.thread; at < WKV7_SAVE_INTERVAL * VECTORS; at += S::THREADS) {
       const long long t = begin + at / VECTORS;
       const int row = p.row_block * S::BLOCK_ROWS + at % VECTORS * 4;
       if (t >= q.T || row >= q.N) continue;

@@ -2,10 +2,10 @@
 #pragma once
 
 enum {
-  WKV7_INTERVAL = 16,  // tokens per saved state
-  WKV7_WARP_ROWS = 8,  // rows of a state per warp
-  WKV7_WARPS = 8,      // per block, so that a block has the 64 rows of a head of the usual size
-  WKV7_WIDE_WARPS = 4  // per block of wkv7_gradient_128 and _256, to fit 48 KiB of shared memory
+  WKV7_SAVE_INTERVAL = 16,  // tokens per saved state, on GPUs and CPUs
+  WKV7_WARP_ROWS = 8,       // rows of a state per warp
+  WKV7_WARPS = 8,           // per block, so that a block has the 64 rows of a head of the usual size
+  WKV7_WIDE_WARPS = 4       // per block of wkv7_gradient_128 and _256, to fit 48 KiB of shared memory
 };
 
 struct Wkv7Args {
@@ -15,7 +15,7 @@ struct Wkv7Args {
   const float* w;                     // [B, T, H, N], log-decay <= 0
   const unsigned char* reset;         // [B, T], nonzero where a document starts, or null
   const float *first, *initial;       // [B, H, N (value), N (key)]: incoming, at a document start; null: zeros
-  float* saved;                       // [B, H, ceil(T / WKV7_INTERVAL), N, N], the states before tokens 0, 16, ...
+  float* saved;                       // [B, H, ceil(T / WKV7_SAVE_INTERVAL), N, N], the states before tokens 0, 16, ...
   void* y;                            // [B, T, H, N]
   float* last;                        // [B, H, N, N], the outgoing state
   // Backward:
@@ -36,5 +36,5 @@ struct Wkv7Args {
 #endif
 WKV7_SIZE int wkv7_states(int width) { return 256 / width; }
 WKV7_SIZE long long wkv7_work_floats(int width, int warps) {
-  return (WKV7_INTERVAL / wkv7_states(width) - 1) * (long long)width * warps * WKV7_WARP_ROWS;
+  return (WKV7_SAVE_INTERVAL / wkv7_states(width) - 1) * (long long)width * warps * WKV7_WARP_ROWS;
 }

@@ -24,7 +24,7 @@ struct Launches {
   int64_t heads, slice, device, stream;
   Wkv7ChunkArgs args;
 
-  // At most `slice` chunks of each sequence per launch, which bound the workspace.
+  // At most `slice` chunks of each sequence per launch: this limits the workspace.
   Launches(const Tensor& r, int64_t slice, int64_t device, int64_t stream)
       : heads(r.size(0) * r.size(2)), slice(slice), device(device), stream(stream), args{} {
     TORCH_CHECK(slice >= 1, "wkv7: the chunks per launch must be at least 1; got ", slice);
@@ -71,10 +71,10 @@ Outputs gpu::wkv7_chunk_forward(const Tensor& r, const Tensor& w, const Tensor& 
   const Tensor saved = r.new_empty({B, H, wkv7::chunks(r), N, N}, fp32);
   if (r.numel() == 0) return {y, last, saved};
   const Tensor work = launches.workspace(r);
-  const Optional<Tensor> state4 = wkv7::aligned(state), initial4 = wkv7::aligned(initial);
+  const Optional<Tensor> aligned_state = heads::aligned(state), aligned_initial = heads::aligned(initial);
   Wkv7ChunkArgs& args = launches.args;
-  set_inputs(args, r, w, k, v, a, b, or_null(reset), or_null(initial4), saved, work);
-  args.from = floats(or_null(state4)), args.to = last.data_ptr<float>(), args.y = y.data_ptr();
+  set_inputs(args, r, w, k, v, a, b, or_null(reset), or_null(aligned_initial), saved, work);
+  args.from = floats(or_null(aligned_state)), args.to = last.data_ptr<float>(), args.y = y.data_ptr();
   for (int64_t begin = 0; begin < args.all_chunks; begin += launches.slice) {
     launches.set_chunks(begin);
     launches.run("wkv7_chunk_prepare", false);
@@ -100,12 +100,12 @@ Wkv7GradientTensors gpu::wkv7_chunk_backward(const Tensor& r, const Tensor& w, c
   const Tensor ginitial = or_null(initial) ? w.new_zeros({B, H, N, N}) : Tensor();
   if (r.numel() == 0) return {gr, gw, gk, gv, ga, gb, gfirst, ginitial};
   const Tensor work = launches.workspace(r), gstates = w.new_empty({launches.heads, launches.slice, N, N});
-  const Optional<Tensor> initial4 = wkv7::aligned(initial), gstate4 = wkv7::aligned(gstate);
+  const Optional<Tensor> aligned_initial = heads::aligned(initial), aligned_gstate = heads::aligned(gstate);
   Wkv7ChunkArgs& args = launches.args;
-  set_inputs(args, r, w, k, v, a, b, or_null(reset), or_null(initial4), saved, work);
+  set_inputs(args, r, w, k, v, a, b, or_null(reset), or_null(aligned_initial), saved, work);
   args.backward = true;
   args.gy = gy.data_ptr(), args.gstates = gstates.data_ptr<float>();
-  args.from = floats(or_null(gstate4)), args.to = gfirst.data_ptr<float>();
+  args.from = floats(or_null(aligned_gstate)), args.to = gfirst.data_ptr<float>();
   args.ginitial = or_null(initial) ? ginitial.data_ptr<float>() : nullptr;
   args.gr = gr.data_ptr(), args.gw = gw.data_ptr<float>(), args.gk = gk.data_ptr(), args.gv = gv.data_ptr(),
   args.ga = ga.data_ptr(), args.gb = gb.data_ptr();

@@ -49,7 +49,7 @@ WKV_FN const float* initial(const Wkv7ChunkArgs& q, const Place& p) {
 
 // ---- products: three of TF32 give nearly fp32's precision ----
 
-// An operand in two parts: x rounded to TF32, and the rest, which the tensor cores cut. A NaN is in the rest at least.
+// An operand in two parts: x rounded to TF32, and the rest, which the tensor cores truncate. A NaN is at least in `low`.
 template <int COUNT> struct Operand {
   unsigned high[COUNT], low[COUNT];
   WKV_MEMBER void set(const float (&x)[COUNT]) {

@@ -3,7 +3,7 @@
 #pragma once
 
 enum {
-  WKV7_CHUNK = 16,          // tokens; equal to WKV7_INTERVAL, so that both forms save the same states
+  WKV7_CHUNK = 16,          // tokens; equal to WKV7_SAVE_INTERVAL, so that both forms save the same states
   WKV7_CHUNK_N = 64,        // the head size
   WKV7_CHUNK_THREADS = 128  // per block: a warp has 16 values, or 16 keys
 };
@@ -31,7 +31,7 @@ struct Wkv7ChunkArgs {
   int dtype;                          // of the tensors without one below
   int backward;                       // what `prepare` is for
   const void *r, *k, *v, *a, *b;      // [B, T, H, N]
-  const float* w;                     // [B, T, H, N], log-decay, from WKV7_CHUNK_LEAST to 0
+  const float* w;                     // [B, T, H, N], log-decay, from LEAST (wkv7_chunk.h) to 0
   const unsigned char* reset;         // [B, T], nonzero where a document starts, or null
   const float* initial;               // [B, H, N (value), N (key)], the state at a document start; null: zeros
   Wkv7Chunk* work;                    // [B, H, chunks]

@@ -12,14 +12,13 @@ KERNEL(WKV7_CHUNK_THREADS, 2) wkv7_chunk_scan_gradient(const Wkv7ChunkArgs q) { 
 
 struct GradientMemory {
   Tokens scaled[SCALED];
-  // V, gy, SA and the gradient of A~ S^T + ...; then the gradients of K~, R~, B~ and A~
+  // V, gy, SA and gU (cuda/README.md); then the gradients of K~, R~, B~ and A~
   Tokens v, gy, sa, gsa;
   Pairs pairs[WKV7_PAIRS], gpairs[4];
   float decay[N], gdecay[N];  // of the whole chunk
 };
 
-// Values: a warp has 16 of them. Writes gv; puts SA and the gradients of SA and, into `gsa`, of what the inverse is
-// multiplied with.
+// Values: a warp has 16 of them. Writes gv, and puts SA into m.sa and gU into m.gsa.
 WKV_FN void value_gradients(GradientMemory& m, const Wkv7ChunkArgs& q, const Place& p, const float* state,
                             const float* gstate) {
   const Wkv7Chunk& from = *work(q, p);

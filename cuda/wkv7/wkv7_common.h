@@ -1,4 +1,4 @@
-// Host code of WKV7, for all kernels: checks and alignment of tensors.
+// Host code of WKV7, for all kernels: checks of tensors.
 #pragma once
 #include "common/heads.h"
 #include "wkv7/wkv7_args.h"
@@ -18,14 +18,6 @@ inline void check_inputs(const Tensor& r, const Tensor& w, const Tensor& k, cons
   check("wkv7", b, "b", r, r.scalar_type(), r.sizes());
 }
 
-inline int64_t chunks(const Tensor& r) { return (r.size(1) + WKV7_INTERVAL - 1) / WKV7_INTERVAL; }
-
-// The CUDA kernels read several elements at once. A tensor may start in the middle of such a vector.
-inline Tensor aligned(const Tensor& x) {
-  return reinterpret_cast<uintptr_t>(x.data_ptr()) % (4 * x.element_size()) ? x.clone() : x;
-}
-inline Optional<Tensor> aligned(const Optional<Tensor>& x) {
-  return or_null(x) ? Optional<Tensor>(aligned(*x)) : x;
-}
+inline int64_t chunks(const Tensor& r) { return (r.size(1) + WKV7_SAVE_INTERVAL - 1) / WKV7_SAVE_INTERVAL; }
 
 }  // namespace wkv7

@@ -4,8 +4,9 @@
 #pragma once
 #include <stdint.h>
 
-enum { WKV7_SAVE_INTERVAL = 16 };  // tokens per saved state
-enum { WKV7_MAX_N = 256 };         // largest head size
+#include "wkv7/wkv7_args.h"
+
+enum { WKV7_MAX_N = 256 };  // largest head size
 
 struct Wkv7Problem {
   int64_t T, H, N;                // N: head size, a multiple of 16

@@ -75,7 +75,8 @@ void forward(const Wkv7Problem& q, const Wkv7Outputs& out, int64_t row, int64_t 
   transpose(out.last + index * N * N, S, N);
 }
 
-// Gradients of one token. S0, S1: the states before and after it. G: gradient of S1, on return of S0.
+// Gradients of one token; of_x is the gradient of x. S0, S1: the states before and after the token.
+// G: the gradient of S1, replaced by that of S0.
 template <int FIXED>
 WKV_FN void step_backward(float* G, const float* S0, const float* S1, const Token& x, const float* sa, const float* gy,
                           Token& grad, int64_t size) {

@@ -53,7 +53,7 @@ WKV_FN long long token(const Wkv7Args& q, const Place& p, long long t) {
   return ((p.batch * q.T + t) * q.H + p.head) * q.N;
 }
 WKV_FN float* saved(const Wkv7Args& q, const Place& p, long long chunk) {
-  return q.saved + (p.index * ((q.T + WKV7_INTERVAL - 1) / WKV7_INTERVAL) + chunk) * q.N * q.N;
+  return q.saved + (p.index * ((q.T + WKV7_SAVE_INTERVAL - 1) / WKV7_SAVE_INTERVAL) + chunk) * q.N * q.N;
 }
 WKV_FN float* state_of(float* states, const Wkv7Args& q, const Place& p) { return states + p.index * q.N * q.N; }
 WKV_FN const float* state_of(const float* states, const Wkv7Args& q, const Place& p) {
@@ -89,7 +89,7 @@ WKV_FN void write_state(float* to, const State<S>& x, const Wkv7Args& q, const P
 
 template <class S, int TENSORS> struct Tokens {
   Four<float> x[TENSORS][S::STAGE][S::VECTORS];
-  bool starts[WKV7_INTERVAL > S::STAGE ? WKV7_INTERVAL : S::STAGE];
+  bool starts[WKV7_SAVE_INTERVAL > S::STAGE ? WKV7_SAVE_INTERVAL : S::STAGE];
 };
 
 // One vector of each tensor, on its way to shared memory.

@@ -152,4 +152,4 @@ class StateConfig(FinetuneConfig):
     """As in training; upstream's guide to state tuning uses 10."""
     doc_reset: Literal[0, 1] = 1
     """1: each document begins with the tuned state, so that documents do not influence each other;
-    the first token of a document is then no target. 0: one continuous stream, as upstream."""
+    the first token of a document is then not a target. 0: one continuous stream, as upstream."""

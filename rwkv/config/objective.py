@@ -15,8 +15,8 @@ class Objective:
     the model at the start of the run; its log-probabilities are computed then, so that there is no
     second model in memory."""
     dpo_beta: float = 0.1
-    """dpo: β, how much a change of the log-probabilities against the reference counts; smaller
-    values let the model move further away. With dpo_length_norm about 5."""
+    """dpo: β, the strength of the penalty for deviating from the reference; smaller values let the
+    model deviate more. With dpo_length_norm about 5."""
     dpo_label_smoothing: float = 0.0
     """dpo: the probability that chosen and rejected are swapped in the data (cDPO), below 0.5."""
     dpo_length_norm: Literal[0, 1] = 0

@@ -126,7 +126,7 @@ class Documents:
 
     doc_reset: Literal[0, 1] = 0
     """1: reset the state at the start of each document, so that documents do not influence each
-    other; the first token of a document is then no target. 0: one continuous stream, as
+    other; the first token of a document is then not a target. 0: one continuous stream, as
     upstream."""
     doc_training: Literal[0, 1] = 0
     """1: samples are whole documents, reshuffled in each pass and padded to ctx_len; padding does
@@ -165,8 +165,8 @@ class Validation:
     keep_best: bool = False
     """Also keep the checkpoint of the lowest validation loss, as rwkv-best.pth in proj_dir."""
     patience: int = 0
-    """Early stopping: end the run, as at its last step, after N validations in a row that were not
-    lower than the lowest before them. With a larger N the same command continues. 0: off."""
+    """Early stopping: end the run, with its final checkpoint, after N consecutive validations
+    without a new lowest loss. To continue, run the same command with a larger N. 0: off."""
 
 
 @dataclass
@@ -282,9 +282,8 @@ class Logging:
     """Also write metrics for TensorBoard to proj_dir/tensorboard. To view them: pip install
     tensorboard; tensorboard --logdir out."""
     sample_every: int = 0
-    """Write samples before the first step, every N optimizer steps and at the end, always with the
-    most likely token: to samples.jsonl, and side by side in report.html. Does not affect the
-    training. 0: off."""
+    """Write samples (greedy decoding) before the first step, every N optimizer steps and at the
+    end: to samples.jsonl, and side by side in report.html. Does not affect the training. 0: off."""
     sample_ask: str = ""
     """With sample_every: questions to answer, separated by "|". Omitted: the beginnings of three
     validation documents (without validation, of training documents), up to the first token that

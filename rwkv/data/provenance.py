@@ -189,33 +189,34 @@ def convert_config(found: Mapping[str, Any] | None, source: str, given: Mapping[
     return ConvertConfig(**{**known, **given, "input": source})
 
 
-def check_vocabulary(data: Dataset, rows: int, pretrained: bool) -> None:
+def check_vocabulary(data: Dataset, vocab_size: int, pretrained: bool) -> None:
     """Check that the data was tokenised for the model's vocabulary.
 
     Args:
-        rows: size of the model's vocabulary.
-        pretrained: the model's weights come from a checkpoint. A new model may have more rows than
-            the tokenizer has tokens.
+        vocab_size: of the model.
+        pretrained: the model's weights come from a checkpoint. A new model may have a larger
+            vocabulary than the tokenizer.
 
     Raises:
         UserError: the data was tokenised for another vocabulary, even if all its ids are below
-            `rows`.
+            `vocab_size`.
     """
     found = load(data)
     if not found or not (tokenizer := found["tokenizer"]):
         return
     name, entries = tokenizer["name"], tokenizer["vocab_size"]
     if name == WorldTokenizer.name:
-        fits = rows > LARGEST_ID
+        fits = vocab_size > LARGEST_ID
     else:  # models may pad their vocabulary to a multiple of up to 512, or lack a few added tokens
-        fits = entries * 0.99 <= rows and (rows <= -(-entries // 512) * 512 or not (pretrained or rows == VOCAB_SIZE))
+        padded = -(-entries // 512) * 512
+        fits = entries * 0.99 <= vocab_size and (vocab_size <= padded or not (pretrained or vocab_size == VOCAB_SIZE))
     if fits:
         return
-    if rows == VOCAB_SIZE:
+    if vocab_size == VOCAB_SIZE:
         model, how = "the vocabulary of World models", "without --tokenizer_type"
     else:
         model, how = (
-            f"a vocabulary of {rows:,}",
+            f"a vocabulary of {vocab_size:,}",
             "with --tokenizer_type HFTokenizer --vocab_file and the model's tokenizer.json",
         )
     raise UserError(

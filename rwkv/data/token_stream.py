@@ -131,8 +131,8 @@ class Stream:
 
 
 def split_pairs(data: Dataset, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """As `split`, of preference pairs: chosen by the number of the pair. If fewer than two would
-    be, the last pair is used for validation.
+    """As `split`, for preference pairs, whose two documents stay together. If `share` amounts to
+    fewer than two pairs, only the last one is used for validation.
 
     Raises:
         UserError: a side has no pair.
@@ -177,7 +177,7 @@ def split(data: Dataset, share: float, ctx_len: int) -> tuple[np.ndarray, np.nda
 
 
 def _spans(data: Dataset, share: float, validation: bool, together: int = 1) -> np.ndarray:
-    """The spans of one side; so many documents in a row are on the same side."""
+    """The spans of one side. together: number of consecutive documents that stay on one side."""
     edges: list[np.ndarray] = []
     last = not validation
     groups = len(data) // together

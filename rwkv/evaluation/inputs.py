@@ -64,7 +64,7 @@ def of_run(manifest: dict[str, Any], folder: Path) -> list[Input]:
 
 
 def of_files(c: EvaluateConfig, temporary: Path) -> list[Input]:
-    """The inputs of --data_file. Files that are no binidx are converted into the folder
+    """The inputs of --data_file. Files other than a binidx are converted into the folder
     `temporary`.
 
     Raises:

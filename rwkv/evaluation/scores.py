@@ -128,11 +128,11 @@ def score(
     for document in source:
         pool.append(document)
         if len(pool) == _POOL * batch:
-            total, pool = total + _pool(model, pool, decoder, eod, batch, window, dtype), []
-    return total + _pool(model, pool, decoder, eod, batch, window, dtype)
+            total, pool = total + _score_pool(model, pool, decoder, eod, batch, window, dtype), []
+    return total + _score_pool(model, pool, decoder, eod, batch, window, dtype)
 
 
-def _pool(
+def _score_pool(
     model: RWKV, pool: list[Document], decoder: Decoder | None, eod: int, batch: int, window: int, dtype: Any
 ) -> Score:
     total = Score()
@@ -156,18 +156,18 @@ def token_losses(
     first token has the loss of a uniform distribution. Other arguments as in `score`.
     """
     first = int(model.sizes.time_state)
-    device, rows = model.emb.weight.device, model.sizes.vocab_size
+    device, vocab_size = model.emb.weight.device, model.sizes.vocab_size
     longest = max((len(ids) for ids in texts), default=0)
     padded = np.zeros((len(texts), longest + 1), np.int64)
     padded[:, 0] = eod
     for row, ids in zip(padded, texts, strict=True):
         row[1 : 1 + len(ids)] = ids
-    if longest and not 0 <= padded.min() <= padded.max() < rows:
+    if longest and not 0 <= padded.min() <= padded.max() < vocab_size:
         wrong = padded.min() if padded.min() < 0 else padded.max()
         raise UserError(
-            f"token id {wrong} is outside the model's vocabulary of {rows}; use data converted with the model's tokenizer"
+            f"token id {wrong} is outside the model's vocabulary of {vocab_size}; use data converted with the model's tokenizer"
         )
-    losses, best = np.full((len(texts), longest), math.log(rows)), np.zeros((len(texts), longest), bool)
+    losses, best = np.full((len(texts), longest), math.log(vocab_size)), np.zeros((len(texts), longest), bool)
     model.eval()
     state: State | None = None
     tokens = torch.from_numpy(padded[:, first:]).to(device)

@@ -50,17 +50,15 @@ def losses(results: Sequence[Evaluated]) -> str:
     for all of them. Differences are to the first model.
     """
     rows = [["source", "model", "documents", "tokens", "loss", "perplexity", "bits/byte", "accuracy", "Δ loss"]]
-    names = [*results[0].scores, *(["all"] if len(results[0].scores) > 1 else [])]
-    for name in names:
-        for result in results:
-            score = (
-                result.total if name == "all" and len(names) > 1 and name not in result.scores else result.scores[name]
-            )
-            first = results[0].total if name not in results[0].scores else results[0].scores[name]
+    sources = [(name, [result.scores[name] for result in results]) for name in results[0].scores]
+    if len(sources) > 1:
+        sources.append(("all", [result.total for result in results]))
+    for source, scores in sources:
+        for i, (result, score) in enumerate(zip(results, scores, strict=True)):
             bits = score.bits_per_byte
             rows.append(
                 [
-                    name if result is results[0] else "",
+                    "" if i else source,
                     result.name,
                     f"{score.documents:,}",
                     f"{score.tokens:,}",
@@ -68,7 +66,7 @@ def losses(results: Sequence[Evaluated]) -> str:
                     f"{score.perplexity:,.3f}",
                     "–" if bits is None else f"{bits:.4f}",
                     f"{score.correct / max(1, score.tokens):.1%}",
-                    "" if result is results[0] else f"{score.loss - first.loss:+.4f}",
+                    f"{score.loss - scores[0].loss:+.4f}" if i else "",
                 ]
             )
     return columns(rows if len(results) > 1 else [row[:-1] for row in rows], left=2)

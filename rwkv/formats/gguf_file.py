@@ -6,10 +6,11 @@ data.
               type, a uint64 length and the values
     tensor    name, uint32 number of dimensions, uint64 dimensions from the last to the first,
               uint32 type, uint64 offset of its data
-    data      each tensor's at a multiple of 32 bytes, counted from the first such place
+    data      begins at a multiple of 32 bytes in the file; each tensor's offset in it is a multiple
+              of 32, too
 
-Q8_0 are blocks of 32 values of a row: an fp16 scale, the block's largest absolute value / 127, and
-32 8-bit integers, the multiples of it that are nearest to the values.
+Q8_0 stores blocks of 32 values of a row: an fp16 scale (the block's largest absolute value / 127)
+and 32 8-bit integers (the values divided by the scale, rounded to nearest).
 """
 
 import functools

@@ -50,8 +50,8 @@ def fetch(config: FetchConfig) -> Path:
 
 
 def _local(wanted: known.Wanted, folder: Path) -> Path | None:
-    """The newest complete file in the folder that is meant; one from another repository or revision
-    is not.
+    """The newest complete file in the folder that matches, unless it is from another repository or
+    revision.
     """
     paths: dict[str, Path] = {}
     for path in folder.iterdir() if folder.is_dir() else ():

@@ -83,9 +83,9 @@ class Wanted:
         words: as the user wrote it.
         repo: the repository on the hub.
         revision: branch, tag or commit; empty: the default branch.
-        pattern: regular expression of the paths in the repository that are meant.
+        pattern: regular expression of the paths in the repository that match.
         link: file name under which the newest one is linked; empty: none.
-        several: whether several paths may be meant, of which the newest is taken.
+        several: whether several paths may match, of which the newest is taken.
     """
 
     words: str
@@ -101,10 +101,10 @@ class Wanted:
         return "/" not in self.words
 
     def newest(self, names: Iterable[str]) -> str | None:
-        """The newest of these paths, by the date in its name; None if none is meant.
+        """The newest matching path, by the date in its name; None if none matches.
 
         Raises:
-            UserError: it is ambiguous.
+            UserError: several match, and `several` is False.
         """
         found = sorted((name for name in names if self.pattern.fullmatch(name)), key=lambda name: (_date(name), name))
         if len(found) > 1 and not self.several:

@@ -51,7 +51,7 @@ class Repository:
 
 
 def endpoint() -> str:
-    """The URL of the hub: HF_ENDPOINT, else huggingface.co. Raises UserError if it is no URL."""
+    """The URL of the hub: HF_ENDPOINT, else huggingface.co. Raises UserError if it is not a URL."""
     url = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
     if not urlsplit(url).netloc or urlsplit(url).scheme not in ("http", "https"):
         raise UserError(f"HF_ENDPOINT={url}: not a URL; for the mirror set HF_ENDPOINT={MIRROR}")
@@ -89,7 +89,7 @@ def with_sha256(found: Repository, file: RemoteFile) -> RemoteFile:
         stated = get_hf_file_metadata(url, token=_token(), timeout=_TIMEOUT)
     if not re.fullmatch("[0-9a-f]{64}", stated.etag or "") or not stated.size:
         raise UserError(
-            f"{found.name}/{file.path}: {endpoint()} states no SHA-256 for it (it is not in Git LFS), so it is no model"
+            f"{found.name}/{file.path}: {endpoint()} states no SHA-256 for it (it is not in Git LFS), so it cannot be a model"
         )
     return RemoteFile(file.path, stated.size, str(stated.etag))
 

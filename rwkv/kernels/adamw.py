@@ -124,7 +124,7 @@ def reference(
         new_v = before[1] * beta + (g * g) * gain2
         root = new_v.double().sqrt().float()  # correctly rounded; MKL's fp32 root is not
         weight = weight * keep - (new_m * size) / (root / correction + epsilon)
-        p.view(-1)[at] = round_randomly(weight, begin, key) if p.dtype == torch.bfloat16 else weight
+        p.view(-1)[at] = round_stochastically(weight, begin, key) if p.dtype == torch.bfloat16 else weight
         if m_max is not None and v_max is not None:
             m[at], m_max[blocks] = quantise(new_m, True)
             v[at], v_max[blocks] = quantise(new_v, False)
@@ -132,7 +132,7 @@ def reference(
             m[at], v[at] = new_m, new_v
 
 
-def round_randomly(x: Tensor, begin: int, key: int) -> Tensor:
+def round_stochastically(x: Tensor, begin: int, key: int) -> Tensor:
     """Round fp32 x [n] to bf16, up or down, by random bits that depend on the element's index
     (counted from `begin`) and the key; exact on average.
     """

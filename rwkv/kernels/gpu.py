@@ -1,6 +1,7 @@
-"""The elementwise CUDA kernels behind the interface of the CPU operators in torch.ops.rwkv.
+"""The CUDA kernels other than WKV, behind the interface of the CPU operators in torch.ops.rwkv.
 
-Launches are asynchronous. Formulas: cuda/elementwise/fused.h, cuda/optimizer/adamw.h.
+Launches are asynchronous. Formulas: fused.h and time_mix.h in cuda/elementwise, and
+cuda/optimizer/adamw.h, cuda/quant/quant.h.
 """
 
 import functools

@@ -54,24 +54,19 @@ class _HeadLoss(torch.autograd.Function):
     # pass only scales them, also by 1/N, because softmax/N would underflow in fp16.
     @staticmethod
     def forward(ctx, x, weight, targets):
-        count, vocab = targets.numel(), weight.shape[0]
         loss = torch.zeros((), device=x.device, dtype=torch.float32)
         want_x, want_weight = ctx.needs_input_grad[:2]
         gx = torch.empty_like(x) if want_x else None
         gweight = torch.zeros_like(weight) if want_weight else None
         computed = weight.to(x.dtype)
-        size = chunk_tokens(vocab, x.device.type)
-        buffer = x.new_empty(min(size, count), vocab)
-        for begin in range(0, count, size):
-            chunk = x[begin : begin + size]
-            logits = _logits(chunk, computed, buffer[: len(chunk)])  # [n, V]
-            loss += native.cross_entropy_(logits, targets[begin : begin + size], L2WRAP, want_x or want_weight)
+        for part, logits in _chunks(x, computed):
+            loss += native.cross_entropy_(logits, targets[part], L2WRAP, want_x or want_weight)
             if gx is not None:
-                gx[begin : begin + size] = _gradient(logits, computed)
+                gx[part] = _gradient(logits, computed)
             if gweight is not None:
-                _add_grad_weight(gweight, logits, chunk)
+                _add_grad_weight(gweight, logits, x[part])
         ctx.save_for_backward(gx, gweight)
-        ctx.count = max(1, count)
+        ctx.count = max(1, len(targets))
         return loss / ctx.count
 
     @staticmethod

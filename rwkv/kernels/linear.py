@@ -21,7 +21,7 @@ Weight = Tensor | Quantised
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The matrix in this dtype; in new memory only if it is quantised or has another one."""
+    """The matrix in this dtype; in new memory only if it is quantised or of another dtype."""
     return weight.dense(dtype) if isinstance(weight, Quantised) else weight.to(dtype)
 
 

@@ -78,20 +78,23 @@ def choose(
     if c.strategy == "auto" and plan.gpu and c.optimizer == "adam":
         strategies += [name for name in search.deepspeed_candidates(c.world_size) if usable(replace(c, strategy=name))]
     host = USABLE * machine.memory_of(gpu=False)
-    short, last = "", plan
-    for last in search.candidates(plan, strategies, QUANTISED if quantise else ()):
-        found, micro_bsz, accumulate = estimate.estimate(last), last.micro_bsz, last.accumulate
-        words = f"--micro_bsz {micro_bsz} --accumulate_grad_batches {accumulate} --grad_cp {int(last.grad_cp)} --strategy {last.strategy}"
+    host_note, candidate = "", plan
+    for candidate in search.candidates(plan, strategies, QUANTISED if quantise else ()):
+        found, micro_bsz, accumulate = estimate.estimate(candidate), candidate.micro_bsz, candidate.accumulate
+        flags = (
+            f"--micro_bsz {micro_bsz} --accumulate_grad_batches {accumulate} --grad_cp {int(candidate.grad_cp)}"
+            f" --strategy {candidate.strategy}"
+        )
         if found.total > limit:
             continue
-        if last.offload and found.host_total > host:
-            short = short or (
-                f"{words} would fit, but needs {found.host_total / 1e9:.1f} GB of host memory; {host / 1e9:.1f} GB are usable. "
+        if candidate.offload and found.host_total > host:
+            host_note = host_note or (
+                f"{flags} would fit, but needs {found.host_total / 1e9:.1f} GB of host memory; {host / 1e9:.1f} GB are usable. "
             )
             continue
-        base: dict[str, Any] = {} if last.base == plan.base else {"lora_base": last.base}
+        base: dict[str, Any] = {} if candidate.base == plan.base else {"lora_base": candidate.base}
         why = (
-            f" --lora_base {last.base} (without quantisation even --micro_bsz 1 --grad_cp 1 does not fit)"
+            f" --lora_base {candidate.base} (without quantisation even --micro_bsz 1 --grad_cp 1 does not fit)"
             if base
             else ""
         )
@@ -101,12 +104,14 @@ def choose(
             micro_bsz=micro_bsz,
             accumulate_grad_batches=accumulate,
             epoch_steps=c.epoch_steps * (c.micro_bsz // micro_bsz),
-            grad_cp=1 if last.grad_cp else 0,
-            strategy=last.strategy,
+            grad_cp=1 if candidate.grad_cp else 0,
+            strategy=candidate.strategy,
         )
-        return chosen, f"{words}{why}: {found.total / 1e9:.2f} of {limit / 1e9:.2f} GB"
-    rest = "Use LoRA (scripts/lora.py), a shorter --ctx_len, or a smaller model" if short else advice(last, limit)
-    raise UserError(f"--auto: nothing fits into {limit / 1e9:.2f} GB. {short}{rest}")
+        return chosen, f"{flags}{why}: {found.total / 1e9:.2f} of {limit / 1e9:.2f} GB"
+    rest = (
+        "Use LoRA (scripts/lora.py), a shorter --ctx_len, or a smaller model" if host_note else advice(candidate, limit)
+    )
+    raise UserError(f"--auto: nothing fits into {limit / 1e9:.2f} GB. {host_note}{rest}")
 
 
 def advice(plan: Plan, limit: int) -> str:

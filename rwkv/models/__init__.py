@@ -1,4 +1,4 @@
-"""RWKV models: the language model (rwkv.py), and one module per version (v4.py)."""
+"""RWKV models: the language model (rwkv.py), and one module per version (v4.py to v7.py)."""
 
 from rwkv.models.rwkv import RWKV
 from rwkv.models.state import State

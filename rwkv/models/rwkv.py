@@ -137,9 +137,9 @@ class RWKV(nn.Module):
                 starts[:, 0] = True
                 reset = starts if reset is None else reset | starts
         p = self.dropout if self.training else 0.0
-        x, carry, after = dropout(x, p), (), []
+        x, carry, after = dropout(x, p), (), []  # carry: tensors that blocks pass to the next block
         for block, before in zip(self.blocks, state, strict=True):
-            x, new, carry = self._run(block, x, before, carry, reset, p)
+            x, new, carry = self._run_block(block, x, before, carry, reset, p)
             after.append(new)
         return self.ln_out(x), tuple(after)
 
@@ -150,7 +150,7 @@ class RWKV(nn.Module):
         x, state = self.hidden(tokens, state, reset)
         return self.head(x), state
 
-    def _run(self, block: nn.Module, *arguments: Any) -> Any:
+    def _run_block(self, block: nn.Module, *arguments: Any) -> Any:
         if not (self.grad_cp and torch.is_grad_enabled()):
             return block(*arguments)
         if not self.reentrant:

@@ -99,14 +99,14 @@ class TimeMix(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, D], shift [B, D], state [B, 3, A], reset [B, T] → y [B, T, D], state."""
         xk, xv, xr = native.mix(
-            x, shift, reset, [self.time_mix_k, self.time_mix_v, self.time_mix_r], torch.zeros_like(shift)
+            x, shift, reset, [self.time_mix_k, self.time_mix_v, self.time_mix_r], initial=torch.zeros_like(shift)
         )
         k, v, r = self.key(xk), self.value(xv), self.receptance(xr)  # [B, T, A]
-        # the decay is computed in fp32: bf16 would round exp(−exp(w)) to 1
         initial = None
         if reset is not None and self.time_state is not None:
             initial = repeated(wkv_state(self.time_state), len(x))
-        y, state = _wkv(-torch.exp(self.time_decay.float()), self.time_first, k, v, state, reset, initial)
+        w = -torch.exp(self.time_decay.float())  # in fp32: bf16 would round exp(−exp(w)) to 1
+        y, state = _wkv(w, self.time_first, k, v, state, reset, initial)
         return self.output(native.gate(r, y)), state
 
 
@@ -135,7 +135,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, reset: Tensor | None = None) -> Tensor:
         """x [B, T, D], shift [B, D], reset [B, T] → y [B, T, D]."""
-        xk, xr = native.mix(x, shift, reset, [self.time_mix_k, self.time_mix_r], torch.zeros_like(shift))
+        xk, xr = native.mix(x, shift, reset, [self.time_mix_k, self.time_mix_r], initial=torch.zeros_like(shift))
         k, r = self.key(xk), self.receptance(xr)  # [B, T, F], [B, T, D]
         return native.gate(r, self.value(native.relu2(k)))
 

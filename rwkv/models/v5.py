@@ -65,8 +65,8 @@ class TimeMix(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, D], shift [B, D], state [B, H, N, N], reset [B, T] → y [B, T, D], state."""
         empty = torch.zeros_like(shift)
-        xk, xv = native.mix(x, shift, reset, [self.time_mix_k, self.time_mix_v], empty)
-        xr, xg = native.mix(x, shift, reset, [self.time_mix_r, self.time_mix_g], empty)
+        xk, xv = native.mix(x, shift, reset, [self.time_mix_k, self.time_mix_v], initial=empty)
+        xr, xg = native.mix(x, shift, reset, [self.time_mix_r, self.time_mix_g], initial=empty)
         r, k, v, g = self.receptance(xr), self.key(xk), self.value(xv), self.gate(xg)  # [B, T, A]
         w = -torch.exp(upcast(self.time_decay))  # in fp32: bf16 would round exp(−exp(w)) to 1
         y, state = gated_wkv(r, w, k, v, g, self.time_faaaa, self.ln_x(), state, reset, self.time_state)

@@ -85,17 +85,17 @@ class TimeMix(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, D], shift [B, D], state [B, H, N, N], reset [B, T] → y [B, T, D], state."""
         heads = self.time_faaaa.shape
-        weights = [torch.zeros_like(self.time_maa_x), 1 - self.time_maa_x]
-        before, xx = native.mix(x, shift, reset, weights, torch.zeros_like(shift))
+        weights = [torch.zeros_like(self.time_maa_x), 1 - self.time_maa_x]  # 0: the previous token itself
+        before, xx = native.mix(x, shift, reset, weights, initial=torch.zeros_like(shift))
         low = torch.tanh(linear(xx, self.time_maa_w1.t()))  # [B, T, 5 R]
         parts = zip(low.view(*low.shape[:2], 5, -1).unbind(2), self.time_maa_w2, strict=True)
-        xw = native.cheap(mixed, x, before, self.time_maa_w, *next(parts))
+        xw = native.checkpointed(mixed, x, before, self.time_maa_w, *next(parts))
         decay = torch.tanh(linear(xw, self.time_decay_w1.t()))  # [B, T, S]
-        w = native.cheap(functools.partial(log_decay, heads), self.time_decay, decay, self.time_decay_w2)
-        k = self.key(native.cheap(mixed, x, before, self.time_maa_k, *next(parts)))  # [B, T, A]
-        v = self.value(native.cheap(mixed, x, before, self.time_maa_v, *next(parts)))
-        r = self.receptance(native.cheap(mixed, x, before, self.time_maa_r, *next(parts)))
-        g = self.gate(native.cheap(mixed, x, before, self.time_maa_g, *next(parts)))
+        w = native.checkpointed(functools.partial(log_decay, heads), self.time_decay, decay, self.time_decay_w2)
+        k = self.key(native.checkpointed(mixed, x, before, self.time_maa_k, *next(parts)))  # [B, T, A]
+        v = self.value(native.checkpointed(mixed, x, before, self.time_maa_v, *next(parts)))
+        r = self.receptance(native.checkpointed(mixed, x, before, self.time_maa_r, *next(parts)))
+        g = self.gate(native.checkpointed(mixed, x, before, self.time_maa_g, *next(parts)))
         y, state = gated_wkv(r, w, k, v, g, self.time_faaaa, self.ln_x(), state, reset, self.time_state)
         return self.output(y), state
 
@@ -127,7 +127,7 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, reset: Tensor | None = None) -> Tensor:
         """x [B, T, D], shift [B, D], reset [B, T] → y [B, T, D]."""
         weights = [1 - self.time_maa_k, 1 - self.time_maa_r]
-        xk, xr = native.mix(x, shift, reset, weights, torch.zeros_like(shift))
+        xk, xr = native.mix(x, shift, reset, weights, initial=torch.zeros_like(shift))
         k, r = self.key(xk), self.receptance(xr)  # [B, T, F], [B, T, D]
         return native.gate(r, self.value(native.relu2(k)))
 

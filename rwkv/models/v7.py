@@ -174,8 +174,8 @@ class TimeMix(nn.Module):
     def _project(self, x: Tensor, shift: Tensor, later: bool, reset: Tensor | None) -> Projections:
         """The outputs of the linear layers; `later`: not in block 0."""
         empty = torch.zeros_like(shift)
-        xr, xw, xk = native.mix(x, shift, reset, [1 - self.x_r, 1 - self.x_w, 1 - self.x_k], empty)
-        xv, xa, xg = native.mix(x, shift, reset, [1 - self.x_v, 1 - self.x_a, 1 - self.x_g], empty)
+        xr, xw, xk = native.mix(x, shift, reset, [1 - self.x_r, 1 - self.x_w, 1 - self.x_k], initial=empty)
+        xv, xa, xg = native.mix(x, shift, reset, [1 - self.x_v, 1 - self.x_a, 1 - self.x_g], initial=empty)
         return Projections(
             r=self.receptance(xr),
             g=_low_rank(xg, self.g1, self.g2, torch.sigmoid),
@@ -204,7 +204,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, reset: Tensor | None = None) -> Tensor:
         """x [B, T, C], shift [B, C], reset [B, T] → y [B, T, C]."""
-        (xk,) = native.mix(x, shift, reset, [1 - self.x_k], torch.zeros_like(shift))
+        (xk,) = native.mix(x, shift, reset, [1 - self.x_k], initial=torch.zeros_like(shift))
         return self.value(native.relu2(self.key(xk)))
 
 

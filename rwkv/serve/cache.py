@@ -25,9 +25,9 @@ class Entry:
 class StateCache:
     """States by model and tokens; the least recently used are dropped.
 
-    An entry is found if its tokens are the beginning of the prompt. A state cannot be rewound, so
-    a prompt that shares only a part of an entry's tokens finds nothing; `shared` says up to where
-    to save a state for the next one like it.
+    An entry is found if its tokens are a prefix of the prompt. A state cannot be rewound, so a
+    prompt that shares only a part of an entry's tokens finds nothing; `shared` says after how many
+    tokens to save a state for the next prompt like it.
 
     Args:
         max_bytes: bytes that all states together may use.
@@ -41,8 +41,8 @@ class StateCache:
         return len(self._entries)
 
     def longest(self, model: str, tokens: Sequence[int]) -> tuple[int, Entry | None]:
-        """The entry of a model with the most tokens of this beginning, and how many; (0, None) if
-        there is none.
+        """The length of a model's longest entry that is a prefix of these tokens, and that entry;
+        (0, None) if there is none.
         """
         whole, best = _packed(tokens), b""
         for name, key in self._entries:
@@ -54,7 +54,7 @@ class StateCache:
         return len(best) // _SIZE, self._entries[model, best]
 
     def shared(self, model: str, tokens: Sequence[int]) -> int:
-        """The most tokens that this text has in common with the beginning of an entry's."""
+        """The length of the longest prefix that these tokens share with an entry's."""
         whole, most = _packed(tokens), 0
         for name, key in self._entries:
             if name == model:
@@ -83,9 +83,7 @@ def _packed(tokens: Sequence[int]) -> bytes:
 
 
 def _common(one: bytes, other: bytes, least: int) -> int:
-    """The length of the common beginning, in whole tokens, if it is longer than `least` bytes;
-    else `least`.
-    """
+    """The size in bytes of the common prefix, in whole tokens; at least `least`."""
     low, high = least, min(len(one), len(other))
     if high <= low or one[: low + _SIZE] != other[: low + _SIZE]:
         return least

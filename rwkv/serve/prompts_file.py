@@ -34,7 +34,7 @@ def read(path: str | Path, engine: Engine, model: str, think: str = "none") -> l
     continued) or "ask" (a question), or "messages". Other keys are kept for the output.
 
     Raises:
-        UserError: a line is invalid; names it.
+        UserError: a line is invalid; the message has its number.
     """
     found = []
     with open_regular(path, "file of prompts") as file:

@@ -7,7 +7,7 @@ from rwkv.sampling import Sampling
 
 
 class Full(Exception):
-    """The queue has no room for a request."""
+    """The queue has no space for a request."""
 
 
 class Closed(Exception):

@@ -25,7 +25,7 @@ _AT_LEAST: dict[float, tuple[str, ...]] = {
 _LARGEST = 1 << 62  # limit for integers
 
 
-def numbers(c: TrainConfig) -> None:
+def check_numbers(c: TrainConfig) -> None:
     """Raise UserError if a numeric flag is out of range, NaN or infinite, or proj_dir is empty.
     Must be called first.
     """
@@ -58,7 +58,7 @@ def numbers(c: TrainConfig) -> None:
 
 def check(c: TrainConfig) -> None:
     """Raise UserError for missing flags, and flags incompatible with each other or with this
-    machine. Called after `numbers`.
+    machine. Called after `check_numbers`.
     """
     if c.adapter and not c.load_model and not (c.n_layer and c.n_embd):
         raise UserError(
@@ -110,7 +110,7 @@ def check(c: TrainConfig) -> None:
             f"--sample_every {c.sample_every}: with --strategy {c.strategy} no process has all weights to write samples with; use --strategy"
             " deepspeed_stage_2, or omit it"
         )
-    _eight_bit(c)
+    _check_adamw8bit(c)
     if c.optimizer == "adafactor" and strategy.zero(c):
         raise UserError(
             f"--optimizer adafactor with --strategy {c.strategy}: Adafactor needs 2-D parameters, and ZeRO flattens them; use --optimizer adam, or a strategy without DeepSpeed"
@@ -138,7 +138,7 @@ def _check_objective(c: TrainConfig) -> None:
         raise UserError(f"--dpo_label_smoothing must be at least 0 and less than 0.5; it is {c.dpo_label_smoothing}")
 
 
-def _eight_bit(c: TrainConfig) -> None:
+def _check_adamw8bit(c: TrainConfig) -> None:
     """Raise UserError for flags that are incompatible with --optimizer adamw8bit or
     --release_grads.
     """

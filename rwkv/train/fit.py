@@ -89,7 +89,7 @@ def fit(flags: TrainConfig) -> Result:
         UserError: invalid data, checkpoint, adapter or flags; the folder cannot be used, or is used
             by another process.
     """
-    checks.numbers(flags)
+    checks.check_numbers(flags)
     launcher.check(flags)
     peers.end_with_parent()
     with resume_or_start.locked(flags.folder), TrackedFolder(flags.folder) as tracked:

@@ -46,7 +46,7 @@ class Saved:
 
 def checkpoints(folder: Path) -> list[Saved]:
     """All rwkv-N.pth, sorted by number; rwkv-final.pth comes first. (rwkv-best.pth and
-    rwkv-base.pth are none: a run does not continue from them.)
+    rwkv-base.pth are not included: a run does not continue from them.)
     """
     found = []
     for path in _glob(folder):
@@ -120,18 +120,14 @@ def check_overwrites(c: TrainConfig) -> None:
     for picture in (c.folder / "loss.png", c.folder / "report.html"):
         if not picture.exists() or picture in own:
             continue
-        raise UserError(
-            f"{picture}: this run would overwrite it, but it was not written by this program; move it away, or choose another --proj_dir"
-        )
+        raise _foreign(picture)
     if c.adapter and not c.load_model and base.exists() and not _manifest(base):
         raise UserError(
             f"{base}: this run would overwrite it with a new base, but it was not written by this program; pass it as --load_model to"
             " train on it, move it away, or choose another --proj_dir"
         )
     if c.keep_best and (best := c.folder / bests.NAME).exists() and not _manifest(best):
-        raise UserError(
-            f"{best}: --keep_best true would overwrite it, but it was not written by this program; move it away, or choose another --proj_dir"
-        )
+        raise _foreign(best, "--keep_best true")
     for saved in checkpoints(c.folder):
         if saved.is_own:
             continue
@@ -142,9 +138,13 @@ def check_overwrites(c: TrainConfig) -> None:
             (saved.number - c.epoch_begin) % c.epoch_save == 0 or saved.number == last
         )
         if final or due:
-            raise UserError(
-                f"{saved.path}: this run would overwrite it, but it was not written by this program; move it away, or choose another --proj_dir"
-            )
+            raise _foreign(saved.path)
+
+
+def _foreign(path: Path, what: str = "this run") -> UserError:
+    return UserError(
+        f"{path}: {what} would overwrite it, but it was not written by this program; move it away, or choose another --proj_dir"
+    )
 
 
 def describe_loss_of_states(folder: Path, before: dict[str, Any]) -> str:

@@ -12,7 +12,9 @@ from rwkv.errors import UserError
 
 
 def check(c: TrainConfig) -> None:
-    """Raise UserError for invalid or incompatible sampling flags. `checks.numbers` runs first."""
+    """Raise UserError for invalid or incompatible sampling flags. Called after
+    `checks.check_numbers`.
+    """
     if c.objective == "dpo":
         _check_pairs(c)
     documents = c.doc_training or c.doc_training_seq

@@ -149,7 +149,7 @@ def _attach_adapter(model: RWKV, run: Run, c: LoRAConfig) -> None:
         tensors, known = adapter_files.inspect_adapter(c.lora_load, base, alpha, digest)
         if parts == [state.PART] != known["parts"]:
             raise UserError(f"{c.lora_load}: not a tuned state, which has only att.time_state; it is a LoRA adapter")
-        _compare(model, c, known)
+        _check_compatible(model, c, known)
         # parts that the adapter lacks keep their initial values
         adapter_files.load_adapter(model, c.lora_load, tensors, known["parts"])
 
@@ -163,7 +163,7 @@ def adapter_entries(c: LoRAConfig, base: dict[str, str]) -> dict[str, Any]:
     return {**of_lora, "parts": parts, "base": base["path"], "base_sha256": base["sha256"]}
 
 
-def _compare(model: RWKV, c: LoRAConfig, known: dict[str, Any]) -> None:
+def _check_compatible(model: RWKV, c: LoRAConfig, known: dict[str, Any]) -> None:
     """Raise UserError if the rank, alpha or parts of a loaded adapter (`known`) do not match the
     flags.
     """

@@ -14,7 +14,7 @@ def _why_not_cuda(x: Tensor) -> str | None:
     if x.device.type != "cuda":
         return f"the inputs are on {x.device}; this implementation needs them on an NVIDIA GPU"
     if x.dtype == torch.float64:
-        return 'the inputs are fp64; but the kernels compute in fp32; use impl="reference"'
+        return 'the inputs are fp64, but the kernels compute in fp32; use impl="reference"'
     return load.why_unavailable_on(x.device.index)
 
 
@@ -33,7 +33,7 @@ def _why_not_cpu(x: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"the inputs are on {x.device}; this implementation needs them on the CPU"
     if x.dtype == torch.float64:
-        return 'the inputs are fp64; but the kernels compute in fp32; use impl="reference"'
+        return 'the inputs are fp64, but the kernels compute in fp32; use impl="reference"'
     return load.why_unavailable()
 
 

@@ -173,7 +173,9 @@ def test_rounding_unbiased():
     """The mean over keys, whose error falls with their number; 1 + 2^-10 is nearest to 1."""
     x = torch.tensor([1 + 2**-10, -1 - 2**-9, 3.0, 1 + 2**-7, 2.0**-140, 0.0])  # bf16 has 1, 1 + 2^-7, …
     x = x.repeat(2000)
-    rounded = torch.stack([adamw.round_randomly(x, 0, adamw.rounding_key(0, step, "w")).float() for step in range(50)])
+    rounded = torch.stack(
+        [adamw.round_stochastically(x, 0, adamw.rounding_key(0, step, "w")).float() for step in range(50)]
+    )
     spacing = 2.0**-7
     assert bool(((rounded - x).abs() < spacing).all())
     mean = rounded.view(50 * 2000, 6).mean(0)
@@ -187,7 +189,7 @@ def test_rounding_bits_independent():
     """Of steps, tensors, seeds and neighbouring elements: half of the bits are equal."""
     x = torch.full((4096,), 1 + 2.0**-8)  # rounded up or down with probability 1/2
     up = {
-        key: adamw.round_randomly(x, 0, adamw.rounding_key(*key)).float() > 1
+        key: adamw.round_stochastically(x, 0, adamw.rounding_key(*key)).float() > 1
         for key in [(0, 1, "a"), (0, 2, "a"), (0, 1, "b"), (1, 1, "a")]
     }
     first = up[0, 1, "a"]
@@ -198,7 +200,7 @@ def test_rounding_bits_independent():
 
 def test_rounding_of_special_numbers():
     x = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0, -0.0])
-    rounded = adamw.round_randomly(x, 0, 7)
+    rounded = adamw.round_stochastically(x, 0, 7)
     assert torch.equal(rounded[:2].float(), x[:2])
     assert bool(rounded[2].isnan())
     assert torch.equal(rounded[3:].view(torch.int16), x[3:].bfloat16().view(torch.int16))

@@ -235,7 +235,7 @@ def test_not_for_fp16(monkeypatch):
 
     monkeypatch.setattr(checks.machine, "use_gpu", lambda accelerator: True)
     with pytest.raises(UserError, match="gradients in bf16 cannot be scaled for fp16"):
-        checks._eight_bit(TrainConfig(optimizer="adamw8bit", precision="fp16"))
+        checks._check_adamw8bit(TrainConfig(optimizer="adamw8bit", precision="fp16"))
 
 
 def test_no_cuda_graph_with_released_gradients():

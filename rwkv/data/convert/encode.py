@@ -210,8 +210,8 @@ class Encoder:
         return conversation
 
     def _add(self, packed: "_PackedDocuments", segments: list[tuple[str, bool]], counts: Counter) -> None:
-        """Encode and pack one document. Packing each immediately keeps its ids in cache, which
-        takes a third of the time.
+        """Encode and pack one document. Packing each immediately keeps its ids in cache, which is
+        three times as fast.
         """
         ids: list[int] = []
         trained, masked, world = 0, self.masked, self.tokenizer.name == WorldTokenizer.name

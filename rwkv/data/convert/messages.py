@@ -287,7 +287,7 @@ def _calls(entry: Mapping[str, Any], where: str) -> list[Any]:
         calls = json_or_text(calls)
     if calls:
         if not isinstance(calls, list):
-            raise BadRecord(f'{where} has "tool_calls" that are no list')
+            raise BadRecord(f'{where} has "tool_calls" that is not a list')
         found += [parse_call(item, where) for item in calls]
     if entry.get("function_call"):
         found.append(parse_call(entry["function_call"], where))

@@ -64,7 +64,7 @@ def conversations(record: Mapping[str, Any]) -> tuple[Conversation, Conversation
 
 
 def _prompt(fields: Mapping[str, Any]) -> tuple[list[Message], set[str]]:
-    """The messages of the prompt, empty if there is none, and the fields that it is from."""
+    """The messages of the prompt, empty if there is none, and the fields that it comes from."""
     question, context = schemas.question_keys(fields)
     if question:
         return schemas.question_turns(fields, question, context), {question, context, "history"}

@@ -46,7 +46,7 @@ def lines(counts: Counter, documents: int, tokens: int, masked: bool) -> list[st
         )
     found += [f"note: {remark}: {number:,}" for remark, number in _of(counts, "remark").items()]
     for level in ("records", "messages"):
-        if unused := _second(counts, "unused", level):
+        if unused := _by_name(counts, "unused", level):
             found.append(f"note: fields of {level} that were not converted: {_shortened(unused)}")
     found += [f"note: skipped {why}: {number:,}" for why, number in _of(counts, "skipped").items()]
     found += [f"warning: {warning}: {number:,}" for warning, number in _of(counts, "warning").items()]
@@ -95,7 +95,7 @@ def _of(counts: Counter, kind: str) -> dict[str, int]:
 
 def _named(counts: Counter, role: str) -> str:
     """The data's names of a role, if they differ from ours."""
-    names = _second(counts, "name", role)
+    names = _by_name(counts, "name", role)
     if set(names) <= {role}:
         return ""
     return " (" + ", ".join([repr(name)[1:-1] for name in names][:4]) + (", …)" if len(names) > 4 else ")")
@@ -107,9 +107,9 @@ def _shortened(numbers: dict[str, int]) -> str:
     return ", ".join(shown[:8]) + (", …" if len(shown) > 8 else "")
 
 
-def _second(counts: Counter, kind: str, first: str) -> dict[str, int]:
-    """The counts of (kind, first, name) by name, in descending order."""
-    names = {key[2]: number for key, number in counts.items() if key[:2] == (kind, first) and key[2]}
+def _by_name(counts: Counter, kind: str, group: str) -> dict[str, int]:
+    """The counts of (kind, group, name) by name, in descending order."""
+    names = {key[2]: number for key, number in counts.items() if key[:2] == (kind, group) and key[2]}
     return dict(sorted(names.items(), key=lambda item: (-item[1], item[0])))
 
 

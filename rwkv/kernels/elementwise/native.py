@@ -24,6 +24,8 @@ from rwkv import compat
 from rwkv.kernels import gpu, load
 from rwkv.kernels.elementwise import reference
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the compiled kernels
+
 
 @dataclass(frozen=True)
 class Recompute:
@@ -49,7 +51,7 @@ def _passthrough(x: Tensor) -> Tensor:
     return x
 
 
-class _Cheap(torch.autograd.Function):
+class _Checkpointed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, sources, saved, *inputs):
         ctx.function, ctx.sources = function, sources
@@ -80,13 +82,13 @@ def _repeat(function: Callable[..., Tensor], sources: _Sources, *saved: Tensor |
     return function(*_restore(sources, saved))
 
 
-def cheap(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+def checkpointed(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
     """function(*inputs), a few torch operations that are repeated in the backward pass: for their
     gradients, and wherever their result is needed. Saves only what recomputes the inputs.
     """
     kinds = [Recompute(_passthrough, (None,)) if t is None else recompute_of(t) for t in inputs]
     sources, saved = [(kind.function, len(kind.inputs)) for kind in kinds], [t for kind in kinds for t in kind.inputs]
-    y = _Cheap.apply(function, sources, saved, *inputs)
+    y = _Checkpointed.apply(function, sources, saved, *inputs)
     return recomputed(y, functools.partial(_repeat, function, sources), *saved)
 
 
@@ -108,9 +110,6 @@ def _kernels(*tensors: Tensor) -> Any:
     if any(t.device.type != "cpu" or t.dtype == torch.float16 for t in tensors) or load.why_unavailable():
         return None
     return torch.ops.rwkv
-
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Norm(torch.autograd.Function):
@@ -326,7 +325,7 @@ def log_probabilities_(logits: Tensor, targets: Tensor, l2wrap: float, want_grad
     if kernels:
         stats = kernels.loss(logits, targets.contiguous(), l2wrap, want_gradient)
     else:
-        stats, gradient = reference.softmax(logits, targets, l2wrap)
+        stats, gradient = reference.cross_entropy(logits, targets, l2wrap)
         if want_gradient:
             logits.copy_(gradient)
     top, total, at_target = stats.unbind(1)

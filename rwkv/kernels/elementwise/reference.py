@@ -48,10 +48,11 @@ def gated_norm(eps: float, y: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -
     return (normed * F.silu(upcast(g))).to(g.dtype)
 
 
-def softmax(logits: Tensor, targets: Tensor, l2wrap: float) -> tuple[Tensor, Tensor]:
-    """Statistics [N, 3] of logits [N, V], and the gradient [N, V] of the summed cross-entropy.
+def cross_entropy(logits: Tensor, targets: Tensor, l2wrap: float) -> tuple[Tensor, Tensor]:
+    """Statistics [N, 3] of logits [N, V], which determine the cross-entropy at targets [N], and the
+    gradient [N, V] of its sum.
 
-    The statistics are the largest logit, Σ e^(logit − largest), and the logit at the target [N].
+    The statistics are the largest logit, Σ e^(logit − largest), and the logit at the target.
     The gradient is softmax − 1 at the target, plus l2wrap · max at the largest logit.
     """
     gradient, targets = logits.to(upcast(logits).dtype, copy=True), targets[:, None]

@@ -3,7 +3,7 @@
 At the start, and when a run is resumed, before its training state is restored, the model has the
 weights that the run began with. So a second model is never needed, and the values of pairs that a
 longer run needs can be added later. They are kept in the run's folder, so that a resumed run
-computes nothing again.
+does not compute them again.
 """
 
 import hashlib

@@ -34,7 +34,7 @@ def _why_not(c: TrainConfig, on_gpu: bool) -> str | None:
     if c.release_grads:
         return "it keeps the memory of all gradients, which --release_grads 1 frees"
     if c.tbptt_len:
-        return "it is incompatible with --tbptt_len, whose chunks hand on their state"
+        return "it is incompatible with --tbptt_len, whose chunks carry the state"
     if c.grad_cp and (c.dropout or (c.adapter and c.adapter.lora_dropout)):
         dropout = "--dropout" if c.dropout else "--lora_dropout"
         return f"--grad_cp 1 would recompute with another dropout mask; pass {dropout} 0, or omit one of the flags"

@@ -34,7 +34,7 @@ class Objective(Protocol):
     Attributes:
         METRICS: names of further values of a step, in metrics.jsonl; of a validation, with `val_`
             before them.
-        UNIT: the unit of the loss, for people.
+        UNIT: the unit of the loss, for display.
     """
 
     METRICS: tuple[str, ...]

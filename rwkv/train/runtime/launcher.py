@@ -19,8 +19,8 @@ def check(c: TrainConfig) -> None:
     is used.
 
     Without a launcher Lightning starts the processes. A Slurm allocation with one process (sbatch
-    or salloc without srun, or one task) is no launcher, but Lightning would treat it as one, so the
-    job is marked as interactive.
+    or salloc without srun, or one task) is not a launcher, but Lightning would treat it as one, so
+    the job is marked as interactive.
 
     Raises:
         UserError: the numbers differ, or the ranks of the processes are unknown.

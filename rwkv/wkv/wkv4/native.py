@@ -1,4 +1,4 @@
-"""Autograd for the compiled WKV kernels (torch.ops.rwkv.wkv4_*)."""
+"""Autograd for the compiled WKV4 kernels (torch.ops.rwkv.wkv4_*)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

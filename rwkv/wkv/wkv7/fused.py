@@ -32,8 +32,10 @@ def keys(run: Any, x: Any, v_first: Tensor | None, p: Any) -> tuple[Tensor, ...]
 def keys_gradient(
     run: Any, grads: list[Tensor], x: Any, v_first: Tensor | None, p: Any, affine: bool
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Gradients of k, v, w, a, mix and v_first, and of w0, a0, v0, k_k, k_a (with `affine`), from
-    those of w, k, v, a, b and further summands of k and v.
+    """Gradients of k, v, w, a, mix and v_first, and of w0, a0, v0, k_k, k_a (with `affine`).
+
+    Args:
+        grads: gradients of w, k, v, a, b, and further ones to add to those of k and v.
     """
     inputs, parameters = _keys_arguments(x, v_first, p)
     found: list[Any] = list(run.keys_backward(grads, inputs, parameters, affine))

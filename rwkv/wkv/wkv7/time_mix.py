@@ -141,17 +141,28 @@ class _TimeMix(torch.autograd.Function):
         x, p = _split(tensors)
         glast = None if glast is None else glast.contiguous()
         gout = torch.zeros_like(x.g) if gout is None else gout.contiguous()
-        run = fused.kernels(x, v_first, p)
 
         def of_wkv(inputs, gy):
             r = _heads(x.r, p)
             return ctx.kernels_for(r).backward(r, *inputs, initial, reset, saved, gy, glast)
 
+        forward = _Forward(x, v_first, p, y, ctx.eps)
+        run = fused.kernels(x, v_first, p)
         gradients = functools.partial(_fused_gradients, run) if run else _gradients_by_autograd
-        gstate, ginitial, grads = gradients(ctx.needs_input_grad[5:], ctx.eps, gout, y, v_first, x, p, of_wkv)
+        gstate, ginitial, grads = gradients(forward, gout, ctx.needs_input_grad[5:], of_wkv)
         gstate = gstate if ctx.needs_input_grad[3] else None
         ginitial = ginitial if ctx.needs_input_grad[4] else None
         return None, None, None, gstate, ginitial, *grads
+
+
+class _Forward(NamedTuple):
+    """What the backward pass needs of the forward pass; y is WKV's output."""
+
+    x: Projections
+    v_first: Tensor | None
+    p: Parameters
+    y: Tensor
+    eps: float
 
 
 # of state, of initial, and of v_first, Projections and Parameters
@@ -159,17 +170,10 @@ _Gradients = tuple[Tensor | None, Tensor | None, list[Tensor | None]]
 
 
 def _fused_gradients(
-    run: Any,
-    wanted: tuple[bool, ...],
-    eps: float,
-    gout: Tensor,
-    y: Tensor,
-    v_first: Tensor | None,
-    x: Projections,
-    p: Parameters,
-    of_wkv: Callable[..., Any],
+    run: Any, forward: _Forward, gout: Tensor, wanted: tuple[bool, ...], of_wkv: Callable[..., Any]
 ) -> _Gradients:
     """The gradients by CUDA kernels. of_wkv(inputs, gy) is WKV's backward pass."""
+    x, v_first, p, y, eps = forward
     inputs = fused.keys(run, x, v_first, p)
     k, v = inputs[1:3]
     (gy, gg, gr, *of_kv), of_norm = fused.output_gradient(run, gout, y, x, k, v, p, eps, any(wanted[8:11]))
@@ -184,16 +188,10 @@ def _fused_gradients(
 
 
 def _gradients_by_autograd(
-    wanted: tuple[bool, ...],
-    eps: float,
-    gout: Tensor,
-    y: Tensor,
-    v_first: Tensor | None,
-    x: Projections,
-    p: Parameters,
-    of_wkv: Callable[..., Any],
+    forward: _Forward, gout: Tensor, wanted: tuple[bool, ...], of_wkv: Callable[..., Any]
 ) -> _Gradients:
     """As _fused_gradients, only those that are wanted."""
+    x, v_first, p, y, eps = forward
     with torch.enable_grad():
         v_first, *tensors = (
             None if t is None else t.detach().requires_grad_(want)

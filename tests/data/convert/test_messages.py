@@ -149,7 +149,7 @@ def test_weights():
         ([{"role": "assistant", "content": "a", "reasoning": {"x": 1}}], 'a dict under "reasoning"'),
         ([{"role": "user", "content": "a", "reasoning": "b"}], "a user message with reasoning"),
         ([{"role": "assistant", "content": None, "tool_calls": [{"x": 1}]}], 'a tool call without a "name"'),
-        ([{"role": "assistant", "content": None, "tool_calls": "f"}], '"tool_calls" that are no list'),
+        ([{"role": "assistant", "content": None, "tool_calls": "f"}], '"tool_calls" that is not a list'),
     ],
 )
 def test_unsupported_messages(entries, message):

@@ -140,7 +140,7 @@ def test_invalid_flags(deepspeed_available, ds_config):
     with pytest.raises(UserError, match="--on_nan skip: DeepSpeed .* cannot skip steps"):
         strategy.check(config(strategy="deepspeed_stage_1", on_nan="skip"))
     with pytest.raises(UserError, match="--ds_bucket_mb must be at least 1"):
-        checks.numbers(config(strategy="deepspeed", ds_bucket_mb=0))
+        checks.check_numbers(config(strategy="deepspeed", ds_bucket_mb=0))
 
 
 def test_known_keys_exist_in_deepspeed():

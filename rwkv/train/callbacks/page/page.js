@@ -37,6 +37,7 @@
     const pad = (y1 - y0) * .07 || Math.abs(y1) * .1 || 1;
     if (!spec.zero) y0 -= pad;
     y1 += pad;
+    // axes and lines
     const X = v => L + (v - x0) / (x1 - x0) * (W - L - R), Y = v => T + (y1 - v) / (y1 - y0) * (tall - T - B);
     for (const t of ticks(y0, y1, 5)) {
       make(svg, "line", {x1: L, x2: W - R, y1: Y(t), y2: Y(t), stroke: "var(--line)"});
@@ -58,6 +59,7 @@
       if (l.dots || l.x.length === 1) all.forEach(i => make(area, "circle", {cx: X(l.x[i]), cy: Y(l.y[i]), r: 2.8, fill: paint(l.color)}));
     }
     if (spec.best) make(area, "circle", {cx: X(spec.best[0]), cy: Y(spec.best[1]), r: 6, fill: "none", stroke: "var(--red)", "stroke-width": 2.5});
+    // legend
     const caption = document.createElement("figcaption");
     for (const l of [...spec.lines.filter(l => l.x.length), ...(spec.marks || []), ...(spec.best ? [{name: spec.bestName, color: "red"}] : [])]) {
       const item = document.createElement("span"), mark = document.createElement("i");
@@ -67,6 +69,7 @@
       caption.append(item);
     }
     if (spec.note) caption.append(spec.note[zh()]);
+    // values at the pointer
     const tip = document.createElement("div"), cross = make(svg, "line", {y1: T, y2: tall - B, stroke: "var(--dim)", visibility: "hidden"});
     tip.className = "tip";
     figure.append(caption, tip);
