@@ -29,6 +29,7 @@ from rwkv.models.version import VERSIONS
 from rwkv.train.runtime.lightning import rank_zero_only
 from rwkv.train.runtime.process import denormals_are_flushed
 from tests import forked
+from tests.waiting import LIMIT
 
 ROOT = Path(__file__).parents[1]
 for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # set by `make test`; tests run make themselves
@@ -228,7 +229,7 @@ def start(tmp_path):
     yield start
     for process in started:
         process.send_signal(signal.SIGKILL)
-        process.wait(60)
+        process.wait()
 
 
 @pytest.fixture
@@ -269,7 +270,7 @@ def script(start, tmp_path):
                 text=True,
                 cwd=tmp_path,
                 env=environment,
-                timeout=300,
+                timeout=LIMIT,
                 check=False,
             )
         else:

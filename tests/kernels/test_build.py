@@ -16,6 +16,7 @@ import torch
 
 from rwkv import compat
 from rwkv.kernels import build, load, nvrtc
+from tests.waiting import LIMIT
 
 COMPILER = nvrtc.Compiler(compat.nvrtc())
 KERNELS = {
@@ -346,7 +347,7 @@ def test_parallel_compilation(monkeypatch):
     def compiled(_, target):
         started.append(target)
         if len(started) <= 2:
-            barrier.wait(timeout=30)  # raises unless a second one starts at the same time
+            barrier.wait(timeout=LIMIT)  # raises unless a second one starts at the same time
         return target, {}
 
     monkeypatch.setattr(build, "_compile", compiled)
@@ -371,7 +372,7 @@ build._build = slow
 build.build()
 """
     processes = [subprocess.Popen([sys.executable, "-c", program], cwd=build.SOURCES.parent) for _ in range(2)]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    assert [process.wait(timeout=LIMIT) for process in processes] == [0, 0]
     assert (tmp_path / "builds").read_text() == "x"
 
 

@@ -6,6 +6,7 @@ import torch
 
 from rwkv.checkpoint import read_tensors
 from rwkv.data.binidx_writer import writer
+from tests.waiting import wait_until
 
 SMALL = {
     "version": "4",
@@ -41,6 +42,12 @@ def lines(folder):
 
 def losses(folder):
     return [line["loss"] for line in lines(folder)]
+
+
+def wait_for_steps(folder, count, process):
+    """Wait until a running process has logged `count` steps."""
+    path = folder / "metrics.jsonl"
+    wait_until(lambda: path.exists() and path.read_text().count("\n") >= count, process)
 
 
 def poisoned(make_base, tmp_path):

@@ -24,6 +24,7 @@ from rwkv.train.callbacks.page.document import Facts, render
 from rwkv.train.callbacks.page.texts import both, pair
 from rwkv.train.fit import fit
 from tests.train.small_runs import SMALL, TUNE, lines, poisoned
+from tests.waiting import LIMIT
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=alert(1)>&amp;\"'"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -125,7 +126,7 @@ def browse(path, language):
         "--window-size=800,900",
         f"{path.as_uri()}#{language}",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
