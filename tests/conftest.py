@@ -24,6 +24,7 @@ from rwkv import checkpoint, compat
 from rwkv.data.binidx import Dataset, mask_path
 from rwkv.data.binidx_writer import writer
 from rwkv.data.token_stream import Stream
+from rwkv.kernels import build
 from rwkv.models import RWKV
 from rwkv.models.version import VERSIONS
 from rwkv.train.runtime.lightning import rank_zero_only
@@ -205,6 +206,17 @@ def fake_driver(tmp_path_factory) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         library = folder / "libcuda.so.1"
         return library if library.exists() else fake_gpu.build(folder)
+
+
+@pytest.fixture(scope="module")
+def gpu(fake_driver):
+    """A process that runs the compiled CUDA kernels on the CPU: a FakeGPU."""
+    import fake_gpu
+
+    fake = fake_gpu.FakeGPU(fake_driver)
+    fake.call("load", str(build.library()))
+    yield fake
+    fake.close()
 
 
 @pytest.fixture

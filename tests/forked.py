@@ -101,11 +101,11 @@ def _main(argv: list[str], cwd: str, environment: dict[str, str], streams: list[
 
 
 def free_port() -> int:
-    """A port that no process listens on. It is below those that the system gives to outgoing
-    connections, one of which could take it before the caller listens on it.
+    """A port that no process listens on: below those that the system gives to outgoing connections,
+    one of which could take it before the caller listens on it, and above those of Ray's workers.
     """
     first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
         with socket.socket() as free, contextlib.suppress(OSError):
-            free.bind(("", random.SystemRandom().randrange(10000, first) if first > 12000 else 0))
+            free.bind(("", random.SystemRandom().randrange(20000, first) if first > 22000 else 0))
             return free.getsockname()[1]

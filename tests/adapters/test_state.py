@@ -1,11 +1,7 @@
 """Tuned states against PyPI's `rwkv` and float64 loops; packed documents begin with them; files."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,10 +17,10 @@ from rwkv.errors import UserError
 from rwkv.generate import Session
 from rwkv.merge import merge
 from rwkv.models.version import VERSIONS
+from tests.oracle import ask, needs_oracle
 from tests.test_generate import ByteTokenizer
 
-ORACLE = Path(sys.prefix) / "oracle"
-# -I: the oracle's `rwkv` must not be ours. torch 1.13's load has no mmap. RWKV-5.2 and 6 read
+# torch 1.13's load has no mmap. RWKV-5.2 and 6 read
 # time_state from the model's file; RWKV-4 and 7 take it as a state.
 PROGRAM = """
 import json, os, sys, torch
@@ -71,12 +67,9 @@ def make(request, make_model):
     return lambda **sizes: make_model(version=request.param, **{"n_embd": 32, **sizes})
 
 
-@pytest.mark.skipif(
-    bool(os.environ.get("PY")), reason="make uses an existing Python, and does not install the oracle into it"
-)
+@needs_oracle
 @pytest.mark.parametrize("of_v7", [False, True])
 def test_files_give_the_same_logits_in_pypi_rwkv(make_model, tmp_path, of_v7):
-    assert ORACLE.is_dir(), "the oracle is installed by: make test"
     cases, ours = [], {}
     for name in ["7"] if of_v7 else ["4", "5.2", "6"]:
         folder = tmp_path / name
@@ -93,9 +86,7 @@ def test_files_give_the_same_logits_in_pypi_rwkv(make_model, tmp_path, of_v7):
             torch.testing.assert_close(merged(TOKENS[:1])[0][0], ours[name], rtol=1e-4, atol=1e-4)
             assert (model(TOKENS[:1])[0][0] - ours[name]).abs().max() > 0.1
         cases.append((name, str(folder), TOKENS[0].tolist()))
-    command = [sys.executable, "-I", "-c", PROGRAM, ORACLE, int(of_v7), json.dumps(cases)]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    ask(PROGRAM, int(of_v7), json.dumps(cases))
     for name, logits in ours.items():
         theirs = torch.load(tmp_path / name / "theirs.pt")
         torch.testing.assert_close(logits, theirs, rtol=1e-4, atol=1e-4)  # fp32, different order of sums

@@ -15,7 +15,8 @@ from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError
 from rwkv.formats import hf_tokenizer
 from rwkv.train.setup import sizes_of
-from tests.formats.oracle import ask, needs_oracle, script_main
+from tests.formats.oracle import ask, script_main
+from tests.oracle import needs_oracle
 
 IDS = list(range(1, 40))
 # rwkv7-hf reads the fla layout; of the official one, its own converter takes BlinkDL's names.

@@ -14,8 +14,9 @@ from rwkv.adapter_files import load_tuned
 from rwkv.config import ExportConfig
 from rwkv.errors import FileFormatError, UserError
 from rwkv.formats import rwkv_cpp, web_rwkv
-from tests.formats.oracle import ask, needs_oracle, script_main
+from tests.formats.oracle import ask, script_main
 from tests.formats.test_peft import adapter_of
+from tests.oracle import needs_oracle
 
 IDS = list(range(1, 30))
 # -I: the oracle's `rwkv` must not be ours. torch 1.13's load has no mmap.

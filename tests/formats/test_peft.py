@@ -12,7 +12,8 @@ from rwkv.adapter_files import inspect_adapter, load_tuned
 from rwkv.adapters import lora
 from rwkv.config import ExportConfig
 from rwkv.errors import UserError
-from tests.formats.oracle import ask, needs_oracle, script_main
+from tests.formats.oracle import ask, script_main
+from tests.oracle import needs_oracle
 
 IDS = list(range(1, 30))
 RWKV7_HF = """

@@ -20,7 +20,8 @@ from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.train.fit import fit
 from rwkv.train.resume import state_files
-from tests.train.small_runs import lines, wait_for_steps
+from tests.train.finished_run import changed
+from tests.train.small_runs import assert_same_tensors, lines, wait_for_steps
 
 FLAGS = {
     "ctx_len": 8,
@@ -41,9 +42,7 @@ def losses(folder):
 
 def assert_same_run(folder, uninterrupted, name="rwkv-2.pth"):
     assert losses(folder) == losses(uninterrupted)
-    ours, theirs = read_tensors(folder / name), read_tensors(uninterrupted / name)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert_same_tensors(folder / name, uninterrupted / name)
 
 
 def make(kind, make_base, make_data, **flags):
@@ -59,10 +58,6 @@ def make(kind, make_base, make_data, **flags):
     return (
         LoRAConfig(**{"lora_dropout": 0.2, **common}) if kind == "lora" else TrainConfig(**{"dropout": 0.1, **common})
     )
-
-
-def changed(config, **flags):
-    return type(config)(**{**vars(config), **flags})
 
 
 @pytest.mark.parametrize("kind", ["lora", "all"])
