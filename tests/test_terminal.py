@@ -163,7 +163,7 @@ def test_second_ctrl_c_keeps_the_chat(terminal):
     chat.wait("User: ")
     chat.type("long\n")
     chat.wait("very")
-    os.kill(chat.pid, signal.SIGSTOP)  # both signals arrive before the chat looks at the first
+    os.kill(chat.pid, signal.SIGSTOP)  # so that the second signal arrives while the first is handled
     os.kill(chat.pid, signal.SIGINT)
     os.kill(chat.pid, signal.SIGCONT)
     chat.interrupt("[stopped")

@@ -93,7 +93,8 @@ def test_transformers_reads_shards_of_rwkv4(model_file, tmp_path):
     theirs = transformers.RwkvForCausalLM.from_pretrained(tmp_path / "hf").eval()
     with torch.no_grad():
         logits = theirs(torch.tensor([IDS]), use_cache=False).logits
-        torch.testing.assert_close(logits, checkpoint.load_model(base)(torch.tensor([IDS]))[0], rtol=1e-4, atol=1e-4)
+        ours = checkpoint.load_model(base)(torch.tensor([IDS]))[0]
+        torch.testing.assert_close(logits, ours, rtol=1e-4, atol=1e-4)  # fp32, different order of sums
     back = checkpoint.read_tensors(tmp_path / "hf")
     original = checkpoint.read_tensors(base)
     assert back.keys() == original.keys()

@@ -211,7 +211,7 @@ def test_written_during_the_run_and_after_an_error(make_base, tmp_path, monkeypa
     )
     monkeypatch.setattr(report_page, "_SECONDS", 0)
     monkeypatch.setattr(report_page, "_FACTOR", 0)
-    with pytest.raises(UserError, match="NaN|nan|inf"):
+    with pytest.raises(UserError, match="the loss is nan"):
         fit(TrainConfig(**poisoned(make_base, tmp_path), proj_dir=str(tmp_path / "run")))
     assert written[:2] == [("running", 0), ("running", 1)]
     assert written[-1][0] == "failed"
