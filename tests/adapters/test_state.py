@@ -20,8 +20,8 @@ from rwkv.models.version import VERSIONS
 from tests.oracle import ask, needs_oracle
 from tests.test_generate import ByteTokenizer
 
-# torch 1.13's load has no mmap. RWKV-5.2 and 6 read
-# time_state from the model's file; RWKV-4 and 7 take it as a state.
+# torch 1.13's load has no mmap. RWKV-5.2 and 6 read time_state from the model's file; RWKV-4 and 7
+# take it as a state.
 PROGRAM = """
 import json, os, sys, torch
 os.environ |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": sys.argv[2]}
@@ -133,7 +133,7 @@ def test_packed_documents_equal_documents_apart(make, grad_cp):
     apart = torch.cat([model(part)[0] for part in TOKENS.split(lengths, 1)], 1)
     of_apart = torch.autograd.grad((apart * factors).sum(), trained)
     torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-4)  # fp32, different order of sums
-    for one, other in zip(of_packed, of_apart, strict=True):
+    for one, other in zip(of_packed, of_apart, strict=True):  # sums over all documents
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
     carried = model(TOKENS[:, :9], model.initial_state(3))[1]  # resets return to it, not to the carried state
     torch.testing.assert_close(

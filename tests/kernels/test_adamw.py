@@ -1,7 +1,6 @@
 """AdamW in 8 bits: states equal bitsandbytes', kernels the reference; rounding is unbiased."""
 
 import copy
-import hashlib
 import json
 
 import adamw_cases
@@ -10,7 +9,7 @@ import torch
 
 from rwkv import compat
 from rwkv.kernels import adamw, load, quant
-from tests.oracle import ask, needs_oracle
+from tests.oracle import ask, digest, needs_oracle
 
 # of bitsandbytes 0.50.2, printed by PROGRAM: beginnings of SHA-256
 DIGESTS = {
@@ -58,10 +57,6 @@ def moments():
     x = ((state >> 16) - (1 << 15)).float() * 2.0 ** -(torch.arange(n) % 31)
     x[512:768] = 0
     return {True: x, False: x.square() * 2.0**-30}
-
-
-def digest(x):
-    return hashlib.sha256(x.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
 def digests():

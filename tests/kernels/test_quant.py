@@ -1,6 +1,5 @@
 """Quantised matrices: equal to bitsandbytes', to their formulas, and as the weight of a layer."""
 
-import hashlib
 import json
 
 import pytest
@@ -11,7 +10,7 @@ from rwkv.adapters.lora import LoRALinear
 from rwkv.kernels import load, quant
 from rwkv.kernels.linear import linear
 from rwkv.kernels.quant import NF4, Int8
-from tests.oracle import ask, needs_oracle
+from tests.oracle import ask, digest, needs_oracle
 
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = [(128, 256), (64, 70), (7, 9), (300, 1024)]  # whole blocks, not whole, odd; more than a group
@@ -70,10 +69,6 @@ def matrices():
                 x[1] = 1.0  # int8 of bitsandbytes divides rows of zeros by 0
             found[f"{rows} x {columns} {dtype}"] = x.to(dtype)
     return found
-
-
-def digest(x):
-    return hashlib.sha256(x.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
 def digests():
