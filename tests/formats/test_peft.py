@@ -67,7 +67,7 @@ def test_peft_adapts_transformers_rwkv4(model_file, tmp_path):
 def test_peft_adapts_rwkv7_hf(model_file, tmp_path):
     logits = exported(model_file("7"), tmp_path)
     found = ask(RWKV7_HF, str(tmp_path / "hf"), str(tmp_path / "peft"), IDS)
-    torch.testing.assert_close(torch.tensor(found), logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(found), logits, rtol=1e-4, atol=1e-4)  # as above
     config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     layers = ["attn.k_proj", "attn.o_proj", "attn.r_proj", "attn.v_proj", "ffn.key", "ffn.value"]
     assert config["target_modules"] == layers
