@@ -5,6 +5,7 @@ import re
 import runpy
 import signal
 import socket
+import threading
 from pathlib import Path
 
 import openai
@@ -17,7 +18,7 @@ from rwkv.generate import Chat, Session
 from rwkv.sampling import Sampling
 from rwkv.serve.engine import Engine
 from tests.serve import models
-from tests.waiting import wait_until
+from tests.waiting import LIMIT, wait_until
 
 GREEDY = Sampling(temperature=0)
 
@@ -69,6 +70,8 @@ def test_load(loaded):
     429 and the time to wait; the answers are those of an idle server.
     """
     engine = Engine(loaded, WorldTokenizer(), max_batch=16, max_queue=24, cache_bytes=1 << 20)
+    rejected, step = threading.Event(), engine.step
+    engine.step = lambda: rejected.wait(LIMIT) and step()  # so that the queue fills, however fast the engine is
     with models.serving(engine) as url:
         rejections = []
 
@@ -89,6 +92,7 @@ def test_load(loaded):
                         chunks = await all_clients.chat.completions.create(**options, stream=True)
                         answers.append((turn, "".join([c.choices[0].delta.content or "" async for c in chunks])))
                 except openai.RateLimitError as error:
+                    rejected.set()
                     rejections.append((error.code, int(error.response.headers["retry-after"])))
                     answers.append(None)
             return answers
