@@ -76,10 +76,10 @@ def main() -> None:
         print(
             f"T{c.ctx_len} B{c.micro_bsz}, {len(stream):,} tokens, {'pinned and copied to the GPU' if gpu else 'on a CPU'}, torch {torch.__version__}"
         )
-        print("sampling            tokens/s   ms/batch   × needed for 0.1b      × 1.5b   × 14b")
+        print("sampling            tokens/s   ms/batch   × needed for 0.1b    × 1.5b  × 13.3b")
         for name, samples in kinds.items():
             speed = tokens_per_second(samples, c.micro_bsz, gpu)
-            times = [speed / required[model] for model in ("0.1b", "1.5b", "14b")]
+            times = [speed / required[model] for model in ("0.1b", "1.5b", "13.3b")]
             print(
                 f"{name:18} {speed:10,.0f} {1e3 * c.micro_bsz * c.ctx_len / speed:10.3f} {times[0]:22.1f} {times[1]:8.0f} {times[2]:7.0f}"
             )

@@ -24,11 +24,13 @@ from rwkv import checkpoint, compat
 from rwkv.data.binidx import Dataset, mask_path
 from rwkv.data.binidx_writer import writer
 from rwkv.data.token_stream import Stream
+from rwkv.kernels import build
 from rwkv.models import RWKV
 from rwkv.models.version import VERSIONS
 from rwkv.train.runtime.lightning import rank_zero_only
 from rwkv.train.runtime.process import denormals_are_flushed
 from tests import forked
+from tests.waiting import LIMIT
 
 ROOT = Path(__file__).parents[1]
 for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # set by `make test`; tests run make themselves
@@ -206,6 +208,17 @@ def fake_driver(tmp_path_factory) -> Path:
         return library if library.exists() else fake_gpu.build(folder)
 
 
+@pytest.fixture(scope="module")
+def gpu(fake_driver):
+    """A process that runs the compiled CUDA kernels on the CPU: a FakeGPU."""
+    import fake_gpu
+
+    fake = fake_gpu.FakeGPU(fake_driver)
+    fake.call("load", str(build.library()))
+    yield fake
+    fake.close()
+
+
 @pytest.fixture
 def write_jsonl(tmp_path):
     def write(*records, name: str = "text.jsonl") -> Path:
@@ -228,7 +241,7 @@ def start(tmp_path):
     yield start
     for process in started:
         process.send_signal(signal.SIGKILL)
-        process.wait(60)
+        process.wait()
 
 
 @pytest.fixture
@@ -269,7 +282,7 @@ def script(start, tmp_path):
                 text=True,
                 cwd=tmp_path,
                 env=environment,
-                timeout=300,
+                timeout=LIMIT,
                 check=False,
             )
         else:

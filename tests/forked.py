@@ -5,10 +5,12 @@ process is like one that a user starts: its own arguments, folder, environment, 
 exit status. Not tested this way: importing, and what Python does at exit.
 """
 
+import contextlib
 import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import random
 import runpy
 import signal
 import socket
@@ -19,6 +21,7 @@ from pathlib import Path
 from unittest import mock
 
 from rwkv.train.runtime.lightning import rank_zero_only
+from tests.waiting import LIMIT
 
 ROOT = Path(__file__).parents[1]
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -60,18 +63,18 @@ class Process:
         if self.poll() is None:
             os.kill(self.pid, number)
 
-    def wait(self, timeout: float | None = None) -> int:
+    def wait(self, timeout: float = LIMIT) -> int:
         self._process.join(timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired(self.args, timeout)
         return self.returncode
 
-    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+    def communicate(self, timeout: float = LIMIT) -> tuple[str, str]:
         """Wait for the end; returns what was printed to stdout and stderr."""
         self.wait(timeout)
         return tuple(Path(file.name).read_text(encoding="utf-8") for file in self._files[1:])
 
-    def result(self, timeout: float = 300) -> subprocess.CompletedProcess:
+    def result(self, timeout: float = LIMIT) -> subprocess.CompletedProcess:
         """Wait for the end, as subprocess.run does."""
         printed = self.communicate(timeout)
         return subprocess.CompletedProcess(self.args, self.returncode, *printed)
@@ -98,7 +101,11 @@ def _main(argv: list[str], cwd: str, environment: dict[str, str], streams: list[
 
 
 def free_port() -> int:
-    """A port that no process listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port that no process listens on: below those that the system gives to outgoing connections,
+    one of which could take it before the caller listens on it, and above those of Ray's workers.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("", random.SystemRandom().randrange(20000, first) if first > 22000 else 0))
+            return free.getsockname()[1]

@@ -120,7 +120,7 @@ from rwkv.files import exclusive
 with exclusive({str(path)!r}, "x"):
     {before}
     print(flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
     process = subprocess.Popen(
         [sys.executable, "-c", program, "--flag", "a b"], stdout=subprocess.PIPE, start_new_session=True
@@ -131,7 +131,7 @@ with exclusive({str(path)!r}, "x"):
 
 def test_lock_is_exclusive_and_released_on_kill(tmp_path):
     path = tmp_path / "a/b/.lock"
-    process = holder(path, "if os.fork() == 0: print(flush=True); time.sleep(60)")
+    process = holder(path, "if os.fork() == 0: print(flush=True); time.sleep(600)")
     try:
         assert process.stdout.readline() == b"\n"  # parent and child have both started
         with (

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -44,10 +43,8 @@ def test_readme_targets_exist():
 
 @pytest.mark.skipif(not OWN_ENVIRONMENT, reason="this environment was not created by make")
 def test_make_venv_up_to_date():
-    started = time.monotonic()
-    result = make("venv")
+    result = make("venv")  # pip and uv would print
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-    assert time.monotonic() - started < 2
 
 
 def test_args_reach_script():

@@ -14,6 +14,7 @@ import pytest
 
 from rwkv.generate import Sampling
 from rwkv.terminal import Conversation
+from tests.waiting import LIMIT
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
@@ -70,11 +71,11 @@ class Terminal:
         for _ in range(30):
             self.type("\x03")
             with contextlib.suppress(AssertionError):
-                self.wait(text, seconds=2)
+                self.wait(text, seconds=10)  # a second one too early would end the chat
                 return
         raise AssertionError(f"{text!r} did not appear in {self.shown!r}")
 
-    def wait(self, text: str, seconds: float = 60) -> str:
+    def wait(self, text: str, seconds: float = LIMIT) -> str:
         """Output since the last wait, up to and including the text."""
         end = time.monotonic() + seconds
         while text not in self.shown:
@@ -162,7 +163,7 @@ def test_second_ctrl_c_keeps_the_chat(terminal):
     chat.wait("User: ")
     chat.type("long\n")
     chat.wait("very")
-    os.kill(chat.pid, signal.SIGSTOP)  # both signals arrive before the chat looks at the first
+    os.kill(chat.pid, signal.SIGSTOP)  # so that the second signal arrives while the first is handled
     os.kill(chat.pid, signal.SIGINT)
     os.kill(chat.pid, signal.SIGCONT)
     chat.interrupt("[stopped")

@@ -87,7 +87,7 @@ def parts(out: Path, ptx: Path | None) -> dict[str, Part]:
 
 
 def run(name: str, part: Part, out: Path, seconds: float) -> str:
-    """Run a part; its output goes to the terminal and to a log. Returns what came of it."""
+    """Run a part; its output goes to the terminal and to a log. Returns its outcome."""
     limit = min(part.seconds, seconds)
     print(f"=== {name}: at most {limit:.0f} s", flush=True)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

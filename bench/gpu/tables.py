@@ -148,7 +148,7 @@ def report(conditions: dict[str, str], outcomes: dict[str, str], out: Path) -> s
 
 
 def replace(path: Path, text: str) -> None:
-    """Replace what stands between the markers in a file."""
+    """Replace the text between the markers in a file."""
     before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:

@@ -9,15 +9,11 @@ is constant (RWKV-5) is not moved. A shape that fails is reported, and the other
 measured.
 """
 
-import argparse
-import json
-import sys
-from pathlib import Path
-
 import torch
-from timing import copy_speed, median_ms
+from grid import loop_and_operator, run
+from timing import median_ms
 
-from rwkv.kernels import build, load
+from rwkv.kernels import load
 from rwkv.wkv import wkv6
 from rwkv.wkv.wkv6 import native
 
@@ -25,7 +21,7 @@ N = 64  # head size
 Shape = tuple[int, int, int]  # B, T, H
 
 
-def measure(shape: Shape, dtype: torch.dtype, constant: bool, speed: float, loop: bool) -> dict:
+def measure(shape: Shape, dtype: torch.dtype, constant: bool, loop: bool, speed: float) -> dict:
     torch.manual_seed(0)
     r, k, v, gy = (torch.randn(*shape, N, device="cuda", dtype=dtype) for _ in range(4))
     w = -torch.exp(torch.randn(*(() if constant else shape[:2]), shape[2], N, device="cuda"))
@@ -44,51 +40,28 @@ def measure(shape: Shape, dtype: torch.dtype, constant: bool, speed: float, loop
         "backward_floor": gy.numel() * (7 * size + 2 * decay) / speed,
     }
     if loop:
-        leaves = [x.requires_grad_() for x in inputs]
-        for impl in ("reference", "cuda"):
-            result[impl] = median_ms(
-                lambda impl=impl: torch.autograd.grad(wkv6(*leaves, impl=impl)[0], leaves, gy), budget_ms=1
-            )
+        result |= loop_and_operator(wkv6, inputs, gy)
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few shapes")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
-    arguments = parser.parse_args()
+def cases(quick: bool) -> list[tuple]:
     bf16, fp32 = torch.bfloat16, torch.float32
     shapes = [(batch, length, heads) for batch in (1, 8) for length in (1024, 4096) for heads in (12, 32, 64)]
-    cases = [(shape, dtype, constant) for dtype in (bf16, fp32) for shape in shapes for constant in (False, True)]
-    if arguments.quick:
-        cases = [((1, 1024, 12), bf16, False), ((1, 4096, 64), bf16, False), ((8, 1024, 12), bf16, False),
+    found = [(shape, dtype, constant) for dtype in (bf16, fp32) for shape in shapes for constant in (False, True)]
+    if quick:
+        found = [((1, 1024, 12), bf16, False), ((1, 4096, 64), bf16, False), ((8, 1024, 12), bf16, False),
                  ((8, 4096, 32), bf16, False), ((8, 4096, 32), bf16, True), ((1, 4096, 64), fp32, False)]  # fmt: skip
-    speed = copy_speed()
-    compiler = build.manifest().get("device", {}).get("compiler")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {compiler}; copy {speed / 1e9:.2f} TB/s")
-    results, failed = [], 0
-    for shape, dtype, constant in cases:
-        try:
-            r = measure(shape, dtype, constant, speed, loop=not results)
-        except Exception as error:
-            print(f"{shape} {dtype}: {type(error).__name__}: {error}", flush=True)
-            failed += 1
-            continue
-        results.append(r)
-        print(
-            f"B{r['B']} T{r['T']} H{r['H']} {r['dtype']}{' constant decay' if constant else ''}:"
-            f" forward {r['forward']:.3f} ms, {r['forward'] / r['forward_floor']:.1f} × floor;"
-            f" backward {r['backward']:.3f} ms, {r['backward'] / r['backward_floor']:.1f} × floor"
-            + (f"; loop {r['reference']:.0f} ms, operator {r['cuda']:.3f} ms" if "cuda" in r else ""),
-            flush=True,
-        )
-        torch.cuda.empty_cache()
-    if arguments.json:
-        about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_bytes_per_ms": speed}
-        arguments.json.write_text(json.dumps({**about, "results": results}))
-    if failed:
-        sys.exit(f"{failed} measurements failed")
+    return [(*case, i == 0) for i, case in enumerate(found)]
+
+
+def line(r: dict) -> str:
+    return (
+        f"B{r['B']} T{r['T']} H{r['H']} {r['dtype']}{' constant decay' if r['constant'] else ''}:"
+        f" forward {r['forward']:.3f} ms, {r['forward'] / r['forward_floor']:.1f} × floor;"
+        f" backward {r['backward']:.3f} ms, {r['backward'] / r['backward_floor']:.1f} × floor"
+        + (f"; loop {r['reference']:.0f} ms, operator {r['cuda']:.3f} ms" if "cuda" in r else "")
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, cases, measure, line)

@@ -12,16 +12,13 @@ backward, relative to that by chunks (`impl="cuda-chunk"`); "fla : chunk" that o
 autograd. A shape that fails is reported, and the others are still measured.
 """
 
-import argparse
-import json
 import math
-import sys
-from pathlib import Path
 
 import torch
-from timing import copy_speed, median_ms
+from grid import loop_and_operator, run
+from timing import median_ms
 
-from rwkv.kernels import build, load
+from rwkv.kernels import load
 from rwkv.wkv import wkv7
 from rwkv.wkv.wkv7 import native
 
@@ -56,7 +53,7 @@ def both_passes(operator, inputs: list[torch.Tensor], gy: torch.Tensor) -> float
     return median_ms(lambda: torch.autograd.grad(operator(*leaves)[0], leaves, gy))
 
 
-def measure(shape: Shape, dtype: torch.dtype, speed: float, loop: bool) -> dict:
+def measure(shape: Shape, dtype: torch.dtype, loop: bool, speed: float) -> dict:
     *inputs, gy = random_inputs(shape, dtype)
     device = gy.device.index
     if reason := load.why_unavailable_on(device):
@@ -86,11 +83,7 @@ def measure(shape: Shape, dtype: torch.dtype, speed: float, loop: bool) -> dict:
     result["forward_floor"] = tensors * (6 * size + 4) / speed
     result["backward_floor"] = tensors * (12 * size - size + 8) / speed
     if loop:
-        leaves = [x.requires_grad_() for x in inputs]
-        for impl in ("reference", "cuda"):
-            result[impl] = median_ms(
-                lambda impl=impl: torch.autograd.grad(wkv7(*leaves, impl=impl)[0], leaves, gy), budget_ms=1
-            )
+        result |= loop_and_operator(wkv7, inputs, gy)
     return result
 
 
@@ -98,48 +91,32 @@ def optional(result: dict, name: str, width: int = 8) -> str:
     return f"{result[name]:{width}.3f}" if name in result else " " * width
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few shapes")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
-    arguments = parser.parse_args()
+def cases(quick: bool) -> list[tuple]:
+    bf16, fp32 = torch.bfloat16, torch.float32
     shapes = [(batch, length, heads) for batch in (1, 8) for length in (1024, 4096, 16384) for heads in (12, 32, 64)]
-    if arguments.quick:
+    if quick:
         shapes = [(1, 1024, 12), (1, 4096, 64), (8, 1024, 12), (8, 4096, 32), (8, 4096, 64)]
-    speed = copy_speed()
-    compiler = build.manifest().get("device", {}).get("compiler")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {compiler}; copy {speed / 1e9:.2f} TB/s")
-    print(
-        f"{'B':>3} {'T':>5} {'H':>3} {'dtype':>9} | {'fwd ms':>8} {'× floor':>7} |"
-        f" {'bwd ms':>8} {'× floor':>7} {'ns/token':>8} |"
-        f" {'chunk fwd':>9} {'bwd ms':>8} {'token :':>8} {'fla :':>8} | loop / operator"
+    found = [(shape, bf16) for shape in shapes] + [(shape, fp32) for shape in (shapes[1:3] if quick else shapes)]
+    return [(*case, i == 0) for i, case in enumerate(found)]
+
+
+HEADER = (
+    f"{'B':>3} {'T':>5} {'H':>3} {'dtype':>9} | {'fwd ms':>8} {'× floor':>7} |"
+    f" {'bwd ms':>8} {'× floor':>7} {'ns/token':>8} |"
+    f" {'chunk fwd':>9} {'bwd ms':>8} {'token :':>8} {'fla :':>8} | loop / operator"
+)
+
+
+def line(r: dict) -> str:
+    return (
+        f"{r['B']:3} {r['T']:5} {r['H']:3} {r['dtype']:>9} |"
+        f" {r['forward']:8.3f} {r['forward'] / r['forward_floor']:7.2f} |"
+        f" {r['backward']:8.3f} {r['backward'] / r['backward_floor']:7.2f} {r['backward'] / r['T'] * 1e6:8.0f} |"
+        f" {optional(r, 'chunk_forward', 9)} {optional(r, 'chunk_backward')}"
+        f" {optional(r, 'token : chunk')} {optional(r, 'fla : chunk')} |"
+        + (f" {r['reference']:.0f} / {r['cuda']:.3f} ms" if "cuda" in r else "")
     )
-    results, failed = [], 0
-    for dtype in (torch.bfloat16, torch.float32):
-        for shape in shapes if dtype == torch.bfloat16 or not arguments.quick else shapes[1:3]:
-            try:
-                r = measure(shape, dtype, speed, loop=shape == shapes[0] and dtype == torch.bfloat16)
-            except Exception as error:
-                print(f"{shape} {dtype}: {type(error).__name__}: {error}", flush=True)
-                failed += 1
-                continue
-            results.append(r)
-            print(
-                f"{r['B']:3} {r['T']:5} {r['H']:3} {r['dtype']:>9} |"
-                f" {r['forward']:8.3f} {r['forward'] / r['forward_floor']:7.2f} |"
-                f" {r['backward']:8.3f} {r['backward'] / r['backward_floor']:7.2f} {r['backward'] / r['T'] * 1e6:8.0f} |"
-                f" {optional(r, 'chunk_forward', 9)} {optional(r, 'chunk_backward')}"
-                f" {optional(r, 'token : chunk')} {optional(r, 'fla : chunk')} |"
-                + (f" {r['reference']:.0f} / {r['cuda']:.3f} ms" if "cuda" in r else ""),
-                flush=True,
-            )
-            torch.cuda.empty_cache()
-    if arguments.json:
-        about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_bytes_per_ms": speed}
-        arguments.json.write_text(json.dumps({**about, "results": results}))
-    if failed:
-        sys.exit(f"{failed} measurements failed")
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, cases, measure, line, HEADER)

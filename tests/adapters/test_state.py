@@ -1,11 +1,7 @@
 """Tuned states against PyPI's `rwkv` and float64 loops; packed documents begin with them; files."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +17,11 @@ from rwkv.errors import UserError
 from rwkv.generate import Session
 from rwkv.merge import merge
 from rwkv.models.version import VERSIONS
+from tests.oracle import ask, needs_oracle
 from tests.test_generate import ByteTokenizer
 
-ORACLE = Path(sys.prefix) / "oracle"
-# -I: the oracle's `rwkv` must not be ours. torch 1.13's load has no mmap. RWKV-5.2 and 6 read
-# time_state from the model's file; RWKV-4 and 7 take it as a state.
+# torch 1.13's load has no mmap. RWKV-5.2 and 6 read time_state from the model's file; RWKV-4 and 7
+# take it as a state.
 PROGRAM = """
 import json, os, sys, torch
 os.environ |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": sys.argv[2]}
@@ -71,12 +67,9 @@ def make(request, make_model):
     return lambda **sizes: make_model(version=request.param, **{"n_embd": 32, **sizes})
 
 
-@pytest.mark.skipif(
-    bool(os.environ.get("PY")), reason="make uses an existing Python, and does not install the oracle into it"
-)
+@needs_oracle
 @pytest.mark.parametrize("of_v7", [False, True])
 def test_files_give_the_same_logits_in_pypi_rwkv(make_model, tmp_path, of_v7):
-    assert ORACLE.is_dir(), "the oracle is installed by: make test"
     cases, ours = [], {}
     for name in ["7"] if of_v7 else ["4", "5.2", "6"]:
         folder = tmp_path / name
@@ -93,9 +86,7 @@ def test_files_give_the_same_logits_in_pypi_rwkv(make_model, tmp_path, of_v7):
             torch.testing.assert_close(merged(TOKENS[:1])[0][0], ours[name], rtol=1e-4, atol=1e-4)
             assert (model(TOKENS[:1])[0][0] - ours[name]).abs().max() > 0.1
         cases.append((name, str(folder), TOKENS[0].tolist()))
-    command = [sys.executable, "-I", "-c", PROGRAM, ORACLE, int(of_v7), json.dumps(cases)]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    ask(PROGRAM, int(of_v7), json.dumps(cases))
     for name, logits in ours.items():
         theirs = torch.load(tmp_path / name / "theirs.pt")
         torch.testing.assert_close(logits, theirs, rtol=1e-4, atol=1e-4)  # fp32, different order of sums
@@ -142,7 +133,7 @@ def test_packed_documents_equal_documents_apart(make, grad_cp):
     apart = torch.cat([model(part)[0] for part in TOKENS.split(lengths, 1)], 1)
     of_apart = torch.autograd.grad((apart * factors).sum(), trained)
     torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-4)  # fp32, different order of sums
-    for one, other in zip(of_packed, of_apart, strict=True):
+    for one, other in zip(of_packed, of_apart, strict=True):  # sums over all documents
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
     carried = model(TOKENS[:, :9], model.initial_state(3))[1]  # resets return to it, not to the carried state
     torch.testing.assert_close(

@@ -20,9 +20,8 @@ CHAT = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", 
 
 
 def converted(source, prefix, **flags):
-    return convert(ConvertConfig(**{"input": str(source), "output_prefix": str(prefix), "workers": 1, **flags})).pairs[
-        0
-    ][0]
+    flags = {"input": str(source), "output_prefix": str(prefix), "workers": 1, **flags}
+    return convert(ConvertConfig(**flags)).pairs[0][0]
 
 
 def train_on(prefix, vocab_size, load_model="base.pth"):

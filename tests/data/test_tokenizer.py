@@ -1,10 +1,6 @@
 """World ids against the tokenizer of the PyPI package `rwkv`, which is installed separately."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,8 +8,8 @@ from hypothesis import strategies as st
 
 from rwkv.data.tokenizer import LARGEST_ID, VOCAB_SIZE, HFTokenizer, WorldTokenizer
 from rwkv.errors import UserError
+from tests.oracle import ask, needs_oracle
 
-ORACLE = Path(sys.prefix) / "oracle"
 PROGRAM = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -32,22 +28,14 @@ def tokenizer():
     return WorldTokenizer()
 
 
-@pytest.mark.skipif(bool(os.environ.get("PY")), reason="PY selects another Python, into which make installs no oracle")
+@needs_oracle
 def test_ids_match_reference_tokenizer(tokenizer, root):
-    assert ORACLE.is_dir(), "the oracle is installed by: make test"
     texts = TEXTS + [
         json.loads(line)["text"] for line in (root / "data/example.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     texts += [(root / page).read_text(encoding="utf-8") for page in ("README.md", "README.zh.md", "rwkv/checkpoint.py")]
-    # -I: the oracle's `rwkv` must not be ours
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", PROGRAM, str(ORACLE)],
-        input=json.dumps(texts),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert [tokenizer.encode(text) for text in texts] == json.loads(result.stdout)
+    expected = json.loads(ask(PROGRAM, stdin=json.dumps(texts)))
+    assert [tokenizer.encode(text) for text in texts] == expected
 
 
 @given(text=st.text(st.characters(blacklist_categories=["Cs"])))

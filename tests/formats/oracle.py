@@ -1,24 +1,16 @@
-"""Programs of others that tests run beside the environment (the packages of tests/oracle.txt), and
-our script.
+"""Programs that read our files with other packages (tests/oracle.py), and our script. They are
+forked: importing transformers takes long.
 """
 
 import importlib.util
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests import forked
-
-ORACLE = Path(sys.prefix) / "oracle"
-needs_oracle = pytest.mark.skipif(
-    bool(os.environ.get("PY")), reason="make was given a Python of its own, and installs no oracle beside it"
-)
-
+from tests.oracle import FOLDER
 
 # The server has imported our package; the oracle's `rwkv` is another one.
 _WITHOUT_OURS = """
@@ -32,8 +24,8 @@ def ask(program: str, *arguments: Any) -> Any:
     """The JSON that a program prints as its last line, in a forked process (tests/forked.py). It
     finds the packages in sys.argv[1], and the arguments, as JSON, in sys.argv[2:].
     """
-    assert ORACLE.is_dir(), "the oracle is installed by: make test"
-    return run(_WITHOUT_OURS + program, str(ORACLE), *map(json.dumps, arguments))
+    assert FOLDER.is_dir(), "the oracle is installed by: make test"
+    return run(_WITHOUT_OURS + program, str(FOLDER), *map(json.dumps, arguments))
 
 
 def run(program: str, *arguments: str) -> Any:

@@ -15,7 +15,8 @@ from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError
 from rwkv.formats import hf_tokenizer
 from rwkv.train.setup import sizes_of
-from tests.formats.oracle import ask, needs_oracle, script_main
+from tests.formats.oracle import ask, script_main
+from tests.oracle import needs_oracle
 
 IDS = list(range(1, 40))
 # rwkv7-hf reads the fla layout; of the official one, its own converter takes BlinkDL's names.
@@ -92,7 +93,8 @@ def test_transformers_reads_shards_of_rwkv4(model_file, tmp_path):
     theirs = transformers.RwkvForCausalLM.from_pretrained(tmp_path / "hf").eval()
     with torch.no_grad():
         logits = theirs(torch.tensor([IDS]), use_cache=False).logits
-        torch.testing.assert_close(logits, checkpoint.load_model(base)(torch.tensor([IDS]))[0], rtol=1e-4, atol=1e-4)
+        ours = checkpoint.load_model(base)(torch.tensor([IDS]))[0]
+        torch.testing.assert_close(logits, ours, rtol=1e-4, atol=1e-4)  # fp32, different order of sums
     back = checkpoint.read_tensors(tmp_path / "hf")
     original = checkpoint.read_tensors(base)
     assert back.keys() == original.keys()

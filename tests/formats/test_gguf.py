@@ -11,7 +11,8 @@ from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError
 from rwkv.formats import gguf, gguf_file
 from rwkv.models.rwkv import shapes
-from tests.formats.oracle import ask, needs_oracle, script_main
+from tests.formats.oracle import ask, script_main
+from tests.oracle import needs_oracle
 
 PROMPT = list(b"RWKV is an")
 LLAMA_CPP = """

@@ -14,11 +14,12 @@ from rwkv.adapter_files import load_tuned
 from rwkv.config import ExportConfig
 from rwkv.errors import FileFormatError, UserError
 from rwkv.formats import rwkv_cpp, web_rwkv
-from tests.formats.oracle import ask, needs_oracle, script_main
+from tests.formats.oracle import ask, script_main
 from tests.formats.test_peft import adapter_of
+from tests.oracle import needs_oracle
 
 IDS = list(range(1, 30))
-# -I: the oracle's `rwkv` must not be ours. torch 1.13's load has no mmap.
+# torch 1.13's load has no mmap
 PYPI_RWKV = """
 import json, os, sys, torch
 files, ids, v7 = map(json.loads, sys.argv[2:])

@@ -12,7 +12,8 @@ from rwkv.adapter_files import inspect_adapter, load_tuned
 from rwkv.adapters import lora
 from rwkv.config import ExportConfig
 from rwkv.errors import UserError
-from tests.formats.oracle import ask, needs_oracle, script_main
+from tests.formats.oracle import ask, script_main
+from tests.oracle import needs_oracle
 
 IDS = list(range(1, 30))
 RWKV7_HF = """
@@ -68,7 +69,7 @@ def test_peft_adapts_transformers_rwkv4(model_file, tmp_path, dora):
 def test_peft_adapts_rwkv7_hf(model_file, tmp_path, dora):
     logits = exported(model_file("7"), tmp_path, dora)
     found = ask(RWKV7_HF, str(tmp_path / "hf"), str(tmp_path / "peft"), IDS)
-    torch.testing.assert_close(torch.tensor(found), logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(found), logits, rtol=1e-4, atol=1e-4)  # as above
     config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     layers = ["attn.k_proj", "attn.o_proj", "attn.r_proj", "attn.v_proj", "ffn.key", "ffn.value"]
     assert config["target_modules"] == layers

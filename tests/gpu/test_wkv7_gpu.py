@@ -1,28 +1,18 @@
-"""The WKV7 CUDA kernels on a GPU, token by token and by chunks: accuracy, determinism, streams,
-CUDA graphs, memory.
+"""What is particular to the WKV7 CUDA kernels on a GPU, token by token and by chunks (see also
+test_heads_gpu.py): decays, documents, the time-mix, memory.
 """
-
-import itertools
 
 import pytest
 import torch
-from head_cases import WKV7, assert_close, assert_half_is_rounded_fp32, inputs7, outputs_and_gradients, starts, states
+from head_cases import WKV7, assert_close, inputs7, outputs_and_gradients, starts, states
 
 from rwkv.kernels import load
 from rwkv.wkv import wkv7
 from rwkv.wkv.wkv7 import native, reference
 from rwkv.wkv.wkv7.time_mix import Parameters, Projections, time_mix
+from tests.gpu.on_gpu import has_tensor_cores, on_gpu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
-
-
-def on_gpu(*arguments):
-    """Tensors, lists of tensors, and None."""
-    return [None if x is None else [t.cuda() for t in x] if isinstance(x, list) else x.cuda() for x in arguments]
-
-
-def has_tensor_cores():
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def token_by_token(*tensors, state=None, reset=None, initial=None):
@@ -54,24 +44,6 @@ def check(cuda, tensors, state=None, reset=None, initial=None):
     assert_close(outputs_and_gradients(cuda, *arguments), WKV7.in_fp64(*arguments))
 
 
-def test_auto_selects_cuda(monkeypatch):
-    monkeypatch.setattr(reference, "wkv7", lambda *_: pytest.fail("auto fell back to the reference"))
-    wkv7(*on_gpu(inputs7(1, 3, 1, 64))[0])
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1, 64), (2, 15, 3, 64), (1, 16, 2, 64), (2, 17, 1, 64), (3, 97, 5, 64)])
-@pytest.mark.parametrize(("state", "reset", "initial"), [(False,) * 3, (True, True, False), (True, True, True)])
-def test_fp32_close_to_fp64(cuda, shape, state, reset, initial):
-    batch, length, heads, size = shape
-    check(
-        cuda,
-        inputs7(*shape, seed=length),
-        states(batch, heads, size) if state else None,
-        starts(batch, length) if reset else None,
-        states(batch, heads, size, 4) if initial else None,
-    )
-
-
 @pytest.mark.parametrize("size", [16, 48, 80, 128, 144, 256])
 def test_head_sizes(size):
     check(token_by_token, inputs7(2, 35, 2, size), states(2, 2, size), starts(2, 35))
@@ -80,21 +52,6 @@ def test_head_sizes(size):
 @pytest.mark.parametrize("scale", [0.1, 20.0])
 def test_decays(cuda, scale):
     check(cuda, inputs7(1, 600, 2, 64, scale=scale))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [64, 128])
-def test_half_is_rounded_fp32(cuda, dtype, size):
-    if cuda is by_chunks and size != 64:
-        pytest.skip("heads of 64 only")
-    assert_half_is_rounded_fp32(cuda, dtype, *on_gpu(inputs7(3, 100, 5, size), states(3, 5, size)))
-
-
-@pytest.mark.parametrize("batch", [1, 40])
-def test_deterministic(cuda, batch):
-    arguments = on_gpu(inputs7(batch, 600, 12, 64), states(batch, 12, 64), starts(batch, 600, 0.01))
-    first, second = (outputs_and_gradients(cuda, *arguments) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_no_gradient_across_documents():
@@ -156,28 +113,6 @@ def test_nan_propagates():
             assert found[expected].all(), i  # it spreads over its chunk
 
 
-def test_chunks_match_full_sequence(cuda):
-    tensors, first, reset = on_gpu(inputs7(2, 70, 2, 64), states(2, 2, 64), starts(2, 70))
-    whole, last = cuda(*tensors, state=first, reset=reset)
-    state, parts = first, []
-    for begin, end in itertools.pairwise((0, 1, 33, 69, 70) if cuda is token_by_token else (0, 16, 48, 64, 70)):
-        part = [x[:, begin:end] for x in tensors]
-        y, state = cuda(*part, state=state, reset=reset[:, begin:end], initial=first)
-        parts.append(y)
-    assert torch.equal(torch.cat(parts, 1), whole)  # the same operations
-    assert torch.equal(state, last)
-
-
-def test_unaligned_inputs(cuda):
-    """The kernels read four elements at once; a tensor may start anywhere in its storage."""
-    tensors = on_gpu(inputs7(1, 33, 2, 64))[0]
-    shifted = []
-    for x in tensors:
-        storage = torch.empty(x.numel() + 1, device="cuda")
-        shifted.append(storage[1:].view(x.shape).copy_(x))
-    assert torch.equal(cuda(*shifted)[0], cuda(*tensors)[0])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_time_mix(cuda, dtype):
     """The gradients of everything between the linear layers, against float64."""
@@ -202,31 +137,6 @@ def test_time_mix(cuda, dtype):
         # fp32 rounding; in half precision, the inputs and the output of WKV are rounded
         allowed = (1e-5 if dtype == torch.float32 else 0.03) * max(1.0, float(truth.abs().max()))
         assert float((ours - truth).abs().max()) <= allowed
-
-
-def test_runs_on_current_stream(cuda):
-    tensors = on_gpu(inputs7(2, 300, 4, 64))[0]
-    expected = cuda(*tensors)[0]
-    torch.cuda.synchronize()
-    side, late = torch.cuda.Stream(), torch.zeros_like(tensors[2])
-    with torch.cuda.stream(side):
-        torch.cuda._sleep(200_000_000)  # 0.1 s: work on another stream would run before the copy
-        late.copy_(tensors[2])
-        y = cuda(*tensors[:2], late, *tensors[3:])[0]
-        assert not side.query()  # no synchronisation
-    side.synchronize()
-    assert torch.equal(y, expected)
-
-
-def test_cuda_graph_capture(cuda):
-    tensors = on_gpu(inputs7(2, 300, 4, 64))[0]
-    expected = cuda(*tensors)[0]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = cuda(*tensors)[0]
-    y.zero_()
-    graph.replay()
-    assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -255,7 +165,7 @@ def test_documented_memory(cuda, dtype):
     reason="needs 48 GiB of GPU memory",
 )
 def test_64_bit_offsets(cuda):
-    """The saved states of the last row lie 2^31 elements after the first."""
+    """The saved states of the last row start 2^31 elements after the first."""
     batch, length, heads = 2, 70_000, 64
     g = torch.Generator("cuda").manual_seed(0)
 

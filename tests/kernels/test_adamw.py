@@ -1,12 +1,7 @@
 """AdamW in 8 bits: states equal bitsandbytes', kernels the reference; rounding is unbiased."""
 
 import copy
-import hashlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import adamw_cases
 import pytest
@@ -14,8 +9,8 @@ import torch
 
 from rwkv import compat
 from rwkv.kernels import adamw, load, quant
+from tests.oracle import ask, digest, needs_oracle
 
-ORACLE = Path(sys.prefix) / "oracle"
 # of bitsandbytes 0.50.2, printed by PROGRAM: beginnings of SHA-256
 DIGESTS = {
     "levels True": "e732639a65f497b4",
@@ -64,10 +59,6 @@ def moments():
     return {True: x, False: x.square() * 2.0**-30}
 
 
-def digest(x):
-    return hashlib.sha256(x.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
-
-
 def digests():
     found = {}
     for signed, x in moments().items():
@@ -83,14 +74,10 @@ def test_state_equals_recorded_bitsandbytes():
 
 
 @pytest.mark.skipif(compat.stack() != "modern", reason="bitsandbytes needs torch 2")
-@pytest.mark.skipif(bool(os.environ.get("PY")), reason="PY selects another Python, into which make installs no oracle")
+@needs_oracle
 def test_state_equals_bitsandbytes(tmp_path):
-    assert ORACLE.is_dir(), "the oracle is installed by: make test"
     torch.save(moments(), tmp_path / "in.pt")
-    command = [sys.executable, "-I", "-c", PROGRAM, ORACLE, tmp_path / "in.pt"]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert digests() == json.loads(done.stdout.splitlines()[-1])
+    assert digests() == json.loads(ask(PROGRAM, tmp_path / "in.pt").splitlines()[-1])
 
 
 def test_state_of_second_moment_positive():

@@ -4,24 +4,15 @@ import adamw_cases
 import fused_cases as cases
 import pytest
 import torch
-from fake_gpu import STREAM, FakeGPU
+from fake_gpu import STREAM
 from fused_cases import FP32, GPU_STREAMS, NORM_SIZES, SIZES, normal
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rwkv.kernels import adamw, quant
-from rwkv.kernels import build as kernels
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SEEDS = st.integers(0, 2**31)
-
-
-@pytest.fixture(scope="module")
-def gpu(fake_driver):
-    fake = FakeGPU(fake_driver)
-    fake.call("load", str(kernels.library()))
-    yield fake
-    fake.close()
 
 
 @settings(max_examples=25, deadline=None)

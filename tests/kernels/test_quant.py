@@ -1,11 +1,6 @@
 """Quantised matrices: equal to bitsandbytes', to their formulas, and as the weight of a layer."""
 
-import hashlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +10,8 @@ from rwkv.adapters.lora import LoRALinear
 from rwkv.kernels import load, quant
 from rwkv.kernels.linear import linear
 from rwkv.kernels.quant import NF4, Int8
+from tests.oracle import ask, digest, needs_oracle
 
-ORACLE = Path(sys.prefix) / "oracle"
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = [(128, 256), (64, 70), (7, 9), (300, 1024)]  # whole blocks, not whole, odd; more than a group
 # of bitsandbytes 0.50.2 on a CPU, printed by PROGRAM: beginnings of the SHA-256 of dense matrices
@@ -76,10 +71,6 @@ def matrices():
     return found
 
 
-def digest(x):
-    return hashlib.sha256(x.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
-
-
 def digests():
     found = {"levels": digest(quant.nf4_levels()), "absmax levels": digest(quant.absmax_levels())}
     for name, x in matrices().items():
@@ -94,14 +85,10 @@ def test_equals_recorded_bitsandbytes():
 
 
 @pytest.mark.skipif(compat.stack() != "modern", reason="bitsandbytes needs torch 2")
-@pytest.mark.skipif(bool(os.environ.get("PY")), reason="PY selects another Python, into which make installs no oracle")
+@needs_oracle
 def test_equals_bitsandbytes(tmp_path):
-    assert ORACLE.is_dir(), "the oracle is installed by: make test"
     torch.save(matrices(), tmp_path / "in.pt")
-    command = [sys.executable, "-I", "-c", PROGRAM, ORACLE, tmp_path / "in.pt"]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert digests() == json.loads(done.stdout.splitlines()[-1])
+    assert digests() == json.loads(ask(PROGRAM, tmp_path / "in.pt").splitlines()[-1])
 
 
 @pytest.mark.skipif(load.why_unavailable() is not None, reason="not compiled")

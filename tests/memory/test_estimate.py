@@ -189,6 +189,14 @@ def peaks(p: Plan) -> dict[str, int]:
     return found
 
 
+def assert_predicted(plan: Plan) -> None:
+    measured, predicted = peaks(plan), estimate(plan).tensors
+    assert max(measured.values()) == pytest.approx(max(predicted.values()), rel=0.1)
+    assert {name: measured[name] / value for name, value in predicted.items()} == {
+        name: pytest.approx(1, abs=0.2) for name in predicted
+    }  # in the smaller phases workspace is a larger share
+
+
 # Every pair of two values occurs once; bf16 is slow on CPUs without bf16 instructions.
 @pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
 @pytest.mark.parametrize(
@@ -213,11 +221,7 @@ def test_predicted_peak_of_step(kind, precision, grad_cp, version):
         micro_bsz=1,
         gpu=False,
     )
-    measured, predicted = peaks(plan), estimate(plan).tensors
-    assert max(measured.values()) == pytest.approx(max(predicted.values()), rel=0.1)
-    assert {name: measured[name] / value for name, value in predicted.items()} == {
-        name: pytest.approx(1, abs=0.2) for name in predicted
-    }  # in the smaller phases workspace is a larger share
+    assert_predicted(plan)
 
 
 @pytest.mark.parametrize(
@@ -236,11 +240,7 @@ def test_predicted_peak_of_preference_pairs(kind, version, precision, grad_cp):
         sequences=2,
         gpu=False,
     )
-    measured, predicted = peaks(plan), estimate(plan).tensors
-    assert max(measured.values()) == pytest.approx(max(predicted.values()), rel=0.1)
-    assert {name: measured[name] / value for name, value in predicted.items()} == {
-        name: pytest.approx(1, abs=0.2) for name in predicted
-    }
+    assert_predicted(plan)
 
 
 @pytest.mark.parametrize("version", ["4", "7"])

@@ -9,10 +9,10 @@ import torch
 import v5_loop
 import v6_loop
 import v7_loop
-from oracle import ask, needs_oracle
 
 from rwkv.adapters import lora
 from rwkv.models import RWKV, version
+from tests.oracle import ask, needs_oracle
 
 # torch 1.13's load has no mmap
 PROGRAM = """

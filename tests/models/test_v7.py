@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from oracle import ask, needs_oracle
 
 from rwkv.adapters import lora
 from rwkv.models import RWKV
 from rwkv.models.v7 import PARTS, PUBLISHED, Sizes, decays, lr_scale
+from tests.oracle import ask, needs_oracle
 
 # rwkv7-hf has its own names and shapes, and gradients by autograd
 PROGRAM_HF = """
@@ -68,8 +68,8 @@ def test_logits_and_gradients_match_rwkv7_hf(make, tmp_path):
             assert error <= 5e-5 * float(gradients[name].abs().max().clamp_min(1)), f"{name}: {error}"
 
 
-def test_rwkv7_is_recognised_by_the_oracle_keys(make):
-    """Keys of a released file: no v0, v1, v2 in block 0."""
+def test_keys_are_those_of_released_files(make):
+    """Without v0, v1, v2 in block 0."""
     names = set(dict(make().named_parameters()))
     att = "x_r x_w x_k x_v x_a x_g w0 w1 w2 a0 a1 a2 g1 g2 k_k k_a r_k".split()
     att += [f"{name}.weight" for name in ("receptance", "key", "value", "output", "ln_x")] + ["ln_x.bias"]

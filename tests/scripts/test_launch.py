@@ -8,16 +8,16 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from rwkv import compat
+from tests.forked import free_port
+from tests.waiting import LIMIT, wait_until
 
 COMMAND = "-m torch.distributed.run --nnodes {} --node_rank {} --nproc_per_node {} --master_addr {} --master_port {} scripts/lora.py --lora_r 4 --num_nodes {} --devices {}"
 FLAGS = ["--", "scripts/lora.py", "--lora_r", "4"]
@@ -133,15 +133,12 @@ def test_kubernetes_command_without_compiler(root, make_base, make_data, tmp_pat
     (tools / "python").chmod(0o755)
     files = {"base.pth": make_base(), "data_text_document": make_data(400), "out": tmp_path / "out"}
     arguments = [re.sub("/run-files/(.*)", lambda found: str(files[found[1]]), word) for word in container["command"]]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = {variable["name"]: variable["value"] for variable in container["env"]}
     environment |= {
         "PET_NNODES": "1",
         "PET_NODE_RANK": "0",
         "PET_MASTER_ADDR": "127.0.0.1",
-        "PET_MASTER_PORT": str(port),
+        "PET_MASTER_PORT": str(free_port()),
         "PET_NPROC_PER_NODE": "2",
     }
     environment |= {
@@ -157,7 +154,7 @@ def test_kubernetes_command_without_compiler(root, make_base, make_data, tmp_pat
         )
     overrides = ["--ctx_len=8", "--epoch_steps=2", "--magic_prime=-1", "--accelerator=cpu"]
     result = subprocess.run(
-        [*arguments, *overrides], cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False
+        [*arguments, *overrides], cwd=root, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert len(losses(tmp_path / "out")) == 2
@@ -280,9 +277,7 @@ def test_dead_host_then_resume(root, hosts, launch_environment, commands, flags,
             return subprocess.Popen(command, cwd=root, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
     first, second = (start_on(i, name) for i, name in enumerate(hosts.values()))
-    deadline = time.monotonic() + 100
-    while not list((tmp_path / "run/resume").glob("step-*.pt")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: list((tmp_path / "run/resume").glob("step-*.pt")), first)
     os.killpg(second.pid, signal.SIGKILL)
     # Its rank may be in another session: kill every process of the namespace, as when a machine
     # dies.
@@ -290,14 +285,12 @@ def test_dead_host_then_resume(root, hosts, launch_environment, commands, flags,
     for process in map(int, pids.stdout.split()):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-    deadline = time.monotonic() + 100
-    while "failed (exitcode: 1)" not in (tmp_path / f"{first_host}.txt").read_text():
-        assert time.monotonic() < deadline, "the other host did not notice"
-        time.sleep(0.1)
+    # the other host notices
+    wait_until(lambda: "failed (exitcode: 1)" in (tmp_path / f"{first_host}.txt").read_text())
     # torchrun of torch 1.13.1 would wait five minutes for the lost host
     os.killpg(first.pid, signal.SIGKILL)
     for process in (first, second):
-        process.wait(10)
+        process.wait(LIMIT)
     assert 0 < len(losses(tmp_path / "run")) < STEPS
 
     cases = "\n".join(f'{address}) exec ip netns exec {name} sh -c "$*";;' for address, name in hosts.items())
@@ -309,7 +302,7 @@ def test_dead_host_then_resume(root, hosts, launch_environment, commands, flags,
         env=os.environ | {"SSH": "reach"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=LIMIT,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

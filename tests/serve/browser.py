@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import LIMIT
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -58,7 +60,7 @@ class Browser:
         os.write(self._write, json.dumps(message).encode() + b"\0")
         while True:
             while b"\0" not in self._buffer:
-                assert select.select([self._read], [], [], 60)[0], f"Chromium does not answer {method}"
+                assert select.select([self._read], [], [], LIMIT)[0], f"Chromium does not answer {method}"
                 data = os.read(self._read, 1 << 20)
                 assert data, f"Chromium has ended ({method})"
                 self._buffer += data
@@ -76,9 +78,9 @@ class Browser:
         """The value of a JavaScript expression."""
         return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
-    def wait_for(self, expression: str, seconds: float = 60) -> Any:
+    def wait_for(self, expression: str) -> Any:
         """The value of an expression as soon as it is true."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + LIMIT
         while not (value := self.evaluate(expression)):
             assert time.monotonic() < end, (
                 f"{expression} did not become true: {self.evaluate('document.body.innerText')}"
@@ -94,6 +96,6 @@ class Browser:
         """End Chromium with all of its processes."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(30)
+        self._process.wait(LIMIT)
         os.close(self._write)
         os.close(self._read)

@@ -2,8 +2,7 @@
 
 import contextlib
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from rwkv.serve import app, server
 from rwkv.serve.engine import Engine
 from rwkv.serve.requests import Event, Request
 from rwkv.serve.worker import Worker
+from tests.waiting import LIMIT
 
 SIZES = {"n_layer": 2, "n_embd": 32, "vocab_size": 257}
 WORLD = {**SIZES, "vocab_size": 65536}
@@ -73,14 +73,6 @@ class Collected:
         self.finish, self.error = event.finish, event.error
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Wait until a condition is true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not become true"
-        time.sleep(0.01)
-
-
 @contextlib.contextmanager
 def serving(engine: Engine, settings: app.Settings | None = None) -> Iterator[str]:
     """Run the real server in threads of this process; yields its URL."""
@@ -90,10 +82,10 @@ def serving(engine: Engine, settings: app.Settings | None = None) -> Iterator[st
     worker.start()
     thread.start()
     try:
-        assert ready.wait(60)
+        assert ready.wait(LIMIT)
         yield server.url(listening)
     finally:
         running.should_exit = True
-        thread.join(60)
+        thread.join(LIMIT)
         worker.close()
         assert not thread.is_alive()

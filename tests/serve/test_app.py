@@ -19,6 +19,7 @@ from rwkv.serve import app, messages
 from rwkv.serve.engine import Engine
 from rwkv.serve.protocol import Limits
 from tests.serve import models
+from tests.waiting import LIMIT, wait_until
 
 GREEDY = Sampling(temperature=0)
 HELLO = "Hello, you there in the machine: how are you?"
@@ -48,7 +49,7 @@ def client(url):
 
 def send(url: str, method: str, path: str, body=None, **headers) -> tuple[int, dict, bytes]:
     """Status, headers and body of a raw request."""
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=LIMIT)
     with contextlib.closing(connection):
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         given = {"Content-Type": "application/json"} if data else {}
@@ -265,7 +266,7 @@ def test_health_and_log(url, log):
     before = len(log)
     send(url, "POST", "/v1/completions", {"model": "tuned", "prompt": "Hi\x1b[2J", "max_tokens": 3})
     send(url, "GET", "/%1b[2J")
-    models.wait_until(lambda: len(log) == before + 2)  # written after the answer; nothing for /health
+    wait_until(lambda: len(log) == before + 2)  # written after the answer; nothing for /health
     assert re.fullmatch(r"\d\d:\d\d:\d\d POST /v1/completions 200 tuned \d+\+3 tokens \d+\.\d\d s", log[before])
     assert "\x1b" not in log[before + 1]
 
@@ -297,12 +298,12 @@ def test_disconnect_cancels(loaded, stream):
     lines = []
     settings = app.Settings(Limits(max_tokens=100_000), write=lines.append)
     with models.serving(engine, settings) as url:
-        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=LIMIT)
         body = {"model": "base", "prompt": "x", "max_tokens": 100_000, "stream": stream}
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         if stream:
             connection.getresponse().read(100)
-        models.wait_until(lambda: engine.running == 1)
+        wait_until(lambda: engine.running == 1)
         connection.sock.shutdown(socket.SHUT_RDWR)
-        models.wait_until(lambda: engine.running == 0 and lines)
+        wait_until(lambda: engine.running == 0 and lines)
     assert "cancelled" in lines[0]

@@ -1,6 +1,5 @@
 """The chat page in a headless Chromium: two models side by side, in English and Chinese."""
 
-import functools
 import os
 from pathlib import Path
 from urllib.parse import urlencode
@@ -13,6 +12,7 @@ from rwkv.sampling import Sampling
 from rwkv.serve import app, served
 from rwkv.serve.engine import Engine
 from tests.serve import browser, models
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(not browser.CHROMIUM, reason="Chromium is not installed")
 ATTACK = "<img src=x onerror='document.title=1'>\n</textarea>"
@@ -93,4 +93,4 @@ def test_chinese_phone_key_and_stop(page, loaded):
         shown.evaluate("byId('send').click()")
         shown.wait_for("document.body.dataset.answered == 1")
         assert shown.evaluate(column(1, ".note")) == ["已停止"]
-        models.wait_until(functools.partial(engine.idle))
+        wait_until(engine.idle)

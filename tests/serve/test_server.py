@@ -5,6 +5,7 @@ import re
 import runpy
 import signal
 import socket
+import threading
 from pathlib import Path
 
 import openai
@@ -17,6 +18,7 @@ from rwkv.generate import Chat, Session
 from rwkv.sampling import Sampling
 from rwkv.serve.engine import Engine
 from tests.serve import models
+from tests.waiting import LIMIT, wait_until
 
 GREEDY = Sampling(temperature=0)
 
@@ -27,7 +29,7 @@ def test_signal_ends_the_server(start, make_model, tmp_path, number):
     base = models.base(make_model, tmp_path, "7", models.WORLD)
     process = start("serve.py", "--model", base, "--port", 0, "--shutdown_seconds", 2, "--max_tokens", 10**8)
     output = Path(process._files[1].name)
-    models.wait_until(lambda: "Ctrl-C ends" in output.read_text())
+    wait_until(lambda: "Ctrl-C ends" in output.read_text(), process)
     url = re.search(r"serving base at (http://127\.0\.0\.1:\d+) ", output.read_text())[1]
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         options = {"model": "base", "prompt": "x", "stream": True, "temperature": 0}
@@ -37,7 +39,7 @@ def test_signal_ends_the_server(start, make_model, tmp_path, number):
         assert list(short)[-1].choices[0].finish_reason == "length"
         with pytest.raises(openai.APIError, match="shutting down"):
             list(long)
-    result = process.result(60)
+    result = process.result()
     assert (result.returncode, result.stderr) == (
         0,
         "finishing the requests that are running; press Ctrl-C again to end now\n",
@@ -68,6 +70,8 @@ def test_load(loaded):
     429 and the time to wait; the answers are those of an idle server.
     """
     engine = Engine(loaded, WorldTokenizer(), max_batch=16, max_queue=24, cache_bytes=1 << 20)
+    rejected, step = threading.Event(), engine.step
+    engine.step = lambda: rejected.wait(LIMIT) and step()  # so that the queue fills, however fast the engine is
     with models.serving(engine) as url:
         rejections = []
 
@@ -88,6 +92,7 @@ def test_load(loaded):
                         chunks = await all_clients.chat.completions.create(**options, stream=True)
                         answers.append((turn, "".join([c.choices[0].delta.content or "" async for c in chunks])))
                 except openai.RateLimitError as error:
+                    rejected.set()
                     rejections.append((error.code, int(error.response.headers["retry-after"])))
                     answers.append(None)
             return answers

@@ -1,4 +1,4 @@
-"""Flags of small runs, shared by several test modules."""
+"""Flags of small runs, and what they wrote."""
 
 import json
 
@@ -6,6 +6,7 @@ import torch
 
 from rwkv.checkpoint import read_tensors
 from rwkv.data.binidx_writer import writer
+from tests.waiting import wait_until
 
 SMALL = {
     "version": "4",
@@ -39,8 +40,26 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def column(folder, name="loss"):
+    """A value of every line that has it."""
+    return [line[name] for line in lines(folder) if name in line]
+
+
 def losses(folder):
-    return [line["loss"] for line in lines(folder)]
+    return column(folder, "loss")
+
+
+def assert_same_tensors(one, other):
+    """Two checkpoints have the same tensors, bit for bit."""
+    first, second = read_tensors(one), read_tensors(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def wait_for_steps(folder, count, process):
+    """Wait until a running process has logged `count` steps."""
+    path = folder / "metrics.jsonl"
+    wait_until(lambda: path.exists() and path.read_text().count("\n") >= count, process)
 
 
 def poisoned(make_base, tmp_path):

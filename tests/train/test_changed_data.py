@@ -14,17 +14,10 @@ from rwkv.data import binidx, binidx_writer
 from rwkv.data.binidx import Dataset
 from rwkv.errors import UserError
 from rwkv.train.fit import fit
+from tests.train.finished_run import changed, content
 from tests.train.small_runs import ONE_LAYER, losses
 
 JSONL = {**ONE_LAYER, "vocab_size": 65536, "epoch_count": 3, "max_steps": 1}
-
-
-def changed(config, **flags):
-    return type(config)(**{**vars(config), **flags})
-
-
-def content(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def jsonl(path, word, count=20):

@@ -2,7 +2,6 @@
 rejected.
 """
 
-import json
 import re
 import shutil
 
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from rwkv import plots
-from rwkv.checkpoint import load_model, read_tensors
+from rwkv.checkpoint import load_model
 from rwkv.config import DPOConfig, FinetuneConfig, LoRAConfig, StateConfig
 from rwkv.data.binidx import mask_path
 from rwkv.errors import UserError
@@ -19,6 +18,7 @@ from rwkv.models.version import VERSIONS
 from rwkv.train.callbacks.reference import NAME
 from rwkv.train.fit import fit
 from tests import preference_pairs
+from tests.train.small_runs import assert_same_tensors, column
 
 RUN = {
     "ctx_len": 24,
@@ -43,17 +43,6 @@ def flags(request, make_base, tmp_path):
     base = make_base(version=getattr(request, "param", "7"), n_embd=32)
     data = preference_pairs.write(tmp_path / "p_text_document", preference_pairs.random_pairs(24))
     return {**RUN, "load_model": str(base), "data_file": data}
-
-
-def column(folder, name="loss"):
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line[name] for line in found if name in line]
-
-
-def assert_same_files(one, other):
-    first, second = read_tensors(one), read_tensors(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("flags", VERSIONS, indirect=True)
@@ -117,7 +106,7 @@ def test_resumed_run_matches_uninterrupted(flags, tmp_path, capsys):
         assert column(tmp_path / "whole", name) == column(tmp_path / "parts", name)
     for name in ("val_loss", "val_reward_chosen"):  # the second run also has one of step 3, where it stopped
         assert column(tmp_path / "whole", name)[1:] == column(tmp_path / "parts", name)[2:]
-    assert_same_files(whole.checkpoint, parts.checkpoint)
+    assert_same_tensors(whole.checkpoint, parts.checkpoint)
 
 
 def test_cache_belongs_to_weights_and_data(flags, tmp_path, capsys):

@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import time
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.files import sha256
 from rwkv.train.fit import fit
-from tests.train.small_runs import SMALL, TUNE, lines
+from tests.train.small_runs import SMALL, TUNE, lines, wait_for_steps
 
 
 def test_output_files(drawing, make_data, tmp_path):
@@ -111,12 +110,9 @@ def test_ctrl_c_saves(start, make_base, make_data, tmp_path):
         "cpu",
     ]
     process = start("finetune.py", *flags)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run/metrics.jsonl").exists() or not lines(tmp_path / "run"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for_steps(tmp_path / "run", 1, process)
     process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate()
     assert process.returncode == 130
     assert re.search(
         r"stopped at step \d+ of 500,000 and saved \(.*rwkv-final.pth\). Run the same command to continue", printed

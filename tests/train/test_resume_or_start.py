@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 
 import numpy as np
 import pytest
@@ -21,6 +20,8 @@ from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.train.fit import fit
 from rwkv.train.resume import state_files
+from tests.train.finished_run import changed
+from tests.train.small_runs import assert_same_tensors, lines, wait_for_steps
 
 FLAGS = {
     "ctx_len": 8,
@@ -35,19 +36,13 @@ FLAGS |= {"precision": "fp32"}
 NEW = {"version": "4", "n_layer": 2, "n_embd": 16, "vocab_size": 50}
 
 
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def losses(folder):
     return [(line["step"], line["loss"], line["lr"], line["tokens"]) for line in lines(folder)]
 
 
 def assert_same_run(folder, uninterrupted, name="rwkv-2.pth"):
     assert losses(folder) == losses(uninterrupted)
-    ours, theirs = read_tensors(folder / name), read_tensors(uninterrupted / name)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert_same_tensors(folder / name, uninterrupted / name)
 
 
 def make(kind, make_base, make_data, **flags):
@@ -63,10 +58,6 @@ def make(kind, make_base, make_data, **flags):
     return (
         LoRAConfig(**{"lora_dropout": 0.2, **common}) if kind == "lora" else TrainConfig(**{"dropout": 0.1, **common})
     )
-
-
-def changed(config, **flags):
-    return type(config)(**{**vars(config), **flags})
 
 
 @pytest.mark.parametrize("kind", ["lora", "all"])
@@ -219,11 +210,7 @@ def command(config, **flags):
 
 def run_until(process, folder, step):
     """Wait until a run has taken `step` steps; returns its process."""
-    deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < step:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_steps(folder, step, process)
     return process
 
 
@@ -233,7 +220,7 @@ def test_resume_after_signal(number, status, start, make_base, make_data, tmp_pa
     config = make("lora", make_base, make_data, proj_dir=str(tmp_path / "run"), epoch_steps=400, save_every=5)
     process = run_until(start(*command(config)), tmp_path / "run", 8)
     process.send_signal(number)
-    printed, errors = process.communicate(timeout=60)
+    printed, errors = process.communicate()
     assert process.returncode == status, errors
     last = lines(tmp_path / "run")[-1]["step"]
     assert last < 600
@@ -263,7 +250,7 @@ def test_second_process_in_folder(kind, start, make_base, make_data, tmp_path):
             ), result.stderr
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait(60)
+        process.wait()
     last = lines(tmp_path / "run")[-1]["step"]
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, last + 1))
     fit(changed(config, max_steps=last + 5))  # despite files of the killed process
@@ -280,7 +267,7 @@ def test_resume_two_ranks(start, two_ranks, make_base, make_data, tmp_path):
         subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()[0]
     )
     os.kill(child, signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 143, errors
     last = lines(tmp_path / "run")[-1]["step"]
     for folder in ("run", "uninterrupted"):

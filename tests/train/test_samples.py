@@ -18,6 +18,7 @@ from rwkv.errors import UserError
 from rwkv.files import sha256
 from rwkv.train import samples
 from rwkv.train.fit import fit
+from tests.train.small_runs import lines
 
 CTX = 12
 FLAGS = {"ctx_len": CTX, "micro_bsz": 3, "epoch_steps": 4, "epoch_count": 2, "random_seed": 1, "accelerator": "cpu"}
@@ -38,10 +39,6 @@ def documents(tmp_path):
         bytes(torch.randint(2, (tokens,), generator=generator).tolist())
     )
     return str(tmp_path / "d_text_document")
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def plain_mean(model, items, reset: bool) -> tuple[float, int]:

@@ -13,6 +13,8 @@ from rwkv.errors import UserError
 from rwkv.files import sha256
 from rwkv.models import RWKV
 from rwkv.train.fit import fit
+from tests.train.finished_run import changed
+from tests.train.small_runs import losses
 
 TUNE = {
     "ctx_len": 8,
@@ -30,14 +32,6 @@ NEW = {"version": "4", "n_layer": 2, "n_embd": 16, "vocab_size": 50, "lora_parts
 def config(make_data, tmp_path):
     """Config of LoRA on a new base."""
     return LoRAConfig(**TUNE, **NEW, data_file=make_data(300), proj_dir=str(tmp_path / "run"))
-
-
-def changed(config, **flags):
-    return LoRAConfig(**{**vars(config), **flags})
-
-
-def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_resume_uses_saved_base(config, tmp_path, monkeypatch):

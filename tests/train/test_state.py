@@ -1,6 +1,5 @@
 """State tuning: what it trains and saves; it resumes and uses TBPTT like other runs."""
 
-import json
 import math
 
 import pytest
@@ -15,6 +14,7 @@ from rwkv.errors import UserError
 from rwkv.files import sha256
 from rwkv.models.version import VERSIONS
 from rwkv.train.fit import fit
+from tests.train.small_runs import assert_same_tensors, losses
 
 RUN = {
     "ctx_len": 16,
@@ -35,16 +35,6 @@ def flags(request, make_base, make_data):
 
 
 every_version = pytest.mark.parametrize("flags", VERSIONS, indirect=True)
-
-
-def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_files(one, other):
-    first, second = read_tensors(one), read_tensors(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @every_version
@@ -69,9 +59,9 @@ def test_resumed_run_matches_uninterrupted(flags, tmp_path):
     fit(StateConfig(**flags, proj_dir=str(tmp_path / "parts"), max_steps=3))
     parts = fit(StateConfig(**flags, proj_dir=str(tmp_path / "parts")))
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-    assert_same_files(whole.checkpoint, parts.checkpoint)
+    assert_same_tensors(whole.checkpoint, parts.checkpoint)
     recomputed = fit(StateConfig(**flags, proj_dir=str(tmp_path / "recomputed"), grad_cp=1))
-    assert_same_files(whole.checkpoint, recomputed.checkpoint)
+    assert_same_tensors(whole.checkpoint, recomputed.checkpoint)
     fit(StateConfig(**flags, proj_dir=str(tmp_path / "chunks"), tbptt_len=5, exact=True))
     # fp32 sums in other order, over 8 steps with a rate of up to 1
     assert losses(tmp_path / "chunks") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
@@ -102,7 +92,7 @@ def test_continues_from_a_state_with_a_new_optimizer(flags, tmp_path):
     first = fit(StateConfig(**flags, proj_dir=str(tmp_path / "a"), max_steps=3))
     constant = {"lr_init": 0.0, "lr_final": 0.0, "state_load": str(first.checkpoint), "max_steps": 1}
     second = fit(StateConfig(**flags | constant, proj_dir=str(tmp_path / "b")))
-    assert_same_files(first.checkpoint, second.checkpoint)
+    assert_same_tensors(first.checkpoint, second.checkpoint)
     adapter = fit(LoRAConfig(**flags, proj_dir=str(tmp_path / "lora"), lora_parts="att,state", max_steps=1))
     with pytest.raises(UserError, match="not a tuned state, .* it is a LoRA adapter"):
         fit(StateConfig(**flags | {"state_load": str(adapter.checkpoint)}, proj_dir=str(tmp_path / "c")))

@@ -1,13 +1,12 @@
 """Runs of RWKV-5.2, 6 and 7: resuming, documents, chunks, precision, a new base, stages."""
 
-import json
-
 import pytest
 import torch
 
 from rwkv.checkpoint import load_model, read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.train.fit import fit
+from tests.train.small_runs import assert_same_tensors, losses
 
 RUN = {
     "ctx_len": 16,
@@ -27,16 +26,6 @@ def new(request):
     return {**SIZES, "version": request.param}
 
 
-def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_files(one, other):
-    first, second = read_tensors(one), read_tensors(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-
-
 @pytest.mark.parametrize("kind", [TrainConfig, LoRAConfig])
 def test_resumed_run_matches_uninterrupted(make_data, tmp_path, kind, new):
     flags = {**RUN, **new, "data_file": make_data(400)}
@@ -45,7 +34,7 @@ def test_resumed_run_matches_uninterrupted(make_data, tmp_path, kind, new):
     fit(kind(**flags, proj_dir=str(tmp_path / "parts"), max_steps=5))
     parts = fit(kind(**flags, proj_dir=str(tmp_path / "parts")))
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-    assert_same_files(whole.checkpoint, parts.checkpoint)
+    assert_same_tensors(whole.checkpoint, parts.checkpoint)
 
 
 @pytest.mark.parametrize("extra", [{}, {"doc_reset": 1, "doc_sep": 7}], ids=str)
@@ -93,7 +82,7 @@ def test_fp32_run_on_bf16_base_computes_in_fp32(make_model, make_data, tmp_path,
     for dtype in ("fp32", "bf16"):
         fit(LoRAConfig(**flags, lora_parts=parts, lora_base=dtype, proj_dir=str(tmp_path / dtype), max_steps=4))
     assert losses(tmp_path / "bf16") == losses(tmp_path / "fp32")  # the same values, stored in bf16
-    assert_same_files(tmp_path / "bf16/rwkv-final.pth", tmp_path / "fp32/rwkv-final.pth")
+    assert_same_tensors(tmp_path / "bf16/rwkv-final.pth", tmp_path / "fp32/rwkv-final.pth")
 
 
 def test_stages(make_data, tmp_path, new):

@@ -97,7 +97,7 @@ def test_base_path_relative_to_adapter(tuned, tmp_path, monkeypatch):
     base, adapter = tuned
     assert read_manifest(adapter)["base"] == "../base.pth"
     assert find_base(adapter).samefile(base)
-    shutil.move(tmp_path / "run", tmp_path / "moved")  # move both, or one
+    shutil.move(tmp_path / "run", tmp_path / "moved")
     adapter = tmp_path / "moved/adapter.pth"
     assert find_base(adapter).samefile(base)
     shutil.move(base, tmp_path / "moved/base.pth")

@@ -5,7 +5,7 @@ import torch
 from rwkv.kernels import adamw
 
 DTYPES = (torch.bfloat16, torch.float32)
-SIZES = (1, 100, 4096, 5001, 256 * 130 + 77)  # fp32 moments; whole blocks; more than a task has
+SIZES = (1, 100, 4096, 5001, 256 * 130 + 77)  # moments in fp32 below 4096; whole blocks and not; more than one task
 
 
 def steps(dtype, size, operation, count=6, skipped=-1):

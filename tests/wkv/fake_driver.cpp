@@ -143,7 +143,10 @@ WKV_FN float wkv_divide(float x, float y) { return x / y; }
 WKV_FN float square_root(float x) { return std::sqrt(x); }
 __attribute__((target("f16c"))) static float fp16_to_float(unsigned short x) { return _cvtsh_ss(x); }
 __attribute__((target("f16c"))) static unsigned short float_to_fp16(float x) { return _cvtss_sh(x, 0); }
-WKV_FN unsigned short float_to_bf16(float x) { const unsigned bits = as_bits(x); return x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fffu; }
+WKV_FN unsigned short float_to_bf16(float x) {
+  const unsigned bits = as_bits(x);
+  return x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fffu;
+}
 WKV_FN float multiply(float x, float y) { return x * y; }
 WKV_FN unsigned block_number() { return block_index; }
 WKV_FN unsigned thread_number() { return thread_in_block; }
@@ -169,21 +172,27 @@ template <class Args> static Kernel kernel(void (*function)(Args), bool barriers
 #define FUSED(name) {#name, kernel(fused::name)}
 #define FUSED_ROW(name) {#name, kernel(fused::name, true)}
 #define FUSED_OF_TWO(E) FUSED_ROW(fused_norm_##E), FUSED_ROW(fused_norm_gradient_##E), FUSED(fused_norm_sums_##E)
-#define FUSED_OF(E)                                                                                                            \
-  FUSED_OF_TWO(E), FUSED(fused_gate_##E), FUSED(fused_gate_gradient_##E), FUSED(fused_mix_##E), FUSED(fused_mix_gradient_##E), FUSED(fused_relu2_##E), FUSED(fused_relu2_gradient_##E), \
+#define FUSED_OF(E)                                                                               \
+  FUSED_OF_TWO(E), FUSED(fused_gate_##E), FUSED(fused_gate_gradient_##E), FUSED(fused_mix_##E),   \
+      FUSED(fused_mix_gradient_##E), FUSED(fused_relu2_##E), FUSED(fused_relu2_gradient_##E),     \
       FUSED(fused_dropout_##E), FUSED_ROW(fused_loss_##E)
-#define TIME_MIX_OF(E) FUSED_ROW(fused_keys_##E), FUSED_ROW(fused_keys_gradient_##E), FUSED_ROW(fused_head_gate_##E), FUSED_ROW(fused_head_gate_gradient_##E)
+#define TIME_MIX_OF(E)                                                                            \
+  FUSED_ROW(fused_keys_##E), FUSED_ROW(fused_keys_gradient_##E), FUSED_ROW(fused_head_gate_##E),  \
+      FUSED_ROW(fused_head_gate_gradient_##E)
 #define QUANT(name) {#name, kernel(quant::name)}
 #define QUANT_OF(E) QUANT(quant_nf4_##E), QUANT(quant_int8_##E)
 #define ADAMW(name, barriers) {#name, kernel(optimizer::name, barriers)}
 #define ADAMW_OF(E) ADAMW(adamw_8bit_##E, true), ADAMW(adamw_full_##E, false)
-static const std::map<std::string, Kernel> kernels = {WKV_OF(fp32), WKV_OF(bf16), WKV_OF(fp16), WKV(wkv4_scan), WKV(wkv4_scan_gradient),
-                                                      WKV7_OF(fp32), WKV7_OF(bf16), WKV7_OF(fp16), WKV7(wkv7_output_128), WKV7(wkv7_output_256), WKV7(wkv7_gradient_128), WKV7(wkv7_gradient_256),
-                                                      WKV6_OF(fp32), WKV6_OF(bf16), WKV6_OF(fp16), WKV6_OF(wide),
-                                                      WKV7_CHUNKS(wkv7_chunk_prepare), WKV7_CHUNKS(wkv7_chunk_scan), WKV7_CHUNKS(wkv7_chunk_output), WKV7_CHUNKS(wkv7_chunk_scan_gradient), WKV7_CHUNKS(wkv7_chunk_gradient),
-                                                      FUSED_OF(fp32), FUSED_OF(bf16), FUSED_OF(fp16), FUSED_OF(any), FUSED_OF_TWO(fp32_bf16), FUSED_OF_TWO(fp32_fp16),
-                                                      TIME_MIX_OF(fp32), TIME_MIX_OF(bf16), TIME_MIX_OF(fp16),
-                                                      QUANT_OF(fp32), QUANT_OF(bf16), QUANT_OF(fp16), ADAMW_OF(fp32), ADAMW_OF(bf16)};
+static const std::map<std::string, Kernel> kernels = {
+    WKV_OF(fp32), WKV_OF(bf16), WKV_OF(fp16), WKV(wkv4_scan), WKV(wkv4_scan_gradient),
+    WKV7_OF(fp32), WKV7_OF(bf16), WKV7_OF(fp16),
+    WKV7(wkv7_output_128), WKV7(wkv7_output_256), WKV7(wkv7_gradient_128), WKV7(wkv7_gradient_256),
+    WKV6_OF(fp32), WKV6_OF(bf16), WKV6_OF(fp16), WKV6_OF(wide),
+    WKV7_CHUNKS(wkv7_chunk_prepare), WKV7_CHUNKS(wkv7_chunk_scan), WKV7_CHUNKS(wkv7_chunk_output),
+    WKV7_CHUNKS(wkv7_chunk_scan_gradient), WKV7_CHUNKS(wkv7_chunk_gradient),
+    FUSED_OF(fp32), FUSED_OF(bf16), FUSED_OF(fp16), FUSED_OF(any), FUSED_OF_TWO(fp32_bf16), FUSED_OF_TWO(fp32_fp16),
+    TIME_MIX_OF(fp32), TIME_MIX_OF(bf16), TIME_MIX_OF(fp16),
+    QUANT_OF(fp32), QUANT_OF(bf16), QUANT_OF(fp16), ADAMW_OF(fp32), ADAMW_OF(bf16)};
 
 static std::ostringstream record;
 static std::string answer, failing;
@@ -204,16 +213,25 @@ template <class... A> static std::string call(const char* name, A... a) {
 }
 
 extern "C" {
-const char* fake_calls() { answer = record.str(); record.str(""); return answer.c_str(); }  // since the last call
-void fake_failure(const char* which, int result) { failing = which; failure = result; }       // calls starting with `which` return `result`
+// The calls since the last fake_calls().
+const char* fake_calls() { answer = record.str(); record.str(""); return answer.c_str(); }
+// Calls that start with `which` return `result`.
+void fake_failure(const char* which, int result) { failing = which; failure = result; }
 
 int cuInit(unsigned flags) { return log_call(call("cuInit", flags)); }
 int cuGetErrorName(int, const char** name) { *name = "CUDA_ERROR_FAKE"; return 0; }
 int cuGetErrorString(int, const char** text) { *text = "a made-up error"; return 0; }
 int cuDeviceGet(int* device, int ordinal) { *device = 100 + ordinal; return log_call(call("cuDeviceGet", ordinal)); }
-int cuDevicePrimaryCtxRetain(void** context, int device) { *context = &contexts; return log_call(call("cuDevicePrimaryCtxRetain", device)); }
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+  *context = &contexts;
+  return log_call(call("cuDevicePrimaryCtxRetain", device));
+}
 int cuCtxPushCurrent_v2(void* context) { current.push_back(context); return log_call("cuCtxPushCurrent"); }
-int cuCtxPopCurrent_v2(void** context) { *context = current.back(); current.pop_back(); return log_call("cuCtxPopCurrent"); }
+int cuCtxPopCurrent_v2(void** context) {
+  *context = current.back();
+  current.pop_back();
+  return log_call("cuCtxPopCurrent");
+}
 int cuModuleLoadData(void** module, const void* image) {
   *module = &contexts;
   return log_call(call("cuModuleLoadData", std::string(static_cast<const char*>(image) + 1, 3), current.size()));
@@ -224,10 +242,11 @@ int cuModuleGetFunction(void** function, void*, const char* name) {
   const int result = log_call(call("cuModuleGetFunction", name));
   return *function ? result : 500;
 }
-int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream,
-                   void** parameters, void** extra) {
+int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, void* stream, void** parameters, void** extra) {
   const auto& [name, kernel] = *static_cast<const std::pair<const std::string, Kernel>*>(function);
-  const int result = log_call(call("cuLaunchKernel", name, gx, gy, gz, bx, by, bz, shared, stream, extra == nullptr, current.size()));
+  const int result = log_call(
+      call("cuLaunchKernel", name, gx, gy, gz, bx, by, bz, shared, stream, extra == nullptr, current.size()));
   if (result) return result;
   threads_of_block = bx;
   running = [run = kernel.run, args = parameters[0]] { run(args); };

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.waiting import LIMIT
+
 ROOT = Path(__file__).parents[2]
 STREAM, DEVICE = 0x5EED, 3
 
@@ -64,7 +66,7 @@ class FakeGPU:
 
     def close(self) -> None:
         self._process.stdin.close()
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=LIMIT)
 
 
 class Server:

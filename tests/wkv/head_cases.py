@@ -83,6 +83,18 @@ def starts(batch, length, share=0.2, seed=2):
     return torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < share
 
 
+STATES_AND_RESETS = ["none", "reset", "state, reset", "state, reset, initial", "reset, initial"]
+
+
+def states_and_resets(given, batch, length, heads, size):
+    """The state, the resets and the initial state; None for those not in `given`."""
+    return (
+        states(batch, heads, size) if "state" in given else None,
+        starts(batch, length) if "reset" in given else None,
+        states(batch, heads, size, 4) if "initial" in given else None,
+    )
+
+
 def names(tensors):
     """Of the gradients of an operator's tensors, the state and the initial state."""
     return [f"g{name}" for name in ("rwkvu" if len(tensors) == 5 else "rwkvab")] + ["gstate", "ginitial"]

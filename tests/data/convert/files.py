@@ -23,8 +23,6 @@ def write(folder, *names):
 
 
 def converted(spec, prefix, **flags):
-    prefix = convert(ConvertConfig(**{"input": str(spec), "output_prefix": str(prefix), "workers": 1, **flags})).pairs[
-        0
-    ][0]
-    data = Dataset(prefix)
+    flags = {"input": str(spec), "output_prefix": str(prefix), "workers": 1, **flags}
+    data = Dataset(convert(ConvertConfig(**flags)).pairs[0][0])
     return [WorldTokenizer().decode(data.document(i)[:-1]) for i in range(len(data))]

@@ -4,7 +4,6 @@ import gzip
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -64,8 +63,6 @@ def test_output_is_locked(tmp_path):
     """The second process reports the first, whose output is intact."""
     (tmp_path / "a.jsonl").write_text("".join(line(f"{i} word " * 50) for i in range(3000)))
     write(tmp_path, "b.jsonl")
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
     command = [
         sys.executable,
         str(SCRIPT),
@@ -81,20 +78,19 @@ import runpy, sys, rwkv.data.convert.pipeline as c
 real = c.inputs.chunks
 def chunks(*a):
     yield from real(*a)
-    open({str(pipe)!r}, "w").close()  # blocks with the lock held, until the test reads
-    open({str(pipe)!r}).close()
+    print("locked", flush=True)
+    sys.stdin.read()  # with the lock held, until the test closes it
 c.inputs.chunks = lambda sources, fields, shard=None: chunks(sources, fields, shard) if shard else real(sources, fields)
 sys.argv = {command[1:]!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    first = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    pipe.read_bytes()
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    first = subprocess.Popen([sys.executable, "-c", program], **pipes, text=True)
+    assert first.stdout.readline() == "locked\n", first.communicate()
     with pytest.raises(UserError, match=rf"p: in use by process {first.pid} on .* choose another --output-prefix"):
         converted(tmp_path / "b.jsonl", tmp_path / "p", force=True)
-    pipe.write_bytes(b"")
-    assert first.wait(60) == 0, first.stderr.read()
-    first.stdout.close()
-    first.stderr.close()
+    assert not first.communicate()[1]
+    assert first.returncode == 0
     assert len(Dataset(tmp_path / "p_text_document")) == 3000
     assert not [x for x in tmp_path.iterdir() if x.name.startswith(".")]
     assert converted(tmp_path / "b.jsonl", tmp_path / "p", force=True) == ["b.jsonl"]
@@ -122,7 +118,6 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     assert killed.returncode == -9
     left = {path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".tmp"}
     assert left
-    time.sleep(0.01)
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -13,6 +12,7 @@ from rwkv.data.binidx import Dataset
 from rwkv.data.convert import in_subprocess
 from rwkv.data.convert.pipeline import convert
 from rwkv.errors import UserError
+from tests.waiting import wait_until
 
 CHAT = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}
 
@@ -59,11 +59,11 @@ in_subprocess.convert(ConvertConfig(input={str(pipe)!r}, input_format="jsonl", o
     with open(pipe, "wb", 0) as stream:  # the conversion waits for more input
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        end, ended = time.monotonic() + 30, False
-        while not ended and time.monotonic() < end:
+
+        def reader_has_ended():
             try:
                 stream.write(b" ")
-                time.sleep(0.05)
-            except BrokenPipeError:  # the reader has ended
-                ended = True
-        assert ended
+            except BrokenPipeError:
+                return True
+
+        wait_until(reader_has_ended)

@@ -294,8 +294,8 @@ def test_killed_worker(write_jsonl, tmp_path, monkeypatch):
 
 
 def test_kill_at_random_time_then_rerun(tmp_path):
-    """Twenty runs are killed with SIGKILL at random times. If the index is visible afterwards, the
-    output must be complete.
+    """Twenty runs are killed with SIGKILL at random times, unless they end before. If the index is
+    visible afterwards, the output must be complete.
     """
     text = tmp_path / "in.jsonl"
     chats = [
@@ -316,9 +316,11 @@ def test_kill_at_random_time_then_rerun(tmp_path):
         for path in out.iterdir():
             if not path.name.startswith("."):
                 path.unlink()
+        started = time.monotonic()
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             child.wait(duration * moment)
+            duration = time.monotonic() - started  # the first run was slower
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
@@ -329,7 +331,7 @@ def test_kill_at_random_time_then_rerun(tmp_path):
         else:
             with pytest.raises(UserError, match=r"p_text_document.idx: no such file"):
                 Dataset(out / "p_text_document")
-    assert killed >= 5  # the speed of machines varies
+    assert killed >= 5
     complete = (out / "p_text_document.idx").exists()
     subprocess.run([*command, *(["--force"] if complete else [])], capture_output=True, check=True)
     assert {

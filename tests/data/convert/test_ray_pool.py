@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pyarrow
@@ -25,25 +24,16 @@ from rwkv.data.convert import pipeline, ray_pool
 from rwkv.data.convert.pool import in_order
 from rwkv.errors import UserError
 from tests import forked
+from tests.waiting import LIMIT, wait_until
 
 ROOT = Path(__file__).parents[3]
 PROGRAMS = Path(__file__).with_name("ray_programs.py")
-BOUND = 180  # seconds, for what takes 10 on an idle machine; without success it would hang
 OPTIONS = {
     "RAY_health_check_period_ms": "500",  # the death of a node is noticed within seconds
     "RAY_health_check_failure_threshold": "4",
     "RAY_prestart_worker_first_driver": "0",  # without the runtime environment they would not be used
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-
-
-def until(condition):
-    """Wait until the condition holds; returns its value."""
-    end = time.monotonic() + BOUND
-    while not (value := condition()):
-        assert time.monotonic() < end, "the condition did not hold in time"
-        time.sleep(0.05)
-    return value
 
 
 def descendants(pid):
@@ -91,7 +81,7 @@ class Cluster:
             assert process.poll() is None, log.read_text()
             return "Ray runtime started" in log.read_text()
 
-        until(ready)
+        wait_until(ready)
         return process
 
     def program(self, *arguments):
@@ -169,7 +159,7 @@ def test_output_equals_one_machine(cluster, script, tmp_path):
         env=cluster.environment,
         capture_output=True,
         text=True,
-        timeout=BOUND,
+        timeout=LIMIT,
         check=False,
     )
     assert result.returncode == 0, result.stderr
@@ -195,14 +185,14 @@ def test_lost_worker_and_node(cluster, tmp_path, write_jsonl):
     node = cluster.start("--address", cluster.address)
     process = cluster.program("hold", json.dumps(flags(cluster, path, tmp_path / "out")), tmp_path)
     try:
-        (first,) = until(lambda: held_on(node, tmp_path))
+        (first,) = wait_until(lambda: held_on(node, tmp_path))
         os.kill(first, signal.SIGKILL)
-        (second,) = until(lambda: held_on(node, tmp_path) - {first})
+        (second,) = wait_until(lambda: held_on(node, tmp_path) - {first})
         for pid, command in [*descendants(node.pid), (node.pid, "")]:
             if "raylet" in command or pid in (second, node.pid):
                 os.kill(pid, signal.SIGKILL)
         (tmp_path / "release").touch()
-        _, printed = process.communicate(timeout=BOUND)
+        _, printed = process.communicate(timeout=LIMIT)
         assert process.returncode == 0, printed
     finally:
         process.kill()
@@ -214,19 +204,19 @@ def test_ctrl_c(cluster, tmp_path, write_jsonl):
     (tmp_path / "new").mkdir()
     process = cluster.program("hold", json.dumps(flags(cluster, path, tmp_path / "new/out")), tmp_path)
     try:
-        held = until(lambda: len(found := list(tmp_path.glob("*.held"))) == 2 and found)
+        held = wait_until(lambda: len(found := list(tmp_path.glob("*.held"))) == 2 and found)
         process.send_signal(signal.SIGINT)
-        _, printed = process.communicate(timeout=BOUND)
+        _, printed = process.communicate(timeout=LIMIT)
         assert process.returncode == 130, printed
     finally:
         process.kill()
     assert not outputs(tmp_path / "new", "out_")
-    until(lambda: not any(Path("/proc", file.stem).exists() for file in held))
+    wait_until(lambda: not any(Path("/proc", file.stem).exists() for file in held))
 
 
 def test_errors_in_order(cluster, tmp_path):
     process = cluster.program("errors", cluster.address, tmp_path)
-    printed, why = process.communicate(timeout=BOUND)
+    printed, why = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, why
     found = json.loads(printed)
     assert found["worker"] == [["one"], "the encoder fails"]

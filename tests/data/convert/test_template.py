@@ -276,7 +276,8 @@ def test_template_is_folder(tmp_path):
     ],
 )
 def test_failing_template_is_bad_record(tmp_path, monkeypatch, text, message):
-    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
+    if message == "did not finish within":  # the others may take longer on a slow machine
+        monkeypatch.setattr(sandbox, "SECONDS", 0.2)
     path = tmp_path / "t.jinja"
     path.write_text(text + "{% generation %}{% endgeneration %}")
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)

@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import struct
-import time
 
 import pytest
 from tensorboardX.crc32c import crc32c
@@ -133,9 +132,7 @@ def test_wandb_offline_without_network(make_data, tmp_path, without_key, monkeyp
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-        started = time.monotonic()
         fit(TrainConfig(**FLAGS, data_file=make_data(200), proj_dir=str(tmp_path / "run"), wandb="test"))
-    assert time.monotonic() - started < 60
     assert "does not answer). Upload the run later with: " in capfd.readouterr().out
     assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
 

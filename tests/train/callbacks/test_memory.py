@@ -16,6 +16,7 @@ from rwkv.memory import plan as planning
 from rwkv.models.v4 import Sizes
 from rwkv.train.callbacks.memory import out_of_memory
 from rwkv.train.fit import fit
+from tests.waiting import LIMIT
 
 FLAGS = {
     "ctx_len": 8,
@@ -94,7 +95,7 @@ def test_predicted_resident_memory(make_data, tmp_path, root, shape):
     }
     flags |= SHAPES[shape]
     result = subprocess.run(
-        command(root, "pretrain.py", flags), capture_output=True, text=True, timeout=300, check=False
+        command(root, "pretrain.py", flags), capture_output=True, text=True, timeout=LIMIT, check=False
     )
     assert result.returncode == 0, result.stderr
     predicted, measured = map(
@@ -124,7 +125,7 @@ from rwkv.memory import machine
 resource.setrlimit(resource.RLIMIT_AS, [machine._status("VmSize") + (1500 << 20)] * 2)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT, check=False)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     assert "error: out of memory." in result.stderr

@@ -11,6 +11,7 @@ import pytest
 from rwkv import plots
 from rwkv.train.callbacks.curve import Curve
 from rwkv.train.callbacks.plot import plot
+from tests.waiting import LIMIT
 
 
 @pytest.fixture
@@ -100,5 +101,5 @@ curve.add({"step": 1, "loss": 2.0, "lr": 1e-4}, 0)
 plot(curve, Path(sys.argv[1]), "x")
 """
     command = [sys.executable, "-c", program, str(tmp_path / "x.png")]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert (result.returncode, result.stderr) == (0, "")

@@ -25,6 +25,7 @@ from rwkv.train.callbacks.page.document import Facts, render
 from rwkv.train.callbacks.page.texts import both, pair
 from rwkv.train.fit import fit
 from tests.train.small_runs import SMALL, TUNE, lines, poisoned
+from tests.waiting import LIMIT
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=alert(1)>&amp;\"'"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -126,7 +127,7 @@ def browse(path, language):
         "--window-size=800,900",
         f"{path.as_uri()}#{language}",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -213,7 +214,7 @@ def test_written_during_the_run_and_after_an_error(make_base, tmp_path, monkeypa
     )
     monkeypatch.setattr(report_page, "_SECONDS", 0)
     monkeypatch.setattr(report_page, "_FACTOR", 0)
-    with pytest.raises(UserError, match="NaN|nan|inf"):
+    with pytest.raises(UserError, match="the loss is nan"):
         fit(TrainConfig(**poisoned(make_base, tmp_path), proj_dir=str(tmp_path / "run")))
     assert written[:2] == [("running", 0), ("running", 1)]
     assert written[-1][0] == "failed"

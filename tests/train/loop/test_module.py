@@ -2,7 +2,6 @@
 is divided.
 """
 
-import json
 import math
 
 import pytest
@@ -13,6 +12,7 @@ from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import mask_path
 from rwkv.data.binidx_writer import writer
 from rwkv.train.fit import fit
+from tests.train.small_runs import lines
 
 TOLERANCE = 1e-5  # fp32, different summation order
 STEPS = 4
@@ -53,10 +53,6 @@ def masked(tmp_path):
             mask += [i % 3 == 0 or (i % 3 == 1 and t == 1) for t in range(length)]
     mask_path(tmp_path / "d_text_document").write_bytes(bytes(mask))
     return str(tmp_path / "d_text_document")
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same_steps(one, other):

@@ -2,7 +2,6 @@
 effect.
 """
 
-import json
 import os
 
 import pytest
@@ -14,6 +13,7 @@ from rwkv.errors import UserError
 from rwkv.train.fit import fit
 from rwkv.train.loop import module
 from rwkv.train.resume import state_files
+from tests.train.small_runs import losses
 
 FLAGS = {
     "ctx_len": 8,
@@ -64,10 +64,6 @@ def overwrite(path, at, content):
         file.seek(at)
         file.write(content)
     os.utime(path, ns=(1, 1))
-
-
-def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("which", ["base.pth", "data.bin", "data.idx", "data_mask.bin"])

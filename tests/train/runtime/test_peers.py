@@ -4,13 +4,14 @@ import os
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from rwkv.errors import UserError
 from rwkv.train.runtime import peers
+from tests.train.small_runs import wait_for_steps
+from tests.waiting import wait_until
 
 FLAGS = {
     "ctx_len": 4,
@@ -36,14 +37,6 @@ def children(pid):
     return [int(word) for word in result.stdout.split()]
 
 
-def wait_until(condition, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return found
-
-
 @pytest.fixture
 def two_ranks(start, make_base, make_data, tmp_path):
     """A run of two processes; Lightning starts the second."""
@@ -57,22 +50,18 @@ def two_ranks(start, make_base, make_data, tmp_path):
 
 @pytest.mark.parametrize("training", [False, True], ids=["before the ranks have met", "while they train"])
 def test_killed_parent_ends_ranks(two_ranks, tmp_path, training):
-    child = wait_until(lambda: children(two_ranks.pid))[0]
+    child = wait_until(lambda: children(two_ranks.pid), two_ranks)[0]
     if training:
-        wait_until(
-            lambda: (tmp_path / "run/metrics.jsonl").exists() and (tmp_path / "run/metrics.jsonl").stat().st_size > 1000
-        )
+        wait_for_steps(tmp_path / "run", 3, two_ranks)
     two_ranks.send_signal(signal.SIGKILL)
-    two_ranks.wait(60)
-    wait_until(lambda: not alive(child), 60)
+    two_ranks.wait()
+    wait_until(lambda: not alive(child))
 
 
 def test_killed_rank_ends_others(two_ranks, tmp_path):
-    wait_until(
-        lambda: (tmp_path / "run/metrics.jsonl").exists() and (tmp_path / "run/metrics.jsonl").stat().st_size > 1000
-    )
+    wait_for_steps(tmp_path / "run", 3, two_ranks)
     os.kill(children(two_ranks.pid)[0], signal.SIGKILL)
-    printed = "".join(two_ranks.communicate(timeout=60))
+    printed = "".join(two_ranks.communicate())
     assert two_ranks.returncode == 1
     assert "error: another process of this run has ended or cannot be reached" in printed
     assert "Traceback" not in printed

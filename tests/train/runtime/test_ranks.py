@@ -19,6 +19,7 @@ from rwkv.train.run import Run
 from rwkv.train.runtime import ranks
 from rwkv.train.runtime.lightning import rank_zero_only
 from tests.forked import free_port
+from tests.waiting import LIMIT
 
 # Only the CPU of one rank has bf16 instructions.
 PROGRAM = """
@@ -67,7 +68,7 @@ def train(start, two_ranks, make_base, make_data, tmp_path, root):
                 capture_output=True,
                 text=True,
                 cwd=tmp_path,
-                timeout=300,
+                timeout=LIMIT,
                 check=False,
             )
         assert result.returncode == status, result

@@ -7,20 +7,19 @@ import inspect
 import pytest
 import test_heads
 import torch
-from fake_gpu import FakeGPU
-from head_cases import WKV6, assert_half_is_rounded_fp32, inputs6, outputs_and_gradients, starts, states
+from head_cases import (
+    STATES_AND_RESETS,
+    WKV6,
+    assert_half_is_rounded_fp32,
+    inputs6,
+    outputs_and_gradients,
+    starts,
+    states,
+    states_and_resets,
+)
 
-from rwkv.kernels import build
 from rwkv.wkv.autograd import Kernels
 from rwkv.wkv.wkv6 import native
-
-
-@pytest.fixture(scope="module")
-def gpu(fake_driver):
-    fake = FakeGPU(fake_driver)
-    fake.call("load", str(build.library()))
-    yield fake
-    fake.close()
 
 
 @pytest.fixture
@@ -80,18 +79,10 @@ def test_head_sizes(op, size, length):
     op.check(inputs6(1, length, 1, size, constant=size == 80), states(1, 1, size), starts(1, length))
 
 
-@pytest.mark.parametrize(
-    ("state", "reset", "initial"),
-    [(False, False, False), (False, True, False), (True, True, False), (True, True, True), (False, True, True)],
-)
+@pytest.mark.parametrize("given", STATES_AND_RESETS)
 @pytest.mark.parametrize("constant", [False, True])
-def test_states_and_resets(op, state, reset, initial, constant):
-    op.check(
-        inputs6(2, 20, 2, 32, constant=constant),
-        states(2, 2, 32) if state else None,
-        starts(2, 20) if reset else None,
-        states(2, 2, 32, 4) if initial else None,
-    )
+def test_states_and_resets(op, given, constant):
+    op.check(inputs6(2, 20, 2, 32, constant=constant), *states_and_resets(given, 2, 20, 2, 32))
 
 
 @pytest.mark.parametrize("constant", [False, True])

@@ -4,20 +4,11 @@ operands from the lanes of a warp and round towards zero.
 
 import pytest
 import torch
-from fake_gpu import FakeGPU
-from head_cases import WKV7, assert_close, inputs7, starts, states
+from head_cases import STATES_AND_RESETS, WKV7, assert_close, inputs7, starts, states, states_and_resets
 
-from rwkv.kernels import build, load
+from rwkv.kernels import load
 from rwkv.wkv import dispatch, wkv7
 from rwkv.wkv.wkv7 import native, time_mix
-
-
-@pytest.fixture(scope="module")
-def gpu(fake_driver):
-    fake = FakeGPU(fake_driver)
-    fake.call("load", str(build.library()))
-    yield fake
-    fake.close()
 
 
 def run(gpu, tensors, state=None, reset=None, initial=None, chunks=8):
@@ -35,18 +26,9 @@ def test_lengths(gpu, length):
     check(gpu, inputs7(1, length, 1, 64, seed=length), states(1, 1, 64), chunks=2)
 
 
-@pytest.mark.parametrize(
-    ("state", "reset", "initial"),
-    [(False, False, False), (False, True, False), (True, True, False), (True, True, True), (False, True, True)],
-)
-def test_states_and_resets(gpu, state, reset, initial):
-    check(
-        gpu,
-        inputs7(2, 20, 2, 64),
-        states(2, 2, 64) if state else None,
-        starts(2, 20) if reset else None,
-        states(2, 2, 64, 4) if initial else None,
-    )
+@pytest.mark.parametrize("given", STATES_AND_RESETS)
+def test_states_and_resets(gpu, given):
+    check(gpu, inputs7(2, 20, 2, 64), *states_and_resets(given, 2, 20, 2, 64))
 
 
 @pytest.mark.parametrize("places", [(0,), (16,), (15, 16, 17), (31,), (20, 21, 30), range(48)])

@@ -5,20 +5,10 @@ RWKV-7 (the tests of the time-mix on CPUs), and the gated norm of RWKV-5 and 6.
 import pytest
 import time_mix_cases as cases
 import torch
-from fake_gpu import FakeGPU
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rwkv.kernels import build
 from rwkv.kernels.elementwise import by_head, reference
 from rwkv.wkv.wkv7.time_mix import time_mix
-
-
-@pytest.fixture(scope="module")
-def gpu(fake_driver):
-    fake = FakeGPU(fake_driver)
-    fake.call("load", str(build.library()))
-    yield fake
-    fake.close()
 
 
 class Remote:

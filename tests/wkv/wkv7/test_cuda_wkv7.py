@@ -2,18 +2,7 @@
 
 import pytest
 import torch
-from fake_gpu import FakeGPU
-from head_cases import WKV7, assert_close, inputs7, starts, states
-
-from rwkv.kernels import build
-
-
-@pytest.fixture(scope="module")
-def gpu(fake_driver):
-    fake = FakeGPU(fake_driver)
-    fake.call("load", str(build.library()))
-    yield fake
-    fake.close()
+from head_cases import STATES_AND_RESETS, WKV7, assert_close, inputs7, starts, states, states_and_resets
 
 
 def check(gpu, tensors, state=None, reset=None, initial=None):
@@ -31,18 +20,9 @@ def test_head_sizes(gpu, size):
     check(gpu, inputs7(1, 19, 1, size), states(1, 1, size), starts(1, 19))
 
 
-@pytest.mark.parametrize(
-    ("state", "reset", "initial"),
-    [(False, False, False), (False, True, False), (True, True, False), (True, True, True), (False, True, True)],
-)
-def test_states_and_resets(gpu, state, reset, initial):
-    check(
-        gpu,
-        inputs7(2, 20, 2, 64),
-        states(2, 2, 64) if state else None,
-        starts(2, 20) if reset else None,
-        states(2, 2, 64, 4) if initial else None,
-    )
+@pytest.mark.parametrize("given", STATES_AND_RESETS)
+def test_states_and_resets(gpu, given):
+    check(gpu, inputs7(2, 20, 2, 64), *states_and_resets(given, 2, 20, 2, 64))
 
 
 @pytest.mark.parametrize("scale", [0.1, 20.0])
