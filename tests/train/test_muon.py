@@ -1,5 +1,6 @@
 """Runs with --optimizer muon: versions, resuming, accumulation, two ranks, errors."""
 
+import json
 import textwrap
 
 import pytest
@@ -15,6 +16,7 @@ from rwkv.train.resume import state_files
 from tests.train.small_runs import SMALL, TUNE, lines, poisoned
 
 RUN = {**SMALL, "version": "7", "n_embd": 32, "head_size": 16, "epoch_steps": 6, "epoch_count": 1}
+NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 MUON = {"optimizer": "muon", "lr_init": 3e-3, "lr_final": 1e-3, "weight_decay": 0.1}
 
 
@@ -50,6 +52,8 @@ def test_resumed_run_matches_uninterrupted(train, tmp_path, version, precision):
     assert resumed == losses
     assert same(again, weights)
     assert {x.dtype for x in weights.values()} == {torch.float32}
+    types = json.loads((tmp_path / "whole/run.json").read_text())["types"]
+    assert f"Muon's momentum and AdamW's moments float32, matmuls of Muon {NAMES[precision]}" in types
 
 
 def test_accumulation(train):
