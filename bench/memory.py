@@ -38,7 +38,7 @@ ROWS = (
     "0.4b,lora,fp32,0,512,adam", "0.4b,lora,bf16,0,1024,adam", "0.4b,lora,bf16,1,1024,adam",
     "0.4b,full,bf16,0,512,adam", "0.4b,full,bf16,1,1024,adam", "0.4b,full,bf16,1,1024,adafactor",
     "0.1b,dpo,fp32,0,256,adam", "0.4b,dpo,bf16,1,512,adam",
-    "0.4b,full,bf16,1,1024,adamw8bit", "0.4b,full,bf16,1,1024,adamw8bit-released",
+    "0.1b,full,bf16,1,512,muon", "0.4b,full,bf16,1,1024,adamw8bit", "0.4b,full,bf16,1,1024,adamw8bit-released",
     "1.5b,lora,bf16,0,512,adam", "1.5b,lora,bf16,1,512,adam", "1.5b,lora,bf16,1,1024,adam", "1.5b,full,bf16,1,512,adafactor",
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -87,7 +87,9 @@ class Step:
             lora.inject(model, p.parts, p.r, 2 * p.r, 0.01)
             lora.mark_trainable(model, p.parts)
             lora.store_frozen(model, DTYPES["bf16" if p.frozen == 2 else "fp32"])
-        flags = TrainConfig(optimizer=p.optimizer, release_grads=int(p.release_grads), lr_init=1e-5)
+        flags = TrainConfig(
+            optimizer=p.optimizer, release_grads=int(p.release_grads), precision=p.precision, lr_init=1e-5
+        )
         self.optimizer = optimizer.make(model, flags)
         self.ids = torch.randint(p.sizes.vocab_size, (p.micro_bsz * p.sequences, p.ctx_len + 1))
         self.pairs = p.sequences == 2

@@ -1,21 +1,24 @@
 """Loss curves of a small model with AdamW in fp32, adamw8bit, and bf16 weights rounded to nearest.
 
     python bench/optimizers.py [--steps 2000] [--seeds 3] [--layers 3] [--width 96] [--jobs 1]
-        [--kinds adam,adamw8bit,nearest,full]
+        [--kinds adam,adamw8bit,nearest,full,muon,muon-low-rank] [--rates 1e-3,2e-3]
 
 RWKV-7, trained from scratch on the demo's documents (docstrings of Python's standard library),
 bytes as tokens, matmuls in bf16. Of each seed all optimizers see the same initial weights and
 batches: 8 windows of 64 bytes at random places. Learning rate 2e-3, warm-up of 50 steps, then a
-cosine to 2e-5; weight decay 0.1; gradients clipped to norm 1. Each run is a process of its own with
-one thread.
+cosine to a hundredth; weight decay 0.1; gradients clipped to norm 1. Each run is a process of its
+own with one thread.
 
 - adam: fp32 weights and moments
 - adamw8bit: bf16 matrices, stochastic rounding, 8-bit moments
 - nearest: as adamw8bit, but weights are rounded to the nearest bf16 number
 - full: as adamw8bit, but with fp32 moments
+- muon: Muon for the linear layers of the blocks, AdamW for the rest, both in fp32
+- muon-low-rank: as muon, and Muon also for the low-rank matrices of the time-mix
 
 The table has the mean training loss of the last tenth of the steps, in nats per byte, the loss on
-1024 windows after the last step, and its difference from adam's.
+1024 windows after the last step, each with its difference from the first row of the seed; and CPU
+time per step.
 """
 
 import argparse
@@ -23,6 +26,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,11 +40,12 @@ from rwkv.config import TrainConfig
 from rwkv.kernels import adamw, load
 from rwkv.models import RWKV
 from rwkv.models.v7 import Sizes
-from rwkv.train.loop import adam, optimizer
+from rwkv.train.loop import adam, muon, optimizer
 from rwkv.train.loop.adamw8bit import AdamW8bit
 from rwkv.train.runtime import cpu
 
 T, B, RATE, WARMUP = 64, 8, 2e-3, 50
+FP32 = ("adam", "muon", "muon-low-rank")
 
 
 class Nearest(AdamW8bit):
@@ -64,8 +69,8 @@ def windows(text: torch.Tensor, generator: torch.Generator, count: int) -> tuple
     return rows[:, :-1], rows[:, 1:]
 
 
-def train(kind: str, seed: int, steps: int, layers: int, width: int) -> list[float]:
-    """The loss of every step, and after them that on other windows."""
+def train(kind: str, peak: float, seed: int, steps: int, layers: int, width: int) -> list[float]:
+    """The loss of every step, after them that on other windows, and CPU seconds per step."""
     cpu.prepare()
     assert load.why_unavailable() is None, load.why_unavailable()
     torch.set_num_threads(1)
@@ -73,34 +78,41 @@ def train(kind: str, seed: int, steps: int, layers: int, width: int) -> list[flo
     text = torch.tensor(list("\n".join(corpus()).encode()))
     model = RWKV(Sizes(layers, width, 256, head_size=32))
     model.initialise(emb_scale=RATE, frozen=False)
-    if kind != "adam":
+    if kind not in FP32:
         for name, parameter in model.named_parameters():
             if lora.is_matrix(name, parameter.shape):
                 parameter.data = parameter.data.bfloat16()
     if kind == "full":
         adamw.MIN_QUANTISED = sys.maxsize
-    c = TrainConfig(optimizer="adam" if kind == "adam" else "adamw8bit", weight_decay=0.1, random_seed=seed)
+    name = kind.split("-")[0] if kind in FP32 else "adamw8bit"
+    c = TrainConfig(optimizer=name, weight_decay=0.1, random_seed=seed, precision="bf16")
+    if kind == "muon-low-rank":
+        hidden = lora.is_hidden
+        lora.is_hidden = lambda name, shape: hidden(name, shape) or lora.is_low_rank(name)
     opt = optimizer.make(model, c)
     if kind == "nearest":
         opt.__class__ = Nearest
-    generator, losses = torch.Generator().manual_seed(seed), []
+    generator, losses, begin = torch.Generator().manual_seed(seed), [], time.process_time()
     for step in range(steps):
-        rate = RATE * min((step + 1) / WARMUP, 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
+        rate = peak * min((step + 1) / WARMUP, 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
         optimizer.set_rates(opt, rate, 0.1)
         losses.append(mean_loss(model, *windows(text, generator, B)))
         losses[-1].backward()
         losses[-1] = float(losses[-1].detach())
         if isinstance(opt, AdamW8bit):
             opt.set_clip(1.0)
+        elif isinstance(opt, muon.Muon):
+            torch.nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
         else:
             norm = adam.total_norm([p.grad for p in model.parameters() if p.grad is not None])
             opt.clip = float(torch.clamp(1 / (norm + 1e-6), max=1))
         opt.step()
         opt.zero_grad(set_to_none=True)
+    seconds = (time.process_time() - begin) / steps
     generator = torch.Generator().manual_seed(1 << 20)
     with torch.no_grad():
         rest = [float(mean_loss(model, *windows(text, generator, 64))) for _ in range(16)]
-    return [*losses, sum(rest) / len(rest)]
+    return [*losses, sum(rest) / len(rest), seconds]
 
 
 def mean_loss(model: RWKV, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -115,16 +127,17 @@ def run(arguments: tuple) -> list[float]:
 
 
 def main(o: argparse.Namespace) -> None:
-    jobs = [(kind, seed, o.steps, o.layers, o.width) for seed in range(1, o.seeds + 1) for kind in o.kinds.split(",")]
+    kinds = [(kind, float(rate)) for kind in o.kinds.split(",") for rate in o.rates.split(",")]
+    jobs = [(*kind, seed, o.steps, o.layers, o.width) for seed in range(1, o.seeds + 1) for kind in kinds]
     baseline: dict[int, tuple[float, float]] = {}
-    print(f"{'optimizer':14}{'seed':>5}{'last tenth':>12}{'after':>10}")
+    print(f"{'optimizer':14}{'rate':>8}{'seed':>5}{'last tenth':>12}{'after':>16}{'ms':>12}")
     with ThreadPoolExecutor(o.jobs) as pool:
-        for (kind, seed, *_), (*losses, after) in zip(jobs, pool.map(run, jobs), strict=True):
+        for (kind, rate, seed, *_), (*losses, after, seconds) in zip(jobs, pool.map(run, jobs), strict=True):
             last = losses[-max(1, len(losses) // 10) :]
             found = sum(last) / len(last), after
             first = baseline.setdefault(seed, found)
             cells = [f"{x:.4f} {x / y - 1:+.2%}" for x, y in zip(found, first, strict=True)]
-            print(f"{kind:14}{seed:>5}  {'  '.join(cells)}", flush=True)
+            print(f"{kind:14}{rate:>8g}{seed:>5}  {'  '.join(cells)}{1000 * seconds:>8.1f}", flush=True)
     print(f"RWKV-7 L{o.layers} D{o.width}, {o.steps} steps, torch {torch.__version__}")
 
 
@@ -136,4 +149,5 @@ if __name__ == "__main__":
         for flag, value in (("steps", 2000), ("seeds", 3), ("layers", 3), ("width", 96), ("jobs", 1)):
             parser.add_argument(f"--{flag}", type=int, default=value)
         parser.add_argument("--kinds", default="adam,adamw8bit,nearest")
+        parser.add_argument("--rates", default=str(RATE))
         main(parser.parse_args())

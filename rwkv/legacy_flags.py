@@ -111,7 +111,7 @@ NOT_SUPPORTED = {
     "sft_field": Unsupported(_PEFT, "convert the data with scripts/convert.py first"),
     "sft_split": Unsupported(_PEFT, "convert the data with scripts/convert.py first", ("train",)),
     "chunk_ctx": Unsupported(_PEFT, "use --tbptt_len N: tokens in a chunk, the state carried from one to the next"),
-    "optim": Unsupported(_PEFT, "use --optimizer adam, adamw8bit or adafactor", ("none",)),
+    "optim": Unsupported(_PEFT, "use --optimizer adam, adamw8bit, muon or adafactor", ("none",)),
     "avg_loss": Unsupported(_PEFT, "omit it: with --accumulate_grad_batches the loss is always the mean over the whole step", ("0",)),
     "emb": Unsupported("Blealtan's LoRA fork and RWKV-PEFT", "the embedding is not trained by LoRA: omit it, or tune all weights with scripts/finetune.py"),
     # RWKV-PEFT's merge.py

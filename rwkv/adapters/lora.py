@@ -270,12 +270,17 @@ def is_low_rank(name: str) -> bool:
     return re.search(r"\.att\.[wavg][12]$", name) is not None
 
 
+def is_hidden(name: str, shape: torch.Size) -> bool:
+    """Whether a parameter is the weight of a linear layer of a block."""
+    return is_matrix(name, shape) and name.startswith("blocks.")
+
+
 def is_quantisable(name: str, shape: torch.Size) -> bool:
     """Whether --lora_base nf4 and int8 quantise a parameter: the linear layers of the blocks. Not
     the embedding, which is a lookup, nor the head, to which the loss is more sensitive; in large
     models they are few parameters.
     """
-    return is_matrix(name, shape) and name.startswith("blocks.")
+    return is_hidden(name, shape)
 
 
 def adapter_state(model: RWKV, parts: Collection[str]) -> dict[str, Tensor]:

@@ -229,7 +229,7 @@ class EstimateConfig:
     """Whether the adapter is DoRA."""
     lora_base: Literal["auto", "bf16", "fp32", "nf4", "int8"] = "auto"
     """Data type of the frozen matrices, as in training."""
-    optimizer: Literal["adam", "adamw8bit", "adafactor"] = "adam"
+    optimizer: Literal["adam", "adamw8bit", "muon", "adafactor"] = "adam"
     """As in training."""
     release_grads: Literal[0, 1] = 0
     """As in training: 1 with adamw8bit frees each gradient in the backward pass."""

@@ -196,10 +196,14 @@ class Optimizer:
     my_exit_tokens: int = 0
     """Cosine decay over this many tokens, after which the run ends. Negative: the mean of cosine
     and exponential decay."""
-    optimizer: Literal["adam", "adamw8bit", "adafactor"] = "adam"
+    optimizer: Literal["adam", "adamw8bit", "muon", "adafactor"] = "adam"
     """adamw8bit: AdamW with the matrices in bf16 (no fp32 copy; updates are rounded up or down at
     random, so that small ones are not lost) and moments in 8 bits: 6 bytes per parameter instead of
-    16, for full fine-tuning in less memory. Checkpoints are bf16. adafactor: transformers'
+    16, for full fine-tuning in less memory. Checkpoints are bf16. muon: for pretraining. Muon for
+    the linear layers of the blocks (momentum 0.95, made nearly orthogonal in every step), AdamW
+    for embedding, head, vectors and low-rank matrices; lr_init and weight_decay as for AdamW, to
+    whose size the updates are scaled. 12 bytes per parameter; a step takes as many more FLOPs as
+    training on about 4·n_embd tokens, so it suits large batches. adafactor: transformers'
     Adafactor, which stores a row and a column per matrix instead of two moments per parameter (no
     momentum; β₁, β₂ and ε are its own). Its steps differ from Adam's; for full fine-tuning that
     does not fit into memory otherwise."""
@@ -226,7 +230,7 @@ class Optimizer:
     on_nan: Literal["stop", "skip"] = "stop"
     """If the loss or the gradient is NaN or Inf: stop ends the run and reports the step, its batch
     and the last valid state; skip skips the update, and stops after more than 20 consecutive
-    skipped steps (with adafactor and adamw8bit it synchronises with the GPU in every step)."""
+    skipped steps (unless with adam, it synchronises with the GPU in every step)."""
 
 
 @dataclass

@@ -31,12 +31,12 @@ def state_bytes(elements: int) -> int:
     return 2 * elements + 8 * -(-elements // BLOCK) if elements >= MIN_QUANTISED else 8 * elements
 
 
-def new_state(p: Tensor) -> State:
+def new_state(p: Tensor, quantised: bool = True) -> State:
     """The state before the first step: `step`, the number of steps; `moment1` and `moment2`, uint8
-    codes with `absmax1` and `absmax2` [blocks], or fp32.
+    codes with `absmax1` and `absmax2` [blocks], or fp32; not quantised: always fp32.
     """
     n = p.numel()
-    if n < MIN_QUANTISED:
+    if n < MIN_QUANTISED or not quantised:
         return {"step": 0, **{f"moment{i}": torch.zeros(n, device=p.device) for i in (1, 2)}}
     state: State = {"step": 0}
     for i in (1, 2):

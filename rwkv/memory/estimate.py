@@ -8,7 +8,8 @@ All sizes are in bytes. Shapes are those of the model (rwkv.models.rwkv.shapes).
                  (its buckets)
     optimizer    Adam 8 per trained element, 12 under DeepSpeed (with its fp32 master); Adafactor a
                  row and a column of each matrix; adamw8bit 2.03, and matrices and their gradients
-                 are bf16. With release_grads only one gradient at a time is in memory
+                 are bf16. With release_grads only one gradient at a time is in memory. Muon 4 for
+                 linear layers of the blocks, 8 for others
     activations  `saved_bytes` of every block, or only its input with grad_cp; and those saved
                  outside the blocks
     logits       one chunk (rwkv.kernels.head_loss), and the head's weight in the dtype of matmuls
@@ -77,6 +78,11 @@ def _fully_trained(p: Plan) -> list[torch.Size]:
         for name, shape in shapes(p.sizes).items()
         if name not in never and (not p.lora or parts.fully_trained(name, p.parts))
     ]
+
+
+def _hidden(p: Plan) -> list[torch.Size]:
+    """The shape of every linear layer of the blocks."""
+    return [shape for name, shape in shapes(p.sizes).items() if lora.is_hidden(name, shape)]
 
 
 def _frozen_low_rank(p: Plan) -> list[torch.Size]:
@@ -266,6 +272,8 @@ def _optimizer(p: Plan, n_trained: int) -> float:
         return 8.0 * n_trained
     if p.optimizer == "adamw8bit":
         return sum(adamw.state_bytes(shape.numel()) for shape in _fully_trained(p))
+    if p.optimizer == "muon":
+        return 8.0 * n_trained - 4.0 * sum(shape.numel() for shape in _hidden(p))
     found = [torch.Size(shape) for rows, columns in adapted(p) for shape in ((p.r, columns), (rows, p.r))]
     found += [shape for shape in _fully_trained(p) if len(shape) == 2]
     rest = n_trained - sum(shape.numel() for shape in found)
@@ -300,7 +308,13 @@ def _backward_workspace(p: Plan) -> Blocks:
 
 
 def _optimizer_workspace(p: Plan) -> Blocks:
-    """Temporary tensors of an optimizer step: two of the largest size; none with fused Adam."""
+    """Temporary tensors of an optimizer step: two of the largest size; none with fused Adam. With
+    Muon three of the size of a matrix of the blocks, and two products with its transpose.
+    """
+    if p.optimizer == "muon":
+        e = 2 if p.precision == "bf16" else 4
+        largest = max(_hidden(p), key=torch.Size.numel)
+        return [(e * largest.numel(), 3), (e * min(largest) ** 2, 2)]
     if p.stage or p.gpu or p.optimizer.startswith("adam"):
         return []
     if p.lora:

@@ -111,6 +111,7 @@ def check(c: TrainConfig) -> None:
             " deepspeed_stage_2, or omit it"
         )
     _check_adamw8bit(c)
+    _check_muon(c)
     if c.optimizer == "adafactor" and strategy.zero(c):
         raise UserError(
             f"--optimizer adafactor with --strategy {c.strategy}: Adafactor needs 2-D parameters, and ZeRO flattens them; use --optimizer adam, or a strategy without DeepSpeed"
@@ -179,3 +180,19 @@ def _check_adamw8bit(c: TrainConfig) -> None:
     }
     if reason := next((reason for reason, applies in wrong.items() if applies), None):
         raise UserError(f"--release_grads 1 updates weights in the backward pass: {reason}, or omit --release_grads")
+
+
+def _check_muon(c: TrainConfig) -> None:
+    """Raise UserError for flags that are incompatible with --optimizer muon."""
+    if c.optimizer != "muon":
+        return
+    if c.adapter:
+        raise UserError(
+            "--optimizer muon is for training all weights (scripts/pretrain.py, scripts/finetune.py); adapters and states are trained with"
+            " Adam: omit it"
+        )
+    if strategy.zero(c):
+        raise UserError(
+            f"--optimizer muon is not supported with DeepSpeed (--strategy {c.strategy}), which flattens and shards matrices; use --strategy auto"
+            " or ddp, or --optimizer adam"
+        )

@@ -86,6 +86,12 @@ def types(c: TrainConfig, model: RWKV) -> str:
     weights = f"trained weights {trained} (they are the master weights), gradients {trained}, Adam's moments {trained}"
     if c.optimizer == "adamw8bit":
         weights = "trained matrices and their gradients bfloat16 (no masters; stochastic rounding), other trained weights float32, AdamW's moments 8-bit, of small tensors float32"
+    if c.optimizer == "muon":
+        products = "bfloat16" if precision == "bf16" else "float32"
+        weights = (
+            f"trained weights {trained} (they are the master weights), gradients, Muon's momentum and AdamW's moments {trained}, matmuls of Muon"
+            f" {products}"
+        )
     if strategy.zero(c) and inputs != "float32":
         stored[False] = stored[False] and [inputs]
         weights = f"trained weights and gradients {inputs}, their master weights and Adam's moments float32 (as DeepSpeed stores them)"

@@ -220,13 +220,9 @@ def _check_state(
             if shapes[name] != stored[name]
         ),
     ]
-    kinds = {
-        "adam" if "exp_avg" in moments else "adamw8bit" if "moment1" in moments else "adafactor"
-        for moments in state.optimizer.values()
-        if moments
-    }
-    if kinds - {c.optimizer}:
-        wrong.insert(0, f"it was saved with --optimizer {kinds.pop()}, but this run has {c.optimizer}")
+    saved = _optimizer_of(state)
+    if saved not in ("", c.optimizer):
+        wrong.insert(0, f"it was saved with --optimizer {saved}, but this run has {c.optimizer}")
     if not wrong:
         return
     causes = [line for line in changed if line.startswith(_SHAPING)]
@@ -239,3 +235,11 @@ def _check_state(
         + "\n  ".join(causes)
         + f"\n({path}: {sorted(wrong)[0]}.) Use the old values, or start a new run from a checkpoint of this one in another --proj_dir"
     )
+
+
+def _optimizer_of(state: State) -> str:
+    """The --optimizer that saved a state; empty if no step has been made."""
+    if not (keys := {key for moments in state.optimizer.values() for key in moments}):
+        return ""
+    marks = {"exp_avg": "adam", "momentum": "muon", "moment1": "adamw8bit"}  # Muon's AdamW has moment1 too
+    return next((name for key, name in marks.items() if key in keys), "adafactor")

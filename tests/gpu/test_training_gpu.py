@@ -78,6 +78,16 @@ def test_adamw8bit_follows_adam(losses, version, graph):
         assert released == kept
 
 
+@pytest.mark.parametrize("version", ["4", "7"])
+def test_muon_matches_cpu_and_graph(losses, version):
+    flags = {**MODEL, "version": version, "precision": "fp32", "optimizer": "muon"}
+    cpu, plain = (losses(TrainConfig, device, accelerator=device, **flags) for device in ("cpu", "gpu"))
+    assert cpu[-1] < cpu[0]
+    torch.testing.assert_close(plain, cpu, rtol=1e-3, atol=0)  # the iteration amplifies rounding
+    graphed = losses(TrainConfig, "graph", accelerator="gpu", cuda_graph="on", **flags)
+    torch.testing.assert_close(graphed, plain, rtol=1e-4, atol=0)
+
+
 def test_gradient_checkpointing_same_losses(losses):
     saved, recomputed = (
         losses(TrainConfig, f"grad_cp{n}", precision="fp32", accelerator="gpu", grad_cp=n, **MODEL) for n in (0, 1)

@@ -166,7 +166,7 @@ def peaks(p: Plan) -> dict[str, int]:
     and optimizer state.
     """
     model = build(p)
-    flags = TrainConfig(optimizer=p.optimizer, release_grads=int(p.release_grads))
+    flags = TrainConfig(optimizer=p.optimizer, release_grads=int(p.release_grads), precision=p.precision)
     adam = optimizer.make(model, flags)
     now, found, loss = sum(x.numel() * x.element_size() for x in model.parameters()), {}, []
     now += sum(matrix.nbytes for matrix in quant.quantised_in(model))
@@ -263,6 +263,24 @@ def test_predicted_peak_with_adamw8bit(version, released):
         assert gradients == bytes_of(parameter.grad for parameter in model.parameters())
     measured, predicted = peaks(plan), result.tensors
     assert max(measured.values()) == pytest.approx(max(predicted.values()), rel=0.1)
+
+
+@pytest.mark.parametrize(("version", "precision"), [("4", "fp32"), ("6", "bf16"), ("7", "bf16")])
+def test_predicted_peak_with_muon(version, precision):
+    """Also of the optimizer step, in which the iteration has temporary tensors."""
+    sizes = VERSIONS[version].Sizes(4, 256, 256)
+    plan = Plan(sizes, lora=False, optimizer="muon", precision=precision, grad_cp=True, ctx_len=64, gpu=False)
+    measured, predicted = peaks(plan), estimate(plan).tensors
+    assert measured["optimizer"] == pytest.approx(predicted["optimizer"], rel=0.03)
+    assert max(measured.values()) == pytest.approx(max(predicted.values()), rel=0.1)
+    opt = optimizer.make(model := build(plan), TrainConfig(optimizer="muon"))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    opt.step()
+    tensors = [x for state in opt.state.values() for x in state.values() if torch.is_tensor(x)]
+    assert estimate(plan).device["optimizer"] == sum(x.numel() * x.element_size() for x in tensors)
+    hidden = [p for name, p in model.named_parameters() if lora.is_hidden(name, p.shape)]
+    assert len(tensors) == 2 * len(opt.state) - len(hidden)
 
 
 def test_bytes_per_parameter_of_adamw8bit():

@@ -8,6 +8,7 @@ from rwkv.config import TrainConfig
 from rwkv.models import RWKV
 from rwkv.train.loop import adam
 from rwkv.train.loop.adamw8bit import AdamW8bit
+from rwkv.train.loop.muon import Muon
 from rwkv.train.runtime import fused_adam, strategy
 
 
@@ -47,6 +48,8 @@ def make(model: RWKV, c: TrainConfig) -> torch.optim.Optimizer:
     options = {"lr": c.lr_init, "betas": (c.beta1, c.beta2), "eps": c.adam_eps}
     if c.optimizer == "adamw8bit":
         return AdamW8bit(groups(model, c), c.random_seed, bool(c.release_grads), **options)
+    if c.optimizer == "muon":
+        return Muon(groups(model, c), torch.bfloat16 if c.precision == "bf16" else torch.float32, **options)
     zero = strategy.zero(c)
     if zero and (kind := compat.deepspeed_adam(zero.offload_optimizer)):
         return kind(groups(model, c), **options)  # AdamW is Adam without weight decay
