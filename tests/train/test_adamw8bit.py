@@ -85,6 +85,15 @@ def test_released_gradients_give_same_weights(train, flags):
     assert same(same_weights, weights)
 
 
+def test_resumed_run_releases_with_current_rates(train):
+    """Learning rate and weight decay of the schedule, not those of the optimizer's creation."""
+    losses, weights = train("whole", **RELEASED)
+    train("parts", **RELEASED, max_steps=2)
+    resumed, again = train("parts", **RELEASED)
+    assert resumed == losses
+    assert same(again, weights)
+
+
 def test_released_gradients_are_freed(make_model):
     """During the backward pass at most a few matrices have a gradient."""
     model = make_model(version="7", n_layer=3)
