@@ -110,7 +110,7 @@ def check(c: TrainConfig) -> None:
             f"--sample_every {c.sample_every}: with --strategy {c.strategy} no process has all weights to write samples with; use --strategy"
             " deepspeed_stage_2, or omit it"
         )
-    _eight_bit(c)
+    eight_bit(c)
     if c.optimizer == "adafactor" and strategy.zero(c):
         raise UserError(
             f"--optimizer adafactor with --strategy {c.strategy}: Adafactor needs 2-D parameters, and ZeRO flattens them; use --optimizer adam, or a strategy without DeepSpeed"
@@ -138,7 +138,7 @@ def _check_objective(c: TrainConfig) -> None:
         raise UserError(f"--dpo_label_smoothing must be at least 0 and less than 0.5; it is {c.dpo_label_smoothing}")
 
 
-def _eight_bit(c: TrainConfig) -> None:
+def eight_bit(c: TrainConfig) -> None:
     """Raise UserError for flags that are incompatible with --optimizer adamw8bit or
     --release_grads.
     """
