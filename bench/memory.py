@@ -64,7 +64,6 @@ def plan_of(row: str) -> Plan:
         release_grads=kind.endswith("-released"),
         gpu=False,
         process=compat.process_bytes(),
-        heap=compat.heap_overhead(),
     )
 
 

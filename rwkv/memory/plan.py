@@ -44,7 +44,6 @@ def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision:
         gpu=gpu,
         graph=getattr(c, "cuda_graph", "off") == "on",
         process=compat.process_bytes(),
-        heap=compat.heap_overhead(),
     )
 
 

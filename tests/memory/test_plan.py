@@ -158,8 +158,9 @@ def test_auto_does_not_accumulate_released_gradients(monkeypatch):
 
 def test_auto_shards_before_it_narrows(monkeypatch):
     several = {"devices": 8, "per_node": 8}
-    c, _ = chosen(monkeypatch, replace(BIG, strategy="deepspeed_stage_3", **several), devices=8)
-    assert (c.optimizer, c.strategy) == ("adam", "deepspeed_stage_2")
+    for name in ("deepspeed_stage_2", "deepspeed_stage_3"):
+        c, _ = chosen(monkeypatch, replace(BIG, strategy=name, **several), devices=8)
+        assert (c.optimizer, c.strategy) == ("adam", name)
     c, _ = chosen(monkeypatch, replace(NARROW, **several), usable=lambda c: c.strategy == "auto", devices=8)
     assert (c.optimizer, c.strategy) == ("adamw8bit", "auto")
 
@@ -177,14 +178,14 @@ def test_auto_respects_host_memory_and_flags(resolved_flags, monkeypatch):
         UserError,
         match=r"--strategy deepspeed_stage_2_offload would fit, but needs [\d.]+ GB of host memory; 0\.1 GB are usable\. Use LoRA",
     ):
-        resolved_flags(TrainConfig, offloaded, host=10**8)
+        resolved_flags(TrainConfig, offloaded, "--optimizer", "adam", host=10**8)
     factored = memory_for(plan(micro_bsz=1, accumulate=4, grad_cp=True, optimizer="adafactor"))
     assert resolved_flags(TrainConfig, factored, "--optimizer", "adafactor").strategy == "auto"
     # only DeepSpeed would fit, which supports neither Adafactor nor skipping steps
     with pytest.raises(UserError, match="--auto: nothing fits"):
         resolved_flags(TrainConfig, offloaded, "--optimizer", "adafactor")
     with pytest.raises(UserError, match="--auto: nothing fits"):
-        resolved_flags(TrainConfig, offloaded, "--on_nan", "skip")
+        resolved_flags(TrainConfig, offloaded, "--optimizer", "adam", "--on_nan", "skip")
 
 
 def test_cuda_out_of_memory_message(monkeypatch):
