@@ -2,11 +2,11 @@
 
     python bench/memory.py [MODEL,METHOD,PRECISION,GRAD_CP,CTX_LEN,OPTIMIZER ...]
 
-Example of a row: 1.5b,lora,bf16,1,1024,adam; of RWKV-6: 6:1.6b,lora,… . METHOD is lora, full, dpo
-(LoRA on one preference pair), or for LoRA on a quantised base nf4 or int8. `-released` after an
-optimizer is --release_grads 1. The default is ROWS; its largest row needs 17 GB. Each row runs in
-its own process: three steps with random weights and tokens. A cell shows the prediction in GB and
-the measurement in percent of it:
+Example of a row: 1.5b,lora,bf16,1,1024,adam; of RWKV-6: 6:1.6b,lora,… . METHOD is lora, full, state
+(state tuning), dpo (LoRA on one preference pair), or for LoRA on a quantised base nf4 or int8.
+`-released` after an optimizer is --release_grads 1. The default is ROWS; its largest row needs 17
+GB. Each row runs in its own process: three steps with random weights and tokens. A cell shows the
+prediction in GB and the measurement in percent of it:
 - weights, gradients, optimizer: bytes of the tensors
 - saved activations and the peak of each phase: torch's profiler, in the last step
 - resident: peak of the process in the second step, less its size before the model was created
@@ -15,12 +15,13 @@ the measurement in percent of it:
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from rwkv import compat
-from rwkv.adapters import lora
+from rwkv.adapters import lora, state
 from rwkv.config import DPOConfig, TrainConfig
 from rwkv.kernels import quant
 from rwkv.memory import estimate, machine
@@ -49,9 +50,11 @@ def plan_of(row: str) -> Plan:
     model, method, precision, grad_cp, ctx_len, kind = row.split(",")
     number, _, name = model.rpartition(":")
     sizes = published(name, named(number))
+    adapter = {"parts": (state.PART,), "r": 1} if method == "state" else {}
     return Plan(
-        sizes,
+        replace(sizes, time_state=True) if method == "state" else sizes,
         method != "full",
+        **adapter,
         base=method if method in quant.KINDS else "auto",
         sequences=2 if method == "dpo" else 1,
         precision=precision,
@@ -61,7 +64,6 @@ def plan_of(row: str) -> Plan:
         release_grads=kind.endswith("-released"),
         gpu=False,
         process=compat.process_bytes(),
-        heap=compat.heap_overhead(),
     )
 
 

@@ -44,13 +44,6 @@ def process_bytes() -> int:
     return (290 if stack() == "cu117" else 555) << 20
 
 
-def heap_overhead() -> float:
-    """On a CPU: memory that is freed but that glibc cannot reuse, per byte of temporary tensors;
-    measured in small runs (docs/results.md).
-    """
-    return 0.8 if stack() == "cu117" else 0.3
-
-
 def enable_mkl_avx2() -> None:
     """Let MKL use AVX2 on AMD CPUs; call before the first matmul.
 

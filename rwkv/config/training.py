@@ -196,8 +196,9 @@ class Optimizer:
     my_exit_tokens: int = 0
     """Cosine decay over this many tokens, after which the run ends. Negative: the mean of cosine
     and exponential decay."""
-    optimizer: Literal["adam", "adamw8bit", "muon", "adafactor"] = "adam"
-    """adamw8bit: AdamW with the matrices in bf16 (no fp32 copy; updates are rounded up or down at
+    optimizer: Literal["auto", "adam", "adamw8bit", "muon", "adafactor"] = "auto"
+    """auto: that of the resumed run; in a new run adam, or adamw8bit if --auto chooses it.
+    adamw8bit: AdamW with the matrices in bf16 (no fp32 copy; updates are rounded up or down at
     random, so that small ones are not lost) and moments in 8 bits: 6 bytes per parameter instead of
     16, for full fine-tuning in less memory. Checkpoints are bf16. muon: for pretraining. Muon for
     the linear layers of the blocks (momentum 0.95, made nearly orthogonal in every step), AdamW
@@ -265,9 +266,10 @@ class Machine:
     the whole run."""
     auto: bool = False
     """Choose micro_bsz, accumulate_grad_batches and grad_cp (on GPUs also the strategy) so that the
-    predicted memory fits, without changing the effective batch of micro_bsz samples. For LoRA on
-    load_model with lora_base auto, then try int8 and nf4. The choice is reported and kept when the
-    run is resumed; scripts/estimate.py shows the prediction."""
+    predicted memory fits, without changing the effective batch of micro_bsz samples. If nothing
+    fits, also try lora_base int8 and nf4 (LoRA on load_model) or optimizer adamw8bit (all weights,
+    in bf16), unless these flags are given, before DeepSpeed with offload. The choice is reported
+    and kept when the run is resumed; scripts/estimate.py shows the prediction."""
     ds_bucket_mb: int = 200
     """DeepSpeed: size of a communication bucket in millions of elements. Smaller buckets take less
     memory."""

@@ -15,8 +15,8 @@ All sizes are in bytes. Shapes are those of the model (rwkv.models.rwkv.shapes).
     logits       one chunk (rwkv.kernels.head_loss), and the head's weight in the dtype of matmuls
     workspace    temporary tensors of a pass, with a dequantised matrix; DeepSpeed's buckets and, in
                  stage 3, gathered weights
-    heap         on a CPU, freed memory that glibc cannot reuse: a measured fraction of all
-                 temporary parts
+    heap         on a CPU, freed memory that glibc cannot reuse: HEAP of the activations of all
+                 blocks, with grad_cp too, and of the workspace (docs/decisions/012)
     process      the libraries: on a CPU, their resident size after the first step
 
 DeepSpeed shards as in the ZeRO paper (Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1): stage 1
@@ -42,6 +42,7 @@ GB = 10**9
 CONTEXT = 600 << 20
 BLAS = 32 << 20  # a workspace of cuBLAS, which has one for each thread and stream; measured on an H100
 LOADED = 20 << 20  # part of Plan.process that torch loads in the first step; measured 16 to 34 MiB
+HEAP = 0.9  # of all blocks' activations and the workspace; glibc 2.36, both stacks: measured 0.6 to 1.2
 LIVE = 10**9  # elements that ZeRO-3 keeps gathered (stage3_max_live_parameters)
 
 Blocks = list[tuple[float, float]]
@@ -250,8 +251,11 @@ def estimate(p: Plan) -> Estimate:
             continue
         peaks[name] = max((peaks[name], peaks.pop(other)), key=lambda parts: sum(parts.values()))
     if not p.gpu:
+        heap = HEAP * (
+            s.n_layer * sum(size * count for size, count in block) + sum(x * count for x, count in temporary)
+        )
         for parts in peaks.values():
-            parts["heap"] = p.heap * sum(size for part, size in parts.items() if part not in ("weights", "optimizer"))
+            parts["heap"] = heap
     phase_parts = {name: _round(parts | {"process": CONTEXT if p.gpu else p.process}) for name, parts in peaks.items()}
     if p.gpu:
         # each process loads the model to the host first

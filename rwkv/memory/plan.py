@@ -10,6 +10,7 @@ from rwkv.config import EstimateConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.memory import estimate, machine, search
 from rwkv.memory.settings import Plan
+from rwkv.memory.zero import ZEROS
 from rwkv.models import Sizes
 
 QUANTISED = ("int8", "nf4")  # by --auto, the more accurate first
@@ -33,7 +34,7 @@ def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision:
         sequences=2 if c.objective == "dpo" else 1,
         precision=precision,
         grad_cp=bool(c.grad_cp),
-        optimizer=c.optimizer,
+        optimizer="adam" if c.optimizer == "auto" else c.optimizer,
         release_grads=bool(c.release_grads),
         strategy=c.strategy,
         devices=c.devices * c.num_nodes,
@@ -43,7 +44,6 @@ def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision:
         gpu=gpu,
         graph=getattr(c, "cuda_graph", "off") == "on",
         process=compat.process_bytes(),
-        heap=compat.heap_overhead(),
     )
 
 
@@ -59,13 +59,12 @@ def choose(
     """Choose the flags of --auto; returns them and a description. The effective batch size does not
     change: with a smaller micro_bsz more batches are accumulated.
 
-    Candidates are tried from fast to slow: without gradient checkpointing, then with it, each from
-    the largest micro_bsz to the smallest; then, if `quantise`, the same with --lora_base int8 and
-    nf4; on GPUs then the same with DeepSpeed. If the memory size is unknown, the flags do not
+    Each of `_methods` is tried from fast to slow: without gradient checkpointing, then with it,
+    each from the largest micro_bsz to the smallest. If the memory size is unknown, the flags do not
     change.
 
     Args:
-        usable: whether a strategy can be used with the other flags on this machine.
+        usable: whether flags are compatible with each other and with this machine.
         quantise: whether the frozen matrices may be quantised.
 
     Raises:
@@ -74,16 +73,16 @@ def choose(
     limit = available(plan)
     if not limit:
         return c, "the memory size of this device is unknown; flags unchanged"
-    strategies = [c.strategy]
-    if c.strategy == "auto" and plan.gpu and c.optimizer == "adam":
-        strategies += [name for name in search.deepspeed_candidates(c.world_size) if usable(replace(c, strategy=name))]
     host = USABLE * machine.memory_of(gpu=False)
-    host_note, candidate = "", plan
-    for candidate in search.candidates(plan, strategies, QUANTISED if quantise else ()):
-        found, micro_bsz, accumulate = estimate.estimate(candidate), candidate.micro_bsz, candidate.accumulate
+    host_note, last = "", plan
+    for candidate in search.candidates(plan, _methods(c, plan, quantise)):
+        chosen = _with_plan(c, plan, candidate)
+        if not usable(chosen):
+            continue
+        last, found = candidate, estimate.estimate(candidate)
         flags = (
-            f"--micro_bsz {micro_bsz} --accumulate_grad_batches {accumulate} --grad_cp {int(candidate.grad_cp)}"
-            f" --strategy {candidate.strategy}"
+            f"--micro_bsz {candidate.micro_bsz} --accumulate_grad_batches {candidate.accumulate}"
+            f" --grad_cp {int(candidate.grad_cp)} --strategy {candidate.strategy}"
         )
         if found.total > limit:
             continue
@@ -92,26 +91,54 @@ def choose(
                 f"{flags} would fit, but needs {found.host_total / 1e9:.1f} GB of host memory; {host / 1e9:.1f} GB are usable. "
             )
             continue
-        base: dict[str, Any] = {} if candidate.base == plan.base else {"lora_base": candidate.base}
-        why = (
-            f" --lora_base {candidate.base} (without quantisation even --micro_bsz 1 --grad_cp 1 does not fit)"
-            if base
-            else ""
-        )
-        chosen = replace(
-            c,
-            **base,
-            micro_bsz=micro_bsz,
-            accumulate_grad_batches=accumulate,
-            epoch_steps=c.epoch_steps * (c.micro_bsz // micro_bsz),
-            grad_cp=1 if candidate.grad_cp else 0,
-            strategy=candidate.strategy,
-        )
-        return chosen, f"{flags}{why}: {found.total / 1e9:.2f} of {limit / 1e9:.2f} GB"
-    rest = (
-        "Use LoRA (scripts/lora.py), a shorter --ctx_len, or a smaller model" if host_note else advice(candidate, limit)
-    )
+        return chosen, f"{flags}{_why(plan, candidate)}: {found.total / 1e9:.2f} of {limit / 1e9:.2f} GB"
+    rest = "Use LoRA (scripts/lora.py), a shorter --ctx_len, or a smaller model" if host_note else advice(last, limit)
     raise UserError(f"--auto: nothing fits into {limit / 1e9:.2f} GB. {host_note}{rest}")
+
+
+def _methods(c: TrainConfig, plan: Plan, quantise: bool) -> list[dict[str, Any]]:
+    """Changed fields of a plan, in the order in which --auto tries them (docs/decisions/033): those
+    of the flags; DeepSpeed on several GPUs, without offload; if `quantise` int8 and nf4; AdamW in 8
+    bits in a bf16 run whose --optimizer is not given; DeepSpeed with offload.
+    """
+    zero: list[dict[str, Any]] = []
+    if c.strategy == "auto" and plan.gpu and plan.optimizer == "adam":
+        zero = [{"strategy": name} for name in search.deepspeed_candidates(c.world_size)]
+    narrow: list[dict[str, Any]] = [{"base": base} for base in QUANTISED if quantise]
+    if c.optimizer == "auto" and not c.adapter and c.precision == "bf16":
+        narrow = [{"optimizer": "adamw8bit"}]
+        narrow += [{"optimizer": "adamw8bit", "release_grads": True}] if c.cuda_graph != "on" else []
+    sharded = [] if c.adapter else [method for method in zero if not ZEROS[method["strategy"]].offload_optimizer]
+    return [{}, *sharded, *narrow, *(method for method in zero if method not in sharded)]
+
+
+def _with_plan(c: TrainConfig, plan: Plan, chosen: Plan) -> TrainConfig:
+    """The flags of `chosen`, a candidate for `plan`."""
+    base: dict[str, Any] = {} if chosen.base == plan.base else {"lora_base": chosen.base}
+    return replace(
+        c,
+        **base,
+        optimizer=cast(Any, chosen.optimizer),
+        release_grads=1 if chosen.release_grads else 0,
+        micro_bsz=chosen.micro_bsz,
+        accumulate_grad_batches=chosen.accumulate,
+        epoch_steps=c.epoch_steps * (c.micro_bsz // chosen.micro_bsz),
+        grad_cp=1 if chosen.grad_cp else 0,
+        strategy=chosen.strategy,
+    )
+
+
+def _why(plan: Plan, chosen: Plan) -> str:
+    """The flags of a candidate that change what is computed, and why, for the log; "" if none."""
+    if chosen.base != plan.base:
+        return f" --lora_base {chosen.base} (without quantisation even --micro_bsz 1 --grad_cp 1 does not fit)"
+    if chosen.optimizer == plan.optimizer:
+        return ""
+    released = " --release_grads 1" if chosen.release_grads else ""
+    return (
+        f" --optimizer {chosen.optimizer}{released} (with Adam in fp32 even --micro_bsz 1 --grad_cp 1 does not fit;"
+        " --optimizer adam excludes it)"
+    )
 
 
 def advice(plan: Plan, limit: int) -> str:

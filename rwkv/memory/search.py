@@ -8,7 +8,6 @@ from typing import Any
 from rwkv.memory.estimate import GB, estimate
 from rwkv.memory.result import Estimate
 from rwkv.memory.settings import Plan
-from rwkv.memory.zero import ZEROS
 from rwkv.models import Sizes
 from rwkv.models.version import DEFAULT, VERSIONS, Version, published
 
@@ -41,20 +40,18 @@ def largest(p: Plan, limit: int, what: str) -> int:
     return low * unit
 
 
-def candidates(p: Plan, strategies: Iterable[str], bases: Iterable[str] = ()) -> Iterator[Plan]:
-    """Plans with the effective batch size of `p`, from fast to slow: without gradient checkpointing
-    before with it, large micro_bsz before small. Without DeepSpeed then the same with each of
-    `bases` instead of p.base.
+def candidates(p: Plan, methods: Iterable[dict[str, Any]] = ({},)) -> Iterator[Plan]:
+    """Plans with the effective batch size of `p`: for each of `methods` (changed fields of a Plan)
+    from fast to slow, without gradient checkpointing before with it, large micro_bsz before small.
     """
-    for strategy in strategies:
-        for base in (p.base, *(() if strategy in ZEROS else bases)):
-            for grad_cp in (False, True):
-                for m in range(p.micro_bsz, 0, -1):
-                    # accumulation needs all gradients, which release_grads frees
-                    if p.micro_bsz % m == 0 and (m == p.micro_bsz or not p.release_grads):
-                        accumulate = p.accumulate * p.micro_bsz // m
-                        plan = replace(p, strategy=strategy, grad_cp=grad_cp, micro_bsz=m, accumulate=accumulate)
-                        yield replace(plan, base=base)
+    for method in methods:
+        plan = replace(p, **method)
+        for grad_cp in (False, True):
+            for m in range(p.micro_bsz, 0, -1):
+                # accumulation needs all gradients, which release_grads frees
+                if p.micro_bsz % m == 0 and (m == p.micro_bsz or not plan.release_grads):
+                    accumulate = p.accumulate * p.micro_bsz // m
+                    yield replace(plan, grad_cp=grad_cp, micro_bsz=m, accumulate=accumulate)
 
 
 def changes(p: Plan) -> Iterator[tuple[str, Plan]]:
@@ -74,8 +71,8 @@ def changes(p: Plan) -> Iterator[tuple[str, Plan]]:
         words += [f"--ctx_len {q.ctx_len}"] if q.ctx_len != p.ctx_len else []
         return ", ".join(words)
 
-    plans = [q for q in candidates(p, [p.strategy]) if q.grad_cp or not p.grad_cp]
-    least = replace(p, grad_cp=True, micro_bsz=1, accumulate=p.accumulate * p.micro_bsz)
+    plans = [q for q in candidates(p) if q.grad_cp or not p.grad_cp]
+    *_, least = candidates(p)
     half = replace(least, precision="bf16")
     plans += [half] if p.e == 4 else []
     plans += [replace(half, base="nf4")] if p.lora and not p.quantised and not p.stage else []

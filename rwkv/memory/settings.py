@@ -8,7 +8,6 @@ from rwkv.models import Sizes
 from rwkv.models.version import version_of
 
 PROCESS = 290 << 20  # process with torch 1.13.1 and Lightning after a first step, without a model
-HEAP = 0.5  # of gradients, activations, logits, workspace; torch 1.13.1, glibc 2.36: measured 0.3 to 1.1
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,6 @@ class Plan:
         gpu: whether they are GPUs.
         graph: whether the blocks run from a CUDA graph (--cuda_graph), whose memory is never freed.
         process: bytes of a process without a model (see PROCESS).
-        heap: see HEAP.
     """
 
     sizes: Sizes
@@ -47,7 +45,6 @@ class Plan:
     gpu: bool = True
     graph: bool = False
     process: int = PROCESS
-    heap: float = HEAP
 
     @property
     def e(self) -> int:

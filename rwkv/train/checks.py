@@ -110,7 +110,7 @@ def check(c: TrainConfig) -> None:
             f"--sample_every {c.sample_every}: with --strategy {c.strategy} no process has all weights to write samples with; use --strategy"
             " deepspeed_stage_2, or omit it"
         )
-    _check_adamw8bit(c)
+    check_adamw8bit(c)
     _check_muon(c)
     if c.optimizer == "adafactor" and strategy.zero(c):
         raise UserError(
@@ -139,7 +139,7 @@ def _check_objective(c: TrainConfig) -> None:
         raise UserError(f"--dpo_label_smoothing must be at least 0 and less than 0.5; it is {c.dpo_label_smoothing}")
 
 
-def _check_adamw8bit(c: TrainConfig) -> None:
+def check_adamw8bit(c: TrainConfig) -> None:
     """Raise UserError for flags that are incompatible with --optimizer adamw8bit or
     --release_grads.
     """

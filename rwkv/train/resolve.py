@@ -13,7 +13,7 @@ from rwkv.memory import estimate, machine, plan
 from rwkv.models import Sizes
 from rwkv.models.version import version_of
 from rwkv.train import resume_or_start, setup, stages
-from rwkv.train.checks import check
+from rwkv.train.checks import check, check_adamw8bit
 from rwkv.train.console import say
 from rwkv.train.data_source import with_vocabulary
 from rwkv.train.loop import cuda_graph
@@ -37,9 +37,11 @@ def resolve(flags: TrainConfig, ranks: Ranks) -> Run:
     c = _seed_and_precision(c, before)
     new_base, outdated = resume_or_start.new_base(c, before), resume_or_start.outdated(c, before)
     sizes, on_gpu = setup.sizes_of(c, new_base), machine.use_gpu(c.accelerator)
-    c = dataclasses.replace(c, version=version_of(sizes).NAME)
+    c = dataclasses.replace(_optimizer_of(c, before), version=version_of(sizes).NAME)
     if c.auto and received is None and c.my_pile_stage != 1:
         c = _auto(c, sizes, on_gpu, before)
+    if c.optimizer == "auto":
+        c = dataclasses.replace(c, optimizer="adam")
     if received is None:
         c = _with_cuda_graph(c, sizes, on_gpu)
     ranks.send(flags, c)
@@ -57,6 +59,20 @@ def _seed_and_precision(c: TrainConfig, before: dict[str, Any] | None) -> TrainC
             say(note)
     shift = max(0, c.my_pile_shift)  # upstream writes 0 as -1
     return dataclasses.replace(c, random_seed=seed, precision=precision, my_pile_shift=shift)
+
+
+def _optimizer_of(c: TrainConfig, before: dict[str, Any] | None) -> TrainConfig:
+    """Set optimizer and release_grads to those of the resumed run, if any and if optimizer is
+    automatic. Raises UserError if other flags are incompatible with them.
+    """
+    if c.optimizer != "auto" or not before:
+        return c
+    optimizer, released = (
+        before["flags"].get(name, value) for name, value in (("optimizer", "adam"), ("release_grads", 0))
+    )
+    c = dataclasses.replace(c, optimizer=optimizer, release_grads=released)
+    check_adamw8bit(c)
+    return c
 
 
 def _auto(c: TrainConfig, sizes: Sizes, on_gpu: bool, before: dict[str, Any] | None) -> TrainConfig:
@@ -82,7 +98,9 @@ def _with_cuda_graph(c: TrainConfig, sizes: Sizes, on_gpu: bool) -> TrainConfig:
 
 
 def _usable(c: TrainConfig) -> bool:
-    """Whether the strategy is compatible with the other flags and available on this machine."""
+    """Whether strategy and optimizer are compatible with the other flags and available on this
+    machine.
+    """
     try:
         check(c)
     except UserError:

@@ -1,5 +1,6 @@
 """The table of what can be trained on a GPU."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -60,3 +61,26 @@ CONTRADICTIONS = [
 def test_contradictory_flags(flags, message):
     with pytest.raises(UserError, match=message):
         estimate_script.main(EstimateConfig(**flags))
+
+
+DOCS = ("docs/gpus-and-memory.md", "docs/zh/gpus-and-memory.md")
+
+
+def test_documented_table(root):
+    plan = Plan(published("0.1b", VERSIONS["7"]), parts=("att", "ffn"))
+    rows = card.table(8, plan, VERSIONS["7"]).splitlines()
+    for name in DOCS:
+        assert "\n".join(rows) in (root / name).read_text(encoding="utf-8"), name
+
+
+def test_documented_memory_of_quantised_bases(root):
+    """GB by version, parts and --lora_base, each of four sizes."""
+    rows = []
+    for version, parts in (("4", Plan.parts), ("7", Plan.parts), ("7", ("att", "ffn"))):
+        sizes = [published(name, VERSIONS[version]) for name in [*VERSIONS[version].PUBLISHED][-4:]]
+        plans = [Plan(s, base=base, parts=parts, grad_cp=True) for base in ("auto", "int8", "nf4") for s in sizes]
+        rows.append([f"{estimate(plan).total / GB:.1f}" for plan in plans])
+    for name in DOCS:
+        text = (root / name).read_text(encoding="utf-8").partition("| bf16 | int8 | nf4 |\n")[2]
+        cells = [line.split(" | ", 1)[1] for line in text.splitlines()[1:4]]
+        assert [re.findall(r"[\d.]+", line) for line in cells] == rows, name

@@ -91,7 +91,7 @@ STEPS = [  # devices, the plan that just fits, and the expected flags
 @pytest.mark.parametrize(("devices", "fitting", "expected"), STEPS)
 def test_auto_picks_cheapest_flags(resolved_flags, capsys, devices, fitting, expected):
     target = plan(devices=devices, per_node=devices, **fitting)
-    config = resolved_flags(TrainConfig, memory_for(target), "--devices", str(devices))
+    config = resolved_flags(TrainConfig, memory_for(target), "--devices", str(devices), "--optimizer", "adam")
     chosen = planning.plan_of(config, SIZES, True, "bf16")
     assert estimate(chosen).total <= estimate(target).total
     assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp, config.strategy) == expected
@@ -102,6 +102,68 @@ def test_auto_picks_cheapest_flags(resolved_flags, capsys, devices, fitting, exp
         f"auto:  --micro_bsz {expected[0]} --accumulate_grad_batches {expected[1]} --grad_cp {expected[2]} --strategy {expected[3]}: "
         in printed
     )
+
+
+def chosen(monkeypatch, target: Plan, kind=TrainConfig, usable=lambda c: True, **flags):
+    """The flags that --auto chooses on GPUs where `target` just fits, and what it prints."""
+    monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: memory_for(target) if gpu else 10**12)
+    c = kind(**{"ctx_len": 1024, "micro_bsz": 1, "grad_cp": 1, "precision": "bf16", **flags})
+    return planning.choose(c, planning.plan_of(c, published("1.5b"), True, c.precision), usable)
+
+
+BIG = Plan(published("1.5b"), lora=False, ctx_len=1024, micro_bsz=1, grad_cp=True)
+NARROW = replace(BIG, optimizer="adamw8bit")
+
+
+def test_auto_picks_adamw8bit_before_offloading(monkeypatch):
+    c, said = chosen(monkeypatch, NARROW)
+    assert (c.optimizer, c.release_grads, c.strategy) == ("adamw8bit", 0, "auto")
+    assert (
+        "--optimizer adamw8bit (with Adam in fp32 even --micro_bsz 1 --grad_cp 1 does not fit; --optimizer adam" in said
+    )
+    c, said = chosen(monkeypatch, BIG)
+    assert (c.optimizer, c.strategy) == ("adam", "auto")
+    assert "adamw8bit" not in said
+    offloaded = replace(BIG, strategy="deepspeed_stage_2_offload")
+    for target, flags in ((offloaded, {}), (NARROW, {"optimizer": "adam"}), (NARROW, {"precision": "fp16"})):
+        c, said = chosen(monkeypatch, target, **flags)
+        assert (c.optimizer, c.strategy) == ("adam", "deepspeed_stage_2_offload")
+        assert "adamw8bit" not in said
+
+
+def test_auto_releases_gradients_only_without_clipping(monkeypatch):
+    target = replace(NARROW, release_grads=True)
+    usable = importlib.import_module("rwkv.train.resolve")._usable
+    monkeypatch.setattr(compat, "why_deepspeed_unavailable", lambda on_gpu: None)
+    for flags, released in (
+        ({"grad_clip": 0.0}, 1),
+        ({}, 0),
+        ({"grad_clip": 0.0, "cuda_graph": "on"}, 0),
+        ({"grad_clip": 0.0, "accumulate_grad_batches": 2}, 0),
+    ):
+        c, said = chosen(monkeypatch, target, usable=usable, **flags)
+        assert (c.release_grads, c.optimizer == "adamw8bit") == (released, bool(released))
+        assert ("--release_grads 1" in said) == bool(released)
+
+
+def test_auto_does_not_accumulate_released_gradients(monkeypatch):
+    """A smaller micro_bsz would need accumulation, which --release_grads excludes."""
+    usable = importlib.import_module("rwkv.train.resolve")._usable
+    flags = {"optimizer": "adamw8bit", "release_grads": 1, "grad_clip": 0.0, "micro_bsz": 8, "grad_cp": 0}
+    target = replace(NARROW, release_grads=True, micro_bsz=8)
+    c, _ = chosen(monkeypatch, target, usable=usable, **flags)
+    assert (c.micro_bsz, c.grad_cp) == (8, 1)
+    with pytest.raises(UserError, match="--auto: nothing fits"):
+        chosen(monkeypatch, replace(target, micro_bsz=1), usable=usable, **flags)
+
+
+def test_auto_shards_before_it_narrows(monkeypatch):
+    several = {"devices": 8, "per_node": 8}
+    for name in ("deepspeed_stage_2", "deepspeed_stage_3"):
+        c, _ = chosen(monkeypatch, replace(BIG, strategy=name, **several), devices=8)
+        assert (c.optimizer, c.strategy) == ("adam", name)
+    c, _ = chosen(monkeypatch, replace(NARROW, **several), usable=lambda c: c.strategy == "auto", devices=8)
+    assert (c.optimizer, c.strategy) == ("adamw8bit", "auto")
 
 
 def test_auto_for_lora(resolved_flags, capsys):
@@ -119,30 +181,20 @@ def test_auto_respects_flags_that_exclude_a_strategy(make_data, monkeypatch):
         assert resolve._usable(replace(c, strategy=f"deepspeed_stage_{name}", sample_every=samples)) == usable
 
 
-def test_auto_does_not_accumulate_released_gradients(resolved_flags):
-    """They are not added up: every batch would be a step of its own."""
-    flags = ["--optimizer", "adamw8bit", "--release_grads", "1", "--grad_clip", "0"]
-    narrow = plan(optimizer="adamw8bit", release_grads=True)
-    config = resolved_flags(TrainConfig, memory_for(replace(narrow, grad_cp=True)), *flags)
-    assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp) == (4, 1, 1)
-    with pytest.raises(UserError, match="--auto: nothing fits"):
-        resolved_flags(TrainConfig, memory_for(replace(narrow, micro_bsz=2, grad_cp=True)), *flags)
-
-
 def test_auto_respects_host_memory_and_flags(resolved_flags, monkeypatch):
     offloaded = memory_for(plan(micro_bsz=1, accumulate=4, grad_cp=True, strategy="deepspeed_stage_2_offload"))
     with pytest.raises(
         UserError,
         match=r"--strategy deepspeed_stage_2_offload would fit, but needs [\d.]+ GB of host memory; 0\.1 GB are usable\. Use LoRA",
     ):
-        resolved_flags(TrainConfig, offloaded, host=10**8)
+        resolved_flags(TrainConfig, offloaded, "--optimizer", "adam", host=10**8)
     factored = memory_for(plan(micro_bsz=1, accumulate=4, grad_cp=True, optimizer="adafactor"))
     assert resolved_flags(TrainConfig, factored, "--optimizer", "adafactor").strategy == "auto"
     # only DeepSpeed would fit, which supports neither Adafactor nor skipping steps
     with pytest.raises(UserError, match="--auto: nothing fits"):
         resolved_flags(TrainConfig, offloaded, "--optimizer", "adafactor")
     with pytest.raises(UserError, match="--auto: nothing fits"):
-        resolved_flags(TrainConfig, offloaded, "--on_nan", "skip")
+        resolved_flags(TrainConfig, offloaded, "--optimizer", "adam", "--on_nan", "skip")
 
 
 def test_cuda_out_of_memory_message(monkeypatch):

@@ -1,16 +1,20 @@
 """Runs with --optimizer adamw8bit: versions, resuming, released gradients, two ranks, errors."""
 
+import json
 import math
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
 
-from rwkv import compat
+from rwkv import checkpoint, compat
 from rwkv.checkpoint import load_model, read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.kernels import adamw
+from rwkv.memory import machine, plan
+from rwkv.memory.estimate import estimate
 from rwkv.memory.zero import DDP
 from rwkv.train.fit import fit
 from rwkv.train.loop import adamw8bit, cuda_graph, optimizer
@@ -84,6 +88,15 @@ def test_released_gradients_give_same_weights(train, flags):
     released, same_weights = train("released", **RELEASED, **flags)
     assert released == losses
     assert same(same_weights, weights)
+
+
+def test_resumed_run_releases_with_current_rates(train):
+    """Learning rate and weight decay of the schedule, not those of the optimizer's creation."""
+    losses, weights = train("whole", **RELEASED)
+    train("parts", **RELEASED, max_steps=2)
+    resumed, again = train("parts", **RELEASED)
+    assert resumed == losses
+    assert same(again, weights)
 
 
 def test_released_gradients_are_freed(make_model):
@@ -231,7 +244,7 @@ def test_not_for_fp16(monkeypatch):
 
     monkeypatch.setattr(checks.machine, "use_gpu", lambda accelerator: True)
     with pytest.raises(UserError, match="gradients in bf16 cannot be scaled for fp16"):
-        checks._check_adamw8bit(TrainConfig(optimizer="adamw8bit", precision="fp16"))
+        checks.check_adamw8bit(TrainConfig(optimizer="adamw8bit", precision="fp16"))
 
 
 def test_no_cuda_graph_with_released_gradients():
@@ -244,6 +257,36 @@ def test_resume_with_other_optimizer(train):
     train("run", max_steps=4)
     with pytest.raises(UserError, match="it was saved with --optimizer adamw8bit, but this run has adam"):
         train("run", optimizer="adam", allow_changes=True)
+
+
+def test_auto_picks_it_if_adam_does_not_fit(train, tmp_path, monkeypatch, capsys):
+    """It says so, and a resumed run keeps it, also where Adam would fit."""
+    flags = {"optimizer": "auto", "auto": True, "micro_bsz": 1, "grad_clip": 0.0}
+    sizes = checkpoint.sizes_of(train("base", max_steps=1)[1], "")
+    c = TrainConfig(**{**RUN, **flags, "grad_cp": 1})
+    plans = {
+        name: plan.plan_of(replace(c, **changed), sizes, False, "bf16")
+        for name, changed in (
+            ("adam", {}), ("narrow", {"optimizer": "adamw8bit"}), ("released", {"optimizer": "adamw8bit", "release_grads": 1}),
+        )
+    }  # fmt: skip
+    needed = {name: round((estimate(found).total + 1) / plan.USABLE) for name, found in plans.items()}
+    assert needed["released"] < needed["narrow"] < needed["adam"]
+
+    monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: memory)
+    memory = needed["released"]
+    capsys.readouterr()
+    train("parts", **flags, max_steps=2)
+    assert "--strategy auto --optimizer adamw8bit --release_grads 1 (with Adam" in capsys.readouterr().out
+    recorded = json.loads((tmp_path / "parts/run.json").read_text())["flags"]
+    assert (recorded["optimizer"], recorded["release_grads"]) == ("adamw8bit", 1)
+    memory = needed["adam"]
+    losses, weights = train("parts", **flags)
+    given = train("whole", **{**flags, "optimizer": "adamw8bit", "release_grads": 1, "auto": False})
+    assert losses == given[0]
+    assert same(weights, given[1])
+    train("adam", **flags, max_steps=1)
+    assert json.loads((tmp_path / "adam/run.json").read_text())["flags"]["optimizer"] == "adam"
 
 
 def test_state_dict_keeps_dtypes():

@@ -30,8 +30,9 @@ class AdamW8bit(torch.optim.Optimizer):
         self._clip: Tensor | None = None  # of the next step; None: 1
         self._one: dict[torch.device, Tensor] = {}
         self._hooks = [
-            compat.on_gradient(p, lambda p, group=group, name=name: self._update(p, name, group))
-            for group in self.param_groups
+            # by index: load_state_dict replaces the groups
+            compat.on_gradient(p, lambda p, i=i, name=name: self._update(p, name, self.param_groups[i]))
+            for i, group in enumerate(self.param_groups)
             for p, name in zip(group["params"], group["names"], strict=True)
             if release
         ]
