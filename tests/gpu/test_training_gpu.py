@@ -42,7 +42,7 @@ def losses(make_data, tmp_path):
 
 @pytest.mark.parametrize("version", list(VERSIONS))
 def test_full_fine_tuning_fp32_matches_cpu(losses, version):
-    flags = {"precision": "fp32", "version": version, **MODEL}
+    flags = {**MODEL, "precision": "fp32", "version": version}
     curves = [losses(TrainConfig, device, accelerator=device, **flags) for device in ("cpu", "gpu")]
     assert curves[0][-1] < curves[0][0]
     torch.testing.assert_close(*curves, rtol=1e-4, atol=0)  # different summation order, then 20 steps of Adam

@@ -41,6 +41,7 @@ KERNELS |= {
     for what in ("gate", "gate_gradient", "mix", "mix_gradient", "relu2", "relu2_gradient", "dropout", "loss")
     for dtype in DTYPES
 }
+KERNELS |= {f"fused_{what}_{dtype}" for what in ("shift", "shift_gradient") for dtype in DTYPES}
 KERNELS |= {f"fused_{what}_{dtype}" for what in ("norm", "norm_gradient", "norm_sums") for dtype in STREAMS}
 KERNELS |= {
     f"fused_{what}_{dtype}"
