@@ -108,8 +108,9 @@ def test_compiles_within_register_budget(arch):
         )
         assert use["registers"] <= limit, name
         # local memory: register spills only (72 bytes in wkv4_gradient on sm_120; more for the head
-        # sizes of RWKV-7 that no published model has), independent of T
-        spills = {"wkv7_gradient_128": 160, "wkv7_gradient_256": 800}.get(name, 80)
+        # sizes of RWKV-7 that no published model has, and in fp32 on sm_100), independent of T
+        larger = {"wkv7_gradient_128": 160, "wkv7_gradient_256": 800, "fused_shift_gradient_fp32": 96}
+        spills = larger.get(name, 80)
         assert max(use["stack"], use["spill_stores"], use["spill_loads"]) <= spills, name
     # static shared memory has at most 48 KiB
     shared = dict(
