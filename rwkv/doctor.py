@@ -26,6 +26,7 @@ from rwkv.wkv import wkv4, wkv6, wkv7
 from rwkv.wkv.wkv4 import reference
 from rwkv.wkv.wkv6 import reference as reference6
 from rwkv.wkv.wkv7 import reference as reference7
+from rwkv.wkv.wkv7.time_mix import Parameters, Projections, time_mix
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
@@ -209,9 +210,8 @@ def _version(program: str | None, pattern: str) -> str:
     """The version that `program --version` prints; empty if `program` is None."""
     if not program:
         return ""
-    found = re.search(
-        pattern, subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
-    )
+    output = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(pattern, output)
     return found[1] if found else "unknown version"
 
 
@@ -233,9 +233,25 @@ def _kernels() -> Iterator[Finding]:
         if reason:
             yield Finding(name, "fail", reason.split("; run:")[0], target("kernels"))
         else:
-            yield _check_wkv(
-                name, torch.device("cuda", index), build.device_code(torch.cuda.get_device_capability(index)).name
-            )
+            device, code = torch.device("cuda", index), build.device_code(torch.cuda.get_device_capability(index))
+            yield _check_wkv(name, device, code.name)
+            yield _check_time_mix(f"time-mix on GPU {index}", device)
+
+
+def _check_time_mix(name: str, device: torch.device) -> Finding:
+    shapes = [(2, 40, 64)] * 8 + [(64,)] * 2 + [(2, 32)] + [(64,)] * 5 + [(2, 2, 32, 32)]
+    inputs = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+
+    def run(impl: str) -> Any:
+        return lambda *x: time_mix(Projections(*x[:7]), x[7], Parameters(*x[8:16]), x[16], eps=64e-5, impl=impl)
+
+    try:
+        error = _error(run("reference"), run("auto"), inputs, device)
+        found = f"RWKV-7's, {error:.0e} from the reference"
+    except RuntimeError as failure:
+        error, found = float("inf"), " ".join(str(failure).split())
+    remedy = "" if error < 1e-4 else "RWKV_FUSED=0 before a command avoids its CUDA kernels; please report it"
+    return Finding(name, "fail" if remedy else "ok", found, remedy)
 
 
 def _check_wkv(name: str, device: torch.device, found: str) -> Finding:

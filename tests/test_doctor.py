@@ -61,6 +61,27 @@ def test_missing_or_wrong_kernels(monkeypatch, tmp_path):
         assert "differs from the reference by" in wrong.found
 
 
+def test_wrong_or_failing_time_mix(monkeypatch):
+    assert doctor._check_time_mix("x", torch.device("cpu")).status == "ok"
+
+    def wrong(x, v_first, p, state, run=doctor.time_mix, **options):
+        y, last = run(x, v_first, p, state, **options)
+        return (y if options["impl"] == "reference" else y * 1.01), last
+
+    def failing(x, *given, run=doctor.time_mix, **options):
+        if options["impl"] != "reference":
+            raise RuntimeError("cuLaunchKernel fused_keys_fp32: no")
+        return run(x, *given, **options)
+
+    for broken, found in ((wrong, "from the reference"), (failing, "cuLaunchKernel fused_keys_fp32: no")):
+        with monkeypatch.context() as patched:
+            patched.setattr(doctor, "time_mix", broken)
+            finding = doctor._check_time_mix("x", torch.device("cpu"))
+        assert finding.status == "fail"
+        assert found in finding.found
+        assert "RWKV_FUSED=0" in finding.remedy
+
+
 def test_package_differs_from_lock(monkeypatch, tmp_path):
     (tmp_path / "numpy-0.1.dist-info").mkdir()
     (tmp_path / "numpy-0.1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.1\n")

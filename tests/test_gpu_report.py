@@ -9,16 +9,39 @@ import pytest
 
 
 def test_parts_that_fail_are_named(root, tmp_path):
-    command = [sys.executable, str(root / "bench/gpu/report.py"), "--out", str(tmp_path), "--only", "doctor,wkv7,races"]
+    wanted = "time_mix,doctor,wkv7,races"
+    command = [sys.executable, str(root / "bench/gpu/report.py"), "--out", str(tmp_path), "--only", wanted]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment(root))
     assert done.returncode == 1, done.stderr
     report = (tmp_path / "report.md").read_text()
     assert "torch " in report.splitlines()[0]
     assert "| doctor | passed" in report
+    assert "| time_mix | passed" in report  # without a GPU its tests are skipped
+    assert "RWKV_FUSED" not in report
     for part in ("wkv7", "races"):  # no GPU, no compute-sanitizer
         assert f"| {part} | exit status" in report
         assert (tmp_path / f"{part}.log").exists()
     assert "| steps | not asked for" in report
+
+
+def test_failing_time_mix_is_switched_off(root, tmp_path):
+    """If the kernels of the time-mix fail, the other parts run without them."""
+    program = f"""
+import os, sys
+sys.path.insert(0, {str(root / "bench/gpu")!r})
+import report
+def parts(out, ptx):
+    say = (sys.executable, "-c", "import os; print('fused', os.environ.get('RWKV_FUSED'))")
+    broken = (sys.executable, "-c", "raise SystemExit(3)")
+    return {{"kernels": report.Part(60, say), "time_mix": report.Part(60, broken), "tests": report.Part(60, say)}}
+report.parts = parts
+sys.argv = ["report", "--out", {str(tmp_path)!r}]
+report.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, env=_environment(root), capture_output=True)
+    assert done.returncode == 1
+    assert [(tmp_path / f"{part}.log").read_text() for part in ("kernels", "tests")] == ["fused None\n", "fused 0\n"]
+    assert "exit status 3, 0 s; the parts below ran with RWKV_FUSED=0 |" in (tmp_path / "report.md").read_text()
 
 
 def test_no_time_left(root, tmp_path):
@@ -44,10 +67,12 @@ def test_tables(tables, tmp_path):
     row = {"B": 1, "T": 1024, "H": 12, "dtype": "bfloat16", "forward": 0.3, "backward": 1.2, "forward_floor": 0.1}
     new = {"chunk_forward": 0.1, "chunk_backward": 0.4, "token : chunk": 3.0}
     (tmp_path / "wkv7.json").write_text(json.dumps({"results": [row | new | {"backward_floor": 0.2}]}))
-    outcomes = {"steps": "passed, 3 s", "wkv7": "passed, 4 s"}
+    (tmp_path / "wkv6.json").write_text(json.dumps({"results": [row | {"backward_floor": 0.2, "constant": True}]}))
+    outcomes = {"steps": "passed, 3 s", "wkv6": "passed, 3 s", "wkv7": "passed, 4 s"}
     text = tables.report({"card": "a card", "torch": "2.0"}, outcomes, tmp_path)
     assert text.startswith("a card, torch 2.0.\n")
     assert "| 1, 1024, 12, bfloat16 | 0.300 (3 × floor) | 1.200 (6 × floor) | 0.100 | 0.400 | 3.00 |  |" in text
+    assert "| 1, 1024, 12, bfloat16, constant decay | 0.300 (3 × floor) | 1.200 (6 × floor) |" in text
     assert "| a | 1.5 | 1.0 | 1,234 | 50.0 % | 2.00 | 125 % |" in text
     assert "| b | RuntimeError: full |" in text
     results = tmp_path / "results.md"

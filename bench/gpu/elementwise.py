@@ -54,17 +54,27 @@ def block_cases(ops: gpu.CudaKernels, batch: int, tokens: int, width: int) -> It
 
 
 def head_cases(ops: gpu.CudaKernels, batch: int, tokens: int, width: int) -> Iterator[Case]:
-    """The operations of a time-mix around WKV, in bf16: keys and gate of RWKV-7, gate of RWKV-6."""
+    """The operations of a time-mix around WKV, in bf16: keys and gate of RWKV-7, gate and token
+    shift of RWKV-6.
+    """
     heads = width // 64
     x = [torch.randn(batch, tokens, width, device="cuda", dtype=torch.bfloat16) for _ in range(6)]
     p = [torch.randn(heads, 64, device="cuda") for _ in range(5)]
     grads = [torch.randn(batch, tokens, width, device="cuda"), *x]
     size = 2.0 * x[0].numel()
+    parts, last = torch.randn(5, *x[0].shape, device="cuda", dtype=torch.bfloat16), torch.zeros_like(x[0][:, 0])
+    mix = torch.rand(5, width, device="cuda")
     yield "keys", 12 * size, lambda: ops.keys_forward(x, p)
+    yield "shift of RWKV-6", 11 * size, lambda: ops.shift_forward(x[0], last, None, mix, parts)
     yield "gate of RWKV-7", 6 * size, lambda: ops.head_gate_forward(x[:5], p[:3], 64e-5)
     yield "gate of RWKV-6", 3 * size, lambda: ops.head_gate_forward(x[:2], p[:2], 64e-5)
     for trained in (False, True):
         name = "trained" if trained else "frozen"
+        yield (
+            f"shift backward, {name}",
+            17 * size,
+            lambda trained=trained: ops.shift_backward(x[:5], x[0], last, None, mix, parts, trained),
+        )
         yield f"keys backward, {name}", 20 * size, lambda trained=trained: ops.keys_backward(grads, x, p, trained)
         yield (
             f"gate of RWKV-7 backward, {name}",

@@ -105,6 +105,17 @@ def wkv4(found: dict[str, Any]) -> str:
     return f"A large copy moves {copy:.2f} TB/s.\n\n" + table(header, rows)
 
 
+def wkv6(found: dict[str, Any]) -> str:
+    rows = [
+        (
+            f"{r['B']}, {r['T']}, {r['H']}, {r['dtype']}{', constant decay' if r['constant'] else ''}",
+            *(f"{r[way]:.3f} ({r[way] / r[f'{way}_floor']:.0f} × floor)" for way in ("forward", "backward")),
+        )
+        for r in found["results"]
+    ]
+    return table(("B, T, H, dtype", "forward, ms", "backward, ms"), rows)
+
+
 def wkv7(found: dict[str, Any]) -> str:
     def optional(r: dict[str, Any], name: str, form: str) -> str:
         return format(r[name], form) if name in r else ""
@@ -127,6 +138,7 @@ SECTIONS = {
     "strategies": ("Strategies and precisions, one process", strategies),
     "elementwise": ("Elementwise kernels", elementwise),
     "wkv4": ("The WKV operator", wkv4),
+    "wkv6": ("The WKV operator of RWKV-5 and 6", wkv6),
     "wkv7": ("The WKV operator of RWKV-7", wkv7),
 }
 

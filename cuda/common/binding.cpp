@@ -87,6 +87,14 @@ TORCH_LIBRARY(rwkv, library) {
       "cuda_head_gate_backward(Tensor g, Tensor[] x, Tensor[] p, float eps, bool affine, int device, int stream) -> "
       "Tensor[]",
       gpu::head_gate_backward);
+  library.def(
+      "cuda_shift_forward(Tensor x, Tensor last, Tensor? reset, Tensor mix, Tensor parts, int device, int stream) -> "
+      "Tensor[]",
+      gpu::shift_forward);
+  library.def(
+      "cuda_shift_backward(Tensor[] gy, Tensor x, Tensor last, Tensor? reset, Tensor mix, Tensor parts, bool want_mix, "
+      "int device, int stream) -> (Tensor gx, Tensor glast, Tensor gparts, Tensor gmix)",
+      gpu::shift_backward);
   library.def("nf4_quantise(Tensor x, Tensor thresholds, Tensor(a!) packed) -> Tensor", cpu::nf4_quantise);
   library.def(
       "adam(Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, float step, float rate, float beta1, float beta2, "

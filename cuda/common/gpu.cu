@@ -6,5 +6,6 @@
 #include "wkv7/wkv7_chunk_gradient.cu"
 #include "elementwise/fused.cu"
 #include "elementwise/time_mix.cu"
+#include "elementwise/shift.cu"
 #include "quant/quant.cu"
 #include "optimizer/adamw.cu"

@@ -69,7 +69,10 @@ struct Driver {
           ". There are no kernels for this GPU: run make kernels, or use the other stack (make venv STACK=modern)";
     if (result == 218 || result == 222)
       message += ". The driver is too old for these kernels: update it, or use the default stack (CUDA 11.7)";
-    if (result == 700) message += ". An earlier kernel of this process failed; CUDA_LAUNCH_BLOCKING=1 shows which";
+    if (result == 700)
+      message +=
+          ". An earlier kernel of this process failed; CUDA_LAUNCH_BLOCKING=1 shows which. With RWKV-5 to 7, "
+          "RWKV_FUSED=0 replaces the newest ones by operations of torch";
     throw std::runtime_error(message);
   }
 };

@@ -1,7 +1,7 @@
 // The operators behind torch.ops.rwkv (binding.cpp), for CPUs and, with the device and the stream
 // to launch on, for GPUs. Implemented in wkv4.cpp, wkv6.cpp, wkv7.cpp, wkv7_chunk.cpp, fused.cpp,
-// fused_gpu.cpp, time_mix.cpp, quant.cpp, quant_gpu.cpp, adamw.cpp and adamw_gpu.cpp. torch's
-// headers that declare every operator are not included: they dominate compile time.
+// fused_gpu.cpp, time_mix.cpp, quant.cpp, quant_gpu.cpp, adamw.cpp and adamw_gpu.cpp. None of torch's
+// headers that declare every operator are included: they dominate compile time.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <torch/version.h>
@@ -116,6 +116,13 @@ std::vector<Tensor> mix_forward(const Tensor& x, const Tensor& last, const Optio
 std::tuple<Tensor, Tensor, Tensor> mix_backward(at::TensorList gy, const Tensor& x, const Tensor& last,
                                                 const Optional<Tensor>& initial, const Optional<Tensor>& reset,
                                                 const Tensor& mix, bool want_mix, int64_t device, int64_t stream);
+std::vector<Tensor> shift_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& reset, const Tensor& mix,
+                                  const Tensor& parts, int64_t device, int64_t stream);
+// Returns the gradients of x, last, parts, and with `want_mix` that of mix.
+std::tuple<Tensor, Tensor, Tensor, Tensor> shift_backward(at::TensorList gy, const Tensor& x, const Tensor& last,
+                                                          const Optional<Tensor>& reset, const Tensor& mix,
+                                                          const Tensor& parts, bool want_mix, int64_t device,
+                                                          int64_t stream);
 Tensor gate_forward(const Tensor& r, const Tensor& v, int64_t device, int64_t stream);
 std::tuple<Tensor, Tensor> gate_backward(const Tensor& g, const Tensor& r, const Tensor& v, int64_t device,
                                          int64_t stream);

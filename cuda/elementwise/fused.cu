@@ -217,9 +217,9 @@ template <class X, class Y> WKV_FN void norm_sums(const FusedNorm& q, X x_io, Y 
 
 #define EACH_MIX _Pragma("unroll") for (int m = 0; m < 3; m++) if (m < q.count)
 
-// Tokens [begin, end) of a batch row, and the first channel, of this thread.
+// Tokens [begin, end) of a batch row, and the first channel, of this thread. Q: FusedMix or ShiftArgs.
 struct Span { long long b, part, begin, end, c; };
-template <int W> WKV_FN bool locate(const FusedMix& q, Span& at) {
+template <int W, class Q> WKV_FN bool locate(const Q& q, Span& at) {
   const long long groups = q.D / W, parts = (q.T + q.slice - 1) / q.slice, i = thread_index() / groups;
   at.c = thread_index() % groups * W;
   at.b = i / parts;
@@ -228,14 +228,14 @@ template <int W> WKV_FN bool locate(const FusedMix& q, Span& at) {
   at.end = at.begin + q.slice < q.T ? at.begin + q.slice : q.T;
   return at.b < q.B;
 }
-template <class E> WKV_FN Vec<E::W> token(const FusedMix& q, E io, const void* of, const Span& at, long long t) {
+template <class Q, class E> WKV_FN Vec<E::W> token(const Q& q, E io, const void* of, const Span& at, long long t) {
   return io.get(of, (at.b * q.T + t) * q.D + at.c);
 }
 // The token before t, ignoring document starts.
-template <class E> WKV_FN Vec<E::W> before(const FusedMix& q, E io, const Span& at, long long t) {
+template <class Q, class E> WKV_FN Vec<E::W> before(const Q& q, E io, const Span& at, long long t) {
   return t ? token(q, io, q.x, at, t - 1) : io.get(q.last, at.b * q.D + at.c);
 }
-WKV_FN bool starts(const FusedMix& q, const Span& at, long long t) { return q.reset && q.reset[at.b * q.T + t]; }
+template <class Q> WKV_FN bool starts(const Q& q, const Span& at, long long t) { return q.reset && q.reset[at.b * q.T + t]; }
 
 template <class E> WKV_FN void mix(const FusedMix& q, E io) {
   constexpr int W = E::W;

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "elementwise/fused_args.h"
+#include "elementwise/shift_args.h"
 #include "common/launcher.h"
 #include "common/operations.h"
 
@@ -133,7 +134,7 @@ static FusedMix mix_of(const Tensor& x, const Tensor& last, const Tensor* initia
   q.dtype = dtype(x);
   return q;
 }
-static int64_t parts(const FusedMix& q) { return (q.T + q.slice - 1) / q.slice; }
+template <class Args> static int64_t parts(const Args& q) { return (q.T + q.slice - 1) / q.slice; }
 
 std::vector<Tensor> mix_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& initial,
                                 const Optional<Tensor>& reset, const Tensor& mix, int64_t device, int64_t stream) {
@@ -162,6 +163,56 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward(at::TensorList gy, const Tensor&
   q.gmix = want_mix ? fp32_ptr(sums) : nullptr;
   Launch{device, stream}.threads(kernel_name("mix_gradient", q.dtype, q.dtype, vec), q.B * parts(q) * groups, q);
   return {gx, glast, want_mix ? sums.sum(0) : Tensor()};
+}
+
+// ---- token shift of RWKV-6 ----
+
+static ShiftArgs shift_of(const Tensor& x, const Tensor& last, const Tensor* reset, const Tensor& mix,
+                          const Tensor& parts) {
+  TORCH_CHECK(x.dim() == 3 && x.is_contiguous(), "x must be contiguous [B, T, D]; got ", x.sizes());
+  TORCH_CHECK(mix.dim() == 2 && mix.size(0) >= 1 && mix.size(0) <= SHIFT_MAX, "mix must be [1 to ", SHIFT_MAX,
+              ", D]; got ", mix.sizes());
+  ShiftArgs q{};
+  q.B = x.size(0), q.T = x.size(1), q.D = x.size(2), q.count = int(mix.size(0)), q.dtype = dtype(x);
+  check(last, "last", x, x.scalar_type(), {q.B, q.D});
+  if (reset) check(*reset, "reset", x, at::kBool, {q.B, q.T});
+  check(mix, "mix", x, at::kFloat, {q.count, q.D});
+  check(parts, "parts", x, x.scalar_type(), {q.count, q.B, q.T, q.D});
+  q.x = x.data_ptr(), q.last = last.data_ptr(), q.reset = static_cast<const unsigned char*>(ptr(reset));
+  q.mix = fp32_ptr(mix), q.parts = parts.data_ptr();
+  return q;
+}
+
+std::vector<Tensor> shift_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& reset, const Tensor& mix,
+                                  const Tensor& parts_, int64_t device, int64_t stream) {
+  ShiftArgs q = shift_of(x, last, or_null(reset), mix, parts_);
+  std::vector<Tensor> y;
+  for (int i = 0; i < q.count; i++) y.push_back(x.new_empty(x.sizes())), q.y[i] = y.back().data_ptr();
+  const bool vec = vectorized(q.D, {q.x, q.last, q.mix, q.parts, q.y[0], q.y[1], q.y[2], q.y[3], q.y[4]});
+  const int64_t groups = q.D / width(vec);
+  q.slice = slice_of(q.T, q.B * groups);
+  Launch{device, stream}.threads(kernel_name("shift", q.dtype, q.dtype, vec), q.B * parts(q) * groups, q);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> shift_backward(at::TensorList gy, const Tensor& x, const Tensor& last,
+                                                          const Optional<Tensor>& reset, const Tensor& mix,
+                                                          const Tensor& parts_, bool want_mix, int64_t device,
+                                                          int64_t stream) {
+  ShiftArgs q = shift_of(x, last, or_null(reset), mix, parts_);
+  TORCH_CHECK(int(gy.size()) == q.count, "there must be one gradient per mixture");
+  for (int i = 0; i < q.count; i++) check_like(gy[i], "gy", x), q.gy[i] = gy[i].data_ptr();
+  const Tensor gx = x.new_empty(x.sizes()), glast = last.new_empty(last.sizes()),
+               gparts = parts_.new_empty(parts_.sizes());
+  q.gx = gx.data_ptr(), q.glast = glast.data_ptr(), q.gparts = gparts.data_ptr();
+  const bool vec = vectorized(q.D, {q.x, q.last, q.mix, q.parts, q.gy[0], q.gy[1], q.gy[2], q.gy[3], q.gy[4], q.gx,
+                                    q.glast, q.gparts});
+  const int64_t groups = q.D / width(vec);
+  q.slice = slice_of(q.T, q.B * groups);
+  const Tensor sums = want_mix ? mix.new_empty({q.B * parts(q), q.count, q.D}) : Tensor();
+  q.gmix = want_mix ? fp32_ptr(sums) : nullptr;
+  Launch{device, stream}.threads(kernel_name("shift_gradient", q.dtype, q.dtype, vec), q.B * parts(q) * groups, q);
+  return {gx, glast, gparts, want_mix ? sums.sum(0) : Tensor()};
 }
 
 // ---- gates, squared ReLU, dropout ----

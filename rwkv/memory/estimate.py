@@ -13,8 +13,8 @@ All sizes are in bytes. Shapes are those of the model (rwkv.models.rwkv.shapes).
     activations  `saved_bytes` of every block, or only its input with grad_cp; and those saved
                  outside the blocks
     logits       one chunk (rwkv.kernels.head_loss), and the head's weight in the dtype of matmuls
-    workspace    temporary tensors of a pass, with a dequantised matrix; DeepSpeed's buckets and, in
-                 stage 3, gathered weights
+    workspace    temporary tensors of a pass, with a dequantised matrix and on GPUs the workspace of
+                 WKV; DeepSpeed's buckets and, in stage 3, gathered weights
     heap         on a CPU, freed memory that glibc cannot reuse: HEAP of the activations of all
                  blocks, with grad_cp too, and of the workspace (docs/decisions/012)
     process      the libraries: on a CPU, their resident size after the first step
@@ -307,7 +307,11 @@ def _backward_workspace(p: Plan) -> Blocks:
     recomputed inputs.
     """
     D, F, N, e = p.sizes.n_embd, p.sizes.dim_ffn, p.tokens, p.e
-    blocks: Blocks = [(version_of(p.sizes).backward_bytes(p.sizes, e) * N, 1), *_dequantised(p)]
+    version = version_of(p.sizes)
+    inner = version.backward_bytes(p.sizes, e) * N
+    if p.gpu:
+        inner = version.gpu_backward_bytes(p.sizes, e, N, p.micro_bsz * p.sequences)
+    blocks: Blocks = [(inner, 1), *_dequantised(p)]
     return blocks if p.lora else [*blocks, (e * F * N, 1), (e * D * F, 1), (p.matrix * D * F, p.matrix != e)]
 
 

@@ -268,3 +268,8 @@ def forward_bytes(sizes: Sizes, e: int) -> float:
 def backward_bytes(sizes: Sizes, e: int) -> float:
     """Three gradients of the residual stream's width, and one of the channel-mix's."""
     return e * (3 * sizes.n_embd + sizes.dim_ffn)
+
+
+def gpu_backward_bytes(sizes: Sizes, e: int, tokens: int, rows: int) -> float:
+    """As on a CPU. (WKV's workspace has at most 3 MB.)"""
+    return backward_bytes(sizes, e) * tokens

@@ -30,6 +30,7 @@ from rwkv.models.layers import Device, HeadNorm, matrix, mixing_weight
 from rwkv.models.parameters import initialise_matrices, position
 from rwkv.models.v4 import ChannelMix  # the same in RWKV-5
 from rwkv.wkv.wkv6 import empty_state
+from rwkv.wkv.wkv6.native import workspace_bytes
 
 NAME = "5.2"
 WARMUP_START = 0.01
@@ -136,3 +137,8 @@ def backward_bytes(sizes: Sizes, e: int) -> float:
     Measured, as above.
     """
     return max(e * (3 * sizes.n_embd + sizes.dim_ffn), 4 * 5 * sizes.n_embd)
+
+
+def gpu_backward_bytes(sizes: Sizes, e: int, tokens: int, rows: int) -> float:
+    """As on a CPU, and WKV's workspace."""
+    return backward_bytes(sizes, e) * tokens + workspace_bytes(rows * sizes.heads, sizes.head_size)

@@ -20,14 +20,14 @@ All else is recomputed (rwkv.kernels.elementwise.native).
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rwkv.kernels.elementwise import native
+from rwkv.kernels.elementwise import native, shift
 from rwkv.kernels.elementwise.reference import upcast
 from rwkv.kernels.linear import linear
 from rwkv.models import gated_heads, layers, parameters
@@ -35,6 +35,7 @@ from rwkv.models.gated_heads import gated_wkv
 from rwkv.models.layers import Device, HeadNorm, matrix, mixing_weight
 from rwkv.models.parameters import initialise_matrices, position
 from rwkv.wkv.wkv6 import empty_state
+from rwkv.wkv.wkv6.native import workspace_bytes
 
 NAME = "6"
 WARMUP_START = 0.01
@@ -82,22 +83,33 @@ class TimeMix(nn.Module):
         self.ln_x = HeadNorm(A, device)
         self.time_state = gated_heads.initial_state_parameter(sizes, device)
 
-    def forward(self, x: Tensor, shift: Tensor, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x [B, T, D], shift [B, D], state [B, H, N, N], reset [B, T] → y [B, T, D], state."""
-        heads = self.time_faaaa.shape
-        weights = [torch.zeros_like(self.time_maa_x), 1 - self.time_maa_x]  # 0: the previous token itself
-        before, xx = native.mix(x, shift, reset, weights, initial=torch.zeros_like(shift))
-        low = torch.tanh(linear(xx, self.time_maa_w1.t()))  # [B, T, 5 R]
-        parts = zip(low.view(*low.shape[:2], 5, -1).unbind(2), self.time_maa_w2, strict=True)
-        xw = native.checkpointed(mixed, x, before, self.time_maa_w, *next(parts))
-        decay = torch.tanh(linear(xw, self.time_decay_w1.t()))  # [B, T, S]
+    def forward(self, x: Tensor, last: Tensor, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, T, D], last [B, D], state [B, H, N, N], reset [B, T] → y [B, T, D], state."""
+        heads, mixtures = self.time_faaaa.shape, self._mixtures(x, last, reset)
+        decay = torch.tanh(linear(next(mixtures), self.time_decay_w1.t()))  # [B, T, S]
         w = native.checkpointed(functools.partial(log_decay, heads), self.time_decay, decay, self.time_decay_w2)
-        k = self.key(native.checkpointed(mixed, x, before, self.time_maa_k, *next(parts)))  # [B, T, A]
-        v = self.value(native.checkpointed(mixed, x, before, self.time_maa_v, *next(parts)))
-        r = self.receptance(native.checkpointed(mixed, x, before, self.time_maa_r, *next(parts)))
-        g = self.gate(native.checkpointed(mixed, x, before, self.time_maa_g, *next(parts)))
+        k, v = self.key(next(mixtures)), self.value(next(mixtures))  # [B, T, A]
+        r, g = self.receptance(next(mixtures)), self.gate(next(mixtures))
         y, state = gated_wkv(r, w, k, v, g, self.time_faaaa, self.ln_x(), state, reset, self.time_state)
         return self.output(y), state
+
+    def _mixtures(self, x: Tensor, last: Tensor, reset: Tensor | None) -> Iterator[Tensor]:
+        """The mixtures of a token and its predecessor for w, k, v, r, g, [B, T, D]."""
+        empty, weight = torch.zeros_like(last), 1 - self.time_maa_x
+        weights = [self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g]
+        if run := shift.kernels(x):  # without `before`
+            (xx,) = native.mix(x, last, reset, [weight], empty)
+        else:
+            before, xx = native.mix(x, last, reset, [torch.zeros_like(weight), weight], empty)
+        low = torch.tanh(linear(xx, self.time_maa_w1.t()))  # [B, T, 5 R]
+        if run:
+            found = shift.shift(run, x, last, reset, weights, low, self.time_maa_w2)
+            while found:
+                yield found.pop(0)  # not kept
+            return
+        parts = low.view(*low.shape[:2], 5, -1).unbind(2)
+        for maa, part, up in zip(weights, parts, self.time_maa_w2, strict=True):
+            yield native.checkpointed(mixed, x, before, maa, part, up)
 
 
 def mixed(x: Tensor, before: Tensor, maa: Tensor, low: Tensor, up: Tensor) -> Tensor:
@@ -203,3 +215,11 @@ def backward_bytes(sizes: Sizes, e: int) -> float:
     Measured, as above.
     """
     return max(e * (3 * sizes.n_embd + sizes.dim_ffn), 4 * 5 * sizes.n_embd)
+
+
+def gpu_backward_bytes(sizes: Sizes, e: int, tokens: int, rows: int) -> float:
+    """The larger of what a CPU needs with WKV's workspace, and of the token shift's: for each of
+    five mixtures its gradient, its weight and the weight's gradient; and x and its gradient.
+    """
+    wkv = workspace_bytes(rows * sizes.heads, sizes.head_size)
+    return max(backward_bytes(sizes, e) * tokens + wkv, e * 17 * sizes.n_embd * tokens)

@@ -34,6 +34,7 @@ from rwkv.models.layers import Device, HeadNorm, check_heads, matrix, repeated
 from rwkv.models.parameters import gain, initialise_matrices, position
 from rwkv.models.parts import Parts
 from rwkv.wkv.wkv7 import empty_state
+from rwkv.wkv.wkv7.native import workspace_bytes
 from rwkv.wkv.wkv7.time_mix import Parameters, Projections, time_mix
 
 NAME = "7"
@@ -321,3 +322,8 @@ def backward_bytes(sizes: Sizes, e: int) -> float:
     fp32. Measured, as above.
     """
     return max(e * (3 * sizes.n_embd + sizes.dim_ffn), 4 * 22 * sizes.n_embd)
+
+
+def gpu_backward_bytes(sizes: Sizes, e: int, tokens: int, rows: int) -> float:
+    """As on a CPU, and WKV's workspace. (The CUDA kernels of the time-mix need less.)"""
+    return backward_bytes(sizes, e) * tokens + workspace_bytes(rows * sizes.heads, sizes.head_size)

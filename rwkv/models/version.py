@@ -111,6 +111,11 @@ class Version(Protocol):
     def backward_bytes(self, sizes: Any, e: int) -> float:
         """Peak bytes per token of temporary tensors in the backward pass of a block."""
 
+    def gpu_backward_bytes(self, sizes: Any, e: int, tokens: int, rows: int) -> float:
+        """Peak bytes of temporary tensors in the backward pass of a block on a GPU, with the
+        workspace of the WKV kernels, for so many tokens in all of `rows` sequences.
+        """
+
 
 VERSIONS: dict[str, Version] = {v4.NAME: v4, v5.NAME: v5, v6.NAME: v6, v7.NAME: v7}
 ALIASES = {"5": v5.NAME}

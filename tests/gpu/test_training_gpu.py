@@ -42,7 +42,7 @@ def losses(make_data, tmp_path):
 
 @pytest.mark.parametrize("version", list(VERSIONS))
 def test_full_fine_tuning_fp32_matches_cpu(losses, version):
-    flags = {"precision": "fp32", "version": version, **MODEL}
+    flags = {**MODEL, "precision": "fp32", "version": version}
     curves = [losses(TrainConfig, device, accelerator=device, **flags) for device in ("cpu", "gpu")]
     assert curves[0][-1] < curves[0][0]
     torch.testing.assert_close(*curves, rtol=1e-4, atol=0)  # different summation order, then 20 steps of Adam
@@ -101,6 +101,9 @@ GRAPHED = {
     "reset": {"doc_reset": 1},
     "grad_cp": {"grad_cp": 1},
     "fp16": {"precision": "fp16"},
+    "RWKV-5.2": {"version": "5.2"},
+    "RWKV-6": {"version": "6"},
+    "RWKV-7": {"version": "7"},
 }
 
 
@@ -108,9 +111,9 @@ GRAPHED = {
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_cuda_graph_same_losses(losses, make_base, method, variant):
     flags = {"precision": "fp32", "accelerator": "gpu", **GRAPHED[variant]}
-    config, model = TrainConfig, MODEL
+    config, model = TrainConfig, {**MODEL, "version": flags.pop("version", MODEL["version"])}
     if method == "lora":
-        config, model = LoRAConfig, {"load_model": str(make_base(**MODEL)), "lora_dropout": 0.0, "lora_r": 4}
+        config, model = LoRAConfig, {"load_model": str(make_base(**model)), "lora_dropout": 0.0, "lora_r": 4}
     graphed, plain = (losses(config, use, cuda_graph=use, **flags, **model) for use in ("on", "off"))
     assert len(set(graphed)) == len(graphed)  # each step trains
     torch.testing.assert_close(graphed, plain, rtol=1e-5, atol=0)  # cuBLAS may choose other kernels
@@ -152,7 +155,7 @@ def test_token_by_token_matches_parallel(make_base):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("variant", [*VARIANTS, "fp16", "without graph"])
+@pytest.mark.parametrize("variant", [*VARIANTS, "fp16", "without graph", "RWKV-5.2", "RWKV-6", "RWKV-7"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_no_host_sync(monkeypatch, make_base, make_data, tmp_path, variant, method, masked):
     """torch's sync debug mode raises on any synchronisation from the start of step FIRST to the
@@ -174,11 +177,12 @@ def test_no_host_sync(monkeypatch, make_base, make_data, tmp_path, variant, meth
         "accelerator": "gpu",
     }  # enough tokens for a sorting kernel
     gpu_only = {"fp16": {"precision": "fp16"}, "without graph": {"cuda_graph": "off"}}
+    gpu_only |= {f"RWKV-{version}": {"version": version, "cuda_graph": "off"} for version in ("5.2", "6", "7")}
     flags |= {"precision": "fp32"} | {**VARIANTS, **gpu_only}[variant]
     flags |= {"tbptt_len": 300} if "tbptt_len" in flags else {}
-    config, model = TrainConfig, MODEL
+    config, model = TrainConfig, {**MODEL, "version": flags.pop("version", MODEL["version"])}
     if method == "lora":
-        config, model = LoRAConfig, {"load_model": str(make_base(**MODEL)), "lora_dropout": 0.1}
+        config, model = LoRAConfig, {"load_model": str(make_base(**model)), "lora_dropout": 0.1}
     data = make_data(50000, 300)
     if masked:
         mask_path(data).write_bytes(bytes(i % 3 > 0 for i in range(50000)))

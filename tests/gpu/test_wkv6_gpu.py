@@ -15,8 +15,6 @@ from head_cases import (
     states_and_resets,
 )
 
-from rwkv.kernels.elementwise import by_head
-from rwkv.kernels.elementwise import reference as elementwise
 from rwkv.wkv import wkv6
 from tests.gpu.on_gpu import on_gpu
 
@@ -48,7 +46,9 @@ def test_head_sizes(size):
 def test_decays_at_both_ends(constant):
     """From e^(−8100), which is 0 in fp32, to 1 − 6e-6."""
     tensors = inputs6(1, 600, 2, 64, constant=constant)
-    raw = torch.linspace(-12, 9, tensors[1].numel())[torch.randperm(tensors[1].numel())]
+    raw = torch.linspace(-12, 9, tensors[1].numel())[
+        torch.randperm(tensors[1].numel(), generator=torch.Generator().manual_seed(0))
+    ]
     tensors[1] = -torch.exp(raw).view_as(tensors[1])
     found = outputs_and_gradients(cuda, *on_gpu(tensors, states(1, 2, 64)))
     assert all(x.isfinite().all() for x in found.values())
@@ -59,27 +59,6 @@ def test_decays_at_both_ends(constant):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_with_constant_decay_is_rounded_fp32(dtype):
     assert_half_is_rounded_fp32(cuda, dtype, *on_gpu(inputs6(3, 100, 5, 64, constant=True), states(3, 5, 64)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gated_norm(dtype):
-    """The normalisation and gate after WKV, against float64."""
-    g = torch.Generator().manual_seed(0)
-    shapes = (2, 40, 3, 64), (2, 40, 192), (192,), (192,)
-    y, gate, weight, bias = (torch.randn(shape, generator=g).cuda() for shape in shapes)
-    given, results = [y.to(dtype), gate.to(dtype), weight, bias], []
-    assert by_head.kernels(64, *given[:2]) is not None
-    for function, kind in (
-        (lambda *x: by_head.gated_norm(*x, 64e-5), None),
-        (lambda *x: elementwise.gated_norm(64e-5, *x), torch.float64),
-    ):
-        leaves = [t.to(kind or t.dtype).requires_grad_() for t in given]
-        out = function(*leaves)
-        results.append([out.detach(), *torch.autograd.grad(out, leaves, gate.to(out.dtype))])
-    for ours, truth in zip(*results, strict=True):
-        # fp32 rounding, and that of the result (and of its gradient) to half precision
-        share = 1e-5 if dtype == torch.float32 else 0.01
-        assert float((ours - truth).abs().max()) <= share * max(1.0, float(truth.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

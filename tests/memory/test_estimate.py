@@ -345,3 +345,25 @@ def test_zero_matches_deepspeed_estimators():
         ours = estimate(replace(plan, strategy="deepspeed_stage_3"))
         # DeepSpeed: 18 bytes per parameter; the paper: 16
         assert sum(ours.phase_parts["optimizer"][part] for part in STATES) == pytest.approx(device, rel=0.12)
+
+
+@pytest.mark.parametrize(
+    ("version", "model", "per_head"), [("5.2", "0.4b", 245_760), ("6", "1.6b", 245_760), ("7", "0.1b", 49_152)]
+)
+def test_workspace_of_wkv_on_gpus(version, model, per_head):
+    """More rows of the same tokens need more of it; on a CPU the rows do not matter."""
+    plan = Plan(published(model, VERSIONS[version]), ctx_len=8, micro_bsz=1)
+    assert plan.sizes.head_size == 64
+    for gpu, expected in ((True, 7 * plan.sizes.heads * per_head), (False, 0)):
+        few, many = (
+            estimate(replace(plan, gpu=gpu, ctx_len=8 // rows, micro_bsz=rows)).phase_parts["backward"]["workspace"]
+            for rows in (1, 8)
+        )
+        assert many - few == expected
+
+
+def test_token_shift_of_rwkv6_on_gpus():
+    """For many tokens, the gradients of five mixtures at once are the largest."""
+    sizes = published("1.6b", VERSIONS["6"])
+    assert v6.gpu_backward_bytes(sizes, 2, 8192, 1) == 2 * 17 * sizes.n_embd * 8192
+    assert v6.gpu_backward_bytes(sizes, 2, 8192, 1) > v6.backward_bytes(sizes, 2) * 8192

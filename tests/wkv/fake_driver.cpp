@@ -176,6 +176,7 @@ template <class Args> static Kernel kernel(void (*function)(Args), bool barriers
   FUSED_OF_TWO(E), FUSED(fused_gate_##E), FUSED(fused_gate_gradient_##E), FUSED(fused_mix_##E),   \
       FUSED(fused_mix_gradient_##E), FUSED(fused_relu2_##E), FUSED(fused_relu2_gradient_##E),     \
       FUSED(fused_dropout_##E), FUSED_ROW(fused_loss_##E)
+#define SHIFT_OF(E) FUSED(fused_shift_##E), FUSED(fused_shift_gradient_##E)
 #define TIME_MIX_OF(E)                                                                            \
   FUSED_ROW(fused_keys_##E), FUSED_ROW(fused_keys_gradient_##E), FUSED_ROW(fused_head_gate_##E),  \
       FUSED_ROW(fused_head_gate_gradient_##E)
@@ -192,6 +193,7 @@ static const std::map<std::string, Kernel> kernels = {
     WKV7_CHUNKS(wkv7_chunk_scan_gradient), WKV7_CHUNKS(wkv7_chunk_gradient),
     FUSED_OF(fp32), FUSED_OF(bf16), FUSED_OF(fp16), FUSED_OF(any), FUSED_OF_TWO(fp32_bf16), FUSED_OF_TWO(fp32_fp16),
     TIME_MIX_OF(fp32), TIME_MIX_OF(bf16), TIME_MIX_OF(fp16),
+    SHIFT_OF(fp32), SHIFT_OF(bf16), SHIFT_OF(fp16), SHIFT_OF(any),
     QUANT_OF(fp32), QUANT_OF(bf16), QUANT_OF(fp16), ADAMW_OF(fp32), ADAMW_OF(bf16)};
 
 static std::ostringstream record;

@@ -69,6 +69,20 @@ class FakeGPU:
         self._process.wait(timeout=LIMIT)
 
 
+class Remote:
+    """The operations of rwkv.kernels.gpu in the other process; `calls` are their names."""
+
+    def __init__(self, gpu: FakeGPU):
+        self.gpu, self.calls = gpu, []
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls.append(name)
+            return self.gpu.call("operation", name, *arguments)
+
+        return call
+
+
 class Server:
     """The methods of the other process."""
 

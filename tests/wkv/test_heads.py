@@ -3,13 +3,17 @@ accuracy, states and resets, gradients, and errors.
 """
 
 import itertools
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from head_cases import WKV6, WKV7, assert_half_is_rounded_fp32, outputs_and_gradients, starts, states
 
-from rwkv.kernels import load
+from rwkv.kernels import build, load
 from rwkv.wkv.heads import empty_state
+from rwkv.wkv.wkv6 import native as native6
+from rwkv.wkv.wkv7 import native as native7
 
 
 @pytest.fixture(params=[WKV6, WKV7], ids=lambda op: op.name)
@@ -189,3 +193,20 @@ def test_auto_fallback_warning(op, monkeypatch):
     with pytest.warns(UserWarning, match=r"unavailable(?s:.)*cpu: it is not compiled for torch 0.0; run: make kernels"):
         y, _ = op.function(*op.inputs(1, 3, 1, 16))
     assert y.shape == (1, 3, 1, 16)
+
+
+@pytest.mark.parametrize("size", [16, 64, 80, 128, 144, 256])
+def test_workspace_of_the_cuda_kernels(size):
+    """The sizes in Python, for the memory estimate, are those of the kernels' arguments."""
+    constants = {}
+    for name in ("wkv6", "wkv7"):
+        text = (build.SOURCES / name / f"{name}_args.h").read_text(encoding="utf-8")
+        constants |= {key: int(value) for key, value in re.findall(r"\b(WKV[67]_\w+) = (\d+)", text)}
+    c = SimpleNamespace(**constants)
+    states = c.WKV6_SAVE_INTERVAL // c.WKV6_STATES - 1
+    blocks = 1 if size <= 64 else size // 16
+    assert native6.workspace_bytes(5, size) == 4 * states * c.WKV6_TILE * 32 * c.WKV6_WARPS * 5 * blocks
+    width = 64 if size <= 64 else 128 if size <= 128 else 256
+    rows = c.WKV7_WARP_ROWS * (c.WKV7_WARPS if size <= 64 else c.WKV7_WIDE_WARPS)
+    states = c.WKV7_INTERVAL // (256 // width) - 1
+    assert native7.workspace_bytes(5, size) == 4 * states * width * rows * 5 * -(-size // rows)

@@ -13,6 +13,13 @@ cpu_kernels = functools.partial(autograd.cpu_kernels, "wkv6")
 cuda_kernels = functools.partial(autograd.cuda_kernels, "wkv6")
 kernels_for = functools.partial(autograd.kernels_for, "wkv6")
 
+WORK = 15 * 16 * 256  # fp32 of a block, 15 states of a narrow head: WKV6_WORK in cuda/wkv6/wkv6_args.h
+
+
+def workspace_bytes(heads: int, size: int) -> int:
+    """The workspace of the CUDA kernels' backward pass for `heads` heads in all batch rows."""
+    return 4 * WORK * heads * (1 if size <= autograd.HEAD_SIZE else size // 16)
+
 
 class _WKV6(torch.autograd.Function):
     # saves what w is recomputed from, if it has a Recompute

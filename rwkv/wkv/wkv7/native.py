@@ -14,6 +14,16 @@ cuda_kernels = functools.partial(autograd.cuda_kernels, "wkv7")
 kernels_for = functools.partial(autograd.kernels_for, "wkv7")
 
 
+def workspace_bytes(heads: int, size: int) -> int:
+    """The workspace of the CUDA kernels token by token in the backward pass, for `heads` heads in
+    all batch rows: states between two saved ones (wkv7_work_floats in cuda/wkv7/wkv7_args.h).
+    """
+    width = next(width for width in (64, 128, 256) if size <= width)
+    rows = 64 if width == 64 else 32  # of a block
+    states = 16 // (256 // width) - 1
+    return 4 * states * width * rows * heads * -(-size // rows)
+
+
 def slice_length(heads: int) -> int:
     """Chunks of each sequence per launch of the kernels by chunks, for `heads` heads in all batch
     rows: as few as fill a GPU, since they take 26 KB of workspace per chunk and head (42 KB

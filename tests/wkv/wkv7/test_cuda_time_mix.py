@@ -5,24 +5,11 @@ RWKV-7 (the tests of the time-mix on CPUs), and the gated norm of RWKV-5 and 6.
 import pytest
 import time_mix_cases as cases
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from fake_gpu import Remote
+from launches import Launches
 
 from rwkv.kernels.elementwise import by_head, reference
 from rwkv.wkv.wkv7.time_mix import time_mix
-
-
-class Remote:
-    """The kernels in the other process; `calls` are their names."""
-
-    def __init__(self, gpu):
-        self.gpu, self.calls = gpu, []
-
-    def __getattr__(self, name):
-        def call(*arguments):
-            self.calls.append(name)
-            return self.gpu.call("operation", name, *arguments)
-
-        return call
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +54,23 @@ def test_wide_heads_use_torch(run):
     assert not run.calls
 
 
+def test_refused_kernel_names_the_switch(gpu):
+    x, _, p, _ = cases.inputs(first_block=True, T=3)
+    inputs, parameters = [x.k, x.v, x.w, x.a], [t.reshape(p.r_k.shape) for t in (p.w0, p.a0, p.k_k, p.k_a)]
+    gpu.call("fail", "cuLaunchKernel fused_", 209)
+    try:
+        with pytest.raises(RuntimeError, match="cuLaunchKernel fused_keys_fp32: .*RWKV_FUSED=0 before the command"):
+            gpu.call("operation", "keys_forward", inputs, parameters)
+        with pytest.raises(RuntimeError, match="cuLaunchKernel fused_relu2") as other:
+            gpu.call("operation", "relu2_forward", x.k)
+        assert "RWKV_FUSED" not in str(other.value)
+    finally:
+        gpu.call("fail", "", 0)
+    with pytest.raises(RuntimeError, match="heads have an even size") as wrong:
+        gpu.call("operation", "keys_forward", inputs, [t.view(-1, 3) for t in parameters])
+    assert "RWKV_FUSED" not in str(wrong.value)
+
+
 def test_nan_propagates():
     x, v_first, p, state = cases.inputs(T=3)
     x.k[0, 1, 5] = float("nan")
@@ -97,24 +101,6 @@ def test_gated_norm(run, dtype, H, N):
         share = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[ours.dtype] + 2e-6
         assert float((ours - truth).abs().max()) <= share * max(1.0, float(truth.abs().max()))
     assert run.calls == ["head_gate_forward", "head_gate_backward"]
-
-
-NO_KERNEL = {"view", "_unsafe_view", "detach", "alias", "unbind", "select", "unsqueeze", "transpose", "t", "slice", "expand",
-         "squeeze", "as_strided", "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty", "is_same_size"}  # fmt: skip
-
-
-class Launches(TorchDispatchMode):
-    """Names of torch's operations that launch a kernel on a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function).split(".")[1]
-        if name not in NO_KERNEL:
-            self.names.append(name)
-        return function(*args, **(kwargs or {}))
 
 
 def launches(x, v_first, p, state):
