@@ -56,7 +56,7 @@ def check(c: EstimateConfig) -> None:
             raise UserError(f"--{name} prints a table of all published sizes and methods: omit --{given[0]}")
     lora, sharded = c.method != "full", c.strategy.startswith("deepspeed")
     wrong = {
-        f"--optimizer {c.optimizer} is for --method full": c.optimizer == "adamw8bit" and lora,
+        f"--optimizer {c.optimizer} is for --method full": c.optimizer in ("adamw8bit", "muon") and lora,
         f"--optimizer {c.optimizer} is not supported with --strategy {c.strategy}": c.optimizer != "adam" and sharded,
         f"--lora_base {c.lora_base} is not supported with --strategy {c.strategy}": c.lora_base in ("nf4", "int8")
         and lora
@@ -74,7 +74,7 @@ def make_plan(c: EstimateConfig):
     from rwkv import checkpoint
     from rwkv.adapters import lora
     from rwkv.memory.plan import plan_of
-    from rwkv.memory.zero import STRATEGIES, ZEROS
+    from rwkv.memory.zero import STRATEGIES
     from rwkv.models import version
 
     for name in ("ctx_len", "micro_bsz", "devices", "num_nodes", "accumulate_grad_batches", "lora_r", "ds_bucket_mb"):
@@ -88,10 +88,6 @@ def make_plan(c: EstimateConfig):
         kind = version.version_of(sizes)
     if c.strategy not in STRATEGIES:
         raise UserError(f"--strategy {c.strategy} is not one of {', '.join(STRATEGIES)}")
-    if c.optimizer in ("adamw8bit", "muon") and (c.method != "full" or c.strategy in ZEROS):
-        raise UserError(
-            f"--optimizer {c.optimizer} is for --method full without DeepSpeed; omit it, or change --method or --strategy"
-        )
     if unknown := set(lora.parts_in(c.lora_parts)) - set(kind.PARTS.names):
         raise UserError(
             f"--lora_parts {c.lora_parts}: {', '.join(sorted(unknown))} is not one of {', '.join(kind.PARTS.names)}"

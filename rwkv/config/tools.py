@@ -74,6 +74,9 @@ class GenerateConfig:
     output: str = ""
     """With prompts: the .jsonl file for the answers: the same objects in the same order, with
     "answer" and "finish_reason" ("stop", or "length" if cut off)."""
+    compare: bool = False
+    """With lora or state, and ask, prompt or prompts: first answer with the model alone, from the
+    same seed. In output these are "base_answer" and "base_finish_reason"."""
     batch: int = 16
     """With prompts: number of sequences that are generated at a time."""
     force: bool = False

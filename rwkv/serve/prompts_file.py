@@ -9,7 +9,7 @@ from typing import Any
 from rwkv.data.convert.jsonl import BadRecord, check_encodable, parse
 from rwkv.data.progress_bar import progress_bar
 from rwkv.errors import UserError
-from rwkv.files import atomic_write, open_regular
+from rwkv.files import open_regular
 from rwkv.sampling import Sampling
 from rwkv.serve import messages
 from rwkv.serve.engine import Engine
@@ -17,7 +17,7 @@ from rwkv.serve.requests import Event, Request
 from rwkv.text_stream import STOP, Answer
 
 _KINDS = ("prompt", "ask", "messages")
-_ADDED = ("answer", "finish_reason")
+_ADDED = ("answer", "finish_reason", "base_answer", "base_finish_reason")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,14 @@ class Prompt:
     record: dict[str, Any]
     tokens: list[int]
     chat: bool
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A generated answer. reason: "stop", or "length" if it was cut off."""
+
+    text: str
+    reason: str
 
 
 def read(path: str | Path, engine: Engine, model: str, think: str = "none") -> list[Prompt]:
@@ -73,25 +81,21 @@ def _parsed(record: Any, engine: Engine, model: str, think: str) -> Prompt:
 
 def answer(
     prompts: list[Prompt],
-    output: str | Path,
     engine: Engine,
     model: str,
     sampling: Sampling,
     max_tokens: int,
     seed: int = -1,
     think: str = "none",
-) -> dict[str, int]:
-    """Generate all answers and write them to a .jsonl file, atomically; returns the number of
-    answers by finish_reason ("stop", or "length": cut off at max_tokens).
-
-    A line of the output is the record of the prompt, with "answer" and "finish_reason".
+) -> list[Answered]:
+    """Generate the answers to all prompts, in their order.
 
     Args:
         seed: that of the first prompt; the others count up from it, so that an answer does not
             depend on the batch. -1: new seeds.
 
     Raises:
-        UserError: generation failed, or the disk is full.
+        UserError: generation failed.
     """
     texts = [Answer(think) if prompt.chat else None for prompt in prompts]
     written = [text.begin() if text else "" for text in texts]
@@ -119,20 +123,23 @@ def answer(
         for index, prompt in enumerate(prompts)
     ]
     waiting.reverse()
-    done = 0
-    with (
-        atomic_write(output) as temporary,
-        open(temporary, "w", encoding="utf-8") as file,
-        progress_bar(len(prompts), "answering", " answers") as bar,
-    ):
-        while done < len(prompts):
+    with progress_bar(len(prompts), "answering", " answers") as bar:
+        while not all(reasons):
             while waiting and engine.running + engine.waiting < engine.max_batch:
                 engine.submit([waiting.pop()])
             engine.step()
             if errors:
                 raise UserError(errors[0])
-            while done < len(prompts) and reasons[done]:
-                record = {**prompts[done].record, "answer": written[done], "finish_reason": reasons[done]}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                done += 1
-    return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
+    return [Answered(text, reason) for text, reason in zip(written, reasons, strict=True)]
+
+
+def write(path: Path, prompts: list[Prompt], answers: list[Answered], base: list[Answered] | None = None) -> None:
+    """Write the record of each prompt with its "answer" and "finish_reason"; with answers of the
+    base model also "base_answer" and "base_finish_reason".
+    """
+    with open(path, "w", encoding="utf-8") as file:
+        for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            record = {**prompt.record, "answer": answer.text, "finish_reason": answer.reason}
+            if base:
+                record |= {"base_answer": base[index].text, "base_finish_reason": base[index].reason}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")

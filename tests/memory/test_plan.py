@@ -131,7 +131,7 @@ def test_auto_picks_adamw8bit_before_offloading(monkeypatch):
         assert "adamw8bit" not in said
 
 
-def test_auto_releases_gradients_only_without_clipping(monkeypatch):
+def test_auto_releases_gradients_only_without_clipping(monkeypatch, make_data):
     target = replace(NARROW, release_grads=True)
     usable = importlib.import_module("rwkv.train.resolve")._usable
     monkeypatch.setattr(compat, "why_deepspeed_unavailable", lambda on_gpu: None)
@@ -141,15 +141,16 @@ def test_auto_releases_gradients_only_without_clipping(monkeypatch):
         ({"grad_clip": 0.0, "cuda_graph": "on"}, 0),
         ({"grad_clip": 0.0, "accumulate_grad_batches": 2}, 0),
     ):
-        c, said = chosen(monkeypatch, target, usable=usable, **flags)
+        c, said = chosen(monkeypatch, target, usable=usable, data_file=make_data(300), **flags)
         assert (c.release_grads, c.optimizer == "adamw8bit") == (released, bool(released))
         assert ("--release_grads 1" in said) == bool(released)
 
 
-def test_auto_does_not_accumulate_released_gradients(monkeypatch):
+def test_auto_does_not_accumulate_released_gradients(monkeypatch, make_data):
     """A smaller micro_bsz would need accumulation, which --release_grads excludes."""
     usable = importlib.import_module("rwkv.train.resolve")._usable
     flags = {"optimizer": "adamw8bit", "release_grads": 1, "grad_clip": 0.0, "micro_bsz": 8, "grad_cp": 0}
+    flags["data_file"] = make_data(300)
     target = replace(NARROW, release_grads=True, micro_bsz=8)
     c, _ = chosen(monkeypatch, target, usable=usable, **flags)
     assert (c.micro_bsz, c.grad_cp) == (8, 1)

@@ -63,6 +63,36 @@ def test_answers_equal_single_sessions(base, main, tmp_path, write_jsonl, capsys
         main(config)
 
 
+def test_compare_answers_with_the_base_too(base, main, tmp_path, write_jsonl, capsys):
+    """The same answers as of two calls, with the model alone and with the adapter."""
+    adapter = models.adapter(tmp_path / "adapter.pth", base, ["att", "ffn"])
+    flags = {"model": str(base), "prompts": str(write_jsonl(*RECORDS)), "seed": 3, "max_tokens": 10, "batch": 2}
+    found = {}
+    for name, more in (
+        ("base", {}),
+        ("tuned", {"lora": str(adapter)}),
+        ("both", {"lora": str(adapter), "compare": True}),
+    ):
+        main(GenerateConfig(**flags, **more, output=str(tmp_path / name)))
+        found[name] = [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
+    for base_only, tuned, both in zip(*found.values(), strict=True):
+        assert both.pop("base_answer") == base_only["answer"]
+        assert both.pop("base_finish_reason") == base_only["finish_reason"]
+        assert both == tuned
+    assert [x["answer"] for x in found["base"]] != [x["answer"] for x in found["tuned"]]
+    capsys.readouterr()
+    main(
+        GenerateConfig(
+            model=str(base), lora=str(adapter), compare=True, prompt="Once upon a time", seed=4, max_tokens=10
+        )
+    )
+    printed = capsys.readouterr().out
+    main(GenerateConfig(model=str(base), prompt="Once upon a time", seed=4, max_tokens=10))
+    alone = capsys.readouterr().out
+    main(GenerateConfig(model=str(base), lora=str(adapter), prompt="Once upon a time", seed=4, max_tokens=10))
+    assert printed == f"[{base}]\n{alone}[{base} + {adapter}]\n{capsys.readouterr().out}"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -90,6 +120,8 @@ def test_invalid_flags(main, tmp_path, write_jsonl):
         ({"output": ""}, "--prompts and --output belong together"),
         ({"ask": "x"}, "pass only one of them"),
         ({"batch": 0}, "--batch 0"),
+        ({"compare": True}, "pass --lora or --state"),
+        ({"compare": True, "lora": "x.pth", "prompts": "", "output": ""}, "--compare is not for chats"),
         ({"output": prompts}, "the file of prompts itself"),
         ({"output": str(tmp_path)}, "a folder"),
         ({"prompts": "none.jsonl"}, "none.jsonl: no such file"),
