@@ -111,7 +111,7 @@ def check(c: TrainConfig) -> None:
             " deepspeed_stage_2, or omit it"
         )
     check_adamw8bit(c)
-    _check_muon(c)
+    check_muon(c)
     if c.optimizer == "adafactor" and strategy.zero(c):
         raise UserError(
             f"--optimizer adafactor with --strategy {c.strategy}: Adafactor needs 2-D parameters, and ZeRO flattens them; use --optimizer adam, or a strategy without DeepSpeed"
@@ -182,7 +182,7 @@ def check_adamw8bit(c: TrainConfig) -> None:
         raise UserError(f"--release_grads 1 updates weights in the backward pass: {reason}, or omit --release_grads")
 
 
-def _check_muon(c: TrainConfig) -> None:
+def check_muon(c: TrainConfig) -> None:
     """Raise UserError for flags that are incompatible with --optimizer muon."""
     if c.optimizer != "muon":
         return

@@ -126,8 +126,8 @@ def test_not_for_adapters(kind, make_base, make_data, tmp_path):
 def test_not_with_deepspeed():
     for name in ("deepspeed_stage_1", "deepspeed_stage_3_offload"):
         with pytest.raises(UserError, match=f"not supported with DeepSpeed .--strategy {name}.*--strategy auto or ddp"):
-            checks._muon(TrainConfig(optimizer="muon", strategy=name))
-    checks._muon(TrainConfig(optimizer="muon", strategy="ddp"))
+            checks.check_muon(TrainConfig(optimizer="muon", strategy=name))
+    checks.check_muon(TrainConfig(optimizer="muon", strategy="ddp"))
 
 
 def test_release_grads_needs_adamw8bit(train):

@@ -194,6 +194,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if len({tuple(parts.normal(lora.parts_in(run["--lora_parts"]))) for run in (old, new)}) == 1:
             old.pop("--lora_parts")  # the same parts, possibly written in another way
     defaults = {f"--{field.name}": field.default for field in dataclasses.fields(LoRAConfig)}
+    defaults["--optimizer"] = "adam"  # which auto was
     for key in sorted((new.keys() - old.keys()) & defaults.keys()):  # flags that the program did not have yet
         if key[2:] not in before["flags"]:
             old[key] = defaults[key]
