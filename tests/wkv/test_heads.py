@@ -208,5 +208,5 @@ def test_workspace_of_the_cuda_kernels(size):
     assert native6.workspace_bytes(5, size) == 4 * states * c.WKV6_TILE * 32 * c.WKV6_WARPS * 5 * blocks
     width = 64 if size <= 64 else 128 if size <= 128 else 256
     rows = c.WKV7_WARP_ROWS * (c.WKV7_WARPS if size <= 64 else c.WKV7_WIDE_WARPS)
-    states = c.WKV7_INTERVAL // (256 // width) - 1
+    states = c.WKV7_SAVE_INTERVAL // (256 // width) - 1
     assert native7.workspace_bytes(5, size) == 4 * states * width * rows * 5 * -(-size // rows)
