@@ -1,6 +1,9 @@
 """Exports do not hold a whole model in memory."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +11,8 @@ import torch
 
 from rwkv import checkpoint
 from rwkv.models import RWKV, v7
-from tests.formats.oracle import run
 
+ROOT = Path(__file__).parents[2]
 # Prints by how much the peak of the process's memory grew, mapped pages included, in bytes.
 PROGRAM = """
 import json, pathlib, sys
@@ -37,7 +40,7 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
 def test_memory_does_not_grow_with_the_model(model_file, tmp_path):
-    model = RWKV(v7.Sizes(n_layer=20, n_embd=256, vocab_size=300))
+    model = RWKV(v7.Sizes(n_layer=40, n_embd=256, vocab_size=300))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02)
@@ -45,8 +48,14 @@ def test_memory_does_not_grow_with_the_model(model_file, tmp_path):
     size = (tmp_path / "large.pth").stat().st_size
     kinds = [["pth", "fp16"], ["rwkv.cpp", "fp32"], ["gguf", "q8_0"]]
     arguments = json.dumps([str(tmp_path / "large.pth"), kinds, str(model_file("7", True))])
-    found = run(PROGRAM, arguments)
-    assert size > 6e7
+    # Tensors of 64 KiB and more are mapped, as those of real models: holes in glibc's heap are not
+    # measured (docs/decisions/012), which differ from run to run.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", PROGRAM, arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert size > 1e8
     for kind, grown in found.items():
-        # a whole copy in bf16 would add a half; torch's allocator and Python's keep some
+        # a whole copy in fp16 would add a half; pages of libraries and of the files are a third
         assert grown < 0.6 * size, (kind, grown, size)
