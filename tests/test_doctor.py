@@ -8,6 +8,7 @@ import torch
 
 from rwkv import compat, doctor
 from rwkv.kernels import build, load
+from rwkv.wkv import deviation
 
 
 def check(name, folder="."):
@@ -55,7 +56,7 @@ def test_missing_or_wrong_kernels(monkeypatch, tmp_path):
         ("wkv7", lambda *inputs: (sum(inputs), None)),
     ):
         with monkeypatch.context() as patched:
-            patched.setattr(doctor, name, broken)
+            patched.setattr(deviation, name, broken)
             wrong = doctor._check_wkv("x", torch.device("cpu"), "lib")
         assert wrong.status == "fail"
         assert "differs from the reference by" in wrong.found
@@ -64,18 +65,18 @@ def test_missing_or_wrong_kernels(monkeypatch, tmp_path):
 def test_wrong_or_failing_time_mix(monkeypatch):
     assert doctor._check_time_mix("x", torch.device("cpu")).status == "ok"
 
-    def wrong(x, v_first, p, state, run=doctor.time_mix, **options):
+    def wrong(x, v_first, p, state, run=deviation.time_mix, **options):
         y, last = run(x, v_first, p, state, **options)
         return (y if options["impl"] == "reference" else y * 1.01), last
 
-    def failing(x, *given, run=doctor.time_mix, **options):
+    def failing(x, *given, run=deviation.time_mix, **options):
         if options["impl"] != "reference":
             raise RuntimeError("cuLaunchKernel fused_keys_fp32: no")
         return run(x, *given, **options)
 
     for broken, found in ((wrong, "from the reference"), (failing, "cuLaunchKernel fused_keys_fp32: no")):
         with monkeypatch.context() as patched:
-            patched.setattr(doctor, "time_mix", broken)
+            patched.setattr(deviation, "time_mix", broken)
             finding = doctor._check_time_mix("x", torch.device("cpu"))
         assert finding.status == "fail"
         assert found in finding.found
