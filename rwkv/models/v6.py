@@ -98,9 +98,9 @@ class TimeMix(nn.Module):
         empty, weight = torch.zeros_like(last), 1 - self.time_maa_x
         weights = [self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g]
         if run := shift.kernels(x):  # without `before`
-            (xx,) = native.mix(x, last, reset, [weight], empty)
+            (xx,) = native.mix(x, last, reset, [weight], initial=empty)
         else:
-            before, xx = native.mix(x, last, reset, [torch.zeros_like(weight), weight], empty)
+            before, xx = native.mix(x, last, reset, [torch.zeros_like(weight), weight], initial=empty)
         low = torch.tanh(linear(xx, self.time_maa_w1.t()))  # [B, T, 5 R]
         if run:
             found = shift.shift(run, x, last, reset, weights, low, self.time_maa_w2)

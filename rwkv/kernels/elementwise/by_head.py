@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv.kernels import gpu
 from rwkv.kernels.elementwise import native, reference
 
 MAX_SIZE = 64  # TIME_MIX_MAX_N in cuda/: the largest head of these kernels
@@ -21,11 +20,7 @@ def kernels(size: int, *tensors: Tensor) -> Any:
     """The CUDA kernels (rwkv.kernels.gpu) for these tensors, with heads of `size` elements; None if
     unavailable, or switched off (gpu.time_mix_enabled).
     """
-    if size > MAX_SIZE or len({t.dtype for t in tensors}) > 1 or not all(t.is_cuda for t in tensors):
-        return None
-    if not gpu.time_mix_enabled():
-        return None
-    return native._kernels(*tensors)
+    return None if size > MAX_SIZE else native.time_mix_kernels(*tensors)
 
 
 class _GatedNorm(torch.autograd.Function):

@@ -112,6 +112,15 @@ def _kernels(*tensors: Tensor) -> Any:
     return torch.ops.rwkv
 
 
+def time_mix_kernels(*tensors: Tensor) -> Any:
+    """The CUDA kernels of the time-mix (rwkv.kernels.gpu), for tensors of one dtype on a GPU; None
+    if unavailable, or switched off (gpu.time_mix_enabled).
+    """
+    if len({t.dtype for t in tensors}) > 1 or not all(t.is_cuda for t in tensors) or not gpu.time_mix_enabled():
+        return None
+    return _kernels(*tensors)
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, dtype):

@@ -9,17 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv.kernels import gpu
 from rwkv.kernels.elementwise import native
 
 
 def kernels(*tensors: Tensor) -> Any:
-    """The CUDA kernels (rwkv.kernels.gpu) for these tensors; None if unavailable, or switched off
-    (gpu.time_mix_enabled).
-    """
-    if len({t.dtype for t in tensors}) > 1 or not all(t.is_cuda for t in tensors) or not gpu.time_mix_enabled():
-        return None
-    return native._kernels(*tensors)
+    """As native.time_mix_kernels."""
+    return native.time_mix_kernels(*tensors)
 
 
 def _parts(low: Tensor, up: Tensor) -> Tensor:
