@@ -13,7 +13,7 @@ from rwkv.memory import estimate, machine, plan
 from rwkv.models import Sizes
 from rwkv.models.version import version_of
 from rwkv.train import resume_or_start, setup, stages
-from rwkv.train.checks import check, check_adamw8bit
+from rwkv.train.checks import check
 from rwkv.train.console import say
 from rwkv.train.data_source import with_vocabulary
 from rwkv.train.loop import cuda_graph
@@ -71,7 +71,7 @@ def _optimizer_of(c: TrainConfig, before: dict[str, Any] | None) -> TrainConfig:
         before["flags"].get(name, value) for name, value in (("optimizer", "adam"), ("release_grads", 0))
     )
     c = dataclasses.replace(c, optimizer=optimizer, release_grads=released)
-    check_adamw8bit(c)
+    check(c)
     return c
 
 

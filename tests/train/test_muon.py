@@ -1,5 +1,6 @@
 """Runs with --optimizer muon: versions, resuming, accumulation, two ranks, errors."""
 
+import importlib
 import json
 import textwrap
 
@@ -128,6 +129,14 @@ def test_not_with_deepspeed():
         with pytest.raises(UserError, match=f"not supported with DeepSpeed .--strategy {name}.*--strategy auto or ddp"):
             checks.check_muon(TrainConfig(optimizer="muon", strategy=name))
     checks.check_muon(TrainConfig(optimizer="muon", strategy="ddp"))
+
+
+def test_resumed_run_not_with_deepspeed(make_data, monkeypatch):
+    """The optimizer of run.json is checked like that of a flag."""
+    monkeypatch.setattr("rwkv.train.runtime.strategy.check", lambda c: None)  # needs GPUs on cu117
+    c = TrainConfig(data_file=make_data(200), strategy="deepspeed_stage_2", precision="bf16")
+    with pytest.raises(UserError, match="--optimizer muon is not supported with DeepSpeed"):
+        importlib.import_module("rwkv.train.resolve")._optimizer_of(c, {"flags": {"optimizer": "muon"}})
 
 
 def test_release_grads_needs_adamw8bit(train):
