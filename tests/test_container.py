@@ -36,12 +36,24 @@ def entries(node: yaml.MappingNode) -> dict[str, yaml.Node]:
     return {key.value: value for key, value in node.value}
 
 
+def overrides(path: str) -> dict[str, dict[str, yaml.Node]]:
+    """Services of an override file: their nodes, as SafeLoader does not support !reset."""
+    services = entries(yaml.compose((ROOT / path).read_text()))["services"]
+    return {name: entries(service) for name, service in entries(services).items()}
+
+
 def test_cpu_compose_removes_gpu():
-    reserving = {name for name, service in COMPOSE["services"].items() if "deploy" in service}
-    cpu = yaml.compose((ROOT / "compose.cpu.yaml").read_text())  # nodes, as SafeLoader does not support !reset
-    services = {name: entries(service) for name, service in entries(entries(cpu)["services"]).items()}
-    assert set(services) == reserving
+    services = overrides("compose.cpu.yaml")
+    assert set(services) == {name for name, service in COMPOSE["services"].items() if "deploy" in service}
     assert {service["deploy"].tag for service in services.values()} == {"!reset"}
+
+
+def test_compose_of_image_tests():
+    services = overrides("tests/image/compose.engine.yaml")
+    assert set(services) == set(COMPOSE["services"])
+    assert {service["ulimits"].tag for service in services.values()} == {"!reset"}
+    assert {service["network_mode"].value for service in services.values()} == {"none"}
+    assert {name for name, service in services.items() if "ports" in service} == {"serve"}
 
 
 def steps(workflow: Path) -> list[dict]:

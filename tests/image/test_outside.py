@@ -125,7 +125,7 @@ def test_gpu_reservations(compose):
             if "devices" in service.get("deploy", {}).get("resources", {}).get("reservations", {})
         }
 
-    assert reserving("compose.yaml") == set(SERVICES) - {"convert", "inspect", "estimate", "export"}
+    assert reserving("compose.yaml") == set(SERVICES) - {"model", "convert", "inspect", "estimate", "export"}
     assert reserving(*FILES[:2]) == set()
     if shutil.which("nvidia-container-runtime") is None:
         result = compose("run", "--rm", "doctor", files=["compose.yaml", "tests/image/compose.engine.yaml"])
