@@ -76,15 +76,16 @@ class Step:
 
     def __init__(self, p: Plan):
         self.precision = p.precision
-        self.model = model = RWKV(p.sizes, p.grad_cp)
-        for name, parameter in list(model.named_parameters()):  # one at a time, directly in its final dtype
+        self.model = model = RWKV(p.sizes, p.grad_cp, device="meta")
+        # one at a time, directly in its final dtype, as in checkpoint.load_model
+        for name, parameter in list(model.named_parameters()):
             narrow = (p.lora or p.optimizer == "adamw8bit") and lora.is_matrix(name, parameter.shape)
             dtype = DTYPES[p.precision] if narrow else torch.float32
             value = torch.empty(parameter.shape, dtype=dtype).normal_(0, parameter.shape[-1] ** -0.5)
             if p.quantised and lora.is_quantisable(name, value.shape):
                 model.get_submodule(name.removesuffix(".weight")).set_quantised(quant.KINDS[p.quantised](value))
             else:
-                parameter.data = value
+                model.set_parameter(name, value)
         if p.lora:
             lora.inject(model, p.parts, p.r, 2 * p.r, 0.01)
             lora.mark_trainable(model, p.parts)

@@ -194,9 +194,9 @@ def load_model(
     sizes = sizes_of(tensors, path)
     check_shapes(tensors, sizes, path)
     check_finite(tensors, path, pages)
-    model = RWKV(sizes)
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
+    # on a CPU, memory of parameters that are replaced below would leave holes in the heap
+    model = RWKV(sizes, device="meta")
+    for name in [name for name, _ in model.named_parameters()]:
         source = tensors.pop(name).detach()
         if quantise and lora.is_quantisable(name, source.shape):
             layer: Any = model.get_submodule(name.removesuffix(".weight"))
@@ -207,7 +207,7 @@ def load_model(
         if compat.storage(value).data_ptr() in seen:  # tied in the file; trained separately
             value = value.clone()
         seen.add(compat.storage(value).data_ptr())
-        parameter.data = value
+        model.set_parameter(name, value)
         if value.data_ptr() != source.data_ptr():
             pages.drop(source)
     return model

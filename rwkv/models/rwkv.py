@@ -69,6 +69,12 @@ class RWKV(nn.Module):
         """The version's module."""
         return version_of(self.sizes)
 
+    def set_parameter(self, name: str, value: Tensor) -> None:
+        """Replace a parameter, also one on the meta device, by a tensor, which is not copied."""
+        owner, _, leaf = name.rpartition(".")
+        module = self.get_submodule(owner)
+        setattr(module, leaf, nn.Parameter(value, getattr(module, leaf).requires_grad))
+
     @torch.no_grad()
     def initialise(self, emb_scale: float, frozen: bool = False) -> None:
         """Initialise all weights in place, by upstream's rules.

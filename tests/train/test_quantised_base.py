@@ -1,5 +1,6 @@
 """LoRA on a quantised base (--lora_base nf4, int8): against bf16, resuming, merging, errors."""
 
+import ctypes
 import json
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from rwkv.memory import machine, plan
 from rwkv.memory.estimate import estimate
 from rwkv.models.version import VERSIONS
 from rwkv.train.fit import fit
+from rwkv.train.runtime import cpu
 from tests.train.small_runs import TUNE, lines
 
 COMMON = {"ctx_len": 32, "micro_bsz": 8, "accelerator": "cpu", "precision": "fp32", "random_seed": 1, "magic_prime": -1}
@@ -146,17 +148,28 @@ def test_every_version_quantises_its_blocks(make_base, make_data, tmp_path, vers
     assert "nf4" not in types[1]
 
 
+def sbrk(size: int) -> int:
+    """The end of glibc's heap."""
+    function = ctypes.CDLL(None).sbrk
+    function.restype = ctypes.c_size_t
+    return function(ctypes.c_ssize_t(size))
+
+
 def test_loading_never_holds_the_whole_model(make_base):
     path = make_base(version="4", n_layer=12, n_embd=512, vocab_size=64)
     size = path.stat().st_size
     assert size > 150 << 20
-    before = machine.rss_peak(restart=True)
-    before = machine.rss()
+    cpu.prepare()  # as before every run; matrices are in the heap since
+    torch.set_flush_denormal(False)
+    machine.rss_peak(restart=True)
+    before, end_of_heap = machine.rss(), sbrk(0)
     model = checkpoint.load_model(path, quantise="nf4")
     kept = sum(matrix.nbytes for matrix in quant.quantised_in(model))
     assert kept < 0.14 * size
     # besides the quantised model: one matrix of 4 MB with a few temporary copies
     assert machine.rss_peak() - before < kept + (64 << 20)
+    # nor does the heap grow to its size: the holes would later be filled
+    assert sbrk(0) - end_of_heap < kept + (64 << 20)
 
 
 def test_bf16_run(trained, tmp_path):
