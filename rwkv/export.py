@@ -130,6 +130,8 @@ def open_source(path: str | Path, adapter: str = "", alpha: float | None = None,
         tensors = adapter_files.merged(tensors, path, adapter, alpha)
     if state:
         adapter_files.check_is_state(state)
+        if adapter:
+            adapter_files.check_one_state(adapter, state)
         tensors = adapter_files.merged(tensors, path, state)
     if any(name.endswith(".att.time_state") for name in tensors):
         sizes = replace(sizes, time_state=True)

@@ -17,6 +17,7 @@ from rwkv.errors import UserError
 from rwkv.generate import Session
 from rwkv.merge import merge
 from rwkv.models.version import VERSIONS
+from rwkv.serve import served
 from tests.oracle import ask, needs_oracle
 from tests.test_generate import ByteTokenizer
 
@@ -228,6 +229,25 @@ def test_files_that_do_not_fit(make, make_model, tmp_path):
         adapter_files.attach_state(first, model, tmp_path / "base.pth")
     with pytest.raises(UserError, match=re.escape("--state; or write both into one file with scripts/merge_lora.py")):
         load_model(first)
+
+
+def test_adapter_with_a_state_takes_no_second_one(make_base, script, tmp_path):
+    """Neither state wins silently. (merge adds them, with weights.)"""
+    base = make_base()
+    for name, parts in (("both.pth", ["att", "state"]), ("lora.pth", ["att"])):
+        model = load_model(base)
+        lora.inject(model, parts, 4, 8)
+        adapter_files.save_adapter(tmp_path / name, model, {"r": 4, "alpha": 8.0, "parts": parts}, {})
+    torch.save(tuned_values(load_model(base)), tmp_path / "state.pth")
+    flags = ["--model", base, "--lora", "both.pth", "--state", "state.pth"]
+    message = "both.pth and state.pth: the adapter has a tuned state itself"
+    assert message in script("generate.py", *flags, "--ask", "Why?", status=1).stderr
+    assert message in script("export.py", *flags, "--output", "out.pth", status=1).stderr
+    named = {"lora": str(tmp_path / "both.pth")}, {"poet:lora": str(tmp_path / "state.pth")}
+    with pytest.raises(UserError, match="the adapter has a tuned state itself"):
+        served.load(str(base), "base", *named)
+    script("export.py", "--model", base, "--lora", "lora.pth", "--state", "state.pth", "--output", "out.pth")
+    assert load_model(tmp_path / "out.pth").sizes.time_state
 
 
 @pytest.mark.parametrize("version", ["4", "6", "7"])
