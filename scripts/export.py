@@ -65,6 +65,8 @@ def main(config: ExportConfig) -> None:
     if found.logits is not None:
         checked += f", logits {found.logits:.2e} (largest logit {found.largest:.2f})"
     print(printable(f"check:    {checked}"))
+    if note := export.state_note(kind, source):
+        print(printable(f"note:     {note}"))
 
 
 if __name__ == "__main__":

@@ -257,13 +257,19 @@ def test_exported_with_its_model(make_base, script, tmp_path, version):
     tuned = tuned_values(load_model(base))
     torch.save(tuned, tmp_path / "state.pth")
     for ending in ("pth", "safetensors"):
-        script("export.py", "--model", base, "--state", tmp_path / "state.pth", "--output", f"out.{ending}")
+        result = script("export.py", "--model", base, "--state", tmp_path / "state.pth", "--output", f"out.{ending}")
+        unread = ending == "pth" and version != "6"
+        assert (f"PyPI's rwkv does not read the tuned state of an RWKV-{version} model" in result.stdout) == unread
         model = load_model(tmp_path / f"out.{ending}")
         assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in tuned.items())
     script("export.py", "--model", "out.pth", "--output", "again.safetensors")  # a model with a state
     assert load_model(tmp_path / "again.safetensors").sizes.time_state
     result = script("export.py", "--model", "out.pth", "--output", "out-hf", "--format", "transformers", status=1)
     assert ("att.time_state" in result.stderr) == (version != "6")  # 6 has no such folder at all
+    assert ("pth, safetensors, st, or scripts/serve.py" in result.stderr) == (version == "7")
+    if version == "4":  # https://github.com/cryscan/web-rwkv, src/runtime/v4.rs: no time_state
+        rejected = script("export.py", "--model", "out.pth", "--output", "out.st", status=1).stderr
+        assert "for which st of RWKV-4 has no place; use --format pth, safetensors, or scripts/serve.py" in rejected
 
 
 def test_exported_for_web_rwkv(make_base, script, tmp_path):
