@@ -201,6 +201,15 @@ def check_is_state(path: PathLike) -> None:
         raise UserError(f"{path}: not a tuned state (only att.time_state) but a LoRA adapter; pass it as --lora")
 
 
+def check_one_state(adapter: PathLike, state: PathLike) -> None:
+    """Raise UserError if an adapter has a tuned state itself, beside which `state` has no place."""
+    if any(name.endswith(".time_state") for name in checkpoint.read_tensors(peft_adapter.file_of(Path(adapter)))):
+        raise UserError(
+            f"{adapter} and {state}: the adapter has a tuned state itself (it was trained with the part state), and a text"
+            " begins with one state only; omit --state, or use an adapter without state"
+        )
+
+
 def load_adapter(model: RWKV, path: PathLike, tensors: Mapping[str, Tensor], parts: list[str]) -> None:
     """Copy an adapter's tensors into a model prepared by lora.inject. Raises UserError naming keys
     that do not fit.

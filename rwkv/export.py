@@ -36,6 +36,7 @@ _CAN_HOLD = {
     "rwkv.cpp": ("fp16", "fp32"),
 }  # other formats: DTYPES
 _WITH_STATE = ("pth", "safetensors", "st")  # formats with a place for a tuned state
+_NOT_READ = ("4", "7")  # versions whose tuned state PyPI's rwkv does not read from a .pth
 _MAX_20B = range(50254, 50433)  # vocabulary sizes of models with the 20B tokenizer, with padding
 
 
@@ -130,6 +131,8 @@ def open_source(path: str | Path, adapter: str = "", alpha: float | None = None,
         tensors = adapter_files.merged(tensors, path, adapter, alpha)
     if state:
         adapter_files.check_is_state(state)
+        if adapter:
+            adapter_files.check_one_state(adapter, state)
         tensors = adapter_files.merged(tensors, path, state)
     if any(name.endswith(".att.time_state") for name in tensors):
         sizes = replace(sizes, time_state=True)
@@ -157,10 +160,25 @@ def format_of(output: str | Path) -> str:
 
 def check_state(kind: str, source: Source) -> None:
     """Raise UserError if the model begins with a tuned state for which a format has no place."""
-    if source.sizes.time_state and kind not in _WITH_STATE:
+    possible = [name for name in _WITH_STATE if (name, source.version) != ("st", "4")]  # web-rwkv has no such state
+    if source.sizes.time_state and kind not in possible:
+        what = f"{kind} of RWKV-4" if kind in _WITH_STATE else kind
         raise UserError(
-            f"{source.label}: begins with a tuned state (att.time_state), for which {kind} has no place; use --format {', '.join(_WITH_STATE)}"
+            f"{source.label}: begins with a tuned state (att.time_state), for which {what} has no place; use --format"
+            f" {', '.join(possible)}, or scripts/serve.py, whose API other programs can use"
         )
+
+
+def state_note(kind: str, source: Source) -> str:
+    """A warning about a written file with a tuned state that another program would ignore; or
+    empty.
+    """
+    if kind != "pth" or not source.sizes.time_state or source.version not in _NOT_READ:
+        return ""
+    return (
+        f"PyPI's rwkv does not read the tuned state of an RWKV-{source.version} model from the file; pass it as a state"
+        " (docs/state-tuning.md, File format)"
+    )
 
 
 def dtype_in(kind: str, dtype: str, source: Source) -> str:

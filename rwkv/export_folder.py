@@ -182,8 +182,9 @@ def _logits_in_transformers(folder: Path, source: Source, tokens: int) -> Tensor
     return model(random_tokens(source.sizes, tokens), use_cache=False).logits[0]
 
 
-def export_adapter(adapter: str, base: str, output: Path, alpha: float | None, dtype: str = "keep") -> None:
-    """Write an adapter as a folder for peft, and verify that it is read back unchanged.
+def export_adapter(adapter: str, base: str, output: Path, alpha: float | None, dtype: str = "keep") -> float:
+    """Write an adapter as a folder for peft, and verify that it is read back unchanged; returns the
+    largest absolute difference of a weight from the original's, which is rounding to `dtype`.
 
     Raises:
         UserError: not an adapter on this base, or one that trains more than linear layers.
@@ -210,10 +211,13 @@ def export_adapter(adapter: str, base: str, output: Path, alpha: float | None, d
                 written, described = adapter_files.inspect_adapter(folder)
                 if described["alpha"] != known["alpha"] or written.keys() != found.keys():
                     raise UserError(f"{output}: the written adapter differs from {adapter}; nothing is written")
+                difference = 0.0
                 for name, tensor in written.items():
                     if not torch.equal(tensor, lazy[name].make()):
                         raise UserError(f"{output}: {name} differs from {adapter}; nothing is written")
+                    difference = max(difference, float((tensor.float() - found[name].float()).abs().max()))
     except BaseException:
         if made:
             shutil.rmtree(output)
         raise
+    return difference

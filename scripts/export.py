@@ -41,8 +41,9 @@ def main(config: ExportConfig) -> None:
     if kind == "peft":
         if config.state:
             raise UserError(f"--format peft has no place for --state {config.state}: omit it")
-        export_folder.export_adapter(config.lora, base, output, config.lora_alpha or None, config.dtype)
+        difference = export_folder.export_adapter(config.lora, base, output, config.lora_alpha or None, config.dtype)
         print(printable(f"exported: {output} (peft adapter)"))
+        print(printable(f"check:    largest difference from {config.lora}: weights {difference:.2e}"))
         return
     source = export.open_source(base, config.lora, config.lora_alpha or None, config.state)
     tokens = max(0, config.check_tokens)
@@ -65,6 +66,8 @@ def main(config: ExportConfig) -> None:
     if found.logits is not None:
         checked += f", logits {found.logits:.2e} (largest logit {found.largest:.2f})"
     print(printable(f"check:    {checked}"))
+    if note := export.state_note(kind, source):
+        print(printable(f"note:     {note}"))
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ def models(config: GenerateConfig, device: str, dtype: "torch.dtype | None") -> 
     """The model with its adapter and state, and its name; with --compare first the model alone."""
     from rwkv import adapter_files, checkpoint
 
+    if config.lora and config.state:
+        adapter_files.check_one_state(config.lora, config.state)
     if config.compare:
         yield config.model, checkpoint.load_model(config.model, device, matrices=dtype)
     if config.lora:

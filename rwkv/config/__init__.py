@@ -2,7 +2,7 @@
 
 from rwkv.config.conversion import ConvertConfig, InspectConfig
 from rwkv.config.methods import FinetuneConfig, LoRAConfig, StateConfig, TrainConfig
-from rwkv.config.preference import DPOConfig
+from rwkv.config.preference import DPOConfig, FullDPOConfig
 from rwkv.config.serving import ServeConfig
 from rwkv.config.tools import (
     DoctorConfig,
@@ -23,6 +23,7 @@ __all__ = [
     "ExportConfig",
     "FetchConfig",
     "FinetuneConfig",
+    "FullDPOConfig",
     "GenerateConfig",
     "InspectConfig",
     "LoRAConfig",

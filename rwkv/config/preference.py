@@ -17,8 +17,8 @@ class DPOConfig(LoRAConfig):
     the run; its log-probabilities are computed then, so that there is no second model in memory.
     lm: next-token cross-entropy."""
     lora: bool = True
-    """Train an adapter; the base model stays unchanged. false: train all weights, at a rate of
-    about 1e-6."""
+    """Train an adapter; the base model stays unchanged. false: train all weights, by default
+    with lr_init 1e-6 and lr_final 1e-7."""
     lr_init: float = 5e-5
     """Initial learning rate, lower than in fine-tuning: 5e-6 to 1e-4 with LoRA."""
     lr_final: float = 5e-6
@@ -27,3 +27,13 @@ class DPOConfig(LoRAConfig):
     """Pairs per batch and device (micro-batch size)."""
     lora_dropout: float = 0.0
     """Dropout on the input of the adapter."""
+
+
+@dataclass
+class FullDPOConfig(DPOConfig):
+    """Preference tuning."""
+
+    lr_init: float = 1e-6
+    """Initial learning rate, lower than in fine-tuning."""
+    lr_final: float = 1e-7
+    """Final learning rate, reached by the lr_schedule."""

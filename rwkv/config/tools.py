@@ -174,8 +174,8 @@ class ExportConfig:
     lora_alpha: float = 0
     """lora_alpha of the adapter. Omitted: from its manifest."""
     state: str = ""
-    """Tuned state to write into the model, which then begins with it. For pth, safetensors and
-    st."""
+    """Tuned state to write into the model, which then begins with it. For pth, safetensors and st
+    (RWKV-5.2 to 7); other formats have no place for it."""
     output: str = ""
     """File, or folder, to write."""
     format: Literal["auto", "pth", "safetensors", "gguf", "transformers", "fla", "peft", "st", "rwkv.cpp"] = "auto"

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from rwkv.formats import gguf_file
+from rwkv.formats.hf_tokenizer import CHAT_TEMPLATE
 from rwkv.formats.lazy import Lazy
 
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 VERSIONS = ("6", "7")  # those that llama.cpp has
 _CONTEXT = 1 << 20  # the model itself has no limit; the number is the converter's
 _END_OF_TURN = 261  # "\n\n", after which a chat's turn ends
+# llama.cpp evaluates it as Jinja; by its comment, versions without Jinja know the format.
+_CHAT_TEMPLATE = "{#- rwkv-world -#}" + CHAT_TEMPLATE
 _NAMES = (
     (r"^emb\.", "token_embd."),
     (r"^head\.", "output."),
@@ -180,5 +183,5 @@ def _vocabulary(vocab_size: int, tokens: Sequence[bytes]) -> dict[str, Any]:
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 0,
         "tokenizer.ggml.eot_token_id": _END_OF_TURN if vocab_size > _END_OF_TURN else 0,
-        "tokenizer.chat_template": "rwkv-world",
+        "tokenizer.chat_template": _CHAT_TEMPLATE,
     }

@@ -31,6 +31,7 @@ def files(tokens: Sequence[bytes], vocab_size: int) -> dict[str, str]:
         "add_bos_token": False,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
+        "model_input_names": ["input_ids", "attention_mask"],  # no token_type_ids, which generate() rejects
         "chat_template": CHAT_TEMPLATE,
     }
     return {

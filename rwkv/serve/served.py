@@ -149,10 +149,13 @@ def load(
         matrices: dtype of matrices, instead of fp32.
 
     Raises UserError like checkpoint.load_model, check_names, with_adapter,
-    and adapter_files.load_state.
+    and adapter_files.check_one_state and load_state.
     """
     adapters, states = adapters or {}, states or {}
     check_names(name, adapters, states)
+    for entry, file in states.items():
+        if adapter := entry.partition(":")[2]:
+            adapter_files.check_one_state(adapters[adapter], file)
     base = checkpoint.load_model(path, device, matrices=matrices).eval()
     base.requires_grad_(False)
     served = {name: Served(name, base, None, path)}

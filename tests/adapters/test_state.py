@@ -17,6 +17,7 @@ from rwkv.errors import UserError
 from rwkv.generate import Session
 from rwkv.merge import merge
 from rwkv.models.version import VERSIONS
+from rwkv.serve import served
 from tests.oracle import ask, needs_oracle
 from tests.test_generate import ByteTokenizer
 
@@ -230,6 +231,25 @@ def test_files_that_do_not_fit(make, make_model, tmp_path):
         load_model(first)
 
 
+def test_adapter_with_a_state_takes_no_second_one(make_base, script, tmp_path):
+    """Neither state wins silently. (merge adds them, with weights.)"""
+    base = make_base()
+    for name, parts in (("both.pth", ["att", "state"]), ("lora.pth", ["att"])):
+        model = load_model(base)
+        lora.inject(model, parts, 4, 8)
+        adapter_files.save_adapter(tmp_path / name, model, {"r": 4, "alpha": 8.0, "parts": parts}, {})
+    torch.save(tuned_values(load_model(base)), tmp_path / "state.pth")
+    flags = ["--model", base, "--lora", "both.pth", "--state", "state.pth"]
+    message = "both.pth and state.pth: the adapter has a tuned state itself"
+    assert message in script("generate.py", *flags, "--ask", "Why?", status=1).stderr
+    assert message in script("export.py", *flags, "--output", "out.pth", status=1).stderr
+    named = {"lora": str(tmp_path / "both.pth")}, {"poet:lora": str(tmp_path / "state.pth")}
+    with pytest.raises(UserError, match="the adapter has a tuned state itself"):
+        served.load(str(base), "base", *named)
+    script("export.py", "--model", base, "--lora", "lora.pth", "--state", "state.pth", "--output", "out.pth")
+    assert load_model(tmp_path / "out.pth").sizes.time_state
+
+
 @pytest.mark.parametrize("version", ["4", "6", "7"])
 def test_exported_with_its_model(make_base, script, tmp_path, version):
     sizes = {} if version == "4" else {"n_embd": 32, "head_size": 16}
@@ -237,13 +257,19 @@ def test_exported_with_its_model(make_base, script, tmp_path, version):
     tuned = tuned_values(load_model(base))
     torch.save(tuned, tmp_path / "state.pth")
     for ending in ("pth", "safetensors"):
-        script("export.py", "--model", base, "--state", tmp_path / "state.pth", "--output", f"out.{ending}")
+        result = script("export.py", "--model", base, "--state", tmp_path / "state.pth", "--output", f"out.{ending}")
+        unread = ending == "pth" and version != "6"
+        assert (f"PyPI's rwkv does not read the tuned state of an RWKV-{version} model" in result.stdout) == unread
         model = load_model(tmp_path / f"out.{ending}")
         assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in tuned.items())
     script("export.py", "--model", "out.pth", "--output", "again.safetensors")  # a model with a state
     assert load_model(tmp_path / "again.safetensors").sizes.time_state
     result = script("export.py", "--model", "out.pth", "--output", "out-hf", "--format", "transformers", status=1)
     assert ("att.time_state" in result.stderr) == (version != "6")  # 6 has no such folder at all
+    assert ("pth, safetensors, st, or scripts/serve.py" in result.stderr) == (version == "7")
+    if version == "4":  # https://github.com/cryscan/web-rwkv, src/runtime/v4.rs: no time_state
+        rejected = script("export.py", "--model", "out.pth", "--output", "out.st", status=1).stderr
+        assert "for which st of RWKV-4 has no place; use --format pth, safetensors, or scripts/serve.py" in rejected
 
 
 def test_exported_for_web_rwkv(make_base, script, tmp_path):

@@ -75,6 +75,7 @@ def test_rwkv7_hf_gives_our_logits(model_file, tmp_path, capsys):
     assert ids == WorldTokenizer().encode(text)
     tokenizer = transformers.AutoTokenizer.from_pretrained(vocabulary)  # without code from the folder
     assert tokenizer(text)["input_ids"] == ids
+    assert set(tokenizer(text)) == {"input_ids", "attention_mask"}  # what generate() takes
     assert tokenizer.decode(ids) == text
     assert (len(tokenizer), tokenizer.eos_token_id) == (65536, 0)
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

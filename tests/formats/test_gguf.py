@@ -25,8 +25,12 @@ for file, prompt in json.loads(sys.argv[2]):
     settings.model.path, settings.n_ctx, settings.n_parallel, settings.warmup = file, 256, 1, False
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(settings)
-    request = {"prompt": prompt, "n_predict": 1, "max_tokens": 1, "temperature": 0, "logprobs": 10, "n_probs": 10}
-    answer = server.handle_completions(request)
+    request = {"n_predict": 1, "max_tokens": 1, "temperature": 0}
+    if isinstance(prompt, list) and isinstance(prompt[0], dict):
+        chat = {"messages": prompt, "logprobs": True, "top_logprobs": 10}
+        answer = server.handle_chat_completions({**request, **chat})
+    else:
+        answer = server.handle_completions({**request, "prompt": prompt, "logprobs": 10, "n_probs": 10})
     likeliest = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     found.append([[entry["id"], entry["logprob"]] for entry in likeliest])
     del server
@@ -62,18 +66,26 @@ def test_llama_cpp_gives_our_log_probabilities(model_file, tmp_path, capsys, ver
 
 @needs_oracle
 def test_llama_cpp_tokenizes_as_world(model_file, tmp_path):
-    """The likeliest tokens after a text depend on all of its tokens."""
+    """The likeliest tokens after a text, or a chat, depend on all of its tokens."""
     base = model_file("7", n_layer=1, n_embd=64, vocab_size=65536)
     output = tmp_path / "world.gguf"
     script_main()(ExportConfig(model=str(base), output=str(output), dtype="fp32", check_tokens=0))
     text = "Hello, RWKV!\n\nUser: \\x41 'quotes\" and\ttabs; 你好，世界 😀" + "a" * 50 + " " * 20 + "."
-    (likeliest,) = ask(LLAMA_CPP, [[str(output), text]])
-    with torch.no_grad():
-        logits = checkpoint.load_model(base)(torch.tensor([WorldTokenizer().encode(text)]))[0]
-    ours = logits[0, -1].log_softmax(-1)
-    ids, theirs = [i for i, _ in likeliest], torch.tensor([x for _, x in likeliest])
-    assert ours.topk(10).indices.tolist() == ids
-    torch.testing.assert_close(ours[ids], theirs, rtol=0, atol=1e-3)  # they add 65,536 terms in fp32
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " Hi\n"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "你好"},
+    ]
+    texts = [text, "System: Be brief.\n\nUser: Hi\n\nAssistant: Hello\n\nUser: 你好\n\nAssistant:"]
+    model = checkpoint.load_model(base)
+    for given, likeliest in zip(texts, ask(LLAMA_CPP, [[str(output), text], [str(output), chat]]), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([WorldTokenizer().encode(given)]))[0]
+        ours = logits[0, -1].log_softmax(-1)
+        ids, theirs = [i for i, _ in likeliest], torch.tensor([x for _, x in likeliest])
+        assert ours.topk(10).indices.tolist() == ids
+        torch.testing.assert_close(ours[ids], theirs, rtol=0, atol=1e-3)  # they add 65,536 terms in fp32
 
 
 def test_rows_that_q8_0_cannot_hold_are_fp16(model_file, tmp_path):

@@ -12,6 +12,7 @@ from rwkv.adapter_files import inspect_adapter, load_tuned
 from rwkv.adapters import lora
 from rwkv.config import ExportConfig
 from rwkv.errors import UserError
+from rwkv.export import DTYPES
 from tests.formats.oracle import ask, script_main
 from tests.oracle import needs_oracle
 
@@ -91,8 +92,13 @@ def test_adapters_that_peft_cannot_hold(model_file, tmp_path):
         script_main()(ExportConfig(model=str(model_file("7")), output=str(tmp_path / "peft"), format="peft"))
 
 
-def test_dtype_of_the_adapter(model_file, tmp_path):
+def test_dtype_of_the_adapter(model_file, tmp_path, capsys):
     adapter = adapter_of(model_file("4"), tmp_path / "adapter.pth")
-    script_main()(ExportConfig(lora=str(adapter), output=str(tmp_path / "peft"), format="peft", dtype="bf16"))
-    found, original = inspect_adapter(tmp_path / "peft")[0], checkpoint.read_tensors(adapter)
-    assert all(torch.equal(tensor, original[name].bfloat16()) for name, tensor in found.items())
+    for dtype, largest in (("bf16", 2e-3), ("fp32", 0.0)):  # weights of up to 0.5, 8 bits
+        output = tmp_path / dtype
+        script_main()(ExportConfig(lora=str(adapter), output=str(output), format="peft", dtype=dtype))
+        found, original = inspect_adapter(output)[0], checkpoint.read_tensors(adapter)
+        assert all(torch.equal(tensor, original[name].to(DTYPES[dtype])) for name, tensor in found.items())
+        difference = max(float((tensor.float() - original[name]).abs().max()) for name, tensor in found.items())
+        assert difference <= largest
+        assert f"largest difference from {adapter}: weights {difference:.2e}" in capsys.readouterr().out

@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 
 from rwkv import plots
 from rwkv.checkpoint import load_model
-from rwkv.config import DPOConfig, FinetuneConfig, LoRAConfig, StateConfig
+from rwkv.cli import parse
+from rwkv.config import DPOConfig, FinetuneConfig, FullDPOConfig, LoRAConfig, StateConfig
 from rwkv.data.binidx import mask_path
 from rwkv.errors import UserError
 from rwkv.models.version import VERSIONS
+from rwkv.train.callbacks import report_page
 from rwkv.train.callbacks.reference import NAME
 from rwkv.train.fit import fit
 from tests import preference_pairs
@@ -157,6 +159,20 @@ def test_initial_state_and_quantised_base(flags, tmp_path):
     for run in ("state", "nf4"):
         assert column(tmp_path / run, "reward_margin")[0] == pytest.approx(0, abs=1e-3)
         assert column(tmp_path / run)[-1] < column(tmp_path / run)[0]
+
+
+def test_all_weights_are_trained_at_a_lower_rate(flags, script, tmp_path):
+    """dpo.py --lora false; lr_init and lr_final of the command line take precedence."""
+    flags = {name: value for name, value in flags.items() if not name.startswith("lr_")}
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    script("dpo.py", *words, "--lora=false", "--max_steps=2", "--proj_dir=run")
+    assert column(tmp_path / "run", "lr")[0] == pytest.approx(1e-6 * 0.1 ** (1 / 8))  # the first of 8 steps to 1e-7
+    text = (tmp_path / "run/report.html").read_text()
+    assert "--lora false" in text  # the command that repeats the run
+    assert "--lr_init" not in text
+    config = parse(FullDPOConfig, "", [*words, "--lora=false", "--lr_init=2e-6"])
+    assert (config.adapter, config.lr_init, config.lr_final) == (None, 2e-6, 1e-7)
+    assert report_page.repeat(config).count("--lr_init 2e-06") == 1
 
 
 def test_pairs_that_do_not_fit_are_skipped(flags, tmp_path, capsys):
