@@ -2,8 +2,9 @@
 
     python bench/memory.py [MODEL,METHOD,PRECISION,GRAD_CP,CTX_LEN,OPTIMIZER ...]
 
-Example of a row: 1.5b,lora,bf16,1,1024,adam; of RWKV-6: 6:1.6b,lora,… . METHOD is lora, full, state
-(state tuning), dpo (LoRA on one preference pair), or for LoRA on a quantised base nf4 or int8.
+Example of a row: 1.5b,lora,bf16,1,1024,adam; of RWKV-6: 6:1.6b,lora,… or, with 12 layers and n_embd
+768, 6:12x768,lora,… . METHOD is lora, full, state (state tuning), dpo (LoRA on one preference
+pair), or for LoRA on a quantised base nf4 or int8.
 `-released` after an optimizer is --release_grads 1. The default is ROWS; its largest row needs 17
 GB. Each row runs in its own process: three steps with random weights and tokens. A cell shows the
 prediction in GB and the measurement in percent of it:
@@ -13,6 +14,7 @@ prediction in GB and the measurement in percent of it:
 """
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -49,7 +51,9 @@ TENSORS, PHASES = ("weights", "gradients", "optimizer", "saved"), ("forward", "b
 def plan_of(row: str) -> Plan:
     model, method, precision, grad_cp, ctx_len, kind = row.split(",")
     number, _, name = model.rpartition(":")
-    sizes = published(name, named(number))
+    version = named(number)
+    by_size = re.fullmatch(r"(\d+)x(\d+)", name)
+    sizes = version.Sizes(int(by_size[1]), int(by_size[2])) if by_size else published(name, version)
     adapter = {"parts": (state.PART,), "r": 1} if method == "state" else {}
     return Plan(
         replace(sizes, time_state=True) if method == "state" else sizes,

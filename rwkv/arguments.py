@@ -190,7 +190,7 @@ class _Reader:
         near = difflib.get_close_matches(lowered, self.fields, 1, _MIN_SIMILARITY)
         entry = NOT_SUPPORTED.get(flag) or NOT_SUPPORTED.get(lowered)
         others = [program for kind, program in PROGRAMS.items() if flag in getattr(flags, kind).__dataclass_fields__]
-        if flag in IGNORED or (entry and value in entry.off):
+        if flag in IGNORED or (entry and value in entry.off and entry.except_with not in self.fields):
             return
         same, meant = EQUIVALENT.get((flag, value), ("", ""))
         if same in self.fields:

@@ -13,12 +13,14 @@ class Unsupported:
         advice: what to do instead.
         off: values that disable it, with which it is accepted and ignored.
         values: advice by the beginning of the value, instead of `advice`.
+        except_with: a flag; `off` does not apply to programs that have it.
     """
 
     program: str
     advice: str
     off: tuple[str, ...] = ()
     values: Mapping[str, str] = field(default_factory=dict)
+    except_with: str = ""
 
     def message(self, flag: str, value: str) -> str:
         """The error message: which program the flag belongs to, and what to use instead."""
@@ -38,6 +40,17 @@ _IMAGES = {
     "my_img_version": "0", "my_img_size": "0", "my_img_bit": "0", "my_img_clip": "x", "my_img_clip_scale": "1", "my_img_l1_scale": "0",
     "my_img_encoder": "x", "my_ffn_shift": "1", "my_att_shift": "1", "my_pos_emb": "0",
 }  # fmt: skip
+_TESTING = Unsupported(
+    "RWKV-LM and RWKV-PEFT",
+    f"it selects an experimental model; {_VERSIONS}",
+    ("",),
+    {
+        **{f"{name}-f4": f"use --version {version} and --dim_ffn with 4 times n_embd" for name, version in (("x052", "5.2"), ("x060", "6"))},
+        **{f"x052{variant}": f"it selects an experimental version of RWKV-5; {_VERSIONS}" for variant in "abc"},
+        "x05": f"it selects an early version of RWKV-5; {_VERSIONS}",
+        **{f"x060{variant}": f"it selects an experimental version of RWKV-6; {_VERSIONS}" for variant in "abc"},
+    },
+)  # fmt: skip
 _ADAPTERS = "the only adapters here are LoRA, also as DoRA (--use_dora), and a tuned state (scripts/state.py): omit it"
 
 NOT_SUPPORTED = {
@@ -46,16 +59,8 @@ NOT_SUPPORTED = {
         _NEO, "it reads a list of datasets: convert them to one, and prime sampling uses it with --magic_prime -1", ("1",)
     ),
     "my_qa_mask": Unsupported(_NEO, "use --chatml_mask 1, or a mask file beside the data: P_text_mask.bin", ("0",)),
-    "my_testing": Unsupported(
-        "RWKV-LM and RWKV-PEFT",
-        f"it selects an experimental model; {_VERSIONS}",
-        ("",),
-        {
-            **{f"x052{variant}": f"it selects an experimental version of RWKV-5; {_VERSIONS}" for variant in "abc"},
-            "x05": f"it selects an early version of RWKV-5; {_VERSIONS}",
-            **{f"x060{variant}": f"it selects an experimental version of RWKV-6; {_VERSIONS}" for variant in "abc"},
-        },
-    ),
+    "my_testing": _TESTING,
+    "rwkv_version": _TESTING,  # as an older RWKV-PEFT calls it
     "head_qk": Unsupported(_NEO, "omit it: models with a head_q and head_k are not supported", ("0",)),
     "tiny_att_dim": Unsupported(_NEO, "omit it: models with tiny attention are not supported", ("0",)),
     "tiny_att_layer": Unsupported(_NEO, "omit it: models with tiny attention are not supported", ("-999",)),
@@ -69,7 +74,7 @@ NOT_SUPPORTED = {
     "train_type": Unsupported(
         _V5,
         "omit it",
-        ("", "none"),
+        ("", "none", "finetune"),
         {
             "infctx": "it carries the state between the chunks of a long context: use --tbptt_len N",
             "fullstate": "of the state, only WKV's is tuned here: use scripts/state.py, or scripts/finetune.py with --train_type state",
@@ -80,11 +85,12 @@ NOT_SUPPORTED = {
     "peft": Unsupported(
         _PEFT,
         "of its methods only LoRA exists here, also as DoRA (--use_dora): it is what scripts/lora.py trains",
-        (),
+        ("none",),
         {
             "lora": "LoRA is what scripts/lora.py trains: use that script",
-            "none": "tuning all weights is what scripts/finetune.py does: omit it",
+            "none": "tuning all weights is what scripts/finetune.py does: use that script",
         },
+        except_with="lora",
     ),
     "peft_config": Unsupported(_PEFT, "pass its entries as flags: --lora_r, --lora_alpha, --lora_dropout, --lora_parts"),
     "lora_config": Unsupported(_PEFT, "pass its entries as flags: --lora_load, --lora_r, --lora_alpha, --lora_dropout, --lora_parts"),
@@ -93,7 +99,7 @@ NOT_SUPPORTED = {
     **{name: Unsupported(_PEFT, _ADAPTERS) for name in ("LISA", "lisa_r", "lisa_k", "PISSA", "svd_niter", "pissa_load", "pissa_init", "bone_load", "bone_r")},
     "state_tune": Unsupported(_PEFT, _STATE, ("0",)),
     "quant": Unsupported(_PEFT, "use --lora_base nf4 or --lora_base int8, which quantise the base model", ("none",)),
-    "merge": Unsupported(_PEFT, "a run saves the adapter; scripts/merge_lora.py merges it into its base", ("0",)),
+    "merge": Unsupported(_PEFT, "omit it: a run saves what it trains, and scripts/merge_lora.py merges an adapter into its base", ("0",)),
     "dataload": Unsupported(
         _PEFT,
         "use --doc_training 1 for whole documents, padded; without it, samples start at random offsets",
@@ -114,9 +120,13 @@ NOT_SUPPORTED = {
     "optim": Unsupported(_PEFT, "use --optimizer adam, adamw8bit, muon or adafactor", ("none",)),
     "avg_loss": Unsupported(_PEFT, "omit it: with --accumulate_grad_batches the loss is always the mean over the whole step", ("0",)),
     "emb": Unsupported("Blealtan's LoRA fork and RWKV-PEFT", "the embedding is not trained by LoRA: omit it, or tune all weights with scripts/finetune.py"),
+    "fla_npu": Unsupported(_PEFT, "omit it: runs use a CPU or NVIDIA GPUs"),
     # RWKV-PEFT's merge.py
     "base_model": Unsupported(f"{_PEFT}'s merge.py", "use --base"),
     "lora_checkpoint": Unsupported(f"{_PEFT}'s merge.py", "use --adapter"),
+    "state_checkpoint": Unsupported(f"{_PEFT}'s merge.py", "use --adapter"),
+    "peft_checkpoint": Unsupported(f"{_PEFT}'s merge.py", "it belongs to Bone and DiSHA, and only LoRA adapters and tuned states can be merged here: use --adapter"),
+    "device": Unsupported(f"{_PEFT}'s merge.py", "use --use_gpu to merge on a GPU; training uses a GPU if there is one (--accelerator)", ("cpu",)),
     "lora_init": Unsupported(f"{_PEFT}'s merge.py", "omit it: it belongs to PiSSA, and only LoRA adapters can be merged here", ("none", "")),
     "type": Unsupported(f"{_PEFT}'s merge.py", "omit it: only LoRA adapters can be merged here", ("lora",)),
     # the converter's
@@ -137,7 +147,8 @@ NOT_SUPPORTED = {
             "logger", "enable_checkpointing", "enable_model_summary", "num_sanity_val_steps", "check_val_every_n_epoch", "log_every_n_steps",
             "replace_sampler_ddp", "sync_batchnorm", "benchmark", "deterministic", "detect_anomaly", "profiler", "overfit_batches",
             "limit_train_batches", "limit_val_batches", "fast_dev_run", "min_epochs", "min_steps", "max_time", "plugins", "amp_backend", "amp_level",
-            "auto_lr_find", "auto_select_gpus", "track_grad_norm", "reload_dataloaders_every_n_epochs", "gradient_clip_algorithm", "tpu_cores",
+            "auto_lr_find", "auto_select_gpus", "track_grad_norm", "ipus", "limit_test_batches", "limit_predict_batches", "move_metrics_to_cpu",
+            "multiple_trainloader_mode", "inference_mode", "use_distributed_sampler", "barebones", "model_registry", "enable_autolog_hparams", "reload_dataloaders_every_n_epochs", "gradient_clip_algorithm", "tpu_cores",
         )
     },
     # Hugging Face's Trainer, LLaMA-Factory and the like
@@ -179,17 +190,20 @@ IGNORED = (
     *("num_docs", "log_interval", "enable_progress_bar"),
     # implementations of the same function: the one for this device is chosen automatically, and
     # the loss never holds all logits in memory (RWKV-v7/train_temp, RWKV-PEFT)
-    *("head_chunk", "kernel", "op", "fla", "fused_kernel"),
+    *("head_chunk", "kernel", "op", "fla", "fused_kernel", "compile", "l2warp_sparse"),
 )
 """Flags that are accepted and ignored."""
 EQUIVALENT = {
-    ("my_testing", "x052"): ("version", "5.2"),
-    ("my_testing", "x060"): ("version", "6"),
-    ("my_testing", "x070"): ("version", "7"),
+    **{
+        (name, value): ("version", version)
+        for name in ("my_testing", "rwkv_version")
+        for value, version in (("x052", "5.2"), ("x060", "6"), ("x070", "7"))
+    },
     ("lr_schedule", "cos"): ("lr_schedule", "cosine"),
     ("peft", "lora"): ("lora", "true"),
     ("state_tune", "1"): ("train_type", "state"),
     ("train_type", "states"): ("train_type", "state"),  # in RWKV-LM's RWKV-v5
+    **{("train_type", value): ("train_type", "none") for value in ("", "finetune")},
     ("quant", "nf4"): ("lora_base", "nf4"),
     ("quant", "int8"): ("lora_base", "int8"),
     ("load_model", "0"): ("load_model", ""),  # in the commands of RWKV-v7/train_temp

@@ -1,6 +1,7 @@
 """Flags and commands of upstream's and other trainers: accepted, or explained."""
 
 import dataclasses
+import inspect
 import re
 
 import pytest
@@ -17,7 +18,7 @@ from rwkv.config import (
     TrainConfig,
 )
 from rwkv.errors import UserError
-from rwkv.legacy_flags import NOT_SUPPORTED
+from rwkv.legacy_flags import IGNORED, NOT_SUPPORTED
 
 
 def test_upstream_spellings():
@@ -43,7 +44,10 @@ def test_unsupported_upstream_flags():
             flag = spell(name)[0].removesuffix("=7")
             wanted = f"{flag} 7: .*not supported here; {re.escape(entry.advice[:20])}"
             assert len([line for line in lines if re.search(wanted, line)]) == 1, wanted
-    off = [(f"--{name}", value) for name, entry in NOT_SUPPORTED.items() for value in entry.off]
+    entries = {
+        name: entry for name, entry in NOT_SUPPORTED.items() if not hasattr(LoRAConfig, entry.except_with or "-")
+    }
+    off = [(f"--{name}", value) for name, entry in entries.items() for value in entry.off]
     for argv in ([f"{flag}={value}" for flag, value in off], [word for pair in off for word in pair]):
         assert parse(LoRAConfig, "", ["--n_layer", "3", *argv, "--lora"]).n_layer == 3
 
@@ -91,6 +95,11 @@ def test_upstream_defaults():
         ("--my_testing x060b", "it selects an experimental version of RWKV-6"),
         ("--my_testing x052a", "it selects an experimental version of RWKV-5"),
         ("--my_testing x051a", "it selects an early version of RWKV-5"),
+        ("--my_testing x052-f4", "use --version 5.2 and --dim_ffn with 4 times n_embd"),
+        ("--rwkv_version x060b", "it selects an experimental version of RWKV-6"),
+        ("--peft none", "tuning all weights is what scripts/finetune.py does"),
+        ("--fla_npu", "runs use a CPU or NVIDIA GPUs"),
+        ("--ipus 1", "a flag of pytorch-lightning's Trainer that is not supported here; omit it"),
         ("--train_type infctx", "--train_type infctx: .* use --tbptt_len"),
         ("--train_type state", "scripts/state.py, or scripts/finetune.py with --train_type state"),
         ("--train_type fullstate", "of the state, only WKV's is tuned here: use scripts/state.py"),
@@ -111,6 +120,41 @@ def test_flags_of_other_trainers(line, answer):
     with pytest.raises(UserError, match=answer) as error:
         parse(LoRAConfig, "", line.split())
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_no_flag_of_upstreams_trainers_is_unknown():
+    """The flags that their parsers define, by default value; `-` stands for a switch."""
+    # RWKV-v7/train_temp/train.py, RWKV-v5/train.py, and train.py of Joluck/RWKV-PEFT and
+    # JL-er/RWKV-PEFT without those of test_upstream_defaults and of the commands below
+    flags = """
+        adam_eps=1e-18 train_stage=0 ds_bucket_mb=200 head_size=64 load_partial=0 my_testing=x070 head_chunk=0 kernel=
+        train_type= train_type=none train_type=finetune pre_ffn=0 head_qk=0 tiny_att_dim=0 tiny_att_layer=-999 dropout=0
+        my_pile_version=1 my_sample_len=0 my_ffn_shift=1 my_att_shift=1 head_size_a=64 head_size_divisor=8 my_pos_emb=0
+        my_qa_mask=0 my_random_steps=0 my_testing=x052 my_testing=x060 my_exit=99999999 accelerator=gpu strategy=auto
+        devices=1 num_nodes=1 precision=fp16 precision=bf16 accumulate_grad_batches=1
+        peft=none l2warp_sparse=0 l2warp_sparse=1 compile=- quant=none dataload=get fla=- loss_mask=none optim=none avg_loss=0
+        sft_split=train op=cuda op=triton fused_kernel=- lr_schedule=cos lr_schedule=wsd merge=0 rwkv_version=x070
+    """
+    argv = []
+    for name, value in (flag.split("=") for flag in flags.split()):
+        argv += [f"--{name}"] if value == "-" else [f"--{name}", value]
+        parse(TrainConfig, "", argv[-1:] if value == "-" else argv[-2:])
+        parse(FinetuneConfig, "", argv[-1:] if value == "-" else argv[-2:])
+    config = parse(FinetuneConfig, "", argv)
+    assert (config.train_type, config.precision, config.version, config.adam_eps) == ("none", "bf16", "7", 1e-18)
+    for number, name in (("5.2", "x052"), ("6", "x060"), ("7", "x070")):
+        assert parse(TrainConfig, "", ["--rwkv_version", name]).version == number
+    for name in (
+        "peft_config train_parts lora_config pissa_config bone_config disha_config chunk_ctx mask_id data_shuffle sft_field state_tune fla_npu"
+    ).split():
+        with pytest.raises(UserError, match=f"--{name}: a flag of .*RWKV-PEFT that is not supported here; "):
+            parse(TrainConfig, "", [f"--{name}"])
+
+
+def test_no_flag_of_lightnings_trainer_is_unknown():
+    trainer = pytest.importorskip("pytorch_lightning").Trainer
+    names = set(inspect.signature(trainer.__init__).parameters) - {"self", "callbacks"}
+    assert names <= {*NOT_SUPPORTED, *IGNORED, *TrainConfig.__dataclass_fields__}
 
 
 def test_state_tuning_has_its_own_defaults(tmp_path):
@@ -163,6 +207,13 @@ def test_flags_of_upstreams_merge_program():
         parse(MergeConfig, "", line.split())
     for words in ("merge.py that is not supported here; use --base\n", "use --adapter\n", "it belongs to PiSSA"):
         assert words in f"{error.value}\n"
+    for flag, answer in (
+        ("--state_checkpoint s.pth", "use --adapter"),
+        ("--peft_checkpoint a.pth", "it belongs to Bone and DiSHA"),
+        ("--device cuda", "use --use_gpu to merge on a GPU"),
+    ):
+        with pytest.raises(UserError, match=f"{flag}: a flag of RWKV-PEFT's merge.py .*{answer}"):
+            parse(MergeConfig, "", flag.split())
     with pytest.raises(UserError, match=r"use --base \(in scripts/merge_lora.py\)"):
         parse(LoRAConfig, "", line.split()[:2])
     with pytest.raises(UserError, match="when generating or exporting --dtype fp16$"):

@@ -1,6 +1,7 @@
 """LoRA against peft, upstream's names and initialisation, and merging."""
 
 import math
+import re
 
 import peft
 import pytest
@@ -85,6 +86,13 @@ def test_all_linear_is_every_matrix_of_the_blocks(make_model, version):
     assert parts.normal(["all-linear"]) == lora.parts_of(lora.adapter_state(model, ["all-linear"]), parts)
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_single_layers(make_model, version):
+    layers = ["att.output", "ffn.value"] + ["att.gate"] * (version in ("5.2", "6"))
+    model = make_model(version=version)
+    assert set(lora.inject(model, layers, 2, 4)) == {f"blocks.{i}.{layer}" for i in (0, 1) for layer in layers}
+
+
 def test_initialisation_is_identity(make_model):
     model = make_model(n_embd=64)
     before = model(TOKENS)[0]
@@ -150,25 +158,27 @@ def test_dora_folder_of_peft(make_model, tmp_path, rslora):
     assert (make_model()(TOKENS)[0] - expected).abs().max() > 0.1
 
 
-def test_weighted_combination_matches_peft(make_model):
+@pytest.mark.parametrize("version", VERSIONS)
+def test_weighted_combination_matches_peft(make_model, version):
+    def create():
+        return make_model(version=version)
+
     weights, adapters, peft_model = (0.7, -0.4), [], None
     for i, (part, r, alpha) in enumerate((("att", 4, 12), ("ffn", 2, 8))):  # different ranks, scales and layers
-        model, config = (
-            make_model(),
-            peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=rf".*\.{part}\.(key|value|receptance)"),
-        )
+        layers = "|".join(map(re.escape, VERSIONS[version].PARTS.layers_of(part)))
+        model, config = create(), peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=rf".*\.({layers})")
         torch.manual_seed(i)
         lora.inject(model, [part], r, alpha)
         randomise(model)
         adapters.append((lora.adapter_state(model, [part]), alpha / r, weights[i]))
         if peft_model is None:
-            peft_model = peft.get_peft_model(make_model(), config, f"{i}")
+            peft_model = peft.get_peft_model(create(), config, f"{i}")
         else:
             peft_model.add_adapter(f"{i}", config)
         state = dict(peft_model.named_parameters())
         for name, tensor in adapters[-1][0].items():
             state[f"base_model.model.{name}.{i}.weight"].data.copy_(tensor * (weights[i] if "lora_B" in name else 1))
-    ours = make_model()
+    ours = create()
     lora.inject(ours, ["att", "ffn"], 6, 6)
     for name, tensor in lora.combine(adapters, dict(ours.named_parameters())).items():
         dict(ours.named_parameters())[name].data.copy_(tensor)

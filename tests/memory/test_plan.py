@@ -15,7 +15,7 @@ from rwkv.memory import plan as planning
 from rwkv.memory.estimate import estimate
 from rwkv.memory.settings import Plan
 from rwkv.models.v4 import Sizes
-from rwkv.models.version import published
+from rwkv.models.version import VERSIONS, published
 from rwkv.train import resolve
 from rwkv.train.callbacks.memory import MemoryMonitor
 
@@ -34,7 +34,7 @@ def resolved_flags(monkeypatch, make_data, tmp_path):
     """
     fit = importlib.import_module("rwkv.train.fit")
 
-    def run(kind, memory: int, *flags: str, host: int = HOST):
+    def run(kind, memory: int, *flags: str, host: int = HOST, version: str = "4"):
         monkeypatch.setattr(machine, "use_gpu", lambda accelerator: True)
         monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: memory if gpu else host)
         monkeypatch.setattr(compat, "why_deepspeed_unavailable", lambda on_gpu: None)
@@ -43,7 +43,7 @@ def resolved_flags(monkeypatch, make_data, tmp_path):
             raise TrainerCreated(run.flags)
 
         monkeypatch.setattr(fit, "make_trainer", make_trainer)
-        sizes = ["--version", "4", "--n_layer", "2", "--n_embd", "64", "--vocab_size", "500"]
+        sizes = ["--version", version, "--n_layer", "2", "--n_embd", "64", "--vocab_size", "500"]
         common = [
             "--data_file",
             make_data(3000, vocab=500),
@@ -102,6 +102,20 @@ def test_auto_picks_cheapest_flags(resolved_flags, capsys, devices, fitting, exp
         f"auto:  --micro_bsz {expected[0]} --accumulate_grad_batches {expected[1]} --grad_cp {expected[2]} --strategy {expected[3]}: "
         in printed
     )
+
+
+@pytest.mark.parametrize("number", ["5.2", "6", "7"])
+def test_auto_of_later_versions(resolved_flags, number):
+    sizes = VERSIONS[number].Sizes(2, 64, 500)
+    for fitting in ({}, {"micro_bsz": 2, "accumulate": 2}, {"micro_bsz": 1, "accumulate": 4, "grad_cp": True}):
+        target = plan(sizes=sizes, **fitting)
+        config = resolved_flags(TrainConfig, memory_for(target), "--optimizer", "adam", version=number)
+        found = planning.plan_of(config, sizes, True, "bf16")
+        assert (found.micro_bsz, found.accumulate, found.grad_cp) == (
+            target.micro_bsz,
+            target.accumulate,
+            target.grad_cp,
+        )
 
 
 def chosen(monkeypatch, target: Plan, kind=TrainConfig, usable=lambda c: True, **flags):

@@ -102,7 +102,7 @@ STRATEGIES_OF = {
     "RWKV-7, nf4": ["ddp"],
     "pairs": ["ddp", "deepspeed_stage_2"],
     "pairs, all weights": ["ddp", "deepspeed_stage_3"],
-    "RWKV-6": ["ddp", "deepspeed_stage_3"],
+    "RWKV-6": ["ddp", "deepspeed_stage_1", "deepspeed_stage_3"],
     "RWKV-6, lora with gradient checkpointing": ["deepspeed_stage_2", "deepspeed_stage_3"],
     "RWKV-5.2 with gradient checkpointing": ["deepspeed_stage_1", "deepspeed_stage_3"],
     "RWKV-5.2, lora": ["ddp", "deepspeed_stage_2"],

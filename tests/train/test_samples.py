@@ -57,12 +57,14 @@ def plain_mean(model, items, reset: bool) -> tuple[float, int]:
     return total / count, count
 
 
-@pytest.mark.parametrize("reset", [0, 1])
-@pytest.mark.parametrize(
-    "mode", [{}, {"doc_training": 1}, {"doc_training_seq": 1, "min_ctx_len": CTX}, {"magic_prime": -1}], ids=str
-)
-def test_loss_is_mean_over_masked_targets(make_base, documents, tmp_path, mode, reset):
-    base = make_base()
+MODES = [{}, {"doc_training": 1}, {"doc_training_seq": 1, "min_ctx_len": CTX}, {"magic_prime": -1}]
+MASKED = [("4", mode, reset) for mode in MODES for reset in (0, 1)]
+MASKED += [(version, {"doc_training": 1}, 1) for version in ("5.2", "6", "7")]
+
+
+@pytest.mark.parametrize(("version", "mode", "reset"), MASKED, ids=str)
+def test_loss_is_mean_over_masked_targets(make_base, documents, tmp_path, version, mode, reset):
+    base = make_base(version=version)
     config = TrainConfig(
         **FLAGS | NO_UPDATE,
         **mode,

@@ -9,6 +9,7 @@ import torch
 from rwkv.checkpoint import read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
+from rwkv.models.version import VERSIONS
 from rwkv.train import stages
 from rwkv.train.fit import fit
 from rwkv.train.loop import optimizer
@@ -115,6 +116,18 @@ def test_stage_1_resizes_load_model(flags, make_base, make_model, tmp_path):
     assert torch.equal(grown.ln_out.bias, old["ln_out.bias"])
 
 
+@pytest.mark.parametrize("version", ["5.2", "6", "7"])
+def test_stage_1_resizes_later_versions(flags, make_base, tmp_path, version):
+    base = make_base(version=version)
+    grown = {"version": version, "n_embd": 16, "head_size": 16, "vocab_size": 70, "n_layer": 3}
+    fit(TrainConfig(**flags | grown, my_pile_stage=1, load_model=str(base)))
+    old, new = read_tensors(base), read_tensors(tmp_path / "run/rwkv-init.pth")
+    for name in ("emb.weight", "head.weight"):
+        torch.testing.assert_close(new[name], resized(old[name], 70))
+    assert all(torch.equal(new[name], old[name]) for name in old if name not in ("emb.weight", "head.weight"))
+    assert {name.split(".")[1] for name in new.keys() - old.keys()} == {"2"}
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [({"n_layer": 1}, "a model of these sizes has no blocks.1."), ({"n_embd": 16}, "only vectors and")],
@@ -141,16 +154,17 @@ def test_stage_1_needs_whole_model(flags, make_base, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_load_partial(flags, make_base, tmp_path):
+@pytest.mark.parametrize("version", VERSIONS)
+def test_load_partial(flags, make_base, tmp_path, version):
     base, no_update = (
-        make_base(n_embd=8),
+        make_base(n_embd=8) if version == "4" else make_base(version=version),
         {"ctx_len": 8, "micro_bsz": 2, "epoch_steps": 1, "epoch_count": 1, "lr_init": 0.0, "lr_final": 0.0},
     )
     grown = {
         **flags,
         **no_update,
         "n_layer": 4,
-        "version": "4",
+        "version": version,
         "n_embd": 0,
         "vocab_size": 0,
         "load_model": str(base),
@@ -163,7 +177,7 @@ def test_load_partial(flags, make_base, tmp_path):
     as_before = fit(TrainConfig(**grown | {"n_layer": 0, "load_partial": 0, "proj_dir": str(tmp_path / "before")}))
     assert result.first_loss == pytest.approx(as_before.first_loss, rel=1e-6)  # new layers start as identity
     with pytest.raises(UserError, match="wrong shape"):
-        fit(TrainConfig(**grown | {"n_embd": 16, "proj_dir": str(tmp_path / "wide")}))
+        fit(TrainConfig(**grown | {"n_embd": 32, "proj_dir": str(tmp_path / "wide")}))
     with pytest.raises(UserError, match="--load_partial 1 completes --load_model"):
         fit(TrainConfig(**grown | {"load_model": "", "proj_dir": str(tmp_path / "none")}))
 

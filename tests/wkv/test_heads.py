@@ -92,6 +92,18 @@ def test_reset_returns_to_the_given_state(op, run):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # different summation order
 
 
+@pytest.mark.parametrize("length", [1, 17])
+def test_reset_at_the_ends_and_everywhere(op, length):
+    check_resets_at_the_ends_and_everywhere(op.check, op, length)
+
+
+def check_resets_at_the_ends_and_everywhere(check, op, length):
+    for places in ([0], [-1], slice(None)):
+        reset = torch.zeros(3, length, dtype=torch.bool)
+        reset[:, places] = True
+        check(op.inputs(3, length, 1, 32), states(3, 1, 32), reset, states(3, 1, 32, 4))
+
+
 def test_no_gradient_across_documents(op, run):
     reset = torch.zeros(1, 40, dtype=torch.bool)
     reset[0, 21] = True

@@ -85,6 +85,11 @@ def test_states_and_resets(op, given, constant):
     op.check(inputs6(2, 20, 2, 32, constant=constant), *states_and_resets(given, 2, 20, 2, 32))
 
 
+@pytest.mark.parametrize("length", [1, 17])
+def test_reset_at_the_ends_and_everywhere(op, length):
+    test_heads.check_resets_at_the_ends_and_everywhere(op.check, op, length)
+
+
 @pytest.mark.parametrize("constant", [False, True])
 def test_decays_at_both_ends(op, constant):
     """From e^(−8100), which is 0 in fp32, to 1 − 6e-6."""

@@ -1,6 +1,9 @@
 """The WKV7 CUDA kernels, executed on a CPU (fake_gpu.py)."""
 
+import functools
+
 import pytest
+import test_heads
 import torch
 from head_cases import STATES_AND_RESETS, WKV7, assert_close, inputs7, starts, states, states_and_resets
 
@@ -23,6 +26,11 @@ def test_head_sizes(gpu, size):
 @pytest.mark.parametrize("given", STATES_AND_RESETS)
 def test_states_and_resets(gpu, given):
     check(gpu, inputs7(2, 20, 2, 64), *states_and_resets(given, 2, 20, 2, 64))
+
+
+@pytest.mark.parametrize("length", [1, 17])
+def test_reset_at_the_ends_and_everywhere(gpu, length):
+    test_heads.check_resets_at_the_ends_and_everywhere(functools.partial(check, gpu), WKV7, length)
 
 
 @pytest.mark.parametrize("scale", [0.1, 20.0])
