@@ -97,6 +97,18 @@ def test_missing_base(tuned, tmp_path):
         main("merge_lora")(MergeConfig(adapter=str(adapter), output=str(tmp_path / "merged.pth")))
 
 
+@pytest.mark.parametrize("tokens", [-1, 1 << 40])
+def test_check_tokens_out_of_range(tuned, tmp_path, tokens):
+    """-1 is not silently "no check", and a large number does not exhaust the memory."""
+    base, adapter = tuned()
+    with pytest.raises(UserError, match=f"--check_tokens {tokens}: must be from 0"):
+        main("merge_lora")(MergeConfig(adapter=str(adapter), output=str(tmp_path / "m.pth"), check_tokens=tokens))
+    with pytest.raises(UserError, match=f"--check_tokens {tokens}: must be from 0"):
+        main("export")(ExportConfig(model=str(base), output=str(tmp_path / "m.pth"), check_tokens=tokens))
+    with pytest.raises(UserError, match="--lora_alpha needs an adapter"):
+        main("export")(ExportConfig(model=str(base), output=str(tmp_path / "m.pth"), lora_alpha=8))
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "model.ggml", "model.PTH"])
 def test_export_with_misleading_suffix(tuned, tmp_path, name):
     base, _ = tuned()
