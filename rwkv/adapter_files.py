@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rwkv.errors import UserError
 from rwkv.files import sha256
 from rwkv.formats.lazy import Lazy
 from rwkv.models import RWKV, State, version
+from rwkv.models.parts import Parts, layer_of
 from rwkv.weights import kinds, peft_adapter
 from rwkv.weights import manifest as manifests
 
@@ -90,6 +91,7 @@ def inspect_adapter(
             " Merge both with RWKV-PEFT, and use the merged model"
         )
     ranks = {value.shape[0] if value.dim() else 0 for key, value in tensors.items() if key.endswith(".lora_A")}
+    ranks |= {value.shape[-1] if value.dim() else 0 for key, value in tensors.items() if key.endswith(".lora_B")}
     of_version = _version_of(tensors, manifest, base).PARTS
     foreign, parts = lora.foreign_layers(tensors, of_version), lora.parts_of(tensors, of_version)
     if foreign:
@@ -311,9 +313,21 @@ def _check_shapes(model: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]
             shapes[key] = torch.Size(possible[half])
         elif weight is not None:
             shapes[key] = weight
+    kind, sizes = version.detect(model)
     if any(key.endswith(".time_state") for key in tensors):
-        shapes |= states.shapes_of(version.detect(model)[1])
-    absent = {
-        f"{key[:-1]}{other}" for key in tensors if key.endswith((".lora_A", ".lora_B")) for other in "AB"
-    } - tensors.keys()
+        shapes |= states.shapes_of(sizes)
+    absent = _names_of_parts(model, tensors, kind.PARTS) - tensors.keys()
     checkpoint.check_keys(tensors, {**shapes, **{key: torch.Size() for key in absent}}, path)
+
+
+def _names_of_parts(model: Iterable[str], adapter: Collection[str], known: Parts) -> set[str]:
+    """The tensor names of a complete adapter of this model that has the parts of `adapter`."""
+    parts = lora.parts_of(adapter, known)
+    layers = {layer for part in parts for layer in known.layers_of(part)}
+    halves = ["lora_A", "lora_B", *(["lora_magnitude_vector"] if lora.uses_dora(adapter) else [])]
+    names = {name for name in model if known.fully_trained(name, parts)}
+    for name in model:
+        layer, dot, end = name.rpartition(".")
+        if dot and end == "weight" and layer_of(layer) in layers:
+            names |= {f"{layer}.{half}" for half in halves}
+    return names

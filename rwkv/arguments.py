@@ -42,6 +42,7 @@ _FREE_TEXT = ("prompt", "ask")  # flags whose values may be blank or begin with 
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 _DASHES = "-–—−‐‑"
 _FLAG = re.compile(r"--[A-Za-z][\w-]*(=|$)")
+_LARGEST = 1 << 62  # integers beyond it overflow in numpy and torch
 _MIN_SIMILARITY = 0.85  # minimum similarity of a suggested flag
 
 
@@ -104,16 +105,19 @@ def convert(field: "dataclasses.Field[Any]", text: str) -> str:
         return found
     if kind is int:
         try:
-            return str(int(text))
+            number = int(text)
         except ValueError:
             raise ValueError("an integer, such as 8 or 1000") from None
+        if abs(number) > _LARGEST:
+            raise ValueError("an integer of at most 2^62")
+        return str(number)
     try:
-        number = float(text)
+        real = float(text)
     except ValueError:
         raise ValueError("a number, such as 0.01 or 1e-4") from None
-    if not math.isfinite(number):
+    if not math.isfinite(real):
         raise ValueError("a finite number, such as 0.01 or 1e-4")
-    return repr(number)
+    return repr(real)
 
 
 class _Reader:

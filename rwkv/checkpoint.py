@@ -27,6 +27,7 @@ from rwkv.weights import manifest as manifests
 PathLike = str | Path
 SUFFIXES = (".pth", ".safetensors", ".pt", ".bin", "")
 """File name suffixes of weights; all but .safetensors are written with torch.save."""
+MAX_CHECKED = 1 << 14  # tokens on which logits are compared (--check_tokens); their logits take up to 4 GB
 _CHUNK = 1 << 20  # elements checked at a time
 
 manifest_path, read_manifest = manifests.path_of, manifests.read

@@ -143,7 +143,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     A crash leaves at most a hidden `.tmp` file, which the next write of `path` removes.
 
     Raises:
-        UserError: the disk is full, or read-only.
+        UserError: as `atomic_writes`.
     """
     with atomic_writes([path]) as (temporary,):
         yield temporary
@@ -157,8 +157,13 @@ def atomic_writes(parts: Sequence[str | os.PathLike], marks: Sequence[str | os.P
     The marks, such as an index, make the parts valid: old marks are removed before the first part
     is renamed, and new ones are renamed last. If the block deletes a temporary, an existing file of
     that name is removed.
+
+    Raises:
+        UserError: a path is a folder, device or pipe; the disk is full, or read-only.
     """
     targets = [Path(path) for path in (*parts, *marks)]
+    for path in targets:
+        _check_replaceable(path)
     with disk_errors(targets[0], "Nothing was written"), contextlib.ExitStack() as stack:
         temporaries = [stack.enter_context(_temporary(path)) for path in targets]
         yield temporaries
@@ -176,6 +181,20 @@ def atomic_writes(parts: Sequence[str | os.PathLike], marks: Sequence[str | os.P
                     path.unlink(missing_ok=True)
             for folder in {path.parent for _, path in some}:
                 _sync(folder)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise UserError unless the path is a regular file or does not exist. (A rename would replace
+    even /dev/null.)
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path}: a folder; pass a file name")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: a device or pipe, which cannot be replaced by a file; pass a file name")
 
 
 @contextlib.contextmanager

@@ -80,6 +80,8 @@ def make_plan(c: EstimateConfig):
     for name in ("ctx_len", "micro_bsz", "devices", "num_nodes", "accumulate_grad_batches", "lora_r", "ds_bucket_mb"):
         if getattr(c, name) < 1:
             raise UserError(f"--{name} must be at least 1; it is {getattr(c, name)}")
+    if c.micro_bsz >= 1 << 31:
+        raise UserError(f"--micro_bsz must be less than 2^31; it is {c.micro_bsz}")
     kind, sizes = version.named(c.version), None
     if c.load_model:
         tensors = checkpoint.read_tensors(c.load_model)

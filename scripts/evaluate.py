@@ -34,6 +34,7 @@ def main(config: EvaluateConfig) -> None:
         raise UserError(f"--run {config.run}: no {run_manifest.NAME} in this folder, so it is not the folder of a run")
     with tempfile.TemporaryDirectory(prefix="rwkv-evaluate-") as temporary:
         data = inputs.of_run(manifest, Path(config.run)) if manifest else inputs.of_files(config, Path(temporary))
+        models.check_vocabularies(wanted, data)
         results = [models.evaluate(config, one, data) for one in wanted]
     if data:
         context = f"windows of {config.ctx_len:,} tokens" if config.ctx_len else "whole documents"

@@ -30,6 +30,12 @@ def main(config: ExportConfig) -> None:
     for name in ("ctx_len", "max_shard_gb"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} must be greater than 0; it is {getattr(config, name):g}")
+    if not 0 <= config.check_tokens <= checkpoint.MAX_CHECKED:
+        raise UserError(
+            f"--check_tokens {config.check_tokens}: must be from 0 (only weights) to {checkpoint.MAX_CHECKED:,}"
+        )
+    if config.lora_alpha and not config.lora:
+        raise UserError("--lora_alpha needs an adapter: pass --lora, or omit --lora_alpha")
     output = Path(config.output)
     kind = export.format_of(config.output) if config.format == "auto" else config.format
     folder = kind in ("folder", *export_folder.FORMATS)
@@ -46,7 +52,7 @@ def main(config: ExportConfig) -> None:
         print(printable(f"check:    largest difference from {config.lora}: weights {difference:.2e}"))
         return
     source = export.open_source(base, config.lora, config.lora_alpha or None, config.state)
-    tokens = max(0, config.check_tokens)
+    tokens = config.check_tokens
     if folder:
         kind = export_folder.layout_of(kind, source)
     export.check_state(kind, source)

@@ -61,6 +61,10 @@ def main(config: MergeConfig) -> None:
 
     if not config.adapter or not config.output:
         raise UserError("--adapter and --output are required")
+    if not 0 <= config.check_tokens <= checkpoint.MAX_CHECKED:
+        raise UserError(
+            f"--check_tokens {config.check_tokens}: must be from 0 (no check) to {checkpoint.MAX_CHECKED:,}"
+        )
     checkpoint.check_output(config.output)
     if os.path.lexists(config.output) and not config.force:
         raise UserError(f"{config.output} already exists; pass --force to replace it, or choose another --output")
@@ -72,7 +76,7 @@ def main(config: MergeConfig) -> None:
         raise UserError("--use_gpu: torch sees no GPU; check nvidia-smi, or omit --use_gpu to merge on the CPU")
     device = "cuda" if config.use_gpu else "cpu"
     alpha = config.lora_alpha or None
-    merged = merge(config.output, adapters, weights, config.base, alpha, max(0, config.check_tokens), device)
+    merged = merge(config.output, adapters, weights, config.base, alpha, config.check_tokens, device)
     print(printable(f"merged: {config.output} ({', '.join(merged.dtypes)})"))
     if merged.difference is not None:
         print(

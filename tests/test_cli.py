@@ -134,6 +134,7 @@ def test_trailing_carriage_return_removed(capsys):
     [
         (["--n_layer", "two"], "--n_layer: expected an integer, such as 8 or 1000; got two"),
         (["--n_layer", "1e3"], "--n_layer: expected an integer"),
+        (["--ctx_len", "4611686018427387905"], "--ctx_len: expected an integer of at most 2^62"),
         (["--n_layer", ""], "--n_layer: expected an integer, such as 8 or 1000; got an empty value"),
         (["--lr_init", "1,5"], "--lr_init: expected a number, such as 0.01 or 1e-4; got 1,5"),
         (["--lr_init", "nan"], "--lr_init: expected a finite number"),

@@ -40,6 +40,23 @@ def test_interrupted_write_keeps_old_file(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to a pipe"])
+def test_only_files_are_replaced(tmp_path, kind):
+    """Renaming a file to /dev/null, as root, would break the system."""
+    path = tmp_path / "f"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(tmp_path / "pipe")
+        path = tmp_path / "pipe" if kind == "pipe" else path
+    if kind == "link to a pipe":
+        path.symlink_to("pipe")
+    before = path.lstat()
+    with pytest.raises(UserError, match="a folder; pass a file name|a device or pipe, which cannot be replaced"):
+        write_json(path, {})
+    assert os.path.samestat(path.lstat(), before)
+
+
 def test_files_written_together_marker_last(tmp_path, monkeypatch):
     for name in ("part", "gone", "mark"):
         (tmp_path / name).write_text("old")

@@ -56,6 +56,8 @@ class Dataset:
 
     def __init__(self, prefix: str | Path):
         index = index_path(prefix)
+        if index.name.removesuffix(".idx") in ("", ".", ".."):
+            raise UserError(f"{prefix}: not the prefix of a binidx; pass P for P.bin and P.idx")
         self.prefix = index.with_name(index.name.removesuffix(".idx"))
         data = Path(f"{self.prefix}.bin")
         for path in (index, data):

@@ -128,8 +128,12 @@ def exclusive(output_prefix: str | Path, prefixes: Sequence[str | Path]) -> Iter
     block runs.
 
     Raises:
-        UserError: another process is writing one of them.
+        UserError: another process is writing one of them, or the output prefix names no file.
     """
+    if not Path(output_prefix).name:
+        raise UserError(
+            f"--output-prefix {output_prefix}: not the beginning of a file name; pass one, such as out/mine"
+        )
     with contextlib.ExitStack() as stack:
         for prefix in dict.fromkeys(map(Path, [output_prefix, *prefixes])):
             stack.enter_context(

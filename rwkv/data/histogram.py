@@ -39,8 +39,8 @@ def draw(counts: np.ndarray, image: Path, title: str, ctx_len: int) -> None:
     Raises:
         UserError: the disk is full, or read-only.
     """
-    # 2^k is the left edge of bin k + 1
-    filled, place = np.flatnonzero(counts), float(np.log2(max(1, ctx_len)) + 0.5)
+    # 2^k is the left edge of bin k + 1; longer contexts than any document are at the right border
+    filled, place = np.flatnonzero(counts), min(float(np.log2(max(1, ctx_len)) + 0.5), BINS - 0.6)
     first, last = min(int(filled[0]), round(place)), max(int(filled[-1]), round(place))
     rows = np.arange(first, last + 1)
     figure, axes = plots.new()

@@ -8,11 +8,12 @@ import numpy as np
 
 from rwkv.config import ConvertConfig, EvaluateConfig
 from rwkv.data import provenance
-from rwkv.data.binidx import Dataset, document_prefix, index_path
+from rwkv.data.binidx import Dataset, document_prefix, index_path, mask_path
 from rwkv.data.convert import pipeline
 from rwkv.data.token_stream import Stream, split, split_pairs
 from rwkv.data.tokenizer import VOCAB_SIZE, HFTokenizer, WorldTokenizer
 from rwkv.errors import UserError
+from rwkv.files import fingerprint
 
 _MAX_VALUES = 200  # values of the field given as --by
 
@@ -35,6 +36,16 @@ def check(c: EvaluateConfig) -> None:
     if not 0 <= c.val_split < 1:
         raise UserError(f"--val_split must be at least 0 and less than 1; it is {c.val_split}")
     files = _parts(c.data_file)
+    for name in ("mask", "input_format"):
+        if getattr(c, name) != getattr(EvaluateConfig, name) and (
+            not files or any(index_path(path).exists() for path in files)
+        ):
+            raise UserError(
+                f"--{name} {getattr(c, name)} is for files that are converted, but a binidx has its own tokens and loss mask; omit it"
+            )
+    for name in ("include_path", "num_fewshot", "limit"):
+        if getattr(c, name) != getattr(EvaluateConfig, name) and not c.tasks:
+            raise UserError(f"--{name} {getattr(c, name)} is for --tasks: pass it too, or omit --{name}")
     if c.val_split and (not files or any(not index_path(path).exists() for path in files)):
         raise UserError("--val_split divides a binidx: pass the prefix of one as --data_file, or omit it")
     if c.by and (not files or any(index_path(path).exists() for path in files)):
@@ -54,13 +65,35 @@ def of_run(manifest: dict[str, Any], folder: Path) -> list[Input]:
     if not (flags.get("doc_training") or flags.get("doc_training_seq") or flags.get("doc_reset")):
         options["separator"] = -1
     if entry := manifest.get("validation"):
-        data = Dataset(entry["prefix"])
+        data = _of_manifest(entry, folder)
         return _rows(f"{folder}: {entry['prefix']}", data, None, **options)
     if share := flags.get("val_split"):
-        data = Dataset(manifest["data"]["prefix"])
+        data = _of_manifest(manifest["data"], folder)
         spans = _validation_part(data, share, flags["ctx_len"])
         return _rows(f"{folder}: --val_split {share:g}", data, spans, **options)
     raise UserError(f"{folder}: this run has no validation set (--val_split or --val_file); pass --data_file instead")
+
+
+def _of_manifest(entry: dict[str, Any], folder: Path) -> Dataset:
+    """The binidx that run.json describes; a copy in the run's folder may have been moved with it.
+
+    Raises:
+        UserError: it is missing, or has changed since the run.
+    """
+    prefix, beside = Path(entry["prefix"]), folder / Path(entry["prefix"]).name
+    if not index_path(prefix).exists() and index_path(beside).exists():
+        prefix = beside
+    data, mask = Dataset(prefix), mask_path(prefix)
+    known = {"sha256": f"{prefix}.bin", "index_sha256": f"{prefix}.idx", "mask_sha256": mask if mask.exists() else None}
+    for key, path in known.items():
+        # manifests of earlier versions lack some of the hashes
+        recorded = key in entry if key == "mask_sha256" else entry.get(key)
+        if recorded and entry[key] != (fingerprint(path) if path else None):
+            raise UserError(
+                f"{path or mask}: has changed since the run in {folder}, which validated on other tokens; restore it, or pass it as"
+                " --data_file to score it as it is now"
+            )
+    return data
 
 
 def of_files(c: EvaluateConfig, temporary: Path) -> list[Input]:

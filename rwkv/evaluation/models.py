@@ -8,6 +8,7 @@ import torch
 
 from rwkv import adapter_files, checkpoint
 from rwkv.config import EvaluateConfig
+from rwkv.data import provenance
 from rwkv.errors import UserError
 from rwkv.evaluation import harness
 from rwkv.evaluation.inputs import Input, decoder_of
@@ -47,6 +48,17 @@ def check(c: EvaluateConfig) -> list[Evaluated]:
     return [*found, *(Evaluated(f"+ {names[path]}", paths[0], path) for path in adapters)]
 
 
+def check_vocabularies(entries: Sequence[Evaluated], data: Sequence[Input]) -> None:
+    """Raise UserError if data was tokenised for another vocabulary than a model's."""
+    for path in dict.fromkeys(entry.model for entry in entries) if data else ():
+        vocab_size = checkpoint.sizes_of(checkpoint.read_tensors(path), path).vocab_size
+        for item in data:
+            try:
+                provenance.check_vocabulary(item.data, vocab_size, True)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from error
+
+
 def evaluate(c: EvaluateConfig, entry: Evaluated, data: Sequence[Input]) -> Evaluated:
     """Load the model of an entry, and fill in its results.
 
@@ -64,7 +76,7 @@ def evaluate(c: EvaluateConfig, entry: Evaluated, data: Sequence[Input]) -> Eval
         if not found.tokens:
             raise UserError(
                 f"{item.name}: no token contributes to the loss; check its loss mask with scripts/inspect_data.py,"
-                " or pass --mask none"
+                " or convert it with --mask none"
             )
         entry.scores[item.name] = found
     if c.tasks:

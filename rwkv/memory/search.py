@@ -47,11 +47,19 @@ def candidates(p: Plan, methods: Iterable[dict[str, Any]] = ({},)) -> Iterator[P
     for method in methods:
         plan = replace(p, **method)
         for grad_cp in (False, True):
-            for m in range(p.micro_bsz, 0, -1):
+            for m in _divisors(p.micro_bsz):
                 # accumulation needs all gradients, which release_grads frees
-                if p.micro_bsz % m == 0 and (m == p.micro_bsz or not plan.release_grads):
+                if m == p.micro_bsz or not plan.release_grads:
                     accumulate = p.accumulate * p.micro_bsz // m
                     yield replace(plan, grad_cp=grad_cp, micro_bsz=m, accumulate=accumulate)
+
+
+def _divisors(number: int) -> list[int]:
+    """The divisors of a number, the largest first; a loop over all smaller numbers takes minutes
+    for 10⁹.
+    """
+    small = [i for i in range(1, math.isqrt(number) + 1) if number % i == 0]
+    return sorted({*small, *(number // i for i in small)}, reverse=True)
 
 
 def changes(p: Plan) -> Iterator[tuple[str, Plan]]:

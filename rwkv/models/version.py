@@ -199,7 +199,8 @@ def detect(shapes: Shapes) -> tuple[Version, Sizes]:
     layers, reasons = layer_numbers(shapes), []
     for version in VERSIONS.values():
         try:
-            sizes = version.recognise(shapes, max(layers, default=-1) + 1)
+            # not the largest number, which may be any: a block may be missing, see below
+            sizes = version.recognise(shapes, len(layers))
         except ValueError as error:
             reasons.append(f"not an RWKV-{version.NAME} checkpoint ({error})")
             continue

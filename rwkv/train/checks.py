@@ -52,6 +52,8 @@ def check_numbers(c: TrainConfig) -> None:
             raise UserError(f"--{name} must be at least 0 and less than 1; it is {getattr(c, name)}")
     if not getattr(c, "lora_alpha", 1) > 0:
         raise UserError(f"--lora_alpha must be greater than 0; it is {getattr(c, 'lora_alpha', 0)}")
+    if c.micro_bsz >= 1 << 31:
+        raise UserError(f"--micro_bsz must be less than 2^31; it is {c.micro_bsz}")
     if c.random_seed >= 1 << 32:
         raise UserError(f"--random_seed must be less than 2^32, or -1 for a new one; it is {c.random_seed}")
 

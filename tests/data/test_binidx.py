@@ -63,6 +63,12 @@ def test_corrupt_file_error(tmp_path, damage, message):
         Dataset(tmp_path / "p")
 
 
+@pytest.mark.parametrize("prefix", ["/", ".", "..", "", ".idx"])
+def test_prefix_without_name(prefix):
+    with pytest.raises(UserError, match="not the prefix of a binidx"):
+        Dataset(prefix)
+
+
 def test_mask_is_not_a_file(tmp_path):
     with writer(tmp_path / "p") as out:
         out.add([1, 2, 3])

@@ -219,8 +219,9 @@ def test_histogram_png(tmp_path):
     lines = histogram.bars(counts).splitlines()
     assert len(lines) == 11
     assert lines[2].endswith("█" * 40)
-    histogram.draw(counts, tmp_path / "x.png", "x", 512)
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    for ctx_len in (512, 1 << 62):
+        histogram.draw(counts, tmp_path / "x.png", "x", ctx_len)
+        assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

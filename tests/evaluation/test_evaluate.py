@@ -5,6 +5,8 @@ import gzip
 import itertools
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -185,6 +187,43 @@ def test_base_and_adapter_on_the_validation_set_of_a_run(evaluated, folder):
     assert again["models"][0]["all"] == base
 
 
+@pytest.mark.parametrize("name", ["chat_text_document.bin", "chat_text_document.idx", "chat_text_mask.bin"])
+def test_data_of_a_run_changed_since(folder, tmp_path, monkeypatch, name):
+    """Another index selects other documents for validation, another mask other tokens."""
+    for path in folder.glob("chat_text*"):
+        shutil.copy(path, tmp_path)
+    manifest = json.loads((folder / "run/run.json").read_text())
+    manifest["data"]["prefix"] = "chat_text_document"
+    monkeypatch.chdir(tmp_path)
+    assert inputs.of_run(manifest, Path("run"))
+    changed = bytearray((tmp_path / name).read_bytes())
+    if name.endswith(".idx"):
+        (tmp_path / "other.jsonl").write_text('{"text": "' + "a" * 5000 + '"}\n')
+        pipeline.convert(ConvertConfig(input="other.jsonl", output_prefix="chat", workers=1, force=True))
+        shutil.copy(folder / "chat_text_document.bin", tmp_path)
+    else:
+        changed[0] ^= 1
+        (tmp_path / name).write_bytes(changed)
+    with pytest.raises(UserError, match="has changed since the run in run|the files do not match"):
+        inputs.of_run(manifest, Path("run"))
+
+
+def test_data_of_a_moved_run(folder, tmp_path):
+    """A run's converted copy of a .jsonl file is in its folder."""
+    for path in folder.glob("chat_text*"):
+        shutil.copy(path, tmp_path)
+    manifest = json.loads((folder / "run/run.json").read_text())
+    manifest["data"]["prefix"] = "/elsewhere/chat_text_document"
+    assert inputs.of_run(manifest, tmp_path)[0].data.prefix == tmp_path / "chat_text_document"
+
+
+def test_data_of_another_vocabulary(folder, make_base):
+    """All ids are valid, but other tokens of the model."""
+    config = EvaluateConfig(model=str(make_base(vocab_size=50277)), data_file=str(folder / "chat_text_document"))
+    with pytest.raises(UserError, match="was tokenised with .*, but the model has a vocabulary of 50,277"):
+        models.check_vocabularies(models.check(config), inputs.of_files(config, None))
+
+
 def test_preference_pairs(evaluated, folder, tmp_path):
     """Chosen and rejected answers are separate rows, also of the validation set of a run."""
     records = [{"prompt": f"Q{i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(20)]
@@ -236,6 +275,9 @@ def test_windows(evaluated, folder):
         ({"data_file": "a.jsonl", "lora": "base.pth"}, "base.pth: not a LoRA adapter"),
         ({"data_file": "nothing.txt"}, "nothing.txt: no such file, nor a binidx"),
         ({"data_file": "a.jsonl", "micro_bsz": 0}, "--micro_bsz must be at least 1"),
+        ({"data_file": "chat_text_document", "mask": "none"}, "--mask none is for files that are converted"),
+        ({"run": "run", "input_format": "txt"}, "--input_format txt is for files that are converted"),
+        ({"data_file": "a.jsonl", "limit": 5}, "--limit 5 is for --tasks"),
         ({"data_file": "a.jsonl", "output": "results"}, "--output results: pass the name of a .json file"),
     ],
 )

@@ -26,6 +26,16 @@ def test_largest_batch_and_context():
     assert search.largest(replace(plan, lora=False), limit, "micro_bsz") == 0
 
 
+@pytest.mark.parametrize("batch", [1, 12, 36, 97, (1 << 31) - 1])
+def test_candidates_divide_the_batch(batch):
+    plans = list(search.candidates(Plan(published("0.1b"), micro_bsz=batch)))
+    sizes = [plan.micro_bsz for plan in plans]
+    assert sizes == sorted(sizes[: len(sizes) // 2], reverse=True) * 2  # without, then with checkpointing
+    assert {plan.micro_bsz * plan.accumulate for plan in plans} == {batch}
+    if batch < 1000:
+        assert set(sizes) == {m for m in range(1, batch + 1) if batch % m == 0}
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_remedy_is_first_that_fits(gpu, method):

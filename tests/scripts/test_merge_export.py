@@ -97,6 +97,38 @@ def test_missing_base(tuned, tmp_path):
         main("merge_lora")(MergeConfig(adapter=str(adapter), output=str(tmp_path / "merged.pth")))
 
 
+@pytest.mark.parametrize("name", ["blocks.1.att.key.lora_A", "blocks.1.att.key", "blocks.0.ln1.bias", "rank"])
+def test_incomplete_adapter(tmp_path, make_model, name):
+    """Without the comparison of logits too, export does not merge a part of an adapter."""
+    model, adapter = make_model(), tmp_path / "adapter.pth"
+    save_model(tmp_path / "base.pth", model, {})
+    lora.inject(model, ["att", "ln"], 4, 8)
+    tensors = {key: tensor.detach() for key, tensor in lora.adapter_state(model, ["att", "ln"]).items()}
+    if name == "rank":
+        tensors["blocks.1.att.key.lora_B"] = tensors["blocks.1.att.key.lora_B"][:, :2]
+    else:
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(name)}
+    save_adapter(adapter, model, {"r": 4, "alpha": 8, "parts": ["att", "ln"]}, {}, tensors)
+    output, base = tmp_path / "m.pth", str(tmp_path / "base.pth")
+    with pytest.raises(UserError, match=rf"different ranks \(2, 4\)|missing: {name}"):
+        main("export")(ExportConfig(model=base, lora=str(adapter), output=str(output), check_tokens=0))
+    with pytest.raises(UserError, match=rf"different ranks \(2, 4\)|missing: {name}"):
+        main("merge_lora")(MergeConfig(base=base, adapter=str(adapter), output=str(output), check_tokens=0))
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("tokens", [-1, 1 << 40])
+def test_check_tokens_out_of_range(tuned, tmp_path, tokens):
+    """-1 is not silently "no check", and a large number does not exhaust the memory."""
+    base, adapter = tuned()
+    with pytest.raises(UserError, match=f"--check_tokens {tokens}: must be from 0"):
+        main("merge_lora")(MergeConfig(adapter=str(adapter), output=str(tmp_path / "m.pth"), check_tokens=tokens))
+    with pytest.raises(UserError, match=f"--check_tokens {tokens}: must be from 0"):
+        main("export")(ExportConfig(model=str(base), output=str(tmp_path / "m.pth"), check_tokens=tokens))
+    with pytest.raises(UserError, match="--lora_alpha needs an adapter"):
+        main("export")(ExportConfig(model=str(base), output=str(tmp_path / "m.pth"), lora_alpha=8))
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "model.ggml", "model.PTH"])
 def test_export_with_misleading_suffix(tuned, tmp_path, name):
     base, _ = tuned()

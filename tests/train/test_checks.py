@@ -23,6 +23,7 @@ INVALID_FLAGS = [
     ({"epoch_begin": 3}, "nothing to train"),
     ({"magic_prime": 7}, "the largest is 23"),
     ({"strategy": "deepspeed_stage_4"}, "not one of auto, ddp, .*did you mean deepspeed_stage_"),
+    ({"micro_bsz": 1 << 31}, r"--micro_bsz must be less than 2\^31"),
     ({"n_layer": -1}, "--n_layer must not be negative"),
     ({"beta1": 1.0}, "less than 1"),
     ({"my_pile_shift": -2}, "--my_pile_shift must be at least 0"),

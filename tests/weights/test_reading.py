@@ -337,8 +337,8 @@ def test_large_finite_values_accepted(tmp_path, make_model):
 
 def test_huge_layer_number_fails_fast(tmp_path, make_model):
     weights = {name: parameter.detach() for name, parameter in make_model().named_parameters()}
-    torch.save({**weights, "blocks.999999.ln1.weight": torch.zeros(16)}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match=r"block 2 is missing \(the last one is 999999\)"):
+    torch.save({**weights, "blocks.999999999.ln1.weight": torch.zeros(16)}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"block 2 is missing \(the last one is 999999999\)"):
         load_model(tmp_path / "x.pth")
     many = {f"blocks.{i}.ln1.weight": torch.zeros(1) for i in range(5000)}
     torch.save({**many, **weights}, tmp_path / "x.pth")

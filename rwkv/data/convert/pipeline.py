@@ -23,6 +23,7 @@ from rwkv.data.progress_bar import progress_bar
 from rwkv.data.tokenizer import HFTokenizer, WorldTokenizer, same_vocabulary
 from rwkv.errors import UserError
 
+_MAX_WORKERS = 1024  # more would exhaust memory and process ids
 _WORLD = "rwkv_vocab_v20230424.txt"
 
 
@@ -82,8 +83,9 @@ def find(config: ConvertConfig) -> sources.Found:
     """
     if not config.input.strip():
         raise UserError("--input is missing: one or more files, globs or folders, separated by commas")
-    if config.max_record_mb < 1:
-        raise UserError(f"--max_record_mb {config.max_record_mb}: must be at least 1")
+    for name, low, high in (("max_record_mb", 1, 1 << 30), ("workers", 0, _MAX_WORKERS)):
+        if not low <= (value := getattr(config, name)) <= high:
+            raise UserError(f"--{name} {value}: must be from {low} to {high:,}")
     found = sources.find(config.input, config.split_lines, config.split, config.encoding, config.input_format)
     if not found.sources:
         raise UserError(f"--input {config.input}: no such file")

@@ -30,8 +30,11 @@ def prefix(output_prefix: str, shard: tuple[int, int] | None) -> str:
 
 
 def keys(jsonl_keys: str) -> list[str]:
-    """The keys of a comma-separated list."""
-    return [key.strip() for key in jsonl_keys.split(",") if key.strip()]
+    """The different keys of a comma-separated list. Raises UserError if there are none."""
+    found = list(dict.fromkeys(key.strip() for key in jsonl_keys.split(",") if key.strip()))
+    if not found:
+        raise UserError("--jsonl-keys is empty: pass the key or column of the text, such as text, or omit the flag")
+    return found
 
 
 def manifest_path(shard_prefix: str) -> Path:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import struct
@@ -240,6 +241,29 @@ def test_nothing_to_convert(tmp_path):
     with pytest.raises(UserError, match="--input is missing"):
         run("", tmp_path / "out")
     assert names(tmp_path) == ["bad.jsonl", "empty.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"jsonl_keys": " ,"}, "--jsonl-keys is empty"),
+        ({"output_prefix": "/"}, "--output-prefix /: not the beginning of a file name"),
+        ({"output_prefix": "."}, "--output-prefix .: not the beginning of a file name"),
+        ({"workers": -1}, "--workers -1: must be from 0 to 1,024"),
+        ({"workers": 1 << 40}, "--workers 1099511627776: must be from 0 to 1,024"),
+        ({"max_record_mb": 1 << 62}, "--max_record_mb 4611686018427387904: must be from 1 to"),
+    ],
+)
+def test_flags_out_of_range(write_jsonl, tmp_path, flags, message):
+    source = write_jsonl({"text": "a"})
+    with pytest.raises(UserError, match=re.escape(message)):
+        convert(ConvertConfig(**{"input": str(source), "output_prefix": str(tmp_path / "out"), **flags}))
+    assert names(tmp_path) == ["text.jsonl"]
+
+
+def test_repeated_key_is_written_once(write_jsonl, tmp_path):
+    done = run(write_jsonl({"text": "a"}), tmp_path / "out", jsonl_keys="text,text")
+    assert done.pairs == [(str(tmp_path / "out_text_document"), 1, 2)]
 
 
 def test_ftfy(write_jsonl, tmp_path):
