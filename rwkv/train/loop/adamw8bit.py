@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rwkv import compat
 from rwkv.kernels import adamw
+from rwkv.train.loop.closure import evaluate
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -56,10 +57,7 @@ class AdamW8bit(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """As torch.optim.Optimizer.step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for group in self.param_groups:
             for p, name in zip(group["params"], group["names"], strict=True):
                 self._update(p, name, group)

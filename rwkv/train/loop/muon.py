@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rwkv.adapters import lora
 from rwkv.kernels import adamw
+from rwkv.train.loop.closure import evaluate
 
 MOMENTUM = 0.95  # μ
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -63,10 +64,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """As torch.optim.Optimizer.step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for group in self.param_groups:
             for p, name in zip(group["params"], group["names"], strict=True):
                 if p.grad is not None:
