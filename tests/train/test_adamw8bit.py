@@ -225,7 +225,7 @@ def test_resume_with_other_optimizer(train):
 
 
 def test_auto_picks_it_if_adam_does_not_fit(train, tmp_path, monkeypatch, capsys):
-    """It says so, and a resumed run keeps it, also where Adam would fit."""
+    """The choice is logged, and a resumed run keeps it, also where Adam would fit."""
     flags = {"optimizer": "auto", "auto": True, "micro_bsz": 1, "grad_clip": 0.0}
     sizes = checkpoint.sizes_of(train("base", max_steps=1)[1], "")
     c = TrainConfig(**{**RUN, **flags, "grad_cp": 1})

@@ -186,7 +186,7 @@ def test_errors(trained, tmp_path):
 
 
 def test_auto_quantises_if_nothing_else_fits(trained, tmp_path, monkeypatch, capsys):
-    """It says so, does not override --lora_base, and a resumed run keeps what was chosen."""
+    """The choice is logged, does not override --lora_base, and a resumed run keeps it."""
     flags = {**TUNED, **trained, "micro_bsz": 1, "grad_cp": 1, "epoch_steps": 4, "epoch_count": 1, "auto": True}
     c = LoRAConfig(**flags, proj_dir=str(tmp_path / "run"))
     sizes = checkpoint.sizes_of(checkpoint.read_tensors(c.load_model), c.load_model)
