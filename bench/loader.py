@@ -23,7 +23,7 @@ from rwkv.data.binidx import Dataset
 from rwkv.data.binidx_writer import writer
 from rwkv.data.dataset import Contexts, Documents
 from rwkv.data.token_stream import Stream
-from rwkv.memory import estimate
+from rwkv.memory.parts import total
 from rwkv.models.version import DEFAULT
 
 SECONDS = 2.0  # per kind of sampling
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--peak_tflops", type=float, default=989.0)
     c = parser.parse_args()
     gpu = torch.cuda.is_available()
-    required = {name: c.peak_tflops * 1e12 / (6 * estimate.total(sizes)) for name, sizes in DEFAULT.PUBLISHED.items()}
+    required = {name: c.peak_tflops * 1e12 / (6 * total(sizes)) for name, sizes in DEFAULT.PUBLISHED.items()}
     with tempfile.TemporaryDirectory() as folder:
         stream = make_stream(Path(folder) / "data", c.tokens)
         common = {"stream": stream, "ctx_len": c.ctx_len, "samples": 1 << 30}

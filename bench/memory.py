@@ -27,7 +27,7 @@ from rwkv.adapters import lora, state
 from rwkv.config import DPOConfig, TrainConfig
 from rwkv.kernels import quant
 from rwkv.memory import estimate, machine
-from rwkv.memory.settings import Plan
+from rwkv.memory.plan import Plan
 from rwkv.models import RWKV
 from rwkv.models.version import named, published
 from rwkv.train.loop import optimizer

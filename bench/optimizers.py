@@ -4,10 +4,10 @@
         [--kinds adam,adamw8bit,nearest,full,muon,muon-low-rank] [--rates 1e-3,2e-3]
 
 RWKV-7, trained from scratch on the demo's documents (docstrings of Python's standard library),
-bytes as tokens, matmuls in bf16. Of each seed all optimizers see the same initial weights and
-batches: 8 windows of 64 bytes at random places. Learning rate 2e-3, warm-up of 50 steps, then a
-cosine to a hundredth; weight decay 0.1; gradients clipped to norm 1. Each run is a process of its
-own with one thread.
+bytes as tokens, matmuls in bf16. For each seed, all optimizers get the same initial weights and
+batches: 8 windows of 64 bytes at random positions. Learning rate 2e-3, warm-up of 50 steps, then
+cosine decay to a hundredth; weight decay 0.1; gradients clipped to norm 1. Each run is a separate
+process with one thread.
 
 - adam: fp32 weights and moments
 - adamw8bit: bf16 matrices, stochastic rounding, 8-bit moments
@@ -16,9 +16,9 @@ own with one thread.
 - muon: Muon for the linear layers of the blocks, AdamW for the rest, both in fp32
 - muon-low-rank: as muon, and Muon also for the low-rank matrices of the time-mix
 
-The table has the mean training loss of the last tenth of the steps, in nats per byte, the loss on
-1024 windows after the last step, each with its difference from the first row of the seed; and CPU
-time per step.
+The table has the mean training loss of the last tenth of the steps, in nats per byte, and the loss
+on 1024 windows after the last step, each with its difference from the first row of the seed; and
+the CPU time per step.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def windows(text: torch.Tensor, generator: torch.Generator, count: int) -> tuple
 
 
 def train(kind: str, peak: float, seed: int, steps: int, layers: int, width: int) -> list[float]:
-    """The loss of every step, after them that on other windows, and CPU seconds per step."""
+    """The loss of every step, the loss on other windows at the end, and CPU seconds per step."""
     cpu.prepare()
     assert load.why_unavailable() is None, load.why_unavailable()
     torch.set_num_threads(1)

@@ -24,7 +24,7 @@ from matplotlib import pyplot as plt
 from memory import Step
 
 from rwkv.memory import machine
-from rwkv.memory.settings import Plan
+from rwkv.memory.plan import Plan
 from rwkv.models.v4 import Sizes
 from rwkv.train.runtime import cpu
 

@@ -25,7 +25,7 @@ COLUMNS = (
 def main(config: EstimateConfig) -> None:
     from rwkv.cards import memory_of_card
     from rwkv.memory import card as cards
-    from rwkv.memory import estimate, search
+    from rwkv.memory import estimate, parts, search
     from rwkv.models import version
 
     check(config)
@@ -43,7 +43,7 @@ def main(config: EstimateConfig) -> None:
     else:
         s = plan.sizes
         print(
-            f"L{s.n_layer} D{s.n_embd} V{s.vocab_size}, {estimate.total(s) / 1e6:,.0f} million parameters, {estimate.trained(plan) / 1e6:,.2f} million trained\n"
+            f"L{s.n_layer} D{s.n_embd} V{s.vocab_size}, {parts.total(s) / 1e6:,.0f} million parameters, {parts.trained(plan) / 1e6:,.2f} million trained\n"
         )
         print(search.format_estimate(plan, found, card))
 

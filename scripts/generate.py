@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rwkv.models import RWKV
     from rwkv.sampling import Sampling
 
-_CACHE = 256 << 20  # bytes for states after beginnings that prompts share
+_CACHE = 256 << 20  # bytes for the states after prefixes that prompts share
 
 
 def main(config: GenerateConfig) -> None:

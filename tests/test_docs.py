@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
@@ -174,36 +173,62 @@ def test_faq_quotes_real_messages(page):
         assert part in source or any(part.startswith(known) for known in foreign), part
 
 
-def test_guide_commands_run(script, tmp_path):
-    (tmp_path / "data").mkdir()
-    shutil.copy(ROOT / "data/example.jsonl", tmp_path / "data")
-    (tmp_path / "out").mkdir()
-    ran = set()
-    for words in commands(read("docs/guide.md")):
-        name, flags = job(words) or (words[1], [])
-        if name in ("convert", "inspect", "estimate"):
-            script(next((key for key, value in SCRIPTS.items() if value == name), name) + ".py", *flags)
-            ran.add(name)
-    assert ran == {"convert", "inspect", "estimate"}
-    assert (tmp_path / "out/example_text_mask.bin").stat().st_size > 0
+# commands that other tests run, as they need a network, a cluster, several processes or a browser
+ELSEWHERE = {
+    "model": "tests/hub",
+    "ray": "tests/data/convert/test_ray_pool.py",
+    "serve": "tests/serve",
+    "--tasks": "tests/evaluation",
+    "--ray": "tests/data/convert/test_ray_pool.py",
+    "--devices": "tests/train/test_strategies.py",
+}
+PRINTED = {  # by page and job
+    ("preference-tuning.md", "inspect"): "pairs:      16, with answers of",
+    ("preference-tuning.md", "dpo"): "done:  loss 0.693 (first step)",
+}
+RUN = [page for page in PAGES if "zh" not in page_id(page) and "decisions" not in page.parts and page.stem != "results"]
 
 
-def test_preference_tuning_commands_run(script, make_model, tmp_path):
-    """All of them, with a small model instead of the demo's."""
-    (tmp_path / "data").mkdir()
-    shutil.copy(ROOT / "data/preferences.jsonl", tmp_path / "data")
-    (tmp_path / "out/demo").mkdir(parents=True)
-    checkpoint.save_model(tmp_path / "out/demo/tuned.pth", make_model(version="7", vocab_size=65536, n_embd=32), {})
-    ran = []
-    for words in commands(read("docs/preference-tuning.md")):
+def shortened(name: str, flags: list[str]) -> list[str]:
+    """The flags of a job with four generated tokens, or two training steps on the CPU (DPO, whose
+    metrics are checked: all steps).
+    """
+    changed = {}
+    if name in ("lora", "state", "dpo", "finetune", "pretrain"):
+        changed = {"--accelerator": "cpu", "--precision": "fp32"} | ({"--epoch_steps": "2"} if name != "dpo" else {})
+    if name == "generate":
+        changed = {"--max_tokens": "4"}
+    for flag, value in changed.items():
+        if flag in flags:
+            flags = [*flags[: flags.index(flag)], *flags[flags.index(flag) + 2 :]]
+        flags = [*flags, flag, value]
+    return flags
+
+
+@pytest.mark.parametrize("page", RUN, ids=page_id)
+def test_commands_run(page, script, make_model, tmp_path):
+    """In the order of the page, shortened, with small models instead of the demo's and the
+    published ones.
+    """
+    for name in ("data", "recipes"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    model = make_model(version="7", vocab_size=65536, n_embd=64, head_size=64)
+    for name in ("out/demo/base/rwkv-0.pth", "out/demo/tuned.pth", "models/rwkv7-g1-0.4b.pth"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.save_model(tmp_path / name, model, {})
+    adapter = "--load_model out/demo/base/rwkv-0.pth --data_file data/example.jsonl --ctx_len 64 --micro_bsz 2"
+    adapter += " --proj_dir out/demo/lora --epoch_count 1"
+    if "out/demo/lora" in page.read_text(encoding="utf-8"):
+        script("lora.py", *shortened("lora", adapter.split()))
+    for words in commands(page.read_text(encoding="utf-8")):
         name, flags = job(words) or (words[1], [])
-        flags += ["--accelerator", "cpu", "--precision", "fp32"] if name == "dpo" else []
-        result = script(next((key for key, value in SCRIPTS.items() if value == name), name) + ".py", *flags)
-        ran.append(name)
-        if name == "inspect":
-            assert "pairs:      16, with answers of" in result.stdout
-        if name == "dpo":
-            assert "done:  loss 0.693 (first step)" in result.stdout
-    assert ran == ["convert", "inspect", "dpo", "generate", "estimate"]
-    lines = (tmp_path / "out/dpo/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert json.loads(lines[-1])["reward_margin"] > json.loads(lines[0])["reward_margin"]
+        if name not in CONFIGS or {name, *flags} & ELSEWHERE.keys():
+            continue
+        path = next((key for key, value in SCRIPTS.items() if value == name), name) + ".py"
+        printed = script(path, *shortened(name, flags)).stdout
+        assert PRINTED.get((page.name, name), "") in printed
+    if page.name == "guide.md":
+        assert (tmp_path / "out/example_text_mask.bin").stat().st_size > 0
+    if page.name == "preference-tuning.md":
+        lines = (tmp_path / "out/dpo/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        assert json.loads(lines[-1])["reward_margin"] > json.loads(lines[0])["reward_margin"]

@@ -13,8 +13,9 @@ from rwkv.cli import parse
 from rwkv.config import DPOConfig, FinetuneConfig, LoRAConfig, StateConfig, TrainConfig
 from rwkv.data.binidx_writer import writer
 from rwkv.hub import known
+from rwkv.memory.auto import USABLE
 from rwkv.memory.estimate import estimate
-from rwkv.memory.plan import USABLE, plan_of
+from rwkv.memory.plan import plan_of
 from rwkv.train.callbacks import metrics
 from rwkv.train.fit import fit
 from tests import preference_pairs

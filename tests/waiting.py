@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-LIMIT = 300  # seconds; only what hangs takes so long, also on a loaded machine of a quarter of the speed
+LIMIT = 300  # seconds; enough for a loaded machine at a quarter of the speed
 
 
 def wait_until(condition: Callable[[], Any], process=None) -> Any:

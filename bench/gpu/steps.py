@@ -30,8 +30,8 @@ from rwkv.adapters import lora
 from rwkv.config import TrainConfig
 from rwkv.kernels.head_loss import head_loss
 from rwkv.memory import estimate
-from rwkv.memory.estimate import matrices
-from rwkv.memory.settings import Plan
+from rwkv.memory.parts import matrices
+from rwkv.memory.plan import Plan
 from rwkv.models import RWKV
 from rwkv.models.version import named, published
 from rwkv.train.loop import optimizer

@@ -16,8 +16,8 @@ class FetchConfig:
     """Folder for the model. If it is already there, nothing is downloaded and no network is
     needed."""
     newest: bool = False
-    """Ask the hub also if the model is here: fetch a newer file, or compare the SHA-256 of the one
-    here. Older files stay, as adapters depend on them."""
+    """Ask the hub even if the model is already here: fetch a newer file, or compare the SHA-256 of
+    the local one. Older files stay, as adapters depend on them."""
     revision: str = ""
     """Branch, tag or commit of the repository. Omitted: the newest."""
     force: bool = False

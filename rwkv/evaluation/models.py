@@ -35,8 +35,7 @@ def check(c: EvaluateConfig) -> list[Evaluated]:
     for name, minimum in (("micro_bsz", 1), ("ctx_len", 0), ("limit", 0), ("num_fewshot", -1)):
         if getattr(c, name) < minimum:
             raise UserError(f"--{name} must be at least {minimum}; it is {getattr(c, name)}")
-    if c.accelerator == "gpu" and not machine.use_gpu("gpu"):
-        raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or use --accelerator cpu")
+    machine.check_accelerator(c.accelerator)
     if c.output and (Path(c.output).suffix != ".json" or os.path.isdir(c.output)):
         raise UserError(f"--output {c.output}: pass the name of a .json file")
     for path in paths:

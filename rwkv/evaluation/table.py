@@ -1,10 +1,10 @@
 """Results as tables for a terminal."""
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rwkv.columns import columns
 from rwkv.evaluation.scores import Score
 
 
@@ -69,7 +69,7 @@ def losses(results: Sequence[Evaluated]) -> str:
                     f"{score.loss - scores[0].loss:+.4f}" if i else "",
                 ]
             )
-    return columns(rows if len(results) > 1 else [row[:-1] for row in rows], left=2)
+    return columns(rows if len(results) > 1 else [row[:-1] for row in rows], left={0, 1})
 
 
 def tasks(results: Sequence[Evaluated]) -> str:
@@ -81,22 +81,4 @@ def tasks(results: Sequence[Evaluated]) -> str:
             value, error = result.tasks[task, metric]
             cells.append(f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}"))
         rows.append([task, metric, *cells])
-    return columns(rows, left=2)
-
-
-def columns(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Align rows; the first `left` columns to the left, the others to the right."""
-    widths = [max(_width(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell + " " * (width - _width(cell)) if i < left else " " * (width - _width(cell)) + cell
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _width(text: str) -> int:
-    """Columns of a text in a terminal: two for wide characters."""
-    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+    return columns(rows, left={0, 1})

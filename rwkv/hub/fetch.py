@@ -28,7 +28,7 @@ def fetch(config: FetchConfig) -> Path:
         UserError: unknown model, no network, not enough disk space, wrong SHA-256 (see
             rwkv.hub.remote).
     """
-    wanted, folder = known.wanted(config.model, config.revision), Path(config.output)
+    wanted, folder = known.source_of(config.model, config.revision), Path(config.output)
     if not (config.newest or config.force) and (path := _local(wanted, folder)):
         how = (
             "" if _source(path) else "; not verified, as no manifest says where it is from (--newest true compares it)"
@@ -49,7 +49,7 @@ def fetch(config: FetchConfig) -> Path:
     return _linked(target, wanted)
 
 
-def _local(wanted: known.Wanted, folder: Path) -> Path | None:
+def _local(wanted: known.Source, folder: Path) -> Path | None:
     """The newest complete file in the folder that matches, unless it is from another repository or
     revision.
     """
@@ -133,7 +133,7 @@ def _record(found: remote.Repository, file: remote.RemoteFile, target: Path) -> 
     write_json(manifest.path_of(target), {**described, "source": {**source, **verified}})
 
 
-def _linked(path: Path, wanted: known.Wanted) -> Path:
+def _linked(path: Path, wanted: known.Source) -> Path:
     """Link the file and its manifest under the model's name; returns the link. If the file system
     has no links, the file itself.
     """

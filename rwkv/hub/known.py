@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from urllib.parse import unquote, urlsplit
 
+from rwkv.columns import columns
 from rwkv.errors import UserError
-from rwkv.memory.estimate import estimate, total
-from rwkv.memory.settings import Plan
+from rwkv.memory.estimate import estimate
+from rwkv.memory.parts import total
+from rwkv.memory.plan import Plan
 from rwkv.models import Sizes
 from rwkv.models.version import VERSIONS
 
@@ -76,7 +78,7 @@ def models() -> Iterator[tuple[str, Family, Sizes]]:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Source:
     """What to fetch.
 
     Attributes:
@@ -120,7 +122,7 @@ def _date(name: str) -> str:
     return dates[-1] if dates else ""
 
 
-def wanted(words: str, revision: str = "") -> Wanted:
+def source_of(words: str, revision: str = "") -> Source:
     """What a user's words refer to: a known model (rwkv7-g1-0.1b), a file name of an official
     repository or its beginning, owner/repo, owner/repo/file, or the file's page on the hub.
 
@@ -131,7 +133,7 @@ def wanted(words: str, revision: str = "") -> Wanted:
     for name, family, _ in models():
         if given.lower().removesuffix(".pth") == name:
             label = re.escape(family.sizes[name.removeprefix(f"{family.name}-")])
-            return Wanted(given, family.repo, revision, re.compile(family.files.format(label)), f"{name}.pth")
+            return Source(given, family.repo, revision, re.compile(family.files.format(label)), f"{name}.pth")
     if re.match("https?://", given):
         repo, _, rest = unquote(urlsplit(given).path).strip("/").partition("/blob/")
         repo, rest = (repo, rest) if rest else repo.partition("/resolve/")[::2]
@@ -143,14 +145,14 @@ def wanted(words: str, revision: str = "") -> Wanted:
         size_unknown = given.lower().startswith(f"{family.name}-") and not _date(given)
         if given.lower().startswith(family.begin.lower()) and not size_unknown:
             pattern = re.escape(given) if given.endswith(SUFFIXES) else rf"{re.escape(given)}(?![\w.])[^/]*\.pth"
-            return Wanted(given, family.repo, revision, re.compile(pattern, re.IGNORECASE))
+            return Source(given, family.repo, revision, re.compile(pattern, re.IGNORECASE))
     names = [name for name, _, _ in models()]
     near = difflib.get_close_matches(given.lower(), names, 1, 0.6)
     hint = f"did you mean {near[0]}? Known: " if near else "known are "
     raise UserError(f"--model {given}: unknown model; {hint}{', '.join(names)}; or pass owner/repo/file of the hub")
 
 
-def _in_repository(words: str, path: str, revision: str) -> Wanted:
+def _in_repository(words: str, path: str, revision: str) -> Source:
     owner, _, rest = path.partition("/")
     name, _, file = rest.partition("/")
     if not re.fullmatch(r"\w[\w.-]*", owner) or not re.fullmatch(r"\w[\w.-]*", name):
@@ -158,7 +160,7 @@ def _in_repository(words: str, path: str, revision: str) -> Wanted:
             f"--model {words}: expected owner/repo or owner/repo/file, as on the hub; is this a local file?"
         )
     pattern = re.escape(file) if file else rf".*({'|'.join(map(re.escape, SUFFIXES))})"
-    return Wanted(words, f"{owner}/{name}", revision, re.compile(pattern), several=False)
+    return Source(words, f"{owner}/{name}", revision, re.compile(pattern), several=False)
 
 
 def table() -> str:
@@ -171,10 +173,4 @@ def table() -> str:
         memory = [f"{estimate(p).total / 1e9:.1f}" for p in (plan, replace(plan, lora=False))]
         count = total(sizes)
         rows.append([name, family.version, f"{count / 1e9:.2f}b", f"{count * 2 / 1e9:.1f}", *memory, family.repo])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = (0, len(widths) - 1)  # text; the others are numbers
-    cells = [
-        [x.ljust(w) if i in left else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))]
-        for row in rows
-    ]
-    return "\n".join("  ".join(row).rstrip() for row in cells)
+    return columns(rows, left={0, len(rows[0]) - 1})

@@ -5,8 +5,8 @@ from typing import Any
 
 from rwkv.adapters import state
 from rwkv.memory.estimate import GB
+from rwkv.memory.plan import Plan
 from rwkv.memory.search import largest
-from rwkv.memory.settings import Plan
 from rwkv.models.version import VERSIONS, Version, published
 
 METHODS: dict[str, dict[str, Any]] = {

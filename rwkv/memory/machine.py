@@ -7,6 +7,8 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from rwkv.errors import UserError
+
 _UNLIMITED = 1 << 62  # bytes; more than any limit
 
 
@@ -15,6 +17,12 @@ def use_gpu(accelerator: str) -> bool:
     import torch
 
     return accelerator != "cpu" and torch.cuda.is_available()
+
+
+def check_accelerator(accelerator: str) -> None:
+    """Raises UserError for --accelerator gpu on a machine without one."""
+    if accelerator == "gpu" and not use_gpu(accelerator):
+        raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or use --accelerator cpu")
 
 
 def memory_of(gpu: bool, devices: int = 1) -> int:

@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from rwkv.memory.estimate import GB, estimate
+from rwkv.memory.plan import Plan
 from rwkv.memory.result import Estimate
-from rwkv.memory.settings import Plan
 from rwkv.models import Sizes
 from rwkv.models.version import DEFAULT, VERSIONS, Version, published
 

@@ -51,9 +51,8 @@ def device_and_dtype(path: str, accelerator: str, dtype: str) -> tuple[str, torc
     Raises:
         UserError: there is no such device, or it does not support the dtype.
     """
+    machine.check_accelerator(accelerator)
     gpu = machine.use_gpu(accelerator)
-    if accelerator == "gpu" and not gpu:
-        raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or use --accelerator cpu")
     stored = checkpoint.read_tensors(path).get("head.weight", torch.empty(0)).dtype
     return "cuda" if gpu else "cpu", matrices_dtype(dtype, stored, gpu)
 

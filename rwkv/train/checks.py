@@ -100,8 +100,7 @@ def check(c: TrainConfig) -> None:
     # strategy anyway
     if c.my_pile_stage == 1:
         return
-    if c.accelerator == "gpu" and not machine.use_gpu("gpu"):
-        raise UserError("--accelerator gpu: torch sees no GPU; check nvidia-smi, or omit the flag to train on the CPU")
+    machine.check_accelerator(c.accelerator)
     if c.precision == "fp16" and not machine.use_gpu(c.accelerator):
         raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     strategy.check(c)

@@ -17,8 +17,7 @@ from rwkv.data.convert import char_level
 from rwkv.data.dataset import Samples, ValidationSamples
 from rwkv.data.decoding import vocabulary_of
 from rwkv.files import sha256
-from rwkv.memory import machine
-from rwkv.memory import plan as planning
+from rwkv.memory import auto, machine
 from rwkv.models import RWKV
 from rwkv.train import checks, data_source, report, resume_or_start, samples, setup, stages
 from rwkv.train.callbacks import best as bests
@@ -122,9 +121,9 @@ def _open(run: Run, model: RWKV) -> _Data:
 
 def _report_start(run: Run, model: RWKV, data: _Data, monitor: MemoryMonitor) -> None:
     report.start(run.flags, model, data.tokens, data.training, data.validation_samples)
-    if (limit := planning.available(run.plan)) and monitor.expected() > limit:
+    if (limit := auto.available(run.plan)) and monitor.expected() > limit:
         say(
-            f"memory: {monitor.expected() / 1e9:.2f} GB per device predicted, but only {limit / 1e9:.2f} GB usable. {planning.advice(run.plan, limit)}"
+            f"memory: {monitor.expected() / 1e9:.2f} GB per device predicted, but only {limit / 1e9:.2f} GB usable. {auto.advice(run.plan, limit)}"
         )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
-from rwkv.memory import estimate, machine, plan
+from rwkv.memory import auto, estimate, machine
+from rwkv.memory.plan import plan_of
 from rwkv.models import Sizes
 from rwkv.models.version import version_of
 from rwkv.train import resume_or_start, setup, stages
@@ -82,7 +83,7 @@ def _auto(c: TrainConfig, sizes: Sizes, on_gpu: bool, before: dict[str, Any] | N
     quantise = isinstance(c, LoRAConfig) and c.lora and c.lora_base == "auto" and bool(c.load_model) and not before
     if isinstance(c, LoRAConfig) and c.lora_base == "auto" and before and before["flags"].get("auto"):
         c = dataclasses.replace(c, lora_base=before["flags"].get("lora_base", "auto"))
-    c, chosen = plan.choose(c, plan.plan_of(c, sizes, on_gpu, c.precision), _usable, quantise)
+    c, chosen = auto.choose(c, plan_of(c, sizes, on_gpu, c.precision), _usable, quantise)
     say(f"auto:  {chosen}")
     return c
 
@@ -91,8 +92,8 @@ def _with_cuda_graph(c: TrainConfig, sizes: Sizes, on_gpu: bool) -> TrainConfig:
     """Set cuda_graph if it is automatic: on if possible, and if its memory fits."""
     resolved = dataclasses.replace(c, cuda_graph=cuda_graph.resolve(c, on_gpu))
     if c.cuda_graph == "auto" and resolved.cuda_graph == "on":
-        planned = plan.plan_of(resolved, sizes, on_gpu, c.precision)
-        if 0 < plan.available(planned) < estimate.estimate(planned).total:
+        planned = plan_of(resolved, sizes, on_gpu, c.precision)
+        if 0 < auto.available(planned) < estimate.estimate(planned).total:
             return dataclasses.replace(c, cuda_graph="off")
     return resolved
 

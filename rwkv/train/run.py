@@ -7,11 +7,12 @@ from typing import Any
 
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.files import sha256
-from rwkv.memory import plan
-from rwkv.memory.settings import Plan
+from rwkv.memory.plan import Plan, plan_of
 from rwkv.models import Sizes
 
 NEW_BASE = "rwkv-base.pth"  # in the folder of a LoRA run: the base model, if the run created it
+# the flags that --my_pile_stage 2, 3 and 4 set (rwkv.train.stages)
+STAGE_FLAGS = ("load_model", "epoch_begin", "warmup_steps", "magic_prime", "epoch_steps", "epoch_count")
 
 
 @dataclass(frozen=True)
@@ -58,4 +59,4 @@ class Run:
     @cached_property
     def plan(self) -> Plan:
         """The memory plan."""
-        return plan.plan_of(self.flags, self.sizes, self.on_gpu, self.flags.precision)
+        return plan_of(self.flags, self.sizes, self.on_gpu, self.flags.precision)

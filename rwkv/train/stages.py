@@ -22,12 +22,11 @@ from rwkv.models import RWKV
 from rwkv.train import folder as folders
 from rwkv.train.console import say
 from rwkv.train.resume import run_manifest, state_files
-from rwkv.train.run import Run
+from rwkv.train.run import STAGE_FLAGS, Run
 from rwkv.train.runtime.lightning import rank_zero_only
 from rwkv.train.setup import create, seed_generators
 
 EPOCH = 40320  # samples; 8!, so divisible by most batch sizes
-_FLAGS_SET = ("load_model", "epoch_begin", "warmup_steps", "magic_prime", "epoch_steps", "epoch_count")
 
 
 def apply(c: TrainConfig) -> TrainConfig:
@@ -53,7 +52,7 @@ def apply(c: TrainConfig) -> TrainConfig:
         lost = "" if state_files.states(folder) else folders.describe_loss_of_states(folder, previous)
         if not lost:
             return dataclasses.replace(
-                c, **{name: previous["flags"][name] for name in _FLAGS_SET if name in previous["flags"]}
+                c, **{name: previous["flags"][name] for name in STAGE_FLAGS if name in previous["flags"]}
             )
         say(f"{folder} contains {lost}: the run continues from its newest checkpoint, with a new optimizer")
     batch, size = c.world_size * c.micro_bsz, len(Dataset(c.data_file).tokens) - max(0, c.my_pile_shift)
@@ -83,7 +82,7 @@ def apply(c: TrainConfig) -> TrainConfig:
         )
     warmup = c.warmup_steps if c.warmup_steps >= 0 or number < 0 else 10 if c.my_pile_stage == 2 else 30
     values = (str(weights), number + 1, warmup, 0 if c.my_pile_stage == 4 else prime, EPOCH // batch, prime // EPOCH)
-    changes: dict[str, Any] = dict(zip(_FLAGS_SET, values, strict=True))
+    changes: dict[str, Any] = dict(zip(STAGE_FLAGS, values, strict=True))
     return dataclasses.replace(c, **changes)
 
 

@@ -139,7 +139,7 @@ def hub(checkpoints, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def retries_at_once(monkeypatch):
+def immediate_retries(monkeypatch):
     """huggingface_hub retries without pauses, and writes chunks of 1000 bytes instead of 10 MB."""
     from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _http
@@ -214,7 +214,7 @@ def test_newer_file_on_request(hub, checkpoints):
     assert len(hub.downloads()) == downloads
 
 
-def test_interrupted_download_resumes(hub, checkpoints, retries_at_once, tmp_path):
+def test_interrupted_download_resumes(hub, checkpoints, immediate_retries, tmp_path):
     hub.cut = 10_000
     with pytest.raises(UserError, match="run the same command again to continue the download") as error:
         get("rwkv7-g1-0.1b")
@@ -257,7 +257,7 @@ def test_disk_full_keeps_the_beginning(hub, monkeypatch, tmp_path):
     assert [p.stat().st_size for p in (tmp_path / "models").iterdir()] == [100]
 
 
-def test_ctrl_c_says_how_to_continue(hub, monkeypatch, capsys):
+def test_ctrl_c_reports_how_to_resume(hub, monkeypatch, capsys):
     from huggingface_hub import file_download
 
     def stopped(*_, **__):

@@ -9,7 +9,7 @@ from rwkv.config import EstimateConfig
 from rwkv.errors import UserError
 from rwkv.memory import card
 from rwkv.memory.estimate import GB, estimate
-from rwkv.memory.settings import Plan
+from rwkv.memory.plan import Plan
 from rwkv.models.version import VERSIONS, published
 from scripts import estimate as estimate_script
 

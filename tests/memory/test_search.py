@@ -9,7 +9,7 @@ import pytest
 from rwkv.memory import estimate as memory
 from rwkv.memory import search
 from rwkv.memory.estimate import estimate
-from rwkv.memory.settings import Plan
+from rwkv.memory.plan import Plan
 from rwkv.models.version import published
 
 

@@ -127,7 +127,9 @@ def test_upstream_training_command(name, paths, tmp_path):
             assert getattr(config, field) == type(getattr(config, field))(value), word
     config = replace(config, **SIZES, devices=1, max_steps=1, random_seed=1, ctx_len=min(config.ctx_len, SHORT))
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="--accelerator gpu: torch sees no GPU; check nvidia-smi, or omit the flag"):
+        with pytest.raises(
+            UserError, match="--accelerator gpu: torch sees no GPU; check nvidia-smi, or use --accelerator cpu"
+        ):
             fit(config)
         config = replace(config, accelerator="auto")
     reason = None

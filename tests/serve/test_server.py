@@ -98,7 +98,7 @@ def test_load(loaded):
             return answers
 
         async def everyone():
-            # each coroutine has a connection of its own while it waits
+            # each coroutine has its own connection while it waits
             async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as own:
                 return await asyncio.gather(*(client(own, number) for number in range(64)))
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import textwrap
 from dataclasses import replace
 
 import pytest
@@ -13,8 +12,9 @@ from rwkv.checkpoint import load_model, read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.kernels import adamw
-from rwkv.memory import machine, plan
+from rwkv.memory import auto, machine
 from rwkv.memory.estimate import estimate
+from rwkv.memory.plan import plan_of
 from rwkv.memory.zero import DDP
 from rwkv.train.fit import fit
 from rwkv.train.loop import adamw8bit, cuda_graph, optimizer
@@ -172,45 +172,10 @@ def test_runs_without_compiled_kernels(train, monkeypatch):
     assert same(weights, expected[1])
 
 
-RANKS = """
-    import os, sys, torch, torch.distributed as dist
-    sys.path.insert(0, {root!r})
-    from rwkv.config import TrainConfig
-    from rwkv.models import RWKV
-    from rwkv.models.v7 import Sizes
-    from rwkv.train.loop import optimizer
-    from rwkv.train.runtime import strategy
-    dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=2)
-    torch.manual_seed(dist.get_rank())
-    model = RWKV(Sizes(2, 64, 70, head_size=32))
-    model.initialise(emb_scale=1e-4, frozen=False)
-    for name, p in model.named_parameters():
-        if name.endswith(".weight") and p.dim() == 2: p.data = p.data.bfloat16()
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    opt = optimizer.make(model, TrainConfig(optimizer="adamw8bit", random_seed=1, weight_decay=0.1))
-    for _ in range(3):
-        x = torch.randint(70, (2, 8))
-        wrapped(x)[0].logsumexp(2).mean().backward()
-        opt.set_clip(1.0)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-    for p in model.parameters():
-        for mine in (p.data, *(x for x in opt.state[p].values() if torch.is_tensor(x))):
-            theirs = mine.clone()
-            dist.broadcast(theirs, 0)
-            assert torch.equal(mine, theirs)
-    print("equal")
-    # Without this, processes sometimes hung at their end, where the last reference to the group is
-    # deleted.
-    del wrapped
-    strategy.leave_process_group()
-"""
-
-
 @pytest.mark.skipif(not compat.gloo_supports_bf16(), reason="gloo of torch 1 does not support bf16")
-def test_two_ranks_take_equal_steps(two_ranks, root, tmp_path):
-    (tmp_path / "ranks.py").write_text(textwrap.dedent(RANKS.format(root=str(root))))
-    assert two_ranks(tmp_path / "ranks.py", GLOO_SOCKET_IFNAME="lo").count("equal") == 2
+def test_two_ranks_take_equal_steps(two_ranks, root):
+    program = root / "tests/train/two_ranks_step.py"
+    assert two_ranks(program, "adamw8bit", GLOO_SOCKET_IFNAME="lo").count("equal") == 2
 
 
 INVALID = [
@@ -260,17 +225,17 @@ def test_resume_with_other_optimizer(train):
 
 
 def test_auto_picks_it_if_adam_does_not_fit(train, tmp_path, monkeypatch, capsys):
-    """It says so, and a resumed run keeps it, also where Adam would fit."""
+    """The choice is logged, and a resumed run keeps it, also where Adam would fit."""
     flags = {"optimizer": "auto", "auto": True, "micro_bsz": 1, "grad_clip": 0.0}
     sizes = checkpoint.sizes_of(train("base", max_steps=1)[1], "")
     c = TrainConfig(**{**RUN, **flags, "grad_cp": 1})
     plans = {
-        name: plan.plan_of(replace(c, **changed), sizes, False, "bf16")
+        name: plan_of(replace(c, **changed), sizes, False, "bf16")
         for name, changed in (
             ("adam", {}), ("narrow", {"optimizer": "adamw8bit"}), ("released", {"optimizer": "adamw8bit", "release_grads": 1}),
         )
     }  # fmt: skip
-    needed = {name: round((estimate(found).total + 1) / plan.USABLE) for name, found in plans.items()}
+    needed = {name: round((estimate(found).total + 1) / auto.USABLE) for name, found in plans.items()}
     assert needed["released"] < needed["narrow"] < needed["adam"]
 
     monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: memory)

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import textwrap
 
 import pytest
 import torch
@@ -80,41 +79,9 @@ def test_nan_batch_skipped(make_base, tmp_path):
         fit(TrainConfig(**flags, proj_dir=str(tmp_path / "stopped")))
 
 
-RANKS = """
-    import os, sys, torch, torch.distributed as dist
-    sys.path.insert(0, {root!r})
-    from rwkv.config import TrainConfig
-    from rwkv.models import RWKV
-    from rwkv.models.v7 import Sizes
-    from rwkv.train.loop import optimizer
-    from rwkv.train.runtime import strategy
-    dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=2)
-    torch.manual_seed(dist.get_rank())
-    model = RWKV(Sizes(2, 32, 70, head_size=16))
-    model.initialise(emb_scale=1e-4, frozen=False)
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    opt = optimizer.make(model, TrainConfig(optimizer="muon", precision="bf16", weight_decay=0.1))
-    for _ in range(3):
-        x = torch.randint(70, (2, 8))
-        wrapped(x)[0].logsumexp(2).mean().backward()
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-    for p in model.parameters():
-        for mine in (p.data, *(x for x in opt.state[p].values() if torch.is_tensor(x))):
-            theirs = mine.clone()
-            dist.broadcast(theirs, 0)
-            assert torch.equal(mine, theirs)
-    print("equal")
-    # Without this, processes sometimes hung at their end, where the last reference to the group is
-    # deleted.
-    del wrapped
-    strategy.leave_process_group()
-"""
-
-
-def test_two_ranks_take_equal_steps(two_ranks, root, tmp_path):
-    (tmp_path / "ranks.py").write_text(textwrap.dedent(RANKS.format(root=str(root))))
-    assert two_ranks(tmp_path / "ranks.py", GLOO_SOCKET_IFNAME="lo").count("equal") == 2
+def test_two_ranks_take_equal_steps(two_ranks, root):
+    program = root / "tests/train/two_ranks_step.py"
+    assert two_ranks(program, "muon", GLOO_SOCKET_IFNAME="lo").count("equal") == 2
 
 
 @pytest.mark.parametrize("kind", [LoRAConfig, StateConfig, DPOConfig])

@@ -14,8 +14,9 @@ from rwkv.data.binidx_writer import writer
 from rwkv.errors import UserError
 from rwkv.files import sha256
 from rwkv.kernels import quant
-from rwkv.memory import machine, plan
+from rwkv.memory import auto, machine
 from rwkv.memory.estimate import estimate
+from rwkv.memory.plan import plan_of
 from rwkv.models.version import VERSIONS
 from rwkv.train.fit import fit
 from rwkv.train.runtime import cpu
@@ -198,14 +199,12 @@ def test_errors(trained, tmp_path):
 
 
 def test_auto_quantises_if_nothing_else_fits(trained, tmp_path, monkeypatch, capsys):
-    """It says so, does not override --lora_base, and a resumed run keeps what was chosen."""
+    """The choice is logged, does not override --lora_base, and a resumed run keeps it."""
     flags = {**TUNED, **trained, "micro_bsz": 1, "grad_cp": 1, "epoch_steps": 4, "epoch_count": 1, "auto": True}
     c = LoRAConfig(**flags, proj_dir=str(tmp_path / "run"))
     sizes = checkpoint.sizes_of(checkpoint.read_tensors(c.load_model), c.load_model)
-    bytes_of = {
-        base: estimate(plan.plan_of(replace(c, lora_base=base), sizes, False, "fp32")) for base in ("auto", "int8")
-    }
-    limit = round((bytes_of["int8"].total + 1) / plan.USABLE)
+    bytes_of = {base: estimate(plan_of(replace(c, lora_base=base), sizes, False, "fp32")) for base in ("auto", "int8")}
+    limit = round((bytes_of["int8"].total + 1) / auto.USABLE)
     assert bytes_of["int8"].total < bytes_of["auto"].total
     monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: limit)
     with pytest.raises(UserError, match="nothing fits"):

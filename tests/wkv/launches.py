@@ -1,4 +1,4 @@
-"""Count what torch would launch on a GPU, on a CPU."""
+"""Count, on a CPU, the operations of torch that launch a kernel on a GPU."""
 
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -1,5 +1,5 @@
 """Ordered map over chunks on a Ray cluster, with bounded memory; the work of lost workers is
-repeated. Ray is optional: `make ray` installs it into a folder of its own.
+repeated. Ray is optional: `make ray` installs it into a separate folder.
 """
 
 import contextlib

@@ -72,7 +72,7 @@ def shift(
     """x + (before − x) (weight + low · up), for each of n mixtures.
 
     Args:
-        run: what `kernels` found for x and low.
+        run: the kernels, from `kernels(x, low)`.
         x: [B, T, D].
         last: [B, D], the token before the first.
         reset: [B, T] bool, True where a document starts: the token before is 0; None: nowhere.
@@ -80,7 +80,7 @@ def shift(
         low: [B, T, n R], the outputs of a low-rank layer, R for each mixture.
         up: [n, R, D], its second matrices.
 
-    Saves low and what x is recomputed from.
+    Saves low and the tensors that x is recomputed from.
     """
     mix = torch.cat([weight.reshape(1, -1) for weight in weights]).float()
     x, low, last, recompute = x.contiguous(), low.contiguous(), last.to(x.dtype).contiguous(), native.recompute_of(x)

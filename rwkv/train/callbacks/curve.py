@@ -6,7 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 CAPACITY = 4096  # maximum number of averages in a series; up to that many values are kept exactly
+FEW = 40  # up to this many steps, the range of a chart contains every loss
+_CUT = 3  # losses are cut off if their full range is this many times that of the usual ones
 _COARSE = 512  # of series that are only looked at
 _PREFERENCES = ("reward_margin", "reward_accuracy")  # of DPO's metrics, those that are drawn
 
@@ -117,6 +121,19 @@ class Curve:
     _epoch: int = -1
     _sum: float = 0.0
     _values: int = 0
+
+    def usual_range(self) -> tuple[float, float] | None:
+        """The range of the losses without the first tenth of the run and the highest 0.5 %, and of
+        the validation losses of that time; None if no loss is far outside it, or steps are few.
+        """
+        first = len(self.loss) // 10
+        if len(self.loss) < FEW:
+            return None
+        later = zip(self.validation.steps, self.validation.means, strict=True)
+        validation = [loss for step, loss in later if step >= self.loss.steps[first]]
+        low = min([*self.loss.lows[first:], *validation])
+        high = max([float(np.quantile(self.loss.highs[first:], 0.995)), *validation])
+        return (low, high) if max(self.loss.highs) - low > _CUT * (high - low) > 0 else None
 
     def add(self, line: dict[str, Any], epoch: int) -> None:
         """Add a line of metrics.jsonl, of a step in this epoch; amortised constant time."""

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 import torch
 
 from rwkv.errors import UserError
-from rwkv.memory import estimate, machine
-from rwkv.memory import plan as planning
-from rwkv.memory.settings import Plan
+from rwkv.memory import auto, estimate, machine
+from rwkv.memory.plan import Plan
 from rwkv.train.runtime.lightning import pl
 
 PHASES = ("forward", "backward", "optimizer")
@@ -79,7 +78,7 @@ class MemoryMonitor(pl.Callback):
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            limit = planning.available(self.plan)
+            limit = auto.available(self.plan)
             self.peak = max(self.peak, self._read())
             # other processes may use memory: less than `limit` was available if the peak is below
             # the prediction
@@ -90,7 +89,7 @@ class MemoryMonitor(pl.Callback):
             )
             raise UserError(
                 f"out of memory. {self.expected() / 1e9:.2f} GB per device were predicted; {self.peak / 1e9:.2f} GB"
-                f"{f' of {limit / planning.USABLE / 1e9:.2f} GB' if limit else ''} were in use when an allocation failed. {planning.advice(self.plan, usable - self._offset)}"
+                f"{f' of {limit / auto.USABLE / 1e9:.2f} GB' if limit else ''} were in use when an allocation failed. {auto.advice(self.plan, usable - self._offset)}"
             ) from error
 
     def _note(self, phase: str) -> None:

@@ -6,13 +6,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rwkv import plots
-from rwkv.train.callbacks.curve import Curve, Series
+from rwkv.train.callbacks.curve import FEW, Curve, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_FEW = 40  # up to this many values are drawn as points
-_CUT = 3  # the first steps are cut off if the full range is this many times that of the rest
 
 
 def plot(curve: Curve, image: Path, title: str, unit: str = "nats per token") -> None:
@@ -39,7 +36,7 @@ def plot(curve: Curve, image: Path, title: str, unit: str = "nats per token") ->
     else:
         axes.plot(steps, loss.means, color="tab:blue", marker="o", markersize=3, linewidth=1.5, label="loss of a step")
     if curve.best:
-        few = len(curve.validation) <= _FEW
+        few = len(curve.validation) <= FEW
         axes.plot(
             curve.validation.steps,
             curve.validation.means,
@@ -100,22 +97,12 @@ def _limit(axes: "Axes", curve: Curve) -> None:
     """Set the limits of the loss axis, cutting off the first or single steps if they are much
     larger than the rest.
     """
-    values = np.array([*curve.loss.means])
-    rest = values[len(values) // 10 :]
-    if len(values) < _FEW:
-        return
-    low, high = np.quantile(rest, [0.0, 0.995])
-    if curve.best:
-        after = [
-            x
-            for step, x in zip(curve.validation.steps, curve.validation.means, strict=True)
-            if step >= curve.loss.steps[-len(rest)]
-        ]
-        low, high = min([low, *after]), max([high, *after])
-    space = (high - low) * 0.08 or 0.05 * max(1e-3, abs(high))
-    if max(curve.loss.highs) - low > _CUT * (high - low + 2 * space):
+    found = curve.usual_range()
+    if found:
+        low, high = found
+        space = (high - low) * 0.08
         axes.set_ylim(low - space, high + space)
         highest = int(np.argmax(curve.loss.highs))
-        which = "the first steps" if highest < len(values) // 10 else f"near step {curve.loss.steps[highest]:,}"
+        which = "the first steps" if highest < len(curve.loss) // 10 else f"near step {curve.loss.steps[highest]:,}"
         text = f"↑ {which}: up to {curve.loss.highs[highest]:.3g}"
         axes.annotate(text, (0.01, 0.97), xycoords="axes fraction", va="top", fontsize="small", color="tab:blue")

@@ -13,7 +13,7 @@ from rwkv.data.binidx import Dataset
 from rwkv.data.dataset import Samples, ValidationSamples
 from rwkv.data.decoding import Example, Vocabulary, example
 from rwkv.files import atomic_write
-from rwkv.memory import plan as planning
+from rwkv.memory import auto
 from rwkv.models import RWKV
 from rwkv.train.callbacks import sampling
 from rwkv.train.callbacks.memory import MemoryMonitor
@@ -24,6 +24,7 @@ from rwkv.train.loop import schedule
 from rwkv.train.loop.module import TrainingModule
 from rwkv.train.objectives import choose
 from rwkv.train.resume.tracked_folder import TrackedFolder
+from rwkv.train.run import STAGE_FLAGS
 from rwkv.train.runtime.lightning import pl, rank_zero_only
 from rwkv.train.runtime.strategy import shape
 
@@ -34,7 +35,6 @@ _EXAMPLES, _TOKENS = 3, 400  # number of examples, and tokens of each that are s
 # flags of the command that repeats a run: these say how it was started, not what it computes
 _NOT_REPEATED = {"overwrite", "allow_changes", "auto"}
 _SIZES = ("version", "n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "pre_ffn", "head_size")
-_BY_STAGE = ("load_model", "epoch_begin", "warmup_steps", "magic_prime", "epoch_steps", "epoch_count")
 
 
 class ReportPage(pl.Callback):
@@ -115,7 +115,7 @@ class ReportPage(pl.Callback):
             curve=self._metrics.curve,
             predicted={name: size for name, size in parts.items() if size > 0},
             phases=[(name, size + offset, monitor.peaks.get(name, 0)) for name, size in phases.items()],
-            available=planning.available(monitor.plan),
+            available=auto.available(monitor.plan),
             data=self._data,
             examples=self._examples,
             samples=sampling.read(folder / sampling.NAME),
@@ -142,7 +142,7 @@ def repeat(c: TrainConfig) -> str:
         if c.load_model
         else "pretrain"
     )
-    omitted = _NOT_REPEATED | set(_SIZES if c.load_model else ()) | set(_BY_STAGE if c.my_pile_stage else ())
+    omitted = _NOT_REPEATED | set(_SIZES if c.load_model else ()) | set(STAGE_FLAGS if c.my_pile_stage else ())
     words = []
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rwkv.kernels import load
+from rwkv.train.loop.closure import evaluate
 from rwkv.train.runtime import fused_adam
 
 
@@ -41,10 +42,7 @@ class FusedAdam(torch.optim.Adam):
     @torch.no_grad()
     def step(self, closure=None):
         """As torch.optim.Adam.step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for group in self.param_groups:
             if group["amsgrad"] or group["maximize"]:
                 raise ValueError("FusedAdam does not support amsgrad or maximize")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rwkv import compat
 from rwkv.kernels import adamw
+from rwkv.train.loop.closure import evaluate
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -28,7 +29,7 @@ class AdamW8bit(torch.optim.Optimizer):
         super().__init__(groups, {"weight_decay": 0.0, **options})
         self.seed, self.release = seed, release
         self._clip: Tensor | None = None  # of the next step; None: 1
-        self._one: dict[torch.device, Tensor] = {}
+        self._unclipped: dict[torch.device, Tensor] = {}  # the factor 1
         self._hooks = [
             # by index: load_state_dict replaces the groups
             compat.on_gradient(p, lambda p, i=i, name=name: self._update(p, name, self.param_groups[i]))
@@ -56,10 +57,7 @@ class AdamW8bit(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """As torch.optim.Optimizer.step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for group in self.param_groups:
             for p, name in zip(group["params"], group["names"], strict=True):
                 self._update(p, name, group)
@@ -80,9 +78,9 @@ class AdamW8bit(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             state.update(adamw.new_state(p))
-        if p.device not in self._one:
-            self._one[p.device] = torch.ones(1, device=p.device)
-        clip = self._one[p.device] if self._clip is None else self._clip
+        if p.device not in self._unclipped:
+            self._unclipped[p.device] = torch.ones(1, device=p.device)
+        clip = self._unclipped[p.device] if self._clip is None else self._clip
         key = adamw.rounding_key(self.seed, state["step"] + 1, name)
         options = group["lr"], group["betas"], group["eps"], group["weight_decay"]
         adamw.step(p.data, gradient, state, clip, key, *options)

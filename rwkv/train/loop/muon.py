@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rwkv.adapters import lora
 from rwkv.kernels import adamw
+from rwkv.train.loop.closure import evaluate
 
 MOMENTUM = 0.95  # μ
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -58,15 +59,12 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **options: Any):
         super().__init__(groups, {"weight_decay": 0.0, **options})
         self.dtype = dtype
-        self._one: dict[torch.device, Tensor] = {}
+        self._unclipped: dict[torch.device, Tensor] = {}  # the clipping factor 1
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """As torch.optim.Optimizer.step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for group in self.param_groups:
             for p, name in zip(group["params"], group["names"], strict=True):
                 if p.grad is not None:
@@ -87,7 +85,7 @@ class Muon(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             state.update(adamw.new_state(p, quantised=False))
-        if p.device not in self._one:
-            self._one[p.device] = torch.ones(1, device=p.device)
+        if p.device not in self._unclipped:
+            self._unclipped[p.device] = torch.ones(1, device=p.device)
         options = group["lr"], group["betas"], group["eps"], group["weight_decay"]
-        adamw.step(p.data, gradient, state, self._one[p.device], 0, *options)
+        adamw.step(p.data, gradient, state, self._unclipped[p.device], 0, *options)

@@ -8,6 +8,7 @@ from rwkv.config import TrainConfig
 from rwkv.models import RWKV
 from rwkv.train.loop import adam
 from rwkv.train.loop.adamw8bit import AdamW8bit
+from rwkv.train.loop.closure import evaluate
 from rwkv.train.loop.muon import Muon
 from rwkv.train.runtime import fused_adam, strategy
 
@@ -63,12 +64,10 @@ def _adafactor(groups: list[dict], rate: float) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor  # takes seconds to import, so imported on use
 
     class WithClosure(Adafactor):
-        # Lightning's closure runs the forward and backward pass; transformers would call it with
-        # gradients disabled
+        # transformers would call the closure with gradients disabled
         @torch.no_grad()
         def step(self, closure=None):
-            with torch.enable_grad():
-                loss = None if closure is None else closure()
+            loss = evaluate(closure)
             super().step()
             return loss
 

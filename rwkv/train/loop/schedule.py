@@ -139,7 +139,7 @@ def check(c: TrainConfig) -> None:
         raise UserError("--lr_decay_steps and --lr_decay_fraction are for --lr_schedule wsd: pass it too, or omit them")
     if c.lr_schedule != "auto" and c.my_exit_tokens:
         raise UserError(
-            f"--lr_schedule {c.lr_schedule} with --my_exit_tokens {c.my_exit_tokens}, which has a cosine of its own: omit one of them"
+            f"--lr_schedule {c.lr_schedule} with --my_exit_tokens {c.my_exit_tokens}, which has its own cosine: omit one of them"
         )
     if c.lr_schedule == "exp" and not (c.lr_init and c.lr_final):
         raise UserError(

@@ -7,8 +7,10 @@ import ctypes
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 from rwkv.errors import UserError
+from rwkv.train.runtime.process import environment
 
 _STARTED_BY = "RWKV_STARTED_BY"  # environment variable of ranks started by rank 0: its process id
 _SET_PDEATHSIG = 1  # of prctl(2)
@@ -43,18 +45,9 @@ def end_with_parent() -> None:
         os._exit(1)
 
 
-@contextlib.contextmanager
-def children_end_with_this_process() -> Iterator[None]:
+def children_end_with_this_process() -> AbstractContextManager[None]:
     """Make ranks started in this block end with this process (see `end_with_parent`)."""
-    before = os.environ.get(_STARTED_BY)
-    os.environ[_STARTED_BY] = str(os.getpid())
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_STARTED_BY]
-        else:
-            os.environ[_STARTED_BY] = before
+    return environment(_STARTED_BY, str(os.getpid()))
 
 
 @contextlib.contextmanager

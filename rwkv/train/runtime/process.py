@@ -1,5 +1,5 @@
-"""Restore process-wide settings that training changes, so that programs can call `fit` as a
-function.
+"""Change process-wide settings for a block, and restore those that training changes, so that
+programs can call `fit` as a function.
 """
 
 import contextlib
@@ -19,12 +19,26 @@ def denormals_are_flushed() -> bool:
 
 
 @contextlib.contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for a block, and for processes that it starts."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
 def restored() -> Iterator[None]:
     """On exit, restore environment variables, the number of threads, flushing of denormals, TF32
     settings, warning filters and log levels. Usable as a decorator. The random number generators
     are not restored.
     """
-    environment, flushed = dict(os.environ), denormals_are_flushed()
+    variables, flushed = dict(os.environ), denormals_are_flushed()
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     threads = torch.get_num_threads()  # Lightning 2 changes it with several ranks
     matmul, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
@@ -38,6 +52,6 @@ def restored() -> Iterator[None]:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
         torch.set_flush_denormal(flushed)
-        for name in os.environ.keys() - environment.keys():
+        for name in os.environ.keys() - variables.keys():
             del os.environ[name]
-        os.environ.update(environment)
+        os.environ.update(variables)

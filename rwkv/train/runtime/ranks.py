@@ -4,13 +4,12 @@ Values chosen automatically (random seed, `--precision auto`, `--auto`, the run 
 differ between machines; the ranks would train different models, or hang in a collective operation.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +21,7 @@ from rwkv.errors import UserError
 from rwkv.train.run import Run
 from rwkv.train.runtime import strategy
 from rwkv.train.runtime.lightning import rank_zero_only
+from rwkv.train.runtime.process import environment
 
 _RESOLVED = "RWKV_RESOLVED_FLAGS"  # environment variable for the ranks that Lightning starts
 _WAIT = timedelta(minutes=30)  # timeout for an answer of rank 0
@@ -88,18 +88,9 @@ class Ranks:
         if self._store:
             self._store.set("flags", json.dumps(self._changes))
 
-    @contextlib.contextmanager
-    def passing_flags(self) -> Iterator[None]:
+    def passing_flags(self) -> AbstractContextManager[None]:
         """Pass the flags to ranks started in this block."""
-        before = os.environ.get(_RESOLVED)
-        os.environ[_RESOLVED] = json.dumps(self._changes)
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ[_RESOLVED]
-            else:
-                os.environ[_RESOLVED] = before
+        return environment(_RESOLVED, json.dumps(self._changes))
 
 
 def _store() -> Any:

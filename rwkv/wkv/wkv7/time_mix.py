@@ -190,7 +190,7 @@ def _fused_gradients(
 def _gradients_by_autograd(
     forward: _Forward, gout: Tensor, wanted: tuple[bool, ...], of_wkv: Callable[..., Any]
 ) -> _Gradients:
-    """As _fused_gradients, only those that are wanted."""
+    """As _fused_gradients, but only the gradients in `wanted`."""
     x, v_first, p, y, eps = forward
     with torch.enable_grad():
         v_first, *tensors = (
@@ -198,8 +198,8 @@ def _gradients_by_autograd(
             for t, want in zip((v_first, *x, *p), wanted, strict=True)
         )
         x, p = _split(tensors)
-        made = _keys(x, v_first, p)
-        inputs = [t.detach().requires_grad_() for t in made]
+        outputs = _keys(x, v_first, p)
+        inputs = [t.detach().requires_grad_() for t in outputs]
         y = y.detach().requires_grad_()
         out = _output(y, x, inputs[1], inputs[2], p, eps)
     gy, gk, gv, gr, gg, *of_norm = _gradients([out], [y, *inputs[1:3], *x[:2], *p[:3]], [gout])
@@ -209,7 +209,7 @@ def _gradients_by_autograd(
         of_inputs[1] += gk
         of_inputs[2] += gv
         gr = None if gr is None else gr.add_(gr2.flatten(2))
-    gfirst, *of_keys = _gradients(made, [v_first, *x[2:], *p[3:]], of_inputs)
+    gfirst, *of_keys = _gradients(outputs, [v_first, *x[2:], *p[3:]], of_inputs)
     return gstate, ginitial, [gfirst, gr, gg, *of_keys[:5], *of_norm, *of_keys[5:]]
 
 

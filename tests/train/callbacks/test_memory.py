@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ import torch
 from rwkv import checkpoint
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
-from rwkv.memory import machine
-from rwkv.memory import plan as planning
+from rwkv.memory import auto, machine
+from rwkv.memory.estimate import estimate
+from rwkv.memory.parts import total
+from rwkv.memory.plan import plan_of
 from rwkv.models.v4 import Sizes
 from rwkv.train.callbacks.memory import out_of_memory
 from rwkv.train.fit import fit
@@ -152,16 +155,16 @@ def test_auto_keeps_step(make_base, make_data, tmp_path, monkeypatch, capsys):
     }
     flags |= {"magic_prime": -1}
     fit(LoRAConfig(**flags, proj_dir=str(tmp_path / "plain")))
-    plan = planning.plan_of(LoRAConfig(**flags), Sizes(2, 16, 50, 16, 64), False, "fp32")
-    halved = planning.estimate.estimate(planning.replace(plan, micro_bsz=2, accumulate=2)).total
-    monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: (halved + 1) / planning.USABLE)
+    plan = plan_of(LoRAConfig(**flags), Sizes(2, 16, 50, 16, 64), False, "fp32")
+    halved = estimate(replace(plan, micro_bsz=2, accumulate=2)).total
+    monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: (halved + 1) / auto.USABLE)
     capsys.readouterr()
     fit(LoRAConfig(**flags, proj_dir=str(tmp_path / "auto"), auto=True))
     assert "auto:  --micro_bsz 2 --accumulate_grad_batches 2 --grad_cp 0" in capsys.readouterr().out
-    plain, auto = (checkpoint.read_tensors(tmp_path / name / "rwkv-0.pth") for name in ("plain", "auto"))
+    plain, chosen = (checkpoint.read_tensors(tmp_path / name / "rwkv-0.pth") for name in ("plain", "auto"))
     for key in plain:
         # different summation order, then Adam
-        torch.testing.assert_close(plain[key], auto[key], rtol=1e-4, atol=1e-5, msg=key)
+        torch.testing.assert_close(plain[key], chosen[key], rtol=1e-4, atol=1e-5, msg=key)
 
 
 def test_auto_nothing_fits(make_data, tmp_path, monkeypatch):
@@ -182,7 +185,6 @@ def test_auto_nothing_fits(make_data, tmp_path, monkeypatch):
 
 
 def test_adafactor_learns_with_factored_state(make_data, tmp_path):
-    from rwkv.memory import estimate
     from rwkv.models import RWKV
     from rwkv.train.loop import optimizer
 
@@ -210,10 +212,10 @@ def test_adafactor_learns_with_factored_state(make_data, tmp_path):
         for x in state.values()
         if torch.is_tensor(x) and x.dim()
     )
-    plan = planning.plan_of(config, model.sizes, False, "fp32")
+    plan = plan_of(config, model.sizes, False, "fp32")
     mixes = 4 * 2 * 5  # rows of one element of the [1, 1, D] parameters, not in the prediction
-    assert state_bytes == estimate.estimate(plan).device["optimizer"] + mixes
-    assert state_bytes < 0.2 * 8 * estimate.total(model.sizes)
+    assert state_bytes == estimate(plan).device["optimizer"] + mixes
+    assert state_bytes < 0.2 * 8 * total(model.sizes)
 
 
 def test_no_adafactor_with_deepspeed(make_data, tmp_path, monkeypatch):

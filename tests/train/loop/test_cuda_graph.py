@@ -8,7 +8,7 @@ from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
 from rwkv.kernels import load
 from rwkv.memory.estimate import estimate
-from rwkv.memory.settings import Plan
+from rwkv.memory.plan import Plan
 from rwkv.models.version import published
 from rwkv.train.loop import cuda_graph
 

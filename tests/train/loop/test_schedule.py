@@ -151,7 +151,7 @@ def test_wsd(flags, steps):
     ("flags", "message"),
     [
         ({"lr_decay_steps": 5}, "are for --lr_schedule wsd"),
-        ({"lr_schedule": "cosine", "my_exit_tokens": 9}, "a cosine of its own: omit one"),
+        ({"lr_schedule": "cosine", "my_exit_tokens": 9}, "its own cosine: omit one"),
         ({"lr_schedule": "exp", "lr_final": 0.0}, "must be greater than 0; or use --lr_schedule linear"),
         ({"lr_schedule": "wsd", "lr_decay_fraction": 0.0}, "greater than 0 and at most 1; it is 0.0"),
         ({"lr_schedule": "wsd", "lr_decay_steps": 101}, "is more than the 100 steps after warm-up"),

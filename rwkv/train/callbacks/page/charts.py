@@ -10,7 +10,6 @@ from rwkv.train.callbacks.page.texts import pair
 
 POINTS = 400  # maximum number of points of a line
 _SMOOTH = 20  # the moving mean is over 1 / _SMOOTH of the run
-_CUT = 3  # the loss axis is cut if its full range is this many times that of the later steps
 
 
 def charts(curve: Curve, memory: dict[str, float]) -> dict[str, Any]:
@@ -63,7 +62,7 @@ def _loss(curve: Curve) -> dict[str, Any]:
     found: dict[str, Any] = {"lines": lines, "empty": pair("no step yet")}
     if curve.best:
         found |= {"best": [curve.best[0], _round(curve.best[1])], "bestName": _best_name(curve.best)}
-    return found | _cut(steps, validation)
+    return found | _cut(curve)
 
 
 def _best_name(best: tuple[int, float]) -> list[str]:
@@ -74,22 +73,16 @@ def _best_name(best: tuple[int, float]) -> list[str]:
     ]
 
 
-def _cut(steps: dict[str, list[float]], validation: dict[str, list[float]]) -> dict[str, Any]:
+def _cut(curve: Curve) -> dict[str, Any]:
     """The range of the loss axis, and a note, if the first or single losses are far above the
     others.
     """
-    count = len(steps["x"])
-    if count < 2 * _SMOOTH:
+    found = curve.usual_range()
+    if found is None:
         return {}
-    later = steps["x"][count // 10]
-    after = [y for x, y in zip(validation["x"], validation["y"], strict=True) if x >= later]
-    low = min([*steps["low"][count // 10 :], *after])
-    high = max([float(np.quantile(steps["high"][count // 10 :], 0.995)), *after])
-    highest = max(steps["high"])
-    if highest - low <= _CUT * (high - low) or high == low:
-        return {}
+    highest = max(curve.loss.highs)
     note = [f"cut off: up to {highest:.3g}", f"图外最高 {highest:.3g}"]
-    return {"range": [_round(low), _round(high)], "note": note}
+    return {"range": [_round(x) for x in found], "note": note}
 
 
 def _single(name: str, series: Series, color: str, scale: float = 1.0, zero: bool = False) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from rwkv import compat
 from rwkv.cli import parse
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.errors import UserError
-from rwkv.memory import machine
-from rwkv.memory import plan as planning
+from rwkv.memory import auto, machine
 from rwkv.memory.estimate import estimate
-from rwkv.memory.settings import Plan
+from rwkv.memory.plan import Plan, plan_of
 from rwkv.models.v4 import Sizes
 from rwkv.models.version import VERSIONS, published
 from rwkv.train import resolve
@@ -67,7 +66,7 @@ def plan(**changed) -> Plan:
 
 
 def memory_for(p: Plan) -> int:
-    return round((estimate(p).total + 1) / planning.USABLE)
+    return round((estimate(p).total + 1) / auto.USABLE)
 
 
 STEPS = [  # devices, the plan that just fits, and the expected flags
@@ -92,7 +91,7 @@ STEPS = [  # devices, the plan that just fits, and the expected flags
 def test_auto_picks_cheapest_flags(resolved_flags, capsys, devices, fitting, expected):
     target = plan(devices=devices, per_node=devices, **fitting)
     config = resolved_flags(TrainConfig, memory_for(target), "--devices", str(devices), "--optimizer", "adam")
-    chosen = planning.plan_of(config, SIZES, True, "bf16")
+    chosen = plan_of(config, SIZES, True, "bf16")
     assert estimate(chosen).total <= estimate(target).total
     assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp, config.strategy) == expected
     assert config.micro_bsz * config.accumulate_grad_batches == 4
@@ -122,7 +121,7 @@ def chosen(monkeypatch, target: Plan, kind=TrainConfig, usable=lambda c: True, *
     """The flags that --auto chooses on GPUs where `target` just fits, and what it prints."""
     monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: memory_for(target) if gpu else 10**12)
     c = kind(**{"ctx_len": 1024, "micro_bsz": 1, "grad_cp": 1, "precision": "bf16", **flags})
-    return planning.choose(c, planning.plan_of(c, published("1.5b"), True, c.precision), usable)
+    return auto.choose(c, plan_of(c, published("1.5b"), True, c.precision), usable)
 
 
 BIG = Plan(published("1.5b"), lora=False, ctx_len=1024, micro_bsz=1, grad_cp=True)
@@ -185,7 +184,7 @@ def test_auto_for_lora(resolved_flags, capsys):
     target = plan(lora=True, micro_bsz=1, accumulate=4, devices=8, per_node=8)
     config = resolved_flags(LoRAConfig, memory_for(target), "--devices", "8", "--lora", "1")
     assert (config.micro_bsz, config.grad_cp, config.strategy) == (1, 0, "auto")
-    assert f"of {planning.USABLE * memory_for(target) / 1e9:.2f} GB" in capsys.readouterr().out
+    assert f"of {auto.USABLE * memory_for(target) / 1e9:.2f} GB" in capsys.readouterr().out
 
 
 def test_auto_respects_flags_that_exclude_a_strategy(make_data, monkeypatch):
