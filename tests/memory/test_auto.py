@@ -109,7 +109,7 @@ def test_auto_of_later_versions(resolved_flags, number):
     for fitting in ({}, {"micro_bsz": 2, "accumulate": 2}, {"micro_bsz": 1, "accumulate": 4, "grad_cp": True}):
         target = plan(sizes=sizes, **fitting)
         config = resolved_flags(TrainConfig, memory_for(target), "--optimizer", "adam", version=number)
-        found = planning.plan_of(config, sizes, True, "bf16")
+        found = plan_of(config, sizes, True, "bf16")
         assert (found.micro_bsz, found.accumulate, found.grad_cp) == (
             target.micro_bsz,
             target.accumulate,
