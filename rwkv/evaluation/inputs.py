@@ -30,7 +30,7 @@ class Input:
 def check(c: EvaluateConfig) -> None:
     """Raise UserError for flags about the data that are missing or incompatible."""
     if c.data_file and c.run:
-        raise UserError("--data_file and --run both say what to score: pass only one of them")
+        raise UserError("--data_file and --run both select what to score: pass only one of them")
     if not (c.data_file or c.run or c.tasks):
         raise UserError("nothing to evaluate: pass --data_file, --run or --tasks")
     if not 0 <= c.val_split < 1:
@@ -125,8 +125,8 @@ def _validation_part(data: Dataset, share: float, ctx_len: int) -> np.ndarray:
 
 
 def _rows(name: str, data: Dataset, spans: np.ndarray | None = None, **options: Any) -> list[Input]:
-    """One input; of preference pairs two, as rejected answers are no examples: the documents with
-    the chosen and those with the rejected answers.
+    """One input; two for preference pairs: the documents with the chosen answers, and those with
+    the rejected ones.
     """
     if not provenance.paired(data):
         return [Input(name, data, Stream(data, spans, **options))]

@@ -20,7 +20,7 @@ def template_for(
     """The requested chat template, or the default one if records are conversations, None for text;
     and the format of the records: preference if they are pairs, else --format.
 
-    What the records are is given by --format, or by the first ones.
+    The kind of the records is given by --format, or detected from the first ones.
 
     Raises:
         UserError: flags that contradict each other or the records.
