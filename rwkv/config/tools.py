@@ -70,7 +70,7 @@ class GenerateConfig:
     """Question to answer, in the World models' format: "User: …", blank line, "Assistant:"."""
     prompts: str = ""
     """A .jsonl file to answer instead: one object per line, with a text under "prompt" or "ask", or
-    chat messages under "messages"."""
+    chat messages under "messages", as the converter reads them, also with "tools"."""
     output: str = ""
     """With prompts: the .jsonl file for the answers: the same objects in the same order, with
     "answer" and "finish_reason" ("stop", or "length" if cut off)."""

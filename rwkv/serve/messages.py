@@ -5,8 +5,11 @@ converter's for the same conversation.
 from collections.abc import Sequence
 from typing import Any
 
+from rwkv.data.convert import messages as converted
 from rwkv.data.convert import roles
-from rwkv.text_stream import OPENING
+from rwkv.data.convert.jsonl import BadRecord
+from rwkv.data.convert.template import Template
+from rwkv.text_stream import OPENING, STOP
 
 _ROLES = {"system": roles.SYSTEM, "developer": roles.SYSTEM, "user": roles.USER, "assistant": roles.ASSISTANT}
 
@@ -48,6 +51,43 @@ def prompt(messages: Any, think: str = "none") -> list[str]:
             f"messages[{len(messages) - 1}].role",
         )
     return list(filter(None, [*parts, f"{context}Assistant:", OPENING[think]]))
+
+
+TOOL_STOP = (*STOP, "\n\nTool:")
+"""Where an answer ends that may call a tool: the turn with its result follows."""
+
+
+def has_tools(messages: Any, tools: Any) -> bool:
+    """Whether a chat has tools, calls of tools or their results, or thoughts in a field."""
+    return bool(tools) or (
+        isinstance(messages, list)
+        and any(
+            isinstance(message, dict)
+            and (
+                message.get("role") == roles.TOOL
+                or any(message.get(key) for key in ("tool_calls", *converted.REASONING))
+            )
+            for message in messages
+        )
+    )
+
+
+def prompt_with_tools(messages: Any, tools: Any, think: str = "none") -> list[str]:
+    """As `prompt`, with the messages and tools that the converter accepts, in its format world, or
+    g1 with `think`.
+
+    Raises:
+        BadRecord: invalid, as in a dataset, or the last message is the assistant's.
+    """
+    found = converted.read(messages, "messages")
+    if tools and not isinstance(tools, list):
+        raise BadRecord('"tools" is not a list')
+    if not found or found[-1].role == roles.ASSISTANT:
+        raise BadRecord("the last message is the assistant's; end with a user's message, or the result of a tool")
+    answer = converted.Message(roles.ASSISTANT, "-")  # to be generated
+    chat = converted.Conversation([*found, answer], "messages", converted.without_nulls(tools or []))
+    *parts, context, _ = (text for text, _ in Template("world" if think == "none" else "g1").segments(chat))
+    return list(filter(None, [*parts, context.removesuffix(OPENING["fast"]), OPENING[think]]))
 
 
 def _parsed(message: Any, where: str) -> tuple[str, str]:

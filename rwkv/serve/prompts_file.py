@@ -22,11 +22,12 @@ _ADDED = ("answer", "finish_reason", "base_answer", "base_finish_reason")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A record of the file: its tokens, and whether it is a chat."""
+    """A record of the file: its tokens, whether it is a chat, and texts that end the answer."""
 
     record: dict[str, Any]
     tokens: list[int]
     chat: bool
+    stop: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Answered:
 
 def read(path: str | Path, engine: Engine, model: str, think: str = "none") -> list[Prompt]:
     """Read and check all records of a .jsonl file: objects with a text under "prompt" (to be
-    continued) or "ask" (a question), or "messages". Other keys are kept for the output.
+    continued) or "ask" (a question), or "messages", also with "tools". Other keys are kept for the
+    output.
 
     Raises:
         UserError: a line is invalid; the message has its number.
@@ -74,9 +76,13 @@ def _parsed(record: Any, engine: Engine, model: str, think: str) -> Prompt:
         raise BadRecord(f'"{kind}" is of type {type(value).__name__}, not a string')
     check_encodable(json.dumps(record, ensure_ascii=False))
     chat = [{"role": "user", "content": value}] if kind == "ask" else value
-    parts = [value] if kind == "prompt" else messages.prompt(chat, think)
+    stop: tuple[str, ...] = () if kind == "prompt" else STOP
+    if kind == "messages" and messages.has_tools(chat, record.get("tools")):
+        parts, stop = messages.prompt_with_tools(chat, record.get("tools"), think), messages.TOOL_STOP
+    else:
+        parts = [value] if kind == "prompt" else messages.prompt(chat, think)
     eod = not engine.served[model].begins_tuned
-    return Prompt(record, messages.tokens_of(engine.tokenizer, parts, eod), kind != "prompt")
+    return Prompt(record, messages.tokens_of(engine.tokenizer, parts, eod), kind != "prompt", stop)
 
 
 def answer(
@@ -117,7 +123,7 @@ def answer(
             sampling=sampling,
             max_tokens=max_tokens,
             emit=functools.partial(emit, index),
-            stop=STOP if prompt.chat else (),
+            stop=prompt.stop,
             seed=None if seed < 0 else (seed + index) % (1 << 63),
         )
         for index, prompt in enumerate(prompts)

@@ -13,8 +13,8 @@ from rwkv.wkv.wkv7.time_mix import Parameters, Projections, time_mix
 
 
 def of_wkv(device: torch.device) -> float:
-    """The largest difference of outputs and gradients of WKV4, WKV6 and WKV7 in fp32, relative to
-    the largest element of each.
+    """The largest difference of outputs and gradients of WKV4, WKV6 (with a decay by token, and as
+    in RWKV-5 with one for all tokens) and WKV7 in fp32, relative to the largest element of each.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -26,7 +26,9 @@ def of_wkv(device: torch.device) -> float:
     r, w, k, v, b = (normal(2, 40, 2, 32) for _ in range(5))
     w, b = -w.sigmoid(), torch.nn.functional.normalize(b, dim=-1)
     error = max(error, _largest(reference7.wkv7, wkv7, [r, w, k, v, -b, 0.5 * b], device))
-    return max(error, _largest(reference6.wkv6, wkv6, [r, w, k, v, normal(2, 32)], device))
+    for decay in (w, w[0, 0]):
+        error = max(error, _largest(reference6.wkv6, wkv6, [r, decay, k, v, normal(2, 32)], device))
+    return error
 
 
 def of_time_mix(device: torch.device) -> float:

@@ -10,11 +10,16 @@ import pytest
 import torch
 
 from rwkv import checkpoint
-from rwkv.config import GenerateConfig
+from rwkv.config import ConvertConfig, GenerateConfig
+from rwkv.data.binidx import Dataset
+from rwkv.data.convert.pipeline import convert
 from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError
 from rwkv.generate import Chat, Session
 from rwkv.sampling import Sampling
+from rwkv.serve import prompts_file
+from rwkv.serve.engine import Engine
+from rwkv.serve.served import Served
 from tests.serve import models
 
 ROOT = Path(__file__).parents[2]
@@ -128,6 +133,50 @@ def test_invalid_flags(main, tmp_path, write_jsonl):
     ):
         with pytest.raises(UserError, match=message):
             main(GenerateConfig(**{"model": "none.pth", "prompts": prompts, "output": str(tmp_path / "o"), **flags}))
+
+
+CALL = {"name": "add", "arguments": {"a": 1, "b": 1}}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": None, "b": {"type": "number"}}}}]
+WITH_TOOLS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": None, "reasoning_content": "I add.", "tool_calls": [{"function": CALL}]},
+    {"role": "tool", "content": "2"},
+    {"role": "assistant", "content": "It is 2."},
+    {"role": "user", "content": "2+2?"},
+]
+
+
+@pytest.mark.parametrize("think", ["none", "fast", "full"])
+@pytest.mark.parametrize("length", [2, 4, 6])
+def test_tools_and_thoughts_as_converted(base, tmp_path, write_jsonl, think, length):
+    """The prompt is the beginning of the converted conversation with the next answer."""
+    chat, engine = WITH_TOOLS[:length], Engine({"base": Served("base", checkpoint.load_model(base))}, WorldTokenizer())
+    record = {"messages": chat, "tools": TOOLS}
+    (prompt,) = prompts_file.read(write_jsonl(record), engine, "base", think)
+    answered = {"role": "assistant", "content": "4", **({"reasoning_content": "hm"} if think == "full" else {})}
+    data = write_jsonl({**record, "messages": [*chat, answered]}, name="data.jsonl")
+    template = "world" if think == "none" else "g1"
+    pairs = convert(ConvertConfig(input=str(data), workers=1, chat_template=template)).pairs
+    document = Dataset(pairs[0][0]).document(0).tolist()
+    assert prompt.tokens == [0, *document][: len(prompt.tokens)]
+    answer = WorldTokenizer().decode(document[len(prompt.tokens) - 1 : -1])  # without EOD
+    assert answer == {"none": " 4", "fast": ">\n4", "full": ">\nhm\n</think>\n4"}[think] + "\n\n"
+    assert prompt.stop == ("\n\nUser:", "\n\nTool:")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tools": "add"}, '"tools" is not a list'),
+        ({"messages": WITH_TOOLS[:3]}, "the last message is the assistant's"),
+        ({"messages": [{"role": "tool", "content": 3}]}, 'message 1 of "messages" has no text'),
+    ],
+)
+def test_invalid_tools(base, write_jsonl, changed, message):
+    engine = Engine({"base": Served("base", checkpoint.load_model(base))}, WorldTokenizer())
+    with pytest.raises(UserError, match=f"line 1: .*{message}"):
+        prompts_file.read(write_jsonl({"messages": WITH_TOOLS, "tools": TOOLS, **changed}), engine, "base")
 
 
 def test_failed_generation_writes_nothing(base, main, tmp_path, write_jsonl):
