@@ -185,6 +185,20 @@ def test_base_and_adapter_on_the_validation_set_of_a_run(evaluated, folder):
     assert again["models"][0]["all"] == base
 
 
+def test_tuned_state_beside_its_base(evaluated, folder, tmp_path):
+    """As --lora, with the scores of a model that has the state in its file."""
+    state = {"blocks.0.att.time_state": torch.tensor([[3.0] * 8, [1.0] * 8, [0.0] * 8])}
+    torch.save(state, tmp_path / "state.pth")
+    tensors = checkpoint.read_tensors(folder / "base.pth")
+    torch.save({**tensors, **state}, tmp_path / "merged.pth")
+    data = ["--data_file", folder / "a.jsonl"]
+    _, found = evaluated("--model", folder / "base.pth", "--lora", tmp_path / "state.pth", *data)
+    _, merged = evaluated("--model", tmp_path / "merged.pth", *data)
+    base, tuned = (model["all"] for model in found["models"])
+    assert tuned == merged["models"][0]["all"]
+    assert tuned["tokens"] == base["tokens"] - 4  # nothing predicts the first token of a document
+
+
 def test_preference_pairs(evaluated, folder, tmp_path):
     """Chosen and rejected answers are separate rows, also of the validation set of a run."""
     records = [{"prompt": f"Q{i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(20)]
