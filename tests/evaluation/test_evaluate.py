@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pyarrow
@@ -17,6 +18,7 @@ from rwkv import checkpoint
 from rwkv.checkpoint import load_model
 from rwkv.cli import parse
 from rwkv.config import ConvertConfig, EvaluateConfig, LoRAConfig
+from rwkv.data import progress_bar
 from rwkv.data.convert import pipeline
 from rwkv.data.token_stream import Stream, split_pairs
 from rwkv.data.tokenizer import WorldTokenizer
@@ -92,6 +94,14 @@ def test_text_against_transformers(evaluated, folder):
     assert model["all"]["tokens"] == 2 * tokens
     assert f"{nats / tokens:.3f}"[:-1] in printed
     assert printed.count("\n") == 6  # a line about the loss, a blank one, the header, three rows
+
+
+def test_progress(folder, monkeypatch, capsys):
+    monkeypatch.setattr(progress_bar, "LINE_SECONDS", 0)  # a line at every update
+    evaluate.main(EvaluateConfig(model=str(folder / "base.pth"), data_file=str(folder / "a.jsonl")))
+    printed = capsys.readouterr()
+    assert re.search(r"^base\.pth, a\.jsonl: 100%, .* tokens/s$", printed.err, re.MULTILINE)
+    assert "tokens/s" not in printed.out
 
 
 def test_field_of_the_records(evaluated, folder):
