@@ -99,6 +99,19 @@ def test_recipe_trains(recipe, small, tmp_path):
         assert not before["head.weight"].equal(after["head.weight"])
 
 
+def test_every_task_size_and_card_has_recipes():
+    names = [recipe.stem.split("-") for recipe in RECIPES]
+    tasks, sizes, cards = (set(column) for column in zip(*names, strict=True))
+    assert tasks == {"chat", "roleplay", "documents", "continue", "state", "preference"}
+    assert sizes == {"0.1b", "0.4b", "1.5b", "2.9b", "7.2b"}
+    assert cards == {"cpu", "8gb", "12gb", "24gb", "80gb"}
+    of_card = {card: {task for task, _, other in names if other == card} for card in cards}
+    assert of_card["24gb"] == {"chat", "roleplay", "documents", "continue", "state"}
+    assert of_card["8gb"] == of_card["24gb"]
+    of_task = {task: {card for other, _, card in names if other == task} for task in tasks}
+    assert all(len(of_task[task]) >= 3 for task in tasks - {"preference"})
+
+
 def test_heading_explains_the_start():
     for recipe in RECIPES:
         model, _ = named(recipe)

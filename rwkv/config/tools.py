@@ -116,8 +116,8 @@ class EvaluateConfig:
     model: str = ""
     """Checkpoint to evaluate; several, separated by commas, are compared with the first."""
     lora: str = ""
-    """LoRA adapters of the model, separated by commas; each is compared with the model without
-    adapter."""
+    """LoRA adapters and tuned states of the model, separated by commas; each is compared with the
+    model alone."""
     lora_alpha: float = 0
     """lora_alpha of the adapters. Omitted: from their manifests."""
     data_file: str = ""

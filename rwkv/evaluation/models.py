@@ -9,6 +9,7 @@ import torch
 from rwkv import adapter_files, checkpoint
 from rwkv.config import EvaluateConfig
 from rwkv.data import provenance
+from rwkv.data.progress_bar import progress_bar
 from rwkv.errors import UserError
 from rwkv.evaluation import harness
 from rwkv.evaluation.inputs import Input, decoder_of
@@ -69,7 +70,8 @@ def evaluate(c: EvaluateConfig, entry: Evaluated, data: Sequence[Input]) -> Eval
         decoder = decoder_of(item.data, model.sizes.vocab_size, c.vocab_file)
         eod = decoder.eod if decoder else 0
         try:
-            found = score(model, documents(item.stream), decoder, eod, c.micro_bsz, c.ctx_len, dtype)
+            with progress_bar(len(item.stream), f"{entry.name}, {item.name}", " tokens", 0.5) as bar:
+                found = score(model, documents(item.stream), decoder, eod, c.micro_bsz, c.ctx_len, dtype, bar.update)
         except UserError as error:
             raise UserError(f"{item.name}: {error}") from error
         if not found.tokens:

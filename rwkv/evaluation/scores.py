@@ -11,7 +11,7 @@ tokens, which nothing predicts, are not scored.
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from rwkv.models.state import State
 CHUNK = 512  # tokens of a document in one forward pass
 _SLICE = 128  # tokens whose logits are in memory at a time, per document
 _POOL = 64  # batches whose documents are sorted by length, so that little is padded
+Progress = Callable[[int], Any] | None
 
 
 class Decoder(Protocol):
@@ -112,6 +113,7 @@ def score(
     batch: int = 8,
     window: int = 0,
     dtype: torch.dtype | None = None,
+    progress: Progress = None,
 ) -> Score:
     """Score documents.
 
@@ -120,6 +122,7 @@ def score(
         window: split documents into windows of this many tokens, each without the context of the
             earlier ones; 0: the whole document is context.
         dtype: of matmuls, if not the weights'.
+        progress: called with the number of tokens that were scored since the last call.
 
     Raises:
         UserError: an id is outside the model's vocabulary, or the logits are NaN.
@@ -128,18 +131,25 @@ def score(
     for document in source:
         pool.append(document)
         if len(pool) == _POOL * batch:
-            total, pool = total + _score_pool(model, pool, decoder, eod, batch, window, dtype), []
-    return total + _score_pool(model, pool, decoder, eod, batch, window, dtype)
+            total, pool = total + _score_pool(model, pool, decoder, eod, batch, window, dtype, progress), []
+    return total + _score_pool(model, pool, decoder, eod, batch, window, dtype, progress)
 
 
 def _score_pool(
-    model: RWKV, pool: list[Document], decoder: Decoder | None, eod: int, batch: int, window: int, dtype: Any
+    model: RWKV,
+    pool: list[Document],
+    decoder: Decoder | None,
+    eod: int,
+    batch: int,
+    window: int,
+    dtype: Any,
+    progress: Progress,
 ) -> Score:
     total = Score()
     ordered = sorted(pool, key=lambda document: -len(document.ids))
     for i in range(0, len(ordered), batch):
         group = ordered[i : i + batch]
-        losses, best = token_losses(model, [document.ids for document in group], eod, window, dtype)
+        losses, best = token_losses(model, [document.ids for document in group], eod, window, dtype, progress)
         for document, nats, right in zip(group, losses, best, strict=True):
             mask = document.loss_mask & (np.arange(len(document.ids)) >= model.sizes.time_state)
             size = len(decoder.decode_bytes(document.ids[mask].tolist())) if decoder else 0
@@ -149,7 +159,12 @@ def _score_pool(
 
 @torch.inference_mode()
 def token_losses(
-    model: RWKV, texts: Sequence[Sequence[int] | np.ndarray], eod: int = 0, window: int = 0, dtype: Any = None
+    model: RWKV,
+    texts: Sequence[Sequence[int] | np.ndarray],
+    eod: int = 0,
+    window: int = 0,
+    dtype: Any = None,
+    progress: Progress = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """For each text (ids), the loss of every token in nats, float64, given EOD and the tokens
     before it; and whether it was the most likely token. After a tuned state instead of EOD, the
@@ -157,7 +172,8 @@ def token_losses(
     """
     first = int(model.sizes.time_state)
     device, vocab_size = model.emb.weight.device, model.sizes.vocab_size
-    longest = max((len(ids) for ids in texts), default=0)
+    lengths = np.array([len(ids) for ids in texts], int)
+    longest = int(lengths.max(initial=0))
     padded = np.zeros((len(texts), longest + 1), np.int64)
     padded[:, 0] = eod
     for row, ids in zip(padded, texts, strict=True):
@@ -182,6 +198,9 @@ def token_losses(
                 targets = tokens[:, a + 1 : b + 1]
                 losses[:, first + a : first + b] = _cross_entropy(logits, targets).double().cpu().numpy()
                 best[:, first + a : first + b] = (logits.argmax(-1) == targets).cpu().numpy()
+            if progress:
+                before, now = (np.minimum(lengths, place + first if place else 0) for place in (begin, end))
+                progress(int((now - before).sum()))
     found = [losses[i, : len(ids)] for i, ids in enumerate(texts)]
     if not all(np.isfinite(one).all() for one in found):
         raise UserError(

@@ -3,6 +3,7 @@ base's weights in memory.
 """
 
 import copy
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -158,7 +159,7 @@ def load(
     base = checkpoint.load_model(path, device, matrices=matrices).eval()
     base.requires_grad_(False)
     served = {name: Served(name, base, None, path)}
-    digest = sha256(path) if adapters else ""
+    digest = sha256(path) if adapters and os.path.isfile(path) else ""  # with_adapter rejects folders
     for adapter, file in adapters.items():
         model = with_adapter(base, file, path, digest, alpha).to(device).requires_grad_(False)
         served[adapter] = Served(adapter, model, None, f"{path} + {file}")

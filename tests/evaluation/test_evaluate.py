@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from rwkv import checkpoint
 from rwkv.checkpoint import load_model
 from rwkv.cli import parse
 from rwkv.config import ConvertConfig, EvaluateConfig, LoRAConfig
+from rwkv.data import progress_bar
 from rwkv.data.convert import pipeline
 from rwkv.data.token_stream import Stream, split_pairs
 from rwkv.data.tokenizer import WorldTokenizer
@@ -94,6 +96,14 @@ def test_text_against_transformers(evaluated, folder):
     assert model["all"]["tokens"] == 2 * tokens
     assert f"{nats / tokens:.3f}"[:-1] in printed
     assert printed.count("\n") == 6  # a line about the loss, a blank one, the header, three rows
+
+
+def test_progress(folder, monkeypatch, capsys):
+    monkeypatch.setattr(progress_bar, "LINE_SECONDS", 0)  # a line at every update
+    evaluate.main(EvaluateConfig(model=str(folder / "base.pth"), data_file=str(folder / "a.jsonl")))
+    printed = capsys.readouterr()
+    assert re.search(r"^base\.pth, a\.jsonl: 100%, .* tokens/s$", printed.err, re.MULTILINE)
+    assert "tokens/s" not in printed.out
 
 
 def test_field_of_the_records(evaluated, folder):
@@ -222,6 +232,20 @@ def test_data_of_another_vocabulary(folder, make_base):
     config = EvaluateConfig(model=str(make_base(vocab_size=50277)), data_file=str(folder / "chat_text_document"))
     with pytest.raises(UserError, match="was tokenised with .*, but the model has a vocabulary of 50,277"):
         models.check_vocabularies(models.check(config), inputs.of_files(config, None))
+
+
+def test_tuned_state_beside_its_base(evaluated, folder, tmp_path):
+    """As --lora, with the scores of a model that has the state in its file."""
+    state = {"blocks.0.att.time_state": torch.tensor([[3.0] * 8, [1.0] * 8, [0.0] * 8])}
+    torch.save(state, tmp_path / "state.pth")
+    tensors = checkpoint.read_tensors(folder / "base.pth")
+    torch.save({**tensors, **state}, tmp_path / "merged.pth")
+    data = ["--data_file", folder / "a.jsonl"]
+    _, found = evaluated("--model", folder / "base.pth", "--lora", tmp_path / "state.pth", *data)
+    _, merged = evaluated("--model", tmp_path / "merged.pth", *data)
+    base, tuned = (model["all"] for model in found["models"])
+    assert tuned == merged["models"][0]["all"]
+    assert tuned["tokens"] == base["tokens"] - 4  # nothing predicts the first token of a document
 
 
 def test_preference_pairs(evaluated, folder, tmp_path):

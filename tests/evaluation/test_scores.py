@@ -85,6 +85,23 @@ def test_score_is_the_sum_over_counted_tokens(make_model, monkeypatch):
     assert score(model, map(Document, given, masks)).bits_per_byte is None
 
 
+@pytest.mark.parametrize("window", [0, 4])
+def test_progress_counts_all_tokens(make_model, monkeypatch, window):
+    model, given, scored = make_model(), texts(9, 4, 17, 2, 6), []
+    monkeypatch.setattr(scores, "CHUNK", 5)
+    for _ in range(2):  # also with a tuned state, after which the first token is not predicted
+        score(
+            model,
+            [Document(ids, np.zeros(len(ids), bool)) for ids in given],
+            batch=2,
+            window=window,
+            progress=scored.append,
+        )
+        state.attach(model)
+    assert sum(scored) == 2 * 38
+    assert max(scored) <= 2 * 6  # a chunk of two documents
+
+
 def test_documents_of_a_stream(make_stream):
     stream = make_stream([[1, 2, 0], [3, 0], [4, 5, 6, 0]], mask=[0, 1, 1, 1, 0, 0, 0, 1, 1])
     found = list(documents(stream))
