@@ -333,7 +333,10 @@ def _yaml(path: str) -> dict[Any, Any]:
         seems = "UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") or content[1:2] == b"\0" else "another encoding"
         raise UserError(f"--config {path}: not UTF-8 but {seems}; save it as UTF-8") from None
     try:
+        node = yaml.compose(text, yaml.BaseLoader)
         found = yaml.load(text, yaml.BaseLoader) or {}
+    except RecursionError:
+        raise UserError(f'--config {path}: nested too deeply; expected lines such as "n_layer: 12"') from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -342,4 +345,10 @@ def _yaml(path: str) -> dict[Any, Any]:
         ) from None
     if not isinstance(found, dict):
         raise UserError(f'--config {path}: expected lines such as "n_layer: 12"')
+    lines: dict[str, int] = {}
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        name, line = _flag_name(str(key.value)), key.start_mark.line + 1
+        if name in lines:  # YAML would use the last
+            raise UserError(f"--config {path}, line {line}: {name} is also in line {lines[name]}; remove one of them")
+        lines[name] = line
     return found

@@ -1,6 +1,7 @@
 """Helpers for plots: figure size, titles in any script, number labels, atomic PNG files."""
 
 import functools
+import os
 import re
 import unicodedata
 import warnings
@@ -25,7 +26,14 @@ def new(width: float = 8, height: float = 4.5) -> "tuple[Figure, Axes]":
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*smallest subnormal.*")
         import numpy.ma
-        from matplotlib.figure import Figure  # takes 25 MB, so imported on use
+
+        # the backend of another environment may be unknown here, and none is used
+        backend = os.environ.pop("MPLBACKEND", None)
+        try:
+            from matplotlib.figure import Figure  # takes 25 MB, so imported on use
+        finally:
+            if backend is not None:
+                os.environ["MPLBACKEND"] = backend
 
         # numpy warns if denormals are flushed to 0, as in training. It caches the result of finfo,
         # so compute it here with the warning silenced.

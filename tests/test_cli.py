@@ -180,6 +180,9 @@ def test_text_values_verbatim(text):
         (b"proj_dir: \xb5\xc8\n", "c.yaml: not UTF-8"),
         (b"a: [\n", "c.yaml, line 2: not YAML"),
         (b"- n_layer\n", "c.yaml: expected lines such as"),
+        (b"n_layer: 3\n\nn-layer: 4\n", "c.yaml, line 3: n_layer is also in line 1; remove one of them"),
+        (b"{n_layer: 3, n_layer: 3}\n", "c.yaml, line 1: n_layer is also in line 1"),
+        (b"n_layer: " + b"[" * 20000, "c.yaml: nested too deeply"),
         (None, "c.yaml: No such file or directory"),
     ],
 )

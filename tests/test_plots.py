@@ -1,6 +1,9 @@
 """Titles in any script are drawn without warnings or missing glyphs."""
 
+import os
 import struct
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -17,6 +20,11 @@ def drawn(tmp_path, text):
         plots.save(figure, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     return axes.get_title(), axes.title.get_fontfamily()
+
+
+def test_unknown_backend_in_the_environment(root):
+    program = "import os; from rwkv import plots; plots.new(); assert os.environ['MPLBACKEND'] == 'unknown'"
+    subprocess.run([sys.executable, "-c", program], cwd=root, env={**os.environ, "MPLBACKEND": "unknown"}, check=True)
 
 
 @pytest.mark.parametrize(

@@ -131,9 +131,12 @@ def read(prefix: str | Path) -> dict[str, Any] | None:
         raise UserError(
             f"{path}: a manifest of version {found.get('format')!r}, but this program reads version {FORMAT}; update the program"
         )
-    tokenizer = found.get("tokenizer")
+    tokenizer, splits = found.get("tokenizer"), found.get("splits") or {}
     valid = (
-        all(isinstance(found.get(name), int) for name in ("documents", "tokens"))
+        {"tokenizer", "counted"} <= found.keys()
+        and isinstance(splits, dict)
+        and all(_is_texts(splits.get(name, [])) for name in ("used", "omitted"))
+        and all(isinstance(found.get(name), int) for name in ("documents", "tokens"))
         and isinstance(found.get("counted"), int | None)
         and isinstance(found.get("paired", False), bool)
         and isinstance(found.get("flags"), dict)
@@ -150,6 +153,10 @@ def read(prefix: str | Path) -> dict[str, Any] | None:
             f"{path}: the manifest of the data is corrupt (an entry is missing or has the wrong type); convert again, or remove it"
         )
     return found
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def paired(data: Dataset) -> bool:

@@ -112,6 +112,20 @@ def test_corrupt_manifest(write_jsonl, tmp_path, content, message):
     assert any(message in problem for problem in inspect(Dataset(prefix), 4, 1).problems)
 
 
+@pytest.mark.parametrize(
+    "change", [{"tokenizer": ...}, {"counted": ...}, {"splits": "train"}, {"splits": {"used": "train"}}], ids=str
+)
+def test_manifest_with_invalid_entry(write_jsonl, tmp_path, change):
+    """`...`: the entry is missing."""
+    prefix = converted(write_jsonl({"text": "a"}), tmp_path / "p")
+    path = Path(f"{prefix}.json")
+    manifest = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({key: value for key, value in manifest.items() if value is not ...}))
+    with pytest.raises(UserError, match="is corrupt"):
+        train_on(prefix, 65536)
+    assert any("is corrupt" in problem for problem in inspect(Dataset(prefix), 4, 1).problems)
+
+
 def test_manifest_of_other_data(write_jsonl, tmp_path):
     prefix = converted(write_jsonl({"text": "a"}), tmp_path / "p")
     other = converted(write_jsonl({"text": "a"}, {"text": "b"}), tmp_path / "q")

@@ -25,6 +25,12 @@ def check(c: TrainConfig) -> None:
     Raises:
         UserError: the numbers differ, or the ranks of the processes are unknown.
     """
+    for name in ("NODE_RANK", "GROUP_RANK"):
+        if c.num_nodes == 1 and "RANK" not in os.environ and os.environ.get(name, "0") not in ("", "0"):
+            raise UserError(
+                f"{name}={os.environ[name]} in the environment means a machine other than the first, but --num_nodes is 1, and only the"
+                f" first machine saves; unset it, or pass --num_nodes and {_ADVICE}"
+            )
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _compare(c, "torchrun", "WORLD_SIZE")
         _not_slurm()

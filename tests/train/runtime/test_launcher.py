@@ -18,7 +18,7 @@ NAMES = (
     "PMI_SIZE",
     "SLURM_JOB_NAME",
 )
-NAMES = (*NAMES, "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_ID", "SLURM_PROCID")
+NAMES = (*NAMES, "NODE_RANK", "GROUP_RANK", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_ID", "SLURM_PROCID")
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
 BATCH = {"SLURM_JOB_NAME": "train", "SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "8", "SLURM_PROCID": "0"}
 SRUN = {**BATCH, "SLURM_STEP_ID": "0"}
@@ -50,6 +50,15 @@ VALID = [  # environment, processes of the flags, whether Lightning must ignore 
     ({"OMPI_COMM_WORLD_SIZE": "1"}, 1, False),
     ({"PMI_SIZE": "8", **SRUN}, 8, False),
 ]
+
+
+@pytest.mark.parametrize("name", ["NODE_RANK", "GROUP_RANK"])
+def test_number_of_a_machine_in_a_run_on_one(environment, name):
+    """The process would not be rank 0, so nothing would be saved."""
+    environment({name: "1"})
+    with pytest.raises(UserError, match=f"{name}=1 in the environment means a machine other than the first"):
+        fit(TrainConfig())
+    launcher.check(TrainConfig(num_nodes=2))
 
 
 @pytest.mark.parametrize(("variables", "processes", "ignored"), VALID, ids=str)
