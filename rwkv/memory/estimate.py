@@ -45,6 +45,11 @@ LOADED = 20 << 20  # part of Plan.process that torch loads in the first step; me
 HEAP = 0.9  # of all blocks' activations and the workspace; glibc 2.36, both stacks: measured 0.6 to 1.2
 LIVE = 10**9  # elements that ZeRO-3 keeps gathered (stage3_max_live_parameters)
 
+_PARTS_OF_PHASES = (
+    ("forward", "last block"),
+    *(("backward", part) for part in ("start of backward", "end of backward", "head")),
+)
+
 Blocks = list[tuple[float, float]]
 """Tensors of equal size: bytes of each, and their number."""
 Parts = dict[str, Blocks]
@@ -68,7 +73,14 @@ def trained(p: Plan) -> int:
 
 def _of_adapters(p: Plan) -> int:
     """The number of elements of adapters on matrices."""
-    return sum(p.r * (rows + columns) + rows * p.dora for rows, columns in adapted(p))
+    return sum(shape.numel() for shape in _adapters(p))
+
+
+def _adapters(p: Plan) -> list[torch.Size]:
+    """The shapes of the tensors of adapters on matrices."""
+    found = adapted(p)
+    shapes_of = [shape for rows, columns in found for shape in ((p.r, columns), (rows, p.r))]
+    return [torch.Size(shape) for shape in shapes_of + [(rows,) for rows, _ in found if p.dora]]
 
 
 def _fully_trained(p: Plan) -> list[torch.Size]:
@@ -174,13 +186,13 @@ def estimate(p: Plan) -> Estimate:
     buckets: Blocks = [(_buckets(p, n_elements, n_trained), 1)]
     if p.gpu:  # forward and backward pass; a graph is captured on other streams
         buckets += [(BLAS, 5 if p.graph else 2)]
-    complete: Blocks = [(gradients, 1)] if zero else [(4.0, n_trained)]
+    complete: Blocks = [(gradients, 1)]
+    if p.lora and not zero:
+        complete = [(4.0 * shape.numel(), 1) for shape in [*_adapters(p), *_fully_trained(p)]]
     if not (p.lora or zero):
         bytes_of = {name: p.matrix if lora.is_matrix(name, shape) else 4 for name, shape in shapes(s).items()}
         never = unused(s)
         complete = [(bytes_of[name] * shape.numel(), 1) for name, shape in shapes(s).items() if name not in never]
-        if p.release_grads:
-            complete = [(max(size for size, _ in complete), 1)]
     # the head's gradient is computed in the forward pass
     head: Blocks = [] if p.lora else [((e if zero else p.matrix) * s.vocab_size * s.n_embd, 1)]
     if p.graph and p.accumulate > 1:  # the graph's, and their sum
@@ -230,10 +242,17 @@ def estimate(p: Plan) -> Estimate:
         },
         "optimizer": {
             **persistent,
-            "gradients": [] if p.release_grads else complete,
+            "gradients": complete,
             "workspace": _optimizer_workspace(p) + buckets,
         },
     }
+    if p.release_grads:
+        # the head's is freed first, those of a block are in the workspace, the embedding's is last
+        phases["start of backward"] = phases["forward"] | {"logits": []}
+        last = [(max(size for size, _ in complete), 1)]
+        phases["backward"]["gradients"] = last if p.lora else []
+        phases["end of backward"] = {**persistent, "gradients": last, "activations": outer, "workspace": buckets}
+        phases["optimizer"]["gradients"] = []
     if p.sequences > 1:  # the loss of pairs computes the gradients of the head in the backward pass
         phases["head"] = phases["forward"] | {"workspace": [*buckets, (e * s.n_embd * p.tokens, 1)]}
         phases["forward"] = phases["forward"] | {"gradients": accumulated}
@@ -246,7 +265,7 @@ def estimate(p: Plan) -> Estimate:
         name: {part: sum(size * count for size, count in blocks) for part, blocks in parts.items()}
         for name, parts in phases.items()
     }
-    for name, other in (("forward", "last block"), ("backward", "end of backward"), ("backward", "head")):
+    for name, other in _PARTS_OF_PHASES:
         if other not in peaks:
             continue
         peaks[name] = max((peaks[name], peaks.pop(other)), key=lambda parts: sum(parts.values()))
@@ -259,7 +278,8 @@ def estimate(p: Plan) -> Estimate:
     phase_parts = {name: _round(parts | {"process": CONTEXT if p.gpu else p.process}) for name, parts in peaks.items()}
     if p.gpu:
         # each process loads the model to the host first
-        loading = (weights if p.quantised or p.optimizer == "adamw8bit" else 4 * (n_elements + adapters)) * _per_node(p)
+        narrow = p.quantised or (p.optimizer == "adamw8bit" and not p.lora)
+        loading = (weights if narrow else 4 * (n_elements + adapters)) * _per_node(p)
         host = {"process": p.process * _per_node(p), "loading": max(0.0, loading - sum(host.values()))} | host
     else:
         device = Estimate(phase_parts, {}).device
@@ -275,11 +295,10 @@ def _optimizer(p: Plan, n_trained: int) -> float:
     if p.optimizer == "adam":
         return 8.0 * n_trained
     if p.optimizer == "adamw8bit":
-        return sum(adamw.state_bytes(shape.numel()) for shape in _fully_trained(p))
+        return sum(adamw.state_bytes(shape.numel()) for shape in [*_adapters(p), *_fully_trained(p)])
     if p.optimizer == "muon":
         return 8.0 * n_trained - 4.0 * sum(shape.numel() for shape in _hidden(p))
-    found = [torch.Size(shape) for rows, columns in adapted(p) for shape in ((p.r, columns), (rows, p.r))]
-    found += [shape for shape in _fully_trained(p) if len(shape) == 2]
+    found = [shape for shape in [*_adapters(p), *_fully_trained(p)] if len(shape) == 2]
     rest = n_trained - sum(shape.numel() for shape in found)
     return 4.0 * (sum(map(sum, found)) + rest)
 
@@ -333,9 +352,8 @@ def _optimizer_workspace(p: Plan) -> Blocks:
 def _buckets(p: Plan, n_elements: int, n_trained: int) -> float:
     if not p.stage:
         ddp = p.devices > 1 or p.strategy.startswith("ddp")
-        if p.optimizer == "adamw8bit":
-            return float(p.matrix * n_trained) if ddp else 0.0
-        return 4.0 * n_trained if ddp else 0.0
+        size = 4 if p.lora else p.matrix
+        return float(size * n_trained) if ddp else 0.0
     bucket = min(p.ds_bucket_mb * 10**6, n_trained) * p.e  # as in ZeroStrategy
     buckets = 2 * bucket if p.stage >= 2 else bucket  # one is filled while the other is reduced
     gathered = min(n_elements, LIVE) * p.e if p.stage == 3 else 0
