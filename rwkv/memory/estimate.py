@@ -249,7 +249,7 @@ def estimate(p: Plan) -> Estimate:
     if p.release_grads:
         # the head's is freed first, those of a block are in the workspace, the embedding's is last
         phases["start of backward"] = phases["forward"] | {"logits": []}
-        last = [(max(size for size, _ in complete), 1)]
+        last: Blocks = [(max(size for size, _ in complete), 1)]
         phases["backward"]["gradients"] = last if p.lora else []
         phases["end of backward"] = {**persistent, "gradients": last, "activations": outer, "workspace": buckets}
         phases["optimizer"]["gradients"] = []
@@ -278,8 +278,8 @@ def estimate(p: Plan) -> Estimate:
     phase_parts = {name: _round(parts | {"process": CONTEXT if p.gpu else p.process}) for name, parts in peaks.items()}
     if p.gpu:
         # each process loads the model to the host first
-        narrow = p.quantised or (p.optimizer == "adamw8bit" and not p.lora)
-        loading = (weights if narrow else 4 * (n_elements + adapters)) * _per_node(p)
+        converted = p.quantised or (p.optimizer == "adamw8bit" and not p.lora)
+        loading = (weights if converted else 4 * (n_elements + adapters)) * _per_node(p)
         host = {"process": p.process * _per_node(p), "loading": max(0.0, loading - sum(host.values()))} | host
     else:
         device = Estimate(phase_parts, {}).device
