@@ -56,7 +56,7 @@ def check(c: EstimateConfig) -> None:
             raise UserError(f"--{name} prints a table of all published sizes and methods: omit --{given[0]}")
     lora, sharded = c.method != "full", c.strategy.startswith("deepspeed")
     wrong = {
-        f"--optimizer {c.optimizer} is for --method full": c.optimizer in ("adamw8bit", "muon") and lora,
+        "--optimizer muon is for --method full": c.optimizer == "muon" and lora,
         f"--optimizer {c.optimizer} is not supported with --strategy {c.strategy}": c.optimizer != "adam" and sharded,
         f"--lora_base {c.lora_base} is not supported with --strategy {c.strategy}": c.lora_base in ("nf4", "int8")
         and lora

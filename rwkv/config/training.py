@@ -200,7 +200,8 @@ class Optimizer:
     """auto: that of the resumed run; in a new run adam, or adamw8bit if --auto chooses it.
     adamw8bit: AdamW with the matrices in bf16 (no fp32 copy; updates are rounded up or down at
     random, so that small ones are not lost) and moments in 8 bits: 6 bytes per parameter instead of
-    16, for full fine-tuning in less memory. Checkpoints are bf16. muon: for pretraining. Muon for
+    16, for full fine-tuning in less memory. Checkpoints are bf16. Of an adapter only the moments
+    are in 8 bits. muon: for pretraining. Muon for
     the linear layers of the blocks (momentum 0.95, made nearly orthogonal in every step), AdamW
     for embedding, head, vectors and low-rank matrices; lr_init and weight_decay as for AdamW, to
     whose size the updates are scaled. 12 bytes per parameter; a step takes as many more FLOPs as
@@ -210,8 +211,8 @@ class Optimizer:
     does not fit into memory otherwise."""
     release_grads: Literal[0, 1] = 0
     """1: with adamw8bit, update each parameter in the backward pass and free its gradient: 4 bytes
-    per parameter. Without clipping (grad_clip 0), accumulation, several devices or on_nan skip,
-    which need all gradients."""
+    per parameter (6 of an adapter). Without clipping (grad_clip 0), accumulation, several devices
+    or on_nan skip, which need all gradients."""
     beta1: float = 0.9
     """Adam's β₁."""
     beta2: float = 0.99
@@ -267,9 +268,10 @@ class Machine:
     auto: bool = False
     """Choose micro_bsz, accumulate_grad_batches and grad_cp (on GPUs also the strategy) so that the
     predicted memory fits, without changing the effective batch of micro_bsz samples. If nothing
-    fits, also try lora_base int8 and nf4 (LoRA on load_model) or optimizer adamw8bit (all weights,
-    in bf16), unless these flags are given, before DeepSpeed with offload. The choice is reported
-    and kept when the run is resumed; scripts/estimate.py shows the prediction."""
+    fits, also try lora_base int8 and nf4 (LoRA on load_model), last with optimizer adamw8bit, or
+    adamw8bit alone (all weights, in bf16), unless these flags are given, before DeepSpeed with
+    offload. The choice is reported and kept when the run is resumed; scripts/estimate.py shows the
+    prediction."""
     ds_bucket_mb: int = 200
     """DeepSpeed: size of a communication bucket in millions of elements. Smaller buckets take less
     memory."""

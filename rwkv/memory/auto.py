@@ -66,13 +66,15 @@ def choose(
 def _methods(c: TrainConfig, plan: Plan, quantise: bool) -> list[dict[str, Any]]:
     """Changed fields of a plan, in the order in which --auto tries them (docs/decisions/033): those
     of the flags; DeepSpeed on several GPUs, without offload; if `quantise` int8 and nf4; AdamW in 8
-    bits in a bf16 run whose --optimizer is not given; DeepSpeed with offload.
+    bits if --optimizer is not given, of all weights in bf16 runs only; DeepSpeed with offload.
     """
     zero: list[dict[str, Any]] = []
     if c.strategy == "auto" and plan.gpu and plan.optimizer == "adam":
         zero = [{"strategy": name} for name in search.deepspeed_candidates(c.world_size)]
     narrow: list[dict[str, Any]] = [{"base": base} for base in QUANTISED if quantise]
-    if c.optimizer == "auto" and not c.adapter and c.precision == "bf16":
+    if c.optimizer == "auto" and c.adapter:
+        narrow += [{**(narrow[-1] if narrow else {}), "optimizer": "adamw8bit"}]
+    elif c.optimizer == "auto" and c.precision == "bf16":
         narrow = [{"optimizer": "adamw8bit"}]
         narrow += [{"optimizer": "adamw8bit", "release_grads": True}] if c.cuda_graph != "on" else []
     sharded = [] if c.adapter else [method for method in zero if not ZEROS[method["strategy"]].offload_optimizer]
@@ -97,13 +99,12 @@ def _with_plan(c: TrainConfig, plan: Plan, chosen: Plan) -> TrainConfig:
 
 def _why(plan: Plan, chosen: Plan) -> str:
     """The flags of a candidate that change what is computed, and why, for the log; "" if none."""
-    if chosen.base != plan.base:
-        return f" --lora_base {chosen.base} (without quantisation even --micro_bsz 1 --grad_cp 1 does not fit)"
+    base = f" --lora_base {chosen.base}" if chosen.base != plan.base else ""
     if chosen.optimizer == plan.optimizer:
-        return ""
+        return base and f"{base} (without quantisation even --micro_bsz 1 --grad_cp 1 does not fit)"
     released = " --release_grads 1" if chosen.release_grads else ""
     return (
-        f" --optimizer {chosen.optimizer}{released} (with Adam in fp32 even --micro_bsz 1 --grad_cp 1 does not fit;"
+        f"{base} --optimizer {chosen.optimizer}{released} (with Adam in fp32 even --micro_bsz 1 --grad_cp 1 does not fit;"
         " --optimizer adam excludes it)"
     )
 

@@ -37,6 +37,10 @@ CONTEXT = 600 << 20
 LOADED = 20 << 20  # part of Plan.process that torch loads in the first step; measured 16 to 34 MiB
 HEAP = 0.9  # of all blocks' activations and the workspace; glibc 2.36, both stacks: measured 0.6 to 1.2
 
+_PARTS_OF_PHASES = (
+    ("forward", "last block"),
+    *(("backward", part) for part in ("start of backward", "end of backward", "head")),
+)
 Parts = dict[str, Blocks]
 
 
@@ -111,10 +115,17 @@ def _phases(p: Plan, stored: dict[str, float]) -> dict[str, Parts]:
         },
         "optimizer": {
             **persistent,
-            "gradients": [] if p.release_grads else complete,
+            "gradients": complete,
             "workspace": parts.optimizer_workspace(p) + buckets,
         },
     }
+    if p.release_grads:
+        # the head's is freed first, those of a block are in the workspace, the embedding's is last
+        phases["start of backward"] = phases["forward"] | {"logits": []}
+        last: Blocks = [(max(size for size, _ in complete), 1)]
+        phases["backward"]["gradients"] = last if p.lora else []
+        phases["end of backward"] = {**persistent, "gradients": last, "activations": outer, "workspace": buckets}
+        phases["optimizer"]["gradients"] = []
     if p.sequences > 1:  # the loss of pairs computes the gradients of the head in the backward pass
         phases["head"] = phases["forward"] | {"workspace": [*buckets, (e * s.n_embd * p.tokens, 1)]}
         phases["forward"] = phases["forward"] | {"gradients": accumulated}
@@ -132,7 +143,7 @@ def _peaks(p: Plan, phases: dict[str, Parts]) -> dict[str, dict[str, float]]:
         name: {part: sum(size * count for size, count in blocks) for part, blocks in phase.items()}
         for name, phase in phases.items()
     }
-    for name, other in (("forward", "last block"), ("backward", "end of backward"), ("backward", "head")):
+    for name, other in _PARTS_OF_PHASES:
         if other in peaks:
             peaks[name] = max((peaks[name], peaks.pop(other)), key=lambda sizes: sum(sizes.values()))
     if p.gpu:
@@ -150,7 +161,7 @@ def _on_host(
         device = Estimate(phase_parts, {}).device
         return {name: offloaded.get(name, 0) + size * _per_node(p) for name, size in device.items()}
     # each process loads the model to the host first
-    narrow = p.quantised or p.optimizer == "adamw8bit"
+    narrow = p.quantised or (p.optimizer == "adamw8bit" and not p.lora)
     loading = (stored["weights"] if narrow else 4 * (parts.total(p.sizes) + parts.of_adapters(p))) * _per_node(p)
     return {"process": p.process * _per_node(p), "loading": max(0.0, loading - sum(offloaded.values()))} | offloaded
 

@@ -51,7 +51,14 @@ def _adapted_by(s: Sizes, names: tuple[str, ...]) -> list[torch.Size]:
 
 def of_adapters(p: Plan) -> int:
     """The number of elements of adapters on matrices."""
-    return sum(p.r * (rows + columns) + rows * p.dora for rows, columns in adapted(p))
+    return sum(shape.numel() for shape in _adapters(p))
+
+
+def _adapters(p: Plan) -> list[torch.Size]:
+    """The shapes of the tensors of adapters on matrices."""
+    found = adapted(p)
+    shapes_of = [shape for rows, columns in found for shape in ((p.r, columns), (rows, p.r))]
+    return [torch.Size(shape) for shape in shapes_of + [(rows,) for rows, _ in found if p.dora]]
 
 
 def _fully_trained(p: Plan) -> list[torch.Size]:
@@ -121,7 +128,7 @@ def complete_gradients(p: Plan, gradients: float) -> Blocks:
     if p.stage:
         complete: Blocks = [(gradients, 1)]
     elif p.lora:
-        complete = [(4.0, trained(p))]
+        complete = [(4.0 * shape.numel(), 1) for shape in [*_adapters(p), *_fully_trained(p)]]
     else:
         never = unused(p.sizes)
         complete = [
@@ -129,8 +136,6 @@ def complete_gradients(p: Plan, gradients: float) -> Blocks:
             for name, shape in shapes(p.sizes).items()
             if name not in never
         ]
-        if p.release_grads:
-            complete = [(max(size for size, _ in complete), 1)]
     if p.graph and p.accumulate > 1:  # the graph's, and their sum
         complete = [(size, 2 * count) for size, count in complete]
     return complete
@@ -148,11 +153,10 @@ def _moments(p: Plan) -> float:
     if p.optimizer == "adam":
         return 8.0 * n_trained
     if p.optimizer == "adamw8bit":
-        return sum(adamw.state_bytes(shape.numel()) for shape in _fully_trained(p))
+        return sum(adamw.state_bytes(shape.numel()) for shape in [*_adapters(p), *_fully_trained(p)])
     if p.optimizer == "muon":
         return 8.0 * n_trained - 4.0 * sum(shape.numel() for shape in _hidden(p.sizes))
-    found = [torch.Size(shape) for rows, columns in adapted(p) for shape in ((p.r, columns), (rows, p.r))]
-    found += [shape for shape in _fully_trained(p) if len(shape) == 2]
+    found = [shape for shape in [*_adapters(p), *_fully_trained(p)] if len(shape) == 2]
     rest = n_trained - sum(shape.numel() for shape in found)
     return 4.0 * (sum(map(sum, found)) + rest)
 
@@ -248,7 +252,7 @@ def _communication(p: Plan) -> float:
     n_trained = trained(p)
     if not p.stage:
         ddp = p.devices > 1 or p.strategy.startswith("ddp")
-        return float((p.matrix if p.optimizer == "adamw8bit" else 4) * n_trained) if ddp else 0.0
+        return float((4 if p.lora else p.matrix) * n_trained) if ddp else 0.0
     bucket = min(p.ds_bucket_mb * 10**6, n_trained) * p.e  # as in ZeroStrategy
     buckets = 2 * bucket if p.stage >= 2 else bucket  # one is filled while the other is reduced
     gathered = min(total(p.sizes), LIVE) * p.e if p.stage == 3 else 0

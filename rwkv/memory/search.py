@@ -83,7 +83,9 @@ def changes(p: Plan) -> Iterator[tuple[str, Plan]]:
     *_, least = candidates(p)
     half = replace(least, precision="bf16")
     plans += [half] if p.e == 4 else []
-    plans += [replace(half, base="nf4")] if p.lora and not p.quantised and not p.stage else []
+    if p.lora and not p.stage:
+        smallest = half if p.quantised else replace(half, base="nf4")
+        plans += [smallest, *([replace(smallest, optimizer="adamw8bit")] if p.optimizer == "adam" else [])]
     if p.gpu and not p.stage and not p.quantised and p.optimizer == "adam":  # the only one supported with DeepSpeed
         plans += [replace(half, strategy=name) for name in deepspeed_candidates(p.devices)]
     if not p.lora:

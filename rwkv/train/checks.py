@@ -150,11 +150,6 @@ def check_adamw8bit(c: TrainConfig) -> None:
                 f"--release_grads 1 needs --optimizer adamw8bit; with --optimizer {c.optimizer} gradients are freed after the step only"
             )
         return
-    if c.adapter:
-        raise UserError(
-            "--optimizer adamw8bit is for training all weights (scripts/finetune.py, scripts/pretrain.py): an adapter is small, and its fp32"
-            " moments take little memory; omit it. To reduce the memory of the frozen base, use --lora_base nf4"
-        )
     if strategy.zero(c):
         raise UserError(
             f"--optimizer adamw8bit is not supported with DeepSpeed (--strategy {c.strategy}), which flattens weights and keeps fp32 masters;"
@@ -162,10 +157,11 @@ def check_adamw8bit(c: TrainConfig) -> None:
         )
     if c.precision == "fp16":
         raise UserError(
-            "--optimizer adamw8bit with --precision fp16: gradients in bf16 cannot be scaled for fp16; use --precision bf16, or fp32 on GPUs without it"
+            "--optimizer adamw8bit with --precision fp16: it does not undo the scaling of gradients; use --precision bf16, or fp32 on GPUs without it"
         )
     several = not strategy.is_single_process(c)
-    if several and not machine.use_gpu(c.accelerator) and not compat.gloo_supports_bf16():
+    of_matrices = not c.adapter  # an adapter's gradients are fp32
+    if several and of_matrices and not machine.use_gpu(c.accelerator) and not compat.gloo_supports_bf16():
         raise UserError(
             "--optimizer adamw8bit: ddp on CPUs averages gradients in bf16, and gloo in this torch version does not support bf16; use one process,"
             " or the modern stack (make venv STACK=modern)"

@@ -84,7 +84,12 @@ def types(c: TrainConfig, model: RWKV) -> str:
     inputs = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
     trained = "/".join(stored[True])
     weights = f"trained weights {trained} (they are the master weights), gradients {trained}, Adam's moments {trained}"
-    if c.optimizer == "adamw8bit":
+    if c.optimizer == "adamw8bit" and c.adapter:
+        weights = (
+            f"trained weights {trained} (they are the master weights), gradients {trained}, AdamW's moments 8-bit, of small tensors"
+            " float32"
+        )
+    elif c.optimizer == "adamw8bit":
         weights = "trained matrices and their gradients bfloat16 (no masters; stochastic rounding), other trained weights float32, AdamW's moments 8-bit, of small tensors float32"
     if c.optimizer == "muon":
         products = "bfloat16" if precision == "bf16" else "float32"

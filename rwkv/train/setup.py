@@ -110,7 +110,8 @@ def create(c: TrainConfig, sizes: Sizes) -> RWKV:
 
 def _matrix_dtype(run: Run) -> torch.dtype:
     """The dtype of matrices that are not quantised: linear layers, embedding and head."""
-    return torch.bfloat16 if run.flags.optimizer == "adamw8bit" else _frozen_dtype(run)
+    trained = not run.adapter
+    return torch.bfloat16 if trained and run.flags.optimizer == "adamw8bit" else _frozen_dtype(run)
 
 
 def _frozen_dtype(run: Run) -> torch.dtype:

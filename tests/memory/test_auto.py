@@ -117,11 +117,11 @@ def test_auto_of_later_versions(resolved_flags, number):
         )
 
 
-def chosen(monkeypatch, target: Plan, kind=TrainConfig, usable=lambda c: True, **flags):
+def chosen(monkeypatch, target: Plan, kind=TrainConfig, usable=lambda c: True, quantise=False, **flags):
     """The flags that --auto chooses on GPUs where `target` just fits, and what it prints."""
     monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: memory_for(target) if gpu else 10**12)
     c = kind(**{"ctx_len": 1024, "micro_bsz": 1, "grad_cp": 1, "precision": "bf16", **flags})
-    return auto.choose(c, plan_of(c, published("1.5b"), True, c.precision), usable)
+    return auto.choose(c, plan_of(c, published("1.5b"), True, c.precision), usable, quantise)
 
 
 BIG = Plan(published("1.5b"), lora=False, ctx_len=1024, micro_bsz=1, grad_cp=True)
@@ -178,6 +178,23 @@ def test_auto_shards_before_it_narrows(monkeypatch):
         assert (c.optimizer, c.strategy) == ("adam", name)
     c, _ = chosen(monkeypatch, replace(NARROW, **several), usable=lambda c: c.strategy == "auto", devices=8)
     assert (c.optimizer, c.strategy) == ("adamw8bit", "auto")
+
+
+def test_auto_of_lora_narrows_the_optimizer_last(monkeypatch):
+    """After nf4, or alone if a quantised base is given; not against --optimizer adam."""
+    adapted = replace(BIG, lora=True)
+    both = replace(adapted, base="nf4", optimizer="adamw8bit")
+    for target, flags, expected in (
+        (replace(adapted, base="nf4"), {}, ("nf4", "adam")),
+        (both, {}, ("nf4", "adamw8bit")),
+        (both, {"lora_base": "nf4"}, ("nf4", "adamw8bit")),
+    ):
+        c, said = chosen(monkeypatch, target, LoRAConfig, quantise=not flags, **flags)
+        assert (c.lora_base, c.optimizer, c.strategy) == (*expected, "auto")
+        assert ("--optimizer adamw8bit (with Adam in fp32" in said) == (expected[1] == "adamw8bit")
+        assert ("--lora_base nf4" in said) == (not flags)
+    with pytest.raises(UserError, match="--auto: nothing fits .* --optimizer adamw8bit"):
+        chosen(monkeypatch, both, LoRAConfig, lora_base="nf4", optimizer="adam", usable=lambda c: c.strategy == "auto")
 
 
 def test_auto_for_lora(resolved_flags, capsys):

@@ -247,10 +247,14 @@ def test_predicted_peak_of_preference_pairs(kind, version, precision, grad_cp):
 
 @pytest.mark.parametrize("version", ["4", "7"])
 @pytest.mark.parametrize("released", [False, True])
-def test_predicted_peak_with_adamw8bit(version, released):
-    sizes = VERSIONS[version].Sizes(4, 128, 1024)
-    plan = Plan(sizes, lora=False, optimizer="adamw8bit", release_grads=released, precision="bf16", grad_cp=True)
-    plan = replace(plan, ctx_len=128, gpu=False)
+@pytest.mark.parametrize("adapter", [False, True])
+def test_predicted_peak_with_adamw8bit(version, released, adapter):
+    # with a large vocabulary: released gradients of head and embedding are not in memory beside
+    # those of a block
+    sizes = VERSIONS[version].Sizes(4, 128, 8192)
+    flags = {"parts": ("att", "ffn", "time"), "r": 32, "dora": True, "base": "nf4"} if adapter else {"lora": False}
+    plan = Plan(sizes, **flags, optimizer="adamw8bit", release_grads=released, precision="bf16", grad_cp=True)
+    plan = replace(plan, ctx_len=64, gpu=False)
     model = build(plan)
     opt = optimizer.make(model, TrainConfig(optimizer="adamw8bit"))
     for parameter in model.parameters():
@@ -258,13 +262,17 @@ def test_predicted_peak_with_adamw8bit(version, released):
     opt.step()
     bytes_of = lambda tensors: sum(x.numel() * x.element_size() for x in tensors if torch.is_tensor(x))  # noqa: E731
     result = estimate(plan)
-    assert result.device["weights"] == bytes_of(model.parameters())
+    stored = sum(matrix.nbytes for matrix in quant.quantised_in(model))
+    assert result.device["weights"] == bytes_of(model.parameters()) + stored
     assert result.device["optimizer"] == bytes_of(x for state in opt.state.values() for x in state.values())
     if not released:
         gradients = result.phase_parts["optimizer"]["gradients"]
         assert gradients == bytes_of(parameter.grad for parameter in model.parameters())
     measured, predicted = peaks(plan), result.tensors
-    assert max(measured.values()) == pytest.approx(max(predicted.values()), rel=0.1)
+    gc.collect()  # hooks and optimizer refer to each other; the next test would count what is freed
+    assert {name: measured[name] / value for name, value in predicted.items()} == {
+        name: pytest.approx(1, abs=0.04 if released and not adapter else 0.1) for name in predicted
+    }
 
 
 @pytest.mark.parametrize(("version", "precision"), [("4", "fp32"), ("6", "bf16"), ("7", "bf16")])

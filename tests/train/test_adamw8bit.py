@@ -198,17 +198,39 @@ def test_incompatible_flags(train, flags, message):
         train("run", **flags)
 
 
-def test_not_for_adapters(make_base, make_data, tmp_path):
-    flags = {"load_model": str(make_base()), "data_file": make_data(200), "proj_dir": str(tmp_path / "run")}
-    with pytest.raises(UserError, match="adamw8bit is for training all weights .* --lora_base nf4"):
-        fit(LoRAConfig(**RUN, **flags))
+@pytest.mark.parametrize("version", ["4", "7"])
+def test_adapters(make_base, make_data, tmp_path, version):
+    """Their weights stay fp32; runs resume bit for bit; releasing gradients changes nothing."""
+    base = make_base(version=version, n_embd=128, dim_ffn=128)
+    flags = {**RUN, "load_model": str(base), "data_file": make_data(400), "lora_base": "nf4", "grad_clip": 0.0}
+    flags |= {"lora_r": 32, "lora_parts": "att,ffn,time,ln", "use_dora": True, "lora_dropout": 0.1}
+
+    def train(name, **changed):
+        return fit(LoRAConfig(**flags | changed, proj_dir=str(tmp_path / name)))
+
+    whole = train("whole")
+    train("parts", max_steps=3)
+    state = state_files.newest(tmp_path / "parts")
+    assert {x.dtype for x in state.weights.values()} == {torch.float32}
+    sizes = {x.dtype for moments in state.optimizer.values() for x in moments.values() if torch.is_tensor(x)}
+    assert sizes == {torch.uint8, torch.float32}
+    losses = [line["loss"] for line in lines(tmp_path / "whole")]
+    for name, changed in (("parts", {}), ("released", RELEASED)):
+        result = train(name, **changed)
+        assert [line["loss"] for line in lines(tmp_path / name)] == losses
+        assert same(read_tensors(result.checkpoint), read_tensors(whole.checkpoint))
+    train("adam", optimizer="adam")
+    assert losses == pytest.approx([line["loss"] for line in lines(tmp_path / "adam")], rel=0.01)  # six steps
+    types = json.loads((tmp_path / "whole/run.json").read_text())["types"]
+    assert "trained weights float32 (they are the master weights)" in types
+    assert "moments 8-bit" in types
 
 
 def test_not_for_fp16(monkeypatch):
     from rwkv.train import checks
 
     monkeypatch.setattr(checks.machine, "use_gpu", lambda accelerator: True)
-    with pytest.raises(UserError, match="gradients in bf16 cannot be scaled for fp16"):
+    with pytest.raises(UserError, match="does not undo the scaling of gradients"):
         checks.check_adamw8bit(TrainConfig(optimizer="adamw8bit", precision="fp16"))
 
 

@@ -124,10 +124,11 @@ def test_merges_into_original_weights(curves, trained, tmp_path):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize("version", sorted(VERSIONS))
-def test_every_version_quantises_its_blocks(make_base, make_data, tmp_path, version):
+def test_every_version_quantises_its_blocks(make_base, make_data, tmp_path, version, kind):
     base = make_base(version=version, n_embd=32)
-    model = checkpoint.load_model(base, quantise="nf4")
+    model = checkpoint.load_model(base, quantise=kind)
     names = {
         name for name, shape in checkpoint.read_tensors(base).items() if shape.dim() == 2 and name.endswith(".weight")
     }
@@ -139,14 +140,14 @@ def test_every_version_quantises_its_blocks(make_base, make_data, tmp_path, vers
         tensors[name] = model.get_submodule(name).dense(torch.float32)
     torch.save(tensors, tmp_path / "dense.pth")
     losses = []
-    for kind, path in (("nf4", base), ("fp32", tmp_path / "dense.pth")):
+    for stored, path in ((kind, base), ("fp32", tmp_path / "dense.pth")):
         flags = {**TUNE, "load_model": str(path), "data_file": make_data(200), "lora_parts": "att,ffn,ln,time"}
-        fit(LoRAConfig(**flags, grad_cp=1, lora_base=kind, max_steps=2, proj_dir=str(tmp_path / kind)))
-        losses.append([line["loss"] for line in lines(tmp_path / kind)])
+        fit(LoRAConfig(**flags, grad_cp=1, lora_base=stored, max_steps=2, proj_dir=str(tmp_path / stored)))
+        losses.append([line["loss"] for line in lines(tmp_path / stored)])
     assert losses[0] == losses[1]
-    types = [json.loads((tmp_path / kind / "run.json").read_text())["types"] for kind in ("nf4", "fp32")]
-    assert "frozen weights float32/nf4" in types[0]
-    assert "nf4" not in types[1]
+    types = [json.loads((tmp_path / stored / "run.json").read_text())["types"] for stored in (kind, "fp32")]
+    assert f"frozen weights float32/{kind}" in types[0]
+    assert kind not in types[1]
 
 
 def sbrk(size: int) -> int:
