@@ -44,10 +44,13 @@ def files(tokens: Sequence[bytes], vocab_size: int) -> dict[str, str]:
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ {'user': 'User', 'assistant': 'Assistant', 'system': 'System'}.get(message['role'], message['role']) }}: "
-    "{{ message['content'] | trim }}\n\n"
+    "{{ message['content'] | trim"
+    r"""| replace("\r\n", "\n") | replace("\n\n", "\n") | replace("\n\n", "\n") | replace("\n\n", "\n") }}"""
+    "\n\n"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-"""Chats in the World models' format: "User: …", blank line, "Assistant: …", blank line."""
+"""Chats in the World models' format: "User: …", blank line, "Assistant: …", blank line. Up to seven
+blank lines in a row of a message become a line break, as in rwkv.data.convert.roles.fold."""
 
 
 def _tokenizer(tokens: Sequence[bytes], vocab_size: int) -> str:

@@ -78,8 +78,8 @@ def test_rwkv7_hf_gives_our_logits(model_file, tmp_path, capsys):
     assert set(tokenizer(text)) == {"input_ids", "attention_mask"}  # what generate() takes
     assert tokenizer.decode(ids) == text
     assert (len(tokenizer), tokenizer.eos_token_id) == (65536, 0)
-    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    assert tokenizer.apply_chat_template(chat, tokenize=False) == "User: Hi\n\nAssistant: Hello\n\n"
+    chat = [{"role": "user", "content": "Hi\r\n\r\nthere"}, {"role": "assistant", "content": "Hello"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "User: Hi\nthere\n\nAssistant: Hello\n\n"
     given = "".join(f"{i} {line}" for i, line in enumerate(["'a' 1\n", "b'\\xff' 1\n"], 1))
     assert hf_tokenizer.files([b"", b"a", b"\xff"], 3)[hf_tokenizer.VOCABULARY] == given
 

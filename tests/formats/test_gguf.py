@@ -73,11 +73,11 @@ def test_llama_cpp_tokenizes_as_world(model_file, tmp_path):
     text = "Hello, RWKV!\n\nUser: \\x41 'quotes\" and\ttabs; 你好，世界 😀" + "a" * 50 + " " * 20 + "."
     chat = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": " Hi\n"},
+        {"role": "user", "content": " Hi\n\n\n\nthere\n"},
         {"role": "assistant", "content": "Hello"},
         {"role": "user", "content": "你好"},
     ]
-    texts = [text, "System: Be brief.\n\nUser: Hi\n\nAssistant: Hello\n\nUser: 你好\n\nAssistant:"]
+    texts = [text, "System: Be brief.\n\nUser: Hi\nthere\n\nAssistant: Hello\n\nUser: 你好\n\nAssistant:"]
     model = checkpoint.load_model(base)
     for given, likeliest in zip(texts, ask(LLAMA_CPP, [[str(output), text], [str(output), chat]]), strict=True):
         with torch.no_grad():
