@@ -235,7 +235,8 @@ def check_config(config: Mapping[str, Any], where: Any) -> None:
     """
     head, epsilon = config.get("head_dim", HEAD_SIZE), config.get("norm_eps", 1e-5)
     if config.get("model_type") == "rwkv7" and not (
-        isinstance(head, int | float) and isinstance(epsilon, int | float) and abs(head * epsilon / 64e-5 - 1) < 1e-3
+        all(isinstance(value, int | float) and 0 < value < 1e6 for value in (head, epsilon))
+        and abs(head * epsilon / 64e-5 - 1) < 1e-3
     ):
         raise UserError(
             f"{where}: heads of {head} channels, normalised with epsilon {head} · {epsilon}; only BlinkDL's 64e-5 is supported"

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from rwkv.config import TrainConfig
 from rwkv.data import offsets, provenance
 from rwkv.data.binidx import Dataset
@@ -25,6 +27,10 @@ def check(c: TrainConfig) -> None:
     if c.my_random_steps and not c.magic_prime:
         raise UserError(
             f"--my_random_steps {c.my_random_steps} applies to prime sampling: pass --magic_prime too, or omit it"
+        )
+    if c.my_pile_shift > 0 and not (c.magic_prime or c.my_pile_stage):
+        raise UserError(
+            f"--my_pile_shift {c.my_pile_shift} applies to prime sampling: pass --magic_prime too, or omit it"
         )
     if c.min_ctx_len and not documents:
         raise UserError(f"--min_ctx_len {c.min_ctx_len} applies to --doc_training 1: pass both, or omit it")
@@ -67,6 +73,11 @@ def make(c: TrainConfig, data: Dataset, validation: Dataset | None = None) -> tu
     """
     for read in filter(None, (data, validation)):
         _check_kind(c, read)
+        if c.doc_sep > (largest := np.iinfo(read.tokens.dtype).max):
+            raise UserError(
+                f"--doc_sep {c.doc_sep}: no token of {read.prefix} has this id, as its ids are {read.tokens.dtype} (at most {largest}); pass the id"
+                " that ends documents, or -1"
+            )
     pairs = c.objective == "dpo"
     # an end-of-document token in the middle would shift the pairs
     options: dict[str, Any] = {"separator": -1 if pairs else c.doc_sep, "chatml": bool(c.chatml_mask)}

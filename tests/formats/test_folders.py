@@ -150,9 +150,12 @@ def test_invalid_folders(model_file, tmp_path):
         checkpoint.read_tensors(tmp_path / "hf")
     index.write_text(json.dumps(listed))
     config = json.loads((tmp_path / "hf/config.json").read_text())
-    (tmp_path / "hf/config.json").write_text(json.dumps(config | {"head_dim": 32}))
-    with pytest.raises(UserError, match=r"config.json: heads of 32 channels.* only BlinkDL's 64e-5 is supported"):
-        checkpoint.read_tensors(tmp_path / "hf")
+    for size in (32, 10**400):
+        (tmp_path / "hf/config.json").write_text(json.dumps(config | {"head_dim": size}))
+        with pytest.raises(
+            UserError, match=rf"config.json: heads of {size} channels.* only BlinkDL's 64e-5 is supported"
+        ):
+            checkpoint.read_tensors(tmp_path / "hf")
 
 
 def test_models_without_a_layout(model_file, make_base, tmp_path):

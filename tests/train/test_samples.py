@@ -258,6 +258,8 @@ INVALID_FLAGS = [
     ({"min_ctx_len": 5}, "applies to --doc_training 1"),
     ({"doc_training": 1, "min_ctx_len": CTX + 1}, f"must not be greater than --ctx_len {CTX}"),
     ({"doc_sep": -2}, "must be a token id, or -1"),
+    ({"doc_sep": 1 << 16}, r"--doc_sep 65536: no token of .* has this id"),
+    ({"my_pile_shift": 8}, "--my_pile_shift 8 applies to prime sampling"),
     ({"val_split": 1.0}, "less than 1"),
     ({"val_every": 5}, "needs a validation set: pass --val_file, or --val_split"),
     ({"val_file": "v", "val_split": 0.5}, "both define the validation set"),
