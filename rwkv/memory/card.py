@@ -15,6 +15,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"lora": True},
     "LoRA, int8": {"lora": True, "base": "int8"},
     "LoRA, nf4": {"lora": True, "base": "nf4"},
+    "LoRA, nf4, adamw8bit": {"lora": True, "base": "nf4", "optimizer": "adamw8bit", "release_grads": True},
     "state": {"lora": True, "parts": (state.PART,), "r": 1, "dora": False},
 }
 """Fields of a Plan, by column."""
