@@ -138,8 +138,7 @@ def test_no_flag_of_upstreams_trainers_is_unknown():
     argv = []
     for name, value in (flag.split("=") for flag in flags.split()):
         argv += [f"--{name}"] if value == "-" else [f"--{name}", value]
-        parse(TrainConfig, "", argv[-1:] if value == "-" else argv[-2:])
-        parse(FinetuneConfig, "", argv[-1:] if value == "-" else argv[-2:])
+    parse(TrainConfig, "", argv)
     config = parse(FinetuneConfig, "", argv)
     assert (config.train_type, config.precision, config.version, config.adam_eps) == ("none", "bf16", "7", 1e-18)
     for number, name in (("5.2", "x052"), ("6", "x060"), ("7", "x070")):
