@@ -240,11 +240,12 @@ def test_own_page_replaced_and_foreign_one_kept(make_data, tmp_path):
     assert (tmp_path / "run/report.html").read_text() == "<h1>mine</h1>"
 
 
-def test_completed_run_shows_earlier_steps(config):
-    before = data_of((config.folder / "report.html").read_text())["charts"]
-    fit(config)
-    again = (config.folder / "report.html").read_text()
+def test_completed_run_shows_earlier_steps(config, tmp_path):
+    copied = dataclasses.replace(config, proj_dir=str(shutil.copytree(config.folder, tmp_path / "run")))
+    before = data_of((copied.folder / "report.html").read_text())["charts"]
+    fit(copied)
+    again = (copied.folder / "report.html").read_text()
     assert data_of(again)["charts"]["loss"] == before["loss"]
     assert "step 12 of 12" in Reader(again).text
-    assert fit(dataclasses.replace(config, epoch_count=4)).steps == 16
-    assert "step 16 of 16" in Reader((config.folder / "report.html").read_text()).text
+    assert fit(dataclasses.replace(copied, epoch_count=4)).steps == 16
+    assert "step 16 of 16" in Reader((copied.folder / "report.html").read_text()).text
