@@ -39,7 +39,7 @@ from rwkv.adapters import lora
 from rwkv.config import TrainConfig
 from rwkv.kernels import adamw, load
 from rwkv.models import RWKV
-from rwkv.models.v7 import Sizes
+from rwkv.models.v7 import PARTS, Sizes
 from rwkv.train.loop import adam, muon, optimizer
 from rwkv.train.loop.adamw8bit import AdamW8bit
 from rwkv.train.runtime import cpu
@@ -88,7 +88,7 @@ def train(kind: str, peak: float, seed: int, steps: int, layers: int, width: int
     c = TrainConfig(optimizer=name, weight_decay=0.1, random_seed=seed, precision="bf16")
     if kind == "muon-low-rank":
         hidden = lora.is_hidden
-        lora.is_hidden = lambda name, shape: hidden(name, shape) or lora.is_low_rank(name)
+        lora.is_hidden = lambda name, shape: hidden(name, shape) or PARTS.is_low_rank(name)
     opt = optimizer.make(model, c)
     if kind == "nearest":
         opt.__class__ = Nearest

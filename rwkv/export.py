@@ -35,7 +35,8 @@ _CAN_HOLD = {
     "st": ("fp16",),
     "rwkv.cpp": ("fp16", "fp32"),
 }  # other formats: DTYPES
-_WITH_STATE = ("pth", "safetensors", "st")  # formats with a place for a tuned state
+# formats with a place for a tuned state, and for which versions
+_WITH_STATE = {"pth": version.VERSIONS, "safetensors": version.VERSIONS, "st": web_rwkv.WITH_STATE}
 _NOT_READ = ("4", "7")  # versions whose tuned state PyPI's rwkv does not read from a .pth
 _MAX_20B = range(50254, 50433)  # vocabulary sizes of models with the 20B tokenizer, with padding
 
@@ -160,9 +161,9 @@ def format_of(output: str | Path) -> str:
 
 def check_state(kind: str, source: Source) -> None:
     """Raise UserError if the model begins with a tuned state for which a format has no place."""
-    possible = [name for name in _WITH_STATE if (name, source.version) != ("st", "4")]  # web-rwkv has no such state
+    possible = [name for name, versions in _WITH_STATE.items() if source.version in versions]
     if source.sizes.time_state and kind not in possible:
-        what = f"{kind} of RWKV-4" if kind in _WITH_STATE else kind
+        what = f"{kind} of RWKV-{source.version}" if kind in _WITH_STATE else kind
         raise UserError(
             f"{source.label}: begins with a tuned state (att.time_state), for which {what} has no place; use --format"
             f" {', '.join(possible)}, or scripts/serve.py, whose API other programs can use"

@@ -2,6 +2,7 @@
 for peft, and verify what was written.
 """
 
+import importlib
 import json
 import os
 import re
@@ -37,7 +38,6 @@ from rwkv.weights import safetensors_file
 FORMATS = ("transformers", "fla", "peft")
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-_LAYOUTS = {"4": ("transformers",), "7": ("fla", "transformers")}  # by version; the first is the default
 
 
 def existing(output: Path) -> Path:
@@ -52,9 +52,9 @@ def layout_of(kind: str, source: Source) -> str:
     Raises:
         UserError: no program reads such a folder.
     """
-    known = _LAYOUTS.get(source.version, ())
+    known = list(transformers.LAYOUTS.get(source.version, ()))
     if not known or kind not in ("folder", *known):
-        models = " and ".join(name for name, layouts in _LAYOUTS.items() if kind in ("folder", *layouts))
+        models = " and ".join(name for name, layouts in transformers.LAYOUTS.items() if kind in ("folder", *layouts))
         raise UserError(
             f"{source.path}: an RWKV-{source.version} model; {'a folder' if kind == 'folder' else kind} can be written of RWKV-{models} only. Export to"
             " .pth or .safetensors"
@@ -65,8 +65,8 @@ def layout_of(kind: str, source: Source) -> str:
 def export_folder(
     source: Source, output: Path, layout: str, dtype: str, tokens: int, ctx_len: int, shard_bytes: int
 ) -> Exported:
-    """Write a folder, and verify it: RWKV-4 with transformers itself, RWKV-7 read back under
-    BlinkDL's names.
+    """Write a folder, and verify it: read back under BlinkDL's names, and if transformers has a
+    class for it, with its logits in transformers.
 
     Args:
         layout: fla or transformers.
@@ -79,7 +79,9 @@ def export_folder(
         UserError: the layout cannot represent the model, a value overflows, or a logit is NaN or
             Inf; nothing is written.
     """
-    settings, tensors = _layout(source, layout, dtype, ctx_len)
+    known = transformers.LAYOUTS[source.version][layout]
+    settings = known.config(source.sizes, ctx_len)
+    tensors = known.convert(source.cast(dtype), source.sizes)
     settings["torch_dtype"] = str(tensors[next(iter(tensors))].dtype).removeprefix("torch.")
     texts = {"config.json": _json(settings), **_tokenizer_files(source)}
     shards = split(tensors, shard_bytes)
@@ -101,12 +103,10 @@ def export_folder(
                 files.pop(name).unlink()
             with as_folder(files) as folder:
                 dtypes = short_dtypes(tensors.values())
-                logits = None if source.version == "4" else expected
-                found = compare(source, _read(folder, source), logits, dtypes, folder)
-                if source.version == "4" and expected is not None:
-                    found = compare_logits(
-                        dtypes, found.weights, expected, _logits_in_transformers(folder, source, tokens)
-                    )
+                found = compare(source, _read(folder, source), None if known.reader else expected, dtypes, folder)
+                if known.reader and expected is not None:
+                    theirs = _logits_in_transformers(known.reader, folder, source, tokens)
+                    found = compare_logits(dtypes, found.weights, expected, theirs)
     except BaseException:
         if made:
             shutil.rmtree(output)
@@ -120,17 +120,6 @@ def _read(folder: Path, source: Source) -> dict[str, Tensor]:
     names = shapes(source.sizes)
     found = {name: tensor for name, tensor in found.items() if name in names or not transformers.UNUSED.match(name)}
     return {name: torch.zeros(names[name]) for name in unused(source.sizes)} | found
-
-
-def _layout(source: Source, layout: str, dtype: str, ctx_len: int) -> tuple[dict[str, Any], dict[str, Lazy]]:
-    """config.json and tensors of a model."""
-    tensors, sizes = source.cast(dtype), source.sizes
-    if source.version == "4":
-        return transformers.rwkv4_config(sizes, ctx_len), transformers.to_rwkv4(tensors)
-    config = transformers.rwkv7_config(sizes, layout, ctx_len)
-    if layout == "fla":
-        return config, transformers.to_fla(tensors)
-    return config, transformers.to_official(tensors, sizes.rank_v)
 
 
 def _tokenizer_files(source: Source) -> dict[str, str]:
@@ -175,10 +164,9 @@ def _json(value: Any) -> str:
 
 
 @torch.inference_mode()
-def _logits_in_transformers(folder: Path, source: Source, tokens: int) -> Tensor:
-    from transformers import RwkvForCausalLM
-
-    model = RwkvForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+def _logits_in_transformers(reader: str, folder: Path, source: Source, tokens: int) -> Tensor:
+    library = importlib.import_module("transformers")  # takes seconds, and not every export needs it
+    model = getattr(library, reader).from_pretrained(folder, torch_dtype=torch.float32).eval()
     return model(random_tokens(source.sizes, tokens), use_cache=False).logits[0]
 
 

@@ -34,6 +34,7 @@ _STATE = (
     "the initial state is tuned by scripts/state.py, or scripts/finetune.py with --train_type state: use one of them"
 )
 _VERSIONS = "RWKV-4, RWKV-5.2, RWKV-6 and RWKV-7 can be trained here"
+_UPSTREAM = {"x052": "5.2", "x060": "6", "x070": "7"}  # versions by upstream's names
 
 
 _IMAGES = {
@@ -45,7 +46,7 @@ _TESTING = Unsupported(
     f"it selects an experimental model; {_VERSIONS}",
     ("",),
     {
-        **{f"{name}-f4": f"use --version {version} and --dim_ffn with 4 times n_embd" for name, version in (("x052", "5.2"), ("x060", "6"))},
+        **{f"{name}-f4": f"use --version {version} and --dim_ffn with 4 times n_embd" for name, version in _UPSTREAM.items()},
         **{f"x052{variant}": f"it selects an experimental version of RWKV-5; {_VERSIONS}" for variant in "abc"},
         "x05": f"it selects an early version of RWKV-5; {_VERSIONS}",
         **{f"x060{variant}": f"it selects an experimental version of RWKV-6; {_VERSIONS}" for variant in "abc"},
@@ -197,7 +198,7 @@ EQUIVALENT = {
     **{
         (name, value): ("version", version)
         for name in ("my_testing", "rwkv_version")
-        for value, version in (("x052", "5.2"), ("x060", "6"), ("x070", "7"))
+        for value, version in _UPSTREAM.items()
     },
     ("lr_schedule", "cos"): ("lr_schedule", "cosine"),
     ("peft", "lora"): ("lora", "true"),

@@ -246,13 +246,14 @@ def mark_trainable(model: RWKV, parts: Collection[str]) -> None:
         parameter.requires_grad_(name in chosen)
 
 
-def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert frozen matrices, in RWKV-7 also the low-rank ones, to this dtype and all other
+def store_frozen(model: RWKV, dtype: torch.dtype) -> None:
+    """Convert frozen matrices, also the low-rank ones of Parts, to this dtype and all other
     parameters to fp32, in place, one at a time. (The others are small, and decays need the
     precision.)
     """
+    parts = model.version.PARTS
     for name, parameter in model.named_parameters():
-        frozen = (is_matrix(name, parameter.shape) or is_low_rank(name)) and not parameter.requires_grad
+        frozen = (is_matrix(name, parameter.shape) or parts.is_low_rank(name)) and not parameter.requires_grad
         parameter.data = parameter.data.to(dtype if frozen else torch.float32)
 
 
@@ -261,13 +262,6 @@ def is_matrix(name: str, shape: torch.Size) -> bool:
     low-rank matrices of a time-mix, which are trained as a whole.
     """
     return name.endswith(".weight") and len(shape) == 2
-
-
-def is_low_rank(name: str) -> bool:
-    """Whether a parameter is a low-rank matrix of RWKV-7's time-mix, which is used in matmuls only.
-    (Those of RWKV-6 are also used in fp32.)
-    """
-    return re.search(r"\.att\.[wavg][12]$", name) is not None
 
 
 def is_hidden(name: str, shape: torch.Size) -> bool:

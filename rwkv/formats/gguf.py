@@ -6,7 +6,7 @@ fp32 only, are F32; the other matrices F32, F16, BF16 or Q8_0 (rwkv.formats.gguf
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from rwkv.formats.hf_tokenizer import CHAT_TEMPLATE
 from rwkv.formats.lazy import Lazy
 
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
-VERSIONS = ("6", "7")  # those that llama.cpp has
 _CONTEXT = 1 << 20  # the model itself has no limit; the number is the converter's
 _END_OF_TURN = 261  # "\n\n", after which a chat's turn ends
 # llama.cpp evaluates it as Jinja; by its comment, versions without Jinja know the format.
@@ -47,6 +46,21 @@ _ORDER = {"x": "rwkvag", "time_maa": "wkvrg"}
 _ALWAYS_F32 = re.compile(r"time_mix_(first|w[12]|decay_w[12]|lerp_fused)\.weight$|_norm\.weight$")
 _FILE_TYPES = {"fp32": 0, "fp16": 1, "q8_0": 7, "bf16": 32}  # llama.cpp's numbers
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # of tokens
+
+VERSIONS: dict[str, Callable[[Any], dict[str, int]]] = {
+    "6": lambda sizes: {
+        "time_mix_extra_dim": sizes.rank_mix,
+        "time_decay_extra_dim": sizes.rank_w,
+        "rescale_every_n_layers": 0,
+    },
+    "7": lambda sizes: {
+        "attention.decay_lora_rank": sizes.rank_w,
+        "attention.iclr_lora_rank": sizes.rank_a,
+        "attention.value_residual_mix_lora_rank": sizes.rank_v,
+        "attention.gate_lora_rank": sizes.rank_g,
+    },
+}
+"""The versions that llama.cpp has, each with its own metadata, from the model's sizes."""
 
 
 def convert(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
@@ -136,19 +150,6 @@ def write(
 
 def _metadata(version: str, sizes: Any, dtype: str, name: str) -> dict[str, Any]:
     kind = f"rwkv{version}"
-    if version == "7":
-        ranks = {
-            "attention.decay_lora_rank": sizes.rank_w,
-            "attention.iclr_lora_rank": sizes.rank_a,
-            "attention.value_residual_mix_lora_rank": sizes.rank_v,
-            "attention.gate_lora_rank": sizes.rank_g,
-        }
-    else:
-        ranks = {
-            "time_mix_extra_dim": sizes.rank_mix,
-            "time_decay_extra_dim": sizes.rank_w,
-            "rescale_every_n_layers": 0,
-        }
     model = {
         "context_length": _CONTEXT,
         "embedding_length": sizes.n_embd,
@@ -157,7 +158,7 @@ def _metadata(version: str, sizes: Any, dtype: str, name: str) -> dict[str, Any]
         "attention.head_count": 0,  # required, not used
         "attention.layer_norm_epsilon": 1e-5,
         "wkv.head_size": sizes.head_size,
-        **ranks,
+        **VERSIONS[version](sizes),
     }
     return {
         "general.architecture": kind,

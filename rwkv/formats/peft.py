@@ -5,12 +5,15 @@ flash-linear-attention (and rwkv7-hf), of other versions those of RWKV-PEFT, whi
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rwkv.errors import UserError
 from rwkv.formats import transformers
 from rwkv.formats.lazy import Lazy
+
+_NAMES: dict[str, Callable[[str], str]] = {"4": transformers.rwkv4_name, "7": transformers.fla_name}
+"""Functions that rename a weight, by version; other versions keep BlinkDL's names."""
 
 
 def convert(tensors: Mapping[str, Lazy], version: str) -> dict[str, Lazy]:
@@ -33,9 +36,8 @@ def convert(tensors: Mapping[str, Lazy], version: str) -> dict[str, Lazy]:
 
 
 def _layer(name: str, version: str) -> str:
-    weight = f"{name}.weight"
-    renamed = transformers.rwkv4_name(weight) if version == "4" else weight
-    return (transformers.fla_name(weight) if version == "7" else renamed).removesuffix(".weight")
+    rename = _NAMES.get(version)
+    return rename(f"{name}.weight").removesuffix(".weight") if rename else name
 
 
 def config(names: Mapping[str, Any], r: int, alpha: float, base: str | None) -> dict[str, Any]:

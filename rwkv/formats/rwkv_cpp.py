@@ -15,6 +15,7 @@ import mmap
 import re
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,6 +31,31 @@ DTYPES = (torch.float32, torch.float16)
 _ALWAYS_FP32 = re.compile(r"\.time_|\.(k_k|k_a|r_k|x_rwkvag|x_k|w0|a0|v0)$")
 _LOW_RANK = re.compile(r"\.att\.([wavg][12]|time_maa_w1|time_decay_w[12])$")
 _MIXED = "rwkvag"  # the order of RWKV-7's mixing weights, which are joined
+
+
+@dataclass(frozen=True)
+class _Decay:
+    """How the program stores `time_decay`.
+
+    Attributes:
+        store: from BlinkDL's values without dimensions of size 1, and the number of heads.
+        restore: the reverse.
+    """
+
+    store: Callable[[Tensor, int], Tensor]
+    restore: Callable[[Tensor], Tensor]
+
+
+_DECAYS = {
+    "4": _Decay(lambda x, heads: -torch.exp(x), lambda x: torch.log(-x)),
+    "5.2": _Decay(
+        lambda x, heads: torch.exp(-torch.exp(x)).unsqueeze(-1),
+        # a decay that fp32 rounds to 0 would become infinite
+        lambda x: torch.log(-torch.log(x.clamp(min=1e-37))).squeeze(-1),
+    ),
+    "6": _Decay(lambda x, heads: x.reshape(heads, -1, 1), lambda x: x.reshape(1, 1, -1)),
+}
+"""By version; RWKV-7 has no `time_decay`."""
 
 
 def convert(tensors: Mapping[str, Lazy], version: str, dtype: torch.dtype) -> dict[str, Lazy]:
@@ -65,11 +91,8 @@ def _stored(name: str, tensor: Lazy, version: str, heads: int) -> Lazy:
     if name.endswith(".time_faaaa"):  # [H, N]
         return tensor.then(lambda x: x.unsqueeze(-1))
     if name.endswith(".time_decay"):
-        if version == "4":
-            return tensor.then(lambda x: -torch.exp(x))
-        if version == "5.2":
-            return tensor.then(lambda x: torch.exp(-torch.exp(x)).unsqueeze(-1))
-        return tensor.then(lambda x: x.reshape(heads, -1, 1))
+        store = _DECAYS[version].store
+        return tensor.then(lambda x: store(x, heads))
     return tensor
 
 
@@ -88,19 +111,11 @@ def restore(tensors: Mapping[str, Lazy], version: str) -> dict[str, Lazy]:
         elif name.endswith(".time_faaaa"):
             tensor = tensor.then(lambda x: x.squeeze(-1))
         elif name.endswith(".time_decay"):
-            tensor = tensor.then(_DECAYS[version])
+            tensor = tensor.then(_DECAYS[version].restore)
         elif re.search(r"\.time_(mix|maa)_\w$", name):
             tensor = tensor.then(lambda x: x.reshape(1, 1, -1))
         found[name] = tensor
     return found
-
-
-_DECAYS: dict[str, Callable[[Tensor], Tensor]] = {
-    "4": lambda x: torch.log(-x),
-    # a decay that fp32 rounds to 0 would become infinite
-    "5.2": lambda x: torch.log(-torch.log(x.clamp(min=1e-37))).squeeze(-1),
-    "6": lambda x: x.reshape(1, 1, -1),
-}
 
 
 def _row(number: int, fused: Tensor) -> Tensor:

@@ -10,7 +10,8 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -137,14 +138,10 @@ def from_fla(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def to_official(tensors: Mapping[str, Lazy], rank: int) -> dict[str, Lazy]:
-    """RWKV-7 in the layout of the official RWKV/RWKV7-* folders.
-
-    Args:
-        rank: of v1 and v2.
-    """
+def to_official(tensors: Mapping[str, Lazy], sizes: Any) -> dict[str, Lazy]:
+    """RWKV-7 in the layout of the official RWKV/RWKV7-* folders."""
     like = tensors["blocks.0.att.a0"]
-    width = like.shape[-1]
+    width, rank = like.shape[-1], sizes.rank_v
     shapes = {"v0": (1, 1, width), "v1": (width, rank), "v2": (rank, width)}
     unused = {f"blocks.0.att.{name}": Lazy.of(torch.zeros(shape, dtype=like.dtype)) for name, shape in shapes.items()}
     every = {**unused, **tensors}
@@ -177,21 +174,14 @@ def rwkv4_config(sizes: Any, ctx_len: int) -> dict[str, Any]:
     }
 
 
-def rwkv7_config(sizes: Any, layout: str, ctx_len: int) -> dict[str, Any]:
-    """config.json of an RWKV-7 model.
-
-    Args:
-        layout: fla or transformers.
-
-    Raises:
-        UserError: the head size is not 64.
-    """
+def _rwkv7_config(sizes: Any, ctx_len: int) -> dict[str, Any]:
+    """What the config.json of both layouts of RWKV-7 have in common."""
     if sizes.head_size != HEAD_SIZE:
         raise UserError(
             f"the head size is {sizes.head_size}, but transformers folders of RWKV-7 have {HEAD_SIZE}: with others their"
             " normalisation differs from BlinkDL's; export to .pth or .safetensors"
         )
-    common = {
+    return {
         "model_type": "rwkv7",
         "vocab_size": sizes.vocab_size,
         "hidden_size": sizes.n_embd,
@@ -212,11 +202,15 @@ def rwkv7_config(sizes: Any, layout: str, ctx_len: int) -> dict[str, Any]:
         "eos_token_id": 0,
         "pad_token_id": 0,
     }
-    if layout == "transformers":
-        return {"architectures": ["Rwkv7ForCausalLM"], **common}
+
+
+def fla_config(sizes: Any, ctx_len: int) -> dict[str, Any]:
+    """config.json of an RWKV-7 model in the layout of flash-linear-attention. Raises UserError if
+    the head size is not 64.
+    """
     return {
         "architectures": ["RWKV7ForCausalLM"],
-        **common,
+        **_rwkv7_config(sizes, ctx_len),
         "attn": None,
         "attn_mode": "chunk",
         "fuse_cross_entropy": True,
@@ -227,6 +221,37 @@ def rwkv7_config(sizes: Any, layout: str, ctx_len: int) -> dict[str, Any]:
         "norm_first": True,
         "value_dim": [sizes.n_embd] * sizes.n_layer,
     }
+
+
+def official_config(sizes: Any, ctx_len: int) -> dict[str, Any]:
+    """config.json of an RWKV-7 model in the official folders' layout. Raises as fla_config."""
+    return {"architectures": ["Rwkv7ForCausalLM"], **_rwkv7_config(sizes, ctx_len)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A kind of folder for models of one version.
+
+    Attributes:
+        convert: tensors under BlinkDL's names, and the model's sizes → tensors in this layout.
+        config: sizes and ctx_len → config.json. Raises UserError if the layout cannot represent the
+            model.
+        reader: the class of transformers that reads the folder; empty: transformers has none.
+    """
+
+    convert: Callable[[Mapping[str, Lazy], Any], dict[str, Lazy]]
+    config: Callable[[Any, int], dict[str, Any]]
+    reader: str = ""
+
+
+LAYOUTS = {
+    "4": {"transformers": Layout(lambda tensors, sizes: to_rwkv4(tensors), rwkv4_config, "RwkvForCausalLM")},
+    "7": {
+        "fla": Layout(lambda tensors, sizes: to_fla(tensors), fla_config),
+        "transformers": Layout(to_official, official_config),
+    },
+}
+"""Layouts by version and name; the first one of a version is its default."""
 
 
 def check_config(config: Mapping[str, Any], where: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from rwkv.formats.lazy import Lazy
 
 DTYPE = torch.float16  # the only one that web-rwkv reads
+WITH_STATE = ("5.2", "6", "7")  # versions whose tuned state a file can hold
 _NAMES = (("time_faaaa", "time_first"), ("time_maa", "time_mix"))
 _TRANSPOSED = re.compile(r"\.att\.([wavg][12]|time_(maa|mix|decay)_w[12]|time_state)$")
 

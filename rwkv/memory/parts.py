@@ -83,9 +83,9 @@ def _hidden(s: Sizes) -> list[torch.Size]:
 
 @functools.lru_cache(maxsize=16)
 def _frozen_low_rank(s: Sizes, names: tuple[str, ...]) -> list[torch.Size]:
-    """The shapes of RWKV-7's low-rank matrices, if the parts `names` do not train them."""
+    """The shapes of the low-rank matrices of Parts that the parts `names` do not train."""
     found = version_of(s).PARTS
-    return [x for name, x in shapes(s).items() if lora.is_low_rank(name) and not found.fully_trained(name, names)]
+    return [x for name, x in shapes(s).items() if found.is_low_rank(name) and not found.fully_trained(name, names)]
 
 
 def _quantised(p: Plan) -> list[torch.Size]:

@@ -9,10 +9,10 @@ from rwkv.memory.estimate import GB, estimate
 from rwkv.memory.plan import Plan
 from rwkv.memory.result import Estimate
 from rwkv.models import Sizes
-from rwkv.models.version import DEFAULT, VERSIONS, Version, published
+from rwkv.models.version import DEFAULT, Version, published, version_of
 
-GUIDE = {"1.5b": 15, "3b": 24, "7b": 48, "14b": 80}
-"""GB for full fine-tuning according to the community's guide, by model size."""
+GUIDE = {version: {"1.5b": 15, "3b": 24, "7b": 48, "14b": 80} for version in ("4", "7")}
+"""GB for full fine-tuning according to the community's guide, by version and model size."""
 
 
 def largest(p: Plan, limit: int, what: str) -> int:
@@ -146,11 +146,9 @@ def format_estimate(p: Plan, found: Estimate, card: float = 0) -> str:
 
 
 def guide_of(s: Sizes) -> int | None:
-    """The GB that the community guide states for a published RWKV-4 or RWKV-7 model; None for other
-    sizes.
-    """
-    versions = (VERSIONS["4"], VERSIONS["7"])
-    return next((gb for name, gb in GUIDE.items() for v in versions if published(name, v) == s), None)
+    """The GB that the community guide states for a published model; None for other sizes."""
+    version = version_of(s)
+    return next((gb for name, gb in GUIDE.get(version.NAME, {}).items() if published(name, version) == s), None)
 
 
 def on_card(p: Plan, card: float) -> dict[str, Any]:

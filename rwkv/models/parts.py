@@ -26,11 +26,15 @@ class Parts:
         groups: linear layers that get adapters, by part name.
         single: layers that are in no group.
         full: regular expressions for names of fully trained tensors, by part name.
+        low_rank: regular expression for names of low-rank matrices that are used in matmuls only;
+            while frozen, they are stored in the dtype of linear layers (RWKV-6's are also used in
+            fp32). Empty: none.
     """
 
     groups: Mapping[str, tuple[str, ...]]
     single: tuple[str, ...]
     full: Mapping[str, str]
+    low_rank: str = ""
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -51,6 +55,10 @@ class Parts:
     def fully_trained(self, name: str, parts: Collection[str]) -> bool:
         """Whether the parts fully train the parameter of this name."""
         return any(re.search(self.full[part], name) for part in parts if part in self.full)
+
+    def is_low_rank(self, name: str) -> bool:
+        """Whether a parameter is one of the low-rank matrices."""
+        return bool(self.low_rank) and re.search(self.low_rank, name) is not None
 
     def normal(self, parts: Collection[str]) -> list[str]:
         """The parts in normal form: complete groups, single layers in order, then fully trained

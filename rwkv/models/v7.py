@@ -48,6 +48,7 @@ PARTS = Parts(
         "ln": r"\.(ln[012]|ln_x)\.(weight|bias)$|^ln_out\.(weight|bias)$",
         "state": r"\.att\.time_state$",
     },
+    low_rank=r"\.att\.[wavg][12]$",
 )
 EPS = 64e-5  # of the normalisation by head
 
