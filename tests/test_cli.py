@@ -273,7 +273,7 @@ OTHER_PROGRAMS = {"--config", "--help", "--flag"} | {
 }  # fmt: skip
 UPSTREAM_FLAGS = {"--my_sample_len"}
 # modules that print commands of other scripts
-PRINT_COMMANDS = {"fit.py", "samples.py", "data_source.py", "setup.py"}
+PRINT_COMMANDS = {"finish.py", "samples.py", "data_source.py", "setup.py"}
 
 
 def messages(path):

@@ -1,5 +1,5 @@
 """Decide whether to resume the run in the folder, start a new one, or reject the command; find the
-training state to resume from.
+training state to resume from; prepare the folder.
 """
 
 import contextlib
@@ -13,7 +13,8 @@ import torch
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
 from rwkv.files import exclusive
-from rwkv.train import data_source
+from rwkv.models import RWKV
+from rwkv.train import data_source, setup
 from rwkv.train import folder as folders
 from rwkv.train.console import say
 from rwkv.train.loop import schedule
@@ -112,6 +113,25 @@ def check_source(run: Run, manifest: dict[str, Any]) -> None:
         changed = run_manifest.changes(before, manifest)
         if any(line.startswith("data file") for line in changed):
             reject_changes(run.folder, changed)
+
+
+def begin(run: Run, model: RWKV, manifest: dict[str, Any]) -> State | None:
+    """Find the state to resume from, and prepare the folder of a new run. Adds to the manifest what
+    it inherits from the resumed run, and a base model that is written.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state, inherited = find_state(run, manifest, trained)
+    manifest.update(inherited)
+    if rank_zero_only.rank == 0:
+        delete(run, [x["prefix"] for x in (manifest["data"], manifest["validation"]) if x])
+        run.folder.mkdir(parents=True, exist_ok=True)
+        if not run.before:
+            run_manifest.write(run.folder, manifest)
+        if run.adapter and not run.base:
+            manifest["base"] = setup.write_base(run, model)
+            if not run.before:
+                run_manifest.write(run.folder, manifest)
+    return state
 
 
 def find_state(

@@ -1,12 +1,17 @@
 """Save training states, and checkpoints under upstream's names or as the best; restore states."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from rwkv import checkpoint
+from torch import Tensor
+
+from rwkv import adapter_files, checkpoint
+from rwkv.adapters import lora
 from rwkv.config import TrainConfig
+from rwkv.models import RWKV
+from rwkv.train import setup
 from rwkv.train.callbacks import best as bests
 from rwkv.train.callbacks.best import Best
 from rwkv.train.callbacks.metrics import Metrics
@@ -16,8 +21,9 @@ from rwkv.train.loop.module import TrainingModule
 from rwkv.train.resume import run_manifest, run_state, state_files
 from rwkv.train.resume.tracked_folder import TrackedFolder
 from rwkv.train.resume.watched_files import WatchedFiles
+from rwkv.train.run import Run
 from rwkv.train.runtime import zero
-from rwkv.train.runtime.lightning import pl
+from rwkv.train.runtime.lightning import pl, rank_zero_only
 
 # Without --save_every: the maximum fraction of time spent on saving states, and the minimum
 # interval between states in seconds.
@@ -51,6 +57,34 @@ def write_missing_checkpoints(
         if name and not (path.exists() and checkpoint.read_manifest(path).get("step") == begin.step):
             save(name, begin.step, lambda names: {key: begin.weights[key] for key in names}, entries)
             say(f"{path} was missing; written from the training state of step {begin.step:,}")
+
+
+def saver(run: Run, tracked: TrackedFolder, model: RWKV, manifest: dict[str, Any]) -> Callable[..., None]:
+    """A function that saves a checkpoint of the adapter, or of the model if there is no adapter;
+    see Checkpointer. Called on all ranks; rank 0 writes.
+    """
+    fixed = {
+        "tokenizer": "World" if model.sizes.vocab_size == 65536 else None,
+        "data": manifest["data"]["prefix"],
+        "data_sha256": manifest["data"]["sha256"],
+        "flags": manifest["flags"],
+    }
+
+    def save(
+        name: str, step: int, gather: Callable[[Iterable[str]], dict[str, Tensor]], entries: dict[str, Any]
+    ) -> None:
+        named = dict(model.named_parameters())
+        weights = gather(lora.adapter_names(model, lora.parts_in(run.adapter.lora_parts)) if run.adapter else named)
+        if rank_zero_only.rank > 0:
+            return
+        described = {"step": step, **fixed, **entries}
+        if run.adapter:
+            adapter = setup.adapter_entries(run.adapter, manifest["base"])
+            adapter_files.save_adapter(tracked.path() / name, model, adapter, described, weights)
+        else:
+            checkpoint.save_model(tracked.path() / name, model, described, weights)
+
+    return save
 
 
 class Restorer(pl.Callback):

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from rwkv.train.console import say, silence
 from rwkv.train.loop.module import TrainingModule
@@ -81,7 +81,7 @@ class Signals(pl.Callback):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         self._before = {}
 
-    def exit(self) -> None:
+    def exit(self) -> NoReturn:
         """Exit with the status of a process ended by the received signal: 130 for SIGINT, 143 for
         SIGTERM, also if another rank received it.
         """

@@ -4,15 +4,18 @@ run.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from rwkv import mapped_tensors
 from rwkv.errors import UserError
-from rwkv.files import fingerprint
+from rwkv.files import fingerprint, sha256
+from rwkv.train.resume import run_manifest
+from rwkv.train.runtime.lightning import rank_zero_only
 
 
 @dataclass
@@ -97,3 +100,17 @@ def frozen_in(model: nn.Module, path: str) -> Callable[[], bool]:
         return any(pages.contains(parameter) for parameter in model.parameters() if not parameter.requires_grad)
 
     return test
+
+
+def inputs_of(model: nn.Module, manifest: Mapping[str, Any]) -> WatchedFiles:
+    """Watch the files that training reads (on rank 0): base model and data, with their hashes from
+    the manifest.
+    """
+    inputs = WatchedFiles()
+    if rank_zero_only.rank == 0:
+        if base := manifest["base"]:
+            inputs.watch(Path(base["path"]), base["sha256"], sha256, frozen_in(model, base["path"]))
+        for data in filter(None, (manifest["data"], manifest["validation"])):
+            for path, known in run_manifest.data_files(data):
+                inputs.watch(path, known)
+    return inputs
