@@ -2,7 +2,7 @@
 # Lock pyproject.toml into env/locks/ with hashes: lock.sh UV
 # Locked versions are kept unless a pin requires another; UPGRADE=1 upgrades everything that is not pinned.
 # Each stack has two files, because DeepSpeed is an sdist that imports torch while building and must be
-# installed after it. The tools have one file. lm-eval and ray have one for each stack, with what they need beside it.
+# installed after it. The tools have one file. lm-eval and ray have one per stack, with the packages that the stack lacks.
 set -euo pipefail
 uv=${1:?usage: lock.sh UV}
 cd "$(dirname "$0")/.."

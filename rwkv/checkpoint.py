@@ -1,7 +1,7 @@
 """Read and write checkpoints (.pth, .safetensors) and their manifests; load models.
 
-Files are not trusted: no code in them is executed (rwkv.weights), other kinds of files are reported
-as what they are, and missing, unexpected or misshapen keys are reported by name.
+Files are not trusted: no code in them is executed (rwkv.weights), the error for a file of another
+kind says what it is, and missing, unexpected or misshapen keys are reported by name.
 """
 
 import os

@@ -70,16 +70,16 @@ def _guarded(check: Callable[..., Iterator[Finding]], *arguments: Path) -> Itera
         )
 
 
+def _warn_if(bad: bool, name: str, found: str, remedy: str) -> Finding:
+    """A warning with a remedy if `bad`, else "ok"."""
+    return Finding(name, "warn" if bad else "ok", found, remedy if bad else "")
+
+
 def _python() -> Iterator[Finding]:
     found = f"{platform.python_version()}, {platform.system()} {platform.machine()}"
     wanted = compat.pythons()
     fits = ".".join(platform.python_version_tuple()[:2]) in wanted
-    yield Finding(
-        "Python",
-        "ok" if fits else "warn",
-        found,
-        "" if fits else f"this stack is locked for Python {', '.join(wanted)}: make venv",
-    )
+    yield _warn_if(not fits, "Python", found, f"this stack is locked for Python {', '.join(wanted)}: make venv")
 
 
 def _torch() -> Iterator[Finding]:
@@ -291,23 +291,18 @@ def _shared_memory() -> Iterator[Finding]:
         return
     size = shutil.disk_usage(path).total
     small = size < GIB
-    yield Finding(
-        "shared memory",
-        "warn" if small else "ok",
-        f"{size / GIB:.1f} GiB",
-        "in a container: --ipc=host or --shm-size=8g" if small else "",
-    )
+    yield _warn_if(small, "shared memory", f"{size / GIB:.1f} GiB", "in a container: --ipc=host or --shm-size=8g")
 
 
 def _memory() -> Iterator[Finding]:
     values = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
     total, free = (int(values[name]) * 1024 / GIB for name in ("MemTotal", "MemAvailable"))
     low = free < 4
-    yield Finding(
+    yield _warn_if(
+        low,
         "memory",
-        "warn" if low else "ok",
         f"{free:.1f} of {total:.1f} GiB available",
-        "a 0.4b model takes 4 GiB to load: close other programs" if low else "",
+        "a 0.4b model takes 4 GiB to load: close other programs",
     )
 
 
@@ -316,23 +311,13 @@ def _entropy() -> Iterator[Finding]:
     if path.exists():
         bits = int(path.read_text())
         low = bits < 200
-        yield Finding(
-            "entropy",
-            "warn" if low else "ok",
-            f"{bits} bits",
-            "seeding may block at start-up: sudo apt install haveged" if low else "",
-        )
+        yield _warn_if(low, "entropy", f"{bits} bits", "seeding may block at start-up: sudo apt install haveged")
 
 
 def _disk(folder: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(_existing(folder)).free / GIB
     low = free < 10
-    yield Finding(
-        "disk",
-        "warn" if low else "ok",
-        f"{free:.0f} GiB free",
-        "a checkpoint of a 1.5b model is 3 to 6 GiB: free some space" if low else "",
-    )
+    yield _warn_if(low, "disk", f"{free:.0f} GiB free", "a checkpoint of a 1.5b model is 3 to 6 GiB: free some space")
 
 
 def _writable(folder: Path) -> Iterator[Finding]:

@@ -101,12 +101,12 @@ def sample_tokens(
     for row, i in enumerate(drawing):
         u = float(_uniform(generators[i]))
         top_p, whole = samplings[i].top_p, likeliest.shape[-1] == rows.shape[-1]
-        place = _place(likeliest[row], top_p, u, whole)
-        if place is not None:
-            tokens[i] = int(candidates[row, place])
+        index = _sampled_index(likeliest[row], top_p, u, whole)
+        if index is not None:
+            tokens[i] = int(candidates[row, index])
             continue
         ordered, order = (rows[row] - total[row]).sort(descending=True)
-        tokens[i] = int(order[_place(ordered.exp().cpu().double().numpy(), top_p, u, True)])
+        tokens[i] = int(order[_sampled_index(ordered.exp().cpu().double().numpy(), top_p, u, True)])
     return tokens
 
 
@@ -115,8 +115,8 @@ def _uniform(generator: torch.Generator | None) -> Tensor:
     return torch.rand((), generator=generator, device=device, dtype=torch.float64)
 
 
-def _place(probabilities: np.ndarray, top_p: float, u: float, whole: bool) -> int | None:
-    """The place of the sampled token among descending probabilities [K]: the most likely tokens up
+def _sampled_index(probabilities: np.ndarray, top_p: float, u: float, whole: bool) -> int | None:
+    """The index of the sampled token in descending probabilities [K]: the most likely tokens up
     to a sum of top_p are kept, always at least one; u, in [0, 1), selects one of them. None if more
     probabilities are needed; `whole`: there are no more.
     """
@@ -129,10 +129,10 @@ def _place(probabilities: np.ndarray, top_p: float, u: float, whole: bool) -> in
     else:
         kept = max(kept, 1)
         mass = float(sums[kept - 1])
-    place = int(np.searchsorted(sums[:kept], u * mass, side="right"))
-    if place == len(sums) and not whole:
+    index = int(np.searchsorted(sums[:kept], u * mass, side="right"))
+    if index == len(sums) and not whole:
         return None
-    return min(place, kept - 1)
+    return min(index, kept - 1)
 
 
 def _penalised(logits: Tensor, samplings: Sequence[Sampling], counts: Sequence[Mapping[int, float]]) -> Tensor:

@@ -37,7 +37,7 @@ def shuffled(seed: int, pass_number: int, position: int, count: int) -> int:
     pass_number), computed without storing it.
 
     A Feistel network over the next power of four, iterated until the result is below count (cycle
-    walking; less than four iterations on average).
+    walking; fewer than four iterations on average).
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1

@@ -54,7 +54,7 @@ def check(c: EvaluateConfig) -> None:
 
 
 def run(c: EvaluateConfig, model: RWKV, dtype: torch.dtype | None) -> dict[tuple[str, str], tuple[float, float | None]]:
-    """Evaluate the tasks: (task, metric) → (value, standard error, None if there is none).
+    """Evaluate the tasks: (task, metric) → (value, standard error or None).
 
     Raises:
         UserError: the model's vocabulary is unknown, or the data of a task cannot be loaded.

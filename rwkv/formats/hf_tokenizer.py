@@ -50,7 +50,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 """Chats in the World models' format: "User: …", blank line, "Assistant: …", blank line. Up to seven
-blank lines in a row of a message become a line break, as in rwkv.data.convert.roles.fold."""
+consecutive blank lines in a message become one line break, as in rwkv.data.convert.roles.fold."""
 
 
 def _tokenizer(tokens: Sequence[bytes], vocab_size: int) -> str:

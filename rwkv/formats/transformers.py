@@ -175,7 +175,7 @@ def rwkv4_config(sizes: Any, ctx_len: int) -> dict[str, Any]:
 
 
 def _rwkv7_config(sizes: Any, ctx_len: int) -> dict[str, Any]:
-    """What the config.json of both layouts of RWKV-7 have in common."""
+    """Entries of config.json that both layouts of RWKV-7 share."""
     if sizes.head_size != HEAD_SIZE:
         raise UserError(
             f"the head size is {sizes.head_size}, but transformers folders of RWKV-7 have {HEAD_SIZE}: with others their"

@@ -16,7 +16,7 @@ from rwkv.weights import manifest
 
 
 def fetch(config: FetchConfig) -> Path:
-    """Fetch a model into a folder, unless it is there. Prints what is done.
+    """Fetch a model into a folder, unless it is there. Prints progress.
 
     The download is `.NAME.SHA256.part` until its SHA-256 is verified; then it is renamed, so that
     it takes its size on disk once.

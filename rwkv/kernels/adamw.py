@@ -47,8 +47,8 @@ def new_state(p: Tensor, quantised: bool = True) -> State:
 
 @functools.lru_cache
 def tables(device: torch.device | str = "cpu") -> Tensor:
-    """[4, 256]: the levels of the first moment, and the bounds between neighbours (255 and one that
-    is not used); the same of the second moment.
+    """[4, 256]: the levels of the first moment, and the bounds between neighbouring levels (255,
+    and an unused one); then both for the second moment.
     """
     rows = []
     for signed in (True, False):

@@ -45,10 +45,10 @@ def absmax_levels(device: torch.device | str = "cpu") -> Tensor:
 
 @functools.lru_cache
 def dynamic_levels(device: torch.device | str = "cpu", signed: bool = True) -> Tensor:
-    """[256], ascending: 0, 1, and for i = 0 to 6 the middles of 2^i equal parts of [0.1, 1], times
-    ±10^(i − 6); unsigned, of 2^(i + 1) parts times 10^(i − 6). The bounds of the parts are rounded
-    as by torch.linspace of torch 2 (that of 1.13 rounds otherwise): the first half counts from 0.1,
-    the second from 1.
+    """[256], ascending: 0, 1, and for i = 0 to 6 the midpoints of 2^i equal parts of [0.1, 1],
+    times ±10^(i − 6); unsigned, of 2^(i + 1) parts times 10^(i − 6). The bounds of the parts are
+    rounded as by torch.linspace of torch 2 (that of 1.13 rounds otherwise): the first half counts
+    from 0.1, the second from 1.
     """
     levels, start = [0.0, 1.0], torch.tensor(0.1)
     for i in range(7):
@@ -61,7 +61,7 @@ def dynamic_levels(device: torch.device | str = "cpu", signed: bool = True) -> T
 
 
 def _thresholds(levels: Tensor) -> Tensor:
-    """The middles between neighbouring levels."""
+    """The midpoints between neighbouring levels."""
     return (levels[:-1] + levels[1:]) / 2
 
 

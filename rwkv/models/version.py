@@ -1,6 +1,7 @@
 """The interface of version modules (v4.py to v7.py), and detection of a checkpoint's version.
 
-A version is one module. Code outside rwkv.models and rwkv.wkv does not depend on version numbers.
+A version is one module. Code outside rwkv.models does not compare version numbers; a module for
+files of other programs may have one table by version (tests/test_layout.py).
 """
 
 import re

@@ -54,7 +54,7 @@ def prompt(messages: Any, think: str = "none") -> list[str]:
 
 
 TOOL_STOP = (*STOP, "\n\nTool:")
-"""Where an answer ends that may call a tool: the turn with its result follows."""
+"""Stop sequences of an answer that may call a tool: the next turn is the tool's result."""
 
 
 def has_tools(messages: Any, tools: Any) -> bool:

@@ -18,6 +18,47 @@ _PEFT = re.compile(r"\.lora_([AB])(?:\.(?!weight$)\w+)?\.weight$")
 
 _SUPPORTED = "RWKV-4, RWKV-5.2 (x052), RWKV-6 (x060) and RWKV-7 (x070) models"
 
+# Regular expressions of tensor names, what a file with such a tensor is, and what to do.
+_ADAPTER_FILES = (
+    (
+        r"\.(bone|disha|miss)$",
+        "an adapter of Bone, DiSHA or MiSS (RWKV-PEFT), which is not LoRA and cannot be used here. Merge it with RWKV-PEFT, and use the"
+        " merged model",
+    ),
+    (
+        r"\.init_lora_[AB]$",
+        "the initial matrices of PiSSA (RWKV-PEFT), which are not an adapter. Merge the adapter with RWKV-PEFT, and use the merged model",
+    ),
+    (
+        r"\.(hada_w1_[ab]|lokr_w1|oft_r|vera_lambda_[bd]|ia3_l|lora_embedding_[AB]|lora_E)\b",
+        "an adapter that is not LoRA on weight matrices. Merge it with the program that wrote it, and use the merged model",
+    ),
+    (
+        r"\.ts_state$",
+        "a tuned state with token shifts (RWKV-PEFT's fullstate: ts_state), which cannot be used here; only WKV's state (time_state) can. Use it"
+        " with the program that wrote it",
+    ),
+)
+_OTHER_MODELS = (
+    (
+        r"\.weight_(mx|rx|my|ry)$|\.weight_scale|_(mx|rx|my|ry)$",
+        "a model quantised to 8 bits for inference (PyPI rwkv's fp16i8). Use the .pth that it was converted from",
+    ),
+    (
+        r"\.(qweight|qzeros|g_idx|absmax|quant_map|scales|SCB|weight_format)$|quant_state",
+        "a quantised model (GPTQ, AWQ or bitsandbytes). Use the original, in fp32, bf16 or fp16",
+    ),
+    (
+        r"^(model\.)?layers\.\d+\.attn\.(r_proj|x_r|x_proj)",
+        "an RWKV-6 model, or a part of an RWKV-7 model, with the tensor names of flash-linear-attention. Of these, only"
+        " whole RWKV-7 models can be read; use the .pth that it was converted from",
+    ),
+    (
+        r"^(token_embd|blk\.\d+\.)",
+        "a model with the tensor names of GGUF (llama.cpp). Use the .pth that it was converted from",
+    ),
+)
+
 
 def upstream_name(name: str) -> str:
     """BlinkDL's name for a tensor name of a wrapper, peft or transformers.
@@ -38,7 +79,7 @@ def why_not_model(tensors: Mapping[str, Tensor]) -> str | None:
     """What the tensors are and what to do, if they are known to be something else than a supported
     model; else None.
     """
-    if part := _part_of_model(tensors):
+    if part := _first(_ADAPTER_FILES, tensors):
         return part
     if tensors and all(name.endswith(".time_state") for name in tensors):
         return (
@@ -62,7 +103,7 @@ def why_not_adapter(tensors: Mapping[str, Tensor], fully_trained: Callable[[str]
         fully_trained: whether an adapter can have a tensor of this name beside lora_A, lora_B and
             lora_magnitude_vector (DoRA).
     """
-    if found := _part_of_model(tensors):
+    if found := _first(_ADAPTER_FILES, tensors):
         return found
     if any(name in tensors for name in ("emb.weight", "head.weight")):
         version = _version(tensors) or "a whole model"
@@ -83,22 +124,9 @@ def _any_matches(tensors: Iterable[str], pattern: str) -> bool:
     return any(re.search(pattern, name) for name in tensors)
 
 
-def _part_of_model(tensors: Mapping[str, Tensor]) -> str | None:
-    if _any_matches(tensors, r"\.(bone|disha|miss)$"):
-        return (
-            "an adapter of Bone, DiSHA or MiSS (RWKV-PEFT), which is not LoRA and cannot be used here. Merge it with RWKV-PEFT, and use the"
-            " merged model"
-        )
-    if _any_matches(tensors, r"\.init_lora_[AB]$"):
-        return "the initial matrices of PiSSA (RWKV-PEFT), which are not an adapter. Merge the adapter with RWKV-PEFT, and use the merged model"
-    if _any_matches(tensors, r"\.(hada_w1_[ab]|lokr_w1|oft_r|vera_lambda_[bd]|ia3_l|lora_embedding_[AB]|lora_E)\b"):
-        return "an adapter that is not LoRA on weight matrices. Merge it with the program that wrote it, and use the merged model"
-    if _any_matches(tensors, r"\.ts_state$"):
-        return (
-            "a tuned state with token shifts (RWKV-PEFT's fullstate: ts_state), which cannot be used here; only WKV's state (time_state) can. Use it"
-            " with the program that wrote it"
-        )
-    return None
+def _first(table: Iterable[tuple[str, str]], names: Iterable[str]) -> str | None:
+    """The text of the first row whose regular expression matches one of the names."""
+    return next((text for pattern, text in table if _any_matches(names, pattern)), None)
 
 
 def _version(tensors: Mapping[str, Tensor]) -> str | None:
@@ -136,17 +164,8 @@ def _version(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _other_model(tensors: Mapping[str, Tensor]) -> str | None:
     names = list(tensors)
-    if _any_matches(names, r"\.weight_(mx|rx|my|ry)$|\.weight_scale|_(mx|rx|my|ry)$"):
-        return "a model quantised to 8 bits for inference (PyPI rwkv's fp16i8). Use the .pth that it was converted from"
-    if _any_matches(names, r"\.(qweight|qzeros|g_idx|absmax|quant_map|scales|SCB|weight_format)$|quant_state"):
-        return "a quantised model (GPTQ, AWQ or bitsandbytes). Use the original, in fp32, bf16 or fp16"
-    if _any_matches(names, r"^(model\.)?layers\.\d+\.attn\.(r_proj|x_r|x_proj)"):
-        return (
-            "an RWKV-6 model, or a part of an RWKV-7 model, with the tensor names of flash-linear-attention. Of these, only"
-            " whole RWKV-7 models can be read; use the .pth that it was converted from"
-        )
-    if _any_matches(names, r"^(token_embd|blk\.\d+\.)"):
-        return "a model with the tensor names of GGUF (llama.cpp). Use the .pth that it was converted from"
+    if found := _first(_OTHER_MODELS, names):
+        return found
     if _any_matches(
         names,
         r"layers\.\d+\.(self_attn|mixer|attention)\.|^(transformer\.)?h\.\d+\.|^gpt_neox\.|encoder\.layer\.\d+|^(unet|vae|first_stage_model|cond_stage_model)\.",

@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = file.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
         raise UserError(
-            f"{path}: larger than {_MAX_BYTES >> 20} MiB, too large for a manifest; delete it, or replace it by the correct one"
+            f"{path}: larger than {_MAX_BYTES >> 20} MiB, too large for a manifest; delete it, or replace it with the correct one"
         )
     try:
         found = json.loads(data.decode("utf-8-sig"))

@@ -10,7 +10,7 @@ HEAD_SIZE = 64  # up to this size the CUDA kernels of WKV6 and WKV7 compute in a
 
 
 class Kernels(NamedTuple):
-    """The two passes of WKV6 or WKV7; None for a state: zeros.
+    """The two passes of WKV6 or WKV7; a state that is None is zeros.
 
     forward(*tensors, state, initial, reset) -> (y, state, saved states), and backward(*tensors,
     initial, reset, saved states, gy, gstate) -> gradients of the tensors, state and initial. The

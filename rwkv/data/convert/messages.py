@@ -126,7 +126,7 @@ def read(entries: Any, key: str, train: bool | None = None) -> list[Message]:
 
 def _transposed(columns: dict) -> Any:
     """Messages from an object of equally long lists, as the datasets library stores a Sequence of
-    objects; the object itself if it is not such.
+    objects; any other object unchanged.
     """
     lists = list(columns.values())
     if not lists or not all(isinstance(one, list) for one in lists) or len({len(one) for one in lists}) > 1:
@@ -173,7 +173,7 @@ def first_present(mapping: Mapping[str, Any], names: Sequence[str]) -> tuple[str
 
 
 def unused(fields: Mapping[str, Any], used: Collection[str]) -> list[str]:
-    """The fields with a value that are not in `used`, nor only number a record."""
+    """The names of fields that have a value, are not in `used`, and do not only number a record."""
     return [
         key
         for key, value in fields.items()

@@ -50,7 +50,7 @@ def _array(
     """Read a JSON array element by element. The buffer holds one block or the longest element,
     whichever is longer.
 
-    Uses the standard library: ijson replaces lone surrogates by `?` and fails on NaN and long
+    Uses the standard library: ijson replaces lone surrogates with `?` and fails on NaN and long
     numbers.
     """
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")

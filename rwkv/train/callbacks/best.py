@@ -28,7 +28,7 @@ class Best:
 
     Attributes:
         loss, step: the lowest validation loss so far and its step; inf and 0 before the first.
-        since: validations after it.
+        since: number of validations after it.
     """
 
     def __init__(self, config: TrainConfig, manifest: dict[str, Any]):

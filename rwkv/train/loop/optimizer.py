@@ -1,4 +1,4 @@
-"""Parameter groups with layerwise learning rates, and Adam."""
+"""Parameter groups with layerwise learning rates, and the optimizer."""
 
 import torch
 from torch import nn
@@ -38,8 +38,8 @@ def groups(model: RWKV, c: TrainConfig) -> list[dict]:
 
 def make(model: RWKV, c: TrainConfig) -> torch.optim.Optimizer:
     """Create the optimizer of the trainable parameters: Adam, AdamW if weight_decay > 0; Adafactor
-    (Shazeer & Stern 2018, arXiv:1804.04235) from transformers; or AdamW8bit. `set_rates` must be
-    called before every step.
+    (Shazeer & Stern 2018, arXiv:1804.04235) from transformers; AdamW8bit; or Muon. `set_rates` must
+    be called before every step.
 
     Adam is torch's fused one on a GPU and `adam.FusedAdam` on a CPU; with DeepSpeed its own, if
     compiled.
