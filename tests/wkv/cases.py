@@ -35,7 +35,7 @@ def near_threshold(size):
 
 
 def strong_decay(size):
-    """A large key and two small ones in turn, whose distance the decay, less than e^-87, bridges."""
+    """A large key and two small ones in turn, and a decay of less than e^-87 between them."""
     _, _, k, v, *_ = inputs(2, 48, 40, state=False, reset=False)
     k[:] = -size
     k[:, ::3] = size
