@@ -77,6 +77,10 @@ TORCH_LIBRARY(rwkv, library) {
          "Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, Tensor(d!)? m_max, Tensor(e!)? v_max, Tensor tables, "
          "Tensor clip, int step, float rate, float beta1, float beta2, float eps, float decay, int key",
          "()", cpu::adamw, gpu::adamw);
+  library.def(
+      "cuda_mix_dropout_forward(Tensor x, Tensor last, Tensor? initial, Tensor? reset, Tensor mix, Tensor[] seeds, "
+      "float[] p, bool want_y, int device, int stream) -> Tensor[]",
+      gpu::mix_dropout_forward);
   library.def("cuda_keys_forward(Tensor[] x, Tensor[] p, int device, int stream) -> Tensor[]", gpu::keys_forward);
   library.def(
       "cuda_keys_backward(Tensor[] g, Tensor[] x, Tensor[] p, bool affine, int device, int stream) -> Tensor[]",

@@ -11,10 +11,21 @@
 typedef float wkv_float;
 typedef unsigned wkv_bits;
 // For x <= 0; the relative error is 2^-22 + |x| 2^-23. (WKV4 adds e^x to e^0 = 1, next to which it is negligible.)
-WKV_FN float wkv_exp(float x) { return __expf(x); }
+// Without code for denormal numbers: a result below 2^-126 is 0.
+WKV_FN float wkv_exp(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+  return y;
+}
+WKV_FN float precise_exp(float x) { return expf(x); }  // to 1 ulp
 WKV_FN float wkv_max(float x, float y) { return fmaxf(x, y); }
 WKV_FN float wkv_negative_magnitude(float x) { return -fabsf(x); }
-WKV_FN float wkv_divide(float x, float y) { return __fdividef(x, y); }
+// For normal y; 0 if |y| > 2^126.
+WKV_FN float wkv_divide(float x, float y) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y));
+  return x * inverse;
+}
 WKV_FN float square_root(float x) { return sqrtf(x); }
 WKV_FN float as_float(unsigned x) { return __uint_as_float(x); }
 WKV_FN unsigned as_bits(float x) { return __float_as_uint(x); }

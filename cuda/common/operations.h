@@ -113,6 +113,9 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& gy, const Tensor&
                                                  const Tensor& stats, bool affine, int64_t device, int64_t stream);
 std::vector<Tensor> mix_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& initial,
                                 const Optional<Tensor>& reset, const Tensor& mix, int64_t device, int64_t stream);
+std::vector<Tensor> mix_dropout_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& initial,
+                                        const Optional<Tensor>& reset, const Tensor& mix, at::TensorList seeds,
+                                        at::ArrayRef<double> p, bool want_y, int64_t device, int64_t stream);
 std::tuple<Tensor, Tensor, Tensor> mix_backward(at::TensorList gy, const Tensor& x, const Tensor& last,
                                                 const Optional<Tensor>& initial, const Optional<Tensor>& reset,
                                                 const Tensor& mix, bool want_mix, int64_t device, int64_t stream);

@@ -84,6 +84,11 @@ template <class E> struct Vectorized {
   WKV_MEMBER float one(const void* from, long long at) const { return load((const E*)from + at); }
   WKV_MEMBER Vec<W> get(const void* from, long long at) const { return load_vec8((const E*)from + at); }
   WKV_MEMBER void put(void* to, long long at, Vec<W> x) const { store_vec8((E*)to + at, x); }
+  WKV_MEMBER float rounded(float x) const {
+    E y;
+    store(&y, x);
+    return load(&y);
+  }
 };
 struct AnyDtype {
   static constexpr int W = 1;
@@ -98,6 +103,11 @@ struct AnyDtype {
     if (dtype == DTYPE_FP32) store((fp32*)to + at, x.x[0]);
     else if (dtype == DTYPE_BF16) store((bf16*)to + at, x.x[0]);
     else store((fp16*)to + at, x.x[0]);
+  }
+  WKV_MEMBER float rounded(float x) const {
+    if (dtype == DTYPE_FP32) return x;
+    if (dtype == DTYPE_BF16) return Vectorized<bf16>().rounded(x);
+    return Vectorized<fp16>().rounded(x);
   }
 };
 template <int W> WKV_FN Vec<W> load_floats(const float* from, long long at) {
@@ -242,7 +252,11 @@ template <class E> WKV_FN void mix(const FusedMix& q, E io) {
   Span at;
   if (!locate<W>(q, at)) return;
   Vec<W> mixes[3];
-  EACH_MIX mixes[m] = load_floats<W>(q.mix, m * q.D + at.c);
+  unsigned seeds[3] = {};
+  EACH_MIX {
+    mixes[m] = load_floats<W>(q.mix, m * q.D + at.c);
+    if (q.dropped[m]) seeds[m] = (unsigned)*q.seed[m];
+  }
   Vec<W> past = before(q, io, at, at.begin);
 #pragma unroll 2
   for (long long t = at.begin; t < at.end; t++) {
@@ -250,8 +264,12 @@ template <class E> WKV_FN void mix(const FusedMix& q, E io) {
     const Vec<W> x = token(q, io, q.x, at, t);
     EACH_MIX {
       Vec<W> y;
+      const long long to = (at.b * q.T + t) * q.D + at.c;
       EACH y.x[i] = fused_mix(past.x[i], x.x[i], mixes[m].x[i]);
-      io.put(q.y[m], (at.b * q.T + t) * q.D + at.c, y);
+      if (q.y[m]) io.put(q.y[m], to, y);
+      if (!q.dropped[m]) continue;
+      EACH y.x[i] = fused_hash((unsigned)(to + i), seeds[m]) < q.below[m] ? 0.0f : io.rounded(y.x[i]) * q.scale[m];
+      io.put(q.dropped[m], to, y);
     }
     past = x;
   }

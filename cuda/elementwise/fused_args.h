@@ -32,7 +32,7 @@ struct FusedMix {
   const void* initial;         // [B, D], the token before a document start
   const unsigned char* reset;  // [B, T], nonzero where a document starts, or null
   const float* mix;            // [count, D]
-  void* y[3];                  // [B, T, D] each
+  void* y[3];                  // [B, T, D] each; kernels: null if only its dropout is wanted
   // Backward:
   const void* gy[3];
   void *gx, *glast;            // [B, T, D], [B, D]
@@ -40,6 +40,10 @@ struct FusedMix {
   // Kernels only:
   long long B, slice;          // slice: tokens per thread
   int dtype;
+  void* dropped[3];            // [B, T, D], dropout of y as by FusedEach, or null
+  const long long* seed[3];    // in device memory
+  unsigned below[3];
+  float scale[3];
 };
 
 struct FusedGate {

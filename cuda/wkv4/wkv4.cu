@@ -23,6 +23,13 @@ WKV_FN State state_of(const float* states, const Wkv4Args& q, long long b, long 
 }
 WKV_FN void store_state(float* at, long long C, State s) { at[0] = s.a; at[C] = s.b; at[2 * C] = s.p; }
 
+// Log-decay and bonus of a channel, and e^w and e^u for the unscaled steps.
+struct Rates { float w, u, ew, eu; };
+WKV_FN Rates rates_of(const Wkv4Args& q, long long c) {
+  const float w = q.w[c], u = q.u[c];
+  return {w, u, precise_exp(w), precise_exp(u)};
+}
+
 // Tokens [begin, end) of segment s of batch row b, in channel c.
 struct Span { long long b, s, c, begin, end; };
 
@@ -75,17 +82,37 @@ WKV_FN void load_tokens(const void* from, const Wkv4Args& q, const Chunk& chunk,
   EACH_TOKEN x[i] = load(p + i * q.C);
 }
 
+// Whether a PLAIN chunk with these keys can use the unscaled steps (wkv4.h), from a state of maximum p.
+// A NaN in k does not count: it makes the same elements NaN in either case.
+template <int N>
+WKV_FN bool can_skip_scaling(const float (&k)[N], float u, float p) {
+  float largest = 0;
+#pragma unroll
+  for (int i = 0; i < N; i++) largest = wkv_max(largest, -wkv_negative_magnitude(k[i]));
+  return largest - wkv_negative_magnitude(u) <= WKV_UNSCALED_MAX &&
+         (wkv_negative_magnitude(p) >= -WKV_UNSCALED_MAX || p == WKV_EMPTY);
+}
+
 // ---- forward ----
 
 template <class E, bool PLAIN>
-WKV_FN void advance(const Wkv4Args& q, const Span& at, const Chunk& chunk, float w, State& s) {
+WKV_FN void advance(const Wkv4Args& q, const Span& at, const Chunk& chunk, Rates r, State& s) {
   constexpr int N = FORWARD;
   float k[N], v[N];
   load_tokens<E, PLAIN, N>(q.k, q, chunk, k);
   load_tokens<E, PLAIN, N>(q.v, q, chunk, v);
+  if (PLAIN && can_skip_scaling(k, 0, s.p)) {
+    wkv4_rescale(s.p, 0, s.a, s.b);
+    EACH_TOKEN {
+      wkv4_unscaled_update(r.ew, wkv_exp(k[i]), v[i], s.a, s.b);
+      s.p = wkv_max(s.p + r.w, k[i]);
+    }
+    wkv4_rescale(0, s.p, s.a, s.b);
+    return;
+  }
   EACH_TOKEN {
     if (STARTS) s = state_of(q.initial, q, at.b, at.c);
-    wkv4_update(w, k[i], v[i], s.a, s.b, s.p);
+    wkv4_update(r.w, k[i], v[i], s.a, s.b, s.p);
   }
 }
 // saved[next segment's start] = the state after this segment, run from the empty state. Sets
@@ -94,14 +121,14 @@ template <class E>
 WKV_FN void summary(const Wkv4Args& q) {
   Span at;
   if (!locate(q, at) || at.s + 1 == q.segments) return;
-  const float w = q.w[at.c];
+  const Rates r = rates_of(q, at.c);
   State s = empty_state();
   unsigned starts = 0;
   for (long long t = at.begin; t < at.end; t += FORWARD) {
     const Chunk chunk = find_chunk<FORWARD>(q, at, t);
     starts |= chunk.starts;
-    if (plain<FORWARD>(chunk)) advance<E, true>(q, at, chunk, w, s);
-    else advance<E, false>(q, at, chunk, w, s);
+    if (plain<FORWARD>(chunk)) advance<E, true>(q, at, chunk, r, s);
+    else advance<E, false>(q, at, chunk, r, s);
   }
   store_state(saved(q, at.b, at.end, at.c), q.C, s);
   if (at.c == 0) q.has_reset[at.b * q.segments + at.s] = starts != 0;
@@ -136,29 +163,40 @@ WKV_FN void scan(const Wkv4Args& q) {
 }
 
 template <class E, bool PLAIN>
-WKV_FN void write_outputs(const Wkv4Args& q, const Span& at, const Chunk& chunk, float w, float u, State& s) {
+WKV_FN void write_outputs(const Wkv4Args& q, const Span& at, const Chunk& chunk, Rates r, State& s) {
   constexpr int N = FORWARD;
   float k[N], v[N];
   load_tokens<E, PLAIN, N>(q.k, q, chunk, k);
   load_tokens<E, PLAIN, N>(q.v, q, chunk, v);
   E* y = (E*)q.y + chunk.at;
+  if (PLAIN && can_skip_scaling(k, r.u, s.p)) {
+    wkv4_rescale(s.p, 0, s.a, s.b);
+    EACH_TOKEN {
+      const float e = wkv_exp(k[i]);
+      store(y + i * q.C, wkv4_unscaled_output(r.eu, e, v[i], s.a, s.b));
+      wkv4_unscaled_update(r.ew, e, v[i], s.a, s.b);
+      s.p = wkv_max(s.p + r.w, k[i]);
+    }
+    wkv4_rescale(0, s.p, s.a, s.b);
+    return;
+  }
   EACH_TOKEN {
     if (STARTS) s = state_of(q.initial, q, at.b, at.c);
-    store(y + i * q.C, wkv4_output(u, k[i], v[i], s.a, s.b, s.p));
-    wkv4_update(w, k[i], v[i], s.a, s.b, s.p);
+    store(y + i * q.C, wkv4_output(r.u, k[i], v[i], s.a, s.b, s.p));
+    wkv4_update(r.w, k[i], v[i], s.a, s.b, s.p);
   }
 }
 template <class E>
 WKV_FN void output(const Wkv4Args& q) {
   Span at;
   if (!locate(q, at)) return;
-  const float w = q.w[at.c], u = q.u[at.c];
+  const Rates r = rates_of(q, at.c);
   State s = q.segments > 1 ? load_state(saved(q, at.b, at.begin, at.c), q.C) : state_of(q.first, q, at.b, at.c);
   for (long long t = at.begin; t < at.end; t += FORWARD) {
     if (t % WKV4_SAVE_INTERVAL == 0) store_state(saved(q, at.b, t, at.c), q.C, s);
     const Chunk chunk = find_chunk<FORWARD>(q, at, t);
-    if (plain<FORWARD>(chunk)) write_outputs<E, true>(q, at, chunk, w, u, s);
-    else write_outputs<E, false>(q, at, chunk, w, u, s);
+    if (plain<FORWARD>(chunk)) write_outputs<E, true>(q, at, chunk, r, s);
+    else write_outputs<E, false>(q, at, chunk, r, s);
   }
   if (at.end == q.T) store_state(q.last + at.b * 3 * q.C + at.c, q.C, s);
 }
@@ -170,41 +208,58 @@ WKV_FN void output(const Wkv4Args& q) {
 struct AffineGradient { float ga, gb, factor; };
 
 template <class E, bool PLAIN>
-WKV_FN void accumulate_affine(const Wkv4Args& q, const Span& at, const Chunk& chunk, float w, float u, State& s,
+WKV_FN void accumulate_affine(const Wkv4Args& q, const Span& at, const Chunk& chunk, Rates r, State& s,
                               AffineGradient& to) {
   constexpr int N = FORWARD;
   float k[N], v[N], gy[N];
   load_tokens<E, PLAIN, N>(q.k, q, chunk, k);
   load_tokens<E, PLAIN, N>(q.v, q, chunk, v);
   load_tokens<E, PLAIN, N>(q.gy, q, chunk, gy);
+  if (PLAIN && can_skip_scaling(k, r.u, s.p)) {
+    wkv4_rescale(s.p, 0, s.a, s.b);
+    to.factor *= wkv_exp(s.p);
+    EACH_TOKEN {
+      const float e = wkv_exp(k[i]);
+      float num, den;
+      wkv4_unscaled_output_gradient(r.eu, e, v[i], s.a, s.b, gy[i], num, den);
+      to.ga += to.factor * num;
+      to.gb -= to.factor * den;
+      to.factor *= r.ew;
+      wkv4_unscaled_update(r.ew, e, v[i], s.a, s.b);
+      s.p = wkv_max(s.p + r.w, k[i]);
+    }
+    wkv4_rescale(0, s.p, s.a, s.b);
+    to.factor *= wkv_exp(-s.p);
+    return;
+  }
   EACH_TOKEN {
     if (STARTS) {
       s = state_of(q.initial, q, at.b, at.c);
       to.factor = 0;
     }
-    const WkvOutputGradient g = wkv4_output_gradient(u, k[i], v[i], s.a, s.b, s.p, gy[i]);
+    const WkvOutputGradient g = wkv4_output_gradient(r.u, k[i], v[i], s.a, s.b, s.p, gy[i]);
     if (to.factor != 0) {  // 0 · Inf: a later document must not leak into this one
       to.ga += to.factor * g.e.past * g.num;
       to.gb += to.factor * g.e.past * g.den;
     }
-    to.factor *= wkv4_update(w, k[i], v[i], s.a, s.b, s.p).past;
+    to.factor *= wkv4_update(r.w, k[i], v[i], s.a, s.b, s.p).past;
   }
 }
 template <class E>
 WKV_FN void summary_gradient(const Wkv4Args& q) {
   Span at;
   if (!locate(q, at)) return;
-  const float w = q.w[at.c], u = q.u[at.c];
+  const Rates r = rates_of(q, at.c);
   State s = load_state(saved(q, at.b, at.begin, at.c), q.C);
   AffineGradient to = {0, 0, 1};
   for (long long t = at.begin; t < at.end && to.factor != 0; t += FORWARD) {
     const Chunk chunk = find_chunk<FORWARD>(q, at, t);
-    if (plain<FORWARD>(chunk)) accumulate_affine<E, true>(q, at, chunk, w, u, s, to);
-    else accumulate_affine<E, false>(q, at, chunk, w, u, s, to);
+    if (plain<FORWARD>(chunk)) accumulate_affine<E, true>(q, at, chunk, r, s, to);
+    else accumulate_affine<E, false>(q, at, chunk, r, s, to);
   }
   // Use the factor of wkv4_scan: rounding makes the product over the tokens drift from it.
   if (at.end < q.T && to.factor != 0) {
-    const float past = saved(q, at.b, at.begin, at.c)[2 * q.C] + multiply(w, (float)q.segment);
+    const float past = saved(q, at.b, at.begin, at.c)[2 * q.C] + multiply(r.w, (float)q.segment);
     to.factor = wkv_pair(past, saved(q, at.b, at.end, at.c)[2 * q.C]).past;
   }
   float* p = carry(q, at.b, at.s, at.c);
@@ -244,7 +299,7 @@ WKV_FN void scan_gradient(const Wkv4Args& q) {
 struct Sums { float ga, gb, gw, gu, initial_a, initial_b; };
 
 template <class E, bool PLAIN>
-WKV_FN void write_gradients(const Wkv4Args& q, const Span& at, const Chunk& chunk, float w, float u, State s,
+WKV_FN void write_gradients(const Wkv4Args& q, const Span& at, const Chunk& chunk, Rates r, State s,
                             const float* next, Sums& g) {
   constexpr int N = BACKWARD;
   float k[N], v[N], gy[N];
@@ -252,10 +307,34 @@ WKV_FN void write_gradients(const Wkv4Args& q, const Span& at, const Chunk& chun
   load_tokens<E, PLAIN, N>(q.k, q, chunk, k);
   load_tokens<E, PLAIN, N>(q.v, q, chunk, v);
   load_tokens<E, PLAIN, N>(q.gy, q, chunk, gy);
+  E *gk = (E*)q.gk + chunk.at, *gv = (E*)q.gv + chunk.at;
+  if (PLAIN && can_skip_scaling(k, r.u, s.p)) {
+    const float start = s.p;
+    float sum_w = 0, sum_u = 0;
+    wkv4_rescale(start, 0, s.a, s.b);
+    EACH_TOKEN {
+      s.p = wkv_max(s.p + r.w, k[i]);
+      k[i] = wkv_exp(k[i]);
+      before[i].a = s.a, before[i].b = s.b;
+      wkv4_unscaled_update(r.ew, k[i], v[i], s.a, s.b);
+    }
+    wkv4_rescale(0, next ? *next : s.p, g.ga, g.gb);  // gradients scale inversely
+    EACH_TOKEN_BACK {
+      float to_k, to_v;
+      wkv4_unscaled_backward(r.ew, r.eu, k[i], v[i], before[i].a, before[i].b, gy[i], g.ga, g.gb, sum_w, sum_u, to_k,
+                             to_v);
+      store(gk + i * q.C, to_k);
+      store(gv + i * q.C, to_v);
+    }
+    g.gw += r.ew * sum_w;
+    g.gu += r.eu * sum_u;
+    wkv4_rescale(start, 0, g.ga, g.gb);
+    return;
+  }
   EACH_TOKEN {
     if (STARTS) s = state_of(q.initial, q, at.b, at.c);
     before[i] = s;
-    wkv4_update(w, k[i], v[i], s.a, s.b, s.p);
+    wkv4_update(r.w, k[i], v[i], s.a, s.b, s.p);
   }
   if (next) {
     // The gradient refers to a state of scale *next; this run reaches that state with scale s.p,
@@ -264,10 +343,9 @@ WKV_FN void write_gradients(const Wkv4Args& q, const Span& at, const Chunk& chun
     g.ga *= factor;
     g.gb *= factor;
   }
-  E *gk = (E*)q.gk + chunk.at, *gv = (E*)q.gv + chunk.at;
   EACH_TOKEN_BACK {
     float to_k, to_v;
-    wkv4_backward(wkv_pair(before[i].p + w, k[i]), u, k[i], v[i], before[i].a, before[i].b, before[i].p, gy[i], g.ga,
+    wkv4_backward(wkv_pair(before[i].p + r.w, k[i]), r.u, k[i], v[i], before[i].a, before[i].b, before[i].p, gy[i], g.ga,
                   g.gb, g.gw, g.gu, to_k, to_v);
     store(gk + i * q.C, to_k);
     store(gv + i * q.C, to_v);
@@ -282,7 +360,7 @@ template <class E>
 WKV_FN void gradient(const Wkv4Args& q) {
   Span at;
   if (!locate(q, at)) return;
-  const float w = q.w[at.c], u = q.u[at.c];
+  const Rates r = rates_of(q, at.c);
   Sums g = {};
   if (q.segments > 1) {
     const float* p = carry(q, at.b, at.s, at.c);
@@ -297,8 +375,8 @@ WKV_FN void gradient(const Wkv4Args& q) {
   for (long long t = (at.end - 1) / BACKWARD * BACKWARD; t >= at.begin; t -= BACKWARD) {
     const Chunk chunk = find_chunk<BACKWARD>(q, at, t);
     const State s = load_state(saved(q, at.b, t, at.c), q.C);
-    if (plain<BACKWARD>(chunk)) write_gradients<E, true>(q, at, chunk, w, u, s, next, g);
-    else write_gradients<E, false>(q, at, chunk, w, u, s, next, g);
+    if (plain<BACKWARD>(chunk)) write_gradients<E, true>(q, at, chunk, r, s, next, g);
+    else write_gradients<E, false>(q, at, chunk, r, s, next, g);
     next = nullptr;
   }
   const long long row = at.b * q.segments + at.s;

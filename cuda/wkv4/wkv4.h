@@ -79,8 +79,9 @@ WKV_FN void wkv4_backward(WkvPair f, wkv_float u, wkv_float k, wkv_float v, wkv_
 // no maximum. Requires |k| + |u| <= WKV_UNSCALED_MAX for every token, and p <= WKV_UNSCALED_MAX before.
 // ew = e^w and eu = e^u are computed once.
 
-// e^60 times a value of any reasonable size fits fp32's range, and so does its inverse.
-#define WKV_UNSCALED_MAX 60.0f
+// e^30 times a value of any reasonable size fits fp32's range, and so does its inverse. e^w is 0 below
+// w = -87: it then multiplies at most e^30 and is lost beside at least e^-30.
+#define WKV_UNSCALED_MAX 30.0f
 
 // Converts (a, b) from scale e^from to scale e^to.
 WKV_FN void wkv4_rescale(wkv_float from, wkv_float to, wkv_float& a, wkv_float& b) {
@@ -99,12 +100,20 @@ WKV_FN wkv_float wkv4_unscaled_output(wkv_float eu, wkv_float e, wkv_float v, wk
   return wkv_divide(a + now * v, b + now);
 }
 
+// num and den as in WkvOutputGradient, den with the opposite sign.
+WKV_FN void wkv4_unscaled_output_gradient(wkv_float eu, wkv_float e, wkv_float v, wkv_float a, wkv_float b,
+                                          wkv_float gy, wkv_float& num, wkv_float& den) {
+  const wkv_float now = eu * e, scale = wkv_divide(wkv_float{} + 1.0f, b + now);
+  num = gy * scale;
+  den = num * ((a + now * v) * scale);
+}
+
 // Like wkv4_backward, but accumulates `w` and `u`, which times ew and eu give gw and gu.
 WKV_FN void wkv4_unscaled_backward(wkv_float ew, wkv_float eu, wkv_float e, wkv_float v, wkv_float a, wkv_float b,
                                    wkv_float gy, wkv_float& ga, wkv_float& gb, wkv_float& w, wkv_float& u,
                                    wkv_float& gk, wkv_float& gv) {
-  const wkv_float now = eu * e, scale = wkv_divide(wkv_float{} + 1.0f, b + now), num = gy * scale,
-                  den = num * ((a + now * v) * scale);
+  wkv_float num, den;
+  wkv4_unscaled_output_gradient(eu, e, v, a, b, gy, num, den);
   const wkv_float through = eu * num + ga;  // gradient of e·v
   w += ga * a + gb * b;
   u += e * (num * v - den);

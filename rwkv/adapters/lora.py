@@ -9,7 +9,8 @@ it begins with the norms of W's rows, and no gradient flows through the norm. (W
 also drops inputs of W.)
 
 In addition to the model's saved activations, an adapter saves e·r bytes per token (e: 2 in bf16, 4
-in fp32), with DoRA e·(r + out). The adaptable layers of a model are defined by its version (PARTS).
+in fp32), with DoRA e·(r + out), and in bf16 copies of A and B. The adaptable layers of a model are
+defined by its version (PARTS).
 """
 
 import math
@@ -61,14 +62,16 @@ def uses_dora(names: Collection[str]) -> bool:
 class _LoRAFunction(torch.autograd.Function):
     # Saves x, or the tensors from which it is recomputed, and A x, which has r elements per token.
     @staticmethod
-    def forward(ctx, x, weight, a, b, scale, dropout, recompute):
+    def forward(ctx, x, weight, a, b, scale, dropout, recompute, dropped):
         flat, dtype = rows(x), x.dtype
         ctx.scale, ctx.dropout, ctx.recompute = scale, dropout, recompute.function
-        ctx.seed = native.new_seed(x.device) if dropout else None
+        ctx.seed = dropped.seed if dropped else native.new_seed(x.device) if dropout else None
+        ctx.recompute_dropped = dropped.recompute if dropped else None
         ctx.quantised = quantised(weight)
         y = linear_forward(flat, weight)
-        low = linear_forward(_apply_dropout(ctx, flat), a.to(dtype))  # [N, r]
-        y.addmm_(low, b.to(dtype).t(), alpha=scale)
+        ctx.dtypes, a, b = (a.dtype, b.dtype), a.to(dtype), b.to(dtype)  # the copies are saved
+        low = linear_forward(rows(dropped.value) if dropped else _apply_dropout(ctx, flat), a)  # [N, r]
+        y.addmm_(low, b.t(), alpha=scale)
         ctx.save_for_backward(None if ctx.quantised else weight, a, b, low, *recompute.inputs)
         return y.view(*x.shape[:-1], -1)
 
@@ -76,21 +79,24 @@ class _LoRAFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         weight, a, b, low, *inputs = ctx.saved_tensors
-        flat, dtype, gx, ga, gb = rows(g), g.dtype, None, None, None
-        glow = linear_grad_input(flat, b.to(dtype)).mul_(ctx.scale)  # [N, r]
+        flat, gx, ga, gb = rows(g), None, None, None
+        glow = linear_grad_input(flat, b).mul_(ctx.scale)  # [N, r]
         if ctx.needs_input_grad[2]:
-            x = rows(ctx.recompute(*inputs))
-            ga = (glow.t() @ _apply_dropout(ctx, x)).to(a.dtype)
+            if ctx.recompute_dropped:
+                x = rows(ctx.recompute_dropped(ctx.seed, *inputs))
+            else:
+                x = _apply_dropout(ctx, rows(ctx.recompute(*inputs)))
+            ga = (glow.t() @ x).to(ctx.dtypes[0])
         if ctx.needs_input_grad[3]:
-            gb = (low.t() @ flat).mul_(ctx.scale).t().to(b.dtype)  # computed as [r, out]: the faster layout
+            gb = (low.t() @ flat).mul_(ctx.scale).t().to(ctx.dtypes[1])  # computed as [r, out]: the faster layout
         if ctx.needs_input_grad[0]:
             gx = linear_grad_input(flat, ctx.quantised or weight)
             if ctx.dropout:
-                native.dropout_add_(gx, glow @ a.to(dtype), ctx.seed, ctx.dropout)
+                native.dropout_add_(gx, glow @ a, ctx.seed, ctx.dropout)
             else:
-                gx.addmm_(glow, a.to(dtype))
+                gx.addmm_(glow, a)
             gx = gx.view(*g.shape[:-1], -1)
-        return gx, None, ga, gb, None, None, None
+        return gx, None, ga, gb, None, None, None, None
 
 
 def _apply_dropout(ctx, x: Tensor) -> Tensor:
@@ -113,11 +119,17 @@ class LoRALinear(nn.Module):
         self.lora_magnitude_vector = None if norms is None else nn.Parameter(norms)
         self.scale, self.dropout = alpha / r, dropout
 
+    @property
+    def input_dropout(self) -> float:
+        """The probability of dropout in this pass: 0 in evaluation."""
+        return self.dropout if self.training else 0.0
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in the compute dtype."""
         x = x.to(native.compute_dtype(x))
-        p = self.dropout if self.training else 0.0
-        y = _LoRAFunction.apply(x, self.weight, self.lora_A, self.lora_B, self.scale, p, native.recompute_of(x))
+        tensors = x, self.weight, self.lora_A, self.lora_B
+        recompute, dropped = native.recompute_of(x), native.take_dropped(x)
+        y = _LoRAFunction.apply(*tensors, self.scale, self.input_dropout, recompute, dropped)
         if self.lora_magnitude_vector is None:
             return y
         return y * (self.lora_magnitude_vector / self._norms()).to(y.dtype)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-OPERATIONS = ("norm_forward", "norm_backward", "mix_forward", "mix_backward", "gate_forward", "gate_backward", "relu2_forward",
-              "relu2_backward", "dropout", "dropout_add", "loss", "nf4_dense", "int8_dense", "adamw")  # fmt: skip
+OPERATIONS = ("norm_forward", "norm_backward", "mix_forward", "mix_backward", "mix_dropout_forward", "gate_forward",
+              "gate_backward", "relu2_forward", "relu2_backward", "dropout", "dropout_add", "loss", "nf4_dense", "int8_dense", "adamw")  # fmt: skip
 TIME_MIX = (
     "keys_forward",
     "keys_backward",
@@ -57,7 +57,14 @@ def _with_advice(operation: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def current_stream(device: int) -> Callable[[], int]:
+    """Returns torch's current stream of a GPU, as a number, at each call.
+    (`torch.cuda.current_stream` would make a Stream object first.)
+    """
+    return functools.partial(torch._C._cuda_getCurrentRawStream, device)
+
+
 @functools.lru_cache
 def cuda_kernels(device: int) -> CudaKernels:
     """The operations of a GPU, whose kernels must be loaded, on torch's current stream."""
-    return CudaKernels(device, lambda: torch.cuda.current_stream(device).cuda_stream)
+    return CudaKernels(device, current_stream(device))

@@ -51,6 +51,13 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return native.drop(x, p) if p else x
 
 
+def dropout_of(*layers: nn.Module) -> list[float]:
+    """The probability of dropout of each layer's input in its adapter, 0 without one; for
+    native.mix, in the order in which the layers are called.
+    """
+    return [getattr(layer, "input_dropout", 0.0) for layer in layers]
+
+
 def check_heads(width: int, head_size: int) -> None:
     """Raise ValueError if a width cannot be divided into heads of this size."""
     if not heads.valid_size(head_size):

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from rwkv.kernels.elementwise import native
 from rwkv.models import layers, parameters
-from rwkv.models.layers import Device, matrix, mixing_weight, repeated
+from rwkv.models.layers import Device, dropout_of, matrix, mixing_weight, repeated
 from rwkv.models.parameters import gain, position
 from rwkv.models.parts import Parts
 from rwkv.wkv import empty_state, wkv4
@@ -98,9 +98,9 @@ class TimeMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, D], shift [B, D], state [B, 3, A], reset [B, T] → y [B, T, D], state."""
-        xk, xv, xr = native.mix(
-            x, shift, reset, [self.time_mix_k, self.time_mix_v, self.time_mix_r], initial=torch.zeros_like(shift)
-        )
+        weights = [self.time_mix_k, self.time_mix_v, self.time_mix_r]
+        drops = dropout_of(self.key, self.value, self.receptance)
+        xk, xv, xr = native.mix(x, shift, reset, weights, torch.zeros_like(shift), drops)
         k, v, r = self.key(xk), self.value(xv), self.receptance(xr)  # [B, T, A]
         initial = None
         if reset is not None and self.time_state is not None:
@@ -135,7 +135,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, reset: Tensor | None = None) -> Tensor:
         """x [B, T, D], shift [B, D], reset [B, T] → y [B, T, D]."""
-        xk, xr = native.mix(x, shift, reset, [self.time_mix_k, self.time_mix_r], initial=torch.zeros_like(shift))
+        weights, drops = [self.time_mix_k, self.time_mix_r], dropout_of(self.key, self.receptance)
+        xk, xr = native.mix(x, shift, reset, weights, torch.zeros_like(shift), drops)
         k, r = self.key(xk), self.receptance(xr)  # [B, T, F], [B, T, D]
         return native.gate(r, self.value(native.relu2(k)))
 

@@ -32,7 +32,7 @@ from rwkv.kernels.elementwise.reference import upcast
 from rwkv.kernels.linear import linear
 from rwkv.models import gated_heads, layers, parameters
 from rwkv.models.gated_heads import gated_wkv
-from rwkv.models.layers import Device, HeadNorm, matrix, mixing_weight
+from rwkv.models.layers import Device, HeadNorm, dropout_of, matrix, mixing_weight
 from rwkv.models.parameters import initialise_matrices, position
 from rwkv.wkv.wkv6 import empty_state
 from rwkv.wkv.wkv6.native import workspace_bytes
@@ -139,7 +139,8 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, reset: Tensor | None = None) -> Tensor:
         """x [B, T, D], shift [B, D], reset [B, T] → y [B, T, D]."""
         weights = [1 - self.time_maa_k, 1 - self.time_maa_r]
-        xk, xr = native.mix(x, shift, reset, weights, initial=torch.zeros_like(shift))
+        drops = dropout_of(self.key, self.receptance)
+        xk, xr = native.mix(x, shift, reset, weights, torch.zeros_like(shift), drops)
         k, r = self.key(xk), self.receptance(xr)  # [B, T, F], [B, T, D]
         return native.gate(r, self.value(native.relu2(k)))
 

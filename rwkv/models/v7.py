@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from rwkv.kernels.elementwise import native
 from rwkv.kernels.linear import linear
 from rwkv.models import layers, parameters
-from rwkv.models.layers import Device, HeadNorm, check_heads, matrix, repeated
+from rwkv.models.layers import Device, HeadNorm, check_heads, dropout_of, matrix, repeated
 from rwkv.models.parameters import gain, initialise_matrices, position
 from rwkv.models.parts import Parts
 from rwkv.wkv.wkv7 import empty_state
@@ -176,8 +176,10 @@ class TimeMix(nn.Module):
     def _project(self, x: Tensor, shift: Tensor, later: bool, reset: Tensor | None) -> Projections:
         """The outputs of the linear layers; `later`: not in block 0."""
         empty = torch.zeros_like(shift)
-        xr, xw, xk = native.mix(x, shift, reset, [1 - self.x_r, 1 - self.x_w, 1 - self.x_k], initial=empty)
-        xv, xa, xg = native.mix(x, shift, reset, [1 - self.x_v, 1 - self.x_a, 1 - self.x_g], initial=empty)
+        r_drop, k_drop, v_drop = dropout_of(self.receptance, self.key, self.value)
+        first, second = [1 - self.x_r, 1 - self.x_w, 1 - self.x_k], [1 - self.x_v, 1 - self.x_a, 1 - self.x_g]
+        xr, xw, xk = native.mix(x, shift, reset, first, empty, [r_drop, 0, k_drop])
+        xv, xa, xg = native.mix(x, shift, reset, second, empty, [v_drop, 0, 0])
         return Projections(
             r=self.receptance(xr),
             g=_low_rank(xg, self.g1, self.g2, torch.sigmoid),
@@ -206,7 +208,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, reset: Tensor | None = None) -> Tensor:
         """x [B, T, C], shift [B, C], reset [B, T] → y [B, T, C]."""
-        (xk,) = native.mix(x, shift, reset, [1 - self.x_k], initial=torch.zeros_like(shift))
+        (xk,) = native.mix(x, shift, reset, [1 - self.x_k], torch.zeros_like(shift), dropout_of(self.key))
         return self.value(native.relu2(self.key(xk)))
 
 

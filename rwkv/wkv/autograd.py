@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv.kernels.gpu import current_stream
+
 HEAD_SIZE = 64  # up to this size the CUDA kernels of WKV6 and WKV7 compute in any dtype, above it in fp32 only
 
 
@@ -54,11 +56,6 @@ def cuda_kernels(operator: str, r: Tensor, device: int, stream: Callable[[], int
         lambda *tensors: backward(*tensors, device, stream()),
     )
     return in_fp32(kernels) if r.dtype != torch.float32 and r.shape[-1] > HEAD_SIZE else kernels
-
-
-def current_stream(device: int) -> Callable[[], int]:
-    """Returns torch's current stream of a GPU, as a number, at each call."""
-    return lambda: torch.cuda.current_stream(device).cuda_stream
 
 
 def kernels_for(operator: str, r: Tensor) -> Kernels:

@@ -24,6 +24,24 @@ def inputs(batch, length, channels, *, scale=1.0, state=True, reset=True, initia
     return w, u, k, v, first, starts, random_state() if initial else first
 
 
+def near_threshold(size):
+    """Inputs with keys of ±`size` in every token, in some, or in the state only, which is far from
+    the keys then.
+    """
+    w, u, k, v, first, *_ = inputs(2, 50, 40, reset=False)
+    u, first[:, 2] = u.clamp(-1, 1), torch.where(first[:, 2] > 0, size, -size)
+    keys = k.sign() * size, torch.full_like(k, size), torch.full_like(k, -size), k
+    return [(w, u, x, v, first, None, first) for x in keys]
+
+
+def strong_decay(size):
+    """A large key and two small ones in turn, and a decay of less than e^-87 between them."""
+    _, _, k, v, *_ = inputs(2, 48, 40, state=False, reset=False)
+    k[:] = -size
+    k[:, ::3] = size
+    return torch.full((40,), -90.0), torch.zeros(40), k, v, None, None, None
+
+
 def in_fp64(arguments):
     wide = {id(x): x.double() for x in arguments if x is not None and x.is_floating_point()}
     return [wide.get(id(x), x) for x in arguments]  # a tensor passed twice stays one tensor

@@ -136,10 +136,13 @@ static void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[
   }
 }
 
-WKV_FN float wkv_exp(float x) { return std::exp(x); }
+// As device.h: the exponent is rounded, and numbers below 2^-126 are 0. (The hardware's 2^x and 1/x are exact to 2^-22.)
+static float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+WKV_FN float wkv_exp(float x) { return flushed(std::exp2(x * 1.44269504f)); }
+WKV_FN float precise_exp(float x) { return std::exp(x); }
 WKV_FN float wkv_max(float x, float y) { return std::fmax(x, y); }
 WKV_FN float wkv_negative_magnitude(float x) { return -std::fabs(x); }
-WKV_FN float wkv_divide(float x, float y) { return x / y; }
+WKV_FN float wkv_divide(float x, float y) { return x * flushed(1.0f / flushed(y)); }
 WKV_FN float square_root(float x) { return std::sqrt(x); }
 __attribute__((target("f16c"))) static float fp16_to_float(unsigned short x) { return _cvtsh_ss(x); }
 __attribute__((target("f16c"))) static unsigned short float_to_fp16(float x) { return _cvtss_sh(x, 0); }

@@ -8,6 +8,7 @@ The separate process keeps the fake driver apart from a real one.
 
 import ctypes
 import functools
+import importlib
 import os
 import pickle
 import subprocess
@@ -178,16 +179,16 @@ class Server:
         assert all(x.data_ptr() % 16 for x in shifted)
         assert torch.equal(self.wkv7(*shifted, chunks=chunks)[0], self.wkv7(*tensors, chunks=chunks)[0])
 
-    def fused(self, name, *arguments):
-        """Run a check of fused_cases.py with the CUDA kernels; returns its result."""
-        import fused_cases
-
+    def fused(self, name, *arguments, cases="fused_cases"):
+        """Run a check of fused_cases.py, or another file, with the CUDA kernels; returns its
+        result.
+        """
         from rwkv.kernels import gpu
         from rwkv.kernels.elementwise import native as fused
 
         kernels = gpu.CudaKernels(DEVICE, lambda: STREAM)
         fused._kernels = lambda *tensors: None if any(t.dtype not in fused._DTYPES for t in tensors) else kernels
-        return getattr(fused_cases, name)(*arguments)
+        return getattr(importlib.import_module(cases), name)(*arguments)
 
     def operation(self, name, *arguments):
         """Run an operation of rwkv.kernels.gpu."""

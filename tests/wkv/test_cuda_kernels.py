@@ -4,7 +4,7 @@ driver.
 
 import pytest
 import torch
-from cases import assert_close, in_fp64, inputs, outputs_and_gradients
+from cases import assert_close, in_fp64, inputs, near_threshold, outputs_and_gradients, strong_decay
 from fake_gpu import DEVICE, STREAM, FakeGPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,6 +54,22 @@ def test_kernels_match_reference(gpu, batch, length, channels, segment, scale, s
     fast = gpu.call("outputs_and_gradients", segment, *arguments)
     slow = outputs_and_gradients(reference.wkv4, *arguments)
     assert_close(fast, slow, outputs_and_gradients(reference.wkv4, *in_fp64(arguments)), arguments)
+
+
+@pytest.mark.parametrize("size", [20.0, 28.0, 29.5, 31.0, 61.0])
+@pytest.mark.parametrize("segment", [32, 64])
+def test_keys_near_rescaling_threshold(gpu, segment, size):
+    for arguments in near_threshold(size):
+        fast = gpu.call("outputs_and_gradients", segment, *arguments)
+        slow = outputs_and_gradients(reference.wkv4, *arguments)
+        assert_close(fast, slow, outputs_and_gradients(reference.wkv4, *in_fp64(arguments)), arguments)
+
+
+@pytest.mark.parametrize("size", [29.0, 45.0])
+def test_decay_that_underflows(gpu, size):
+    arguments = strong_decay(size)
+    y, exact = gpu.call("wkv4", 64, *arguments)[0], reference.wkv4(*in_fp64(arguments))[0]
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=4e-6)  # rounding of keys of 45; 1 if the decay is lost
 
 
 def test_long_sequence(gpu):

@@ -4,7 +4,15 @@ import itertools
 
 import pytest
 import torch
-from cases import assert_close, assert_half_is_rounded_fp32, in_fp64, inputs, outputs_and_gradients
+from cases import (
+    assert_close,
+    assert_half_is_rounded_fp32,
+    in_fp64,
+    inputs,
+    near_threshold,
+    outputs_and_gradients,
+    strong_decay,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -126,15 +134,18 @@ def test_extreme_keys_in_one_channel(vectors):
             )
 
 
-@pytest.mark.parametrize("size", [20.0, 58.0, 59.5, 61.0, 100.0])
+@pytest.mark.parametrize("size", [20.0, 28.0, 29.5, 31.0, 61.0, 100.0])
 def test_keys_near_rescaling_threshold(vectors, size):
-    w, u, k, v, first, *_ = inputs(2, 50, 40, reset=False)
-    u, first[:, 2] = u.clamp(-1, 1), torch.where(first[:, 2] > 0, size, -size)
-    # the last: small keys, far from the state
-    for keys in (k.sign() * size, torch.full_like(k, size), torch.full_like(k, -size), k):
-        arguments = (w, u, keys, v, first, None, first)
+    for arguments in near_threshold(size):
         fast, slow = outputs_and_gradients(cpu, *arguments), outputs_and_gradients(reference.wkv4, *arguments)
         assert_close(fast, slow, outputs_and_gradients(reference.wkv4, *in_fp64(arguments)), arguments)
+
+
+@pytest.mark.parametrize("size", [29.0, 45.0, 59.0])
+def test_decay_that_underflows(vectors, size):
+    arguments = strong_decay(size)
+    y, exact = cpu(*arguments)[0], reference.wkv4(*in_fp64(arguments))[0]
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=2e-6)  # rounding; 1 and more if the decay is lost
 
 
 def test_no_second_derivatives():

@@ -13,8 +13,8 @@ them.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,20 @@ def recomputed(y: Tensor, function: Callable[..., Tensor], *inputs: Tensor | Non
 def recompute_of(x: Tensor) -> Recompute:
     """The Recompute of x; if it has none, one that saves x itself."""
     return getattr(x, "recompute", None) or Recompute(_passthrough, (x.detach(),))
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Dropout of a tensor x by `seed`, computed together with x: dropout(x, seed, p)."""
+
+    value: Tensor
+    seed: Tensor
+    recompute: Callable[..., Tensor]  # `value`, from the seed and the inputs of x's Recompute
+
+
+def take_dropped(x: Tensor) -> Dropped | None:
+    """The Dropped that `mix` computed with x; None if it did not. x no longer holds it then."""
+    return x.__dict__.pop("dropped", None)
 
 
 def _passthrough(x: Tensor) -> Tensor:
@@ -158,11 +172,15 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, last, initial, reset, weights, recompute):
+    def forward(ctx, x, last, initial, reset, weights, recompute, drops):
         trained = ctx.needs_input_grad[4]  # only the gradient of the weights needs x
         ctx.recompute = recompute.function if trained else None
         ctx.save_for_backward(last, initial, reset, weights, *(recompute.inputs if trained else ()))
-        return tuple(_kernels(x).mix_forward(x, last, initial, reset, weights))
+        if not drops.seeds:
+            return tuple(_kernels(x).mix_forward(x, last, initial, reset, weights))
+        found = _kernels(x).mix_dropout_forward(x, last, initial, reset, weights, drops.seeds, drops.p, True)
+        drops.values = found[len(weights) :]
+        return tuple(found[: len(weights)])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -176,7 +194,30 @@ class _Mix(torch.autograd.Function):
         if ctx.needs_input_grad[2] and reset is not None:
             starts = (g.masked_fill(~reset[..., None], 0).sum(1, dtype=torch.float32) for g in grads)
             ginitial = sum((1 - m) * g for m, g in zip(weights, starts, strict=True)).to(initial.dtype)
-        return gx, glast if ctx.needs_input_grad[1] else None, ginitial, None, gweights, None
+        return gx, glast if ctx.needs_input_grad[1] else None, ginitial, None, gweights, None, None
+
+
+@dataclass
+class _Drops:
+    """Dropout of mix's outputs: `p` of each output, and seeds and results where p is not 0."""
+
+    p: list[float]
+    seeds: list[Tensor]
+    values: list[Tensor] = field(default_factory=list)
+
+
+def _mix_dropped(
+    recompute: Callable[..., Tensor],
+    p: float,
+    seed: Tensor,
+    last: Tensor,
+    initial: Tensor,
+    reset: Tensor | None,
+    weights: Tensor,
+    *inputs: Tensor | None,
+) -> Tensor:
+    x = recompute(*inputs)
+    return _kernels(x).mix_dropout_forward(x, last, initial, reset, weights, [seed], [p], False)[0]
 
 
 def _mix(
@@ -192,7 +233,12 @@ def _mix(
 
 
 def mix(
-    x: Tensor, last: Tensor, reset: Tensor | None, weights: list[Tensor], initial: Tensor | None = None
+    x: Tensor,
+    last: Tensor,
+    reset: Tensor | None,
+    weights: Sequence[Tensor],
+    initial: Tensor | None = None,
+    drops: Sequence[float] = (),
 ) -> list[Tensor]:
     """Token shift: m·x + (1 − m)·previous for each m of `weights`.
 
@@ -202,17 +248,26 @@ def mix(
         reset: [B, T] bool, True where a document starts; None: nowhere.
         weights: up to three, with D elements each.
         initial: [B, D], the token before a document start; None: `last`.
+        drops: probabilities with which dropout of each output is needed too. On GPUs it is computed
+            in the same pass, with a new seed for each that is not 0, in this order (take_dropped).
 
     Saves x if the weights are trained.
     """
     stacked = torch.cat([m.reshape(1, -1) for m in weights])
     last = last.to(x.dtype).contiguous()
     initial = last if initial is None else initial.to(x.dtype).contiguous()
-    if _kernels(x) is None:
+    kernels = _kernels(x)
+    if kernels is None:
         return reference.mix(x, last, initial, reset, stacked)
     recompute, stacked = recompute_of(x), stacked.float()
-    mixed = _Mix.apply(x.contiguous(), last, initial, reset, stacked, recompute)
+    fused = any(drops) and hasattr(kernels, "mix_dropout_forward")
+    dropping = _Drops(list(drops), [new_seed(x.device) for p in drops if p] if fused else [])
+    mixed = _Mix.apply(x.contiguous(), last, initial, reset, stacked, recompute, dropping)
     function = functools.partial(_mix, recompute.function)
+    rest = zip(dropping.values, dropping.seeds, strict=True)
+    for y, p in zip(mixed, drops if fused else (), strict=False):
+        if p:
+            y.dropped = Dropped(*next(rest), functools.partial(_mix_dropped, recompute.function, p))
     return [
         recomputed(y, function, last, initial, reset, m, *recompute.inputs)
         for y, m in zip(mixed, stacked.detach().split(1), strict=True)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv.kernels.gpu import current_stream
 from rwkv.wkv.autograd import prepared, refuse_second_derivatives
 
 SAVE_INTERVAL = 16  # tokens per saved state: WKV4_SAVE_INTERVAL in cuda/wkv4/wkv4_args.h
@@ -96,5 +97,5 @@ def wkv4_cuda(
 ) -> tuple[Tensor, Tensor]:
     """`rwkv.wkv.wkv4` for tensors on one GPU, on its current stream."""
     device = k.device.index
-    kernels = cuda_kernels(device, lambda: torch.cuda.current_stream(device).cuda_stream, segment_length(*k.shape))
+    kernels = cuda_kernels(device, current_stream(device), segment_length(*k.shape))
     return run(kernels, w, u, k, v, state, reset, initial)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rwkv.kernels.gpu import current_stream
 from rwkv.wkv import autograd
 from rwkv.wkv.autograd import Kernels, prepared, refuse_second_derivatives
 
@@ -46,7 +47,7 @@ def cuda_chunk_kernels(device: int, stream: Callable[[], int], slice_length: int
 def chunk_kernels_for(r: Tensor) -> Kernels:
     """The kernels by chunks for the GPU of `r`; they run on torch's current stream."""
     device = r.device.index
-    return cuda_chunk_kernels(device, autograd.current_stream(device), slice_length(r.shape[0] * r.shape[2]))
+    return cuda_chunk_kernels(device, current_stream(device), slice_length(r.shape[0] * r.shape[2]))
 
 
 class _WKV7(torch.autograd.Function):

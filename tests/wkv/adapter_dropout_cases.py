@@ -1,0 +1,83 @@
+"""Dropout of adapters inside the token shift, and after it by an operation of its own. Every
+function takes plain values, so that another process can run it by name (fake_gpu.py).
+"""
+
+import contextlib
+
+import torch
+from fused_cases import FP32, normal
+
+from rwkv.adapters import lora
+from rwkv.kernels.elementwise import native
+from rwkv.models import RWKV
+from rwkv.models.version import VERSIONS
+
+
+class _WithoutMixDropout:
+    def __init__(self, kernels):
+        self.kernels = kernels
+
+    def __getattr__(self, name):
+        if name == "mix_dropout_forward":
+            raise AttributeError(name)
+        return getattr(self.kernels, name)
+
+
+@contextlib.contextmanager
+def _separate():
+    """Drop by operations of their own."""
+    before = native._kernels
+
+    def kernels(*tensors):
+        found = before(*tensors)
+        return found and _WithoutMixDropout(found)
+
+    native._kernels = kernels
+    try:
+        yield
+    finally:
+        native._kernels = before
+
+
+def mixed(dtype, length, channels, drops, reset, inside, device="cpu"):
+    """The outputs of mix, their dropout, and its recomputation. `inside`: dropout inside of mix."""
+    x, last = normal((2, length, channels), dtype, 0), normal((2, channels), dtype, 1)
+    starts = (normal((2, length), FP32, 2) > 0.5).to(device) if reset else None
+    weights = [torch.rand(channels, generator=torch.Generator().manual_seed(i)).to(device) for i in range(len(drops))]
+    torch.manual_seed(7)
+    with contextlib.nullcontext() if inside else _separate():
+        outputs = native.mix(x.to(device), last.to(device), starts, weights, torch.zeros_like(last).to(device), drops)
+    found = []
+    for y, p in zip(outputs, drops, strict=True):
+        dropped, recompute = native.take_dropped(y), native.recompute_of(y)
+        assert (dropped is not None) == bool(inside and p)
+        assert native.take_dropped(y) is None
+        if dropped:
+            again = dropped.recompute(dropped.seed, *recompute.inputs)
+            found += [dropped.value.cpu(), again.cpu()]
+        elif p:
+            found += 2 * [native.dropout(y, native.new_seed(y.device), p).cpu()]
+        found.append(y.detach().cpu())
+    return found
+
+
+def step(version, parts, dtype, grad_cp, inside, device="cpu"):
+    """The logits of a model with adapters on these parts, the adapters' gradients, and the next
+    random number. `inside`: dropout inside of mix.
+    """
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, **({} if version == "4" else {"head_size": 16})}
+    model = RWKV(VERSIONS[version].Sizes(**sizes))
+    model.initialise(emb_scale=1e-2)
+    lora.inject(model, parts, 4, 8, dropout=0.4)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    lora.mark_trainable(model, parts)
+    lora.store_frozen(model, dtype)
+    model.grad_cp = grad_cp
+    model.to(device).train()
+    with contextlib.nullcontext() if inside else _separate():
+        logits = model(torch.arange(66, device=device).view(2, 33) % 50)[0]
+        logits.float().square().mean().backward()
+    gradients = [p.grad.cpu() for p in model.parameters() if p.requires_grad]
+    return [logits.detach().cpu(), *gradients, torch.rand(1)]
