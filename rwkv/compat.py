@@ -125,6 +125,7 @@ def import_deepspeed(on_gpu: bool) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+@functools.cache  # asked for by every parameter; the answer is read from a file
 def is_old_deepspeed() -> bool:
     """Whether DeepSpeed is version 0.7 (the cu117 stack) or 0.8."""
     return importlib.metadata.version("deepspeed").startswith(("0.7.", "0.8."))

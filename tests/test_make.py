@@ -47,10 +47,16 @@ def test_make_venv_up_to_date():
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_args_reach_script():
-    result = make("lora", "ARGS=--load_model none.pth --data_file none")
+def test_args_reach_script(tmp_path):
+    result = make("convert", "ARGS=--input none.jsonl")
     assert result.returncode != 0
-    assert "none: no such data" in result.stderr
+    assert "none.jsonl: no such file" in result.stderr
+    python = tmp_path / "python"
+    python.write_text(f"#!/usr/bin/env bash\nset -f; echo $* >>{tmp_path}/called\n")
+    python.chmod(0o755)
+    assert make("lora", f"PY={python}", "ARGS=--load_model none.pth --data_file none").returncode == 0
+    last = (tmp_path / "called").read_text().splitlines()[-1]
+    assert last == "scripts/lora.py --load_model none.pth --data_file none"
 
 
 @pytest.mark.parametrize("word", ["ARG=--load_model x", "args=--load_model x", "load_model=x.pth", "STAK=modern"])

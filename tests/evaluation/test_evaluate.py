@@ -70,13 +70,13 @@ def by_transformers(folder, texts):
 
 
 @pytest.fixture
-def evaluated(folder, capsys):
+def evaluated(tmp_path, capsys):
     """Run the script in this process; returns what it printed, and its JSON."""
 
     def run(*flags):
-        config = parse(EvaluateConfig, "", ["--output", str(folder / "out.json"), *map(str, flags)])
+        config = parse(EvaluateConfig, "", ["--output", str(tmp_path / "out.json"), *map(str, flags)])
         evaluate.main(config)
-        return capsys.readouterr().out, json.loads((folder / "out.json").read_text())
+        return capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
 
     return run
 

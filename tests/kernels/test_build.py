@@ -4,8 +4,6 @@ command to run.
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -209,10 +207,10 @@ def test_parallel_compilation(monkeypatch):
     assert list(build._build_device()["files"]) == [*(f"sm_{arch}" for arch in reversed(archs)), f"compute_{archs[-1]}"]
 
 
-def test_concurrent_builds(tmp_path):
+def test_concurrent_builds(tmp_path, start):
     """The second build waits for the first and does nothing."""
-    program = f"""
-import pathlib, sys, time
+    (tmp_path / "program.py").write_text(f"""
+import pathlib, time
 from rwkv.kernels import build
 folder = pathlib.Path({str(tmp_path)!r})
 build.folder = lambda: folder
@@ -223,28 +221,21 @@ def slow():
     (folder / "done").touch()
 build._build = slow
 build.build()
-"""
-    processes = [subprocess.Popen([sys.executable, "-c", program], cwd=build.SOURCES.parent) for _ in range(2)]
-    assert [process.wait(timeout=LIMIT) for process in processes] == [0, 0]
+""")
+    processes = [start(tmp_path / "program.py") for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
     assert (tmp_path / "builds").read_text() == "x"
 
 
-def test_ninja_next_to_python():
+def test_ninja_next_to_python(tmp_path, start):
     """ninja of the environment is found without activating it."""
-    program = """
+    (tmp_path / "program.py").write_text("""
 from rwkv import compat
 from rwkv.kernels import build
 found = compat.cpp_extension()
 def stop(*_, **__): found.verify_ninja_availability(); print("found"); raise SystemExit
 found.load = stop
 build._build_host()
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        cwd=build.SOURCES.parent,
-        env={"PATH": "/nowhere"},
-        check=False,
-    )
+""")
+    result = start(tmp_path / "program.py", environment={"PATH": "/nowhere"}).result()
     assert result.stdout == "found\n", result.stderr

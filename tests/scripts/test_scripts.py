@@ -33,7 +33,9 @@ SCRIPTS += ["state", "dpo"]
 
 
 def test_end_to_end_pipeline(script, write_jsonl, tmp_path):
-    """Each script once in a fresh Python."""
+    """Each script once in a fresh Python; of those that train, lora.py. (tests/train/callbacks
+    start the others.)
+    """
     text = write_jsonl(*({"text": f"User: {i}?\n\nAssistant: {i}."} for i in range(30)))
     result = script("convert.py", "--input", text, fresh=True)
     assert "30 documents" in result.stdout
@@ -52,7 +54,6 @@ def test_end_to_end_pipeline(script, write_jsonl, tmp_path):
         "--proj_dir",
         "base",
         *TRAINING,
-        fresh=True,
     )
     base = tmp_path / "base/rwkv-0.pth"
     result = script(
@@ -100,9 +101,7 @@ def test_end_to_end_pipeline(script, write_jsonl, tmp_path):
     dialogue = "hello\n\n/reset\nagain\n/quit\n"
     chat = script("generate.py", "--model", "merged.pth", "--max_tokens", 3, stdin=dialogue, fresh=True)
     assert chat.stdout.count("Assistant:") == 2
-    script(
-        "finetune.py", "--load_model", "merged.pth", "--data_file", data, "--proj_dir", "full", *TRAINING, fresh=True
-    )
+    script("finetune.py", "--load_model", "merged.pth", "--data_file", data, "--proj_dir", "full", *TRAINING)
     assert read_manifest(tmp_path / "full/rwkv-0.pth")["kind"] == "model"
 
 

@@ -1,19 +1,27 @@
-"""Run several trainings in one process of a distributed run: python run_trainings.py
-TRAININGS.json, with RANK, WORLD_SIZE etc. set as by torchrun.
+"""Run several trainings in the processes of distributed runs: python run_trainings.py STEP
+(TRAININGS.json WORLD_SIZE PORT)..., which prints into TRAININGS<rank>.txt beside the file.
 
-The trainings share the processes, as starting Python and importing torch takes longer than
-training. The file contains [kind, flags] of each training. The extra flag `gradient_factor`,
-[step, value], multiplies a gradient of that step by the value; such a run may end with a UserError,
-which is written to error.txt. Trainings with DeepSpeed also write facts.json (RecordingStrategy).
+The trainings share the processes, and the processes are forked, as starting Python and importing
+torch and DeepSpeed takes longer than training. The file contains [kind, flags] of each training.
+Extra flags: `copy_of`, a run whose copy, as it was after STEP, is continued; `gradient_factor`,
+[step, value], which multiplies a gradient of that step by the value; such a run may end with a
+UserError, which is written to error.txt. Trainings with DeepSpeed also write facts.json
+(RecordingStrategy).
 """
 
+import contextlib
 import gc
 import importlib
 import json
+import multiprocessing
+import os
+import shutil
+import signal
 import sys
+from multiprocessing import connection
 from pathlib import Path
 
-import cuda_on_cpu
+import torch.distributed as dist
 
 from rwkv import compat
 from rwkv.config import DPOConfig, LoRAConfig, StateConfig, TrainConfig
@@ -21,7 +29,9 @@ from rwkv.errors import UserError
 from rwkv.train import fit as training
 from rwkv.train import resolve
 from rwkv.train.callbacks import metrics
+from rwkv.train.resume import state_files
 from rwkv.train.runtime import strategy
+from rwkv.train.runtime.lightning import rank_zero_only
 
 
 class RecordingStrategy(strategy.ZeroStrategy):
@@ -74,7 +84,19 @@ class RecordingStrategy(strategy.ZeroStrategy):
 check = resolve.check
 
 
-def train(kind: str, flags: dict) -> None:
+def copy_after_step(step: int, source: str, copy: str) -> None:
+    """Copy a completed run, as if it had been killed after saving the state of a step."""
+    shutil.copytree(source, copy)
+    for path in [*state_files.states(Path(copy)), *Path(copy).glob("rwkv-0.pth*")]:
+        if path.name != f"step-{step}.pt":
+            path.unlink()
+
+
+def train(kind: str, flags: dict, step: int) -> None:
+    if source := flags.pop("copy_of", None):
+        if rank_zero_only.rank == 0:
+            copy_after_step(step, source, flags["proj_dir"])
+        dist.barrier()  # the process group of an earlier training
     RecordingStrategy.gradient_factor = flags.pop("gradient_factor", None)
     resolve.check = (lambda _: None) if flags["precision"] == "fp16" else check  # check requires a GPU for fp16
     if flags["precision"] == "fp16" and compat.stack() == "modern":
@@ -90,16 +112,49 @@ def train(kind: str, flags: dict) -> None:
         (Path(config.proj_dir) / "error.txt").write_text(str(error))
 
 
-if __name__ == "__main__":
+def prepare() -> None:
+    """Import DeepSpeed, and patch what the processes share."""
     if compat.stack() == "cu117":
-        cuda_on_cpu.install()
+        importlib.import_module("cuda_on_cpu").install()
     else:
         compat.import_deepspeed(on_gpu=False)
+        with contextlib.suppress(ImportError):  # imported by the first training, with all of torch's compiler
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     gc.collect()
     gc.freeze()  # ZeRO-3 collects garbage five times a run, which otherwise takes most of its time
     strategy.ZeroStrategy = RecordingStrategy
     metrics.plot = lambda curve, image, title, unit: None  # drawing takes longer than training
+
+
+def run(step: int, file: Path, world_size: int, port: str, rank: int) -> None:
+    """All trainings of a file, as one rank."""
+    with open(file.with_name(f"{file.stem}{rank}.txt"), "w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    size, rank_zero_only.rank = str(world_size), rank  # Lightning reads the rank when it is imported
+    os.environ.update(WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, RANK=str(rank), LOCAL_RANK=str(rank), MASTER_PORT=port)
+    os.environ.update(GROUP_RANK="0", NODE_RANK="0")
     leave, strategy.leave_process_group = strategy.leave_process_group, lambda: None  # shared by all trainings
-    for kind, flags in json.loads(Path(sys.argv[1]).read_text()):
-        train(kind, flags)
+    for kind, flags in json.loads(file.read_text()):
+        train(kind, flags, step)
     leave()
+
+
+if __name__ == "__main__":
+    prepare()
+    step, *words = sys.argv[1:]
+    ranks = [
+        multiprocessing.get_context("fork").Process(
+            target=run, args=(int(step), Path(file), int(size), port, rank), daemon=True
+        )
+        for file, size, port in zip(words[::3], words[1::3], words[2::3], strict=True)
+        for rank in range(int(size))
+    ]
+    for process in ranks:
+        process.start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the ranks, which are daemons
+    running = {process.sentinel: process for process in ranks}
+    while running:
+        for ended in connection.wait(running):
+            if running.pop(ended).exitcode:  # its peers would wait for it
+                sys.exit(1)

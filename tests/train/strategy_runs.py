@@ -5,8 +5,7 @@
 import json
 import math
 import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import torch
@@ -17,11 +16,13 @@ from rwkv.data.binidx_writer import writer
 from rwkv.train.fit import fit
 from rwkv.train.runtime import strategy
 from tests import preference_pairs
-from tests.forked import free_port
+from tests.forked import Process, free_port
+from tests.train.run_trainings import copy_after_step
 from tests.waiting import LIMIT
 
 STRATEGIES = ["ddp", *(name for name in strategy.ZEROS if name != "deepspeed")]
-STEPS = 6
+STEPS = 4
+HALF = STEPS // 2  # all runs save a state after it, from which copies of some continue
 
 # Two kinds of runs, as each hides some errors: with clipping a wrong gradient scale has no effect
 # (with Adam only through ε), and without clipping a wrong norm has none.
@@ -102,13 +103,14 @@ STRATEGIES_OF = {
     "RWKV-7, nf4": ["ddp"],
     "pairs": ["ddp", "deepspeed_stage_2"],
     "pairs, all weights": ["ddp", "deepspeed_stage_3"],
-    "RWKV-6": ["ddp", "deepspeed_stage_1", "deepspeed_stage_3"],
-    "RWKV-6, lora with gradient checkpointing": ["deepspeed_stage_2", "deepspeed_stage_3"],
-    "RWKV-5.2 with gradient checkpointing": ["deepspeed_stage_1", "deepspeed_stage_3"],
-    "RWKV-5.2, lora": ["ddp", "deepspeed_stage_2"],
+    # ZeRO-1 and 2 do not depend on the modules: RWKV-7
+    "RWKV-6": ["ddp", "deepspeed_stage_3"],
+    "RWKV-6, lora with gradient checkpointing": ["deepspeed_stage_3"],
+    "RWKV-5.2 with gradient checkpointing": ["deepspeed_stage_3"],
+    "RWKV-5.2, lora": ["ddp"],
 }
 CASES = sorted((name, case) for case, names in STRATEGIES_OF.items() for name in names)
-STRATEGY_CHANGES = [  # strategy of the first three steps, and of the others; "one" is one process
+STRATEGY_CHANGES = [  # strategy of the first half, and of the second; "one" is one process
     (before, after)
     for before, after in [
         ("one", "ddp"),
@@ -181,44 +183,30 @@ def run_all(folder: Path, make_model) -> None:
     def alone(kind: str, flags: dict) -> None:
         fit({"full": TrainConfig, "lora": LoRAConfig, "state": StateConfig, "dpo": DPOConfig}[kind](**flags))
 
+    saving = {"save_every": HALF}
     for name, (kind, case) in ONE_PROCESS.items():
-        alone(kind, flags(name, case))
+        alone(kind, flags(name, case | saving))
     paired, last_halves = [], []
     for name, case in CASES:
         _, kind, own = TWO_PROCESSES[case]
-        paired.append([kind, flags(f"{name}, {case}", {**own, **process_flags(name, folder)})])
+        paired.append([kind, flags(f"{name}, {case}", {**own, **saving, **process_flags(name, folder)})])
     for kind, own in (("full", CLIPPED), ("lora", LORA)):
-        paired += [
-            [
-                kind,
-                flags(
-                    f"{name}, {kind}, bf16", {"micro_bsz": 2, "precision": "bf16", **own, **process_flags(name, folder)}
-                ),
-            ]
-            for name in BF16
-        ]
-    for name in BF16:
-        half = flags(
-            f"{name}, bf16, stopped", {"micro_bsz": 2, "precision": "bf16", **CLIPPED, **process_flags(name, folder)}
-        )
-        paired += [["full", {**half, "max_steps": 3}], ["full", half]]
-    for kind, flags_of in (("full", CLIPPED), ("lora", LORA)):
-        halves = {}
+        for name in BF16:
+            case = {"micro_bsz": 2, "precision": "bf16", **saving, **own, **process_flags(name, folder)}
+            paired.append([kind, flags(f"{name}, {kind}, bf16", case)])
+            if kind == "full":
+                stopped = flags(f"{name}, bf16, stopped", case)
+                paired.append([kind, {**stopped, "copy_of": str(folder / f"{name}, {kind}, bf16")}])
+    firsts = {"full": ("clipped", "full"), "lora": ("lora", "lora with gradient checkpointing")}
+    for kind, own in (("full", CLIPPED), ("lora", LORA)):
         for before, after in STRATEGY_CHANGES:
-            name = f"{before}, then {after}, {kind}"
-            sides = [
-                flags_of | ({"micro_bsz": 4} if side == "one" else {"micro_bsz": 2, **process_flags(side, folder)})
-                for side in (before, after)
-            ]
-            halves[name] = [flags(name, {**sides[0], "max_steps": 3}), flags(name, sides[1])]
-            if before == "one":
-                alone(kind, halves[name].pop(0))
-        paired += [
-            [kind, half]
-            for name, both in halves.items()
-            for half in (both[:1] if name.split(", ")[1] == "then one" else both)
-        ]
-        last_halves += [(kind, both[1]) for name, both in halves.items() if name.split(", ")[1] == "then one"]
+            name, (one, two) = f"{before}, then {after}, {kind}", firsts[kind]
+            copied = {"copy_of": str(folder / (one if before == "one" else f"{before}, {two}"))}
+            if after == "one":
+                last_halves.append((kind, flags(name, {"micro_bsz": 4, **own, **saving, **copied})))
+            else:
+                case = {"micro_bsz": 2, **own, **saving, **process_flags(after, folder)}
+                paired.append([kind, flags(name, case) | copied])
     for name, (which, kind, precision, value) in BAD_GRADIENTS.items():
         case = {"full": CLIPPED, "lora": LORA}[kind] | {
             "micro_bsz": 2,
@@ -244,6 +232,7 @@ def run_all(folder: Path, make_model) -> None:
     solo.append(["full", flags("invalid", {"micro_bsz": 4, **wrong})])
     run_processes(folder, paired, solo)
     for kind, half in last_halves:
+        copy_after_step(HALF, half.pop("copy_of"), half["proj_dir"])
         alone(kind, half)
     for name in OWN_SEEDS:
         seed = json.loads((folder / f"{name}, own seeds/run.json").read_text())["seed"]
@@ -257,30 +246,20 @@ def process_flags(name: str, folder: Path) -> dict:
 
 
 def run_processes(folder: Path, paired: list, solo: list) -> None:
-    """Run trainings in two processes and, at the same time, others in one. Their PATH is empty, so
-    that they find no compiler.
+    """Run trainings in two processes and, at the same time, others in one (run_trainings.py). Their
+    PATH is empty, so that they find no compiler.
     """
     (folder / "nothing").mkdir()
-    ranks = []
-    for name, trainings, count in (("paired", paired, 2), ("solo", solo, 1)):
+    for name, trainings in (("paired", paired), ("solo", solo)):
         (folder / f"{name}.json").write_text(json.dumps(trainings))
-        common = {
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            "GROUP_RANK": "0",
-            "NODE_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-        }
-        common |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-        common |= {"PATH": str(folder / "nothing"), "TORCH_EXTENSIONS_DIR": str(folder / "compiled")}
-        command = [sys.executable, str(Path(__file__).with_name("run_trainings.py")), str(folder / f"{name}.json")]
-        for rank in range(count):
-            with open(folder / f"{name}{rank}.txt", "w") as log:
-                environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    environment |= {"PATH": str(folder / "nothing"), "TORCH_EXTENSIONS_DIR": str(folder / "compiled")}
+    program = Path(__file__).with_name("run_trainings.py")
+    command = [program, HALF, folder / "paired.json", 2, free_port(), folder / "solo.json", 1, free_port()]
+    process = Process(command, folder, environment)
     try:
-        exit_codes = [rank.wait(4 * LIMIT) for rank in ranks]  # two minutes on an idle machine
+        result = process.result(4 * LIMIT)  # a minute on an idle machine
     finally:
-        for rank in ranks:
-            rank.kill()
-    assert exit_codes == [0, 0, 0], "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("*[01].txt")))
+        process.send_signal(signal.SIGTERM)  # if it has not ended
+    printed = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("*[01].txt")))
+    assert result.returncode == 0, result.stdout + result.stderr + printed

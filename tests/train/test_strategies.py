@@ -48,7 +48,7 @@ def test_two_processes_match_one(runs, name, case):
     ours, theirs = read_tensors(run / "rwkv-0.pth"), read_tensors(alone / "rwkv-0.pth")
     assert ours.keys() == theirs.keys()
     for key in ours:
-        # six steps of Adam on gradients that differ as above
+        # four steps of Adam on gradients that differ as above
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5, msg=key)
 
 

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -19,7 +17,6 @@ from rwkv.memory.plan import plan_of
 from rwkv.models.v4 import Sizes
 from rwkv.train.callbacks.memory import out_of_memory
 from rwkv.train.fit import fit
-from tests.waiting import LIMIT
 
 FLAGS = {
     "ctx_len": 8,
@@ -45,12 +42,8 @@ MEDIUM = {
 }
 
 
-def command(root, name, flags):
-    return [
-        sys.executable,
-        str(root / "scripts" / name),
-        *(str(word) for flag, value in flags.items() for word in (f"--{flag}", value)),
-    ]
+def words(flags):
+    return [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
 
 
 def test_peak_memory_per_phase(make_data, tmp_path):
@@ -89,7 +82,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_predicted_resident_memory(make_data, tmp_path, root, shape):
+def test_predicted_resident_memory(make_data, tmp_path, script, shape):
     flags = MEDIUM | {
         "data_file": make_data(20000, vocab=8192),
         "proj_dir": tmp_path / "run",
@@ -97,10 +90,8 @@ def test_predicted_resident_memory(make_data, tmp_path, root, shape):
         "precision": "fp32",
     }
     flags |= SHAPES[shape]
-    result = subprocess.run(
-        command(root, "pretrain.py", flags), capture_output=True, text=True, timeout=LIMIT, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    # one of them in a new Python, as the libraries are a part of the memory
+    result = script("pretrain.py", *words(flags), fresh=shape == "demo")
     predicted, measured = map(
         float, re.search(r"memory: ([\d.]+) GB per device predicted, ([\d.]+) GB measured", result.stdout).groups()
     )
@@ -109,7 +100,7 @@ def test_predicted_resident_memory(make_data, tmp_path, root, shape):
     assert 0.85 * predicted < measured < 1.35 * predicted, result.stdout
 
 
-def test_out_of_memory_message(make_data, tmp_path, root):
+def test_out_of_memory_message(make_data, tmp_path, root, start):
     # A real limit on the address space: that of the process after imports plus 1.5 GB, for a batch
     # that needs more.
     flags = MEDIUM | {
@@ -119,16 +110,15 @@ def test_out_of_memory_message(make_data, tmp_path, root):
         "accelerator": "cpu",
     }
     flags |= {"precision": "fp32"}
-    arguments = command(root, "pretrain.py", flags)
-    program = f"""
+    (tmp_path / "limited.py").write_text("""
 import resource, runpy, sys
-sys.argv = {arguments[1:]!r}
 import rwkv.train.fit
 from rwkv.memory import machine
 resource.setrlimit(resource.RLIMIT_AS, [machine._status("VmSize") + (1500 << 20)] * 2)
+del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT, check=False)
+""")
+    result = start(tmp_path / "limited.py", root / "scripts/pretrain.py", *words(flags)).result()
     assert result.returncode == 1, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     assert "error: out of memory." in result.stderr

@@ -103,11 +103,16 @@ def test_closed_terminal_saves(start, arguments, tmp_path, root):
     assert is_saved(tmp_path / "run")
 
 
-def test_nohup_ignores_sighup(arguments, tmp_path, root):
-    command = ["nohup", sys.executable, str(root / "scripts/finetune.py"), *arguments]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
-    )
+WITH_NOHUP = """
+import runpy, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does before it starts the command
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def test_nohup_ignores_sighup(start, arguments, tmp_path, root):
+    (tmp_path / "program.py").write_text(WITH_NOHUP)
+    process = start(tmp_path / "program.py", root / "scripts/finetune.py", *arguments)
     wait_for_steps(tmp_path / "run", 3, process)
     process.send_signal(signal.SIGHUP)
     count = len((tmp_path / "run/metrics.jsonl").read_text().splitlines())

@@ -5,8 +5,6 @@ end with an error.
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from rwkv.train.run import Run
 from rwkv.train.runtime import ranks
 from rwkv.train.runtime.lightning import rank_zero_only
 from tests.forked import free_port
-from tests.waiting import LIMIT
 
 # Only the CPU of one rank has bf16 instructions.
 PROGRAM = """
@@ -27,6 +24,21 @@ import os, runpy
 from rwkv.train.runtime import cpu
 cpu._features = lambda: {"amx_bf16"} if os.environ.get("LOCAL_RANK", "0") == os.environ["BF16"] else set()
 runpy.run_path(os.environ["SCRIPT"], run_name="__main__")
+"""
+# torchrun, which forks its workers instead of starting Pythons that import torch;
+# tests/scripts/test_launch.py runs the command.
+TORCHRUN = """
+import os, runpy, sys
+from torch.distributed import launcher, run
+from rwkv.train.runtime.lightning import rank_zero_only
+def train():
+    rank_zero_only.rank = int(os.environ["RANK"])  # Lightning reads it when it is imported
+    sys.argv = [arguments.training_script, *arguments.training_script_args]
+    runpy.run_path(arguments.training_script, run_name="__main__")
+arguments = run.parse_args(sys.argv[1:])
+config = run.config_from_args(arguments)[0]
+config.start_method = "fork"
+launcher.elastic_launch(config, train)()
 """
 
 
@@ -36,6 +48,7 @@ def train(start, two_ranks, make_base, make_data, tmp_path, root):
     ("Lightning", "torchrun", or none), further flags.
     """
     (tmp_path / "train.py").write_text(PROGRAM)
+    (tmp_path / "torchrun.py").write_text(TORCHRUN)
     flags = {
         "load_model": make_base(),
         "data_file": make_data(300),
@@ -57,20 +70,11 @@ def train(start, two_ranks, make_base, make_data, tmp_path, root):
         if not launcher:
             return two_ranks(tmp_path / "train.py", *arguments, status=status, **environment)
         environment = os.environ | environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        if launcher == "Lightning":
-            result = start(tmp_path / "train.py", *arguments, environment=environment).result()
-        else:
-            torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
-            torchrun += ["--master_port", str(free_port()), str(tmp_path / "train.py")]
-            result = subprocess.run(
-                [sys.executable, *torchrun, *arguments],
-                env=environment,
-                capture_output=True,
-                text=True,
-                cwd=tmp_path,
-                timeout=LIMIT,
-                check=False,
-            )
+        words = [tmp_path / "train.py"]
+        if launcher == "torchrun":
+            words = [tmp_path / "torchrun.py", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
+            words += ["--master_port", str(free_port()), str(tmp_path / "train.py")]
+        result = start(*words, *arguments, environment=environment).result()
         assert result.returncode == status, result
         return result.stdout + result.stderr
 
@@ -91,7 +95,8 @@ def test_ranks_use_precision_and_seed_of_rank_0(train, tmp_path, launcher):
     train("run", 1, launcher, max_steps=3)
     precision, seed, losses = resolved(tmp_path / "run")
     assert precision == "fp32"
-    train("run", 0, launcher)  # a new run would use bf16 now
+    # A new run would use bf16 now. Without a launcher every rank reads the flags of the first run.
+    train("run", 0, "torchrun" if launcher == "torchrun" else "")
     assert resolved(tmp_path / "run")[:2] == (precision, seed)
     train("uninterrupted", -1, precision="fp32", random_seed=seed)
     assert resolved(tmp_path / "uninterrupted")[2] == resolved(tmp_path / "run")[2]
