@@ -121,6 +121,10 @@ class Version(Protocol):
 VERSIONS: dict[str, Version] = {v4.NAME: v4, v5.NAME: v5, v6.NAME: v6, v7.NAME: v7}
 ALIASES = {"5": v5.NAME}
 DEFAULT: Version = v7  # version of new models
+LARGEST, LARGEST_WIDTH = {"n_layer": 1000, "vocab_size": 1 << 24}, 1 << 18
+"""Limits for the sizes of new models, far above those of published ones: with larger ones even
+the memory could not be predicted.
+"""
 _ROUNDED = {"3b": "2.9b", "7b": "7.2b", "14b": "13.3b"}  # other names of published models
 
 
@@ -163,6 +167,9 @@ def sizes_given(flags: object, version: Version) -> dict[str, int]:
 def new_sizes(flags: object, version: Version) -> Sizes:
     """Sizes of a new model, from attributes of `flags`. Raises UserError if they are invalid."""
     given = sizes_given(flags, version)
+    for name, value in given.items():
+        if value > (limit := LARGEST.get(name, LARGEST_WIDTH)):
+            raise UserError(f"--{name} must be at most {limit:,}; it is {value:,}")
     try:
         return version.Sizes(**given)
     except ValueError as error:

@@ -22,6 +22,8 @@ from rwkv.train.run import Run
 from rwkv.train.runtime.ranks import Ranks
 from rwkv.train.runtime.trainer import precision_of, slow_on_gpu
 
+HOPELESS = 10  # times the memory; predictions are off by less than 1.2, and swap is rarely larger
+
 
 def resolve(flags: TrainConfig, ranks: Ranks) -> Run:
     """Resolve the flags to a run. Flags that rank 0 has changed are used on all ranks.
@@ -45,6 +47,7 @@ def resolve(flags: TrainConfig, ranks: Ranks) -> Run:
         c = dataclasses.replace(c, optimizer="adam")
     if received is None:
         c = _with_cuda_graph(c, sizes, on_gpu)
+    _check_memory(c, sizes, on_gpu)
     ranks.send(flags, c)
     return Run(c, sizes, on_gpu, before, new_base, outdated)
 
@@ -96,6 +99,23 @@ def _with_cuda_graph(c: TrainConfig, sizes: Sizes, on_gpu: bool) -> TrainConfig:
         if 0 < auto.available(planned) < estimate.estimate(planned).total:
             return dataclasses.replace(c, cuda_graph="off")
     return resolved
+
+
+def _check_memory(c: TrainConfig, sizes: Sizes, on_gpu: bool) -> None:
+    """Raise UserError if the prediction is HOPELESS times the memory of the device, before anything
+    is allocated: filling the memory would take minutes, and end this or another process. Less is
+    reported only, when the model is built.
+    """
+    if c.my_pile_stage == 1:  # only writes weights
+        on_gpu, c = False, dataclasses.replace(c, micro_bsz=1, ctx_len=1)
+    plan = plan_of(c, sizes, on_gpu, c.precision)
+    memory, needed = machine.memory_of(plan.gpu, plan.per_node), estimate.estimate(plan).total
+    if memory and needed > HOPELESS * memory:
+        raise UserError(
+            f"this run needs about {needed / 1e9:,.0f} GB of memory per device, and the device has {memory / 1e9:,.1f} GB"
+            f" (--ctx_len {c.ctx_len}, --micro_bsz {c.micro_bsz}; L{sizes.n_layer} D{sizes.n_embd} V{sizes.vocab_size})."
+            f" {auto.advice(plan, auto.available(plan))}"
+        )
 
 
 def _usable(c: TrainConfig) -> bool:

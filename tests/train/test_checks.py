@@ -25,6 +25,14 @@ INVALID_FLAGS = [
     ({"strategy": "deepspeed_stage_4"}, "not one of auto, ddp, .*did you mean deepspeed_stage_"),
     ({"micro_bsz": 1 << 31}, r"--micro_bsz must be less than 2\^31"),
     ({"n_layer": -1}, "--n_layer must not be negative"),
+    ({"n_layer": 10**9}, "--n_layer must be at most 1,000; it is 1,000,000,000"),
+    ({"n_embd": 10**9}, "--n_embd must be at most 262,144"),
+    ({"vocab_size": 10**9}, "--vocab_size must be at most 16,777,216"),
+    # the memory is predicted before anything is allocated
+    ({"micro_bsz": 10**9}, r"this run needs about .* --micro_bsz 1000000000; .* that fits: .*--micro_bsz \d"),
+    ({"ctx_len": 10**15}, r"this run needs about .*--ctx_len 1000000000000000, .* that fits: .*--ctx_len \d"),
+    ({"n_embd": 1 << 18}, r"this run needs about .* D262144 .* use a smaller model"),
+    ({"n_embd": 1 << 18, "my_pile_stage": 1}, r"this run needs about .* D262144"),
     ({"beta1": 1.0}, "less than 1"),
     ({"my_pile_shift": -2}, "--my_pile_shift must be at least 0"),
     ({"epoch_begin": 1}, "--epoch_begin 1 continues a run"),
@@ -45,6 +53,7 @@ INVALID_LORA_FLAGS = [
     ({"load_model": ""}, "LoRA needs a pretrained model"),
     ({"lora_parts": "att,emb"}, "LoRA parts are any of"),
     ({"lora_r": 0}, "at least 1"),
+    ({"lora_r": 10**12}, "this run needs about .* GB of memory"),
     ({"lora_load": "none.pth"}, "none.pth: no such checkpoint"),
     ({"n_embd": 32}, r"--n_embd 32, but it has 16. Sizes come from the checkpoint"),
 ]
