@@ -6,6 +6,7 @@ import adamw_cases
 import fused_cases as cases
 import pytest
 import torch
+from adapter_dropout_cases import mixed
 from fused_cases import BF16, FP16, FP32, GPU_STREAMS, normal
 
 from rwkv.kernels import adamw, gpu
@@ -48,6 +49,14 @@ def test_gates_and_squared_relu(stream):
 def test_dropout_mask_matches_cpu(dtype):
     for count in (5003, 5000):
         cases.dropout(dtype, count, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("channels", [33, 768])
+def test_mix_drops_the_same_elements(dtype, channels):
+    for drops in ((0.01,), (0.4, 0, 0.9)):
+        inside, separate = (mixed(dtype, 127, channels, drops, True, way, "cuda") for way in (True, False))
+        assert all(torch.equal(a, b) for a, b in zip(inside, separate, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
