@@ -25,11 +25,14 @@ from tests.waiting import LIMIT
 
 ROOT = Path(__file__).parents[1]
 _CONTEXT = multiprocessing.get_context("forkserver")
+# those of the scripts' imports that take a hundredth of a second or more
+_PRELOADED = ["matplotlib.figure", "rwkv.cli", "rwkv.data.convert.pipeline", "rwkv.doctor", "rwkv.export"]
+_PRELOADED += ["rwkv.terminal", "rwkv.train.fit", "tests.forked"]
 
 
 def start_server() -> None:
     """Start the server, unless it is running. It imports in the background."""
-    _CONTEXT.set_forkserver_preload(["matplotlib.figure", "rwkv.doctor", "rwkv.train.fit", "tests.forked"])
+    _CONTEXT.set_forkserver_preload(_PRELOADED)
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])):
         multiprocessing.forkserver.ensure_running()
 
