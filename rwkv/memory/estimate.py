@@ -17,7 +17,8 @@ All sizes are in bytes. Shapes are those of the model (rwkv.models.rwkv.shapes).
                  WKV; DeepSpeed's buckets and, in stage 3, gathered weights
     heap         on a CPU, freed memory that glibc cannot reuse: HEAP of the activations of all
                  blocks, with grad_cp too, and of the workspace (docs/decisions/012)
-    process      the libraries: on a CPU, their resident size after the first step
+    process      the libraries: on a CPU, their resident size after the first step; the World
+                 tokenizer, if it encodes the questions of --sample_ask
 
 DeepSpeed shards as in the ZeRO paper (Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1): stage 1
 the optimizer, 2 also the gradients, 3 also the weights; offload moves them to the host. `e` is the
@@ -150,7 +151,7 @@ def _peaks(p: Plan, phases: dict[str, Parts]) -> dict[str, dict[str, float]]:
         return {name: sizes | {"process": CONTEXT} for name, sizes in peaks.items()}
     activations = p.sizes.n_layer * sum(size * count for size, count in parts.of_block(p))
     heap = HEAP * (activations + sum(size * count for size, count in parts.backward_workspace(p)))
-    return {name: sizes | {"heap": heap, "process": p.process} for name, sizes in peaks.items()}
+    return {name: sizes | {"heap": heap, "process": p.process + p.encoder} for name, sizes in peaks.items()}
 
 
 def _on_host(
@@ -163,7 +164,8 @@ def _on_host(
     # each process loads the model to the host first
     narrow = p.quantised or (p.optimizer == "adamw8bit" and not p.lora)
     loading = (stored["weights"] if narrow else 4 * (parts.total(p.sizes) + parts.of_adapters(p))) * _per_node(p)
-    return {"process": p.process * _per_node(p), "loading": max(0.0, loading - sum(offloaded.values()))} | offloaded
+    process = (p.process + p.encoder) * _per_node(p)
+    return {"process": process, "loading": max(0.0, loading - sum(offloaded.values()))} | offloaded
 
 
 def _per_node(p: Plan) -> int:

@@ -11,6 +11,8 @@ from rwkv.memory.zero import ZEROS
 from rwkv.models import Sizes
 
 PROCESS = 290 << 20  # process with torch 1.13.1 and Lightning after a first step, without a model
+ENCODER = 233 << 20  # the World tokenizer (rwkv.data.tokenizer), measured on both stacks
+WORLD = 65536  # vocabulary size of models with it
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Plan:
         gpu: whether they are GPUs.
         graph: whether the blocks run from a CUDA graph (--cuda_graph), whose memory is never freed.
         process: bytes of a process without a model (see PROCESS).
+        encoder: bytes of the tokenizer that encodes the questions of --sample_ask.
     """
 
     sizes: Sizes
@@ -48,6 +51,7 @@ class Plan:
     gpu: bool = True
     graph: bool = False
     process: int = PROCESS
+    encoder: int = 0
 
     @property
     def e(self) -> int:
@@ -112,4 +116,5 @@ def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision:
         gpu=gpu,
         graph=getattr(c, "cuda_graph", "off") == "on",
         process=compat.process_bytes(),
+        encoder=ENCODER if getattr(c, "sample_ask", "") and sizes.vocab_size == WORLD else 0,
     )

@@ -198,15 +198,16 @@ def table(version: Version = DEFAULT) -> str:
     bf16 and --grad_cp 1; adamw8bit with --release_grads 1; and the figures of the community guide.
     """
     rows = [
-        "| model | LoRA | full | full, adamw8bit | full, ZeRO-2 offload (host) | guide |",
-        "|---|---|---|---|---|---|",
+        "| model | LoRA | LoRA, nf4, adamw8bit | full | full, adamw8bit | full, ZeRO-2 offload (host) | guide |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in version.PUBLISHED:
         plan = Plan(published(name, version), grad_cp=True)
         full = replace(plan, lora=False)
-        narrow = estimate(replace(full, optimizer="adamw8bit", release_grads=True))
+        narrow: dict[str, Any] = {"optimizer": "adamw8bit", "release_grads": True}
         offload = estimate(replace(full, strategy="deepspeed_stage_2_offload"))
-        cells = [f"{found.total / GB:.1f}" for found in (estimate(plan), estimate(full), narrow)]
+        plans = plan, replace(plan, base="nf4", **narrow), full, replace(full, **narrow)
+        cells = [f"{estimate(p).total / GB:.1f}" for p in plans]
         cells.append(f"{offload.total / GB:.1f} ({math.ceil(offload.host_total / GB)})")
         rows.append(f"| {name} | {' | '.join(cells)} | {guide_of(plan.sizes) or ''} |")
     return "\n".join(rows)

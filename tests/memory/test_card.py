@@ -42,7 +42,7 @@ def test_tables_of_versions_without_a_documented_one(script, version):
     printed = script("estimate.py", "--table", "--version", version).stdout.strip().splitlines()
     rows = [line.strip("|").split("|") for line in printed[2:]]
     assert [row[0].strip() for row in rows] == [*VERSIONS[version].PUBLISHED]
-    assert all(0 < float(row[1]) < float(row[2]) for row in rows)  # LoRA, full
+    assert all(0 < float(row[2]) < float(row[1]) < float(row[3]) for row in rows)  # LoRA with nf4, LoRA, full
 
 
 def test_columns_do_not_depend_on_the_method_of_the_plan():

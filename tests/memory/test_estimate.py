@@ -17,10 +17,11 @@ from rwkv.kernels import quant
 from rwkv.kernels.head_loss import head_loss
 from rwkv.memory.estimate import estimate
 from rwkv.memory.parts import saved_bytes, total, trained
-from rwkv.memory.plan import Plan
+from rwkv.memory.plan import ENCODER, Plan, plan_of
 from rwkv.models import RWKV, v5, v6, v7
 from rwkv.models.v4 import Sizes
 from rwkv.models.version import VERSIONS, published
+from rwkv.train.callbacks.memory import MemoryMonitor
 from rwkv.train.loop import optimizer
 from rwkv.train.objectives.dpo import DPO
 from rwkv.train.runtime import cpu
@@ -291,6 +292,22 @@ def test_predicted_peak_with_muon(version, precision):
     assert estimate(plan).device["optimizer"] == sum(x.numel() * x.element_size() for x in tensors)
     hidden = [p for name, p in model.named_parameters() if lora.is_hidden(name, p.shape)]
     assert len(tensors) == 2 * len(opt.state) - len(hidden)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_questions_of_samples_need_the_tokenizer(gpu):
+    """In the memory of the process, and in the peak that a run expects."""
+    flags = {"sample_every": 1, "sample_ask": "Who?"}
+    world, small = (VERSIONS["7"].Sizes(2, 64, vocabulary) for vocabulary in (65536, 50))
+
+    def needed(sizes, **flags) -> list[int]:
+        plan = plan_of(TrainConfig(**flags), sizes, gpu, "fp32")
+        return [estimate(plan).host_total, MemoryMonitor(plan, 0).expected()]
+
+    encoder = [ENCODER, 0 if gpu else ENCODER]
+    asking = zip(needed(world, **flags), needed(world), strict=True)
+    assert [more - less for more, less in asking] == encoder
+    assert needed(small, **flags) == needed(small)
 
 
 def test_bytes_per_parameter_of_adamw8bit():

@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import pytest
 
+from rwkv.cli import parse
+from rwkv.config import EstimateConfig
 from rwkv.memory import estimate as memory
 from rwkv.memory import search
 from rwkv.memory.estimate import estimate
 from rwkv.memory.plan import Plan
 from rwkv.models.version import published
+from scripts import estimate as estimate_script
 
 
 def test_largest_batch_and_context():
@@ -69,9 +72,24 @@ def test_no_adafactor_with_deepspeed(strategy, optimizer):
 def test_readme_table(root, script):
     table = script("estimate.py", "--table", fresh=True).stdout.strip()
     assert table == search.table()
+    head = table.splitlines()[0]
     for name in ("README.md", "README.zh.md"):
         text = (root / name).read_text(encoding="utf-8")
+        assert head in text.splitlines()
         assert table.splitlines()[2:] == [line for line in text.splitlines() if re.match(r"\| [\d.]+b \|", line)], name
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_readme_flags_for_8_gb(root, name):
+    """The flags under the table are those of its column, and make 7.2b fit, but not 13.3b."""
+    text = (root / name).read_text(encoding="utf-8")
+    flags = re.search(r"`(--lora_base nf4 --[^`]+)`", text)[1].split()
+    assert flags[-2:] == ["--grad_clip", "0"]  # which release_grads needs
+    for model, fits in (("7.2b", True), ("13.3b", False)):
+        config = parse(EstimateConfig, "", ["--model", model, *"--micro_bsz 1 --grad_cp 1".split(), *flags[:-2]])
+        needed = estimate(estimate_script.make_plan(config)).total / memory.GB
+        assert (needed <= 8) == fits
+        assert f"{needed:.1f}" == re.search(rf"^\| {model} \| [\d.]+ \| ([\d.]+) \|", text, re.MULTILINE)[1]
 
 
 def test_estimate_output(script, make_base):
