@@ -61,11 +61,12 @@ class LoRAConfig(TrainConfig):
     lora: bool = True
     """Train an adapter; the base model stays unchanged."""
     warmup_steps: int = 0
-    """As in training; the LoRA fork's default is 0."""
+    """Optimizer steps of linear warm-up of the learning rate. 0: none, as in the LoRA fork; try 10
+    to 100 if the loss jumps at the start."""
     lora_load: str = ""
     """Adapter to continue from. A missing file is an error (upstream ignores it silently)."""
     lora_r: int = 8
-    """Rank of the adapter."""
+    """Rank of the adapter. A higher rank can learn more, with more memory and a larger file."""
     lora_alpha: float = 32
     """The adapter's output is scaled by lora_alpha / lora_r. Stored beside the adapter; merging
     reads it there."""
@@ -149,7 +150,8 @@ class StateConfig(FinetuneConfig):
     lr_final: float = 0.01
     """Final learning rate, reached by the lr_schedule."""
     warmup_steps: int = 10
-    """As in training; upstream's guide to state tuning uses 10."""
+    """Optimizer steps of linear warm-up of the learning rate; 10 as in upstream's guide to state
+    tuning."""
     doc_reset: Literal[0, 1] = 1
     """1: each document begins with the tuned state, so that documents do not influence each other;
     the first token of a document is then not a target. 0: one continuous stream, as upstream."""

@@ -66,7 +66,8 @@ class Length:
     ctx_len: int = 1024
     """Context length: tokens per sample. No upper limit."""
     micro_bsz: int = 12
-    """Samples per batch and device (micro-batch size)."""
+    """Samples per batch and device (micro-batch size). Lower it if memory does not suffice, and
+    raise accumulate_grad_batches by the same factor."""
     accumulate_grad_batches: int = 1
     """Number of batches whose gradients are accumulated for one optimizer step. The schedule counts
     optimizer steps (upstream's counts batches, so its learning rate decays that many times too
@@ -228,7 +229,7 @@ class Optimizer:
     layerwise_lr: Literal[0, 1] = 1
     """1: time_decay (in RWKV-7 w0) uses twice the learning rate, time_first three times."""
     grad_clip: float = 1.0
-    """Maximum gradient norm. 0: no clipping."""
+    """Maximum gradient norm; larger gradients are scaled down to it. 0: no clipping."""
     on_nan: Literal["stop", "skip"] = "stop"
     """If the loss or the gradient is NaN or Inf: stop ends the run and reports the step, its batch
     and the last valid state; skip skips the update, and stops after more than 20 consecutive

@@ -43,7 +43,9 @@ class Characters:
             found = json.loads(path.read_text(encoding="utf-8"))
             self._letters = {int(number): str(letter) for number, letter in found.items()}
         except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: not a vocabulary of characters ({error})") from error
+            raise UserError(
+                f"{path}: not a vocabulary of characters ({error}); use the vocab.json of the run that trained the model"
+            ) from error
         self._ids = {letter: number for number, letter in self._letters.items()}
 
     def decode(self, ids: Sequence[int]) -> str:

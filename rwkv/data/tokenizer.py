@@ -83,12 +83,16 @@ class HFTokenizer:
         try:
             self._library = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises no specific exception
-            raise UserError(f"{path}: not a tokenizer.json ({error})") from error
+            raise UserError(
+                f"{path}: not a tokenizer.json ({error}); pass the file of that name of a Hugging Face model"
+            ) from error
         self._library.no_padding()
         self._library.no_truncation()
         ends = [number for name in self._ENDS if (number := self._library.token_to_id(name)) is not None]
         if not ends:
-            raise UserError(f"{path}: has no end-of-document token ({', '.join(self._ENDS)})")
+            raise UserError(
+                f"{path}: has no end-of-document token ({', '.join(self._ENDS)}); add one of them to the tokenizer"
+            )
         self.name, self.eod, self.vocab_size = Path(path).name, ends[0], self._library.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:

@@ -40,7 +40,9 @@ def check(c: EvaluateConfig) -> None:
             how = f"install it with {f'{sys.executable} -m pip install lm-eval' if 'PY=' in make else make}"
         raise UserError(f"--tasks {c.tasks}: lm-evaluation-harness is not installed; {how}")
     if c.include_path and not os.path.isdir(c.include_path):
-        raise UserError(f"--include_path {c.include_path}: no such folder")
+        raise UserError(
+            f"--include_path {c.include_path}: no such folder; pass the folder with the definition of the task"
+        )
     try:
         known = _manager(c)
     except ImportError as error:

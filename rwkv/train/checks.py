@@ -118,7 +118,9 @@ def check(c: TrainConfig) -> None:
             f"--optimizer adafactor with --strategy {c.strategy}: Adafactor needs 2-D parameters, and ZeRO flattens them; use --optimizer adam, or a strategy without DeepSpeed"
         )
     if c.accelerator != "cpu" and 0 < torch.cuda.device_count() < c.devices:
-        raise UserError(f"--devices {c.devices}: torch sees {torch.cuda.device_count()} GPUs")
+        raise UserError(
+            f"--devices {c.devices}: torch sees {torch.cuda.device_count()} GPUs; lower it, or check CUDA_VISIBLE_DEVICES"
+        )
 
 
 def _check_objective(c: TrainConfig) -> None:

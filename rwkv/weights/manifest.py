@@ -51,7 +51,9 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: not valid JSON ({error}). Fix it, or delete it and pass its values as flags"
         ) from error
     if not isinstance(found, dict):
-        raise UserError(f"{path}: contains a JSON {_kind(found)}, not an object that describes a checkpoint")
+        raise UserError(
+            f"{path}: contains a JSON {_kind(found)}, not an object that describes a checkpoint; delete it and pass its values as flags, or restore it"
+        )
     return found
 
 

@@ -77,9 +77,13 @@ def read_config(config: Path) -> dict[str, Any]:
         )
     r, alpha = found.get("r"), found.get("lora_alpha")
     if type(r) is not int or r < 1:
-        raise UserError(f"{config}: its r is {_shown(r)}, not a positive integer")
+        raise UserError(
+            f"{config}: its r is {_shown(r)}, not a positive integer; fix it, or copy the adapter's folder again"
+        )
     if alpha is None or not is_number(alpha):
-        raise UserError(f"{config}: its lora_alpha is {_shown(alpha)}, not a number")
+        raise UserError(
+            f"{config}: its lora_alpha is {_shown(alpha)}, not a number; fix it, or copy the adapter's folder again"
+        )
     return {"r": r, "alpha": alpha * math.sqrt(r) if found.get("use_rslora") else alpha}
 
 

@@ -42,7 +42,7 @@ def _parquet(
                         yield {"rows": rows}, share
                 number += table.metadata.row_group(group).num_rows
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-            raise UserError(f"{source.path}: not parquet, or corrupt ({error})") from error
+            raise UserError(f"{source.path}: not parquet, or corrupt ({error}); copy or export it again") from error
 
 
 def _batch(table: Any, file: BinaryIO, columns: Sequence[str]) -> tuple[int, list[str]]:
@@ -118,7 +118,7 @@ def _arrow(
             if isinstance(error, OSError) and error.errno:
                 raise
             raise UserError(
-                f"{source.path}: not an Arrow stream (as written by save_to_disk), or corrupt ({error})"
+                f"{source.path}: not an Arrow stream (as written by save_to_disk), or corrupt ({error}); copy or export it again"
             ) from error
 
 

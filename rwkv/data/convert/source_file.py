@@ -100,7 +100,7 @@ def open_source(source: Source) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
             if error.errno:
                 raise
             # raised by pyarrow
-            raise UserError(f"{source.path}: corrupt or truncated ({error})") from error
+            raise UserError(f"{source.path}: corrupt or truncated ({error}); copy or download it again") from error
 
 
 def read_line(source: Source, file: BinaryIO, where: str) -> bytes:

@@ -80,7 +80,9 @@ def find(spec: str, split_lines: bool = False, split: str = "", encoding: str = 
         elif glob.has_magic(str(path)) and not path.exists():
             paths = [x for x in map(Path, glob.iglob(str(path), recursive=True)) if _is_input(x, x.parent)]
             if not paths:
-                raise UserError(f"{word}: matches no file that can be converted")
+                raise UserError(
+                    f"{word}: matches no file that can be converted ({', '.join(KINDS)}); check the path and the suffixes"
+                )
             paths = _select(
                 natural_order.natural(paths),
                 Path(os.path.commonpath([x.parent for x in paths])),
