@@ -69,8 +69,8 @@ def write_tensors(
     manifest: Mapping[str, Any],
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write tensors to `path` and their manifest to `<path>.json`; if an error occurs, neither. Lazy
-    tensors are computed and written one by one.
+    """Write tensors to `path` and their manifest to `<path>.json`; if an error occurs, neither.
+    Lazy tensors are computed and written one by one.
 
     Args:
         check: called with the complete temporary file before it is renamed to `path`; if it raises,
