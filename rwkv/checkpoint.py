@@ -16,7 +16,7 @@ from torch import Tensor
 from rwkv import __version__, compat, mapped_tensors
 from rwkv.adapters import lora
 from rwkv.errors import UserError
-from rwkv.files import atomic_write, reserve, write_json
+from rwkv.files import atomic_writes, json_text, reserve
 from rwkv.formats.lazy import Lazy
 from rwkv.kernels import quant
 from rwkv.models import RWKV, Sizes, version
@@ -69,8 +69,8 @@ def write_tensors(
     manifest: Mapping[str, Any],
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write tensors to `path` and their manifest to `<path>.json`; each file atomically. Lazy
-    tensors are computed and written one by one.
+    """Write tensors to `path` and their manifest to `<path>.json`; if an error occurs, neither.
+    Lazy tensors are computed and written one by one.
 
     Args:
         check: called with the complete temporary file before it is renamed to `path`; if it raises,
@@ -81,7 +81,10 @@ def write_tensors(
     whole = _compact({name: tensor for name, tensor in tensors.items() if not isinstance(tensor, Lazy)})
     del tensors
     stack = {"rwkv-training": __version__, "torch": torch.__version__}
-    with atomic_write(path) as temporary:
+    described = {**manifests.without_absolute_paths(manifest, path), "stack": stack}
+    # the manifest as mark: the old one is deleted first and the new one renamed last, so that a
+    # manifest never describes other weights
+    with atomic_writes([path], [manifest_path(path)]) as (temporary, beside):
         if path.suffix == ".safetensors":
             safetensors_file.save(lazy or whole, temporary)
         elif lazy:
@@ -91,10 +94,7 @@ def write_tensors(
         del whole  # frees copies before the check
         if check:
             check(temporary)
-        # delete the old manifest first and write the new one last, so that a manifest never
-        # describes other weights
-        manifest_path(path).unlink(missing_ok=True)
-    write_json(manifest_path(path), {**manifests.without_absolute_paths(manifest, path), "stack": stack})
+        beside.write_text(json_text(described), encoding="utf-8")
 
 
 def _compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -289,6 +289,8 @@ def _file_size(value: Any) -> int:
     """Upper bound of the size in bytes of a file written by torch.save."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size() + 1024  # name, header and alignment
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "surrogatepass")) + 64
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return 1024 + sum(map(_file_size, items)) if items else 64
 

@@ -61,6 +61,9 @@ def exclusive(path: str | os.PathLike, what: str | os.PathLike, advice: str = "c
         with disk_errors(path, "Nothing was written"):
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, locked = _locked(path, what, advice)
+    except UserError:
+        _remove_empty(made)
+        raise
     except OSError as error:
         _remove_empty(made)
         raise UserError(
@@ -111,7 +114,8 @@ def _locked(path: Path, what: str | os.PathLike, advice: str) -> tuple[int, bool
     try:
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(here).encode(), 0)
-    except OSError:
+    except OSError:  # the disk is full
+        path.unlink(missing_ok=True)
         os.close(handle)
         raise
     return handle, locked
@@ -273,7 +277,12 @@ def reserve(file: BinaryIO, size: int) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` atomically as indented JSON."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(value), encoding="utf-8")
+
+
+def json_text(value: Any) -> str:
+    """`value` as indented JSON, with a newline at the end."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def sha256(path: str | os.PathLike) -> str:

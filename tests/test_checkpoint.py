@@ -2,6 +2,7 @@
 name.
 """
 
+import errno
 import json
 import pickle
 from pathlib import Path
@@ -312,3 +313,33 @@ def test_invalid_manifest(tmp_path, make_base):
         read_manifest(base)
     checkpoint.manifest_path(base).write_text(json.dumps({"kind": "model"}))
     assert read_manifest(base) == {"kind": "model"}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_disk_full_at_manifest(tmp_path, make_model, monkeypatch, suffix):
+    """Weights without their manifest would be refused as foreign by the next run of a command."""
+
+    def full(value):
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "json_text", full)
+        with pytest.raises(UserError, match=r"no space left on the device.*Nothing was written"):
+            save_model(tmp_path / f"m{suffix}", make_model(), {})
+        assert not [*tmp_path.iterdir()]
+    save_model(tmp_path / f"m{suffix}", make_model(), {"step": 1})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(checkpoint, "json_text", full)
+    with pytest.raises(UserError):
+        save_model(tmp_path / f"m{suffix}", make_model(1), {"step": 2})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_reserved_space_includes_texts(tmp_path, monkeypatch):
+    """A disk that fills during torch.save crashes torch 1.13.1, so all is reserved before."""
+    reserved = []
+    monkeypatch.setattr(checkpoint, "reserve", lambda file, size: reserved.append(size))
+    path = tmp_path / "state"
+    path.touch()
+    checkpoint.save({"text": "ü" * 100_000, "tensors": [torch.zeros(9)]}, path)
+    assert reserved[0] >= path.stat().st_size > 200_000

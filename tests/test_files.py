@@ -242,3 +242,13 @@ def test_unwritable_lock(tmp_path, place):
     ):
         pass
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_disk_full_leaves_no_lock_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(UserError, match="no space left"), exclusive(tmp_path / "new/lock", "the output"):
+        pytest.fail("the block ran without a lock file")
+    assert not [*tmp_path.iterdir()]
