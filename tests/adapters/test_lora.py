@@ -10,7 +10,9 @@ import torch
 from rwkv.adapter_files import load_tuned
 from rwkv.adapters import lora
 from rwkv.checkpoint import save_model
+from rwkv.kernels.linear import Matrix
 from rwkv.models import RWKV
+from rwkv.models.layers import dropout_of
 from rwkv.models.v4 import PARTS
 from rwkv.models.version import VERSIONS
 
@@ -194,6 +196,15 @@ def test_weighted_combination_of_full_parameters(make_model):
     adapters = [({name: base[name] + step}, 1.0, weight) for step, weight in ((1.0, 0.5), (-2.0, 0.25))]
     torch.testing.assert_close(lora.combine(adapters, base)[name], base[name] + 0.5 - 0.5)
     torch.testing.assert_close(lora.combine(adapters[:1], base)[name], base[name] + 0.5)
+
+
+def test_dropout_inside_the_token_shift():
+    """Not without an adapter or in evaluation, nor under ZeRO-3, where its result would be lost."""
+    plain, adapted = Matrix(2, 3, bias=False), lora.LoRALinear(torch.nn.Parameter(torch.ones(3, 2)), 1, 1, dropout=0.3)
+    assert dropout_of(adapted, plain) == [0.3, 0]
+    assert dropout_of(adapted.eval()) == [0]
+    adapted.train().lora_A.ds_tensor = torch.ones(1)  # as DeepSpeed's
+    assert dropout_of(adapted) == [0]
 
 
 def test_dropout_in_training_only(make_model):

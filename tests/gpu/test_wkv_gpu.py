@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from cases import assert_close, assert_half_is_rounded_fp32, in_fp64, inputs, outputs_and_gradients
+from cases import (
+    assert_close,
+    assert_half_is_rounded_fp32,
+    in_fp64,
+    inputs,
+    near_threshold,
+    outputs_and_gradients,
+    strong_decay,
+)
 
 from rwkv.kernels import load
 from rwkv.wkv import wkv4
@@ -37,6 +45,22 @@ def test_fp32_close_to_fp64(shape, scale, state, reset, initial):
     slow = outputs_and_gradients(reference.wkv4, *arguments)
     truth = outputs_and_gradients(reference.wkv4, *in_fp64(arguments))
     assert_close({name: x.cpu() for name, x in fast.items()}, slow, truth, arguments)
+
+
+@pytest.mark.parametrize("size", [20.0, 28.0, 29.5, 31.0, 61.0])
+def test_keys_near_rescaling_threshold(size):
+    for arguments in near_threshold(size):
+        fast = outputs_and_gradients(cuda, *on_gpu(arguments))
+        slow = outputs_and_gradients(reference.wkv4, *arguments)
+        truth = outputs_and_gradients(reference.wkv4, *in_fp64(arguments))
+        assert_close({name: x.cpu() for name, x in fast.items()}, slow, truth, arguments)
+
+
+@pytest.mark.parametrize("size", [29.0, 45.0])
+def test_decay_that_underflows(size):
+    arguments = strong_decay(size)
+    y, exact = cuda(*on_gpu(arguments))[0].cpu(), reference.wkv4(*in_fp64(arguments))[0]
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=1e-4)  # rounded exponents; 1 if the decay is lost
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
