@@ -2,7 +2,6 @@
 for peft, and verify what was written.
 """
 
-import importlib
 import json
 import os
 import re
@@ -165,7 +164,8 @@ def _json(value: Any) -> str:
 
 @torch.inference_mode()
 def _logits_in_transformers(reader: str, folder: Path, source: Source, tokens: int) -> Tensor:
-    library = importlib.import_module("transformers")  # takes seconds, and not every export needs it
+    import transformers as library  # takes seconds, and not every export needs it
+
     model = getattr(library, reader).from_pretrained(folder, torch_dtype=torch.float32).eval()
     return model(random_tokens(source.sizes, tokens), use_cache=False).logits[0]
 

@@ -172,10 +172,11 @@ def saved_bytes(p: Plan) -> float:
 
 def of_block(p: Plan) -> Blocks:
     """`saved_bytes` of a block for all tokens, as one tensor of F elements per token and others of
-    D.
+    D; and the copies of its adapters in bf16 or fp16.
     """
     D, F, N = p.sizes.n_embd, p.sizes.dim_ffn, p.tokens
-    return [(p.e * F * N, 1), (p.e * D * N, (saved_bytes(p) - p.e * F) / (p.e * D))]
+    copies = p.e * p.r * sum(map(sum, adapted(p))) / p.sizes.n_layer
+    return [(p.e * F * N, 1), (p.e * D * N, (saved_bytes(p) - p.e * F) / (p.e * D)), (copies, p.e == 2 and not p.stage)]
 
 
 def outside_blocks(p: Plan) -> Blocks:
