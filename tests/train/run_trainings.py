@@ -156,5 +156,7 @@ if __name__ == "__main__":
     running = {process.sentinel: process for process in ranks}
     while running:
         for ended in connection.wait(running):
-            if running.pop(ended).exitcode:  # its peers would wait for it
+            process = running.pop(ended)
+            process.join()  # the sentinel is ready before the exit code
+            if process.exitcode:  # its peers would wait for it
                 sys.exit(1)
