@@ -225,33 +225,40 @@ class EstimateConfig:
     objective: Literal["lm", "dpo"] = "lm"
     """dpo: preference tuning, whose samples are pairs of sequences."""
     lora_r: int = 8
-    """Rank of the adapter."""
+    """Rank of the adapter: r elements per row and column of each adapted matrix are trained."""
     lora_parts: str = "att,ln,time"
-    """What is trained, as in training."""
+    """What LoRA trains: adapters on the matrices of att, ffn, all-linear or single layers; ln and
+    time whole (see lora.py --help)."""
     use_dora: bool = False
-    """Whether the adapter is DoRA."""
+    """LoRA with DoRA, which also trains the norm of each row of the adapted matrices."""
     lora_base: Literal["auto", "bf16", "fp32", "nf4", "int8"] = "auto"
-    """Data type of the frozen matrices, as in training."""
+    """Data type of the frozen matrices. nf4 takes about a quarter of bf16, int8 half. auto: bf16
+    with precision bf16, else fp32."""
     optimizer: Literal["adam", "adamw8bit", "muon", "adafactor"] = "adam"
-    """As in training."""
+    """adam: 8 bytes per trained element. adamw8bit: 2, and full tuning keeps no fp32 weights. muon:
+    4 for the matrices of the blocks. adafactor: one number per row and column."""
     release_grads: Literal[0, 1] = 0
-    """As in training: 1 with adamw8bit frees each gradient in the backward pass."""
+    """1: with adamw8bit, each gradient is used and freed in the backward pass, so that they are
+    never all in memory; not with accumulation or grad_clip."""
     ctx_len: int = 1024
     """Context length: tokens per sample."""
     micro_bsz: int = 12
     """Samples per batch and device."""
     accumulate_grad_batches: int = 1
-    """Batches per optimizer step."""
+    """Batches per optimizer step: a larger effective batch at the memory of one."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
-    """Data type of matmuls."""
+    """Data type of matmuls and activations, which take twice the memory in fp32 and tf32."""
     grad_cp: Literal[0, 1] = 0
-    """1: gradient checkpointing."""
+    """1: gradient checkpointing: the activations of one block at a time, for a third more time."""
     strategy: str = "auto"
-    """As in training: auto, ddp, deepspeed_stage_1, 2 or 3, also with _offload."""
+    """auto, ddp, or deepspeed_stage_N or deepspeed_stage_N_offload: DeepSpeed shards the optimizer
+    (N = 1), also the gradients (2), also the weights (3) over the devices; offload moves them to
+    host memory."""
     ds_bucket_mb: int = 200
-    """As in training."""
+    """Size of DeepSpeed's communication buckets in millions of elements; smaller ones take less
+    memory."""
     devices: int = 1
-    """Devices per machine."""
+    """Devices (GPUs) per machine."""
     num_nodes: int = 1
     """Number of machines."""
     accelerator: Literal["cpu", "gpu"] = "gpu"

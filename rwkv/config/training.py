@@ -159,8 +159,8 @@ class Validation:
     """A separate binidx (prefix) for validation, instead of val_split. Its loss mask and the
     document flags apply as for data_file."""
     val_every: int = 0
-    """Compute the validation loss every N optimizer steps. It is always computed at the end of an
-    epoch and of the run."""
+    """Compute the validation loss every N optimizer steps, too. It is always computed at the end of
+    an epoch and of the run. 0: only then."""
     val_samples: int = 256
     """Number of validation samples, evenly spaced and always the same. 0: all."""
     keep_best: bool = False
@@ -215,17 +215,18 @@ class Optimizer:
     per parameter (6 of an adapter). Without clipping (grad_clip 0), accumulation, several devices
     or on_nan skip, which need all gradients."""
     beta1: float = 0.9
-    """Adam's β₁."""
+    """Adam's β₁: decay of the running mean of gradients."""
     beta2: float = 0.99
-    """Adam's β₂."""
+    """Adam's β₂: decay of the running mean of squared gradients."""
     adam_eps: float = 1e-8
-    """Adam's ε."""
+    """Adam's ε, added to the denominator of an update."""
     weight_decay: float = 0.0
     """AdamW weight decay, applied to matrices only. 0: plain Adam."""
     weight_decay_final: float = -1
     """Final weight decay, reached exponentially. -1: constant."""
     dropout: float = 0.0
-    """Dropout of the embedding, and of the output of every time-mix and channel-mix."""
+    """Dropout of the embedding, and of the output of every time-mix and channel-mix. Raise it, for
+    example to 0.1, if the validation loss rises while the training loss falls."""
     layerwise_lr: Literal[0, 1] = 1
     """1: time_decay (in RWKV-7 w0) uses twice the learning rate, time_first three times."""
     grad_clip: float = 1.0
