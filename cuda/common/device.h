@@ -10,7 +10,7 @@
 #define SHARED __shared__
 typedef float wkv_float;
 typedef unsigned wkv_bits;
-// For x <= 0; the relative error is 2^-22 + |x| 2^-23. (WKV4 adds e^x to e^0 = 1, next to which it is negligible.)
+// The relative error is 2^-22 + |x| 2^-23. (WKV4 has |x| <= 30, or adds e^x to e^0 = 1, next to which it is negligible.)
 // Without code for denormal numbers: a result below 2^-126 is 0.
 WKV_FN float wkv_exp(float x) {
   float y;
